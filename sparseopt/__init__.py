@@ -1,0 +1,50 @@
+"""sparseopt: sparse optimisation in JAX.
+
+One problem, `minimise 1/2 <x - c, H (x - c)> + penalty(K x)`, one family of penalties, one `solve`, and two
+front-ends: l0 pruning of language models (`sparseopt.pruning`) and trend filtering on graphs.
+"""
+
+import importlib
+from importlib.metadata import version
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from sparseopt.core.losses import Quadratic
+from sparseopt.core.penalties import L0, L1, NM, Penalty, Support, TopK
+from sparseopt.core.solve import Measure, Problem, Solution, Solver, Status, solve
+from sparseopt.core.solvers.aiht import Maiht
+from sparseopt.core.solvers.proximal_gradient import ProximalGradient
+from sparseopt.core.solvers.refit import Refit
+
+if TYPE_CHECKING:
+    from sparseopt import models, pruning
+
+__version__ = version("sparseopt")
+
+__all__ = [
+    "L0",
+    "L1",
+    "NM",
+    "Maiht",
+    "Measure",
+    "Penalty",
+    "Problem",
+    "ProximalGradient",
+    "Quadratic",
+    "Refit",
+    "Solution",
+    "Solver",
+    "Status",
+    "Support",
+    "TopK",
+    "models",
+    "pruning",
+    "solve",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Load the pruner and the models on first use: the core must not import flax."""
+    if name in ("models", "pruning"):
+        return importlib.import_module(f"sparseopt.{name}")
+    raise AttributeError(f"module 'sparseopt' has no attribute {name!r}; it has {', '.join(__all__)}")

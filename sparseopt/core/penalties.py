@@ -1,0 +1,241 @@
+"""Floor 2: penalties. A penalty is a frozen pytree with a `value` and a `prox`; nothing else is asked of it.
+
+The contract: `prox(x, step)` returns the minimiser over u of
+
+    1/2 ||u - x||² + step * value(u)
+
+and `value(x)` is a scalar that includes the weight. An indicator (TopK, NM) has value 0 on its set, +inf off it.
+Sources are named at each scalar formula in `thresholds.py`.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.thresholds import (
+    BoolArray,
+    FloatArray,
+    Scalar,
+    hard_threshold,
+    mcp_prox,
+    mcp_value,
+    n_of_m_mask,
+    scad_prox,
+    scad_value,
+    soft_threshold,
+    top_k_mask,
+)
+from sparseopt.core.types import pytree, static
+
+
+@runtime_checkable
+class Penalty(Protocol):
+    """What a solver asks of a penalty. Write your own as a frozen pytree with these two methods."""
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """The penalty of `x`, its weight included: a scalar, 0 at x = 0 for a penalty on size."""
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """The minimiser over u of `1/2 ||u - x||² + step * value(u)`, of the shape and dtype of `x`."""
+
+
+@runtime_checkable
+class Norm(Penalty, Protocol):
+    """A convex penalty with `value(t x) = |t| value(x)`: it has a dual ball, and so a duality gap.
+
+    For every `dual` in the ball, `<dual, x> <= value(x)`.
+    """
+
+    def project_dual(self, dual: FloatArray) -> FloatArray:
+        """The nearest point of the dual ball."""
+
+    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
+        """Terms, none negative for a dual in the ball, that add up to `value(x) - <dual, x>`."""
+
+
+def count_nonzero(x: FloatArray) -> Float[Array, ""]:
+    """The number of non-zero entries as a float of x's dtype, summed in integers so that it is exact."""
+    return jnp.sum(x != 0, dtype=jnp.int32).astype(x.dtype)
+
+
+@pytree
+class L0:
+    """`weight * ||x||_0`, the number of non-zeros; prox: hard threshold at `sqrt(2 * step * weight)`."""
+
+    weight: Any
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """`weight` times the exact number of non-zero entries."""
+        return self.weight * count_nonzero(x)
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """Keep `|x| >= sqrt(2 * step * weight)`."""
+        return hard_threshold(x, jnp.sqrt(2 * jnp.asarray(step * self.weight, x.dtype)))
+
+
+@pytree
+class L1:
+    """`weight * ||x||_1`; prox: soft threshold at `step * weight`."""
+
+    weight: Any
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """`weight` times the sum of magnitudes."""
+        return self.weight * jnp.sum(jnp.abs(x))
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """Shrink every entry by `step * weight`."""
+        return soft_threshold(x, jnp.asarray(step * self.weight, x.dtype))
+
+    def project_dual(self, dual: FloatArray) -> FloatArray:
+        """Clip to `[-weight, weight]`."""
+        weight = jnp.asarray(self.weight, dual.dtype)
+        return jnp.clip(dual, -weight, weight)
+
+    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
+        """`weight |x| - dual x`, entry by entry."""
+        return jnp.asarray(self.weight, x.dtype) * jnp.abs(x) - dual * x
+
+
+@pytree
+class MCP:
+    """Minimax concave penalty: `weight |x| - x² / (2 gamma)` up to `|x| = gamma weight`, constant beyond.
+
+    Its prox is `mcp_prox`, continuous for `step < gamma`; as gamma grows it becomes L1.
+    """
+
+    weight: Any
+    gamma: Any = 3.0
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """The sum of `mcp_value`."""
+        return jnp.sum(mcp_value(x, self.weight, self.gamma))
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """`mcp_prox`, entry by entry."""
+        return mcp_prox(x, self.weight, self.gamma, step)
+
+
+@pytree
+class SCAD:
+    """Smoothly clipped absolute deviation: slope `weight` to `|x| = weight`, falling to 0 at `a weight`.
+
+    Needs `a > 2`; its prox is `scad_prox`, continuous for `step < a - 1`.
+    """
+
+    weight: Any
+    a: Any = 3.7
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """The sum of `scad_value`."""
+        return jnp.sum(scad_value(x, self.weight, self.a))
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """`scad_prox`, entry by entry."""
+        return scad_prox(x, self.weight, self.a, step)
+
+
+@pytree
+class GroupL2:
+    """`weight * sum of ||x_g||_2` over the slices of `axis`: channels of one row vanish together.
+
+    Prox: `x_g * max(0, 1 - step * weight / ||x_g||)`. Source: Yuan and Lin, "Model selection and estimation in
+    regression with grouped variables", 2006.
+    """
+
+    weight: Any
+    axis: int = static(default=-1)
+
+    def _length(self, x: FloatArray) -> FloatArray:
+        return jnp.sqrt(jnp.sum(x * x, axis=self.axis, keepdims=True))
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """`weight` times the sum of lengths."""
+        return jnp.sum(self.weight * self._length(x))
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """Shorten every slice by `step * weight`, to exactly zero where it is shorter."""
+        length = self._length(x)
+        threshold = jnp.asarray(step * self.weight, x.dtype)
+        kept = length > threshold
+        return jnp.where(kept, x * (1 - threshold / jnp.where(kept, length, 1)), 0)
+
+    def project_dual(self, dual: FloatArray) -> FloatArray:
+        """Scale slices longer than `weight` back to it."""
+        length = self._length(dual)
+        weight = jnp.asarray(self.weight, dual.dtype)
+        return dual * jnp.where(length > weight, weight / jnp.where(length > 0, length, 1), 1)
+
+    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
+        """`weight ||x_g|| - <dual_g, x_g>`, slice by slice."""
+        weight = jnp.asarray(self.weight, x.dtype)
+        return weight * self._length(x) - jnp.sum(dual * x, axis=self.axis, keepdims=True)
+
+
+@pytree
+class TopK:
+    """Indicator of arrays with at most `k` non-zero entries in all; prox: keep the k largest magnitudes.
+
+    `k` is a leaf: one compiled program serves every count.
+    """
+
+    k: Any
+
+    def mask(self, score: FloatArray) -> BoolArray:
+        """True at exactly the k largest of the non-negative scores."""
+        return top_k_mask(score, self.k)
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """0 where x has at most k non-zeros, +inf elsewhere."""
+        return jnp.where(jnp.sum(x != 0, dtype=jnp.int32) <= self.k, 0.0, jnp.inf).astype(x.dtype)
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """The projection: exactly the k largest magnitudes survive, whatever the step."""
+        del step
+        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype))
+
+
+@pytree
+class NM:
+    """Indicator of the n:m pattern: at most `n` non-zeros in every `m` consecutive entries along `axis`.
+
+    For a weight in solver layout `[in, out]` the axis is 0, so the groups run along the inputs of one output.
+    """
+
+    n: int = static()
+    m: int = static()
+    axis: int = static(default=0)
+
+    def mask(self, score: FloatArray) -> BoolArray:
+        """True at the n largest of the non-negative scores in every group."""
+        return n_of_m_mask(score, self.n, self.m, self.axis)
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """0 where every group holds at most n non-zeros, +inf elsewhere."""
+        moved = jnp.moveaxis(x != 0, self.axis, 0)
+        groups = moved.reshape(moved.shape[0] // self.m, self.m, -1)
+        fits = jnp.all(jnp.sum(groups, axis=1, dtype=jnp.int32) <= self.n)
+        return jnp.where(fits, 0.0, jnp.inf).astype(x.dtype)
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """The projection: the n largest magnitudes of every group survive, whatever the step."""
+        del step
+        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype))
+
+
+
+@pytree
+class Support:
+    """Indicator of arrays that are zero where `mask` is False; prox: set those entries to zero."""
+
+    mask: Any
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """0 where x vanishes off the mask, +inf elsewhere."""
+        return jnp.where(jnp.all(self.mask | (x == 0)), 0.0, jnp.inf).astype(x.dtype)
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """The projection: `x` on the mask, exactly zero off it, whatever the step."""
+        del step
+        return jnp.where(self.mask, x, jnp.zeros((), x.dtype))

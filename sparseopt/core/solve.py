@@ -1,0 +1,181 @@
+"""Floor 3: the problem, the solver protocol, the solution, and `solve`, the package's only outer loop.
+
+    minimise over x    loss(x) + penalty(operator x)
+
+A solver is a frozen pytree with four pure methods; the loop, the stopping rule, the history and the status
+live here and nowhere else. Everything runs under `jit` and `vmap`; under `vmap` each lane stops on its own.
+"""
+
+import enum
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.types import pytree
+
+
+@pytree
+class Problem:
+    """`minimise loss(x) + penalty(operator x)`; without an operator the penalty acts on x itself."""
+
+    loss: Any
+    penalty: Any
+    operator: Any = None
+
+
+class Status(enum.IntEnum):
+    """How a solve ended. `Status(int(solution.status))` names it; `.advice` says what to try."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    NONFINITE = 2
+
+    @property
+    def advice(self) -> str:
+        """One sentence for a person."""
+        return {
+            Status.CONVERGED: "the residual reached the tolerance",
+            Status.MAX_STEPS: "the step limit was reached before the tolerance: raise max_steps, raise tol, or "
+            "try another method",
+            Status.NONFINITE: "a value became infinite or NaN: check the input for non-finite or huge values, "
+            "or use a smaller step size",
+        }[self]
+
+
+class Measure(NamedTuple):
+    """What a solver says about its state: the stopping residual, the objective, a relative duality gap or NaN."""
+
+    residual: Float[Array, ""]
+    objective: Float[Array, ""]
+    gap: Float[Array, ""]
+
+
+class Solver(Protocol):
+    """The four methods that `solve` calls. All are pure; `problem` is passed in so that a solver holds no data."""
+
+    def init(self, problem: Problem, x0: Any) -> Any:
+        """The state before the first step: a pytree of fixed structure, shapes and dtypes."""
+
+    def step(self, problem: Problem, state: Any) -> Any:
+        """The state after one iteration."""
+
+    def measure(self, problem: Problem, state: Any) -> Measure:
+        """Residual, objective and gap of a state; cheap, since it runs after every step."""
+
+    def extract(self, problem: Problem, state: Any) -> Any:
+        """The answer held by a state."""
+
+
+@pytree
+class Solution:
+    """What `solve` returns.
+
+    Attributes:
+        value: the answer.
+        status: a `Status` as an int32 scalar (an array of them under vmap).
+        steps: iterations done.
+        residual: the solver's own stopping measure at the end.
+        objective: loss plus penalty at the end.
+        gap: relative duality gap, NaN where the solver has no certificate.
+        history: a `Measure` of arrays `[max_steps]`, NaN beyond `steps`, or None when not asked for.
+        state: the solver's last state, for a warm start or a closer look.
+    """
+
+    value: Any
+    status: Any
+    steps: Any
+    residual: Any
+    objective: Any
+    gap: Any
+    history: Any
+    state: Any
+
+    def check(self) -> "Solution":
+        """Return self if every lane converged.
+
+        Raises:
+            RuntimeError: otherwise, saying how the worst lane ended and what to try.
+        """
+        worst = Status(int(jnp.max(self.status)))
+        if worst is not Status.CONVERGED:
+            raise RuntimeError(
+                f"not converged ({worst.name}) after {int(jnp.max(self.steps))} steps with residual "
+                f"{float(jnp.max(self.residual)):.3g}: {worst.advice}"
+            )
+        return self
+
+
+def solve(
+    problem: Problem,
+    solver: Solver,
+    x0: Any,
+    *,
+    tol: float | Array = 1e-6,
+    max_steps: int = 1000,
+    history: bool = False,
+) -> Solution:
+    """Iterate `solver` on `problem` from `x0` until its residual is at most `tol`.
+
+    Args:
+        problem: what to minimise.
+        solver: how.
+        x0: the start, of the answer's shape and dtype.
+        tol: bound on the solver's residual; a negative one runs exactly `max_steps` steps.
+        max_steps: step limit, 0 or more.
+        history: record residual, objective and gap after every step.
+
+    Returns:
+        A `Solution`. It never raises on non-convergence; `solution.check()` does.
+
+    Raises:
+        ValueError: if `max_steps` is negative.
+    """
+    if max_steps < 0:
+        raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
+    return _solve(problem, solver, x0, tol, max_steps, max_steps if history else 0)
+
+
+@partial(jax.jit, static_argnums=(5,))
+def _solve(
+    problem: Problem, solver: Solver, x0: Any, tol: float | Array, max_steps: int | Array, history_length: int
+) -> Solution:
+    def measured(state: Any) -> Measure:
+        return solver.measure(problem, state)
+
+    def going(carry: tuple) -> Array:
+        _, steps, now, _ = carry
+        finite = jnp.isfinite(now.objective) & ~jnp.isnan(now.residual)
+        return (steps < max_steps) & ~(now.residual <= tol) & finite
+
+    def advance(carry: tuple) -> tuple:
+        state, steps, _, record = carry
+        state = solver.step(problem, state)
+        now = measured(state)
+        if history_length:
+            record = jax.tree.map(lambda rows, value: rows.at[steps].set(value), record, now)
+        return state, steps + 1, now, record
+
+    state = solver.init(problem, x0)
+    first = measured(state)
+    # The residual before any step says nothing yet (no change has been seen): always take one step.
+    first = first._replace(residual=jnp.full_like(first.residual, jnp.inf))
+    record = jax.tree.map(lambda v: jnp.full((history_length,), jnp.nan, v.dtype), first)
+    carry = (state, jnp.zeros((), jnp.int32), first, record)
+    state, steps, last, record = jax.lax.while_loop(going, advance, carry)
+
+    finite = jnp.isfinite(last.objective) & ~jnp.isnan(last.residual)
+    status = jnp.where(last.residual <= tol, Status.CONVERGED, Status.MAX_STEPS)
+    status = jnp.where(finite, status, Status.NONFINITE).astype(jnp.int32)
+    return Solution(
+        value=solver.extract(problem, state),
+        status=status,
+        steps=steps,
+        residual=last.residual,
+        objective=last.objective,
+        gap=last.gap,
+        history=record if history_length else None,
+        state=state,
+    )

@@ -1,0 +1,71 @@
+"""Floor 4: the plain proximal gradient step, `x <- prox(x - step * gradient(x))`.
+
+With L0 it is iterative hard thresholding (Blumensath and Davies, 2008), with L1 ISTA, with `Support` the
+projected gradient refit of the mAIHT paper.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.losses import largest_eigenvalue_bound
+from sparseopt.core.solve import Measure, Problem
+from sparseopt.core.solvers.aiht import STEP_FRACTION
+from sparseopt.core.types import pytree, static
+
+
+@pytree
+class ProximalGradientState:
+    """The point, its gradient step `u = x - step * gradient(x)`, and what is known there."""
+
+    x: Any
+    u: Any
+    step_size: Any
+    objective: Any
+    residual: Any
+
+
+@pytree
+class ProximalGradient:
+    """Proximal gradient descent as a solver for `solve`; one product with H a step.
+
+    F decreases by at least `(1/(2 step) - L/2) ||x_new - x||²` a step when `step < 1/L`.
+    The residual is the relative length of the last step.
+
+    Attributes:
+        step_size: below `1 / lambda_max(H)`; None takes `0.97` over a safe bound on it.
+        seed: of the random start of the eigenvalue bound.
+    """
+
+    step_size: Any = None
+    seed: int = static(default=0)
+
+    def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> ProximalGradientState:
+        """One product at x0."""
+        step = self.step_size
+        if step is None:
+            step = STEP_FRACTION / largest_eigenvalue_bound(problem.loss.hessian, jax.random.key(self.seed))
+        return self._at(problem, x0, jnp.asarray(step, x0.dtype), jnp.full((), jnp.inf, x0.dtype))
+
+    def step(self, problem: Problem, state: ProximalGradientState) -> ProximalGradientState:
+        """One step."""
+        x = problem.penalty.prox(state.u, state.step_size)
+        length = jnp.linalg.norm((x - state.x).ravel())
+        tiny = jnp.finfo(x.dtype).tiny
+        residual = length / jnp.maximum(jnp.linalg.norm(state.x.ravel()), tiny)
+        return self._at(problem, x, state.step_size, residual)
+
+    def _at(self, problem: Problem, x: Array, step: Array, residual: Array) -> ProximalGradientState:
+        gradient = problem.loss.gradient(x)
+        objective = problem.loss.value_from_gradient(x, gradient) + problem.penalty.value(x)
+        return ProximalGradientState(x, x - step * gradient, step, objective, residual)
+
+    def measure(self, problem: Problem, state: ProximalGradientState) -> Measure:
+        """Relative step length and F."""
+        return Measure(state.residual, state.objective, jnp.full_like(state.objective, jnp.nan))
+
+    def extract(self, problem: Problem, state: ProximalGradientState) -> Float[Array, "n ..."]:
+        """The point."""
+        return state.x

@@ -1,0 +1,160 @@
+"""Floor 1: the scalar mathematics of the proximal operators, and exact selection of the k largest entries.
+
+Every function is elementwise or a reduction, so it works on arrays of any shape and layout, also on arrays
+that are sharded over devices: counts and thresholds come from sums, never from gathering or sorting.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+FloatArray = Float[Array, "..."]
+BoolArray = Bool[Array, "..."]
+Scalar = Float[Array, ""] | float
+Count = Int[Array, ""] | int
+
+
+def hard_threshold(x: FloatArray, threshold: Scalar | FloatArray) -> FloatArray:
+    """Keep the entries with `|x| >= threshold`, set the others to exactly zero.
+
+    It solves `argmin_u 1/2 (u - x)² + step * weight * [u != 0]` for `threshold = sqrt(2 * step * weight)`
+    (not `step * weight`). On a tie, where both answers are minimisers, the entry is kept.
+
+    Source: Blumensath and Davies, "Iterative thresholding for sparse approximations", 2008, eq. 2.
+    """
+    return jnp.where(jnp.abs(x) >= threshold, x, jnp.zeros((), x.dtype))
+
+
+def soft_threshold(x: FloatArray, threshold: Scalar | FloatArray) -> FloatArray:
+    """Move every entry towards zero by `threshold`, stopping at zero.
+
+    It solves `argmin_u 1/2 (u - x)² + step * weight * |u|` for `threshold = step * weight`.
+
+    Source: Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", 1994.
+    """
+    # x - clip(x) returns exact zeros inside the threshold and needs no sign().
+    return x - jnp.clip(x, -threshold, threshold)
+
+
+def mcp_value(x: FloatArray, weight: Scalar | FloatArray, gamma: Scalar | FloatArray) -> FloatArray:
+    """`weight |x| - x² / (2 gamma)` for `|x| <= gamma weight`, else `gamma weight² / 2`, entry by entry.
+
+    Source: Zhang, "Nearly unbiased variable selection under minimax concave penalty", 2010, eq. 2.1.
+    """
+    size = jnp.minimum(jnp.abs(x), jnp.asarray(gamma * weight, x.dtype))
+    return weight * size - size * size / (2 * gamma)
+
+
+def mcp_prox(
+    x: FloatArray, weight: Scalar | FloatArray, gamma: Scalar | FloatArray, step: Scalar | FloatArray
+) -> FloatArray:
+    """`argmin_u 1/2 (u - x)² + step * mcp_value(u)`, a global minimiser for every step.
+
+    For `step < gamma`: 0 up to `|x| = step weight`, `soft(x, step weight) / (1 - step / gamma)` up to
+    `|x| = gamma weight`, x beyond. For `step >= gamma` the piece between is concave, and the answer is the
+    hard threshold at `weight sqrt(gamma step)`, where both ends cost the same.
+    """
+    gamma, step = jnp.asarray(gamma, x.dtype), jnp.asarray(step, x.dtype)
+    weight = jnp.asarray(weight, x.dtype)
+    convex = step < gamma
+    firm = soft_threshold(x, step * weight) / jnp.where(convex, 1 - step / gamma, 1)
+    firm = jnp.where(jnp.abs(x) > gamma * weight, x, firm)
+    return jnp.where(convex, firm, hard_threshold(x, weight * jnp.sqrt(gamma * step)))
+
+
+def scad_value(x: FloatArray, weight: Scalar | FloatArray, a: Scalar | FloatArray) -> FloatArray:
+    """`weight |x|` to `weight`, a parabola to `a weight`, `(a + 1) weight² / 2` beyond, entry by entry.
+
+    Source: Fan and Li, "Variable selection via nonconcave penalized likelihood", 2001, eq. 2.
+    """
+    size = jnp.minimum(jnp.abs(x), jnp.asarray(a * weight, x.dtype))
+    over = jnp.maximum(size - weight, 0)
+    return weight * size - over * over / (2 * (a - 1))
+
+
+def scad_prox(
+    x: FloatArray, weight: Scalar | FloatArray, a: Scalar | FloatArray, step: Scalar | FloatArray
+) -> FloatArray:
+    """`argmin_u 1/2 (u - x)² + step * scad_value(u)`, a global minimiser for every step.
+
+    Each of the three pieces of the penalty has a minimiser on its own interval; the best of them wins. On the
+    concave part of a piece the ends, which the neighbours hold too, are its minimisers.
+    """
+    a, step = jnp.asarray(a, x.dtype), jnp.asarray(step, x.dtype)
+    weight = jnp.asarray(weight, x.dtype)
+    size = jnp.abs(x)
+    inner = jnp.clip(size - step * weight, 0, weight)
+    bend = (a - 1) - step
+    middle = ((a - 1) * size - step * a * weight) / jnp.where(bend > 0, bend, 1)
+    middle = jnp.where(bend > 0, jnp.clip(middle, weight, a * weight), inner)
+    outer = jnp.maximum(size, a * weight)
+    best, cost = inner, 0.5 * (inner - size) ** 2 + step * scad_value(inner, weight, a)
+    for other in (middle, outer):
+        other_cost = 0.5 * (other - size) ** 2 + step * scad_value(other, weight, a)
+        best, cost = jnp.where(other_cost < cost, other, best), jnp.minimum(cost, other_cost)
+    # Far out the penalty is flat: x itself, free of the rounding of three compared costs.
+    return jnp.where(size > (a + step) * weight, x, jnp.sign(x) * best)
+
+
+def _ordered_bits(magnitude: FloatArray) -> tuple[jax.Array, int]:
+    """Map non-negative floats to unsigned integers of the same order; return them and their width in bits."""
+    width = magnitude.dtype.itemsize * 8
+    unsigned = {16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[width]
+    return jax.lax.bitcast_convert_type(magnitude, unsigned), width
+
+
+def kth_largest(x: FloatArray, k: Count) -> Float[Array, ""]:
+    """The k-th largest entry of a non-negative array, `k` in 1..size, exactly; +inf for `k = 0`.
+
+    Found by deciding one bit of the answer at a time, each with one count over the array. `k` may be traced,
+    so one compiled program serves every sparsity; equal entries count one each. For `k > size` the answer is 0.
+    The order of NaN entries is undefined; inputs are checked on the host before.
+    """
+    bits, width = _ordered_bits(x)
+    k = jnp.asarray(k)
+
+    def decide(position: jax.Array, found: jax.Array) -> jax.Array:
+        shift = jnp.asarray(width - 2 - position, bits.dtype)  # the sign bit of a magnitude is zero
+        candidate = found | (jnp.ones((), bits.dtype) << shift)
+        enough = jnp.sum(bits >= candidate, dtype=jnp.int32) >= k
+        return jnp.where(enough, candidate, found)
+
+    found = jax.lax.fori_loop(0, width - 1, decide, jnp.zeros((), bits.dtype))
+    value = jax.lax.bitcast_convert_type(found, x.dtype)
+    return jnp.where(k > 0, value, jnp.asarray(jnp.inf, x.dtype))
+
+
+def top_k_mask(score: FloatArray, k: Count) -> BoolArray:
+    """True at exactly `k` entries of the largest non-negative `score`; among equal scores the first win.
+
+    `k` may be traced. `k <= 0` gives an empty mask and `k >= size` a full one.
+    """
+    threshold = kth_largest(score, k)
+    above = score > threshold
+    tied = score == threshold
+    room = jnp.asarray(k) - jnp.sum(above, dtype=jnp.int32)
+    rank = jnp.cumsum(tied.reshape(-1), dtype=jnp.int32).reshape(score.shape)
+    return above | (tied & (rank <= room))
+
+
+def n_of_m_mask(score: FloatArray, n: int, m: int, axis: int = 0) -> BoolArray:
+    """True at the `n` largest scores of every `m` consecutive entries along `axis`; on a tie the first win.
+
+    Raises:
+        ValueError: if `0 <= n <= m`, `m >= 1` fails or `m` does not divide the length of `axis`.
+    """
+    length = score.shape[axis]
+    if not (m >= 1 and 0 <= n <= m):
+        raise ValueError(f"an n:m pattern needs 0 <= n <= m and m >= 1, given {n}:{m}")
+    if length % m:
+        raise ValueError(
+            f"the pattern {n}:{m} needs a length divisible by {m} along axis {axis}, "
+            f"given an array of shape {score.shape} with length {length}; choose an m that divides {length}"
+        )
+    moved = jnp.moveaxis(score, axis, 0)
+    grouped = moved.reshape(length // m, m, *moved.shape[1:])
+    # The rank of an entry is the number of group members that beat it: m² comparisons, no sort, no gather.
+    mine, other = grouped[:, :, None], grouped[:, None, :]
+    earlier = (jnp.arange(m)[None, :] < jnp.arange(m)[:, None]).reshape(1, m, m, *([1] * (grouped.ndim - 2)))
+    rank = jnp.sum((other > mine) | ((other == mine) & earlier), axis=2, dtype=jnp.int32)
+    return jnp.moveaxis((rank < n).reshape(moved.shape), 0, axis)

@@ -1,0 +1,185 @@
+"""Floor 5: a model written out, one safetensors shard at a time, as a folder that transformers loads.
+
+Every file is written under a temporary name, forced to disk and renamed: what has its final name is whole.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseopt.models.errors import ModelError
+from sparseopt.models.families import find_family
+from sparseopt.models.safetensors_file import WRITABLE, write_tensors
+from sparseopt.models.source import Source
+
+OUTER_TAG = "outer"
+_PARTIAL = ".partial"
+
+
+def block_tag(index: int) -> str:
+    """The shard tag of a block."""
+    return f"block-{index:04d}"
+
+
+class ShardedWriter:
+    """Writes a changed copy of a source: `write` for each shard, then `finish`.
+
+    Attributes:
+        output: the folder.
+        shards: names of the finished shard files, in the order of writing.
+    """
+
+    def __init__(self, output: str | Path, source: Source, dtype: Any = None) -> None:
+        """Make the output folder.
+
+        Args:
+            output: a folder that is empty or does not exist.
+            source: the model that the tensors come from; gives names, shapes, dtypes and tokenizer files.
+            dtype: of all tensors written; None keeps each tensor's own (float32 where it was quantised).
+
+        Raises:
+            ModelError: if the folder holds something, cannot be made, or its disk has too little space.
+        """
+        self.output = Path(output).expanduser()
+        self.shards: list[str] = []
+        self._source = source
+        self._dtype = None if dtype is None else np.dtype(dtype)
+        if self._dtype is not None and self._dtype not in WRITABLE:
+            raise ModelError(
+                f"cannot write dtype {self._dtype}; choose one of {', '.join(map(str, WRITABLE))}"
+            )
+        self._family = find_family(source.config)
+        self._expected = self._family.expected_shapes(self._family.read_config(source.config))
+        self._places: dict[str, str] = {}
+        self._bytes: dict[str, int] = {}
+        self._prepare()
+
+    def write(self, tag: str, tensors: Mapping[str, np.ndarray]) -> str:
+        """Write one shard and return its file name; once it has returned, the shard is safe.
+
+        Args:
+            tag: names the shard: letters, digits and hyphens, new to this writer.
+            tensors: arrays by checkpoint name, in any float dtype.
+
+        Raises:
+            ModelError: for a name, shape or value that cannot be written, or when the disk refuses, in which
+                case the text names the shard that failed and those that are safe.
+        """
+        name = f"model-{tag}.safetensors"
+        if not re.fullmatch(r"[A-Za-z0-9-]+", tag) or name in self.shards:
+            raise ModelError(f"shard tag {tag!r} is taken or not made of letters, digits and hyphens")
+        converted = {key: self._convert(key, value) for key, value in tensors.items()}
+        self._put(name, lambda file: write_tensors(file, converted))
+        self.shards.append(name)
+        for key, value in converted.items():
+            self._places[key] = name
+            self._bytes[value.dtype.name] = self._bytes.get(value.dtype.name, 0) + value.nbytes
+        return name
+
+    def finish(self) -> None:
+        """Write the index, the configuration and the tokenizer files: the folder is then a whole model.
+
+        Raises:
+            ModelError: if tensors of the model were never written, or the disk refuses.
+        """
+        missing = [key for key in self._expected if key not in self._places]
+        if missing:
+            raise ModelError(
+                f"{len(missing)} tensors were not written, the first {missing[0]}; write all, then finish"
+            )
+        for name, content in self._source.sidecars().items():
+            self._put(name, _content_writer(content))
+        config = dict(self._source.config)
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = max(
+            self._bytes, key=self._bytes.__getitem__
+        )
+        self._put("config.json", _content_writer(_to_json(config)))
+        index = {
+            "metadata": {"total_size": sum(self._bytes.values())},
+            "weight_map": dict(sorted(self._places.items())),
+        }
+        # The index comes last: a folder that has one is complete.
+        self._put("model.safetensors.index.json", _content_writer(_to_json(index)))
+
+    def _prepare(self) -> None:
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            held = sorted(entry.name for entry in self.output.iterdir())
+            free = shutil.disk_usage(self.output).free
+        except OSError as error:
+            raise ModelError(
+                f"cannot use {self.output} as output folder: {error.strerror}; choose another"
+            ) from error
+        if held:
+            shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
+            raise ModelError(
+                f"the output folder {self.output} is not empty (it holds {shown}); choose another or empty it"
+            )
+        needed = sum(math.prod(shape) * self.dtype_of(key).itemsize for key, shape in self._expected.items())
+        if needed > free:
+            raise ModelError(
+                f"{self.output} has {free:,} bytes free, the model needs {needed:,}; make room on that disk or "
+                "choose another"
+            )
+
+    def dtype_of(self, key: str) -> np.dtype:
+        """The dtype in which a tensor of the model is stored."""
+        return self._dtype or self._source.tensors[key].dtype
+
+    def _convert(self, key: str, value: np.ndarray) -> np.ndarray:
+        if key not in self._expected or key in self._places:
+            raise ModelError(f"{key} is no tensor of this model, or was written already")
+        if value.shape != self._expected[key]:
+            raise ModelError(f"{key} has the shape {list(value.shape)}, expected {list(self._expected[key])}")
+        with np.errstate(over="ignore"):
+            converted = np.asarray(value).astype(self.dtype_of(key), copy=False)
+        if not np.isfinite(converted).all():
+            raise ModelError(f"{key} holds NaN or infinity as {converted.dtype}; it was not written")
+        return converted
+
+    def _put(self, name: str, write: Any) -> None:
+        """Write under a temporary name, then rename; on any failure the temporary file goes."""
+        partial = self.output / (name + _PARTIAL)
+        try:
+            write(partial)
+            os.replace(partial, self.output / name)
+            _sync_folder(self.output)
+        except OSError as error:
+            safe = ", ".join(self.shards) or "none yet"
+            raise ModelError(
+                f"could not write {self.output / name}: {error.strerror or error}; finished and safe are: "
+                f"{safe}. Make room on the disk and run again with another output folder"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _content_writer(content: bytes) -> Any:
+    def write(file: Path) -> None:
+        with file.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    return write
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a rename to disk, where the system can open folders."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,77 @@
+"""Floor 5: text continued token by token. For samples, not for speed: each token runs the whole window."""
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+from sparseopt.models.decoder import Decoder
+
+# The window grows in such steps, so that few distinct lengths are compiled.
+_WINDOW_STEP = 64
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(graphdef: nnx.GraphDef, state: Any, x: Array) -> Array:
+    return nnx.merge(graphdef, state)(x)
+
+
+@jax.jit
+def _choose(logits_V: Array, temperature: Array, key: Array) -> Array:
+    drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
+
+
+def generate(
+    decoder: Decoder,
+    prompt_ids: Int[np.ndarray, " prompt"],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop_ids: Collection[int] = (),
+) -> Int[np.ndarray, " new"]:
+    """The tokens that follow a prompt.
+
+    Args:
+        decoder: the model.
+        prompt_ids: at least one token id.
+        max_new_tokens: how many to add at most, 0 or more.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        seed: of the draws.
+        stop_ids: generation ends when one of these comes; it is not returned.
+
+    Returns:
+        The new token ids, int32, without the prompt.
+
+    Raises:
+        ValueError: if the prompt is empty or a number negative.
+    """
+    prompt = np.asarray(prompt_ids, np.int32).reshape(-1)
+    if not prompt.size or max_new_tokens < 0 or temperature < 0:
+        raise ValueError(
+            f"need a prompt of 1 token or more, max_new_tokens and temperature of 0 or more; given "
+            f"{prompt.size} tokens, {max_new_tokens=}, {temperature=}"
+        )
+    parts = [nnx.split(part) for part in (decoder.embed_tokens, *decoder.layers)]
+    head = nnx.split(decoder.head)
+    window = -(-(prompt.size + max_new_tokens) // _WINDOW_STEP) * _WINDOW_STEP
+    tokens = np.zeros((1, window), np.int32)
+    tokens[0, : prompt.size] = prompt
+    keys = jax.random.split(jax.random.key(seed), max(max_new_tokens, 1))
+    for length in range(prompt.size, prompt.size + max_new_tokens):
+        x: Array = jnp.asarray(tokens)
+        for graphdef, state in parts:
+            x = _run(graphdef, state, x)
+        # Attention is causal: what stands beyond `length` does not change the position before it.
+        logits_V = _run(*head, x[:, length - 1 : length])[0, 0]
+        token = int(_choose(logits_V, jnp.float32(temperature), keys[length - prompt.size]))
+        if token in stop_ids:
+            return tokens[0, prompt.size : length].copy()
+        tokens[0, length] = token
+    return tokens[0, prompt.size : prompt.size + max_new_tokens].copy()

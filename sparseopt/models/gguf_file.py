@@ -1,0 +1,170 @@
+"""Floor 5: GGUF files: header, metadata and tensor table, every length checked against the file's size.
+
+Layout (version 2 and 3, little-endian): magic, version, counts; metadata as (key, type, value); the tensor
+table as (name, sizes fastest axis first, type, offset); the data, aligned. The `gguf` package decodes
+quantised blocks.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from sparseopt.models.errors import ModelError
+
+# Metadata value types 0 to 12; 8 is a string and 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+_PLAIN = {
+    GGMLQuantizationType.F64: np.dtype(np.float64),
+    GGMLQuantizationType.F32: np.dtype(np.float32),
+    GGMLQuantizationType.F16: np.dtype(np.float16),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """Where a tensor lies: its file, first byte, shape (slowest axis first) and storage type."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype that `read` gives: the stored one, or float32 for a quantised tensor."""
+        return _PLAIN.get(self.kind, np.dtype(np.float32))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        block, block_bytes = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // block * block_bytes
+
+    def read(self) -> np.ndarray:
+        """The tensor, copied from the file and dequantised.
+
+        Raises:
+            ModelError: if the file has shrunk since its header was checked.
+        """
+        raw = np.fromfile(self.file, np.uint8, self.nbytes, offset=self.start)
+        if raw.size != self.nbytes:
+            raise ModelError(f"{self.file} became shorter while it was read; copy it again")
+        if self.kind in _PLAIN:
+            return raw.view(self.dtype).reshape(self.shape)
+        return dequantize(raw, self.kind).astype(np.float32, copy=False).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """A file's metadata by key and its tensors by GGUF name."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+class _Reader:
+    """Reads little-endian values and refuses to read past the end of the file."""
+
+    def __init__(self, stream: BinaryIO, file: Path) -> None:
+        self.stream, self.file, self.size = stream, file, file.stat().st_size
+
+    def corrupt(self, what: str) -> ModelError:
+        return ModelError(f"{self.file} is truncated or corrupt: {what}; download it again")
+
+    def take(self, count: int) -> bytes:
+        position = self.stream.tell()
+        if count > self.size - position:
+            raise self.corrupt(f"{count} bytes wanted at byte {position}, the file has {self.size}")
+        return self.stream.read(count)
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def text(self) -> str:
+        raw = self.take(self.scalar("Q"))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise self.corrupt(f"a string before byte {self.stream.tell()} is not UTF-8") from error
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            item, count = self.scalar("I"), self.scalar("Q")
+            if item in _SCALARS:
+                width = struct.calcsize("<" + _SCALARS[item])
+                return list(struct.unpack(f"<{count}{_SCALARS[item]}", self.take(self.bounded(count, width))))
+            self.bounded(count, 8)
+            return [self.value(item) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise self.corrupt(f"unknown metadata type {kind} before byte {self.stream.tell()}")
+        return self.scalar(_SCALARS[kind])
+
+    def bounded(self, count: int, width: int) -> int:
+        """The bytes of `count` items of at least `width`, which must fit into the rest of the file."""
+        if count * width > self.size - self.stream.tell():
+            raise self.corrupt(
+                f"{count} items claimed at byte {self.stream.tell()}, the file has {self.size} bytes"
+            )
+        return count * width
+
+
+def read_header(file: Path) -> GGUFHeader:
+    """The metadata and tensor table of a GGUF file; no tensor is read.
+
+    Raises:
+        ModelError: if the file is no GGUF of version 2 or 3, is truncated or corrupt, or holds a tensor of a
+            type that is not known or that lies outside the file.
+    """
+    with file.open("rb") as stream:
+        reader = _Reader(stream, file)
+        if stream.read(4) != b"GGUF":
+            raise ModelError(f"{file} is no GGUF file (it does not begin with 'GGUF'); check the path")
+        version = reader.scalar("I")
+        if version not in (2, 3):
+            raise ModelError(
+                f"{file} is GGUF version {version}, little-endian 2 and 3 are supported; convert it again"
+            )
+        num_tensors, num_values = reader.scalar("Q"), reader.scalar("Q")
+        reader.bounded(num_tensors, 24)
+        reader.bounded(num_values, 12)
+        metadata: dict[str, Any] = {}
+        for _ in range(num_values):
+            key = reader.text()
+            metadata[key] = reader.value(reader.scalar("I"))
+        table = [_read_entry(reader) for _ in range(num_tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise reader.corrupt(f"general.alignment is {alignment!r}")
+        data = -(-stream.tell() // alignment) * alignment
+        tensors = {name: GGUFTensor(file, data + offset, shape, kind) for name, shape, kind, offset in table}
+        for name, tensor in tensors.items():
+            if tensor.start + tensor.nbytes > reader.size:
+                raise reader.corrupt(
+                    f"tensor {name} ends at byte {tensor.start + tensor.nbytes} of {reader.size}"
+                )
+    return GGUFHeader(metadata, tensors)
+
+
+def _read_entry(reader: _Reader) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    name, axes = reader.text(), reader.scalar("I")
+    sizes = [reader.scalar("Q") for _ in range(axes)] if axes <= 4 else []
+    code, offset = reader.scalar("I"), reader.scalar("Q")
+    try:
+        kind = GGMLQuantizationType(code)
+    except ValueError as error:
+        raise reader.corrupt(f"tensor {name} has the unknown type {code}") from error
+    if not sizes or sizes[0] % GGML_QUANT_SIZES[kind][0]:
+        raise reader.corrupt(f"tensor {name} of type {kind.name} has the sizes {sizes}")
+    return name, tuple(reversed(sizes)), kind, offset

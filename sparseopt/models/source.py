@@ -1,0 +1,161 @@
+"""Floor 5: where a model comes from: a Hugging Face folder with safetensors, or one GGUF file.
+
+A source knows its configuration and the name, shape and dtype of each tensor; a tensor is read when asked
+for.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sparseopt.models.errors import ModelError
+from sparseopt.models.gguf_source import GGUFSource
+from sparseopt.models.safetensors_file import StoredTensor, read_header
+
+# Files beside the weights that an export takes along where the source has them; config.json is written anew.
+SIDECARS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class TensorInfo(Protocol):
+    """What is known of a tensor before it is read: its shape, and the dtype that reading gives."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, slowest axis first."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Stored dtype; float32 for a tensor that is stored quantised."""
+
+
+class Source(Protocol):
+    """A model's files. `tensors` go by Hugging Face names whatever the files call them."""
+
+    @property
+    def path(self) -> Path:
+        """The folder or file."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The Hugging Face configuration."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name."""
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in its stored dtype (bfloat16 as `ml_dtypes.bfloat16`)."""
+
+    def sidecars(self) -> dict[str, bytes]:
+        """Tokenizer and generation files by name, to be written beside an export."""
+
+
+class FolderSource:
+    """A Hugging Face folder: config.json and model.safetensors, whole or in shards with an index."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = _read_json(path / "config.json")
+        self.tensors: dict[str, StoredTensor] = _find_tensors(path)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in its stored dtype."""
+        return self.tensors[name].read()
+
+    def sidecars(self) -> dict[str, bytes]:
+        """Those of `SIDECARS` that the folder has."""
+        return {name: (self.path / name).read_bytes() for name in SIDECARS if (self.path / name).is_file()}
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a model: headers are read and checked, tensors are not.
+
+    Args:
+        path: a Hugging Face folder or a `.gguf` file.
+
+    Raises:
+        ModelError: if nothing usable is there, saying what is and what to do, or a file is truncated or corrupt.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return FolderSource(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return GGUFSource(path)
+    if path.is_file():
+        raise ModelError(f"{path} is a file but no .gguf; give a Hugging Face folder or a .gguf file")
+    raise ModelError(
+        f"no model at {path}: the path does not exist; give a Hugging Face folder or a .gguf file on this "
+        "machine (fetch one with `hf download NAME --local-dir FOLDER`)"
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ModelError(f"{file.parent} has no {file.name}; it holds {_listing(file.parent)}")
+    try:
+        value = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ModelError(f"{file} is no valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} holds no JSON object; download it again")
+    return value
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    shown = ", ".join(names[:8]) or "nothing"
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+
+
+def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return _read_shards(folder, _read_json(index).get("weight_map"))
+    if single.is_file():
+        return read_header(single)
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise ModelError(
+            f"{folder} has only pickled weights, which can run code when loaded and are not read; convert "
+            "them where torch is installed: AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
+        )
+    if any(folder.glob("*.gguf")):
+        raise ModelError(f"{folder} has GGUF files and no safetensors; give the path of one .gguf file")
+    raise ModelError(
+        f"{folder} has no model.safetensors and no model.safetensors.index.json; it holds {_listing(folder)}"
+    )
+
+
+def _read_shards(folder: Path, weight_map: Any) -> dict[str, StoredTensor]:
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"the index in {folder} has no weight_map of names to files; download it again")
+    shards = sorted(set(weight_map.values()))
+    outside = [name for name in shards if Path(name).name != name or "\\" in name or name in ("", "..")]
+    if outside:
+        raise ModelError(
+            f"the index in {folder} names files outside the folder: {', '.join(outside)}; do not trust it"
+        )
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder} lacks shards that its index names: {', '.join(missing)}; download them")
+    headers = {name: read_header(folder / name) for name in shards}
+    absent = sorted(key for key, name in weight_map.items() if key not in headers[name])
+    if absent:
+        raise ModelError(
+            f"the index in {folder} names {len(absent)} tensors that their shards lack, the first {absent[0]} "
+            f"in {weight_map[absent[0]]}; download index and shards again"
+        )
+    return {key: headers[name][key] for key, name in weight_map.items()}

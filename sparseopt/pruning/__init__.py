@@ -1,0 +1,37 @@
+"""Floor 6: pruning of language models, from one layer (`prune_layer`) to a whole model (`prune_model`)."""
+
+from sparseopt.pruning.api import LayerResult, prune_layer
+from sparseopt.pruning.evaluation import LayerAudit, audit_sparsity, perplexity
+from sparseopt.pruning.layer import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
+from sparseopt.pruning.methods import METHODS, Magnitude, MaihtPruning, Wanda, find_method
+from sparseopt.pruning.pipeline import PruningError, prune_model
+from sparseopt.pruning.recipe import Recipe
+from sparseopt.pruning.reports import LayerRecord, PruneReport
+from sparseopt.pruning.texts import TextError, load_text, token_windows
+
+__all__ = [
+    "METHODS",
+    "LayerAudit",
+    "LayerJob",
+    "LayerMethod",
+    "LayerRecord",
+    "LayerReport",
+    "LayerResult",
+    "Magnitude",
+    "MaihtPruning",
+    "PruneReport",
+    "Pruned",
+    "PruningError",
+    "Recipe",
+    "ScaledLayer",
+    "TextError",
+    "Wanda",
+    "audit_sparsity",
+    "find_method",
+    "load_text",
+    "perplexity",
+    "prune_layer",
+    "prune_model",
+    "solve_layer",
+    "token_windows",
+]

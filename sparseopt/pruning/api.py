@@ -1,0 +1,130 @@
+"""Floor 6: `prune_layer`, one weight and one Gram from a notebook: checks on the host, then the jitted solve."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.solve import Status
+from sparseopt.pruning.compiled import Compiled
+from sparseopt.pruning.layer import LayerJob, LayerMethod, solve_layer
+from sparseopt.pruning.methods import find_method
+from sparseopt.pruning.patterns import parse_pattern
+
+# One for the process: calls with the same shape, pattern and method share a compiled program.
+_solver = Compiled(solve_layer)
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A pruned layer.
+
+    Attributes:
+        weight: `[out, in]` in the dtype given, pruned entries exactly zero.
+        relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the Gram given.
+        test_error: the same on the held-out Gram, NaN without one.
+        sparsity: share of zeros.
+        steps: iterations.
+        seconds: device time of the solve, compilation apart.
+        status: how it ended.
+        dead_inputs: number of inputs that were zero on every token; their weights were pruned first.
+    """
+
+    weight: np.ndarray
+    relative_error: float
+    test_error: float
+    sparsity: float
+    steps: int
+    seconds: float
+    status: Status
+    dead_inputs: int
+
+
+def prune_layer(
+    weight: Any,
+    gram: Any,
+    sparsity: float | None = None,
+    pattern: str = "unstructured",
+    method: str | LayerMethod = "maiht",
+    preset: str = "best",
+    *,
+    test_gram: Any = None,
+) -> LayerResult:
+    """Prune one linear layer: minimise `||X Vᵀ - X Wᵀ||²` over V in the pattern, given `gram = XᵀX`.
+
+    Args:
+        weight: dense weight W, `[out, in]`, any float dtype.
+        gram: `XᵀX` of the layer's inputs over the calibration tokens, `[in, in]`; used in float32.
+        sparsity: share of zeros in [0, 1), exact to the weight; may be left out with an n:m pattern.
+        pattern: "unstructured", or "n:m" such as "2:4" along the inputs of each output.
+        method: "maiht", "wanda", "magnitude", or a `LayerMethod` of your own.
+        preset: "paper", the published settings, or "best".
+        test_gram: Gram of held-out inputs, for a second error.
+
+    Raises:
+        ValueError: for an impossible sparsity, pattern, method, shape or non-finite value, before any work.
+        RuntimeError: if the solve became non-finite.
+    """
+    weight = np.asarray(weight)
+    if weight.ndim != 2 or weight.size == 0:
+        raise ValueError(f"weight must be a matrix [out, in], given shape {list(weight.shape)}")
+    # ml_dtypes.bfloat16 is no NumPy floating type, but casts like one.
+    if np.issubdtype(weight.dtype, np.integer) or weight.dtype == bool:
+        raise ValueError(f"weight must be of a float dtype, given {weight.dtype}; cast it first")
+    if weight.dtype == np.float64:
+        weight = weight.astype(np.float32)
+    _check_finite("weight", weight)
+    gram = check_gram("gram", gram, weight.shape[1])
+    if test_gram is not None:
+        test_gram = check_gram("test_gram", test_gram, weight.shape[1])
+    outputs, inputs = weight.shape
+    job = LayerJob(weight, gram, test_gram, parse_pattern(pattern, sparsity, (outputs, inputs)))
+    timed = _solver(job, find_method(method, preset))
+    report = timed.value
+    status = Status(int(report.status))
+    if status is Status.NONFINITE:
+        raise RuntimeError(f"the solve became non-finite: {status.advice}")
+    return LayerResult(
+        weight=np.asarray(report.weight),
+        relative_error=float(report.relative_error),
+        test_error=float(report.test_error),
+        sparsity=int(report.zeros) / weight.size,
+        steps=int(report.steps),
+        seconds=timed.seconds,
+        status=status,
+        dead_inputs=int(report.dead_inputs),
+    )
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    bad = int(np.size(array) - np.count_nonzero(np.isfinite(np.asarray(array, np.float32))))
+    if bad:
+        raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}; mend the input first")
+
+
+def check_gram(name: str, gram: Any, inputs: int) -> jnp.ndarray:
+    """A Gram as a float32 device array, after checks of shape, finiteness, symmetry and sign.
+
+    Raises:
+        ValueError: saying which check failed, with the figures.
+    """
+    gram = np.asarray(gram)
+    if gram.shape != (inputs, inputs):
+        raise ValueError(
+            f"{name} must be [in, in] = [{inputs}, {inputs}] for this weight [out, in], given {list(gram.shape)}"
+        )
+    _check_finite(name, gram)
+    diagonal = np.diagonal(gram)
+    if diagonal.min() < 0:
+        raise ValueError(f"{name} has a negative diagonal entry ({diagonal.min():.3g}); XᵀX never has")
+    # An entry of XᵀX is a sum that rounds to about eps * sqrt(tokens) * |x_i| |x_j|; 1e-3 is far beyond that.
+    norms = np.sqrt(diagonal.astype(np.float64))
+    skew = np.abs(gram - gram.T) > 1e-3 * np.maximum(np.outer(norms, norms), 1e-30)
+    if skew.any():
+        row, column = np.argwhere(skew)[0]
+        raise ValueError(
+            f"{name} is not symmetric: entry ({row}, {column}) is {gram[row, column]:.6g}, its mirror "
+            f"{gram[column, row]:.6g}; give XᵀX, or (A + Aᵀ) / 2"
+        )
+    return jnp.asarray(gram, jnp.float32)

@@ -1,0 +1,117 @@
+"""Floor 6: what a model is worth: token-level perplexity, and an audit of the zeros in what was stored.
+
+    perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
+
+over non-overlapping windows; a window of n tokens predicts n - 1. The model streams block by block.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparseopt.models import Block, Head, StreamedModel, open_model
+from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.compiled import Compiled
+
+# Tokens whose logits are held at one time: 256 rows of a vocabulary of 50,000 are 50 MB.
+LOGIT_ROWS = 256
+
+
+def negative_log_likelihood(
+    head: Head, x_TD: Float[Array, "T D"], tokens_T: Int[Array, "T"]
+) -> Float[Array, ""]:
+    """`- sum_t log p(tokens[t + 1])` of one window from its last activations, a slice of rows at a time."""
+    rows = min(LOGIT_ROWS, x_TD.shape[0])
+    padding = -x_TD.shape[0] % rows
+    targets = jnp.pad(tokens_T[1:], (0, 1 + padding))
+    counts = jnp.arange(x_TD.shape[0] + padding) < x_TD.shape[0] - 1
+    x = jnp.pad(x_TD, ((0, padding), (0, 0)))
+
+    def slice_loss(piece: tuple[Array, Array, Array]) -> Array:
+        x_RD, target_R, counted_R = piece
+        logits_RV = head(x_RD[None])[0]
+        chosen = jnp.take_along_axis(logits_RV, target_R[:, None], axis=-1)[:, 0]
+        return jnp.sum(jnp.where(counted_R, jax.nn.logsumexp(logits_RV, axis=-1) - chosen, 0))
+
+    pieces = (x.reshape(-1, rows, x.shape[-1]), targets.reshape(-1, rows), counts.reshape(-1, rows))
+    return jnp.sum(jax.lax.map(slice_loss, pieces))
+
+
+def perplexity(
+    model: str | Path | StreamedModel,
+    token_ids: Any,
+    seqlen: int = 1024,
+    *,
+    observer: Callable[[int, int], None] | None = None,
+) -> float:
+    """Perplexity of a model on token ids in non-overlapping windows.
+
+    Args:
+        model: a model folder, a GGUF file, or an opened model.
+        token_ids: integer ids, `[n]` (cut into windows from the start, a rest is left out) or `[windows, seqlen]`.
+        seqlen: tokens a window when `token_ids` is flat.
+        observer: called with (blocks done, blocks in all).
+
+    Raises:
+        ValueError: for ids outside the vocabulary or fewer tokens than one window.
+    """
+    model = model if isinstance(model, StreamedModel) else open_model(model)
+    ids = np.asarray(token_ids)
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
+        raise ValueError(f"token_ids must be integers [n] or [windows, seqlen], given {ids.dtype} {list(ids.shape)}")
+    if ids.ndim == 1:
+        if len(ids) < seqlen or seqlen < 2:
+            raise ValueError(f"{len(ids)} tokens are fewer than one window of {seqlen}; give more or a shorter seqlen")
+        ids = ids[: len(ids) // seqlen * seqlen].reshape(-1, seqlen)
+    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+        raise ValueError(
+            f"token ids must lie in 0..{model.config.vocab_size - 1}, given {ids.min()}..{ids.max()}; "
+            "were they made with another tokenizer?"
+        )
+    ids = ids.astype(np.int32)
+
+    batches = make_batches(model.embedding()(ids))
+    runner = BlockRunner()
+    for index in range(model.num_blocks):
+        batches = runner.forward(model.block(index), batches)
+        if observer:
+            observer(index + 1, model.num_blocks)
+    loss = Compiled(negative_log_likelihood)
+    head = model.head()
+    windows = (x for batch in batches for x in batch)
+    total = sum(float(loss(head, x, row).value) for x, row in zip(windows, ids, strict=True))
+    return float(np.exp(total / (ids.shape[0] * (ids.shape[1] - 1))))
+
+
+@dataclass(frozen=True)
+class LayerAudit:
+    """Zeros of one linear as stored on disk."""
+
+    layer: str
+    shape: tuple[int, ...]
+    zeros: int
+    size: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / self.size
+
+
+def audit_sparsity(model: str | Path | StreamedModel) -> list[LayerAudit]:
+    """Count the exact zeros of every prunable linear in the stored tensors, read back one by one."""
+    model = model if isinstance(model, StreamedModel) else open_model(model)
+    audits = []
+    for index in range(model.num_blocks):
+        keys = model.block_keys(index)
+        for name in Block.linears:
+            weight = model.source.read(keys[f"{name}.weight"])
+            zeros = int(weight.size - np.count_nonzero(weight))
+            audits.append(LayerAudit(keys[f"{name}.weight"].removesuffix(".weight"), weight.shape, zeros, weight.size))
+    return audits

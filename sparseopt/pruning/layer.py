@@ -1,0 +1,142 @@
+"""Floor 6: one layer. Job in, report out, pure and jitted; one compile for every distinct shape and method.
+
+    minimise over V    1/2 ||X Vᵀ - X Wᵀ||²    subject to V in the pattern          W, V [out, in],  Gram = XᵀX
+
+A layer is solved in scaled coordinates: `e = sqrt(diag Gram)`, hessian `Gram_ij / (e_i e_j)` with unit diagonal,
+center `(W e)ᵀ [in, out]`. There the magnitude of an entry is Wanda's score.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.losses import HIGHEST, Quadratic
+from sparseopt.core.solve import Status
+from sparseopt.core.types import pytree
+from sparseopt.pruning.patterns import Pattern
+
+
+@pytree
+class LayerJob:
+    """What to prune.
+
+    Attributes:
+        weight: dense weight, `[out, in]`, any float dtype; the answer keeps that dtype.
+        gram: calibration Gram `XᵀX`, `[in, in]`, float32.
+        test_gram: Gram of held-out inputs for the second error, `[in, in]`, or None.
+        pattern: which weights may survive.
+    """
+
+    weight: Any
+    gram: Any
+    test_gram: Any
+    pattern: Pattern
+
+
+@pytree
+class ScaledLayer:
+    """A layer in scaled coordinates, as a method sees it.
+
+    Attributes:
+        hessian: `[in, in]`, unit diagonal except at dead inputs, where row and column are zero.
+        center: the scaled dense weight, `[in, out]`.
+        scale: `e`, `[in]`, the norm of each input over the calibration tokens; 0 at dead inputs.
+    """
+
+    hessian: Any
+    center: Any
+    scale: Any
+
+    def ridged(self, ridge: float | Array) -> Quadratic:
+        """The layer's loss with `ridge * I` added to the hessian."""
+        return Quadratic(self.hessian + ridge * jnp.eye(self.hessian.shape[0], dtype=jnp.float32), self.center)
+
+
+class Pruned(NamedTuple):
+    """A method's answer in scaled coordinates: values `[in, out]`, which entries are kept, and how it went."""
+
+    values: Array
+    mask: Array
+    steps: Array | int
+    status: Array | int
+
+
+class LayerMethod(Protocol):
+    """A pruning method: a frozen pytree that solves a scaled layer. Pure, traced once a shape."""
+
+    def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
+        """Values that vanish off a mask with exactly the pattern's count."""
+
+
+@pytree
+class LayerReport:
+    """What `solve_layer` returns; all but the weight are scalars.
+
+    Attributes:
+        weight: pruned weight `[out, in]` in the job's dtype, pruned entries exactly zero.
+        relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the calibration Gram, of the stored weight, no ridge.
+        test_error: the same on the held-out Gram, NaN without one.
+        zeros: number of zero entries of `weight`.
+        dead_inputs: number of inputs that were zero on every calibration token.
+        steps: iterations of the method.
+        status: a `Status`.
+    """
+
+    weight: Any
+    relative_error: Any
+    test_error: Any
+    zeros: Any
+    dead_inputs: Any
+    steps: Any
+    status: Any
+
+
+def scale_layer(weight: Float[Array, "out in"], gram: Float[Array, "in in"]) -> ScaledLayer:
+    """Scaled coordinates of a layer; an all-zero input gets scale 0 and never a division by zero."""
+    scale = jnp.sqrt(jnp.diagonal(gram))
+    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+    hessian = gram * inverse[:, None] * inverse[None, :]
+    return ScaledLayer(hessian, (weight.astype(jnp.float32) * scale[None, :]).T, scale)
+
+
+def relative_error(
+    change: Float[Array, "out in"], weight: Float[Array, "out in"], gram: Float[Array, "in in"]
+) -> Float[Array, ""]:
+    """`||X changeᵀ||² / ||X weightᵀ||²` through the Gram; 0 when nothing changed, +inf from a silent layer."""
+
+    def energy(v: Array) -> Array:
+        return jnp.sum(jnp.matmul(v, gram, precision=HIGHEST) * v)
+
+    lost, present = energy(change), energy(weight)
+    # Rounding may leave a tiny negative energy where the change lies in the Gram's null space.
+    lost = jnp.maximum(lost, 0)
+    return jnp.where(lost == 0, 0.0, lost / present)
+
+
+def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
+    """Scale, solve, undo the scaling, store, measure what was stored."""
+    layer = scale_layer(job.weight, job.gram)
+    pruned = method(layer, job.pattern)
+    dead = (layer.scale == 0)[:, None]
+    inverse = jnp.where(dead, 0, 1 / jnp.where(dead, 1, layer.scale[:, None]))
+    dense = job.weight.astype(jnp.float32)
+    # Scaled values say nothing about a dead input: one that the count forces us to keep keeps its weight.
+    values = jnp.where(dead, dense.T, pruned.values * inverse)
+    # With nothing to prune the dense weight is the answer, to the last bit.
+    values = jnp.where(jnp.all(pruned.mask), dense.T, values)
+    stored = jnp.where(pruned.mask, values, 0).T.astype(job.weight.dtype)
+    change = stored.astype(jnp.float32) - dense
+    error = relative_error(change, dense, job.gram)
+    test_error = jnp.nan if job.test_gram is None else relative_error(change, dense, job.test_gram)
+    finite = jnp.isfinite(error) & jnp.all(jnp.isfinite(stored))
+    return LayerReport(
+        weight=stored,
+        relative_error=error,
+        test_error=jnp.asarray(test_error, jnp.float32),
+        zeros=jnp.sum(stored == 0, dtype=jnp.int32),
+        dead_inputs=jnp.sum(dead, dtype=jnp.int32),
+        steps=jnp.asarray(pruned.steps, jnp.int32),
+        status=jnp.where(finite, pruned.status, Status.NONFINITE).astype(jnp.int32),
+    )

@@ -1,0 +1,152 @@
+"""Floor 6: what a pruning run tells: one record a layer, one report a run, as JSON lines and a summary."""
+
+import json
+import os
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sparseopt.core.solve import Status
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One pruned linear.
+
+    Attributes:
+        block: index of its block.
+        layer: its name in the checkpoint, without `.weight`.
+        shape: `(out, in)`.
+        size: number of weights.
+        zeros: zero weights as stored.
+        relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the calibration tokens.
+        heldout_error: the same on held-out tokens; None without any.
+        steps: iterations of the method.
+        status: how the solve ended, a `Status` name.
+        seconds: device time of the solve.
+        compile_seconds: time compiling for it, 0 when the program was at hand.
+        dead_inputs: inputs that were zero on every calibration token.
+    """
+
+    block: int
+    layer: str
+    shape: tuple[int, int]
+    size: int
+    zeros: int
+    relative_error: float
+    heldout_error: float | None
+    steps: int
+    status: str
+    seconds: float
+    compile_seconds: float
+    dead_inputs: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / self.size
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON line."""
+        return {"kind": "layer", **asdict(self), "sparsity": self.sparsity}
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """One finished run.
+
+    Attributes:
+        output: the folder written.
+        recipe: the recipe as plain values.
+        layers: a record each, in the model's order.
+        solver_seconds: device time of all layer solves, compilation apart.
+        compile_seconds: time compiling all programs, the layer solves' and the forward passes'.
+        layer_compilations: programs compiled for layer solves; at most the number of distinct shapes.
+        calibration_seconds: device time of all forward passes.
+        calibration_gflops: their rate, 10⁹ floating-point operations a second.
+        seconds: the whole run.
+        peak_memory_bytes: largest resident set of the process so far.
+    """
+
+    output: Path
+    recipe: dict[str, Any]
+    layers: list[LayerRecord] = field(repr=False)
+    solver_seconds: float
+    compile_seconds: float
+    layer_compilations: int
+    calibration_seconds: float
+    calibration_gflops: float
+    seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all pruned linears."""
+        return sum(r.zeros for r in self.layers) / sum(r.size for r in self.layers)
+
+    def summary(self) -> dict[str, Any]:
+        """For `summary.json`."""
+        fields = {k: v for k, v in asdict(self).items() if k != "layers"}
+        return {
+            **fields,
+            "output": str(self.output),
+            "layers": len(self.layers),
+            "sparsity": self.sparsity,
+            "mean_relative_error": mean(r.relative_error for r in self.layers),
+            "mean_heldout_error": mean(r.heldout_error for r in self.layers if r.heldout_error is not None),
+            "dead_inputs": sum(r.dead_inputs for r in self.layers),
+            **environment(),
+        }
+
+
+def mean(values: Any) -> float | None:
+    """The arithmetic mean, None of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for every record that carries a figure."""
+    import jax
+
+    names = ("sparseopt", "jax", "jaxlib", "numpy", "flax")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "devices": [str(d) for d in jax.devices()],
+        },
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class RunLog:
+    """`records.jsonl`, a line at a time so that a broken run keeps what it knew, and `summary.json` at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._records = (folder / "records.jsonl").open("a", encoding="utf-8", buffering=1)
+
+    def record(self, fields: dict[str, Any]) -> None:
+        """Append one line."""
+        self._records.write(json.dumps(fields) + "\n")
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary and close."""
+        self._records.close()
+        (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def status_name(code: int) -> str:
+    """The name of a status code."""
+    return Status(code).name

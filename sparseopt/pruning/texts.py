@@ -1,0 +1,145 @@
+"""Floor 6: calibration and evaluation text by a short specification, and its cut into token windows.
+
+    pydoc              English reference text that every CPython carries; two disjoint halves
+    wikitext2:PATH     a folder with WikiText-2 parquet files: calibration from validation, evaluation from test
+    file:PATH          a UTF-8 text file of your own: calibration from its first half, evaluation from the rest
+    hf:NAME[/CONFIG]   a data set of the Hugging Face hub by name, where the network allows
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+Split = Literal["calibration", "evaluation"]
+
+# Which split of a data set plays which part.
+_HUB_SPLITS: dict[Split, str] = {"calibration": "validation", "evaluation": "test"}
+
+
+class TextError(ValueError):
+    """A text that cannot be had, or is too short; the message says what to do."""
+
+
+def load_text(specification: str, split: Split) -> str:
+    """The text that `specification` names.
+
+    Raises:
+        TextError: for an unknown kind, a missing path or file, or a data set that cannot be fetched.
+    """
+    kind, _, rest = specification.partition(":")
+    readers: dict[str, Callable[[str, Split], str]] = {
+        "pydoc": _read_pydoc,
+        "wikitext2": _read_parquet_folder,
+        "file": _read_file,
+        "hf": _read_hub,
+    }
+    if kind not in readers:
+        raise TextError(
+            f"unknown text {specification!r}; known are pydoc, wikitext2:PATH, file:PATH and hf:NAME[/CONFIG]"
+        )
+    if kind != "pydoc" and not rest:
+        raise TextError(f"text {specification!r} names no source; write {kind}:{'NAME' if kind == 'hf' else 'PATH'}")
+    text = readers[kind](rest, split)
+    if not text.strip():
+        raise TextError(f"text {specification!r} is empty in its {split} part")
+    return text
+
+
+def _halves(text: str, split: Split) -> str:
+    """The first or the second half, cut at a line end so that the two share nothing."""
+    middle = text.find("\n", len(text) // 2) + 1 or len(text)
+    return text[:middle] if split == "calibration" else text[middle:]
+
+
+def _read_pydoc(_: str, split: Split) -> str:
+    from pydoc_data.topics import topics
+
+    # Topics are sorted by name and the halves take turns, so that both see the whole language reference.
+    names = sorted(topics)
+    part = names[0::2] if split == "calibration" else names[1::2]
+    return "\n\n".join(topics[name] for name in part)
+
+
+def _read_file(path: str, split: Split) -> str:
+    try:
+        return _halves(Path(path).expanduser().read_text(encoding="utf-8"), split)
+    except OSError as error:
+        raise TextError(f"cannot read the text file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TextError(f"the text file {path} is not UTF-8 (byte {error.start}); convert it first") from error
+
+
+def _read_parquet_folder(path: str, split: Split) -> str:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise TextError(f"the data folder {folder} does not exist; it should hold validation and test parquet files")
+    wanted = _HUB_SPLITS[split]
+    files = sorted(folder.glob(f"{wanted}*.parquet"))
+    if not files:
+        present = ", ".join(sorted(f.name for f in folder.iterdir())) or "nothing"
+        raise TextError(f"the data folder {folder} has no {wanted}*.parquet; it holds {present}")
+    return _join_parquet(files)
+
+
+def _join_parquet(files: Iterable[Path]) -> str:
+    import pyarrow.parquet
+
+    lines: list[str] = []
+    for file in files:
+        try:
+            lines += pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
+        except (OSError, KeyError, ValueError) as error:
+            raise TextError(f"cannot read a text column from {file}: {error}") from error
+    return "\n\n".join(lines)
+
+
+def _read_hub(name: str, split: Split) -> str:
+    from huggingface_hub import snapshot_download
+
+    wanted = _HUB_SPLITS[split]
+    repository, config = name, ""
+    if name.count("/") == 2:
+        repository, _, config = name.rpartition("/")
+    try:
+        folder = Path(
+            snapshot_download(
+                repository, repo_type="dataset", allow_patterns=[f"{config}*/{wanted}*.parquet", f"{wanted}*.parquet"]
+            )
+        )
+    except Exception as error:  # every failure of the network and of the hub has a class of its own
+        raise TextError(
+            f"cannot fetch the data set {name!r} from the hub ({type(error).__name__}: {error}); "
+            "without network use pydoc, wikitext2:PATH or file:PATH"
+        ) from error
+    files = sorted(folder.rglob(f"{wanted}*.parquet"))
+    if not files:
+        raise TextError(f"the data set {name!r} has no {wanted} parquet files; name a configuration: hf:NAME/CONFIG")
+    return _join_parquet(files)
+
+
+def token_windows(tokens: np.ndarray, count: int, length: int, *, skip: int = 0, seed: int = 0) -> np.ndarray:
+    """Cut `count` non-overlapping windows of `length` tokens, `[count, length]` int32.
+
+    Args:
+        tokens: all token ids of a text, `[n]`.
+        count: windows wanted.
+        length: tokens a window.
+        skip: windows left out before the first, so that held-out windows follow calibration windows.
+        seed: 0 cuts from the start of the text; any other draws the windows at random without replacement.
+
+    Raises:
+        TextError: if the text has fewer tokens than that, with the figures.
+    """
+    if count < 1 or length < 2:
+        raise TextError(f"need at least 1 window of at least 2 tokens, given {count} windows of {length}")
+    available = len(tokens) // length
+    if available < skip + count:
+        raise TextError(
+            f"{skip + count} windows of {length} tokens need {(skip + count) * length:,} tokens, the text has "
+            f"{len(tokens):,} ({available} windows); use a longer text, fewer samples or a shorter seqlen"
+        )
+    order = np.arange(available) if seed == 0 else np.random.default_rng(seed).permutation(available)
+    windows = np.asarray(tokens[: available * length], np.int32).reshape(available, length)
+    return windows[order[skip : skip + count]]

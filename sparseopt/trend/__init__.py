@@ -1,0 +1,1 @@
+"""Trend filtering of signals on graphs, with a certificate."""

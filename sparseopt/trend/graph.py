@@ -1,0 +1,258 @@
+"""Floor 5: graphs as the trend filter takes them, checked on the host before any work."""
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
+
+from sparseopt.core.grouping import Sums, difference_matrix, grid_edges, grid_sums, matrix_sums
+from sparseopt.core.operators import EdgeBase, GridBase, edge_base
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """An undirected graph; make one with `grid`, `chain`, `from_edges`, `from_scipy` or `from_networkx`.
+
+    Attributes:
+        num_nodes: n.
+        edges: int64 `[m, 2]`, one row an edge, in row-major grid order for grids.
+        weights: positive `[m]`, or None for ones. An edge of weight w has the row `sqrt(w) (x_i - x_j)` in D,
+            so that `DᵀD` is the weighted Laplacian.
+        shape: of a grid, row-major node order; None for other graphs.
+        nodes: the caller's node names in the order of the signal, or None for `0..n-1`.
+    """
+
+    num_nodes: int
+    edges: np.ndarray
+    weights: np.ndarray | None = None
+    shape: tuple[int, ...] | None = None
+    nodes: tuple[Hashable, ...] | None = None
+
+    @classmethod
+    def grid(cls, shape: Sequence[int]) -> "Graph":
+        """A grid of 1, 2 or 3 dimensions: each node joined to its neighbours along the axes.
+
+        Raises:
+            ValueError: for another number of dimensions or an axis shorter than 1.
+        """
+        sizes = tuple(int(n) for n in shape)
+        if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+            raise ValueError(f"a grid has 1 to 3 axes of at least one node, given the shape {sizes}")
+        return cls(int(np.prod(sizes)), grid_edges(sizes), shape=sizes)
+
+    @classmethod
+    def chain(cls, n: int) -> "Graph":
+        """n nodes in a row."""
+        return cls.grid((n,))
+
+    @classmethod
+    def from_edges(
+        cls,
+        edges: Any,
+        num_nodes: int | None = None,
+        weights: Any = None,
+        *,
+        merge: bool = False,
+        nodes: Sequence[Hashable] | None = None,
+    ) -> "Graph":
+        """A graph from pairs of node numbers.
+
+        Args:
+            edges: integers `[m, 2]`.
+            num_nodes: n; None takes the largest number plus one. Nodes without an edge are kept.
+            weights: positive `[m]`, or None for ones.
+            merge: drop self-loops and add up the weights of duplicates (which also counts repeated unweighted
+                edges) instead of raising.
+            nodes: names in node order.
+
+        Raises:
+            ValueError: on a wrong shape, non-integers, numbers out of range, weights that are not positive and
+                finite, self-loops or duplicates; each says which edge.
+        """
+        pairs, count, level = _checked_edges(edges, num_nodes, weights)
+        loops = pairs[:, 0] == pairs[:, 1]
+        if loops.any() and not merge:
+            first = int(np.argmax(loops))
+            raise ValueError(
+                f"edge {first} joins node {pairs[first, 0]} to itself ({int(loops.sum())} self-loops in all); "
+                "merge=True drops them"
+            )
+        low_high = np.sort(pairs, axis=1)
+        keys = low_high[:, 0] * count + low_high[:, 1]
+        unique, first_place, owner = np.unique(keys, return_index=True, return_inverse=True)
+        if unique.size < keys.size and not merge:
+            repeated = int(np.setdiff1d(np.arange(keys.size), first_place)[0])
+            raise ValueError(
+                f"edge {repeated}, {tuple(int(v) for v in pairs[repeated])}, was given before "
+                f"({keys.size - unique.size} duplicates in all); merge=True adds their weights"
+            )
+        if merge and (loops.any() or unique.size < keys.size):
+            merged = np.bincount(owner, weights=np.ones(keys.size) if level is None else level)
+            kept = ~loops[first_place]
+            pairs, level = pairs[first_place][kept], merged[kept]
+            if np.all(level == 1):
+                level = None
+        if nodes is not None and len(nodes) != count:
+            raise ValueError(f"{count} nodes need as many names, given {len(nodes)}")
+        return cls(count, pairs, level, None if level is not None else _grid_shape(pairs, count), _names(nodes))
+
+    @classmethod
+    def from_scipy(cls, adjacency: Any, *, merge: bool = False) -> "Graph":
+        """A graph from a symmetric sparse (or dense) adjacency matrix; its entries are the weights.
+
+        Raises:
+            ValueError: if it is not square and symmetric, has a diagonal (unless `merge`), or entries that are
+                not positive and finite.
+        """
+        matrix = sparse.coo_array(adjacency)
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"an adjacency matrix is square, given the shape {matrix.shape}")
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        apart = abs(matrix - matrix.T)
+        if apart.nnz and not apart.max() <= 1e-12 * abs(matrix).max():
+            raise ValueError("an undirected graph needs a symmetric adjacency matrix; pass (A + A.T) / 2 or A + A.T")
+        upper = matrix.row < matrix.col
+        diagonal = matrix.row == matrix.col
+        if diagonal.any() and not merge:
+            raise ValueError(
+                f"the adjacency matrix has {int(diagonal.sum())} diagonal entries (self-loops), the first at node "
+                f"{int(matrix.row[diagonal][0])}; merge=True drops them"
+            )
+        edges = np.stack([matrix.row[upper], matrix.col[upper]], axis=1)
+        level = np.asarray(matrix.data[upper], float)
+        return cls.from_edges(edges, matrix.shape[0], None if np.all(level == 1) else level)
+
+    @classmethod
+    def from_networkx(cls, graph: Any, weight: str | None = "weight", *, merge: bool = False) -> "Graph":
+        """A graph from networkx; `.nodes` holds its nodes in the order of the signal.
+
+        Args:
+            graph: undirected; a multigraph only with `merge`.
+            weight: the edge attribute that holds weights, 1 where absent; None ignores it.
+            merge: as in `from_edges`.
+        """
+        if graph.is_directed():
+            raise ValueError("the trend filter needs an undirected graph; pass graph.to_undirected()")
+        nodes = list(graph.nodes)
+        place = {node: index for index, node in enumerate(nodes)}
+        listed = list(graph.edges(data=weight, default=1) if weight else graph.edges(data=False))
+        edges = np.array([(place[edge[0]], place[edge[1]]) for edge in listed], np.int64).reshape(-1, 2)
+        level = np.array([edge[2] for edge in listed], float) if weight else None
+        if level is not None and np.all(level == 1):
+            level = None
+        return cls.from_edges(edges, len(nodes), level, merge=merge, nodes=nodes)
+
+    @property
+    def num_edges(self) -> int:
+        """m."""
+        return self.edges.shape[0]
+
+    @functools.cached_property
+    def components(self) -> np.ndarray:
+        """The component number of every node, `[n]`."""
+        ones = np.ones(self.num_edges, bool)
+        adjacency = sparse.coo_array((ones, (self.edges[:, 0], self.edges[:, 1])), shape=(self.num_nodes,) * 2)
+        return csgraph.connected_components(adjacency, directed=False)[1]
+
+    @property
+    def num_components(self) -> int:
+        """How many components, isolated nodes included."""
+        return int(self.components.max(initial=-1)) + 1
+
+    @functools.cached_property
+    def degrees(self) -> np.ndarray:
+        """The number of edges at every node, `[n]`."""
+        return np.bincount(self.edges.reshape(-1), minlength=self.num_nodes)
+
+    @property
+    def isolated(self) -> np.ndarray:
+        """The nodes without an edge; a trend filter leaves their values as they are."""
+        return np.flatnonzero(self.degrees == 0)
+
+    def base(self, dtype: Any) -> GridBase | EdgeBase:
+        """D, Dᵀ and L for arrays of a dtype."""
+        if self.shape is not None:
+            return GridBase(self.shape)
+        key = np.dtype(dtype).name
+        if key not in self._cache:
+            self._cache[key] = edge_base(self.edges, self.num_nodes, self.weights, dtype)
+        return self._cache[key]
+
+    @functools.cached_property
+    def _cache(self) -> dict[Any, Any]:
+        return {}
+
+    def matrix(self, order: int, from_edges: bool = False) -> sparse.csr_array:
+        """`Δ^(order)` (or `Δ^(order-1) Dᵀ`) as a sparse matrix; rows follow `edges` or the nodes."""
+        return difference_matrix(self.edges, self.num_nodes, self.weights, order, from_edges)
+
+    def sums(self, order: int, from_edges: bool = False) -> Sums:
+        """Row and column sums of that matrix in the layout of `base`, kept for the next call."""
+        key = (order, from_edges)
+        if key not in self._cache:
+            self._cache[key] = (
+                matrix_sums(self.matrix(order, from_edges))
+                if self.shape is None
+                else grid_sums(self.shape, order, from_edges)
+            )
+        return self._cache[key]
+
+
+def _names(nodes: Sequence[Hashable] | None) -> tuple[Hashable, ...] | None:
+    return None if nodes is None else tuple(nodes)
+
+
+def _checked_edges(edges: Any, num_nodes: int | None, weights: Any) -> tuple[np.ndarray, int, np.ndarray | None]:
+    """Edges as int64 `[m, 2]`, the number of nodes, weights as float64 `[m]` or None."""
+    pairs = np.asarray(edges)
+    if pairs.size == 0:
+        pairs = np.zeros((0, 2), np.int64)
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"edges have the shape [m, 2], given {pairs.shape}")
+    if not np.issubdtype(pairs.dtype, np.integer):
+        if not np.issubdtype(pairs.dtype, np.floating) or not np.all(pairs == np.floor(pairs)):
+            raise ValueError(f"edges are pairs of node numbers, given dtype {pairs.dtype} with fractional values")
+    pairs = pairs.astype(np.int64)
+    count = int(pairs.max(initial=-1)) + 1 if num_nodes is None else int(num_nodes)
+    outside = (pairs < 0) | (pairs >= count)
+    if outside.any():
+        row = int(np.argmax(outside.any(axis=1)))
+        raise ValueError(
+            f"edge {row}, {tuple(int(v) for v in pairs[row])}, leaves the node numbers 0..{count - 1} "
+            f"({int(outside.any(axis=1).sum())} such edges); raise num_nodes or number nodes from 0"
+        )
+    if weights is None:
+        return pairs, count, None
+    level = np.asarray(weights, float)
+    if level.shape != (pairs.shape[0],):
+        raise ValueError(f"{pairs.shape[0]} edges need as many weights, given the shape {level.shape}")
+    wrong = ~(np.isfinite(level) & (level > 0))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(
+            f"edge weights are positive and finite, given {level[row]} at edge {row} ({int(wrong.sum())} such); "
+            "leave an edge of weight 0 out"
+        )
+    return pairs, count, level
+
+
+def _grid_shape(pairs: np.ndarray, count: int) -> tuple[int, ...] | None:
+    """The shape if the edges are those of a chain or a 2-D grid in row-major order, so that stencils serve."""
+    steps = np.abs(pairs[:, 1] - pairs[:, 0])
+    if count < 2 or steps.size == 0 or steps.min() != 1:
+        return None
+    width = int(steps.max())
+    shape = (count,) if width == 1 else (count // width, width)
+    if int(np.prod(shape)) != count:
+        return None
+    expected = grid_edges(shape)
+    if expected.shape != pairs.shape:
+        return None
+    low_high = np.sort(pairs, axis=1)
+    same = np.array_equal(np.sort(low_high @ [count, 1]), np.sort(expected @ [count, 1]))
+    return shape if same else None

@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sparseopt.core.thresholds import (
+    hard_threshold,
+    kth_largest,
+    n_of_m_mask,
+    soft_threshold,
+    top_k_mask,
+)
+
+magnitudes = hnp.arrays(
+    np.float32,
+    st.sampled_from([1, 7, 60]),
+    elements=st.floats(0, 2.0**100, width=32, allow_subnormal=False) | st.sampled_from([0.0, 1.0]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(magnitudes, st.data())
+def test_kth_largest_is_the_sorted_entry(x, data):
+    k = data.draw(st.integers(1, x.size))
+    assert float(kth_largest(jnp.asarray(x), k)) == np.sort(x)[::-1][k - 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(magnitudes, st.data())
+def test_top_k_mask_keeps_exactly_k_and_nothing_larger_is_left(x, data):
+    k = data.draw(st.integers(0, x.size))
+    mask = np.asarray(top_k_mask(jnp.asarray(x), k))
+    assert mask.sum() == k
+    if 0 < k < x.size:
+        assert x[mask].min() >= x[~mask].max()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_selection_works_in_every_weight_dtype(rng, dtype):
+    x = jnp.abs(jnp.asarray(rng.standard_normal(500), dtype))
+    assert float(kth_largest(x, 100)) == float(jnp.sort(x)[-100])
+    assert int(top_k_mask(x, 100).sum()) == 100
+
+
+def test_selection_beyond_the_size_keeps_everything_and_of_nothing_keeps_nothing():
+    x = jnp.array([0.0, 2.0, 1.0])
+    assert top_k_mask(x, 7).all()
+    assert not top_k_mask(x, 0).any()
+    assert np.isinf(kth_largest(x, 0))
+
+
+def test_the_first_of_equal_scores_wins():
+    assert top_k_mask(jnp.ones(5), 2).tolist() == [True, True, False, False, False]
+    assert n_of_m_mask(jnp.ones(4), 1, 2).tolist() == [True, False, True, False]
+
+
+def test_one_program_serves_every_count(rng):
+    traces = []
+
+    @jax.jit
+    def select(x, k):
+        traces.append(k)
+        return top_k_mask(x, k).sum()
+
+    x = jnp.abs(jnp.asarray(rng.standard_normal((20, 30)), jnp.float32))
+    assert [int(select(x, k)) for k in (0, 1, 299, 600)] == [0, 1, 299, 600]
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(("n", "m", "axis"), [(2, 4, 0), (1, 4, 1), (4, 8, 0), (3, 3, 1)])
+def test_n_of_m_mask_keeps_the_largest_n_of_every_group(rng, n, m, axis):
+    score = rng.random((24, 48)).astype(np.float32)
+    mask = np.moveaxis(np.asarray(n_of_m_mask(jnp.asarray(score), n, m, axis)), axis, 0)
+    groups = np.moveaxis(score, axis, 0).reshape(-1, m, mask.shape[1])
+    picked = mask.reshape(groups.shape)
+    assert (picked.sum(axis=1) == n).all()
+    kept = np.where(picked, groups, np.inf).min(axis=1)
+    lost = np.where(picked, -np.inf, groups).max(axis=1)
+    assert (kept >= lost).all()
+
+
+def test_n_of_m_refuses_what_does_not_divide():
+    with pytest.raises(ValueError, match=r"divisible by 4.*length 6"):
+        n_of_m_mask(jnp.ones((6, 2)), 2, 4)
+    with pytest.raises(ValueError, match="given 5:4"):
+        n_of_m_mask(jnp.ones((8, 2)), 5, 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(-5, 5, width=32), st.floats(0, 3, width=32), st.floats(-6, 6, width=32))
+def test_no_point_beats_either_threshold(x, weight, other):
+    def hard_cost(u):
+        return 0.5 * (u - x) ** 2 + weight * (u != 0)
+
+    def soft_cost(u):
+        return 0.5 * (u - x) ** 2 + weight * abs(u)
+
+    kept = float(hard_threshold(jnp.float32(x), np.sqrt(2 * weight)))
+    shrunk = float(soft_threshold(jnp.float32(x), weight))
+    assert hard_cost(kept) <= min(hard_cost(other), hard_cost(0.0)) + 1e-5
+    assert soft_cost(shrunk) <= min(soft_cost(other), soft_cost(0.0)) + 1e-5
