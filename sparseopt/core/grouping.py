@@ -30,9 +30,7 @@ def difference_matrix(
     count = edges.shape[0]
     root = np.ones(count) if weights is None else np.sqrt(weights)
     rows = np.concatenate([np.arange(count)] * 2)
-    incidence = sparse.csr_array(
-        (np.concatenate([root, -root]), (rows, edges.T.reshape(-1))), shape=(count, num_nodes)
-    )
+    incidence = sparse.csr_array((np.concatenate([root, -root]), (rows, edges.T.reshape(-1))), shape=(count, num_nodes))
     matrix = incidence.T.tocsr() if from_edges else sparse.csr_array(sparse.eye_array(num_nodes))
     for index in range(order - from_edges):
         matrix = (incidence if index % 2 == 0 else incidence.T) @ matrix

@@ -60,9 +60,7 @@ def largest_eigenvalue_bound(matrix: Float[Array, "n n"], key: jax.Array, steps:
         product = jnp.matmul(matrix, vector, precision=HIGHEST)
         alpha = jnp.vdot(vector, product, precision=HIGHEST)
         for _ in range(2):  # once is not enough in float32 when a Ritz value converges
-            product = product - jnp.matmul(
-                basis.T, jnp.matmul(basis, product, precision=HIGHEST), precision=HIGHEST
-            )
+            product = product - jnp.matmul(basis.T, jnp.matmul(basis, product, precision=HIGHEST), precision=HIGHEST)
         beta = jnp.linalg.norm(product)
         # An invariant subspace ends the recurrence: the following vectors are zero and add zero rows.
         alive = beta > 10 * jnp.finfo(matrix.dtype).eps * jnp.abs(alpha)

@@ -121,9 +121,7 @@ def bucket_widths(lengths: np.ndarray) -> np.ndarray:
     return allowed[np.searchsorted(allowed, np.maximum(lengths, 1))]
 
 
-def build_buckets(
-    indptr: np.ndarray, indices: np.ndarray, factors: np.ndarray | None, pad_with_row: bool
-) -> Buckets:
+def build_buckets(indptr: np.ndarray, indices: np.ndarray, factors: np.ndarray | None, pad_with_row: bool) -> Buckets:
     """Tables from the rows of a CSR structure, on the host, without a loop over rows."""
     lengths = np.diff(indptr)
     widths = bucket_widths(lengths)

@@ -224,7 +224,6 @@ class NM:
         return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype))
 
 
-
 @pytree
 class Support:
     """Indicator of arrays that are zero where `mask` is False; prox: set those entries to zero."""

@@ -32,6 +32,7 @@ class Status(enum.IntEnum):
     CONVERGED = 0
     MAX_STEPS = 1
     NONFINITE = 2
+    PRECISION = 3
 
     @property
     def advice(self) -> str:
@@ -42,15 +43,27 @@ class Status(enum.IntEnum):
             "try another method",
             Status.NONFINITE: "a value became infinite or NaN: check the input for non-finite or huge values, "
             "or use a smaller step size",
+            Status.PRECISION: "rounding limits the answer before the tolerance: the measure no longer falls; "
+            "use float64, or raise tol",
         }[self]
 
 
 class Measure(NamedTuple):
-    """What a solver says about its state: the stopping residual, the objective, a relative duality gap or NaN."""
+    """What a solver says about its state.
+
+    Attributes:
+        residual: the stopping measure.
+        objective: loss plus penalty.
+        gap: a relative duality gap or NaN.
+        extra: any other scalars worth a history, as a pytree.
+        stalled: True ends the solve with `Status.PRECISION`: rounding keeps the residual from falling further.
+    """
 
     residual: Float[Array, ""]
     objective: Float[Array, ""]
     gap: Float[Array, ""]
+    extra: Any = None
+    stalled: Any = False
 
 
 class Solver(Protocol):
@@ -80,7 +93,8 @@ class Solution:
         residual: the solver's own stopping measure at the end.
         objective: loss plus penalty at the end.
         gap: relative duality gap, NaN where the solver has no certificate.
-        history: a `Measure` of arrays `[max_steps]`, NaN beyond `steps`, or None when not asked for.
+        history: a `Measure` of arrays `[max_steps]`, NaN beyond `steps`, or None when not asked for
+            (its `stalled` is None).
         state: the solver's last state, for a warm start or a closer look.
     """
 
@@ -99,7 +113,8 @@ class Solution:
         Raises:
             RuntimeError: otherwise, saying how the worst lane ended and what to try.
         """
-        worst = Status(int(jnp.max(self.status)))
+        broken = bool(jnp.any(jnp.asarray(self.status) == Status.NONFINITE))
+        worst = Status.NONFINITE if broken else Status(int(jnp.max(self.status)))
         if worst is not Status.CONVERGED:
             raise RuntimeError(
                 f"not converged ({worst.name}) after {int(jnp.max(self.steps))} steps with residual "
@@ -143,32 +158,38 @@ def _solve(
     problem: Problem, solver: Solver, x0: Any, tol: float | Array, max_steps: int | Array, history_length: int
 ) -> Solution:
     def measured(state: Any) -> Measure:
-        return solver.measure(problem, state)
+        now = solver.measure(problem, state)
+        return now._replace(stalled=jnp.asarray(now.stalled, bool))
+
+    def sound(now: Measure, steps: Array) -> Array:
+        # A start outside the set of an indicator costs +inf; after a step that is an overflow.
+        infeasible_start = (steps == 0) & jnp.isposinf(now.objective)
+        return (jnp.isfinite(now.objective) | infeasible_start) & ~jnp.isnan(now.residual)
 
     def going(carry: tuple) -> Array:
         _, steps, now, _ = carry
-        finite = jnp.isfinite(now.objective) & ~jnp.isnan(now.residual)
-        return (steps < max_steps) & ~(now.residual <= tol) & finite
+        return (steps < max_steps) & ~(now.residual <= tol) & sound(now, steps) & ~now.stalled
 
     def advance(carry: tuple) -> tuple:
         state, steps, _, record = carry
         state = solver.step(problem, state)
         now = measured(state)
         if history_length:
-            record = jax.tree.map(lambda rows, value: rows.at[steps].set(value), record, now)
+            kept = now._replace(stalled=None)
+            record = jax.tree.map(lambda rows, value: rows.at[steps].set(value), record, kept)
         return state, steps + 1, now, record
 
     state = solver.init(problem, x0)
     first = measured(state)
     # The residual before any step says nothing yet (no change has been seen): always take one step.
-    first = first._replace(residual=jnp.full_like(first.residual, jnp.inf))
-    record = jax.tree.map(lambda v: jnp.full((history_length,), jnp.nan, v.dtype), first)
+    first = first._replace(residual=jnp.full_like(first.residual, jnp.inf), stalled=jnp.zeros((), bool))
+    record = jax.tree.map(lambda v: jnp.full((history_length,), jnp.nan, v.dtype), first._replace(stalled=None))
     carry = (state, jnp.zeros((), jnp.int32), first, record)
     state, steps, last, record = jax.lax.while_loop(going, advance, carry)
 
-    finite = jnp.isfinite(last.objective) & ~jnp.isnan(last.residual)
-    status = jnp.where(last.residual <= tol, Status.CONVERGED, Status.MAX_STEPS)
-    status = jnp.where(finite, status, Status.NONFINITE).astype(jnp.int32)
+    status = jnp.where(last.stalled, Status.PRECISION, Status.MAX_STEPS)
+    status = jnp.where(last.residual <= tol, Status.CONVERGED, status)
+    status = jnp.where(sound(last, steps), status, Status.NONFINITE).astype(jnp.int32)
     return Solution(
         value=solver.extract(problem, state),
         status=status,

@@ -57,9 +57,7 @@ class Rope:
     def frequencies(self, head_dim: int) -> np.ndarray:
         """The `[H/2]` float32 frequencies."""
         # float32 throughout, as the reference rounds: at position 8000 the rounding turns by 1e-3 radians.
-        plain = (1.0 / self.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(
-            np.float32
-        )
+        plain = (1.0 / self.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
         slow = plain / np.float32(self.factor)
         if self.original_length is None:
             return slow
@@ -145,9 +143,7 @@ def causal_attention(
     """`softmax(q kᵀ / sqrt(H)) v` over positions up to each query's own; G query heads share a key head."""
     batch, time, heads, head_dim = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
-    q_BKGTH = (
-        (q_BTNH / math.sqrt(head_dim)).reshape(batch, time, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    )
+    q_BKGTH = (q_BTNH / math.sqrt(head_dim)).reshape(batch, time, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     chunks = []
     for start in range(0, time, QUERY_CHUNK):

@@ -52,14 +52,16 @@ class ShardedWriter:
         self._source = source
         self._dtype = None if dtype is None else np.dtype(dtype)
         if self._dtype is not None and self._dtype not in WRITABLE:
-            raise ModelError(
-                f"cannot write dtype {self._dtype}; choose one of {', '.join(map(str, WRITABLE))}"
-            )
+            raise ModelError(f"cannot write dtype {self._dtype}; choose one of {', '.join(map(str, WRITABLE))}")
         self._family = find_family(source.config)
         self._expected = self._family.expected_shapes(self._family.read_config(source.config))
         self._places: dict[str, str] = {}
         self._bytes: dict[str, int] = {}
         self._prepare()
+
+    def dtype_of(self, key: str) -> np.dtype:
+        """The dtype in which a tensor of the model is written."""
+        return self._source.tensors[key].dtype if self._dtype is None else self._dtype
 
     def write(self, tag: str, tensors: Mapping[str, np.ndarray]) -> str:
         """Write one shard and return its file name; once it has returned, the shard is safe.
@@ -91,15 +93,11 @@ class ShardedWriter:
         """
         missing = [key for key in self._expected if key not in self._places]
         if missing:
-            raise ModelError(
-                f"{len(missing)} tensors were not written, the first {missing[0]}; write all, then finish"
-            )
+            raise ModelError(f"{len(missing)} tensors were not written, the first {missing[0]}; write all, then finish")
         for name, content in self._source.sidecars().items():
             self._put(name, _content_writer(content))
         config = dict(self._source.config)
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = max(
-            self._bytes, key=self._bytes.__getitem__
-        )
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = max(self._bytes, key=self._bytes.__getitem__)
         self._put("config.json", _content_writer(_to_json(config)))
         index = {
             "metadata": {"total_size": sum(self._bytes.values())},
@@ -114,9 +112,7 @@ class ShardedWriter:
             held = sorted(entry.name for entry in self.output.iterdir())
             free = shutil.disk_usage(self.output).free
         except OSError as error:
-            raise ModelError(
-                f"cannot use {self.output} as output folder: {error.strerror}; choose another"
-            ) from error
+            raise ModelError(f"cannot use {self.output} as output folder: {error.strerror}; choose another") from error
         if held:
             shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
             raise ModelError(
@@ -125,13 +121,8 @@ class ShardedWriter:
         needed = sum(math.prod(shape) * self.dtype_of(key).itemsize for key, shape in self._expected.items())
         if needed > free:
             raise ModelError(
-                f"{self.output} has {free:,} bytes free, the model needs {needed:,}; make room on that disk or "
-                "choose another"
+                f"{self.output} has {free:,} bytes free, the model needs {needed:,}; make room or choose another"
             )
-
-    def dtype_of(self, key: str) -> np.dtype:
-        """The dtype in which a tensor of the model is stored."""
-        return self._dtype or self._source.tensors[key].dtype
 
     def _convert(self, key: str, value: np.ndarray) -> np.ndarray:
         if key not in self._expected or key in self._places:

@@ -48,9 +48,7 @@ class KeyTable:
         for old, new in pairs:
             if name.startswith(f"{old}."):
                 return new + name[len(old) :]
-        raise KeyError(
-            f"no entry of the key table begins {name!r}; it has {', '.join(old for old, _ in pairs)}"
-        )
+        raise KeyError(f"no entry of the key table begins {name!r}; it has {', '.join(old for old, _ in pairs)}")
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,7 @@ class Family:
 
 
 @lru_cache(maxsize=64)
-def part_template(
-    part: type[nnx.Module], config: DecoderConfig
-) -> tuple[nnx.GraphDef, tuple[tuple[tuple, Any], ...]]:
+def part_template(part: type[nnx.Module], config: DecoderConfig) -> tuple[nnx.GraphDef, tuple[tuple[tuple, Any], ...]]:
     """A part's graph definition and flat abstract state, made once: all blocks share one definition."""
     abstract = nnx.eval_shape(lambda: part(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
     graphdef, state = nnx.split(abstract)
@@ -104,9 +100,7 @@ def build_part(part: type[nnx.Module], config: DecoderConfig, read: Callable[[st
 
 def part_shapes(part: type[nnx.Module], config: DecoderConfig) -> Shapes:
     """The shapes of a part's parameters by dotted module path."""
-    return {
-        ".".join(map(str, path)): tuple(variable.shape) for path, variable in part_template(part, config)[1]
-    }
+    return {".".join(map(str, path)): tuple(variable.shape) for path, variable in part_template(part, config)[1]}
 
 
 def require(config: Mapping[str, Any], name: str, kind: type[int] | type[float] = int) -> Any:
@@ -119,9 +113,7 @@ def require(config: Mapping[str, Any], name: str, kind: type[int] | type[float] 
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or not value > 0:
-        raise ModelError(
-            f"the model configuration's {name} must be a positive {kind.__name__}, given {value!r}"
-        )
+        raise ModelError(f"the model configuration's {name} must be a positive {kind.__name__}, given {value!r}")
     return value
 
 
@@ -137,9 +129,7 @@ def refuse_unless(config: Mapping[str, Any], allowed: Mapping[str, tuple]) -> No
         if name in config and config[name] not in values
     ]
     if wrong:
-        raise ModelError(
-            f"the model configuration asks for what this decoder does not do: {'; '.join(wrong)}"
-        )
+        raise ModelError(f"the model configuration asks for what this decoder does not do: {'; '.join(wrong)}")
 
 
 def read_rope(config: Mapping[str, Any]) -> Rope:
@@ -168,6 +158,4 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
             require(fields, "high_freq_factor", float),
             require(fields, "original_max_position_embeddings"),
         )
-    raise ModelError(
-        f"the model configuration's rope_type={kind!r} is unknown; known are default, linear, llama3"
-    )
+    raise ModelError(f"the model configuration's rope_type={kind!r} is unknown; known are default, linear, llama3")

@@ -114,9 +114,7 @@ class _Reader:
     def bounded(self, count: int, width: int) -> int:
         """The bytes of `count` items of at least `width`, which must fit into the rest of the file."""
         if count * width > self.size - self.stream.tell():
-            raise self.corrupt(
-                f"{count} items claimed at byte {self.stream.tell()}, the file has {self.size} bytes"
-            )
+            raise self.corrupt(f"{count} items claimed at byte {self.stream.tell()}, the file has {self.size} bytes")
         return count * width
 
 
@@ -133,9 +131,7 @@ def read_header(file: Path) -> GGUFHeader:
             raise ModelError(f"{file} is no GGUF file (it does not begin with 'GGUF'); check the path")
         version = reader.scalar("I")
         if version not in (2, 3):
-            raise ModelError(
-                f"{file} is GGUF version {version}, little-endian 2 and 3 are supported; convert it again"
-            )
+            raise ModelError(f"{file} is GGUF version {version}, little-endian 2 and 3 are supported; convert it again")
         num_tensors, num_values = reader.scalar("Q"), reader.scalar("Q")
         reader.bounded(num_tensors, 24)
         reader.bounded(num_values, 12)
@@ -151,9 +147,7 @@ def read_header(file: Path) -> GGUFHeader:
         tensors = {name: GGUFTensor(file, data + offset, shape, kind) for name, shape, kind, offset in table}
         for name, tensor in tensors.items():
             if tensor.start + tensor.nbytes > reader.size:
-                raise reader.corrupt(
-                    f"tensor {name} ends at byte {tensor.start + tensor.nbytes} of {reader.size}"
-                )
+                raise reader.corrupt(f"tensor {name} ends at byte {tensor.start + tensor.nbytes} of {reader.size}")
     return GGUFHeader(metadata, tensors)
 
 

@@ -48,10 +48,8 @@ class GGUFSource:
         header = read_header(path)
         self._metadata = header.metadata
         name = self._metadata.get("general.architecture")
-        if name not in ARCHITECTURES:
-            raise ModelError(
-                f"{path} has the unknown architecture {name!r}; known are {', '.join(ARCHITECTURES)}"
-            )
+        if not isinstance(name, str) or name not in ARCHITECTURES:
+            raise ModelError(f"{path} has the unknown architecture {name!r}; known are {', '.join(ARCHITECTURES)}")
         self._name, self._architecture = name, ARCHITECTURES[name]
         self._rope_factors = header.tensors.get(_ROPE_FACTORS)
         self.tensors: dict[str, GGUFTensor] = {
@@ -73,22 +71,22 @@ class GGUFSource:
         Raises:
             ModelError: if a needed value is missing.
         """
-        hidden_size, heads = self._value("embedding_length"), self._value("attention.head_count")
+        hidden_size, heads = self._count("embedding_length"), self._count("attention.head_count")
         embedding = self.tensors.get("model.embed_tokens.weight")
-        theta = _shortest(self._value("rope.freq_base", 10000.0))
+        theta = self._number("rope.freq_base", 10000.0)
         config = {
             "architectures": [self._architecture.class_name],
             "model_type": self._architecture.model_type,
-            "vocab_size": embedding.shape[0] if embedding else self._value("vocab_size"),
+            "vocab_size": embedding.shape[0] if embedding else self._count("vocab_size"),
             "hidden_size": hidden_size,
-            "intermediate_size": self._value("feed_forward_length"),
-            "num_hidden_layers": self._value("block_count"),
+            "intermediate_size": self._count("feed_forward_length"),
+            "num_hidden_layers": self._count("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._value("attention.head_count_kv", heads),
-            "head_dim": self._value("attention.key_length", hidden_size // heads),
+            "num_key_value_heads": self._count("attention.head_count_kv", heads),
+            "head_dim": self._count("attention.key_length", hidden_size // heads),
             "hidden_act": "silu",
-            "max_position_embeddings": self._value("context_length"),
-            "rms_norm_eps": _shortest(self._value("attention.layer_norm_rms_epsilon")),
+            "max_position_embeddings": self._count("context_length"),
+            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
             "rope_theta": theta,
             "rope_parameters": {"rope_theta": theta} | self._rope_scaling(),
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors,
@@ -104,41 +102,39 @@ class GGUFSource:
         if "tokenizer.ggml.tokens" in self._metadata:
             files["tokenizer.json"] = json.loads(self.tokenizer().to_str())
             files["tokenizer_config.json"] = tokenizer_config(self._metadata)
-        return {
-            name: json.dumps(value, indent=2, ensure_ascii=False).encode() for name, value in files.items()
-        }
+        return {name: json.dumps(value, indent=2, ensure_ascii=False).encode() for name, value in files.items()}
 
     def tokenizer(self) -> Any:
         """The `tokenizers.Tokenizer` that the metadata describe."""
         return build_tokenizer(self._metadata, self.path)
 
-    def _value(self, field: str, default: Any = None) -> Any:
+    def _count(self, field: str, default: int | None = None) -> int:
+        return self._value(field, int, default)
+
+    def _number(self, field: str, default: float | None = None) -> float:
+        return _shortest(self._value(field, float, default))
+
+    def _value(self, field: str, kind: type[int] | type[float], default: Any) -> Any:
+        """A positive number of the architecture's own; one given for each block must be the same for all."""
         value = self._metadata.get(f"{self._name}.{field}", default)
-        if value is None:
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if type(value) is not kind or not value > 0:
             raise ModelError(
-                f"{self.path} lacks the metadata value {self._name}.{field}; convert the model again"
+                f"{self.path} has {self._name}.{field} = {value!r}, expected one positive {kind.__name__}; "
+                "convert the model again"
             )
-        if isinstance(value, list):
-            if len(set(value)) != 1:
-                raise ModelError(
-                    f"{self.path} has a {self._name}.{field} that differs between blocks: not supported"
-                )
-            return value[0]
         return value
 
     def _rope_scaling(self) -> dict[str, Any]:
         kind = self._metadata.get(f"{self._name}.rope.scaling.type", "none")
         if self._rope_factors is not None:
-            return _llama3_scaling(
-                self._rope_factors.read(), _shortest(self._value("rope.freq_base", 10000.0)), self.path
-            )
+            return _llama3_scaling(self._rope_factors.read(), self._number("rope.freq_base", 10000.0), self.path)
         if kind == "linear":
-            return {"rope_type": "linear", "factor": _shortest(self._value("rope.scaling.factor"))}
+            return {"rope_type": "linear", "factor": self._number("rope.scaling.factor")}
         if kind == "none":
             return {"rope_type": "default"}
-        raise ModelError(
-            f"{self.path} has rope scaling {kind!r}; supported are none, linear, and llama3 by factors"
-        )
+        raise ModelError(f"{self.path} has rope scaling {kind!r}; supported are none, linear, and llama3 by factors")
 
     def _matrix_dtype(self) -> str:
         dtypes = {tensor.dtype.name for tensor in self.tensors.values() if len(tensor.shape) == 2}
@@ -146,10 +142,8 @@ class GGUFSource:
 
     def _special_ids(self) -> dict[str, int]:
         names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-        found = {
-            name: self._metadata.get(f"tokenizer.ggml.{short}_token_id") for name, short in names.items()
-        }
-        return {name: value for name, value in found.items() if value is not None}
+        found = {name: self._metadata.get(f"tokenizer.ggml.{short}_token_id") for name, short in names.items()}
+        return {name: value for name, value in found.items() if type(value) is int}
 
 
 def hf_name(name: str) -> str:
@@ -185,9 +179,7 @@ def _llama3_scaling(factors: np.ndarray, theta: float, path: Path) -> dict[str, 
     rope = Rope(theta, _shortest(float(factors.max())), 1.0, 4.0, 8192)
     plain = Rope(theta).frequencies(2 * factors.size)
     if not np.allclose(plain / rope.frequencies(2 * factors.size), factors, rtol=1e-3):
-        raise ModelError(
-            f"{path} has rope_freqs that are not those of Llama 3; use the Hugging Face folder instead"
-        )
+        raise ModelError(f"{path} has rope_freqs that are not those of Llama 3; use the Hugging Face folder instead")
     return {
         "rope_type": "llama3",
         "factor": rope.factor,

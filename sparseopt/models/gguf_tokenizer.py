@@ -11,6 +11,9 @@ from sparseopt.models.errors import ModelError
 # Token types of the format: 2 unknown, 3 control, 4 user-defined. The others are plain or bytes.
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4
 
+# Named special tokens: in Hugging Face and in the format.
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -43,6 +46,7 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not tokens:
         raise ModelError(f"{path} carries no tokenizer; use the model's Hugging Face folder instead")
+    _check_tables(metadata, path)
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
         tokenizer = _byte_level(metadata, path)
@@ -61,16 +65,34 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     return tokenizer
 
 
+def _check_tables(metadata: Mapping[str, Any], path: Path) -> None:
+    """Check the types of the tables and that the special ids are ids of tokens.
+
+    Raises:
+        ModelError: naming the first that is wrong.
+    """
+    kinds = {"tokens": str, "merges": str, "scores": float, "token_type": int}
+    tables = {name: metadata.get(f"tokenizer.ggml.{name}", []) for name in kinds}
+    for name, table in tables.items():
+        if not isinstance(table, list) or not all(type(item) is kinds[name] for item in table):
+            raise ModelError(f"{path} has a corrupt table tokenizer.ggml.{name}; download it again")
+    for name in _SPECIAL.values():
+        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if number is not None and (type(number) is not int or not 0 <= number < len(tables["tokens"])):
+            raise ModelError(
+                f"{path} has tokenizer.ggml.{name}_token_id = {number!r}, which is none of its "
+                f"{len(tables['tokens'])} tokens; convert the model again"
+            )
+
+
 def _byte_level(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     words = metadata.get("tokenizer.ggml.pre")
-    if words not in _WORDS:
-        raise ModelError(
-            f"{path} cuts words by {words!r} (tokenizer.ggml.pre); known are {', '.join(_WORDS)}"
-        )
+    if not isinstance(words, str) or words not in _WORDS:
+        raise ModelError(f"{path} cuts words by {words!r} (tokenizer.ggml.pre); known are {', '.join(_WORDS)}")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    if any(len(merge) != 2 or "".join(merge) not in vocab for merge in merges):
-        raise ModelError(f"{path} has a tokenizer with a merge that is no token; download it again")
+    if any(len(merge) != 2 or not vocab.keys() >= {*merge, "".join(merge)} for merge in merges):
+        raise ModelError(f"{path} has a tokenizer with a merge whose parts or whole are no token; download it again")
     # Llama 3 looks a whole word up before it merges.
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=words == "llama-bpe"))
     tokenizer.pre_tokenizer = _WORDS[words]()
@@ -98,9 +120,7 @@ def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     steps = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     last = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last])
     return tokenizer
 
 
@@ -124,10 +144,9 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": metadata.get(f"{architecture}.context_length", 1_000_000),
     }
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    for name, short in names.items():
+    for name, short in _SPECIAL.items():
         number = metadata.get(f"tokenizer.ggml.{short}_token_id")
-        if number is not None and number < len(tokens):
+        if number is not None:
             config[name] = tokens[number]
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]

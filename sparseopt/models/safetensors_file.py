@@ -82,14 +82,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in entries.items()}
         shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
         codes = {name: str(entry["dtype"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} has a corrupt header ({error}); download it again") from error
 
     unsupported = sorted({codes[name] for name in codes} - set(DTYPES))
     if unsupported:
-        raise ModelError(
-            f"{file} stores {', '.join(unsupported)}; supported are {', '.join(DTYPES)}; convert it first"
-        )
+        raise ModelError(f"{file} stores {', '.join(unsupported)}; supported are {', '.join(DTYPES)}; convert it first")
     expected_start, data = 0, 8 + length
     for name, span in sorted(spans.items(), key=lambda item: item[1]):
         nbytes = math.prod(shapes[name]) * DTYPES[codes[name]].itemsize
@@ -102,12 +100,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if data + expected_start != size:
         state = "truncated" if data + expected_start > size else "corrupt (too long)"
         raise ModelError(
-            f"{file} is {state}: its header describes {data + expected_start} bytes, it has {size}; "
-            "download it again"
+            f"{file} is {state}: its header describes {data + expected_start} bytes, it has {size}; download it again"
         )
-    return {
-        name: StoredTensor(file, data + spans[name][0], shapes[name], DTYPES[codes[name]]) for name in entries
-    }
+    return {name: StoredTensor(file, data + spans[name][0], shapes[name], DTYPES[codes[name]]) for name in entries}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:

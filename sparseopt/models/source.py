@@ -88,7 +88,7 @@ def open_source(path: str | Path) -> Source:
         path: a Hugging Face folder or a `.gguf` file.
 
     Raises:
-        ModelError: if nothing usable is there, saying what is and what to do, or a file is truncated or corrupt.
+        ModelError: if nothing usable is there, saying what is and what to do, or a file is corrupt.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -108,7 +108,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file.parent} has no {file.name}; it holds {_listing(file.parent)}")
     try:
         value = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is no valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{file} holds no JSON object; download it again")
@@ -145,9 +145,7 @@ def _read_shards(folder: Path, weight_map: Any) -> dict[str, StoredTensor]:
     shards = sorted(set(weight_map.values()))
     outside = [name for name in shards if Path(name).name != name or "\\" in name or name in ("", "..")]
     if outside:
-        raise ModelError(
-            f"the index in {folder} names files outside the folder: {', '.join(outside)}; do not trust it"
-        )
+        raise ModelError(f"the index in {folder} names files outside the folder: {', '.join(outside)}; do not trust it")
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder} lacks shards that its index names: {', '.join(missing)}; download them")
@@ -155,7 +153,7 @@ def _read_shards(folder: Path, weight_map: Any) -> dict[str, StoredTensor]:
     absent = sorted(key for key, name in weight_map.items() if key not in headers[name])
     if absent:
         raise ModelError(
-            f"the index in {folder} names {len(absent)} tensors that their shards lack, the first {absent[0]} "
-            f"in {weight_map[absent[0]]}; download index and shards again"
+            f"the index in {folder} names {len(absent)} tensors that their shards lack, the first "
+            f"{absent[0]} in {weight_map[absent[0]]}; download index and shards again"
         )
     return {key: headers[name][key] for key, name in weight_map.items()}

@@ -54,10 +54,7 @@ class StreamedModel:
     def block_keys(self, index: int) -> dict[str, str]:
         """The checkpoint name of every tensor of a block by path in the block (`mlp.up_proj.weight`)."""
         self._check_index(index)
-        return {
-            path: self.family.keys.to_key(f"layers.{index}.{path}")
-            for path in part_shapes(Block, self.config)
-        }
+        return {path: self.family.keys.to_key(f"layers.{index}.{path}") for path in part_shapes(Block, self.config)}
 
     def outer_keys(self) -> list[str]:
         """The checkpoint names outside the blocks: embedding, final norm, and the head unless it is tied."""
@@ -80,9 +77,7 @@ class StreamedModel:
         value = self.source.read(key).astype(np.float32)
         bad = value.size - np.count_nonzero(np.isfinite(value))
         if bad:
-            raise ModelError(
-                f"{key} in {self.source.path} holds {bad} NaN or infinite values; download it again"
-            )
+            raise ModelError(f"{key} in {self.source.path} holds {bad} NaN or infinite values; download it again")
         return jnp.asarray(value)
 
     def _reader(self, part: str) -> Callable[[str], jax.Array]:
@@ -114,10 +109,13 @@ def check_keys(source: Source, family: Family, config: DecoderConfig) -> None:
     Raises:
         ModelError: listing every missing, extra, misshapen and non-float tensor at once.
     """
+    if config.num_layers > len(source.tensors):
+        raise ModelError(
+            f"{source.path} holds {len(source.tensors)} tensors, its configuration asks for {config.num_layers} "
+            "blocks of several each; check that configuration and weights belong together"
+        )
     expected = family.expected_shapes(config)
-    problems = [
-        f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in source.tensors
-    ]
+    problems = [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in source.tensors]
     for key, info in source.tensors.items():
         if key not in expected:
             if not family.allows(key, config):

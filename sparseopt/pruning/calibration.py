@@ -1,6 +1,6 @@
 """Floor 6: activations through one block: Grams of its linears' inputs, and its outputs for the next block.
 
-    Gram of an input = sum over tokens of x xᵀ, [in, in], float32, accumulated on the device
+Gram of an input = sum over tokens of x xᵀ, [in, in], float32, accumulated on the device
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def gather_grams(block: nnx.Module, x: Float[Array, "B T D"]) -> dict[str, Array
         grams[name] = _gram(value)
         return value
 
-    block(x, tap=tap)  # type: ignore[operator]
+    block(x, tap=tap)
     return grams
 
 
@@ -91,7 +91,7 @@ def forward_flops(block: Any, shape: tuple[int, ...], *, skip_last: bool = False
 
     `skip_last` leaves out the last linear, whose output a Gram pass does not need.
     """
-    batch, time, width = shape
+    batch, time, _ = shape
     sizes = [np.prod(block.linear(name).weight.shape) for name in block.linears]
     linears = 2 * batch * time * sum(sizes[:-1] if skip_last else sizes)
     # Scores and mixed values of the positions up to each query's own: half of a full square.

@@ -23,9 +23,7 @@ from sparseopt.pruning.compiled import Compiled
 LOGIT_ROWS = 256
 
 
-def negative_log_likelihood(
-    head: Head, x_TD: Float[Array, "T D"], tokens_T: Int[Array, "T"]
-) -> Float[Array, ""]:
+def negative_log_likelihood(head: Head, x_TD: Float[Array, "T D"], tokens_T: Int[Array, "T"]) -> Float[Array, ""]:
     """`- sum_t log p(tokens[t + 1])` of one window from its last activations, a slice of rows at a time."""
     rows = min(LOGIT_ROWS, x_TD.shape[0])
     padding = -x_TD.shape[0] % rows
@@ -76,7 +74,7 @@ def perplexity(
         )
     ids = ids.astype(np.int32)
 
-    batches = make_batches(model.embedding()(ids))
+    batches = make_batches(model.embedding()(jnp.asarray(ids)))
     runner = BlockRunner()
     for index in range(model.num_blocks):
         batches = runner.forward(model.block(index), batches)

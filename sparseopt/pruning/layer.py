@@ -8,7 +8,6 @@ center `(W e)ᵀ [in, out]`. There the magnitude of an entry is Wanda's score.
 
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -122,10 +121,11 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
     dead = (layer.scale == 0)[:, None]
     inverse = jnp.where(dead, 0, 1 / jnp.where(dead, 1, layer.scale[:, None]))
     dense = job.weight.astype(jnp.float32)
-    # Scaled values say nothing about a dead input: one that the count forces us to keep keeps its weight.
-    values = jnp.where(dead, dense.T, pruned.values * inverse)
-    # With nothing to prune the dense weight is the answer, to the last bit.
-    values = jnp.where(jnp.all(pruned.mask), dense.T, values)
+    values = pruned.values * inverse
+    # What a method left as it was keeps its weight to the last bit, and so does a weight on a dead input that
+    # the count forces us to keep; with nothing to prune, no refit has anything to mend.
+    untouched = (pruned.values == layer.center) | dead | jnp.all(pruned.mask)
+    values = jnp.where(untouched, dense.T, values)
     stored = jnp.where(pruned.mask, values, 0).T.astype(job.weight.dtype)
     change = stored.astype(jnp.float32) - dense
     error = relative_error(change, dense, job.gram)

@@ -53,8 +53,13 @@ class Wanda:
         rows = jax.vmap(top_k_mask, in_axes=(1, None), out_axes=1)
         mask = rows(score, each)
         following = rows(score, each + 1) & ~mask
-        extra = top_k_mask(jnp.max(jnp.where(following, score, -1), axis=0) + 1, left)
+        extra = top_k_mask(jnp.max(_among(following, score), axis=0), left)
         return _keep(layer, mask | (following & extra[None, :]))
+
+
+def _among(candidates: Array, score: Array) -> Array:
+    """Scores that rank every candidate, also one of score 0, above all others."""
+    return jnp.where(candidates, jnp.maximum(score, jnp.finfo(score.dtype).tiny), 0)
 
 
 def _keep(layer: ScaledLayer, mask: Array) -> Pruned:
@@ -92,22 +97,18 @@ class MaihtPruning:
         """Solve, count, refit."""
         loss = layer.ridged(self.ridge)
         step = STEP_FRACTION / largest_eigenvalue_bound(loss.hessian, jax.random.key(self.seed))
+        penalty: Any = pattern
+        target = None
         if isinstance(pattern, TopK):
             sparsity = 1 - pattern.k / layer.center.size
             undershoot = jnp.where(sparsity > 0.35, *self.undershoot)
             penalty, target = L0(self._first_level(layer, sparsity, step)), sparsity - undershoot
-        else:
-            penalty, target = pattern, None
         solver = Maiht(step, target, self.monitor, "support")
-        found = solve(
-            Problem(loss, penalty), solver, layer.center, tol=self.rest, max_steps=self.max_steps
-        )
+        found = solve(Problem(loss, penalty), solver, layer.center, tol=self.rest, max_steps=self.max_steps)
         mask = self._exact_mask(found.value, layer, pattern)
         refit = ProximalGradient(step) if self.refit == "gradient" else Refit()
         start = jnp.where(mask, found.value, 0)
-        kept = solve(
-            Problem(loss, Support(mask)), refit, start, tol=-1.0, max_steps=self.refit_steps
-        )
+        kept = solve(Problem(loss, Support(mask)), refit, start, tol=-1.0, max_steps=self.refit_steps)
         status = jnp.where(found.status == Status.NONFINITE, found.status, kept.status)
         # A fixed number of steps was asked for: running all of them is the method ending as it should.
         status = jnp.where(status == Status.MAX_STEPS, Status.CONVERGED, status)
@@ -128,7 +129,7 @@ class MaihtPruning:
         first = top_k_mask(jnp.abs(x), alive)
         return jax.lax.cond(
             alive < pattern.k,
-            lambda: first | top_k_mask(jnp.where(x == 0, jnp.abs(layer.center), 0), pattern.k - alive),
+            lambda: first | top_k_mask(_among(x == 0, jnp.abs(layer.center)), pattern.k - alive),
             lambda: first,
         )
 

@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.solve import Status
-from sparseopt.models import OUTER_TAG, ShardedWriter, StreamedModel, block_tag, encode_text, load_tokenizer, open_model
+from sparseopt.models import (
+    OUTER_TAG,
+    ShardedWriter,
+    StreamedModel,
+    block_tag,
+    encode_text,
+    load_tokenizer,
+    open_model,
+)
 from sparseopt.pruning.calibration import BlockRunner, make_batches
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.layer import LayerJob, LayerMethod, solve_layer
@@ -67,8 +75,8 @@ def prune_model(
     log = RunLog(Path(output))
 
     embedding = model.embedding()
-    batches = make_batches(embedding(calibration))
-    heldout_batches = make_batches(embedding(heldout)) if len(heldout) else []
+    batches = make_batches(embedding(jnp.asarray(calibration)))
+    heldout_batches = make_batches(embedding(jnp.asarray(heldout))) if len(heldout) else []
     del embedding
     writer.write(OUTER_TAG, {key: model.source.read(key) for key in model.outer_keys()})
 
@@ -123,9 +131,7 @@ def calibration_windows(model: StreamedModel, recipe: Recipe) -> tuple[np.ndarra
     """
     if isinstance(recipe.calibration, str):
         tokens = encode_text(load_tokenizer(model.source), load_text(recipe.calibration, "calibration"))
-        windows = token_windows(
-            tokens, recipe.samples + recipe.heldout_samples, recipe.seqlen, seed=recipe.seed
-        )
+        windows = token_windows(tokens, recipe.samples + recipe.heldout_samples, recipe.seqlen, seed=recipe.seed)
     else:
         windows = np.asarray(recipe.calibration)
         if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or windows.shape[1] < 2:
@@ -168,7 +174,7 @@ def _prune_linear(
     block: int,
     key: str,
 ) -> tuple[LayerRecord, np.ndarray]:
-    pattern = parse_pattern("unstructured", recipe.sparsity, weight.shape)  # type: ignore[arg-type]
+    pattern = parse_pattern("unstructured", recipe.sparsity, weight.shape)
     timed = solver(LayerJob(weight, gram, test_gram, pattern), method)
     report: Any = timed.value
     if Status(int(report.status)) is Status.NONFINITE:

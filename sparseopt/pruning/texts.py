@@ -1,9 +1,9 @@
 """Floor 6: calibration and evaluation text by a short specification, and its cut into token windows.
 
-    pydoc              English reference text that every CPython carries; two disjoint halves
-    wikitext2:PATH     a folder with WikiText-2 parquet files: calibration from validation, evaluation from test
-    file:PATH          a UTF-8 text file of your own: calibration from its first half, evaluation from the rest
-    hf:NAME[/CONFIG]   a data set of the Hugging Face hub by name, where the network allows
+pydoc              English reference text that every CPython carries; two disjoint halves
+wikitext2:PATH     a folder with WikiText-2 parquet files: calibration from validation, evaluation from test
+file:PATH          a UTF-8 text file of your own: calibration from its first half, evaluation from the rest
+hf:NAME[/CONFIG]   a data set of the Hugging Face hub by name, where the network allows
 """
 
 from collections.abc import Callable, Iterable
@@ -56,10 +56,15 @@ def _halves(text: str, split: Split) -> str:
 def _read_pydoc(_: str, split: Split) -> str:
     from pydoc_data.topics import topics
 
-    # Topics are sorted by name and the halves take turns, so that both see the whole language reference.
-    names = sorted(topics)
-    part = names[0::2] if split == "calibration" else names[1::2]
-    return "\n\n".join(topics[name] for name in part)
+    # The parts take turns topic by topic, so that both see the whole language reference. Topics quote each other:
+    # a paragraph counts where it stands first and is dropped elsewhere, so that the parts share none.
+    seen: set[str] = set()
+    parts: dict[str, list[str]] = {"calibration": [], "evaluation": []}
+    for index, name in enumerate(sorted(topics)):
+        paragraphs = dict.fromkeys(p.strip("\n") for p in topics[name].split("\n\n"))
+        parts["evaluation" if index % 2 else "calibration"] += [p for p in paragraphs if p not in seen]
+        seen.update(paragraphs)
+    return "\n\n".join(parts[split])
 
 
 def _read_file(path: str, split: Split) -> str:
@@ -105,7 +110,9 @@ def _read_hub(name: str, split: Split) -> str:
     try:
         folder = Path(
             snapshot_download(
-                repository, repo_type="dataset", allow_patterns=[f"{config}*/{wanted}*.parquet", f"{wanted}*.parquet"]
+                repository,
+                repo_type="dataset",
+                allow_patterns=[f"{config}*/{wanted}*.parquet", f"{wanted}*.parquet"],
             )
         )
     except Exception as error:  # every failure of the network and of the hub has a class of its own

@@ -34,7 +34,10 @@ def test_vmap_gives_each_lane_its_own_status_and_answer(rng):
 
     def run(center):
         return so.solve(
-            so.Problem(so.Quadratic(problem.loss.hessian, center), problem.penalty), so.Maiht(), center, tol=1e-5
+            so.Problem(so.Quadratic(problem.loss.hessian, center), problem.penalty),
+            so.Maiht(),
+            center,
+            tol=1e-5,
         )
 
     together = jax.vmap(run)(centers)

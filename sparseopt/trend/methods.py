@@ -1,0 +1,111 @@
+"""Floor 5: from a graph, an order and a method to the split, the x-step and the row norms that a solver needs."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.operators import Difference, Identity, Split
+from sparseopt.core.solvers.admm import standard_split
+from sparseopt.core.solvers.doge import doge_split
+from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
+from sparseopt.trend.graph import Graph
+
+METHODS = ("auto", "doge", "admm", "fast_admm")
+# On a grid, order 1: above this ratio of weight to noise the exact x-step by cosines needs so many steps fewer
+# that it wins in time too.
+STRONG_SMOOTHING = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What depends on the graph and the method alone.
+
+    Attributes:
+        split: the operator with its metrics.
+        node_solve: the x-step.
+        row_norms: `||row||_2` of `Δ^(order+1)`.
+    """
+
+    split: Split
+    node_solve: Any
+    row_norms: Any
+
+
+def choose_method(graph: Graph, order: int, weighted: bool, strength: float) -> str:
+    """The method for "auto".
+
+    Doge's step costs two sparse products and is the fastest in time where it needs few steps: orders 0 and 1.
+    From order 2, and under strong smoothing from order 1, conditioning decides, and an exact x-step pays where
+    it is cheap: by cosines on grids without node weights.
+
+    Args:
+        graph: the graph.
+        order: k.
+        weighted: whether there are node weights or missing values.
+        strength: the penalty's weight over the noise of the signal.
+    """
+    cosines = graph.shape is not None and not weighted
+    hard = order >= 2 or (order == 1 and strength > STRONG_SMOOTHING)
+    return "admm" if cosines and hard else "doge"
+
+
+def prepare(graph: Graph, order: int, method: str, block: int, weighted: bool, dtype: Any, channels: bool) -> Prepared:
+    """Build, or take from the graph's cache, the split and the x-step of a method."""
+    cosines = graph.shape is not None and not weighted
+    key = (method, order, block, cosines, np.dtype(dtype).name, channels)
+    return graph.cached(key, lambda: _prepare(graph, order, method, block, cosines, dtype, channels))
+
+
+def _prepare(graph: Graph, order: int, method: str, block: int, cosines: bool, dtype: Any, channels: bool) -> Prepared:
+    base = graph.base(dtype)
+    full = order + 1
+    row_norms = np.sqrt(graph.sums(full).row_squares)
+    row_norms = np.where(row_norms > 0, row_norms, 1).astype(dtype)
+    on_edges = (full - block) % 2 == 1
+    inner = Difference(base, full - block)
+    node_solve: Any
+    if method == "admm":
+        split = standard_split(inner, Identity(), dtype)
+        node_solve = _node_solve(graph, inner.order, np.ones(()), cosines, dtype)
+    else:
+        outer = Difference(base, block, on_edges)
+        split = doge_split(outer, inner, graph.sums(block, on_edges), "coefficients", dtype)
+        node_solve = Diagonal()
+        if inner.order:
+            if cosines:
+                split = dataclasses.replace(split, column_scale=split.column_scale.max())
+            node_solve = _node_solve(graph, inner.order, split.column_scale, cosines, dtype)
+
+    def place(leaf: Any) -> Any:
+        widen = channels and np.ndim(leaf) > 0
+        return jnp.asarray(np.asarray(leaf)[..., None] if widen else leaf)
+
+    split = dataclasses.replace(
+        split, row_scale=place(split.row_scale), column_scale=place(split.column_scale)
+    )
+    if isinstance(node_solve, ConjugateGradient):
+        node_solve = dataclasses.replace(node_solve, diagonal=place(node_solve.diagonal))
+    return Prepared(
+        jax.tree.map(jnp.asarray, split), jax.tree.map(jnp.asarray, node_solve), place(row_norms)
+    )
+
+
+def _node_solve(graph: Graph, order: int, columns: np.ndarray, cosines: bool, dtype: Any) -> Any:
+    """The x-step for an inner difference of this order."""
+    if cosines:
+        assert graph.shape is not None
+        return cosine_solve(graph.shape, order, dtype)
+    if graph.shape is not None and columns.ndim == 0:
+        diagonal = columns * graph.column_squares(order)
+    else:
+        matrix = graph.matrix(order)
+        diagonal = np.asarray(matrix.multiply(matrix).T @ np.broadcast_to(columns, matrix.shape[0]).reshape(-1))
+    shape = graph.shape or (graph.num_nodes,)
+    return ConjugateGradient(diagonal.reshape(shape).astype(dtype), jnp.asarray(1e-2, dtype))
+
+
+Builder = Callable[[], Any]

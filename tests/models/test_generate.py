@@ -1,0 +1,49 @@
+"""Text continued: greedy choice by definition, draws by seed, and where it stops."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparseopt.models import Decoder, generate, load_decoder
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+
+
+@pytest.fixture
+def decoder(tmp_path: Path, rng: np.random.Generator) -> Decoder:
+    config = tiny_config(tie_word_embeddings=False)
+    return load_decoder(write_folder(tmp_path, config, random_tensors(config, rng)))
+
+
+PROMPT = np.array([5, 9, 30])
+
+
+def test_greedy_tokens_are_the_likeliest_of_the_whole_text_so_far(decoder: Decoder) -> None:
+    new = generate(decoder, PROMPT, 6)
+    # Attention is causal, so that one pass over the whole text gives the choice at each of its tokens.
+    choices = np.argmax(decoder(np.concatenate([PROMPT, new])[None])[0], axis=-1)
+    np.testing.assert_array_equal(new, choices[len(PROMPT) - 1 : -1])
+    assert new.shape == (6,)
+    assert new.dtype == np.int32
+
+
+def test_a_stop_token_ends_it(decoder: Decoder) -> None:
+    new = generate(decoder, PROMPT, 6)
+    stop = new[3]
+    first = list(new).index(stop)
+    np.testing.assert_array_equal(generate(decoder, PROMPT, 6, stop_ids=(stop,)), new[:first])
+    assert generate(decoder, PROMPT, 0).shape == (0,)
+
+
+def test_draws_follow_the_seed_and_the_temperature(decoder: Decoder) -> None:
+    draws = [generate(decoder, PROMPT, 8, temperature=3.0, seed=seed) for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+    cold = generate(decoder, PROMPT, 8, temperature=1e-4, seed=3)
+    np.testing.assert_array_equal(cold, generate(decoder, PROMPT, 8))
+
+
+@pytest.mark.parametrize("arguments", [([], 3), (PROMPT, -1)])
+def test_bad_requests(decoder: Decoder, arguments: tuple) -> None:
+    with pytest.raises(ValueError, match="need a prompt of 1 token or more"):
+        generate(decoder, *arguments)

@@ -1,0 +1,212 @@
+"""One layer: exact counts, agreement with the paper's procedure, patterns, dead inputs, dtypes, bad input."""
+
+import itertools
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import sparseopt as so
+from sparseopt.pruning import LayerJob, MaihtPruning, Pruned, prune_layer, solve_layer
+from sparseopt.pruning.compiled import Compiled
+from sparseopt.pruning.patterns import parse_pattern
+from tests.pruning.layers import error_of, make_layer, paper_procedure
+
+METHODS = [("maiht", "paper"), ("maiht", "best"), ("wanda", "best"), ("magnitude", "best")]
+
+
+@pytest.mark.parametrize(("method", "preset"), METHODS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.5, 0.77, 0.99])
+def test_the_count_is_exact_to_the_weight(rng, method, preset, sparsity):
+    weight, gram, _ = make_layer(rng, outputs=23)
+    result = prune_layer(weight, gram, sparsity, method=method, preset=preset)
+    kept = round((1 - sparsity) * weight.size)
+    assert np.count_nonzero(result.weight) == kept
+    assert result.sparsity == (weight.size - kept) / weight.size
+    assert result.status is so.Status.CONVERGED
+
+
+@pytest.mark.parametrize(("method", "preset"), METHODS)
+def test_reported_errors_are_those_of_the_returned_weight(rng, method, preset):
+    weight, gram, test_gram = make_layer(rng)
+    result = prune_layer(weight, gram, 0.5, method=method, preset=preset, test_gram=test_gram)
+    assert result.relative_error == pytest.approx(error_of(result.weight, weight, gram), rel=1e-3)
+    assert result.test_error == pytest.approx(error_of(result.weight, weight, test_gram), rel=1e-3)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.5, 0.7])
+def test_preset_paper_agrees_with_the_papers_procedure(rng, sparsity):
+    weight, gram, _ = make_layer(rng, outputs=96, inputs=96)
+    ours = prune_layer(weight, gram, sparsity, preset="paper")
+    theirs = paper_procedure(weight, gram, sparsity)
+    assert ours.steps == 20
+    assert ours.relative_error == pytest.approx(error_of(theirs, weight, gram), rel=0.01)
+    same = np.mean((ours.weight != 0) == (theirs != 0))
+    assert same > 0.995
+
+
+def test_methods_rank_as_the_literature_says(rng):
+    weight, gram, _ = make_layer(rng, outputs=96, inputs=96)
+    errors = [prune_layer(weight, gram, 0.5, method=m, preset=p).relative_error for m, p in METHODS]
+    best, paper, wanda, magnitude = errors[1], errors[0], errors[2], errors[3]
+    assert best < 0.9 * paper
+    assert paper < 0.7 * wanda
+    assert wanda < 0.9 * magnitude
+
+
+def test_best_is_near_the_best_support_of_all_on_a_layer_small_enough_to_enumerate(rng):
+    inputs, kept = 8, 4
+    weight, gram, _ = make_layer(rng, outputs=1, inputs=inputs)
+    dense, gram64 = weight[0].astype(np.float64), gram.astype(np.float64)
+    optimum = np.inf
+    for chosen in itertools.combinations(range(inputs), kept):
+        inside = list(chosen)
+        v = np.zeros(inputs)
+        v[inside] = np.linalg.solve(gram64[np.ix_(inside, inside)], (gram64 @ dense)[inside])
+        optimum = min(optimum, error_of(v, dense, gram64))
+    result = prune_layer(weight, gram, 0.5)
+    assert optimum * (1 - 1e-3) <= result.relative_error <= 1.5 * optimum
+
+
+def test_wanda_is_magnitude_in_scaled_coordinates_and_keeps_as_many_in_every_row(rng):
+    weight, gram, _ = make_layer(rng)
+    result = prune_layer(weight, gram, 0.5, method="wanda")
+    score = np.abs(weight) * np.sqrt(np.diag(gram))
+    expected = np.zeros(weight.shape, bool)
+    np.put_along_axis(expected, np.argsort(-score, axis=1)[:, : weight.shape[1] // 2], True, axis=1)
+    np.testing.assert_array_equal(result.weight, np.where(expected, weight, 0))
+    uneven = prune_layer(weight, gram, 0.31, method="wanda").weight
+    per_row = np.count_nonzero(uneven, axis=1)
+    assert per_row.max() - per_row.min() == 1
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:4"])
+@pytest.mark.parametrize(("method", "preset"), METHODS)
+def test_every_group_holds_the_pattern(rng, pattern, method, preset):
+    weight, gram, _ = make_layer(rng)
+    n, m = map(int, pattern.split(":"))
+    result = prune_layer(weight, gram, pattern=pattern, method=method, preset=preset)
+    groups = result.weight.reshape(weight.shape[0], -1, m)
+    assert (np.count_nonzero(groups, axis=2) == n).all()
+    assert result.sparsity == 1 - n / m
+
+
+def test_a_pattern_costs_more_than_freedom_and_less_with_maiht_than_with_wanda(rng):
+    weight, gram, _ = make_layer(rng)
+    free = prune_layer(weight, gram, 0.5).relative_error
+    bound = prune_layer(weight, gram, pattern="2:4").relative_error
+    wanda = prune_layer(weight, gram, pattern="2:4", method="wanda").relative_error
+    assert free < bound < wanda
+
+
+@pytest.mark.parametrize(("method", "preset"), METHODS)
+def test_dead_inputs_are_pruned_first_and_reported(rng, method, preset):
+    weight, gram, _ = make_layer(rng)
+    dead = [3, 17, 40]
+    gram[dead], gram[:, dead] = 0, 0
+    result = prune_layer(weight, gram, 0.5, method=method, preset=preset)
+    assert result.dead_inputs == 3
+    assert np.isfinite(result.weight).all()
+    assert np.count_nonzero(result.weight) == weight.size // 2
+    if method != "wanda":
+        assert (result.weight[:, dead] == 0).all()
+    # Fewer to prune than dead weights: those that must stay keep their value.
+    little = prune_layer(weight, gram, 0.02, method=method, preset=preset)
+    assert np.count_nonzero(little.weight) == weight.size - round(0.02 * weight.size)
+    kept = little.weight[:, dead] != 0
+    np.testing.assert_array_equal(little.weight[:, dead][kept], weight[:, dead][kept])
+    if method != "wanda":
+        assert (np.delete(little.weight, dead, axis=1) != 0).all()
+
+
+def test_all_inputs_dead_costs_nothing(rng):
+    weight, gram, _ = make_layer(rng, outputs=4, inputs=8)
+    result = prune_layer(weight, np.zeros_like(gram), 0.5)
+    assert np.count_nonzero(result.weight) == 16
+    assert np.isnan(result.relative_error) or result.relative_error == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_the_weights_dtype_is_kept_and_its_rounding_is_in_the_error(rng, dtype):
+    weight, gram, _ = make_layer(rng)
+    weight = weight.astype(dtype)
+    result = prune_layer(weight, gram, 0.5)
+    assert result.weight.dtype == (np.float32 if dtype is np.float64 else dtype)
+    assert np.count_nonzero(result.weight) == weight.size // 2
+    assert result.relative_error == pytest.approx(error_of(result.weight, weight, gram), rel=1e-2)
+
+
+def test_one_compile_a_shape_whatever_the_values_and_the_sparsity(rng):
+    solver = Compiled(solve_layer)
+    for outputs in (16, 24, 16):
+        for sparsity in (0.3, 0.5):
+            weight, gram, _ = make_layer(rng, outputs=outputs, inputs=32)
+            solver(LayerJob(weight, gram, None, parse_pattern("unstructured", sparsity, weight.shape)), MaihtPruning())
+    assert solver.compilations == 2
+    assert solver.compile_seconds > 0
+
+
+def test_a_method_of_ones_own(rng):
+    class KeepFirst:
+        def __call__(self, layer, pattern):
+            mask = jnp.arange(layer.center.size).reshape(layer.center.shape) < pattern.k
+            return Pruned(jnp.where(mask, layer.center, 0), mask, 1, so.Status.CONVERGED)
+
+    import jax
+
+    weight, gram, _ = make_layer(rng, outputs=4, inputs=8)
+    result = prune_layer(weight, gram, 0.5, method=jax.tree_util.register_static(KeepFirst)())
+    np.testing.assert_allclose(result.weight[:, :4], weight[:, :4], rtol=1e-6)
+    assert (result.weight[:, 4:] == 0).all()
+
+
+BAD = {
+    "sparsity 1": ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\), given 1.0"),
+    "sparsity negative": ({"sparsity": -0.1}, r"sparsity must lie in \[0, 1\), given -0.1"),
+    "sparsity NaN": ({"sparsity": float("nan")}, "sparsity must lie in"),
+    "no sparsity": ({"sparsity": None}, "needs a sparsity"),
+    "indivisible": ({"sparsity": None, "pattern": "2:7"}, "divisible by 7.*leaves 1 over"),
+    "contradiction": ({"sparsity": 0.3, "pattern": "2:4"}, "contradicts the sparsity 0.3"),
+    "n above m": ({"sparsity": None, "pattern": "5:4"}, "between 1 and 4 of every 4"),
+    "unknown pattern": ({"pattern": "blocky"}, "unknown pattern 'blocky'; known are 'unstructured' and 'n:m'"),
+    "unknown method": ({"method": "magic"}, "unknown method 'magic'; known are maiht, wanda, magnitude"),
+    "unknown preset": ({"preset": "fast"}, "unknown preset 'fast'; known are paper, best"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_choices_are_refused_with_what_is_possible(rng, changes, message):
+    weight, gram, _ = make_layer(rng)
+    with pytest.raises(ValueError, match=message):
+        prune_layer(weight, gram, **({"sparsity": 0.5} | changes))
+
+
+def test_bad_arrays_are_refused_with_their_name_and_figures(rng):
+    weight, gram, _ = make_layer(rng)
+    broken = weight.copy()
+    broken[1, 2], broken[3, 4] = np.nan, np.inf
+    with pytest.raises(ValueError, match="weight has 2 NaN or infinite entries of 3072"):
+        prune_layer(broken, gram, 0.5)
+    broken = gram.copy()
+    broken[0, 0] = np.inf
+    with pytest.raises(ValueError, match="gram has 1 NaN or infinite"):
+        prune_layer(weight, broken, 0.5)
+    with pytest.raises(ValueError, match=r"\[in, in\] = \[64, 64\].*given \[64, 63\]"):
+        prune_layer(weight, gram[:, :-1], 0.5)
+    with pytest.raises(ValueError, match=r"given \[48, 48\]"):
+        prune_layer(weight, gram[:48, :48], 0.5)
+    broken = gram.copy()
+    broken[2, 5] += 10 * np.sqrt(gram[2, 2] * gram[5, 5])
+    with pytest.raises(ValueError, match=r"gram is not symmetric: entry \(2, 5\)"):
+        prune_layer(weight, broken, 0.5)
+    broken = gram.copy()
+    broken[4, 4] = -1
+    with pytest.raises(ValueError, match="negative diagonal"):
+        prune_layer(weight, broken, 0.5)
+    with pytest.raises(ValueError, match=r"test_gram must be \[in, in\]"):
+        prune_layer(weight, gram, 0.5, test_gram=gram[:3, :3])
+    with pytest.raises(ValueError, match=r"matrix \[out, in\], given shape \[64\]"):
+        prune_layer(weight[0], gram, 0.5)
+    with pytest.raises(ValueError, match="float dtype, given int64"):
+        prune_layer(weight.astype(np.int64), gram, 0.5)

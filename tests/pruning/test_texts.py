@@ -1,0 +1,76 @@
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from sparseopt.pruning import TextError, load_text, token_windows
+
+
+def test_the_two_parts_of_pydoc_share_no_paragraph_and_suffice_for_the_demo():
+    calibration, evaluation = load_text("pydoc", "calibration"), load_text("pydoc", "evaluation")
+    assert min(len(calibration), len(evaluation)) > 100_000
+    assert not set(calibration.split("\n\n")) & set(evaluation.split("\n\n"))
+
+
+def test_a_file_is_cut_into_halves_at_a_line_end(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"line {i}\n" for i in range(101)))
+    first, second = load_text(f"file:{file}", "calibration"), load_text(f"file:{file}", "evaluation")
+    assert first + second == file.read_text()
+    assert first.endswith("\n")
+
+
+def test_parquet_rows_are_joined_by_blank_lines(tmp_path):
+    for split in ("validation", "test"):
+        rows = [f"{split} one", "", f"{split} two"]
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / f"{split}.parquet")
+    assert load_text(f"wikitext2:{tmp_path}", "calibration") == "validation one\n\n\n\nvalidation two"
+    assert load_text(f"wikitext2:{tmp_path}", "evaluation") == "test one\n\n\n\ntest two"
+
+
+def test_what_cannot_be_had_is_said(tmp_path):
+    with pytest.raises(TextError, match="unknown text 'wiki'; known are pydoc"):
+        load_text("wiki", "calibration")
+    with pytest.raises(TextError, match="names no source; write file:PATH"):
+        load_text("file:", "calibration")
+    with pytest.raises(TextError, match="cannot read the text file"):
+        load_text(f"file:{tmp_path / 'absent'}", "calibration")
+    with pytest.raises(TextError, match="does not exist"):
+        load_text(f"wikitext2:{tmp_path / 'absent'}", "calibration")
+    (tmp_path / "other.csv").touch()
+    with pytest.raises(TextError, match=r"no validation\*.parquet; it holds other.csv"):
+        load_text(f"wikitext2:{tmp_path}", "calibration")
+    (tmp_path / "validation.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(TextError, match="cannot read a text column"):
+        load_text(f"wikitext2:{tmp_path}", "calibration")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(TextError, match="is empty"):
+        load_text(f"file:{tmp_path / 'empty.txt'}", "calibration")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(TextError, match=r"not UTF-8 \(byte 3\)"):
+        load_text(f"file:{tmp_path / 'latin.txt'}", "calibration")
+
+
+def test_windows_come_from_the_start_and_heldout_ones_follow():
+    tokens = np.arange(100)
+    np.testing.assert_array_equal(token_windows(tokens, 3, 10), np.arange(30).reshape(3, 10))
+    np.testing.assert_array_equal(token_windows(tokens, 2, 10, skip=3), np.arange(30, 50).reshape(2, 10))
+
+
+def test_another_seed_draws_other_windows_without_repeating():
+    tokens = np.arange(200)
+    drawn = token_windows(tokens, 10, 10, seed=3)
+    assert len(np.unique(drawn)) == 100
+    assert not np.array_equal(drawn, token_windows(tokens, 10, 10))
+    np.testing.assert_array_equal(drawn, token_windows(tokens, 10, 10, seed=3))
+    followers = token_windows(tokens, 5, 10, skip=10, seed=3)
+    assert not set(followers.ravel()) & set(drawn.ravel())
+
+
+def test_too_short_a_text_names_the_figures():
+    with pytest.raises(TextError, match=r"4 windows of 32 tokens need 128 tokens, the text has 100 \(3 windows\)"):
+        token_windows(np.arange(100), 4, 32)
+    with pytest.raises(TextError, match=r"the text has 10 \(0 windows\)"):
+        token_windows(np.arange(10), 1, 32)
+    with pytest.raises(TextError, match="given 0 windows of 32"):
+        token_windows(np.arange(100), 0, 32)
