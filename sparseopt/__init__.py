@@ -10,11 +10,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from sparseopt.core.losses import Quadratic
-from sparseopt.core.penalties import L0, L1, NM, Penalty, Support, TopK
+from sparseopt.core.penalties import L0, L1, MCP, NM, SCAD, GroupL2, Penalty, Support, TopK
 from sparseopt.core.solve import Measure, Problem, Solution, Solver, Status, solve
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
+from sparseopt.trend.filter import trend_filter
+from sparseopt.trend.graph import Graph
 
 if TYPE_CHECKING:
     from sparseopt import models, pruning
@@ -24,7 +26,11 @@ __version__ = version("sparseopt")
 __all__ = [
     "L0",
     "L1",
+    "MCP",
     "NM",
+    "SCAD",
+    "Graph",
+    "GroupL2",
     "Maiht",
     "Measure",
     "Penalty",
@@ -40,6 +46,7 @@ __all__ = [
     "models",
     "pruning",
     "solve",
+    "trend_filter",
 ]
 
 

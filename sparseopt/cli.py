@@ -146,16 +146,14 @@ def demo(
 
 def main() -> None:
     """Entry point: input errors end in one clear sentence and exit status 2, failed runs in status 1."""
-    from sparseopt import console
-
     try:
         app()
     except KeyboardInterrupt:
-        console.errors.print("stopped")
+        typer.echo("stopped", err=True)
         sys.exit(130)
     except ValueError as error:
-        console.errors.print(f"error: {error}", markup=False)
+        typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except (RuntimeError, OSError) as error:
-        console.errors.print(f"error: {error}", markup=False)
+        typer.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -48,25 +48,24 @@ class Sums:
         row_absolute: `sum_j |Ψ_rj|`.
         row_squares: `sum_j Ψ_rj²`.
         column_absolute: `sum_r |Ψ_rj|`.
+        column_squares: `sum_r Ψ_rj²`.
         column_counts: the number of rows that touch a column.
     """
 
     row_absolute: np.ndarray
     row_squares: np.ndarray
     column_absolute: np.ndarray
+    column_squares: np.ndarray
     column_counts: np.ndarray
 
 
 def matrix_sums(matrix: sparse.csr_array) -> Sums:
     """The sums of a sparse matrix."""
     size = abs(matrix)
+    squares = size.multiply(size)
     touched = sparse.csr_array((np.ones_like(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)
-    return Sums(
-        np.asarray(size.sum(axis=1)).reshape(-1),
-        np.asarray(size.multiply(size).sum(axis=1)).reshape(-1),
-        np.asarray(size.sum(axis=0)).reshape(-1),
-        np.asarray(touched.sum(axis=0)).reshape(-1),
-    )
+    along = [(size, 1), (squares, 1), (size, 0), (squares, 0), (touched, 0)]
+    return Sums(*(np.asarray(m.sum(axis=axis)).reshape(-1) for m, axis in along))
 
 
 def edge_grid(values: np.ndarray, shape: tuple[int, ...], fill: float) -> np.ndarray:
@@ -106,5 +105,6 @@ def grid_sums(shape: tuple[int, ...], order: int, from_edges: bool = False) -> S
         grow(sums.row_absolute, on_edges),
         grow(sums.row_squares, on_edges),
         grow(sums.column_absolute, from_edges),
+        grow(sums.column_squares, from_edges),
         grow(sums.column_counts, from_edges),
     )

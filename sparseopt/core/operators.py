@@ -32,19 +32,6 @@ class LinearMap(Protocol):
         """The image of e under the transpose: `<mv(x), e> = <x, rmv(e)>`."""
 
 
-@pytree
-class Identity:
-    """`x -> x`."""
-
-    def mv(self, x: FloatArray) -> FloatArray:
-        """x itself."""
-        return x
-
-    def rmv(self, e: FloatArray) -> FloatArray:
-        """e itself."""
-        return e
-
-
 def _ahead(x: FloatArray, axis: int) -> FloatArray:
     """`x[i] - x[i + 1]` along an axis, zero in the last place: as many entries as x."""
     first = jax.lax.slice_in_dim(x, 0, -1, axis=axis)
@@ -263,7 +250,7 @@ class Difference:
     @property
     def in_shape(self) -> tuple[int, ...]:
         """The shape that `mv` takes, without channels."""
-        return self.base.edge_shape if self.from_edges and self.order else self.base.node_shape
+        return self.base.edge_shape if self.from_edges else self.base.node_shape
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -318,3 +305,7 @@ class Split:
     def rmv(self, e: FloatArray) -> FloatArray:
         """`Δᵀ Ψᵀ e`."""
         return self.inner.rmv(self.outer.rmv(e))
+
+    def row_shape(self, x: FloatArray) -> tuple[int, ...]:
+        """The shape of `mv(x)`, channels included."""
+        return (*self.outer.out_shape, *x.shape[len(self.inner.in_shape) :])

@@ -33,6 +33,7 @@ class Status(enum.IntEnum):
     MAX_STEPS = 1
     NONFINITE = 2
     PRECISION = 3
+    STATIONARY = 4
 
     @property
     def advice(self) -> str:
@@ -45,6 +46,8 @@ class Status(enum.IntEnum):
             "or use a smaller step size",
             Status.PRECISION: "rounding limits the answer before the tolerance: the measure no longer falls; "
             "use float64, or raise tol",
+            Status.STATIONARY: "the stationarity residual reached the tolerance; the problem is not known to be "
+            "convex, so this is no certificate of optimality",
         }[self]
 
 
@@ -108,14 +111,15 @@ class Solution:
     state: Any
 
     def check(self) -> "Solution":
-        """Return self if every lane converged.
+        """Return self if every lane converged, with a certificate or to a stationary point.
 
         Raises:
             RuntimeError: otherwise, saying how the worst lane ended and what to try.
         """
-        broken = bool(jnp.any(jnp.asarray(self.status) == Status.NONFINITE))
-        worst = Status.NONFINITE if broken else Status(int(jnp.max(self.status)))
-        if worst is not Status.CONVERGED:
+        ended = {Status(int(status)) for status in jnp.ravel(self.status)}
+        order = (Status.NONFINITE, Status.MAX_STEPS, Status.PRECISION, Status.STATIONARY, Status.CONVERGED)
+        worst = next(status for status in order if status in ended)
+        if worst not in (Status.CONVERGED, Status.STATIONARY):
             raise RuntimeError(
                 f"not converged ({worst.name}) after {int(jnp.max(self.steps))} steps with residual "
                 f"{float(jnp.max(self.residual)):.3g}: {worst.advice}"

@@ -61,6 +61,15 @@ class StreamedModel:
         inner = {key for i in range(self.num_blocks) for key in self.block_keys(i).values()}
         return [key for key in self.family.expected_shapes(self.config) if key not in inner]
 
+    def check_finite(self) -> None:
+        """Read every tensor once, one at a time.
+
+        Raises:
+            ModelError: naming the first tensor that holds NaN or infinity.
+        """
+        for key in self.family.expected_shapes(self.config):
+            self._check_finite(key, self.source.read(key))
+
     def decoder(self) -> Decoder:
         """Read the whole model."""
         return build_part(Decoder, self.config, self._reader(""))
@@ -75,10 +84,13 @@ class StreamedModel:
             path = "embed_tokens.weight"
         key = self.family.keys.to_key(path)
         value = self.source.read(key).astype(np.float32)
+        self._check_finite(key, value)
+        return jnp.asarray(value)
+
+    def _check_finite(self, key: str, value: np.ndarray) -> None:
         bad = value.size - np.count_nonzero(np.isfinite(value))
         if bad:
             raise ModelError(f"{key} in {self.source.path} holds {bad} NaN or infinite values; download it again")
-        return jnp.asarray(value)
 
     def _reader(self, part: str) -> Callable[[str], jax.Array]:
         return lambda path: self.read(f"{part}.{path}" if part else path)

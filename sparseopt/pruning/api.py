@@ -7,13 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.solve import Status
-from sparseopt.pruning.compiled import Compiled
-from sparseopt.pruning.layer import LayerJob, LayerMethod, solve_layer
+from sparseopt.pruning.layer import LayerJob, LayerMethod, layer_solver
 from sparseopt.pruning.methods import find_method
 from sparseopt.pruning.patterns import parse_pattern
-
-# One for the process: calls with the same shape, pattern and method share a compiled program.
-_solver = Compiled(solve_layer)
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def prune_layer(
         test_gram = check_gram("test_gram", test_gram, weight.shape[1])
     outputs, inputs = weight.shape
     job = LayerJob(weight, gram, test_gram, parse_pattern(pattern, sparsity, (outputs, inputs)))
-    timed = _solver(job, find_method(method, preset))
+    timed = layer_solver(job, find_method(method, preset))
     report = timed.value
     status = Status(int(report.status))
     if status is Status.NONFINITE:

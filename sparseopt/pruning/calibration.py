@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import HIGHEST
-from sparseopt.pruning.compiled import Compiled
+from sparseopt.pruning.compiled import Compiled, Timed
 
 # Tokens a batch: enough for the matrix products to reach their rate, little enough to stay in cache.
 BATCH_TOKENS = 2048
@@ -35,42 +35,37 @@ def gather_grams(block: nnx.Module, x: Float[Array, "B T D"]) -> dict[str, Array
     return grams
 
 
+def _add_grams(block: nnx.Module, x: Array, totals: dict[str, Array]) -> dict[str, Array]:
+    return jax.tree.map(jnp.add, totals, gather_grams(block, x))
+
+
+# One each for the process: all blocks of all models of the same shape share a compiled program.
+_grams_of_batch = Compiled(_add_grams, donate_argnums=(2,))
+_output_of_batch = Compiled(lambda block, x: block(x))
+
+
 class BlockRunner:
-    """Runs the blocks of one model over batches of activations, compiled once for all blocks.
+    """Runs the blocks of one model over batches of activations and keeps account.
 
     Attributes:
         seconds: device time of all forward passes so far, compilation apart.
         flops: floating-point operations of these passes (two a multiply-add; products only).
+        compilations: programs compiled.
+        compile_seconds: the time that took.
     """
 
     def __init__(self) -> None:
-        self._grams = Compiled(self._accumulate, donate_argnums=(2,))
-        self._forward = Compiled(lambda block, x: block(x))
         self.seconds = 0.0
         self.flops = 0.0
-
-    @property
-    def compilations(self) -> int:
-        """Programs compiled so far."""
-        return self._grams.compilations + self._forward.compilations
-
-    @property
-    def compile_seconds(self) -> float:
-        """Time spent compiling them."""
-        return self._grams.compile_seconds + self._forward.compile_seconds
-
-    @staticmethod
-    def _accumulate(block: nnx.Module, x: Array, totals: dict[str, Array]) -> dict[str, Array]:
-        return jax.tree.map(jnp.add, totals, gather_grams(block, x))
+        self.compilations = 0
+        self.compile_seconds = 0.0
 
     def grams(self, block: nnx.Module, batches: list[Array]) -> dict[str, Array]:
         """Grams summed over all batches, by tap name."""
         shapes = jax.eval_shape(gather_grams, block, batches[0])
         totals: Any = {name: jnp.asarray(np.zeros(s.shape, np.float32)) for name, s in shapes.items()}
         for x in batches:
-            timed = self._grams(block, x, totals)
-            totals = timed.value
-            self.seconds += timed.seconds
+            totals = self._account(_grams_of_batch(block, x, totals))
             self.flops += forward_flops(block, x.shape, skip_last=True)
             self.flops += sum(2 * x.shape[0] * x.shape[1] * s.shape[0] ** 2 for s in shapes.values())
         return totals
@@ -79,11 +74,15 @@ class BlockRunner:
         """The block's outputs, batch by batch."""
         outputs = []
         for x in batches:
-            timed = self._forward(block, x)
-            outputs.append(timed.value)
-            self.seconds += timed.seconds
+            outputs.append(self._account(_output_of_batch(block, x)))
             self.flops += forward_flops(block, x.shape)
         return outputs
+
+    def _account(self, timed: Timed) -> Any:
+        self.seconds += timed.seconds
+        self.compile_seconds += timed.compile_seconds
+        self.compilations += timed.compile_seconds > 0
+        return timed.value
 
 
 def forward_flops(block: Any, shape: tuple[int, ...], *, skip_last: bool = False) -> float:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.losses import HIGHEST, Quadratic
 from sparseopt.core.solve import Status
 from sparseopt.core.types import pytree
+from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern
 
 
@@ -140,3 +141,7 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
         steps=jnp.asarray(pruned.steps, jnp.int32),
         status=jnp.where(finite, pruned.status, Status.NONFINITE).astype(jnp.int32),
     )
+
+
+# One for the process: jobs of the same shape, dtype, pattern and method share a compiled program.
+layer_solver = Compiled(solve_layer)

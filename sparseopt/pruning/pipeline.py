@@ -29,8 +29,7 @@ from sparseopt.models import (
     open_model,
 )
 from sparseopt.pruning.calibration import BlockRunner, make_batches
-from sparseopt.pruning.compiled import Compiled
-from sparseopt.pruning.layer import LayerJob, LayerMethod, solve_layer
+from sparseopt.pruning.layer import LayerJob, LayerMethod, layer_solver
 from sparseopt.pruning.patterns import parse_pattern
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import LayerRecord, PruneReport, RunLog, peak_memory_bytes, status_name
@@ -71,6 +70,7 @@ def prune_model(
     method = recipe.check()
     model = open_model(source)
     calibration, heldout = calibration_windows(model, recipe)
+    model.check_finite()
     writer = ShardedWriter(output, model.source, dtype=recipe.dtype)
     log = RunLog(Path(output))
 
@@ -81,9 +81,7 @@ def prune_model(
     writer.write(OUTER_TAG, {key: model.source.read(key) for key in model.outer_keys()})
 
     runner = BlockRunner()
-    solver = Compiled(solve_layer)
     records: list[LayerRecord] = []
-    solver_seconds = 0.0
     for index in range(model.num_blocks):
         block = model.block(index)
         keys = model.block_keys(index)
@@ -94,11 +92,10 @@ def prune_model(
         for name, tap in block.linears.items():
             key = keys[f"{name}.weight"]
             weight = tensors[key].astype(writer.dtype_of(key), copy=False)
-            record, pruned = _prune_linear(weight, grams[tap], tests.get(tap), recipe, method, solver, index, key)
+            record, pruned = _prune_linear(weight, grams[tap], tests.get(tap), recipe, method, index, key)
             tensors[key] = pruned
             block.linear(name).weight[...] = jnp.asarray(pruned, jnp.float32)
             records.append(record)
-            solver_seconds += record.seconds
             log.record(record.as_dict())
             observer(record, total)
         writer.write(block_tag(index), tensors)
@@ -111,9 +108,9 @@ def prune_model(
         output=Path(output),
         recipe=recipe.as_dict(),
         layers=records,
-        solver_seconds=solver_seconds,
-        compile_seconds=solver.compile_seconds + runner.compile_seconds,
-        layer_compilations=solver.compilations,
+        solver_seconds=sum(r.seconds for r in records),
+        compile_seconds=sum(r.compile_seconds for r in records) + runner.compile_seconds,
+        layer_compilations=sum(r.compile_seconds > 0 for r in records),
         calibration_seconds=runner.seconds,
         calibration_gflops=runner.flops / max(runner.seconds, 1e-9) / 1e9,
         seconds=time.perf_counter() - start,
@@ -170,12 +167,11 @@ def _prune_linear(
     test_gram: jax.Array | None,
     recipe: Recipe,
     method: LayerMethod,
-    solver: Compiled,
     block: int,
     key: str,
 ) -> tuple[LayerRecord, np.ndarray]:
     pattern = parse_pattern("unstructured", recipe.sparsity, weight.shape)
-    timed = solver(LayerJob(weight, gram, test_gram, pattern), method)
+    timed = layer_solver(LayerJob(weight, gram, test_gram, pattern), method)
     report: Any = timed.value
     if Status(int(report.status)) is Status.NONFINITE:
         raise PruningError(

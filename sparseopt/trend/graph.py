@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy import sparse
@@ -11,6 +11,8 @@ from scipy.sparse import csgraph
 
 from sparseopt.core.grouping import Sums, difference_matrix, grid_edges, grid_sums, matrix_sums
 from sparseopt.core.operators import EdgeBase, GridBase, edge_base
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,6 +157,8 @@ class Graph:
     @functools.cached_property
     def components(self) -> np.ndarray:
         """The component number of every node, `[n]`."""
+        if self.shape is not None:
+            return np.zeros(self.num_nodes, np.int32)
         ones = np.ones(self.num_edges, bool)
         adjacency = sparse.coo_array((ones, (self.edges[:, 0], self.edges[:, 1])), shape=(self.num_nodes,) * 2)
         return csgraph.connected_components(adjacency, directed=False)[1]
@@ -174,18 +178,22 @@ class Graph:
         """The nodes without an edge; a trend filter leaves their values as they are."""
         return np.flatnonzero(self.degrees == 0)
 
+    @functools.cached_property
+    def _cache(self) -> dict[Any, Any]:
+        return {}
+
+    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` returns, built once for each key: tables that depend on the graph alone."""
+        if key not in self._cache:
+            self._cache[key] = build()
+        return self._cache[key]
+
     def base(self, dtype: Any) -> GridBase | EdgeBase:
         """D, Dᵀ and L for arrays of a dtype."""
         if self.shape is not None:
             return GridBase(self.shape)
-        key = np.dtype(dtype).name
-        if key not in self._cache:
-            self._cache[key] = edge_base(self.edges, self.num_nodes, self.weights, dtype)
-        return self._cache[key]
-
-    @functools.cached_property
-    def _cache(self) -> dict[Any, Any]:
-        return {}
+        build = functools.partial(edge_base, self.edges, self.num_nodes, self.weights, dtype)
+        return self.cached(("base", np.dtype(dtype).name), build)
 
     def matrix(self, order: int, from_edges: bool = False) -> sparse.csr_array:
         """`Δ^(order)` (or `Δ^(order-1) Dᵀ`) as a sparse matrix; rows follow `edges` or the nodes."""
@@ -193,14 +201,9 @@ class Graph:
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
         """Row and column sums of that matrix in the layout of `base`, kept for the next call."""
-        key = (order, from_edges)
-        if key not in self._cache:
-            self._cache[key] = (
-                matrix_sums(self.matrix(order, from_edges))
-                if self.shape is None
-                else grid_sums(self.shape, order, from_edges)
-            )
-        return self._cache[key]
+        if self.shape is not None:
+            return self.cached(("sums", order, from_edges), lambda: grid_sums(self.shape, order, from_edges))
+        return self.cached(("sums", order, from_edges), lambda: matrix_sums(self.matrix(order, from_edges)))
 
 
 def _names(nodes: Sequence[Hashable] | None) -> tuple[Hashable, ...] | None:

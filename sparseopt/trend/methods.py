@@ -1,17 +1,17 @@
 """Floor 5: from a graph, an order and a method to the split, the x-step and the row norms that a solver needs."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.operators import Difference, Identity, Split
+from sparseopt.core.operators import Difference, Split
 from sparseopt.core.solvers.admm import standard_split
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
+from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
 
 METHODS = ("auto", "doge", "admm", "fast_admm")
@@ -20,7 +20,7 @@ METHODS = ("auto", "doge", "admm", "fast_admm")
 STRONG_SMOOTHING = 3.0
 
 
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Prepared:
     """What depends on the graph and the method alone.
 
@@ -69,14 +69,14 @@ def _prepare(graph: Graph, order: int, method: str, block: int, cosines: bool, d
     inner = Difference(base, full - block)
     node_solve: Any
     if method == "admm":
-        split = standard_split(inner, Identity(), dtype)
+        split = standard_split(inner, Difference(base, 0, full % 2 == 1), dtype)
         node_solve = _node_solve(graph, inner.order, np.ones(()), cosines, dtype)
     else:
         outer = Difference(base, block, on_edges)
         split = doge_split(outer, inner, graph.sums(block, on_edges), "coefficients", dtype)
         node_solve = Diagonal()
         if inner.order:
-            if cosines:
+            if graph.shape is not None:  # one C for all columns keeps the x-step diagonal under cosines
                 split = dataclasses.replace(split, column_scale=split.column_scale.max())
             node_solve = _node_solve(graph, inner.order, split.column_scale, cosines, dtype)
 
@@ -99,13 +99,11 @@ def _node_solve(graph: Graph, order: int, columns: np.ndarray, cosines: bool, dt
     if cosines:
         assert graph.shape is not None
         return cosine_solve(graph.shape, order, dtype)
-    if graph.shape is not None and columns.ndim == 0:
-        diagonal = columns * graph.column_squares(order)
+    if columns.ndim == 0:
+        diagonal = columns * graph.sums(order).column_squares
     else:
         matrix = graph.matrix(order)
-        diagonal = np.asarray(matrix.multiply(matrix).T @ np.broadcast_to(columns, matrix.shape[0]).reshape(-1))
+        diagonal = np.asarray(matrix.multiply(matrix).T @ columns)
     shape = graph.shape or (graph.num_nodes,)
     return ConjugateGradient(diagonal.reshape(shape).astype(dtype), jnp.asarray(1e-2, dtype))
 
-
-Builder = Callable[[], Any]

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -152,8 +153,6 @@ def test_a_method_of_ones_own(rng):
         def __call__(self, layer, pattern):
             mask = jnp.arange(layer.center.size).reshape(layer.center.shape) < pattern.k
             return Pruned(jnp.where(mask, layer.center, 0), mask, 1, so.Status.CONVERGED)
-
-    import jax
 
     weight, gram, _ = make_layer(rng, outputs=4, inputs=8)
     result = prune_layer(weight, gram, 0.5, method=jax.tree_util.register_static(KeepFirst)())

@@ -37,6 +37,8 @@ MOVING = 40
 LARGEST_FACTOR = 4.0
 # A gap within this multiple of its estimated rounding error may be the last that the precision allows.
 ROUNDING_MARGIN = 30.0
+import os
+SLOWEST_GROWTH = float(os.environ.get("SG","1.0"))
 
 
 @pytree
@@ -217,7 +219,11 @@ class Admm:
             / jnp.maximum(total(primal_step * moved[1] ** 2), tiny)
         )
         wanted = jnp.where(state.count < MOVING, distance, motion) / state.rho
-        return jnp.clip(wanted, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
+        # Without convexity a falling rho lets the iterates wander between local minima: it may only grow.
+        norm = isinstance(problem.penalty, Norm)
+        late = (state.count >= MOVING) & (not norm)
+        least = jnp.where(late, 1.0, 1 / LARGEST_FACTOR)
+        return jnp.clip(wanted, least, jnp.where(late, SLOWEST_GROWTH, LARGEST_FACTOR))
 
     def measure(self, problem: Problem, state: AdmmState) -> Measure:
         """What this step's check found, if there was one."""

@@ -34,23 +34,30 @@ from sparseopt.core.operators import Difference, Split
 Metric = Literal["coefficients", "copies", "groups"]
 
 
-def doge_split(outer: Difference, inner: Difference, sums: Sums, metric: Metric, num_groups: int, dtype: Any) -> Split:
+def doge_split(
+    outer: Difference, inner: Difference, sums: Sums, metric: Metric, dtype: Any, num_groups: int | None = None
+) -> Split:
     """The `Split` of Doge-ADMM.
 
     Args:
         outer: Ψ.
         inner: Δ.
         sums: of Ψ, in the layout of its rows and columns.
-        metric: "coefficients" (weighted copies), "copies" (where a group touches), or "groups" (the paper's: every
-            group copies every column, which keeps C constant).
-        num_groups: of the grouping; used by "groups".
+        metric: "coefficients" (weighted copies), "copies" (where a group touches), or "groups" (the paper's:
+            every group copies every column, which keeps C constant).
         dtype: of the arrays.
+        num_groups: of the grouping; needed by "groups".
+
+    Raises:
+        ValueError: for "groups" without their number.
     """
     if metric == "coefficients":
         rows, columns = sums.row_absolute, sums.column_absolute
     else:
         rows, columns = sums.row_squares, sums.column_counts
     if metric == "groups":
+        if num_groups is None:
+            raise ValueError('the metric "groups" needs num_groups')
         columns = np.asarray(float(num_groups))
     # A row or column without entries takes no part; any positive number will do.
     rows, columns = np.where(rows > 0, rows, 1), np.where(columns > 0, columns, 0)

