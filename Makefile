@@ -34,7 +34,7 @@ demo: $(VENV)/.installed-demo ## Prune a real language model and show what it co
 	$(BIN)/sparseopt demo
 
 test: $(VENV)/.installed-test lint ## Lint, types and the fast tests.
-	$(BIN)/python -m pytest -m 'not slow and not oracle'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not oracle'
 
 lint: $(VENV)/.installed-test ## ruff and mypy.
 	$(BIN)/ruff check .

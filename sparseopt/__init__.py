@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from sparseopt.core.losses import Quadratic
-from sparseopt.core.penalties import L0, L1, MCP, NM, SCAD, GroupL2, Penalty, Support, TopK
+from sparseopt.core.penalties import L0, L1, MCP, NM, SCAD, GroupL2, Penalty, Support, TopK, lift
 from sparseopt.core.solve import Measure, Problem, Solution, Solver, Status, solve
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
@@ -43,6 +43,7 @@ __all__ = [
     "Status",
     "Support",
     "TopK",
+    "lift",
     "models",
     "pruning",
     "solve",

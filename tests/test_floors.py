@@ -14,7 +14,7 @@ FLOORS = [
     ("core/types", 0),
     ("core/thresholds", 1),
     ("core/operators", 1),
-    ("core/grouping", 1),
+    ("core/grouping", 1.5),  # row tables are linear maps
     ("core/penalties", 2),
     ("core/losses", 2),
     ("core/fidelity", 2),

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -12,13 +11,18 @@ FloatArray = Float[Array, "..."]
 BLOCK = 256
 
 
+def wide_types() -> bool:
+    """Whether 64-bit types are enabled here, by the global flag or by a context."""
+    return jnp.result_type(float) == jnp.float64
+
+
 def total(x: FloatArray) -> Float[Array, ""]:
     """The sum of all entries: in float64 where it is enabled, else by blocks of 256 in two or more levels.
 
     The relative error on entries of one sign is about `256 eps` in the worst case and a few eps in practice,
     where one running sum over a million float32 entries loses three digits.
     """
-    if jax.config.jax_enable_x64:
+    if wide_types():
         return jnp.sum(x, dtype=jnp.float64).astype(x.dtype)
     flat = x.reshape(-1)
     while flat.size > BLOCK:
@@ -56,7 +60,7 @@ class NodeSquares:
         return 0.5 * total(self.weigh(apart) * apart)
 
     def observed(self, x: FloatArray) -> FloatArray:
-        """x where it is observed, 0 at missing nodes."""
+        """X where it is observed, 0 at missing nodes."""
         return x if self.weights is None else jnp.where(self.weights > 0, x, 0)
 
     def slack(self, x: FloatArray, q: FloatArray) -> Float[Array, ""]:

@@ -29,7 +29,7 @@ class LinearMap(Protocol):
         """The image of x."""
 
     def rmv(self, e: FloatArray) -> FloatArray:
-        """The image of e under the transpose: `<mv(x), e> = <x, rmv(e)>`."""
+        """The image of e under the transpose: `<e, A x> = <Aᵀ e, x>`."""
 
 
 def _ahead(x: FloatArray, axis: int) -> FloatArray:
@@ -134,7 +134,7 @@ def build_buckets(indptr: np.ndarray, indices: np.ndarray, factors: np.ndarray |
     return Buckets(tuple(tables), None if factors is None else tuple(factor_tables), inverse)
 
 
-def _spread(factor: Any, like: FloatArray) -> FloatArray:
+def spread(factor: Any, like: FloatArray) -> FloatArray:
     """A factor with trailing axes of length one for the channels of `like`."""
     return jnp.reshape(factor, factor.shape + (1,) * (like.ndim - factor.ndim)).astype(like.dtype)
 
@@ -170,7 +170,7 @@ class EdgeBase:
     def difference(self, x: FloatArray) -> FloatArray:
         """`D x`."""
         rows = x[self.tails] - x[self.heads]
-        return rows if self.root_weights is None else rows * _spread(self.root_weights, rows)
+        return rows if self.root_weights is None else rows * spread(self.root_weights, rows)
 
     def divergence(self, e: FloatArray) -> FloatArray:
         """`Dᵀ e`: every node gathers its edges, since a scatter-add runs one entry at a time on a CPU."""
@@ -178,7 +178,7 @@ class EdgeBase:
         parts = []
         for table, factors in zip(self.incident.tables, self.incident.factors, strict=True):
             found = e[table]
-            parts.append(jnp.sum(found * _spread(factors, found), axis=1))
+            parts.append(jnp.sum(found * spread(factors, found), axis=1))
         return _restore(parts, self.incident)
 
     def laplacian(self, x: FloatArray) -> FloatArray:
@@ -191,13 +191,13 @@ class EdgeBase:
                 found = x[table]
                 apart = found[:, :1] - found[:, 1:]
                 if self.neighbours.factors is not None:
-                    apart = apart * _spread(self.neighbours.factors[index][:, 1:], apart)
+                    apart = apart * spread(self.neighbours.factors[index][:, 1:], apart)
                 parts.append(jnp.sum(apart, axis=1))
             return _restore(parts, self.neighbours)
         table = self.neighbours.tables[0]
         apart = mine[:, None] - x[table[:, 1:]]
         if self.neighbours.factors is not None:
-            apart = apart * _spread(self.neighbours.factors[0][:, 1:], apart)
+            apart = apart * spread(self.neighbours.factors[0][:, 1:], apart)
         return jnp.sum(apart, axis=1)
 
 

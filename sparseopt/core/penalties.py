@@ -17,6 +17,7 @@ from sparseopt.core.thresholds import (
     BoolArray,
     FloatArray,
     Scalar,
+    count_nonzero,
     hard_threshold,
     mcp_prox,
     mcp_value,
@@ -54,11 +55,6 @@ class Norm(Penalty, Protocol):
         """Terms, none negative for a dual in the ball, that add up to `value(x) - <dual, x>`."""
 
 
-def count_nonzero(x: FloatArray) -> Float[Array, ""]:
-    """The number of non-zero entries as a float of x's dtype, summed in integers so that it is exact."""
-    return jnp.sum(x != 0, dtype=jnp.int32).astype(x.dtype)
-
-
 @pytree
 class L0:
     """`weight * ||x||_0`, the number of non-zeros; prox: hard threshold at `sqrt(2 * step * weight)`."""
@@ -67,7 +63,7 @@ class L0:
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """`weight` times the exact number of non-zero entries."""
-        return self.weight * count_nonzero(x)
+        return self.weight * count_nonzero(x).astype(x.dtype)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         """Keep `|x| >= sqrt(2 * step * weight)`."""
@@ -188,7 +184,7 @@ class TopK:
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """0 where x has at most k non-zeros, +inf elsewhere."""
-        return jnp.where(jnp.sum(x != 0, dtype=jnp.int32) <= self.k, 0.0, jnp.inf).astype(x.dtype)
+        return jnp.where(count_nonzero(x) <= self.k, 0.0, jnp.inf).astype(x.dtype)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         """The projection: exactly the k largest magnitudes survive, whatever the step."""
@@ -232,9 +228,47 @@ class Support:
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """0 where x vanishes off the mask, +inf elsewhere."""
-        return jnp.where(jnp.all(self.mask | (x == 0)), 0.0, jnp.inf).astype(x.dtype)
+        outside = count_nonzero(jnp.where(self.mask, 0, x))
+        return jnp.where(outside == 0, 0.0, jnp.inf).astype(x.dtype)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         """The projection: `x` on the mask, exactly zero off it, whatever the step."""
         del step
         return jnp.where(self.mask, x, jnp.zeros((), x.dtype))
+
+
+@pytree
+class Lifted:
+    """`penalty(Ψ_i x)` for a group of rows that share no column; see `lift`."""
+
+    penalty: Any
+    rows: Any
+    row_squares: Any
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """The penalty of the rows."""
+        return self.penalty.value(self.rows.mv(x))
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """`x + Ψ_iᵀ ((u - s) / |a|²)` with `s = Ψ_i x` and u the prox of s at `step |a|²`, row by row."""
+        s = self.rows.mv(x)
+        squares = jnp.reshape(self.row_squares, self.row_squares.shape + (1,) * (s.ndim - self.row_squares.ndim))
+        u = self.penalty.prox(s, step * squares)
+        return x + self.rows.rmv((u - s) / squares)
+
+
+def lift(penalty: Penalty, group: Any) -> Lifted:
+    """The penalty on the values of a group's rows, as a penalty on the array that they act on.
+
+    For one row a and any scalar penalty p, `argmin_v 1/2 ||v - x||² + step p(aᵀv)` is
+    `x + a (u - s) / |a|²` with `s = aᵀx` and `u = argmin_u 1/2 (u - s)² + step |a|² p(u)`: v moves along a only.
+    Rows without a common column do not feel each other.
+
+    Args:
+        penalty: any penalty that acts on every entry (or every slice of channels) on its own; its prox is called
+            with one step a row.
+        group: a `RowTable`, or any linear map with `row_squares()` whose rows share no column.
+
+    Source: Bu, Wu, Zuo, "Doge-ADMM", section 3; for orthogonal rows, Combettes and Pesquet, 2007, prop. 11.
+    """
+    return Lifted(penalty, group, jnp.asarray(group.row_squares()))

@@ -96,30 +96,48 @@ def scad_prox(
     return jnp.where(size > (a + step) * weight, x, jnp.sign(x) * best)
 
 
-def _ordered_bits(magnitude: FloatArray) -> tuple[jax.Array, int]:
-    """Map non-negative floats to unsigned integers of the same order; return them and their width in bits."""
-    width = magnitude.dtype.itemsize * 8
-    unsigned = {16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[width]
-    return jax.lax.bitcast_convert_type(magnitude, unsigned), width
+def count_each(*masks: BoolArray) -> list[Int[Array, ""]]:
+    """How many entries of each mask are True, int32; all masks have one shape and are read in one pass.
+
+    One reduction with several results: XLA on CPU fuses it with what makes the masks, where a plain integer sum
+    first writes the mask out as an array.
+    """
+    return jax.lax.reduce(
+        [mask.astype(jnp.int32) for mask in masks],
+        [jnp.zeros((), jnp.int32) for _ in masks],
+        lambda total, new: [a + b for a, b in zip(total, new, strict=True)],
+        tuple(range(masks[0].ndim)),
+    )
+
+
+def count_nonzero(x: FloatArray) -> Int[Array, ""]:
+    """The exact number of non-zero entries, int32."""
+    positive, negative = count_each(x > 0, x < 0)
+    return positive + negative
 
 
 def kth_largest(x: FloatArray, k: Count) -> Float[Array, ""]:
     """The k-th largest entry of a non-negative array, `k` in 1..size, exactly; +inf for `k = 0`.
 
-    Found by deciding one bit of the answer at a time, each with one count over the array. `k` may be traced,
-    so one compiled program serves every sparsity; equal entries count one each. For `k > size` the answer is 0.
-    The order of NaN entries is undefined; inputs are checked on the host before.
+    Magnitudes have the order of their bit patterns, so the answer is found two bits at a time, each pair by one
+    pass that counts the entries above three candidates. `k` may be traced: one compiled program serves every
+    sparsity. Equal entries count one each. For `k > size` the answer is 0. The order of NaN entries is undefined;
+    inputs are checked on the host before.
     """
-    bits, width = _ordered_bits(x)
+    width = x.dtype.itemsize * 8
+    unsigned = {16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[width]
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
     k = jnp.asarray(k)
+    rounds = width // 2
 
-    def decide(position: jax.Array, found: jax.Array) -> jax.Array:
-        shift = jnp.asarray(width - 2 - position, bits.dtype)  # the sign bit of a magnitude is zero
-        candidate = found | (jnp.ones((), bits.dtype) << shift)
-        enough = jnp.sum(bits >= candidate, dtype=jnp.int32) >= k
-        return jnp.where(enough, candidate, found)
+    def decide(round_index: jax.Array, found: jax.Array) -> jax.Array:
+        shift = (2 * (rounds - 1 - round_index)).astype(bits.dtype)
+        candidates = [found | (jnp.asarray(digit, bits.dtype) << shift) for digit in (1, 2, 3)]
+        counts = count_each(*(bits >= candidate for candidate in candidates))
+        digit = sum((count >= k).astype(bits.dtype) for count in counts)
+        return found | (digit << shift)
 
-    found = jax.lax.fori_loop(0, width - 1, decide, jnp.zeros((), bits.dtype))
+    found = jax.lax.fori_loop(0, rounds, decide, jnp.zeros((), bits.dtype))
     value = jax.lax.bitcast_convert_type(found, x.dtype)
     return jnp.where(k > 0, value, jnp.asarray(jnp.inf, x.dtype))
 
@@ -132,9 +150,15 @@ def top_k_mask(score: FloatArray, k: Count) -> BoolArray:
     threshold = kth_largest(score, k)
     above = score > threshold
     tied = score == threshold
-    room = jnp.asarray(k) - jnp.sum(above, dtype=jnp.int32)
-    rank = jnp.cumsum(tied.reshape(-1), dtype=jnp.int32).reshape(score.shape)
-    return above | (tied & (rank <= room))
+    number_above, number_tied = count_each(above, tied)
+    room = jnp.asarray(k) - number_above
+
+    def first_of_tied() -> BoolArray:
+        rank = jnp.cumsum(tied.reshape(-1), dtype=jnp.int32).reshape(score.shape)
+        return above | (tied & (rank <= room))
+
+    # Ties at the threshold are rare, and the running count that breaks them is the dearest step.
+    return jax.lax.cond(number_tied <= room, lambda: above | tied, first_of_tied)
 
 
 def n_of_m_mask(score: FloatArray, n: int, m: int, axis: int = 0) -> BoolArray:

@@ -13,7 +13,7 @@ from sparseopt.core.solve import Problem, Status, solve
 from sparseopt.core.solvers.aiht import STEP_FRACTION, Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
-from sparseopt.core.thresholds import kth_largest, top_k_mask
+from sparseopt.core.thresholds import count_nonzero, kth_largest, top_k_mask
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import LayerMethod, Pruned, ScaledLayer
 from sparseopt.pruning.patterns import Pattern
@@ -125,7 +125,7 @@ class MaihtPruning:
         """The pattern's exact count: the largest of x; if x is too sparse, then the largest dense weights."""
         if not isinstance(pattern, TopK):
             return pattern.mask(jnp.abs(x))
-        alive = jnp.minimum(pattern.k, jnp.sum(x != 0, dtype=jnp.int32))
+        alive = jnp.minimum(pattern.k, count_nonzero(x))
         first = top_k_mask(jnp.abs(x), alive)
         return jax.lax.cond(
             alive < pattern.k,

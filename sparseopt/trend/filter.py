@@ -7,33 +7,37 @@ Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.fidelity import NodeSquares, total
+from sparseopt.core.fidelity import NodeSquares, total, wide_types
 from sparseopt.core.penalties import Norm
 from sparseopt.core.solve import Problem, Solution, Status, solve
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_block, checked_order, checked_penalty, checked_signal
-from sparseopt.trend.methods import METHODS, Prepared, choose_method, prepare
+from sparseopt.trend.methods import METHODS, Prepared, chain_penalty, choose_method, prepare
+from sparseopt.trend.start import null_space_dual
 
 # At orders >= 1 the fit may leave the range of the data where nothing is observed. The certificate then holds
 # among fits within this many ranges of it; at order 0 the range itself is a bound that loses nothing.
 BOX_RANGES = 10.0
 # rho starts at this multiple of the weight over the noise: the balance 3 of admm.py at duals of rms 0.8 weight.
 FIRST_RHO = 2.4
+# The context manager left jax.experimental in JAX 0.8.
+ENABLE_X64: Any = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
 
 
 @contextlib.contextmanager
 def precision(dtype: np.dtype) -> Iterator[None]:
     """Enable 64-bit types for the block if dtype needs them, whatever the global flag says."""
-    if dtype == np.float64 and not jax.config.jax_enable_x64:
-        with jax.enable_x64(True):
+    if dtype == np.float64 and not wide_types():
+        with ENABLE_X64(True):
             yield
     else:
         yield
@@ -100,7 +104,7 @@ def trend_filter(
             f"tol={tol}, rho={rho}, cadence={cadence}, max_steps={max_steps}, relaxation={relaxation}"
         )
     kind = signal.values.dtype
-    native = jax.config.jax_enable_x64 or kind == np.float32
+    native = wide_types() or kind == np.float32
     with precision(kind):
         if graph.num_edges == 0 or _is_zero(penalty):
             solution = _unchanged(signal)
@@ -163,8 +167,10 @@ def _fit(
     level = float(getattr(penalty, "weight", 1.0))
     strength = level / noise if noise > 0 else 1.0
     if method == "auto":
-        method = choose_method(graph, k, weighted, strength)
+        method = choose_method(graph, penalty, k, weighted, strength)
     ready = prepare(graph, k, method, block if method == "doge" else 0, weighted, kind, bool(channels))
+    if method == "fast_admm":
+        penalty = chain_penalty(penalty, graph, k)
     solver = Admm(
         ready.node_solve,
         jnp.asarray(FIRST_RHO * strength if rho is None else rho, kind),
@@ -172,7 +178,7 @@ def _fit(
         cadence=options["cadence"],
     )
     if warm_start is None:
-        start = Start(centre, jnp.zeros(ready.split.row_shape(centre), kind))
+        start = _cold(signal, means, laid_out, graph, penalty, k, full, ready, shift, centre)
     else:
         x = laid_out(np.asarray(warm_start.value).reshape(signal.values.shape) - shift)
         start = _warm(x, warm_start, ready, rho)
@@ -226,6 +232,37 @@ def _means(signal: Signal, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
         sums = [np.bincount(graph.components, weights=weights * column) for column in columns.T]
         means = (np.stack(sums, axis=1) / mass[:, None])[graph.components]
     return overall.reshape(values.shape[1:]), means.reshape(values.shape)
+
+
+def _cold(
+    signal: Signal,
+    means: np.ndarray,
+    laid_out: Callable[[np.ndarray], jax.Array],
+    graph: Graph,
+    penalty: Any,
+    k: int,
+    full: Prepared,
+    ready: Prepared,
+    shift: np.ndarray,
+    centre: jax.Array,
+) -> Start:
+    """The signal with a dual of 0; or, where the weight may be that large, the means and their dual.
+
+    The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z, so one z decides for most signals.
+    """
+    plain = Start(centre, jnp.zeros(ready.split.row_shape(centre), centre.dtype))
+    if not isinstance(penalty, Norm) or plain.dual.shape != full.split.row_shape(centre):
+        return plain
+    weights = 1.0 if signal.weights is None else signal.weights.reshape((-1,) + (1,) * (means.ndim - 1))
+    pull = weights * (signal.values - means)
+    if float(penalty.value(full.split.mv(laid_out(pull)))) < np.sum(pull**2, dtype=np.float64):
+        return plain
+    found = null_space_dual(graph, pull.reshape(graph.num_nodes, -1).astype(np.float64), k)
+    if found is None:
+        return plain
+    z = laid_out(found[0].reshape(means.shape))
+    dual = full.split.outer.base.difference(z) if found[1] else z
+    return Start(laid_out(means - shift), penalty.project_dual(dual))
 
 
 def _warm(x: jax.Array, warm_start: Solution, ready: Prepared, rho: float | None) -> Start:

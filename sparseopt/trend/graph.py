@@ -9,7 +9,16 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from sparseopt.core.grouping import Sums, difference_matrix, grid_edges, grid_sums, matrix_sums
+from sparseopt.core.grouping import (
+    Sums,
+    check_groups,
+    colour_rows,
+    difference_matrix,
+    grid_edges,
+    grid_groups,
+    grid_sums,
+    matrix_sums,
+)
 from sparseopt.core.operators import EdgeBase, GridBase, edge_base
 
 T = TypeVar("T")
@@ -48,7 +57,7 @@ class Graph:
 
     @classmethod
     def chain(cls, n: int) -> "Graph":
-        """n nodes in a row."""
+        """N nodes in a row."""
         return cls.grid((n,))
 
     @classmethod
@@ -151,7 +160,7 @@ class Graph:
 
     @property
     def num_edges(self) -> int:
-        """m."""
+        """M."""
         return self.edges.shape[0]
 
     @functools.cached_property
@@ -201,9 +210,24 @@ class Graph:
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
         """Row and column sums of that matrix in the layout of `base`, kept for the next call."""
-        if self.shape is not None:
-            return self.cached(("sums", order, from_edges), lambda: grid_sums(self.shape, order, from_edges))
-        return self.cached(("sums", order, from_edges), lambda: matrix_sums(self.matrix(order, from_edges)))
+
+        def build() -> Sums:
+            if self.shape is not None:
+                return grid_sums(self.shape, order, from_edges)
+            return matrix_sums(self.matrix(order, from_edges))
+
+        return self.cached(("sums", order, from_edges), build)
+
+    def groups(self, block: int, from_edges: bool = False) -> np.ndarray:
+        """The group of every row of `matrix(block, from_edges)`: rows of a group share no column.
+
+        In closed form on grids for D, L, D L and Dᵀ, else by `colour_rows`; checked before it is returned.
+        """
+        matrix = self.matrix(block, from_edges)
+        labels = None if self.shape is None else grid_groups(self.shape, block, from_edges)
+        labels = colour_rows(matrix) if labels is None else labels
+        check_groups(matrix, labels)
+        return labels
 
 
 def _names(nodes: Sequence[Hashable] | None) -> tuple[Hashable, ...] | None:
@@ -217,9 +241,9 @@ def _checked_edges(edges: Any, num_nodes: int | None, weights: Any) -> tuple[np.
         pairs = np.zeros((0, 2), np.int64)
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"edges have the shape [m, 2], given {pairs.shape}")
-    if not np.issubdtype(pairs.dtype, np.integer):
-        if not np.issubdtype(pairs.dtype, np.floating) or not np.all(pairs == np.floor(pairs)):
-            raise ValueError(f"edges are pairs of node numbers, given dtype {pairs.dtype} with fractional values")
+    whole = pairs.dtype.kind in "iu" or (pairs.dtype.kind == "f" and np.all(pairs == np.floor(pairs)))
+    if not whole:
+        raise ValueError(f"edges are pairs of whole node numbers, given dtype {pairs.dtype}: {pairs[:1].tolist()} ...")
     pairs = pairs.astype(np.int64)
     count = int(pairs.max(initial=-1)) + 1 if num_nodes is None else int(num_nodes)
     outside = (pairs < 0) | (pairs >= count)

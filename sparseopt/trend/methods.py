@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.operators import Difference, Split
+from sparseopt.core.penalties import L1
 from sparseopt.core.solvers.admm import standard_split
 from sparseopt.core.solvers.doge import doge_split
+from sparseopt.core.solvers.fast_admm import ChainTotalVariation
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
 from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
 
 METHODS = ("auto", "doge", "admm", "fast_admm")
-# On a grid, order 1: above this ratio of weight to noise the exact x-step by cosines needs so many steps fewer
-# that it wins in time too.
+# Above this ratio of weight to noise an exact x-step needs so many steps fewer that it wins in time too.
 STRONG_SMOOTHING = 3.0
 
 
@@ -35,22 +36,42 @@ class Prepared:
     row_norms: Any
 
 
-def choose_method(graph: Graph, order: int, weighted: bool, strength: float) -> str:
+def chain_penalty(penalty: Any, graph: Graph, order: int) -> ChainTotalVariation:
+    """The penalty of `fast_admm`: L1 with the last difference of a chain drawn into it.
+
+    Raises:
+        ValueError: for another graph or penalty.
+    """
+    if graph.shape is None or len(graph.shape) != 1:
+        raise ValueError(
+            'method="fast_admm" needs a chain, where its inner fused lasso is exact; on other graphs use "doge" or '
+            '"admm"'
+        )
+    if not isinstance(penalty, L1):
+        raise ValueError(f'method="fast_admm" solves the L1 penalty, given {penalty}; use "doge" or "admm"')
+    return ChainTotalVariation(penalty.weight, order % 2 == 1)
+
+
+def choose_method(graph: Graph, penalty: Any, order: int, weighted: bool, strength: float) -> str:
     """The method for "auto".
 
-    Doge's step costs two sparse products and is the fastest in time where it needs few steps: orders 0 and 1.
-    From order 2, and under strong smoothing from order 1, conditioning decides, and an exact x-step pays where
-    it is cheap: by cosines on grids without node weights.
+    A step of Doge costs two sparse products, and at orders 0 and 1 few are needed: it is the fastest in time on
+    every graph. From order 2, and under strong smoothing, conditioning decides; an exact x-step pays where it is
+    cheap, by cosines on grids without node weights, and on chains the exact fused lasso as well.
 
     Args:
         graph: the graph.
+        penalty: the penalty.
         order: k.
         weighted: whether there are node weights or missing values.
         strength: the penalty's weight over the noise of the signal.
     """
-    cosines = graph.shape is not None and not weighted
-    hard = order >= 2 or (order == 1 and strength > STRONG_SMOOTHING)
-    return "admm" if cosines and hard else "doge"
+    if graph.shape is None or weighted:
+        return "doge"
+    strong = strength > STRONG_SMOOTHING
+    if len(graph.shape) == 1 and isinstance(penalty, L1) and (order >= 2 or strong):
+        return "fast_admm"
+    return "admm" if order >= 2 or (order == 1 and strong) else "doge"
 
 
 def prepare(graph: Graph, order: int, method: str, block: int, weighted: bool, dtype: Any, channels: bool) -> Prepared:
@@ -68,8 +89,9 @@ def _prepare(graph: Graph, order: int, method: str, block: int, cosines: bool, d
     on_edges = (full - block) % 2 == 1
     inner = Difference(base, full - block)
     node_solve: Any
-    if method == "admm":
-        split = standard_split(inner, Difference(base, 0, full % 2 == 1), dtype)
+    if method in ("admm", "fast_admm"):
+        inner = Difference(base, full if method == "admm" else order)
+        split = standard_split(inner, Difference(base, 0, inner.order % 2 == 1), dtype)
         node_solve = _node_solve(graph, inner.order, np.ones(()), cosines, dtype)
     else:
         outer = Difference(base, block, on_edges)
@@ -84,14 +106,10 @@ def _prepare(graph: Graph, order: int, method: str, block: int, cosines: bool, d
         widen = channels and np.ndim(leaf) > 0
         return jnp.asarray(np.asarray(leaf)[..., None] if widen else leaf)
 
-    split = dataclasses.replace(
-        split, row_scale=place(split.row_scale), column_scale=place(split.column_scale)
-    )
+    split = dataclasses.replace(split, row_scale=place(split.row_scale), column_scale=place(split.column_scale))
     if isinstance(node_solve, ConjugateGradient):
         node_solve = dataclasses.replace(node_solve, diagonal=place(node_solve.diagonal))
-    return Prepared(
-        jax.tree.map(jnp.asarray, split), jax.tree.map(jnp.asarray, node_solve), place(row_norms)
-    )
+    return Prepared(jax.tree.map(jnp.asarray, split), jax.tree.map(jnp.asarray, node_solve), place(row_norms))
 
 
 def _node_solve(graph: Graph, order: int, columns: np.ndarray, cosines: bool, dtype: Any) -> Any:
@@ -106,4 +124,3 @@ def _node_solve(graph: Graph, order: int, columns: np.ndarray, cosines: bool, dt
         diagonal = np.asarray(matrix.multiply(matrix).T @ columns)
     shape = graph.shape or (graph.num_nodes,)
     return ConjugateGradient(diagonal.reshape(shape).astype(dtype), jnp.asarray(1e-2, dtype))
-

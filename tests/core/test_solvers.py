@@ -37,9 +37,7 @@ def test_eigenvalue_bound_is_above_and_tight(rng, kind):
 def test_objective_never_increases_at_a_fixed_level(rng, monitor, penalty):
     problem = make_problem(rng)
     problem = so.Problem(problem.loss, penalty)
-    answer = so.solve(
-        problem, so.Maiht(monitor=monitor), problem.loss.center, tol=1e-6, max_steps=200, history=True
-    )
+    answer = so.solve(problem, so.Maiht(monitor=monitor), problem.loss.center, tol=1e-6, max_steps=200, history=True)
     values = np.asarray(answer.history.objective)[: int(answer.steps)]
     assert len(values) > 5
     assert (np.diff(values) <= 1e-5 * abs(values[0])).all()

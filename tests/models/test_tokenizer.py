@@ -86,7 +86,9 @@ def test_metadata_that_describe_no_known_tokenizer(changes: dict, text: str) -> 
         build_tokenizer(metadata | changes, Path("m.gguf"))
 
 
-@pytest.mark.parametrize(("pre", "words"), [("gpt-2", ["1234", "Ġab"]), ("llama-bpe", ["123", "4", "Ġab"])])
+@pytest.mark.parametrize(
+    ("pre", "words"), [("smollm", [*"1234", "Ġab"]), ("gpt-2", ["1234", "Ġab"]), ("llama-bpe", ["123", "4", "Ġab"])]
+)
 def test_words_are_cut_as_named(pre: str, words: list[str]) -> None:
     metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": VOCAB}
     tokenizer = build_tokenizer(metadata, Path("m.gguf"))

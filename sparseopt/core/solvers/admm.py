@@ -37,8 +37,9 @@ MOVING = 40
 LARGEST_FACTOR = 4.0
 # A gap within this multiple of its estimated rounding error may be the last that the precision allows.
 ROUNDING_MARGIN = 30.0
-import os
-SLOWEST_GROWTH = float(os.environ.get("SG","1.0"))
+# Without convexity rho first finds its scale, then grows gently: a falling rho lets the iterates wander between
+# local minima, a leap freezes them in a poor one.
+GENTLE_FACTOR = 1.5
 
 
 @pytree
@@ -82,13 +83,15 @@ class Admm:
     """The split ADMM as a solver for `solve`; `problem.operator` is a `Split`, `problem.loss` a `NodeSquares`.
 
     For a `Norm` the residual is the relative duality gap `(P(x) - D(g')) / D(g')`, never below the relative
-    suboptimality `(P(x) - P*) / P*` (+inf while D is not positive). For any other penalty it is a stationarity residual, the larger of
-    `||W (x - y) + ΔᵀΨᵀ g'|| / ||W y||` and `||Ψ Δ x - prox|| / ||Ψ Δ x||`; the gap is NaN. Both are found at
-    every `cadence`-th step; between two checks the residual is +inf, the gap NaN, and the solve goes on.
+    suboptimality `(P(x) - P*) / P*` (+inf while D is not positive). For any other penalty it is a stationarity
+    residual, the larger of `||W (x - y) + ΔᵀΨᵀ g'|| / ||W y||` and `||Ψ Δ x - prox|| / ||Ψ Δ x||`; the gap is
+    NaN. Both are found at every `cadence`-th step; between two checks the residual is +inf, the gap NaN, and the
+    solve goes on.
 
     rho changes at steps 10, 20, 40, ..., `changes` times at most, by a factor of 4 at most; then it stays, so the
     convergence theory of a fixed rho holds from there on. The first two changes set it to
-    `3 rms(g') / rms(y - x)`, later ones to the ratio of the last dual and primal steps in their metrics.
+    `3 rms(g') / rms(y - x)`, later ones to the ratio of the last dual and primal steps in their metrics; for a
+    penalty that is no norm the later ones only raise it, by half at most.
 
     Attributes:
         node_solve: solves the x-step for a given rho.
@@ -107,7 +110,7 @@ class Admm:
     patience: int = static(default=100)
 
     def init(self, problem: Problem, x0: Start) -> AdmmState:
-        """d = 0, g = the start's dual."""
+        """D = 0, g = the start's dual."""
         dtype = x0.x.dtype
         split = problem.operator
         far = jnp.full((), jnp.inf, dtype)
@@ -155,9 +158,7 @@ class Admm:
             count=state.count + 1,
         )
         due = state.count % self.cadence == 0
-        return jax.lax.cond(
-            due, lambda new, step: self._checked(problem, new, step), lambda new, _: new, state, moved
-        )
+        return jax.lax.cond(due, lambda new, step: self._checked(problem, new, step), lambda new, _: new, state, moved)
 
     def _checked(self, problem: Problem, state: AdmmState, moved: tuple[Array, Array]) -> AdmmState:
         """The state with a fresh check and, where a change is due, a new rho."""
@@ -212,18 +213,13 @@ class Admm:
         node_scale = split.column_scale if state.inner is None else jnp.ones((), state.x.dtype)
         apart = mean_square(node_scale, loss.observed(loss.center - state.x))
         distance = BALANCE * jnp.sqrt(mean_square(split.row_scale, state.candidate) / apart)
-        dual_step, primal_step = (jnp.broadcast_to(m, s.shape) for m, s in zip(
-            (split.row_scale, split.column_scale), moved, strict=True))
-        motion = jnp.sqrt(
-            jnp.maximum(total(dual_step * moved[0] ** 2), tiny)
-            / jnp.maximum(total(primal_step * moved[1] ** 2), tiny)
-        )
+        dual_length = total(split.row_scale * moved[0] ** 2)
+        primal_length = total(split.column_scale * moved[1] ** 2)
+        motion = jnp.sqrt(jnp.maximum(dual_length, tiny) / jnp.maximum(primal_length, tiny))
         wanted = jnp.where(state.count < MOVING, distance, motion) / state.rho
-        # Without convexity a falling rho lets the iterates wander between local minima: it may only grow.
-        norm = isinstance(problem.penalty, Norm)
-        late = (state.count >= MOVING) & (not norm)
-        least = jnp.where(late, 1.0, 1 / LARGEST_FACTOR)
-        return jnp.clip(wanted, least, jnp.where(late, SLOWEST_GROWTH, LARGEST_FACTOR))
+        gentle = (state.count >= MOVING) & (not isinstance(problem.penalty, Norm))
+        least = jnp.where(gentle, 1.0, 1 / LARGEST_FACTOR)
+        return jnp.clip(wanted, least, jnp.where(gentle, GENTLE_FACTOR, LARGEST_FACTOR))
 
     def measure(self, problem: Problem, state: AdmmState) -> Measure:
         """What this step's check found, if there was one."""
@@ -240,7 +236,7 @@ class Admm:
         )
 
     def extract(self, problem: Problem, state: AdmmState) -> Float[Array, "..."]:
-        """x."""
+        """X."""
         del problem
         return state.x
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import largest_eigenvalue_bound
-from sparseopt.core.penalties import count_nonzero
 from sparseopt.core.solve import Measure, Problem
+from sparseopt.core.thresholds import count_each, count_nonzero
 from sparseopt.core.types import pytree, static
 
 # The paper's fraction of 1/L: below 1, so that every plain step descends by a fixed multiple of its length.
@@ -57,8 +57,9 @@ class Maiht:
         step_size: below `1 / lambda_max(H)`; None takes `0.97` over a safe bound on it.
         target_sparsity: None keeps the penalty's weight. A number makes the level adaptive, as in the paper:
             before every step `weight <- weight * (1 + target_sparsity - share of zeros in X1)`.
-        monitor: "always" is the paper's iteration, two products with H. "on_increase" computes V only when
-            Z fails to descend from X1: still monotone, and mostly one product.
+        monitor: "always" is the paper's iteration: V is the next X1 whenever it is better than Z; two products
+            with H, one where Z is known to be better without V's. "on_increase" looks at V only when Z fails to
+            descend from X1: still monotone, and mostly one product.
         stop: "support" measures the share of entries that entered or left the support in the last step,
             "change" the relative length of the last step.
         seed: of the random start of the eigenvalue bound.
@@ -71,13 +72,15 @@ class Maiht:
     seed: int = static(default=0)
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> MaihtState:
-        """All sequences start at x0: one product with H, and the eigenvalue bound where no step is given."""
+        """All sequences start at x0: at most one product, and a bound on the curvature if no step is given."""
         loss = problem.loss
         step = self.step_size
         if step is None:
             step = STEP_FRACTION / largest_eigenvalue_bound(loss.hessian, jax.random.key(self.seed))
         step = jnp.asarray(step, x0.dtype)
-        gradient = loss.gradient(x0)
+        # The usual start is the loss's own minimiser, where the product would be spent on a zero.
+        at_center = jnp.all(x0 == loss.center)
+        gradient = jax.lax.cond(at_center, lambda: jnp.zeros_like(x0), lambda: loss.gradient(x0))
         value = loss.value_from_gradient(x0, gradient)
         u = x0 - step * gradient
         one = jnp.ones((), x0.dtype)
@@ -127,12 +130,14 @@ class Maiht:
             return jax.tree.map(lambda z, v: jnp.where(take, z, v), candidate, monitor)
 
         if self.monitor == "always":
-            x, u, value, objective = better_of_both()
+            # F(Z) - F(V) = <Z - V, gradient(Z)> - 1/2 <Z - V, H (Z - V)> + penalty(Z) - penalty(V): where the
+            # terms without H are not above zero, Z is the better one and V's product need not be spent.
+            z, u, _, _ = candidate
+            v = penalty.prox(state.u_current, step)
+            settled = jnp.sum((z - v) * (z - u)) / step + penalty.value(z) - penalty.value(v) <= 0
         else:
-            present = state.loss + penalty.value(state.x)
-            x, u, value, objective = jax.lax.cond(
-                candidate[3] <= present, lambda: candidate, better_of_both
-            )
+            settled = candidate[3] <= state.loss + penalty.value(state.x)
+        x, u, value, objective = jax.lax.cond(settled, lambda: candidate, better_of_both)
         return MaihtState(
             x=x,
             u_previous=state.u_current,
@@ -149,7 +154,8 @@ class Maiht:
 
     def _residual(self, x: Array, previous: Array) -> Array:
         if self.stop == "support":
-            return jnp.mean((x != 0) != (previous != 0), dtype=x.dtype)
+            entered, left = count_each((x != 0) & (previous == 0), (x == 0) & (previous != 0))
+            return ((entered + left) / x.size).astype(x.dtype)
         tiny = jnp.finfo(x.dtype).tiny
         return jnp.linalg.norm((x - previous).ravel()) / jnp.maximum(jnp.linalg.norm(previous.ravel()), tiny)
 

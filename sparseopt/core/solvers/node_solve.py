@@ -54,9 +54,7 @@ class Cosine:
                 change = jax.scipy.fft.idct if inverse else jax.scipy.fft.dct
                 x = change(x, axis=axis, norm="ortho")
             else:
-                contracted = jnp.tensordot(
-                    matrix, x, axes=((0 if inverse else 1,), (axis,)), precision=HIGHEST
-                )
+                contracted = jnp.tensordot(matrix, x, axes=((0 if inverse else 1,), (axis,)), precision=HIGHEST)
                 x = jnp.moveaxis(contracted, 0, axis)
         return x
 
@@ -90,7 +88,7 @@ class ConjugateGradient:
     """
 
     diagonal: Any  # of Δᵀ C Δ, at the nodes
-    tolerance: float = 1e-2
+    tolerance: Any = 1e-2
     max_steps: int = static(default=200)
 
     def solve(self, loss: NodeSquares, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:

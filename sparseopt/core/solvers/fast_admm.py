@@ -1,0 +1,148 @@
+"""Floor 4: the exact fused lasso on a chain, which makes the split of Ramdas and Tibshirani an ADMM step.
+
+Their ADMM splits Δ^(k) off and keeps the last difference in the penalty:
+
+    minimise over x    loss(x) + weight ||E z||_1,    z = Δ^(k) x,    E = D (k even) or Dᵀ (k odd)
+
+so it is `Admm` with Ψ = I and the penalty `ChainTotalVariation`, whose prox is exact and takes O(n).
+
+Source: Ramdas and Tibshirani, "Fast and flexible ADMM algorithms for trend filtering", 2016; Johnson, "A dynamic
+programming algorithm for the fused lasso and L0-segmentation", 2013.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.fidelity import total
+from sparseopt.core.types import pytree, static
+
+FloatArray = Float[Array, "..."]
+
+
+def _write(table: FloatArray, row: Array, values: FloatArray) -> FloatArray:
+    """One row replaced, in place under XLA; `.at[row].set` is a scatter, which copies the table on a CPU."""
+    return jax.lax.dynamic_update_slice(table, values[None], (row, jnp.zeros((), row.dtype)))
+
+
+def fused_lasso(y: Float[Array, " n"], levels: Float[Array, " m"]) -> Float[Array, " n"]:
+    """`argmin_x 1/2 ||x - y||² + sum_i levels[i] |x[i] - x[i-1]|` with `x[-1] = x[n] = 0` outside the chain.
+
+    `levels` has n + 1 entries; 0 at both ends leaves the ends free. The derivative of the cost of all nodes up to
+    i, as a function of x[i], is piecewise linear. It is kept as knots where slope and intercept change, cut off
+    at the level of the next difference from both sides; the places of the cuts give the answer backwards:
+    `x[i] = clip(x[i+1], low[i], high[i])`. A node adds two knots, and each is removed once.
+    """
+    n = y.shape[0]
+    middle = jnp.asarray(n + 1, jnp.int32)
+    knots = jnp.zeros((2 * n + 4, 3), y.dtype)  # place, change of slope, change of intercept
+    knots = knots.at[n + 1, 2].set(levels[0]).at[n + 2, 2].set(levels[0])
+
+    # One flat loop: each turn removes a knot, or cuts on one side and goes on to the other side or the next node.
+    # It writes first and reads the next knot afterwards, or XLA would copy the table in every turn. The derivative
+    # from the right is kept with its sign changed, so both sides are treated alike.
+    def fresh(node: Array, on_left: Array) -> Array:
+        node = jnp.minimum(node, n - 1)
+        intercept = -levels[node] - jnp.where(on_left, y[node], -y[node])
+        return jnp.stack([jnp.where(on_left, 1.0, -1.0).astype(y.dtype), intercept, jnp.asarray(-jnp.inf, y.dtype)])
+
+    def turn(carry: tuple) -> tuple:
+        node, on_left, first, last, piece, knot, knots, cuts = carry
+        after = levels[node + 1]
+        slope, intercept, passed = piece[0], piece[1], piece[2]
+        remove = (first <= last) & (slope * knot[0] + intercept <= -after)
+        # Inside a jump of the derivative the cut is the place of the jump; `passed` is signed by the side.
+        side = jnp.where(on_left, 1.0, -1.0).astype(y.dtype)
+        cut = side * jnp.maximum(side * (-after - intercept) / slope, passed)
+        place = jnp.where(on_left, first - 1, last + 1)
+        knots = _write(knots, jnp.where(remove, 0, place), jnp.stack([cut, slope, intercept + after]))
+        cuts = _write(cuts, jnp.where(remove, 2 * n, 2 * node + ~on_left), cut[None])
+        first = first + (remove & on_left)
+        last = last - (remove & ~on_left)
+        next_node = node + (~remove & ~on_left)
+        next_left = jnp.where(remove, on_left, ~on_left)
+        turned = next_node > node
+        # The cuts of both sides become the outermost knots once the node is finished.
+        first, last = first - turned, last + turned
+        removed = jnp.stack([slope + knot[1], intercept + knot[2], side * knot[0]])
+        piece = jnp.where(remove, removed, fresh(next_node, next_left))
+        knot = jax.lax.dynamic_index_in_dim(knots, jnp.where(next_left, first, last), keepdims=False)
+        return next_node, next_left, first, last, piece, knot, knots, cuts
+
+    left = jnp.ones((), bool)
+    zero = jnp.zeros((), jnp.int32)
+    cuts = jnp.zeros((2 * n + 1, 1), y.dtype)
+    start = (zero, left, middle, middle + 1, fresh(zero, left), knots[n + 1], knots, cuts)
+    cuts = jax.lax.while_loop(lambda carry: carry[0] < n, turn, start)[-1][:-1].reshape(n, 2)
+
+    def backwards(following: Array, cut: Array) -> tuple[Array, Array]:
+        here = jnp.clip(following, cut[0], cut[1])
+        return here, here
+
+    return jax.lax.scan(backwards, jnp.zeros((), y.dtype), cuts, reverse=True)[1]
+
+
+@pytree
+class ChainTotalVariation:
+    """`weight * ||E z||_1` on a chain of n nodes; E is D on nodes `[n]`, or for `pinned` Dᵀ on edges `[1, n]`.
+
+    Edges come in the layout of `GridBase`, the last place empty. Dᵀ sees a 0 at both ends of the line of edges.
+    The prox is exact (`fused_lasso`), channel by channel. The dual ball is `{Eᵀu : |u| <= weight}`.
+    """
+
+    weight: Any
+    pinned: bool = static(default=False)
+
+    def _line(self, z: FloatArray) -> FloatArray:
+        return z[0, :-1] if self.pinned else z
+
+    def _laid_out(self, line: FloatArray) -> FloatArray:
+        return jnp.pad(line, [(0, 1)] + [(0, 0)] * (line.ndim - 1))[None] if self.pinned else line
+
+    def _differences(self, line: FloatArray) -> FloatArray:
+        if not self.pinned:
+            return line[:-1] - line[1:]
+        wide = jnp.pad(line, [(1, 1)] + [(0, 0)] * (line.ndim - 1))
+        return wide[1:] - wide[:-1]
+
+    def _transpose(self, u: FloatArray) -> FloatArray:
+        if self.pinned:
+            return u[:-1] - u[1:]
+        wide = jnp.pad(u, [(1, 1)] + [(0, 0)] * (u.ndim - 1))
+        return wide[1:] - wide[:-1]
+
+    def _potential(self, dual: FloatArray) -> FloatArray:
+        """U with `Eᵀu = dual`, clipped to the weight; for D transposed the free constant centres it."""
+        sums = jnp.cumsum(dual, axis=0)
+        if self.pinned:
+            sums = -jnp.pad(sums, [(1, 0)] + [(0, 0)] * (sums.ndim - 1))
+            sums = sums - 0.5 * (sums.max(axis=0) + sums.min(axis=0))
+        else:
+            sums = sums[:-1]
+        weight = jnp.asarray(self.weight, dual.dtype)
+        return jnp.clip(sums, -weight, weight)
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """`weight` times the total variation."""
+        return self.weight * total(jnp.abs(self._differences(self._line(x))))
+
+    def prox(self, x: FloatArray, step: Any) -> FloatArray:
+        """The exact fused lasso at level `step * weight`."""
+        line = self._line(x)
+        level = jnp.asarray(step * self.weight, x.dtype)
+        end = level if self.pinned else jnp.zeros_like(level)
+        levels = jnp.full((line.shape[0] + 1,), level).at[0].set(end).at[-1].set(end)
+        # Channels one after the other: under vmap the writes in place would become copies of the tables.
+        columns = jax.lax.map(lambda column: fused_lasso(column, levels), line.reshape(line.shape[0], -1).T)
+        return self._laid_out(columns.T.reshape(line.shape))
+
+    def project_dual(self, dual: FloatArray) -> FloatArray:
+        """`Eᵀu` for the clipped potential u: in the ball, and dual itself if that lies in the ball."""
+        return self._laid_out(self._transpose(self._potential(self._line(dual))))
+
+    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
+        """`weight |E x| - u E x`, difference by difference."""
+        apart = self._differences(self._line(x))
+        return jnp.asarray(self.weight, x.dtype) * jnp.abs(apart) - self._potential(self._line(dual)) * apart

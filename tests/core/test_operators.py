@@ -1,0 +1,87 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.core.grouping import edge_grid
+from sparseopt.core.operators import Difference, bucket_widths, edge_base
+from sparseopt.trend.filter import precision
+from tests.trend.problems import GRAPHS
+
+ORDERS = [(order, from_edges) for order in range(1, 5) for from_edges in (False, True)]
+
+
+def in_rows(graph, values, on_edges):
+    """Rows in the matrix's order as an array of the operator's layout."""
+    if graph.shape is None:
+        return values
+    return edge_grid(values, graph.shape, 0.0) if on_edges else values.reshape(graph.shape)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(("order", "from_edges"), ORDERS)
+def test_products_are_those_of_the_matrix(rng, name, order, from_edges):
+    with precision(np.dtype(np.float64)):
+        graph = GRAPHS[name](rng)
+        operator = Difference(graph.base(np.float64), order, from_edges)
+        matrix = graph.matrix(order, from_edges)
+        ends_on_edges = (order - from_edges) % 2 == 1
+        x, e = rng.standard_normal(matrix.shape[1]), rng.standard_normal(matrix.shape[0])
+        image = operator.mv(jnp.asarray(in_rows(graph, x, from_edges)))
+        np.testing.assert_allclose(image, in_rows(graph, matrix @ x, ends_on_edges), atol=1e-12)
+        back = operator.rmv(jnp.asarray(in_rows(graph, e, ends_on_edges)))
+        np.testing.assert_allclose(back, in_rows(graph, matrix.T @ e, from_edges), atol=1e-12)
+        assert image.shape == operator.out_shape
+        assert back.shape == operator.in_shape
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_the_transpose_is_adjoint_with_channels(rng, name, order):
+    operator = Difference(GRAPHS[name](rng).base(np.float32), order)
+    x = jnp.asarray(rng.standard_normal((*operator.in_shape, 3)), jnp.float32)
+    e = jnp.asarray(rng.standard_normal((*operator.out_shape, 3)), jnp.float32)
+    assert float(jnp.vdot(operator.mv(x), e)) == pytest.approx(float(jnp.vdot(x, operator.rmv(e))), rel=2e-4, abs=2e-3)
+    alone = jnp.stack([operator.mv(x[..., i]) for i in range(3)], axis=-1)
+    np.testing.assert_allclose(operator.mv(x), alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_constants_vanish_exactly_in_float32(rng, name):
+    for order in (1, 2, 3):
+        operator = Difference(GRAPHS[name](rng).base(np.float32), order)
+        assert not np.any(operator.mv(jnp.full(operator.in_shape, 123.456, jnp.float32)))
+
+
+def test_index_tables_are_arguments_of_the_compiled_function(rng):
+    traces = []
+
+    @jax.jit
+    def apply(operator, x):
+        traces.append(1)
+        return operator.mv(x)
+
+    edges = np.array([(0, 1), (1, 2), (2, 3)])
+    x = jnp.arange(4.0)
+    first = apply(Difference(edge_base(edges, 4, None, np.float32), 1), x)
+    second = apply(Difference(edge_base(edges[::-1].copy(), 4, None, np.float32), 1), x * x)
+    assert len(traces) == 1
+    np.testing.assert_array_equal(first, [-1, -1, -1])
+    np.testing.assert_array_equal(second, [-5, -3, -1])
+
+
+def test_a_hub_costs_no_more_than_half_its_entries_in_padding():
+    n = 10_001
+    edges = np.stack([np.zeros(n - 1, int), np.arange(1, n)], axis=1)
+    base = edge_base(edges, n, None, np.float32)
+    entries = sum(table.size for table in base.incident.tables)
+    assert entries <= 1.5 * 2 * (n - 1)
+    x = jnp.asarray(np.arange(n), jnp.float32)
+    assert float(base.laplacian(x)[0]) == -n * (n - 1) / 2
+
+
+def test_bucket_widths_hold_their_rows():
+    lengths = np.arange(0, 200)
+    widths = bucket_widths(lengths)
+    assert np.all(widths >= lengths)
+    assert np.all(widths[1:] <= np.maximum(1.5 * lengths[1:], 1))
