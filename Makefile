@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
+CALIBRATION ?= pydoc
 
 .PHONY: help demo test lint test-slow test-oracle golden bench-prune bench-trend clean
 
@@ -31,7 +32,7 @@ $(VENV)/.installed-oracle: $(VENV)/.installed-test
 	@touch $@
 
 demo: $(VENV)/.installed-demo ## Prune a real language model and show what it cost (about 6 minutes on two cores).
-	$(BIN)/sparseopt demo
+	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
 test: $(VENV)/.installed-test lint ## Lint, types and the fast tests.
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not oracle'

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -106,17 +107,12 @@ def truth(folder: pathlib.Path, seconds: float) -> None:
             choices.append(("fast_admm", None))
         for method, block in choices:
             y, penalty = data["y"].reshape(-1), so.L1(data["lam"])
-
-            def limited(
-                steps: int, method: str = method, block: int | None = block, y: Any = y, penalty: Any = penalty
-            ) -> so.Solution:
-                return so.trend_filter(y, graph, penalty, data["k"], method, tol=1e-9, max_steps=steps, B=block)
-
+            limited = partial(so.trend_filter, y, graph, penalty, data["k"], method, tol=1e-9, B=block)
             # The cost of a step, then as many as fit the time.
-            _, probe, _ = timed(lambda: limited(10))
+            _, probe, _ = timed(partial(limited, max_steps=10))
             steps = int(np.clip(10 * seconds / probe, 10, 50_000))
             start = time.perf_counter()
-            solution = limited(steps)
+            solution = limited(max_steps=steps)
             emit(
                 "reach in time",
                 problem=name,
@@ -134,26 +130,18 @@ def truth(folder: pathlib.Path, seconds: float) -> None:
 
 def picture(side: int, seed: int = 0) -> np.ndarray:
     """A piecewise smooth image in 0..255 with noise of 20."""
-    i, j = np.mgrid[:side, :side] / side
+    line = np.arange(side, dtype=np.float32) / side
+    i, j = line[:, None], line[None, :]
     smooth = 90 + 70 * j * (i > 0.4) + 90 * (((i - 0.4) ** 2 + (j - 0.6) ** 2) < 0.06) - 50 * (i + j < 0.5)
-    return smooth + 20 * np.random.default_rng(seed).standard_normal((side, side))
+    return smooth + 20 * np.random.default_rng(seed).standard_normal((side, side), np.float32)
 
 
 def steps_and_times() -> None:
     for side, order in ((256, 0), (256, 1), (64, 0), (64, 1)):
-        graph, image = so.Graph.grid((side, side)), picture(side)
+        graph, image = so.Graph.grid((side, side)), picture(side).astype(np.float64)
         for tol in (1e-4, 1e-5):
             for method in ("doge", "admm", "auto"):
-
-                def call(
-                    image: Any = image,
-                    graph: so.Graph = graph,
-                    order: int = order,
-                    method: str = method,
-                    tol: Any = tol,
-                ) -> so.Solution:
-                    return so.trend_filter(image, graph, so.L1(10.0), order, method, tol=tol)
-
+                call = partial(so.trend_filter, image, graph, so.L1(10.0), order, method, tol=tol)
                 solution, seconds, first = timed(call)
                 emit(
                     "steps and seconds",
@@ -174,7 +162,7 @@ def steps_and_times() -> None:
 
 def one_size(side: int, order: int) -> None:
     """Run in a process of its own: seconds a step, and the largest resident set."""
-    graph, image = so.Graph.grid((side, side)), picture(side).astype(np.float32)
+    graph, image = so.Graph.grid((side, side)), picture(side)
 
     def call(steps: int) -> so.Solution:
         return so.trend_filter(image, graph, so.L1(10.0), order, "doge", tol=1e-12, max_steps=steps, cadence=5)

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +48,7 @@ def prune(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the source's.")] = None,
 ) -> None:
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
-    from sparseopt import console
+    from sparseopt import console, console_pruning
     from sparseopt.pruning import Recipe, prune_model
 
     recipe = Recipe(
@@ -64,7 +64,7 @@ def prune(
     )
     recipe.check()
     try:
-        with console.PruneProgress(f"{method} {sparsity:.0%}") as progress:
+        with console_pruning.PruneProgress(f"{method} {sparsity:.0%}") as progress:
             report = prune_model(source, output, recipe, observer=progress)
     except KeyboardInterrupt:
         shards = sorted(output.glob("*.safetensors")) if output.is_dir() else []
@@ -73,10 +73,10 @@ def prune(
             f"To go on, give another --output, or remove this folder and run the same command again"
         )
         raise typer.Exit(130) from None
-    console.console.print(console.prune_table(report))
-    for line in console.run_lines(report):
-        console.console.print(line)
-    console.console.print(f"wrote {report.output}")
+    console.console.print(console_pruning.prune_table(report))
+    for line in console_pruning.run_lines(report):
+        console.say(line)
+    console.say(f"wrote {report.output}")
 
 
 @app.command(name="eval")
@@ -117,11 +117,116 @@ def evaluate(
         )
         return
     least, most = min(audits, key=lambda a: a.sparsity), max(audits, key=lambda a: a.sparsity)
-    console.console.print(f"perplexity {score:.4f} on {windows} windows of {seqlen} tokens of {text}")
-    console.console.print(
+    console.say(f"perplexity {score:.4f} on {windows} windows of {seqlen} tokens of {text}")
+    console.say(
         f"sparsity {zeros / size:.6f}: {zeros:,} zeros of {size:,} weights in {len(audits)} linears "
         f"(from {least.sparsity:.6f} in {least.layer} to {most.sparsity:.6f} in {most.layer})"
     )
+
+
+@app.command()
+def denoise(
+    image: Annotated[Path, typer.Argument(help="Image file: grey or colour, 8 or 16 bit.")],
+    output: Annotated[Path, typer.Option(help="Image file to write.")],
+    weight: Annotated[
+        float, typer.Option(help="Smoothing level, in grey levels; about half the noise's sigma.")
+    ] = 10.0,
+    order: Annotated[int, typer.Option(help="0: flat patches with sharp edges; 1: slopes; 2: curves.")] = 0,
+    couple: Annotated[bool, typer.Option(help="Let the colours of a pixel change together.")] = False,
+    method: Annotated[str, typer.Option(help="auto, doge or admm.")] = "auto",
+    tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-4,
+    force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
+) -> None:
+    """Denoise an image by trend filtering on its pixel grid; writes a before/after picture beside the output."""
+    from sparseopt import console
+    from sparseopt.trend import files
+    from sparseopt.trend.images import before_and_after
+    from sparseopt.trend.images import denoise as denoise_array
+
+    stem = output.with_suffix("")
+    picture, summary = Path(f"{stem}-before-after.png"), Path(f"{stem}-summary.json")
+    for target in (output, picture, summary):
+        files.check_output(target, None, force)
+    pixels = files.read_image(image)
+    with console.waiting(f"denoising {image.name}, {' x '.join(map(str, pixels.shape))}, order {order}") as clock:
+        found = denoise_array(pixels, weight, order, couple=couple, method=method, tol=tol)
+    files.write_image(output, found.image)
+    before_and_after(pixels, found.image, picture, (image.name, f"order {order}, weight {weight:g}"))
+    figures = {"image": str(image), "shape": pixels.shape, "dtype": str(pixels.dtype), "weight": weight, "order": order}
+    _finish_fit(found.solution, figures, clock.seconds, summary, [output, picture])
+
+
+@app.command()
+def trend(
+    graph: Annotated[Path, typer.Option(help="Edges: two columns of node numbers from 0, a third of weights.")],
+    signal: Annotated[Path, typer.Option(help="Signal: a row a node, a column a channel.")],
+    output: Annotated[Path, typer.Option(help="File for the fit: .csv, .parquet or .npz.")],
+    weight: Annotated[float, typer.Option(help="Penalty level, in units of the signal.")],
+    order: Annotated[int, typer.Option(help="0: piecewise constant; 1: piecewise linear; 2: quadratic.")] = 0,
+    penalty: Annotated[str, typer.Option(help="l1, mcp, scad, l0, or group for coupled channels.")] = "l1",
+    method: Annotated[str, typer.Option(help="auto, doge, admm or fast_admm.")] = "auto",
+    tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-5,
+    missing: Annotated[bool, typer.Option("--missing", help="Treat NaN and empty cells as unobserved.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Drop self-loops and add up duplicate edges.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
+) -> None:
+    """Smooth a signal on a graph; files are CSV, Parquet or NPZ."""
+    import numpy as np
+
+    import sparseopt as so
+    from sparseopt import console
+    from sparseopt.trend import files
+
+    penalties = {"l1": so.L1, "mcp": so.MCP, "scad": so.SCAD, "l0": so.L0, "group": so.GroupL2}
+    if penalty not in penalties:
+        raise ValueError(f"unknown penalty {penalty!r}; known are {', '.join(penalties)}")
+    summary = Path(f"{output.with_suffix('')}-summary.json")
+    files.check_output(output, files.TABLE_KINDS, force)
+    files.check_output(summary, None, force)
+    edges, edge_weights = files.read_edges(graph)
+    y = files.read_signal(signal)
+    network = so.Graph.from_edges(edges, len(y), edge_weights, merge=merge)
+    title = f"fitting {signal.name} on {network.num_nodes:,} nodes and {network.num_edges:,} edges, order {order}"
+    with console.waiting(title) as clock:
+        found = so.trend_filter(
+            y, network, penalties[penalty](weight), order, method, tol, missing="nan" if missing else "error"
+        )
+    files.write_signal(output, np.asarray(found.value))
+    figures = {
+        "graph": str(graph),
+        "signal": str(signal),
+        "nodes": network.num_nodes,
+        "edges": network.num_edges,
+        "penalty": penalty,
+        "weight": weight,
+        "order": order,
+    }
+    _finish_fit(found, figures, clock.seconds, summary, [output])
+
+
+def _finish_fit(found: Any, figures: dict[str, Any], seconds: float, summary: Path, written: list[Path]) -> None:
+    """Say how a fit ended, and write the same as JSON."""
+    from sparseopt import console
+    from sparseopt.core.solve import Status
+
+    status = Status(int(found.status))
+    gap = float(found.gap)
+    figures |= {
+        "status": status.name,
+        "steps": int(found.steps),
+        "objective": float(found.objective),
+        "relative_duality_gap": None if gap != gap else gap,
+        "residual": float(found.residual),
+        "seconds": seconds,
+    }
+    summary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    measure = (
+        f"relative duality gap {gap:.2e}" if gap == gap else f"residual {float(found.residual):.2e}, no certificate"
+    )
+    console.say(f"{status.name}: {measure} after {int(found.steps)} steps, {seconds:.1f} s with compiling")
+    if status not in (Status.CONVERGED, Status.STATIONARY):
+        console.say(status.advice)
+    console.say(f"wrote {', '.join(map(str, [*written, summary]))}")
 
 
 @app.command()
@@ -136,7 +241,7 @@ def demo(
     calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
     sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.5,
 ) -> None:
-    """Prune a real language model with mAIHT and Wanda; compare perplexity, layer errors and generated text."""
+    """Denoise a photograph, then prune a real language model with mAIHT and with Wanda and compare."""
     from sparseopt.demo import run_demo
 
     if output is not None and output.exists():

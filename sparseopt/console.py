@@ -1,77 +1,44 @@
-"""Floor 8: what a person sees in the shell: live progress on a terminal, plain lines elsewhere, closing tables."""
+"""Floor 8: what a person sees in the shell whatever runs: lines, a clock, bars, plain tables."""
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
-from sparseopt.pruning.reports import LayerRecord, PruneReport, mean
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 
-class PruneProgress:
-    """Observer of `prune_model`: a bar with block, layer, error and time left; a line a block when not a terminal."""
+def say(text: str) -> None:
+    """One line, never broken by the width of what is not a terminal."""
+    console.print(text, soft_wrap=True, markup=False)
 
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._start = time.perf_counter()
-        self._block: list[LayerRecord] = []
-        self._done = 0
-        self._task: TaskID | None = None
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
 
-    def __enter__(self) -> "PruneProgress":
-        self._bar.start()
-        # Shown at once: the first record comes only after reading, tokenising and compiling.
-        self._task = self._bar.add_task(self._title, total=None, note="reading the model")
+@dataclass
+class Clock:
+    """Seconds since it was made; still once `waiting` ends."""
+
+    start: float
+    seconds: float = 0.0
+
+
+@contextmanager
+def waiting(title: str) -> Iterator[Clock]:
+    """Show that one long call is running: a moving sign and the time on a terminal, one line elsewhere."""
+    clock = Clock(time.perf_counter())
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True,
+        disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        bar.add_task(title, total=None)
         if not console.is_terminal:
-            console.print(f"{self._title}: reading the model")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, record: LayerRecord, total: int) -> None:
-        """One layer is done."""
-        self._done += 1
-        note = f"block {record.block} {record.layer.split('.', 3)[-1]} error {record.relative_error:.4f}"
-        if self._task is not None:
-            self._bar.update(self._task, total=total, completed=self._done, note=note)
-        if self._block and self._block[-1].block != record.block:
-            self._block = []
-        self._block.append(record)
-        per_block = total // max(1, total // 7) if total % 7 == 0 else total
-        if not console.is_terminal and len(self._block) == per_block:
-            spent = time.perf_counter() - self._start
-            left = spent / self._done * (total - self._done)
-            console.print(
-                f"{self._title}: layer {self._done}/{total}, block {record.block}, mean relative error "
-                f"{mean(r.relative_error for r in self._block):.5f}, {spent:.0f} s, {left:.0f} s left",
-                soft_wrap=True,
-            )
+            say(title)
+        yield clock
+    clock.seconds = time.perf_counter() - clock.start
 
 
 @contextmanager
@@ -87,50 +54,6 @@ def block_progress(title: str) -> Iterator:
     ) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def prune_table(report: PruneReport) -> Table:
-    """Mean errors by kind of linear, and the totals."""
-    table = Table(title="Pruned layers, means over blocks", title_justify="left")
-    for heading in ("layer", "shape", "sparsity", "rel. error", "held-out", "steps", "seconds"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
-    kinds = dict.fromkeys(kind_of(r.layer) for r in report.layers)
-    groups: list[tuple[str, list[LayerRecord]]] = [
-        (kind, [r for r in report.layers if kind_of(r.layer) == kind]) for kind in kinds
-    ]
-    for kind, records in [*groups, ("all", report.layers)]:
-        shape = "" if kind == "all" else f"{records[0].shape[0]}x{records[0].shape[1]}"
-        heldout = mean(r.heldout_error for r in records if r.heldout_error is not None)
-        table.add_row(
-            kind,
-            shape,
-            f"{sum(r.zeros for r in records) / sum(r.size for r in records):.4f}",
-            f"{mean(r.relative_error for r in records):.5f}",
-            "-" if heldout is None else f"{heldout:.5f}",
-            f"{mean(r.steps for r in records):.0f}",
-            f"{sum(r.seconds for r in records):.1f}",
-            end_section=kind == list(kinds)[-1],
-        )
-    return table
-
-
-def kind_of(layer: str) -> str:
-    """The last part of a layer's name: `q_proj`, `down_proj`, ..."""
-    return layer.rsplit(".", 1)[-1]
-
-
-def run_lines(report: PruneReport) -> list[str]:
-    """The figures of a run that are not a layer's."""
-    dead = sum(r.dead_inputs for r in report.layers)
-    lines = [
-        f"solver {report.solver_seconds:.1f} s, compiling {report.compile_seconds:.1f} s "
-        f"({report.layer_compilations} layer programs), forward passes {report.calibration_seconds:.1f} s "
-        f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
-        f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB",
-    ]
-    if dead:
-        lines.append(f"{dead} inputs were zero on all calibration tokens; their weights were pruned first")
-    return lines
 
 
 def comparison_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -1,4 +1,4 @@
-"""Floor 8: the demonstration: a real language model pruned by mAIHT and by Wanda, with figures and a picture.
+"""Floor 8: the demonstration: a photograph denoised, then a real language model pruned by mAIHT and by Wanda.
 
 dense model -> prune with each method -> perplexity on text that no method saw -> table, bar chart, samples
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sparseopt import console
+from sparseopt import console, console_pruning
+from sparseopt.demo_photograph import denoise_photograph
 from sparseopt.experiments.plots import plot_layer_errors, save_figure
 from sparseopt.models import encode_text, generate, load_decoder, load_tokenizer, open_model
 from sparseopt.pruning import PruneReport, Recipe, load_text, perplexity, prune_model, token_windows
@@ -72,7 +73,8 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     ids = token_windows(encode_text(tokenizer, load_text(calibration, "evaluation")), *EVALUATION)
     output = output or free_folder(Path("demo-output"))
     output.mkdir(parents=True, exist_ok=False)
-    say(f"model: {path.name}, {model.num_blocks} blocks of width {model.config.hidden_size}; results in {output}/")
+    photograph = denoise_photograph(output)
+    say(f"\nmodel: {path.name}, {model.num_blocks} blocks of width {model.config.hidden_size}; results in {output}/")
 
     def judge(label: str, folder: Path, report: PruneReport | None) -> Outcome:
         with console.block_progress(f"{label}: perplexity") as progress:
@@ -84,9 +86,9 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     outcomes = [judge("dense", path, None)]
     for label, recipe in recipes.items():
         folder = output / recipe.method if isinstance(recipe.method, str) else output / label
-        with console.PruneProgress(f"{label} {sparsity:.0%}") as progress:
+        with console_pruning.PruneProgress(f"{label} {sparsity:.0%}") as progress:
             report = prune_model(path, folder, recipe, observer=progress)
-        for line in console.run_lines(report):
+        for line in console_pruning.run_lines(report):
             say(f"{label}: {line}", soft_wrap=True)
         outcomes.append(judge(label, folder, report))
 
@@ -107,6 +109,7 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     say(f"\nA sample, {NEW_TOKENS} likeliest tokens after the prompt:\n\n{samples}\n", soft_wrap=True)
     seconds = time.perf_counter() - start
     summary = {
+        "photograph": photograph,
         "rows": {o.label: {"perplexity": o.perplexity, "sample": o.sample} for o in outcomes},
         "evaluation_tokens": int(ids.size),
         "seconds": seconds,

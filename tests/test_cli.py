@@ -86,7 +86,7 @@ def test_a_source_that_is_no_model_is_named(tmp_path, command):
 
 
 def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, source, command, monkeypatch):
-    from sparseopt.console import PruneProgress
+    from sparseopt.console_pruning import PruneProgress
 
     def interrupt(self, record, total):
         if record.block == 2:
@@ -121,6 +121,11 @@ def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path,
     assert status == 0, err
     for label in ("dense", "mAIHT", "Wanda"):
         assert f"│ {label} │" in out
+    assert "noise sigma 20, PSNR 22.1" in out
+    for order in (0, 1):
+        assert (tmp_path / "demo-output" / f"photograph-order-{order}.png").is_file()
+    rows = json.loads((tmp_path / "demo-output" / "summary.json").read_text())["photograph"]
+    assert all(row["psnr"] > 28 and row["relative_duality_gap"] <= 1e-4 for row in rows)
     assert (tmp_path / "demo-output" / "layer-errors.png").read_bytes().startswith(b"\x89PNG")
     assert "mAIHT:\nThe ocean" in (tmp_path / "demo-output" / "samples.txt").read_text()
     for method in ("maiht", "wanda"):
@@ -160,3 +165,53 @@ def test_figures_distinguish_runs_and_name_their_axes(rng):
     assert axes[0].get_ylabel() == "relative output error"
     assert [t.get_text() for t in axes[1].get_xticklabels()] == ["up", "down"]
     assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["a", "b"]
+
+
+@pytest.fixture
+def grey(tmp_path):
+    from sparseopt.trend.files import write_image
+
+    clean = np.where(np.arange(32) < 16, 60, 190) * np.ones((24, 1))
+    noisy = np.clip(clean + np.random.default_rng(0).normal(0, 15, clean.shape), 0, 255).astype(np.uint8)
+    write_image(tmp_path / "noisy.png", noisy)
+    return clean
+
+
+def test_denoise_writes_image_picture_and_summary(tmp_path, grey, command):
+    from sparseopt.trend.files import read_image
+
+    out_file = tmp_path / "calm.png"
+    status, out, err = command("denoise", tmp_path / "noisy.png", "--weight", 20, "--output", out_file)
+    assert status == 0, err
+    assert "CONVERGED: relative duality gap" in out
+    assert np.abs(read_image(out_file) - grey).mean() < 4 < np.abs(read_image(tmp_path / "noisy.png") - grey).mean()
+    assert (tmp_path / "calm-before-after.png").is_file()
+    summary = json.loads((tmp_path / "calm-summary.json").read_text())
+    assert summary["status"] == "CONVERGED"
+    assert summary["relative_duality_gap"] <= 1e-4
+    status, _, err = command("denoise", tmp_path / "noisy.png", "--output", out_file)
+    assert status == 2
+    assert "exists already; name another, or give --force" in err
+    status, _, err = command("denoise", tmp_path / "noisy.png", "--weight", 20, "--output", out_file, "--force")
+    assert status == 0, err
+
+
+def test_trend_fits_a_signal_from_files(tmp_path, command):
+    import sparseopt as so
+
+    edges = np.stack([np.arange(29), np.arange(1, 30)], axis=1)
+    y = np.repeat([1.0, 5.0, 2.0], 10) + 0.3 * np.random.default_rng(1).standard_normal(30)
+    np.savetxt(tmp_path / "edges.csv", edges, fmt="%d", delimiter=",", header="from,to", comments="")
+    np.savetxt(tmp_path / "y.csv", y)
+    arguments = ["trend", "--graph", tmp_path / "edges.csv", "--signal", tmp_path / "y.csv", "--weight", 1.0]
+    status, out, err = command(*arguments, "--output", tmp_path / "fit.csv")
+    assert status == 0, err
+    assert "30 nodes and 29 edges" in out
+    expected = so.trend_filter(y, so.Graph.from_edges(edges, 30), so.L1(1.0), tol=1e-8).value
+    np.testing.assert_allclose(np.loadtxt(tmp_path / "fit.csv"), expected, atol=0.02)
+    status, out, _ = command(*arguments, "--output", tmp_path / "mcp.npz", "--penalty", "mcp")
+    assert status == 0
+    assert "no certificate" in out
+    status, _, err = command(*arguments, "--output", tmp_path / "x.csv", "--penalty", "ridge")
+    assert status == 2
+    assert "unknown penalty 'ridge'; known are l1, mcp, scad, l0, group" in err

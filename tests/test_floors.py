@@ -26,7 +26,8 @@ FLOORS = [
     ("pruning/", 6),
     ("experiments/", 7),
     ("demo", 8),
-    ("console", 8),
+    ("console.", 8),
+    ("console_", 8),
     ("cli", 8),
     ("__main__", 8),
 ]

@@ -97,6 +97,7 @@ def grid_sums(shape: tuple[int, ...], order: int, from_edges: bool = False) -> S
 
     def grow(values: np.ndarray, edges: bool) -> np.ndarray:
         table = edge_grid(values, small, 1.0) if edges else values.reshape(small)
+        table = table.astype(np.float32)  # small integers: exact
         for axis, (n, few) in enumerate(zip(shape, small, strict=True)):
             take = np.arange(n)
             if n > few:

@@ -126,6 +126,12 @@ def environment() -> dict[str, Any]:
 
 def peak_memory_bytes() -> int:
     """Largest resident set of this process so far."""
+    # On Linux getrusage counts the parent's pages until exec into a child's peak; the kernel's own mark does not.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        marks = [line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if marks:
+            return int(marks[0][1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -221,17 +221,20 @@ def _noise(ready: Prepared, y: jax.Array) -> jax.Array:
 
 def _means(signal: Signal, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
     """The mean over all observed nodes and the mean of every node's component, `[channels]` and `[n, channels]`."""
-    values = signal.values.astype(np.float64)
-    weights = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
-    columns = values.reshape(graph.num_nodes, -1)
-    overall = np.average(columns, axis=0, weights=weights)
-    if graph.num_components == 1:
-        means = np.broadcast_to(overall, columns.shape)
+    kind, channels = signal.values.dtype, signal.values.shape[1:]
+    columns = signal.values.reshape(graph.num_nodes, -1)
+    if signal.weights is None:
+        overall = columns.mean(axis=0, dtype=np.float64)
     else:
+        overall = np.average(columns, axis=0, weights=signal.weights.astype(np.float64))
+    if graph.num_components == 1:
+        means = np.broadcast_to(overall.astype(kind), columns.shape)
+    else:
+        weights = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
         mass = np.bincount(graph.components, weights=weights)
         sums = [np.bincount(graph.components, weights=weights * column) for column in columns.T]
-        means = (np.stack(sums, axis=1) / mass[:, None])[graph.components]
-    return overall.reshape(values.shape[1:]), means.reshape(values.shape)
+        means = (np.stack(sums, axis=1) / mass[:, None])[graph.components].astype(kind)
+    return overall.astype(kind).reshape(channels), means.reshape(graph.num_nodes, *channels)
 
 
 def _cold(

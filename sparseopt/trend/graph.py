@@ -30,7 +30,7 @@ class Graph:
 
     Attributes:
         num_nodes: n.
-        edges: int64 `[m, 2]`, one row an edge, in row-major grid order for grids.
+        given_edges: int64 `[m, 2]`, or None for a grid, whose edges are listed on demand only; see `edges`.
         weights: positive `[m]`, or None for ones. An edge of weight w has the row `sqrt(w) (x_i - x_j)` in D,
             so that `DᵀD` is the weighted Laplacian.
         shape: of a grid, row-major node order; None for other graphs.
@@ -38,7 +38,7 @@ class Graph:
     """
 
     num_nodes: int
-    edges: np.ndarray
+    given_edges: np.ndarray | None
     weights: np.ndarray | None = None
     shape: tuple[int, ...] | None = None
     nodes: tuple[Hashable, ...] | None = None
@@ -53,7 +53,7 @@ class Graph:
         sizes = tuple(int(n) for n in shape)
         if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
             raise ValueError(f"a grid has 1 to 3 axes of at least one node, given the shape {sizes}")
-        return cls(int(np.prod(sizes)), grid_edges(sizes), shape=sizes)
+        return cls(int(np.prod(sizes)), None, shape=sizes)
 
     @classmethod
     def chain(cls, n: int) -> "Graph":
@@ -161,7 +161,18 @@ class Graph:
     @property
     def num_edges(self) -> int:
         """M."""
-        return self.edges.shape[0]
+        if self.given_edges is not None:
+            return self.given_edges.shape[0]
+        assert self.shape is not None
+        return sum(self.num_nodes // n * (n - 1) for n in self.shape)
+
+    @functools.cached_property
+    def edges(self) -> np.ndarray:
+        """The edges `[m, 2]` as they were given; of a grid axis by axis in row-major order."""
+        if self.given_edges is not None:
+            return self.given_edges
+        assert self.shape is not None
+        return grid_edges(self.shape)
 
     @functools.cached_property
     def components(self) -> np.ndarray:
@@ -224,7 +235,9 @@ class Graph:
         In closed form on grids for D, L, D L and Dᵀ, else by `colour_rows`; checked before it is returned.
         """
         matrix = self.matrix(block, from_edges)
-        labels = None if self.shape is None else grid_groups(self.shape, block, from_edges)
+        # Edges that a caller listed in an order of their own are a grid for the stencils, not for the formula.
+        formula = self.shape if self.given_edges is None else None
+        labels = None if formula is None else grid_groups(formula, block, from_edges)
         labels = colour_rows(matrix) if labels is None else labels
         check_groups(matrix, labels)
         return labels

@@ -17,7 +17,7 @@ def laplacian_inverse(graph: Graph, right: np.ndarray, times: int) -> np.ndarray
     if graph.shape is not None:
         axes = tuple(range(len(graph.shape)))
         lines = [2 - 2 * np.cos(np.pi * np.arange(n) / n) for n in graph.shape]
-        eigenvalues = sum(np.meshgrid(*lines, indexing="ij"))
+        eigenvalues = np.sum(np.meshgrid(*lines, indexing="ij"), axis=0)
         eigenvalues.flat[0] = np.inf
         spectrum = fft.dctn(right.reshape(*graph.shape, -1), axes=axes, norm="ortho")
         spectrum = spectrum / eigenvalues[..., None] ** times

@@ -57,6 +57,13 @@ def test_many_edges_are_coloured_in_seconds(rng):
     assert check_groups(shuffled, colour_rows(shuffled)) <= 8
 
 
+def test_a_grid_listed_in_another_order_is_grouped_too(rng):
+    grid = so.Graph.grid((6, 7))
+    listed = so.Graph.from_edges(grid.edges[rng.permutation(grid.num_edges)], 42)
+    assert listed.shape == (6, 7)
+    assert check_groups(listed.matrix(1), listed.groups(1)) >= 4
+
+
 def test_the_check_names_what_is_wrong():
     matrix = sparse.csr_array(np.array([[1.0, -1, 0], [0, 1, -1]]))
     with pytest.raises(ValueError, match="group 0 has 2 rows that share column 1"):

@@ -74,3 +74,33 @@ def test_too_short_a_text_names_the_figures():
         token_windows(np.arange(10), 1, 32)
     with pytest.raises(TextError, match="given 0 windows of 32"):
         token_windows(np.arange(100), 0, 32)
+
+
+def test_a_hub_data_set_is_read_from_its_parquet_files(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot(name, **arguments):
+        asked.update(name=name, **arguments)
+        return str(tmp_path)
+
+    (tmp_path / "raw").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["from the hub"]}), tmp_path / "raw" / "validation-0.parquet")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert load_text("hf:someone/words/raw", "calibration") == "from the hub"
+    assert asked["name"] == "someone/words"
+    assert asked["repo_type"] == "dataset"
+    with pytest.raises(TextError, match="has no test parquet files; name a configuration"):
+        load_text("hf:someone/words/raw", "evaluation")
+
+
+def test_without_network_the_hub_is_answered_by_what_works_without(monkeypatch):
+    import huggingface_hub
+
+    def snapshot(name, **arguments):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(TextError, match=r"no route\); without network use pydoc, wikitext2:PATH or file:PATH"):
+        load_text("hf:someone/words", "calibration")

@@ -59,6 +59,6 @@ def doge_split(
         if num_groups is None:
             raise ValueError('the metric "groups" needs num_groups')
         columns = np.asarray(float(num_groups))
-    # A row or column without entries takes no part; any positive number will do.
-    rows, columns = np.where(rows > 0, rows, 1), np.where(columns > 0, columns, 0)
-    return Split(outer, inner, rows.astype(dtype), columns.astype(dtype))
+    # A row without entries takes no part; any positive number will do.
+    rows = np.where(rows > 0, rows, 1)
+    return Split(outer, inner, rows.astype(dtype), np.asarray(columns).astype(dtype))

@@ -1,0 +1,113 @@
+"""Floor 8: what a person sees of a pruning run: live progress on a terminal, plain lines elsewhere, a closing table."""
+
+import time
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from sparseopt.console import console
+from sparseopt.pruning.reports import LayerRecord, PruneReport, mean
+
+
+class PruneProgress:
+    """Observer of `prune_model`: a bar with block, layer, error and time left; a line a block when not a terminal."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._start = time.perf_counter()
+        self._block: list[LayerRecord] = []
+        self._done = 0
+        self._task: TaskID | None = None
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "PruneProgress":
+        self._bar.start()
+        # Shown at once: the first record comes only after reading, tokenising and compiling.
+        self._task = self._bar.add_task(self._title, total=None, note="reading the model")
+        if not console.is_terminal:
+            console.print(f"{self._title}: reading the model")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, record: LayerRecord, total: int) -> None:
+        """One layer is done."""
+        self._done += 1
+        note = f"block {record.block} {record.layer.split('.', 3)[-1]} error {record.relative_error:.4f}"
+        if self._task is not None:
+            self._bar.update(self._task, total=total, completed=self._done, note=note)
+        if self._block and self._block[-1].block != record.block:
+            self._block = []
+        self._block.append(record)
+        per_block = total // max(1, total // 7) if total % 7 == 0 else total
+        if not console.is_terminal and len(self._block) == per_block:
+            spent = time.perf_counter() - self._start
+            left = spent / self._done * (total - self._done)
+            console.print(
+                f"{self._title}: layer {self._done}/{total}, block {record.block}, mean relative error "
+                f"{mean(r.relative_error for r in self._block):.5f}, {spent:.0f} s, {left:.0f} s left",
+                soft_wrap=True,
+            )
+
+
+def prune_table(report: PruneReport) -> Table:
+    """Mean errors by kind of linear, and the totals."""
+    table = Table(title="Pruned layers, means over blocks", title_justify="left")
+    for heading in ("layer", "shape", "sparsity", "rel. error", "held-out", "steps", "seconds"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    kinds = dict.fromkeys(kind_of(r.layer) for r in report.layers)
+    groups: list[tuple[str, list[LayerRecord]]] = [
+        (kind, [r for r in report.layers if kind_of(r.layer) == kind]) for kind in kinds
+    ]
+    for kind, records in [*groups, ("all", report.layers)]:
+        shape = "" if kind == "all" else f"{records[0].shape[0]}x{records[0].shape[1]}"
+        heldout = mean(r.heldout_error for r in records if r.heldout_error is not None)
+        table.add_row(
+            kind,
+            shape,
+            f"{sum(r.zeros for r in records) / sum(r.size for r in records):.4f}",
+            f"{mean(r.relative_error for r in records):.5f}",
+            "-" if heldout is None else f"{heldout:.5f}",
+            f"{mean(r.steps for r in records):.0f}",
+            f"{sum(r.seconds for r in records):.1f}",
+            end_section=kind == list(kinds)[-1],
+        )
+    return table
+
+
+def kind_of(layer: str) -> str:
+    """The last part of a layer's name: `q_proj`, `down_proj`, ..."""
+    return layer.rsplit(".", 1)[-1]
+
+
+def run_lines(report: PruneReport) -> list[str]:
+    """The figures of a run that are not a layer's."""
+    dead = sum(r.dead_inputs for r in report.layers)
+    lines = [
+        f"solver {report.solver_seconds:.1f} s, compiling {report.compile_seconds:.1f} s "
+        f"({report.layer_compilations} layer programs), forward passes {report.calibration_seconds:.1f} s "
+        f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
+        f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB",
+    ]
+    if dead:
+        lines.append(f"{dead} inputs were zero on all calibration tokens; their weights were pruned first")
+    return lines

@@ -1,0 +1,103 @@
+"""Files in and out: what is written reads back, and what cannot be read is named."""
+
+import numpy as np
+import pytest
+
+from sparseopt.trend.files import (
+    FileError,
+    check_output,
+    read_edges,
+    read_image,
+    read_signal,
+    read_table,
+    write_image,
+    write_signal,
+)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [(), (3,), (4,)])
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_images_keep_depth_and_channels(tmp_path, rng, kind, channels, ending):
+    image = rng.integers(0, np.iinfo(kind).max, (7, 5, *channels), endpoint=True).astype(kind)
+    write_image(tmp_path / f"image{ending}", image)
+    back = read_image(tmp_path / f"image{ending}")
+    assert back.dtype == kind
+    np.testing.assert_array_equal(back, image)
+
+
+def test_a_palette_image_becomes_colour(tmp_path):
+    from PIL import Image
+
+    Image.fromarray(np.full((3, 4, 3), 200, np.uint8)).convert("P").save(tmp_path / "p.png")
+    assert read_image(tmp_path / "p.png").shape == (3, 4, 3)
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    with pytest.raises(FileError, match="there is no file"):
+        read_image(tmp_path / "absent.png")
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(FileError, match=r"cannot read .*text.png as an image"):
+        read_image(tmp_path / "text.png")
+    write_image(tmp_path / "deep.png", np.zeros((8, 8, 3), np.uint16))
+    whole = (tmp_path / "deep.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:60])
+    with pytest.raises(FileError, match=r"cannot read .*cut.png as an image"):
+        read_image(tmp_path / "cut.png")
+    with pytest.raises(FileError, match=r"cannot hold 16-bit pixels; name a .png or .tif"):
+        write_image(tmp_path / "deep.jpg", np.zeros((2, 2), np.uint16))
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet", ".npz"])
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_signals_read_back_exactly(tmp_path, rng, ending, channels):
+    signal = rng.standard_normal((9, *channels))
+    write_signal(tmp_path / f"signal{ending}", signal)
+    np.testing.assert_array_equal(read_signal(tmp_path / f"signal{ending}"), signal)
+
+
+def test_tables_with_and_without_heading_and_empty_cells(tmp_path):
+    (tmp_path / "a.csv").write_text("u,v\n0,1\n2,\n")
+    (tmp_path / "b.csv").write_text("0,1\n2,\n")
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(read_table(tmp_path / f"{name}.csv"), [[0, 1], [2, np.nan]])
+
+
+def test_edges_may_carry_weights(tmp_path):
+    (tmp_path / "e.csv").write_text("0,1,0.5\n1,2,2\n")
+    edges, weights = read_edges(tmp_path / "e.csv")
+    assert edges.tolist() == [[0, 1], [1, 2]]
+    assert weights.tolist() == [0.5, 2.0]
+    np.savez(tmp_path / "e.npz", edges=edges, other=weights)
+    assert read_edges(tmp_path / "e.npz")[1] is None
+
+
+def test_bad_tables_are_named(tmp_path):
+    (tmp_path / "e.csv").write_text("0,1\n1,2.5\n")
+    with pytest.raises(FileError, match=r"nodes \[1.0, 2.5\] in row 1; node numbers are whole"):
+        read_edges(tmp_path / "e.csv")
+    (tmp_path / "one.csv").write_text("0\n1\n")
+    with pytest.raises(FileError, match="has 1 columns; an edge is two node numbers"):
+        read_edges(tmp_path / "one.csv")
+    (tmp_path / "words.csv").write_text("a,b\nc,d\n")
+    with pytest.raises(FileError, match="cannot read numbers"):
+        read_table(tmp_path / "words.csv")
+    np.savez(tmp_path / "n.npz", a=np.zeros(2), b=np.zeros(2))
+    with pytest.raises(FileError, match="it holds a, b, expected one of signal, y"):
+        read_signal(tmp_path / "n.npz")
+    np.savez(tmp_path / "o.npz", signal=np.array([{}], object))
+    with pytest.raises(FileError, match="cannot read numbers"):
+        read_signal(tmp_path / "o.npz")
+    with pytest.raises(FileError, match=r"is none of .csv, .parquet, .npz"):
+        read_table(tmp_path / "e.csv.gz") if (tmp_path / "e.csv.gz").write_bytes(b"") == 0 else None
+
+
+def test_outputs_are_never_replaced_unasked(tmp_path):
+    (tmp_path / "taken.csv").touch()
+    with pytest.raises(FileError, match="exists already"):
+        check_output(tmp_path / "taken.csv", None, False)
+    assert check_output(tmp_path / "taken.csv", None, True)
+    with pytest.raises(FileError, match="does not exist or cannot be written"):
+        check_output(tmp_path / "absent" / "x.csv", None, False)
+    with pytest.raises(FileError, match=r"must end in one of .csv"):
+        check_output(tmp_path / "x.txt", (".csv",), False)

@@ -1,0 +1,304 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparseopt as so
+from sparseopt.core import solve as solve_module
+from sparseopt.core.solvers.admm import Admm
+from tests.trend.problems import GRAPHS, exact_fit, objective, random_graph, two_parts
+
+
+def status(solution):
+    return so.Status(int(solution.status))
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("chain", 0), ("chain", 1), ("chain", 2), ("grid", 1), ("grid", 2), ("weighted", 0), ("parts", 1)]
+    + [("random", order) for order in range(4)],
+)
+def test_every_method_and_block_finds_the_exact_answer(rng, name, order):
+    graph = GRAPHS[name](rng)
+    y, weight = 5 * rng.standard_normal(graph.num_nodes), 0.7
+    expected = exact_fit(y, graph, weight, order)
+    best = objective(expected, y, graph, weight, order)
+    methods = [("doge", block) for block in range(1, order + 2)] + [("admm", None), ("auto", None)]
+    if name == "chain":
+        methods.append(("fast_admm", None))
+    for method, block in methods:
+        found = so.trend_filter(y, graph, so.L1(weight), order, method, tol=1e-9, B=block)
+        assert status(found) is so.Status.CONVERGED, (method, block)
+        assert objective(found.value, y, graph, weight, order) / best - 1 <= 1.1e-9, (method, block)
+        np.testing.assert_allclose(found.value, expected, atol=2e-3, err_msg=f"{method} {block}")
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_the_gap_is_never_below_the_true_suboptimality(rng, order, kind):
+    graph = random_graph(rng, n=30, extra=20)
+    y = (100 + 5 * rng.standard_normal(30)).astype(kind)
+    best = objective(exact_fit(y.astype(float), graph, 2.0, order), y, graph, 2.0, order)
+    for steps in (5, 10, 20, 40, 80, 400):
+        found = so.trend_filter(y, graph, so.L1(2.0), order, "doge", tol=1e-15, max_steps=steps)
+        true = objective(found.value, y, graph, 2.0, order) / best - 1
+        assert true <= float(found.gap) * (1 + 1e-3) + 1e-12
+        assert float(found.objective) == pytest.approx(objective(found.value, y, graph, 2.0, order), rel=1e-5)
+
+
+def test_the_gap_comes_down_with_the_suboptimality(rng):
+    graph = so.Graph.grid((12, 12))
+    y = 50 * rng.standard_normal(144)
+    found = so.trend_filter(y, graph, so.L1(10.0), 1, "doge", tol=1e-11)
+    early = so.trend_filter(y, graph, so.L1(10.0), 1, "doge", tol=1e-3)
+    true = float(early.objective) / float(found.objective) - 1
+    assert true <= float(early.gap) <= 3 * true
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_node_weights_and_missing_values(rng, order):
+    graph = so.Graph.grid((5, 6))
+    y = 5 * rng.standard_normal(30)
+    w = rng.uniform(0.3, 3.0, 30)
+    expected = exact_fit(y, graph, 0.6, order, w)
+    for method in ("doge", "admm"):
+        found = so.trend_filter(y, graph, so.L1(0.6), order, method, tol=1e-9, node_weights=w)
+        np.testing.assert_allclose(found.value, expected, atol=2e-3)
+    w[[3, 17]] = 0
+    light = np.where(w == 0, 1e-7, w)
+    nearly = objective(exact_fit(y, graph, 0.6, order, light), y, graph, 0.6, order, w)
+    y[[3, 17]] = np.nan
+    found = so.trend_filter(y, graph, so.L1(0.6), order, "doge", tol=1e-7, node_weights=w, missing="nan")
+    assert status(found) is so.Status.CONVERGED
+    filled = np.where(np.isnan(y), 0, y)
+    assert objective(found.value, filled, graph, 0.6, order, w) <= nearly * (1 + 1e-5)
+    if order == 0:
+        assert np.nanmin(y) <= found.value[3] <= np.nanmax(y)
+
+
+@pytest.mark.parametrize(("order", "method"), [(0, "doge"), (1, "doge"), (2, "doge"), (3, "doge"), (1, "admm")])
+def test_a_large_weight_gives_component_means_exactly(rng, order, method):
+    graph = two_parts(rng)
+    y = rng.standard_normal(11)
+    means = np.array([y[graph.components == part].mean() for part in graph.components])
+    found = so.trend_filter(y, graph, so.L1(1e3), order, method, tol=1e-8)
+    assert status(found) is so.Status.CONVERGED
+    np.testing.assert_allclose(found.value, means, rtol=1e-13)
+    for part in range(graph.num_components):
+        assert np.ptp(found.value[graph.components == part]) == 0
+
+
+def test_no_weight_or_no_edges_returns_the_signal(rng):
+    y = rng.standard_normal(12)
+    for graph, penalty in ((so.Graph.grid((3, 4)), so.L1(0.0)), (so.Graph.from_edges([], 12), so.L1(5.0))):
+        found = so.trend_filter(y, graph, penalty)
+        np.testing.assert_array_equal(found.value, y)
+        assert float(found.gap) == 0
+        assert status(found) is so.Status.CONVERGED
+
+
+def test_isolated_nodes_keep_their_values(rng):
+    y = rng.standard_normal(11)
+    found = so.trend_filter(y, two_parts(rng), so.L1(0.4), 1, tol=1e-9)
+    assert found.value[10] == pytest.approx(y[10], abs=1e-6)
+
+
+def test_a_line_stays_a_line_between_its_ends():
+    # At order 1 the end rows of DᵀD are first differences: they flatten the ends of a chain, and nothing else.
+    n = 60
+    found = so.trend_filter(3.0 * np.arange(n), so.Graph.chain(n), so.L1(1e-2), 1, tol=1e-12)
+    bends = np.abs(np.diff(found.value, 2))
+    assert np.count_nonzero(bends > 1e-5) <= 4
+    np.testing.assert_allclose(found.value, 3.0 * np.arange(n), atol=0.1)
+    np.testing.assert_allclose(np.diff(found.value)[3:-3], 3.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_symmetric_image_gets_a_symmetric_answer(rng, order):
+    image = rng.standard_normal((8, 8))
+    image = image + image[::-1] + image[:, ::-1] + image[::-1, ::-1]
+    image = image + image.T
+    value = np.asarray(so.trend_filter(image, so.Graph.grid((8, 8)), so.L1(0.5), order, tol=1e-9).value)
+    for other in (value[::-1], value[:, ::-1], value.T):
+        np.testing.assert_allclose(value, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_relabelling_the_nodes_relabels_the_answer(rng, order):
+    graph = random_graph(rng, n=25, extra=15, weighted=True)
+    y = 4 * rng.standard_normal(25)
+    place = rng.permutation(25)
+    moved = so.Graph.from_edges(place[graph.edges][rng.permutation(graph.num_edges)][:, ::-1], 25)
+    plain = so.Graph.from_edges(graph.edges, 25)
+    relabelled = np.empty(25)
+    relabelled[place] = y
+    first = so.trend_filter(y, plain, so.L1(0.8), order, tol=1e-10).value
+    second = so.trend_filter(relabelled, moved, so.L1(0.8), order, tol=1e-10).value
+    np.testing.assert_allclose(second[place], first, atol=1e-4)
+
+
+def test_channels_are_solved_together_and_apart(rng):
+    graph = so.Graph.grid((6, 7))
+    y = 5 * rng.standard_normal((42, 3))
+    together = so.trend_filter(y, graph, so.L1(1.5), 1, tol=1e-9).value
+    for channel in range(3):
+        alone = so.trend_filter(y[:, channel], graph, so.L1(1.5), 1, tol=1e-9).value
+        np.testing.assert_allclose(together[:, channel], alone, atol=2e-3)
+    coupled = so.trend_filter(y, graph, so.GroupL2(1.5), 0, tol=1e-9)
+    assert status(coupled) is so.Status.CONVERGED
+    edges = so.Graph.grid((6, 7)).matrix(1) @ np.asarray(coupled.value)
+    flat = np.abs(edges) < 1e-5
+    assert np.all(flat.all(axis=1) == flat.any(axis=1))
+    assert 0 < flat.all(axis=1).sum() < len(flat)
+
+
+@pytest.mark.parametrize("penalty", [so.MCP(2.0, 3.0), so.SCAD(2.0, 3.7), so.L0(8.0)], ids=lambda p: type(p).__name__)
+def test_nonconvex_penalties_end_at_a_stationary_point_without_a_certificate(rng, penalty):
+    graph = so.Graph.grid((8, 8))
+    image = np.where(np.arange(64) % 8 < 4, 0.0, 20.0) + rng.standard_normal(64)
+    found = so.trend_filter(image, graph, penalty, 0, tol=1e-6)
+    assert status(found) is so.Status.STATIONARY
+    assert np.isnan(found.gap)
+    assert "no certificate" in status(found).advice
+    found.check()
+    b, rows = np.asarray(found.value), np.asarray(found.state.prox)
+    direct = 0.5 * np.sum((image - b) ** 2) + float(penalty.value(jnp.asarray(rows)))
+    assert float(found.objective) == pytest.approx(direct, rel=1e-5)
+    # The fold between the halves is found, and not shrunk as L1 shrinks it.
+    assert np.mean(b.reshape(8, 8)[:, 4:]) - np.mean(b.reshape(8, 8)[:, :4]) == pytest.approx(20, abs=0.7)
+
+
+def test_a_users_penalty_is_ten_lines(rng):
+    @jax.tree_util.register_pytree_node_class
+    @dataclasses.dataclass
+    class Huber:
+        weight: float
+
+        def value(self, x):
+            size = jnp.abs(x)
+            return self.weight * jnp.sum(jnp.where(size < 1, 0.5 * x * x, size - 0.5))
+
+        def prox(self, x, step):
+            level = step * self.weight
+            return jnp.where(jnp.abs(x) <= 1 + level, x / (1 + level), x - level * jnp.sign(x))
+
+        def tree_flatten(self):
+            return (self.weight,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            return cls(*leaves)
+
+    y = 5 * rng.standard_normal(20)
+    graph = so.Graph.chain(20)
+    found = so.trend_filter(y, graph, Huber(2.0), tol=1e-9)
+    assert status(found) is so.Status.STATIONARY
+    rows = graph.matrix(1) @ found.value
+    np.testing.assert_allclose(found.value - y + 2.0 * graph.matrix(1).T @ np.clip(rows, -1, 1), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["doge", "admm", "fast_admm"])
+def test_a_warm_start_is_quicker(rng, method):
+    graph = so.Graph.chain(200)
+    y = rng.standard_normal(200).cumsum()
+    cold = so.trend_filter(y, graph, so.L1(1.0), 1, method, tol=1e-8)
+    warm = so.trend_filter(y, graph, so.L1(1.0), 1, method, tol=1e-8, warm_start=cold)
+    assert int(warm.steps) <= 5 < int(cold.steps)
+    nearby = so.trend_filter(y + 3, graph, so.L1(1.01), 1, method, tol=1e-6, warm_start=cold)
+    afresh = so.trend_filter(y + 3, graph, so.L1(1.01), 1, method, tol=1e-6)
+    assert int(nearby.steps) < int(afresh.steps)
+    with pytest.raises(ValueError, match="whose dual has the shape"):
+        so.trend_filter(
+            y[:50],
+            so.Graph.chain(50),
+            so.L1(1.0),
+            1,
+            method,
+            warm_start=dataclasses.replace(cold, value=cold.value[:50]),
+        )
+
+
+def test_history_shows_gap_and_rho_at_every_check(rng):
+    y = 10 * rng.standard_normal(100)
+    found = so.trend_filter(y, so.Graph.chain(100), so.L1(2.0), 0, "doge", tol=1e-6, history=True, max_steps=500)
+    steps = int(found.steps)
+    gaps = np.asarray(found.history.gap)
+    assert np.all(np.isfinite(gaps[4:steps:5]))
+    assert np.all(np.isnan(np.delete(gaps[:steps], np.arange(4, steps, 5))))
+    assert gaps[4] > gaps[steps - 1]
+    assert np.all(np.asarray(found.history.extra["rho"])[:steps] > 0)
+
+
+def test_rho_stops_changing(rng):
+    y = 10 * rng.standard_normal(400)
+    found = so.trend_filter(y, so.Graph.chain(400), so.L1(500.0), 1, "doge", tol=1e-14, history=True, max_steps=4000)
+    rho = np.asarray(found.history.extra["rho"])[: int(found.steps)]
+    changes = 1 + np.flatnonzero(np.diff(rho))
+    assert set(changes) <= {9 + 10 * (2**i - 1) for i in range(9)}
+    assert np.all(rho[2560:] == rho[-1])
+
+
+def test_one_compile_for_each_shape_dtype_order_and_method(rng, monkeypatch):
+    traces = []
+    step = Admm.step
+
+    def counted(self, problem, state):
+        traces.append(1)
+        return step(self, problem, state)
+
+    monkeypatch.setattr(Admm, "step", counted)
+    solve_module._solve.clear_cache()
+    graph, path = so.Graph.grid((7, 9)), random_graph(rng, n=63, extra=10)
+    for seed in range(3):
+        y = np.random.default_rng(seed).standard_normal(63)
+        so.trend_filter(y, graph, so.L1(0.1 + seed), tol=10.0 ** -(3 + seed), max_steps=50 + seed)
+    assert len(traces) == 1
+    for kind, order, method, where in (
+        (np.float32, 0, "doge", graph),
+        (np.float64, 1, "doge", graph),
+        (np.float64, 1, "admm", graph),
+        (np.float64, 1, "admm", path),
+    ):
+        before = len(traces)
+        for seed in range(2):
+            y = np.random.default_rng(seed).standard_normal(63).astype(kind)
+            so.trend_filter(y, where, so.L1(0.3 + seed), order, method, tol=1e-3)
+        assert len(traces) == before + 1
+
+
+def test_float32_says_when_precision_limits_the_answer(rng):
+    graph = so.Graph.grid((32, 32))
+    y = (128 + 20 * rng.standard_normal(1024)).astype(np.float32)
+    found = so.trend_filter(y, graph, so.L1(10.0), 1, "doge", tol=1e-9)
+    assert status(found) is so.Status.PRECISION
+    assert int(found.steps) < 2000
+    assert float(found.gap) < 3e-6
+    with pytest.raises(RuntimeError, match=r"PRECISION.*use float64"):
+        found.check()
+    sharp = so.trend_filter(y, graph, so.L1(10.0), 1, "doge", tol=1e-9, dtype=np.float64)
+    assert status(sharp) is so.Status.CONVERGED
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32])
+def test_integer_images_are_solved_in_float64(rng, kind):
+    image = rng.integers(0, 200, (6, 8)).astype(kind)
+    found = so.trend_filter(image, so.Graph.grid((6, 8)), so.L1(3.0))
+    assert found.value.dtype == np.float64
+    assert found.value.shape == image.shape
+    np.testing.assert_array_equal(
+        found.value, so.trend_filter(image.astype(float), so.Graph.grid((6, 8)), so.L1(3.0)).value
+    )
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_paper_sized_grid_needs_few_steps(order):
+    # A stand-in for the 256 x 256 image: weight 10, noise 20, at a quarter of the side.
+    rng = np.random.default_rng(7)
+    i, j = np.mgrid[:64, :64]
+    image = 120 + 60 * ((i - 30) ** 2 + (j - 36) ** 2 < 300) + i + 20 * rng.standard_normal((64, 64))
+    for tol, limit in ((1e-4, 100), (1e-5, 150)):
+        found = so.trend_filter(image, so.Graph.grid((64, 64)), so.L1(10.0), order, "doge", tol=tol)
+        assert status(found) is so.Status.CONVERGED
+        assert int(found.steps) <= limit
