@@ -14,6 +14,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Which extra brings a package that only some commands need.
+EXTRAS = {
+    **dict.fromkeys(
+        ("flax", "transformers", "tokenizers", "safetensors", "gguf", "pyarrow", "huggingface_hub"), "prune"
+    ),
+    **dict.fromkeys(("PIL", "png", "tifffile", "skimage"), "images"),
+    "matplotlib": "plot",
+}
 TEXT_HELP = "pydoc, wikitext2:PATH, file:PATH or hf:NAME"
 
 
@@ -256,6 +264,12 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        typer.echo(f"error: this command needs {error.name}: pip install 'sparseopt[{extra}]'", err=True)
+        sys.exit(2)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

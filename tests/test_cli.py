@@ -215,3 +215,10 @@ def test_trend_fits_a_signal_from_files(tmp_path, command):
     status, _, err = command(*arguments, "--output", tmp_path / "x.csv", "--penalty", "ridge")
     assert status == 2
     assert "unknown penalty 'ridge'; known are l1, mcp, scad, l0, group" in err
+
+
+def test_a_missing_extra_is_named_with_its_remedy(monkeypatch, command):
+    monkeypatch.setattr(cli, "app", lambda: __import__("importlib").import_module("tifffile.absent_part"))
+    status, _, err = command("denoise")
+    assert status == 2
+    assert "pip install 'sparseopt[images]'" in err

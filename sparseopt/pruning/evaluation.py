@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.models import Block, Head, StreamedModel, open_model
+from sparseopt.models import Block, Decoder, Head, StreamedModel, open_model
 from sparseopt.pruning.calibration import BlockRunner, make_batches
 from sparseopt.pruning.compiled import Compiled
 
@@ -42,7 +42,7 @@ def negative_log_likelihood(head: Head, x_TD: Float[Array, "T D"], tokens_T: Int
 
 
 def perplexity(
-    model: str | Path | StreamedModel,
+    model: str | Path | StreamedModel | Decoder,
     token_ids: Any,
     seqlen: int = 1024,
     *,
@@ -51,7 +51,7 @@ def perplexity(
     """Perplexity of a model on token ids in non-overlapping windows.
 
     Args:
-        model: a model folder, a GGUF file, or an opened model.
+        model: a model folder, a GGUF file, an opened model, or a whole decoder in memory.
         token_ids: integer ids, `[n]` (cut into windows from the start, a rest is left out) or `[windows, seqlen]`.
         seqlen: tokens a window when `token_ids` is flat.
         observer: called with (blocks done, blocks in all).
@@ -59,7 +59,7 @@ def perplexity(
     Raises:
         ValueError: for ids outside the vocabulary or fewer tokens than one window.
     """
-    model = model if isinstance(model, StreamedModel) else open_model(model)
+    parts = _StreamedParts(model) if not isinstance(model, Decoder) else _DecoderParts(model)
     ids = np.asarray(token_ids)
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
         raise ValueError(f"token_ids must be integers [n] or [windows, seqlen], given {ids.dtype} {list(ids.shape)}")
@@ -67,24 +67,43 @@ def perplexity(
         if len(ids) < seqlen or seqlen < 2:
             raise ValueError(f"{len(ids)} tokens are fewer than one window of {seqlen}; give more or a shorter seqlen")
         ids = ids[: len(ids) // seqlen * seqlen].reshape(-1, seqlen)
-    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+    if ids.min() < 0 or ids.max() >= parts.vocab_size:
         raise ValueError(
-            f"token ids must lie in 0..{model.config.vocab_size - 1}, given {ids.min()}..{ids.max()}; "
+            f"token ids must lie in 0..{parts.vocab_size - 1}, given {ids.min()}..{ids.max()}; "
             "were they made with another tokenizer?"
         )
     ids = ids.astype(np.int32)
 
-    batches = make_batches(model.embedding()(jnp.asarray(ids)))
+    batches = make_batches(parts.embedding()(jnp.asarray(ids)))
     runner = BlockRunner()
-    for index in range(model.num_blocks):
-        batches = runner.forward(model.block(index), batches)
+    for index in range(parts.num_blocks):
+        batches = runner.forward(parts.block(index), batches)
         if observer:
-            observer(index + 1, model.num_blocks)
+            observer(index + 1, parts.num_blocks)
     loss = Compiled(negative_log_likelihood)
-    head = model.head()
+    head = parts.head()
     windows = (x for batch in batches for x in batch)
     total = sum(float(loss(head, x, row).value) for x, row in zip(windows, ids, strict=True))
     return float(np.exp(total / (ids.shape[0] * (ids.shape[1] - 1))))
+
+
+class _StreamedParts:
+    """The parts of a model on disk, read when asked for."""
+
+    def __init__(self, model: str | Path | StreamedModel) -> None:
+        opened = model if isinstance(model, StreamedModel) else open_model(model)
+        self.vocab_size, self.num_blocks = opened.config.vocab_size, opened.num_blocks
+        self.embedding, self.block, self.head = opened.embedding, opened.block, opened.head
+
+
+class _DecoderParts:
+    """The parts of a decoder in memory, by the same names."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.vocab_size, self.num_blocks = decoder.embed_tokens.weight.shape[0], len(decoder.layers)
+        self.embedding = lambda: decoder.embed_tokens
+        self.block = lambda index: decoder.layers[index]
+        self.head = lambda: decoder.head
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ def test_perplexity_is_that_of_the_whole_models_logits(source, rng):
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=2)
     assert perplexity(source, tokens) == pytest.approx(np.exp(-chosen.mean()), rel=1e-4)
+    assert perplexity(load_decoder(source), tokens) == pytest.approx(perplexity(source, tokens), rel=1e-5)
     flat = np.concatenate([tokens.ravel(), tokens[0, :7]])
     assert perplexity(source, flat, seqlen=30) == pytest.approx(np.exp(-chosen.mean()), rel=1e-4)
 
