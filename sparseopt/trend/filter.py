@@ -73,7 +73,8 @@ def trend_filter(
         method: "doge", "admm", "fast_admm" (chains), or "auto".
         tol: the relative duality gap to reach; for a penalty that is no norm, the stationarity residual.
         max_steps: step limit.
-        node_weights: w >= 0, `[n]`; 0 marks a missing observation.
+        node_weights: w >= 0, `[n]`; 0 marks a missing observation. At orders >= 1 with missing nodes the gap
+            bounds the suboptimality among fits that stay within ten data ranges of the data.
         B: how many difference factors Doge-ADMM treats row by row, 1..order+1; None is order + 1.
         missing: "nan" treats NaN as missing; "error" refuses them.
         warm_start: an earlier solution on the same graph at the same order, of any method with the same B.
