@@ -6,7 +6,6 @@ dense model -> prune with each method -> perplexity on text that no method saw -
 import importlib.util
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def free_folder(wanted: Path) -> Path:
 def run_demo(output: Path | None, source: str | None, calibration: str, sparsity: float) -> None:
     """Prune, evaluate, compare, draw; everything that is shown is also written to `output`."""
     start = time.perf_counter()
-    say: Callable[..., None] = console.console.print
+    say = console.say
     path = Path(source) if source else bundled_model()
     recipes = {
         label: Recipe(sparsity=sparsity, method=method, preset="best", calibration=calibration)
@@ -89,7 +88,7 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
         with console_pruning.PruneProgress(f"{label} {sparsity:.0%}") as progress:
             report = prune_model(path, folder, recipe, observer=progress)
         for line in console_pruning.run_lines(report):
-            say(f"{label}: {line}", soft_wrap=True)
+            say(f"{label}: {line}")
         outcomes.append(judge(label, folder, report))
 
     headings = ("model", "perplexity", "sparsity", "layer error", "held-out error", "solver seconds")
@@ -98,7 +97,7 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
         headings,
         [row(outcome) for outcome in outcomes],
     )
-    say(table)
+    console.console.print(table)
     picture = save_figure(
         plot_layer_errors({o.label: o.report.layers for o in outcomes if o.report}),
         output / "layer-errors.png",
@@ -106,7 +105,7 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     )
     samples = "\n\n".join(f"{o.label}:\n{o.sample}" for o in outcomes)
     (output / "samples.txt").write_text(samples + "\n", encoding="utf-8")
-    say(f"\nA sample, {NEW_TOKENS} likeliest tokens after the prompt:\n\n{samples}\n", soft_wrap=True)
+    say(f"\nA sample, {NEW_TOKENS} likeliest tokens after the prompt:\n\n{samples}\n")
     seconds = time.perf_counter() - start
     summary = {
         "photograph": photograph,

@@ -45,10 +45,15 @@ def denoise_photograph(output: Path) -> list[dict[str, float]]:
             f"noise sigma {NOISE}: {start:.1f} dB",
             f"trend filter of order {order}, weight {weight:g}: {row['psnr']:.1f} dB",
         )
-        before_and_after(noisy, found.image, pictures[-1], captions)
+        before_and_after(_as_grey(noisy), _as_grey(found.image), pictures[-1], captions)
     headings = ("order", "weight", "PSNR dB", "duality gap", "steps", "seconds", "with compiling")
     formats = ("{:d}", "{:g}", "{:.2f}", "{:.1e}", "{:d}", "{:.2f}", "{:.2f}")
     cells = [[form.format(value) for form, value in zip(formats, row.values(), strict=True)] for row in rows]
     console.console.print(console.comparison_table("Photograph denoised by trend filtering", headings, cells))
     console.say(f"pictures: {', '.join(map(str, pictures))}")
     return rows
+
+
+def _as_grey(image: np.ndarray) -> np.ndarray:
+    """Grey levels as a screen shows them."""
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
