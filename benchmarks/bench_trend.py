@@ -58,9 +58,16 @@ def problems(folder: pathlib.Path) -> Iterator[tuple[str, dict[str, Any], so.Gra
         with np.load(path) as stored:
             data = {name: stored[name] for name in ("y", "edges", "lam", "k", "shape", "obj_opt")}
         shape = tuple(int(n) for n in data["shape"])
-        nodes = data["y"].size
-        graph = so.Graph.grid(shape) if int(np.prod(shape)) == nodes else so.Graph.from_edges(data["edges"], nodes)
+        graph = so.Graph.from_edges(data["edges"], data["y"].size)
+        # Other graphs name a shape too, (n,): only the edges tell whether it is a grid.
+        if int(np.prod(shape)) == graph.num_nodes and same_edges(so.Graph.grid(shape), graph):
+            graph = so.Graph.grid(shape)
         yield path.stem, {**data, "lam": float(data["lam"]), "k": int(data["k"])}, graph
+
+
+def same_edges(one: so.Graph, other: so.Graph) -> bool:
+    one_sorted, other_sorted = (np.unique(np.sort(graph.edges, axis=1), axis=0) for graph in (one, other))
+    return np.array_equal(one_sorted, other_sorted)
 
 
 def true_suboptimality(solution: so.Solution, data: dict[str, Any], graph: so.Graph) -> float:
@@ -108,9 +115,11 @@ def truth(folder: pathlib.Path, seconds: float) -> None:
         for method, block in choices:
             y, penalty = data["y"].reshape(-1), so.L1(data["lam"])
             limited = partial(so.trend_filter, y, graph, penalty, data["k"], method, tol=1e-9, B=block)
-            # The cost of a step, then as many as fit the time.
-            _, probe, _ = timed(partial(limited, max_steps=10))
-            steps = int(np.clip(10 * seconds / probe, 10, 50_000))
+            # What a call costs and what a step costs, then as many steps as fit the time.
+            _, short, _ = timed(partial(limited, max_steps=10))
+            _, longer, _ = timed(partial(limited, max_steps=60))
+            each = max((longer - short) / 50, 1e-6)
+            steps = int(np.clip((seconds - short) / each, 10, 50_000))
             start = time.perf_counter()
             solution = limited(max_steps=steps)
             emit(
