@@ -13,7 +13,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from sparseopt.console import console
+from sparseopt.console import console, say
 from sparseopt.pruning.reports import LayerRecord, PruneReport, mean
 
 
@@ -43,7 +43,7 @@ class PruneProgress:
         # Shown at once: the first record comes only after reading, tokenising and compiling.
         self._task = self._bar.add_task(self._title, total=None, note="reading the model")
         if not console.is_terminal:
-            console.print(f"{self._title}: reading the model")
+            say(f"{self._title}: reading the model")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,17 +56,22 @@ class PruneProgress:
         if self._task is not None:
             self._bar.update(self._task, total=total, completed=self._done, note=note)
         if self._block and self._block[-1].block != record.block:
+            self._tell_block(self._done - 1, total)
             self._block = []
         self._block.append(record)
-        per_block = total // max(1, total // 7) if total % 7 == 0 else total
-        if not console.is_terminal and len(self._block) == per_block:
-            spent = time.perf_counter() - self._start
-            left = spent / self._done * (total - self._done)
-            console.print(
-                f"{self._title}: layer {self._done}/{total}, block {record.block}, mean relative error "
-                f"{mean(r.relative_error for r in self._block):.5f}, {spent:.0f} s, {left:.0f} s left",
-                soft_wrap=True,
-            )
+        if self._done == total:
+            self._tell_block(total, total)
+
+    def _tell_block(self, done: int, total: int) -> None:
+        """The line of a finished block, where there is no bar."""
+        if console.is_terminal:
+            return
+        spent = time.perf_counter() - self._start
+        left = spent / done * (total - done)
+        say(
+            f"{self._title}: layer {done}/{total}, block {self._block[-1].block}, mean relative error "
+            f"{mean(r.relative_error for r in self._block):.5f}, {spent:.0f} s, {left:.0f} s left"
+        )
 
 
 def prune_table(report: PruneReport) -> Table:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from sparseopt.models import Block, Decoder, Head, StreamedModel, open_model
 from sparseopt.pruning.calibration import BlockRunner, make_batches
 from sparseopt.pruning.compiled import Compiled
+from sparseopt.pruning.texts import check_vocabulary
 
 # Tokens whose logits are held at one time: 256 rows of a vocabulary of 50,000 are 50 MB.
 LOGIT_ROWS = 256
@@ -67,11 +68,7 @@ def perplexity(
         if len(ids) < seqlen or seqlen < 2:
             raise ValueError(f"{len(ids)} tokens are fewer than one window of {seqlen}; give more or a shorter seqlen")
         ids = ids[: len(ids) // seqlen * seqlen].reshape(-1, seqlen)
-    if ids.min() < 0 or ids.max() >= parts.vocab_size:
-        raise ValueError(
-            f"token ids must lie in 0..{parts.vocab_size - 1}, given {ids.min()}..{ids.max()}; "
-            "were they made with another tokenizer?"
-        )
+    check_vocabulary(ids, parts.vocab_size)
     ids = ids.astype(np.int32)
 
     batches = make_batches(parts.embedding()(jnp.asarray(ids)))

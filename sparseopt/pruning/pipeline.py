@@ -32,8 +32,8 @@ from sparseopt.pruning.calibration import BlockRunner, make_batches
 from sparseopt.pruning.layer import LayerJob, LayerMethod, layer_solver
 from sparseopt.pruning.patterns import parse_pattern
 from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import LayerRecord, PruneReport, RunLog, peak_memory_bytes, status_name
-from sparseopt.pruning.texts import TextError, load_text, token_windows
+from sparseopt.pruning.reports import LayerRecord, PruneReport, RunLog, peak_memory_bytes
+from sparseopt.pruning.texts import TextError, check_vocabulary, load_text, token_windows
 
 Observer = Callable[[LayerRecord, int], None]
 
@@ -141,11 +141,7 @@ def calibration_windows(model: StreamedModel, recipe: Recipe) -> tuple[np.ndarra
                 f"{len(windows)} windows of token ids leave none for calibration after "
                 f"{recipe.heldout_samples} held-out windows; give more or set heldout_samples=0"
             )
-        if windows.min() < 0 or windows.max() >= model.config.vocab_size:
-            raise TextError(
-                f"calibration token ids must lie in 0..{model.config.vocab_size - 1}, given "
-                f"{windows.min()}..{windows.max()}; were they made with another tokenizer?"
-            )
+        check_vocabulary(windows, model.config.vocab_size)
     split = len(windows) - recipe.heldout_samples
     return windows[:split].astype(np.int32), windows[split:].astype(np.int32)
 
@@ -173,7 +169,8 @@ def _prune_linear(
     pattern = parse_pattern("unstructured", recipe.sparsity, weight.shape)
     timed = layer_solver(LayerJob(weight, gram, test_gram, pattern), method)
     report: Any = timed.value
-    if Status(int(report.status)) is Status.NONFINITE:
+    status = Status(int(report.status))
+    if status is Status.NONFINITE:
         raise PruningError(
             f"the solve of {key} became non-finite; shards of earlier blocks are whole. "
             "Check its weights and Gram for huge values, or try another method"
@@ -187,7 +184,7 @@ def _prune_linear(
         relative_error=float(report.relative_error),
         heldout_error=None if test_gram is None else float(report.test_error),
         steps=int(report.steps),
-        status=status_name(int(report.status)),
+        status=status.name,
         seconds=timed.seconds,
         compile_seconds=timed.compile_seconds,
         dead_inputs=int(report.dead_inputs),

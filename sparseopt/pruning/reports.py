@@ -10,8 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sparseopt.core.solve import Status
-
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -151,8 +149,3 @@ class RunLog:
         """Write the summary and close."""
         self._records.close()
         (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-
-
-def status_name(code: int) -> str:
-    """The name of a status code."""
-    return Status(code).name

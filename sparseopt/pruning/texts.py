@@ -150,3 +150,16 @@ def token_windows(tokens: np.ndarray, count: int, length: int, *, skip: int = 0,
     order = np.arange(available) if seed == 0 else np.random.default_rng(seed).permutation(available)
     windows = np.asarray(tokens[: available * length], np.int32).reshape(available, length)
     return windows[order[skip : skip + count]]
+
+
+def check_vocabulary(ids: np.ndarray, vocab_size: int) -> None:
+    """Refuse token ids that a model does not know.
+
+    Raises:
+        TextError: with the range that was given and the one that fits.
+    """
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise TextError(
+            f"token ids must lie in 0..{vocab_size - 1}, given {ids.min()}..{ids.max()}; "
+            "were they made with another tokenizer?"
+        )
