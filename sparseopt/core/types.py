@@ -29,8 +29,31 @@ def pytree(cls: Any = None, *, eq: bool = True) -> Any:
     def wrap(cls: Any) -> Any:
         cls = dataclasses.dataclass(frozen=True, eq=eq)(cls)
         fields = dataclasses.fields(cls)
-        meta = [f.name for f in fields if f.metadata.get("static")]
-        data = [f.name for f in fields if not f.metadata.get("static")]
-        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+        meta = tuple(f.name for f in fields if f.metadata.get("static"))
+        data = tuple(f.name for f in fields if not f.metadata.get("static"))
+        _register(cls, data, meta)
+        return cls
 
     return wrap if cls is None else wrap(cls)
+
+
+def _register(cls: type, data: tuple[str, ...], meta: tuple[str, ...]) -> None:
+    """Register a node type whose structure equals only that of its own class.
+
+    `jax.tree_util.register_dataclass` of jaxlib 0.10 compares the static fields of two nodes and not their types.
+    Two penalties of one weight each then have equal structures, and `jax.jit` now and then (their hashes must
+    meet in 7 bits) runs the program that it compiled for the other one.
+    """
+    keys = tuple(jax.tree_util.GetAttrKey(name) for name in data)
+
+    def flatten(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(node, name) for name in data), tuple(getattr(node, name) for name in meta)
+
+    def flatten_with_keys(node: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+        leaves, choices = flatten(node)
+        return tuple(zip(keys, leaves, strict=True)), choices
+
+    def unflatten(choices: tuple[Any, ...], leaves: Any) -> Any:
+        return cls(**dict(zip(data, leaves, strict=True)), **dict(zip(meta, choices, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

@@ -1,0 +1,60 @@
+"""The pytree decorator: leaves and choices, and structures that never pass for those of another class."""
+
+import dataclasses
+import itertools
+
+import jax
+import pytest
+
+import sparseopt as so
+from sparseopt.core.types import pytree, static
+from sparseopt.pruning.methods import Magnitude, Wanda
+
+
+@pytree
+class Scaled:
+    factor: float
+    power: int = static(default=1)
+
+
+@pytree
+class Shifted:
+    factor: float
+    power: int = static(default=1)
+
+
+def test_leaves_change_without_a_trace_and_choices_retrace():
+    traces = []
+
+    @jax.jit
+    def apply(node):
+        traces.append(1)
+        return node.factor**node.power
+
+    assert apply(Scaled(3.0)) == 3
+    assert apply(dataclasses.replace(Scaled(3.0), factor=4.0)) == 4
+    assert len(traces) == 1
+    assert apply(Scaled(3.0, power=2)) == 9
+    assert len(traces) == 2
+
+
+def test_paths_name_the_field():
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(Scaled(2.0))]
+    assert paths == [".factor"]
+    assert jax.tree.map(lambda leaf: leaf + 1, Scaled(2.0, 5)) == Scaled(3.0, 5)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        (Scaled(1.0), Shifted(1.0)),
+        (Magnitude(), Wanda()),
+        (so.L0(1.0), so.L1(1.0), so.GroupL2(1.0)),
+        (so.MCP(1.0, 2.0), so.SCAD(1.0, 2.0)),
+    ],
+    ids=["own", "methods", "one weight", "two leaves"],
+)
+def test_structures_of_different_classes_differ(nodes):
+    for one, other in itertools.combinations(nodes, 2):
+        assert jax.tree.structure(one) != jax.tree.structure(other)
+        assert jax.tree.structure([one, 1]) != jax.tree.structure([other, 1])
