@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.demo import bundled_model
-from sparseopt.models import encode_text, load_tokenizer, open_model
+from sparseopt.machine import environment
+from sparseopt.models import bundled_model, encode_text, load_tokenizer, open_model
 from sparseopt.pruning import load_text, perplexity, prune_layer, token_windows
 from sparseopt.pruning.calibration import BlockRunner, make_batches
-from sparseopt.pruning.reports import environment
 
 DENSE_PERPLEXITY = 29.197
 # The published procedure's own relative errors at 50 % on these layers.

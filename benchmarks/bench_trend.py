@@ -9,7 +9,6 @@ a second call, compilation excluded; the first call's time is printed beside the
 import argparse
 import json
 import pathlib
-import platform
 import resource
 import subprocess
 import sys
@@ -22,24 +21,13 @@ import jax
 import numpy as np
 
 import sparseopt as so
+from sparseopt.machine import environment
 
 DOGE_LIMIT = 6_000
 
 
 def emit(figure: str, **fields: Any) -> None:
     print(json.dumps({"figure": figure, **fields}), flush=True)
-
-
-def environment() -> dict[str, Any]:
-    return {
-        "sparseopt": so.__version__,
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": platform.processor() or platform.uname().machine,
-        "device": str(jax.devices()[0]),
-    }
 
 
 def timed(call: Callable[[], so.Solution]) -> tuple[so.Solution, float, float]:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.penalties import L0, L1, MCP, NM, SCAD, GroupL2, Penalty, Support, TopK, lift
+from sparseopt.core.proximal import proximal, proximal_adam
 from sparseopt.core.solve import Measure, Problem, Solution, Solver, Status, solve
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
+from sparseopt.core.types import pytree, static
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 
@@ -45,8 +47,12 @@ __all__ = [
     "TopK",
     "lift",
     "models",
+    "proximal",
+    "proximal_adam",
     "pruning",
+    "pytree",
     "solve",
+    "static",
     "trend_filter",
 ]
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sparseopt import cli_experiments
+
 app = typer.Typer(
     help="Sparse optimisation in JAX: prune language models, smooth signals on graphs.",
     no_args_is_help=True,
@@ -21,6 +23,7 @@ EXTRAS = {
     ),
     **dict.fromkeys(("PIL", "png", "tifffile", "skimage"), "images"),
     "matplotlib": "plot",
+    **dict.fromkeys(("bokeh_sampledata", "pygsp"), "data"),
 }
 TEXT_HELP = "pydoc, wikitext2:PATH, file:PATH or hf:NAME"
 
@@ -235,6 +238,10 @@ def _finish_fit(found: Any, figures: dict[str, Any], seconds: float, summary: Pa
     if status not in (Status.CONVERGED, Status.STATIONARY):
         console.say(status.advice)
     console.say(f"wrote {', '.join(map(str, [*written, summary]))}")
+
+
+app.command()(cli_experiments.run)
+app.command()(cli_experiments.report)
 
 
 @app.command()

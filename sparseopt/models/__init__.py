@@ -1,5 +1,6 @@
 """Decoder-only language models in Flax NNX: read from Hugging Face folders or GGUF files, run, exported."""
 
+from sparseopt.models.bundled import bundled_model
 from sparseopt.models.decoder import Block, Decoder, DecoderConfig, Embedding, Head, Linear, Rope, no_tap
 from sparseopt.models.errors import ModelError
 from sparseopt.models.export import OUTER_TAG, ShardedWriter, block_tag
@@ -28,6 +29,7 @@ __all__ = [
     "StreamedModel",
     "TensorInfo",
     "block_tag",
+    "bundled_model",
     "check_keys",
     "encode_text",
     "find_family",

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.penalties import Penalty, TopK
 from sparseopt.core.solve import Status
 from sparseopt.pruning.layer import LayerJob, LayerMethod, layer_solver
 from sparseopt.pruning.methods import find_method
@@ -45,6 +46,7 @@ def prune_layer(
     method: str | LayerMethod = "maiht",
     preset: str = "best",
     *,
+    penalty: Penalty | None = None,
     test_gram: Any = None,
 ) -> LayerResult:
     """Prune one linear layer: minimise `||X Vᵀ - X Wᵀ||²` over V in the pattern, given `gram = XᵀX`.
@@ -56,10 +58,12 @@ def prune_layer(
         pattern: "unstructured", or "n:m" such as "2:4" along the inputs of each output.
         method: "maiht", "wanda", "magnitude", or a `LayerMethod` of your own.
         preset: "paper", the published settings, or "best".
+        penalty: chooses the weights that survive by its prox, in place of L0 (method "maiht", unstructured). Its
+            field `weight` is set by the sparsity asked for; a refit removes the shrinkage of convex penalties.
         test_gram: Gram of held-out inputs, for a second error.
 
     Raises:
-        ValueError: for an impossible sparsity, pattern, method, shape or non-finite value, before any work.
+        ValueError: for an impossible sparsity, pattern, penalty, method, shape or non-finite value, before any work.
         RuntimeError: if the solve became non-finite.
     """
     weight = np.asarray(weight)
@@ -76,7 +80,10 @@ def prune_layer(
         test_gram = check_gram("test_gram", test_gram, weight.shape[1])
     outputs, inputs = weight.shape
     job = LayerJob(weight, gram, test_gram, parse_pattern(pattern, sparsity, (outputs, inputs)))
-    timed = layer_solver(job, find_method(method, preset))
+    solver = find_method(method, preset, penalty)
+    if penalty is not None and not isinstance(job.pattern, TopK):
+        raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")
+    timed = layer_solver(job, solver)
     report = timed.value
     status = Status(int(report.status))
     if status is Status.NONFINITE:

@@ -1,5 +1,6 @@
 """Floor 6: the pruning methods and their presets, all behind one call: `method(layer, pattern) -> Pruned`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sparseopt.core.losses import largest_eigenvalue_bound
-from sparseopt.core.penalties import L0, Support, TopK
+from sparseopt.core.penalties import L0, Penalty, Support, TopK
 from sparseopt.core.solve import Problem, Status, solve
 from sparseopt.core.solvers.aiht import STEP_FRACTION, Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
@@ -70,8 +71,8 @@ def _keep(layer: ScaledLayer, mask: Array) -> Pruned:
 class MaihtPruning:
     """mAIHT, then the exact count, then a refit of the kept weights on their support.
 
-    Unstructured: L0 with the paper's adaptive level. n:m: the same three sequences with the projection onto
-    the pattern as prox, so every iterate has it.
+    Unstructured: L0, or a penalty of yours, with the paper's adaptive level. n:m: the same three sequences with
+    the projection onto the pattern as prox, so every iterate has it.
 
     Attributes:
         ridge: added to the unit diagonal of the scaled hessian.
@@ -81,7 +82,10 @@ class MaihtPruning:
         refit: "gradient" is the paper's projected gradient, "cg" conjugate gradients.
         refit_steps: steps of the refit.
         undershoot: how far below the asked sparsity the level aims (the final count prunes the rest), above
-            35 % sparsity and below.
+            35 % sparsity and below. The level starts low, where the first threshold keeps 95 %, 97 % or 99 % of
+            the entries, by the sparsity asked for, and the iteration raises it.
+        penalty: chooses the support by its prox in place of L0; a frozen dataclass with a field `weight`, which
+            is the level and is set by the sparsity asked for. Unstructured patterns only.
     """
 
     ridge: Any = 0.1
@@ -92,6 +96,7 @@ class MaihtPruning:
     refit: Literal["gradient", "cg"] = static(default="gradient")
     refit_steps: int = static(default=30)
     seed: int = static(default=0)
+    penalty: Any = None
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
         """Solve, count, refit."""
@@ -102,7 +107,12 @@ class MaihtPruning:
         if isinstance(pattern, TopK):
             sparsity = 1 - pattern.k / layer.center.size
             undershoot = jnp.where(sparsity > 0.35, *self.undershoot)
-            penalty, target = L0(self._first_level(layer, sparsity, step)), sparsity - undershoot
+            target = sparsity - undershoot
+            first = jnp.where(sparsity > 0.35, 0.95, jnp.where(sparsity < 0.15, 0.99, 0.97))
+            if self.penalty is None:
+                penalty = L0(self._first_level(layer, first, step))
+            else:
+                penalty = _at_sparsity(self.penalty, layer.center, step, 1 - first)
         solver = Maiht(step, target, self.monitor, "support")
         found = solve(Problem(loss, penalty), solver, layer.center, tol=self.rest, max_steps=self.max_steps)
         mask = self._exact_mask(found.value, layer, pattern)
@@ -114,9 +124,8 @@ class MaihtPruning:
         status = jnp.where(status == Status.MAX_STEPS, Status.CONVERGED, status)
         return Pruned(kept.value, mask, found.steps, status)
 
-    def _first_level(self, layer: ScaledLayer, sparsity: Array, step: Array) -> Array:
-        """The weight at which the threshold keeps 95 %, 97 % or 99 % of |center|, by the sparsity asked for."""
-        share = jnp.where(sparsity > 0.35, 0.95, jnp.where(sparsity < 0.15, 0.99, 0.97))
+    def _first_level(self, layer: ScaledLayer, share: Array, step: Array) -> Array:
+        """The weight at which the threshold keeps this share of the entries of |center|."""
         kept = (share * layer.center.size).astype(jnp.int32) + 1
         threshold = kth_largest(jnp.abs(layer.center), kept)
         return threshold**2 / (2 * step)
@@ -132,6 +141,22 @@ class MaihtPruning:
             lambda: first | top_k_mask(_among(x == 0, jnp.abs(layer.center)), pattern.k - alive),
             lambda: first,
         )
+
+
+def _at_sparsity(penalty: Any, x: Array, step: Array, sparsity: Array) -> Any:
+    """The penalty at the level where its prox at x leaves this share of zeros, found by bisection on log2(level)."""
+
+    def at(exponent: Array) -> Any:
+        return dataclasses.replace(penalty, weight=jnp.exp2(exponent))
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) / 2
+        enough = 1 - count_nonzero(at(middle).prox(x, step)) / x.size >= sparsity
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    low, high = jax.lax.fori_loop(0, 20, halve, (jnp.float32(-60), jnp.float32(60)))
+    return at((low + high) / 2)
 
 
 MAIHT_PRESETS: dict[str, Callable[[], LayerMethod]] = {
@@ -154,14 +179,27 @@ METHODS: dict[str, dict[str, Callable[[], LayerMethod]]] = {
 }
 
 
-def find_method(method: str | LayerMethod, preset: str = "best") -> LayerMethod:
+def find_method(method: str | LayerMethod, preset: str = "best", penalty: Any = None) -> LayerMethod:
     """The method object for a name and a preset; an object is returned as it is.
 
     Raises:
-        ValueError: for an unknown name or preset, listing those known.
+        ValueError: for an unknown name or preset, listing those known, or a penalty that the method cannot take.
     """
-    if not isinstance(method, str):
-        return method
+    found = _find_method(method, preset) if isinstance(method, str) else method
+    if penalty is None:
+        return found
+    if not isinstance(found, MaihtPruning):
+        raise ValueError(f"only method 'maiht' takes a penalty, given {method!r}; leave the penalty out")
+    named = dataclasses.is_dataclass(penalty) and "weight" in {f.name for f in dataclasses.fields(penalty)}
+    if not isinstance(penalty, Penalty) or not named:
+        raise ValueError(
+            f"penalty must be an object with value(x) and prox(x, step), a frozen dataclass made by "
+            f"sparseopt.pytree with a field `weight`, given {penalty!r}"
+        )
+    return dataclasses.replace(found, penalty=penalty)
+
+
+def _find_method(method: str, preset: str) -> LayerMethod:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
     presets = METHODS[method]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.solve import Status
+from sparseopt.machine import peak_memory_bytes
 from sparseopt.models import (
     OUTER_TAG,
     ShardedWriter,
@@ -32,7 +33,7 @@ from sparseopt.pruning.calibration import BlockRunner, make_batches
 from sparseopt.pruning.layer import LayerJob, LayerMethod, layer_solver
 from sparseopt.pruning.patterns import parse_pattern
 from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import LayerRecord, PruneReport, RunLog, peak_memory_bytes
+from sparseopt.pruning.reports import LayerRecord, PruneReport, RunLog
 from sparseopt.pruning.texts import TextError, check_vocabulary, load_text, token_windows
 
 Observer = Callable[[LayerRecord, int], None]

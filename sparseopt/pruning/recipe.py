@@ -1,10 +1,12 @@
 """Floor 6: what to do to a model: one frozen recipe, checked as a whole before any work."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import numpy as np
 
+from sparseopt.core.penalties import Penalty
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import find_method
 from sparseopt.pruning.patterns import parse_pattern
@@ -20,6 +22,7 @@ class Recipe:
         sparsity: share of zeros in every linear, in [0, 1), exact to the weight.
         method: "maiht", "wanda", "magnitude", or a `LayerMethod` of your own.
         preset: "paper" or "best".
+        penalty: chooses the support in place of L0, as in `prune_layer`; None for L0.
         calibration: a text as in `pruning.texts` ("pydoc", "wikitext2:PATH", ...), or token ids `[samples, seqlen]`.
         samples: calibration windows.
         seqlen: tokens a window.
@@ -31,6 +34,7 @@ class Recipe:
     sparsity: float = 0.5
     method: str | LayerMethod = "maiht"
     preset: str = "best"
+    penalty: Penalty | None = None
     calibration: Any = "pydoc"
     samples: int = 16
     seqlen: int = 512
@@ -47,7 +51,7 @@ class Recipe:
         problems: list[str] = []
         method: LayerMethod | None = None
         try:
-            method = find_method(self.method, self.preset)
+            method = find_method(self.method, self.preset, self.penalty)
         except ValueError as error:
             problems.append(str(error))
         try:
@@ -70,7 +74,11 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a JSON record; arrays of tokens appear by their shape, methods by their name."""
-        fields = asdict(self) if isinstance(self.method, str) else {**asdict(self), "method": repr(self.method)}
+        fields = {f.name: getattr(self, f.name) for f in dataclass_fields(self)}
+        if not isinstance(self.method, str):
+            fields["method"] = repr(self.method)
+        if self.penalty is not None:
+            fields["penalty"] = repr(self.penalty)
         if isinstance(self.calibration, np.ndarray):
             fields["calibration"] = f"token ids of shape {list(self.calibration.shape)}"
         return fields

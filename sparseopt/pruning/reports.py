@@ -1,14 +1,11 @@
 """Floor 6: what a pruning run tells: one record a layer, one report a run, as JSON lines and a summary."""
 
 import json
-import os
-import platform
-import resource
-import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from sparseopt.machine import environment
 
 
 @dataclass(frozen=True)
@@ -105,33 +102,6 @@ def mean(values: Any) -> float | None:
     """The arithmetic mean, None of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else None
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for every record that carries a figure."""
-    import jax
-
-    names = ("sparseopt", "jax", "jaxlib", "numpy", "flax")
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "cores": os.cpu_count(),
-            "devices": [str(d) for d in jax.devices()],
-        },
-    }
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
-    # On Linux getrusage counts the parent's pages until exec into a child's peak; the kernel's own mark does not.
-    status = Path("/proc/self/status")
-    if status.is_file():
-        marks = [line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        if marks:
-            return int(marks[0][1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class RunLog:

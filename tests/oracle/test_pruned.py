@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparseopt.demo import bundled_model
-from sparseopt.models import encode_text, load_decoder, load_tokenizer, open_model
+from sparseopt.models import bundled_model, encode_text, load_decoder, load_tokenizer, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, prune_model
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.oracle.test_reference import TEXT, reference_logits

@@ -7,12 +7,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sparseopt.demo import bundled_model
 from sparseopt.models import (
     OUTER_TAG,
     ShardedWriter,
     StreamedModel,
     block_tag,
+    bundled_model,
     encode_text,
     load_tokenizer,
     open_model,

@@ -1,6 +1,8 @@
 """One layer: exact counts, agreement with the paper's procedure, patterns, dead inputs, dtypes, bad input."""
 
+import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import sparseopt as so
 from sparseopt.pruning import LayerJob, MaihtPruning, Pruned, prune_layer, solve_layer
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import parse_pattern
+from tests.experiments.toy import CappedL1
 from tests.pruning.layers import error_of, make_layer, paper_procedure
 
 METHODS = [("maiht", "paper"), ("maiht", "best"), ("wanda", "best"), ("magnitude", "best")]
@@ -209,3 +212,36 @@ def test_bad_arrays_are_refused_with_their_name_and_figures(rng):
         prune_layer(weight[0], gram, 0.5)
     with pytest.raises(ValueError, match="float dtype, given int64"):
         prune_layer(weight.astype(np.int64), gram, 0.5)
+
+
+@pytest.mark.parametrize("penalty", [so.L1(1.0), so.MCP(1.0), CappedL1(1.0)], ids=lambda p: type(p).__name__)
+def test_a_penalty_of_ones_own_chooses_the_support_and_the_count_stays_exact(rng, penalty):
+    weight, gram, _ = make_layer(rng, outputs=48, inputs=48)
+    result = prune_layer(weight, gram, 0.6, penalty=penalty)
+    assert np.count_nonzero(result.weight) == round(0.4 * weight.size)
+    assert result.relative_error < prune_layer(weight, gram, 0.6, method="magnitude").relative_error
+    # The level is found, so the one given changes nothing.
+    other = prune_layer(weight, gram, 0.6, penalty=dataclasses.replace(penalty, weight=1e3))
+    np.testing.assert_array_equal(other.weight, result.weight)
+
+
+def test_l0_named_as_the_penalty_is_maiht_itself(rng):
+    weight, gram, _ = make_layer(rng, outputs=48, inputs=48)
+    ours = prune_layer(weight, gram, 0.5)
+    named = prune_layer(weight, gram, 0.5, penalty=so.L0(1.0))
+    assert named.relative_error == pytest.approx(ours.relative_error, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 0.5, "method": "wanda", "penalty": so.L1(1.0)}, "only method 'maiht' takes a penalty"),
+        ({"pattern": "2:4", "penalty": so.L1(1.0)}, "contradicts the pattern '2:4'"),
+        ({"sparsity": 0.5, "penalty": so.TopK(3)}, "with a field `weight`"),
+        ({"sparsity": 0.5, "penalty": 0.1}, "an object with value"),
+    ],
+)
+def test_a_penalty_that_cannot_choose_is_an_error(rng, arguments, message):
+    weight, gram, _ = make_layer(rng)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prune_layer(weight, gram, **arguments)

@@ -1,7 +1,6 @@
 """A whole tiny model through the pipeline and the shell: what is written, what is reported, what is refused."""
 
 import json
-import re
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -260,8 +259,3 @@ TOKENIZER = json.dumps(
         },
     }
 )
-
-
-def plain(text):
-    """Console output without its line breaks and table borders."""
-    return re.sub(r"\s+", " ", text)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.demo import bundled_model
-from sparseopt.models import encode_text, load_tokenizer, open_model
+from sparseopt.models import bundled_model, encode_text, load_tokenizer, open_model
 from sparseopt.pruning import Recipe, load_text, perplexity, prune_model, token_windows
 
 pytestmark = pytest.mark.slow

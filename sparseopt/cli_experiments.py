@@ -1,0 +1,85 @@
+"""Floor 8: the commands `run` and `report`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="Experiment file, as in configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: key=value, penalty.weight=20.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of all runs; each gets a folder below it.")] = Path("runs"),
+    shard: Annotated[str, typer.Option(help="i/n: do every n-th run from the i-th, for n processes.")] = "1/1",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run and what it needs, and stop.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Repeat finished runs; their results are replaced.")] = False,
+) -> None:
+    """Run an experiment or a sweep. Finished runs are kept, broken ones go on where they stopped."""
+    from sparseopt import console_experiments as shown
+    from sparseopt.console import console, errors, say
+    from sparseopt.experiments.config import load_config
+    from sparseopt.experiments.sweep import check_all, parse_shard, plan, run_all, take_shard
+
+    # Classes that a config names by path lie where people keep them: here, or beside the config.
+    for folder in (Path.cwd(), config.resolve().parent):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+    part = parse_shard(shard)
+    planned = plan(take_shard(load_config(config, overrides or ()), part), output)
+    if dry_run:
+        console.print(shown.plan_table(planned))
+        say(shown.plan_line(planned))
+        return
+    check_all(planned, again=again)
+    say(shown.plan_line(planned) + ("" if part == (1, 1) else f" (shard {shard})"))
+    try:
+        with shown.SweepProgress(len(planned)) as progress:
+            outcomes = run_all(planned, output, progress.observer, again=again, ended=progress.ended)
+    except KeyboardInterrupt:
+        errors.print("\nstopped; the same command goes on after the last finished unit")
+        raise typer.Exit(130) from None
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(outcomes)} runs failed; the others are finished. See error.txt in "
+            + ", ".join(str(outcome.folder) for outcome in failed)
+        )
+    if planned:
+        _show([p.folder for p in planned])
+        say(f"sparseopt report {output / planned[0].run.task.name} --output FOLDER writes this as files, with pictures")
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that hold them.")],
+    output: Annotated[
+        Path | None, typer.Option(help="New folder for CSV, Parquet, Markdown, HTML and pictures.")
+    ] = None,
+) -> None:
+    """Gather finished runs into one table, and with --output into files and one page of plots."""
+    from sparseopt.console import say
+    from sparseopt.experiments.report import write_report
+
+    sections = _show(folders)
+    if output is not None:
+        for file in write_report(sections, output):
+            say(f"wrote {file}")
+
+
+def _show(folders: list[Path]) -> list:
+    from sparseopt.console import console, say
+    from sparseopt.console_experiments import section_table
+    from sparseopt.experiments.report import gather
+
+    sections = gather(folders)
+    for section in sections:
+        console.print(section_table(section))
+        if section.paper:
+            say(f"original: {section.paper.source}")
+            for sentence in section.paper.differs:
+                say(f"  differs: {sentence}")
+    return sections

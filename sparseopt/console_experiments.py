@@ -1,0 +1,100 @@
+"""Floor 8: what a person sees while experiments run: the sweep's bar, the run's bar, and a line as each run ends."""
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sparseopt.console import comparison_table, console, say
+from sparseopt.experiments.report import Section
+from sparseopt.experiments.runs import Outcome, State
+from sparseopt.experiments.sweep import Planned
+from sparseopt.experiments.task import Observer
+
+
+class SweepProgress:
+    """Two bars on a terminal, runs and the units of the present run; elsewhere only the lines of ended runs."""
+
+    def __init__(self, runs: int) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._runs = self._bar.add_task("runs", total=runs)
+        self._units = self._bar.add_task("", total=None, visible=False)
+
+    def __enter__(self) -> "SweepProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def observer(self, planned: Planned) -> Observer:
+        """The observer of one run."""
+        self._bar.reset(self._units, description=name_of(planned), visible=True)
+
+        def observe(done: int, total: int, text: str) -> None:
+            self._bar.update(self._units, completed=done, total=total, description=f"{name_of(planned)}: {text}")
+
+        return observe
+
+    def ended(self, planned: Planned, outcome: Outcome) -> None:
+        """One line for a run that ended."""
+        self._bar.advance(self._runs)
+        if outcome.error:
+            say(f"FAILED {name_of(planned)}: {outcome.error}")
+        elif outcome.done:
+            say(f"done   {name_of(planned)}: {outcome.folder}")
+        else:
+            say(f"kept   {name_of(planned)}: finished before, in {outcome.folder}")
+
+
+def name_of(planned: Planned) -> str:
+    """The run's settings, or the experiment's name without a sweep."""
+    return planned.run.id or planned.run.task.name
+
+
+def plan_table(planned: Sequence[Planned]) -> Table:
+    """What would run, and what that is expected to take."""
+    rows = []
+    for p in planned:
+        seconds, memory = p.estimate.seconds, p.estimate.memory_bytes
+        rows.append(
+            (
+                name_of(p),
+                p.state.value,
+                duration(seconds) if seconds is not None else "unknown",
+                f"{memory / 2**30:.1f} GiB" if memory is not None else "unknown",
+                str(p.folder),
+            )
+        )
+    return comparison_table("what would run", ("run", "state", "time", "memory", "folder"), rows)
+
+
+def plan_line(planned: Sequence[Planned]) -> str:
+    """The sum of the plan in one line."""
+    left = [p for p in planned if p.state is not State.FINISHED]
+    known = [p.estimate.seconds for p in left if p.estimate.seconds is not None]
+    time = f"about {duration(sum(known))}" if known else "time unknown"
+    more = f", and {len(left) - len(known)} of unknown time" if known and len(known) < len(left) else ""
+    count = f"{len(planned)} run{'s' if len(planned) != 1 else ''}"
+    if not left:
+        return f"{count}, finished before"
+    return f"{count}, {len(planned) - len(left)} finished; {time} on two cores{more}"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def section_table(section: Section) -> Table:
+    """A report's section as a table for the terminal."""
+    headings, cells = section.table()
+    return comparison_table(section.title, headings, cells)

@@ -1,0 +1,143 @@
+"""Floor 7: pictures of pruning: errors by layer, perplexity by sparsity, where a weight's zeros are."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparseopt.experiments.plots.curves import checked_curves, plot_curves
+from sparseopt.experiments.plots.style import (
+    COLOUR_MAP,
+    COLOURS,
+    HATCHES,
+    INK,
+    axes_or_new,
+    axis_or_new,
+    check_any,
+    check_positive,
+)
+
+if TYPE_CHECKING:  # its package loads the models, which need flax
+    from sparseopt.pruning.reports import LayerRecord
+
+
+def plot_layer_errors(runs: "Mapping[str, Sequence[LayerRecord]]", axes: Any = None) -> Any:
+    """Bars of the relative layer error, geometric means, by block (left) and by kind of linear (right).
+
+    Args:
+        runs: records by the run's label.
+        axes: two axes to draw on, or None for a new figure.
+
+    Returns:
+        The two axes.
+
+    Raises:
+        ValueError: without runs, for a run without records, or another number of axes.
+    """
+    check_any(runs, "run")
+    for label, records in runs.items():
+        check_any(records, f"layer record in the run {label!r}")
+    axes = axes_or_new(axes, 2, 2, (12, 4.5), width_ratios=(2.2, 1), sharey=True)
+    _grouped_bars(axes[0], runs, lambda r: r.block)
+    _grouped_bars(axes[1], runs, lambda r: r.layer.rsplit(".", 1)[-1].removesuffix("_proj"))
+    axes[0].set(xlabel="block", ylabel="relative output error", title="by block")
+    axes[1].set(xlabel="linear", title="by kind of linear")
+    axes[0].legend(frameon=False)
+    return axes
+
+
+def _grouped_bars(
+    axis: Any, runs: "Mapping[str, Sequence[LayerRecord]]", group: "Callable[[LayerRecord], Any]"
+) -> None:
+    width = 0.8 / len(runs)
+    names = list(dict.fromkeys(group(r) for records in runs.values() for r in records))
+    for index, (label, records) in enumerate(runs.items()):
+        # Errors span decades, so the mean is the geometric one; a layer without error has no bar.
+        errors = [[r.relative_error for r in records if group(r) == n and r.relative_error > 0] for n in names]
+        heights = [float(np.exp(np.mean(np.log(e)))) if e else np.nan for e in errors]
+        places = np.arange(len(names)) + (index - (len(runs) - 1) / 2) * width
+        colour, hatch = COLOURS[index % len(COLOURS)], HATCHES[index % len(HATCHES)]
+        axis.bar(places, heights, width, label=label, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+    ticks = range(0, len(names), max(1, len(names) // 10)) if len(names) > 12 else range(len(names))
+    axis.set_xticks(list(ticks), [str(names[i]) for i in ticks])
+    axis.set_yscale("log")
+    axis.margins(x=0.02)
+    axis.grid(axis="y", which="both", alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, dense: float | None = None) -> Any:
+    """Perplexity, on a log axis, by sparsity in per cent.
+
+    Args:
+        curves: sparsity (share of zeros, 0 to 1) and perplexity, both `[n]`, by label.
+        axis: to draw on, or None for a new figure.
+        dense: the perplexity of the model before pruning, drawn as a dashed line.
+
+    Returns:
+        The axis.
+
+    Raises:
+        ValueError: without curves, for a sparsity outside 0 to 1 or a perplexity that is not positive.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    lines = checked_curves(curves, logy=True)
+    for label, (sparsity, _) in lines.items():
+        outside = ~((sparsity >= 0) & (sparsity <= 1))
+        if outside.any():
+            raise ValueError(
+                f"sparsity is a share of zeros from 0 to 1, given {sparsity[outside][0]:g} in the curve {label!r}"
+            )
+    axis = axis_or_new(axis)
+    if dense is not None:
+        check_positive(np.asarray([dense], float), "the dense perplexity")
+        axis.axhline(dense, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
+    percent = {label: (100 * sparsity, perplexity) for label, (sparsity, perplexity) in lines.items()}
+    plot_curves(percent, axis, xlabel="sparsity (%)", ylabel="perplexity", logy=True, markers=True)
+    low, high = axis.get_ylim()
+    # Within a few octaves 1, 2, 5 would leave one tick or none; over many decades, too many.
+    decades = LogLocator(subs=(1, 2, 5) if high < 3000 * low else (1,))
+    axis.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)) if high < 6 * low else decades)
+    axis.xaxis.set_major_locator(MaxNLocator(8, steps=(1, 2, 5, 10), integer=True))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1000 else f"{v:g}"))
+    return axis
+
+
+def plot_weight_sparsity(weight: Any, axis: Any = None, *, cells: int = 96, title: str = "") -> Any:
+    """Where the non-zeros of a weight are: their share in each cell of a map of at most `cells x cells`.
+
+    Args:
+        weight: `[out, in]`.
+        axis: to draw on, or None for a new figure.
+        cells: along each axis at most.
+        title: above it; an empty one gives the sparsity of the whole weight.
+
+    Returns:
+        The axis.
+
+    Raises:
+        ValueError: for another shape or no cells.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    kept = np.asarray(weight) != 0
+    if kept.ndim != 2 or kept.size == 0:
+        raise ValueError(f"a weight has the shape [out, in], given {list(kept.shape)}")
+    if cells < 1:
+        raise ValueError(f"cells must be 1 or more, given {cells}")
+    rows, columns = (np.linspace(0, n, min(n, cells) + 1).astype(int) for n in kept.shape)
+    counts = np.add.reduceat(np.add.reduceat(kept, rows[:-1], axis=0, dtype=np.int64), columns[:-1], axis=1)
+    share = counts / np.outer(np.diff(rows), np.diff(columns))
+    axis = axis_or_new(axis, (5.6, 4.6))
+    out, width = kept.shape
+    drawn = axis.imshow(
+        share, cmap=COLOUR_MAP, vmin=0, vmax=1, extent=(0, width, out, 0), aspect="auto", interpolation="nearest"
+    )
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(MaxNLocator(8, steps=(1, 2, 5, 10), integer=True))
+    axis.set(xlabel="input", ylabel="output", title=title or f"sparsity {1 - kept.mean():.1%}")
+    axis.figure.colorbar(drawn, ax=axis, label="share of non-zeros")
+    return axis

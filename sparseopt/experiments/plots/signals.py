@@ -1,0 +1,347 @@
+"""Floor 7: signals where they live: images, chains, graphs, regions of a map; and the groups of Doge-ADMM."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sparseopt.experiments.plots.style import (
+    COLOURS,
+    INK,
+    as_numbers,
+    axes_or_new,
+    axis_or_new,
+    bare,
+    check_any,
+    colour_bar,
+    colour_limits,
+    legend,
+    tidy,
+    value_map,
+)
+from sparseopt.trend.graph import Graph
+
+GROUP_NODES = 400  # a picture of groups with more nodes shows nothing
+PAD = 0.22  # of a patch around its nodes, in grid steps; patches of a group are at least 0.7 apart
+
+
+def plot_image(image: Any, axis: Any = None, *, title: str = "", limits: tuple[float, float] | None = None) -> Any:
+    """An image, pixel by pixel.
+
+    Args:
+        image: `[height, width]` for grey, `[height, width, 3]` or `[height, width, 4]` for RGB and RGBA; booleans,
+            integers or floats.
+        axis: to draw on, or None for a new figure.
+        title: above it.
+        limits: the values drawn black and white. None takes the whole range of integers of 8 or 16 bits, 0 to 1
+            for floats between, and the range of the values for all others.
+
+    Returns:
+        The axis.
+
+    Raises:
+        ValueError: for an array that is no image, or limits that are not ascending.
+    """
+    given = np.asarray(image)
+    if (
+        given.ndim not in (2, 3)
+        or given.dtype.kind not in "buif"
+        or given.size == 0
+        or given.shape[2:] not in _CHANNELS
+    ):
+        raise ValueError(
+            "an image holds numbers and has the shape [height, width], [height, width, 3] or [height, width, 4], "
+            f"given {list(given.shape)} of {given.dtype}"
+        )
+    if given.ndim == 3 and not np.isfinite(given).all():
+        raise ValueError(
+            "a colour image holds finite numbers only; draw its channels one by one to see what is missing"
+        )
+    colours, alpha = (given[..., :3], given[..., 3:]) if given.ndim == 3 else (given, None)
+    low, high = colour_limits(_image_limits(colours) if limits is None else limits, colours.astype(float), "the image")
+    height, width = given.shape[:2]
+    axis = axis_or_new(axis, (5, float(np.clip(5 * height / width, 1, 10)) + (0.3 if title else 0)))
+    shown = np.clip((colours.astype(float) - low) / (high - low), 0, 1)
+    if alpha is not None:
+        top = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "ui" else 1
+        shown = np.concatenate([shown, np.clip(alpha.astype(float) / top, 0, 1)], axis=2)
+    if shown.ndim == 2:
+        # The values themselves, so that a colour bar added later reads in their units.
+        axis.imshow(colours.astype(float), cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+    else:
+        axis.imshow(shown, interpolation="nearest")
+    axis.set_title(title)
+    bare(axis)
+    return axis
+
+
+_CHANNELS = ((), (3,), (4,))
+
+
+def _image_limits(colours: np.ndarray) -> tuple[float, float] | None:
+    if colours.dtype.kind == "b":
+        return 0.0, 1.0
+    if colours.dtype.kind in "ui":
+        known = np.iinfo(colours.dtype)
+        return (float(known.min), float(known.max)) if known.bits <= 16 else None
+    finite = colours[np.isfinite(colours)]
+    return (0.0, 1.0) if finite.size and finite.min() >= 0 and finite.max() <= 1 else None
+
+
+def plot_chain(observed: Any, fit: Any, axis: Any = None, *, truth: Any = None, positions: Any = None) -> Any:
+    """A signal on a chain: dots for what was observed, a line for the fit, a dashed line for the truth.
+
+    Args:
+        observed: `[n]`; NaN where missing.
+        fit: `[n]`.
+        axis: to draw on, or None for a new figure.
+        truth: `[n]`, or None where it is not known.
+        positions: ascending `[n]`; None numbers the nodes.
+
+    Returns:
+        The axis.
+
+    Raises:
+        ValueError: for other shapes, or positions that do not ascend.
+    """
+    dots = as_numbers(observed, "observed", ("n",))
+    check_any(dots, "node")
+    line = as_numbers(fit, "fit", (dots.size,))
+    places = (
+        np.arange(dots.size, dtype=float) if positions is None else as_numbers(positions, "positions", (dots.size,))
+    )
+    if not (np.diff(places) > 0).all():
+        first = int(np.argmin(np.diff(places) > 0))
+        raise ValueError(
+            f"positions of a chain must ascend, given {places[first]:g} and then {places[first + 1]:g} at place {first}"
+        )
+    real = None if truth is None else as_numbers(truth, "truth", (dots.size,))
+    axis = axis_or_new(axis, (7, 3.6))
+    # Many dots hide the line through them unless they are small and pale.
+    size, alpha = (4, 0.8) if dots.size <= 300 else (2.5, 0.6)
+    axis.plot(places, dots, "o", markersize=size, color="#777777", alpha=alpha, markeredgewidth=0, label="observed")
+    if real is not None:
+        axis.plot(places, real, linestyle="--", color=INK, linewidth=1.4, label="truth")
+    axis.plot(places, line, color=COLOURS[5], linewidth=2, label="fit")
+    axis.set(xlabel="node" if positions is None else "position", ylabel="signal")
+    tidy(axis)
+    legend(axis)
+    return axis
+
+
+def plot_graph_signal(
+    graph: Graph,
+    positions: Any,
+    signal: Any,
+    axis: Any = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    label: str = "",
+    edges: bool = True,
+) -> Any:
+    """A signal on the nodes of a graph, as colours.
+
+    Args:
+        graph: its edges are drawn in grey below the nodes.
+        positions: of the nodes in the plane, `[n, 2]`.
+        signal: `[n]`; NaN is drawn grey.
+        axis: to draw on, or None for a new figure.
+        limits: of the colours, or None for the signal's range.
+        label: of the colour bar: what the signal is, with its unit.
+        edges: draw them.
+
+    Returns:
+        The axis.
+
+    Raises:
+        ValueError: for other shapes, or a signal without a finite value and no limits.
+    """
+    from matplotlib.collections import LineCollection
+
+    places = _as_places(positions, "positions", graph.num_nodes)
+    values = as_numbers(signal, "signal", (graph.num_nodes,))
+    low, high = colour_limits(limits, values, "the signal")
+    axis = axis_or_new(axis, _map_size(places))
+    crowded = graph.num_nodes > 3000
+    if edges and graph.num_edges:
+        width = float(np.clip(40 / np.sqrt(graph.num_edges), 0.3, 1.2))
+        axis.add_collection(
+            LineCollection(list(places[graph.edges]), colors="#999999", linewidths=width, zorder=1, rasterized=crowded)
+        )
+    # Dots that cover about half of the picture, whatever their number; few ones need not be that large.
+    area = float(np.clip(50_000 / max(graph.num_nodes, 1), 1, 60))
+    dots = axis.scatter(
+        places[:, 0],
+        places[:, 1],
+        s=area,
+        c=values,
+        cmap=value_map(),
+        vmin=low,
+        vmax=high,
+        linewidths=0 if graph.num_nodes > 300 else 0.5,
+        edgecolors=INK,
+        plotnonfinite=True,
+        zorder=2,
+        rasterized=crowded,
+    )
+    axis.set_aspect("equal")
+    # Dots have a size of their own, which a flat graph's few per cent of margin would cut.
+    room = 0.04 * float(np.ptp(places, axis=0).max()) if len(places) else 0.0
+    axis.update_datalim(np.concatenate([places - room, places + room]))
+    axis.autoscale_view()
+    bare(axis)
+    colour_bar(axis, dots, values, label)
+    return axis
+
+
+def plot_regions(
+    polygons: Sequence[Any],
+    values: Any,
+    axis: Any = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    label: str = "",
+) -> Any:
+    """A map whose regions are coloured by a value each.
+
+    Args:
+        polygons: one entry a region: its outline `[m, 2]`, or a list of outlines (islands; holes are not cut out).
+        values: one a region; NaN is drawn grey.
+        axis: to draw on, or None for a new figure.
+        limits: of the colours, or None for the range of the values.
+        label: of the colour bar: what the values are, with their unit.
+
+    Returns:
+        The axis.
+
+    Raises:
+        ValueError: for outlines of another shape, or values that do not match the regions.
+    """
+    from matplotlib.collections import PolyCollection
+
+    check_any(polygons, "region")
+    level = as_numbers(values, "values", (len(polygons),))
+    parts = [_outlines(region, index) for index, region in enumerate(polygons)]
+    low, high = colour_limits(limits, level, "the map")
+    axis = axis_or_new(axis, _map_size(np.concatenate([outline for region in parts for outline in region])))
+    drawn = PolyCollection(
+        [outline for region in parts for outline in region],
+        array=np.repeat(level, [len(region) for region in parts]),
+        cmap=value_map(),
+        clim=(low, high),
+        edgecolors="white",
+        linewidths=float(np.clip(8 / np.sqrt(len(parts)), 0.1, 0.8)),
+    )
+    axis.add_collection(drawn)
+    axis.autoscale_view()
+    axis.set_aspect("equal")
+    bare(axis)
+    colour_bar(axis, drawn, level, label)
+    return axis
+
+
+def _as_places(values: Any, what: str, count: int | str) -> np.ndarray:
+    places = as_numbers(values, what, (count, 2))
+    if not np.isfinite(places).all():
+        first = int(np.argmin(np.isfinite(places).all(axis=1)))
+        raise ValueError(f"{what} must be finite, given {places[first].tolist()} at place {first}")
+    return places
+
+
+def _map_size(places: np.ndarray) -> tuple[float, float]:
+    """The size in inches that a map with its colour bar fills; 1.3 of the width go to the bar."""
+    width, height = np.ptp(places, axis=0) if len(places) else (1.0, 1.0)
+    ratio = float(height / width) if width > 0 else 2.0
+    return (6.5, float(np.clip(5.2 * ratio, 2.2, 7)))
+
+
+def _outlines(region: Any, index: int) -> list[np.ndarray]:
+    check_any(region, f"outline in region {index}")
+    several = np.ndim(region[0]) == 2
+    outlines = [_as_places(part, f"region {index}", "m") for part in (region if several else [region])]
+    short = min(len(part) for part in outlines)
+    if short < 3:
+        raise ValueError(f"region {index} has an outline of {short} points; a polygon needs at least 3")
+    return outlines
+
+
+def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: int | None = None) -> np.ndarray:
+    """The rows of a grid's difference operator in groups that share no node, one panel a group.
+
+    The rows of a group are treated in parallel. `block` counts the difference factors that are treated row by
+    row: rows of D are edges, rows of L stars, rows of D L two joined stars. On a large grid of two dimensions
+    they fall into 4, 5 and 16 groups.
+
+    Args:
+        shape: of the grid, 1 or 2 axes.
+        block: 1, 2 or 3.
+        axis: as many axes as there are groups, or None for a new figure.
+        columns: panels side by side in a new figure; None chooses.
+
+    Returns:
+        The axes, a flat array, one a group.
+
+    Raises:
+        ValueError: for other grids or blocks, a grid without edges or of more than 400 nodes, or another number
+            of axes.
+
+    Source: Bu, Wu, Zuo, "Doge-ADMM: A Highly Scalable Parallel Algorithm for Trend Filtering on Graphs", figures
+    2 to 4.
+    """
+    graph = Graph.grid(shape)
+    if len(shape) > 2 or graph.num_edges == 0 or graph.num_nodes > GROUP_NODES:
+        raise ValueError(
+            f"groups are drawn for a grid of 1 or 2 axes with 2 to {GROUP_NODES} nodes, given the shape {tuple(shape)}"
+        )
+    if block not in (1, 2, 3):
+        raise ValueError(f"groups are drawn for a block of 1, 2 or 3 difference factors, given {block}")
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns must be 1 or more, given {columns}")
+    height, width = (1, *shape) if len(shape) == 1 else shape
+    places = np.stack(np.divmod(np.arange(graph.num_nodes), width)[::-1], axis=1).astype(float)
+    matrix, labels = graph.matrix(block), graph.groups(block)
+    members = [np.flatnonzero(labels == group) for group in np.unique(labels)]
+    columns = columns or min(len(members), 5 if block == 2 else 4)
+    rows = -(-len(members) // columns)
+    side = 2.2 / max(height, width)
+    panels = axes_or_new(
+        axis, len(members), columns, (columns * max(side * width, 1.3), rows * (max(side * height, 0.3) + 0.35) + 0.1)
+    )
+    for number, (panel, group) in enumerate(zip(panels, members, strict=True), start=1):
+        touched = [matrix.indices[matrix.indptr[row] : matrix.indptr[row + 1]] for row in group]
+        _draw_group(panel, graph, places, touched, block)
+        panel.set_title(f"group {number}: {len(group)} row{'s' if len(group) != 1 else ''}", fontsize=10)
+    return panels
+
+
+def _draw_group(axis: Any, graph: Graph, places: np.ndarray, touched: list[np.ndarray], block: int) -> None:
+    from matplotlib.collections import LineCollection, PolyCollection
+
+    axis.add_collection(LineCollection(list(places[graph.edges]), colors="#cccccc", linewidths=0.8, zorder=1))
+    if block == 1:
+        axis.add_collection(
+            LineCollection([places[nodes] for nodes in touched], colors=COLOURS[0], linewidths=3, zorder=2)
+        )
+    else:
+        outlines = [_padded_hull(places[nodes]) for nodes in touched]
+        patches = PolyCollection(outlines, facecolors=COLOURS[4] + "80", edgecolors=COLOURS[0], linewidths=1, zorder=2)
+        axis.add_collection(patches)
+    used = np.zeros(len(places), bool)
+    used[np.concatenate(touched)] = True
+    size = float(np.clip(400 / len(places), 4, 16))
+    axis.scatter(*places[~used].T, s=size, color="white", edgecolors="#999999", linewidths=0.8, zorder=3)
+    axis.scatter(*places[used].T, s=size, color=INK, zorder=3)
+    axis.set_xlim(-0.6, places[:, 0].max() + 0.6)
+    axis.set_ylim(places[:, 1].max() + 0.6, -0.6)  # the first row on top, as in a matrix
+    axis.set_aspect("equal")
+    bare(axis)
+
+
+def _padded_hull(points: np.ndarray) -> np.ndarray:
+    """The convex hull of discs around points: round corners, and no special case for points in a line."""
+    from scipy.spatial import ConvexHull
+
+    angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    disc = PAD * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    ring = (points[:, None] + disc).reshape(-1, 2)
+    return ring[ConvexHull(ring).vertices]

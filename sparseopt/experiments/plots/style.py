@@ -1,0 +1,154 @@
+"""Floor 7: what all pictures share: colours and line styles, checks of what is drawn, small helpers for axes."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Distinguishable with any colour vision; in grey print dashes and hatches tell them apart.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+# Seven dashes for six colours: 42 lines differ, and neighbours differ in both.
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)), (0, (2, 1)))
+HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOUR_MAP = "viridis"  # lightness rises evenly, so it keeps its order in grey
+MISSING = "#c8c8c8"
+INK = "#333333"
+
+
+def line_style(index: int, markers: bool = False) -> dict[str, Any]:
+    """Colour, dash and marker of the line of a number, as keywords of `Axes.plot`."""
+    style: dict[str, Any] = {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "linewidth": 1.8,
+    }
+    return {**style, "marker": MARKERS[index % len(MARKERS)], "markersize": 5} if markers else style
+
+
+def axis_or_new(axis: Any, size: tuple[float, float] = (6, 4)) -> Any:
+    """The axis given, or that of a new figure of a size in inches."""
+    if axis is not None:
+        return axis
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def axes_or_new(axes: Any, count: int, columns: int, size: tuple[float, float], **options: Any) -> np.ndarray:
+    """`count` axes as a flat array: those given, or the panels of a new figure of a size in inches.
+
+    Raises:
+        ValueError: for another number of axes.
+    """
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        rows = -(-count // columns)
+        panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)[1].ravel()
+        for unused in panels[count:]:
+            unused.set_visible(False)
+        return panels[:count]
+    given = np.ravel(axes)
+    if given.size != count:
+        raise ValueError(f"this picture has {count} panels and needs as many axes, given {given.size}")
+    return given
+
+
+def tidy(axis: Any, grid: str = "both") -> None:
+    """Open frame and a faint grid behind the data."""
+    axis.grid(axis=grid, which="major", alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def bare(axis: Any) -> None:
+    """No frame and no ticks: the coordinates mean nothing to the reader."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+
+
+def legend(axis: Any) -> None:
+    """A legend without frame, with lines long enough to show their dashes."""
+    axis.legend(frameon=False, handlelength=2.8)
+
+
+def colour_bar(axis: Any, drawn: Any, values: np.ndarray, label: str) -> None:
+    """The colour bar of something drawn; pointed where values lie beyond its limits."""
+    low, high = drawn.get_clim()
+    finite = values[np.isfinite(values)]
+    beyond = (bool((finite < low).any()), bool((finite > high).any()))
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[beyond]
+    axis.figure.colorbar(drawn, ax=axis, label=label, extend=extend)
+
+
+def value_map() -> Any:
+    """The colour map of signals; missing values are grey."""
+    import matplotlib
+
+    return matplotlib.colormaps[COLOUR_MAP].with_extremes(bad=MISSING)
+
+
+def as_numbers(values: Any, what: str, shape: tuple[int | str, ...]) -> np.ndarray:
+    """`values` as a float array of a shape; a letter in the shape stands for any length.
+
+    Raises:
+        ValueError: if they are no numbers or of another shape.
+    """
+    try:
+        array = np.asarray(values, float)
+    except (TypeError, ValueError) as problem:
+        raise ValueError(f"{what} must be an array of numbers, given {type(values).__name__}: {problem}") from None
+    fits = array.ndim == len(shape) and all(
+        isinstance(w, str) or w == n for n, w in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{what} has the shape [{', '.join(map(str, shape))}], given {list(array.shape)}")
+    return array
+
+
+def check_any(curves: Collection[Any], what: str) -> None:
+    """Raise a ValueError if there is nothing to draw."""
+    if not len(curves):
+        raise ValueError(f"nothing to draw: expected at least one {what}, given none")
+
+
+def check_positive(values: np.ndarray, what: str) -> None:
+    """Raise a ValueError if a value cannot be drawn on a log axis."""
+    wrong = np.flatnonzero(values <= 0)
+    if wrong.size:
+        raise ValueError(
+            f"{what} must be positive for a log axis, given {values.ravel()[wrong[0]]:g} at place {wrong[0]} "
+            f"({wrong.size} such)"
+        )
+
+
+def colour_limits(limits: Any, values: np.ndarray, what: str) -> tuple[float, float]:
+    """The limits given, or the range of the finite values.
+
+    Raises:
+        ValueError: for limits that are not ascending, or without a finite value to find them from.
+    """
+    if limits is not None:
+        low, high = as_numbers(limits, "limits", (2,))
+        if not low < high:
+            raise ValueError(f"limits are (low, high) with low < high, given ({low:g}, {high:g})")
+        return float(low), float(high)
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        raise ValueError(f"{what} has no finite value among {values.size}; give limits to draw it as missing")
+    low, high = float(finite.min()), float(finite.max())
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+def save_figure(axes: Any, path: Path, title: str) -> Path:
+    """Give the axes' figure a title, write it, close it."""
+    import matplotlib.pyplot as plt
+
+    figure = np.ravel(axes)[0].figure
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

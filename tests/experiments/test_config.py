@@ -1,0 +1,134 @@
+"""Configs: every mistake named at once with its place, overrides, sweeps, names and paths."""
+
+import textwrap
+
+import pytest
+from pydantic import ValidationError
+
+import sparseopt as so
+from sparseopt.experiments.config import ConfigError, expand, load_config
+from sparseopt.experiments.names import PenaltyConfig, SolverConfig
+from tests.experiments.toy import CappedL1
+
+TOY = "tests.experiments.toy.Toy"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "experiment.yaml"
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return write
+
+
+def test_five_mistakes_make_one_message_of_five_lines_each_with_its_place_and_a_suggestion(write):
+    path = write("""\
+        name: five
+        task: denoize
+        picture: {name: camera, size: 32}
+        oder: 1
+        penalty: {name: l1, wieght: 10}
+        method: doga
+        tol: -1
+        """)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{path} cannot be used, 5 mistakes:"
+    expected = {
+        "line 2: task": "did you mean 'denoise'?",
+        "line 4: oder": "did you mean 'order'?",
+        "line 5: penalty.wieght": "did you mean 'weight'?",
+        "line 6: method": "did you mean 'doge'?",
+        "line 7: tol": "greater than 0, given -1",
+    }
+    assert len(lines) == 5
+    for place, suggestion in expected.items():
+        (line,) = [line for line in lines if line.startswith(f"  {place}: ")]
+        assert suggestion in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: [", "line 1, column 8: no valid YAML"),
+        ("- a\n- b", "must hold a mapping"),
+        ("name: x\ntask: groups\nname: y", "line 3: name is given twice"),
+        ("name: x", "task: this key is missing; known tasks are denoise"),
+        ("name: x\ntask: groups\nsweep: {gird: {seed: [0]}}", "sweep.gird: no such key; did you mean 'grid'?"),
+        ("name: x\ntask: groups\nsweep: {grid: {seed: 0}}", "must map keys to lists of values"),
+        ("name: x\ntask: groups\nsweep: {list: [{seed: 1}, {seed: 1}]}", "the run seed=1 appears twice"),
+        ("name: x\ntask: groups\nsweep: {grid: {seed: [0, -1]}}", "sweep.grid.seed: input should be greater"),
+        ("name: a/b\ntask: groups", "name: string should match pattern"),
+        ("name: x\ntask: tests.experiments.toy.Tyo", "did you mean 'Toy'?"),
+        ("name: x\ntask: tests.experiments.toy.CappedL1", "is no subclass of"),
+        ("name: x\ntask: no_such_package.Task", "no module 'no_such_package'"),
+    ],
+)
+def test_what_cannot_be_used_says_where_and_why(write, text, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(text))
+    assert expected in str(caught.value)
+
+
+def test_a_missing_file_and_a_broken_override_are_named(write, tmp_path):
+    with pytest.raises(ConfigError, match="there is no config file"):
+        load_config(tmp_path / "none.yaml")
+    path = write("name: x\ntask: groups")
+    with pytest.raises(ConfigError, match="expected key=value"):
+        load_config(path, ["seed"])
+    with pytest.raises(ConfigError, match=r"cannot set seed\.deep: seed is 3 and not a block"):
+        load_config(path, ["seed=3", "seed.deep=1"])
+
+
+def test_overrides_reach_blocks_and_read_yaml_values(write):
+    path = write(f"name: x\ntask: {TOY}\ncount: 2")
+    (run,) = load_config(path, ["count=5", "pause=1e-3", "title=a b"])
+    assert (run.task.count, run.task.pause, run.task.title) == (5, 1e-3, "a b")
+
+
+def test_numbers_without_a_point_are_numbers(write):
+    (run,) = load_config(write(f"name: x\ntask: {TOY}\nscale: 2e3"))
+    assert run.task.scale == 2000.0
+
+
+def test_a_grid_takes_all_combinations_and_a_list_those_given(write):
+    sweep = {"grid": {"seed": [0, 1], "count": [2, 3]}, "list": [{"scale": 1.0}, {"scale": 0.5, "pause": 0.1}]}
+    runs = expand({"name": "x", "task": TOY, "sweep": sweep})
+    assert len(runs) == 8
+    assert runs[0].id == "scale=1,seed=0,count=2"
+    assert runs[-1].id == "scale=0.5,pause=0.1,seed=1,count=3"
+    assert runs[-1].task.pause == 0.1
+    assert len({run.subfolder for run in runs}) == 8
+    assert all(len(run.subfolder.parts) == 2 for run in runs)
+
+
+def test_a_sweep_without_lists_is_one_run_in_the_experiments_own_folder():
+    (run,) = expand({"name": "x", "task": TOY})
+    assert str(run.subfolder) == "x"
+
+
+def test_names_and_paths_build_the_same_kind_of_object():
+    assert PenaltyConfig.model_validate({"name": "mcp", "weight": 2, "gamma": 4}).build() == so.MCP(2, 4)
+    own = PenaltyConfig.model_validate({"name": "tests.experiments.toy.CappedL1", "weight": 2.0})
+    assert own.build() == CappedL1(2.0)
+    assert own.label == "CappedL1(weight=2)"
+    assert own.code_digest()
+    assert isinstance(SolverConfig(name="maiht").build(), so.Maiht)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"name": "l11", "weight": 1}, "did you mean 'l1'?"),
+        ({"name": "l1"}, "weight: l1 needs this argument"),
+        ({"name": "sparseopt.Graph", "num_nodes": 3}, "is no penalty: it has no method value, prox"),
+        ({"name": "tests.experiments.toy.CapedL1", "weight": 1}, "did you mean 'CappedL1'?"),
+    ],
+)
+def test_a_penalty_that_does_not_exist_or_fit_is_an_error(fields, expected):
+    with pytest.raises(ValidationError) as caught:
+        PenaltyConfig.model_validate(fields)
+    assert expected in str(caught.value)

@@ -1,0 +1,79 @@
+"""Reports: rows with their spread, the paper's figures beside ours, the same numbers in every format."""
+
+import csv
+
+import pyarrow.parquet as pq
+import pytest
+
+from sparseopt.experiments.config import expand
+from sparseopt.experiments.report import find_runs, flat_rows, gather, markdown, write_report
+from sparseopt.experiments.sweep import plan, run_all
+
+TOY = "tests.experiments.toy.Toy"
+PAPER = {
+    "source": "Toys, 2020, table 1",
+    "figures": [{"match": {"scale": 2.0}, "values": {"value": 7.5}}],
+    "differs": ["Size: ours is smaller."],
+}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    output = tmp_path / "runs"
+    values = {"name": "toy", "title": "Toys | compared", "task": TOY, "paper": PAPER}
+    planned = plan(expand({**values, "sweep": {"grid": {"scale": [1.0, 2.0]}}}), output)
+    run_all(planned, output, lambda p: lambda *_: None)
+    return output
+
+
+def test_rows_hold_settings_means_spreads_and_the_papers_figures(runs):
+    (section,) = gather([runs])
+    assert section.name == "toy"
+    one, two = section.rows
+    assert one.labels == {"scale": 1.0}
+    assert one.figures["value"] == (1.5, pytest.approx(1.25**0.5))
+    assert one.repeats == 4
+    assert one.paper == {}
+    assert two.paper == {"value": 7.5}
+    headings, cells = section.table()
+    assert headings == ["scale", "value", "value (paper)"]
+    assert cells == [["1", "1.5 ± 1.1", ""], ["2", "3 ± 2.2", "7.5"]]
+
+
+def test_every_format_tells_the_same(runs, tmp_path):
+    sections = gather([runs])
+    files = {file.name: file for file in write_report(sections, tmp_path / "report")}
+    assert set(files) >= {"report.csv", "report.parquet", "report.md", "report.html"}
+    with files["report.csv"].open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["value"]) for row in rows] == [1.5, 3.0]
+    table = pq.read_table(files["report.parquet"]).to_pylist()
+    assert [row["value"] for row in table] == [1.5, 3.0]
+    assert table[1]["value_paper"] == 7.5
+    assert table == flat_rows(sections)
+    text = files["report.md"].read_text()
+    assert "| 2 | 3 ± 2.2 | 7.5 |" in text
+    assert "* Differs: Size: ours is smaller." in text
+    assert "* Mean and standard deviation of 4 repeats." in text
+    page = files["report.html"].read_text()
+    assert "<td>3 ± 2.2</td><td>7.5</td>" in page
+    assert "Original: Toys, 2020, table 1." in page
+
+
+def test_a_report_never_overwrites_and_says_what_is_missing(runs, tmp_path):
+    sections = gather([runs])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match="is not empty; name a new one"):
+        write_report(sections, tmp_path / "full")
+    with pytest.raises(ValueError, match="there is no folder"):
+        gather([tmp_path / "none"])
+    (runs / "toy" / "scale=1" / "summary.json").unlink()
+    assert len(find_runs([runs])) == 1
+    with pytest.raises(ValueError, match="1 unfinished, start the same command again"):
+        find_runs([runs / "toy" / "scale=1"])
+
+
+def test_markdown_of_a_section_without_paper_has_a_table_alone(runs):
+    (section,) = gather([runs / "toy" / "scale=1"])
+    assert markdown(section).startswith("## Toys | compared\n\n| scale | value |")

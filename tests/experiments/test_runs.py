@@ -1,0 +1,169 @@
+"""Run folders: whole at every moment, resumed after any end, never overwritten unasked, shared by shards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparseopt.experiments.config import expand
+from sparseopt.experiments.runs import FolderInUse, State, execute, fingerprint, recover_records, state_of
+from sparseopt.experiments.sweep import check_all, parse_shard, plan, run_all, take_shard
+
+TOY = "tests.experiments.toy.Toy"
+ROOT = Path(__file__).parents[2]
+
+
+def quiet(done, total, text):
+    del done, total, text
+
+
+def toy(**fields):
+    (run,) = expand({"name": "toy", "task": TOY, **fields})
+    return run
+
+
+def test_a_run_leaves_config_header_records_and_summary(tmp_path):
+    run = toy(seed=3)
+    outcome = execute(run, tmp_path, quiet)
+    assert outcome.error is None
+    assert outcome.done == 4
+    folder = tmp_path / "toy"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["count"] == 4
+    header = json.loads((folder / "run.json").read_text())
+    assert header["seed"] == 3
+    assert "jax" in header["versions"]
+    assert header["machine"]["cores"] == os.cpu_count()
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    assert [r["unit"] for r in records] == ["unit-0", "unit-1", "unit-2", "unit-3"]
+    assert records[2]["value"] == 2
+    assert records[2]["nothing"] is None
+    figures = json.loads((folder / "summary.json").read_text())["figures"]
+    assert figures["value"] == {"mean": 1.5, "std": pytest.approx(1.25**0.5)}
+    assert figures["kind"] == "toy"
+    assert (yaml.safe_load((folder / "config.yaml").read_text())) == expand(
+        yaml.safe_load((folder / "config.yaml").read_text())
+    )[0].task.model_dump(mode="json", exclude_none=True)
+
+
+def test_a_finished_run_is_kept_unless_asked(tmp_path):
+    log = tmp_path / "log"
+    run = toy(log=str(log))
+    execute(run, tmp_path, quiet)
+    assert execute(run, tmp_path, quiet).done == 0
+    assert len(log.read_text().splitlines()) == 4
+    assert execute(run, tmp_path, quiet, again=True).done == 4
+    assert len(log.read_text().splitlines()) == 8
+
+
+def test_other_settings_never_overwrite_and_titles_do_not_count(tmp_path):
+    execute(toy(), tmp_path, quiet)
+    kept = (tmp_path / "toy" / "records.jsonl").read_text()
+    with pytest.raises(ValueError, match="give another --output, or --again"):
+        execute(toy(scale=2.0), tmp_path, quiet)
+    assert (tmp_path / "toy" / "records.jsonl").read_text() == kept
+    assert execute(toy(title="another title"), tmp_path, quiet).done == 0
+    assert execute(toy(scale=2.0), tmp_path, quiet, again=True).done == 4
+
+
+def test_a_folder_of_something_else_is_never_touched(tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "thesis.tex").write_text("years")
+    run = toy()
+    assert state_of(tmp_path / "toy", fingerprint(run.task)) is State.OTHER
+    with pytest.raises(ValueError, match="nothing was run"):
+        check_all(plan([run], tmp_path), again=False)
+    assert (tmp_path / "toy" / "thesis.tex").read_text() == "years"
+
+
+def test_a_failed_run_keeps_its_records_and_the_others_go_on(tmp_path):
+    runs = expand({"name": "toy", "task": TOY, "sweep": {"list": [{"fail_at": 2}, {"scale": 3.0}]}})
+    outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda planned: quiet)
+    assert "RuntimeError: the toy broke" in outcomes[0].error
+    assert (outcomes[0].folder / "error.txt").read_text().startswith("unit-2: RuntimeError")
+    assert len(recover_records(outcomes[0].folder)) == 2
+    assert outcomes[1].error is None
+    assert state_of(outcomes[0].folder, fingerprint(runs[0].task)) is State.BROKEN
+
+
+def test_a_line_cut_in_the_middle_is_done_again_and_a_doubled_one_counts_once(tmp_path):
+    log = tmp_path / "log"
+    run = toy(log=str(log))
+    execute(run, tmp_path, quiet)
+    folder = tmp_path / "toy"
+    (folder / "summary.json").unlink()
+    lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
+    (folder / "records.jsonl").write_text(lines[0] + lines[0] + lines[1] + lines[2][:9])
+    assert execute(run, tmp_path, quiet).done == 2
+    assert [r["unit"] for r in recover_records(folder)] == ["unit-0", "unit-1", "unit-2", "unit-3"]
+    assert len(log.read_text().splitlines()) == 6
+
+
+def test_two_processes_never_share_a_folder(tmp_path):
+    run = toy()
+    held = []
+
+    def observer(done, total, text):
+        if not held:
+            with pytest.raises(FolderInUse, match=f"in use by process {os.getpid()}"):
+                execute(run, tmp_path, quiet)
+            held.append(text)
+
+    execute(run, tmp_path, observer)
+    assert held
+    assert execute(run, tmp_path, quiet).done == 0
+
+
+def test_shards_are_disjoint_and_complete():
+    runs = expand({"name": "toy", "task": TOY, "sweep": {"grid": {"seed": list(range(7))}}})
+    parts = [take_shard(runs, parse_shard(f"{i}/3")) for i in (1, 2, 3)]
+    assert sorted(run.id for part in parts for run in part) == sorted(run.id for run in runs)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for wrong in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(ValueError, match=r"--shard must be i/n"):
+            parse_shard(wrong)
+
+
+def test_a_sweep_killed_again_and_again_loses_and_doubles_nothing(tmp_path):
+    """SIGKILL after different numbers of records, twice within a write's reach of another; then a start to the end."""
+    log, output, config = tmp_path / "log", tmp_path / "runs", tmp_path / "killed.yaml"
+    values = {
+        "name": "killed", "task": TOY, "count": 5, "pause": 0.04, "log": str(log),
+        "sweep": {"grid": {"scale": [1.0, 2.0, 3.0]}},
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "sparseopt", "run", str(config), "--output", str(output)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+    def finished_units():
+        return sum(len(recover_records(f.parent, mend=False)) for f in output.rglob("records.jsonl"))
+
+    for stop_at in (3, 8, 12):
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+        while finished_units() < stop_at and process.poll() is None:
+            time.sleep(0.005)
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    survived = {
+        (folder.parent.name, record["unit"])
+        for folder in output.rglob("records.jsonl")
+        for record in recover_records(folder.parent, mend=False)
+    }
+    executions_before = Counter(log.read_text().splitlines())
+    last = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    records = [json.loads(line) for f in output.rglob("records.jsonl") for line in f.read_text().splitlines()]
+    assert Counter(r["unit"] for r in records) == {f"unit-{i}": 3 for i in range(5)}
+    assert sorted(r["value"] for r in records) == sorted(s * i for s in (1, 2, 3) for i in range(5))
+    assert len(list(output.rglob("summary.json"))) == 3
+    executions = Counter(log.read_text().splitlines())
+    for run, unit in survived:
+        key = f"{run.removeprefix('scale=')} {unit}"
+        assert executions[key] == executions_before[key], "a recorded unit was done again"
