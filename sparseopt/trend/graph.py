@@ -35,6 +35,11 @@ class Graph:
             so that `DᵀD` is the weighted Laplacian.
         shape: of a grid, row-major node order; None for other graphs.
         nodes: the caller's node names in the order of the signal, or None for `0..n-1`.
+
+    Example:
+        >>> graph = so.Graph.from_edges([(0, 1), (1, 2), (3, 4)])
+        >>> graph.num_nodes, graph.num_edges, graph.num_components
+        (5, 3, 2)
     """
 
     num_nodes: int
@@ -43,12 +48,22 @@ class Graph:
     shape: tuple[int, ...] | None = None
     nodes: tuple[Hashable, ...] | None = None
 
+    def __repr__(self) -> str:
+        """What kind of graph, how large."""
+        if self.shape is not None:
+            return f"Graph.grid({self.shape})"
+        return f"<Graph of {self.num_nodes:,} nodes and {self.num_edges:,} edges>"
+
     @classmethod
     def grid(cls, shape: Sequence[int]) -> "Graph":
         """A grid of 1, 2 or 3 dimensions: each node joined to its neighbours along the axes.
 
         Raises:
             ValueError: for another number of dimensions or an axis shorter than 1.
+
+        Example:
+            >>> so.Graph.grid((2, 2)).edges.tolist()
+            [[0, 2], [1, 3], [0, 1], [2, 3]]
         """
         sizes = tuple(int(n) for n in shape)
         if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
@@ -57,7 +72,12 @@ class Graph:
 
     @classmethod
     def chain(cls, n: int) -> "Graph":
-        """N nodes in a row."""
+        """N nodes in a row.
+
+        Example:
+            >>> so.Graph.chain(3).edges.tolist()
+            [[0, 1], [1, 2]]
+        """
         return cls.grid((n,))
 
     @classmethod
@@ -83,6 +103,10 @@ class Graph:
         Raises:
             ValueError: on a wrong shape, non-integers, numbers out of range, weights that are not positive and
                 finite, self-loops or duplicates; each says which edge.
+
+        Example:
+            >>> so.Graph.from_edges([(0, 1), (1, 2), (1, 0)], merge=True).weights.tolist()
+            [2.0, 1.0]
         """
         pairs, count, level = _checked_edges(edges, num_nodes, weights)
         loops = pairs[:, 0] == pairs[:, 1]
@@ -118,6 +142,11 @@ class Graph:
         Raises:
             ValueError: if it is not square and symmetric, has a diagonal (unless `merge`), or entries that are
                 not positive and finite.
+
+        Example:
+            >>> graph = so.Graph.from_scipy(np.array([[0, 2], [2, 0]]))
+            >>> graph.edges.tolist(), graph.weights.tolist()
+            ([[0, 1]], [2.0])
         """
         matrix = sparse.coo_array(adjacency)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -216,7 +245,12 @@ class Graph:
         return self.cached(("base", np.dtype(dtype).name), build)
 
     def matrix(self, order: int, from_edges: bool = False) -> sparse.csr_array:
-        """`Δ^(order)` (or `Δ^(order-1) Dᵀ`) as a sparse matrix; rows follow `edges` or the nodes."""
+        """`Δ^(order)` (or `Δ^(order-1) Dᵀ`) as a sparse matrix; rows follow `edges` or the nodes.
+
+        Example:
+            >>> so.Graph.chain(3).matrix(2).toarray().tolist()  # the Laplacian
+            [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
+        """
         return difference_matrix(self.edges, self.num_nodes, self.weights, order, from_edges)
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
@@ -233,6 +267,10 @@ class Graph:
         """The group of every row of `matrix(block, from_edges)`: rows of a group share no column.
 
         In closed form on grids for D, L, D L and Dᵀ, else by `colour_rows`; checked before it is returned.
+
+        Example:
+            >>> so.Graph.chain(5).groups(1).tolist()  # edges by parity: those of one group share no node
+            [0, 1, 0, 1]
         """
         matrix = self.matrix(block, from_edges)
         # Edges that a caller listed in an order of their own are a grid for the stencils, not for the formula.

@@ -1,0 +1,118 @@
+"""The tasks `prune` and `descent` end to end on a tiny model, with a penalty and a method of one's own."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sparseopt.experiments.config import ConfigError, expand
+from sparseopt.experiments.report import gather
+from sparseopt.experiments.runs import execute
+from sparseopt.experiments.sweep import check_all, plan, run_all
+from sparseopt.pruning import audit_sparsity
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.pruning.test_pipeline import TOKENIZER
+
+TEXT = "the quick brown fox jumps over the lazy dog, and then the dog tells the fox all about it.\n" * 60
+
+
+@pytest.fixture
+def settings(tmp_path, rng):
+    folder = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
+    (folder / "tokenizer.json").write_text(TOKENIZER)
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = f"file:{tmp_path / 'text.txt'}"
+    return {
+        "name": "tiny", "source": str(folder), "calibration": text, "samples": 4, "seqlen": 32,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def prune(settings):
+    text = settings["calibration"]
+    return {
+        **settings, "task": "prune", "evaluation": text, "windows": 2, "evaluation_seqlen": 32, "heldout_samples": 2,
+    }  # fmt: skip
+
+
+def quiet(done, total, text):
+    del done, total, text
+
+
+def test_a_sweep_over_methods_reports_perplexity_and_exact_sparsity(tmp_path, prune):
+    sweep = {
+        "list": [
+            {"method": "dense"},
+            {"method": "magnitude"},
+            {"method": "sparseopt.pruning.Wanda"},
+            {"penalty": {"name": "tests.experiments.toy.CappedL1", "weight": 1.0}},
+        ]
+    }
+    output = tmp_path / "runs"
+    planned = plan(expand({**prune, "sparsity": 0.25, "sweep": sweep}), output)
+    check_all(planned, again=False)
+    outcomes = run_all(planned, output, lambda p: quiet)
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    (section,) = gather([output])
+    rows = {record["label"]: record for run in section.runs for record in run.records}
+    assert set(rows) == {"dense", "magnitude", "Wanda", "maiht best CappedL1(weight=1)"}
+    assert rows["dense"]["sparsity"] == 0
+    for label in rows.keys() - {"dense"}:
+        assert rows[label]["sparsity"] == 0.25
+        assert rows[label]["perplexity"] > 0
+        assert rows[label]["unconverged"] == 0
+        assert len(rows[label]["layers"]) == 21
+    assert rows["Wanda"]["mean_relative_error"] < rows["magnitude"]["mean_relative_error"]
+    axes = type(section.runs[0].task).draw(section.runs)["perplexity"]
+    assert {line.get_label() for line in axes.get_lines()} >= {"magnitude", "Wanda"}
+    assert (outcomes[1].folder / "layer-errors.png").is_file()
+    assert not (outcomes[1].folder / "model").exists()
+
+
+def test_the_model_is_kept_on_request(tmp_path, prune):
+    (run,) = expand({**prune, "method": "magnitude", "keep_model": True})
+    outcome = execute(run, tmp_path, quiet)
+    from sparseopt.models import open_model
+
+    assert {audit.sparsity for audit in audit_sparsity(open_model(outcome.folder / "model"))} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"method": "wunda"}, "did you mean 'wanda'?"),
+        ({"method": "sparseopt.pruning.Wonda"}, "did you mean 'Wanda'?"),
+        ({"sparsity": 1.0}, "sparsity: input should be less than 1, given 1.0"),
+        ({"preset": "pape"}, "did you mean 'paper'?"),
+    ],
+)
+def test_mistakes_are_named(prune, fields, expected):
+    with pytest.raises(ConfigError) as caught:
+        expand({**prune, **fields})
+    assert expected in str(caught.value)
+
+
+def test_what_is_missing_is_found_before_any_run(tmp_path, prune):
+    runs = expand({**prune, "sweep": {"grid": {"source": [str(tmp_path / "none"), prune["source"]]}}})
+    with pytest.raises(ValueError, match="none"):
+        check_all(plan(runs, tmp_path / "runs"), again=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_descent_is_monotone_and_acceleration_ends_lower(tmp_path, settings):
+    layer = "model.layers.1.mlp.up_proj"
+    (run,) = expand({**settings, "task": "descent", "layer": layer, "steps": 60})
+    outcome = execute(run, tmp_path, quiet)
+    assert outcome.error is None
+    records = {r["solver"]: r for r in map(json.loads, (outcome.folder / "records.jsonl").read_text().splitlines())}
+    assert records["maiht"]["objective"] <= records["iht"]["objective"]
+    for solver in records.values():
+        history = np.load(outcome.folder / f"history-{solver['unit']}.npz")["objective"]
+        assert len(history) == 61
+        # Rounding of the objective in float32.
+        assert np.diff(history).max() <= 1e-5 * history[0]
+    assert (outcome.folder / f"descent-{layer}.png").is_file()
+    (section,) = gather([outcome.folder])
+    assert [row.labels for row in section.rows] == [{"solver": "maiht"}, {"solver": "iht"}]
+    with pytest.raises(ValueError, match=r"did you mean 'model.layers.1.mlp.up_proj'"):
+        expand({**settings, "task": "descent", "layer": "model.layers.1.mlp.up_pro"})[0].task.check()
