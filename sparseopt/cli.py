@@ -23,7 +23,6 @@ EXTRAS = {
     ),
     **dict.fromkeys(("PIL", "png", "tifffile", "skimage"), "images"),
     "matplotlib": "plot",
-    **dict.fromkeys(("bokeh_sampledata", "pygsp"), "data"),
 }
 TEXT_HELP = "pydoc, wikitext2:PATH, file:PATH or hf:NAME"
 

@@ -18,6 +18,13 @@ class Quadratic:
     Attributes:
         hessian: symmetric positive semidefinite, `[n, n]`.
         center: `[n]` or `[n, columns]`, the shape of x.
+
+    Example:
+        >>> loss = so.Quadratic(jnp.diag(jnp.array([1.0, 4.0])), jnp.array([1.0, 1.0]))
+        >>> float(loss.value(jnp.zeros(2)))
+        2.5
+        >>> loss.gradient(jnp.zeros(2))
+        Array([-1., -4.], dtype=float32)
     """
 
     hessian: Any
@@ -48,6 +55,12 @@ def largest_eigenvalue_bound(matrix: Float[Array, "n n"], key: jax.Array, steps:
     (Kuczynski and Wozniakowski, 1992, bound that probability); the caller's step keeps a margin beside it.
 
     Source: Zhou and Li, "Bounding the spectrum of large Hermitian matrices", 2011, section 2.
+
+    Example:
+        >>> from sparseopt.core.losses import largest_eigenvalue_bound
+        >>> bound = largest_eigenvalue_bound(jnp.diag(jnp.array([1.0, 4.0])), jax.random.key(0))
+        >>> round(float(bound), 3)
+        4.0
     """
     size = matrix.shape[0]
     steps = min(steps, size)

@@ -57,6 +57,12 @@ class GridBase:
 
     Edge `(axis, i)` joins node i to its successor along the axis. The last place of each axis has no successor:
     it is a row of zeros, kept so that all edge arrays are rectangular.
+
+    Example:
+        >>> from sparseopt.core.operators import GridBase
+        >>> GridBase((2, 3)).difference(jnp.arange(6.0).reshape(2, 3))[1]  # along the second axis
+        Array([[-1., -1.,  0.],
+               [-1., -1.,  0.]], dtype=float32)
     """
 
     shape: tuple[int, ...] = static()
@@ -101,7 +107,13 @@ class Buckets:
 
 
 def bucket_widths(lengths: np.ndarray) -> np.ndarray:
-    """The smallest width 1, 2, 3, 4, 6, 8, 12, 16, ... that holds each length."""
+    """The smallest width 1, 2, 3, 4, 6, 8, 12, 16, ... that holds each length.
+
+    Example:
+        >>> from sparseopt.core.operators import bucket_widths
+        >>> bucket_widths(np.array([1, 2, 5, 9]))
+        array([ 1,  2,  6, 12])
+    """
     largest = max(int(lengths.max(initial=1)), 1)
     powers = 2 ** np.arange(int(np.ceil(np.log2(largest))) + 1)
     allowed = np.unique(np.concatenate([powers, 3 * powers[:-1]]) if powers.size > 1 else powers)
@@ -236,6 +248,14 @@ class Difference:
         base: D, Dᵀ and L of a graph.
         order: how many factors D or Dᵀ; 0 is the identity.
         from_edges: the input is an edge array (j odd) instead of a node array (j even).
+
+    Example:
+        >>> from sparseopt.core.operators import Difference, GridBase
+        >>> second = Difference(GridBase((4,)), order=2)  # the Laplacian of a chain
+        >>> second.mv(jnp.array([0.0, 1.0, 4.0, 9.0]))
+        Array([-1., -2., -2.,  5.], dtype=float32)
+        >>> second.in_shape, second.out_shape
+        ((4,), (4,))
     """
 
     base: Any

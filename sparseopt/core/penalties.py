@@ -62,7 +62,12 @@ class Norm(Penalty, Protocol):
 
 @pytree
 class L0:
-    """`weight * ||x||_0`, the number of non-zeros; prox: hard threshold at `sqrt(2 * step * weight)`."""
+    """`weight * ||x||_0`, the number of non-zeros; prox: hard threshold at `sqrt(2 * step * weight)`.
+
+    Example:
+        >>> so.L0(0.5).prox(jnp.array([-3.0, 0.9, 1.0]), step=1.0)  # keeps |x| >= 1
+        Array([-3.,  0.,  1.], dtype=float32)
+    """
 
     weight: Any
     separable = True
@@ -78,7 +83,12 @@ class L0:
 
 @pytree
 class L1:
-    """`weight * ||x||_1`; prox: soft threshold at `step * weight`."""
+    """`weight * ||x||_1`; prox: soft threshold at `step * weight`.
+
+    Example:
+        >>> so.L1(1.0).prox(jnp.array([-3.0, 0.5, 2.0]), step=1.0)
+        Array([-2.,  0.,  1.], dtype=float32)
+    """
 
     weight: Any
     separable = True
@@ -106,6 +116,10 @@ class MCP:
     """Minimax concave penalty: `weight |x| - x² / (2 gamma)` up to `|x| = gamma weight`, constant beyond.
 
     Its prox is `mcp_prox`, continuous for `step < gamma`; as gamma grows it becomes L1.
+
+    Example:
+        >>> so.MCP(1.0, gamma=2.0).prox(jnp.array([0.5, 1.5, 4.0]), step=1.0)  # large entries stay as they are
+        Array([0., 1., 4.], dtype=float32)
     """
 
     weight: Any
@@ -126,6 +140,10 @@ class SCAD:
     """Smoothly clipped absolute deviation: slope `weight` to `|x| = weight`, falling to 0 at `a weight`.
 
     Needs `a > 2`; its prox is `scad_prox`, continuous for `step < a - 1`.
+
+    Example:
+        >>> so.SCAD(1.0).prox(jnp.array([0.5, 2.0, 4.0]), step=1.0)  # large entries stay as they are
+        Array([0., 1., 4.], dtype=float32)
     """
 
     weight: Any
@@ -147,6 +165,11 @@ class GroupL2:
 
     Prox: `x_g * max(0, 1 - step * weight / ||x_g||)`. Source: Yuan and Lin, "Model selection and estimation in
     regression with grouped variables", 2006.
+
+    Example:
+        >>> so.GroupL2(1.0).prox(jnp.array([[3.0, 4.0], [0.5, 0.5]]), step=1.0)  # rows shrink together
+        Array([[2.4, 3.2],
+               [0. , 0. ]], dtype=float32)
     """
 
     weight: Any
@@ -183,6 +206,10 @@ class TopK:
     """Indicator of arrays with at most `k` non-zero entries in all; prox: keep the k largest magnitudes.
 
     `k` is a leaf: one compiled program serves every count.
+
+    Example:
+        >>> so.TopK(2).prox(jnp.array([3.0, -1.0, 2.0, -4.0]), step=1.0)
+        Array([ 3.,  0.,  0., -4.], dtype=float32)
     """
 
     k: Any
@@ -206,6 +233,10 @@ class NM:
     """Indicator of the n:m pattern: at most `n` non-zeros in every `m` consecutive entries along `axis`.
 
     For a weight in solver layout `[in, out]` the axis is 0, so the groups run along the inputs of one output.
+
+    Example:
+        >>> so.NM(2, 4).prox(jnp.array([3.0, -1.0, 2.0, -4.0]), step=1.0)
+        Array([ 3.,  0.,  0., -4.], dtype=float32)
     """
 
     n: int = static()
@@ -231,7 +262,12 @@ class NM:
 
 @pytree
 class Support:
-    """Indicator of arrays that are zero where `mask` is False; prox: set those entries to zero."""
+    """Indicator of arrays that are zero where `mask` is False; prox: set those entries to zero.
+
+    Example:
+        >>> so.Support(jnp.array([True, False, True])).prox(jnp.array([1.0, 2.0, 3.0]), step=1.0)
+        Array([1., 0., 3.], dtype=float32)
+    """
 
     mask: Any
     separable = True

@@ -27,7 +27,14 @@ class Problem:
 
 
 class Status(enum.IntEnum):
-    """How a solve ended. `Status(int(solution.status))` names it; `.advice` says what to try."""
+    """How a solve ended. `Status(int(solution.status))` names it; `.advice` says what to try.
+
+    Example:
+        >>> so.Status(1).name
+        'MAX_STEPS'
+        >>> so.Status.NONFINITE.advice
+        'a value became infinite or NaN: check the input for non-finite or huge values, or use a smaller step size'
+    """
 
     CONVERGED = 0
     MAX_STEPS = 1
@@ -151,6 +158,14 @@ def solve(
 
     Raises:
         ValueError: if `max_steps` is negative.
+
+    Example:
+        >>> problem = so.Problem(so.Quadratic(jnp.eye(3), jnp.array([3.0, 0.1, -2.0])), so.L1(1.0))
+        >>> solution = so.solve(problem, so.Maiht(), x0=jnp.zeros(3), tol=1e-6).check()
+        >>> solution.value.round(3)
+        Array([ 2.,  0., -1.], dtype=float32)
+        >>> so.Status(int(solution.status)).name
+        'CONVERGED'
     """
     if max_steps < 0:
         raise ValueError(f"max_steps must be 0 or more, given {max_steps}")

@@ -21,6 +21,11 @@ def hard_threshold(x: FloatArray, threshold: Scalar | FloatArray) -> FloatArray:
     (not `step * weight`). On a tie, where both answers are minimisers, the entry is kept.
 
     Source: Blumensath and Davies, "Iterative thresholding for sparse approximations", 2008, eq. 2.
+
+    Example:
+        >>> from sparseopt.core.thresholds import hard_threshold
+        >>> hard_threshold(jnp.array([-3.0, 0.5, 1.0]), 1.0)
+        Array([-3.,  0.,  1.], dtype=float32)
     """
     return jnp.where(jnp.abs(x) >= threshold, x, jnp.zeros((), x.dtype))
 
@@ -31,6 +36,11 @@ def soft_threshold(x: FloatArray, threshold: Scalar | FloatArray) -> FloatArray:
     It solves `argmin_u 1/2 (u - x)² + step * weight * |u|` for `threshold = step * weight`.
 
     Source: Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", 1994.
+
+    Example:
+        >>> from sparseopt.core.thresholds import soft_threshold
+        >>> soft_threshold(jnp.array([-3.0, 0.5, 2.0]), 1.0)
+        Array([-2.,  0.,  1.], dtype=float32)
     """
     # x - clip(x) returns exact zeros inside the threshold and needs no sign().
     return x - jnp.clip(x, -threshold, threshold)
@@ -53,6 +63,11 @@ def mcp_prox(
     For `step < gamma`: 0 up to `|x| = step weight`, `soft(x, step weight) / (1 - step / gamma)` up to
     `|x| = gamma weight`, x beyond. For `step >= gamma` the piece between is concave, and the answer is the
     hard threshold at `weight sqrt(gamma step)`, where both ends cost the same.
+
+    Example:
+        >>> from sparseopt.core.thresholds import mcp_prox
+        >>> mcp_prox(jnp.array([0.5, 1.5, 4.0]), weight=1.0, gamma=2.0, step=1.0)
+        Array([0., 1., 4.], dtype=float32)
     """
     gamma, step = jnp.asarray(gamma, x.dtype), jnp.asarray(step, x.dtype)
     weight = jnp.asarray(weight, x.dtype)
@@ -79,6 +94,11 @@ def scad_prox(
 
     Each of the three pieces of the penalty has a minimiser on its own interval; the best of them wins. On the
     concave part of a piece the ends, which the neighbours hold too, are its minimisers.
+
+    Example:
+        >>> from sparseopt.core.thresholds import scad_prox
+        >>> scad_prox(jnp.array([0.5, 1.5, 4.0]), weight=1.0, a=3.7, step=1.0)
+        Array([0. , 0.5, 4. ], dtype=float32)
     """
     a, step = jnp.asarray(a, x.dtype), jnp.asarray(step, x.dtype)
     weight = jnp.asarray(weight, x.dtype)
@@ -111,7 +131,13 @@ def count_each(*masks: BoolArray) -> list[Int[Array, ""]]:
 
 
 def count_nonzero(x: FloatArray) -> Int[Array, ""]:
-    """The exact number of non-zero entries, int32."""
+    """The exact number of non-zero entries, int32.
+
+    Example:
+        >>> from sparseopt.core.thresholds import count_nonzero
+        >>> int(count_nonzero(jnp.array([0.0, -1.0, 2.0])))
+        2
+    """
     positive, negative = count_each(x > 0, x < 0)
     return positive + negative
 
@@ -123,6 +149,11 @@ def kth_largest(x: FloatArray, k: Count) -> Float[Array, ""]:
     pass that counts the entries above three candidates. `k` may be traced: one compiled program serves every
     sparsity. Equal entries count one each. For `k > size` the answer is 0. The order of NaN entries is undefined;
     inputs are checked on the host before.
+
+    Example:
+        >>> from sparseopt.core.thresholds import kth_largest
+        >>> float(kth_largest(jnp.array([1.0, 4.0, 2.0]), 2))
+        2.0
     """
     width = x.dtype.itemsize * 8
     unsigned = {16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[width]
@@ -146,6 +177,11 @@ def top_k_mask(score: FloatArray, k: Count) -> BoolArray:
     """True at exactly `k` entries of the largest non-negative `score`; among equal scores the first win.
 
     `k` may be traced. `k <= 0` gives an empty mask and `k >= size` a full one.
+
+    Example:
+        >>> from sparseopt.core.thresholds import top_k_mask
+        >>> top_k_mask(jnp.array([1.0, 4.0, 2.0, 2.0]), 2)  # of the two equal scores the first
+        Array([False,  True,  True, False], dtype=bool)
     """
     threshold = kth_largest(score, k)
     above = score > threshold
@@ -166,6 +202,11 @@ def n_of_m_mask(score: FloatArray, n: int, m: int, axis: int = 0) -> BoolArray:
 
     Raises:
         ValueError: if `0 <= n <= m`, `m >= 1` fails or `m` does not divide the length of `axis`.
+
+    Example:
+        >>> from sparseopt.core.thresholds import n_of_m_mask
+        >>> n_of_m_mask(jnp.array([4.0, 3.0, 2.0, 1.0]), 1, 2)
+        Array([ True, False,  True, False], dtype=bool)
     """
     length = score.shape[axis]
     if not (m >= 1 and 0 <= n <= m):

@@ -92,6 +92,14 @@ def trend_filter(
 
     Raises:
         ValueError, TypeError: on input that does not fit, saying what was given and what was expected.
+
+    Example:
+        >>> y = np.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0])
+        >>> solution = so.trend_filter(y, so.Graph.chain(6), so.L1(0.3), order=0).check()
+        >>> solution.value.round(3).tolist()
+        [0.1, 0.1, 0.1, 4.9, 4.9, 4.9]
+        >>> bool(solution.gap <= 1e-6)
+        True
     """
     k = checked_order(order)
     if method not in METHODS:

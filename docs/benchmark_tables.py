@@ -1,0 +1,231 @@
+"""MyST tables from the committed benchmark records, `docs/benchmarks/*.jsonl`, one JSON object a line.
+
+    trend.jsonl    output of `make bench-trend`
+    prune.jsonl    output of `make bench-prune`
+
+A table whose records are absent becomes one sentence that names the command.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Column = tuple[str, Callable[[Record], Any]]
+
+
+def read(file: Path) -> list[Record]:
+    """The records of one file, none if there is no such file."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def table(records: Iterable[Record], columns: list[Column]) -> str:
+    """A MyST pipe table; text columns to the left, figures to the right."""
+    rows = [[_shown(value(record)) for _, value in columns] for record in records]
+    align = ["---" if index == 0 else "---:" for index in range(len(columns))]
+    lines = [[heading for heading, _ in columns], align, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return _number(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _number(value: float) -> str:
+    if value != value:
+        return "–"
+    size = abs(value)
+    if size and (size < 1e-3 or size >= 1e6):
+        mantissa, exponent = f"{value:.1e}".split("e")
+        power = f"10{_superscript(int(exponent))}"
+        return power if mantissa == "1.0" else f"{mantissa}·{power}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
+
+
+def _superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def field(name: str) -> Callable[[Record], Any]:
+    """The value of a field, None where it is absent."""
+    return lambda record: record.get(name)
+
+
+def named(records: list[Record], figure: str) -> list[Record]:
+    """The records of one figure."""
+    return [record for record in records if record["figure"] == figure]
+
+
+def missing(command: str) -> str:
+    """What stands in the place of a table without records."""
+    return f"No records are committed for this table; `{command}` makes them.\n"
+
+
+def machine(record: Record) -> str:
+    """One line on where the figures come from."""
+    versions = record.get("versions") or {
+        key: record[key] for key in ("python", "sparseopt", "jax", "numpy") if key in record
+    }
+    host = record.get("machine", "")
+    if isinstance(host, dict):
+        place = f"{host['system']}, {host['cores']} cores, {', '.join(host['devices'])}"
+    else:
+        place = ", ".join(filter(None, [host, record.get("device", "")]))
+    if record.get("note"):
+        place += f"; {record['note']}"
+    return f"Measured with {', '.join(f'{name} {number}' for name, number in versions.items())} on {place}.\n"
+
+
+TREND = "make bench-trend TRUTH=folder"
+PRUNE = "make bench-prune DATA=folder"
+
+
+def trend_machine(records: list[Record]) -> str:
+    """Versions and machine of the trend-filter records."""
+    found = named(records, "environment")
+    return machine(found[0]) if found else missing(TREND)
+
+
+def trend_steps(records: list[Record]) -> str:
+    """Steps and seconds to a certified gap on a noisy picture."""
+    found = named(records, "steps and seconds")
+    columns: list[Column] = [
+        ("grid", lambda r: f"{r['side']} x {r['side']}"),
+        ("order", field("order")),
+        ("tolerance", field("tol")),
+        ("method", field("method")),
+        ("steps", field("steps")),
+        ("seconds", field("seconds")),
+        ("gap reached", field("gap")),
+    ]
+    return table(found, columns) if found else missing(TREND)
+
+
+def trend_scaling(records: list[Record]) -> str:
+    """Time and memory a node."""
+    found = named(records, "scaling")
+    columns: list[Column] = [
+        ("grid", lambda r: f"{r['side']:,} x {r['side']:,}"),
+        ("order", field("order")),
+        ("seconds a step", field("step_seconds")),
+        ("nanoseconds a node and step", field("nanoseconds_per_node")),
+        # Between small sizes the growth disappears in what the process holds anyway.
+        ("bytes a node", lambda r: r["bytes_per_node"] if r["side"] >= 1024 else None),
+    ]
+    return table(found, columns) if found else missing(TREND)
+
+
+def trend_truth(records: list[Record]) -> str:
+    """Reported gap against the true suboptimality, orders 0 and 1."""
+    found = named(records, "truth at tol 1e-5")
+    columns: list[Column] = [
+        ("problem", lambda r: r["problem"].partition("_k")[0]),
+        ("nodes", field("nodes")),
+        ("order", field("order")),
+        ("method", field("method")),
+        ("steps", field("steps")),
+        ("seconds", field("seconds")),
+        ("gap reported", field("gap")),
+        ("true suboptimality", field("true_suboptimality")),
+    ]
+    return table(found, columns) if found else missing(TREND)
+
+
+def trend_reach(records: list[Record]) -> str:
+    """What each method reaches at order 2 in a given time."""
+    found = named(records, "reach in time")
+    columns: list[Column] = [
+        ("problem", lambda r: r["problem"].partition("_k")[0]),
+        ("method", lambda r: r["method"] if r["B"] is None else f"{r['method']}, B = {r['B']}"),
+        ("seconds", field("seconds")),
+        ("steps", field("steps")),
+        ("gap reported", field("gap")),
+        ("true suboptimality", field("true_suboptimality")),
+    ]
+    if not found:
+        return missing(TREND)
+    return f"Every method was given {found[0]['seconds_allowed']:g} seconds.\n\n{table(found, columns)}"
+
+
+def prune_machine(records: list[Record]) -> str:
+    """Versions and machine of the pruning records."""
+    return machine(records[0]) if records else missing(PRUNE)
+
+
+def prune_models(records: list[Record]) -> str:
+    """Whole models: one row a run."""
+    runs: dict[str, Record] = {}
+    for record in records:
+        figure, _, run = record["figure"].partition(", ")
+        if run.endswith("whole model at 50 %"):
+            runs.setdefault(run, {"run": run.partition(",")[0]})[figure] = record
+    dense = named(records, "dense perplexity")
+    if not runs:
+        return missing(PRUNE)
+    rows = [{"run": "dense", "perplexity": dense[0]}] if dense else []
+    columns: list[Column] = [
+        ("run", field("run")),
+        ("perplexity", lambda r: f"{r['perplexity']['value']:.2f}"),
+        ("mean layer error", lambda r: _detail(r, "mean_relative_error")),
+        ("held-out error", lambda r: _detail(r, "mean_heldout_error")),
+        ("solver seconds", lambda r: r["solver time"]["value"] if "solver time" in r else None),
+        ("peak memory, GB", lambda r: r["peak memory"]["value"] if "peak memory" in r else None),
+    ]
+    return table([*rows, *runs.values()], columns)
+
+
+def _detail(record: Record, name: str) -> Any:
+    value = record["perplexity"].get(name)
+    return None if value is None else f"{value:.4f}"
+
+
+def prune_layers(records: list[Record]) -> str:
+    """Single layers on the dense model's Grams."""
+    found = [record for record in records if record["figure"].startswith("layer error")]
+    columns: list[Column] = [
+        ("layer", lambda r: r["figure"].rsplit(", ", 1)[-1]),
+        ("preset", lambda r: r["figure"].split(", ")[1]),
+        ("relative error", lambda r: f"{r['value']:.5f}"),
+        ("published procedure", lambda r: f"{r['value'] / r['ratio']:.5f}"),
+        ("held-out error", lambda r: f"{r['heldout_error']:.5f}"),
+        ("steps", field("steps")),
+        ("seconds", field("seconds")),
+    ]
+    return table(found, columns) if found else missing(PRUNE)
+
+
+TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
+    function.__name__.replace("_", "-"): (function.__name__.partition("_")[0], function)
+    for function in (
+        trend_machine,
+        trend_steps,
+        trend_scaling,
+        trend_truth,
+        trend_reach,
+        prune_machine,
+        prune_models,
+        prune_layers,
+    )
+}
+
+
+def write_all(source: Path, target: Path) -> None:
+    """Write every table to `target/NAME.md`."""
+    for name, (stem, make) in TABLES.items():
+        (target / f"{name}.md").write_text(make(read(source / f"{stem}.jsonl")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).resolve().parent
+    for table_name, (stem, make) in TABLES.items():
+        sys.stdout.write(f"## {table_name}\n\n{make(read(folder / 'benchmarks' / f'{stem}.jsonl'))}\n")

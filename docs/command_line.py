@@ -1,0 +1,75 @@
+"""The command line's reference page, written from the typer application that runs it."""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from typer.models import ArgumentInfo, CommandInfo, OptionInfo
+
+from sparseopt.cli import app
+
+KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER", "Path": "PATH"}
+
+
+def page() -> str:
+    """MyST text: one section a command, with its usage, its help, its arguments and its options."""
+    return "\n".join(_section(command) for command in app.registered_commands)
+
+
+def _section(command: CommandInfo) -> str:
+    callback: Callable[..., Any] | None = command.callback
+    assert callback is not None
+    name = command.name or callback.__name__.replace("_", "-")
+    hints = typing.get_type_hints(callback, include_extras=True)
+    usage, rows = [f"sparseopt {name}"], []
+    for parameter in inspect.signature(callback).parameters.values():
+        kind, info = _parts(hints[parameter.name])
+        if info is None or info.hidden:
+            continue
+        required = parameter.default is parameter.empty
+        label = _label(parameter.name, kind, info)
+        rows.append(f"| `{label}` | {_default(parameter.default, required)} | {_text(info.help)} |")
+        if isinstance(info, ArgumentInfo) or required:
+            usage.append(label if required else f"[{label}]")
+    usage.append("[OPTIONS]")
+    help_text = inspect.cleandoc(command.help or callback.__doc__ or "")
+    table = "| argument or option | default | |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    return f"## `sparseopt {name}`\n\n{help_text}\n\n```text\n{' '.join(usage)}\n```\n\n{table if rows else ''}"
+
+
+def _parts(hint: Any) -> tuple[Any, OptionInfo | ArgumentInfo | None]:
+    """The type of a parameter, and what typer was told about it."""
+    kind, *extras = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+    info = next((extra for extra in extras if isinstance(extra, OptionInfo | ArgumentInfo)), None)
+    return kind, info
+
+
+def _label(name: str, kind: Any, info: OptionInfo | ArgumentInfo) -> str:
+    plain = info.metavar or _kind_name(kind)
+    if isinstance(info, ArgumentInfo):
+        return info.metavar or name.upper() + ("..." if typing.get_origin(kind) is list else "")
+    # Inside `Annotated` the first name given to `Option` lands in its default.
+    given = [text for text in (info.default, *(info.param_decls or ())) if isinstance(text, str)]
+    flag = next((text for text in given if text.startswith("--")), f"--{name.replace('_', '-')}")
+    return flag if kind is bool else f"{flag} {plain}"
+
+
+def _kind_name(kind: Any) -> str:
+    """`TEXT`, `INTEGER`, ...; of `T | None` and `list[T]` that of T."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType, list):
+        return _kind_name(next(inner for inner in typing.get_args(kind) if inner is not type(None)))
+    return KINDS.get(getattr(kind, "__name__", ""), "VALUE")
+
+
+def _default(value: Any, required: bool) -> str:
+    if required:
+        return "required"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value in (None, [], ()) else f"`{value}`"
+
+
+def _text(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")

@@ -1,0 +1,148 @@
+"""Sphinx configuration of the sparseopt documentation.
+
+sphinx-build -W --keep-going -b html docs build/docs
+sphinx-build -W --keep-going -b doctest docs build/doctest
+"""
+
+import importlib
+import os
+import pkgutil
+import shutil
+import sys
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
+from sphinx.errors import ConfigError
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import benchmark_tables  # noqa: E402
+import command_line  # noqa: E402
+import docstrings  # noqa: E402
+
+project = "sparseopt"
+author = "The sparseopt developers"
+project_copyright = "the sparseopt developers; Apache-2.0"
+version = release = installed_version("sparseopt")
+language = "en"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+]
+exclude_patterns = ["_generated", "_static", "benchmarks", "**/.ipynb_checkpoints"]
+
+# MyST and notebooks. `make notebooks` executes them; a build never does.
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+# Progress bars go to stderr; a reader does not need them.
+nb_output_stderr = "remove"
+nb_merge_streams = True
+
+# The API from docstrings.
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True}
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+add_module_names = False
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_attr_annotations = False
+viewcode_line_numbers = True
+
+doctest_global_setup = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sparseopt as so
+"""
+
+nitpicky = True
+nitpick_ignore_regex = [
+    # Types of other packages, type variables and aliases, which have no page here.
+    ("py:.*", r"(jax|jaxlib|jaxtyping|numpy|np|scipy|flax|nnx|optax|matplotlib|pydantic|typing|pathlib|enum)(\..*)?"),
+    ("py:.*", r"(collections|sparse|ml_dtypes|tokenizers|annotated_types|abc|re|os)\..*"),
+    ("py:.*", r"Array|ndarray|_PydanticGeneralMetadata|sparseopt\.[a-z_.]*\.T"),
+]
+
+html_theme = "furo"
+html_title = f"sparseopt {version}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+html_theme_options = {"navigation_with_keys": True}
+html_copy_source = False
+
+NOTEBOOKS = (
+    "01_proximal_operators_and_penalties",
+    "02_trend_filtering",
+    "03_pruning_a_small_llm",
+    "04_your_own_penalty",
+    "05_what_the_theory_promises",
+)
+
+
+def collect_notebooks() -> None:
+    """Copy the executed notebooks beside the tutorial page.
+
+    Raises:
+        ConfigError: if any is missing, naming the command that makes them.
+    """
+    unexecuted = os.environ.get("SPARSEOPT_DOCS_UNEXECUTED") == "1"
+    folder = HERE.parent / "notebooks" if unexecuted else HERE.parent / "build" / "notebooks"
+    target = HERE / "tutorials" / "notebooks"
+    missing = [name for name in NOTEBOOKS if not (folder / f"{name}.ipynb").is_file()]
+    if missing:
+        advice = (
+            "run `python notebooks/build.py pair` first"
+            if unexecuted
+            else "run `make notebooks` first, or set SPARSEOPT_DOCS_UNEXECUTED=1 to show them without outputs"
+        )
+        raise ConfigError(f"{folder} lacks {', '.join(f'{name}.ipynb' for name in missing)}: {advice}")
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in NOTEBOOKS:
+        shutil.copy2(folder / f"{name}.ipynb", target)
+
+
+def experiments_page() -> str:
+    """An `automodule` for every module of `sparseopt.experiments`, the tasks that a config can name first."""
+    package = importlib.import_module("sparseopt.experiments")
+    found = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    found.sort(key=lambda name: (not name.split(".")[2].startswith("task"), name))
+    return "\n".join(f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n" for name in found)
+
+
+def generate(app: Sphinx) -> None:
+    """Write what is made at build time, before Sphinx looks for pages."""
+    folder = HERE / "_generated"
+    folder.mkdir(exist_ok=True)
+    benchmark_tables.write_all(HERE / "benchmarks", folder)
+    (folder / "experiments.md").write_text(experiments_page(), encoding="utf-8")
+    (folder / "command-line.md").write_text(command_line.page(), encoding="utf-8")
+
+
+def setup(app: Sphinx) -> None:
+    """Collect the notebooks, where a missing one ends the build in one sentence, and connect the hooks."""
+    collect_notebooks()
+    app.connect("builder-inited", generate)
+    app.connect("autodoc-process-docstring", docstrings.process, priority=1)
+    app.connect("autodoc-process-signature", docstrings.signature)
+    app.connect("autodoc-skip-member", docstrings.skip)
+    # What the docstrings call attributes, Sphinx calls variables.
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"

@@ -1,0 +1,302 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1. Proximal operators and penalties
+#
+# Sparse optimisation asks for a point that fits data *and* has many exact zeros: in its entries, in its groups, or in
+# its differences along a graph. Everything in `sparseopt` rests on one small building block that makes the zeros, the
+# **proximal operator** of a penalty $p$ with a step $t > 0$:
+#
+# $$\operatorname{prox}_{t p}(x) \;=\; \arg\min_u\; \tfrac12 \|u - x\|^2 + t\,p(u).$$
+#
+# It moves $x$ to a nearby point that the penalty likes better. This lesson shows what it does for each penalty of the
+# package, and ends with two small regression problems solved by `so.solve`.
+
+# %%
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+import sparseopt as so
+from sparseopt.experiments import plots
+
+# %% [markdown]
+# ## A prox is a small minimisation
+#
+# For one number, $u \mapsto \tfrac12 (u - x)^2 + t\,p(u)$ can be drawn. Below, $x = 1.2$ and $t = 1$. The penalty
+# $|u|$ has a kink at zero that pulls the minimum in from $x$ by exactly $t$; the penalty $[u \ne 0]$ has a jump at zero
+# and is flat elsewhere, so the minimum is either at $x$, unmoved, or at 0.
+
+# %%
+x, step = 1.2, 1.0
+u = jnp.linspace(-1.0, 2.5, 701)
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+for axis, penalty in zip(axes, (so.L1(1.0), so.L0(1.0)), strict=True):
+    cost = 0.5 * (u - x) ** 2 + step * jax.vmap(penalty.value)(u)
+    cost = jnp.where(jnp.abs(u) < 1e-3, jnp.nan, cost)  # a gap in the line at 0, where L0 jumps
+    plots.plot_curves({"½(u - x)² + t p(u)": (u, cost)}, axis, xlabel="u", ylabel="cost")
+    chosen = penalty.prox(jnp.float32(x), step)
+    best = 0.5 * (chosen - x) ** 2 + step * penalty.value(chosen)
+    axis.plot(chosen, best, "o", color="black", label=f"minimum at prox(x) = {float(chosen):.1f}")
+    axis.axvline(x, color="grey", linestyle=":", label=f"x = {x}")
+    axis.set(title=type(penalty).__name__, ylim=(0, 4))
+    axis.legend(frameon=False, loc="upper center")
+
+# %% [markdown]
+# With `L0`, the isolated dot at $u = 0$ costs $x^2/2 = 0.72$, less than the $t = 1$ that any other $u$ pays at least.
+#
+# ## Four penalties on one number
+#
+# | penalty | value for one entry | prox |
+# |---|---|---|
+# | `L1(w)` | $w\lvert u\rvert$ | soft threshold: towards zero by $tw$ |
+# | `L0(w)` | $w\,[u \neq 0]$ | hard threshold: keep $\lvert x\rvert \ge \sqrt{2tw}$ |
+# | `MCP(w, gamma)` | $w\lvert u\rvert - u^2/(2\gamma)$ up to $\gamma w$, then flat | soft near 0, identity far out |
+# | `SCAD(w, a)` | $w\lvert u\rvert$ up to $w$, a parabola up to $aw$, then flat | as MCP, with three pieces |
+#
+# The threshold of `L0` is $\sqrt{2tw}$, not $tw$: a weight is a price, and a threshold is a length.
+#
+# `L1` is convex, but it shortens every entry that survives: it is biased. `L0` has no bias, but it jumps: a tiny change
+# of $x$ can move the answer by the whole threshold. `MCP` and `SCAD` lie between: continuous for small steps, and
+# unbiased for large entries. Their price is that they are not convex.
+
+# %%
+grid = jnp.linspace(-4, 4, 801)
+penalties = {"L1": so.L1(1.0), "L0": so.L0(1.0), "MCP, γ = 3": so.MCP(1.0, 3.0), "SCAD, a = 3.7": so.SCAD(1.0, 3.7)}
+figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+plots.plot_curves(
+    {label: (grid, jax.vmap(penalty.value)(grid)) for label, penalty in penalties.items()},
+    axes[0],
+    xlabel="u",
+    ylabel="p(u), weight 1",
+)
+plots.plot_curves(
+    {label: (grid, penalty.prox(grid, 1.0)) for label, penalty in penalties.items()},
+    axes[1],
+    xlabel="x",
+    ylabel="prox(x), step 1",
+)
+axes[1].plot(grid, grid, color="grey", linewidth=0.8, linestyle=":", zorder=0)
+axes[0].set_title("penalties")
+_ = axes[1].set_title("their proximal operators (dotted: no change)")
+# %% [markdown]
+# Formulas are easy to get wrong by a factor of two, and a picture does not show it. The definition itself is the test:
+# *no point of a fine grid may cost less than the prox.* We check it at random points, for steps on both sides of
+# $\gamma = 3$, where the prox of `MCP` changes its shape.
+
+# %%
+rng = np.random.default_rng(0)
+points = jnp.asarray(rng.uniform(-5, 5, 300), jnp.float32)
+candidates = jnp.linspace(-5, 5, 4001)
+for label, penalty in penalties.items():
+    value = jax.vmap(penalty.value)
+    for step in (0.3, 1.0, 5.0):
+        found = penalty.prox(points, step)
+        cost = 0.5 * (found - points) ** 2 + step * value(found)
+        on_grid = 0.5 * (candidates - points[:, None]) ** 2 + step * value(candidates)
+        assert jnp.all(cost <= on_grid.min(axis=1) + 1e-5), (label, step)
+print(f"no grid point beats the prox: {', '.join(penalties)}")
+
+# %% [markdown]
+# ## Penalties on many numbers
+#
+# A penalty may also be a rule: its value is 0 where the rule holds and $+\infty$ elsewhere. Its prox is then the
+# nearest point that obeys the rule, whatever the step.
+#
+# * `TopK(k)`: at most $k$ non-zeros in all;
+# * `NM(n, m)`: at most $n$ non-zeros in every $m$ consecutive entries, the pattern that sparse tensor cores want;
+# * `Support(mask)`: zeros off a given mask.
+#
+# `GroupL2(w)` is no rule but a norm, $w \sum_g \|x_g\|_2$: the entries of a group vanish together or not at all. In the
+# example, every second row is weak: `TopK` takes most of its zeros there, `NM` as many in each row, `GroupL2` whole
+# rows.
+
+# %%
+matrix = jnp.asarray(rng.normal(size=(12, 24)) * np.tile([[0.6], [1.4]], (6, 1)), jnp.float32)
+shown = {
+    "given": matrix,
+    "TopK(144)": so.TopK(144).prox(matrix, 1.0),
+    "NM(2, 4) along rows": so.NM(2, 4, axis=1).prox(matrix, 1.0),
+    "GroupL2(4), groups = rows": so.GroupL2(4.0, axis=1).prox(matrix, 1.0),
+}
+figure, axes = plt.subplots(2, 2, figsize=(10, 5.6), layout="constrained")
+for axis, (title, values) in zip(axes.flat, shown.items(), strict=True):
+    zeros = float(jnp.mean(values == 0))
+    axis.imshow(np.where(values == 0, np.nan, values), cmap="RdBu", vmin=-2.5, vmax=2.5, interpolation="nearest")
+    axis.set(title=f"{title}: {zeros:.0%} zeros", xticks=range(-1, 24, 4), yticks=[], facecolor="0.85")
+    axis.set_xticklabels(range(0, 25, 4))
+_ = figure.colorbar(axes[0, 0].images[0], ax=axes, label="entry (grey: exactly zero)", shrink=0.7)
+# %% [markdown]
+# ## Denoising a sparse vector
+#
+# Let $y = s + \text{noise}$ with a sparse $s$. The estimate $\arg\min_u \tfrac12\|u - y\|^2 + p(u)$ is a single prox,
+# and the weight decides how much is called noise. Below, 40 of 1,000 entries are not zero, with sizes between 2 and 6;
+# the noise has standard deviation 0.5. To compare penalties fairly, each is drawn over the magnitude at which it starts
+# to let entries through.
+
+# %%
+signal = np.zeros(1000, np.float32)
+signal[rng.choice(1000, 40, replace=False)] = rng.choice([-1, 1], 40) * rng.uniform(2, 6, 40)
+noisy = jnp.asarray(signal + 0.5 * rng.normal(size=1000).astype(np.float32))
+thresholds = jnp.linspace(0.02, 4.0, 200)
+families = {
+    "L1": lambda threshold: so.L1(threshold),
+    "L0": lambda threshold: so.L0(threshold**2 / 2),
+    "MCP, γ = 3": lambda threshold: so.MCP(threshold, 3.0),
+}
+
+
+def error(make, threshold):
+    """Root mean squared error of the estimate."""
+    return jnp.sqrt(jnp.mean((make(threshold).prox(noisy, 1.0) - signal) ** 2))
+
+
+errors = {label: jax.vmap(lambda t, make=make: error(make, t))(thresholds) for label, make in families.items()}
+figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+plots.plot_curves(
+    {label: (thresholds, curve) for label, curve in errors.items()},
+    axes[0],
+    xlabel="magnitude that is just let through",
+    ylabel="root mean squared error",
+)
+axes[0].axhline(float(jnp.sqrt(jnp.mean((noisy - signal) ** 2))), color="grey", linestyle=":")
+axes[0].set_title("dotted: the noisy vector itself")
+true_entries = np.flatnonzero(signal)
+for label, colour in (("L1", plots.COLOURS[0]), ("L0", plots.COLOURS[1])):
+    best = thresholds[jnp.argmin(errors[label])]
+    estimate = families[label](best).prox(noisy, 1.0)
+    axes[1].scatter(signal[true_entries], estimate[true_entries], s=22, color=colour, label=f"{label}, best threshold")
+axes[1].plot([-6, 6], [-6, 6], color="grey", linestyle=":")
+axes[1].set(xlabel="true entry", ylabel="estimated entry", title="L1 shortens what it keeps")
+axes[1].legend(frameon=False)
+best_error = {label: float(curve.min()) for label, curve in errors.items()}
+print({label: round(value, 3) for label, value in best_error.items()})
+assert best_error["L1"] > 1.5 * best_error["L0"]
+
+# %% [markdown]
+# ## Regression: a prox inside an iteration
+#
+# With a matrix in between, one prox is not enough. For $b \approx A x$ with more unknowns than equations, write the
+# least-squares loss as the package's quadratic. With $H = A^\top A$ and any least-squares solution $c$,
+#
+# $$\tfrac12\|A x - b\|^2 = \tfrac12 \langle x - c,\; H (x - c)\rangle + \text{const},
+# \qquad x \leftarrow \operatorname{prox}_{t p}\bigl(x - t\, H (x - c)\bigr).$$
+#
+# `so.ProximalGradient` is this iteration. `so.Maiht` adds a monotone acceleration: with `L1` it is a monotone FISTA,
+# with `L0` the mAIHT of language-model pruning. Both run in the same `so.solve`, which holds the loop and the stopping
+# rule.
+
+# %%
+rows, columns, nonzeros = 120, 400, 12
+A = rng.normal(size=(rows, columns)) / np.sqrt(rows)
+truth = np.zeros(columns)
+truth[rng.choice(columns, nonzeros, replace=False)] = rng.choice([-1, 1], nonzeros) * rng.uniform(1, 3, nonzeros)
+b = A @ truth + 0.1 * rng.normal(size=rows)
+
+center = jnp.asarray(np.linalg.lstsq(A, b)[0], jnp.float32)
+loss = so.Quadratic(hessian=jnp.asarray(A.T @ A, jnp.float32), center=center)
+zero = jnp.zeros(columns, jnp.float32)
+lasso = {
+    name: so.solve(so.Problem(loss, so.L1(0.1)), solver, zero, tol=1e-6, history=True).check()
+    for name, solver in (("ProximalGradient", so.ProximalGradient()), ("Maiht", so.Maiht()))
+}
+for name, solution in lasso.items():
+    print(f"{name:17s} {int(solution.steps):4d} steps, objective {float(solution.objective):.6f}")
+
+# %%
+figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+lowest = min(float(jnp.nanmin(solution.history.objective)) for solution in lasso.values())
+plots.plot_history(lasso, "objective", axis, reference=lowest)
+_ = axis.set_title("the lasso: acceleration saves half of the steps")
+# %% [markdown]
+# A `Solution` knows how it ended: `.check()` raises where the tolerance was not met and says what to try, and
+# `.status`, `.steps`, `.objective`, `.residual` tell the rest.
+#
+# ### A whole path at once
+#
+# Solvers, penalties and problems are JAX pytrees, and a weight is a leaf. So `vmap` over weights solves forty lassos in
+# one compiled program, each lane stopping on its own.
+
+# %%
+weights = jnp.geomspace(0.003, 1.5, 40)
+
+
+@jax.jit
+@jax.vmap
+def solve_path(weight):
+    """The lasso for one weight."""
+    return so.solve(so.Problem(loss, so.L1(weight)), so.Maiht(), zero, tol=1e-5, max_steps=3000)
+
+
+path = solve_path(weights).check()
+figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
+for column in np.flatnonzero(truth == 0):
+    axis.plot(weights, path.value[:, column], color="0.8", linewidth=0.6)
+for column in np.flatnonzero(truth):
+    (line,) = axis.plot(weights, path.value[:, column], color=plots.COLOURS[0], linewidth=1.4)
+    axis.plot(weights[0], truth[column], "o", color="black", markersize=4)
+axis.set(xscale="log", xlabel="weight of L1", ylabel="coefficient")
+_ = axis.set_title("lasso path: true coefficients (blue, dots: truth) and the other 388 (grey)")
+# %% [markdown]
+# ### Hard thresholding, and why its start matters
+#
+# With `L0` the problem is not convex: the iteration ends at a point where no small move helps, and which one depends on
+# the start. The lasso's answer is a good start, because it already holds the true support among its non-zeros.
+
+# %%
+problem = so.Problem(loss, so.L0(0.1))
+starts = {"zero": zero, "least squares": center, "lasso": lasso["Maiht"].value}
+l0 = {name: so.solve(problem, so.Maiht(), start, tol=1e-6, max_steps=3000).check() for name, start in starts.items()}
+support = truth != 0
+for name, solution in l0.items():
+    kept = np.asarray(solution.value != 0)
+    print(
+        f"from {name:14s} objective {float(solution.objective):.3f}, {kept.sum():2d} non-zeros, "
+        f"{(kept & support).sum():2d} of {nonzeros} true ones"
+    )
+assert float(l0["lasso"].objective) == min(float(solution.objective) for solution in l0.values())
+
+# %% [markdown]
+# What is left is a least-squares fit on the support that was found. `so.Refit` solves it by conjugate gradients; in the
+# language of penalties the support is the indicator `so.Support(mask)`. The lasso's support can be refitted too. That
+# removes its bias, but its false entries, no longer held down, then fit the noise: the error grows.
+
+# %%
+
+
+def refit(start):
+    """The least-squares fit on the support of a start."""
+    return so.solve(so.Problem(loss, so.Support(start != 0)), so.Refit(), start, tol=1e-5, max_steps=500).value
+
+
+estimates = {
+    "lasso": lasso["Maiht"].value,
+    "lasso, refitted": refit(lasso["Maiht"].value),
+    "L0 from lasso, refitted": refit(l0["lasso"].value),
+}
+figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
+for axis, (name, estimate) in zip(axes, estimates.items(), strict=True):
+    estimate = np.asarray(estimate)
+    distance = np.linalg.norm(estimate - truth) / np.linalg.norm(truth)
+    axis.vlines(np.flatnonzero(estimate), 0, estimate[estimate != 0], color=plots.COLOURS[0])
+    axis.plot(np.flatnonzero(support), truth[support], "o", color="black", markersize=4)
+    axis.set(xlabel="coefficient number", title=f"{name}\n{(estimate != 0).sum()} non-zeros, error {distance:.1%}")
+_ = axes[0].set_ylabel("coefficient (dots: truth)")
+
+# %% [markdown]
+# ## What to remember
+#
+# * A penalty is two functions, `value(x)` and `prox(x, step)`; the prox makes the zeros, exactly.
+# * `L1` is convex and biased; `L0` is unbiased and depends on its start; `MCP` and `SCAD` lie between.
+# * `so.solve(so.Problem(loss, penalty), solver, x0)` does the rest, for every penalty.
+#
+# Next: penalties on the *differences* of a signal, in [trend filtering](02_trend_filtering.ipynb).

@@ -1,0 +1,120 @@
+"""The notebooks' sources are the `.py` files beside this one; here they become `.ipynb` files, and run.
+
+    python notebooks/build.py pair                          write the .ipynb files, without outputs
+    python notebooks/build.py run --output DIR [NAME ...]   execute all, or those named, into DIR/*.ipynb
+
+`pair` gives the same bytes for the same source, so the pairs can be compared (`tests/test_notebooks.py`).
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+
+FOLDER = Path(__file__).resolve().parent
+METADATA = {
+    "jupytext": {"formats": "ipynb,py:percent"},
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+CELL_SECONDS = 1200
+COLOUR_CODES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def sources(names: list[str] | None = None) -> list[Path]:
+    """The notebooks' sources in order: all, or those whose file name begins with one of the names.
+
+    Raises:
+        ValueError: for a name that fits none.
+    """
+    found = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+    for name in names or []:
+        if not any(source.stem.startswith(Path(name).stem) for source in found):
+            raise ValueError(f"no notebook begins with {name!r}; there are {', '.join(s.stem for s in found)}")
+    return [s for s in found if not names or any(s.stem.startswith(Path(name).stem) for name in names)]
+
+
+def notebook(source: Path) -> Any:
+    """A source as a notebook without outputs, its cells numbered instead of given random ids."""
+    made = jupytext.read(source, fmt="py:percent")
+    for index, cell in enumerate(made.cells):
+        cell["id"] = f"cell-{index:02d}"
+        cell["metadata"] = {}
+    return nbformat.from_dict({"cells": made.cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5})
+
+
+def paired_text(source: Path) -> str:
+    """The `.ipynb` file of a source."""
+    made = notebook(source)
+    nbformat.validate(made)
+    return nbformat.writes(made).rstrip("\n") + "\n"
+
+
+def pair() -> None:
+    """Write every `.ipynb` file."""
+    for source in sources():
+        target = source.with_suffix(".ipynb")
+        target.write_text(paired_text(source), encoding="utf-8")
+        print(target)
+
+
+def run(output: Path, names: list[str]) -> int:
+    """Execute notebooks into a folder, each in an empty working directory; the number of those that failed."""
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    # Pictures belong into the notebook, whatever backend the shell asks for.
+    os.environ.pop("MPLBACKEND", None)
+    output.mkdir(parents=True, exist_ok=True)
+    failed, start = 0, time.perf_counter()
+    for source in sources(names):
+        made, began = notebook(source), time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="sparseopt-notebook-") as empty:
+            client = NotebookClient(
+                made,
+                timeout=CELL_SECONDS,
+                kernel_name="python3",
+                extra_arguments=["--log-level=ERROR"],
+                resources={"metadata": {"path": empty}},
+            )
+            error = None
+            try:
+                client.execute()
+            except (CellExecutionError, CellTimeoutError, DeadKernelError) as raised:
+                error, failed = raised, failed + 1
+        target = output / f"{source.stem}.ipynb"
+        nbformat.write(made, target)
+        print(f"{target}: {time.perf_counter() - began:.1f} s, {'FAILED' if error else 'ok'}", flush=True)
+        if error:
+            print(COLOUR_CODES.sub("", str(error)), file=sys.stderr, flush=True)
+    print(f"all: {time.perf_counter() - start:.1f} s, {failed} failed")
+    return failed
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("pair", help="write the .ipynb files without outputs")
+    runner = commands.add_parser("run", help="execute notebooks")
+    runner.add_argument("--output", type=Path, required=True, help="folder for the executed notebooks")
+    runner.add_argument("names", nargs="*", help="notebooks by the beginning of their names, such as 02; default: all")
+    given = parser.parse_args()
+    if given.command == "pair":
+        pair()
+        return 0
+    try:
+        return 1 if run(given.output, given.names) else 0
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

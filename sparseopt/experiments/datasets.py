@@ -1,0 +1,281 @@
+"""Floor 7: pictures and graphs that lie inside pip packages, read from their files without a download.
+
+| name | what | package | terms |
+|---|---|---|---|
+| camera, coffee, chelsea | photographs | scikit-image | CC0 by the photographers |
+| astronaut | photograph | scikit-image | NASA, no known restrictions |
+| hubble_deep_field | astronomy | scikit-image | NASA, may be used freely |
+| retina | medicine: eye ground, colour | scikit-image | CC0 |
+| microaneurysms | medicine: eye ground, green channel | scikit-image | CC0 |
+| immunohistochemistry | medicine: stained colon tissue | scikit-image | no known restrictions |
+| shepp_logan_phantom | medicine: test phantom of a head | scikit-image, BSD-3 | no terms of its own |
+| counties | graph: US counties, unemployment in 2009 | bokeh-sampledata | public domain, see below |
+| minnesota | graph: roads of Minnesota | pygsp | BSD-3; David Gleich, MatlabBGL |
+
+The terms of scikit-image's pictures are in the docstrings of `skimage.data`. Those of the counties are in the
+licence folder of the wheel (`datasets.json`, `geographic-boundaries.txt`): the rates are public domain, from the US
+Bureau of Labor Statistics; the outlines are free to use with acknowledgement, from the US Census Bureau's
+TIGER/Line Shapefiles of about 2009. The package itself is BSD-3.
+"""
+
+import csv
+import dataclasses
+import gzip
+import importlib.resources
+import importlib.util
+import io
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+from scipy import sparse
+
+from sparseopt.experiments.names import suggest
+from sparseopt.experiments.task import Strict
+from sparseopt.trend.graph import Graph
+
+PICTURES = (
+    "camera",
+    "coffee",
+    "chelsea",
+    "astronaut",
+    "hubble_deep_field",
+    "retina",
+    "microaneurysms",
+    "immunohistochemistry",
+    "shepp_logan_phantom",
+)
+GRAPHS = ("counties", "minnesota")
+# bokeh-sampledata asks for pandas, shapely and more, of which its files need nothing.
+INSTALL = {
+    "skimage": "pip install scikit-image",
+    "bokeh_sampledata": "pip install --no-deps bokeh-sampledata",
+    "pygsp": "pip install --no-deps pygsp",
+}
+NOT_CONTIGUOUS = frozenset({"AK", "HI", "PR", "AS", "GU", "MP", "VI"})
+# Boundaries are stored to five decimals of a degree, about a metre.
+PLACES = 1e5
+# One common point is a corner where four counties meet, two are a border.
+BORDER_POINTS = 2
+
+
+class Picture(Strict):
+    """A picture, or a part of it, in grey levels 0..255.
+
+    Attributes:
+        name: one of `PICTURES`.
+        crop: first row, first column, height and width of the part to take.
+        size: rows and columns to scale (the part of) the picture to, with smoothing against aliases.
+        grey: one channel, by luminance.
+    """
+
+    name: str = "camera"
+    crop: tuple[int, int, int, int] | None = None
+    size: int | tuple[int, int] | None = None
+    grey: bool = False
+
+    def check(self) -> None:
+        """Look for the name and the package.
+
+        Raises:
+            ValueError: if one of them is missing.
+        """
+        if self.name not in PICTURES:
+            raise ValueError(f"there is no picture {self.name!r}: {suggest(self.name, PICTURES)}")
+        require("skimage")
+
+    def load(self) -> np.ndarray:
+        """`[height, width]` or `[height, width, channels]`, float64.
+
+        Raises:
+            ValueError: for an unknown name, a missing package, or a crop beyond the borders.
+        """
+        self.check()
+        import skimage.data
+        from skimage.color import rgb2gray
+        from skimage.transform import resize
+
+        stored = getattr(skimage.data, self.name)()
+        image = np.asarray(stored, np.float64) * (255.0 if stored.dtype.kind == "f" else 1.0)
+        if self.crop is not None:
+            top, left, height, width = self.crop
+            if min(top, left) < 0 or min(height, width) < 1 or top + height > image.shape[0] or (
+                left + width > image.shape[1]
+            ):  # fmt: skip
+                raise ValueError(f"the crop {self.crop} leaves {self.name}, which is {image.shape[:2]}")
+            image = image[top : top + height, left : left + width]
+        if self.grey and image.ndim == 3:
+            image = rgb2gray(image[..., :3])
+        if self.size is not None:
+            sizes = (self.size, self.size) if isinstance(self.size, int) else self.size
+            image = resize(image, (*sizes, *image.shape[2:]), order=1, anti_aliasing=True, preserve_range=True)
+        return image
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphData:
+    """A graph in the plane.
+
+    Attributes:
+        graph: its nodes in the order of everything else here.
+        positions: `[n, 2]`, x and y.
+        signal: `[n]`, NaN where nothing was observed; None if there is no measured signal.
+        unit: of the signal.
+        names: one a node, or empty.
+        polygons: for each node the rings of its outline, `[points, 2]` each; empty where nodes are points.
+    """
+
+    graph: Graph
+    positions: np.ndarray
+    signal: np.ndarray | None = None
+    unit: str = ""
+    names: tuple[str, ...] = ()
+    polygons: tuple[tuple[np.ndarray, ...], ...] = ()
+
+
+class GraphSource(Strict):
+    """A graph by name.
+
+    Attributes:
+        name: one of `GRAPHS`.
+        states: of the counties, postal abbreviations; empty for the 48 contiguous states and the capital.
+    """
+
+    name: Literal["counties", "minnesota"] = "counties"
+    states: tuple[str, ...] = Field(default=())
+
+    def check(self) -> None:
+        """Look for the package.
+
+        Raises:
+            ValueError: if it is missing, or for states of a graph without any.
+        """
+        if self.states and self.name != "counties":
+            raise ValueError(f"only the counties have states, given {self.states} with {self.name}")
+        require("bokeh_sampledata" if self.name == "counties" else "pygsp")
+
+    def load(self) -> GraphData:
+        """The graph and what belongs to it."""
+        self.check()
+        return load_counties(self.states) if self.name == "counties" else load_minnesota()
+
+
+def require(package: str) -> Path:
+    """The folder of an installed package, which is not imported.
+
+    Raises:
+        ValueError: if it is not installed, with the command that installs it.
+    """
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise ValueError(f"the data needs the package {package}: {INSTALL[package]}")
+    return Path(found.origin).parent
+
+
+def load_counties(states: tuple[str, ...] = ()) -> GraphData:
+    """Counties joined where their outlines share two points or more, with the unemployment rate of 2009 in percent.
+
+    One outline of the source, Caldwell County in Missouri, is too coarse to share a point: it stays alone.
+
+    Args:
+        states: postal abbreviations; empty for the 48 contiguous states and the capital.
+
+    Raises:
+        ValueError: for an unknown state, a missing package, or a file of another layout.
+    """
+    folder = require("bokeh_sampledata") / "_data"
+    wanted = {state.upper() for state in states}
+    # immutable: the folder may not be writable, and SQLite would look for a journal there.
+    with sqlite3.connect(f"{(folder / 'geographic_boundaries.db').as_uri()}?immutable=1", uri=True) as database:
+        rows = database.execute("SELECT id, state, metadata, geometry FROM us_counties ORDER BY id").fetchall()
+    database.close()
+    known = {row[1] for row in rows}
+    if wanted - known:
+        raise ValueError(f"no counties of {', '.join(sorted(wanted - known))}; known are {', '.join(sorted(known))}")
+    rows = [row for row in rows if (row[1] in wanted if wanted else row[1] not in NOT_CONTIGUOUS)]
+    rings = [list(_rings(row[3])) for row in rows]
+    # A city in the midst of a county borders on its hole; drawn after it, the city covers the filled outline.
+    outlines = [tuple(ring for hole, ring in parts if not hole) for parts in rings]
+    rates = _rates(folder / "unemployment09.csv.gz")
+    return GraphData(
+        graph=Graph.from_edges(_borders([[ring for _, ring in parts] for parts in rings]), len(rows)),
+        positions=np.stack([_centroid(parts) for parts in outlines]),
+        signal=np.array([rates.get(row[0], np.nan) for row in rows]),
+        unit="unemployment rate in %",
+        names=tuple(json.loads(row[2])["detailed_name"] for row in rows),
+        polygons=tuple(outlines),
+    )
+
+
+def _rates(file: Path) -> dict[str, float]:
+    """Percent by the county's five-digit code."""
+    with gzip.open(file, "rt", encoding="utf-8") as stream:
+        return {row[1] + row[2]: float(row[8]) for row in csv.reader(stream)}
+
+
+def _rings(blob: bytes) -> Iterator[tuple[bool, np.ndarray]]:
+    """The rings of a polygon or multipolygon in little-endian well-known binary, and whether each is a hole."""
+
+    def number(place: int) -> int:
+        return int.from_bytes(blob[place : place + 4], "little")
+
+    kind = number(1)
+    if blob[0] != 1 or kind not in (3, 6):
+        raise ValueError(f"county outlines are polygons in little-endian WKB, found kind {kind}")
+    polygons, place = (1, 0) if kind == 3 else (number(5), 9)
+    for _ in range(polygons):
+        ring_count = number(place + 5)
+        place += 9
+        for ring in range(ring_count):
+            points = number(place)
+            yield ring > 0, np.frombuffer(blob, "<f8", 2 * points, place + 4).reshape(points, 2)
+            place += 4 + 16 * points
+
+
+def _borders(rings: list[list[np.ndarray]]) -> np.ndarray:
+    """Pairs of areas whose outlines have at least two points in common, `[m, 2]`."""
+    points = [np.unique(np.rint(np.concatenate(parts) * PLACES).astype(np.int64), axis=0) for parts in rings]
+    owner = np.repeat(np.arange(len(points)), [len(p) for p in points])
+    unique, column = np.unique(np.concatenate(points), axis=0, return_inverse=True)
+    touches = sparse.csr_array(
+        (np.ones(owner.size, np.int32), (owner, column.reshape(-1))), shape=(len(points), len(unique))
+    )
+    shared = sparse.triu(touches @ touches.T, 1).tocoo()
+    border = shared.data >= BORDER_POINTS
+    return np.stack([shared.row[border], shared.col[border]], axis=1).astype(np.int64)
+
+
+def _centroid(parts: tuple[np.ndarray, ...]) -> np.ndarray:
+    """The centroid of the largest ring's area (the shoelace formula)."""
+
+    def moments(ring: np.ndarray) -> tuple[float, np.ndarray]:
+        middle = ring.mean(axis=0)
+        here, there = ring[:-1] - middle, ring[1:] - middle
+        cross = here[:, 0] * there[:, 1] - there[:, 0] * here[:, 1]
+        area = cross.sum() / 2
+        return abs(area), middle + (cross[:, None] * (here + there)).sum(axis=0) / (6 * area if area else np.inf)
+
+    return max((moments(ring) for ring in parts), key=lambda found: found[0])[1]
+
+
+def load_minnesota() -> GraphData:
+    """2,642 crossings joined by 3,304 roads, with one road added that joins the two components.
+
+    Positions are degrees of longitude and latitude; there is no measured signal.
+
+    Raises:
+        ValueError: without the package.
+    """
+    from scipy.io import loadmat
+
+    file = require("pygsp") / "data" / "pointclouds" / "minnesota.mat"
+    stored = loadmat(io.BytesIO(file.read_bytes()))
+    upper = sparse.triu(stored["A"], 1).tocoo()
+    edges = np.stack([upper.row, upper.col], axis=1).astype(np.int64)
+    # The road that pygsp adds as well: the file has one part of two crossings that nothing joins to the rest.
+    edges = np.concatenate([edges, [[348, 354]]])
+    return GraphData(Graph.from_edges(edges, len(stored["xy"])), np.asarray(stored["xy"], np.float64))

@@ -1,0 +1,222 @@
+"""Floor 7: the task `convergence`: how far above the optimum each method is, after steps and after seconds.
+
+    loss of a step = (P(b_t) - P*) / P*,    P* from a solve with a relative duality gap of 1e-9 in float64
+
+Steps and seconds are found in two passes over the same iterates. The first looks at the objective after every
+step; the second only runs, with a check at every fifth step as in use, and the clock is read where the device has
+finished. Source of the comparison: Bu, Wu, Zuo, "Doge-ADMM", figures 5 and 6.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+from sparseopt.core.penalties import Norm
+from sparseopt.core.solve import Problem, solve
+from sparseopt.experiments.baselines import Method, NestedAdmm, Settings, assemble
+from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Strict
+from sparseopt.experiments.task_trend import PictureTask, by_subject, method_label
+from sparseopt.trend.filter import precision, trend_filter
+
+OPTIMUM_GAP = 1e-9
+LEVELS = ("1e-2", "1e-3", "1e-4", "1e-6")
+CADENCE = 5
+# The clock is read after 5, 10, 15, ... steps, then at steps this factor apart: a look costs a call from the host.
+LOOK_FACTOR = 1.1
+
+
+class Contender(Strict):
+    """A method that takes part.
+
+    Attributes:
+        method: see `baselines`.
+        settings: "tuned" or "published".
+    """
+
+    method: Method = "doge"
+    settings: Settings = "tuned"
+
+    @property
+    def label(self) -> str:
+        """For legends."""
+        return method_label(self.method, self.settings)
+
+
+class Convergence(PictureTask):
+    """Run methods on one noisy picture and record the loss after every step, and the seconds.
+
+    Attributes:
+        contenders: the methods.
+        tol: relative duality gap at which a method is done.
+        passes: how often the clock runs; at every look the quickest pass counts.
+        against: what the pictures show the loss against.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "steps_to_1e-4", "seconds_to_1e-4", "steps_to_1e-6", "seconds_to_1e-6", "seconds_per_step", "loss",
+    )  # fmt: skip
+    row_by: ClassVar[tuple[str, ...]] = ("method", "settings")
+
+    task: Literal["convergence"]
+    contenders: list[Contender] = Field(default=[Contender(), Contender(method="admm")], min_length=1)
+    tol: float = Field(default=1e-7, gt=0)
+    passes: int = Field(default=3, ge=1)
+    against: list[Literal["seconds", "steps"]] = Field(default=["seconds", "steps"], min_length=1)
+
+    def units(self) -> list[str]:
+        """A contender each."""
+        return [f"{c.method}-{c.settings}" for c in self.contenders]
+
+    def check(self) -> None:
+        """The picture is there, the contenders differ, and the penalty has a certified optimum."""
+        super().check()
+        if len(set(self.units())) < len(self.contenders):
+            raise ValueError(f"contenders must differ, given {', '.join(self.units())}")
+        if not isinstance(self.penalty.build(), Norm):
+            raise ValueError(f"the loss needs a certified optimum, which {self.penalty.label} does not have; use l1")
+
+    def estimate(self) -> Estimate:
+        """Compiling and some hundred steps each; nested steps are many."""
+        values = self.picture.load().size
+        nested = sum(c.method in ("fast_admm", "gtf_admm") for c in self.contenders)
+        per_value = 2e-5 * (len(self.contenders) + 4 * nested) * (1 + self.passes)
+        return Estimate(3 * len(self.contenders) + per_value * values, 550 * 2**20 + 1000 * values)
+
+    def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
+        """The optimum, the pass over steps, the passes against the clock."""
+        contender = self.contenders[self.units().index(key)]
+        _, noisy = self.pair(self.seed)
+        graph, penalty = self.grid(), self.penalty.build()
+        observer(0, 0, "the optimum")
+        best = trend_filter(noisy, graph, penalty, self.order, tol=OPTIMUM_GAP, max_steps=100_000).check()
+        optimum = float(best.objective)
+
+        def parts(cadence: int) -> Any:
+            return assemble(
+                noisy, graph, penalty, self.order, contender.method, contender.settings, cadence, self.inner_tol
+            )
+
+        with precision(np.dtype(np.float64)):
+            observer(0, 0, f"{contender.label}, step by step")
+            made = parts(1)
+            first = float(made.solver.measure(made.problem, _start(made.problem, made.solver, made.start)).objective)
+            found = solve(
+                made.problem, made.solver, made.start, tol=jnp.asarray(self.tol), max_steps=self.max_steps, history=True
+            )
+            steps = int(found.steps)
+            objective = np.concatenate([[first], np.asarray(found.history.objective)[:steps]])
+            gap = np.concatenate([[np.nan], np.asarray(found.history.gap)[:steps]])
+            observer(0, 0, f"{contender.label}, {steps} steps against the clock")
+            # A step that holds an optimisation is long enough for a look after each.
+            looks = look_steps(steps, 1 if isinstance(made.solver, NestedAdmm) else CADENCE)
+            seconds = np.min([_clocked(parts(CADENCE), looks) for _ in range(self.passes)], axis=0)
+        loss = (objective - optimum) / optimum
+        np.savez_compressed(
+            folder / f"history-{key}.npz",
+            loss=loss, objective=objective, gap=gap, optimum=optimum, look_steps=looks, look_seconds=seconds,
+        )  # fmt: skip
+        record: Record = {
+            "method": contender.method,
+            "settings": contender.settings,
+            "label": contender.label,
+            "algorithm": made.algorithm,
+            "optimum": optimum,
+            "steps": steps,
+            "seconds": float(seconds[-1]),
+            "seconds_per_step": float(seconds[-1] / looks[-1]),
+            "loss": float(loss[-1]),
+            "gap": float(gap[-1]),
+        }
+        for level in LEVELS:
+            reached = np.flatnonzero(loss <= float(level))
+            looked = np.flatnonzero(loss[looks] <= float(level))
+            record[f"steps_to_{level}"] = int(reached[0]) if reached.size else None
+            record[f"seconds_to_{level}"] = float(seconds[looked[0]]) if looked.size else None
+        return record
+
+    @classmethod
+    def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
+        """Loss against seconds and against steps, a row a problem; runs on the same problem share a row."""
+        shown = [run for run in runs if run.records and isinstance(run.task, Convergence)]
+        return {"convergence": _draw(shown)} if shown else {}
+
+
+def look_steps(steps: int, apart: int) -> np.ndarray:
+    """0, then rising multiples of `apart`, near to a constant factor from each other, then `steps`."""
+    looks = [0]
+    while looks[-1] + apart < steps:
+        looks.append(max(looks[-1] + apart, round(looks[-1] * LOOK_FACTOR / apart) * apart))
+    return np.array([*(look for look in looks if look < steps), steps])
+
+
+@jax.jit
+def _start(problem: Problem, solver: Any, start: Any) -> Any:
+    return solver.init(problem, start)
+
+
+@jax.jit
+def _advance(problem: Problem, solver: Any, state: Any, count: Any) -> Any:
+    return jax.lax.fori_loop(0, count, lambda _, s: solver.step(problem, s), state)
+
+
+def _clocked(made: Any, looks: np.ndarray) -> np.ndarray:
+    """Seconds from the start to each look, compilation excluded."""
+    state = jax.block_until_ready(_start(made.problem, made.solver, made.start))
+    jax.block_until_ready(_advance(made.problem, made.solver, state, 1))
+    seconds = [0.0]
+    start = time.perf_counter()
+    for count in np.diff(looks):
+        state = jax.block_until_ready(_advance(made.problem, made.solver, state, int(count)))
+        seconds.append(time.perf_counter() - start)
+    return np.array(seconds)
+
+
+def _draw(runs: Sequence[FinishedRun]) -> Any:
+    """Problems side by side if each has one picture, else below each other."""
+    import matplotlib.pyplot as plt
+
+    problems = list(by_subject([run.task for run in runs], lambda task: task.subject).items())
+    kinds = list(dict.fromkeys(kind for run in runs for kind in run.task.against))  # type: ignore[attr-defined]
+    rows, columns = (1, len(problems)) if len(kinds) == 1 else (len(problems), len(kinds))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(max(5.6 * columns, 8), 4.3 * rows + 0.4), squeeze=False, layout="constrained"
+    )
+    panels = [(places, subject, kind) for subject, places in problems for kind in kinds]
+    for axis, (places, subject, kind) in zip(axes.ravel(), panels, strict=True):
+        _draw_losses([runs[place] for place in places], kind, axis)
+        axis.set_title(subject, fontsize=10)
+    # One legend serves panels with the same lines, and covers none of them.
+    handles, labels = axes.ravel()[0].get_legend_handles_labels()
+    if all(axis.get_legend_handles_labels()[1] == labels for axis in axes.ravel()):
+        for axis in axes.ravel():
+            axis.get_legend().remove()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, handlelength=2.8)
+    return axes
+
+
+def _draw_losses(runs: Sequence[FinishedRun], kind: str, axis: Any) -> None:
+    from sparseopt.experiments import plots
+
+    curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for run in runs:
+        for record in run.records:
+            with np.load(run.folder / f"history-{record['unit']}.npz") as stored:
+                loss, looks, seconds = stored["loss"], stored["look_steps"], stored["look_seconds"]
+            x, y = (np.arange(loss.size), loss) if kind == "steps" else (seconds, loss[looks])
+            # The start is at 0 seconds, which a log axis has no place for; a loss of 0 is the optimum.
+            kept = (y > 0) & ((x > 0) | (kind == "steps"))
+            label, again = record["label"], 2
+            while label in curves:
+                label, again = f"{record['label']} ({again})", again + 1
+            if kept.any():
+                curves[label] = (x[kept], y[kept])
+    plots.plot_curves(
+        curves, axis, xlabel="time (s)" if kind == "seconds" else "iteration",
+        ylabel="(loss − optimum) / optimum", logx=kind == "seconds", logy=True,
+    )  # fmt: skip

@@ -1,0 +1,201 @@
+"""Floor 7: the task `denoise`: a picture, noise, a trend filter; how long it takes and what it recovers.
+
+Source of the comparison: Bu, Wu, Zuo, "Doge-ADMM", section 3.1 and table 1.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import numpy as np
+from pydantic import Field
+
+from sparseopt.core.solve import Solution, Status
+from sparseopt.experiments.baselines import Method, Settings, Stop, algorithm_of, fit
+from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record
+from sparseopt.experiments.task_trend import METHOD_NAMES, PictureTask, by_subject, method_label
+from sparseopt.trend.images import psnr
+
+# Seconds of a fit for each value, on two cores in float64 at a gap of 1e-4.
+FIT_SECONDS, NESTED_FIT_SECONDS = 1e-5, 5e-5
+PICTURES_SHOWN = 6
+
+
+class Denoise(PictureTask):
+    """Add noise to a picture and fit a trend, several times with fresh noise.
+
+    Attributes:
+        method: "auto", "doge", "admm", "gtf_admm" or "fast_admm"; see `baselines`.
+        settings: "tuned" as `trend_filter` chooses them, or "published": rho = 1, no relaxation.
+        stop: "gap" for the relative duality gap, or "change" for the relative change of the fit in one step.
+        tol: what the stopping rule compares with.
+        repeats: each with noise of its own, from `seed`, `seed + 1`, ...
+        dtype: of the computation.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "seconds", "objective", "steps", "steps_per_second", "gap", "psnr_before", "psnr_after",
+    )  # fmt: skip
+
+    task: Literal["denoise"]
+    method: Method = "auto"
+    settings: Settings = "tuned"
+    stop: Stop = "gap"
+    tol: float = Field(default=1e-4, gt=0)
+    repeats: int = Field(default=1, ge=1)
+    dtype: Literal["float64", "float32"] = "float64"
+
+    @property
+    def label(self) -> str:
+        """For bars."""
+        return method_label(self.method, self.settings)
+
+    def units(self) -> list[str]:
+        """A repeat each."""
+        return [f"repeat-{index}" for index in range(self.repeats)]
+
+    def estimate(self) -> Estimate:
+        """Compiling, then fits in proportion to the size of the picture."""
+        values = self.picture.load().size
+        nested = algorithm_of(self.method, self.grid(), self.order) == "fast_admm"
+        each = 0.05 + (NESTED_FIT_SECONDS if nested else FIT_SECONDS) * values
+        return Estimate(2.5 + self.repeats * each, 450 * 2**20 + 600 * values)
+
+    def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
+        """One fit to compile, with the fewest steps, one for the clock."""
+        index = self.units().index(key)
+        clean, noisy = self.pair(self.seed + index)
+        graph = self.grid()
+        penalty = self.penalty.build()
+
+        def run(max_steps: int) -> tuple[Solution, float]:
+            start = time.perf_counter()
+            found = fit(
+                noisy.astype(self.dtype), graph, penalty, self.order, self.method, settings=self.settings,
+                stop=self.stop, tol=self.tol, max_steps=max_steps, inner_tol=self.inner_tol, dtype=self.dtype,
+            )  # fmt: skip
+            jax.block_until_ready(found.value)
+            return found, time.perf_counter() - start
+
+        observer(0, 0, f"{self.label}, compiling")
+        _, compile_seconds = run(1)
+        observer(0, 0, f"{self.label}, {noisy.size} values")
+        solution, seconds = run(self.max_steps)
+        value = np.asarray(solution.value, np.float64).reshape(noisy.shape)
+        if index == 0:
+            np.savez_compressed(
+                folder / f"picture-{key}.npz",
+                clean=clean.astype(np.float32), noisy=noisy.astype(np.float32), fitted=value.astype(np.float32),
+            )  # fmt: skip
+        state = getattr(solution.state, "state", solution.state)
+        steps = int(solution.steps)
+        return {
+            "label": self.label,
+            "algorithm": algorithm_of(self.method, graph, self.order),
+            "seed": self.seed + index,
+            "values": noisy.size,
+            "seconds": seconds,
+            "compile_seconds": compile_seconds,
+            "steps": steps,
+            "steps_per_second": steps / seconds,
+            "inner_steps": int(getattr(state, "inner_steps", 0)),
+            "objective": float(solution.objective),
+            "gap": float(solution.gap),
+            "status": Status(int(solution.status)).name,
+            "mse_before": float(np.mean((noisy - clean) ** 2)),
+            "mse_after": float(np.mean((value - clean) ** 2)),
+            "psnr_before": psnr(noisy, clean),
+            "psnr_after": psnr(value, clean),
+        }
+
+    @classmethod
+    def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
+        """Before, after and the truth for every problem; over several runs also the times of the methods."""
+        pictures: dict[str, Any] = {}
+        shown = [run for run in runs if run.records and isinstance(run.task, Denoise)]
+        first = [shown[places[0]] for places in by_subject([r.task for r in shown], lambda t: t.subject).values()]
+        if first:
+            pictures["pictures"] = _draw_pictures(first[:PICTURES_SHOWN])
+        if any(len(places) > 1 for places in by_subject([r.task for r in shown], _race).values()):
+            pictures["seconds"] = _draw_seconds(shown)
+        return pictures
+
+
+def _draw_pictures(runs: Sequence[FinishedRun]) -> Any:
+    """A row a problem: the picture, with noise, fitted."""
+    import matplotlib.pyplot as plt
+
+    from sparseopt.experiments import plots
+
+    stored = []
+    for run in runs:
+        with np.load(run.folder / f"picture-{run.records[0]['unit']}.npz") as arrays:
+            stored.append({name: arrays[name] for name in ("clean", "noisy", "fitted")})
+    tall = [images["clean"].shape[0] / images["clean"].shape[1] for images in stored]
+    _, axes = plt.subplots(
+        len(runs), 3, figsize=(10.5, sum(3.4 * ratio + 0.5 for ratio in tall) + 0.4), height_ratios=tall,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for row, run, images in zip(axes, runs, stored, strict=True):
+        task, record = run.task, run.records[0]
+        assert isinstance(task, Denoise)
+        titles = {
+            "clean": task.picture.name.replace("_", " "),
+            "noisy": f"noise {task.noise:g}: {record['psnr_before']:.1f} dB",
+            "fitted": f"order {task.order}, {task.penalty.label}: {record['psnr_after']:.1f} dB",
+        }
+        for axis, (name, title) in zip(row, titles.items(), strict=True):
+            plots.plot_image(images[name], axis, title=title, limits=(0, 255))
+    return axes
+
+
+def _draw_seconds(runs: Sequence[FinishedRun]) -> Any:
+    """Bars of the mean time of every method, with the spread over repeats; a panel a problem."""
+    import matplotlib.pyplot as plt
+
+    from sparseopt.experiments import plots
+
+    panels = by_subject([run.task for run in runs], _race)
+    tallest = max(len(places) for places in panels.values())
+    _, axes = plt.subplots(
+        1, len(panels), figsize=(3.2 + 4.4 * len(panels), 1.3 + 0.42 * tallest), sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, (title, places) in zip(axes[0], panels.items(), strict=True):
+        labels = []
+        for height, place in enumerate(places):
+            run = runs[place]
+            assert isinstance(run.task, Denoise)
+            seconds = np.array([record["seconds"] for record in run.records])
+            failed = sum(record["status"] not in ("CONVERGED", "STATIONARY") for record in run.records)
+            labels.append(run.task.label + (f" ({failed} not converged)" if failed else ""))
+            colour = plots.COLOURS[list(METHOD_NAMES).index(run.task.method) % len(plots.COLOURS)]
+            tuned = run.task.settings == "tuned"
+            # Whiskers from the quickest to the slowest: a deviation could reach below 0 on a log axis.
+            low, high = seconds.mean() - seconds.min(), seconds.max() - seconds.mean()
+            axis.barh(
+                height, seconds.mean(), 0.7, color=colour if tuned else "white", edgecolor=colour, linewidth=1.5,
+                xerr=[[low], [high]], capsize=3, ecolor="#333333",
+            )  # fmt: skip
+            axis.annotate(
+                f" {seconds.mean():.3g} s", (seconds.max(), height), va="center", textcoords="offset points",
+                xytext=(3, 0),
+            )  # fmt: skip
+        axis.set_yticks(range(len(labels)), labels)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.margins(x=0.25)
+        axis.set(xlabel="time to the stopping rule (s)", title=title)
+        axis.title.set_fontsize(10)
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _race(task: Any) -> str:
+    """What runs must share for their times to be compared."""
+    rule = "relative duality gap" if task.stop == "gap" else "relative change in a step"
+    return f"{task.subject}\n{rule} {task.tol:.0e}".replace("e-0", "e-")

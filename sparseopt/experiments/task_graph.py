@@ -1,0 +1,208 @@
+"""Floor 7: the task `graph_signal`: a trend filter on a graph in the plane: measured rates, or a truth with noise."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import numpy as np
+from pydantic import Field
+from scipy import sparse
+from scipy.sparse import csgraph
+
+from sparseopt.core.solve import Status
+from sparseopt.experiments.datasets import GraphData, GraphSource
+from sparseopt.experiments.names import PenaltyConfig
+from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
+from sparseopt.experiments.task_trend import by_subject
+from sparseopt.trend.filter import trend_filter
+from sparseopt.trend.graph import Graph
+
+# Neighbours belong to one level if they differ by less than this share of the fit's range.
+LEVEL_SHARE = 1e-4
+
+
+class GraphSignal(Task):
+    """Fit a trend to a signal on a graph.
+
+    Attributes:
+        graph: which.
+        signal: "measured" where the graph has one; "plateaus" (three levels) or "waves" make a truth from the
+            positions, and noise is added to it.
+        noise: standard deviation of that noise, where the truth runs from -1 to 1.
+        hidden: share of the nodes whose values are hidden from the fit and compared with it afterwards.
+        penalty: by name or path.
+        order: k.
+        method: of `trend_filter`.
+        tol: relative duality gap.
+        max_steps: step limit.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "nodes", "edges", "levels", "rmse_before", "rmse_after", "rmse_hidden", "steps", "seconds", "gap", "status",
+    )  # fmt: skip
+
+    task: Literal["graph_signal"]
+    graph: GraphSource = GraphSource()
+    signal: Literal["measured", "plateaus", "waves"] = "measured"
+    noise: float = Field(default=0.3, ge=0)
+    hidden: float = Field(default=0.0, ge=0, lt=1)
+    penalty: PenaltyConfig = PenaltyConfig.model_validate({"name": "l1", "weight": 1.0})
+    order: int = Field(default=0, ge=0, le=3)
+    method: Literal["auto", "doge", "admm"] = "auto"
+    tol: float = Field(default=1e-6, gt=0)
+    max_steps: int = Field(default=50_000, ge=1)
+
+    def units(self) -> list[str]:
+        """One: the fit."""
+        return ["fit"]
+
+    def check(self) -> None:
+        """The package is there, and the graph has the signal."""
+        self.graph.check()
+        if self.signal == "measured" and self.graph.name == "minnesota":
+            raise ValueError("the roads of Minnesota carry no measured signal: take signal=plateaus or signal=waves")
+
+    def estimate(self) -> Estimate:
+        """Compiling and, for the counties, reading and drawing outlines; the fit itself is quick."""
+        return Estimate(8.0 if self.graph.name == "counties" else 4.0, 600 * 2**20)
+
+    def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
+        """One fit to compile, with the fewest steps, one for the clock."""
+        observer(0, 0, f"reading {self.graph.name}")
+        data = self.graph.load()
+        rng = np.random.default_rng(self.seed)
+        truth = None if self.signal == "measured" else _truth(data.positions, self.signal)
+        if truth is None:
+            assert data.signal is not None
+            observed = data.signal
+        else:
+            observed = truth + self.noise * rng.standard_normal(truth.shape)
+        # An isolated node has no neighbour to be filled in from.
+        may_hide = np.isfinite(observed) & (data.graph.degrees > 0)
+        hidden = may_hide & (rng.random(observed.size) < self.hidden)
+        seen = np.where(hidden, np.nan, observed)
+        penalty = self.penalty.build()
+
+        def run(max_steps: int) -> tuple[Any, float]:
+            start = time.perf_counter()
+            found = trend_filter(
+                seen, data.graph, penalty, self.order, self.method, self.tol, max_steps, missing="nan"
+            )  # fmt: skip
+            jax.block_until_ready(found.value)
+            return found, time.perf_counter() - start
+
+        observer(0, 0, "compiling")
+        _, compile_seconds = run(1)
+        observer(0, 0, f"fitting {data.graph.num_nodes} nodes")
+        solution, seconds = run(self.max_steps)
+        value = np.asarray(solution.value)
+        extra: dict[str, Any] = {} if truth is None else {"truth": truth}
+        np.savez_compressed(folder / f"signal-{key}.npz", observed=seen, fitted=value, **extra)
+        record: Record = {
+            "nodes": data.graph.num_nodes,
+            "edges": data.graph.num_edges,
+            "missing": int(np.isnan(observed).sum()),
+            "levels": count_levels(data.graph, value),
+            "seconds": seconds,
+            "compile_seconds": compile_seconds,
+            "steps": int(solution.steps),
+            "objective": float(solution.objective),
+            "gap": float(solution.gap),
+            "status": Status(int(solution.status)).name,
+            "apart": _rmse(value, observed),
+        }
+        if truth is not None:
+            record |= {"rmse_before": _rmse(observed, truth), "rmse_after": _rmse(value, truth)}
+        if hidden.any():
+            record["rmse_hidden"] = _rmse(value[hidden], (observed if truth is None else truth)[hidden])
+        return record
+
+    @property
+    def subject(self) -> str:
+        """What is fitted, apart from how."""
+        places = "".join(f"-{state.lower()}" for state in self.graph.states)
+        noise = f"-noise-{self.noise:g}" if self.signal != "measured" else ""
+        hidden = f"-hidden-{self.hidden:g}" if self.hidden else ""
+        return f"{self.graph.name}{places}-{self.signal}{noise}{hidden}"
+
+    @classmethod
+    def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
+        """For each signal the truth if there is one, what was observed, and every run's fit, in the same colours."""
+        shown = [run for run in runs if run.records and isinstance(run.task, GraphSignal)]
+        groups = by_subject([run.task for run in shown], lambda task: f"{task.subject}-seed-{task.seed}")
+        return {
+            f"{name.rpartition('-seed-')[0] if len(groups) == 1 else name}": _draw([shown[place] for place in places])
+            for name, places in groups.items()
+        }
+
+
+def _truth(positions: np.ndarray, kind: str) -> np.ndarray:
+    """A signal in [-1, 1] from places in the plane, `[n]`."""
+    middle, reach = (positions.max(axis=0) + positions.min(axis=0)) / 2, np.ptp(positions, axis=0) / 2
+    x, y = ((positions - middle) / reach).T
+    if kind == "waves":
+        return 0.5 * np.sin(2.5 * x + 0.5) + 0.5 * np.cos(3.0 * y)
+    return np.select([x**2 + (y + 0.3) ** 2 < 0.2, y > 0.25], [1.0, -1.0], 0.0)
+
+
+def _rmse(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.sqrt(np.nanmean((one - other) ** 2)))
+
+
+def count_levels(graph: Graph, value: np.ndarray) -> int:
+    """The number of connected parts on which a signal is constant, to `LEVEL_SHARE` of its range."""
+    ends = value[graph.edges]
+    alike = np.abs(ends[:, 0] - ends[:, 1]) <= LEVEL_SHARE * max(float(np.ptp(value)), 1e-300)
+    joined = graph.edges[alike]
+    adjacency = sparse.coo_array((np.ones(len(joined), bool), tuple(joined.T)), shape=(graph.num_nodes,) * 2)
+    return int(csgraph.connected_components(adjacency, directed=False)[0])
+
+
+def _draw(runs: Sequence[FinishedRun]) -> Any:
+    """Runs on the same signal."""
+    import matplotlib.pyplot as plt
+
+    first = runs[0].task
+    assert isinstance(first, GraphSignal)
+    data = first.graph.load()
+    panels: list[tuple[str, np.ndarray]] = []
+    for run in runs:
+        task, record = run.task, run.records[0]
+        assert isinstance(task, GraphSignal)
+        with np.load(run.folder / f"signal-{record['unit']}.npz") as arrays:
+            stored = {name: arrays[name] for name in arrays}
+        if not panels:
+            if "truth" in stored:
+                panels.append((f"truth: {task.signal}", stored["truth"]))
+            seen = int(np.isfinite(stored["observed"]).sum())
+            noise = f", noise {task.noise:g}" if "truth" in stored else ""
+            panels.append((f"observed: {seen} of {data.graph.num_nodes} nodes{noise}", stored["observed"]))
+        levels = f", {record['levels']} levels" if task.order == 0 else ""
+        panels.append((f"fit: order {task.order}, {task.penalty.label}{levels}", stored["fitted"]))
+    # One colour scale for all; the tails of the noise would wash the rest out.
+    truth = panels[0][1] if panels[0][0].startswith("truth") else None
+    low, high = (truth.min(), truth.max()) if truth is not None else np.nanpercentile(panels[0][1], [1, 99])
+    columns, size = (2, (6.2, 3.5)) if data.polygons else (3 if len(panels) == 3 else 2, (4.8, 4.4))
+    rows = -(-len(panels) // columns)
+    _, axes = plt.subplots(
+        rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.4), squeeze=False, layout="constrained"
+    )
+    for axis in axes.ravel()[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, signal) in zip(axes.ravel(), panels, strict=False):
+        _draw_signal(data, signal, axis, (float(low), float(high)), data.unit or "signal")
+        axis.set_title(title, fontsize=10)
+    return axes.ravel()[: len(panels)]
+
+
+def _draw_signal(data: GraphData, signal: np.ndarray, axis: Any, limits: tuple[float, float], label: str) -> None:
+    from sparseopt.experiments import plots
+
+    if not data.polygons:
+        plots.plot_graph_signal(data.graph, data.positions, signal, axis, limits=limits, label=label)
+    else:
+        plots.plot_regions(data.polygons, signal, axis, limits=limits, label=label)
+    # A degree of longitude is shorter than one of latitude.
+    axis.set_aspect(1 / np.cos(np.deg2rad(np.mean(data.positions[:, 1]))))

@@ -1,0 +1,92 @@
+"""Floor 7: the task `groups`: the groups of rows that Doge-ADMM treats in parallel on a grid, counted and drawn.
+
+Source: Bu, Wu, Zuo, "Doge-ADMM", section 2.3 and figures 2 to 4.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from sparseopt.core.grouping import check_groups
+from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
+from sparseopt.trend.graph import Graph
+
+LARGEST_DRAWN = 400
+
+
+class Groups(Task):
+    """Group the rows of a grid's difference operator, and look whether groups are disjoint and complete.
+
+    Attributes:
+        shape: of the grid.
+        blocks: how many difference factors are treated row by row: B of the paper.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ("groups", "rows", "smallest_group", "largest_group", "disjoint", "complete")
+    row_by: ClassVar[tuple[str, ...]] = ("block",)
+
+    task: Literal["groups"]
+    shape: tuple[int, ...] = Field(default=(8, 8), min_length=1, max_length=2)
+    blocks: list[Literal[1, 2, 3]] = Field(default=[1, 2, 3], min_length=1)
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks_differ(cls, blocks: list[int]) -> list[int]:
+        if len(set(blocks)) < len(blocks):
+            raise ValueError(f"blocks must differ, given {blocks}")
+        return blocks
+
+    def units(self) -> list[str]:
+        """A block each."""
+        return [f"block-{block}" for block in self.blocks]
+
+    def check(self) -> None:
+        """The grid has an edge."""
+        if min(self.shape) < 1 or int(np.prod(self.shape)) < 2:
+            raise ValueError(f"a grid with an edge has two nodes or more, given the shape {self.shape}")
+
+    def estimate(self) -> Estimate:
+        """Products of sparse matrices and, for the pictures, a patch a row."""
+        nodes = int(np.prod(self.shape))
+        return Estimate(1.0 + 2e-5 * nodes, 200 * 2**20 + 2000 * nodes)
+
+    def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
+        """Group the rows, and count every column of every group."""
+        del folder
+        block = self.blocks[self.units().index(key)]
+        observer(0, 0, f"B = {block}")
+        graph = Graph.grid(self.shape)
+        matrix, labels = graph.matrix(block), graph.groups(block)
+        sizes = np.bincount(labels)
+        owner = np.repeat(labels.astype(np.int64), np.diff(matrix.indptr))
+        touched = np.unique(owner * matrix.shape[1] + matrix.indices)
+        return {
+            "block": block,
+            "groups": check_groups(matrix, labels),
+            "rows": matrix.shape[0],
+            "smallest_group": int(sizes.min()),
+            "largest_group": int(sizes.max()),
+            "disjoint": touched.size == matrix.nnz,
+            "complete": int(sizes.sum()) == matrix.shape[0] and bool((labels >= 0).all()),
+        }
+
+    @classmethod
+    def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
+        """A figure for each grid and block, a panel a group; grids too large to see anything are passed over."""
+        from sparseopt.experiments import plots
+
+        pictures: dict[str, Any] = {}
+        for run in runs:
+            assert isinstance(run.task, Groups)
+            if int(np.prod(run.task.shape)) > LARGEST_DRAWN:
+                continue
+            size = "x".join(map(str, run.task.shape))
+            for record in run.records:
+                stem = f"groups-{size}-B{record['block']}"
+                if stem not in pictures:
+                    columns = 8 if record["groups"] > 8 else None
+                    pictures[stem] = plots.plot_groups(run.task.shape, record["block"], columns=columns)
+        return pictures
