@@ -47,7 +47,7 @@ for axis, penalty in zip(axes, (so.L1(1.0), so.L0(1.0)), strict=True):
     chosen = penalty.prox(jnp.float32(x), step)
     best = 0.5 * (chosen - x) ** 2 + step * penalty.value(chosen)
     axis.plot(chosen, best, "o", color="black", label=f"minimum at prox(x) = {float(chosen):.1f}")
-    axis.axvline(x, color="grey", linestyle=":", label=f"x = {x}")
+    axis.vlines(x, 0, 2.7, color="grey", linestyle=":", label=f"x = {x}")
     axis.set(title=type(penalty).__name__, ylim=(0, 4))
     axis.legend(frameon=False, loc="upper center")
 
@@ -73,12 +73,12 @@ for axis, penalty in zip(axes, (so.L1(1.0), so.L0(1.0)), strict=True):
 grid = jnp.linspace(-4, 4, 801)
 penalties = {"L1": so.L1(1.0), "L0": so.L0(1.0), "MCP, γ = 3": so.MCP(1.0, 3.0), "SCAD, a = 3.7": so.SCAD(1.0, 3.7)}
 figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+values = {label: jax.vmap(penalty.value)(grid) for label, penalty in penalties.items()}
+values["L0"] = jnp.where(jnp.abs(grid) < 1e-3, jnp.nan, values["L0"])  # its jump is drawn as a dot
 plots.plot_curves(
-    {label: (grid, jax.vmap(penalty.value)(grid)) for label, penalty in penalties.items()},
-    axes[0],
-    xlabel="u",
-    ylabel="p(u), weight 1",
+    {label: (grid, value) for label, value in values.items()}, axes[0], xlabel="u", ylabel="p(u), weight 1"
 )
+axes[0].plot(0, 0, "o", color=plots.COLOURS[1], zorder=5)
 plots.plot_curves(
     {label: (grid, penalty.prox(grid, 1.0)) for label, penalty in penalties.items()},
     axes[1],
@@ -86,7 +86,7 @@ plots.plot_curves(
     ylabel="prox(x), step 1",
 )
 axes[1].plot(grid, grid, color="grey", linewidth=0.8, linestyle=":", zorder=0)
-axes[0].set_title("penalties")
+axes[0].set_title("penalties (dot: L0 is 0 at 0 only)")
 _ = axes[1].set_title("their proximal operators (dotted: no change)")
 # %% [markdown]
 # Formulas are easy to get wrong by a factor of two, and a picture does not show it. The definition itself is the test:

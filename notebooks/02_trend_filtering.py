@@ -143,7 +143,7 @@ for axis, index, words in zip(axes, (3, 8, 14), ("too small", "about right", "to
     axis.set_title(f"weight {path_weights[index]:.2g}, {words}: {pieces} pieces")
 
 # %% [markdown]
-# All nodes along the path, from every value its own to one value for all. Nodes meet and stay together.
+# Single nodes along the path, from nearly every value its own towards one value for all. Nodes meet and stay together.
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
@@ -260,8 +260,8 @@ errors = {label: rmse(solution.value, field) for label, solution in fits.items()
 assert errors["MCP, order 0"] < errors["L1, order 0"] < rmse(measured, field)
 
 # %% [markdown]
-# The borders here are jumps, so order 0 finds them, and `MCP` leaves them their height. Order 1 would pay twice for a
-# jump, once on each side of it, and smooths across.
+# The borders here are jumps, so order 0 finds them, and `MCP` leaves them their height. Order 1, here too at the
+# weight that suits it best, pays twice for a jump, once on each side of it: it either keeps noise or smooths across.
 #
 # ## What to remember
 #

@@ -45,6 +45,7 @@ def notebook(source: Path) -> Any:
     """A source as a notebook without outputs, its cells numbered instead of given random ids."""
     made = jupytext.read(source, fmt="py:percent")
     for index, cell in enumerate(made.cells):
+        cell["source"] = cell["source"].strip("\n")  # the blank lines that Python wants above a function
         cell["id"] = f"cell-{index:02d}"
         cell["metadata"] = {}
     return nbformat.from_dict({"cells": made.cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5})

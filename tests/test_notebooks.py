@@ -1,0 +1,116 @@
+"""The notebooks: each pair says what its source says, and each runs through and finds what its text promises."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+from tests.models.tiny import random_tensors, tiny_config, write_gguf
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+
+# What an executed notebook must have printed, besides holding every assertion that it makes itself.
+PROMISES = {
+    "01": [
+        r"no grid point beats the prox: L1, L0, MCP, γ = 3, SCAD",
+        r"from lasso +objective .*, 12 of 12 true ones",
+    ],
+    "02": [
+        r"order 2: \d+ steps to a gap of \d\.\de-1\d",
+        r"L1, weight 2: CONVERGED, gap \d\.\de-",
+        r"MCP, weight 2, γ = 1: STATIONARY, gap nan",
+        r"held-out pixels choose \d+\.\d",
+        r"5\d% missing, \d+ steps, gap \d\.\de-05",
+    ],
+    "03": [
+        r"THIS IS NOT SmolLM2-135M",
+        r"mAIHT, best +0\.\d+ +0\.\d+ +0\.5000",
+        r"2:4 +Wanda 0\.\d+ +mAIHT 0\.\d+",
+        r"largest held-out error 0\.\d+ in model\.layers\.\d",
+        r"mAIHT +perplexity +\d+\.\d\d on 3,072 tokens",
+    ],
+    "04": [
+        r"no grid point beats the prox of LogSum",
+        r"L1 +CONVERGED, \d+ steps",
+        r"LogSum +STATIONARY, \d+ steps",
+        r"done +penalty=log_sum\.LogSum: runs/log-sum/",
+        r"'config\.yaml'.*'records\.jsonl'.*'summary\.json'",
+    ],
+    "05": [
+        r"grid 30 × 30 +900 stars +5 groups, at least 5 are needed",
+        r"mAIHT +F = .* steps to within 1e-5 of its own end",
+        r"order 1: best ρ .*, automatic ρ \d+ steps",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def build():
+    """`notebooks/build.py` as a module."""
+    spec = importlib.util.spec_from_file_location("notebooks_build", FOLDER / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_are_five_and_each_has_its_pair():
+    assert [source.stem[:2] for source in SOURCES] == list(PROMISES)
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == [source.stem for source in SOURCES]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem[:2])
+def test_the_pair_is_the_source_byte_for_byte_and_holds_no_output(build, source):
+    pair = source.with_suffix(".ipynb")
+    assert pair.read_text(encoding="utf-8") == build.paired_text(source), "run `python notebooks/build.py pair`"
+    for cell in nbformat.read(pair, as_version=4).cells:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem[:2])
+def test_links_between_notebooks_lead_somewhere(source):
+    for target in re.findall(r"\]\((\S+\.ipynb)\)", source.read_text(encoding="utf-8")):
+        assert (FOLDER / target).with_suffix(".py") in SOURCES
+
+
+def test_the_penalty_of_ones_own_has_at_most_20_lines(build):
+    text = next(cell.source for cell in build.notebook(SOURCES[3]).cells if "\nclass LogSum" in cell.source)
+    definition = text[text.index("@so.pytree") :].rstrip()
+    assert len(definition.splitlines()) <= 20
+
+
+def printed(notebook):
+    """All that its cells wrote to standard output."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+
+
+@pytest.mark.parametrize("number", PROMISES)
+def test_it_runs_and_finds_what_it_promises(number, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
+    if number == "03":
+        # A model in place of SmolLM2 that is too small to take time; then compiling is most of it.
+        config = tiny_config(max_position_embeddings=512)
+        tensors = random_tensors(config, np.random.default_rng(0))
+        environment["SPARSEOPT_MODEL"] = str(write_gguf(tmp_path / "tiny.gguf", config, tensors))
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    command = [sys.executable, FOLDER / "build.py", "run", "--output", tmp_path, number]
+    shell = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert shell.returncode == 0, shell.stderr
+    (file,) = tmp_path.glob("*.ipynb")
+    notebook = nbformat.read(file, as_version=4)
+    for cell in notebook.cells:
+        kinds = {output.output_type for output in cell.get("outputs", [])}
+        assert "error" not in kinds
+        if "plt.subplots(" in cell.source:
+            assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.source
+    text = printed(notebook)
+    for promise in PROMISES[number]:
+        assert re.search(promise, text), f"{promise!r} is not in what the notebook printed:\n{text}"
