@@ -8,7 +8,7 @@ A sweep lists settings to vary by dotted key: `grid` takes every combination, `l
 import itertools
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ def expand(values: dict[str, Any], lines: Mapping[Location, int] | None = None, 
     values["task"] = near
     task_class = find_task(near)
     runs: dict[str, Run] = {}
+    identities = [_identity(settings, _short) for settings in combinations]
     for settings in combinations:
         resolved = _deep_copy(values)
         for key, value in settings.items():
@@ -102,7 +103,9 @@ def expand(values: dict[str, Any], lines: Mapping[Location, int] | None = None, 
                 place: Location = ("sweep", "grid", swept) if swept and swept in (values_grid or ()) else location
                 mistakes[(place, text)] = None
             continue
-        identity = ",".join(f"{key}={_short(value)}" for key, value in settings.items())
+        identity = _identity(settings, _short)
+        if identities.count(identity) > 1:
+            identity = _identity(settings, _long)
         if identity in runs:
             mistakes[(("sweep",), f"the run {identity} appears twice")] = None
         runs[identity] = Run(identity, settings, task)
@@ -260,6 +263,17 @@ def _report(mistakes: Mapping[tuple[Location, str], None], lines: Mapping[Locati
 def _path(place: Location) -> str:
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     return text.removeprefix(".")
+
+
+def _identity(settings: Mapping[str, Any], word: Callable[[Any], str]) -> str:
+    return ",".join(f"{key}={word(value)}" for key, value in settings.items())
+
+
+def _long(value: Any) -> str:
+    """As `_short`, with all settings of a block: for blocks of one name that differ in the rest."""
+    if not isinstance(value, dict):
+        return _short(value)
+    return "+".join([_short(value), *(f"{key}_{_long(inner)}" for key, inner in value.items() if key != "name")])
 
 
 def _short(value: Any) -> str:

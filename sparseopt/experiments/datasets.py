@@ -18,6 +18,7 @@ Bureau of Labor Statistics; the outlines are free to use with acknowledgement, f
 TIGER/Line Shapefiles of about 2009. The package itself is BSD-3.
 """
 
+import contextlib
 import csv
 import dataclasses
 import gzip
@@ -190,9 +191,9 @@ def load_counties(states: tuple[str, ...] = ()) -> GraphData:
     folder = require("bokeh_sampledata") / "_data"
     wanted = {state.upper() for state in states}
     # immutable: the folder may not be writable, and SQLite would look for a journal there.
-    with sqlite3.connect(f"{(folder / 'geographic_boundaries.db').as_uri()}?immutable=1", uri=True) as database:
+    file = f"{(folder / 'geographic_boundaries.db').as_uri()}?immutable=1"
+    with contextlib.closing(sqlite3.connect(file, uri=True)) as database:
         rows = database.execute("SELECT id, state, metadata, geometry FROM us_counties ORDER BY id").fetchall()
-    database.close()
     known = {row[1] for row in rows}
     if wanted - known:
         raise ValueError(f"no counties of {', '.join(sorted(wanted - known))}; known are {', '.join(sorted(known))}")

@@ -54,7 +54,8 @@ class Convergence(PictureTask):
     Attributes:
         contenders: the methods.
         tol: relative duality gap at which a method is done.
-        passes: how often the clock runs; at every look the quickest pass counts.
+        passes: how often the clock runs; between two looks the quickest pass counts, for the steps are the same
+            and what else the machine does can only add to it.
         against: what the pictures show the loss against.
     """
 
@@ -93,14 +94,13 @@ class Convergence(PictureTask):
         contender = self.contenders[self.units().index(key)]
         _, noisy = self.pair(self.seed)
         graph, penalty = self.grid(), self.penalty.build()
+        inner_tol = self.tol / 10 if self.inner_tol is None else self.inner_tol
         observer(0, 0, "the optimum")
         best = trend_filter(noisy, graph, penalty, self.order, tol=OPTIMUM_GAP, max_steps=100_000).check()
         optimum = float(best.objective)
 
         def parts(cadence: int) -> Any:
-            return assemble(
-                noisy, graph, penalty, self.order, contender.method, contender.settings, cadence, self.inner_tol
-            )
+            return assemble(noisy, graph, penalty, self.order, contender.method, contender.settings, cadence, inner_tol)
 
         with precision(np.dtype(np.float64)):
             observer(0, 0, f"{contender.label}, step by step")
@@ -115,7 +115,8 @@ class Convergence(PictureTask):
             observer(0, 0, f"{contender.label}, {steps} steps against the clock")
             # A step that holds an optimisation is long enough for a look after each.
             looks = look_steps(steps, 1 if isinstance(made.solver, NestedAdmm) else CADENCE)
-            seconds = np.min([_clocked(parts(CADENCE), looks) for _ in range(self.passes)], axis=0)
+            intervals = np.min([_clocked(parts(CADENCE), looks) for _ in range(self.passes)], axis=0)
+            seconds = np.concatenate([[0.0], np.cumsum(intervals)])
         loss = (objective - optimum) / optimum
         np.savez_compressed(
             folder / f"history-{key}.npz",
@@ -166,12 +167,12 @@ def _advance(problem: Problem, solver: Any, state: Any, count: Any) -> Any:
 
 
 def _clocked(made: Any, looks: np.ndarray) -> np.ndarray:
-    """Seconds from the start to each look, compilation excluded."""
+    """Seconds from each look to the next, compilation excluded."""
     state = jax.block_until_ready(_start(made.problem, made.solver, made.start))
     jax.block_until_ready(_advance(made.problem, made.solver, state, 1))
-    seconds = [0.0]
-    start = time.perf_counter()
+    seconds = []
     for count in np.diff(looks):
+        start = time.perf_counter()
         state = jax.block_until_ready(_advance(made.problem, made.solver, state, int(count)))
         seconds.append(time.perf_counter() - start)
     return np.array(seconds)
@@ -220,3 +221,5 @@ def _draw_losses(runs: Sequence[FinishedRun], kind: str, axis: Any) -> None:
         curves, axis, xlabel="time (s)" if kind == "seconds" else "iteration",
         ylabel="(loss − optimum) / optimum", logx=kind == "seconds", logy=True,
     )  # fmt: skip
+    if kind == "steps":
+        axis.xaxis.get_major_locator().set_params(integer=True)

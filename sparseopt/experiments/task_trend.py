@@ -33,7 +33,8 @@ class PictureTask(Task):
         noise: standard deviation of the white noise, in grey levels; values beyond 0..255 stay.
         penalty: by name or path.
         order: k; 0 fits piecewise constants, 1 piecewise linear pictures.
-        inner_tol: relative duality gap of the optimisation inside each step of `fast_admm`.
+        inner_tol: relative duality gap of the optimisation inside each step of `fast_admm`; None for a tenth of
+            `tol`, about the loosest with which every setting reaches it.
         max_steps: step limit.
     """
 
@@ -43,7 +44,7 @@ class PictureTask(Task):
     noise: float = Field(default=20.0, ge=0)
     penalty: PenaltyConfig = PenaltyConfig.model_validate({"name": "l1", "weight": 10.0})
     order: int = Field(default=0, ge=0, le=4)
-    inner_tol: float = Field(default=1e-8, gt=0)
+    inner_tol: float | None = Field(default=None, gt=0)
     max_steps: int = Field(default=5000, ge=1)
 
     def check(self) -> None:

@@ -27,7 +27,7 @@ def test_the_nested_method_reaches_the_certified_optimum(signal: np.ndarray, ord
     found = fit(signal, graph, so.L1(WEIGHT), order, "fast_admm", tol=1e-8, inner_tol=1e-11)
     best = optimum(signal, graph, order)
     assert so.Status(int(found.status)) is so.Status.CONVERGED
-    assert 0 <= float(found.objective) - float(best.objective) + 1e-9
+    assert float(found.objective) - float(best.objective) >= -1e-9
     assert float(found.objective) / float(best.objective) - 1 <= float(found.gap) + 1e-10
     np.testing.assert_allclose(np.asarray(found.value), best.value, atol=0.02)
 

@@ -105,6 +105,13 @@ def test_a_grid_takes_all_combinations_and_a_list_those_given(write):
     assert all(len(run.subfolder.parts) == 2 for run in runs)
 
 
+def test_runs_that_differ_only_inside_a_named_block_have_names_of_their_own():
+    scales = [{"penalty": {"name": "l1", "weight": weight}} for weight in (1, 10)]
+    config = {"name": "x", "task": "denoise", "sweep": {"list": [*scales, {"penalty": {"name": "l0", "weight": 1}}]}}
+    runs = expand({**config, "picture": {"name": "camera", "size": 32}})
+    assert [run.id for run in runs] == ["penalty=l1+weight_1", "penalty=l1+weight_10", "penalty=l0"]
+
+
 def test_a_sweep_without_lists_is_one_run_in_the_experiments_own_folder():
     (run,) = expand({"name": "x", "task": TOY})
     assert str(run.subfolder) == "x"

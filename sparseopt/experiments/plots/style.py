@@ -1,5 +1,6 @@
 """Floor 7: what all pictures share: colours and line styles, checks of what is drawn, small helpers for axes."""
 
+import textwrap
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 COLOUR_MAP = "viridis"  # lightness rises evenly, so it keeps its order in grey
 MISSING = "#c8c8c8"
 INK = "#333333"
+TITLE_CHARACTERS = 9  # of a figure's title to an inch; what is longer goes to the next line
 
 
 def line_style(index: int, markers: bool = False) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def save_figure(axes: Any, path: Path, title: str) -> Path:
     import matplotlib.pyplot as plt
 
     figure = np.ravel(axes)[0].figure
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, max(int(TITLE_CHARACTERS * figure.get_figwidth()), 20)))
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
