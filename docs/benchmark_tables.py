@@ -154,7 +154,7 @@ def trend_reach(records: list[Record]) -> str:
     ]
     if not found:
         return missing(TREND)
-    return f"Every method was given {found[0]['seconds_allowed']:g} seconds.\n\n{table(found, columns)}"
+    return f"Every method was given about {found[0]['seconds_allowed']:g} seconds.\n\n{table(found, columns)}"
 
 
 def prune_machine(records: list[Record]) -> str:
@@ -168,7 +168,10 @@ def prune_models(records: list[Record]) -> str:
     for record in records:
         figure, _, run = record["figure"].partition(", ")
         if run.endswith("whole model at 50 %"):
-            runs.setdefault(run, {"run": run.partition(",")[0]})[figure] = record
+            method, _, preset = run.partition(",")[0].partition(" ")
+            # Only mAIHT has presets.
+            label = f"mAIHT {preset}" if method == "maiht" else method
+            runs.setdefault(run, {"run": label})[figure] = record
     dense = named(records, "dense perplexity")
     if not runs:
         return missing(PRUNE)

@@ -1,6 +1,7 @@
 """The command line's reference page, written from the typer application that runs it."""
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def _section(command: CommandInfo) -> str:
         if isinstance(info, ArgumentInfo) or required:
             usage.append(label if required else f"[{label}]")
     usage.append("[OPTIONS]")
-    help_text = inspect.cleandoc(command.help or callback.__doc__ or "")
+    help_text = _options_as_code(inspect.cleandoc(command.help or callback.__doc__ or ""))
     table = "| argument or option | default | |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     return f"## `sparseopt {name}`\n\n{help_text}\n\n```text\n{' '.join(usage)}\n```\n\n{table if rows else ''}"
 
@@ -49,7 +50,8 @@ def _parts(hint: Any) -> tuple[Any, OptionInfo | ArgumentInfo | None]:
 def _label(name: str, kind: Any, info: OptionInfo | ArgumentInfo) -> str:
     plain = info.metavar or _kind_name(kind)
     if isinstance(info, ArgumentInfo):
-        return info.metavar or name.upper() + ("..." if typing.get_origin(kind) is list else "")
+        several = list in (typing.get_origin(part) for part in (kind, *typing.get_args(kind)))
+        return info.metavar or name.upper() + ("..." if several else "")
     # Inside `Annotated` the first name given to `Option` lands in its default.
     given = [text for text in (info.default, *(info.param_decls or ())) if isinstance(text, str)]
     flag = next((text for text in given if text.startswith("--")), f"--{name.replace('_', '-')}")
@@ -72,4 +74,9 @@ def _default(value: Any, required: bool) -> str:
 
 
 def _text(text: str | None) -> str:
-    return " ".join((text or "").split()).replace("|", "\\|")
+    return _options_as_code(" ".join((text or "").split()).replace("|", "\\|"))
+
+
+def _options_as_code(text: str) -> str:
+    """Names of options in backticks: as plain text their two hyphens would become a dash."""
+    return re.sub(r"(?<![\w`-])--[a-z][a-z-]*", r"`\g<0>`", text)

@@ -99,7 +99,7 @@ def collect_notebooks() -> None:
     """Copy the executed notebooks beside the tutorial page.
 
     Raises:
-        ConfigError: if any is missing, naming the command that makes them.
+        ConfigError: if any is missing or ended in an error, naming the command that makes them.
     """
     unexecuted = os.environ.get("SPARSEOPT_DOCS_UNEXECUTED") == "1"
     folder = HERE.parent / "notebooks" if unexecuted else HERE.parent / "build" / "notebooks"
@@ -112,6 +112,9 @@ def collect_notebooks() -> None:
             else "run `make notebooks` first, or set SPARSEOPT_DOCS_UNEXECUTED=1 to show them without outputs"
         )
         raise ConfigError(f"{folder} lacks {', '.join(f'{name}.ipynb' for name in missing)}: {advice}")
+    failed = [name for name in NOTEBOOKS if '"output_type": "error"' in (folder / f"{name}.ipynb").read_text("utf-8")]
+    if failed:
+        raise ConfigError(f"{', '.join(failed)} in {folder} ended in an error: mend it and run `make notebooks` again")
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for name in NOTEBOOKS:

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.tri import Triangulation
 from PIL import Image
+from scipy.sparse import csr_array
 from scipy.spatial import Delaunay
 
 import sparseopt as so
@@ -34,20 +35,21 @@ def trend_picture() -> None:
     places = rng.random((2000, 2))
     truth = 3.0 * (np.hypot(*(places - 0.5).T) < 0.3) + 1.5 * (places[:, 0] > 0.7)
     y = truth + rng.standard_normal(2000)
-    triangles = Delaunay(places).simplices
-    sides = np.sort(triangles[:, [[0, 1], [1, 2], [0, 2]]].reshape(-1, 2), axis=1)
-    graph = so.Graph.from_edges(np.unique(sides, axis=0), num_nodes=2000)
+    delaunay = Delaunay(places)
+    starts, neighbours = delaunay.vertex_neighbor_vertices
+    graph = so.Graph.from_scipy(csr_array((np.ones(neighbours.size), neighbours, starts)))
     fit = so.trend_filter(y, graph, so.L1(0.9), order=0, tol=1e-5).check()
-    mesh = Triangulation(*places.T, triangles)
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.7), layout="constrained")
-    panels = (("truth", truth), ("observed: noise of sigma 1", y), ("trend filter of order 0, weight 0.9", fit.value))
+    mesh = Triangulation(*places.T, delaunay.simplices)
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
+    panels = (("truth", truth), ("observed, noise 1", y), ("fit, order 0, weight 0.9", fit.value))
     drawn: Any = None
     for axis, (title, values) in zip(axes, panels, strict=True):
         axis.triplot(mesh, color="0.85", linewidth=0.5, zorder=0)
-        drawn = axis.scatter(*places.T, c=values, s=7, cmap="viridis", vmin=-1, vmax=5.5)
+        drawn = axis.scatter(*places.T, c=values, s=12, linewidths=0, cmap="viridis", vmin=-1, vmax=5)
         axis.set(title=title, aspect="equal", xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    figure.colorbar(drawn, ax=axes, shrink=0.8)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.85, extend="both", ticks=range(-1, 6))
+    bar.set_label("signal on the nodes")
     save(figure, "trend.png")
 
 
@@ -61,7 +63,7 @@ def pruning_picture() -> None:
     block = model.block(BLOCK)
     gram = runner.grams(block, batches)[block.linears[LINEAR]]
     weight = np.asarray(block.linear(LINEAR).weight[...])
-    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
     for method, (label, colour, marker) in METHODS.items():
         errors = [prune_layer(weight, gram, sparsity, method=method).relative_error for sparsity in SPARSITIES]
         axis.semilogy(np.array(SPARSITIES) * 100, errors, marker=marker, color=colour, label=label)
@@ -78,16 +80,17 @@ def pruning_picture() -> None:
 
 
 def save(figure: Any, name: str) -> None:
-    """Write a figure with 64 colours: a third of the bytes, and no difference that an eye sees."""
+    """Write a figure with 256 colours, in a quarter of the bytes."""
     FOLDER.mkdir(exist_ok=True)
     figure.savefig(FOLDER / name, dpi=110)
     plt.close(figure)
     with Image.open(FOLDER / name) as image:
-        small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small.save(FOLDER / name, optimize=True)
 
 
 if __name__ == "__main__":
     plt.switch_backend("Agg")
+    plt.rcParams["font.size"] = 13  # still read when a narrow page shows the picture at half its size
     trend_picture()
     pruning_picture()

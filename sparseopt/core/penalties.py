@@ -316,5 +316,12 @@ def lift(penalty: Penalty, group: Any) -> Lifted:
         group: a `RowTable`, or any linear map with `row_squares()` whose rows share no column.
 
     Source: Bu, Wu, Zuo, "Doge-ADMM", section 3; for orthogonal rows, Combettes and Pesquet, 2007, prop. 11.
+
+    Example:
+        >>> from sparseopt.core.grouping import group_table
+        >>> chain = so.Graph.chain(4)
+        >>> pairs, _ = group_table(chain.matrix(1), chain.groups(1), 0, jnp.float32)  # the edges 0-1 and 2-3
+        >>> so.lift(so.L1(1.0), pairs).prox(jnp.array([0.0, 1.0, 5.0, 9.0]), step=1.0)
+        Array([0.5, 0.5, 6. , 8. ], dtype=float32)
     """
     return Lifted(penalty, group, jnp.asarray(group.row_squares()))

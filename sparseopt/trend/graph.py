@@ -72,7 +72,7 @@ class Graph:
 
     @classmethod
     def chain(cls, n: int) -> "Graph":
-        """N nodes in a row.
+        """A row of n nodes.
 
         Example:
             >>> so.Graph.chain(3).edges.tolist()
@@ -189,7 +189,7 @@ class Graph:
 
     @property
     def num_edges(self) -> int:
-        """M."""
+        """How many edges, m."""
         if self.given_edges is not None:
             return self.given_edges.shape[0]
         assert self.shape is not None

@@ -1,7 +1,6 @@
-"""Floor 6: the pruning methods and their presets, all behind one call: `method(layer, pattern) -> Pruned`."""
+"""Floor 6: mAIHT as a pruning method, in the paper's settings and in the best."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -9,62 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sparseopt.core.losses import largest_eigenvalue_bound
-from sparseopt.core.penalties import L0, Penalty, Support, TopK
+from sparseopt.core.penalties import L0, Support, TopK
 from sparseopt.core.solve import Problem, Status, solve
 from sparseopt.core.solvers.aiht import STEP_FRACTION, Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.thresholds import count_nonzero, kth_largest, top_k_mask
 from sparseopt.core.types import pytree, static
-from sparseopt.pruning.layer import LayerMethod, Pruned, ScaledLayer
+from sparseopt.pruning.layer import Pruned, ScaledLayer
+from sparseopt.pruning.methods.scores import among
 from sparseopt.pruning.patterns import Pattern
-
-
-@pytree
-class Magnitude:
-    """Keep the largest `|W_ij|` in the pattern; no calibration data enters.
-
-    Source: Han, Pool, Tran, Dally, "Learning both weights and connections", 2015.
-    """
-
-    def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-        """Score, mask, keep the values."""
-        scale = layer.scale[:, None]
-        # A dead input hides its weight's size (center is 0 there) and is pruned first in every method.
-        score = jnp.where(scale > 0, jnp.abs(layer.center) / jnp.where(scale > 0, scale, 1), 0)
-        return _keep(layer, pattern.mask(score))
-
-
-@pytree
-class Wanda:
-    """Keep the largest `|W_ij| ||X_j||` among the inputs of each output; no refit.
-
-    With an unstructured pattern every output row keeps the same number of weights, and where the exact count
-    does not divide, the largest next scores fill up.
-
-    Source: Sun, Liu, Bair, Kolter, "A simple and effective pruning approach for LLMs", ICLR 2024, eq. 1.
-    """
-
-    def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-        """Score, mask, keep the values."""
-        score = jnp.abs(layer.center)
-        if not isinstance(pattern, TopK):
-            return _keep(layer, pattern.mask(score))
-        each, left = pattern.k // score.shape[1], pattern.k % score.shape[1]
-        rows = jax.vmap(top_k_mask, in_axes=(1, None), out_axes=1)
-        mask = rows(score, each)
-        following = rows(score, each + 1) & ~mask
-        extra = top_k_mask(jnp.max(_among(following, score), axis=0), left)
-        return _keep(layer, mask | (following & extra[None, :]))
-
-
-def _among(candidates: Array, score: Array) -> Array:
-    """Scores that rank every candidate, also one of score 0, above all others."""
-    return jnp.where(candidates, jnp.maximum(score, jnp.finfo(score.dtype).tiny), 0)
-
-
-def _keep(layer: ScaledLayer, mask: Array) -> Pruned:
-    return Pruned(jnp.where(mask, layer.center, 0), mask, 1, Status.CONVERGED)
 
 
 @pytree
@@ -138,7 +91,7 @@ class MaihtPruning:
         first = top_k_mask(jnp.abs(x), alive)
         return jax.lax.cond(
             alive < pattern.k,
-            lambda: first | top_k_mask(_among(x == 0, jnp.abs(layer.center)), pattern.k - alive),
+            lambda: first | top_k_mask(among(x == 0, jnp.abs(layer.center)), pattern.k - alive),
             lambda: first,
         )
 
@@ -157,52 +110,3 @@ def _at_sparsity(penalty: Any, x: Array, step: Array, sparsity: Array) -> Any:
 
     low, high = jax.lax.fori_loop(0, 20, halve, (jnp.float32(-60), jnp.float32(60)))
     return at((low + high) / 2)
-
-
-MAIHT_PRESETS: dict[str, Callable[[], LayerMethod]] = {
-    "paper": MaihtPruning,
-    "best": lambda: MaihtPruning(
-        ridge=0.03,
-        undershoot=(0.02, 0.015),
-        monitor="on_increase",
-        max_steps=80,
-        rest=5e-4,
-        refit="cg",
-        refit_steps=15,
-    ),
-}
-
-METHODS: dict[str, dict[str, Callable[[], LayerMethod]]] = {
-    "maiht": MAIHT_PRESETS,
-    "wanda": {"paper": Wanda, "best": Wanda},
-    "magnitude": {"paper": Magnitude, "best": Magnitude},
-}
-
-
-def find_method(method: str | LayerMethod, preset: str = "best", penalty: Any = None) -> LayerMethod:
-    """The method object for a name and a preset; an object is returned as it is.
-
-    Raises:
-        ValueError: for an unknown name or preset, listing those known, or a penalty that the method cannot take.
-    """
-    found = _find_method(method, preset) if isinstance(method, str) else method
-    if penalty is None:
-        return found
-    if not isinstance(found, MaihtPruning):
-        raise ValueError(f"only method 'maiht' takes a penalty, given {method!r}; leave the penalty out")
-    named = dataclasses.is_dataclass(penalty) and "weight" in {f.name for f in dataclasses.fields(penalty)}
-    if not isinstance(penalty, Penalty) or not named:
-        raise ValueError(
-            f"penalty must be an object with value(x) and prox(x, step), a frozen dataclass made by "
-            f"sparseopt.pytree with a field `weight`, given {penalty!r}"
-        )
-    return dataclasses.replace(found, penalty=penalty)
-
-
-def _find_method(method: str, preset: str) -> LayerMethod:
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
-    presets = METHODS[method]
-    if preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}; known are {', '.join(presets)}")
-    return presets[preset]()

@@ -1,0 +1,97 @@
+"""Floor 6: the pruning methods and their presets, all behind one call: `method(layer, pattern) -> Pruned`.
+
+| name | support | values |
+|---|---|---|
+| best | ADMM with a rising rho, then splicing | conjugate gradients |
+| maiht | monotone accelerated iterative hard thresholding | projected gradient (paper), conjugate gradients (best) |
+| admm | ADMM with a rising rho | conjugate gradients |
+| splice | Wanda's, then splicing | conjugate gradients |
+| sparsegpt | one pass over the inputs | exact compensation of the inputs that follow |
+| wanda | size times input norm | dense |
+| magnitude | size | dense |
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from sparseopt.core.penalties import Penalty
+from sparseopt.pruning.layer import LayerMethod
+from sparseopt.pruning.methods.admm import AdmmPruning
+from sparseopt.pruning.methods.magnitude import Magnitude
+from sparseopt.pruning.methods.maiht import MaihtPruning
+from sparseopt.pruning.methods.sparsegpt import SparseGpt
+from sparseopt.pruning.methods.splice import SplicePruning
+from sparseopt.pruning.methods.wanda import Wanda
+
+__all__ = [
+    "METHODS",
+    "AdmmPruning",
+    "Magnitude",
+    "MaihtPruning",
+    "SparseGpt",
+    "SplicePruning",
+    "Wanda",
+    "find_method",
+]
+
+
+def _maiht_best() -> LayerMethod:
+    return MaihtPruning(
+        ridge=0.03,
+        undershoot=(0.02, 0.015),
+        monitor="on_increase",
+        max_steps=80,
+        rest=5e-4,
+        refit="cg",
+        refit_steps=15,
+    )
+
+
+def _best() -> LayerMethod:
+    return SplicePruning(first=AdmmPruning(refit_steps=0), rounds=4)
+
+
+def _always(make: Callable[[], LayerMethod]) -> dict[str, Callable[[], LayerMethod]]:
+    """A method whose two presets are the same."""
+    return {"paper": make, "best": make}
+
+
+METHODS: dict[str, dict[str, Callable[[], LayerMethod]]] = {
+    "best": _always(_best),
+    "maiht": {"paper": MaihtPruning, "best": _maiht_best},
+    "admm": _always(AdmmPruning),
+    "splice": _always(SplicePruning),
+    "sparsegpt": _always(SparseGpt),
+    "wanda": _always(Wanda),
+    "magnitude": _always(Magnitude),
+}
+
+
+def find_method(method: str | LayerMethod, preset: str = "best", penalty: Any = None) -> LayerMethod:
+    """The method object for a name and a preset; an object is returned as it is.
+
+    Raises:
+        ValueError: for an unknown name or preset, listing those known, or a penalty that the method cannot take.
+    """
+    found = _find_method(method, preset) if isinstance(method, str) else method
+    if penalty is None:
+        return found
+    if not isinstance(found, MaihtPruning):
+        raise ValueError(f"only method 'maiht' takes a penalty, given {method!r}; leave the penalty out")
+    named = dataclasses.is_dataclass(penalty) and "weight" in {f.name for f in dataclasses.fields(penalty)}
+    if not isinstance(penalty, Penalty) or not named:
+        raise ValueError(
+            f"penalty must be an object with value(x) and prox(x, step), a frozen dataclass made by "
+            f"sparseopt.pytree with a field `weight`, given {penalty!r}"
+        )
+    return dataclasses.replace(found, penalty=penalty)
+
+
+def _find_method(method: str, preset: str) -> LayerMethod:
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
+    presets = METHODS[method]
+    if preset not in presets:
+        raise ValueError(f"unknown preset {preset!r}; known are {', '.join(presets)}")
+    return presets[preset]()

@@ -1,0 +1,47 @@
+"""Floor 6: ADMM with a rising rho as a pruning method."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from sparseopt.core.solve import Problem, solve
+from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
+from sparseopt.core.types import pytree, static
+from sparseopt.pruning.layer import Pruned, ScaledLayer
+from sparseopt.pruning.methods.refit import refitted
+from sparseopt.pruning.patterns import Pattern
+
+
+@pytree
+class AdmmPruning:
+    """ADMM with the projection onto the pattern as prox, then a refit of the kept weights.
+
+    Attributes:
+        ridge: added to the unit diagonal of the scaled hessian.
+        rho: the first; `growth` multiplies it every `period` steps.
+        growth: see `rho`.
+        period: see `rho`.
+        max_steps: ADMM iterations at most.
+        rest: stop when at most this share of the entries changed sides in a step; negative: never.
+        refit_steps: conjugate-gradient steps at the end.
+
+    Source: Boza, "Fast and effective weight update for pruned large language models", 2024; Meng, Behdin, Wang,
+    Mazumder, "ALPS: improved optimization for highly sparse one-shot pruning", NeurIPS 2024.
+    """
+
+    ridge: Any = 0.01
+    rho: Any = 0.1
+    growth: Any = 2.0
+    period: int = static(default=4)
+    max_steps: int = static(default=20)
+    rest: float = static(default=-1.0)
+    refit_steps: int = static(default=10)
+
+    def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
+        """Find the support, refit."""
+        loss = layer.ridged(self.ridge)
+        solver = QuadraticAdmm(self.rho, self.growth, self.period)
+        found = solve(Problem(loss, pattern), solver, layer.center, tol=self.rest, max_steps=self.max_steps)
+        # The set may allow more entries than are non-zero: the mask, not the values, has the exact count.
+        mask = pattern.mask(jnp.abs(found.value))
+        return refitted(loss, found.value, mask, self.refit_steps, done=found.steps, status=found.status)
