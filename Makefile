@@ -57,12 +57,14 @@ test-oracle: $(VENV)/.installed-oracle ## Compare with torch and transformers (i
 test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty environments and run the quickstart.
 	$(BIN)/python -m pytest -m package
 
-notebooks: $(VENV)/.installed-docs ## Execute the notebooks into build/notebooks (about 5 minutes).
+notebooks: build/notebooks/.executed ## Execute the notebooks into build/notebooks (about 5 minutes).
+
+build/notebooks/.executed: $(VENV)/.installed-docs $(wildcard notebooks/*.py)
 	$(BIN)/python notebooks/build.py pair
 	$(BIN)/python notebooks/build.py run --output build/notebooks
+	@touch $@
 
-docs: $(VENV)/.installed-docs ## Build the pages into build/docs, warnings are errors; run their examples.
-	@test -e build/notebooks || $(MAKE) notebooks
+docs: build/notebooks/.executed ## Build the pages into build/docs, warnings are errors; run their examples.
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
 

@@ -25,10 +25,7 @@ def run(
     from sparseopt.experiments.config import load_config
     from sparseopt.experiments.sweep import check_all, parse_shard, plan, run_all, take_shard
 
-    # Classes that a config names by path lie where people keep them: here, or beside the config.
-    for folder in (Path.cwd(), config.resolve().parent):
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
+    _find_classes_in(Path.cwd(), config.resolve().parent)
     part = parse_shard(shard)
     planned = plan(take_shard(load_config(config, overrides or ()), part), output)
     if dry_run:
@@ -64,20 +61,29 @@ def report(
     from sparseopt.console import say
     from sparseopt.experiments.report import write_report
 
+    _find_classes_in(Path.cwd())
     sections = _show(folders)
     if output is not None:
         for file in write_report(sections, output):
             say(f"wrote {file}")
 
 
+def _find_classes_in(*folders: Path) -> None:
+    """Classes that a config names by path lie where people keep them: here, or beside the config."""
+    for folder in folders:
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
 def _show(folders: list[Path]) -> list:
     from sparseopt.console import console, say
-    from sparseopt.console_experiments import section_table
+    from sparseopt.console_experiments import section_tables
     from sparseopt.experiments.report import gather
 
     sections = gather(folders)
     for section in sections:
-        console.print(section_table(section))
+        for table in section_tables(section, console.width):
+            console.print(table)
         if section.paper:
             say(f"original: {section.paper.source}")
             for sentence in section.paper.differs:

@@ -94,7 +94,28 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def section_table(section: Section) -> Table:
-    """A report's section as a table for the terminal."""
+def section_tables(section: Section, width: int) -> list[Table]:
+    """A report's section as tables that fit a terminal: the names of the rows stand before each part's figures."""
     headings, cells = section.table()
-    return comparison_table(section.title, headings, cells)
+    labels = len(section.labels())
+    # Figures are never broken, headings between their words; a column adds two blanks and a line.
+    widths = [
+        3 + max(len(word) for word in (*heading.split(), *(line[index] for line in cells)))
+        for index, heading in enumerate(headings)
+    ]
+    parts: list[list[int]] = [[]]
+    room = width - 1 - sum(widths[:labels])
+    for index in range(labels, len(headings)):
+        if parts[-1] and sum(widths[i] for i in parts[-1]) + widths[index] > room:
+            parts.append([])
+        parts[-1].append(index)
+    tables = []
+    for number, part in enumerate(parts):
+        shown = [*range(labels), *part]
+        title = section.title if number == 0 else f"{section.title}, continued"
+        rows = [[line[i] for i in shown] for line in cells]
+        table = comparison_table(title, [headings[i] for i in shown], rows)
+        for column, index in zip(table.columns, shown, strict=True):
+            column.min_width = widths[index] - 3 if index >= labels else None
+        tables.append(table)
+    return tables

@@ -1,7 +1,16 @@
 """`sparseopt run` and `sparseopt report` as a person types and sees them."""
 
+import io
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import yaml
+from rich.console import Console
+
+from sparseopt.console_experiments import section_tables
+from sparseopt.experiments.report import Row, Section
 
 TOY = "tests.experiments.toy.Toy"
 
@@ -64,3 +73,36 @@ def test_other_settings_in_the_folder_stop_everything_before_work(tmp_path, conf
     assert status == 2
     assert err.count("holds the results of other settings") == 3
     assert command("run", config, "count=9", "--output", tmp_path / "runs", "--again")[0] == 0
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_wide_table_is_shown_in_parts_and_no_figure_is_cut(width):
+    columns = tuple(f"figure_{number}" for number in range(9))
+    rows = [
+        Row({"method": method, "order": order}, dict.fromkeys(columns, (1.2345e-05, 4.3e-07)), {}, 3, Path("x"))
+        for method in ("doge", "fast_admm") for order in (0, 1)
+    ]  # fmt: skip
+    tables = section_tables(Section("wide", "Wide", columns, rows, None, []), width)
+    shown = io.StringIO()
+    for table in tables:
+        Console(file=shown, width=width).print(table)
+    text = shown.getvalue()
+    assert "…" not in text
+    assert text.count("1.234e-05 ± 4.3e-07") == len(columns) * len(rows)
+    assert text.count("fast_admm") == 2 * len(tables)
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_a_report_started_elsewhere_finds_classes_in_the_current_folder(tmp_path, config, command):
+    (tmp_path / "mine.py").write_text("from tests.experiments.toy import Toy\n\n\nclass Mine(Toy):\n    pass\n")
+    text = config.read_text().replace(TOY, "mine.Mine")
+    config.write_text(text)
+    root = str(Path(__file__).parent.parent)
+    for arguments in (["run", config.name, "--output", "runs"], ["report", "runs"]):
+        code = f"import sys; sys.path[:0] = [{root!r}]; from sparseopt.cli import main; main()"
+        call = [sys.executable, "-P", "-c", code, *arguments]
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert "A toy" in done.stdout

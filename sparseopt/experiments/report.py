@@ -55,9 +55,13 @@ class Section:
     paper: Paper | None
     runs: list[FinishedRun]
 
+    def labels(self) -> list[str]:
+        """The settings that tell the rows apart."""
+        return list(dict.fromkeys(key for row in self.rows for key in row.labels))
+
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Headings and cells as people read them; columns where no row has a figure are left out."""
-        labels = list(dict.fromkeys(key for row in self.rows for key in row.labels))
+        labels = self.labels()
         figures = [name for name in self.columns if any(row.figures.get(name) is not None for row in self.rows)]
         published = {name for row in self.rows for name in row.paper}
         headings = [*labels]
