@@ -101,8 +101,6 @@ def test_a_report_started_elsewhere_finds_classes_in_the_current_folder(tmp_path
     for arguments in (["run", config.name, "--output", "runs"], ["report", "runs"]):
         code = f"import sys; sys.path[:0] = [{root!r}]; from sparseopt.cli import main; main()"
         call = [sys.executable, "-P", "-c", code, *arguments]
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
-        )
+        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert "A toy" in done.stdout
