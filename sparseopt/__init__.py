@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from sparseopt.core.losses import Quadratic
-from sparseopt.core.penalties import L0, L1, MCP, NM, SCAD, GroupL2, Penalty, Support, TopK, lift
+from sparseopt.core.patterns import NM, BlockTopK, RowTopK, TopK
+from sparseopt.core.penalties import L0, L1, MCP, SCAD, GroupL2, Penalty, Support, lift
 from sparseopt.core.proximal import proximal, proximal_adam
 from sparseopt.core.solve import Measure, Problem, Solution, Solver, Status, solve
 from sparseopt.core.solvers.aiht import Maiht
@@ -31,6 +32,7 @@ __all__ = [
     "MCP",
     "NM",
     "SCAD",
+    "BlockTopK",
     "Graph",
     "GroupL2",
     "Maiht",
@@ -40,6 +42,7 @@ __all__ = [
     "ProximalGradient",
     "Quadratic",
     "Refit",
+    "RowTopK",
     "Solution",
     "Solver",
     "Status",

@@ -3,11 +3,11 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
-from sparseopt import cli_experiments
+from sparseopt import cli_experiments, cli_zero_shot
 
 app = typer.Typer(
     help="Sparse optimisation in JAX: prune language models, smooth signals on graphs.",
@@ -23,6 +23,7 @@ EXTRAS = {
     ),
     **dict.fromkeys(("PIL", "png", "tifffile", "skimage"), "images"),
     "matplotlib": "plot",
+    **dict.fromkeys(("lm_eval", "datasets", "evaluate"), "eval"),
 }
 TEXT_HELP = "pydoc, wikitext2:PATH, file:PATH or hf:NAME"
 
@@ -47,9 +48,21 @@ def root(
 def prune(
     source: Annotated[str, typer.Argument(help="Hugging Face model folder (safetensors) or GGUF file.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
-    sparsity: Annotated[float, typer.Option(help="Share of zeros in every linear, in [0, 1).")] = 0.5,
-    method: Annotated[str, typer.Option(help="maiht, wanda or magnitude.")] = "maiht",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of zeros in every linear, in [0, 1); default: 0.5, or that of the n:m pattern."),
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option(help="Which weights may survive: unstructured, per-row, n:m such as 2:4, block:RxC.")
+    ] = "unstructured",
+    method: Annotated[str, typer.Option(help="best, maiht, admm, splice, sparsegpt, wanda or magnitude.")] = "maiht",
     preset: Annotated[str, typer.Option(help="paper or best.")] = "best",
+    ridge: Annotated[
+        float | None, typer.Option(help="Added to the unit diagonal of the scaled Gram; default: the method's.")
+    ] = None,
+    weighting: Annotated[
+        str | None, typer.Option(help="Tokens in the Grams: uniform or residual; default: the method's.")
+    ] = None,
     calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
@@ -60,11 +73,18 @@ def prune(
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
     from sparseopt import console, console_pruning
     from sparseopt.pruning import Recipe, prune_model
+    from sparseopt.pruning.patterns import implied_sparsity
 
+    implied = implied_sparsity(pattern)
+    if sparsity is None and implied is None:
+        sparsity = 0.5
     recipe = Recipe(
         sparsity=sparsity,
+        pattern=pattern,
         method=method,
         preset=preset,
+        ridge=ridge,
+        weighting=cast(Any, weighting),
         calibration=calibration,
         samples=samples,
         seqlen=seqlen,
@@ -73,8 +93,10 @@ def prune(
         dtype=dtype,
     )
     recipe.check()
+    share = f"{implied if sparsity is None else sparsity:.0%}"
+    title = f"{method} {share}" if pattern == "unstructured" else f"{method} {share} {pattern}"
     try:
-        with console_pruning.PruneProgress(f"{method} {sparsity:.0%}") as progress:
+        with console_pruning.PruneProgress(title) as progress:
             report = prune_model(source, output, recipe, observer=progress)
     except KeyboardInterrupt:
         shards = sorted(output.glob("*.safetensors")) if output.is_dir() else []
@@ -95,14 +117,26 @@ def evaluate(
     text: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
     windows: Annotated[int, typer.Option(help="Windows from the start of the evaluation text.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    pattern: Annotated[
+        str | None, typer.Option(help="Also check that every linear has this pattern, as in `sparseopt prune`.")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="The pattern's share of zeros; n:m has its own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
 ) -> None:
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
     from sparseopt import console
     from sparseopt.models import encode_text, load_tokenizer, open_model
-    from sparseopt.pruning import audit_sparsity, load_text, perplexity, token_windows
+    from sparseopt.pruning import audit_pattern, audit_sparsity, load_text, perplexity, token_windows
 
     opened = open_model(model)
+    found = audit_pattern(opened, pattern, sparsity) if pattern else []
+    broken = [a for a in found if not a.fits]
+    if broken:
+        first = broken[0]
+        raise RuntimeError(
+            f"{len(broken)} of {len(found)} linears break the pattern {pattern!r}; {first.layer} holds up to "
+            f"{first.most:,} {first.unit}, allowed are {first.allowed:,}"
+        )
     tokens = encode_text(load_tokenizer(opened.source), load_text(text, "evaluation"))
     ids = token_windows(tokens, windows, seqlen)
     with console.block_progress("perplexity") as progress:
@@ -122,6 +156,7 @@ def evaluate(
                     "size": size,
                     "sparsity": zeros / size,
                     "layers": {a.layer: a.zeros for a in audits},
+                    **({"pattern": pattern, "exact": sum(a.exact for a in found)} if pattern else {}),
                 }
             )
         )
@@ -132,6 +167,8 @@ def evaluate(
         f"sparsity {zeros / size:.6f}: {zeros:,} zeros of {size:,} weights in {len(audits)} linears "
         f"(from {least.sparsity:.6f} in {least.layer} to {most.sparsity:.6f} in {most.layer})"
     )
+    if pattern:
+        console.say(f"pattern {pattern} holds in all {len(found)} linears, exact in {sum(a.exact for a in found)}")
 
 
 @app.command()
@@ -241,6 +278,7 @@ def _finish_fit(found: Any, figures: dict[str, Any], seconds: float, summary: Pa
 
 app.command()(cli_experiments.run)
 app.command()(cli_experiments.report)
+app.command()(cli_zero_shot.zero_shot)
 
 
 @app.command()

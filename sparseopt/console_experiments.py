@@ -69,10 +69,11 @@ def plan_table(planned: Sequence[Planned]) -> Table:
                 p.state.value,
                 duration(seconds) if seconds is not None else "unknown",
                 f"{memory / 2**30:.1f} GiB" if memory is not None else "unknown",
-                str(p.folder),
             )
         )
-    return comparison_table("what would run", ("run", "state", "time", "memory", "folder"), rows)
+    table = comparison_table("what would run", ("run", "state", "time", "memory"), rows)
+    table.columns[0].overflow = "fold"
+    return table
 
 
 def plan_line(planned: Sequence[Planned]) -> str:
@@ -84,7 +85,9 @@ def plan_line(planned: Sequence[Planned]) -> str:
     count = f"{len(planned)} run{'s' if len(planned) != 1 else ''}"
     if not left:
         return f"{count}, finished before"
-    return f"{count}, {len(planned) - len(left)} finished; {time} on two cores{more}"
+    where = {p.folder.parent if p.run.id else p.folder for p in planned}
+    place = f", in {where.pop()}" if len(where) == 1 else ""
+    return f"{count}{place}, {len(planned) - len(left)} finished; {time} on two cores{more}"
 
 
 def duration(seconds: float) -> str:

@@ -46,7 +46,7 @@ def test_prune_then_eval(tmp_path, source, command):
 
 MISTAKES = {
     "sparsity": (["--sparsity", "1.5"], "sparsity must lie in [0, 1), given 1.5"),
-    "method": (["--method", "obs"], "unknown method 'obs'; known are maiht, wanda, magnitude"),
+    "method": (["--method", "obs"], "unknown method 'obs'; known are best, maiht, admm"),
     "text": (["--calibration", "file:/nowhere"], "cannot read the text file /nowhere"),
     "short text": (["--samples", "9000"], "fewer samples or a shorter seqlen"),
 }

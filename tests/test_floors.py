@@ -16,6 +16,7 @@ FLOORS = [
     ("core/thresholds", 1),
     ("core/operators", 1),
     ("core/grouping", 1.5),  # row tables are linear maps
+    ("core/patterns", 2),
     ("core/penalties", 2),
     ("core/losses", 2),
     ("core/fidelity", 2),

@@ -4,7 +4,8 @@ The contract: `prox(x, step)` returns the minimiser over u of
 
     1/2 ||u - x||² + step * value(u)
 
-and `value(x)` is a scalar that includes the weight. An indicator (TopK, NM) has value 0 on its set, +inf off it.
+and `value(x)` is a scalar that includes the weight. An indicator (Support, and the
+sparse sets of `patterns.py`) has value 0 on its set, +inf off it.
 Sources are named at each scalar formula in `thresholds.py`.
 """
 
@@ -14,18 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.thresholds import (
-    BoolArray,
     FloatArray,
     Scalar,
     count_nonzero,
     hard_threshold,
     mcp_prox,
     mcp_value,
-    n_of_m_mask,
     scad_prox,
     scad_value,
     soft_threshold,
-    top_k_mask,
 )
 from sparseopt.core.types import pytree, static
 
@@ -199,65 +197,6 @@ class GroupL2:
         """`weight ||x_g|| - <dual_g, x_g>`, slice by slice."""
         weight = jnp.asarray(self.weight, x.dtype)
         return weight * self._length(x) - jnp.sum(dual * x, axis=self.axis, keepdims=True)
-
-
-@pytree
-class TopK:
-    """Indicator of arrays with at most `k` non-zero entries in all; prox: keep the k largest magnitudes.
-
-    `k` is a leaf: one compiled program serves every count.
-
-    Example:
-        >>> so.TopK(2).prox(jnp.array([3.0, -1.0, 2.0, -4.0]), step=1.0)
-        Array([ 3.,  0.,  0., -4.], dtype=float32)
-    """
-
-    k: Any
-
-    def mask(self, score: FloatArray) -> BoolArray:
-        """True at exactly the k largest of the non-negative scores."""
-        return top_k_mask(score, self.k)
-
-    def value(self, x: FloatArray) -> Float[Array, ""]:
-        """0 where x has at most k non-zeros, +inf elsewhere."""
-        return jnp.where(count_nonzero(x) <= self.k, 0.0, jnp.inf).astype(x.dtype)
-
-    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """The projection: exactly the k largest magnitudes survive, whatever the step."""
-        del step
-        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype))
-
-
-@pytree
-class NM:
-    """Indicator of the n:m pattern: at most `n` non-zeros in every `m` consecutive entries along `axis`.
-
-    For a weight in solver layout `[in, out]` the axis is 0, so the groups run along the inputs of one output.
-
-    Example:
-        >>> so.NM(2, 4).prox(jnp.array([3.0, -1.0, 2.0, -4.0]), step=1.0)
-        Array([ 3.,  0.,  0., -4.], dtype=float32)
-    """
-
-    n: int = static()
-    m: int = static()
-    axis: int = static(default=0)
-
-    def mask(self, score: FloatArray) -> BoolArray:
-        """True at the n largest of the non-negative scores in every group."""
-        return n_of_m_mask(score, self.n, self.m, self.axis)
-
-    def value(self, x: FloatArray) -> Float[Array, ""]:
-        """0 where every group holds at most n non-zeros, +inf elsewhere."""
-        moved = jnp.moveaxis(x != 0, self.axis, 0)
-        groups = moved.reshape(moved.shape[0] // self.m, self.m, -1)
-        fits = jnp.all(jnp.sum(groups, axis=1, dtype=jnp.int32) <= self.n)
-        return jnp.where(fits, 0.0, jnp.inf).astype(x.dtype)
-
-    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """The projection: the n largest magnitudes of every group survive, whatever the step."""
-        del step
-        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype))
 
 
 @pytree

@@ -16,7 +16,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from sparseopt.core.penalties import NM, Penalty, TopK
+from sparseopt.core.patterns import Pattern
+from sparseopt.core.penalties import Penalty
 from sparseopt.core.thresholds import FloatArray, Scalar
 
 Schedule = Callable[[Any], Any]
@@ -123,8 +124,8 @@ def proximal_adam(
     The optimality condition at a fixed point, where m is the gradient, is `0 in gradient + subgradient of value`:
     that of the problem, whatever d is. (The prox with one step for all entries leaves d in it; see `proximal`.)
 
-    For a separable penalty the minimiser is the prox with the array of steps `1 / d`. For `TopK` and `NM` it keeps
-    the largest `d_i z_i²`. Other coupled penalties are refused.
+    For a separable penalty the minimiser is the prox with the array of steps `1 / d`. For a pattern (`TopK`,
+    `RowTopK`, `NM`, `BlockTopK`) it keeps the largest `d_i z_i²`. Other coupled penalties are refused.
 
     The step `1 / d` of an entry grows to `learning_rate / eps` as its gradients vanish. Convex penalties do not
     mind. A non-convex one (L0, MCP, SCAD) has its global minimiser taken, which for a long step is zero for entries
@@ -134,9 +135,9 @@ def proximal_adam(
     from trained parameters: an entry at zero stays there unless one step of Adam passes the threshold.
 
     Args:
-        penalty: `L0`, `L1`, `MCP`, `SCAD`, `Support`, `TopK`, `NM`, or your own with `separable = True` on the
-            class. That is a promise: its value is a sum over entries, and `prox(x, step)` takes a step the shape of
-            x. As in `proximal`, every leaf is one array for it, and its own arrays may be traced.
+        penalty: `L0`, `L1`, `MCP`, `SCAD`, `Support`, a pattern such as `TopK`, or your own with `separable = True`
+            on the class. That is a promise: its value is a sum over entries, and `prox(x, step)` takes a step the
+            shape of x. As in `proximal`, every leaf is one array for it, and its own arrays may be traced.
         learning_rate: a number, or an optax schedule of the number of updates.
         b1: decay of the mean of the gradients.
         b2: decay of the mean of their squares.
@@ -168,7 +169,7 @@ def proximal_adam(
     _check_penalty(penalty, "proximal_adam")
     # Said by the class, not found by probing: a probe on some array misses a coupling that begins elsewhere, and it
     # needs concrete numbers where the weight may be a tracer. Silence counts as coupled, the answer that cannot harm.
-    if not (isinstance(penalty, TopK | NM) or getattr(penalty, "separable", False)):
+    if not (isinstance(penalty, Pattern) or getattr(penalty, "separable", False)):
         name = type(penalty).__name__
         raise ValueError(
             f"proximal_adam needs a penalty whose prox it can take with one step an entry, given {name}, which does "
@@ -203,7 +204,7 @@ def proximal_adam(
 
 def _scaled_prox(penalty: Any, x: FloatArray, rate: Float[Array, ""], curvature: FloatArray) -> FloatArray:
     """`argmin_u 1/2 sum_i curvature_i (u_i - x_i)² / rate + value(u)`, of the shape and dtype of x."""
-    if isinstance(penalty, TopK | NM):
+    if isinstance(penalty, Pattern):
         # An entry dropped costs curvature x² / 2; its root has the same order and does not underflow.
         return jnp.where(penalty.mask(jnp.abs(x) * jnp.sqrt(curvature)), x, 0)
     return penalty.prox(x, (rate / curvature).astype(x.dtype))

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparseopt.core.solve import Status
 from sparseopt.experiments.names import Named, PenaltyConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
 from sparseopt.models import bundled_model, encode_text, load_tokenizer, open_model
 from sparseopt.pruning import METHODS, Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
+from sparseopt.pruning.patterns import check_pattern, implied_sparsity
 from sparseopt.pruning.reports import LayerRecord, PruneReport, mean
 
 BUNDLED = "bundled:smollm2-135m"
@@ -34,7 +35,10 @@ class Prune(Task):
         method: "dense" for no pruning, a method's name, or `{name: your_module.YourMethod, ...}`.
         preset: "paper" or "best".
         penalty: chooses the support in place of L0 (method maiht), by name or path.
-        sparsity: share of zeros in every linear, in [0, 1).
+        sparsity: share of zeros in every linear, in [0, 1); default: 0.5, or that of the n:m pattern.
+        pattern: which weights may survive, as in `sparseopt prune --pattern`.
+        ridge: added to the unit diagonal of the scaled Grams; default: the method's own.
+        weighting: of the tokens in the Grams, "uniform" or "residual"; default: the method's own.
         calibration: text as in `sparseopt prune --calibration`.
         samples: calibration windows.
         seqlen: tokens a window.
@@ -54,7 +58,10 @@ class Prune(Task):
     method: str | MethodConfig = "maiht"
     preset: Literal["paper", "best"] = "best"
     penalty: PenaltyConfig | None = None
-    sparsity: float = Field(default=0.5, ge=0, lt=1)
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
+    pattern: str = "unstructured"
+    ridge: float | None = Field(default=None, ge=0)
+    weighting: Literal["uniform", "residual"] | None = None
     calibration: str = "pydoc"
     samples: int = Field(default=16, ge=1)
     seqlen: int = Field(default=512, ge=2)
@@ -76,21 +83,44 @@ class Prune(Task):
             f"unknown method {method!r}: {suggest(method, known)}; your own goes by its path, module.Class"
         )
 
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern_is_text(cls, pattern: Any) -> Any:
+        # YAML 1.1 reads an unquoted 2:4 as a number of base 60. No pattern is a number, so the way back is unique.
+        return f"{pattern // 60}:{pattern % 60}" if isinstance(pattern, int) and pattern >= 60 else pattern
+
+    @model_validator(mode="after")
+    def _pattern_is_possible(self) -> "Prune":
+        check_pattern(self.pattern, self._sparsity)
+        return self
+
+    @property
+    def _sparsity(self) -> float | None:
+        """The share of zeros asked for, or that goes without saying."""
+        if self.sparsity is None and implied_sparsity(self.pattern) is None:
+            return 0.5
+        return self.sparsity
+
     @property
     def label(self) -> str:
         """For legends and rows."""
         if not isinstance(self.method, str):
-            return self.method.label
-        label = f"{self.method} {self.preset}" if self.method == "maiht" else self.method
-        return f"{label} {self.penalty.label}" if self.penalty else label
+            label = self.method.label
+        else:
+            label = f"{self.method} {self.preset}" if self.method == "maiht" else self.method
+            label = f"{label} {self.penalty.label}" if self.penalty else label
+        return label if self.pattern == "unstructured" or self.method == "dense" else f"{label} {self.pattern}"
 
     def recipe(self) -> Recipe:
         """The recipe of `prune_model`."""
         return Recipe(
-            sparsity=self.sparsity,
+            sparsity=self._sparsity,
+            pattern=self.pattern,
             method=self.method if isinstance(self.method, str) else self.method.build(),
             preset=self.preset,
             penalty=self.penalty.build() if self.penalty else None,
+            ridge=self.ridge,
+            weighting=self.weighting,
             calibration=self.calibration,
             samples=self.samples,
             seqlen=self.seqlen,
@@ -103,7 +133,9 @@ class Prune(Task):
         return ["model"]
 
     def check(self) -> None:
-        """The model opens and both texts can be read."""
+        """The recipe holds, the model opens and both texts can be read."""
+        if self.method != "dense":
+            self.recipe().check()
         open_model(self._source())
         load_text(self.evaluation, "evaluation")
         load_text(self.calibration, "calibration")

@@ -212,9 +212,11 @@ class Block(nnx.Module):
     """Attention, then MLP, each behind a norm and added to the residual stream.
 
     `tap(name, x) -> x` is called once on each distinct input of the linears; `linears` says which linear
-    reads which tap, in the order in which the block runs them.
+    reads which tap, in the order in which the block runs them. The linears behind `residual_taps` write into the
+    residual stream.
     """
 
+    residual_taps: ClassVar[tuple[str, ...]] = ("attention_output", "mlp_hidden")
     linears: ClassVar[dict[str, str]] = {
         "self_attn.q_proj": "attention_input",
         "self_attn.k_proj": "attention_input",

@@ -1,9 +1,18 @@
 """Floor 6: pruning of language models, from one layer (`prune_layer`) to a whole model (`prune_model`)."""
 
 from sparseopt.pruning.api import LayerResult, prune_layer
-from sparseopt.pruning.evaluation import LayerAudit, audit_sparsity, perplexity
+from sparseopt.pruning.evaluation import LayerAudit, PatternAudit, audit_pattern, audit_sparsity, perplexity
 from sparseopt.pruning.layer import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
-from sparseopt.pruning.methods import METHODS, Magnitude, MaihtPruning, Wanda, find_method
+from sparseopt.pruning.methods import (
+    METHODS,
+    AdmmPruning,
+    Magnitude,
+    MaihtPruning,
+    SparseGpt,
+    SplicePruning,
+    Wanda,
+    find_method,
+)
 from sparseopt.pruning.pipeline import PruningError, prune_model
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import LayerRecord, PruneReport
@@ -11,6 +20,7 @@ from sparseopt.pruning.texts import TextError, load_text, token_windows
 
 __all__ = [
     "METHODS",
+    "AdmmPruning",
     "LayerAudit",
     "LayerJob",
     "LayerMethod",
@@ -19,13 +29,17 @@ __all__ = [
     "LayerResult",
     "Magnitude",
     "MaihtPruning",
+    "PatternAudit",
     "PruneReport",
     "Pruned",
     "PruningError",
     "Recipe",
     "ScaledLayer",
+    "SparseGpt",
+    "SplicePruning",
     "TextError",
     "Wanda",
+    "audit_pattern",
     "audit_sparsity",
     "find_method",
     "load_text",

@@ -6,9 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.penalties import Penalty, TopK
+from sparseopt.core.patterns import TopK
+from sparseopt.core.penalties import Penalty
 from sparseopt.core.solve import Status
-from sparseopt.pruning.layer import LayerJob, LayerMethod, layer_solver
+from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, check_method, layer_solver
 from sparseopt.pruning.methods import find_method
 from sparseopt.pruning.patterns import parse_pattern
 
@@ -55,8 +56,9 @@ def prune_layer(
         weight: dense weight W, `[out, in]`, any float dtype.
         gram: `XᵀX` of the layer's inputs over the calibration tokens, `[in, in]`; used in float32.
         sparsity: share of zeros in [0, 1), exact to the weight; may be left out with an n:m pattern.
-        pattern: "unstructured", or "n:m" such as "2:4" along the inputs of each output.
-        method: "maiht", "wanda", "magnitude", or a `LayerMethod` of your own.
+        pattern: "unstructured" (anywhere in the layer), "per-row" (as many in every output row), "n:m" such as
+            "2:4" along the inputs of each output, or "block:RxC", whole blocks of R outputs x C inputs.
+        method: a name in `METHODS`, or a `LayerMethod` of your own.
         preset: "paper", the published settings, or "best".
         penalty: chooses the weights that survive by its prox, in place of L0 (method "maiht", unstructured). Its
             field `weight` is set by the sparsity asked for; a refit removes the shrinkage of convex penalties.
@@ -64,7 +66,7 @@ def prune_layer(
 
     Raises:
         ValueError: for an impossible sparsity, pattern, penalty, method, shape or non-finite value, before any work.
-        RuntimeError: if the solve became non-finite.
+        RuntimeError: if the solve became non-finite, or a method of yours does not keep the pattern's count.
     """
     weight = np.asarray(weight)
     if weight.ndim != 2 or weight.size == 0:
@@ -83,11 +85,13 @@ def prune_layer(
     solver = find_method(method, preset, penalty)
     if penalty is not None and not isinstance(job.pattern, TopK):
         raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")
+    check_method(solver, job.pattern, weight.shape)
     timed = layer_solver(job, solver)
     report = timed.value
     status = Status(int(report.status))
     if status is Status.NONFINITE:
         raise RuntimeError(f"the solve became non-finite: {status.advice}")
+    check_answer(report, solver, job.pattern)
     return LayerResult(
         weight=np.asarray(report.weight),
         relative_error=float(report.relative_error),

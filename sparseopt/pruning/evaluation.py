@@ -1,11 +1,11 @@
-"""Floor 6: what a model is worth: token-level perplexity, and an audit of the zeros in what was stored.
+"""Floor 6: what a model is worth: token-level perplexity, and an audit of the zeros and patterns in what was stored.
 
     perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
 
 over non-overlapping windows; a window of n tokens predicts n - 1. The model streams block by block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from sparseopt.models import Block, Decoder, Head, StreamedModel, open_model
 from sparseopt.pruning.calibration import BlockRunner, make_batches
 from sparseopt.pruning.compiled import Compiled
+from sparseopt.pruning.patterns import check_pattern, count_groups, parse_pattern
 from sparseopt.pruning.texts import check_vocabulary
 
 # Tokens whose logits are held at one time: 256 rows of a vocabulary of 50,000 are 50 MB.
@@ -120,12 +121,73 @@ class LayerAudit:
 
 def audit_sparsity(model: str | Path | StreamedModel) -> list[LayerAudit]:
     """Count the exact zeros of every prunable linear in the stored tensors, read back one by one."""
-    model = model if isinstance(model, StreamedModel) else open_model(model)
+    return [
+        LayerAudit(layer, weight.shape, int(weight.size - np.count_nonzero(weight)), weight.size)
+        for layer, weight in _linears(model)
+    ]
+
+
+@dataclass(frozen=True)
+class PatternAudit:
+    """How one linear, as stored on disk, stands to a pattern.
+
+    Attributes:
+        layer: its name in the checkpoint, without `.weight`.
+        shape: `(out, in)`.
+        unit: what was counted, such as "weights in a row".
+        groups: number of groups counted.
+        allowed: non-zeros that the pattern keeps of each group.
+        least: fewest found in a group.
+        most: most found in a group.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    unit: str
+    groups: int
+    allowed: int
+    least: int
+    most: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether no group holds more than the pattern allows."""
+        return self.most <= self.allowed
+
+    @property
+    def exact(self) -> bool:
+        """Whether every group holds exactly what the pattern keeps; a weight that is itself zero makes it fewer."""
+        return self.least == self.most == self.allowed
+
+
+def audit_pattern(model: str | Path | StreamedModel, pattern: str, sparsity: float | None = None) -> list[PatternAudit]:
+    """Count every prunable linear's non-zeros group by group, in the stored tensors, read back one by one.
+
+    Args:
+        model: a model folder, a GGUF file, or an opened model.
+        pattern: as in `prune_layer`.
+        sparsity: as in `prune_layer`.
+
+    Raises:
+        ValueError: for an unknown pattern, or one that is impossible in some layer, which is named.
+    """
+    check_pattern(pattern, sparsity)
     audits = []
+    for layer, weight in _linears(model):
+        try:
+            counts = count_groups(weight, parse_pattern(pattern, sparsity, weight.shape))
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}") from error
+        least, most = int(counts.each.min()), int(counts.each.max())
+        audits.append(PatternAudit(layer, weight.shape, counts.unit, counts.each.size, counts.allowed, least, most))
+    return audits
+
+
+def _linears(model: str | Path | StreamedModel) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and stored weight of every prunable linear."""
+    model = model if isinstance(model, StreamedModel) else open_model(model)
     for index in range(model.num_blocks):
         keys = model.block_keys(index)
         for name in Block.linears:
-            weight = model.source.read(keys[f"{name}.weight"])
-            zeros = int(weight.size - np.count_nonzero(weight))
-            audits.append(LayerAudit(keys[f"{name}.weight"].removesuffix(".weight"), weight.shape, zeros, weight.size))
-    return audits
+            key = keys[f"{name}.weight"]
+            yield key.removesuffix(".weight"), model.source.read(key)

@@ -8,14 +8,18 @@ center `(W e)ᵀ [in, out]`. There the magnitude of an entry is Wanda's score.
 
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import HIGHEST, Quadratic
 from sparseopt.core.solve import Status
 from sparseopt.core.types import pytree
 from sparseopt.pruning.compiled import Compiled
-from sparseopt.pruning.patterns import Pattern
+from sparseopt.pruning.patterns import Pattern, count_groups, pattern_count
+
+KINDS = {"float": jnp.floating, "bool": jnp.bool_, "int": jnp.integer}
 
 
 @pytree
@@ -79,6 +83,9 @@ class LayerReport:
         relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the calibration Gram, of the stored weight, no ridge.
         test_error: the same on the held-out Gram, NaN without one.
         zeros: number of zero entries of `weight`.
+        kept: number of entries that the method's mask keeps.
+        fits: whether that mask lies in the pattern.
+        stray: number of non-zero values that the method gave off its mask; they are not stored.
         dead_inputs: number of inputs that were zero on every calibration token.
         steps: iterations of the method.
         status: a `Status`.
@@ -88,6 +95,9 @@ class LayerReport:
     relative_error: Any
     test_error: Any
     zeros: Any
+    kept: Any
+    fits: Any
+    stray: Any
     dead_inputs: Any
     steps: Any
     status: Any
@@ -137,10 +147,76 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
         relative_error=error,
         test_error=jnp.asarray(test_error, jnp.float32),
         zeros=jnp.sum(stored == 0, dtype=jnp.int32),
+        kept=jnp.sum(pruned.mask, dtype=jnp.int32),
+        fits=job.pattern.value(pruned.mask.astype(jnp.float32)) == 0,
+        stray=jnp.sum((pruned.values != 0) & ~pruned.mask, dtype=jnp.int32),
         dead_inputs=jnp.sum(dead, dtype=jnp.int32),
         steps=jnp.asarray(pruned.steps, jnp.int32),
         status=jnp.where(finite, pruned.status, Status.NONFINITE).astype(jnp.int32),
     )
+
+
+def check_method(method: LayerMethod, pattern: Pattern, shape: tuple[int, ...]) -> None:
+    """Trace a method on a layer of shape `(out, in)`, without running it.
+
+    Raises:
+        ValueError: if the method refuses the pattern, or would return something else than a `Pruned` of that shape.
+    """
+    outputs, inputs = shape
+    name = type(method).__name__
+
+    def answer_of(layer: ScaledLayer, pattern: Pattern) -> Any:
+        answer = method(layer, pattern)
+        if not isinstance(answer, Pruned):
+            raise ValueError(
+                f"{name} must return sparseopt.pruning.Pruned(values, mask, steps, status), given "
+                f"a {type(answer).__name__}"
+            )
+        return jax.tree.map(jnp.asarray, answer)
+
+    gram, center, scale = (
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((inputs, inputs), (inputs, outputs), (inputs,))
+    )
+    answer = jax.eval_shape(answer_of, ScaledLayer(gram, center, scale), pattern)
+    wrong = [
+        f"{field} of {found.dtype} {list(found.shape)}, expected {kind} {list(expected)}"
+        for field, found, kind, expected in (
+            ("values", answer.values, "float", (inputs, outputs)),
+            ("mask", answer.mask, "bool", (inputs, outputs)),
+            ("steps", answer.steps, "int", ()),
+            ("status", answer.status, "int", ()),
+        )
+        if found.shape != expected or not jnp.issubdtype(found.dtype, KINDS[kind])
+    ]
+    if wrong:
+        raise ValueError(
+            f"{name} returns, for a layer in solver layout [in, out] = [{inputs}, {outputs}], " + "; ".join(wrong)
+        )
+
+
+def check_answer(report: LayerReport, method: LayerMethod, pattern: Pattern) -> None:
+    """Whether the method kept what the pattern asks for, from the finished report, on the host.
+
+    Raises:
+        RuntimeError: naming the counts.
+    """
+    name, expected = type(method).__name__, pattern_count(pattern, report.weight.shape)
+    if int(report.kept) != expected:
+        raise RuntimeError(
+            f"{name} kept {int(report.kept):,} of {report.weight.size:,} weights, the pattern {pattern} asks for "
+            f"{expected:,}; its mask must have exactly the pattern's count, as `pattern.mask(score)` has"
+        )
+    if not bool(report.fits):
+        counts = count_groups(np.asarray(report.weight), pattern)
+        raise RuntimeError(
+            f"{name} kept up to {counts.each.max()} {counts.unit}, the pattern {pattern} allows {counts.allowed}; "
+            "`pattern.mask(score)` gives a mask that fits"
+        )
+    if int(report.stray):
+        raise RuntimeError(
+            f"{name} returned {int(report.stray):,} non-zero values off its own mask; set them to zero, as in "
+            "`jnp.where(mask, values, 0)`"
+        )
 
 
 # One for the process: jobs of the same shape, dtype, pattern and method share a compiled program.

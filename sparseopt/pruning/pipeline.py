@@ -22,6 +22,7 @@ from sparseopt.core.solve import Status
 from sparseopt.machine import peak_memory_bytes
 from sparseopt.models import (
     OUTER_TAG,
+    Block,
     ShardedWriter,
     StreamedModel,
     block_tag,
@@ -30,8 +31,8 @@ from sparseopt.models import (
     open_model,
 )
 from sparseopt.pruning.calibration import BlockRunner, make_batches
-from sparseopt.pruning.layer import LayerJob, LayerMethod, layer_solver
-from sparseopt.pruning.patterns import parse_pattern
+from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, check_method, layer_solver
+from sparseopt.pruning.patterns import Pattern, parse_pattern
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import LayerRecord, PruneReport, RunLog
 from sparseopt.pruning.texts import TextError, check_vocabulary, load_text, token_windows
@@ -70,6 +71,7 @@ def prune_model(
     recipe = recipe or Recipe()
     method = recipe.check()
     model = open_model(source)
+    patterns = layer_patterns(model, recipe, method)
     calibration, heldout = calibration_windows(model, recipe)
     model.check_finite()
     writer = ShardedWriter(output, model.source, dtype=recipe.dtype)
@@ -81,7 +83,7 @@ def prune_model(
     del embedding
     writer.write(OUTER_TAG, {key: model.source.read(key) for key in model.outer_keys()})
 
-    runner = BlockRunner()
+    runner = BlockRunner(recipe.token_weighting())
     records: list[LayerRecord] = []
     for index in range(model.num_blocks):
         block = model.block(index)
@@ -93,7 +95,7 @@ def prune_model(
         for name, tap in block.linears.items():
             key = keys[f"{name}.weight"]
             weight = tensors[key].astype(writer.dtype_of(key), copy=False)
-            record, pruned = _prune_linear(weight, grams[tap], tests.get(tap), recipe, method, index, key)
+            record, pruned = _prune_linear(weight, grams[tap], tests.get(tap), patterns[key], method, index, key)
             tensors[key] = pruned
             block.linear(name).weight[...] = jnp.asarray(pruned, jnp.float32)
             records.append(record)
@@ -119,6 +121,29 @@ def prune_model(
     )
     log.finish(report.summary())
     return report
+
+
+def layer_patterns(model: StreamedModel, recipe: Recipe, method: LayerMethod) -> dict[str, Pattern]:
+    """The pattern of every linear, by the key of its weight.
+
+    Raises:
+        ValueError: naming the layer, if the pattern is impossible there or the method cannot take it.
+    """
+    patterns: dict[str, Pattern] = {}
+    checked: set[tuple[int, ...]] = set()
+    for index in range(model.num_blocks):
+        keys = model.block_keys(index)
+        for name in Block.linears:
+            key = keys[f"{name}.weight"]
+            shape = model.source.tensors[key].shape
+            try:
+                patterns[key] = parse_pattern(recipe.pattern, recipe.sparsity, shape)
+                if shape not in checked:
+                    check_method(method, patterns[key], shape)
+            except ValueError as error:
+                raise ValueError(f"{key.removesuffix('.weight')}: {error}") from error
+            checked.add(shape)
+    return patterns
 
 
 def calibration_windows(model: StreamedModel, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
@@ -162,12 +187,11 @@ def _prune_linear(
     weight: np.ndarray,
     gram: jax.Array,
     test_gram: jax.Array | None,
-    recipe: Recipe,
+    pattern: Pattern,
     method: LayerMethod,
     block: int,
     key: str,
 ) -> tuple[LayerRecord, np.ndarray]:
-    pattern = parse_pattern("unstructured", recipe.sparsity, weight.shape)
     timed = layer_solver(LayerJob(weight, gram, test_gram, pattern), method)
     report: Any = timed.value
     status = Status(int(report.status))
@@ -176,6 +200,10 @@ def _prune_linear(
             f"the solve of {key} became non-finite; shards of earlier blocks are whole. "
             "Check its weights and Gram for huge values, or try another method"
         )
+    try:
+        check_answer(report, method, pattern)
+    except RuntimeError as error:
+        raise PruningError(f"{key.removesuffix('.weight')}: {error}") from error
     record = LayerRecord(
         block=block,
         layer=key.removesuffix(".weight"),

@@ -15,6 +15,9 @@ PENALTIES = {
     "TopK": so.TopK(17),
     "NM": so.NM(2, 4),
     "NM along columns": so.NM(1, 3, axis=1),
+    "RowTopK": so.RowTopK(3),
+    "RowTopK along columns": so.RowTopK(2, axis=1),
+    "BlockTopK": so.BlockTopK(3, (2, 3)),
     "Support": so.Support(MASK),
 }
 
@@ -82,7 +85,8 @@ def test_a_changed_weight_does_not_retrace(rng):
 
 def test_indicators_are_infinite_off_their_set(rng):
     x = jnp.asarray(rng.standard_normal(SHAPE), jnp.float32)
-    for indicator in (so.TopK(17), so.NM(2, 4), so.Support(MASK)):
+    patterns = (so.TopK(17), so.NM(2, 4), so.RowTopK(3), so.BlockTopK(3, (2, 3)))
+    for indicator in (*patterns, so.Support(MASK)):
         assert np.isinf(indicator.value(x))
         assert float(indicator.value(indicator.prox(x, 1.0))) == 0
 
@@ -90,3 +94,58 @@ def test_indicators_are_infinite_off_their_set(rng):
 def test_l0_threshold_is_the_root_of_twice_step_times_weight():
     x = jnp.array([0.99, 1.01, -1.01])
     assert so.L0(2.0).prox(x, 0.25).tolist() == pytest.approx([0.0, 1.01, -1.01])
+
+
+def test_row_top_k_keeps_the_largest_of_every_row_and_counts_are_exact_among_ties(rng):
+    x = rng.standard_normal(SHAPE).astype(np.float32)
+    x[:, 2:4] = 1.0  # ties at the threshold
+    for k in range(7):
+        mask = np.asarray(so.RowTopK(k, axis=1).mask(jnp.abs(x)))
+        order = np.argsort(-np.abs(x), axis=1, kind="stable")[:, :k]
+        expected = np.zeros(SHAPE, bool)
+        np.put_along_axis(expected, order, True, axis=1)
+        np.testing.assert_array_equal(mask, expected)
+        np.testing.assert_array_equal(so.RowTopK(k).mask(jnp.abs(x.T)), expected.T)
+
+
+def test_row_top_k_acts_along_one_axis_of_any_array(rng):
+    x = jnp.asarray(rng.standard_normal((3, 5, 4)), jnp.float32)
+    kept = so.RowTopK(2, axis=1).prox(x, 1.0)
+    assert (np.count_nonzero(kept, axis=1) == 2).all()
+    assert np.count_nonzero(so.RowTopK(2).prox(x[0, :, 0], 1.0)) == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (8, 1), (1, 6), (4, 2), (8, 6), (1, 1)])
+def test_block_top_k_keeps_the_blocks_of_largest_energy(rng, shape):
+    x = rng.standard_normal(SHAPE).astype(np.float32)
+    high, wide = shape
+    corners = [(i, j) for i in range(0, 8, high) for j in range(0, 6, wide)]
+    energy = [np.sum(x[i : i + high, j : j + wide].astype(np.float64) ** 2) for i, j in corners]
+    k = max(1, len(corners) // 3)
+    expected = np.zeros_like(x)
+    for place in np.argsort(energy)[-k:]:
+        i, j = corners[place]
+        expected[i : i + high, j : j + wide] = x[i : i + high, j : j + wide]
+    np.testing.assert_array_equal(so.BlockTopK(k, shape).prox(jnp.asarray(x), 1.0), expected)
+
+
+def test_blocks_that_do_not_tile_are_an_error():
+    with pytest.raises(ValueError, match=r"blocks of 3 x 2 tile .* shape \(8, 6\)"):
+        so.BlockTopK(1, (3, 2)).mask(jnp.ones(SHAPE))
+    with pytest.raises(ValueError, match=r"shape \(48,\)"):
+        so.BlockTopK(1, (3, 2)).mask(jnp.ones(48))
+
+
+def test_the_count_of_a_pattern_is_a_leaf(rng):
+    traces = []
+
+    @jax.jit
+    def prox(penalty, x):
+        traces.append(type(penalty))
+        return penalty.prox(x, 1.0)
+
+    x = jnp.asarray(rng.standard_normal(SHAPE), jnp.float32)
+    for k in (1, 2, 4):
+        assert np.count_nonzero(prox(so.RowTopK(k), x)) == 6 * k
+        assert np.count_nonzero(prox(so.BlockTopK(k, (4, 2)), x)) == 8 * k
+    assert len(traces) == 2

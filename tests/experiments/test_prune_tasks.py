@@ -9,7 +9,7 @@ from sparseopt.experiments.config import ConfigError, expand
 from sparseopt.experiments.report import gather
 from sparseopt.experiments.runs import execute
 from sparseopt.experiments.sweep import check_all, plan, run_all
-from sparseopt.pruning import audit_sparsity
+from sparseopt.pruning import audit_pattern, audit_sparsity
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 
@@ -77,12 +77,24 @@ def test_the_model_is_kept_on_request(tmp_path, prune):
     assert {audit.sparsity for audit in audit_sparsity(open_model(outcome.folder / "model"))} == {0.5}
 
 
+def test_a_pattern_reaches_the_weights_also_where_yaml_reads_a_number(tmp_path, prune):
+    # 2:4 without quotes is a number of base 60 in YAML 1.1.
+    (run,) = expand({**prune, "method": "wanda", "pattern": 2 * 60 + 4, "keep_model": True})
+    assert run.task.pattern == "2:4"
+    assert run.task.label == "wanda 2:4"
+    outcome = execute(run, tmp_path, quiet)
+    assert outcome.error is None
+    assert all(audit.exact for audit in audit_pattern(outcome.folder / "model", "2:4"))
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({"method": "wunda"}, "did you mean 'wanda'?"),
         ({"method": "sparseopt.pruning.Wonda"}, "did you mean 'Wanda'?"),
         ({"sparsity": 1.0}, "sparsity: input should be less than 1, given 1.0"),
+        ({"pattern": "2:x"}, "unknown pattern '2:x'; known are 'unstructured'"),
+        ({"pattern": "1:4", "sparsity": 0.5}, "contradicts the sparsity 0.5"),
         ({"preset": "pape"}, "did you mean 'paper'?"),
     ],
 )

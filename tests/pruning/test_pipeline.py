@@ -176,7 +176,7 @@ def test_bad_tokens_are_refused(source):
 
 BAD_RECIPES = {
     "sparsity": ({"sparsity": 1.2}, r"sparsity must lie in \[0, 1\), given 1.2"),
-    "method": ({"method": "alps"}, "unknown method 'alps'; known are maiht, wanda, magnitude"),
+    "method": ({"method": "alps"}, "unknown method 'alps'; known are best, maiht, admm"),
     "preset": ({"preset": "quick"}, "unknown preset 'quick'"),
     "dtype": ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, given 'int8'"),
     "samples": ({"samples": 0}, "samples must be at least 1"),

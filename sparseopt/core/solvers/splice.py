@@ -71,8 +71,9 @@ class Splice:
     def step(self, problem: Problem, state: SpliceState) -> SpliceState:
         """Rank, exchange, refit, accept or damp."""
         gradient = problem.loss.gradient(state.x)
-        cost = state.curvature * state.x**2
-        gain = state.damping * gradient**2 / state.curvature
+        # Roots, since a mask ranks by squares and may add them up.
+        cost = jnp.sqrt(state.curvature) * jnp.abs(state.x)
+        gain = jnp.sqrt(state.damping / state.curvature) * jnp.abs(gradient)
         mask = problem.penalty.mask(jnp.where(state.mask, cost, gain))
         x, loss = self._refit(problem, state.x, mask)
         better = loss < state.loss

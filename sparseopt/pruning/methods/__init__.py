@@ -68,13 +68,24 @@ METHODS: dict[str, dict[str, Callable[[], LayerMethod]]] = {
 }
 
 
-def find_method(method: str | LayerMethod, preset: str = "best", penalty: Any = None) -> LayerMethod:
+def find_method(
+    method: str | LayerMethod, preset: str = "best", penalty: Any = None, ridge: float | None = None
+) -> LayerMethod:
     """The method object for a name and a preset; an object is returned as it is.
 
+    Args:
+        method: a name in `METHODS`, or an object.
+        preset: "paper" or "best".
+        penalty: chooses the support in place of L0, method "maiht" only.
+        ridge: in place of the method's own.
+
     Raises:
-        ValueError: for an unknown name or preset, listing those known, or a penalty that the method cannot take.
+        ValueError: for an unknown name or preset, listing those known, or a penalty or ridge that the method cannot
+            take.
     """
     found = _find_method(method, preset) if isinstance(method, str) else method
+    if ridge is not None:
+        found = _with_ridge(found, ridge)
     if penalty is None:
         return found
     if not isinstance(found, MaihtPruning):
@@ -86,6 +97,19 @@ def find_method(method: str | LayerMethod, preset: str = "best", penalty: Any = 
             f"sparseopt.pytree with a field `weight`, given {penalty!r}"
         )
     return dataclasses.replace(found, penalty=penalty)
+
+
+def _with_ridge(method: Any, ridge: float) -> LayerMethod:
+    """The method, and the method before it, with another ridge."""
+    if not ridge >= 0:
+        raise ValueError(f"ridge must be 0 or more, given {ridge}")
+    fields = {f.name for f in dataclasses.fields(method)} if dataclasses.is_dataclass(method) else set()
+    if "ridge" not in fields:
+        raise ValueError(f"{type(method).__name__} has no ridge, given {ridge}; leave the ridge out")
+    method = dataclasses.replace(method, ridge=ridge)
+    if "first" in fields and "ridge" in {f.name for f in dataclasses.fields(method.first)}:
+        method = dataclasses.replace(method, first=_with_ridge(method.first, ridge))
+    return method
 
 
 def _find_method(method: str, preset: str) -> LayerMethod:

@@ -1,5 +1,6 @@
 """Floor 6: SparseGPT, one pass over the inputs with exact compensation; kept for comparison."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,10 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparseopt.core.dense import product, spd_inverse
-from sparseopt.core.penalties import NM, TopK
+from sparseopt.core.patterns import NM, RowTopK, TopK
 from sparseopt.core.solve import Status
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import Pruned, ScaledLayer
+from sparseopt.pruning.methods.scores import among
 from sparseopt.pruning.patterns import Pattern
 
 
@@ -20,8 +22,8 @@ class SparseGpt:
 
     With `U` the upper Cholesky factor of `(H + ridge I)^-1`, the saliency of entry i of a column is
     `(x_i / U_ii)²`. Within a block of inputs the pattern's share of the least salient is pruned, then input by
-    input `x_j -= U_ij x_i / U_ii` for all j > i. An n:m pattern is taken as each block is reached; m must divide
-    the block.
+    input `x_j -= U_ij x_i / U_ii` for all j > i. A count (of the layer, or of every row) is spread evenly over
+    the blocks; an n:m pattern is taken as each block is reached, and m must divide the block.
 
     Attributes:
         ridge: added to the unit diagonal of the scaled hessian.
@@ -38,12 +40,15 @@ class SparseGpt:
         """One pass.
 
         Raises:
-            ValueError: for a pattern other than unstructured or n:m, or an m that does not divide the block.
+            ValueError: for a pattern of blocks, or an m that does not divide the block.
         """
         if isinstance(pattern, NM) and self.block % pattern.m:
             raise ValueError(f"sparsegpt takes blocks of {self.block} inputs, which {pattern.m} does not divide")
-        if not isinstance(pattern, (NM, TopK)):
-            raise ValueError(f"sparsegpt takes unstructured and n:m patterns, given {pattern!r}")
+        if not isinstance(pattern, TopK | RowTopK | NM):
+            raise ValueError(
+                "sparsegpt decides input by input and takes the patterns unstructured, per-row and n:m, not "
+                f"{type(pattern).__name__}; method 'best' takes all"
+            )
         inputs, outputs = layer.center.shape
         # Whole blocks: inputs that do not exist have no neighbours and weigh nothing.
         padding = -inputs % self.block
@@ -54,32 +59,48 @@ class SparseGpt:
         real = (jnp.arange(inputs + padding) < inputs)[:, None]
 
         def one_block(carry: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], Array]:
-            values, left = carry
+            values, done = carry
             rows = jax.lax.dynamic_slice_in_dim(values, first, self.block)
             upper = jax.lax.dynamic_slice_in_dim(factor, first, self.block)
             square = jax.lax.dynamic_slice_in_dim(upper, first, self.block, axis=1)
             exists = jax.lax.dynamic_slice_in_dim(real, first, self.block)
             saliency = (rows / jnp.diagonal(square)[:, None]) ** 2
-            if isinstance(pattern, TopK):
-                # The count of the blocks so far is the pattern's share of their entries, rounded down.
-                share = pattern.k / (inputs * outputs)
-                seen = jnp.minimum(first + self.block, inputs) * outputs
-                last = first + self.block >= inputs
-                wanted = jnp.where(last, left, left - (pattern.k - jnp.floor(share * seen).astype(jnp.int32)))
-                keep = TopK(wanted).mask(jnp.where(exists, jnp.maximum(saliency, jnp.finfo(saliency.dtype).tiny), 0))
-            else:
+            if isinstance(pattern, NM):
                 wanted = jnp.zeros((), jnp.int32)
                 keep = pattern.mask(saliency)
+            else:
+                wanted = _share(pattern.k, done, first, self.block, inputs, outputs if isinstance(pattern, TopK) else 1)
+                keep = dataclasses.replace(pattern, k=wanted).mask(among(exists, saliency))
             kept, errors = _compensate(rows, square, keep)
             values = jax.lax.dynamic_update_slice_in_dim(values, kept, first, 0)
             beyond = jnp.arange(values.shape[0]) >= first + self.block
             values = values - product(jnp.where(beyond[:, None], upper.T, 0), errors)
-            return (values, left - wanted), keep
+            return (values, done + wanted), keep
 
-        start = (values, jnp.asarray(pattern.k if isinstance(pattern, TopK) else 0, jnp.int32))
+        start = (values, jnp.zeros((), jnp.int32))
         (values, _), kept = jax.lax.scan(one_block, start, jnp.arange(0, inputs + padding, self.block))
         mask = kept.reshape(inputs + padding, outputs)[:inputs]
         return Pruned(jnp.where(mask, values[:inputs], 0), mask, values.shape[0] // self.block, Status.CONVERGED)
+
+
+def _share(k: Array | int, done: Array, first: Array, block: int, inputs: int, width: int) -> Array:
+    """How many entries of a block survive, so that after every block `k` is spent in proportion to the inputs seen.
+
+    Args:
+        k: of `inputs * width` entries in all.
+        done: spent on the blocks before.
+        first: the block's first input.
+        block: inputs a block; the last may be shorter.
+        inputs: of the layer.
+        width: entries an input.
+    """
+    seen = jnp.minimum(first + block, inputs)
+    target = jnp.floor(k * (seen / inputs)).astype(jnp.int32)
+    # A product of large counts rounds in float32: never more than the block holds, and no less than what the
+    # blocks to come could not take.
+    room = (seen - first) * width
+    least = jnp.maximum(k - (inputs - seen) * width - done, 0)
+    return jnp.clip(target - done, least, jnp.minimum(room, k - done))
 
 
 def _compensate(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sparseopt.core.penalties import TopK
+from sparseopt.core.patterns import TopK
 from sparseopt.core.thresholds import top_k_mask
 from sparseopt.core.types import pytree
 from sparseopt.pruning.layer import Pruned, ScaledLayer

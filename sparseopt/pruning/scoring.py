@@ -1,0 +1,189 @@
+"""Floor 6: log-likelihoods of continuations, many at a time, with the model streamed block by block.
+
+    log p(continuation | context) = sum_t log softmax(logits)[token_t],  t over the continuation's tokens
+
+The model reads `context + continuation[:-1]`. Inputs that are a beginning of another share its pass: attention is
+causal, so what follows does not change them. One-token answers to one question thus cost one forward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sparseopt.models import Head, StreamedModel
+from sparseopt.pruning.calibration import BATCH_TOKENS, BlockRunner
+from sparseopt.pruning.compiled import Compiled
+from sparseopt.pruning.evaluation import LOGIT_ROWS
+from sparseopt.pruning.texts import check_vocabulary
+
+Ids = Sequence[int]
+
+# Activations held between two blocks; a pass over more requests than fit reads the model again.
+PASS_BYTES = 2**28
+_SHORTEST = 16
+
+
+class Score(NamedTuple):
+    """The log-likelihood of a continuation, and whether each of its tokens is the likeliest at its place."""
+
+    log_likelihood: float
+    greedy: bool
+
+
+class _Batch(NamedTuple):
+    """Padded inputs `[rows, time]` and where each of them came from."""
+
+    tokens: Int[np.ndarray, "rows time"]
+    inputs: list[int]
+
+
+def score_continuations(
+    model: StreamedModel,
+    pairs: Sequence[tuple[Ids, Ids]],
+    *,
+    observer: Callable[[int, int], None] | None = None,
+) -> list[Score]:
+    """Score every (context, continuation) pair of token ids.
+
+    Args:
+        model: an opened model; memory holds its embedding, its head and one block.
+        pairs: ids of one token or more each, for the context as for the continuation.
+        observer: called with (steps done, steps in all); a step is one batch through one block.
+
+    Returns:
+        The scores in the order of the pairs.
+
+    Raises:
+        ValueError: for an empty context or continuation, or ids outside the vocabulary.
+        RuntimeError: if a log-likelihood is not finite.
+    """
+    for index, (context, continuation) in enumerate(pairs):
+        if not len(context) or not len(continuation):
+            raise ValueError(
+                f"pair {index} has {len(context)} context and {len(continuation)} continuation tokens; both need one "
+                "or more (a text with nothing before it is scored behind the model's start token)"
+            )
+    if not pairs:
+        return []
+    inputs = [(*context, *continuation[:-1]) for context, continuation in pairs]
+    check_vocabulary(np.concatenate([np.asarray((*c, *t)) for c, t in pairs]), model.config.vocab_size)
+    members: dict[int, list[int]] = {}
+    for index, host in enumerate(find_hosts(inputs)):
+        members.setdefault(host, []).append(index)
+
+    batches = _make_batches(inputs, list(members))
+    passes = _split_passes(batches, model.config.hidden_size)
+    embedding, head, runner = model.embedding(), model.head(), BlockRunner()
+    done, total = 0, len(batches) * model.num_blocks
+    log_p, likeliest = [np.zeros(0)] * len(pairs), [False] * len(pairs)
+    for part in passes:
+        activations = [embedding(jnp.asarray(batch.tokens)) for batch in part]
+        for index in range(model.num_blocks):
+            block = model.block(index)
+            for i, x in enumerate(activations):
+                activations[i] = runner.forward(block, [x])[0]
+                done += 1
+                if observer:
+                    observer(done, total)
+        for batch, x in zip(part, activations, strict=True):
+            places = [
+                (row, len(pairs[member][0]) - 1 + step, token, member)
+                for row, host in enumerate(batch.inputs)
+                for member in members[host]
+                for step, token in enumerate(pairs[member][1])
+            ]
+            rows, times, targets, owners = np.asarray(places).T
+            scores, best = _score_rows(head, x, rows, times, targets)
+            for member in np.unique(owners):
+                log_p[member] = scores[owners == member]
+                likeliest[member] = bool(np.all(best[owners == member]))
+    totals = [float(np.sum(values, dtype=np.float64)) for values in log_p]
+    if not np.all(np.isfinite(totals)):
+        bad = int(np.count_nonzero(~np.isfinite(totals)))
+        raise RuntimeError(
+            f"{bad} of {len(pairs)} log-likelihoods are not finite: activations overflow in {model.source.path}; "
+            "check the model with `sparseopt eval`"
+        )
+    return [Score(value, greedy) for value, greedy in zip(totals, likeliest, strict=True)]
+
+
+def find_hosts(inputs: Sequence[tuple[int, ...]]) -> list[int]:
+    """For each input the index of one that begins with it; its own where no other does.
+
+    Sorted, an input that begins another stands directly before one that it begins.
+    """
+    order = sorted(range(len(inputs)), key=lambda i: inputs[i])
+    hosts = list(range(len(inputs)))
+    for here, after in zip(order[-2::-1], order[:0:-1], strict=True):
+        if inputs[after][: len(inputs[here])] == inputs[here]:
+            hosts[here] = hosts[after]
+    return hosts
+
+
+def padded_length(length: int) -> int:
+    """The next multiple of a quarter of the power of two below: few lengths to compile, little padding."""
+    step = max(_SHORTEST, 2 ** ((length - 1).bit_length() - 3)) if length > 1 else _SHORTEST
+    return -(-length // step) * step
+
+
+def _make_batches(inputs: Sequence[tuple[int, ...]], chosen: list[int]) -> list[_Batch]:
+    """Longest first, so that neighbours have like lengths; rows follow from the length, so a length is one shape.
+
+    Only the last batch may have fewer rows, a power of two.
+    """
+    left = sorted(chosen, key=lambda i: -len(inputs[i]))
+    batches = []
+    while left:
+        time = padded_length(len(inputs[left[0]]))
+        rows = min(max(1, BATCH_TOKENS // time), 2 ** (len(left) - 1).bit_length())
+        taken, left = left[:rows], left[rows:]
+        tokens = np.zeros((rows, time), np.int32)
+        for row, index in enumerate(taken):
+            tokens[row, : len(inputs[index])] = inputs[index]
+        batches.append(_Batch(tokens, taken))
+    return batches
+
+
+def _split_passes(batches: list[_Batch], hidden_size: int) -> list[list[_Batch]]:
+    passes: list[list[_Batch]] = [[]]
+    held = 0
+    for batch in batches:
+        size = 4 * batch.tokens.size * hidden_size
+        if passes[-1] and held + size > PASS_BYTES:
+            passes.append([])
+            held = 0
+        passes[-1].append(batch)
+        held += size
+    return passes
+
+
+def _row_scores(
+    head: Head, x_RD: Float[Array, "R D"], target_R: Int[Array, "R"]
+) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
+    """Log-probability of each row's target, and whether it is the likeliest token."""
+    logits_RV = head(x_RD[None])[0]
+    chosen_R = jnp.take_along_axis(logits_RV, target_R[:, None], axis=-1)[:, 0]
+    return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1), jnp.argmax(logits_RV, axis=-1) == target_R
+
+
+_scores_of_rows = Compiled(_row_scores)
+
+
+def _score_rows(
+    head: Head, x_BTD: Float[Array, "B T D"], rows: np.ndarray, times: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits only of the places asked for, `LOGIT_ROWS` at a time, so that one program serves all."""
+    flat = np.asarray(x_BTD).reshape(-1, x_BTD.shape[-1])[rows * x_BTD.shape[1] + times]
+    padding = -len(targets) % LOGIT_ROWS
+    flat = np.pad(flat, ((0, padding), (0, 0)))
+    padded = np.pad(targets, (0, padding)).astype(np.int32)
+    pieces = [
+        _scores_of_rows(head, flat[i : i + LOGIT_ROWS], padded[i : i + LOGIT_ROWS]).value
+        for i in range(0, len(padded), LOGIT_ROWS)
+    ]
+    scores, best = (np.concatenate([np.asarray(piece[k]) for piece in pieces]) for k in (0, 1))
+    return scores[: len(targets)], best[: len(targets)]

@@ -1,0 +1,286 @@
+"""Floor 6: zero-shot tasks by `lm-eval` (extra `eval`), run on the project's own decoder.
+
+`lm-eval` makes the prompts and counts the right answers; this file answers its three questions about a model: the
+log-likelihood of a continuation, that of a whole text, and a greedy continuation.
+"""
+
+import difflib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from sparseopt.models import Decoder, ModelError, StreamedModel, generate, load_tokenizer, open_model
+from sparseopt.pruning.scoring import Score, score_continuations
+
+# What is running, steps done, steps in all.
+Observer = Callable[[str, int, int], None]
+
+FEWSHOT_SEED = 1234  # lm-eval's own default
+_NEW_TOKENS = 256
+# Tokens between two looks for a stop string.
+_PIECE = 16
+
+
+class DecoderLM(TemplateLM):
+    """A model folder or GGUF file as `lm-eval` sees a model.
+
+    Log-likelihoods stream the model block by block; `generate_until` holds it whole, as float32. Texts are encoded
+    as the model's tokenizer does by itself, with a start token where it adds one.
+
+    Attributes:
+        max_length: tokens that the model reads at most.
+        cut: how many requests were longer and lost the beginning of their context.
+    """
+
+    def __init__(
+        self, model: str | Path | StreamedModel, *, max_length: int | None = None, observer: Observer | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model if isinstance(model, StreamedModel) else open_model(model)
+        self.tokenizer = load_tokenizer(self.model.source)
+        config = self.model.source.config
+        longest = max_length if max_length is not None else config.get("max_position_embeddings")
+        if type(longest) is not int or longest < 2:
+            raise ValueError(
+                f"max_length must be a whole number of 2 or more, given {longest!r}"
+                + (" by max_position_embeddings in the model's configuration" if max_length is None else "")
+            )
+        self.max_length: int = longest
+        self.cut = 0
+        self._observer = observer
+        ends: Any = config.get("eos_token_id")
+        self._end_ids: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self._start_id: int | None = config.get("bos_token_id")
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text.
+
+        Raises:
+            ModelError: if the model's configuration names none.
+        """
+        if not self._end_ids:
+            raise ModelError(f"{self.model.source.path} names no eos_token_id in its configuration; add it there")
+        return self._end_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text with nothing before it: the start token, else the end token."""
+        return self.eot_token_id if self._start_id is None else self._start_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; by default with the tokenizer's own special tokens, unless the text brings its start token."""
+        if add_special_tokens is None:
+            start = self.tokenizer.id_to_token(self.prefix_token_id)
+            add_special_tokens = not (start and string.startswith(start))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """(log-likelihood, greedy) of each (context, continuation)."""
+        for request in requests:
+            if not request.args[1]:
+                raise ValueError(f"a request has an empty continuation, after {request.args[0][-80:]!r}")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Score]:
+        pairs = [self._fit(context, continuation) for _texts, context, continuation in requests]
+        scores = self._score("log-likelihoods", pairs)
+        for request, score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], tuple(score))
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood of each whole text behind the start token, in windows of `max_length` predictions."""
+        del disable_tqdm
+        pairs: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            pairs += map(make_disjoint_window, windows)
+            owners += [owner] * (len(pairs) - len(owners))
+        totals = [0.0] * len(requests)
+        for owner, score in zip(owners, self._score("texts", pairs), strict=True):
+            totals[owner] += score.log_likelihood
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """The greedy continuation of each context up to a stop string, the end token, or `max_gen_toks` tokens.
+
+        Raises:
+            ValueError: if a task asks for sampling, or for more tokens than the model can read.
+        """
+        del disable_tqdm
+        answers = []
+        for done, request in enumerate(requests):
+            context, wanted = request.args
+            wanted = normalize_gen_kwargs(wanted, _NEW_TOKENS)
+            limit = wanted["max_gen_toks"]
+            if wanted["do_sample"] and wanted.get("temperature") != 0:
+                raise ValueError("a task asks for sampling (do_sample, temperature); only greedy generation is done")
+            if not 0 < limit < self.max_length:
+                raise ValueError(f"a task asks for {limit} new tokens; the model reads {self.max_length} at most")
+            prompt = self.tok_encode(context) or [self.prefix_token_id]
+            self.cut += len(prompt) > self.max_length - limit
+            answer = self._continue(prompt[limit - self.max_length :], limit, [s for s in wanted["until"] if s])
+            self.cache_hook.add_partial("generate_until", request.args, answer)
+            answers.append(answer)
+            if self._observer:
+                self._observer("generation", done + 1, len(requests))
+        return answers
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return self.model.decoder()
+
+    def _continue(self, prompt: list[int], limit: int, stops: Sequence[str]) -> str:
+        new: list[int] = []
+        text = ""
+        while len(new) < limit:
+            count = min(_PIECE, limit - len(new))
+            piece = generate(self._decoder, np.asarray(prompt + new), count, stop_ids=self._end_ids).tolist()
+            new += piece
+            text = self.tokenizer.decode(new)
+            places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+            if places:
+                return text[: min(places)]
+            if len(piece) < count:
+                break
+        return text
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise ValueError(
+                f"a continuation has {len(continuation)} tokens, the model reads {self.max_length} at most; "
+                "leave the task out or give a model with a longer context"
+            )
+        self.cut += len(context) > room
+        return context[-room:], continuation
+
+    def _score(self, title: str, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
+        tell = self._observer
+        return score_continuations(
+            self.model, pairs, observer=tell and (lambda done, total: tell(f"{len(pairs)} {title}", done, total))
+        )
+
+
+def zero_shot(
+    model: str | Path | StreamedModel,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    include_path: str | Path | None = None,
+    shots: int = 0,
+    max_length: int | None = None,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Scores of a model on `lm-eval` tasks.
+
+    Args:
+        model: a model folder, a GGUF file or an opened model.
+        tasks: names of tasks, groups or tags that `lm-eval` or `include_path` has.
+        limit: examples a task at most, from the start; None takes all.
+        include_path: a folder of your own task files; its names come before `lm-eval`'s.
+        shots: solved examples in each prompt; a task that is fixed to none keeps none.
+        max_length: tokens that the model reads at most; None takes the model's own limit.
+        observer: called with (what is running, steps done, steps in all).
+
+    Returns:
+        `{"model", "lm_eval", "limit", "shots", "cut", "tasks": {name: {"version", "examples", "metrics": {...}}}}`,
+        ready for JSON. `cut` counts the requests that were longer than the model reads and lost the beginning of
+        their context. Groups stand among the tasks.
+
+    Raises:
+        ValueError: for an unknown task, with the nearest known name, or a number out of range.
+        RuntimeError: if a task's data cannot be read, or a log-likelihood is not finite.
+    """
+    if isinstance(tasks, str) or not tasks:
+        raise ValueError(f"tasks must be a list of one name or more, given {tasks!r}")
+    if (limit is not None and limit < 1) or shots < 0:
+        raise ValueError(f"limit must be 1 or more and shots 0 or more, given {limit=}, {shots=}")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"include_path must be a folder of task files, {include_path} is none")
+    manager = _find_tasks(tasks, include_path)
+    lm = DecoderLM(model, max_length=max_length, observer=observer)
+    loaded = _load(manager, list(dict.fromkeys(tasks)))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") != 0:
+            task.set_config("num_fewshot", shots)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    found = evaluate(lm, loaded, limit=limit, log_samples=False)
+    return {
+        "model": str(lm.model.source.path),
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "limit": limit,
+        "shots": shots,
+        "cut": lm.cut,
+        "tasks": {
+            name: {
+                "version": found["versions"].get(name),
+                "examples": found["n-samples"].get(name, {}).get("effective"),
+                "metrics": _metrics(values),
+            }
+            for name, values in found["results"].items()
+        },
+    }
+
+
+def check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    """Check that every task is known.
+
+    Raises:
+        ValueError: listing all that are not, each with the nearest known names.
+    """
+    problems = []
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            problems.append(f"unknown task {name!r}" + (f"; nearest are {', '.join(near)}" if near else ""))
+    if problems:
+        raise ValueError(
+            "; ".join(problems)
+            + " (`lm-eval ls tasks` lists those that come along; a file in include_path counts only if "
+            "it is a valid task file)"
+        )
+
+
+def _find_tasks(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
+    # Reading lm-eval's own 15,000 task files takes seconds. Groups and tags may name some of them; tasks do not.
+    if include_path is not None:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(own.all_subtasks):
+            return own
+    manager = TaskManager(include_path=include_path)
+    check_names(names, manager.all_tasks)
+    return manager
+
+
+def _load(manager: TaskManager, names: list[str]) -> dict[str, Any]:
+    try:
+        return manager.load(names)
+    except Exception as error:  # lm-eval, datasets and a task's own code raise whatever they do
+        raise RuntimeError(
+            f"the tasks {', '.join(names)} cannot be loaded ({type(error).__name__}: {error}). Tasks of lm-eval fetch "
+            "their data from the Hugging Face hub once; without a network, name a task whose file points at local data"
+        ) from error
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float | None]:
+    """Numbers by metric; `acc,none` becomes `acc`, and a standard error that was not computed None."""
+    return {
+        key.removesuffix(",none").replace("_stderr,none", "_stderr"): value if isinstance(value, int | float) else None
+        for key, value in values.items()
+        if "," in key
+    }

@@ -1,0 +1,91 @@
+"""ADMM with a rising rho: the optimum where there is one, exact counts where there is none, one trace."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparseopt as so
+from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
+from tests.core.test_solvers import make_problem
+
+
+def objective(problem, x):
+    return float(problem.loss.value(x) + problem.penalty.value(x))
+
+
+def test_with_l1_it_reaches_the_optimum_that_monotone_fista_reaches(rng):
+    problem = so.Problem(make_problem(rng, ridge=0.1).loss, so.L1(0.2))
+    start = jnp.zeros_like(problem.loss.center)
+    theirs = so.solve(problem, so.Maiht(), start, tol=1e-7, max_steps=3000)
+    # At one rho: only then is ADMM bound to converge.
+    ours = so.solve(problem, QuadraticAdmm(rho=0.5, growth=1.0), start, tol=-1.0, max_steps=400)
+    assert objective(problem, ours.value) == pytest.approx(objective(problem, theirs.value), rel=1e-5)
+    np.testing.assert_allclose(ours.value, theirs.value, atol=2e-3)
+    # The fixed point is one: b and x agree, and v is the gradient there with its sign turned.
+    np.testing.assert_allclose(ours.state.dual, -problem.loss.gradient(ours.value), atol=2e-3)
+
+
+@pytest.mark.parametrize("penalty", [so.TopK(150), so.RowTopK(13), so.NM(2, 4), so.BlockTopK(17, (4, 3))], ids=repr)
+def test_every_answer_lies_in_the_sparse_set_and_has_its_exact_count(rng, penalty):
+    problem = so.Problem(make_problem(rng).loss, penalty)
+    center = problem.loss.center
+    answer = so.solve(problem, QuadraticAdmm(), center, tol=-1.0, max_steps=20)
+    assert float(penalty.value(answer.value)) == 0
+    assert np.count_nonzero(answer.value) == np.count_nonzero(penalty.mask(jnp.ones_like(center)))
+    assert int(answer.steps) == 20
+    # Far better than the dense values on the support of the largest.
+    assert objective(problem, answer.value) < 0.8 * objective(problem, penalty.prox(center, 1.0))
+
+
+def test_a_rising_rho_closes_the_gap_between_both_copies(rng):
+    problem = so.Problem(make_problem(rng).loss, so.TopK(200))
+    apart = []
+    for steps in (4, 16, 32):
+        state = so.solve(problem, QuadraticAdmm(), problem.loss.center, tol=-1.0, max_steps=steps).state
+        last = QuadraticAdmm().step(problem, state)
+        b = last.x + (last.dual - state.dual) / last.rho
+        apart.append(float(jnp.linalg.norm(b - last.x) / jnp.linalg.norm(last.x)))
+    assert apart[2] < 1e-2 * apart[0]
+    assert apart[1] < apart[0]
+
+
+def test_the_objective_is_the_loss_at_b(rng):
+    problem = so.Problem(make_problem(rng).loss, so.TopK(200))
+    solver = QuadraticAdmm()
+    hessian, center = (np.asarray(a, np.float64) for a in (problem.loss.hessian, problem.loss.center))
+    state = solver.init(problem, problem.loss.center)
+    step = jax.jit(solver.step)
+    for _ in range(9):
+        previous, state = state, step(problem, state)
+        rho = float(state.rho)
+        right = rho * (np.asarray(previous.x, np.float64) - center) - np.asarray(previous.dual, np.float64)
+        moved = np.linalg.solve(hessian + rho * np.eye(len(hessian)), right)
+        assert float(state.objective) == pytest.approx(0.5 * np.sum(moved * (hessian @ moved)), rel=1e-3)
+
+
+def test_rho_rises_every_period_and_the_residual_is_the_share_of_the_support_that_moved(rng):
+    problem = so.Problem(make_problem(rng).loss, so.TopK(200))
+    solver = QuadraticAdmm(rho=0.2, growth=3.0, period=2)
+    state = solver.init(problem, problem.loss.center)
+    step = jax.jit(solver.step)
+    for count in range(6):
+        previous, state = state, step(problem, state)
+        assert float(state.rho) == pytest.approx(0.2 * 3.0 ** (count // 2))
+        changed = np.mean((np.asarray(state.x) != 0) != (np.asarray(previous.x) != 0))
+        assert float(state.residual) == pytest.approx(changed, abs=1e-6)
+
+
+def test_levels_counts_and_rho_are_leaves_one_trace_serves_all(rng):
+    problem = make_problem(rng)
+    traces = []
+
+    @jax.jit
+    def run(solver, penalty, x):
+        traces.append(1)
+        return so.solve(so.Problem(problem.loss, penalty), solver, x, tol=-1.0, max_steps=3).value
+
+    for k, rho in ((40, 0.1), (90, 0.1), (90, 0.3)):
+        kept = run(QuadraticAdmm(rho=rho), so.TopK(k), problem.loss.center)
+        assert np.count_nonzero(kept) == k
+    assert len(traces) == 1

@@ -1,0 +1,213 @@
+"""Zero-shot tasks: the adapter against lm-eval's own model class on torch, and scores against hand counts.
+
+Nothing here may reach a network: tasks, data and models are files of the test.
+"""
+
+import json
+import socket
+
+import numpy as np
+import pytest
+import yaml
+
+from sparseopt.models import encode_text, load_tokenizer, open_model
+from sparseopt.pruning import perplexity
+from tests.models.tiny import random_tensors, tiny_config, write_gguf
+from tests.oracle.test_reference import export
+
+pytestmark = pytest.mark.oracle
+
+QUESTIONS = [
+    "the hen lays",
+    "a bell tells",
+    "he fell in the",
+    "hello there, tell",
+    "ten of the",
+    "all",
+    "seven",
+    "what?",
+]
+CHOICES = [[" hell", " the", " a", " e"], [" well.", " o", " time he", " b"]] * 4
+TEXTS = ["hello there. the bell fell in the well", "all the hens tell the time.\nten of them", "he"]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    def refuse(self, address):
+        raise AssertionError(f"the test asked for the network: {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def model(tmp_path, rng):
+    config = tiny_config()
+    tensors = {name: 3 * tensor for name, tensor in random_tensors(config, rng).items()}
+    return export(open_model(write_gguf(tmp_path / "model.gguf", config, tensors)), tmp_path / "model")
+
+
+def write_task(folder, name, rows, **settings):
+    """A task file and its data, as a user writes them."""
+    folder.mkdir(exist_ok=True)
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "metadata": {"version": 1.0},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | settings))
+
+
+def choice_settings():
+    return {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+
+
+def hand_scores(model):
+    """`[questions, choices]` log-likelihoods by the perplexity of whole texts, less that of the question."""
+    opened = open_model(model)
+    tokenizer = load_tokenizer(opened.source)
+
+    def log_p(text):
+        ids = encode_text(tokenizer, text)
+        return -np.log(perplexity(opened, ids[None])) * (len(ids) - 1)
+
+    return np.array([[log_p(q + c) - log_p(q) for c in choices] for q, choices in zip(QUESTIONS, CHOICES, strict=True)])
+
+
+def write_choice_task(folder, model, wrong):
+    """A task on which the model is right but for the first `wrong` questions, by the hand count."""
+    scores = hand_scores(model)
+    order = np.argsort(scores, axis=1)
+    answers = np.where(np.arange(len(QUESTIONS)) < wrong, order[:, 0], order[:, -1])
+    rows = [
+        {"question": q, "choices": c, "answer": int(a)} for q, c, a in zip(QUESTIONS, CHOICES, answers, strict=True)
+    ]
+    write_task(folder, "hens", rows, **choice_settings())
+    lengths = np.array([[len(c) for c in choices] for choices in CHOICES])
+    return np.mean((scores / lengths).argmax(axis=1) == answers)
+
+
+def requests_of(kind, arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
+
+
+def test_the_three_answers_are_those_of_lm_evals_own_model_class(model):
+    from lm_eval.models.huggingface import HFLM
+
+    from sparseopt.pruning.zero_shot import DecoderLM
+
+    sizes = {"max_length": 24}
+    ours = DecoderLM(model, **sizes)
+    theirs = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=2, **sizes)
+    pairs = [(q, c) for q, choices in zip(QUESTIONS, CHOICES, strict=True) for c in choices]
+    pairs += [("", "hello"), ("a bell ", "tells"), ("the hens tell the time. " * 3, "ten"), ("the", "<|stop|>")]
+    requests = requests_of("loglikelihood", pairs)
+    found, expected = ours.loglikelihood(requests), theirs.loglikelihood(requests)
+    np.testing.assert_allclose([f[0] for f in found], [e[0] for e in expected], rtol=1e-4, atol=1e-4)
+    assert [f[1] for f in found] == [e[1] for e in expected]
+    assert ours.cut == 1
+
+    requests = requests_of("loglikelihood_rolling", [(text,) for text in TEXTS])
+    np.testing.assert_allclose(ours.loglikelihood_rolling(requests), theirs.loglikelihood_rolling(requests), rtol=1e-4)
+
+    wanted = [{"until": ["\n"], "max_gen_toks": 9}, {"until": ["e", "l", " "], "max_gen_toks": 20}]
+    requests = requests_of("generate_until", [(q, w) for q in ["hello", *TEXTS[:2]] for w in wanted])
+    assert ours.generate_until(requests) == theirs.generate_until(requests)
+
+
+def test_accuracy_is_the_hand_count_in_the_shell_too(tmp_path, model, command):
+    folder = tmp_path / "tasks"
+    normalised = write_choice_task(folder, model, wrong=3)
+    status, out, _ = command("zero-shot", model, "--tasks", "hens", "--include-path", folder, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["tasks"]["hens"] == {
+        "version": 1.0,
+        "examples": 8,
+        "metrics": {
+            "acc": 5 / 8,
+            "acc_stderr": pytest.approx(np.std([0, 1, 1, 1, 1, 1, 0, 0], ddof=1) / np.sqrt(8)),
+            "acc_norm": normalised,
+            "acc_norm_stderr": pytest.approx(np.sqrt(normalised * (1 - normalised) / 7)),
+        },
+    }
+    assert (found["limit"], found["shots"], found["cut"]) == (None, 0, 0)
+    status, out, err = command("zero-shot", model, "--tasks", "hens", "--include-path", folder, "--limit", 4)
+    assert status == 0
+    assert "│ hens │ 4 │ acc │ 0.2500 │" in out
+    assert "100 %" in err
+
+
+def test_solved_examples_stand_before_the_question(tmp_path, model):
+    from sparseopt.pruning.zero_shot import zero_shot
+
+    folder = tmp_path / "tasks"
+    write_choice_task(folder, model, wrong=0)
+    plain = zero_shot(model, ["hens"], include_path=folder)
+    seen = []
+    with_shots = zero_shot(model, ["hens"], include_path=folder, shots=2, observer=lambda *step: seen.append(step))
+    assert plain["tasks"]["hens"]["metrics"]["acc"] == 1
+    assert with_shots["tasks"]["hens"]["metrics"]["acc"] < 1  # two examples before it change what is likeliest
+    assert seen[-1][1] == seen[-1][2]
+
+
+def test_the_perplexity_of_texts_is_the_projects_own(tmp_path, model):
+    from sparseopt.pruning.zero_shot import zero_shot
+
+    folder = tmp_path / "tasks"
+    metrics = {"metric_list": [{"metric": "byte_perplexity"}]}
+    settings = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+    write_task(folder, "prose", [{"text": text} for text in TEXTS], **settings, **metrics)
+    found = zero_shot(model, ["prose"], include_path=folder)["tasks"]["prose"]["metrics"]["byte_perplexity"]
+    opened = open_model(model)
+    total = 0.0
+    for text in TEXTS:
+        ids = [opened.source.config["bos_token_id"], *encode_text(load_tokenizer(opened.source), text)]
+        total += np.log(perplexity(opened, np.array([ids]))) * (len(ids) - 1)
+    assert found == pytest.approx(np.exp(total / sum(len(text.encode()) for text in TEXTS)), rel=1e-4)
+
+
+def test_mistakes_are_named(tmp_path, model, command):
+    from sparseopt.pruning.zero_shot import DecoderLM, zero_shot
+
+    folder = tmp_path / "tasks"
+    write_choice_task(folder, model, wrong=0)
+    status, _, err = command("zero-shot", model, "--tasks", "hans,hens,arc_eazy", "--include-path", folder)
+    assert status == 2
+    assert "unknown task 'hans'; nearest are hens" in err
+    assert "unknown task 'arc_eazy'; nearest are arc_easy" in err
+    status, _, err = command("zero-shot", model, "--tasks", "hens", "--include-path", tmp_path / "nothing")
+    assert status == 2
+    assert "include_path must be a folder" in err
+    with pytest.raises(ValueError, match="limit must be 1 or more"):
+        zero_shot(model, ["hens"], include_path=folder, limit=0)
+    (folder / "hens.jsonl").unlink()
+    status, _, err = command("zero-shot", model, "--tasks", "hens", "--include-path", folder)
+    assert status == 1
+    assert "cannot be loaded" in err
+    assert "hens.jsonl" in err
+    (folder / "hens.jsonl").write_text("{no json\n")
+    status, _, err = command("zero-shot", model, "--tasks", "hens", "--include-path", folder)
+    assert status == 1
+    assert "the tasks hens cannot be loaded" in err
+    lm = DecoderLM(model, max_length=16)
+    with pytest.raises(ValueError, match="only greedy generation"):
+        lm.generate_until(requests_of("generate_until", [("he", {"do_sample": True, "max_gen_toks": 4})]))
+    with pytest.raises(ValueError, match="asks for 16 new tokens; the model reads 16"):
+        lm.generate_until(requests_of("generate_until", [("he", {"max_gen_toks": 16})]))
+    with pytest.raises(ValueError, match="a continuation has 40 tokens, the model reads 16"):
+        lm.loglikelihood(requests_of("loglikelihood", [("he", "a" * 40)]))
+    with pytest.raises(ValueError, match="empty continuation"):
+        lm.loglikelihood(requests_of("loglikelihood", [("he", "")]))

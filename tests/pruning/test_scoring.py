@@ -1,0 +1,109 @@
+"""Log-likelihoods of continuations: against the whole decoder, and whatever the batches, shared inputs or passes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.models import load_decoder, open_model
+from sparseopt.pruning import perplexity, scoring
+from sparseopt.pruning.scoring import find_hosts, padded_length, score_continuations
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+
+
+@pytest.fixture
+def folder(tmp_path, rng):
+    return write_folder(tmp_path / "model", tiny_config(), random_tensors(tiny_config(), rng))
+
+
+def random_pairs(rng, count):
+    def ids(low, high):
+        return rng.integers(0, len(VOCAB), rng.integers(low, high)).tolist()
+
+    return [(ids(1, 40), ids(1, 6)) for _ in range(count)]
+
+
+def independent_scores(decoder, texts, starts):
+    """The definition, on texts of one length: no padding and nothing shared."""
+    logits = np.asarray(decoder(jnp.asarray(texts)), np.float64)
+    log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    for rows, text, start in zip(log_p, texts, starts, strict=True):
+        places = range(start, len(text))
+        total = sum(rows[t - 1, text[t]] for t in places)
+        yield total, all(rows[t - 1].argmax() == text[t] for t in places)
+
+
+@pytest.mark.parametrize("length", [9, 24])
+def test_scores_are_sums_of_log_softmax_of_the_decoder(folder, rng, length):
+    decoder = load_decoder(folder)
+    texts = rng.integers(0, len(VOCAB), (10, length))
+    texts[:, -1] = np.asarray(decoder(jnp.asarray(texts)))[:, -2].argmax(-1)  # the last token is the likeliest
+    starts = [*rng.integers(1, length - 1, 7).tolist(), 1, length - 1, length - 1]
+    pairs = [(text[:start].tolist(), text[start:].tolist()) for text, start in zip(texts, starts, strict=True)]
+    found = score_continuations(open_model(folder), pairs)
+    expected, greedy = zip(*independent_scores(decoder, texts, starts), strict=True)
+    np.testing.assert_allclose([s.log_likelihood for s in found], expected, rtol=1e-5)
+    assert [s.greedy for s in found] == list(greedy)
+    assert greedy[-1]
+    assert not greedy[-3]
+
+
+def test_probabilities_of_all_next_tokens_add_to_one_and_cost_one_input(folder):
+    seen = []
+    pairs = [([5, 6, 7], [token]) for token in range(len(VOCAB))]
+    scores = score_continuations(open_model(folder), pairs, observer=lambda done, total: seen.append((done, total)))
+    assert sum(np.exp(s.log_likelihood) for s in scores) == pytest.approx(1, abs=1e-5)
+    assert sum(s.greedy for s in scores) == 1
+    assert seen == [(1, 3), (2, 3), (3, 3)]  # one batch through three blocks
+
+
+def test_batches_passes_and_order_change_nothing(folder, rng, monkeypatch):
+    model = open_model(folder)
+    pairs = random_pairs(rng, 30)
+    whole = np.array([s.log_likelihood for s in score_continuations(model, pairs)])
+    order = rng.permutation(len(pairs))
+    shuffled = score_continuations(model, [pairs[i] for i in order])
+    np.testing.assert_allclose([s.log_likelihood for s in shuffled], whole[order], rtol=1e-5)
+    shortest = np.argsort([len(context) for context, _ in pairs])[:3]
+    alone = [score_continuations(model, [pairs[i]])[0].log_likelihood for i in shortest]
+    np.testing.assert_allclose(alone, whole[shortest], rtol=1e-5)
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", 96)
+    monkeypatch.setattr(scoring, "PASS_BYTES", 2 * 96 * 32 * 4)
+    steps = []
+    split = score_continuations(model, pairs, observer=lambda *step: steps.append(step))
+    np.testing.assert_allclose([s.log_likelihood for s in split], whole, rtol=1e-5)
+    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
+    assert steps[0][1] > 3 * 5
+
+
+def test_a_text_scored_token_by_token_has_the_perplexity_of_its_window(folder, rng):
+    windows = rng.integers(0, len(VOCAB), (5, 33)).astype(np.int32)
+    scores = score_continuations(open_model(folder), [([int(w[0])], w[1:].tolist()) for w in windows])
+    mean = -sum(s.log_likelihood for s in scores) / (5 * 32)
+    assert np.exp(mean) == pytest.approx(perplexity(folder, windows), rel=1e-5)
+
+
+def test_a_host_begins_with_its_members():
+    inputs = [(1, 2), (1,), (1, 2, 3), (2, 1), (1, 2), (1, 3), (2, 1)]
+    hosts = find_hosts(inputs)
+    for own, host in zip(inputs, hosts, strict=True):
+        assert inputs[host][: len(own)] == own
+    assert {inputs[host] for host in hosts} == {(1, 2, 3), (1, 3), (2, 1)}
+    assert len(set(hosts)) == 3
+
+
+def test_padded_lengths_are_few_and_close():
+    lengths = np.arange(1, 2049)
+    padded = np.array([padded_length(int(n)) for n in lengths])
+    assert np.all(padded >= lengths)
+    assert np.all(padded - lengths < np.maximum(16, lengths / 4))
+    assert len(set(padded)) <= 8 + 4 * 4
+    assert np.all([padded_length(int(n)) == n for n in padded])
+
+
+def test_bad_pairs_are_refused(folder):
+    model = open_model(folder)
+    assert score_continuations(model, []) == []
+    with pytest.raises(ValueError, match="pair 1 has 0 context and 2 continuation tokens"):
+        score_continuations(model, [([1], [2]), ([], [2, 3])])
+    with pytest.raises(ValueError, match="token ids must lie in 0"):
+        score_continuations(model, [([1], [len(VOCAB)])])

@@ -1,0 +1,84 @@
+"""Token weights of the Grams, and the ridge: what they are, who takes them by default, what is refused."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.models import Block, open_model
+from sparseopt.pruning import METHODS, Recipe, find_method, prune_model
+from sparseopt.pruning.calibration import BlockRunner, gather_grams, make_batches
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+
+
+@pytest.fixture
+def source(tmp_path, rng):
+    return write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
+
+
+@pytest.fixture
+def tokens(rng):
+    return rng.integers(0, len(VOCAB), (6, 16)).astype(np.int32)
+
+
+def test_residual_weights_are_those_of_the_stream_behind_the_block(source, tokens):
+    model = open_model(source)
+    block, x = model.block(0), model.embedding()(jnp.asarray(tokens))
+    inputs = {}
+    stream = np.asarray(block(x, tap=lambda name, value: inputs.setdefault(name, value)), np.float64)
+    weights = 1 / np.mean(stream**2, axis=-1).reshape(-1)
+    uniform, weighted = gather_grams(block, x), gather_grams(block, x, "residual")
+    for name in set(Block.linears.values()) - set(Block.residual_taps):
+        np.testing.assert_array_equal(uniform[name], weighted[name])
+    for name in Block.residual_taps:
+        rows = np.asarray(inputs[name], np.float64).reshape(len(weights), -1)
+        np.testing.assert_allclose(weighted[name], rows.T @ (weights[:, None] * rows), rtol=1e-4, atol=1e-5)
+        assert not np.allclose(weighted[name], uniform[name], rtol=1e-2)
+
+
+def test_a_silent_token_weighs_nothing_and_batches_do_not_matter(source, tokens):
+    model = open_model(source)
+    block, x = model.block(0), model.embedding()(jnp.asarray(tokens))
+    silent = jnp.concatenate([x, jnp.zeros_like(x)])
+    for name, gram in gather_grams(block, silent, "residual").items():
+        np.testing.assert_allclose(gram, gather_grams(block, x, "residual")[name], rtol=1e-4, atol=1e-4)
+    one, many = BlockRunner("residual"), BlockRunner("residual")
+    whole, parts = one.grams(block, [x]), many.grams(block, [x[:3], x[3:]])
+    for name in whole:
+        np.testing.assert_allclose(whole[name], parts[name], rtol=1e-4, atol=1e-4)
+    assert one.flops == pytest.approx(many.flops)
+    assert len(make_batches(x)) == 1
+
+
+def test_best_takes_the_weights_and_the_ridge_of_whole_models_and_the_others_their_own():
+    assert Recipe(method="best").token_weighting() == "residual"
+    assert Recipe(method="best").check().ridge == Recipe(method="best").check().first.ridge == 0.1
+    assert Recipe(method="best", ridge=0.02, weighting="uniform").check().first.ridge == 0.02
+    assert Recipe(method="best", weighting="uniform").token_weighting() == "uniform"
+    for name in METHODS.keys() - {"best"}:
+        assert Recipe(method=name).token_weighting() == "uniform"
+        assert Recipe(method=name).check() == find_method(name)
+    assert Recipe(method="maiht", ridge=0.5).check().ridge == 0.5
+
+
+def test_what_cannot_be_is_listed_before_any_work():
+    with pytest.raises(ValueError, match=r"weighting must be one of uniform, residual, given 'heavy'"):
+        dataclasses.replace(Recipe(), weighting="heavy").check()
+    with pytest.raises(ValueError, match="ridge must be 0 or more, given -1"):
+        Recipe(ridge=-1).check()
+    with pytest.raises(ValueError, match=r"Wanda has no ridge, given 0.1; leave the ridge out"):
+        Recipe(method="wanda", ridge=0.1).check()
+
+
+def test_the_reported_error_is_in_the_same_weights(tmp_path, source, tokens):
+    recipe = Recipe(calibration=tokens, heldout_samples=0, method="wanda", weighting="residual")
+    report = prune_model(source, tmp_path / "out", recipe)
+    model, pruned = open_model(source), open_model(tmp_path / "out")
+    dense, after = model.block(0), pruned.block(0)
+    gram = np.asarray(gather_grams(dense, model.embedding()(jnp.asarray(tokens)), "residual")["mlp_hidden"], np.float64)
+    weight = np.asarray(dense.linear("mlp.down_proj").weight[...], np.float64)
+    change = np.asarray(after.linear("mlp.down_proj").weight[...], np.float64) - weight
+    expected = np.sum(change @ gram * change) / np.sum(weight @ gram * weight)
+    record = next(r for r in report.layers if r.layer == "model.layers.0.mlp.down_proj")
+    assert record.relative_error == pytest.approx(expected, rel=1e-3)
