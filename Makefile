@@ -7,7 +7,7 @@ DATA ?=
 TRUTH ?=
 CALIBRATION ?= pydoc
 
-.PHONY: help demo test lint test-slow test-oracle test-package golden notebooks docs bench-prune bench-trend clean
+.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package golden notebooks docs bench-prune bench-trend clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ demo: $(VENV)/.installed-demo ## Prune a real language model and show what it co
 	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
 test: $(VENV)/.installed-test lint ## Lint, types and the fast tests.
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not oracle and not package'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not oracle and not package and not notebooks'
 
 lint: $(VENV)/.installed-test ## ruff and mypy.
 	$(BIN)/ruff check .
@@ -53,6 +53,9 @@ test-slow: $(VENV)/.installed-test $(VENV)/.installed-demo ## Tests that take lo
 
 test-oracle: $(VENV)/.installed-oracle ## Compare with torch and transformers (installs torch).
 	$(BIN)/python -m pytest -m oracle
+
+test-notebooks: $(VENV)/.installed-test ## Execute every notebook on small inputs and check what it finds.
+	$(BIN)/python -m pytest -n 2 -m notebooks
 
 test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty environments and run the quickstart.
 	$(BIN)/python -m pytest -m package

@@ -92,6 +92,7 @@ def printed(notebook):
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
+@pytest.mark.notebooks
 @pytest.mark.parametrize("number", PROMISES)
 def test_it_runs_and_finds_what_it_promises(number, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
