@@ -31,6 +31,7 @@ from sparseopt.models import (
     open_model,
 )
 from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.evaluation import audit_pattern
 from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, check_method, layer_solver
 from sparseopt.pruning.patterns import Pattern, parse_pattern
 from sparseopt.pruning.recipe import Recipe
@@ -65,7 +66,8 @@ def prune_model(
 
     Raises:
         ValueError: before any work, for a recipe, a model or a text that cannot be used.
-        PruningError: if activations or a solve become non-finite; finished shards stay.
+        PruningError: if activations or a solve become non-finite (finished shards stay), or if what was stored, read
+            back, breaks the pattern.
     """
     start = time.perf_counter()
     recipe = recipe or Recipe()
@@ -106,6 +108,12 @@ def prune_model(
             batches = runner.forward(block, batches)
             heldout_batches = runner.forward(block, heldout_batches)
     writer.finish()
+    broken = [audit.layer for audit in audit_pattern(output, recipe.pattern, recipe.sparsity) if not audit.fits]
+    if broken:
+        raise PruningError(
+            f"{len(broken)} linears read back from {output} break the pattern {recipe.pattern!r}, {broken[0]} first; "
+            "was the folder changed while it was written?"
+        )
 
     report = PruneReport(
         output=Path(output),
