@@ -118,7 +118,8 @@ def section_tables(section: Section, width: int) -> list[Table]:
         title = section.title if number == 0 else f"{section.title}, continued"
         rows = [[line[i] for i in shown] for line in cells]
         table = comparison_table(title, [headings[i] for i in shown], rows)
-        for column, index in zip(table.columns, shown, strict=True):
-            column.min_width = widths[index] - 3 if index >= labels else None
+        if sum(widths[index] for index in shown) < width:
+            for column, index in zip(table.columns, shown, strict=True):
+                column.min_width = widths[index] - 3
         tables.append(table)
     return tables
