@@ -28,7 +28,7 @@ class MethodConfig(Named):
 
 
 # Of a whole SmolLM2-135M at 50 %, on two cores; other methods take a few seconds.
-SOLVER_SECONDS = {"best": 120, "maiht": 60, "admm": 65, "splice": 170, "sparsegpt": 30}
+SOLVER_SECONDS = {"best": 95, "maiht": 55, "admm": 60, "splice": 170, "sparsegpt": 30}
 
 
 class Prune(Task):
