@@ -14,6 +14,7 @@ FLOORS = [
     ("machine", 0),
     ("core/types", 0),
     ("core/thresholds", 1),
+    ("core/dense", 1),
     ("core/operators", 1),
     ("core/grouping", 1.5),  # row tables are linear maps
     ("core/patterns", 2),

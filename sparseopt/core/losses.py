@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.dense import HIGHEST
 from sparseopt.core.types import pytree
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @pytree

@@ -1,9 +1,8 @@
 """Floor 6: Wanda, weights scored by their size times the norm of their input."""
 
-import jax
 import jax.numpy as jnp
 
-from sparseopt.core.patterns import TopK
+from sparseopt.core.patterns import RowTopK, TopK
 from sparseopt.core.thresholds import top_k_mask
 from sparseopt.core.types import pytree
 from sparseopt.pruning.layer import Pruned, ScaledLayer
@@ -27,8 +26,7 @@ class Wanda:
         if not isinstance(pattern, TopK):
             return keep_values(layer, pattern.mask(score))
         each, left = pattern.k // score.shape[1], pattern.k % score.shape[1]
-        rows = jax.vmap(top_k_mask, in_axes=(1, None), out_axes=1)
-        mask = rows(score, each)
-        following = rows(score, each + 1) & ~mask
+        mask = RowTopK(each).mask(score)
+        following = RowTopK(each + 1).mask(score) & ~mask
         extra = top_k_mask(jnp.max(among(following, score), axis=0), left)
         return keep_values(layer, mask | (following & extra[None, :]))
