@@ -77,8 +77,8 @@ def bench_layers(source: Path, data: str) -> None:
             layer = f"{index}.{name}"
             if layer not in PAPER_ERRORS:
                 continue
-            gram = runner.grams(block, batches)[block.linears[name]]
-            test_gram = runner.grams(block, heldout)[block.linears[name]]
+            gram = runner.grams(block, batches)[block.linears[name]].gram
+            test_gram = runner.grams(block, heldout)[block.linears[name]].gram
             weight = np.asarray(block.linear(name).weight[...])
             for preset, factor in (("paper", 1.02), ("best", 0.80)):
                 result = prune_layer(weight, gram, 0.5, preset=preset, test_gram=test_gram)
@@ -105,6 +105,7 @@ def bench_model(source: Path, data: str, method: str, preset: str) -> None:
         rate = max(before, matmul_rate())
         summary = json.loads((output / "summary.json").read_text())
         records = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
+        records = [record for record in records if record["kind"] == "layer"]
         evaluated = subprocess.run(
             [sys.executable, "-m", "sparseopt", "eval", str(output), "--text", data, "--json"],
             check=True, capture_output=True, text=True,

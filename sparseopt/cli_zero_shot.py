@@ -66,22 +66,13 @@ class TaskProgress:
     """Observer of `zero_shot`, on the error stream: a bar on a terminal, elsewhere a line each tenth of the work."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        from sparseopt.console import errors
+        from sparseopt.console import counting_bar, errors
 
         self._console = errors
         self._title = ""
         self._start = 0.0
         self._tenth = 0
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=errors,
-            disable=not errors.is_terminal,
-        )
+        self._bar = counting_bar(errors)
 
     def __call__(self, title: str, done: int, total: int) -> None:
         """`done` of `total` steps of what `title` names."""

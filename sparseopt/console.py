@@ -41,17 +41,18 @@ def waiting(title: str) -> Iterator[Clock]:
     clock.seconds = time.perf_counter() - clock.start
 
 
+def counting_bar(place: Console) -> Progress:
+    """Bars with what is done of all and the time; nothing where the place is no terminal."""
+    return Progress(
+        TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=place, disable=not place.is_terminal,
+    )  # fmt: skip
+
+
 @contextmanager
 def block_progress(title: str) -> Iterator:
     """Observer of `perplexity`: blocks done of all."""
-    with Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
+    with counting_bar(console) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

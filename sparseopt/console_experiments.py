@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from types import TracebackType
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sparseopt.console import comparison_table, console, say
+from sparseopt.console import comparison_table, console, counting_bar, say
 from sparseopt.experiments.report import Section
 from sparseopt.experiments.runs import Outcome, State
 from sparseopt.experiments.sweep import Planned
@@ -17,10 +16,7 @@ class SweepProgress:
     """Two bars on a terminal, runs and the units of the present run; elsewhere only the lines of ended runs."""
 
     def __init__(self, runs: int) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+        self._bar = counting_bar(console)
         self._runs = self._bar.add_task("runs", total=runs)
         self._units = self._bar.add_task("", total=None, visible=False)
 
@@ -118,8 +114,13 @@ def section_tables(section: Section, width: int) -> list[Table]:
         title = section.title if number == 0 else f"{section.title}, continued"
         rows = [[line[i] for i in shown] for line in cells]
         table = comparison_table(title, [headings[i] for i in shown], rows)
-        if sum(widths[index] for index in shown) < width:
-            for column, index in zip(table.columns, shown, strict=True):
-                column.min_width = widths[index] - 3
+        spare = width - 1 - sum(widths[index] for index in shown)
+        for column, index in zip(table.columns, shown, strict=True):
+            column.overflow = "fold"
+            if spare >= 0:
+                # Fixed: rich would break words to make room for whole headings elsewhere. What is left goes to those.
+                more = max(0, min(spare, 3 + len(headings[index]) - widths[index]))
+                column.width = widths[index] - 3 + more
+                spare -= more
         tables.append(table)
     return tables

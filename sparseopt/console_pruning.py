@@ -14,7 +14,7 @@ from rich.progress import (
 from rich.table import Table
 
 from sparseopt.console import console, say
-from sparseopt.pruning.reports import LayerRecord, PruneReport, mean
+from sparseopt.pruning.reports import BlockRecord, Event, LayerRecord, PruneReport, SurveyStep, mean
 
 
 class PruneProgress:
@@ -49,8 +49,24 @@ class PruneProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def __call__(self, record: LayerRecord, total: int) -> None:
-        """One layer is done."""
+    def __call__(self, event: Event, total: int) -> None:
+        """Something is done."""
+        match event:
+            case SurveyStep(stage, done, steps):
+                self._tell_survey(stage, done, steps)
+            case LayerRecord():
+                self._tell_layer(event, total)
+            case BlockRecord():
+                if self._task is not None:
+                    self._bar.update(self._task, note=f"block {event.block} trained, error {event.last_loss:.4f}")
+
+    def _tell_survey(self, stage: str, done: int, total: int) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, note=f"{stage} {done}/{total}")
+        if not console.is_terminal and done in (1, total):
+            say(f"{self._title}: {stage} {done}/{total}, {time.perf_counter() - self._start:.0f} s")
+
+    def _tell_layer(self, record: LayerRecord, total: int) -> None:
         self._done += 1
         note = f"block {record.block} {record.layer.split('.', 3)[-1]} error {record.relative_error:.4f}"
         if self._task is not None:
@@ -113,6 +129,15 @@ def run_lines(report: PruneReport) -> list[str]:
         f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
         f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB",
     ]
+    if report.blocks:
+        first, last = (mean(getattr(b, name) for b in report.blocks) for name in ("first_loss", "last_loss"))
+        stopped = sum(b.status in ("DIVERGED", "NONFINITE") for b in report.blocks)
+        lines.append(
+            f"reconstruction {report.reconstruction_seconds:.1f} s, mean block error {first:.5f} -> {last:.5f}"
+            + (f"; {stopped} blocks diverged and kept their best state" if stopped else "")
+        )
+    if report.survey_seconds:
+        lines.append(f"survey of the dense model {report.survey_seconds:.1f} s")
     if dead:
         lines.append(f"{dead} inputs were zero on all calibration tokens; their weights were pruned first")
     return lines

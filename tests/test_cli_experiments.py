@@ -75,6 +75,39 @@ def test_other_settings_in_the_folder_stop_everything_before_work(tmp_path, conf
     assert command("run", config, "count=9", "--output", tmp_path / "runs", "--again")[0] == 0
 
 
+def shown(section, width):
+    """A section's tables as a terminal of this width shows them."""
+    text = io.StringIO()
+    for table in section_tables(section, width):
+        Console(file=text, width=width).print(table)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("error", [None, "model: RuntimeError: model.layers.0.self_attn.q_proj became non-finite"])
+def test_tables_are_whole_at_every_width(error):
+    figures = {
+        "perplexity": 49.8, "mean_relative_error": 0.0095, "mean_heldout_error": 0.0155, "solver_seconds": 94.2,
+        "peak_memory_GiB": 1.1,
+    }  # fmt: skip
+    rows = [
+        Row({"method": method, "pattern": pattern, "sparsity": 0.5}, figures, {}, 1, Path("x"))
+        for method in ("best", "maiht:paper") for pattern in ("unstructured", "2:4")
+    ]  # fmt: skip
+    rows.append(Row({"method": "wanda", "pattern": "2:4", "sparsity": 0.5}, {"error": error}, {}, 1, Path("x")))
+    section = Section("compared", "Compared", (*figures, "error"), rows, None, [])
+    ends = {"┏": "┓", "┃": "┃", "┡": "┩", "│": "│", "└": "┘"}
+    for width in range(30, 180):
+        text = shown(section, width)
+        lines = [line for line in text.splitlines() if line[0] in ends]
+        assert len(lines) > len(rows)
+        assert all(line[-1] == ends[line[0]] for line in lines), text
+        assert max(map(len, lines)) <= width
+        assert "…" not in text
+        # Labels and the widest single figure fit: no word of a heading is broken.
+        if width >= 60:
+            assert all(f" {word} " in text for name in figures for word in name.split("_")), text
+
+
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_a_wide_table_is_shown_in_parts_and_no_figure_is_cut(width):
     columns = tuple(f"figure_{number}" for number in range(9))
@@ -82,11 +115,8 @@ def test_a_wide_table_is_shown_in_parts_and_no_figure_is_cut(width):
         Row({"method": method, "order": order}, dict.fromkeys(columns, (1.2345e-05, 4.3e-07)), {}, 3, Path("x"))
         for method in ("doge", "fast_admm") for order in (0, 1)
     ]  # fmt: skip
-    tables = section_tables(Section("wide", "Wide", columns, rows, None, []), width)
-    shown = io.StringIO()
-    for table in tables:
-        Console(file=shown, width=width).print(table)
-    text = shown.getvalue()
+    section = Section("wide", "Wide", columns, rows, None, [])
+    text, tables = shown(section, width), section_tables(section, width)
     assert "…" not in text
     assert text.count("1.234e-05 ± 4.3e-07") == len(columns) * len(rows)
     assert text.count("fast_admm") == 2 * len(tables)

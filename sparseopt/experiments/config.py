@@ -255,7 +255,8 @@ def _report(mistakes: Mapping[tuple[Location, str], None], lines: Mapping[Locati
             place = place[:-1]
         return f"line {lines[place]}: " if place else ""
 
-    listed = [f"  {line_of(place)}{_path(place)}: {text}" for place, text in mistakes]
+    # What no single key is to blame for has no place.
+    listed = [f"  {line_of(place)}{_path(place) or 'the run'}: {text}" for place, text in mistakes]
     count = f"{len(listed)} mistake{'s' if len(listed) > 1 else ''}"
     return ConfigError(f"{source} cannot be used, {count}:\n" + "\n".join(listed))
 

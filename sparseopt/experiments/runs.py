@@ -95,7 +95,8 @@ def _named(value: Any) -> Iterator[Named]:
 
 def state_of(folder: Path, mark: str) -> State:
     """What lies in a folder, for the run with this fingerprint."""
-    if not folder.exists() or not any(f.name != LOCK for f in folder.iterdir()):
+    # A start that was killed before its header was whole has done nothing yet.
+    if not folder.exists() or {f.name for f in folder.iterdir()} <= {LOCK, _temporary(folder / HEADER).name}:
         return State.NEW
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
@@ -133,6 +134,8 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
         if again or state is State.NEW:
             _clear(folder)
             _write_header(folder, run, mark)
+        if not (folder / CONFIG).is_file():
+            _write_config(folder, run)
         return _run_units(run, folder, observer)
 
 
@@ -242,8 +245,6 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _write_header(folder: Path, run: Run, mark: str) -> None:
-    values = run.task.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
-    (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     header = {
         "fingerprint": mark,
         "id": run.id,
@@ -254,6 +255,11 @@ def _write_header(folder: Path, run: Run, mark: str) -> None:
         **environment(),
     }
     _write_whole(folder / HEADER, json.dumps(_plain(header), indent=2) + "\n")
+
+
+def _write_config(folder: Path, run: Run) -> None:
+    values = run.task.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
+    _write_whole(folder / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _clear(folder: Path) -> None:
@@ -285,12 +291,16 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _write_whole(file: Path, text: str) -> None:
     """Write so that a crash leaves the old file or the new one."""
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = _temporary(file)
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name}.tmp")
 
 
 def _plain(value: Any) -> Any:

@@ -64,7 +64,7 @@ def check_all(planned: Sequence[Planned], *, again: bool) -> None:
         try:
             p.run.task.check()
         except (ValueError, ModuleNotFoundError) as error:
-            mistakes[str(error)] = None
+            mistakes |= dict.fromkeys(str(error).split("\n  "))  # runs share mistakes: each is told once
     if mistakes:
         raise ValueError("\n  ".join(("nothing was run:", *mistakes)))
 

@@ -180,5 +180,5 @@ def layer_problem(source: Path, layer: str, calibration: str, samples: int, seql
     for index in range(block_index):
         batches = runner.forward(model.block(index), batches)
     block = model.block(block_index)
-    gram = runner.grams(block, batches)[block.linears[name]]
+    gram = runner.grams(block, batches)[block.linears[name]].gram
     return scale_layer(jnp.asarray(model.source.read(f"{layer}.weight"), jnp.float32), gram)

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -10,12 +11,14 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from sparseopt.core.solve import Status
-from sparseopt.experiments.names import Named, PenaltyConfig, suggest
+from sparseopt.experiments.names import Mistakes, Named, PenaltyConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
 from sparseopt.models import bundled_model, encode_text, load_tokenizer, open_model
 from sparseopt.pruning import METHODS, Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
 from sparseopt.pruning.patterns import check_pattern, implied_sparsity
-from sparseopt.pruning.reports import LayerRecord, PruneReport, mean
+from sparseopt.pruning.pipeline import layer_patterns
+from sparseopt.pruning.reports import Event, LayerRecord, PruneReport, SurveyStep, mean
+from sparseopt.pruning.texts import Split
 
 BUNDLED = "bundled:smollm2-135m"
 
@@ -43,6 +46,11 @@ class Prune(Task):
         pattern: which weights may survive, as in `sparseopt prune --pattern`.
         ridge: added to the unit diagonal of the scaled Grams; default: the method's own.
         weighting: of the tokens in the Grams, "uniform" or "residual"; default: the method's own.
+        outputs: weights of the errors at the outputs, "uniform" or "gradient"; default: the method's own.
+        allocation: of the sparsity over the linears, "uniform", "owl" or "curves".
+        bounds: least and most sparsity of a linear, for allocations but "uniform".
+        propagate: share of the earlier blocks' error that a linear makes up for, in [0, 1].
+        reconstruct: epochs of training for each pruned block; default: the method's own, 0 for none.
         calibration: text as in `sparseopt prune --calibration`.
         samples: calibration windows.
         seqlen: tokens a window.
@@ -66,6 +74,11 @@ class Prune(Task):
     pattern: str = "unstructured"
     ridge: float | None = Field(default=None, ge=0)
     weighting: Literal["uniform", "residual"] | None = None
+    outputs: Literal["uniform", "gradient"] | None = None
+    allocation: Literal["uniform", "owl", "curves"] = "uniform"
+    bounds: tuple[float, float] | None = None
+    propagate: float = Field(default=0, ge=0, le=1)
+    reconstruct: int | None = Field(default=None, ge=0)
     calibration: str = "pydoc"
     samples: int = Field(default=16, ge=1)
     seqlen: int = Field(default=512, ge=2)
@@ -95,7 +108,10 @@ class Prune(Task):
 
     @model_validator(mode="after")
     def _pattern_is_possible(self) -> "Prune":
-        check_pattern(self.pattern, self._sparsity)
+        try:
+            check_pattern(self.pattern, self._sparsity)
+        except ValueError as error:
+            raise Mistakes([("pattern", str(error))]) from error
         return self
 
     @property
@@ -125,6 +141,11 @@ class Prune(Task):
             penalty=self.penalty.build() if self.penalty else None,
             ridge=self.ridge,
             weighting=self.weighting,
+            outputs=self.outputs,
+            allocation=self.allocation,
+            bounds=self.bounds,
+            propagate=self.propagate,
+            reconstruct=self.reconstruct,
             calibration=self.calibration,
             samples=self.samples,
             seqlen=self.seqlen,
@@ -137,12 +158,22 @@ class Prune(Task):
         return ["model"]
 
     def check(self) -> None:
-        """The recipe holds, the model opens and both texts can be read."""
-        if self.method != "dense":
-            self.recipe().check()
-        open_model(self._source())
-        load_text(self.evaluation, "evaluation")
-        load_text(self.calibration, "calibration")
+        """The recipe holds, every layer of the model can have the pattern, and the texts are long enough."""
+        recipe, source = self.recipe(), self._source()
+        method = None if self.method == "dense" else recipe.check()
+        model = open_model(source)
+        mistakes: list[str] = []
+        if method is not None:
+            try:
+                layer_patterns(model, recipe, method)
+            except ValueError as error:
+                mistakes.append(str(error))
+            mistakes += _text_mistakes(
+                source, self.calibration, "calibration", self.samples + self.heldout_samples, self.seqlen
+            )
+        mistakes += _text_mistakes(source, self.evaluation, "evaluation", self.windows, self.evaluation_seqlen)
+        if mistakes:
+            raise ValueError("\n  ".join(mistakes))
 
     def estimate(self) -> Estimate:
         """Known for the bundled model on two cores: blocks, then calibration and evaluation by their tokens."""
@@ -175,8 +206,11 @@ class Prune(Task):
         with tempfile.TemporaryDirectory(prefix="sparseopt-") as temporary:
             target = kept if self.keep_model else Path(temporary) / "model"
 
-            def pruning(record: LayerRecord, total: int) -> None:
-                observer(record.block + 1, model.num_blocks, f"pruning {record.layer}, block")
+            def pruning(event: Event, _: int) -> None:
+                if isinstance(event, LayerRecord):
+                    observer(event.block + 1, model.num_blocks, f"pruning {event.layer}, block")
+                elif isinstance(event, SurveyStep):
+                    observer(event.done, event.total, event.stage)
 
             report = prune_model(source, target, self.recipe(), observer=pruning)
             score = perplexity(target, ids, observer=scoring)
@@ -192,6 +226,8 @@ class Prune(Task):
             "mean_relative_error": mean(r.relative_error for r in layers),
             "mean_heldout_error": mean(r.heldout_error for r in layers if r.heldout_error is not None),
             "solver_seconds": report.solver_seconds,
+            "survey_seconds": report.survey_seconds,
+            "reconstruction_seconds": report.reconstruction_seconds,
             "compile_seconds": report.compile_seconds,
             "seconds": report.seconds,
             "peak_memory_bytes": report.peak_memory_bytes,
@@ -220,6 +256,21 @@ class Prune(Task):
         lines = {label: tuple(np.array(sorted(points)).T) for label, points in curves.items()}
         dense = [record["perplexity"] for _, record in rows if record["label"] == "dense"]
         return {"perplexity": plots.plot_perplexity(lines, dense=dense[0] if dense else None)}
+
+
+def _text_mistakes(source: Path, name: str, split: Split, count: int, length: int) -> list[str]:
+    """What keeps a text from giving so many windows of this length."""
+    try:
+        token_windows(_tokens(source, load_text(name, split)), count, length)
+    except ValueError as error:
+        return [f"{split} text {name}: {error}"]
+    return []
+
+
+@lru_cache(maxsize=4)
+def _tokens(source: Path, text: str) -> np.ndarray:
+    # Kept, because every run of a sweep is checked, mostly with the same texts.
+    return encode_text(load_tokenizer(open_model(source).source), text)
 
 
 def _layer(line: dict[str, Any]) -> LayerRecord:

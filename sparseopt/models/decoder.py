@@ -156,7 +156,9 @@ def causal_attention(
         scores_BKGCS = scores_BKRS.reshape(*group, end)
         seen_CS = np.arange(start, end)[:, None] >= np.arange(end)
         scores_BKGCS = jnp.where(seen_CS, scores_BKGCS, -jnp.inf)
-        weights_BKGCS = jnp.exp(scores_BKGCS - jnp.max(scores_BKGCS, axis=-1, keepdims=True))
+        # The shift cancels in the quotient: no gradient has to pass through it.
+        largest_BKGC1 = jax.lax.stop_gradient(jnp.max(scores_BKGCS, axis=-1, keepdims=True))
+        weights_BKGCS = jnp.exp(scores_BKGCS - largest_BKGC1)
         totals_BKGC1 = jnp.sum(weights_BKGCS, axis=-1, keepdims=True)
         weights_BKRS = weights_BKGCS.reshape(batch, kv_heads, -1, end)
         mixed_BKRH = jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, v_BKTH[:, :, :end], precision=HIGHEST)
@@ -185,11 +187,12 @@ class Attention(nnx.Module):
             return y.reshape(*y.shape[:2], -1, self.head_dim)
 
         x_BTD = tap("attention_input", x_BTD)
-        q_BTNH = rotate(heads(self.q_proj(x_BTD)), self.rope)
-        k_BTKH = rotate(heads(self.k_proj(x_BTD)), self.rope)
-        v_BTKH = heads(self.v_proj(x_BTD))
+        q_BTNH = rotate(heads(tap("self_attn.q_proj", self.q_proj(x_BTD))), self.rope)
+        k_BTKH = rotate(heads(tap("self_attn.k_proj", self.k_proj(x_BTD))), self.rope)
+        v_BTKH = heads(tap("self_attn.v_proj", self.v_proj(x_BTD)))
         mixed_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH)
-        return self.o_proj(tap("attention_output", mixed_BTNH.reshape(*x_BTD.shape[:2], -1)))
+        mixed_BTD = tap("attention_output", mixed_BTNH.reshape(*x_BTD.shape[:2], -1))
+        return tap("self_attn.o_proj", self.o_proj(mixed_BTD))
 
 
 class MLP(nnx.Module):
@@ -204,16 +207,17 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"], tap: Tap = no_tap) -> Float[Array, "B T D"]:
         """Act on every position alone."""
         x_BTD = tap("mlp_input", x_BTD)
-        hidden_BTF = jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
-        return self.down_proj(tap("mlp_hidden", hidden_BTF))
+        gate_BTF = tap("mlp.gate_proj", self.gate_proj(x_BTD))
+        hidden_BTF = jax.nn.silu(gate_BTF) * tap("mlp.up_proj", self.up_proj(x_BTD))
+        return tap("mlp.down_proj", self.down_proj(tap("mlp_hidden", hidden_BTF)))
 
 
 class Block(nnx.Module):
     """Attention, then MLP, each behind a norm and added to the residual stream.
 
-    `tap(name, x) -> x` is called once on each distinct input of the linears; `linears` says which linear
-    reads which tap, in the order in which the block runs them. The linears behind `residual_taps` write into the
-    residual stream.
+    `tap(name, x) -> x` is called once on each distinct input of the linears, by the tap's name, and on the output
+    of each linear, by the linear's name; `linears` says which linear reads which tap, in the order in which the
+    block runs them. The linears behind `residual_taps` write into the residual stream.
     """
 
     residual_taps: ClassVar[tuple[str, ...]] = ("attention_output", "mlp_hidden")

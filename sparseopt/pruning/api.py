@@ -49,8 +49,11 @@ def prune_layer(
     *,
     penalty: Penalty | None = None,
     test_gram: Any = None,
+    output_weights: Any = None,
 ) -> LayerResult:
     """Prune one linear layer: minimise `||X Vᵀ - X Wᵀ||²` over V in the pattern, given `gram = XᵀX`.
+
+    With output weights s the norm is that of `(X Vᵀ - X Wᵀ) diag(sqrt(s))`; the errors reported are without them.
 
     Args:
         weight: dense weight W, `[out, in]`, any float dtype.
@@ -63,6 +66,7 @@ def prune_layer(
         penalty: chooses the weights that survive by its prox, in place of L0 (method "maiht", unstructured). Its
             field `weight` is set by the sparsity asked for; a refit removes the shrinkage of convex penalties.
         test_gram: Gram of held-out inputs, for a second error.
+        output_weights: weight of the squared error at each output, `[out]`, above 0; None for equal ones.
 
     Raises:
         ValueError: for an impossible sparsity, pattern, penalty, method, shape or non-finite value, before any work.
@@ -81,7 +85,14 @@ def prune_layer(
     if test_gram is not None:
         test_gram = check_gram("test_gram", test_gram, weight.shape[1])
     outputs, inputs = weight.shape
-    job = LayerJob(weight, gram, test_gram, parse_pattern(pattern, sparsity, (outputs, inputs)))
+    if output_weights is not None:
+        output_weights = np.asarray(output_weights, np.float32)
+        if output_weights.shape != (outputs,):
+            raise ValueError(f"output_weights must be [out] = [{outputs}], given {list(output_weights.shape)}")
+        _check_finite("output_weights", output_weights)
+        if output_weights.min() <= 0:
+            raise ValueError(f"output_weights must be above 0, the least given is {output_weights.min():.3g}")
+    job = LayerJob(weight, gram, test_gram, parse_pattern(pattern, sparsity, (outputs, inputs)), output_weights)
     solver = find_method(method, preset, penalty)
     if penalty is not None and not isinstance(job.pattern, TopK):
         raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")

@@ -5,7 +5,7 @@
 over non-overlapping windows; a window of n tokens predicts n - 1. The model streams block by block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,17 @@ from jaxtyping import Array, Float, Int
 from sparseopt.models import Block, Decoder, Head, StreamedModel, open_model
 from sparseopt.pruning.calibration import BlockRunner, make_batches
 from sparseopt.pruning.compiled import Compiled
-from sparseopt.pruning.patterns import check_pattern, count_groups, parse_pattern
+from sparseopt.pruning.patterns import Pattern, check_pattern, count_groups, parse_pattern
 from sparseopt.pruning.texts import check_vocabulary
 
 # Tokens whose logits are held at one time: 256 rows of a vocabulary of 50,000 are 50 MB.
 LOGIT_ROWS = 256
+
+
+def log_probabilities(logits_RV: Float[Array, "R V"], target_R: Int[Array, "R"]) -> Float[Array, "R"]:
+    """`log softmax(logits)` at each row's target."""
+    chosen_R = jnp.take_along_axis(logits_RV, target_R[:, None], axis=-1)[:, 0]
+    return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
 
 
 def negative_log_likelihood(head: Head, x_TD: Float[Array, "T D"], tokens_T: Int[Array, "T"]) -> Float[Array, ""]:
@@ -35,9 +41,7 @@ def negative_log_likelihood(head: Head, x_TD: Float[Array, "T D"], tokens_T: Int
 
     def slice_loss(piece: tuple[Array, Array, Array]) -> Array:
         x_RD, target_R, counted_R = piece
-        logits_RV = head(x_RD[None])[0]
-        chosen = jnp.take_along_axis(logits_RV, target_R[:, None], axis=-1)[:, 0]
-        return jnp.sum(jnp.where(counted_R, jax.nn.logsumexp(logits_RV, axis=-1) - chosen, 0))
+        return -jnp.sum(jnp.where(counted_R, log_probabilities(head(x_RD[None])[0], target_R), 0))
 
     pieces = (x.reshape(-1, rows, x.shape[-1]), targets.reshape(-1, rows), counts.reshape(-1, rows))
     return jnp.sum(jax.lax.map(slice_loss, pieces))
@@ -175,12 +179,21 @@ def audit_pattern(model: str | Path | StreamedModel, pattern: str, sparsity: flo
     audits = []
     for layer, weight in _linears(model):
         try:
-            counts = count_groups(weight, parse_pattern(pattern, sparsity, weight.shape))
+            audits.append(_audit(layer, weight, parse_pattern(pattern, sparsity, weight.shape)))
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from error
-        least, most = int(counts.each.min()), int(counts.each.max())
-        audits.append(PatternAudit(layer, weight.shape, counts.unit, counts.each.size, counts.allowed, least, most))
     return audits
+
+
+def audit_stored(model: str | Path | StreamedModel, patterns: Mapping[str, Pattern]) -> list[PatternAudit]:
+    """As `audit_pattern`, with the pattern of every linear by the key of its weight."""
+    return [_audit(layer, weight, patterns[f"{layer}.weight"]) for layer, weight in _linears(model)]
+
+
+def _audit(layer: str, weight: np.ndarray, pattern: Pattern) -> PatternAudit:
+    counts = count_groups(weight, pattern)
+    least, most = int(counts.each.min()), int(counts.each.max())
+    return PatternAudit(layer, weight.shape, counts.unit, counts.each.size, counts.allowed, least, most)
 
 
 def _linears(model: str | Path | StreamedModel) -> Iterator[tuple[str, np.ndarray]]:

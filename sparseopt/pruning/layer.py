@@ -3,7 +3,9 @@
     minimise over V    1/2 ||X Vᵀ - X Wᵀ||²    subject to V in the pattern          W, V [out, in],  Gram = XᵀX
 
 A layer is solved in scaled coordinates: `e = sqrt(diag Gram)`, hessian `Gram_ij / (e_i e_j)` with unit diagonal,
-center `(W e)ᵀ [in, out]`. There the magnitude of an entry is Wanda's score.
+center `(W e)ᵀ [in, out]`. There the magnitude of an entry is Wanda's score. Where outputs have weights s, [out], the
+norm is that of `X (V - W)ᵀ sqrt(s)`, and the center `(sqrt(s) W e)ᵀ`: the weights move with the outputs' scale, the
+hessian stays.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -31,12 +33,14 @@ class LayerJob:
         gram: calibration Gram `XᵀX`, `[in, in]`, float32.
         test_gram: Gram of held-out inputs for the second error, `[in, in]`, or None.
         pattern: which weights may survive.
+        output_weights: of the squared error at each output, `[out]`, above 0, or None for equal ones.
     """
 
     weight: Any
     gram: Any
     test_gram: Any
     pattern: Pattern
+    output_weights: Any = None
 
 
 @pytree
@@ -47,11 +51,13 @@ class ScaledLayer:
         hessian: `[in, in]`, unit diagonal except at dead inputs, where row and column are zero.
         center: the scaled dense weight, `[in, out]`.
         scale: `e`, `[in]`, the norm of each input over the calibration tokens; 0 at dead inputs.
+        output_scale: `[out]`, above 0, the root of the outputs' weights over its geometric mean; ones without any.
     """
 
     hessian: Any
     center: Any
     scale: Any
+    output_scale: Any
 
     def ridged(self, ridge: float | Array) -> Quadratic:
         """The layer's loss with `ridge * I` added to the hessian."""
@@ -103,12 +109,20 @@ class LayerReport:
     status: Any
 
 
-def scale_layer(weight: Float[Array, "out in"], gram: Float[Array, "in in"]) -> ScaledLayer:
+def scale_layer(
+    weight: Float[Array, "out in"], gram: Float[Array, "in in"], output_weights: Float[Array, "out"] | None = None
+) -> ScaledLayer:
     """Scaled coordinates of a layer; an all-zero input gets scale 0 and never a division by zero."""
     scale = jnp.sqrt(jnp.diagonal(gram))
     inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
     hessian = gram * inverse[:, None] * inverse[None, :]
-    return ScaledLayer(hessian, (weight.astype(jnp.float32) * scale[None, :]).T, scale)
+    if output_weights is None:
+        output_scale = jnp.ones(weight.shape[0], jnp.float32)
+    else:
+        logs = 0.5 * jnp.log(output_weights.astype(jnp.float32))
+        output_scale = jnp.exp(logs - jnp.mean(logs))
+    center = (weight.astype(jnp.float32) * scale[None, :]).T * output_scale
+    return ScaledLayer(hessian, center, scale, output_scale)
 
 
 def relative_error(
@@ -127,12 +141,12 @@ def relative_error(
 
 def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
     """Scale, solve, undo the scaling, store, measure what was stored."""
-    layer = scale_layer(job.weight, job.gram)
+    layer = scale_layer(job.weight, job.gram, job.output_weights)
     pruned = method(layer, job.pattern)
     dead = (layer.scale == 0)[:, None]
     inverse = jnp.where(dead, 0, 1 / jnp.where(dead, 1, layer.scale[:, None]))
     dense = job.weight.astype(jnp.float32)
-    values = pruned.values * inverse
+    values = pruned.values * inverse / layer.output_scale
     # What a method left as it was keeps its weight to the last bit, and so does a weight on a dead input that
     # the count forces us to keep; with nothing to prune, no refit has anything to mend.
     untouched = (pruned.values == layer.center) | dead | jnp.all(pruned.mask)
@@ -174,10 +188,9 @@ def check_method(method: LayerMethod, pattern: Pattern, shape: tuple[int, ...]) 
             )
         return jax.tree.map(jnp.asarray, answer)
 
-    gram, center, scale = (
-        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((inputs, inputs), (inputs, outputs), (inputs,))
-    )
-    answer = jax.eval_shape(answer_of, ScaledLayer(gram, center, scale), pattern)
+    shapes = ((inputs, inputs), (inputs, outputs), (inputs,), (outputs,))
+    layer = ScaledLayer(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    answer = jax.eval_shape(answer_of, layer, pattern)
     wrong = [
         f"{field} of {found.dtype} {list(found.shape)}, expected {kind} {list(expected)}"
         for field, found, kind, expected in (

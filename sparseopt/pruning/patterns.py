@@ -20,6 +20,7 @@ __all__ = [
     "kept_count",
     "parse_pattern",
     "pattern_count",
+    "share_unit",
 ]
 
 KNOWN = "'unstructured', 'per-row', 'n:m' such as '2:4', and 'block:RxC' such as 'block:4x4'"
@@ -118,6 +119,17 @@ def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
             return inputs // m * n * outputs
         case BlockTopK(k, (wide, high)):
             return int(k) * wide * high
+
+
+def share_unit(text: str, shape: tuple[int, ...]) -> int:
+    """The zeros of a weight `(out, in)` come in multiples of this: one weight, one in every row, or a block.
+
+    Not for n:m patterns, which have one share only.
+    """
+    match = re.fullmatch(r"block:(\d+)x(\d+)", text)
+    if match:
+        return int(match[1]) * int(match[2])
+    return shape[0] if text == "per-row" else 1
 
 
 class Counts(NamedTuple):

@@ -1,53 +1,42 @@
 """Floor 6: the pipeline, a plain loop over blocks.
 
     source --embedding--> activations
-    for each block:   load it; Grams of its linears' inputs; prune each linear; store the shard;
-                      run the block again with the pruned weights -> activations of the next block
+    for each block:   load it; for each recipe: prune its linears, store the shard, run it on  (see `branch`)
     index, config, tokenizer; audit
 
 Memory holds one block and the activations, never the model. Every block sees what the pruned blocks before it
-give, so later blocks make up for earlier ones' errors.
+give, so later blocks make up for earlier ones' errors. Several recipes share one pass: the blocks are read once,
+and so are computed the Grams in front of the first block, the dense model's own activations, and the survey behind
+an allocation.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.solve import Status
-from sparseopt.machine import peak_memory_bytes
-from sparseopt.models import (
-    OUTER_TAG,
-    Block,
-    ShardedWriter,
-    StreamedModel,
-    block_tag,
-    encode_text,
-    load_tokenizer,
-    open_model,
-)
+from sparseopt.models import Block, StreamedModel, encode_text, load_tokenizer, open_model
+from sparseopt.pruning.branch import Branch, PruningError, Shared, Stream
 from sparseopt.pruning.calibration import BlockRunner, make_batches
-from sparseopt.pruning.evaluation import audit_pattern
-from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, check_method, layer_solver
+from sparseopt.pruning.layer import LayerMethod, check_method
 from sparseopt.pruning.patterns import Pattern, parse_pattern
 from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import LayerRecord, PruneReport, RunLog
+from sparseopt.pruning.reports import Event, PruneReport
+from sparseopt.pruning.survey import survey
 from sparseopt.pruning.texts import TextError, check_vocabulary, load_text, token_windows
 
-Observer = Callable[[LayerRecord, int], None]
+__all__ = ["Observer", "PruningError", "calibration_windows", "ignore", "layer_patterns", "prune_model", "prune_models"]
+
+Observer = Callable[[Event, int], None]
+# What recipes must agree in to share a pass.
+CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "seed")
 
 
-class PruningError(RuntimeError):
-    """A run that had to stop; the message names the layer and what to do."""
-
-
-def ignore(record: LayerRecord, total: int) -> None:
+def ignore(event: Event, total: int) -> None:
     """The observer that shows nothing."""
-    del record, total
+    del event, total
 
 
 def prune_model(
@@ -59,7 +48,7 @@ def prune_model(
         source: a Hugging Face model folder (safetensors) or a GGUF file.
         output: a folder that does not exist yet or is empty.
         recipe: what to do; default: mAIHT, preset best, 50 %.
-        observer: called with each layer's record and the number of layers in all, as they finish.
+        observer: called with every `Event`, a layer's record above all, and the number of layers in all.
 
     Returns:
         A `PruneReport`; the same figures lie in `output/records.jsonl` and `output/summary.json`.
@@ -69,70 +58,104 @@ def prune_model(
         PruningError: if activations or a solve become non-finite (finished shards stay), or if what was stored, read
             back, breaks the pattern.
     """
+    return prune_models(source, [(recipe or Recipe(), output)], observer=observer)[0]
+
+
+def prune_models(
+    source: str | Path, plans: Sequence[tuple[Recipe, str | Path]], *, observer: Observer = ignore
+) -> list[PruneReport]:
+    """Prune one model by several recipes in one pass over its blocks, each into its own folder.
+
+    Args:
+        source: as in `prune_model`.
+        plans: recipes and output folders; the recipes must agree in all that concerns the calibration tokens.
+        observer: as in `prune_model`; the number of layers is that of all plans together.
+
+    Returns:
+        A report a plan, in their order; times of forward passes are those of the whole pass.
+
+    Raises:
+        ValueError: as `prune_model` does, and for recipes that differ in their calibration.
+        PruningError: as `prune_model` does; one plan's failure ends them all.
+    """
     start = time.perf_counter()
-    recipe = recipe or Recipe()
-    method = recipe.check()
+    if not plans:
+        raise ValueError("nothing to do: give at least one recipe and its output folder")
+    methods = [recipe.check() for recipe, _ in plans]
+    first = plans[0][0]
+    _check_same_calibration([recipe for recipe, _ in plans])
+    folders = [Path(output).expanduser().resolve() for _, output in plans]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"every recipe needs an output folder of its own, given {', '.join(map(str, folders))}")
     model = open_model(source)
-    patterns = layer_patterns(model, recipe, method)
-    calibration, heldout = calibration_windows(model, recipe)
+    for (recipe, _), method in zip(plans, methods, strict=True):
+        layer_patterns(model, recipe, method)
+    calibration, heldout = calibration_windows(model, first)
     model.check_finite()
-    writer = ShardedWriter(output, model.source, dtype=recipe.dtype)
-    log = RunLog(Path(output))
 
+    runner = BlockRunner()
+    outer = {key: model.source.read(key) for key in model.outer_keys()}
+    branches = [
+        Branch(model, recipe, method, output, outer) for (recipe, output), method in zip(plans, methods, strict=True)
+    ]
+    del outer
     embedding = model.embedding()
-    batches = make_batches(embedding(jnp.asarray(calibration)))
-    heldout_batches = make_batches(embedding(jnp.asarray(heldout))) if len(heldout) else []
-    del embedding
-    writer.write(OUTER_TAG, {key: model.source.read(key) for key in model.outer_keys()})
-
-    runner = BlockRunner(recipe.token_weighting())
-    records: list[LayerRecord] = []
-    for index in range(model.num_blocks):
-        block = model.block(index)
-        keys = model.block_keys(index)
-        total = model.num_blocks * len(block.linears)
-        grams = _checked(runner.grams(block, batches), index, "calibration")
-        tests = _checked(runner.grams(block, heldout_batches), index, "held-out") if heldout_batches else {}
-        tensors = {key: model.source.read(key) for key in keys.values()}
-        for name, tap in block.linears.items():
-            key = keys[f"{name}.weight"]
-            weight = tensors[key].astype(writer.dtype_of(key), copy=False)
-            record, pruned = _prune_linear(weight, grams[tap], tests.get(tap), patterns[key], method, index, key)
-            tensors[key] = pruned
-            block.linear(name).weight[...] = jnp.asarray(pruned, jnp.float32)
-            records.append(record)
-            log.record(record.as_dict())
-            observer(record, total)
-        writer.write(block_tag(index), tensors)
-        if index + 1 < model.num_blocks:
-            batches = runner.forward(block, batches)
-            heldout_batches = runner.forward(block, heldout_batches)
-    writer.finish()
-    broken = [audit.layer for audit in audit_pattern(output, recipe.pattern, recipe.sparsity) if not audit.fits]
-    if broken:
-        raise PruningError(
-            f"{len(broken)} linears read back from {output} break the pattern {recipe.pattern!r}, {broken[0]} first; "
-            "was the folder changed while it was written?"
-        )
-
-    report = PruneReport(
-        output=Path(output),
-        recipe=recipe.as_dict(),
-        layers=records,
-        solver_seconds=sum(r.seconds for r in records),
-        compile_seconds=sum(r.compile_seconds for r in records) + runner.compile_seconds,
-        layer_compilations=sum(r.compile_seconds > 0 for r in records),
-        calibration_seconds=runner.seconds,
-        calibration_gflops=runner.flops / max(runner.seconds, 1e-9) / 1e9,
-        seconds=time.perf_counter() - start,
-        peak_memory_bytes=peak_memory_bytes(),
+    embedded = Stream(
+        make_batches(embedding(jnp.asarray(calibration))),
+        make_batches(embedding(jnp.asarray(heldout))) if len(heldout) else [],
     )
-    log.finish(report.summary())
-    return report
+    del embedding
+    total = len(branches) * model.num_blocks * len(Block.linears)
+
+    def told(event: Event) -> None:
+        observer(event, total)
+
+    before = runner.seconds
+    surveys = survey(model, [recipe for recipe, _ in plans], embedded, calibration, runner, told)
+    survey_seconds = runner.seconds - before
+    for branch, found in zip(branches, surveys, strict=True):
+        patterns = layer_patterns(model, branch.recipe, branch.method, found.shares)
+        branch.start(embedded, patterns, found.weights)
+    dense = embedded if any(branch.recipe.needs_dense_stream for branch in branches) else None
+    for index in range(model.num_blocks):
+        shared = Shared(model.block(index), index, dense, runner)
+        for branch in branches:
+            branch.prune_block(shared, runner, told)
+        dense = shared.dense_outputs if dense and index + 1 < model.num_blocks else None
+    seconds = time.perf_counter() - start
+    return [branch.finish(runner, len(branches), survey_seconds, seconds) for branch in branches]
 
 
-def layer_patterns(model: StreamedModel, recipe: Recipe, method: LayerMethod) -> dict[str, Pattern]:
+def _check_same_calibration(recipes: Sequence[Recipe]) -> None:
+    """Recipes of one pass see the same tokens."""
+    first = recipes[0]
+    for recipe in recipes[1:]:
+        differing = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != getattr(first, name)]
+        if not _same_text(recipe.calibration, first.calibration):
+            differing.append("calibration")
+        if differing:
+            raise ValueError(
+                f"recipes of one pass must share their calibration tokens; these differ in {', '.join(differing)}: "
+                "prune them one by one"
+            )
+
+
+def _same_text(one: object, other: object) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return isinstance(one, str) and isinstance(other, str) and one == other
+    return np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def layer_patterns(
+    model: StreamedModel, recipe: Recipe, method: LayerMethod, shares: Mapping[str, float] | None = None
+) -> dict[str, Pattern]:
     """The pattern of every linear, by the key of its weight.
+
+    Args:
+        model: opened.
+        recipe: gives the pattern, and the share of zeros of every linear unless `shares` does.
+        method: has to take the pattern.
+        shares: share of zeros by the key of the weight.
 
     Raises:
         ValueError: naming the layer, if the pattern is impossible there or the method cannot take it.
@@ -145,7 +168,7 @@ def layer_patterns(model: StreamedModel, recipe: Recipe, method: LayerMethod) ->
             key = keys[f"{name}.weight"]
             shape = model.source.tensors[key].shape
             try:
-                patterns[key] = parse_pattern(recipe.pattern, recipe.sparsity, shape)
+                patterns[key] = parse_pattern(recipe.pattern, shares[key] if shares else recipe.sparsity, shape)
                 if shape not in checked:
                     check_method(method, patterns[key], shape)
             except ValueError as error:
@@ -178,52 +201,3 @@ def calibration_windows(model: StreamedModel, recipe: Recipe) -> tuple[np.ndarra
         check_vocabulary(windows, model.config.vocab_size)
     split = len(windows) - recipe.heldout_samples
     return windows[:split].astype(np.int32), windows[split:].astype(np.int32)
-
-
-def _checked(grams: dict[str, jax.Array], block: int, tokens: str) -> dict[str, jax.Array]:
-    """The Grams, if they are finite."""
-    for name, gram in grams.items():
-        if not np.isfinite(np.asarray(gram)).all():
-            raise PruningError(
-                f"non-finite activations in block {block}, {name}, on the {tokens} tokens: the model's weights "
-                "overflow there or the tokens are out of its range; check the source with `sparseopt eval`"
-            )
-    return grams
-
-
-def _prune_linear(
-    weight: np.ndarray,
-    gram: jax.Array,
-    test_gram: jax.Array | None,
-    pattern: Pattern,
-    method: LayerMethod,
-    block: int,
-    key: str,
-) -> tuple[LayerRecord, np.ndarray]:
-    timed = layer_solver(LayerJob(weight, gram, test_gram, pattern), method)
-    report: Any = timed.value
-    status = Status(int(report.status))
-    if status is Status.NONFINITE:
-        raise PruningError(
-            f"the solve of {key} became non-finite; shards of earlier blocks are whole. "
-            "Check its weights and Gram for huge values, or try another method"
-        )
-    try:
-        check_answer(report, method, pattern)
-    except RuntimeError as error:
-        raise PruningError(f"{key.removesuffix('.weight')}: {error}") from error
-    record = LayerRecord(
-        block=block,
-        layer=key.removesuffix(".weight"),
-        shape=(weight.shape[0], weight.shape[1]),
-        size=weight.size,
-        zeros=int(report.zeros),
-        relative_error=float(report.relative_error),
-        heldout_error=None if test_gram is None else float(report.test_error),
-        steps=int(report.steps),
-        status=status.name,
-        seconds=timed.seconds,
-        compile_seconds=timed.compile_seconds,
-        dead_inputs=int(report.dead_inputs),
-    )
-    return record, np.asarray(report.weight)

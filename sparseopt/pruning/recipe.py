@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 
 from sparseopt.core.penalties import Penalty
+from sparseopt.pruning.allocation import Allocation, check_allocation
 from sparseopt.pruning.calibration import WEIGHTINGS, Weighting
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import find_method
 from sparseopt.pruning.patterns import check_pattern
+from sparseopt.pruning.reconstruction import Reconstruction
+from sparseopt.pruning.sensitivity import OUTPUT_WEIGHTINGS, OutputWeighting
 
 # Of method "best" on whole models: measured by held-out error and perplexity.
 MODEL_RIDGE = 0.1
@@ -32,6 +35,15 @@ class Recipe:
             method "best", else the method's own.
         weighting: of the tokens in the Grams, "uniform" or "residual", see `calibration`; the relative errors are
             in the same weights. None: "residual" for method "best", else "uniform".
+        outputs: weights of the errors at a linear's outputs, "uniform" or "gradient", see `sensitivity`; the relative
+            errors are without them. None: "gradient" for method "best", else "uniform".
+        allocation: of the sparsity over the linears, "uniform", "owl" or "curves", see `allocation`; the total stays
+            exact. Not with n:m patterns.
+        bounds: least and most sparsity of a linear, for allocations but "uniform"; None: `default_bounds`.
+        propagate: share, in [0, 1], of the error of the blocks before that a linear is to make up for, see
+            `propagation`.
+        reconstruct: epochs of training for the kept weights of each block after its linears are pruned, 0 for none,
+            or a whole `Reconstruction`. None: 0.
         calibration: a text as in `pruning.texts` ("pydoc", "wikitext2:PATH", ...), or token ids `[samples, seqlen]`.
         samples: calibration windows.
         seqlen: tokens a window.
@@ -47,6 +59,11 @@ class Recipe:
     penalty: Penalty | None = None
     ridge: float | None = None
     weighting: Weighting | None = None
+    outputs: OutputWeighting | None = None
+    allocation: Allocation = "uniform"
+    bounds: tuple[float, float] | None = None
+    propagate: float = 0.0
+    reconstruct: int | Reconstruction | None = None
     calibration: Any = "pydoc"
     samples: int = 16
     seqlen: int = 512
@@ -70,6 +87,19 @@ class Recipe:
             check_pattern(self.pattern, self.sparsity)
         except ValueError as error:
             problems.append(str(error))
+        try:
+            check_allocation(self.allocation, self.pattern, self.sparsity, self.bounds)
+        except ValueError as error:
+            problems.append(str(error))
+        try:
+            if self.reconstruction is not None:
+                self.reconstruction.check()
+        except ValueError as error:
+            problems.append(str(error))
+        if not 0 <= self.propagate <= 1:
+            problems.append(f"propagate must be a share in [0, 1], given {self.propagate}")
+        if self.outputs not in (None, *OUTPUT_WEIGHTINGS):
+            problems.append(f"outputs must be one of {', '.join(OUTPUT_WEIGHTINGS)}, given {self.outputs!r}")
         if self.penalty is not None and self.pattern != "unstructured":
             problems.append(f"a penalty chooses weights anywhere, which contradicts the pattern {self.pattern!r}")
         if self.samples < 1:
@@ -95,6 +125,22 @@ class Recipe:
         """The weighting asked for, or the method's default."""
         return self.weighting or ("residual" if self.method == "best" else "uniform")
 
+    def output_weighting(self) -> OutputWeighting:
+        """The weighting of outputs asked for, or the method's default."""
+        return self.outputs or ("gradient" if self.method == "best" else "uniform")
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """How blocks are reconstructed; None for not at all."""
+        if isinstance(self.reconstruct, Reconstruction):
+            return self.reconstruct
+        return Reconstruction(epochs=self.reconstruct) if self.reconstruct else None
+
+    @property
+    def needs_dense_stream(self) -> bool:
+        """Whether the dense model's activations are carried beside the pruned model's."""
+        return self.propagate > 0 or self.reconstruction is not None
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a JSON record; arrays of tokens appear by their shape, methods by their name."""
         fields = {f.name: getattr(self, f.name) for f in dataclass_fields(self)}
@@ -102,6 +148,8 @@ class Recipe:
             fields["method"] = repr(self.method)
         if self.penalty is not None:
             fields["penalty"] = repr(self.penalty)
+        if isinstance(self.reconstruct, Reconstruction):
+            fields["reconstruct"] = self.reconstruct.as_dict()
         if isinstance(self.calibration, np.ndarray):
             fields["calibration"] = f"token ids of shape {list(self.calibration.shape)}"
         return fields

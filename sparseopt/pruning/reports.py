@@ -51,6 +51,56 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class BlockRecord:
+    """One block whose kept weights were trained after its linears had been pruned; see `reconstruction`.
+
+    Attributes:
+        block: its index.
+        first_loss: relative error of the block's output on the calibration tokens, before.
+        last_loss: the same, after.
+        heldout_first: on the held-out tokens, before; None without any.
+        heldout_best: the same, after.
+        epochs: passes over the calibration tokens.
+        status: how the training ended, a `TrainingStatus` name.
+        seconds: device time.
+        compile_seconds: time compiling, 0 when the programs were at hand.
+    """
+
+    block: int
+    first_loss: float
+    last_loss: float
+    heldout_first: float | None
+    heldout_best: float | None
+    epochs: int
+    status: str
+    seconds: float
+    compile_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON line."""
+        return {"kind": "block", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class SurveyStep:
+    """Progress of what is measured on the dense model before the pass.
+
+    Attributes:
+        stage: what is measured.
+        done: steps of it done.
+        total: steps of it in all.
+    """
+
+    stage: str
+    done: int
+    total: int
+
+
+# What an observer of a run is told, in the order of events.
+Event = SurveyStep | LayerRecord | BlockRecord
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """One finished run.
 
@@ -58,10 +108,14 @@ class PruneReport:
         output: the folder written.
         recipe: the recipe as plain values.
         layers: a record each, in the model's order.
+        blocks: a record of each block that was reconstructed.
+        plans: how many recipes shared the pass over the blocks.
         solver_seconds: device time of all layer solves, compilation apart.
         compile_seconds: time compiling all programs, the layer solves' and the forward passes'.
         layer_compilations: programs compiled for layer solves; at most the number of distinct shapes.
-        calibration_seconds: device time of all forward passes.
+        reconstruction_seconds: device time of all reconstructions.
+        survey_seconds: device time of what was measured on the dense model before the pass.
+        calibration_seconds: device time of all forward passes, those of the other recipes of the pass too.
         calibration_gflops: their rate, 10⁹ floating-point operations a second.
         seconds: the whole run.
         peak_memory_bytes: largest resident set of the process so far.
@@ -70,7 +124,11 @@ class PruneReport:
     output: Path
     recipe: dict[str, Any]
     layers: list[LayerRecord] = field(repr=False)
+    blocks: list[BlockRecord] = field(repr=False)
+    plans: int
     solver_seconds: float
+    reconstruction_seconds: float
+    survey_seconds: float
     compile_seconds: float
     layer_compilations: int
     calibration_seconds: float
@@ -85,11 +143,12 @@ class PruneReport:
 
     def summary(self) -> dict[str, Any]:
         """For `summary.json`."""
-        fields = {k: v for k, v in asdict(self).items() if k != "layers"}
+        fields = {k: v for k, v in asdict(self).items() if k not in ("layers", "blocks")}
         return {
             **fields,
             "output": str(self.output),
             "layers": len(self.layers),
+            "reconstructed_blocks": len(self.blocks),
             "sparsity": self.sparsity,
             "mean_relative_error": mean(r.relative_error for r in self.layers),
             "mean_heldout_error": mean(r.heldout_error for r in self.layers if r.heldout_error is not None),

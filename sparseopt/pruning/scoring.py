@@ -9,7 +9,6 @@ causal, so what follows does not change them. One-token answers to one question 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -17,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparseopt.models import Head, StreamedModel
 from sparseopt.pruning.calibration import BATCH_TOKENS, BlockRunner
 from sparseopt.pruning.compiled import Compiled
-from sparseopt.pruning.evaluation import LOGIT_ROWS
+from sparseopt.pruning.evaluation import LOGIT_ROWS, log_probabilities
 from sparseopt.pruning.texts import check_vocabulary
 
 Ids = Sequence[int]
@@ -166,8 +165,7 @@ def _row_scores(
 ) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
     """Log-probability of each row's target, and whether it is the likeliest token."""
     logits_RV = head(x_RD[None])[0]
-    chosen_R = jnp.take_along_axis(logits_RV, target_R[:, None], axis=-1)[:, 0]
-    return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1), jnp.argmax(logits_RV, axis=-1) == target_R
+    return log_probabilities(logits_RV, target_R), jnp.argmax(logits_RV, axis=-1) == target_R
 
 
 _scores_of_rows = Compiled(_row_scores)

@@ -89,3 +89,14 @@ def test_levels_counts_and_rho_are_leaves_one_trace_serves_all(rng):
         kept = run(QuadraticAdmm(rho=rho), so.TopK(k), problem.loss.center)
         assert np.count_nonzero(kept) == k
     assert len(traces) == 1
+
+
+def test_without_watching_the_answer_is_the_same(rng):
+    problem = so.Problem(make_problem(rng).loss, so.TopK(200))
+    watched, blind = (
+        so.solve(problem, QuadraticAdmm(watch=watch), problem.loss.center, tol=-1.0, max_steps=12)
+        for watch in (True, False)
+    )
+    np.testing.assert_array_equal(blind.value, watched.value)
+    assert int(blind.steps) == 12
+    assert np.isfinite(float(blind.objective))

@@ -3,14 +3,24 @@
 import textwrap
 
 import pytest
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 import sparseopt as so
 from sparseopt.experiments.config import ConfigError, expand, load_config
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig
-from tests.experiments.toy import CappedL1
+from tests.experiments.toy import CappedL1, Toy
 
 TOY = "tests.experiments.toy.Toy"
+
+
+class Even(Toy):
+    """A task with a rule over two settings."""
+
+    @model_validator(mode="after")
+    def _seed_divides_count(self):
+        if self.count % (self.seed or 1):
+            raise ValueError(f"count {self.count} is no multiple of the seed {self.seed}")
+        return self
 
 
 @pytest.fixture
@@ -71,6 +81,13 @@ def test_what_cannot_be_used_says_where_and_why(write, text, expected):
     with pytest.raises(ConfigError) as caught:
         load_config(write(text))
     assert expected in str(caught.value)
+
+
+def test_what_no_single_key_is_to_blame_for_is_a_mistake_of_the_run(write):
+    path = write("name: x\ntask: tests.experiments.test_config.Even\ncount: 4\nseed: 3")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path} cannot be used, 1 mistake:\n  the run: count 4 is no multiple of the seed 3"
 
 
 def test_a_missing_file_and_a_broken_override_are_named(write, tmp_path):

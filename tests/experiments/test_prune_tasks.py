@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from sparseopt.experiments.config import ConfigError, expand
 from sparseopt.experiments.report import gather
@@ -93,8 +94,8 @@ def test_a_pattern_reaches_the_weights_also_where_yaml_reads_a_number(tmp_path, 
         ({"method": "wunda"}, "did you mean 'wanda'?"),
         ({"method": "sparseopt.pruning.Wonda"}, "did you mean 'Wanda'?"),
         ({"sparsity": 1.0}, "sparsity: input should be less than 1, given 1.0"),
-        ({"pattern": "2:x"}, "unknown pattern '2:x'; known are 'unstructured'"),
-        ({"pattern": "1:4", "sparsity": 0.5}, "contradicts the sparsity 0.5"),
+        ({"pattern": "2:x"}, "  pattern: unknown pattern '2:x'; known are 'unstructured'"),
+        ({"pattern": "1:4", "sparsity": 0.5}, "  pattern: pattern '1:4' has sparsity 0.75, which contradicts"),
         ({"preset": "pape"}, "did you mean 'paper'?"),
     ],
 )
@@ -109,6 +110,24 @@ def test_what_is_missing_is_found_before_any_run(tmp_path, prune):
     with pytest.raises(ValueError, match="none"):
         check_all(plan(runs, tmp_path / "runs"), again=False)
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_model_or_the_texts_cannot_do_ends_a_run_before_any_work(tmp_path, prune, command):
+    sweep = {"list": [{"method": "dense"}, {"method": "wanda"}, {"method": "magnitude"}]}
+    long = {"samples": 900, "evaluation_seqlen": 32_000, "pattern": "3:7", "sweep": sweep}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**prune, **long}))
+    status, _, err = command("run", tmp_path / "tiny.yaml", "--output", tmp_path / "runs")
+    assert status == 2
+    assert "nothing was run: " in err
+    for mistake in (
+        "q_proj: pattern '3:7' needs a number of inputs divisible by 7",
+        f"calibration text {prune['calibration']}: 902 windows of 32 tokens need",
+        f"evaluation text {prune['evaluation']}: 2 windows of 32000 tokens need",
+    ):
+        assert err.count(mistake) == 1
+    assert not (tmp_path / "runs").exists()
+    (dense,) = expand({**prune, "method": "dense", "samples": 900, "calibration": "file:/nowhere"})
+    dense.task.check()  # it reads no calibration text
 
 
 def test_descent_is_monotone_and_acceleration_ends_lower(tmp_path, settings):

@@ -13,7 +13,15 @@ import pytest
 import yaml
 
 from sparseopt.experiments.config import expand
-from sparseopt.experiments.runs import FolderInUse, State, execute, fingerprint, recover_records, state_of
+from sparseopt.experiments.runs import (
+    FolderInUse,
+    State,
+    execute,
+    fingerprint,
+    load_run,
+    recover_records,
+    state_of,
+)
 from sparseopt.experiments.sweep import check_all, parse_shard, plan, run_all, take_shard
 
 TOY = "tests.experiments.toy.Toy"
@@ -103,6 +111,32 @@ def test_a_line_cut_in_the_middle_is_done_again_and_a_doubled_one_counts_once(tm
     assert execute(run, tmp_path, quiet).done == 2
     assert [r["unit"] for r in recover_records(folder)] == ["unit-0", "unit-1", "unit-2", "unit-3"]
     assert len(log.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("whole_files", "left", "state"),
+    [(0, {".run.json.tmp"}, State.NEW), (1, {"run.json", ".config.yaml.tmp"}, State.BROKEN)],
+)
+def test_a_start_killed_before_its_first_unit_is_made_good(tmp_path, monkeypatch, whole_files, left, state):
+    replace, done = Path.replace, []
+
+    def killed(file, target):
+        if len(done) == whole_files:
+            raise KeyboardInterrupt
+        done.append(target)
+        return replace(file, target)
+
+    run, folder = toy(), tmp_path / "toy"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            execute(run, tmp_path, quiet)
+    assert {file.name for file in folder.iterdir()} == {".lock", *left}
+    assert state_of(folder, fingerprint(run.task)) is state
+    outcome = execute(run, tmp_path, quiet)
+    assert (outcome.done, outcome.error) == (4, None)
+    assert load_run(folder)[0].task == run.task
+    assert not list(folder.glob(".*.tmp"))
 
 
 def test_two_processes_never_share_a_folder(tmp_path):

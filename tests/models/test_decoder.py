@@ -96,7 +96,7 @@ def test_a_token_out_of_range_gives_nan_and_not_another_row() -> None:
     assert bool(jnp.isnan(Embedding(SMALL, rngs=nnx.Rngs(0))(np.array([[19]]))).all())
 
 
-def test_taps_see_the_input_of_each_linear_and_may_change_it(rng: np.random.Generator) -> None:
+def test_taps_see_input_and_output_of_each_linear_and_may_change_them(rng: np.random.Generator) -> None:
     block = Block(SMALL, rngs=nnx.Rngs(3))
     x = jnp.asarray(rng.normal(size=(2, 7, 12)), jnp.float32)
     seen: dict[str, jax.Array] = {}
@@ -108,8 +108,9 @@ def test_taps_see_the_input_of_each_linear_and_may_change_it(rng: np.random.Gene
 
     plain = block(x, tap=record)
     np.testing.assert_array_equal(plain, block(x))
-    assert list(seen) == list(dict.fromkeys(block.linears.values()))
+    assert set(seen) == {*block.linears, *block.linears.values()}
     for linear, tap in block.linears.items():
+        np.testing.assert_array_equal(seen[linear], block.linear(linear)(seen[tap]))
         assert seen[tap].shape == (2, 7, block.linear(linear).weight.shape[1]), linear
     np.testing.assert_array_equal(seen["attention_input"], block.input_layernorm(x))
     gate = block.mlp.gate_proj(seen["mlp_input"])

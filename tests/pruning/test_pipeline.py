@@ -60,7 +60,7 @@ def test_blocks_see_the_pruned_blocks_before_them(tmp_path, source, recipe):
     for name, tap in Block.linears.items():
         weight = np.asarray(dense.layers[last].linear(name).weight[...], np.float64)
         change = np.asarray(pruned.layers[last].linear(name).weight[...], np.float64) - weight
-        gram = np.asarray(grams[tap], np.float64)
+        gram = np.asarray(grams[tap].gram, np.float64)
         error = np.sum(change @ gram * change) / np.sum(weight @ gram * weight)
         record = next(r for r in report.layers if r.layer == f"model.layers.{last}.{name}")
         assert record.relative_error == pytest.approx(error, rel=1e-3), name
@@ -74,11 +74,11 @@ def test_grams_are_those_of_the_linears_inputs(source, recipe):
     runner = BlockRunner()
     grams = runner.grams(block, make_batches(x))
     normed = np.asarray(block.input_layernorm(x), np.float64).reshape(-1, x.shape[-1])
-    np.testing.assert_allclose(grams["attention_input"], normed.T @ normed, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(grams["attention_input"].gram, normed.T @ normed, rtol=1e-4, atol=1e-4)
     assert set(grams) == set(Block.linears.values())
-    assert grams["mlp_hidden"].shape == (64, 64)
+    assert grams["mlp_hidden"].gram.shape == (64, 64)
     for name in ("mlp_input", "attention_output"):
-        assert np.linalg.eigvalsh(np.asarray(grams[name], np.float64))[0] > -1e-3
+        assert np.linalg.eigvalsh(np.asarray(grams[name].gram, np.float64))[0] > -1e-3
     first = runner.compilations
     runner.grams(model.block(1), make_batches(x))
     assert runner.compilations == first

@@ -30,23 +30,23 @@ def test_residual_weights_are_those_of_the_stream_behind_the_block(source, token
     weights = 1 / np.mean(stream**2, axis=-1).reshape(-1)
     uniform, weighted = gather_grams(block, x), gather_grams(block, x, "residual")
     for name in set(Block.linears.values()) - set(Block.residual_taps):
-        np.testing.assert_array_equal(uniform[name], weighted[name])
+        np.testing.assert_array_equal(uniform[name].gram, weighted[name].gram)
     for name in Block.residual_taps:
         rows = np.asarray(inputs[name], np.float64).reshape(len(weights), -1)
-        np.testing.assert_allclose(weighted[name], rows.T @ (weights[:, None] * rows), rtol=1e-4, atol=1e-5)
-        assert not np.allclose(weighted[name], uniform[name], rtol=1e-2)
+        np.testing.assert_allclose(weighted[name].gram, rows.T @ (weights[:, None] * rows), rtol=1e-4, atol=1e-5)
+        assert not np.allclose(weighted[name].gram, uniform[name].gram, rtol=1e-2)
 
 
 def test_a_silent_token_weighs_nothing_and_batches_do_not_matter(source, tokens):
     model = open_model(source)
     block, x = model.block(0), model.embedding()(jnp.asarray(tokens))
     silent = jnp.concatenate([x, jnp.zeros_like(x)])
-    for name, gram in gather_grams(block, silent, "residual").items():
-        np.testing.assert_allclose(gram, gather_grams(block, x, "residual")[name], rtol=1e-4, atol=1e-4)
-    one, many = BlockRunner("residual"), BlockRunner("residual")
-    whole, parts = one.grams(block, [x]), many.grams(block, [x[:3], x[3:]])
+    for name, found in gather_grams(block, silent, "residual").items():
+        np.testing.assert_allclose(found.gram, gather_grams(block, x, "residual")[name].gram, rtol=1e-4, atol=1e-4)
+    one, many = BlockRunner(), BlockRunner()
+    whole, parts = one.grams(block, [x], "residual"), many.grams(block, [x[:3], x[3:]], "residual")
     for name in whole:
-        np.testing.assert_allclose(whole[name], parts[name], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(whole[name].gram, parts[name].gram, rtol=1e-4, atol=1e-4)
     assert one.flops == pytest.approx(many.flops)
     assert len(make_batches(x)) == 1
 
@@ -76,7 +76,8 @@ def test_the_reported_error_is_in_the_same_weights(tmp_path, source, tokens):
     report = prune_model(source, tmp_path / "out", recipe)
     model, pruned = open_model(source), open_model(tmp_path / "out")
     dense, after = model.block(0), pruned.block(0)
-    gram = np.asarray(gather_grams(dense, model.embedding()(jnp.asarray(tokens)), "residual")["mlp_hidden"], np.float64)
+    grams = gather_grams(dense, model.embedding()(jnp.asarray(tokens)), "residual")
+    gram = np.asarray(grams["mlp_hidden"].gram, np.float64)
     weight = np.asarray(dense.linear("mlp.down_proj").weight[...], np.float64)
     change = np.asarray(after.linear("mlp.down_proj").weight[...], np.float64) - weight
     expected = np.sum(change @ gram * change) / np.sum(weight @ gram * weight)

@@ -4,7 +4,12 @@ matplotlib is imported when something is drawn, and nothing here needs the model
 """
 
 from sparseopt.experiments.plots.curves import plot_curves, plot_history, plot_path
-from sparseopt.experiments.plots.pruning import plot_layer_errors, plot_perplexity, plot_weight_sparsity
+from sparseopt.experiments.plots.pruning import (
+    plot_comparison,
+    plot_layer_errors,
+    plot_perplexity,
+    plot_weight_sparsity,
+)
 from sparseopt.experiments.plots.signals import (
     plot_chain,
     plot_graph_signal,
@@ -17,6 +22,7 @@ from sparseopt.experiments.plots.style import COLOURS, save_figure
 __all__ = [
     "COLOURS",
     "plot_chain",
+    "plot_comparison",
     "plot_curves",
     "plot_graph_signal",
     "plot_groups",

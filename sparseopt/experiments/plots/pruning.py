@@ -1,4 +1,4 @@
-"""Floor 7: pictures of pruning: errors by layer, perplexity by sparsity, where a weight's zeros are."""
+"""Floor 7: pictures of pruning: errors by layer, perplexity and time by sparsity, where a weight's zeros are."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -81,8 +81,6 @@ def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, 
     Raises:
         ValueError: without curves, for a sparsity outside 0 to 1 or a perplexity that is not positive.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
     lines = checked_curves(curves, logy=True)
     for label, (sparsity, _) in lines.items():
         outside = ~((sparsity >= 0) & (sparsity <= 1))
@@ -96,6 +94,48 @@ def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, 
         axis.axhline(dense, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
     percent = {label: (100 * sparsity, perplexity) for label, (sparsity, perplexity) in lines.items()}
     plot_curves(percent, axis, xlabel="sparsity (%)", ylabel="perplexity", logy=True, markers=True)
+    _plain_ticks(axis)
+    return axis
+
+
+def plot_comparison(
+    curves: Mapping[str, tuple[Any, Any, Any]], axes: Any = None, *, dense: float | None = None
+) -> np.ndarray:
+    """Pruning methods side by side: perplexity (left) and solver time (right), both on log axes, by sparsity.
+
+    Args:
+        curves: sparsity (share of zeros, 0 to 1), perplexity and solver seconds, all `[n]`, by label. A perplexity
+            that is not finite leaves a gap in its line.
+        axes: two axes to draw on, or None for a new figure.
+        dense: the perplexity of the model before pruning, drawn as a dashed line on the left.
+
+    Returns:
+        The two axes; a label has one colour, dash and marker in both, and the legend of both stands on the right.
+
+    Raises:
+        ValueError: for what `plot_perplexity` refuses, times that are not positive, or another number of axes.
+    """
+    axes = axes_or_new(axes, 2, 2, (12, 4.5))
+    plot_perplexity({label: (x, y) for label, (x, y, _) in curves.items()}, axes[0], dense=dense)
+    times = {label: (100 * np.asarray(x, float), seconds) for label, (x, _, seconds) in curves.items()}
+    plot_curves(times, axes[1], xlabel="sparsity (%)", ylabel="solver time (s)", logy=True, markers=True)
+    _plain_ticks(axes[1])
+    # Many lines leave no room in the panels: one legend for both stands beside them.
+    axes[0].get_legend().remove()
+    axes[1].legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        frameon=False,
+        handlelength=2.8,
+    )
+    return axes
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Ticks of a figure on a log axis by per cent: a handful, in plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
     low, high = axis.get_ylim()
     # Within a few octaves 1, 2, 5 would leave one tick or none; over many decades, too many.
     decades = LogLocator(subs=(1, 2, 5) if high < 3000 * low else (1,))
@@ -103,7 +143,6 @@ def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, 
     axis.xaxis.set_major_locator(MaxNLocator(8, steps=(1, 2, 5, 10), integer=True))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1000 else f"{v:g}"))
-    return axis
 
 
 def plot_weight_sparsity(weight: Any, axis: Any = None, *, cells: int = 96, title: str = "") -> Any:

@@ -40,7 +40,7 @@ class AdmmPruning:
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
         """Find the support, refit."""
         loss = layer.ridged(self.ridge)
-        solver = QuadraticAdmm(self.rho, self.growth, self.period)
+        solver = QuadraticAdmm(self.rho, self.growth, self.period, watch=self.rest >= 0)
         found = solve(Problem(loss, pattern), solver, layer.center, tol=self.rest, max_steps=self.max_steps)
         # The set may allow more entries than are non-zero: the mask, not the values, has the exact count.
         mask = pattern.mask(jnp.abs(found.value))

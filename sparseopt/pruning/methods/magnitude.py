@@ -17,7 +17,7 @@ class Magnitude:
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
         """Score, mask, keep the values."""
-        scale = layer.scale[:, None]
+        scale = layer.scale[:, None] * layer.output_scale
         # A dead input hides its weight's size (center is 0 there) and is pruned first in every method.
         score = jnp.where(scale > 0, jnp.abs(layer.center) / jnp.where(scale > 0, scale, 1), 0)
         return keep_values(layer, pattern.mask(score))

@@ -1,0 +1,180 @@
+"""Floor 8: the commands `sparseopt prune` and `sparseopt eval`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+TEXT_HELP = "pydoc, wikitext2:PATH, file:PATH or hf:NAME"
+
+
+def prune(
+    source: Annotated[str, typer.Argument(help="Hugging Face model folder (safetensors) or GGUF file.")],
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder to write, new or empty; several sparsities get a folder in it each."),
+    ],
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of zeros in every linear, in [0, 1); default: 0.5, or that of the n:m pattern. "
+            "Several, as in 0.5,0.6,0.7, share one pass."
+        ),
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option(help="Which weights may survive: unstructured, per-row, n:m such as 2:4, block:RxC.")
+    ] = "unstructured",
+    method: Annotated[str, typer.Option(help="best, maiht, admm, splice, sparsegpt, wanda or magnitude.")] = "maiht",
+    preset: Annotated[str, typer.Option(help="paper or best.")] = "best",
+    ridge: Annotated[
+        float | None, typer.Option(help="Added to the unit diagonal of the scaled Gram; default: the method's.")
+    ] = None,
+    weighting: Annotated[
+        str | None, typer.Option(help="Tokens in the Grams: uniform or residual; default: the method's.")
+    ] = None,
+    outputs: Annotated[
+        str | None, typer.Option(help="Errors at the outputs: uniform or gradient; default: the method's.")
+    ] = None,
+    allocation: Annotated[str, typer.Option(help="Sparsity over the linears: uniform, owl or curves.")] = "uniform",
+    bounds: Annotated[
+        str | None, typer.Option(help="Least and most sparsity of a linear, as in 0.3,0.8; for owl and curves.")
+    ] = None,
+    propagate: Annotated[
+        float, typer.Option(help="Share of the earlier blocks' error that a linear makes up for, in [0, 1].")
+    ] = 0.0,
+    reconstruct: Annotated[
+        int | None, typer.Option(help="Epochs of training for each pruned block; default: the method's, 0 for none.")
+    ] = None,
+    calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    heldout_samples: Annotated[int, typer.Option(help="Windows for the held-out error; 0 for none.")] = 4,
+    seed: Annotated[int, typer.Option(help="0: windows from the text's start; else drawn at random.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the source's.")] = None,
+) -> None:
+    """Prune a causal language model layer by layer and write a folder that transformers loads."""
+    from sparseopt import console, console_pruning
+    from sparseopt.pruning import Recipe, prune_models
+    from sparseopt.pruning.patterns import implied_sparsity
+
+    implied = implied_sparsity(pattern)
+    shares: list[float | None] = [*numbers(sparsity, "--sparsity")] if sparsity is not None else [None]
+    if shares == [None] and implied is None:
+        shares = [0.5]
+    recipe = Recipe(
+        sparsity=shares[0],
+        pattern=pattern,
+        method=method,
+        preset=preset,
+        ridge=ridge,
+        weighting=cast(Any, weighting),
+        outputs=cast(Any, outputs),
+        allocation=cast(Any, allocation),
+        bounds=cast(Any, None if bounds is None else tuple(numbers(bounds, "--bounds"))),
+        propagate=propagate,
+        reconstruct=reconstruct,
+        calibration=calibration,
+        samples=samples,
+        seqlen=seqlen,
+        heldout_samples=heldout_samples,
+        seed=seed,
+        dtype=dtype,
+    )
+    recipes = [dataclasses.replace(recipe, sparsity=share) for share in shares]
+    for each in recipes:
+        each.check()
+    alone = len(recipes) == 1
+    plans = [(each, output if alone else output / f"{each.sparsity:g}") for each in recipes]
+    share = ", ".join(f"{implied if s is None else s:.0%}" for s in shares)
+    title = f"{method} {share}" if pattern == "unstructured" else f"{method} {share} {pattern}"
+    try:
+        with console_pruning.PruneProgress(title) as progress:
+            reports = prune_models(source, plans, observer=progress)
+    except KeyboardInterrupt:
+        shards = sorted(output.rglob("*.safetensors")) if output.is_dir() else []
+        console.errors.print(
+            f"\nstopped: {len(shards)} finished shards in {output} are whole and stay there. "
+            f"To go on, give another --output, or remove this folder and run the same command again"
+        )
+        raise typer.Exit(130) from None
+    for report in reports:
+        console.console.print(console_pruning.prune_table(report))
+        for line in console_pruning.run_lines(report):
+            console.say(line)
+        console.say(f"wrote {report.output}")
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """The numbers of a comma-separated option, each once.
+
+    Raises:
+        ValueError: naming the option, if it is not such a list.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes numbers separated by commas, as in 0.5,0.7, given {text!r}") from None
+    if len(set(found)) < len(found):
+        raise ValueError(f"{option} names a number twice: {text!r}")
+    return found
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder or GGUF file.")],
+    text: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
+    windows: Annotated[int, typer.Option(help="Windows from the start of the evaluation text.")] = 8,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    pattern: Annotated[
+        str | None, typer.Option(help="Also check that every linear has this pattern, as in `sparseopt prune`.")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="The pattern's share of zeros; n:m has its own.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
+) -> None:
+    """Token-level perplexity of a model, and the exact sparsity of its linears."""
+    from sparseopt import console
+    from sparseopt.models import encode_text, load_tokenizer, open_model
+    from sparseopt.pruning import audit_pattern, audit_sparsity, load_text, perplexity, token_windows
+
+    opened = open_model(model)
+    found = audit_pattern(opened, pattern, sparsity) if pattern else []
+    broken = [a for a in found if not a.fits]
+    if broken:
+        first = broken[0]
+        raise RuntimeError(
+            f"{len(broken)} of {len(found)} linears break the pattern {pattern!r}; {first.layer} holds up to "
+            f"{first.most:,} {first.unit}, allowed are {first.allowed:,}"
+        )
+    tokens = encode_text(load_tokenizer(opened.source), load_text(text, "evaluation"))
+    ids = token_windows(tokens, windows, seqlen)
+    with console.block_progress("perplexity") as progress:
+        score = perplexity(opened, ids, observer=progress)
+    audits = audit_sparsity(opened)
+    zeros, size = sum(a.zeros for a in audits), sum(a.size for a in audits)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "model": model,
+                    "text": text,
+                    "windows": windows,
+                    "seqlen": seqlen,
+                    "perplexity": score,
+                    "zeros": zeros,
+                    "size": size,
+                    "sparsity": zeros / size,
+                    "layers": {a.layer: a.zeros for a in audits},
+                    **({"pattern": pattern, "exact": sum(a.exact for a in found)} if pattern else {}),
+                }
+            )
+        )
+        return
+    least, most = min(audits, key=lambda a: a.sparsity), max(audits, key=lambda a: a.sparsity)
+    console.say(f"perplexity {score:.4f} on {windows} windows of {seqlen} tokens of {text}")
+    console.say(
+        f"sparsity {zeros / size:.6f}: {zeros:,} zeros of {size:,} weights in {len(audits)} linears "
+        f"(from {least.sparsity:.6f} in {least.layer} to {most.sparsity:.6f} in {most.layer})"
+    )
+    if pattern:
+        console.say(f"pattern {pattern} holds in all {len(found)} linears, exact in {sum(a.exact for a in found)}")

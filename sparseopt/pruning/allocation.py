@@ -1,0 +1,169 @@
+"""Floor 6: how the zeros of a model are shared out among its linears at a fixed total.
+
+    uniform    the same share everywhere
+    owl        fewer zeros in blocks with many outliers
+    curves     minimise  sum_l loss_l(s_l)   subject to   sum_l size_l s_l = s sum_l size_l,   low <= s_l <= high
+
+Losses are known at some levels of sparsity. On the lower convex hulls of these curves the problem is a continuous
+knapsack: its Lagrangian takes the pieces of all hulls in the order of their slope a weight, and the multiplier is
+the slope at which the total is reached.
+
+Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, for owl; Sinha and Zoltners, "The
+multiple-choice knapsack problem", 1979, for hulls and multipliers.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.optimize import brentq, isotonic_regression
+
+from sparseopt.pruning.patterns import implied_sparsity
+
+Allocation = Literal["uniform", "owl", "curves"]
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+# How far a linear may lie below and above the model's sparsity, and what no linear exceeds.
+BELOW, ABOVE, MOST = 0.2, 0.15, 0.95
+# Largest deviation of a block's share from the mean with owl, as published.
+SPREAD = 0.08
+
+
+def default_bounds(sparsity: float) -> tuple[float, float]:
+    """Least and most share of zeros of a linear around a model's share.
+
+    Example:
+        >>> from sparseopt.pruning.allocation import default_bounds
+        >>> [round(bound, 2) for bound in default_bounds(0.7)]
+        [0.5, 0.85]
+    """
+    return max(0.0, sparsity - BELOW), max(sparsity, min(MOST, sparsity + ABOVE))
+
+
+def check_allocation(name: str, pattern: str, sparsity: float | None, bounds: tuple[float, float] | None) -> None:
+    """Whether an allocation is possible, before any work.
+
+    Raises:
+        ValueError: for an unknown name, a pattern that fixes the share, or bounds that cannot meet the total.
+    """
+    if name not in ALLOCATIONS:
+        raise ValueError(f"unknown allocation {name!r}; known are {', '.join(ALLOCATIONS)}")
+    if name == "uniform":
+        if bounds is not None:
+            raise ValueError(f"allocation 'uniform' takes no bounds, given {bounds}; leave them out or choose 'curves'")
+        return
+    if implied_sparsity(pattern) is not None:
+        raise ValueError(
+            f"pattern {pattern!r} fixes the share of zeros of every linear, which contradicts the allocation {name!r}; "
+            "choose 'uniform' or another pattern"
+        )
+    if bounds is None or sparsity is None:
+        return
+    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < 1:
+        raise ValueError(f"bounds must be two shares of zeros, 0 <= low <= high < 1, given {bounds}")
+    low, high = bounds
+    if sparsity > high:
+        raise ValueError(
+            f"the bounds cannot meet the total: with at most {high:g} in every linear the model's sparsity stays "
+            f"{sparsity - high:.3g} below the {sparsity:g} asked for; raise the upper bound"
+        )
+    if sparsity < low:
+        raise ValueError(
+            f"the bounds cannot meet the total: with at least {low:g} in every linear the model's sparsity lies "
+            f"{low - sparsity:.3g} above the {sparsity:g} asked for; lower the lower bound"
+        )
+
+
+def allocate_curves(
+    levels: Float[np.ndarray, "levels"],
+    losses: Float[np.ndarray, "linears levels"],
+    sizes: Int[np.ndarray, "linears"],
+    sparsity: float,
+    bounds: tuple[float, float],
+) -> Float[np.ndarray, "linears"]:
+    """Shares of zeros of least total loss; see the problem above.
+
+    Args:
+        levels: ascending sparsities at which losses are known.
+        losses: of every linear, in one unit for all; what falls with sparsity is taken as flat.
+        sizes: weights of every linear.
+        sparsity: of all weights together.
+        bounds: least and most share of a linear; it lies between them, and between the levels.
+    """
+    low, high = bounds
+    grid = np.unique([low, *levels[(levels > low) & (levels < high)], high])
+    steps = np.diff(grid)
+    curves = np.maximum.accumulate(np.stack([np.interp(grid, levels, curve) for curve in losses]), axis=1)
+    # The slopes of a lower convex hull are the isotonic regression of the curve's own.
+    slopes = np.stack([isotonic_regression(np.diff(curve) / steps, weights=steps).x for curve in curves])
+    width = sizes[:, None] * steps[None, :]
+    # Stable: of equal slopes one linear is filled to the end of its piece of hull, where its curve meets the hull.
+    order = np.argsort((slopes / sizes[:, None]).ravel(), kind="stable")
+    width = width.ravel()[order]
+    taken = np.empty_like(width)
+    taken[order] = np.clip((sparsity - low) * sizes.sum() - (np.cumsum(width) - width), 0, width)
+    return low + taken.reshape(len(sizes), -1).sum(axis=1) / sizes
+
+
+def allocate_owl(
+    outliers: Float[np.ndarray, "blocks"],
+    sizes: Int[np.ndarray, "blocks"],
+    sparsity: float,
+    bounds: tuple[float, float],
+    spread: float = SPREAD,
+) -> Float[np.ndarray, "blocks"]:
+    """Shares of zeros that fall with the share of outliers, linearly, over a range of twice `spread`.
+
+    Args:
+        outliers: share of outliers of every block.
+        sizes: weights of every block.
+        sparsity: of all weights together.
+        bounds: least and most share of a block; what lies beyond is cut, and the others make up for it evenly.
+        spread: half of the range between the blocks with the fewest and the most outliers.
+    """
+    reach = np.ptp(outliers)
+    shares = sparsity - (2 * spread * (outliers - outliers.min()) / reach if reach else np.zeros(len(outliers)))
+
+    def total(shift: float) -> float:
+        return float(np.clip(shares + shift, *bounds) @ sizes / sizes.sum()) - sparsity
+
+    # Between these two shifts every share moves from the lower bound to the upper one.
+    first, last = bounds[0] - shares.max(), bounds[1] - shares.min()
+    shift = brentq(total, first, last) if total(first) < 0 < total(last) else first if total(first) >= 0 else last
+    return np.clip(shares + shift, *bounds)
+
+
+def exact_shares(
+    shares: Float[np.ndarray, "linears"],
+    sizes: Int[np.ndarray, "linears"],
+    units: Int[np.ndarray, "linears"],
+    sparsity: float,
+    bounds: tuple[float, float],
+) -> Float[np.ndarray, "linears"]:
+    """Shares of whole zeros, as near as can be to those given, whose total is that of the sparsity.
+
+    The number of zeros in all is `round(sparsity * weights)`, exactly where the units are single weights, else to
+    within half of the smallest unit that has room.
+
+    Args:
+        shares: of zeros, within the bounds.
+        sizes: weights of every linear.
+        units: zeros of every linear come in multiples of this (1, or a whole column or block).
+        sparsity: of all weights together.
+        bounds: least and most share; a multiple must lie between them.
+    """
+    low, high = (np.round(bound * sizes / units, 6) for bound in bounds)
+    low, high = np.ceil(low).astype(int), np.floor(high).astype(int)
+    counts = np.clip(np.floor(shares * sizes / units + 1e-9).astype(int), low, high)
+    wanted = round(sparsity * int(sizes.sum()))
+    # Largest remainders first; round again while a unit brings the total nearer.
+    order = np.argsort(-(shares * sizes / units - counts), kind="stable")
+    for step, room in ((1, high), (-1, low)):
+        moved = True
+        while moved:
+            moved = False
+            for i in order:
+                missing = (wanted - int(counts @ units)) * step
+                if counts[i] * step < room[i] * step and missing * 2 > units[i]:
+                    counts[i] += step
+                    moved = True
+    return counts * units / sizes

@@ -1,0 +1,273 @@
+"""Floor 6: one pruned model in the making, a block at a time.
+
+    Grams in front of the block --[propagate]--> targets --method--> pruned linears --[reconstruct]--> shard
+    activations --pruned block--> activations in front of the next block
+
+`Shared` holds what several of them have in common at one block, so that it is computed once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparseopt.core.solve import Status
+from sparseopt.machine import peak_memory_bytes
+from sparseopt.models import OUTER_TAG, Block, ShardedWriter, StreamedModel, block_tag
+from sparseopt.pruning.calibration import BlockRunner, Grams, Weighting
+from sparseopt.pruning.evaluation import audit_stored
+from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, layer_solver
+from sparseopt.pruning.patterns import Pattern
+from sparseopt.pruning.propagation import PROPAGATION_RIDGE, propagated_target
+from sparseopt.pruning.recipe import Recipe
+from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
+from sparseopt.pruning.reports import BlockRecord, Event, LayerRecord, PruneReport, RunLog
+
+
+class PruningError(RuntimeError):
+    """A run that had to stop; the message names the layer and what to do."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Activations in front of one block, in batches `[windows, T, D]`.
+
+    Attributes:
+        calibration: of the calibration windows.
+        heldout: of the held-out windows, empty without any.
+    """
+
+    calibration: list[jax.Array]
+    heldout: list[jax.Array]
+
+    def through(self, block: Block, runner: BlockRunner) -> "Stream":
+        """The stream behind a block."""
+        return Stream(runner.forward(block, self.calibration), runner.forward(block, self.heldout))
+
+
+class Shared:
+    """The dense block and what is computed with it, once for all branches that ask.
+
+    Attributes:
+        block: the dense block; branches prune copies of it.
+        index: its number.
+        dense: the dense model's own stream in front of it, or None where no branch needs it.
+    """
+
+    def __init__(self, block: Block, index: int, dense: Stream | None, runner: BlockRunner) -> None:
+        self.block, self.index, self.dense = block, index, dense
+        self._runner = runner
+        self._outputs: Stream | None = None
+        # Streams are kept beside their Grams: an id is unique only while its object lives.
+        self._grams: dict[tuple[int, Weighting, bool], tuple[Stream, dict[str, Grams], dict[str, Grams]]] = {}
+
+    def grams(self, stream: Stream, weighting: Weighting, *, drift: bool) -> tuple[dict[str, Grams], dict[str, Grams]]:
+        """Grams by tap, of the calibration tokens and of the held-out ones.
+
+        Raises:
+            PruningError: naming the tap, if activations are not finite.
+        """
+        key = (id(stream), weighting, drift)
+        if key not in self._grams:
+            dense = self.dense if drift else None
+            found = self._runner.grams(self.block, stream.calibration, weighting, dense.calibration if dense else None)
+            tests = self._runner.grams(self.block, stream.heldout, weighting) if stream.heldout else {}
+            self._check(found, "calibration")
+            self._check(tests, "held-out")
+            self._grams[key] = (stream, found, tests)
+        return self._grams[key][1:]
+
+    @property
+    def dense_outputs(self) -> Stream:
+        """The dense model's own stream behind the block."""
+        if self._outputs is None:
+            if self.dense is None:
+                raise RuntimeError("no branch asked for the dense stream")
+            self._outputs = self.dense.through(self.block, self._runner)
+        return self._outputs
+
+    def _check(self, grams: dict[str, Grams], tokens: str) -> None:
+        for name, found in grams.items():
+            if not all(np.isfinite(np.asarray(part)).all() for part in found if part is not None):
+                raise PruningError(
+                    f"non-finite activations in block {self.index}, {name}, on the {tokens} tokens: the model's "
+                    "weights overflow there or the tokens are out of its range; check the source with `sparseopt eval`"
+                )
+
+
+class Branch:
+    """One recipe's model, pruned block by block into its own folder.
+
+    Attributes:
+        recipe: what to do.
+        method: the recipe's.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        recipe: Recipe,
+        method: LayerMethod,
+        output: str | Path,
+        outer: dict[str, np.ndarray],
+    ) -> None:
+        """Make the output folder and store what lies outside the blocks.
+
+        Raises:
+            ModelError: if the folder holds something or cannot be used.
+        """
+        self.recipe, self.method = recipe, method
+        self._model = model
+        self._output = Path(output)
+        self._writer = ShardedWriter(output, model.source, dtype=recipe.dtype)
+        self._log = RunLog(self._output)
+        self._writer.write(OUTER_TAG, outer)
+        self._layers: list[LayerRecord] = []
+        self._blocks: list[BlockRecord] = []
+        self._compile_seconds = 0.0
+
+    def start(self, embedded: Stream, patterns: dict[str, Pattern], weights: dict[str, np.ndarray] | None) -> None:
+        """Set the stream in front of the first block, and by the key of every linear its pattern and output weights."""
+        self._stream, self._patterns, self._weights = embedded, patterns, weights or {}
+
+    def prune_block(self, shared: Shared, runner: BlockRunner, observer: Callable[[Event], None]) -> None:
+        """Prune, reconstruct and store one block, and carry the stream through it.
+
+        Raises:
+            PruningError: naming the layer, if activations or a solve become non-finite.
+        """
+        index, recipe = shared.index, self.recipe
+        keys = self._model.block_keys(index)
+        block = nnx.clone(shared.block)
+        grams, tests = shared.grams(self._stream, recipe.token_weighting(), drift=recipe.propagate > 0)
+        tensors = {key: self._model.source.read(key) for key in keys.values()}
+        for name, tap in block.linears.items():
+            key = keys[f"{name}.weight"]
+            weight = tensors[key].astype(self._writer.dtype_of(key), copy=False)
+            if recipe.propagate:
+                weight = self._propagated(weight, grams[tap])
+            test_gram = tests[tap].gram if tests else None
+            job = LayerJob(weight, grams[tap].gram, test_gram, self._patterns[key], self._weights.get(key))
+            record, pruned = self._prune_linear(job, index, key)
+            tensors[key] = pruned
+            block.linear(name).weight[...] = jnp.asarray(pruned, jnp.float32)
+            self._layers.append(record)
+            self._log.record(record.as_dict())
+            observer(record)
+        if recipe.reconstruction is not None:
+            trained = self._reconstruct(block, shared, recipe.reconstruction)
+            tensors |= self._stored(block, keys)
+            self._blocks.append(trained)
+            self._log.record(trained.as_dict())
+            observer(trained)
+        self._writer.write(block_tag(index), tensors)
+        if index + 1 < self._model.num_blocks:
+            self._stream = self._stream.through(block, runner)
+
+    def finish(self, runner: BlockRunner, plans: int, survey_seconds: float, seconds: float) -> PruneReport:
+        """Complete the folder, read it back, report.
+
+        Raises:
+            PruningError: if what was stored breaks the pattern.
+        """
+        self._writer.finish()
+        recipe = self.recipe
+        broken = [a.layer for a in audit_stored(self._output, self._patterns) if not a.fits]
+        if broken:
+            raise PruningError(
+                f"{len(broken)} linears read back from {self._output} break the pattern {recipe.pattern!r}, "
+                f"{broken[0]} first; was the folder changed while it was written?"
+            )
+        compile_seconds = runner.compile_seconds + self._compile_seconds
+        compile_seconds += sum(r.compile_seconds for r in self._layers) + sum(r.compile_seconds for r in self._blocks)
+        report = PruneReport(
+            output=self._output,
+            recipe=recipe.as_dict(),
+            layers=self._layers,
+            blocks=self._blocks,
+            plans=plans,
+            solver_seconds=sum(r.seconds for r in self._layers),
+            reconstruction_seconds=sum(r.seconds for r in self._blocks),
+            survey_seconds=survey_seconds,
+            compile_seconds=compile_seconds,
+            layer_compilations=sum(r.compile_seconds > 0 for r in self._layers),
+            calibration_seconds=runner.seconds,
+            calibration_gflops=runner.flops / max(runner.seconds, 1e-9) / 1e9,
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+        self._log.finish(report.summary())
+        return report
+
+    def _propagated(self, weight: np.ndarray, grams: Grams) -> np.ndarray:
+        """The weight that makes up for what was lost before this block; in the weight's dtype."""
+        found = propagated_target(
+            weight, grams.gram, grams.drift, np.float32(self.recipe.propagate), np.float32(PROPAGATION_RIDGE)
+        )
+        self._compile_seconds += found.compile_seconds
+        return np.asarray(found.value).astype(weight.dtype)
+
+    def _reconstruct(self, block: Block, shared: Shared, settings: Reconstruction) -> BlockRecord:
+        targets = shared.dense_outputs
+        # Zeros rest, also where the pattern would have allowed a weight that was itself zero.
+        masks = {name: block.linear(name).weight[...] != 0 for name in block.linears}
+        stream = self._stream
+        report = reconstruct_block(
+            block, masks, stream.calibration, targets.calibration, stream.heldout, targets.heldout, settings
+        )
+        return BlockRecord(
+            block=shared.index,
+            first_loss=report.first_loss,
+            last_loss=report.last_loss,
+            heldout_first=report.heldout_first,
+            heldout_best=report.heldout_best,
+            epochs=report.epochs_run,
+            status=report.status.name,
+            seconds=report.seconds,
+            compile_seconds=report.compile_seconds,
+        )
+
+    def _stored(self, block: Block, keys: dict[str, str]) -> dict[str, np.ndarray]:
+        """The block's tensors as they are stored; the block takes over their rounding."""
+        tensors = {}
+        for path, key in keys.items():
+            parameter = attrgetter(path)(block)
+            tensors[key] = np.asarray(parameter[...]).astype(self._writer.dtype_of(key))
+            parameter[...] = jnp.asarray(tensors[key], jnp.float32)
+        return tensors
+
+    def _prune_linear(self, job: LayerJob, block: int, key: str) -> tuple[LayerRecord, np.ndarray]:
+        timed = layer_solver(job, self.method)
+        report: Any = timed.value
+        weight = job.weight
+        status = Status(int(report.status))
+        if status is Status.NONFINITE:
+            raise PruningError(
+                f"the solve of {key} became non-finite; shards of earlier blocks are whole. "
+                "Check its weights and Gram for huge values, or try another method"
+            )
+        try:
+            check_answer(report, self.method, job.pattern)
+        except RuntimeError as error:
+            raise PruningError(f"{key.removesuffix('.weight')}: {error}") from error
+        record = LayerRecord(
+            block=block,
+            layer=key.removesuffix(".weight"),
+            shape=(weight.shape[0], weight.shape[1]),
+            size=weight.size,
+            zeros=int(report.zeros),
+            relative_error=float(report.relative_error),
+            heldout_error=None if job.test_gram is None else float(report.test_error),
+            steps=int(report.steps),
+            status=status.name,
+            seconds=timed.seconds,
+            compile_seconds=timed.compile_seconds,
+            dead_inputs=int(report.dead_inputs),
+        )
+        return record, np.asarray(report.weight)

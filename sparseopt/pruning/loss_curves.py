@@ -1,0 +1,84 @@
+"""Floor 6: what the model's loss would pay for each sparsity of one linear, estimated cheaply.
+
+    loss(s)  =  1/2 sum_c F_c ||X (V_s - W)_c||² / tokens          nats a token, to second order
+
+with F the outputs' sensitivity and V_s a fair answer at sparsity s: few ADMM steps from the answer at the sparsity
+before, with one rho and so one inverse for the whole path, then conjugate gradients on the support. Only some output
+rows are taken, evenly spread, and stand for all. A path of levels then costs about as much as one solve of the
+linear, and its differences, not its absolute values, are what an allocation uses.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sparseopt.core.dense import product
+from sparseopt.core.patterns import TopK
+from sparseopt.core.penalties import Support
+from sparseopt.core.solve import Problem
+from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
+from sparseopt.core.solvers.refit import Refit
+from sparseopt.pruning.compiled import Compiled
+from sparseopt.pruning.layer import scale_layer
+
+RIDGE, RHO = 0.1, 0.4
+ADMM_STEPS, REFIT_STEPS = 3, 2
+OUTLIER = 5.0
+# Rows taken at least, where the linear has as many.
+ROWS = 192
+
+
+def estimated_losses(
+    weight: Float[Array, "out in"],
+    gram: Float[Array, "in in"],
+    sensitivity: Float[Array, "out"],
+    output_weights: Float[Array, "out"],
+    levels: Float[Array, "levels"],
+) -> Float[Array, "levels"]:
+    """The formula above for ascending levels of sparsity; the Gram is a mean over tokens.
+
+    Args:
+        weight: dense.
+        gram: `XᵀX` over the number of tokens.
+        sensitivity: F, of the outputs.
+        output_weights: with which the answers are sought, as in `LayerJob`.
+        levels: shares of zeros, ascending.
+    """
+    every = max(1, weight.shape[0] // ROWS)
+    share = weight.shape[0] / len(range(0, weight.shape[0], every))
+    layer = scale_layer(weight[::every], gram, output_weights[::every])
+    loss = layer.ridged(RIDGE)
+    solver = QuadraticAdmm(rho=RHO, growth=1.0, period=np.iinfo(np.int32).max, watch=False)
+
+    def level(state: Any, sparsity: Array) -> tuple[Any, Array]:
+        kept = jnp.round((1 - sparsity) * layer.center.size).astype(jnp.int32)
+        problem = Problem(loss, TopK(kept))
+        # The dual belongs to the count before.
+        state = replace(state, point=state.x)
+        state = jax.lax.fori_loop(0, ADMM_STEPS, lambda _, s: solver.step(problem, s), state)
+        fixed, refit = Problem(loss, Support(state.x != 0)), Refit()
+        found = refit.init(fixed, state.x)
+        found = jax.lax.fori_loop(0, REFIT_STEPS, lambda _, s: refit.step(fixed, s), found)
+        change = (found.x - layer.center) / layer.output_scale
+        errors = jnp.sum(change * product(layer.hessian, change), axis=0)
+        return replace(state, x=found.x), 0.5 * share * jnp.sum(errors * sensitivity[::every])
+
+    start = solver.init(Problem(loss, TopK(layer.center.size)), layer.center)
+    return jax.lax.scan(level, start, levels)[1]
+
+
+def outlier_share(weight: Float[Array, "out in"], gram: Float[Array, "in in"]) -> Float[Array, ""]:
+    """Share of the weights whose score `|W_ij| ||X_j||` is above `OUTLIER` times the linear's mean score.
+
+    Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, eq. 1.
+    """
+    score = jnp.abs(weight) * jnp.sqrt(jnp.diagonal(gram))
+    return jnp.mean(score > OUTLIER * jnp.mean(score))
+
+
+losses_of_linear = Compiled(estimated_losses)
+outliers_of_linear = Compiled(outlier_share)

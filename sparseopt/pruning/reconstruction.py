@@ -1,0 +1,387 @@
+"""Floor 6: block reconstruction: what a pruned block kept is trained until it answers as the dense block does.
+
+    minimise over the kept weights    mean over tokens t of    mean_d (block(x)_td - y_td)² / mean_d y_td²
+
+with x the stream in front of the pruned block, y the dense block's output for the same tokens, `[B, T, D]` both.
+Dividing by the token's own size makes the loss a relative error of the residual stream, as weighting "residual" does
+in `calibration`: some tokens carry a stream that is hundreds of times larger, and would decide alone. A token whose
+target is zero counts nothing. Masks are frozen; linears that have none keep their weights.
+
+Adam (Kingma and Ba, 2015) with the gradient's global norm clipped, a linear warm-up and a cosine to zero. The answer
+is the best of the start and the states after each epoch by the judging loss, which is that on held-out tokens, or on
+the calibration tokens without any; so it is never worse there than the start.
+"""
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sparseopt.models import Block
+from sparseopt.pruning.calibration import forward_flops
+from sparseopt.pruning.compiled import Compiled, Timed
+
+# A mean square error below this is what float32 leaves of two programs for one block: there is nothing to train.
+ROUNDING = 1e-12
+
+
+class TrainingStatus(enum.Enum):
+    """How a reconstruction ended; the value is one sentence for a person. The best state was kept in every case."""
+
+    FINISHED = "all epochs were run"
+    STOPPED = "the judging loss no longer fell"
+    EXACT = "the block answered as the dense one before any training"
+    DIVERGED = "the judging loss rose far above the start's: use a smaller learning rate"
+    NONFINITE = (
+        "a loss or gradient became infinite or NaN: use a smaller learning rate, or check the activations "
+        "for non-finite or huge values"
+    )
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How a block is trained.
+
+    Attributes:
+        epochs: passes over the calibration tokens, at most.
+        learning_rate: Adam's largest step; a weight moves by about this much a step.
+        warmup: share of all steps in which the rate rises linearly; then it falls to zero as a cosine.
+        windows: windows of tokens a step, at most; the largest divisor of a batch's windows that is not above it.
+        clip: largest global norm of the gradient. Those of SmolLM2's blocks are near 0.06; Adam does not care for a
+            common factor, so a low value does no harm and lets no window weigh more than the others.
+        patience: epochs without a better judging loss before training stops.
+        divergence: training stops if the judging loss after an epoch is above this multiple of the start's.
+        train_norms: train the weights of the block's norms as well.
+        seed: of the order in which windows are drawn.
+    """
+
+    epochs: int = 8
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    windows: int = 1
+    clip: float = 0.03
+    patience: int = 3
+    divergence: float = 2.0
+    train_norms: bool = True
+    seed: int = 0
+
+    def check(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: listing all that is wrong, one line each.
+        """
+        problems = [
+            f"{name} must be a whole number of {least} or more, given {value!r}"
+            for name, least in (("epochs", 1), ("windows", 1), ("patience", 1), ("seed", 0))
+            if not isinstance(value := getattr(self, name), int) or value < least
+        ]
+        for name in ("learning_rate", "clip"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                problems.append(f"{name} must be positive and finite, given {value!r}")
+        if not 0 <= self.warmup < 1:
+            problems.append(f"warmup must be a share of the steps in [0, 1), given {self.warmup!r}")
+        if not self.divergence > 1:
+            problems.append(f"divergence must be a multiple above 1 (inf never stops), given {self.divergence!r}")
+        if problems:
+            raise ValueError("the reconstruction cannot be used:\n  " + "\n  ".join(problems))
+
+    def rates(self, steps: int) -> Float[np.ndarray, "steps"]:
+        """The learning rate of each of `steps` steps in all; the schedule is taken at the middle of each step."""
+        time = (np.arange(steps) + 0.5) / steps
+        rise = time / self.warmup if self.warmup else np.ones(steps)
+        fall = 0.5 + 0.5 * np.cos(np.pi * np.clip((time - self.warmup) / (1 - self.warmup), 0, 1))
+        return (self.learning_rate * np.minimum(rise, 1) * fall).astype(np.float32)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON record."""
+        return {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
+
+
+@dataclass(frozen=True)
+class ReconstructionReport:
+    """What `reconstruct_block` did; losses are pure numbers, see the formula above.
+
+    Attributes:
+        first_loss: on the calibration tokens, at the start.
+        last_loss: the same of the block as it was left.
+        heldout_first: on the held-out tokens, at the start; None without any.
+        heldout_best: the same of the block as it was left; None without any.
+        epochs_run: whole epochs run, of which the judging loss is known.
+        best_epoch: the epoch whose end was kept, counted from 1; 0 for the start.
+        steps: updates made.
+        status: how it ended.
+        seconds: device time, compilation apart.
+        compile_seconds: time compiling for it, 0 when the programs were at hand.
+        flops: floating-point operations of the forward passes and, as two of them each, of the gradients.
+    """
+
+    first_loss: float
+    last_loss: float
+    heldout_first: float | None
+    heldout_best: float | None
+    epochs_run: int
+    best_epoch: int
+    steps: int
+    status: TrainingStatus
+    seconds: float
+    compile_seconds: float
+    flops: float
+
+
+class TrainState(NamedTuple):
+    """What a step changes: the trained parameters and Adam's moments of them."""
+
+    params: Any
+    moments: Any
+
+
+class Fixed(NamedTuple):
+    """What a step reads only: the block's structure, the parameters that are not trained, the entries kept."""
+
+    graph: Any
+    frozen: Any
+    kept: Any
+
+
+# Adam's eps is far below the gradient of a kept weight (about 1e-6), yet an input that never fires stays at rest.
+_adam = optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-10)
+
+
+def stream_loss(output: Float[Array, "B T D"], target: Float[Array, "B T D"]) -> Float[Array, ""]:
+    """Mean over tokens of the squared error, relative to the target's own square; zero targets count nothing."""
+    error = jnp.sum((output - target) ** 2, axis=-1)
+    size = jnp.sum(target**2, axis=-1)
+    # `size == 0` and not `size > 0`, which would drop a token whose target is NaN without a word.
+    return jnp.mean(jnp.where(size == 0, 0, error / jnp.where(size == 0, 1, size)))
+
+
+def _loss(params: Any, fixed: Fixed, x: Array, target: Array) -> Array:
+    return stream_loss(nnx.merge(fixed.graph, params, *fixed.frozen)(x), target)
+
+
+def _train_step(
+    state: TrainState,
+    fixed: Fixed,
+    inputs: Float[Array, "B T D"],
+    targets: Float[Array, "B T D"],
+    rows: Int[Array, "windows"],
+    rate: Float[Array, ""],
+    clip: Float[Array, ""],
+) -> tuple[TrainState, Array, Array]:
+    """One update from some windows of a batch; beside the state, the loss before it and the gradient's norm."""
+    x, target = jnp.take(inputs, rows, axis=0), jnp.take(targets, rows, axis=0)
+    loss, gradient = jax.value_and_grad(_loss)(state.params, fixed, x, target)
+    gradient = jax.tree.map(lambda kept, g: jnp.where(kept, g, 0), fixed.kept, gradient)
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
+    gradient = jax.tree.map(lambda g: g * (clip / jnp.maximum(norm, clip)), gradient)
+    updates, moments = _adam.update(gradient, state.moments)
+    # Masked once more, so that not even a non-finite gradient, whose state is thrown away, fills a pruned entry.
+    params = jax.tree.map(lambda kept, p, u: jnp.where(kept, p - rate * u, 0), fixed.kept, state.params, updates)
+    return TrainState(params, moments), loss, norm
+
+
+_Batches = list[tuple[Array, Array]]
+_Order = list[tuple[int, np.ndarray]]
+
+# One each for the process: all blocks of all models of the same shape share a compiled program.
+_step_of_rows = Compiled(_train_step, donate_argnums=(0,))
+_loss_of_batch = Compiled(_loss)
+
+
+class _Trainer:
+    """One block under training, and the account of its programs: seconds, operations and steps as in the report."""
+
+    def __init__(self, block: Block, masks: Mapping[str, Array], settings: Reconstruction) -> None:
+        def trained(path: tuple[Any, ...], _: Any) -> bool:
+            owner = ".".join(path[:-1])
+            return owner in masks or (settings.train_norms and owner not in block.linears)
+
+        graph, start, *frozen = nnx.split(block, trained, ...)
+        kept = jax.tree.map(lambda parameter: jnp.ones(parameter.shape, bool), start)
+        for name, mask in masks.items():
+            part, attribute = name.split(".")
+            kept[part][attribute]["weight"][...] = jnp.asarray(mask)
+        self.fixed = Fixed(graph, frozen, kept)
+        # A copy: the step program takes over its state's buffers, and the start still belongs to the block.
+        params = jax.tree.map(jnp.copy, start)
+        self.state = TrainState(params, _adam.init(params))
+        self.settings = settings
+        self.block = block
+        self.seconds = self.compile_seconds = self.flops = 0.0
+        self.steps = 0
+
+    def loss(self, batches: _Batches) -> float:
+        """The loss over all batches, which are equal in size."""
+        losses = []
+        for x, target in batches:
+            losses.append(float(self._account(_loss_of_batch(self.state.params, self.fixed, x, target))))
+            self.flops += forward_flops(self.block, x.shape)
+        return float(np.mean(losses))
+
+    def epoch(self, batches: _Batches, order: _Order, rates: np.ndarray) -> bool:
+        """A step for each entry of the order and rate; False after the first loss or gradient that is not finite."""
+        clip = np.float32(self.settings.clip)
+        for (index, rows), rate in zip(order, rates, strict=True):
+            x, target = batches[index]
+            self.state, loss, norm = self._account(_step_of_rows(self.state, self.fixed, x, target, rows, rate, clip))
+            self.flops += 3 * forward_flops(self.block, (len(rows), *x.shape[1:]))
+            self.steps += 1
+            if not (np.isfinite(loss) and np.isfinite(norm)):
+                return False
+        return True
+
+    def run(self, batches: _Batches, judges: _Batches, first: float) -> "_Course":
+        """Train from a judging loss `first` on; the state is left as the last step gave it."""
+        settings = self.settings
+        rng = np.random.default_rng(settings.seed)
+        orders = [_draw_order(batches, settings.windows, rng) for _ in range(settings.epochs)]
+        rates = settings.rates(sum(map(len, orders))).reshape(settings.epochs, -1)
+        best, best_epoch, params = first, 0, None
+        for epoch, (order, epoch_rates) in enumerate(zip(orders, rates, strict=True), start=1):
+            if not self.epoch(batches, order, epoch_rates):
+                return _Course(TrainingStatus.NONFINITE, epoch - 1, best, best_epoch, params)
+            # A parameter that is not finite makes outputs NaN, so a finite loss speaks for them all.
+            judged = self.loss(judges)
+            if judged < best:
+                best, best_epoch, params = judged, epoch, jax.tree.map(jnp.copy, self.state.params)
+            status = TrainingStatus.FINISHED
+            if not math.isfinite(judged):
+                status = TrainingStatus.NONFINITE
+            elif judged > settings.divergence * first:
+                status = TrainingStatus.DIVERGED
+            elif epoch - best_epoch >= settings.patience and epoch < settings.epochs:
+                status = TrainingStatus.STOPPED
+            if status is not TrainingStatus.FINISHED or epoch == settings.epochs:
+                break
+        return _Course(status, epoch, best, best_epoch, params)
+
+    def _account(self, timed: Timed) -> Any:
+        self.seconds += timed.seconds
+        self.compile_seconds += timed.compile_seconds
+        return timed.value
+
+
+class _Course(NamedTuple):
+    """How training went: the best judging loss, the epoch it is of, and the parameters then; None for the start's."""
+
+    status: TrainingStatus
+    epochs: int
+    best: float
+    best_epoch: int
+    params: Any
+
+
+def reconstruct_block(
+    block: Block,
+    masks: Mapping[str, Bool[Array, "out in"]],
+    inputs: Sequence[Float[Array, "B T D"]],
+    targets: Sequence[Float[Array, "B T D"]],
+    heldout_inputs: Sequence[Float[Array, "B T D"]] = (),
+    heldout_targets: Sequence[Float[Array, "B T D"]] = (),
+    settings: Reconstruction | None = None,
+) -> ReconstructionReport:
+    """Train the kept weights of a pruned block, in place.
+
+    Args:
+        block: the pruned block; it is left in the best state seen.
+        masks: True for kept entries, by the linear's name; the biases of these linears are trained too, other
+            linears stay as they are.
+        inputs: the stream in front of the block, in equal batches as `make_batches` gives.
+        targets: what the dense block gave for the same tokens.
+        heldout_inputs: the same of tokens that choose the best state; without any, the calibration tokens do.
+        heldout_targets: what the dense block gave for these.
+        settings: default: `Reconstruction()`.
+
+    Raises:
+        ValueError: before any work, for settings, masks or batches that cannot be used.
+    """
+    settings = settings or Reconstruction()
+    settings.check()
+    _check_masks(block, masks)
+    batches = _paired(inputs, targets, "calibration")
+    heldout = _paired(heldout_inputs, heldout_targets, "held-out")
+    if not batches:
+        raise ValueError("no calibration batches to train on; give at least one")
+    judges = heldout or batches
+
+    trainer = _Trainer(block, masks, settings)
+    first = trainer.loss(judges)
+    first_loss = last_loss = trainer.loss(batches) if heldout else first
+    if not (math.isfinite(first) and math.isfinite(first_loss)):
+        course = _Course(TrainingStatus.NONFINITE, 0, first, 0, None)
+    elif first <= ROUNDING:
+        course = _Course(TrainingStatus.EXACT, 0, first, 0, None)
+    else:
+        course = trainer.run(batches, judges, first)
+    if course.params is not None:
+        nnx.update(block, course.params)
+        trainer.state = trainer.state._replace(params=course.params)
+        last_loss = trainer.loss(batches) if heldout else course.best
+    return ReconstructionReport(
+        first_loss=first_loss,
+        last_loss=last_loss,
+        heldout_first=first if heldout else None,
+        heldout_best=course.best if heldout else None,
+        epochs_run=course.epochs,
+        best_epoch=course.best_epoch,
+        steps=trainer.steps,
+        status=course.status,
+        seconds=trainer.seconds,
+        compile_seconds=trainer.compile_seconds,
+        flops=trainer.flops,
+    )
+
+
+def _draw_order(batches: _Batches, windows: int, rng: np.random.Generator) -> _Order:
+    """An epoch in random order: a batch's index and the rows to take of it, every row of every batch once."""
+    size = batches[0][0].shape[0]
+    width = next(w for w in range(min(windows, size), 0, -1) if size % w == 0)
+    parts = [
+        (index, rows)
+        for index in range(len(batches))
+        for rows in rng.permutation(size).astype(np.int32).reshape(-1, width)
+    ]
+    return [parts[place] for place in rng.permutation(len(parts))]
+
+
+def _check_masks(block: Block, masks: Mapping[str, Array]) -> None:
+    unknown = [name for name in masks if name not in block.linears]
+    if unknown or not masks:
+        raise ValueError(
+            f"masks must name linears of the block ({', '.join(block.linears)}), given "
+            f"{', '.join(unknown) if unknown else 'none'}"
+        )
+    for name, mask in masks.items():
+        weight = block.linear(name).weight[...]
+        if mask.shape != weight.shape or mask.dtype != bool:
+            raise ValueError(
+                f"the mask of {name} must be bool of shape {list(weight.shape)}, True for kept weights; given "
+                f"{mask.dtype} of shape {list(mask.shape)}"
+            )
+        stray = int(jnp.sum((weight != 0) & ~mask))
+        if stray:
+            raise ValueError(
+                f"{name} has {stray:,} non-zero weights off its mask; prune the block before, as in "
+                "`jnp.where(mask, weight, 0)`"
+            )
+
+
+def _paired(inputs: Sequence[Array], targets: Sequence[Array], tokens: str) -> _Batches:
+    """Inputs beside their targets."""
+    given, wanted = [list(x.shape) for x in inputs], [list(y.shape) for y in targets]
+    if given != wanted or any(shape != given[0] for shape in given):
+        raise ValueError(
+            f"{tokens} inputs and targets must be as many batches, all of one shape, as `make_batches` gives; given "
+            f"inputs {given} and targets {wanted}"
+        )
+    return list(zip(inputs, targets, strict=True))

@@ -1,0 +1,127 @@
+"""Floor 6: how much the model's loss minds an error at each output of its linears, by one backward pass.
+
+    sensitivity of output c of a linear  =  mean over calibration tokens t of ( d loss / d y_tc )²          [out]
+
+with `loss = - sum log p(next token)` and y the linear's output in the dense model. To second order an error d at y
+costs `1/2 d F d`, F the Fisher information, whose diagonal this is, taken with the tokens that were there. Outputs
+differ widely: some query and key rows matter a hundred times as much as others. A layer whose errors are weighted by
+it keeps more weights in the rows that count.
+
+Squared errors are weighted by the root of the sensitivity: the loss is far from quadratic where half of a model is
+pruned, and the full weights starve the rows below. Perplexity of SmolLM2-135M at 50 %: without 50.6, full 48.0, root
+46.8.
+
+The dense model runs forward once with its activations in front of every block kept, then backward block by block.
+
+Source: the diagonal of the Fisher information as in LeCun, Denker, Solla, "Optimal brain damage", 1990; its split
+into inputs (the Gram) and outputs as in Martens and Grosse, "Optimizing neural networks with Kronecker-factored
+approximate curvature", 2015.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparseopt.models import Block, Head, StreamedModel
+from sparseopt.pruning.calibration import BlockRunner, forward_flops
+from sparseopt.pruning.compiled import Compiled
+from sparseopt.pruning.evaluation import negative_log_likelihood
+
+OutputWeighting = Literal["uniform", "gradient"]
+OUTPUT_WEIGHTINGS: tuple[OutputWeighting, ...] = get_args(OutputWeighting)
+# Least sensitivity of an output, relative to the mean of its linear: an output that never fires stays a number.
+FLOOR = 1e-4
+# Weights of squared errors are this power of the sensitivity.
+POWER = 0.5
+
+
+def _loss_gradient(head: Head, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def loss(x: Array) -> Array:
+        return jnp.sum(jax.lax.map(lambda window: negative_log_likelihood(head, *window), (x, tokens)))
+
+    return jax.grad(loss)(x)
+
+
+def _block_gradient(
+    block: Block, x: Float[Array, "B T D"], behind: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "out"]]]:
+    """From the gradient behind a block to that in front of it, and squared gradients at its linears' outputs."""
+
+    def run(x: Array, errors: dict[str, Array]) -> Array:
+        return block(x, tap=lambda name, value: value + errors[name] if name in errors else value)
+
+    sizes = {name: block.linear(name).weight.shape[0] for name in block.linears}
+    errors = {name: jnp.zeros((*x.shape[:2], size), x.dtype) for name, size in sizes.items()}
+    _, backward = jax.vjp(run, x, errors)
+    front, gradients = backward(behind)
+    return front, {name: jnp.sum(g**2, axis=(0, 1)) for name, g in gradients.items()}
+
+
+_gradient_behind_blocks = Compiled(_loss_gradient)
+_gradient_through_block = Compiled(_block_gradient)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One block of the dense model as the backward pass leaves it.
+
+    Attributes:
+        index: its number.
+        block: dense.
+        batches: activations in front of it.
+        sensitivity: of its linears' outputs, `[out]` float32, 0 or more, by the linear's name.
+    """
+
+    index: int
+    block: Block
+    batches: list[Array]
+    sensitivity: dict[str, np.ndarray]
+
+
+def backward_sweep(
+    model: StreamedModel,
+    batches: list[Array],
+    tokens: Int[np.ndarray, "windows T"],
+    runner: BlockRunner,
+    observer: Callable[[int, int], None],
+) -> Iterator[Site]:
+    """Every block of the dense model with the sensitivity of its linears' outputs, the last block first.
+
+    Args:
+        model: dense.
+        batches: its embedded calibration windows, in front of the first block.
+        tokens: the ids of these windows, in the same order.
+        runner: keeps account of the time.
+        observer: called with (block passes done, block passes in all), forward and backward.
+    """
+    streams, steps = [batches], 2 * model.num_blocks
+    for index in range(model.num_blocks):
+        streams.append(runner.forward(model.block(index), streams[-1]))
+        observer(index + 1, steps)
+    head, start, gradients = model.head(), 0, []
+    for x in streams.pop():
+        ids = jnp.asarray(tokens[start : start + x.shape[0]])
+        gradients.append(runner.account(_gradient_behind_blocks(head, x, ids)))
+        start += x.shape[0]
+    del head
+    for index in reversed(range(model.num_blocks)):
+        block, stream = model.block(index), streams.pop()
+        squares: Any = None
+        for position, x in enumerate(stream):
+            gradients[position], new = runner.account(_gradient_through_block(block, x, gradients[position]))
+            squares = new if squares is None else jax.tree.map(jnp.add, squares, new)
+            runner.flops += 3 * forward_flops(block, x.shape)
+        found = {name: np.asarray(value) / tokens.size for name, value in squares.items()}
+        yield Site(index, block, stream, found)
+        observer(steps - index, steps)
+
+
+def output_weights(sensitivity: Float[np.ndarray, "out"]) -> Float[np.ndarray, "out"]:
+    """Weights of squared errors at a linear's outputs, above 0; ones where the loss does not depend on it at all."""
+    mean = sensitivity.mean()
+    return np.maximum(sensitivity, FLOOR * mean) ** POWER if mean > 0 else np.ones_like(sensitivity)

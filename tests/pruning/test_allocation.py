@@ -1,0 +1,215 @@
+"""Allocation: exact totals, bounds, optimality against a fine grid, and the survey behind it on a tiny model."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.models import Block
+from sparseopt.pruning import Recipe, audit_sparsity, prune_layer, prune_model
+from sparseopt.pruning.allocation import (
+    allocate_curves,
+    allocate_owl,
+    check_allocation,
+    default_bounds,
+    exact_shares,
+)
+from sparseopt.pruning.loss_curves import ROWS, estimated_losses, losses_of_linear, outlier_share
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+from tests.pruning.layers import make_layer
+
+LEVELS = np.linspace(0.3, 0.9, 7)
+
+
+def convex_curves(rng, count):
+    """Rising convex losses at LEVELS, of very different scales."""
+    slopes = np.sort(np.exp(rng.standard_normal((count, len(LEVELS)))), axis=1)
+    return np.cumsum(slopes, axis=1) * np.exp(2 * rng.standard_normal((count, 1)))
+
+
+def test_no_point_of_a_fine_grid_costs_less(rng):
+    """Three linears, all shares in steps of .01 that meet the total, losses linear between the levels."""
+    sizes = np.array([100, 300, 200])
+    losses = convex_curves(rng, 3)
+
+    def cost(shares):
+        return sum(np.interp(s, LEVELS, curve) for s, curve in zip(shares, losses, strict=True))
+
+    for sparsity in (0.45, 0.6, 0.8):
+        found = allocate_curves(LEVELS, losses, sizes, sparsity, (0.3, 0.9))
+        assert found @ sizes == pytest.approx(sparsity * sizes.sum(), rel=1e-12)
+        grid = np.arange(30, 91) / 100
+        best = np.inf
+        for a, b in itertools.product(grid, grid):
+            c = (sparsity * sizes.sum() - a * sizes[0] - b * sizes[1]) / sizes[2]
+            if 0.3 <= c <= 0.9:
+                best = min(best, cost((a, b, c)))
+        assert cost(found) <= best + 1e-9
+        assert cost(found) < cost([sparsity] * 3)
+
+
+def test_a_curve_that_is_not_convex_is_taken_by_its_hull(rng):
+    """Two equal linears whose loss jumps: one takes the jump, which a point between would pay without gain."""
+    curve = np.array([0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    sizes = np.array([100, 100])
+    found = allocate_curves(LEVELS, np.stack([curve, curve]), sizes, 0.65, (0.3, 0.9))
+    assert sorted(found.round(6)) == [0.4, 0.9]
+    falling = np.array([0.2, 0.1, 0.3, 0.2, 0.6, 0.8, 1.0])
+    found = allocate_curves(LEVELS, np.stack([falling, falling]), sizes, 0.6, (0.3, 0.9))
+    assert found.sum() == pytest.approx(1.2)
+
+
+def test_more_zeros_in_all_are_never_fewer_in_one(rng):
+    sizes, losses = rng.integers(50, 500, 20), convex_curves(rng, 20)
+    shares = [allocate_curves(LEVELS, losses, sizes, s, (0.3, 0.9)) for s in (0.4, 0.5, 0.6, 0.7, 0.8)]
+    assert all((after >= before - 1e-12).all() for before, after in itertools.pairwise(shares))
+
+
+def test_bounds_hold_and_force_the_share_where_they_meet_it(rng):
+    sizes, losses = rng.integers(50, 500, 20), convex_curves(rng, 20)
+    found = allocate_curves(LEVELS, losses, sizes, 0.6, (0.55, 0.62))
+    assert found.min() >= 0.55
+    assert found.max() <= 0.62 + 1e-12
+    np.testing.assert_allclose(allocate_curves(LEVELS, losses, sizes, 0.6, (0.6, 0.9)), 0.6)
+    np.testing.assert_allclose(allocate_curves(LEVELS, losses, sizes, 0.6, (0.3, 0.6)), 0.6)
+
+
+def test_a_block_with_more_outliers_keeps_more(rng):
+    outliers, sizes = rng.random(12), rng.integers(50, 500, 12)
+    found = allocate_owl(outliers, sizes, 0.7, (0.0, 0.99), spread=0.1)
+    assert found @ sizes == pytest.approx(0.7 * sizes.sum(), rel=1e-9)
+    assert (np.argsort(found) == np.argsort(-outliers)).all()
+    assert np.ptp(found) == pytest.approx(0.2)
+    # A line in the outliers.
+    np.testing.assert_allclose(np.polyval(np.polyfit(outliers, found, 1), outliers), found, atol=1e-12)
+    cut = allocate_owl(outliers, sizes, 0.7, (0.65, 0.72), spread=0.1)
+    assert cut @ sizes == pytest.approx(0.7 * sizes.sum(), rel=1e-9)
+    assert cut.min() >= 0.65
+    assert cut.max() <= 0.72
+    np.testing.assert_allclose(allocate_owl(np.full(12, 0.3), sizes, 0.7, (0.5, 0.9)), 0.7)
+
+
+def test_counts_are_exact_to_the_weight(rng):
+    sizes = rng.integers(500, 5000, 50)
+    shares = np.clip(0.6 + 0.1 * rng.standard_normal(50), 0.4, 0.8)
+    shares += 0.6 - shares @ sizes / sizes.sum()
+    exact = exact_shares(shares, sizes, np.ones(50, int), 0.6, (0.2, 0.95)) * sizes
+    np.testing.assert_allclose(exact, np.round(exact), atol=1e-6)
+    assert round(exact.sum()) == round(0.6 * sizes.sum())
+    assert np.abs(exact - shares * sizes).max() <= 1
+
+
+def test_counts_in_units_come_as_near_as_half_a_unit(rng):
+    units = rng.choice([16, 24, 64], 30)
+    sizes = units * rng.integers(50, 500, 30)
+    exact = exact_shares(np.full(30, 0.55), sizes, units, 0.55, (0.3, 0.8)) * sizes / units
+    np.testing.assert_allclose(exact, np.round(exact), atol=1e-6)
+    assert abs((exact * units).sum() - 0.55 * sizes.sum()) <= 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("even", "unstructured", 0.5, None), "unknown allocation 'even'; known are uniform, owl, curves"),
+        (("curves", "2:4", None, None), "pattern '2:4' fixes the share of zeros .* choose 'uniform'"),
+        (("uniform", "unstructured", 0.5, (0.3, 0.6)), "allocation 'uniform' takes no bounds"),
+        (("owl", "unstructured", 0.5, (0.6, 0.3)), "0 <= low <= high < 1, given"),
+        (("curves", "unstructured", 0.7, (0.3, 0.6)), "at most 0.6 in every linear .* 0.1 below the 0.7 .* raise"),
+        (("curves", "unstructured", 0.5, (0.6, 0.8)), "at least 0.6 in every linear .* 0.1 above the 0.5 .* lower"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_bound_at_fault(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        check_allocation(*arguments)
+    name, pattern, sparsity, bounds = arguments
+    with pytest.raises(ValueError, match=message):
+        Recipe(allocation=name, pattern=pattern, sparsity=sparsity, bounds=bounds).check()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.7, 0.9, 0.97])
+def test_default_bounds_can_meet_every_total(sparsity):
+    low, high = default_bounds(sparsity)
+    check_allocation("curves", "unstructured", sparsity, (low, high))
+
+
+def test_estimated_losses_follow_those_of_full_solves(rng):
+    weight, gram, _ = make_layer(rng, outputs=96, inputs=64)
+    gram = gram / 256
+    sensitivity = np.exp(rng.standard_normal(96)).astype(np.float32)
+    levels = np.array([0.3, 0.4, 0.5, 0.6, 0.7, 0.8], np.float32)
+    arrays = [jnp.asarray(a) for a in (weight, gram, sensitivity, np.sqrt(sensitivity), levels)]
+    cheap = np.asarray(estimated_losses(*arrays), np.float64)
+    full = []
+    for level in levels:
+        pruned = prune_layer(weight, gram, float(level), method="best", output_weights=np.sqrt(sensitivity)).weight
+        change = np.asarray(pruned, np.float64) - weight
+        full.append(0.5 * np.sum(np.einsum("oi,ij,oj->o", change, gram, change) * sensitivity))
+    assert (np.diff(cheap) > 0).all()
+    # Never far below what a full solve reaches, and of its order over a range of a hundred.
+    assert (cheap > 0.95 * np.array(full)).all()
+    assert (cheap < 2.5 * np.array(full)).all()
+    assert full[-1] > 100 * full[0]
+
+
+def test_some_rows_stand_for_all(rng):
+    """Four copies of the same rows: a path on every fourth gives the loss of all."""
+    weight, gram, _ = make_layer(rng, outputs=ROWS, inputs=32)
+    levels = jnp.array([0.4, 0.6], jnp.float32)
+    once = [jnp.asarray(weight), jnp.asarray(gram), jnp.ones(ROWS), jnp.ones(ROWS), levels]
+    many = [jnp.repeat(once[0], 4, axis=0), once[1], jnp.ones(4 * ROWS), jnp.ones(4 * ROWS), levels]
+    np.testing.assert_allclose(estimated_losses(*many), 4 * estimated_losses(*once), rtol=1e-5)
+
+
+def test_one_program_a_shape(rng):
+    before = losses_of_linear.compilations
+    for seed in range(2):
+        weight, gram, _ = make_layer(np.random.default_rng(seed), outputs=40, inputs=24)
+        levels = np.linspace(0.2, 0.5 + 0.1 * seed, 4).astype(np.float32)
+        losses_of_linear(weight, gram, np.ones(40, np.float32), np.ones(40, np.float32), levels)
+    assert losses_of_linear.compilations == before + 1
+
+
+def test_outliers_are_counted_against_the_mean(rng):
+    weight = np.full((4, 5), 0.1, np.float32)
+    weight[0, 0], weight[1, 1] = 8.0, -9.0
+    gram = jnp.diag(jnp.array([1.0, 1.0, 4.0, 1.0, 1.0]))
+    assert float(outlier_share(jnp.asarray(weight), gram)) == pytest.approx(2 / 20)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "pattern"),
+    [("curves", "unstructured"), ("owl", "unstructured"), ("curves", "per-row"), ("owl", "block:4x4")],
+)
+def test_a_whole_model_has_the_total_and_every_linear_its_bounds(tmp_path, rng, allocation, pattern):
+    source = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
+    tokens = rng.integers(0, len(VOCAB), (8, 12)).astype(np.int32)
+    recipe = Recipe(
+        sparsity=0.6, pattern=pattern, method="admm", allocation=allocation, calibration=tokens, bounds=(0.4, 0.75)
+    )
+    report = prune_model(source, tmp_path / "out", recipe)
+    audits = audit_sparsity(tmp_path / "out")
+    zeros, size = sum(a.zeros for a in audits), sum(a.size for a in audits)
+    assert abs(zeros - 0.6 * size) <= (0.5 if pattern == "unstructured" else 32)
+    assert min(a.sparsity for a in audits) >= 0.4
+    assert max(a.sparsity for a in audits) <= 0.75
+    assert len({a.zeros / a.size for a in audits}) > 2
+    assert report.survey_seconds > 0
+    if allocation == "owl":
+        blocks = np.array([a.sparsity for a in audits]).reshape(3, len(Block.linears))
+        assert np.ptp(blocks, axis=1).max() < 0.05
+
+
+def test_curves_take_from_linears_that_the_loss_does_not_see(tmp_path, rng):
+    """Without an output projection a block's queries, keys and values change nothing: they lose all they may."""
+    tensors = random_tensors(tiny_config(), rng)
+    tensors["model.layers.1.self_attn.o_proj.weight"][:] = 0
+    source = write_folder(tmp_path / "source", tiny_config(), tensors)
+    tokens = rng.integers(0, len(VOCAB), (8, 12)).astype(np.int32)
+    recipe = Recipe(sparsity=0.6, allocation="curves", bounds=(0.3, 0.8), method="wanda", calibration=tokens)
+    prune_model(source, tmp_path / "out", recipe)
+    shares = {a.layer: a.sparsity for a in audit_sparsity(tmp_path / "out")}
+    for index in range(3):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            share = shares[f"model.layers.{index}.self_attn.{name}"]
+            assert share == pytest.approx(0.8, abs=2e-3) if index == 1 else share < 0.8

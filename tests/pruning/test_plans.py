@@ -1,0 +1,149 @@
+"""Several recipes in one pass, and reconstruction inside the pipeline."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.models import load_decoder, open_model
+from sparseopt.pruning import Recipe, audit_sparsity, prune_model, prune_models
+from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.reconstruction import Reconstruction
+from sparseopt.pruning.reports import BlockRecord, LayerRecord, SurveyStep
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+
+
+@pytest.fixture
+def source(tmp_path, rng):
+    return write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
+
+
+@pytest.fixture
+def tokens(rng):
+    return rng.integers(0, len(VOCAB), (8, 12)).astype(np.int32)
+
+
+def stored(folder):
+    source = open_model(folder).source
+    return {key: source.read(key) for key in source.tensors}
+
+
+def test_one_pass_gives_what_a_pass_for_each_gives(tmp_path, source, tokens):
+    """Bit for bit, recipes of all kinds side by side."""
+    base = Recipe(method="admm", calibration=tokens, heldout_samples=2)
+    recipes = [
+        dataclasses.replace(base, sparsity=0.4),
+        dataclasses.replace(base, sparsity=0.7, outputs="gradient", reconstruct=1),
+        dataclasses.replace(base, sparsity=None, pattern="2:4", method="wanda", propagate=0.5),
+    ]
+    together = prune_models(source, [(r, tmp_path / f"together-{i}") for i, r in enumerate(recipes)])
+    assert [report.plans for report in together] == [3, 3, 3]
+    for index, recipe in enumerate(recipes):
+        alone = prune_model(source, tmp_path / f"alone-{index}", recipe)
+        ours, theirs = stored(tmp_path / f"together-{index}"), stored(tmp_path / f"alone-{index}")
+        for key in theirs:
+            np.testing.assert_array_equal(ours[key], theirs[key], err_msg=f"{index} {key}")
+        errors = [(r.layer, r.relative_error, r.heldout_error) for r in together[index].layers]
+        assert errors == [(r.layer, r.relative_error, r.heldout_error) for r in alone.layers]
+
+
+def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens):
+    """Three blocks: of two models' six passes for Grams the two in front of the first block are one."""
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
+    plans = [(dataclasses.replace(recipe, sparsity=s), tmp_path / f"{s}") for s in (0.5, 0.7)]
+    events = []
+    reports = prune_models(source, plans, observer=lambda event, total: events.append((event, total)))
+    alone = prune_model(source, tmp_path / "alone", recipe)
+    once = BlockRunner()
+    model = open_model(source)
+    once.grams(model.block(0), make_batches(model.embedding()(jnp.asarray(tokens))))
+    together, single = (r.calibration_gflops * r.calibration_seconds * 1e9 for r in (reports[0], alone))
+    assert together == pytest.approx(2 * single - once.flops, rel=1e-6)
+    assert len(events) == 2 * 21
+    assert {total for _, total in events} == {42}
+    assert all(isinstance(event, LayerRecord) for event, _ in events)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 3}, "these differ in samples"),
+        ({"seed": 1, "calibration": np.ones((4, 4), np.int32)}, "these differ in seed, calibration"),
+        ({"calibration": "pydoc"}, "these differ in calibration"),
+    ],
+)
+def test_recipes_of_one_pass_share_their_tokens(tmp_path, source, tokens, changes, message):
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
+    plans = [(recipe, tmp_path / "a"), (dataclasses.replace(recipe, **changes), tmp_path / "b")]
+    with pytest.raises(ValueError, match=message):
+        prune_models(source, plans)
+    assert not (tmp_path / "a").exists()
+
+
+def test_two_recipes_for_one_folder_and_none_at_all_are_refused(tmp_path, source, tokens):
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
+    with pytest.raises(ValueError, match="an output folder of its own"):
+        prune_models(source, [(recipe, tmp_path / "a"), (recipe, tmp_path / "b" / ".." / "a")])
+    with pytest.raises(ValueError, match="give at least one recipe"):
+        prune_models(source, [])
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reconstruction_brings_the_stream_nearer_and_leaves_the_zeros(tmp_path, source, rng, dtype):
+    """The blocks' outputs, recomputed from the stored model, on tokens of which the training saw a part."""
+    tokens = rng.integers(0, len(VOCAB), (24, 16)).astype(np.int32)
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=8, dtype=dtype)
+    settings = Reconstruction(epochs=6, learning_rate=3e-3)
+    events = []
+    prune_model(source, tmp_path / "plain", recipe)
+    report = prune_model(
+        source,
+        tmp_path / "trained",
+        dataclasses.replace(recipe, reconstruct=settings),
+        observer=lambda event, _: events.append(event),
+    )
+    plain, trained = audit_sparsity(tmp_path / "plain"), audit_sparsity(tmp_path / "trained")
+    assert [a.zeros for a in plain] == [a.zeros for a in trained]
+    assert [type(e) for e in events] == 3 * ([LayerRecord] * 7 + [BlockRecord])
+    assert report.recipe["reconstruct"]["learning_rate"] == 3e-3
+    for record in report.blocks:
+        assert record.heldout_best < record.heldout_first
+    lines = [json.loads(line) for line in (tmp_path / "trained" / "records.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == 3 * (["layer"] * 7 + ["block"])
+
+    dense, after = load_decoder(source), load_decoder(tmp_path / "trained")
+    x = y = dense.embed_tokens(jnp.asarray(tokens[16:]))
+    for block, target, record in zip(after.layers, dense.layers, report.blocks, strict=True):
+        x, y = block(x), target(y)
+        loss = np.mean(np.sum((x - y) ** 2, -1) / np.sum(y**2, -1))
+        # bfloat16 rounds what was trained in float32.
+        assert loss == pytest.approx(record.heldout_best, rel=1e-3 if dtype == "float32" else 0.05)
+
+
+def test_a_diverging_reconstruction_keeps_the_pruned_weights_and_is_reported(tmp_path, source, tokens):
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=2)
+    prune_model(source, tmp_path / "plain", recipe)
+    wild = dataclasses.replace(recipe, reconstruct=Reconstruction(learning_rate=1e6, warmup=0.0))
+    report = prune_model(source, tmp_path / "wild", wild)
+    assert {record.status for record in report.blocks} <= {"DIVERGED", "NONFINITE"}
+    for key, value in stored(tmp_path / "plain").items():
+        np.testing.assert_array_equal(stored(tmp_path / "wild")[key], value, err_msg=key)
+
+
+def test_a_reconstruction_that_cannot_be_is_refused_before_any_work(tmp_path, source, tokens):
+    recipe = Recipe(calibration=tokens, reconstruct=Reconstruction(learning_rate=-1.0))
+    with pytest.raises(ValueError, match=r"learning_rate must be positive and finite, given -1\.0"):
+        prune_model(source, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_survey_tells_its_steps(tmp_path, source, tokens):
+    events = []
+    recipe = Recipe(method="best", calibration=tokens, heldout_samples=0)
+    report = prune_model(source, tmp_path / "out", recipe, observer=lambda event, _: events.append(event))
+    assert events[0] == SurveyStep("survey, pass", 1, 6)
+    assert isinstance(events[6], LayerRecord)
+    assert report.survey_seconds > 0

@@ -1,0 +1,145 @@
+"""Sensitivity of outputs: against finite differences of the loss, and what output weights do to a layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.models import Block, load_decoder, open_model
+from sparseopt.pruning import METHODS, Recipe, prune_layer, prune_model
+from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.sensitivity import FLOOR, POWER, backward_sweep, output_weights
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+from tests.pruning.layers import error_of, make_layer
+
+
+@pytest.fixture
+def source(tmp_path, rng):
+    return write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
+
+
+@pytest.fixture
+def tokens(rng):
+    return rng.integers(0, len(VOCAB), (4, 12)).astype(np.int32)
+
+
+def measured(source, tokens):
+    model = open_model(source)
+    batches = make_batches(model.embedding()(jnp.asarray(tokens)))
+    steps = []
+    sweep = backward_sweep(model, batches, tokens, BlockRunner(), lambda done, total: steps.append((done, total)))
+    found, x = {}, batches[0]
+    sites = list(sweep)
+    assert [site.index for site in sites] == [2, 1, 0]
+    assert steps == [(n, 6) for n in range(1, 7)]
+    for site in reversed(sites):
+        np.testing.assert_array_equal(site.batches[0], x)
+        x = BlockRunner().forward(site.block, [x])[0]
+        found |= {model.block_keys(site.index)[f"{name}.weight"]: value for name, value in site.sensitivity.items()}
+    return found
+
+
+def test_it_is_the_mean_squared_gradient_of_the_whole_models_loss(source, tokens):
+    """Recomputed by one gradient of the whole decoder with an error added at one linear's output."""
+    decoder, found = load_decoder(source), measured(source, tokens)
+    for index, name, width in ((0, "self_attn.k_proj", 16), (1, "mlp.up_proj", 64), (2, "self_attn.o_proj", 32)):
+
+        def loss(errors, index=index, name=name):
+            x = decoder.embed_tokens(tokens)
+            for i, block in enumerate(decoder.layers):
+                x = block(x, tap=lambda n, v, i=i: v + errors if (i, n) == (index, name) else v)
+            logs = jax.nn.log_softmax(decoder.head(x)[:, :-1])
+            return -jnp.sum(jnp.take_along_axis(logs, tokens[:, 1:, None], axis=-1))
+
+        gradient = jax.grad(loss)(jnp.zeros((*tokens.shape, width)))
+        expected = np.mean(np.asarray(gradient, np.float64) ** 2, axis=(0, 1))
+        np.testing.assert_allclose(found[f"model.layers.{index}.{name}.weight"], expected, rtol=1e-3)
+
+
+def test_every_linear_has_one(source, tokens):
+    model, found = open_model(source), measured(source, tokens)
+    keys = [model.block_keys(i)[f"{name}.weight"] for i in range(3) for name in Block.linears]
+    assert set(found) == set(keys)
+    for key in keys:
+        assert found[key].shape == model.source.tensors[key].shape[:1]
+        assert found[key].min() >= 0
+
+
+def test_weights_are_above_zero_and_even_where_the_loss_does_not_look(tmp_path, rng, tokens):
+    tensors = random_tensors(tiny_config(), rng)
+    tensors["model.layers.1.mlp.down_proj.weight"][:] = 0
+    found = measured(write_folder(tmp_path / "source", tiny_config(), tensors), tokens)
+    blind = found["model.layers.1.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(blind, np.zeros(64, np.float32))
+    np.testing.assert_array_equal(output_weights(blind), np.ones(64, np.float32))
+    weights = output_weights(np.array([0.0, 1.0, 4.0, 11.0], np.float32))
+    np.testing.assert_allclose(weights, np.array([4 * FLOOR, 1, 4, 11]) ** POWER, rtol=1e-6)
+
+
+def test_a_weighted_output_keeps_more_weights_and_errs_less(rng):
+    weight, gram, _ = make_layer(rng)
+    weights = np.ones(len(weight), np.float32)
+    weights[:8] = 100
+    plain = prune_layer(weight, gram, 0.5, method="best").weight
+    weighted = prune_layer(weight, gram, 0.5, method="best", output_weights=weights).weight
+    assert np.count_nonzero(weighted) == np.count_nonzero(plain) == weight.size // 2
+    assert np.count_nonzero(weighted[:8]) > 1.3 * np.count_nonzero(plain[:8])
+    assert error_of(weighted[:8], weight[:8], gram) < 0.5 * error_of(plain[:8], weight[:8], gram)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_ratios_of_the_weights_matter(rng, method):
+    """Powers of two, so that not even a rounding differs."""
+    weight, gram, _ = make_layer(rng, outputs=16, inputs=32)
+    plain = prune_layer(weight, gram, 0.5, method=method)
+    scaled = prune_layer(weight, gram, 0.5, method=method, output_weights=np.full(16, 4.0))
+    np.testing.assert_allclose(scaled.weight, plain.weight, rtol=1e-5, atol=1e-6)
+    assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-5)
+
+
+def test_magnitude_does_not_look_at_outputs(rng):
+    weight, gram, _ = make_layer(rng)
+    weights = np.exp(rng.standard_normal(len(weight)))
+    plain = prune_layer(weight, gram, 0.5, method="magnitude")
+    np.testing.assert_allclose(
+        prune_layer(weight, gram, 0.5, method="magnitude", output_weights=weights).weight, plain.weight, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones(3), r"output_weights must be \[out\] = \[48\], given \[3\]"),
+        (np.zeros(48), "output_weights must be above 0, the least given is 0"),
+        (np.full(48, np.nan), "output_weights has 48 NaN or infinite entries"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(rng, weights, message):
+    weight, gram, _ = make_layer(rng)
+    with pytest.raises(ValueError, match=message):
+        prune_layer(weight, gram, 0.5, output_weights=weights)
+
+
+def test_best_weighs_outputs_on_whole_models_and_the_others_when_asked(tmp_path, source, tokens):
+    assert Recipe(method="best").output_weighting() == "gradient"
+    assert {Recipe(method=name).output_weighting() for name in METHODS.keys() - {"best"}} == {"uniform"}
+    recipe = Recipe(calibration=tokens, heldout_samples=0, method="admm", outputs="gradient")
+    prune_model(source, tmp_path / "weighted", recipe)
+    model = open_model(source)
+    x = model.embedding()(jnp.asarray(tokens))
+    gram = BlockRunner().grams(model.block(0), [x])["attention_input"].gram
+    key = "model.layers.0.self_attn.q_proj.weight"
+    weights = output_weights(measured(source, tokens)[key])
+    expected = prune_layer(model.source.read(key), gram, 0.5, method="admm", output_weights=weights).weight
+    stored = open_model(tmp_path / "weighted").source.read(key)
+    np.testing.assert_array_equal(stored != 0, expected != 0)
+    np.testing.assert_allclose(stored, expected, rtol=1e-4, atol=1e-5)
+    prune_model(source, tmp_path / "plain", dataclasses.replace(recipe, outputs="uniform"))
+    assert not np.array_equal(open_model(tmp_path / "plain").source.read(key) != 0, expected != 0)
+
+
+def test_an_unknown_weighting_of_outputs_is_refused():
+    with pytest.raises(ValueError, match="outputs must be one of uniform, gradient, given 'hessian'"):
+        dataclasses.replace(Recipe(), outputs="hessian").check()
