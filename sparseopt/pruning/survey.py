@@ -19,13 +19,15 @@ from jaxtyping import Int
 from sparseopt.models import Block, StreamedModel
 from sparseopt.pruning.allocation import allocate_curves, allocate_owl, default_bounds, exact_shares
 from sparseopt.pruning.branch import Stream
-from sparseopt.pruning.calibration import BlockRunner
+from sparseopt.pruning.calibration import BlockRunner, make_batches
 from sparseopt.pruning.loss_curves import losses_of_linear, outliers_of_linear
 from sparseopt.pruning.patterns import share_unit
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Event, SurveyStep
 from sparseopt.pruning.sensitivity import Site, backward_sweep, output_weights
 
+# Calibration tokens taken at most for sensitivities and curves, and at least one window: both are means over tokens.
+TOKENS = 8192
 # Levels of sparsity at which a curve is taken.
 LEVELS = np.round(np.arange(0.1, 0.96, 0.05), 2)
 
@@ -78,7 +80,9 @@ def survey(
         observer(SurveyStep("survey, pass", done, total))
 
     if "curves" in allocations or any(recipe.output_weighting() == "gradient" for recipe in recipes):
-        for site in backward_sweep(model, embedded.calibration, tokens, runner, told):
+        count = max(1, TOKENS // tokens.shape[1])
+        batches = make_batches(jnp.concatenate(embedded.calibration)[:count])
+        for site in backward_sweep(model, batches, tokens[:count], runner, told):
             keys = {name: model.block_keys(site.index)[f"{name}.weight"] for name in site.sensitivity}
             found.weights |= {keys[name]: output_weights(value) for name, value in site.sensitivity.items()}
             if len(levels):

@@ -144,6 +144,6 @@ def test_the_survey_tells_its_steps(tmp_path, source, tokens):
     events = []
     recipe = Recipe(method="best", calibration=tokens, heldout_samples=0)
     report = prune_model(source, tmp_path / "out", recipe, observer=lambda event, _: events.append(event))
-    assert events[0] == SurveyStep("survey, pass", 1, 6)
-    assert isinstance(events[6], LayerRecord)
+    assert events[:7] == [SurveyStep("survey, pass", n, 7) for n in range(1, 8)]
+    assert isinstance(events[7], LayerRecord)
     assert report.survey_seconds > 0

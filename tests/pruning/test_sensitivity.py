@@ -33,7 +33,7 @@ def measured(source, tokens):
     found, x = {}, batches[0]
     sites = list(sweep)
     assert [site.index for site in sites] == [2, 1, 0]
-    assert steps == [(n, 6) for n in range(1, 7)]
+    assert steps == [(n, 7) for n in range(1, 8)]  # 3 forward, 1 again, 3 backward
     for site in reversed(sites):
         np.testing.assert_array_equal(site.batches[0], x)
         x = BlockRunner().forward(site.block, [x])[0]
