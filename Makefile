@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
+ONLY ?=
 TRUTH ?=
 CALIBRATION ?= pydoc
 
-.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package golden notebooks docs bench-prune bench-trend clean
+.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package golden notebooks docs bench-prune bench-quality bench-trend clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +77,9 @@ golden: $(VENV)/.installed-oracle ## Make the golden files anew with torch and t
 
 bench-prune: $(VENV)/.installed-demo ## Pruning figures as JSON lines; DATA=folder with WikiText-2 parquet files.
 	$(BIN)/python benchmarks/bench_prune.py $(if $(DATA),--data $(DATA))
+
+bench-quality: $(VENV)/.installed-demo ## Every method and recipe change as JSON lines; DATA=folder as above (hours).
+	$(BIN)/python benchmarks/bench_quality.py $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))
 
 bench-trend: $(VENV)/.installed-demo ## Trend-filter figures as JSON lines; TRUTH=folder with certified problems.
 	$(BIN)/python benchmarks/bench_trend.py $(if $(TRUTH),--truth $(TRUTH))

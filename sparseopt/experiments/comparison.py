@@ -29,11 +29,14 @@ from sparseopt.pruning import METHODS
 from sparseopt.pruning.patterns import check_pattern, implied_sparsity
 
 CELLS = "cells"
+# What a method itself takes; forward passes and compilation are common to all.
+TIMES = ("solver_seconds", "survey_seconds", "reconstruction_seconds")
 PRESET = Prune.model_fields["preset"].default
 # What may differ between the cells of one folder, and what says nothing about a result.
 OWN_SETTINGS = {"task", "method", "preset", "pattern", "sparsity", "name", "title", "paper"}
 COLUMNS = (
-    "perplexity", "mean_relative_error", "mean_heldout_error", "solver_seconds", "whole_seconds", "peak_memory_GiB",
+    "perplexity", "mean_relative_error", "mean_heldout_error", "solver_seconds", "survey_seconds",
+    "reconstruction_seconds", "whole_seconds", "peak_memory_GiB",
     "error",
 )  # fmt: skip
 
@@ -261,7 +264,7 @@ def _figures(finished: FinishedRun) -> dict[str, Any]:
     if "layers" not in record:
         return figures
     return figures | {
-        **{name: record[name] for name in ("mean_relative_error", "mean_heldout_error", "solver_seconds")},
+        **{name: record[name] for name in ("mean_relative_error", "mean_heldout_error", *TIMES)},
         "whole_seconds": record["seconds"],
         "peak_memory_GiB": record["peak_memory_bytes"] / 2**30,
         "weighting": cast(Prune, finished.task).recipe().token_weighting(),
@@ -352,7 +355,7 @@ def _draw(section: Section, title: str, file: Path) -> list[Path]:
             dense = score
         elif "solver_seconds" in row.figures:
             label = " ".join(row.labels[key] for key in ("method", "pattern") if row.labels[key] != "unstructured")
-            curves.setdefault(label, []).append((row.labels["sparsity"], score, row.figures["solver_seconds"]))
+            curves.setdefault(label, []).append((row.labels["sparsity"], score, sum(row.figures[t] for t in TIMES)))
     if not curves:
         return []
     try:

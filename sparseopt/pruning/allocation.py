@@ -26,6 +26,8 @@ ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 BELOW, ABOVE, MOST = 0.2, 0.15, 0.95
 # Largest deviation of a block's share from the mean with owl, as published.
 SPREAD = 0.08
+# Points between the bounds at which hulls are taken.
+GRID = 201
 
 
 def default_bounds(sparsity: float) -> tuple[float, float]:
@@ -84,24 +86,36 @@ def allocate_curves(
 
     Args:
         levels: ascending sparsities at which losses are known.
-        losses: of every linear, in one unit for all; what falls with sparsity is taken as flat.
+        losses: of every linear, 0 or more, in one unit for all.
         sizes: weights of every linear.
         sparsity: of all weights together.
         bounds: least and most share of a linear; it lies between them, and between the levels.
     """
     low, high = bounds
-    grid = np.unique([low, *levels[(levels > low) & (levels < high)], high])
-    steps = np.diff(grid)
-    curves = np.maximum.accumulate(np.stack([np.interp(grid, levels, curve) for curve in losses]), axis=1)
+    if low == high:
+        return np.full(len(sizes), low)
+    grid = np.linspace(low, high, GRID)
     # The slopes of a lower convex hull are the isotonic regression of the curve's own.
-    slopes = np.stack([isotonic_regression(np.diff(curve) / steps, weights=steps).x for curve in curves])
-    width = sizes[:, None] * steps[None, :]
+    slopes = np.stack([isotonic_regression(np.diff(curve)).x for curve in between(levels, losses, grid)])
+    width = np.repeat(sizes * (grid[1] - grid[0]), GRID - 1)
     # Stable: of equal slopes one linear is filled to the end of its piece of hull, where its curve meets the hull.
     order = np.argsort((slopes / sizes[:, None]).ravel(), kind="stable")
-    width = width.ravel()[order]
+    width = width[order]
     taken = np.empty_like(width)
     taken[order] = np.clip((sparsity - low) * sizes.sum() - (np.cumsum(width) - width), 0, width)
     return low + taken.reshape(len(sizes), -1).sum(axis=1) / sizes
+
+
+def between(
+    levels: Float[np.ndarray, "levels"], losses: Float[np.ndarray, "linears levels"], grid: Float[np.ndarray, "points"]
+) -> Float[np.ndarray, "linears points"]:
+    """Losses between the levels, by linear interpolation of their cube root.
+
+    Weights near zero are about evenly dense, so the loss of the smallest share s of them grows as s³. A loss above one
+    at a higher level is lowered to it: what is sparser is an answer at the lower level too.
+    """
+    rising = np.minimum.accumulate(losses[:, ::-1], axis=1)[:, ::-1]
+    return np.stack([np.interp(grid, levels, curve) for curve in np.cbrt(rising)]) ** 3
 
 
 def allocate_owl(
@@ -142,28 +156,30 @@ def exact_shares(
     """Shares of whole zeros, as near as can be to those given, whose total is that of the sparsity.
 
     The number of zeros in all is `round(sparsity * weights)`, exactly where the units are single weights, else to
-    within half of the smallest unit that has room.
+    within half of the smallest unit of which one more or one less is within the bounds. Bounds hold to a unit.
 
     Args:
         shares: of zeros, within the bounds.
         sizes: weights of every linear.
         units: zeros of every linear come in multiples of this (1, or a whole column or block).
         sparsity: of all weights together.
-        bounds: least and most share; a multiple must lie between them.
+        bounds: least and most share.
     """
-    low, high = (np.round(bound * sizes / units, 6) for bound in bounds)
-    low, high = np.ceil(low).astype(int), np.floor(high).astype(int)
-    counts = np.clip(np.floor(shares * sizes / units + 1e-9).astype(int), low, high)
-    wanted = round(sparsity * int(sizes.sum()))
-    # Largest remainders first; round again while a unit brings the total nearer.
-    order = np.argsort(-(shares * sizes / units - counts), kind="stable")
-    for step, room in ((1, high), (-1, low)):
-        moved = True
-        while moved:
-            moved = False
-            for i in order:
-                missing = (wanted - int(counts @ units)) * step
-                if counts[i] * step < room[i] * step and missing * 2 > units[i]:
-                    counts[i] += step
-                    moved = True
+    parts = sizes // units
+    wanted = shares * parts
+    least = np.floor(bounds[0] * parts + 1e-9).astype(int)
+    most = np.minimum(np.ceil(bounds[1] * parts - 1e-9).astype(int), parts - 1)
+    counts = np.clip(np.floor(wanted + 1e-9).astype(int), least, most)
+    missing = round(sparsity * int(sizes.sum())) - int(counts @ units)
+    # Largest remainders first, then the smallest unit as long as it brings the total nearer.
+    while missing:
+        side = 1 if missing > 0 else -1
+        room = counts < most if side > 0 else counts > least
+        fits, nearer = room & (units <= abs(missing)), room & (units < 2 * abs(missing))
+        if not nearer.any():
+            break
+        rank = np.where(fits, side * (wanted - counts), -np.inf) if fits.any() else np.where(nearer, -units, -np.inf)
+        chosen = int(np.argmax(rank))
+        counts[chosen] += side
+        missing -= side * int(units[chosen])
     return counts * units / sizes

@@ -71,14 +71,22 @@ def estimated_losses(
     return jax.lax.scan(level, start, levels)[1]
 
 
-def outlier_share(weight: Float[Array, "out in"], gram: Float[Array, "in in"]) -> Float[Array, ""]:
-    """Share of the weights whose score `|W_ij| ||X_j||` is above `OUTLIER` times the linear's mean score.
+def outlier_share(
+    weights: dict[str, Float[Array, "out in"]], grams: dict[str, Float[Array, "in in"]]
+) -> Float[Array, ""]:
+    """Share of a block's weights whose score `|W_ij| ||X_j||` is above `OUTLIER` times the block's mean score.
+
+    Args:
+        weights: of the block's linears, by name.
+        grams: of their inputs, by the same names.
 
     Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, eq. 1.
     """
-    score = jnp.abs(weight) * jnp.sqrt(jnp.diagonal(gram))
-    return jnp.mean(score > OUTLIER * jnp.mean(score))
+    scores = [jnp.abs(weight) * jnp.sqrt(jnp.diagonal(grams[name])) for name, weight in weights.items()]
+    size = sum(score.size for score in scores)
+    mean = sum(jnp.sum(score) for score in scores) / size
+    return sum(jnp.sum(score > OUTLIER * mean, dtype=jnp.int32) for score in scores) / jnp.asarray(size)
 
 
 losses_of_linear = Compiled(estimated_losses)
-outliers_of_linear = Compiled(outlier_share)
+outliers_of_block = Compiled(outlier_share)

@@ -10,13 +10,13 @@ from sparseopt.core.penalties import Penalty
 from sparseopt.pruning.allocation import Allocation, check_allocation
 from sparseopt.pruning.calibration import WEIGHTINGS, Weighting
 from sparseopt.pruning.layer import LayerMethod
-from sparseopt.pruning.methods import find_method
+from sparseopt.pruning.methods import best_for_models, find_method
 from sparseopt.pruning.patterns import check_pattern
 from sparseopt.pruning.reconstruction import Reconstruction
 from sparseopt.pruning.sensitivity import OUTPUT_WEIGHTINGS, OutputWeighting
 
-# Of method "best" on whole models: measured by held-out error and perplexity.
-MODEL_RIDGE = 0.1
+# Epochs of reconstruction that method "best" runs unasked.
+BEST_EPOCHS = 4
 STORED_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -27,12 +27,13 @@ class Recipe:
     Attributes:
         sparsity: share of zeros in every linear, in [0, 1), exact to the weight; may be None with an n:m pattern.
         pattern: which weights may survive, as in `prune_layer`.
-        method: a name in `METHODS`, or a `LayerMethod` of your own.
+        method: a name in `METHODS`, or a `LayerMethod` of your own. "best" runs as `methods.best_for_models`, shorter
+            than on one layer; `find_method("best")` is the long one.
         preset: "paper" or "best".
         penalty: chooses the support in place of L0, as in `prune_layer`; None for L0.
         ridge: added to the unit diagonal of every layer's scaled Gram, in place of the method's own. On few tokens a
-            larger one overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. None: 0.1 for
-            method "best", else the method's own.
+            larger one overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. None: the method's
+            own.
         weighting: of the tokens in the Grams, "uniform" or "residual", see `calibration`; the relative errors are
             in the same weights. None: "residual" for method "best", else "uniform".
         outputs: weights of the errors at a linear's outputs, "uniform" or "gradient", see `sensitivity`; the relative
@@ -43,7 +44,7 @@ class Recipe:
         propagate: share, in [0, 1], of the error of the blocks before that a linear is to make up for, see
             `propagation`.
         reconstruct: epochs of training for the kept weights of each block after its linears are pruned, 0 for none,
-            or a whole `Reconstruction`. None: 0.
+            or a whole `Reconstruction`. None: `BEST_EPOCHS` for method "best", else 0.
         calibration: a text as in `pruning.texts` ("pydoc", "wikitext2:PATH", ...), or token ids `[samples, seqlen]`.
         samples: calibration windows.
         seqlen: tokens a window.
@@ -80,7 +81,9 @@ class Recipe:
         problems: list[str] = []
         method: LayerMethod | None = None
         try:
-            method = find_method(self.method, self.preset, self.penalty, self._ridge())
+            method = find_method(self.method, self.preset, self.penalty, self.ridge)
+            if self.method == "best":
+                method = find_method(best_for_models(), ridge=self.ridge)
         except ValueError as error:
             problems.append(str(error))
         try:
@@ -118,9 +121,6 @@ class Recipe:
             raise ValueError("the recipe cannot be used:\n  " + "\n  ".join(problems))
         return method
 
-    def _ridge(self) -> float | None:
-        return MODEL_RIDGE if self.ridge is None and self.method == "best" else self.ridge
-
     def token_weighting(self) -> Weighting:
         """The weighting asked for, or the method's default."""
         return self.weighting or ("residual" if self.method == "best" else "uniform")
@@ -134,7 +134,9 @@ class Recipe:
         """How blocks are reconstructed; None for not at all."""
         if isinstance(self.reconstruct, Reconstruction):
             return self.reconstruct
-        return Reconstruction(epochs=self.reconstruct) if self.reconstruct else None
+        default = BEST_EPOCHS if self.method == "best" else 0
+        epochs = default if self.reconstruct is None else self.reconstruct
+        return Reconstruction(epochs=epochs) if epochs else None
 
     @property
     def needs_dense_stream(self) -> bool:

@@ -20,7 +20,7 @@ from sparseopt.models import Block, StreamedModel
 from sparseopt.pruning.allocation import allocate_curves, allocate_owl, default_bounds, exact_shares
 from sparseopt.pruning.branch import Stream
 from sparseopt.pruning.calibration import BlockRunner, make_batches
-from sparseopt.pruning.loss_curves import losses_of_linear, outliers_of_linear
+from sparseopt.pruning.loss_curves import losses_of_linear, outliers_of_block
 from sparseopt.pruning.patterns import share_unit
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Event, SurveyStep
@@ -47,11 +47,11 @@ class Survey:
 
 @dataclass
 class _Findings:
-    """By the key of each linear's weight, filled block by block."""
+    """Filled block by block: by the key of each linear's weight, and outliers in the order of the blocks."""
 
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     curves: dict[str, np.ndarray] = field(default_factory=dict)
-    outliers: dict[str, float] = field(default_factory=dict)
+    outliers: list[float] = field(default_factory=list)
 
 
 def survey(
@@ -91,8 +91,7 @@ def survey(
         batches = embedded.calibration
         for index in range(model.num_blocks):
             block = model.block(index)
-            keys = {name: model.block_keys(index)[f"{name}.weight"] for name in block.linears}
-            found.outliers |= {keys[n]: share for n, share in _outliers(block, batches, runner).items()}
+            found.outliers.append(_outliers(block, batches, runner))
             batches = runner.forward(block, batches)
             told(index + 1, model.num_blocks)
     return [_survey_of(model, recipe, found, levels) for recipe in recipes]
@@ -129,12 +128,11 @@ def _curves(site: Site, levels: np.ndarray, runner: BlockRunner) -> dict[str, np
     return curves
 
 
-def _outliers(block: Block, batches: list[Any], runner: BlockRunner) -> dict[str, float]:
+def _outliers(block: Block, batches: list[Any], runner: BlockRunner) -> float:
     grams = runner.grams(block, batches)
-    return {
-        name: float(runner.account(outliers_of_linear(block.linear(name).weight[...], grams[tap].gram)))
-        for name, tap in block.linears.items()
-    }
+    weights = {name: block.linear(name).weight[...] for name in block.linears}
+    inputs = {name: grams[tap].gram for name, tap in block.linears.items()}
+    return float(runner.account(outliers_of_block(weights, inputs)))
 
 
 def _survey_of(model: StreamedModel, recipe: Recipe, found: _Findings, levels: np.ndarray) -> Survey:
@@ -149,10 +147,8 @@ def _survey_of(model: StreamedModel, recipe: Recipe, found: _Findings, levels: n
         losses = np.stack([found.curves[key] for key in keys])
         sparsities = allocate_curves(levels, losses, sizes, recipe.sparsity, bounds)
     else:
-        # One share a block, as published: its linears' mean, by size.
-        ratios = np.array([found.outliers[key] for key in keys])
-        blocks = (ratios * sizes).reshape(model.num_blocks, -1).sum(1) / sizes.reshape(model.num_blocks, -1).sum(1)
-        each = allocate_owl(blocks, sizes.reshape(model.num_blocks, -1).sum(1), recipe.sparsity, bounds)
+        blocks = sizes.reshape(model.num_blocks, -1).sum(axis=1)
+        each = allocate_owl(np.array(found.outliers), blocks, recipe.sparsity, bounds)
         sparsities = np.repeat(each, len(Block.linears))
     units = np.array([share_unit(recipe.pattern, shape) for shape in shapes])
     exact = exact_shares(sparsities, sizes, units, recipe.sparsity, bounds)

@@ -171,7 +171,7 @@ def test_a_failed_cell_is_a_row_with_its_reason_and_is_tried_again(tmp_path, set
     assert names(section)[1] == ("wanda", "2:4", 0.5)
     assert [bool(outcome.error) for outcome in outcomes] == [False, True, False]
     files = comparison.write(section, section.runs[0].task, output)
-    assert f"| wanda | 2:4 | 0.5 |  |  |  |  |  |  | {reason} |" in files[1].read_text()
+    assert f"| wanda | 2:4 | 0.5 |  |  |  |  |  |  |  |  | {reason} |" in files[1].read_text()
     monkeypatch.setattr(task_prune, "prune_model", prune_model)
     section, outcomes = compared(output, settings, patterns=["2:4"])
     assert [outcome.done for outcome in outcomes] == [0, 1, 0]
@@ -269,7 +269,7 @@ def test_the_picture_shows_perplexity_and_time_in_one_style():
         np.testing.assert_allclose(drawn(right.lines, label), [np.multiply(sparsity, 100), seconds])
         one, other = (next(line for line in axis.lines if line.get_label() == label) for axis in (left, right))
         assert (one.get_color(), one.get_marker()) == (other.get_color(), other.get_marker())
-    assert (left.get_ylabel(), right.get_ylabel()) == ("perplexity", "solver time (s)")
+    assert (left.get_ylabel(), right.get_ylabel()) == ("perplexity", "time of the method (s)")
     assert left.get_yscale() == right.get_yscale() == "log"
     assert texts(right.get_legend().get_texts()) == ["dense", "best", "wanda"]
     with pytest.raises(ValueError, match="2 panels and needs as many axes, given 1"):

@@ -11,6 +11,7 @@ from sparseopt.pruning import Recipe, audit_sparsity, prune_layer, prune_model
 from sparseopt.pruning.allocation import (
     allocate_curves,
     allocate_owl,
+    between,
     check_allocation,
     default_bounds,
     exact_shares,
@@ -29,12 +30,12 @@ def convex_curves(rng, count):
 
 
 def test_no_point_of_a_fine_grid_costs_less(rng):
-    """Three linears, all shares in steps of .01 that meet the total, losses linear between the levels."""
+    """Three linears, all shares in steps of .01 that meet the total."""
     sizes = np.array([100, 300, 200])
     losses = convex_curves(rng, 3)
 
     def cost(shares):
-        return sum(np.interp(s, LEVELS, curve) for s, curve in zip(shares, losses, strict=True))
+        return sum(float(between(LEVELS, losses[i : i + 1], np.array([share]))[0, 0]) for i, share in enumerate(shares))
 
     for sparsity in (0.45, 0.6, 0.8):
         found = allocate_curves(LEVELS, losses, sizes, sparsity, (0.3, 0.9))
@@ -45,7 +46,8 @@ def test_no_point_of_a_fine_grid_costs_less(rng):
             c = (sparsity * sizes.sum() - a * sizes[0] - b * sizes[1]) / sizes[2]
             if 0.3 <= c <= 0.9:
                 best = min(best, cost((a, b, c)))
-        assert cost(found) <= best + 1e-9
+        # The hull is taken on a grid of its own, of .003.
+        assert cost(found) <= best * (1 + 1e-4)
         assert cost(found) < cost([sparsity] * 3)
 
 
@@ -54,7 +56,8 @@ def test_a_curve_that_is_not_convex_is_taken_by_its_hull(rng):
     curve = np.array([0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     sizes = np.array([100, 100])
     found = allocate_curves(LEVELS, np.stack([curve, curve]), sizes, 0.65, (0.3, 0.9))
-    assert sorted(found.round(6)) == [0.4, 0.9]
+    assert found.min() < 0.43
+    assert found.max() > 0.87
     falling = np.array([0.2, 0.1, 0.3, 0.2, 0.6, 0.8, 1.0])
     found = allocate_curves(LEVELS, np.stack([falling, falling]), sizes, 0.6, (0.3, 0.9))
     assert found.sum() == pytest.approx(1.2)
@@ -105,7 +108,21 @@ def test_counts_in_units_come_as_near_as_half_a_unit(rng):
     sizes = units * rng.integers(50, 500, 30)
     exact = exact_shares(np.full(30, 0.55), sizes, units, 0.55, (0.3, 0.8)) * sizes / units
     np.testing.assert_allclose(exact, np.round(exact), atol=1e-6)
-    assert abs((exact * units).sum() - 0.55 * sizes.sum()) <= 32
+    assert abs((exact * units).sum() - 0.55 * sizes.sum()) <= 8
+
+
+def test_a_bound_at_the_sparsity_itself_still_meets_the_total(rng):
+    sizes = 2 * rng.integers(50, 500, 30) + 1
+    for bounds in ((0.5, 0.9), (0.2, 0.5), (0.5, 0.5)):
+        exact = exact_shares(np.full(30, 0.5), sizes, np.ones(30, int), 0.5, bounds) * sizes
+        assert round(exact.sum()) == round(0.5 * sizes.sum())
+        assert np.abs(exact - 0.5 * sizes).max() <= 0.5 + 1e-6
+
+
+def test_losses_between_levels_are_cubic_where_the_truth_is():
+    cubes = np.stack([LEVELS**3, 5 * LEVELS**3])
+    grid = np.linspace(0.3, 0.9, 50)
+    np.testing.assert_allclose(between(LEVELS, cubes, grid), [grid**3, 5 * grid**3])
 
 
 @pytest.mark.parametrize(
@@ -170,11 +187,14 @@ def test_one_program_a_shape(rng):
     assert losses_of_linear.compilations == before + 1
 
 
-def test_outliers_are_counted_against_the_mean(rng):
+def test_outliers_are_counted_against_the_mean_of_the_block():
+    """Scores of one linear are a tenth of the other's, so its large ones are none in the block."""
     weight = np.full((4, 5), 0.1, np.float32)
     weight[0, 0], weight[1, 1] = 8.0, -9.0
     gram = jnp.diag(jnp.array([1.0, 1.0, 4.0, 1.0, 1.0]))
-    assert float(outlier_share(jnp.asarray(weight), gram)) == pytest.approx(2 / 20)
+    assert float(outlier_share({"a": jnp.asarray(weight)}, {"a": gram})) == pytest.approx(2 / 20)
+    weights = {"a": jnp.asarray(weight), "b": jnp.asarray(0.01 * weight)}
+    assert float(outlier_share(weights, {"a": gram, "b": gram})) == pytest.approx(2 / 40)
 
 
 @pytest.mark.parametrize(

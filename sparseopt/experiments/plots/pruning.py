@@ -101,10 +101,10 @@ def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, 
 def plot_comparison(
     curves: Mapping[str, tuple[Any, Any, Any]], axes: Any = None, *, dense: float | None = None
 ) -> np.ndarray:
-    """Pruning methods side by side: perplexity (left) and solver time (right), both on log axes, by sparsity.
+    """Pruning methods side by side: perplexity (left) and time (right), both on log axes, by sparsity.
 
     Args:
-        curves: sparsity (share of zeros, 0 to 1), perplexity and solver seconds, all `[n]`, by label. A perplexity
+        curves: sparsity (share of zeros, 0 to 1), perplexity and seconds, all `[n]`, by label. A perplexity
             that is not finite leaves a gap in its line.
         axes: two axes to draw on, or None for a new figure.
         dense: the perplexity of the model before pruning, drawn as a dashed line on the left.
@@ -118,7 +118,7 @@ def plot_comparison(
     axes = axes_or_new(axes, 2, 2, (12, 4.5))
     plot_perplexity({label: (x, y) for label, (x, y, _) in curves.items()}, axes[0], dense=dense)
     times = {label: (100 * np.asarray(x, float), seconds) for label, (x, _, seconds) in curves.items()}
-    plot_curves(times, axes[1], xlabel="sparsity (%)", ylabel="solver time (s)", logy=True, markers=True)
+    plot_curves(times, axes[1], xlabel="sparsity (%)", ylabel="time of the method (s)", logy=True, markers=True)
     _plain_ticks(axes[1])
     # Many lines leave no room in the panels: one legend for both stands beside them.
     axes[0].get_legend().remove()

@@ -32,6 +32,7 @@ __all__ = [
     "SparseGpt",
     "SplicePruning",
     "Wanda",
+    "best_for_models",
     "find_method",
 ]
 
@@ -49,7 +50,17 @@ def _maiht_best() -> LayerMethod:
 
 
 def _best() -> LayerMethod:
-    return SplicePruning(first=AdmmPruning(refit_steps=0), rounds=4)
+    # A low first rho and a gentle rise find better supports; it matters most at high sparsity.
+    first = AdmmPruning(rho=0.02, growth=1.5, period=4, max_steps=40, refit_steps=0)
+    return SplicePruning(first=first, rounds=8)
+
+
+def best_for_models() -> LayerMethod:
+    """Method "best" as whole models run it: a shorter search, and a ridge for the few tokens of a calibration.
+
+    A quarter of the time of `find_method("best")`; a larger ridge was best by held-out error and by perplexity.
+    """
+    return _with_ridge(SplicePruning(first=AdmmPruning(max_steps=16, refit_steps=0), rounds=4), 0.1)
 
 
 def _always(make: Callable[[], LayerMethod]) -> dict[str, Callable[[], LayerMethod]]:
