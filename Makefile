@@ -78,7 +78,7 @@ golden: $(VENV)/.installed-oracle ## Make the golden files anew with torch and t
 bench-prune: $(VENV)/.installed-demo ## Pruning figures as JSON lines; DATA=folder with WikiText-2 parquet files.
 	$(BIN)/python benchmarks/bench_prune.py $(if $(DATA),--data $(DATA))
 
-bench-quality: $(VENV)/.installed-demo ## Every method and recipe change as JSON lines; DATA=folder as above (hours).
+bench-quality: $(VENV)/.installed-demo ## Every method and recipe change as JSON lines; DATA=folder, ONLY=part (hours).
 	$(BIN)/python benchmarks/bench_quality.py $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))
 
 bench-trend: $(VENV)/.installed-demo ## Trend-filter figures as JSON lines; TRUTH=folder with certified problems.

@@ -39,11 +39,11 @@ ABLATION: dict[str, dict[str, Any]] = {
     "+ propagate 0.25": {"propagate": 0.25},
     "+ allocation owl": {"allocation": "owl"},
     "+ allocation curves": {"allocation": "curves"},
-    "+ reconstruct 8": {"reconstruct": 8},
-    "+ allocation curves + reconstruct 8": {"allocation": "curves", "reconstruct": 8},
+    "+ reconstruct 4": {"reconstruct": 4},
+    "+ allocation curves + reconstruct 4": {"allocation": "curves", "reconstruct": 4},
 }
 ABLATION_SETTINGS = ("0.5", "0.7")
-ABLATION_TARGETS = {"+ allocation curves + reconstruct 8": {"0.5": 46.0, "0.7": 105.0}}
+ABLATION_TARGETS = {"+ allocation curves + reconstruct 4": {"0.5": 46.0, "0.7": 105.0}}
 
 # A preset after the name; method best last among the layers, where its target is what the others reach.
 LAYER_METHODS = ("magnitude", "wanda", "sparsegpt", "splice", "admm", "maiht paper", "maiht best", BASE)

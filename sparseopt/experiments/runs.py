@@ -263,7 +263,11 @@ def _write_config(folder: Path, run: Run) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier start left; the lock is ours and stays."""
+    """Remove what an earlier start left; the lock is ours and stays.
+
+    The summary goes first: a folder that has one counts as finished, and a kill may come between any two of these.
+    """
+    (folder / SUMMARY).unlink(missing_ok=True)
     for entry in folder.iterdir():
         if entry.name == LOCK:
             continue

@@ -9,6 +9,7 @@ import pytest
 from sparseopt.models import Block, open_model
 from sparseopt.pruning import METHODS, Recipe, find_method, prune_model
 from sparseopt.pruning.calibration import BlockRunner, gather_grams, make_batches
+from sparseopt.pruning.methods import best_for_models
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 
@@ -53,8 +54,9 @@ def test_a_silent_token_weighs_nothing_and_batches_do_not_matter(source, tokens)
 
 def test_best_takes_the_weights_and_the_ridge_of_whole_models_and_the_others_their_own():
     assert Recipe(method="best").token_weighting() == "residual"
-    assert Recipe(method="best").check().ridge == Recipe(method="best").check().first.ridge == 0.1
-    assert Recipe(method="best", ridge=0.02, weighting="uniform").check().first.ridge == 0.02
+    assert Recipe(method="best").check() == best_for_models()
+    assert best_for_models().ridge == 0.1
+    assert Recipe(method="best", ridge=0.02, weighting="uniform").check().ridge == 0.02
     assert Recipe(method="best", weighting="uniform").token_weighting() == "uniform"
     for name in METHODS.keys() - {"best"}:
         assert Recipe(method=name).token_weighting() == "uniform"
