@@ -9,6 +9,7 @@ import pytest
 
 from sparseopt import cli
 from sparseopt.models import open_model
+from sparseopt.pruning import audit_sparsity
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 
@@ -44,7 +45,27 @@ def test_prune_then_eval(tmp_path, source, command):
     assert json.loads(out)["zeros"] == 13824
 
 
+def test_several_sparsities_with_all_that_surrounds_a_method(tmp_path, source, command):
+    status, out, _ = command(
+        "prune", source, "--output", tmp_path / "out", "--sparsity", "0.4,0.6", "--method", "best",
+        "--allocation", "curves", "--bounds", "0.3,0.8", "--propagate", 0.2, "--reconstruct", 1,
+        "--calibration", f"file:{tmp_path / 'text.txt'}", "--samples", 6, "--seqlen", 32, "--heldout-samples", 2,
+    )  # fmt: skip
+    assert status == 0
+    assert "best 40%, 60%: survey, pass 7/7" in out
+    assert "layer 42/42" in out
+    assert out.count("reconstruction") == out.count("survey of the dense model") == 2
+    for share, zeros in (("0.4", 11_059), ("0.6", 16_589)):
+        assert f"wrote {tmp_path / 'out' / share}" in out
+        assert sum(a.zeros for a in audit_sparsity(tmp_path / "out" / share)) == zeros == round(float(share) * 27_648)
+
+
 MISTAKES = {
+    "list": (["--sparsity", "0.5;0.6"], "--sparsity takes numbers separated by commas, as in 0.5,0.7, given '0.5;0.6'"),
+    "twice": (["--sparsity", "0.5,0.50"], "--sparsity names a number twice: '0.5,0.50'"),
+    "bounds": (["--allocation", "owl", "--bounds", "0.6,0.8"], "the bounds cannot meet the total"),
+    "one bound": (["--allocation", "owl", "--bounds", "0.6"], "bounds must be two shares of zeros"),
+    "epochs": (["--reconstruct", "-2"], "epochs must be a whole number of 1 or more, given -2"),
     "sparsity": (["--sparsity", "1.5"], "sparsity must lie in [0, 1), given 1.5"),
     "method": (["--method", "obs"], "unknown method 'obs'; known are best, maiht, admm"),
     "text": (["--calibration", "file:/nowhere"], "cannot read the text file /nowhere"),

@@ -61,7 +61,7 @@ def best_for_models() -> LayerMethod:
     A third of the time of `find_method("best")`. With this ridge a gently rising rho finds the supports that splicing
     would, and a larger ridge was best by held-out error and by perplexity.
     """
-    return AdmmPruning(ridge=0.1, rho=0.2, growth=1.5, period=5, max_steps=20, refit_steps=8)
+    return AdmmPruning(ridge=0.1, rho=0.2, growth=1.5, period=5, max_steps=20, refit_steps=6)
 
 
 def _always(make: Callable[[], LayerMethod]) -> dict[str, Callable[[], LayerMethod]]:
