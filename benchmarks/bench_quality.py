@@ -4,7 +4,7 @@
     models      every method on the whole model: perplexity, layer errors, seconds, memory; published figures beside
     ablation    changes to the recipe of method best: perplexity and seconds against it
 
-`--only layers,ablation` and `--settings 0.5,2:4` choose. Every line says what was run, on what and with which
+`--only layers,ablation`, `--settings 0.5,2:4` and `--methods best,admm` choose. Every line says what was run, on what and with which
 versions, the target and whether it was met. A row that fails becomes a line with its error, the rest goes on, and
 the exit status is 1. Plans of a pass run in a process of their own, so that its peak memory is theirs.
 """
@@ -132,7 +132,7 @@ def bench_layers(bench: Bench, settings: list[str]) -> None:
     protocol = f"Grams of the dense model on {count} x {SEQLEN} tokens, held-out ones on the next {count} windows"
     for setting in settings:
         errors: dict[str, dict[str, float]] = {}
-        for method in LAYER_METHODS:
+        for method in filter(bench.wants, LAYER_METHODS):
             say(f"layers: {method} at {setting}")
             found, seconds = errors.setdefault(method, {}), 0.0
             heldout: list[float] = []
@@ -227,7 +227,8 @@ def bench_models(bench: Bench, settings: list[str]) -> None:
             if setting == "0.5":
                 seconds = PUBLISHED_SECONDS[name]
                 emit_line(f"solver time, models, {name} at {setting}, one core", value=seconds, unit="s", **note)
-        for name, row in pruned_rows(bench, setting, {name: preset_of(name) for name in MODEL_METHODS}, "models"):
+        table = {name: preset_of(name) for name in filter(bench.wants, MODEL_METHODS)}
+        for name, row in pruned_rows(bench, setting, table, "models"):
             bounds = (MODEL_TARGETS[setting], SOLVER_SECONDS_TARGET) if name == BASE else (None, None)
             run, seconds = f"models, {name} at {setting}", row["solver_seconds"]
             emit_run(bench, f"perplexity, {run}", row, bounds[0])
@@ -262,12 +263,14 @@ def main() -> None:
     parser = text_parser(__doc__)
     parser.add_argument("--only", type=names_of(PARTS), default=list(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--settings", type=names_of(SETTINGS), default=list(SETTINGS), help=f"of {','.join(SETTINGS)}")
+    known = dict.fromkeys((*LAYER_METHODS, *MODEL_METHODS))
+    parser.add_argument("--methods", type=names_of(known), help=f"of the layers and models parts: {','.join(known)}")
     parser.add_argument("--layers", type=int, help="for a trial: only so many of the layers")
     parser.add_argument("--windows", type=int, help="for a trial: at most so many windows of tokens")
     arguments = parser.parse_args()
     source, data = model_and_text(arguments, "bench_quality")
     trial = any(value is not None for value in (arguments.source, arguments.layers, arguments.windows))
-    bench = Bench(source, data, arguments.layers, arguments.windows, trial)
+    bench = Bench(source, data, arguments.layers, arguments.windows, trial, arguments.methods)
     for name in arguments.only:
         part, settings = PARTS[name]
         wanted = [setting for setting in settings if setting in arguments.settings]

@@ -84,6 +84,7 @@ class Bench:
         layers: how many of the twelve layers, None for all.
         windows: calibration windows in place of the parts' own, None for these.
         reduced: whether this is a trial, which cannot meet a target.
+        methods: which of the parts' methods, None for all.
         failures: rows that raised.
     """
 
@@ -92,7 +93,12 @@ class Bench:
     layers: int | None
     windows: int | None
     reduced: bool
+    methods: list[str] | None = None
     failures: int = 0
+
+    def wants(self, method: str) -> bool:
+        """Whether a method is to be run."""
+        return self.methods is None or method in self.methods
 
     def emit(
         self, figure: str, value: float | None, unit: str, target: tuple[str, bool | None], **details: Any

@@ -2,6 +2,7 @@
 
     trend.jsonl    output of `make bench-trend`
     prune.jsonl    output of `make bench-prune`
+    quality.jsonl  output of `make bench-quality`
 
 A table whose records are absent becomes one sentence that names the command.
 """
@@ -88,6 +89,8 @@ def machine(record: Record) -> str:
 
 TREND = "make bench-trend TRUTH=folder"
 PRUNE = "make bench-prune DATA=folder"
+QUALITY = "make bench-quality DATA=folder"
+SETTINGS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
 
 
 def trend_machine(records: list[Record]) -> str:
@@ -207,6 +210,114 @@ def prune_layers(records: list[Record]) -> str:
     return table(found, columns) if found else missing(PRUNE)
 
 
+def quality_machine(records: list[Record]) -> str:
+    """Versions and machine of the quality records."""
+    own = [record for record in records if "source" not in record]
+    return machine(own[0]) if own else missing(QUALITY)
+
+
+def _quality(records: list[Record], start: str) -> dict[tuple[str, str], Record]:
+    """The records whose figure is "START, RUN at SETTING", by run and setting; those of a row that failed left out."""
+    found = {}
+    for record in records:
+        figure, _, setting = record["figure"].rpartition(" at ")
+        if figure.startswith(f"{start}, ") and record["value"] is not None:
+            found[figure.removeprefix(f"{start}, "), setting.partition(",")[0]] = record
+    return found
+
+
+def _runs(found: Iterable[tuple[str, str]]) -> list[Record]:
+    """A row for each run, in the order of the records."""
+    return [{"run": run} for run in dict.fromkeys(run for run, _ in found)]
+
+
+def _at(found: dict[tuple[str, str], Record], setting: str, show: Callable[[Record], Any]) -> Callable[[Record], Any]:
+    """The column of one setting."""
+    return lambda row: show(found[row["run"], setting]) if (row["run"], setting) in found else None
+
+
+def quality_layers(records: list[Record]) -> str:
+    """Geometric means over the layers: on calibration and on held-out tokens, and seconds."""
+    found = _quality(records, "layer error, geometric mean")
+    if not found:
+        return missing(QUALITY)
+    columns: list[Column] = [("method", lambda row: row["run"].partition(",")[0])]
+    for setting, heading in SETTINGS.items():
+        if any(at == setting for _, at in found):
+            columns += [
+                (heading, _at(found, setting, lambda r: f"{r['value']:.5f}")),
+                ("held-out", _at(found, setting, lambda r: f"{r['heldout_error']:.5f}")),
+                ("seconds", _at(found, setting, field("solver_seconds"))),
+            ]
+    return table(_runs(found), columns)
+
+
+def quality_each_layer(records: list[Record]) -> str:
+    """The layers one by one where they have targets of their own: ALPS at 70 %, the rivals at 2:4."""
+    by_layer: dict[str, dict[tuple[str, str], Record]] = {}
+    for (run, setting), record in _quality(records, "layer error").items():
+        method, _, layer = run.partition(", ")
+        if method != "geometric mean":
+            by_layer.setdefault(layer, {})[method, setting] = record
+
+    def error(method: str, setting: str) -> Callable[[Record], Any]:
+        def show(row: Record) -> Any:
+            record = by_layer[row["layer"]].get((method, setting))
+            return record and f"{record['value']:.5f}"
+
+        return show
+
+    def published(row: Record) -> Any:
+        record = by_layer[row["layer"]].get(("best", "0.7"))
+        aim, _, value = record["target"].rpartition(", ") if record else ("", "", "")
+        return value if aim.endswith("ALPS") else None
+
+    columns: list[Column] = [
+        ("layer", field("layer")),
+        ("best, 70 %", error("best", "0.7")),
+        ("ALPS, 70 %", published),
+        *((f"{method}, 2:4", error(method, "2:4")) for method in ("best", "admm", "sparsegpt")),
+    ]
+    return table([{"layer": layer} for layer in by_layer], columns) if by_layer else missing(QUALITY)
+
+
+def quality_models(records: list[Record]) -> str:
+    """Perplexity of the whole model by method, published codes below; solver seconds at 50 %."""
+    found, seconds = _quality(records, "perplexity, models"), _quality(records, "solver time, models")
+    if not found:
+        return missing(QUALITY)
+
+    def name(row: Record) -> str:
+        published = any(record.get("source") for (run, _), record in found.items() if run == row["run"])
+        return f"{row['run']} †" if published else row["run"]
+
+    columns: list[Column] = [("method", name)]
+    columns += [(head, _at(found, key, lambda r: f"{r['value']:.2f}")) for key, head in SETTINGS.items()]
+    columns += [("solver seconds at 50 %", _at(seconds, "0.5", field("value")))]
+    rows = _runs(found)
+    return table(sorted(rows, key=lambda row: name(row).endswith("†")), columns)
+
+
+def quality_ablation(records: list[Record]) -> str:
+    """Changes to the recipe of `best`: perplexity, and the seconds that each costs beyond it."""
+    found = _quality(records, "perplexity, ablation")
+    if not found:
+        return missing(QUALITY)
+
+    def more(record: Record) -> Any:
+        extra = record.get("extra")
+        return f"{sum(extra.values()):+.0f}" if extra and record["difference_to_best"] else None
+
+    columns: list[Column] = [("recipe", field("run"))]
+    for setting, heading in SETTINGS.items():
+        if any(at == setting for _, at in found):
+            columns += [
+                (heading, _at(found, setting, lambda r: f"{r['value']:.2f}")),
+                ("seconds more", _at(found, setting, more)),
+            ]
+    return table(_runs(found), columns)
+
+
 TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     function.__name__.replace("_", "-"): (function.__name__.partition("_")[0], function)
     for function in (
@@ -218,6 +329,11 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         prune_machine,
         prune_models,
         prune_layers,
+        quality_machine,
+        quality_layers,
+        quality_each_layer,
+        quality_models,
+        quality_ablation,
     )
 }
 

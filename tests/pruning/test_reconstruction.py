@@ -203,7 +203,7 @@ def test_one_trace_serves_all_blocks_and_settings(model, streams, monkeypatch):
 
     reconstruct(0, QUICK)
     report = reconstruct(1, Reconstruction(epochs=2, learning_rate=1e-4, warmup=0, clip=1.0, seed=3))
-    assert report.steps == 12
+    assert report.steps == 2 * WINDOWS // QUICK.windows
     assert report.compile_seconds == 0
     assert not runs
 
