@@ -4,9 +4,9 @@
     models      every method on the whole model: perplexity, layer errors, seconds, memory; published figures beside
     ablation    changes to the recipe of method best: perplexity and seconds against it
 
-`--only layers,ablation`, `--settings 0.5,2:4` and `--methods best,admm` choose. Every line says what was run, on what and with which
-versions, the target and whether it was met. A row that fails becomes a line with its error, the rest goes on, and
-the exit status is 1. Plans of a pass run in a process of their own, so that its peak memory is theirs.
+`--only layers,ablation`, `--settings 0.5,2:4` and `--methods best,admm` choose. Every line says what was run, on what
+and with which versions, the target and whether it was met. A row that fails becomes a line with its error, the rest
+goes on, and the exit status is 1. Plans of a pass run in a process of their own, so that its peak memory is theirs.
 """
 
 import sys

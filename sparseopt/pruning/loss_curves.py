@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.dense import product
@@ -52,7 +51,7 @@ def estimated_losses(
     share = weight.shape[0] / len(range(0, weight.shape[0], every))
     layer = scale_layer(weight[::every], gram, output_weights[::every])
     loss = layer.ridged(RIDGE)
-    solver = QuadraticAdmm(rho=RHO, growth=1.0, period=np.iinfo(np.int32).max, watch=False)
+    solver = QuadraticAdmm(rho=RHO, watch=False)
 
     def level(state: Any, sparsity: Array) -> tuple[Any, Array]:
         kept = jnp.round((1 - sparsity) * layer.center.size).astype(jnp.int32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
+from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm, solve_rising
 from tests.core.test_solvers import make_problem
 
 
@@ -18,8 +18,7 @@ def test_with_l1_it_reaches_the_optimum_that_monotone_fista_reaches(rng):
     problem = so.Problem(make_problem(rng, ridge=0.1).loss, so.L1(0.2))
     start = jnp.zeros_like(problem.loss.center)
     theirs = so.solve(problem, so.Maiht(), start, tol=1e-7, max_steps=3000)
-    # At one rho: only then is ADMM bound to converge.
-    ours = so.solve(problem, QuadraticAdmm(rho=0.5, growth=1.0), start, tol=-1.0, max_steps=400)
+    ours = so.solve(problem, QuadraticAdmm(rho=0.5), start, tol=-1.0, max_steps=400)
     assert objective(problem, ours.value) == pytest.approx(objective(problem, theirs.value), rel=1e-5)
     np.testing.assert_allclose(ours.value, theirs.value, atol=2e-3)
     # The fixed point is one: b and x agree, and v is the gradient there with its sign turned.
@@ -30,7 +29,7 @@ def test_with_l1_it_reaches_the_optimum_that_monotone_fista_reaches(rng):
 def test_every_answer_lies_in_the_sparse_set_and_has_its_exact_count(rng, penalty):
     problem = so.Problem(make_problem(rng).loss, penalty)
     center = problem.loss.center
-    answer = so.solve(problem, QuadraticAdmm(), center, tol=-1.0, max_steps=20)
+    answer = solve_rising(problem, center, rho=0.1, growth=2.0, levels=5, period=4)
     assert float(penalty.value(answer.value)) == 0
     assert np.count_nonzero(answer.value) == np.count_nonzero(penalty.mask(jnp.ones_like(center)))
     assert int(answer.steps) == 20
@@ -41,8 +40,8 @@ def test_every_answer_lies_in_the_sparse_set_and_has_its_exact_count(rng, penalt
 def test_a_rising_rho_closes_the_gap_between_both_copies(rng):
     problem = so.Problem(make_problem(rng).loss, so.TopK(200))
     apart = []
-    for steps in (4, 16, 32):
-        state = so.solve(problem, QuadraticAdmm(), problem.loss.center, tol=-1.0, max_steps=steps).state
+    for levels in (1, 4, 8):
+        state = solve_rising(problem, problem.loss.center, rho=0.1, growth=2.0, levels=levels, period=4).state
         last = QuadraticAdmm().step(problem, state)
         b = last.x + (last.dual - state.dual) / last.rho
         apart.append(float(jnp.linalg.norm(b - last.x) / jnp.linalg.norm(last.x)))
@@ -64,16 +63,36 @@ def test_the_objective_is_the_loss_at_b(rng):
         assert float(state.objective) == pytest.approx(0.5 * np.sum(moved * (hessian @ moved)), rel=1e-3)
 
 
-def test_rho_rises_every_period_and_the_residual_is_the_share_of_the_support_that_moved(rng):
+def test_the_residual_is_the_share_of_the_support_that_moved(rng):
     problem = so.Problem(make_problem(rng).loss, so.TopK(200))
-    solver = QuadraticAdmm(rho=0.2, growth=3.0, period=2)
+    solver = QuadraticAdmm(rho=0.2)
     state = solver.init(problem, problem.loss.center)
     step = jax.jit(solver.step)
-    for count in range(6):
+    for _ in range(6):
         previous, state = state, step(problem, state)
-        assert float(state.rho) == pytest.approx(0.2 * 3.0 ** (count // 2))
         changed = np.mean((np.asarray(state.x) != 0) != (np.asarray(previous.x) != 0))
         assert float(state.residual) == pytest.approx(changed, abs=1e-6)
+
+
+def test_a_level_starts_where_the_one_before_ended(rng):
+    """At a growth of 1 the levels are one solve in pieces; the last rho is that of the last level."""
+    problem = so.Problem(make_problem(rng).loss, so.TopK(200))
+    whole = so.solve(problem, QuadraticAdmm(rho=0.2), problem.loss.center, tol=-1.0, max_steps=9)
+    parts = solve_rising(problem, problem.loss.center, rho=0.2, growth=1.0, levels=3, period=3)
+    np.testing.assert_array_equal(parts.value != 0, whole.value != 0)
+    np.testing.assert_allclose(parts.value, whole.value, rtol=1e-3, atol=1e-5)
+    rising = solve_rising(problem, problem.loss.center, rho=0.2, growth=3.0, levels=3, period=2)
+    assert float(rising.state.rho) == pytest.approx(0.2 * 9)
+    assert int(rising.steps) == 6
+
+
+def test_a_support_at_rest_ends_a_level_early(rng):
+    """With a share of 1 every step is at rest, and every level has one step, the first after which it is known."""
+    problem = so.Problem(make_problem(rng).loss, so.TopK(200))
+    rising = solve_rising(problem, problem.loss.center, rho=0.2, growth=2.0, levels=4, period=5, rest=1.0)
+    assert int(rising.steps) == 4
+    never = solve_rising(problem, problem.loss.center, rho=0.2, growth=2.0, levels=4, period=5, rest=0.0)
+    assert 4 < int(never.steps) <= 20
 
 
 def test_levels_counts_and_rho_are_leaves_one_trace_serves_all(rng):

@@ -1,4 +1,4 @@
-"""Floor 4: ADMM for a dense quadratic loss and any penalty with a prox, with a rising rho.
+"""Floor 4: ADMM for a dense quadratic loss and any penalty with a prox, and its continuation to a rising rho.
 
     minimise over x    1/2 <x - c, H (x - c)> + penalty(x)
 
@@ -6,23 +6,23 @@
     x = prox( b + v / rho, 1 / rho )                        # the answer: it has the penalty's zeros
     v = v + rho (b - x)
 
-For an indicator of sparse arrays the problem is not convex: a small rho lets the support move, a large one makes
-b and x agree. rho starts small and is multiplied every few steps. One iteration costs one product with the inverse
-of `H + rho I`; the inverse is made anew at every rho, by products alone (see `core.dense`).
+One iteration costs one product with the inverse of `H + rho I`, which is made once, by products alone (see
+`core.dense`). For an indicator of sparse arrays the problem is not convex: a small rho lets the support move, a
+large one makes b and x agree. So rho starts small and rises, and each rho starts where the one before ended.
 
 Source: Boyd, Parikh, Chu, Peleato, Eckstein, "Distributed optimization and statistical learning via ADMM", 2011,
 sections 3.4.1 and 9.1; for pruning, Boza, "Fast and effective weight update for pruned large language models",
 2024, and Meng, Behdin, Wang, Mazumder, "ALPS", NeurIPS 2024, with a rising rho.
 """
 
+import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.dense import product, spd_inverse
-from sparseopt.core.solve import Measure, Problem
+from sparseopt.core.solve import Measure, Problem, Solution, solve
 from sparseopt.core.thresholds import count_each
 from sparseopt.core.types import pytree, static
 
@@ -33,9 +33,8 @@ class QuadraticAdmmState:
 
     x: Any
     point: Any  # b + v / rho, where the prox was taken
-    inverse: Any  # (H + rho I)^-1
     rho: Any
-    count: Any
+    inverse: Any  # (H + rho I)^-1
     objective: Any
     residual: Any
 
@@ -46,42 +45,44 @@ class QuadraticAdmmState:
 
 
 @pytree
+class DualStart:
+    """Where an ADMM starts: the point and the dual, both of its shape."""
+
+    x: Any
+    dual: Any
+
+
+@pytree
 class QuadraticAdmm:
-    """ADMM with a rising rho as a solver for `solve`.
+    """ADMM at one rho as a solver for `solve`; it starts at an array, with a dual of 0, or at a `DualStart`.
 
     The residual is the share of entries that entered or left the support in the last step. The objective is the
     loss at b plus the penalty at x: both known without a further product, and equal to F(x) where b = x. Taking
     them costs a third of a step where the prox is a selection.
 
     Attributes:
-        rho: the first; a Hessian of unit diagonal is taken for granted, so scale the problem.
-        growth: what rho is multiplied with.
-        period: steps at one rho.
+        rho: a Hessian of unit diagonal is taken for granted, so scale the problem.
         watch: False leaves residual and objective out, and they stay as they were at the start: for a fixed number
             of steps.
     """
 
     rho: Any = 0.1
-    growth: Any = 2.0
-    period: int = static(default=4)
     watch: bool = static(default=True)
 
-    def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> QuadraticAdmmState:
-        """V = 0 and the first inverse."""
-        rho = jnp.asarray(self.rho, x0.dtype)
-        far = jnp.full((), jnp.inf, x0.dtype)
-        objective = problem.loss.value(x0) + problem.penalty.value(x0) if self.watch else jnp.zeros((), x0.dtype)
-        inverse = _shifted_inverse(problem, rho)
-        return QuadraticAdmmState(x0, x0, inverse, rho, jnp.zeros((), jnp.int32), objective, far)
+    def init(self, problem: Problem, x0: Float[Array, "n ..."] | DualStart) -> QuadraticAdmmState:
+        """The inverse, and a point that stands for the dual."""
+        x = x0.x if isinstance(x0, DualStart) else x0
+        rho, hessian = jnp.asarray(self.rho, x.dtype), problem.loss.hessian
+        point = x + x0.dual / rho if isinstance(x0, DualStart) else x
+        inverse = spd_inverse(hessian + rho * jnp.eye(hessian.shape[0], dtype=hessian.dtype))
+        objective = problem.loss.value(x) + problem.penalty.value(x) if self.watch else jnp.zeros((), x.dtype)
+        return QuadraticAdmmState(x, point, rho, inverse, objective, jnp.full((), jnp.inf, x.dtype))
 
     def step(self, problem: Problem, state: QuadraticAdmmState) -> QuadraticAdmmState:
-        """One iteration; every `period`-th makes a new inverse first."""
-        center = problem.loss.center
-        due = (state.count > 0) & (state.count % self.period == 0)
-        rho = jnp.where(due, state.rho * self.growth, state.rho).astype(state.x.dtype)
-        inverse = jax.lax.cond(due, lambda: _shifted_inverse(problem, rho), lambda: state.inverse)
+        """One iteration."""
+        center, rho = problem.loss.center, state.rho
         right = rho * (state.x - center) - state.dual
-        moved = product(inverse, right)
+        moved = product(state.inverse, right)
         point = center + moved + state.dual / rho
         x = problem.penalty.prox(point, 1 / rho)
         objective, residual = state.objective, state.residual
@@ -90,12 +91,12 @@ class QuadraticAdmm:
             objective = 0.5 * jnp.sum(moved * (right - rho * moved)) + problem.penalty.value(x)
             entered, left = count_each((x != 0) & (state.x == 0), (x == 0) & (state.x != 0))
             residual = ((entered + left) / x.size).astype(x.dtype)
-        return QuadraticAdmmState(x, point, inverse, rho, state.count + 1, objective, residual)
+        return dataclasses.replace(state, x=x, point=point, objective=objective, residual=residual)
 
     def measure(self, problem: Problem, state: QuadraticAdmmState) -> Measure:
         """How much of the support moved; there is no gap."""
         del problem
-        return Measure(state.residual, state.objective, jnp.full_like(state.objective, jnp.nan), {"rho": state.rho})
+        return Measure(state.residual, state.objective, jnp.full_like(state.objective, jnp.nan))
 
     def extract(self, problem: Problem, state: QuadraticAdmmState) -> Float[Array, "n ..."]:
         """X, with the penalty's zeros."""
@@ -103,6 +104,42 @@ class QuadraticAdmm:
         return state.x
 
 
-def _shifted_inverse(problem: Problem, rho: Array) -> Array:
-    hessian = problem.loss.hessian
-    return spd_inverse(hessian + rho * jnp.eye(hessian.shape[0], dtype=hessian.dtype))
+def solve_rising(
+    problem: Problem,
+    x0: Float[Array, "n ..."],
+    *,
+    rho: Float[Array, ""] | float,
+    growth: Float[Array, ""] | float,
+    levels: int,
+    period: int,
+    rest: float = -1.0,
+) -> Solution:
+    """`QuadraticAdmm` at `rho`, `rho * growth`, ..., each from the point and the dual where the one before ended.
+
+    The levels are written out in the program: XLA on a CPU runs the inverse up to twice as fast outside of a loop.
+
+    Args:
+        problem: a `Quadratic` and a penalty.
+        x0: the first point.
+        rho: the first.
+        growth: from one level to the next.
+        levels: how many.
+        period: steps at one level.
+        rest: go on to the next level when at most this share of the entries changed sides in a step; negative: never.
+
+    Returns:
+        The last level's solution, with the steps of all.
+
+    Example:
+        >>> from sparseopt.core.solvers.quadratic_admm import solve_rising
+        >>> problem = so.Problem(so.Quadratic(jnp.eye(3), jnp.array([3.0, 0.1, -2.0])), so.TopK(2))
+        >>> solve_rising(problem, problem.loss.center, rho=0.1, growth=2.0, levels=3, period=4).value.round(3)
+        Array([ 3.,  0., -2.], dtype=float32)
+    """
+    start: Any = x0
+    steps = jnp.zeros((), jnp.int32)
+    for level in range(levels):
+        solver = QuadraticAdmm(rho * growth**level, watch=rest >= 0)
+        found = solve(problem, solver, start, tol=rest, max_steps=period)
+        start, steps = DualStart(found.state.x, found.state.dual), steps + found.steps
+    return dataclasses.replace(found, steps=steps)

@@ -51,7 +51,7 @@ def _maiht_best() -> LayerMethod:
 
 def _best() -> LayerMethod:
     # A low first rho and a gentle rise find better supports; it matters most at high sparsity.
-    first = AdmmPruning(rho=0.02, growth=1.5, period=4, max_steps=40, refit_steps=0)
+    first = AdmmPruning(rho=0.02, growth=1.5, levels=10, period=4, refit_steps=0)
     return SplicePruning(first=first, rounds=8)
 
 
@@ -61,7 +61,7 @@ def best_for_models() -> LayerMethod:
     A third of the time of `find_method("best")`. With this ridge a gently rising rho finds the supports that splicing
     would, and a larger ridge was best by held-out error and by perplexity.
     """
-    return AdmmPruning(ridge=0.1, rho=0.2, growth=1.5, period=5, max_steps=20, refit_steps=6)
+    return AdmmPruning(ridge=0.1, rho=0.2, growth=1.5, levels=4, period=5, refit_steps=6)
 
 
 def _always(make: Callable[[], LayerMethod]) -> dict[str, Callable[[], LayerMethod]]:

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sparseopt.core.solve import Problem, solve
-from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
+from sparseopt.core.solve import Problem
+from sparseopt.core.solvers.quadratic_admm import solve_rising
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import Pruned, ScaledLayer
 from sparseopt.pruning.methods.refit import refitted
@@ -18,11 +18,11 @@ class AdmmPruning:
 
     Attributes:
         ridge: added to the unit diagonal of the scaled hessian.
-        rho: the first; `growth` multiplies it every `period` steps.
+        rho: the first; `growth` multiplies it from one level to the next.
         growth: see `rho`.
-        period: see `rho`.
-        max_steps: ADMM iterations at most.
-        rest: stop when at most this share of the entries changed sides in a step; negative: never.
+        levels: how many values of rho.
+        period: ADMM iterations at one level, at most.
+        rest: go on to the next level when at most this share of the entries changed sides in a step; negative: never.
         refit_steps: conjugate-gradient steps at the end.
 
     Source: Boza, "Fast and effective weight update for pruned large language models", 2024; Meng, Behdin, Wang,
@@ -32,16 +32,23 @@ class AdmmPruning:
     ridge: Any = 0.01
     rho: Any = 0.1
     growth: Any = 2.0
+    levels: int = static(default=5)
     period: int = static(default=4)
-    max_steps: int = static(default=20)
     rest: float = static(default=-1.0)
     refit_steps: int = static(default=10)
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
         """Find the support, refit."""
         loss = layer.ridged(self.ridge)
-        solver = QuadraticAdmm(self.rho, self.growth, self.period, watch=self.rest >= 0)
-        found = solve(Problem(loss, pattern), solver, layer.center, tol=self.rest, max_steps=self.max_steps)
+        found = solve_rising(
+            Problem(loss, pattern),
+            layer.center,
+            rho=self.rho,
+            growth=self.growth,
+            levels=self.levels,
+            period=self.period,
+            rest=self.rest,
+        )
         # The set may allow more entries than are non-zero: the mask, not the values, has the exact count.
         mask = pattern.mask(jnp.abs(found.value))
         return refitted(loss, found.value, mask, self.refit_steps, done=found.steps, status=found.status)
