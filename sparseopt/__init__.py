@@ -6,8 +6,7 @@ front-ends: l0 pruning of language models (`sparseopt.pruning`) and trend filter
 
 import importlib
 from importlib.metadata import version
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.patterns import NM, BlockTopK, RowTopK, TopK
@@ -19,10 +18,16 @@ from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.types import pytree, static
 from sparseopt.trend.filter import trend_filter
+from sparseopt.trend.freedom import degrees_of_freedom
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.largest_weight import largest_weight
+from sparseopt.trend.noise import noise_level
+from sparseopt.trend.path import TrendPath, trend_path
+from sparseopt.trend.selection import cross_validate, select
 
 if TYPE_CHECKING:
     from sparseopt import models, pruning
+    from sparseopt.trend.estimator import GraphTrendFilter
 
 __version__ = version("sparseopt")
 
@@ -34,6 +39,7 @@ __all__ = [
     "SCAD",
     "BlockTopK",
     "Graph",
+    "GraphTrendFilter",
     "GroupL2",
     "Maiht",
     "Measure",
@@ -48,20 +54,29 @@ __all__ = [
     "Status",
     "Support",
     "TopK",
+    "TrendPath",
+    "cross_validate",
+    "degrees_of_freedom",
+    "largest_weight",
     "lift",
     "models",
+    "noise_level",
     "proximal",
     "proximal_adam",
     "pruning",
     "pytree",
+    "select",
     "solve",
     "static",
     "trend_filter",
+    "trend_path",
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Load the pruner and the models on first use: the core must not import flax."""
+def __getattr__(name: str) -> Any:
+    """Load the pruner, the models and the estimator on first use: the core must import neither flax nor sklearn."""
     if name in ("models", "pruning"):
         return importlib.import_module(f"sparseopt.{name}")
+    if name == "GraphTrendFilter":
+        return importlib.import_module("sparseopt.trend.estimator").GraphTrendFilter
     raise AttributeError(f"module 'sparseopt' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -133,8 +133,9 @@ def solve_rising(
     Example:
         >>> from sparseopt.core.solvers.quadratic_admm import solve_rising
         >>> problem = so.Problem(so.Quadratic(jnp.eye(3), jnp.array([3.0, 0.1, -2.0])), so.TopK(2))
-        >>> solve_rising(problem, problem.loss.center, rho=0.1, growth=2.0, levels=3, period=4).value.round(3)
-        Array([ 3.,  0., -2.], dtype=float32)
+        >>> found = solve_rising(problem, problem.loss.center, rho=0.1, growth=2.0, levels=3, period=4)
+        >>> np.float64(found.value).round(3).tolist()
+        [3.0, 0.0, -2.0]
     """
     start: Any = x0
     steps = jnp.zeros((), jnp.int32)

@@ -1,0 +1,151 @@
+"""Floor 5: how many degrees of freedom a trend-filter fit has: the dimension of what its zero differences allow.
+
+    df = dim { b : (Δ^(k+1) b)_r = 0 for every row r that is zero at the fit }
+
+For L1 its mean over the noise is the degrees of freedom `sum_j cov(fit_j, y_j) / sigma²`, whatever the graph: around
+almost every y the fit is the projection of y on that space, shifted by a constant vector. Node weights do not change
+the dimension. In closed form, with g components of the graph:
+
+    k even, Δ = D L^m     the components that remain when the edges of non-zero rows are cut
+    k odd,  Δ = L^m       the sum over the graph's components of max(non-zero rows there, 1)
+
+Why: for k even, b counts if `r = L^m b` is constant on each of the c components that remain. L^m has a kernel of
+dimension g and its image is what sums to 0 on every component of the graph, so there are c - g such r, and
+g + (c - g) = c. For k odd, r vanishes outside the non-zero rows and sums to 0 on each component of the graph, which
+leaves `max(non-zero rows - 1, 0)` dimensions a component; the kernel adds one each.
+
+Source: Tibshirani and Taylor, "Degrees of freedom in lasso problems", Annals of Statistics 40 (2012), for any
+difference matrix; Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016), for graphs. The
+closed forms for all orders are derived above.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
+
+from sparseopt.core.grouping import grid_edges
+from sparseopt.core.penalties import Norm
+from sparseopt.core.solvers.fast_admm import ChainTotalVariation
+from sparseopt.trend.graph import Graph
+
+
+def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any = None) -> int:
+    """The degrees of freedom of a fit whose non-zero differences are known.
+
+    Args:
+        nonzero: booleans `[rows]` or `[rows, channels]`, which rows of `graph.matrix(order + 1)` are not zero at the
+            fit. Take them from where the fit was found, or from exact zeros: differences of a solution to a finite
+            tolerance are rarely exactly zero, `trend_path` counts for you.
+        graph: the graph.
+        order: k.
+        observed: booleans `[n]`, or None for all. At order 0 a piece without an observation does not count. At
+            higher orders the count ends at the number of observations; short of that it supposes that the
+            observations determine the fit.
+
+    Returns:
+        A whole number, the sum over the channels. For L1 it is an unbiased estimate, given the exact zeros; for
+        penalties that shrink otherwise (MCP, SCAD, L0, GroupL2) it is the dimension of the fitted model, which
+        leaves out what the choice of the zeros costs.
+
+    Raises:
+        ValueError: for another number of rows or nodes.
+
+    Example:
+        >>> from sparseopt.trend.freedom import degrees_of_freedom
+        >>> degrees_of_freedom(np.array([False, True, False]), so.Graph.chain(4))  # one jump, two pieces
+        2
+    """
+    mask = np.asarray(nonzero, bool)
+    rows = graph.num_nodes if order % 2 else graph.num_edges
+    if mask.ndim not in (1, 2) or mask.shape[0] != rows:
+        raise ValueError(
+            f"the difference of order {order + 1} has {rows} rows, so `nonzero` has the shape [{rows}] or "
+            f"[{rows}, channels], given {mask.shape}"
+        )
+    seen = None if observed is None else np.asarray(observed, bool)
+    if seen is not None and seen.shape != (graph.num_nodes,):
+        raise ValueError(f"`observed` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
+    return _count(mask.reshape(rows, -1), graph, graph.edges, order, seen)
+
+
+def _count(mask: np.ndarray, graph: Graph, edges: np.ndarray, order: int, seen: np.ndarray | None) -> int:
+    """The sum over the columns of `mask`; rows of even orders follow `edges`."""
+    if order % 2:
+        counts = np.zeros((graph.num_components, mask.shape[1]))
+        for channel, column in enumerate(mask.T):
+            counts[:, channel] = np.bincount(graph.components, weights=column, minlength=graph.num_components)
+        found = np.maximum(counts, 1).sum(axis=0)
+    else:
+        found = np.array([_pieces(~column, graph, edges, seen if order == 0 else None) for column in mask.T])
+    limit = graph.num_nodes if seen is None else int(seen.sum())
+    return int(np.minimum(found, limit).sum())
+
+
+def _pieces(kept: np.ndarray, graph: Graph, edges: np.ndarray, seen: np.ndarray | None) -> int:
+    """The components of the graph with the kept edges only; with `seen`, those that hold a seen node."""
+    n = graph.num_nodes
+    if seen is None and graph.num_edges == n - graph.num_components:
+        return n - int(kept.sum())  # a forest: each edge joins two pieces
+    tails, heads = edges[kept].T
+    adjacency = sparse.coo_array((np.ones(tails.size, np.int8), (tails, heads)), shape=(n, n))
+    count, labels = csgraph.connected_components(adjacency, directed=False)
+    return count if seen is None else np.unique(labels[seen]).size
+
+
+def freedom_of_rows(nonzero: np.ndarray, graph: Graph, order: int, observed: np.ndarray | None, channels: int) -> int:
+    """`degrees_of_freedom` of rows in the layout of `graph.base`; one column stands for all channels if it must."""
+    mask, edges = nonzero, graph.edges if graph.shape is None else grid_edges(graph.shape)
+    if order % 2:
+        mask = mask.reshape(graph.num_nodes, -1)
+    elif graph.shape is not None:
+        mask = edge_rows(mask, graph.shape)
+    mask = mask.reshape(mask.shape[0], -1)
+    return _count(np.broadcast_to(mask, (mask.shape[0], channels)), graph, edges, order, observed)
+
+
+def edge_rows(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Edge values `[dimensions, *shape, ...]` of a grid as `[m, ...]` in the order of `grid_edges`."""
+    parts = []
+    for axis in range(len(shape)):
+        along = values[axis].take(np.arange(shape[axis] - 1), axis=axis)
+        parts.append(along.reshape(-1, *values.shape[len(shape) + 1 :]))
+    return np.concatenate(parts)
+
+
+def row_dual(penalty: Any, candidate: jax.Array) -> jax.Array:
+    """The dual u of the rows of Δ^(order+1) from a solver's, `Eᵀu` where the last difference E is in the penalty."""
+    if not isinstance(penalty, ChainTotalVariation):
+        return candidate
+    u = penalty._potential(penalty._line(candidate))
+    return u if penalty.pinned else jnp.pad(u, [(0, 1)] + [(0, 0)] * (u.ndim - 1))[None]
+
+
+def chain_dual(penalty: Any, dual: jax.Array) -> jax.Array:
+    """The solver's dual from that of the rows: the inverse of `row_dual`."""
+    if not isinstance(penalty, ChainTotalVariation):
+        return dual
+    return penalty._laid_out(penalty._transpose(dual if penalty.pinned else dual[0, :-1]))
+
+
+def nonzero_rows(penalty: Any, rows: jax.Array, dual: jax.Array, scale: jax.Array) -> jax.Array:
+    """Which rows of a fit are not zero, told from its dual.
+
+    At the optimum `rows = prox(rows + t u, t)` for every t, and a dual inside its ball says that the row is zero,
+    even if the iterate's own row is not yet: an iterate keeps small differences of both signs, whose size depends on
+    how far it has converged, where the dual touches its ball or does not. So t is large, the size of a row of noise
+    over the weight, and the prox is zero unless `|u| = weight` almost exactly. On grids and chains of orders 0 and 1
+    the count at a gap of 1e-4 was within one piece, or half a per cent, of that at 1e-9; a count by the size of the
+    rows was off by up to a half.
+
+    Args:
+        penalty: a `Norm` on rows.
+        rows: `Δ b`.
+        dual: u, in the dual ball.
+        scale: t, one a row.
+    """
+    assert isinstance(penalty, Norm)
+    return (penalty.prox(rows + scale * dual, scale) != 0) & (rows != 0)

@@ -1,0 +1,242 @@
+"""Floor 5: the least weight of L1 at which a trend filter returns the component means, with a certificate.
+
+The means are the fit at weight lam exactly if a dual proves it:
+
+    lam_max = min { max_r |u_r| : Δ^(k+1)ᵀ u = W (y - mean) },        the means per component, weighted by W
+
+With `z = (L^+)^m W (y - mean)`, where Δ^(k+1) = L^m (k odd) or D L^m (k even):
+
+    k odd     u = z + a constant on each component; the best constant centres it:  lam_max = max (max z - min z) / 2
+    k even    Dᵀu = z, a flow on the edges that meets the demand z. On a forest it is unique, u = D L^+ z.
+
+On a graph with cycles the flow of least congestion is wanted. It is the dual of `max_b <z, b> / ||D b||_1`, whose
+maximum is attained by the indicator of a set of nodes (coarea formula). Dinkelbach's iteration takes b, the order-0
+fit of z at weight lam, and raises lam to the best ratio among b's level sets, a lower bound that never falls. The
+fit's dual u with what it leaves of the demand, `u + D L^+ b`, is a flow that meets it: an upper bound.
+
+Source: Dinkelbach, "On nonlinear fractional programming", Management Science 13 (1967); Strang, "Maximal flow through
+a domain", Mathematical Programming 26 (1983), for flows and level sets; Wang, Sharpnack, Smola, Tibshirani, "Trend
+filtering on graphs", JMLR 17 (2016), for the dual.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.sparse import linalg
+
+from sparseopt.core.grouping import edge_grid, grid_edges
+from sparseopt.core.penalties import L1
+from sparseopt.trend.filter import trend_filter
+from sparseopt.trend.freedom import edge_rows
+from sparseopt.trend.graph import Graph
+from sparseopt.trend.inputs import Signal, checked_order, checked_signal
+from sparseopt.trend.start import laplacian_inverse
+
+FIRST_STEPS = 100
+MOST_STEPS = 12_800
+# A signal this close to its means, relative to itself, differs from them by rounding.
+ROUNDING = 1e-12
+
+
+class NullFit(NamedTuple):
+    """Where the component means are the fit.
+
+    Attributes:
+        weight: the least weight known to have them, an upper bound of lam_max, `[channels]`.
+        lower: a lower bound of lam_max, `[channels]`.
+        dual: the certificate of `weight` in the layout of `graph.base`, `[*rows, channels]`.
+    """
+
+    weight: np.ndarray
+    lower: np.ndarray
+    dual: np.ndarray
+
+
+def largest_weight(
+    y: Any, graph: Graph, order: int = 0, node_weights: Any = None, tol: float = 1e-6, *, missing: str = "error"
+) -> float:
+    """The least weight of `L1` at which the fit is the mean of every component.
+
+    From there on the fit stays as it is; a path of weights begins here. It is exact up to rounding for odd orders
+    and on forests, chains among them. Elsewhere it is the upper end of a certified interval `[lower, upper]` with
+    `upper / lower - 1 <= tol`.
+
+    Args:
+        y: `[n]` or `[n, channels]`, on a grid also `[*shape]`; of several channels the largest counts.
+        graph: where it lives.
+        order: k.
+        node_weights: w >= 0, `[n]`; 0 marks a missing observation.
+        tol: relative width of the interval.
+        missing: "nan" treats NaN as missing; "error" refuses them.
+
+    Returns:
+        The weight, in the unit of y times that of the node weights; 0 if the signal is its component means.
+
+    Raises:
+        ValueError: on input that `trend_filter` refuses.
+        RuntimeError: if the interval does not get as narrow as `tol`.
+
+    Example:
+        >>> from sparseopt.trend.largest_weight import largest_weight
+        >>> y = np.array([0.0, 0.0, 3.0, 3.0])
+        >>> round(largest_weight(y, so.Graph.chain(4)), 6)  # 1.5 above the mean, two nodes a side, one edge between
+        3.0
+        >>> so.trend_filter(y, so.Graph.chain(4), so.L1(3.001)).value.tolist()
+        [1.5, 1.5, 1.5, 1.5]
+    """
+    k = checked_order(order)
+    if not tol > 0:
+        raise ValueError(f"tol must be positive, given {tol}")
+    found = null_fit(checked_signal(y, graph, node_weights, missing, np.float64), graph, k, tol)
+    # Another channel may hide a wide interval.
+    upper, lower = float(found.weight.max()), float(found.lower.max())
+    if upper > (1 + tol) * lower:
+        raise RuntimeError(
+            f"the largest weight lies in [{lower:.9g}, {upper:.9g}], wider than tol={tol:g}; raise tol, the upper end "
+            "is a weight at which the fit is the component means"
+        )
+    return upper
+
+
+def null_fit(signal: Signal, graph: Graph, order: int, tol: float) -> NullFit:
+    """The bounds and the certificate; the interval may stay wider than `tol`, if the step limit comes first."""
+    pull = _pull(signal, graph)
+    channels = pull.shape[1]
+    halves = (order + 1) // 2
+    rows = graph.num_nodes if order % 2 else graph.num_edges
+    if not pull.any():
+        nothing = np.zeros(channels)
+        return NullFit(nothing, nothing, _rows_laid_out(np.zeros((rows, channels)), graph, order))
+    z = _laplacian_solution(graph, pull, halves) if halves else pull
+    if order % 2:
+        u = z - _midrange(z, graph)
+        weight = np.abs(u).max(axis=0)
+        return NullFit(weight, weight, _rows_laid_out(u, graph, order))
+    flows = _Flows(graph)
+    found = [flows.least_congested(column, tol) for column in z.T]
+    weight, lower, flow = (np.stack(part, axis=-1) for part in zip(*found, strict=True))
+    return NullFit(weight, lower, _rows_laid_out(flow, graph, order))
+
+
+def _pull(signal: Signal, graph: Graph) -> np.ndarray:
+    """`W (y - mean)`, `[n, channels]` in float64, exactly 0 where that is all that rounding says."""
+    values = signal.values.reshape(graph.num_nodes, -1).astype(np.float64)
+    weights = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
+    mass = np.bincount(graph.components, weights)
+    sums = np.stack([np.bincount(graph.components, weights * column) for column in values.T], axis=1)
+    apart = values - (sums / mass[:, None])[graph.components]
+    seen = weights[:, None] > 0
+    size = np.abs(np.where(seen, values, 0)).max(axis=0)
+    pull = weights[:, None] * apart
+    return np.where(np.abs(np.where(seen, apart, 0)).max(axis=0) <= ROUNDING * size, 0, pull)
+
+
+def _laplacian_solution(graph: Graph, right: np.ndarray, times: int) -> np.ndarray:
+    """`(L^+)^times right` for columns whose sums over every component are 0."""
+    found = laplacian_inverse(graph, right, times)
+    if found is not None:
+        return found
+    # Conjugate gradients take too long where the graph is long and thin; such graphs have factors with little fill.
+    grounded = np.unique(graph.components, return_index=True)[1]
+    kept = np.delete(np.arange(graph.num_nodes), grounded)
+
+    def factor() -> Any:
+        inner = graph.matrix(2)[kept][:, kept].tocsc()
+        symmetric = {"SymmetricMode": True}
+        return linalg.splu(inner, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=symmetric)
+
+    solver, found = graph.cached(("laplacian factor",), factor), right
+    for _ in range(times):
+        full = np.zeros_like(found)
+        full[kept] = solver.solve(found[kept])
+        found = full - _component_means(full, graph)
+    return found
+
+
+def _component_means(values: np.ndarray, graph: Graph) -> np.ndarray:
+    sizes = np.bincount(graph.components)
+    sums = np.stack([np.bincount(graph.components, column) for column in values.T], axis=1)
+    return (sums / sizes[:, None])[graph.components]
+
+
+def _midrange(values: np.ndarray, graph: Graph) -> np.ndarray:
+    """`(max + min) / 2` over the component of each node, `[n, channels]`."""
+    top = np.full((graph.num_components, values.shape[1]), -np.inf)
+    bottom = -top
+    np.maximum.at(top, graph.components, values)
+    np.minimum.at(bottom, graph.components, values)
+    return ((top + bottom) / 2)[graph.components]
+
+
+def _rows_laid_out(rows: np.ndarray, graph: Graph, order: int) -> np.ndarray:
+    """Rows `[rows, channels]` in the layout of `graph.base`; those of edges follow `_Flows`."""
+    if graph.shape is None:
+        return rows
+    if order % 2:
+        return rows.reshape(*graph.shape, -1)
+    shape = graph.shape
+    return np.stack([edge_grid(column, shape, 0.0) for column in rows.T], axis=-1)
+
+
+class _Flows:
+    """Flows on the edges of a graph; edges follow `graph.edges`, or `grid_edges` on a grid."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        edges = graph.edges if graph.shape is None else grid_edges(graph.shape)
+        self.tails, self.heads = edges.T
+        self.root = np.ones(len(edges)) if graph.weights is None else np.sqrt(graph.weights)
+
+    def difference(self, x: np.ndarray) -> np.ndarray:
+        """`D x`."""
+        return self.root * (x[self.tails] - x[self.heads])
+
+    def divergence(self, e: np.ndarray) -> np.ndarray:
+        """`Dᵀ e`."""
+        n, flow = self.graph.num_nodes, self.root * e
+        return np.bincount(self.tails, flow, n) - np.bincount(self.heads, flow, n)
+
+    def potential(self, demand: np.ndarray) -> np.ndarray:
+        """`L^+ demand`."""
+        balanced = demand[:, None] - _component_means(demand[:, None], self.graph)
+        return _laplacian_solution(self.graph, balanced, 1)[:, 0]
+
+    def best_cut(self, b: np.ndarray, demand: np.ndarray) -> float:
+        """The largest `|demand(S)| / cut(S)` over the level sets S of b; no smaller than `<demand, b> / ||D b||_1`."""
+        order = np.argsort(-b, kind="stable")
+        place = np.empty(b.size, np.int64)
+        place[order] = np.arange(b.size)
+        ends = np.sort(np.stack([place[self.tails], place[self.heads]]), axis=0)
+        opened = np.bincount(ends[0], self.root, b.size) - np.bincount(ends[1], self.root, b.size)
+        cuts, inside = np.cumsum(opened)[:-1], np.abs(np.cumsum(demand[order]))[:-1]
+        # A set that cuts no edge is a union of components: its demand is 0, and so is its cut, up to rounding.
+        proper = cuts > 0.5 * self.root.min()
+        return float((inside[proper] / cuts[proper]).max(initial=0))
+
+    def least_congested(self, demand: np.ndarray, tol: float) -> tuple[float, float, np.ndarray]:
+        """An upper and a lower bound of the least `max |u|` with `Dᵀ u = demand`, and the u of the upper one."""
+        graph = self.graph
+        height = self.potential(demand)
+        flow = self.difference(height)
+        upper = float(np.abs(flow).max(initial=0))
+        if upper == 0 or graph.num_edges == graph.num_nodes - graph.num_components:
+            return upper, upper, flow
+        lower = max(self.best_cut(height, demand), self.best_cut(demand, demand))
+        fit, steps = None, FIRST_STEPS
+        while upper > (1 + tol) * lower and steps <= MOST_STEPS:
+            # Once lower is lam_max itself, a little more leaves room to the flow.
+            level = L1(lower * (1 + tol / 2))
+            method = "doge" if graph.shape is None else "admm"
+            fit = trend_filter(
+                demand, graph, level, 0, method, tol=1e-14, max_steps=steps, warm_start=fit, dtype=np.float64
+            )
+            dual = np.asarray(fit.state.candidate)
+            part = edge_rows(dual, graph.shape) if graph.shape is not None else dual
+            left = demand - self.divergence(part)
+            height = self.potential(left)
+            whole = part + self.difference(height)
+            if np.abs(whole).max() < upper:
+                upper, flow = float(np.abs(whole).max()), whole
+            lower = max(lower, *(self.best_cut(b, demand) for b in (left, height, np.asarray(fit.value).reshape(-1))))
+            steps *= 2
+        return upper, lower, flow

@@ -1,0 +1,245 @@
+"""Floor 5: the regularisation path of the trend filter, from the component means down to nearly the signal.
+
+    minimise over b    1/2 sum_j w_j (y_j - b_j)²  +  penalty_weight(Δ^(k+1) b)        for weight_1 > weight_2 > ...
+
+Every level carries its certificate, its degrees of freedom and its sum of squares; `selection.py` chooses among them.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparseopt.core.penalties import L1, MCP, SCAD, GroupL2
+from sparseopt.core.solve import Solution, Status
+from sparseopt.trend.filter import precision
+from sparseopt.trend.freedom import freedom_of_rows
+from sparseopt.trend.graph import Graph
+from sparseopt.trend.inputs import Signal, checked_order, checked_penalty, checked_signal
+from sparseopt.trend.largest_weight import NullFit, null_fit
+from sparseopt.trend.levels import descend
+from sparseopt.trend.methods import METHODS
+from sparseopt.trend.noise import signal_noise
+
+# The first weight of a path is known to this accuracy; nobody can tell the difference, and it costs a tenth.
+FIRST_WEIGHT_TOL = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrendPath:
+    """Fits for a row of weights, the largest first. All arrays are NumPy arrays.
+
+    Attributes:
+        weights: `[levels]`, descending.
+        values: the fits, `[levels, *shape of y]`.
+        objectives: `[levels]`.
+        gaps: relative duality gaps `[levels]`, upper bounds on the relative suboptimality; NaN where the penalty has
+            no dual.
+        residuals: what the stopping rule looked at, `[levels]`: the gap, or the stationarity residual.
+        steps: `[levels]`.
+        statuses: a `Status` each, `[levels]`.
+        degrees_of_freedom: of every fit, `[levels]`; see `degrees_of_freedom`.
+        squares: `sum_j w_j (y_j - fit_j)²` over observed nodes and channels, `[levels]`.
+        observations: how many observed values there are.
+        channels: of y, 1 without a channel axis.
+        noise: the signal's `noise_level`, NaN where it has none.
+        largest_weight: the least weight known to give the component means; None if the caller gave the weights.
+        penalty: the template.
+    """
+
+    weights: np.ndarray
+    values: np.ndarray
+    objectives: np.ndarray
+    gaps: np.ndarray
+    residuals: np.ndarray
+    steps: np.ndarray
+    statuses: np.ndarray
+    degrees_of_freedom: np.ndarray
+    squares: np.ndarray
+    observations: int
+    channels: int
+    noise: float
+    largest_weight: float | None
+    penalty: Any
+
+    def __len__(self) -> int:
+        """How many levels."""
+        return len(self.weights)
+
+    def check(self) -> "TrendPath":
+        """Return self if every level converged, with a certificate or to a stationary point.
+
+        Raises:
+            RuntimeError: otherwise, naming the levels and what to try.
+        """
+        good = np.isin(self.statuses, (Status.CONVERGED, Status.STATIONARY))
+        if good.all():
+            return self
+        levels = np.flatnonzero(~good)
+        listed = ", ".join(
+            f"level {i} (weight {self.weights[i]:.4g}): {Status(int(self.statuses[i])).name} at residual "
+            f"{self.residuals[i]:.2g}"
+            for i in levels[:5]
+        )
+        more = f" and {len(levels) - 5} more" if len(levels) > 5 else ""
+        raise RuntimeError(
+            f"{len(levels)} of {len(self)} levels did not converge: {listed}{more}; "
+            f"{Status(int(self.statuses[levels[0]])).advice}"
+        )
+
+    def at(self, index: int) -> Solution:
+        """One level as a `Solution` without a state.
+
+        Raises:
+            IndexError: for a level that the path has not.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
+        return Solution(
+            value=self.values[index],
+            status=self.statuses[index],
+            steps=self.steps[index],
+            residual=self.residuals[index],
+            objective=self.objectives[index],
+            gap=self.gaps[index],
+            history=None,
+            state=None,
+        )
+
+
+def trend_path(
+    y: Any,
+    graph: Graph,
+    penalty: Any = L1,
+    order: int = 0,
+    *,
+    weights: Any = None,
+    num: int = 50,
+    ratio: float = 1e-3,
+    tol: float = 1e-4,
+    method: str = "auto",
+    max_steps: int = 20_000,
+    node_weights: Any = None,
+    missing: str = "error",
+    dtype: Any = None,
+) -> TrendPath:
+    """Fits of a trend filter from the weight that leaves only the component means down to nearly the signal.
+
+    Args:
+        y: `[n]` or `[n, channels]`, on a grid also `[*shape]` or `[*shape, channels]`.
+        graph: where it lives.
+        penalty: a penalty class such as `L1`, or a penalty whose `weight` is replaced level by level.
+        order: k.
+        weights: positive, in any order; None spaces `num` of them evenly in the logarithm, from `largest_weight` to
+            `ratio` times that. That serves L1, MCP and SCAD, whose means become stationary at the same weight, and
+            GroupL2, where the first weight is large enough but not the least; other penalties need their weights.
+        num: how many.
+        ratio: the last weight over the first.
+        tol: of each level, as in `trend_filter`.
+        method: as in `trend_filter`, one for all levels; "auto" prefers an exact x-step, since most steps are spent
+            where smoothing is strong.
+        max_steps: step limit of each level.
+        node_weights: w >= 0, `[n]`; 0 marks a missing observation.
+        missing: "nan" treats NaN as missing; "error" refuses them.
+        dtype: float32 or float64 instead of the signal's own.
+
+    Returns:
+        A `TrendPath`; it holds every fit, so its memory is that of `num` signals.
+
+    Raises:
+        ValueError, TypeError: on input that does not fit, or a signal that is its component means already: every
+            weight gives the same fit.
+
+    Example:
+        >>> from sparseopt.trend.path import trend_path
+        >>> y = np.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0])
+        >>> path = trend_path(y, so.Graph.chain(6), num=4, ratio=1e-2).check()
+        >>> path.weights.round(3).tolist()
+        [7.5, 1.616, 0.348, 0.075]
+        >>> path.degrees_of_freedom.tolist()
+        [1, 2, 2, 2]
+        >>> path.at(2).value.round(2).tolist()
+        [0.12, 0.12, 0.12, 4.88, 4.88, 4.88]
+    """
+    k = checked_order(order)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
+    signal = checked_signal(y, graph, node_weights, missing, dtype)
+    template = _checked_template(penalty, signal)
+    if not (tol > 0 and max_steps >= 1 and num >= 1 and 0 < ratio < 1):
+        raise ValueError(
+            "tol, max_steps and num must be positive and ratio in (0, 1), given "
+            f"tol={tol}, max_steps={max_steps}, num={num}, ratio={ratio}"
+        )
+    given = None if weights is None else _checked_levels(weights)
+    if graph.num_edges == 0:
+        raise ValueError("the graph has no edges, so every weight gives the same fit, the signal itself")
+    first = None
+    if given is None:
+        first = _first_fit(signal, graph, template, k)
+        given = float(first.weight.max()) * np.geomspace(1, ratio, num)
+    with precision(signal.values.dtype):
+        found = jax.device_get(descend(signal, graph, template, k, given, method, tol, max_steps, first))
+    seen = None if signal.weights is None else signal.weights > 0
+    columns = signal.values.reshape(graph.num_nodes, -1).astype(np.float64)
+    squares = np.ones(1) if signal.weights is None else signal.weights[:, None].astype(np.float64)
+    channels = columns.shape[1]
+
+    def stacked(name: str) -> np.ndarray:
+        return np.stack([getattr(level, name) for level in found])
+
+    return TrendPath(
+        weights=given,
+        values=stacked("value").reshape(len(given), *signal.shape),
+        objectives=stacked("objective"),
+        gaps=stacked("gap"),
+        residuals=stacked("residual"),
+        steps=stacked("steps"),
+        statuses=stacked("status"),
+        degrees_of_freedom=np.array([freedom_of_rows(v.nonzero, graph, k, seen, channels) for v in found]),
+        squares=np.array(
+            [np.sum(squares * (columns - np.float64(v.value).reshape(columns.shape)) ** 2) for v in found]
+        ),
+        observations=channels * (graph.num_nodes if seen is None else int(seen.sum())),
+        channels=channels,
+        noise=signal_noise(signal, graph, k),
+        largest_weight=None if first is None else float(given[0]),
+        penalty=template,
+    )
+
+
+def _checked_template(penalty: Any, signal: Signal) -> Any:
+    template = penalty(1.0) if isinstance(penalty, type) else penalty
+    fields: Any = dataclasses.fields(template) if dataclasses.is_dataclass(template) else ()
+    if "weight" not in [field.name for field in fields]:
+        raise TypeError(
+            f"a path replaces the penalty's `weight`, a field of a dataclass as in sparseopt.L1(1.0); given {penalty!r}"
+        )
+    template = dataclasses.replace(template, weight=1.0)
+    return checked_penalty(template, signal.values.shape[1] if signal.values.ndim == 2 else None)
+
+
+def _checked_levels(weights: Any) -> np.ndarray:
+    levels = np.asarray(weights, np.float64)
+    if levels.ndim != 1 or levels.size == 0:
+        raise ValueError(f"weights are a row of at least one number, given the shape {levels.shape}")
+    wrong = ~(np.isfinite(levels) & (levels > 0))
+    if wrong.any():
+        raise ValueError(f"weights are positive and finite, given {levels[wrong][0]} ({int(wrong.sum())} such)")
+    return np.sort(levels)[::-1]
+
+
+def _first_fit(signal: Signal, graph: Graph, template: Any, order: int) -> NullFit:
+    """The first weight of a path, one number, with its certificate."""
+    if not isinstance(template, (L1, MCP, SCAD, GroupL2)):
+        raise ValueError(f"where a path of {template} begins is not known: give its weights")
+    first = null_fit(signal, graph, order, FIRST_WEIGHT_TOL)
+    weight = float(first.weight.max())
+    if isinstance(template, GroupL2):
+        weight = float(np.sqrt(np.sum(first.dual**2, axis=-1)).max())
+    if weight == 0:
+        raise ValueError(
+            "the signal is the mean of its component everywhere, so every weight gives the same fit, the signal itself"
+        )
+    return first._replace(weight=np.array(weight))

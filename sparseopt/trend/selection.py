@@ -1,0 +1,270 @@
+"""Floor 5: which level of a path to take: by criteria that count degrees of freedom, or by cross-validation.
+
+With RSS the weighted sum of squares, N the number of observed values and sigma the noise level:
+
+    gcv    (RSS / N) / (1 - df / N)²                         needs no sigma
+    sure   (RSS + 2 sigma² df) / N - sigma²                  an unbiased estimate of the mean squared error (L1)
+    aic    RSS / sigma² + 2 df,       or  N log(RSS / N) + 2 df       where sigma is not known
+    bic    RSS / sigma² + log(N) df,  or  N log(RSS / N) + log(N) df  where sigma is not known
+
+Source: Golub, Heath and Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter",
+Technometrics 21 (1979); Stein, "Estimation of the mean of a multivariate normal distribution", Annals of Statistics 9
+(1981); Akaike (1974); Schwarz (1978); Zou, Hastie and Tibshirani, "On the degrees of freedom of the lasso", Annals of
+Statistics 35 (2007), for their use with a count of dimensions; Hastie, Tibshirani and Friedman, "The Elements of
+Statistical Learning", second edition, section 7.10, for the rule of one standard error.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from sparseopt.core.penalties import L1
+from sparseopt.core.solve import Status
+from sparseopt.trend.graph import Graph
+from sparseopt.trend.inputs import Signal, checked_signal
+from sparseopt.trend.path import TrendPath, trend_path
+
+CRITERIA = ("gcv", "sure", "aic", "bic")
+RULES = ("min", "one_se")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """A level chosen by a criterion.
+
+    Attributes:
+        path: what it was chosen from.
+        criterion: "gcv", "sure", "aic" or "bic".
+        curve: the criterion at every level, `[levels]`; +inf where it is not defined, since a fit with as many
+            degrees of freedom as values leaves nothing to judge by.
+        index: the level where it is least; of equal ones that of the largest weight.
+        sigma: the noise level used; None where the criterion did without.
+    """
+
+    path: TrendPath
+    criterion: str
+    curve: np.ndarray
+    index: int
+    sigma: float | None
+
+    @property
+    def weight(self) -> float:
+        """The chosen weight."""
+        return float(self.path.weights[self.index])
+
+    @property
+    def value(self) -> np.ndarray:
+        """The fit at the chosen weight."""
+        return self.path.values[self.index]
+
+
+def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) -> Selection:
+    """The level of a path that a criterion calls best.
+
+    Args:
+        path: of `trend_path`.
+        criterion: "gcv", "sure", "aic" or "bic". Degrees of freedom count dimensions; for penalties other than L1
+            that leaves out what the choice of the zeros costs, and the criteria favour small weights.
+        sigma: the standard deviation of the noise (at node weight 1). None lets "sure" take `path.noise`, the robust
+            estimate, and "aic" and "bic" the profiled likelihood. On a path that comes near the signal itself the
+            profiled forms fall without bound as RSS goes to 0; give them a sigma there, such as `path.noise`.
+
+    Raises:
+        ValueError: for another criterion, or a sigma that is not positive.
+
+    Example:
+        >>> from sparseopt.trend.path import trend_path
+        >>> from sparseopt.trend.selection import select
+        >>> clean = np.repeat([0.0, 5.0, 2.0], 40)
+        >>> y = clean + np.random.default_rng(0).standard_normal(120)
+        >>> best = select(trend_path(y, so.Graph.chain(120)), "gcv")
+        >>> bool(np.mean((best.value - clean) ** 2) < 0.2)
+        True
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
+    if sigma is None and criterion == "sure":
+        sigma = path.noise
+    if sigma is not None and not (math.isfinite(sigma) and sigma > 0):
+        raise ValueError(
+            f"sigma, the standard deviation of the noise, must be positive and finite, given {sigma} (the path's own "
+            f"estimate is {path.noise:.4g}); give the one you know"
+        )
+    if criterion == "gcv":
+        sigma = None
+    count, rss = path.observations, path.squares
+    freedom = path.degrees_of_freedom.astype(float)
+    price = {"aic": 2.0, "bic": math.log(count)}.get(criterion, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if criterion == "gcv":
+            curve = rss / count / (1 - freedom / count) ** 2
+        elif criterion == "sure":
+            assert sigma is not None
+            curve = (rss + 2 * sigma**2 * freedom) / count - sigma**2
+        elif sigma is None:
+            curve = count * np.log(rss / count) + price * freedom
+        else:
+            curve = rss / sigma**2 + price * freedom
+    if sigma is None:
+        curve = np.where(freedom < count, curve, np.inf)
+    return Selection(path, criterion, curve, int(np.argmin(curve)), sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossValidation:
+    """A level chosen by how well fits predict nodes that they have not seen.
+
+    Attributes:
+        path: the fits to all observed nodes.
+        fold_errors: the weighted mean squared error of every fold's prediction, `[folds, levels]`.
+        errors: their mean over the folds, `[levels]`.
+        standard_errors: the standard deviation over the folds divided by `sqrt(folds)`, `[levels]`.
+        folds: the fold in which each node is held out, `[n]`; -1 for missing nodes.
+        rule: "min" or "one_se".
+        index_min: the level of the least error.
+        index_one_se: the level of the largest weight whose error is at most one standard error above the least.
+        statuses: how the folds' levels ended, `[folds, levels]`.
+    """
+
+    path: TrendPath
+    fold_errors: np.ndarray
+    errors: np.ndarray
+    standard_errors: np.ndarray
+    folds: np.ndarray
+    rule: str
+    index_min: int
+    index_one_se: int
+    statuses: np.ndarray
+
+    def check(self) -> "CrossValidation":
+        """Return self if every level of the path and of every fold converged.
+
+        Raises:
+            RuntimeError: otherwise, naming levels and what to try.
+        """
+        self.path.check()
+        good = np.isin(self.statuses, (Status.CONVERGED, Status.STATIONARY))
+        if good.all():
+            return self
+        fold, level = np.argwhere(~good)[0]
+        status = Status(int(self.statuses[fold, level]))
+        raise RuntimeError(
+            f"{int((~good).sum())} of {good.size} levels of the folds did not converge, the first in fold {fold} at "
+            f"level {level} (weight {self.path.weights[level]:.4g}): {status.name}; {status.advice}"
+        )
+
+    @property
+    def index(self) -> int:
+        """The level chosen by the rule."""
+        return self.index_min if self.rule == "min" else self.index_one_se
+
+    @property
+    def weight(self) -> float:
+        """The chosen weight."""
+        return float(self.path.weights[self.index])
+
+    @property
+    def value(self) -> np.ndarray:
+        """The fit to all observed nodes at the chosen weight."""
+        return self.path.values[self.index]
+
+
+def cross_validate(
+    y: Any,
+    graph: Graph,
+    penalty: Any = L1,
+    order: int = 0,
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    rule: str = "min",
+    node_weights: Any = None,
+    missing: str = "error",
+    dtype: Any = None,
+    **options: Any,
+) -> CrossValidation:
+    """Choose a weight by K-fold cross-validation over the nodes.
+
+    Every fold's nodes are held out once: they are missing, the fit fills them in, and the squared distance to what
+    was observed there, weighted by the node weights, is the error. The folds are random, equal in size to one node,
+    and spread over the components evenly, so that every component keeps a node. All folds use the weights of the path
+    of all nodes. A penalty's weight stands against a sum over the nodes that are left, so a fold smooths slightly
+    more than the same weight does on all of them.
+
+    Args:
+        y: as in `trend_path`.
+        graph: where it lives.
+        penalty: as in `trend_path`.
+        order: k.
+        folds: how many, 2 or more.
+        seed: of the random folds.
+        rule: "min" takes the least error, "one_se" the largest weight within one standard error of it.
+        node_weights: w >= 0, `[n]`; 0 marks a missing observation.
+        missing: "nan" treats NaN as missing; "error" refuses them.
+        dtype: float32 or float64 instead of the signal's own.
+        options: `weights`, `num`, `ratio`, `tol`, `method` and `max_steps` of `trend_path`.
+
+    Raises:
+        ValueError: for more folds than observed nodes, a component with one observed node (which no fold could
+            predict), or what `trend_path` refuses.
+
+    Example:
+        >>> from sparseopt.trend.selection import cross_validate
+        >>> clean = np.repeat([0.0, 5.0, 2.0], 40)
+        >>> y = clean + np.random.default_rng(0).standard_normal(120)
+        >>> chosen = cross_validate(y, so.Graph.chain(120), num=20)
+        >>> bool(np.mean((chosen.value - clean) ** 2) < 0.2)
+        True
+    """
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}; known are {', '.join(RULES)}")
+    signal = checked_signal(y, graph, node_weights, missing, dtype)
+    level = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
+    held = random_folds(graph, level > 0, folds, seed)
+    path = trend_path(y, graph, penalty, order, node_weights=node_weights, missing=missing, dtype=dtype, **options)
+    options = {**options, "weights": path.weights}
+    errors, statuses = np.empty((folds, len(path))), np.empty((folds, len(path)), np.int32)
+    for fold in range(folds):
+        kept = np.where(held == fold, 0, level)
+        fit = trend_path(signal.values, graph, penalty, order, node_weights=kept, dtype=dtype, **options)
+        errors[fold] = _held_out_errors(fit, signal, level, held == fold)
+        statuses[fold] = fit.statuses
+    mean, spread = errors.mean(axis=0), errors.std(axis=0, ddof=1) / math.sqrt(folds)
+    best = int(np.argmin(mean))
+    simplest = int(np.argmax(mean <= mean[best] + spread[best]))
+    return CrossValidation(path, errors, mean, spread, held, rule, best, simplest, statuses)
+
+
+def _held_out_errors(fit: TrendPath, signal: Signal, weights: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """The weighted mean squared error at the held-out nodes, level by level."""
+    levels, nodes = len(fit), signal.values.shape[0]
+    apart = fit.values.reshape(levels, nodes, -1)[:, held] - signal.values.reshape(nodes, -1)[held].astype(np.float64)
+    return np.average((apart**2).mean(axis=-1), axis=1, weights=weights[held])
+
+
+def random_folds(graph: Graph, observed: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The fold of every observed node, -1 for the others.
+
+    The nodes, shuffled, are dealt out component by component, so that the sizes of the folds differ by one at most,
+    and so do the shares of a component.
+
+    Raises:
+        ValueError: for a number of folds that does not fit.
+    """
+    nodes = np.flatnonzero(observed)
+    if int(folds) != folds or not 2 <= folds <= nodes.size:
+        raise ValueError(f"folds is a whole number from 2 to the number of observed nodes, {nodes.size}, given {folds}")
+    counts = np.bincount(graph.components[nodes], minlength=graph.num_components)
+    if (counts == 1).any():
+        alone = nodes[counts[graph.components[nodes]] == 1]
+        raise ValueError(
+            f"{alone.size} components have one observed node only (one of them is node {alone[0]}); held out, it could "
+            "not be predicted: leave such components out"
+        )
+    shuffled = np.random.default_rng(seed).permutation(nodes)
+    dealt = shuffled[np.argsort(graph.components[shuffled], kind="stable")]
+    held = np.full(graph.num_nodes, -1)
+    held[dealt] = np.arange(nodes.size) % folds
+    return held

@@ -1,0 +1,252 @@
+import pickle
+import subprocess
+import sys
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import sparseopt as so
+from sparseopt.trend.estimator import GraphTrendFilter
+from tests.trend.problems import exact_fit, random_graph
+
+N = 60
+CHAIN = so.Graph.chain(N)
+STEPS = np.repeat([0.0, 4.0, -2.0], N // 3)
+
+
+def column(numbers):
+    return np.asarray(numbers, float).reshape(-1, 1)
+
+
+NODES = column(range(N))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """The problems are small and their shapes many: what XLA optimises costs more than it gives."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def noisy(rng):
+    return STEPS + 0.7 * rng.standard_normal(N)
+
+
+# The data of the checks have a standard deviation of 1 and 13 edges a node: a weight of 1 would flatten them.
+@parametrize_with_checks([GraphTrendFilter(alpha=0.01)])
+def test_scikit_learn_accepts_it(estimator, check):
+    check(estimator)
+
+
+def test_samples_of_a_node_count_as_their_weighted_mean(rng):
+    graph = random_graph(rng, weighted=True)
+    nodes = np.concatenate([rng.permutation(14), rng.integers(0, 14, 26)])
+    y, weights = 5 * rng.standard_normal(40), rng.integers(1, 4, 40)
+    member = nodes[:, None] == np.arange(14)
+    mass = weights @ member
+    means = (weights * y) @ member / mass
+    model = GraphTrendFilter(1, 0.7, graph, tol=1e-9).fit(column(nodes), y, sample_weight=weights)
+    np.testing.assert_allclose(model.fitted_values_, exact_fit(means, graph, 0.7, 1, mass), atol=2e-3)
+    direct = so.trend_filter(means, graph, so.L1(0.7), 1, tol=1e-9, node_weights=mass)
+    np.testing.assert_allclose(model.predict(column(range(14))), direct.value, rtol=1e-9)
+    assert model.gap_ == pytest.approx(float(direct.gap), rel=1e-3)
+    assert 0 <= model.gap_ <= 1e-9
+    assert model.n_iter_ == int(direct.steps)
+    repeated = clone(model).fit(column(nodes.repeat(weights)), y.repeat(weights))
+    np.testing.assert_allclose(repeated.fitted_values_, model.fitted_values_, rtol=1e-9)
+
+
+def test_outputs_are_smoothed_together(rng):
+    graph = random_graph(rng)
+    y = 5 * rng.standard_normal((14, 2))
+    model = GraphTrendFilter(0, 1.0, graph, penalty="group_l2", tol=1e-6).fit(column(range(14)), y)
+    direct = so.trend_filter(y, graph, so.GroupL2(1.0), 0)
+    np.testing.assert_array_equal(model.predict(column([3, 3, 0])), np.asarray(direct.value)[[3, 3, 0]])
+    assert model.solution_.status == so.Status.CONVERGED
+
+
+def test_missing_nodes_are_filled_in():
+    # Each plateau of two samples gives way by alpha / 2; between them the total variation leaves a choice.
+    model = GraphTrendFilter(0, 1.0, so.Graph.chain(6), tol=1e-9).fit(column([5, 0, 4, 1]), [6.5, 0.0, 5.5, 0.0])
+    values = model.predict(column(range(6)))
+    np.testing.assert_allclose(values[[0, 1, 4, 5]], [0.5, 0.5, 5.5, 5.5], atol=1e-3)
+    assert np.all(np.diff(values) >= -1e-3)
+    dropped = clone(model).fit(column(range(6)), [0.0, 0.0, 9.0, -9.0, 5.5, 6.5], sample_weight=[1, 1, 0, 0, 1, 1])
+    np.testing.assert_allclose(dropped.fitted_values_, values, rtol=1e-9)
+
+
+def test_a_large_alpha_gives_the_weighted_mean_of_each_component(rng):
+    points = np.concatenate([rng.uniform(0, 1, (6, 2)), rng.uniform(50, 51, (6, 2))])
+    counts = np.arange(1, 13)
+    X, y = points.repeat(counts, axis=0), rng.standard_normal(counts.sum())
+    model = GraphTrendFilter(alpha=1e3, n_neighbors=3).fit(X, y)
+    assert model.graph_.num_nodes == 12
+    assert model.graph_.num_components == 2
+    np.testing.assert_array_equal(model.positions_, points)
+    split = counts[:6].sum()
+    np.testing.assert_allclose(
+        model.predict(X), np.repeat([y[:split].mean(), y[split:].mean()], [split, len(y) - split])
+    )
+
+
+def test_neighbours_join_two_points_where_either_chose_the_other():
+    # The nearest of 0, 1, 3, 7 are 1, 0, 1, 3: only 0 and 1 chose each other.
+    model = GraphTrendFilter(alpha=0, n_neighbors=1).fit(column([0, 1, 3, 7]), np.zeros(4))
+    assert sorted(map(tuple, np.sort(model.graph_.edges, axis=1).tolist())) == [(0, 1), (1, 2), (2, 3)]
+    # More neighbours than points: everyone.
+    assert GraphTrendFilter(alpha=0).fit(column([0, 1, 3, 7]), np.zeros(4)).graph_.num_edges == 6
+    lonely = GraphTrendFilter().fit([[1.0, 2.0]] * 3, [1.0, 2.0, 6.0])
+    np.testing.assert_allclose(lonely.predict([[1.0, 2.0], [9.0, 9.0]]), 3.0, rtol=1e-15)
+
+
+@pytest.mark.parametrize("features", [1, 2, 30])  # 30 features: a search whose distances are rounded
+def test_points_of_the_fit_get_their_own_value(rng, features):
+    X = 1e6 + rng.standard_normal((40, features))
+    X[7] = np.nextafter(X[6], np.inf)
+    X[8] = 0.0
+    y = rng.standard_normal((40, 2))
+    model = GraphTrendFilter(alpha=0).fit(X, y)
+    shuffled = rng.permutation(40)
+    np.testing.assert_array_equal(model.predict(X[shuffled]), y[shuffled])
+    np.testing.assert_array_equal(model.predict(-X[[8]]), y[[8]])  # -0.0 is 0.0
+    new = model.predict(1e6 + rng.standard_normal((25, features)))
+    assert np.isfinite(new).all()
+    assert np.all((new >= y.min(axis=0)) & (new <= y.max(axis=0)))
+
+
+def test_other_points_get_the_mean_by_inverse_distance():
+    model = GraphTrendFilter(alpha=0, n_neighbors=2).fit(column([0, 1, 5]), [0.0, 8.0, 100.0])
+    np.testing.assert_allclose(model.predict(column([0.25, 0.5, -1.0])), [2.0, 4.0, 8 / 3])
+    assert model.predict(column([5e-324])) == pytest.approx(0, abs=1e-300)  # at a distance whose square is 0
+
+
+def test_grid_search_finds_order_and_alpha_of_steps_on_a_chain(rng):
+    # Three observations of every node, and a fold for each: what is held out is noise, no node.
+    y = np.tile(STEPS, 3) + 1.5 * rng.standard_normal(3 * N)
+    X, folds = np.tile(NODES, (3, 1)), PredefinedSplit(np.arange(3).repeat(N))
+    grid = {"alpha": [0.1, 4.0, 100.0], "order": [0, 1]}
+    search = GridSearchCV(GraphTrendFilter(graph=CHAIN), grid, cv=folds).fit(X, y)
+    assert search.best_params_ == {"alpha": 4.0, "order": 0}
+    means = y.reshape(3, N).mean(axis=0)
+    assert np.mean((search.predict(NODES) - STEPS) ** 2) < 0.2 * np.mean((means - STEPS) ** 2)
+
+
+def test_it_is_the_last_step_of_a_pipeline(rng):
+    # The second feature is noise of a large scale: without the scaler it alone would choose the neighbours.
+    place = rng.uniform(size=120)
+    X = np.stack([place, 1e3 * rng.uniform(size=120)], axis=1)
+    y = np.where(place > 0.5, 3.0, 0.0) + rng.standard_normal(120)
+    held_out = PredefinedSplit(np.where(np.arange(120) % 4 == 0, 0, -1))
+    model = make_pipeline(StandardScaler(), GraphTrendFilter(n_neighbors=8))
+    grid = {"graphtrendfilter__alpha": [0.0, 0.2, 100.0]}
+    search = GridSearchCV(model, grid, cv=held_out, refit=False).fit(X, y)
+    assert search.best_params_ == {"graphtrendfilter__alpha": 0.2}
+    unscaled = GridSearchCV(GraphTrendFilter(n_neighbors=8), {"alpha": [0.0]}, cv=held_out, refit=False).fit(X, y)
+    scores = search.cv_results_["mean_test_score"]
+    assert unscaled.best_score_ < scores[0] < scores[1]
+
+
+def test_a_penalty_has_a_name_or_is_a_function_of_alpha(noisy):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named = GraphTrendFilter(0, 2.0, CHAIN, penalty="mcp").fit(NODES, noisy)
+    made = clone(named).set_params(penalty=so.MCP).fit(NODES, noisy)
+    assert named.solution_.status == so.Status.STATIONARY
+    assert np.isnan(named.gap_)
+    np.testing.assert_array_equal(made.fitted_values_, named.fitted_values_)
+
+
+def test_a_missed_tolerance_is_a_warning_with_advice_and_an_overflow_an_error(noisy):
+    model = GraphTrendFilter(0, 1.0, CHAIN, tol=1e-12, max_steps=5)
+    with pytest.warns(ConvergenceWarning, match=r"\(MAX_STEPS\) after 5 steps.*raise max_steps"):
+        model.fit(NODES, noisy)
+    assert model.gap_ > 1e-12
+    with np.errstate(over="ignore"), pytest.raises(RuntimeError, match=r"NONFINITE.*huge values"):
+        model.set_params(alpha=1e200).fit(NODES, 1e200 * noisy)
+
+
+def test_copies_predict_and_fit_alike(noisy):
+    model = GraphTrendFilter(0, 1.0, CHAIN).fit(NODES, noisy)
+    assert model.get_params()["graph"] is CHAIN
+    thawed = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(thawed.predict(NODES), model.predict(NODES))
+    for copy in (thawed, clone(model)):
+        np.testing.assert_array_equal(copy.fit(NODES, noisy).fitted_values_, model.fitted_values_)
+    assert isinstance(thawed.solution_.state.candidate, np.ndarray)
+
+
+def test_a_fit_is_judged_by_how_it_was_made(noisy):
+    model = GraphTrendFilter(alpha=0, graph=CHAIN).fit(NODES, noisy)
+    model.set_params(graph=None)
+    np.testing.assert_array_equal(model.predict(NODES), noisy)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error", "match"),
+    [
+        ({"alpha": -1.0}, ValueError, "alpha is the weight of the penalty, a finite number >= 0, given -1.0"),
+        ({"alpha": np.nan}, ValueError, "alpha .* given nan"),
+        ({"alpha": np.inf}, ValueError, "alpha .* given inf"),
+        ({"alpha": "1"}, ValueError, "alpha .* given '1'"),
+        ({"order": -1}, ValueError, "order is an integer >= 0.*given -1"),
+        ({"order": 0.5}, ValueError, "order .* given 0.5"),
+        ({"n_neighbors": 0}, ValueError, "n_neighbors is an integer >= 1, given 0"),
+        ({"n_neighbors": 2.5}, ValueError, "given 2.5"),
+        ({"graph": np.eye(3)}, TypeError, r"sparseopt\.Graph or None, given ndarray.*from_scipy"),
+        ({"penalty": "lasso"}, ValueError, "one of l1, l0, mcp, scad, group_l2.*given 'lasso'"),
+        ({"penalty": so.L1(1.0)}, ValueError, r"function of the weight such as sparseopt.MCP, given L1\("),
+        ({"penalty": "group_l2"}, ValueError, "couples the channels"),
+        ({"method": "newton"}, ValueError, "unknown method 'newton'"),
+        ({"tol": 0.0}, ValueError, "must be positive"),
+    ],
+)
+def test_bad_parameters_are_named(parameters, error, match):
+    with pytest.raises(error, match=match):
+        GraphTrendFilter(**parameters).fit(column(range(5)), np.arange(5.0))
+
+
+@pytest.mark.parametrize(
+    ("X", "weights", "match"),
+    [
+        ([0, 1, 6], None, r"X holds 6 in row 2 \(1 such rows\); the nodes of this graph are the whole numbers 0\.\.5"),
+        ([0, -1, 2], None, "X holds -1 in row 1"),
+        ([0, 1.5, 2.5], None, r"X holds 1\.5 in row 1 \(2 such"),
+        ([0, 9, 3], [1, 0, 1], "X holds 9 in row 1"),
+        ([0, 1, 2], None, r"1 components have no observed node \(one holds node 3\)"),
+        ([0, 1, 3], [1, 1], r"one entry a sample, the shape \(3,\), given \(2,\)"),
+        ([0, 1, 3], [1, -1, 1], "finite and not negative, given -1.0 in row 1"),
+        ([0, 1, 3], [1, np.nan, 1], "given nan in row 1"),
+        ([0, 1, 3], [0, 0, 0], "every sample weight is zero"),
+    ],
+)
+def test_bad_samples_are_named(X, weights, match):
+    graph = so.Graph.from_edges([(0, 1), (1, 2), (3, 4), (4, 5)])
+    with pytest.raises(ValueError, match=match):
+        GraphTrendFilter(graph=graph).fit(column(X), [1.0, 2.0, 3.0], sample_weight=weights)
+
+
+def test_node_numbers_are_one_column_at_fit_and_known_at_predict(noisy):
+    model = GraphTrendFilter(alpha=0, graph=CHAIN).fit(NODES, noisy)
+    with pytest.raises(ValueError, match=r"one column of node numbers, \[m, 1\]; given the shape \(60, 2\)"):
+        model.fit(np.hstack([NODES, NODES]), noisy)
+    with pytest.raises(ValueError, match=r"X holds 60 in row 0.*0\.\.59"):
+        clone(model).fit(NODES, noisy).predict([[60]])
+
+
+def test_the_package_does_not_need_scikit_learn_and_the_estimator_says_that_it_does():
+    code = (
+        "import sys, sparseopt; assert 'sklearn' not in sys.modules; sys.modules['sklearn'] = None\n"
+        "try:\n    import sparseopt.trend.estimator\nexcept ImportError as error:\n    print(error, error.name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'sparseopt[sklearn]' sklearn" in done.stdout

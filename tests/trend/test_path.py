@@ -1,0 +1,266 @@
+import numpy as np
+import pytest
+from scipy.optimize import linprog
+
+import sparseopt as so
+from sparseopt.core.solvers.admm import Admm
+from sparseopt.trend.largest_weight import largest_weight
+from sparseopt.trend.path import trend_path
+from tests.trend.problems import GRAPHS, exact_fit, objective, two_parts
+
+
+def component_means(y, graph, w=None):
+    w = np.ones(graph.num_nodes) if w is None else w
+    parts = [graph.components == part for part in range(graph.num_components)]
+    means = np.array([np.average(y[part], weights=w[part], axis=0) for part in parts])
+    return means[graph.components]
+
+
+def least_congestion(y, graph, order, w=None):
+    """The same minimum as a linear program."""
+    w = np.ones(graph.num_nodes) if w is None else w
+    matrix = graph.matrix(order + 1).T.toarray()
+    rows = matrix.shape[1]
+    ones, eye = np.ones((rows, 1)), np.eye(rows)
+    found = linprog(
+        np.append(np.zeros(rows), 1),
+        A_eq=np.hstack([matrix, np.zeros((len(matrix), 1))]),
+        b_eq=w * (y - component_means(y, graph, w)),
+        A_ub=np.block([[eye, -ones], [-eye, -ones]]),
+        b_ub=np.zeros(2 * rows),
+        bounds=[(None, None)] * rows + [(0, None)],
+    )
+    assert found.status == 0
+    return found.fun
+
+
+@pytest.mark.parametrize("name", ["chain", "grid", "weighted", "parts"])
+@pytest.mark.parametrize("order", range(4))
+def test_the_largest_weight_is_the_value_of_a_linear_program(rng, name, order):
+    graph = GRAPHS[name](rng)
+    y = 3 + 5 * rng.standard_normal(graph.num_nodes)
+    w = rng.uniform(0.5, 2.0, graph.num_nodes) if order in (0, 3) else None
+    found, best = largest_weight(y, graph, order, w), least_congestion(y, graph, order, w)
+    assert found == pytest.approx(best, rel=2e-6)
+    assert found >= best * (1 - 1e-9)  # an upper end, never below
+
+
+@pytest.mark.parametrize("order", range(3))
+def test_the_means_are_the_fit_from_the_largest_weight_on_and_not_before(rng, order):
+    graph = two_parts(rng)
+    y = 5 * rng.standard_normal(11)
+    weight, means = largest_weight(y, graph, order), component_means(y, graph)
+    np.testing.assert_allclose(exact_fit(y, graph, weight * (1 + 1e-6), order), means, atol=1e-6)
+    assert np.abs(exact_fit(y, graph, weight * (1 - 1e-3), order) - means).max() > 1e-4
+
+
+def test_small_largest_weights_by_hand():
+    step = np.array([0.0, 0.0, 3.0, 3.0])
+    assert largest_weight(step, so.Graph.chain(4)) == pytest.approx(3)  # 1.5 above the mean, two nodes
+    assert largest_weight(step, so.Graph.from_edges([(0, 1), (2, 1), (3, 2)], 4)) == pytest.approx(3)  # as a tree
+    # A corner of a triangle lies 2 above the mean and sends 1 along either edge.
+    triangle = so.Graph.from_edges([(0, 1), (1, 2), (0, 2)])
+    assert largest_weight(np.array([0.0, 0.0, 3.0]), triangle) == pytest.approx(1)
+    # Two nodes at order 1: L u = (-1, 1) has u = (-1/2, 1/2) plus a constant.
+    assert largest_weight(np.array([0.0, 2.0]), so.Graph.chain(2), 1) == pytest.approx(0.5)
+    # A row of D is sqrt(w) times the difference: weight 4 halves the flow.
+    heavy = so.Graph.from_edges([(0, 1)], weights=[4.0])
+    assert largest_weight(np.array([0.0, 2.0]), heavy) == pytest.approx(0.5)
+
+
+def test_the_largest_weight_scales_and_ignores_what_the_means_take(rng):
+    graph = two_parts(rng)
+    y = rng.standard_normal(11)
+    first = largest_weight(y, graph)
+    assert largest_weight(-40 * y, graph) == pytest.approx(40 * first, rel=1e-5)
+    assert largest_weight(y + 100 * graph.components, graph) == pytest.approx(first, rel=1e-5)
+    assert largest_weight(y, graph, node_weights=np.full(11, 3.0)) == pytest.approx(3 * first, rel=1e-5)
+    both = np.stack([y, 0.1 * y], axis=1)
+    assert largest_weight(both, graph) == pytest.approx(first, rel=1e-5)
+    assert largest_weight(np.full(11, 0.1) + graph.components, graph) == 0
+
+
+def test_a_long_thin_graph_has_its_largest_weight(rng):
+    # Conjugate gradients need as many steps as there are nodes here: the factor takes over.
+    n = 3000
+    place = rng.permutation(n)
+    graph = so.Graph.from_edges(np.stack([place[:-1], place[1:]], axis=1), n)
+    assert graph.shape is None
+    y = np.empty(n)
+    y[place] = np.repeat([0.0, 1.0], n // 2)
+    assert largest_weight(y, graph) == pytest.approx(n / 4, rel=1e-6)
+    chain = so.Graph.chain(n)
+    assert largest_weight(y, graph, 1) == pytest.approx(largest_weight(y[place], chain, 1), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "order"), [("chain", 0), ("grid", 1), ("parts", 0)])
+def test_every_level_is_within_its_gap_of_the_exact_fit(rng, name, order):
+    graph = GRAPHS[name](rng)
+    y = 5 * rng.standard_normal(graph.num_nodes)
+    path = trend_path(y, graph, order=order, num=12, tol=1e-5).check()
+    assert np.all(np.diff(path.weights) < 0)
+    assert path.weights[-1] == pytest.approx(1e-3 * path.weights[0])
+    assert path.weights[0] == path.largest_weight >= largest_weight(y, graph, order) / (1 + 1e-6)
+    matrix = graph.matrix(order + 1).toarray()
+    for index, weight in enumerate(path.weights):
+        exact = exact_fit(y, graph, weight, order)
+        best = objective(exact, y, graph, weight, order)
+        here = objective(path.values[index], y, graph, weight, order)
+        assert here == pytest.approx(path.objectives[index], rel=1e-9)
+        assert here / best - 1 <= path.gaps[index] + 1e-12 <= 1e-5 + 1e-12
+        zeros = np.abs(matrix @ exact) < 1e-8
+        rank = np.linalg.matrix_rank(matrix[zeros]) if zeros.any() else 0
+        assert path.degrees_of_freedom[index] == graph.num_nodes - rank
+    np.testing.assert_allclose(path.squares, ((path.values - y) ** 2).sum(axis=1))
+    np.testing.assert_allclose(path.values[0], component_means(y, graph), rtol=1e-12)
+    assert path.degrees_of_freedom[0] == graph.num_components
+
+
+def test_a_warm_level_is_the_cold_solve(rng):
+    graph = so.Graph.grid((4, 5))
+    y = 5 * rng.standard_normal((4, 5))
+    weights = [0.3, 4.0, 1.0, 0.1]
+    path = trend_path(y, graph, so.L1(77.0), 1, weights=weights, tol=1e-8).check()
+    assert path.largest_weight is None
+    assert path.values.shape == (4, 4, 5)
+    np.testing.assert_array_equal(path.weights, sorted(weights, reverse=True))
+    for index, weight in enumerate(path.weights):
+        cold = so.trend_filter(y, graph, so.L1(weight), 1, tol=1e-8)
+        assert path.objectives[index] == pytest.approx(float(cold.objective), rel=2e-8)
+        level = path.at(index)
+        np.testing.assert_allclose(level.value, cold.value, atol=2e-3)
+        assert level.check() is level
+        assert float(level.gap) == path.gaps[index]
+
+
+def test_a_path_costs_fewer_steps_than_its_levels_alone(rng):
+    graph = so.Graph.grid((4, 5))
+    y = 5 * rng.standard_normal((4, 5))
+    path = trend_path(y, graph, order=1, num=60)
+    alone = [int(so.trend_filter(y, graph, so.L1(weight), 1, "admm", tol=1e-4).steps) for weight in path.weights]
+    assert path.steps.sum() < 0.8 * sum(alone)
+
+
+def test_one_program_serves_all_levels(rng, monkeypatch):
+    traces = []
+    step = Admm.step
+
+    def counted(self, problem, state):
+        traces.append(1)
+        return step(self, problem, state)
+
+    monkeypatch.setattr(Admm, "step", counted)
+    graph = so.Graph.chain(17)  # a shape that no other test has compiled
+    for scale, num in ((1.0, 5), (7.0, 9)):
+        trend_path(scale * rng.standard_normal(17), graph, num=num, tol=10.0**-num)
+    assert len(traces) == 1
+
+
+def test_missing_values_and_node_weights(rng):
+    graph = so.Graph.chain(15)
+    y = np.repeat([0.0, 4.0, 1.0], 5) + 0.3 * rng.standard_normal(15)
+    w = rng.uniform(0.5, 2.0, 15)
+    w[[3, 8]] = 0
+    holes = np.where(w == 0, np.nan, y)
+    path = trend_path(holes, graph, num=6, tol=1e-7, node_weights=np.where(w == 0, 1, w), missing="nan").check()
+    light = np.where(w == 0, 1e-9, w)
+    for index, weight in enumerate(path.weights):
+        best = objective(exact_fit(y, graph, weight, 0, light), y, graph, weight, 0, w)
+        assert objective(path.values[index], y, graph, weight, 0, w) <= best * (1 + 1e-6)
+    assert path.observations == 13
+    assert path.degrees_of_freedom.max() <= 13
+    np.testing.assert_allclose(path.squares, (w * (path.values - y) ** 2).sum(axis=1))
+
+
+def test_channels_share_a_path_and_their_freedom_adds_up(rng):
+    graph = so.Graph.chain(15)
+    y = 5 * rng.standard_normal((15, 2))
+    path = trend_path(y, graph, num=5, tol=1e-7).check()
+    assert path.weights[0] == pytest.approx(max(largest_weight(column, graph) for column in y.T))
+    alone = [trend_path(column, graph, weights=path.weights, tol=1e-7) for column in y.T]
+    np.testing.assert_array_equal(path.degrees_of_freedom, sum(part.degrees_of_freedom for part in alone))
+    for channel, part in enumerate(alone):
+        np.testing.assert_allclose(path.values[:, :, channel], part.values, atol=2e-2)
+
+
+def test_coupled_channels_begin_at_their_means_and_jump_together(rng):
+    graph = so.Graph.chain(15)
+    y = 5 * rng.standard_normal((15, 2))
+    path = trend_path(y, graph, so.GroupL2, num=5, tol=1e-7).check()
+    np.testing.assert_allclose(path.values[0], component_means(y, graph), rtol=1e-12)
+    assert path.degrees_of_freedom[0] == 2
+    assert np.all(path.degrees_of_freedom % 2 == 0)
+
+
+def test_a_nonconvex_path_starts_where_l1_does_and_shrinks_less(rng):
+    graph = so.Graph.chain(15)
+    y = np.repeat([0.0, 20.0, 6.0], 5) + rng.standard_normal(15)
+    path = trend_path(y, graph, so.MCP(1.0, 2.0), num=8, tol=1e-6, method="doge")
+    assert set(path.statuses) == {so.Status.STATIONARY}
+    assert np.isnan(path.gaps).all()
+    assert path.residuals.max() <= 1e-6
+    np.testing.assert_allclose(path.values[0], y.mean(), atol=1e-6)
+    convex = trend_path(y, graph, weights=path.weights, method="fast_admm")
+    # Until the two large jumps are free of shrinkage MCP fits the data better with no more pieces.
+    both = (path.degrees_of_freedom == 3) & (convex.degrees_of_freedom >= 3)
+    assert both.any()
+    assert np.all(path.squares[both] < convex.squares[both] + 1e-9)
+
+
+def test_float32_stays_float32(rng):
+    y = (100 + 5 * rng.standard_normal(15)).astype(np.float32)
+    path = trend_path(y, so.Graph.chain(15), num=4).check()
+    assert path.values.dtype == np.float32
+    exact = trend_path(y.astype(float), so.Graph.chain(15), weights=path.weights)
+    np.testing.assert_allclose(path.values, exact.values, atol=0.2)
+    np.testing.assert_array_equal(path.degrees_of_freedom, exact.degrees_of_freedom)
+
+
+def test_check_names_the_levels_that_did_not_converge(rng):
+    path = trend_path(5 * rng.standard_normal((4, 5)), so.Graph.grid((4, 5)), order=1, num=6, tol=1e-12, max_steps=5)
+    with pytest.raises(RuntimeError, match=r"5 of 6 levels did not converge: level 1 \(weight .*MAX_STEPS.*raise"):
+        path.check()
+    with pytest.raises(IndexError, match=r"levels 0..5, given 6"):
+        path.at(6)
+
+
+Y = np.arange(6.0)
+CHAIN = so.Graph.chain(6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"y": np.zeros(5)}, r"6 nodes.*given \(5,\)"),
+        ({"y": np.full(6, 0.1)}, "the signal is the mean of its component everywhere.*every weight gives the same fit"),
+        ({"graph": so.Graph.from_edges([], 6)}, "no edges, so every weight gives the same fit"),
+        ({"weights": [1.0, 0.0]}, "weights are positive and finite, given 0.0"),
+        ({"weights": [1.0, np.nan]}, "positive and finite, given nan"),
+        ({"weights": []}, r"at least one number, given the shape \(0,\)"),
+        ({"weights": 3.0}, r"given the shape \(\)"),
+        ({"num": 0}, "num must be positive"),
+        ({"ratio": 1.0}, r"ratio in \(0, 1\)"),
+        ({"tol": 0.0}, "must be positive"),
+        ({"method": "newton"}, "unknown method 'newton'"),
+        ({"order": -1}, "order is an integer >= 0"),
+        ({"penalty": so.L0}, "where a path of L0.* begins is not known: give its weights"),
+        ({"penalty": so.GroupL2}, "couples the channels"),
+        ({"penalty": so.MCP(1.0, gamma=np.nan)}, "must be finite"),
+    ],
+)
+def test_bad_input_is_an_error_that_names_it(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        trend_path(**{"y": Y, "graph": CHAIN, **arguments})
+
+
+@pytest.mark.parametrize("penalty", [3.0, so.NM(2, 4)])
+def test_a_penalty_without_a_weight_has_no_path(penalty):
+    with pytest.raises(TypeError, match=r"replaces the penalty's `weight`.*sparseopt.L1"):
+        trend_path(Y, CHAIN, penalty)
+
+
+def test_the_largest_weight_refuses_what_the_filter_refuses():
+    with pytest.raises(ValueError, match="6 nodes need as many node weights, given 5"):
+        largest_weight(Y, CHAIN, node_weights=np.ones(5))
+    with pytest.raises(ValueError, match="tol must be positive"):
+        largest_weight(Y, CHAIN, tol=0.0)

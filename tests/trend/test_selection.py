@@ -1,0 +1,216 @@
+import dataclasses
+
+import matplotlib
+import numpy as np
+import pytest
+
+import sparseopt as so
+from sparseopt.trend.freedom import degrees_of_freedom
+from sparseopt.trend.noise import noise_level
+from sparseopt.trend.path import trend_path
+from sparseopt.trend.plots import plot_cross_validation, plot_degrees_of_freedom, plot_fits, plot_selection
+from sparseopt.trend.selection import cross_validate, random_folds, select
+from tests.trend.problems import GRAPHS, two_parts
+
+matplotlib.use("agg")
+CHAIN = so.Graph.chain(60)
+CLEAN = np.repeat([0.0, 4.0, 1.0], 20)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("order", range(4))
+def test_degrees_of_freedom_are_the_nullity_of_the_zero_rows(rng, name, order):
+    graph = GRAPHS[name](rng)
+    matrix = graph.matrix(order + 1).toarray()
+    for share in (0.0, 0.1, 0.3, 0.6, 1.0):
+        nonzero = rng.random(len(matrix)) < share
+        if order % 2:
+            nonzero[graph.isolated] = False  # a row without entries is zero at every fit
+        rank = np.linalg.matrix_rank(matrix[~nonzero], tol=1e-9) if not nonzero.all() else 0
+        assert degrees_of_freedom(nonzero, graph, order) == graph.num_nodes - rank
+
+
+def test_degrees_of_freedom_by_hand():
+    chain = so.Graph.chain(5)
+    jump = np.array([False, True, False, False])
+    assert degrees_of_freedom(jump, chain) == 2
+    assert degrees_of_freedom(np.stack([jump, ~jump], axis=1), chain) == 2 + 4
+    ring = so.Graph.from_edges([(0, 1), (1, 2), (2, 3), (3, 0)])
+    assert degrees_of_freedom([True, False, False, False], ring) == 1  # one cut does not part a ring
+    assert degrees_of_freedom([True, False, True, False], ring) == 2
+    # A piece that nobody has seen is not free.
+    assert degrees_of_freedom(jump, chain, observed=[True, True, False, False, False]) == 1
+    assert degrees_of_freedom([True] * 5, chain, 1, observed=[True, True, True, False, False]) == 3
+    with pytest.raises(ValueError, match=r"order 1 has 4 rows.*given \(5,\)"):
+        degrees_of_freedom(np.zeros(5), chain)
+    with pytest.raises(ValueError, match="one entry for each of 5 nodes"):
+        degrees_of_freedom(jump, chain, observed=[True])
+
+
+def test_sure_is_an_unbiased_estimate_of_the_loss(rng):
+    # Over the noise SURE less the loss has the mean 0 at every fixed weight; a wrong count would show.
+    weights, repeats, differences = [8.0, 2.0, 0.7, 0.2], 150, []
+    for _ in range(repeats):
+        path = trend_path(CLEAN + rng.standard_normal(60), CHAIN, weights=weights, tol=1e-6)
+        loss = ((path.values - CLEAN) ** 2).mean(axis=1)
+        differences.append(select(path, "sure", sigma=1.0).curve - loss)
+    mean, error = np.mean(differences, axis=0), np.std(differences, axis=0, ddof=1) / np.sqrt(repeats)
+    assert np.all(np.abs(mean) < 3.5 * error)
+    assert np.all(error < 0.04)  # of a price of 2 df / 60, which goes up to 1
+
+
+@pytest.fixture(scope="module")
+def path():
+    return trend_path(CLEAN + np.random.default_rng(5).standard_normal(60), CHAIN, num=15, tol=1e-6)
+
+
+def test_criteria_are_their_formulas(path):
+    rss, df, n = path.squares, path.degrees_of_freedom, 60
+    assert df.max() < n
+    expected = {
+        ("gcv", None): n * rss / (n - df) ** 2,
+        ("sure", 0.9): rss / n + 2 * 0.81 * df / n - 0.81,
+        ("aic", 0.9): rss / 0.81 + 2 * df,
+        ("bic", 0.9): rss / 0.81 + np.log(n) * df,
+        ("aic", None): n * np.log(rss / n) + 2 * df,
+        ("bic", None): n * np.log(rss / n) + np.log(n) * df,
+    }
+    for (criterion, sigma), curve in expected.items():
+        found = select(path, criterion, sigma)
+        np.testing.assert_allclose(found.curve, curve)
+        assert found.index == np.argmin(curve)
+        assert found.weight == path.weights[found.index]
+        np.testing.assert_array_equal(found.value, path.values[found.index])
+    assert select(path, "sure").sigma == path.noise
+    assert select(path, "bic", 1.0).weight >= select(path, "aic", 1.0).weight
+
+
+def test_a_fit_that_uses_up_the_data_is_never_chosen_by_a_criterion_without_sigma(rng):
+    y = rng.standard_normal(60)
+    path = trend_path(y, CHAIN, weights=[1.0, 0.5, 1e-6], tol=1e-10)
+    assert path.degrees_of_freedom[-1] == 60
+    for criterion in ("gcv", "aic", "bic"):
+        found = select(path, criterion)
+        assert found.curve[-1] == np.inf
+        assert found.index < 2
+
+
+def test_bad_criteria_are_named(path):
+    with pytest.raises(ValueError, match="unknown criterion 'cp'; known are gcv, sure, aic, bic"):
+        select(path, "cp")
+    with pytest.raises(ValueError, match="must be positive and finite, given 0"):
+        select(path, "sure", 0.0)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_noise_level_sees_noise_and_not_jumps_or_weights(rng, order):
+    graph = so.Graph.grid((40, 50))
+    jumps = 100.0 * (np.arange(40)[:, None] > 20) * np.ones(50)
+    noise = 2.5 * rng.standard_normal((40, 50))
+    assert noise_level(jumps + noise, graph, order) == pytest.approx(2.5, rel=0.1)
+    assert noise_level(jumps + noise, graph, order) > noise_level(noise, graph, order)
+    assert noise_level(np.stack([noise, noise], axis=-1), graph, order) == noise_level(noise, graph, order)
+    w = rng.uniform(0.2, 4.0, 2000)
+    unequal = noise / np.sqrt(w).reshape(40, 50)
+    assert noise_level(jumps + unequal, graph, order, w) == pytest.approx(2.5, rel=0.1)
+    # A weight of 1 everywhere but at one missing node changes next to nothing, and its value nothing at all.
+    w = np.ones(2000)
+    w[777] = 0
+    wild = noise.copy().reshape(-1)
+    wild[777] = np.nan
+    assert noise_level(wild, graph, order, missing="nan") == noise_level(noise, graph, order, w)
+
+
+def test_the_noise_level_of_a_signal_without_differences_is_unknown():
+    assert np.isnan(noise_level([1.0, 2.0], so.Graph.from_edges([], 2)))
+    assert np.isnan(noise_level([1.0, np.nan], so.Graph.chain(2), missing="nan"))
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_folds_are_balanced_over_nodes_and_components(rng, folds):
+    graph = two_parts(rng)
+    observed = np.ones(11, bool)
+    observed[[2, 10]] = False
+    graph = so.Graph.from_edges(np.concatenate([graph.edges, [[9, 10]]]), 11)  # no isolated node
+    held = random_folds(graph, observed, folds, 0)
+    np.testing.assert_array_equal(held < 0, ~observed)
+    sizes = np.bincount(held[observed], minlength=folds)
+    assert np.ptp(sizes) <= 1
+    for part in range(graph.num_components):
+        inside = held[(graph.components == part) & observed]
+        assert np.ptp(np.bincount(inside, minlength=folds)) <= 1
+        assert np.unique(inside).size >= 2  # whichever fold is held out, another stays
+    np.testing.assert_array_equal(held, random_folds(graph, observed, folds, 0))
+    assert np.any(held != random_folds(graph, observed, folds, 1))
+
+
+def test_impossible_folds_are_named(rng):
+    with pytest.raises(ValueError, match=r"from 2 to the number of observed nodes, 60, given 61"):
+        cross_validate(CLEAN, CHAIN, folds=61)
+    with pytest.raises(ValueError, match="given 1"):
+        cross_validate(CLEAN, CHAIN, folds=1)
+    with pytest.raises(ValueError, match=r"1 components have one observed node only \(one of them is node 10\)"):
+        cross_validate(rng.standard_normal(11), two_parts(rng))
+    with pytest.raises(ValueError, match="unknown rule 'max'; known are min, one_se"):
+        cross_validate(CLEAN, CHAIN, rule="max")
+
+
+@pytest.fixture(scope="module")
+def validated(path):
+    y = CLEAN + np.random.default_rng(5).standard_normal(60)
+    return cross_validate(y, CHAIN, num=15, tol=1e-6)
+
+
+def test_cross_validation_predicts_held_out_nodes(validated):
+    assert validated.check() is validated
+    broken = dataclasses.replace(validated, statuses=np.where(np.eye(5, 15), 1, 0))
+    with pytest.raises(RuntimeError, match=r"5 of 75 levels.*fold 0 at level 0 \(weight .*MAX_STEPS"):
+        broken.check()
+    y = CLEAN + np.random.default_rng(5).standard_normal(60)
+    held, index = validated.folds == 2, 6
+    weight = float(validated.path.weights[index])
+    blind = so.trend_filter(y, CHAIN, so.L1(weight), tol=1e-8, node_weights=(~held).astype(float))
+    error = np.mean((np.asarray(blind.value) - y)[held] ** 2)
+    assert validated.fold_errors[2, index] == pytest.approx(error, rel=1e-2)
+    np.testing.assert_allclose(validated.errors, validated.fold_errors.mean(axis=0))
+    np.testing.assert_allclose(validated.standard_errors, validated.fold_errors.std(axis=0, ddof=1) / np.sqrt(5))
+
+
+def test_cross_validation_comes_near_the_oracle_and_the_rule_is_kept(validated):
+    losses = ((validated.path.values - CLEAN) ** 2).mean(axis=1)
+    assert losses[validated.index] <= 1.5 * losses.min()
+    assert losses[validated.index] < 0.3 * min(losses[0], losses[-1])
+    best, simple = validated.index_min, validated.index_one_se
+    limit = validated.errors[best] + validated.standard_errors[best]
+    assert simple <= best
+    assert validated.errors[simple] <= limit
+    assert np.all(validated.errors[:simple] > limit)
+    assert validated.weight == validated.path.weights[best]
+    np.testing.assert_array_equal(validated.value, validated.path.values[best])
+
+
+def test_cross_validation_weighs_the_held_out_nodes(rng):
+    # Two groups of nodes whose errors differ: their weights decide the mean.
+    y = CLEAN + rng.standard_normal(60) * np.where(np.arange(60) % 2, 0.1, 2.0)
+    w = np.where(np.arange(60) % 2, 20.0, 0.05)
+    found = cross_validate(y, CHAIN, weights=[4.0, 2.0], node_weights=w, rule="one_se")
+    plain = cross_validate(y, CHAIN, weights=[4.0, 2.0])
+    assert np.all(found.errors < 0.5 * plain.errors)
+    assert found.index == found.index_one_se
+
+
+def test_pictures_show_the_chosen_levels(path, validated):
+    best = select(path, "bic", 1.0)
+    axis = plot_selection(best)
+    (curve,) = [line for line in axis.lines if line.get_label() == "_curve"]
+    np.testing.assert_array_equal(curve.get_ydata(), best.curve)
+    assert [line.get_xdata()[0] for line in axis.lines if "least" in line.get_label()] == [best.weight]
+    axis = plot_cross_validation(validated)
+    marks = {line.get_xdata()[0] for line in axis.lines if "df" in str(line.get_label())}
+    assert marks == {validated.path.weights[validated.index_min], validated.path.weights[validated.index_one_se]}
+    np.testing.assert_array_equal(plot_degrees_of_freedom(path).lines[0].get_ydata(), path.degrees_of_freedom)
+    axis = plot_fits(path, [3, 50])
+    np.testing.assert_array_equal(axis.lines[1].get_ydata(), path.values[:, 50])
+    assert plot_fits(path, axis=axis) is axis
+    with pytest.raises(ValueError, match=r"nodes 0..59, given 60"):
+        plot_fits(path, [60])
