@@ -76,7 +76,7 @@ grams, held_out = grams_at(middle, windows[:SAMPLES]), grams_at(middle, windows[
 block = model.block(middle)
 name = "mlp.gate_proj"
 weight = np.asarray(block.linear(name).weight[...])
-gram, test_gram = (np.asarray(found[block.linears[name]]) for found in (grams, held_out))
+gram, test_gram = (np.asarray(found[block.linears[name]].gram) for found in (grams, held_out))
 print(f"block {middle}, {name}: weight {weight.shape}, Gram {gram.shape} from {windows[:SAMPLES].size:,} tokens")
 
 # %% [markdown]
