@@ -61,7 +61,7 @@ def pruning_picture() -> None:
     for index in range(BLOCK):
         batches = runner.forward(model.block(index), batches)
     block = model.block(BLOCK)
-    gram = runner.grams(block, batches)[block.linears[LINEAR]]
+    gram = runner.grams(block, batches)[block.linears[LINEAR]].gram
     weight = np.asarray(block.linear(LINEAR).weight[...])
     figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
     for method, (label, colour, marker) in METHODS.items():
