@@ -5,7 +5,6 @@ that are sharded over devices: counts and thresholds come from sums, never from 
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +152,7 @@ def _as_bits(x: FloatArray) -> Array:
     return jax.lax.bitcast_convert_type(x, unsigned)
 
 
-def _separate(bits: Array, k: Count, like: Any) -> tuple[Array, Int[Array, ""]]:
+def _separate(x: FloatArray, k: Count) -> tuple[Array, Int[Array, ""]]:
     """A level with at least k entries at or above it, and how many: k, or more where ties at the level forbid k.
 
     Each pass counts the entries at three levels inside the bracket that holds the answer. The first three come from
@@ -161,12 +160,11 @@ def _separate(bits: Array, k: Count, like: Any) -> tuple[Array, Int[Array, ""]]:
     takes the quarters, which bounds the passes whatever the entries are. For smooth data six or seven passes do.
 
     Args:
-        bits: of non-negative numbers.
+        x: not negative; the level is among its bit patterns.
         k: how many are wanted; for more than there are, the answer is 0.
-        like: their dtype as numbers.
     """
+    bits, above = _as_bits(x), _as_bits(jnp.asarray(jnp.inf, x.dtype)) + 1
     flat, kind = bits.reshape(-1), jnp.float32
-    above = _as_bits(jnp.asarray(jnp.inf, like)) + 1
     # An odd stride does not stay in a few columns of a matrix.
     sample = jnp.sort(flat[:: (flat.size // SAMPLE) | 1])
     share = 1 - jnp.asarray(k).astype(kind) / flat.size
@@ -211,10 +209,9 @@ def kth_largest(x: FloatArray, k: Count) -> Float[Array, ""]:
         >>> float(kth_largest(jnp.array([1.0, 4.0, 2.0]), 2))
         2.0
     """
-    bits = _as_bits(x)
-    level, _ = _separate(bits, k, x.dtype)
+    level, _ = _separate(x, k)
     # No entry is left at or above the level for k = 0.
-    return jnp.min(jnp.where((bits >= level) & (jnp.asarray(k) > 0), x, jnp.asarray(jnp.inf, x.dtype)))
+    return jnp.min(jnp.where((_as_bits(x) >= level) & (jnp.asarray(k) > 0), x, jnp.asarray(jnp.inf, x.dtype)))
 
 
 def top_k_mask(score: FloatArray, k: Count) -> BoolArray:
@@ -228,7 +225,7 @@ def top_k_mask(score: FloatArray, k: Count) -> BoolArray:
         Array([False,  True,  True, False], dtype=bool)
     """
     bits = _as_bits(score)
-    level, count = _separate(bits, k, score.dtype)
+    level, count = _separate(score, k)
 
     def first_of_tied() -> BoolArray:
         above, tied = bits > level, bits == level
