@@ -139,6 +139,54 @@ def _unchanged(signal: Signal) -> Solution:
     return Solution(value, status, steps, zero, zero, zero, None, None)
 
 
+@dataclasses.dataclass(frozen=True)
+class SetUp:
+    """What a fit needs beside penalty and method.
+
+    Attributes:
+        loss: on the nodes, `[*nodes]` or `[*nodes, channels]`.
+        centred: the same with the overall mean taken from the signal.
+        shift: that mean, `[channels]`.
+        means: of every node's component, `[n, channels]`.
+        full: the operator `Δ^(order+1)`, as Doge-ADMM takes it.
+        noise: of the signal; 0 where it has no differences.
+        laid_out: values `[n, channels]` on the nodes of the graph, on the device.
+    """
+
+    loss: NodeSquares
+    centred: NodeSquares
+    shift: np.ndarray
+    means: np.ndarray
+    full: Prepared
+    noise: float
+    laid_out: Callable[[np.ndarray], jax.Array]
+
+
+def set_up(signal: Signal, graph: Graph, order: int) -> SetUp:
+    """Lay out a checked signal; call it where the signal's precision is enabled."""
+    kind, channels = signal.values.dtype, signal.values.shape[1:]
+    nodes = graph.shape or (graph.num_nodes,)
+
+    def laid_out(values: np.ndarray) -> jax.Array:
+        return jnp.asarray(values.reshape(*nodes, *channels), kind)
+
+    shift, means = _means(signal, graph)
+    weights = None
+    if signal.weights is not None:
+        weights = jnp.asarray(signal.weights.reshape(*nodes, *(1 for _ in channels)))
+    low, high = _box(signal, order)
+    loss = NodeSquares(laid_out(signal.values), weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
+    centre = loss.observed(laid_out(signal.values - shift))
+    centred = NodeSquares(centre, weights, jnp.asarray(low - shift, kind), jnp.asarray(high - shift, kind))
+    full = prepare(graph, order, "doge", order + 1, weights is not None, kind, bool(channels))
+    return SetUp(loss, centred, shift, means, full, float(_noise(full, centre)), laid_out)
+
+
+def leaves_as(penalty: Any, kind: np.dtype) -> Any:
+    """The penalty with its numbers in the dtype of the computation."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, kind) if np.ndim(leaf) == 0 else jnp.asarray(leaf), penalty)
+
+
 def _fit(
     signal: Signal,
     graph: Graph,
@@ -155,24 +203,11 @@ def _fit(
 ) -> Solution:
     kind, channels = signal.values.dtype, signal.values.shape[1:]
     weighted = signal.weights is not None
-    nodes = graph.shape or (graph.num_nodes,)
-
-    def laid_out(values: np.ndarray) -> jax.Array:
-        return jnp.asarray(values.reshape(*nodes, *channels), kind)
-
-    shift, means = _means(signal, graph)
-    y = laid_out(signal.values)
-    weights = None
-    if signal.weights is not None:
-        weights = jnp.asarray(signal.weights.reshape(*nodes, *(1 for _ in channels)))
-    low, high = _box(signal, k)
-    loss = NodeSquares(y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
-    centre = loss.observed(laid_out(signal.values - shift))
-    centred = NodeSquares(centre, weights, jnp.asarray(low - shift, kind), jnp.asarray(high - shift, kind))
-    penalty = jax.tree.map(lambda leaf: jnp.asarray(leaf, kind) if np.ndim(leaf) == 0 else jnp.asarray(leaf), penalty)
-
-    full = prepare(graph, k, "doge", k + 1, weighted, kind, bool(channels))
-    noise = float(_noise(full, centre))
+    base = set_up(signal, graph, k)
+    loss, centred, full, noise = base.loss, base.centred, base.full, base.noise
+    shift, means = base.shift, base.means
+    centre, laid_out = centred.center, base.laid_out
+    penalty = leaves_as(penalty, kind)
     level = float(getattr(penalty, "weight", 1.0))
     strength = level / noise if noise > 0 else 1.0
     if method == "auto":

@@ -19,7 +19,7 @@ from sparseopt.core.penalties import Norm
 from sparseopt.core.solve import Problem, Status, solve
 from sparseopt.core.solvers.admm import BALANCE, Admm, Start
 from sparseopt.core.types import pytree
-from sparseopt.trend.filter import FIRST_RHO, _box, _cold, _finish, _means, _noise
+from sparseopt.trend.filter import FIRST_RHO, _cold, _finish, leaves_as, set_up
 from sparseopt.trend.freedom import chain_dual, nonzero_rows, row_dual
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
@@ -84,25 +84,14 @@ def descend(
     """
     kind, channels = signal.values.dtype, signal.values.shape[1:]
     weighted = signal.weights is not None
-    nodes = graph.shape or (graph.num_nodes,)
-
-    def laid_out(values: np.ndarray) -> jax.Array:
-        return jnp.asarray(values.reshape(*nodes, *channels), kind)
+    base = set_up(signal, graph, order)
+    centred, full, laid_out = base.centred, base.full, base.laid_out
+    shift, means, centre = base.shift, base.means, base.centred.center
 
     def penalty_at(weight: float) -> Any:
-        level = dataclasses.replace(template, weight=weight)
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf, kind) if np.ndim(leaf) == 0 else jnp.asarray(leaf), level)
+        return leaves_as(dataclasses.replace(template, weight=weight), kind)
 
-    shift, means = _means(signal, graph)
-    low, high = _box(signal, order)
-    on_nodes = None
-    if signal.weights is not None:
-        on_nodes = jnp.asarray(signal.weights.reshape(*nodes, *(1 for _ in channels)))
-    loss = NodeSquares(laid_out(signal.values), on_nodes, jnp.asarray(low, kind), jnp.asarray(high, kind))
-    centre = loss.observed(laid_out(signal.values - shift))
-    centred = NodeSquares(centre, on_nodes, jnp.asarray(low - shift, kind), jnp.asarray(high - shift, kind))
-    full = prepare(graph, order, "doge", order + 1, weighted, kind, bool(channels))
-    noise = float(_noise(full, centre)) or float(weights[0])
+    noise = base.noise or float(weights[0])
     if method == "auto":
         method = choose_method(graph, template, order, weighted, weights[0] / noise)
         cosines = graph.shape is not None and not weighted
@@ -114,7 +103,7 @@ def descend(
     exact = method == "fast_admm" and order == 0 and not weighted
     solver = Admm(ready.node_solve, jnp.asarray(FIRST_RHO * weights[0] / noise, kind), cadence=1 if exact else 5)
     task = _Task(
-        loss, centred, ready, full, solver, jnp.asarray(shift, kind), laid_out(means), jnp.asarray(noise, kind)
+        base.loss, centred, ready, full, solver, jnp.asarray(shift, kind), laid_out(means), jnp.asarray(noise, kind)
     )
 
     def in_solver(penalty: Any) -> Any:
