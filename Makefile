@@ -8,7 +8,7 @@ ONLY ?=
 TRUTH ?=
 CALIBRATION ?= pydoc
 
-.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package golden notebooks docs bench-prune bench-quality bench-trend clean
+.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package golden notebooks docs bench-prune bench-quality bench-trend bench-trend-selection clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,7 +42,7 @@ demo: $(VENV)/.installed-demo ## Prune a real language model and show what it co
 	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
 test: $(VENV)/.installed-test lint ## Lint, types and the fast tests.
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not oracle and not package and not notebooks'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not oracle and not package and not notebooks'
 
 lint: $(VENV)/.installed-test ## ruff and mypy.
 	$(BIN)/ruff check .
@@ -83,6 +83,9 @@ bench-quality: $(VENV)/.installed-demo ## Every method and recipe change as JSON
 
 bench-trend: $(VENV)/.installed-demo ## Trend-filter figures as JSON lines; TRUTH=folder with certified problems.
 	$(BIN)/python benchmarks/bench_trend.py $(if $(TRUTH),--truth $(TRUTH))
+
+bench-trend-selection: $(VENV)/.installed-demo ## Errors at the weight that each rule takes, as JSON lines (about 10 minutes).
+	$(BIN)/python benchmarks/bench_trend_selection.py
 
 clean: ## Remove caches and build products; results and the virtual environment stay.
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -34,9 +34,10 @@ PLAIN: dict[str, Any] = {"allocation": "uniform", "reconstruct": 0}
 ABLATION: dict[str, dict[str, Any]] = {
     BASE: {},
     "outputs uniform": {"outputs": "uniform"},
-    "weighting uniform": {"weighting": "uniform"},
+    "weighting residual": {"weighting": "residual"},
     "ridge 0.01": {"ridge": 0.01},
-    "+ propagate 0.25": {"propagate": 0.25},
+    "propagate 0": {"propagate": 0},
+    "propagate 0.5": {"propagate": 0.5},
     "+ allocation owl": {"allocation": "owl"},
     "+ allocation curves": {"allocation": "curves"},
     "+ reconstruct 4": {"reconstruct": 4},

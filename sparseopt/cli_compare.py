@@ -36,8 +36,8 @@ def compare(
         float | None, typer.Option(help="As in `sparseopt prune`, for the methods that have one; default: theirs.")
     ] = None,
     weighting: Annotated[
-        str | None, typer.Option(help="Tokens in the Grams: uniform or residual; default: the method's.")
-    ] = None,
+        str, typer.Option(help="Tokens in the Grams: uniform, or residual by the residual stream's size.")
+    ] = "uniform",
 ) -> None:
     """Prune by several methods at several sparsities, and compare perplexity, errors, time and memory.
 

@@ -32,8 +32,8 @@ def prune(
         float | None, typer.Option(help="Added to the unit diagonal of the scaled Gram; default: the method's.")
     ] = None,
     weighting: Annotated[
-        str | None, typer.Option(help="Tokens in the Grams: uniform or residual; default: the method's.")
-    ] = None,
+        str, typer.Option(help="Tokens in the Grams: uniform, or residual by the residual stream's size.")
+    ] = "uniform",
     outputs: Annotated[
         str | None, typer.Option(help="Errors at the outputs: uniform or gradient; default: the method's.")
     ] = None,
@@ -42,8 +42,9 @@ def prune(
         str | None, typer.Option(help="Least and most sparsity of a linear, as in 0.3,0.8; for owl and curves.")
     ] = None,
     propagate: Annotated[
-        float, typer.Option(help="Share of the earlier blocks' error that a linear makes up for, in [0, 1].")
-    ] = 0.0,
+        float | None,
+        typer.Option(help="Share of the earlier blocks' error that a linear makes up for; default: the method's."),
+    ] = None,
     reconstruct: Annotated[
         int | None, typer.Option(help="Epochs of training for each pruned block; default: the method's, 0 for none.")
     ] = None,

@@ -3,6 +3,7 @@
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,13 @@ from sparseopt import cli
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20251125)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_end_with_their_module():
+    """Each compiled program maps memory, and a process may hold 65,530 maps: the suite's programs together need more."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

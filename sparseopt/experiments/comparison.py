@@ -25,7 +25,7 @@ from sparseopt.experiments.sweep import Planned, check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun, Observer
 from sparseopt.experiments.task_prune import Prune
 from sparseopt.machine import versions
-from sparseopt.pruning import METHODS
+from sparseopt.pruning import METHODS, Recipe
 from sparseopt.pruning.patterns import check_pattern, implied_sparsity
 
 CELLS = "cells"
@@ -267,8 +267,14 @@ def _figures(finished: FinishedRun) -> dict[str, Any]:
         **{name: record[name] for name in ("mean_relative_error", "mean_heldout_error", *TIMES)},
         "whole_seconds": record["seconds"],
         "peak_memory_GiB": record["peak_memory_bytes"] / 2**30,
-        "weighting": cast(Prune, finished.task).recipe().token_weighting(),
+        "errors": _errors(cast(Prune, finished.task).recipe()),
     }
+
+
+def _errors(recipe: Recipe) -> str:
+    """What a run's layer errors are relative to."""
+    moved = f", {recipe.propagated_share:g} of the earlier error made up for" if recipe.propagated_share else ""
+    return f"{recipe.weighting} tokens{moved}"
 
 
 def head(section: Section, task: Prune) -> list[str]:
@@ -281,12 +287,12 @@ def head(section: Section, task: Prune) -> list[str]:
         f"evaluation: {task.evaluation}, {task.windows} x {task.evaluation_seqlen} = "
         f"{task.windows * task.evaluation_seqlen:,} tokens",
     ]
-    weightings = _grouped(section, ("weighting",), lambda row: row.labels["method"])
-    if len(weightings) > 1:
-        each = "; ".join(f"{weighting}: {names}" for (weighting,), names in weightings.items())
-        lines.append(f"layer errors compare only within one weighting of the tokens ({each})")
-    elif weightings:
-        lines.append(f"layer errors: tokens in {next(iter(weightings))[0]} weighting")
+    kinds = _grouped(section, ("errors",), lambda row: row.labels["method"])
+    if len(kinds) > 1:
+        each = "; ".join(f"{kind}: {names}" for (kind,), names in kinds.items())
+        lines.append(f"layer errors compare only within one kind ({each})")
+    elif kinds:
+        lines.append(f"layer errors: {next(iter(kinds))[0]}")
     machines = _grouped(section, ("machine", "versions"), _row_name)
     for (machine, packages), names in machines.items():
         which = f" ({names})" if len(machines) > 1 else ""
@@ -331,7 +337,7 @@ def write(section: Section, task: Prune, output: Path) -> list[Path]:
         "evaluation_tokens": task.windows * task.evaluation_seqlen,
     }
     with table.open("w", newline="", encoding="utf-8") as stream:
-        names = [*section.labels(), *COLUMNS, "weighting", *common, "machine", "versions", "folder"]
+        names = [*section.labels(), *COLUMNS, "errors", *common, "machine", "versions", "folder"]
         writer = csv.DictWriter(stream, names)
         writer.writeheader()
         for row in section.rows:

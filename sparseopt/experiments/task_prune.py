@@ -45,11 +45,11 @@ class Prune(Task):
         sparsity: share of zeros in every linear, in [0, 1); default: 0.5, or that of the n:m pattern.
         pattern: which weights may survive, as in `sparseopt prune --pattern`.
         ridge: added to the unit diagonal of the scaled Grams; default: the method's own.
-        weighting: of the tokens in the Grams, "uniform" or "residual"; default: the method's own.
+        weighting: of the tokens in the Grams, "uniform" or "residual".
         outputs: weights of the errors at the outputs, "uniform" or "gradient"; default: the method's own.
         allocation: of the sparsity over the linears, "uniform", "owl" or "curves".
         bounds: least and most sparsity of a linear, for allocations but "uniform".
-        propagate: share of the earlier blocks' error that a linear makes up for, in [0, 1].
+        propagate: share of the earlier blocks' error that a linear makes up for, in [0, 1]; default: the method's own.
         reconstruct: epochs of training for each pruned block; default: the method's own, 0 for none.
         calibration: text as in `sparseopt prune --calibration`.
         samples: calibration windows.
@@ -73,11 +73,11 @@ class Prune(Task):
     sparsity: float | None = Field(default=None, ge=0, lt=1)
     pattern: str = "unstructured"
     ridge: float | None = Field(default=None, ge=0)
-    weighting: Literal["uniform", "residual"] | None = None
+    weighting: Literal["uniform", "residual"] = "uniform"
     outputs: Literal["uniform", "gradient"] | None = None
     allocation: Literal["uniform", "owl", "curves"] = "uniform"
     bounds: tuple[float, float] | None = None
-    propagate: float = Field(default=0, ge=0, le=1)
+    propagate: float | None = Field(default=None, ge=0, le=1)
     reconstruct: int | None = Field(default=None, ge=0)
     calibration: str = "pydoc"
     samples: int = Field(default=16, ge=1)

@@ -145,16 +145,17 @@ class Branch:
         index, recipe = shared.index, self.recipe
         keys = self._model.block_keys(index)
         block = nnx.clone(shared.block)
-        grams, tests = shared.grams(self._stream, recipe.token_weighting(), drift=recipe.propagate > 0)
+        grams, tests = shared.grams(self._stream, recipe.weighting, drift=recipe.propagated_share > 0)
         tensors = {key: self._model.source.read(key) for key in keys.values()}
         for name, tap in block.linears.items():
             key = keys[f"{name}.weight"]
             weight = tensors[key].astype(self._writer.dtype_of(key), copy=False)
-            if recipe.propagate:
-                weight = self._propagated(weight, grams[tap])
+            moving = 0.0
+            if recipe.propagated_share:
+                weight, moving = self._propagated(weight, grams[tap])
             test_gram = tests[tap].gram if tests else None
             job = LayerJob(weight, grams[tap].gram, test_gram, self._patterns[key], self._weights.get(key))
-            record, pruned = self._prune_linear(job, index, key)
+            record, pruned = self._prune_linear(job, index, key, moving)
             tensors[key] = pruned
             block.linear(name).weight[...] = jnp.asarray(pruned, jnp.float32)
             self._layers.append(record)
@@ -205,13 +206,13 @@ class Branch:
         self._log.finish(report.summary())
         return report
 
-    def _propagated(self, weight: np.ndarray, grams: Grams) -> np.ndarray:
-        """The weight that makes up for what was lost before this block; in the weight's dtype."""
+    def _propagated(self, weight: np.ndarray, grams: Grams) -> tuple[np.ndarray, float]:
+        """The weight that makes up for what was lost before this block, in the weight's dtype; and its seconds."""
         found = propagated_target(
-            weight, grams.gram, grams.drift, np.float32(self.recipe.propagate), np.float32(PROPAGATION_RIDGE)
+            weight, grams.gram, grams.drift, np.float32(self.recipe.propagated_share), np.float32(PROPAGATION_RIDGE)
         )
         self._compile_seconds += found.compile_seconds
-        return np.asarray(found.value).astype(weight.dtype)
+        return np.asarray(found.value).astype(weight.dtype), found.seconds
 
     def _reconstruct(self, block: Block, shared: Shared, settings: Reconstruction) -> BlockRecord:
         targets = shared.dense_outputs
@@ -242,7 +243,8 @@ class Branch:
             parameter[...] = jnp.asarray(tensors[key], jnp.float32)
         return tensors
 
-    def _prune_linear(self, job: LayerJob, block: int, key: str) -> tuple[LayerRecord, np.ndarray]:
+    def _prune_linear(self, job: LayerJob, block: int, key: str, moving: float) -> tuple[LayerRecord, np.ndarray]:
+        """The record and the pruned weight; `moving` is what finding the job's target took, in seconds."""
         timed = layer_solver(job, self.method)
         report: Any = timed.value
         weight = job.weight
@@ -266,7 +268,7 @@ class Branch:
             heldout_error=None if job.test_gram is None else float(report.test_error),
             steps=int(report.steps),
             status=status.name,
-            seconds=timed.seconds,
+            seconds=moving + timed.seconds,
             compile_seconds=timed.compile_seconds,
             dead_inputs=int(report.dead_inputs),
         )

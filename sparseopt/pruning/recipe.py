@@ -15,8 +15,9 @@ from sparseopt.pruning.patterns import check_pattern
 from sparseopt.pruning.reconstruction import Reconstruction
 from sparseopt.pruning.sensitivity import OUTPUT_WEIGHTINGS, OutputWeighting
 
-# Epochs of reconstruction that method "best" runs unasked.
+# What method "best" does unasked: epochs of reconstruction, and the share of earlier error that it makes up for.
 BEST_EPOCHS = 4
+BEST_PROPAGATE = 0.25
 STORED_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -35,14 +36,15 @@ class Recipe:
             larger one overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. None: the method's
             own.
         weighting: of the tokens in the Grams, "uniform" or "residual", see `calibration`; the relative errors are
-            in the same weights. None: "residual" for method "best", else "uniform".
+            in the same weights.
         outputs: weights of the errors at a linear's outputs, "uniform" or "gradient", see `sensitivity`; the relative
             errors are without them. None: "gradient" for method "best", else "uniform".
         allocation: of the sparsity over the linears, "uniform", "owl" or "curves", see `allocation`; the total stays
             exact. Not with n:m patterns.
         bounds: least and most sparsity of a linear, for allocations but "uniform"; None: `default_bounds`.
         propagate: share, in [0, 1], of the error of the blocks before that a linear is to make up for, see
-            `propagation`.
+            `propagation`; the relative errors are then to the moved target. None: `BEST_PROPAGATE` for method "best",
+            else 0.
         reconstruct: epochs of training for the kept weights of each block after its linears are pruned, 0 for none,
             or a whole `Reconstruction`. None: `BEST_EPOCHS` for method "best", else 0.
         calibration: a text as in `pruning.texts` ("pydoc", "wikitext2:PATH", ...), or token ids `[samples, seqlen]`.
@@ -59,11 +61,11 @@ class Recipe:
     preset: str = "best"
     penalty: Penalty | None = None
     ridge: float | None = None
-    weighting: Weighting | None = None
+    weighting: Weighting = "uniform"
     outputs: OutputWeighting | None = None
     allocation: Allocation = "uniform"
     bounds: tuple[float, float] | None = None
-    propagate: float = 0.0
+    propagate: float | None = None
     reconstruct: int | Reconstruction | None = None
     calibration: Any = "pydoc"
     samples: int = 16
@@ -99,7 +101,7 @@ class Recipe:
                 self.reconstruction.check()
         except ValueError as error:
             problems.append(str(error))
-        if not 0 <= self.propagate <= 1:
+        if not 0 <= self.propagated_share <= 1:
             problems.append(f"propagate must be a share in [0, 1], given {self.propagate}")
         if self.outputs not in (None, *OUTPUT_WEIGHTINGS):
             problems.append(f"outputs must be one of {', '.join(OUTPUT_WEIGHTINGS)}, given {self.outputs!r}")
@@ -113,7 +115,7 @@ class Recipe:
             problems.append(f"heldout_samples must be 0 or more, given {self.heldout_samples}")
         if self.seed < 0:
             problems.append(f"seed must be 0 or more, given {self.seed}")
-        if self.weighting not in (None, *WEIGHTINGS):
+        if self.weighting not in WEIGHTINGS:
             problems.append(f"weighting must be one of {', '.join(WEIGHTINGS)}, given {self.weighting!r}")
         if self.dtype is not None and self.dtype not in STORED_DTYPES:
             problems.append(f"dtype must be one of {', '.join(STORED_DTYPES)}, given {self.dtype!r}")
@@ -121,13 +123,16 @@ class Recipe:
             raise ValueError("the recipe cannot be used:\n  " + "\n  ".join(problems))
         return method
 
-    def token_weighting(self) -> Weighting:
-        """The weighting asked for, or the method's default."""
-        return self.weighting or ("residual" if self.method == "best" else "uniform")
-
     def output_weighting(self) -> OutputWeighting:
         """The weighting of outputs asked for, or the method's default."""
         return self.outputs or ("gradient" if self.method == "best" else "uniform")
+
+    @property
+    def propagated_share(self) -> float:
+        """The share of earlier error asked for, or the method's default."""
+        if self.propagate is None:
+            return BEST_PROPAGATE if self.method == "best" else 0.0
+        return self.propagate
 
     @property
     def reconstruction(self) -> Reconstruction | None:
@@ -141,7 +146,7 @@ class Recipe:
     @property
     def needs_dense_stream(self) -> bool:
         """Whether the dense model's activations are carried beside the pruned model's."""
-        return self.propagate > 0 or self.reconstruction is not None
+        return self.propagated_share > 0 or self.reconstruction is not None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a JSON record; arrays of tokens appear by their shape, methods by their name."""

@@ -112,19 +112,19 @@ def test_table_and_picture_are_written_with_what_was_run(settings, finished):
     assert ", 3 x 32 = 96 tokens, and 64 held out; seed 0\n" in text
     assert ", 2 x 48 = 96 tokens\n" in text
     assert "* measured on: " in text
-    assert "* layer errors: tokens in uniform weighting\n" in text
+    assert "* layer errors: uniform tokens\n" in text
     assert text.count("\n| wanda | ") == 3
     assert "![comparison](comparison.png)" in text
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
-def test_errors_in_different_weightings_are_told_apart(settings, finished):
+def test_errors_of_different_kinds_are_told_apart(settings, finished):
     _, section = finished
-    section.rows[1].figures["weighting"] = "residual"
+    section.rows[1].figures["errors"] = "residual tokens"
     runs = comparison.build(methods=METHODS, sparsities=[0.5], patterns=PATTERNS, **settings)
     head = "\n".join(comparison.head(section, runs[0].task))
-    section.rows[1].figures["weighting"] = "uniform"
-    assert "compare only within one weighting of the tokens (residual: wanda; uniform: wanda, magnitude)" in head
+    section.rows[1].figures["errors"] = "uniform tokens"
+    assert "compare only within one kind (residual tokens: wanda; uniform tokens: wanda, magnitude)" in head
 
 
 @pytest.mark.parametrize("lost", [["summary.json"], ["summary.json", "config.yaml"]])
@@ -190,7 +190,7 @@ def test_another_folder_is_refused_with_what_differs(tmp_path, settings, finishe
     output, _ = finished
     for changes, expected in (
         ({"samples": 4, "seed": 7}, r"(?s)seed: 0 there, 7 given.*samples: 3 there, 4 given.*another --output"),
-        ({"weighting": "residual"}, "weighting: none there, residual given"),
+        ({"weighting": "residual"}, "weighting: uniform there, residual given"),
         ({"source": "elsewhere"}, "source: .*source there, elsewhere given"),
     ):
         with pytest.raises(ValueError, match=expected):

@@ -52,15 +52,15 @@ def test_a_silent_token_weighs_nothing_and_batches_do_not_matter(source, tokens)
     assert len(make_batches(x)) == 1
 
 
-def test_best_takes_the_weights_and_the_ridge_of_whole_models_and_the_others_their_own():
-    assert Recipe(method="best").token_weighting() == "residual"
+def test_best_takes_the_ridge_and_the_propagation_of_whole_models_and_the_others_their_own():
+    assert Recipe(method="best").propagated_share == 0.25
+    assert Recipe(method="best", propagate=0).propagated_share == 0
     assert Recipe(method="best").check() == best_for_models()
     assert best_for_models().ridge == 0.1
-    assert Recipe(method="best", ridge=0.02, weighting="uniform").check().ridge == 0.02
-    assert Recipe(method="best", weighting="uniform").token_weighting() == "uniform"
+    assert Recipe(method="best", ridge=0.02).check().ridge == 0.02
     for name in METHODS.keys() - {"best"}:
-        assert Recipe(method=name).token_weighting() == "uniform"
         assert Recipe(method=name).check() == find_method(name)
+        assert Recipe(method=name).propagated_share == 0
     assert Recipe(method="maiht", ridge=0.5).check().ridge == 0.5
 
 
