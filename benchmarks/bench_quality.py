@@ -37,7 +37,6 @@ ABLATION: dict[str, dict[str, Any]] = {
     "weighting residual": {"weighting": "residual"},
     "ridge 0.01": {"ridge": 0.01},
     "propagate 0": {"propagate": 0},
-    "propagate 0.5": {"propagate": 0.5},
     "+ allocation owl": {"allocation": "owl"},
     "+ allocation curves": {"allocation": "curves"},
     "+ reconstruct 4": {"reconstruct": 4},
