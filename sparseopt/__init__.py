@@ -12,6 +12,7 @@ from sparseopt.core.losses import Quadratic
 from sparseopt.core.patterns import NM, BlockTopK, RowTopK, TopK
 from sparseopt.core.penalties import L0, L1, MCP, SCAD, GroupL2, Penalty, Support, lift
 from sparseopt.core.proximal import proximal, proximal_adam
+from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LogisticLoss, PoissonLoss
 from sparseopt.core.solve import Measure, Problem, Solution, Solver, Status, solve
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
@@ -37,13 +38,17 @@ __all__ = [
     "MCP",
     "NM",
     "SCAD",
+    "AbsoluteLoss",
     "BlockTopK",
     "Graph",
     "GraphTrendFilter",
     "GroupL2",
+    "HuberLoss",
+    "LogisticLoss",
     "Maiht",
     "Measure",
     "Penalty",
+    "PoissonLoss",
     "Problem",
     "ProximalGradient",
     "Quadratic",

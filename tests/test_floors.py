@@ -21,6 +21,8 @@ FLOORS = [
     ("core/penalties", 2),
     ("core/losses", 2),
     ("core/fidelity", 2),
+    ("core/scalar_losses", 2),
+    ("core/node_losses", 2.5),  # sums of scalar losses
     ("core/solve.", 3),
     ("core/solvers/", 4),
     ("core/", 4),

@@ -48,6 +48,13 @@ PROMISES = {
         r"mAIHT +F = .* steps to within 1e-5 of its own end",
         r"order 1: best ρ .*, automatic ρ \d+ steps",
     ],
+    "06": [
+        r"50 levels from .*, largest gap \d\.\de-0[5-9]",
+        r"SURE +weight .*, 1\.0\d times the oracle's",
+        r"one standard error: weight .*, \d\.\d\d times",
+        r"the data choose order 0",
+        r"alpha .*, order 0: 1\.\d\d times the oracle's error",
+    ],
 }
 
 
@@ -60,7 +67,7 @@ def build():
     return module
 
 
-def test_there_are_five_and_each_has_its_pair():
+def test_there_are_six_and_each_has_its_pair():
     assert [source.stem[:2] for source in SOURCES] == list(PROMISES)
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == [source.stem for source in SOURCES]
 

@@ -8,25 +8,23 @@ Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17
 import contextlib
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.fidelity import NodeSquares, total, wide_types
-from sparseopt.core.penalties import Norm
+from sparseopt.core.fidelity import wide_types
 from sparseopt.core.solve import Problem, Solution, Status, solve
-from sparseopt.core.solvers.admm import Admm, Start
+from sparseopt.core.solvers.admm import Admm
+from sparseopt.trend.general_loss import checked_loss, fit_loss
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_block, checked_order, checked_penalty, checked_signal
-from sparseopt.trend.methods import METHODS, Prepared, chain_penalty, choose_method, prepare
-from sparseopt.trend.start import null_space_dual
+from sparseopt.trend.methods import ACCELERATION, METHODS, chain_penalty, choose_method, prepare, starts_exact
+from sparseopt.trend.preparation import SetUp, finished, leaves_as, set_up
+from sparseopt.trend.start import cold_start, exact_start, warm_start_of
 
-# At orders >= 1 the fit may leave the range of the data where nothing is observed. The certificate then holds
-# among fits within this many ranges of it; at order 0 the range itself is a bound that loses nothing.
-BOX_RANGES = 10.0
 # rho starts at this multiple of the weight over the noise: the balance 3 of admm.py at duals of rms 0.8 weight.
 FIRST_RHO = 2.4
 # The context manager left jax.experimental in JAX 0.8.
@@ -61,6 +59,7 @@ def trend_filter(
     history: bool = False,
     cadence: int = 5,
     dtype: Any = None,
+    loss: Any = None,
 ) -> Solution:
     """Fit `b` to a signal `y` on a graph so that few of its differences `Δ^(order+1) b` are not zero.
 
@@ -70,7 +69,7 @@ def trend_filter(
         graph: where it lives.
         penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2` (couples channels), or any object with `value` and `prox`.
         order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals.
-        method: "doge", "admm", "fast_admm" (chains), or "auto".
+        method: "doge", "admm", "fast_admm" (chains), or "auto"; `chosen_method` tells what that takes.
         tol: the relative duality gap to reach; for a penalty that is no norm, the stationarity residual.
         max_steps: step limit.
         node_weights: w >= 0, `[n]`; 0 marks a missing observation. At orders >= 1 with missing nodes the gap
@@ -81,8 +80,11 @@ def trend_filter(
         rho: the first ADMM parameter; None chooses it from the data.
         relaxation: over-relaxation in (0, 2).
         history: record residual, objective, gap and rho of every check.
-        cadence: steps between two checks.
+        cadence: steps between two checks; a start that is the fit already is checked after one.
         dtype: float32 or float64 instead of the signal's own.
+        loss: None for the square, `PoissonLoss()` (counts; b is the log-rate), `LogisticLoss()` (labels 0 and 1; b is
+            the log-odds), `HuberLoss(delta)`, `AbsoluteLoss()`, a `ScalarLoss` of your own, or the name "poisson",
+            "logistic", "huber" or "absolute". Not by "fast_admm". See `sparseopt.trend.general_loss`.
 
     Returns:
         A `Solution`. Its `.gap` is `(P - D) / D`, an upper bound on the relative suboptimality of `.value`, or
@@ -105,6 +107,7 @@ def trend_filter(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
     block = checked_block(B, k)
+    family = checked_loss(loss)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
     checked_penalty(penalty, signal.values.shape[1] if signal.values.ndim == 2 else None)
     if not (tol > 0 and 0 < relaxation < 2 and cadence >= 1 and max_steps >= 1 and (rho is None or rho > 0)):
@@ -115,13 +118,41 @@ def trend_filter(
     kind = signal.values.dtype
     native = wide_types() or kind == np.float32
     with precision(kind):
-        if graph.num_edges == 0 or _is_zero(penalty):
+        rounded = -(-max_steps // cadence) * cadence
+        options = {"relaxation": relaxation, "cadence": cadence}
+        rest = (method, block, warm_start, rho, options, tol, rounded, history)
+        if family is not None:
+            solution = fit_loss(signal, graph, penalty, k, family, *rest)
+        elif graph.num_edges == 0 or _is_zero(penalty):
             solution = _unchanged(signal)
         else:
-            rounded = -(-max_steps // cadence) * cadence
-            options = {"relaxation": relaxation, "cadence": cadence}
-            solution = _fit(signal, graph, penalty, k, method, block, warm_start, rho, options, tol, rounded, history)
+            solution = _fit(signal, graph, penalty, k, *rest)
         return solution if native else jax.device_get(solution)
+
+
+def chosen_method(
+    y: Any,
+    graph: Graph,
+    penalty: Any,
+    order: int = 0,
+    *,
+    node_weights: Any = None,
+    missing: str = "error",
+    dtype: Any = None,
+) -> str:
+    """The method that `trend_filter(..., method="auto")` takes for the square loss; arguments as there.
+
+    Example:
+        >>> from sparseopt.trend.filter import chosen_method
+        >>> chosen_method(np.arange(6.0) % 2, so.Graph.chain(6), so.L1(0.3), order=2)
+        'fast_admm'
+    """
+    k = checked_order(order)
+    signal = checked_signal(y, graph, node_weights, missing, dtype)
+    checked_penalty(penalty, signal.values.shape[1] if signal.values.ndim == 2 else None)
+    with precision(signal.values.dtype):
+        strength = _strength(penalty, set_up(signal, graph, k))
+    return choose_method(graph, penalty, k, signal.weights is not None, strength, signal.values.dtype)
 
 
 def _is_zero(penalty: Any) -> bool:
@@ -139,52 +170,10 @@ def _unchanged(signal: Signal) -> Solution:
     return Solution(value, status, steps, zero, zero, zero, None, None)
 
 
-@dataclasses.dataclass(frozen=True)
-class SetUp:
-    """What a fit needs beside penalty and method.
-
-    Attributes:
-        loss: on the nodes, `[*nodes]` or `[*nodes, channels]`.
-        centred: the same with the overall mean taken from the signal.
-        shift: that mean, `[channels]`.
-        means: of every node's component, `[n, channels]`.
-        full: the operator `Δ^(order+1)`, as Doge-ADMM takes it.
-        noise: of the signal; 0 where it has no differences.
-        laid_out: values `[n, channels]` on the nodes of the graph, on the device.
-    """
-
-    loss: NodeSquares
-    centred: NodeSquares
-    shift: np.ndarray
-    means: np.ndarray
-    full: Prepared
-    noise: float
-    laid_out: Callable[[np.ndarray], jax.Array]
-
-
-def set_up(signal: Signal, graph: Graph, order: int) -> SetUp:
-    """Lay out a checked signal; call it where the signal's precision is enabled."""
-    kind, channels = signal.values.dtype, signal.values.shape[1:]
-    nodes = graph.shape or (graph.num_nodes,)
-
-    def laid_out(values: np.ndarray) -> jax.Array:
-        return jnp.asarray(values.reshape(*nodes, *channels), kind)
-
-    shift, means = _means(signal, graph)
-    weights = None
-    if signal.weights is not None:
-        weights = jnp.asarray(signal.weights.reshape(*nodes, *(1 for _ in channels)))
-    low, high = _box(signal, order)
-    loss = NodeSquares(laid_out(signal.values), weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
-    centre = loss.observed(laid_out(signal.values - shift))
-    centred = NodeSquares(centre, weights, jnp.asarray(low - shift, kind), jnp.asarray(high - shift, kind))
-    full = prepare(graph, order, "doge", order + 1, weights is not None, kind, bool(channels))
-    return SetUp(loss, centred, shift, means, full, float(_noise(full, centre)), laid_out)
-
-
-def leaves_as(penalty: Any, kind: np.dtype) -> Any:
-    """The penalty with its numbers in the dtype of the computation."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, kind) if np.ndim(leaf) == 0 else jnp.asarray(leaf), penalty)
+def _strength(penalty: Any, base: SetUp) -> float:
+    """The penalty's weight over the noise of the signal."""
+    level = float(getattr(penalty, "weight", 1.0))
+    return level / base.noise if base.noise > 0 else 1.0
 
 
 def _fit(
@@ -204,14 +193,11 @@ def _fit(
     kind, channels = signal.values.dtype, signal.values.shape[1:]
     weighted = signal.weights is not None
     base = set_up(signal, graph, k)
-    loss, centred, full, noise = base.loss, base.centred, base.full, base.noise
-    shift, means = base.shift, base.means
-    centre, laid_out = centred.center, base.laid_out
     penalty = leaves_as(penalty, kind)
-    level = float(getattr(penalty, "weight", 1.0))
-    strength = level / noise if noise > 0 else 1.0
+    strength = _strength(penalty, base)
     if method == "auto":
-        method = choose_method(graph, penalty, k, weighted, strength)
+        method = choose_method(graph, penalty, k, weighted, strength, kind)
+    exact = starts_exact(method, k, weighted)
     ready = prepare(graph, k, method, block if method == "doge" else 0, weighted, kind, bool(channels))
     if method == "fast_admm":
         penalty = chain_penalty(penalty, graph, k)
@@ -219,142 +205,20 @@ def _fit(
         ready.node_solve,
         jnp.asarray(FIRST_RHO * strength if rho is None else rho, kind),
         relaxation=jnp.asarray(options["relaxation"], kind),
-        cadence=options["cadence"],
+        cadence=1 if exact else options["cadence"],
+        acceleration=0 if exact else ACCELERATION,
     )
     if warm_start is None:
-        start = _cold(signal, means, laid_out, graph, penalty, k, full, ready, shift, centre)
+        start = cold_start(signal, graph, penalty, k, base, ready)
     else:
-        x = laid_out(np.asarray(warm_start.value).reshape(signal.values.shape) - shift)
-        start = _warm(x, warm_start, ready, rho)
-    problem = Problem(centred, penalty, ready.split)
-    found = solve(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=max_steps, history=history)
-    value, objective, gap = _finish(
-        Problem(loss, penalty, ready.split), found, jnp.asarray(shift, kind), laid_out(means)
-    )
-    status = found.status
-    if isinstance(penalty, Norm):
-        # The mean comes back in working precision; what that costs is part of the answer.
-        lost = (status == Status.CONVERGED) & ~(gap <= tol)
-        status = jnp.where(lost, Status.PRECISION, status)
-        status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status)
-    else:
-        status = jnp.where(status == Status.CONVERGED, Status.STATIONARY, status)
-    return dataclasses.replace(
-        found,
-        value=value.reshape(signal.shape),
-        status=status.astype(jnp.int32),
-        residual=gap if isinstance(penalty, Norm) else found.residual,
-        objective=objective,
-        gap=gap,
-    )
-
-
-def _box(signal: Signal, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds for the fit at missing nodes, one a channel."""
-    seen = signal.values if signal.weights is None else signal.values[signal.weights > 0]
-    low, high = seen.min(axis=0), seen.max(axis=0)
-    wider = BOX_RANGES * (high - low) if k else 0
-    return low - wider, high + wider
-
-
-@jax.jit
-def _noise(ready: Prepared, y: jax.Array) -> jax.Array:
-    """The standard deviation of white noise whose differences have the mean size of those of y."""
-    return 1.2533 * jnp.mean(jnp.abs(ready.split.mv(y)) / ready.row_norms)
-
-
-def _means(signal: Signal, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over all observed nodes and the mean of every node's component, `[channels]` and `[n, channels]`."""
-    kind, channels = signal.values.dtype, signal.values.shape[1:]
-    columns = signal.values.reshape(graph.num_nodes, -1)
-    if signal.weights is None:
-        overall = columns.mean(axis=0, dtype=np.float64)
-    else:
-        overall = np.average(columns, axis=0, weights=signal.weights.astype(np.float64))
-    if graph.num_components == 1:
-        means = np.broadcast_to(overall.astype(kind), columns.shape)
-    else:
-        weights = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
-        mass = np.bincount(graph.components, weights=weights)
-        sums = [np.bincount(graph.components, weights=weights * column) for column in columns.T]
-        means = (np.stack(sums, axis=1) / mass[:, None])[graph.components].astype(kind)
-    return overall.astype(kind).reshape(channels), means.reshape(graph.num_nodes, *channels)
-
-
-def _cold(
-    signal: Signal,
-    means: np.ndarray,
-    laid_out: Callable[[np.ndarray], jax.Array],
-    graph: Graph,
-    penalty: Any,
-    k: int,
-    full: Prepared,
-    ready: Prepared,
-    shift: np.ndarray,
-    centre: jax.Array,
-) -> Start:
-    """The signal with a dual of 0; or, where the weight may be that large, the means and their dual.
-
-    The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z, so one z decides for most signals.
-    """
-    plain = Start(centre, jnp.zeros(ready.split.row_shape(centre), centre.dtype))
-    if not isinstance(penalty, Norm) or plain.dual.shape != full.split.row_shape(centre):
-        return plain
-    weights = 1.0 if signal.weights is None else signal.weights.reshape((-1,) + (1,) * (means.ndim - 1))
-    pull = weights * (signal.values - means)
-    if float(penalty.value(full.split.mv(laid_out(pull)))) < np.sum(pull**2, dtype=np.float64):
-        return plain
-    found = null_space_dual(graph, pull.reshape(graph.num_nodes, -1).astype(np.float64), k)
-    if found is None:
-        return plain
-    z = laid_out(found[0].reshape(means.shape))
-    dual = full.split.outer.base.difference(z) if found[1] else z
-    return Start(laid_out(means - shift), penalty.project_dual(dual))
-
-
-def _warm(x: jax.Array, warm_start: Solution, ready: Prepared, rho: float | None) -> Start:
-    """The start that continues an earlier solution.
-
-    Raises:
-        ValueError: if its dual does not fit.
-    """
-    state = warm_start.state
-    wanted = ready.split.row_shape(x)
-    if state is None or state.candidate.shape != wanted:
-        given = None if state is None else state.candidate.shape
-        raise ValueError(
-            f"warm_start needs a solution of the same graph and order whose dual has the shape {wanted}, given {given}"
-        )
-    return Start(x, jnp.asarray(state.candidate, x.dtype), state.rho if rho is None else None)
-
-
-@jax.jit
-def _finish(
-    problem: Problem, found: Solution, shift: jax.Array, means: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The fit in the caller's units, its objective, and its gap as it stands after rounding.
-
-    The component means are the limit for large weights; where they are no worse than the iterate they are the
-    answer, and its differences are exactly zero.
-    """
-    loss, penalty, split = problem.loss, problem.penalty, problem.operator
-    x = found.value + shift
-    if not isinstance(penalty, Norm):
-        return x, found.objective, found.gap
-    tiny = jnp.finfo(x.dtype).tiny
-    dual = found.state.candidate
-
-    def judged(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = split.mv(x)
-        objective = loss.value(x) + penalty.value(rows)
-        slack = loss.slack(x, split.rmv(dual)) + total(penalty.slack(rows, dual))
-        gap = jnp.where(slack < objective, slack / jnp.maximum(objective - slack, tiny), jnp.inf)
-        return objective, jnp.where(slack == 0, 0, gap)
-
-    of_x, of_means = judged(x), judged(means)
-    take = of_means[0] <= of_x[0]
-    return (
-        jnp.where(take, means, x),
-        jnp.where(take, of_means[0], of_x[0]),
-        jnp.where(take, of_means[1], of_x[1]),
-    )
+        x = base.laid_out(np.asarray(warm_start.value).reshape(signal.values.shape) - base.shift)
+        start = warm_start_of(x, warm_start, ready, rho)
+    if exact:
+        start = exact_start(penalty, base.centred.center)
+    problem, level = Problem(base.centred, penalty, ready.split), jnp.asarray(tol, kind)
+    found = solve(problem, solver, start, tol=level, max_steps=max_steps, history=history)
+    problem, shift, means = Problem(base.loss, penalty, ready.split), jnp.asarray(base.shift, kind), base.means
+    fit = finished(problem, found, shift, base.laid_out(means), level)
+    # What the acceleration remembers is many times the signal, and no later solve can use it.
+    state = dataclasses.replace(found.state, past=None)
+    return dataclasses.replace(found, **fit._replace(value=fit.value.reshape(signal.shape))._asdict(), state=state)

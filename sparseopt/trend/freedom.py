@@ -120,7 +120,7 @@ def row_dual(penalty: Any, candidate: jax.Array) -> jax.Array:
     """The dual u of the rows of Δ^(order+1) from a solver's, `Eᵀu` where the last difference E is in the penalty."""
     if not isinstance(penalty, ChainTotalVariation):
         return candidate
-    u = penalty._potential(penalty._line(candidate))
+    u = penalty.potential(penalty.line(candidate))
     return u if penalty.pinned else jnp.pad(u, [(0, 1)] + [(0, 0)] * (u.ndim - 1))[None]
 
 
@@ -128,7 +128,7 @@ def chain_dual(penalty: Any, dual: jax.Array) -> jax.Array:
     """The solver's dual from that of the rows: the inverse of `row_dual`."""
     if not isinstance(penalty, ChainTotalVariation):
         return dual
-    return penalty._laid_out(penalty._transpose(dual if penalty.pinned else dual[0, :-1]))
+    return penalty.laid_out(penalty.transpose(dual if penalty.pinned else dual[0, :-1]))
 
 
 def nonzero_rows(penalty: Any, rows: jax.Array, dual: jax.Array, scale: jax.Array) -> jax.Array:

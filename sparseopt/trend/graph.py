@@ -54,6 +54,14 @@ class Graph:
             return f"Graph.grid({self.shape})"
         return f"<Graph of {self.num_nodes:,} nodes and {self.num_edges:,} edges>"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What was given: the tables are built again where they are needed."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Graph":
+        """The graph itself: it does not change, and a copy of an estimator shares its tables."""
+        return self
+
     @classmethod
     def grid(cls, shape: Sequence[int]) -> "Graph":
         """A grid of 1, 2 or 3 dimensions: each node joined to its neighbours along the axes.

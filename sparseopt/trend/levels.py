@@ -17,18 +17,23 @@ import numpy as np
 from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.penalties import Norm
 from sparseopt.core.solve import Problem, Status, solve
-from sparseopt.core.solvers.admm import BALANCE, Admm, Start
+from sparseopt.core.solvers.admm import Admm, Start, balanced_rho
 from sparseopt.core.types import pytree
-from sparseopt.trend.filter import FIRST_RHO, _cold, _finish, leaves_as, set_up
+from sparseopt.trend.filter import FIRST_RHO
 from sparseopt.trend.freedom import chain_dual, nonzero_rows, row_dual
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
 from sparseopt.trend.largest_weight import NullFit
-from sparseopt.trend.methods import Prepared, chain_penalty, choose_method, prepare
+from sparseopt.trend.methods import ACCELERATION, Prepared, chain_penalty, choose_method, prepare, starts_exact
+from sparseopt.trend.preparation import finished, leaves_as, set_up
+from sparseopt.trend.start import cold_start, exact_start
 
 # Doge's start brings a rho of its own, believed within this factor of what the noise says.
 RHO_RANGE = 1e4
-# From this order on the first changes of rho lead `fast_admm` astray: levels keep the rho that the second one found.
+# A level of few steps has no use for a rho that is sought again. With exact x-steps, levels take the rho of the level
+# before, moved towards what its last step asked for by the root of the ratio, by this factor at most.
+LARGEST_WISH = 2.0
+# `fast_admm` seeks its rho at every level below this order, where that was measured to be quicker.
 KEPT_RHO_ORDER = 2
 
 
@@ -93,15 +98,19 @@ def descend(
 
     noise = base.noise or float(weights[0])
     if method == "auto":
-        method = choose_method(graph, template, order, weighted, weights[0] / noise)
+        method = choose_method(graph, template, order, weighted, weights[0] / noise, kind)
         cosines = graph.shape is not None and not weighted
         if method == "doge" and (order >= 1 or cosines) and isinstance(template, Norm):
             # A path spends its steps where smoothing is strong: there the conditioning decides.
             method = "admm"
     ready = prepare(graph, order, method, order + 1 if method == "doge" else 0, weighted, kind, bool(channels))
-    # On a chain at order 0 the start is exact already; the first check says so.
-    exact = method == "fast_admm" and order == 0 and not weighted
-    solver = Admm(ready.node_solve, jnp.asarray(FIRST_RHO * weights[0] / noise, kind), cadence=1 if exact else 5)
+    exact = starts_exact(method, order, weighted)
+    solver = Admm(
+        ready.node_solve,
+        jnp.asarray(FIRST_RHO * weights[0] / noise, kind),
+        cadence=1 if exact else 5,
+        acceleration=0 if exact else ACCELERATION,
+    )
     task = _Task(
         base.loss, centred, ready, full, solver, jnp.asarray(shift, kind), laid_out(means), jnp.asarray(noise, kind)
     )
@@ -111,7 +120,7 @@ def descend(
 
     top = in_solver(penalty_at(weights[0]))
     if first is None:
-        start = _cold(signal, means, laid_out, graph, top, order, full, ready, shift, centre)
+        start = cold_start(signal, graph, top, order, base, ready)
     else:
         dual = jnp.asarray(first.dual.reshape(full.split.row_shape(centre)), kind)
         start = Start(laid_out(means - shift), chain_dual(top, dual))
@@ -125,13 +134,13 @@ def descend(
         if index == 0 and first is not None and not isinstance(penalty, Norm):
             found.append(_null_level(task, start, tol))
             continue
-        if index == 2 and method == "fast_admm" and order >= KEPT_RHO_ORDER:
-            task = dataclasses.replace(task, solver=dataclasses.replace(solver, changes=0))
+        keeps = method == "admm" or (method == "fast_admm" and order >= KEPT_RHO_ORDER)
+        settled = keeps and index >= 2 and isinstance(penalty, Norm)
         level, following = _solved(
             task,
             in_solver(penalty),
             penalty,
-            (start, older),
+            (dataclasses.replace(start, settled=jnp.asarray(settled)), older),
             move,
             jnp.asarray(tol, kind),
             max_steps=max_steps,
@@ -173,33 +182,34 @@ def _solved(
     split, centred = task.ready.split, task.centred
     start = fits[0]
     if exact:
-        fit = penalty.prox(centred.center, 1.0)
-        start = Start(fit, centred.center - fit)
+        start = exact_start(penalty, centred.center)
     elif isinstance(penalty, Norm):
         start = _predicted(penalty, fits, move)
-    rho = _balanced(task, start, plain.weight) if balance else fits[0].rho * move[0]
-    start = Start(start.x, start.dual, rho)
+    rho = fits[0].rho * move[0]
+    if balance:
+        # Where Doge's rho ended at the last level is far off; the solver's first changes would find this one.
+        usual = FIRST_RHO * plain.weight / task.noise
+        rho = jnp.clip(balanced_rho(split, centred, start.x, start.dual), usual / RHO_RANGE, usual * RHO_RANGE)
+    start = Start(start.x, start.dual, rho, fits[0].settled)
     found = solve(Problem(centred, penalty, split), task.solver, start, tol=tol, max_steps=max_steps)
-    value, objective, gap = _finish(Problem(task.loss, penalty, split), found, task.shift, task.means)
-    status = found.status
+    fit = finished(Problem(task.loss, penalty, split), found, task.shift, task.means, tol)
     if isinstance(penalty, Norm):
-        status = jnp.where((status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, status)
-        status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status)
         dual = row_dual(penalty, found.state.candidate)
         scale = task.full.row_norms * (task.noise / plain.weight)
-        nonzero, residual = nonzero_rows(plain, task.full.split.mv(value), dual, scale), gap
+        nonzero = nonzero_rows(plain, task.full.split.mv(fit.value), dual, scale)
     else:
-        status = jnp.where(status == Status.CONVERGED, Status.STATIONARY, status)
-        nonzero, residual = found.state.prox != 0, found.residual
-    level = Level(value, objective, gap, residual, found.steps, status.astype(jnp.int32), nonzero)
-    return level, Start(found.value, found.state.candidate, found.state.rho)
+        nonzero = found.state.prox != 0
+    level = Level(fit.value, fit.objective, fit.gap, fit.residual, found.steps, fit.status, nonzero)
+    state = found.state
+    wish = jnp.where(fits[0].settled, jnp.sqrt(state.check.motion / state.rho), 1)
+    return level, Start(found.value, state.candidate, state.rho * jnp.clip(wish, 1 / LARGEST_WISH, LARGEST_WISH))
 
 
 @jax.jit
 def _null_level(task: _Task, start: Start, tol: Any) -> Level:
     """The component means of a penalty that is no norm: stationary by their dual, without a step.
 
-    The solver's residual could not say so: it is relative to differences that are 0 here.
+    A step might leave them: where 1 / rho is long, a prox that is not convex prefers other points.
     """
     split, centred = task.ready.split, task.centred
     left = centred.gradient(start.x) + split.rmv(start.dual)
@@ -218,19 +228,3 @@ def _predicted(penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any]) -
     scaled = jnp.where(ahead > 0, 1, ratio) * last.dual
     dual = penalty.project_dual(scaled + ahead * (last.dual - before.dual))
     return Start(last.x + ahead * (last.x - before.x), dual)
-
-
-def _balanced(task: _Task, start: Start, weight: Any) -> jax.Array:
-    """The rho of `Admm`'s first changes, found from the start: where Doge's rho ended at the last level is far off."""
-    split = task.ready.split
-    tiny = jnp.finfo(start.x.dtype).tiny
-
-    def mean_square(scale: Any, x: jax.Array) -> jax.Array:
-        scale = jnp.broadcast_to(scale, x.shape)
-        return total(scale * x * x) / jnp.maximum(total(scale), tiny)
-
-    on_nodes = split.column_scale if split.inner.order == 0 else jnp.ones((), start.x.dtype)
-    apart = mean_square(on_nodes, task.centred.observed(task.centred.center - start.x))
-    rho = BALANCE * jnp.sqrt(mean_square(split.row_scale, start.dual) / jnp.maximum(apart, tiny))
-    usual = FIRST_RHO * weight / task.noise
-    return jnp.clip(rho, usual / RHO_RANGE, usual * RHO_RANGE)

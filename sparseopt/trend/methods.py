@@ -17,8 +17,11 @@ from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
 
 METHODS = ("auto", "doge", "admm", "fast_admm")
-# Above this ratio of weight to noise an exact x-step needs so many steps fewer that it wins in time too.
-STRONG_SMOOTHING = 3.0
+# How many differences Anderson acceleration of the standard ADMM remembers; fifteen were hardly better.
+ACCELERATION = 10
+# Above these ratios of weight to noise, at orders 0 and 1, an exact x-step needs so many steps fewer that it wins in
+# time too.
+STRONG_SMOOTHING = (20.0, 2.0)
 
 
 @pytree
@@ -52,12 +55,20 @@ def chain_penalty(penalty: Any, graph: Graph, order: int) -> ChainTotalVariation
     return ChainTotalVariation(penalty.weight, order % 2 == 1)
 
 
-def choose_method(graph: Graph, penalty: Any, order: int, weighted: bool, strength: float) -> str:
+def starts_exact(method: str, order: int, weighted: bool) -> bool:
+    """Whether one prox is the fit, so that the first check ends the solve: chains at order 0."""
+    return method == "fast_admm" and order == 0 and not weighted
+
+
+def choose_method(
+    graph: Graph, penalty: Any, order: int, weighted: bool, strength: float, dtype: Any = np.float64
+) -> str:
     """The method for "auto".
 
     A step of Doge costs two sparse products, and at orders 0 and 1 few are needed: it is the fastest in time on
-    every graph. From order 2, and under strong smoothing, conditioning decides; an exact x-step pays where it is
-    cheap, by cosines on grids without node weights, and on chains the exact fused lasso as well.
+    general graphs, and on grids unless smoothing is strong. There, and from order 2, conditioning decides: an exact
+    x-step pays where it is cheap, by cosines on grids without node weights. On chains there is the exact fused lasso
+    as well: at order 0 it is the fit, at others it saves steps. In float32 it loses its accuracy over long chains.
 
     Args:
         graph: the graph.
@@ -65,13 +76,15 @@ def choose_method(graph: Graph, penalty: Any, order: int, weighted: bool, streng
         order: k.
         weighted: whether there are node weights or missing values.
         strength: the penalty's weight over the noise of the signal.
+        dtype: of the computation.
     """
     if graph.shape is None or weighted:
         return "doge"
-    strong = strength > STRONG_SMOOTHING
-    if len(graph.shape) == 1 and isinstance(penalty, L1) and (order >= 2 or strong):
+    strong = order >= 2 or strength > STRONG_SMOOTHING[order]
+    chain = len(graph.shape) == 1 and isinstance(penalty, L1) and dtype == np.float64
+    if chain and (order == 0 or strong):
         return "fast_admm"
-    return "admm" if order >= 2 or (order == 1 and strong) else "doge"
+    return "admm" if strong else "doge"
 
 
 def prepare(graph: Graph, order: int, method: str, block: int, weighted: bool, dtype: Any, channels: bool) -> Prepared:

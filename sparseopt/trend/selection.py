@@ -2,16 +2,24 @@
 
 With RSS the weighted sum of squares, N the number of observed values and sigma the noise level:
 
-    gcv    (RSS / N) / (1 - df / N)²                         needs no sigma
+    gcv    (RSS / N) / (1 - df / N)²,  df <= N / 2           needs no sigma
     sure   (RSS + 2 sigma² df) / N - sigma²                  an unbiased estimate of the mean squared error (L1)
-    aic    RSS / sigma² + 2 df,       or  N log(RSS / N) + 2 df       where sigma is not known
-    bic    RSS / sigma² + log(N) df,  or  N log(RSS / N) + log(N) df  where sigma is not known
+    aic    RSS / sigma² + 2 df,       or  N log(RSS / N) + 2 N (df + 1) / (N - df - 2)  where sigma is not known
+    bic    RSS / sigma² + log(N) df,  or  N log(RSS / N) + log(N) df                    where sigma is not known
+
+Why the bound of gcv: with M the mean squared error and d = df / N, RSS / N has the mean `sigma² (1 - 2 d) + M` for
+L1, so gcv estimates `sigma² + M` without bias where `M = sigma² d / (2 - d)`. For small d it matters little that M
+differs from that. As d nears 1 the quotient goes to `sigma² / (1 - d)` for a projection, whose M is sigma² d, but L1
+shrinks, its M is smaller, and the quotient falls far below `sigma² + M`: the noisiest fits would win. The price of the
+corrected aic rises fast enough to need no bound.
 
 Source: Golub, Heath and Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter",
 Technometrics 21 (1979); Stein, "Estimation of the mean of a multivariate normal distribution", Annals of Statistics 9
-(1981); Akaike (1974); Schwarz (1978); Zou, Hastie and Tibshirani, "On the degrees of freedom of the lasso", Annals of
-Statistics 35 (2007), for their use with a count of dimensions; Hastie, Tibshirani and Friedman, "The Elements of
-Statistical Learning", second edition, section 7.10, for the rule of one standard error.
+(1981); Akaike (1974); Schwarz (1978); Hurvich, Simonoff and Tsai, "Smoothing parameter selection in nonparametric
+regression using an improved Akaike information criterion", JRSS B 60 (1998), for the corrected form; Zou, Hastie and
+Tibshirani, "On the degrees of freedom of the lasso", Annals of Statistics 35 (2007), for their use with a count of
+dimensions; Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", second edition, section 7.10, for
+the rule of one standard error.
 """
 
 import dataclasses
@@ -37,8 +45,8 @@ class Selection:
     Attributes:
         path: what it was chosen from.
         criterion: "gcv", "sure", "aic" or "bic".
-        curve: the criterion at every level, `[levels]`; +inf where it is not defined, since a fit with as many
-            degrees of freedom as values leaves nothing to judge by.
+        curve: the criterion at every level, `[levels]`; +inf where it is not defined, since a fit with that many
+            degrees of freedom leaves too little to judge by.
         index: the level where it is least; of equal ones that of the largest weight.
         sigma: the noise level used; None where the criterion did without.
     """
@@ -66,10 +74,12 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
     Args:
         path: of `trend_path`.
         criterion: "gcv", "sure", "aic" or "bic". Degrees of freedom count dimensions; for penalties other than L1
-            that leaves out what the choice of the zeros costs, and the criteria favour small weights.
+            that leaves out what the choice of the zeros costs, and the criteria favour small weights. "gcv" looks
+            at fits with at most half as many degrees of freedom as values; under so little noise that more are
+            wanted, take "sure" or "aic".
         sigma: the standard deviation of the noise (at node weight 1). None lets "sure" take `path.noise`, the robust
-            estimate, and "aic" and "bic" the profiled likelihood. On a path that comes near the signal itself the
-            profiled forms fall without bound as RSS goes to 0; give them a sigma there, such as `path.noise`.
+            estimate, "aic" the corrected form and "bic" the profiled likelihood, which falls without bound as RSS
+            goes to 0; on a path that comes near the signal itself give it a sigma, such as `path.noise`.
 
     Raises:
         ValueError: for another criterion, or a sigma that is not positive.
@@ -99,16 +109,17 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
     price = {"aic": 2.0, "bic": math.log(count)}.get(criterion, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         if criterion == "gcv":
-            curve = rss / count / (1 - freedom / count) ** 2
+            curve = np.where(freedom <= count / 2, rss / count / (1 - freedom / count) ** 2, np.inf)
         elif criterion == "sure":
             assert sigma is not None
             curve = (rss + 2 * sigma**2 * freedom) / count - sigma**2
+        elif sigma is None and criterion == "aic":
+            left = count - freedom - 2
+            curve = np.where(left > 0, count * (np.log(rss / count) + 2 * (freedom + 1) / left), np.inf)
         elif sigma is None:
-            curve = count * np.log(rss / count) + price * freedom
+            curve = np.where(freedom < count, count * np.log(rss / count) + price * freedom, np.inf)
         else:
             curve = rss / sigma**2 + price * freedom
-    if sigma is None:
-        curve = np.where(freedom < count, curve, np.inf)
     return Selection(path, criterion, curve, int(np.argmin(curve)), sigma)
 
 

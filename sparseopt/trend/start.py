@@ -1,10 +1,20 @@
-"""Floor 5: the start for weights so large that the answer is the component means, or close to it."""
+"""Floor 5: where a solve starts: the signal, an earlier fit, or the component means if they are the fit or close."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy import fft, sparse
 from scipy.sparse import linalg
 
+from sparseopt.core.penalties import Norm
+from sparseopt.core.solve import Solution
+from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.inputs import Signal
+from sparseopt.trend.methods import Prepared
+from sparseopt.trend.preparation import SetUp
 
 CG_STEPS = 1000
 
@@ -50,3 +60,58 @@ def null_space_dual(graph: Graph, pull: np.ndarray, order: int) -> tuple[np.ndar
     halves, odd = divmod(order + 1, 2)
     found = laplacian_inverse(graph, pull, halves + odd)
     return None if found is None else (found, bool(odd))
+
+
+def cold_start(signal: Signal, graph: Graph, penalty: Any, order: int, base: SetUp, ready: Prepared) -> Start:
+    """The centred signal with a dual of 0; or, where the weight may be that large, the means and their dual.
+
+    The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z, so one z decides for most signals.
+
+    Args:
+        signal: checked.
+        graph: with an edge.
+        penalty: as the solver takes it.
+        order: k.
+        base: of the signal.
+        ready: of the method.
+    """
+    centre, means = base.centred.center, base.means
+    plain = Start(centre, jnp.zeros(ready.split.row_shape(centre), centre.dtype))
+    if not isinstance(penalty, Norm) or plain.dual.shape != base.full.split.row_shape(centre):
+        return plain
+    weights = 1.0 if signal.weights is None else signal.weights.reshape((-1,) + (1,) * (means.ndim - 1))
+    pull = np.asarray(weights * (signal.values - means), np.float64)
+    # Of size 1, so that no square overflows: both sides of the comparison are norms.
+    size = np.abs(pull).max() or 1.0
+    pull = pull / size
+    if float(penalty.value(base.full.split.mv(base.laid_out(pull)))) < size * np.sum(pull**2):
+        return plain
+    found = null_space_dual(graph, pull.reshape(graph.num_nodes, -1), order)
+    if found is None:
+        return plain
+    z = base.laid_out(size * found[0].reshape(means.shape))
+    dual = base.full.split.outer.base.difference(z) if found[1] else z
+    return Start(base.laid_out(means - base.shift), penalty.project_dual(dual))
+
+
+@jax.jit
+def exact_start(penalty: Any, centre: jax.Array) -> Start:
+    """The fit itself and its dual, where the penalty's prox is all there is to solve: order 0 of `fast_admm`."""
+    answer = penalty.prox(centre, 1.0)
+    return Start(answer, centre - answer)
+
+
+def warm_start_of(x: jax.Array, solution: Solution, ready: Prepared, rho: float | None) -> Start:
+    """The start that continues an earlier solution at the point x.
+
+    Raises:
+        ValueError: if its dual does not fit.
+    """
+    state = solution.state
+    wanted = ready.split.row_shape(x)
+    if state is None or state.candidate.shape != wanted:
+        given = None if state is None else state.candidate.shape
+        raise ValueError(
+            f"warm_start needs a solution of the same graph and order whose dual has the shape {wanted}, given {given}"
+        )
+    return Start(x, jnp.asarray(state.candidate, x.dtype), state.rho if rho is None else None)

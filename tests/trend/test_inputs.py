@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -125,6 +128,18 @@ def test_grids_given_by_edges_are_recognised(rng, shape):
     order = rng.permutation(grid.num_edges)
     assert so.Graph.from_edges(grid.edges[order][:, ::-1], grid.num_nodes).shape == shape
     assert so.Graph.from_edges(grid.edges[1:], grid.num_nodes).shape is None
+
+
+def test_a_stored_graph_leaves_its_tables_out_and_a_copy_shares_them():
+    graph = so.Graph.from_edges([(0, 1), (1, 2), (3, 4)], weights=[1.0, 2.0, 3.0], nodes="abcde")
+    stored = pickle.dumps(graph)
+    fit = so.trend_filter(np.arange(5.0), graph, so.L1(0.1), 1)
+    assert pickle.dumps(graph) == stored
+    assert copy.deepcopy([graph]) == [graph]
+    thawed = pickle.loads(stored)
+    assert (thawed.num_nodes, thawed.shape, thawed.nodes) == (5, None, tuple("abcde"))
+    np.testing.assert_array_equal(thawed.matrix(2).toarray(), graph.matrix(2).toarray())
+    np.testing.assert_array_equal(so.trend_filter(np.arange(5.0), thawed, so.L1(0.1), 1).value, fit.value)
 
 
 def test_importing_the_package_stays_light():

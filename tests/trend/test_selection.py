@@ -66,13 +66,13 @@ def path():
 
 def test_criteria_are_their_formulas(path):
     rss, df, n = path.squares, path.degrees_of_freedom, 60
-    assert df.max() < n
+    assert n / 2 < df.max() < n - 2
     expected = {
-        ("gcv", None): n * rss / (n - df) ** 2,
+        ("gcv", None): np.where(df <= n / 2, n * rss / (n - df) ** 2, np.inf),
         ("sure", 0.9): rss / n + 2 * 0.81 * df / n - 0.81,
         ("aic", 0.9): rss / 0.81 + 2 * df,
         ("bic", 0.9): rss / 0.81 + np.log(n) * df,
-        ("aic", None): n * np.log(rss / n) + 2 * df,
+        ("aic", None): n * np.log(rss / n) + 2 * n * (df + 1) / (n - df - 2),
         ("bic", None): n * np.log(rss / n) + np.log(n) * df,
     }
     for (criterion, sigma), curve in expected.items():
@@ -93,6 +93,19 @@ def test_a_fit_that_uses_up_the_data_is_never_chosen_by_a_criterion_without_sigm
         found = select(path, criterion)
         assert found.curve[-1] == np.inf
         assert found.index < 2
+
+
+@pytest.mark.parametrize("criterion", ["gcv", "aic"])
+def test_no_sigma_is_needed_on_a_path_that_ends_at_the_noise(criterion):
+    # With the whole quotient GCV takes a noisy fit on these draws, of 20 times the least error; so does profiled AIC.
+    graph = so.Graph.grid((20, 20))
+    clean = np.where(np.arange(400).reshape(20, 20) % 20 < 8, 0.0, 2.0)
+    for seed in (5, 6):
+        y = clean + 0.5 * np.random.default_rng(seed).standard_normal((20, 20))
+        path = trend_path(y, graph, num=25)
+        assert path.degrees_of_freedom[-1] > 0.9 * 400
+        losses = ((path.values - clean) ** 2).mean(axis=(1, 2))
+        assert losses[select(path, criterion).index] < 1.5 * losses.min()
 
 
 def test_bad_criteria_are_named(path):

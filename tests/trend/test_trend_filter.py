@@ -8,6 +8,7 @@ import pytest
 import sparseopt as so
 from sparseopt.core import solve as solve_module
 from sparseopt.core.solvers.admm import Admm
+from sparseopt.trend.filter import chosen_method
 from tests.trend.problems import GRAPHS, exact_fit, objective, random_graph, two_parts
 
 
@@ -168,6 +169,45 @@ def test_nonconvex_penalties_end_at_a_stationary_point_without_a_certificate(rng
     assert float(found.objective) == pytest.approx(direct, rel=1e-5)
     # The fold between the halves is found, and not shrunk as L1 shrinks it.
     assert np.mean(b.reshape(8, 8)[:, 4:]) - np.mean(b.reshape(8, 8)[:, :4]) == pytest.approx(20, abs=0.7)
+
+
+@pytest.mark.parametrize("penalty", [so.MCP, so.SCAD])
+@pytest.mark.parametrize("method", ["doge", "admm"])
+def test_a_nonconvex_penalty_of_a_large_weight_ends_at_the_mean(rng, penalty, method):
+    # All differences are 0 there, so they cannot be the measure of the residual.
+    graph = so.Graph.grid((6, 6))
+    y = rng.standard_normal(36)
+    found = so.trend_filter(y, graph, penalty(100.0), 0, method, tol=1e-8)
+    assert status(found) is so.Status.STATIONARY
+    np.testing.assert_allclose(found.value, y.mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "size"), [(np.float64, 1e200), (np.float32, 1e25)])
+def test_no_size_of_the_signal_overflows_before_the_solver_says_so(rng, kind, size):
+    # RuntimeWarnings of the package are errors in tests.
+    y = (size * rng.standard_normal(20)).astype(kind)
+    found = so.trend_filter(y, so.Graph.chain(20), so.L1(100 * size), max_steps=50)
+    assert status(found) in (so.Status.NONFINITE, so.Status.CONVERGED)
+
+
+def test_the_memory_of_the_acceleration_does_not_come_back(rng):
+    found = so.trend_filter(rng.standard_normal(30), so.Graph.chain(30), so.L1(0.5), 1, "admm")
+    assert found.state.past is None
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "weight"),
+    [("chain", 0, 0.1), ("chain", 2, 1.0), ("grid", 0, 0.1), ("grid", 1, 50.0), ("random", 2, 1.0)],
+)
+def test_the_chosen_method_is_the_one_that_auto_takes(rng, name, order, weight):
+    graph = GRAPHS[name](rng)
+    y = rng.standard_normal(graph.num_nodes)
+    method = chosen_method(y, graph, so.L1(weight), order)
+    assert method in ("doge", "admm", "fast_admm")
+    auto = so.trend_filter(y, graph, so.L1(weight), order, tol=1e-7)
+    named = so.trend_filter(y, graph, so.L1(weight), order, method, tol=1e-7)
+    np.testing.assert_array_equal(auto.value, named.value)
+    assert int(auto.steps) == int(named.steps)
 
 
 def test_a_users_penalty_is_ten_lines(rng):

@@ -11,9 +11,17 @@ them Doge-ADMM with a linear solve. One iteration, with z = Δ x, dual g, memory
     x  = (W + rho Δᵀ C Δ)^-1 ( W y + Δᵀ ( rho C (z + (1 - relaxation) d) - Ψᵀ g ) )
     d  = (1 - relaxation) d + z_old - z
 
-C and S are the metrics of `Split`. Source: Boyd, Parikh, Chu, Peleato, Eckstein, "Distributed optimization and
-statistical learning via ADMM", 2011, section 3.4.3; the primal-dual reading with diagonal metrics is that of
-Pock and Chambolle, "Diagonal preconditioning for first order primal-dual algorithms", 2011.
+C and S are the metrics of `Split`. Where Ψ = I (both metrics 1), all that an iteration hands on is
+`w = rho (z + d) - g`. With T(w) for the next one and r for the relaxation,
+
+    x = (W + rho Δᵀ Δ)^-1 (W y + Δᵀ w),    v = 2 z - w / rho,    g' = rho (v - prox(v, 1 / rho))
+    T(w) = (1 - r) w + r (rho z - g')
+
+T is averaged and x is an affine function of w, so `anderson.py` may accelerate it.
+
+Source: Boyd, Parikh, Chu, Peleato, Eckstein, "Distributed optimization and statistical learning via ADMM", 2011,
+section 3.4.3; the primal-dual reading with diagonal metrics is that of Pock and Chambolle, "Diagonal preconditioning
+for first order primal-dual algorithms", 2011.
 """
 
 import dataclasses
@@ -27,6 +35,7 @@ from sparseopt.core.fidelity import total
 from sparseopt.core.operators import Split
 from sparseopt.core.penalties import Norm
 from sparseopt.core.solve import Measure, Problem
+from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 from sparseopt.core.types import pytree, static
 
 # The best rho lies near this multiple of rms(dual) / rms(y - x): measured on grids, chains and road graphs.
@@ -44,11 +53,19 @@ GENTLE_FACTOR = 1.5
 
 @pytree
 class Start:
-    """Where a split ADMM starts: the point, the dual point (row shape), and rho; without rho the solver's own."""
+    """Where a split ADMM starts.
+
+    Attributes:
+        x: the point.
+        dual: the dual point, in row shape.
+        rho: None for the solver's own.
+        settled: whether rho stays as it is; None for False.
+    """
 
     x: Any
     dual: Any
     rho: Any = None
+    settled: Any = None
 
 
 class Check(NamedTuple):
@@ -60,6 +77,7 @@ class Check(NamedTuple):
     best: Any  # the best residual so far
     waited: Any  # steps since it was found
     floor: Any  # the estimated rounding error of the residual
+    motion: Any  # the rho that the last step asks for
 
 
 @pytree
@@ -76,6 +94,20 @@ class AdmmState:
     count: Any
     next_change: Any
     check: Any
+    past: Any  # the `Memory` of the acceleration, or None
+
+
+def balanced_rho(split: Split, loss: Any, x: Array, dual: Array) -> Array:
+    """`3 rms(dual) / rms(y - x)` in the metrics of the split: near the best rho once x and the dual have their size."""
+    tiny = jnp.finfo(x.dtype).tiny
+
+    def mean_square(scale: Any, values: Array) -> Array:
+        scale = jnp.broadcast_to(scale, values.shape)
+        return jnp.maximum(total(scale * values * values) / jnp.maximum(total(scale), tiny), tiny)
+
+    on_nodes = split.column_scale if split.inner.order == 0 else jnp.ones((), x.dtype)
+    apart = mean_square(on_nodes, loss.observed(loss.center - x))
+    return BALANCE * jnp.sqrt(mean_square(split.row_scale, dual) / apart)
 
 
 @pytree
@@ -84,14 +116,17 @@ class Admm:
 
     For a `Norm` the residual is the relative duality gap `(P(x) - D(g')) / D(g')`, never below the relative
     suboptimality `(P(x) - P*) / P*` (+inf while D is not positive). For any other penalty it is a stationarity
-    residual, the larger of `||W (x - y) + ΔᵀΨᵀ g'|| / ||W y||` and `||Ψ Δ x - prox|| / ||Ψ Δ x||`; the gap is
-    NaN. Both are found at every `cadence`-th step; between two checks the residual is +inf, the gap NaN, and the
-    solve goes on.
+    residual, the larger of `||W (x - y) + ΔᵀΨᵀ g'|| / ||W y||` and `||Ψ Δ x - prox||` over the larger of
+    `||Ψ Δ x||`, which may be 0, and `||Ψ Δ y||` of the observed y; the gap is NaN. Both are found at every
+    `cadence`-th step; between two checks the residual is +inf, the gap NaN, and the solve goes on.
 
-    rho changes at steps 10, 20, 40, ..., `changes` times at most, by a factor of 4 at most; then it stays, so the
-    convergence theory of a fixed rho holds from there on. The first two changes set it to
+    rho changes at the checks of steps 10, 20, 40, ..., or the next ones, `changes` times at most, by a factor of 4 at
+    most; then it stays, so the convergence theory of a fixed rho holds from there on. The first two changes set it to
     `3 rms(g') / rms(y - x)`, later ones to the ratio of the last dual and primal steps in their metrics; for a
     penalty that is no norm the later ones only raise it, by half at most.
+
+    The acceleration extrapolates after every check, for a `Norm` and Ψ = I alone: without convexity an extrapolation
+    may leap into a worse minimum, and where Ψ is not I it was measured to gain little.
 
     Attributes:
         node_solve: solves the x-step for a given rho.
@@ -100,6 +135,7 @@ class Admm:
         cadence: steps between two checks; a check costs one product with the operator and one with its transpose.
         changes: how often rho may change; 0 keeps it.
         patience: steps without a residual lower by a tenth, near the rounding level, that end the solve.
+        acceleration: how many differences of checked steps Anderson acceleration remembers; 0 for none.
     """
 
     node_solve: Any
@@ -108,6 +144,10 @@ class Admm:
     cadence: int = static(default=5)
     changes: int = static(default=9)
     patience: int = static(default=100)
+    acceleration: int = static(default=0)
+
+    def _accelerates(self, problem: Problem) -> bool:
+        return self.acceleration > 0 and isinstance(problem.penalty, Norm) and problem.operator.outer.order == 0
 
     def init(self, problem: Problem, x0: Start) -> AdmmState:
         """D = 0, g = the start's dual."""
@@ -115,6 +155,8 @@ class Admm:
         split = problem.operator
         far = jnp.full((), jnp.inf, dtype)
         z = x0.x if split.inner.order == 0 else split.inner.mv(x0.x)
+        rho = jnp.asarray(self.rho if x0.rho is None else x0.rho, dtype)
+        next_change = jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32)
         state = AdmmState(
             x=x0.x,
             inner=None if split.inner.order == 0 else z,
@@ -122,16 +164,22 @@ class Admm:
             dual=x0.dual,
             candidate=x0.dual,
             prox=None if isinstance(problem.penalty, Norm) else split.outer.mv(z),
-            rho=jnp.asarray(self.rho if x0.rho is None else x0.rho, dtype),
+            rho=rho,
             count=jnp.zeros((), jnp.int32),
-            next_change=jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32),
-            check=Check(far, 0 * far, far, far, jnp.zeros((), jnp.int32), 0 * far),
+            next_change=next_change if x0.settled is None else jnp.where(x0.settled, -1, next_change),
+            check=Check(far, 0 * far, far, far, jnp.zeros((), jnp.int32), 0 * far, rho),
+            past=empty_memory(z, x0.x, self.acceleration) if self._accelerates(problem) else None,
         )
         residual, objective, gap, floor = self._certify(problem, state)
-        return dataclasses.replace(state, check=Check(residual, objective, gap, far, state.count, floor))
+        return dataclasses.replace(state, check=Check(residual, objective, gap, far, state.count, floor, rho))
 
     def step(self, problem: Problem, state: AdmmState) -> AdmmState:
         """One iteration, and a check at every `cadence`-th."""
+        if state.past is not None:
+            # While rho finds its scale a memory would not live. A loop of no or one turn, since `cond` copies.
+            settled = (state.next_change < 0) | (state.next_change > MOVING)
+            due = (state.count % self.cadence == 0) & (state.count > 0) & settled
+            state = jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, now: _extrapolated(problem, now), state)
         split, loss = problem.operator, problem.loss
         keep = 1 - jnp.asarray(self.relaxation, state.x.dtype)
         z, d, rho = (state.x if state.inner is None else state.inner), state.memory, state.rho
@@ -146,7 +194,8 @@ class Admm:
         right = loss.weigh(loss.center) + split.inner.rmv(pulled)
         x = self.node_solve.solve(loss, split, right, rho, state.x)
         z_new = x if state.inner is None else split.inner.mv(x)
-        moved = (dual - state.dual, z_new - z)
+        # The candidate, unlike the relaxed dual, forgets an extrapolation at once.
+        moved = (candidate - state.candidate, z_new - z)
         state = dataclasses.replace(
             state,
             x=x,
@@ -157,26 +206,33 @@ class Admm:
             prox=None if state.prox is None else prox,
             count=state.count + 1,
         )
-        due = state.count % self.cadence == 0
-        return jax.lax.cond(due, lambda new, step: self._checked(problem, new, step), lambda new, _: new, state, moved)
-
-    def _checked(self, problem: Problem, state: AdmmState, moved: tuple[Array, Array]) -> AdmmState:
-        """The state with a fresh check and, where a change is due, a new rho."""
-        residual, objective, gap, floor = self._certify(problem, state)
-        better = residual < 0.9 * state.check.best
-        best = jnp.where(better, residual, state.check.best)
-        waited = jnp.where(better, 0, state.check.waited + self.cadence)
-        due = state.count == state.next_change
-        factor = jnp.where(due, self._factor(problem, state, moved), 1)
-        last = FIRST_CHANGE * 2 ** max(self.changes - 1, 0)
-        following = jnp.where(state.next_change < last, 2 * state.next_change, -1)
+        nothing = (state.check, state.next_change, jnp.ones((), state.x.dtype))
+        check, next_change, factor = jax.lax.cond(
+            state.count % self.cadence == 0,
+            lambda: self._checked(problem, state, moved),
+            lambda: nothing,
+        )
         return dataclasses.replace(
             state,
             rho=state.rho * factor,
             memory=state.memory / factor,  # rho d is a dual quantity: it is what a change of rho keeps
-            next_change=jnp.where(due, following, state.next_change),
-            check=Check(residual, objective, gap, best, waited, floor),
+            next_change=next_change,
+            check=check,
+            past=None if state.past is None else forget(state.past, factor != 1),
         )
+
+    def _checked(self, problem: Problem, state: AdmmState, moved: tuple[Array, Array]) -> tuple[Check, Array, Array]:
+        """A fresh check, when rho changes next, and the factor by which it changes now."""
+        residual, objective, gap, floor = self._certify(problem, state)
+        better = residual < 0.9 * state.check.best
+        best = jnp.where(better, residual, state.check.best)
+        waited = jnp.where(better, 0, state.check.waited + self.cadence)
+        due = (state.next_change >= 0) & (state.count >= state.next_change)
+        factor, motion = self._wanted(problem, state, moved)
+        last = FIRST_CHANGE * 2 ** max(self.changes - 1, 0)
+        following = jnp.where(state.next_change < last, 2 * state.next_change, -1)
+        check = Check(residual, objective, gap, best, waited, floor, motion)
+        return check, jnp.where(due, following, state.next_change), jnp.where(due, factor, 1)
 
     def _certify(self, problem: Problem, state: AdmmState) -> tuple[Array, Array, Array, Array]:
         """Residual, objective, gap, and the rounding error to expect in the residual."""
@@ -193,33 +249,30 @@ class Admm:
             noise = problem.operator.row_scale * jnp.sqrt(total(x * x) / x.size)
             return gap, objective, gap, eps * (1 + penalty.value(jnp.broadcast_to(noise, rows.shape)) / scale)
 
-        def relative(a: Array, b: Array) -> Array:
-            return jnp.sqrt(total(a * a) / jnp.maximum(total(b * b), tiny))
+        def relative(a: Array, *others: Array) -> Array:
+            scale = jnp.maximum(jnp.max(jnp.stack([total(b * b) for b in others])), tiny)
+            return jnp.sqrt(total(a * a) / scale)
 
         objective = loss.value(x) + penalty.value(state.prox)
         balance = relative(loss.gradient(x) + pulled, loss.weigh(loss.center))
-        residual = jnp.maximum(balance, relative(rows - state.prox, rows))
+        of_signal = problem.operator.mv(loss.observed(loss.center))
+        residual = jnp.maximum(balance, relative(rows - state.prox, rows, of_signal))
         return residual, objective, jnp.full_like(objective, jnp.nan), jnp.full_like(objective, eps)
 
-    def _factor(self, problem: Problem, state: AdmmState, moved: tuple[Array, Array]) -> Array:
-        """What to multiply rho with."""
-        split, loss = problem.operator, problem.loss
+    def _wanted(self, problem: Problem, state: AdmmState, moved: tuple[Array, Array]) -> tuple[Array, Array]:
+        """What to multiply rho with, and the rho that the last step asks for."""
+        split = problem.operator
         tiny = jnp.finfo(state.x.dtype).tiny
-
-        def mean_square(scale: Array, x: Array) -> Array:
-            scale = jnp.broadcast_to(scale, x.shape)
-            return jnp.maximum(total(scale * x * x) / jnp.maximum(total(scale), tiny), tiny)
-
-        node_scale = split.column_scale if state.inner is None else jnp.ones((), state.x.dtype)
-        apart = mean_square(node_scale, loss.observed(loss.center - state.x))
-        distance = BALANCE * jnp.sqrt(mean_square(split.row_scale, state.candidate) / apart)
+        distance = balanced_rho(split, problem.loss, state.x, state.candidate)
         dual_length = total(split.row_scale * moved[0] ** 2)
         primal_length = total(split.column_scale * moved[1] ** 2)
         motion = jnp.sqrt(jnp.maximum(dual_length, tiny) / jnp.maximum(primal_length, tiny))
         wanted = jnp.where(state.count < MOVING, distance, motion) / state.rho
         gentle = (state.count >= MOVING) & (not isinstance(problem.penalty, Norm))
         least = jnp.where(gentle, 1.0, 1 / LARGEST_FACTOR)
-        return jnp.clip(wanted, least, jnp.where(gentle, GENTLE_FACTOR, LARGEST_FACTOR))
+        factor = jnp.clip(wanted, least, jnp.where(gentle, GENTLE_FACTOR, LARGEST_FACTOR))
+        still = (dual_length <= tiny) | (primal_length <= tiny)
+        return factor, jnp.where(still, state.rho, motion)
 
     def measure(self, problem: Problem, state: AdmmState) -> Measure:
         """What this step's check found, if there was one."""
@@ -239,6 +292,16 @@ class Admm:
         """X."""
         del problem
         return state.x
+
+
+def _extrapolated(problem: Problem, state: AdmmState) -> AdmmState:
+    """The state from which the next step goes on; any dual serves, if the memory fits: `w = rho (z + d) - g`."""
+    inner, rho = problem.operator.inner, state.rho
+    z = state.x if state.inner is None else state.inner
+    past, w, x = extrapolate(state.past, rho * (z + state.memory) - state.dual, state.x)
+    z = x if state.inner is None else inner.mv(x)
+    memory = (w + state.dual) / rho - z
+    return dataclasses.replace(state, x=x, inner=None if state.inner is None else z, memory=memory, past=past)
 
 
 def standard_split(inner: Any, outer: Any, dtype: Any) -> Split:

@@ -95,10 +95,12 @@ class ChainTotalVariation:
     weight: Any
     pinned: bool = static(default=False)
 
-    def _line(self, z: FloatArray) -> FloatArray:
+    def line(self, z: FloatArray) -> FloatArray:
+        """`[n]` from the layout of nodes or edges."""
         return z[0, :-1] if self.pinned else z
 
-    def _laid_out(self, line: FloatArray) -> FloatArray:
+    def laid_out(self, line: FloatArray) -> FloatArray:
+        """The inverse of `line`."""
         return jnp.pad(line, [(0, 1)] + [(0, 0)] * (line.ndim - 1))[None] if self.pinned else line
 
     def _differences(self, line: FloatArray) -> FloatArray:
@@ -107,13 +109,14 @@ class ChainTotalVariation:
         wide = jnp.pad(line, [(1, 1)] + [(0, 0)] * (line.ndim - 1))
         return wide[1:] - wide[:-1]
 
-    def _transpose(self, u: FloatArray) -> FloatArray:
+    def transpose(self, u: FloatArray) -> FloatArray:
+        """`Eᵀu` of a line of differences."""
         if self.pinned:
             return u[:-1] - u[1:]
         wide = jnp.pad(u, [(1, 1)] + [(0, 0)] * (u.ndim - 1))
         return wide[1:] - wide[:-1]
 
-    def _potential(self, dual: FloatArray) -> FloatArray:
+    def potential(self, dual: FloatArray) -> FloatArray:
         """U with `Eᵀu = dual`, clipped to the weight; for D transposed the free constant centres it."""
         sums = jnp.cumsum(dual, axis=0)
         if self.pinned:
@@ -126,23 +129,23 @@ class ChainTotalVariation:
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """`weight` times the total variation."""
-        return self.weight * total(jnp.abs(self._differences(self._line(x))))
+        return self.weight * total(jnp.abs(self._differences(self.line(x))))
 
     def prox(self, x: FloatArray, step: Any) -> FloatArray:
         """The exact fused lasso at level `step * weight`."""
-        line = self._line(x)
+        line = self.line(x)
         level = jnp.asarray(step * self.weight, x.dtype)
         end = level if self.pinned else jnp.zeros_like(level)
         levels = jnp.full((line.shape[0] + 1,), level).at[0].set(end).at[-1].set(end)
         # Channels one after the other: under vmap the writes in place would become copies of the tables.
         columns = jax.lax.map(lambda column: fused_lasso(column, levels), line.reshape(line.shape[0], -1).T)
-        return self._laid_out(columns.T.reshape(line.shape))
+        return self.laid_out(columns.T.reshape(line.shape))
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
         """`Eᵀu` for the clipped potential u: in the ball, and dual itself if that lies in the ball."""
-        return self._laid_out(self._transpose(self._potential(self._line(dual))))
+        return self.laid_out(self.transpose(self.potential(self.line(dual))))
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
         """`weight |E x| - u E x`, difference by difference."""
-        apart = self._differences(self._line(x))
-        return jnp.asarray(self.weight, x.dtype) * jnp.abs(apart) - self._potential(self._line(dual)) * apart
+        apart = self._differences(self.line(x))
+        return jnp.asarray(self.weight, x.dtype) * jnp.abs(apart) - self.potential(self.line(dual)) * apart

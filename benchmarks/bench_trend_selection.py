@@ -1,0 +1,172 @@
+"""Choice of the weight: the error at the level that a rule takes over that of the best level, as JSON lines.
+
+    python benchmarks/bench_trend_selection.py [--only grid-spiky,road-spiky] [--repeats 50]
+
+Four kinds of signal (piecewise constant, piecewise linear, smooth, spiky) on a grid and on a planar graph that looks
+like a map of roads, each under `--repeats` draws of white noise. For every draw one path is solved, every rule takes
+its level, and the oracle takes the one of least mean squared error. A line holds the errors of all draws.
+Cross-validation solves a path a fold more, with missing nodes; it is run at order 0 alone, where that is quick.
+
+Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016), for the kinds of signal and for
+errors at the best level as the measure; Toussaint, "The relative neighbourhood graph of a finite planar set", Pattern
+Recognition 12 (1980), for the roads.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from common import emit_line, names_of
+from scipy import sparse
+from scipy.sparse import csgraph
+from scipy.spatial import Delaunay
+
+import sparseopt as so
+from sparseopt.machine import environment
+from sparseopt.trend.path import TrendPath, trend_path
+from sparseopt.trend.selection import cross_validate, select
+
+SIDE, CROSSINGS = 32, 1000
+# Signals have the standard deviation 1.
+NOISE = 0.5
+FOLDS = 5
+TARGET = 1.1
+PEAKS = np.array([[0.2, 0.2], [0.7, 0.15], [0.45, 0.5], [0.85, 0.55], [0.2, 0.75], [0.65, 0.85]])
+HEIGHTS = np.array([1.0, -0.8, 1.2, 0.9, -1.1, 0.7])
+WIDTH = 0.04
+
+
+def grid() -> tuple[so.Graph, np.ndarray]:
+    """A grid and its places in the unit square."""
+    line = (np.arange(SIDE) + 0.5) / SIDE
+    return so.Graph.grid((SIDE, SIDE)), np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
+
+
+def road() -> tuple[so.Graph, np.ndarray]:
+    """Random places, two of them joined if no third is closer to both than they are to each other."""
+    places = np.random.default_rng(2016).random((CROSSINGS, 2))
+    corners = Delaunay(places).simplices
+    pairs = np.unique(np.sort(np.concatenate([corners[:, [0, 1]], corners[:, [1, 2]], corners[:, [0, 2]]]), 1), axis=0)
+    apart = np.linalg.norm(places[:, None] - places, axis=-1)
+    lengths = apart[pairs[:, 0], pairs[:, 1], None]
+    between = ((apart[pairs[:, 0]] < lengths) & (apart[pairs[:, 1]] < lengths)).any(axis=1)
+    return so.Graph.from_edges(pairs[~between], CROSSINGS), places
+
+
+def constant(graph: so.Graph, places: np.ndarray) -> np.ndarray:
+    """A disc and a slanted half plane on level ground."""
+    x, y = places.T
+    return 3.0 * (np.hypot(x - 0.35, y - 0.4) < 0.22) + 1.5 * (x + 0.3 * y > 0.85)
+
+
+def linear(graph: so.Graph, places: np.ndarray) -> np.ndarray:
+    """A roof of four planes."""
+    x, y = places.T
+    return np.minimum.reduce([4 * x, 3 * (1 - x), 2.5 * y + 0.3, 3.5 * (1 - y)])
+
+
+def smooth(graph: so.Graph, places: np.ndarray) -> np.ndarray:
+    """Waves on a slope."""
+    x, y = places.T
+    return np.sin(2 * np.pi * x) * np.cos(np.pi * y) + x
+
+
+def spiky(graph: so.Graph, places: np.ndarray) -> np.ndarray:
+    """Six peaks on level ground that fall exponentially with the distance along the edges."""
+    tails, heads = graph.edges.T
+    lengths = np.linalg.norm(places[tails] - places[heads], axis=1)
+    adjacency = sparse.coo_array((lengths, (tails, heads)), shape=(graph.num_nodes,) * 2)
+    summits = np.linalg.norm(places - PEAKS[:, None], axis=-1).argmin(axis=1)
+    return HEIGHTS @ np.exp(-csgraph.dijkstra(adjacency, directed=False, indices=summits) / WIDTH)
+
+
+GRAPHS = {"grid": grid, "road": road}
+SIGNALS = {"constant": constant, "linear": linear, "smooth": smooth, "spiky": spiky}
+# With the order that suits the signal; order 2 would take hours on the road graph.
+PROBLEMS = {
+    "grid-constant": 0,
+    "grid-linear": 1,
+    "grid-smooth": 2,
+    "grid-spiky": 1,
+    "road-constant": 0,
+    "road-linear": 1,
+    "road-smooth": 1,
+    "road-spiky": 1,
+}
+# Rules of one path; those of cross-validation stand beside them.
+RULES: dict[str, Callable[[TrendPath], int]] = {
+    "sure": lambda path: select(path, "sure").index,
+    "sure, true noise": lambda path: select(path, "sure", NOISE).index,
+    "gcv": lambda path: select(path, "gcv").index,
+    "aic, corrected": lambda path: select(path, "aic").index,
+    "bic": lambda path: select(path, "bic", path.noise).index,
+}
+
+
+def standardised(values: np.ndarray) -> np.ndarray:
+    return (values - values.mean()) / values.std()
+
+
+def measure(name: str, repeats: int) -> None:
+    """One problem: one line."""
+    order, (kind, signal) = PROBLEMS[name], name.split("-")
+    graph, places = GRAPHS[kind]()
+    truth = standardised(SIGNALS[signal](graph, places))
+    # Weights of higher orders span a wider range. Without a grid's cosines steps must be cheap, and many.
+    options: dict[str, Any] = {"num": 30, "ratio": 1e-3} if order < 2 else {"num": 40, "ratio": 1e-4}
+    quick = kind == "grid" or order == 0
+    options |= {"tol": 1e-4, "method": "auto"} if quick else {"tol": 1e-3, "method": "doge"}
+    errors: dict[str, list[float]] = {"oracle": []}
+    noise, start = [], time.process_time()
+    for repeat in range(repeats):
+        y = truth + NOISE * np.random.default_rng(repeat).standard_normal(truth.size)
+        validation: dict[str, int] = {}
+        if order:
+            path = trend_path(y, graph, order=order, **options).check()
+        else:
+            validated = cross_validate(y, graph, folds=FOLDS, seed=repeat, **options).check()
+            path = validated.path
+            validation = {"cv": validated.index_min, "cv, one standard error": validated.index_one_se}
+        losses = ((path.values.reshape(len(path), -1) - truth) ** 2).mean(axis=1)
+        taken = {"oracle": int(losses.argmin())} | {rule: take(path) for rule, take in RULES.items()}
+        for rule, index in (taken | validation).items():
+            errors.setdefault(rule, []).append(float(f"{losses[index]:.5g}"))
+        noise.append(path.noise)
+    best = float(np.mean(errors["oracle"]))
+    ratios = {rule: float(np.mean(found)) / best for rule, found in errors.items() if rule != "oracle"}
+    emit_line(
+        "choice of the weight",
+        problem=name,
+        graph=kind,
+        nodes=graph.num_nodes,
+        edges=graph.num_edges,
+        signal=signal,
+        order=order,
+        noise=NOISE,
+        noise_estimate=float(np.mean(noise)),
+        repeats=repeats,
+        **options,
+        folds=None if order else FOLDS,
+        cpu_seconds=round(time.process_time() - start, 1),
+        oracle_error=best,
+        ratios=ratios,
+        target=TARGET,
+        met={rule: ratio <= TARGET for rule, ratio in ratios.items()},
+        errors=errors,
+        **environment(),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", type=names_of(PROBLEMS), default=list(PROBLEMS), help="problems, separated by commas")
+    parser.add_argument("--repeats", type=int, default=50, help="draws of the noise")
+    arguments = parser.parse_args()
+    for name in arguments.only:
+        measure(name, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

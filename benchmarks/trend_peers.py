@@ -1,0 +1,423 @@
+"""Solvers of the trend-filter problem behind one interface: ours and the public ones. See `Solver` for adding one.
+
+Left out, with the reason: solvers of isotropic total variation, which is another problem; cvxpy, which would call
+OSQP; exact maximum flow by PyMaxflow, which is GPL, where cut pursuit stands for graph cuts.
+"""
+
+import ctypes
+import dataclasses
+import importlib.util
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from scipy import sparse
+from trend_problems import TrendProblem
+
+# Larger problems fill the memory with factors.
+LARGEST_FACTORED = 300_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a solver found.
+
+    Attributes:
+        fit: `[n]`, or in the shape of the grid.
+        lower: a lower bound of the objective, where the solver has one.
+        details: numbers for the record.
+    """
+
+    fit: np.ndarray
+    lower: float | None = None
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Solver(Protocol):
+    """One solver."""
+
+    @property
+    def name(self) -> str:
+        """In records."""
+        ...
+
+    @property
+    def package(self) -> str:
+        """Its distribution."""
+        ...
+
+    @property
+    def module(self) -> str:
+        """What is imported of it."""
+        ...
+
+    @property
+    def compiles(self) -> bool:
+        """Whether a first call costs compilation, which is timed apart."""
+        ...
+
+    def can(self, problem: TrendProblem) -> bool:
+        """Whether it solves this very problem."""
+        ...
+
+    def ladder(self, problem: TrendProblem) -> Sequence[Any]:
+        """Settings from coarse to fine."""
+        ...
+
+    def solve(self, problem: TrendProblem, rung: Any) -> Callable[[], Answer]:
+        """Lay the problem out as the library takes it. The call that is returned is timed, from a cold start."""
+        ...
+
+
+def powers(first: int, last: int, per_decade: int = 1) -> list[float]:
+    """`10^first ... 10^last`, falling."""
+    return [float(f"{value:.1e}") for value in np.logspace(first, last, (first - last) * per_decade + 1)]
+
+
+def doubled(first: int, last: int) -> list[int]:
+    """`first`, twice that, and so on up to `last`."""
+    return [count for power in range(32) if (count := first << power) <= last]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparseopt:
+    """Ours; the rung is the tolerance of the certified gap.
+
+    Every timed call has a graph of its own, so that it pays for its tables and factors; `again` times a call on a
+    graph that served before.
+    """
+
+    method: str
+    dtype: str | None = None
+    package: str = "sparseopt"
+    module: str = "sparseopt"
+    compiles: bool = True
+
+    @property
+    def name(self) -> str:
+        """Method and, where it is not the signal's, precision."""
+        return " ".join(filter(None, ["sparseopt", self.method, self.dtype]))
+
+    def can(self, problem: TrendProblem) -> bool:
+        """`fast_admm` is for chains."""
+        return self.method != "fast_admm" or (problem.shape is not None and len(problem.shape) == 1)
+
+    def ladder(self, problem: TrendProblem) -> Sequence[float]:
+        """Half decades; float32 ends where rounding does."""
+        del problem
+        return powers(-2, -7, 2) if self.dtype is None else powers(-2, -5, 2)
+
+    def solve(self, problem: TrendProblem, rung: float) -> Callable[[], Answer]:
+        """From edges and signal to the fit."""
+        return lambda: self._fit(problem, self._graph(problem), rung)
+
+    def again(self, problem: TrendProblem, rung: float) -> Callable[[], Answer]:
+        """The same on one graph, which the first call prepares."""
+        graph = self._graph(problem)
+        return lambda: self._fit(problem, graph, rung)
+
+    @staticmethod
+    def _graph(problem: TrendProblem) -> Any:
+        import sparseopt as so
+
+        if problem.shape is not None:
+            return so.Graph.grid(problem.shape)
+        return so.Graph.from_edges(problem.edges, problem.y.size)
+
+    def _fit(self, problem: TrendProblem, graph: Any, tol: float) -> Answer:
+        import sparseopt as so
+
+        penalty, steps = so.L1(problem.weight), 500_000
+        found = so.trend_filter(problem.y, graph, penalty, problem.order, self.method, tol, steps, dtype=self.dtype)
+        fit, gap = np.asarray(found.value), float(found.gap)
+        lower = float(found.objective) / (1 + gap) if self.dtype is None and np.isfinite(gap) else None
+        return Answer(fit, lower, {"steps": int(found.steps), "gap": gap})
+
+
+def _dual_answer(problem: TrendProblem, u: np.ndarray) -> Answer:
+    """The fit `y - Δᵀ u` of a dual point."""
+    u = np.clip(u, -problem.weight, problem.weight)
+    return Answer(problem.y - problem.matrix.T @ u, problem.lower_bound(u))
+
+
+@dataclasses.dataclass(frozen=True)
+class Piqp:
+    """Interior point, on the dual: minimise 1/2 ||r||² over r = y - Δᵀ u, |u| <= weight. The rung is its tolerance.
+
+    Each order has the form that was the fastest on planar graphs: with r as a variable at order 0, without it at
+    order 1, and at order 2 with `q = Dᵀ u` as well, so that no product of differences is formed.
+    """
+
+    name: str = "PIQP"
+    package: str = "piqp"
+    module: str = "piqp"
+    compiles: bool = False
+
+    def can(self, problem: TrendProblem) -> bool:
+        """What its factors leave room for."""
+        return problem.y.size <= LARGEST_FACTORED
+
+    def ladder(self, problem: TrendProblem) -> Sequence[float]:
+        """Relative and absolute tolerance; a step gains about a digit."""
+        del problem
+        return powers(0, -9)
+
+    @staticmethod
+    def _program(problem: TrendProblem) -> tuple[Any, np.ndarray, Any, np.ndarray | None]:
+        """Hessian, linear term, equations and their right-hand side; the first variables are u."""
+        matrix, y, n = problem.matrix, problem.y, problem.y.size
+        eye = sparse.eye_array(n)
+        if problem.order == 1:
+            return sparse.csc_matrix(matrix @ matrix.T), -(matrix @ y), None, None
+        if problem.order == 2:
+            incidence = problem.incidence
+            equations = sparse.block_array([[incidence.T, -eye, None], [None, incidence.T @ incidence, eye]])
+            right = np.r_[np.zeros(n), y]
+        else:
+            equations, right = sparse.hstack([matrix.T, eye]), y
+        size = equations.shape[1]
+        hessian = sparse.diags_array(np.r_[np.zeros(size - n), np.ones(n)])
+        return sparse.csc_matrix(hessian), np.zeros(size), sparse.csc_matrix(equations), right
+
+    def solve(self, problem: TrendProblem, rung: float) -> Callable[[], Answer]:
+        """Set-up, with its ordering and first factors, is part of the call."""
+        import piqp
+
+        hessian, linear, equations, right = self._program(problem)
+        rows = problem.matrix.shape[0]
+        bound = np.full(linear.size, np.inf)
+        bound[:rows] = problem.weight
+
+        def call() -> Answer:
+            solver = piqp.SparseSolver()
+            settings = solver.settings
+            settings.eps_abs = settings.eps_rel = rung
+            settings.check_duality_gap = True
+            settings.eps_duality_gap_abs = settings.eps_duality_gap_rel = rung
+            settings.num_threads = 1
+            solver.setup(hessian, linear, equations, right, x_l=-bound, x_u=bound)
+            solver.solve()
+            answer = _dual_answer(problem, solver.result.x[:rows])
+            return dataclasses.replace(answer, details={"steps": int(solver.result.info.iter)})
+
+        return call
+
+
+@dataclasses.dataclass(frozen=True)
+class Osqp:
+    """Operator splitting for quadratic programs, on the same dual. The rung is its tolerance."""
+
+    name: str = "OSQP"
+    package: str = "osqp"
+    module: str = "osqp"
+    compiles: bool = False
+
+    def can(self, problem: TrendProblem) -> bool:
+        """What its factors leave room for."""
+        return problem.y.size <= LARGEST_FACTORED
+
+    def ladder(self, problem: TrendProblem) -> Sequence[float]:
+        """Relative and absolute tolerance."""
+        del problem
+        return powers(-1, -7)
+
+    def solve(self, problem: TrendProblem, rung: float) -> Callable[[], Answer]:
+        """Set-up is part of the call."""
+        import osqp
+
+        rows, n = problem.matrix.shape
+        hessian = sparse.csc_matrix(sparse.diags_array(np.r_[np.zeros(rows), np.ones(n)]))
+        transposed, eye = problem.matrix.T, sparse.eye_array(n)
+        limits = sparse.hstack([sparse.eye_array(rows), sparse.csr_array((rows, n))])
+        constraints = sparse.csc_matrix(sparse.vstack([sparse.hstack([transposed, eye]), limits]))
+        low = np.r_[problem.y, np.full(rows, -problem.weight)]
+        high = np.r_[problem.y, np.full(rows, problem.weight)]
+
+        def call() -> Answer:
+            solver = osqp.OSQP()
+            options = {"eps_abs": rung, "eps_rel": rung, "max_iter": 100_000, "verbose": False}
+            solver.setup(hessian, np.zeros(rows + n), constraints, low, high, **options)
+            found = solver.solve()
+            return dataclasses.replace(_dual_answer(problem, found.x[:rows]), details={"steps": int(found.info.iter)})
+
+        return call
+
+
+@dataclasses.dataclass(frozen=True)
+class ProxTv:
+    """Order 0 on chains and pictures by one of its methods; the rung is the iteration count, where there is one."""
+
+    method: str
+    axes: int
+    package: str = "prox_tv"
+    module: str = "prox_tv"
+    compiles: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its method's."""
+        return f"proxTV {self.method}"
+
+    def can(self, problem: TrendProblem) -> bool:
+        """Order 0 on grids of the method's dimension."""
+        return problem.order == 0 and problem.shape is not None and len(problem.shape) == self.axes
+
+    def ladder(self, problem: TrendProblem) -> Sequence[int]:
+        """Direct methods have one rung."""
+        del problem
+        return [0] if self.axes == 1 else doubled(8, 2048)
+
+    def solve(self, problem: TrendProblem, rung: int) -> Callable[[], Answer]:
+        """One thread."""
+        import prox_tv
+
+        if self.axes == 1:
+            return lambda: Answer(prox_tv.tv1_1d(problem.y, problem.weight, method=self.method))
+        picture = np.asfortranarray(problem.y.reshape(problem.shape))
+        options = {"n_threads": 1, "max_iters": rung, "method": self.method}
+        return lambda: Answer(prox_tv.tv1_2d(picture, problem.weight, **options))
+
+
+@dataclasses.dataclass(frozen=True)
+class FastProx:
+    """Order 0; the rung is the tolerance of its gap, which it takes relative to the signal's energy."""
+
+    name: str = "fastprox"
+    package: str = "fastprox"
+    module: str = "fastprox"
+    compiles: bool = False
+
+    def can(self, problem: TrendProblem) -> bool:
+        """Order 0 on any graph."""
+        return problem.order == 0
+
+    def ladder(self, problem: TrendProblem) -> Sequence[float | None]:
+        """Chains are solved directly."""
+        return [None] if problem.shape is not None and len(problem.shape) == 1 else powers(-4, -9, 2)
+
+    def solve(self, problem: TrendProblem, rung: float | None) -> Callable[[], Answer]:
+        """One thread."""
+        import fastprox
+
+        if problem.shape is not None and len(problem.shape) == 1:
+            return lambda: Answer(fastprox.tv1d(problem.y, problem.weight, threads=1))
+        options = {"tol": rung, "threads": 1, "warn": False}
+        if problem.shape is not None:
+            field = problem.y.reshape(problem.shape)
+            axes = len(problem.shape)
+            return lambda: Answer(fastprox.tv_aniso(field, problem.weight, ndim=axes, max_iter=10_000, **options)[0])
+        return lambda: Answer(fastprox.graph_tv(problem.y, problem.edges, problem.weight, **options)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class CutPursuit:
+    """Order 0 on any graph; the rung is the relative change at which it stops.
+
+    The wheels 0.1.0 to 0.1.4 need NumPy 1 and fail on a signal of one channel, so this is for a build of one's own.
+    """
+
+    name: str = "cut pursuit"
+    package: str = "pycut-pursuit"
+    module: str = "pycut_pursuit"
+    compiles: bool = False
+
+    def can(self, problem: TrendProblem) -> bool:
+        """Order 0."""
+        return problem.order == 0
+
+    def ladder(self, problem: TrendProblem) -> Sequence[float]:
+        """Of the outer loop; the inner one takes a hundredth of it, its default."""
+        del problem
+        return powers(-1, -6)
+
+    def solve(self, problem: TrendProblem, rung: float) -> Callable[[], Answer]:
+        """Edges by their first node, one thread."""
+        from pycut_pursuit.cp_prox_tv import cp_prox_tv
+
+        ends = np.sort(problem.edges, axis=1)
+        ends = ends[np.argsort(ends[:, 0], kind="stable")]
+        first = np.searchsorted(ends[:, 0], np.arange(problem.y.size + 1)).astype(np.uint32)
+        second = np.ascontiguousarray(ends[:, 1], np.uint32)
+        signal = np.asfortranarray(problem.y.reshape(1, -1))
+        options = {"cp_dif_tol": rung, "cp_it_max": 100, "verbose": 0, "max_num_threads": 1}
+
+        def call() -> Answer:
+            parts, values = cp_prox_tv(signal, first, second, edge_weights=problem.weight, **options)
+            return Answer(values.reshape(-1)[parts])
+
+        return call
+
+
+@dataclasses.dataclass(frozen=True)
+class Pygfl:
+    """Projected Newton on the dual, any order; the rung is its step limit.
+
+    Its source distribution does not build (a header is missing) and its Python files are of Python 2, so this calls
+    the C library `libgraphfl` where somebody has built it.
+    """
+
+    name: str = "pygfl"
+    package: str = "pygfl"
+    module: str = "libgraphfl"
+    compiles: bool = False
+
+    def can(self, problem: TrendProblem) -> bool:
+        """Everything; it holds ΔΔᵀ."""
+        return problem.y.size <= 2_000_000
+
+    def ladder(self, problem: TrendProblem) -> Sequence[int]:
+        """Newton steps."""
+        del problem
+        return doubled(5, 640)
+
+    def solve(self, problem: TrendProblem, rung: int) -> Callable[[], Answer]:
+        """By ctypes."""
+        place = importlib.util.find_spec(self.module)
+        assert place is not None
+        assert place.origin is not None
+        library = ctypes.CDLL(place.origin)
+        matrix = problem.matrix.tocoo()
+        rows, n = matrix.shape
+        count, real = ctypes.c_int, ctypes.c_double
+
+        def pointer(array: np.ndarray, kind: Any) -> Any:
+            return array.ctypes.data_as(ctypes.POINTER(kind))
+
+        places = [np.ascontiguousarray(axis, np.int32) for axis in (matrix.row, matrix.col)]
+        entries, y, ones = np.ascontiguousarray(matrix.data), np.ascontiguousarray(problem.y), np.ones(n)
+
+        def call() -> Answer:
+            fit, u = np.zeros(n), np.zeros(rows)
+            library.graph_trend_filtering_weight_warm(
+                count(n),
+                pointer(y, real),
+                pointer(ones, real),
+                real(problem.weight),
+                *(count(size) for size in (rows, n, entries.size)),
+                *(pointer(axis, count) for axis in places),
+                pointer(entries, real),
+                count(rung),
+                real(1e-6),
+                pointer(fit, real),
+                pointer(u, real),
+            )
+            return Answer(fit)
+
+        return call
+
+
+OURS: tuple[Solver, ...] = (
+    *(Sparseopt(method) for method in ("auto", "doge", "admm", "fast_admm")),
+    Sparseopt("auto", "float32"),
+)
+PEERS: tuple[Solver, ...] = (
+    FastProx(),
+    *(ProxTv(method, 2) for method in ("dr", "pd", "kolmogorov", "condat")),
+    *(ProxTv(method, 1) for method in ("tautstring", "dp")),
+    CutPursuit(),
+    Pygfl(),
+    Piqp(),
+    Osqp(),
+)
+SOLVERS: dict[str, Solver] = {solver.name: solver for solver in itertools.chain(OURS, PEERS)}

@@ -1,0 +1,208 @@
+"""Trend-filter problems for comparing solvers: made from seeds, or read from files with known optima.
+
+    minimise over b    1/2 ||y - b||²  +  weight ||Δ^(order+1) b||_1
+
+NumPy and SciPy only: the objective is no solver's own, and a peer may need an interpreter without sparseopt.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse, spatial
+from scipy.sparse import csgraph
+
+NOISE = 20.0
+# The road-like graph keeps this many edges a node of the Delaunay triangulation's three.
+ROAD_EDGES = 1.94
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrendProblem:
+    """One problem.
+
+    Attributes:
+        name: how records call it.
+        y: the signal, float64 `[n]`; grids in row-major order.
+        edges: int64 `[m, 2]`.
+        shape: of a grid, None for other graphs.
+        order: k.
+        weight: of the penalty.
+        known: objective and lower bound of a stored optimum.
+    """
+
+    name: str
+    y: np.ndarray
+    edges: np.ndarray
+    shape: tuple[int, ...] | None
+    order: int
+    weight: float
+    known: tuple[float, float] | None = None
+
+    @functools.cached_property
+    def incidence(self) -> sparse.csr_array:
+        """D, `[m, n]`."""
+        m = self.edges.shape[0]
+        places = (np.repeat(np.arange(m), 2), self.edges.reshape(-1))
+        return sparse.csr_array((np.tile([1.0, -1.0], m), places), shape=(m, self.y.size))
+
+    @functools.cached_property
+    def matrix(self) -> sparse.csr_array:
+        """`Δ^(order+1)`, `[rows, n]`: D, then Dᵀ D, then D Dᵀ D and so on."""
+        matrix = self.incidence
+        for power in range(self.order):
+            matrix = (self.incidence if power % 2 else self.incidence.T) @ matrix
+        return matrix.tocsr()
+
+    def objective(self, b: np.ndarray) -> float:
+        """The primal objective of a fit `[n]`, in float64."""
+        b = np.asarray(b, np.float64).reshape(-1)
+        return float(0.5 * np.sum((self.y - b) ** 2) + self.weight * np.abs(self.matrix @ b).sum())
+
+    def lower_bound(self, u: np.ndarray) -> float:
+        """The dual objective of `u`, `[rows]`, clipped to the weight: no fit has a lower objective."""
+        pull = self.matrix.T @ np.clip(np.asarray(u, np.float64).reshape(-1), -self.weight, self.weight)
+        # Δ has the constants in its kernel, so the mean of y changes nothing but the rounding.
+        return float((self.y - self.y.mean()) @ pull - 0.5 * pull @ pull)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A name for files about this very problem."""
+        content = hashlib.sha256(self.y.tobytes() + np.ascontiguousarray(self.edges).tobytes())
+        content.update(f"{self.shape} {self.order} {self.weight!r}".encode())
+        return f"{self.name}_{content.hexdigest()[:12]}"
+
+
+def save(problem: TrendProblem, path: Path) -> None:
+    """Write a problem without its known optimum."""
+    shape = () if problem.shape is None else problem.shape
+    np.savez(
+        path,
+        name=problem.name,
+        y=problem.y,
+        edges=problem.edges,
+        grid=np.array(shape, np.int64),
+        order=problem.order,
+        weight=problem.weight,
+    )
+
+
+def load(path: Path) -> TrendProblem:
+    """Read what `save` wrote."""
+    with np.load(path) as stored:
+        shape = tuple(int(n) for n in stored["grid"]) or None
+        return TrendProblem(
+            str(stored["name"]), stored["y"], stored["edges"], shape, int(stored["order"]), float(stored["weight"])
+        )
+
+
+def grid_edges(shape: tuple[int, ...]) -> np.ndarray:
+    """The edges of a grid in row-major order, axis by axis, `[m, 2]`."""
+    nodes = np.arange(int(np.prod(shape))).reshape(shape)
+    ends = [(nodes.swapaxes(0, axis)[:-1], nodes.swapaxes(0, axis)[1:]) for axis in range(len(shape))]
+    return np.concatenate([np.stack([low.reshape(-1), high.reshape(-1)], axis=1) for low, high in ends])
+
+
+def _is_grid(shape: tuple[int, ...], edges: np.ndarray) -> bool:
+    one, other = (np.unique(np.sort(given, axis=1), axis=0) for given in (grid_edges(shape), edges))
+    return np.array_equal(one, other)
+
+
+def grid_signal(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """A piecewise smooth field in 0..255 on a grid of one to three axes, with noise."""
+    axes = np.meshgrid(*(np.arange(n) / n for n in shape), indexing="ij")
+    return _noisy(_scene(*axes, *(np.full(shape, 0.5) for _ in range(3 - len(shape)))), seed).reshape(-1)
+
+
+def _scene(i: np.ndarray, j: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """A ramp behind a step, a ball and a dark corner, over coordinates in 0..1."""
+    ball = (i - 0.4) ** 2 + (j - 0.6) ** 2 + (k - 0.5) ** 2 < 0.06
+    return 90 + 70 * j * (i > 0.4) + 90 * ball - 50 * (i + j < 0.5)
+
+
+def _noisy(clean: np.ndarray, seed: int) -> np.ndarray:
+    return clean + NOISE * np.random.default_rng(seed).standard_normal(clean.shape)
+
+
+def road_like(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A connected planar graph of short edges, and a signal on it: edges `[m, 2]` and y `[n]`.
+
+    Random points; of their Delaunay triangulation the shortest spanning tree and then the shortest edges.
+    """
+    points = np.random.default_rng(seed).random((n, 2))
+    triangles = spatial.Delaunay(points).simplices
+    sides = np.sort(np.concatenate([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [0, 2]]]), axis=1)
+    edges = np.unique(sides, axis=0).astype(np.int64)
+    length = np.linalg.norm(points[edges[:, 0]] - points[edges[:, 1]], axis=1)
+    tree = csgraph.minimum_spanning_tree(sparse.csr_array((length, (edges[:, 0], edges[:, 1])), shape=(n, n))).tocoo()
+    in_tree = np.isin(edges[:, 0] * n + edges[:, 1], tree.row.astype(np.int64) * n + tree.col)
+    first = np.lexsort((length, ~in_tree))[: int(ROAD_EDGES * n)]
+    signal = _noisy(_scene(points[:, 0], points[:, 1], np.full(n, 0.5)), seed + 1)
+    return edges[np.sort(first)], signal
+
+
+def _grid(name: str, shape: tuple[int, ...], order: int, weight: float) -> TrendProblem:
+    return TrendProblem(name, grid_signal(shape), grid_edges(shape), shape, order, weight)
+
+
+@functools.cache
+def _kept_road(n: int) -> tuple[np.ndarray, np.ndarray]:
+    return road_like(n)
+
+
+def _road(name: str, n: int, order: int, weight: float) -> TrendProblem:
+    edges, y = _kept_road(n)
+    return TrendProblem(name, y, edges, None, order, weight)
+
+
+def _stored(path: Path, name: str, weight: float | None = None) -> TrendProblem:
+    """A problem of a file with the fields y, edges, lam, k, beta_opt and u; another weight drops its optimum."""
+    with np.load(path) as stored:
+        y, edges, own = stored["y"].reshape(-1), stored["edges"].astype(np.int64), float(stored["lam"])
+        shape = tuple(int(n) for n in stored["shape"])
+        plain = TrendProblem(name, y, edges, None, int(stored["k"]), own if weight is None else weight)
+        known = (plain.objective(stored["beta_opt"]), plain.lower_bound(stored["u"])) if plain.weight == own else None
+        # Other graphs name a shape too, (n,): only the edges tell whether it is a grid.
+        grid = shape if int(np.prod(shape)) == y.size and _is_grid(shape, edges) else None
+        return dataclasses.replace(plain, shape=grid, known=known)
+
+
+def problems(quick: bool, truth: Path | None) -> dict[str, Callable[[], TrendProblem]]:
+    """How to make each problem, by name.
+
+    Args:
+        quick: a few thousand nodes at most, for a trial.
+        truth: folder of problems with known optima; grid256 and road100k take graph and signal from it.
+    """
+    side, large, cube, road, long = (32, 48, 8, 1_000, 2_000) if quick else (256, 1024, 32, 100_000, 1_000_000)
+    short = 500 if quick else 5_000
+    made: dict[str, Callable[[], TrendProblem]] = {}
+
+    def add(
+        make: Callable[..., TrendProblem], name: str, size: tuple[int, ...] | int, order: int, weight: float
+    ) -> None:
+        title = f"{name}_k{order}"
+        file = truth / f"{title}_lam10.npz" if truth else None
+        if file is not None and file.is_file() and not name.startswith("chain"):
+            made[title] = functools.partial(_stored, file, title, weight)
+        else:
+            made[title] = functools.partial(make, title, size, order, weight)
+
+    for order, weight, weight_large in ((0, 20.0, 20.0), (1, 13.0, 20.0), (2, 6.0, 6.0)):
+        add(_grid, f"grid{side}", (side, side), order, weight)
+        add(_grid, f"grid{large}", (large, large), order, weight_large)
+    for order, weight in ((0, 20.0), (1, 13.0)):
+        add(_grid, f"cube{cube}", (cube,) * 3, order, weight)
+    for order, weight in ((0, 25.0), (1, 40.0), (2, 60.0)):
+        add(_road, f"road{road // 1000}k", road, order, weight)
+    for order, weight in ((0, 10.0), (1, 10.0), (2, 10.0)):
+        add(_grid, f"chain{short}", (short,), order, weight)
+    for order, weight in ((0, 20.0), (1, 100.0)):
+        add(_grid, f"chain{long}", (long,), order, weight)
+    if truth is not None and not quick:
+        for file in sorted(truth.glob("*.npz")):
+            made[file.stem] = functools.partial(_stored, file, file.stem)
+    return made

@@ -1,0 +1,253 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 6. Choosing the level
+#
+# A trend filter needs a weight,
+#
+# $$\hat b(\lambda) = \arg\min_b\; \tfrac12 \|y - b\|^2 + \lambda\,\bigl\|\Delta^{(k+1)} b\bigr\|_1 ,$$
+#
+# and the weight decides between following the noise and flattening the signal. Here a whole **path** of weights is
+# solved, and five rules choose from it. The truth is known, so each rule can be held against the **oracle**: the level
+# whose fit is in fact the closest to the truth.
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.spatial import Delaunay
+from sklearn.model_selection import GridSearchCV, KFold
+
+import sparseopt as so
+from sparseopt.experiments import plots
+from sparseopt.trend.largest_weight import largest_weight
+from sparseopt.trend.noise import noise_level
+from sparseopt.trend.path import trend_path
+from sparseopt.trend.plots import plot_cross_validation, plot_degrees_of_freedom, plot_fits, plot_selection
+from sparseopt.trend.selection import cross_validate, select
+
+rng = np.random.default_rng(6)
+SIGMA = 0.6
+
+# %% [markdown]
+# ## A signal on roads
+#
+# 800 crossings at random places. Two are joined by a road if no third crossing is closer to both than they are to each
+# other (the *relative neighbourhood graph* of Toussaint, 1980), which looks much like a map. The signal has three
+# levels, so order 0 suits it.
+
+# %%
+places = rng.uniform(size=(800, 2))
+corners = Delaunay(places).simplices
+pairs = np.unique(np.sort(np.concatenate([corners[:, [0, 1]], corners[:, [1, 2]], corners[:, [0, 2]]]), axis=1), axis=0)
+apart = np.linalg.norm(places[:, None] - places, axis=-1)
+lengths = apart[pairs[:, 0], pairs[:, 1], None]
+between = ((apart[pairs[:, 0]] < lengths) & (apart[pairs[:, 1]] < lengths)).any(axis=1)
+graph = so.Graph.from_edges(pairs[~between], len(places))
+east, north = places.T
+truth = 3.0 * (np.hypot(east - 0.35, north - 0.4) < 0.22) + 1.5 * (east + 0.3 * north > 0.85)
+y = truth + SIGMA * rng.normal(size=len(truth))
+figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+for axis, (title, values) in zip(axes, {"truth": truth, f"observed, noise {SIGMA}": y}.items(), strict=True):
+    plots.plot_graph_signal(graph, places, values, axis, limits=(-1.0, 4.5), label="signal")
+    axis.set_title(title)
+
+
+def loss(fit):
+    """Mean squared error against the truth."""
+    return float(np.mean((np.asarray(fit) - truth) ** 2))
+
+
+# %% [markdown]
+# ## The path
+#
+# From some weight $\lambda_{\max}$ on, the fit is the mean of every component of the graph, and nothing changes any
+# more. `largest_weight` finds it with a certificate, and `trend_path` goes down from there, 50 weights evenly spaced in
+# the logarithm. Each fit starts from the two before it, all share one compiled program, and every one comes with its
+# duality gap; `check` raises if one missed its tolerance.
+
+# %%
+path = trend_path(y, graph, order=0).check()
+top = largest_weight(y, graph)
+print(f"{len(path)} levels from {path.weights[0]:.3g} to {path.weights[-1]:.3g}, largest gap {path.gaps.max():.1e}")
+print(f"from {top:.4g} on the fit is the mean")
+assert path.gaps.max() <= 1e-4
+assert top <= path.weights[0] * (1 + 1e-6)
+assert np.allclose(so.trend_filter(y, graph, so.L1(1.001 * top)).value, y.mean())
+assert np.ptp(so.trend_filter(y, graph, so.L1(0.95 * top)).value) > 0
+figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+plot_fits(path, axis=axes[0])
+plot_degrees_of_freedom(path, axis=axes[1])
+_ = axes[0].set_title("twelve of the crossings"), axes[1].set_title("degrees of freedom")
+
+# %% [markdown]
+# ## Degrees of freedom
+#
+# The right picture shows what the rules below pay for. The degrees of freedom of a fit are
+# $\sum_j \operatorname{cov}(\hat b_j, y_j)/\sigma^2$, and for `L1` the *dimension* of the fit is an unbiased estimate:
+# how many numbers describe it once its zero differences are known. At order 0 that is the number of pieces into which
+# the non-zero differences cut the graph. Shrinkage is paid for by nothing: it returns what the search for the pieces
+# costs.
+#
+# Count the pieces of one level by hand: crossings joined by a road and of equal fit.
+
+# %%
+level = 15
+fit = path.values[level]
+equal = np.abs(fit[graph.edges[:, 0]] - fit[graph.edges[:, 1]]) < 1e-3
+pieces = so.Graph.from_edges(graph.edges[equal], graph.num_nodes).num_components
+print(f"weight {path.weights[level]:.3g}: {path.degrees_of_freedom[level]} degrees of freedom, {pieces} pieces")
+assert abs(pieces - path.degrees_of_freedom[level]) <= 1
+
+# %% [markdown]
+# ## The noise level
+#
+# Some rules need $\sigma$. `noise_level` takes the median size of the differences $(\Delta^{(k+1)}y)_r$ relative to
+# what noise of deviation 1 would give. Jumps move a median little as long as they are few; where the truth bends
+# everywhere, the estimate is too large, and a higher order of the differences helps. `path.noise` is the estimate at
+# the path's order.
+
+# %%
+estimates = {order: noise_level(y, graph, order) for order in (0, 1, 2)}
+print("noise: true", SIGMA, *(f"order {order}: {value:.3f}" for order, value in estimates.items()), sep="   ")
+assert path.noise == estimates[0]
+assert abs(path.noise / SIGMA - 1) < 0.1
+
+# %% [markdown]
+# ## Rules that look at the fit
+#
+# With $\text{RSS} = \|y - \hat b\|^2$ and $n$ nodes:
+#
+# | rule | what is made least | needs $\sigma$ | aims at |
+# |---|---|---|---|
+# | SURE | $(\text{RSS} + 2\sigma^2\,\text{df})/n - \sigma^2$ | yes, estimated by default | a small error |
+# | GCV | $(\text{RSS}/n)/(1 - \text{df}/n)^2$ | no | a small error |
+# | AIC, corrected | $n\log(\text{RSS}/n) + 2n\,(\text{df}+1)/(n-\text{df}-2)$ | no | a small error |
+# | BIC | $\text{RSS}/\sigma^2 + \log(n)\,\text{df}$ | yes | few pieces |
+#
+# SURE is an unbiased estimate of the mean squared error, so its curve lies on the unknown one, up to noise that is
+# nearly the same at neighbouring levels. AIC with a $\sigma$ is $\text{RSS}/\sigma^2 + 2\,\text{df}$, which takes the
+# level of SURE. GCV looks at levels with $\text{df} \le n/2$ only, and its curve ends there: nearer to the data the
+# quotient no longer says anything for a fit that shrinks.
+
+# %%
+losses = np.array([loss(value) for value in path.values])
+chosen = {
+    "GCV": select(path, "gcv"),
+    "SURE": select(path, "sure"),
+    "AIC": select(path, "aic"),
+    "BIC": select(path, "bic", sigma=path.noise),
+}
+figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+for axis, rule in zip(axes, ("SURE", "GCV", "BIC"), strict=True):
+    plot_selection(chosen[rule], axis)
+axes[0].plot(path.weights, losses, color="#333333", linestyle=":", label="true error")
+_ = axes[0].legend(frameon=False, loc="upper left")
+print(f"{'oracle':8} weight {path.weights[losses.argmin()]:.3g}   error {losses.min():.4f}")
+for rule, selection in chosen.items():
+    ratio = loss(selection.value) / losses.min()
+    print(f"{rule:8} weight {selection.weight:.3g}   error {loss(selection.value):.4f}, {ratio:.2f} times the oracle's")
+for rule in ("GCV", "SURE", "AIC"):
+    assert loss(chosen[rule].value) < 1.1 * losses.min()
+assert select(path, "aic", sigma=path.noise).index == chosen["SURE"].index
+assert chosen["BIC"].weight > max(chosen[rule].weight for rule in ("GCV", "SURE", "AIC"))
+assert path.degrees_of_freedom[chosen["BIC"].index] < path.degrees_of_freedom[chosen["SURE"].index]
+
+# %% [markdown]
+# BIC pays $\log n$ instead of 2 for a degree of freedom, so it takes a larger weight with fewer pieces, and has a larger
+# error: `L1` shrinks, and a weight that leaves no false piece shrinks the true ones too much. Take BIC to find pieces
+# (and refit them, or use `MCP`), not to predict.
+#
+# If the chosen level is the last of the path, the path ends too early: give it a smaller `ratio`. At order 2 the best
+# level often lies below a thousandth of $\lambda_{\max}$.
+
+# %% [markdown]
+# ## Cross-validation
+#
+# Hold a fifth of the nodes out, let the fit fill them in, measure the distance to what was observed there; repeat for
+# every fifth. It counts nothing, assumes nothing about the noise but that it is independent from node to node, and works
+# for any penalty, `MCP` too. It costs one path more a fold, and its curve is flat where it is least: the noise of the
+# hidden nodes is in it, so its choice varies more than that of SURE.
+#
+# The mean over the folds has a standard error of its own. The rule `one_se` takes the *largest* weight whose error is
+# within one standard error of the least: a simpler fit that is not clearly worse.
+
+# %%
+validated = cross_validate(y, graph, order=0, weights=path.weights, folds=5, seed=0).check()
+figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
+plot_cross_validation(validated, axis)
+simple = path.values[validated.index_one_se]
+print(f"least error: weight {validated.weight:.3g}, {loss(validated.value) / losses.min():.2f} times the oracle's")
+print(f"one standard error: weight {path.weights[validated.index_one_se]:.3g}, {loss(simple) / losses.min():.2f} times")
+assert loss(validated.value) < 1.5 * losses.min()
+assert path.weights[validated.index_one_se] >= validated.weight
+assert path.degrees_of_freedom[validated.index_one_se] <= path.degrees_of_freedom[validated.index_min]
+
+# %% [markdown]
+# ## The order, too
+#
+# SURE, GCV and held-out errors are on one scale for all orders, so the best level of the best order can be taken. Here
+# the truth has plateaus, and order 0 wins by the data alone.
+
+# %%
+sigma = noise_level(y, graph, 0)
+by_order = {
+    order: select(trend_path(y, graph, order=order, method="doge", tol=1e-3, num=30).check(), "sure", sigma)
+    for order in (0, 1)
+}
+for order, selection in by_order.items():
+    least = selection.curve[selection.index]
+    print(f"order {order}: least SURE {least:.4f}, true error there {loss(selection.value):.4f}")
+best_order = min(by_order, key=lambda order: by_order[order].curve.min())
+print("the data choose order", best_order)
+assert best_order == 0 == min(by_order, key=lambda order: loss(by_order[order].value))
+figure, axes = plt.subplots(1, 3, figsize=(16, 4.4), layout="constrained")
+shown = {
+    "SURE, order 0": by_order[0].value,
+    "SURE, order 1": by_order[1].value,
+    "one standard error, order 0": simple,
+}
+for axis, (title, values) in zip(axes, shown.items(), strict=True):
+    plots.plot_graph_signal(graph, places, values, axis, limits=(-1.0, 4.5), label="signal", edges=False)
+    axis.set_title(f"{title}: error {loss(values):.4f}")
+
+# %% [markdown]
+# ## With scikit-learn
+#
+# `GraphTrendFilter` is a regressor whose samples are nodes, so what searches grids there searches weights and orders
+# here.
+
+# %%
+nodes = np.arange(graph.num_nodes).reshape(-1, 1)
+settings = {"alpha": path.weights[14:30:4], "order": [0, 1]}
+search = GridSearchCV(so.GraphTrendFilter(graph=graph, tol=1e-3), settings, cv=KFold(5, shuffle=True, random_state=0))
+found = search.fit(nodes, y)
+alpha, order = found.best_params_["alpha"], found.best_params_["order"]
+print(f"alpha {alpha:.3g}, order {order}: {loss(found.predict(nodes)) / losses.min():.2f} times the oracle's error")
+assert order == 0
+assert loss(found.predict(nodes)) < 1.5 * losses.min()
+
+# %% [markdown]
+# `alpha` is the weight. Shuffle the folds: blocks of consecutive nodes may be whole regions, which no neighbour can fill
+# in. `cross_validate` does the same with warm starts and one program, and also deals the folds evenly over the
+# components.
+#
+# ## Which rule when
+#
+# * **GCV**, or the **corrected AIC**, first: one path, no folds, no $\sigma$.
+# * **SURE** if $\sigma$ is known or many nodes tell it, above all where the best fit keeps more than half of the degrees
+#   of freedom.
+# * **Cross-validation** for penalties other than `L1`, for noise of unequal size, or where you doubt the model and can
+#   wait. Its fits see fewer nodes than the final one.
+# * **One standard error** or **BIC** if a simple picture is worth some error; neither is meant to predict best.
+# * No rule helps against *correlated* noise: all of them then take it for signal.
+#
+# How close the rules come to the oracle on four kinds of signal and two graphs, over fifty draws of the noise each, is
+# on the page of benchmarks (`make bench-trend-selection`).

@@ -1,0 +1,361 @@
+"""Floor 4: the split ADMM for any convex loss of the nodes, by a second copy of x.
+
+    minimise over x    loss(x) + penalty(Ψ Δ x),        loss(x) = sum_j w_j f(x_j; y_j)
+
+The iteration of `admm.py` for the stacked map `[I; Ψ Δ]`: loss and penalty enter through their proxes alone, and
+the x-step is that of the square loss. With z = Δ x, duals p of the loss and g of the penalty, memories c and d,
+`t_j = sigma M_j` and `s_r = rho / S_r`:
+
+    v  = x - c + p / t,            p' = t (v - prox(v, 1 / t))            # a subgradient of the loss at its prox
+    v  = Ψ (z - d) + g / s,        g' = s (v - prox(v, 1 / s))            # one of the penalty
+    p, g relaxed as in `admm.py`
+    x  = (T + rho Δᵀ C Δ)^-1 ( t (x + (1 - relaxation) c) - p + Δᵀ ( rho C (z + (1 - relaxation) d) - Ψᵀ g ) )
+    c  = (1 - relaxation) c + x_old - x,    d  = (1 - relaxation) d + z_old - z
+
+For a norm the iteration restarts from its own average, by the rule of Applegate, Hinder, Lu and Lubin, "Faster
+first-order primal-dual methods for linear programming using restarts and sharpness", 2023: when the better of average
+and iterate has a fifth of the gap of the last restart, or when a third of all steps went by. Absolute losses, which
+spiral around their answer otherwise, need a third of the steps or fewer.
+
+The certificate: every g in the penalty's dual ball for which `-Δᵀ Ψᵀ g` lies in the domain of the loss's conjugate
+bounds the optimum from below. g' is in the ball; where it leaves that domain it is drawn towards an `Anchor` inside.
+
+Source: Boyd, Parikh, Chu, Peleato, Eckstein, "Distributed optimization and statistical learning via ADMM", 2011,
+sections 3.4.3 and 5; the diagonal metrics are those of Pock and Chambolle, 2011, as in `admm.py`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.fidelity import NodeSquares, total
+from sparseopt.core.penalties import Norm
+from sparseopt.core.solve import Measure, Problem
+from sparseopt.core.types import pytree, static
+
+# rho starts at this multiple of rms(dual) / rms(loss dual / sigma), the rule of `admm.py`.
+BALANCE = 3.0
+# rho and sigma change at these multiples of 1, 2, 4, ...; from MOVING on they follow the last step.
+FIRST_CHANGE = 10
+MOVING = 40
+LARGEST_FACTOR = 4.0
+# Without convexity a falling rho lets the iterates wander between local minima: later it only grows, gently.
+GENTLE_FACTOR = 1.5
+# When the iteration restarts: at this share of the gap, or when the last restart is this share of all steps ago.
+RESTART_GAP = 0.2
+RESTART_LENGTH = 0.36
+# A gap within this multiple of its estimated rounding error may be the last that the precision allows.
+ROUNDING_MARGIN = 30.0
+
+
+@pytree
+class LossStart:
+    """Where the solve starts: the point, the dual point (row shape), rho and sigma; None for the solver's own."""
+
+    x: Any
+    dual: Any
+    rho: Any = None
+    sigma: Any = None
+
+
+@pytree
+class Anchor:
+    """A dual point in the ball (row shape) whose image `ΔᵀΨᵀ dual` lies inside the domain of the loss's conjugate."""
+
+    dual: Any
+    pulled: Any
+
+
+class Check(NamedTuple):
+    """What a check found, and what it must remember."""
+
+    residual: Any
+    objective: Any
+    gap: Any
+    best: Any  # the best residual so far
+    waited: Any  # steps since it was found
+    floor: Any  # the estimated rounding error of the residual
+
+
+class Iterate(NamedTuple):
+    """What the iteration maps to its next value; an average of iterates is one too."""
+
+    x: Any
+    inner: Any  # z = Δ x, or None where Δ is the identity
+    loss_memory: Any  # c
+    memory: Any  # d
+    loss_dual: Any  # p, relaxed
+    dual: Any  # g, relaxed
+    loss_candidate: Any  # p'
+    candidate: Any  # g'
+
+
+@pytree
+class LossAdmmState:
+    """One state of the iteration."""
+
+    now: Iterate
+    copies: Any  # the last proxes of loss and penalty; None for a norm, which does not need them
+    sums: Any  # an Iterate, summed since the last restart; None unless the penalty is a norm
+    length: Any  # how many
+    restart_gap: Any  # the gap at the last restart
+    sigma: Any
+    rho: Any
+    count: Any
+    next_change: Any
+    check: Any
+
+    @property
+    def candidate(self) -> Any:
+        """The dual point of the certificate, for a warm start."""
+        return self.now.candidate
+
+
+def certificate(problem: Problem, x: Array, dual: Array, anchor: Anchor) -> tuple[Array, Array]:
+    """The objective at x and the relative duality gap `(P - D) / D` for a norm; +inf where D is not positive.
+
+    Args:
+        problem: its loss is a `NodeLoss`, its penalty a `Norm`.
+        x: the point.
+        dual: in the ball; it is drawn towards the anchor as far as the loss's conjugate needs.
+        anchor: see `Anchor`.
+    """
+    loss, penalty = problem.loss, problem.penalty
+    rows, pulled = problem.operator.mv(x), problem.operator.rmv(dual)
+    share = loss.feasible_share(pulled, anchor.pulled)
+    dual = anchor.dual + share * (dual - anchor.dual)
+    pulled = anchor.pulled + share * (pulled - anchor.pulled)
+    objective = loss.value(x) + penalty.value(rows)
+    slack = loss.slack(x, pulled) + total(penalty.slack(rows, dual))
+    limits = jnp.finfo(x.dtype)
+    gap = jnp.where(slack < objective, slack / jnp.maximum(objective - slack, limits.tiny), jnp.inf)
+    # e^x overflows early in a solve; that is far from the answer, and no failure.
+    return jnp.minimum(objective, limits.max), jnp.where(slack == 0, 0, gap)
+
+
+@pytree
+class LossAdmm:
+    """The split ADMM for a `NodeLoss`, as a solver for `solve`; `problem.operator` is a `Split`.
+
+    For a `Norm` the residual is the relative duality gap, never below the relative suboptimality
+    `(P(x) - P*) / P*`. For any other penalty it is a stationarity residual, the largest of
+    `||p' + ΔᵀΨᵀ g'|| / ||p'||`, `||x - copy|| / ||x||` and `||Ψ Δ x - prox|| / ||Ψ Δ x||`; the gap is NaN. Both are
+    found at every `cadence`-th step; in between the residual is +inf.
+
+    rho and sigma change at steps 10, 20, 40, ..., `changes` times at most, by a factor of 4 at most; then they stay.
+
+    Attributes:
+        node_solve: solves `(M + rho / sigma Δᵀ C Δ) x = right`.
+        anchor: for a norm; None otherwise.
+        rho: the start value, where the `LossStart` brings none.
+        sigma: likewise: about the mean curvature of the loss.
+        metric: M, `[*nodes]` or with channels, of mean 1; None for ones, which the cosine x-step needs.
+        relaxation: in (0, 2).
+        cadence: steps between two checks.
+        changes: how often rho and sigma may change; 0 keeps them.
+        patience: steps without a residual lower by a tenth, near the rounding level, that end the solve.
+    """
+
+    node_solve: Any
+    anchor: Any
+    rho: Any
+    sigma: Any
+    metric: Any = None
+    relaxation: Any = 1.7
+    cadence: int = static(default=5)
+    changes: int = static(default=9)
+    patience: int = static(default=100)
+
+    def init(self, problem: Problem, x0: LossStart) -> LossAdmmState:
+        """No memory yet, g the start's dual, p in balance with it."""
+        dtype = x0.x.dtype
+        split = problem.operator
+        far = jnp.full((), jnp.inf, dtype)
+        z = x0.x if split.inner.order == 0 else split.inner.mv(x0.x)
+        convex = isinstance(problem.penalty, Norm)
+        loss_dual = -split.rmv(x0.dual)
+        now = Iterate(
+            x=x0.x,
+            inner=None if split.inner.order == 0 else z,
+            loss_memory=jnp.zeros_like(x0.x),
+            memory=jnp.zeros_like(z),
+            loss_dual=loss_dual,
+            dual=x0.dual,
+            loss_candidate=loss_dual,
+            candidate=x0.dual,
+        )
+        state = LossAdmmState(
+            now=now,
+            copies=None if convex else (x0.x, split.outer.mv(z)),
+            sums=jax.tree.map(jnp.zeros_like, now) if convex else None,
+            length=jnp.zeros((), jnp.int32),
+            restart_gap=far,
+            sigma=jnp.asarray(self.sigma if x0.sigma is None else x0.sigma, dtype),
+            rho=jnp.asarray(self.rho if x0.rho is None else x0.rho, dtype),
+            count=jnp.zeros((), jnp.int32),
+            next_change=jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32),
+            check=Check(far, 0 * far, far, far, jnp.zeros((), jnp.int32), 0 * far),
+        )
+        residual, objective, gap, floor = self._certify(problem, state)
+        return dataclasses.replace(state, check=Check(residual, objective, gap, far, state.count, floor))
+
+    def step(self, problem: Problem, state: LossAdmmState) -> LossAdmmState:
+        """One iteration, and a check at every `cadence`-th."""
+        split, loss, penalty, now = problem.operator, problem.loss, problem.penalty, state.now
+        keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
+        x, z = now.x, (now.x if now.inner is None else now.inner)
+        c, d, rho, sigma = now.loss_memory, now.memory, state.rho, state.sigma
+
+        loss_step = sigma if self.metric is None else sigma * self.metric
+        v = x - c + now.loss_dual / loss_step
+        copy = loss.prox(v, 1 / loss_step)
+        loss_candidate = loss_step * (v - copy)
+        loss_dual = keep * now.loss_dual + (1 - keep) * loss_candidate
+
+        dual_step = rho / split.row_scale
+        v = split.outer.mv(z - d) + now.dual / dual_step
+        prox = penalty.prox(v, 1 / dual_step)
+        candidate = dual_step * (v - prox)
+        if isinstance(penalty, Norm):
+            candidate = penalty.project_dual(candidate)
+        dual = keep * now.dual + (1 - keep) * candidate
+
+        pulled = rho * split.column_scale * (z + keep * d) - split.outer.rmv(dual)
+        right = loss_step * (x + keep * c) - loss_dual + split.inner.rmv(pulled)
+        x_new = self.node_solve.solve(NodeSquares(None, self.metric), split, right / sigma, rho / sigma, x)
+        z_new = x_new if now.inner is None else split.inner.mv(x_new)
+        moved = (dual - now.dual, z_new - z, loss_dual - now.loss_dual, x_new - x)
+        now = Iterate(
+            x=x_new,
+            inner=None if now.inner is None else z_new,
+            loss_memory=keep * c + x - x_new,
+            memory=keep * d + z - z_new,
+            loss_dual=loss_dual,
+            dual=dual,
+            loss_candidate=loss_candidate,
+            candidate=candidate,
+        )
+        state = dataclasses.replace(
+            state,
+            now=now,
+            copies=None if state.copies is None else (copy, prox),
+            sums=None if state.sums is None else jax.tree.map(jnp.add, state.sums, now),
+            length=state.length + 1,
+            count=state.count + 1,
+        )
+        due = state.count % self.cadence == 0
+        return jax.lax.cond(due, lambda new, step: self._checked(problem, new, step), lambda new, _: new, state, moved)
+
+    def _checked(self, problem: Problem, state: LossAdmmState, moved: tuple[Array, ...]) -> LossAdmmState:
+        """The state with a fresh check and, where they are due, a restart and new rho and sigma."""
+        residual, objective, gap, floor = self._certify(problem, state)
+        rho_factor, sigma_factor = self._factors(problem, state, moved)
+        if state.sums is not None:
+            state, objective, gap = self._restarted(problem, state, objective, gap)
+            residual = gap
+        better = residual < 0.9 * state.check.best
+        best = jnp.where(better, residual, state.check.best)
+        waited = jnp.where(better, 0, state.check.waited + self.cadence)
+        due = (state.next_change >= 0) & (state.count >= state.next_change)
+        rho_factor, sigma_factor = jnp.where(due, rho_factor, 1), jnp.where(due, sigma_factor, 1)
+        last = FIRST_CHANGE * 2 ** max(self.changes - 1, 0)
+        following = jnp.where(state.next_change < last, 2 * state.next_change, -1)
+        # rho d and sigma c are dual quantities: a change keeps them. What was summed belongs to another iteration.
+        now = state.now._replace(memory=state.now.memory / rho_factor, loss_memory=state.now.loss_memory / sigma_factor)
+        return dataclasses.replace(
+            state,
+            now=now,
+            sums=jax.tree.map(lambda s: jnp.where(due, 0, s), state.sums),
+            length=jnp.where(due, 0, state.length),
+            restart_gap=jnp.where(due, jnp.inf, state.restart_gap),
+            rho=state.rho * rho_factor,
+            sigma=state.sigma * sigma_factor,
+            next_change=jnp.where(due, following, state.next_change),
+            check=Check(residual, objective, gap, best, waited, floor),
+        )
+
+    def _restarted(
+        self, problem: Problem, state: LossAdmmState, objective: Array, gap: Array
+    ) -> tuple[LossAdmmState, Array, Array]:
+        """The state after a restart, if one is due, with its objective and gap."""
+        mean = jax.tree.map(lambda s: s / state.length, state.sums)
+        mean_objective, mean_gap = certificate(problem, mean.x, mean.candidate, self.anchor)
+        least = jnp.minimum(gap, mean_gap)
+        due = (least <= RESTART_GAP * state.restart_gap) | (state.length >= RESTART_LENGTH * state.count)
+        take = due & (mean_gap < gap)
+        state = dataclasses.replace(
+            state,
+            now=jax.tree.map(lambda a, b: jnp.where(take, a, b), mean, state.now),
+            sums=jax.tree.map(lambda s: jnp.where(due, 0, s), state.sums),
+            length=jnp.where(due, 0, state.length),
+            restart_gap=jnp.where(due, least, state.restart_gap),
+        )
+        return state, jnp.where(take, mean_objective, objective), jnp.where(take, mean_gap, gap)
+
+    def _certify(self, problem: Problem, state: LossAdmmState) -> tuple[Array, Array, Array, Array]:
+        """Residual, objective, gap, and the rounding error to expect in the residual."""
+        loss, penalty, split, now = problem.loss, problem.penalty, problem.operator, state.now
+        x = now.x
+        limits = jnp.finfo(x.dtype)
+        if isinstance(penalty, Norm):
+            objective, gap = certificate(problem, x, now.candidate, self.anchor)
+            # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
+            noise = jnp.broadcast_to(split.row_scale * jnp.sqrt(total(x * x) / x.size), now.candidate.shape)
+            floor = limits.eps * (1 + penalty.value(noise) / jnp.maximum(objective, limits.tiny))
+            return gap, objective, gap, floor
+
+        def relative(a: Array, b: Array) -> Array:
+            return jnp.sqrt(total(a * a) / jnp.maximum(total(b * b), limits.tiny))
+
+        rows, (copy, prox) = split.mv(x), state.copies
+        objective = jnp.minimum(loss.value(x) + penalty.value(prox), limits.max)
+        apart = jnp.maximum(relative(x - copy, x), relative(rows - prox, rows))
+        balance = relative(now.loss_candidate + split.rmv(now.candidate), now.loss_candidate)
+        residual = jnp.maximum(balance, apart)
+        return residual, objective, jnp.full_like(objective, jnp.nan), jnp.full_like(objective, limits.eps)
+
+    def _factors(self, problem: Problem, state: LossAdmmState, moved: tuple[Array, ...]) -> tuple[Array, Array]:
+        """What to multiply rho and sigma with."""
+        split, now = problem.operator, state.now
+        tiny = jnp.finfo(now.x.dtype).tiny
+        metric = jnp.ones((), now.x.dtype) if self.metric is None else self.metric
+
+        def length(scale: Any, x: Array) -> Array:
+            return jnp.sqrt(jnp.maximum(total(scale * x * x), tiny))
+
+        def rms(scale: Any, x: Array) -> Array:
+            return length(scale, x) / jnp.sqrt(jnp.maximum(total(jnp.broadcast_to(scale, x.shape)), tiny))
+
+        apart = rms(metric, now.loss_candidate / (metric * state.sigma))
+        distance = BALANCE * rms(split.row_scale, now.candidate) / apart
+        motion = length(split.row_scale, moved[0]) / length(split.column_scale, moved[1])
+        loss_motion = length(1 / metric, moved[2]) / length(metric, moved[3])
+        early = state.count < MOVING
+        rho_factor = jnp.where(early, distance, motion) / state.rho
+        sigma_factor = jnp.where(early, 1, loss_motion / state.sigma)
+        gentle = ~early & (not isinstance(problem.penalty, Norm))
+        least = jnp.where(gentle, 1.0, 1 / LARGEST_FACTOR)
+        largest = jnp.where(gentle, GENTLE_FACTOR, LARGEST_FACTOR)
+        return jnp.clip(rho_factor, least, largest), jnp.clip(sigma_factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
+
+    def measure(self, problem: Problem, state: LossAdmmState) -> Measure:
+        """What this step's check found, if there was one."""
+        del problem
+        check = state.check
+        fresh = state.count % self.cadence == 0
+        near = check.best <= ROUNDING_MARGIN * check.floor
+        return Measure(
+            residual=jnp.where(fresh, check.residual, jnp.inf),
+            objective=check.objective,
+            gap=jnp.where(fresh, check.gap, jnp.nan),
+            extra={"rho": state.rho, "sigma": state.sigma},
+            stalled=fresh & near & (check.waited >= self.patience),
+        )
+
+    def extract(self, problem: Problem, state: LossAdmmState) -> Float[Array, "..."]:
+        """X."""
+        del problem
+        return state.now.x

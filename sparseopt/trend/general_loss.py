@@ -1,0 +1,354 @@
+"""Floor 5: the trend filter of counts, labels and signals with outliers, by the losses of `scalar_losses.py`.
+
+    minimise over b    sum_j w_j f(b_j; y_j)  +  penalty(Δ^(k+1) b)
+
+b is on the scale of the loss: a log-rate for counts, log-odds for labels; `loss.mean(b)` takes it back.
+
+The penalty vanishes on constants of a component and on nothing else, at every order. So a fit exists if and only if
+the best constant of every component is finite, which is checked for every channel: counts need a positive one, labels
+need both kinds.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.node_losses import NodeLoss
+from sparseopt.core.penalties import Norm
+from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LogisticLoss, PoissonLoss, ScalarLoss
+from sparseopt.core.solve import Problem, Solution, Status, solve
+from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossAdmmState, LossStart, certificate
+from sparseopt.trend.graph import Graph
+from sparseopt.trend.inputs import Signal
+from sparseopt.trend.methods import Prepared, prepare
+from sparseopt.trend.start import null_space_dual
+
+LOSSES: dict[str, ScalarLoss] = {
+    "poisson": PoissonLoss(),
+    "logistic": LogisticLoss(),
+    "huber": HuberLoss(),
+    "absolute": AbsoluteLoss(),
+}
+METHODS = ("auto", "doge", "admm")
+# At missing nodes the certificate holds among fits within this many ranges of the data, on the scale of the fit. At
+# order 0 the data's own range loses nothing, unless counts and labels suggest no finite range.
+BOX_RANGES = 10.0
+# rho starts at this multiple of the weight over the noise, as for the square loss.
+FIRST_RHO = 2.4
+# A node without an observation still needs some weight in the x-step: this share of the mean.
+LIGHT = 1e-2
+
+
+def checked_loss(loss: Any) -> ScalarLoss | None:
+    """The loss, by object or name; None for the square.
+
+    Raises:
+        ValueError: for an unknown name or a delta that is not positive and finite.
+        TypeError: for an object that is no `ScalarLoss`.
+    """
+    if loss is None or (isinstance(loss, str) and loss == "square"):
+        return None
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}; known are square, {', '.join(LOSSES)}")
+        return LOSSES[loss]
+    if isinstance(loss, type) or not isinstance(loss, ScalarLoss):
+        raise TypeError(
+            f"a loss is a name or an object with the methods of `ScalarLoss`, such as sparseopt.PoissonLoss(); "
+            f"given {loss!r}"
+        )
+    if isinstance(loss, HuberLoss) and not (np.ndim(loss.delta) == 0 and 0 < float(loss.delta) < np.inf):
+        raise ValueError(
+            f"the Huber loss needs a positive, finite delta, the distance from which on outliers count less; given "
+            f"{loss.delta}"
+        )
+    return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """The observations on the host, in float64: `[n, channels]`, weights `[n]`, component labels `[n]`."""
+
+    columns: np.ndarray
+    weights: np.ndarray
+    labels: np.ndarray
+
+
+def fit_loss(
+    signal: Signal,
+    graph: Graph,
+    penalty: Any,
+    order: int,
+    loss: ScalarLoss,
+    method: str,
+    block: int,
+    warm_start: Solution | None,
+    rho: float | None,
+    options: dict[str, Any],
+    tol: float,
+    max_steps: int,
+    history: bool,
+) -> Solution:
+    """The fit of a checked signal; call it where the signal's precision is enabled. Arguments as in `trend_filter`.
+
+    Raises:
+        ValueError: for observations outside the loss's domain, a component without a finite fit, or a method that
+            solves the square loss only.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} solves the square loss only; with loss={loss} use {', '.join(METHODS)}")
+    kind, channels = signal.values.dtype, signal.values.shape[1:]
+    penalty, loss = _as(penalty, kind), _as(loss, kind)
+    data = _observations(signal, graph, loss, free=_vanishes(penalty) or graph.num_edges == 0)
+    columns = [np.ascontiguousarray(column) for column in data.columns.T]
+    null = np.stack([loss.location(column, data.weights, data.labels)[data.labels] for column in columns], axis=1)
+    _require_finite(null, data, loss, _vanishes(penalty))
+    if _constant(data):
+        return _answered(null.reshape(signal.shape), kind)
+
+    nodes = graph.shape or (graph.num_nodes,)
+
+    def laid_out(values: np.ndarray) -> jax.Array:
+        return jnp.asarray(values.reshape(*nodes, *channels), kind)
+
+    weights = None
+    if signal.weights is not None:
+        weights = jnp.asarray(signal.weights.reshape(*nodes, *(1 for _ in channels)))
+    low, high = _box(signal, loss, order)
+    node_loss = NodeLoss(loss, laid_out(signal.values), weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
+    curvatures = _curvatures(data, loss, null, columns)
+    if method == "auto":
+        # Cosines are exact and cheap on grids, whatever the weights; elsewhere a step without a linear solve pays.
+        method = "doge" if graph.shape is None else "admm"
+    even = method == "admm" and graph.shape is not None  # cosines need one metric for all nodes
+    ready = prepare(graph, order, method, block if method == "doge" else 0, not even, kind, bool(channels))
+    full = prepare(graph, order, "doge", order + 1, signal.weights is not None, kind, bool(channels))
+    pull = -_balanced_gradient(data, node_loss, null, laid_out)
+    dual = _null_dual(graph, penalty, full, pull, order, node_loss, laid_out)
+    sigma = float(np.mean(curvatures))
+    solver = LossAdmm(
+        ready.node_solve,
+        _anchor(node_loss, penalty, full, dual),
+        jnp.asarray(_first_rho(penalty, full, laid_out(pull), sigma) if rho is None else rho, kind),
+        jnp.asarray(sigma, kind),
+        None if even else laid_out(curvatures / sigma),
+        relaxation=jnp.asarray(options["relaxation"], kind),
+        cadence=options["cadence"],
+    )
+    x = laid_out(null)
+    start = LossStart(x, dual) if warm_start is None else _warm(signal, warm_start, laid_out, ready, rho)
+    problem = Problem(node_loss, penalty, ready.split)
+    found = solve(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=max_steps, history=history)
+    if not isinstance(penalty, Norm):
+        status = jnp.where(found.status == Status.CONVERGED, Status.STATIONARY, found.status).astype(jnp.int32)
+        return dataclasses.replace(found, value=found.value.reshape(signal.shape), status=status)
+    value, objective, gap = _finish(problem, found, solver.anchor, x)
+    status = jnp.where((found.status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, found.status)
+    status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status).astype(jnp.int32)
+    return dataclasses.replace(
+        found, value=value.reshape(signal.shape), status=status, residual=gap, objective=objective, gap=gap
+    )
+
+
+def _as(tree: Any, kind: np.dtype) -> Any:
+    """Its numbers in the dtype of the computation."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, kind) if np.ndim(leaf) == 0 else jnp.asarray(leaf), tree)
+
+
+def _vanishes(penalty: Any) -> bool:
+    weight = getattr(penalty, "weight", None)
+    return weight is not None and float(weight) == 0
+
+
+def _observations(signal: Signal, graph: Graph, loss: ScalarLoss, free: bool) -> _Data:
+    """The data, in the loss's domain; without a penalty every node is a component of its own."""
+    columns = signal.values.reshape(graph.num_nodes, -1).astype(np.float64)
+    weights = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
+    wrong = loss.wrong(columns) & (weights > 0)[:, None]
+    if wrong.any():
+        node, channel = (int(i) for i in np.argwhere(wrong)[0])
+        place = f"node {node}"
+        if graph.shape is not None and len(graph.shape) > 1:
+            place += f", pixel {tuple(int(i) for i in np.unravel_index(node, graph.shape))}"
+        if columns.shape[1] > 1:
+            place += f", channel {channel}"
+        raise ValueError(
+            f"{type(loss).__name__} takes {loss.expected}, given {columns[node, channel]:g} at {place} "
+            f"({int(wrong.sum())} such)"
+        )
+    if free and not weights.all():
+        raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
+    return _Data(columns, weights, np.arange(graph.num_nodes) if free else graph.components)
+
+
+def _require_finite(null: np.ndarray, data: _Data, loss: ScalarLoss, unpenalised: bool) -> None:
+    """Every component has a constant of least loss."""
+    endless = ~np.isfinite(null)
+    if not endless.any():
+        return
+    node, channel = (int(i) for i in np.argwhere(endless)[0])
+    component = int(data.labels[node])
+    size = int(np.sum(data.labels == component))
+    count = len(np.unique(data.labels[endless.any(axis=1)]))
+    where = f"node {node}" if size == 1 else f"the component of node {node} ({size} nodes)"
+    if null.shape[1] > 1:
+        where += f" in channel {channel}"
+    advice = (
+        "raise the penalty's weight" if unpenalised else "leave it out, join it to others by an edge, or observe more"
+    )
+    raise ValueError(
+        f"{where} has {loss.unbounded}, so its best fit is {null[node, channel]:+g} and no minimum is attained "
+        f"({count} such); {advice}"
+    )
+
+
+def _constant(data: _Data) -> bool:
+    """Whether every component sees one value only in each channel: its best constant is then the fit."""
+    seen = data.weights > 0
+    labels, columns = data.labels[seen], data.columns[seen]
+    first = np.zeros(int(data.labels.max()) + 1, np.int64)
+    first[labels[::-1]] = np.arange(labels.size)[::-1]
+    return bool(np.all(columns == columns[first[labels]]))
+
+
+def _answered(value: np.ndarray, kind: np.dtype) -> Solution:
+    """A fit of loss and penalty 0."""
+    zero = jnp.zeros((), kind)
+    status, steps = jnp.asarray(Status.CONVERGED, jnp.int32), jnp.zeros((), jnp.int32)
+    return Solution(jnp.asarray(value, kind), status, steps, zero, zero, zero, None, None)
+
+
+def _box(signal: Signal, loss: ScalarLoss, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds for the fit at missing nodes, one a channel."""
+    seen = signal.values if signal.weights is None else signal.values[signal.weights > 0]
+    spans = [loss.span(column) for column in seen.reshape(len(seen), -1).T.astype(np.float64)]
+    low, high = np.array(spans).T.reshape(2, *signal.values.shape[1:])
+    wider = 0 if order == 0 and loss.span_holds_fit else BOX_RANGES * (high - low)
+    return low - wider, high + wider
+
+
+def _curvatures(data: _Data, loss: ScalarLoss, null: np.ndarray, columns: list[np.ndarray]) -> np.ndarray:
+    """Weighted curvatures at the nodes, positive `[n, channels]`."""
+    found = np.stack([loss.curvature(y, data.weights, null[:, c]) for c, y in enumerate(columns)], axis=1)
+    found = found * data.weights[:, None]
+    return np.maximum(found, LIGHT * found.mean())
+
+
+def _balanced_gradient(
+    data: _Data, node_loss: NodeLoss, null: np.ndarray, laid_out: Callable[[np.ndarray], jax.Array]
+) -> np.ndarray:
+    """A subgradient of the loss at the best constants whose sum over every component is 0, `[n, channels]`."""
+    gradient = np.array(node_loss.gradient(laid_out(null)), np.float64).reshape(null.shape)
+    for column in gradient.T:
+        # Observations that the constant meets exactly take up what is left, if there are any: for the absolute loss
+        # their subgradients are free. Elsewhere it is rounding.
+        met = data.weights * (column == 0)
+        met_mass = np.bincount(data.labels, met)
+        takes = np.where((met_mass > 0)[data.labels], met, data.weights)
+        left = np.bincount(data.labels, column) / np.bincount(data.labels, takes)
+        column -= takes * left[data.labels]
+    return gradient
+
+
+def _null_dual(
+    graph: Graph,
+    penalty: Any,
+    full: Prepared,
+    pull: np.ndarray,
+    order: int,
+    node_loss: NodeLoss,
+    laid_out: Callable[[np.ndarray], jax.Array],
+) -> jax.Array:
+    """The dual of the best constants, shortened until it lies in the penalty's ball; 0 where it serves nothing.
+
+    It proves that the constants are the fit where the weight is that large, and it lies inside the domain of the
+    conjugate, where the dual 0 may be on the boundary.
+    """
+    on_nodes = laid_out(pull)
+    nothing = jnp.zeros(full.split.row_shape(on_nodes), on_nodes.dtype)
+    if not isinstance(penalty, Norm):
+        return nothing
+    strong = float(penalty.value(full.split.mv(on_nodes))) >= np.sum(pull**2)
+    if not strong and _zero_is_inside(node_loss):
+        return nothing
+    found = null_space_dual(graph, pull, order)
+    if found is None:
+        return nothing
+    z = laid_out(found[0])
+    return _shortened(penalty, full.split.outer.base.difference(z) if found[1] else z)
+
+
+def _zero_is_inside(node_loss: NodeLoss) -> bool:
+    """Whether the dual 0 lies inside the domain of the loss's conjugate."""
+    low, high = node_loss.family.dual_range(node_loss.signal)
+    inside = (low < 0) & (high > 0)
+    return bool(jnp.all(inside if node_loss.weights is None else inside | (node_loss.weights == 0)))
+
+
+@jax.jit
+def _shortened(penalty: Any, dual: jax.Array) -> jax.Array:
+    """`dual` halved until it lies in the penalty's ball."""
+
+    def outside(share: jax.Array) -> jax.Array:
+        point = share * dual
+        return (share > 1e-12) & jnp.any(jnp.abs(penalty.project_dual(point) - point) > 1e-6 * jnp.abs(point))
+
+    share = jax.lax.while_loop(outside, lambda share: share / 2, jnp.ones((), dual.dtype))
+    return penalty.project_dual(jnp.where(share > 1e-12, share, 0) * dual)
+
+
+def _anchor(node_loss: NodeLoss, penalty: Any, full: Prepared, dual: jax.Array) -> Anchor | None:
+    if not isinstance(penalty, Norm):
+        return None
+    dual = jnp.zeros_like(dual) if _zero_is_inside(node_loss) else dual
+    return Anchor(dual, full.split.rmv(dual))
+
+
+def _first_rho(penalty: Any, full: Prepared, pull: jax.Array, sigma: float) -> jax.Array:
+    """The weight over the noise, as the differences of the loss's pull show it."""
+    noise = 1.2533 * jnp.mean(jnp.abs(full.split.mv(pull)) / full.row_norms)
+    return FIRST_RHO * sigma * getattr(penalty, "weight", 1.0) / jnp.where(noise > 0, noise, 1)
+
+
+def _warm(
+    signal: Signal,
+    warm_start: Solution,
+    laid_out: Callable[[np.ndarray], jax.Array],
+    ready: Prepared,
+    rho: float | None,
+) -> LossStart:
+    """The start that continues an earlier solution.
+
+    Raises:
+        ValueError: if its dual does not fit.
+    """
+    state, x = warm_start.state, laid_out(np.asarray(warm_start.value).reshape(signal.values.shape))
+    wanted = ready.split.row_shape(x)
+    if state is None or state.candidate.shape != wanted:
+        given = None if state is None else state.candidate.shape
+        raise ValueError(
+            f"warm_start needs a solution of the same graph and order whose dual has the shape {wanted}, given {given}"
+        )
+    dual = jnp.asarray(state.candidate, x.dtype)
+    if not isinstance(state, LossAdmmState):
+        return LossStart(x, dual)
+    return LossStart(x, dual, state.rho if rho is None else None, state.sigma)
+
+
+@jax.jit
+def _finish(
+    problem: Problem, found: Solution, anchor: Anchor, null: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The fit, its objective and its gap: the best constants where they are no worse than the iterate."""
+    of_x = certificate(problem, found.value, found.state.candidate, anchor)
+    of_null = certificate(problem, null, found.state.candidate, anchor)
+    take = of_null[0] <= of_x[0]
+    return (
+        jnp.where(take, null, found.value),
+        jnp.where(take, of_null[0], of_x[0]),
+        jnp.where(take, of_null[1], of_x[1]),
+    )

@@ -1,0 +1,148 @@
+"""Floor 5: what a fit needs beside penalty and method, and the way back from the solver to the caller's units."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.fidelity import NodeSquares, total
+from sparseopt.core.penalties import Norm
+from sparseopt.core.solve import Problem, Solution, Status
+from sparseopt.trend.graph import Graph
+from sparseopt.trend.inputs import Signal
+from sparseopt.trend.methods import Prepared, prepare
+
+# At orders >= 1 the fit may leave the range of the data where nothing is observed. The certificate then holds
+# among fits within this many ranges of it; at order 0 the range itself is a bound that loses nothing.
+BOX_RANGES = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SetUp:
+    """What a fit needs beside penalty and method.
+
+    Attributes:
+        loss: on the nodes, `[*nodes]` or `[*nodes, channels]`.
+        centred: the same with the overall mean taken from the signal.
+        shift: that mean, `[channels]`.
+        means: of every node's component, `[n, channels]`.
+        full: the operator `Δ^(order+1)`, as Doge-ADMM takes it.
+        noise: of the signal; 0 where it has no differences.
+        laid_out: values `[n, channels]` on the nodes of the graph, on the device.
+    """
+
+    loss: NodeSquares
+    centred: NodeSquares
+    shift: np.ndarray
+    means: np.ndarray
+    full: Prepared
+    noise: float
+    laid_out: Callable[[np.ndarray], jax.Array]
+
+
+def set_up(signal: Signal, graph: Graph, order: int) -> SetUp:
+    """Lay out a checked signal; call it where the signal's precision is enabled."""
+    kind, channels = signal.values.dtype, signal.values.shape[1:]
+    nodes = graph.shape or (graph.num_nodes,)
+
+    def laid_out(values: np.ndarray) -> jax.Array:
+        return jnp.asarray(values.reshape(*nodes, *channels), kind)
+
+    shift, means = _means(signal, graph)
+    weights = None
+    if signal.weights is not None:
+        weights = jnp.asarray(signal.weights.reshape(*nodes, *(1 for _ in channels)))
+    low, high = _box(signal, order)
+    loss = NodeSquares(laid_out(signal.values), weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
+    centre = loss.observed(laid_out(signal.values - shift))
+    centred = NodeSquares(centre, weights, jnp.asarray(low - shift, kind), jnp.asarray(high - shift, kind))
+    full = prepare(graph, order, "doge", order + 1, weights is not None, kind, bool(channels))
+    return SetUp(loss, centred, shift, means, full, float(_noise(full, centre)), laid_out)
+
+
+def leaves_as(penalty: Any, kind: np.dtype) -> Any:
+    """The penalty with its numbers in the dtype of the computation."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, kind) if np.ndim(leaf) == 0 else jnp.asarray(leaf), penalty)
+
+
+def _box(signal: Signal, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds for the fit at missing nodes, one a channel."""
+    seen = signal.values if signal.weights is None else signal.values[signal.weights > 0]
+    low, high = seen.min(axis=0), seen.max(axis=0)
+    wider = BOX_RANGES * (high - low) if k else 0
+    return low - wider, high + wider
+
+
+@jax.jit
+def _noise(ready: Prepared, y: jax.Array) -> jax.Array:
+    """The standard deviation of white noise whose differences have the mean size of those of y."""
+    return 1.2533 * jnp.mean(jnp.abs(ready.split.mv(y)) / ready.row_norms)
+
+
+def _means(signal: Signal, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over all observed nodes and the mean of every node's component, `[channels]` and `[n, channels]`."""
+    kind, channels = signal.values.dtype, signal.values.shape[1:]
+    columns = signal.values.reshape(graph.num_nodes, -1)
+    if signal.weights is None:
+        overall = columns.mean(axis=0, dtype=np.float64)
+    else:
+        overall = np.average(columns, axis=0, weights=signal.weights.astype(np.float64))
+    if graph.num_components == 1:
+        means = np.broadcast_to(overall.astype(kind), columns.shape)
+    else:
+        weights = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
+        mass = np.bincount(graph.components, weights=weights)
+        sums = [np.bincount(graph.components, weights=weights * column) for column in columns.T]
+        means = (np.stack(sums, axis=1) / mass[:, None])[graph.components].astype(kind)
+    return overall.astype(kind).reshape(channels), means.reshape(graph.num_nodes, *channels)
+
+
+class Finished(NamedTuple):
+    """A fit in the caller's units, as `Solution` has it."""
+
+    value: Any
+    status: Any
+    residual: Any
+    objective: Any
+    gap: Any
+
+
+@jax.jit
+def finished(problem: Problem, found: Solution, shift: jax.Array, means: jax.Array, tol: jax.Array) -> Finished:
+    """What a solve of the centred problem found, as it stands in the caller's units after rounding.
+
+    The component means are the limit for large weights; where they are no worse than the iterate they are the
+    answer, and its differences are exactly zero.
+
+    Args:
+        problem: in the caller's units.
+        found: of the centred problem.
+        shift: what was taken from the signal.
+        means: laid out.
+        tol: of the solve.
+    """
+    loss, penalty, split = problem.loss, problem.penalty, problem.operator
+    x, status = found.value + shift, found.status
+    if not isinstance(penalty, Norm):
+        status = jnp.where(status == Status.CONVERGED, Status.STATIONARY, status).astype(jnp.int32)
+        return Finished(x, status, found.residual, found.objective, found.gap)
+    tiny = jnp.finfo(x.dtype).tiny
+    dual = found.state.candidate
+
+    def judged(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = split.mv(x)
+        objective = loss.value(x) + penalty.value(rows)
+        slack = loss.slack(x, split.rmv(dual)) + total(penalty.slack(rows, dual))
+        gap = jnp.where(slack < objective, slack / jnp.maximum(objective - slack, tiny), jnp.inf)
+        return objective, jnp.where(slack == 0, 0, gap)
+
+    of_x, of_means = judged(x), judged(means)
+    take = of_means[0] <= of_x[0]
+    objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
+    # The mean comes back in working precision; what that costs is part of the answer.
+    status = jnp.where((status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, status)
+    status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status).astype(jnp.int32)
+    return Finished(jnp.where(take, means, x), status, gap, objective, gap)

@@ -1,0 +1,186 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparseopt as so
+from sparseopt.core.fidelity import NodeSquares
+from sparseopt.core.operators import Difference
+from sparseopt.core.solve import Problem, solve
+from sparseopt.core.solvers.admm import Admm, Start, standard_split
+from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
+from sparseopt.core.solvers.node_solve import cosine_solve
+from sparseopt.trend.filter import precision
+from tests.trend.problems import exact_fit, objective
+
+DOUBLE = np.dtype(np.float64)
+
+
+def affine_map(rng, n):
+    """A slow averaged map `p -> A p + b`, `A = (I + Q) / 2` with Q orthogonal, and its fixed point."""
+    skew = rng.standard_normal((n, n))
+    orthogonal = np.linalg.qr(np.eye(n) + 0.2 * (skew - skew.T))[0]
+    matrix = (np.eye(n) + orthogonal * np.sign(np.diagonal(orthogonal))) / 2
+    answer = rng.standard_normal(n)
+    return jnp.asarray(matrix), jnp.asarray(answer - matrix @ answer), answer
+
+
+jitted = jax.jit(extrapolate)
+
+
+def run(matrix, offset, calls, depth, carry):
+    """Points after each call, with what was carried along."""
+    point = jnp.zeros_like(offset)
+    memory = empty_memory(point, carry @ point, depth)
+    memory, point, _ = jitted(memory, point, carry @ point)
+    points = []
+    for _ in range(calls):
+        image = matrix @ point + offset
+        memory, point, carried = jitted(memory, image, carry @ image)
+        points.append((memory, point, carried))
+    return points
+
+
+def test_an_affine_map_of_n_unknowns_is_solved_by_n_differences(rng):
+    # There type II is GMRES: n differences span the space.
+    with precision(DOUBLE):
+        matrix, offset, answer = affine_map(rng, 6)
+        carry = jnp.asarray(rng.standard_normal((3, 6)))
+        points = run(matrix, offset, 9, 8, carry)
+        plain = jnp.zeros(6)
+        for _ in range(9):
+            plain = matrix @ plain + offset
+        assert np.linalg.norm(points[-1][1] - answer) < 1e-6
+        assert np.linalg.norm(plain - answer) > 1e-2
+        for _, point, carried in points:
+            np.testing.assert_allclose(carried, carry @ point, atol=1e-9)
+
+
+def test_a_short_memory_replaces_its_oldest_difference(rng):
+    with precision(DOUBLE):
+        basis, answer = np.linalg.qr(rng.standard_normal((12, 12)))[0], rng.standard_normal(12)
+        matrix = (basis * np.linspace(0, 0.98, 12)) @ basis.T
+        matrix, offset = jnp.asarray(matrix), jnp.asarray(answer - matrix @ answer)
+        memory, point, _ = run(matrix, offset, 30, 3, jnp.eye(12))[-1]
+        plain = jnp.zeros(12)
+        for _ in range(30):
+            plain = matrix @ plain + offset
+        assert np.linalg.norm(point - answer) < 0.1 * np.linalg.norm(plain - answer)
+        rows = np.asarray(memory.residuals)
+        np.testing.assert_allclose(memory.products, rows @ rows.T, rtol=1e-6, atol=1e-20)
+
+
+def test_a_grown_residual_is_not_extrapolated_and_empties_the_memory(rng):
+    with precision(DOUBLE):
+        matrix, offset, _ = affine_map(rng, 5)
+        memory, point, _ = run(matrix, offset, 4, 4, jnp.eye(5))[-1]
+        image = point + 3 * float(memory.last) * jnp.ones(5)
+        after, following, beside = extrapolate(memory, image, 2 * image)
+        np.testing.assert_array_equal(following, image)
+        np.testing.assert_array_equal(beside, 2 * image)
+        assert int(after.taken) == int(memory.taken) > 0
+        assert int(after.known) == 1
+
+
+def test_a_forgotten_memory_starts_afresh(rng):
+    with precision(DOUBLE):
+        matrix, offset, _ = affine_map(rng, 5)
+        memory, point, _ = run(matrix, offset, 4, 4, jnp.eye(5))[-1]
+        kept, dropped = forget(memory, False), forget(memory, True)
+        assert int(kept.known) == int(memory.known) > 1
+        for calls in range(3):
+            image = matrix @ point + offset
+            dropped, point, _ = extrapolate(dropped, image, image)
+            # The start, one residual, and only then a difference.
+            assert int(dropped.taken) == (calls == 2)
+            if calls < 2:
+                np.testing.assert_array_equal(point, image)
+
+
+def test_the_bound_falls_and_stops_what_does_not_converge(rng):
+    # A residual that stays as it is: the extrapolations are few, and then the plain iteration goes on.
+    with precision(DOUBLE):
+        memory = empty_memory(jnp.zeros(4), jnp.zeros(4), 3)
+        step = jax.jit(lambda memory, point, shift: extrapolate(memory, point + shift, point))
+        point = jnp.zeros(4)
+        taken = []
+        for count in range(1500):
+            shift = jnp.asarray(np.eye(4)[count % 4])
+            memory, point, _ = step(memory, point, shift)
+            taken.append(int(memory.taken))
+        assert 100 < taken[-1] < 1000
+        assert taken[-1] == taken[-300]
+
+
+def test_lanes_are_accelerated_as_if_alone(rng):
+    matrix, offset, _ = affine_map(rng, 6)
+    matrix, offsets = matrix.astype(jnp.float32), jnp.stack([offset, 2 * offset, offset[::-1]]).astype(jnp.float32)
+
+    def last(offset):
+        return run(matrix, offset, 3, 4, jnp.eye(6, dtype=jnp.float32))[-1][1]
+
+    together = jax.jit(jax.vmap(last))(offsets)
+    for lane in range(3):
+        np.testing.assert_allclose(together[lane], last(offsets[lane]), rtol=2e-3, atol=2e-4)
+
+
+def strong_problem(rng, side, weight, order=1, penalty=so.L1):
+    """Strong smoothing on a grid, split for the standard ADMM; call it under `precision`."""
+    graph = so.Graph.grid((side, side))
+    i, j = np.mgrid[:side, :side]
+    y = 20 * ((i - side / 2) ** 2 + (j - side / 3) ** 2 < side**2 / 9) + 5 * rng.standard_normal((side, side))
+    y = y - y.mean()
+    base = graph.base(np.float64)
+    split = standard_split(Difference(base, order + 1), Difference(base, 0, order % 2 == 0), np.float64)
+    node_solve = jax.tree.map(jnp.asarray, cosine_solve((side, side), order + 1, np.float64))
+    start = Start(jnp.asarray(y), jnp.zeros(split.row_shape(jnp.asarray(y))))
+    return graph, y, Problem(NodeSquares(jnp.asarray(y)), penalty(weight), split), node_solve, start
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_the_accelerated_solver_gets_to_the_exact_fit(rng, order):
+    with precision(DOUBLE):
+        graph, y, problem, node_solve, start = strong_problem(rng, 6, 3.0, order)
+        solver = Admm(node_solve, 1.0, changes=0, acceleration=5)
+        found = solve(problem, solver, start, tol=1e-10, max_steps=5000)
+        assert so.Status(int(found.status)) is so.Status.CONVERGED
+        assert int(found.state.past.taken) > 0
+        flat = y.reshape(-1)
+        best = objective(exact_fit(flat, graph, 3.0, order), flat, graph, 3.0, order)
+        here = objective(np.asarray(found.value).reshape(-1), flat, graph, 3.0, order)
+        assert -1e-12 <= here / best - 1 <= float(found.gap) + 1e-12
+
+
+def test_acceleration_saves_steps_where_smoothing_is_strong(rng):
+    with precision(DOUBLE):
+        _, _, problem, node_solve, start = strong_problem(rng, 32, 100.0)
+
+        def steps(depth):
+            found = solve(problem, Admm(node_solve, 20.0, acceleration=depth), start, tol=1e-7, max_steps=20_000)
+            assert so.Status(int(found.status)) is so.Status.CONVERGED
+            return int(found.steps)
+
+        assert steps(10) < 0.8 * steps(0)
+
+
+def test_what_is_not_convex_or_not_split_that_way_is_not_accelerated(rng):
+    with precision(DOUBLE):
+        _, _, problem, node_solve, start = strong_problem(rng, 6, 3.0)
+        solver = Admm(node_solve, 1.0, acceleration=5)
+        assert solver.init(problem, start).past is not None
+        assert solver.init(dataclasses.replace(problem, penalty=so.MCP(3.0)), start).past is None
+        assert dataclasses.replace(solver, acceleration=0).init(problem, start).past is None
+
+
+def test_a_settled_start_keeps_its_rho(rng):
+    with precision(DOUBLE):
+        _, _, problem, node_solve, start = strong_problem(rng, 12, 30.0)
+        solver = Admm(node_solve, 1.0, acceleration=5)
+        for settled, expected in ((True, {5.0}), (False, None)):
+            given = dataclasses.replace(start, rho=5.0, settled=jnp.asarray(settled))
+            found = solve(problem, solver, given, tol=1e-8, max_steps=2000, history=True)
+            assert so.Status(int(found.status)) is so.Status.CONVERGED
+            rho = set(np.asarray(found.history.extra["rho"])[: int(found.steps)].tolist())
+            assert rho == expected if expected else len(rho) > 1

@@ -1,0 +1,406 @@
+"""Counts, labels and outliers: facts of the fits, and answers of solvers that share nothing with the package."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import sparse
+from scipy.optimize import linprog, minimize
+from scipy.special import xlogy
+
+import sparseopt as so
+from sparseopt.core import solve as solve_module
+from sparseopt.core.scalar_losses import HuberLoss
+from sparseopt.core.solvers.loss_admm import LossAdmm
+from tests.trend.problems import GRAPHS, exact_fit, random_graph, two_parts
+
+LOSSES = {
+    "poisson": so.PoissonLoss(),
+    "logistic": so.LogisticLoss(),
+    "huber": so.HuberLoss(0.8),
+    "absolute": so.AbsoluteLoss(),
+}
+WEIGHTS = {"poisson": 0.8, "logistic": 0.15, "huber": 0.4, "absolute": 0.3}
+
+
+def observations(rng, name, n):
+    """Data with a fit in every component."""
+    if name == "poisson":
+        return rng.poisson(rng.choice([0.5, 6.0], n)) + 1.0 * (np.arange(n) % 5 == 0)
+    if name == "logistic":
+        y = rng.integers(0, 2, n).astype(float)
+        y[:2], y[6:8] = (0, 1), (0, 1)
+        return y
+    return 2 * rng.standard_normal(n) + 15 * (rng.random(n) < 0.1)
+
+
+def node_values(name, b, y):
+    """f and its derivative, written anew."""
+    if name == "poisson":
+        return np.exp(b) - y * b + xlogy(y, y) - y, np.exp(b) - y
+    if name == "logistic":
+        return np.logaddexp(0, b) - y * b, 1 / (1 + np.exp(-b)) - y
+    r = b - y
+    if name == "huber":
+        return np.where(abs(r) <= 0.8, r * r / 2, 0.8 * abs(r) - 0.32), np.clip(r, -0.8, 0.8)
+    return abs(r), np.sign(r)
+
+
+def objective(name, b, y, graph, weight, order, w=1.0):
+    b = np.asarray(b, float)
+    return np.sum(w * node_values(name, b, y)[0]) + weight * np.abs(graph.matrix(order + 1) @ b).sum()
+
+
+def independent(name, y, graph, weight, order, w=None):
+    """The least objective: by linear programming for the absolute loss, else by SLSQP under |Δ b| <= t."""
+    matrix = graph.matrix(order + 1)
+    rows, n = matrix.shape
+    w = np.ones(n) if w is None else w
+    if name == "absolute":
+        eye, zero = sparse.eye_array(n), sparse.csr_array((n, rows))
+        both = [[eye, -eye, zero], [-eye, -eye, zero]]
+        none = sparse.csr_array((rows, n))
+        both += [[matrix, none, -sparse.eye_array(rows)], [-matrix, none, -sparse.eye_array(rows)]]
+        cost = np.concatenate([np.zeros(n), w, np.full(rows, weight)])
+        limit = np.concatenate([y, -y, np.zeros(2 * rows)])
+        return linprog(cost, sparse.block_array(both), limit, bounds=(None, None)).fun
+    dense = matrix.toarray()
+    constraint = np.block([[-dense, np.eye(rows)], [dense, np.eye(rows)]])
+
+    def cost(v):
+        value, slope = node_values(name, v[:n], y)
+        return np.sum(w * value) + weight * v[n:].sum(), np.concatenate([w * slope, np.full(rows, weight)])
+
+    found = minimize(
+        cost,
+        np.concatenate([np.full(n, 0.1), np.ones(rows)]),
+        jac=True,
+        method="SLSQP",
+        constraints={"type": "ineq", "fun": lambda v: constraint @ v, "jac": lambda v: constraint},
+        options={"maxiter": 500, "ftol": 1e-13},
+    )
+    return objective(name, found.x[:n], y, graph, weight, order, w)
+
+
+def status(solution):
+    return so.Status(int(solution.status))
+
+
+def two_components(rng):
+    """A chain of 6 and a triangle with a tail."""
+    edges = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (6, 7), (7, 8), (6, 8), (8, 9)]
+    return so.Graph.from_edges(edges, 10)
+
+
+CASES = [
+    ("poisson", two_components, 0, "doge", 1),
+    ("poisson", GRAPHS["chain"], 2, "admm", None),
+    ("logistic", GRAPHS["grid"], 1, "admm", None),
+    ("logistic", GRAPHS["weighted"], 1, "doge", 1),
+    ("huber", GRAPHS["weighted"], 2, "doge", 3),
+    ("absolute", two_components, 0, "admm", None),
+    ("absolute", GRAPHS["random"], 1, "doge", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "order", "method", "block"), CASES)
+def test_fits_agree_with_an_independent_solver_and_the_gap_bounds_what_they_lack(rng, name, kind, order, method, block):
+    graph, loss, weight = kind(rng), LOSSES[name], WEIGHTS[name]
+    y, w = observations(rng, name, graph.num_nodes), rng.uniform(0.5, 2, graph.num_nodes)
+    best = independent(name, y, graph, weight, order, w)
+
+    def fit(level, **keywords):
+        return so.trend_filter(y, graph, so.L1(level), order, method, B=block, node_weights=w, loss=loss, **keywords)
+
+    found = fit(weight, tol=1e-7)
+    assert status(found) is so.Status.CONVERGED
+    reached = objective(name, found.value, y, graph, weight, order, w)
+    assert float(found.objective) == pytest.approx(reached, rel=1e-9)
+    # No point of any solver lies below the certificate's bound, and the independent one is good enough to be a test.
+    assert reached <= best * (1 + 1.001e-7)
+    assert best <= reached * (1 + 2e-5)
+
+    for steps in (5, 10, 20, 40, 80, 400):
+        early = fit(weight, tol=1e-15, max_steps=steps)
+        lacks = objective(name, early.value, y, graph, weight, order, w) / reached - 1
+        assert lacks <= float(early.gap) + 2e-7
+    assert float(early.gap) < 0.1
+
+    if name in ("poisson", "logistic"):
+        # Constants cost nothing, so fitted and observed means agree in every component.
+        apart = w * (np.asarray(loss.mean(jnp.asarray(found.value))) - y)
+        np.testing.assert_allclose(np.bincount(graph.components, apart), 0, atol=1e-2)
+
+    constant = fit(1e3, tol=1e-7)
+    assert status(constant) is so.Status.CONVERGED
+    np.testing.assert_allclose(
+        constant.value, loss.location(y, w, graph.components)[graph.components], rtol=1e-12, atol=1e-15
+    )
+
+
+@so.pytree
+class SquareLoss(HuberLoss):
+    """A loss of one's own: the square, which the trend filter otherwise solves by itself."""
+
+    def value(self, x, y):
+        return (x - y) ** 2 / 2
+
+    def derivative(self, x, y):
+        return x - y
+
+    def prox(self, x, y, step):
+        return (x + step * y) / (1 + step)
+
+    def dual_range(self, y):
+        return -jnp.inf, jnp.inf
+
+    def slack(self, x, dual, y):
+        return (x - y - dual) ** 2 / 2
+
+    def location(self, y, weights, labels):
+        return np.bincount(labels, weights * y) / np.bincount(labels, weights)
+
+
+def test_the_square_by_the_general_solver_is_the_trend_filters_own(rng):
+    graph = so.Graph.grid((4, 5))
+    y, w = 5 * rng.standard_normal(20), rng.uniform(0.5, 2, 20)
+    general, own, wide = (
+        so.trend_filter(y, graph, so.L1(0.7), 1, tol=1e-10, node_weights=w, loss=loss)
+        for loss in (SquareLoss(), "square", so.HuberLoss(1e3))
+    )
+    np.testing.assert_allclose(general.value, exact_fit(y, graph, 0.7, 1, w), atol=1e-3)
+    assert float(general.objective) == pytest.approx(float(own.objective), rel=3e-10)
+    assert float(wide.objective) == pytest.approx(float(own.objective), rel=3e-10)
+
+
+def test_the_default_loss_is_the_square(rng):
+    y, graph = rng.standard_normal(30), so.Graph.grid((5, 6))
+    plain, named = (so.trend_filter(y, graph, so.L1(0.3), 1, loss=loss) for loss in (None, "square"))
+    np.testing.assert_array_equal(plain.value, named.value)
+    assert int(plain.steps) == int(named.steps)
+
+
+# On one grid with node weights, so that the tests below share their compiled programs.
+ON_GRID = [
+    ("poisson", 0, "doge"),
+    ("logistic", 1, "admm"),
+    ("huber", 0, "admm"),
+    ("absolute", 0, "admm"),
+]
+
+
+@pytest.mark.parametrize(("name", "order", "method"), ON_GRID)
+def test_missing_nodes_have_no_say(rng, name, order, method):
+    graph, weight = so.Graph.grid((4, 5)), WEIGHTS[name]
+    y, w = observations(rng, name, 20), rng.uniform(0.5, 2, 20)
+    w[[3, 12]] = 0
+    best = independent(name, y, graph, weight, order, w)
+    y[[3, 12]] = np.nan
+    found = so.trend_filter(
+        y, graph, so.L1(weight), order, method, tol=1e-6, node_weights=w, missing="nan", loss=LOSSES[name]
+    )
+    assert status(found) is so.Status.CONVERGED
+    reached = objective(name, found.value, np.where(np.isnan(y), 0, y), graph, weight, order, w)
+    assert best * (1 - 2e-5) <= reached <= best * (1 + 1.01e-6)
+
+
+@pytest.mark.parametrize("name", ["huber", "absolute"])
+def test_a_shift_of_the_data_shifts_the_fit_and_a_far_outlier_may_move_further(rng, name):
+    graph, w = so.Graph.grid((4, 5)), rng.uniform(0.5, 2, 20)
+    w[11] = 1  # so that its four edges, at .31 each, hold it against its loss
+    y = observations(rng, name, 20)
+    y[11] = 40
+    further = y.copy()
+    further[11] = 400
+
+    def fit(y, tol):
+        return so.trend_filter(y, graph, so.L1(0.31), 0, "admm", tol=tol, node_weights=w, loss=LOSSES[name])
+
+    plain, shifted, moved = fit(y, 1e-9), fit(y + 100, 1e-9), fit(further, 1e-10)
+    assert float(shifted.objective) == pytest.approx(float(plain.objective), rel=3e-9)
+    # The loss of the outlier grows by its slope; nothing else changes.
+    slope = w[11] * float(getattr(LOSSES[name], "delta", 1.0))
+    assert float(moved.objective) - slope * 360 == pytest.approx(float(plain.objective), rel=1e-6)
+    if name == "huber":
+        np.testing.assert_allclose(shifted.value - 100, plain.value, atol=1e-2)
+        np.testing.assert_allclose(moved.value, plain.value, atol=1e-2)
+
+
+def test_swapping_the_labels_swaps_the_sign(rng):
+    graph, y, w = so.Graph.grid((4, 5)), observations(rng, "logistic", 20), rng.uniform(0.5, 2, 20)
+    first, second = (
+        so.trend_filter(labels, graph, so.L1(0.1), 1, "admm", tol=1e-9, node_weights=w, loss="logistic").value
+        for labels in (y, 1 - y)
+    )
+    np.testing.assert_allclose(second, -first, atol=1e-3)
+
+
+def test_relabelling_the_nodes_relabels_the_answer(rng):
+    graph = random_graph(rng, n=25, extra=15)
+    y = observations(rng, "poisson", 25)
+    place = rng.permutation(25)
+    moved = so.Graph.from_edges(place[graph.edges][rng.permutation(graph.num_edges)][:, ::-1], 25)
+    relabelled = np.empty(25)
+    relabelled[place] = y
+    first = so.trend_filter(y, graph, so.L1(0.5), 0, tol=1e-9, loss="poisson").value
+    second = so.trend_filter(relabelled, moved, so.L1(0.5), 0, tol=1e-9, loss="poisson").value
+    np.testing.assert_allclose(second[place], first, atol=1e-3)
+
+
+def test_channels_are_solved_together_and_apart(rng):
+    graph = so.Graph.grid((4, 5))
+    y = np.stack([observations(rng, "poisson", 20) for _ in range(3)], axis=1)
+
+    def fit(y, penalty, tol):
+        return so.trend_filter(y, graph, penalty, 0, "doge", tol=tol, loss="poisson")
+
+    together = fit(y, so.L1(0.8), 1e-7)
+    assert together.value.shape == (20, 3)
+    apart = sum(float(fit(column, so.L1(0.8), 1e-7).objective) for column in y.T)
+    assert float(together.objective) == pytest.approx(apart, rel=3e-7)
+    coupled = fit(y, so.GroupL2(0.8), 1e-5)
+    assert status(coupled) is so.Status.CONVERGED
+    assert float(coupled.objective) <= float(together.objective) * (1 + 2e-5)
+
+
+@pytest.mark.parametrize("name", ["poisson", "huber"])
+def test_nonconvex_penalties_end_at_a_stationary_point_without_a_certificate(rng, name):
+    graph = so.Graph.chain(40)
+    half = np.arange(40) >= 20
+    y = {
+        # Without a count of 0: it may run off to minus infinity where a penalty that levels off holds it.
+        "poisson": 1 + rng.poisson(np.where(half, 20.0, 2.0)),
+        "huber": 10 * half + rng.standard_normal(40),
+    }[name].astype(float)
+    found = so.trend_filter(y, graph, so.MCP(WEIGHTS[name], 3.0), 0, tol=1e-6, loss=LOSSES[name])
+    assert status(found) is so.Status.STATIONARY
+    assert np.isnan(found.gap)
+    # Stationary: the loss's derivative is in balance with that of the penalty, flow by flow along the chain.
+    b, slope = np.asarray(found.value), node_values(name, np.asarray(found.value), y)[1]
+    rows, flow = -np.diff(b), np.cumsum(-slope)[:-1]
+    jumps = abs(rows) > 1e-3
+    expected = np.sign(rows) * np.maximum(WEIGHTS[name] - abs(rows) / 3, 0)
+    np.testing.assert_allclose(flow[jumps], expected[jumps], atol=1e-3)
+    assert 0 < jumps.sum() < len(jumps)
+    assert np.all(abs(flow) <= WEIGHTS[name] + 1e-3)
+
+
+def test_a_warm_start_is_quicker_and_the_history_shows_every_check(rng):
+    graph, y = so.Graph.grid((8, 8)), rng.poisson(3.0, 64)
+
+    def fit(**keywords):
+        return so.trend_filter(
+            y, graph, so.L1(0.9), 1, "admm", tol=1e-7, max_steps=5000, loss="poisson", history=True, **keywords
+        )
+
+    cold = fit()
+    assert int(fit(warm_start=cold).steps) < int(cold.steps) / 2
+    steps = int(cold.steps)
+    assert np.all(np.isfinite(np.asarray(cold.history.gap)[4:steps:5]))
+    for name in ("rho", "sigma"):
+        assert np.all(np.asarray(cold.history.extra[name])[:steps] > 0)
+    with pytest.raises(ValueError, match="whose dual has the shape"):
+        so.trend_filter(
+            y[:8],
+            so.Graph.chain(8),
+            so.L1(0.9),
+            1,
+            loss="poisson",
+            warm_start=dataclasses.replace(cold, value=cold.value[:8]),
+        )
+
+
+@pytest.mark.parametrize("name", ["poisson", "huber", "absolute"])
+def test_exact_answers_need_no_step(name):
+    link = np.log if name == "poisson" else np.asarray
+    found = so.trend_filter(np.full(12, 3.0), so.Graph.grid((3, 4)), so.L1(1.0), 1, loss=name)
+    np.testing.assert_allclose(found.value, link(np.full(12, 3.0)), rtol=1e-15)
+    assert (int(found.steps), float(found.gap), float(found.objective)) == (0, 0, 0)
+    y = np.arange(1.0, 5.0)
+    for graph, weight in ((so.Graph.chain(4), 0.0), (so.Graph.from_edges([], 4), 1.0)):
+        np.testing.assert_allclose(so.trend_filter(y, graph, so.L1(weight), loss=name).value, link(y), rtol=1e-15)
+
+
+def test_a_component_without_a_finite_fit_is_named(rng):
+    graph = two_parts(rng)
+    y = np.arange(11.0)
+    y[6:10] = 0
+    for order in (0, 1):
+        with pytest.raises(
+            ValueError, match=r"component of node 6 \(4 nodes\) has no positive count.*-inf.*\(1 such\)"
+        ):
+            so.trend_filter(y, graph, so.L1(1.0), order, loss="poisson")
+    with pytest.raises(ValueError, match=r"node 10 has only one of the labels.*\+inf.*\(1 such\)"):
+        so.trend_filter(np.array([0, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1]), graph, so.L1(1.0), loss="logistic")
+    with pytest.raises(ValueError, match=r"node 0 has no positive count.*raise the penalty's weight"):
+        so.trend_filter(np.arange(4.0), so.Graph.chain(4), so.L1(0.0), loss="poisson")
+    both = np.stack([np.ones(4), np.zeros(4)], axis=1)
+    with pytest.raises(ValueError, match=r"component of node 0 .* in channel 1 has no positive count"):
+        so.trend_filter(both, so.Graph.chain(4), so.L1(1.0), loss="poisson")
+    # A positive count without weight is no observation.
+    with pytest.raises(ValueError, match="no positive count"):
+        so.trend_filter(np.array([0, 0, 5.0]), so.Graph.chain(3), so.L1(1.0), node_weights=[1, 1, 0], loss="poisson")
+
+
+@pytest.mark.parametrize(
+    ("y", "loss", "match"),
+    [
+        ([1.0, 2, -3, -4], "poisson", r"takes counts, finite and not negative, given -3 at node 2 \(2 such\)"),
+        ([0.0, 1, 2, 1], "logistic", r"takes labels 0 or 1, given 2 at node 2 \(1 such\)"),
+        ([0.5, 1, 0, 1], "logistic", "given 0.5 at node 0"),
+        ([1.0, np.inf, 0, 0], "poisson", "1 infinite values"),
+        ([1.0, 2, 3, 4], so.HuberLoss(0.0), "positive, finite delta.*given 0.0"),
+        ([1.0, 2, 3, 4], so.HuberLoss(-1.0), "positive, finite delta"),
+        ([1.0, 2, 3, 4], so.HuberLoss(np.nan), "positive, finite delta"),
+        ([1.0, 2, 3, 4], "cauchy", "unknown loss 'cauchy'; known are square, poisson, logistic, huber, absolute"),
+    ],
+)
+def test_bad_input_is_named(y, loss, match):
+    with pytest.raises(ValueError, match=match):
+        so.trend_filter(np.array(y), so.Graph.chain(4), so.L1(1.0), loss=loss)
+
+
+def test_bad_input_is_named_in_pictures_and_other_arguments():
+    picture = np.ones((2, 3, 2))
+    picture[1, 2, 1] = -1
+    with pytest.raises(ValueError, match=r"given -1 at node 5, pixel \(1, 2\), channel 1"):
+        so.trend_filter(picture, so.Graph.grid((2, 3)), so.L1(1.0), loss="poisson")
+    with pytest.raises(TypeError, match="a loss is a name or an object"):
+        so.trend_filter(np.ones(4), so.Graph.chain(4), so.L1(1.0), loss=so.PoissonLoss)
+    with pytest.raises(ValueError, match="solves the square loss only"):
+        so.trend_filter(np.arange(4.0), so.Graph.chain(4), so.L1(1.0), method="fast_admm", loss="huber")
+    with pytest.raises(ValueError, match="not defined at missing nodes"):
+        so.trend_filter(np.array([1, np.nan, 2]), so.Graph.chain(3), so.L1(0.0), missing="nan", loss="absolute")
+
+
+def test_float32_reaches_a_tolerance_of_its_own(rng):
+    graph, w = so.Graph.grid((4, 5)), rng.uniform(0.5, 2, 20)
+    y = observations(rng, "huber", 20)
+    found, sharp = (
+        so.trend_filter(y.astype(kind), graph, so.L1(0.4), 0, "admm", tol=tol, node_weights=w, loss=LOSSES["huber"])
+        for kind, tol in ((np.float32, 1e-4), (np.float64, 1e-7))
+    )
+    assert status(found) is so.Status.CONVERGED
+    assert found.value.dtype == np.float32
+    assert objective("huber", found.value, y, graph, 0.4, 0, w) <= 1.00011 * float(sharp.objective)
+
+
+def test_one_compile_for_all_data_weights_and_deltas(monkeypatch):
+    traces = []
+    step = LossAdmm.step
+
+    def counted(self, problem, state):
+        traces.append(1)
+        return step(self, problem, state)
+
+    monkeypatch.setattr(LossAdmm, "step", counted)
+    solve_module._solve.clear_cache()
+    graph = so.Graph.grid((7, 9))
+    for loss in ("poisson", so.HuberLoss(0.5)):
+        before = len(traces)
+        for seed in range(3):
+            y = np.random.default_rng(seed).poisson(3.0, 63)
+            loss = so.HuberLoss(0.5 + seed) if isinstance(loss, so.HuberLoss) else loss
+            so.trend_filter(y, graph, so.L1(0.5 + seed), 1, "doge", tol=1e-3, max_steps=50 + seed, loss=loss)
+        assert len(traces) == before + 1
