@@ -17,7 +17,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_end_with_their_module():
-    """Each compiled program maps memory, and a process may hold 65,530 maps: the suite's programs together need more."""
+    """A compiled program holds maps of memory, of which a process has 65,530: the suite's programs need more."""
     yield
     jax.clear_caches()
 
