@@ -344,11 +344,7 @@ def _finish(
     problem: Problem, found: Solution, anchor: Anchor, null: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The fit, its objective and its gap: the best constants where they are no worse than the iterate."""
-    of_x = certificate(problem, found.value, found.state.candidate, anchor)
-    of_null = certificate(problem, null, found.state.candidate, anchor)
-    take = of_null[0] <= of_x[0]
-    return (
-        jnp.where(take, null, found.value),
-        jnp.where(take, of_null[0], of_x[0]),
-        jnp.where(take, of_null[1], of_x[1]),
-    )
+    points = jnp.stack([found.value, null])
+    objectives, gaps = jax.lax.map(lambda x: certificate(problem, x, found.state.candidate, anchor), points)
+    place = (objectives[1] <= objectives[0]).astype(int)
+    return points[place], objectives[place], gaps[place]

@@ -187,7 +187,9 @@ class LossAdmm:
             loss_candidate=loss_dual,
             candidate=x0.dual,
         )
-        state = LossAdmmState(
+        objective = problem.loss.value(x0.x) + problem.penalty.value(split.outer.mv(z))
+        objective = jnp.minimum(objective, jnp.finfo(dtype).max).astype(dtype)
+        return LossAdmmState(
             now=now,
             copies=None if convex else (x0.x, split.outer.mv(z)),
             sums=jax.tree.map(jnp.zeros_like, now) if convex else None,
@@ -197,10 +199,8 @@ class LossAdmm:
             rho=jnp.asarray(self.rho if x0.rho is None else x0.rho, dtype),
             count=jnp.zeros((), jnp.int32),
             next_change=jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32),
-            check=Check(far, 0 * far, far, far, jnp.zeros((), jnp.int32), 0 * far),
+            check=Check(far, objective, far, far, jnp.zeros((), jnp.int32), 0 * far),
         )
-        residual, objective, gap, floor = self._certify(problem, state)
-        return dataclasses.replace(state, check=Check(residual, objective, gap, far, state.count, floor))
 
     def step(self, problem: Problem, state: LossAdmmState) -> LossAdmmState:
         """One iteration, and a check at every `cadence`-th."""
@@ -251,11 +251,14 @@ class LossAdmm:
 
     def _checked(self, problem: Problem, state: LossAdmmState, moved: tuple[Array, ...]) -> LossAdmmState:
         """The state with a fresh check and, where they are due, a restart and new rho and sigma."""
-        residual, objective, gap, floor = self._certify(problem, state)
         rho_factor, sigma_factor = self._factors(problem, state, moved)
-        if state.sums is not None:
-            state, objective, gap = self._restarted(problem, state, objective, gap)
-            residual = gap
+        if state.sums is None:
+            residual, objective = self._stationarity(problem, state)
+            gap = jnp.full_like(residual, jnp.nan)
+            floor = jnp.full_like(residual, jnp.finfo(residual.dtype).eps)
+        else:
+            state, objective, residual, floor = self._restarted(problem, state)
+            gap = residual
         better = residual < 0.9 * state.check.best
         best = jnp.where(better, residual, state.check.best)
         waited = jnp.where(better, 0, state.check.waited + self.cadence)
@@ -277,45 +280,45 @@ class LossAdmm:
             check=Check(residual, objective, gap, best, waited, floor),
         )
 
-    def _restarted(
-        self, problem: Problem, state: LossAdmmState, objective: Array, gap: Array
-    ) -> tuple[LossAdmmState, Array, Array]:
-        """The state after a restart, if one is due, with its objective and gap."""
-        mean = jax.tree.map(lambda s: s / state.length, state.sums)
-        mean_objective, mean_gap = certificate(problem, mean.x, mean.candidate, self.anchor)
-        least = jnp.minimum(gap, mean_gap)
+    def _restarted(self, problem: Problem, state: LossAdmmState) -> tuple[LossAdmmState, Array, Array, Array]:
+        """The state after a restart, if one is due, its objective, its gap, and the gap's rounding error."""
+        now, mean = state.now, jax.tree.map(lambda s: s / state.length, state.sums)
+        # One after the other: the program is compiled once, and holds one set of rows at a time.
+        objectives, gaps = jax.lax.map(
+            lambda point: certificate(problem, point[0], point[1], self.anchor),
+            (jnp.stack([now.x, mean.x]), jnp.stack([now.candidate, mean.candidate])),
+        )
+        least = jnp.min(gaps)
         due = (least <= RESTART_GAP * state.restart_gap) | (state.length >= RESTART_LENGTH * state.count)
-        take = due & (mean_gap < gap)
+        take = due & (gaps[1] < gaps[0])
+        objective = jnp.where(take, objectives[1], objectives[0])
+        # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
+        size = problem.operator.row_scale * jnp.sqrt(total(now.x * now.x) / now.x.size)
+        noise = problem.penalty.value(jnp.broadcast_to(size, now.candidate.shape))
+        limits = jnp.finfo(now.x.dtype)
         state = dataclasses.replace(
             state,
-            now=jax.tree.map(lambda a, b: jnp.where(take, a, b), mean, state.now),
+            now=jax.tree.map(lambda a, b: jnp.where(take, a, b), mean, now),
             sums=jax.tree.map(lambda s: jnp.where(due, 0, s), state.sums),
             length=jnp.where(due, 0, state.length),
             restart_gap=jnp.where(due, least, state.restart_gap),
         )
-        return state, jnp.where(take, mean_objective, objective), jnp.where(take, mean_gap, gap)
+        floor = limits.eps * (1 + noise / jnp.maximum(objective, limits.tiny))
+        return state, objective, jnp.where(take, gaps[1], gaps[0]), floor
 
-    def _certify(self, problem: Problem, state: LossAdmmState) -> tuple[Array, Array, Array, Array]:
-        """Residual, objective, gap, and the rounding error to expect in the residual."""
-        loss, penalty, split, now = problem.loss, problem.penalty, problem.operator, state.now
-        x = now.x
-        limits = jnp.finfo(x.dtype)
-        if isinstance(penalty, Norm):
-            objective, gap = certificate(problem, x, now.candidate, self.anchor)
-            # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
-            noise = jnp.broadcast_to(split.row_scale * jnp.sqrt(total(x * x) / x.size), now.candidate.shape)
-            floor = limits.eps * (1 + penalty.value(noise) / jnp.maximum(objective, limits.tiny))
-            return gap, objective, gap, floor
+    def _stationarity(self, problem: Problem, state: LossAdmmState) -> tuple[Array, Array]:
+        """The residual of a penalty that is no norm, and the objective."""
+        split, now, (copy, prox) = problem.operator, state.now, state.copies
+        limits = jnp.finfo(now.x.dtype)
 
         def relative(a: Array, b: Array) -> Array:
             return jnp.sqrt(total(a * a) / jnp.maximum(total(b * b), limits.tiny))
 
-        rows, (copy, prox) = split.mv(x), state.copies
-        objective = jnp.minimum(loss.value(x) + penalty.value(prox), limits.max)
-        apart = jnp.maximum(relative(x - copy, x), relative(rows - prox, rows))
+        rows = split.mv(now.x)
+        apart = jnp.maximum(relative(now.x - copy, now.x), relative(rows - prox, rows))
         balance = relative(now.loss_candidate + split.rmv(now.candidate), now.loss_candidate)
-        residual = jnp.maximum(balance, apart)
-        return residual, objective, jnp.full_like(objective, jnp.nan), jnp.full_like(objective, limits.eps)
+        objective = jnp.minimum(problem.loss.value(now.x) + problem.penalty.value(prox), limits.max)
+        return jnp.maximum(balance, apart), objective
 
     def _factors(self, problem: Problem, state: LossAdmmState, moved: tuple[Array, ...]) -> tuple[Array, Array]:
         """What to multiply rho and sigma with."""
