@@ -167,7 +167,7 @@ def test_a_penalty_has_a_name_or_is_a_function_of_alpha(noisy):
 
 
 def test_a_missed_tolerance_is_a_warning_with_advice_and_an_overflow_an_error(noisy):
-    model = GraphTrendFilter(0, 1.0, CHAIN, tol=1e-12, max_steps=5)
+    model = GraphTrendFilter(1, 1.0, CHAIN, tol=1e-12, max_steps=5)
     with pytest.warns(ConvergenceWarning, match=r"\(MAX_STEPS\) after 5 steps.*raise max_steps"):
         model.fit(NODES, noisy)
     assert model.gap_ > 1e-12
