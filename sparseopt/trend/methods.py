@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.operators import Difference, Split
-from sparseopt.core.penalties import L1
+from sparseopt.core.penalties import L1, Norm
 from sparseopt.core.solvers.admm import standard_split
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation
@@ -80,7 +80,8 @@ def choose_method(
     """
     if graph.shape is None or weighted:
         return "doge"
-    strong = order >= 2 or strength > STRONG_SMOOTHING[order]
+    # Without convexity the standard ADMM was seen to cycle at order 0 where Doge comes to rest.
+    strong = order >= 2 or (strength > STRONG_SMOOTHING[order] and (order == 1 or isinstance(penalty, Norm)))
     chain = len(graph.shape) == 1 and isinstance(penalty, L1) and dtype == np.float64
     if chain and (order == 0 or strong):
         return "fast_admm"

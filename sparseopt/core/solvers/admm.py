@@ -194,8 +194,10 @@ class Admm:
         right = loss.weigh(loss.center) + split.inner.rmv(pulled)
         x = self.node_solve.solve(loss, split, right, rho, state.x)
         z_new = x if state.inner is None else split.inner.mv(x)
-        # The candidate, unlike the relaxed dual, forgets an extrapolation at once.
-        moved = (candidate - state.candidate, z_new - z)
+        # The candidate, unlike the relaxed dual, forgets an extrapolation at once. Without convexity there is none, and
+        # the relaxed dual moves less, so that rho grows more gently.
+        step = candidate - state.candidate if isinstance(problem.penalty, Norm) else dual - state.dual
+        moved = (step, z_new - z)
         state = dataclasses.replace(
             state,
             x=x,
