@@ -33,9 +33,10 @@ from sparseopt.core.solvers.admm import Admm, AdmmState, Start, standard_split
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.node_solve import Diagonal
 from sparseopt.core.types import pytree, static
-from sparseopt.trend.filter import FIRST_RHO, precision, trend_filter
+from sparseopt.trend.filter import precision, trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.methods import chain_penalty, choose_method, prepare
+from sparseopt.trend.preparation import FIRST_RHO
 
 FloatArray = Float[Array, "..."]
 Method = Literal["auto", "doge", "admm", "gtf_admm", "fast_admm"]

@@ -22,11 +22,9 @@ from sparseopt.trend.general_loss import checked_loss, fit_loss
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_block, checked_order, checked_penalty, checked_signal
 from sparseopt.trend.methods import ACCELERATION, METHODS, chain_penalty, choose_method, prepare, starts_exact
-from sparseopt.trend.preparation import SetUp, finished, leaves_as, set_up
+from sparseopt.trend.preparation import FIRST_RHO, SetUp, finished, leaves_as, set_up
 from sparseopt.trend.start import cold_start, exact_start, warm_start_of
 
-# rho starts at this multiple of the weight over the noise: the balance 3 of admm.py at duals of rms 0.8 weight.
-FIRST_RHO = 2.4
 # The context manager left jax.experimental in JAX 0.8.
 ENABLE_X64: Any = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
 

@@ -25,7 +25,8 @@ from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossAdmmState, Lo
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
 from sparseopt.trend.methods import Prepared, prepare
-from sparseopt.trend.start import null_space_dual
+from sparseopt.trend.preparation import BOX_RANGES, FIRST_RHO, noise_of
+from sparseopt.trend.start import null_space_dual, warm_start_of
 
 LOSSES: dict[str, ScalarLoss] = {
     "poisson": PoissonLoss(),
@@ -34,11 +35,6 @@ LOSSES: dict[str, ScalarLoss] = {
     "absolute": AbsoluteLoss(),
 }
 METHODS = ("auto", "doge", "admm")
-# At missing nodes the certificate holds among fits within this many ranges of the data, on the scale of the fit. At
-# order 0 the data's own range loses nothing, unless counts and labels suggest no finite range.
-BOX_RANGES = 10.0
-# rho starts at this multiple of the weight over the noise, as for the square loss.
-FIRST_RHO = 2.4
 # A node without an observation still needs some weight in the x-step: this share of the mean.
 LIGHT = 1e-2
 
@@ -223,7 +219,10 @@ def _answered(value: np.ndarray, kind: np.dtype) -> Solution:
 
 
 def _box(signal: Signal, loss: ScalarLoss, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds for the fit at missing nodes, one a channel."""
+    """Bounds for the fit at missing nodes, one a channel, on the scale of the fit.
+
+    At order 0 the data's own range loses nothing, unless counts and labels suggest no finite range.
+    """
     seen = signal.values if signal.weights is None else signal.values[signal.weights > 0]
     spans = [loss.span(column) for column in seen.reshape(len(seen), -1).T.astype(np.float64)]
     low, high = np.array(spans).T.reshape(2, *signal.values.shape[1:])
@@ -310,7 +309,7 @@ def _anchor(node_loss: NodeLoss, penalty: Any, full: Prepared, dual: jax.Array) 
 
 def _first_rho(penalty: Any, full: Prepared, pull: jax.Array, sigma: float) -> jax.Array:
     """The weight over the noise, as the differences of the loss's pull show it."""
-    noise = 1.2533 * jnp.mean(jnp.abs(full.split.mv(pull)) / full.row_norms)
+    noise = noise_of(full, pull)
     return FIRST_RHO * sigma * getattr(penalty, "weight", 1.0) / jnp.where(noise > 0, noise, 1)
 
 
@@ -326,17 +325,11 @@ def _warm(
     Raises:
         ValueError: if its dual does not fit.
     """
-    state, x = warm_start.state, laid_out(np.asarray(warm_start.value).reshape(signal.values.shape))
-    wanted = ready.split.row_shape(x)
-    if state is None or state.candidate.shape != wanted:
-        given = None if state is None else state.candidate.shape
-        raise ValueError(
-            f"warm_start needs a solution of the same graph and order whose dual has the shape {wanted}, given {given}"
-        )
-    dual = jnp.asarray(state.candidate, x.dtype)
+    x = laid_out(np.asarray(warm_start.value).reshape(signal.values.shape))
+    start, state = warm_start_of(x, warm_start, ready, rho), warm_start.state
     if not isinstance(state, LossAdmmState):
-        return LossStart(x, dual)
-    return LossStart(x, dual, state.rho if rho is None else None, state.sigma)
+        return LossStart(x, start.dual)
+    return LossStart(x, start.dual, start.rho, state.sigma)
 
 
 @jax.jit

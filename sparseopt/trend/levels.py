@@ -19,13 +19,12 @@ from sparseopt.core.penalties import Norm
 from sparseopt.core.solve import Problem, Status, solve
 from sparseopt.core.solvers.admm import Admm, Start, balanced_rho
 from sparseopt.core.types import pytree
-from sparseopt.trend.filter import FIRST_RHO
 from sparseopt.trend.freedom import chain_dual, nonzero_rows, row_dual
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
 from sparseopt.trend.largest_weight import NullFit
 from sparseopt.trend.methods import ACCELERATION, Prepared, chain_penalty, choose_method, prepare, starts_exact
-from sparseopt.trend.preparation import finished, leaves_as, set_up
+from sparseopt.trend.preparation import FIRST_RHO, finished, leaves_as, set_up
 from sparseopt.trend.start import cold_start, exact_start
 
 # Doge's start brings a rho of its own, believed within this factor of what the noise says.
