@@ -9,6 +9,8 @@ and `D L^((m-1)/2)` for odd m. A `Difference` composes D, Dᵀ and L of a base: 
 Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 2016, section 2.
 """
 
+import itertools
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -300,6 +302,74 @@ class Difference:
         for _ in range(laplacians):
             e = self.base.laplacian(e)
         return self.base.difference(e) if self.from_edges else e
+
+
+@pytree
+class Stack:
+    """Several differences of one signal, their rows one below the other: `[rows]`, the layout of each flattened.
+
+    Example:
+        >>> from sparseopt.core.operators import Difference, GridBase, Stack
+        >>> chain = GridBase((3,))
+        >>> both = Stack((Difference(chain, 0), Difference(chain, 2)))
+        >>> both.mv(jnp.array([0.0, 1.0, 4.0]))  # the signal, then its Laplacian
+        Array([ 0.,  1.,  4., -1., -2.,  3.], dtype=float32)
+    """
+
+    maps: tuple[Any, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The rows of each."""
+        return tuple(math.prod(part.out_shape) for part in self.maps)
+
+    @property
+    def order(self) -> int:
+        """The highest, but never 0, which would say that rows are laid out as nodes are."""
+        return max(1, *(part.order for part in self.maps))
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """The shape that `mv` takes, without channels."""
+        return self.maps[0].in_shape
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The shape that `mv` gives, without channels."""
+        return (sum(self.sizes),)
+
+    def mv(self, x: FloatArray) -> FloatArray:
+        """All rows."""
+        channels = x.shape[len(self.in_shape) :]
+        return jnp.concatenate([part.mv(x).reshape(-1, *channels) for part in self.maps])
+
+    def rmv(self, e: FloatArray) -> FloatArray:
+        """The transpose: the sum of the transposes."""
+        places = list(itertools.accumulate(self.sizes))[:-1]
+        parts = zip(self.maps, jnp.split(e, places), strict=True)
+        images = [part.rmv(rows.reshape(*part.out_shape, *e.shape[1:])) for part, rows in parts]
+        return sum(images[1:], images[0])
+
+
+@pytree
+class Identity:
+    """The identity on `[size]`."""
+
+    size: int = static()
+    order = 0
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """`(size,)`."""
+        return (self.size,)
+
+    def mv(self, x: FloatArray) -> FloatArray:
+        """X."""
+        return x
+
+    def rmv(self, e: FloatArray) -> FloatArray:
+        """E."""
+        return e
 
 
 @pytree

@@ -9,6 +9,8 @@ sparse sets of `patterns.py`) has value 0 on its set, +inf off it.
 Sources are named at each scalar formula in `thresholds.py`.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -81,7 +83,7 @@ class L0:
 
 @pytree
 class L1:
-    """`weight * ||x||_1`; prox: soft threshold at `step * weight`.
+    """`weight * ||x||_1`; prox: soft threshold at `step * weight`. The weight may be an array that broadcasts to x.
 
     Example:
         >>> so.L1(1.0).prox(jnp.array([-3.0, 0.5, 2.0]), step=1.0)
@@ -92,8 +94,8 @@ class L1:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """`weight` times the sum of magnitudes."""
-        return self.weight * jnp.sum(jnp.abs(x))
+        """The sum of `weight |x|`."""
+        return jnp.sum(self.weight * jnp.abs(x))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         """Shrink every entry by `step * weight`."""
@@ -132,6 +134,10 @@ class MCP:
         """`mcp_prox`, entry by entry."""
         return mcp_prox(x, self.weight, self.gamma, step)
 
+    def slope(self, x: FloatArray) -> FloatArray:
+        """The derivative of the value in `|x|`: `weight - |x| / gamma`, 0 from `gamma weight` on."""
+        return jnp.maximum(self.weight - jnp.abs(x) / self.gamma, 0)
+
 
 @pytree
 class SCAD:
@@ -155,6 +161,10 @@ class SCAD:
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         """`scad_prox`, entry by entry."""
         return scad_prox(x, self.weight, self.a, step)
+
+    def slope(self, x: FloatArray) -> FloatArray:
+        """The derivative of the value in `|x|`: `weight`, falling from `|x| = weight` to 0 at `a weight`."""
+        return jnp.clip((self.a * self.weight - jnp.abs(x)) / (self.a - 1), 0, self.weight)
 
 
 @pytree
@@ -264,3 +274,54 @@ def lift(penalty: Penalty, group: Any) -> Lifted:
         Array([0.5, 0.5, 6. , 8. ], dtype=float32)
     """
     return Lifted(penalty, group, jnp.asarray(group.row_squares()))
+
+
+@pytree
+class Sum:
+    """Penalties on consecutive slices of rows, as one penalty on all; see `stacked`."""
+
+    penalties: tuple[Any, ...]
+    sizes: tuple[int, ...] = static()  # rows of each
+
+    def _parts(self, x: Any) -> list[Any]:
+        """Slices of an array by rows; of a number, one that serves all, as many as there are penalties."""
+        if jnp.ndim(x) == 0:
+            return [x] * len(self.sizes)
+        return jnp.split(x, list(itertools.accumulate(self.sizes))[:-1])
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """The sum of the values."""
+        values = [penalty.value(part) for penalty, part in zip(self.penalties, self._parts(x), strict=True)]
+        return jnp.sum(jnp.stack(values))
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """Slice by slice, since no row is in two of them."""
+        parts = zip(self.penalties, self._parts(x), self._parts(step), strict=True)
+        return jnp.concatenate([penalty.prox(part, size) for penalty, part, size in parts])
+
+
+@pytree
+class NormSum(Sum):
+    """A `Sum` of norms, which is a norm."""
+
+    def project_dual(self, dual: FloatArray) -> FloatArray:
+        """Slice by slice."""
+        parts = zip(self.penalties, self._parts(dual), strict=True)
+        return jnp.concatenate([penalty.project_dual(part) for penalty, part in parts])
+
+    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
+        """The terms of all slices, in one row."""
+        parts = zip(self.penalties, self._parts(x), self._parts(dual), strict=True)
+        return jnp.concatenate([penalty.slack(part, u).reshape(-1) for penalty, part, u in parts])
+
+
+def stacked(penalties: Sequence[Penalty], sizes: Sequence[int]) -> Sum:
+    """The sum of penalties that act on consecutive slices of rows, of the given sizes; a `Norm` if all are.
+
+    Example:
+        >>> from sparseopt.core.penalties import stacked
+        >>> stacked([so.L1(1.0), so.L1(2.0)], [2, 1]).prox(jnp.array([3.0, 0.5, 3.0]), step=1.0)
+        Array([2., 0., 1.], dtype=float32)
+    """
+    kind = NormSum if all(isinstance(penalty, Norm) for penalty in penalties) else Sum
+    return kind(tuple(penalties), tuple(int(size) for size in sizes))

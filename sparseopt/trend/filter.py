@@ -2,11 +2,12 @@
 
     minimise over b    1/2 sum_j w_j (y_j - b_j)²  +  penalty(Δ^(k+1) b)
 
+Other losses are in `general_loss.py`, sums of penalties of several orders in `sums.py`.
+
 Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016).
 """
 
 import contextlib
-import dataclasses
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -20,10 +21,21 @@ from sparseopt.core.solve import Problem, Solution, Status, solve
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend.general_loss import checked_loss, fit_loss
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import Signal, checked_block, checked_order, checked_penalty, checked_signal
+from sparseopt.trend.inputs import Signal, checked_block, checked_order, checked_signal
 from sparseopt.trend.methods import ACCELERATION, METHODS, chain_penalty, choose_method, prepare, starts_exact
-from sparseopt.trend.preparation import FIRST_RHO, SetUp, finished, leaves_as, set_up
+from sparseopt.trend.preparation import (
+    FIRST_RHO,
+    SetUp,
+    answered,
+    finished,
+    leaves_as,
+    mean_weight,
+    on_rows,
+    set_up,
+    vanishes,
+)
 from sparseopt.trend.start import cold_start, exact_start, warm_start_of
+from sparseopt.trend.sums import checked_terms, fit_sum, is_sum, sum_method
 
 # The context manager left jax.experimental in JAX 0.8.
 ENABLE_X64: Any = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
@@ -65,8 +77,11 @@ def trend_filter(
         y: `[n]` or `[n, channels]` in the graph's node order; on a grid also `[*shape]` or `[*shape, channels]`.
             The computation runs in float64 for float64 and integer signals, in float32 for shorter floats.
         graph: where it lives.
-        penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2` (couples channels), or any object with `value` and `prox`.
-        order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals.
+        penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2` (couples channels), or any object with `value` and `prox`. The
+            weight of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Or several penalties, keyed by
+            their orders, as in `{-1: L1(0.5), 0: L1(2.0)}`: their sum, where order -1 penalises b itself.
+        order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals. It stays 0 for
+            several penalties.
         method: "doge", "admm", "fast_admm" (chains), or "auto"; `chosen_method` tells what that takes.
         tol: the relative duality gap to reach; for a penalty that is no norm, the stationarity residual.
         max_steps: step limit.
@@ -104,10 +119,14 @@ def trend_filter(
     k = checked_order(order)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
-    block = checked_block(B, k)
     family = checked_loss(loss)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
-    checked_penalty(penalty, signal.values.shape[1] if signal.values.ndim == 2 else None)
+    terms = checked_terms(penalty, signal, graph, k)
+    if not is_sum(terms):
+        ((k, penalty),) = terms.items()
+    elif B is not None or family is not None:
+        raise ValueError(f"several penalties take neither B nor loss, given B={B}, loss={loss}")
+    block = checked_block(B, k)
     if not (tol > 0 and 0 < relaxation < 2 and cadence >= 1 and max_steps >= 1 and (rho is None or rho > 0)):
         raise ValueError(
             "tol, rho, cadence and max_steps must be positive and relaxation in (0, 2), given "
@@ -121,7 +140,9 @@ def trend_filter(
         rest = (method, block, warm_start, rho, options, tol, rounded, history)
         if family is not None:
             solution = fit_loss(signal, graph, penalty, k, family, *rest)
-        elif graph.num_edges == 0 or _is_zero(penalty):
+        elif is_sum(terms):
+            solution = fit_sum(signal, graph, terms, method, warm_start, rho, options, tol, rounded, history)
+        elif graph.num_edges == 0 or vanishes(penalty):
             solution = _unchanged(signal)
         else:
             solution = _fit(signal, graph, penalty, k, *rest)
@@ -145,17 +166,14 @@ def chosen_method(
         >>> chosen_method(np.arange(6.0) % 2, so.Graph.chain(6), so.L1(0.3), order=2)
         'fast_admm'
     """
-    k = checked_order(order)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
-    checked_penalty(penalty, signal.values.shape[1] if signal.values.ndim == 2 else None)
+    terms, weighted = checked_terms(penalty, signal, graph, checked_order(order)), signal.weights is not None
+    if is_sum(terms):
+        return sum_method(terms, graph, weighted)
+    ((k, penalty),) = terms.items()
     with precision(signal.values.dtype):
         strength = _strength(penalty, set_up(signal, graph, k))
-    return choose_method(graph, penalty, k, signal.weights is not None, strength, signal.values.dtype)
-
-
-def _is_zero(penalty: Any) -> bool:
-    weight = getattr(penalty, "weight", None)
-    return weight is not None and float(weight) == 0
+    return choose_method(graph, penalty, k, weighted, strength, signal.values.dtype)
 
 
 def _unchanged(signal: Signal) -> Solution:
@@ -170,8 +188,7 @@ def _unchanged(signal: Signal) -> Solution:
 
 def _strength(penalty: Any, base: SetUp) -> float:
     """The penalty's weight over the noise of the signal."""
-    level = float(getattr(penalty, "weight", 1.0))
-    return level / base.noise if base.noise > 0 else 1.0
+    return mean_weight(penalty) / base.noise if base.noise > 0 else 1.0
 
 
 def _fit(
@@ -191,7 +208,7 @@ def _fit(
     kind, channels = signal.values.dtype, signal.values.shape[1:]
     weighted = signal.weights is not None
     base = set_up(signal, graph, k)
-    penalty = leaves_as(penalty, kind)
+    penalty = leaves_as(on_rows(penalty, graph, k, bool(channels)), kind)
     strength = _strength(penalty, base)
     if method == "auto":
         method = choose_method(graph, penalty, k, weighted, strength, kind)
@@ -217,6 +234,4 @@ def _fit(
     found = solve(problem, solver, start, tol=level, max_steps=max_steps, history=history)
     problem, shift, means = Problem(base.loss, penalty, ready.split), jnp.asarray(base.shift, kind), base.means
     fit = finished(problem, found, shift, base.laid_out(means), level)
-    # What the acceleration remembers is many times the signal, and no later solve can use it.
-    state = dataclasses.replace(found.state, past=None)
-    return dataclasses.replace(found, **fit._replace(value=fit.value.reshape(signal.shape))._asdict(), state=state)
+    return answered(found, fit, signal.shape)

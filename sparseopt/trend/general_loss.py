@@ -25,7 +25,15 @@ from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossAdmmState, Lo
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
 from sparseopt.trend.methods import Prepared, prepare
-from sparseopt.trend.preparation import BOX_RANGES, FIRST_RHO, noise_of
+from sparseopt.trend.preparation import (
+    BOX_RANGES,
+    FIRST_RHO,
+    leaves_as,
+    mean_weight,
+    noise_of,
+    on_rows,
+    vanishes,
+)
 from sparseopt.trend.start import null_space_dual, warm_start_of
 
 LOSSES: dict[str, ScalarLoss] = {
@@ -98,11 +106,13 @@ def fit_loss(
     if method not in METHODS:
         raise ValueError(f"method={method!r} solves the square loss only; with loss={loss} use {', '.join(METHODS)}")
     kind, channels = signal.values.dtype, signal.values.shape[1:]
-    penalty, loss = _as(penalty, kind), _as(loss, kind)
-    data = _observations(signal, graph, loss, free=_vanishes(penalty) or graph.num_edges == 0)
+    _require_connected(penalty)
+    nothing = vanishes(penalty)
+    penalty, loss = leaves_as(on_rows(penalty, graph, order, bool(channels)), kind), leaves_as(loss, kind)
+    data = _observations(signal, graph, loss, free=nothing or graph.num_edges == 0)
     columns = [np.ascontiguousarray(column) for column in data.columns.T]
     null = np.stack([loss.location(column, data.weights, data.labels)[data.labels] for column in columns], axis=1)
-    _require_finite(null, data, loss, _vanishes(penalty))
+    _require_finite(null, data, loss, nothing)
     if _constant(data):
         return _answered(null.reshape(signal.shape), kind)
 
@@ -150,14 +160,15 @@ def fit_loss(
     )
 
 
-def _as(tree: Any, kind: np.dtype) -> Any:
-    """Its numbers in the dtype of the computation."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, kind) if np.ndim(leaf) == 0 else jnp.asarray(leaf), tree)
-
-
-def _vanishes(penalty: Any) -> bool:
-    weight = getattr(penalty, "weight", None)
-    return weight is not None and float(weight) == 0
+def _require_connected(penalty: Any) -> None:
+    """Row weights are all positive, or all zero: a weight of 0 may cut off a part whose best constant is not finite."""
+    weight = getattr(penalty, "weight", 1.0)
+    zeros = np.size(weight) - np.count_nonzero(weight)
+    if 0 < zeros < np.size(weight):
+        raise ValueError(
+            f"with a loss= the weights of L1 must be positive, given {zeros} of {np.size(weight)} that are 0: a part "
+            "that they cut off may have no finite fit; give them a small weight"
+        )
 
 
 def _observations(signal: Signal, graph: Graph, loss: ScalarLoss, free: bool) -> _Data:
@@ -310,7 +321,7 @@ def _anchor(node_loss: NodeLoss, penalty: Any, full: Prepared, dual: jax.Array) 
 def _first_rho(penalty: Any, full: Prepared, pull: jax.Array, sigma: float) -> jax.Array:
     """The weight over the noise, as the differences of the loss's pull show it."""
     noise = noise_of(full, pull)
-    return FIRST_RHO * sigma * getattr(penalty, "weight", 1.0) / jnp.where(noise > 0, noise, 1)
+    return FIRST_RHO * sigma * mean_weight(penalty) / jnp.where(noise > 0, noise, 1)
 
 
 def _warm(

@@ -14,6 +14,7 @@ from sparseopt.core.grouping import (
     check_groups,
     colour_rows,
     difference_matrix,
+    edge_grid,
     grid_edges,
     grid_groups,
     grid_sums,
@@ -260,6 +261,22 @@ class Graph:
             [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
         """
         return difference_matrix(self.edges, self.num_nodes, self.weights, order, from_edges)
+
+    def row_layout(self, values: np.ndarray, order: int) -> np.ndarray:
+        """Values `[rows]` of the rows of `matrix(order)` as `base` lays them out; 0 where a grid has no edge."""
+        if order % 2 == 0:
+            return values.reshape(self.shape or -1)
+        if self.shape is None:
+            return values
+        if self.given_edges is not None:
+            placed = np.empty_like(values)
+            placed[self._edge_order(grid_edges(self.shape))] = values[self._edge_order(self.given_edges)]
+            values = placed
+        return edge_grid(values, self.shape, 0.0)
+
+    def _edge_order(self, edges: np.ndarray) -> np.ndarray:
+        """The permutation that sorts edges, whatever their directions."""
+        return np.argsort(np.sort(edges, axis=1) @ [self.num_nodes, 1])
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
         """Row and column sums of that matrix in the layout of `base`, kept for the next call."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparseopt.core.penalties import GroupL2
+from sparseopt.core.penalties import L1, GroupL2
 from sparseopt.trend.graph import Graph
 
 
@@ -145,27 +145,47 @@ def checked_block(block: Any, order: int) -> int:
     return int(block)
 
 
-def checked_penalty(penalty: Any, channels: int | None) -> Any:
+def checked_penalty(penalty: Any, channels: int | None, rows: int | None = None) -> Any:
     """The penalty, with finite parameters and a weight that is not negative.
+
+    Args:
+        penalty: the penalty.
+        channels: of the signal, None without a channel axis.
+        rows: where L1 may have a weight for each of so many rows; None allows one number only.
 
     Raises:
         TypeError: if it has no `value` and `prox`.
-        ValueError: for a negative, non-finite or non-scalar weight, or a channel penalty without channels.
+        ValueError: for a weight that is negative, not finite or of another shape, or a channel penalty without
+            channels.
     """
     if not (hasattr(penalty, "value") and hasattr(penalty, "prox")):
         raise TypeError(f"a penalty has `value` and `prox`, such as sparseopt.L1(10.0); given {penalty!r}")
     if isinstance(penalty, GroupL2) and channels is None:
         raise ValueError("GroupL2 couples the channels of a signal [n, channels]; this one has none: use L1")
+    check_parameters(penalty, rows)
+    return penalty
+
+
+def check_parameters(penalty: Any, rows: int | None = None) -> None:
+    """See that the numbers of a penalty are finite and its weight is not negative and has its shape.
+
+    Raises:
+        ValueError: if not.
+    """
     for leaf in jax.tree.leaves(penalty):
         if not np.all(np.isfinite(np.asarray(leaf))):
             raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
     weight = getattr(penalty, "weight", None)
     if weight is not None:
-        if np.ndim(weight) != 0:
+        if np.ndim(weight) != 0 and not (rows is not None and isinstance(penalty, L1)):
             raise ValueError(
-                f"the penalty's weight is one number, given the shape {np.shape(weight)}; weights of edges belong "
-                "to the graph"
+                f"the penalty's weight is one number here, given the shape {np.shape(weight)}; L1 in `trend_filter` "
+                "takes a weight for every difference, and a graph takes weights of edges"
             )
-        if weight < 0:
-            raise ValueError(f"the penalty's weight must not be negative, given {weight}")
-    return penalty
+        if np.ndim(weight) != 0 and np.shape(weight) != (rows,):
+            raise ValueError(
+                f"the weight of L1 is one number, or one for each of the {rows} rows of graph.matrix(order + 1), "
+                f"given the shape {np.shape(weight)}"
+            )
+        if np.min(weight) < 0:
+            raise ValueError(f"the penalty's weight must not be negative, given {np.min(weight)}")

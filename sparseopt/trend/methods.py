@@ -52,6 +52,8 @@ def chain_penalty(penalty: Any, graph: Graph, order: int) -> ChainTotalVariation
         )
     if not isinstance(penalty, L1):
         raise ValueError(f'method="fast_admm" solves the L1 penalty, given {penalty}; use "doge" or "admm"')
+    if np.ndim(penalty.weight) != 0:
+        raise ValueError('method="fast_admm" takes one weight for all differences; use "doge" or "admm"')
     return ChainTotalVariation(penalty.weight, order % 2 == 1)
 
 
@@ -82,7 +84,8 @@ def choose_method(
         return "doge"
     # Without convexity the standard ADMM was seen to cycle at order 0 where Doge comes to rest.
     strong = order >= 2 or (strength > STRONG_SMOOTHING[order] and (order == 1 or isinstance(penalty, Norm)))
-    chain = len(graph.shape) == 1 and isinstance(penalty, L1) and dtype == np.float64
+    one_weight = isinstance(penalty, L1) and np.ndim(penalty.weight) == 0
+    chain = len(graph.shape) == 1 and one_weight and dtype == np.float64
     if chain and (order == 0 or strong):
         return "fast_admm"
     return "admm" if strong else "doge"
@@ -130,7 +133,7 @@ def _node_solve(graph: Graph, order: int, columns: np.ndarray, cosines: bool, dt
     """The x-step for an inner difference of this order."""
     if cosines:
         assert graph.shape is not None
-        return cosine_solve(graph.shape, order, dtype)
+        return cosine_solve(graph.shape, (order,), dtype)
     if columns.ndim == 0:
         diagonal = columns * graph.sums(order).column_squares
     else:

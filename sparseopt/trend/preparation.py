@@ -45,8 +45,16 @@ class SetUp:
     laid_out: Callable[[np.ndarray], jax.Array]
 
 
-def set_up(signal: Signal, graph: Graph, order: int) -> SetUp:
-    """Lay out a checked signal; call it where the signal's precision is enabled."""
+def set_up(signal: Signal, graph: Graph, order: int, anchored: bool = False) -> SetUp:
+    """Lay out a checked signal; call it where the signal's precision is enabled.
+
+    Args:
+        signal: checked.
+        graph: with an edge.
+        order: k, the highest.
+        anchored: whether the values themselves are penalised. Then 0 is a special value: nothing is taken from the
+            signal, 0 stands for the means, and the box holds it.
+    """
     kind, channels = signal.values.dtype, signal.values.shape[1:]
     nodes = graph.shape or (graph.num_nodes,)
 
@@ -54,10 +62,12 @@ def set_up(signal: Signal, graph: Graph, order: int) -> SetUp:
         return jnp.asarray(values.reshape(*nodes, *channels), kind)
 
     shift, means = _means(signal, graph)
+    if anchored:
+        shift, means = np.zeros_like(shift), np.zeros_like(means)
     weights = None
     if signal.weights is not None:
         weights = jnp.asarray(signal.weights.reshape(*nodes, *(1 for _ in channels)))
-    low, high = _box(signal, order)
+    low, high = _box(signal, order, anchored)
     loss = NodeSquares(laid_out(signal.values), weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
     centre = loss.observed(laid_out(signal.values - shift))
     centred = NodeSquares(centre, weights, jnp.asarray(low - shift, kind), jnp.asarray(high - shift, kind))
@@ -65,15 +75,41 @@ def set_up(signal: Signal, graph: Graph, order: int) -> SetUp:
     return SetUp(loss, centred, shift, means, full, float(noise_of(full, centre)), laid_out)
 
 
-def leaves_as(penalty: Any, kind: np.dtype) -> Any:
-    """The penalty with its numbers in the dtype of the computation."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, kind) if np.ndim(leaf) == 0 else jnp.asarray(leaf), penalty)
+def leaves_as(tree: Any, kind: np.dtype) -> Any:
+    """A penalty or a loss with its numbers in the dtype of the computation."""
+
+    def placed(leaf: Any) -> jax.Array:
+        real = np.ndim(leaf) == 0 or np.asarray(leaf).dtype.kind == "f"
+        return jnp.asarray(leaf, kind) if real else jnp.asarray(leaf)
+
+    return jax.tree.map(placed, tree)
 
 
-def _box(signal: Signal, k: int) -> tuple[np.ndarray, np.ndarray]:
+def on_rows(penalty: Any, graph: Graph, order: int, channels: bool) -> Any:
+    """The penalty with its row weights, if it has them, in the layout of the rows of Δ^(order+1)."""
+    weight = getattr(penalty, "weight", None)
+    if weight is None or np.ndim(weight) == 0:
+        return penalty
+    laid_out = graph.row_layout(np.asarray(weight, np.float64), order + 1)
+    return dataclasses.replace(penalty, weight=laid_out[..., None] if channels else laid_out)
+
+
+def mean_weight(penalty: Any) -> float:
+    """The penalty's weight, the mean where there are many, 1 where there is none."""
+    return float(np.mean(getattr(penalty, "weight", 1.0)))
+
+
+def vanishes(penalty: Any) -> bool:
+    """Whether every weight of the penalty is 0."""
+    return not np.any(getattr(penalty, "weight", 1.0))
+
+
+def _box(signal: Signal, k: int, anchored: bool) -> tuple[np.ndarray, np.ndarray]:
     """Bounds for the fit at missing nodes, one a channel."""
     seen = signal.values if signal.weights is None else signal.values[signal.weights > 0]
     low, high = seen.min(axis=0), seen.max(axis=0)
+    if anchored:
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
     wider = BOX_RANGES * (high - low) if k else 0
     return low - wider, high + wider
 
@@ -102,6 +138,16 @@ def _means(signal: Signal, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
     return overall.astype(kind).reshape(channels), means.reshape(graph.num_nodes, *channels)
 
 
+def judged(problem: Problem, x: jax.Array, dual: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The objective of a point and its relative duality gap by a dual point; the penalty is a `Norm`."""
+    loss, penalty, split = problem.loss, problem.penalty, problem.operator
+    rows = split.mv(x)
+    objective = loss.value(x) + penalty.value(rows)
+    slack = loss.slack(x, split.rmv(dual)) + total(penalty.slack(rows, dual))
+    gap = jnp.where(slack < objective, slack / jnp.maximum(objective - slack, jnp.finfo(x.dtype).tiny), jnp.inf)
+    return objective, jnp.where(slack == 0, 0, gap)
+
+
 class Finished(NamedTuple):
     """A fit in the caller's units, as `Solution` has it."""
 
@@ -126,25 +172,25 @@ def finished(problem: Problem, found: Solution, shift: jax.Array, means: jax.Arr
         means: laid out.
         tol: of the solve.
     """
-    loss, penalty, split = problem.loss, problem.penalty, problem.operator
+    penalty = problem.penalty
     x, status = found.value + shift, found.status
     if not isinstance(penalty, Norm):
         status = jnp.where(status == Status.CONVERGED, Status.STATIONARY, status).astype(jnp.int32)
         return Finished(x, status, found.residual, found.objective, found.gap)
-    tiny = jnp.finfo(x.dtype).tiny
     dual = found.state.candidate
-
-    def judged(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = split.mv(x)
-        objective = loss.value(x) + penalty.value(rows)
-        slack = loss.slack(x, split.rmv(dual)) + total(penalty.slack(rows, dual))
-        gap = jnp.where(slack < objective, slack / jnp.maximum(objective - slack, tiny), jnp.inf)
-        return objective, jnp.where(slack == 0, 0, gap)
-
-    of_x, of_means = judged(x), judged(means)
+    of_x, of_means = judged(problem, x, dual), judged(problem, means, dual)
     take = of_means[0] <= of_x[0]
     objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
     # The mean comes back in working precision; what that costs is part of the answer.
     status = jnp.where((status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, status)
     status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status).astype(jnp.int32)
     return Finished(jnp.where(take, means, x), status, gap, objective, gap)
+
+
+def answered(found: Solution, fit: Finished, shape: tuple[int, ...]) -> Solution:
+    """The solution in the caller's units and shape.
+
+    What the acceleration remembers is many times the signal, and no later solve can use it.
+    """
+    fit = fit._replace(value=fit.value.reshape(shape))
+    return dataclasses.replace(found, **fit._asdict(), state=dataclasses.replace(found.state, past=None))

@@ -134,7 +134,7 @@ def strong_problem(rng, side, weight, order=1, penalty=so.L1):
     y = y - y.mean()
     base = graph.base(np.float64)
     split = standard_split(Difference(base, order + 1), Difference(base, 0, order % 2 == 0), np.float64)
-    node_solve = jax.tree.map(jnp.asarray, cosine_solve((side, side), order + 1, np.float64))
+    node_solve = jax.tree.map(jnp.asarray, cosine_solve((side, side), (order + 1,), np.float64))
     start = Start(jnp.asarray(y), jnp.zeros(split.row_shape(jnp.asarray(y))))
     return graph, y, Problem(NodeSquares(jnp.asarray(y)), penalty(weight), split), node_solve, start
 

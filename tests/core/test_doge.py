@@ -148,7 +148,7 @@ def test_cosines_and_conjugate_gradients_solve_the_x_step(rng, shape, power):
         matrix = graph.matrix(power).toarray()
         system = np.eye(graph.num_nodes) + 0.7 * 2.0 * matrix.T @ matrix
         expected = np.linalg.solve(system, np.asarray(right).reshape(-1, 2)).reshape(right.shape)
-        exact = cosine_solve(shape, power, np.float64).solve(loss, split, right, 0.7, 0 * right)
+        exact = cosine_solve(shape, (power,), np.float64).solve(loss, split, right, 0.7, 0 * right)
         np.testing.assert_allclose(exact, expected, atol=1e-9)
         diagonal = jnp.asarray(2.0 * graph.sums(power).column_squares.reshape(*shape, 1))
         close = ConjugateGradient(diagonal, 1e-10).solve(loss, split, right, 0.7, 0 * right)

@@ -38,7 +38,7 @@ def cosine_matrix(n: int) -> np.ndarray:
 
 @pytree
 class Cosine:
-    """W = I and C constant on a grid: `ΔᵀΔ = L^power` is diagonal under the DCT-II.
+    """W = I and C constant on a grid: `ΔᵀΔ`, a sum of powers of L, is diagonal under the DCT-II.
 
     The transform is a product with a cosine matrix along each axis, which beats the FFT on a CPU up to a
     thousand points an axis; longer axes go through the FFT.
@@ -46,7 +46,7 @@ class Cosine:
 
     matrices: tuple[Any, ...]  # [n, n] for each axis, or None for the FFT
     eigenvalues: Any  # of L, [*shape]
-    power: int = static()
+    powers: tuple[int, ...] = static()
 
     def _transform(self, x: FloatArray, inverse: bool) -> FloatArray:
         for axis, matrix in enumerate(self.matrices):
@@ -61,7 +61,7 @@ class Cosine:
     def solve(self, loss: NodeSquares, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
         """Exact, by two transforms."""
         del loss, guess
-        spectrum = 1 + rho * split.column_scale * self.eigenvalues**self.power
+        spectrum = 1 + rho * split.column_scale * sum(self.eigenvalues**power for power in self.powers)
         spectrum = spectrum.reshape(spectrum.shape + (1,) * (right.ndim - spectrum.ndim))
         return self._transform(self._transform(right, inverse=False) / spectrum, inverse=True)
 
@@ -69,14 +69,14 @@ class Cosine:
 LONGEST_MATRIX = 1024
 
 
-def cosine_solve(shape: tuple[int, ...], power: int, dtype: Any) -> Cosine:
+def cosine_solve(shape: tuple[int, ...], powers: tuple[int, ...], dtype: Any) -> Cosine:
     """The tables of `Cosine`, on the host in float64, then rounded once."""
     eigenvalues = np.zeros(shape)
     for axis, n in enumerate(shape):
         line = 2 - 2 * np.cos(np.pi * np.arange(n) / n)
         eigenvalues = eigenvalues + line.reshape([-1 if i == axis else 1 for i in range(len(shape))])
     matrices = tuple(cosine_matrix(n).astype(dtype) if n <= LONGEST_MATRIX else None for n in shape)
-    return Cosine(matrices, eigenvalues.astype(dtype), power)
+    return Cosine(matrices, eigenvalues.astype(dtype), powers)
 
 
 @pytree

@@ -1,0 +1,115 @@
+"""Concave penalties by reweighted L1: descent, fixed points, and what they do to the bias of L1."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparseopt as so
+from sparseopt.trend.reweighting import reweighted_trend_filter
+from tests.trend.problems import random_graph
+
+LEVELS = np.repeat([0.0, 6.0, 2.0, 9.0], 15)
+CHAIN = so.Graph.chain(60)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """`weight log(1 + |x| / scale)`, a user's penalty."""
+
+    weight: float
+    scale: float
+
+    def value(self, x):
+        return self.weight * jnp.sum(jnp.log1p(jnp.abs(x) / self.scale))
+
+    def slope(self, x):
+        return self.weight / (self.scale + jnp.abs(x))
+
+
+def objective(b, y, graph, penalty, order):
+    with jax.enable_x64(True):
+        rows = jnp.asarray(graph.matrix(order + 1) @ b)
+        return 0.5 * np.sum((b - y) ** 2) + float(penalty.value(rows))
+
+
+@pytest.mark.parametrize("penalty", [so.MCP(1.5, 4.0), so.SCAD(1.5), Log(2.0, 1.0)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_objective_falls_to_a_fixed_point(rng, penalty, order):
+    graph = random_graph(rng, n=30, extra=10)
+    y = 3 * rng.standard_normal(30)
+    found = reweighted_trend_filter(y, graph, penalty, order, rounds=60, tol=1e-9)
+    assert found.settled
+    assert np.all(np.diff(found.objectives) <= 1e-8 * found.objectives[:-1])
+    assert found.objectives[-1] == pytest.approx(objective(found.value, y, graph, penalty, order), rel=1e-9)
+    l1 = so.trend_filter(y, graph, so.L1(np.asarray(penalty.slope(np.zeros(1)))[0]), order, tol=1e-9)
+    assert found.objectives[0] == pytest.approx(objective(l1.value, y, graph, penalty, order), rel=1e-6)
+    # The tangent at the fit is the one that it was found with, so the fit is stationary for the concave problem.
+    with jax.enable_x64(True):
+        again = np.asarray(penalty.slope(jnp.asarray(graph.matrix(order + 1) @ found.value)))
+    same = so.trend_filter(y, graph, so.L1(again), order, tol=1e-9)
+    np.testing.assert_allclose(same.value, found.value, atol=2e-2)
+
+
+def test_steps_keep_their_size(rng):
+    y = LEVELS + 0.5 * rng.standard_normal(60)
+    flat = so.trend_filter(y, CHAIN, so.L1(4.0)).check().value
+    kept = reweighted_trend_filter(y, CHAIN, so.MCP(4.0, 0.9)).value
+    means = np.repeat([part.mean() for part in np.split(y, 4)], 15)
+    np.testing.assert_allclose(kept, means, atol=1e-3)
+    # L1 takes 2 weight / length from a peak, weight / length from an end.
+    bias = (flat - means)[[0, 15, 30, 45]]
+    np.testing.assert_allclose(bias, [4 / 15, -8 / 15, 8 / 15, -4 / 15], atol=1e-3)
+
+
+def test_two_rounds_are_the_one_step_estimate(rng):
+    y = LEVELS + 0.5 * rng.standard_normal(60)
+    penalty = so.SCAD(1.0)
+    first = so.trend_filter(y, CHAIN, so.L1(1.0), tol=1e-9)
+    slopes = np.asarray(penalty.slope(jnp.asarray(CHAIN.matrix(1) @ first.value)), float)
+    second = so.trend_filter(y, CHAIN, so.L1(slopes), tol=1e-9)
+    found = reweighted_trend_filter(y, CHAIN, penalty, rounds=2, tol=1e-9)
+    assert len(found.objectives) == 2
+    np.testing.assert_allclose(found.value, second.value, atol=1e-3)
+    np.testing.assert_allclose(found.weights, slopes, atol=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [so.MCP(1.5, 2.5), so.SCAD(1.5, 3.0)], ids=lambda p: type(p).__name__)
+def test_the_slope_is_the_derivative_of_the_value(penalty):
+    x = jnp.array([0.1, 1.0, 2.0, 3.0, 4.0, 7.0])
+    expected = jax.vmap(jax.grad(lambda t: penalty.value(t[None])))(x)
+    np.testing.assert_allclose(penalty.slope(x), expected, atol=1e-5)
+    np.testing.assert_allclose(penalty.slope(-x), expected, atol=1e-5)
+
+
+def test_pictures_other_losses_and_missing_values(rng):
+    graph = so.Graph.grid((8, 9))
+    y = np.where(np.arange(9) > 4, 5.0, 0.0) + 0.3 * rng.standard_normal((8, 9))
+    y[2, 3] = np.nan
+    found = reweighted_trend_filter(y, graph, so.MCP(1.0), missing="nan", tol=1e-5)
+    assert found.value.shape == (8, 9)
+    assert abs(found.value[2, 3]) < 0.2
+    counts = rng.poisson(np.exp(np.repeat([0.5, 2.5], 30))).astype(float)
+    rates = reweighted_trend_filter(counts, CHAIN, Log(2.0, 1.0), loss="poisson", tol=1e-5)
+    flat = so.trend_filter(counts, CHAIN, so.L1(2.0), loss="poisson", tol=1e-5)
+    assert np.ptp(rates.value) > np.ptp(flat.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"penalty": so.L1(1.0)}, TypeError, "`value` and `slope`"),
+        ({"y": np.zeros((60, 2))}, ValueError, r"shape \[60\] or \(60,\); given \(60, 2\): fit channels one by one"),
+        ({"rounds": 0}, ValueError, "given rounds=0"),
+        ({"tol": 0.0}, ValueError, "given rounds=10, tol=0.0"),
+        ({"penalty": so.MCP(-1.0)}, ValueError, "must not be negative, given -1.0"),
+        ({"max_steps": 5, "rho": 1e-6}, RuntimeError, "MAX_STEPS"),
+    ],
+)
+def test_bad_input_is_an_error_that_names_it(arguments, error, match):
+    with pytest.raises(error, match=match):
+        reweighted_trend_filter(
+            **{"y": LEVELS + np.arange(60) % 2, "graph": CHAIN, "penalty": so.MCP(1.0), **arguments}
+        )
