@@ -34,10 +34,14 @@ def difference_matrix(
     root = np.ones(count) if weights is None else np.sqrt(weights)
     rows = np.concatenate([np.arange(count)] * 2)
     incidence = sparse.csr_array((np.concatenate([root, -root]), (rows, edges.T.reshape(-1))), shape=(count, num_nodes))
-    matrix = incidence.T.tocsr() if from_edges else sparse.csr_array(sparse.eye_array(num_nodes))
-    for index in range(order - from_edges):
-        matrix = (incidence if index % 2 == 0 else incidence.T) @ matrix
-    matrix = sparse.csr_array(matrix)
+    if from_edges:
+        matrix, left = incidence.T.tocsr(), order - 1
+    else:
+        matrix, left = (incidence, order - 1) if order else (sparse.csr_array(sparse.eye_array(num_nodes)), 0)
+    on_edges = not from_edges
+    for _ in range(left):
+        matrix = sparse.csr_array((incidence.T if on_edges else incidence) @ matrix)
+        on_edges = not on_edges
     matrix.eliminate_zeros()
     matrix.sort_indices()
     return matrix

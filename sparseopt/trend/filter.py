@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.fidelity import wide_types
+from sparseopt.core.penalties import L1
 from sparseopt.core.solve import Problem, Solution, Status, solve
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend.general_loss import checked_loss, fit_loss
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_block, checked_order, checked_signal
+from sparseopt.trend.interior import fit_interior, is_available, is_narrow
 from sparseopt.trend.methods import ACCELERATION, METHODS, chain_penalty, choose_method, prepare, starts_exact
 from sparseopt.trend.preparation import (
     FIRST_RHO,
@@ -37,6 +39,7 @@ from sparseopt.trend.preparation import (
 from sparseopt.trend.start import cold_start, exact_start, warm_start_of
 from sparseopt.trend.sums import checked_terms, fit_sum, is_sum, sum_method
 
+KNOWN_METHODS = (*METHODS, "interior")
 # The context manager left jax.experimental in JAX 0.8.
 ENABLE_X64: Any = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
 
@@ -82,7 +85,8 @@ def trend_filter(
             their orders, as in `{-1: L1(0.5), 0: L1(2.0)}`: their sum, where order -1 penalises b itself.
         order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals. It stays 0 for
             several penalties.
-        method: "doge", "admm", "fast_admm" (chains), or "auto"; `chosen_method` tells what that takes.
+        method: "doge", "admm", "fast_admm" (chains), "interior" (L1; needs the extra `interior`), or "auto";
+            `chosen_method` tells what that takes.
         tol: the relative duality gap to reach; for a penalty that is no norm, the stationarity residual.
         max_steps: step limit.
         node_weights: w >= 0, `[n]`; 0 marks a missing observation. At orders >= 1 with missing nodes the gap
@@ -117,8 +121,10 @@ def trend_filter(
         True
     """
     k = checked_order(order)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
+    if method not in KNOWN_METHODS:
+        raise ValueError(f"unknown method {method!r}; known are {', '.join(KNOWN_METHODS)}")
+    if method == "interior" and (warm_start is not None or history):
+        raise ValueError('method="interior" takes no warm_start and keeps no history; use "doge" or "admm"')
     family = checked_loss(loss)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
     terms = checked_terms(penalty, signal, graph, k)
@@ -173,7 +179,14 @@ def chosen_method(
     ((k, penalty),) = terms.items()
     with precision(signal.values.dtype):
         strength = _strength(penalty, set_up(signal, graph, k))
-    return choose_method(graph, penalty, k, weighted, strength, signal.values.dtype)
+    return _chosen(graph, penalty, k, weighted, strength, signal.values.dtype, True)
+
+
+def _chosen(graph: Graph, penalty: Any, k: int, weighted: bool, strength: float, dtype: Any, cold: bool) -> str:
+    """The method for "auto"; the interior point method starts cold."""
+    if cold and graph.shape is None and isinstance(penalty, L1) and is_available() and is_narrow(graph):
+        return "interior"
+    return choose_method(graph, penalty, k, weighted, strength, dtype)
 
 
 def _unchanged(signal: Signal) -> Solution:
@@ -211,7 +224,9 @@ def _fit(
     penalty = leaves_as(on_rows(penalty, graph, k, bool(channels)), kind)
     strength = _strength(penalty, base)
     if method == "auto":
-        method = choose_method(graph, penalty, k, weighted, strength, kind)
+        method = _chosen(graph, penalty, k, weighted, strength, kind, warm_start is None and not history)
+    if method == "interior":
+        return fit_interior(signal, graph, penalty, k, base, tol, max_steps)
     exact = starts_exact(method, k, weighted)
     ready = prepare(graph, k, method, block if method == "doge" else 0, weighted, kind, bool(channels))
     if method == "fast_admm":

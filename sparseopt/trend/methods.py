@@ -16,6 +16,7 @@ from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosin
 from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
 
+# Of paths; single fits know "interior" as well.
 METHODS = ("auto", "doge", "admm", "fast_admm")
 # How many differences Anderson acceleration of the standard ADMM remembers; fifteen were hardly better.
 ACCELERATION = 10

@@ -27,8 +27,7 @@ def test_every_method_and_block_finds_the_exact_answer(rng, name, order):
     expected = exact_fit(y, graph, weight, order)
     best = objective(expected, y, graph, weight, order)
     methods = [("doge", block) for block in range(1, order + 2)] + [("admm", None), ("auto", None)]
-    if name == "chain":
-        methods.append(("fast_admm", None))
+    methods += [("fast_admm", None)] if name == "chain" else [("interior", None)]
     for method, block in methods:
         found = so.trend_filter(y, graph, so.L1(weight), order, method, tol=1e-9, B=block)
         assert status(found) is so.Status.CONVERGED, (method, block)
