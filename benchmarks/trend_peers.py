@@ -100,7 +100,9 @@ class Sparseopt:
         return " ".join(filter(None, ["sparseopt", self.method, self.dtype]))
 
     def can(self, problem: TrendProblem) -> bool:
-        """`fast_admm` is for chains."""
+        """`fast_admm` is for chains, "interior" what its factors leave room for."""
+        if self.method == "interior":
+            return problem.y.size <= LARGEST_FACTORED and (problem.shape is None or len(problem.shape) == 1)
         return self.method != "fast_admm" or (problem.shape is not None and len(problem.shape) == 1)
 
     def ladder(self, problem: TrendProblem) -> Sequence[float]:
@@ -408,7 +410,7 @@ class Pygfl:
 
 
 OURS: tuple[Solver, ...] = (
-    *(Sparseopt(method) for method in ("auto", "doge", "admm", "fast_admm")),
+    *(Sparseopt(method) for method in ("auto", "doge", "admm", "fast_admm", "interior")),
     Sparseopt("auto", "float32"),
 )
 PEERS: tuple[Solver, ...] = (

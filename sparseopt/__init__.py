@@ -24,6 +24,7 @@ from sparseopt.trend.graph import Graph
 from sparseopt.trend.largest_weight import largest_weight
 from sparseopt.trend.noise import noise_level
 from sparseopt.trend.path import TrendPath, trend_path
+from sparseopt.trend.reweighting import reweighted_trend_filter
 from sparseopt.trend.selection import cross_validate, select
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ __all__ = [
     "proximal_adam",
     "pruning",
     "pytree",
+    "reweighted_trend_filter",
     "select",
     "solve",
     "static",

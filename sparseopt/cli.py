@@ -83,7 +83,7 @@ def trend(
     weight: Annotated[float, typer.Option(help="Penalty level, in units of the signal.")],
     order: Annotated[int, typer.Option(help="0: piecewise constant; 1: piecewise linear; 2: quadratic.")] = 0,
     penalty: Annotated[str, typer.Option(help="l1, mcp, scad, l0, or group for coupled channels.")] = "l1",
-    method: Annotated[str, typer.Option(help="auto, doge, admm or fast_admm.")] = "auto",
+    method: Annotated[str, typer.Option(help="auto, doge, admm, fast_admm (chains) or interior.")] = "auto",
     tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-5,
     missing: Annotated[bool, typer.Option("--missing", help="Treat NaN and empty cells as unobserved.")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Drop self-loops and add up duplicate edges.")] = False,

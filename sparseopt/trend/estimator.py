@@ -56,7 +56,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
             weight and returns a penalty, such as `so.MCP`.
         tol: the relative duality gap to reach; for a penalty that is no norm, the stationarity residual.
         max_steps: step limit.
-        method: "doge", "admm", "fast_admm" (chains), or "auto".
+        method: "doge", "admm", "fast_admm" (chains), "interior" (the extra `interior`), or "auto".
 
     Attributes:
         graph_: the `Graph` of the fit.

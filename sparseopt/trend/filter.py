@@ -8,6 +8,7 @@ Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17
 """
 
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -17,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.fidelity import wide_types
-from sparseopt.core.penalties import L1
 from sparseopt.core.solve import Problem, Solution, Status, solve
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend.general_loss import checked_loss, fit_loss
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_block, checked_order, checked_signal
-from sparseopt.trend.interior import fit_interior, is_available, is_narrow
+from sparseopt.trend.interior import Interior, is_quickest
 from sparseopt.trend.methods import ACCELERATION, METHODS, chain_penalty, choose_method, prepare, starts_exact
 from sparseopt.trend.preparation import (
     FIRST_RHO,
@@ -39,7 +39,6 @@ from sparseopt.trend.preparation import (
 from sparseopt.trend.start import cold_start, exact_start, warm_start_of
 from sparseopt.trend.sums import checked_terms, fit_sum, is_sum, sum_method
 
-KNOWN_METHODS = (*METHODS, "interior")
 # The context manager left jax.experimental in JAX 0.8.
 ENABLE_X64: Any = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
 
@@ -121,8 +120,8 @@ def trend_filter(
         True
     """
     k = checked_order(order)
-    if method not in KNOWN_METHODS:
-        raise ValueError(f"unknown method {method!r}; known are {', '.join(KNOWN_METHODS)}")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
     if method == "interior" and (warm_start is not None or history):
         raise ValueError('method="interior" takes no warm_start and keeps no history; use "doge" or "admm"')
     family = checked_loss(loss)
@@ -160,6 +159,7 @@ def chosen_method(
     graph: Graph,
     penalty: Any,
     order: int = 0,
+    tol: float = 1e-6,
     *,
     node_weights: Any = None,
     missing: str = "error",
@@ -167,10 +167,12 @@ def chosen_method(
 ) -> str:
     """The method that `trend_filter(..., method="auto")` takes for the square loss; arguments as there.
 
+    "interior" starts cold and keeps no history: with a warm start or a history another method is taken.
+
     Example:
         >>> from sparseopt.trend.filter import chosen_method
-        >>> chosen_method(np.arange(6.0) % 2, so.Graph.chain(6), so.L1(0.3), order=2)
-        'fast_admm'
+        >>> chosen_method(np.arange(6.0) % 2, so.Graph.grid((2, 3)), so.L1(0.3), order=2)
+        'admm'
     """
     signal = checked_signal(y, graph, node_weights, missing, dtype)
     terms, weighted = checked_terms(penalty, signal, graph, checked_order(order)), signal.weights is not None
@@ -179,14 +181,8 @@ def chosen_method(
     ((k, penalty),) = terms.items()
     with precision(signal.values.dtype):
         strength = _strength(penalty, set_up(signal, graph, k))
-    return _chosen(graph, penalty, k, weighted, strength, signal.values.dtype, True)
-
-
-def _chosen(graph: Graph, penalty: Any, k: int, weighted: bool, strength: float, dtype: Any, cold: bool) -> str:
-    """The method for "auto"; the interior point method starts cold."""
-    if cold and graph.shape is None and isinstance(penalty, L1) and is_available() and is_narrow(graph):
-        return "interior"
-    return choose_method(graph, penalty, k, weighted, strength, dtype)
+    method = choose_method(graph, penalty, k, weighted, strength, signal.values.dtype)
+    return "interior" if is_quickest(graph, penalty, k, method, strength, tol) else method
 
 
 def _unchanged(signal: Signal) -> Solution:
@@ -202,6 +198,13 @@ def _unchanged(signal: Signal) -> Solution:
 def _strength(penalty: Any, base: SetUp) -> float:
     """The penalty's weight over the noise of the signal."""
     return mean_weight(penalty) / base.noise if base.noise > 0 else 1.0
+
+
+def _by_interior(
+    signal: Signal, graph: Graph, k: int, base: SetUp, penalty: Any, tol: float, max_steps: int
+) -> Solution:
+    found = Interior(signal, graph, k, base, penalty).fit(penalty, tol, max_steps)
+    return dataclasses.replace(found, value=found.value.reshape(signal.shape))
 
 
 def _fit(
@@ -224,9 +227,15 @@ def _fit(
     penalty = leaves_as(on_rows(penalty, graph, k, bool(channels)), kind)
     strength = _strength(penalty, base)
     if method == "auto":
-        method = _chosen(graph, penalty, k, weighted, strength, kind, warm_start is None and not history)
+        method = choose_method(graph, penalty, k, weighted, strength, kind)
+        cold = warm_start is None and not history
+        if cold and is_quickest(graph, penalty, k, method, strength, tol):
+            found = _by_interior(signal, graph, k, base, penalty, tol, max_steps)
+            if int(found.status) == Status.CONVERGED:
+                return found
+            # Rounding ended it: where the weight is very large, the others get closer.
     if method == "interior":
-        return fit_interior(signal, graph, penalty, k, base, tol, max_steps)
+        return _by_interior(signal, graph, k, base, penalty, tol, max_steps)
     exact = starts_exact(method, k, weighted)
     ready = prepare(graph, k, method, block if method == "doge" else 0, weighted, kind, bool(channels))
     if method == "fast_admm":

@@ -13,6 +13,7 @@ Source: Kim, Koh, Boyd, Gorinevsky, "l1 trend filtering", SIAM Review 51 (2009);
 proximal interior-point quadratic programming solver", CDC 2023.
 """
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -28,14 +29,23 @@ from sparseopt.core.types import pytree
 from sparseopt.trend.freedom import edge_rows
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
+from sparseopt.trend.methods import STRONG_SMOOTHING
 from sparseopt.trend.preparation import SetUp, finished
 
 # A graph is narrow if no layer of a breadth-first search has more than this multiple of sqrt(nodes). Planar graphs
 # have layers of one or two, random graphs of sqrt(nodes) / 3.
 WIDEST_LAYER = 8.0
-# The solver's own tolerance for a gap of tol; where that does not do, it is cut by this factor, so many times.
-OWN_TOLERANCE = 1.0
+# Up to so many edges a node the Hessian is D Dᵀ at order 0.
+EDGES_A_NODE = 2
+# What PIQP is asked for: a share of the gap, and residuals of this multiple of what would do if all pulled one way.
+GAP_SHARE, SCATTER = 0.5, 100.0
+# Where the certified gap is too large even so, the tolerance is cut by this factor and the solve repeated, so often.
 CUT, ATTEMPTS = 0.03, 3
+# No problem was seen to take half as many steps, unless rounding forbids the tolerance: where the weight is so large
+# that q is a difference of much larger numbers.
+MOST_STEPS = 50
+# From this tolerance on Doge-ADMM is the quicker at order 0.
+COARSE = 1e-5
 
 
 @pytree
@@ -66,53 +76,87 @@ def is_narrow(graph: Graph) -> bool:
         widest = np.bincount(distance.astype(np.int64)).max()
         return bool(widest <= WIDEST_LAYER * np.sqrt(graph.num_nodes))
 
-    return graph.cached("narrow", build)
+    # A planar graph has at most three edges a node.
+    return graph.num_edges <= 3 * graph.num_nodes and graph.cached("narrow", build)
 
 
-def fit_interior(
-    signal: Signal, graph: Graph, penalty: Any, order: int, base: SetUp, tol: float, max_steps: int
-) -> Solution:
-    """The fit of a checked signal; call it where the signal's precision is enabled.
+def is_quickest(graph: Graph, penalty: Any, order: int, chosen: str, strength: float, tol: float) -> bool:
+    """Whether the interior point method is to be expected to beat the method chosen among the others.
+
+    At order 0 Doge-ADMM gets to a coarse tolerance in few steps. On chains, where all are quick, strong smoothing
+    decides.
+    """
+    if not (isinstance(penalty, L1) and is_available()):
+        return False
+    if graph.shape is not None:
+        return len(graph.shape) == 1 and order >= 1 and chosen != "doge"
+    return is_narrow(graph) and (order >= 1 or tol < COARSE or strength > STRONG_SMOOTHING[0])
+
+
+class Interior:
+    """The interior point method on one signal; call it where the signal's precision is enabled.
+
+    Fits after the first one, as on a path, reuse the ordering of the factors.
 
     Args:
         signal: checked.
         graph: with an edge.
-        penalty: `L1`, its row weights in the layout of the rows.
         order: k.
         base: of the signal.
-        tol: the relative duality gap.
-        max_steps: of the interior point method, for each channel.
+        penalty: `L1`, its row weights, if it has them, in the layout of the rows. Fits may scale it.
 
     Raises:
         ImportError: without PIQP.
         ValueError: for another penalty.
     """
-    if not isinstance(penalty, L1):
-        raise ValueError(f'method="interior" solves the L1 penalty, given {penalty}; use "doge" or "admm"')
-    if not is_available():
-        raise ImportError('method="interior" needs PIQP: pip install "sparseopt[interior]"')
-    kind = signal.values.dtype
-    program = _Program(graph, order, signal.weights, _row_weights(penalty, graph, order))
-    columns = signal.values.reshape(graph.num_nodes, -1).astype(np.float64)
-    share, level = OWN_TOLERANCE, jnp.asarray(tol, kind)
-    problem = Problem(base.loss, penalty, base.full.split)
-    for attempt in range(ATTEMPTS):
-        answers = [program.solve(column - column.mean(), share * tol, max_steps) for column in columns.T]
-        fit, dual = (np.stack([answer[i] for answer in answers], axis=1) for i in (0, 1))
-        steps, ended = sum(answer[2] for answer in answers), all(answer[3] for answer in answers)
-        centred = base.laid_out(fit + columns.mean(axis=0) - base.shift)
-        found = _found(centred, _laid_out(dual, graph, order, signal.values.shape[1:], kind), steps, ended)
-        shift, means = jnp.asarray(base.shift, kind), base.laid_out(base.means)
-        done = finished(problem, found, shift, means, level)
-        if float(done.gap) <= tol or attempt + 1 == ATTEMPTS or not ended:
-            break
-        share *= CUT
-    return Solution(
-        **done._replace(value=done.value.reshape(signal.shape))._asdict(),
-        steps=found.steps,
-        history=None,
-        state=found.state,
-    )
+
+    def __init__(self, signal: Signal, graph: Graph, order: int, base: SetUp, penalty: Any) -> None:
+        if not isinstance(penalty, L1):
+            raise ValueError(f'method="interior" solves the L1 penalty, given {penalty}; use "doge" or "admm"')
+        if not is_available():
+            raise ImportError('method="interior" needs PIQP: pip install "sparseopt[interior]"')
+        self.signal, self.graph, self.order, self.base = signal, graph, order, base
+        self.columns = signal.values.reshape(graph.num_nodes, -1).astype(np.float64)
+        self.program = _Program(graph, order, signal.weights, _row_weights(penalty, graph, order))
+
+    def null_fit(self, penalty: L1, dual: np.ndarray, tol: float) -> Solution:
+        """The component means, certified by a dual point."""
+        base, kind = self.base, self.signal.values.dtype
+        rows = jnp.asarray(dual.reshape(base.full.split.row_shape(base.centred.center)), kind)
+        found = _found(base.laid_out(base.means - base.shift), rows, 0, True)
+        problem, level = Problem(base.loss, penalty, base.full.split), jnp.asarray(tol, kind)
+        done = finished(problem, found, jnp.asarray(base.shift, kind), base.laid_out(base.means), level)
+        return dataclasses.replace(found, **done._asdict())
+
+    def fit(self, penalty: L1, tol: float, max_steps: int) -> Solution:
+        """The fit to a relative duality gap of tol, its value in the layout of the nodes.
+
+        Args:
+            penalty: that of the start, or a multiple.
+            tol: of the gap.
+            max_steps: for each channel.
+        """
+        base, kind = self.base, self.signal.values.dtype
+        weights = _row_weights(penalty, self.graph, self.order)
+        weight = float(weights[weights > 0].mean())
+        share, level = 1.0, jnp.asarray(tol, kind)
+        problem, shift = Problem(base.loss, penalty, base.full.split), jnp.asarray(base.shift, kind)
+        means = self.columns.mean(axis=0)
+        scales = [self.program.lower_bound(column, weight) for column in (self.columns - means).T]
+        attempt, going = 0, True
+        while going:
+            pairs = zip((self.columns - means).T, scales, strict=True)
+            answers = [self.program.solve(column, weight, share * tol, scale, max_steps) for column, scale in pairs]
+            fit, dual = (np.stack([answer[i] for answer in answers], axis=1) for i in (0, 1))
+            steps, ended = sum(answer[2] for answer in answers), all(answer[3] for answer in answers)
+            rows = _laid_out(dual, self.graph, self.order, self.signal.values.shape[1:], kind)
+            found = _found(base.laid_out(fit + means - base.shift), rows, steps, ended)
+            done = finished(problem, found, shift, base.laid_out(base.means), level)
+            attempt, share = attempt + 1, share * CUT
+            going = ended and attempt < ATTEMPTS and not float(done.gap) <= tol
+        if not ended and max_steps > MOST_STEPS and not float(done.gap) <= tol:
+            done = done._replace(status=jnp.asarray(Status.PRECISION, jnp.int32))
+        return dataclasses.replace(found, **done._asdict())
 
 
 def _found(value: Any, dual: Any, steps: int, ended: bool) -> Solution:
@@ -148,7 +192,7 @@ def _edges(graph: Graph) -> np.ndarray:
 
 
 class _Program:
-    """The dual as a quadratic program in u / level and, from order 2, the partial products p on the way to q.
+    """The dual as a quadratic program in u / weight and, from order 2, the partial products p on the way to q.
 
     With Δ^(k+1)ᵀ = Bᵀ F_sᵀ ... F_1ᵀ and p_i = F_iᵀ p_(i-1), p_0 = u, the Hessian is `B W^-1 Bᵀ` on the last p. No
     product wider than L² is formed, which keeps the factors sparse.
@@ -159,14 +203,17 @@ class _Program:
             return difference_matrix(_edges(graph), graph.num_nodes, graph.weights, factors)
 
         self.kept = row_weights > 0
-        self.level = float(row_weights[self.kept].mean())
-        self.box = row_weights[self.kept] / self.level
+        self.box = row_weights[self.kept] / row_weights[self.kept].mean()
         weights = np.ones(graph.num_nodes) if node_weights is None else node_weights.astype(np.float64)
         self.seen = weights > 0
         self.weights = np.where(self.seen, weights, 1)
-        last = difference(1 if order == 0 else 2)
-        factors = [difference(1)] if order >= 2 and order % 2 == 0 else []
-        factors += [last] * ((order + 1) // 2 - 1)
+        if order == 0:
+            # D Dᵀ joins all edges of a node: dear where there are many.
+            apart = graph.num_edges > EDGES_A_NODE * graph.num_nodes
+            factors, last = [difference(1)] * apart, difference(0 if apart else 1)
+        else:
+            last = difference(2)
+            factors = [difference(1)] * (order % 2 == 0) + [last] * ((order + 1) // 2 - 1)
         if factors:
             factors[0] = factors[0][self.kept]
         else:
@@ -177,6 +224,7 @@ class _Program:
         curved = last @ sparse.diags_array(np.where(self.seen, 1 / self.weights, 0)) @ last.T
         self.hessian = sparse.csc_matrix(sparse.block_diag([sparse.csc_array((self.before,) * 2), curved]))
         self.equations = self._equations(sizes)
+        self.solver: Any = None
 
     def _equations(self, sizes: list[int]) -> Any:
         """The definitions of p, and q = 0 at missing nodes; None where there are none."""
@@ -190,38 +238,72 @@ class _Program:
             blocks.append([*(sparse.csr_array((missing.shape[0], size)) for size in sizes[:-1]), missing])
         return sparse.csc_matrix(sparse.block_array(blocks)) if blocks else None
 
-    def solve(self, y: np.ndarray, tol: float, max_steps: int) -> tuple[np.ndarray, np.ndarray, int, bool]:
+    def solve(
+        self, y: np.ndarray, weight: float, tol: float, scale: float, max_steps: int
+    ) -> tuple[np.ndarray, np.ndarray, int, bool]:
         """Fit `[n]`, dual `[rows]`, steps, and whether the method came to its end.
 
         Args:
-            y: the signal, 0 at missing nodes or not.
-            tol: relative, of residuals and gap.
+            y: the signal; what it holds at missing nodes does not matter.
+            weight: the mean of the positive row weights.
+            tol: the relative gap.
+            scale: a guess of the objective.
             max_steps: limit.
         """
-        import piqp
-
         u = np.zeros(self.kept.size)
-        pull = self.last @ np.where(self.seen, y, 0) / self.level
+        pull = self.last @ np.where(self.seen, y, 0) / weight
         if not pull.any():
             return y, u, 0, True
-        bound = np.full(self.hessian.shape[0], np.inf)
-        bound[: self.box.size] = self.box
-        solver = piqp.SparseSolver()
+        solver = self._set_up(np.r_[np.zeros(self.before), -pull])
         settings = solver.settings
-        settings.eps_rel = settings.eps_duality_gap_rel = tol
-        settings.eps_abs = settings.eps_duality_gap_abs = tol * float(np.abs(pull).mean())
-        settings.preconditioner_iter = 0  # the problem is scaled; equilibration takes longer and gains nothing
-        settings.max_iter = max_steps
-        right = None if self.equations is None else np.zeros(self.equations.shape[0])
-        linear = np.r_[np.zeros(self.before), -pull]
-        solver.setup(self.hessian, linear, self.equations, right, x_l=-bound, x_u=bound)
-        ended = solver.solve() == piqp.PIQP_SOLVED
+        # Its objective is minus the dual one over weight², so its gap is ours but for the residuals, which count less
+        # the more they scatter. Its own relative measures compare with other sizes.
+        settings.eps_rel = settings.eps_duality_gap_rel = np.finfo(float).tiny
+        settings.eps_duality_gap_abs = GAP_SHARE * tol * scale / weight**2
+        settings.eps_abs = SCATTER * tol * scale / (weight**2 * u.size)
+        settings.max_iter = min(max_steps, MOST_STEPS)
+        solver.solve()
         result = solver.result
-        u[self.kept] = self.level * np.clip(result.x[: self.box.size], -self.box, self.box)
-        q = u[self.kept]
-        for factor in (*self.factors, self.last):
-            q = factor.T @ q
-        fit = y - q / self.weights
+        u[self.kept] = weight * np.clip(result.x[: self.box.size], -self.box, self.box)
+        fit = y - self._pulled(u[self.kept]) / self.weights
         if not self.seen.all():
-            fit[~self.seen] = -self.level * result.y[-np.count_nonzero(~self.seen) :]
-        return fit, u, int(result.info.iter), ended
+            fit[~self.seen] = -weight * result.y[-np.count_nonzero(~self.seen) :]
+        return fit, u, int(result.info.iter), result.info.status.name == "PIQP_SOLVED"
+
+    def lower_bound(self, y: np.ndarray, weight: float) -> float:
+        """The dual objective on the line through the differences of y, which tells the size of the objective."""
+        rows = self._differences(np.where(self.seen, y, 0))
+        pull = self._pulled(rows)
+        along, curve = float(rows @ rows), float(np.sum(np.where(self.seen, pull**2 / self.weights, 0)))
+        largest = np.abs(rows / self.box).max(initial=0)
+        if not (self.seen.all() and along > 0):
+            return float(np.sum(self.weights * np.where(self.seen, y, 0) ** 2)) / 2
+        step = min(along / curve, weight / largest)
+        return step * along - step**2 * curve / 2
+
+    def _differences(self, x: np.ndarray) -> np.ndarray:
+        """The kept rows of `Δ^(k+1) x`."""
+        for factor in (self.last, *reversed(self.factors)):
+            x = factor @ x
+        return x
+
+    def _pulled(self, u: np.ndarray) -> np.ndarray:
+        """Their transpose."""
+        for factor in (*self.factors, self.last):
+            u = factor.T @ u
+        return u
+
+    def _set_up(self, linear: np.ndarray) -> Any:
+        """The solver with this linear term."""
+        if self.solver is not None:
+            self.solver.update(c=linear)
+            return self.solver
+        import piqp
+
+        bound = np.full(linear.size, np.inf)
+        bound[: self.box.size] = self.box
+        right = None if self.equations is None else np.zeros(self.equations.shape[0])
+        self.solver = piqp.SparseSolver()
+        self.solver.settings.preconditioner_iter = 0  # the problem is scaled; equilibration takes time and gains none
+        self.solver.setup(self.hessian, linear, self.equations, right, x_l=-bound, x_u=bound)
+        return self.solver

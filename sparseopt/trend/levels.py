@@ -22,6 +22,7 @@ from sparseopt.core.types import pytree
 from sparseopt.trend.freedom import chain_dual, nonzero_rows, row_dual
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
+from sparseopt.trend.interior import Interior, is_quickest
 from sparseopt.trend.largest_weight import NullFit
 from sparseopt.trend.methods import ACCELERATION, Prepared, chain_penalty, choose_method, prepare, starts_exact
 from sparseopt.trend.preparation import FIRST_RHO, finished, leaves_as, set_up
@@ -102,6 +103,12 @@ def descend(
         if method == "doge" and (order >= 1 or cosines) and isinstance(template, Norm):
             # A path spends its steps where smoothing is strong: there the conditioning decides.
             method = "admm"
+        # Levels of order 0 are quick by a warm start.
+        if is_quickest(graph, template, order, method, 0.0, tol):
+            method = "interior"
+    if method == "interior":
+        interior = Interior(signal, graph, order, base, penalty_at(weights[0]))
+        return _by_interior(interior, [penalty_at(weight) for weight in weights], tol, max_steps, first)
     ready = prepare(graph, order, method, order + 1 if method == "doge" else 0, weighted, kind, bool(channels))
     exact = starts_exact(method, order, weighted)
     solver = Admm(
@@ -151,6 +158,28 @@ def descend(
     return found
 
 
+def _by_interior(
+    solver: Interior, penalties: list[Any], tol: float, max_steps: int, first: NullFit | None
+) -> list[Level]:
+    """The levels by the interior point method, which starts cold but orders its factors once."""
+    full, noise = solver.base.full, solver.base.noise or 1.0
+    levels = []
+    for index, penalty in enumerate(penalties):
+        if index == 0 and first is not None:
+            fit = solver.null_fit(penalty, first.dual, tol)
+        else:
+            fit = solver.fit(penalty, tol, max_steps)
+        nonzero = _marked(penalty, full, fit.value, fit.state.candidate, noise)
+        levels.append(Level(fit.value, fit.objective, fit.gap, fit.residual, fit.steps, fit.status, nonzero))
+    return levels
+
+
+@jax.jit
+def _marked(penalty: Any, full: Prepared, value: jax.Array, dual: jax.Array, noise: jax.Array) -> jax.Array:
+    """The rows of a fit that are not zero."""
+    return nonzero_rows(penalty, full.split.mv(value), dual, full.row_norms * (noise / penalty.weight))
+
+
 @partial(jax.jit, static_argnames=("max_steps", "exact", "balance"))
 def _solved(
     task: _Task,
@@ -193,9 +222,7 @@ def _solved(
     found = solve(Problem(centred, penalty, split), task.solver, start, tol=tol, max_steps=max_steps)
     fit = finished(Problem(task.loss, penalty, split), found, task.shift, task.means, tol)
     if isinstance(penalty, Norm):
-        dual = row_dual(penalty, found.state.candidate)
-        scale = task.full.row_norms * (task.noise / plain.weight)
-        nonzero = nonzero_rows(plain, task.full.split.mv(fit.value), dual, scale)
+        nonzero = _marked(plain, task.full, fit.value, row_dual(penalty, found.state.candidate), task.noise)
     else:
         nonzero = found.state.prox != 0
     level = Level(fit.value, fit.objective, fit.gap, fit.residual, found.steps, fit.status, nonzero)

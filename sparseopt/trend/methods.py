@@ -16,8 +16,7 @@ from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosin
 from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
 
-# Of paths; single fits know "interior" as well.
-METHODS = ("auto", "doge", "admm", "fast_admm")
+METHODS = ("auto", "doge", "admm", "fast_admm", "interior")
 # How many differences Anderson acceleration of the standard ADMM remembers; fifteen were hardly better.
 ACCELERATION = 10
 # Above these ratios of weight to noise, at orders 0 and 1, an exact x-step needs so many steps fewer that it wins in

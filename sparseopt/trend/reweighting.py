@@ -68,11 +68,10 @@ def reweighted_trend_filter(
         RuntimeError: if a round does not converge, see `Solution.check`.
 
     Example:
-        >>> from sparseopt.trend.reweighting import reweighted_trend_filter
         >>> y = np.array([1.1, 0.9, 1.0, 5.1, 4.9, 5.0])
         >>> so.trend_filter(y, so.Graph.chain(6), so.L1(0.9)).value.round(2).tolist()  # L1 flattens the step
         [1.3, 1.3, 1.3, 4.7, 4.7, 4.7]
-        >>> reweighted_trend_filter(y, so.Graph.chain(6), so.MCP(0.9)).value.round(2).tolist()
+        >>> so.reweighted_trend_filter(y, so.Graph.chain(6), so.MCP(0.9)).value.round(2).tolist()
         [1.0, 1.0, 1.0, 5.0, 5.0, 5.0]
     """
     k = checked_order(order)

@@ -28,7 +28,7 @@ CHAIN = so.Graph.chain(6)
         ({"penalty": so.GroupL2(1.0)}, "couples the channels"),
         ({"order": -1}, "order is an integer >= 0.*given -1"),
         ({"order": 0.5}, "given 0.5"),
-        ({"method": "newton"}, "unknown method 'newton'; known are auto, doge, admm, fast_admm"),
+        ({"method": "newton"}, "unknown method 'newton'; known are auto, doge, admm, fast_admm, interior"),
         ({"B": 0}, r"B lies in 1..order\+1 = 1..2, given 0"),
         ({"B": 3}, r"1..2, given 3"),
         ({"tol": 0.0}, "must be positive"),

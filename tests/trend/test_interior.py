@@ -33,6 +33,13 @@ def test_node_weights_row_weights_and_channels(rng, name, order):
         np.testing.assert_allclose(found.value[:, channel], expected, atol=2e-3)
 
 
+def test_many_edges_a_node(rng):
+    graph = random_graph(rng, n=20, extra=60)
+    y = 5 * rng.standard_normal(20)
+    found = so.trend_filter(y, graph, so.L1(0.7), 0, "interior", tol=1e-9).check()
+    np.testing.assert_allclose(found.value, exact_fit(y, graph, 0.7, 0), atol=2e-3)
+
+
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_missing_values_come_out_as_by_the_other_methods(rng, order):
     graph = random_graph(rng, n=40, extra=20)
@@ -73,6 +80,10 @@ def test_auto_takes_it_on_narrow_graphs_alone(rng, monkeypatch):
     tangle = so.Graph.from_edges(rng.integers(0, 600, (3000, 2)), 600, merge=True)
     assert chosen_method(rng.standard_normal(600), tangle, so.L1(1.0), 1) == "doge"
     assert chosen_method(y, road, so.MCP(1.0), 1) == "doge"
+    assert chosen_method(y, road, so.L1(1.0), 0, 1e-4) == "doge"
+    assert chosen_method(y, road, so.L1(1.0), 0, 1e-6) == "interior"
+    assert chosen_method(y, so.Graph.chain(1200), so.L1(1.0), 1) == "doge"
+    assert chosen_method(y, so.Graph.chain(1200), so.L1(100.0), 1) == "interior"
     assert chosen_method(y, so.Graph.grid((30, 40)), so.L1(1.0), 1) != "interior"
     # A warm start is what it cannot use.
     first = so.trend_filter(y, road, so.L1(1.0), 0, tol=1e-8)
@@ -83,6 +94,21 @@ def test_auto_takes_it_on_narrow_graphs_alone(rng, monkeypatch):
     assert chosen_method(y, road, so.L1(1.0), 1) == "doge"
     with pytest.raises(ImportError, match=r'pip install "sparseopt\[interior\]"'):
         so.trend_filter(y, road, so.L1(1.0), 1, "interior")
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_paths_are_those_of_the_other_methods(rng, order):
+    graph = random_graph(rng, n=60, extra=20)
+    y = np.cumsum(rng.standard_normal((60, 2)), axis=0)
+    path = so.trend_path(y, graph, order=order, num=12, ratio=1e-2, tol=1e-7, method="interior").check()
+    other = so.trend_path(y, graph, order=order, num=12, ratio=1e-2, tol=1e-7, method="doge").check()
+    np.testing.assert_allclose(path.weights, other.weights)
+    np.testing.assert_allclose(path.values, other.values, atol=0.02)
+    # Which rows are zero is known to the tolerance: a row more or less.
+    np.testing.assert_allclose(path.degrees_of_freedom, other.degrees_of_freedom, atol=1)
+    # Both single fits and paths take it by themselves.
+    auto = so.trend_path(y, graph, order=order, num=12, ratio=1e-2, tol=1e-7)
+    np.testing.assert_array_equal(auto.values, path.values)
 
 
 @pytest.mark.parametrize(

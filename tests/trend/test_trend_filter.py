@@ -202,7 +202,7 @@ def test_the_chosen_method_is_the_one_that_auto_takes(rng, name, order, weight):
     graph = GRAPHS[name](rng)
     y = rng.standard_normal(graph.num_nodes)
     method = chosen_method(y, graph, so.L1(weight), order)
-    assert method in ("doge", "admm", "fast_admm")
+    assert method in ("doge", "admm", "fast_admm", "interior")
     auto = so.trend_filter(y, graph, so.L1(weight), order, tol=1e-7)
     named = so.trend_filter(y, graph, so.L1(weight), order, method, tol=1e-7)
     np.testing.assert_array_equal(auto.value, named.value)
