@@ -2,6 +2,9 @@
 
     python benchmarks/bench_trend_selection.py [--only grid-spiky,road-spiky] [--repeats 50]
 
+At order 0 a second line compares L1 with MCP by `reweighted_trend_filter`, each at its best weight: the error, and the
+slope of the fit over the truth, below 1 where the fit is shrunk.
+
 Four kinds of signal (piecewise constant, piecewise linear, smooth, spiky) on a grid and on a planar graph that looks
 like a map of roads, each under `--repeats` draws of white noise. For every draw one path is solved, every rule takes
 its level, and the oracle takes the one of least mean squared error. A line holds the errors of all draws.
@@ -13,6 +16,7 @@ Recognition 12 (1980), for the roads.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +37,9 @@ SIDE, CROSSINGS = 32, 1000
 NOISE = 0.5
 FOLDS = 5
 TARGET = 1.1
+# Of MCP, and how many weights are tried.
+GAMMAS = (1.5, 3.0)
+LEVELS = 12
 PEAKS = np.array([[0.2, 0.2], [0.7, 0.15], [0.45, 0.5], [0.85, 0.55], [0.2, 0.75], [0.65, 0.85]])
 HEIGHTS = np.array([1.0, -0.8, 1.2, 0.9, -1.1, 0.7])
 WIDTH = 0.04
@@ -159,6 +166,55 @@ def measure(name: str, repeats: int) -> None:
     )
 
 
+def slope_of(fit: np.ndarray, truth: np.ndarray) -> float:
+    """Of the least-squares line of the fit over the truth."""
+    apart = truth - truth.mean()
+    return float(apart @ fit / (apart @ apart))
+
+
+def concave(name: str, repeats: int) -> None:
+    """L1 and MCP at their best weights: one line."""
+    order, (kind, signal) = PROBLEMS[name], name.split("-")
+    graph, places = GRAPHS[kind]()
+    truth = standardised(SIGNALS[signal](graph, places))
+    penalties: dict[str, Callable[[float], Any]] = {"L1": so.L1}
+    penalties |= {f"MCP, gamma {gamma:g}": functools.partial(so.MCP, gamma=gamma) for gamma in GAMMAS}
+    found: dict[str, list[tuple[float, float]]] = {penalty: [] for penalty in penalties}
+    rounds, start = [], time.process_time()
+    for repeat in range(repeats):
+        y = truth + NOISE * np.random.default_rng(repeat).standard_normal(truth.size)
+        weights = so.largest_weight(y, graph, order) * np.geomspace(0.3, 3e-3, LEVELS)
+        for penalty, make in penalties.items():
+            fits = []
+            for weight in weights:
+                if penalty == "L1":
+                    fits.append(np.asarray(so.trend_filter(y, graph, so.L1(weight), order, tol=1e-5).check().value))
+                else:
+                    fit = so.reweighted_trend_filter(y, graph, make(weight), order, tol=1e-5)
+                    rounds.append(len(fit.objectives))
+                    fits.append(fit.value)
+            errors = [((fit.reshape(-1) - truth) ** 2).mean() for fit in fits]
+            best = int(np.argmin(errors))
+            found[penalty].append((float(errors[best]), slope_of(fits[best].reshape(-1), truth)))
+    means = {penalty: np.mean(pairs, axis=0).tolist() for penalty, pairs in found.items()}
+    emit_line(
+        "concave penalty",
+        problem=name,
+        graph=kind,
+        nodes=graph.num_nodes,
+        signal=signal,
+        order=order,
+        noise=NOISE,
+        repeats=repeats,
+        levels=LEVELS,
+        rounds=float(np.mean(rounds)),
+        cpu_seconds=round(time.process_time() - start, 1),
+        errors={penalty: mean[0] for penalty, mean in means.items()},
+        slopes={penalty: mean[1] for penalty, mean in means.items()},
+        **environment(),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=names_of(PROBLEMS), default=list(PROBLEMS), help="problems, separated by commas")
@@ -166,6 +222,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.only:
         measure(name, arguments.repeats)
+        if PROBLEMS[name] == 0:
+            concave(name, arguments.repeats)
 
 
 if __name__ == "__main__":

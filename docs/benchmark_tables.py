@@ -207,6 +207,7 @@ def selection_machine(records: list[Record]) -> str:
 
 def selection_errors(records: list[Record]) -> str:
     """The mean error at each rule's weight over that at the best weight."""
+    records = named(records, "choice of the weight")
     rules = list(dict.fromkeys(rule for record in records for rule in record["ratios"]))
 
     def ratio(rule: str) -> Callable[[Record], Any]:
@@ -221,6 +222,26 @@ def selection_errors(records: list[Record]) -> str:
         *((rule, ratio(rule)) for rule in rules),
     ]
     return table(records, columns) if records else missing(SELECTION)
+
+
+def selection_concave(records: list[Record]) -> str:
+    """L1 and concave penalties at their best weights."""
+    found = [
+        {"record": record, "penalty": penalty}
+        for record in named(records, "concave penalty")
+        for penalty in record["errors"]
+    ]
+
+    def of(key: str, digits: int) -> Callable[[Record], str]:
+        return lambda row: f"{row['record'][key][row['penalty']]:.{digits}f}"
+
+    columns: list[Column] = [
+        ("graph", lambda row: row["record"]["graph"]),
+        ("penalty", field("penalty")),
+        ("error", of("errors", 4)),
+        ("slope", of("slopes", 3)),
+    ]
+    return table(found, columns) if found else missing(SELECTION)
 
 
 def prune_machine(records: list[Record]) -> str:
@@ -402,6 +423,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         peers_times,
         selection_machine,
         selection_errors,
+        selection_concave,
         prune_machine,
         prune_models,
         prune_layers,

@@ -93,7 +93,8 @@ def pruning_picture() -> None:
 
 def selection_picture() -> None:
     """Mean errors at the weights that rules choose over those at the best weights, with bars of two standard errors."""
-    records = read(HERE / "benchmarks" / "trend_selection.jsonl")
+    lines = read(HERE / "benchmarks" / "trend_selection.jsonl")
+    records = [record for record in lines if record["figure"] == "choice of the weight"]
     graphs = list(dict.fromkeys(record["graph"] for record in records))
     figure, axes = plt.subplots(1, len(graphs), figsize=(11, 4.4), sharey=True, layout="constrained")
     for axis, graph in zip(axes, graphs, strict=True):
