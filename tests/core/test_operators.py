@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sparseopt.core.grouping import edge_grid
-from sparseopt.core.operators import Difference, bucket_widths, edge_base
+from sparseopt.core.operators import Difference, Stack, bucket_widths, edge_base
 from sparseopt.trend.filter import precision
 from tests.trend.problems import GRAPHS
 
@@ -44,6 +44,19 @@ def test_the_transpose_is_adjoint_with_channels(rng, name, order):
     assert float(jnp.vdot(operator.mv(x), e)) == pytest.approx(float(jnp.vdot(x, operator.rmv(e))), rel=2e-4, abs=2e-3)
     alone = jnp.stack([operator.mv(x[..., i]) for i in range(3)], axis=-1)
     np.testing.assert_allclose(operator.mv(x), alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grid", "random"])
+def test_a_stack_has_the_rows_of_its_parts_and_their_transpose(rng, name):
+    base = GRAPHS[name](rng).base(np.float32)
+    parts = tuple(Difference(base, order) for order in (0, 1, 2))
+    stack = Stack(parts)
+    x = jnp.asarray(rng.standard_normal((*stack.in_shape, 3)), jnp.float32)
+    image = stack.mv(x)
+    assert image.shape == (*stack.out_shape, 3)
+    np.testing.assert_array_equal(image, jnp.concatenate([part.mv(x).reshape(-1, 3) for part in parts]))
+    e = jnp.asarray(rng.standard_normal(image.shape), jnp.float32)
+    assert float(jnp.vdot(image, e)) == pytest.approx(float(jnp.vdot(x, stack.rmv(e))), rel=2e-4, abs=2e-3)
 
 
 @pytest.mark.parametrize("name", GRAPHS)

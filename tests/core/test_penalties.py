@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.core.penalties import Norm, stacked
 
 SHAPE = (8, 6)
 MASK = np.arange(48).reshape(SHAPE) % 3 != 0
 PENALTIES = {
     "L0": so.L0(0.3),
     "L1": so.L1(0.3),
+    "L1 of many weights": so.L1(np.linspace(0, 1, 6)),
+    "Sum": stacked([so.L1(0.3), so.L0(0.2), so.TopK(4)], [3, 4, 1]),
     "TopK": so.TopK(17),
     "NM": so.NM(2, 4),
     "NM along columns": so.NM(1, 3, axis=1),
@@ -51,6 +54,18 @@ def test_zero_costs_nothing_and_is_a_fixed_point(penalty):
     zero = jnp.zeros(SHAPE)
     assert float(penalty.value(zero)) == 0
     assert (penalty.prox(zero, 1.0) == 0).all()
+
+
+def test_a_sum_of_norms_is_a_norm_and_of_others_is_none(rng):
+    both = stacked([so.L1(0.5), so.GroupL2(0.7)], [3, 5])
+    assert isinstance(both, Norm)
+    assert not isinstance(stacked([so.L1(0.5), so.L0(0.7)], [3, 5]), Norm)
+    x, dual = (jnp.asarray(rng.standard_normal(SHAPE), jnp.float32) for _ in range(2))
+    inside = both.project_dual(dual)
+    np.testing.assert_allclose(both.project_dual(inside), inside, rtol=1e-6)
+    slack = both.slack(x, inside)
+    assert float(slack.min()) >= -1e-6
+    assert float(slack.sum()) == pytest.approx(float(both.value(x) - jnp.vdot(inside, x)), rel=1e-5)
 
 
 def test_prox_keeps_shape_and_dtype(penalty, rng):
