@@ -50,7 +50,8 @@ class Penalty(Protocol):
 class Norm(Penalty, Protocol):
     """A convex penalty with `value(t x) = |t| value(x)`: it has a dual ball, and so a duality gap.
 
-    For every `dual` in the ball, `<dual, x> <= value(x)`.
+    For every `dual` in the ball, `<dual, x> <= value(x)`. A class whose `project_dual` gives some point of the ball and
+    not the nearest says so by a class attribute `nearest = False`.
     """
 
     def project_dual(self, dual: FloatArray) -> FloatArray:

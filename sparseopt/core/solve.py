@@ -151,7 +151,8 @@ def solve(
         x0: the start, of the answer's shape and dtype.
         tol: bound on the solver's residual; a negative one runs exactly `max_steps` steps.
         max_steps: step limit, 0 or more.
-        history: record residual, objective and gap after every step.
+        history: record residual, objective and gap after every step. A solver whose step makes `stride` iterations
+            counts these: its steps end at a multiple of the stride, and the iterations in between are NaN.
 
     Returns:
         A `Solution`. It never raises on non-convergence; `solution.check()` does.
@@ -189,14 +190,16 @@ def _solve(
         _, steps, now, _ = carry
         return (steps < max_steps) & ~(now.residual <= tol) & sound(now, steps) & ~now.stalled
 
+    stride = getattr(solver, "stride", 1)
+
     def advance(carry: tuple) -> tuple:
         state, steps, _, record = carry
         state = solver.step(problem, state)
-        now = measured(state)
+        now, steps = measured(state), steps + stride
         if history_length:
             kept = now._replace(stalled=None)
-            record = jax.tree.map(lambda rows, value: rows.at[steps].set(value), record, kept)
-        return state, steps + 1, now, record
+            record = jax.tree.map(lambda rows, value: rows.at[steps - 1].set(value), record, kept)
+        return state, steps, now, record
 
     state = solver.init(problem, x0)
     first = measured(state)

@@ -60,6 +60,7 @@ class LastDifference:
         answer: the prox.
     """
 
+    nearest = False
     weight: Any
     last: Difference
     potential: Any
@@ -130,7 +131,7 @@ class NestedAdmm:
         """One inner solve, then one outer iteration with its answer."""
         outer = state.outer
         z = outer.x if outer.inner is None else outer.inner
-        v = z - outer.memory + outer.dual / outer.rho
+        v = z + (outer.dual - outer.memory) / outer.rho
         level = problem.penalty.weight / outer.rho
         start = Start(state.guess, jnp.clip(state.potential / outer.rho, -level, level), state.inner_rho)
         found = solve(
@@ -142,7 +143,7 @@ class NestedAdmm:
         )
         potential = outer.rho * jnp.clip(found.state.candidate, -level, level)
         answer = v - self.split.rmv(potential) / outer.rho
-        outer = self.outer.step(self._solved(problem, potential, answer), outer)
+        outer = self.outer.iterate(self._solved(problem, potential, answer), outer)
         return NestedState(outer, found.value, potential, found.state.rho, state.inner_steps + found.steps)
 
     def measure(self, problem: Problem, state: NestedState) -> Measure:
@@ -174,8 +175,9 @@ class UntilChange:
         return ChangeState(state, self.solver.extract(problem, state))
 
     def step(self, problem: Problem, state: ChangeState) -> ChangeState:
-        """The solver's step."""
-        return ChangeState(self.solver.step(problem, state.state), self.solver.extract(problem, state.state))
+        """The solver's iteration; a step of the ADMM makes many."""
+        advance = getattr(self.solver, "iterate", self.solver.step)
+        return ChangeState(advance(problem, state.state), self.solver.extract(problem, state.state))
 
     def measure(self, problem: Problem, state: ChangeState) -> Measure:
         """The solver's measure with the change for a residual."""

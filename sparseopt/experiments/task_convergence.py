@@ -163,7 +163,12 @@ def _start(problem: Problem, solver: Any, start: Any) -> Any:
 
 @jax.jit
 def _advance(problem: Problem, solver: Any, state: Any, count: Any) -> Any:
-    return jax.lax.fori_loop(0, count, lambda _, s: solver.step(problem, s), state)
+    """`count` iterations: whole steps, then what is left one by one."""
+    stride = getattr(solver, "stride", 1)
+    state = jax.lax.fori_loop(0, count // stride, lambda _, s: solver.step(problem, s), state)
+    if stride > 1:
+        state = jax.lax.fori_loop(0, count % stride, lambda _, s: solver.iterate(problem, s), state)
+    return state
 
 
 def _clocked(made: Any, looks: np.ndarray) -> np.ndarray:

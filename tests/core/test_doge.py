@@ -89,7 +89,7 @@ def test_the_iteration_is_that_of_the_paper_with_its_copies(rng, metric, penalty
         solver = Admm(Diagonal(), rho, relaxation=relaxation, changes=0)
         rows = jnp.zeros(matrix.shape[0])
         state = solver.init(problem, Start(jnp.asarray(y), rows))
-        step = jax.jit(lambda state: solver.step(problem, state))
+        step = jax.jit(lambda state: solver.iterate(problem, state))
         for _ in range(12):
             alphas = [np.asarray(f.prox(jnp.asarray(b - t), 1 / rho)) for f, t in zip(lifted, theta, strict=True)]
             relaxed = [relaxation * a + (1 - relaxation) * b for a in alphas]

@@ -3,16 +3,16 @@
     minimise over x    loss(x) + penalty(Ψ Δ x),        loss(x) = 1/2 sum_j w_j (x_j - y_j)²
 
 With Ψ = I it is the standard ADMM of trend filtering, with Δ = I it is Doge-ADMM (see `doge.py`), and between
-them Doge-ADMM with a linear solve. One iteration, with z = Δ x, dual g, memory d, and `s_r = rho / S_r`:
+them Doge-ADMM with a linear solve. One iteration, with z = Δ x, dual g and memory m = rho d of the scaled form's d:
 
-    v  = Ψ (z - d) + g / s_r
-    g' = s_r (v - prox(v, 1 / s_r))                     # in the subdifferential of the penalty at the prox
+    v  = Ψ (rho z - m) / S + g
+    g' = v - (rho / S) prox(S v / rho, S / rho)         # for a norm the projection of v on its dual ball, by Moreau
     g  = (1 - relaxation) g + relaxation g'
-    x  = (W + rho Δᵀ C Δ)^-1 ( W y + Δᵀ ( rho C (z + (1 - relaxation) d) - Ψᵀ g ) )
-    d  = (1 - relaxation) d + z_old - z
+    x  = (W + rho Δᵀ C Δ)^-1 ( W y + Δᵀ ( C (rho z + (1 - relaxation) m) - Ψᵀ g ) )
+    m  = (1 - relaxation) m + rho (z_old - z)
 
 C and S are the metrics of `Split`. Where Ψ = I (both metrics 1), all that an iteration hands on is
-`w = rho (z + d) - g`. With T(w) for the next one and r for the relaxation,
+`w = rho z + m - g`. With T(w) for the next one and r for the relaxation,
 
     x = (W + rho Δᵀ Δ)^-1 (W y + Δᵀ w),    v = 2 z - w / rho,    g' = rho (v - prox(v, 1 / rho))
     T(w) = (1 - r) w + r (rho z - g')
@@ -86,7 +86,7 @@ class AdmmState:
 
     x: Any
     inner: Any  # z = Δ x, or None where Δ is the identity
-    memory: Any  # d
+    memory: Any  # m = rho d, which a change of rho leaves as it is
     dual: Any  # g, relaxed
     candidate: Any  # g'
     prox: Any  # the last prox, Ψ Δ x at the answer; None for a norm, which does not need it
@@ -95,6 +95,21 @@ class AdmmState:
     next_change: Any
     check: Any
     past: Any  # the `Memory` of the acceleration, or None
+
+
+class Moving(NamedTuple):
+    """What an iteration changes, as in `AdmmState`."""
+
+    x: Any
+    inner: Any
+    memory: Any
+    dual: Any
+    candidate: Any
+    prox: Any
+
+
+def _moving(state: AdmmState) -> Moving:
+    return Moving(*(getattr(state, name) for name in Moving._fields))
 
 
 def balanced_rho(split: Split, loss: Any, x: Array, dual: Array) -> Array:
@@ -118,7 +133,7 @@ class Admm:
     suboptimality `(P(x) - P*) / P*` (+inf while D is not positive). For any other penalty it is a stationarity
     residual, the larger of `||W (x - y) + ΔᵀΨᵀ g'|| / ||W y||` and `||Ψ Δ x - prox||` over the larger of
     `||Ψ Δ x||`, which may be 0, and `||Ψ Δ y||` of the observed y; the gap is NaN. Both are found at every
-    `cadence`-th step; between two checks the residual is +inf, the gap NaN, and the solve goes on.
+    `cadence`-th iteration, where a step ends.
 
     rho changes at the checks of steps 10, 20, 40, ..., or the next ones, `changes` times at most, by a factor of 4 at
     most; then it stays, so the convergence theory of a fixed rho holds from there on. The first two changes set it to
@@ -173,68 +188,73 @@ class Admm:
         residual, objective, gap, floor = self._certify(problem, state)
         return dataclasses.replace(state, check=Check(residual, objective, gap, far, state.count, floor, rho))
 
+    @property
+    def stride(self) -> int:
+        """Iterations that a step makes: up to the next check, so that nothing is kept for a check before it is due."""
+        return self.cadence
+
     def step(self, problem: Problem, state: AdmmState) -> AdmmState:
-        """One iteration, and a check at every `cadence`-th."""
+        """`cadence` iterations and a check."""
         if state.past is not None:
             # While rho finds its scale a memory would not live. A loop of no or one turn, since `cond` copies.
-            settled = (state.next_change < 0) | (state.next_change > MOVING)
-            due = (state.count % self.cadence == 0) & (state.count > 0) & settled
+            due = (state.count > 0) & ((state.next_change < 0) | (state.next_change > MOVING))
             state = jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, now: _extrapolated(problem, now), state)
-        split, loss = problem.operator, problem.loss
-        keep = 1 - jnp.asarray(self.relaxation, state.x.dtype)
-        z, d, rho = (state.x if state.inner is None else state.inner), state.memory, state.rho
-        dual_step = rho / split.row_scale
-        v = split.outer.mv(z - d) + state.dual / dual_step
-        prox = problem.penalty.prox(v, 1 / dual_step)
-        candidate = dual_step * (v - prox)
-        if isinstance(problem.penalty, Norm):
-            candidate = problem.penalty.project_dual(candidate)
-        dual = keep * state.dual + (1 - keep) * candidate
-        pulled = rho * split.column_scale * (z + keep * d) - split.outer.rmv(dual)
-        right = loss.weigh(loss.center) + split.inner.rmv(pulled)
-        x = self.node_solve.solve(loss, split, right, rho, state.x)
-        z_new = x if state.inner is None else split.inner.mv(x)
-        # The candidate, unlike the relaxed dual, forgets an extrapolation at once. Without convexity there is none, and
-        # the relaxed dual moves less, so that rho grows more gently.
-        step = candidate - state.candidate if isinstance(problem.penalty, Norm) else dual - state.dual
-        moved = (step, z_new - z)
-        state = dataclasses.replace(
-            state,
-            x=x,
-            inner=None if state.inner is None else z_new,
-            memory=keep * d + z - z_new,
-            dual=dual,
-            candidate=candidate,
-            prox=None if state.prox is None else prox,
-            count=state.count + 1,
-        )
-        nothing = (state.check, state.next_change, jnp.ones((), state.x.dtype))
-        check, next_change, factor = jax.lax.cond(
-            state.count % self.cadence == 0,
-            lambda: self._checked(problem, state, moved),
-            lambda: nothing,
-        )
-        return dataclasses.replace(
-            state,
-            rho=state.rho * factor,
-            memory=state.memory / factor,  # rho d is a dual quantity: it is what a change of rho keeps
-            next_change=next_change,
-            check=check,
-            past=None if state.past is None else forget(state.past, factor != 1),
-        )
+        rho, now = state.rho, _moving(state)
+        now = jax.lax.fori_loop(0, self.cadence - 1, lambda _, last: self._advanced(problem, rho, last), now)
+        after = self._advanced(problem, rho, now)
+        state = dataclasses.replace(state, **after._asdict(), count=state.count + self.cadence)
+        return self._checked(problem, state, now)
 
-    def _checked(self, problem: Problem, state: AdmmState, moved: tuple[Array, Array]) -> tuple[Check, Array, Array]:
-        """A fresh check, when rho changes next, and the factor by which it changes now."""
+    def iterate(self, problem: Problem, state: AdmmState) -> AdmmState:
+        """One iteration, and a check at every `cadence`-th, for a caller that changes the problem in between."""
+        now = _moving(state)
+        after = self._advanced(problem, state.rho, now)
+        state = dataclasses.replace(state, **after._asdict(), count=state.count + 1)
+        due = state.count % self.cadence == 0
+        return jax.lax.cond(due, lambda: self._checked(problem, state, now), lambda: state)
+
+    def _advanced(self, problem: Problem, rho: Array, now: Moving) -> Moving:
+        """One iteration."""
+        split, loss, penalty = problem.operator, problem.loss, problem.penalty
+        keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
+        z, m, prox = (now.x if now.inner is None else now.inner), now.memory, now.prox
+        # rho v / S: by Moreau's identity its projection on the dual ball is what the prox leaves.
+        pushed = split.outer.mv(rho * z - m) / split.row_scale + now.dual
+        if isinstance(penalty, Norm) and getattr(penalty, "nearest", True):
+            candidate = penalty.project_dual(pushed)
+        else:
+            dual_step = rho / split.row_scale
+            found = penalty.prox(pushed / dual_step, 1 / dual_step)
+            candidate = pushed - dual_step * found
+            if isinstance(penalty, Norm):
+                candidate = penalty.project_dual(candidate)
+            else:
+                prox = found
+        dual = keep * now.dual + (1 - keep) * candidate
+        pulled = split.column_scale * (rho * z + keep * m) - split.outer.rmv(dual)
+        x = self.node_solve.solve(loss, split, loss.weigh(loss.center) + split.inner.rmv(pulled), rho, now.x)
+        inner = None if now.inner is None else split.inner.mv(x)
+        moved = z - (x if inner is None else inner)
+        return Moving(x, inner, keep * m + rho * moved, dual, candidate, prox)
+
+    def _checked(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:
+        """The state with a fresh check, and another rho where that is due; `before` is the iteration before it."""
         residual, objective, gap, floor = self._certify(problem, state)
         better = residual < 0.9 * state.check.best
         best = jnp.where(better, residual, state.check.best)
         waited = jnp.where(better, 0, state.check.waited + self.cadence)
         due = (state.next_change >= 0) & (state.count >= state.next_change)
-        factor, motion = self._wanted(problem, state, moved)
+        wanted, motion = self._wanted(problem, state, before)
+        factor = jnp.where(due, wanted, 1)
         last = FIRST_CHANGE * 2 ** max(self.changes - 1, 0)
         following = jnp.where(state.next_change < last, 2 * state.next_change, -1)
-        check = Check(residual, objective, gap, best, waited, floor, motion)
-        return check, jnp.where(due, following, state.next_change), jnp.where(due, factor, 1)
+        return dataclasses.replace(
+            state,
+            rho=state.rho * factor,
+            next_change=jnp.where(due, following, state.next_change),
+            check=Check(residual, objective, gap, best, waited, floor, motion),
+            past=None if state.past is None else forget(state.past, factor != 1),
+        )
 
     def _certify(self, problem: Problem, state: AdmmState) -> tuple[Array, Array, Array, Array]:
         """Residual, objective, gap, and the rounding error to expect in the residual."""
@@ -261,13 +281,18 @@ class Admm:
         residual = jnp.maximum(balance, relative(rows - state.prox, rows, of_signal))
         return residual, objective, jnp.full_like(objective, jnp.nan), jnp.full_like(objective, eps)
 
-    def _wanted(self, problem: Problem, state: AdmmState, moved: tuple[Array, Array]) -> tuple[Array, Array]:
-        """What to multiply rho with, and the rho that the last step asks for."""
+    def _wanted(self, problem: Problem, state: AdmmState, before: Moving) -> tuple[Array, Array]:
+        """What to multiply rho with, and the rho that the last iteration asks for."""
         split = problem.operator
+        # The candidate, unlike the relaxed dual, forgets an extrapolation at once. Without convexity there is none, and
+        # the relaxed dual moves less, so that rho grows more gently.
+        norm = isinstance(problem.penalty, Norm)
+        turned = state.candidate - before.candidate if norm else state.dual - before.dual
+        shifted = state.x - before.x if state.inner is None else state.inner - before.inner
         tiny = jnp.finfo(state.x.dtype).tiny
         distance = balanced_rho(split, problem.loss, state.x, state.candidate)
-        dual_length = total(split.row_scale * moved[0] ** 2)
-        primal_length = total(split.column_scale * moved[1] ** 2)
+        dual_length = total(split.row_scale * turned**2)
+        primal_length = total(split.column_scale * shifted**2)
         motion = jnp.sqrt(jnp.maximum(dual_length, tiny) / jnp.maximum(primal_length, tiny))
         wanted = jnp.where(state.count < MOVING, distance, motion) / state.rho
         gentle = (state.count >= MOVING) & (not isinstance(problem.penalty, Norm))
@@ -297,12 +322,12 @@ class Admm:
 
 
 def _extrapolated(problem: Problem, state: AdmmState) -> AdmmState:
-    """The state from which the next step goes on; any dual serves, if the memory fits: `w = rho (z + d) - g`."""
+    """The state from which the next step goes on; any dual serves, if the memory fits: `w = rho z + m - g`."""
     inner, rho = problem.operator.inner, state.rho
     z = state.x if state.inner is None else state.inner
-    past, w, x = extrapolate(state.past, rho * (z + state.memory) - state.dual, state.x)
+    past, w, x = extrapolate(state.past, rho * z + state.memory - state.dual, state.x)
     z = x if state.inner is None else inner.mv(x)
-    memory = (w + state.dual) / rho - z
+    memory = w + state.dual - rho * z
     return dataclasses.replace(state, x=x, inner=None if state.inner is None else z, memory=memory, past=past)
 
 

@@ -92,6 +92,7 @@ class ChainTotalVariation:
     The prox is exact (`fused_lasso`), channel by channel. The dual ball is `{Eᵀu : |u| <= weight}`.
     """
 
+    nearest = False
     weight: Any
     pinned: bool = static(default=False)
 
