@@ -92,7 +92,7 @@ def test_stopping_on_change_stops_where_the_fit_stands_still(signal: np.ndarray)
     stopped = fit(signal, graph, so.L1(WEIGHT), 1, "doge", settings="published", stop="change", tol=1e-4)
     steps = int(stopped.steps)
     with precision(np.dtype(np.float64)):
-        made = assemble(signal, graph, so.L1(WEIGHT), 1, "doge", "published")
+        made = assemble(signal, graph, so.L1(WEIGHT), 1, "doge", "published", cadence=1)
         last, before = (
             np.asarray(solve(made.problem, made.solver, made.start, tol=-1.0, max_steps=count).value)
             for count in (steps, steps - 1)
