@@ -173,7 +173,8 @@ def check_parameters(penalty: Any, rows: int | None = None) -> None:
         ValueError: if not.
     """
     for leaf in jax.tree.leaves(penalty):
-        if not np.all(np.isfinite(np.asarray(leaf))):
+        number = np.asarray(leaf).dtype.kind in "biuf"
+        if number and not np.all(np.isfinite(np.asarray(leaf))):
             raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
     weight = getattr(penalty, "weight", None)
     if weight is not None:
