@@ -77,13 +77,17 @@ class Measure(NamedTuple):
 
 
 class Solver(Protocol):
-    """The four methods that `solve` calls. All are pure; `problem` is passed in so that a solver holds no data."""
+    """The four methods that `solve` calls. All are pure; `problem` is passed in so that a solver holds no data.
+
+    A solver whose measure is dear may make several iterations a step: an attribute `stride` says how many, and steps are
+    then counted in iterations.
+    """
 
     def init(self, problem: Problem, x0: Any) -> Any:
         """The state before the first step: a pytree of fixed structure, shapes and dtypes."""
 
     def step(self, problem: Problem, state: Any) -> Any:
-        """The state after one iteration."""
+        """The state after one iteration, or after `stride` of them."""
 
     def measure(self, problem: Problem, state: Any) -> Measure:
         """Residual, objective and gap of a state; cheap, since it runs after every step."""
