@@ -79,8 +79,8 @@ class Measure(NamedTuple):
 class Solver(Protocol):
     """The four methods that `solve` calls. All are pure; `problem` is passed in so that a solver holds no data.
 
-    A solver whose measure is dear may make several iterations a step: an attribute `stride` says how many, and steps are
-    then counted in iterations.
+    A solver whose measure is dear may make several iterations a step: an attribute `stride` says how many, and steps
+    are then counted in iterations.
     """
 
     def init(self, problem: Problem, x0: Any) -> Any:
