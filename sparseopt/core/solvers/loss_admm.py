@@ -143,7 +143,7 @@ class LossAdmm:
     For a `Norm` the residual is the relative duality gap, never below the relative suboptimality
     `(P(x) - P*) / P*`. For any other penalty it is a stationarity residual, the largest of
     `||p' + ΔᵀΨᵀ g'|| / ||p'||`, `||x - copy|| / ||x||` and `||Ψ Δ x - prox|| / ||Ψ Δ x||`; the gap is NaN. Both are
-    found at every `cadence`-th step; in between the residual is +inf.
+    found at every `cadence`-th iteration, where a step ends.
 
     rho and sigma change at steps 10, 20, 40, ..., `changes` times at most, by a factor of 4 at most; then they stay.
 
@@ -202,8 +202,18 @@ class LossAdmm:
             check=Check(far, objective, far, far, jnp.zeros((), jnp.int32), 0 * far),
         )
 
+    @property
+    def stride(self) -> int:
+        """Iterations that a step makes: up to the next check, so that nothing is kept for a check before it is due."""
+        return self.cadence
+
     def step(self, problem: Problem, state: LossAdmmState) -> LossAdmmState:
-        """One iteration, and a check at every `cadence`-th."""
+        """`cadence` iterations and a check."""
+        state = jax.lax.fori_loop(0, self.cadence - 1, lambda _, last: self._advanced(problem, last)[0], state)
+        return self._checked(problem, *self._advanced(problem, state))
+
+    def _advanced(self, problem: Problem, state: LossAdmmState) -> tuple[LossAdmmState, tuple[Array, ...]]:
+        """The state after one iteration, and the way that duals and points went."""
         split, loss, penalty, now = problem.operator, problem.loss, problem.penalty, state.now
         keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
         x, z = now.x, (now.x if now.inner is None else now.inner)
@@ -246,8 +256,7 @@ class LossAdmm:
             length=state.length + 1,
             count=state.count + 1,
         )
-        due = state.count % self.cadence == 0
-        return jax.lax.cond(due, lambda new, step: self._checked(problem, new, step), lambda new, _: new, state, moved)
+        return state, moved
 
     def _checked(self, problem: Problem, state: LossAdmmState, moved: tuple[Array, ...]) -> LossAdmmState:
         """The state with a fresh check and, where they are due, a restart and new rho and sigma."""
@@ -345,17 +354,16 @@ class LossAdmm:
         return jnp.clip(rho_factor, least, largest), jnp.clip(sigma_factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
 
     def measure(self, problem: Problem, state: LossAdmmState) -> Measure:
-        """What this step's check found, if there was one."""
+        """What this step's check found."""
         del problem
         check = state.check
-        fresh = state.count % self.cadence == 0
         near = check.best <= ROUNDING_MARGIN * check.floor
         return Measure(
-            residual=jnp.where(fresh, check.residual, jnp.inf),
+            residual=check.residual,
             objective=check.objective,
-            gap=jnp.where(fresh, check.gap, jnp.nan),
+            gap=check.gap,
             extra={"rho": state.rho, "sigma": state.sigma},
-            stalled=fresh & near & (check.waited >= self.patience),
+            stalled=near & (check.waited >= self.patience),
         )
 
     def extract(self, problem: Problem, state: LossAdmmState) -> Float[Array, "..."]:
