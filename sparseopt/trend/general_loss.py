@@ -24,7 +24,7 @@ from sparseopt.core.solve import Problem, Solution, Status, solve
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossAdmmState, LossStart, certificate
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
-from sparseopt.trend.methods import Prepared, prepare
+from sparseopt.trend.methods import SPLITTING_METHODS, Prepared, prepare
 from sparseopt.trend.preparation import (
     BOX_RANGES,
     FIRST_RHO,
@@ -42,7 +42,6 @@ LOSSES: dict[str, ScalarLoss] = {
     "huber": HuberLoss(),
     "absolute": AbsoluteLoss(),
 }
-METHODS = ("auto", "doge", "admm")
 # A node without an observation still needs some weight in the x-step: this share of the mean.
 LIGHT = 1e-2
 
@@ -103,8 +102,10 @@ def fit_loss(
         ValueError: for observations outside the loss's domain, a component without a finite fit, or a method that
             solves the square loss only.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} solves the square loss only; with loss={loss} use {', '.join(METHODS)}")
+    if method not in SPLITTING_METHODS:
+        raise ValueError(
+            f"method={method!r} solves the square loss only; with loss={loss} use {', '.join(SPLITTING_METHODS)}"
+        )
     kind, channels = signal.values.dtype, signal.values.shape[1:]
     _require_connected(penalty)
     nothing = vanishes(penalty)

@@ -121,12 +121,9 @@ class Interior:
 
     def null_fit(self, penalty: L1, dual: np.ndarray, tol: float) -> Solution:
         """The component means, certified by a dual point."""
-        base, kind = self.base, self.signal.values.dtype
-        rows = jnp.asarray(dual.reshape(base.full.split.row_shape(base.centred.center)), kind)
-        found = _found(base.laid_out(base.means - base.shift), rows, 0, True)
-        problem, level = Problem(base.loss, penalty, base.full.split), jnp.asarray(tol, kind)
-        done = finished(problem, found, jnp.asarray(base.shift, kind), base.laid_out(base.means), level)
-        return dataclasses.replace(found, **done._asdict())
+        base = self.base
+        rows = jnp.asarray(dual.reshape(base.full.split.row_shape(base.centred.center)), self.signal.values.dtype)
+        return self._certified(penalty, base.means, rows, 0, True, tol)
 
     def fit(self, penalty: L1, tol: float, max_steps: int) -> Solution:
         """The fit to a relative duality gap of tol, its value in the layout of the nodes.
@@ -136,33 +133,43 @@ class Interior:
             tol: of the gap.
             max_steps: for each channel.
         """
-        base, kind = self.base, self.signal.values.dtype
         weights = _row_weights(penalty, self.graph, self.order)
         weight = float(weights[weights > 0].mean())
-        share, level = 1.0, jnp.asarray(tol, kind)
-        problem, shift = Problem(base.loss, penalty, base.full.split), jnp.asarray(base.shift, kind)
         means = self.columns.mean(axis=0)
-        scales = [self.program.lower_bound(column, weight) for column in (self.columns - means).T]
-        attempt, going = 0, True
+        centred = (self.columns - means).T
+        scales = [self.program.lower_bound(column, weight) for column in centred]
+        attempt, share, going = 0, 1.0, True
         while going:
-            pairs = zip((self.columns - means).T, scales, strict=True)
+            pairs = zip(centred, scales, strict=True)
             answers = [self.program.solve(column, weight, share * tol, scale, max_steps) for column, scale in pairs]
             fit, dual = (np.stack([answer[i] for answer in answers], axis=1) for i in (0, 1))
             steps, ended = sum(answer[2] for answer in answers), all(answer[3] for answer in answers)
-            rows = _laid_out(dual, self.graph, self.order, self.signal.values.shape[1:], kind)
-            found = _found(base.laid_out(fit + means - base.shift), rows, steps, ended)
-            done = finished(problem, found, shift, base.laid_out(base.means), level)
+            rows = _laid_out(dual, self.graph, self.order, self.signal.values.shape[1:], self.signal.values.dtype)
+            found = self._certified(penalty, fit + means, rows, steps, ended, tol)
             attempt, share = attempt + 1, share * CUT
-            going = ended and attempt < ATTEMPTS and not float(done.gap) <= tol
-        if not ended and max_steps > MOST_STEPS and not float(done.gap) <= tol:
-            done = done._replace(status=jnp.asarray(Status.PRECISION, jnp.int32))
+            going = ended and attempt < ATTEMPTS and not float(found.gap) <= tol
+        if not ended and max_steps > MOST_STEPS and not float(found.gap) <= tol:
+            found = dataclasses.replace(found, status=jnp.asarray(Status.PRECISION, jnp.int32))
+        return found
+
+    def _certified(self, penalty: L1, fit: np.ndarray, dual: Any, steps: int, ended: bool, tol: float) -> Solution:
+        """The solution that a fit on the host and a dual in the layout of the rows make, judged like every other."""
+        base, kind = self.base, self.signal.values.dtype
+        unknown = jnp.full((), jnp.nan, kind)
+        found = Solution(
+            value=base.laid_out(fit - base.shift),
+            status=jnp.asarray(Status.CONVERGED if ended else Status.MAX_STEPS, jnp.int32),
+            steps=jnp.asarray(steps, jnp.int32),
+            residual=unknown,
+            objective=unknown,
+            gap=unknown,
+            history=None,
+            state=InteriorState(dual),
+        )
+        problem = Problem(base.loss, penalty, base.full.split)
+        shift, level = jnp.asarray(base.shift, kind), jnp.asarray(tol, kind)
+        done = finished(problem, found, shift, base.laid_out(base.means), level)
         return dataclasses.replace(found, **done._asdict())
-
-
-def _found(value: Any, dual: Any, steps: int, ended: bool) -> Solution:
-    status = jnp.asarray(Status.CONVERGED if ended else Status.MAX_STEPS, jnp.int32)
-    unknown = jnp.full((), jnp.nan, value.dtype)
-    return Solution(value, status, jnp.asarray(steps, jnp.int32), unknown, unknown, unknown, None, InteriorState(dual))
 
 
 def _row_weights(penalty: L1, graph: Graph, order: int) -> np.ndarray:

@@ -17,6 +17,8 @@ from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
 
 METHODS = ("auto", "doge", "admm", "fast_admm", "interior")
+# Of them those for other losses and for sums of penalties.
+SPLITTING_METHODS = ("auto", "doge", "admm")
 # How many differences Anderson acceleration of the standard ADMM remembers; fifteen were hardly better.
 ACCELERATION = 10
 # Above these ratios of weight to noise, at orders 0 and 1, an exact x-step needs so many steps fewer that it wins in

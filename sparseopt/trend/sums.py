@@ -24,7 +24,7 @@ from sparseopt.core.solvers.admm import Admm, Start, standard_split
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_order, checked_penalty
-from sparseopt.trend.methods import ACCELERATION, Prepared
+from sparseopt.trend.methods import ACCELERATION, SPLITTING_METHODS, Prepared
 from sparseopt.trend.preparation import (
     FIRST_RHO,
     Finished,
@@ -39,7 +39,6 @@ from sparseopt.trend.preparation import (
 )
 from sparseopt.trend.start import warm_start_of
 
-METHODS = ("auto", "doge", "admm")
 Terms = dict[int, Any]
 
 
@@ -105,8 +104,10 @@ def fit_sum(
             "the graph has no edges, so only a penalty on the values themselves acts: apply its prox, as in "
             "L1(0.5).prox(y, 1.0)"
         )
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} solves single orders; with several penalties use {', '.join(METHODS)}")
+    if method not in SPLITTING_METHODS:
+        raise ValueError(
+            f"method={method!r} solves single orders; with several penalties use {', '.join(SPLITTING_METHODS)}"
+        )
     kind, channels = signal.values.dtype, signal.values.shape[1:]
     weighted, anchored = signal.weights is not None, -1 in terms
     base = set_up(signal, graph, max(0, *terms), anchored)
