@@ -9,7 +9,7 @@ TRUTH ?=
 REFERENCES ?=
 CALIBRATION ?= pydoc
 
-.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package golden notebooks docs bench-prune bench-quality bench-trend bench-trend-selection bench-trend-peers clean
+.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package golden notebooks docs bench-prune bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ bench-trend: $(VENV)/.installed-demo ## Trend-filter figures as JSON lines; TRUT
 
 bench-trend-selection: $(VENV)/.installed-demo ## Errors at the weight that each rule takes, as JSON lines (about 7 minutes).
 	$(BIN)/python benchmarks/bench_trend_selection.py
+
+bench-trend-sizes: $(VENV)/.installed-demo ## Seconds and bytes up to sixteen million nodes, as JSON lines (about 10 minutes, 12 GB).
+	$(BIN)/python benchmarks/bench_trend_sizes.py
 
 bench-trend-peers: $(VENV)/.installed-peers ## Times of public solvers and ours as JSON lines (hours); TRUTH, REFERENCES, ONLY.
 	$(BIN)/python benchmarks/bench_trend_peers.py \

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from sparseopt.core.operators import bucket_widths, spread
+from sparseopt.core.operators import spread
 from sparseopt.core.types import pytree, static
 
 
@@ -211,6 +211,20 @@ def check_groups(matrix: sparse.csr_array, labels: np.ndarray) -> int:
         group, column = divmod(int(keys[np.argmax(counts > 1)]), matrix.shape[1])
         raise ValueError(f"group {group} has {int(counts.max())} rows that share column {column}")
     return int(labels.max(initial=-1)) + 1
+
+
+def bucket_widths(lengths: np.ndarray) -> np.ndarray:
+    """The smallest width 1, 2, 3, 4, 6, 8, 12, 16, ... that holds each length.
+
+    Example:
+        >>> from sparseopt.core.grouping import bucket_widths
+        >>> bucket_widths(np.array([1, 2, 5, 9]))
+        array([ 1,  2,  6, 12])
+    """
+    largest = max(int(lengths.max(initial=1)), 1)
+    powers = 2 ** np.arange(int(np.ceil(np.log2(largest))) + 1)
+    allowed = np.unique(np.concatenate([powers, 3 * powers[:-1]]) if powers.size > 1 else powers)
+    return allowed[np.searchsorted(allowed, np.maximum(lengths, 1))]
 
 
 @pytree

@@ -4,7 +4,7 @@
 
 D has one row an edge, `sqrt(w) * (x[tail] - x[head])` for an edge of weight w. So Δ^(m) is `L^(m/2)` for even m
 and `D L^((m-1)/2)` for odd m. A `Difference` composes D, Dᵀ and L of a base: `GridBase` works with slices,
-`EdgeBase` with gathers. All arrays may carry trailing channel axes.
+`EdgeBase` with gathers and sums. All arrays may carry trailing channel axes.
 
 Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 2016, section 2.
 """
@@ -94,81 +94,22 @@ class GridBase:
         return sum(terms[1:], terms[0])
 
 
-@pytree
-class Buckets:
-    """For every row a list of indices, padded: rows of similar length share one table `[rows, width]`.
-
-    Widths run 1, 2, 3, 4, 6, 8, 12, ..., so padding costs at most half as much again, and one hub of degree
-    10,000 costs one row of 12,288. `inverse[row]` is the place of a row in the concatenated tables, None if
-    one table serves all rows in order.
-    """
-
-    tables: tuple[Any, ...]  # of int32 [rows, width]
-    factors: tuple[Any, ...] | None  # of [rows, width], zero where padded; None: padding points to the row itself
-    inverse: Any
-
-
-def bucket_widths(lengths: np.ndarray) -> np.ndarray:
-    """The smallest width 1, 2, 3, 4, 6, 8, 12, 16, ... that holds each length.
-
-    Example:
-        >>> from sparseopt.core.operators import bucket_widths
-        >>> bucket_widths(np.array([1, 2, 5, 9]))
-        array([ 1,  2,  6, 12])
-    """
-    largest = max(int(lengths.max(initial=1)), 1)
-    powers = 2 ** np.arange(int(np.ceil(np.log2(largest))) + 1)
-    allowed = np.unique(np.concatenate([powers, 3 * powers[:-1]]) if powers.size > 1 else powers)
-    return allowed[np.searchsorted(allowed, np.maximum(lengths, 1))]
-
-
-def build_buckets(indptr: np.ndarray, indices: np.ndarray, factors: np.ndarray | None, pad_with_row: bool) -> Buckets:
-    """Tables from the rows of a CSR structure, on the host, without a loop over rows."""
-    lengths = np.diff(indptr)
-    widths = bucket_widths(lengths)
-    if widths.size and widths.max() * widths.size <= 1.25 * widths.sum():
-        widths = np.full_like(widths, widths.max())
-    order = np.argsort(widths, kind="stable")
-    tables, factor_tables = [], []
-    for width in np.unique(widths):
-        rows = order[np.searchsorted(widths[order], width) : np.searchsorted(widths[order], width, "right")]
-        place = indptr[rows][:, None] + np.arange(width)
-        valid = np.arange(width) < lengths[rows][:, None]
-        place = np.where(valid, place, 0)
-        pad = rows[:, None] if pad_with_row else 0
-        values = indices[place] if indices.size else np.zeros_like(place)
-        tables.append(np.where(valid, values, pad).astype(np.int32))
-        if factors is not None:
-            found = factors[place] if factors.size else np.zeros(place.shape, factors.dtype)
-            factor_tables.append(np.where(valid, found, 0).astype(factors.dtype))
-    inverse = None
-    if len(tables) > 1:
-        inverse = np.empty(order.size, np.int32)
-        inverse[order] = np.arange(order.size)
-    return Buckets(tuple(tables), None if factors is None else tuple(factor_tables), inverse)
-
-
 def spread(factor: Any, like: FloatArray) -> FloatArray:
     """A factor with trailing axes of length one for the channels of `like`."""
     return jnp.reshape(factor, factor.shape + (1,) * (like.ndim - factor.ndim)).astype(like.dtype)
 
 
-def _restore(parts: list[FloatArray], buckets: Buckets) -> FloatArray:
-    """The rows of all tables in their own order."""
-    if buckets.inverse is None:
-        return parts[0]
-    return jnp.concatenate(parts)[buckets.inverse]
-
-
 @pytree
 class EdgeBase:
-    """D of any graph by gathers; nodes `[n]`, edges `[m]`. Index tables are leaves: arguments, not constants."""
+    """D of any graph by gathers and scattered sums; nodes `[n]`, edges `[m]`.
+
+    Sums are scattered edge by edge: tables that let every node gather its edges took four times as long on a CPU.
+    The ends of the edges are leaves: arguments, not constants.
+    """
 
     tails: Any  # int32 [m]
     heads: Any  # int32 [m]
     root_weights: Any  # [m], sqrt(w), or None for weights of 1
-    incident: Buckets  # node -> its edges, with signs (times sqrt(w))
-    neighbours: Buckets  # node -> its neighbours, with weights, or None
     num_nodes: int = static()
 
     @property
@@ -181,65 +122,28 @@ class EdgeBase:
         """The shape of an edge array without channels."""
         return (self.tails.shape[0],)
 
+    def _weighted(self, e: FloatArray) -> FloatArray:
+        return e if self.root_weights is None else e * spread(self.root_weights, e)
+
     def difference(self, x: FloatArray) -> FloatArray:
         """`D x`."""
-        rows = x[self.tails] - x[self.heads]
-        return rows if self.root_weights is None else rows * spread(self.root_weights, rows)
+        return self._weighted(x[self.tails] - x[self.heads])
 
     def divergence(self, e: FloatArray) -> FloatArray:
-        """`Dᵀ e`: every node gathers its edges, since a scatter-add runs one entry at a time on a CPU."""
-        assert self.incident.factors is not None
-        parts = []
-        for table, factors in zip(self.incident.tables, self.incident.factors, strict=True):
-            found = e[table]
-            parts.append(jnp.sum(found * spread(factors, found), axis=1))
-        return _restore(parts, self.incident)
+        """`Dᵀ e`."""
+        e = self._weighted(e)
+        zero = jnp.zeros((self.num_nodes, *e.shape[1:]), e.dtype)
+        return zero.at[self.tails].add(e, mode="promise_in_bounds").at[self.heads].add(-e, mode="promise_in_bounds")
 
     def laplacian(self, x: FloatArray) -> FloatArray:
-        """`DᵀD x` as sums of `w (x_i - x_j)` over neighbours, so that constants vanish exactly."""
-        mine = x
-        if self.neighbours.inverse is not None:
-            # The own value comes along as the first column, so no second permutation is needed.
-            parts = []
-            for index, table in enumerate(self.neighbours.tables):
-                found = x[table]
-                apart = found[:, :1] - found[:, 1:]
-                if self.neighbours.factors is not None:
-                    apart = apart * spread(self.neighbours.factors[index][:, 1:], apart)
-                parts.append(jnp.sum(apart, axis=1))
-            return _restore(parts, self.neighbours)
-        table = self.neighbours.tables[0]
-        apart = mine[:, None] - x[table[:, 1:]]
-        if self.neighbours.factors is not None:
-            apart = apart * spread(self.neighbours.factors[0][:, 1:], apart)
-        return jnp.sum(apart, axis=1)
+        """`DᵀD x`, from differences, so that constants vanish exactly."""
+        return self.divergence(self.difference(x))
 
 
 def edge_base(edges: np.ndarray, num_nodes: int, weights: np.ndarray | None, dtype: Any) -> EdgeBase:
-    """The tables of `EdgeBase` for checked edges `[m, 2]` and weights `[m]` or None, as host arrays."""
-    count = edges.shape[0]
-    owner = edges.T.reshape(-1)
-    order = np.argsort(owner, kind="stable")
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=num_nodes))])
-    signs = np.where(order < count, 1.0, -1.0).astype(dtype)
-    edge_of = order % max(count, 1)
+    """The `EdgeBase` of checked edges `[m, 2]` and weights `[m]` or None, of host arrays."""
     root = None if weights is None else np.sqrt(weights).astype(dtype)
-    if root is not None:
-        signs = signs * root[edge_of]
-    other = edges[:, ::-1].T.reshape(-1)[order]
-    # The node itself stands first in its own list.
-    starts = indptr[:-1]
-    with_self = np.insert(other, starts, np.arange(num_nodes))
-    factors = None if weights is None else np.insert(weights.astype(dtype)[edge_of], starts, 0)
-    wider = indptr + np.arange(num_nodes + 1)
-    return EdgeBase(
-        tails=edges[:, 0].astype(np.int32),
-        heads=edges[:, 1].astype(np.int32),
-        root_weights=root,
-        incident=build_buckets(indptr, edge_of, signs, pad_with_row=False),
-        neighbours=build_buckets(wider, with_self, factors, pad_with_row=True),
-        num_nodes=num_nodes,
-    )
+    return EdgeBase(edges[:, 0].astype(np.int32), edges[:, 1].astype(np.int32), root, num_nodes)
 
 
 @pytree

@@ -144,7 +144,7 @@ def solve(
     x0: Any,
     *,
     tol: float | Array = 1e-6,
-    max_steps: int = 1000,
+    max_steps: int | Array = 1000,
     history: bool = False,
 ) -> Solution:
     """Iterate `solver` on `problem` from `x0` until its residual is at most `tol`.
@@ -154,7 +154,7 @@ def solve(
         solver: how.
         x0: the start, of the answer's shape and dtype.
         tol: bound on the solver's residual; a negative one runs exactly `max_steps` steps.
-        max_steps: step limit, 0 or more.
+        max_steps: step limit, 0 or more; an integer where a history is asked for.
         history: record residual, objective and gap after every step. A solver whose step makes `stride` iterations
             counts these: its steps end at a multiple of the stride, and the iterations in between are NaN.
 
@@ -172,9 +172,9 @@ def solve(
         >>> so.Status(int(solution.status)).name
         'CONVERGED'
     """
-    if max_steps < 0:
+    if isinstance(max_steps, int) and max_steps < 0:
         raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
-    return _solve(problem, solver, x0, tol, max_steps, max_steps if history else 0)
+    return _solve(problem, solver, x0, tol, max_steps, int(max_steps) if history else 0)
 
 
 @partial(jax.jit, static_argnums=(5,))

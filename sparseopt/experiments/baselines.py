@@ -33,9 +33,10 @@ from sparseopt.core.solvers.admm import Admm, AdmmState, Start, standard_split
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.node_solve import Diagonal
 from sparseopt.core.types import pytree, static
+from sparseopt.trend.choice import choose_method
 from sparseopt.trend.filter import precision, trend_filter
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.methods import chain_penalty, choose_method, prepare
+from sparseopt.trend.methods import chain_penalty, prepare
 from sparseopt.trend.preparation import FIRST_RHO
 
 FloatArray = Float[Array, "..."]
@@ -240,7 +241,7 @@ def assemble(
     noise = 1.2533 * float(jnp.mean(jnp.abs(full.split.mv(jnp.asarray(signal))) / full.row_norms))
     strength = float(getattr(penalty, "weight", 1.0)) / noise if noise > 0 else 1.0
     if method == "auto":
-        algorithm = choose_method(graph, penalty, order, False, strength)
+        algorithm = choose_method(graph, penalty, order, False, strength, 0.0, cold=False)
     else:
         algorithm = algorithm_of(method, graph, order)
     penalty = jax.tree.map(lambda leaf: jnp.asarray(leaf, kind), penalty)

@@ -18,13 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.fidelity import wide_types
+from sparseopt.core.penalties import Norm
 from sparseopt.core.solve import Problem, Solution, Status, solve
 from sparseopt.core.solvers.admm import Admm
+from sparseopt.core.solvers.mixed import solve_mixed
+from sparseopt.trend.choice import choose_method
 from sparseopt.trend.general_loss import checked_loss, fit_loss
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_block, checked_order, checked_signal
-from sparseopt.trend.interior import Interior, is_quickest
-from sparseopt.trend.methods import ACCELERATION, METHODS, chain_penalty, choose_method, prepare, starts_exact
+from sparseopt.trend.interior import Interior
+from sparseopt.trend.methods import ACCELERATION, chain_penalty, prepare, starts_exact
+from sparseopt.trend.options import Options
 from sparseopt.trend.preparation import (
     FIRST_RHO,
     SetUp,
@@ -41,6 +45,10 @@ from sparseopt.trend.sums import checked_terms, fit_sum, is_sum, sum_method
 
 # The context manager left jax.experimental in JAX 0.8.
 ENABLE_X64: Any = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
+
+# From so many nodes on a start in float32 saves more than the compilation of a second program costs.
+MIXED_FROM = 500_000
+mixed = jax.jit(solve_mixed)
 
 
 @contextlib.contextmanager
@@ -69,7 +77,7 @@ def trend_filter(
     rho: float | None = None,
     relaxation: float = 1.7,
     history: bool = False,
-    cadence: int = 5,
+    cadence: int | None = None,
     dtype: Any = None,
     loss: Any = None,
 ) -> Solution:
@@ -96,7 +104,8 @@ def trend_filter(
         rho: the first ADMM parameter; None chooses it from the data.
         relaxation: over-relaxation in (0, 2).
         history: record residual, objective, gap and rho of every check.
-        cadence: steps between two checks; a start that is the fit already is checked after one.
+        cadence: steps between two checks; None takes 10 for Doge, whose steps are cheap, and 5 for others. A start
+            that is the fit already is checked after one.
         dtype: float32 or float64 instead of the signal's own.
         loss: None for the square, `PoissonLoss()` (counts; b is the log-rate), `LogisticLoss()` (labels 0 and 1; b is
             the log-odds), `HuberLoss(delta)`, `AbsoluteLoss()`, a `ScalarLoss` of your own, or the name "poisson",
@@ -120,10 +129,6 @@ def trend_filter(
         True
     """
     k = checked_order(order)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
-    if method == "interior" and (warm_start is not None or history):
-        raise ValueError('method="interior" takes no warm_start and keeps no history; use "doge" or "admm"')
     family = checked_loss(loss)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
     terms = checked_terms(penalty, signal, graph, k)
@@ -132,25 +137,18 @@ def trend_filter(
     elif B is not None or family is not None:
         raise ValueError(f"several penalties take neither B nor loss, given B={B}, loss={loss}")
     block = checked_block(B, k)
-    if not (tol > 0 and 0 < relaxation < 2 and cadence >= 1 and max_steps >= 1 and (rho is None or rho > 0)):
-        raise ValueError(
-            "tol, rho, cadence and max_steps must be positive and relaxation in (0, 2), given "
-            f"tol={tol}, rho={rho}, cadence={cadence}, max_steps={max_steps}, relaxation={relaxation}"
-        )
+    options = Options(method, block, tol, max_steps, warm_start, rho, relaxation, history, cadence)
     kind = signal.values.dtype
     native = wide_types() or kind == np.float32
     with precision(kind):
-        rounded = -(-max_steps // cadence) * cadence
-        options = {"relaxation": relaxation, "cadence": cadence}
-        rest = (method, block, warm_start, rho, options, tol, rounded, history)
         if family is not None:
-            solution = fit_loss(signal, graph, penalty, k, family, *rest)
+            solution = fit_loss(signal, graph, penalty, k, family, options)
         elif is_sum(terms):
-            solution = fit_sum(signal, graph, terms, method, warm_start, rho, options, tol, rounded, history)
+            solution = fit_sum(signal, graph, terms, options)
         elif graph.num_edges == 0 or vanishes(penalty):
             solution = _unchanged(signal)
         else:
-            solution = _fit(signal, graph, penalty, k, *rest)
+            solution = _fit(signal, graph, penalty, k, options)
         return solution if native else jax.device_get(solution)
 
 
@@ -181,8 +179,7 @@ def chosen_method(
     ((k, penalty),) = terms.items()
     with precision(signal.values.dtype):
         strength = _strength(penalty, set_up(signal, graph, k))
-    method = choose_method(graph, penalty, k, weighted, strength, signal.values.dtype)
-    return "interior" if is_quickest(graph, penalty, k, method, strength, tol) else method
+    return choose_method(graph, penalty, k, weighted, strength, tol, signal.values.dtype)
 
 
 def _unchanged(signal: Signal) -> Solution:
@@ -200,52 +197,30 @@ def _strength(penalty: Any, base: SetUp) -> float:
     return mean_weight(penalty) / base.noise if base.noise > 0 else 1.0
 
 
-def _by_interior(
-    signal: Signal, graph: Graph, k: int, base: SetUp, penalty: Any, tol: float, max_steps: int
-) -> Solution:
-    found = Interior(signal, graph, k, base, penalty).fit(penalty, tol, max_steps)
-    return dataclasses.replace(found, value=found.value.reshape(signal.shape))
-
-
-def _fit(
-    signal: Signal,
-    graph: Graph,
-    penalty: Any,
-    k: int,
-    method: str,
-    block: int,
-    warm_start: Solution | None,
-    rho: float | None,
-    options: dict[str, Any],
-    tol: float,
-    max_steps: int,
-    history: bool,
-) -> Solution:
+def _fit(signal: Signal, graph: Graph, penalty: Any, k: int, options: Options) -> Solution:
     kind, channels = signal.values.dtype, signal.values.shape[1:]
-    weighted = signal.weights is not None
+    weighted, method, tol = signal.weights is not None, options.method, options.tol
     base = set_up(signal, graph, k)
     penalty = leaves_as(on_rows(penalty, graph, k, bool(channels)), kind)
     strength = _strength(penalty, base)
     if method == "auto":
-        method = choose_method(graph, penalty, k, weighted, strength, kind)
-        cold = warm_start is None and not history
-        if cold and is_quickest(graph, penalty, k, method, strength, tol):
-            found = _by_interior(signal, graph, k, base, penalty, tol, max_steps)
-            if int(found.status) == Status.CONVERGED:
-                return found
-            # Rounding ended it: where the weight is very large, the others get closer.
+        method = choose_method(graph, penalty, k, weighted, strength, tol, kind, options.is_cold)
     if method == "interior":
-        return _by_interior(signal, graph, k, base, penalty, tol, max_steps)
+        found = Interior(signal, graph, k, base, penalty).fit(penalty, tol, options.max_steps)
+        if options.method == "interior" or int(found.status) == Status.CONVERGED:
+            return dataclasses.replace(found, value=found.value.reshape(signal.shape))
+        # Rounding ended it: where the weight is very large, the others get closer.
+        method = choose_method(graph, penalty, k, weighted, strength, tol, kind, cold=False)
     exact = starts_exact(method, k, weighted)
-    ready = prepare(graph, k, method, block if method == "doge" else 0, weighted, kind, bool(channels))
+    ready = prepare(graph, k, method, options.block if method == "doge" else 0, weighted, kind, bool(channels))
     if method == "fast_admm":
         penalty = chain_penalty(penalty, graph, k)
+    rho, warm_start = options.rho, options.warm_start
+    settings = options.solver_settings(method, kind) | ({"cadence": 1} if exact else {"acceleration": ACCELERATION})
     solver = Admm(
         ready.node_solve,
         jnp.asarray(FIRST_RHO * strength if rho is None else rho, kind),
-        relaxation=jnp.asarray(options["relaxation"], kind),
-        cadence=1 if exact else options["cadence"],
-        acceleration=0 if exact else ACCELERATION,
+        **settings,
     )
     if warm_start is None:
         start = cold_start(signal, graph, penalty, k, base, ready)
@@ -255,7 +230,11 @@ def _fit(
     if exact:
         start = exact_start(penalty, base.centred.center)
     problem, level = Problem(base.centred, penalty, ready.split), jnp.asarray(tol, kind)
-    found = solve(problem, solver, start, tol=level, max_steps=max_steps, history=history)
+    limit = options.limit(solver.cadence)
+    if kind == np.float64 and graph.num_nodes >= MIXED_FROM and isinstance(penalty, Norm) and not options.history:
+        found = mixed(problem, solver, start, tol=level, max_steps=jnp.asarray(limit, jnp.int32))
+    else:
+        found = solve(problem, solver, start, tol=level, max_steps=limit, history=options.history)
     problem, shift, means = Problem(base.loss, penalty, ready.split), jnp.asarray(base.shift, kind), base.means
     fit = finished(problem, found, shift, base.laid_out(means), level)
     return answered(found, fit, signal.shape)

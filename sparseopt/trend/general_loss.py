@@ -24,7 +24,8 @@ from sparseopt.core.solve import Problem, Solution, Status, solve
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossAdmmState, LossStart, certificate
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
-from sparseopt.trend.methods import SPLITTING_METHODS, Prepared, prepare
+from sparseopt.trend.methods import Prepared, prepare
+from sparseopt.trend.options import SPLITTING_METHODS, Options
 from sparseopt.trend.preparation import (
     BOX_RANGES,
     FIRST_RHO,
@@ -81,27 +82,14 @@ class _Data:
     labels: np.ndarray
 
 
-def fit_loss(
-    signal: Signal,
-    graph: Graph,
-    penalty: Any,
-    order: int,
-    loss: ScalarLoss,
-    method: str,
-    block: int,
-    warm_start: Solution | None,
-    rho: float | None,
-    options: dict[str, Any],
-    tol: float,
-    max_steps: int,
-    history: bool,
-) -> Solution:
+def fit_loss(signal: Signal, graph: Graph, penalty: Any, order: int, loss: ScalarLoss, options: Options) -> Solution:
     """The fit of a checked signal; call it where the signal's precision is enabled. Arguments as in `trend_filter`.
 
     Raises:
         ValueError: for observations outside the loss's domain, a component without a finite fit, or a method that
             solves the square loss only.
     """
+    method, tol, rho, warm_start = options.method, options.tol, options.rho, options.warm_start
     if method not in SPLITTING_METHODS:
         raise ValueError(
             f"method={method!r} solves the square loss only; with loss={loss} use {', '.join(SPLITTING_METHODS)}"
@@ -132,7 +120,7 @@ def fit_loss(
         # Cosines are exact and cheap on grids, whatever the weights; elsewhere a step without a linear solve pays.
         method = "doge" if graph.shape is None else "admm"
     even = method == "admm" and graph.shape is not None  # cosines need one metric for all nodes
-    ready = prepare(graph, order, method, block if method == "doge" else 0, not even, kind, bool(channels))
+    ready = prepare(graph, order, method, options.block if method == "doge" else 0, not even, kind, bool(channels))
     full = prepare(graph, order, "doge", order + 1, signal.weights is not None, kind, bool(channels))
     pull = -_balanced_gradient(data, node_loss, null, laid_out)
     dual = _null_dual(graph, penalty, full, pull, order, node_loss, laid_out)
@@ -143,13 +131,13 @@ def fit_loss(
         jnp.asarray(_first_rho(penalty, full, laid_out(pull), sigma) if rho is None else rho, kind),
         jnp.asarray(sigma, kind),
         None if even else laid_out(curvatures / sigma),
-        relaxation=jnp.asarray(options["relaxation"], kind),
-        cadence=options["cadence"],
+        **options.solver_settings(method, kind),
     )
     x = laid_out(null)
     start = LossStart(x, dual) if warm_start is None else _warm(signal, warm_start, laid_out, ready, rho)
     problem = Problem(node_loss, penalty, ready.split)
-    found = solve(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=max_steps, history=history)
+    limit = options.limit(solver.cadence)
+    found = solve(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=options.history)
     if not isinstance(penalty, Norm):
         status = jnp.where(found.status == Status.CONVERGED, Status.STATIONARY, found.status).astype(jnp.int32)
         return dataclasses.replace(found, value=found.value.reshape(signal.shape), status=status)

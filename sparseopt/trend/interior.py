@@ -20,7 +20,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
-from scipy.sparse import csgraph
 
 from sparseopt.core.grouping import difference_matrix, edge_grid, grid_edges
 from sparseopt.core.penalties import L1
@@ -29,12 +28,8 @@ from sparseopt.core.types import pytree
 from sparseopt.trend.freedom import edge_rows
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
-from sparseopt.trend.methods import STRONG_SMOOTHING
 from sparseopt.trend.preparation import SetUp, finished
 
-# A graph is narrow if no layer of a breadth-first search has more than this multiple of sqrt(nodes). Planar graphs
-# have layers of one or two, random graphs of sqrt(nodes) / 3.
-WIDEST_LAYER = 8.0
 # Up to so many edges a node the Hessian is D Dᵀ at order 0.
 EDGES_A_NODE = 2
 # What PIQP is asked for: a share of the gap, and residuals of this multiple of what would do if all pulled one way.
@@ -44,8 +39,6 @@ CUT, ATTEMPTS = 0.03, 3
 # No problem was seen to take half as many steps, unless rounding forbids the tolerance: where the weight is so large
 # that q is a difference of much larger numbers.
 MOST_STEPS = 50
-# From this tolerance on Doge-ADMM is the quicker at order 0.
-COARSE = 1e-5
 
 
 @pytree
@@ -59,38 +52,6 @@ class InteriorState:
 def is_available() -> bool:
     """Whether PIQP is installed."""
     return importlib.util.find_spec("piqp") is not None
-
-
-def is_narrow(graph: Graph) -> bool:
-    """Whether factors on the graph stay sparse, told from the layers of a breadth-first search."""
-
-    def build() -> bool:
-        ones = np.ones(graph.num_edges, np.int8)
-        adjacency = sparse.csr_array((ones, graph.edges.T), shape=(graph.num_nodes,) * 2)
-        # The largest component, searched from an end of it.
-        inside = np.flatnonzero(graph.components == np.argmax(np.bincount(graph.components)))
-        start = inside[0]
-        for _ in range(2):
-            distance = csgraph.dijkstra(adjacency, directed=False, indices=start, unweighted=True)[inside]
-            start = inside[np.argmax(distance)]
-        widest = np.bincount(distance.astype(np.int64)).max()
-        return bool(widest <= WIDEST_LAYER * np.sqrt(graph.num_nodes))
-
-    # A planar graph has at most three edges a node.
-    return graph.num_edges <= 3 * graph.num_nodes and graph.cached("narrow", build)
-
-
-def is_quickest(graph: Graph, penalty: Any, order: int, chosen: str, strength: float, tol: float) -> bool:
-    """Whether the interior point method is to be expected to beat the method chosen among the others.
-
-    At order 0 Doge-ADMM gets to a coarse tolerance in few steps. On chains, where all are quick, strong smoothing
-    decides.
-    """
-    if not (isinstance(penalty, L1) and is_available()):
-        return False
-    if graph.shape is not None:
-        return len(graph.shape) == 1 and order >= 1 and chosen != "doge"
-    return is_narrow(graph) and (order >= 1 or tol < COARSE or strength > STRONG_SMOOTHING[0])
 
 
 class Interior:

@@ -19,12 +19,14 @@ from sparseopt.core.penalties import Norm
 from sparseopt.core.solve import Problem, Status, solve
 from sparseopt.core.solvers.admm import Admm, Start, balanced_rho
 from sparseopt.core.types import pytree
+from sparseopt.trend.choice import choose_path_method
 from sparseopt.trend.freedom import chain_dual, nonzero_rows, row_dual
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
-from sparseopt.trend.interior import Interior, is_quickest
+from sparseopt.trend.interior import Interior
 from sparseopt.trend.largest_weight import NullFit
-from sparseopt.trend.methods import ACCELERATION, Prepared, chain_penalty, choose_method, prepare, starts_exact
+from sparseopt.trend.methods import ACCELERATION, Prepared, chain_penalty, prepare, starts_exact
+from sparseopt.trend.options import usual_cadence
 from sparseopt.trend.preparation import FIRST_RHO, finished, leaves_as, set_up
 from sparseopt.trend.start import cold_start, exact_start
 
@@ -98,14 +100,7 @@ def descend(
 
     noise = base.noise or float(weights[0])
     if method == "auto":
-        method = choose_method(graph, template, order, weighted, weights[0] / noise, kind)
-        cosines = graph.shape is not None and not weighted
-        if method == "doge" and (order >= 1 or cosines) and isinstance(template, Norm):
-            # A path spends its steps where smoothing is strong: there the conditioning decides.
-            method = "admm"
-        # Levels of order 0 are quick by a warm start.
-        if is_quickest(graph, template, order, method, 0.0, tol):
-            method = "interior"
+        method = choose_path_method(graph, template, order, weighted, weights[0] / noise, tol, kind)
     if method == "interior":
         interior = Interior(signal, graph, order, base, penalty_at(weights[0]))
         return _by_interior(interior, [penalty_at(weight) for weight in weights], tol, max_steps, first)
@@ -114,7 +109,7 @@ def descend(
     solver = Admm(
         ready.node_solve,
         jnp.asarray(FIRST_RHO * weights[0] / noise, kind),
-        cadence=1 if exact else 5,
+        cadence=1 if exact else usual_cadence(method),
         acceleration=0 if exact else ACCELERATION,
     )
     task = _Task(

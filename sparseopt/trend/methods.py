@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.operators import Difference, Split
-from sparseopt.core.penalties import L1, Norm
+from sparseopt.core.penalties import L1
 from sparseopt.core.solvers.admm import standard_split
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation
@@ -16,14 +16,8 @@ from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosin
 from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
 
-METHODS = ("auto", "doge", "admm", "fast_admm", "interior")
-# Of them those for other losses and for sums of penalties.
-SPLITTING_METHODS = ("auto", "doge", "admm")
 # How many differences Anderson acceleration of the standard ADMM remembers; fifteen were hardly better.
 ACCELERATION = 10
-# Above these ratios of weight to noise, at orders 0 and 1, an exact x-step needs so many steps fewer that it wins in
-# time too.
-STRONG_SMOOTHING = (20.0, 2.0)
 
 
 @pytree
@@ -62,35 +56,6 @@ def chain_penalty(penalty: Any, graph: Graph, order: int) -> ChainTotalVariation
 def starts_exact(method: str, order: int, weighted: bool) -> bool:
     """Whether one prox is the fit, so that the first check ends the solve: chains at order 0."""
     return method == "fast_admm" and order == 0 and not weighted
-
-
-def choose_method(
-    graph: Graph, penalty: Any, order: int, weighted: bool, strength: float, dtype: Any = np.float64
-) -> str:
-    """The method for "auto".
-
-    A step of Doge costs two sparse products, and at orders 0 and 1 few are needed: it is the fastest in time on
-    general graphs, and on grids unless smoothing is strong. There, and from order 2, conditioning decides: an exact
-    x-step pays where it is cheap, by cosines on grids without node weights. On chains there is the exact fused lasso
-    as well: at order 0 it is the fit, at others it saves steps. In float32 it loses its accuracy over long chains.
-
-    Args:
-        graph: the graph.
-        penalty: the penalty.
-        order: k.
-        weighted: whether there are node weights or missing values.
-        strength: the penalty's weight over the noise of the signal.
-        dtype: of the computation.
-    """
-    if graph.shape is None or weighted:
-        return "doge"
-    # Without convexity the standard ADMM was seen to cycle at order 0 where Doge comes to rest.
-    strong = order >= 2 or (strength > STRONG_SMOOTHING[order] and (order == 1 or isinstance(penalty, Norm)))
-    one_weight = isinstance(penalty, L1) and np.ndim(penalty.weight) == 0
-    chain = len(graph.shape) == 1 and one_weight and dtype == np.float64
-    if chain and (order == 0 or strong):
-        return "fast_admm"
-    return "admm" if strong else "doge"
 
 
 def prepare(graph: Graph, order: int, method: str, block: int, weighted: bool, dtype: Any, channels: bool) -> Prepared:

@@ -19,8 +19,8 @@ from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_order, checked_penalty, checked_signal
 from sparseopt.trend.largest_weight import NullFit, null_fit
 from sparseopt.trend.levels import descend
-from sparseopt.trend.methods import METHODS
 from sparseopt.trend.noise import signal_noise
+from sparseopt.trend.options import METHODS
 
 # The first weight of a path is known to this accuracy; nobody can tell the difference, and it costs a tenth.
 FIRST_WEIGHT_TOL = 1e-2

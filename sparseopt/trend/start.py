@@ -1,5 +1,6 @@
 """Floor 5: where a solve starts: the signal, an earlier fit, or the component means if they are the fit or close."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from scipy import fft, sparse
 from scipy.sparse import linalg
 
+from sparseopt.core.operators import Split
 from sparseopt.core.penalties import Norm
 from sparseopt.core.solve import Solution
 from sparseopt.core.solvers.admm import Start
@@ -17,6 +19,8 @@ from sparseopt.trend.methods import Prepared
 from sparseopt.trend.preparation import SetUp
 
 CG_STEPS = 1000
+# Steps of smoothing, one after the other, after which a signal is tried as a proof that the means are not the fit.
+SMOOTHINGS = (0, 16, 48)
 
 
 def laplacian_inverse(graph: Graph, right: np.ndarray, times: int) -> np.ndarray | None:
@@ -65,7 +69,8 @@ def null_space_dual(graph: Graph, pull: np.ndarray, order: int) -> tuple[np.ndar
 def cold_start(signal: Signal, graph: Graph, penalty: Any, order: int, base: SetUp, ready: Prepared) -> Start:
     """The centred signal with a dual of 0; or, where the weight may be that large, the means and their dual.
 
-    The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z, so one z decides for most signals.
+    The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z. So one z decides for most signals: the pull
+    itself where smoothing is weak, else the pull smoothed.
 
     Args:
         signal: checked.
@@ -84,14 +89,32 @@ def cold_start(signal: Signal, graph: Graph, penalty: Any, order: int, base: Set
     # Of size 1, so that no square overflows: both sides of the comparison are norms.
     size = np.abs(pull).max() or 1.0
     pull = pull / size
-    if float(penalty.value(base.full.split.mv(base.laid_out(pull)))) < size * np.sum(pull**2):
-        return plain
+    degrees = base.laid_out(np.broadcast_to(_degrees(graph).reshape(-1, *(1 for _ in means.shape[1:])), means.shape))
+    of_pull = z = base.laid_out(pull)
+    for steps in SMOOTHINGS:
+        z = _smoothed(base.full.split, degrees, z, steps)
+        if bool(penalty.value(base.full.split.mv(z)) < size * jnp.vdot(of_pull, z)):
+            return plain
     found = null_space_dual(graph, pull.reshape(graph.num_nodes, -1), order)
     if found is None:
         return plain
     z = base.laid_out(size * found[0].reshape(means.shape))
     dual = base.full.split.outer.base.difference(z) if found[1] else z
     return Start(base.laid_out(means - base.shift), penalty.project_dual(dual))
+
+
+def _degrees(graph: Graph) -> np.ndarray:
+    """The sum of the weights of the edges at every node, `[n]`; 1 where there are none."""
+    level = None if graph.weights is None else np.repeat(graph.weights, 2)
+    degrees = np.bincount(graph.edges.reshape(-1), level, graph.num_nodes)
+    return np.where(degrees > 0, degrees, 1)
+
+
+@partial(jax.jit, static_argnames="steps")
+def _smoothed(split: Split, degrees: jax.Array, z: jax.Array, steps: int) -> jax.Array:
+    """What so many steps of a lazy random walk leave of z."""
+    laplacian = split.outer.base.laplacian
+    return jax.lax.fori_loop(0, steps, lambda _, last: last - laplacian(last) / (2 * degrees), z)
 
 
 @jax.jit

@@ -24,7 +24,8 @@ from sparseopt.core.solvers.admm import Admm, Start, standard_split
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_order, checked_penalty
-from sparseopt.trend.methods import ACCELERATION, SPLITTING_METHODS, Prepared
+from sparseopt.trend.methods import ACCELERATION, Prepared
+from sparseopt.trend.options import SPLITTING_METHODS, Options
 from sparseopt.trend.preparation import (
     FIRST_RHO,
     Finished,
@@ -79,18 +80,7 @@ def sum_method(terms: Terms, graph: Graph, weighted: bool) -> str:
     return "admm" if graph.shape is not None and not weighted and max(terms) >= 1 else "doge"
 
 
-def fit_sum(
-    signal: Signal,
-    graph: Graph,
-    terms: Terms,
-    method: str,
-    warm_start: Solution | None,
-    rho: float | None,
-    options: dict[str, Any],
-    tol: float,
-    max_steps: int,
-    history: bool,
-) -> Solution:
+def fit_sum(signal: Signal, graph: Graph, terms: Terms, options: Options) -> Solution:
     """The fit of a checked signal; call it where the signal's precision is enabled. Arguments as in `trend_filter`.
 
     Where a norm penalises b itself (order -1), entries that the dual says are 0 are exactly 0 in the answer, if that
@@ -104,6 +94,7 @@ def fit_sum(
             "the graph has no edges, so only a penalty on the values themselves acts: apply its prox, as in "
             "L1(0.5).prox(y, 1.0)"
         )
+    method, rho, warm_start = options.method, options.rho, options.warm_start
     if method not in SPLITTING_METHODS:
         raise ValueError(
             f"method={method!r} solves single orders; with several penalties use {', '.join(SPLITTING_METHODS)}"
@@ -119,8 +110,7 @@ def fit_sum(
     solver = Admm(
         ready.node_solve,
         jnp.asarray(FIRST_RHO * weight / noise if rho is None else rho, kind),
-        relaxation=jnp.asarray(options["relaxation"], kind),
-        cadence=options["cadence"],
+        **options.solver_settings(method, kind),
         acceleration=ACCELERATION,
     )
     centre = base.centred.center
@@ -128,8 +118,9 @@ def fit_sum(
     if warm_start is not None:
         x = base.laid_out(np.asarray(warm_start.value).reshape(signal.values.shape) - base.shift)
         start = warm_start_of(x, warm_start, ready, rho)
-    problem, level = Problem(base.centred, penalty, ready.split), jnp.asarray(tol, kind)
-    found = solve(problem, solver, start, tol=level, max_steps=max_steps, history=history)
+    problem, level = Problem(base.centred, penalty, ready.split), jnp.asarray(options.tol, kind)
+    limit = options.limit(solver.cadence)
+    found = solve(problem, solver, start, tol=level, max_steps=limit, history=options.history)
     problem = Problem(base.loss, penalty, ready.split)
     fit = finished(problem, found, jnp.asarray(base.shift, kind), base.laid_out(base.means), level)
     if anchored and isinstance(penalty, Norm):

@@ -44,8 +44,6 @@ BALANCE = 3.0
 FIRST_CHANGE = 10
 MOVING = 40
 LARGEST_FACTOR = 4.0
-# A gap within this multiple of its estimated rounding error may be the last that the precision allows.
-ROUNDING_MARGIN = 30.0
 # Without convexity rho first finds its scale, then grows gently: a falling rho lets the iterates wander between
 # local minima, a leap freezes them in a poor one.
 GENTLE_FACTOR = 1.5
@@ -77,7 +75,7 @@ class Check(NamedTuple):
     best: Any  # the best residual so far
     waited: Any  # steps since it was found
     floor: Any  # the estimated rounding error of the residual
-    motion: Any  # the rho that the last step asks for
+    motion: Any  # the rho that the last step asks for, found where rho may change or has come to rest
 
 
 @pytree
@@ -94,6 +92,7 @@ class AdmmState:
     count: Any
     next_change: Any
     check: Any
+    unit_noise: Any  # what a signal known to rounding of 1 costs a norm; None for other penalties
     past: Any  # the `Memory` of the acceleration, or None
 
 
@@ -150,6 +149,9 @@ class Admm:
         cadence: steps between two checks; a check costs one product with the operator and one with its transpose.
         changes: how often rho may change; 0 keeps it.
         patience: steps without a residual lower by a tenth, near the rounding level, that end the solve.
+        margin: a residual within this multiple of its estimated rounding error is near it: it may be the last that the
+            precision allows.
+        enough: a residual within this multiple of the rounding level ends it at once.
         acceleration: how many differences of checked steps Anderson acceleration remembers; 0 for none.
     """
 
@@ -159,19 +161,26 @@ class Admm:
     cadence: int = static(default=5)
     changes: int = static(default=9)
     patience: int = static(default=100)
+    margin: float = static(default=30.0)
+    enough: float = static(default=0.0)
     acceleration: int = static(default=0)
 
     def _accelerates(self, problem: Problem) -> bool:
         return self.acceleration > 0 and isinstance(problem.penalty, Norm) and problem.operator.outer.order == 0
 
-    def init(self, problem: Problem, x0: Start) -> AdmmState:
-        """D = 0, g = the start's dual."""
+    def init(self, problem: Problem, x0: Start | AdmmState) -> AdmmState:
+        """D = 0, g = the start's dual; or a state of another precision, cast to this one, from which to go on."""
+        if isinstance(x0, AdmmState):
+            return self._judged(problem, x0)
         dtype = x0.x.dtype
         split = problem.operator
         far = jnp.full((), jnp.inf, dtype)
         z = x0.x if split.inner.order == 0 else split.inner.mv(x0.x)
         rho = jnp.asarray(self.rho if x0.rho is None else x0.rho, dtype)
         next_change = jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32)
+        noise = None
+        if isinstance(problem.penalty, Norm):
+            noise = problem.penalty.value(jnp.broadcast_to(split.row_scale, x0.dual.shape).astype(dtype))
         state = AdmmState(
             x=x0.x,
             inner=None if split.inner.order == 0 else z,
@@ -183,10 +192,17 @@ class Admm:
             count=jnp.zeros((), jnp.int32),
             next_change=next_change if x0.settled is None else jnp.where(x0.settled, -1, next_change),
             check=Check(far, 0 * far, far, far, jnp.zeros((), jnp.int32), 0 * far, rho),
+            unit_noise=noise,
             past=empty_memory(z, x0.x, self.acceleration) if self._accelerates(problem) else None,
         )
+        return self._judged(problem, state)
+
+    def _judged(self, problem: Problem, state: AdmmState) -> AdmmState:
+        """The state with a check, as if it were the first."""
         residual, objective, gap, floor = self._certify(problem, state)
-        return dataclasses.replace(state, check=Check(residual, objective, gap, far, state.count, floor, rho))
+        never, motion = jnp.full_like(residual, jnp.inf), state.check.motion
+        check = Check(residual, objective, gap, never, jnp.zeros((), jnp.int32), floor, motion)
+        return dataclasses.replace(state, check=check)
 
     @property
     def stride(self) -> int:
@@ -243,8 +259,10 @@ class Admm:
         better = residual < 0.9 * state.check.best
         best = jnp.where(better, residual, state.check.best)
         waited = jnp.where(better, 0, state.check.waited + self.cadence)
-        due = (state.next_change >= 0) & (state.count >= state.next_change)
-        wanted, motion = self._wanted(problem, state, before)
+        settled = state.next_change < 0
+        due = ~settled & (state.count >= state.next_change)
+        unchanged = jnp.ones_like(state.rho), state.check.motion
+        wanted, motion = jax.lax.cond(due | settled, lambda: self._wanted(problem, state, before), lambda: unchanged)
         factor = jnp.where(due, wanted, 1)
         last = FIRST_CHANGE * 2 ** max(self.changes - 1, 0)
         following = jnp.where(state.next_change < last, 2 * state.next_change, -1)
@@ -260,7 +278,8 @@ class Admm:
         """Residual, objective, gap, and the rounding error to expect in the residual."""
         loss, penalty = problem.loss, problem.penalty
         x, g = state.x, state.candidate
-        rows, pulled = problem.operator.mv(x), problem.operator.rmv(g)
+        # What several sums read is formed once: XLA would repeat a product in each of them.
+        rows, pulled = jax.lax.optimization_barrier((problem.operator.mv(x), problem.operator.rmv(g)))
         tiny, eps = jnp.finfo(x.dtype).tiny, jnp.finfo(x.dtype).eps
         if isinstance(penalty, Norm):
             objective = loss.value(x) + penalty.value(rows)
@@ -268,8 +287,8 @@ class Admm:
             slack = loss.slack(x, pulled) + total(penalty.slack(rows, g))
             gap = jnp.where(slack < objective, slack / jnp.maximum(objective - slack, tiny), jnp.inf)
             # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
-            noise = problem.operator.row_scale * jnp.sqrt(total(x * x) / x.size)
-            return gap, objective, gap, eps * (1 + penalty.value(jnp.broadcast_to(noise, rows.shape)) / scale)
+            noise = state.unit_noise * jnp.sqrt(total(x * x) / x.size)
+            return gap, objective, gap, eps * (1 + noise / scale)
 
         def relative(a: Array, *others: Array) -> Array:
             scale = jnp.maximum(jnp.max(jnp.stack([total(b * b) for b in others])), tiny)
@@ -306,13 +325,13 @@ class Admm:
         del problem
         check = state.check
         fresh = state.count % self.cadence == 0
-        near = check.best <= ROUNDING_MARGIN * check.floor
+        waited = (check.best <= self.margin * check.floor) & (check.waited >= self.patience)
         return Measure(
             residual=jnp.where(fresh, check.residual, jnp.inf),
             objective=check.objective,
             gap=jnp.where(fresh, check.gap, jnp.nan),
             extra={"rho": state.rho},
-            stalled=fresh & near & (check.waited >= self.patience),
+            stalled=fresh & (waited | (check.best <= self.enough * check.floor)),
         )
 
     def extract(self, problem: Problem, state: AdmmState) -> Float[Array, "..."]:

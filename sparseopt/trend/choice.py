@@ -1,0 +1,110 @@
+"""Floor 5: what "auto" takes: the method that is to be expected to be the quickest. The numbers are measured ones."""
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
+
+from sparseopt.core.penalties import L1, Norm
+from sparseopt.trend.graph import Graph
+from sparseopt.trend.interior import is_available
+
+# Above these ratios of weight to noise, at orders 0 and 1, an exact x-step needs so many steps fewer that it wins in
+# time too.
+STRONG_SMOOTHING = (20.0, 2.0)
+# A graph is narrow if no layer of a breadth-first search has more than this multiple of sqrt(nodes). Planar graphs
+# have layers of one or two, random graphs of sqrt(nodes) / 3.
+WIDEST_LAYER = 8.0
+# Factors of larger ones are slow, and large.
+MOST_NODES = 1_000_000
+
+
+def choose_method(
+    graph: Graph,
+    penalty: Any,
+    order: int,
+    weighted: bool,
+    strength: float,
+    tol: float,
+    dtype: Any = np.float64,
+    cold: bool = True,
+) -> str:
+    """The method for one fit of the square loss.
+
+    Args:
+        graph: the graph.
+        penalty: the penalty.
+        order: k.
+        weighted: whether there are node weights or missing values.
+        strength: the penalty's weight over the noise of the signal.
+        tol: of the duality gap.
+        dtype: of the computation.
+        cold: whether a method will do that starts cold and keeps no history.
+    """
+    method = _splitting(graph, penalty, order, weighted, strength, dtype)
+    return "interior" if cold and _interior_wins(graph, penalty, order, method, strength, tol) else method
+
+
+def choose_path_method(
+    graph: Graph, penalty: Any, order: int, weighted: bool, strength: float, tol: float, dtype: Any
+) -> str:
+    """The method for the levels of a path, from its first one down; arguments as in `choose_method`."""
+    method = _splitting(graph, penalty, order, weighted, strength, dtype)
+    cosines = graph.shape is not None and not weighted
+    if method == "doge" and (order >= 1 or cosines) and isinstance(penalty, Norm):
+        # A path spends its steps where smoothing is strong: there the conditioning decides.
+        method = "admm"
+    # Levels of order 0 are quick by a warm start.
+    return "interior" if _interior_wins(graph, penalty, order, method, 0.0, tol) else method
+
+
+def _splitting(graph: Graph, penalty: Any, order: int, weighted: bool, strength: float, dtype: Any) -> str:
+    """The quickest of the splitting methods.
+
+    A step of Doge costs two sparse products, and at orders 0 and 1 few are needed: it is the fastest in time on
+    general graphs, and on grids unless smoothing is strong. There, and from order 2, conditioning decides: an exact
+    x-step pays where it is cheap, by cosines on grids without node weights. On chains there is the exact fused lasso
+    as well: at order 0 it is the fit, at others it saves steps. In float32 it loses its accuracy over long chains.
+    """
+    if graph.shape is None or weighted:
+        return "doge"
+    # Without convexity the standard ADMM was seen to cycle at order 0 where Doge comes to rest.
+    strong = order >= 2 or (strength > STRONG_SMOOTHING[order] and (order == 1 or isinstance(penalty, Norm)))
+    one_weight = isinstance(penalty, L1) and np.ndim(penalty.weight) == 0
+    chain = len(graph.shape) == 1 and one_weight and dtype == np.float64
+    if chain and (order == 0 or strong):
+        return "fast_admm"
+    return "admm" if strong else "doge"
+
+
+def _interior_wins(graph: Graph, penalty: Any, order: int, chosen: str, strength: float, tol: float) -> bool:
+    """Whether the interior point method is to be expected to beat the method chosen among the others.
+
+    At order 0 Doge-ADMM gets there in few steps unless smoothing is strong. On chains, where all are quick, strong
+    smoothing decides.
+    """
+    if not (isinstance(penalty, L1) and is_available()):
+        return False
+    if graph.shape is not None:
+        return len(graph.shape) == 1 and order >= 1 and chosen != "doge"
+    return (order >= 1 or strength > STRONG_SMOOTHING[0]) and graph.num_nodes <= MOST_NODES and is_narrow(graph)
+
+
+def is_narrow(graph: Graph) -> bool:
+    """Whether factors on the graph stay sparse, told from the layers of a breadth-first search."""
+
+    def build() -> bool:
+        ones = np.ones(graph.num_edges, np.int8)
+        adjacency = sparse.csr_array((ones, graph.edges.T), shape=(graph.num_nodes,) * 2)
+        # The largest component, searched from an end of it.
+        inside = np.flatnonzero(graph.components == np.argmax(np.bincount(graph.components)))
+        start = inside[0]
+        for _ in range(2):
+            distance = csgraph.dijkstra(adjacency, directed=False, indices=start, unweighted=True)[inside]
+            start = inside[np.argmax(distance)]
+        widest = np.bincount(distance.astype(np.int64)).max()
+        return bool(widest <= WIDEST_LAYER * np.sqrt(graph.num_nodes))
+
+    # A planar graph has at most three edges a node.
+    return graph.num_edges <= 3 * graph.num_nodes and graph.cached("narrow", build)
