@@ -10,9 +10,10 @@ from sparseopt.core.penalties import L1, Norm
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.interior import is_available
 
-# Above these ratios of weight to noise, at orders 0 and 1, an exact x-step needs so many steps fewer that it wins in
-# time too.
-STRONG_SMOOTHING = (20.0, 2.0)
+# Above this ratio of weight to noise, at order 1, an exact x-step needs so many steps fewer that it wins in time too.
+STRONG_SMOOTHING = 10.0
+# Above this one, at order 0, the interior point method beats Doge-ADMM on narrow graphs.
+STRONGEST_SMOOTHING = 20.0
 # A graph is narrow if no layer of a breadth-first search has more than this multiple of sqrt(nodes). Planar graphs
 # have layers of one or two, random graphs of sqrt(nodes) / 3.
 WIDEST_LAYER = 8.0
@@ -51,8 +52,7 @@ def choose_path_method(
 ) -> str:
     """The method for the levels of a path, from its first one down; arguments as in `choose_method`."""
     method = _splitting(graph, penalty, order, weighted, strength, dtype)
-    cosines = graph.shape is not None and not weighted
-    if method == "doge" and (order >= 1 or cosines) and isinstance(penalty, Norm):
+    if method == "doge" and order >= 1 and isinstance(penalty, Norm):
         # A path spends its steps where smoothing is strong: there the conditioning decides.
         method = "admm"
     # Levels of order 0 are quick by a warm start.
@@ -62,15 +62,15 @@ def choose_path_method(
 def _splitting(graph: Graph, penalty: Any, order: int, weighted: bool, strength: float, dtype: Any) -> str:
     """The quickest of the splitting methods.
 
-    A step of Doge costs two sparse products, and at orders 0 and 1 few are needed: it is the fastest in time on
-    general graphs, and on grids unless smoothing is strong. There, and from order 2, conditioning decides: an exact
-    x-step pays where it is cheap, by cosines on grids without node weights. On chains there is the exact fused lasso
-    as well: at order 0 it is the fit, at others it saves steps. In float32 it loses its accuracy over long chains.
+    A step of Doge costs two sparse products, a tenth and less of a cosine transform. At order 0 it is the fastest on
+    every graph but a chain, at order 1 unless smoothing is strong. There, and from order 2, conditioning decides: an
+    exact x-step pays where it is cheap, by cosines on grids without node weights. On chains there is the exact fused
+    lasso as well: at order 0 it is the fit, at others it saves steps. In float32 it loses its accuracy over long
+    chains.
     """
     if graph.shape is None or weighted:
         return "doge"
-    # Without convexity the standard ADMM was seen to cycle at order 0 where Doge comes to rest.
-    strong = order >= 2 or (strength > STRONG_SMOOTHING[order] and (order == 1 or isinstance(penalty, Norm)))
+    strong = order >= 2 or (order == 1 and strength > STRONG_SMOOTHING)
     one_weight = isinstance(penalty, L1) and np.ndim(penalty.weight) == 0
     chain = len(graph.shape) == 1 and one_weight and dtype == np.float64
     if chain and (order == 0 or strong):
@@ -88,7 +88,7 @@ def _interior_wins(graph: Graph, penalty: Any, order: int, chosen: str, strength
         return False
     if graph.shape is not None:
         return len(graph.shape) == 1 and order >= 1 and chosen != "doge"
-    return (order >= 1 or strength > STRONG_SMOOTHING[0]) and graph.num_nodes <= MOST_NODES and is_narrow(graph)
+    return (order >= 1 or strength > STRONGEST_SMOOTHING) and graph.num_nodes <= MOST_NODES and is_narrow(graph)
 
 
 def is_narrow(graph: Graph) -> bool:

@@ -40,22 +40,24 @@ def cosine_matrix(n: int) -> np.ndarray:
 class Cosine:
     """W = I and C constant on a grid: `ΔᵀΔ`, a sum of powers of L, is diagonal under the DCT-II.
 
-    The transform is a product with a cosine matrix along each axis, which beats the FFT on a CPU up to a
-    thousand points an axis; longer axes go through the FFT.
+    The transform is a product with cosine matrices along each axis, which beats the FFT on a CPU up to a thousand
+    points an axis; longer axes go through the FFT. Cosines are even or odd about the middle of an axis: the products
+    are with the halves of both kinds, which halves the work, and the spectrum has the even ones first.
     """
 
-    matrices: tuple[Any, ...]  # [n, n] for each axis, or None for the FFT
-    eigenvalues: Any  # of L, [*shape]
+    matrices: tuple[
+        Any, ...
+    ]  # of each axis, even [ceil(n / 2)]² and odd [n // 2]²; None for the FFT
+    eigenvalues: Any  # of L, [*shape], in the order of the spectrum
     powers: tuple[int, ...] = static()
 
     def _transform(self, x: FloatArray, inverse: bool) -> FloatArray:
-        for axis, matrix in enumerate(self.matrices):
-            if matrix is None:
+        for axis, halves in enumerate(self.matrices):
+            if halves is None:
                 change = jax.scipy.fft.idct if inverse else jax.scipy.fft.dct
                 x = change(x, axis=axis, norm="ortho")
             else:
-                contracted = jnp.tensordot(matrix, x, axes=((0 if inverse else 1,), (axis,)), precision=HIGHEST)
-                x = jnp.moveaxis(contracted, 0, axis)
+                x = (_unfolded if inverse else _folded)(halves, x, axis)
         return x
 
     def solve(self, loss: NodeSquares, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
@@ -66,17 +68,42 @@ class Cosine:
         return self._transform(self._transform(right, inverse=False) / spectrum, inverse=True)
 
 
+def _product(matrix: Any, x: FloatArray, axis: int) -> FloatArray:
+    return jnp.moveaxis(jnp.tensordot(matrix, x, axes=((1,), (axis,)), precision=HIGHEST), 0, axis)
+
+
+def _folded(halves: tuple[Any, Any], x: FloatArray, axis: int) -> FloatArray:
+    """The coefficients along an axis, the even ones first."""
+    half = x.shape[axis] // 2
+    first, middle = (jax.lax.slice_in_dim(x, *ends, axis=axis) for ends in ((0, half), (half, x.shape[axis] - half)))
+    last = jnp.flip(jax.lax.slice_in_dim(x, x.shape[axis] - half, None, axis=axis), axis)
+    even = jnp.concatenate([first + last, middle], axis)
+    return jnp.concatenate([_product(halves[0], even, axis), _product(halves[1], first - last, axis)], axis)
+
+
+def _unfolded(halves: tuple[Any, Any], spectrum: FloatArray, axis: int) -> FloatArray:
+    """The inverse, which is the transpose."""
+    half = spectrum.shape[axis] // 2
+    even, odd = jnp.split(spectrum, [spectrum.shape[axis] - half], axis)
+    even, odd = _product(halves[0].T, even, axis), _product(halves[1].T, odd, axis)
+    even, middle = jnp.split(even, [half], axis)
+    return jnp.concatenate([even + odd, middle, jnp.flip(even - odd, axis)], axis)
+
+
 LONGEST_MATRIX = 1024
 
 
 def cosine_solve(shape: tuple[int, ...], powers: tuple[int, ...], dtype: Any) -> Cosine:
     """The tables of `Cosine`, on the host in float64, then rounded once."""
-    eigenvalues = np.zeros(shape)
+    eigenvalues, matrices = np.zeros(shape), []
     for axis, n in enumerate(shape):
-        line = 2 - 2 * np.cos(np.pi * np.arange(n) / n)
+        line, halves = 2 - 2 * np.cos(np.pi * np.arange(n) / n), None
+        if n <= LONGEST_MATRIX:
+            whole, line = cosine_matrix(n).astype(dtype), np.concatenate([line[::2], line[1::2]])
+            halves = whole[::2, : n - n // 2], whole[1::2, : n // 2]
         eigenvalues = eigenvalues + line.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    matrices = tuple(cosine_matrix(n).astype(dtype) if n <= LONGEST_MATRIX else None for n in shape)
-    return Cosine(matrices, eigenvalues.astype(dtype), powers)
+        matrices.append(halves)
+    return Cosine(tuple(matrices), eigenvalues.astype(dtype), powers)
 
 
 @pytree
