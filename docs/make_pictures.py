@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from benchmark_tables import read
 from matplotlib.tri import Triangulation
 from PIL import Image
+from records import read
 from scipy.sparse import csr_array
 from scipy.spatial import Delaunay
 

@@ -288,6 +288,32 @@ class Graph:
 
         return self.cached(("sums", order, from_edges), build)
 
+    def renumbered(self) -> tuple["Graph", np.ndarray]:
+        """The graph with neighbours numbered close to each other, which speeds up steps that leave the caches.
+
+        Source: Cuthill and McKee, 1969, reversed.
+
+        Returns:
+            The graph, and `order` `[n]`: its node i is node `order[i]` of this one, so a signal y becomes `y[order]`,
+            and a fit b comes back by `fit[order] = b`.
+
+        Example:
+            >>> ring = so.Graph.from_edges([(0, 3), (3, 1), (1, 2)])
+            >>> path, order = ring.renumbered()
+            >>> order.tolist(), path.edges.tolist()
+            ([2, 1, 3, 0], [[0, 1], [1, 2], [2, 3]])
+        """
+        ones = np.ones(self.num_edges, bool)
+        adjacency = sparse.csr_array((ones, self.edges.T), shape=(self.num_nodes,) * 2)
+        order = csgraph.reverse_cuthill_mckee(sparse.csr_array(adjacency + adjacency.T), symmetric_mode=True)
+        place = np.empty(self.num_nodes, np.int64)
+        place[order] = np.arange(self.num_nodes)
+        ends = np.sort(place[self.edges], axis=1)
+        rows = np.lexsort((ends[:, 1], ends[:, 0]))
+        weights = None if self.weights is None else self.weights[rows]
+        names = None if self.nodes is None else [self.nodes[i] for i in order]
+        return Graph.from_edges(ends[rows], self.num_nodes, weights, nodes=names), order
+
     def groups(self, block: int, from_edges: bool = False) -> np.ndarray:
         """The group of every row of `matrix(block, from_edges)`: rows of a group share no column.
 

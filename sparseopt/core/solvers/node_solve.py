@@ -45,9 +45,7 @@ class Cosine:
     are with the halves of both kinds, which halves the work, and the spectrum has the even ones first.
     """
 
-    matrices: tuple[
-        Any, ...
-    ]  # of each axis, even [ceil(n / 2)]² and odd [n // 2]²; None for the FFT
+    matrices: tuple[Any, ...]  # of each axis, even [ceil(n / 2)]² and odd [n // 2]²; None for the FFT
     eigenvalues: Any  # of L, [*shape], in the order of the spectrum
     powers: tuple[int, ...] = static()
 

@@ -1,0 +1,168 @@
+"""Tables of the pruner's records; each function takes the records of its file."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from records import Column, Record, field, machine, missing, named, table
+
+PRUNE = "make bench-prune DATA=folder"
+QUALITY = "make bench-quality DATA=folder"
+SETTINGS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
+
+
+def prune_machine(records: list[Record]) -> str:
+    """Versions and machine of the pruning records."""
+    return machine(records[0]) if records else missing(PRUNE)
+
+
+def prune_models(records: list[Record]) -> str:
+    """Whole models: one row a run."""
+    runs: dict[str, Record] = {}
+    for record in records:
+        figure, _, run = record["figure"].partition(", ")
+        if run.endswith("whole model at 50 %"):
+            method, _, preset = run.partition(",")[0].partition(" ")
+            # Only mAIHT has presets.
+            label = f"mAIHT {preset}" if method == "maiht" else method
+            runs.setdefault(run, {"run": label})[figure] = record
+    dense = named(records, "dense perplexity")
+    if not runs:
+        return missing(PRUNE)
+    rows = [{"run": "dense", "perplexity": dense[0]}] if dense else []
+    columns: list[Column] = [
+        ("run", field("run")),
+        ("perplexity", lambda r: f"{r['perplexity']['value']:.2f}"),
+        ("mean layer error", lambda r: _detail(r, "mean_relative_error")),
+        ("held-out error", lambda r: _detail(r, "mean_heldout_error")),
+        ("solver seconds", lambda r: r["solver time"]["value"] if "solver time" in r else None),
+        ("peak memory, GB", lambda r: r["peak memory"]["value"] if "peak memory" in r else None),
+    ]
+    return table([*rows, *runs.values()], columns)
+
+
+def _detail(record: Record, name: str) -> Any:
+    value = record["perplexity"].get(name)
+    return None if value is None else f"{value:.4f}"
+
+
+def prune_layers(records: list[Record]) -> str:
+    """Single layers on the dense model's Grams."""
+    found = [record for record in records if record["figure"].startswith("layer error")]
+    columns: list[Column] = [
+        ("layer", lambda r: r["figure"].rsplit(", ", 1)[-1]),
+        ("preset", lambda r: r["figure"].split(", ")[1]),
+        ("relative error", lambda r: f"{r['value']:.5f}"),
+        ("published procedure", lambda r: f"{r['value'] / r['ratio']:.5f}"),
+        ("held-out error", lambda r: f"{r['heldout_error']:.5f}"),
+        ("steps", field("steps")),
+        ("seconds", field("seconds")),
+    ]
+    return table(found, columns) if found else missing(PRUNE)
+
+
+def quality_machine(records: list[Record]) -> str:
+    """Versions and machine of the quality records."""
+    own = [record for record in records if "source" not in record]
+    return machine(own[0]) if own else missing(QUALITY)
+
+
+def _quality(records: list[Record], start: str) -> dict[tuple[str, str], Record]:
+    """The records whose figure is "START, RUN at SETTING", by run and setting; those of a row that failed left out."""
+    found = {}
+    for record in records:
+        figure, _, setting = record["figure"].rpartition(" at ")
+        if figure.startswith(f"{start}, ") and record["value"] is not None:
+            found[figure.removeprefix(f"{start}, "), setting.partition(",")[0]] = record
+    return found
+
+
+def _runs(found: Iterable[tuple[str, str]]) -> list[Record]:
+    """A row for each run, in the order of the records."""
+    return [{"run": run} for run in dict.fromkeys(run for run, _ in found)]
+
+
+def _at(found: dict[tuple[str, str], Record], setting: str, show: Callable[[Record], Any]) -> Callable[[Record], Any]:
+    """The column of one setting."""
+    return lambda row: show(found[row["run"], setting]) if (row["run"], setting) in found else None
+
+
+def quality_layers(records: list[Record]) -> str:
+    """Geometric means over the layers: on calibration and on held-out tokens, and seconds."""
+    found = _quality(records, "layer error, geometric mean")
+    if not found:
+        return missing(QUALITY)
+    columns: list[Column] = [("method", lambda row: row["run"].partition(",")[0])]
+    for setting, heading in SETTINGS.items():
+        if any(at == setting for _, at in found):
+            columns += [
+                (heading, _at(found, setting, lambda r: f"{r['value']:.5f}")),
+                ("held-out", _at(found, setting, lambda r: f"{r['heldout_error']:.5f}")),
+                ("seconds", _at(found, setting, field("solver_seconds"))),
+            ]
+    return table(_runs(found), columns)
+
+
+def quality_each_layer(records: list[Record]) -> str:
+    """The layers one by one where they have targets of their own: ALPS at 70 %, the rivals at 2:4."""
+    by_layer: dict[str, dict[tuple[str, str], Record]] = {}
+    for (run, setting), record in _quality(records, "layer error").items():
+        method, _, layer = run.partition(", ")
+        if method != "geometric mean":
+            by_layer.setdefault(layer, {})[method, setting] = record
+
+    def error(method: str, setting: str) -> Callable[[Record], Any]:
+        def show(row: Record) -> Any:
+            record = by_layer[row["layer"]].get((method, setting))
+            return record and f"{record['value']:.5f}"
+
+        return show
+
+    def published(row: Record) -> Any:
+        record = by_layer[row["layer"]].get(("best", "0.7"))
+        aim, _, value = record["target"].rpartition(", ") if record else ("", "", "")
+        return value if aim.endswith("ALPS") else None
+
+    columns: list[Column] = [
+        ("layer", field("layer")),
+        ("best, 70 %", error("best", "0.7")),
+        ("ALPS, 70 %", published),
+        *((f"{method}, 2:4", error(method, "2:4")) for method in ("best", "admm", "sparsegpt")),
+    ]
+    return table([{"layer": layer} for layer in by_layer], columns) if by_layer else missing(QUALITY)
+
+
+def quality_models(records: list[Record]) -> str:
+    """Perplexity of the whole model by method, published codes below; solver seconds at 50 %."""
+    found, seconds = _quality(records, "perplexity, models"), _quality(records, "solver time, models")
+    if not found:
+        return missing(QUALITY)
+
+    def name(row: Record) -> str:
+        published = any(record.get("source") for (run, _), record in found.items() if run == row["run"])
+        return f"{row['run']} †" if published else row["run"]
+
+    columns: list[Column] = [("method", name)]
+    columns += [(head, _at(found, key, lambda r: f"{r['value']:.2f}")) for key, head in SETTINGS.items()]
+    columns += [("solver seconds at 50 %", _at(seconds, "0.5", field("value")))]
+    rows = _runs(found)
+    return table(sorted(rows, key=lambda row: name(row).endswith("†")), columns)
+
+
+def quality_ablation(records: list[Record]) -> str:
+    """Changes to the recipe of `best`: perplexity, and the seconds that each costs beyond it."""
+    found = _quality(records, "perplexity, ablation")
+    if not found:
+        return missing(QUALITY)
+
+    def more(record: Record) -> Any:
+        extra = record.get("extra")
+        return f"{sum(extra.values()):+.0f}" if extra and record["difference_to_best"] else None
+
+    columns: list[Column] = [("recipe", field("run"))]
+    for setting, heading in SETTINGS.items():
+        if any(at == setting for _, at in found):
+            columns += [
+                (heading, _at(found, setting, lambda r: f"{r['value']:.2f}")),
+                ("seconds more", _at(found, setting, more)),
+            ]
+    return table(_runs(found), columns)

@@ -1,0 +1,181 @@
+"""Tables of the trend filter's records; each function takes the records of its file."""
+
+from collections.abc import Callable
+from typing import Any
+
+from records import Column, Record, field, machine, missing, named, number, table
+
+TREND = "make bench-trend TRUTH=folder"
+SIZES = "make bench-trend-sizes"
+SELECTION = "make bench-trend-selection"
+PEERS = "make bench-trend-peers TRUTH=folder REFERENCES=folder"
+
+
+def trend_machine(records: list[Record]) -> str:
+    """Versions and machine of the trend-filter records."""
+    found = named(records, "environment")
+    return machine(found[0]) if found else missing(TREND)
+
+
+def trend_steps(records: list[Record]) -> str:
+    """Steps and seconds to a certified gap on a noisy picture."""
+    found = named(records, "steps and seconds")
+    columns: list[Column] = [
+        ("grid", lambda r: f"{r['side']} x {r['side']}"),
+        ("order", field("order")),
+        ("tolerance", field("tol")),
+        ("method", field("method")),
+        ("steps", field("steps")),
+        ("seconds", field("seconds")),
+        ("gap reached", field("gap")),
+    ]
+    return table(found, columns) if found else missing(TREND)
+
+
+def trend_scaling(records: list[Record]) -> str:
+    """Time and memory a node."""
+    found = named(records, "scaling")
+    columns: list[Column] = [
+        ("grid", lambda r: f"{r['side']:,} x {r['side']:,}"),
+        ("order", field("order")),
+        ("seconds a step", field("step_seconds")),
+        ("nanoseconds a node and step", field("nanoseconds_per_node")),
+        # Between small sizes the growth disappears in what the process holds anyway.
+        ("bytes a node", lambda r: r["bytes_per_node"] if r["side"] >= 1024 else None),
+    ]
+    return table(found, columns) if found else missing(TREND)
+
+
+def trend_truth(records: list[Record]) -> str:
+    """Reported gap against the true suboptimality, orders 0 and 1."""
+    found = named(records, "truth at tol 1e-5")
+    columns: list[Column] = [
+        ("problem", lambda r: r["problem"].partition("_k")[0]),
+        ("nodes", field("nodes")),
+        ("order", field("order")),
+        ("method", field("method")),
+        ("steps", field("steps")),
+        ("seconds", field("seconds")),
+        ("gap reported", field("gap")),
+        ("true suboptimality", field("true_suboptimality")),
+    ]
+    return table(found, columns) if found else missing(TREND)
+
+
+def trend_reach(records: list[Record]) -> str:
+    """What each method reaches at order 2 in a given time."""
+    found = named(records, "reach in time")
+    columns: list[Column] = [
+        ("problem", lambda r: r["problem"].partition("_k")[0]),
+        ("method", lambda r: r["method"] if r["B"] is None else f"{r['method']}, B = {r['B']}"),
+        ("seconds", field("seconds")),
+        ("steps", field("steps")),
+        ("gap reported", field("gap")),
+        ("true suboptimality", field("true_suboptimality")),
+    ]
+    if not found:
+        return missing(TREND)
+    return f"Every method was given about {found[0]['seconds_allowed']:g} seconds.\n\n{table(found, columns)}"
+
+
+def sizes_machine(records: list[Record]) -> str:
+    """Versions and machine of the figures of size."""
+    found = named(records, "environment")
+    return machine(found[0]) if found else missing(SIZES)
+
+
+def sizes_growth(records: list[Record]) -> str:
+    """Seconds and memory from small to large."""
+    columns: list[Column] = [
+        ("graph", field("problem")),
+        ("nodes", field("nodes")),
+        ("edges", field("edges")),
+        ("order", field("order")),
+        ("steps", field("steps")),
+        ("seconds", field("seconds")),
+        ("first call", field("first_call_seconds")),
+        ("time a node, over the smallest", field("growth_per_node")),
+        ("peak memory, GB", lambda r: r["peak_bytes"] / 1e9),
+    ]
+    found = named(records, "size")
+    return table(found, columns) if found else missing(SIZES)
+
+
+def peers_machine(records: list[Record]) -> str:
+    """Versions, machine and cores of the comparison with public solvers; which of them were not there."""
+    found = named(records, "environment")
+    if not found:
+        return missing(PEERS)
+    peers = {record["solver"]: record["version"] for record in named(records, "time to target")}
+    listed = [f"{name} {number}" for name, number in peers.items() if not name.startswith("sparseopt")]
+    absent = {record["solver"]: record["reason"] for record in named(records, "SKIPPED") if record["solver"]}
+    lines = [f"Each solver had {found[0]['cores']} core. Peers: {', '.join(listed) or 'none'}."]
+    lines += [f"Not measured: {name} ({reason})." for name, reason in absent.items() if name not in peers]
+    return f"{machine(found[0])}\n{' '.join(lines)}\n"
+
+
+def peers_times(records: list[Record]) -> str:
+    """Seconds to a true suboptimality: method auto, the fastest of ours, the fastest peer."""
+    found = [record for record in named(records, "ours against the fastest peer") if record["target"] < 1e-3]
+
+    def best(who: str) -> Callable[[Record], Any]:
+        def show(record: Record) -> Any:
+            seconds = record[f"{who}_seconds"]
+            return seconds and f"{number(seconds)} {record[who].removeprefix('sparseopt ')}"
+
+        return show
+
+    columns: list[Column] = [
+        ("problem", field("problem")),
+        ("weight", field("weight")),
+        ("target", field("target")),
+        ("auto", field("auto_seconds")),
+        ("fastest of ours", best("ours")),
+        ("fastest peer", lambda r: best("peer")(r) or r["note"]),
+        ("auto ahead", field("met")),
+    ]
+    return table(found, columns) if found else missing(PEERS)
+
+
+def selection_machine(records: list[Record]) -> str:
+    """Versions and machine of the study of rules for the weight."""
+    return machine(records[0]) if records else missing(SELECTION)
+
+
+def selection_errors(records: list[Record]) -> str:
+    """The mean error at each rule's weight over that at the best weight."""
+    records = named(records, "choice of the weight")
+    rules = list(dict.fromkeys(rule for record in records for rule in record["ratios"]))
+
+    def ratio(rule: str) -> Callable[[Record], Any]:
+        return lambda record: f"{record['ratios'][rule]:.2f}" if rule in record["ratios"] else None
+
+    columns: list[Column] = [
+        ("graph", field("graph")),
+        ("signal", field("signal")),
+        ("order", field("order")),
+        ("error of the oracle", lambda r: f"{r['oracle_error']:.4f}"),
+        ("noise, estimated", lambda r: f"{r['noise_estimate']:.3f}"),
+        *((rule, ratio(rule)) for rule in rules),
+    ]
+    return table(records, columns) if records else missing(SELECTION)
+
+
+def selection_concave(records: list[Record]) -> str:
+    """L1 and concave penalties at their best weights."""
+    found = [
+        {"record": record, "penalty": penalty}
+        for record in named(records, "concave penalty")
+        for penalty in record["errors"]
+    ]
+
+    def of(key: str, digits: int) -> Callable[[Record], str]:
+        return lambda row: f"{row['record'][key][row['penalty']]:.{digits}f}"
+
+    columns: list[Column] = [
+        ("graph", lambda row: row["record"]["graph"]),
+        ("penalty", field("penalty")),
+        ("error", of("errors", 4)),
+        ("slope", of("slopes", 3)),
+    ]
+    return table(found, columns) if found else missing(SELECTION)
