@@ -227,8 +227,8 @@ def reference(problem: TrendProblem, course: Course, kept: Path | None) -> Bound
         bounds.learn(record["objective"], record["lower"])
         return bounds.gap <= SOUGHT
 
-    runs = [("sparseopt admm", [1e-7, SOUGHT]), ("PIQP", [1e-10])]
-    # Factors are cheap on sparse planar graphs, transforms on grids.
+    runs = [("sparseopt auto", [1e-7, SOUGHT]), ("PIQP", [1e-10])]
+    # Factors are cheap on sparse planar graphs.
     for name, rungs in runs if problem.shape is not None else reversed(runs):
         if bounds.gap > SOUGHT and SOLVERS[name].can(problem):
             course.climb(problem, SOLVERS[name], rungs, enough)

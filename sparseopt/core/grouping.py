@@ -75,6 +75,21 @@ def matrix_sums(matrix: sparse.csr_array) -> Sums:
     return Sums(*(np.asarray(m.sum(axis=axis)).reshape(-1) for m, axis in along))
 
 
+def edge_sums(edges: np.ndarray, num_nodes: int, weights: np.ndarray | None, order: int) -> Sums:
+    """The sums of D (order 1) or L (order 2) of a graph without loops and repeated edges, from its degrees alone."""
+    level = np.ones(edges.shape[0]) if weights is None else weights
+
+    def at_nodes(values: np.ndarray) -> np.ndarray:
+        return np.bincount(edges.reshape(-1), np.repeat(values, 2), num_nodes)
+
+    degrees, edges_of = at_nodes(level), np.bincount(edges.reshape(-1), minlength=num_nodes).astype(float)
+    if order == 1:
+        root = np.sqrt(level)
+        return Sums(2 * root, 2 * level, at_nodes(root), degrees, edges_of)
+    squares = degrees**2 + at_nodes(level**2)
+    return Sums(2 * degrees, squares, 2 * degrees, squares, edges_of + (edges_of > 0))
+
+
 def edge_grid(values: np.ndarray, shape: tuple[int, ...], fill: float) -> np.ndarray:
     """Edge values in the order of `grid_edges` as `[dimensions, *shape]`, `fill` where an axis has no edge."""
     full = np.full((len(shape), *shape), fill)

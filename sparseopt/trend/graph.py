@@ -15,6 +15,7 @@ from sparseopt.core.grouping import (
     colour_rows,
     difference_matrix,
     edge_grid,
+    edge_sums,
     grid_edges,
     grid_groups,
     grid_sums,
@@ -284,6 +285,8 @@ class Graph:
         def build() -> Sums:
             if self.shape is not None:
                 return grid_sums(self.shape, order, from_edges)
+            if order in (1, 2) and not from_edges:
+                return edge_sums(self.edges, self.num_nodes, self.weights, order)
             return matrix_sums(self.matrix(order, from_edges))
 
         return self.cached(("sums", order, from_edges), build)

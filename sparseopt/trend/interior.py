@@ -190,7 +190,9 @@ class _Program:
         sizes = [factor.shape[0] for factor in factors] + [last.shape[0]]
         self.before = sum(sizes[:-1])  # variables before the last block
         curved = last @ sparse.diags_array(np.where(self.seen, 1 / self.weights, 0)) @ last.T
-        self.hessian = sparse.csc_matrix(sparse.block_diag([sparse.csc_array((self.before,) * 2), curved]))
+        if self.before:
+            curved = sparse.block_diag([sparse.csc_array((self.before,) * 2), curved])
+        self.hessian = sparse.csc_matrix(curved)
         self.equations = self._equations(sizes)
         self.solver: Any = None
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,13 +11,14 @@ from sparseopt.core.grouping import (
     colour_rows,
     difference_matrix,
     edge_grid,
+    edge_sums,
     grid_edges,
     grid_groups,
     grid_sums,
     group_table,
     matrix_sums,
 )
-from tests.trend.problems import random_graph
+from tests.trend.problems import GRAPHS, random_graph
 
 SHAPES = [(2,), (9,), (16, 9), (1, 7), (5, 12), (4, 5, 6), (9, 8, 7)]
 
@@ -32,6 +35,16 @@ def test_closed_forms_are_disjoint_and_complete(shape, block, from_edges):
 def test_the_numbers_of_groups_are_those_of_the_paper():
     graph = so.Graph.grid((20, 30))
     assert [int(graph.groups(block).max()) + 1 for block in (1, 2, 3)] == [4, 5, 16]
+
+
+@pytest.mark.parametrize("name", ["random", "weighted", "parts"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_sums_from_the_degrees_are_those_of_the_matrix(rng, name, order):
+    graph = GRAPHS[name](rng)
+    quick = edge_sums(graph.edges, graph.num_nodes, graph.weights, order)
+    whole = matrix_sums(graph.matrix(order))
+    for field in dataclasses.fields(quick):
+        np.testing.assert_allclose(getattr(quick, field.name), getattr(whole, field.name), rtol=1e-12)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 4])

@@ -152,3 +152,19 @@ def test_importing_the_package_stays_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_renumbered_graph_has_the_same_fit(rng):
+    n = 60
+    numbers = rng.permutation(n)
+    edges = numbers[np.stack([np.arange(n - 1), np.arange(1, n)], axis=1)]
+    names = [f"node {i}" for i in range(n)]
+    graph = so.Graph.from_edges(edges, n, rng.uniform(0.5, 2.0, n - 1), nodes=names)
+    local, order = graph.renumbered()
+    assert np.ptp(local.edges, axis=1).max() == 1  # a chain again
+    assert local.nodes == tuple(names[i] for i in order)
+    np.testing.assert_allclose(local.matrix(2).toarray(), graph.matrix(2).toarray()[np.ix_(order, order)], rtol=1e-12)
+    y = rng.standard_normal(n)
+    fit = np.empty(n)
+    fit[order] = so.trend_filter(y[order], local, so.L1(0.5), tol=1e-10).value
+    np.testing.assert_allclose(fit, so.trend_filter(y, graph, so.L1(0.5), tol=1e-10).value, atol=1e-4)
