@@ -10,10 +10,9 @@ from sparseopt.core.penalties import L1, Norm
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.interior import is_available
 
-# Above this ratio of weight to noise, at order 1, an exact x-step needs so many steps fewer that it wins in time too.
-STRONG_SMOOTHING = 10.0
-# Above this one, at order 0, the interior point method beats Doge-ADMM on narrow graphs.
-STRONGEST_SMOOTHING = 20.0
+# Above these ratios of weight to noise the interior point method beats Doge-ADMM on narrow graphs: at order 0, and at
+# order 1 per digit that is asked for, since the steps of Doge-ADMM grow with both.
+STRONGEST_SMOOTHING, DIGITS = 20.0, 9.0
 # A graph is narrow if no layer of a breadth-first search has more than this multiple of sqrt(nodes). Planar graphs
 # have layers of one or two, random graphs of sqrt(nodes) / 3.
 WIDEST_LAYER = 8.0
@@ -56,21 +55,21 @@ def choose_path_method(
         # A path spends its steps where smoothing is strong: there the conditioning decides.
         method = "admm"
     # Levels of order 0 are quick by a warm start.
-    return "interior" if _interior_wins(graph, penalty, order, method, 0.0, tol) else method
+    return "interior" if _interior_wins(graph, penalty, order, method, np.inf if order else 0.0, tol) else method
 
 
 def _splitting(graph: Graph, penalty: Any, order: int, weighted: bool, strength: float, dtype: Any) -> str:
     """The quickest of the splitting methods.
 
     A step of Doge costs two sparse products, a tenth and less of a cosine transform. At order 0 it is the fastest on
-    every graph but a chain, at order 1 unless smoothing is strong. There, and from order 2, conditioning decides: an
-    exact x-step pays where it is cheap, by cosines on grids without node weights. On chains there is the exact fused
-    lasso as well: at order 0 it is the fit, at others it saves steps. In float32 it loses its accuracy over long
-    chains.
+    every graph but a chain, at orders 1 and 2 unless smoothing is strong. There, and from order 3, conditioning
+    decides: an exact x-step pays where it is cheap, by cosines on grids without node weights. On chains there is the
+    exact fused lasso as well: at order 0 it is the fit, at others it saves steps. In float32 it loses its accuracy
+    over long chains.
     """
     if graph.shape is None or weighted:
         return "doge"
-    strong = order >= 2 or (order == 1 and strength > STRONG_SMOOTHING)
+    strong = strength > _strong_from(graph.shape, order)
     one_weight = isinstance(penalty, L1) and np.ndim(penalty.weight) == 0
     chain = len(graph.shape) == 1 and one_weight and dtype == np.float64
     if chain and (order == 0 or strong):
@@ -78,17 +77,28 @@ def _splitting(graph: Graph, penalty: Any, order: int, weighted: bool, strength:
     return "admm" if strong else "doge"
 
 
+def _strong_from(shape: tuple[int, ...], order: int) -> float:
+    """The ratio of weight to noise above which an exact x-step saves so many steps that it wins in time too."""
+    if order == 0:
+        return np.inf
+    if order == 1:
+        return 2.0 if len(shape) == 1 else 10.0
+    # On small pictures an exact x-step is cheap; on grids of three axes Doge needs many steps.
+    return 0.5 if order == 2 and len(shape) == 2 and min(shape) >= 128 else 0.0
+
+
 def _interior_wins(graph: Graph, penalty: Any, order: int, chosen: str, strength: float, tol: float) -> bool:
     """Whether the interior point method is to be expected to beat the method chosen among the others.
 
-    At order 0 Doge-ADMM gets there in few steps unless smoothing is strong. On chains, where all are quick, strong
-    smoothing decides.
+    Doge-ADMM gets there in few steps at order 0, and at order 1 where smoothing is weak. On chains, where all are
+    quick, strong smoothing decides.
     """
     if not (isinstance(penalty, L1) and is_available()):
         return False
     if graph.shape is not None:
         return len(graph.shape) == 1 and order >= 1 and chosen != "doge"
-    return (order >= 1 or strength > STRONGEST_SMOOTHING) and graph.num_nodes <= MOST_NODES and is_narrow(graph)
+    limits = (STRONGEST_SMOOTHING, -DIGITS / np.log10(min(tol, 0.1)), 0.0)
+    return strength > limits[min(order, 2)] and graph.num_nodes <= MOST_NODES and is_narrow(graph)
 
 
 def is_narrow(graph: Graph) -> bool:
