@@ -10,9 +10,9 @@ from sparseopt.core.penalties import L1, Norm
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.interior import is_available
 
-# Above these ratios of weight to noise the interior point method beats Doge-ADMM on narrow graphs: at order 0, and at
-# order 1 per digit that is asked for, since the steps of Doge-ADMM grow with both.
-STRONGEST_SMOOTHING, DIGITS = 20.0, 9.0
+# Above these ratios of weight to noise the interior point method beats Doge-ADMM on narrow graphs: at order 0; and at
+# order 1, divided by the square of the digits that are asked for, since the steps of Doge-ADMM grow with both.
+VERY_STRONG, STRONG_PER_DIGIT = 20.0, 40.0
 # A graph is narrow if no layer of a breadth-first search has more than this multiple of sqrt(nodes). Planar graphs
 # have layers of one or two, random graphs of sqrt(nodes) / 3.
 WIDEST_LAYER = 8.0
@@ -81,8 +81,11 @@ def _strong_from(shape: tuple[int, ...], order: int) -> float:
     """The ratio of weight to noise above which an exact x-step saves so many steps that it wins in time too."""
     if order == 0:
         return np.inf
+    chain = len(shape) == 1
     if order == 1:
-        return 2.0 if len(shape) == 1 else 10.0
+        return 2.0 if chain else 10.0
+    if order == 2 and chain:
+        return 1.0
     # On small pictures an exact x-step is cheap; on grids of three axes Doge needs many steps.
     return 0.5 if order == 2 and len(shape) == 2 and min(shape) >= 128 else 0.0
 
@@ -97,7 +100,7 @@ def _interior_wins(graph: Graph, penalty: Any, order: int, chosen: str, strength
         return False
     if graph.shape is not None:
         return len(graph.shape) == 1 and order >= 1 and chosen != "doge"
-    limits = (STRONGEST_SMOOTHING, -DIGITS / np.log10(min(tol, 0.1)), 0.0)
+    limits = (VERY_STRONG, STRONG_PER_DIGIT / np.log10(min(tol, 0.1)) ** 2, 0.0)
     return strength > limits[min(order, 2)] and graph.num_nodes <= MOST_NODES and is_narrow(graph)
 
 
