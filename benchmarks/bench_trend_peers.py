@@ -36,8 +36,8 @@ from trend_problems import TrendProblem
 TARGETS = (1e-3, 1e-4, 1e-6)
 # The gap to which the optimum is sought.
 SOUGHT = 1e-9
-# Every call is made twice, since "auto" may change its method between rungs and compile again; calls that take less than
-# this together once more. The fastest counts.
+# Every call is made twice, since "auto" may change its method between rungs and compile again; calls that take less
+# than this together once more. The fastest counts.
 REPEAT_BELOW, LEAST, REPEATS = 1.0, 2, 3
 # Seconds for imports, layout and compilation on top of a limit.
 STARTING = 60.0
