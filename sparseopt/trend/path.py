@@ -137,8 +137,8 @@ def trend_path(
         num: how many.
         ratio: the last weight over the first.
         tol: of each level, as in `trend_filter`.
-        method: as in `trend_filter`, one for all levels; "auto" prefers an exact x-step, since most steps are spent
-            where smoothing is strong.
+        method: as in `trend_filter`, one for all levels; from order 1 on "auto" prefers an exact x-step, since most
+            steps are spent where smoothing is strong.
         max_steps: step limit of each level.
         node_weights: w >= 0, `[n]`; 0 marks a missing observation.
         missing: "nan" treats NaN as missing; "error" refuses them.
