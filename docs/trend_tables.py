@@ -11,10 +11,14 @@ SELECTION = "make bench-trend-selection"
 PEERS = "make bench-trend-peers TRUTH=folder REFERENCES=folder"
 
 
+def _machine(records: list[Record], command: str) -> str:
+    found = named(records, "environment")
+    return machine(found[0]) if found else missing(command)
+
+
 def trend_machine(records: list[Record]) -> str:
     """Versions and machine of the trend-filter records."""
-    found = named(records, "environment")
-    return machine(found[0]) if found else missing(TREND)
+    return _machine(records, TREND)
 
 
 def trend_steps(records: list[Record]) -> str:
@@ -80,8 +84,7 @@ def trend_reach(records: list[Record]) -> str:
 
 def sizes_machine(records: list[Record]) -> str:
     """Versions and machine of the figures of size."""
-    found = named(records, "environment")
-    return machine(found[0]) if found else missing(SIZES)
+    return _machine(records, SIZES)
 
 
 def sizes_growth(records: list[Record]) -> str:

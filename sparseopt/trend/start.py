@@ -20,7 +20,7 @@ from sparseopt.trend.preparation import SetUp
 
 CG_STEPS = 1000
 # Steps of smoothing, one after the other, after which a signal is tried as a proof that the means are not the fit.
-SMOOTHINGS = (0, 16, 48)
+SMOOTHINGS = (16, 48)
 
 
 def laplacian_inverse(graph: Graph, right: np.ndarray, times: int) -> np.ndarray | None:
@@ -89,11 +89,19 @@ def cold_start(signal: Signal, graph: Graph, penalty: Any, order: int, base: Set
     # Of size 1, so that no square overflows: both sides of the comparison are norms.
     size = np.abs(pull).max() or 1.0
     pull = pull / size
-    degrees = base.laid_out(np.broadcast_to(_degrees(graph).reshape(-1, *(1 for _ in means.shape[1:])), means.shape))
-    of_pull = z = base.laid_out(pull)
+    of_pull = base.laid_out(pull)
+
+    def rules_out(z: jax.Array) -> bool:
+        return bool(penalty.value(base.full.split.mv(z)) < size * jnp.vdot(of_pull, z))
+
+    if rules_out(of_pull):
+        return plain
+    at_nodes = graph.sums(1).column_squares.reshape(-1, *(1 for _ in means.shape[1:]))
+    degrees = base.laid_out(np.broadcast_to(np.where(at_nodes > 0, at_nodes, 1), means.shape))
+    z = of_pull
     for steps in SMOOTHINGS:
         z = _smoothed(base.full.split, degrees, z, steps)
-        if bool(penalty.value(base.full.split.mv(z)) < size * jnp.vdot(of_pull, z)):
+        if rules_out(z):
             return plain
     found = null_space_dual(graph, pull.reshape(graph.num_nodes, -1), order)
     if found is None:
@@ -101,13 +109,6 @@ def cold_start(signal: Signal, graph: Graph, penalty: Any, order: int, base: Set
     z = base.laid_out(size * found[0].reshape(means.shape))
     dual = base.full.split.outer.base.difference(z) if found[1] else z
     return Start(base.laid_out(means - base.shift), penalty.project_dual(dual))
-
-
-def _degrees(graph: Graph) -> np.ndarray:
-    """The sum of the weights of the edges at every node, `[n]`; 1 where there are none."""
-    level = None if graph.weights is None else np.repeat(graph.weights, 2)
-    degrees = np.bincount(graph.edges.reshape(-1), level, graph.num_nodes)
-    return np.where(degrees > 0, degrees, 1)
 
 
 @partial(jax.jit, static_argnames="steps")
