@@ -154,7 +154,7 @@ def trend_path(
     Example:
         >>> from sparseopt.trend.path import trend_path
         >>> y = np.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0])
-        >>> path = trend_path(y, so.Graph.chain(6), num=4, ratio=1e-2).check()
+        >>> path = trend_path(y, so.Graph.chain(6), num=4, ratio=1e-2, tol=1e-10).check()
         >>> path.weights.round(3).tolist()
         [7.5, 1.616, 0.348, 0.075]
         >>> path.degrees_of_freedom.tolist()
