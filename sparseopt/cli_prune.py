@@ -7,11 +7,14 @@ from typing import Annotated, Any, cast
 
 import typer
 
+SOURCE_HELP = (
+    "Model folder (safetensors), GGUF file, or name on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION."
+)
 TEXT_HELP = "pydoc, wikitext2:PATH, file:PATH or hf:NAME"
 
 
 def prune(
-    source: Annotated[str, typer.Argument(help="Hugging Face model folder (safetensors) or GGUF file.")],
+    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     output: Annotated[
         Path,
         typer.Option(help="Folder to write, new or empty; several sparsities get a folder in it each."),
@@ -54,9 +57,14 @@ def prune(
     heldout_samples: Annotated[int, typer.Option(help="Windows for the held-out error; 0 for none.")] = 4,
     seed: Annotated[int, typer.Option(help="0: windows from the text's start; else drawn at random.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the source's.")] = None,
+    pack: Annotated[
+        bool,
+        typer.Option("--pack", help="Store zeros as a bitmask; `sparseopt unpack` makes what transformers loads."),
+    ] = False,
 ) -> None:
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
     from sparseopt import console, console_pruning
+    from sparseopt.models import open_source
     from sparseopt.pruning import Recipe, prune_models
     from sparseopt.pruning.patterns import implied_sparsity
 
@@ -82,6 +90,7 @@ def prune(
         heldout_samples=heldout_samples,
         seed=seed,
         dtype=dtype,
+        pack=pack,
     )
     recipes = [dataclasses.replace(recipe, sparsity=share) for share in shares]
     for each in recipes:
@@ -90,9 +99,11 @@ def prune(
     plans = [(each, output if alone else output / f"{each.sparsity:g}") for each in recipes]
     share = ", ".join(f"{implied if s is None else s:.0%}" for s in shares)
     title = f"{method} {share}" if pattern == "unstructured" else f"{method} {share} {pattern}"
+    # Opened out here: a download shows a bar of its own, and two bars do not go together.
+    opened = open_source(source)
     try:
         with console_pruning.PruneProgress(title) as progress:
-            reports = prune_models(source, plans, observer=progress)
+            reports = prune_models(opened, plans, observer=progress)
     except KeyboardInterrupt:
         shards = sorted(output.rglob("*.safetensors")) if output.is_dir() else []
         console.errors.print(
@@ -123,7 +134,7 @@ def numbers(text: str, option: str) -> list[float]:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model folder or GGUF file.")],
+    model: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     text: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
     windows: Annotated[int, typer.Option(help="Windows from the start of the evaluation text.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from sparseopt.cli_prune import SOURCE_HELP
+
 
 def zero_shot(
-    model: Annotated[str, typer.Argument(help="Model folder or GGUF file.")],
+    model: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks or groups, with commas between.")],
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples a task at most, from the start.")] = None,

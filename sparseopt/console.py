@@ -41,6 +41,19 @@ def waiting(title: str) -> Iterator[Clock]:
     clock.seconds = time.perf_counter() - clock.start
 
 
+def packed_line(dense_bytes: int, stored_bytes: int) -> str:
+    """What packing made of a model's tensors."""
+    ratio = stored_bytes / dense_bytes
+    return f"tensors: {dense_bytes:,} bytes dense, {stored_bytes:,} bytes packed, ratio {ratio:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def counting_bar(place: Console) -> Progress:
     """Bars with what is done of all and the time; nothing where the place is no terminal."""
     return Progress(

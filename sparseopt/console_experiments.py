@@ -5,7 +5,7 @@ from types import TracebackType
 
 from rich.table import Table
 
-from sparseopt.console import comparison_table, console, counting_bar, say
+from sparseopt.console import comparison_table, console, counting_bar, duration, say
 from sparseopt.experiments.report import Section
 from sparseopt.experiments.runs import Outcome, State
 from sparseopt.experiments.sweep import Planned
@@ -84,13 +84,6 @@ def plan_line(planned: Sequence[Planned]) -> str:
     where = {p.folder.parent if p.run.id else p.folder for p in planned}
     place = f", in {where.pop()}" if len(where) == 1 else ""
     return f"{count}{place}, {len(planned) - len(left)} finished; {time} on two cores{more}"
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def section_tables(section: Section, width: int) -> list[Table]:

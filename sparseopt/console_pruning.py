@@ -13,7 +13,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from sparseopt.console import console, say
+from sparseopt.console import console, packed_line, say
 from sparseopt.pruning.reports import BlockRecord, Event, LayerRecord, PruneReport, SurveyStep, mean
 
 
@@ -140,4 +140,6 @@ def run_lines(report: PruneReport) -> list[str]:
         lines.append(f"survey of the dense model {report.survey_seconds:.1f} s")
     if dead:
         lines.append(f"{dead} inputs were zero on all calibration tokens; their weights were pruned first")
+    if report.recipe["pack"]:
+        lines.append(packed_line(report.dense_bytes, report.stored_bytes))
     return lines

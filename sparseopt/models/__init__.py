@@ -1,12 +1,17 @@
 """Decoder-only language models in Flax NNX: read from Hugging Face folders or GGUF files, run, exported."""
 
 from sparseopt.models.bundled import bundled_model
-from sparseopt.models.decoder import Block, Decoder, DecoderConfig, Embedding, Head, Linear, Rope, no_tap
+from sparseopt.models.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.errors import ModelError
+from sparseopt.models.experts import Routed
 from sparseopt.models.export import OUTER_TAG, ShardedWriter, block_tag
 from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.family import Family, KeyTable
 from sparseopt.models.generate import generate
+from sparseopt.models.layers import Linear, no_tap
+from sparseopt.models.repack import pack_folder, unpack_folder
+from sparseopt.models.rope import Rope
+from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig
 from sparseopt.models.source import Source, TensorInfo, open_source
 from sparseopt.models.streaming import StreamedModel, check_keys, load_decoder, open_model
 from sparseopt.models.tokenizer import encode_text, load_tokenizer
@@ -15,15 +20,18 @@ __all__ = [
     "FAMILIES",
     "OUTER_TAG",
     "Block",
+    "BlockKind",
     "Decoder",
     "DecoderConfig",
     "Embedding",
+    "ExpertsConfig",
     "Family",
     "Head",
     "KeyTable",
     "Linear",
     "ModelError",
     "Rope",
+    "Routed",
     "ShardedWriter",
     "Source",
     "StreamedModel",
@@ -39,4 +47,6 @@ __all__ = [
     "no_tap",
     "open_model",
     "open_source",
+    "pack_folder",
+    "unpack_folder",
 ]

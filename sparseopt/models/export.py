@@ -8,14 +8,15 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.families import find_family
+from sparseopt.models.packed import FORMAT, PACKED_INDEX, PACKED_PREFIX, VERSION, pack_tensors
 from sparseopt.models.safetensors_file import WRITABLE, write_tensors
 from sparseopt.models.source import Source
 
@@ -34,34 +35,48 @@ class ShardedWriter:
     Attributes:
         output: the folder.
         shards: names of the finished shard files, in the order of writing.
+        dense_bytes: of all tensors written so far, as they would lie in a dense folder.
+        stored_bytes: of the same tensors as they were stored; fewer only where they were packed.
     """
 
-    def __init__(self, output: str | Path, source: Source, dtype: Any = None) -> None:
+    def __init__(
+        self,
+        output: str | Path,
+        source: Source,
+        dtype: Any = None,
+        pack: bool = False,
+        keys: Collection[str] | None = None,
+    ) -> None:
         """Make the output folder.
 
         Args:
             output: a folder that is empty or does not exist.
             source: the model that the tensors come from; gives names, shapes, dtypes and tokenizer files.
-            dtype: of all tensors written; None keeps each tensor's own (float32 where it was quantised).
+            dtype: of all float tensors written; None keeps each tensor's own (float32 where it was quantised).
+            pack: store tensors with many zeros as in `packed`; the folder is then for sparseopt only, and goes by
+                file names that transformers does not look for.
+            keys: names of the tensors that the folder must get; default: all of the source.
 
         Raises:
             ModelError: if the folder holds something, cannot be made, or its disk has too little space.
         """
         self.output = Path(output).expanduser()
         self.shards: list[str] = []
+        self.dense_bytes = self.stored_bytes = 0
         self._source = source
+        self._pack = pack
         self._dtype = None if dtype is None else np.dtype(dtype)
         if self._dtype is not None and self._dtype not in WRITABLE:
             raise ModelError(f"cannot write dtype {self._dtype}; choose one of {', '.join(map(str, WRITABLE))}")
-        self._family = find_family(source.config)
-        self._expected = self._family.expected_shapes(self._family.read_config(source.config))
+        self._expected = {key: info.shape for key, info in source.tensors.items() if keys is None or key in keys}
         self._places: dict[str, str] = {}
         self._bytes: dict[str, int] = {}
         self._prepare()
 
     def dtype_of(self, key: str) -> np.dtype:
         """The dtype in which a tensor of the model is written."""
-        return self._source.tensors[key].dtype if self._dtype is None else self._dtype
+        own = self._source.tensors[key].dtype
+        return self._dtype if self._dtype is not None and jnp.issubdtype(own, jnp.floating) else own
 
     def write(self, tag: str, tensors: Mapping[str, np.ndarray]) -> str:
         """Write one shard and return its file name; once it has returned, the shard is safe.
@@ -74,12 +89,15 @@ class ShardedWriter:
             ModelError: for a name, shape or value that cannot be written, or when the disk refuses, in which
                 case the text names the shard that failed and those that are safe.
         """
-        name = f"model-{tag}.safetensors"
+        name = f"{PACKED_PREFIX if self._pack else 'model-'}{tag}.safetensors"
         if not re.fullmatch(r"[A-Za-z0-9-]+", tag) or name in self.shards:
             raise ModelError(f"shard tag {tag!r} is taken or not made of letters, digits and hyphens")
         converted = {key: self._convert(key, value) for key, value in tensors.items()}
-        self._put(name, lambda file: write_tensors(file, converted))
+        stored, metadata = pack_tensors(converted) if self._pack else (converted, None)
+        self._put(name, lambda file: write_tensors(file, stored, metadata))
         self.shards.append(name)
+        self.dense_bytes += sum(value.nbytes for value in converted.values())
+        self.stored_bytes += sum(value.nbytes for value in stored.values())
         for key, value in converted.items():
             self._places[key] = name
             self._bytes[value.dtype.name] = self._bytes.get(value.dtype.name, 0) + value.nbytes
@@ -99,12 +117,12 @@ class ShardedWriter:
         config = dict(self._source.config)
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = max(self._bytes, key=self._bytes.__getitem__)
         self._put("config.json", _content_writer(_to_json(config)))
-        index = {
-            "metadata": {"total_size": sum(self._bytes.values())},
-            "weight_map": dict(sorted(self._places.items())),
-        }
+        metadata: dict[str, Any] = {"total_size": self.stored_bytes}
+        if self._pack:
+            metadata |= {"format": FORMAT, "version": VERSION, "dense_size": self.dense_bytes}
+        index = {"metadata": metadata, "weight_map": dict(sorted(self._places.items()))}
         # The index comes last: a folder that has one is complete.
-        self._put("model.safetensors.index.json", _content_writer(_to_json(index)))
+        self._put(PACKED_INDEX if self._pack else "model.safetensors.index.json", _content_writer(_to_json(index)))
 
     def _prepare(self) -> None:
         try:
@@ -118,6 +136,7 @@ class ShardedWriter:
             raise ModelError(
                 f"the output folder {self.output} is not empty (it holds {shown}); choose another or empty it"
             )
+        # Of a packed folder this is an upper bound: how many zeros will come is not known yet.
         needed = sum(math.prod(shape) * self.dtype_of(key).itemsize for key, shape in self._expected.items())
         if needed > free:
             raise ModelError(

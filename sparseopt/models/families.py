@@ -1,17 +1,37 @@
 """Floor 5: the known model families by `model_type`. A new one is one file and one line here."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sparseopt.models.errors import ModelError
 from sparseopt.models.family import Family
+from sparseopt.models.gemma2 import GEMMA2
+from sparseopt.models.gemma3 import GEMMA3
+from sparseopt.models.gpt2 import GPT2
+from sparseopt.models.gpt_neox import GPT_NEOX
 from sparseopt.models.llama import LLAMA
+from sparseopt.models.mistral import MISTRAL
+from sparseopt.models.mixtral import MIXTRAL
+from sparseopt.models.olmo2 import OLMO2
+from sparseopt.models.opt import OPT
+from sparseopt.models.phi3 import PHI3
+from sparseopt.models.qwen2 import QWEN2
+from sparseopt.models.qwen3 import QWEN3
+from sparseopt.models.qwen3_moe import QWEN3_MOE
+from sparseopt.models.smollm3 import SMOLLM3
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GEMMA2, GEMMA3, PHI3, OLMO2),
+        *(OPT, GPT2, GPT_NEOX),
+        *(MIXTRAL, QWEN3_MOE),
+    )
+}
 
 
-def find_family(config: Mapping[str, Any]) -> Family:
-    """The family that a Hugging Face configuration names.
+def find_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Family:
+    """The family that a Hugging Face configuration names, with the names that a checkpoint's tensors have.
 
     Raises:
         ModelError: if its `model_type` is absent or unknown, naming those known.
@@ -19,4 +39,4 @@ def find_family(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise ModelError(f"unknown model_type {model_type!r}; known are {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]
+    return FAMILIES[model_type].fitting(names)

@@ -1,54 +1,112 @@
 """Floor 5: what a model family is: a configuration reader and a reversible table of checkpoint names.
 
-A family is one small file that makes a `Family`; the helpers here read the fields that families share and
-refuse by name what the decoder does not do.
+A family is one small file that makes a `Family`; `read_decoder` here reads the fields that families share.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import jax
 from flax import nnx
 
-from sparseopt.models.decoder import Block, DecoderConfig, Embedding, Head, Rope
+from sparseopt.models.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.errors import ModelError
+from sparseopt.models.experts import unstacked_names
+from sparseopt.models.fields import refuse_unless, require
+from sparseopt.models.layers import ACTIVATION_NAMES
+from sparseopt.models.rope import Rope
+from sparseopt.models.settings import BlockKind, DecoderConfig
 
 Shapes = dict[str, tuple[int, ...]]
+Pairs = tuple[tuple[str, str], ...]
+
+# Checkpoint names of most families.
+OUTER_NAMES: Pairs = (
+    ("model.embed_tokens", "embed_tokens"),
+    ("model.layers", "layers"),
+    ("model.norm", "head.norm"),
+    ("lm_head", "head.lm_head"),
+)
+BLOCK_NAMES: Pairs = (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm"))
+STORED_FREQUENCIES = r".*\.rotary_emb\.inv_freq"
 
 
 @dataclass(frozen=True)
 class KeyTable:
-    """Checkpoint names and module paths, one to one: `model.layers.3.x.weight <-> layers.3.x.weight`.
+    """Checkpoint names and module paths, one to one: `model.layers.3.x.weight <-> layers.3.y.weight`.
 
     Attributes:
-        prefixes: pairs (checkpoint prefix, module prefix), dot at the end of neither.
+        outer: pairs (checkpoint prefix, module prefix), dot at the end of neither.
+        block: the same within a block, `*` for a number; a name without entry is the same on both sides.
+        base: the first part of the names that some checkpoints leave out, with its dot.
         ignored: patterns of checkpoint names that hold no weight, such as stored rotary frequencies.
+        transposed: patterns of module paths whose matrices are stored `[in, out]`.
     """
 
-    prefixes: tuple[tuple[str, str], ...]
-    ignored: tuple[str, ...] = ()
+    outer: Pairs = OUTER_NAMES
+    block: Pairs = BLOCK_NAMES
+    base: str = ""
+    ignored: tuple[str, ...] = (STORED_FREQUENCIES,)
+    transposed: tuple[str, ...] = ()
 
     def to_path(self, key: str) -> str:
         """The module path of a checkpoint name."""
-        return self._swap(key, self.prefixes)
+        path = _swap(key, self.outer)
+        if path is None:
+            raise KeyError(
+                f"no entry of the key table begins {key!r}; it has {', '.join(old for old, _ in self.outer)}"
+            )
+        return self._inner(path, self.block)
 
     def to_key(self, path: str) -> str:
         """The checkpoint name of a module path."""
-        return self._swap(path, tuple((module, checkpoint) for checkpoint, module in self.prefixes))
+        inner = self._inner(path, _reversed(self.block))
+        key = _swap(inner, _reversed(self.outer))
+        if key is None:
+            raise KeyError(
+                f"no entry of the key table begins {path!r}; it has {', '.join(new for _, new in self.outer)}"
+            )
+        return key
 
     def ignores(self, key: str) -> bool:
         """Whether a checkpoint name holds no weight."""
         return any(re.fullmatch(pattern, key) for pattern in self.ignored)
 
+    def transposes(self, path: str) -> bool:
+        """Whether the matrix at a module path is stored `[in, out]`."""
+        return any(re.fullmatch(pattern, path) for pattern in self.transposed)
+
+    def fitting(self, names: Collection[str]) -> "KeyTable":
+        """This table, or the one without `base` if no name of the checkpoint begins with it."""
+        if not self.base or any(name.startswith(self.base) for name in names):
+            return self
+        return replace(self, outer=tuple((old.removeprefix(self.base), new) for old, new in self.outer), base="")
+
     @staticmethod
-    def _swap(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-        for old, new in pairs:
-            if name.startswith(f"{old}."):
-                return new + name[len(old) :]
-        raise KeyError(f"no entry of the key table begins {name!r}; it has {', '.join(old for old, _ in pairs)}")
+    def _inner(path: str, pairs: Pairs) -> str:
+        """The path with the part behind `layers.N.` swapped."""
+        parts = path.split(".", 2)
+        if len(parts) < 3 or parts[0] != "layers":
+            return path
+        swapped = _swap(parts[2], pairs)
+        return path if swapped is None else f"layers.{parts[1]}.{swapped}"
+
+
+def _reversed(pairs: Pairs) -> Pairs:
+    return tuple((new, old) for old, new in pairs)
+
+
+def _swap(name: str, pairs: Pairs) -> str | None:
+    """The name with the first prefix that fits swapped; `*` stands for a number that is carried over."""
+    for old, new in pairs:
+        found = re.match(re.escape(old).replace(r"\*", r"(\d+)") + r"(?=\.|$)", name)
+        if found:
+            numbers = iter(found.groups())
+            return re.sub(r"\*", lambda _, n=numbers: next(n), new) + name[found.end() :]  # type: ignore[misc]
+    return None
 
 
 @dataclass(frozen=True)
@@ -63,99 +121,166 @@ class Family:
 
     model_type: str
     read_config: Callable[[Mapping[str, Any]], DecoderConfig] = field(repr=False)
-    keys: KeyTable = field(repr=False)
+    keys: KeyTable = field(repr=False, default=KeyTable())
+
+    def fitting(self, names: Collection[str]) -> "Family":
+        """This family with the table of names that a checkpoint uses."""
+        return replace(self, keys=self.keys.fitting(names))
 
     def expected_shapes(self, config: DecoderConfig) -> Shapes:
         """The shape of every tensor a checkpoint must hold, by its name there; a tied head has no own."""
-        outer = {"embed_tokens": part_shapes(Embedding, config), "head": part_shapes(Head, config)}
+        shapes: Shapes = {}
+        parts = {"embed_tokens": part_shapes(Embedding, config), "head": dict(part_shapes(Head, config))}
         if config.tied:
-            del outer["head"]["lm_head.weight"]
-        block = part_shapes(Block, config)
-        parts = outer | {f"layers.{i}": block for i in range(config.num_layers)}
-        return {
-            self.keys.to_key(f"{part}.{path}"): shape
-            for part, shapes in parts.items()
-            for path, shape in shapes.items()
-        }
+            del parts["head"]["lm_head.weight"]
+        parts |= {f"layers.{i}": part_shapes(Block, config, kind) for i, kind in enumerate(config.kinds)}
+        for part, found in parts.items():
+            for path, shape in found.items():
+                whole = f"{part}.{path}"
+                stored = shape[::-1] if self.keys.transposes(whole) else shape
+                shapes[self.keys.to_key(whole)] = stored
+        return shapes
 
     def allows(self, key: str, config: DecoderConfig) -> bool:
-        """Whether a checkpoint may hold this name beyond the expected ones: it is then left unread."""
-        return self.keys.ignores(key) or (config.tied and key == self.keys.to_key("head.lm_head.weight"))
+        """Whether a checkpoint may hold this name beyond the expected ones.
+
+        Names of parts that the decoder does not have are allowed (an image encoder, say) and pass through; names
+        among the decoder's own are not: they would change what the model computes.
+        """
+        if self.keys.ignores(key) or (config.tied and key == self.keys.to_key("head.lm_head.weight")):
+            return True
+        return _swap(key, self.keys.outer) is None
 
 
-@lru_cache(maxsize=64)
-def part_template(part: type[nnx.Module], config: DecoderConfig) -> tuple[nnx.GraphDef, tuple[tuple[tuple, Any], ...]]:
-    """A part's graph definition and flat abstract state, made once: all blocks share one definition."""
-    abstract = nnx.eval_shape(lambda: part(config, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
+@lru_cache(maxsize=256)
+def part_template(
+    part: type[nnx.Module], *arguments: DecoderConfig | BlockKind
+) -> tuple[nnx.GraphDef, tuple[tuple[tuple, Any], ...]]:
+    """A part's graph definition and flat abstract state, made once: all blocks of a kind share one definition."""
+    abstract = nnx.eval_shape(lambda: part(*arguments, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
     graphdef, state = nnx.split(abstract)
     return graphdef, tuple(nnx.to_flat_state(state))
 
 
-def build_part(part: type[nnx.Module], config: DecoderConfig, read: Callable[[str], jax.Array]) -> Any:
-    """A part with its parameters from `read(path)`, where path is the dotted module path within the part."""
-    graphdef, flat = part_template(part, config)
-    filled = [(path, variable.replace(read(".".join(map(str, path))))) for path, variable in flat]
+def build_part(
+    part: type[nnx.Module], *arguments: DecoderConfig | BlockKind, read: Callable[[str, tuple[int, ...]], jax.Array]
+) -> Any:
+    """A part with its parameters from `read(path, shape)`, where path is the dotted module path within the part."""
+    graphdef, flat = part_template(part, *arguments)
+    filled = [(path, variable.replace(read(_dotted(path), tuple(variable.shape)))) for path, variable in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def part_shapes(part: type[nnx.Module], config: DecoderConfig) -> Shapes:
-    """The shapes of a part's parameters by dotted module path."""
-    return {".".join(map(str, path)): tuple(variable.shape) for path, variable in part_template(part, config)[1]}
+def part_shapes(part: type[nnx.Module], *arguments: DecoderConfig | BlockKind) -> Shapes:
+    """The shapes of a part's parameters by dotted module path, those of stacked experts one by one."""
+    shapes: Shapes = {}
+    for path, variable in part_template(part, *arguments)[1]:
+        name, shape = _dotted(path), tuple(variable.shape)
+        alone = unstacked_names(name, shape[0]) if shape else None
+        shapes |= {name: shape} if alone is None else dict.fromkeys(alone, shape[1:])
+    return shapes
 
 
-def require(config: Mapping[str, Any], name: str, kind: type[int] | type[float] = int) -> Any:
-    """A positive number from a configuration.
+@lru_cache(maxsize=256)
+def block_linears(config: DecoderConfig, kind: BlockKind) -> dict[str, str]:
+    """`Block.linears` of a block of that kind."""
+    return nnx.eval_shape(lambda: Block(config, kind, rngs=nnx.Rngs(0))).linears
+
+
+def decoder_of_parts(config: DecoderConfig, embedding: Embedding, blocks: list[Block], head: Head) -> Decoder:
+    """A whole decoder made of its parts; a tied head shares the embedding's matrix."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    decoder.embed_tokens, decoder.layers, decoder.head = embedding, nnx.List(blocks), head
+    if config.tied:
+        head.lm_head.weight = embedding.weight
+    return decoder
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def read_decoder(
+    config: Mapping[str, Any],
+    rope: Rope | None = None,
+    *,
+    kinds: tuple[BlockKind, ...] | None = None,
+    tied: bool = False,
+    activation: str = "hidden_act",
+    default_activation: str = "silu",
+    head_dim: int | None = None,
+    **switches: Any,
+) -> DecoderConfig:
+    """The fields that most families share, under their usual names, as a `DecoderConfig`.
+
+    Args:
+        config: a Hugging Face configuration.
+        rope: of all blocks, where `kinds` is None.
+        kinds: of all blocks.
+        tied: whether the head is tied where the configuration does not say.
+        activation: the field with the activation's name.
+        default_activation: where that field is absent.
+        head_dim: H where the configuration gives none; default `hidden_size / num_attention_heads`.
+        switches: of `DecoderConfig`; they win over what is read here.
 
     Raises:
-        ModelError: if it is absent, of another type, or not positive.
+        ModelError: naming the field that is missing, inconsistent or not supported.
     """
-    value: Any = config.get(name)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or not value > 0:
-        raise ModelError(f"the model configuration's {name} must be a positive {kind.__name__}, given {value!r}")
-    return value
+    refuse_unless(
+        config,
+        {
+            "quantization_config": (None,),
+            "is_encoder_decoder": (False,),
+            "add_cross_attention": (False,),
+            "use_bidirectional_attention": (False, None),
+            activation: tuple(ACTIVATION_NAMES),
+        },
+    )
+    hidden_size, num_heads = require(config, "hidden_size"), require(config, "num_attention_heads")
+    kv_field, head_field = config.get("num_key_value_heads"), config.get("head_dim", head_dim)
+    num_kv_heads = num_heads if kv_field is None else require(config, "num_key_value_heads")
+    size = hidden_size // num_heads if head_field is None else require({"head_dim": head_field}, "head_dim")
+    if num_heads % num_kv_heads:
+        raise ModelError(f"num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}")
+    kinds = kinds or (BlockKind(rope),) * require(config, "num_hidden_layers")
+    odd = [kind.rope for kind in kinds if kind.rope is not None and kind.rope.size(size) % 2]
+    if odd or (head_field is None and hidden_size % num_heads):
+        raise ModelError(f"head_dim must be even and whole, given {hidden_size=} {num_heads=} head_dim={size}")
+    read = {
+        "vocab_size": require(config, "vocab_size"),
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": size,
+        "kinds": kinds,
+        "tied": bool(config.get("tie_word_embeddings", tied)),
+        "activation": ACTIVATION_NAMES[config.get(activation) or default_activation],
+    }
+    if "intermediate_size" not in switches:
+        read["intermediate_size"] = require(config, "intermediate_size")
+    if "norm_eps" not in switches:
+        read["norm_eps"] = require({"rms_norm_eps": 1e-6, **config}, "rms_norm_eps", float)
+    return DecoderConfig(**(read | switches))
 
 
-def refuse_unless(config: Mapping[str, Any], allowed: Mapping[str, tuple]) -> None:
-    """Check switches that the decoder does not have: each named field must be absent or one of its values.
+def ungrouped(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the fields of grouped heads, which some families have and do not read."""
+    return {**config, "num_key_value_heads": None, "head_dim": None}
+
+
+def read_windows(config: Mapping[str, Any], default: Callable[[int], bool]) -> tuple[bool, ...]:
+    """Which blocks attend within a sliding window, by `layer_types` or, without it, by `default(index)`.
 
     Raises:
-        ModelError: naming every field that asks for more.
+        ModelError: naming `layer_types`, if an entry is unknown or their number is not that of the blocks.
     """
-    wrong = [
-        f"{name}={config[name]!r} (supported: {', '.join(map(repr, values))})"
-        for name, values in allowed.items()
-        if name in config and config[name] not in values
-    ]
-    if wrong:
-        raise ModelError(f"the model configuration asks for what this decoder does not do: {'; '.join(wrong)}")
-
-
-def read_rope(config: Mapping[str, Any]) -> Rope:
-    """The position embedding, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`.
-
-    Raises:
-        ModelError: for a kind other than default, linear or llama3, or a number that is missing.
-    """
-    fields: dict[str, Any] = {"rope_theta": config.get("rope_theta") or 10000.0}
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(name) or {}, Mapping):
-            raise ModelError(f"the model configuration's {name} must be a table, given {config[name]!r}")
-        fields |= config.get(name) or {}
-    refuse_unless(fields, {"partial_rotary_factor": (1, None)})
-    kind = fields.get("rope_type") or fields.get("type") or "default"
-    theta = require(fields, "rope_theta", float)
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, require(fields, "factor", float))
-    if kind == "llama3":
-        return Rope(
-            theta,
-            require(fields, "factor", float),
-            require(fields, "low_freq_factor", float),
-            require(fields, "high_freq_factor", float),
-            require(fields, "original_max_position_embeddings"),
+    count, types = require(config, "num_hidden_layers"), config.get("layer_types")
+    if types is None:
+        return tuple(default(index) for index in range(count))
+    unknown = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
+    if unknown or len(types) < count:
+        raise ModelError(
+            f"the model configuration's layer_types must name full_attention or sliding_attention for each of "
+            f"{count} blocks, given {len(types)} entries" + (f" with {', '.join(unknown)}" if unknown else "")
         )
-    raise ModelError(f"the model configuration's rope_type={kind!r} is unknown; known are default, linear, llama3")
+    return tuple(kind == "sliding_attention" for kind in types[:count])

@@ -54,14 +54,17 @@ class GGUFTensor:
         """The tensor, copied from the file and dequantised.
 
         Raises:
-            ModelError: if the file has shrunk since its header was checked.
+            ModelError: if the file has shrunk since its header was checked, or the type cannot be decoded.
         """
         raw = np.fromfile(self.file, np.uint8, self.nbytes, offset=self.start)
         if raw.size != self.nbytes:
             raise ModelError(f"{self.file} became shorter while it was read; copy it again")
         if self.kind in _PLAIN:
             return raw.view(self.dtype).reshape(self.shape)
-        return dequantize(raw, self.kind).astype(np.float32, copy=False).reshape(self.shape)
+        try:
+            return dequantize(raw, self.kind).astype(np.float32, copy=False).reshape(self.shape)
+        except NotImplementedError as error:
+            raise ModelError(f"{self.file} has a tensor of type {self.kind.name}, which is not supported") from error
 
 
 @dataclass(frozen=True)

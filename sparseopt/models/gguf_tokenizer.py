@@ -1,6 +1,8 @@
 """Floor 5: the tokenizer that a GGUF file's metadata describe, built with the `tokenizers` package."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ _UNKNOWN, _CONTROL, _USER = 2, 3, 4
 # Named special tokens: in Hugging Face and in the format.
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+# GPT-2's words with more kinds of letters; models differ in how many digits stay together.
+_WORD_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -28,13 +31,18 @@ def _single_digits() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_words()])
 
 
-def _llama3_words() -> pre_tokenizers.PreTokenizer:
-    words = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
+def _words_with(digits: str) -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.Split(Regex(_WORD_PATTERN.replace("DIGITS", digits)), "isolated")
     return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 # How text is cut into words before byte-pair merging, by `tokenizer.ggml.pre`.
-_WORDS = {"smollm": _single_digits, "gpt-2": _gpt2_words, "llama-bpe": _llama3_words}
+_WORDS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "smollm": _single_digits,
+    "gpt-2": _gpt2_words,
+    "llama-bpe": lambda: _words_with(r"\p{N}{1,3}"),
+    "qwen2": lambda: _words_with(r"\p{N}"),
+}
 
 
 def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
@@ -55,14 +63,23 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     else:
         raise ModelError(f"{path} has a tokenizer of kind {kind!r}; known are 'gpt2' and 'llama'")
     _add_marked_tokens(tokenizer, metadata)
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and bos is not None:
+    first = _end_token(metadata, "bos", kind == "llama")
+    last = _end_token(metadata, "eos", False)
+    if first or last:
+        whole = [*first, "$A", *last]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A",
-            pair=f"{tokens[bos]} $A {tokens[bos]} $B",
-            special_tokens=[(tokens[bos], bos)],
+            single=whole,
+            pair=[*whole, *first, "$B", *last],
+            special_tokens=[(token, tokens.index(token)) for token in {*first, *last}],
         )
     return tokenizer
+
+
+def _end_token(metadata: Mapping[str, Any], name: str, default: bool) -> list[str]:
+    """The token that every text begins ("bos") or ends ("eos") with, if the file asks for one."""
+    number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    wanted = metadata.get(f"tokenizer.ggml.add_{name}_token", default)
+    return [metadata["tokenizer.ggml.tokens"][number]] if wanted and number is not None else []
 
 
 def _check_tables(metadata: Mapping[str, Any], path: Path) -> None:
@@ -76,6 +93,10 @@ def _check_tables(metadata: Mapping[str, Any], path: Path) -> None:
     for name, table in tables.items():
         if not isinstance(table, list) or not all(type(item) is kinds[name] for item in table):
             raise ModelError(f"{path} has a corrupt table tokenizer.ggml.{name}; download it again")
+    if tables["token_type"] and len(tables["token_type"]) != len(tables["tokens"]):
+        raise ModelError(
+            f"{path} has {len(tables['tokens'])} tokens and {len(tables['token_type'])} token types; download it again"
+        )
     for name in _SPECIAL.values():
         number = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if number is not None and (type(number) is not int or not 0 <= number < len(tables["tokens"])):
@@ -97,22 +118,23 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=words == "llama-bpe"))
     tokenizer.pre_tokenizer = _WORDS[words]()
     tokenizer.decoder = decoders.ByteLevel()
+    if words == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
 def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.scores", [])
+    """SentencePiece's BPE: the whole text is one word, spaces are "▁", unknown characters become their bytes."""
+    tokens, scores = _spelled(metadata), metadata.get("tokenizer.ggml.scores", [])
     if len(scores) != len(tokens):
         raise ModelError(f"{path} has {len(tokens)} tokens and {len(scores)} scores; download it again")
+    if metadata.get("tokenizer.ggml.remove_extra_whitespaces") or "tokenizer.ggml.precompiled_charsmap" in metadata:
+        raise ModelError(
+            f"{path} has a tokenizer that normalises text (tokenizer.ggml.remove_extra_whitespaces or "
+            "precompiled_charsmap), which is not supported; use the model's Hugging Face folder instead"
+        )
     vocab = {token: i for i, token in enumerate(tokens)}
-    # The merges are implied: every cut of a token into two tokens, the best-scored token first.
-    ranked = [
-        (-scores[vocab[token]], vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])
-        for token in tokens
-        for cut in range(1, len(token))
-        if token[:cut] in vocab and token[cut:] in vocab
-    ]
-    merges = [(left, right) for *_, left, right in sorted(ranked)]
+    merges = _implied_merges(vocab, _ranks(metadata))
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     unk_token = None if unknown is None else tokens[unknown]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
@@ -124,9 +146,42 @@ def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     return tokenizer
 
 
+def _ranks(metadata: Mapping[str, Any]) -> list[float]:
+    """How late each token is merged. User-defined tokens, whose stored score is made up, come before all others."""
+    scores = metadata["tokenizer.ggml.scores"]
+    if str(metadata.get("general.architecture")).startswith("gemma"):
+        # Gemma's merges follow its ids.
+        return list(range(len(scores)))
+    marks = metadata.get("tokenizer.ggml.token_type", [])
+    return [-math.inf if mark == _USER else -score for score, mark in zip_longest(scores, marks)]
+
+
+def _spelled(metadata: Mapping[str, Any]) -> list[str]:
+    """The tokens as SentencePiece spells them: user-defined runs of spaces are stored as such, not as "▁"."""
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    known = set(tokens)
+
+    def spell(token: str) -> str:
+        run = "▁" * len(token)
+        return run if token and not token.strip(" ") and run not in known else token
+
+    return [spell(token) for token in tokens]
+
+
+def _implied_merges(vocab: Mapping[str, int], ranks: list[float]) -> list[tuple[str, str]]:
+    """The merges that a vocabulary implies: every cut of a token into two tokens, by rank, then the longest left."""
+    cuts = [
+        (ranks[token_id], -cut, token[:cut], token[cut:])
+        for token, token_id in vocab.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    return [(left, right) for *_, left, right in sorted(cuts, key=lambda entry: entry[:2])]
+
+
 def _add_marked_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
     """Make control and user-defined tokens atomic: they are found in text before words are cut."""
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens = _spelled(metadata) if metadata["tokenizer.ggml.model"] == "llama" else metadata["tokenizer.ggml.tokens"]
     marks = metadata.get("tokenizer.ggml.token_type", [])
     marked = list(zip(tokens, marks, strict=False))
     special = [token for token, mark in marked if mark in (_UNKNOWN, _CONTROL)]

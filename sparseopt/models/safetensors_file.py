@@ -68,14 +68,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             byte, or names a dtype that is not supported.
     """
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ModelError(
-                f"{file} is truncated or no safetensors file: it has {size} bytes and claims a header of "
-                f"{length}; download it again"
-            )
-        raw = stream.read(length)
+    raw = _read_raw_header(file, size)
+    length = len(raw)
     try:
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -105,13 +99,45 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return {name: StoredTensor(file, data + spans[name][0], shapes[name], DTYPES[codes[name]]) for name in entries}
 
 
-def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that a safetensors file carries beside its tensors, by name; none is an empty dictionary.
+
+    Raises:
+        ModelError: if the file is truncated, or its header or these texts are not what the format allows.
+    """
+    try:
+        metadata = json.loads(_read_raw_header(file, file.stat().st_size)).get("__metadata__", {})
+        if all(isinstance(text, str) for text in metadata.values()):
+            return metadata
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{file} has a corrupt header ({error}); download it again") from error
+    raise ModelError(f"{file} has a corrupt header (metadata that is no text); download it again")
+
+
+def _read_raw_header(file: Path, size: int) -> bytes:
+    """The header's JSON text of a file of so many bytes."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ModelError(
+                f"{file} is truncated or no safetensors file: it has {size} bytes and claims a header of "
+                f"{length}; download it again"
+            )
+        return stream.read(length)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file and wait until the disk has it. The caller renames it into place.
+
+    Args:
+        file: where to.
+        tensors: arrays by name, in dtypes of `DTYPES`.
+        metadata: texts for the header; None for those of a file that transformers loads.
 
     Raises:
         OSError: as the system reports it, a full disk for instance.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     # Widest dtype first, so that every tensor starts at a multiple of its item size.
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
     start = 0

@@ -1,11 +1,11 @@
-"""Floor 5: where a model comes from: a Hugging Face folder with safetensors, or one GGUF file.
+"""Floor 5: where a model comes from: a Hugging Face folder with safetensors, a name on the hub, or one GGUF file.
 
 A source knows its configuration and the name, shape and dtype of each tensor; a tensor is read when asked
 for.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,8 @@ import numpy as np
 
 from sparseopt.models.errors import ModelError
 from sparseopt.models.gguf_source import GGUFSource
+from sparseopt.models.hub import fetch, parse_hub_name
+from sparseopt.models.packed import PACKED_INDEX, PACKED_PREFIX, PackedTensor, is_packed, read_packed_header
 from sparseopt.models.safetensors_file import StoredTensor, read_header
 
 # Files beside the weights that an export takes along where the source has them; config.json is written anew.
@@ -28,6 +30,9 @@ SIDECARS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+# A tensor of a folder, as it lies in its file.
+FileTensor = StoredTensor | PackedTensor
 
 
 class TensorInfo(Protocol):
@@ -50,6 +55,14 @@ class Source(Protocol):
         """The folder or file."""
 
     @property
+    def name(self) -> str:
+        """What was asked for: a name on the hub, or the path."""
+
+    @property
+    def revision(self) -> str | None:
+        """The commit on the hub that the files are of, a sha; None for files of your own."""
+
+    @property
     def config(self) -> dict[str, Any]:
         """The Hugging Face configuration."""
 
@@ -65,12 +78,16 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """A Hugging Face folder: config.json and model.safetensors, whole or in shards with an index."""
+    """A Hugging Face folder: config.json and model.safetensors, whole or in shards with an index, dense or packed.
 
-    def __init__(self, path: Path) -> None:
+    Packed tensors have their dense names, shapes and dtypes, and are read dense; see `packed`.
+    """
+
+    def __init__(self, path: Path, name: str | None = None, revision: str | None = None) -> None:
         self.path = path
+        self.name, self.revision = name or str(path), revision
         self.config = _read_json(path / "config.json")
-        self.tensors: dict[str, StoredTensor] = _find_tensors(path)
+        self.tensors: dict[str, FileTensor] = _find_tensors(path)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored dtype."""
@@ -85,21 +102,26 @@ def open_source(path: str | Path) -> Source:
     """Open a model: headers are read and checked, tensors are not.
 
     Args:
-        path: a Hugging Face folder or a `.gguf` file.
+        path: a Hugging Face folder, a `.gguf` file, or a name on the Hugging Face hub, `OWNER/NAME` or
+            `OWNER/NAME@REVISION`, which is fetched. What exists on this machine comes before the hub.
 
     Raises:
         ModelError: if nothing usable is there, saying what is and what to do, or a file is corrupt.
     """
-    path = Path(path).expanduser()
+    asked, path = str(path), Path(path).expanduser()
     if path.is_dir():
         return FolderSource(path)
     if path.suffix == ".gguf" and path.is_file():
         return GGUFSource(path)
     if path.is_file():
         raise ModelError(f"{path} is a file but no .gguf; give a Hugging Face folder or a .gguf file")
+    name = parse_hub_name(asked)
+    if name is not None:
+        snapshot = fetch(name, SIDECARS)
+        return FolderSource(snapshot.folder, asked, snapshot.revision)
     raise ModelError(
         f"no model at {path}: the path does not exist; give a Hugging Face folder or a .gguf file on this "
-        "machine (fetch one with `hf download NAME --local-dir FOLDER`)"
+        "machine (fetch one with `hf download NAME --local-dir FOLDER`), or a name on the hub, as in OWNER/NAME"
     )
 
 
@@ -121,12 +143,21 @@ def _listing(folder: Path) -> str:
     return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
 
 
-def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
+def _find_tensors(folder: Path) -> dict[str, FileTensor]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if is_packed(folder):
+        if index.is_file() or single.is_file():
+            raise ModelError(f"{folder} holds a packed model and a dense one; move one of them to another folder")
+        return _read_shards(folder, _read_json(folder / PACKED_INDEX).get("weight_map"), read_packed_header)
     if index.is_file():
-        return _read_shards(folder, _read_json(index).get("weight_map"))
+        return _read_shards(folder, _read_json(index).get("weight_map"), read_header)
     if single.is_file():
-        return read_header(single)
+        return dict(read_header(single))
+    if any(folder.glob(f"{PACKED_PREFIX}*.safetensors")):
+        raise ModelError(
+            f"{folder} has packed shards and no {PACKED_INDEX}: writing it was broken off, or the index was not "
+            "copied; copy the folder again or pack the model again"
+        )
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise ModelError(
             f"{folder} has only pickled weights, which can run code when loaded and are not read; convert "
@@ -139,7 +170,9 @@ def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
     )
 
 
-def _read_shards(folder: Path, weight_map: Any) -> dict[str, StoredTensor]:
+def _read_shards(
+    folder: Path, weight_map: Any, read: Callable[[Path], Mapping[str, FileTensor]]
+) -> dict[str, FileTensor]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"the index in {folder} has no weight_map of names to files; download it again")
     shards = sorted(set(weight_map.values()))
@@ -149,7 +182,7 @@ def _read_shards(folder: Path, weight_map: Any) -> dict[str, StoredTensor]:
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder} lacks shards that its index names: {', '.join(missing)}; download them")
-    headers = {name: read_header(folder / name) for name in shards}
+    headers = {name: read(folder / name) for name in shards}
     absent = sorted(key for key, name in weight_map.items() if key not in headers[name])
     if absent:
         raise ModelError(

@@ -5,31 +5,37 @@ function of a block is traced once.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.models.decoder import Block, Decoder, DecoderConfig, Embedding, Head
+from sparseopt.models.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.errors import ModelError
+from sparseopt.models.experts import unstacked_names
 from sparseopt.models.families import find_family
-from sparseopt.models.family import Family, build_part, part_shapes
+from sparseopt.models.family import Family, block_linears, build_part, decoder_of_parts, part_shapes
+from sparseopt.models.settings import BlockKind, DecoderConfig
 from sparseopt.models.source import Source, open_source
 
 
 class StreamedModel:
     """A checked source whose parts are read as float32 modules.
 
+    Tensors go by their checkpoint names; `stored` and `weight_shape` see linears as `[out, in]`, whatever the files do.
+
     Attributes:
         source: the files.
-        family: the model family.
+        family: the model family, with the names that the files use.
         config: sizes and switches.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.family: Family = find_family(source.config)
+        self.family: Family = find_family(source.config, source.tensors)
+        check_depth(source)
         self.config: DecoderConfig = self.family.read_config(source.config)
         check_keys(source, self.family, self.config)
 
@@ -40,29 +46,58 @@ class StreamedModel:
 
     def embedding(self) -> Embedding:
         """Read the token embedding."""
-        return build_part(Embedding, self.config, self._reader("embed_tokens"))
+        return build_part(Embedding, self.config, read=self._reader("embed_tokens"))
 
     def block(self, index: int) -> Block:
         """Read block `index`, 0 to `num_blocks - 1`."""
-        self._check_index(index)
-        return build_part(Block, self.config, self._reader(f"layers.{index}"))
+        return build_part(Block, self.config, self._kind(index), read=self._reader(f"layers.{index}"))
 
     def head(self) -> Head:
         """Read the final norm and the projection to logits; a tied head reads the embedding's matrix."""
-        return build_part(Head, self.config, self._reader("head"))
+        return build_part(Head, self.config, read=self._reader("head"))
 
     def block_keys(self, index: int) -> dict[str, str]:
         """The checkpoint name of every tensor of a block by path in the block (`mlp.up_proj.weight`)."""
-        self._check_index(index)
-        return {path: self.family.keys.to_key(f"layers.{index}.{path}") for path in part_shapes(Block, self.config)}
+        shapes = part_shapes(Block, self.config, self._kind(index))
+        return {path: self.family.keys.to_key(f"layers.{index}.{path}") for path in shapes}
+
+    def block_linears(self, index: int) -> dict[str, str]:
+        """The tap that each linear of a block reads, by the linear's name (`mlp.up_proj`); as `Block.linears`."""
+        return block_linears(self.config, self._kind(index))
+
+    def weight_key(self, index: int, name: str) -> str:
+        """The checkpoint name of the weight of a block's linear."""
+        return self.family.keys.to_key(f"layers.{index}.{name}.weight")
 
     def outer_keys(self) -> list[str]:
-        """The checkpoint names outside the blocks: embedding, final norm, and the head unless it is tied."""
+        """The checkpoint names outside the blocks: embedding, head unless tied, and what the decoder does not use."""
         inner = {key for i in range(self.num_blocks) for key in self.block_keys(i).values()}
-        return [key for key in self.family.expected_shapes(self.config) if key not in inner]
+        return [key for key in self.exported_keys() if key not in inner]
+
+    def exported_keys(self) -> list[str]:
+        """The checkpoint names that an export holds: all but a second copy of a tied head."""
+        spare = self.family.keys.to_key("head.lm_head.weight") if self.config.tied else None
+        return [key for key in self.source.tensors if key != spare]
+
+    def stored(self, key: str) -> np.ndarray:
+        """A tensor in its stored dtype; a linear's weight as `[out, in]`, whatever the files do."""
+        return self.as_stored(key, self.source.read(key))
+
+    def as_stored(self, key: str, value: np.ndarray) -> np.ndarray:
+        """From the layout `[out, in]` to that of the files, or back: the same."""
+        return value.T if self._is_transposed(key) else value
+
+    def weight_shape(self, key: str) -> tuple[int, int]:
+        """`(out, in)` of a linear's weight."""
+        rows, columns = self.source.tensors[key].shape
+        return (columns, rows) if self._is_transposed(key) else (rows, columns)
+
+    def _is_transposed(self, key: str) -> bool:
+        keys = self.family.keys
+        return bool(keys.transposed) and key in self._expected and keys.transposes(keys.to_path(key))
 
     def check_finite(self) -> None:
-        """Read every tensor once, one at a time.
+        """Read every tensor that the decoder uses once, one at a time.
 
         Raises:
             ModelError: naming the first tensor that holds NaN or infinity.
@@ -72,7 +107,9 @@ class StreamedModel:
 
     def decoder(self) -> Decoder:
         """Read the whole model."""
-        return build_part(Decoder, self.config, self._reader(""))
+        embedding = self.embedding()
+        blocks = [self.block(index) for index in range(self.num_blocks)]
+        return decoder_of_parts(self.config, embedding, blocks, self.head())
 
     def read(self, path: str) -> jax.Array:
         """The parameter at a module path, float32 on the device.
@@ -85,34 +122,63 @@ class StreamedModel:
         key = self.family.keys.to_key(path)
         value = self.source.read(key).astype(np.float32)
         self._check_finite(key, value)
-        return jnp.asarray(value)
+        return jnp.asarray(value.T if self.family.keys.transposes(path) else value)
 
     def _check_finite(self, key: str, value: np.ndarray) -> None:
         bad = value.size - np.count_nonzero(np.isfinite(value))
         if bad:
             raise ModelError(f"{key} in {self.source.path} holds {bad} NaN or infinite values; download it again")
 
-    def _reader(self, part: str) -> Callable[[str], jax.Array]:
-        return lambda path: self.read(f"{part}.{path}" if part else path)
+    def _reader(self, part: str) -> Callable[[str, tuple[int, ...]], jax.Array]:
+        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
+            alone = unstacked_names(path, shape[0]) if shape else None
+            if alone is None:
+                return self.read(f"{part}.{path}")
+            return jnp.stack([self.read(f"{part}.{name}") for name in alone])
 
-    def _check_index(self, index: int) -> None:
+        return read
+
+    @cached_property
+    def _expected(self) -> frozenset[str]:
+        return frozenset(self.family.expected_shapes(self.config))
+
+    def _kind(self, index: int) -> BlockKind:
         if not 0 <= index < self.num_blocks:
             raise IndexError(f"block {index} asked for; the model has blocks 0 to {self.num_blocks - 1}")
+        return self.config.kinds[index]
 
 
-def open_model(path: str | Path) -> StreamedModel:
-    """Open a Hugging Face folder or a GGUF file and check it; no tensor is read.
+def open_model(source: str | Path | Source) -> StreamedModel:
+    """Open a model and check it; no tensor is read.
+
+    Args:
+        source: a Hugging Face folder, a GGUF file or a name on the hub, as in `open_source`, or what that returned.
 
     Raises:
         ModelError: if the files are unusable, the model type unknown, its configuration not supported, or its
             tensors not those of the configuration.
     """
-    return StreamedModel(open_source(path))
+    return StreamedModel(open_source(source) if isinstance(source, str | Path) else source)
 
 
-def load_decoder(path: str | Path) -> Decoder:
+def load_decoder(source: str | Path | Source) -> Decoder:
     """Read a whole model into memory, as float32."""
-    return open_model(path).decoder()
+    return open_model(source).decoder()
+
+
+def check_depth(source: Source) -> None:
+    """Refuse a number of blocks that the files cannot hold, before anything is made for each of them.
+
+    Raises:
+        ModelError: if there are more blocks than tensors.
+    """
+    for name in ("num_hidden_layers", "n_layer"):
+        count = source.config.get(name)
+        if isinstance(count, int) and count > len(source.tensors):
+            raise ModelError(
+                f"{source.path} holds {len(source.tensors)} tensors, its configuration asks for {count} "
+                f"blocks ({name}) of several each; check that configuration and weights belong together"
+            )
 
 
 def check_keys(source: Source, family: Family, config: DecoderConfig) -> None:
@@ -121,11 +187,6 @@ def check_keys(source: Source, family: Family, config: DecoderConfig) -> None:
     Raises:
         ModelError: listing every missing, extra, misshapen and non-float tensor at once.
     """
-    if config.num_layers > len(source.tensors):
-        raise ModelError(
-            f"{source.path} holds {len(source.tensors)} tensors, its configuration asks for {config.num_layers} "
-            "blocks of several each; check that configuration and weights belong together"
-        )
     expected = family.expected_shapes(config)
     problems = [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in source.tensors]
     for key, info in source.tensors.items():

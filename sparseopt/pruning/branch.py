@@ -8,19 +8,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from sparseopt.core.solve import Status
 from sparseopt.machine import peak_memory_bytes
 from sparseopt.models import OUTER_TAG, Block, ShardedWriter, StreamedModel, block_tag
-from sparseopt.pruning.calibration import BlockRunner, Grams, Weighting
+from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting
 from sparseopt.pruning.evaluation import audit_stored
 from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, layer_solver
 from sparseopt.pruning.patterns import Pattern
@@ -65,10 +63,10 @@ class Shared:
         self._runner = runner
         self._outputs: Stream | None = None
         # Streams are kept beside their Grams: an id is unique only while its object lives.
-        self._grams: dict[tuple[int, Weighting, bool], tuple[Stream, dict[str, Grams], dict[str, Grams]]] = {}
+        self._grams: dict[tuple[int, Weighting, bool], tuple[Stream, BlockGrams, BlockGrams]] = {}
 
-    def grams(self, stream: Stream, weighting: Weighting, *, drift: bool) -> tuple[dict[str, Grams], dict[str, Grams]]:
-        """Grams by tap, of the calibration tokens and of the held-out ones.
+    def grams(self, stream: Stream, weighting: Weighting, *, drift: bool) -> tuple[BlockGrams, BlockGrams]:
+        """Grams by tap, of the calibration tokens and of the held-out ones, empty without any.
 
         Raises:
             PruningError: naming the tap, if activations are not finite.
@@ -77,7 +75,7 @@ class Shared:
         if key not in self._grams:
             dense = self.dense if drift else None
             found = self._runner.grams(self.block, stream.calibration, weighting, dense.calibration if dense else None)
-            tests = self._runner.grams(self.block, stream.heldout, weighting) if stream.heldout else {}
+            tests = self._runner.grams(self.block, stream.heldout, weighting) if stream.heldout else BlockGrams({})
             self._check(found, "calibration")
             self._check(tests, "held-out")
             self._grams[key] = (stream, found, tests)
@@ -92,9 +90,9 @@ class Shared:
             self._outputs = self.dense.through(self.block, self._runner)
         return self._outputs
 
-    def _check(self, grams: dict[str, Grams], tokens: str) -> None:
-        for name, found in grams.items():
-            if not all(np.isfinite(np.asarray(part)).all() for part in found if part is not None):
+    def _check(self, grams: BlockGrams, tokens: str) -> None:
+        for name, found in grams.stacked.items():
+            if not all(bool(jnp.isfinite(part).all()) for part in found if part is not None):
                 raise PruningError(
                     f"non-finite activations in block {self.index}, {name}, on the {tokens} tokens: the model's "
                     "weights overflow there or the tokens are out of its range; check the source with `sparseopt eval`"
@@ -125,7 +123,9 @@ class Branch:
         self.recipe, self.method = recipe, method
         self._model = model
         self._output = Path(output)
-        self._writer = ShardedWriter(output, model.source, dtype=recipe.dtype)
+        self._writer = ShardedWriter(
+            output, model.source, dtype=recipe.dtype, pack=recipe.pack, keys=model.exported_keys()
+        )
         self._log = RunLog(self._output)
         self._writer.write(OUTER_TAG, outer)
         self._layers: list[LayerRecord] = []
@@ -144,20 +144,23 @@ class Branch:
         """
         index, recipe = shared.index, self.recipe
         keys = self._model.block_keys(index)
-        block = nnx.clone(shared.block)
+        block = shared.block.copy()
         grams, tests = shared.grams(self._stream, recipe.weighting, drift=recipe.propagated_share > 0)
-        tensors = {key: self._model.source.read(key) for key in keys.values()}
+        tensors = {key: self._model.stored(key) for key in keys.values()}
         for name, tap in block.linears.items():
             key = keys[f"{name}.weight"]
             weight = tensors[key].astype(self._writer.dtype_of(key), copy=False)
-            moving = 0.0
-            if recipe.propagated_share:
-                weight, moving = self._propagated(weight, grams[tap])
-            test_gram = tests[tap].gram if tests else None
-            job = LayerJob(weight, grams[tap].gram, test_gram, self._patterns[key], self._weights.get(key))
-            record, pruned = self._prune_linear(job, index, key, moving)
+            found, test_gram, moving = grams[tap], _test_gram(tests, tap), 0.0
+            starved = ".experts." in name and int(found.tokens) < recipe.min_expert_tokens
+            if starved:
+                # So few tokens say nothing of most weights: all inputs count the same.
+                found, test_gram = found._replace(gram=jnp.eye(len(found.gram))), None
+            elif recipe.propagated_share and found.drift is not None:
+                weight, moving = self._propagated(weight, found)
+            job = LayerJob(weight, found.gram, test_gram, self._patterns[key], self._weights.get(key))
+            record, pruned = self._prune_linear(job, index, key, moving, int(found.tokens), starved)
             tensors[key] = pruned
-            block.linear(name).weight[...] = jnp.asarray(pruned, jnp.float32)
+            block.write(f"{name}.weight", jnp.asarray(pruned, jnp.float32))
             self._layers.append(record)
             self._log.record(record.as_dict())
             observer(record)
@@ -167,7 +170,7 @@ class Branch:
             self._blocks.append(trained)
             self._log.record(trained.as_dict())
             observer(trained)
-        self._writer.write(block_tag(index), tensors)
+        self._writer.write(block_tag(index), {key: self._model.as_stored(key, value) for key, value in tensors.items()})
         if index + 1 < self._model.num_blocks:
             self._stream = self._stream.through(block, runner)
 
@@ -189,6 +192,8 @@ class Branch:
         compile_seconds += sum(r.compile_seconds for r in self._layers) + sum(r.compile_seconds for r in self._blocks)
         report = PruneReport(
             output=self._output,
+            source=self._model.source.name,
+            revision=self._model.source.revision,
             recipe=recipe.as_dict(),
             layers=self._layers,
             blocks=self._blocks,
@@ -202,6 +207,8 @@ class Branch:
             calibration_gflops=runner.flops / max(runner.seconds, 1e-9) / 1e9,
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),
+            dense_bytes=self._writer.dense_bytes,
+            stored_bytes=self._writer.stored_bytes,
         )
         self._log.finish(report.summary())
         return report
@@ -217,7 +224,7 @@ class Branch:
     def _reconstruct(self, block: Block, shared: Shared, settings: Reconstruction) -> BlockRecord:
         targets = shared.dense_outputs
         # Zeros rest, also where the pattern would have allowed a weight that was itself zero.
-        masks = {name: block.linear(name).weight[...] != 0 for name in block.linears}
+        masks = {name: block.read(f"{name}.weight") != 0 for name in block.linears}
         stream = self._stream
         report = reconstruct_block(
             block, masks, stream.calibration, targets.calibration, stream.heldout, targets.heldout, settings
@@ -238,12 +245,13 @@ class Branch:
         """The block's tensors as they are stored; the block takes over their rounding."""
         tensors = {}
         for path, key in keys.items():
-            parameter = attrgetter(path)(block)
-            tensors[key] = np.asarray(parameter[...]).astype(self._writer.dtype_of(key))
-            parameter[...] = jnp.asarray(tensors[key], jnp.float32)
+            tensors[key] = np.asarray(block.read(path)).astype(self._writer.dtype_of(key))
+            block.write(path, jnp.asarray(tensors[key], jnp.float32))
         return tensors
 
-    def _prune_linear(self, job: LayerJob, block: int, key: str, moving: float) -> tuple[LayerRecord, np.ndarray]:
+    def _prune_linear(
+        self, job: LayerJob, block: int, key: str, moving: float, tokens: int, starved: bool
+    ) -> tuple[LayerRecord, np.ndarray]:
         """The record and the pruned weight; `moving` is what finding the job's target took, in seconds."""
         timed = layer_solver(job, self.method)
         report: Any = timed.value
@@ -271,5 +279,14 @@ class Branch:
             seconds=moving + timed.seconds,
             compile_seconds=timed.compile_seconds,
             dead_inputs=int(report.dead_inputs),
+            tokens=tokens,
+            starved=starved,
         )
         return record, np.asarray(report.weight)
+
+
+def _test_gram(tests: BlockGrams, tap: str) -> jax.Array | None:
+    """The held-out Gram of a tap; None without any tokens there."""
+    if not tests or not int(tests[tap].tokens):
+        return None
+    return tests[tap].gram

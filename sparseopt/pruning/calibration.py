@@ -6,8 +6,12 @@ Weighting "uniform" has w = 1. With "residual", a linear that writes into the re
 `w_t = 1 / mean square of the stream at t behind the block`: the norms behind divide every token by its own size, so
 what matters is an error relative to that size. Some tokens (the first of a text above all) carry a stream that is
 hundreds of times larger than the others'; with w = 1 they decide what is pruned.
+
+The Gram of an expert is that of the tokens routed to it. All experts' Grams lie in one array, `[E, in, in]`.
 """
 
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -18,6 +22,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import HIGHEST
+from sparseopt.models import Routed
+from sparseopt.models.experts import rows_of_tokens, stacked_name, unstacked_names
 from sparseopt.pruning.compiled import Compiled, Timed
 
 # Tokens a batch: enough for the matrix products to reach their rate, little enough to stay in cache.
@@ -32,13 +38,38 @@ class Grams(NamedTuple):
 
     Attributes:
         gram: `X~ᵀ w X~`, `[in, in]`.
-        mass: the sum of w, a scalar; the number of tokens where all weigh 1.
-        drift: `X~ᵀ w (X~ - X)`, `[in, in]`, with X the same input in the dense model; None where it was not asked for.
+        mass: the sum of w, a scalar.
+        tokens: their number, a scalar.
+        drift: `X~ᵀ w (X~ - X)`, `[in, in]`, with X the same input in the dense model; None where it was not asked for,
+            and for experts, whose tokens in the dense model are others.
     """
 
     gram: Array
     mass: Array
+    tokens: Array
     drift: Array | None = None
+
+
+class BlockGrams(Mapping[str, Grams]):
+    """The Grams of a block by tap name, those of experts one by one, cut out of `stacked` when asked for."""
+
+    def __init__(self, stacked: Mapping[str, Grams]) -> None:
+        self.stacked = stacked
+
+    def __getitem__(self, tap: str) -> Grams:
+        """The Grams of a tap as `Block.linears` names it."""
+        name, expert = stacked_name(tap)
+        found = self.stacked[name]
+        return found if expert is None else jax.tree.map(lambda part: part[expert], found)
+
+    def __iter__(self) -> Iterator[str]:
+        """All names."""
+        for name, found in self.stacked.items():
+            yield from unstacked_names(name, len(found.mass)) if found.mass.ndim else (name,)  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return sum(len(found.mass) if found.mass.ndim else 1 for found in self.stacked.values())
 
 
 def _product(x: Float[Array, "... in"], y: Float[Array, "... in"]) -> Float[Array, "in in"]:
@@ -51,7 +82,10 @@ def gather_grams(
     weighting: Weighting = "uniform",
     dense_x: Float[Array, "B T D"] | None = None,
 ) -> dict[str, Grams]:
-    """The Grams of each distinct linear input of a block, by tap name; with `dense_x` also the drifts from it."""
+    """The Grams of each distinct linear input of a block, by tap name, those of experts stacked.
+
+    With `dense_x`, the dense model's stream, also the drifts from it.
+    """
     inputs, stream = tapped(block, x)
     dense = None if dense_x is None else tapped(block, dense_x)[0]
     even = jnp.ones((*x.shape[:2], 1), x.dtype)
@@ -62,18 +96,40 @@ def gather_grams(
     found = {}
     for name, value in inputs.items():
         weights = residual if name in block.residual_taps else even
+        if isinstance(value, Routed):
+            found[name] = _grams_of_experts(value, weights, block.num_experts)
+            continue
         weighted = value * weights
         drift = None if dense is None else _product(weighted, value - dense[name])
-        found[name] = Grams(_product(weighted, value), jnp.sum(weights), drift)
+        count = jnp.asarray(x.shape[0] * x.shape[1], jnp.int32)
+        found[name] = Grams(_product(weighted, value), jnp.sum(weights), count, drift)
     return found
 
 
-def tapped(block: Any, x: Float[Array, "B T D"]) -> tuple[dict[str, Array], Float[Array, "B T D"]]:
-    """Run a block: the distinct inputs of its linears by tap name, and its output."""
-    inputs: dict[str, Array] = {}
+def _grams_of_experts(value: Routed, weights: Float[Array, "B T 1"], experts: int) -> Grams:
+    """The Grams of all experts, `[E, in, in]`: each tile's is added to its expert's."""
+    weight_PR1 = rows_of_tokens(weights.reshape(-1, 1), value.token)
+    filled_PR = value.token < weights.size
 
-    def tap(name: str, value: Array) -> Array:
-        if name not in block.linears:
+    def add(grams: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        rows, weight, expert = tile
+        return grams.at[expert].add(jnp.matmul((rows * weight).T, rows, precision=HIGHEST)), None
+
+    width = value.rows.shape[-1]
+    start = jnp.zeros((experts, width, width), value.rows.dtype)
+    gram, _ = jax.lax.scan(add, start, (value.rows, weight_PR1, value.expert))
+    mass = jax.ops.segment_sum(jnp.sum(weight_PR1, axis=(1, 2)), value.expert, experts)
+    tokens = jax.ops.segment_sum(jnp.sum(filled_PR, axis=1, dtype=jnp.int32), value.expert, experts)
+    return Grams(gram, mass, tokens)
+
+
+def tapped(block: Any, x: Float[Array, "B T D"]) -> tuple[dict[str, Any], Float[Array, "B T D"]]:
+    """Run a block: the distinct inputs of its linears by tap name, a `Routed` of experts, and its output."""
+    inputs: dict[str, Any] = {}
+    names = {stacked_name(tap)[0] for tap in block.linears.values()}
+
+    def tap(name: str, value: Any) -> Any:
+        if name in names:
             inputs[name] = value
         return value
 
@@ -114,19 +170,19 @@ class BlockRunner:
         batches: list[Array],
         weighting: Weighting = "uniform",
         dense_batches: list[Array] | None = None,
-    ) -> dict[str, Grams]:
+    ) -> BlockGrams:
         """Grams summed over all batches, by tap name; with `dense_batches` also the drifts from them."""
         first = None if dense_batches is None else dense_batches[0]
         gather = partial(gather_grams, weighting=weighting)
         shapes = jax.eval_shape(lambda b, x, dense: gather(b, x, dense_x=dense), block, batches[0], first)
-        totals: Any = jax.tree.map(lambda s: jnp.asarray(np.zeros(s.shape, np.float32)), shapes)
+        totals: Any = jax.tree.map(lambda s: jnp.asarray(np.zeros(s.shape, s.dtype)), shapes)
         for index, x in enumerate(batches):
             dense_x = None if dense_batches is None else dense_batches[index]
             totals = self.account(_grams_of_batch[weighting](block, x, dense_x, totals))
             self.flops += forward_flops(block, x.shape, skip_last=weighting == "uniform")
             self.flops += 0 if dense_x is None else forward_flops(block, x.shape, skip_last=True)
-            self.flops += sum(2 * x.shape[0] * x.shape[1] * s.size for s in jax.tree.leaves(shapes) if s.ndim == 2)
-        return totals
+            self.flops += _gram_flops(block, x.shape, shapes)
+        return BlockGrams(totals)
 
     def forward(self, block: nnx.Module, batches: list[Array]) -> list[Array]:
         """The block's outputs, batch by batch."""
@@ -150,11 +206,27 @@ def forward_flops(block: Any, shape: tuple[int, ...], *, skip_last: bool = False
     `skip_last` leaves out the last linear, whose output a Gram pass does not need.
     """
     batch, time, _ = shape
-    sizes = [np.prod(block.linear(name).weight.shape) for name in block.linears]
-    linears = 2 * batch * time * sum(sizes[:-1] if skip_last else sizes)
+    names = list(block.linears)[: -1 if skip_last else None]
+    linears = 2 * batch * time * sum(math.prod(block.weight_shape(name)) * _share(block, name) for name in names)
     # Scores and mixed values of the positions up to each query's own: half of a full square.
     attention = 2 * batch * time * time * block.attention_width
     return float(linears + attention)
+
+
+def _gram_flops(block: Any, shape: tuple[int, ...], grams: Mapping[str, Any]) -> float:
+    """Operations of adding a batch to the Grams, and to the drifts where there are any."""
+    sizes = [
+        math.prod(part.shape[-2:]) * (_share(block, block_tap) * (len(part) if part.ndim == 3 else 1))
+        for block_tap, found in grams.items()
+        for part in (found.gram, found.drift)
+        if part is not None
+    ]
+    return 2.0 * shape[0] * shape[1] * sum(sizes)
+
+
+def _share(block: Any, name: str) -> float:
+    """The share of tokens that reach a linear or tap: of experts the mean one."""
+    return block.expert_share if ".experts." in name else 1.0
 
 
 def make_batches(embedded: Float[Array, "windows T D"]) -> list[Array]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.models import Block, Decoder, Head, StreamedModel, open_model
+from sparseopt.models import Decoder, Head, StreamedModel, open_model
 from sparseopt.pruning.calibration import BlockRunner, make_batches
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, check_pattern, count_groups, parse_pattern
@@ -57,7 +57,7 @@ def perplexity(
     """Perplexity of a model on token ids in non-overlapping windows.
 
     Args:
-        model: a model folder, a GGUF file, an opened model, or a whole decoder in memory.
+        model: a model folder, a GGUF file, a name on the hub, an opened model, or a whole decoder in memory.
         token_ids: integer ids, `[n]` (cut into windows from the start, a rest is left out) or `[windows, seqlen]`.
         seqlen: tokens a window when `token_ids` is flat.
         observer: called with (blocks done, blocks in all).
@@ -168,7 +168,7 @@ def audit_pattern(model: str | Path | StreamedModel, pattern: str, sparsity: flo
     """Count every prunable linear's non-zeros group by group, in the stored tensors, read back one by one.
 
     Args:
-        model: a model folder, a GGUF file, or an opened model.
+        model: a model folder, a GGUF file, a name on the hub, or an opened model.
         pattern: as in `prune_layer`.
         sparsity: as in `prune_layer`.
 
@@ -200,7 +200,6 @@ def _linears(model: str | Path | StreamedModel) -> Iterator[tuple[str, np.ndarra
     """Name and stored weight of every prunable linear."""
     model = model if isinstance(model, StreamedModel) else open_model(model)
     for index in range(model.num_blocks):
-        keys = model.block_keys(index)
-        for name in Block.linears:
-            key = keys[f"{name}.weight"]
-            yield key.removesuffix(".weight"), model.source.read(key)
+        for name in model.block_linears(index):
+            key = model.weight_key(index, name)
+            yield key.removesuffix(".weight"), model.stored(key)

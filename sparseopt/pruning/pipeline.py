@@ -17,7 +17,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.models import Block, StreamedModel, encode_text, load_tokenizer, open_model
+from sparseopt.models import Source, StreamedModel, encode_text, load_tokenizer, open_model
 from sparseopt.pruning.branch import Branch, PruningError, Shared, Stream
 from sparseopt.pruning.calibration import BlockRunner, make_batches
 from sparseopt.pruning.layer import LayerMethod, check_method
@@ -40,12 +40,13 @@ def ignore(event: Event, total: int) -> None:
 
 
 def prune_model(
-    source: str | Path, output: str | Path, recipe: Recipe | None = None, *, observer: Observer = ignore
+    source: str | Path | Source, output: str | Path, recipe: Recipe | None = None, *, observer: Observer = ignore
 ) -> PruneReport:
     """Prune all linears of a causal language model and write a folder that transformers loads.
 
     Args:
-        source: a Hugging Face model folder (safetensors) or a GGUF file.
+        source: a Hugging Face model folder (safetensors), a GGUF file, or a name on the Hugging Face hub, `OWNER/NAME`
+            or `OWNER/NAME@REVISION`; or what `open_source` made of one.
         output: a folder that does not exist yet or is empty.
         recipe: what to do; default: mAIHT, preset best, 50 %.
         observer: called with every `Event`, a layer's record above all, and the number of layers in all.
@@ -62,7 +63,7 @@ def prune_model(
 
 
 def prune_models(
-    source: str | Path, plans: Sequence[tuple[Recipe, str | Path]], *, observer: Observer = ignore
+    source: str | Path | Source, plans: Sequence[tuple[Recipe, str | Path]], *, observer: Observer = ignore
 ) -> list[PruneReport]:
     """Prune one model by several recipes in one pass over its blocks, each into its own folder.
 
@@ -105,7 +106,7 @@ def prune_models(
         make_batches(embedding(jnp.asarray(heldout))) if len(heldout) else [],
     )
     del embedding
-    total = len(branches) * model.num_blocks * len(Block.linears)
+    total = len(branches) * sum(len(model.block_linears(index)) for index in range(model.num_blocks))
 
     def told(event: Event) -> None:
         observer(event, total)
@@ -163,10 +164,9 @@ def layer_patterns(
     patterns: dict[str, Pattern] = {}
     checked: set[tuple[int, ...]] = set()
     for index in range(model.num_blocks):
-        keys = model.block_keys(index)
-        for name in Block.linears:
-            key = keys[f"{name}.weight"]
-            shape = model.source.tensors[key].shape
+        for name in model.block_linears(index):
+            key = model.weight_key(index, name)
+            shape = model.weight_shape(key)
             try:
                 patterns[key] = parse_pattern(recipe.pattern, shares[key] if shares else recipe.sparsity, shape)
                 if shape not in checked:

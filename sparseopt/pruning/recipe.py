@@ -53,6 +53,9 @@ class Recipe:
         heldout_samples: windows after the calibration windows for the held-out error; 0 for none.
         seed: 0 takes calibration windows from the start of the text, another draws them at random.
         dtype: dtype to store, or None to keep the source's.
+        pack: store the zeros as a bitmask, see `packed`; transformers loads the folder only once it is unpacked.
+        min_expert_tokens: an expert that fewer calibration tokens are routed to is starved: it is pruned by the
+            magnitude of its weights, and the report names it.
     """
 
     sparsity: float | None = 0.5
@@ -73,6 +76,8 @@ class Recipe:
     heldout_samples: int = 4
     seed: int = 0
     dtype: str | None = None
+    pack: bool = False
+    min_expert_tokens: int = 64
 
     def check(self) -> LayerMethod:
         """The method asked for, after every field was checked.

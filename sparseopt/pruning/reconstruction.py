@@ -27,6 +27,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.models import Block
+from sparseopt.models.experts import stacked_name
 from sparseopt.pruning.calibration import forward_flops
 from sparseopt.pruning.compiled import Compiled, Timed
 
@@ -202,15 +203,20 @@ class _Trainer:
     """One block under training, and the account of its programs: seconds, operations and steps as in the report."""
 
     def __init__(self, block: Block, masks: Mapping[str, Array], settings: Reconstruction) -> None:
+        pruned = {stacked_name(name)[0] for name in masks}
+
         def trained(path: tuple[Any, ...], _: Any) -> bool:
-            owner = ".".join(path[:-1])
-            return owner in masks or (settings.train_norms and owner not in block.linears)
+            owner = ".".join(map(str, path[:-1]))
+            return owner in pruned or (settings.train_norms and owner.endswith("norm"))
 
         graph, start, *frozen = nnx.split(block, trained, ...)
         kept = jax.tree.map(lambda parameter: jnp.ones(parameter.shape, bool), start)
         for name, mask in masks.items():
-            part, attribute = name.split(".")
-            kept[part][attribute]["weight"][...] = jnp.asarray(mask)
+            stacked, expert = stacked_name(name)
+            leaf = kept
+            for part in (*stacked.split("."), "weight"):
+                leaf = leaf[part]
+            leaf[...] = jnp.asarray(mask) if expert is None else leaf[...].at[expert].set(jnp.asarray(mask))
         self.fixed = Fixed(graph, frozen, kept)
         # A copy: the step program takes over its state's buffers, and the start still belongs to the block.
         params = jax.tree.map(jnp.copy, start)
@@ -361,8 +367,12 @@ def _check_masks(block: Block, masks: Mapping[str, Array]) -> None:
             f"masks must name linears of the block ({', '.join(block.linears)}), given "
             f"{', '.join(unknown) if unknown else 'none'}"
         )
+    stacked = {stacked_name(name)[0] for name in masks if ".experts." in name}
+    missing = [name for name in block.linears if stacked_name(name)[0] in stacked and name not in masks]
+    if missing:
+        raise ValueError(f"experts are trained together: masks lack {', '.join(missing)}; give all or none")
     for name, mask in masks.items():
-        weight = block.linear(name).weight[...]
+        weight = block.read(f"{name}.weight")
         if mask.shape != weight.shape or mask.dtype != bool:
             raise ValueError(
                 f"the mask of {name} must be bool of shape {list(weight.shape)}, True for kept weights; given "

@@ -25,6 +25,8 @@ class LayerRecord:
         seconds: device time of the solve.
         compile_seconds: time compiling for it, 0 when the program was at hand.
         dead_inputs: inputs that were zero on every calibration token.
+        tokens: calibration tokens that reached it; of experts, those routed to it.
+        starved: an expert with too few of them, pruned by magnitude; its errors are those of the weights then.
     """
 
     block: int
@@ -39,6 +41,8 @@ class LayerRecord:
     seconds: float
     compile_seconds: float
     dead_inputs: int
+    tokens: int
+    starved: bool = False
 
     @property
     def sparsity(self) -> float:
@@ -106,6 +110,8 @@ class PruneReport:
 
     Attributes:
         output: the folder written.
+        source: the model pruned, as it was asked for: a path or a name on the hub.
+        revision: the commit on the hub that it is of, a sha; None for files of your own.
         recipe: the recipe as plain values.
         layers: a record each, in the model's order.
         blocks: a record of each block that was reconstructed.
@@ -119,9 +125,13 @@ class PruneReport:
         calibration_gflops: their rate, 10⁹ floating-point operations a second.
         seconds: the whole run.
         peak_memory_bytes: largest resident set of the process so far.
+        dense_bytes: of the model's tensors in the dtypes written, dense.
+        stored_bytes: of the same tensors as they lie in the folder; fewer only where they were packed.
     """
 
     output: Path
+    source: str
+    revision: str | None
     recipe: dict[str, Any]
     layers: list[LayerRecord] = field(repr=False)
     blocks: list[BlockRecord] = field(repr=False)
@@ -135,11 +145,18 @@ class PruneReport:
     calibration_gflops: float
     seconds: float
     peak_memory_bytes: int
+    dense_bytes: int
+    stored_bytes: int
 
     @property
     def sparsity(self) -> float:
         """Share of zeros over all pruned linears."""
         return sum(r.zeros for r in self.layers) / sum(r.size for r in self.layers)
+
+    @property
+    def starved_experts(self) -> list[str]:
+        """Names of the experts that too few tokens were routed to."""
+        return sorted({r.layer.rpartition(".")[0] for r in self.layers if r.starved})
 
     def summary(self) -> dict[str, Any]:
         """For `summary.json`."""
@@ -153,6 +170,7 @@ class PruneReport:
             "mean_relative_error": mean(r.relative_error for r in self.layers),
             "mean_heldout_error": mean(r.heldout_error for r in self.layers if r.heldout_error is not None),
             "dead_inputs": sum(r.dead_inputs for r in self.layers),
+            "starved_experts": self.starved_experts,
             **environment(),
         }
 

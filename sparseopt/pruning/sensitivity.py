@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.models import Block, Head, StreamedModel
+from sparseopt.models import Block, Head, Routed, StreamedModel
+from sparseopt.models.experts import stacked_name, unstacked_names
 from sparseopt.pruning.calibration import BlockRunner, forward_flops
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.evaluation import negative_log_likelihood
@@ -53,16 +54,40 @@ def _loss_gradient(head: Head, x: Float[Array, "B T D"], tokens: Int[Array, "B T
 def _block_gradient(
     block: Block, x: Float[Array, "B T D"], behind: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "out"]]]:
-    """From the gradient behind a block to that in front of it, and squared gradients at its linears' outputs."""
+    """From the gradient behind a block to that in front of it, and squared gradients at its linears' outputs.
 
-    def run(x: Array, errors: dict[str, Array]) -> Array:
-        return block(x, tap=lambda name, value: value + errors[name] if name in errors else value)
+    Those of experts are stacked, `[E, out]`.
+    """
+    names = {stacked_name(name)[0] for name in block.linears}
 
-    sizes = {name: block.linear(name).weight.shape[0] for name in block.linears}
-    errors = {name: jnp.zeros((*x.shape[:2], size), x.dtype) for name, size in sizes.items()}
-    _, backward = jax.vjp(run, x, errors)
+    def run(x: Array, errors: dict[str, Array]) -> tuple[Array, dict[str, Any]]:
+        outputs: dict[str, Any] = {}
+
+        def tap(name: str, value: Any) -> Any:
+            if name not in names:
+                return value
+            outputs[name] = value
+            if name not in errors:
+                return value
+            return value._replace(rows=value.rows + errors[name]) if isinstance(value, Routed) else value + errors[name]
+
+        return block(x, tap=tap), outputs
+
+    def rows_of(value: Any) -> Any:
+        return value.rows if isinstance(value, Routed) else value
+
+    shapes = jax.eval_shape(run, x, {})[1]
+    errors = {name: jnp.zeros(rows_of(value).shape, x.dtype) for name, value in shapes.items()}
+    _, backward, outputs = jax.vjp(run, x, errors, has_aux=True)
     front, gradients = backward(behind)
-    return front, {name: jnp.sum(g**2, axis=(0, 1)) for name, g in gradients.items()}
+    squares = {}
+    for name, gradient in gradients.items():
+        value = outputs[name]
+        each = jnp.sum(gradient**2, axis=(0, 1) if not isinstance(value, Routed) else 1)
+        if isinstance(value, Routed):
+            each = jax.ops.segment_sum(each, value.expert, block.num_experts)
+        squares[name] = each
+    return front, squares
 
 
 _gradient_behind_blocks = Compiled(_loss_gradient)
@@ -130,10 +155,19 @@ def backward_sweep(
                 gradients[position], new = runner.account(_gradient_through_block(block, x, gradients[position]))
                 squares = new if squares is None else jax.tree.map(jnp.add, squares, new)
                 runner.flops += 3 * forward_flops(block, x.shape)
-            found = {name: np.asarray(value) / tokens.size for name, value in squares.items()}
+            found = _by_linear({name: np.asarray(value) / tokens.size for name, value in squares.items()})
             yield Site(index, block, stream, found)
             done += 1
             observer(done, steps)
+
+
+def _by_linear(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The sensitivities of every linear, those of experts one by one."""
+    found: dict[str, np.ndarray] = {}
+    for name, value in stacked.items():
+        alone = unstacked_names(name, len(value))
+        found |= {name: value} if alone is None else dict(zip(alone, value, strict=True))
+    return found
 
 
 def _gradients_behind(

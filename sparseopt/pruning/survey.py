@@ -83,7 +83,7 @@ def survey(
         count = max(1, TOKENS // tokens.shape[1])
         batches = make_batches(jnp.concatenate(embedded.calibration)[:count])
         for site in backward_sweep(model, batches, tokens[:count], runner, told):
-            keys = {name: model.block_keys(site.index)[f"{name}.weight"] for name in site.sensitivity}
+            keys = {name: model.weight_key(site.index, name) for name in site.sensitivity}
             found.weights |= {keys[name]: output_weights(value) for name, value in site.sensitivity.items()}
             if len(levels):
                 found.curves |= {keys[n]: curve for n, curve in _curves(site, levels, runner).items()}
@@ -118,7 +118,7 @@ def _curves(site: Site, levels: np.ndarray, runner: BlockRunner) -> dict[str, np
     for name, tap in site.block.linears.items():
         sensitivity = site.sensitivity[name]
         arguments: Any = (
-            site.block.linear(name).weight[...],
+            site.block.read(f"{name}.weight"),
             grams[tap].gram / grams[tap].mass,
             sensitivity,
             output_weights(sensitivity),
@@ -130,7 +130,7 @@ def _curves(site: Site, levels: np.ndarray, runner: BlockRunner) -> dict[str, np
 
 def _outliers(block: Block, batches: list[Any], runner: BlockRunner) -> float:
     grams = runner.grams(block, batches)
-    weights = {name: block.linear(name).weight[...] for name in block.linears}
+    weights = {name: block.read(f"{name}.weight") for name in block.linears}
     inputs = {name: grams[tap].gram for name, tap in block.linears.items()}
     return float(runner.account(outliers_of_block(weights, inputs)))
 
@@ -139,17 +139,18 @@ def _survey_of(model: StreamedModel, recipe: Recipe, found: _Findings, levels: n
     weights = found.weights if recipe.output_weighting() == "gradient" else None
     if recipe.allocation == "uniform" or recipe.sparsity is None:
         return Survey(None, weights)
-    keys = [model.block_keys(i)[f"{name}.weight"] for i in range(model.num_blocks) for name in Block.linears]
-    shapes = [model.source.tensors[key].shape for key in keys]
+    names = [list(model.block_linears(index)) for index in range(model.num_blocks)]
+    keys = [model.weight_key(index, name) for index, each in enumerate(names) for name in each]
+    shapes = [model.weight_shape(key) for key in keys]
     sizes = np.array([np.prod(shape) for shape in shapes])
     bounds = _bounds(recipe)
     if recipe.allocation == "curves":
         losses = np.stack([found.curves[key] for key in keys])
         sparsities = allocate_curves(levels, losses, sizes, recipe.sparsity, bounds)
     else:
-        blocks = sizes.reshape(model.num_blocks, -1).sum(axis=1)
-        each = allocate_owl(np.array(found.outliers), blocks, recipe.sparsity, bounds)
-        sparsities = np.repeat(each, len(Block.linears))
+        counts = [len(each) for each in names]
+        blocks = np.add.reduceat(sizes, np.cumsum([0, *counts[:-1]]))
+        sparsities = np.repeat(allocate_owl(np.array(found.outliers), blocks, recipe.sparsity, bounds), counts)
     units = np.array([share_unit(recipe.pattern, shape) for shape in shapes])
     exact = exact_shares(sparsities, sizes, units, recipe.sparsity, bounds)
     return Survey(dict(zip(keys, exact.tolist(), strict=True)), weights)

@@ -189,7 +189,7 @@ def zero_shot(
     """Scores of a model on `lm-eval` tasks.
 
     Args:
-        model: a model folder, a GGUF file or an opened model.
+        model: a model folder, a GGUF file, a name on the hub or an opened model.
         tasks: names of tasks, groups or tags that `lm-eval` or `include_path` has.
         limit: examples a task at most, from the start; None takes all.
         include_path: a folder of your own task files; its names come before `lm-eval`'s.

@@ -78,6 +78,15 @@ def test_the_model_is_kept_on_request(tmp_path, prune):
     assert {audit.sparsity for audit in audit_sparsity(open_model(outcome.folder / "model"))} == {0.5}
 
 
+def test_a_kept_model_is_packed_on_request(tmp_path, prune):
+    (run,) = expand({**prune, "method": "magnitude", "keep_model": True, "pack": True})
+    outcome = execute(run, tmp_path, quiet)
+    assert outcome.error is None
+    record = json.loads((outcome.folder / "records.jsonl").read_text())
+    assert record["stored_bytes"] < record["dense_bytes"]
+    assert (outcome.folder / "model" / "model.packed.index.json").is_file()
+
+
 def test_a_pattern_reaches_the_weights_also_where_yaml_reads_a_number(tmp_path, prune):
     # 2:4 without quotes is a number of base 60 in YAML 1.1.
     (run,) = expand({**prune, "method": "wanda", "pattern": 2 * 60 + 4, "keep_model": True})

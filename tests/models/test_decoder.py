@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import jax
@@ -12,21 +13,33 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparseopt.models import Block, Decoder, DecoderConfig, Embedding, Rope, find_family, load_decoder, open_model
-from sparseopt.models.decoder import QUERY_CHUNK, causal_attention, rotate
+from sparseopt.models import (
+    FAMILIES,
+    Block,
+    BlockKind,
+    Decoder,
+    DecoderConfig,
+    Embedding,
+    Rope,
+    find_family,
+    load_decoder,
+    open_model,
+)
+from sparseopt.models.attention import QUERY_CHUNK, causal_attention, rotate
+from sparseopt.models.rope import Llama3
 from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.oracle.make_golden import CASES
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 SMALL = DecoderConfig(
     vocab_size=19,
     hidden_size=12,
     intermediate_size=20,
-    num_layers=3,
     num_heads=6,
     num_kv_heads=2,
     head_dim=4,
     norm_eps=1e-5,
-    rope=Rope(10000.0),
+    kinds=(BlockKind(Rope(10000.0)),) * 3,
     tied=False,
 )
 
@@ -43,7 +56,8 @@ def write_golden(file: Path, folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_there_are_golden_files() -> None:
-    assert len(GOLDEN) == 5
+    assert {file.stem for file in GOLDEN} == set(CASES)
+    assert {CASES[file.stem]["model_type"] for file in GOLDEN} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
@@ -83,7 +97,7 @@ def test_rotated_scores_depend_on_distance_alone(rng: np.random.Generator) -> No
 
 
 def test_later_tokens_change_no_earlier_logit() -> None:
-    decoder = Decoder(replace(SMALL, num_layers=1), rngs=nnx.Rngs(0))
+    decoder = Decoder(replace(SMALL, kinds=SMALL.kinds[:1]), rngs=nnx.Rngs(0))
     tokens = np.arange(16)[None] % 19
     changed = tokens.copy()
     changed[0, 10] = 18
@@ -97,7 +111,7 @@ def test_a_token_out_of_range_gives_nan_and_not_another_row() -> None:
 
 
 def test_taps_see_input_and_output_of_each_linear_and_may_change_them(rng: np.random.Generator) -> None:
-    block = Block(SMALL, rngs=nnx.Rngs(3))
+    block = Block(SMALL, SMALL.kinds[0], rngs=nnx.Rngs(3))
     x = jnp.asarray(rng.normal(size=(2, 7, 12)), jnp.float32)
     seen: dict[str, jax.Array] = {}
 
@@ -110,20 +124,20 @@ def test_taps_see_input_and_output_of_each_linear_and_may_change_them(rng: np.ra
     np.testing.assert_array_equal(plain, block(x))
     assert set(seen) == {*block.linears, *block.linears.values()}
     for linear, tap in block.linears.items():
-        np.testing.assert_array_equal(seen[linear], block.linear(linear)(seen[tap]))
-        assert seen[tap].shape == (2, 7, block.linear(linear).weight.shape[1]), linear
-    np.testing.assert_array_equal(seen["attention_input"], block.input_layernorm(x))
+        np.testing.assert_array_equal(seen[linear], attrgetter(linear)(block)(seen[tap]))
+        assert seen[tap].shape == (2, 7, block.weight_shape(linear)[1]), linear
+    np.testing.assert_array_equal(seen["attention_input"], block.attention_norm(x))
     gate = block.mlp.gate_proj(seen["mlp_input"])
     np.testing.assert_allclose(seen["mlp_hidden"], jax.nn.silu(gate) * block.mlp.up_proj(seen["mlp_input"]))
     # With its last input replaced by zeros the MLP adds nothing to what attention gave.
     silenced = block(x, tap=lambda name, value: 0 * value if name == "mlp_hidden" else value)
-    attended = x + block.self_attn(block.input_layernorm(x))
+    attended = x + block.self_attn(block.attention_norm(x))
     np.testing.assert_allclose(silenced, attended, atol=1e-6)
 
 
 def test_an_unknown_linear_is_named() -> None:
     with pytest.raises(KeyError, match=r"self_attn.x_proj.*self_attn.q_proj"):
-        Block(SMALL, rngs=nnx.Rngs(0)).linear("self_attn.x_proj")
+        Block(SMALL, SMALL.kinds[0], rngs=nnx.Rngs(0)).read("self_attn.x_proj.weight")
 
 
 def test_all_blocks_share_one_trace(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -159,7 +173,7 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path, rng: np.random.Generator) 
 
 
 def test_llama3_scaling_keeps_high_frequencies_and_slows_low_ones() -> None:
-    plain, scaled = (rope.frequencies(64) for rope in (Rope(5e5), Rope(5e5, 8.0, 1.0, 4.0, 8192)))
+    plain, scaled = (rope.frequencies(64) for rope in (Rope(5e5), Rope(5e5, Llama3(8.0, 1.0, 4.0, 8192))))
     ratio = plain / scaled
     assert ratio[0] == 1
     assert ratio[-1] == pytest.approx(8)
@@ -169,7 +183,7 @@ def test_llama3_scaling_keeps_high_frequencies_and_slows_low_ones() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
         ({"sliding_window": 128}, "sliding_window=128"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size must be a positive int, given None"),
@@ -177,9 +191,9 @@ def test_llama3_scaling_keeps_high_frequencies_and_slows_low_ones() -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive float"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn' is unknown"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type='spiral' is unknown"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor must be a positive float"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor must be in"),
         ({"rope_scaling": 2.0}, "rope_scaling must be a table"),
     ],
 )
@@ -190,7 +204,7 @@ def test_what_the_decoder_does_not_do_is_refused_by_name(changes: dict, named: s
 
 
 def test_an_unknown_family_names_those_known() -> None:
-    with pytest.raises(ValueError, match="unknown model_type 'mamba'; known are llama"):
+    with pytest.raises(ValueError, match=r"unknown model_type 'mamba'; known are gemma2, .*llama"):
         find_family({"model_type": "mamba"})
 
 

@@ -1,15 +1,17 @@
 """GGUF files: values, names, row order, configuration, and every way in which a file can be wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
-from sparseopt.models import ModelError, Rope, load_decoder, open_model, open_source
+from sparseopt.models import ModelError, load_decoder, open_model, open_source
+from sparseopt.models.gguf_architectures import llama3_scaling, unpair_heads
 from sparseopt.models.gguf_file import read_header
-from sparseopt.models.gguf_source import _llama3_scaling, unpair_heads
+from sparseopt.models.rope import Llama3, plain_frequencies
 from tests.models.tiny import pair_heads, random_tensors, tiny_config, write_folder, write_gguf
 
 Kind = gguf.GGMLQuantizationType
@@ -117,10 +119,18 @@ def test_random_damage_raises_model_errors_only(tmp_path: Path, rng: np.random.G
     assert refused > 30
 
 
+def test_a_type_that_cannot_be_decoded(tmp_path: Path, rng: np.random.Generator) -> None:
+    config = tiny_config(num_hidden_layers=1)
+    file = write_gguf(tmp_path / "m.gguf", config, random_tensors(config, rng))
+    tensor = replace(read_header(file).tensors["output_norm.weight"], kind=Kind.I64)
+    with pytest.raises(ModelError, match="a tensor of type I64, which is not supported"):
+        tensor.read()
+
+
 def test_an_unknown_architecture_names_those_known(tmp_path: Path, rng: np.random.Generator) -> None:
     config = tiny_config()
     file = write_gguf(tmp_path / "m.gguf", config, random_tensors(config, rng), architecture="mamba")
-    with pytest.raises(ModelError, match="unknown architecture 'mamba'; known are llama"):
+    with pytest.raises(ModelError, match="unknown architecture 'mamba'; known are llama, qwen2, qwen3, gemma2, gemma3"):
         open_source(file)
 
 
@@ -136,12 +146,11 @@ def test_missing_and_extra_tensors_are_reported(tmp_path: Path, rng: np.random.G
 
 
 def test_llama3_factors_become_a_scaling(tmp_path: Path) -> None:
-    scaled = Rope(500000.0, 32.0, 1.0, 4.0, 8192)
-    factors = Rope(500000.0).frequencies(64) / scaled.frequencies(64)
-    made = _llama3_scaling(factors, 500000.0, tmp_path)
+    factors = plain_frequencies(500000.0, 64) / Llama3(32.0, 1.0, 4.0, 8192).frequencies(500000.0, 64, time=1)
+    made = llama3_scaling(factors, 500000.0, tmp_path)
     assert (made["rope_type"], made["factor"], made["original_max_position_embeddings"]) == ("llama3", 32.0, 8192)
     with pytest.raises(ModelError, match="not those of Llama 3"):
-        _llama3_scaling(np.linspace(1, 8, 32), 500000.0, tmp_path)
+        llama3_scaling(np.linspace(1, 8, 32), 500000.0, tmp_path)
 
 
 def test_sidecars_hold_ids_and_chat_template(tmp_path: Path, rng: np.random.Generator) -> None:

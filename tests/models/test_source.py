@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sparseopt.models import ModelError, open_model, open_source
+from sparseopt.models import ModelError, ShardedWriter, open_model, open_source
 from sparseopt.models.safetensors_file import read_header, write_tensors
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
@@ -71,12 +71,24 @@ def test_missing_extra_misshapen_and_integer_keys_come_in_one_error(tmp_path: Pa
     assert "not a float: model.norm.weight is int8" in text
 
 
-def test_a_tied_head_and_stored_frequencies_may_be_there_and_are_left(tmp_path: Path, tensors: dict) -> None:
+def test_a_second_copy_of_a_tied_head_is_left_and_what_the_decoder_lacks_passes_through(
+    tmp_path: Path, tensors: dict
+) -> None:
     tensors["lm_head.weight"] = np.zeros_like(tensors["model.embed_tokens.weight"])
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+    frequencies = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors[frequencies] = np.zeros(4, np.float32)
+    tensors["vision_tower.position_ids"] = np.arange(3)
     model = open_model(write_folder(tmp_path, tiny_config(), tensors))
     np.testing.assert_array_equal(model.head().lm_head.weight[...], tensors["model.embed_tokens.weight"])
-    assert model.outer_keys() == ["model.embed_tokens.weight", "model.norm.weight"]
+    outer = {"model.embed_tokens.weight", "model.norm.weight", frequencies, "vision_tower.position_ids"}
+    assert set(model.outer_keys()) == outer
+    writer = ShardedWriter(tmp_path / "out", model.source, np.float16, keys=model.exported_keys())
+    writer.write("all", {key: model.source.read(key) for key in model.exported_keys()})
+    writer.finish()
+    copied = open_model(tmp_path / "out").source
+    assert copied.tensors["vision_tower.position_ids"].dtype == np.int64
+    assert copied.read("vision_tower.position_ids").tolist() == [0, 1, 2]
+    assert copied.tensors["model.norm.weight"].dtype == np.float16
 
 
 def test_an_untied_head_must_be_there(tmp_path: Path, tensors: dict) -> None:

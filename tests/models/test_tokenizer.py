@@ -1,5 +1,7 @@
 """Tokenizers from GGUF metadata and folders, and what an export hands on."""
 
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ import pytest
 
 from sparseopt.models import ModelError, encode_text, load_tokenizer, open_source
 from sparseopt.models.gguf_tokenizer import build_tokenizer
-from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder, write_gguf
+from tests.models.tiny import MERGES, VOCAB, random_tensors, tiny_config, write_folder, write_gguf
+from tests.models.tiny_gguf import byte_level_metadata, sentencepiece_metadata
 
 TEXT = "hello the 2024 hell!\n<|stop|>he's"
 
@@ -73,11 +76,14 @@ def test_folders_without_a_usable_tokenizer(tmp_path: Path) -> None:
     [
         ({"tokenizer.ggml.tokens": []}, "carries no tokenizer"),
         ({"tokenizer.ggml.model": "bert"}, "kind 'bert'; known are 'gpt2' and 'llama'"),
-        ({"tokenizer.ggml.pre": "odd"}, "cuts words by 'odd'.*known are smollm, gpt-2, llama-bpe"),
+        ({"tokenizer.ggml.pre": "odd"}, "cuts words by 'odd'.*known are smollm, gpt-2, llama-bpe, qwen2"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "corrupt table tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.eos_token_id": 49}, "eos_token_id = 49, which is none of its 49 tokens"),
         ({"tokenizer.ggml.merges": ["q z"]}, "a merge whose parts or whole are no token"),
         ({"tokenizer.ggml.model": "llama"}, "49 tokens and 0 scores"),
+        ({"tokenizer.ggml.token_type": [1] * 50}, "49 tokens and 50 token types"),
+        (sentencepiece_metadata(True) | {"tokenizer.ggml.remove_extra_whitespaces": True}, "that normalises text"),
+        (sentencepiece_metadata(True) | {"tokenizer.ggml.precompiled_charsmap": [1]}, "that normalises text"),
     ],
 )
 def test_metadata_that_describe_no_known_tokenizer(changes: dict, text: str) -> None:
@@ -87,12 +93,111 @@ def test_metadata_that_describe_no_known_tokenizer(changes: dict, text: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("pre", "words"), [("smollm", [*"1234", "Ġab"]), ("gpt-2", ["1234", "Ġab"]), ("llama-bpe", ["123", "4", "Ġab"])]
+    ("pre", "words"),
+    [
+        ("smollm", [*"1234", "Ġab"]),
+        ("gpt-2", ["1234", "Ġab"]),
+        ("llama-bpe", ["123", "4", "Ġab"]),
+        ("qwen2", [*"1234", "Ġab"]),
+    ],
 )
 def test_words_are_cut_as_named(pre: str, words: list[str]) -> None:
     metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": VOCAB}
     tokenizer = build_tokenizer(metadata, Path("m.gguf"))
     assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str("1234 ab")] == words
+
+
+def test_qwen2_cuts_and_normalises_as_the_reference() -> None:
+    from transformers import Qwen2Tokenizer
+
+    metadata = byte_level_metadata("qwen2")
+    ours = build_tokenizer(metadata, Path("m.gguf"))
+    merges = [tuple(merge.split(" ")) for merge in MERGES]
+    theirs = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(VOCAB)}, merges=merges).backend_tokenizer
+    for text in ["he's HE'S 123.45", "  the \n\n  the\t", "cafe\u0301 caf\u00e9", "日本語 ok", "a\r\n b", "x" * 30]:
+        cut = ours.normalizer.normalize_str(text)
+        assert cut == theirs.normalizer.normalize_str(text)
+        assert ours.pre_tokenizer.pre_tokenize_str(cut) == theirs.pre_tokenizer.pre_tokenize_str(cut), text
+        assert ours.encode(text).ids == theirs.encode(text).ids, text
+
+
+TRICKY = [
+    "hello the hell",
+    " hello",
+    "the  the   the    the",
+    "\n\n\nhello\n",
+    "<b>hello<b> the",
+    "<eos>hello <bos>",
+    "aaaa aaa",
+    "é e\u0301 é",
+    "日本 🦙\t",
+    "Hello, 12",
+    "a▁b",
+    " ",
+    "",
+]
+
+
+def pieces_by_definition(text: str, metadata: dict, prefix: bool) -> list[str]:
+    """SentencePiece's BPE by definition: marked tokens are cut out, then the best pair is merged, leftmost first."""
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    score = {
+        token: value
+        for token, value, kind in zip(tokens, metadata["tokenizer.ggml.scores"], kinds, strict=True)
+        if kind == 1
+    }
+    marked = sorted(
+        (token for token, kind in zip(tokens, kinds, strict=True) if kind in (2, 3, 4)), key=len, reverse=True
+    )
+    found: list[str] = []
+    for part in re.split("(" + "|".join(map(re.escape, marked)) + ")", text):
+        if part in marked:
+            found.append("▁" * len(part) if part.isspace() and part[0] == " " else part)
+            continue
+        symbols = list(("▁" if prefix and part else "") + part.replace(" ", "▁"))
+        while pairs := [
+            (score[left + right], -i) for i, (left, right) in enumerate(pairwise(symbols)) if left + right in score
+        ]:
+            i = -max(pairs)[1]
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+        for symbol in symbols:
+            found += [symbol] if symbol in score else [f"<0x{byte:02X}>" for byte in symbol.encode()]
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_sentencepiece_merges_by_definition(architecture: str) -> None:
+    metadata = sentencepiece_metadata(prefix=False) | {"general.architecture": architecture}
+    tokenizer = build_tokenizer(metadata, Path("m.gguf"))
+    for text in TRICKY:
+        got = tokenizer.encode(text, add_special_tokens=False)
+        assert got.tokens == pieces_by_definition(text, metadata, prefix=False), text
+        assert tokenizer.decode(got.ids, skip_special_tokens=False) == text.replace("▁", " "), text
+
+
+def test_a_prefixed_space_goes_before_every_stretch_of_text() -> None:
+    metadata = sentencepiece_metadata(prefix=True)
+    metadata["tokenizer.ggml.token_type"] = [1 if kind == 4 else kind for kind in metadata["tokenizer.ggml.token_type"]]
+    # Plain tokens need plain scores, and no spaces.
+    plain = ["qq", "ww", "xx", "yy", "zz"]
+    metadata["tokenizer.ggml.tokens"][4:9], metadata["tokenizer.ggml.scores"][4:9] = plain, [-900.0] * 5
+    tokenizer = build_tokenizer(metadata, Path("m.gguf"))
+    for text in TRICKY:
+        got = tokenizer.encode(text, add_special_tokens=False)
+        assert got.tokens == pieces_by_definition(text, metadata, prefix=True), text
+    assert tokenizer.encode("hello<eos>the").tokens == ["<bos>", "▁hello", "<eos>", "▁the"]
+    assert tokenizer.decode(tokenizer.encode("hello  the").ids) == "hello  the"
+
+
+def test_text_begins_and_ends_as_the_file_says() -> None:
+    metadata = sentencepiece_metadata(prefix=False)
+    for bos in (True, False):
+        for eos in (True, False):
+            flags = {"tokenizer.ggml.add_bos_token": bos, "tokenizer.ggml.add_eos_token": eos}
+            tokenizer = build_tokenizer(metadata | flags, Path("m.gguf"))
+            ends = ["<bos>"] * bos, ["<eos>"] * eos
+            assert tokenizer.encode("lo").tokens == [*ends[0], "lo", *ends[1]]
+            assert tokenizer.encode("lo", "he").tokens == [*ends[0], "lo", *ends[1], *ends[0], "he", *ends[1]]
 
 
 def test_sentencepiece_tokens_from_gguf() -> None:

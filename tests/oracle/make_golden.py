@@ -1,10 +1,13 @@
-"""Make tests/models/golden/*.npz with the reference implementation: `python -m tests.oracle.make_golden`.
+"""Make tests/models/golden/*.npz with the reference implementation: `python -m tests.oracle.make_golden [NAME ...]`.
 
-A file holds one tiny random Llama: its configuration (JSON), weights (float16, exact), token ids, the output of
-the embedding, of every block and of the whole model (logits), all computed by transformers in float32.
+A file holds one tiny random model: its configuration (JSON) and weights (float16, exact) as transformers stores them,
+token ids, the stream in front of every block and behind the last (`hidden`), and the logits, all computed by
+transformers in float32.
 """
 
 import json
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,6 @@ import numpy as np
 FOLDER = Path(__file__).parents[1] / "models" / "golden"
 
 _SIZES = {
-    "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 40,
     "hidden_size": 16,
@@ -21,64 +23,145 @@ _SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "hidden_act": "silu",
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
-_NEW_ROPE = {key: value for key, value in _SIZES.items() if key != "rope_parameters"}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+_LLAMA = _SIZES | {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
+_OLD_ROPE = {key: value for key, value in _LLAMA.items() if key != "rope_parameters"}
+_EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
+
+
+def _rope(kind: str, theta: float = 100.0, **fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **fields}}
+
+
+_LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+_LONG = {"short_factor": [1.0, 1.5], "long_factor": [2.0, 5.0], "original_max_position_embeddings": 16}
+_GEMMA3_ROPES = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+    }
 }
 
 CASES: dict[str, dict[str, Any]] = {
-    "tied_grouped": _SIZES | {"tie_word_embeddings": True},
-    "untied_biases": _SIZES | {"attention_bias": True, "mlp_bias": True, "head_dim": 6},
-    "legacy_rope": _NEW_ROPE | {"rope_theta": 50.0, "num_key_value_heads": 4},
-    "legacy_linear": _NEW_ROPE | {"rope_theta": 1000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
-    "llama3_rope": _SIZES | {"rope_parameters": _LLAMA3, "num_key_value_heads": 1, "head_dim": 8},
+    "tied_grouped": _LLAMA | {"tie_word_embeddings": True},
+    "untied_biases": _LLAMA | {"attention_bias": True, "mlp_bias": True, "head_dim": 6},
+    "legacy_rope": _OLD_ROPE | {"rope_theta": 50.0, "num_key_value_heads": 4},
+    "legacy_linear": _OLD_ROPE | {"rope_theta": 1000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "llama3_rope": _LLAMA | _rope("llama3", **_LLAMA3) | {"num_key_value_heads": 1, "head_dim": 8},
+    "dynamic_rope": _LLAMA | _rope("dynamic", factor=4.0) | {"max_position_embeddings": 12, "head_dim": 8},
+    "yarn_rope": _LLAMA | _rope("yarn", factor=4.0, original_max_position_embeddings=12) | {"head_dim": 8},
+    "mistral": _SIZES | {"model_type": "mistral", "sliding_window": 7, "tie_word_embeddings": False},
+    "qwen2": _SIZES | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_window": _SIZES
+    | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": _SIZES | {"model_type": "qwen3", "head_dim": 6, "tie_word_embeddings": True},
+    "smollm3": _SIZES | {"model_type": "smollm3", "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True},
+    "gemma2": _SIZES
+    | {"model_type": "gemma2", "head_dim": 6, "sliding_window": 7, "query_pre_attn_scalar": 10}
+    | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": _SIZES
+    | _GEMMA3_ROPES
+    | {"model_type": "gemma3_text", "head_dim": 6, "sliding_window": 7, "sliding_window_pattern": 3}
+    | {"query_pre_attn_scalar": 10},
+    "phi3": _SIZES | {"model_type": "phi3", "sliding_window": 9, "tie_word_embeddings": False},
+    "phi3_longrope": _SIZES
+    | _rope("longrope", **_LONG)
+    | {"model_type": "phi3", "original_max_position_embeddings": 16, "tie_word_embeddings": False},
+    "olmo2": _SIZES | {"model_type": "olmo2", "tie_word_embeddings": False},
+    "opt": _SIZES | {"model_type": "opt", "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 40, "n_embd": 16, "n_head": 4, "n_layer": 3, "n_positions": 64},
+    "gpt_neox": _SIZES | {"model_type": "gpt_neox"} | _rope("default", partial_rotary_factor=0.5),
+    "gpt_neox_serial": _SIZES
+    | {"model_type": "gpt_neox", "use_parallel_residual": False}
+    | _rope("default", partial_rotary_factor=0.5),
+    "mixtral": _SIZES | {"model_type": "mixtral", "num_local_experts": 4} | _EXPERTS,
+    "qwen3_moe": _SIZES
+    | {"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 12, "mlp_only_layers": [1]}
+    | {"norm_topk_prob": True, "head_dim": 6}
+    | _EXPERTS,
 }
+# What older files say in their own way; transformers writes them anew, so the configuration here goes into the file.
+AS_GIVEN = ("legacy_rope", "legacy_linear")
+
+
+def build_model(name: str) -> Any:
+    """The model of a case in torch, float32, with weights that float16 holds exactly."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # The class may move entries of nested tables, so it gets a copy.
+    fields = json.loads(json.dumps(CASES[name]))
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    generator = torch.Generator().manual_seed(list(CASES).index(name))
+    offset = 0.0 if "gemma" in name else 1.0
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            scale = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+            norm = parameter.ndim == 1 and key.endswith("weight")
+            parameter.copy_((scale + offset * norm).half().float())
+    return model
+
+
+def blocks_of(model: Any) -> Any:
+    """The list of a model's blocks."""
+    import torch
+
+    count = model.config.num_hidden_layers
+    lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == count]
+    return lists[0]
+
+
+def run_layers(model: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The stream in front of every block and behind the last, `[L + 1, B, T, D]`, and the logits."""
+    import torch
+
+    streams: list[torch.Tensor] = []
+
+    def in_front(_: Any, arguments: tuple, keywords: dict) -> None:
+        streams.append(arguments[0] if arguments else keywords["hidden_states"])
+
+    def behind(_: Any, __: Any, output: Any) -> None:
+        streams.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = blocks_of(model)
+    hooks = [block.register_forward_pre_hook(in_front, with_kwargs=True) for block in blocks]
+    hooks.append(blocks[-1].register_forward_hook(behind))
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(streams).numpy(), logits.numpy()
 
 
 def compute_case(name: str) -> dict[str, np.ndarray]:
     """The arrays of one golden file, from torch and transformers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from safetensors.numpy import load_file
 
-    # The class may move entries of nested tables, so it gets a copy.
-    config = json.loads(json.dumps(CASES[name]))
-    model = LlamaForCausalLM(LlamaConfig(**config)).float().eval()
-    generator = torch.Generator().manual_seed(list(CASES).index(name))
-    arrays: dict[str, np.ndarray] = {"config": np.array(json.dumps(CASES[name]))}
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
-            parameter.copy_((drawn + ("norm" in key)).half().float())
-            arrays[f"weight/{key}"] = parameter.numpy().astype(np.float16)
-        tokens = torch.randint(0, config["vocab_size"], (2, 24), generator=generator)
-        outputs: list[torch.Tensor] = []
-        parts = [model.model.embed_tokens, *model.model.layers]
-        for part in parts:
-            part.register_forward_hook(lambda _, __, y: outputs.append(y[0] if isinstance(y, tuple) else y))
-        logits = model(input_ids=tokens, use_cache=False).logits
-    arrays["tokens"] = tokens.numpy().astype(np.int32)
-    arrays["hidden"] = torch.stack(outputs).numpy()
-    arrays["logits"] = logits.numpy()
+    model = build_model(name)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        stored = load_file(Path(folder) / "model.safetensors")
+        config = json.loads((Path(folder) / "config.json").read_text())
+    given = CASES[name] if name in AS_GIVEN else config
+    arrays: dict[str, np.ndarray] = {"config": np.array(json.dumps(given))}
+    arrays |= {f"weight/{key}": value.astype(np.float16) for key, value in sorted(stored.items())}
+    tokens = np.random.default_rng(list(CASES).index(name)).integers(0, 40, (2, 24)).astype(np.int32)
+    arrays["tokens"] = tokens
+    arrays["hidden"], arrays["logits"] = run_layers(model, tokens)
     return arrays
 
 
 def main() -> None:
-    """Write all files."""
+    """Write all files, or those named."""
     FOLDER.mkdir(exist_ok=True)
-    for name in CASES:
+    for name in sys.argv[1:] or CASES:
         np.savez_compressed(FOLDER / f"{name}.npz", **compute_case(name))
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from sparseopt.models import Block, open_model
-from sparseopt.models.decoder import QUERY_CHUNK
+from sparseopt.models.attention import QUERY_CHUNK
 from sparseopt.pruning.reconstruction import Reconstruction, TrainingStatus, reconstruct_block, stream_loss
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
@@ -35,13 +35,13 @@ def streams(model, rng):
     return [x[: WINDOWS // 2], x[WINDOWS // 2 : WINDOWS]], [x[WINDOWS:]]
 
 
-def prune(block, names=tuple(Block.linears)):
+def prune(block, names=None):
     """Keep the larger half of every linear."""
     masks = {}
-    for name in names:
-        weight = block.linear(name).weight[...]
+    for name in names or block.linears:
+        weight = block.read(f"{name}.weight")
         masks[name] = jnp.abs(weight) > jnp.median(jnp.abs(weight))
-        block.linear(name).weight[...] = jnp.where(masks[name], weight, 0)
+        block.write(f"{name}.weight", jnp.where(masks[name], weight, 0))
     return masks
 
 
@@ -103,9 +103,9 @@ def test_a_kept_entry_may_start_at_zero(task):
     block, masks, *batches = task
     name = "mlp.up_proj"
     place = tuple(np.argwhere(np.asarray(masks[name]))[7])
-    block.linear(name).weight[...] = block.linear(name).weight[...].at[place].set(0)
+    block.write(f"{name}.weight", block.read(f"{name}.weight").at[place].set(0))
     reconstruct_block(block, masks, *batches, QUICK)
-    assert block.linear(name).weight[...][place] != 0
+    assert block.read(f"{name}.weight")[place] != 0
 
 
 def test_only_linears_with_a_mask_are_trained_and_norms_if_asked_for(task):
@@ -120,7 +120,7 @@ def test_only_linears_with_a_mask_are_trained_and_norms_if_asked_for(task):
 def test_a_block_with_nothing_to_mend_keeps_every_bit(model, streams):
     inputs, heldout = streams
     block = model.block(0)
-    masks = {name: jnp.ones(block.linear(name).weight.shape, bool) for name in block.linears}
+    masks = {name: jnp.ones(block.weight_shape(name), bool) for name in block.linears}
     before = parameters(block)
     targets, heldout_targets = [run(block, x) for x in inputs], [run(block, x) for x in heldout]
     report = reconstruct_block(block, masks, inputs, targets, heldout, heldout_targets, QUICK)
@@ -271,7 +271,7 @@ def test_one_free_linear_ends_at_the_least_squares_optimum(model, streams):
     y = np.asarray(jnp.concatenate(targets), np.float64)
     output, hidden = (np.asarray(value, np.float64) for value in output_and_hidden(block, jnp.concatenate(inputs)))
     hidden = hidden.reshape(-1, mask.shape[1])
-    weight = np.asarray(block.linear(name).weight[...], np.float64)
+    weight = np.asarray(block.read(f"{name}.weight"), np.float64)
     tokens = len(hidden)
     root = 1 / np.sqrt((y.reshape(tokens, -1) ** 2).sum(-1) * tokens)
     rest = (y - output).reshape(tokens, -1) + hidden @ weight.T

@@ -1,0 +1,103 @@
+"""Floor 8: what a person sees of an inspection."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from sparseopt.console import comparison_table, duration
+from sparseopt.pruning.inspection import Inspection
+
+
+def model_lines(found: Inspection) -> list[str]:
+    """What the model is."""
+    where = found.path if found.source == found.path else f"{found.source} (in {found.path})"
+    revision = f", commit {found.revision}" if found.revision else ""
+    lines = [f"{where}{revision}"]
+    family = f"{found.model_type}, {found.num_blocks} blocks"
+    if not found.supported:
+        family += (
+            "; the decoder of this package does not have the family: `pip install 'sparseopt[torch]'` runs it through "
+            "torch. What follows is read off the names of its tensors"
+        )
+    lines.append(family)
+    if found.kinds:
+        alike = "all blocks alike: " if len(found.kinds) == 1 else ""
+        lines += [f"  {alike or f'blocks {ranges(kind.indices)}: '}{kind.description}" for kind in found.kinds]
+    head = "head tied to the embedding" if found.tied else f"head {found.head_parameters:,}"
+    lines.append(
+        f"{found.parameters:,} parameters: {found.block_parameters:,} in blocks, of which prunable "
+        f"{found.prunable_parameters:,}; embedding {found.embedding_parameters:,}, {head}"
+    )
+    if found.unused_parameters:
+        lines.append(f"besides {found.unused_parameters:,} parameters of other parts, which pass through unchanged")
+    stored = ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in found.dtypes.items())
+    lines.append(f"tensors as they read: {stored}; files: {size(found.file_bytes)}")
+    return lines
+
+
+def linear_table(found: Inspection) -> Table:
+    """The distinct linears that a prune takes."""
+    rows = [
+        (
+            linear.name,
+            f"{linear.outputs}x{linear.inputs}",
+            f"{linear.count:,}",
+            linear.dtype,
+            f"{linear.size:,}",
+            "-" if linear.zeros is None else f"{linear.zeros / linear.size:.4f}",
+        )
+        for linear in found.linears
+    ]
+    return comparison_table("Linears of the blocks", ("linear", "shape", "count", "dtype", "weights", "zeros"), rows)
+
+
+def prune_lines(found: Inspection, memory_bytes: int | None) -> list[str]:
+    """What pruning it would give and take; `memory_bytes` is what the machine has, None where unknown."""
+    estimate = found.estimate
+    if estimate is None or found.zeros is None or found.dense_bytes is None or found.packed_bytes is None:
+        return ["no estimate of memory and time for this family"]
+    recipe = found.recipe
+    lines = [
+        f"pruned by {recipe['method']}, pattern {recipe['pattern']}: {found.zeros:,} zeros, "
+        f"{found.zeros / found.prunable_parameters:.2%} of the linears, {found.zeros / found.parameters:.2%} of all",
+        f"output {size(found.dense_bytes)} dense, {size(found.packed_bytes)} packed (bitmask and values)",
+    ]
+    parts = [
+        f"{name} {size(nbytes)}"
+        for name, nbytes in sorted(estimate.memory[estimate.peak_phase].items(), key=lambda item: -item[1])
+    ]
+    lines.append(
+        f"estimated memory of `sparseopt prune` with {recipe['samples']} + {recipe['heldout_samples']} windows of "
+        f"{recipe['seqlen']} tokens: {size(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase} "
+        f"({', '.join(parts)})"
+    )
+    if memory_bytes is not None:
+        fits = "fits in" if estimate.peak_memory_bytes <= memory_bytes else "does not fit in"
+        lines.append(f"that {fits} {size(memory_bytes)}")
+    if estimate.seconds is None or estimate.seconds_by_part is None or estimate.gflops is None:
+        lines.append("no estimate of the time: it needs a rate, and a method of this package")
+    else:
+        spent = [f"{name} {duration(s)}" for name, s in estimate.seconds_by_part.items() if s >= 0.5]
+        lines.append(
+            f"estimated time at {estimate.gflops:.0f} GFLOP/s: {duration(estimate.seconds)} ({', '.join(spent)})"
+        )
+    lines.append("estimates come from shapes alone; expect them to be out by a half either way")
+    return lines
+
+
+def size(nbytes: int) -> str:
+    """Bytes as people say them."""
+    if nbytes < 2**20:
+        return f"{nbytes / 2**10:.1f} KiB"
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:.2f} GiB"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs drawn together: `0, 2-4, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)

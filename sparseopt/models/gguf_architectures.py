@@ -1,0 +1,257 @@
+"""Floor 5: the GGUF architectures that are read: tensor names, layout and configuration of each in Hugging Face.
+
+GGUF keeps some constants out of the file, which programs that run it know by heart; they are written here. A new
+architecture is one function and one entry of `ARCHITECTURES`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseopt.models.errors import ModelError
+from sparseopt.models.gguf_fields import Fields, shortest
+from sparseopt.models.gguf_file import GGUFTensor
+from sparseopt.models.rope import Llama3, plain_frequencies
+
+# Tensors by their Hugging Face names; one without keeps its own.
+Tensors = Mapping[str, GGUFTensor]
+Config = dict[str, Any]
+
+# Frequency factors of a scaled rotary embedding: they go into the configuration, not into a module.
+ROPE_FACTORS = "rope_freqs.weight"
+
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LLAMA_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+# "post_attention_layernorm" is the norm before the MLP in Llama, and in Gemma the one after attention.
+_GEMMA_BLOCK = _LLAMA_BLOCK | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a GGUF architecture is in Hugging Face.
+
+    Attributes:
+        model_type: its `model_type`.
+        class_name: its class, for `architectures`.
+        block: the names of a block's tensors, here to there, without the ends ".weight" and ".bias".
+        read_config: the configuration, without the entries that all architectures share.
+        paired_heads: the rows of q and k are stored pair by pair, to be put in half-rotation order.
+        shifted_norms: norm weights are stored with 1 added.
+    """
+
+    model_type: str
+    class_name: str
+    block: Mapping[str, str] = field(repr=False)
+    read_config: Callable[[Fields, Tensors], Config] = field(repr=False)
+    paired_heads: bool = False
+    shifted_norms: bool = False
+
+    def hf_name(self, name: str) -> str:
+        """The Hugging Face name of a GGUF tensor; one without keeps its own, to be reported as extra."""
+        stem, _, kind = name.rpartition(".")
+        if stem in _OUTER:
+            return f"{_OUTER[stem]}.{kind}"
+        parts = stem.split(".", 2)
+        if len(parts) == 3 and parts[0] == "blk" and parts[2] in self.block:
+            return f"model.layers.{parts[1]}.{self.block[parts[2]]}.{kind}"
+        return name
+
+    def undo(self, name: str, tensor: np.ndarray, config: Config) -> np.ndarray:
+        """A tensor, by its Hugging Face name, as Hugging Face stores it; the dtype stays."""
+        if self.shifted_norms and name.endswith("norm.weight"):
+            return (tensor.astype(np.float32) - 1).astype(tensor.dtype)
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        owner = name.rpartition(".")[0].rpartition(".")[2]
+        return unpair_heads(tensor, config[heads[owner]]) if self.paired_heads and owner in heads else tensor
+
+
+def unpair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of every head from the order (0, H/2, 1, H/2 + 1, ...) back to 0 .. H - 1; `[heads H, ...]`."""
+    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
+
+
+def _sizes(fields: Fields, tensors: Tensors) -> Config:
+    """What every architecture has. Of the vocabulary the embedding's rows count: converters may cut its padding."""
+    hidden_size, heads = fields.count("embedding_length"), fields.count("attention.head_count")
+    head_dim = fields.count("attention.key_length", hidden_size // heads)
+    embedding = tensors.get("model.embed_tokens.weight")
+    fields.require("attention.value_length", head_dim)
+    fields.require("rope.dimension_count", head_dim)
+    fields.require("attention.causal", True)
+    fields.require("expert_count", 0)
+    fields.require("expert_used_count", 0)
+    # Read, and of no effect: what a file without an embedding would need, and two notes on its history.
+    for name in ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned"):
+        fields.get(name)
+    return {
+        "vocab_size": embedding.shape[0] if embedding else fields.count("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": fields.count("feed_forward_length"),
+        "num_hidden_layers": fields.count("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.count("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": fields.count("context_length"),
+        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+    }
+
+
+def _llama(fields: Fields, tensors: Tensors) -> Config:
+    return {
+        **_sizes(fields, tensors),
+        **_rope(fields, tensors, 10000.0),
+        "hidden_act": "silu",
+        "attention_bias": _has_bias(tensors, "self_attn.q_proj"),
+        "mlp_bias": _has_bias(tensors, "mlp.gate_proj"),
+    }
+
+
+def _qwen2(fields: Fields, tensors: Tensors) -> Config:
+    """Biases of q, k and v are part of the family; sliding windows are never written."""
+    rope = _rope(fields, tensors, 10000.0)
+    return {**_sizes(fields, tensors), **rope, "hidden_act": "silu", "use_sliding_window": False}
+
+
+def _qwen3(fields: Fields, tensors: Tensors) -> Config:
+    return {**_qwen2(fields, tensors), "attention_bias": _has_bias(tensors, "self_attn.q_proj")}
+
+
+def _gemma2(fields: Fields, tensors: Tensors) -> Config:
+    config = _gemma(fields, tensors, big=46, pattern=2)
+    return {
+        **config,
+        **_rope(fields, tensors, 10000.0),
+        "sliding_window": fields.count("attention.sliding_window", 4096),
+        "attn_logit_softcapping": fields.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": fields.number("final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma3(fields: Fields, tensors: Tensors) -> Config:
+    """Sliding layers turn by a base of their own and are not scaled."""
+    config = _gemma(fields, tensors, big=62, pattern=6)
+    rope = _rope(fields, tensors, 1000000.0)
+    local = fields.number("rope.freq_base_swa", 10000.0)
+    sliding = {"rope_type": "default", "rope_theta": local}
+    return {
+        **config,
+        "sliding_window": fields.count("attention.sliding_window"),
+        "rope_theta": rope["rope_theta"],
+        "rope_local_base_freq": local,
+        "rope_parameters": {"full_attention": rope["rope_parameters"], "sliding_attention": sliding},
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        **fields.numbers({"final_logit_softcapping": "final_logit_softcapping"}),
+    }
+
+
+def _gemma(fields: Fields, tensors: Tensors, big: int, pattern: int) -> Config:
+    """What Gemma 2 and 3 share; `pattern`: every so many layers one attends to all tokens.
+
+    The scale of attention is in no file. It is the head's width but in the released 27B model, known by its
+    number of layers, `big`, where it is the residual stream's width a head.
+    """
+    sizes = _sizes(fields, tensors)
+    layers = sizes["num_hidden_layers"]
+    scalar = sizes["hidden_size"] // sizes["num_attention_heads"] if layers == big else sizes["head_dim"]
+    slides = fields.get("attention.sliding_window_pattern", pattern)
+    if type(slides) is int and slides > 0:
+        slides = [bool((i + 1) % slides) for i in range(layers)]
+    if not isinstance(slides, list) or len(slides) != layers or not all(type(item) is bool for item in slides):
+        raise fields.error("attention.sliding_window_pattern", f"expected a positive int or {layers} booleans")
+    return {
+        **sizes,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": _has_bias(tensors, "self_attn.q_proj"),
+        "query_pre_attn_scalar": scalar,
+        "layer_types": ["sliding_attention" if item else "full_attention" for item in slides],
+    }
+
+
+def _has_bias(tensors: Tensors, linear: str) -> bool:
+    return f"model.layers.0.{linear}.bias" in tensors
+
+
+def _rope(fields: Fields, tensors: Tensors, theta: float) -> Config:
+    """`rope_theta` and `rope_parameters`; `theta` is the base of a file that has none.
+
+    Raises:
+        ModelError: for a scaling of another kind than linear, yarn and llama3.
+    """
+    theta = fields.number("rope.freq_base", theta)
+    return {"rope_theta": theta, "rope_parameters": {"rope_theta": theta, **_scaling(fields, tensors, theta)}}
+
+
+def _scaling(fields: Fields, tensors: Tensors, theta: float) -> Config:
+    # A factor without a type scales linearly.
+    kind = fields.get("rope.scaling.type", "linear" if "rope.scaling.factor" in fields else "none")
+    if ROPE_FACTORS in tensors:
+        return llama3_scaling(tensors[ROPE_FACTORS].read(), theta, fields.path)
+    if kind == "none":
+        return {"rope_type": "default"}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": fields.number("rope.scaling.factor")}
+    if kind == "yarn":
+        fields.require("rope.scaling.yarn_ext_factor", 1.0)
+        return {
+            "rope_type": "yarn",
+            "factor": fields.number("rope.scaling.factor"),
+            "original_max_position_embeddings": fields.count("rope.scaling.original_context_length"),
+            **fields.numbers(
+                {
+                    "rope.scaling.yarn_attn_factor": "attention_factor",
+                    "rope.scaling.yarn_beta_fast": "beta_fast",
+                    "rope.scaling.yarn_beta_slow": "beta_slow",
+                }
+            ),
+        }
+    raise fields.error("rope.scaling.type", "supported are none, linear, yarn, and llama3 by its factors")
+
+
+def llama3_scaling(factors: np.ndarray, theta: float, path: Path) -> Config:
+    """The llama3 scaling whose frequency factors these are; the released models differ in `factor` alone.
+
+    Raises:
+        ModelError: if the factors are not those of a released model.
+    """
+    scaling = Llama3(shortest(float(factors.max())), 1.0, 4.0, 8192)
+    size = 2 * factors.size
+    expected = plain_frequencies(theta, size) / scaling.frequencies(theta, size, time=1)
+    if not np.allclose(expected, factors, rtol=1e-3):
+        raise ModelError(f"{path} has rope_freqs that are not those of Llama 3; use the Hugging Face folder instead")
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low,
+        "high_freq_factor": scaling.high,
+        "original_max_position_embeddings": scaling.length,
+    }
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", _LLAMA_BLOCK, _llama, paired_heads=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA_BLOCK, _qwen2),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA_BLOCK | _HEAD_NORMS, _qwen3),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _GEMMA_BLOCK, _gemma2, shifted_norms=True),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _GEMMA_BLOCK | _HEAD_NORMS, _gemma3, shifted_norms=True),
+}

@@ -1,0 +1,51 @@
+"""Floor 5: the GPT-NeoX family (Pythia): attention and MLP side by side, q, k, v interleaved, few features turned."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparseopt.models.family import Family, KeyTable, read_decoder, ungrouped
+from sparseopt.models.fields import require
+from sparseopt.models.rope import read_rope
+from sparseopt.models.settings import DecoderConfig
+
+
+def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """A Hugging Face GPT-NeoX configuration as a `DecoderConfig`.
+
+    Raises:
+        ModelError: naming the field that is missing, inconsistent or not supported.
+    """
+    bias = bool(config.get("attention_bias", True))
+    rope = read_rope(config, config.get("rotary_emb_base") or 10000.0, config.get("rotary_pct") or 0.25)
+    return read_decoder(
+        ungrouped(config),
+        rope,
+        default_activation="gelu",
+        norm="layer",
+        norm_eps=require({"layer_norm_eps": 1e-5, **config}, "layer_norm_eps", float),
+        parallel=bool(config.get("use_parallel_residual", True)),
+        qkv="interleaved",
+        qkv_bias=bias,
+        output_bias=bias,
+        gate=None,
+        mlp_bias=True,
+    )
+
+
+OUTER = (
+    ("gpt_neox.embed_in", "embed_tokens"),
+    ("gpt_neox.layers", "layers"),
+    ("gpt_neox.final_layer_norm", "head.norm"),
+    ("embed_out", "head.lm_head"),
+)
+BLOCK = (
+    ("input_layernorm", "attention_norm"),
+    ("post_attention_layernorm", "mlp_norm"),
+    ("attention.query_key_value", "self_attn.qkv_proj"),
+    ("attention.dense", "self_attn.o_proj"),
+    ("mlp.dense_h_to_4h", "mlp.up_proj"),
+    ("mlp.dense_4h_to_h", "mlp.down_proj"),
+)
+BUFFERS = (r".*\.attention\.(bias|masked_bias)", r".*\.rotary_emb\.inv_freq")
+
+GPT_NEOX = Family("gpt_neox", read_config, KeyTable(OUTER, BLOCK, base="gpt_neox.", ignored=BUFFERS))

@@ -1,0 +1,92 @@
+"""Floor 5: the small parts that decoders are made of: linears, norms, activations, and the tap.
+
+Parameters and activations are float32 and products run at the highest precision, whatever the checkpoint holds.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sparseopt.core.losses import HIGHEST
+
+# Called with a name and a value, which it may record or change; the value of experts is a `Routed`.
+Tap = Callable[[str, Any], Any]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+# What Hugging Face configurations call them.
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+NormKind = Literal["rms", "rms_plus_one", "layer"]
+
+
+def no_tap(name: str, x: Any) -> Any:
+    """The tap that changes and records nothing."""
+    del name
+    return x
+
+
+class Linear(nnx.Module):
+    """`x weightᵀ + bias` with `weight [out, in]`."""
+
+    def __init__(self, in_size: int, out_size: int, *, use_bias: bool = False, rngs: nnx.Rngs) -> None:
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (out_size, in_size)))
+        self.bias = nnx.Param(jnp.zeros((out_size,))) if use_bias else None
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        """Apply to the last axis."""
+        # One flat product: XLA's CPU matmul is faster on two axes than on three.
+        flat = jnp.matmul(x.reshape(-1, x.shape[-1]), self.weight[...].T, precision=HIGHEST)
+        y = flat.reshape(*x.shape[:-1], flat.shape[-1])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x²) + eps) * (weight + offset)`, over the last axis; Gemma's offset is 1."""
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
+        self.weight = nnx.Param(jnp.full((size,), 1 - offset))
+        self.eps, self.offset = eps, offset
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise the last axis."""
+        weight = self.weight[...] + self.offset if self.offset else self.weight[...]
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * weight
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean) / sqrt(var + eps) * weight + bias`, over the last axis."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        self.weight = nnx.Param(jnp.ones((size,)))
+        self.bias = nnx.Param(jnp.zeros((size,)))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise the last axis."""
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        spread = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        return centred * spread * self.weight[...] + self.bias[...]
+
+
+def make_norm(kind: NormKind, size: int, eps: float) -> RMSNorm | LayerNorm:
+    """The norm of that kind."""
+    if kind == "layer":
+        return LayerNorm(size, eps)
+    return RMSNorm(size, eps, offset=1.0 if kind == "rms_plus_one" else 0.0)

@@ -1,0 +1,222 @@
+"""Floor 5: tensors with many zeros stored as a bitmask and the kept values, bit for bit.
+
+    bitmask  uint8 [ceil(n / 8)]   bit i, the highest of a byte first: whether entry i of the tensor in C order is kept
+    values   [number kept]         the kept entries in that order, in the tensor's dtype
+
+A tensor of n entries of b bytes, a share s of them zero, takes n (1 / 8 + (1 - s) b) bytes instead of n b: at half
+zeros 0.5625 of a 16-bit tensor. An entry is left out when all its bits are zero. A negative zero has its sign
+bit set and is kept as a value, so that what comes back has every bit of what went in.
+
+In a file of safetensors the two halves are called NAME.bitmask and NAME.values; the header's metadata hold the
+format, its version, and the dense shapes as JSON. A tensor that would not become smaller is stored as it is.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparseopt.models.errors import ModelError
+from sparseopt.models.safetensors_file import StoredTensor, read_header, read_metadata
+
+# Names that no other program looks for: a packed folder read as a dense one would be a wrong model.
+PACKED_INDEX = "model.packed.index.json"
+PACKED_PREFIX = "packed-"
+
+FORMAT = "sparseopt-packed"
+VERSION = "1"
+BITMASK, VALUES = ".bitmask", ".values"
+
+# NumPy's own limit.
+_MAX_AXES = 64
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One packed array.
+
+    Attributes:
+        bitmask: uint8 `[ceil(n / 8)]`, which of the n entries are kept.
+        values: `[kept]`, the kept entries in C order.
+        shape: the dense shape, of n entries.
+    """
+
+    bitmask: np.ndarray
+    values: np.ndarray
+    shape: tuple[int, ...]
+
+
+def packed_nbytes(array: np.ndarray) -> int:
+    """Bytes of an array's bitmask and kept values."""
+    kept = np.count_nonzero(_bits(np.ascontiguousarray(array)))
+    return -(-array.size // 8) + int(kept) * array.itemsize
+
+
+def pack_array(array: np.ndarray) -> Packed:
+    """An array of any shape as a bitmask and the entries that are not zero bit for bit."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    kept = _bits(flat) != 0
+    return Packed(np.packbits(kept), flat[kept], array.shape)
+
+
+def unpack_array(packed: Packed) -> np.ndarray:
+    """The dense array: `unpack_array(pack_array(x))` has the bytes, shape and dtype of `x`.
+
+    Raises:
+        ModelError: if the bitmask is not one for the shape, or its ones are not as many as the values.
+    """
+    size, ones = math.prod(packed.shape), int(np.bitwise_count(packed.bitmask).sum())
+    if packed.bitmask.size != -(-size // 8):
+        raise ModelError(
+            f"the bitmask has {packed.bitmask.size} bytes, the shape {list(packed.shape)} needs {-(-size // 8)}"
+        )
+    kept = np.unpackbits(packed.bitmask, count=size).view(np.bool_)
+    if ones != packed.values.size:
+        raise ModelError(f"the bitmask has {ones} ones and there are {packed.values.size} values")
+    if ones != np.count_nonzero(kept):
+        raise ModelError("the bitmask has ones behind its last entry")
+    dense = np.zeros(size, packed.values.dtype)
+    _bits(dense)[kept] = _bits(packed.values)
+    return dense.reshape(packed.shape)
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A packed tensor in a file; looks like a dense one.
+
+    Attributes:
+        name: its name in the model.
+        shape: its dense shape.
+        bitmask: where the bitmask lies.
+        values: where the values lie.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bitmask: StoredTensor
+    values: StoredTensor
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the dense tensor, which is that of the values."""
+        return self.values.dtype
+
+    def read(self) -> np.ndarray:
+        """The dense tensor.
+
+        Raises:
+            ModelError: if bitmask and values do not belong together, or the file has shrunk.
+        """
+        packed = Packed(self.bitmask.read(), self.values.read(), self.shape)
+        try:
+            return unpack_array(packed)
+        except ModelError as error:
+            raise ModelError(f"{self.name} in {self.values.file} is corrupt: {error}; copy the file again") from error
+
+
+def pack_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What to store of tensors, packed where that is smaller, and the metadata of the file.
+
+    Raises:
+        ModelError: for a name that ends as a half of a packed tensor does.
+    """
+    stored: dict[str, np.ndarray] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, tensor in tensors.items():
+        if name.endswith((BITMASK, VALUES)):
+            raise ModelError(f"a tensor called {name} cannot be packed: {BITMASK} and {VALUES} end the names of halves")
+        if packed_nbytes(tensor) < tensor.nbytes:
+            packed = pack_array(tensor)
+            stored |= {name + BITMASK: packed.bitmask, name + VALUES: packed.values}
+            shapes[name] = list(packed.shape)
+        else:
+            stored[name] = tensor
+    return stored, {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes)}
+
+
+def read_packed_header(file: Path) -> dict[str, StoredTensor | PackedTensor]:
+    """All tensors of a packed file by their dense names, nothing but the header read.
+
+    A bitmask is compared with its values when its tensor is read.
+
+    Raises:
+        ModelError: as `read_header` does; if the file is not packed, or by another version; listing every half
+            that is missing, misshapen or not announced.
+    """
+    metadata, entries = read_metadata(file), read_header(file)
+    found = metadata.get("format")
+    if found != FORMAT:
+        raise ModelError(f"{file} is not packed: its format is {found!r}, expected {FORMAT!r}; pack the model again")
+    if metadata.get("version") != VERSION:
+        raise ModelError(
+            f"{file} is packed in version {metadata.get('version')!r} of the format, this sparseopt reads "
+            f"{VERSION!r}; install the version that wrote it"
+        )
+    shapes = _read_shapes(file, metadata.get("shapes"))
+    problems: list[str] = []
+    tensors: dict[str, StoredTensor | PackedTensor] = {}
+    for name, shape in shapes.items():
+        halves = [entries.pop(name + ending, None) for ending in (BITMASK, VALUES)]
+        bitmask, values = halves
+        if bitmask is None or values is None:
+            lacking = [name + ending for ending, half in zip((BITMASK, VALUES), halves, strict=True) if half is None]
+            problems.append(f"missing: {', '.join(lacking)}")
+            continue
+        if name in entries:
+            problems.append(f"{name} is stored dense and packed")
+        problems += _half_problems(name, shape, bitmask, values)
+        tensors[name] = PackedTensor(name, shape, bitmask, values)
+    for name, entry in entries.items():
+        if name.endswith((BITMASK, VALUES)):
+            problems.append(f"{name} belongs to no tensor whose shape the metadata give")
+        tensors.setdefault(name, entry)
+    if problems:
+        raise ModelError(
+            f"{file} is corrupt ({len(problems)} problems); copy it again or pack the model again:\n  "
+            + "\n  ".join(problems)
+        )
+    return tensors
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds a whole packed model."""
+    return (folder / PACKED_INDEX).is_file()
+
+
+def _read_shapes(file: Path, text: str | None) -> dict[str, tuple[int, ...]]:
+    try:
+        shapes = json.loads(text or "")
+        checked = {name: tuple(shape) for name, shape in shapes.items()}
+        if all(map(_is_shape, checked.values())):
+            return checked
+        reason = "a shape that no array has"
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        reason = str(error)
+    raise ModelError(f"{file} has no table of dense shapes in its metadata ({reason}); copy it again")
+
+
+def _is_shape(sizes: tuple) -> bool:
+    """Whether these can be the sizes of an array."""
+    whole = len(sizes) <= _MAX_AXES and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+    return whole and math.prod(sizes) < 2**63
+
+
+def _half_problems(name: str, shape: tuple[int, ...], bitmask: StoredTensor, values: StoredTensor) -> list[str]:
+    """What is wrong with the halves of one tensor by their headers alone."""
+    problems, size = [], math.prod(shape)
+    if bitmask.dtype != np.uint8 or bitmask.shape != (-(-size // 8),):
+        problems.append(
+            f"{name}{BITMASK} is {bitmask.dtype} {list(bitmask.shape)}, the shape {list(shape)} needs "
+            f"uint8 [{-(-size // 8)}]"
+        )
+    if len(values.shape) != 1 or values.shape[0] > size:
+        problems.append(f"{name}{VALUES} is {list(values.shape)}, expected one axis of at most {size}")
+    return problems
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """A contiguous array's bit patterns as unsigned integers, in the same memory."""
+    return array.view(f"u{array.itemsize}")

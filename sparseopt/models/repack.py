@@ -1,0 +1,97 @@
+"""Floor 5: a model's folder written again, dense to packed or packed to dense, a shard at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparseopt.models.errors import ModelError
+from sparseopt.models.export import OUTER_TAG, ShardedWriter, block_tag
+from sparseopt.models.packed import PACKED_INDEX, is_packed
+from sparseopt.models.source import FolderSource
+from sparseopt.models.streaming import StreamedModel
+
+Observer = Callable[[int, int], None]
+
+
+def ignore(done: int, total: int) -> None:
+    """The observer that shows nothing."""
+    del done, total
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A folder that was written again.
+
+    Attributes:
+        output: the folder.
+        dense_bytes: of its tensors, dense.
+        stored_bytes: of its tensors as they are stored.
+    """
+
+    output: Path
+    dense_bytes: int
+    stored_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Stored bytes by dense bytes."""
+        return self.stored_bytes / self.dense_bytes
+
+
+def pack_folder(source: str | Path, output: str | Path, *, observer: Observer = ignore) -> Rewritten:
+    """Write a dense model folder again with its tensors packed where that makes them smaller, see `packed`.
+
+    Args:
+        source: a Hugging Face folder with safetensors, of a model that was pruned.
+        output: a folder that does not exist yet or is empty.
+        observer: called with (shards done, shards in all).
+
+    Raises:
+        ModelError: before any work, if the source is no dense folder or the output cannot be used; later if the
+            disk refuses.
+    """
+    folder = _folder(source)
+    if is_packed(folder):
+        raise ModelError(f"{folder} is packed already; copy it, or unpack it with `sparseopt unpack`")
+    return _rewrite(folder, output, pack=True, observer=observer)
+
+
+def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer = ignore) -> Rewritten:
+    """Write a packed model folder again as a dense one that transformers loads.
+
+    Its tensors have the bytes of the model that was packed. Configuration and tokenizer files come along.
+
+    Args:
+        source: a folder that `sparseopt prune --pack` or `pack_folder` has written.
+        output: a folder that does not exist yet or is empty.
+        observer: called with (shards done, shards in all).
+
+    Raises:
+        ModelError: before any work, if the source is not packed or corrupt or the output cannot be used; later if
+            a shard turns out to be corrupt or the disk refuses.
+    """
+    folder = _folder(source)
+    if not is_packed(folder):
+        raise ModelError(f"{folder} is not packed: it has no {PACKED_INDEX}; a dense folder is used as it is")
+    return _rewrite(folder, output, pack=False, observer=observer)
+
+
+def _folder(source: str | Path) -> Path:
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}; give the folder of a pruned model on this machine")
+    return folder
+
+
+def _rewrite(folder: Path, output: str | Path, *, pack: bool, observer: Observer) -> Rewritten:
+    model = StreamedModel(FolderSource(folder))
+    # The shards are those that pruning writes, whatever those of the folder: memory holds one block at a time.
+    shards = {OUTER_TAG: model.outer_keys()} | {
+        block_tag(index): list(model.block_keys(index).values()) for index in range(model.num_blocks)
+    }
+    writer = ShardedWriter(output, model.source, pack=pack, keys=model.exported_keys())
+    for done, (tag, keys) in enumerate(shards.items(), 1):
+        writer.write(tag, {key: model.source.read(key) for key in keys})
+        observer(done, len(shards))
+    writer.finish()
+    return Rewritten(writer.output, writer.dense_bytes, writer.stored_bytes)

@@ -1,0 +1,269 @@
+"""Floor 5: rotary position embedding: frequencies in radians a token, and the ways in which models stretch them.
+
+    pair i of the first `share` of a head's features turns by  position * frequency_i,   frequency_i = theta^(-2i/R)
+
+with R = share * H rotated features of H. A scaling changes the frequencies, and some also the length of the turned
+vectors (`magnitude`). Sources: Su et al., "RoFormer", 2021 (plain); Chen et al., "Extending context window by position
+interpolation", 2023 (linear); Peng et al., "YaRN", ICLR 2024, eq. 17-22 (yarn; its appendix A.1 dynamic); Ding et al.,
+"LongRoPE", ICML 2024 (longrope).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from sparseopt.models.errors import ModelError
+from sparseopt.models.fields import refuse_unless, require
+
+
+class Scaling(Protocol):
+    """A change of the plain frequencies; hashable, since it is static under jit."""
+
+    def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
+        """`[R/2]` float32 frequencies for R = `size` features and a window of `time` tokens."""
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+
+
+def plain_frequencies(theta: float, size: int) -> np.ndarray:
+    """`theta^(-2i/R)`, `[R/2]`; float32 throughout, as the reference rounds: it shows at position 8000."""
+    return (1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """All frequencies divided by `factor`."""
+
+    factor: float
+    magnitude: float = 1.0
+
+    def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
+        """As `Scaling.frequencies`."""
+        del time
+        return plain_frequencies(theta, size) / np.float32(self.factor)
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Only low frequencies divided.
+
+    Attributes:
+        factor: of wavelengths above `length / low`.
+        low: see `factor`.
+        high: wavelengths below `length / high` are kept; those between are interpolated.
+        length: context before scaling, tokens.
+    """
+
+    factor: float
+    low: float
+    high: float
+    length: int
+    magnitude: float = 1.0
+
+    def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
+        """As `Scaling.frequencies`."""
+        del time
+        plain = plain_frequencies(theta, size)
+        turns = self.length * plain / (2 * math.pi)
+        keep = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return ((1 - keep) * (plain / np.float32(self.factor)) + keep * plain).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """The base grows with a window beyond `length` tokens ("NTK-aware"); shorter windows are not changed."""
+
+    factor: float
+    length: int
+    magnitude: float = 1.0
+
+    def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
+        """As `Scaling.frequencies`."""
+        stretch = self.factor * max(time, self.length) / self.length - (self.factor - 1)
+        return plain_frequencies(theta * stretch ** (size / (size - 2)), size)
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Low frequencies divided, high ones kept, a linear ramp over feature pairs between.
+
+    Attributes:
+        factor: of the divided ones.
+        fast: pairs that turn at least this often in `length` tokens are kept.
+        slow: pairs that turn at most this often are divided.
+        length: context before scaling, tokens.
+        whole: the ramp begins and ends at whole pairs.
+        magnitude: of the turned vectors.
+    """
+
+    factor: float
+    fast: float
+    slow: float
+    length: int
+    whole: bool
+    magnitude: float
+
+    def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
+        """As `Scaling.frequencies`."""
+        del time
+
+        def pair_turning(times: float) -> float:
+            return size * math.log(self.length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+        first, last = pair_turning(self.fast), pair_turning(self.slow)
+        if self.whole:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, size - 1)
+        # The reference widens an empty ramp by this much.
+        last += 0.001 if first == last else 0
+        ramp = np.clip((np.arange(size // 2, dtype=np.float32) - first) / (last - first), 0, 1)
+        plain = plain_frequencies(theta, size)
+        return (plain / np.float32(self.factor) * ramp + plain * (1 - ramp)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Every frequency divided by a factor of its own: one list up to `length` tokens, another beyond.
+
+    Attributes:
+        short: `[R/2]` factors of windows up to `length` tokens.
+        long: `[R/2]` factors of longer windows.
+        length: context before scaling, tokens.
+        magnitude: of the turned vectors.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    length: int
+    magnitude: float
+
+    def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
+        """As `Scaling.frequencies`."""
+        factors = np.asarray(self.long if time > self.length else self.short, np.float32)
+        return plain_frequencies(theta, size) / factors
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary position embedding.
+
+    Attributes:
+        theta: the base.
+        scaling: None for plain frequencies.
+        share: of a head's features that are turned; the first ones.
+    """
+
+    theta: float
+    scaling: Scaling | None = None
+    share: float = 1.0
+
+    def size(self, head_dim: int) -> int:
+        """R, how many features of a head are turned."""
+        return int(head_dim * self.share)
+
+    def frequencies(self, head_dim: int, time: int = 1) -> np.ndarray:
+        """The `[R/2]` float32 frequencies for a window of `time` tokens."""
+        size = self.size(head_dim)
+        if self.scaling is None:
+            return plain_frequencies(self.theta, size)
+        return self.scaling.frequencies(self.theta, size, time)
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0 if self.scaling is None else self.scaling.magnitude
+
+
+def _factor(fields: Mapping[str, Any]) -> float:
+    return require(fields, "factor", float)
+
+
+def _read_llama3(fields: Mapping[str, Any]) -> Scaling:
+    low, high = require(fields, "low_freq_factor", float), require(fields, "high_freq_factor", float)
+    if not low < high:
+        raise ModelError(f"the rope's low_freq_factor={low} must be below high_freq_factor={high}")
+    return Llama3(_factor(fields), low, high, require(fields, "original_max_position_embeddings"))
+
+
+def _read_yarn(fields: Mapping[str, Any]) -> Scaling:
+    length = require(fields, "original_max_position_embeddings")
+    factor = require(fields, "max_position_embeddings") / length if fields.get("factor") is None else _factor(fields)
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    given, over, under = (fields.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if given is None:
+        given = magnitude(over) / magnitude(under) if over and under else magnitude(1.0)
+    fast, slow = fields.get("beta_fast") or 32.0, fields.get("beta_slow") or 1.0
+    return Yarn(factor, float(fast), float(slow), length, bool(fields.get("truncate", True)), float(given))
+
+
+def _read_longrope(fields: Mapping[str, Any]) -> Scaling:
+    length = require(fields, "original_max_position_embeddings")
+    stretch = require(fields, "max_position_embeddings") / length if fields.get("factor") is None else _factor(fields)
+    given = fields.get("attention_factor")
+    if given is None:
+        given = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(length))
+    return LongRope(_factors(fields, "short_factor"), _factors(fields, "long_factor"), length, float(given))
+
+
+def _factors(fields: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    values = fields.get(name)
+    if not isinstance(values, list) or not all(isinstance(v, int | float) and v > 0 for v in values):
+        raise ModelError(f"the rope's {name} must be a list of positive numbers, given {values!r}")
+    return tuple(map(float, values))
+
+
+_SCALINGS: dict[str, Callable[[Mapping[str, Any]], Scaling | None]] = {
+    "default": lambda fields: None,
+    "linear": lambda fields: Linear(_factor(fields)),
+    "dynamic": lambda fields: Dynamic(_factor(fields), require(fields, "max_position_embeddings")),
+    "llama3": _read_llama3,
+    "yarn": _read_yarn,
+    "longrope": _read_longrope,
+}
+_OLD_NAMES = {"su": "longrope"}
+
+
+def read_rope(config: Mapping[str, Any], theta: float = 10000.0, share: float = 1.0, part: str | None = None) -> Rope:
+    """The position embedding, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`.
+
+    Args:
+        config: a Hugging Face configuration.
+        theta: where it gives none.
+        share: of features turned, where it gives no `partial_rotary_factor`.
+        part: the layer type whose table to take, where `rope_parameters` has one for each.
+
+    Raises:
+        ModelError: for an unknown kind, or a number that is missing or of another type.
+    """
+    lengths = ("max_position_embeddings", "original_max_position_embeddings")
+    fields: dict[str, Any] = {
+        "rope_theta": config.get("rope_theta") or theta,
+        "partial_rotary_factor": config.get("partial_rotary_factor") or share,
+        **{name: config[name] for name in lengths if config.get(name) is not None},
+    }
+    for name in ("rope_scaling", "rope_parameters"):
+        table = config.get(name) or {}
+        if part is not None and isinstance(table, Mapping):
+            table = table.get(part, {} if name == "rope_parameters" else table)
+        if not isinstance(table or {}, Mapping):
+            raise ModelError(f"the model configuration's {name} must be a table, given {table!r}")
+        fields |= {key: value for key, value in (table or {}).items() if value is not None}
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    kind = _OLD_NAMES.get(kind, kind)
+    if kind not in _SCALINGS:
+        raise ModelError(f"the model configuration's rope_type={kind!r} is unknown; known are {', '.join(_SCALINGS)}")
+    if kind in ("llama3", "yarn", "longrope"):
+        fields.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings"))
+    refuse_unless(fields, {"mrope_section": (None,), "mrope_interleaved": (None, False)})
+    share = require(fields, "partial_rotary_factor", float)
+    if share > 1:
+        raise ModelError(f"the model configuration's partial_rotary_factor must be in (0, 1], given {share}")
+    return Rope(require(fields, "rope_theta", float), _SCALINGS[kind](fields), share)

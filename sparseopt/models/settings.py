@@ -1,0 +1,108 @@
+"""Floor 5: the sizes and switches of a decoder, as every family's reader fills them in."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparseopt.models.layers import NormKind
+from sparseopt.models.rope import Rope
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """What may differ from block to block.
+
+    Attributes:
+        rope: the position embedding; None for none.
+        window: a query sees itself and `window - 1` positions before it; None for all.
+        experts: the MLP is a mixture of experts.
+    """
+
+    rope: Rope | None
+    window: int | None = None
+    experts: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts.
+
+    Attributes:
+        count: E, experts.
+        chosen: experts that a token is sent to.
+        intermediate_size: F of every expert.
+        normalise: the chosen experts' shares are divided by their sum.
+    """
+
+    count: int
+    chosen: int
+    intermediate_size: int
+    normalise: bool
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The sizes and switches of a decoder; hashable, so that it can be static under jit.
+
+    Attributes:
+        vocab_size: V, rows of the embedding.
+        hidden_size: D, width of the residual stream.
+        intermediate_size: F, width inside the MLP.
+        num_heads: N, query heads.
+        num_kv_heads: K, key and value heads; divides N.
+        head_dim: H.
+        norm_eps: added to the mean square in norms.
+        kinds: of every block, the first one first.
+        tied: the head uses the embedding matrix.
+        norm: the kind of all norms.
+        norms: those that a block has, of `attention_norm` and `mlp_norm` before, `attention_post_norm` and
+            `mlp_post_norm` behind the part.
+        parallel: attention and MLP both read the block's input.
+        qkv: q, k and v are three linears, or one whose rows are q, k, v ("fused") or q, k, v of each head
+            ("interleaved").
+        qk_norm: queries and keys are normalised, each head alone ("head") or all heads together ("width").
+        qkv_bias: q, k and v projections have a bias.
+        output_bias: the attention's output projection has one.
+        score_scale: of the products of queries and keys; None for `1 / sqrt(H)`.
+        score_cap: c in `c tanh(score / c)`; None for none.
+        gate: the MLP is `down(act(gate) * up)` with two linears or one whose rows are gate, up ("fused");
+            None for `down(act(up))`.
+        activation: a name of `ACTIVATIONS`.
+        mlp_bias: the MLP's linears have a bias.
+        experts: the mixture, where a block's kind has one.
+        embedding_scale: of embedded tokens.
+        positions: rows of the table of learned positions; 0 for none.
+        position_offset: the row of the first position.
+        logit_cap: c in `c tanh(logit / c)`; None for none.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    kinds: tuple[BlockKind, ...]
+    tied: bool
+    norm: NormKind = "rms"
+    norms: tuple[str, ...] = ("attention_norm", "mlp_norm")
+    parallel: bool = False
+    qkv: Literal["separate", "fused", "interleaved"] = "separate"
+    qk_norm: Literal["head", "width"] | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    score_scale: float | None = None
+    score_cap: float | None = None
+    gate: Literal["separate", "fused"] | None = "separate"
+    activation: str = "silu"
+    mlp_bias: bool = False
+    experts: ExpertsConfig | None = None
+    embedding_scale: float = 1.0
+    positions: int = 0
+    position_offset: int = 0
+    logit_cap: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """How many blocks there are."""
+        return len(self.kinds)

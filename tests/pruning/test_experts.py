@@ -1,0 +1,122 @@
+"""Experts in the pipeline: each pruned with the tokens routed to it, starved ones by magnitude, all reported."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.models import load_decoder, open_model
+from sparseopt.pruning import Recipe, audit_sparsity, prune_model
+from sparseopt.pruning.calibration import BlockRunner, make_batches, tapped
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+
+EXPERTS = 4
+
+
+@pytest.fixture
+def config():
+    return tiny_config(
+        model_type="mixtral",
+        architectures=["MixtralForCausalLM"],
+        num_hidden_layers=2,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        intermediate_size=24,
+        tie_word_embeddings=False,
+    )
+
+
+@pytest.fixture
+def source(tmp_path, rng, config):
+    return write_folder(tmp_path / "source", config, random_tensors(config, rng))
+
+
+@pytest.fixture
+def tokens(rng):
+    return rng.integers(0, len(VOCAB), (8, 32)).astype(np.int32)
+
+
+def routed_inputs(model, tokens, block=0):
+    """For every expert the inputs of the tokens that the router sends there, computed apart from the mixture."""
+    x = model.embedding()(jnp.asarray(tokens))
+    for index in range(block):
+        x = model.block(index)(x)
+    module = model.block(block)
+    normed = np.asarray(module.mlp_norm(x + module.self_attn(module.attention_norm(x))), np.float64)
+    normed = normed.reshape(-1, normed.shape[-1])
+    logits = normed @ np.asarray(module.mlp.router.weight[...], np.float64).T
+    chosen = np.argsort(-logits, axis=1)[:, :2]
+    return [normed[(chosen == e).any(axis=1)] for e in range(EXPERTS)]
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "residual"])
+def test_the_gram_of_an_expert_is_that_of_its_tokens(source, tokens, weighting):
+    model = open_model(source)
+    block = model.block(0)
+    grams = BlockRunner().grams(block, make_batches(model.embedding()(jnp.asarray(tokens))), weighting)
+    assert set(grams) == set(block.linears.values())
+    assert len(grams) == 2 + 2 * EXPERTS
+    for e, rows in enumerate(routed_inputs(model, tokens)):
+        found = grams[f"mlp.experts.{e}.input"]
+        assert int(found.tokens) == len(rows)
+        np.testing.assert_allclose(found.gram, rows.T @ rows, rtol=1e-4, atol=1e-3)
+    assert sum(int(grams[f"mlp.experts.{e}.hidden"].tokens) for e in range(EXPERTS)) == 2 * tokens.size
+    if weighting == "residual":
+        _, stream = tapped(block, model.embedding()(jnp.asarray(tokens)))
+        masses = sum(float(grams[f"mlp.experts.{e}.hidden"].mass) for e in range(EXPERTS))
+        assert masses == pytest.approx(2 * float(jnp.sum(1 / jnp.mean(stream**2, axis=-1))), rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["paper", "best"])
+def test_every_expert_is_pruned_exactly_and_runs(tmp_path, source, tokens, preset):
+    report = prune_model(source, tmp_path / "out", Recipe(preset=preset, calibration=tokens, min_expert_tokens=1))
+    linears = 2 * (4 + 3 * EXPERTS)
+    assert len(report.layers) == linears
+    audits = audit_sparsity(tmp_path / "out")
+    assert len(audits) == linears
+    assert all(audit.zeros == audit.size // 2 for audit in audits)
+    assert any(audit.layer == "model.layers.1.block_sparse_moe.experts.3.w2" for audit in audits)
+    logits = np.asarray(load_decoder(tmp_path / "out")(tokens[:1]))
+    dense = np.asarray(load_decoder(source)(tokens[:1]))
+    assert np.isfinite(logits).all()
+    assert 0 < np.mean((logits - dense) ** 2) < np.mean(dense**2)
+    assert not report.starved_experts
+
+
+def test_a_starved_expert_is_pruned_by_magnitude_and_named(tmp_path, source, tokens):
+    recipe = Recipe(preset="paper", calibration=tokens, heldout_samples=2)
+    counts = [len(rows) for rows in routed_inputs(open_model(source), tokens[:6])]
+    least = sorted(counts)[1]
+    report = prune_model(source, tmp_path / "out", Recipe(**(vars(recipe) | {"min_expert_tokens": least})))
+    starved = [e for e, count in enumerate(counts) if count < least]
+    assert len(starved) == 1
+    prefix = "model.layers.0.block_sparse_moe.experts"
+    assert [name for name in report.starved_experts if name.startswith(prefix)] == [f"{prefix}.{starved[0]}"]
+    before, after = open_model(source), open_model(tmp_path / "out")
+    for record in report.layers:
+        if record.block or ".experts." not in record.layer:
+            continue
+        assert record.starved == record.layer.startswith(f"{prefix}.{starved[0]}.")
+        if record.starved:
+            weight, pruned = (np.abs(m.stored(f"{record.layer}.weight")) for m in (before, after))
+            kept = np.sort(weight[pruned != 0])
+            assert kept[0] >= np.sort(weight[pruned == 0])[-1]
+            assert record.heldout_error is None
+        else:
+            assert record.tokens >= least
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["starved_experts"] == report.starved_experts
+
+
+@pytest.mark.parametrize("changes", [{"reconstruct": 2}, {"allocation": "curves"}, {"allocation": "owl"}])
+def test_reconstruction_and_allocation_work_with_experts(tmp_path, source, tokens, changes):
+    recipe = Recipe(calibration=tokens, min_expert_tokens=1, heldout_samples=2, sparsity=0.5, **changes)
+    report = prune_model(source, tmp_path / "out", recipe)
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    if "reconstruct" in changes:
+        assert all(block.last_loss < block.first_loss for block in report.blocks)
+        model = open_model(tmp_path / "out")
+        zeros = {record.layer: record.zeros for record in report.layers}
+        for layer, count in zeros.items():
+            assert np.sum(model.stored(f"{layer}.weight") == 0) >= count

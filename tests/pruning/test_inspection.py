@@ -1,0 +1,232 @@
+"""What a model is and would take, told from its headers: facts by hand on tiny models, and estimates that behave."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sparseopt.models import open_model
+from sparseopt.models.safetensors_file import StoredTensor, write_tensors
+from sparseopt.pruning import METHODS, Recipe, prune_model
+from sparseopt.pruning.cost import block_sizes, measure_gflops, method_cost
+from sparseopt.pruning.inspection import Blocks, Inspection, inspect_model
+from sparseopt.pruning.methods import find_method
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.pruning.test_pipeline import TOKENIZER
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+# Of one block: q and o, k and v, gate and up and down; norms.
+LINEARS, NORMS = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64, 2 * 32
+
+
+def folder(path: Path, rng: np.random.Generator, dtype: Any = np.float32, **changes: Any) -> Path:
+    config = tiny_config(**changes)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    write_tensors(path / "model.safetensors", random_tensors(config, rng, dtype))
+    return path
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe(**{"samples": 4, "seqlen": 32, "heldout_samples": 2} | changes)
+
+
+def test_the_facts_of_a_tiny_model(tmp_path: Path, rng: np.random.Generator) -> None:
+    found = inspect_model(folder(tmp_path / "m", rng), recipe())
+    assert (found.source, found.path, found.revision) == (str(tmp_path / "m"), str(tmp_path / "m"), None)
+    assert (found.model_type, found.supported, found.num_blocks, found.tied) == ("llama", True, 3, True)
+    assert found.kinds == (Blocks("full attention, rotary base 10,000, one MLP", (0, 1, 2)),)
+    shapes = {linear.name: (linear.outputs, linear.inputs) for linear in found.linears}
+    assert shapes == {
+        "self_attn.q_proj": (32, 32),
+        "self_attn.k_proj": (16, 32),
+        "self_attn.v_proj": (16, 32),
+        "self_attn.o_proj": (32, 32),
+        "mlp.gate_proj": (64, 32),
+        "mlp.up_proj": (64, 32),
+        "mlp.down_proj": (32, 64),
+    }
+    assert all(
+        (linear.count, linear.dtype, linear.zeros) == (3, "float32", linear.size / 2) for linear in found.linears
+    )
+    assert found.prunable_parameters == 3 * LINEARS == 27_648
+    assert found.block_parameters == 3 * (LINEARS + NORMS)
+    assert (found.embedding_parameters, found.head_parameters, found.unused_parameters) == (49 * 32, 0, 0)
+    assert found.parameters == 3 * (LINEARS + NORMS) + 49 * 32 + 32 == 29_440
+    assert found.dtypes == {"float32": 4 * 29_440}
+    assert found.file_bytes == (tmp_path / "m" / "model.safetensors").stat().st_size
+    assert found.zeros == 13_824
+    assert found.dense_bytes == 4 * 29_440
+    assert found.packed_bytes == 27_648 // 8 + 4 * 13_824 + 4 * (29_440 - 27_648)
+
+
+def test_an_untied_head_and_a_narrow_dtype_count(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = folder(tmp_path, rng, ml_dtypes.bfloat16, tie_word_embeddings=False)
+    found = inspect_model(path, recipe(pattern="2:4", sparsity=None, dtype="float32"))
+    assert (found.tied, found.head_parameters, found.parameters) == (False, 49 * 32, 29_440 + 49 * 32)
+    assert found.dtypes == {"bfloat16": 2 * found.parameters}
+    assert found.zeros == 13_824
+    assert found.dense_bytes == 4 * found.parameters
+    assert inspect_model(path, recipe()).dense_bytes == 2 * found.parameters
+
+
+def test_what_is_told_is_what_a_prune_does(tmp_path: Path, rng: np.random.Generator) -> None:
+    path, ids = folder(tmp_path / "m", rng), rng.integers(0, 49, (6, 32))
+    chosen = recipe(calibration=ids, method="wanda", sparsity=0.37)
+    found = inspect_model(path, chosen)
+    report = prune_model(path, tmp_path / "out", chosen)
+    assert sum(layer.zeros for layer in report.layers) == found.zeros
+    assert (report.source, report.revision) == (str(path), None)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["source"], summary["revision"]) == (str(path), None)
+    stored = inspect_model(tmp_path / "out", chosen)
+    assert sum(stored.dtypes.values()) == found.dense_bytes
+
+
+def test_experts_are_one_row_with_their_number_left_out(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = folder(tmp_path, rng, **MIXTRAL)
+    found = inspect_model(path, recipe())
+    counts = {linear.name: linear.count for linear in found.linears}
+    assert counts["self_attn.q_proj"] == 3
+    assert counts["mlp.experts.*.up_proj"] == counts["mlp.experts.*.down_proj"] == 3 * 4
+    assert found.kinds[0].description.endswith("4 experts, 2 a token")
+    assert found.prunable_parameters == 3 * (2 * 32 * 32 + 2 * 16 * 32 + 4 * 3 * 32 * 64)
+    (sizes,) = block_sizes(open_model(path))
+    assert sizes.gram_bytes == 4 * (3 * 32**2 + 4 * (32**2 + 64**2) - 32**2)
+    assert {share for *_, share in sizes.linears} == {1.0, 0.5}
+
+
+def test_blocks_that_differ_are_told_apart(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = folder(tmp_path, rng, model_type="smollm3", no_rope_layers=[1, 0, 1])
+    found = inspect_model(path, recipe())
+    assert [kind.indices for kind in found.kinds] == [(0, 2), (1,)]
+    assert "no rotary positions" in found.kinds[1].description
+
+
+def test_an_unknown_family_is_described_by_its_names(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = folder(tmp_path, rng)
+    (path / "config.json").write_text(json.dumps(tiny_config(model_type="mamba", tie_word_embeddings=False)))
+    found = inspect_model(path, recipe(), gflops=100.0)
+    assert (found.model_type, found.supported, found.num_blocks) == ("mamba", False, 3)
+    assert [(linear.name, linear.count) for linear in found.linears if "up" in linear.name] == [("mlp.up_proj", 3)]
+    assert (found.prunable_parameters, found.parameters, found.embedding_parameters) == (27_648, 29_440, 49 * 32)
+    assert found.zeros is found.dense_bytes is found.packed_bytes is found.estimate is None
+
+
+def test_no_tensor_is_read(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: StoredTensor) -> np.ndarray:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(StoredTensor, "read", refuse)
+    assert inspect_model(folder(tmp_path, rng), recipe(method="best", allocation="curves"), gflops=1.0).estimate
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_json_and_back(tmp_path: Path, rng: np.random.Generator, known: bool) -> None:
+    path = folder(tmp_path, rng, **MIXTRAL)
+    if not known:
+        (path / "config.json").write_text(json.dumps(tiny_config(model_type="mamba")))
+    found = inspect_model(path, recipe(), gflops=100.0)
+    assert Inspection.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+
+
+def test_estimates_add_up_and_grow_with_the_work(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = folder(tmp_path, rng)
+
+    def estimate(gflops: float = 100.0, **changes: Any) -> Any:
+        return inspect_model(path, recipe(**changes), gflops=gflops).estimate
+
+    plain = estimate()
+    assert plain.seconds == pytest.approx(sum(plain.seconds_by_part.values()))
+    assert plain.peak_memory_bytes == max(sum(parts.values()) for parts in plain.memory.values())
+    assert plain.peak_memory_bytes == sum(plain.memory[plain.peak_phase].values())
+    assert set(plain.memory) == {"start", "Grams", "layer solves"}
+    more, best = estimate(samples=64, seqlen=128), estimate(method="best", allocation="curves")
+    for name in ("forward passes and Grams",):
+        assert more.seconds_by_part[name] > plain.seconds_by_part[name]
+    assert more.peak_memory_bytes > plain.peak_memory_bytes
+    assert set(best.memory) - set(plain.memory) == {"survey", "training"}
+    assert plain.seconds_by_part["survey"] == plain.seconds_by_part["training"] == 0
+    assert best.seconds_by_part["survey"] > 0 < best.seconds_by_part["training"]
+    twice = estimate(gflops=200.0)
+    for name in ("layer solves", "forward passes and Grams"):
+        assert 2 * twice.seconds_by_part[name] == pytest.approx(plain.seconds_by_part[name])
+    assert inspect_model(path, recipe()).estimate.seconds is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("preset", ["paper", "best"])
+def test_every_method_has_a_cost(method: str, preset: str) -> None:
+    cost = method_cost(find_method(method, preset))
+    assert cost is not None
+    assert all(value >= 0 for value in dataclasses.astuple(cost))
+    assert cost.wide > 0
+
+
+def test_a_method_of_ones_own_has_memory_and_no_time(tmp_path: Path, rng: np.random.Generator) -> None:
+    from sparseopt.core.types import pytree
+    from sparseopt.pruning import Magnitude
+
+    @pytree
+    class Mine:
+        def __call__(self, layer: Any, pattern: Any) -> Any:
+            return Magnitude()(layer, pattern)
+
+    estimate = inspect_model(folder(tmp_path, rng), recipe(method=Mine()), gflops=100.0).estimate
+    assert estimate is not None
+    assert estimate.seconds is estimate.seconds_by_part is None
+    assert estimate.peak_memory_bytes > 0
+
+
+def test_mistakes_are_told_before_any_work(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = folder(tmp_path, rng)
+    with pytest.raises(ValueError, match="unknown method"):
+        inspect_model(path, recipe(method="obs"))
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj: .*3:5"):
+        inspect_model(path, recipe(pattern="3:5", sparsity=None))
+    with pytest.raises(ValueError, match="gflops must be positive and finite, given 0"):
+        inspect_model(path, recipe(), gflops=0)
+
+
+def test_the_machine_has_a_rate() -> None:
+    assert 0.01 < measure_gflops(0.01) < 1e7
+
+
+def test_the_command_shows_a_table_or_json(tmp_path: Path, rng: np.random.Generator, command: Any) -> None:
+    path = write_folder(tmp_path / "m", tiny_config(), random_tensors(tiny_config(), rng), 2)
+    (path / "tokenizer.json").write_text(TOKENIZER)
+    status, out, err = command("inspect", path, "--sparsity", 0.25, "--gflops", 100, "--memory", 0.25)
+    assert status == 0, err
+    for text in (
+        "llama, 3 blocks",
+        "all blocks alike: full attention",
+        "29,440 parameters: 27,840 in blocks, of which prunable 27,648; embedding 1,568, head tied to the embedding",
+        "│ mlp.down_proj │ 32x64 │ 3 │ float32 │ 6,144 │ 0.2500 │",
+        "6,912 zeros, 25.00% of the linears, 23.48% of all",
+        "output 115.0 KiB dense",
+        "that does not fit in 256.0 MiB",
+        "estimated time at 100 GFLOP/s",
+        "estimates come from shapes alone",
+    ):
+        assert text in out
+    status, out, _ = command("inspect", path, "--gflops", 100, "--json")
+    assert status == 0
+    assert Inspection.from_dict(json.loads(out)) == inspect_model(path, Recipe(), gflops=100.0)
+    (path / "config.json").write_text(json.dumps(tiny_config(model_type="mamba")))
+    status, out, _ = command("inspect", path, "--gflops", 100)
+    assert status == 0
+    assert "mamba, 3 blocks; the decoder of this package does not have the family" in out
+    assert "no estimate of memory and time for this family" in out
+    status, _, err = command("inspect", path, "--memory", 0)
+    assert status == 2
+    assert "--memory must be above 0 GiB, given 0" in err
