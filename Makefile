@@ -9,7 +9,7 @@ TRUTH ?=
 REFERENCES ?=
 CALIBRATION ?= pydoc
 
-.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package golden notebooks docs bench-prune bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
+.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package families golden notebooks docs bench-prune bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,12 @@ build/notebooks/.executed: $(VENV)/.installed-docs $(wildcard notebooks/*.py)
 docs: build/notebooks/.executed ## Build the pages into build/docs, warnings are errors; run their examples.
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
+
+families: $(VENV)/.installed-oracle ## Prove every model family against torch and record it for the documentation.
+	rm -f build/families.jsonl && mkdir -p build
+	SPARSEOPT_FAMILY_RECORDS=build/families.jsonl $(BIN)/python -m pytest -m oracle tests/oracle/test_families.py \
+		tests/oracle/test_gguf_reference.py
+	mv build/families.jsonl docs/benchmarks/families.jsonl
 
 golden: $(VENV)/.installed-oracle ## Make the golden files anew with torch and transformers.
 	$(BIN)/python -m tests.oracle.make_golden

@@ -6,6 +6,7 @@
     trend_selection.jsonl  output of `make bench-trend-selection`
     prune.jsonl            output of `make bench-prune`
     quality.jsonl          output of `make bench-quality`
+    families.jsonl         output of `make families`
 
 A table whose records are absent becomes one sentence that names the command.
 """
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import family_tables
 import pruning_tables
 import trend_tables
 from records import Record, read
@@ -50,6 +52,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         pruning_tables.quality_each_layer,
         pruning_tables.quality_models,
         pruning_tables.quality_ablation,
+        family_tables.families_machine,
+        family_tables.families_proved,
     )
 }
 

@@ -129,6 +129,11 @@ def run_lines(report: PruneReport) -> list[str]:
         f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
         f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB",
     ]
+    if report.route == "torch":
+        lines.append(
+            "blocks ran in torch, since the model's family is not known here: errors at all outputs count the same, "
+            "and blocks are not trained"
+        )
     if report.blocks:
         first, last = (mean(getattr(b, name) for b in report.blocks) for name in ("first_loss", "last_loss"))
         stopped = sum(b.status in ("DIVERGED", "NONFINITE") for b in report.blocks)

@@ -22,11 +22,12 @@ from sparseopt.core.thresholds import kth_largest
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
 from sparseopt.experiments.task_prune import BUNDLED
-from sparseopt.models import StreamedModel, bundled_model, open_model
+from sparseopt.models import PrunableModel, bundled_model, open_model
 from sparseopt.pruning import Recipe, load_text
-from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.calibration import make_batches
 from sparseopt.pruning.layer import ScaledLayer, scale_layer
 from sparseopt.pruning.pipeline import calibration_windows
+from sparseopt.pruning.torch_calibration import runner_of
 
 
 class Descent(Task):
@@ -153,7 +154,7 @@ def _draw_descent(curves: dict[str, np.ndarray], layer: str, plots: Any) -> Any:
     return axes
 
 
-def _block_of(model: StreamedModel, layer: str) -> tuple[int, str]:
+def _block_of(model: PrunableModel, layer: str) -> tuple[int, str]:
     """The block of a linear and its name there.
 
     Raises:
@@ -175,7 +176,7 @@ def layer_problem(source: Path, layer: str, calibration: str, samples: int, seql
     block_index, name = _block_of(model, layer)
     recipe = Recipe(calibration=calibration, samples=samples, seqlen=seqlen, heldout_samples=0)
     windows, _ = calibration_windows(model, recipe)
-    runner = BlockRunner()
+    runner = runner_of(model)
     batches = make_batches(model.embedding()(jnp.asarray(windows)))
     for index in range(block_index):
         batches = runner.forward(model.block(index), batches)

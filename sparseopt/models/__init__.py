@@ -9,12 +9,14 @@ from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.family import Family, KeyTable
 from sparseopt.models.generate import generate
 from sparseopt.models.layers import Linear, no_tap
+from sparseopt.models.prunable import PrunableBlock, PrunableModel
 from sparseopt.models.repack import pack_folder, unpack_folder
 from sparseopt.models.rope import Rope
 from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig
 from sparseopt.models.source import Source, TensorInfo, open_source
 from sparseopt.models.streaming import StreamedModel, check_keys, load_decoder, open_model
 from sparseopt.models.tokenizer import encode_text, load_tokenizer
+from sparseopt.models.torch_model import TorchModel
 
 __all__ = [
     "FAMILIES",
@@ -30,12 +32,15 @@ __all__ = [
     "KeyTable",
     "Linear",
     "ModelError",
+    "PrunableBlock",
+    "PrunableModel",
     "Rope",
     "Routed",
     "ShardedWriter",
     "Source",
     "StreamedModel",
     "TensorInfo",
+    "TorchModel",
     "block_tag",
     "bundled_model",
     "check_keys",

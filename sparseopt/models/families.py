@@ -6,7 +6,7 @@ from typing import Any
 from sparseopt.models.errors import ModelError
 from sparseopt.models.family import Family
 from sparseopt.models.gemma2 import GEMMA2
-from sparseopt.models.gemma3 import GEMMA3
+from sparseopt.models.gemma3 import GEMMA3, GEMMA3_IMAGES
 from sparseopt.models.gpt2 import GPT2
 from sparseopt.models.gpt_neox import GPT_NEOX
 from sparseopt.models.llama import LLAMA
@@ -23,7 +23,7 @@ from sparseopt.models.smollm3 import SMOLLM3
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GEMMA2, GEMMA3, PHI3, OLMO2),
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GEMMA2, GEMMA3, GEMMA3_IMAGES, PHI3, OLMO2),
         *(OPT, GPT2, GPT_NEOX),
         *(MIXTRAL, QWEN3_MOE),
     )

@@ -18,7 +18,7 @@ from sparseopt.models.experts import unstacked_names
 from sparseopt.models.fields import refuse_unless, require
 from sparseopt.models.layers import ACTIVATION_NAMES
 from sparseopt.models.rope import Rope
-from sparseopt.models.settings import BlockKind, DecoderConfig
+from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig
 
 Shapes = dict[str, tuple[int, ...]]
 Pairs = tuple[tuple[str, str], ...]
@@ -261,6 +261,20 @@ def read_decoder(
     if "norm_eps" not in switches:
         read["norm_eps"] = require({"rms_norm_eps": 1e-6, **config}, "rms_norm_eps", float)
     return DecoderConfig(**(read | switches))
+
+
+def read_experts(config: Mapping[str, Any], count: str, size: str, *, normalise: bool) -> ExpertsConfig:
+    """A mixture of experts, from the fields with their number and width and from `num_experts_per_tok`.
+
+    Raises:
+        ModelError: naming the field that is missing, inconsistent or not supported.
+    """
+    found = ExpertsConfig(
+        require(config, count), require(config, "num_experts_per_tok"), require(config, size), normalise
+    )
+    if found.chosen > found.count:
+        raise ModelError(f"num_experts_per_tok={found.chosen} must be at most {count}={found.count}")
+    return found
 
 
 def ungrouped(config: Mapping[str, Any]) -> dict[str, Any]:

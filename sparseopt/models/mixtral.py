@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sparseopt.models.family import BLOCK_NAMES, Family, KeyTable, read_decoder
+from sparseopt.models.family import BLOCK_NAMES, Family, KeyTable, read_decoder, read_experts
 from sparseopt.models.fields import require
 from sparseopt.models.rope import read_rope
-from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig
+from sparseopt.models.settings import BlockKind, DecoderConfig
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -18,12 +18,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     given = {"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, **config}
     window = None if config.get("sliding_window") is None else require(config, "sliding_window")
     kind = BlockKind(read_rope(config, 1e6), window, experts=True)
-    experts = ExpertsConfig(
-        count=require(given, "num_local_experts"),
-        chosen=require(given, "num_experts_per_tok"),
-        intermediate_size=require(config, "intermediate_size"),
-        normalise=True,
-    )
+    experts = read_experts(given, "num_local_experts", "intermediate_size", normalise=True)
     return read_decoder(given, kinds=(kind,) * require(config, "num_hidden_layers"), experts=experts)
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sparseopt.models.family import BLOCK_NAMES, Family, KeyTable, read_decoder
+from sparseopt.models.family import BLOCK_NAMES, Family, KeyTable, read_decoder, read_experts
 from sparseopt.models.fields import refuse_unless, require
 from sparseopt.models.rope import read_rope
-from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig
+from sparseopt.models.settings import BlockKind, DecoderConfig
 
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -34,12 +34,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         BlockKind(rope, experts=index not in plain and (index + 1) % step == 0)
         for index in range(require(config, "num_hidden_layers"))
     )
-    experts = ExpertsConfig(
-        count=require(given, "num_experts"),
-        chosen=require(given, "num_experts_per_tok"),
-        intermediate_size=require(given, "moe_intermediate_size"),
-        normalise=bool(config.get("norm_topk_prob", False)),
-    )
+    normalise = bool(config.get("norm_topk_prob", False))
+    experts = read_experts(given, "num_experts", "moe_intermediate_size", normalise=normalise)
     bias = bool(config.get("attention_bias", False))
     return read_decoder(config, kinds=kinds, qk_norm="head", qkv_bias=bias, output_bias=bias, experts=experts)
 

@@ -8,7 +8,7 @@ from sparseopt.models.errors import ModelError
 from sparseopt.models.export import OUTER_TAG, ShardedWriter, block_tag
 from sparseopt.models.packed import PACKED_INDEX, is_packed
 from sparseopt.models.source import FolderSource
-from sparseopt.models.streaming import StreamedModel
+from sparseopt.models.streaming import open_model
 
 Observer = Callable[[int, int], None]
 
@@ -84,7 +84,7 @@ def _folder(source: str | Path) -> Path:
 
 
 def _rewrite(folder: Path, output: str | Path, *, pack: bool, observer: Observer) -> Rewritten:
-    model = StreamedModel(FolderSource(folder))
+    model = open_model(FolderSource(folder))
     # The shards are those that pruning writes, whatever those of the folder: memory holds one block at a time.
     shards = {OUTER_TAG: model.outer_keys()} | {
         block_tag(index): list(model.block_keys(index).values()) for index in range(model.num_blocks)

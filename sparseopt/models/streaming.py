@@ -15,10 +15,12 @@ import numpy as np
 from sparseopt.models.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.errors import ModelError
 from sparseopt.models.experts import unstacked_names
-from sparseopt.models.families import find_family
+from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.family import Family, block_linears, build_part, decoder_of_parts, part_shapes
+from sparseopt.models.prunable import PrunableModel
 from sparseopt.models.settings import BlockKind, DecoderConfig
 from sparseopt.models.source import Source, open_source
+from sparseopt.models.torch_model import TorchModel
 
 
 class StreamedModel:
@@ -148,8 +150,10 @@ class StreamedModel:
         return self.config.kinds[index]
 
 
-def open_model(source: str | Path | Source) -> StreamedModel:
+def open_model(source: str | Path | Source) -> PrunableModel:
     """Open a model and check it; no tensor is read.
+
+    A model whose family is not known here is opened through torch (extra `torch`), see `torch_model`.
 
     Args:
         source: a Hugging Face folder, a GGUF file or a name on the hub, as in `open_source`, or what that returned.
@@ -158,11 +162,17 @@ def open_model(source: str | Path | Source) -> StreamedModel:
         ModelError: if the files are unusable, the model type unknown, its configuration not supported, or its
             tensors not those of the configuration.
     """
-    return StreamedModel(open_source(source) if isinstance(source, str | Path) else source)
+    opened = open_source(source) if isinstance(source, str | Path) else source
+    model_type = opened.config.get("model_type")
+    return StreamedModel(opened) if model_type is None or model_type in FAMILIES else TorchModel(opened)
 
 
 def load_decoder(source: str | Path | Source) -> Decoder:
-    """Read a whole model into memory, as float32."""
+    """Read a whole model into memory, as float32.
+
+    Raises:
+        ModelError: as `open_model` does, and for a model whose family is not known here.
+    """
     return open_model(source).decoder()
 
 
@@ -172,8 +182,10 @@ def check_depth(source: Source) -> None:
     Raises:
         ModelError: if there are more blocks than tensors.
     """
+    text = source.config.get("text_config")
+    fields = {**source.config, **(text if isinstance(text, dict) else {})}
     for name in ("num_hidden_layers", "n_layer"):
-        count = source.config.get(name)
+        count = fields.get(name)
         if isinstance(count, int) and count > len(source.tensors):
             raise ModelError(
                 f"{source.path} holds {len(source.tensors)} tensors, its configuration asks for {count} "

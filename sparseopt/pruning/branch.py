@@ -9,7 +9,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 
 from sparseopt.core.solve import Status
 from sparseopt.machine import peak_memory_bytes
-from sparseopt.models import OUTER_TAG, Block, ShardedWriter, StreamedModel, block_tag
+from sparseopt.models import OUTER_TAG, Block, PrunableBlock, PrunableModel, ShardedWriter, TorchModel, block_tag
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting
 from sparseopt.pruning.evaluation import audit_stored
 from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, layer_solver
@@ -44,7 +44,7 @@ class Stream:
     calibration: list[jax.Array]
     heldout: list[jax.Array]
 
-    def through(self, block: Block, runner: BlockRunner) -> "Stream":
+    def through(self, block: PrunableBlock, runner: BlockRunner) -> "Stream":
         """The stream behind a block."""
         return Stream(runner.forward(block, self.calibration), runner.forward(block, self.heldout))
 
@@ -58,7 +58,7 @@ class Shared:
         dense: the dense model's own stream in front of it, or None where no branch needs it.
     """
 
-    def __init__(self, block: Block, index: int, dense: Stream | None, runner: BlockRunner) -> None:
+    def __init__(self, block: PrunableBlock, index: int, dense: Stream | None, runner: BlockRunner) -> None:
         self.block, self.index, self.dense = block, index, dense
         self._runner = runner
         self._outputs: Stream | None = None
@@ -109,7 +109,7 @@ class Branch:
 
     def __init__(
         self,
-        model: StreamedModel,
+        model: PrunableModel,
         recipe: Recipe,
         method: LayerMethod,
         output: str | Path,
@@ -195,6 +195,7 @@ class Branch:
             source=self._model.source.name,
             revision=self._model.source.revision,
             recipe=recipe.as_dict(),
+            route="torch" if isinstance(self._model, TorchModel) else "flax",
             layers=self._layers,
             blocks=self._blocks,
             plans=plans,
@@ -221,13 +222,14 @@ class Branch:
         self._compile_seconds += found.compile_seconds
         return np.asarray(found.value).astype(weight.dtype), found.seconds
 
-    def _reconstruct(self, block: Block, shared: Shared, settings: Reconstruction) -> BlockRecord:
+    def _reconstruct(self, block: PrunableBlock, shared: Shared, settings: Reconstruction) -> BlockRecord:
         targets = shared.dense_outputs
         # Zeros rest, also where the pattern would have allowed a weight that was itself zero.
         masks = {name: block.read(f"{name}.weight") != 0 for name in block.linears}
         stream = self._stream
+        flax = cast(Block, block)  # others were refused with the recipe
         report = reconstruct_block(
-            block, masks, stream.calibration, targets.calibration, stream.heldout, targets.heldout, settings
+            flax, masks, stream.calibration, targets.calibration, stream.heldout, targets.heldout, settings
         )
         return BlockRecord(
             block=shared.index,
@@ -241,7 +243,7 @@ class Branch:
             compile_seconds=report.compile_seconds,
         )
 
-    def _stored(self, block: Block, keys: dict[str, str]) -> dict[str, np.ndarray]:
+    def _stored(self, block: PrunableBlock, keys: dict[str, str]) -> dict[str, np.ndarray]:
         """The block's tensors as they are stored; the block takes over their rounding."""
         tensors = {}
         for path, key in keys.items():

@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import HIGHEST
-from sparseopt.models import Routed
+from sparseopt.models import PrunableBlock, Routed
 from sparseopt.models.experts import rows_of_tokens, stacked_name, unstacked_names
 from sparseopt.pruning.compiled import Compiled, Timed
 
@@ -58,6 +58,8 @@ class BlockGrams(Mapping[str, Grams]):
 
     def __getitem__(self, tap: str) -> Grams:
         """The Grams of a tap as `Block.linears` names it."""
+        if tap in self.stacked:
+            return self.stacked[tap]
         name, expert = stacked_name(tap)
         found = self.stacked[name]
         return found if expert is None else jax.tree.map(lambda part: part[expert], found)
@@ -166,7 +168,7 @@ class BlockRunner:
 
     def grams(
         self,
-        block: nnx.Module,
+        block: PrunableBlock,
         batches: list[Array],
         weighting: Weighting = "uniform",
         dense_batches: list[Array] | None = None,
@@ -184,7 +186,7 @@ class BlockRunner:
             self.flops += _gram_flops(block, x.shape, shapes)
         return BlockGrams(totals)
 
-    def forward(self, block: nnx.Module, batches: list[Array]) -> list[Array]:
+    def forward(self, block: PrunableBlock, batches: list[Array]) -> list[Array]:
         """The block's outputs, batch by batch."""
         outputs = []
         for x in batches:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sparseopt.core.dense import product
 from sparseopt.models import StreamedModel
+from sparseopt.models.attention import QUERY_CHUNK
 from sparseopt.pruning.calibration import BATCH_TOKENS
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, SplicePruning, Wanda
@@ -26,6 +27,8 @@ FLOAT32 = 4
 
 # Resident bytes of the interpreter with its libraries, and what compiled programs and the allocator add to that.
 LIBRARIES, PROGRAMS = 300 * 2**20, 450 * 2**20
+# Share of the arrays that the allocator keeps besides, of those freed before.
+FREED = 0.2
 # Products of a layer's shapes reach this share of the rate of large square ones; passes with their softmax a bit less.
 SOLVE_EFFICIENCY, PASS_EFFICIENCY = 0.85, 0.8
 # Operations for an entry of a weight that cost as much time as choosing the largest of all entries once does.
@@ -40,8 +43,10 @@ RESTED = 0.6
 MEASURING = 4
 # Seconds to start, and a byte to read, check, convert and write.
 START, SECONDS_A_BYTE = 3.0, 2e-9
-# Seconds compiling a pass over a kind of block, and what trains or differentiates one.
+# Seconds compiling a pass over a kind of block, and what trains or differentiates one, on a machine of this rate in
+# GFLOP/s; a slower or busier one takes longer.
 COMPILE_PASS, COMPILE_GRADIENT = 1.5, 4.0
+COMPILE_GFLOPS = 180.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class MethodCost:
         updates: operations an entry of the weight besides.
         square: workspace in arrays of float32 `[in, in]`.
         wide: workspace in arrays of float32 `[in, out]`.
-        compile_seconds: for a shape.
+        compile_seconds: for a shape, as in `COMPILE_PASS`.
     """
 
     products: float
@@ -129,7 +134,7 @@ class Cost:
         pass_flops: of the forward passes and Grams.
         survey_flops: of what is measured on the dense model before.
         training_flops: of the reconstruction of blocks.
-        compile_seconds: compiling.
+        compile_seconds: compiling, on a machine of `COMPILE_GFLOPS` or more.
         file_seconds: starting, reading and writing.
     """
 
@@ -156,7 +161,7 @@ class Cost:
             "forward passes and Grams": self.pass_flops / (rate * PASS_EFFICIENCY),
             "survey": self.survey_flops / (rate * PASS_EFFICIENCY),
             "training": self.training_flops / (rate * PASS_EFFICIENCY),
-            "compiling": self.compile_seconds,
+            "compiling": self.compile_seconds * max(1.0, COMPILE_GFLOPS / gflops),
             "reading and writing": self.file_seconds,
         }
 
@@ -274,8 +279,9 @@ def _solve_flops(block: BlockSizes, cost: MethodCost) -> float:
 def _forward_flops(model: StreamedModel, block: BlockSizes, tokens: int, length: int) -> float:
     """Of one pass through one block."""
     linears = sum(2 * outputs * inputs * share for outputs, inputs, share in block.linears)
-    # Scores and mixed values of all pairs of positions: later ones are computed and masked.
-    return tokens * (linears + 4 * length * model.config.num_heads * model.config.head_dim)
+    # Scores and mixed values of the positions up to the end of each query's chunk.
+    pairs = 2 * (length + QUERY_CHUNK)
+    return tokens * (linears + pairs * model.config.num_heads * model.config.head_dim)
 
 
 def _pass_flops(model: StreamedModel, recipe: Recipe, blocks: list[BlockSizes]) -> float:
@@ -337,7 +343,9 @@ def _phases(
     tokens = (recipe.samples + recipe.heldout_samples) * recipe.seqlen
     stream = FLOAT32 * tokens * config.hidden_size
     batch = min(recipe.samples * recipe.seqlen, max(BATCH_TOKENS, recipe.seqlen))
-    scores = 2 * FLOAT32 * batch * recipe.seqlen * config.num_heads
+    # Of one chunk of queries, before and behind the softmax; a gradient keeps those of all chunks.
+    scores = 3 * FLOAT32 * batch * min(recipe.seqlen, QUERY_CHUNK) * config.num_heads
+    pairs = 2 * FLOAT32 * recipe.seqlen * config.num_heads
     block = max(blocks, key=lambda b: b.parameters)
     weights = FLOAT32 * block.parameters
     grams = max(b.gram_bytes for b in blocks)
@@ -354,8 +362,8 @@ def _phases(
     widest = max(math.prod(info.shape) * info.dtype.itemsize for info in outer)
     embedding = FLOAT32 * config.vocab_size * config.hidden_size
     running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS}
-    phases = [
-        Phase(
+    phases: list[tuple[str, dict[str, int]]] = [
+        (
             "start",
             {
                 "libraries": LIBRARIES,
@@ -363,16 +371,16 @@ def _phases(
                 "activations": 2 * stream,
             },
         ),
-        Phase(
+        (
             "Grams",
             running
             | {
                 "block": 2 * weights,
                 "Grams": (sets + 1) * grams,
-                "activations": streams + scores + int(FLOAT32 * batch * block.widths),
+                "activations": streams + scores + int(2 * FLOAT32 * batch * block.widths),
             },
         ),
-        Phase(
+        (
             "layer solves",
             running
             | {
@@ -386,7 +394,7 @@ def _phases(
     if with_survey:
         kept = 2 * math.sqrt(config.num_layers) + 3
         phases.append(
-            Phase(
+            (
                 "survey",
                 running
                 | {
@@ -394,24 +402,27 @@ def _phases(
                     "embedding and head": embedding,
                     "activations": int(kept * FLOAT32 * _survey_tokens(recipe) * config.hidden_size)
                     + 2 * stream
-                    + 2 * scores
-                    + int(2 * FLOAT32 * batch * block.widths),
+                    + batch * pairs
+                    + int(3 * FLOAT32 * batch * block.widths),
                 },
             )
         )
     if recipe.reconstruction is not None:
         window = min(recipe.reconstruction.windows, recipe.samples) * recipe.seqlen
-        pairs = 2 * FLOAT32 * window * recipe.seqlen * config.num_heads
         phases.append(
-            Phase(
+            (
                 "training",
                 running
                 | {
                     # Dense and pruned, gradient, two moments, the best state, updates in the making.
-                    "block": 7 * weights + 2 * block.stored,
+                    "block": 8 * weights + 2 * block.stored,
                     "Grams": sets * grams,
-                    "activations": streams + 2 * pairs + scores + int(3 * FLOAT32 * window * block.widths),
+                    "activations": streams + window * pairs + scores + int(3 * FLOAT32 * window * block.widths),
                 },
             )
         )
-    return tuple(phases)
+    fixed = ("libraries", "compiled programs")
+    return tuple(
+        Phase(name, parts | {"freed, not returned": int(FREED * sum(n for p, n in parts.items() if p not in fixed))})
+        for name, parts in phases
+    )

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.models import Decoder, Head, StreamedModel, open_model
+from sparseopt.models import Decoder, Head, PrunableModel, open_model
 from sparseopt.pruning.calibration import BlockRunner, make_batches
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, check_pattern, count_groups, parse_pattern
 from sparseopt.pruning.texts import check_vocabulary
+from sparseopt.pruning.torch_calibration import runner_of
 
 # Tokens whose logits are held at one time: 256 rows of a vocabulary of 50,000 are 50 MB.
 LOGIT_ROWS = 256
@@ -48,7 +49,7 @@ def negative_log_likelihood(head: Head, x_TD: Float[Array, "T D"], tokens_T: Int
 
 
 def perplexity(
-    model: str | Path | StreamedModel | Decoder,
+    model: str | Path | PrunableModel | Decoder,
     token_ids: Any,
     seqlen: int = 1024,
     *,
@@ -77,25 +78,42 @@ def perplexity(
     ids = ids.astype(np.int32)
 
     batches = make_batches(parts.embedding()(jnp.asarray(ids)))
-    runner = BlockRunner()
+    runner = parts.runner
     for index in range(parts.num_blocks):
         batches = runner.forward(parts.block(index), batches)
         if observer:
             observer(index + 1, parts.num_blocks)
-    loss = Compiled(negative_log_likelihood)
-    head = parts.head()
+    loss = window_loss(parts.head())
     windows = (x for batch in batches for x in batch)
-    total = sum(float(loss(head, x, row).value) for x, row in zip(windows, ids, strict=True))
+    total = sum(loss(x, row) for x, row in zip(windows, ids, strict=True))
     return float(np.exp(total / (ids.shape[0] * (ids.shape[1] - 1))))
+
+
+def window_loss(head: Any) -> Callable[[Array, Array], float]:
+    """`negative_log_likelihood` of a window by a head, compiled unless the head runs in torch."""
+    if isinstance(head, Head):
+        loss = Compiled(negative_log_likelihood)
+        return lambda x_TD, tokens_T: float(loss(head, x_TD, tokens_T).value)
+
+    def loss_by_slices(x_TD: Array, tokens_T: Array) -> float:
+        total, predicted = 0.0, len(tokens_T) - 1
+        for start in range(0, predicted, LOGIT_ROWS):
+            end = min(start + LOGIT_ROWS, predicted)
+            logits_RV = head(x_TD[None, start:end])[0]
+            total -= float(jnp.sum(log_probabilities(logits_RV, jnp.asarray(tokens_T[start + 1 : end + 1]))))
+        return total
+
+    return loss_by_slices
 
 
 class _StreamedParts:
     """The parts of a model on disk, read when asked for."""
 
-    def __init__(self, model: str | Path | StreamedModel) -> None:
-        opened = model if isinstance(model, StreamedModel) else open_model(model)
+    def __init__(self, model: str | Path | PrunableModel) -> None:
+        opened = open_model(model) if isinstance(model, str | Path) else model
         self.vocab_size, self.num_blocks = opened.config.vocab_size, opened.num_blocks
         self.embedding, self.block, self.head = opened.embedding, opened.block, opened.head
+        self.runner = runner_of(opened)
 
 
 class _DecoderParts:
@@ -106,6 +124,7 @@ class _DecoderParts:
         self.embedding = lambda: decoder.embed_tokens
         self.block = lambda index: decoder.layers[index]
         self.head = lambda: decoder.head
+        self.runner = BlockRunner()
 
 
 @dataclass(frozen=True)
@@ -123,7 +142,7 @@ class LayerAudit:
         return self.zeros / self.size
 
 
-def audit_sparsity(model: str | Path | StreamedModel) -> list[LayerAudit]:
+def audit_sparsity(model: str | Path | PrunableModel) -> list[LayerAudit]:
     """Count the exact zeros of every prunable linear in the stored tensors, read back one by one."""
     return [
         LayerAudit(layer, weight.shape, int(weight.size - np.count_nonzero(weight)), weight.size)
@@ -164,7 +183,7 @@ class PatternAudit:
         return self.least == self.most == self.allowed
 
 
-def audit_pattern(model: str | Path | StreamedModel, pattern: str, sparsity: float | None = None) -> list[PatternAudit]:
+def audit_pattern(model: str | Path | PrunableModel, pattern: str, sparsity: float | None = None) -> list[PatternAudit]:
     """Count every prunable linear's non-zeros group by group, in the stored tensors, read back one by one.
 
     Args:
@@ -185,7 +204,7 @@ def audit_pattern(model: str | Path | StreamedModel, pattern: str, sparsity: flo
     return audits
 
 
-def audit_stored(model: str | Path | StreamedModel, patterns: Mapping[str, Pattern]) -> list[PatternAudit]:
+def audit_stored(model: str | Path | PrunableModel, patterns: Mapping[str, Pattern]) -> list[PatternAudit]:
     """As `audit_pattern`, with the pattern of every linear by the key of its weight."""
     return [_audit(layer, weight, patterns[f"{layer}.weight"]) for layer, weight in _linears(model)]
 
@@ -196,9 +215,9 @@ def _audit(layer: str, weight: np.ndarray, pattern: Pattern) -> PatternAudit:
     return PatternAudit(layer, weight.shape, counts.unit, counts.each.size, counts.allowed, least, most)
 
 
-def _linears(model: str | Path | StreamedModel) -> Iterator[tuple[str, np.ndarray]]:
+def _linears(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]:
     """Name and stored weight of every prunable linear."""
-    model = model if isinstance(model, StreamedModel) else open_model(model)
+    model = open_model(model) if isinstance(model, str | Path) else model
     for index in range(model.num_blocks):
         for name in model.block_linears(index):
             key = model.weight_key(index, name)

@@ -17,15 +17,17 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.models import Source, StreamedModel, encode_text, load_tokenizer, open_model
+from sparseopt.models import PrunableModel, Source, encode_text, load_tokenizer, open_model
 from sparseopt.pruning.branch import Branch, PruningError, Shared, Stream
-from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.calibration import make_batches
 from sparseopt.pruning.layer import LayerMethod, check_method
 from sparseopt.pruning.patterns import Pattern, parse_pattern
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Event, PruneReport
 from sparseopt.pruning.survey import survey
 from sparseopt.pruning.texts import TextError, check_vocabulary, load_text, token_windows
+from sparseopt.pruning.torch_calibration import runner_of
+from sparseopt.pruning.torch_recipe import fitting_recipe
 
 __all__ = ["Observer", "PruningError", "calibration_windows", "ignore", "layer_patterns", "prune_model", "prune_models"]
 
@@ -89,12 +91,13 @@ def prune_models(
     if len(set(folders)) < len(folders):
         raise ValueError(f"every recipe needs an output folder of its own, given {', '.join(map(str, folders))}")
     model = open_model(source)
+    plans = [(fitting_recipe(model, recipe), output) for recipe, output in plans]
     for (recipe, _), method in zip(plans, methods, strict=True):
         layer_patterns(model, recipe, method)
     calibration, heldout = calibration_windows(model, first)
     model.check_finite()
 
-    runner = BlockRunner()
+    runner = runner_of(model)
     outer = {key: model.source.read(key) for key in model.outer_keys()}
     branches = [
         Branch(model, recipe, method, output, outer) for (recipe, output), method in zip(plans, methods, strict=True)
@@ -148,7 +151,7 @@ def _same_text(one: object, other: object) -> bool:
 
 
 def layer_patterns(
-    model: StreamedModel, recipe: Recipe, method: LayerMethod, shares: Mapping[str, float] | None = None
+    model: PrunableModel, recipe: Recipe, method: LayerMethod, shares: Mapping[str, float] | None = None
 ) -> dict[str, Pattern]:
     """The pattern of every linear, by the key of its weight.
 
@@ -177,7 +180,7 @@ def layer_patterns(
     return patterns
 
 
-def calibration_windows(model: StreamedModel, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+def calibration_windows(model: PrunableModel, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """Calibration and held-out windows, `[samples, seqlen]` each; held-out ones follow the calibration's text.
 
     Raises:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparseopt.machine import environment
 
@@ -112,7 +112,8 @@ class PruneReport:
         output: the folder written.
         source: the model pruned, as it was asked for: a path or a name on the hub.
         revision: the commit on the hub that it is of, a sha; None for files of your own.
-        recipe: the recipe as plain values.
+        recipe: the recipe as plain values; through torch its open fields are filled in.
+        route: what ran the blocks: "flax", or "torch" for a family that is not known here.
         layers: a record each, in the model's order.
         blocks: a record of each block that was reconstructed.
         plans: how many recipes shared the pass over the blocks.
@@ -133,6 +134,7 @@ class PruneReport:
     source: str
     revision: str | None
     recipe: dict[str, Any]
+    route: Literal["flax", "torch"]
     layers: list[LayerRecord] = field(repr=False)
     blocks: list[BlockRecord] = field(repr=False)
     plans: int

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.models import Head, StreamedModel
+from sparseopt.models import Head, PrunableModel
 from sparseopt.pruning.calibration import BATCH_TOKENS, BlockRunner
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.evaluation import LOGIT_ROWS, log_probabilities
@@ -41,7 +41,7 @@ class _Batch(NamedTuple):
 
 
 def score_continuations(
-    model: StreamedModel,
+    model: PrunableModel,
     pairs: Sequence[tuple[Ids, Ids]],
     *,
     observer: Callable[[int, int], None] | None = None,

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.models import Block, Head, Routed, StreamedModel
+from sparseopt.models import Block, Head, PrunableModel, Routed
 from sparseopt.models.experts import stacked_name, unstacked_names
 from sparseopt.pruning.calibration import BlockRunner, forward_flops
 from sparseopt.pruning.compiled import Compiled
@@ -112,7 +112,7 @@ class Site:
 
 
 def backward_sweep(
-    model: StreamedModel,
+    model: PrunableModel,
     batches: list[Array],
     tokens: Int[np.ndarray, "windows T"],
     runner: BlockRunner,
@@ -171,7 +171,7 @@ def _by_linear(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _gradients_behind(
-    model: StreamedModel, stream: list[Array], tokens: Int[np.ndarray, "windows T"], runner: BlockRunner
+    model: PrunableModel, stream: list[Array], tokens: Int[np.ndarray, "windows T"], runner: BlockRunner
 ) -> list[Array]:
     """Gradient of the loss with respect to the activations behind the last block, batch by batch."""
     head, start, gradients = model.head(), 0, []

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from sparseopt.models import Block, StreamedModel
+from sparseopt.models import PrunableBlock, PrunableModel
 from sparseopt.pruning.allocation import allocate_curves, allocate_owl, default_bounds, exact_shares
 from sparseopt.pruning.branch import Stream
 from sparseopt.pruning.calibration import BlockRunner, make_batches
@@ -55,7 +55,7 @@ class _Findings:
 
 
 def survey(
-    model: StreamedModel,
+    model: PrunableModel,
     recipes: Sequence[Recipe],
     embedded: Stream,
     tokens: Int[np.ndarray, "windows T"],
@@ -128,14 +128,14 @@ def _curves(site: Site, levels: np.ndarray, runner: BlockRunner) -> dict[str, np
     return curves
 
 
-def _outliers(block: Block, batches: list[Any], runner: BlockRunner) -> float:
+def _outliers(block: PrunableBlock, batches: list[Any], runner: BlockRunner) -> float:
     grams = runner.grams(block, batches)
     weights = {name: block.read(f"{name}.weight") for name in block.linears}
     inputs = {name: grams[tap].gram for name, tap in block.linears.items()}
     return float(runner.account(outliers_of_block(weights, inputs)))
 
 
-def _survey_of(model: StreamedModel, recipe: Recipe, found: _Findings, levels: np.ndarray) -> Survey:
+def _survey_of(model: PrunableModel, recipe: Recipe, found: _Findings, levels: np.ndarray) -> Survey:
     weights = found.weights if recipe.output_weighting() == "gradient" else None
     if recipe.allocation == "uniform" or recipe.sparsity is None:
         return Survey(None, weights)

@@ -18,7 +18,16 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from sparseopt.models import Decoder, ModelError, StreamedModel, generate, load_tokenizer, open_model
+from sparseopt.models import (
+    FAMILIES,
+    Decoder,
+    ModelError,
+    PrunableModel,
+    TorchModel,
+    generate,
+    load_tokenizer,
+    open_model,
+)
 from sparseopt.pruning.scoring import Score, score_continuations
 
 # What is running, steps done, steps in all.
@@ -42,10 +51,15 @@ class DecoderLM(TemplateLM):
     """
 
     def __init__(
-        self, model: str | Path | StreamedModel, *, max_length: int | None = None, observer: Observer | None = None
+        self, model: str | Path | PrunableModel, *, max_length: int | None = None, observer: Observer | None = None
     ) -> None:
         super().__init__()
-        self.model = model if isinstance(model, StreamedModel) else open_model(model)
+        self.model = open_model(model) if isinstance(model, str | Path) else model
+        if isinstance(self.model, TorchModel):
+            raise ModelError(
+                f"zero-shot tasks take a family known here: {', '.join(sorted(FAMILIES))}; the model's is "
+                f"{self.model.config.model_type!r} (`lm-eval` itself runs such models in torch)"
+            )
         self.tokenizer = load_tokenizer(self.model.source)
         config = self.model.source.config
         longest = max_length if max_length is not None else config.get("max_position_embeddings")
@@ -177,7 +191,7 @@ class DecoderLM(TemplateLM):
 
 
 def zero_shot(
-    model: str | Path | StreamedModel,
+    model: str | Path | PrunableModel,
     tasks: Sequence[str],
     *,
     limit: int | None = None,

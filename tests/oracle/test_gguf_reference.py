@@ -12,6 +12,7 @@ from sparseopt.models import Source, load_tokenizer, open_source
 from sparseopt.models.safetensors_file import write_tensors
 from tests.models.test_tokenizer import TRICKY
 from tests.models.tiny_gguf import CONFIGS, sentencepiece_metadata, tensors_of, write_architecture
+from tests.oracle.conftest import Proof
 
 pytestmark = pytest.mark.oracle
 
@@ -49,7 +50,9 @@ def export(source: Source, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_transformers_reads_the_same_model(tmp_path: Path, rng: np.random.Generator, architecture: str) -> None:
+def test_transformers_reads_the_same_model(
+    tmp_path: Path, rng: np.random.Generator, architecture: str, proof: Proof
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -72,6 +75,7 @@ def test_transformers_reads_the_same_model(tmp_path: Path, rng: np.random.Genera
     with torch.no_grad():
         expected = theirs(input_ids=tokens, use_cache=False).logits
         torch.testing.assert_close(ours.eval()(input_ids=tokens, use_cache=False).logits, expected)
+    proof.record(source.config["model_type"], "gguf", case=architecture)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

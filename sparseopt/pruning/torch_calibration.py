@@ -1,0 +1,142 @@
+"""Floor 6: calibration through torch, for models whose family is not known here: see `TorchModel`.
+
+torch runs the blocks; the Grams are computed in JAX from the inputs of the linears, which it takes over without a
+copy, and so are the layer solves.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sparseopt.core.dense import product
+from sparseopt.models import PrunableModel, TorchModel
+from sparseopt.models.torch_block import TorchBlock
+from sparseopt.models.torch_bridge import to_jax, to_torch
+from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting, forward_flops
+from sparseopt.pruning.compiled import Compiled
+
+_gram_of_inputs = Compiled(lambda x: product(x.T, x))
+_drift_of_inputs = Compiled(lambda x, dense_x: product(x.T, x - dense_x))
+# Names of linears that read the very same tensor.
+Readers = tuple[str, ...]
+
+
+def runner_of(model: PrunableModel) -> BlockRunner:
+    """What runs the blocks of a model."""
+    return TorchRunner() if isinstance(model, TorchModel) else BlockRunner()
+
+
+class _Seen(NamedTuple):
+    """One distinct input of linears in one run of a block.
+
+    Attributes:
+        tensor: as torch has it; kept, since objects are told apart by identity only while they live.
+        version: torch's count of writes to it.
+        readers: names of the linears that read it, in the order of their calls.
+        found: what was made of it.
+    """
+
+    tensor: Any
+    version: int
+    readers: list[str]
+    found: Any
+
+
+class TorchRunner(BlockRunner):
+    """A `BlockRunner` whose blocks run in torch. Linears that read the very same tensor share one Gram."""
+
+    def grams(
+        self,
+        block: Any,
+        batches: list[Array],
+        weighting: Weighting = "uniform",
+        dense_batches: list[Array] | None = None,
+    ) -> BlockGrams:
+        """Grams summed over all batches, by the linear's name; with `dense_batches` also the drifts from them.
+
+        Raises:
+            ValueError: for another weighting than "uniform".
+            ModelError: if the block uses a linear in a way that hides its input.
+        """
+        if weighting != "uniform":
+            raise ValueError(f"weighting {weighting!r} is not for blocks that run in torch; say 'uniform'")
+        totals: dict[Readers, Grams] = {}
+        for index, x in enumerate(batches):
+            dense = {} if dense_batches is None else self._dense_inputs(block, dense_batches[index])
+            for seen in self._watch(block, x, partial(self._grams_of_input, x.shape[0] * x.shape[1], dense)):
+                readers = tuple(seen.readers)
+                totals[readers] = seen.found if readers not in totals else _sum(totals[readers], seen.found)
+        return BlockGrams({name: _of_linear(block, name, totals) for name in block.linears})
+
+    def forward(self, block: Any, batches: list[Array]) -> list[Array]:
+        """The block's outputs, batch by batch."""
+        outputs = []
+        for x in batches:
+            start = time.perf_counter()
+            outputs.append(block(x))
+            self.seconds += time.perf_counter() - start
+            self.flops += forward_flops(block, x.shape)
+        return outputs
+
+    def _watch(self, block: TorchBlock, x: Array, make: Callable[[str, Any], Any]) -> list[_Seen]:
+        """Run a block and make something of each distinct input of its linears, before the model may write to it."""
+        inputs: list[_Seen] = []
+        start, inner = time.perf_counter(), self.seconds + self.compile_seconds
+
+        def watch(name: str, value: Any) -> None:
+            for seen in inputs:
+                if seen.tensor is value and seen.version == value._version:
+                    seen.readers.append(name)
+                    return
+            inputs.append(_Seen(value, value._version, [name], make(name, value)))
+
+        block.run(to_torch(x), watch)
+        # What was accounted for inside is not counted twice.
+        self.seconds += time.perf_counter() - start - (self.seconds + self.compile_seconds - inner)
+        self.flops += forward_flops(block, x.shape)
+        return inputs
+
+    def _dense_inputs(self, block: TorchBlock, x: Array) -> dict[str, Array]:
+        """Inputs of the linears `[tokens, in]` on the dense stream, of those that are called once."""
+        # Copied: they outlive the run, in which the model may write to them.
+        seen = self._watch(block, x, lambda _, value: to_jax(_rows(value).clone()))
+        times = Counter(name for each in seen for name in each.readers)
+        return {name: each.found for each in seen for name in each.readers if times[name] == 1}
+
+    def _grams_of_input(self, tokens: int, dense: Mapping[str, Array], name: str, value: Any) -> Grams:
+        rows, other, drift = _rows(value), dense.get(name), None
+        count, width = rows.shape
+        if count != tokens:
+            # An expert gets another number of tokens each time: few heights, so that few programs serve all.
+            import torch
+
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, (1 << max(count - 1, 0).bit_length()) - count))
+        gram = self.account(_gram_of_inputs(to_jax(rows)))
+        # Tokens of an expert are others in the dense model.
+        if other is not None and count == tokens == len(other):
+            drift = self.account(_drift_of_inputs(to_jax(rows), other))
+        self.flops += 2.0 * count * width * width * (1 if drift is None else 2)
+        return Grams(gram, jnp.float32(count), jnp.int32(count), drift)
+
+
+def _rows(value: Any) -> Any:
+    return value.reshape(-1, value.shape[-1]).float()
+
+
+def _sum(one: Grams, other: Grams) -> Grams:
+    drift = None if one.drift is None or other.drift is None else one.drift + other.drift
+    return Grams(one.gram + other.gram, one.mass + other.mass, one.tokens + other.tokens, drift)
+
+
+def _of_linear(block: TorchBlock, name: str, totals: Mapping[Readers, Grams]) -> Grams:
+    """The Grams of a linear, zero of an expert that no token was sent to."""
+    found = [grams for readers, grams in totals.items() if name in readers]
+    if not found:
+        width = block.weight_shape(name)[1]
+        return Grams(jnp.zeros((width, width)), jnp.float32(0), jnp.int32(0))
+    return reduce(_sum, found)

@@ -1,0 +1,139 @@
+"""Families without torch: names there and back, pruned exports, and everything that a family does not do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparseopt.models import FAMILIES, ModelError, find_family, load_decoder, open_model
+from sparseopt.models.safetensors_file import read_header
+from sparseopt.pruning import Recipe, audit_sparsity, prune_model
+from tests.models.test_decoder import GOLDEN, write_golden
+from tests.oracle.make_golden import CASES
+
+FOLDER = GOLDEN[0].parent
+TOKENS = np.random.default_rng(1).integers(0, 40, (6, 16)).astype(np.int32)
+# One case of each family.
+ONE_EACH = list({case["model_type"]: name for name, case in CASES.items()}.values())
+
+
+def golden_config(name: str) -> dict[str, Any]:
+    return json.loads(str(np.load(FOLDER / f"{name}.npz")["config"]))
+
+
+def stored_bytes(folder: Path) -> dict[str, bytes]:
+    headers = [read_header(file) for file in sorted(folder.glob("*.safetensors"))]
+    return {name: tensor.read().tobytes() for header in headers for name, tensor in header.items()}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_names_go_to_module_paths_and_back(name: str) -> None:
+    weights = {key.removeprefix("weight/") for key in np.load(FOLDER / f"{name}.npz") if key.startswith("weight/")}
+    family = find_family(golden_config(name), weights)
+    expected = family.expected_shapes(family.read_config(golden_config(name)))
+    assert set(expected) <= weights
+    assert [family.keys.to_key(family.keys.to_path(key)) for key in expected] == list(expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox"])
+def test_checkpoints_of_the_bare_model_are_read_and_exported_by_their_own_names(name: str, tmp_path: Path) -> None:
+    golden = write_golden(FOLDER / f"{name}.npz", tmp_path / "whole")
+    base = FAMILIES[name].keys.base
+    bare = {key.replace("weight/" + base, "weight/"): value for key, value in golden.items()}
+    np.savez(tmp_path / "bare.npz", **bare)
+    write_golden(tmp_path / "bare.npz", tmp_path / "bare")
+    model = open_model(tmp_path / "bare")
+    assert not any(key.startswith(base) for key in model.exported_keys())
+    np.testing.assert_allclose(model.decoder()(golden["tokens"]), golden["logits"], atol=1e-4)
+    prune_model(tmp_path / "bare", tmp_path / "out", Recipe(method="magnitude", calibration=TOKENS))
+    assert set(stored_bytes(tmp_path / "out")) == set(stored_bytes(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_pruned_export_keeps_names_layouts_and_untouched_bytes(name: str, tmp_path: Path) -> None:
+    write_golden(FOLDER / f"{name}.npz", tmp_path / "source")
+    recipe = Recipe(method="wanda", calibration=TOKENS, min_expert_tokens=2)
+    report = prune_model(tmp_path / "source", tmp_path / "out", recipe)
+    before, after = (open_model(tmp_path / folder).source for folder in ("source", "out"))
+    assert {key: info.shape for key, info in after.tensors.items()} == {
+        key: info.shape for key, info in before.tensors.items()
+    }
+    pruned = {f"{record.layer}.weight" for record in report.layers}
+    old, new = stored_bytes(tmp_path / "source"), stored_bytes(tmp_path / "out")
+    for key, raw in old.items():
+        assert (new[key] == raw) == (key not in pruned), key
+    assert all(audit.zeros == audit.size // 2 for audit in audit_sparsity(tmp_path / "out"))
+    assert np.isfinite(np.asarray(load_decoder(tmp_path / "out")(TOKENS))).all()
+
+
+def test_fused_and_transposed_matrices_are_pruned_as_they_lie_on_disk(tmp_path: Path) -> None:
+    write_golden(FOLDER / "gpt2.npz", tmp_path / "gpt2")
+    report = prune_model(tmp_path / "gpt2", tmp_path / "out", Recipe(pattern="2:4", method="wanda", calibration=TOKENS))
+    stored = open_model(tmp_path / "out").source.read("transformer.h.0.attn.c_attn.weight")
+    assert stored.shape == (16, 48)
+    # The pattern runs along the inputs, which Conv1D stores as rows.
+    assert (np.count_nonzero(stored.reshape(4, 4, 48), axis=1) <= 2).all()
+    first = next(record for record in report.layers if record.layer == "transformer.h.0.attn.c_attn")
+    assert first.shape == (48, 16)
+    phi3 = open_model(write_golden_folder("phi3", tmp_path / "phi3"))
+    assert [*phi3.block_linears(0)] == ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    assert phi3.weight_shape("model.layers.0.self_attn.qkv_proj.weight") == (32, 16)
+
+
+def write_golden_folder(name: str, folder: Path) -> Path:
+    write_golden(FOLDER / f"{name}.npz", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("mistral", {"sliding_window": 0}, "sliding_window must be a positive int, given 0"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types="),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types must name .* for each of 3 blocks, given 1"),
+        ("qwen3", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type='proportional' is unknown"),
+        ("qwen2", {"rope_parameters": {"mrope_section": [1, 1, 2]}}, "mrope_section="),
+        ("smollm3", {"no_rope_layers": [1, 2, 0]}, "no_rope_layers must hold 0 or 1"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma2", {"hidden_activation": "relu2"}, "hidden_activation='relu2'"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping must be a positive float"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive int"),
+        ("gemma3_images", {"text_config": None}, "text_config must be a table"),
+        ("phi3", {"partial_rotary_factor": 2.0, "rope_parameters": None}, "partial_rotary_factor must be in"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": 1}}, "short_factor must be a list"),
+        ("olmo2", {"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
+        ("gpt2", {"n_embd": None}, "hidden_size must be a positive int"),
+        ("gpt_neox", {"rotary_pct": -0.5, "rope_parameters": None}, "partial_rotary_factor must be a positive"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok=9"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("llama3_rope", {"quantization_config": {"bits": 4}}, "quantization_config="),
+    ],
+)
+def test_what_a_family_does_not_do_is_refused_by_its_field(name: str, changes: dict, named: str) -> None:
+    config = golden_config(name)
+    with pytest.raises(ModelError, match=named):
+        find_family(config).read_config({**config, **changes})
+
+
+def test_the_documented_table_of_families_is_whole() -> None:
+    file = Path(__file__).parents[2] / "docs" / "benchmarks" / "families.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for fact, times in (("logits", 1), ("pruned", 2)):
+        proved = sorted((r["family"], r["case"]) for r in records if r["fact"] == fact)
+        expected = sorted((case["model_type"], name) for name, case in CASES.items())
+        assert proved == sorted(expected * times), f"run `make families` ({fact})"
+    assert {r["family"] for r in records} == set(FAMILIES)
+    assert max(r["largest_error"] for r in records if "largest_error" in r) < 1e-4
+
+
+def test_a_window_beyond_learned_positions_is_refused(tmp_path: Path) -> None:
+    model = open_model(write_golden_folder("opt", tmp_path))
+    with pytest.raises(ModelError, match="a window of 65 tokens is longer than the model's 64 learned positions"):
+        model.embedding()(np.zeros((1, 65), np.int32))

@@ -1,0 +1,41 @@
+"""A model type without a family here, where torch is not installed; `tests/oracle` prunes such models with it."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sparseopt.models import ModelError, load_decoder, open_model
+from sparseopt.pruning import Recipe, prune_model
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+
+
+def test_without_torch_the_known_families_and_the_way_out_are_named(tmp_path, rng, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    config = tiny_config()
+    folder = write_folder(tmp_path / "m", config | {"model_type": "stablelm"}, random_tensors(config, rng))
+    text = r"unknown model_type 'stablelm'; known are .*llama.*torch is not installed.*'sparseopt\[torch\]'"
+    for opening in (open_model, load_decoder):
+        with pytest.raises(ModelError, match=text):
+            opening(folder)
+    with pytest.raises(ModelError, match=text):
+        prune_model(folder, tmp_path / "out", Recipe(calibration=np.zeros((6, 8), np.int32)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_without_a_model_type_names_the_families(tmp_path, rng):
+    config = tiny_config()
+    folder = write_folder(tmp_path, config, random_tensors(config, rng))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="unknown model_type None; known are"):
+        open_model(folder)
+
+
+def test_models_and_pruning_import_neither_torch_nor_transformers():
+    code = (
+        "import sys, sparseopt.models, sparseopt.pruning"
+        "; found = {'torch', 'transformers', 'accelerate'} & set(sys.modules); assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,36 @@
+"""What the family tests prove, kept for the documentation's table: one JSON line for each test that passed.
+
+They are written where SPARSEOPT_FAMILY_RECORDS names a file; `make families` sets it.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class Proof:
+    """The facts that a test states last, after its assertions."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def record(self, family: str, fact: str, **details: Any) -> None:
+        """Keep a fact about a family."""
+        self.records.append({"family": family, "fact": fact, **details})
+
+
+@pytest.fixture
+def proof() -> Iterator[Proof]:
+    """Facts are appended to the file of records when the test has ended; a failing test states none."""
+    found = Proof()
+    yield found
+    file = os.environ.get("SPARSEOPT_FAMILY_RECORDS")
+    if file:
+        versions = {name: version(name) for name in ("sparseopt", "jax", "transformers", "torch")}
+        with Path(file).open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({**fact, "versions": versions}) + "\n" for fact in found.records)

@@ -1,0 +1,287 @@
+"""Architectures without a family here, pruned through torch: what is gathered, stored and scored is what torch has."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparseopt.models import FAMILIES, ModelError, TorchModel, load_decoder, open_model
+from sparseopt.models.torch_bridge import to_jax, to_tensor, to_torch
+from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity, prune_model, prune_models
+from sparseopt.pruning.calibration import make_batches
+from sparseopt.pruning.torch_calibration import runner_of
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+from tests.oracle.test_reference import reference_logits
+from tests.pruning.test_pipeline import TOKENIZER, make_tokens
+
+pytestmark = pytest.mark.oracle
+
+_SIZES = {
+    "vocab_size": len(VOCAB),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GPT_SIZES = {"vocab_size": len(VOCAB), "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    # Partial rotary positions, biases on q, k and v.
+    "stablelm": _SIZES | {"num_key_value_heads": 2, "use_qkv_bias": True},
+    # ALiBi, a norm behind the embedding, q, k and v in one linear, a tied head.
+    "bloom": {"vocab_size": len(VOCAB), "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    # Attention beside the MLP, the stream as a keyword, a head with a bias.
+    "gptj": _GPT_SIZES | {"rotary_dim": 4, "tie_word_embeddings": False},
+    # Weights stored [in, out], norms behind, a list as output.
+    "openai-gpt": _GPT_SIZES,
+    # Another mask in every fourth block, which has no positions either.
+    "cohere2": _SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 2, "sliding_window": 6},
+}
+EVERY = pytest.mark.parametrize("name", list(ARCHITECTURES))
+
+
+def build(name: str) -> Any:
+    """A random model of an architecture; norms and biases are random too."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(name, **ARCHITECTURES[name])
+    torch.manual_seed(list(ARCHITECTURES).index(name))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+def write(name: str, folder: Path) -> Path:
+    build(name).save_pretrained(folder)
+    return folder
+
+
+def is_linear(part: Any) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(part, torch.nn.Linear | Conv1D)
+
+
+@EVERY
+def test_grams_and_streams_are_those_of_the_whole_model_in_torch(
+    tmp_path: Path, rng: np.random.Generator, name: str
+) -> None:
+    import torch
+
+    reference, tokens = build(name), make_tokens(rng, 6)
+    model = open_model(write(name, tmp_path))
+    expected: dict[str, np.ndarray] = {}
+
+    def hook_of(key: str) -> Any:
+        def hook(_: Any, arguments: tuple) -> None:
+            rows = arguments[0].double().reshape(-1, arguments[0].shape[-1])
+            expected[key] = (rows.T @ rows).numpy()
+
+        return hook
+
+    for key, part in reference.named_modules():
+        if is_linear(part):
+            part.register_forward_pre_hook(hook_of(f"{key}.weight"))
+    with torch.no_grad():
+        reference(input_ids=torch.from_numpy(tokens).long(), use_cache=False)
+
+    assert isinstance(model, TorchModel)
+    runner, batches = runner_of(model), make_batches(model.embedding()(tokens))
+    for index in range(model.num_blocks):
+        block = model.block(index)
+        grams = runner.grams(block, batches)
+        assert list(model.block_linears(index)) == list(block.linears)
+        for linear, tap in block.linears.items():
+            gram = expected[model.weight_key(index, linear)]
+            np.testing.assert_allclose(grams[tap].gram, gram, atol=2e-5 * np.abs(gram).max(), err_msg=linear)
+            assert int(grams[tap].tokens) == tokens.size
+        batches = runner.forward(block, batches)
+    assert runner.flops > 0
+    assert runner.seconds > 0
+
+
+def test_linears_that_read_one_tensor_share_its_gram(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = open_model(write("stablelm", tmp_path))
+    batches = make_batches(model.embedding()(make_tokens(rng, 6)))
+    grams = runner_of(model).grams(model.block(0), batches)
+    shared = {id(grams[f"self_attn.{name}_proj"].gram) for name in "qkv"}
+    assert len(shared) == 1
+    assert len({id(grams[name].gram) for name in grams}) == 4
+
+
+@EVERY
+def test_perplexity_is_that_of_torch(tmp_path: Path, rng: np.random.Generator, name: str) -> None:
+    import torch
+
+    tokens = rng.integers(0, len(VOCAB), (5, 40))
+    logits = torch.from_numpy(reference_logits(write(name, tmp_path), tokens)).double()
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), torch.from_numpy(tokens[:, 1:]).flatten())
+    assert perplexity(tmp_path, tokens) == pytest.approx(float(losses.exp()), rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["paper", "best"])
+@EVERY
+def test_an_export_has_the_exact_count_and_loads(
+    tmp_path: Path, rng: np.random.Generator, name: str, preset: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source, recipe = write(name, tmp_path / "source"), Recipe(preset=preset, calibration=make_tokens(rng, 10))
+    report = prune_model(source, tmp_path / "out", recipe)
+    before, after = open_model(source), open_model(tmp_path / "out")
+    pruned = {f"{record.layer}.weight" for record in report.layers}
+    assert len(pruned) == sum(len(before.block_linears(index)) for index in range(before.num_blocks))
+    for audit in audit_sparsity(after):
+        assert audit.zeros == audit.size // 2, audit.layer
+    assert list(before.source.tensors.keys() ^ after.source.tensors.keys()) == []
+    for key in before.source.tensors.keys() - pruned:
+        assert before.source.read(key).tobytes() == after.source.read(key).tobytes(), key
+    for record in report.layers:
+        assert 0 < record.relative_error < 0.5, record.layer
+        assert record.heldout_error is not None
+        assert record.heldout_error > 0
+    assert report.route == "torch"
+    assert report.summary()["recipe"]["outputs"] == "uniform"
+
+    loaded, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    parameters = dict(loaded.named_parameters())
+    for key in pruned:
+        assert int((parameters[key] == 0).sum()) == parameters[key].numel() // 2, key
+
+
+@pytest.mark.parametrize("changes", [{}, {"propagate": 0.5}, {"allocation": "owl", "pattern": "per-row"}])
+def test_a_known_family_gives_the_same_through_torch(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    source = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
+    recipe = Recipe(preset="paper", calibration=make_tokens(rng, 12), **changes)
+    ours = prune_model(source, tmp_path / "ours", recipe)
+    monkeypatch.delitem(FAMILIES, "llama")
+    theirs = prune_model(source, tmp_path / "theirs", recipe)
+    assert (ours.route, theirs.route) == ("flax", "torch")
+    one, other = open_model(tmp_path / "ours").source, open_model(tmp_path / "theirs").source
+    records = {record.layer: record for record in theirs.layers}
+    assert records.keys() == {record.layer for record in ours.layers}
+    for record in ours.layers:
+        twin = records[record.layer]
+        assert twin.relative_error == pytest.approx(record.relative_error, rel=1e-4, abs=1e-6), record.layer
+        assert twin.heldout_error == pytest.approx(record.heldout_error, rel=1e-3, abs=1e-6), record.layer
+        assert twin.zeros == record.zeros
+        key = f"{record.layer}.weight"
+        differing = np.count_nonzero((one.read(key) == 0) != (other.read(key) == 0))
+        assert differing <= 0.005 * record.size, key
+
+
+def test_several_recipes_share_a_pass(tmp_path: Path, rng: np.random.Generator) -> None:
+    source, tokens = write("bloom", tmp_path / "source"), make_tokens(rng, 8)
+    plans = [
+        (Recipe(method=method, pattern="2:4", calibration=tokens), tmp_path / method) for method in ("wanda", "maiht")
+    ]
+    reports = prune_models(source, plans)
+    for report in reports:
+        assert all(audit.exact for audit in audit_pattern(report.output, "2:4"))
+    alone = prune_model(source, tmp_path / "alone", plans[0][0])
+    assert [r.relative_error for r in alone.layers] == [r.relative_error for r in reports[0].layers]
+
+
+def test_what_takes_gradients_is_refused_before_any_work(tmp_path: Path, rng: np.random.Generator) -> None:
+    source, tokens = write("stablelm", tmp_path / "source"), make_tokens(rng, 8)
+    recipe = Recipe(outputs="gradient", allocation="curves", reconstruct=2, weighting="residual", calibration=tokens)
+    with pytest.raises(ValueError, match=r"(?s)stablelm.*outputs=.*allocation=.*reconstruct.*weighting="):
+        prune_model(source, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+    best = prune_model(source, tmp_path / "out", Recipe(method="best", calibration=tokens))
+    assert not best.blocks
+    assert best.recipe["reconstruct"] == 0
+
+
+def test_what_cannot_run_block_by_block_is_refused_by_name(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    cases = {
+        "bert": (_SIZES, "a token sees those behind it"),
+        "mamba": ({"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}, "does not call mixer.dt_proj"),
+        "olmoe": (_SIZES | {"num_experts": 4}, r"model\.layers\.0\.mlp\.experts\.gate_up_proj \[4, 96, 32\]"),
+    }
+    for name, (sizes, text) in cases.items():
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).save_pretrained(tmp_path / name)
+        with pytest.raises(ModelError, match=text):
+            open_model(tmp_path / name).check_finite()
+
+
+def test_names_and_values_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    file = write("stablelm", tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    key = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, key: np.full_like(tensors[key], np.nan)}, file)
+    with pytest.raises(ModelError, match=rf"{key} .* NaN"):
+        open_model(tmp_path).check_finite()
+    changed = tensors | {key: tensors[key][:, 1:].copy(), "model.layers.1.other": np.ones(3, np.float32)}
+    del changed["model.norm.weight"]
+    save_file(changed, file)
+    with pytest.raises(ModelError, match=r"(?s)3 problems.*missing: model\.norm\.weight.*misshapen.*extra: .*other"):
+        open_model(tmp_path)
+
+
+def test_a_checkpoint_without_the_first_part_of_its_names(tmp_path: Path, rng: np.random.Generator) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    file, tokens = write("bloom", tmp_path) / "model.safetensors", rng.integers(0, len(VOCAB), (4, 20))
+    expected = perplexity(tmp_path, tokens)
+    save_file({key.removeprefix("transformer."): value for key, value in load_file(file).items()}, file)
+    assert open_model(tmp_path).weight_key(1, "mlp.dense_h_to_4h") == "h.1.mlp.dense_h_to_4h.weight"
+    assert perplexity(tmp_path, tokens) == expected
+
+
+def test_models_that_nobody_knows_and_code_beside_the_weights(tmp_path: Path) -> None:
+    write("stablelm", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    remote = {"AutoModelForCausalLM": "modeling_mine.Mine"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": remote}))
+    with pytest.raises(ModelError, match=r"unknown model_type 'mine'.*known are .*llama.*trust_remote_code"):
+        open_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="stablelm model runs block by block in torch and cannot be loaded"):
+        load_decoder(tmp_path)
+
+
+def test_tensors_move_without_copies() -> None:
+    import jax.numpy as jnp
+    import torch
+
+    tensor = to_tensor(np.arange(12, dtype=np.float16).reshape(3, 4))
+    array = to_jax(tensor)
+    assert tensor.dtype == torch.float32
+    assert array.unsafe_buffer_pointer() == tensor.data_ptr()
+    back = to_torch(array)
+    assert back.data_ptr() == tensor.data_ptr()
+    own = jnp.ones((5, 7)) * 3
+    assert to_torch(own).data_ptr() == own.unsafe_buffer_pointer()
+    np.testing.assert_array_equal(to_jax(tensor.T), np.arange(12).reshape(3, 4).T)
+
+
+def test_the_shell_prunes_and_scores(tmp_path: Path, command: Any) -> None:
+    source = write("gptj", tmp_path / "source")
+    (source / "tokenizer.json").write_text(TOKENIZER)
+    (tmp_path / "text.txt").write_text("the tall hat, 3 of them.\n" * 400)
+    text, out = f"file:{tmp_path / 'text.txt'}", tmp_path / "out"
+    windows = ["--samples", 6, "--seqlen", 24, "--heldout-samples", 2]
+    status, shown, _ = command("prune", source, "--output", out, "--calibration", text, "--preset", "paper", *windows)
+    assert status == 0
+    assert "blocks ran in torch" in shown
+    status, shown, told = command("eval", out, "--text", text, "--windows", 4, "--seqlen", 24, "--json")
+    assert status == 0, told
+    assert json.loads(shown)["sparsity"] == 0.5
