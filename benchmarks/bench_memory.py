@@ -40,7 +40,7 @@ def write_model(folder: Path, blocks: int, width: int) -> int:
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    family, rng, places, total = find_family(config), np.random.default_rng(0), {}, 0
+    family, rng, places, total = find_family(config), np.random.default_rng(0), dict[str, str](), 0
     shapes = family.expected_shapes(family.read_config(config))
     groups: dict[str, list[str]] = {}
     for name in shapes:

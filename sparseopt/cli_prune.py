@@ -57,6 +57,9 @@ def prune(
     heldout_samples: Annotated[int, typer.Option(help="Windows for the held-out error; 0 for none.")] = 4,
     seed: Annotated[int, typer.Option(help="0: windows from the text's start; else drawn at random.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the source's.")] = None,
+    min_expert_tokens: Annotated[
+        int, typer.Option(help="Experts that fewer calibration tokens are routed to are pruned by magnitude.")
+    ] = 64,
     pack: Annotated[
         bool,
         typer.Option("--pack", help="Store zeros as a bitmask; `sparseopt unpack` makes what transformers loads."),
@@ -91,6 +94,7 @@ def prune(
         seed=seed,
         dtype=dtype,
         pack=pack,
+        min_expert_tokens=min_expert_tokens,
     )
     recipes = [dataclasses.replace(recipe, sparsity=share) for share in shares]
     for each in recipes:

@@ -145,6 +145,13 @@ def run_lines(report: PruneReport) -> list[str]:
         lines.append(f"survey of the dense model {report.survey_seconds:.1f} s")
     if dead:
         lines.append(f"{dead} inputs were zero on all calibration tokens; their weights were pruned first")
+    if starved := report.starved_experts:
+        shown = ", ".join(starved[:3]) + (f" and {len(starved) - 3} more" if len(starved) > 3 else "")
+        least = report.recipe["min_expert_tokens"]
+        lines.append(
+            f"{len(starved)} experts saw fewer than {least} calibration tokens and were pruned by magnitude: {shown}; "
+            "give more --samples"
+        )
     if report.recipe["pack"]:
         lines.append(packed_line(report.dense_bytes, report.stored_bytes))
     return lines

@@ -60,6 +60,7 @@ class Prune(Task):
         evaluation_seqlen: tokens an evaluation window.
         keep_model: keep the pruned model in the run's folder; else it goes once it is scored.
         pack: store the pruned model as `sparseopt prune --pack` does.
+        min_expert_tokens: experts that fewer calibration tokens are routed to are pruned by magnitude.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -89,6 +90,7 @@ class Prune(Task):
     evaluation_seqlen: int = Field(default=1024, ge=2)
     keep_model: bool = False
     pack: bool = False
+    min_expert_tokens: int = Field(default=64, ge=0)
 
     @field_validator("method")
     @classmethod
@@ -154,6 +156,7 @@ class Prune(Task):
             heldout_samples=self.heldout_samples,
             seed=self.seed,
             pack=self.pack,
+            min_expert_tokens=self.min_expert_tokens,
         )
 
     def units(self) -> list[str]:

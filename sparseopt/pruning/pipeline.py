@@ -202,5 +202,8 @@ def calibration_windows(model: PrunableModel, recipe: Recipe) -> tuple[np.ndarra
                 f"{recipe.heldout_samples} held-out windows; give more or set heldout_samples=0"
             )
         check_vocabulary(windows, model.config.vocab_size)
+    limit = getattr(model.config, "positions", 0) - getattr(model.config, "position_offset", 0)
+    if 0 < limit < windows.shape[1]:
+        raise TextError(f"windows of {windows.shape[1]} tokens are longer than the model's {limit} positions")
     split = len(windows) - recipe.heldout_samples
     return windows[:split].astype(np.int32), windows[split:].astype(np.int32)

@@ -118,6 +118,8 @@ class Recipe:
             problems.append(f"seqlen must be at least 2 tokens, given {self.seqlen}")
         if self.heldout_samples < 0:
             problems.append(f"heldout_samples must be 0 or more, given {self.heldout_samples}")
+        if self.min_expert_tokens < 0:
+            problems.append(f"min_expert_tokens must be 0 or more, given {self.min_expert_tokens}")
         if self.seed < 0:
             problems.append(f"seed must be 0 or more, given {self.seed}")
         if self.weighting not in WEIGHTINGS:

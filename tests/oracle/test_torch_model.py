@@ -2,16 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparseopt.models import FAMILIES, ModelError, TorchModel, load_decoder, open_model
+from sparseopt.models.torch_block import TorchBlock
 from sparseopt.models.torch_bridge import to_jax, to_tensor, to_torch
+from sparseopt.models.torch_skeleton import Call
 from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity, prune_model, prune_models
 from sparseopt.pruning.calibration import make_batches
-from sparseopt.pruning.torch_calibration import runner_of
+from sparseopt.pruning.torch_calibration import TorchRunner, runner_of
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.oracle.test_reference import reference_logits
 from tests.pruning.test_pipeline import TOKENIZER, make_tokens
@@ -116,6 +120,56 @@ def test_linears_that_read_one_tensor_share_its_gram(tmp_path: Path, rng: np.ran
     shared = {id(grams[f"self_attn.{name}_proj"].gram) for name in "qkv"}
     assert len(shared) == 1
     assert len({id(grams[name].gram) for name in grams}) == 4
+
+
+def test_a_block_that_routes_and_writes_into_its_tensors(rng: np.random.Generator) -> None:
+    """Grams are of what a linear saw, not of what is there later; those of experts are of the tokens sent to them."""
+    import torch
+
+    class Routing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = torch.nn.Linear(4, 4)
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Any) -> Any:
+            mixed = self.front(x)
+            x += mixed
+            rows = x.reshape(-1, 4)
+            added = torch.zeros_like(rows)
+            for place, expert in enumerate(self.experts[:2]):
+                sent = (rows[:, 0] > 0) == bool(place)
+                added[sent] = expert(rows[sent])
+            return x + added.reshape(x.shape)
+
+    module = torch.nn.ModuleDict({"mlp": Routing()})
+    module.forward = module["mlp"].forward
+    caller = SimpleNamespace(attention_width=4, writes_input=True, call=lambda *_: Call((), {}, by_name=False))
+    block = TorchBlock(module, 0, {key: value.detach() for key, value in module.named_parameters()}, caller)
+    x, dense = (jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32) for _ in range(2))
+    kept = np.array(x)
+    grams = TorchRunner().grams(block, [x, x], dense_batches=[dense, dense])
+    np.testing.assert_array_equal(x, kept)
+
+    seen, other = kept.reshape(-1, 4), np.asarray(dense).reshape(-1, 4)
+    np.testing.assert_allclose(grams["mlp.front"].gram, 2 * seen.T @ seen, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grams["mlp.front"].drift, 2 * seen.T @ (seen - other), rtol=1e-4, atol=1e-5)
+    front = module["mlp"].front
+    behind = seen + seen @ front.weight.detach().numpy().T + front.bias.detach().numpy()
+    for place, name in enumerate(["mlp.experts.0", "mlp.experts.1"]):
+        sent = behind[(behind[:, 0] > 0) == bool(place)]
+        np.testing.assert_allclose(grams[name].gram, 2 * sent.T @ sent, rtol=1e-4, atol=1e-5)
+        assert int(grams[name].tokens) == 2 * len(sent)
+        assert grams[name].drift is None
+    assert int(grams["mlp.experts.2"].tokens) == 0
+    assert not np.any(grams["mlp.experts.2"].gram)
+
+    twin = block.copy()
+    twin.write("mlp.front.weight", jnp.zeros((4, 4)))
+    assert not np.any(twin.read("mlp.front.weight"))
+    np.testing.assert_array_equal(block.read("mlp.front.weight"), front.weight.detach())
+    with pytest.raises(KeyError, match=r"no parameter 'mlp\.back\.weight'"):
+        block.read("mlp.back.weight")
 
 
 @EVERY
@@ -259,7 +313,6 @@ def test_models_that_nobody_knows_and_code_beside_the_weights(tmp_path: Path) ->
 
 
 def test_tensors_move_without_copies() -> None:
-    import jax.numpy as jnp
     import torch
 
     tensor = to_tensor(np.arange(12, dtype=np.float16).reshape(3, 4))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparseopt.console_pruning import run_lines
 from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, prune_model
 from sparseopt.pruning.calibration import BlockRunner, make_batches, tapped
@@ -120,3 +121,12 @@ def test_reconstruction_and_allocation_work_with_experts(tmp_path, source, token
         zeros = {record.layer: record.zeros for record in report.layers}
         for layer, count in zeros.items():
             assert np.sum(model.stored(f"{layer}.weight") == 0) >= count
+
+
+def test_starved_experts_are_named_on_the_screen(tmp_path, source, tokens):
+    recipe = Recipe(method="magnitude", calibration=tokens, min_expert_tokens=10**6)
+    report = prune_model(source, tmp_path / "out", recipe)
+    assert len(report.starved_experts) == 2 * EXPERTS
+    (line,) = (line for line in run_lines(report) if "experts saw" in line)
+    assert line.startswith("8 experts saw fewer than 1000000 calibration tokens and were pruned by magnitude: model.")
+    assert "experts.2 and 5 more" in line
