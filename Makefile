@@ -9,7 +9,7 @@ TRUTH ?=
 REFERENCES ?=
 CALIBRATION ?= pydoc
 
-.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package families golden notebooks docs bench-prune bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
+.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package families golden notebooks docs bench-prune bench-memory bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,7 +60,7 @@ test-slow: $(VENV)/.installed-test $(VENV)/.installed-demo ## Tests that take lo
 	SPARSEOPT_WIKITEXT2=$(DATA) SPARSEOPT_TRUTH=$(TRUTH) $(BIN)/python -m pytest -m slow -rs
 
 test-oracle: $(VENV)/.installed-oracle ## Compare with torch and transformers (installs torch).
-	$(BIN)/python -m pytest -m oracle
+	$(BIN)/python -m pytest -n 2 -m oracle
 
 test-notebooks: $(VENV)/.installed-test ## Execute every notebook on small inputs and check what it finds.
 	$(BIN)/python -m pytest -n 2 -m notebooks
@@ -90,6 +90,9 @@ golden: $(VENV)/.installed-oracle ## Make the golden files anew with torch and t
 
 bench-prune: $(VENV)/.installed-demo ## Pruning figures as JSON lines; DATA=folder with WikiText-2 parquet files.
 	$(BIN)/python benchmarks/bench_prune.py $(if $(DATA),--data $(DATA))
+
+bench-memory: $(VENV)/.installed-test ## Peak memory of pruning against the number of blocks, as JSON lines.
+	$(BIN)/python benchmarks/bench_memory.py
 
 bench-quality: $(VENV)/.installed-demo ## Every method and recipe change as JSON lines; DATA=folder, ONLY=part (hours).
 	$(BIN)/python benchmarks/bench_quality.py $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))

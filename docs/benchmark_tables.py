@@ -5,6 +5,7 @@
     trend_peers.jsonl      output of `make bench-trend-peers`
     trend_selection.jsonl  output of `make bench-trend-selection`
     prune.jsonl            output of `make bench-prune`
+    memory.jsonl           output of `make bench-memory`
     quality.jsonl          output of `make bench-quality`
     families.jsonl         output of `make families`
 
@@ -47,6 +48,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         pruning_tables.prune_machine,
         pruning_tables.prune_models,
         pruning_tables.prune_layers,
+        pruning_tables.memory_machine,
+        pruning_tables.memory_blocks,
         pruning_tables.quality_machine,
         pruning_tables.quality_layers,
         pruning_tables.quality_each_layer,

@@ -7,6 +7,7 @@ from records import Column, Record, field, machine, missing, named, table
 
 PRUNE = "make bench-prune DATA=folder"
 QUALITY = "make bench-quality DATA=folder"
+MEMORY = "make bench-memory"
 SETTINGS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
 
 
@@ -43,6 +44,26 @@ def prune_models(records: list[Record]) -> str:
 def _detail(record: Record, name: str) -> Any:
     value = record["perplexity"].get(name)
     return None if value is None else f"{value:.4f}"
+
+
+def memory_machine(records: list[Record]) -> str:
+    """Versions and machine of the memory records."""
+    return machine(records[0]) if records else missing(MEMORY)
+
+
+def memory_blocks(records: list[Record]) -> str:
+    """Peak memory against the number of blocks: one row a run."""
+    if not records:
+        return missing(MEMORY)
+    columns: list[Column] = [
+        ("mAIHT preset", field("preset")),
+        ("blocks", field("blocks")),
+        ("width", field("width")),
+        ("model, MB", lambda r: r["model_bytes"] / 1e6),
+        ("peak memory, MB", lambda r: r["peak_memory_bytes"] / 1e6),
+        ("seconds", field("seconds")),
+    ]
+    return table(records, columns)
 
 
 def prune_layers(records: list[Record]) -> str:

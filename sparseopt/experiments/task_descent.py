@@ -182,4 +182,4 @@ def layer_problem(source: Path, layer: str, calibration: str, samples: int, seql
         batches = runner.forward(model.block(index), batches)
     block = model.block(block_index)
     gram = runner.grams(block, batches)[block.linears[name]].gram
-    return scale_layer(jnp.asarray(model.source.read(f"{layer}.weight"), jnp.float32), gram)
+    return scale_layer(jnp.asarray(model.stored(f"{layer}.weight"), jnp.float32), gram)
