@@ -1,6 +1,6 @@
 """Peak memory of pruning against the number of blocks: random Llamas of one width, each pruned by the command.
 
-    python benchmarks/bench_memory.py [--blocks 6 24] [--width 1024] [--preset paper best]
+    python benchmarks/bench_memory.py [--blocks 6 24] [--width 512] [--preset paper best]
 
 Prints a JSON line a run: the largest resident set of the process, the bytes of the model, seconds, versions.
 """
@@ -95,7 +95,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[6, 24])
-    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--preset", nargs="+", default=["paper", "best"])
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--seqlen", type=int, default=512)

@@ -28,6 +28,7 @@ def test_the_drift_is_that_of_the_two_streams(source, rng):
     theirs, _ = tapped(block, dense)
     for name, (gram, mass, count, drift) in found.items():
         x, y = (np.asarray(part[name], np.float64).reshape(30, -1) for part in (ours, theirs))
+        assert count == 30
         np.testing.assert_allclose(gram, x.T @ x, rtol=1e-4, atol=1e-4)
         assert float(mass) == 30
         np.testing.assert_allclose(drift, x.T @ (x - y), rtol=1e-4, atol=1e-4)
