@@ -81,9 +81,9 @@ docs: build/notebooks/.executed ## Build the pages into build/docs, warnings are
 
 families: $(VENV)/.installed-oracle ## Prove every model family against torch and record it for the documentation.
 	rm -f build/families.jsonl && mkdir -p build
-	SPARSEOPT_FAMILY_RECORDS=build/families.jsonl $(BIN)/python -m pytest -m oracle tests/oracle/test_families.py \
+	SPARSEOPT_FAMILY_RECORDS=build/families.jsonl $(BIN)/python -m pytest -n 2 -m oracle tests/oracle/test_families.py \
 		tests/oracle/test_gguf_reference.py
-	mv build/families.jsonl docs/benchmarks/families.jsonl
+	sort build/families.jsonl > docs/benchmarks/families.jsonl
 
 golden: $(VENV)/.installed-oracle ## Make the golden files anew with torch and transformers.
 	$(BIN)/python -m tests.oracle.make_golden

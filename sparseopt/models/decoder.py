@@ -8,10 +8,11 @@ Its parts lie in `attention`, `feed_forward`, `experts` and `layers`, its switch
 others) says how they are set. Shape letters: B batch, T time, D model, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -60,14 +61,22 @@ class Block(nnx.Module):
         parameter, expert = self._parameter(path)
         return parameter[...] if expert is None else parameter[expert]
 
-    def write(self, path: str, value: Array) -> None:
-        """Put another value there.
+    def write(self, values: Mapping[str, Array | np.ndarray]) -> None:
+        """Put other values there, float32, by path; a stack of experts is copied once for all of them.
 
         Raises:
             KeyError: if the block has no such parameter.
         """
-        parameter, expert = self._parameter(path)
-        parameter[...] = value if expert is None else parameter[...].at[expert].set(value)
+        stacks: dict[str, tuple[nnx.Param, np.ndarray]] = {}
+        for path, value in values.items():
+            parameter, expert = self._parameter(path)
+            if expert is None:
+                parameter[...] = jnp.asarray(value, jnp.float32)
+                continue
+            name, _ = stacked_name(path)
+            stacks.setdefault(name, (parameter, np.array(parameter[...])))[1][expert] = value
+        for parameter, stack in stacks.values():
+            parameter[...] = jnp.asarray(stack)
 
     def weight_shape(self, name: str) -> tuple[int, int]:
         """`(out, in)` of a linear.

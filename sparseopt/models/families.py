@@ -6,7 +6,8 @@ from typing import Any
 from sparseopt.models.errors import ModelError
 from sparseopt.models.family import Family
 from sparseopt.models.gemma2 import GEMMA2
-from sparseopt.models.gemma3 import GEMMA3, GEMMA3_IMAGES
+from sparseopt.models.gemma3 import GEMMA3
+from sparseopt.models.gemma3_images import GEMMA3_IMAGES
 from sparseopt.models.gpt2 import GPT2
 from sparseopt.models.gpt_neox import GPT_NEOX
 from sparseopt.models.llama import LLAMA

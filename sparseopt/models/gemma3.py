@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sparseopt.models.errors import ModelError
-from sparseopt.models.family import OUTER_NAMES, Family, KeyTable, read_windows
+from sparseopt.models.family import Family, KeyTable, read_windows
 from sparseopt.models.fields import require
 from sparseopt.models.gemma2 import GEMMA_NORMS, read_gemma
 from sparseopt.models.rope import Rope, read_rope
@@ -34,19 +33,4 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     return read_gemma(config, read_kinds(config), None, None, qk_norm="head")
 
 
-def read_text_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """The text part of a Gemma 3 configuration with an image encoder, as a `DecoderConfig`.
-
-    Raises:
-        ModelError: naming the field that is missing, inconsistent or not supported.
-    """
-    text = config.get("text_config")
-    if not isinstance(text, Mapping):
-        raise ModelError(f"the model configuration's text_config must be a table, given {text!r}")
-    return read_config(text)
-
-
 GEMMA3 = Family("gemma3_text", read_config, KeyTable(block=GEMMA_NORMS))
-# With an image encoder, whose tensors pass through.
-WRAPPED_NAMES = tuple((f"language_model.{key}", path) for key, path in OUTER_NAMES)
-GEMMA3_IMAGES = Family("gemma3", read_text_config, KeyTable(WRAPPED_NAMES, GEMMA_NORMS))

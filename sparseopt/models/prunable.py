@@ -3,7 +3,7 @@
 `StreamedModel` is one, whose blocks are Flax modules; `TorchModel` is another, whose blocks run in torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,8 +45,8 @@ class PrunableBlock(Protocol):
     def read(self, path: str) -> Array:
         """The parameter at a path."""
 
-    def write(self, path: str, value: Array) -> None:
-        """Put another value there."""
+    def write(self, values: Mapping[str, Array | np.ndarray]) -> None:
+        """Put other values there, by path."""
 
     def copy(self) -> "PrunableBlock":
         """A block of its own with the same parameters."""

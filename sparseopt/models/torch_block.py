@@ -4,10 +4,12 @@ The module is transformers' and holds nothing; tensors are lent to it while it r
 table of the same tensors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.models.errors import ModelError
@@ -91,15 +93,16 @@ class TorchBlock:
         tensor = self._tensor(path)
         return to_jax(tensor.T if self._is_transposed(path) else tensor)
 
-    def write(self, path: str, value: Array) -> None:
-        """Put another value there; blocks copied before keep theirs.
+    def write(self, values: Mapping[str, Array | np.ndarray]) -> None:
+        """Put other values there, by path; blocks copied before keep theirs.
 
         Raises:
             KeyError: if the block has no such parameter.
         """
-        self._tensor(path)
-        given = to_torch(value)
-        self._tensors[path] = given.T.contiguous() if self._is_transposed(path) else given
+        for path, value in values.items():
+            self._tensor(path)
+            given = to_torch(jnp.asarray(value, jnp.float32))
+            self._tensors[path] = given.T.contiguous() if self._is_transposed(path) else given
 
     def weight_shape(self, name: str) -> tuple[int, int]:
         """`(out, in)` of a linear.

@@ -157,13 +157,14 @@ class Branch:
                 found, test_gram = found._replace(gram=jnp.eye(len(found.gram))), None
             elif recipe.propagated_share and found.drift is not None:
                 weight, moving = self._propagated(weight, found)
-            job = LayerJob(weight, found.gram, test_gram, self._patterns[key], self._weights.get(key))
+            outputs = None if starved else self._weights.get(key)
+            job = LayerJob(weight, found.gram, test_gram, self._patterns[key], outputs)
             record, pruned = self._prune_linear(job, index, key, moving, int(found.tokens), starved)
             tensors[key] = pruned
-            block.write(f"{name}.weight", jnp.asarray(pruned, jnp.float32))
             self._layers.append(record)
             self._log.record(record.as_dict())
             observer(record)
+        block.write({f"{name}.weight": tensors[keys[f"{name}.weight"]] for name in block.linears})
         if recipe.reconstruction is not None:
             trained = self._reconstruct(block, shared, recipe.reconstruction)
             tensors |= self._stored(block, keys)
@@ -245,11 +246,9 @@ class Branch:
 
     def _stored(self, block: PrunableBlock, keys: dict[str, str]) -> dict[str, np.ndarray]:
         """The block's tensors as they are stored; the block takes over their rounding."""
-        tensors = {}
-        for path, key in keys.items():
-            tensors[key] = np.asarray(block.read(path)).astype(self._writer.dtype_of(key))
-            block.write(path, jnp.asarray(tensors[key], jnp.float32))
-        return tensors
+        tensors = {path: np.asarray(block.read(path)).astype(self._writer.dtype_of(key)) for path, key in keys.items()}
+        block.write(tensors)
+        return {keys[path]: value for path, value in tensors.items()}
 
     def _prune_linear(
         self, job: LayerJob, block: int, key: str, moving: float, tokens: int, starved: bool

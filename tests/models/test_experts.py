@@ -129,7 +129,7 @@ def test_a_gradient_passes_through_the_mixture(mixture, rng):
 def test_one_expert_is_read_and_written_alone():
     block = Block(CONFIG, CONFIG.kinds[0], rngs=nnx.Rngs(1))
     before = np.asarray(block.mlp.experts.down_proj.weight[...])
-    block.write("mlp.experts.3.down_proj.weight", jnp.zeros((8, 6)))
+    block.write({"mlp.experts.3.down_proj.weight": jnp.zeros((8, 6))})
     after = np.asarray(block.mlp.experts.down_proj.weight[...])
     assert not after[3].any()
     np.testing.assert_array_equal(np.delete(after, 3, 0), np.delete(before, 3, 0))

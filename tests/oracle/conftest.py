@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from sparseopt.machine import environment
+
 
 class Proof:
     """The facts that a test states last, after its assertions."""
@@ -31,6 +33,7 @@ def proof() -> Iterator[Proof]:
     yield found
     file = os.environ.get("SPARSEOPT_FAMILY_RECORDS")
     if file:
-        versions = {name: version(name) for name in ("sparseopt", "jax", "transformers", "torch")}
+        place = environment()
+        place["versions"]["torch"] = version("torch")
         with Path(file).open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps({**fact, "versions": versions}) + "\n" for fact in found.records)
+            stream.writelines(json.dumps({**fact, **place}) + "\n" for fact in found.records)

@@ -165,7 +165,7 @@ def test_a_block_that_routes_and_writes_into_its_tensors(rng: np.random.Generato
     assert not np.any(grams["mlp.experts.2"].gram)
 
     twin = block.copy()
-    twin.write("mlp.front.weight", jnp.zeros((4, 4)))
+    twin.write({"mlp.front.weight": jnp.zeros((4, 4))})
     assert not np.any(twin.read("mlp.front.weight"))
     np.testing.assert_array_equal(block.read("mlp.front.weight"), front.weight.detach())
     with pytest.raises(KeyError, match=r"no parameter 'mlp\.back\.weight'"):

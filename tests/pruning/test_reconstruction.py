@@ -41,7 +41,7 @@ def prune(block, names=None):
     for name in names or block.linears:
         weight = block.read(f"{name}.weight")
         masks[name] = jnp.abs(weight) > jnp.median(jnp.abs(weight))
-        block.write(f"{name}.weight", jnp.where(masks[name], weight, 0))
+        block.write({f"{name}.weight": jnp.where(masks[name], weight, 0)})
     return masks
 
 
@@ -103,7 +103,7 @@ def test_a_kept_entry_may_start_at_zero(task):
     block, masks, *batches = task
     name = "mlp.up_proj"
     place = tuple(np.argwhere(np.asarray(masks[name]))[7])
-    block.write(f"{name}.weight", block.read(f"{name}.weight").at[place].set(0))
+    block.write({f"{name}.weight": block.read(f"{name}.weight").at[place].set(0)})
     reconstruct_block(block, masks, *batches, QUICK)
     assert block.read(f"{name}.weight")[place] != 0
 
