@@ -9,7 +9,7 @@ TRUTH ?=
 REFERENCES ?=
 CALIBRATION ?= pydoc
 
-.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package families golden notebooks docs bench-prune bench-memory bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
+.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package families golden notebooks docs bench-prune bench-memory bench-reliability bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ bench-prune: $(VENV)/.installed-demo ## Pruning figures as JSON lines; DATA=fold
 
 bench-memory: $(VENV)/.installed-test ## Peak memory of pruning against the number of blocks, as JSON lines.
 	$(BIN)/python benchmarks/bench_memory.py
+
+bench-reliability: $(VENV)/.installed-test ## Thirty kills of a pruning run and what they cost, as a JSON line.
+	$(BIN)/python benchmarks/bench_reliability.py
 
 bench-quality: $(VENV)/.installed-demo ## Every method and recipe change as JSON lines; DATA=folder, ONLY=part (hours).
 	$(BIN)/python benchmarks/bench_quality.py $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))

@@ -1,7 +1,11 @@
 """Floor 8: the commands `sparseopt prune` and `sparseopt eval`."""
 
+import contextlib
 import dataclasses
 import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -10,6 +14,8 @@ import typer
 SOURCE_HELP = (
     "Model folder (safetensors), GGUF file, or name on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION."
 )
+# EX_TEMPFAIL of sysexits: a scheduler that asked for the end may start the same command again.
+RESUMABLE = 75
 TEXT_HELP = "pydoc, wikitext2:PATH, file:PATH or hf:NAME"
 
 
@@ -68,7 +74,7 @@ def prune(
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
     from sparseopt import console, console_pruning
     from sparseopt.models import open_source
-    from sparseopt.pruning import Recipe, prune_models
+    from sparseopt.pruning import Recipe, Stopped, prune_models
     from sparseopt.pruning.patterns import implied_sparsity
 
     implied = implied_sparsity(pattern)
@@ -106,20 +112,37 @@ def prune(
     # Opened out here: a download shows a bar of its own, and two bars do not go together.
     opened = open_source(source)
     try:
-        with console_pruning.PruneProgress(title) as progress:
-            reports = prune_models(opened, plans, observer=progress)
+        with stop_asked() as stop, console_pruning.PruneProgress(title) as progress:
+            reports = prune_models(opened, plans, observer=progress, stop=stop)
     except KeyboardInterrupt:
         shards = sorted(output.rglob("*.safetensors")) if output.is_dir() else []
         console.errors.print(
             f"\nstopped: {len(shards)} finished shards in {output} are whole and stay there. "
-            f"To go on, give another --output, or remove this folder and run the same command again"
+            f"Run the same command again to go on behind them"
         )
         raise typer.Exit(130) from None
+    except Stopped as stopped:
+        console.errors.print(f"\n{stopped}")
+        raise typer.Exit(RESUMABLE) from None
     for report in reports:
         console.console.print(console_pruning.prune_table(report))
         for line in console_pruning.run_lines(report):
             console.say(line)
         console.say(f"wrote {report.output}")
+
+
+@contextlib.contextmanager
+def stop_asked() -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM does not kill: the block in hand is finished first. Yields what tells whether it came."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def numbers(text: str, option: str) -> list[float]:

@@ -129,6 +129,8 @@ def run_lines(report: PruneReport) -> list[str]:
         f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
         f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB",
     ]
+    if report.resumed_blocks:
+        lines.append(f"{report.resumed_blocks} blocks had been finished by an earlier run; the times are of both")
     if report.route == "torch":
         lines.append(
             "blocks ran in torch, since the model's family is not known here: errors at all outputs count the same, "

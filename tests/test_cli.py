@@ -103,7 +103,7 @@ def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, source, co
     )  # fmt: skip
     assert status == 130
     assert "3 finished shards" in err
-    assert "To go on" in err
+    assert "Run the same command again to go on" in err
     assert sorted(f.name for f in (tmp_path / "out").glob("*.safetensors")) == [
         "model-block-0000.safetensors",
         "model-block-0001.safetensors",

@@ -45,7 +45,8 @@ def prune(tmp_path, source, command):
 
 def model_files(folder):
     """All files but those that tell of the run that made them."""
-    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in ("summary.json", "records.jsonl")}
+    accounts = ("run.json", "summary.json", "records.jsonl")
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in accounts}
 
 
 def linear_bytes(folder):

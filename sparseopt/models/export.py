@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.packed import FORMAT, PACKED_INDEX, PACKED_PREFIX, VERSION, pack_tensors
-from sparseopt.models.safetensors_file import WRITABLE, write_tensors
-from sparseopt.models.source import Source
+from sparseopt.models.packed import FORMAT, PACKED_INDEX, PACKED_PREFIX, VERSION, pack_tensors, read_packed_header
+from sparseopt.models.safetensors_file import WRITABLE, read_header, write_tensors
+from sparseopt.models.source import FileTensor, Source
 
 OUTER_TAG = "outer"
 _PARTIAL = ".partial"
@@ -27,6 +27,11 @@ _PARTIAL = ".partial"
 def block_tag(index: int) -> str:
     """The shard tag of a block."""
     return f"block-{index:04d}"
+
+
+def shard_name(tag: str, pack: bool) -> str:
+    """The file name of a shard."""
+    return f"{PACKED_PREFIX if pack else 'model-'}{tag}.safetensors"
 
 
 class ShardedWriter:
@@ -46,6 +51,7 @@ class ShardedWriter:
         dtype: Any = None,
         pack: bool = False,
         keys: Collection[str] | None = None,
+        keep: Collection[str] | None = None,
     ) -> None:
         """Make the output folder.
 
@@ -56,6 +62,8 @@ class ShardedWriter:
             pack: store tensors with many zeros as in `packed`; the folder is then for sparseopt only, and goes by
                 file names that transformers does not look for.
             keys: names of the tensors that the folder must get; default: all of the source.
+            keep: tags of shards that an earlier writer left whole in the folder, which may then hold other files too;
+                None asks for a folder without any.
 
         Raises:
             ModelError: if the folder holds something, cannot be made, or its disk has too little space.
@@ -71,7 +79,9 @@ class ShardedWriter:
         self._expected = {key: info.shape for key, info in source.tensors.items() if keys is None or key in keys}
         self._places: dict[str, str] = {}
         self._bytes: dict[str, int] = {}
-        self._prepare()
+        self._prepare(keep)
+        for tag in keep or ():
+            self._adopt(shard_name(tag, pack))
 
     def dtype_of(self, key: str) -> np.dtype:
         """The dtype in which a tensor of the model is written."""
@@ -89,7 +99,7 @@ class ShardedWriter:
             ModelError: for a name, shape or value that cannot be written, or when the disk refuses, in which
                 case the text names the shard that failed and those that are safe.
         """
-        name = f"{PACKED_PREFIX if self._pack else 'model-'}{tag}.safetensors"
+        name = shard_name(tag, self._pack)
         if not re.fullmatch(r"[A-Za-z0-9-]+", tag) or name in self.shards:
             raise ModelError(f"shard tag {tag!r} is taken or not made of letters, digits and hyphens")
         converted = {key: self._convert(key, value) for key, value in tensors.items()}
@@ -102,6 +112,10 @@ class ShardedWriter:
             self._places[key] = name
             self._bytes[value.dtype.name] = self._bytes.get(value.dtype.name, 0) + value.nbytes
         return name
+
+    def stored(self, tag: str) -> dict[str, np.ndarray]:
+        """The tensors of a finished shard, read back as they are stored."""
+        return {key: tensor.read() for key, tensor in self._header(shard_name(tag, self._pack)).items()}
 
     def finish(self) -> None:
         """Write the index, the configuration and the tokenizer files: the folder is then a whole model.
@@ -124,20 +138,34 @@ class ShardedWriter:
         # The index comes last: a folder that has one is complete.
         self._put(PACKED_INDEX if self._pack else "model.safetensors.index.json", _content_writer(_to_json(index)))
 
-    def _prepare(self) -> None:
+    def _header(self, name: str) -> dict[str, FileTensor]:
+        return read_packed_header(self.output / name) if self._pack else dict(read_header(self.output / name))
+
+    def _adopt(self, name: str) -> None:
+        """Count a shard that is there already as written."""
+        self.shards.append(name)
+        for key, tensor in self._header(name).items():
+            dense = math.prod(tensor.shape) * tensor.dtype.itemsize
+            self._places[key] = name
+            self._bytes[tensor.dtype.name] = self._bytes.get(tensor.dtype.name, 0) + dense
+            self.dense_bytes += dense
+        self.stored_bytes += sum(tensor.nbytes for tensor in read_header(self.output / name).values())
+
+    def _prepare(self, keep: Collection[str] | None) -> None:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             held = sorted(entry.name for entry in self.output.iterdir())
             free = shutil.disk_usage(self.output).free
         except OSError as error:
             raise ModelError(f"cannot use {self.output} as output folder: {error.strerror}; choose another") from error
-        if held:
+        if held and keep is None:
             shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
             raise ModelError(
                 f"the output folder {self.output} is not empty (it holds {shown}); choose another or empty it"
             )
         # Of a packed folder this is an upper bound: how many zeros will come is not known yet.
         needed = sum(math.prod(shape) * self.dtype_of(key).itemsize for key, shape in self._expected.items())
+        needed -= sum((self.output / shard_name(tag, self._pack)).stat().st_size for tag in keep or ())
         if needed > free:
             raise ModelError(
                 f"{self.output} has {free:,} bytes free, the model needs {needed:,}; make room or choose another"
@@ -165,7 +193,7 @@ class ShardedWriter:
             safe = ", ".join(self.shards) or "none yet"
             raise ModelError(
                 f"could not write {self.output / name}: {error.strerror or error}; finished and safe are: "
-                f"{safe}. Make room on the disk and run again with another output folder"
+                f"{safe}. Make room on the disk and run again"
             ) from error
         finally:
             partial.unlink(missing_ok=True)

@@ -100,8 +100,8 @@ class PrunableModel(Protocol):
     def as_stored(self, key: str, value: np.ndarray) -> np.ndarray:
         """From the layout `[out, in]` to that of the files, or back: the same."""
 
-    def check_finite(self) -> None:
-        """Read every tensor once and refuse NaN and infinity."""
+    def check_finite(self) -> str:
+        """Read every tensor once, refuse NaN and infinity, and return a digest of what was read."""
 
     def decoder(self) -> Decoder:
         """The whole model as a Flax module."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.models.decoder import Block, Decoder, Embedding, Head
+from sparseopt.models.digest import Digest
 from sparseopt.models.errors import ModelError
 from sparseopt.models.experts import unstacked_names
 from sparseopt.models.families import FAMILIES, find_family
@@ -98,14 +99,18 @@ class StreamedModel:
         keys = self.family.keys
         return bool(keys.transposed) and key in self._expected and keys.transposes(keys.to_path(key))
 
-    def check_finite(self) -> None:
-        """Read every tensor that the decoder uses once, one at a time.
+    def check_finite(self) -> str:
+        """Read every tensor that the decoder uses once, one at a time, and return a digest of their bytes.
 
         Raises:
             ModelError: naming the first tensor that holds NaN or infinity.
         """
+        digest = Digest(self.source.config)
         for key in self.family.expected_shapes(self.config):
-            self._check_finite(key, self.source.read(key))
+            value = self.source.read(key)
+            self._check_finite(key, value)
+            digest.add(key, value)
+        return digest.text
 
     def decoder(self) -> Decoder:
         """Read the whole model."""

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparseopt.models.decoder import Decoder
+from sparseopt.models.digest import Digest
 from sparseopt.models.errors import ModelError
 from sparseopt.models.families import FAMILIES
 from sparseopt.models.source import Source
@@ -178,18 +179,21 @@ class TorchModel:
         """The checkpoint names that an export holds: all."""
         return list(self.source.tensors)
 
-    def check_finite(self) -> None:
-        """Read every tensor that the model uses once, one at a time, and try out how the parts go together.
+    def check_finite(self) -> str:
+        """Read every tensor that the model uses once, try out how the parts go together, and return a digest of bytes.
 
         Raises:
             ModelError: naming the first tensor that holds NaN or infinity, or what about the model cannot be pruned.
         """
+        digest = Digest(self.source.config)
         for key in self._names:
             value = self.source.read(key)
+            digest.add(key, value)
             bad = 0 if value.dtype.kind in "iub" else value.size - np.count_nonzero(np.isfinite(value))
             if bad:
                 raise ModelError(f"{key} in {self.source.path} holds {bad} NaN or infinite values; download it again")
         _ = self._findings
+        return digest.text
 
     def decoder(self) -> Decoder:
         """There is none.

@@ -13,7 +13,7 @@ from sparseopt.pruning.methods import (
     Wanda,
     find_method,
 )
-from sparseopt.pruning.pipeline import PruningError, prune_model, prune_models
+from sparseopt.pruning.pipeline import PruningError, Stopped, prune_model, prune_models
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import LayerRecord, PruneReport
 from sparseopt.pruning.texts import TextError, load_text, token_windows
@@ -37,6 +37,7 @@ __all__ = [
     "ScaledLayer",
     "SparseGpt",
     "SplicePruning",
+    "Stopped",
     "TextError",
     "Wanda",
     "audit_pattern",

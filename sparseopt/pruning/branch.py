@@ -26,10 +26,15 @@ from sparseopt.pruning.propagation import PROPAGATION_RIDGE, propagated_target
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
 from sparseopt.pruning.reports import BlockRecord, Event, LayerRecord, PruneReport, RunLog
+from sparseopt.pruning.run_folder import Progress
 
 
 class PruningError(RuntimeError):
     """A run that had to stop; the message names the layer and what to do."""
+
+
+class Stopped(PruningError):
+    """A run that was asked to stop and did, behind a finished block; the same call goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class Branch:
     Attributes:
         recipe: what to do.
         method: the recipe's.
+        finished: blocks that an earlier run into the folder has finished.
     """
 
     def __init__(
@@ -112,29 +118,46 @@ class Branch:
         model: PrunableModel,
         recipe: Recipe,
         method: LayerMethod,
-        output: str | Path,
+        output: Path,
         outer: dict[str, np.ndarray],
+        progress: Progress,
     ) -> None:
-        """Make the output folder and store what lies outside the blocks.
+        """Begin the output folder with what lies outside the blocks, or go on where an earlier run was broken off.
 
         Raises:
-            ModelError: if the folder holds something or cannot be used.
+            ModelError: if the folder cannot be used.
         """
         self.recipe, self.method = recipe, method
         self._model = model
-        self._output = Path(output)
+        self._output = output
         self._writer = ShardedWriter(
-            output, model.source, dtype=recipe.dtype, pack=recipe.pack, keys=model.exported_keys()
+            output, model.source, recipe.dtype, recipe.pack, model.exported_keys(), progress.tags
         )
         self._log = RunLog(self._output)
-        self._writer.write(OUTER_TAG, outer)
-        self._layers: list[LayerRecord] = []
-        self._blocks: list[BlockRecord] = []
+        if OUTER_TAG not in progress.tags:
+            self._writer.write(OUTER_TAG, outer)
+        self._layers, self._blocks = list(progress.layers), list(progress.trained)
+        self.finished = progress.blocks
         self._compile_seconds = 0.0
 
     def start(self, embedded: Stream, patterns: dict[str, Pattern], weights: dict[str, np.ndarray] | None) -> None:
         """Set the stream in front of the first block, and by the key of every linear its pattern and output weights."""
         self._stream, self._patterns, self._weights = embedded, patterns, weights or {}
+
+    def skip_block(self, shared: Shared, runner: BlockRunner, observer: Callable[[Event], None]) -> None:
+        """Carry the stream through a block that an earlier run has finished, as it was stored."""
+        index = shared.index
+        block, keys = shared.block.copy(), self._model.block_keys(index)
+        stored = self._writer.stored(block_tag(index))
+        # As in `prune_block`, what was not pruned or trained runs as the source has it, not as it was stored.
+        changed = keys if self.recipe.reconstruction is not None else [f"{name}.weight" for name in block.linears]
+        block.write({path: self._model.as_stored(keys[path], stored[keys[path]]) for path in changed})
+        told: list[LayerRecord | BlockRecord] = [*self._layers, *self._blocks]
+        for record in told:
+            if record.block == index:
+                observer(record)
+        if index + 1 < self._model.num_blocks:
+            self._stream = self._stream.through(block, runner)
 
     def prune_block(self, shared: Shared, runner: BlockRunner, observer: Callable[[Event], None]) -> None:
         """Prune, reconstruct and store one block, and carry the stream through it.
@@ -211,6 +234,7 @@ class Branch:
             peak_memory_bytes=peak_memory_bytes(),
             dense_bytes=self._writer.dense_bytes,
             stored_bytes=self._writer.stored_bytes,
+            resumed_blocks=self.finished,
         )
         self._log.finish(report.summary())
         return report

@@ -18,18 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.models import PrunableModel, Source, encode_text, load_tokenizer, open_model
-from sparseopt.pruning.branch import Branch, PruningError, Shared, Stream
+from sparseopt.models.digest import Digest
+from sparseopt.pruning.branch import Branch, PruningError, Shared, Stopped, Stream
 from sparseopt.pruning.calibration import make_batches
 from sparseopt.pruning.layer import LayerMethod, check_method
 from sparseopt.pruning.patterns import Pattern, parse_pattern
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Event, PruneReport
+from sparseopt.pruning.run_folder import Progress, claimed, fingerprint
 from sparseopt.pruning.survey import survey
 from sparseopt.pruning.texts import TextError, check_vocabulary, load_text, token_windows
 from sparseopt.pruning.torch_calibration import runner_of
 from sparseopt.pruning.torch_recipe import fitting_recipe
 
-__all__ = ["Observer", "PruningError", "calibration_windows", "ignore", "layer_patterns", "prune_model", "prune_models"]
+__all__ = [
+    "Observer",
+    "PruningError",
+    "Stopped",
+    "calibration_windows",
+    "ignore",
+    "layer_patterns",
+    "never",
+    "prune_model",
+    "prune_models",
+]
 
 Observer = Callable[[Event, int], None]
 # What recipes must agree in to share a pass.
@@ -41,31 +53,49 @@ def ignore(event: Event, total: int) -> None:
     del event, total
 
 
+def never() -> bool:
+    """What asks no run to stop."""
+    return False
+
+
 def prune_model(
-    source: str | Path | Source, output: str | Path, recipe: Recipe | None = None, *, observer: Observer = ignore
+    source: str | Path | Source,
+    output: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    observer: Observer = ignore,
+    stop: Callable[[], bool] = never,
 ) -> PruneReport:
     """Prune all linears of a causal language model and write a folder that transformers loads.
 
     Args:
         source: a Hugging Face model folder (safetensors), a GGUF file, or a name on the Hugging Face hub, `OWNER/NAME`
             or `OWNER/NAME@REVISION`; or what `open_source` made of one.
-        output: a folder that does not exist yet or is empty.
+        output: a folder that does not exist yet or is empty; or one in which the same run was broken off: it goes on
+            behind the last finished block, and its result is that of an unbroken run to the bit.
         recipe: what to do; default: mAIHT, preset best, 50 %.
         observer: called with every `Event`, a layer's record above all, and the number of layers in all.
+        stop: asked behind every block; True ends the run there, to be gone on with later.
 
     Returns:
         A `PruneReport`; the same figures lie in `output/records.jsonl` and `output/summary.json`.
 
     Raises:
-        ValueError: before any work, for a recipe, a model or a text that cannot be used.
+        ValueError: before any work, for a recipe, a model, a text or a folder that cannot be used; a folder with
+            another run in it, telling what differs.
+        Stopped: if `stop` asked for it.
         PruningError: if activations or a solve become non-finite (finished shards stay), or if what was stored, read
             back, breaks the pattern.
     """
-    return prune_models(source, [(recipe or Recipe(), output)], observer=observer)[0]
+    return prune_models(source, [(recipe or Recipe(), output)], observer=observer, stop=stop)[0]
 
 
 def prune_models(
-    source: str | Path | Source, plans: Sequence[tuple[Recipe, str | Path]], *, observer: Observer = ignore
+    source: str | Path | Source,
+    plans: Sequence[tuple[Recipe, str | Path]],
+    *,
+    observer: Observer = ignore,
+    stop: Callable[[], bool] = never,
 ) -> list[PruneReport]:
     """Prune one model by several recipes in one pass over its blocks, each into its own folder.
 
@@ -73,6 +103,7 @@ def prune_models(
         source: as in `prune_model`.
         plans: recipes and output folders; the recipes must agree in all that concerns the calibration tokens.
         observer: as in `prune_model`; the number of layers is that of all plans together.
+        stop: as in `prune_model`.
 
     Returns:
         A report a plan, in their order; times of forward passes are those of the whole pass.
@@ -95,39 +126,81 @@ def prune_models(
     for (recipe, _), method in zip(plans, methods, strict=True):
         layer_patterns(model, recipe, method)
     calibration, heldout = calibration_windows(model, first)
-    model.check_finite()
+    with claimed(folders):
+        pruning = _Pass(model, list(zip(plans, methods, folders, strict=True)), observer)
+        return pruning.run(calibration, heldout, stop, start)
 
-    runner = runner_of(model)
-    outer = {key: model.source.read(key) for key in model.outer_keys()}
-    branches = [
-        Branch(model, recipe, method, output, outer) for (recipe, output), method in zip(plans, methods, strict=True)
-    ]
-    del outer
-    embedding = model.embedding()
-    embedded = Stream(
-        make_batches(embedding(jnp.asarray(calibration))),
-        make_batches(embedding(jnp.asarray(heldout))) if len(heldout) else [],
-    )
-    del embedding
-    total = len(branches) * sum(len(model.block_linears(index)) for index in range(model.num_blocks))
 
-    def told(event: Event) -> None:
-        observer(event, total)
+class _Pass:
+    """One pass over a model's blocks for several recipes, into folders that are claimed."""
 
-    before = runner.seconds
-    surveys = survey(model, [recipe for recipe, _ in plans], embedded, calibration, runner, told)
-    survey_seconds = runner.seconds - before
-    for branch, found in zip(branches, surveys, strict=True):
-        patterns = layer_patterns(model, branch.recipe, branch.method, found.shares)
-        branch.start(embedded, patterns, found.weights)
-    dense = embedded if any(branch.recipe.needs_dense_stream for branch in branches) else None
-    for index in range(model.num_blocks):
-        shared = Shared(model.block(index), index, dense, runner)
-        for branch in branches:
-            branch.prune_block(shared, runner, told)
-        dense = shared.dense_outputs if dense and index + 1 < model.num_blocks else None
-    seconds = time.perf_counter() - start
-    return [branch.finish(runner, len(branches), survey_seconds, seconds) for branch in branches]
+    def __init__(
+        self,
+        model: PrunableModel,
+        plans: list[tuple[tuple[Recipe, str | Path], LayerMethod, Path]],
+        observer: Observer,
+    ) -> None:
+        self.model, self.plans = model, plans
+        self.recipes = [recipe for (recipe, _), _, _ in plans]
+        self.runner = runner_of(model)
+        self.linears = [list(model.block_linears(index)) for index in range(model.num_blocks)]
+        self.total = len(plans) * sum(map(len, self.linears))
+        self.observer = observer
+
+    def run(
+        self, calibration: np.ndarray, heldout: np.ndarray, stop: Callable[[], bool], start: float
+    ) -> list[PruneReport]:
+        """Prune block by block, report; `start` is when the run began."""
+        model = self.model
+        branches = self._begin(calibration, heldout)
+        embedding = model.embedding()
+        embedded = Stream(
+            make_batches(embedding(jnp.asarray(calibration))),
+            make_batches(embedding(jnp.asarray(heldout))) if len(heldout) else [],
+        )
+        del embedding
+        before = self.runner.seconds
+        surveys = survey(model, self.recipes, embedded, calibration, self.runner, self._told)
+        survey_seconds = self.runner.seconds - before
+        for branch, found in zip(branches, surveys, strict=True):
+            patterns = layer_patterns(model, branch.recipe, branch.method, found.shares)
+            branch.start(embedded, patterns, found.weights)
+        dense = embedded if any(branch.recipe.needs_dense_stream for branch in branches) else None
+        del embedded
+        for index in range(model.num_blocks):
+            shared = Shared(model.block(index), index, dense, self.runner)
+            for branch in branches:
+                step = branch.skip_block if index < branch.finished else branch.prune_block
+                step(shared, self.runner, self._told)
+            dense = shared.dense_outputs if dense and index + 1 < model.num_blocks else None
+            if index + 1 < model.num_blocks and stop():
+                done = f"stopped behind block {index + 1} of {model.num_blocks}"
+                raise Stopped(f"{done}; the same call goes on from there")
+        seconds = time.perf_counter() - start
+        return [branch.finish(self.runner, len(branches), survey_seconds, seconds) for branch in branches]
+
+    def _begin(self, calibration: np.ndarray, heldout: np.ndarray) -> list[Branch]:
+        """Make the folders, or find out how far earlier runs came there."""
+        model, tokens = self.model, Digest()
+        tokens.add("calibration", calibration)
+        tokens.add("held-out", heldout)
+        weights = model.check_finite()
+        layers = [
+            [model.weight_key(index, name).removesuffix(".weight") for name in names]
+            for index, names in enumerate(self.linears)
+        ]
+        progress = [
+            Progress(folder, fingerprint(weights, tokens.text, recipe), layers, recipe.pack)
+            for (recipe, _), _, folder in self.plans
+        ]
+        outer = {key: model.source.read(key) for key in model.outer_keys()}
+        return [
+            Branch(model, recipe, method, folder, outer, found)
+            for ((recipe, _), method, folder), found in zip(self.plans, progress, strict=True)
+        ]
+
+    def _told(self, event: Event) -> None:
+        self.observer(event, self.total)
 
 
 def _check_same_calibration(recipes: Sequence[Recipe]) -> None:

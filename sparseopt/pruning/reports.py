@@ -128,6 +128,7 @@ class PruneReport:
         peak_memory_bytes: largest resident set of the process so far.
         dense_bytes: of the model's tensors in the dtypes written, dense.
         stored_bytes: of the same tensors as they lie in the folder; fewer only where they were packed.
+        resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
     """
 
     output: Path
@@ -149,6 +150,7 @@ class PruneReport:
     peak_memory_bytes: int
     dense_bytes: int
     stored_bytes: int
+    resumed_blocks: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -184,7 +186,10 @@ def mean(values: Any) -> float | None:
 
 
 class RunLog:
-    """`records.jsonl`, a line at a time so that a broken run keeps what it knew, and `summary.json` at the end."""
+    """`records.jsonl`, a line at a time so that a broken run keeps what it knew, and `summary.json` at the end.
+
+    Lines of finished blocks that are there already stay.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,0 +1,25 @@
+"""Floor 5: what a model's weights are, in a few letters: the digest by which a run knows its source again."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+class Digest:
+    """A digest of a configuration and of tensors added one by one: names, shapes, dtypes and bytes."""
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        self._hash = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
+
+    def add(self, name: str, value: np.ndarray) -> None:
+        """Add a tensor."""
+        self._hash.update(f"{name} {value.dtype.name} {value.shape}".encode())
+        self._hash.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+
+    @property
+    def text(self) -> str:
+        """32 hexadecimal digits."""
+        return self._hash.hexdigest()

@@ -1,0 +1,236 @@
+"""Floor 6: the folder of a pruning run: whose it is, what it is a run of, and how far it has come.
+
+    run.lock     held by the process that writes; ends with it, however that ends
+    run.json     the fingerprint: digests of weights and tokens, recipe, versions, device
+    *.safetensors, records.jsonl     a block is finished when its shard and the records of all its linears are there
+
+A run into a folder with the same fingerprint goes on behind the last finished block; with another it is refused, and
+told what differs. Everything is written under another name and renamed, so what has its final name is whole.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sparseopt.machine import versions
+from sparseopt.models import OUTER_TAG, ModelError, block_tag, shard_name
+from sparseopt.models.safetensors_file import read_header
+from sparseopt.pruning.recipe import Recipe
+from sparseopt.pruning.reports import BlockRecord, LayerRecord
+
+LOCK, RUN, RECORDS = "run.lock", "run.json", "records.jsonl"
+# A folder that holds one of these holds a whole model.
+INDEXES = ("model.safetensors.index.json", "model.packed.index.json")
+# Other versions may round otherwise, and the result of an interrupted run is that of an uninterrupted one to the bit.
+DECISIVE = ("sparseopt", "jax", "jaxlib", "numpy")
+
+Fingerprint = dict[str, Any]
+
+
+class FolderError(ModelError):
+    """An output folder that this run may not use; says why and what to do."""
+
+
+def fingerprint(weights: str, tokens: str, recipe: Recipe) -> Fingerprint:
+    """What decides every bit of a run's result, from the digests of the source's weights and of the tokens."""
+    found = versions()
+    return json.loads(
+        json.dumps(
+            {
+                "weights": weights,
+                "tokens": tokens,
+                "recipe": recipe.as_dict(),
+                "versions": {name: found[name] for name in DECISIVE if name in found},
+                "device": f"{jax.devices()[0].platform} {platform.machine()}",
+            }
+        )
+    )
+
+
+@contextlib.contextmanager
+def claimed(folders: Sequence[Path]) -> Iterator[None]:
+    """Hold every folder for one process, and look whether it can be used at all, before any work.
+
+    Raises:
+        FolderError: for a folder in use by another process, one with a finished run, or one with something else in it.
+    """
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            held.enter_context(_locked(folder))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    fresh = not folder.exists()
+    try:
+        entries = set() if fresh else {entry.name for entry in folder.iterdir()}
+        _check_entries(folder, entries)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise FolderError(f"cannot use {folder} as output folder: {error.strerror}; choose another") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            raise FolderError(f"{folder} is in use by {owner}; wait for it, or choose another folder") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+            # A run that was refused leaves no trace.
+            if fresh and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _check_entries(folder: Path, entries: set[str]) -> None:
+    if entries & set(INDEXES):
+        raise FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it")
+    others = sorted(entries - {LOCK})
+    if others and RUN not in entries:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise FolderError(
+            f"the output folder {folder} is not empty (it holds {shown}), and no run was begun there; choose another "
+            "or empty it"
+        )
+
+
+class Progress:
+    """How far an earlier run into a folder came.
+
+    Attributes:
+        blocks: finished blocks, counted from the first.
+        layers: the records of their linears.
+        trained: the records of their reconstruction.
+        tags: of the shards that stay.
+    """
+
+    def __init__(self, folder: Path, wanted: Fingerprint, linears: Sequence[Sequence[str]], pack: bool) -> None:
+        """Look at a claimed folder; a new one gets the fingerprint, an old one loses what belongs to no finished block.
+
+        Args:
+            folder: the output folder.
+            wanted: of this run.
+            linears: the names of the linears of every block, as records have them.
+            pack: whether its shards are packed.
+
+        Raises:
+            FolderError: if the run that was begun there is another one, listing every difference.
+        """
+        self.blocks = 0
+        self.layers: list[LayerRecord] = []
+        self.trained: list[BlockRecord] = []
+        self.tags: list[str] = []
+        file = folder / RUN
+        if not file.is_file():
+            write_whole(file, json.dumps(wanted, indent=2) + "\n")
+            return
+        _check_same(folder, _read_json(file), wanted)
+        if _is_whole(folder / shard_name(OUTER_TAG, pack)):
+            self._read(folder, linears, pack)
+        self._drop_rest(folder, pack)
+
+    def _read(self, folder: Path, linears: Sequence[Sequence[str]], pack: bool) -> None:
+        layers, trained = _read_records(folder / RECORDS)
+        self.tags = [OUTER_TAG]
+        for index, names in enumerate(linears):
+            own = [record for record in layers if record.block == index]
+            whole = _is_whole(folder / shard_name(block_tag(index), pack))
+            if not whole or sorted(record.layer for record in own) != sorted(names):
+                return
+            self.blocks = index + 1
+            self.tags.append(block_tag(index))
+            self.layers += own
+            self.trained += [record for record in trained if record.block == index]
+
+    def _drop_rest(self, folder: Path, pack: bool) -> None:
+        kept = {shard_name(tag, pack) for tag in self.tags}
+        for entry in folder.iterdir():
+            if entry.suffix in (".partial", ".safetensors") and entry.name not in kept:
+                entry.unlink()
+        records = [json.dumps(r.as_dict()) + "\n" for r in self.layers]
+        records += [json.dumps(r.as_dict()) + "\n" for r in self.trained]
+        write_whole(folder / RECORDS, "".join(records))
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a shard is there with all its bytes; a renamed file is, unless the disk failed."""
+    try:
+        return file.is_file() and bool(read_header(file))
+    except ModelError:
+        return False
+
+
+def _check_same(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
+    old, new = dict(_flat(found)), dict(_flat(wanted))
+    differences = [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise FolderError(
+            f"another run was begun in {folder}; choose another folder, empty this one, or go on with the same recipe, "
+            "model and versions. These differ:\n  " + "\n  ".join(differences)
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{name}" if prefix else name)
+    else:
+        yield prefix, value
+
+
+def _read_json(file: Path) -> Fingerprint:
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FolderError(f"{file} is no valid JSON ({error}); empty the folder and start again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _read_records(file: Path) -> tuple[list[LayerRecord], list[BlockRecord]]:
+    """The records of a broken run; a line that was cut off ends them."""
+    layers: list[LayerRecord] = []
+    trained: list[BlockRecord] = []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    for line in lines:
+        try:
+            values = json.loads(line)
+            if values["kind"] == "layer":
+                layers.append(LayerRecord(**_own(LayerRecord, values) | {"shape": tuple(values["shape"])}))
+            else:
+                trained.append(BlockRecord(**_own(BlockRecord, values)))
+        except (ValueError, KeyError, TypeError):
+            break
+    return layers, trained
+
+
+def _own(kind: type[LayerRecord] | type[BlockRecord], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: values[field.name] for field in fields(kind)}
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write so that a crash leaves the old file or the new one."""
+    temporary = file.with_name(f"{file.name}.partial")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)

@@ -1,0 +1,206 @@
+"""Runs that are broken off: what is finished stays, the rest is made again, and the result is the same to the bit."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparseopt.cli_prune import RESUMABLE, stop_asked
+from sparseopt.pruning import LayerRecord, Recipe, Stopped, prune_model, prune_models
+from sparseopt.pruning.run_folder import LOCK, RECORDS, RUN, FolderError
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+
+RECIPES = {
+    "paper": {"preset": "paper", "dtype": "bfloat16"},
+    "packed": {"method": "wanda", "pack": True},
+    "trained": {"preset": "best", "reconstruct": 2, "propagate": 0.5},
+    "allocated": {"method": "admm", "allocation": "owl"},
+}
+
+
+class Broken(Exception):
+    """The end of a run, at any moment."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    rng = np.random.default_rng(7)
+    return write_folder(tmp_path_factory.mktemp("model"), tiny_config(), random_tensors(tiny_config(), rng))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(8).integers(0, len(VOCAB), (7, 24)).astype(np.int32)
+
+
+def breaking_at(count):
+    """An observer that ends the run at its `count`-th record."""
+    seen = []
+
+    def observer(event, total):
+        if isinstance(event, LayerRecord):
+            seen.append(event)
+            if len(seen) == count:
+                raise Broken
+
+    return observer
+
+
+def model_bytes(folder: Path) -> dict[str, bytes]:
+    """What makes the model, without the account of seconds."""
+    accounts = (RUN, RECORDS, "summary.json", LOCK)
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in accounts}
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_run_broken_off_anywhere_gives_the_same_bytes(tmp_path, source, tokens, name):
+    recipe = Recipe(calibration=tokens, heldout_samples=2, **RECIPES[name])
+    whole = prune_model(source, tmp_path / "whole", recipe)
+    # Seven linears a block: in the first block, at the end of the second, and in the third.
+    for count in (3, 14, 16):
+        with pytest.raises(Broken):
+            prune_model(source, tmp_path / "broken", recipe, observer=breaking_at(count))
+        assert not (tmp_path / "broken" / LOCK).exists()
+    told = []
+    report = prune_model(source, tmp_path / "broken", recipe, observer=lambda event, _: told.append(event))
+    assert report.resumed_blocks == 2
+    assert model_bytes(tmp_path / "broken") == model_bytes(tmp_path / "whole")
+    assert [r.layer for r in report.layers] == [r.layer for r in whole.layers]
+    assert [r.zeros for r in report.layers] == [r.zeros for r in whole.layers]
+    assert sum(isinstance(event, LayerRecord) for event in told) == 21
+    lines = [json.loads(line) for line in (tmp_path / "broken" / RECORDS).read_text().splitlines()]
+    assert sorted(line["layer"] for line in lines if line["kind"] == "layer") == sorted(r.layer for r in whole.layers)
+
+
+def test_half_a_record_and_a_shard_without_records_are_made_again(tmp_path, source, tokens):
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
+    prune_model(source, tmp_path / "whole", recipe)
+    folder = tmp_path / "broken"
+    with pytest.raises(Broken):
+        prune_model(source, folder, recipe, observer=breaking_at(15))
+    records = (folder / RECORDS).read_text().splitlines(keepends=True)
+    (folder / RECORDS).write_text("".join(records[:13]) + records[13][:40])
+    (folder / "model-block-0007.safetensors.partial").write_bytes(b"half")
+    report = prune_model(source, folder, recipe)
+    assert report.resumed_blocks == 1
+    assert model_bytes(folder) == model_bytes(tmp_path / "whole")
+
+
+def test_several_recipes_of_one_pass_go_on_each_from_its_own_block(tmp_path, source, tokens):
+    recipes = [Recipe(sparsity=s, method="wanda", calibration=tokens, heldout_samples=0) for s in (0.5, 0.75)]
+    for recipe in recipes:
+        prune_model(source, tmp_path / f"whole-{recipe.sparsity}", recipe)
+    plans = [(recipe, tmp_path / f"broken-{recipe.sparsity}") for recipe in recipes]
+    # The first plan has finished two blocks, the second one.
+    with pytest.raises(Broken):
+        prune_models(source, plans, observer=breaking_at(7 * 3 + 2))
+    assert [report.resumed_blocks for report in prune_models(source, plans)] == [2, 1]
+    for recipe, folder in plans:
+        assert model_bytes(folder) == model_bytes(tmp_path / f"whole-{recipe.sparsity}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sparsity": 0.6}, r"recipe.sparsity: 0.5 there, 0.6 here"),
+        ({"method": "magnitude"}, r"recipe.method: 'wanda' there, 'magnitude' here"),
+        ({"calibration": "other"}, r"tokens: '\w+' there, '\w+' here"),
+        ({"source": "other"}, r"weights: '\w+' there, '\w+' here"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused_and_told_what_differs(tmp_path, source, tokens, changes, named):
+    fields = {"sparsity": 0.5, "method": "wanda", "calibration": tokens, "heldout_samples": 0}
+    with pytest.raises(Broken):
+        prune_model(source, tmp_path / "out", Recipe(**fields), observer=breaking_at(9))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    if changes.pop("source", None):
+        tensors = random_tensors(tiny_config(), np.random.default_rng(9))
+        source = write_folder(tmp_path / "other", tiny_config(), tensors)
+    if changes.get("calibration"):
+        changes["calibration"] = tokens[::-1].copy()
+    with pytest.raises(FolderError, match=rf"another run was begun.*choose another folder[\s\S]*{named}"):
+        prune_model(source, tmp_path / "out", Recipe(**(fields | changes)))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, source, tokens):
+    recipe = Recipe(method="magnitude", calibration=tokens)
+    prune_model(source, tmp_path / "out", recipe)
+    with pytest.raises(FolderError, match=r"not empty \(it holds a model\); choose another"):
+        prune_model(source, tmp_path / "out", recipe)
+
+
+def test_a_folder_in_use_is_refused_and_a_stale_lock_is_not(tmp_path, source, tokens):
+    recipe = Recipe(method="magnitude", calibration=tokens)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with (folder / LOCK).open("w") as lock:
+        lock.write("process 12345 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FolderError, match="is in use by process 12345 on elsewhere; wait for it"):
+            prune_model(source, folder, recipe)
+    # Its owner has ended: the file is still there, and nobody holds it.
+    assert (folder / LOCK).exists()
+    assert prune_model(source, folder, recipe).sparsity == 0.5
+    assert not (folder / LOCK).exists()
+
+
+def test_a_refused_run_leaves_no_folder_behind(tmp_path, source, tokens):
+    broken = tokens.copy()
+    tensors = random_tensors(tiny_config(), np.random.default_rng(7))
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = np.nan
+    bad = write_folder(tmp_path / "bad", tiny_config(), tensors)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        prune_model(bad, tmp_path / "out", Recipe(method="magnitude", calibration=broken))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_asked_to_stop_ends_behind_a_block_and_goes_on(tmp_path, source, tokens):
+    recipe = Recipe(method="wanda", calibration=tokens)
+    prune_model(source, tmp_path / "whole", recipe)
+    asked = iter([False, True])
+    with pytest.raises(Stopped, match="stopped behind block 2 of 3; the same call goes on from there"):
+        prune_model(source, tmp_path / "out", recipe, stop=lambda: next(asked))
+    assert prune_model(source, tmp_path / "out", recipe).resumed_blocks == 2
+    assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
+
+
+def test_a_scheduler_s_signal_is_taken_note_of():
+    with stop_asked() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert RESUMABLE == 75
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from sparseopt.pruning import Recipe, prune_model
+source, output, tokens, count = sys.argv[1:]
+seen = []
+def observer(event, total):
+    seen.append(event)
+    if len(seen) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+prune_model(source, output, Recipe(method="wanda", calibration=np.load(tokens), heldout_samples=0), observer=observer)
+"""
+
+
+def test_a_killed_process_loses_nothing_but_the_block_in_hand(tmp_path, source, tokens):
+    np.save(tmp_path / "tokens.npy", tokens)
+    arguments = [source, tmp_path / "out", tmp_path / "tokens.npy", 17]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
+    assert prune_model(source, tmp_path / "out", recipe).resumed_blocks == 2
+    prune_model(source, tmp_path / "whole", recipe)
+    assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
