@@ -19,7 +19,9 @@ def _close_figures():
 
 def records(level):
     return [
-        LayerRecord(b, f"model.layers.{b}.mlp.{k}_proj", (4, 4), 16, 8, level * 2.0**b, None, 1, "CONVERGED", 0, 0, 0)
+        LayerRecord(
+            b, f"model.layers.{b}.mlp.{k}_proj", (4, 4), 16, 8, level * 2.0**b, None, 1, "CONVERGED", 0, 0, 0, 9
+        )
         for b in range(3)
         for k in ("up", "down")
     ]

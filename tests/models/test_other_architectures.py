@@ -15,7 +15,7 @@ def test_without_torch_the_known_families_and_the_way_out_are_named(tmp_path, rn
     monkeypatch.setitem(sys.modules, "torch", None)
     config = tiny_config()
     folder = write_folder(tmp_path / "m", config | {"model_type": "stablelm"}, random_tensors(config, rng))
-    text = r"unknown model_type 'stablelm'; known are .*llama.*torch is not installed.*'sparseopt\[torch\]'"
+    text = r"unknown model_type 'stablelm'; known are .*llama.* is not installed: pip install 'sparseopt\[torch\]'"
     for opening in (open_model, load_decoder):
         with pytest.raises(ModelError, match=text):
             opening(folder)
