@@ -85,6 +85,8 @@ def _locked(folder: Path) -> Iterator[None]:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
             raise FolderError(f"{folder} is in use by {owner}; wait for it, or choose another folder") from None
+        if not _is_same_file(folder / LOCK, lock.fileno()):
+            raise FolderError(f"a run in {folder} has ended this moment; start again")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}\n")
         lock.flush()
@@ -95,6 +97,14 @@ def _locked(folder: Path) -> Iterator[None]:
             # A run that was refused leaves no trace.
             if fresh and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _is_same_file(file: Path, handle: int) -> bool:
+    """Whether the name still means the opened file: its last owner may have removed it between opening and locking."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _check_entries(folder: Path, entries: set[str]) -> None:
