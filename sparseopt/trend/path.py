@@ -154,13 +154,13 @@ def trend_path(
     Example:
         >>> from sparseopt.trend.path import trend_path
         >>> y = np.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0])
-        >>> path = trend_path(y, so.Graph.chain(6), num=4, ratio=1e-2, tol=1e-10).check()
+        >>> path = trend_path(y, so.Graph.chain(6), num=4, ratio=2e-2).check()
         >>> path.weights.round(3).tolist()
-        [7.5, 1.616, 0.348, 0.075]
+        [7.5, 2.036, 0.553, 0.15]
         >>> path.degrees_of_freedom.tolist()
         [1, 2, 2, 2]
         >>> path.at(2).value.round(2).tolist()
-        [0.12, 0.12, 0.12, 4.88, 4.88, 4.88]
+        [0.18, 0.18, 0.18, 4.82, 4.82, 4.82]
     """
     k = checked_order(order)
     if method not in METHODS:
