@@ -85,7 +85,7 @@ def main() -> None:
         began = time.perf_counter()
         assert start(model, whole).wait() == 0
         seconds = time.perf_counter() - began
-        kills = lost = refused = within = 0
+        kills = lost = refused = within = runs = 0
         while kills < options.kills:
             before = finished_blocks(broken)
             process = start(model, broken)
@@ -100,14 +100,16 @@ def main() -> None:
                 after = finished_blocks(broken)
                 within += bool(after)
                 lost += not before <= after
-                continue
-            if process.returncode:
+                if not (broken / "summary.json").is_file():
+                    continue
+            if process.returncode > 0:
                 refused += 1
                 sys.stderr.write(process.stderr.read().decode() if process.stderr else "")
                 break
             # Finished before the kill came: the same bytes, and the next kills hit a new run.
             assert shards(broken) == shards(whole)
-            broken = Path(place) / f"broken-{kills}"
+            runs += 1
+            broken = Path(place) / f"broken-{runs}"
         last = start(model, broken).wait()
         record = {
             "figure": "kills",

@@ -202,4 +202,7 @@ class RunLog:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary and close."""
         self._records.close()
-        (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        # Whole or not there: a folder with a summary counts as finished.
+        partial = self._folder / "summary.json.partial"
+        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self._folder / "summary.json")

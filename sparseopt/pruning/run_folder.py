@@ -2,6 +2,7 @@
 
     run.lock     held by the process that writes; ends with it, however that ends
     run.json     the fingerprint: digests of weights and tokens, recipe, versions, device
+    summary.json     of a finished run
     *.safetensors, records.jsonl     a block is finished when its shard and the records of all its linears are there
 
 A run into a folder with the same fingerprint goes on behind the last finished block; with another it is refused, and
@@ -26,7 +27,7 @@ from sparseopt.models.safetensors_file import read_header
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import BlockRecord, LayerRecord
 
-LOCK, RUN, RECORDS = "run.lock", "run.json", "records.jsonl"
+LOCK, RUN, RECORDS, SUMMARY = "run.lock", "run.json", "records.jsonl", "summary.json"
 # A folder that holds one of these holds a whole model.
 INDEXES = ("model.safetensors.index.json", "model.packed.index.json")
 # Other versions may round otherwise, and the result of an interrupted run is that of an uninterrupted one to the bit.
@@ -108,7 +109,9 @@ def _is_same_file(file: Path, handle: int) -> bool:
 
 
 def _check_entries(folder: Path, entries: set[str]) -> None:
-    if entries & set(INDEXES):
+    # The summary comes last: a run that was killed between index and summary is finished once more.
+    broken_off = RUN in entries and SUMMARY not in entries
+    if entries & set(INDEXES) and not broken_off:
         raise FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it")
     others = sorted(entries - {LOCK})
     if others and RUN not in entries:

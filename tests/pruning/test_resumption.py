@@ -129,6 +129,18 @@ def test_another_run_in_the_folder_is_refused_and_told_what_differs(tmp_path, so
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
+def test_a_run_killed_before_its_summary_is_finished_once_more(tmp_path, source, tokens):
+    recipe = Recipe(method="wanda", calibration=tokens)
+    whole = prune_model(source, tmp_path / "out", recipe)
+    before = model_bytes(tmp_path / "out")
+    (tmp_path / "out" / "summary.json").unlink()
+    report = prune_model(source, tmp_path / "out", recipe)
+    assert report.resumed_blocks == 3
+    assert [r.as_dict() for r in report.layers] == [r.as_dict() for r in whole.layers]
+    assert model_bytes(tmp_path / "out") == before
+    assert (tmp_path / "out" / "summary.json").is_file()
+
+
 def test_a_finished_run_is_not_run_again(tmp_path, source, tokens):
     recipe = Recipe(method="magnitude", calibration=tokens)
     prune_model(source, tmp_path / "out", recipe)
