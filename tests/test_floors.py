@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "sparseopt"
 
 # The first entry whose prefix fits decides. A subpackage may use its own files freely unless they are listed apart.
 FLOORS = [
+    ("files", 0),
     ("machine", 0),
     ("core/types", 0),
     ("core/thresholds", 1),

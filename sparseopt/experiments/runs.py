@@ -11,7 +11,6 @@ does the units that have none. A lock that ends with its process keeps two proce
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from sparseopt.experiments.config import Run
 from sparseopt.experiments.names import Named, file_digest
 from sparseopt.experiments.task import FinishedRun, Observer, Record, Task
 from sparseopt.experiments.tasks import find_task
+from sparseopt.files import InUse, locked, temporary_of, write_whole
 from sparseopt.machine import environment, peak_memory_bytes
 
 LOCK, HEADER, CONFIG, RECORDS, SUMMARY, FAILURE = (
@@ -96,7 +96,7 @@ def _named(value: Any) -> Iterator[Named]:
 def state_of(folder: Path, mark: str) -> State:
     """What lies in a folder, for the run with this fingerprint."""
     # A start that was killed before its header was whole has done nothing yet.
-    if not folder.exists() or {f.name for f in folder.iterdir()} <= {LOCK, _temporary(folder / HEADER).name}:
+    if not folder.exists() or {f.name for f in folder.iterdir()} <= {LOCK, temporary_of(folder / HEADER).name}:
         return State.NEW
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
@@ -154,7 +154,7 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
                 record = task.run_unit(key, folder, _inside(observer, len(known), len(keys)))
             except Exception as error:
                 text = f"{key}: {type(error).__name__}: {error}"
-                _write_whole(folder / FAILURE, text + "\n")
+                write_whole(folder / FAILURE, text + "\n")
                 return Outcome(folder, len(known), text)
             record = {"unit": key, **record, "unit_seconds": time.perf_counter() - began}
             lines.write(json.dumps(_plain(record), allow_nan=False) + "\n")
@@ -174,7 +174,7 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
         "seconds_this_start": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    _write_whole(folder / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
+    write_whole(folder / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
     return Outcome(folder, len(missing))
 
 
@@ -227,7 +227,7 @@ def recover_records(folder: Path, *, mend: bool = True) -> list[Record]:
         records.setdefault(record["unit"], record)
     whole = "".join(json.dumps(record) + "\n" for record in records.values())
     if mend and whole != text:
-        _write_whole(file, whole)
+        write_whole(file, whole)
     return list(records.values())
 
 
@@ -254,12 +254,12 @@ def _write_header(folder: Path, run: Run, mark: str) -> None:
         "code": code_digest(),
         **environment(),
     }
-    _write_whole(folder / HEADER, json.dumps(_plain(header), indent=2) + "\n")
+    write_whole(folder / HEADER, json.dumps(_plain(header), indent=2) + "\n")
 
 
 def _write_config(folder: Path, run: Run) -> None:
     values = run.task.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
-    _write_whole(folder / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_whole(folder / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _clear(folder: Path) -> None:
@@ -280,31 +280,12 @@ def _clear(folder: Path) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise FolderInUse(f"{folder} is in use by {lock.read().strip() or 'another process'}") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        lock.flush()
+            held.enter_context(locked(folder / LOCK))
+        except InUse as owner:
+            raise FolderInUse(f"{folder} is in use by {owner}") from None
         yield
-        lock.truncate(0)
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Write so that a crash leaves the old file or the new one."""
-    temporary = _temporary(file)
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-
-
-def _temporary(file: Path) -> Path:
-    return file.with_name(f".{file.name}.tmp")
 
 
 def _plain(value: Any) -> Any:

@@ -254,7 +254,7 @@ class Prune(Task):
         rows = [(run.task, record) for run in runs for record in run.records]
         pruned = [(task, record) for task, record in rows if "layers" in record]
         if len(runs) == 1:
-            errors = {r["label"]: [_layer(line) for line in r["layers"]] for _, r in pruned}
+            errors = {r["label"]: [LayerRecord.from_dict(line) for line in r["layers"]] for _, r in pruned}
             return {"layer-errors": plots.plot_layer_errors(errors)} if errors else {}
         curves: dict[str, list[tuple[float, float]]] = {}
         for _, record in pruned:
@@ -279,9 +279,3 @@ def _text_mistakes(source: Path, name: str, split: Split, count: int, length: in
 def _tokens(source: Path, text: str) -> np.ndarray:
     # Kept, because every run of a sweep is checked, mostly with the same texts.
     return encode_text(load_tokenizer(open_model(source).source), text)
-
-
-def _layer(line: dict[str, Any]) -> LayerRecord:
-    """A layer's record from its JSON line."""
-    fields = {key: value for key, value in line.items() if key not in ("kind", "sparsity")}
-    return LayerRecord(**{**fields, "shape": tuple(fields["shape"])})

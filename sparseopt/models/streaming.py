@@ -116,7 +116,14 @@ class StreamedModel:
         """Read the whole model."""
         embedding = self.embedding()
         blocks = [self.block(index) for index in range(self.num_blocks)]
-        return decoder_of_parts(self.config, embedding, blocks, self.head())
+        stored = self._reader("head")
+
+        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
+            # A tied head's matrix is in memory already.
+            tied = self.config.tied and path == "lm_head.weight"
+            return embedding.weight[...] if tied else stored(path, shape)
+
+        return decoder_of_parts(self.config, embedding, blocks, build_part(Head, self.config, read=read))
 
     def read(self, path: str) -> jax.Array:
         """The parameter at a module path, float32 on the device.

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.models import PrunableModel, Source, encode_text, load_tokenizer, open_model
+from sparseopt.models import OUTER_TAG, PrunableModel, Source, encode_text, load_tokenizer, open_model
 from sparseopt.models.digest import Digest
 from sparseopt.pruning.branch import Branch, PruningError, Shared, Stopped, Stream
 from sparseopt.pruning.calibration import make_batches
@@ -193,7 +193,8 @@ class _Pass:
             Progress(folder, fingerprint(weights, tokens.text, recipe), layers, recipe.pack)
             for (recipe, _), _, folder in self.plans
         ]
-        outer = {key: model.source.read(key) for key in model.outer_keys()}
+        begun = all(OUTER_TAG in found.tags for found in progress)
+        outer = {} if begun else {key: model.source.read(key) for key in model.outer_keys()}
         return [
             Branch(model, recipe, method, folder, outer, found)
             for ((recipe, _), method, folder), found in zip(self.plans, progress, strict=True)

@@ -1,10 +1,12 @@
 """Floor 6: what a pruning run tells: one record a layer, one report a run, as JSON lines and a summary."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from sparseopt.files import write_whole
 from sparseopt.machine import environment
 
 
@@ -53,6 +55,15 @@ class LayerRecord:
         """For a JSON line."""
         return {"kind": "layer", **asdict(self), "sparsity": self.sparsity}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LayerRecord":
+        """The record of a line; entries that are no fields are left out.
+
+        Raises:
+            KeyError, TypeError: if a field is missing.
+        """
+        return cls(**{**_own_fields(cls, values), "shape": tuple(values["shape"])})
+
 
 @dataclass(frozen=True)
 class BlockRecord:
@@ -83,6 +94,19 @@ class BlockRecord:
     def as_dict(self) -> dict[str, Any]:
         """For a JSON line."""
         return {"kind": "block", **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "BlockRecord":
+        """The record of a line; entries that are no fields are left out.
+
+        Raises:
+            TypeError: if a field is missing.
+        """
+        return cls(**_own_fields(cls, values))
+
+
+def _own_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {own.name: values[own.name] for own in fields(kind) if own.name in values}
 
 
 @dataclass(frozen=True)
@@ -164,9 +188,9 @@ class PruneReport:
 
     def summary(self) -> dict[str, Any]:
         """For `summary.json`."""
-        fields = {k: v for k, v in asdict(self).items() if k not in ("layers", "blocks")}
+        figures = {k: v for k, v in asdict(self).items() if k not in ("layers", "blocks")}
         return {
-            **fields,
+            **figures,
             "output": str(self.output),
             "layers": len(self.layers),
             "reconstructed_blocks": len(self.blocks),
@@ -203,6 +227,4 @@ class RunLog:
         """Write the summary and close."""
         self._records.close()
         # Whole or not there: a folder with a summary counts as finished.
-        partial = self._folder / "summary.json.partial"
-        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self._folder / "summary.json")
+        write_whole(self._folder / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -10,26 +10,25 @@ told what differs. Everything is written under another name and renamed, so what
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from sparseopt.files import InUse, locked, temporary_of, write_whole
 from sparseopt.machine import versions
 from sparseopt.models import OUTER_TAG, ModelError, block_tag, shard_name
+from sparseopt.models.packed import PACKED_INDEX
 from sparseopt.models.safetensors_file import read_header
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import BlockRecord, LayerRecord
 
 LOCK, RUN, RECORDS, SUMMARY = "run.lock", "run.json", "records.jsonl", "summary.json"
 # A folder that holds one of these holds a whole model.
-INDEXES = ("model.safetensors.index.json", "model.packed.index.json")
+INDEXES = ("model.safetensors.index.json", PACKED_INDEX)
 # Other versions may round otherwise, and the result of an interrupted run is that of an uninterrupted one to the bit.
 DECISIVE = ("sparseopt", "jax", "jaxlib", "numpy")
 
@@ -76,21 +75,15 @@ def _locked(folder: Path) -> Iterator[None]:
         entries = set() if fresh else {entry.name for entry in folder.iterdir()}
         _check_entries(folder, entries)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise FolderError(f"cannot use {folder} as output folder: {error.strerror}; choose another") from error
-    with lock:
+        raise _unusable(folder, error) from error
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
+            held.enter_context(locked(folder / LOCK))
+        except InUse as owner:
             raise FolderError(f"{folder} is in use by {owner}; wait for it, or choose another folder") from None
-        if not _is_same_file(folder / LOCK, lock.fileno()):
-            raise FolderError(f"a run in {folder} has ended this moment; start again")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        lock.flush()
+        except OSError as error:
+            raise _unusable(folder, error) from error
         try:
             yield
         finally:
@@ -100,12 +93,8 @@ def _locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _is_same_file(file: Path, handle: int) -> bool:
-    """Whether the name still means the opened file: its last owner may have removed it between opening and locking."""
-    try:
-        return os.path.samestat(file.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
+def _unusable(folder: Path, error: OSError) -> FolderError:
+    return FolderError(f"cannot use {folder} as output folder: {error.strerror}; choose another")
 
 
 def _check_entries(folder: Path, entries: set[str]) -> None:
@@ -113,7 +102,8 @@ def _check_entries(folder: Path, entries: set[str]) -> None:
     broken_off = RUN in entries and SUMMARY not in entries
     if entries & set(INDEXES) and not broken_off:
         raise FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it")
-    others = sorted(entries - {LOCK})
+    # The fingerprint's own temporary file is what a run leaves that was killed before it had written anything.
+    others = sorted(entries - {LOCK, temporary_of(Path(RUN)).name})
     if others and RUN not in entries:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise FolderError(
@@ -173,7 +163,7 @@ class Progress:
     def _drop_rest(self, folder: Path, pack: bool) -> None:
         kept = {shard_name(tag, pack) for tag in self.tags}
         for entry in folder.iterdir():
-            if entry.suffix in (".partial", ".safetensors") and entry.name not in kept:
+            if entry.suffix in (".partial", ".tmp", ".safetensors") and entry.name not in kept:
                 entry.unlink()
         records = [json.dumps(r.as_dict()) + "\n" for r in self.layers]
         records += [json.dumps(r.as_dict()) + "\n" for r in self.trained]
@@ -227,23 +217,9 @@ def _read_records(file: Path) -> tuple[list[LayerRecord], list[BlockRecord]]:
         try:
             values = json.loads(line)
             if values["kind"] == "layer":
-                layers.append(LayerRecord(**_own(LayerRecord, values) | {"shape": tuple(values["shape"])}))
+                layers.append(LayerRecord.from_dict(values))
             else:
-                trained.append(BlockRecord(**_own(BlockRecord, values)))
+                trained.append(BlockRecord.from_dict(values))
         except (ValueError, KeyError, TypeError):
             break
     return layers, trained
-
-
-def _own(kind: type[LayerRecord] | type[BlockRecord], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {field.name: values[field.name] for field in fields(kind)}
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write so that a crash leaves the old file or the new one."""
-    temporary = file.with_name(f"{file.name}.partial")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sparseopt.cli_prune import RESUMABLE, stop_asked
+from sparseopt.files import temporary_of
 from sparseopt.pruning import LayerRecord, Recipe, Stopped, prune_model, prune_models
 from sparseopt.pruning.run_folder import LOCK, RECORDS, RUN, FolderError
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
@@ -139,6 +140,13 @@ def test_a_run_killed_before_its_summary_is_finished_once_more(tmp_path, source,
     assert [r.as_dict() for r in report.layers] == [r.as_dict() for r in whole.layers]
     assert model_bytes(tmp_path / "out") == before
     assert (tmp_path / "out" / "summary.json").is_file()
+
+
+def test_a_run_killed_while_it_wrote_its_fingerprint_is_begun_again(tmp_path, source, tokens):
+    (tmp_path / "out").mkdir()
+    temporary_of(tmp_path / "out" / RUN).write_text('{"wei')
+    assert prune_model(source, tmp_path / "out", Recipe(method="magnitude", calibration=tokens)).sparsity == 0.5
+    assert not temporary_of(tmp_path / "out" / RUN).exists()
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, source, tokens):
