@@ -19,7 +19,7 @@ from sparseopt.models import StreamedModel
 from sparseopt.models.attention import QUERY_CHUNK
 from sparseopt.pruning.calibration import BATCH_TOKENS
 from sparseopt.pruning.layer import LayerMethod
-from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, SplicePruning, Wanda
+from sparseopt.pruning.method_cost import MethodCost, method_cost
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.survey import LEVELS, TOKENS
 
@@ -33,12 +33,8 @@ FREED = 0.2
 SOLVE_EFFICIENCY, PASS_EFFICIENCY = 0.85, 0.8
 # Operations for an entry of a weight that cost as much time as choosing the largest of all entries once does.
 SELECTION = 600
-# The same for one input of SparseGPT's inner loop, which runs over vectors.
-COMPENSATION = 350
 # An inverse of n x n by `spd_inverse`, in operations over n³.
 INVERSE = 6
-# A solve that may stop early does so after about this share of its steps.
-RESTED = 0.6
 # Measuring a stored weight's errors: two products on the calibration Gram and two on the held-out one.
 MEASURING = 4
 # Seconds to start, and a byte to read, check, convert and write.
@@ -47,63 +43,6 @@ START, SECONDS_A_BYTE = 3.0, 2e-9
 # GFLOP/s; a slower or busier one takes longer.
 COMPILE_PASS, COMPILE_GRADIENT = 1.5, 4.0
 COMPILE_GFLOPS = 180.0
-
-
-@dataclass(frozen=True)
-class MethodCost:
-    """What a method does on one layer `[out, in]`.
-
-    Attributes:
-        products: of the Gram with an array like the weight, `2 in² out` operations each.
-        inverses: of a matrix `[in, in]`.
-        selections: of the largest entries of all.
-        updates: operations an entry of the weight besides.
-        square: workspace in arrays of float32 `[in, in]`.
-        wide: workspace in arrays of float32 `[in, out]`.
-        compile_seconds: for a shape, as in `COMPILE_PASS`.
-    """
-
-    products: float
-    inverses: float
-    selections: float
-    updates: float
-    square: float
-    wide: float
-    compile_seconds: float
-
-
-def method_cost(method: LayerMethod) -> MethodCost | None:
-    """The cost of a method of this package; None for one of your own."""
-    match method:
-        case Magnitude():
-            return MethodCost(0, 0, 1, 0, 0, 3.5, 0.7)
-        case Wanda():
-            return MethodCost(0, 0, 3, 0, 0, 4, 1.0)
-        case MaihtPruning():
-            steps = method.max_steps * (RESTED if method.rest >= 0 else 1.0)
-            # "always" looks at its monitor too, though not always by a product of its own.
-            each = 1.5 if method.monitor == "always" else 1.1
-            return MethodCost(steps * each + method.refit_steps + 2, 0, 2, 0, 1, 10, 1.6)
-        case AdmmPruning():
-            steps = method.levels * method.period * (RESTED if method.rest >= 0 else 1.0)
-            return MethodCost(steps + method.refit_steps + 1, method.levels, steps + 1, 0, 7.5, 4, 2.6)
-        case SparseGpt():
-            return MethodCost(1, 2, 1, method.block * COMPENSATION, 2, 4, 1.5)
-        case SplicePruning():
-            first = method_cost(method.first)
-            if first is None:
-                return None
-            rounds = method.rounds * RESTED
-            return MethodCost(
-                products=first.products + rounds * (method.inner_steps + 2) + method.refit_steps + 2,
-                inverses=first.inverses + 1,
-                selections=first.selections + rounds,
-                updates=first.updates,
-                square=max(first.square, 2.5),
-                wide=max(first.wide, 5.5),
-                compile_seconds=first.compile_seconds + 4.5,
-            )
-    return None
 
 
 @dataclass(frozen=True)

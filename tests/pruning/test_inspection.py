@@ -14,8 +14,9 @@ from sparseopt.console_inspection import model_lines
 from sparseopt.models import open_model
 from sparseopt.models.safetensors_file import StoredTensor, write_tensors
 from sparseopt.pruning import METHODS, Recipe, prune_model
-from sparseopt.pruning.cost import block_sizes, measure_gflops, method_cost
+from sparseopt.pruning.cost import block_sizes, measure_gflops
 from sparseopt.pruning.inspection import Blocks, Inspection, inspect_model
+from sparseopt.pruning.method_cost import method_cost
 from sparseopt.pruning.methods import find_method
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER

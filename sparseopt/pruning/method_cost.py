@@ -1,0 +1,71 @@
+"""Floor 6: what each pruning method does on one layer, counted: products, inverses, selections, workspace.
+
+The numbers follow the methods' own settings; see `cost` for what is made of them.
+"""
+
+from dataclasses import dataclass
+
+from sparseopt.pruning.layer import LayerMethod
+from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, SplicePruning, Wanda
+
+# Operations for one input of SparseGPT's inner loop, an entry of the weight; it runs over vectors.
+COMPENSATION = 350
+# A solve that may stop early does so after about this share of its steps.
+RESTED = 0.6
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """What a method does on one layer `[out, in]`.
+
+    Attributes:
+        products: of the Gram with an array like the weight, `2 in² out` operations each.
+        inverses: of a matrix `[in, in]`.
+        selections: of the largest entries of all.
+        updates: operations an entry of the weight besides.
+        square: workspace in arrays of float32 `[in, in]`.
+        wide: workspace in arrays of float32 `[in, out]`.
+        compile_seconds: for a shape, as in `cost.COMPILE_PASS`.
+    """
+
+    products: float
+    inverses: float
+    selections: float
+    updates: float
+    square: float
+    wide: float
+    compile_seconds: float
+
+
+def method_cost(method: LayerMethod) -> MethodCost | None:
+    """The cost of a method of this package; None for one of your own."""
+    match method:
+        case Magnitude():
+            return MethodCost(0, 0, 1, 0, 0, 3.5, 0.7)
+        case Wanda():
+            return MethodCost(0, 0, 3, 0, 0, 4, 1.0)
+        case MaihtPruning():
+            steps = method.max_steps * (RESTED if method.rest >= 0 else 1.0)
+            # "always" looks at its monitor too, though not always by a product of its own.
+            each = 1.5 if method.monitor == "always" else 1.1
+            return MethodCost(steps * each + method.refit_steps + 2, 0, 2, 0, 1, 10, 1.6)
+        case AdmmPruning():
+            steps = method.levels * method.period * (RESTED if method.rest >= 0 else 1.0)
+            return MethodCost(steps + method.refit_steps + 1, method.levels, steps + 1, 0, 7.5, 4, 2.6)
+        case SparseGpt():
+            return MethodCost(1, 2, 1, method.block * COMPENSATION, 2, 4, 1.5)
+        case SplicePruning():
+            first = method_cost(method.first)
+            if first is None:
+                return None
+            rounds = method.rounds * RESTED
+            return MethodCost(
+                products=first.products + rounds * (method.inner_steps + 2) + method.refit_steps + 2,
+                inverses=first.inverses + 1,
+                selections=first.selections + rounds,
+                updates=first.updates,
+                square=max(first.square, 2.5),
+                wide=max(first.wide, 5.5),
+                compile_seconds=first.compile_seconds + 4.5,
+            )
+    return None
