@@ -103,13 +103,18 @@ def edge_grid(values: np.ndarray, shape: tuple[int, ...], fill: float) -> np.nda
     return full
 
 
+def grid_sums_side(order: int) -> int:
+    """The longest side of the grid on which `grid_sums` forms Ψ as a matrix."""
+    return 2 * order + 3
+
+
 def grid_sums(shape: tuple[int, ...], order: int, from_edges: bool = False) -> Sums:
     """The sums for a grid's Ψ in the layout of `GridBase`, rows without an edge counted with sums of 1.
 
-    They depend only on the distance to the borders, so they are found on a grid of at most `2 order + 3` nodes
-    a side and its middle is repeated.
+    They depend only on the distance to the borders, so they are found on a grid of at most `grid_sums_side`
+    nodes a side and its middle is repeated.
     """
-    small = tuple(min(n, 2 * order + 3) for n in shape)
+    small = tuple(min(n, grid_sums_side(order)) for n in shape)
     sums = matrix_sums(difference_matrix(grid_edges(small), int(np.prod(small)), None, order, from_edges))
     on_edges = (order - from_edges) % 2 == 1
     half = order + 1

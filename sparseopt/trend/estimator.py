@@ -11,6 +11,7 @@ from scipy import sparse
 
 from sparseopt.core.penalties import L0, L1, MCP, SCAD, GroupL2
 from sparseopt.core.solve import Solution, Status
+from sparseopt.trend.checks import real_array
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 
@@ -222,7 +223,7 @@ def _report(solution: Solution) -> None:
 def _checked_weights(sample_weight: Any, count: int) -> np.ndarray:
     if sample_weight is None:
         return np.ones(count)
-    weights = np.asarray(sample_weight, np.float64)
+    weights = real_array("sample_weight", sample_weight).astype(np.float64)
     if weights.shape != (count,):
         raise ValueError(f"sample_weight has one entry a sample, the shape ({count},), given {weights.shape}")
     wrong = ~(np.isfinite(weights) & (weights >= 0))

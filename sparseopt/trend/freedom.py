@@ -30,7 +30,9 @@ from scipy.sparse import csgraph
 from sparseopt.core.grouping import grid_edges
 from sparseopt.core.penalties import Norm
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation
+from sparseopt.trend.checks import real_array
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.inputs import checked_graph, checked_order
 
 
 def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any = None) -> int:
@@ -52,24 +54,34 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
         leaves out what the choice of the zeros costs.
 
     Raises:
-        ValueError: for another number of rows or nodes.
+        TypeError: for a graph that is none.
+        ValueError: for another number of rows or nodes, or entries that are neither true nor false.
 
     Example:
         >>> from sparseopt.trend.freedom import degrees_of_freedom
         >>> degrees_of_freedom(np.array([False, True, False]), so.Graph.chain(4))  # one jump, two pieces
         2
     """
-    mask = np.asarray(nonzero, bool)
+    graph, order = checked_graph(graph), checked_order(order)
+    mask = _booleans("nonzero", nonzero)
     rows = graph.num_nodes if order % 2 else graph.num_edges
     if mask.ndim not in (1, 2) or mask.shape[0] != rows:
         raise ValueError(
             f"the difference of order {order + 1} has {rows} rows, so `nonzero` has the shape [{rows}] or "
             f"[{rows}, channels], given {mask.shape}"
         )
-    seen = None if observed is None else np.asarray(observed, bool)
+    seen = None if observed is None else _booleans("observed", observed)
     if seen is not None and seen.shape != (graph.num_nodes,):
         raise ValueError(f"`observed` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
-    return _count(mask.reshape(rows, -1), graph, graph.edges, order, seen)
+    return _count(mask[:, None] if mask.ndim == 1 else mask, graph, graph.edges, order, seen)
+
+
+def _booleans(name: str, given: Any) -> np.ndarray:
+    """True where an entry is not 0; NaN, which is neither, is refused."""
+    array = real_array(name, given)
+    if array.dtype.kind == "f" and np.isnan(array).any():
+        raise ValueError(f"`{name}` says true or false, given {int(np.isnan(array).sum())} NaN")
+    return array.astype(bool)
 
 
 def _count(mask: np.ndarray, graph: Graph, edges: np.ndarray, order: int, seen: np.ndarray | None) -> int:

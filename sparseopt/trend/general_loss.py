@@ -35,7 +35,7 @@ from sparseopt.trend.preparation import (
     on_rows,
     vanishes,
 )
-from sparseopt.trend.start import null_space_dual, warm_start_of
+from sparseopt.trend.start import null_space_dual, start_point, warm_start_of
 
 LOSSES: dict[str, ScalarLoss] = {
     "poisson": PoissonLoss(),
@@ -143,7 +143,8 @@ def fit_loss(signal: Signal, graph: Graph, penalty: Any, order: int, loss: Scala
         return dataclasses.replace(found, value=found.value.reshape(signal.shape), status=status)
     value, objective, gap = _finish(problem, found, solver.anchor, x)
     status = jnp.where((found.status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, found.status)
-    status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status).astype(jnp.int32)
+    status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status)
+    status = jnp.where(jnp.isnan(gap) | jnp.isnan(objective), Status.NONFINITE, status).astype(jnp.int32)
     return dataclasses.replace(
         found, value=value.reshape(signal.shape), status=status, residual=gap, objective=objective, gap=gap
     )
@@ -325,7 +326,7 @@ def _warm(
     Raises:
         ValueError: if its dual does not fit.
     """
-    x = laid_out(np.asarray(warm_start.value).reshape(signal.values.shape))
+    x = laid_out(start_point(warm_start, signal))
     start, state = warm_start_of(x, warm_start, ready, rho), warm_start.state
     if not isinstance(state, LossAdmmState):
         return LossStart(x, start.dual)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
@@ -19,9 +20,13 @@ from sparseopt.core.grouping import (
     grid_edges,
     grid_groups,
     grid_sums,
+    grid_sums_side,
     matrix_sums,
 )
 from sparseopt.core.operators import EdgeBase, GridBase, edge_base
+from sparseopt.trend.checks import whole_number
+from sparseopt.trend.edges import checked_adjacency, checked_edges, grid_shape, require_positive
+from sparseopt.trend.memory import require_matrix_memory, require_memory
 
 T = TypeVar("T")
 
@@ -50,6 +55,15 @@ class Graph:
     shape: tuple[int, ...] | None = None
     nodes: tuple[Hashable, ...] | None = None
 
+    def __post_init__(self) -> None:
+        """See that a signal on the graph has room in memory.
+
+        Raises:
+            ValueError: if not.
+        """
+        what = f"one signal on a graph of {self.num_nodes:,} nodes"
+        require_memory(8 * self.num_nodes, what, "take a smaller graph, or a part of it")
+
     def __repr__(self) -> str:
         """What kind of graph, how large."""
         if self.shape is not None:
@@ -69,16 +83,18 @@ class Graph:
         """A grid of 1, 2 or 3 dimensions: each node joined to its neighbours along the axes.
 
         Raises:
-            ValueError: for another number of dimensions or an axis shorter than 1.
+            ValueError: for another number of dimensions, an axis that is no whole number of at least 1, or a grid so
+                large that one signal would not fit in the memory of the machine.
 
         Example:
             >>> so.Graph.grid((2, 2)).edges.tolist()
             [[0, 2], [1, 3], [0, 1], [2, 3]]
         """
-        sizes = tuple(int(n) for n in shape)
-        if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
-            raise ValueError(f"a grid has 1 to 3 axes of at least one node, given the shape {sizes}")
-        return cls(int(np.prod(sizes)), None, shape=sizes)
+        given = tuple(shape) if np.iterable(shape) else ()
+        if not 1 <= len(given) <= 3:
+            raise ValueError(f"a grid has 1 to 3 axes of at least one node, as in (480, 640); given {shape!r}")
+        sizes = tuple(whole_number(f"axis {i} of a grid of 1 to 3 axes", n, 1) for i, n in enumerate(given))
+        return cls(math.prod(sizes), None, shape=sizes)
 
     @classmethod
     def chain(cls, n: int) -> "Graph":
@@ -104,7 +120,7 @@ class Graph:
 
         Args:
             edges: integers `[m, 2]`.
-            num_nodes: n; None takes the largest number plus one. Nodes without an edge are kept.
+            num_nodes: n, at least 1; None takes the largest number plus one. Nodes without an edge are kept.
             weights: positive `[m]`, or None for ones.
             merge: drop self-loops and add up the weights of duplicates (which also counts repeated unweighted
                 edges) instead of raising.
@@ -118,7 +134,7 @@ class Graph:
             >>> so.Graph.from_edges([(0, 1), (1, 2), (1, 0)], merge=True).weights.tolist()
             [2.0, 1.0]
         """
-        pairs, count, level = _checked_edges(edges, num_nodes, weights)
+        pairs, count, level = checked_edges(edges, num_nodes, weights)
         loops = pairs[:, 0] == pairs[:, 1]
         if loops.any() and not merge:
             first = int(np.argmax(loops))
@@ -139,33 +155,27 @@ class Graph:
             merged = np.bincount(owner, weights=np.ones(keys.size) if level is None else level)
             kept = ~loops[first_place]
             pairs, level = pairs[first_place][kept], merged[kept]
+            require_positive(level)  # a sum of finite weights may be infinite
             if np.all(level == 1):
                 level = None
         if nodes is not None and len(nodes) != count:
             raise ValueError(f"{count} nodes need as many names, given {len(nodes)}")
-        return cls(count, pairs, level, None if level is not None else _grid_shape(pairs, count), _names(nodes))
+        return cls(count, pairs, level, None if level is not None else grid_shape(pairs, count), _names(nodes))
 
     @classmethod
     def from_scipy(cls, adjacency: Any, *, merge: bool = False) -> "Graph":
         """A graph from a symmetric sparse (or dense) adjacency matrix; its entries are the weights.
 
         Raises:
-            ValueError: if it is not square and symmetric, has a diagonal (unless `merge`), or entries that are
-                not positive and finite.
+            ValueError: if it holds no real numbers, is not square and symmetric, has a diagonal (unless `merge`), or
+                entries that are not positive and finite.
 
         Example:
             >>> graph = so.Graph.from_scipy(np.array([[0, 2], [2, 0]]))
             >>> graph.edges.tolist(), graph.weights.tolist()
             ([[0, 1]], [2.0])
         """
-        matrix = sparse.coo_array(adjacency)
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"an adjacency matrix is square, given the shape {matrix.shape}")
-        matrix.sum_duplicates()
-        matrix.eliminate_zeros()
-        apart = abs(matrix - matrix.T)
-        if apart.nnz and not apart.max() <= 1e-12 * abs(matrix).max():
-            raise ValueError("an undirected graph needs a symmetric adjacency matrix; pass (A + A.T) / 2 or A + A.T")
+        matrix = checked_adjacency(adjacency)
         upper = matrix.row < matrix.col
         diagonal = matrix.row == matrix.col
         if diagonal.any() and not merge:
@@ -174,7 +184,7 @@ class Graph:
                 f"{int(matrix.row[diagonal][0])}; merge=True drops them"
             )
         edges = np.stack([matrix.row[upper], matrix.col[upper]], axis=1)
-        level = np.asarray(matrix.data[upper], float)
+        level = matrix.data[upper]
         return cls.from_edges(edges, matrix.shape[0], None if np.all(level == 1) else level)
 
     @classmethod
@@ -185,15 +195,21 @@ class Graph:
             graph: undirected; a multigraph only with `merge`.
             weight: the edge attribute that holds weights, 1 where absent; None ignores it.
             merge: as in `from_edges`.
+
+        Raises:
+            TypeError: if it is no networkx graph.
+            ValueError: if it is directed, or by what `from_edges` refuses.
         """
+        if not hasattr(graph, "is_directed"):
+            raise TypeError(f"from_networkx takes a networkx.Graph, given {type(graph).__name__}")
         if graph.is_directed():
             raise ValueError("the trend filter needs an undirected graph; pass graph.to_undirected()")
         nodes = list(graph.nodes)
         place = {node: index for index, node in enumerate(nodes)}
         listed = list(graph.edges(data=weight, default=1) if weight else graph.edges(data=False))
         edges = np.array([(place[edge[0]], place[edge[1]]) for edge in listed], np.int64).reshape(-1, 2)
-        level = np.array([edge[2] for edge in listed], float) if weight else None
-        if level is not None and np.all(level == 1):
+        level = [edge[2] for edge in listed] if weight else None
+        if level is not None and all(value == 1 for value in level):
             level = None
         return cls.from_edges(edges, len(nodes), level, merge=merge, nodes=nodes)
 
@@ -261,6 +277,7 @@ class Graph:
             >>> so.Graph.chain(3).matrix(2).toarray().tolist()  # the Laplacian
             [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
         """
+        require_matrix_memory(self.edges, self.num_nodes, order)
         return difference_matrix(self.edges, self.num_nodes, self.weights, order, from_edges)
 
     def row_layout(self, values: np.ndarray, order: int) -> np.ndarray:
@@ -284,6 +301,10 @@ class Graph:
 
         def build() -> Sums:
             if self.shape is not None:
+                side = grid_sums_side(order)
+                small = tuple(min(n, side) for n in self.shape)
+                if order > 2:
+                    require_matrix_memory(grid_edges(small), math.prod(small), order)
                 return grid_sums(self.shape, order, from_edges)
             if order in (1, 2) and not from_edges:
                 return edge_sums(self.edges, self.num_nodes, self.weights, order)
@@ -337,54 +358,3 @@ class Graph:
 
 def _names(nodes: Sequence[Hashable] | None) -> tuple[Hashable, ...] | None:
     return None if nodes is None else tuple(nodes)
-
-
-def _checked_edges(edges: Any, num_nodes: int | None, weights: Any) -> tuple[np.ndarray, int, np.ndarray | None]:
-    """Edges as int64 `[m, 2]`, the number of nodes, weights as float64 `[m]` or None."""
-    pairs = np.asarray(edges)
-    if pairs.size == 0:
-        pairs = np.zeros((0, 2), np.int64)
-    if pairs.ndim != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"edges have the shape [m, 2], given {pairs.shape}")
-    whole = pairs.dtype.kind in "iu" or (pairs.dtype.kind == "f" and np.all(pairs == np.floor(pairs)))
-    if not whole:
-        raise ValueError(f"edges are pairs of whole node numbers, given dtype {pairs.dtype}: {pairs[:1].tolist()} ...")
-    pairs = pairs.astype(np.int64)
-    count = int(pairs.max(initial=-1)) + 1 if num_nodes is None else int(num_nodes)
-    outside = (pairs < 0) | (pairs >= count)
-    if outside.any():
-        row = int(np.argmax(outside.any(axis=1)))
-        raise ValueError(
-            f"edge {row}, {tuple(int(v) for v in pairs[row])}, leaves the node numbers 0..{count - 1} "
-            f"({int(outside.any(axis=1).sum())} such edges); raise num_nodes or number nodes from 0"
-        )
-    if weights is None:
-        return pairs, count, None
-    level = np.asarray(weights, float)
-    if level.shape != (pairs.shape[0],):
-        raise ValueError(f"{pairs.shape[0]} edges need as many weights, given the shape {level.shape}")
-    wrong = ~(np.isfinite(level) & (level > 0))
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise ValueError(
-            f"edge weights are positive and finite, given {level[row]} at edge {row} ({int(wrong.sum())} such); "
-            "leave an edge of weight 0 out"
-        )
-    return pairs, count, level
-
-
-def _grid_shape(pairs: np.ndarray, count: int) -> tuple[int, ...] | None:
-    """The shape if the edges are those of a chain or a 2-D grid in row-major order, so that stencils serve."""
-    steps = np.abs(pairs[:, 1] - pairs[:, 0])
-    if count < 2 or steps.size == 0 or steps.min() != 1:
-        return None
-    width = int(steps.max())
-    shape = (count,) if width == 1 else (count // width, width)
-    if int(np.prod(shape)) != count:
-        return None
-    expected = grid_edges(shape)
-    if expected.shape != pairs.shape:
-        return None
-    low_high = np.sort(pairs, axis=1)
-    same = np.array_equal(np.sort(low_high @ [count, 1]), np.sort(expected @ [count, 1]))
-    return shape if same else None

@@ -6,8 +6,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparseopt.core.penalties import L1, GroupL2
+from sparseopt.core.penalties import L1, MCP, SCAD, GroupL2
+from sparseopt.trend.checks import real_array, whole_number
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.memory import FIT_COPIES, require_signal_memory
+
+# The entries of Δ^(order+1) are up to binomial(order + 1, half of it), on every graph with a long enough path or more;
+# from the next order on they are no longer exact in float64.
+MOST_ORDER = 55
+# The gap compares squares of residuals with those of the signal. So the squares of the signal must stand this far
+# above the smallest normal number: below, residuals vanish and every fit would be called exact.
+SQUARES_ABOVE_TINY = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,57 +34,85 @@ class Signal:
     shape: tuple[int, ...]
 
 
-def compute_dtype(y: Any, dtype: Any) -> np.dtype:
+def checked_graph(graph: Any) -> Graph:
+    """The graph.
+
+    Raises:
+        TypeError: if it is none of ours.
+    """
+    if not isinstance(graph, Graph):
+        raise TypeError(
+            f"the graph is a sparseopt.Graph, given {graph!r:.100}; "
+            "Graph.grid(shape), .chain(n), .from_edges, .from_scipy and .from_networkx make one"
+        )
+    return graph
+
+
+def compute_dtype(y: np.ndarray, dtype: Any) -> np.dtype:
     """float64 for float64 and integer signals, float32 for shorter floats, or what the caller asks for.
 
     Raises:
-        ValueError: for a dtype other than float32 and float64, or a signal that holds no real numbers.
+        ValueError: for a dtype other than float32 and float64.
     """
-    given = np.dtype(y.dtype)
     if dtype is None:
-        if given.kind in "iub":
-            return np.dtype(np.float64)
-        if given.kind != "f" and given.name != "bfloat16":
-            raise ValueError(f"a signal holds real numbers, given dtype {given}")
-        return np.dtype(np.float64 if given.itemsize >= 8 else np.float32)
-    wanted = np.dtype(dtype)
+        return np.dtype(np.float64 if y.dtype.kind in "iub" or y.dtype.itemsize >= 8 else np.float32)
+    try:
+        wanted = np.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"dtype must be float32 or float64, given {dtype!r}") from error
     if wanted not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise ValueError(f"dtype must be float32 or float64, given {wanted}")
     return wanted
 
 
-def checked_signal(y: Any, graph: Graph, node_weights: Any, missing: str, dtype: Any) -> Signal:
+def checked_signal(
+    y: Any, graph: Graph, node_weights: Any, missing: str, dtype: Any, copies: int = FIT_COPIES
+) -> Signal:
     """The signal, its weights and the caller's shape.
 
+    Args:
+        y: the caller's.
+        graph: the caller's.
+        node_weights: the caller's.
+        missing: the caller's.
+        dtype: the caller's.
+        copies: how many arrays like the signal the work takes at least.
+
     Raises:
-        ValueError: on a length that does not fit the graph, non-finite values, weights that are negative,
-            non-finite or of the wrong shape, an unknown `missing`, or a component without an observation.
+        TypeError: for a graph that is none.
+        ValueError: on a signal that holds no real numbers, a length that does not fit the graph, non-finite values,
+            values whose squares no float of the dtype holds, weights that are negative, non-finite or of the wrong
+            shape, an unknown `missing`, a component without an observation, or too little memory.
     """
-    y = np.asarray(y)
+    graph, y = checked_graph(graph), real_array("a signal", y)
     kind = compute_dtype(y, dtype)
     shape = y.shape
     if graph.shape is not None and y.shape[: len(graph.shape)] == graph.shape and y.ndim <= len(graph.shape) + 1:
         flat = y.reshape(graph.num_nodes, *y.shape[len(graph.shape) :])
     else:
         flat = y
-    if flat.ndim not in (1, 2) or flat.shape[0] != graph.num_nodes:
+    if flat.ndim not in (1, 2) or flat.shape[0] != graph.num_nodes or flat.size == 0:
         grid = "" if graph.shape is None else f" or {graph.shape}, with or without a channel axis"
         raise ValueError(
             f"the graph has {graph.num_nodes} nodes, so the signal has the shape [{graph.num_nodes}] or "
             f"[{graph.num_nodes}, channels]{grid}; given {y.shape}"
         )
-    if missing not in ("error", "nan"):
+    if not (isinstance(missing, str) and missing in ("error", "nan")):
         raise ValueError(f'missing must be "error" or "nan", given {missing!r}')
-    values = flat.astype(kind)
+    require_signal_memory(flat.shape, kind, copies)
+    weights = _checked_weights(node_weights, graph)
+    if np.isinf(flat).any():
+        raise ValueError(
+            f'the signal has {int(np.isinf(flat).sum())} infinite values; mark missing ones by NaN and missing="nan"'
+        )
+    with np.errstate(over="ignore"):
+        values = flat.astype(kind)
     absent = np.isnan(values).reshape(graph.num_nodes, -1)
-    if np.isinf(values).any():
-        raise ValueError(f"the signal has {int(np.isinf(values).sum())} infinite values")
     if absent.any() and missing == "error":
         raise ValueError(
             f'the signal has {int(absent.sum())} NaN of {values.size} values; missing="nan" fills them in from '
             "their neighbours"
         )
-    weights = _checked_weights(node_weights, graph.num_nodes)
     if absent.any():
         partly = absent.any(axis=1) & ~absent.all(axis=1)
         if partly.any():
@@ -91,15 +128,21 @@ def checked_signal(y: Any, graph: Graph, node_weights: Any, missing: str, dtype:
             _require_observations(weights, graph)
             seen = (weights > 0).reshape((-1,) + (1,) * (values.ndim - 1))
             values = np.where(seen, values, 0)
+    _require_squares(values, weights, kind)
     return Signal(values, None if weights is None else weights.astype(kind), shape)
 
 
-def _checked_weights(node_weights: Any, num_nodes: int) -> np.ndarray | None:
+def _checked_weights(node_weights: Any, graph: Graph) -> np.ndarray | None:
     if node_weights is None:
         return None
-    weights = np.asarray(node_weights, np.float64).reshape(-1)
-    if weights.size != num_nodes:
-        raise ValueError(f"{num_nodes} nodes need as many node weights, given {weights.size}")
+    weights = real_array("node weights", node_weights).astype(np.float64)
+    if weights.shape not in ((graph.num_nodes,), graph.shape):
+        grid = "" if graph.shape is None else f" or {graph.shape}"
+        raise ValueError(
+            f"{graph.num_nodes} nodes need as many node weights, [{graph.num_nodes}]{grid}, given "
+            f"{weights.size if weights.ndim == 1 else f'the shape {weights.shape}'}"
+        )
+    weights = weights.reshape(-1)
     wrong = ~(np.isfinite(weights) & (weights >= 0))
     if wrong.any():
         node = int(np.argmax(wrong))
@@ -108,6 +151,31 @@ def _checked_weights(node_weights: Any, num_nodes: int) -> np.ndarray | None:
             f"({int(wrong.sum())} such); 0 marks a missing observation"
         )
     return weights
+
+
+def _require_squares(values: np.ndarray, weights: np.ndarray | None, kind: np.dtype) -> None:
+    """Neither the sums of squares of the loss overflow, nor do single squares vanish."""
+    limits = np.finfo(kind)
+    largest = float(np.abs(values).max())
+    heaviest = 1.0 if weights is None else float(weights.max())
+    # A hundred leaves room for what a solver makes of the values on its way. All in float64, as roots.
+    root = largest * np.sqrt(heaviest)
+    high = float(np.sqrt(float(limits.max) / (100.0 * values.size)))
+    low = float(np.sqrt(float(limits.tiny) * SQUARES_ABOVE_TINY))
+    size = f"its largest value is {largest:.3g}" if np.isfinite(largest) else "its largest value is beyond that"
+    if heaviest != 1:
+        size += f", times the root of the largest node weight {root:.3g}"
+    wider = "" if kind == np.float64 else ", or take dtype=np.float64"
+    if not max(root, largest) <= high:
+        raise ValueError(
+            f"squares of this signal overflow {kind}: {size}, where {high:.3g} is the most; divide signal and penalty "
+            f"weight by one number{wider}"
+        )
+    if largest > 0 and root < low:
+        raise ValueError(
+            f"squares of this signal vanish in {kind}: {size}, where {low:.3g} is the least; multiply signal and "
+            f"penalty weight by one number{wider}"
+        )
 
 
 def _require_observations(weights: np.ndarray, graph: Graph) -> None:
@@ -125,11 +193,9 @@ def checked_order(order: Any) -> int:
     """The order as an int.
 
     Raises:
-        ValueError: if it is negative or not an integer.
+        ValueError: if it is negative, not an integer, or so high that differences are no longer exact.
     """
-    if int(order) != order or order < 0:
-        raise ValueError(f"order is an integer >= 0 (0: piecewise constant, 1: piecewise linear, ...), given {order}")
-    return int(order)
+    return whole_number("order", order, 0, MOST_ORDER, "0: piecewise constant, 1: piecewise linear, ...")
 
 
 def checked_block(block: Any, order: int) -> int:
@@ -140,34 +206,40 @@ def checked_block(block: Any, order: int) -> int:
     """
     if block is None:
         return order + 1
-    if int(block) != block or not 1 <= block <= order + 1:
-        raise ValueError(f"B lies in 1..order+1 = 1..{order + 1}, given {block}; B = 0 is method='admm'")
-    return int(block)
+    return whole_number("B", block, 1, order + 1, "up to order + 1; B = 0 is method='admm'")
 
 
-def checked_penalty(penalty: Any, channels: int | None, rows: int | None = None) -> Any:
+def checked_penalty(penalty: Any, channels: int | None, kind: np.dtype, rows: int | None = None) -> Any:
     """The penalty, with finite parameters and a weight that is not negative.
 
     Args:
         penalty: the penalty.
         channels: of the signal, None without a channel axis.
+        kind: dtype of the computation.
         rows: where L1 may have a weight for each of so many rows; None allows one number only.
 
     Raises:
-        TypeError: if it has no `value` and `prox`.
-        ValueError: for a weight that is negative, not finite or of another shape, or a channel penalty without
-            channels.
+        TypeError: if it has no `value` and `prox`, is a class, or no pytree.
+        ValueError: for a parameter out of its range or of another shape, or a channel penalty without channels.
     """
-    if not (hasattr(penalty, "value") and hasattr(penalty, "prox")):
+    if isinstance(penalty, type) or not (hasattr(penalty, "value") and hasattr(penalty, "prox")):
         raise TypeError(f"a penalty has `value` and `prox`, such as sparseopt.L1(10.0); given {penalty!r}")
+    if any(leaf is penalty for leaf in jax.tree.leaves(penalty)):
+        # No program could be compiled for it.
+        raise TypeError(f"a penalty is a pytree, made so by the decorator sparseopt.pytree; given {penalty!r}")
     if isinstance(penalty, GroupL2) and channels is None:
         raise ValueError("GroupL2 couples the channels of a signal [n, channels]; this one has none: use L1")
-    check_parameters(penalty, rows)
+    check_parameters(penalty, kind, rows)
     return penalty
 
 
-def check_parameters(penalty: Any, rows: int | None = None) -> None:
+def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> None:
     """See that the numbers of a penalty are finite and its weight is not negative and has its shape.
+
+    Args:
+        penalty: the penalty.
+        kind: dtype of the computation.
+        rows: as in `checked_penalty`.
 
     Raises:
         ValueError: if not.
@@ -176,17 +248,38 @@ def check_parameters(penalty: Any, rows: int | None = None) -> None:
         number = np.asarray(leaf).dtype.kind in "biuf"
         if number and not np.all(np.isfinite(np.asarray(leaf))):
             raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
-    weight = getattr(penalty, "weight", None)
-    if weight is not None:
-        if np.ndim(weight) != 0 and not (rows is not None and isinstance(penalty, L1)):
-            raise ValueError(
-                f"the penalty's weight is one number here, given the shape {np.shape(weight)}; L1 in `trend_filter` "
-                "takes a weight for every difference, and a graph takes weights of edges"
-            )
-        if np.ndim(weight) != 0 and np.shape(weight) != (rows,):
-            raise ValueError(
-                f"the weight of L1 is one number, or one for each of the {rows} rows of graph.matrix(order + 1), "
-                f"given the shape {np.shape(weight)}"
-            )
-        if np.min(weight) < 0:
-            raise ValueError(f"the penalty's weight must not be negative, given {np.min(weight)}")
+    if isinstance(penalty, MCP) and not np.all(real_array("the gamma of MCP", penalty.gamma) > 0):
+        raise ValueError(f"MCP flattens out at gamma times its weight: gamma is positive, given {penalty}")
+    if isinstance(penalty, SCAD) and not np.all(real_array("the a of SCAD", penalty.a) > 2):
+        raise ValueError(f"SCAD is defined for a > 2, given {penalty}")
+    if not hasattr(penalty, "weight"):
+        return
+    weight = np.asarray(real_array("the penalty's weight", penalty.weight), np.float64)
+    if weight.ndim != 0 and not (rows is not None and isinstance(penalty, L1)):
+        raise ValueError(
+            f"the penalty's weight is one number here, given the shape {weight.shape}; L1 in `trend_filter` "
+            "takes a weight for every difference, and a graph takes weights of edges"
+        )
+    if weight.ndim != 0 and weight.shape != (rows,):
+        raise ValueError(
+            f"the weight of L1 is one number, or one for each of the {rows} rows of graph.matrix(order + 1), "
+            f"given the shape {weight.shape}"
+        )
+    if weight.min(initial=0) < 0:
+        raise ValueError(f"the penalty's weight must not be negative, given {weight.min()}")
+    require_representable(weight, kind)
+
+
+def require_representable(weight: np.ndarray, kind: np.dtype) -> None:
+    """See that weights of a penalty neither overflow nor vanish in the dtype of the computation.
+
+    Raises:
+        ValueError: if one does.
+    """
+    limits = np.finfo(kind)
+    wrong = (weight > limits.max) | ((weight > 0) & (weight < limits.tiny))
+    if wrong.any():
+        raise ValueError(
+            f"the penalty's weight is 0 or from {limits.tiny:.3g} to {limits.max:.3g} in {kind}, given "
+            f"{float(weight[wrong].flat[0]):.3g}"
+        )

@@ -26,6 +26,7 @@ from scipy.sparse import linalg
 
 from sparseopt.core.grouping import edge_grid, grid_edges
 from sparseopt.core.penalties import L1
+from sparseopt.trend.checks import positive_number
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.freedom import edge_rows
 from sparseopt.trend.graph import Graph
@@ -85,8 +86,7 @@ def largest_weight(
         [1.5, 1.5, 1.5, 1.5]
     """
     k = checked_order(order)
-    if not tol > 0:
-        raise ValueError(f"tol must be positive, given {tol}")
+    tol = positive_number("tol", tol)
     found = null_fit(checked_signal(y, graph, node_weights, missing, np.float64), graph, k, tol)
     # Another channel may hide a wide interval.
     upper, lower = float(found.weight.max()), float(found.lower.max())

@@ -10,6 +10,7 @@ from sparseopt.trend.filter import precision
 from sparseopt.trend.freedom import edge_rows
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_order, checked_signal
+from sparseopt.trend.memory import PLAIN_COPIES
 
 # The median of |x| for a standard normal x.
 NORMAL_MEDIAN = 0.6744897501960817
@@ -42,7 +43,7 @@ def noise_level(y: Any, graph: Graph, order: int = 0, node_weights: Any = None, 
         True
     """
     k = checked_order(order)
-    return signal_noise(checked_signal(y, graph, node_weights, missing, np.float64), graph, k)
+    return signal_noise(checked_signal(y, graph, node_weights, missing, np.float64, PLAIN_COPIES), graph, k)
 
 
 def signal_noise(signal: Signal, graph: Graph, order: int) -> float:

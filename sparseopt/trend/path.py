@@ -13,14 +13,16 @@ import numpy as np
 
 from sparseopt.core.penalties import L1, MCP, SCAD, GroupL2
 from sparseopt.core.solve import Solution, Status
+from sparseopt.trend.checks import is_positive, positive_number, real_array, whole_number
 from sparseopt.trend.filter import precision
 from sparseopt.trend.freedom import freedom_of_rows
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import Signal, checked_order, checked_penalty, checked_signal
+from sparseopt.trend.inputs import Signal, checked_order, checked_penalty, checked_signal, require_representable
 from sparseopt.trend.largest_weight import NullFit, null_fit
 from sparseopt.trend.levels import descend
+from sparseopt.trend.memory import require_memory
 from sparseopt.trend.noise import signal_noise
-from sparseopt.trend.options import METHODS
+from sparseopt.trend.options import MOST_STEPS, checked_method
 
 # The first weight of a path is known to this accuracy; nobody can tell the difference, and it costs a tenth.
 FIRST_WEIGHT_TOL = 1e-2
@@ -163,16 +165,17 @@ def trend_path(
         [0.18, 0.18, 0.18, 4.82, 4.82, 4.82]
     """
     k = checked_order(order)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
+    checked_method(method)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
     template = _checked_template(penalty, signal)
-    if not (tol > 0 and max_steps >= 1 and num >= 1 and 0 < ratio < 1):
-        raise ValueError(
-            "tol, max_steps and num must be positive and ratio in (0, 1), given "
-            f"tol={tol}, max_steps={max_steps}, num={num}, ratio={ratio}"
-        )
-    given = None if weights is None else _checked_levels(weights)
+    tol, max_steps = positive_number("tol", tol), whole_number("max_steps", max_steps, 1, MOST_STEPS)
+    if not (is_positive(ratio) and ratio < 1):
+        raise ValueError(f"ratio, the last weight over the first, lies in (0, 1), given {ratio!r}")
+    given = None if weights is None else _checked_levels(weights, signal.values.dtype)
+    num = whole_number("num", num, 1) if given is None else len(given)
+    # The fits on their way from the device, and as one array.
+    needed, what = 2 * num * signal.values.nbytes, f"a path of {num:,} fits of {signal.values.size:,} values"
+    require_memory(needed, what, "take fewer weights, or single fits")
     if graph.num_edges == 0:
         raise ValueError("the graph has no edges, so every weight gives the same fit, the signal itself")
     first = None
@@ -210,23 +213,23 @@ def trend_path(
 
 
 def _checked_template(penalty: Any, signal: Signal) -> Any:
-    template = penalty(1.0) if isinstance(penalty, type) else penalty
-    fields: Any = dataclasses.fields(template) if dataclasses.is_dataclass(template) else ()
+    fields: Any = dataclasses.fields(penalty) if dataclasses.is_dataclass(penalty) else ()
     if "weight" not in [field.name for field in fields]:
         raise TypeError(
             f"a path replaces the penalty's `weight`, a field of a dataclass as in sparseopt.L1(1.0); given {penalty!r}"
         )
-    template = dataclasses.replace(template, weight=1.0)
-    return checked_penalty(template, signal.values.shape[1] if signal.values.ndim == 2 else None)
+    template = penalty(1.0) if isinstance(penalty, type) else dataclasses.replace(penalty, weight=1.0)
+    return checked_penalty(template, signal.values.shape[1] if signal.values.ndim == 2 else None, signal.values.dtype)
 
 
-def _checked_levels(weights: Any) -> np.ndarray:
-    levels = np.asarray(weights, np.float64)
+def _checked_levels(weights: Any, kind: np.dtype) -> np.ndarray:
+    levels = real_array("weights", weights).astype(np.float64)
     if levels.ndim != 1 or levels.size == 0:
         raise ValueError(f"weights are a row of at least one number, given the shape {levels.shape}")
     wrong = ~(np.isfinite(levels) & (levels > 0))
     if wrong.any():
         raise ValueError(f"weights are positive and finite, given {levels[wrong][0]} ({int(wrong.sum())} such)")
+    require_representable(levels, kind)
     return np.sort(levels)[::-1]
 
 

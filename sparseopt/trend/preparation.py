@@ -145,7 +145,8 @@ def judged(problem: Problem, x: jax.Array, dual: jax.Array) -> tuple[jax.Array, 
     objective = loss.value(x) + penalty.value(rows)
     slack = loss.slack(x, split.rmv(dual)) + total(penalty.slack(rows, dual))
     gap = jnp.where(slack < objective, slack / jnp.maximum(objective - slack, jnp.finfo(x.dtype).tiny), jnp.inf)
-    return objective, jnp.where(slack == 0, 0, gap)
+    # Neither loss nor penalty is ever negative, so an objective of 0 needs no dual.
+    return objective, jnp.where((slack == 0) | (objective == 0), 0, gap)
 
 
 class Finished(NamedTuple):
@@ -183,7 +184,9 @@ def finished(problem: Problem, found: Solution, shift: jax.Array, means: jax.Arr
     objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
     # The mean comes back in working precision; what that costs is part of the answer.
     status = jnp.where((status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, status)
-    status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status).astype(jnp.int32)
+    status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status)
+    # The shift, the means or a penalty of a user's own may overflow where the centred problem did not.
+    status = jnp.where(jnp.isnan(gap) | ~jnp.isfinite(objective), Status.NONFINITE, status).astype(jnp.int32)
     return Finished(jnp.where(take, means, x), status, gap, objective, gap)
 
 

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.penalties import L1
-from sparseopt.core.solve import Solution
+from sparseopt.core.solve import Solution, Status
+from sparseopt.trend.checks import positive_number, real_array, whole_number
 from sparseopt.trend.filter import precision, trend_filter
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import check_parameters, checked_order, compute_dtype
+from sparseopt.trend.inputs import check_parameters, checked_graph, checked_order, compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Reweighted:
     weights: np.ndarray
     objectives: np.ndarray
     settled: bool
+
+    @property
+    def status(self) -> Status:
+        """STATIONARY if the rounds settled, MAX_STEPS if they were used up before; each round's problem converged."""
+        return Status.STATIONARY if self.settled else Status.MAX_STEPS
 
     @property
     def value(self) -> np.ndarray:
@@ -74,9 +80,8 @@ def reweighted_trend_filter(
         >>> so.reweighted_trend_filter(y, so.Graph.chain(6), so.MCP(0.9)).value.round(2).tolist()
         [1.0, 1.0, 1.0, 5.0, 5.0, 5.0]
     """
-    k = checked_order(order)
-    y = np.asarray(y)
-    if not (hasattr(penalty, "slope") and hasattr(penalty, "value")):
+    k, graph, y = checked_order(order), checked_graph(graph), real_array("a signal", y)
+    if isinstance(penalty, type) or not (hasattr(penalty, "slope") and hasattr(penalty, "value")):
         raise TypeError(
             f"a concave penalty has `value` and `slope`, the derivative in |x|, as sparseopt.MCP(1.0) has; given "
             f"{penalty!r}"
@@ -86,10 +91,9 @@ def reweighted_trend_filter(
             f"the rows of one signal get weights of their own, so the signal has the shape [{graph.num_nodes}]"
             f"{'' if graph.shape is None else f' or {graph.shape}'}; given {y.shape}: fit channels one by one"
         )
-    check_parameters(penalty)
-    if not (rounds >= 1 and tol > 0):
-        raise ValueError(f"rounds and tol must be positive, given rounds={rounds}, tol={tol}")
+    rounds, tol = whole_number("rounds", rounds, 1), positive_number("tol", tol)
     kind = compute_dtype(y, options.get("dtype"))
+    check_parameters(penalty, kind)
     matrix = graph.matrix(k + 1)
 
     def slope_of(rows: np.ndarray) -> np.ndarray:

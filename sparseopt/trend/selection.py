@@ -30,6 +30,7 @@ import numpy as np
 
 from sparseopt.core.penalties import L1
 from sparseopt.core.solve import Status
+from sparseopt.trend.checks import is_positive, whole_number
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_signal
 from sparseopt.trend.path import TrendPath, trend_path
@@ -82,7 +83,9 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
             goes to 0; on a path that comes near the signal itself give it a sigma, such as `path.noise`.
 
     Raises:
+        TypeError: for what is no path.
         ValueError: for another criterion, or a sigma that is not positive.
+        RuntimeError: if a level of the path ended in values that are not finite, so that it cannot be compared.
 
     Example:
         >>> from sparseopt.trend.path import trend_path
@@ -93,11 +96,14 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
         >>> bool(np.mean((best.value - clean) ** 2) < 0.2)
         True
     """
+    if not isinstance(path, TrendPath):
+        raise TypeError(f"select takes a TrendPath, as trend_path returns it, given {type(path).__name__}")
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
     if sigma is None and criterion == "sure":
         sigma = path.noise
-    if sigma is not None and not (math.isfinite(sigma) and sigma > 0):
+    _require_finite(path.statuses, "the path")
+    if sigma is not None and not is_positive(sigma):
         raise ValueError(
             f"sigma, the standard deviation of the noise, must be positive and finite, given {sigma} (the path's own "
             f"estimate is {path.noise:.4g}); give the one you know"
@@ -121,6 +127,15 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
         else:
             curve = rss / sigma**2 + price * freedom
     return Selection(path, criterion, curve, int(np.argmin(curve)), sigma)
+
+
+def _require_finite(statuses: np.ndarray, where: str) -> None:
+    broken = np.argwhere(statuses == Status.NONFINITE)
+    if broken.size:
+        raise RuntimeError(
+            f"{len(broken)} levels of {where} ended in values that are not finite, the first at {broken[0].tolist()}, "
+            f"so none can be called best: {Status.NONFINITE.advice}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +235,7 @@ def cross_validate(
     Raises:
         ValueError: for more folds than observed nodes, a component with one observed node (which no fold could
             predict), or what `trend_path` refuses.
+        RuntimeError: if a fit ended in values that are not finite.
 
     Example:
         >>> from sparseopt.trend.selection import cross_validate
@@ -234,6 +250,7 @@ def cross_validate(
     signal = checked_signal(y, graph, node_weights, missing, dtype)
     level = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
     held = random_folds(graph, level > 0, folds, seed)
+    folds = int(folds)
     path = trend_path(y, graph, penalty, order, node_weights=node_weights, missing=missing, dtype=dtype, **options)
     options = {**options, "weights": path.weights}
     errors, statuses = np.empty((folds, len(path))), np.empty((folds, len(path)), np.int32)
@@ -242,6 +259,7 @@ def cross_validate(
         fit = trend_path(signal.values, graph, penalty, order, node_weights=kept, dtype=dtype, **options)
         errors[fold] = _held_out_errors(fit, signal, level, held == fold)
         statuses[fold] = fit.statuses
+    _require_finite(statuses, "the folds (fold, level)")
     mean, spread = errors.mean(axis=0), errors.std(axis=0, ddof=1) / math.sqrt(folds)
     best = int(np.argmin(mean))
     simplest = int(np.argmax(mean <= mean[best] + spread[best]))
@@ -265,8 +283,9 @@ def random_folds(graph: Graph, observed: np.ndarray, folds: int, seed: int) -> n
         ValueError: for a number of folds that does not fit.
     """
     nodes = np.flatnonzero(observed)
-    if int(folds) != folds or not 2 <= folds <= nodes.size:
-        raise ValueError(f"folds is a whole number from 2 to the number of observed nodes, {nodes.size}, given {folds}")
+    if nodes.size < 2:
+        raise ValueError(f"two folds need two observed nodes, given {nodes.size}")
+    folds, seed = whole_number("folds", folds, 2, nodes.size, "of the observed nodes"), whole_number("seed", seed, 0)
     counts = np.bincount(graph.components[nodes], minlength=graph.num_components)
     if (counts == 1).any():
         alone = nodes[counts[graph.components[nodes]] == 1]

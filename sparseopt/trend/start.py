@@ -125,6 +125,20 @@ def exact_start(penalty: Any, centre: jax.Array) -> Start:
     return Start(answer, centre - answer)
 
 
+def start_point(solution: Solution, signal: Signal) -> np.ndarray:
+    """The value of an earlier solution in the shape of the signal's values.
+
+    Raises:
+        ValueError: if it has another size.
+    """
+    value = np.asarray(solution.value)
+    if value.size != signal.values.size:
+        raise ValueError(
+            f"warm_start needs a solution for a signal of the shape {signal.shape}, given one for {value.shape}"
+        )
+    return value.reshape(signal.values.shape)
+
+
 def warm_start_of(x: jax.Array, solution: Solution, ready: Prepared, rho: float | None) -> Start:
     """The start that continues an earlier solution at the point x.
 
@@ -133,8 +147,8 @@ def warm_start_of(x: jax.Array, solution: Solution, ready: Prepared, rho: float 
     """
     state = solution.state
     wanted = ready.split.row_shape(x)
-    if state is None or state.candidate.shape != wanted:
-        given = None if state is None else state.candidate.shape
+    given = getattr(getattr(state, "candidate", None), "shape", None)
+    if given != wanted:
         raise ValueError(
             f"warm_start needs a solution of the same graph and order whose dual has the shape {wanted}, given {given}"
         )

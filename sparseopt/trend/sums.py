@@ -22,8 +22,9 @@ from sparseopt.core.penalties import Norm, stacked
 from sparseopt.core.solve import Problem, Solution, solve
 from sparseopt.core.solvers.admm import Admm, Start, standard_split
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
+from sparseopt.trend.checks import whole_number
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import Signal, checked_order, checked_penalty
+from sparseopt.trend.inputs import MOST_ORDER, Signal, checked_penalty
 from sparseopt.trend.methods import ACCELERATION, Prepared
 from sparseopt.trend.options import SPLITTING_METHODS, Options
 from sparseopt.trend.preparation import (
@@ -38,7 +39,7 @@ from sparseopt.trend.preparation import (
     set_up,
     vanishes,
 )
-from sparseopt.trend.start import warm_start_of
+from sparseopt.trend.start import start_point, warm_start_of
 
 Terms = dict[int, Any]
 
@@ -49,25 +50,27 @@ def checked_terms(penalty: Any, signal: Signal, graph: Graph, order: int) -> Ter
     Raises:
         ValueError, TypeError: for an order below -1, an order beside the mapping, no penalty, or one that does not fit.
     """
-    channels = signal.values.shape[1] if signal.values.ndim == 2 else None
     if not isinstance(penalty, Mapping):
-        return {order: _checked_term(penalty, channels, graph, order)}
+        return {order: _checked_term(penalty, signal, graph, order)}
     if not penalty:
         raise ValueError("several penalties are keyed by their orders, as in {-1: L1(0.5), 0: L1(2.0)}; given none")
     if order:
         raise ValueError(
-            f"where penalties are keyed by their orders {sorted(penalty)}, leave order out; given order={order}"
+            f"where penalties are keyed by their orders {list(penalty)}, leave order out; given order={order}"
         )
     terms = {}
-    for key in sorted(penalty):
-        k = -1 if key == -1 else checked_order(key)
-        terms[k] = _checked_term(penalty[key], channels, graph, k)
-    strong = {k: term for k, term in terms.items() if not vanishes(term)}
+    for key, term in penalty.items():
+        k = whole_number("the order of each of several penalties", key, -1, MOST_ORDER, "-1: b itself")
+        terms[k] = _checked_term(term, signal, graph, k)
+    terms = dict(sorted(terms.items()))
+    # Without edges there are no differences.
+    strong = {k: term for k, term in terms.items() if not vanishes(term) and (graph.num_edges or k == -1)}
     return strong or {max(0, *terms): next(iter(terms.values()))}
 
 
-def _checked_term(penalty: Any, channels: int | None, graph: Graph, order: int) -> Any:
-    return checked_penalty(penalty, channels, graph.num_nodes if order % 2 else graph.num_edges)
+def _checked_term(penalty: Any, signal: Signal, graph: Graph, order: int) -> Any:
+    channels = signal.values.shape[1] if signal.values.ndim == 2 else None
+    return checked_penalty(penalty, channels, signal.values.dtype, graph.num_nodes if order % 2 else graph.num_edges)
 
 
 def is_sum(terms: Terms) -> bool:
@@ -116,7 +119,7 @@ def fit_sum(signal: Signal, graph: Graph, terms: Terms, options: Options) -> Sol
     centre = base.centred.center
     start = Start(centre, jnp.zeros(ready.split.row_shape(centre), kind))
     if warm_start is not None:
-        x = base.laid_out(np.asarray(warm_start.value).reshape(signal.values.shape) - base.shift)
+        x = base.laid_out(start_point(warm_start, signal) - base.shift)
         start = warm_start_of(x, warm_start, ready, rho)
     problem, level = Problem(base.centred, penalty, ready.split), jnp.asarray(options.tol, kind)
     limit = options.limit(solver.cadence)

@@ -102,8 +102,8 @@ def test_pictures_other_losses_and_missing_values(rng):
     [
         ({"penalty": so.L1(1.0)}, TypeError, "`value` and `slope`"),
         ({"y": np.zeros((60, 2))}, ValueError, r"shape \[60\] or \(60,\); given \(60, 2\): fit channels one by one"),
-        ({"rounds": 0}, ValueError, "given rounds=0"),
-        ({"tol": 0.0}, ValueError, "given rounds=10, tol=0.0"),
+        ({"rounds": 0}, ValueError, "rounds is a whole number of at least 1, given 0"),
+        ({"tol": 0.0}, ValueError, "tol must be positive and finite, given 0.0"),
         ({"penalty": so.MCP(-1.0)}, ValueError, "must not be negative, given -1.0"),
         ({"max_steps": 5, "rho": 1e-6}, RuntimeError, "MAX_STEPS"),
     ],

@@ -158,7 +158,7 @@ def test_folds_are_balanced_over_nodes_and_components(rng, folds):
 
 
 def test_impossible_folds_are_named(rng):
-    with pytest.raises(ValueError, match=r"from 2 to the number of observed nodes, 60, given 61"):
+    with pytest.raises(ValueError, match=r"from 2 to 60 .*given 61"):
         cross_validate(CLEAN, CHAIN, folds=61)
     with pytest.raises(ValueError, match="given 1"):
         cross_validate(CLEAN, CHAIN, folds=1)

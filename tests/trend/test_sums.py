@@ -166,7 +166,7 @@ BOTH = {-1: so.L1(1.0), 0: so.L1(1.0)}
     ("arguments", "match"),
     [
         ({"penalty": {}}, "keyed by their orders.*given none"),
-        ({"penalty": {-2: so.L1(1.0)}}, "order is an integer >= 0.*given -2"),
+        ({"penalty": {-2: so.L1(1.0)}}, "the order of each .* whole number from -1 .*given -2"),
         ({"penalty": BOTH, "order": 1}, r"keyed by their orders \[-1, 0\], leave order out; given order=1"),
         ({"penalty": BOTH, "B": 1}, "neither B nor loss, given B=1"),
         ({"penalty": BOTH, "loss": "poisson"}, "neither B nor loss"),

@@ -126,7 +126,8 @@ class Maiht:
 
         def better_of_both() -> tuple[Array, Array, Array, Array]:
             monitor = evaluate(state.u_current)
-            take = candidate[3] <= monitor[3]
+            # A NaN would lose every comparison and go unseen: it is taken, and ends the solve as NONFINITE.
+            take = (candidate[3] <= monitor[3]) | jnp.isnan(candidate[3])
             return jax.tree.map(lambda z, v: jnp.where(take, z, v), candidate, monitor)
 
         if self.monitor == "always":

@@ -35,8 +35,8 @@ def solve_mixed(problem: Problem, solver: Admm, start: Start, *, tol: Array, max
 
     The float32 solve ends at the tolerance, or where its gap comes near its rounding error. The steps of both count.
     """
-    brief = dataclasses.replace(solver, patience=PATIENCE, margin=math.inf, enough=HANDOVER)
     problem, solver, start = jax.tree.map(jnp.asarray, (problem, solver, start))
+    brief = dataclasses.replace(solver, patience=PATIENCE, margin=math.inf, enough=HANDOVER)
     first = solve(_short(problem), _short(brief), _short(start), tol=tol.astype(jnp.float32), max_steps=max_steps)
     # Squares of a signal of 1e30 are beyond float32.
     state = jax.lax.cond(

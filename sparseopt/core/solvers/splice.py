@@ -83,7 +83,8 @@ class Splice:
             mask=jnp.where(better, mask, state.mask),
             curvature=state.curvature,
             damping=jnp.where(better, state.damping, state.damping * DAMPING),
-            loss=jnp.where(better, loss, state.loss),
+            # An exchange whose loss is NaN was not rejected on its merits: the solve ends as NONFINITE.
+            loss=jnp.where(better | jnp.isnan(loss), loss, state.loss),
             swapped=jnp.where(better, swapped, 0).astype(x.dtype),
             rejected=jnp.where(better, 0, state.rejected + 1),
         )

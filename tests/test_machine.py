@@ -1,0 +1,86 @@
+"""What is known of the machine."""
+
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparseopt import machine
+from sparseopt.machine import available_memory_bytes, format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("8GiB", 8 * 2**30),
+        ("8 gib", 8 * 2**30),
+        ("1.5GB", 1_500_000_000),
+        ("800M", 800_000_000),
+        ("2Ti", 2**41),
+        ("512B", 512),
+        (4096, 4096),
+    ],
+)
+def test_amounts_are_read_as_people_write_them(text, nbytes):
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("given", ["", "8", "GiB", "-1GiB", "1e9B", "8GiBs", "0.1B", 0, -5, True, 1.5, None])
+def test_other_amounts_are_refused(given):
+    with pytest.raises(ValueError, match="is written like 8GiB"):
+        parse_bytes(given)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(0, "0.0 KiB"), (3000, "2.9 KiB"), (5 << 20, "5.0 MiB"), (3 << 30, "3.00 GiB")]
+)
+def test_amounts_are_written_so(nbytes, text):
+    assert format_bytes(nbytes) == text
+
+
+def test_available_memory_is_less_than_there_is():
+    total = sys.maxsize
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        total = int(meminfo.read_text().split("MemTotal:")[1].split()[0]) * 1024
+    assert 2**20 < available_memory_bytes() <= total
+
+
+def test_the_tighter_bound_counts(monkeypatch):
+    monkeypatch.setattr(machine, "_meminfo_available", lambda: 7)
+    monkeypatch.setattr(machine, "_control_group_left", lambda: 5)
+    assert available_memory_bytes() == 5
+    monkeypatch.setattr(machine, "_control_group_left", lambda: None)
+    assert available_memory_bytes() == 7
+
+
+def test_what_a_control_group_leaves(tmp_path, monkeypatch):
+    """The page cache that the kernel would give back counts as free; a limit of `max` is none."""
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 250\n")
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path)
+    assert machine._control_group_left() == 550
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine._control_group_left() is None
+    (tmp_path / "memory.max").unlink()
+    assert machine._control_group_left() is None
+
+
+def test_large_arrays_go_back_to_the_system_when_they_are_freed():
+    """On glibc: of arrays of 16 MiB, freed between others that stay, nothing is resident any longer."""
+    if not machine.return_freed_memory():
+        pytest.skip("SKIPPED: this C library has no such option")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    start, kept, freed = resident(), [], []
+    for _ in range(20):
+        freed.append(np.ones(2**21))
+        kept.append(np.ones(2**10))
+    assert resident() - start > 300 * 2**20
+    freed.clear()
+    assert resident() - start < 32 * 2**20

@@ -1,0 +1,161 @@
+"""Every front-end of the trend filter says how it ended, ends alike twice, and alike in float32 and float64."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparseopt as so
+
+GRID, CHAIN = so.Graph.grid((4, 5)), so.Graph.chain(20)
+SIGNAL = np.random.default_rng(6).standard_normal(20).round(3)
+STEPS = np.repeat([0.0, 5.0, 2.0, 3.0], 5) + 0.1 * SIGNAL
+TOL = 1e-5
+
+
+def fit(graph, penalty=None, order=1, method="auto", y=SIGNAL, **options):
+    penalty = so.L1(0.3) if penalty is None else penalty
+    return lambda kind: so.trend_filter(y.astype(kind), graph, penalty, order, method, tol=TOL, **options)
+
+
+# What returns a `Solution`, by the dtype of the signal.
+FITS = {
+    "doge": fit(GRID, method="doge"),
+    "admm": fit(GRID, method="admm"),
+    "interior": fit(GRID, method="interior"),
+    "sum": fit(GRID, {-1: so.L1(0.1), 0: so.L1(0.2)}, order=0),
+    "huber": fit(GRID, order=0, loss="huber"),
+    "missing": fit(GRID, order=0, method="doge", y=np.where(SIGNAL > 1, np.nan, SIGNAL), missing="nan"),
+    "mcp": fit(GRID, so.MCP(0.3), order=0, method="doge"),
+}
+# What returns something else: how it ended, and numbers to compare.
+OTHERS = {
+    "path": lambda kind: so.trend_path(SIGNAL.astype(kind), GRID, order=1, num=4, ratio=0.1, tol=TOL),
+    "cross_validate": lambda kind: so.cross_validate(
+        SIGNAL.astype(kind), CHAIN, weights=[1.0, 0.3], folds=2, tol=TOL, method="interior"
+    ),
+    "reweighted": lambda kind: so.reweighted_trend_filter(STEPS.astype(kind), CHAIN, so.MCP(0.3), tol=TOL),
+    "largest_weight": lambda kind: so.largest_weight(SIGNAL.astype(kind), GRID, 1),
+    "noise_level": lambda kind: so.noise_level(SIGNAL.astype(kind), GRID),
+    "estimator": lambda kind: so.GraphTrendFilter(1, 0.3, GRID, tol=TOL, method="doge").fit(
+        np.arange(20)[:, None], SIGNAL.astype(kind)
+    ),
+}
+
+
+def numbers(name, found):
+    """The numbers that a front-end found, and its statuses."""
+    if name in FITS:
+        return (found.value, found.gap, found.steps), [found.status]
+    if name == "path":
+        return (found.values, found.gaps, found.weights), found.statuses
+    if name == "cross_validate":
+        return (found.value, found.errors, found.folds), [*found.path.statuses, *found.statuses.reshape(-1)]
+    if name == "reweighted":
+        return (found.value, found.objectives, found.weights), [found.status, found.solution.status]
+    if name == "estimator":
+        return (found.fitted_values_, found.gap_, found.n_iter_), [found.solution_.status]
+    return (found,), []  # a number that is exact up to rounding or to its tolerance, or an error
+
+
+# The program of "doge" but for the weights and the prox.
+WIDE_ONLY = ("missing", "mcp")
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """All of them in float64, again, and in float32."""
+    calls = FITS | OTHERS
+    twice = [{name: jax.device_get(call(np.float64)) for name, call in calls.items()} for _ in range(2)]
+    return [*twice, {name: jax.device_get(call(np.float32)) for name, call in calls.items() if name not in WIDE_ONLY}]
+
+
+@pytest.mark.parametrize("name", [*FITS, *OTHERS])
+def test_two_runs_agree_to_the_last_bit_and_say_how_they_ended(runs, name):
+    (values, statuses), (again, same) = (numbers(name, run[name]) for run in runs[:2])
+    for one, other in zip(values, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(statuses, same)
+    good = (so.Status.CONVERGED, so.Status.STATIONARY)
+    assert all(so.Status(int(status)) in good for status in statuses)
+    assert bool(len(statuses)) == (name not in ("largest_weight", "noise_level"))
+
+
+def test_fits_of_two_compilations_agree_to_the_last_bit(runs):
+    jax.clear_caches()
+    again = jax.device_get(FITS["doge"](np.float64))
+    np.testing.assert_array_equal(again.value, runs[0]["doge"].value)
+    np.testing.assert_array_equal(again.gap, runs[0]["doge"].gap)
+
+
+@pytest.mark.parametrize("name", [name for name in FITS if name not in WIDE_ONLY])
+def test_fits_in_float32_and_float64_are_as_close_as_their_tolerance_says(runs, name):
+    wide, short = runs[0][name], runs[2][name]
+    assert short.value.dtype == np.float32
+    if name == "huber":  # not strongly convex: the objectives are close, the values near
+        assert float(short.objective) == pytest.approx(float(wide.objective), rel=2 * TOL)
+        np.testing.assert_allclose(short.value, wide.value, atol=0.05)
+    else:
+        far = 2 * np.sqrt(2 * TOL * float(wide.objective))
+        assert np.linalg.norm(short.value - wide.value) <= far
+
+
+def test_other_front_ends_agree_in_float32_and_float64(runs):
+    wide, short = runs[0], runs[2]
+    for objective, one, other in zip(wide["path"].objectives, wide["path"].values, short["path"].values, strict=True):
+        assert np.linalg.norm(one - other) <= 2 * np.sqrt(2 * TOL * objective)
+    assert wide["cross_validate"].index == short["cross_validate"].index
+    np.testing.assert_array_equal(wide["cross_validate"].folds, short["cross_validate"].folds)
+    np.testing.assert_allclose(short["cross_validate"].errors, wide["cross_validate"].errors, rtol=0.02)
+    np.testing.assert_allclose(short["reweighted"].value, wide["reweighted"].value, atol=0.02)
+    # These compute in float64 whatever they are given: only the rounding of the signal is left.
+    for name in ("largest_weight", "noise_level"):
+        assert short[name] == pytest.approx(wide[name], rel=1e-5)
+    np.testing.assert_allclose(short["estimator"].fitted_values_, wide["estimator"].fitted_values_, atol=1e-3)
+
+
+@so.pytree
+class Fragile:
+    """A penalty of a user's own whose prox is NaN once its step is no longer 1: when rho has changed."""
+
+    weight: Any
+
+    def value(self, x):
+        return jnp.nansum(self.weight * jnp.abs(x))
+
+    def prox(self, x, step):
+        return jnp.where(step == 1, so.L1(self.weight).prox(x, step), jnp.nan)
+
+
+def test_a_users_prox_that_returns_nan_on_the_way_is_named():
+    found = so.trend_filter(SIGNAL, GRID, Fragile(0.3), 0, "admm", rho=1.0)
+    assert so.Status(int(found.status)) is so.Status.NONFINITE
+    assert 10 <= int(found.steps) <= 20  # rho changes at step 10
+    with pytest.raises(RuntimeError, match="NONFINITE"):
+        found.check()
+
+
+def test_a_path_through_nan_says_so_and_nothing_is_chosen_from_it():
+    path = so.trend_path(SIGNAL, GRID, Fragile(1.0), weights=[1.0, 0.5], method="admm")
+    assert set(path.statuses) == {int(so.Status.NONFINITE)}
+    with pytest.raises(RuntimeError, match="NONFINITE"):
+        path.check()
+    with pytest.raises(RuntimeError, match="2 levels of the path ended in values that are not finite, the first at"):
+        so.select(path, "gcv")
+    with pytest.raises(RuntimeError, match="levels of the folds"):
+        so.cross_validate(SIGNAL, GRID, Fragile(1.0), weights=[1.0, 0.5], method="admm", folds=2)
+
+
+def test_an_estimator_raises_where_the_fit_is_not_finite():
+    model = so.GraphTrendFilter(graph=GRID, penalty=Fragile, method="admm")
+    with pytest.raises(RuntimeError, match="NONFINITE"):
+        model.fit(np.arange(20)[:, None], SIGNAL)
+
+
+def test_reweighting_says_whether_it_settled():
+    done = so.reweighted_trend_filter(STEPS, CHAIN, so.MCP(0.3))
+    assert (done.settled, done.status) == (True, so.Status.STATIONARY)
+    cut = so.reweighted_trend_filter(STEPS, CHAIN, so.MCP(0.3), rounds=1)
+    assert (cut.settled, cut.status) == (False, so.Status.MAX_STEPS)
