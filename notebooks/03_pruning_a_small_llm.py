@@ -30,7 +30,8 @@ import numpy as np
 from sparseopt.experiments import plots
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_layer, prune_model, token_windows
-from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.activations import make_batches
+from sparseopt.pruning.calibration import BlockRunner
 
 named = os.environ.get("SPARSEOPT_MODEL")
 path = Path(named) if named else bundled_model()

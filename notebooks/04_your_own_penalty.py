@@ -396,10 +396,11 @@ sweep:
 _ = Path("log-sum.yaml").write_text(CONFIG)
 
 # %% [markdown]
-# In a terminal the command is `sparseopt run log-sum.yaml`. From here:
+# A path in a config is imported, which runs its module. A config may come from a stranger, so this has to be allowed: in
+# a terminal the command is `sparseopt run log-sum.yaml --allow-code`. From here:
 
 # %%
-command = [sys.executable, "-m", "sparseopt", "run", "log-sum.yaml"]
+command = [sys.executable, "-m", "sparseopt", "run", "log-sum.yaml", "--allow-code"]
 plain = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"} | {"COLUMNS": "110"}
 shell = subprocess.run(command, env=plain, capture_output=True, text=True)
 print(shell.stdout, shell.stderr)

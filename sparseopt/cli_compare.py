@@ -1,11 +1,11 @@
 """Floor 8: the command `compare`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sparseopt.cli_experiments import AllowAll, AllowPackages, permitted
 from sparseopt.cli_prune import SOURCE_HELP, TEXT_HELP
 
 
@@ -38,6 +38,8 @@ def compare(
     weighting: Annotated[
         str, typer.Option(help="Tokens in the Grams: uniform, or residual by the residual stream's size.")
     ] = "uniform",
+    allow_code: AllowAll = False,
+    allow_package: AllowPackages = None,
 ) -> None:
     """Prune by several methods at several sparsities, and compare perplexity, errors, time and memory.
 
@@ -48,13 +50,14 @@ def compare(
     from sparseopt.experiments import comparison
     from sparseopt.experiments.task_prune import Prune
 
-    sys.path.append(str(Path.cwd()))  # a method of yours lies where `sparseopt run` would find it
+    allowed = permitted(allow_code, allow_package, Path.cwd())
     names, shares, patterns = comparison.read_lists(methods, sparsity, pattern)
     runs = comparison.build(
         source,
         names,
         shares,
         patterns,
+        allow_code=allowed,
         calibration=calibration,
         samples=samples,
         seqlen=seqlen,
@@ -76,7 +79,7 @@ def compare(
         raise typer.Exit(130) from None
     dense = runs[0].task
     assert isinstance(dense, Prune)
-    section = comparison.tabulate(planned, outcomes, output)
+    section = comparison.tabulate(planned, outcomes, output, allowed)
     written = comparison.write(section, dense, output)
     for line in comparison.head(section, dense):
         say(line)

@@ -6,6 +6,33 @@ from typing import Annotated
 
 import typer
 
+AllowAll = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Import whatever classes configs name by their path, also from here and from beside the config: runs "
+        "their modules. For configs that you trust.",
+    ),
+]
+AllowPackages = Annotated[
+    list[str] | None,
+    typer.Option("--allow-package", help="Import classes named by path from this installed package; repeatable."),
+]
+
+
+def permitted(allow_code: bool, packages: list[str] | None, *folders: Path) -> bool | list[str]:
+    """What a command may import for a config; with `--allow-code`, also from these folders.
+
+    The folders are searched then alone: a module beside a stranger's config could take the place of an optional
+    package that is not installed.
+    """
+    if not allow_code:
+        return packages or []
+    for folder in folders:
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+    return True
+
 
 def run(
     config: Annotated[Path, typer.Argument(help="Experiment file, as in configs/.")],
@@ -18,6 +45,8 @@ def run(
         bool, typer.Option("--dry-run", help="Show what would run and what it needs, and stop.")
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Repeat finished runs; their results are replaced.")] = False,
+    allow_code: AllowAll = False,
+    allow_package: AllowPackages = None,
 ) -> None:
     """Run an experiment or a sweep. Finished runs are kept, broken ones go on where they stopped."""
     from sparseopt import console_experiments as shown
@@ -25,9 +54,9 @@ def run(
     from sparseopt.experiments.config import load_config
     from sparseopt.experiments.sweep import check_all, parse_shard, plan, run_all, take_shard
 
-    _find_classes_in(Path.cwd(), config.resolve().parent)
+    allowed = permitted(allow_code, allow_package, Path.cwd(), config.resolve().parent)
     part = parse_shard(shard)
-    planned = plan(take_shard(load_config(config, overrides or ()), part), output)
+    planned = plan(take_shard(load_config(config, overrides or (), allow_code=allowed), part), output)
     if dry_run:
         console.print(shown.plan_table(planned))
         say(shown.plan_line(planned))
@@ -47,7 +76,7 @@ def run(
             + ", ".join(str(outcome.folder) for outcome in failed)
         )
     if planned:
-        _show([p.folder for p in planned])
+        _show([p.folder for p in planned], allowed)
         say(f"sparseopt report {output / planned[0].run.task.name} --output FOLDER writes this as files, with pictures")
 
 
@@ -56,31 +85,25 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="New folder for CSV, Parquet, Markdown, HTML and pictures.")
     ] = None,
+    allow_code: AllowAll = False,
+    allow_package: AllowPackages = None,
 ) -> None:
     """Gather finished runs into one table, and with --output into files and one page of plots."""
     from sparseopt.console import say
     from sparseopt.experiments.report import write_report
 
-    _find_classes_in(Path.cwd())
-    sections = _show(folders)
+    sections = _show(folders, permitted(allow_code, allow_package, Path.cwd()))
     if output is not None:
         for file in write_report(sections, output):
             say(f"wrote {file}")
 
 
-def _find_classes_in(*folders: Path) -> None:
-    """Classes that a config names by path lie where people keep them: here, or beside the config."""
-    for folder in folders:
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
-
-
-def _show(folders: list[Path]) -> list:
+def _show(folders: list[Path], allowed: bool | list[str]) -> list:
     from sparseopt.console import console, say
     from sparseopt.console_experiments import section_tables
     from sparseopt.experiments.report import gather
 
-    sections = gather(folders)
+    sections = gather(folders, allowed)
     for section in sections:
         for table in section_tables(section, console.width):
             console.print(table)

@@ -13,6 +13,7 @@ from sparseopt.console_experiments import section_tables
 from sparseopt.experiments.report import Row, Section
 
 TOY = "tests.experiments.toy.Toy"
+ALLOW = ("--allow-package", "tests")
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def config(tmp_path):
 
 
 def test_a_dry_run_shows_every_run_and_writes_nothing(tmp_path, config, command):
-    status, out, _ = command("run", config, "count=2", "--output", tmp_path / "runs", "--dry-run")
+    status, out, _ = command("run", config, *ALLOW, "count=2", "--output", tmp_path / "runs", "--dry-run")
     assert status == 0
     assert out.count("new") == 3
     assert f"3 runs, in {tmp_path / 'runs' / 'toy'}, 0 finished; time unknown on two cores" in out
@@ -34,15 +35,15 @@ def test_a_dry_run_shows_every_run_and_writes_nothing(tmp_path, config, command)
 def test_shards_together_do_the_sweep_and_the_report_gathers_it(tmp_path, config, command):
     output = tmp_path / "runs"
     for shard in ("1/2", "2/2"):
-        status, out, _ = command("run", config, "--output", output, "--shard", shard)
+        status, out, _ = command("run", config, *ALLOW, "--output", output, "--shard", shard)
         assert status == 0
         assert f"(shard {shard})" in out
     assert out.count("done") == 1
-    status, out, _ = command("run", config, "--output", output)
+    status, out, _ = command("run", config, *ALLOW, "--output", output)
     assert status == 0
     assert "3 runs, finished before" in out
     assert out.count("kept") == 3
-    status, out, _ = command("report", output, "--output", tmp_path / "report")
+    status, out, _ = command("report", output, *ALLOW, "--output", tmp_path / "report")
     assert status == 0
     assert "A toy" in out
     assert "3 ± 2.2" in out
@@ -50,29 +51,29 @@ def test_shards_together_do_the_sweep_and_the_report_gathers_it(tmp_path, config
 
 
 def test_mistakes_end_before_any_work_with_status_2(tmp_path, config, command):
-    status, _, err = command("run", config, "cuont=2", "--output", tmp_path / "runs")
+    status, _, err = command("run", config, *ALLOW, "cuont=2", "--output", tmp_path / "runs")
     assert status == 2
     assert "cuont: no such key; did you mean 'count'?" in err
     assert not (tmp_path / "runs").exists()
-    assert command("run", config, "--shard", "3/2")[0] == 2
+    assert command("run", config, *ALLOW, "--shard", "3/2")[0] == 2
     assert command("report", tmp_path / "none")[0] == 2
 
 
 def test_a_failed_run_ends_with_status_1_after_the_others(tmp_path, config, command):
-    status, out, err = command("run", config, "fail_at=1", "--output", tmp_path / "runs")
+    status, out, err = command("run", config, *ALLOW, "fail_at=1", "--output", tmp_path / "runs")
     assert status == 1
     assert out.count("FAILED") == 3
     assert "3 of 3 runs failed" in err
-    status, out, _ = command("run", config, "--output", tmp_path / "other")
+    status, out, _ = command("run", config, *ALLOW, "--output", tmp_path / "other")
     assert status == 0
 
 
 def test_other_settings_in_the_folder_stop_everything_before_work(tmp_path, config, command):
-    command("run", config, "--output", tmp_path / "runs")
-    status, _, err = command("run", config, "count=9", "--output", tmp_path / "runs")
+    command("run", config, *ALLOW, "--output", tmp_path / "runs")
+    status, _, err = command("run", config, *ALLOW, "count=9", "--output", tmp_path / "runs")
     assert status == 2
     assert err.count("holds the results of other settings") == 3
-    assert command("run", config, "count=9", "--output", tmp_path / "runs", "--again")[0] == 0
+    assert command("run", config, *ALLOW, "count=9", "--output", tmp_path / "runs", "--again")[0] == 0
 
 
 def shown(section, width):
@@ -128,7 +129,7 @@ def test_a_report_started_elsewhere_finds_classes_in_the_current_folder(tmp_path
     text = config.read_text().replace(TOY, "mine.Mine")
     config.write_text(text)
     root = str(Path(__file__).parent.parent)
-    for arguments in (["run", config.name, "--output", "runs"], ["report", "runs"]):
+    for arguments in (["run", config.name, "--output", "runs", "--allow-code"], ["report", "runs", "--allow-code"]):
         code = f"import sys; sys.path[:0] = [{root!r}]; from sparseopt.cli import main; main()"
         call = [sys.executable, "-P", "-c", code, *arguments]
         done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)

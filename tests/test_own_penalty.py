@@ -79,7 +79,7 @@ def test_by_its_path_in_a_config(tmp_path):
         "name: own\ntask: denoise\npicture: {name: camera, size: 24}\nnoise: 20\nrepeats: 1\n"
         "penalty: {name: tests.experiments.toy.CappedL1, weight: 10, cap: 60}\n"
     )
-    (run,) = load_config(config)
+    (run,) = load_config(config, allow_code=True)
     outcome = execute(run, tmp_path / "runs", lambda *_: None)
     assert outcome.error is None
     (record,) = map(json.loads, (outcome.folder / "records.jsonl").read_text().splitlines())

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import yaml
 
 from sparseopt.experiments.config import Run, expand
+from sparseopt.experiments.names import AllowCode
 from sparseopt.experiments.report import Row, Section, markdown
 from sparseopt.experiments.runs import CONFIG, HEADER, SUMMARY, Outcome, State, code_digest, load_run
 from sparseopt.experiments.sweep import Planned, check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun, Observer
 from sparseopt.experiments.task_prune import Prune
+from sparseopt.experiments.yaml_file import read_yaml
 from sparseopt.machine import versions
 from sparseopt.pruning import METHODS, Recipe
 from sparseopt.pruning.patterns import check_pattern, implied_sparsity
@@ -89,7 +90,13 @@ def _words(option: str, text: str, example: str, mistakes: list[str]) -> list[st
 
 
 def build(
-    source: str, methods: Sequence[str], sparsities: Sequence[float], patterns: Sequence[str], **common: Any
+    source: str,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    patterns: Sequence[str],
+    *,
+    allow_code: AllowCode = False,
+    **common: Any,
 ) -> list[Run]:
     """The runs of a comparison: the dense model, then every method with every pattern and sparsity, in this order.
 
@@ -98,6 +105,7 @@ def build(
         methods: names in `METHODS`, `maiht:paper` for a preset, or the path of a method of your own.
         sparsities: shares of zeros in [0, 1); an n:m pattern has its own and makes one cell.
         patterns: as in `sparseopt prune --pattern`.
+        allow_code: whether to import methods that go by a path outside this package, as in `load_config`.
         common: settings of the task `prune` that all cells share; a ridge goes to the methods that have one.
 
     Raises:
@@ -114,7 +122,7 @@ def build(
             ]
     title = f"Pruning methods side by side on {source}"
     values = {"name": CELLS, "title": title, "task": "prune", "source": source, **common}
-    runs = expand({**values, "sweep": {"list": cells}}, source="the comparison")
+    runs = expand({**values, "sweep": {"list": cells}}, source="the comparison", allow_code=allow_code)
     without = {"ridge": None}
     return [
         run if _takes_ridge(run.settings["method"]) else replace(run, task=run.task.model_copy(update=without))
@@ -166,8 +174,8 @@ def _check_folder(planned: Sequence[Planned], output: Path) -> None:
     mistakes: dict[str, None] = {}
     for folder in cell_folders(output):
         header = _header(folder)
-        there = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        here = given if _takes_ridge(there["method"]) else {**given, "ridge": None}
+        there, _ = read_yaml(folder / CONFIG)
+        here = given if _takes_ridge(there.get("method")) else {**given, "ridge": None}
         for name in here:
             if name not in OWN_SETTINGS and there.get(name) != here[name]:
                 mistakes[f"{name}: {_shown(there.get(name))} there, {_shown(here[name])} given"] = None
@@ -229,7 +237,9 @@ def cell_folders(output: Path) -> list[Path]:
     return [header.parent for header in headers if (header.parent / CONFIG).is_file()]
 
 
-def tabulate(planned: Sequence[Planned], outcomes: Sequence[Outcome], output: Path) -> Section:
+def tabulate(
+    planned: Sequence[Planned], outcomes: Sequence[Outcome], output: Path, allow_code: AllowCode = False
+) -> Section:
     """The table: the planned cells in their order, failed ones with their reason, then the folder's other cells."""
     rows, runs = [], []
     errors = {outcome.folder: outcome.error for outcome in outcomes if outcome.error}
@@ -240,7 +250,7 @@ def tabulate(planned: Sequence[Planned], outcomes: Sequence[Outcome], output: Pa
             task, figures = tasks[folder], {"error": " ".join(errors[folder].split())}
             sparsity = implied_sparsity(task.pattern) if task.sparsity is None else task.sparsity
         else:
-            finished, _ = load_run(folder)
+            finished, _ = load_run(folder, allow_code)
             runs.append(finished)
             task, figures = cast(Prune, finished.task), _figures(finished)
             sparsity = finished.records[0]["sparsity"]

@@ -6,34 +6,28 @@ A sweep lists settings to vary by dotted key: `grid` takes every combination, `l
 """
 
 import itertools
-import re
+import math
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from sparseopt.experiments.names import Mistakes, suggest
+from sparseopt.experiments.names import AllowCode, Mistakes, code_context, shortened, suggest
 from sparseopt.experiments.task import Task
 from sparseopt.experiments.tasks import find_task, nearest_task
+from sparseopt.experiments.yaml_file import MAX_DEPTH, ConfigError, Location, parse_yaml, path_text, read_yaml
 
-Location = tuple[str | int, ...]
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML where 1e-6 is a number, as everybody but YAML 1.1 reads it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used; the text lists every mistake with its place and what to do."""
+# Of one experiment: runs, and settings of all runs together. More is a mistake, and would fill the memory.
+MAX_RUNS = 5_000
+MAX_SETTINGS = 1_000_000
+# A run is a folder; file systems take 255 bytes.
+MAX_NAME = 240
+# Mistakes that a message lists.
+MAX_MISTAKES = 100
 
 
 @dataclass(frozen=True)
@@ -56,39 +50,58 @@ class Run:
         return Path(self.task.name) / self.id if self.id else Path(self.task.name)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> list[Run]:
+def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: AllowCode = False) -> list[Run]:
     """Read an experiment, apply `key=value` overrides, expand its sweep, and check every run.
 
+    Args:
+        path: of the YAML file.
+        overrides: `key=value` texts.
+        allow_code: whether tasks, penalties and methods that the config names by a path outside this package are
+            imported, which runs their modules: True for all, or the names of packages whose paths are.
+
     Raises:
-        ConfigError: listing all mistakes, a line each: place in the file, what is wrong, the nearest known name.
+        ConfigError: listing all mistakes, a line each: place in the file, what is wrong, the nearest known name. A
+            path that is not allowed is one, and nothing was imported.
     """
     if not path.is_file():
         raise ConfigError(f"there is no config file {path}; the project's own lie in configs/")
     values, lines = read_yaml(path)
     for override in overrides:
         _override(values, override)
-    return expand(values, lines, str(path))
+    return expand(values, lines, str(path), allow_code=allow_code)
 
 
-def expand(values: dict[str, Any], lines: Mapping[Location, int] | None = None, source: str = "config") -> list[Run]:
+def expand(
+    values: dict[str, Any],
+    lines: Mapping[Location, int] | None = None,
+    source: str = "config",
+    *,
+    allow_code: AllowCode = False,
+) -> list[Run]:
     """The runs of an experiment given as plain values; see `load_config`."""
     values = dict(values)
     mistakes: dict[tuple[Location, str], None] = {}
     sweep = values.pop("sweep", None)
     combinations = _combinations(sweep, mistakes)
     values_grid = sweep.get("grid") if isinstance(sweep, dict) else None
+    values_grid = values_grid if isinstance(values_grid, dict) else {}
     kind = values.get("task")
-    near, text = nearest_task(kind)
+    near, text = nearest_task(kind, allow_code)
     if text:
         mistakes[(("task",), text)] = None
     if near is None:
         raise _report(mistakes, lines or {}, source)
     # The other mistakes are those of the task that was meant.
     values["task"] = near
-    task_class = find_task(near)
+    task_class = find_task(near, allow_code)
+    if len(combinations) * _count(values) > MAX_SETTINGS:
+        text = f"{len(combinations)} runs of {_count(values)} settings are more than {MAX_SETTINGS:,}; split the sweep"
+        raise _report({(("sweep",), text): None}, lines or {}, source)
     runs: dict[str, Run] = {}
-    identities = [_identity(settings, _short) for settings in combinations]
+    identities = Counter(_identity(settings, _short) for settings in combinations)
     for settings in combinations:
+        if len(mistakes) >= MAX_MISTAKES:
+            break
         resolved = _deep_copy(values)
         for key, value in settings.items():
             try:
@@ -96,16 +109,19 @@ def expand(values: dict[str, Any], lines: Mapping[Location, int] | None = None, 
             except ValueError as error:
                 mistakes[(("sweep",), str(error))] = None
         try:
-            task = task_class.model_validate(resolved)
+            task = task_class.model_validate(resolved, context=code_context(allow_code))
         except ValidationError as error:
-            for location, text in _explain(error, task_class):
-                swept = next((k for k in settings if f"{_path(location)}.".startswith(f"{k}.")), None)
-                place: Location = ("sweep", "grid", swept) if swept and swept in (values_grid or ()) else location
+            for location, text in itertools.islice(_explain(error, task_class), MAX_MISTAKES):
+                swept = next((k for k in settings if f"{path_text(location)}.".startswith(f"{k}.")), None)
+                place: Location = ("sweep", "grid", swept) if swept and swept in values_grid else location
                 mistakes[(place, text)] = None
             continue
         identity = _identity(settings, _short)
-        if identities.count(identity) > 1:
+        if identities[identity] > 1:
             identity = _identity(settings, _long)
+        if len(identity.encode()) > MAX_NAME:
+            text = f"the folder of the run {identity[:80]}... would have a name of more than {MAX_NAME} bytes"
+            mistakes[(("sweep",), f"{text}; vary less at once")] = None
         if identity in runs:
             mistakes[(("sweep",), f"the run {identity} appears twice")] = None
         runs[identity] = Run(identity, settings, task)
@@ -114,59 +130,20 @@ def expand(values: dict[str, Any], lines: Mapping[Location, int] | None = None, 
     return list(runs.values())
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
-    """Plain values of a YAML file, and the line of every key.
-
-    Raises:
-        ConfigError: for text that is no YAML mapping, or a key given twice in one block.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is no text in UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: no valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings, `key: value` lines; given {type(values).__name__}")
-    lines: dict[Location, int] = {}
-    twice: list[str] = []
-
-    def walk(node: yaml.Node, place: Location) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                here = (*place, key.value)
-                if here in lines:
-                    twice.append(f"  line {key.start_mark.line + 1}: {_path(here)} is given twice in one block")
-                lines[here] = key.start_mark.line + 1
-                walk(value, here)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                lines[(*place, index)] = value.start_mark.line + 1
-                walk(value, (*place, index))
-
-    assert root is not None  # the text holds a mapping
-    walk(root, ())
-    if twice:
-        raise ConfigError(f"{path} cannot be used:\n" + "\n".join(twice))
-    return values, lines
-
-
 def set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key, making blocks that are not there yet.
 
     Raises:
-        ValueError: if a part of the path is a plain value.
+        ValueError: if a part of the path is a plain value, or it has too many parts.
     """
     *blocks, last = key.split(".")
+    if len(blocks) > MAX_DEPTH:
+        raise ValueError(f"cannot set {key[:80]}...: {len(blocks) + 1} parts, at most {MAX_DEPTH} are possible")
     here = values
     for depth, block in enumerate(blocks):
         inner = here.setdefault(block, {})
         if not isinstance(inner, dict):
-            raise ValueError(f"cannot set {key}: {'.'.join(blocks[: depth + 1])} is {inner!r} and not a block")
+            raise ValueError(f"cannot set {key}: {'.'.join(blocks[: depth + 1])} is {shortened(inner)} and not a block")
         here = inner
     here[last] = value
 
@@ -186,8 +163,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected key=value, as in order=1 or penalty.weight=20")
     try:
-        set_by_path(values, key, yaml.load(text, Loader=_Loader))
-    except (yaml.YAMLError, ValueError) as error:
+        set_by_path(values, key, parse_yaml(text))
+    except ValueError as error:
         raise ConfigError(f"override {override!r}: {error}") from None
 
 
@@ -198,7 +175,7 @@ def _combinations(sweep: Any, mistakes: dict[tuple[Location, str], None]) -> lis
     if not isinstance(sweep, dict):
         mistakes[(("sweep",), "must be a block with grid: or list:")] = None
         return [{}]
-    for key in sweep.keys() - {"grid", "list"}:
+    for key in sorted(sweep.keys() - {"grid", "list"})[:MAX_MISTAKES]:
         mistakes[(("sweep", key), f"no such key; {suggest(key, ('grid', 'list'))}")] = None
     grid, listed = sweep.get("grid", {}), sweep.get("list", [{}])
     if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()):
@@ -207,6 +184,10 @@ def _combinations(sweep: Any, mistakes: dict[tuple[Location, str], None]) -> lis
     if not isinstance(listed, list) or not listed or not all(isinstance(item, dict) for item in listed):
         mistakes[(("sweep", "list"), "must be a list of blocks of settings, as in `- {method: doge, order: 0}`")] = None
         listed = [{}]
+    count = len(listed) * math.prod(map(len, grid.values()))
+    if count > MAX_RUNS:
+        mistakes[(("sweep",), f"asks for {count:,} runs, at most {MAX_RUNS:,} are possible; split it")] = None
+        return [{}]
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return [{**item, **combination} for item in listed for combination in combinations]
 
@@ -219,6 +200,10 @@ def _explain(error: ValidationError, task_class: type[BaseModel]) -> Iterator[tu
         if isinstance(inner, Mistakes):
             for key, text in inner.found:
                 yield (*place, key), text
+        elif isinstance(inner, ValidationError):
+            # Of a block that was given as one word.
+            for _, text in _explain(inner, task_class):
+                yield place, text
         elif found["type"] == "extra_forbidden":
             model = _model_at(task_class, place[:-1])
             yield place, f"no such key; {suggest(str(place[-1]), model.model_fields if model else ())}"
@@ -227,10 +212,10 @@ def _explain(error: ValidationError, task_class: type[BaseModel]) -> Iterator[tu
         elif found["type"] in ("literal_error", "enum") and isinstance(found["input"], str):
             expected = found["ctx"]["expected"]
             known = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
-            yield place, f"{found['input']!r} is not known; {suggest(found['input'], known)}"
+            yield place, f"{shortened(found['input'])} is not known; {suggest(found['input'], known)}"
         else:
             pydantic_text = found["msg"][0].lower() + found["msg"][1:]
-            yield place, str(inner) if inner else f"{pydantic_text}, given {found['input']!r}"
+            yield place, str(inner) if inner else f"{pydantic_text}, given {shortened(found['input'])}"
 
 
 def _model_at(model: type[BaseModel] | None, place: Location) -> type[BaseModel] | None:
@@ -256,18 +241,15 @@ def _report(mistakes: Mapping[tuple[Location, str], None], lines: Mapping[Locati
         return f"line {lines[place]}: " if place else ""
 
     # What no single key is to blame for has no place.
-    listed = [f"  {line_of(place)}{_path(place) or 'the run'}: {text}" for place, text in mistakes]
+    listed = [f"  {line_of(place)}{path_text(place) or 'the run'}: {text}" for place, text in mistakes]
     count = f"{len(listed)} mistake{'s' if len(listed) > 1 else ''}"
+    if len(listed) > MAX_MISTAKES:
+        listed[MAX_MISTAKES:] = [f"  and {len(listed) - MAX_MISTAKES} more"]
     return ConfigError(f"{source} cannot be used, {count}:\n" + "\n".join(listed))
 
 
-def _path(place: Location) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return text.removeprefix(".")
-
-
 def _identity(settings: Mapping[str, Any], word: Callable[[Any], str]) -> str:
-    return ",".join(f"{key}={word(value)}" for key, value in settings.items())
+    return ",".join(f"{_plain(key)}={word(value)}" for key, value in settings.items())
 
 
 def _long(value: Any) -> str:
@@ -278,9 +260,14 @@ def _long(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value for a run's name: plain characters only, so that it is a folder on every system."""
+    """A value for a run's name."""
     value = value.get("name", value) if isinstance(value, dict) else value
     text = f"{value:g}" if isinstance(value, float) else str(value)
+    return _plain(text)
+
+
+def _plain(text: str) -> str:
+    """Plain characters only, so that it is a folder on every system and below the one it is to be in."""
     return "".join(c if c.isalnum() or c in "._+-" else "_" for c in text)
 
 
@@ -288,3 +275,9 @@ def _deep_copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _deep_copy(inner) for key, inner in value.items()}
     return [_deep_copy(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _count(value: Any) -> int:
+    """How many values a block holds, with itself."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_count, inner))

@@ -2,20 +2,28 @@
 
 penalty: {name: l1, weight: 10}
 penalty: {name: my_package.penalties.LogSum, weight: 10, sharpness: 2}
+
+A path is imported, and importing runs whatever the module holds. A config may come from a stranger, so a path outside
+this package is imported only where the caller allows it: all of them, or those of the packages that he lists.
 """
 
 import difflib
 import hashlib
 import importlib
 import inspect
+import reprlib
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
 
 import sparseopt as so
+
+# Whether paths outside this package may be imported: all, none, or those of the packages listed.
+AllowCode = bool | Collection[str]
 
 PENALTIES: Mapping[str, Callable[..., Any]] = {
     "l0": so.L0,
@@ -33,32 +41,89 @@ SOLVERS: Mapping[str, Callable[..., Any]] = {
 }
 
 
+def shortened(value: Any) -> str:
+    """A value as an error shows it, the middle of a long one left out."""
+    writer = reprlib.Repr()
+    writer.maxlevel, writer.maxstring, writer.maxother = 3, 100, 100
+    return writer.repr(value)
+
+
 def suggest(given: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` for the nearest known name, else the list of what is known."""
-    known = list(known)
+    return _suggest(given[:80], tuple(map(str, known)))
+
+
+@lru_cache(maxsize=4096)
+def _suggest(given: str, known: tuple[str, ...]) -> str:
+    # Kept: every run of a sweep has the same mistakes.
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(map(str, known))}"
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
 
 
-def find_class(name: str, known: Mapping[str, Callable[..., Any]], kind: str) -> Callable[..., Any]:
+def code_context(allow_code: AllowCode) -> dict[str, Any]:
+    """The pydantic context with which a block that holds a `Named` is validated."""
+    return {"allow_code": allow_code}
+
+
+def allowed_code(info: ValidationInfo) -> AllowCode:
+    """What the context of a validation allows; nothing without one."""
+    return (info.context or {}).get("allow_code", False)
+
+
+def may_import(path: str, allow_code: AllowCode) -> bool:
+    """Whether a dotted path outside this package may be imported."""
+    if isinstance(allow_code, bool):
+        return allow_code
+    packages = [allow_code] if isinstance(allow_code, str) else allow_code
+    return any(path.startswith(f"{package}.") for package in packages)
+
+
+def find_class(
+    name: str, known: Mapping[str, Callable[..., Any]], kind: str, allow_code: AllowCode = False
+) -> Callable[..., Any]:
     """The class of a short name, or the one at a dotted path.
 
+    Args:
+        name: short name or path; classes of this package may always go by their path.
+        known: classes by short name.
+        kind: what it is, for messages.
+        allow_code: whether to import a path outside this package.
+
     Raises:
-        ValueError: if there is none, with the nearest known name.
+        ValueError: if there is none, with the nearest known name; before any import, if the path is not allowed.
     """
     if name in known:
         return known[name]
-    module_name, dot, attribute = name.rpartition(".")
-    if not dot:
+    _, dot, attribute = name.rpartition(".")
+    if not dot or not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(
             f"unknown {kind} {name!r}: {suggest(name, known)}; your own class goes by its path, module.Class"
         )
+    package = name.partition(".")[0]
+    allowed = may_import(name, allow_code)
+    if not allowed and package != "sparseopt":
+        raise ValueError(
+            f"{name!r} is the path of a {kind} outside sparseopt: importing it runs whatever code its module holds, so "
+            f"nothing was imported. If it is yours, or you trust who wrote it, allow it with --allow-code, or with "
+            f"--allow-package {package} for that installed package alone; in Python with allow_code=True or "
+            f"allow_code=[{package!r}]"
+        )
+    found = _import(name, kind)
+    # Of ours, classes alone: a function by its path would be called with whatever arguments a config holds.
+    if not allowed and not (isinstance(found, type) and found.__module__.partition(".")[0] == "sparseopt"):
+        raise ValueError(f"{kind} {name!r}: {attribute} is no class of sparseopt; name a class")
+    return found
+
+
+def _import(name: str, kind: str) -> Callable[..., Any]:
+    """What is at a dotted path."""
+    module_name, _, attribute = name.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{kind} {name!r}: no module {error.name!r}; modules are looked up in the current folder, beside the "
-            "config and among the installed packages"
+            f"{kind} {name!r}: no module {error.name!r}; modules are looked up among the installed packages and, with "
+            "--allow-code, in the current folder and beside the config"
         ) from None
     found = getattr(module, attribute, None)
     if not callable(found):
@@ -94,10 +159,15 @@ class Named(BaseModel):
     methods: ClassVar[tuple[str, ...]] = ()
 
     name: str
+    _found: Callable[..., Any] = PrivateAttr()
 
     @model_validator(mode="after")
-    def _arguments_fit(self) -> "Named":
-        found = find_class(self.name, self.known, self.kind)
+    def _arguments_fit(self, info: ValidationInfo) -> "Named":
+        try:
+            found = find_class(self.name, self.known, self.kind, allowed_code(info))
+        except ValueError as error:
+            raise Mistakes([("name", str(error))]) from error
+        self._found = found
         parameters = inspect.signature(found).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         unknown = [] if open_ended else [key for key in self.arguments if key not in parameters]
@@ -110,7 +180,7 @@ class Named(BaseModel):
             for key, p in parameters.items()
             if p.default is p.empty and p.kind in plain and key not in self.arguments and key not in meant
         ]
-        lacking = [method for method in self.methods if not callable(getattr(found, method, None))]
+        lacking = [method for method in self.methods if not _has_method(found, method)]
         if lacking:
             wrong = [("name", f"{self.name} is no {self.kind}: it has no method {', '.join(lacking)}")]
         if wrong:
@@ -131,13 +201,20 @@ class Named(BaseModel):
 
     def build(self) -> Any:
         """The object."""
-        return find_class(self.name, self.known, self.kind)(**self.arguments)
+        return self._found(**self.arguments)
 
     def code_digest(self) -> str:
         """A hash of the file that holds a class of yours; empty for the package's own."""
         if self.name in self.known:
             return ""
-        return file_digest(find_class(self.name, self.known, self.kind))
+        return file_digest(self._found)
+
+
+def _has_method(found: Callable[..., Any], method: str) -> bool:
+    """Whether what a class makes has a method; every class can itself be called, which says nothing."""
+    if isinstance(found, type):
+        return any(callable(vars(base).get(method)) for base in found.__mro__)
+    return callable(getattr(found, method, None))
 
 
 class PenaltyConfig(Named):

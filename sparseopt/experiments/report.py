@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseopt.experiments.config import get_by_path
+from sparseopt.experiments.names import AllowCode
 from sparseopt.experiments.runs import HEADER, SUMMARY, load_run, summarise
 from sparseopt.experiments.task import FinishedRun, Paper
 
@@ -97,11 +98,19 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     return list(found)
 
 
-def gather(folders: Iterable[Path]) -> list[Section]:
-    """One section for each experiment found in the folders, in the order of first sight."""
+def gather(folders: Iterable[Path], allow_code: AllowCode = False) -> list[Section]:
+    """One section for each experiment found in the folders, in the order of first sight.
+
+    Args:
+        folders: with finished runs at or below them.
+        allow_code: whether to import tasks and classes that the runs' configs name by a path outside this package.
+
+    Raises:
+        ValueError: as `find_runs` does, and for a run whose files are not those that a run writes.
+    """
     runs: dict[str, list[tuple[FinishedRun, dict[str, Any]]]] = {}
     for folder in find_runs(folders):
-        finished, summary = load_run(folder)
+        finished, summary = load_run(folder, allow_code)
         runs.setdefault(finished.task.name, []).append((finished, summary))
     sections = []
     for name, members in runs.items():

@@ -27,9 +27,10 @@ import numpy as np
 import yaml
 
 from sparseopt.experiments.config import Run
-from sparseopt.experiments.names import Named, file_digest
+from sparseopt.experiments.names import AllowCode, Named, code_context, file_digest
 from sparseopt.experiments.task import FinishedRun, Observer, Record, Task
 from sparseopt.experiments.tasks import find_task
+from sparseopt.experiments.yaml_file import read_yaml
 from sparseopt.files import InUse, locked, temporary_of, write_whole
 from sparseopt.machine import environment, peak_memory_bytes
 
@@ -118,11 +119,12 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
 
     Raises:
         FolderInUse: if another process works there.
-        ValueError: if the folder holds something else, and `again` is not set.
+        ValueError: if the folder holds something else, and `again` is not set, or links.
     """
     folder = output / run.subfolder
     mark = fingerprint(run.task)
     with _locked(folder):
+        _refuse_links(folder)
         state = state_of(folder, mark)
         if state is State.OTHER and not again:
             raise ValueError(
@@ -199,18 +201,28 @@ def draw_run(finished: FinishedRun, folder: Path) -> list[Path]:
     ]
 
 
-def load_run(folder: Path) -> tuple[FinishedRun, dict[str, Any]]:
+def load_run(folder: Path, allow_code: AllowCode = False) -> tuple[FinishedRun, dict[str, Any]]:
     """A finished run and its summary.
 
+    Args:
+        folder: of the run.
+        allow_code: whether to import a task and classes that its config names by a path outside this package.
+
     Raises:
-        ValueError: if the folder holds none.
+        ValueError: if the folder holds none, or files that no run writes, or its config's code is not allowed.
     """
     if not (folder / SUMMARY).is_file():
         raise ValueError(f"{folder} holds no finished run: it has no {SUMMARY}")
-    values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    task = find_task(values["task"]).model_validate(values)
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return FinishedRun(folder, task, recover_records(folder, mend=False)), summary
+    try:
+        values, _ = read_yaml(folder / CONFIG)
+        task = find_task(str(values.get("task")), allow_code).model_validate(values, context=code_context(allow_code))
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        records = recover_records(folder, mend=False)
+        if not isinstance(summary, dict) or not isinstance(summary.get("settings"), dict):
+            raise ValueError(f"{SUMMARY} has no settings")
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"the run in {folder} cannot be read: {error}") from error
+    return FinishedRun(folder, task, records), summary
 
 
 def recover_records(folder: Path, *, mend: bool = True) -> list[Record]:
@@ -224,6 +236,8 @@ def recover_records(folder: Path, *, mend: bool = True) -> list[Record]:
         if not line.endswith("\n"):
             break
         record = json.loads(line)
+        if not isinstance(record, dict) or not isinstance(record.get("unit"), str):
+            raise ValueError(f"{file} has a line that is no record of a unit; remove the file to begin anew")
         records.setdefault(record["unit"], record)
     whole = "".join(json.dumps(record) + "\n" for record in records.values())
     if mend and whole != text:
@@ -260,6 +274,17 @@ def _write_header(folder: Path, run: Run, mark: str) -> None:
 def _write_config(folder: Path, run: Run) -> None:
     values = run.task.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
     write_whole(folder / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse files that are links: a folder from elsewhere could have them written through to any place.
+
+    Raises:
+        ValueError: naming them.
+    """
+    links = sorted(entry.name for entry in folder.iterdir() if entry.is_symlink())
+    if links:
+        raise ValueError(f"{folder} has links to other places ({', '.join(links[:8])}), no run makes any; remove them")
 
 
 def _clear(folder: Path) -> None:

@@ -24,7 +24,7 @@ from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, 
 from sparseopt.experiments.task_prune import BUNDLED
 from sparseopt.models import PrunableModel, bundled_model, open_model
 from sparseopt.pruning import Recipe, load_text
-from sparseopt.pruning.calibration import make_batches
+from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.layer import ScaledLayer, scale_layer
 from sparseopt.pruning.pipeline import calibration_windows
 from sparseopt.pruning.torch_calibration import runner_of

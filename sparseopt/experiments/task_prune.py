@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sparseopt.core.solve import Status
 from sparseopt.experiments.names import Mistakes, Named, PenaltyConfig, suggest
@@ -94,12 +94,12 @@ class Prune(Task):
 
     @field_validator("method")
     @classmethod
-    def _method_is_known(cls, method: str | MethodConfig) -> str | MethodConfig:
+    def _method_is_known(cls, method: str | MethodConfig, info: ValidationInfo) -> str | MethodConfig:
         known = ("dense", *METHODS)
         if not isinstance(method, str) or method in known:
             return method
         if "." in method:
-            return MethodConfig(name=method)
+            return MethodConfig.model_validate({"name": method}, context=info.context)
         raise ValueError(
             f"unknown method {method!r}: {suggest(method, known)}; your own goes by its path, module.Class"
         )

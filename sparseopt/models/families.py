@@ -38,6 +38,6 @@ def find_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Famil
         ModelError: if its `model_type` is absent or unknown, naming those known.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ModelError(f"unknown model_type {model_type!r}; known are {', '.join(sorted(FAMILIES))}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ModelError(f"unknown model_type {repr(model_type)[:100]}; known are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type].fitting(names)

@@ -123,6 +123,23 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], DecoderConfig] = field(repr=False)
     keys: KeyTable = field(repr=False, default=KeyTable())
 
+    def configure(self, config: Mapping[str, Any]) -> DecoderConfig:
+        """What `read_config` makes of a configuration.
+
+        Raises:
+            ModelError: naming the field that cannot be used, or, for a value of a type that no reader expects, what
+                went wrong with it.
+        """
+        try:
+            return self.read_config(config)
+        except ModelError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+            raise ModelError(
+                f"the model configuration has a value that a {self.model_type} model cannot have "
+                f"({type(error).__name__}: {str(error)[:200]}); compare it with the published one"
+            ) from error
+
     def fitting(self, names: Collection[str]) -> "Family":
         """This family with the table of names that a checkpoint uses."""
         return replace(self, keys=self.keys.fitting(names))

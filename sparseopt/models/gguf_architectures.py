@@ -84,7 +84,13 @@ class Architecture:
 
 
 def unpair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of every head from the order (0, H/2, 1, H/2 + 1, ...) back to 0 .. H - 1; `[heads H, ...]`."""
+    """Rows of every head from the order (0, H/2, 1, H/2 + 1, ...) back to 0 .. H - 1; `[heads H, ...]`.
+
+    Raises:
+        ModelError: if the rows cannot be those of so many heads.
+    """
+    if not tensor.ndim or tensor.shape[0] % (2 * heads):
+        raise ModelError(f"a tensor {list(tensor.shape)} has no rows of {heads} heads; convert the model again")
     pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
 

@@ -1,5 +1,6 @@
 """Floor 5: the metadata of a GGUF file's architecture, read key by key; a key that nothing read is refused."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,13 @@ class Fields:
     def error(self, name: str, text: str) -> ModelError:
         """An error that names the key and its value."""
         value = self._metadata.get(self._prefix + name)
-        return ModelError(f"{self.path} has {self._prefix}{name} = {value!r}, {text}")
+        return ModelError(f"{self.path} has {self._prefix}{name} = {repr(value)[:100]}, {text}")
 
     def _positive(self, name: str, kind: type[int] | type[float], default: Any) -> Any:
         value = self.get(name, default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
-        if type(value) is not kind or not value > 0:
+        if type(value) is not kind or not 0 < value < math.inf:
             raise self.error(name, f"expected one positive {kind.__name__}; convert the model again")
         return value
 

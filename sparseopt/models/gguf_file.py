@@ -17,10 +17,15 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from sparseopt.models.errors import ModelError
+from sparseopt.models.safetensors_file import is_shape, read_part
 
 # Metadata value types 0 to 12; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# Arrays inside arrays; no writer makes any, the format allows them.
+_MAX_DEPTH = 4
+# ggml has four axes.
+_MAX_AXES = 4
 
 _PLAIN = {
     GGMLQuantizationType.F64: np.dtype(np.float64),
@@ -54,11 +59,10 @@ class GGUFTensor:
         """The tensor, copied from the file and dequantised.
 
         Raises:
-            ModelError: if the file has shrunk since its header was checked, or the type cannot be decoded.
+            ModelError: if the file has shrunk since its header was checked, the disk does not give it, or the type
+                cannot be decoded.
         """
-        raw = np.fromfile(self.file, np.uint8, self.nbytes, offset=self.start)
-        if raw.size != self.nbytes:
-            raise ModelError(f"{self.file} became shorter while it was read; copy it again")
+        raw = read_part(self.file, np.dtype(np.uint8), self.nbytes, self.start)
         if self.kind in _PLAIN:
             return raw.view(self.dtype).reshape(self.shape)
         try:
@@ -100,16 +104,18 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.corrupt(f"a string before byte {self.stream.tell()} is not UTF-8") from error
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
+            if depth == _MAX_DEPTH:
+                raise self.corrupt(f"more than {depth} arrays inside each other before byte {self.stream.tell()}")
             item, count = self.scalar("I"), self.scalar("Q")
             if item in _SCALARS:
                 width = struct.calcsize("<" + _SCALARS[item])
                 return list(struct.unpack(f"<{count}{_SCALARS[item]}", self.take(self.bounded(count, width))))
             self.bounded(count, 8)
-            return [self.value(item) for _ in range(count)]
+            return [self.value(item, depth + 1) for _ in range(count)]
         if kind not in _SCALARS:
             raise self.corrupt(f"unknown metadata type {kind} before byte {self.stream.tell()}")
         return self.scalar(_SCALARS[kind])
@@ -141,27 +147,49 @@ def read_header(file: Path) -> GGUFHeader:
         metadata: dict[str, Any] = {}
         for _ in range(num_values):
             key = reader.text()
+            if key in metadata:
+                raise reader.corrupt(f"the key {key[:200]} is given twice")
             metadata[key] = reader.value(reader.scalar("I"))
         table = [_read_entry(reader) for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 1:
-            raise reader.corrupt(f"general.alignment is {alignment!r}")
+        if type(alignment) is not int or not 1 <= alignment <= 2**20:
+            raise reader.corrupt(f"general.alignment is {_shown(alignment)}")
         data = -(-stream.tell() // alignment) * alignment
         tensors = {name: GGUFTensor(file, data + offset, shape, kind) for name, shape, kind, offset in table}
-        for name, tensor in tensors.items():
-            if tensor.start + tensor.nbytes > reader.size:
-                raise reader.corrupt(f"tensor {name} ends at byte {tensor.start + tensor.nbytes} of {reader.size}")
+        if len(tensors) < len(table):
+            raise reader.corrupt("a tensor's name is given twice")
+        _check_places(reader, tensors)
     return GGUFHeader(metadata, tensors)
+
+
+def _check_places(reader: _Reader, tensors: dict[str, GGUFTensor]) -> None:
+    """See that tensors lie in the file and apart: many names for the same bytes would be a model larger than its file.
+
+    Raises:
+        ModelError: naming the first that does not.
+    """
+    free = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if tensor.start + tensor.nbytes > reader.size:
+            raise reader.corrupt(f"tensor {name[:200]} ends at byte {tensor.start + tensor.nbytes} of {reader.size}")
+        if tensor.start < free:
+            raise reader.corrupt(f"tensor {name[:200]} begins at byte {tensor.start}, in the tensor before it")
+        free = tensor.start + tensor.nbytes
+
+
+def _shown(value: Any) -> str:
+    """A value of the metadata for a message."""
+    return repr(value)[:100] if isinstance(value, int | float | str) else f"a {type(value).__name__}"
 
 
 def _read_entry(reader: _Reader) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
     name, axes = reader.text(), reader.scalar("I")
-    sizes = [reader.scalar("Q") for _ in range(axes)] if axes <= 4 else []
+    sizes = [reader.scalar("Q") for _ in range(axes)] if axes <= _MAX_AXES else []
     code, offset = reader.scalar("I"), reader.scalar("Q")
     try:
         kind = GGMLQuantizationType(code)
     except ValueError as error:
-        raise reader.corrupt(f"tensor {name} has the unknown type {code}") from error
-    if not sizes or sizes[0] % GGML_QUANT_SIZES[kind][0]:
-        raise reader.corrupt(f"tensor {name} of type {kind.name} has the sizes {sizes}")
+        raise reader.corrupt(f"tensor {name[:200]} has the unknown type {code}") from error
+    if not is_shape(sizes) or not sizes or sizes[0] % GGML_QUANT_SIZES[kind][0]:
+        raise reader.corrupt(f"tensor {name[:200]} of type {kind.name} has the sizes {sizes}")
     return name, tuple(reversed(sizes)), kind, offset

@@ -13,6 +13,8 @@ from sparseopt.models.gguf_fields import Fields
 from sparseopt.models.gguf_file import GGUFTensor, read_header
 from sparseopt.models.gguf_tokenizer import build_tokenizer, tokenizer_config
 
+_MOST_BLOCKS = 10_000
+
 
 class GGUFSource:
     """One GGUF file of a known architecture. Quantised tensors read as float32."""
@@ -24,10 +26,12 @@ class GGUFSource:
         self._metadata = header.metadata
         name, parts = self._metadata.get("general.architecture"), self._metadata.get("split.count", 1)
         if not isinstance(name, str) or name not in ARCHITECTURES:
-            raise ModelError(f"{path} has the unknown architecture {name!r}; known are {', '.join(ARCHITECTURES)}")
+            raise ModelError(
+                f"{path} has the unknown architecture {repr(name)[:90]}; known are {', '.join(ARCHITECTURES)}"
+            )
         if parts not in (0, 1):
             raise ModelError(
-                f"{path} is one of {parts} parts (split.count); join them with `llama-gguf-split --merge` first"
+                f"{path} is one of {repr(parts)[:20]} parts (split.count); join them with `llama-gguf-split --merge`"
             )
         self._name, self._architecture = name, ARCHITECTURES[name]
         self._named = {self._architecture.hf_name(name): tensor for name, tensor in header.tensors.items()}
@@ -47,6 +51,9 @@ class GGUFSource:
             ModelError: if a needed value is missing, or one asks for what is not supported.
         """
         fields = Fields(self.path, self._name, self._metadata)
+        # Before anything is made for each block.
+        if fields.count("block_count") > _MOST_BLOCKS:
+            raise fields.error("block_count", f"at most {_MOST_BLOCKS:,} make sense; download it again")
         config = self._architecture.read_config(fields, self._named)
         fields.refuse_unread()
         return {

@@ -9,9 +9,13 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sparseopt.models.errors import ModelError
+from sparseopt.models.panics import guarded
 
 # Token types of the format: 2 unknown, 3 control, 4 user-defined. The others are plain or bytes.
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4
+
+# Characters; longer ones would only serve to make cutting them into merges slow.
+_LONGEST_TOKEN = 1024
 
 # Named special tokens: in Hugging Face and in the format.
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -49,8 +53,12 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     """The tokenizer of a GGUF file: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
     Raises:
-        ModelError: if the file has no tokenizer, or one of another kind, naming those known.
+        ModelError: if the file has no tokenizer, or one of another kind, naming those known, or its tables are corrupt.
     """
+    return guarded(lambda: _build(metadata, path), f"{path} has a tokenizer that cannot be built")
+
+
+def _build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not tokens:
         raise ModelError(f"{path} carries no tokenizer; use the model's Hugging Face folder instead")
@@ -61,7 +69,7 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     elif kind == "llama":
         tokenizer = _sentencepiece(metadata, path)
     else:
-        raise ModelError(f"{path} has a tokenizer of kind {kind!r}; known are 'gpt2' and 'llama'")
+        raise ModelError(f"{path} has a tokenizer of kind {repr(kind)[:100]}; known are 'gpt2' and 'llama'")
     _add_marked_tokens(tokenizer, metadata)
     first = _end_token(metadata, "bos", kind == "llama")
     last = _end_token(metadata, "eos", False)
@@ -93,6 +101,11 @@ def _check_tables(metadata: Mapping[str, Any], path: Path) -> None:
     for name, table in tables.items():
         if not isinstance(table, list) or not all(type(item) is kinds[name] for item in table):
             raise ModelError(f"{path} has a corrupt table tokenizer.ggml.{name}; download it again")
+    longest = max(map(len, tables["tokens"]), default=0)
+    if longest > _LONGEST_TOKEN:
+        raise ModelError(f"{path} has a token of {longest} characters, at most {_LONGEST_TOKEN} make sense")
+    if len(set(tables["tokens"])) < len(tables["tokens"]):
+        raise ModelError(f"{path} has a token twice in tokenizer.ggml.tokens; download it again")
     if tables["token_type"] and len(tables["token_type"]) != len(tables["tokens"]):
         raise ModelError(
             f"{path} has {len(tables['tokens'])} tokens and {len(tables['token_type'])} token types; download it again"
@@ -101,7 +114,7 @@ def _check_tables(metadata: Mapping[str, Any], path: Path) -> None:
         number = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if number is not None and (type(number) is not int or not 0 <= number < len(tables["tokens"])):
             raise ModelError(
-                f"{path} has tokenizer.ggml.{name}_token_id = {number!r}, which is none of its "
+                f"{path} has tokenizer.ggml.{name}_token_id = {repr(number)[:100]}, which is none of its "
                 f"{len(tables['tokens'])} tokens; convert the model again"
             )
 
@@ -109,7 +122,9 @@ def _check_tables(metadata: Mapping[str, Any], path: Path) -> None:
 def _byte_level(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     words = metadata.get("tokenizer.ggml.pre")
     if not isinstance(words, str) or words not in _WORDS:
-        raise ModelError(f"{path} cuts words by {words!r} (tokenizer.ggml.pre); known are {', '.join(_WORDS)}")
+        raise ModelError(
+            f"{path} cuts words by {repr(words)[:100]} (tokenizer.ggml.pre); known are {', '.join(_WORDS)}"
+        )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     if any(len(merge) != 2 or not vocab.keys() >= {*merge, "".join(merge)} for merge in merges):

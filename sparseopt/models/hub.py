@@ -8,7 +8,6 @@ files. They lie in huggingface_hub's cache, so a second call fetches nothing, an
 the cache holds.
 """
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseopt.models.errors import ModelError
+from sparseopt.models.folder import MAX_INDEX, PICKLES, TO_SAFETENSORS, is_plain_name, read_json
 from sparseopt.models.packed import PACKED_INDEX
 
 logger = logging.getLogger(__name__)
@@ -149,11 +149,8 @@ def _check_files(files: set[str], name: HubName) -> None:
             "it has GGUF files: fetch one with "
             f"`hf download {name.repository} FILE.gguf --local-dir FOLDER` and give the path of the file"
         )
-    elif not has_weights and any(file.endswith((".bin", ".pt", ".pth")) for file in files):
-        hint = (
-            "its pickled weights can run code when loaded and are not read; convert them where torch is installed: "
-            f"AutoModelForCausalLM.from_pretrained({name.repository!r}).save_pretrained(OUT)"
-        )
+    elif not has_weights and any(file.endswith(PICKLES) for file in files):
+        hint = f"its {TO_SAFETENSORS.replace('IN', repr(name.repository))}"
     else:
         shown = sorted(files)
         held = ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
@@ -203,8 +200,8 @@ def _weight_files(folder: Path) -> list[str]:
     if not indices:
         return [WEIGHTS]
     try:
-        named = [file for index in indices for file in json.loads(index.read_bytes())["weight_map"].values()]
-        return sorted({file for file in named if Path(file).name == file})
+        named = [file for index in indices for file in read_json(index, MAX_INDEX)["weight_map"].values()]
+        return sorted({file for file in named if is_plain_name(file)})
     except (ValueError, KeyError, AttributeError, TypeError):
         return []
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.safetensors_file import StoredTensor, read_header, read_metadata
+from sparseopt.models.folder import file_in, parse_json
+from sparseopt.models.safetensors_file import StoredTensor, is_shape, read_header, read_metadata
 
 # Names that no other program looks for: a packed folder read as a dense one would be a wrong model.
 PACKED_INDEX = "model.packed.index.json"
@@ -29,9 +30,6 @@ PACKED_PREFIX = "packed-"
 FORMAT = "sparseopt-packed"
 VERSION = "1"
 BITMASK, VALUES = ".bitmask", ".values"
-
-# NumPy's own limit.
-_MAX_AXES = 64
 
 
 @dataclass(frozen=True)
@@ -183,25 +181,18 @@ def read_packed_header(file: Path) -> dict[str, StoredTensor | PackedTensor]:
 
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds a whole packed model."""
-    return (folder / PACKED_INDEX).is_file()
+    return file_in(folder, PACKED_INDEX).is_file()
 
 
 def _read_shapes(file: Path, text: str | None) -> dict[str, tuple[int, ...]]:
+    reason = "a shape that no array has"
     try:
-        shapes = json.loads(text or "")
-        checked = {name: tuple(shape) for name, shape in shapes.items()}
-        if all(map(_is_shape, checked.values())):
-            return checked
-        reason = "a shape that no array has"
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        shapes = parse_json((text or "").encode())
+        if isinstance(shapes, dict) and all(map(is_shape, shapes.values())):
+            return {name: tuple(shape) for name, shape in shapes.items()}
+    except (ValueError, RecursionError) as error:
         reason = str(error)
     raise ModelError(f"{file} has no table of dense shapes in its metadata ({reason}); copy it again")
-
-
-def _is_shape(sizes: tuple) -> bool:
-    """Whether these can be the sizes of an array."""
-    whole = len(sizes) <= _MAX_AXES and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
-    return whole and math.prod(sizes) < 2**63
 
 
 def _half_problems(name: str, shape: tuple[int, ...], bitmask: StoredTensor, values: StoredTensor) -> list[str]:

@@ -4,7 +4,6 @@ A source knows its configuration and the name, shape and dtype of each tensor; a
 for.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sparseopt.models.errors import ModelError
+from sparseopt.models.folder import MAX_INDEX, PICKLES, TO_SAFETENSORS, file_in, is_plain_name, read_json
 from sparseopt.models.gguf_source import GGUFSource
 from sparseopt.models.hub import fetch, parse_hub_name
 from sparseopt.models.packed import PACKED_INDEX, PACKED_PREFIX, PackedTensor, is_packed, read_packed_header
@@ -86,7 +86,10 @@ class FolderSource:
     def __init__(self, path: Path, name: str | None = None, revision: str | None = None) -> None:
         self.path = path
         self.name, self.revision = name or str(path), revision
-        self.config = _read_json(path / "config.json")
+        self.config = _read_json(path, "config.json")
+        model_type = self.config.get("model_type")
+        if model_type is not None and not isinstance(model_type, str):
+            raise ModelError(f"{path / 'config.json'} has the model_type {model_type!r}, expected a name")
         self.tensors: dict[str, FileTensor] = _find_tensors(path)
 
     def read(self, name: str) -> np.ndarray:
@@ -95,7 +98,8 @@ class FolderSource:
 
     def sidecars(self) -> dict[str, bytes]:
         """Those of `SIDECARS` that the folder has."""
-        return {name: (self.path / name).read_bytes() for name in SIDECARS if (self.path / name).is_file()}
+        files = [file_in(self.path, name) for name in SIDECARS]
+        return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 def open_source(path: str | Path) -> Source:
@@ -114,6 +118,8 @@ def open_source(path: str | Path) -> Source:
     if path.suffix == ".gguf" and path.is_file():
         return GGUFSource(path)
     if path.is_file():
+        if path.suffix.lower() in PICKLES:
+            raise ModelError(f"{path} is no safetensors or GGUF file: {TO_SAFETENSORS}")
         raise ModelError(f"{path} is a file but no .gguf; give a Hugging Face folder or a .gguf file")
     name = parse_hub_name(asked)
     if name is not None:
@@ -125,32 +131,30 @@ def open_source(path: str | Path) -> Source:
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(folder: Path, name: str, **limit: int) -> dict[str, Any]:
+    file = file_in(folder, name)
     if not file.is_file():
-        raise ModelError(f"{file.parent} has no {file.name}; it holds {_listing(file.parent)}")
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is no valid JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} holds no JSON object; download it again")
-    return value
+        raise ModelError(f"{folder} has no {name}; it holds {_listing(folder)}")
+    return read_json(file, **limit)
 
 
 def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    shown = ", ".join(names[:8]) or "nothing"
+    return _shortened(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+
+
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(name[:200] for name in names[:8])
     return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
 
 
 def _find_tensors(folder: Path) -> dict[str, FileTensor]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = file_in(folder, "model.safetensors.index.json"), file_in(folder, "model.safetensors")
     if is_packed(folder):
         if index.is_file() or single.is_file():
             raise ModelError(f"{folder} holds a packed model and a dense one; move one of them to another folder")
-        return _read_shards(folder, _read_json(folder / PACKED_INDEX).get("weight_map"), read_packed_header)
+        return _read_shards(folder, _read_weight_map(folder, PACKED_INDEX), read_packed_header)
     if index.is_file():
-        return _read_shards(folder, _read_json(index).get("weight_map"), read_header)
+        return _read_shards(folder, _read_weight_map(folder, index.name), read_header)
     if single.is_file():
         return dict(read_header(single))
     if any(folder.glob(f"{PACKED_PREFIX}*.safetensors")):
@@ -158,16 +162,18 @@ def _find_tensors(folder: Path) -> dict[str, FileTensor]:
             f"{folder} has packed shards and no {PACKED_INDEX}: writing it was broken off, or the index was not "
             "copied; copy the folder again or pack the model again"
         )
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise ModelError(
-            f"{folder} has only pickled weights, which can run code when loaded and are not read; convert "
-            "them where torch is installed: AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
-        )
+    pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICKLES)
+    if pickles:
+        raise ModelError(f"{folder} has only pickled weights ({_shortened(pickles)}): {TO_SAFETENSORS}")
     if any(folder.glob("*.gguf")):
         raise ModelError(f"{folder} has GGUF files and no safetensors; give the path of one .gguf file")
     raise ModelError(
         f"{folder} has no model.safetensors and no model.safetensors.index.json; it holds {_listing(folder)}"
     )
+
+
+def _read_weight_map(folder: Path, name: str) -> Any:
+    return _read_json(folder, name, limit=MAX_INDEX).get("weight_map")
 
 
 def _read_shards(
@@ -176,17 +182,21 @@ def _read_shards(
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"the index in {folder} has no weight_map of names to files; download it again")
     shards = sorted(set(weight_map.values()))
-    outside = [name for name in shards if Path(name).name != name or "\\" in name or name in ("", "..")]
+    outside = [name for name in shards if not is_plain_name(name)]
     if outside:
-        raise ModelError(f"the index in {folder} names files outside the folder: {', '.join(outside)}; do not trust it")
-    missing = [name for name in shards if not (folder / name).is_file()]
+        raise ModelError(
+            f"the index in {folder} names files outside the folder: {_shortened(list(map(repr, outside)))}; "
+            "do not trust it"
+        )
+    files = {name: file_in(folder, name) for name in shards}
+    missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
-        raise ModelError(f"{folder} lacks shards that its index names: {', '.join(missing)}; download them")
-    headers = {name: read(folder / name) for name in shards}
+        raise ModelError(f"{folder} lacks shards that its index names: {_shortened(missing)}; download them")
+    headers = {name: read(file) for name, file in files.items()}
     absent = sorted(key for key, name in weight_map.items() if key not in headers[name])
     if absent:
         raise ModelError(
             f"the index in {folder} names {len(absent)} tensors that their shards lack, the first "
-            f"{absent[0]} in {weight_map[absent[0]]}; download index and shards again"
+            f"{absent[0][:200]} in {weight_map[absent[0]]}; download index and shards again"
         )
     return {key: headers[name][key] for key, name in weight_map.items()}

@@ -5,8 +5,13 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from sparseopt.models.errors import ModelError
+from sparseopt.models.folder import file_in
 from sparseopt.models.gguf_source import GGUFSource
-from sparseopt.models.source import Source
+from sparseopt.models.panics import guarded
+from sparseopt.models.source import SIDECARS, Source
+
+# Bytes; the largest published ones have a tenth of that.
+_MAX_TOKENIZER = 500 * 2**20
 
 
 def load_tokenizer(source: Source) -> Tokenizer:
@@ -17,13 +22,12 @@ def load_tokenizer(source: Source) -> Tokenizer:
     """
     if isinstance(source, GGUFSource):
         return source.tokenizer()
-    file = source.path / "tokenizer.json"
+    file = file_in(source.path, "tokenizer.json")
     if not file.is_file():
         return _convert_slow(source)
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers package raises plain Exception
-        raise ModelError(f"{file} is no valid tokenizer ({error}); download it again") from error
+    if file.stat().st_size > _MAX_TOKENIZER:
+        raise ModelError(f"{file} has more than {_MAX_TOKENIZER:,} bytes, which no tokenizer needs; download it again")
+    tokenizer = guarded(lambda: Tokenizer.from_file(str(file)), f"{file} is no valid tokenizer")
     # A saved tokenizer may cut or pad every text; whole texts are wanted here.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -33,8 +37,13 @@ def load_tokenizer(source: Source) -> Tokenizer:
 def _convert_slow(source: Source) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    for name in SIDECARS:
+        file_in(source.path, name)
     try:
-        return AutoTokenizer.from_pretrained(str(source.path), local_files_only=True).backend_tokenizer
+        # Said outright: without it, transformers asks at the terminal whether to run code of the folder.
+        return AutoTokenizer.from_pretrained(
+            str(source.path), local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
     except Exception as error:  # transformers raises whatever its converters do
         raise ModelError(
             f"{source.path} has no tokenizer.json and transformers cannot make one ({type(error).__name__}); "

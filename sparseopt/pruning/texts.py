@@ -12,6 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from sparseopt.models.folder import PICKLES
+
 Split = Literal["calibration", "evaluation"]
 
 # Which split of a data set plays which part.
@@ -68,12 +70,22 @@ def _read_pydoc(_: str, split: Split) -> str:
 
 
 def _read_file(path: str, split: Split) -> str:
+    file = Path(path).expanduser()
+    if file.suffix.lower() in PICKLES:
+        raise TextError(
+            f"{path} is of a kind that can hold pickled objects, which can run code when loaded, and is not read; give "
+            "a text file in UTF-8, or a folder of parquet files with a column text (wikitext2:PATH)"
+        )
+    if file.exists() and not file.is_file():
+        raise TextError(f"cannot read the text file {path}: it is a folder or a device; give a text file in UTF-8")
     try:
-        return _halves(Path(path).expanduser().read_text(encoding="utf-8"), split)
+        return _halves(file.read_text(encoding="utf-8"), split)
     except OSError as error:
         raise TextError(f"cannot read the text file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise TextError(f"the text file {path} is not UTF-8 (byte {error.start}); convert it first") from error
+    except ValueError as error:
+        raise TextError(f"cannot read the text file {path!r}: {error}") from error
 
 
 def _read_parquet_folder(path: str, split: Split) -> str:
@@ -89,13 +101,17 @@ def _read_parquet_folder(path: str, split: Split) -> str:
 
 
 def _join_parquet(files: Iterable[Path]) -> str:
+    import pyarrow
     import pyarrow.parquet
 
     lines: list[str] = []
     for file in files:
         try:
-            lines += pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()
-        except (OSError, KeyError, ValueError) as error:
+            column = pyarrow.parquet.read_table(file, columns=["text"])["text"]
+            if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+                raise ValueError(f"the column text holds {column.type}")
+            lines += [text or "" for text in column.to_pylist()]
+        except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
             raise TextError(f"cannot read a text column from {file}: {error}") from error
     return "\n\n".join(lines)
 

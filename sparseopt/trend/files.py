@@ -2,16 +2,30 @@
 
 image          PNG, TIFF, JPEG, ... grey or colour, 8 or 16 bit
 edges, signal  CSV (with or without a heading), Parquet, NPZ
+
+A file may come from a stranger. Pickled data are refused, and what a small file claims to hold is compared with limits
+before memory is taken for it.
 """
 
+import math
 import os
+import struct
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Formats that are data alone: Pillow's reader of PostScript, for one, starts a program.
+IMAGE_FORMATS = ("PNG", "TIFF", "JPEG", "WEBP", "BMP", "GIF", "PPM")
+# Pillow's own limit, above which it speaks of a decompression bomb.
+MAX_PIXELS = 89_478_485
 TABLE_KINDS = (".csv", ".parquet", ".npz")
+PICKLES = (".npy", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
+# What a compressed table may unpack to: this many bytes, or this many times the file's.
+FREE_BYTES, MAX_RATIO = 2**28, 100
 
 
 class FileError(ValueError):
@@ -22,25 +36,31 @@ def read_image(path: str | Path) -> np.ndarray:
     """An image as `[height, width]` or `[height, width, channels]`, uint8 or uint16.
 
     Raises:
-        FileError: if there is no such file, or it is no image of these kinds.
+        FileError: if there is no such file, it is no image of these kinds, or it has more than `MAX_PIXELS` pixels.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     file = Path(path)
     _must_exist(file)
-    if _is_deep_colour_png(file):
-        return _read_deep_png(file)
+    _refuse_pickles(file, "a PNG or TIFF")
     try:
-        with Image.open(file) as image:
-            if image.format == "TIFF" and image.mode in ("RGB", "RGBA"):
-                # Pillow cuts 16-bit colour down to 8 bits; tifffile keeps it.
-                import tifffile
-
-                return _checked_image(tifffile.imread(file), file)
-            plain = {"1": "L", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}.get(image.mode, image.mode)
-            return _checked_image(np.asarray(image.convert(plain)), file)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FileError(f"cannot read {file} as an image: {error}") from error
+        if _is_deep_colour_png(file):
+            return _read_deep_png(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                # Pillow's own limit is one that a program may have switched off.
+                _check_pixels(image.size, file)
+                if image.format == "TIFF" and image.mode in ("RGB", "RGBA"):
+                    return _read_colour_tiff(file)
+                plain = {"1": "L", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}.get(image.mode, image.mode)
+                return _checked_image(np.asarray(image.convert(plain)), file)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise FileError(f"{file} is too large to read: {error}; crop it or scale it down first") from error
+    except (FileError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # decoders raise whatever a broken file makes them do
+        raise FileError(f"cannot read {file} as an image: {str(error)[:300] or type(error).__name__}") from error
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
@@ -75,7 +95,8 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 
 
 def _is_deep_colour_png(file: Path) -> bool:
-    head = file.open("rb").read(26)
+    with file.open("rb") as stream:
+        head = stream.read(26)
     # Bytes 24 and 25 of a PNG are the bit depth and the colour type; 0 is grey, which Pillow reads whole.
     return head.startswith(PNG_SIGNATURE) and len(head) == 26 and head[24] == 16 and head[25] != 0
 
@@ -83,16 +104,39 @@ def _is_deep_colour_png(file: Path) -> bool:
 def _read_deep_png(file: Path) -> np.ndarray:
     import png
 
-    try:
-        width, height, rows, info = png.Reader(filename=str(file)).asDirect()
-        pixels = np.vstack([np.asarray(row, np.uint16) for row in rows])
-    except (png.Error, ValueError) as error:
-        raise FileError(f"cannot read {file} as an image: {error}") from error
-    return pixels.reshape(height, width, info["planes"])
+    with file.open("rb") as stream:
+        _check_pixels(struct.unpack(">II", stream.read(24)[16:]), file)
+    # `asDirect` reads the rows as they are asked for: a stream of more than it says is never unpacked whole.
+    width, height, rows, info = png.Reader(filename=str(file)).asDirect()
+    pixels = np.empty((height, width * info["planes"]), np.uint16)
+    count = 0
+    for count, row in enumerate(rows, 1):
+        pixels[count - 1] = row
+    if count != height:
+        raise FileError(f"cannot read {file} as an image: it has {count} of {height} rows")
+    return _checked_image(pixels.reshape(height, width, info["planes"]), file)
+
+
+def _read_colour_tiff(file: Path) -> np.ndarray:
+    """A TIFF in colour; Pillow cuts 16 bits down to 8, tifffile keeps them."""
+    import tifffile
+
+    with tifffile.TiffFile(file) as tiff:
+        series = tiff.series[0]
+        # Its own idea of the size, which need not be Pillow's; channels may stand at either end.
+        _check_pixels((math.prod(series.shape) // 4, 1), file)
+        return _checked_image(series.asarray(), file)
+
+
+def _check_pixels(size: tuple[int, ...], file: Path) -> None:
+    if math.prod(size) > MAX_PIXELS:
+        raise FileError(
+            f"{file} claims {math.prod(size):,} pixels, at most {MAX_PIXELS:,} are read; crop it or scale it down first"
+        )
 
 
 def _checked_image(image: np.ndarray, file: Path) -> np.ndarray:
-    if image.ndim not in (2, 3) or image.dtype not in (np.uint8, np.uint16):
+    if image.ndim not in (2, 3) or image.size == 0 or image.dtype not in (np.uint8, np.uint16):
         raise FileError(f"{file} holds {image.dtype} of shape {list(image.shape)}; give 8- or 16-bit grey or colour")
     return image
 
@@ -106,12 +150,17 @@ def read_table(path: str | Path, names: tuple[str, ...] = ()) -> np.ndarray:
     file = Path(path)
     _must_exist(file)
     kind = file.suffix.lower()
+    _refuse_pickles(file, "a CSV or NPZ")
     if kind not in TABLE_KINDS:
         raise FileError(f"{file} is none of {', '.join(TABLE_KINDS)}")
     try:
         table = {".csv": _read_csv, ".parquet": _read_parquet}[kind](file) if kind != ".npz" else _read_npz(file, names)
-    except (ValueError, TypeError, OSError) as error:
-        raise FileError(f"cannot read numbers from {file}: {error}") from error
+    except (FileError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # pyarrow, zipfile and zlib have classes of their own
+        raise FileError(f"cannot read numbers from {file}: {str(error)[:300] or type(error).__name__}") from error
+    if table.size == 0 or table.ndim == 0:
+        raise FileError(f"{file} holds no rows of numbers; give one row a node or an edge")
     return table.reshape(len(table), -1)
 
 
@@ -123,7 +172,17 @@ def _read_csv(file: Path) -> np.ndarray:
         heading = 0
     except ValueError:
         heading = 1
-    return np.loadtxt(file, delimiter=",", skiprows=heading, ndmin=2, converters=lambda cell: float(cell or "nan"))
+    with warnings.catch_warnings():
+        # An empty table is told by the caller.
+        warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
+        return np.loadtxt(
+            file,
+            delimiter=",",
+            skiprows=heading,
+            ndmin=2,
+            converters=lambda cell: float(cell or "nan"),
+            encoding="utf-8",
+        )
 
 
 def _read_parquet(file: Path) -> np.ndarray:
@@ -131,16 +190,72 @@ def _read_parquet(file: Path) -> np.ndarray:
         import pyarrow.parquet
     except ImportError as error:
         raise FileError(f"reading {file} needs pyarrow: pip install pyarrow") from error
-    table = pyarrow.parquet.read_table(file)
+    with pyarrow.parquet.ParquetFile(file) as stored:
+        found = stored.metadata
+        _check_unpacked(8 * found.num_rows * found.num_columns, file)
+        # Not by column: pyarrow ends the process at some damaged statistics of a column when asked about it alone.
+        groups = [found.row_group(index).total_byte_size for index in range(found.num_row_groups)]
+        _check_unpacked(sum(max(0, size) for size in groups), file)
+        table = stored.read()
     return np.stack([np.asarray(column.to_numpy(), np.float64) for column in table.columns], axis=1)
 
 
 def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is no NPZ archive; write it with numpy.savez(FILE, signal=y)")
     with np.load(file, allow_pickle=False) as arrays:
         found = [name for name in names if name in arrays] or ([arrays.files[0]] if len(arrays.files) == 1 else [])
         if not found:
-            raise ValueError(f"it holds {', '.join(arrays.files)}, expected one of {', '.join(names)}")
+            raise ValueError(f"it holds {', '.join(arrays.files[:8])}, expected one of {', '.join(names)}")
+        member = found[0] if found[0] in arrays.zip.namelist() else f"{found[0]}.npy"
+        _check_npy(arrays.zip, member, file)
         return np.asarray(arrays[found[0]], np.float64)
+
+
+def _check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:
+    """Compare an array's header with the bytes that follow, before NumPy takes memory for what it claims.
+
+    Raises:
+        ValueError: if it is no array of numbers, or of another size.
+    """
+    info = archive.getinfo(member)
+    _check_unpacked(info.file_size, file)
+    with archive.open(info) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if read is None:
+            raise ValueError(f"{member} is in version {version} of the format; write it again with numpy.savez")
+        shape, _, dtype = read(stream)
+        start = stream.tell()
+    if dtype.kind not in "biuf":
+        pickled = dtype.hasobject
+        why = "Python objects, which are pickled and can run code when loaded" if pickled else f"{dtype}"
+        raise ValueError(f"{member} holds {why}; convert it: numpy.savez(FILE, signal=numpy.asarray(y, float))")
+    if not all(size >= 0 for size in shape) or start + math.prod(shape) * dtype.itemsize != info.file_size:
+        raise ValueError(f"{member} claims the shape {list(shape)[:8]} and has {info.file_size} bytes; write it again")
+
+
+def _check_unpacked(claimed: int, file: Path) -> None:
+    """Refuse a small file that claims to unpack to far more.
+
+    Raises:
+        FileError: with both sizes.
+    """
+    most = max(FREE_BYTES, MAX_RATIO * file.stat().st_size)
+    if claimed > most:
+        raise FileError(
+            f"{file} would unpack to {claimed:,} bytes, at most {most:,} for a file of its size; it is corrupt, or "
+            "compressed beyond that: write it again without compression"
+        )
+
+
+def _refuse_pickles(file: Path, instead: str) -> None:
+    """Refuse files that are pickles by their names, saying what to do."""
+    if file.suffix.lower() in PICKLES:
+        raise FileError(
+            f"{file} is of a kind that can hold pickled objects, which can run code when loaded, and is not read; if "
+            f"you trust who made it, load it where it was made and write {instead} file"
+        )
 
 
 def read_edges(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -153,8 +268,10 @@ def read_edges(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     if table.shape[1] not in (2, 3):
         raise FileError(f"{path} has {table.shape[1]} columns; an edge is two node numbers and, if any, a weight")
     pairs = table[:, :2]
-    if not (np.isfinite(pairs).all() and (pairs == np.rint(pairs)).all()):
-        row = int(np.argmax(~(np.isfinite(pairs) & (pairs == np.rint(pairs))).all(axis=1)))
+    # Beyond 2^53 not every whole number is a float.
+    whole = np.isfinite(pairs) & (pairs == np.rint(pairs)) & (np.abs(pairs) < 2**53)
+    if not whole.all():
+        row = int(np.argmax(~whole.all(axis=1)))
         raise FileError(f"{path} names the nodes {pairs[row].tolist()} in row {row}; node numbers are whole, from 0")
     return pairs.astype(np.int64), table[:, 2] if table.shape[1] == 3 else None
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError, model_validator
 
 import sparseopt as so
 from sparseopt.experiments.config import ConfigError, expand, load_config
-from sparseopt.experiments.names import PenaltyConfig, SolverConfig
+from sparseopt.experiments.names import PenaltyConfig, SolverConfig, code_context
 from tests.experiments.toy import CappedL1, Toy
 
 TOY = "tests.experiments.toy.Toy"
@@ -44,7 +44,7 @@ def test_five_mistakes_make_one_message_of_five_lines_each_with_its_place_and_a_
         tol: -1
         """)
     with pytest.raises(ConfigError) as caught:
-        load_config(path)
+        load_config(path, allow_code=True)
     first, *lines = str(caught.value).splitlines()
     assert first == f"{path} cannot be used, 5 mistakes:"
     expected = {
@@ -79,14 +79,14 @@ def test_five_mistakes_make_one_message_of_five_lines_each_with_its_place_and_a_
 )
 def test_what_cannot_be_used_says_where_and_why(write, text, expected):
     with pytest.raises(ConfigError) as caught:
-        load_config(write(text))
+        load_config(write(text), allow_code=True)
     assert expected in str(caught.value)
 
 
 def test_what_no_single_key_is_to_blame_for_is_a_mistake_of_the_run(write):
     path = write("name: x\ntask: tests.experiments.test_config.Even\ncount: 4\nseed: 3")
     with pytest.raises(ConfigError) as caught:
-        load_config(path)
+        load_config(path, allow_code=True)
     assert str(caught.value) == f"{path} cannot be used, 1 mistake:\n  the run: count 4 is no multiple of the seed 3"
 
 
@@ -102,18 +102,18 @@ def test_a_missing_file_and_a_broken_override_are_named(write, tmp_path):
 
 def test_overrides_reach_blocks_and_read_yaml_values(write):
     path = write(f"name: x\ntask: {TOY}\ncount: 2")
-    (run,) = load_config(path, ["count=5", "pause=1e-3", "title=a b"])
+    (run,) = load_config(path, ["count=5", "pause=1e-3", "title=a b"], allow_code=True)
     assert (run.task.count, run.task.pause, run.task.title) == (5, 1e-3, "a b")
 
 
 def test_numbers_without_a_point_are_numbers(write):
-    (run,) = load_config(write(f"name: x\ntask: {TOY}\nscale: 2e3"))
+    (run,) = load_config(write(f"name: x\ntask: {TOY}\nscale: 2e3"), allow_code=True)
     assert run.task.scale == 2000.0
 
 
 def test_a_grid_takes_all_combinations_and_a_list_those_given(write):
     sweep = {"grid": {"seed": [0, 1], "count": [2, 3]}, "list": [{"scale": 1.0}, {"scale": 0.5, "pause": 0.1}]}
-    runs = expand({"name": "x", "task": TOY, "sweep": sweep})
+    runs = expand({"name": "x", "task": TOY, "sweep": sweep}, allow_code=True)
     assert len(runs) == 8
     assert runs[0].id == "scale=1,seed=0,count=2"
     assert runs[-1].id == "scale=0.5,pause=0.1,seed=1,count=3"
@@ -130,13 +130,14 @@ def test_runs_that_differ_only_inside_a_named_block_have_names_of_their_own():
 
 
 def test_a_sweep_without_lists_is_one_run_in_the_experiments_own_folder():
-    (run,) = expand({"name": "x", "task": TOY})
+    (run,) = expand({"name": "x", "task": TOY}, allow_code=True)
     assert str(run.subfolder) == "x"
 
 
 def test_names_and_paths_build_the_same_kind_of_object():
     assert PenaltyConfig.model_validate({"name": "mcp", "weight": 2, "gamma": 4}).build() == so.MCP(2, 4)
-    own = PenaltyConfig.model_validate({"name": "tests.experiments.toy.CappedL1", "weight": 2.0})
+    fields = {"name": "tests.experiments.toy.CappedL1", "weight": 2.0}
+    own = PenaltyConfig.model_validate(fields, context=code_context(True))
     assert own.build() == CappedL1(2.0)
     assert own.label == "CappedL1(weight=2)"
     assert own.code_digest()
@@ -154,5 +155,5 @@ def test_names_and_paths_build_the_same_kind_of_object():
 )
 def test_a_penalty_that_does_not_exist_or_fit_is_an_error(fields, expected):
     with pytest.raises(ValidationError) as caught:
-        PenaltyConfig.model_validate(fields)
+        PenaltyConfig.model_validate(fields, context=code_context(True))
     assert expected in str(caught.value)

@@ -50,11 +50,11 @@ def test_a_sweep_over_methods_reports_perplexity_and_exact_sparsity(tmp_path, pr
         ]
     }
     output = tmp_path / "runs"
-    planned = plan(expand({**prune, "sparsity": 0.25, "sweep": sweep}), output)
+    planned = plan(expand({**prune, "sparsity": 0.25, "sweep": sweep}, allow_code=True), output)
     check_all(planned, again=False)
     outcomes = run_all(planned, output, lambda p: quiet)
     assert [outcome.error for outcome in outcomes] == [None] * 4
-    (section,) = gather([output])
+    (section,) = gather([output], ["tests"])
     rows = {record["label"]: record for run in section.runs for record in run.records}
     assert set(rows) == {"dense", "magnitude", "Wanda", "maiht best CappedL1(weight=1)"}
     assert rows["dense"]["sparsity"] == 0

@@ -21,13 +21,13 @@ PAPER = {
 def runs(tmp_path):
     output = tmp_path / "runs"
     values = {"name": "toy", "title": "Toys | compared", "task": TOY, "paper": PAPER}
-    planned = plan(expand({**values, "sweep": {"grid": {"scale": [1.0, 2.0]}}}), output)
+    planned = plan(expand({**values, "sweep": {"grid": {"scale": [1.0, 2.0]}}}, allow_code=True), output)
     run_all(planned, output, lambda p: lambda *_: None)
     return output
 
 
 def test_rows_hold_settings_means_spreads_and_the_papers_figures(runs):
-    (section,) = gather([runs])
+    (section,) = gather([runs], ["tests"])
     assert section.name == "toy"
     one, two = section.rows
     assert one.labels == {"scale": 1.0}
@@ -41,7 +41,7 @@ def test_rows_hold_settings_means_spreads_and_the_papers_figures(runs):
 
 
 def test_every_format_tells_the_same(runs, tmp_path):
-    sections = gather([runs])
+    sections = gather([runs], ["tests"])
     files = {file.name: file for file in write_report(sections, tmp_path / "report")}
     assert set(files) >= {"report.csv", "report.parquet", "report.md", "report.html"}
     with files["report.csv"].open() as stream:
@@ -61,7 +61,7 @@ def test_every_format_tells_the_same(runs, tmp_path):
 
 
 def test_a_report_never_overwrites_and_says_what_is_missing(runs, tmp_path):
-    sections = gather([runs])
+    sections = gather([runs], ["tests"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="is not empty; name a new one"):
@@ -75,5 +75,5 @@ def test_a_report_never_overwrites_and_says_what_is_missing(runs, tmp_path):
 
 
 def test_markdown_of_a_section_without_paper_has_a_table_alone(runs):
-    (section,) = gather([runs / "toy" / "scale=1"])
+    (section,) = gather([runs / "toy" / "scale=1"], ["tests"])
     assert markdown(section).startswith("## Toys | compared\n\n| scale | value |")

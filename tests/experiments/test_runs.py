@@ -33,7 +33,7 @@ def quiet(done, total, text):
 
 
 def toy(**fields):
-    (run,) = expand({"name": "toy", "task": TOY, **fields})
+    (run,) = expand({"name": "toy", "task": TOY, **fields}, allow_code=True)
     return run
 
 
@@ -56,7 +56,7 @@ def test_a_run_leaves_config_header_records_and_summary(tmp_path):
     assert figures["value"] == {"mean": 1.5, "std": pytest.approx(1.25**0.5)}
     assert figures["kind"] == "toy"
     assert (yaml.safe_load((folder / "config.yaml").read_text())) == expand(
-        yaml.safe_load((folder / "config.yaml").read_text())
+        yaml.safe_load((folder / "config.yaml").read_text()), allow_code=True
     )[0].task.model_dump(mode="json", exclude_none=True)
 
 
@@ -91,7 +91,7 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path):
 
 
 def test_a_failed_run_keeps_its_records_and_the_others_go_on(tmp_path):
-    runs = expand({"name": "toy", "task": TOY, "sweep": {"list": [{"fail_at": 2}, {"scale": 3.0}]}})
+    runs = expand({"name": "toy", "task": TOY, "sweep": {"list": [{"fail_at": 2}, {"scale": 3.0}]}}, allow_code=True)
     outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda planned: quiet)
     assert "RuntimeError: the toy broke" in outcomes[0].error
     assert (outcomes[0].folder / "error.txt").read_text().startswith("unit-2: RuntimeError")
@@ -135,7 +135,7 @@ def test_a_start_killed_before_its_first_unit_is_made_good(tmp_path, monkeypatch
     assert state_of(folder, fingerprint(run.task)) is state
     outcome = execute(run, tmp_path, quiet)
     assert (outcome.done, outcome.error) == (4, None)
-    assert load_run(folder)[0].task == run.task
+    assert load_run(folder, allow_code=True)[0].task == run.task
     assert not list(folder.glob(".*.tmp"))
 
 
@@ -155,7 +155,7 @@ def test_two_processes_never_share_a_folder(tmp_path):
 
 
 def test_shards_are_disjoint_and_complete():
-    runs = expand({"name": "toy", "task": TOY, "sweep": {"grid": {"seed": list(range(7))}}})
+    runs = expand({"name": "toy", "task": TOY, "sweep": {"grid": {"seed": list(range(7))}}}, allow_code=True)
     parts = [take_shard(runs, parse_shard(f"{i}/3")) for i in (1, 2, 3)]
     assert sorted(run.id for part in parts for run in part) == sorted(run.id for run in runs)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -172,7 +172,7 @@ def test_a_sweep_killed_again_and_again_loses_and_doubles_nothing(tmp_path):
         "sweep": {"grid": {"scale": [1.0, 2.0, 3.0]}},
     }  # fmt: skip
     config.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "sparseopt", "run", str(config), "--output", str(output)]
+    command = [sys.executable, "-m", "sparseopt", "run", str(config), "--output", str(output), "--allow-code"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
     def finished_units():

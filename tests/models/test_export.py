@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from sparseopt.files import DiskError
 from sparseopt.models import OUTER_TAG, ModelError, ShardedWriter, StreamedModel, block_tag, open_model
 from sparseopt.models import export as export_module
 from sparseopt.models.safetensors_file import write_tensors
@@ -117,7 +118,7 @@ def test_a_full_disk_leaves_finished_shards_and_names_them(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fill_disk)
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(DiskError) as caught:
         writer.write(block_tag(1), second)
     assert "model-block-0001.safetensors: No space left on device" in str(caught.value)
     assert "safe are: model-block-0000.safetensors" in str(caught.value)

@@ -1,0 +1,49 @@
+"""Bad inputs by kind, each with the error that a person should see. A benchmark counts how many give it."""
+
+from dataclasses import dataclass
+
+from sparseopt.experiments.config import ConfigError
+from sparseopt.models import ModelError
+from sparseopt.pruning.texts import TextError
+from sparseopt.trend.files import FileError
+from tests.fuzz.bad_configs import DOTTED, YAML
+from tests.fuzz.bad_files import NUMPY, PICTURES, TABLES, TEXTS
+from tests.fuzz.bad_models import CONFIG, GGUF, INDEX, SAFETENSORS
+from tests.fuzz.making import Make
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """A bad input.
+
+    Attributes:
+        kind: of input.
+        name: what is wrong with it.
+        make: puts it into a folder and gives the call that meets it.
+        error: the documented class.
+        text: a part of the message.
+    """
+
+    kind: str
+    name: str
+    make: Make
+    error: type[Exception]
+    text: str
+
+
+BAD_INPUTS: list[BadInput] = [
+    BadInput(kind, name, make, error, text)
+    for kind, error, cases in (
+        ("safetensors", ModelError, SAFETENSORS),
+        ("config.json", ModelError, CONFIG),
+        ("index", ModelError, INDEX),
+        ("GGUF", ModelError, GGUF),
+        ("YAML", ConfigError, YAML),
+        ("dotted path", ConfigError, DOTTED),
+        ("picture", FileError, PICTURES),
+        ("numpy file", FileError, NUMPY),
+        ("graph or signal file", FileError, TABLES),
+        ("calibration text", TextError, TEXTS),
+    )
+    for name, make, text in cases
+]

@@ -1,0 +1,347 @@
+"""What is fuzzed: for each reader, how an input is made and what may come of it, a value or the documented error."""
+
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import sparseopt as so
+from sparseopt.experiments.config import ConfigError, load_config
+from sparseopt.models import ModelError, load_tokenizer, open_model, open_source
+from sparseopt.models.export import ShardedWriter
+from sparseopt.models.gguf_file import read_header as read_gguf_header
+from sparseopt.models.gguf_tokenizer import build_tokenizer, tokenizer_config
+from sparseopt.models.packed import read_packed_header
+from sparseopt.models.safetensors_file import read_header, read_metadata
+from sparseopt.trend.files import FileError, read_edges, read_image, read_signal
+from tests.fuzz.choices import Choices, chance, json_bytes, mutated_bytes, mutated_json, pick
+from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
+from tests.models.tiny_gguf import CONFIGS, byte_level_metadata, sentencepiece_metadata, tensors_of, write_architecture
+
+
+@dataclass(frozen=True)
+class Target:
+    """A fuzz target.
+
+    Attributes:
+        name: of the target.
+        make: an input from choices.
+        run: uses it; whatever it raises, but for `errors`, is a crash.
+        errors: the documented classes.
+        first: makes an input to begin with, for what is imported on use.
+        bounded: whether memory is limited while it runs; a compiler would not fit.
+    """
+
+    name: str
+    make: Callable[[Choices], Any]
+    run: Callable[[Any], None]
+    errors: tuple[type[Exception], ...]
+    first: Callable[[], Any] | None = None
+    bounded: bool = True
+
+    def __call__(self, given: Any) -> bool:
+        """Run on an input; whether it ended in a documented error."""
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                self.run(given)
+        except self.errors:
+            return True
+        return False
+
+
+@contextlib.contextmanager
+def folder_of(files: dict[str, bytes]) -> Iterator[Path]:
+    """A new folder with these files."""
+    folder = Path(tempfile.mkdtemp(prefix="sparseopt-fuzz-"))
+    try:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@cache
+def seed_folders() -> tuple[dict[str, bytes], ...]:
+    """Valid models as files: one file, shards, packed."""
+    rng, found = np.random.default_rng(1), []
+    with folder_of({}) as folder:
+        config = tiny_config(num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=2)
+        tensors = random_tensors(config, rng)
+        write_folder(folder / "one", config, tensors)
+        write_folder(folder / "shards", config, tensors, 2)
+        source = open_source(folder / "one")
+        writer = ShardedWriter(folder / "packed", source, pack=True)
+        writer.write("all", {name: np.where(np.abs(value) < 0.3, 0, value) for name, value in tensors.items()})
+        writer.finish()
+        for name in ("one", "shards", "packed"):
+            found.append({f.name: f.read_bytes() for f in sorted((folder / name).iterdir())})
+    return tuple(found)
+
+
+FAMILY_CONFIGS: tuple[dict[str, Any], ...] = (
+    {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4},
+    {"model_type": "qwen3_moe", "num_experts": 2, "moe_intermediate_size": 8, "mlp_only_layers": [0]},
+    {
+        "model_type": "gemma3",
+        "text_config": {"num_hidden_layers": 1, "hidden_size": 8, "layer_types": ["full_attention"]},
+    },
+    {"model_type": "gemma2", "layer_types": ["sliding_attention"], "query_pre_attn_scalar": 8, "sliding_window": 4},
+    {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+    {"model_type": "smollm3", "no_rope_layers": [1]},
+    {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 16},
+    {"model_type": "opt", "ffn_dim": 8},
+    {"model_type": "gpt_neox", "rotary_pct": 0.25},
+    {
+        "model_type": "llama",
+        "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8},
+    },
+    {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}},
+)
+
+
+def split_header(content: bytes) -> tuple[Any, bytes]:
+    """The JSON header of a valid safetensors file, and its data."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+def with_header(raw: bytes, data: bytes) -> bytes:
+    """A safetensors file with this header."""
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+def any_safetensors(choices: Choices, content: bytes) -> bytes:
+    if chance(choices, 3):
+        return mutated_bytes(choices, [content])
+    header, data = split_header(content)
+    return with_header(json_bytes(choices, header), data[: choices.integer(0, 64)] if chance(choices, 4) else data)
+
+
+def make_safetensors(choices: Choices) -> bytes:
+    contents = [c for files in seed_folders() for name, c in files.items() if name.endswith("safetensors")]
+    return any_safetensors(choices, pick(choices, contents))
+
+
+def run_safetensors(content: bytes) -> None:
+    with folder_of({"model.safetensors": content}) as folder:
+        file = folder / "model.safetensors"
+        errors = []
+        for read in (read_metadata, read_packed_header, read_header):
+            try:
+                found = read(file)
+                if read is not read_metadata:
+                    for tensor in found.values():
+                        assert tensor.read().shape == tensor.shape
+            except ModelError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def make_folder(choices: Choices) -> dict[str, bytes]:
+    files = dict(pick(choices, seed_folders()))
+    name = pick(choices, sorted(files))
+    if chance(choices, 3):
+        base = json.loads(files["config.json"]) | pick(choices, FAMILY_CONFIGS)
+        files["config.json"] = json_bytes(choices, base)
+    elif name.endswith(".safetensors"):
+        files[name] = any_safetensors(choices, files[name])
+    else:
+        files[name] = json_bytes(choices, json.loads(files[name]))
+    return files
+
+
+def unknown_family() -> dict[str, bytes]:
+    return {**seed_folders()[0], "config.json": b'{"model_type": "unknown"}'}
+
+
+def run_folder(files: dict[str, bytes]) -> None:
+    with folder_of(files) as folder:
+        model = open_model(folder)
+        for key in model.exported_keys():
+            model.source.read(key)
+        model.source.sidecars()
+
+
+@cache
+def seed_gguf() -> tuple[bytes, ...]:
+    rng, found = np.random.default_rng(2), []
+    with folder_of({}) as folder:
+        for architecture, config in CONFIGS.items():
+            small = {**config, "num_hidden_layers": 1, "vocab_size": 300, "layer_types": ["full_attention"]}
+            tensors = tensors_of(architecture, small, rng)
+            found.append(write_architecture(folder / "m.gguf", architecture, small, tensors).read_bytes())
+        config = tiny_config(num_hidden_layers=1)
+        found.append(write_gguf(folder / "m.gguf", config, random_tensors(config, rng)).read_bytes())
+        # The tensors' data are nothing to look into.
+        header = read_gguf_header(folder / "m.gguf")
+    assert header.tensors
+    return tuple(found)
+
+
+def make_gguf(choices: Choices) -> bytes:
+    content = pick(choices, seed_gguf())
+    # Most of a file is data; changes belong into what describes it.
+    described = min(len(content), 12_000)
+    return mutated_bytes(choices, [content[:described]]) + content[described:]
+
+
+def run_gguf(content: bytes) -> None:
+    with folder_of({"m.gguf": content}) as folder:
+        source = open_source(folder / "m.gguf")
+        source.sidecars()
+        for name in source.tensors:
+            source.read(name)
+
+
+def make_gguf_metadata(choices: Choices) -> dict[str, Any]:
+    base = pick(choices, [byte_level_metadata("qwen2"), byte_level_metadata("smollm"), sentencepiece_metadata(True)])
+    base = {"general.architecture": "llama", **base, "tokenizer.ggml.add_bos_token": True}
+    mutated = mutated_json(choices, base)
+    return mutated if isinstance(mutated, dict) else {"tokenizer.ggml.tokens": mutated}
+
+
+def run_gguf_tokenizer(metadata: dict[str, Any]) -> None:
+    tokenizer = build_tokenizer(metadata, Path("m.gguf"))
+    tokenizer.encode("hello  the 42 é\n")
+    json.dumps(tokenizer_config(metadata))
+
+
+@cache
+def seed_tokenizer() -> Any:
+    return json.loads(build_tokenizer(byte_level_metadata("qwen2"), Path("m.gguf")).to_str())
+
+
+def make_tokenizer(choices: Choices) -> bytes:
+    return json_bytes(choices, seed_tokenizer())
+
+
+def run_tokenizer(content: bytes) -> None:
+    with folder_of({**seed_folders()[0], "tokenizer.json": content}) as folder:
+        load_tokenizer(open_source(folder))
+
+
+SEED_CONFIGS = (
+    {"name": "a", "task": "denoise", "picture": {"name": "camera", "size": 32}, "penalty": {"name": "l1", "weight": 1}},
+    {
+        "name": "a",
+        "task": "prune",
+        "method": "wanda",
+        "sweep": {"grid": {"sparsity": [0.5, 0.6]}, "list": [{"seed": 1}]},
+    },
+    {"name": "a", "task": "graph_signal", "graph": {"name": "minnesota"}, "paper": {"source": "x", "differs": ["y"]}},
+    {"name": "a", "task": "tests.fuzz.canary.Canary", "method": {"name": "tests.fuzz.canary.Canary", "weight": 1}},
+    {"name": "a", "task": "descent", "penalty": {"name": "sparseopt.core.penalties.MCP", "weight": 1, "gamma": 2}},
+    {"name": "a", "task": "groups", "sweep": {"list": [{"penalty": {"name": "l0", "weight": w}} for w in (1, 2)]}},
+)
+YAML_PIECES = (
+    "&a [*a]\n", "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", "<<: {x: 1}\n", "? [1]\n: 2\n",
+    "!!python/name:os.system x\n", "x: !!binary =\n", "x: !!timestamp y\n", "x: !!int y\n", "x: 2020-13-45\n",
+    "- " * 40, "[" * 40, '"\\ud800": 1\n', '"\\UFFFFFFFF"\n', "1: 2\n", "x: 1:99:99\n", "x: 0b\n", "x: .inf\n",
+    "---\n...\n---\n", "%YAML 9.9\n---\n", "\t", "x: @\n", "seed: 9" + "9" * 5000 + "\n", "x: 1_000_\n", "=: =\n",
+    "sweep: {grid: {a.b.c.d: [1]}}\n", "\x00", "\ufeff", "\u2028",
+)  # fmt: skip
+
+
+def make_config(choices: Choices) -> bytes:
+    values = mutated_json(choices, pick(choices, SEED_CONFIGS))
+    text = yaml.safe_dump(values, sort_keys=False).encode("utf-8", "surrogatepass")
+    if chance(choices, 2):
+        lines = text.splitlines(keepends=True)
+        lines.insert(choices.integer(0, len(lines)), pick(choices, YAML_PIECES).encode("utf-8", "surrogatepass"))
+        text = b"".join(lines)
+    return mutated_bytes(choices, [text]) if chance(choices, 3) else text
+
+
+def run_config(content: bytes) -> None:
+    import sys
+
+    with folder_of({"a.yaml": content}) as folder:
+        try:
+            load_config(folder / "a.yaml")
+        finally:
+            assert "tests.fuzz.canary" not in sys.modules, "code was imported that nobody allowed"
+
+
+@cache
+def seed_tables() -> tuple[tuple[str, bytes], ...]:
+    import pyarrow
+    import pyarrow.parquet
+
+    rng, found = np.random.default_rng(3), []
+    found += [(".csv", b"u,v,w\n0,1,0.5\n1,2,2\n"), (".csv", b"0,1\n2,\n"), (".csv", b"1\n2\n3\n")]
+    for save in (np.savez, np.savez_compressed):
+        for values in (rng.normal(size=(5, 2)), np.arange(6).reshape(3, 2), np.zeros((2, 2), np.float16)):
+            stream = io.BytesIO()
+            save(stream, edges=values, signal=values)
+            found.append((".npz", stream.getvalue()))
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"u": [0, 1], "v": [1, 2]}), stream)
+    return (*found, (".parquet", stream.getvalue()))
+
+
+def make_table(choices: Choices) -> tuple[str, bytes]:
+    ending, content = pick(choices, seed_tables())
+    return ending, mutated_bytes(choices, [content])
+
+
+def run_table(given: tuple[str, bytes]) -> None:
+    ending, content = given
+    with folder_of({f"t{ending}": content}) as folder:
+        with contextlib.suppress(FileError):
+            read_signal(folder / f"t{ending}")
+        edges, weights = read_edges(folder / f"t{ending}")
+    # The graph's own check, as the command does it: a ValueError that says which edge.
+    with contextlib.suppress(ValueError):
+        so.Graph.from_edges(edges, 10, weights)
+
+
+@cache
+def seed_images() -> tuple[bytes, ...]:
+    from PIL import Image
+
+    from sparseopt.trend.files import write_image
+
+    rng, found = np.random.default_rng(4), []
+    with folder_of({}) as folder:
+        for name, kind, shape in (
+            ("a.png", np.uint8, (5, 4)), ("b.png", np.uint16, (5, 4, 3)), ("c.tif", np.uint8, (5, 4, 3)),
+            ("d.tif", np.uint16, (5, 4)), ("e.bmp", np.uint8, (5, 4, 3)), ("f.jpg", np.uint8, (8, 8)),
+            ("g.gif", np.uint8, (5, 4)), ("h.webp", np.uint8, (5, 4, 3)), ("i.ppm", np.uint8, (5, 4, 3)),
+            ("j.tif", np.uint16, (5, 4, 3)),
+        ):  # fmt: skip
+            write_image(folder / name, rng.integers(0, 255, shape).astype(kind))
+            found.append((folder / name).read_bytes())
+        Image.new("P", (4, 4)).save(folder / "p.png")
+        return (*found, (folder / "p.png").read_bytes())
+
+
+def make_image(choices: Choices) -> bytes:
+    return mutated_bytes(choices, seed_images())
+
+
+def run_image(content: bytes) -> None:
+    with folder_of({"image": content}) as folder:
+        read_image(folder / "image")
+
+
+READERS = (
+    Target("safetensors", make_safetensors, run_safetensors, (ModelError,)),
+    Target("model folder", make_folder, run_folder, (ModelError,), unknown_family),
+    Target("GGUF", make_gguf, run_gguf, (ModelError,)),
+    Target("GGUF tokenizer", make_gguf_metadata, run_gguf_tokenizer, (ModelError,)),
+    Target("tokenizer.json", make_tokenizer, run_tokenizer, (ModelError,)),
+    Target("YAML config", make_config, run_config, (ConfigError,)),
+    Target("graph and signal", make_table, run_table, (FileError,)),
+    Target("picture", make_image, run_image, (FileError,)),
+)

@@ -1,0 +1,40 @@
+"""The fuzz targets on a fixed set of examples; `make fuzz` runs them for minutes, with new ones each time."""
+
+import time
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from tests.fuzz.choices import HypothesisChoices
+from tests.fuzz.run import SLOW
+from tests.fuzz.solver_targets import SOLVERS
+from tests.fuzz.targets import READERS
+
+EXAMPLES = dict.fromkeys((target.name for target in READERS), 60) | dict.fromkeys((t.name for t in SOLVERS), 8)
+
+
+@pytest.mark.parametrize("target", [*READERS, *SOLVERS], ids=lambda target: target.name)
+def test_every_input_gives_a_value_or_the_documented_error(target):
+    @st.composite
+    def inputs(draw):
+        return target.make(HypothesisChoices(draw))
+
+    refused = []
+
+    @hypothesis.settings(
+        max_examples=EXAMPLES[target.name],
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(inputs())
+    def check(given):
+        start = time.process_time()
+        refused.append(target(given))
+        assert time.process_time() - start < SLOW
+
+    check()
+    # A target that lets everything pass looks at nothing, one that refuses everything never gets past the door.
+    assert 0 < sum(refused) <= len(refused)
