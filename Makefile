@@ -8,8 +8,9 @@ ONLY ?=
 TRUTH ?=
 REFERENCES ?=
 CALIBRATION ?= pydoc
+FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package families golden notebooks docs bench-prune bench-memory bench-reliability bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
+.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,12 @@ $(VENV)/.installed-oracle: $(VENV)/.installed-test
 $(VENV)/.installed-peers: $(VENV)/.installed-demo pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[peers]'
 	$(BIN)/python -m pip install --quiet prox_tv || echo 'SKIPPED proxTV: it did not build' >&2
+	@touch $@
+
+# atheris has wheels for Linux and some Pythons only; the fuzzer says so where it is missing.
+$(VENV)/.installed-fuzz: $(VENV)/.installed-test pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[fuzz]'
+	$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=2.3' || echo 'SKIPPED atheris: no wheel of it fits' >&2
 	@touch $@
 
 demo: $(VENV)/.installed-demo ## Prune a real language model and show what it cost (about 6 minutes on two cores).
@@ -79,6 +86,9 @@ docs: build/notebooks/.executed ## Build the pages into build/docs, warnings are
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
 
+fuzz: $(VENV)/.installed-fuzz ## Fuzz every reader and check of arguments, FUZZ_SECONDS (60) each, as JSON lines.
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
+
 families: $(VENV)/.installed-oracle ## Prove every model family against torch and record it for the documentation.
 	rm -f build/families.jsonl && mkdir -p build
 	SPARSEOPT_FAMILY_RECORDS=build/families.jsonl $(BIN)/python -m pytest -n 2 -m oracle tests/oracle/test_families.py \
@@ -94,8 +104,8 @@ bench-prune: $(VENV)/.installed-demo ## Pruning figures as JSON lines; DATA=fold
 bench-memory: $(VENV)/.installed-test ## Peak memory of pruning against the number of blocks, as JSON lines.
 	$(BIN)/python benchmarks/bench_memory.py
 
-bench-reliability: $(VENV)/.installed-test ## Thirty kills of a pruning run and what they cost, as a JSON line.
-	$(BIN)/python benchmarks/bench_reliability.py
+bench-reliability: $(VENV)/.installed-fuzz ## Kills, a memory budget, bad inputs, fuzzing, as JSON lines (about an hour); ONLY=kills,budget,inputs,fuzz.
+	$(BIN)/python benchmarks/bench_reliability.py $(if $(ONLY),--only $(ONLY))
 
 bench-quality: $(VENV)/.installed-demo ## Every method and recipe change as JSON lines; DATA=folder, ONLY=part (hours).
 	$(BIN)/python benchmarks/bench_quality.py $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))

@@ -23,19 +23,19 @@ from sparseopt.models.safetensors_file import write_tensors
 VOCAB = 8192
 
 
-def write_model(folder: Path, blocks: int, width: int) -> int:
-    """A random Llama in bfloat16, a shard a block; returns its bytes."""
+def write_model(folder: Path, blocks: int, width: int, vocab: int = VOCAB, *, tied: bool = True) -> int:
+    """A random Llama in bfloat16, a shard a block; returns its bytes. Memory holds a block."""
     config: dict[str, Any] = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "vocab_size": VOCAB,
+        "vocab_size": vocab,
         "hidden_size": width,
         "intermediate_size": 11 * width // 4,
         "num_hidden_layers": blocks,
         "num_attention_heads": width // 64,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "dtype": "bfloat16",
     }
     folder.mkdir()

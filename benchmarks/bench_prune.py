@@ -20,7 +20,8 @@ from common import emit, model_and_text, text_parser
 
 from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import load_text, perplexity, prune_layer, token_windows
-from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.activations import make_batches
+from sparseopt.pruning.calibration import BlockRunner
 
 DENSE_PERPLEXITY = 29.197
 # The published procedure's own relative errors at 50 % on these layers.

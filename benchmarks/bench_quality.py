@@ -19,7 +19,8 @@ from common import Bench, emit_line, judged, model_and_text, names_of, preset_of
 
 from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import Recipe, load_text, prune_layer, token_windows
-from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.activations import make_batches
+from sparseopt.pruning.calibration import BlockRunner
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "0.5": {"sparsity": 0.5, "pattern": "unstructured"},

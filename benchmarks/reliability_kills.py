@@ -1,24 +1,17 @@
 """Runs that are killed: a tiny random Llama is pruned by processes that get SIGKILL at random moments, then by one that
 gets none, and the result is compared byte by byte with that of an unbroken run.
-
-    python benchmarks/bench_reliability.py [--kills 30] [--seed 0]
-
-Prints one JSON line: kills, how many of them lost a finished block or left a folder that could not be gone on with,
-whether the bytes are the same, versions.
 """
 
-import argparse
 import json
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sparseopt.machine import environment
 from sparseopt.models import find_family
 from sparseopt.models.safetensors_file import write_tensors
 
@@ -72,57 +65,57 @@ def shards(output: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in output.glob("*.safetensors")}
 
 
-def main() -> None:
-    """Kill, go on, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    rng = np.random.default_rng(options.seed)
-    with tempfile.TemporaryDirectory() as place:
-        model, whole, broken = (Path(place) / name for name in ("model", "whole", "broken"))
-        write_model(model)
-        began = time.perf_counter()
-        assert start(model, whole).wait() == 0
-        seconds = time.perf_counter() - began
-        kills = lost = refused = within = runs = 0
-        while kills < options.kills:
-            before = finished_blocks(broken)
-            process = start(model, broken)
-            # Anywhere from the first import to a little more than what is left to do.
-            left = 1 - len(before) / (CONFIG["num_hidden_layers"] + 1)  # type: ignore[operator]
-            try:
-                process.wait(rng.uniform(0.1, 1.0) * seconds * max(left, 0.4))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-                after = finished_blocks(broken)
-                within += bool(after)
-                lost += not before <= after
-                if not (broken / "summary.json").is_file():
-                    continue
-            if process.returncode > 0:
-                refused += 1
-                sys.stderr.write(process.stderr.read().decode() if process.stderr else "")
-                break
-            # Finished before the kill came: the same bytes, and the next kills hit a new run.
-            assert shards(broken) == shards(whole)
-            runs += 1
-            broken = Path(place) / f"broken-{runs}"
-        last = start(model, broken).wait()
-        record = {
-            "figure": "kills",
-            "kills": kills,
-            "within_the_pass": within,
-            "lost_finished_blocks": lost,
-            "refused": refused + (last != 0),
-            "identical": shards(broken) == shards(whole),
-            "seconds_unbroken": seconds,
-            **environment(),
-        }
-    sys.stdout.write(json.dumps(record) + "\n")
+def killed_runs(place: Path, kills: int, seed: int = 0) -> dict[str, Any]:
+    """Kill, go on, compare.
 
+    Args:
+        place: an empty folder.
+        kills: how many, at moments drawn at random.
+        seed: of the moments.
 
-if __name__ == "__main__":
-    main()
+    Returns:
+        Kills, those within the pass, those after which a finished block was gone, runs that could not be gone on with,
+        whether the last result is that of an unbroken run to the bit, and what such a run takes.
+    """
+    rng = np.random.default_rng(seed)
+    model, whole, broken = (place / name for name in ("model", "whole", "broken"))
+    write_model(model)
+    began = time.perf_counter()
+    if start(model, whole).wait() != 0:
+        raise RuntimeError("the unbroken run failed")
+    seconds = time.perf_counter() - began
+    done = lost = refused = within = runs = 0
+    identical = True
+    while done < kills:
+        before = finished_blocks(broken)
+        process = start(model, broken)
+        # Anywhere from the first import to a little more than what is left to do.
+        left = 1 - len(before) / (CONFIG["num_hidden_layers"] + 1)  # type: ignore[operator]
+        try:
+            process.wait(rng.uniform(0.1, 1.0) * seconds * max(left, 0.4))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            done += 1
+            after = finished_blocks(broken)
+            within += bool(after)
+            lost += not before <= after
+            if not (broken / "summary.json").is_file():
+                continue
+        if process.returncode > 0:
+            refused += 1
+            sys.stderr.write(process.stderr.read().decode() if process.stderr else "")
+            break
+        # Finished before the kill came: the same bytes, and the next kills hit a new run.
+        identical &= shards(broken) == shards(whole)
+        runs += 1
+        broken = place / f"broken-{runs}"
+    last = start(model, broken).wait()
+    return {
+        "kills": done,
+        "within_the_pass": within,
+        "lost_finished_blocks": lost,
+        "refused": refused + (last != 0),
+        "identical": identical and shards(broken) == shards(whole),
+        "seconds_unbroken": seconds,
+    }

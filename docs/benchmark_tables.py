@@ -7,6 +7,7 @@
     prune.jsonl            output of `make bench-prune`
     memory.jsonl           output of `make bench-memory`
     quality.jsonl          output of `make bench-quality`
+    reliability.jsonl      output of `make bench-reliability`
     families.jsonl         output of `make families`
 
 A table whose records are absent becomes one sentence that names the command.
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import family_tables
 import pruning_tables
+import reliability_tables
 import trend_tables
 from records import Record, read
 
@@ -55,6 +57,11 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         pruning_tables.quality_each_layer,
         pruning_tables.quality_models,
         pruning_tables.quality_ablation,
+        reliability_tables.reliability_machine,
+        reliability_tables.reliability_kills,
+        reliability_tables.reliability_budget,
+        reliability_tables.reliability_inputs,
+        reliability_tables.reliability_fuzz,
         family_tables.families_machine,
         family_tables.families_proved,
     )

@@ -20,7 +20,8 @@ from scipy.spatial import Delaunay
 import sparseopt as so
 from sparseopt.models import bundled_model, encode_text, load_tokenizer, open_model
 from sparseopt.pruning import load_text, prune_layer, token_windows
-from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.activations import make_batches
+from sparseopt.pruning.calibration import BlockRunner
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "pictures"

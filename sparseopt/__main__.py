@@ -2,4 +2,6 @@
 
 from sparseopt.cli import main
 
-main()
+# A path in a config may import every module of the package.
+if __name__ == "__main__":
+    main()

@@ -33,18 +33,20 @@ def inspect(
             help="The machine's rate of float32 matrix products, 10^9 operations a second; default: measured."
         ),
     ] = None,
-    memory: Annotated[float | None, typer.Option(help="The machine's memory in GiB; default: this machine's.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to compare with, as in 16GiB; default: this machine's.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
 ) -> None:
     """What a model is, what pruning it would zero, and about how much memory and time that takes; headers only."""
     from sparseopt import console, console_inspection
+    from sparseopt.machine import available_memory_bytes, parse_bytes
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.cost import measure_gflops
-    from sparseopt.pruning.inspection import inspect_model, machine_memory_bytes
+    from sparseopt.pruning.inspection import inspect_model
     from sparseopt.pruning.patterns import implied_sparsity
 
-    if memory is not None and not memory > 0:
-        raise ValueError(f"--memory must be above 0 GiB, given {memory}")
+    limit = available_memory_bytes() if memory is None else parse_bytes(memory)
     recipe = Recipe(
         sparsity=0.5 if sparsity is None and implied_sparsity(pattern) is None else sparsity,
         pattern=pattern,
@@ -67,6 +69,5 @@ def inspect(
     for line in console_inspection.model_lines(found):
         console.say(line)
     console.console.print(console_inspection.linear_table(found))
-    available = int(memory * 2**30) if memory is not None else machine_memory_bytes()
-    for line in console_inspection.prune_lines(found, available):
+    for line in console_inspection.prune_lines(found, limit):
         console.say(line)

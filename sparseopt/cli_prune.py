@@ -70,6 +70,13 @@ def prune(
         bool,
         typer.Option("--pack", help="Store zeros as a bitmask; `sparseopt unpack` makes what transformers loads."),
     ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What the run may take, as in 8GiB: activations lie on disk where that needs it. "
+            "Default: what the machine has available."
+        ),
+    ] = None,
 ) -> None:
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
     from sparseopt import console, console_pruning
@@ -113,7 +120,7 @@ def prune(
     opened = open_source(source)
     try:
         with stop_asked() as stop, console_pruning.PruneProgress(title) as progress:
-            reports = prune_models(opened, plans, observer=progress, stop=stop)
+            reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory)
     except KeyboardInterrupt:
         shards = sorted(output.rglob("*.safetensors")) if output.is_dir() else []
         console.errors.print(

@@ -1,16 +1,102 @@
-"""Floor 8: what a person sees in the shell whatever runs: lines, a clock, bars, plain tables."""
+"""Floor 8: what a person sees in the shell whatever runs: lines, a clock, bars, plain tables.
 
+Nothing that becomes of the place where it is shown ends a run: a pager that was closed, a full disk behind `> FILE`, a
+terminal that is gone, or one without the letters.
+"""
+
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+
+class Outlet:
+    """stdout or stderr as they are at the moment, as far as somebody takes what is written; the rest is lost.
+
+    Attributes:
+        name: "stdout" or "stderr".
+    """
+
+    def __init__(self, name: Literal["stdout", "stderr"]) -> None:
+        self.name = name
+
+    @property
+    def stream(self) -> TextIO | None:
+        """Where it goes; None where the process was started without."""
+        stream = getattr(sys, self.name)
+        # While bars are shown, rich puts itself in front, and would hand everything back to us.
+        return getattr(stream, "rich_proxied_file", stream)
+
+    @property
+    def encoding(self) -> str:
+        """How letters become bytes there."""
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        """Whether a person sees it at once."""
+        try:
+            return self.stream is not None and self.stream.isatty()
+        except ValueError:
+            return False
+
+    def write(self, text: str) -> int:
+        """Write; letters that are not known there become question marks."""
+        stream = self.stream
+        if stream is not None:
+            known = text.encode(self.encoding, "replace").decode(self.encoding)
+            with self._lost():
+                stream.write(known)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        stream = self.stream
+        if stream is not None:
+            with self._lost():
+                stream.flush()
+
+    @contextlib.contextmanager
+    def _lost(self) -> Iterator[None]:
+        """When nobody takes it any more, it goes to nowhere from then on, also what Python flushes at its end."""
+        try:
+            yield
+        except (OSError, ValueError):
+            # A stream that is closed or has no file has nothing to flush either.
+            with contextlib.suppress(OSError, ValueError):
+                _open_nowhere(cast(TextIO, self.stream).fileno())
+
+
+def hold_streams() -> None:
+    """Open what the process was started without, as by `>&-`, to nowhere.
+
+    Else the first file that is opened takes the number of stdout or stderr, and what a library prints lands in it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            _open_nowhere(number)
+
+
+def _open_nowhere(number: int) -> None:
+    """Have a file number mean the system's nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+hold_streams()
+console = Console(file=cast(Any, Outlet("stdout")), highlight=False)
+errors = Console(file=cast(Any, Outlet("stderr")), highlight=False)
 
 
 def say(text: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from sparseopt.console import comparison_table, duration
+from sparseopt.machine import format_bytes
 from sparseopt.pruning.inspection import Inspection
 
 
@@ -30,8 +31,8 @@ def model_lines(found: Inspection) -> list[str]:
     )
     if found.unused_parameters:
         lines.append(f"besides {found.unused_parameters:,} parameters of other parts, which pass through unchanged")
-    stored = ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in found.dtypes.items())
-    lines.append(f"tensors as they read: {stored}; files: {size(found.file_bytes)}")
+    stored = ", ".join(f"{dtype} {format_bytes(nbytes)}" for dtype, nbytes in found.dtypes.items())
+    lines.append(f"tensors as they read: {stored}; files: {format_bytes(found.file_bytes)}")
     return lines
 
 
@@ -51,8 +52,8 @@ def linear_table(found: Inspection) -> Table:
     return comparison_table("Linears of the blocks", ("linear", "shape", "count", "dtype", "weights", "zeros"), rows)
 
 
-def prune_lines(found: Inspection, memory_bytes: int | None) -> list[str]:
-    """What pruning it would give and take; `memory_bytes` is what the machine has, None where unknown."""
+def prune_lines(found: Inspection, memory_bytes: int) -> list[str]:
+    """What pruning it would give and take; `memory_bytes` is what there is for it."""
     estimate = found.estimate
     if estimate is None or found.zeros is None or found.dense_bytes is None or found.packed_bytes is None:
         return ["no estimate of memory and time for this family"]
@@ -60,20 +61,27 @@ def prune_lines(found: Inspection, memory_bytes: int | None) -> list[str]:
     lines = [
         f"pruned by {recipe['method']}, pattern {recipe['pattern']}: {found.zeros:,} zeros, "
         f"{found.zeros / found.prunable_parameters:.2%} of the linears, {found.zeros / found.parameters:.2%} of all",
-        f"output {size(found.dense_bytes)} dense, {size(found.packed_bytes)} packed (bitmask and values)",
+        f"output {format_bytes(found.dense_bytes)} dense, {format_bytes(found.packed_bytes)} packed",
     ]
     parts = [
-        f"{name} {size(nbytes)}"
+        f"{name} {format_bytes(nbytes)}"
         for name, nbytes in sorted(estimate.memory[estimate.peak_phase].items(), key=lambda item: -item[1])
     ]
     lines.append(
         f"estimated memory of `sparseopt prune` with {recipe['samples']} + {recipe['heldout_samples']} windows of "
-        f"{recipe['seqlen']} tokens: {size(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase} "
+        f"{recipe['seqlen']} tokens: {format_bytes(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase} "
         f"({', '.join(parts)})"
     )
-    if memory_bytes is not None:
-        fits = "fits in" if estimate.peak_memory_bytes <= memory_bytes else "does not fit in"
-        lines.append(f"that {fits} {size(memory_bytes)}")
+    lines.append(
+        f"with its activations on disk, {format_bytes(estimate.scratch_bytes)} of them: "
+        f"{format_bytes(estimate.disk_peak_memory_bytes)}"
+    )
+    if estimate.peak_memory_bytes <= memory_bytes:
+        lines.append(f"that fits in {format_bytes(memory_bytes)}")
+    elif estimate.disk_peak_memory_bytes <= memory_bytes:
+        lines.append(f"with activations on disk, as --memory asks for, that fits in {format_bytes(memory_bytes)}")
+    else:
+        lines.append(f"that does not fit in {format_bytes(memory_bytes)}")
     if estimate.seconds is None or estimate.seconds_by_part is None or estimate.gflops is None:
         lines.append("no estimate of the time: it needs a rate, and a method of this package")
     else:
@@ -83,13 +91,6 @@ def prune_lines(found: Inspection, memory_bytes: int | None) -> list[str]:
         )
     lines.append("estimates come from shapes alone; expect them to be out by a half either way")
     return lines
-
-
-def size(nbytes: int) -> str:
-    """Bytes as people say them."""
-    if nbytes < 2**20:
-        return f"{nbytes / 2**10:.1f} KiB"
-    return f"{nbytes / 2**20:.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:.2f} GiB"
 
 
 def ranges(numbers: Sequence[int]) -> str:

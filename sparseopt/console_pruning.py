@@ -14,7 +14,8 @@ from rich.progress import (
 from rich.table import Table
 
 from sparseopt.console import console, packed_line, say
-from sparseopt.pruning.reports import BlockRecord, Event, LayerRecord, PruneReport, SurveyStep, mean
+from sparseopt.machine import format_bytes
+from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, SurveyStep, mean
 
 
 class PruneProgress:
@@ -52,6 +53,9 @@ class PruneProgress:
     def __call__(self, event: Event, total: int) -> None:
         """Something is done."""
         match event:
+            case Footprint():
+                for line in footprint_lines(event):
+                    say(line)
             case SurveyStep(stage, done, steps):
                 self._tell_survey(stage, done, steps)
             case LayerRecord():
@@ -90,6 +94,35 @@ class PruneProgress:
         )
 
 
+def footprint_lines(footprint: Footprint) -> list[str]:
+    """What a run is to take, before it starts."""
+    asked, lines = footprint.budget_bytes, []
+    if footprint.memory_bytes is not None:
+        parts = sorted(footprint.memory_parts.items(), key=lambda item: -item[1])
+        limit = "" if asked is None else f" of {format_bytes(asked)} asked for"
+        lines.append(
+            f"memory {format_bytes(footprint.memory_bytes)}{limit}, estimated, in phase {footprint.phase}: "
+            + " + ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts if nbytes)
+        )
+    disk = f"disk {format_bytes(footprint.output_bytes)} for the model"
+    if footprint.activations == "disk":
+        disk += f" and {format_bytes(footprint.scratch_bytes)} for activations, until the run ends"
+    return [*lines, disk]
+
+
+def memory_line(report: PruneReport) -> str:
+    """What a run took of memory, beside what it was to take."""
+    line = f"peak memory {format_bytes(report.peak_memory_bytes)}"
+    asked, estimated = report.footprint.budget_bytes, report.footprint.memory_bytes
+    if estimated is not None:
+        line += f", estimated {format_bytes(estimated)}"
+    if asked is not None:
+        line += f", asked for {format_bytes(asked)}"
+        if report.peak_memory_bytes > asked:
+            line += ": MORE than was asked for"
+    return line
+
+
 def prune_table(report: PruneReport) -> Table:
     """Mean errors by kind of linear, and the totals."""
     table = Table(title="Pruned layers, means over blocks", title_justify="left")
@@ -120,6 +153,11 @@ def kind_of(layer: str) -> str:
     return layer.rsplit(".", 1)[-1]
 
 
+def shortened(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def run_lines(report: PruneReport) -> list[str]:
     """The figures of a run that are not a layer's."""
     dead = sum(r.dead_inputs for r in report.layers)
@@ -127,7 +165,7 @@ def run_lines(report: PruneReport) -> list[str]:
         f"solver {report.solver_seconds:.1f} s, compiling {report.compile_seconds:.1f} s "
         f"({report.layer_compilations} layer programs), forward passes {report.calibration_seconds:.1f} s "
         f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
-        f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB",
+        memory_line(report),
     ]
     if report.resumed_blocks:
         lines.append(f"{report.resumed_blocks} blocks had been finished by an earlier run; the times are of both")
@@ -147,12 +185,16 @@ def run_lines(report: PruneReport) -> list[str]:
         lines.append(f"survey of the dense model {report.survey_seconds:.1f} s")
     if dead:
         lines.append(f"{dead} inputs were zero on all calibration tokens; their weights were pruned first")
+    if blocked := report.blocked_layers:
+        lines.append(
+            f"{len(blocked)} layers did not fit in memory whole and were solved by blocks of outputs, up to "
+            f"{max(blocked.values())}: {shortened(list(blocked))}"
+        )
     if starved := report.starved_experts:
-        shown = ", ".join(starved[:3]) + (f" and {len(starved) - 3} more" if len(starved) > 3 else "")
         least = report.recipe["min_expert_tokens"]
         lines.append(
-            f"{len(starved)} experts saw fewer than {least} calibration tokens and were pruned by magnitude: {shown}; "
-            "give more --samples"
+            f"{len(starved)} experts saw fewer than {least} calibration tokens and were pruned by magnitude: "
+            f"{shortened(starved)}; give more --samples"
         )
     if report.recipe["pack"]:
         lines.append(packed_line(report.dense_bytes, report.stored_bytes))

@@ -1,9 +1,11 @@
 """Floor 0: files that a crash leaves whole, and folders that one process writes at a time."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,19 +14,81 @@ class InUse(RuntimeError):
     """A lock that another process holds; the text says which."""
 
 
+class DiskError(OSError):
+    """A file that the disk did not take; the text says which, how large it is, what is free, and what to do."""
+
+
+# What to do where the system says why it did not take a file.
+REMEDIES = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room in the quota of this user",
+    errno.EFBIG: "raise the limit on the size of a file (`ulimit -f`)",
+    errno.EROFS: "have the disk mounted for writing",
+}
+
+
+def refused(file: Path, nbytes: int, error: OSError, kept: str = "") -> DiskError:
+    """The error to raise for a file that could not be written.
+
+    Args:
+        file: its name.
+        nbytes: that were to be written.
+        error: the system's.
+        kept: what is safe, for the message.
+    """
+    try:
+        free = f"{shutil.disk_usage(file.parent).free:,} bytes are free there"
+    except OSError:
+        free = "how much is free is not known"
+    return DiskError(
+        f"could not write {file}: {error.strerror or error} ({nbytes:,} bytes were to be written, {free}){kept}; "
+        f"{REMEDIES.get(error.errno or 0, 'check the disk')} and start the same command again"
+    )
+
+
 def temporary_of(file: Path) -> Path:
     """The name under which `write_whole` writes; a crash may leave it behind."""
     return file.with_name(f".{file.name}.tmp")
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write so that a crash leaves the old file or the new one."""
-    temporary = temporary_of(file)
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    """Write so that a crash leaves the old file or the new one.
+
+    Raises:
+        DiskError: if the disk does not take it; the old file stays.
+    """
+    temporary, content = temporary_of(file), text.encode()
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise refused(file, len(content), error) from error
+
+
+def append_line(file: Path, text: str) -> None:
+    """Put a line behind the others of a file, whole or not at all; a file that is not there is made.
+
+    Raises:
+        DiskError: if the disk does not take it; what was there stays.
+    """
+    content = (text + "\n").encode()
+    try:
+        # No buffer, which could be written behind the error or by another owner of the file.
+        with file.open("ab", buffering=0) as stream:
+            before, rest = stream.seek(0, os.SEEK_END), memoryview(content)
+            try:
+                while rest:
+                    rest = rest[stream.write(rest) :]
+            except OSError:
+                stream.truncate(before)
+                raise
+    except OSError as error:
+        raise refused(file, len(content), error) from error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from sparseopt.models.bundled import bundled_model
 from sparseopt.models.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.errors import ModelError
 from sparseopt.models.experts import Routed
-from sparseopt.models.export import OUTER_TAG, ShardedWriter, block_tag, shard_name
+from sparseopt.models.export import OUTER_TAG, ShardedWriter, block_tag, shard_name, unread
 from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.family import Family, KeyTable
 from sparseopt.models.generate import generate
@@ -55,4 +55,5 @@ __all__ = [
     "pack_folder",
     "shard_name",
     "unpack_folder",
+    "unread",
 ]

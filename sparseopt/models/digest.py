@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,13 @@ class Digest:
 
     def add(self, name: str, value: np.ndarray) -> None:
         """Add a tensor."""
-        self._hash.update(f"{name} {value.dtype.name} {value.shape}".encode())
-        self._hash.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        self.add_pieces(name, value.shape, value.dtype, [value])
+
+    def add_pieces(self, name: str, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray]) -> None:
+        """Add a tensor that comes in pieces along its first axis; the digest is that of the whole."""
+        self._hash.update(f"{name} {dtype.name} {shape}".encode())
+        for piece in pieces:
+            self._hash.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
     @property
     def text(self) -> str:

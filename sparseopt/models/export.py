@@ -3,21 +3,24 @@
 Every file is written under a temporary name, forced to disk and renamed: what has its final name is whole.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.files import refused
 from sparseopt.models.errors import ModelError
 from sparseopt.models.packed import FORMAT, PACKED_INDEX, PACKED_PREFIX, VERSION, pack_tensors, read_packed_header
-from sparseopt.models.safetensors_file import WRITABLE, read_header, write_tensors
+from sparseopt.models.safetensors_file import WRITABLE, UnreadTensor, read_header, write_tensors
 from sparseopt.models.source import FileTensor, Source
 
 OUTER_TAG = "outer"
@@ -32,6 +35,12 @@ def block_tag(index: int) -> str:
 def shard_name(tag: str, pack: bool) -> str:
     """The file name of a shard."""
     return f"{PACKED_PREFIX if pack else 'model-'}{tag}.safetensors"
+
+
+def unread(source: Source, keys: Iterable[str]) -> dict[str, UnreadTensor]:
+    """Tensors of a source, each to be read when it is written."""
+    infos = source.tensors
+    return {key: UnreadTensor(infos[key].shape, infos[key].dtype, partial(source.read, key)) for key in keys}
 
 
 class ShardedWriter:
@@ -88,26 +97,31 @@ class ShardedWriter:
         own = self._source.tensors[key].dtype
         return self._dtype if self._dtype is not None and jnp.issubdtype(own, jnp.floating) else own
 
-    def write(self, tag: str, tensors: Mapping[str, np.ndarray]) -> str:
+    def write(self, tag: str, tensors: Mapping[str, np.ndarray | UnreadTensor]) -> str:
         """Write one shard and return its file name; once it has returned, the shard is safe.
 
         Args:
             tag: names the shard: letters, digits and hyphens, new to this writer.
-            tensors: arrays by checkpoint name, in any float dtype.
+            tensors: arrays by checkpoint name, in any float dtype; unread ones are read one by one, unless packed.
 
         Raises:
-            ModelError: for a name, shape or value that cannot be written, or when the disk refuses, in which
-                case the text names the shard that failed and those that are safe.
+            ModelError: for a name, shape or value that cannot be written.
+            DiskError: when the disk refuses; the text names the shard that failed and those that are safe.
         """
         name = shard_name(tag, self._pack)
         if not re.fullmatch(r"[A-Za-z0-9-]+", tag) or name in self.shards:
             raise ModelError(f"shard tag {tag!r} is taken or not made of letters, digits and hyphens")
         converted = {key: self._convert(key, value) for key, value in tensors.items()}
-        stored, metadata = pack_tensors(converted) if self._pack else (converted, None)
-        self._put(name, lambda file: write_tensors(file, stored, metadata))
+        stored: Mapping[str, np.ndarray | UnreadTensor] = converted
+        metadata = None
+        if self._pack:
+            whole = {key: v.read() if isinstance(v, UnreadTensor) else v for key, v in converted.items()}
+            stored, metadata = pack_tensors(whole)
+        nbytes = sum(value.nbytes for value in stored.values())
+        self._put(name, nbytes, lambda file: write_tensors(file, stored, metadata))
         self.shards.append(name)
         self.dense_bytes += sum(value.nbytes for value in converted.values())
-        self.stored_bytes += sum(value.nbytes for value in stored.values())
+        self.stored_bytes += nbytes
         for key, value in converted.items():
             self._places[key] = name
             self._bytes[value.dtype.name] = self._bytes.get(value.dtype.name, 0) + value.nbytes
@@ -121,22 +135,32 @@ class ShardedWriter:
         """Write the index, the configuration and the tokenizer files: the folder is then a whole model.
 
         Raises:
-            ModelError: if tensors of the model were never written, or the disk refuses.
+            ModelError: if tensors of the model were never written.
+            DiskError: when the disk refuses.
         """
         missing = [key for key in self._expected if key not in self._places]
         if missing:
             raise ModelError(f"{len(missing)} tensors were not written, the first {missing[0]}; write all, then finish")
         for name, content in self._source.sidecars().items():
-            self._put(name, _content_writer(content))
+            self._put_content(name, content)
         config = dict(self._source.config)
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = max(self._bytes, key=self._bytes.__getitem__)
-        self._put("config.json", _content_writer(_to_json(config)))
+        self._put_content("config.json", _to_json(config))
         metadata: dict[str, Any] = {"total_size": self.stored_bytes}
         if self._pack:
             metadata |= {"format": FORMAT, "version": VERSION, "dense_size": self.dense_bytes}
         index = {"metadata": metadata, "weight_map": dict(sorted(self._places.items()))}
         # The index comes last: a folder that has one is complete.
-        self._put(PACKED_INDEX if self._pack else "model.safetensors.index.json", _content_writer(_to_json(index)))
+        self._put_content(PACKED_INDEX if self._pack else "model.safetensors.index.json", _to_json(index))
+
+    def _put_content(self, name: str, content: bytes) -> None:
+        def write(file: Path) -> None:
+            with file.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+
+        self._put(name, len(content), write)
 
     def _header(self, name: str) -> dict[str, FileTensor]:
         return read_packed_header(self.output / name) if self._pack else dict(read_header(self.output / name))
@@ -171,42 +195,38 @@ class ShardedWriter:
                 f"{self.output} has {free:,} bytes free, the model needs {needed:,}; make room or choose another"
             )
 
-    def _convert(self, key: str, value: np.ndarray) -> np.ndarray:
+    def _convert(self, key: str, value: np.ndarray | UnreadTensor) -> np.ndarray | UnreadTensor:
         if key not in self._expected or key in self._places:
             raise ModelError(f"{key} is no tensor of this model, or was written already")
         if value.shape != self._expected[key]:
             raise ModelError(f"{key} has the shape {list(value.shape)}, expected {list(self._expected[key])}")
+        if isinstance(value, UnreadTensor):
+            return UnreadTensor(value.shape, self.dtype_of(key), lambda: self._cast(key, value.read()))
+        return self._cast(key, value)
+
+    def _cast(self, key: str, value: np.ndarray) -> np.ndarray:
+        """The values as they are stored."""
         with np.errstate(over="ignore"):
             converted = np.asarray(value).astype(self.dtype_of(key), copy=False)
         if not np.isfinite(converted).all():
             raise ModelError(f"{key} holds NaN or infinity as {converted.dtype}; it was not written")
         return converted
 
-    def _put(self, name: str, write: Any) -> None:
-        """Write under a temporary name, then rename; on any failure the temporary file goes."""
+    def _put(self, name: str, nbytes: int, write: Callable[[Path], None]) -> None:
+        """Write so many bytes under a temporary name, then rename; on any failure the temporary file goes."""
         partial = self.output / (name + _PARTIAL)
         try:
+            # A link left there by others would be written through.
+            partial.unlink(missing_ok=True)
             write(partial)
             os.replace(partial, self.output / name)
             _sync_folder(self.output)
         except OSError as error:
-            safe = ", ".join(self.shards) or "none yet"
-            raise ModelError(
-                f"could not write {self.output / name}: {error.strerror or error}; finished and safe are: "
-                f"{safe}. Make room on the disk and run again"
-            ) from error
+            safe = "; finished and safe are: " + (", ".join(self.shards) or "none yet")
+            raise refused(self.output / name, nbytes, error, safe) from error
         finally:
-            partial.unlink(missing_ok=True)
-
-
-def _content_writer(content: bytes) -> Any:
-    def write(file: Path) -> None:
-        with file.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    return write
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

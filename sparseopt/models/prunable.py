@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sparseopt.models.decoder import Decoder
 from sparseopt.models.source import Source
@@ -67,8 +67,8 @@ class PrunableModel(Protocol):
     def num_blocks(self) -> int:
         """How many blocks the model has."""
 
-    def embedding(self) -> Callable[[Array], Array]:
-        """Token ids `[B, T]` to the stream in front of the first block."""
+    def embedding(self, rows: Int[np.ndarray, "rows"] | None = None) -> Callable[[Array], Array]:
+        """Token ids `[B, T]` to the stream in front of the first block; with rows, ids count in these, ascending."""
 
     def block(self, index: int) -> Any:
         """Read a block, a `PrunableBlock`."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.export import OUTER_TAG, ShardedWriter, block_tag
+from sparseopt.models.export import OUTER_TAG, ShardedWriter, block_tag, unread
 from sparseopt.models.packed import PACKED_INDEX, is_packed
 from sparseopt.models.source import FolderSource
 from sparseopt.models.streaming import open_model
@@ -47,8 +47,8 @@ def pack_folder(source: str | Path, output: str | Path, *, observer: Observer = 
         observer: called with (shards done, shards in all).
 
     Raises:
-        ModelError: before any work, if the source is no dense folder or the output cannot be used; later if the
-            disk refuses.
+        ModelError: before any work, if the source is no dense folder or the output cannot be used.
+        DiskError: later, if the disk refuses.
     """
     folder = _folder(source)
     if is_packed(folder):
@@ -68,7 +68,8 @@ def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer 
 
     Raises:
         ModelError: before any work, if the source is not packed or corrupt or the output cannot be used; later if
-            a shard turns out to be corrupt or the disk refuses.
+            a shard turns out to be corrupt.
+        DiskError: later, if the disk refuses.
     """
     folder = _folder(source)
     if not is_packed(folder):
@@ -91,7 +92,7 @@ def _rewrite(folder: Path, output: str | Path, *, pack: bool, observer: Observer
     }
     writer = ShardedWriter(output, model.source, pack=pack, keys=model.exported_keys())
     for done, (tag, keys) in enumerate(shards.items(), 1):
-        writer.write(tag, {key: model.source.read(key) for key in keys})
+        writer.write(tag, unread(model.source, keys))
         observer(done, len(shards))
     writer.finish()
     return Rewritten(writer.output, writer.dense_bytes, writer.stored_bytes)

@@ -1,13 +1,14 @@
 """Floor 5: safetensors files: a header checked against the file's size, tensors read one by one, safe writes.
 
 Layout: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, the data.
-Files are read without mapping them, so that resident memory holds one tensor and not the file.
+Files are read without mapping them: resident memory holds one tensor and not the file, and a file that becomes shorter
+meanwhile is an error and no signal that ends the process.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from sparseopt.models.errors import ModelError
+from sparseopt.models.folder import parse_json
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -34,8 +36,13 @@ _CODES: dict[np.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 # What a model may be written in.
 WRITABLE = tuple(DTYPES[code] for code in ("F32", "F16", "BF16", "F64"))
 
+# NumPy's own limit.
+_MAX_AXES = 64
 # The format's own limit on a header, in bytes.
 _MAX_HEADER = 100_000_000
+
+# Bytes of a tensor that are in memory at once where it is only looked through.
+SLICE = 2**26
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,65 @@ class StoredTensor:
         """The tensor, copied from the file.
 
         Raises:
-            ModelError: if the file has shrunk since its header was checked.
+            ModelError: if the file has shrunk since its header was checked, or the disk does not give it.
         """
         count = math.prod(self.shape)
-        flat = np.fromfile(self.file, self.dtype, count, offset=self.start)
-        if flat.size != count:
-            raise ModelError(f"{self.file} became shorter while it was read; copy it again")
+        flat = read_part(self.file, self.dtype, count, self.start)
         return flat.reshape(self.shape)
+
+    def slices(self) -> Iterator[np.ndarray]:
+        """The tensor in pieces of whole rows along its first axis, about `SLICE` bytes each.
+
+        Raises:
+            ModelError: as `read` does.
+        """
+        rows = self.shape[0] if self.shape else 1
+        row = max(1, self.nbytes // max(rows, 1))
+        step = max(1, SLICE // row)
+        if rows <= step:
+            yield self.read()
+            return
+        for start in range(0, rows, step):
+            shape = (min(step, rows - start), *self.shape[1:])
+            yield StoredTensor(self.file, self.start + start * row, shape, self.dtype).read()
+
+
+@dataclass(frozen=True)
+class UnreadTensor:
+    """A tensor that is read when it is written, so that a file can be larger than what is in memory of it.
+
+    Attributes:
+        shape: sizes, slowest axis first.
+        dtype: of what `read` gives.
+        read: gives it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_part(file: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray:
+    """So many numbers of a file from a byte on, `[count]`.
+
+    Raises:
+        ModelError: if the file has become shorter than that, or the disk does not give it.
+    """
+    try:
+        found = np.fromfile(file, dtype, count, offset=start)
+    except OSError as error:
+        raise ModelError(
+            f"could not read {file} from byte {start:,} on: {error.strerror or error}; check the disk, copy the file "
+            "again if it is damaged, and start the same command again"
+        ) from error
+    if found.size != count:
+        raise ModelError(f"{file} became shorter while it was read; copy it again and start the same command again")
+    return found
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -75,24 +134,26 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     size = file.stat().st_size
     raw = _read_raw_header(file, size)
     length = len(raw)
-    try:
-        header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in entries.items()}
-        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
-        codes = {name: str(entry["dtype"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{file} has a corrupt header ({error}); download it again") from error
+    header = _parse_header(file, raw)
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    for name, entry in entries.items():
+        problem = _entry_problem(entry)
+        if problem:
+            raise ModelError(f"{file} has a corrupt header ({name[:200]}: {problem}); download it again")
+    spans = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    codes = {name: entry["dtype"] for name, entry in entries.items()}
 
-    unsupported = sorted({codes[name] for name in codes} - set(DTYPES))
+    unsupported = sorted(set(codes.values()) - set(DTYPES))
     if unsupported:
-        raise ModelError(f"{file} stores {', '.join(unsupported)}; supported are {', '.join(DTYPES)}; convert it first")
+        shown = ", ".join(code[:20] for code in unsupported[:8])
+        raise ModelError(f"{file} stores {shown}; supported are {', '.join(DTYPES)}; convert it first")
     expected_start, data = 0, 8 + length
     for name, span in sorted(spans.items(), key=lambda item: item[1]):
         nbytes = math.prod(shapes[name]) * DTYPES[codes[name]].itemsize
         if span != (expected_start, expected_start + nbytes):
             raise ModelError(
-                f"{file} is corrupt: {name} {list(shapes[name])} {codes[name]} needs bytes {expected_start} "
+                f"{file} is corrupt: {name[:200]} {list(shapes[name])} {codes[name]} needs bytes {expected_start} "
                 f"to {expected_start + nbytes}, its header says {list(span)}; download it again"
             )
         expected_start = span[1]
@@ -110,13 +171,47 @@ def read_metadata(file: Path) -> dict[str, str]:
     Raises:
         ModelError: if the file is truncated, or its header or these texts are not what the format allows.
     """
+    return _parse_header(file, _read_raw_header(file, file.stat().st_size)).get("__metadata__", {})
+
+
+def is_shape(sizes: Any) -> bool:
+    """Whether this list can be the sizes of an array."""
+    if not isinstance(sizes, list) or len(sizes) > _MAX_AXES:
+        return False
+    whole = all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+    # An array without entries has no bytes in the file that would bound its other sizes.
+    return whole and math.prod(size or 1 for size in sizes) < (2**31 if 0 in sizes else 2**60)
+
+
+def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:
+    """The header's JSON object, its metadata checked.
+
+    Raises:
+        ModelError: if it is none.
+    """
     try:
-        metadata = json.loads(_read_raw_header(file, file.stat().st_size)).get("__metadata__", {})
-        if all(isinstance(text, str) for text in metadata.values()):
-            return metadata
-    except (ValueError, AttributeError, RecursionError) as error:
+        header = parse_json(raw)
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} has a corrupt header ({error}); download it again") from error
-    raise ModelError(f"{file} has a corrupt header (metadata that is no text); download it again")
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        what = "no JSON object" if metadata is None else "metadata that is no text"
+        raise ModelError(f"{file} has a corrupt header ({what}); download it again")
+    return header
+
+
+def _entry_problem(entry: Any) -> str | None:
+    """What is wrong with the types in a tensor's entry."""
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        return "no dtype, shape and data_offsets"
+    if not isinstance(entry["dtype"], str):
+        return "a dtype that is no name"
+    if not is_shape(entry["shape"]):
+        return "a shape that no array has"
+    span = entry["data_offsets"]
+    if not isinstance(span, list) or len(span) != 2 or any(type(place) is not int for place in span):
+        return "data_offsets that are not two whole numbers"
+    return None
 
 
 def _read_raw_header(file: Path, size: int) -> bytes:
@@ -131,12 +226,14 @@ def _read_raw_header(file: Path, size: int) -> bytes:
         return stream.read(length)
 
 
-def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    file: Path, tensors: Mapping[str, np.ndarray | UnreadTensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file and wait until the disk has it. The caller renames it into place.
 
     Args:
         file: where to.
-        tensors: arrays by name, in dtypes of `DTYPES`.
+        tensors: arrays by name, in dtypes of `DTYPES`; unread ones are read one by one.
         metadata: texts for the header; None for those of a file that transformers loads.
 
     Raises:
@@ -144,7 +241,7 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     # Widest dtype first, so that every tensor starts at a multiple of its item size.
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     start = 0
     for name, tensor in ordered.items():
         end = start + tensor.nbytes
@@ -156,6 +253,8 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     with file.open("wb") as stream:
         stream.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in ordered.values():
+            if isinstance(tensor, UnreadTensor):
+                tensor = tensor.read()
             stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -4,13 +4,15 @@ Memory holds the parts in use and never the model. All blocks share one graph de
 function of a block is traced once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from sparseopt.models.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.digest import Digest
@@ -19,6 +21,7 @@ from sparseopt.models.experts import unstacked_names
 from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.family import Family, block_linears, build_part, decoder_of_parts, part_shapes
 from sparseopt.models.prunable import PrunableModel
+from sparseopt.models.safetensors_file import StoredTensor
 from sparseopt.models.settings import BlockKind, DecoderConfig
 from sparseopt.models.source import Source, open_source
 from sparseopt.models.torch_model import TorchModel
@@ -39,7 +42,7 @@ class StreamedModel:
         self.source = source
         self.family: Family = find_family(source.config, source.tensors)
         check_depth(source)
-        self.config: DecoderConfig = self.family.read_config(source.config)
+        self.config: DecoderConfig = self.family.configure(source.config)
         check_keys(source, self.family, self.config)
 
     @property
@@ -47,9 +50,16 @@ class StreamedModel:
         """How many blocks the model has."""
         return self.config.num_layers
 
-    def embedding(self) -> Embedding:
-        """Read the token embedding."""
-        return build_part(Embedding, self.config, read=self._reader("embed_tokens"))
+    def embedding(self, rows: Int[np.ndarray, "rows"] | None = None) -> Embedding:
+        """Read the token embedding, or of its matrix only some rows, ascending; token ids then count in these."""
+        if rows is None:
+            return build_part(Embedding, self.config, read=self._reader("embed_tokens"))
+        whole = self._reader("embed_tokens")
+
+        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
+            return self._read_rows(f"embed_tokens.{path}", rows) if path == "weight" else whole(path, shape)
+
+        return build_part(Embedding, replace(self.config, vocab_size=len(rows)), read=read)
 
     def block(self, index: int) -> Block:
         """Read block `index`, 0 to `num_blocks - 1`."""
@@ -107,10 +117,26 @@ class StreamedModel:
         """
         digest = Digest(self.source.config)
         for key in self.family.expected_shapes(self.config):
-            value = self.source.read(key)
-            self._check_finite(key, value)
-            digest.add(key, value)
+            info = self.source.tensors[key]
+            digest.add_pieces(key, info.shape, info.dtype, self._checked_slices(key))
         return digest.text
+
+    def _checked_slices(self, key: str) -> Iterator[np.ndarray]:
+        """A tensor in pieces along its first axis, in order; in one where it does not lie plainly in its file."""
+        tensor = self.source.tensors[key]
+        for piece in tensor.slices() if isinstance(tensor, StoredTensor) else [self.source.read(key)]:
+            self._check_finite(key, piece)
+            yield piece
+
+    def _read_rows(self, path: str, rows: Int[np.ndarray, "rows"]) -> jax.Array:
+        """Some rows of a matrix, ascending, float32 on the device."""
+        key, start = self.family.keys.to_key(path), 0
+        taken = []
+        for piece in self._checked_slices(key):
+            low, high = np.searchsorted(rows, [start, start + len(piece)])
+            taken.append(piece[rows[low:high] - start].astype(np.float32))
+            start += len(piece)
+        return jnp.asarray(np.concatenate(taken))
 
     def decoder(self) -> Decoder:
         """Read the whole model."""
@@ -211,6 +237,12 @@ def check_keys(source: Source, family: Family, config: DecoderConfig) -> None:
     Raises:
         ModelError: listing every missing, extra, misshapen and non-float tensor at once.
     """
+    experts = sum(kind.experts for kind in config.kinds) * (config.experts.count if config.experts else 0)
+    if experts > len(source.tensors):
+        raise ModelError(
+            f"{source.path} holds {len(source.tensors)} tensors, its configuration asks for {experts} experts in all "
+            "blocks; check that configuration and weights belong together"
+        )
     expected = family.expected_shapes(config)
     problems = [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in source.tensors]
     for key, info in source.tensors.items():

@@ -97,8 +97,11 @@ class TorchModel:
         """Whether blocks write into the stream that they get."""
         return self._findings.writes_input
 
-    def embedding(self) -> Callable[[Array], Array]:
-        """Read what lies in front of the first block: token ids `[B, T]` to the stream `[B, T, D]`."""
+    def embedding(self, rows: Int[np.ndarray, "rows"] | None = None) -> Callable[[Array], Array]:
+        """Read what lies in front of the first block: token ids `[B, T]` to the stream `[B, T, D]`.
+
+        With rows, ids count in these.
+        """
         outer = self._outer()
 
         def embed(tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -109,7 +112,8 @@ class TorchModel:
                 raise Ended
 
             # One window at a time: a model may make masks of T times T for every window.
-            for row in to_torch(tokens_BT).long():
+            ids_BT = tokens_BT if rows is None else jnp.asarray(rows[np.asarray(tokens_BT)], jnp.int32)
+            for row in to_torch(ids_BT).long():
                 self._skeleton.run(outer, row[None], stop)
             return jnp.concatenate(streams)
 

@@ -9,7 +9,8 @@ import numpy as np
 from sparseopt.core.patterns import TopK
 from sparseopt.core.penalties import Penalty
 from sparseopt.core.solve import Status
-from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, check_method, layer_solver
+from sparseopt.pruning.blocked import solve_within_memory
+from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, check_method
 from sparseopt.pruning.methods import find_method
 from sparseopt.pruning.patterns import parse_pattern
 
@@ -27,6 +28,7 @@ class LayerResult:
         seconds: device time of the solve, compilation apart.
         status: how it ended.
         dead_inputs: number of inputs that were zero on every token; their weights were pruned first.
+        output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
     """
 
     weight: np.ndarray
@@ -37,6 +39,7 @@ class LayerResult:
     seconds: float
     status: Status
     dead_inputs: int
+    output_blocks: int = 1
 
 
 def prune_layer(
@@ -71,6 +74,7 @@ def prune_layer(
     Raises:
         ValueError: for an impossible sparsity, pattern, penalty, method, shape or non-finite value, before any work.
         RuntimeError: if the solve became non-finite, or a method of yours does not keep the pattern's count.
+        MemoryError: if the solve does not fit in memory, not even by small blocks of outputs.
     """
     weight = np.asarray(weight)
     if weight.ndim != 2 or weight.size == 0:
@@ -97,8 +101,8 @@ def prune_layer(
     if penalty is not None and not isinstance(job.pattern, TopK):
         raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")
     check_method(solver, job.pattern, weight.shape)
-    timed = layer_solver(job, solver)
-    report = timed.value
+    solved = solve_within_memory(job, solver)
+    report = solved.report
     status = Status(int(report.status))
     if status is Status.NONFINITE:
         raise RuntimeError(f"the solve became non-finite: {status.advice}")
@@ -109,9 +113,10 @@ def prune_layer(
         test_error=float(report.test_error),
         sparsity=int(report.zeros) / weight.size,
         steps=int(report.steps),
-        seconds=timed.seconds,
+        seconds=solved.seconds,
         status=status,
         dead_inputs=int(report.dead_inputs),
+        output_blocks=solved.output_blocks,
     )
 
 

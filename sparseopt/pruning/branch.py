@@ -6,7 +6,7 @@
 `Shared` holds what several of them have in common at one block, so that it is computed once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +18,18 @@ import numpy as np
 from sparseopt.core.solve import Status
 from sparseopt.machine import peak_memory_bytes
 from sparseopt.models import OUTER_TAG, Block, PrunableBlock, PrunableModel, ShardedWriter, TorchModel, block_tag
+from sparseopt.models.safetensors_file import UnreadTensor
+from sparseopt.pruning.activations import Batches
+from sparseopt.pruning.blocked import solve_within_memory
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting
 from sparseopt.pruning.evaluation import audit_stored
-from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, layer_solver
+from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer
+from sparseopt.pruning.nonfinite import nonfinite_windows
 from sparseopt.pruning.patterns import Pattern
 from sparseopt.pruning.propagation import PROPAGATION_RIDGE, propagated_target
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
-from sparseopt.pruning.reports import BlockRecord, Event, LayerRecord, PruneReport, RunLog
+from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, RunLog
 from sparseopt.pruning.run_folder import Progress
 
 
@@ -46,8 +50,8 @@ class Stream:
         heldout: of the held-out windows, empty without any.
     """
 
-    calibration: list[jax.Array]
-    heldout: list[jax.Array]
+    calibration: Batches
+    heldout: Batches
 
     def through(self, block: PrunableBlock, runner: BlockRunner) -> "Stream":
         """The stream behind a block."""
@@ -78,11 +82,13 @@ class Shared:
         """
         key = (id(stream), weighting, drift)
         if key not in self._grams:
+            # Only in front of the first block do branches share a stream; Grams of others are never asked for again.
+            self._grams = {known: kept for known, kept in self._grams.items() if kept[0] is stream}
             dense = self.dense if drift else None
             found = self._runner.grams(self.block, stream.calibration, weighting, dense.calibration if dense else None)
             tests = self._runner.grams(self.block, stream.heldout, weighting) if stream.heldout else BlockGrams({})
-            self._check(found, "calibration")
-            self._check(tests, "held-out")
+            self._check(found, "calibration", stream.calibration)
+            self._check(tests, "held-out", stream.heldout)
             self._grams[key] = (stream, found, tests)
         return self._grams[key][1:]
 
@@ -95,11 +101,14 @@ class Shared:
             self._outputs = self.dense.through(self.block, self._runner)
         return self._outputs
 
-    def _check(self, grams: BlockGrams, tokens: str) -> None:
+    def _check(self, grams: BlockGrams, tokens: str, batches: Batches) -> None:
         for name, found in grams.stacked.items():
             if not all(bool(jnp.isfinite(part).all()) for part in found if part is not None):
+                windows = nonfinite_windows(self.block, batches, name) if isinstance(self.block, Block) else []
+                shown = ", ".join(map(str, windows[:8]))
+                where = f", in windows {shown} of {sum(map(len, batches))}" if windows else ""
                 raise PruningError(
-                    f"non-finite activations in block {self.index}, {name}, on the {tokens} tokens: the model's "
+                    f"non-finite activations in block {self.index}, {name}, on the {tokens} tokens{where}: the model's "
                     "weights overflow there or the tokens are out of its range; check the source with `sparseopt eval`"
                 )
 
@@ -119,7 +128,7 @@ class Branch:
         recipe: Recipe,
         method: LayerMethod,
         output: Path,
-        outer: dict[str, np.ndarray],
+        outer: Mapping[str, np.ndarray | UnreadTensor],
         progress: Progress,
     ) -> None:
         """Begin the output folder with what lies outside the blocks, or go on where an earlier run was broken off.
@@ -198,7 +207,9 @@ class Branch:
         if index + 1 < self._model.num_blocks:
             self._stream = self._stream.through(block, runner)
 
-    def finish(self, runner: BlockRunner, plans: int, survey_seconds: float, seconds: float) -> PruneReport:
+    def finish(
+        self, runner: BlockRunner, footprint: Footprint, plans: int, survey_seconds: float, seconds: float
+    ) -> PruneReport:
         """Complete the folder, read it back, report.
 
         Raises:
@@ -232,6 +243,7 @@ class Branch:
             calibration_gflops=runner.flops / max(runner.seconds, 1e-9) / 1e9,
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),
+            footprint=footprint,
             dense_bytes=self._writer.dense_bytes,
             stored_bytes=self._writer.stored_bytes,
             resumed_blocks=self.finished,
@@ -278,8 +290,11 @@ class Branch:
         self, job: LayerJob, block: int, key: str, moving: float, tokens: int, starved: bool
     ) -> tuple[LayerRecord, np.ndarray]:
         """The record and the pruned weight; `moving` is what finding the job's target took, in seconds."""
-        timed = layer_solver(job, self.method)
-        report: Any = timed.value
+        try:
+            solved = solve_within_memory(job, self.method)
+        except MemoryError as error:
+            raise PruningError(f"{key.removesuffix('.weight')}: {error}; then start the same command again") from error
+        report: Any = solved.report
         weight = job.weight
         status = Status(int(report.status))
         if status is Status.NONFINITE:
@@ -301,11 +316,12 @@ class Branch:
             heldout_error=None if job.test_gram is None else float(report.test_error),
             steps=int(report.steps),
             status=status.name,
-            seconds=moving + timed.seconds,
-            compile_seconds=timed.compile_seconds,
+            seconds=moving + solved.seconds,
+            compile_seconds=solved.compile_seconds,
             dead_inputs=int(report.dead_inputs),
             tokens=tokens,
             starved=starved,
+            output_blocks=solved.output_blocks,
         )
         return record, np.asarray(report.weight)
 

@@ -24,10 +24,8 @@ from jaxtyping import Array, Float
 from sparseopt.core.losses import HIGHEST
 from sparseopt.models import PrunableBlock, Routed
 from sparseopt.models.experts import rows_of_tokens, stacked_name, unstacked_names
+from sparseopt.pruning.activations import Batches, Store
 from sparseopt.pruning.compiled import Compiled, Timed
-
-# Tokens a batch: enough for the matrix products to reach their rate, little enough to stay in cache.
-BATCH_TOKENS = 2048
 
 Weighting = Literal["uniform", "residual"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
@@ -95,6 +93,8 @@ def gather_grams(
     if weighting == "residual":
         size = jnp.mean(stream**2, axis=-1, keepdims=True)
         residual = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+        # A token whose stream overflows must not drop out of the Gram with weight 0.
+        residual = jnp.where(jnp.isfinite(size), residual, jnp.nan)
     found = {}
     for name, value in inputs.items():
         weights = residual if name in block.residual_taps else even
@@ -154,13 +154,15 @@ class BlockRunner:
     """Runs the blocks of one model over batches of activations and keeps account.
 
     Attributes:
+        store: makes what the outputs of a block are collected in.
         seconds: device time of all forward passes so far, compilation apart.
         flops: floating-point operations of these passes (two a multiply-add; products only).
         compilations: programs compiled.
         compile_seconds: the time that took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store = list) -> None:
+        self.store = store
         self.seconds = 0.0
         self.flops = 0.0
         self.compilations = 0
@@ -169,9 +171,9 @@ class BlockRunner:
     def grams(
         self,
         block: PrunableBlock,
-        batches: list[Array],
+        batches: Batches,
         weighting: Weighting = "uniform",
-        dense_batches: list[Array] | None = None,
+        dense_batches: Batches | None = None,
     ) -> BlockGrams:
         """Grams summed over all batches, by tap name; with `dense_batches` also the drifts from them."""
         first = None if dense_batches is None else dense_batches[0]
@@ -186,9 +188,9 @@ class BlockRunner:
             self.flops += _gram_flops(block, x.shape, shapes)
         return BlockGrams(totals)
 
-    def forward(self, block: PrunableBlock, batches: list[Array]) -> list[Array]:
+    def forward(self, block: PrunableBlock, batches: Batches) -> Batches:
         """The block's outputs, batch by batch."""
-        outputs = []
+        outputs = self.store()
         for x in batches:
             outputs.append(self.account(_output_of_batch(block, x)))
             self.flops += forward_flops(block, x.shape)
@@ -229,12 +231,3 @@ def _gram_flops(block: Any, shape: tuple[int, ...], grams: Mapping[str, Any]) ->
 def _share(block: Any, name: str) -> float:
     """The share of tokens that reach a linear or tap: of experts the mean one."""
     return block.expert_share if ".experts." in name else 1.0
-
-
-def make_batches(embedded: Float[Array, "windows T D"]) -> list[Array]:
-    """Split windows into equal batches of about `BATCH_TOKENS` tokens; equal, so that one program serves all."""
-    windows, time = embedded.shape[:2]
-    per_batch = max(1, min(windows, BATCH_TOKENS // time))
-    while windows % per_batch:
-        per_batch -= 1
-    return [embedded[i : i + per_batch] for i in range(0, windows, per_batch)]

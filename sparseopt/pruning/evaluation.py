@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparseopt.models import Decoder, Head, PrunableModel, open_model
-from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.activations import make_batches
+from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, check_pattern, count_groups, parse_pattern
 from sparseopt.pruning.texts import check_vocabulary
@@ -40,6 +41,8 @@ def negative_log_likelihood(head: Head, x_TD: Float[Array, "T D"], tokens_T: Int
     counts = jnp.arange(x_TD.shape[0] + padding) < x_TD.shape[0] - 1
     x = jnp.pad(x_TD, ((0, padding), (0, 0)))
 
+    # A gradient computes a slice's logits again, so that it too holds those of one slice only.
+    @jax.checkpoint
     def slice_loss(piece: tuple[Array, Array, Array]) -> Array:
         x_RD, target_R, counted_R = piece
         return -jnp.sum(jnp.where(counted_R, log_probabilities(head(x_RD[None])[0], target_R), 0))

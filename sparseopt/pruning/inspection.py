@@ -1,7 +1,6 @@
 """Floor 6: what a model is and what pruning it would take, from its headers alone: no tensor is read."""
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from sparseopt.models import FAMILIES, Source, StreamedModel, TensorInfo, open_source
 from sparseopt.models.settings import BlockKind, DecoderConfig
 from sparseopt.pruning.cost import prune_cost
+from sparseopt.pruning.memory_cost import PLACES
 from sparseopt.pruning.patterns import pattern_count
 from sparseopt.pruning.pipeline import layer_patterns
 from sparseopt.pruning.recipe import Recipe
@@ -67,6 +67,8 @@ class Estimate:
         memory: bytes by phase and by what they hold, device and host together.
         peak_memory_bytes: of the largest phase.
         peak_phase: its name.
+        disk_peak_memory_bytes: the same with the activations on disk.
+        scratch_bytes: which those take there.
         gflops: rate of matrix products that the time is for, 10⁹ operations a second; None without one.
         seconds_by_part: seconds by kind of work; None without a rate, or for a method of your own.
         seconds: all of them.
@@ -75,6 +77,8 @@ class Estimate:
     memory: dict[str, dict[str, int]]
     peak_memory_bytes: int
     peak_phase: str
+    disk_peak_memory_bytes: int
+    scratch_bytes: int
     gflops: float | None
     seconds_by_part: dict[str, float] | None
     seconds: float | None
@@ -171,7 +175,7 @@ def inspect_model(
     model = StreamedModel(opened)
     patterns = layer_patterns(model, recipe, method)
     kept = {key: pattern_count(pattern, model.weight_shape(key)) for key, pattern in patterns.items()}
-    cost = prune_cost(model, recipe, method)
+    cost, on_disk = (prune_cost(model, recipe, method, where) for where in PLACES)
     parts = None if gflops is None else cost.seconds(gflops)
     found = _facts(opened, recipe)
     tensors, keys = opened.tensors, model.family.keys
@@ -204,19 +208,13 @@ def inspect_model(
             memory={phase.name: dict(phase.parts) for phase in cost.phases},
             peak_memory_bytes=cost.peak.nbytes,
             peak_phase=cost.peak.name,
+            disk_peak_memory_bytes=on_disk.peak.nbytes,
+            scratch_bytes=on_disk.scratch_bytes,
             gflops=gflops,
             seconds_by_part=parts,
             seconds=None if parts is None else sum(parts.values()),
         ),
     )
-
-
-def machine_memory_bytes() -> int | None:
-    """The memory of this machine, where the system tells."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 def _size(info: TensorInfo) -> int:

@@ -80,13 +80,30 @@ class LayerMethod(Protocol):
         """Values that vanish off a mask with exactly the pattern's count."""
 
 
+class Energies(NamedTuple):
+    """What a pruned layer's outputs lost on one Gram, `||X (V - W)ᵀ||²`, and what was present, `||X Wᵀ||²`.
+
+    Both add up over the outputs.
+    """
+
+    lost: Any
+    present: Any
+
+    @property
+    def ratio(self) -> Float[Array, ""]:
+        """The relative error: 0 when nothing changed, +inf from a silent layer."""
+        return jnp.where(self.lost == 0, 0.0, jnp.divide(self.lost, self.present))
+
+
 @pytree
 class LayerReport:
     """What `solve_layer` returns; all but the weight are scalars.
 
     Attributes:
         weight: pruned weight `[out, in]` in the job's dtype, pruned entries exactly zero.
-        relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the calibration Gram, of the stored weight, no ridge.
+        energies: lost and present on the calibration Gram, of the stored weight, no ridge.
+        test_energies: the same on the held-out Gram, NaN without one.
+        relative_error: their ratio, `||X (V - W)ᵀ||² / ||X Wᵀ||²`.
         test_error: the same on the held-out Gram, NaN without one.
         zeros: number of zero entries of `weight`.
         kept: number of entries that the method's mask keeps.
@@ -98,6 +115,8 @@ class LayerReport:
     """
 
     weight: Any
+    energies: Energies
+    test_energies: Energies
     relative_error: Any
     test_error: Any
     zeros: Any
@@ -125,18 +144,16 @@ def scale_layer(
     return ScaledLayer(hessian, center, scale, output_scale)
 
 
-def relative_error(
+def energies_of(
     change: Float[Array, "out in"], weight: Float[Array, "out in"], gram: Float[Array, "in in"]
-) -> Float[Array, ""]:
-    """`||X changeᵀ||² / ||X weightᵀ||²` through the Gram; 0 when nothing changed, +inf from a silent layer."""
+) -> Energies:
+    """`||X changeᵀ||²` and `||X weightᵀ||²` through the Gram."""
 
     def energy(v: Array) -> Array:
         return jnp.sum(jnp.matmul(v, gram, precision=HIGHEST) * v)
 
-    lost, present = energy(change), energy(weight)
     # Rounding may leave a tiny negative energy where the change lies in the Gram's null space.
-    lost = jnp.maximum(lost, 0)
-    return jnp.where(lost == 0, 0.0, lost / present)
+    return Energies(jnp.maximum(energy(change), 0), energy(weight))
 
 
 def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
@@ -153,13 +170,16 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
     values = jnp.where(untouched, dense.T, values)
     stored = jnp.where(pruned.mask, values, 0).T.astype(job.weight.dtype)
     change = stored.astype(jnp.float32) - dense
-    error = relative_error(change, dense, job.gram)
-    test_error = jnp.nan if job.test_gram is None else relative_error(change, dense, job.test_gram)
-    finite = jnp.isfinite(error) & jnp.all(jnp.isfinite(stored))
+    energies = energies_of(change, dense, job.gram)
+    nothing = Energies(jnp.float32(jnp.nan), jnp.float32(jnp.nan))
+    test_energies = nothing if job.test_gram is None else energies_of(change, dense, job.test_gram)
+    finite = jnp.isfinite(energies.ratio) & jnp.all(jnp.isfinite(stored))
     return LayerReport(
         weight=stored,
-        relative_error=error,
-        test_error=jnp.asarray(test_error, jnp.float32),
+        energies=energies,
+        test_energies=test_energies,
+        relative_error=energies.ratio,
+        test_error=test_energies.ratio,
         zeros=jnp.sum(stored == 0, dtype=jnp.int32),
         kept=jnp.sum(pruned.mask, dtype=jnp.int32),
         fits=job.pattern.value(pruned.mask.astype(jnp.float32)) == 0,

@@ -14,17 +14,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.models import OUTER_TAG, PrunableModel, Source, encode_text, load_tokenizer, open_model
+from sparseopt.machine import parse_bytes, return_freed_memory
+from sparseopt.models import OUTER_TAG, PrunableModel, Source, encode_text, load_tokenizer, open_model, unread
 from sparseopt.models.digest import Digest
+from sparseopt.pruning.activations import disk_store, embed_batches
 from sparseopt.pruning.branch import Branch, PruningError, Shared, Stopped, Stream
-from sparseopt.pruning.calibration import make_batches
+from sparseopt.pruning.budget import choose_footprint
 from sparseopt.pruning.layer import LayerMethod, check_method
 from sparseopt.pruning.patterns import Pattern, parse_pattern
 from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import Event, PruneReport
+from sparseopt.pruning.reports import Event, Footprint, PruneReport
 from sparseopt.pruning.run_folder import Progress, claimed, fingerprint
 from sparseopt.pruning.survey import survey
 from sparseopt.pruning.texts import TextError, check_vocabulary, load_text, token_windows
@@ -65,6 +66,7 @@ def prune_model(
     *,
     observer: Observer = ignore,
     stop: Callable[[], bool] = never,
+    memory: int | str | None = None,
 ) -> PruneReport:
     """Prune all linears of a causal language model and write a folder that transformers loads.
 
@@ -76,18 +78,22 @@ def prune_model(
         recipe: what to do; default: mAIHT, preset best, 50 %.
         observer: called with every `Event`, a layer's record above all, and the number of layers in all.
         stop: asked behind every block; True ends the run there, to be gone on with later.
+        memory: what the run may take, device and host together, in bytes or as in "8GiB". Activations between blocks
+            lie on the output folder's disk where the estimate asks for it; the result is the same to the bit. None:
+            what the machine has available decides where they lie, and nothing is refused.
 
     Returns:
         A `PruneReport`; the same figures lie in `output/records.jsonl` and `output/summary.json`.
 
     Raises:
         ValueError: before any work, for a recipe, a model, a text or a folder that cannot be used; a folder with
-            another run in it, telling what differs.
+            another run in it, telling what differs; a budget of memory that the run does not fit in, telling what takes
+            it; a disk with too little room.
         Stopped: if `stop` asked for it.
         PruningError: if activations or a solve become non-finite (finished shards stay), or if what was stored, read
             back, breaks the pattern.
     """
-    return prune_models(source, [(recipe or Recipe(), output)], observer=observer, stop=stop)[0]
+    return prune_models(source, [(recipe or Recipe(), output)], observer=observer, stop=stop, memory=memory)[0]
 
 
 def prune_models(
@@ -96,6 +102,7 @@ def prune_models(
     *,
     observer: Observer = ignore,
     stop: Callable[[], bool] = never,
+    memory: int | str | None = None,
 ) -> list[PruneReport]:
     """Prune one model by several recipes in one pass over its blocks, each into its own folder.
 
@@ -104,6 +111,7 @@ def prune_models(
         plans: recipes and output folders; the recipes must agree in all that concerns the calibration tokens.
         observer: as in `prune_model`; the number of layers is that of all plans together.
         stop: as in `prune_model`.
+        memory: as in `prune_model`, of the whole pass.
 
     Returns:
         A report a plan, in their order; times of forward passes are those of the whole pass.
@@ -113,6 +121,7 @@ def prune_models(
         PruningError: as `prune_model` does; one plan's failure ends them all.
     """
     start = time.perf_counter()
+    budget = None if memory is None else parse_bytes(memory)
     if not plans:
         raise ValueError("nothing to do: give at least one recipe and its output folder")
     methods = [recipe.check() for recipe, _ in plans]
@@ -126,8 +135,11 @@ def prune_models(
     for (recipe, _), method in zip(plans, methods, strict=True):
         layer_patterns(model, recipe, method)
     calibration, heldout = calibration_windows(model, first)
+    recipes = [recipe for recipe, _ in plans]
+    footprint = choose_footprint(model, list(zip(recipes, methods, folders, strict=True)), calibration, heldout, budget)
+    return_freed_memory()
     with claimed(folders):
-        pruning = _Pass(model, list(zip(plans, methods, folders, strict=True)), observer)
+        pruning = _Pass(model, list(zip(plans, methods, folders, strict=True)), footprint, observer)
         return pruning.run(calibration, heldout, stop, start)
 
 
@@ -138,11 +150,12 @@ class _Pass:
         self,
         model: PrunableModel,
         plans: list[tuple[tuple[Recipe, str | Path], LayerMethod, Path]],
+        footprint: Footprint,
         observer: Observer,
     ) -> None:
-        self.model, self.plans = model, plans
+        self.model, self.plans, self.footprint = model, plans, footprint
         self.recipes = [recipe for (recipe, _), _, _ in plans]
-        self.runner = runner_of(model)
+        self.runner = runner_of(model, disk_store(plans[0][2]) if footprint.activations == "disk" else list)
         self.linears = [list(model.block_linears(index)) for index in range(model.num_blocks)]
         self.total = len(plans) * sum(map(len, self.linears))
         self.observer = observer
@@ -152,13 +165,9 @@ class _Pass:
     ) -> list[PruneReport]:
         """Prune block by block, report; `start` is when the run began."""
         model = self.model
+        self._told(self.footprint)
         branches = self._begin(calibration, heldout)
-        embedding = model.embedding()
-        embedded = Stream(
-            make_batches(embedding(jnp.asarray(calibration))),
-            make_batches(embedding(jnp.asarray(heldout))) if len(heldout) else [],
-        )
-        del embedding
+        embedded = self._embed(calibration, heldout)
         before = self.runner.seconds
         surveys = survey(model, self.recipes, embedded, calibration, self.runner, self._told)
         survey_seconds = self.runner.seconds - before
@@ -173,11 +182,15 @@ class _Pass:
                 step = branch.skip_block if index < branch.finished else branch.prune_block
                 step(shared, self.runner, self._told)
             dense = shared.dense_outputs if dense and index + 1 < model.num_blocks else None
+            # The next block is read when this one and its Grams are gone.
+            del shared, step
             if index + 1 < model.num_blocks and stop():
                 done = f"stopped behind block {index + 1} of {model.num_blocks}"
                 raise Stopped(f"{done}; the same call goes on from there")
         seconds = time.perf_counter() - start
-        return [branch.finish(self.runner, len(branches), survey_seconds, seconds) for branch in branches]
+        return [
+            branch.finish(self.runner, self.footprint, len(branches), survey_seconds, seconds) for branch in branches
+        ]
 
     def _begin(self, calibration: np.ndarray, heldout: np.ndarray) -> list[Branch]:
         """Make the folders, or find out how far earlier runs came there."""
@@ -194,11 +207,18 @@ class _Pass:
             for (recipe, _), _, folder in self.plans
         ]
         begun = all(OUTER_TAG in found.tags for found in progress)
-        outer = {} if begun else {key: model.source.read(key) for key in model.outer_keys()}
+        outer = {} if begun else unread(model.source, model.outer_keys())
         return [
             Branch(model, recipe, method, folder, outer, found)
             for ((recipe, _), method, folder), found in zip(self.plans, progress, strict=True)
         ]
+
+    def _embed(self, calibration: np.ndarray, heldout: np.ndarray) -> Stream:
+        """The streams in front of the first block; of the embedding only the rows of these tokens are read."""
+        rows, ids = np.unique(np.concatenate([calibration.ravel(), heldout.ravel()]), return_inverse=True)
+        embedding, ids = self.model.embedding(rows), ids.astype(np.int32)
+        parts = ids[: calibration.size].reshape(calibration.shape), ids[calibration.size :].reshape(heldout.shape)
+        return Stream(*(embed_batches(embedding, part, self.runner.store) for part in parts))
 
     def _told(self, event: Event) -> None:
         self.observer(event, self.total)

@@ -14,7 +14,7 @@ the calibration tokens without any; so it is never worse there than the start.
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.models import Block
 from sparseopt.models.experts import stacked_name
+from sparseopt.pruning.activations import Batches, Pairs, batch_shapes
 from sparseopt.pruning.calibration import forward_flops
 from sparseopt.pruning.compiled import Compiled, Timed
 
@@ -191,7 +192,6 @@ def _train_step(
     return TrainState(params, moments), loss, norm
 
 
-_Batches = list[tuple[Array, Array]]
 _Order = list[tuple[int, np.ndarray]]
 
 # One each for the process: all blocks of all models of the same shape share a compiled program.
@@ -226,7 +226,7 @@ class _Trainer:
         self.seconds = self.compile_seconds = self.flops = 0.0
         self.steps = 0
 
-    def loss(self, batches: _Batches) -> float:
+    def loss(self, batches: Pairs) -> float:
         """The loss over all batches, which are equal in size."""
         losses = []
         for x, target in batches:
@@ -234,7 +234,7 @@ class _Trainer:
             self.flops += forward_flops(self.block, x.shape)
         return float(np.mean(losses))
 
-    def epoch(self, batches: _Batches, order: _Order, rates: np.ndarray) -> bool:
+    def epoch(self, batches: Pairs, order: _Order, rates: np.ndarray) -> bool:
         """A step for each entry of the order and rate; False after the first loss or gradient that is not finite."""
         clip = np.float32(self.settings.clip)
         for (index, rows), rate in zip(order, rates, strict=True):
@@ -246,7 +246,7 @@ class _Trainer:
                 return False
         return True
 
-    def run(self, batches: _Batches, judges: _Batches, first: float) -> "_Course":
+    def run(self, batches: Pairs, judges: Pairs, first: float) -> "_Course":
         """Train from a judging loss `first` on; the state is left as the last step gave it."""
         settings = self.settings
         rng = np.random.default_rng(settings.seed)
@@ -290,10 +290,10 @@ class _Course(NamedTuple):
 def reconstruct_block(
     block: Block,
     masks: Mapping[str, Bool[Array, "out in"]],
-    inputs: Sequence[Float[Array, "B T D"]],
-    targets: Sequence[Float[Array, "B T D"]],
-    heldout_inputs: Sequence[Float[Array, "B T D"]] = (),
-    heldout_targets: Sequence[Float[Array, "B T D"]] = (),
+    inputs: Batches,
+    targets: Batches,
+    heldout_inputs: Batches = (),
+    heldout_targets: Batches = (),
     settings: Reconstruction | None = None,
 ) -> ReconstructionReport:
     """Train the kept weights of a pruned block, in place.
@@ -302,7 +302,7 @@ def reconstruct_block(
         block: the pruned block; it is left in the best state seen.
         masks: True for kept entries, by the linear's name; the biases of these linears are trained too, other
             linears stay as they are.
-        inputs: the stream in front of the block, in equal batches as `make_batches` gives.
+        inputs: the stream in front of the block `[B, T, D]`, in equal batches as `make_batches` gives.
         targets: what the dense block gave for the same tokens.
         heldout_inputs: the same of tokens that choose the best state; without any, the calibration tokens do.
         heldout_targets: what the dense block gave for these.
@@ -348,7 +348,7 @@ def reconstruct_block(
     )
 
 
-def _draw_order(batches: _Batches, windows: int, rng: np.random.Generator) -> _Order:
+def _draw_order(batches: Pairs, windows: int, rng: np.random.Generator) -> _Order:
     """An epoch in random order: a batch's index and the rows to take of it, every row of every batch once."""
     size = batches[0][0].shape[0]
     width = next(w for w in range(min(windows, size), 0, -1) if size % w == 0)
@@ -386,12 +386,12 @@ def _check_masks(block: Block, masks: Mapping[str, Array]) -> None:
             )
 
 
-def _paired(inputs: Sequence[Array], targets: Sequence[Array], tokens: str) -> _Batches:
+def _paired(inputs: Batches, targets: Batches, tokens: str) -> Pairs:
     """Inputs beside their targets."""
-    given, wanted = [list(x.shape) for x in inputs], [list(y.shape) for y in targets]
+    given, wanted = batch_shapes(inputs), batch_shapes(targets)
     if given != wanted or any(shape != given[0] for shape in given):
         raise ValueError(
             f"{tokens} inputs and targets must be as many batches, all of one shape, as `make_batches` gives; given "
             f"inputs {given} and targets {wanted}"
         )
-    return list(zip(inputs, targets, strict=True))
+    return Pairs(inputs, targets)

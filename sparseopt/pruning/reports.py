@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from sparseopt.files import write_whole
+from sparseopt.files import append_line, write_whole
 from sparseopt.machine import environment
 
 
@@ -29,6 +29,7 @@ class LayerRecord:
         dead_inputs: inputs that were zero on every calibration token.
         tokens: calibration tokens that reached it; of experts, those routed to it.
         starved: an expert with too few of them, pruned by magnitude; its errors are those of the weights then.
+        output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
     """
 
     block: int
@@ -45,6 +46,7 @@ class LayerRecord:
     dead_inputs: int
     tokens: int
     starved: bool = False
+    output_blocks: int = 1
 
     @property
     def sparsity(self) -> float:
@@ -124,8 +126,31 @@ class SurveyStep:
     total: int
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What a run is to take of memory and disk, said before it starts.
+
+    Attributes:
+        activations: where those between blocks lie, "memory" or "disk".
+        memory_bytes: estimated peak, device and host together; None for blocks that run in torch.
+        memory_parts: what it is made of, in the phase of the peak, bytes by name.
+        phase: the phase of the peak.
+        budget_bytes: what was asked for; None for what the machine has available.
+        output_bytes: of all folders, dense.
+        scratch_bytes: of activations on disk at most, gone when the run ends.
+    """
+
+    activations: Literal["memory", "disk"]
+    memory_bytes: int | None
+    memory_parts: Mapping[str, int]
+    phase: str
+    budget_bytes: int | None
+    output_bytes: int
+    scratch_bytes: int
+
+
 # What an observer of a run is told, in the order of events.
-Event = SurveyStep | LayerRecord | BlockRecord
+Event = Footprint | SurveyStep | LayerRecord | BlockRecord
 
 
 @dataclass(frozen=True)
@@ -150,6 +175,7 @@ class PruneReport:
         calibration_gflops: their rate, 10⁹ floating-point operations a second.
         seconds: the whole run.
         peak_memory_bytes: largest resident set of the process so far.
+        footprint: what the run was to take, as it was said before it started.
         dense_bytes: of the model's tensors in the dtypes written, dense.
         stored_bytes: of the same tensors as they lie in the folder; fewer only where they were packed.
         resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
@@ -172,6 +198,7 @@ class PruneReport:
     calibration_gflops: float
     seconds: float
     peak_memory_bytes: int
+    footprint: Footprint
     dense_bytes: int
     stored_bytes: int
     resumed_blocks: int = 0
@@ -186,6 +213,11 @@ class PruneReport:
         """Names of the experts that too few tokens were routed to."""
         return sorted({r.layer.rpartition(".")[0] for r in self.layers if r.starved})
 
+    @property
+    def blocked_layers(self) -> dict[str, int]:
+        """Layers whose solve did not fit in memory whole, and by how many blocks of outputs each was solved."""
+        return {r.layer: r.output_blocks for r in self.layers if r.output_blocks > 1}
+
     def summary(self) -> dict[str, Any]:
         """For `summary.json`."""
         figures = {k: v for k, v in asdict(self).items() if k not in ("layers", "blocks")}
@@ -199,6 +231,7 @@ class PruneReport:
             "mean_heldout_error": mean(r.heldout_error for r in self.layers if r.heldout_error is not None),
             "dead_inputs": sum(r.dead_inputs for r in self.layers),
             "starved_experts": self.starved_experts,
+            "blocked_layers": self.blocked_layers,
             **environment(),
         }
 
@@ -217,14 +250,20 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._records = (folder / "records.jsonl").open("a", encoding="utf-8", buffering=1)
 
     def record(self, fields: dict[str, Any]) -> None:
-        """Append one line."""
-        self._records.write(json.dumps(fields) + "\n")
+        """Append one line.
+
+        Raises:
+            DiskError: if the disk does not take it.
+        """
+        append_line(self._folder / "records.jsonl", json.dumps(fields))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary and close."""
-        self._records.close()
+        """Write the summary.
+
+        Raises:
+            DiskError: if the disk does not take it.
+        """
         # Whole or not there: a folder with a summary counts as finished.
         write_whole(self._folder / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.models import Head, PrunableModel
-from sparseopt.pruning.calibration import BATCH_TOKENS, BlockRunner
+from sparseopt.pruning.activations import BATCH_TOKENS
+from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.evaluation import LOGIT_ROWS, log_probabilities
 from sparseopt.pruning.texts import check_vocabulary

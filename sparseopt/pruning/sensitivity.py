@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from sparseopt.models import Block, Head, PrunableModel, Routed
 from sparseopt.models.experts import stacked_name, unstacked_names
+from sparseopt.pruning.activations import Batches
 from sparseopt.pruning.calibration import BlockRunner, forward_flops
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.evaluation import negative_log_likelihood
@@ -107,13 +108,13 @@ class Site:
 
     index: int
     block: Block
-    batches: list[Array]
+    batches: Batches
     sensitivity: dict[str, np.ndarray]
 
 
 def backward_sweep(
     model: PrunableModel,
-    batches: list[Array],
+    batches: Batches,
     tokens: Int[np.ndarray, "windows T"],
     runner: BlockRunner,
     observer: Callable[[int, int], None],
@@ -132,7 +133,7 @@ def backward_sweep(
     starts = range(0, blocks, stride)
     done, steps = 0, 3 * blocks - len(starts)
 
-    def forward(index: int, stream: list[Array]) -> list[Array]:
+    def forward(index: int, stream: Batches) -> Batches:
         nonlocal done
         done += 1
         observer(done, steps)
@@ -171,7 +172,7 @@ def _by_linear(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _gradients_behind(
-    model: PrunableModel, stream: list[Array], tokens: Int[np.ndarray, "windows T"], runner: BlockRunner
+    model: PrunableModel, stream: Batches, tokens: Int[np.ndarray, "windows T"], runner: BlockRunner
 ) -> list[Array]:
     """Gradient of the loss with respect to the activations behind the last block, batch by batch."""
     head, start, gradients = model.head(), 0, []

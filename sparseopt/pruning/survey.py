@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Int
 
 from sparseopt.models import PrunableBlock, PrunableModel
+from sparseopt.pruning.activations import Batches, first_windows, make_batches
 from sparseopt.pruning.allocation import allocate_curves, allocate_owl, default_bounds, exact_shares
 from sparseopt.pruning.branch import Stream
-from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.loss_curves import losses_of_linear, outliers_of_block
 from sparseopt.pruning.patterns import share_unit
 from sparseopt.pruning.recipe import Recipe
@@ -81,7 +82,7 @@ def survey(
 
     if "curves" in allocations or any(recipe.output_weighting() == "gradient" for recipe in recipes):
         count = max(1, TOKENS // tokens.shape[1])
-        batches = make_batches(jnp.concatenate(embedded.calibration)[:count])
+        batches = make_batches(first_windows(embedded.calibration, count))
         for site in backward_sweep(model, batches, tokens[:count], runner, told):
             keys = {name: model.weight_key(site.index, name) for name in site.sensitivity}
             found.weights |= {keys[name]: output_weights(value) for name, value in site.sensitivity.items()}
@@ -128,7 +129,7 @@ def _curves(site: Site, levels: np.ndarray, runner: BlockRunner) -> dict[str, np
     return curves
 
 
-def _outliers(block: PrunableBlock, batches: list[Any], runner: BlockRunner) -> float:
+def _outliers(block: PrunableBlock, batches: Batches, runner: BlockRunner) -> float:
     grams = runner.grams(block, batches)
     weights = {name: block.read(f"{name}.weight") for name in block.linears}
     inputs = {name: grams[tap].gram for name, tap in block.linears.items()}

@@ -17,6 +17,7 @@ from sparseopt.core.dense import product
 from sparseopt.models import PrunableModel, TorchModel
 from sparseopt.models.torch_block import TorchBlock
 from sparseopt.models.torch_bridge import to_jax, to_torch
+from sparseopt.pruning.activations import Batches, Store
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting, forward_flops
 from sparseopt.pruning.compiled import Compiled
 
@@ -26,9 +27,9 @@ _drift_of_inputs = Compiled(lambda x, dense_x: product(x.T, x - dense_x))
 Readers = tuple[str, ...]
 
 
-def runner_of(model: PrunableModel) -> BlockRunner:
-    """What runs the blocks of a model."""
-    return TorchRunner() if isinstance(model, TorchModel) else BlockRunner()
+def runner_of(model: PrunableModel, store: Store = list) -> BlockRunner:
+    """What runs the blocks of a model, and collects their outputs in what `store` makes."""
+    return TorchRunner(store) if isinstance(model, TorchModel) else BlockRunner(store)
 
 
 class _Seen(NamedTuple):
@@ -53,9 +54,9 @@ class TorchRunner(BlockRunner):
     def grams(
         self,
         block: Any,
-        batches: list[Array],
+        batches: Batches,
         weighting: Weighting = "uniform",
-        dense_batches: list[Array] | None = None,
+        dense_batches: Batches | None = None,
     ) -> BlockGrams:
         """Grams summed over all batches, by the linear's name; with `dense_batches` also the drifts from them.
 
@@ -73,9 +74,9 @@ class TorchRunner(BlockRunner):
                 totals[readers] = seen.found if readers not in totals else _sum(totals[readers], seen.found)
         return BlockGrams({name: _of_linear(block, name, totals) for name in block.linears})
 
-    def forward(self, block: Any, batches: list[Array]) -> list[Array]:
+    def forward(self, block: Any, batches: Batches) -> Batches:
         """The block's outputs, batch by batch."""
-        outputs = []
+        outputs = self.store()
         for x in batches:
             start = time.perf_counter()
             outputs.append(block(x))

@@ -14,8 +14,9 @@ from sparseopt.console_inspection import model_lines
 from sparseopt.models import open_model
 from sparseopt.models.safetensors_file import StoredTensor, write_tensors
 from sparseopt.pruning import METHODS, Recipe, prune_model
-from sparseopt.pruning.cost import block_sizes, measure_gflops
+from sparseopt.pruning.cost import measure_gflops
 from sparseopt.pruning.inspection import Blocks, Inspection, inspect_model
+from sparseopt.pruning.memory_cost import block_sizes
 from sparseopt.pruning.method_cost import method_cost
 from sparseopt.pruning.methods import find_method
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -218,7 +219,7 @@ def test_the_machine_has_a_rate() -> None:
 def test_the_command_shows_a_table_or_json(tmp_path: Path, rng: np.random.Generator, command: Any) -> None:
     path = write_folder(tmp_path / "m", tiny_config(), random_tensors(tiny_config(), rng), 2)
     (path / "tokenizer.json").write_text(TOKENIZER)
-    status, out, err = command("inspect", path, "--sparsity", 0.25, "--gflops", 100, "--memory", 0.25)
+    status, out, err = command("inspect", path, "--sparsity", 0.25, "--gflops", 100, "--memory", "256MiB")
     assert status == 0, err
     for text in (
         "llama, 3 blocks",
@@ -240,6 +241,6 @@ def test_the_command_shows_a_table_or_json(tmp_path: Path, rng: np.random.Genera
     assert status == 0
     assert "mamba, 3 blocks; the decoder of this package does not have the family" in out
     assert "no estimate of memory and time for this family" in out
-    status, _, err = command("inspect", path, "--memory", 0)
+    status, _, err = command("inspect", path, "--memory", "8")
     assert status == 2
-    assert "--memory must be above 0 GiB, given 0" in err
+    assert "written like 8GiB, 1.5GB or 800M, given '8'" in err

@@ -9,9 +9,10 @@ import pytest
 
 from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, prune_model, prune_models
-from sparseopt.pruning.calibration import BlockRunner, make_batches
+from sparseopt.pruning.activations import make_batches
+from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.reconstruction import Reconstruction
-from sparseopt.pruning.reports import BlockRecord, LayerRecord, SurveyStep
+from sparseopt.pruning.reports import BlockRecord, Footprint, LayerRecord, SurveyStep
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 
@@ -61,9 +62,10 @@ def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens):
     once.grams(model.block(0), make_batches(model.embedding()(jnp.asarray(tokens))))
     together, single = (r.calibration_gflops * r.calibration_seconds * 1e9 for r in (reports[0], alone))
     assert together == pytest.approx(2 * single - once.flops, rel=1e-6)
-    assert len(events) == 2 * 21
+    assert isinstance(events[0][0], Footprint)
+    assert len(events) == 1 + 2 * 21
     assert {total for _, total in events} == {42}
-    assert all(isinstance(event, LayerRecord) for event, _ in events)
+    assert all(isinstance(event, LayerRecord) for event, _ in events[1:])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_reconstruction_brings_the_stream_nearer_and_leaves_the_zeros(tmp_path, 
     )
     plain, trained = audit_sparsity(tmp_path / "plain"), audit_sparsity(tmp_path / "trained")
     assert [a.zeros for a in plain] == [a.zeros for a in trained]
-    assert [type(e) for e in events] == 3 * ([LayerRecord] * 7 + [BlockRecord])
+    assert [type(e) for e in events[1:]] == 3 * ([LayerRecord] * 7 + [BlockRecord])
     assert report.recipe["reconstruct"]["learning_rate"] == 3e-3
     for record in report.blocks:
         assert record.heldout_best < record.heldout_first
@@ -144,6 +146,6 @@ def test_the_survey_tells_its_steps(tmp_path, source, tokens):
     events = []
     recipe = Recipe(method="best", calibration=tokens, heldout_samples=0)
     report = prune_model(source, tmp_path / "out", recipe, observer=lambda event, _: events.append(event))
-    assert events[:7] == [SurveyStep("survey, pass", n, 7) for n in range(1, 8)]
-    assert isinstance(events[7], LayerRecord)
+    assert events[1:8] == [SurveyStep("survey, pass", n, 7) for n in range(1, 8)]
+    assert isinstance(events[8], LayerRecord)
     assert report.survey_seconds > 0

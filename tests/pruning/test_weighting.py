@@ -8,7 +8,8 @@ import pytest
 
 from sparseopt.models import open_model
 from sparseopt.pruning import METHODS, Recipe, find_method, prune_model
-from sparseopt.pruning.calibration import BlockRunner, gather_grams, make_batches
+from sparseopt.pruning.activations import make_batches
+from sparseopt.pruning.calibration import BlockRunner, gather_grams
 from sparseopt.pruning.methods import best_for_models
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
@@ -50,6 +51,17 @@ def test_a_silent_token_weighs_nothing_and_batches_do_not_matter(source, tokens)
         np.testing.assert_allclose(whole[name].gram, parts[name].gram, rtol=1e-4, atol=1e-4)
     assert one.flops == pytest.approx(many.flops)
     assert len(make_batches(x)) == 1
+
+
+def test_a_token_whose_stream_overflows_cannot_drop_out_with_weight_0(source, tokens):
+    """The last linear's weights are finite and its inputs too: only the stream behind the block is not."""
+    model = open_model(source)
+    block, x = model.block(0), model.embedding()(jnp.asarray(tokens))
+    block.write({"mlp.down_proj.weight": block.read("mlp.down_proj.weight") * 1e38})
+    found = gather_grams(block, x, "residual")
+    for name in block.residual_taps:
+        assert not np.isfinite(found[name].gram).all()
+        assert np.isfinite(gather_grams(block, x)[name].gram).all()
 
 
 def test_best_takes_the_ridge_and_the_propagation_of_whole_models_and_the_others_their_own():

@@ -1,0 +1,177 @@
+"""Floor 6: activations between blocks: equal batches `[windows, T, D]`, kept in memory or in a file on disk.
+
+The values are the same either way, to the bit; a batch on disk is in memory only while it is used. Its file has no
+name: the system takes it away with the process, however that ends.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+# Tokens a batch: enough for the matrix products to reach their rate, little enough to stay in cache.
+BATCH_TOKENS = 2048
+
+
+class Batches(Protocol):
+    """Equal batches in their order; a list is one."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __iter__(self) -> Iterator[Array]:
+        """One after the other."""
+
+    def __getitem__(self, index: int, /) -> Array:
+        """One of them."""
+
+
+class GrowingBatches(Batches, Protocol):
+    """Batches that more can be put behind."""
+
+    def append(self, batch: Array, /) -> None:
+        """Put a batch behind the others."""
+
+
+# Makes what a new stream is collected in; `list` keeps it in memory.
+Store = Callable[[], GrowingBatches]
+
+
+class DiskBatches:
+    """Batches in one file on disk, read back one at a time.
+
+    Attributes:
+        shape: of each batch, `(windows, T, D)`; None before the first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # Opened without a name: nothing stays behind, not even after SIGKILL.
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self._count = 0
+        self.shape: tuple[int, ...] | None = None
+        self._dtype = np.dtype(np.float32)
+
+    def append(self, batch: Array) -> None:
+        """Put a batch behind the others.
+
+        Raises:
+            ValueError: for a batch of another shape or dtype than the first.
+            OSError: if the disk refuses, a full one above all; the text says how many bytes were to be written.
+        """
+        values = np.ascontiguousarray(batch)
+        if self.shape is None:
+            self.shape, self._dtype = values.shape, values.dtype
+        if (values.shape, values.dtype) != (self.shape, self._dtype):
+            raise ValueError(f"a batch of {values.dtype} {values.shape} among those of {self._dtype} {self.shape}")
+        try:
+            self._file.seek(self._count * values.nbytes)
+            rest = memoryview(values.reshape(-1).view(np.uint8).data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: activations of {values.nbytes:,} bytes could not be written in {self._folder}, "
+                f"behind {self._count * values.nbytes:,} of the same stream; make room and start the same run again",
+            ) from error
+        self._count += 1
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self._count
+
+    def __iter__(self) -> Iterator[Array]:
+        """One after the other."""
+        return (self[index] for index in range(self._count))
+
+    def __getitem__(self, index: int) -> Array:
+        """One of them.
+
+        Raises:
+            IndexError: if there are not so many.
+            OSError: if the disk gives fewer bytes than were written.
+        """
+        if self.shape is None or not 0 <= index < self._count:
+            raise IndexError(f"batch {index} of {self._count}")
+        values = np.empty(self.shape, self._dtype)
+        self._file.seek(index * values.nbytes)
+        read, target = 0, memoryview(values.reshape(-1).view(np.uint8).data)
+        while read < values.nbytes:
+            got = self._file.readinto(target[read:])
+            if not got:
+                raise OSError(f"activations in {self._folder} became shorter; start the same run again")
+            read += got
+        return jnp.asarray(values)
+
+
+class Pairs:
+    """Inputs of a block beside its targets, batch by batch."""
+
+    def __init__(self, inputs: Batches, targets: Batches) -> None:
+        self._inputs, self._targets = inputs, targets
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._inputs)
+
+    def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        """One after the other."""
+        return zip(self._inputs, self._targets, strict=True)
+
+    def __getitem__(self, index: int) -> tuple[Array, Array]:
+        """One of them."""
+        return self._inputs[index], self._targets[index]
+
+
+def batch_shapes(batches: Batches) -> list[list[int]]:
+    """The shape of each batch; none is read from disk for it."""
+    if isinstance(batches, DiskBatches):
+        return [list(batches.shape or ())] * len(batches)
+    return [list(batch.shape) for batch in batches]
+
+
+def disk_store(folder: Path) -> Store:
+    """A store whose streams lie in a folder's file system; it raises `OSError` if no file can be made there."""
+    return lambda: DiskBatches(folder)
+
+
+def windows_per_batch(windows: int, time: int) -> int:
+    """The largest divisor of the number of windows that makes batches of `BATCH_TOKENS` tokens at most, or one."""
+    per_batch = max(1, min(windows, BATCH_TOKENS // time))
+    while windows % per_batch:
+        per_batch -= 1
+    return per_batch
+
+
+def make_batches(embedded: Float[Array, "windows T D"]) -> Batches:
+    """Split windows into equal batches of about `BATCH_TOKENS` tokens; equal, so that one program serves all."""
+    windows = embedded.shape[0]
+    per_batch = windows_per_batch(windows, embedded.shape[1])
+    return [embedded[i : i + per_batch] for i in range(0, windows, per_batch)]
+
+
+def embed_batches(
+    embedding: Callable[[Array], Array], tokens: Int[np.ndarray, "windows T"], store: Store = list
+) -> Batches:
+    """`make_batches` of embedded windows, embedded batch by batch; no batches of no windows."""
+    found = store()
+    per_batch = windows_per_batch(*tokens.shape) if len(tokens) else 1
+    for start in range(0, len(tokens), per_batch):
+        found.append(embedding(jnp.asarray(tokens[start : start + per_batch])))
+    return found
+
+
+def first_windows(batches: Batches, count: int) -> Float[Array, "windows T D"]:
+    """The first windows of a stream, in one array; all of a shorter one."""
+    taken: list[jax.Array] = []
+    for batch in batches:
+        if sum(map(len, taken)) >= count:
+            break
+        taken.append(batch)
+    return jnp.concatenate(taken)[:count]

@@ -1,0 +1,213 @@
+"""Floor 6: a layer whose solve does not fit in memory, solved by blocks of its outputs.
+
+    minimise over V    1/2 ||X Vᵀ - X Wᵀ||² = sum over outputs i of 1/2 ||X (v_i - w_i)||²,   V in the pattern
+
+Outputs meet in the pattern's count alone. Per-row and n:m patterns have one for every output: a block of outputs is
+then a problem of its own. A count over the whole layer is shared over the blocks first, each getting as many as it has
+among the largest of the layer in Wanda's score, `|W_ij| ||X_j||`; the total stays exact to the weight.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.patterns import BlockTopK, TopK
+from sparseopt.core.solve import Status
+from sparseopt.pruning.layer import Energies, LayerJob, LayerMethod, LayerReport, layer_solver
+from sparseopt.pruning.methods.magnitude import Magnitude
+from sparseopt.pruning.methods.wanda import Wanda
+
+# With fewer outputs than this share of the inputs, the hessian `[in, in]` decides the memory: smaller blocks save none.
+LEAST_SHARE = 1 / 32
+# Weights scored at a time on the host, where memory may be short too.
+CHUNK = 1 << 20
+# What XLA says, in small letters; the last is a matrix product on the CPU that got no room to work in.
+OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "ynnpack operation failed")
+# How a layer ended whose blocks ended differently: the first of these that any of them has.
+WORST_FIRST = (Status.NONFINITE, Status.MAX_STEPS, Status.PRECISION, Status.STATIONARY, Status.CONVERGED)
+
+# Scores of rows of the layer in their order, `[rows, n]` non-negative float32 a piece; made anew at each call.
+Scores = Callable[[], Iterator[np.ndarray]]
+
+
+class Solved(NamedTuple):
+    """A solved layer.
+
+    Attributes:
+        report: of the whole layer.
+        seconds: device time, failed attempts apart.
+        compile_seconds: time compiling for it, 0 when the programs were at hand.
+        output_blocks: into how many blocks of outputs it was split; 1 when it fitted whole.
+    """
+
+    report: LayerReport
+    seconds: float
+    compile_seconds: float
+    output_blocks: int
+
+
+def solve_within_memory(job: LayerJob, method: LayerMethod) -> Solved:
+    """Solve a layer whole, and where memory runs out by 2, 4, 8, ... blocks of its outputs.
+
+    Raises:
+        MemoryError: if the smallest blocks do not fit either, with their sizes.
+    """
+    outputs, inputs = job.weight.shape
+    parts = 1
+    while True:
+        try:
+            return _solve_parts(job, method, parts)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = str(error).partition("\n")[0]
+        # Out here the attempt's arrays are gone: they live as long as the error's traceback.
+        tried, parts = parts, 2 * parts
+        if parts > outputs // _unit(job) or outputs / parts < inputs * LEAST_SHARE:
+            raise MemoryError(
+                f"the solve of a layer [out={outputs}, in={inputs}] does not fit in memory, not even by blocks of "
+                f"{-(-outputs // tried)} outputs, below which its Gram of {4 * inputs**2:,} bytes decides ({said}); "
+                "use a device with more memory, or method 'wanda'"
+            )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the host or on the device."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def _solve_parts(job: LayerJob, method: LayerMethod, parts: int) -> Solved:
+    reports, seconds, compile_seconds = [], 0.0, 0.0
+    for each in split_job(job, method, parts):
+        timed = layer_solver(each, method)
+        # Off the device at once where there are more to come.
+        reports.append(timed.value if parts == 1 else jax.device_get(timed.value))
+        seconds, compile_seconds = seconds + timed.seconds, compile_seconds + timed.compile_seconds
+    return Solved(join_reports(reports), seconds, compile_seconds, parts)
+
+
+def split_job(job: LayerJob, method: LayerMethod, parts: int) -> list[LayerJob]:
+    """Jobs for consecutive blocks of outputs, all of one size where the number of outputs allows it, else of two.
+
+    Args:
+        job: the whole layer.
+        method: magnitude and Wanda rank weights in their own way, and blocks get the counts that they would give.
+        parts: how many, at most the number of outputs, or of rows of blocks of the pattern.
+    """
+    if parts == 1:
+        return [job]
+    outputs, unit, pattern = len(job.weight), _unit(job), job.pattern
+    edges = [rows[0] * unit for rows in np.array_split(np.arange(outputs // unit), parts)] + [outputs]
+    spans = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+    weights = [None if job.output_weights is None else job.output_weights[span] for span in spans]
+    patterns = [pattern] * parts
+    if isinstance(pattern, TopK | BlockTopK):
+        kept = kept_by_row(job, int(pattern.k), method)
+        counts = [int(kept[span.start // unit : span.stop // unit].sum()) for span in spans]
+        patterns = [dataclasses.replace(pattern, k=count) for count in counts]
+    return [
+        LayerJob(job.weight[span], job.gram, job.test_gram, own, weight)
+        for span, own, weight in zip(spans, patterns, weights, strict=True)
+    ]
+
+
+def join_reports(reports: Sequence[LayerReport]) -> LayerReport:
+    """The report of a layer from those of its blocks of outputs, in their order; errors are those of the whole."""
+    if len(reports) == 1:
+        return reports[0]
+    energies = _added([report.energies for report in reports])
+    tests = _added([report.test_energies for report in reports])
+    found = {int(report.status) for report in reports}
+    return LayerReport(
+        weight=np.concatenate([report.weight for report in reports]),
+        energies=energies,
+        test_energies=tests,
+        relative_error=energies.ratio,
+        test_error=tests.ratio,
+        zeros=sum(int(report.zeros) for report in reports),
+        kept=sum(int(report.kept) for report in reports),
+        fits=all(bool(report.fits) for report in reports),
+        stray=sum(int(report.stray) for report in reports),
+        dead_inputs=reports[0].dead_inputs,
+        steps=max(int(report.steps) for report in reports),
+        status=next(status for status in WORST_FIRST if status in found),
+    )
+
+
+def _added(parts: list[Energies]) -> Energies:
+    return Energies(sum(float(part.lost) for part in parts), sum(float(part.present) for part in parts))
+
+
+def _unit(job: LayerJob) -> int:
+    """Outputs that a split must not part."""
+    return job.pattern.shape[1] if isinstance(job.pattern, BlockTopK) else 1
+
+
+def kept_by_row(job: LayerJob, k: int, method: LayerMethod) -> np.ndarray:
+    """How many of the layer's k every output gets, `[out]`; of k blocks every row of blocks, `[out / R]`."""
+    unit = _unit(job)
+    scale = np.sqrt(np.asarray(jnp.diagonal(job.gram), np.float32))
+    output_scale = np.ones(len(job.weight), np.float32)
+    if isinstance(method, Magnitude):
+        scale = (scale > 0).astype(np.float32)
+    elif job.output_weights is not None:
+        logs = 0.5 * np.log(np.asarray(job.output_weights, np.float32))
+        output_scale = np.exp(logs - logs.mean())
+    outputs, inputs = job.weight.shape
+    step = max(1, CHUNK // (inputs * unit)) * unit
+
+    def scores() -> Iterator[np.ndarray]:
+        for start in range(0, outputs, step):
+            rows = slice(start, start + step)
+            center = np.asarray(job.weight[rows], np.float32) * scale * output_scale[rows, None]
+            if isinstance(job.pattern, BlockTopK):
+                wide, high = job.pattern.shape
+                yield np.sum(center.reshape(-1, high, inputs // wide, wide) ** 2, axis=(1, 3))
+            else:
+                yield np.abs(center)
+
+    if isinstance(method, Wanda) and isinstance(job.pattern, TopK):
+        return _even_by_row(scores, outputs, k)
+    return largest_by_row(scores, k)
+
+
+def _even_by_row(scores: Scores, rows: int, k: int) -> np.ndarray:
+    """As many of k in every row, and one more in the rows whose next score is largest, as Wanda has it."""
+    each, left = divmod(k, rows)
+    kept = np.full(rows, each)
+    if left:
+        following = [np.partition(part, -each - 1, axis=1)[:, -each - 1] for part in scores()]
+        kept[np.argsort(-np.concatenate(following), kind="stable")[:left]] += 1
+    return kept
+
+
+def largest_by_row(scores: Scores, k: int) -> np.ndarray:
+    """How many of the k largest scores of all rows lie in each row; equal ones at the limit are shared evenly.
+
+    The limit is found digit by digit of 16 bits, from two histograms: non-negative floats are ordered as their bits
+    are, and no copy of the scores is sorted.
+    """
+    limit, left = 0, k
+    for shift in (16, 0):
+        counts = np.zeros(1 << 16, np.int64)
+        for part in scores():
+            bits = part.view(np.uint32)
+            digits = bits >> 16 if shift else bits[bits >> 16 == limit] & 0xFFFF
+            counts += np.bincount(digits.ravel(), minlength=1 << 16)
+        from_above = np.cumsum(counts[::-1])
+        place = int(np.searchsorted(from_above, left))
+        digit = len(counts) - 1 - place
+        left -= int(from_above[place] - counts[digit])
+        limit = limit << 16 | digit
+    above, tied = [], []
+    for part in scores():
+        bits = part.view(np.uint32)
+        above.append(np.count_nonzero(bits > limit, axis=1))
+        tied.append(np.count_nonzero(bits == limit, axis=1))
+    running = np.cumsum(np.concatenate(tied))
+    return np.concatenate(above) + np.diff(running * left // max(int(running[-1]), 1), prepend=0)

@@ -1,0 +1,129 @@
+"""Floor 6: what a run will take of memory and disk, and where its activations lie so that it fits a budget.
+
+    estimate with activations in memory <= budget      they stay there
+    estimate with activations on disk <= budget        one file a stream, in the first output folder's file system
+    neither                                            refused, with what takes the memory
+
+Without a budget, what the machine has available stands in its place, and nothing is refused.
+"""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.machine import available_memory_bytes, format_bytes
+from sparseopt.models import PrunableModel, StreamedModel
+from sparseopt.pruning.cost import Cost, prune_cost
+from sparseopt.pruning.layer import LayerMethod
+from sparseopt.pruning.memory_cost import FLOAT32, PLACES, Activations
+from sparseopt.pruning.recipe import Recipe
+from sparseopt.pruning.reports import Footprint
+
+
+class BudgetError(ValueError):
+    """A run that memory or disk cannot hold; the text says what takes the room and what would take less."""
+
+
+def choose_footprint(
+    model: PrunableModel,
+    plans: Sequence[tuple[Recipe, LayerMethod, Path]],
+    calibration: np.ndarray,
+    heldout: np.ndarray,
+    budget: int | None = None,
+) -> Footprint:
+    """Choose where activations lie.
+
+    Args:
+        model: opened.
+        plans: of one pass: checked recipe, its method, its folder, which need not exist yet.
+        calibration: windows of token ids, `[samples, seqlen]`.
+        heldout: the same of held-out tokens, `[0, seqlen]` without any.
+        budget: bytes of memory, device and host together.
+
+    Raises:
+        BudgetError: if the run does not fit the budget, or output and activations do not fit on the disk.
+    """
+    sizes = {"samples": len(calibration), "seqlen": calibration.shape[1], "heldout_samples": len(heldout)}
+    recipes = [(dataclasses.replace(recipe, **sizes), method) for recipe, method, _ in plans]
+    if isinstance(model, StreamedModel):
+        where, cost = _choose(model, recipes, budget)
+        memory, parts, phase, scratch = cost.peak.nbytes, cost.peak.parts, cost.peak.name, cost.scratch_bytes
+    else:
+        # What torch holds is not known. With a budget, activations are kept out of its way.
+        where, memory, parts, phase = "disk" if budget else "memory", None, {}, ""
+        stream = FLOAT32 * (calibration.size + heldout.size) * model.config.hidden_size
+        scratch = (len(plans) + 3) * stream if budget else 0
+    output = [_output_bytes(model, recipe) for recipe, _ in recipes]
+    _check_disks([folder for *_, folder in plans], output, scratch)
+    return Footprint(where, memory, dict(parts), phase, budget, sum(output), scratch)
+
+
+def _choose(
+    model: StreamedModel, recipes: Sequence[tuple[Recipe, LayerMethod]], budget: int | None
+) -> tuple[Activations, Cost]:
+    """The first place with which the largest recipe fits."""
+    limit = available_memory_bytes() if budget is None else budget
+    for where in PLACES:
+        costs = [prune_cost(model, *recipe, activations=where, plans=len(recipes)) for recipe in recipes]
+        largest = max(costs, key=lambda cost: cost.peak.nbytes)
+        if largest.peak.nbytes <= limit:
+            break
+    # Unasked, nothing is refused: the estimate may be wrong, and on the disk at least the activations are not swapped.
+    if largest.peak.nbytes > limit and budget is not None:
+        raise BudgetError(_too_little(largest, recipes[costs.index(largest)][0], budget))
+    return where, largest
+
+
+def _too_little(cost: Cost, recipe: Recipe, budget: int) -> str:
+    peak = cost.peak
+    parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in sorted(peak.parts.items(), key=lambda p: -p[1]) if n)
+    advice = {
+        "survey": "outputs='uniform' and an allocation without curves do without the survey",
+        "training": "reconstruct=0 trains no blocks",
+        "layer solves": "method 'wanda' or 'magnitude' needs the least for a solve",
+        "Grams": "heldout_samples=0 and propagate=0 gather one set of Grams only",
+        "start": "",
+    }[peak.name]
+    return (
+        f"a budget of {format_bytes(budget)} is too little: with activations on disk the run is estimated to take "
+        f"{format_bytes(peak.nbytes)} in phase {peak.name} ({parts}); give at least that"
+        + (f", or less to do: {advice}" if advice else "")
+    )
+
+
+def _output_bytes(model: PrunableModel, recipe: Recipe) -> int:
+    """Of one folder, dense."""
+    total = 0
+    for key in model.exported_keys():
+        info = model.source.tensors[key]
+        floating = jnp.issubdtype(info.dtype, jnp.floating)
+        dtype = jnp.dtype(recipe.dtype) if recipe.dtype and floating else info.dtype
+        total += math.prod(info.shape) * dtype.itemsize
+    return total
+
+
+def _check_disks(folders: Sequence[Path], output: Sequence[int], scratch: int) -> None:
+    """Whether there is room for what is written, apart from what an earlier run has written already."""
+    needed: dict[int, int] = {}
+    places: dict[int, Path] = {}
+    for folder, nbytes in zip(folders, output, strict=True):
+        place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+        device = place.stat().st_dev
+        written = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+        needed[device] = needed.get(device, 0) + max(0, nbytes - written)
+        places.setdefault(device, place)
+    first = next(iter(places))
+    needed[first] += scratch
+    for device, nbytes in needed.items():
+        free = shutil.disk_usage(places[device]).free
+        if nbytes > free:
+            activations = f", {format_bytes(scratch)} of it activations" if scratch and device == first else ""
+            raise BudgetError(
+                f"the disk of {places[device]} has {format_bytes(free)} free, the run needs {format_bytes(nbytes)}"
+                f"{activations}; make room or choose another output folder"
+            )

@@ -1,0 +1,251 @@
+"""Layers that do not fit in memory, solved by blocks of outputs: the same counts, nearly the same error, told."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from sparseopt.console_pruning import run_lines
+from sparseopt.pruning import LayerJob, LayerRecord, PruningError, Recipe, blocked, prune_layer, prune_model
+from sparseopt.pruning.blocked import join_reports, kept_by_row, largest_by_row, solve_within_memory, split_job
+from sparseopt.pruning.layer import check_answer, layer_solver
+from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, Wanda
+from sparseopt.pruning.patterns import count_groups, parse_pattern
+from sparseopt.pruning.run_folder import RECORDS
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+from tests.pruning.layers import error_of, make_layer
+from tests.pruning.test_resumption import Broken, breaking_at, model_bytes
+
+# What XLA says on a device, and what Python says on the host.
+FAILURES = {
+    "device": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.\nmore"),
+    "host": MemoryError("Unable to allocate 1 GiB"),
+}
+SHORT_ADMM = AdmmPruning(levels=3, period=4, refit_steps=5)
+
+
+def running_out(monkeypatch, outputs, failure="device"):
+    """Let every solve of more outputs than that run out of memory; what was tried is returned."""
+    tried = []
+
+    def solve(job, method):
+        tried.append(len(job.weight))
+        if len(job.weight) > outputs:
+            raise FAILURES[failure]
+        return layer_solver(job, method)
+
+    monkeypatch.setattr(blocked, "layer_solver", solve)
+    return tried
+
+
+@pytest.fixture
+def layer(rng):
+    """A layer whose outputs differ in size, so that an even share of the count would be a poor one."""
+    weight, gram, test_gram = make_layer(rng)
+    sizes = np.exp(0.5 * rng.standard_normal(len(weight))).astype(np.float32)
+    return weight * sizes[:, None], gram, test_gram
+
+
+def make_job(layer, pattern, sparsity=0.6, output_weights=None):
+    weight, gram, test_gram = layer
+    return LayerJob(weight, gram, test_gram, parse_pattern(pattern, sparsity, weight.shape), output_weights)
+
+
+@pytest.mark.parametrize(
+    ("method", "within"),
+    [(Wanda(), 0), (Magnitude(), 0), (SparseGpt(), 0.03), (MaihtPruning(), 0.03), (SHORT_ADMM, 0.03)],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_count_over_the_layer_stays_exact_and_the_error_nearly_the_same(layer, monkeypatch, method, within):
+    job = make_job(layer, "unstructured")
+    whole = solve_within_memory(job, method)
+    assert whole.output_blocks == 1
+    tried = running_out(monkeypatch, 12)
+    parts = solve_within_memory(job, method)
+    assert tried == [48, 24, *[12] * 4]
+    assert parts.output_blocks == 4
+    check_answer(parts.report, method, job.pattern)
+    weight, gram, test_gram = layer
+    assert np.count_nonzero(parts.report.weight) == round(0.4 * weight.size)
+    for given, found in ((gram, parts.report.relative_error), (test_gram, parts.report.test_error)):
+        assert float(found) == pytest.approx(error_of(parts.report.weight, weight, given), rel=1e-4)
+    if within:
+        assert float(parts.report.relative_error) == pytest.approx(float(whole.report.relative_error), rel=within)
+    else:
+        np.testing.assert_array_equal(parts.report.weight, whole.report.weight)
+
+
+@pytest.mark.parametrize(("pattern", "method"), [("per-row", SparseGpt()), ("2:4", SHORT_ADMM)])
+def test_patterns_that_count_by_output_give_the_same_weights(layer, rng, pattern, method):
+    """Also with weights of the outputs, whose mean another block does not have."""
+    outputs = np.exp(rng.standard_normal(48)).astype(np.float32)
+    job = make_job(layer, pattern, None if pattern == "2:4" else 0.6, outputs)
+    whole = layer_solver(job, method).value
+    joined = join_reports([jax.device_get(layer_solver(part, method).value) for part in split_job(job, method, 2)])
+    check_answer(joined, method, job.pattern)
+    np.testing.assert_array_equal(joined.weight != 0, np.asarray(whole.weight) != 0)
+    np.testing.assert_allclose(joined.weight, whole.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_of_a_pattern_are_not_parted(layer):
+    job = make_job(layer, "block:4x8")
+    jobs = split_job(job, Wanda(), 8)
+    # 12 rows of blocks over 8 parts.
+    assert [len(part.weight) for part in jobs] == [8] * 4 + [4] * 4
+    joined = join_reports([jax.device_get(layer_solver(part, Wanda()).value) for part in jobs])
+    np.testing.assert_array_equal(joined.weight, layer_solver(job, Wanda()).value.weight)
+    assert count_groups(joined.weight, job.pattern).each == [round(0.4 * 96)]
+
+
+def test_output_weights_share_the_count_by_the_scale_of_the_whole_layer(layer, rng):
+    outputs = np.exp(2 * rng.standard_normal(48)).astype(np.float32)
+    job = make_job(layer, "unstructured", output_weights=outputs)
+    weight, gram, _ = layer
+    score = np.abs(weight) * np.sqrt(np.diag(gram)) * np.sqrt(outputs)[:, None]
+    kept = score >= np.sort(score.ravel())[-round(0.4 * score.size)]
+    np.testing.assert_array_equal(kept_by_row(job, int(job.pattern.k), SHORT_ADMM), kept.sum(axis=1))
+    without = dataclasses.replace(job, output_weights=None)
+    assert (kept_by_row(without, int(job.pattern.k), SHORT_ADMM) != kept.sum(axis=1)).any()
+
+
+@pytest.mark.parametrize("k", [0, 1, 37, 500, 600])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_largest_scores_are_counted_row_by_row_without_sorting(rng, k, ties):
+    scores = np.abs(rng.standard_normal((20, 30)) * 10.0 ** rng.integers(-20, 20, (20, 1))).astype(np.float32)
+    if ties:
+        scores = np.round(np.minimum(scores, 8)).astype(np.float32)
+    found = largest_by_row(lambda: iter([scores[:7], scores[7:]]), k)
+    assert found.sum() == k
+    limit = np.sort(scores.ravel())[::-1][max(k, 1) - 1]
+    above, tied = (scores > limit).sum(axis=1), (scores == limit).sum(axis=1)
+    if k:
+        assert (above <= found).all()
+        assert (found <= above + tied).all()
+
+
+def test_a_layer_that_fits_in_no_blocks_is_refused_with_its_sizes(layer, monkeypatch):
+    tried = running_out(monkeypatch, 0, "host")
+    with pytest.raises(
+        MemoryError, match=r"\[out=48, in=64\] does not fit in memory, not even by blocks of 3 outputs.*1 GiB"
+    ):
+        prune_layer(*layer[:2], 0.5, method="wanda")
+    assert tried == [48, 24, 12, 6, 3]
+
+
+def test_other_errors_of_a_solve_are_not_taken_for_missing_memory(layer, monkeypatch):
+    monkeypatch.setitem(FAILURES, "device", jax.errors.JaxRuntimeError("INTERNAL: something else"))
+    tried = running_out(monkeypatch, 0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        prune_layer(*layer[:2], 0.5, method="wanda")
+    assert tried == [48]
+
+
+def test_prune_layer_says_by_how_many_blocks(layer, monkeypatch):
+    assert prune_layer(*layer[:2], 0.5, method="wanda").output_blocks == 1
+    running_out(monkeypatch, 24, "host")
+    assert prune_layer(*layer[:2], 0.5, method="wanda").output_blocks == 2
+
+
+CONFIG = tiny_config(num_key_value_heads=4)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"), CONFIG, random_tensors(CONFIG, np.random.default_rng(7)))
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    tokens = np.random.default_rng(8).integers(0, len(VOCAB), (4, 24)).astype(np.int32)
+    return Recipe(method=SHORT_ADMM, calibration=tokens, heldout_samples=1)
+
+
+def test_a_run_says_which_layers_were_solved_by_blocks_and_goes_on_to_the_bit(tmp_path, source, recipe, monkeypatch):
+    running_out(monkeypatch, 32)
+    whole = prune_model(source, tmp_path / "whole", recipe)
+    large = [r.layer for r in whole.layers if r.layer.endswith(("gate_proj", "up_proj"))]
+    assert whole.blocked_layers == dict.fromkeys(large, 2)
+    assert all(r.zeros == r.size // 2 for r in whole.layers)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / RECORDS).read_text().splitlines()]
+    assert [line["output_blocks"] for line in lines] == [1, 1, 1, 1, 2, 2, 1] * 3
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["blocked_layers"] == whole.blocked_layers
+    told = "6 layers did not fit in memory whole and were solved by blocks of outputs, up to 2: model.layers.0.mlp.gate"
+    assert any(line.startswith(told) for line in run_lines(whole))
+    with pytest.raises(Broken):
+        prune_model(source, tmp_path / "broken", recipe, observer=breaking_at(13))
+    resumed = prune_model(source, tmp_path / "broken", recipe)
+    assert resumed.resumed_blocks == 1
+    assert resumed.blocked_layers == whole.blocked_layers
+    assert model_bytes(tmp_path / "broken") == model_bytes(tmp_path / "whole")
+
+
+def test_a_run_out_of_memory_names_the_layer_and_goes_on_where_there_is_more(tmp_path, source, recipe, monkeypatch):
+    prune_model(source, tmp_path / "whole", recipe)
+    tried = running_out(monkeypatch, 1000)
+    seen = []
+
+    def short_from_then_on(event, total):
+        if isinstance(event, LayerRecord):
+            seen.append(event)
+        if len(seen) == 15:
+            tried.clear()
+            running_out(monkeypatch, 0)
+
+    with pytest.raises(
+        PruningError, match=r"model.layers.2.self_attn.k_proj: the solve of a layer \[out=32, in=32\] does not"
+    ):
+        prune_model(source, tmp_path / "out", recipe, observer=short_from_then_on)
+    monkeypatch.undo()
+    assert prune_model(source, tmp_path / "out", recipe).resumed_blocks == 2
+    assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
+
+
+# Every program is compiled before the limit falls: the compiler itself cannot be short of memory and live.
+LIMITED = """
+import json, resource, time
+import numpy as np
+from pathlib import Path
+from sparseopt.pruning import LayerJob
+from sparseopt.pruning.blocked import solve_within_memory, split_job
+from sparseopt.pruning.layer import check_answer, layer_solver
+from sparseopt.pruning.methods import Wanda
+from sparseopt.pruning.patterns import parse_pattern
+rng, method = np.random.default_rng(0), Wanda()
+weight, x = rng.standard_normal((131072, 64), np.float32), rng.standard_normal((256, 64), np.float32)
+job = LayerJob(weight, x.T @ x, None, parse_pattern("unstructured", 0.5, weight.shape))
+for parts in (4, 2, 1):
+    layer_solver(split_job(job, method, parts)[0], method)
+time.sleep(0.5)
+pages, said = int(Path("/proc/self/statm").read_text().split()[0]), ""
+# Whole it takes about 200 MiB, by fourths less than half of that.
+limit = pages * resource.getpagesize() + 128 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    layer_solver(job, method)
+except Exception as error:
+    said = str(error)
+solved = solve_within_memory(job, method)
+check_answer(solved.report, method, job.pattern)
+print(json.dumps([said, solved.output_blocks, int(solved.report.kept), float(solved.report.relative_error)]))
+"""
+
+
+def test_a_solve_that_really_runs_out_of_memory_is_done_by_blocks():
+    # Memory that was freed goes back to the system at once, not into a heap for the next allocation.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}
+    call = [sys.executable, "-c", LIMITED]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    if not done.stdout:
+        pytest.skip(
+            f"SKIPPED: a limit on memory ends the process here (status {done.returncode}): {done.stderr[-300:]}"
+        )
+    said, blocks, kept, error = json.loads(done.stdout)
+    assert "RESOURCE_EXHAUSTED: Out of memory allocating" in said
+    assert blocks > 1
+    assert kept == 131072 * 64 // 2
+    assert 0 < error < 0.2
