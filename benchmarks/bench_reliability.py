@@ -36,7 +36,7 @@ def kills(options: argparse.Namespace) -> Lines:
 def budget(options: argparse.Namespace) -> Lines:
     """One line."""
     with tempfile.TemporaryDirectory() as place:
-        yield pruned_within(Path(place), options.memory, options.times)
+        yield pruned_within(Path(place), options.memory, options.times, method=options.method)
 
 
 def inputs(_: argparse.Namespace) -> Lines:
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--memory", type=parse_bytes, default=parse_bytes("1180MiB"), help="the budget")
     parser.add_argument("--times", type=float, default=3.0, help="size of the model in budgets, at least")
+    parser.add_argument("--method", default="wanda", help="of the budget; mAIHT takes an hour")
     parser.add_argument("--seconds", type=float, default=60.0, help="of fuzzing, for each target")
     options = parser.parse_args()
     for name in options.only:

@@ -34,7 +34,7 @@ def pruned_within(
     times: float = 3.0,
     width: int = 1024,
     vocab: int = 128_000,
-    method: str = "maiht",
+    method: str = "wanda",
     windows: int = 10,
     seqlen: int = 512,
 ) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def pruned_within(
         times: size of the model in budgets, at least.
         width: of the model; its blocks are as many as it takes.
         vocab: rows of the embedding and of the head.
-        method: preset paper.
+        method: of preset paper; the memory of a solve depends on it.
         windows: of random tokens, of which two are held out.
         seqlen: tokens a window.
     """
@@ -63,7 +63,7 @@ def pruned_within(
         "blocks": blocks,
         "width": width,
         "vocab": vocab,
-        "method": f"{method} paper",
+        "method": method,
         "tokens": windows * seqlen,
         "activations": footprint["activations"],
         "scratch_bytes": footprint["scratch_bytes"],
