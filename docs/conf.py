@@ -74,8 +74,8 @@ import sparseopt as so
 nitpicky = True
 nitpick_ignore_regex = [
     # Types of other packages, type variables and aliases, which have no page here.
-    ("py:.*", r"(jax|jaxlib|jaxtyping|numpy|np|scipy|flax|nnx|optax|matplotlib|pydantic|pydantic_core|typing|pathlib|enum)(\..*)?"),
-    ("py:.*", r"(collections|sparse|ml_dtypes|tokenizers|annotated_types|abc|re|os)\..*"),
+    ("py:.*", r"(jax|jaxlib|jaxtyping|numpy|np|scipy|flax|nnx|optax|matplotlib|pydantic|typing|pathlib|enum)(\..*)?"),
+    ("py:.*", r"(pydantic_core|collections|sparse|ml_dtypes|tokenizers|annotated_types|abc|re|os)\..*"),
     ("py:.*", r"Array|ndarray|_PydanticGeneralMetadata|sparseopt\.[a-z_.]*\.T"),
 ]
 
