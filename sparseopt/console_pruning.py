@@ -112,7 +112,8 @@ def footprint_lines(footprint: Footprint) -> list[str]:
 
 def memory_line(report: PruneReport) -> str:
     """What a run took of memory, beside what it was to take."""
-    line = f"peak memory {format_bytes(report.peak_memory_bytes)}"
+    # Of all that the process has done: a notebook or the demo may have peaked before.
+    line = f"peak memory of the process {format_bytes(report.peak_memory_bytes)}"
     asked, estimated = report.footprint.budget_bytes, report.footprint.memory_bytes
     if estimated is not None:
         line += f", estimated {format_bytes(estimated)}"
