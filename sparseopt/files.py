@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from io import RawIOBase
 from pathlib import Path
 
 
@@ -80,15 +81,25 @@ def append_line(file: Path, text: str) -> None:
     try:
         # No buffer, which could be written behind the error or by another owner of the file.
         with file.open("ab", buffering=0) as stream:
-            before, rest = stream.seek(0, os.SEEK_END), memoryview(content)
+            before = stream.seek(0, os.SEEK_END)
             try:
-                while rest:
-                    rest = rest[stream.write(rest) :]
+                write_all(stream, content)
             except OSError:
                 stream.truncate(before)
                 raise
     except OSError as error:
         raise refused(file, len(content), error) from error
+
+
+def write_all(stream: RawIOBase, content: bytes | memoryview) -> None:
+    """Write to a stream without a buffer, which may take a part at a time.
+
+    Raises:
+        OSError: as the system reports it.
+    """
+    rest = memoryview(content)
+    while rest:
+        rest = rest[stream.write(rest) or 0 :]
 
 
 @contextlib.contextmanager

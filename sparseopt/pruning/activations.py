@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sparseopt.files import write_all
+
 # Tokens a batch: enough for the matrix products to reach their rate, little enough to stay in cache.
 BATCH_TOKENS = 2048
 
@@ -71,9 +73,7 @@ class DiskBatches:
             raise ValueError(f"a batch of {values.dtype} {values.shape} among those of {self._dtype} {self.shape}")
         try:
             self._file.seek(self._count * values.nbytes)
-            rest = memoryview(values.reshape(-1).view(np.uint8).data)
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            write_all(self._file, values.reshape(-1).view(np.uint8).data)
         except OSError as error:
             raise OSError(
                 error.errno,

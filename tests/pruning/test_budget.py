@@ -22,7 +22,7 @@ from sparseopt.pruning.activations import (
 from sparseopt.pruning.budget import BudgetError, choose_footprint
 from sparseopt.pruning.cost import prune_cost
 from sparseopt.pruning.reports import Footprint
-from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 from tests.pruning.test_resumption import Broken, breaking_at, model_bytes
 
@@ -32,17 +32,6 @@ RECIPES = {
     "surveyed": {"method": "wanda", "allocation": "curves", "outputs": "gradient"},
     "owl": {"method": "wanda", "allocation": "owl", "heldout_samples": 0},
 }
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    rng = np.random.default_rng(7)
-    return write_folder(tmp_path_factory.mktemp("model"), tiny_config(), random_tensors(tiny_config(), rng))
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return np.random.default_rng(8).integers(0, len(VOCAB), (7, 24)).astype(np.int32)
 
 
 def tight(source, recipe):

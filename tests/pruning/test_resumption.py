@@ -15,7 +15,7 @@ from sparseopt.cli_prune import RESUMABLE, stop_asked
 from sparseopt.files import temporary_of
 from sparseopt.pruning import LayerRecord, Recipe, Stopped, prune_model, prune_models
 from sparseopt.pruning.run_folder import LOCK, RECORDS, RUN, FolderError
-from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+from tests.models.tiny import random_tensors, tiny_config, write_folder
 
 RECIPES = {
     "paper": {"preset": "paper", "dtype": "bfloat16"},
@@ -27,17 +27,6 @@ RECIPES = {
 
 class Broken(Exception):
     """The end of a run, at any moment."""
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    rng = np.random.default_rng(7)
-    return write_folder(tmp_path_factory.mktemp("model"), tiny_config(), random_tensors(tiny_config(), rng))
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return np.random.default_rng(8).integers(0, len(VOCAB), (7, 24)).astype(np.int32)
 
 
 def breaking_at(count):
