@@ -10,7 +10,7 @@ REFERENCES ?=
 CALIBRATION ?= pydoc
 FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
+.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,12 @@ bench-prune: $(VENV)/.installed-demo ## Pruning figures as JSON lines; DATA=fold
 
 bench-memory: $(VENV)/.installed-test ## Peak memory of pruning against the number of blocks, as JSON lines.
 	$(BIN)/python benchmarks/bench_memory.py
+
+bench-scaling: $(VENV)/.installed-demo ## Both solvers over processes and virtual devices (about 40 minutes; ONLY=machine,grid,layer).
+	$(BIN)/python benchmarks/bench_scaling.py $(if $(ONLY),--only $(ONLY))
+
+bench-gpu: $(VENV)/.installed-demo ## Both solvers on the GPU or TPU that JAX sees; skipped without one.
+	$(BIN)/python benchmarks/bench_gpu.py
 
 bench-reliability: $(VENV)/.installed-fuzz ## Kills, a memory budget, bad inputs, fuzzing, as JSON lines (about an hour); ONLY=kills,budget,inputs,fuzz.
 	$(BIN)/python benchmarks/bench_reliability.py $(if $(ONLY),--only $(ONLY))

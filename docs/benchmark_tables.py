@@ -8,6 +8,7 @@
     memory.jsonl           output of `make bench-memory`
     quality.jsonl          output of `make bench-quality`
     reliability.jsonl      output of `make bench-reliability`
+    scaling.jsonl          output of `make bench-scaling`
     families.jsonl         output of `make families`
 
 A table whose records are absent becomes one sentence that names the command.
@@ -20,6 +21,7 @@ from pathlib import Path
 import family_tables
 import pruning_tables
 import reliability_tables
+import scaling_tables
 import trend_tables
 from records import Record, read
 
@@ -62,6 +64,10 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         reliability_tables.reliability_budget,
         reliability_tables.reliability_inputs,
         reliability_tables.reliability_fuzz,
+        scaling_tables.scaling_machine,
+        scaling_tables.scaling_grid,
+        scaling_tables.scaling_layer,
+        scaling_tables.scaling_predicted,
         family_tables.families_machine,
         family_tables.families_proved,
     )

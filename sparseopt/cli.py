@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sparseopt import cli_compare, cli_experiments, cli_inspect, cli_pack, cli_prune, cli_zero_shot
+from sparseopt.cli_processes import ManyDevices, number_of_devices
 
 app = typer.Typer(
     help="Sparse optimisation in JAX: prune language models, smooth signals on graphs.",
@@ -54,6 +55,7 @@ def denoise(
     couple: Annotated[bool, typer.Option(help="Let the colours of a pixel change together.")] = False,
     method: Annotated[str, typer.Option(help="auto, doge or admm.")] = "auto",
     tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-4,
+    devices: ManyDevices = None,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
     """Denoise an image by trend filtering on its pixel grid; writes a before/after picture beside the output."""
@@ -62,13 +64,14 @@ def denoise(
     from sparseopt.trend.images import before_and_after
     from sparseopt.trend.images import denoise as denoise_array
 
+    chosen = None if devices is None else number_of_devices(devices)
     stem = output.with_suffix("")
     picture, summary = Path(f"{stem}-before-after.png"), Path(f"{stem}-summary.json")
     for target in (output, picture, summary):
         files.check_output(target, None, force)
     pixels = files.read_image(image)
     with console.waiting(f"denoising {image.name}, {' x '.join(map(str, pixels.shape))}, order {order}") as clock:
-        found = denoise_array(pixels, weight, order, couple=couple, method=method, tol=tol)
+        found = denoise_array(pixels, weight, order, couple=couple, method=method, tol=tol, devices=chosen)
     files.write_image(output, found.image)
     before_and_after(pixels, found.image, picture, (image.name, f"order {order}, weight {weight:g}"))
     figures = {"image": str(image), "shape": pixels.shape, "dtype": str(pixels.dtype), "weight": weight, "order": order}
@@ -86,6 +89,7 @@ def trend(
     method: Annotated[str, typer.Option(help="auto, doge, admm, fast_admm (chains) or interior.")] = "auto",
     tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-5,
     missing: Annotated[bool, typer.Option("--missing", help="Treat NaN and empty cells as unobserved.")] = False,
+    devices: ManyDevices = None,
     merge: Annotated[bool, typer.Option("--merge", help="Drop self-loops and add up duplicate edges.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
@@ -97,6 +101,7 @@ def trend(
     from sparseopt.trend import files
 
     penalties = {"l1": so.L1, "mcp": so.MCP, "scad": so.SCAD, "l0": so.L0, "group": so.GroupL2}
+    chosen = None if devices is None else number_of_devices(devices)
     if penalty not in penalties:
         raise ValueError(f"unknown penalty {penalty!r}; known are {', '.join(penalties)}")
     summary = Path(f"{output.with_suffix('')}-summary.json")
@@ -108,7 +113,14 @@ def trend(
     title = f"fitting {signal.name} on {network.num_nodes:,} nodes and {network.num_edges:,} edges, order {order}"
     with console.waiting(title) as clock:
         found = so.trend_filter(
-            y, network, penalties[penalty](weight), order, method, tol, missing="nan" if missing else "error"
+            y,
+            network,
+            penalties[penalty](weight),
+            order,
+            method,
+            tol,
+            missing="nan" if missing else "error",
+            devices=chosen,
         )
     files.write_signal(output, np.asarray(found.value))
     figures = {

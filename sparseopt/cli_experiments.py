@@ -6,6 +6,17 @@ from typing import Annotated
 
 import typer
 
+from sparseopt.cli_processes import (
+    Coordinator,
+    Distributed,
+    ManyDevices,
+    Processes,
+    ProcessId,
+    cooperating,
+    is_first,
+    number_of_devices,
+)
+
 AllowAll = Annotated[
     bool,
     typer.Option(
@@ -45,18 +56,40 @@ def run(
         bool, typer.Option("--dry-run", help="Show what would run and what it needs, and stop.")
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Repeat finished runs; their results are replaced.")] = False,
+    devices: ManyDevices = None,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process_id: ProcessId = None,
     allow_code: AllowAll = False,
     allow_package: AllowPackages = None,
 ) -> None:
     """Run an experiment or a sweep. Finished runs are kept, broken ones go on where they stopped."""
+    allowed = permitted(allow_code, allow_package, Path.cwd(), config.resolve().parent)
+    with cooperating(distributed, coordinator, processes, process_id):
+        _run(config, overrides or [], output, shard, dry_run, again, "all" if distributed else devices, allowed)
+
+
+def _run(
+    config: Path,
+    overrides: list[str],
+    output: Path,
+    shard: str,
+    dry_run: bool,
+    again: bool,
+    devices: str | None,
+    allowed: bool | list[str],
+) -> None:
     from sparseopt import console_experiments as shown
     from sparseopt.console import console, errors, say
     from sparseopt.experiments.config import load_config
-    from sparseopt.experiments.sweep import check_all, parse_shard, plan, run_all, take_shard
+    from sparseopt.experiments.sweep import check_all, over_devices, parse_shard, plan, run_all, take_shard
 
-    allowed = permitted(allow_code, allow_package, Path.cwd(), config.resolve().parent)
     part = parse_shard(shard)
-    planned = plan(take_shard(load_config(config, overrides or (), allow_code=allowed), part), output)
+    runs = take_shard(load_config(config, overrides, allow_code=allowed), part)
+    if devices is not None:
+        runs = over_devices(runs, number_of_devices(devices))
+    planned = plan(runs, output)
     if dry_run:
         console.print(shown.plan_table(planned))
         say(shown.plan_line(planned))
@@ -75,7 +108,7 @@ def run(
             f"{len(failed)} of {len(outcomes)} runs failed; the others are finished. See error.txt in "
             + ", ".join(str(outcome.folder) for outcome in failed)
         )
-    if planned:
+    if planned and is_first():
         _show([p.folder for p in planned], allowed)
         say(f"sparseopt report {output / planned[0].run.task.name} --output FOLDER writes this as files, with pictures")
 

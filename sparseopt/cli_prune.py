@@ -1,15 +1,23 @@
 """Floor 8: the commands `sparseopt prune` and `sparseopt eval`."""
 
 import contextlib
-import dataclasses
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal
 
 import typer
+
+from sparseopt.cli_processes import (
+    Coordinator,
+    Distributed,
+    Processes,
+    ProcessId,
+    cooperating,
+    number_of_devices,
+)
 
 SOURCE_HELP = (
     "Model folder (safetensors), GGUF file, or name on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION."
@@ -77,39 +85,63 @@ def prune(
             "Default: what the machine has available."
         ),
     ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Devices to work on: a number, or all. Default: one; in several processes all."),
+    ] = None,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process_id: ProcessId = None,
 ) -> None:
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
-    from sparseopt import console, console_pruning
+    chosen = None if devices is None else number_of_devices(devices)
+    settings: dict[str, Any] = {
+        "pattern": pattern,
+        "method": method,
+        "preset": preset,
+        "ridge": ridge,
+        "weighting": weighting,
+        "outputs": outputs,
+        "allocation": allocation,
+        "bounds": None if bounds is None else tuple(numbers(bounds, "--bounds")),
+        "propagate": propagate,
+        "reconstruct": reconstruct,
+        "calibration": calibration,
+        "samples": samples,
+        "seqlen": seqlen,
+        "heldout_samples": heldout_samples,
+        "seed": seed,
+        "dtype": dtype,
+        "pack": pack,
+        "min_expert_tokens": min_expert_tokens,
+    }
+    with cooperating(distributed, coordinator, processes, process_id):
+        code = _prune(source, output, settings, sparsity, memory, chosen)
+    if code:
+        raise typer.Exit(code)
+
+
+def _prune(
+    source: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    sparsity: str | None,
+    memory: str | None,
+    devices: int | Literal["all"] | None,
+) -> int:
+    """The command with all that was asked for; the exit status."""
+    from sparseopt import console, console_pruning, processes
     from sparseopt.models import open_source
     from sparseopt.pruning import Recipe, Stopped, prune_models
     from sparseopt.pruning.patterns import implied_sparsity
 
+    pattern, method = settings["pattern"], settings["method"]
     implied = implied_sparsity(pattern)
     shares: list[float | None] = [*numbers(sparsity, "--sparsity")] if sparsity is not None else [None]
     if shares == [None] and implied is None:
         shares = [0.5]
-    recipe = Recipe(
-        sparsity=shares[0],
-        pattern=pattern,
-        method=method,
-        preset=preset,
-        ridge=ridge,
-        weighting=cast(Any, weighting),
-        outputs=cast(Any, outputs),
-        allocation=cast(Any, allocation),
-        bounds=cast(Any, None if bounds is None else tuple(numbers(bounds, "--bounds"))),
-        propagate=propagate,
-        reconstruct=reconstruct,
-        calibration=calibration,
-        samples=samples,
-        seqlen=seqlen,
-        heldout_samples=heldout_samples,
-        seed=seed,
-        dtype=dtype,
-        pack=pack,
-        min_expert_tokens=min_expert_tokens,
-    )
-    recipes = [dataclasses.replace(recipe, sparsity=share) for share in shares]
+    recipes = [Recipe(sparsity=share, **settings) for share in shares]
     for each in recipes:
         each.check()
     alone = len(recipes) == 1
@@ -120,22 +152,26 @@ def prune(
     opened = open_source(source)
     try:
         with stop_asked() as stop, console_pruning.PruneProgress(title) as progress:
-            reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory)
+            reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
     except KeyboardInterrupt:
+        if processes.count() > 1:
+            raise
         shards = sorted(output.rglob("*.safetensors")) if output.is_dir() else []
         console.errors.print(
             f"\nstopped: {len(shards)} finished shards in {output} are whole and stay there. "
             f"Run the same command again to go on behind them"
         )
-        raise typer.Exit(130) from None
+        return 130
     except Stopped as stopped:
-        console.errors.print(f"\n{stopped}")
-        raise typer.Exit(RESUMABLE) from None
+        if processes.is_first():
+            console.errors.print(f"\n{stopped}")
+        return RESUMABLE
     for report in reports:
         console.console.print(console_pruning.prune_table(report))
         for line in console_pruning.run_lines(report):
             console.say(line)
         console.say(f"wrote {report.output}")
+    return 0
 
 
 @contextlib.contextmanager

@@ -13,10 +13,15 @@ PACKAGE = Path(__file__).parent.parent / "sparseopt"
 FLOORS = [
     ("files", 0),
     ("machine", 0),
+    ("processes", 0),
     ("core/types", 0),
+    ("core/mesh", 0),
+    ("core/collectives", 0),
     ("core/thresholds", 1),
     ("core/dense", 1),
     ("core/operators", 1),
+    ("core/slabs", 1.5),  # made of the differences of one device
+    ("core/parts", 1.5),
     ("core/grouping", 1.5),  # row tables are linear maps
     ("core/patterns", 2),
     ("core/penalties", 2),

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.mesh import parts_at_work
 from sparseopt.core.types import pytree
 
 FloatArray = Float[Array, "..."]
@@ -26,10 +27,30 @@ def total(x: FloatArray) -> Float[Array, ""]:
     """
     if x.dtype == jnp.float64:
         return jnp.sum(x)
+    if (parts := parts_at_work()) > 1:
+        return _total_apart(x, parts)
     flat = x.reshape(-1)
     while flat.size > BLOCK:
         flat = jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK).sum(axis=1)
     return jnp.sum(flat)
+
+
+def _total_apart(x: FloatArray, parts: int) -> Float[Array, ""]:
+    """`total` of an array of which some axis is cut into equal parts: axis by axis, and a cut one within its parts.
+
+    Which one that is cannot be told here; an axis of so many parts is taken for one, where it is none to no harm.
+    """
+    for axis in reversed(range(x.ndim)):
+        pieces = parts if x.shape[axis] % parts == 0 else 1
+        x = x.reshape(*x.shape[:axis], pieces, -1, *x.shape[axis + 1 :])
+        while x.shape[axis + 1] > 1:
+            size = min(BLOCK, x.shape[axis + 1])
+            widths = [(0, 0)] * x.ndim
+            widths[axis + 1] = (0, -x.shape[axis + 1] % size)
+            x = jnp.pad(x, widths)
+            x = x.reshape(*x.shape[: axis + 1], -1, size, *x.shape[axis + 2 :]).sum(axis=axis + 2)
+        x = x.reshape(*x.shape[: axis + 1], *x.shape[axis + 2 :])
+    return jnp.sum(x)
 
 
 @pytree
@@ -41,12 +62,19 @@ class NodeSquares:
         weights: `[*nodes]` (with a trailing axis of length 1 where there are channels), or None for ones.
         low: lower end of the box in which the fit is known, or taken, to lie at missing nodes; a scalar or None.
         high: its upper end.
+        padding: the entries of the arrays over those of the nodes, where they are padded; None for 1.
     """
 
     center: Any
     weights: Any = None
     low: Any = None
     high: Any = None
+    padding: Any = None
+
+    def mean_square(self, x: FloatArray) -> Float[Array, ""]:
+        """The mean of `x²` over the nodes."""
+        mean = total(x * x) / x.size
+        return mean if self.padding is None else mean * self.padding
 
     def weigh(self, x: FloatArray) -> FloatArray:
         """`w * x`."""

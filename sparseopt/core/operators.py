@@ -34,7 +34,7 @@ class LinearMap(Protocol):
         """The image of e under the transpose: `<e, A x> = <Aᵀ e, x>`."""
 
 
-def _ahead(x: FloatArray, axis: int) -> FloatArray:
+def ahead(x: FloatArray, axis: int) -> FloatArray:
     """`x[i] - x[i + 1]` along an axis, zero in the last place: as many entries as x."""
     first = jax.lax.slice_in_dim(x, 0, -1, axis=axis)
     second = jax.lax.slice_in_dim(x, 1, None, axis=axis)
@@ -43,8 +43,8 @@ def _ahead(x: FloatArray, axis: int) -> FloatArray:
     return jnp.pad(first - second, widths)
 
 
-def _ahead_transpose(e: FloatArray, axis: int) -> FloatArray:
-    """The transpose of `_ahead`: `e[i] - e[i - 1]`, the last entry of e ignored."""
+def ahead_transpose(e: FloatArray, axis: int) -> FloatArray:
+    """The transpose of `ahead`: `e[i] - e[i - 1]`, the last entry of e ignored."""
     kept = jax.lax.slice_in_dim(e, 0, -1, axis=axis)
     after = [(0, 0)] * e.ndim
     before = [(0, 0)] * e.ndim
@@ -81,16 +81,16 @@ class GridBase:
 
     def difference(self, x: FloatArray) -> FloatArray:
         """`D x`."""
-        return jnp.stack([_ahead(x, axis) for axis in range(len(self.shape))])
+        return jnp.stack([ahead(x, axis) for axis in range(len(self.shape))])
 
     def divergence(self, e: FloatArray) -> FloatArray:
         """`Dᵀ e`."""
-        terms = [_ahead_transpose(e[axis], axis) for axis in range(len(self.shape))]
+        terms = [ahead_transpose(e[axis], axis) for axis in range(len(self.shape))]
         return sum(terms[1:], terms[0])
 
     def laplacian(self, x: FloatArray) -> FloatArray:
         """`DᵀD x`, built from differences so that constants vanish exactly."""
-        terms = [_ahead_transpose(_ahead(x, axis), axis) for axis in range(len(self.shape))]
+        terms = [ahead_transpose(ahead(x, axis), axis) for axis in range(len(self.shape))]
         return sum(terms[1:], terms[0])
 
 

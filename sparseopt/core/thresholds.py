@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 FloatArray = Float[Array, "..."]
@@ -164,10 +165,12 @@ def _separate(x: FloatArray, k: Count) -> tuple[Array, Int[Array, ""]]:
         k: how many are wanted; for more than there are, the answer is 0.
     """
     bits, above = _as_bits(x), _as_bits(jnp.asarray(jnp.inf, x.dtype)) + 1
-    flat, kind = bits.reshape(-1), jnp.float32
-    # An odd stride does not stay in a few columns of a matrix.
-    sample = jnp.sort(flat[:: (flat.size // SAMPLE) | 1])
-    share = 1 - jnp.asarray(k).astype(kind) / flat.size
+    kind = jnp.float32
+    # An odd stride does not stay in a few columns of a matrix. Of an array over several devices, places known
+    # beforehand are fetched one by one, where a slice of the flattened array would first gather all of it.
+    taken = np.unravel_index(np.arange(0, bits.size, (bits.size // SAMPLE) | 1), bits.shape or (1,))
+    sample = jnp.sort(jnp.atleast_1d(bits)[taken])
+    share = 1 - jnp.asarray(k).astype(kind) / bits.size
     places = jnp.round(sample.size * (share + jnp.arange(-1, 2) / math.sqrt(sample.size)))
     # Neighbouring levels where these are equal: a tie needs both of its sides.
     guesses = sample[jnp.clip(places, 0, sample.size - 1).astype(jnp.int32)] + jnp.arange(3, dtype=bits.dtype)
@@ -193,7 +196,7 @@ def _separate(x: FloatArray, k: Count) -> tuple[Array, Int[Array, ""]]:
         low, high, at_low, *_ = carry
         return (at_low > k) & (high - low > 1)
 
-    zero, size = jnp.zeros((), jnp.int32), jnp.asarray(flat.size, jnp.int32)
+    zero, size = jnp.zeros((), jnp.int32), jnp.asarray(bits.size, jnp.int32)
     low, _, count, *_ = jax.lax.while_loop(going, narrow, (jnp.zeros((), bits.dtype), above, size, zero, zero))
     return low, count
 
@@ -228,12 +231,28 @@ def top_k_mask(score: FloatArray, k: Count) -> BoolArray:
     level, count = _separate(score, k)
 
     def first_of_tied() -> BoolArray:
-        above, tied = bits > level, bits == level
-        rank = jnp.cumsum(tied.reshape(-1), dtype=jnp.int32).reshape(score.shape)
-        return above | (tied & (rank <= jnp.asarray(k) - count_each(above)[0]))
+        above = bits > level
+        return above | _first_true(bits == level, jnp.asarray(k) - count_each(above)[0])
 
-    # Ties at the level are rare, and the running count that breaks them is the dearest step.
+    # Ties at the level are rare.
     return jax.lax.cond(count <= k, lambda: bits >= level, first_of_tied)
+
+
+def _first_true(mask: BoolArray, count: Int[Array, ""]) -> BoolArray:
+    """The first `count` True entries in the order of the flattened array.
+
+    Totals along the first axis tell in which row the last of them lies, and only that row is looked at closer: a
+    running count over the whole array would gather it from all devices.
+    """
+    if mask.ndim <= 1:
+        return mask & (jnp.cumsum(mask, dtype=jnp.int32).reshape(mask.shape) <= count)
+    totals = jnp.sum(mask, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)
+    until = jnp.cumsum(totals, dtype=jnp.int32)
+    row = jnp.minimum(jnp.sum(until <= count, dtype=jnp.int32), mask.shape[0] - 1)
+    last = jax.lax.dynamic_index_in_dim(mask, row, keepdims=False)
+    last = _first_true(last, count - (until - totals)[row])
+    number = jnp.arange(mask.shape[0]).reshape(-1, *[1] * (mask.ndim - 1))
+    return (mask & (number < row)) | (last[None] & (number == row))
 
 
 def n_of_m_mask(score: FloatArray, n: int, m: int, axis: int = 0) -> BoolArray:

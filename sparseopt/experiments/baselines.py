@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import NodeSquares, total
+from sparseopt.core.mesh import Devices
 from sparseopt.core.operators import Difference, Split
 from sparseopt.core.penalties import L1
 from sparseopt.core.solve import Measure, Problem, Solution, solve
@@ -315,6 +316,7 @@ def fit(
     max_steps: int = 20_000,
     inner_tol: float | None = None,
     dtype: Any = np.float64,
+    devices: Devices = None,
 ) -> Solution:
     """The fit of any method; `trend_filter` itself where it has the method, its settings and its stopping rule.
 
@@ -332,6 +334,7 @@ def fit(
         inner_tol: relative gap of the inner solves of `fast_admm`, None for a tenth of `tol`. With a coarser one
             the over-relaxed iteration comes to rest above the optimum, which its certificate shows.
         dtype: of the computation; the baselines have float64 alone.
+        devices: as in `trend_filter`; the baselines have one alone.
 
     Raises:
         ValueError: for a combination that does not exist.
@@ -339,7 +342,14 @@ def fit(
     algorithm = algorithm_of(method, graph, order)
     chain = graph.shape is not None and len(graph.shape) == 1
     if settings == "tuned" and stop == "gap" and (algorithm != "fast_admm" or chain):
-        return trend_filter(y, graph, penalty, order, algorithm, tol, max_steps, dtype=dtype)
+        if devices is not None and method == "auto":
+            algorithm = "auto"  # which takes what works on many
+        return trend_filter(y, graph, penalty, order, algorithm, tol, max_steps, dtype=dtype, devices=devices)
+    if devices is not None:
+        raise ValueError(
+            f"method={method!r} with settings={settings!r} and stop={stop!r} is a baseline: it works on one device, "
+            f"given devices={devices!r}"
+        )
     if np.dtype(dtype) != np.float64 or np.size(y) != graph.num_nodes:
         raise ValueError(
             f"method={method!r} with settings={settings!r} and stop={stop!r} is a baseline: it takes float64 and one "

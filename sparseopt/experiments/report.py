@@ -89,9 +89,12 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
-        inside = sorted(header.parent for header in folder.rglob(HEADER) if (header.parent / SUMMARY).is_file())
+        headers = {header.parent for header in folder.rglob(HEADER)}
+        # A model that a run keeps has a header of its own, below the run's.
+        runs = [run for run in headers if headers.isdisjoint(run.parents)]
+        inside = sorted(run for run in runs if (run / SUMMARY).is_file())
         if not inside:
-            unfinished = sum(1 for _ in folder.rglob(HEADER))
+            unfinished = len(runs)
             hint = f"; {unfinished} unfinished, start the same command again" if unfinished else ""
             raise ValueError(f"{folder} holds no finished run{hint}")
         found |= dict.fromkeys(run.resolve() for run in inside)

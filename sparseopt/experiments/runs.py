@@ -8,6 +8,9 @@
 
 A killed run leaves whole lines and perhaps the start of one. The next start drops that start, keeps the lines, and
 does the units that have none. A lock that ends with its process keeps two processes out of one folder.
+
+Several processes that work together (`sparseopt.processes`) do every unit together; the first finds out what is to be
+done, tells the others, and writes.
 """
 
 import contextlib
@@ -26,6 +29,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from sparseopt import processes
 from sparseopt.experiments.config import Run
 from sparseopt.experiments.names import AllowCode, Named, code_context, file_digest
 from sparseopt.experiments.task import FinishedRun, Observer, Record, Task
@@ -74,10 +78,11 @@ def code_digest() -> str:
 def fingerprint(task: Task) -> str:
     """A hash of what a result depends on: the settings, the code, and the files of classes named by path.
 
-    The title and the published figures say nothing about the result and stay out. So do the versions of other
-    packages, which `run.json` records, and the contents of data that is named by a path.
+    The title and the published figures say nothing about the result and stay out, and so does the number of devices,
+    on which it hangs up to rounding. So do the versions of other packages, which `run.json` records, and the contents
+    of data that is named by a path.
     """
-    settings = task.model_dump(mode="json", exclude={"title", "paper", "name"})
+    settings = task.model_dump(mode="json", exclude={"title", "paper", "name", "devices"})
     own = [file_digest(type(task)), *sorted(digest for named in _named(task) if (digest := named.code_digest()))]
     text = json.dumps([settings, code_digest(), own], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -122,6 +127,8 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
         ValueError: if the folder holds something else, and `again` is not set, or links.
     """
     folder = output / run.subfolder
+    if not processes.is_first():
+        return _follow(run, folder)
     mark = fingerprint(run.task)
     with _locked(folder):
         _refuse_links(folder)
@@ -132,6 +139,7 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
                 "give another --output, or --again to replace them"
             )
         if state is State.FINISHED and not again:
+            processes.told([])
             return Outcome(folder, 0)
         if again or state is State.NEW:
             _clear(folder)
@@ -141,13 +149,21 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
         return _run_units(run, folder, observer)
 
 
+def _follow(run: Run, folder: Path) -> Outcome:
+    """Do what the first process does, without a word."""
+    missing = processes.told(None)
+    for key in missing:
+        run.task.run_unit(key, folder, lambda done, total, text: None)
+    return Outcome(folder, len(missing))
+
+
 def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
     task, start = run.task, time.perf_counter()
     (folder / FAILURE).unlink(missing_ok=True)
     records = recover_records(folder)
     keys = task.units()
     known = {record["unit"] for record in records}
-    missing = [key for key in keys if key not in known]
+    missing = processes.told([key for key in keys if key not in known])
     with (folder / RECORDS).open("a", encoding="utf-8") as lines:
         for key in missing:
             observer(len(known), len(keys), key)
@@ -155,6 +171,8 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
             try:
                 record = task.run_unit(key, folder, _inside(observer, len(known), len(keys)))
             except Exception as error:
+                if processes.count() > 1:
+                    raise  # the others may wait in the middle of the unit; or this is what the end of one looks like
                 text = f"{key}: {type(error).__name__}: {error}"
                 write_whole(folder / FAILURE, text + "\n")
                 return Outcome(folder, len(known), text)
@@ -266,6 +284,8 @@ def _write_header(folder: Path, run: Run, mark: str) -> None:
         "seed": run.task.seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "code": code_digest(),
+        "devices": 1 if run.task.devices is None else run.task.devices,
+        "processes": processes.count(),
         **environment(),
     }
     write_whole(folder / HEADER, json.dumps(_plain(header), indent=2) + "\n")

@@ -1,12 +1,13 @@
 """Floor 7: all runs of an experiment, one after the other; plain processes share them by `--shard i/n`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sparseopt import processes
 from sparseopt.experiments.config import Run
 from sparseopt.experiments.runs import FolderInUse, Outcome, State, execute, fingerprint, state_of
-from sparseopt.experiments.task import Estimate, Observer
+from sparseopt.experiments.task import Estimate, Observer, Task
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,21 @@ def take_shard(runs: Sequence[Run], shard: tuple[int, int]) -> list[Run]:
     return list(runs[index - 1 :: count])
 
 
+def over_devices(runs: Sequence[Run], devices: int | str) -> list[Run]:
+    """The runs on so many devices, or "all"."""
+    return [replace(run, task=run.task.model_copy(update={"devices": devices})) for run in runs]
+
+
 def plan(runs: Sequence[Run], output: Path) -> list[Planned]:
-    """What would happen, without any work."""
-    planned = []
-    for run in runs:
-        folder = output / run.subfolder
-        planned.append(Planned(run, folder, state_of(folder, fingerprint(run.task)), run.task.estimate()))
-    return planned
+    """What would happen, without any work; of several processes, all take what the first finds in the folders."""
+    marks = [fingerprint(run.task) for run in runs]
+    processes.agree({"settings": marks, "output folder": str(output.absolute())})
+    folders = [output / run.subfolder for run in runs]
+    states = processes.told([state_of(folder, mark).value for folder, mark in zip(folders, marks, strict=True)])
+    return [
+        Planned(run, folder, State(state), run.task.estimate())
+        for run, folder, state in zip(runs, folders, states, strict=True)
+    ]
 
 
 def check_all(planned: Sequence[Planned], *, again: bool) -> None:
@@ -62,11 +71,20 @@ def check_all(planned: Sequence[Planned], *, again: bool) -> None:
         if p.state is State.FINISHED and not again:
             continue
         try:
+            _check_devices(p.run.task)
             p.run.task.check()
         except (ValueError, ModuleNotFoundError) as error:
             mistakes |= dict.fromkeys(str(error).split("\n  "))  # runs share mistakes: each is told once
     if mistakes:
         raise ValueError("\n  ".join(("nothing was run:", *mistakes)))
+
+
+def _check_devices(task: Task) -> None:
+    if task.devices not in (None, 1) and not task.many_devices:
+        raise ValueError(
+            f"the task {task.task!r} works on one device, given devices={task.devices!r}: share its runs with "
+            "--shard i/n"
+        )
 
 
 def run_all(
@@ -78,6 +96,8 @@ def run_all(
     ended: Callable[[Planned, Outcome], None] = lambda planned, outcome: None,
 ) -> list[Outcome]:
     """Execute the planned runs in order; one that fails is reported and the next one starts.
+
+    Of several processes that work together, one that fails ends them all.
 
     Args:
         planned: from `plan`, checked by `check_all`.
@@ -91,6 +111,8 @@ def run_all(
         try:
             outcome = execute(p.run, output, observer(p), again=again)
         except (FolderInUse, OSError) as error:
+            if processes.count() > 1:
+                raise  # the others would go on with this run
             outcome = Outcome(p.folder, 0, str(error))
         ended(p, outcome)
         outcomes.append(outcome)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -85,19 +85,25 @@ class Task(Strict, ABC):
         task: the kind of task.
         seed: of everything random.
         paper: the original experiment, for a reproduction.
+        devices: how many to work on, or "all"; None for one. The result is the same up to rounding, so it is no part
+            of what tells one run from another.
         columns: record fields worth a column in a report's table, in order (class attribute).
         row_by: record fields that tell rows of one run apart; records that agree in them are repeats, and a
             report gives their mean and spread (class attribute).
+        many_devices: whether `run_unit` can work on more than one device, and in several processes, all of which
+            call it (class attribute).
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
     row_by: ClassVar[tuple[str, ...]] = ()
+    many_devices: ClassVar[bool] = False
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str = ""
     task: str
     seed: int = Field(default=0, ge=0)
     paper: Paper | None = None
+    devices: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
 
     @abstractmethod
     def units(self) -> list[str]:
@@ -106,6 +112,8 @@ class Task(Strict, ABC):
     @abstractmethod
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         """Do one part. Files go into `folder`, named after the key; the answer is a flat JSON-ready record.
+
+        Of several processes, which all call this, only the first writes: ask `processes.is_first()`.
 
         Raises:
             ValueError: for input that cannot be used.

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from pydantic import Field
 
+from sparseopt import processes
 from sparseopt.core.solve import Solution, Status
 from sparseopt.experiments.baselines import Method, Settings, Stop, algorithm_of, fit
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record
@@ -40,6 +41,8 @@ class Denoise(PictureTask):
     columns: ClassVar[tuple[str, ...]] = (
         "seconds", "objective", "steps", "steps_per_second", "gap", "psnr_before", "psnr_after",
     )  # fmt: skip
+
+    many_devices: ClassVar[bool] = True
 
     task: Literal["denoise"]
     method: Method = "auto"
@@ -78,6 +81,7 @@ class Denoise(PictureTask):
             found = fit(
                 noisy.astype(self.dtype), graph, penalty, self.order, self.method, settings=self.settings,
                 stop=self.stop, tol=self.tol, max_steps=max_steps, inner_tol=self.inner_tol, dtype=self.dtype,
+                devices=self.devices,
             )  # fmt: skip
             jax.block_until_ready(found.value)
             return found, time.perf_counter() - start, time.process_time() - busy
@@ -88,7 +92,7 @@ class Denoise(PictureTask):
         timed = [run(self.max_steps) for _ in range(self.passes)]
         solution, seconds = timed[0][0], min(wall for _, wall, _ in timed)
         value = np.asarray(solution.value, np.float64).reshape(noisy.shape)
-        if index == 0:
+        if index == 0 and processes.is_first():
             np.savez_compressed(
                 folder / f"picture-{key}.npz",
                 clean=clean.astype(np.float32), noisy=noisy.astype(np.float32), fitted=value.astype(np.float32),

@@ -11,6 +11,7 @@ from pydantic import Field
 from scipy import sparse
 from scipy.sparse import csgraph
 
+from sparseopt import processes
 from sparseopt.core.solve import Status
 from sparseopt.experiments.datasets import GraphData, GraphSource
 from sparseopt.experiments.names import PenaltyConfig
@@ -42,6 +43,8 @@ class GraphSignal(Task):
     columns: ClassVar[tuple[str, ...]] = (
         "levels", "rmse_before", "rmse_after", "rmse_hidden", "rmse_hidden_mean", "steps", "seconds", "gap",
     )  # fmt: skip
+
+    many_devices: ClassVar[bool] = True
 
     task: Literal["graph_signal"]
     graph: GraphSource = GraphSource()
@@ -88,7 +91,8 @@ class GraphSignal(Task):
         def run(max_steps: int) -> tuple[Any, float]:
             start = time.perf_counter()
             found = trend_filter(
-                seen, data.graph, penalty, self.order, self.method, self.tol, max_steps, missing="nan"
+                seen, data.graph, penalty, self.order, self.method, self.tol, max_steps, missing="nan",
+                devices=self.devices,
             )  # fmt: skip
             jax.block_until_ready(found.value)
             return found, time.perf_counter() - start
@@ -99,7 +103,8 @@ class GraphSignal(Task):
         solution, seconds = run(self.max_steps)
         value = np.asarray(solution.value)
         extra: dict[str, Any] = {} if truth is None else {"truth": truth}
-        np.savez_compressed(folder / f"signal-{key}.npz", observed=seen, fitted=value, **extra)
+        if processes.is_first():
+            np.savez_compressed(folder / f"signal-{key}.npz", observed=seen, fitted=value, **extra)
         record: Record = {
             "nodes": data.graph.num_nodes,
             "edges": data.graph.num_edges,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from sparseopt import processes
 from sparseopt.core.solve import Status
 from sparseopt.experiments.names import Mistakes, Named, PenaltyConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
@@ -66,6 +67,8 @@ class Prune(Task):
     columns: ClassVar[tuple[str, ...]] = (
         "perplexity", "mean_relative_error", "mean_heldout_error", "solver_seconds", "seconds",
     )  # fmt: skip
+
+    many_devices: ClassVar[bool] = True
 
     task: Literal["prune"]
     source: str = BUNDLED
@@ -192,7 +195,10 @@ class Prune(Task):
         return Estimate(seconds, int(1.1 * 2**30))
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
-        """Prune into the folder, score, and remove the model unless it is to stay."""
+        """Prune into the folder, score, and remove the model unless it is to stay.
+
+        What a killed start left of a model that lies in the folder is gone on with.
+        """
         source = self._source()
         model = open_model(source)
         ids = token_windows(
@@ -204,13 +210,21 @@ class Prune(Task):
         def scoring(done: int, total: int) -> None:
             observer(done, total, "perplexity, block")
 
+        def scored(model: Any) -> float:
+            # One process scores for all.
+            return processes.told(perplexity(model, ids, observer=scoring) if processes.is_first() else None)
+
         if self.method == "dense":
-            return {"label": "dense", "sparsity": 0.0, "perplexity": perplexity(model, ids, observer=scoring)}
-        # A model that a killed start left half written goes first: a model folder must be new or empty.
+            return {"label": "dense", "sparsity": 0.0, "perplexity": scored(model)}
         kept = folder / "model"
-        shutil.rmtree(kept, ignore_errors=True)
+        # A whole model without a record was not scored: that is done anew with it. Several processes share no other
+        # place than the run's folder.
+        inside = self.keep_model or processes.count() > 1
+        if processes.is_first() and (kept / "summary.json").is_file():
+            shutil.rmtree(kept)
+        processes.barrier("model folder")
         with tempfile.TemporaryDirectory(prefix="sparseopt-") as temporary:
-            target = kept if self.keep_model else Path(temporary) / "model"
+            target = kept if inside else Path(temporary) / "model"
 
             def pruning(event: Event, _: int) -> None:
                 if isinstance(event, LayerRecord):
@@ -218,9 +232,12 @@ class Prune(Task):
                 elif isinstance(event, SurveyStep):
                     observer(event.done, event.total, event.stage)
 
-            report = prune_model(source, target, self.recipe(), observer=pruning)
-            score = perplexity(target, ids, observer=scoring)
+            report = prune_model(source, target, self.recipe(), observer=pruning, devices=self.devices)
+            score = scored(target)
             audits = audit_sparsity(open_model(target))
+        processes.barrier("model scored")
+        if inside and not self.keep_model and processes.is_first():
+            shutil.rmtree(kept)
         return self._record(report, score, sum(a.zeros for a in audits) / sum(a.size for a in audits))
 
     def _record(self, report: PruneReport, score: float, sparsity: float) -> Record:

@@ -61,6 +61,7 @@ class ShardedWriter:
         pack: bool = False,
         keys: Collection[str] | None = None,
         keep: Collection[str] | None = None,
+        writes: bool = True,
     ) -> None:
         """Make the output folder.
 
@@ -73,6 +74,8 @@ class ShardedWriter:
             keys: names of the tensors that the folder must get; default: all of the source.
             keep: tags of shards that an earlier writer left whole in the folder, which may then hold other files too;
                 None asks for a folder without any.
+            writes: False keeps the same account and writes nothing, for the processes of a run beside the one that
+                writes.
 
         Raises:
             ModelError: if the folder holds something, cannot be made, or its disk has too little space.
@@ -81,14 +84,15 @@ class ShardedWriter:
         self.shards: list[str] = []
         self.dense_bytes = self.stored_bytes = 0
         self._source = source
-        self._pack = pack
+        self._pack, self._writes = pack, writes
         self._dtype = None if dtype is None else np.dtype(dtype)
         if self._dtype is not None and self._dtype not in WRITABLE:
             raise ModelError(f"cannot write dtype {self._dtype}; choose one of {', '.join(map(str, WRITABLE))}")
         self._expected = {key: info.shape for key, info in source.tensors.items() if keys is None or key in keys}
         self._places: dict[str, str] = {}
         self._bytes: dict[str, int] = {}
-        self._prepare(keep)
+        if writes:
+            self._prepare(keep)
         for tag in keep or ():
             self._adopt(shard_name(tag, pack))
 
@@ -214,6 +218,8 @@ class ShardedWriter:
 
     def _put(self, name: str, nbytes: int, write: Callable[[Path], None]) -> None:
         """Write so many bytes under a temporary name, then rename; on any failure the temporary file goes."""
+        if not self._writes:
+            return
         partial = self.output / (name + _PARTIAL)
         try:
             # A link left there by others would be written through.

@@ -1,19 +1,23 @@
-"""Floor 6: activations between blocks: equal batches `[windows, T, D]`, kept in memory or in a file on disk.
+"""Floor 6: activations between blocks: equal batches `[windows, T, D]`, in memory, on disk, or over several devices.
 
-The values are the same either way, to the bit; a batch on disk is in memory only while it is used. Its file has no
-name: the system takes it away with the process, however that ends.
+The values are the same in memory and on disk, to the bit; a batch on disk is in memory only while it is used. Its file
+has no name: the system takes it away with the process, however that ends. Over several devices a batch is one array cut
+by window, and each device runs a block on its own windows.
 """
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
+from sparseopt.core.mesh import over, put, whole
 from sparseopt.files import write_all
 
 # Tokens a batch: enough for the matrix products to reach their rate, little enough to stay in cache.
@@ -110,6 +114,27 @@ class DiskBatches:
         return jnp.asarray(values)
 
 
+class SpreadBatches(list[Array]):
+    """Batches `[windows, T, D]` that are cut by window over the devices of a mesh.
+
+    Where the windows do not fill the last batch, copies of the first stand behind them: no batch needs a program of its
+    own, and what is finite stays it. They count nowhere.
+
+    Attributes:
+        mesh: the devices.
+        windows: how many there are, copies apart.
+    """
+
+    def __init__(self, mesh: Mesh, windows: int) -> None:
+        super().__init__()
+        self.mesh, self.windows = mesh, windows
+
+    def counted(self, index: int) -> Bool[Array, "windows"]:
+        """Which windows of a batch are no copies, cut as the batch is."""
+        size = len(self[index])
+        return put(np.arange(index * size, (index + 1) * size) < self.windows, over(self.mesh))
+
+
 class Pairs:
     """Inputs of a block beside its targets, batch by batch."""
 
@@ -167,11 +192,40 @@ def embed_batches(
     return found
 
 
+def spread_batches(
+    embedding: Callable[[Array], Array], tokens: Int[np.ndarray, "windows T"], mesh: Mesh
+) -> SpreadBatches:
+    """Embedded windows over a mesh, each device with its own; as few batches as `BATCH_TOKENS` a device allow."""
+    windows, time = tokens.shape
+    found = SpreadBatches(mesh, windows)
+    if not windows:
+        return found
+    batches = -(-windows // (mesh.size * max(1, BATCH_TOKENS // time)))
+    size = mesh.size * -(-windows // (mesh.size * batches))
+    filled = np.concatenate([tokens, np.repeat(tokens[:1], -windows % size, axis=0)])
+    shape = jax.eval_shape(embedding, jnp.asarray(filled[:size])).shape
+
+    def embedded(ids: np.ndarray, part: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(embedding(jnp.asarray(ids[part[0]])))
+
+    for start in range(0, len(filled), size):
+        ids = filled[start : start + size]
+        found.append(jax.make_array_from_callback(shape, over(mesh), partial(embedded, ids)))
+    return found
+
+
+def on_one_device(batches: Batches) -> Batches:
+    """The same windows as one device has them, in each process; what is not spread stays as it is."""
+    if not isinstance(batches, SpreadBatches) or not batches:
+        return batches
+    return make_batches(jnp.asarray(np.concatenate([whole(batch) for batch in batches])[: batches.windows]))
+
+
 def first_windows(batches: Batches, count: int) -> Float[Array, "windows T D"]:
-    """The first windows of a stream, in one array; all of a shorter one."""
+    """The first windows of a stream, in one array on one device; all of a shorter one."""
     taken: list[jax.Array] = []
     for batch in batches:
         if sum(map(len, taken)) >= count:
             break
-        taken.append(batch)
-    return jnp.concatenate(taken)[:count]
+        taken.append(jnp.asarray(whole(batch)) if isinstance(batches, SpreadBatches) else batch)
+    return jnp.concatenate(taken)[: min(count, getattr(batches, "windows", count))]

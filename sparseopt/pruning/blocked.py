@@ -5,6 +5,9 @@
 Outputs meet in the pattern's count alone. Per-row and n:m patterns have one for every output: a block of outputs is
 then a problem of its own. A count over the whole layer is shared over the blocks first, each getting as many as it has
 among the largest of the layer in Wanda's score, `|W_ij| ||X_j||`; the total stays exact to the weight.
+
+Over several devices each block is cut over all of them, see `devices`. Several processes do not split: memory may run
+out in one of them while the others wait for it.
 """
 
 import dataclasses
@@ -15,9 +18,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from sparseopt import processes
 from sparseopt.core.patterns import BlockTopK, TopK
 from sparseopt.core.solve import Status
+from sparseopt.pruning.devices import solve_over
 from sparseopt.pruning.layer import Energies, LayerJob, LayerMethod, LayerReport, layer_solver
 from sparseopt.pruning.methods.magnitude import Magnitude
 from sparseopt.pruning.methods.wanda import Wanda
@@ -51,22 +57,34 @@ class Solved(NamedTuple):
     output_blocks: int
 
 
-def solve_within_memory(job: LayerJob, method: LayerMethod) -> Solved:
+def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = None) -> Solved:
     """Solve a layer whole, and where memory runs out by 2, 4, 8, ... blocks of its outputs.
 
+    Args:
+        job: what to prune; the weight on the host where there is a mesh.
+        method: how.
+        mesh: the devices to solve on; None for one.
+
     Raises:
-        MemoryError: if the smallest blocks do not fit either, with their sizes.
+        MemoryError: if the smallest blocks do not fit either, with their sizes; in several processes, if the whole
+            layer does not.
     """
     outputs, inputs = job.weight.shape
     parts = 1
     while True:
         try:
-            return _solve_parts(job, method, parts)
+            return _solve_parts(job, method, parts, mesh)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             said = str(error).partition("\n")[0]
         # Out here the attempt's arrays are gone: they live as long as the error's traceback.
+        if processes.count() > 1:
+            raise MemoryError(
+                f"the solve of a layer [out={outputs}, in={inputs}] does not fit in the memory of process "
+                f"{jax.process_index()} ({said}); several processes do not split a layer: take more devices, or method "
+                "'wanda'"
+            )
         tried, parts = parts, 2 * parts
         if parts > outputs // _unit(job) or outputs / parts < inputs * LEAST_SHARE:
             raise MemoryError(
@@ -81,10 +99,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
-def _solve_parts(job: LayerJob, method: LayerMethod, parts: int) -> Solved:
+def _solve_parts(job: LayerJob, method: LayerMethod, parts: int, mesh: Mesh | None) -> Solved:
     reports, seconds, compile_seconds = [], 0.0, 0.0
     for each in split_job(job, method, parts):
-        timed = layer_solver(each, method)
+        timed = layer_solver(each, method) if mesh is None else solve_over(each, method, mesh)
         # Off the device at once where there are more to come.
         reports.append(timed.value if parts == 1 else jax.device_get(timed.value))
         seconds, compile_seconds = seconds + timed.seconds, compile_seconds + timed.compile_seconds

@@ -14,14 +14,19 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from sparseopt import processes
+from sparseopt.core.dense import HIGHEST
+from sparseopt.core.mesh import over, put, whole
 from sparseopt.core.solve import Status
 from sparseopt.machine import peak_memory_bytes
 from sparseopt.models import OUTER_TAG, Block, PrunableBlock, PrunableModel, ShardedWriter, TorchModel, block_tag
 from sparseopt.models.safetensors_file import UnreadTensor
-from sparseopt.pruning.activations import Batches
+from sparseopt.pruning.activations import Batches, on_one_device
 from sparseopt.pruning.blocked import solve_within_memory
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting
+from sparseopt.pruning.devices import Line, agreed
 from sparseopt.pruning.evaluation import audit_stored
 from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer
 from sparseopt.pruning.nonfinite import nonfinite_windows
@@ -104,6 +109,7 @@ class Shared:
     def _check(self, grams: BlockGrams, tokens: str, batches: Batches) -> None:
         for name, found in grams.stacked.items():
             if not all(bool(jnp.isfinite(part).all()) for part in found if part is not None):
+                batches = on_one_device(batches)
                 windows = nonfinite_windows(self.block, batches, name) if isinstance(self.block, Block) else []
                 shown = ", ".join(map(str, windows[:8]))
                 where = f", in windows {shown} of {sum(map(len, batches))}" if windows else ""
@@ -120,6 +126,8 @@ class Branch:
         recipe: what to do.
         method: the recipe's.
         finished: blocks that an earlier run into the folder has finished.
+
+    Every process of a run has the same branch and goes through the same steps; only the first of them writes.
     """
 
     def __init__(
@@ -130,17 +138,24 @@ class Branch:
         output: Path,
         outer: Mapping[str, np.ndarray | UnreadTensor],
         progress: Progress,
+        mesh: Mesh | None = None,
     ) -> None:
         """Begin the output folder with what lies outside the blocks, or go on where an earlier run was broken off.
 
         Raises:
             ModelError: if the folder cannot be used.
         """
-        self.recipe, self.method = recipe, method
+        self.recipe, self.method, self._mesh = recipe, method, mesh
         self._model = model
         self._output = output
         self._writer = ShardedWriter(
-            output, model.source, recipe.dtype, recipe.pack, model.exported_keys(), progress.tags
+            output,
+            model.source,
+            recipe.dtype,
+            recipe.pack,
+            model.exported_keys(),
+            progress.tags,
+            writes=processes.is_first(),
         )
         self._log = RunLog(self._output)
         if OUTER_TAG not in progress.tags:
@@ -217,8 +232,9 @@ class Branch:
         """
         self._writer.finish()
         recipe = self.recipe
-        broken = [a.layer for a in audit_stored(self._output, self._patterns) if not a.fits]
-        if broken:
+        first = processes.is_first()
+        broken = [a.layer for a in audit_stored(self._output, self._patterns) if not a.fits] if first else []
+        if broken := processes.told(broken):
             raise PruningError(
                 f"{len(broken)} linears read back from {self._output} break the pattern {recipe.pattern!r}, "
                 f"{broken[0]} first; was the folder changed while it was written?"
@@ -246,18 +262,27 @@ class Branch:
             footprint=footprint,
             dense_bytes=self._writer.dense_bytes,
             stored_bytes=self._writer.stored_bytes,
+            devices=1 if self._mesh is None else self._mesh.size,
+            processes=processes.count(),
+            platform=jax.devices()[0].platform,
+            precision=HIGHEST.name.lower(),
             resumed_blocks=self.finished,
         )
         self._log.finish(report.summary())
+        processes.barrier("finished")
         return report
 
     def _propagated(self, weight: np.ndarray, grams: Grams) -> tuple[np.ndarray, float]:
         """The weight that makes up for what was lost before this block, in the weight's dtype; and its seconds."""
+        dense: Any = weight
+        if self._mesh is not None:
+            # Each output has a target of its own: rows of zeros behind them change none.
+            dense = put(Line(self._mesh, len(weight)).padded(weight), over(self._mesh))
         found = propagated_target(
-            weight, grams.gram, grams.drift, np.float32(self.recipe.propagated_share), np.float32(PROPAGATION_RIDGE)
+            dense, grams.gram, grams.drift, np.float32(self.recipe.propagated_share), np.float32(PROPAGATION_RIDGE)
         )
         self._compile_seconds += found.compile_seconds
-        return np.asarray(found.value).astype(weight.dtype), found.seconds
+        return whole(found.value)[: len(weight)].astype(weight.dtype), found.seconds
 
     def _reconstruct(self, block: PrunableBlock, shared: Shared, settings: Reconstruction) -> BlockRecord:
         targets = shared.dense_outputs
@@ -265,9 +290,20 @@ class Branch:
         masks = {name: block.read(f"{name}.weight") != 0 for name in block.linears}
         stream = self._stream
         flax = cast(Block, block)  # others were refused with the recipe
+        # A step sees a window or a few, one after the other: devices have nothing to share, one trains in each process.
         report = reconstruct_block(
-            flax, masks, stream.calibration, targets.calibration, stream.heldout, targets.heldout, settings
+            flax,
+            masks,
+            on_one_device(stream.calibration),
+            on_one_device(targets.calibration),
+            on_one_device(stream.heldout),
+            on_one_device(targets.heldout),
+            settings,
         )
+        if processes.count() > 1:
+            # What processes go on with, and report, is the first one's.
+            paths = list(self._model.block_keys(shared.index))
+            block.write(agreed({path: np.asarray(block.read(path)) for path in paths}))
         return BlockRecord(
             block=shared.index,
             first_loss=report.first_loss,
@@ -291,7 +327,7 @@ class Branch:
     ) -> tuple[LayerRecord, np.ndarray]:
         """The record and the pruned weight; `moving` is what finding the job's target took, in seconds."""
         try:
-            solved = solve_within_memory(job, self.method)
+            solved = solve_within_memory(job, self.method, self._mesh)
         except MemoryError as error:
             raise PruningError(f"{key.removesuffix('.weight')}: {error}; then start the same command again") from error
         report: Any = solved.report

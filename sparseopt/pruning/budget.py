@@ -10,7 +10,7 @@ Without a budget, what the machine has available stands in its place, and nothin
 import dataclasses
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ def choose_footprint(
     calibration: np.ndarray,
     heldout: np.ndarray,
     budget: int | None = None,
+    *,
+    spread: bool = False,
 ) -> Footprint:
     """Choose where activations lie.
 
@@ -44,18 +46,25 @@ def choose_footprint(
         calibration: windows of token ids, `[samples, seqlen]`.
         heldout: the same of held-out tokens, `[0, seqlen]` without any.
         budget: bytes of memory, device and host together.
+        spread: whether the run works on several devices: activations then lie in their memories, and nothing is
+            estimated.
 
     Raises:
         BudgetError: if the run does not fit the budget, or output and activations do not fit on the disk.
     """
     sizes = {"samples": len(calibration), "seqlen": calibration.shape[1], "heldout_samples": len(heldout)}
     recipes = [(dataclasses.replace(recipe, **sizes), method) for recipe, method, _ in plans]
-    if isinstance(model, StreamedModel):
+    where: Activations
+    parts: Mapping[str, int] = {}
+    memory, phase, scratch = None, "", 0
+    if spread:
+        where = "memory"
+    elif isinstance(model, StreamedModel):
         where, cost = _choose(model, recipes, budget)
         memory, parts, phase, scratch = cost.peak.nbytes, cost.peak.parts, cost.peak.name, cost.scratch_bytes
     else:
         # What torch holds is not known. With a budget, activations are kept out of its way.
-        where, memory, parts, phase = "disk" if budget else "memory", None, {}, ""
+        where = "disk" if budget else "memory"
         stream = FLOAT32 * (calibration.size + heldout.size) * model.config.hidden_size
         scratch = (len(plans) + 3) * stream if budget else 0
     output = [_output_bytes(model, recipe) for recipe, _ in recipes]

@@ -8,24 +8,29 @@ what matters is an error relative to that size. Some tokens (the first of a text
 hundreds of times larger than the others'; with w = 1 they decide what is pruned.
 
 The Gram of an expert is that of the tokens routed to it. All experts' Grams lie in one array, `[E, in, in]`.
+
+Over several devices each adds up the Grams of its own windows, `[devices, in, in]` cut by device, and they are summed
+once a block: one all-reduce of its Grams, whatever the number of batches.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float
 
 from sparseopt.core.losses import HIGHEST
+from sparseopt.core.mesh import AXIS, over
 from sparseopt.models import PrunableBlock, Routed
 from sparseopt.models.experts import rows_of_tokens, stacked_name, unstacked_names
-from sparseopt.pruning.activations import Batches, Store
-from sparseopt.pruning.compiled import Compiled, Timed
+from sparseopt.pruning.activations import Batches, SpreadBatches, Store
+from sparseopt.pruning.compiled import Compiled, Timed, laid_on
 
 Weighting = Literal["uniform", "residual"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
@@ -81,37 +86,44 @@ def gather_grams(
     x: Float[Array, "B T D"],
     weighting: Weighting = "uniform",
     dense_x: Float[Array, "B T D"] | None = None,
+    counted: Bool[Array, "B"] | None = None,
 ) -> dict[str, Grams]:
     """The Grams of each distinct linear input of a block, by tap name, those of experts stacked.
 
-    With `dense_x`, the dense model's stream, also the drifts from it.
+    With `dense_x`, the dense model's stream, also the drifts from it. Windows that are not `counted` count nothing;
+    None counts all.
     """
     inputs, stream = tapped(block, x)
     dense = None if dense_x is None else tapped(block, dense_x)[0]
     even = jnp.ones((*x.shape[:2], 1), x.dtype)
+    count = jnp.asarray(x.shape[0] * x.shape[1], jnp.int32)
+    if counted is not None:
+        even = even * counted[:, None, None]
+        count = jnp.sum(counted, dtype=jnp.int32) * x.shape[1]
     residual = even
     if weighting == "residual":
         size = jnp.mean(stream**2, axis=-1, keepdims=True)
         residual = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
         # A token whose stream overflows must not drop out of the Gram with weight 0.
-        residual = jnp.where(jnp.isfinite(size), residual, jnp.nan)
+        residual = jnp.where(jnp.isfinite(size), residual, jnp.nan) * even
     found = {}
     for name, value in inputs.items():
         weights = residual if name in block.residual_taps else even
         if isinstance(value, Routed):
-            found[name] = _grams_of_experts(value, weights, block.num_experts)
+            found[name] = _grams_of_experts(value, weights, even, block.num_experts)
             continue
         weighted = value * weights
         drift = None if dense is None else _product(weighted, value - dense[name])
-        count = jnp.asarray(x.shape[0] * x.shape[1], jnp.int32)
         found[name] = Grams(_product(weighted, value), jnp.sum(weights), count, drift)
     return found
 
 
-def _grams_of_experts(value: Routed, weights: Float[Array, "B T 1"], experts: int) -> Grams:
-    """The Grams of all experts, `[E, in, in]`: each tile's is added to its expert's."""
+def _grams_of_experts(
+    value: Routed, weights: Float[Array, "B T 1"], counted: Float[Array, "B T 1"], experts: int
+) -> Grams:
+    """The Grams of all experts, `[E, in, in]`: each tile's is added to its expert's; `counted` is 1 or 0 a token."""
     weight_PR1 = rows_of_tokens(weights.reshape(-1, 1), value.token)
-    filled_PR = value.token < weights.size
+    filled_PR = rows_of_tokens(counted.reshape(-1, 1), value.token)[..., 0] > 0
 
     def add(grams: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, None]:
         rows, weight, expert = tile
@@ -149,6 +161,49 @@ def _add_grams(
 _grams_of_batch = {kind: Compiled(partial(_add_grams, kind), donate_argnums=(3,)) for kind in WEIGHTINGS}
 _output_of_batch = Compiled(lambda block, x: block(x))
 
+_EACH, _ALL = PartitionSpec(AXIS), PartitionSpec()
+
+
+@cache
+def grams_over(mesh: Mesh, weighting: Weighting) -> Compiled:
+    """`_grams_of_batch` over a mesh: every device adds those of its windows to its own totals; none tells another."""
+
+    def add(block: Any, x: Array, dense_x: Array | None, counted: Array, totals: Any) -> Any:
+        found = gather_grams(block, x, weighting, dense_x, counted)
+        return jax.tree.map(lambda total, new: total + new[None], totals, found)
+
+    specs = (_ALL, _EACH, _EACH, _EACH, _EACH)
+    # Counts of tiles and the like begin as constants that all devices share: their types are left unchecked.
+    return Compiled(jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=_EACH, check_vma=False), (4,))
+
+
+@cache
+def sum_over(mesh: Mesh) -> Compiled:
+    """The sum of the devices' totals, on each device: the one exchange of a block's Grams."""
+
+    def total(totals: Any) -> Any:
+        return jax.lax.psum(jax.tree.map(lambda part: part[0], totals), AXIS)
+
+    return Compiled(jax.shard_map(total, mesh=mesh, in_specs=(_EACH,), out_specs=_ALL, check_vma=False))
+
+
+@cache
+def _outputs_over(mesh: Mesh) -> Compiled:
+    def run(block: Any, x: Array) -> Array:
+        return block(x)
+
+    return Compiled(jax.shard_map(run, mesh=mesh, in_specs=(_ALL, _EACH), out_specs=_EACH, check_vma=False))
+
+
+def empty_totals(shapes: Any, mesh: Mesh) -> Any:
+    """Zeros for every device."""
+
+    def zeros(shape: Any) -> Array:
+        whole = (mesh.size, *shape.shape)
+        return jax.make_array_from_callback(whole, over(mesh), lambda part: np.zeros((1, *shape.shape), shape.dtype))
+
+    return jax.tree.map(zeros, shapes)
+
 
 class BlockRunner:
     """Runs the blocks of one model over batches of activations and keeps account.
@@ -179,17 +234,41 @@ class BlockRunner:
         first = None if dense_batches is None else dense_batches[0]
         gather = partial(gather_grams, weighting=weighting)
         shapes = jax.eval_shape(lambda b, x, dense: gather(b, x, dense_x=dense), block, batches[0], first)
+        if isinstance(batches, SpreadBatches):
+            return self._spread_grams(block, batches, weighting, dense_batches, shapes)
         totals: Any = jax.tree.map(lambda s: jnp.asarray(np.zeros(s.shape, s.dtype)), shapes)
         for index, x in enumerate(batches):
             dense_x = None if dense_batches is None else dense_batches[index]
             totals = self.account(_grams_of_batch[weighting](block, x, dense_x, totals))
-            self.flops += forward_flops(block, x.shape, skip_last=weighting == "uniform")
-            self.flops += 0 if dense_x is None else forward_flops(block, x.shape, skip_last=True)
-            self.flops += _gram_flops(block, x.shape, shapes)
+            self._count_grams(block, x.shape, weighting, shapes)
         return BlockGrams(totals)
+
+    def _spread_grams(
+        self, block: Any, batches: SpreadBatches, weighting: Weighting, dense_batches: Batches | None, shapes: Any
+    ) -> BlockGrams:
+        mesh = batches.mesh
+        laid, totals = laid_on(block, mesh), empty_totals(shapes, mesh)
+        for index, x in enumerate(batches):
+            dense_x = None if dense_batches is None else dense_batches[index]
+            totals = self.account(grams_over(mesh, weighting)(laid, x, dense_x, batches.counted(index), totals))
+            self._count_grams(block, x.shape, weighting, shapes)
+        return BlockGrams(self.account(sum_over(mesh)(totals)))
+
+    def _count_grams(self, block: Any, shape: tuple[int, ...], weighting: Weighting, shapes: Any) -> None:
+        self.flops += forward_flops(block, shape, skip_last=weighting == "uniform")
+        if any(found.drift is not None for found in shapes.values()):
+            self.flops += forward_flops(block, shape, skip_last=True)
+        self.flops += _gram_flops(block, shape, shapes)
 
     def forward(self, block: PrunableBlock, batches: Batches) -> Batches:
         """The block's outputs, batch by batch."""
+        if isinstance(batches, SpreadBatches):
+            spread = SpreadBatches(batches.mesh, batches.windows)
+            laid = laid_on(block, batches.mesh)
+            for x in batches:
+                spread.append(self.account(_outputs_over(batches.mesh)(laid, x)))
+                self.flops += forward_flops(block, x.shape)
+            return spread
         outputs = self.store()
         for x in batches:
             outputs.append(self.account(_output_of_batch(block, x)))

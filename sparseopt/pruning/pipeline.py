@@ -8,25 +8,43 @@ Memory holds one block and the activations, never the model. Every block sees wh
 give, so later blocks make up for earlier ones' errors. Several recipes share one pass: the blocks are read once,
 and so are computed the Grams in front of the first block, the dense model's own activations, and the survey behind
 an allocation.
+
+On several devices the windows of calibration and the outputs of each layer are cut among them (`activations`,
+`devices`). Of several processes each runs this same loop with the devices that it has; all read the source, and the
+first of them alone writes, and tells the others how far an earlier run came.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
+from sparseopt import processes
+from sparseopt.core.mesh import Devices, device_line
 from sparseopt.machine import parse_bytes, return_freed_memory
-from sparseopt.models import OUTER_TAG, PrunableModel, Source, encode_text, load_tokenizer, open_model, unread
+from sparseopt.models import (
+    OUTER_TAG,
+    PrunableModel,
+    Source,
+    TorchModel,
+    encode_text,
+    load_tokenizer,
+    open_model,
+    unread,
+)
 from sparseopt.models.digest import Digest
-from sparseopt.pruning.activations import disk_store, embed_batches
+from sparseopt.pruning.activations import disk_store, embed_batches, spread_batches
 from sparseopt.pruning.branch import Branch, PruningError, Shared, Stopped, Stream
 from sparseopt.pruning.budget import choose_footprint
+from sparseopt.pruning.devices import check_cut
 from sparseopt.pruning.layer import LayerMethod, check_method
 from sparseopt.pruning.patterns import Pattern, parse_pattern
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Event, Footprint, PruneReport
-from sparseopt.pruning.run_folder import Progress, claimed, fingerprint
+from sparseopt.pruning.run_folder import Progress, claimed, fingerprint, progress_in
 from sparseopt.pruning.survey import survey
 from sparseopt.pruning.texts import TextError, check_vocabulary, load_text, token_windows
 from sparseopt.pruning.torch_calibration import runner_of
@@ -67,6 +85,7 @@ def prune_model(
     observer: Observer = ignore,
     stop: Callable[[], bool] = never,
     memory: int | str | None = None,
+    devices: Devices = None,
 ) -> PruneReport:
     """Prune all linears of a causal language model and write a folder that transformers loads.
 
@@ -81,6 +100,9 @@ def prune_model(
         memory: what the run may take, device and host together, in bytes or as in "8GiB". Activations between blocks
             lie on the output folder's disk where the estimate asks for it; the result is the same to the bit. None:
             what the machine has available decides where they lie, and nothing is refused.
+        devices: to work on, a number or "all", see `core.mesh`; None for one, and in several processes for all of
+            them. Results agree to rounding whatever the number; a run may be gone on with on another. Several processes
+            make the same call, see the output folder and the source under the same names, and return together.
 
     Returns:
         A `PruneReport`; the same figures lie in `output/records.jsonl` and `output/summary.json`.
@@ -88,12 +110,14 @@ def prune_model(
     Raises:
         ValueError: before any work, for a recipe, a model, a text or a folder that cannot be used; a folder with
             another run in it, telling what differs; a budget of memory that the run does not fit in, telling what takes
-            it; a disk with too little room.
+            it; a disk with too little room; devices that there are not, or that the run cannot use.
         Stopped: if `stop` asked for it.
         PruningError: if activations or a solve become non-finite (finished shards stay), or if what was stored, read
             back, breaks the pattern.
     """
-    return prune_models(source, [(recipe or Recipe(), output)], observer=observer, stop=stop, memory=memory)[0]
+    return prune_models(
+        source, [(recipe or Recipe(), output)], observer=observer, stop=stop, memory=memory, devices=devices
+    )[0]
 
 
 def prune_models(
@@ -103,6 +127,7 @@ def prune_models(
     observer: Observer = ignore,
     stop: Callable[[], bool] = never,
     memory: int | str | None = None,
+    devices: Devices = None,
 ) -> list[PruneReport]:
     """Prune one model by several recipes in one pass over its blocks, each into its own folder.
 
@@ -112,6 +137,7 @@ def prune_models(
         observer: as in `prune_model`; the number of layers is that of all plans together.
         stop: as in `prune_model`.
         memory: as in `prune_model`, of the whole pass.
+        devices: as in `prune_model`.
 
     Returns:
         A report a plan, in their order; times of forward passes are those of the whole pass.
@@ -130,16 +156,37 @@ def prune_models(
     folders = [Path(output).expanduser().resolve() for _, output in plans]
     if len(set(folders)) < len(folders):
         raise ValueError(f"every recipe needs an output folder of its own, given {', '.join(map(str, folders))}")
+    mesh = device_line("all" if devices is None and processes.count() > 1 else devices)
+    if mesh is not None and budget is not None:
+        raise ValueError(
+            f"a budget of memory is for one device, given {memory} and {mesh.size} devices: leave one of the two out"
+        )
     model = open_model(source)
+    if mesh is not None and isinstance(model, TorchModel):
+        raise ValueError(
+            f"the blocks of a {model.config.model_type} model, whose family is not known here, run in torch, which is "
+            f"for one device; given {mesh.size}: leave devices out"
+        )
     plans = [(fitting_recipe(model, recipe), output) for recipe, output in plans]
     for (recipe, _), method in zip(plans, methods, strict=True):
-        layer_patterns(model, recipe, method)
+        for key, pattern in layer_patterns(model, recipe, method).items():
+            check_cut(pattern, model.weight_shape(key), mesh)
     calibration, heldout = calibration_windows(model, first)
     recipes = [recipe for recipe, _ in plans]
-    footprint = choose_footprint(model, list(zip(recipes, methods, folders, strict=True)), calibration, heldout, budget)
+    processes.agree(
+        {
+            "recipes": [recipe.as_dict() for recipe in recipes],
+            "calibration tokens": [calibration.tolist(), heldout.tolist()],
+            "model": [model.source.name, model.source.config],
+            "output folders": [str(folder) for folder in folders],
+        }
+    )
+    named = list(zip(recipes, methods, folders, strict=True))
+    footprint = choose_footprint(model, named, calibration, heldout, budget, spread=mesh is not None)
     return_freed_memory()
-    with claimed(folders):
-        pruning = _Pass(model, list(zip(plans, methods, folders, strict=True)), footprint, observer)
+    # One process holds the folders for all.
+    with claimed(folders) if processes.is_first() else contextlib.nullcontext():
+        pruning = _Pass(model, list(zip(plans, methods, folders, strict=True)), footprint, observer, mesh)
         return pruning.run(calibration, heldout, stop, start)
 
 
@@ -152,8 +199,9 @@ class _Pass:
         plans: list[tuple[tuple[Recipe, str | Path], LayerMethod, Path]],
         footprint: Footprint,
         observer: Observer,
+        mesh: Mesh | None,
     ) -> None:
-        self.model, self.plans, self.footprint = model, plans, footprint
+        self.model, self.plans, self.footprint, self.mesh = model, plans, footprint, mesh
         self.recipes = [recipe for (recipe, _), _, _ in plans]
         self.runner = runner_of(model, disk_store(plans[0][2]) if footprint.activations == "disk" else list)
         self.linears = [list(model.block_linears(index)) for index in range(model.num_blocks)]
@@ -184,7 +232,7 @@ class _Pass:
             dense = shared.dense_outputs if dense and index + 1 < model.num_blocks else None
             # The next block is read when this one and its Grams are gone.
             del shared, step
-            if index + 1 < model.num_blocks and stop():
+            if index + 1 < model.num_blocks and processes.any_of(stop()):
                 done = f"stopped behind block {index + 1} of {model.num_blocks}"
                 raise Stopped(f"{done}; the same call goes on from there")
         seconds = time.perf_counter() - start
@@ -194,6 +242,18 @@ class _Pass:
 
     def _begin(self, calibration: np.ndarray, heldout: np.ndarray) -> list[Branch]:
         """Make the folders, or find out how far earlier runs came there."""
+        model = self.model
+        found = [each.as_dict() for each in self._progress(calibration, heldout)] if processes.is_first() else []
+        progress = [Progress.from_dict(each) for each in processes.told(found)]
+        begun = all(OUTER_TAG in found.tags for found in progress)
+        outer = {} if begun else unread(model.source, model.outer_keys())
+        return [
+            Branch(model, recipe, method, folder, outer, found, self.mesh)
+            for ((recipe, _), method, folder), found in zip(self.plans, progress, strict=True)
+        ]
+
+    def _progress(self, calibration: np.ndarray, heldout: np.ndarray) -> list[Progress]:
+        """How far earlier runs came; the source is read through for it."""
         model, tokens = self.model, Digest()
         tokens.add("calibration", calibration)
         tokens.add("held-out", heldout)
@@ -202,15 +262,9 @@ class _Pass:
             [model.weight_key(index, name).removesuffix(".weight") for name in names]
             for index, names in enumerate(self.linears)
         ]
-        progress = [
-            Progress(folder, fingerprint(weights, tokens.text, recipe), layers, recipe.pack)
-            for (recipe, _), _, folder in self.plans
-        ]
-        begun = all(OUTER_TAG in found.tags for found in progress)
-        outer = {} if begun else unread(model.source, model.outer_keys())
         return [
-            Branch(model, recipe, method, folder, outer, found)
-            for ((recipe, _), method, folder), found in zip(self.plans, progress, strict=True)
+            progress_in(folder, fingerprint(weights, tokens.text, recipe), layers, recipe.pack)
+            for (recipe, _), _, folder in self.plans
         ]
 
     def _embed(self, calibration: np.ndarray, heldout: np.ndarray) -> Stream:
@@ -218,6 +272,8 @@ class _Pass:
         rows, ids = np.unique(np.concatenate([calibration.ravel(), heldout.ravel()]), return_inverse=True)
         embedding, ids = self.model.embedding(rows), ids.astype(np.int32)
         parts = ids[: calibration.size].reshape(calibration.shape), ids[calibration.size :].reshape(heldout.shape)
+        if self.mesh is not None:
+            return Stream(*(spread_batches(embedding, part, self.mesh) for part in parts))
         return Stream(*(embed_batches(embedding, part, self.runner.store) for part in parts))
 
     def _told(self, event: Event) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from sparseopt import processes
 from sparseopt.files import append_line, write_whole
 from sparseopt.machine import environment
 
@@ -132,7 +133,8 @@ class Footprint:
 
     Attributes:
         activations: where those between blocks lie, "memory" or "disk".
-        memory_bytes: estimated peak, device and host together; None for blocks that run in torch.
+        memory_bytes: estimated peak, device and host together; None for blocks that run in torch and for several
+            devices.
         memory_parts: what it is made of, in the phase of the peak, bytes by name.
         phase: the phase of the peak.
         budget_bytes: what was asked for; None for what the machine has available.
@@ -178,6 +180,10 @@ class PruneReport:
         footprint: what the run was to take, as it was said before it started.
         dense_bytes: of the model's tensors in the dtypes written, dense.
         stored_bytes: of the same tensors as they lie in the folder; fewer only where they were packed.
+        devices: on how many it ran, of all processes together.
+        processes: how many worked together; times and memory are those of the first.
+        platform: of the devices, as JAX names it: "cpu", "gpu", "tpu".
+        precision: of all products, as JAX names it: "highest" is float32 throughout, on whatever platform.
         resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
     """
 
@@ -201,6 +207,10 @@ class PruneReport:
     footprint: Footprint
     dense_bytes: int
     stored_bytes: int
+    devices: int
+    processes: int
+    platform: str
+    precision: str
     resumed_blocks: int = 0
 
     @property
@@ -245,11 +255,12 @@ def mean(values: Any) -> float | None:
 class RunLog:
     """`records.jsonl`, a line at a time so that a broken run keeps what it knew, and `summary.json` at the end.
 
-    Lines of finished blocks that are there already stay.
+    Lines of finished blocks that are there already stay. Of several processes only the first writes.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._writes = processes.is_first()
 
     def record(self, fields: dict[str, Any]) -> None:
         """Append one line.
@@ -257,7 +268,8 @@ class RunLog:
         Raises:
             DiskError: if the disk does not take it.
         """
-        append_line(self._folder / "records.jsonl", json.dumps(fields))
+        if self._writes:
+            append_line(self._folder / "records.jsonl", json.dumps(fields))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary.
@@ -266,4 +278,5 @@ class RunLog:
             DiskError: if the disk does not take it.
         """
         # Whole or not there: a folder with a summary counts as finished.
-        write_whole(self._folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if self._writes:
+            write_whole(self._folder / "summary.json", json.dumps(summary, indent=2) + "\n")

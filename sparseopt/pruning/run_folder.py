@@ -13,6 +13,7 @@ import contextlib
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def _check_entries(folder: Path, entries: set[str]) -> None:
         )
 
 
+@dataclass
 class Progress:
     """How far an earlier run into a folder came.
 
@@ -122,52 +124,70 @@ class Progress:
         tags: of the shards that stay.
     """
 
-    def __init__(self, folder: Path, wanted: Fingerprint, linears: Sequence[Sequence[str]], pack: bool) -> None:
-        """Look at a claimed folder; a new one gets the fingerprint, an old one loses what belongs to no finished block.
+    blocks: int = 0
+    layers: list[LayerRecord] = field(default_factory=list)
+    trained: list[BlockRecord] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
 
-        Args:
-            folder: the output folder.
-            wanted: of this run.
-            linears: the names of the linears of every block, as records have them.
-            pack: whether its shards are packed.
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as one process tells them to another."""
+        records = {name: [r.as_dict() for r in getattr(self, name)] for name in ("layers", "trained")}
+        return {"blocks": self.blocks, "tags": self.tags, **records}
 
-        Raises:
-            FolderError: if the run that was begun there is another one, listing every difference.
-        """
-        self.blocks = 0
-        self.layers: list[LayerRecord] = []
-        self.trained: list[BlockRecord] = []
-        self.tags: list[str] = []
-        file = folder / RUN
-        if not file.is_file():
-            write_whole(file, json.dumps(wanted, indent=2) + "\n")
-            return
-        _check_same(folder, _read_json(file), wanted)
-        if _is_whole(folder / shard_name(OUTER_TAG, pack)):
-            self._read(folder, linears, pack)
-        self._drop_rest(folder, pack)
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Progress":
+        """What `as_dict` told."""
+        layers = [LayerRecord.from_dict(record) for record in values["layers"]]
+        trained = [BlockRecord.from_dict(record) for record in values["trained"]]
+        return cls(values["blocks"], layers, trained, list(values["tags"]))
 
-    def _read(self, folder: Path, linears: Sequence[Sequence[str]], pack: bool) -> None:
-        layers, trained = _read_records(folder / RECORDS)
-        self.tags = [OUTER_TAG]
-        for index, names in enumerate(linears):
-            own = [record for record in layers if record.block == index]
-            whole = _is_whole(folder / shard_name(block_tag(index), pack))
-            if not whole or sorted(record.layer for record in own) != sorted(names):
-                return
-            self.blocks = index + 1
-            self.tags.append(block_tag(index))
-            self.layers += own
-            self.trained += [record for record in trained if record.block == index]
 
-    def _drop_rest(self, folder: Path, pack: bool) -> None:
-        kept = {shard_name(tag, pack) for tag in self.tags}
-        for entry in folder.iterdir():
-            if entry.suffix in (".partial", ".tmp", ".safetensors") and entry.name not in kept:
-                entry.unlink()
-        records = [json.dumps(r.as_dict()) + "\n" for r in self.layers]
-        records += [json.dumps(r.as_dict()) + "\n" for r in self.trained]
-        write_whole(folder / RECORDS, "".join(records))
+def progress_in(folder: Path, wanted: Fingerprint, linears: Sequence[Sequence[str]], pack: bool) -> Progress:
+    """Look at a claimed folder; a new one gets the fingerprint, an old one loses what belongs to no finished block.
+
+    Args:
+        folder: the output folder.
+        wanted: of this run.
+        linears: the names of the linears of every block, as records have them.
+        pack: whether its shards are packed.
+
+    Raises:
+        FolderError: if the run that was begun there is another one, listing every difference.
+    """
+    file = folder / RUN
+    if not file.is_file():
+        write_whole(file, json.dumps(wanted, indent=2) + "\n")
+        return Progress()
+    _check_same(folder, _read_json(file), wanted)
+    whole = _is_whole(folder / shard_name(OUTER_TAG, pack))
+    found = _read_progress(folder, linears, pack) if whole else Progress()
+    _drop_rest(folder, found, pack)
+    return found
+
+
+def _read_progress(folder: Path, linears: Sequence[Sequence[str]], pack: bool) -> Progress:
+    layers, trained = _read_records(folder / RECORDS)
+    found = Progress(tags=[OUTER_TAG])
+    for index, names in enumerate(linears):
+        own = [record for record in layers if record.block == index]
+        whole = _is_whole(folder / shard_name(block_tag(index), pack))
+        if not whole or sorted(record.layer for record in own) != sorted(names):
+            break
+        found.blocks = index + 1
+        found.tags.append(block_tag(index))
+        found.layers += own
+        found.trained += [record for record in trained if record.block == index]
+    return found
+
+
+def _drop_rest(folder: Path, progress: Progress, pack: bool) -> None:
+    kept = {shard_name(tag, pack) for tag in progress.tags}
+    for entry in folder.iterdir():
+        if entry.suffix in (".partial", ".tmp", ".safetensors") and entry.name not in kept:
+            entry.unlink()
+    records = [json.dumps(r.as_dict()) + "\n" for r in progress.layers]
+    records += [json.dumps(r.as_dict()) + "\n" for r in progress.trained]
+    write_whole(folder / RECORDS, "".join(records))
 
 
 def _is_whole(file: Path) -> bool:

@@ -6,6 +6,9 @@
 | allocation "curves" | the loss against the sparsity of each linear, see `loss_curves` |
 | allocation "owl" | the share of outliers of each block |
 | anything else | nothing |
+
+The first looks at a few thousand tokens and runs on one device in each process; what processes go on with is what the
+first of them found. The last runs on all devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +24,7 @@ from sparseopt.pruning.activations import Batches, first_windows, make_batches
 from sparseopt.pruning.allocation import allocate_curves, allocate_owl, default_bounds, exact_shares
 from sparseopt.pruning.branch import Stream
 from sparseopt.pruning.calibration import BlockRunner
+from sparseopt.pruning.devices import agreed
 from sparseopt.pruning.loss_curves import losses_of_linear, outliers_of_block
 from sparseopt.pruning.patterns import share_unit
 from sparseopt.pruning.recipe import Recipe
@@ -88,6 +92,7 @@ def survey(
             found.weights |= {keys[name]: output_weights(value) for name, value in site.sensitivity.items()}
             if len(levels):
                 found.curves |= {keys[n]: curve for n, curve in _curves(site, levels, runner).items()}
+        found.weights, found.curves = agreed((found.weights, found.curves))
     if "owl" in allocations:
         batches = embedded.calibration
         for index in range(model.num_blocks):

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.fidelity import wide_types
+from sparseopt.core.mesh import Devices, at_work, device_line
 from sparseopt.core.penalties import Norm
 from sparseopt.core.solve import Problem, Solution, Status, solve
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.mixed import solve_mixed
 from sparseopt.trend.choice import choose_method
+from sparseopt.trend.devices import fetched, over_devices, require_at_hand, require_doge, require_local
 from sparseopt.trend.general_loss import checked_loss, fit_loss
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_block, checked_order, checked_signal
@@ -34,9 +36,9 @@ from sparseopt.trend.preparation import (
     SetUp,
     answered,
     finished,
-    leaves_as,
     mean_weight,
     on_rows,
+    placed,
     set_up,
     vanishes,
 )
@@ -80,6 +82,7 @@ def trend_filter(
     cadence: int | None = None,
     dtype: Any = None,
     loss: Any = None,
+    devices: Devices = None,
 ) -> Solution:
     """Fit `b` to a signal `y` on a graph so that few of its differences `Δ^(order+1) b` are not zero.
 
@@ -112,6 +115,10 @@ def trend_filter(
         loss: None for the square, `PoissonLoss()` (counts; b is the log-rate), `LogisticLoss()` (labels 0 and 1; b is
             the log-odds), `HuberLoss(delta)`, `AbsoluteLoss()`, a `ScalarLoss` of your own, or the name "poisson",
             "logistic", "huber" or "absolute". Not by "fast_admm". See `sparseopt.trend.general_loss`.
+        devices: how many devices work on the fit together, "all", or a `jax.sharding.Mesh` of one axis "devices"; None
+            for one. Several do one penalty and the square loss by "doge" with B = order + 1; the answer is that of one
+            device to rounding. With several processes each calls this with the same arguments and gets all of the
+            answer. `.state` stays on the devices.
 
     Returns:
         A `Solution`. Its `.gap` is `(P - D) / D`, an upper bound on the relative suboptimality of `.value`, or
@@ -141,7 +148,15 @@ def trend_filter(
     options = Options(method, block, tol, max_steps, warm_start, rho, relaxation, history, cadence)
     kind = signal.values.dtype
     native = wide_types() or kind == np.float32
-    with precision(kind):
+    mesh = device_line(devices)
+    if mesh is None:
+        require_at_hand(warm_start)
+    else:
+        require_doge(options, k, family, is_sum(terms))
+        require_local(penalty, signal.values.shape[1:])
+        graph = over_devices(graph, mesh)
+        options = dataclasses.replace(options, method="doge", warm_start=graph.taken_up(warm_start, k))
+    with precision(kind), at_work(mesh):
         if family is not None:
             solution = fit_loss(signal, graph, penalty, k, family, options)
         elif is_sum(terms):
@@ -153,6 +168,8 @@ def trend_filter(
             solution = _unchanged(Signal(filled, None, signal.shape))
         else:
             solution = _fit(signal, graph, penalty, k, options)
+        if mesh is not None:
+            return fetched(solution)
         return solution if native else jax.device_get(solution)
 
 
@@ -206,17 +223,17 @@ def _constant(signal: Signal, graph: Graph) -> np.ndarray | None:
     return filled.reshape(signal.values.shape) if np.array_equal(filled[seen], columns[seen]) else None
 
 
-def _strength(penalty: Any, base: SetUp) -> float:
+def _strength(penalty: Any, base: SetUp, padding: float = 1.0) -> float:
     """The penalty's weight over the noise of the signal."""
-    return mean_weight(penalty) / base.noise if base.noise > 0 else 1.0
+    return mean_weight(penalty, padding) / base.noise if base.noise > 0 else 1.0
 
 
 def _fit(signal: Signal, graph: Graph, penalty: Any, k: int, options: Options) -> Solution:
     kind, channels = signal.values.dtype, signal.values.shape[1:]
     weighted, method, tol = signal.weights is not None, options.method, options.tol
     base = set_up(signal, graph, k)
-    penalty = leaves_as(on_rows(penalty, graph, k, bool(channels)), kind)
-    strength = _strength(penalty, base)
+    rows = on_rows(penalty, graph, k, bool(channels))
+    strength, penalty = _strength(rows, base, graph.padding(k + 1)), placed(rows, graph, k, kind)
     if method == "auto":
         method = choose_method(graph, penalty, k, weighted, strength, tol, kind, options.is_cold)
     if method == "interior":
@@ -250,5 +267,5 @@ def _fit(signal: Signal, graph: Graph, penalty: Any, k: int, options: Options) -
     else:
         found = solve(problem, solver, start, tol=level, max_steps=limit, history=options.history)
     problem, shift, means = Problem(base.loss, penalty, ready.split), jnp.asarray(base.shift, kind), base.means
-    fit = finished(problem, found, shift, base.laid_out(means), level)
-    return answered(found, fit, signal.shape)
+    fit = finished(problem, found, shift, base.laid_out(means, shift), level)
+    return answered(found, fit, graph, signal.shape)

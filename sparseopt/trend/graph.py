@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
@@ -280,10 +282,14 @@ class Graph:
         require_matrix_memory(self.edges, self.num_nodes, order)
         return difference_matrix(self.edges, self.num_nodes, self.weights, order, from_edges)
 
-    def row_layout(self, values: np.ndarray, order: int) -> np.ndarray:
-        """Values `[rows]` of the rows of `matrix(order)` as `base` lays them out; 0 where a grid has no edge."""
+    def row_layout(self, values: np.ndarray, order: int, fill: Any = 0.0) -> np.ndarray:
+        """Values of the rows of `matrix(order)` as `base` lays them out: `[rows]`, for even orders also with channels.
+
+        Where a grid has no edge, there is a 0, and `fill` where a layout over several devices is padded.
+        """
+        del fill
         if order % 2 == 0:
-            return values.reshape(self.shape or -1)
+            return values.reshape(*(self.shape or (self.num_nodes,)), *values.shape[1:])
         if self.shape is None:
             return values
         if self.given_edges is not None:
@@ -291,6 +297,20 @@ class Graph:
             placed[self._edge_order(grid_edges(self.shape))] = values[self._edge_order(self.given_edges)]
             values = placed
         return edge_grid(values, self.shape, 0.0)
+
+    def place(self, values: Any, order: int = 0) -> jax.Array:
+        """On the device: what `row_layout(..., order)` gives, or any array of its shape or of none."""
+        del order
+        return jnp.asarray(values)
+
+    def padding(self, order: int) -> float:
+        """How many entries an array in that layout has for each that it has on one device."""
+        del order
+        return 1.0
+
+    def shaped(self, values: Any, shape: tuple[int, ...]) -> Any:
+        """An array on the nodes as `base` has them, in the shape of the caller's signal."""
+        return values.reshape(shape)
 
     def _edge_order(self, edges: np.ndarray) -> np.ndarray:
         """The permutation that sorts edges, whatever their directions."""
@@ -312,10 +332,15 @@ class Graph:
 
         return self.cached(("sums", order, from_edges), build)
 
+    @functools.cached_property
+    def near_order(self) -> np.ndarray:
+        """The nodes in an order that keeps neighbours close, `[n]`. Source: Cuthill and McKee, 1969, reversed."""
+        ones = np.ones(self.num_edges, bool)
+        adjacency = sparse.csr_array((ones, self.edges.T), shape=(self.num_nodes,) * 2)
+        return csgraph.reverse_cuthill_mckee(sparse.csr_array(adjacency + adjacency.T), symmetric_mode=True)
+
     def renumbered(self) -> tuple["Graph", np.ndarray]:
         """The graph with neighbours numbered close to each other, which speeds up steps that leave the caches.
-
-        Source: Cuthill and McKee, 1969, reversed.
 
         Returns:
             The graph, and `order` `[n]`: its node i is node `order[i]` of this one, so a signal y becomes `y[order]`,
@@ -327,9 +352,7 @@ class Graph:
             >>> order.tolist(), path.edges.tolist()
             ([2, 1, 3, 0], [[0, 1], [1, 2], [2, 3]])
         """
-        ones = np.ones(self.num_edges, bool)
-        adjacency = sparse.csr_array((ones, self.edges.T), shape=(self.num_nodes,) * 2)
-        order = csgraph.reverse_cuthill_mckee(sparse.csr_array(adjacency + adjacency.T), symmetric_mode=True)
+        order = self.near_order
         place = np.empty(self.num_nodes, np.int64)
         place[order] = np.arange(self.num_nodes)
         ends = np.sort(place[self.edges], axis=1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sparseopt.core.mesh import Devices
 from sparseopt.core.penalties import L1, GroupL2
 from sparseopt.core.solve import Solution
 from sparseopt.trend.filter import trend_filter
@@ -35,6 +36,7 @@ def denoise(
     tol: float = 1e-4,
     max_steps: int = 20_000,
     dtype: Any = np.float32,
+    devices: Devices = None,
 ) -> Denoised:
     """Fit a trend of an order to every channel of an image on its pixel grid.
 
@@ -48,6 +50,7 @@ def denoise(
         tol: relative duality gap; 1e-4 is below one grey level.
         max_steps: step limit.
         dtype: of the computation.
+        devices: as in `trend_filter`.
 
     Raises:
         ValueError: for an array that is no image, or whatever `trend_filter` refuses.
@@ -61,7 +64,8 @@ def denoise(
     has_alpha = given.ndim == 3 and given.shape[2] in (2, 4)
     colours = given[..., :-1] if has_alpha else given
     penalty = GroupL2(weight) if couple and colours.ndim == 3 else L1(weight)
-    solution = trend_filter(colours, Graph.grid(given.shape[:2]), penalty, order, method, tol, max_steps, dtype=dtype)
+    grid = Graph.grid(given.shape[:2])
+    solution = trend_filter(colours, grid, penalty, order, method, tol, max_steps, dtype=dtype, devices=devices)
     fitted = np.asarray(solution.value)
     if given.dtype.kind in "ui":
         limits = np.iinfo(given.dtype)

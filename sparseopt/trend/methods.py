@@ -86,14 +86,15 @@ def _prepare(graph: Graph, order: int, method: str, block: int, cosines: bool, d
                 split = dataclasses.replace(split, column_scale=split.column_scale.max())
             node_solve = _node_solve(graph, inner.order, split.column_scale, cosines, dtype)
 
-    def place(leaf: Any) -> Any:
+    def place(leaf: Any, order: int) -> Any:
         widen = channels and np.ndim(leaf) > 0
-        return jnp.asarray(np.asarray(leaf)[..., None] if widen else leaf)
+        return graph.place(np.asarray(leaf)[..., None] if widen else leaf, order)
 
-    split = dataclasses.replace(split, row_scale=place(split.row_scale), column_scale=place(split.column_scale))
+    scales = place(split.row_scale, full), place(split.column_scale, full - block)
+    split = dataclasses.replace(split, row_scale=scales[0], column_scale=scales[1])
     if isinstance(node_solve, ConjugateGradient):
-        node_solve = dataclasses.replace(node_solve, diagonal=place(node_solve.diagonal))
-    return Prepared(jax.tree.map(jnp.asarray, split), jax.tree.map(jnp.asarray, node_solve), place(row_norms))
+        node_solve = dataclasses.replace(node_solve, diagonal=place(node_solve.diagonal, 0))
+    return Prepared(jax.tree.map(jnp.asarray, split), jax.tree.map(jnp.asarray, node_solve), place(row_norms, full))
 
 
 def _node_solve(graph: Graph, order: int, columns: np.ndarray, cosines: bool, dtype: Any) -> Any:

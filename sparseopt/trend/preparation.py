@@ -33,7 +33,8 @@ class SetUp:
         means: of every node's component, `[n, channels]`.
         full: the operator `Δ^(order+1)`, as Doge-ADMM takes it.
         noise: of the signal; 0 where it has no differences.
-        laid_out: values `[n, channels]` on the nodes of the graph, on the device.
+        laid_out: values `[n, channels]` on the nodes of the graph, on the device; a second argument, `[channels]` or 0,
+            for padded places, where the graph has them. The signal and the means have the mean there.
     """
 
     loss: NodeSquares
@@ -42,7 +43,7 @@ class SetUp:
     means: np.ndarray
     full: Prepared
     noise: float
-    laid_out: Callable[[np.ndarray], jax.Array]
+    laid_out: Callable[..., jax.Array]
 
 
 def set_up(signal: Signal, graph: Graph, order: int, anchored: bool = False) -> SetUp:
@@ -56,33 +57,38 @@ def set_up(signal: Signal, graph: Graph, order: int, anchored: bool = False) -> 
             signal, 0 stands for the means, and the box holds it.
     """
     kind, channels = signal.values.dtype, signal.values.shape[1:]
-    nodes = graph.shape or (graph.num_nodes,)
 
-    def laid_out(values: np.ndarray) -> jax.Array:
-        return jnp.asarray(values.reshape(*nodes, *channels), kind)
+    def laid_out(values: np.ndarray, fill: Any = 0.0) -> jax.Array:
+        values = values.reshape(graph.num_nodes, *channels)
+        return graph.place(graph.row_layout(values, 0, fill).astype(kind, copy=False))
 
     shift, means = _means(signal, graph)
     if anchored:
         shift, means = np.zeros_like(shift), np.zeros_like(means)
     weights = None
     if signal.weights is not None:
-        weights = jnp.asarray(signal.weights.reshape(*nodes, *(1 for _ in channels)))
+        weights = graph.place(graph.row_layout(signal.weights.reshape(-1, *(1 for _ in channels)), 0))
     low, high = _box(signal, order, anchored)
-    loss = NodeSquares(laid_out(signal.values), weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
-    centre = loss.observed(laid_out(signal.values - shift))
-    centred = NodeSquares(centre, weights, jnp.asarray(low - shift, kind), jnp.asarray(high - shift, kind))
+    padding = None if graph.padding(0) == 1 else jnp.asarray(graph.padding(0), kind)
+
+    def squares(center: jax.Array, shift: Any) -> NodeSquares:
+        return NodeSquares(center, weights, jnp.asarray(low - shift, kind), jnp.asarray(high - shift, kind), padding)
+
+    loss = squares(laid_out(signal.values, shift), 0)
+    centred = squares(loss.observed(laid_out(signal.values - shift)), shift)
     full = prepare(graph, order, "doge", order + 1, weights is not None, kind, bool(channels))
-    return SetUp(loss, centred, shift, means, full, float(noise_of(full, centre)), laid_out)
+    noise = float(noise_of(full, centred.center)) * graph.padding(order + 1)
+    return SetUp(loss, centred, shift, means, full, noise, laid_out)
 
 
 def leaves_as(tree: Any, kind: np.dtype) -> Any:
     """A penalty or a loss with its numbers in the dtype of the computation."""
 
-    def placed(leaf: Any) -> jax.Array:
+    def as_kind(leaf: Any) -> jax.Array:
         real = np.ndim(leaf) == 0 or np.asarray(leaf).dtype.kind == "f"
         return jnp.asarray(leaf, kind) if real else jnp.asarray(leaf)
 
-    return jax.tree.map(placed, tree)
+    return jax.tree.map(as_kind, tree)
 
 
 def on_rows(penalty: Any, graph: Graph, order: int, channels: bool) -> Any:
@@ -94,9 +100,24 @@ def on_rows(penalty: Any, graph: Graph, order: int, channels: bool) -> Any:
     return dataclasses.replace(penalty, weight=laid_out[..., None] if channels else laid_out)
 
 
-def mean_weight(penalty: Any) -> float:
-    """The penalty's weight, the mean where there are many, 1 where there is none."""
-    return float(np.mean(getattr(penalty, "weight", 1.0)))
+def placed(penalty: Any, graph: Graph, order: int, kind: np.dtype) -> Any:
+    """What `on_rows` gives on the device, in the dtype of the computation."""
+    weight = getattr(penalty, "weight", None)
+    if weight is None or np.ndim(weight) == 0:
+        return leaves_as(penalty, kind)
+    number = leaves_as(dataclasses.replace(penalty, weight=0.0), kind)
+    return dataclasses.replace(number, weight=graph.place(np.asarray(weight, kind), order + 1))
+
+
+def mean_weight(penalty: Any, padding: float = 1.0) -> float:
+    """The penalty's weight, the mean where there are many, 1 where there is none.
+
+    Args:
+        penalty: whose weight is on the host.
+        padding: entries of many weights over those that count; the others are 0.
+    """
+    weight = getattr(penalty, "weight", 1.0)
+    return float(np.mean(weight)) * (padding if np.ndim(weight) else 1.0)
 
 
 def vanishes(penalty: Any) -> bool:
@@ -190,10 +211,10 @@ def finished(problem: Problem, found: Solution, shift: jax.Array, means: jax.Arr
     return Finished(jnp.where(take, means, x), status, gap, objective, gap)
 
 
-def answered(found: Solution, fit: Finished, shape: tuple[int, ...]) -> Solution:
+def answered(found: Solution, fit: Finished, graph: Graph, shape: tuple[int, ...]) -> Solution:
     """The solution in the caller's units and shape.
 
     What the acceleration remembers is many times the signal, and no later solve can use it.
     """
-    fit = fit._replace(value=fit.value.reshape(shape))
+    fit = fit._replace(value=graph.shaped(fit.value, shape))
     return dataclasses.replace(found, **fit._asdict(), state=dataclasses.replace(found.state, past=None))

@@ -81,7 +81,8 @@ def cold_start(signal: Signal, graph: Graph, penalty: Any, order: int, base: Set
         ready: of the method.
     """
     centre, means = base.centred.center, base.means
-    plain = Start(centre, jnp.zeros(ready.split.row_shape(centre), centre.dtype))
+    nothing = np.broadcast_to(np.zeros((), centre.dtype), ready.split.row_shape(centre))
+    plain = Start(centre, graph.place(nothing, order + 1))
     if not isinstance(penalty, Norm) or plain.dual.shape != base.full.split.row_shape(centre):
         return plain
     weights = 1.0 if signal.weights is None else signal.weights.reshape((-1,) + (1,) * (means.ndim - 1))
@@ -92,12 +93,13 @@ def cold_start(signal: Signal, graph: Graph, penalty: Any, order: int, base: Set
     of_pull = base.laid_out(pull)
 
     def rules_out(z: jax.Array) -> bool:
-        return bool(penalty.value(base.full.split.mv(z)) < size * jnp.vdot(of_pull, z))
+        return bool(_rules_out(penalty, base.full.split, of_pull, z, size))
 
     if rules_out(of_pull):
         return plain
-    at_nodes = graph.sums(1).column_squares.reshape(-1, *(1 for _ in means.shape[1:]))
-    degrees = base.laid_out(np.broadcast_to(np.where(at_nodes > 0, at_nodes, 1), means.shape))
+    at_nodes = graph.sums(1).column_squares.astype(centre.dtype)
+    at_nodes = np.where(at_nodes > 0, at_nodes, 1)
+    degrees = graph.place(at_nodes.reshape(*at_nodes.shape, *(1 for _ in means.shape[1:])))
     z = of_pull
     for steps in SMOOTHINGS:
         z = _smoothed(base.full.split, degrees, z, steps)
@@ -109,6 +111,12 @@ def cold_start(signal: Signal, graph: Graph, penalty: Any, order: int, base: Set
     z = base.laid_out(size * found[0].reshape(means.shape))
     dual = base.full.split.outer.base.difference(z) if found[1] else z
     return Start(base.laid_out(means - base.shift), penalty.project_dual(dual))
+
+
+@jax.jit
+def _rules_out(penalty: Any, split: Split, pull: jax.Array, z: jax.Array, size: Any) -> jax.Array:
+    """Whether z shows that the means are not the fit."""
+    return penalty.value(split.mv(z)) < size * jnp.sum(pull * z)
 
 
 @partial(jax.jit, static_argnames="steps")

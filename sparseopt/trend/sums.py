@@ -129,7 +129,7 @@ def fit_sum(signal: Signal, graph: Graph, terms: Terms, options: Options) -> Sol
     if anchored and isinstance(penalty, Norm):
         long = jnp.asarray(noise / mean_weight(terms[-1]), kind)
         fit = _with_zeros(problem, fit, found.state.candidate, long, level)
-    return answered(found, fit, signal.shape)
+    return answered(found, fit, graph, signal.shape)
 
 
 def _stacked(terms: Terms, graph: Graph, split: Split, kind: np.dtype, channels: bool) -> Any:

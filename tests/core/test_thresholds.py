@@ -55,6 +55,16 @@ def test_the_first_of_equal_scores_wins():
     assert n_of_m_mask(jnp.ones(4), 1, 2).tolist() == [True, False, True, False]
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (6, 7), (3, 4, 5)])
+def test_equal_scores_win_in_the_order_of_the_flattened_array(rng, shape):
+    score = np.asarray(rng.integers(0, 3, shape), np.float32)
+    for k in range(score.size + 1):
+        first = np.argsort(-score, axis=None, kind="stable")[:k]
+        mask = np.asarray(top_k_mask(jnp.asarray(score), k))
+        assert mask.shape == shape
+        assert sorted(first) == np.flatnonzero(mask).tolist()
+
+
 def test_one_program_serves_every_count(rng):
     traces = []
 

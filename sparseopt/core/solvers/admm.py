@@ -287,7 +287,7 @@ class Admm:
             slack = loss.slack(x, pulled) + total(penalty.slack(rows, g))
             gap = jnp.where(slack < objective, slack / jnp.maximum(objective - slack, tiny), jnp.inf)
             # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
-            noise = state.unit_noise * jnp.sqrt(total(x * x) / x.size)
+            noise = state.unit_noise * jnp.sqrt(loss.mean_square(x))
             return gap, objective, gap, eps * (1 + noise / scale)
 
         def relative(a: Array, *others: Array) -> Array:

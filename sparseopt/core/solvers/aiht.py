@@ -158,7 +158,7 @@ class Maiht:
             entered, left = count_each((x != 0) & (previous == 0), (x == 0) & (previous != 0))
             return ((entered + left) / x.size).astype(x.dtype)
         tiny = jnp.finfo(x.dtype).tiny
-        return jnp.linalg.norm((x - previous).ravel()) / jnp.maximum(jnp.linalg.norm(previous.ravel()), tiny)
+        return jnp.linalg.norm(x - previous) / jnp.maximum(jnp.linalg.norm(previous), tiny)
 
     def measure(self, problem: Problem, state: MaihtState) -> Measure:
         """The chosen residual and F at the present level; the problem is not convex, so there is no gap."""

@@ -52,9 +52,9 @@ class ProximalGradient:
     def step(self, problem: Problem, state: ProximalGradientState) -> ProximalGradientState:
         """One step."""
         x = problem.penalty.prox(state.u, state.step_size)
-        length = jnp.linalg.norm((x - state.x).ravel())
+        length = jnp.linalg.norm(x - state.x)
         tiny = jnp.finfo(x.dtype).tiny
-        residual = length / jnp.maximum(jnp.linalg.norm(state.x.ravel()), tiny)
+        residual = length / jnp.maximum(jnp.linalg.norm(state.x), tiny)
         return self._at(problem, x, state.step_size, residual)
 
     def _at(self, problem: Problem, x: Array, step: Array, residual: Array) -> ProximalGradientState:

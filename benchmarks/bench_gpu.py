@@ -1,0 +1,162 @@
+"""What an accelerator makes of the two solvers, beside what the same card reaches in plain products and copies.
+
+    python benchmarks/bench_gpu.py [--layers 4096x4096 11008x4096 4096x11008] [--sides 1024 2048 4096 8192] [--any]
+
+Prints a JSON line a measurement: the card's own matmul rates and bandwidth; layer solves in the shapes of a 7B Llama
+with the share of the float32 rate that they reach; steps of Doge-ADMM on grids with the share of the bandwidth, against
+the fewest bytes that a step must move. Without an accelerator it is skipped, loudly; --any runs it on the processor,
+where only small sizes make sense.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import emit_line, say
+
+import sparseopt as so
+from sparseopt.core.losses import HIGHEST
+from sparseopt.machine import environment
+from sparseopt.pruning.layer import LayerJob, layer_solver
+from sparseopt.pruning.method_cost import method_cost
+from sparseopt.pruning.methods import find_method
+from sparseopt.pruning.patterns import parse_pattern
+
+METHODS = (("maiht", "paper"), ("maiht", "best"), ("admm", "best"), ("sparsegpt", "best"))
+STEPS = 200
+# Arrays that a step of Doge-ADMM on a grid reads or writes once at the least: of nodes x, y and the memory m, read and
+# written (y read); of edges, two a node, the dual and its prox point: read, written, and read by the divergence.
+NODE_PASSES, EDGE_PASSES = 5, 3
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--layers", nargs="*", default=["4096x4096", "11008x4096", "4096x11008"], help="out x in")
+    parser.add_argument("--sides", nargs="*", type=int, default=[1024, 2048, 4096, 8192], help="of square grids")
+    parser.add_argument("--square", type=int, default=8192, help="side of the matrices for the card's own rate")
+    parser.add_argument("--any", action="store_true", help="run on a processor too")
+    arguments = parser.parse_args()
+    device = jax.devices()[0]
+    if device.platform == "cpu" and not arguments.any:
+        sys.exit("SKIPPED: bench-gpu needs a GPU or TPU that JAX sees (pip install 'jax[cuda13]'), there is none")
+    emit_line("device", kind=device.device_kind, platform=device.platform, **environment())
+    rates = measure_rates(arguments.square)
+    bandwidth = measure_bandwidth(arguments.square**2 * 2)
+    for shape in arguments.layers:
+        outputs, inputs = map(int, shape.split("x"))
+        for method, preset in METHODS:
+            measure_layer(outputs, inputs, method, preset, rates["float32 highest"])
+    for side in arguments.sides:
+        for order in (0, 1):
+            measure_grid(side, order, bandwidth)
+
+
+def seconds_of(run: Callable[[], Any], repeats: int = 3) -> float:
+    """The quickest of some runs, in seconds, after one that compiles."""
+    jax.block_until_ready(run())
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def measure_rates(side: int) -> dict[str, float]:
+    """Operations a second of square products, by dtype and precision."""
+    rates = {}
+    precisions: tuple[tuple[str, Any, Any], ...] = (
+        ("bfloat16", jnp.bfloat16, None),
+        ("float32 default", jnp.float32, None),
+        ("float32 highest", jnp.float32, HIGHEST),
+    )
+    for name, dtype, precision in precisions:
+        a = jnp.full((side, side), 0.5, dtype)
+        product = jax.jit(partial(jnp.matmul, precision=precision))
+        rates[name] = 2 * side**3 / seconds_of(partial(product, a, a))
+        emit_line("matmul", dtype=name, side=side, tflops=rates[name] / 1e12)
+    return rates
+
+
+def measure_bandwidth(size: int) -> float:
+    """Bytes a second, read and written, of adding a number to an array of float32."""
+    values = jnp.zeros(size, jnp.float32)
+    add = jax.jit(lambda x: x + 1)
+    rate = 8 * size / seconds_of(lambda: add(values))
+    emit_line("bandwidth", bytes=8 * size, gigabytes_per_second=rate / 1e9)
+    return rate
+
+
+def measure_layer(outputs: int, inputs: int, method: str, preset: str, rate: float) -> None:
+    """One layer at 50 %: a weight in bfloat16, a Gram in float32 on the card."""
+    say(f"layer {outputs} x {inputs}, {method} {preset}")
+    keys = jax.random.split(jax.random.key(0), 3)
+    # Correlated inputs of unequal size, as activations have them.
+    mixing = jax.random.normal(keys[0], (inputs, 64)) / 8
+    tokens = jax.random.normal(keys[1], (2 * inputs, inputs)) + jax.random.normal(keys[2], (2 * inputs, 64)) @ mixing.T
+    gram = jnp.matmul(tokens.T, tokens, precision=HIGHEST)
+    weight = (jax.random.normal(keys[2], (outputs, inputs)) / inputs**0.5).astype(jnp.bfloat16)
+    del tokens
+    job = LayerJob(weight, gram, None, parse_pattern("unstructured", 0.5, (outputs, inputs)))
+    solver = find_method(method, preset)
+    try:
+        first, second = layer_solver(job, solver), layer_solver(job, solver)
+    except (RuntimeError, ValueError) as error:
+        emit_line("layer", outputs=outputs, inputs=inputs, method=method, preset=preset, failed=str(error)[:200])
+        return
+    cost = method_cost(solver)
+    flops = 0.0 if cost is None else cost.products * 2.0 * inputs**2 * outputs
+    seconds = min(first.seconds, second.seconds)
+    emit_line(
+        "layer", outputs=outputs, inputs=inputs, method=method, preset=preset, seconds=seconds,
+        compile_seconds=first.compile_seconds, steps=int(first.value.steps),
+        relative_error=float(first.value.relative_error), products_tflops=flops / seconds / 1e12,
+        share_of_rate=flops / seconds / rate, peak_bytes=peak_bytes(),
+    )  # fmt: skip
+
+
+def measure_grid(side: int, order: int, bandwidth: float) -> None:
+    """`STEPS` steps of Doge-ADMM in float32 on a square grid, certificates included."""
+    say(f"grid {side} x {side}, order {order}")
+    rng = np.random.default_rng(0)
+    truth = np.kron(rng.integers(0, 4, (8, 8)), np.ones((side // 8, side // 8)))
+    y = (truth + rng.standard_normal(truth.shape)).astype(np.float32)
+    graph, penalty = so.Graph.grid(truth.shape), so.L1(1.0)
+
+    def run(steps: int) -> tuple[float, so.Solution]:
+        start = time.perf_counter()
+        found = so.trend_filter(y, graph, penalty, order, "doge", tol=1e-30, max_steps=steps)
+        jax.block_until_ready(found.value)
+        return time.perf_counter() - start, found
+
+    try:
+        run(10)
+        # The difference leaves out what a fit costs whatever its steps: copies to the card and the start.
+        (short, _), (long, found) = run(10), run(10 + STEPS)
+    except (RuntimeError, ValueError) as error:
+        emit_line("grid", side=side, order=order, failed=str(error)[:200])
+        return
+    each = (long - short) / (int(found.steps) - 10)
+    rows = 2 if order == 0 else 1
+    floor = 4 * side**2 * (NODE_PASSES + EDGE_PASSES * rows)
+    emit_line(
+        "grid", side=side, order=order, steps=int(found.steps), seconds_per_step=each, seconds_fit=long,
+        nodes_per_second=side**2 / each, floor_bytes=floor, share_of_bandwidth=floor / each / bandwidth,
+        gap=float(found.gap), peak_bytes=peak_bytes(),
+    )  # fmt: skip
+
+
+def peak_bytes() -> int | None:
+    """The most that the device's memory held so far, where it says."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+if __name__ == "__main__":
+    main()

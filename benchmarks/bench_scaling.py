@@ -1,0 +1,233 @@
+"""Strong and weak scaling of both solvers over processes and virtual devices, as far as this machine's cores go.
+
+    python benchmarks/bench_scaling.py [--only machine,grid,layer] [--repeats 3]
+
+Each measurement is made in processes of its own, joined by gloo and pinned to one core each; beside them stand one
+process on one core (the base of every ratio), one process on all cores, and one process with virtual devices. The runs
+of one comparison follow each other and are repeated; the quickest of each counts. Prints a JSON line a comparison.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+GRID_STEPS = 100
+
+
+def main() -> None:
+    """Run what was asked for, or be one of the processes of a measurement."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", default=",".join(WORK), help=f"of {','.join(WORK)}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(json.loads(arguments.worker))
+        return
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2:
+        sys.exit("SKIPPED: bench-scaling needs two cores or more")
+    from sparseopt.machine import environment
+
+    print(json.dumps({"figure": "versions", **environment()}), flush=True)
+    if unknown := set(arguments.only.split(",")) - set(WORK):
+        sys.exit(f"unknown {', '.join(unknown)}; known are {', '.join(WORK)}")
+    for name in arguments.only.split(","):
+        for task in MEASURED[name]:
+            compare(name, task, cores, arguments.repeats)
+
+
+def compare(name: str, task: dict[str, Any], cores: int, repeats: int) -> None:
+    """All layouts of one task, one after the other, `repeats` times."""
+    layouts: dict[str, dict[str, Any]] = {
+        "1 process, 1 core": {"processes": 1},
+        f"{cores} processes, 1 core each": {"processes": cores},
+        f"1 process, {cores} cores": {"processes": 1, "free": True},
+        f"1 process, {cores} cores, 8 virtual devices": {"processes": 1, "free": True, "virtual": 8},
+    }
+    found: dict[str, list[dict[str, float]]] = {layout: [] for layout in layouts}
+    for _ in range(repeats):
+        for layout, how in layouts.items():
+            print(f"{time.strftime('%H:%M:%S')} {name} {task}: {layout}", file=sys.stderr, flush=True)
+            grown = task | {"grow": how["processes"]} if task.get("weak") else task
+            found[layout].append(measure({"kind": name, **grown}, **how))
+    best = {layout: min(runs, key=lambda run: run["seconds"]) for layout, runs in found.items() if runs}
+    base = best["1 process, 1 core"]["seconds"]
+    for layout, run in best.items():
+        line = {"figure": name, **task, "layout": layout, **run, "repeats": repeats}
+        spread = [each["seconds"] for each in found[layout]]
+        print(json.dumps({**line, "slowest_seconds": max(spread), "speedup": base / run["seconds"]}), flush=True)
+
+
+def measure(task: dict[str, Any], processes: int, free: bool = False, virtual: int = 1) -> dict[str, float]:
+    """One layout: start its processes, and take what the first of them printed."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    core = sorted(os.sched_getaffinity(0))
+    flags = f"--xla_force_host_platform_device_count={virtual}" if virtual > 1 else ""
+    started = []
+    for index in range(processes):
+        own = {"processes": processes, "index": index, "port": port, "virtual": virtual}
+        if not free:
+            own["core"] = core[index % len(core)]
+        command = [sys.executable, __file__, "--worker", json.dumps(task | own)]
+        started.append(
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, text=True,
+                env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            )
+        )  # fmt: skip
+    outputs = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        sys.exit(f"a process of {task} failed with {[process.returncode for process in started]}")
+    return json.loads(outputs[0].strip().splitlines()[-1])
+
+
+def work(task: dict[str, Any]) -> None:
+    """One process of a measurement."""
+    if "core" in task:
+        # Before JAX makes its threads.
+        os.sched_setaffinity(0, {task["core"]})
+    from sparseopt import processes
+
+    if task["processes"] > 1:
+        processes.join(f"127.0.0.1:{task['port']}", task["processes"], task["index"])
+    task["devices"] = "all" if task["processes"] * task["virtual"] > 1 else None
+    with processes.together():
+        found = WORK[task["kind"]](task)
+    if processes.is_first():
+        print(json.dumps(found), flush=True)
+
+
+def grid(task: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step of Doge-ADMM on a square grid of noise on patches, certificates included."""
+    import jax
+    import numpy as np
+
+    import sparseopt as so
+    from sparseopt import processes
+
+    rows = task["side"] * task.get("grow", 1)
+    rng = np.random.default_rng(0)
+    truth = np.kron(rng.integers(0, 4, (rows // 64, task["side"] // 64)), np.ones((64, 64)))
+    y = (truth + rng.standard_normal(truth.shape)).astype(task["dtype"])
+    graph, penalty = so.Graph.grid(truth.shape), so.L1(1.0)
+
+    def run(steps: int) -> tuple[float, int]:
+        processes.barrier("start")
+        start = time.perf_counter()
+        found = so.trend_filter(
+            y, graph, penalty, task["order"], "doge", tol=1e-30, max_steps=steps, devices=task["devices"]
+        )
+        jax.block_until_ready(found.value)
+        return time.perf_counter() - start, int(found.steps)
+
+    run(10)
+    # The difference leaves out what a fit costs whatever its steps.
+    (short, few), (long, many) = min(run(10), run(10)), run(10 + GRID_STEPS)
+    return {"seconds": (long - short) / (many - few), "fit_seconds": long, "steps": many}
+
+
+def layer(task: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a layer solve at 50 %."""
+    import numpy as np
+
+    from sparseopt import processes
+    from sparseopt.core.mesh import device_line
+    from sparseopt.pruning.blocked import solve_within_memory
+    from sparseopt.pruning.layer import LayerJob
+    from sparseopt.pruning.methods import find_method
+    from sparseopt.pruning.patterns import parse_pattern
+
+    outputs, inputs = task["outputs"] * task.get("grow", 1), task["inputs"]
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((2 * inputs, inputs)).astype(np.float32)
+    tokens += tokens[:, :8] @ rng.standard_normal((8, inputs)).astype(np.float32)
+    weight = (rng.standard_normal((outputs, inputs)) / inputs**0.5).astype(np.float32)
+    job = LayerJob(weight, tokens.T @ tokens, None, parse_pattern("unstructured", 0.5, weight.shape))
+    method, mesh = find_method(task["method"], task["preset"]), device_line(task["devices"])
+    found = []
+    for _ in range(3):
+        processes.barrier("start")
+        solved = solve_within_memory(job, method, mesh)
+        found.append(solved.seconds)
+    return {"seconds": min(found), "steps": int(solved.report.steps), "error": float(solved.report.relative_error)}
+
+
+def machine(task: dict[str, Any]) -> dict[str, float]:
+    """What each process reaches while all of them work: copies, products, and words with the others."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec
+
+    from sparseopt import processes
+    from sparseopt.core.mesh import AXIS, device_line, over, put
+
+    def quickest(run: Callable[[], Any]) -> float:
+        jax.block_until_ready(run())
+        found = []
+        for _ in range(5):
+            processes.barrier("start")
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    values, square = jnp.zeros(1 << 25, jnp.float32), jnp.full((1024, 1024), 0.5)
+    # Many turns in one buffer: the pages of a fresh one cost more than the copy.
+    add = jax.jit(lambda x: jnp.sum(jax.lax.fori_loop(0, 20, lambda _, y: y + 1, x)))
+    product = jax.jit(lambda x: x @ x)
+    seconds = quickest(lambda: add(values)) / 20
+    found = {
+        "seconds": seconds,
+        "bandwidth": 8 * values.size / seconds,
+        "rate": 2**31 / quickest(lambda: product(square)),
+    }
+    mesh = device_line(task["devices"])
+    if mesh is None:
+        return found
+
+    def repeated(local: Callable[[Any], Any], times: int, size: int) -> float:
+        def loop(x: Any) -> Any:
+            return jax.lax.fori_loop(0, times, lambda _, y: local(y), x)
+
+        whole = jax.jit(jax.shard_map(loop, mesh=mesh, in_specs=PartitionSpec(AXIS), out_specs=PartitionSpec(AXIS)))
+        x = put([[0.5] * size] * mesh.size, over(mesh))
+        return quickest(lambda: whole(x)) / times
+
+    ring = [(i, (i + 1) % mesh.size) for i in range(mesh.size)]
+    halves = repeated(lambda y: jax.lax.pcast(jax.lax.psum(y, AXIS) / 2, AXIS, to="varying"), 200, 3)
+    passed = repeated(lambda y: jax.lax.ppermute(y, AXIS, ring) + 1, 20, 1 << 20)
+    return found | {
+        "sum_seconds": halves,
+        "message_seconds": repeated(lambda y: jax.lax.ppermute(y, AXIS, ring) + 1, 200, 3),
+        "link": 8 * (1 << 20) / passed / 2,
+    }
+
+
+WORK: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {"machine": machine, "grid": grid, "layer": layer}
+MEASURED: dict[str, list[dict[str, Any]]] = {
+    "machine": [{}],
+    "grid": [
+        {"side": 2048, "order": 0, "dtype": "float32"},
+        {"side": 2048, "order": 1, "dtype": "float32"},
+        {"side": 2048, "order": 0, "dtype": "float64"},
+        {"side": 1024, "order": 0, "dtype": "float32", "weak": True},
+    ],
+    "layer": [
+        {"outputs": 1536, "inputs": 576, "method": "maiht", "preset": "best"},
+        {"outputs": 2048, "inputs": 1024, "method": "maiht", "preset": "paper"},
+        {"outputs": 1024, "inputs": 1024, "method": "admm", "preset": "best"},
+        {"outputs": 1024, "inputs": 1024, "method": "maiht", "preset": "paper", "weak": True},
+    ],
+}
+
+
+if __name__ == "__main__":
+    main()

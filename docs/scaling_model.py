@@ -1,0 +1,116 @@
+"""What an iteration of each solver costs on many devices, on paper: bytes, messages, operations, and their time.
+
+The counts of messages and of the bytes in them are those that tests find in the compiled programs. The times are the
+sum of what memory or arithmetic takes, whichever is longer, and of what is said: nothing is hidden behind other work.
+"""
+
+import math
+from dataclasses import dataclass
+
+# Passes over an array of the nodes, and over each row array of the edges, that a step of Doge-ADMM cannot do without.
+NODE_PASSES, EDGE_PASSES = 5, 3
+# Iterations between two certificates, and numbers summed over all devices in one.
+CADENCE, CERTIFICATE_SUMS = 10, 8
+# Passes of a selection of the k largest, each a sum of three counts; the scores that its first levels come from.
+SELECTION_PASSES, SAMPLE_BYTES = 7, 16_384
+# Arrays of the weight's size that an iteration of mAIHT reads or writes besides the product.
+WEIGHT_PASSES = 12
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one device does in a second.
+
+    Attributes:
+        name: for people.
+        bandwidth: bytes from and to its memory that a step reaches.
+        rate: float32 operations of a product that a solve reaches.
+        latency: seconds of one message, or of one stage of a sum over all devices.
+        link: bytes to another device.
+    """
+
+    name: str
+    bandwidth: float
+    rate: float
+    latency: float
+    link: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one iteration on one device.
+
+    Attributes:
+        moved: bytes from and to memory.
+        flops: operations.
+        messages: to neighbours.
+        sent: bytes in them.
+        sums: over all devices.
+        summed: bytes in them.
+    """
+
+    moved: float
+    flops: float
+    messages: float
+    sent: float
+    sums: float
+    summed: float
+
+    def worked(self, machine: Machine) -> float:
+        """Seconds that a device works by itself."""
+        return max(self.moved / machine.bandwidth, self.flops / machine.rate)
+
+    def said(self, machine: Machine, devices: int) -> float:
+        """Seconds of messages and sums; a sum over all devices takes a stage each time their number doubles."""
+        if devices == 1:
+            return 0.0
+        stages = math.ceil(math.log2(devices))
+        messages = self.messages * machine.latency + self.sent / machine.link
+        return messages + self.sums * stages * machine.latency + 2 * self.summed / machine.link
+
+    def seconds(self, machine: Machine, devices: int) -> float:
+        """Both."""
+        return self.worked(machine) + self.said(machine, devices)
+
+
+def grid_iteration(shape: tuple[int, ...], order: int, devices: int, itemsize: int = 4) -> Cost:
+    """An iteration of Doge-ADMM on a grid in slabs along its first axis, its share of a certificate included."""
+    rows = math.ceil(shape[0] / devices)
+    nodes = rows * math.prod(shape[1:])
+    row_arrays = len(shape) if order % 2 == 0 else 1
+    products = 2 + 2 / CADENCE
+    messages = products * (order + 1)
+    return Cost(
+        moved=itemsize * nodes * (NODE_PASSES + EDGE_PASSES * row_arrays),
+        flops=nodes * (order + 1) * 4.0 * len(shape) * products,
+        messages=messages,
+        sent=messages * itemsize * math.prod(shape[1:]),
+        sums=CERTIFICATE_SUMS / CADENCE,
+        summed=CERTIFICATE_SUMS * itemsize / CADENCE,
+    )
+
+
+def layer_iteration(outputs: int, inputs: int, devices: int) -> Cost:
+    """An iteration of mAIHT on a layer cut by outputs, with one selection."""
+    columns = math.ceil(outputs / devices)
+    return Cost(
+        moved=4.0 * inputs**2 + 4.0 * WEIGHT_PASSES * inputs * columns,
+        flops=2.0 * inputs**2 * columns,
+        messages=0,
+        sent=0,
+        sums=SELECTION_PASSES + 1,
+        summed=SAMPLE_BYTES + 12 * SELECTION_PASSES,
+    )
+
+
+def calibration(inputs: int, tokens: int, linears: int, devices: int) -> Cost:
+    """A Gram of one input of a block, and the linears behind it, from tokens shared over the devices; one sum."""
+    each = tokens / devices
+    return Cost(
+        moved=4.0 * inputs**2 + 4.0 * each * inputs,
+        flops=2.0 * each * inputs**2 * (1 + linears),
+        messages=0,
+        sent=0,
+        sums=1,
+        summed=4.0 * inputs**2,
+    )

@@ -1,0 +1,122 @@
+"""Tables of scaling: what was measured, beside what the model says, and what the model says of machines not at hand."""
+
+from collections.abc import Callable
+from typing import Any
+
+from records import Column, Record, field, machine, missing, named, number, table
+from scaling_model import Cost, Machine, calibration, grid_iteration, layer_iteration
+
+SCALING = "make bench-scaling"
+BASE = "1 process, 1 core"
+DEVICES = (1, 8, 64, 512, 4096)
+# An accelerator of 2023: half of its bandwidth of 3.35 TB/s and of its rate of float32 products, which is what such
+# programs reach; a network of 400 Gb/s for each device, and 20 microseconds for a message that a program on it sends.
+ACCELERATOR = Machine("accelerator", 1.7e12, 3.3e13, 2e-5, 4e10)
+
+
+def scaling_machine(records: list[Record]) -> str:
+    """Versions, and what a process reaches in each layout."""
+    found = named(records, "machine")
+    if not found:
+        return missing(SCALING)
+    columns: list[Column] = [
+        ("layout", field("layout")),
+        ("copies, GB/s a process", lambda r: r["bandwidth"] / 1e9),
+        ("products, Gflop/s a process", lambda r: r["rate"] / 1e9),
+        ("a sum of three numbers, µs", lambda r: r["sum_seconds"] * 1e6 if "sum_seconds" in r else None),
+        ("a message, µs", lambda r: r["message_seconds"] * 1e6 if "message_seconds" in r else None),
+    ]
+    return machine(named(records, "versions")[0]) + "\n" + table(found, columns)
+
+
+def scaling_grid(records: list[Record]) -> str:
+    """Steps of Doge-ADMM, one row a layout."""
+    return _measured(
+        records,
+        "grid",
+        ("grid", lambda r: f"{r['side']}²{' a process' if r.get('weak') else ''}, k={r['order']}, {r['dtype']}"),
+        lambda r, grow, d: grid_iteration((r["side"] * grow, r["side"]), r["order"], d, 4 if "32" in r["dtype"] else 8),
+        lambda r: 1,
+        ("ms a step", lambda r: 1e3 * r["seconds"]),
+    )
+
+
+def scaling_layer(records: list[Record]) -> str:
+    """Layer solves, one row a layout."""
+    return _measured(
+        records,
+        "layer",
+        (
+            "layer",
+            lambda r: (
+                f"{r['method']} {r['preset']}, {r['outputs']} x {r['inputs']}" + (" a process" if r.get("weak") else "")
+            ),
+        ),
+        lambda r, grow, d: layer_iteration(r["outputs"] * grow, r["inputs"], d),
+        field("steps"),
+        ("seconds", field("seconds")),
+    )
+
+
+def _measured(
+    records: list[Record],
+    figure: str,
+    what: Column,
+    cost: Callable[[Record, int, int], Cost],
+    iterations: Callable[[Record], Any],
+    time: Column,
+) -> str:
+    found, speeds = named(records, figure), {r["layout"]: r for r in named(records, "machine")}
+    if not found or BASE not in speeds:
+        return missing(SCALING)
+    base: dict[str, float] = {}
+    for record in found:
+        task = what[1](record)
+        if record["layout"] == BASE:
+            base[task] = record["seconds"]
+        devices = int(record["layout"].split(" ")[0])
+        record["speedup"] = base[task] / record["seconds"] * (devices if record.get("weak") else 1)
+        if devices == 1:
+            continue
+        # What one process measured, scaled as its work is; words as long as they took between these processes. While
+        # all work, each reaches less of the memory.
+        here, alone = speeds[record["layout"]], speeds[BASE]
+        grow = devices if record.get("weak") else 1
+        one, part = cost(record, 1, 1), cost(record, grow, devices)
+        slower = alone["bandwidth"] / here["bandwidth"]
+        network = Machine("", 1.0, 1.0, here["message_seconds"], here["link"])
+        worked = base[task] * part.moved / one.moved * (slower if figure == "grid" else 1)
+        words = part.said(network, devices) * iterations(record)
+        record["predicted"] = base[task] / (worked + words) * grow
+    columns: list[Column] = [
+        what,
+        ("layout", field("layout")),
+        time,
+        ("speed, against one process on one core", field("speedup")),
+        ("by the model", field("predicted")),
+    ]
+    return table(found, columns)
+
+
+def scaling_predicted(records: list[Record]) -> str:
+    """What the model says of up to 4,096 accelerators; needs no records."""
+    del records
+    cases: list[tuple[str, Callable[[int], Cost]]] = [
+        ("Doge-ADMM, 8192², k=0", lambda d: grid_iteration((8192, 8192), 0, d)),
+        ("Doge-ADMM, 65536², k=0", lambda d: grid_iteration((65536, 65536), 0, d)),
+        ("Doge-ADMM, 65536², k=1", lambda d: grid_iteration((65536, 65536), 1, d)),
+        ("Doge-ADMM, 4096³, k=0", lambda d: grid_iteration((4096, 4096, 4096), 0, d)),
+        ("mAIHT, 4096 x 4096 (7B)", lambda d: layer_iteration(4096, 4096, d)),
+        ("mAIHT, 11008 x 4096 (7B)", lambda d: layer_iteration(11008, 4096, d)),
+        ("mAIHT, 28672 x 8192 (70B)", lambda d: layer_iteration(28672, 8192, d)),
+        ("Gram and forward, in 8192, 2¹⁸ tokens", lambda d: calibration(8192, 2**18, 1, d)),
+    ]
+
+    def shown(cost: Callable[[int], Cost], devices: int) -> str:
+        took = cost(devices).seconds(ACCELERATOR, devices)
+        gain = cost(1).seconds(ACCELERATOR, 1) / took
+        return f"{number(1e3 * took)} ({number(gain)})"
+
+    headings: list[Column] = [("ms an iteration (gain)", field("case"))]
+    headings += [(f"{devices:,}", field(str(devices))) for devices in DEVICES]
+    return table(({"case": name} | {str(d): shown(cost, d) for d in DEVICES} for name, cost in cases), headings)

@@ -1,0 +1,105 @@
+"""Floor 0: several devices as one line of them, of this process or of many, and arrays laid out over it.
+
+An array over the line is one JAX array whose parts lie on the devices; programs under `jit` follow where their
+arguments lie. Each process holds the parts of its own devices only, and every process runs the same program.
+"""
+
+import contextlib
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# The name of the line's only axis.
+AXIS = "devices"
+
+Devices = int | Literal["all"] | Mesh | None
+
+
+def device_line(devices: Devices) -> Mesh | None:
+    """The devices to work on as a mesh of one axis; None for the one that JAX takes by default.
+
+    Args:
+        devices: how many of those that JAX sees, all processes together; "all" for all of them; a `Mesh` of one axis
+            of the name "devices"; None for one device. With several processes there is no other number than all.
+
+    Raises:
+        ValueError: for a number below 1 or above that of the devices, or a mesh with other axes.
+    """
+    if devices is None:
+        return None
+    if isinstance(devices, Mesh):
+        if devices.axis_names != (AXIS,):
+            raise ValueError(f'the mesh must have one axis, "{AXIS}", given the axes {devices.axis_names}')
+        return devices if devices.size > 1 else None
+    present = jax.devices()
+    if devices == "all":
+        devices = len(present)
+    if isinstance(devices, bool) or not isinstance(devices, int) or not 1 <= devices <= len(present):
+        raise ValueError(
+            f'devices must be a number from 1 to {len(present)}, what JAX sees here, or "all"; given {devices!r}. '
+            "On a CPU the environment variable XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight"
+        )
+    if jax.process_count() > 1 and devices != len(present):
+        raise ValueError(
+            f"{jax.process_count()} processes work on all their {len(present)} devices together, given {devices}"
+        )
+    return None if devices == 1 else Mesh(np.asarray(present[:devices]), (AXIS,))
+
+
+def over(mesh: Mesh, axis: int | None = 0) -> NamedSharding:
+    """The layout that cuts one axis of an array into as many equal parts as devices; None gives each all of it."""
+    return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS))
+
+
+def put(values: Any, layout: NamedSharding) -> jax.Array:
+    """A host array, the same in every process, laid out over a mesh; each process copies its own parts only."""
+    values = np.asarray(values)
+    return jax.make_array_from_callback(values.shape, layout, lambda part: values[part])
+
+
+def put_tree(tree: Any, layout: NamedSharding) -> Any:
+    """`put` for every leaf of a tree."""
+    return jax.tree.map(lambda leaf: put(leaf, layout), tree)
+
+
+def whole(values: jax.Array) -> np.ndarray:
+    """A laid out array as one host array, in every process; all of them have to ask for it."""
+    if values.is_fully_addressable:
+        return np.asarray(values)
+    if not values.is_fully_replicated:
+        assert isinstance(values.sharding, NamedSharding)
+        values = _replicated(values, NamedSharding(values.sharding.mesh, PartitionSpec()))
+    return np.asarray(values.addressable_data(0))
+
+
+def _replicated(values: jax.Array, layout: NamedSharding) -> jax.Array:
+    return jax.jit(lambda x: x, out_shardings=layout)(values)
+
+
+class Exchange(NamedTuple):
+    """What a device sends to others.
+
+    Attributes:
+        messages: how many.
+        bytes: of all of them.
+    """
+
+    messages: int
+    bytes: int
+
+    def repeated(self, times: int) -> "Exchange":
+        """So many times."""
+        return Exchange(times * self.messages, times * self.bytes)
+
+
+def at_work(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The block in which programs are traced for arrays over a mesh, so that `parts_at_work` knows of it."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def parts_at_work() -> int:
+    """Into how many parts arrays are cut in the program that is being traced; 1 outside of `at_work`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape.get(AXIS, 1)

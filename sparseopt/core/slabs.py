@@ -1,0 +1,152 @@
+"""Floor 1.5: D of a grid that is cut into slabs, one a device, along one axis.
+
+The slabs are of one size: the last ones are filled up by rows of padding, which carry no edges and stay 0. D takes the
+first row of the next slab, Dᵀ the last row of edges of the slab before, L both neighbouring rows at once. Every
+number is found by the same operations as on one device.
+
+A slab is worked on as if it were alone, then its border rows are written over. So the exchange may go on beside the
+work; and XLA for CPUs (jaxlib 0.10.2) makes of it quicker loops than of one stencil that asks of every node whether it
+is on a border.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from sparseopt.core.mesh import AXIS, Exchange
+from sparseopt.core.operators import ahead, ahead_transpose
+from sparseopt.core.types import pytree, static
+
+FloatArray = Float[Array, "..."]
+
+
+@pytree
+class SlabBase:
+    """D of a grid over several devices; nodes `[*padded]`, edges `[dimensions, *padded]`, cut along one of its axes.
+
+    As `GridBase` but for the padded rows. Those, and rows of the cut axis without an edge, are 0 in what it takes and
+    gives.
+
+    Attributes:
+        shape: of the grid.
+        axis: which is cut.
+        mesh: of one axis, the devices in the order of the slabs.
+    """
+
+    shape: tuple[int, ...] = static()
+    axis: int = static()
+    mesh: Mesh = static()
+
+    @property
+    def rows(self) -> int:
+        """The rows of a slab."""
+        return -(-self.shape[self.axis] // self.mesh.size)
+
+    @property
+    def node_shape(self) -> tuple[int, ...]:
+        """The shape of a node array without channels."""
+        return tuple(self.rows * self.mesh.size if i == self.axis else n for i, n in enumerate(self.shape))
+
+    @property
+    def edge_shape(self) -> tuple[int, ...]:
+        """The shape of an edge array without channels."""
+        return (len(self.shape), *self.node_shape)
+
+    def exchange(self, channels: int, itemsize: int) -> Exchange:
+        """What one factor D or Dᵀ makes a device send, where it has a neighbour: one row."""
+        row = math.prod(n for i, n in enumerate(self.shape) if i != self.axis)
+        return Exchange(1, row * channels * itemsize)
+
+    def difference(self, x: FloatArray) -> FloatArray:
+        """`D x`."""
+
+        def local(x: FloatArray) -> FloatArray:
+            last, after = self._part(x, -1, None), self._from_next(self._part(x, 0, 1))
+            border = last - jnp.where(self._joined(last, self.rows - 1), after, last)
+            inner = [self._along(x, 0) if i == self.axis else ahead(x, i) for i in range(len(self.shape))]
+            start = [self.axis, *(self.rows - 1 if i == self.axis else 0 for i in range(x.ndim))]
+            return jax.lax.dynamic_update_slice(jnp.stack(inner), border[None], start)
+
+        return self._apart(local, 0, 1)(x)
+
+    def divergence(self, e: FloatArray) -> FloatArray:
+        """`Dᵀ e`."""
+
+        def local(e: FloatArray) -> FloatArray:
+            along = e[self.axis]
+            first, before = self._part(along, 0, 1), self._from_previous(self._part(along, -1, None))
+
+            def summed(along: FloatArray, stop: int | None) -> FloatArray:
+                return self._summed(along, lambda i: ahead_transpose(self._part(e[i], 0, stop), i))
+
+            inner = along - self._padded(self._part(along, 0, -1), 1, 0)
+            return self._with_row(summed(inner, None), summed(first - before, 1), 0)
+
+        return self._apart(local, 1, 0)(e)
+
+    def laplacian(self, x: FloatArray) -> FloatArray:
+        """`DᵀD x`, from differences, so that constants vanish exactly."""
+
+        def stencil(x: FloatArray, place: int) -> FloatArray:
+            along = ahead_transpose(self._along(x, place), self.axis)
+            return self._summed(along, lambda i: ahead_transpose(ahead(x, i), i))
+
+        def local(x: FloatArray) -> FloatArray:
+            first, last = self._part(x, 0, 1), self._part(x, -1, None)
+            before, after = self._from_previous(last), self._from_next(first)
+            before = jnp.where(self._joined(first, -1), before, first)
+            after = jnp.where(self._joined(last, self.rows - 1), after, last)
+            if self.rows == 1:
+                return self._part(stencil(jnp.concatenate([before, x, after], self.axis), -1), 1, 2)
+            top = stencil(jnp.concatenate([before, self._part(x, 0, 2)], self.axis), -1)
+            bottom = stencil(jnp.concatenate([self._part(x, -2, None), after], self.axis), self.rows - 2)
+            image = self._with_row(stencil(x, 0), self._part(top, 1, 2), 0)
+            return self._with_row(image, self._part(bottom, 1, 2), self.rows - 1)
+
+        return self._apart(local, 0, 0)(x)
+
+    def _apart(self, local: Callable[..., Any], before: int, after: int) -> Callable[..., Any]:
+        """The function of a slab as one of all slabs, whose arrays have so many axes before those of the grid."""
+        specs = [PartitionSpec(*[None] * (extra + self.axis), AXIS) for extra in (before, after)]
+        return jax.shard_map(local, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1])
+
+    def _from_next(self, row: FloatArray) -> FloatArray:
+        """What the next slab hands over; the last one gets zeros."""
+        return jax.lax.ppermute(row, AXIS, [(i + 1, i) for i in range(self.mesh.size - 1)])
+
+    def _from_previous(self, row: FloatArray) -> FloatArray:
+        return jax.lax.ppermute(row, AXIS, [(i, i + 1) for i in range(self.mesh.size - 1)])
+
+    def _joined(self, x: FloatArray, place: int) -> Bool[Array, "..."]:
+        """Which rows of x, the rows of the slab from `place` on, are joined to their next ones."""
+        first = jax.lax.axis_index(AXIS) * self.rows + place
+        index = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, self.axis)
+        return (index >= 0) & (index < self.shape[self.axis] - 1)
+
+    def _along(self, x: FloatArray, place: int) -> FloatArray:
+        """`x[i] - x[i + 1]` within the rows from `place` on, 0 in the last one and where no edge is."""
+        own, after = self._part(x, 0, -1), self._part(x, 1, None)
+        if self.rows * self.mesh.size > self.shape[self.axis]:
+            after = jnp.where(self._joined(own, place), after, own)
+        return self._padded(own - after, 0, 1)
+
+    def _summed(self, along: FloatArray, across: Callable[[int], FloatArray]) -> FloatArray:
+        """The terms of all axes in their order, which rounding tells."""
+        terms = [along if i == self.axis else across(i) for i in range(len(self.shape))]
+        return sum(terms[1:], terms[0])
+
+    def _part(self, x: FloatArray, start: int, stop: int | None) -> FloatArray:
+        return jax.lax.slice_in_dim(x, start, stop, axis=self.axis)
+
+    def _with_row(self, x: FloatArray, row: FloatArray, place: int) -> FloatArray:
+        return jax.lax.dynamic_update_slice_in_dim(x, row, place, self.axis)
+
+    def _padded(self, x: FloatArray, before: int, after: int) -> FloatArray:
+        widths = [(0, 0)] * x.ndim
+        widths[self.axis] = (before, after)
+        return jnp.pad(x, widths)

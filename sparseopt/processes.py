@@ -1,0 +1,337 @@
+"""Floor 0: several processes that run one program together, on one machine or on many, and end together.
+
+JAX's own runtime joins them (`jax.distributed`) and carries their numbers. What it lacks for a person is an end: where
+one process raises, the others would wait in their next exchange for ever, and where one is killed, each would print
+what its network library makes of it. So every process holds one connection to process 0. It closes with its process,
+however that ends; process 0 then tells all the others why, says it once, and they stop.
+
+Process 0 speaks and writes for all.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+# The connections carry nothing for hours: after so many seconds without an answer the system asks, so often.
+PROBE_AFTER, PROBES = 5, 3
+# What an error waits for the news of a lost process, of which it may be the consequence.
+GRACE_SECONDS = 1.0
+CONNECT_SECONDS = 10.0
+# The usual names; JAX itself reads the first.
+ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def count() -> int:
+    """How many processes work together; 1 without any others."""
+    return jax.process_count()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    return jax.process_index() == 0
+
+
+def join(
+    coordinator: str | None = None, processes: int | None = None, index: int | None = None, timeout: int = 300
+) -> None:
+    """Meet the other processes; to be called before anything is computed.
+
+    Args:
+        coordinator: "HOST:PORT" of process 0, which the others can reach; None takes `JAX_COORDINATOR_ADDRESS`.
+        processes: how many there are; None takes `JAX_NUM_PROCESSES`.
+        index: the number of this one, from 0; None takes `JAX_PROCESS_ID`. What neither gives, JAX finds out where a
+            SLURM or MPI job, Kubernetes or a Cloud TPU started the processes.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        ValueError: if there is nothing to go by, or what was given makes no sense.
+        RuntimeError: if the others do not come, or process 0 cannot be reached.
+    """
+    given = [coordinator, processes, index]
+    for place, name in enumerate(ENVIRONMENT):
+        if given[place] is None and os.environ.get(name):
+            given[place] = os.environ[name]
+    address = None if given[0] is None else _checked_address(str(given[0]))
+    number, own = (None if v is None else _whole_number(v, n) for v, n in zip(given[1:], ENVIRONMENT[1:], strict=True))
+    if number is not None and own is not None and not 0 <= own < number:
+        raise ValueError(f"process ids run from 0 to {number - 1} for {number} processes, given {own}")
+    try:
+        jax.distributed.initialize(address, number, own, initialization_timeout=timeout)
+    except (ValueError, RuntimeError, TypeError) as error:
+        if None in (address, number, own):
+            raise ValueError(
+                "--distributed needs --coordinator HOST:PORT, --processes N and --process-id I (or "
+                f"{', '.join(ENVIRONMENT)}), or a SLURM, MPI, Kubernetes or Cloud TPU job to take them from ({error})"
+            ) from error
+        raise RuntimeError(
+            f"process {own} of {number} did not meet the others at {address} within {timeout} s: {error}"
+        ) from error
+    if count() > 1:
+        _Bond.hold(None if address is None else address.rpartition(":")[0])
+
+
+def _checked_address(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f"the coordinator's address must be HOST:PORT, as in node1:1234, given {text!r}")
+    return text
+
+
+def _whole_number(value: Any, name: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{name} must be a whole number, given {value!r}") from None
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What all processes do: if one of them raises in it, or is lost, all end, with one message by process 0.
+
+    A process of its own just raises.
+    """
+    if count() == 1:
+        yield
+        return
+    bond = _Bond.held
+    assert bond is not None, "join() comes first"
+    try:
+        yield
+        barrier("end")
+    except BaseException as error:
+        bond.fail(error)
+        raise
+    bond.release()
+
+
+def barrier(name: str) -> None:
+    """Go on when all processes have come here."""
+    if count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def told(value: Any) -> Any:
+    """What process 0 has, in every process: anything that JSON carries. The others' `value` is not looked at."""
+    if count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
+    filled = np.zeros(size, np.uint8)
+    filled[: content.size] = content
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(filled)).tobytes())
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any process says True."""
+    return bool(np.any(_gathered(np.asarray([flag]))))
+
+
+def agree(parts: Mapping[str, Any]) -> None:
+    """See that all processes were given the same.
+
+    Args:
+        parts: what must be the same, JSON-ready, by names that a person knows.
+
+    Raises:
+        ValueError: in every process, naming what differs, and in which processes it is not what process 0 has.
+    """
+    digests = [
+        hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest() for value in parts.values()
+    ]
+    mine = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
+    found = _gathered(mine)
+    same = np.all(found == found[0], axis=2)
+    if same.all():
+        return
+    others = [int(i) for i in np.flatnonzero(~same.all(axis=1))]
+    names = [name for name, fits in zip(parts, same.all(axis=0), strict=True) if not fits]
+    raise ValueError(
+        f"not all processes were given the same {', '.join(names)}: other than process 0 has it {_listed(others)} of "
+        f"{len(found)}; start all with the same command, files and version"
+    )
+
+
+def _listed(processes: Sequence[int]) -> str:
+    shown = ", ".join(map(str, processes[:8])) + (", ..." if len(processes) > 8 else "")
+    return f"process{'es' if len(processes) > 1 else ''} {shown}"
+
+
+def _gathered(values: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, `[processes, ...]`."""
+    if count() == 1:
+        return values[None]
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(values)).reshape(-1, *values.shape)
+
+
+class _Bond:
+    """The connections of process 0 with all others, or of another with process 0, and the thread that watches them."""
+
+    held: "_Bond | None" = None
+
+    def __init__(self, peers: dict[int, socket.socket]) -> None:
+        self._peers, self._lock = peers, threading.Lock()
+        self._index, self._count = jax.process_index(), count()
+        self._ended: set[int] = set()
+        self._released = False
+        for number, peer in peers.items():
+            _probe(peer)
+            threading.Thread(target=self._watch, args=(number, peer), daemon=True).start()
+
+    @classmethod
+    def hold(cls, host: str | None) -> None:
+        """Connect all processes with process 0; `host` is its name where that is known."""
+        listener = socket.create_server(("", 0), backlog=count()) if is_first() else None
+        offer = None
+        if listener is not None:
+            own = socket.gethostname()
+            offer = [[host, own, socket.getfqdn(), *_addresses(own)], listener.getsockname()[1], secrets.token_hex(16)]
+        names, port, secret = told(offer)
+        if listener is None:
+            cls.held = cls({0: _reach(list(dict.fromkeys(filter(None, names))), port, secret)})
+        else:
+            with listener:
+                cls.held = cls(_accept(listener, secret))
+
+    def fail(self, error: BaseException) -> None:
+        """End all processes for an error in this one; returns only where the news of it cannot be brought."""
+        time.sleep(GRACE_SECONDS)
+        code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
+        code = getattr(error, "exit_code", code)  # of the command line's own way to end
+        message = "stopped" if code == 130 else str(error) or type(error).__name__
+        verdict = {"text": f"process {self._index} of {self._count}: {message}", "code": code}
+        with contextlib.suppress(OSError):
+            if self._index == 0:
+                self._end(verdict)
+            else:
+                _send(self._peers[0], verdict)
+            # Process 0 answers by telling all, this one too; or another thread of it is about to.
+            time.sleep(CONNECT_SECONDS)
+
+    def release(self) -> None:
+        """All is done: the end of another process is no loss any more."""
+        with self._lock:
+            self._released = True
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                _send(peer, {"ended": True})
+
+    def _watch(self, number: int, peer: socket.socket) -> None:
+        verdict = None
+        with contextlib.suppress(OSError, ValueError), peer.makefile("r", encoding="utf-8") as lines:
+            for line in lines:
+                said = json.loads(line)
+                if said.get("ended"):
+                    self._ended.add(number)
+                else:
+                    verdict = said
+                    break
+        if verdict is None and (self._released or number in self._ended):
+            return
+        if verdict is None:
+            text = f"process {number} of {self._count} was lost: it was killed, or its machine or the network failed"
+            verdict = {"text": f"{text}. What is finished is kept: the same command goes on from there", "code": 1}
+            self._end(verdict, speak=True)
+        self._end(verdict)
+
+    def _end(self, verdict: dict[str, Any], *, speak: bool = False) -> None:
+        """Tell the others and leave, as process 0, or to `speak` for it, also say why; `os._exit`, since the main
+        thread may wait for another process and would hear nothing.
+        """
+        with self._lock:
+            if self._released:
+                return
+            self._released = True
+        if self._index == 0:
+            for peer in self._peers.values():
+                with contextlib.suppress(OSError):
+                    _send(peer, verdict)
+        if self._index == 0 or speak:
+            # Bars hide the cursor of a terminal.
+            show = "\x1b[?25h\n" if sys.stderr.isatty() else ""
+            os.write(2, f"{show}error: {verdict['text']}\n".encode())
+        if self._index == 0:
+            # Process 0 carries JAX's own service: it goes last.
+            time.sleep(GRACE_SECONDS)
+        os._exit(verdict["code"])
+
+
+def _addresses(name: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return sorted({str(found[4][0]) for found in socket.getaddrinfo(name, None)})
+    return []
+
+
+def _reach(names: Sequence[str], port: int, secret: str) -> socket.socket:
+    """A connection to process 0 under the first of its names that leads there."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            found = socket.create_connection((name.strip("[]"), port), timeout=CONNECT_SECONDS)
+            found.settimeout(None)
+            _send(found, {"process": jax.process_index(), "secret": secret})
+            return found
+    raise RuntimeError(
+        f"process {jax.process_index()} cannot reach process 0 at port {port} of {', '.join(names)}: "
+        "open the ports between the machines"
+    )
+
+
+def _accept(listener: socket.socket, secret: str) -> dict[int, socket.socket]:
+    """The connections of all other processes by their numbers."""
+    listener.settimeout(CONNECT_SECONDS * 6)
+    peers: dict[int, socket.socket] = {}
+    while len(peers) < count() - 1:
+        try:
+            peer, _ = listener.accept()
+        except TimeoutError:
+            missing = sorted(set(range(1, count())) - set(peers))
+            raise RuntimeError(
+                f"{_listed(missing)} of {count()} did not connect to process 0: open the ports between the machines"
+            ) from None
+        peer.settimeout(CONNECT_SECONDS)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            hello = json.loads(_line(peer))
+            if secrets.compare_digest(str(hello["secret"]), secret):
+                peer.settimeout(None)
+                peers[int(hello["process"])] = peer
+    return peers
+
+
+def _line(peer: socket.socket) -> bytes:
+    """The bytes up to the end of a line, one by one: what follows is for another reader."""
+    found = b""
+    while not found.endswith(b"\n") and len(found) < 1024:
+        byte = peer.recv(1)
+        if not byte:
+            break
+        found += byte
+    return found
+
+
+def _send(peer: socket.socket, message: dict[str, Any]) -> None:
+    peer.sendall((json.dumps(message) + "\n").encode())
+
+
+def _probe(peer: socket.socket) -> None:
+    """Have the system find out about a machine that is gone without a word."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", PROBE_AFTER), ("TCP_KEEPINTVL", PROBE_AFTER), ("TCP_KEEPCNT", PROBES)):
+        # Not every system knows them.
+        if hasattr(socket, name):
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,0 +1,35 @@
+"""What every process of `test_processes.py` runs: it meets the others, agrees with them, and ends as it is told to."""
+
+import os
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt import processes
+from sparseopt.core.mesh import device_line, over, put, whole
+
+how, who = sys.argv[1], int(sys.argv[2])
+processes.join(timeout=120)
+index = jax.process_index()
+with processes.together():
+    config = {"weight": 2 if how == "differs" and index == who else 1}
+    processes.agree({"config": config, "version": 1})
+    said = [processes.told({"from": index}), processes.any_of(index == who), processes.any_of(False)]
+    mesh = device_line("all")
+    values = put(np.arange(12, dtype=np.float32).reshape(4, 3), over(mesh))
+    said.append(whole(values * 2).tolist())
+    print(said, flush=True)
+    total = jax.jit(lambda x: jnp.sum(x * x))
+    until = time.monotonic() + (0 if how == "well" else 60)
+    while time.monotonic() < until:
+        # In the middle of exchanges, as a solve is.
+        float(total(values))
+        if index == who and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == who and how == "raises":
+            raise OSError("the disk is full")
+print("ended", flush=True)

@@ -1,0 +1,146 @@
+"""`sparseopt run CONFIG --distributed` in real processes: the results of one, a lost process, another config."""
+
+import json
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from sparseopt.experiments.config import load_config
+from sparseopt.experiments.runs import execute
+from tests.experiments.test_prune_tasks import TEXT
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.processes import free_port, start, wait
+from tests.pruning.test_pipeline import TOKENIZER
+
+BLOCKS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model, a text, and two configs: prune the model, and smooth a picture by Doge-ADMM."""
+    folder = tmp_path_factory.mktemp("distributed")
+    config = tiny_config(num_hidden_layers=BLOCKS)
+    source = write_folder(folder / "source", config, random_tensors(config, np.random.default_rng(1)))
+    (source / "tokenizer.json").write_text(TOKENIZER)
+    (folder / "text.txt").write_text(TEXT)
+    text = f"file:{folder / 'text.txt'}"
+    prune = {
+        "name": "prune", "task": "prune", "source": str(source), "calibration": text, "evaluation": text, "samples": 4,
+        "seqlen": 32, "heldout_samples": 2, "windows": 2, "evaluation_seqlen": 32, "preset": "paper",
+        "keep_model": True,
+    }  # fmt: skip
+    denoise = {
+        "name": "denoise", "task": "denoise", "picture": {"name": "camera", "size": 40}, "method": "doge",
+        "tol": 1e-6,
+    }  # fmt: skip
+    for values in (prune, denoise):
+        (folder / f"{values['name']}.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The records of one process."""
+
+    def run(name):
+        (planned,) = load_config(folder / f"{name}.yaml")
+        outcome = execute(planned, folder / "alone", lambda done, total, text: None)
+        assert outcome.error is None
+        return record(outcome.folder)
+
+    return run
+
+
+def record(run):
+    (line,) = (run / "records.jsonl").read_text().splitlines()
+    return json.loads(line)
+
+
+def launched(config, output, *more):
+    return [sys.executable, "-m", "sparseopt", "run", str(config), "--output", str(output), "--distributed", *more]
+
+
+def together(count, config, output, folder, *more):
+    return wait(start([launched(config, output, *more)] * count, folder, free_port()), folder)
+
+
+def same_layers(found, wanted):
+    """The same counts, errors alike to rounding, the same loss of the model."""
+    assert [(line["layer"], line["zeros"], line["steps"]) for line in found["layers"]] == [
+        (line["layer"], line["zeros"], line["steps"]) for line in wanted["layers"]
+    ]
+    ours, theirs = ([line["relative_error"] for line in each["layers"]] for each in (found, wanted))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3)
+    assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-3)
+
+
+def test_a_killed_process_ends_all_and_the_same_command_goes_on_behind_the_last_block(tmp_path, folder, alone):
+    config, output = folder / "prune.yaml", tmp_path / "runs"
+    running = start([launched(config, output)] * 4, tmp_path, free_port())
+    model = output / "prune" / "model"
+    until = time.monotonic() + 200
+    while not list(model.glob("*block-0001*")) and time.monotonic() < until:
+        assert all(process.poll() is None for process in running), (tmp_path / "err-0").read_text()
+        time.sleep(0.02)
+    running[2].kill()
+    began = time.monotonic()
+    ended = wait(running, tmp_path)
+    assert time.monotonic() - began < 30
+    assert [process.status for process in ended] == [1, 1, -signal.SIGKILL, 1]
+    assert ended[0].err.count("error: process 2 of 4 was lost") == 1
+    assert "Traceback" not in ended[0].err
+    assert [process.err for process in (ended[1], ended[3])] == ["", ""]
+    assert not (output / "prune" / "summary.json").exists()
+
+    again = together(4, config, output, tmp_path)
+    assert [process.status for process in again] == [0] * 4, again[0].err
+    assert 1 <= json.loads((model / "summary.json").read_text())["resumed_blocks"] < BLOCKS
+    same_layers(record(output / "prune"), alone("prune"))
+
+
+def test_a_fit_by_two_processes_is_that_of_one(tmp_path, folder, alone):
+    output = tmp_path / "runs"
+    ended = together(2, folder / "denoise.yaml", output, tmp_path)
+    assert [process.status for process in ended] == [0, 0], ended[0].err
+    # Only the first speaks.
+    assert "done   denoise" in ended[0].out
+    assert "denoise" not in ended[1].out
+    found, wanted = record(output / "denoise"), alone("denoise")
+    assert found["status"] == "CONVERGED"
+    assert found["objective"] == pytest.approx(wanted["objective"], rel=2e-6)
+    header = json.loads((output / "denoise" / "run.json").read_text())
+    assert (header["devices"], header["processes"]) == ("all", 2)
+    with np.load(output / "denoise" / "picture-repeat-0.npz") as ours:
+        assert ours["fitted"].shape == (40, 40)
+
+
+def test_processes_with_another_setting_stop_before_any_work(tmp_path, folder):
+    config, output = folder / "prune.yaml", tmp_path / "runs"
+    commands = [launched(config, output, *(["sparsity=0.6"] if index == 1 else [])) for index in range(2)]
+    ended = wait(start(commands, tmp_path, free_port()), tmp_path)
+    assert [process.status for process in ended] == [2, 2]
+    assert "not all processes were given the same settings: other than process 0 has it process 1 of 2" in ended[0].err
+    assert not output.exists()
+
+
+def test_a_task_for_one_device_is_refused_with_what_to_do(command, tmp_path):
+    (tmp_path / "descent.yaml").write_text("name: d\ntask: descent\n")
+    status, _, err = command("run", tmp_path / "descent.yaml", "--devices", "all", "--output", tmp_path / "runs")
+    assert status == 2
+    assert "the task 'descent' works on one device, given devices='all': share its runs with --shard i/n" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (["--devices", "0"], "--devices must be a whole number from 1, or all, given '0'"),
+        (["--processes", "4"], "--coordinator, --processes and --process-id belong to --distributed: add it"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(command, folder, given, text):
+    status, _, err = command("run", folder / "prune.yaml", *given)
+    assert (status, text in err) == (2, True)

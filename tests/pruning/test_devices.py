@@ -1,0 +1,180 @@
+"""Pruning over several devices: the results of one device, and what devices tell each other, counted.
+
+One process with eight virtual devices works out everything (`on_devices`); the tests judge what it found.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sparseopt.core.patterns import NM, RowTopK, TopK
+from sparseopt.models import TorchModel
+from sparseopt.pruning import AdmmPruning, LayerRecord, find_method, pipeline, prune_model
+from sparseopt.pruning.devices import check_cut
+from sparseopt.pruning.exchange import REFIT_STEP, calibration_bytes, iteration_bytes, selection_bytes
+from sparseopt.pruning.patterns import parse_pattern
+from sparseopt.pruning.reports import BlockRecord
+from sparseopt.pruning.run_folder import Progress
+from tests.pruning.on_devices import LAYERS
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("devices")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.pruning.on_devices", str(folder / "found.json"), str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_a_layer_solved_on_many_devices_is_that_of_one(found, name):
+    layer = found["layers"][name]
+    assert layer["support"]
+    assert layer["apart"] < 2e-4
+    assert layer["many"] == pytest.approx(layer["one"], rel=1e-3)
+    # Counts, steps and status are the same to the last one.
+    assert layer["many"][2:] == layer["one"][2:]
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_no_solve_brings_a_layer_together(found, name):
+    layer = found["layers"][name]
+    for kind, nbytes, _ in layer["program"]:
+        assert kind in ("all-reduce", "all-gather"), layer["program"]
+        # A device's own part of the layer is an eighth or a third of it; what is gathered are counts, and of one
+        # input the scores where a tie is broken. What is reduced is the sample, and totals of inputs.
+        own = layer["bytes"] // LAYERS[name][4]
+        assert nbytes <= (own // 4 if kind == "all-gather" else layer["bytes"]), layer["program"]
+
+
+def test_a_layer_that_does_not_fit_is_solved_by_blocks_over_all_devices(found):
+    blocks = found["layers"]["by blocks"]
+    assert blocks["solved"] == [24, 24]
+    assert blocks["parts"] == 2
+    assert blocks["support"]
+    assert blocks["apart"] == 0
+
+
+def test_a_pattern_of_blocks_that_a_cut_would_part_is_refused(found):
+    text = "8 devices hold 6 outputs each of the layer [out=48, in=32], which parts the pattern's blocks of 4 outputs"
+    assert found["layers"]["refused"].startswith(text)
+    assert found["layers"]["refused"].endswith("1, 2, 3, 4, 6 devices do not")
+    check_cut(parse_pattern("block:4x4", 0.5, (48, 32)), (48, 32), None)
+
+
+def test_ties_are_broken_as_on_one_device(found):
+    assert all(found["ties"].values()), found["ties"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "pattern"),
+    [
+        ("maiht on_increase", find_method("maiht"), TopK(8192)),
+        ("maiht always", find_method("maiht", "paper"), TopK(8192)),
+        ("maiht 2:4", find_method("maiht"), NM(2, 4)),
+        ("maiht per-row", find_method("maiht"), RowTopK(32)),
+        ("admm", AdmmPruning(), TopK(8192)),
+    ],
+)
+def test_an_iteration_exchanges_what_the_model_says(found, name, method, pattern):
+    shape = (256, 64)
+    inner = sum(nbytes for _, nbytes, depth in found["loops"][name] if depth == 2)
+    outer = sum(nbytes for _, nbytes, depth in found["loops"][name] if depth == 1)
+    if name == "admm":
+        # The branch for ties stands in the program too: totals of the inputs, and one input's scores.
+        outer -= 4 * (shape[1] + 1) + 4 * shape[0] // 8
+    once = iteration_bytes(method, pattern, shape, passes=0)
+    selections = {"admm": 1, "maiht per-row": 2}.get(name, 0)
+    each = selection_bytes(pattern, shape, 1) - selection_bytes(pattern, shape, 0)
+    assert inner == selections * each
+    # A pattern by row asks before the first pass whether to go on: the question stands in the loop's condition.
+    assert outer == once - (selections * each if name == "maiht per-row" else 0)
+
+
+def test_a_step_of_the_refit_exchanges_two_sums(found):
+    assert sum(nbytes for _, nbytes, _ in found["loops"]["refit"]) == REFIT_STEP
+
+
+@pytest.mark.parametrize("kind", ["plain", "experts"])
+def test_grams_and_streams_over_devices_are_those_of_one(found, kind):
+    calibration = found["calibration"][kind]
+    assert max(calibration["grams"].values()) < 2e-5, calibration["grams"]
+    assert any(name.endswith("tokens") for name in calibration["grams"])
+    assert calibration["stream"] < 1e-4
+    # Eleven windows, two a device in one batch of sixteen.
+    assert calibration["windows"] == [11, 11, 1, 16]
+
+
+def test_the_grams_of_a_block_are_exchanged_once(found):
+    for kind in ("plain", "experts"):
+        assert found["calibration"][kind]["adding"] == []
+    plain = found["calibration"]["plain"]
+    assert {kind for kind, *_ in plain["summing"]} == {"all-reduce"}
+    assert sum(nbytes for _, nbytes, _ in plain["summing"]) == calibration_bytes(plain["widths"], drift=True)
+
+
+@pytest.mark.parametrize("name", ["paper", "wanda owl"])
+def test_a_model_pruned_on_many_devices_is_that_of_one(found, name):
+    model = found["models"][name]
+    assert model["support"]
+    assert model["apart"] < 1e-4
+    assert model["steps"][0] == model["steps"][1]
+    assert model["tokens"] == [264, 264]
+    assert model["errors"][1] == pytest.approx(model["errors"][0], rel=1e-3)
+    assert model["summary"] == {"devices": 8, "processes": 1, "platform": "cpu", "precision": "highest"}
+
+
+def test_a_run_is_gone_on_with_on_another_number_of_devices(found):
+    assert found["models"]["gone on with"]["blocks"] == 1
+    assert found["models"]["gone on with"]["apart"] < 1e-4
+
+
+def test_a_budget_is_for_one_device(found):
+    assert found["models"]["refused"] == (
+        "a budget of memory is for one device, given 8GiB and 8 devices: leave one of the two out"
+    )
+
+
+def test_blocks_that_run_in_torch_are_for_one_device(tmp_path, monkeypatch):
+    class Foreign(TorchModel):
+        def __init__(self):
+            self.config = SimpleNamespace(model_type="foreign")
+
+    monkeypatch.setattr(pipeline, "open_model", lambda _: Foreign())
+    monkeypatch.setattr(pipeline, "device_line", lambda _: SimpleNamespace(size=2))
+    with pytest.raises(ValueError, match=r"blocks of a foreign model.*run in torch.*given 2: leave devices out"):
+        prune_model("any", tmp_path / "out", devices=2)
+
+
+def test_what_one_process_knows_of_an_earlier_run_is_what_it_tells_the_others():
+    trained = BlockRecord(0, 0.2, 0.1, None, None, 4, "FINISHED", 1.0, 0.5)
+    layer = LayerRecord(0, "a.q_proj", (4, 8), 32, 16, 0.1, None, 20, "CONVERGED", 1.0, 0.5, 0, 64, output_blocks=2)
+    known = Progress(1, [layer], [trained], ["outer", "block-0000"])
+    assert Progress.from_dict(json.loads(json.dumps(known.as_dict()))) == known
+
+
+@pytest.mark.parametrize("text", ["0", "some", "-1"])
+def test_the_command_takes_a_number_of_devices_or_all(command, tmp_path, source, text):
+    status, _, error = command("prune", source, "--output", tmp_path / "out", f"--devices={text}")
+    assert status == 2
+    assert f"--devices must be a whole number from 1, or all, given '{text}'" in error
+
+
+def test_more_devices_than_there_are_are_refused(tmp_path, source):
+    with pytest.raises(ValueError, match=r"devices must be a number from 1 to 1.*given 64"):
+        prune_model(source, tmp_path / "out", devices=64)

@@ -1,0 +1,97 @@
+"""Processes that work together end together: real ones, joined by gloo, that fail or are killed in an exchange."""
+
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparseopt import processes
+from tests.processes import free_port, start, wait
+
+SCRIPT = Path(__file__).parent / "ending_together.py"
+# From the death of one to the end of all, imports of the others included.
+PATIENCE = 30
+
+
+def ended(folder, how, who, count):
+    command = [sys.executable, str(SCRIPT), how, str(who)]
+    return wait(start([command] * count, folder, free_port()), folder)
+
+
+def test_processes_agree_hear_the_first_and_share_arrays(tmp_path):
+    found = ended(tmp_path, "well", 1, 2)
+    said = "[{'from': 0}, True, False, [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0], [12.0, 14.0, 16.0], [18.0, 20.0, 22.0]]]"
+    for process in found:
+        assert process.status == 0, process.err
+        assert process.out.endswith(f"{said}\nended\n")
+        assert process.err == ""
+
+
+def test_processes_with_another_config_stop_before_any_work(tmp_path):
+    found = ended(tmp_path, "differs", 2, 4)
+    assert [process.status for process in found] == [2] * 4
+    assert found[0].err == (
+        "error: process 0 of 4: not all processes were given the same config: other than process 0 has it process 2 of "
+        "4; start all with the same command, files and version\n"
+    )
+    assert [process.err for process in found[1:]] == [""] * 3
+    assert not any("[" in process.out.replace("[Gloo]", "") for process in found)
+
+
+def test_one_that_fails_ends_all_and_the_first_says_why(tmp_path):
+    found = ended(tmp_path, "raises", 2, 4)
+    assert [process.status for process in found] == [1] * 4
+    assert found[0].err == "error: process 2 of 4: the disk is full\n"
+    assert [process.err for process in found[1:]] == [""] * 3
+    assert not any("ended" in process.out for process in found)
+
+
+@pytest.mark.parametrize(("who", "count"), [(2, 4), (0, 2)])
+def test_one_that_is_killed_ends_all_within_half_a_minute(tmp_path, who, count):
+    command = [sys.executable, str(SCRIPT), "killed", str(who)]
+    running = start([command] * count, tmp_path, free_port())
+    running[who].wait(timeout=120)
+    began = time.monotonic()
+    found = wait(running, tmp_path)
+    assert time.monotonic() - began < PATIENCE
+    assert found.pop(who).status == -signal.SIGKILL
+    assert [process.status for process in found] == [1] * (count - 1)
+    text = f"error: process {who} of {count} was lost: it was killed, or its machine or the network failed."
+    spoken = [process.err.count(text) for process in found]
+    # The first speaks for all, unless it is the one that was lost.
+    assert spoken == [1] + [0] * (count - 2)
+    assert not any("Traceback" in process.err for process in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"coordinator": "node1"}, "the coordinator's address must be HOST:PORT, as in node1:1234, given 'node1'"),
+        ({"coordinator": "a:1", "processes": 4, "index": 4}, "process ids run from 0 to 3 for 4 processes, given 4"),
+        ({}, "--distributed needs --coordinator HOST:PORT, --processes N and --process-id I"),
+    ],
+)
+def test_what_cannot_be_joined_is_said_at_once(monkeypatch, given, text):
+    for name in processes.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
+        processes.join(**given)
+
+
+def test_numbers_in_the_environment_are_checked(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "four")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES must be a whole number, given 'four'"):
+        processes.join("a:1", None, 0)
+
+
+def test_one_process_alone_agrees_with_itself():
+    processes.agree({"config": 1})
+    processes.barrier("here")
+    assert processes.told([1, "a"]) == [1, "a"]
+    assert processes.any_of(True)
+    assert not processes.any_of(False)
+    with pytest.raises(OSError, match="as it is"), processes.together():
+        raise OSError("as it is")
