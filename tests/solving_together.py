@@ -1,0 +1,44 @@
+"""The problems of `test_solving_together.py`, solved on one device, or by all processes that run this as a script."""
+
+import sys
+
+import numpy as np
+
+import sparseopt as so
+from sparseopt import processes
+from sparseopt.core.mesh import device_line
+from sparseopt.pruning.blocked import solve_within_memory
+from sparseopt.pruning.layer import LayerJob
+from sparseopt.pruning.methods import find_method
+from sparseopt.pruning.patterns import parse_pattern
+
+METHODS = (("maiht", "paper"), ("admm", "best"))
+
+
+def solved(devices: str | None) -> dict[str, np.ndarray]:
+    """Answers by name: a layer by two methods, fits on a grid and on a graph, each with its steps."""
+    rng, found = np.random.default_rng(5), {}
+    tokens = rng.standard_normal((96, 24)).astype(np.float32)
+    tokens += 0.3 * tokens[:, :4] @ rng.standard_normal((4, 24)).astype(np.float32)
+    weight = rng.standard_normal((38, 24)).astype(np.float32)
+    job = LayerJob(weight, tokens.T @ tokens, None, parse_pattern("unstructured", 0.5, weight.shape))
+    for method, preset in METHODS:
+        report = solve_within_memory(job, find_method(method, preset), device_line(devices)).report
+        found |= {method: np.asarray(report.weight), f"{method} steps": np.asarray(int(report.steps))}
+    nodes = 60
+    ends = np.unique(np.sort(rng.integers(0, nodes, (140, 2)), axis=1), axis=0)
+    network = so.Graph.from_edges(ends[ends[:, 0] < ends[:, 1]], nodes)
+    for name, graph in (("grid", so.Graph.grid((18, 7))), ("graph", network)):
+        y = np.repeat(rng.standard_normal(graph.num_nodes // 6), 6) * 3 + rng.standard_normal(graph.num_nodes)
+        fit = so.trend_filter(y, graph, so.L1(0.7), 1, "doge", 1e-8, devices=devices)
+        found |= {name: np.asarray(fit.value), f"{name} steps": np.asarray(int(fit.steps))}
+        found |= {f"{name} gap": np.asarray(float(fit.gap)), f"{name} objective": np.asarray(float(fit.objective))}
+    return found
+
+
+if __name__ == "__main__":
+    processes.join(timeout=120)
+    with processes.together():
+        answers = solved("all")
+        if processes.is_first():
+            np.savez(sys.argv[1], **answers)
