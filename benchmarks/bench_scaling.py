@@ -2,9 +2,11 @@
 
     python benchmarks/bench_scaling.py [--only machine,grid,layer] [--repeats 3]
 
-Each measurement is made in processes of its own, joined by gloo and pinned to one core each; beside them stand one
-process on one core (the base of every ratio), one process on all cores, and one process with virtual devices. The runs
-of one comparison follow each other and are repeated; the quickest of each counts. Prints a JSON line a comparison.
+Each measurement is made in processes of its own, joined by gloo, with one thread of XLA each; beside them stand one
+process with one thread (the base of every ratio), one with as many threads as cores, and one with virtual devices. On
+grids also processes that work on their parts at the same time without a word: what the machine's memory allows at best.
+Processes are not pinned: the thread that waits for an exchange would keep the one that serves it from its core. The
+runs of one comparison follow each other and are repeated; the quickest of each counts. Prints a JSON line a comparison.
 """
 
 import argparse
@@ -46,11 +48,13 @@ def main() -> None:
 def compare(name: str, task: dict[str, Any], cores: int, repeats: int) -> None:
     """All layouts of one task, one after the other, `repeats` times."""
     layouts: dict[str, dict[str, Any]] = {
-        "1 process, 1 core": {"processes": 1},
-        f"{cores} processes, 1 core each": {"processes": cores},
-        f"1 process, {cores} cores": {"processes": 1, "free": True},
-        f"1 process, {cores} cores, 8 virtual devices": {"processes": 1, "free": True, "virtual": 8},
+        "1 process, 1 thread": {"processes": 1, "threads": 1},
+        f"{cores} processes, 1 thread each": {"processes": cores, "threads": 1},
+        f"1 process, {cores} threads": {"processes": 1, "threads": cores},
+        f"1 process, {cores} threads, 8 virtual devices": {"processes": 1, "threads": cores, "virtual": 8},
     }
+    if name == "grid" and not task.get("weak"):
+        layouts[f"{cores} processes, 1 thread each, without a word"] = {"processes": cores, "threads": 1, "apart": True}
     found: dict[str, list[dict[str, float]]] = {layout: [] for layout in layouts}
     for _ in range(repeats):
         for layout, how in layouts.items():
@@ -58,29 +62,28 @@ def compare(name: str, task: dict[str, Any], cores: int, repeats: int) -> None:
             grown = task | {"grow": how["processes"]} if task.get("weak") else task
             found[layout].append(measure({"kind": name, **grown}, **how))
     best = {layout: min(runs, key=lambda run: run["seconds"]) for layout, runs in found.items() if runs}
-    base = best["1 process, 1 core"]["seconds"]
+    base = best["1 process, 1 thread"]["seconds"]
     for layout, run in best.items():
         line = {"figure": name, **task, "layout": layout, **run, "repeats": repeats}
         spread = [each["seconds"] for each in found[layout]]
         print(json.dumps({**line, "slowest_seconds": max(spread), "speedup": base / run["seconds"]}), flush=True)
 
 
-def measure(task: dict[str, Any], processes: int, free: bool = False, virtual: int = 1) -> dict[str, float]:
+def measure(
+    task: dict[str, Any], processes: int, threads: int, virtual: int = 1, apart: bool = False
+) -> dict[str, float]:
     """One layout: start its processes, and take what the first of them printed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    core = sorted(os.sched_getaffinity(0))
     flags = f"--xla_force_host_platform_device_count={virtual}" if virtual > 1 else ""
     started = []
     for index in range(processes):
-        own = {"processes": processes, "index": index, "port": port, "virtual": virtual}
-        if not free:
-            own["core"] = core[index % len(core)]
+        own = {"processes": processes, "index": index, "port": port, "virtual": virtual, "apart": apart}
         command = [sys.executable, __file__, "--worker", json.dumps(task | own)]
         started.append(
             subprocess.Popen(
                 command, stdout=subprocess.PIPE, text=True,
-                env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+                env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": str(threads)},
             )
         )  # fmt: skip
     outputs = [process.communicate()[0] for process in started]
@@ -91,14 +94,11 @@ def measure(task: dict[str, Any], processes: int, free: bool = False, virtual: i
 
 def work(task: dict[str, Any]) -> None:
     """One process of a measurement."""
-    if "core" in task:
-        # Before JAX makes its threads.
-        os.sched_setaffinity(0, {task["core"]})
     from sparseopt import processes
 
     if task["processes"] > 1:
         processes.join(f"127.0.0.1:{task['port']}", task["processes"], task["index"])
-    task["devices"] = "all" if task["processes"] * task["virtual"] > 1 else None
+    task["devices"] = "all" if task["processes"] * task["virtual"] > 1 and not task["apart"] else None
     with processes.together():
         found = WORK[task["kind"]](task)
     if processes.is_first():
@@ -113,7 +113,7 @@ def grid(task: dict[str, Any]) -> dict[str, float]:
     import sparseopt as so
     from sparseopt import processes
 
-    rows = task["side"] * task.get("grow", 1)
+    rows = task["side"] * task.get("grow", 1) // (task["processes"] if task["apart"] else 1)
     rng = np.random.default_rng(0)
     truth = np.kron(rng.integers(0, 4, (rows // 64, task["side"] // 64)), np.ones((64, 64)))
     y = (truth + rng.standard_normal(truth.shape)).astype(task["dtype"])
@@ -197,12 +197,13 @@ def machine(task: dict[str, Any]) -> dict[str, float]:
         def loop(x: Any) -> Any:
             return jax.lax.fori_loop(0, times, lambda _, y: local(y), x)
 
-        whole = jax.jit(jax.shard_map(loop, mesh=mesh, in_specs=PartitionSpec(AXIS), out_specs=PartitionSpec(AXIS)))
+        each = PartitionSpec(AXIS)
+        whole = jax.jit(jax.shard_map(loop, mesh=mesh, in_specs=each, out_specs=each, check_vma=False))
         x = put([[0.5] * size] * mesh.size, over(mesh))
         return quickest(lambda: whole(x)) / times
 
     ring = [(i, (i + 1) % mesh.size) for i in range(mesh.size)]
-    halves = repeated(lambda y: jax.lax.pcast(jax.lax.psum(y, AXIS) / 2, AXIS, to="varying"), 200, 3)
+    halves = repeated(lambda y: jax.lax.psum(y, AXIS) / 2, 200, 3)
     passed = repeated(lambda y: jax.lax.ppermute(y, AXIS, ring) + 1, 20, 1 << 20)
     return found | {
         "sum_seconds": halves,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 NODE_PASSES, EDGE_PASSES = 5, 3
 # Iterations between two certificates, and numbers summed over all devices in one.
 CADENCE, CERTIFICATE_SUMS = 10, 8
-# Passes of a selection of the k largest, each a sum of three counts; the scores that its first levels come from.
-SELECTION_PASSES, SAMPLE_BYTES = 7, 16_384
+# Counts and losses that an iteration of mAIHT sums over all devices, in bytes four times as many; with "always" 15.
+LAYER_SUMS = 12
 # Arrays of the weight's size that an iteration of mAIHT reads or writes besides the product.
 WEIGHT_PASSES = 12
 
@@ -91,15 +91,15 @@ def grid_iteration(shape: tuple[int, ...], order: int, devices: int, itemsize: i
 
 
 def layer_iteration(outputs: int, inputs: int, devices: int) -> Cost:
-    """An iteration of mAIHT on a layer cut by outputs, with one selection."""
+    """An iteration of mAIHT on a layer cut by outputs, its monitor on increase."""
     columns = math.ceil(outputs / devices)
     return Cost(
         moved=4.0 * inputs**2 + 4.0 * WEIGHT_PASSES * inputs * columns,
         flops=2.0 * inputs**2 * columns,
         messages=0,
         sent=0,
-        sums=SELECTION_PASSES + 1,
-        summed=SAMPLE_BYTES + 12 * SELECTION_PASSES,
+        sums=LAYER_SUMS,
+        summed=4.0 * LAYER_SUMS,
     )
 
 

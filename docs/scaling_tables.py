@@ -7,7 +7,7 @@ from records import Column, Record, field, machine, missing, named, number, tabl
 from scaling_model import Cost, Machine, calibration, grid_iteration, layer_iteration
 
 SCALING = "make bench-scaling"
-BASE = "1 process, 1 core"
+BASE = "1 process, 1 thread"
 DEVICES = (1, 8, 64, 512, 4096)
 # An accelerator of 2023: half of its bandwidth of 3.35 TB/s and of its rate of float32 products, which is what such
 # programs reach; a network of 400 Gb/s for each device, and 20 microseconds for a message that a program on it sends.
@@ -76,7 +76,7 @@ def _measured(
             base[task] = record["seconds"]
         devices = int(record["layout"].split(" ")[0])
         record["speedup"] = base[task] / record["seconds"] * (devices if record.get("weak") else 1)
-        if devices == 1:
+        if devices == 1 or "without" in record["layout"]:
             continue
         # What one process measured, scaled as its work is; words as long as they took between these processes. While
         # all work, each reaches less of the memory.

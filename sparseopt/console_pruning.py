@@ -168,6 +168,9 @@ def run_lines(report: PruneReport) -> list[str]:
         f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
         memory_line(report),
     ]
+    if report.devices > 1:
+        several = f" of {report.processes} processes" if report.processes > 1 else ""
+        lines.append(f"{report.devices} devices{several} ({report.platform}) worked together")
     if report.resumed_blocks:
         lines.append(f"{report.resumed_blocks} blocks had been finished by an earlier run; the times are of both")
     if report.route == "torch":

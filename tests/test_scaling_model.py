@@ -1,0 +1,54 @@
+"""The model on paper of `docs/scaling_model.py` says what the package says of its own exchanges."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import sparseopt as so
+from sparseopt.core.mesh import AXIS
+from sparseopt.pruning.exchange import calibration_bytes, iteration_bytes
+from sparseopt.pruning.methods import find_method
+from sparseopt.pruning.patterns import parse_pattern
+from sparseopt.trend.devices import step_exchange
+
+MODEL = Path(__file__).parent.parent / "docs" / "scaling_model.py"
+
+
+@pytest.fixture(scope="module")
+def model():
+    spec = importlib.util.spec_from_file_location("scaling_model", MODEL)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by its name.
+    sys.modules["scaling_model"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["scaling_model"]
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_messages_and_bytes_of_a_step_on_a_grid(model, order):
+    shape, line = (40, 6, 5), Mesh(np.asarray(jax.devices()[:1]), (AXIS,))
+    said = step_exchange(so.Graph.grid(shape), line, order, model.CADENCE, dtype=np.float32)
+    one = model.grid_iteration(shape, order, 1)
+    assert model.CADENCE * one.messages == pytest.approx(said.messages)
+    assert model.CADENCE * one.sent == pytest.approx(said.bytes)
+
+
+def test_bytes_of_an_iteration_of_maiht_and_of_a_block_s_grams(model):
+    shape = (96, 64)
+    pattern = parse_pattern("unstructured", 0.5, shape)
+    assert model.layer_iteration(*shape, 8).summed == iteration_bytes(find_method("maiht", "best"), pattern, shape)
+    # Besides, the number of tokens and the sum of their weights.
+    assert model.calibration(64, 4096, 1, 8).summed + 8 == calibration_bytes([64])
+
+
+def test_time_falls_with_the_devices_until_words_take_over(model):
+    machine = model.Machine("", bandwidth=1e12, rate=1e13, latency=1e-5, link=1e10)
+    seconds = [model.grid_iteration((4096, 4096), 0, d).seconds(machine, d) for d in (1, 2, 8, 512)]
+    assert seconds[0] > seconds[1] > seconds[2]
+    assert model.grid_iteration((4096, 4096), 0, 512).said(machine, 512) > seconds[3] / 2
