@@ -64,7 +64,7 @@ def denoise(
     from sparseopt.trend.images import before_and_after
     from sparseopt.trend.images import denoise as denoise_array
 
-    chosen = None if devices is None else number_of_devices(devices)
+    chosen = number_of_devices(devices)
     stem = output.with_suffix("")
     picture, summary = Path(f"{stem}-before-after.png"), Path(f"{stem}-summary.json")
     for target in (output, picture, summary):
@@ -101,7 +101,7 @@ def trend(
     from sparseopt.trend import files
 
     penalties = {"l1": so.L1, "mcp": so.MCP, "scad": so.SCAD, "l0": so.L0, "group": so.GroupL2}
-    chosen = None if devices is None else number_of_devices(devices)
+    chosen = number_of_devices(devices)
     if penalty not in penalties:
         raise ValueError(f"unknown penalty {penalty!r}; known are {', '.join(penalties)}")
     summary = Path(f"{output.with_suffix('')}-summary.json")

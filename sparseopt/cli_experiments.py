@@ -87,8 +87,8 @@ def _run(
 
     part = parse_shard(shard)
     runs = take_shard(load_config(config, overrides, allow_code=allowed), part)
-    if devices is not None:
-        runs = over_devices(runs, number_of_devices(devices))
+    if (chosen := number_of_devices(devices)) is not None:
+        runs = over_devices(runs, chosen)
     planned = plan(runs, output)
     if dry_run:
         console.print(shown.plan_table(planned))

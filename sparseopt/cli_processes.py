@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -54,14 +54,14 @@ def is_first() -> bool:
     return processes.is_first()
 
 
-def number_of_devices(text: str) -> int | Literal["all"]:
-    """What `--devices` says.
+def number_of_devices(text: str | None) -> int | Literal["all"] | None:
+    """What `--devices` says; None where it was left out.
 
     Raises:
         ValueError: for anything but a whole number from 1, or "all".
     """
-    if text == "all":
-        return "all"
+    if text is None or text == "all":
+        return cast(Literal["all"] | None, text)
     if not (text.isdecimal() and int(text) >= 1):
         raise ValueError(f"--devices must be a whole number from 1, or all, given {text!r}")
     return int(text)

@@ -95,7 +95,7 @@ def prune(
     process_id: ProcessId = None,
 ) -> None:
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
-    chosen = None if devices is None else number_of_devices(devices)
+    chosen = number_of_devices(devices)
     settings: dict[str, Any] = {
         "pattern": pattern,
         "method": method,

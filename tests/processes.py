@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit status, stdout and stderr, and when, in seconds after the start of them all."""
+    """How a process ended: its exit status, stdout and stderr."""
 
     status: int
     out: str

@@ -5,6 +5,7 @@ arguments lie. Each process holds the parts of its own devices only, and every p
 """
 
 import contextlib
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -59,23 +60,20 @@ def put(values: Any, layout: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(values.shape, layout, lambda part: values[part])
 
 
-def put_tree(tree: Any, layout: NamedSharding) -> Any:
-    """`put` for every leaf of a tree."""
-    return jax.tree.map(lambda leaf: put(leaf, layout), tree)
-
-
 def whole(values: jax.Array) -> np.ndarray:
     """A laid out array as one host array, in every process; all of them have to ask for it."""
     if values.is_fully_addressable:
         return np.asarray(values)
     if not values.is_fully_replicated:
         assert isinstance(values.sharding, NamedSharding)
-        values = _replicated(values, NamedSharding(values.sharding.mesh, PartitionSpec()))
+        values = _bring_together(NamedSharding(values.sharding.mesh, PartitionSpec()))(values)
     return np.asarray(values.addressable_data(0))
 
 
-def _replicated(values: jax.Array, layout: NamedSharding) -> jax.Array:
-    return jax.jit(lambda x: x, out_shardings=layout)(values)
+@functools.cache
+def _bring_together(layout: NamedSharding) -> Any:
+    """What lays an array out anew; kept, since a function made at each call would be compiled at each."""
+    return jax.jit(lambda x: x, out_shardings=layout)
 
 
 class Exchange(NamedTuple):
