@@ -1,6 +1,6 @@
 """Strong and weak scaling of both solvers over processes and virtual devices, as far as this machine's cores go.
 
-    python benchmarks/bench_scaling.py [--only machine,grid,layer] [--repeats 3]
+    python benchmarks/bench_scaling.py [--only machine,grid,layer,block] [--repeats 3]
 
 Each measurement is made in processes of its own, joined by gloo, with one thread of XLA each; beside them stand one
 process with one thread (the base of every ratio), one with as many threads as cores, and one with virtual devices. On
@@ -160,6 +160,54 @@ def layer(task: dict[str, Any]) -> dict[str, float]:
     return {"seconds": min(found), "steps": int(solved.report.steps), "error": float(solved.report.relative_error)}
 
 
+def block(task: dict[str, Any]) -> dict[str, float]:
+    """Seconds of solving the seven linears of a Llama block at 50 %, with what is said of their answers."""
+    import numpy as np
+
+    from sparseopt import processes
+    from sparseopt.core.mesh import device_line, over, put
+    from sparseopt.pruning.layer import LayerJob
+    from sparseopt.pruning.methods import find_method
+    from sparseopt.pruning.patterns import parse_pattern
+    from sparseopt.pruning.side_by_side import Linear, solve_block
+
+    width, wide, narrow = task["width"], task["wide"], task["narrow"]
+    shapes = {"q": (width, width), "k": (narrow, width), "v": (narrow, width), "o": (width, width)}
+    shapes |= {"gate": (wide, width), "up": (wide, width), "down": (width, wide)}
+    rng, mesh = np.random.default_rng(0), device_line(task["devices"])
+
+    def gram(inputs: int) -> Any:
+        tokens = rng.standard_normal((2 * inputs, inputs)).astype(np.float32)
+        tokens += tokens[:, :8] @ rng.standard_normal((8, inputs)).astype(np.float32)
+        found = tokens.T @ tokens
+        return found if mesh is None else put(found, over(mesh, None))
+
+    attention, mixed, mlp, hidden = gram(width), gram(width), gram(width), gram(wide)
+    grams = {"q": attention, "k": attention, "v": attention, "o": mixed, "gate": mlp, "up": mlp, "down": hidden}
+
+    def linear(name: str) -> Linear:
+        outputs, inputs = shapes[name]
+        weight = (rng.standard_normal((outputs, inputs)) / inputs**0.5).astype(np.float32)
+        pattern = parse_pattern("unstructured", 0.5, weight.shape)
+        job = LayerJob(weight, grams[name], None, pattern)
+        return Linear(
+            f"{name}.weight", (outputs, inputs), pattern, 0, False, False, (outputs, inputs), lambda: (job, 0)
+        )
+
+    linears, method = [linear(name) for name in shapes], find_method(task["method"], task["preset"])
+    found = []
+    for _ in range(3):
+        processes.barrier("start")
+        start = time.perf_counter()
+        reports = [solved.report for _, solved in solve_block(linears, method, mesh)]
+        found.append(time.perf_counter() - start)
+    return {
+        "seconds": min(found),
+        "steps": sum(int(report.steps) for report in reports),
+        "error": sum(float(report.relative_error) for report in reports) / len(reports),
+    }
+
+
 def machine(task: dict[str, Any]) -> dict[str, float]:
     """What each process reaches while all of them work: copies, products, and words with the others."""
     import jax
@@ -212,7 +260,12 @@ def machine(task: dict[str, Any]) -> dict[str, float]:
     }
 
 
-WORK: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {"machine": machine, "grid": grid, "layer": layer}
+WORK: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
+    "machine": machine,
+    "grid": grid,
+    "layer": layer,
+    "block": block,
+}
 MEASURED: dict[str, list[dict[str, Any]]] = {
     "machine": [{}],
     "grid": [
@@ -226,6 +279,10 @@ MEASURED: dict[str, list[dict[str, Any]]] = {
         {"outputs": 2048, "inputs": 1024, "method": "maiht", "preset": "paper"},
         {"outputs": 1024, "inputs": 1024, "method": "admm", "preset": "best"},
         {"outputs": 1024, "inputs": 1024, "method": "maiht", "preset": "paper", "weak": True},
+    ],
+    "block": [
+        {"width": 576, "wide": 1536, "narrow": 192, "method": "maiht", "preset": "best"},
+        {"width": 768, "wide": 2048, "narrow": 768, "method": "admm", "preset": "best"},
     ],
 }
 

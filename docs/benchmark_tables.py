@@ -67,6 +67,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         scaling_tables.scaling_machine,
         scaling_tables.scaling_grid,
         scaling_tables.scaling_layer,
+        scaling_tables.scaling_block,
         scaling_tables.scaling_predicted,
         family_tables.families_machine,
         family_tables.families_proved,

@@ -58,6 +58,23 @@ def scaling_layer(records: list[Record]) -> str:
     )
 
 
+def scaling_block(records: list[Record]) -> str:
+    """The linears of a block, side by side where they are alike; one row a layout."""
+    found = named(records, "block")
+    if not found:
+        return missing(SCALING)
+    columns: list[Column] = [
+        (
+            "block",
+            lambda r: f"{r['method']} {r['preset']}, width {r['width']}, {r['narrow']} for keys, {r['wide']} inside",
+        ),
+        ("layout", field("layout")),
+        ("seconds", field("seconds")),
+        ("speed, against one process on one core", field("speedup")),
+    ]
+    return table(found, columns)
+
+
 def _measured(
     records: list[Record],
     figure: str,

@@ -1,5 +1,6 @@
 """The problems of `test_solving_together.py`, solved on one device, or by all processes that run this as a script."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -11,8 +12,10 @@ from sparseopt.pruning.blocked import solve_within_memory
 from sparseopt.pruning.layer import LayerJob
 from sparseopt.pruning.methods import find_method
 from sparseopt.pruning.patterns import parse_pattern
+from sparseopt.pruning.side_by_side import solve_side_by_side
 
 METHODS = (("maiht", "paper"), ("admm", "best"))
+BESIDE = ("beside the second", "beside the first")
 
 
 def solved(devices: str | None) -> dict[str, np.ndarray]:
@@ -25,6 +28,14 @@ def solved(devices: str | None) -> dict[str, np.ndarray]:
     for method, preset in METHODS:
         report = solve_within_memory(job, find_method(method, preset), device_line(devices)).report
         found |= {method: np.asarray(report.weight), f"{method} steps": np.asarray(int(report.steps))}
+    others = [dataclasses.replace(job, weight=job.weight[::-1]), dataclasses.replace(job, weight=-2 * job.weight**3)]
+    solver, mesh = find_method("maiht", "paper"), device_line(devices)
+    if mesh is None:
+        side_by_side = [solve_within_memory(other, solver) for other in others]
+    else:
+        side_by_side = solve_side_by_side(others, solver, mesh)
+    for name, one in zip(BESIDE, side_by_side, strict=True):
+        found |= {name: np.asarray(one.report.weight), f"{name} steps": np.asarray(int(one.report.steps))}
     nodes = 60
     ends = np.unique(np.sort(rng.integers(0, nodes, (140, 2)), axis=1), axis=0)
     network = so.Graph.from_edges(ends[ends[:, 0] < ends[:, 1]], nodes)

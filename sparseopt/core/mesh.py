@@ -60,20 +60,20 @@ def put(values: Any, layout: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(values.shape, layout, lambda part: values[part])
 
 
-def whole(values: jax.Array) -> np.ndarray:
-    """A laid out array as one host array, in every process; all of them have to ask for it."""
-    if values.is_fully_addressable:
-        return np.asarray(values)
-    if not values.is_fully_replicated:
-        assert isinstance(values.sharding, NamedSharding)
-        values = _bring_together(NamedSharding(values.sharding.mesh, PartitionSpec()))(values)
-    return np.asarray(values.addressable_data(0))
+def whole(values: Any) -> Any:
+    """A laid out array, or a tree of arrays over one mesh, as host arrays in every process; all have to ask for it."""
+    apart = [leaf for leaf in jax.tree.leaves(values) if not (leaf.is_fully_addressable or leaf.is_fully_replicated)]
+    if apart:
+        values = _bring_together(over(apart[0].sharding.mesh, None))(values)
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf if leaf.is_fully_addressable else leaf.addressable_data(0)), values
+    )
 
 
 @functools.cache
 def _bring_together(layout: NamedSharding) -> Any:
-    """What lays an array out anew; kept, since a function made at each call would be compiled at each."""
-    return jax.jit(lambda x: x, out_shardings=layout)
+    """What lays arrays out anew; kept, since a function made at each call would be compiled at each."""
+    return jax.jit(lambda tree: tree, out_shardings=layout)
 
 
 class Exchange(NamedTuple):

@@ -6,6 +6,7 @@
 `Shared` holds what several of them have in common at one block, so that it is computed once.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from sparseopt.machine import peak_memory_bytes
 from sparseopt.models import OUTER_TAG, Block, PrunableBlock, PrunableModel, ShardedWriter, TorchModel, block_tag
 from sparseopt.models.safetensors_file import UnreadTensor
 from sparseopt.pruning.activations import Batches, on_one_device
-from sparseopt.pruning.blocked import solve_within_memory
+from sparseopt.pruning.blocked import Solved
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting
 from sparseopt.pruning.devices import Line, agreed
 from sparseopt.pruning.evaluation import audit_stored
@@ -36,6 +37,7 @@ from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
 from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, RunLog
 from sparseopt.pruning.run_folder import Progress
+from sparseopt.pruning.side_by_side import Linear, solve_block
 
 
 class PruningError(RuntimeError):
@@ -194,23 +196,19 @@ class Branch:
         block = shared.block.copy()
         grams, tests = shared.grams(self._stream, recipe.weighting, drift=recipe.propagated_share > 0)
         tensors = {key: self._model.stored(key) for key in keys.values()}
-        for name, tap in block.linears.items():
-            key = keys[f"{name}.weight"]
-            weight = tensors[key].astype(self._writer.dtype_of(key), copy=False)
-            found, test_gram, moving = grams[tap], _test_gram(tests, tap), 0.0
-            starved = ".experts." in name and int(found.tokens) < recipe.min_expert_tokens
-            if starved:
-                # So few tokens say nothing of most weights: all inputs count the same.
-                found, test_gram = found._replace(gram=jnp.eye(len(found.gram))), None
-            elif recipe.propagated_share and found.drift is not None:
-                weight, moving = self._propagated(weight, found)
-            outputs = None if starved else self._weights.get(key)
-            job = LayerJob(weight, found.gram, test_gram, self._patterns[key], outputs)
-            record, pruned = self._prune_linear(job, index, key, moving, int(found.tokens), starved)
-            tensors[key] = pruned
-            self._layers.append(record)
-            self._log.record(record.as_dict())
-            observer(record)
+        linears = [
+            self._linear(keys[f"{name}.weight"], ".experts." in name, tensors, tap, grams, tests)
+            for name, tap in block.linears.items()
+        ]
+        try:
+            for linear, solved in solve_block(linears, self.method, self._mesh):
+                record = self._recorded(linear, solved, index)
+                tensors[linear.key] = np.asarray(solved.report.weight)
+                self._layers.append(record)
+                self._log.record(record.as_dict())
+                observer(record)
+        except MemoryError as error:
+            raise PruningError(f"{error}; then start the same command again") from error
         block.write({f"{name}.weight": tensors[keys[f"{name}.weight"]] for name in block.linears})
         if recipe.reconstruction is not None:
             trained = self._reconstruct(block, shared, recipe.reconstruction)
@@ -322,48 +320,69 @@ class Branch:
         block.write(tensors)
         return {keys[path]: value for path, value in tensors.items()}
 
-    def _prune_linear(
-        self, job: LayerJob, block: int, key: str, moving: float, tokens: int, starved: bool
-    ) -> tuple[LayerRecord, np.ndarray]:
-        """The record and the pruned weight; `moving` is what finding the job's target took, in seconds."""
-        try:
-            solved = solve_within_memory(job, self.method, self._mesh)
-        except MemoryError as error:
-            raise PruningError(f"{key.removesuffix('.weight')}: {error}; then start the same command again") from error
+    def _linear(
+        self, key: str, expert: bool, tensors: Mapping[str, np.ndarray], tap: str, grams: BlockGrams, tests: BlockGrams
+    ) -> Linear:
+        """A linear as it is to be pruned; its target is found when its turn comes."""
+        recipe, tokens = self.recipe, grams.tokens(tap)
+        starved = expert and tokens < recipe.min_expert_tokens
+        tested = not starved and bool(tests) and tests.tokens(tap) > 0
+        dtype = self._writer.dtype_of(key)
+        outputs = None if starved else self._weights.get(key)
+
+        def job() -> tuple[LayerJob, float]:
+            weight, found, moving = tensors[key].astype(dtype, copy=False), grams[tap], 0.0
+            gram = found.gram
+            if starved:
+                # So few tokens say nothing of most weights: all inputs count the same.
+                gram = jnp.eye(len(gram))
+            elif recipe.propagated_share and found.drift is not None:
+                weight, moving = self._propagated(weight, found)
+            return LayerJob(weight, gram, tests[tap].gram if tested else None, self._patterns[key], outputs), moving
+
+        shape, pattern = tensors[key].shape, self._patterns[key]
+        return Linear(
+            key=key,
+            shape=(shape[0], shape[1]),
+            pattern=pattern,
+            tokens=tokens,
+            starved=starved,
+            tested=tested,
+            kind=(shape, dtype, tested, outputs is None, jax.tree.structure(pattern)),
+            job=job,
+        )
+
+    def _recorded(self, linear: Linear, solved: Solved, block: int) -> LayerRecord:
+        """What is reported of a solved linear.
+
+        Raises:
+            PruningError: naming it, if its answer is not what it has to be.
+        """
         report: Any = solved.report
-        weight = job.weight
         status = Status(int(report.status))
         if status is Status.NONFINITE:
             raise PruningError(
-                f"the solve of {key} became non-finite; shards of earlier blocks are whole. "
+                f"the solve of {linear.key} became non-finite; shards of earlier blocks are whole. "
                 "Check its weights and Gram for huge values, or try another method"
             )
         try:
-            check_answer(report, self.method, job.pattern)
+            check_answer(report, self.method, linear.pattern)
         except RuntimeError as error:
-            raise PruningError(f"{key.removesuffix('.weight')}: {error}") from error
-        record = LayerRecord(
+            raise PruningError(f"{linear.name}: {error}") from error
+        return LayerRecord(
             block=block,
-            layer=key.removesuffix(".weight"),
-            shape=(weight.shape[0], weight.shape[1]),
-            size=weight.size,
+            layer=linear.name,
+            shape=linear.shape,
+            size=math.prod(linear.shape),
             zeros=int(report.zeros),
             relative_error=float(report.relative_error),
-            heldout_error=None if job.test_gram is None else float(report.test_error),
+            heldout_error=float(report.test_error) if linear.tested else None,
             steps=int(report.steps),
             status=status.name,
-            seconds=moving + solved.seconds,
+            seconds=solved.seconds,
             compile_seconds=solved.compile_seconds,
             dead_inputs=int(report.dead_inputs),
-            tokens=tokens,
-            starved=starved,
+            tokens=linear.tokens,
+            starved=linear.starved,
             output_blocks=solved.output_blocks,
         )
-        return record, np.asarray(report.weight)
-
-
-def _test_gram(tests: BlockGrams, tap: str) -> jax.Array | None:
-    """The held-out Gram of a tap; None without any tokens there."""
-    if not tests or not int(tests[tap].tokens):
-        return None
-    return tests[tap].gram

@@ -67,6 +67,12 @@ class BlockGrams(Mapping[str, Grams]):
         found = self.stacked[name]
         return found if expert is None else jax.tree.map(lambda part: part[expert], found)
 
+    def tokens(self, tap: str) -> int:
+        """How many tokens the Grams of a tap are made of."""
+        name, expert = (tap, None) if tap in self.stacked else stacked_name(tap)
+        found = self.stacked[name].tokens
+        return int(found if expert is None else found[expert])
+
     def __iter__(self) -> Iterator[str]:
         """All names."""
         for name, found in self.stacked.items():

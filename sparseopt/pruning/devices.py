@@ -1,4 +1,4 @@
-"""Floor 6: one layer over several devices.
+"""Floor 6: layers over several devices: one that is cut by outputs, or one for each device.
 
     weight [out, in]      cut by outputs: device i of d holds about out / d of them
     Gram   [in, in]       whole on each device
@@ -9,18 +9,23 @@ The pruned weight stays cut until the solve is done, and is then brought togethe
 
 Where the number of devices does not divide the outputs, the last devices hold fewer. An array that enters or leaves a
 program must be cut evenly, so zeros stand behind it there; inside they are gone, and every count is that of the layer.
+
+Layers of one shape, one for each device, are laid behind each other, `[d out, in]`, and cut between layers. Each device
+then runs the solve of one layer as if it were alone, at its own number of steps, in one program for all of them.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from sparseopt import processes
-from sparseopt.core.mesh import over, put, whole
+from sparseopt.core.mesh import AXIS, over, put, whole
 from sparseopt.core.patterns import BlockTopK
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.compiled import Compiled, Timed, laid_on
@@ -81,6 +86,62 @@ def solve_over(job: LayerJob, method: LayerMethod, mesh: Mesh) -> Timed:
     timed = cut_solver(weight, rest, line, method)
     report = dataclasses.replace(timed.value, weight=whole(timed.value.weight)[: line.outputs])
     return timed._replace(value=report)
+
+
+@functools.cache
+def side_by_side_solver(mesh: Mesh) -> Compiled:
+    """`solve_layer` of a layer for each device; arrays of the jobs lie behind each other, scalars in a row."""
+
+    def solve(weight: Any, job: LayerJob, method: LayerMethod) -> LayerReport:
+        pattern = jax.tree.map(lambda row: row[0], job.pattern)
+        report = solve_layer(dataclasses.replace(job, weight=weight, pattern=pattern), method)
+        rows = jax.tree.map(lambda scalar: scalar[None], dataclasses.replace(report, weight=None))
+        return dataclasses.replace(rows, weight=report.weight)
+
+    each, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    specs = (each, each, everywhere)
+    # No device tells another anything, so there is no type of that to be checked.
+    return Compiled(jax.shard_map(solve, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False), (0,))
+
+
+def place_side_by_side(jobs: Sequence[LayerJob], mesh: Mesh) -> tuple[Any, LayerJob]:
+    """Weights and jobs for `side_by_side_solver`: job i on device i, from the first again where there are fewer."""
+    turns = [jobs[i % len(jobs)] for i in range(mesh.size)]
+    patterns = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], job.pattern) for job in turns]
+    rest = [dataclasses.replace(job, weight=None, pattern=row) for job, row in zip(turns, patterns, strict=True)]
+    laid = jax.tree.map(lambda *parts: _laid_behind(parts, mesh), *rest)
+    return _laid_behind([job.weight for job in turns], mesh), laid
+
+
+def _laid_behind(parts: Sequence[Any], mesh: Mesh) -> jax.Array:
+    """Arrays of one shape behind each other, part i on device i; one that is there already is not copied."""
+    mine = [
+        _on_device(part, device)
+        for part, device in zip(parts, mesh.devices.flat, strict=True)
+        if device.process_index == jax.process_index()
+    ]
+    shape = (mesh.size * mine[0].shape[0], *mine[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, over(mesh), mine)
+
+
+def _on_device(part: Any, device: Any) -> jax.Array:
+    if isinstance(part, jax.Array) and part.is_fully_replicated:
+        for shard in part.addressable_shards:
+            if shard.device == device:
+                return shard.data
+    return jax.device_put(np.asarray(part), device)
+
+
+def reports_of(found: LayerReport, count: int) -> list[LayerReport]:
+    """The first reports of those of `side_by_side_solver`, whose arrays are on the host."""
+    outputs = len(found.weight) // len(found.steps)
+    scalars = dataclasses.replace(found, weight=None)
+    return [
+        dataclasses.replace(
+            jax.tree.map(lambda row, i=i: row[i], scalars), weight=found.weight[i * outputs : (i + 1) * outputs]
+        )
+        for i in range(count)
+    ]
 
 
 def check_cut(pattern: Pattern, shape: tuple[int, int], mesh: Mesh | None) -> None:

@@ -1,6 +1,6 @@
-"""Floor 6: what each pruning method does on one layer, counted: products, inverses, selections, workspace.
+"""Floor 6: what each pruning method does on one layer, counted: products, inverses, selections, sums, workspace.
 
-The numbers follow the methods' own settings; see `cost` for what is made of them.
+The numbers follow the methods' own settings; see `cost` and `side_by_side` for what is made of them.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,9 @@ from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, Spar
 COMPENSATION = 350
 # A solve that may stop early does so after about this share of its steps.
 RESTED = 0.6
+# Sums over all devices where a layer is cut, as `exchange` has them in bytes: in an iteration of mAIHT, in a step of
+# conjugate gradients, in a selection.
+ITERATION_SUMS, REFIT_SUMS, SELECTION_SUMS = 12, 2, 22
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class MethodCost:
         products: of the Gram with an array like the weight, `2 in² out` operations each.
         inverses: of a matrix `[in, in]`.
         selections: of the largest entries of all.
+        sums: over all devices, where the layer is cut over several.
         updates: operations an entry of the weight besides.
         square: workspace in arrays of float32 `[in, in]`.
         wide: workspace in arrays of float32 `[in, out]`.
@@ -31,6 +35,7 @@ class MethodCost:
     products: float
     inverses: float
     selections: float
+    sums: float
     updates: float
     square: float
     wide: float
@@ -41,19 +46,21 @@ def method_cost(method: LayerMethod) -> MethodCost | None:
     """The cost of a method of this package; None for one of your own."""
     match method:
         case Magnitude():
-            return MethodCost(0, 0, 1, 0, 0, 3.5, 0.7)
+            return MethodCost(0, 0, 1, SELECTION_SUMS, 0, 0, 3.5, 0.7)
         case Wanda():
-            return MethodCost(0, 0, 3, 0, 0, 4, 1.0)
+            return MethodCost(0, 0, 3, 3 * SELECTION_SUMS, 0, 0, 4, 1.0)
         case MaihtPruning():
             steps = method.max_steps * (RESTED if method.rest >= 0 else 1.0)
             # "always" looks at its monitor too, though not always by a product of its own.
             each = 1.5 if method.monitor == "always" else 1.1
-            return MethodCost(steps * each + method.refit_steps + 2, 0, 2, 0, 1, 10, 1.6)
+            sums = steps * ITERATION_SUMS + method.refit_steps * REFIT_SUMS + 2 * SELECTION_SUMS
+            return MethodCost(steps * each + method.refit_steps + 2, 0, 2, sums, 0, 1, 10, 1.6)
         case AdmmPruning():
             steps = method.levels * method.period * (RESTED if method.rest >= 0 else 1.0)
-            return MethodCost(steps + method.refit_steps + 1, method.levels, steps + 1, 0, 7.5, 4, 2.6)
+            sums = (steps + 1) * SELECTION_SUMS + method.refit_steps * REFIT_SUMS
+            return MethodCost(steps + method.refit_steps + 1, method.levels, steps + 1, sums, 0, 7.5, 4, 2.6)
         case SparseGpt():
-            return MethodCost(1, 2, 1, method.block * COMPENSATION, 2, 4, 1.5)
+            return MethodCost(1, 2, 1, SELECTION_SUMS, method.block * COMPENSATION, 2, 4, 1.5)
         case SplicePruning():
             first = method_cost(method.first)
             if first is None:
@@ -63,6 +70,7 @@ def method_cost(method: LayerMethod) -> MethodCost | None:
                 products=first.products + rounds * (method.inner_steps + 2) + method.refit_steps + 2,
                 inverses=first.inverses + 1,
                 selections=first.selections + rounds,
+                sums=first.sums + rounds * (method.inner_steps * REFIT_SUMS + SELECTION_SUMS),
                 updates=first.updates,
                 square=max(first.square, 2.5),
                 wide=max(first.wide, 5.5),

@@ -9,9 +9,10 @@ give, so later blocks make up for earlier ones' errors. Several recipes share on
 and so are computed the Grams in front of the first block, the dense model's own activations, and the survey behind
 an allocation.
 
-On several devices the windows of calibration and the outputs of each layer are cut among them (`activations`,
-`devices`). Of several processes each runs this same loop with the devices that it has; all read the source, and the
-first of them alone writes, and tells the others how far an earlier run came.
+On several devices the windows of calibration are shared among them (`activations`), and so are the linears of a block,
+whole ones side by side or each cut by its outputs (`side_by_side`, `devices`). Of several processes each runs this same
+loop with the devices that it has; all read the source, and the first of them alone writes, and tells the others how far
+an earlier run came.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """`sparseopt run CONFIG --distributed` in real processes: the results of one, a lost process, another config."""
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -78,7 +79,7 @@ def same_layers(found, wanted):
     assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-3)
 
 
-def test_a_killed_process_ends_all_and_the_same_command_goes_on_behind_the_last_block(tmp_path, folder, alone):
+def test_a_killed_process_ends_all_and_the_same_command_goes_on_behind_the_last_block(tmp_path, folder, alone, command):
     config, output = folder / "prune.yaml", tmp_path / "runs"
     running = start([launched(config, output)] * 4, tmp_path, free_port())
     model = output / "prune" / "model"
@@ -96,10 +97,20 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on_behind_the_last_
     assert [process.err for process in (ended[1], ended[3])] == ["", ""]
     assert not (output / "prune" / "summary.json").exists()
 
+    shutil.copytree(output, tmp_path / "one goes on")
     again = together(4, config, output, tmp_path)
     assert [process.status for process in again] == [0] * 4, again[0].err
     assert 1 <= json.loads((model / "summary.json").read_text())["resumed_blocks"] < BLOCKS
     same_layers(record(output / "prune"), alone("prune"))
+
+    # So does one process.
+    status, _, err = command("run", config, "--output", tmp_path / "one goes on")
+    assert status == 0, err
+    run = tmp_path / "one goes on" / "prune"
+    summary = json.loads((run / "model" / "summary.json").read_text())
+    assert 1 <= summary["resumed_blocks"] < BLOCKS
+    assert summary["processes"] == 1
+    same_layers(record(run), alone("prune"))
 
 
 def test_a_fit_by_two_processes_is_that_of_one(tmp_path, folder, alone):

@@ -67,7 +67,8 @@ def test_golden_files_are_what_the_reference_gives(name: str) -> None:
     assert set(stored) == set(computed)
     for key, value in computed.items():
         if key in ("hidden", "logits"):
-            np.testing.assert_allclose(stored[key], value, atol=1e-5, err_msg=key)
+            # Processors order the sums of float32 products differently: ten roundings or so of the largest value.
+            np.testing.assert_allclose(stored[key], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=key)
         else:
             np.testing.assert_array_equal(stored[key], value, err_msg=key)
 

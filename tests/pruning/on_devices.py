@@ -23,13 +23,14 @@ from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.thresholds import kth_largest, top_k_mask
 from sparseopt.models import open_model
-from sparseopt.pruning import LayerJob, Recipe, Stopped, blocked, find_method, prune_model
+from sparseopt.pruning import LayerJob, Recipe, Stopped, blocked, find_method, prune_model, side_by_side
 from sparseopt.pruning.activations import embed_batches, on_one_device, spread_batches
 from sparseopt.pruning.blocked import solve_within_memory
 from sparseopt.pruning.calibration import BlockRunner, grams_over, sum_over
-from sparseopt.pruning.devices import check_cut, cut_solver
+from sparseopt.pruning.devices import check_cut, cut_solver, side_by_side_solver
 from sparseopt.pruning.layer import layer_solver
 from sparseopt.pruning.patterns import parse_pattern
+from sparseopt.pruning.side_by_side import Linear, solve_block
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import make_layer
 
@@ -92,6 +93,42 @@ def layers():
         check_cut(parse_pattern("block:4x4", 0.5, (48, 32)), (48, 32), device_line(8))
     except ValueError as error:
         found["refused"] = str(error)
+    return found
+
+
+def blocks():
+    """Seven linears of two kinds, by maiht on eight devices and on one; steps and counts differ."""
+    rng, linears = np.random.default_rng(9), []
+    for i, outputs in enumerate([37, 24, 37, 37, 24, 37, 37]):
+        weight, gram, test_gram = make_layer(rng, outputs, INPUTS)
+        weights = np.exp(rng.standard_normal(outputs)).astype(np.float32)
+        pattern = parse_pattern("unstructured", 0.3 + 0.05 * i, weight.shape)
+        job = LayerJob(weight, gram, test_gram, pattern, weights)
+        linears.append(
+            Linear(f"{i}.weight", weight.shape, pattern, 1, False, True, weight.shape, lambda job=job: (job, 0.0))
+        )
+    solver, found = find_method("maiht", "best"), {}
+    alone = {linear.key: solved.report for linear, solved in solve_block(linears, solver, None)}
+
+    def short(*arguments):
+        raise MemoryError("out of memory")
+
+    mesh = device_line(8)
+    for name, some in (("side by side", linears), ("no memory", [linears[1], linears[4]])):
+        if name == "no memory":
+            side_by_side.side_by_side_solver = lambda mesh: short
+        cut = len(cut_solver.texts)
+        solved = list(solve_block(some, solver, mesh))
+        found[name] = {
+            "order": [linear.name for linear, _ in solved],
+            "same": [same(alone[linear.key].weight, one.report.weight) for linear, one in solved],
+            "steps": [[int(alone[linear.key].steps), int(one.report.steps)] for linear, one in solved],
+            "errors": [[float(r.test_error) for r in (alone[linear.key], one.report)] for linear, one in solved],
+            "programs": [facts(text) for text in side_by_side_solver(mesh).texts],
+            "cut": len(cut_solver.texts) - cut,
+            "seconds": min(one.seconds for _, one in solved),
+        }
+    side_by_side.side_by_side_solver = side_by_side_solver
     return found
 
 
@@ -183,7 +220,11 @@ def models(folder):
         "paper": {"preset": "paper", "weighting": "residual"},
         "wanda owl": {"method": "wanda", "allocation": "owl", "propagate": 0.5, "reconstruct": 1},
     }
+    stage = side_by_side.STAGE
     for name, settings in cases.items():
+        # Were sums for nothing, layers would be cut: the seven linears of a block have eight devices.
+        side_by_side.STAGE = {"cpu": 0.0} if name == "paper" else stage
+        programs = len(cut_solver.texts), len(side_by_side_solver(device_line("all")).texts)
         recipe = Recipe(calibration=tokens, heldout_samples=2, **settings)
         one = prune_model(source, folder / f"{name} one", recipe)
         many = prune_model(source, folder / f"{name} many", recipe, devices="all")
@@ -195,6 +236,10 @@ def models(folder):
             "steps": [[r.steps for r in report.layers] for report in (one, many)],
             "tokens": [one.layers[0].tokens, many.layers[0].tokens],
             "errors": [[r.relative_error for r in report.layers] for report in (one, many)],
+            "programs": [
+                len(cut_solver.texts) - programs[0],
+                len(side_by_side_solver(device_line("all")).texts) - programs[1],
+            ],
             "summary": {k: summary[k] for k in ("devices", "processes", "platform", "precision")},
         }
     try:
@@ -216,6 +261,12 @@ def models(folder):
 if __name__ == "__main__":
     jnp.zeros(()).block_until_ready()
     result, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    found = {"layers": layers(), "ties": ties(), "loops": loops(), "calibration": calibration(folder)}
+    found = {
+        "layers": layers(),
+        "blocks": blocks(),
+        "ties": ties(),
+        "loops": loops(),
+        "calibration": calibration(folder),
+    }
     found["models"] = models(folder)
     result.write_text(json.dumps(found))

@@ -70,6 +70,25 @@ def test_a_layer_that_does_not_fit_is_solved_by_blocks_over_all_devices(found):
     assert blocks["apart"] == 0
 
 
+@pytest.mark.parametrize(("name", "order", "cut"), [("side by side", "0123456", 0), ("no memory", "14", 1)])
+def test_linears_side_by_side_are_those_of_one_device(found, name, order, cut):
+    blocks = found["blocks"][name]
+    assert blocks["order"] == list(order)
+    assert all(one["support"] and one["apart"] < 1e-4 for one in blocks["same"])
+    assert all(ours == theirs for ours, theirs in blocks["steps"])
+    assert len({ours for ours, _ in blocks["steps"]}) > 1
+    for ours, theirs in blocks["errors"]:
+        assert theirs == pytest.approx(ours, rel=1e-3)
+    # A program a shape; where memory is too short for them, the linears are cut.
+    assert len(blocks["programs"]) == 2
+    assert blocks["cut"] == cut
+    assert blocks["seconds"] > 0
+
+
+def test_linears_side_by_side_tell_each_other_nothing(found):
+    assert all(program == [] for program in found["blocks"]["side by side"]["programs"])
+
+
 def test_a_pattern_of_blocks_that_a_cut_would_part_is_refused(found):
     text = "8 devices hold 6 outputs each of the layer [out=48, in=32], which parts the pattern's blocks of 4 outputs"
     assert found["layers"]["refused"].startswith(text)
@@ -128,9 +147,10 @@ def test_the_grams_of_a_block_are_exchanged_once(found):
     assert sum(nbytes for _, nbytes, _ in plain["summing"]) == calibration_bytes(plain["widths"], drift=True)
 
 
-@pytest.mark.parametrize("name", ["paper", "wanda owl"])
-def test_a_model_pruned_on_many_devices_is_that_of_one(found, name):
+@pytest.mark.parametrize(("name", "programs"), [("paper", [1, 0]), ("wanda owl", [0, 1])])
+def test_a_model_pruned_on_many_devices_is_that_of_one(found, name, programs):
     model = found["models"][name]
+    assert model["programs"] == programs
     assert model["support"]
     assert model["apart"] < 1e-4
     assert model["steps"][0] == model["steps"][1]
