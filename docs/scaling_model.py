@@ -103,6 +103,23 @@ def layer_iteration(outputs: int, inputs: int, devices: int) -> Cost:
     )
 
 
+def block_seconds(linears: dict[tuple[int, int], int], machine: Machine, devices: int) -> float:
+    """An iteration of mAIHT on every linear of a block, side by side where that is quicker than cut.
+
+    Args:
+        linears: how many there are of each shape `(out, in)`.
+        machine: of each device.
+        devices: how many.
+    """
+    seconds = 0.0
+    for (outputs, inputs), count in linears.items():
+        alone = layer_iteration(outputs, inputs, 1).seconds(machine, 1)
+        cut = layer_iteration(outputs, inputs, devices).seconds(machine, devices)
+        full, left = divmod(count, devices)
+        seconds += full * alone + min(alone if left else 0.0, left * cut)
+    return seconds
+
+
 def calibration(inputs: int, tokens: int, linears: int, devices: int) -> Cost:
     """A Gram of one input of a block, and the linears behind it, from tokens shared over the devices; one sum."""
     each = tokens / devices

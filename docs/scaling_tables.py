@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from records import Column, Record, field, machine, missing, named, number, table
-from scaling_model import Cost, Machine, calibration, grid_iteration, layer_iteration
+from scaling_model import Cost, Machine, block_seconds, calibration, grid_iteration, layer_iteration
 
 SCALING = "make bench-scaling"
 BASE = "1 process, 1 thread"
@@ -12,6 +12,11 @@ DEVICES = (1, 8, 64, 512, 4096)
 # An accelerator of 2023: half of its bandwidth of 3.35 TB/s and of its rate of float32 products, which is what such
 # programs reach; a network of 400 Gb/s for each device, and 20 microseconds for a message that a program on it sends.
 ACCELERATOR = Machine("accelerator", 1.7e12, 3.3e13, 2e-5, 4e10)
+# Linears of a block by shape.
+BLOCKS = {
+    "the 7 linears of a 7B block": {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1},
+    "the 384 of 128 experts, 768 x 2048": {(768, 2048): 256, (2048, 768): 128},
+}
 
 
 def scaling_machine(records: list[Record]) -> str:
@@ -129,11 +134,17 @@ def scaling_predicted(records: list[Record]) -> str:
         ("Gram and forward, in 8192, 2¹⁸ tokens", lambda d: calibration(8192, 2**18, 1, d)),
     ]
 
-    def shown(cost: Callable[[int], Cost], devices: int) -> str:
-        took = cost(devices).seconds(ACCELERATOR, devices)
-        gain = cost(1).seconds(ACCELERATOR, 1) / took
-        return f"{number(1e3 * took)} ({number(gain)})"
+    seconds: dict[str, Callable[[int], float]] = {
+        name: lambda d, cost=cost: cost(d).seconds(ACCELERATOR, d) for name, cost in cases
+    }
+    for name, linears in BLOCKS.items():
+        seconds[f"mAIHT, {name}"] = lambda d, linears=linears: block_seconds(linears, ACCELERATOR, d)
+
+    def shown(took: Callable[[int], float], devices: int) -> str:
+        return f"{number(1e3 * took(devices))} ({number(took(1) / took(devices))})"
 
     headings: list[Column] = [("ms an iteration (gain)", field("case"))]
     headings += [(f"{devices:,}", field(str(devices))) for devices in DEVICES]
-    return table(({"case": name} | {str(d): shown(cost, d) for d in DEVICES} for name, cost in cases), headings)
+    return table(
+        ({"case": name} | {str(d): shown(took, d) for d in DEVICES} for name, took in seconds.items()), headings
+    )

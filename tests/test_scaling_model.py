@@ -52,3 +52,19 @@ def test_time_falls_with_the_devices_until_words_take_over(model):
     seconds = [model.grid_iteration((4096, 4096), 0, d).seconds(machine, d) for d in (1, 2, 8, 512)]
     assert seconds[0] > seconds[1] > seconds[2]
     assert model.grid_iteration((4096, 4096), 0, 512).said(machine, 512) > seconds[3] / 2
+
+
+def test_linears_of_a_block_share_the_devices(model):
+    machine = model.Machine("", 1e12, 1e13, 1e-5, 1e10)
+    shape = (64, 64)
+    once = model.layer_iteration(*shape, 1).seconds(machine, 1)
+    assert model.block_seconds({shape: 16}, machine, 1) == pytest.approx(16 * once)
+    # As many devices as linears, or half: no word is said.
+    assert model.block_seconds({shape: 16}, machine, 16) == pytest.approx(once)
+    assert model.block_seconds({shape: 16}, machine, 8) == pytest.approx(2 * once)
+    # One that is left over is cut where that pays.
+    large = (8192, 8192)
+    cut = model.layer_iteration(*large, 8).seconds(machine, 8)
+    assert model.block_seconds({large: 9}, machine, 8) == pytest.approx(
+        model.layer_iteration(*large, 1).seconds(machine, 1) + cut
+    )

@@ -90,27 +90,33 @@ def solve_over(job: LayerJob, method: LayerMethod, mesh: Mesh) -> Timed:
 
 @functools.cache
 def side_by_side_solver(mesh: Mesh) -> Compiled:
-    """`solve_layer` of a layer for each device; arrays of the jobs lie behind each other, scalars in a row."""
+    """`solve_layer` of a layer for each of the first devices; arrays lie behind each other, scalars in a row."""
 
-    def solve(weight: Any, job: LayerJob, method: LayerMethod) -> LayerReport:
+    def solve(weight: Any, job: LayerJob, count: Any, method: LayerMethod) -> LayerReport:
         pattern = jax.tree.map(lambda row: row[0], job.pattern)
-        report = solve_layer(dataclasses.replace(job, weight=weight, pattern=pattern), method)
+        own = dataclasses.replace(job, weight=weight, pattern=pattern)
+        nothing = jax.eval_shape(solve_layer, own, method)
+        report = jax.lax.cond(
+            jax.lax.axis_index(AXIS) < count,
+            lambda: solve_layer(own, method),
+            lambda: jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), nothing),
+        )
         rows = jax.tree.map(lambda scalar: scalar[None], dataclasses.replace(report, weight=None))
         return dataclasses.replace(rows, weight=report.weight)
 
     each, everywhere = PartitionSpec(AXIS), PartitionSpec()
-    specs = (each, each, everywhere)
+    specs = (each, each, everywhere, everywhere)
     # No device tells another anything, so there is no type of that to be checked.
     return Compiled(jax.shard_map(solve, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False), (0,))
 
 
-def place_side_by_side(jobs: Sequence[LayerJob], mesh: Mesh) -> tuple[Any, LayerJob]:
-    """Weights and jobs for `side_by_side_solver`: job i on device i, from the first again where there are fewer."""
-    turns = [jobs[i % len(jobs)] for i in range(mesh.size)]
+def place_side_by_side(jobs: Sequence[LayerJob], mesh: Mesh) -> tuple[Any, LayerJob, np.int32]:
+    """Weights, jobs and their number for `side_by_side_solver`: job i on device i; devices behind the last one rest."""
+    turns = [*jobs, *[jobs[0]] * (mesh.size - len(jobs))]
     patterns = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], job.pattern) for job in turns]
     rest = [dataclasses.replace(job, weight=None, pattern=row) for job, row in zip(turns, patterns, strict=True)]
     laid = jax.tree.map(lambda *parts: _laid_behind(parts, mesh), *rest)
-    return _laid_behind([job.weight for job in turns], mesh), laid
+    return _laid_behind([job.weight for job in turns], mesh), laid, np.int32(len(jobs))
 
 
 def _laid_behind(parts: Sequence[Any], mesh: Mesh) -> jax.Array:
