@@ -1,13 +1,33 @@
-"""Shared by all tests: random arrays from one seeded generator, and the command as a person types it."""
+"""Shared by all tests: random arrays from one seeded generator, and the command as a person types it.
 
+Nearly all of the suite's time is spent compiling, and modules, workers and started processes compile the same programs:
+all of them share those of one run in a folder that goes with it.
+"""
+
+import os
 import re
+import shutil
 import sys
+import tempfile
 
-import jax
 import numpy as np
 import pytest
 
-from sparseopt import cli
+PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
+# JAX reads these when it is imported. Whoever started this run made the folder.
+_MADE = None if PROGRAMS in os.environ else tempfile.mkdtemp(prefix="sparseopt-programs-")
+if _MADE:
+    os.environ |= {PROGRAMS: _MADE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+import jax  # noqa: E402
+
+from sparseopt import cli  # noqa: E402
+
+
+def pytest_unconfigure():
+    """The programs of this run go with it."""
+    if _MADE:
+        shutil.rmtree(_MADE, ignore_errors=True)
 
 
 @pytest.fixture
