@@ -9,6 +9,7 @@ cut. What is left over, and so a linear that has no like, is cut unless `quicker
 devices had better rest. Side by side each device needs the memory for a whole linear; where there is none, it is cut.
 """
 
+import contextlib
 import math
 import time
 from collections import defaultdict
@@ -77,11 +78,12 @@ def solve_block(linears: Sequence[Linear], method: LayerMethod, mesh: Mesh | Non
     batches = {linear.name: batch for batch in found for linear in batch}
     ready: dict[str, Solved] = {}
     for linear in linears:
-        if mesh is None or linear.name not in batches:
+        if linear.name not in batches:
             job, before = linear.job()
             yield linear, _plus(_solve_one(linear, job, method, mesh), before)
             continue
         if linear.name not in ready:
+            assert mesh is not None
             ready |= _solve_batch(batches[linear.name], method, mesh)
         yield linear, ready.pop(linear.name)
 
@@ -135,9 +137,11 @@ def _solve_one(linear: Linear, job: LayerJob, method: LayerMethod, mesh: Mesh | 
 def _solve_batch(batch: Sequence[Linear], method: LayerMethod, mesh: Mesh) -> dict[str, Solved]:
     """All of a batch at once, or in turn where memory is too short for that."""
     jobs, before = zip(*(linear.job() for linear in batch), strict=True)
-    try:
+    solved: list[Solved] = []
+    with contextlib.suppress(MemoryError):
         solved = solve_side_by_side(jobs, method, mesh)
-    except MemoryError:
+    # Out here the attempt's arrays are gone.
+    if not solved:
         solved = [_solve_one(linear, job, method, mesh) for linear, job in zip(batch, jobs, strict=True)]
     return {linear.name: _plus(one, spent) for linear, one, spent in zip(batch, solved, before, strict=True)}
 

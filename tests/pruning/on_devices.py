@@ -44,6 +44,7 @@ LAYERS = {
     "magnitude block:4x4": ("magnitude", "best", "block:4x4", 64, 8),
 }
 INPUTS = 32
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
 
 
 def facts(program):
@@ -175,9 +176,8 @@ def loops():
 def calibration(folder):
     """Grams and streams of eleven windows over eight devices beside those of one, of plain blocks and of experts."""
     found, mesh = {}, device_line(8)
-    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
     tokens = np.random.default_rng(4).integers(0, len(VOCAB), (11, 24)).astype(np.int32)
-    for name, changes in (("plain", {}), ("experts", experts)):
+    for name, changes in (("plain", {}), ("experts", EXPERTS)):
         config = tiny_config(**changes)
         model = open_model(write_folder(folder / name, config, random_tensors(config, np.random.default_rng(7))))
         block, embedding, runner = model.block(0), model.embedding(), BlockRunner()
@@ -216,24 +216,30 @@ def models(folder):
     config = tiny_config(num_hidden_layers=2, intermediate_size=32, num_key_value_heads=4)
     source = write_folder(folder / "square", config, random_tensors(config, np.random.default_rng(7)))
     found = {}
+    experts = tiny_config(num_hidden_layers=1, **EXPERTS)
+    routed = write_folder(folder / "routed", experts, random_tensors(experts, np.random.default_rng(7)))
     cases = {
-        "paper": {"preset": "paper", "weighting": "residual"},
-        "wanda owl": {"method": "wanda", "allocation": "owl", "propagate": 0.5, "reconstruct": 1},
+        "paper": (source, {"preset": "paper", "weighting": "residual"}),
+        "wanda owl": (source, {"method": "wanda", "allocation": "owl", "propagate": 0.5, "reconstruct": 1}),
+        # Some experts see fewer tokens than that.
+        "experts": (routed, {"method": "wanda", "min_expert_tokens": 130}),
     }
-    stage = side_by_side.STAGE
-    for name, settings in cases.items():
+    stage, recipes, alone = side_by_side.STAGE, {}, {}
+    for name, (model, settings) in cases.items():
         # Were sums for nothing, layers would be cut: the seven linears of a block have eight devices.
         side_by_side.STAGE = {"cpu": 0.0} if name == "paper" else stage
         programs = len(cut_solver.texts), len(side_by_side_solver(device_line("all")).texts)
-        recipe = Recipe(calibration=tokens, heldout_samples=2, **settings)
-        one = prune_model(source, folder / f"{name} one", recipe)
-        many = prune_model(source, folder / f"{name} many", recipe, devices="all")
+        recipes[name] = recipe = Recipe(calibration=tokens, heldout_samples=2, **settings)
+        one = prune_model(model, folder / f"{name} one", recipe)
+        many = prune_model(model, folder / f"{name} many", recipe, devices="all")
         tensors = [model_of(report.output) for report in (one, many)]
+        alone[name] = tensors[0]
         summary = json.loads((many.output / "summary.json").read_text())
         found[name] = {
             "support": all(bool(np.all((tensors[0][k] != 0) == (tensors[1][k] != 0))) for k in tensors[0]),
             "apart": max(float(np.abs(tensors[0][k] - tensors[1][k]).max()) for k in tensors[0]),
             "steps": [[r.steps for r in report.layers] for report in (one, many)],
+            "starved": [[r.starved for r in report.layers] for report in (one, many)],
             "tokens": [one.layers[0].tokens, many.layers[0].tokens],
             "errors": [[r.relative_error for r in report.layers] for report in (one, many)],
             "programs": [
@@ -242,14 +248,15 @@ def models(folder):
             ],
             "summary": {k: summary[k] for k in ("devices", "processes", "platform", "precision")},
         }
+    recipe, wanted = recipes["wanda owl"], alone["wanda owl"]
     try:
         prune_model(source, folder / "stopped", recipe, devices=8, stop=lambda: True)
     except Stopped:
         report = prune_model(source, folder / "stopped", recipe, devices=3)
-    tensors = [tensors[0], model_of(report.output)]
+    tensors = model_of(report.output)
     found["gone on with"] = {
         "blocks": report.resumed_blocks,
-        "apart": max(float(np.abs(tensors[0][k] - tensors[1][k]).max()) for k in tensors[0]),
+        "apart": max(float(np.abs(wanted[k] - tensors[k]).max()) for k in wanted),
     }
     try:
         prune_model(source, folder / "refused", dataclasses.replace(recipe), devices=8, memory="8GiB")

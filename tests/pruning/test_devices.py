@@ -147,7 +147,7 @@ def test_the_grams_of_a_block_are_exchanged_once(found):
     assert sum(nbytes for _, nbytes, _ in plain["summing"]) == calibration_bytes(plain["widths"], drift=True)
 
 
-@pytest.mark.parametrize(("name", "programs"), [("paper", [1, 0]), ("wanda owl", [0, 1])])
+@pytest.mark.parametrize(("name", "programs"), [("paper", [1, 0]), ("wanda owl", [0, 1]), ("experts", [0, 5])])
 def test_a_model_pruned_on_many_devices_is_that_of_one(found, name, programs):
     model = found["models"][name]
     assert model["programs"] == programs
@@ -155,6 +155,8 @@ def test_a_model_pruned_on_many_devices_is_that_of_one(found, name, programs):
     assert model["apart"] < 1e-4
     assert model["steps"][0] == model["steps"][1]
     assert model["tokens"] == [264, 264]
+    assert model["starved"][0] == model["starved"][1]
+    assert any(model["starved"][0]) == (name == "experts")
     assert model["errors"][1] == pytest.approx(model["errors"][0], rel=1e-3)
     assert model["summary"] == {"devices": 8, "processes": 1, "platform": "cpu", "precision": "highest"}
 
