@@ -95,8 +95,8 @@ class GridBase:
             terms = [ahead_transpose(ahead(x, axis), axis) for axis in range(len(self.shape))]
             return sum(terms[1:], terms[0])
 
-        # Writing the first row once more keeps XLA's CPU compiler from merging the stencil into what follows, which would
-        # work it out anew for every neighbour: two Laplacians took seven times as long.
+        # Writing the first row once more keeps XLA's CPU compiler from merging the stencil into what follows, which
+        # would work it out anew for every neighbour: two Laplacians took seven times as long.
         first = jax.lax.slice_in_dim(stencil(jax.lax.slice_in_dim(x, 0, min(2, len(x)))), 0, 1)
         return jax.lax.dynamic_update_slice_in_dim(stencil(x), first, 0, axis=0)
 
