@@ -104,7 +104,7 @@ bench-prune: $(VENV)/.installed-demo ## Pruning figures as JSON lines; DATA=fold
 bench-memory: $(VENV)/.installed-test ## Peak memory of pruning against the number of blocks, as JSON lines.
 	$(BIN)/python benchmarks/bench_memory.py
 
-bench-scaling: $(VENV)/.installed-demo ## Both solvers over processes and virtual devices (about 25 minutes; ONLY=machine,grid,layer,block).
+bench-scaling: $(VENV)/.installed-demo ## Both solvers over processes and virtual devices (about half an hour; ONLY=machine,grid,layer,block).
 	$(BIN)/python benchmarks/bench_scaling.py $(if $(ONLY),--only $(ONLY))
 
 bench-gpu: $(VENV)/.installed-demo ## Both solvers on the GPU or TPU that JAX sees; skipped without one.
