@@ -134,6 +134,15 @@ def grid(task: dict[str, Any]) -> dict[str, float]:
     return {"seconds": (long - short) / (many - few), "fit_seconds": long, "steps": many}
 
 
+def gram_of_tokens(rng: Any, inputs: int) -> Any:
+    """The Gram of tokens some of whose directions are shared by all inputs."""
+    import numpy as np
+
+    tokens = rng.standard_normal((2 * inputs, inputs)).astype(np.float32)
+    tokens += tokens[:, :8] @ rng.standard_normal((8, inputs)).astype(np.float32)
+    return tokens.T @ tokens
+
+
 def layer(task: dict[str, Any]) -> dict[str, float]:
     """Seconds of a layer solve at 50 %."""
     import numpy as np
@@ -147,10 +156,9 @@ def layer(task: dict[str, Any]) -> dict[str, float]:
 
     outputs, inputs = task["outputs"] * task.get("grow", 1), task["inputs"]
     rng = np.random.default_rng(0)
-    tokens = rng.standard_normal((2 * inputs, inputs)).astype(np.float32)
-    tokens += tokens[:, :8] @ rng.standard_normal((8, inputs)).astype(np.float32)
+    gram = gram_of_tokens(rng, inputs)
     weight = (rng.standard_normal((outputs, inputs)) / inputs**0.5).astype(np.float32)
-    job = LayerJob(weight, tokens.T @ tokens, None, parse_pattern("unstructured", 0.5, weight.shape))
+    job = LayerJob(weight, gram, None, parse_pattern("unstructured", 0.5, weight.shape))
     method, mesh = find_method(task["method"], task["preset"]), device_line(task["devices"])
     found = []
     for _ in range(3):
@@ -177,9 +185,7 @@ def block(task: dict[str, Any]) -> dict[str, float]:
     rng, mesh = np.random.default_rng(0), device_line(task["devices"])
 
     def gram(inputs: int) -> Any:
-        tokens = rng.standard_normal((2 * inputs, inputs)).astype(np.float32)
-        tokens += tokens[:, :8] @ rng.standard_normal((8, inputs)).astype(np.float32)
-        found = tokens.T @ tokens
+        found = gram_of_tokens(rng, inputs)
         return found if mesh is None else put(found, over(mesh, None))
 
     attention, mixed, mlp, hidden = gram(width), gram(width), gram(width), gram(wide)

@@ -5,6 +5,7 @@ The numbers follow the methods' own settings; see `cost` and `side_by_side` for 
 
 from dataclasses import dataclass
 
+from sparseopt.pruning.exchange import PASSES
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, SplicePruning, Wanda
 
@@ -13,8 +14,8 @@ COMPENSATION = 350
 # A solve that may stop early does so after about this share of its steps.
 RESTED = 0.6
 # Sums over all devices where a layer is cut, as `exchange` has them in bytes: in an iteration of mAIHT, in a step of
-# conjugate gradients, in a selection.
-ITERATION_SUMS, REFIT_SUMS, SELECTION_SUMS = 12, 2, 22
+# conjugate gradients, in a selection (its sample, and three counts a pass).
+ITERATION_SUMS, REFIT_SUMS, SELECTION_SUMS = 12, 2, 1 + 3 * PASSES
 
 
 @dataclass(frozen=True)
