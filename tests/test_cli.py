@@ -140,6 +140,7 @@ def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path,
     assert "exists already" in err
 
 
+@pytest.mark.processes
 def test_version_and_help_need_no_heavy_import():
     code = "import sys; sys.argv = ['sparseopt', '--help']; from sparseopt.cli import main\ntry: main()\nfinally: " + (
         "assert not {'flax', 'transformers', 'matplotlib'} & set(sys.modules)"

@@ -164,6 +164,7 @@ def test_shards_are_disjoint_and_complete():
             parse_shard(wrong)
 
 
+@pytest.mark.processes
 def test_a_sweep_killed_again_and_again_loses_and_doubles_nothing(tmp_path):
     """SIGKILL after different numbers of records, twice within a write's reach of another; then a start to the end."""
     log, output, config = tmp_path / "log", tmp_path / "runs", tmp_path / "killed.yaml"

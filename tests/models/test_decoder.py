@@ -217,6 +217,7 @@ def test_the_key_table_is_reversible() -> None:
         family.keys.to_path("transformer.wte.weight")
 
 
+@pytest.mark.processes
 def test_importing_models_brings_neither_torch_nor_transformers() -> None:
     code = "import sys, sparseopt.models; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

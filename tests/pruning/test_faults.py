@@ -230,6 +230,7 @@ finally:
 """
 
 
+@pytest.mark.processes
 def test_a_full_file_system_is_outlived(tmp_path, whole, arguments):
     place = tmp_path / "small"
     place.mkdir()
@@ -347,6 +348,7 @@ def test_weights_that_overflow_in_a_later_block_leave_the_earlier_blocks_whole(t
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.processes
 def test_a_pruning_whose_pager_was_closed_goes_on_to_its_end(tmp_path, whole, arguments):
     process = subprocess.Popen(
         [sys.executable, "-m", "sparseopt", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -377,6 +379,7 @@ with open(sys.argv[1], "wb") as stream:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("console", "shell"), CONSOLES.items())
 def test_no_console_ends_what_is_told_to_it(tmp_path, console, shell):
     environment, redirect = (shell, "") if "=" in shell else ("", shell)
@@ -408,6 +411,7 @@ cli.main()
 """
 
 
+@pytest.mark.processes
 def test_a_process_that_gets_sigterm_finishes_its_block(tmp_path, source, recipe, whole, arguments):
     call = [sys.executable, "-c", SCHEDULED, *arguments]
     done = subprocess.run(call, capture_output=True, text=True, check=False)

@@ -204,6 +204,7 @@ prune_model(source, output, Recipe(method="wanda", calibration=np.load(tokens), 
 """
 
 
+@pytest.mark.processes
 def test_a_killed_process_loses_nothing_but_the_block_in_hand(tmp_path, source, tokens):
     np.save(tmp_path / "tokens.npy", tokens)
     arguments = [source, tmp_path / "out", tmp_path / "tokens.npy", 17]
