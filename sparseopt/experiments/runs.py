@@ -35,7 +35,7 @@ from sparseopt.experiments.names import AllowCode, Named, code_context, file_dig
 from sparseopt.experiments.task import FinishedRun, Observer, Record, Task
 from sparseopt.experiments.tasks import find_task
 from sparseopt.experiments.yaml_file import read_yaml
-from sparseopt.files import InUse, locked, temporary_of, write_whole
+from sparseopt.files import InUse, locked, refuse_links, temporary_of, write_whole
 from sparseopt.machine import environment, peak_memory_bytes
 
 LOCK, HEADER, CONFIG, RECORDS, SUMMARY, FAILURE = (
@@ -131,7 +131,6 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
         return _follow(run, folder)
     mark = fingerprint(run.task)
     with _locked(folder):
-        _refuse_links(folder)
         state = state_of(folder, mark)
         if state is State.OTHER and not again:
             raise ValueError(
@@ -296,17 +295,6 @@ def _write_config(folder: Path, run: Run) -> None:
     write_whole(folder / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def _refuse_links(folder: Path) -> None:
-    """Refuse files that are links: a folder from elsewhere could have them written through to any place.
-
-    Raises:
-        ValueError: naming them.
-    """
-    links = sorted(entry.name for entry in folder.iterdir() if entry.is_symlink())
-    if links:
-        raise ValueError(f"{folder} has links to other places ({', '.join(links[:8])}), no run makes any; remove them")
-
-
 def _clear(folder: Path) -> None:
     """Remove what an earlier start left; the lock is ours and stays.
 
@@ -325,6 +313,7 @@ def _clear(folder: Path) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder)
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(folder / LOCK))

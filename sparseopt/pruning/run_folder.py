@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from sparseopt.files import InUse, locked, temporary_of, write_whole
+from sparseopt.files import InUse, locked, refuse_links, temporary_of, write_whole
 from sparseopt.machine import versions
 from sparseopt.models import OUTER_TAG, ModelError, block_tag, shard_name
 from sparseopt.models.packed import PACKED_INDEX
@@ -76,8 +76,11 @@ def _locked(folder: Path) -> Iterator[None]:
         entries = set() if fresh else {entry.name for entry in folder.iterdir()}
         _check_entries(folder, entries)
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(folder)
     except OSError as error:
         raise _unusable(folder, error) from error
+    except ValueError as error:
+        raise FolderError(str(error)) from error
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(folder / LOCK))
