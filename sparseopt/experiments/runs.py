@@ -6,8 +6,8 @@
     *.png           pictures
     summary.json    figures over all records; written last: a folder with it is finished
 
-A killed run leaves whole lines and perhaps the start of one. The next start drops that start, keeps the lines, and
-does the units that have none. A lock that ends with its process keeps two processes out of one folder.
+A killed run leaves whole lines and perhaps the start of one. The next start drops that start and any other line that is
+torn, keeps the others, and does the units that have none. A lock that ends with its process keeps two processes out of one folder.
 
 Several processes that work together (`sparseopt.processes`) do every unit together; the first finds out what is to be
 done, tells the others, and writes.
@@ -47,7 +47,7 @@ class State(Enum):
     """What lies in a run's folder."""
 
     NEW = "new"
-    BROKEN = "unfinished"  # same fingerprint, no summary: goes on
+    BROKEN = "unfinished"  # same fingerprint, no summary or a torn record: goes on
     FINISHED = "finished"  # same fingerprint: not repeated
     OTHER = "another run"  # another fingerprint: never touched unasked
 
@@ -58,11 +58,19 @@ class FolderInUse(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `execute` did: the folder, whether units were run, the failure's text if it failed."""
+    """What `execute` did.
+
+    Attributes:
+        folder: of the run.
+        done: how many units were run.
+        error: the failure's text if it failed.
+        lost: lines of an earlier start's `records.jsonl` that held no record; their units were run again.
+    """
 
     folder: Path
     done: int
     error: str | None = None
+    lost: tuple[int, ...] = ()
 
 
 @cache
@@ -110,7 +118,8 @@ def state_of(folder: Path, mark: str) -> State:
         return State.OTHER
     if header.get("fingerprint") != mark:
         return State.OTHER
-    return State.FINISHED if (folder / SUMMARY).is_file() else State.BROKEN
+    whole = (folder / SUMMARY).is_file() and not recover_records(folder, mend=False)[1]
+    return State.FINISHED if whole else State.BROKEN
 
 
 def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) -> Outcome:
@@ -159,7 +168,8 @@ def _follow(run: Run, folder: Path) -> Outcome:
 def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
     task, start = run.task, time.perf_counter()
     (folder / FAILURE).unlink(missing_ok=True)
-    records = recover_records(folder)
+    records, torn = recover_records(folder)
+    lost = tuple(torn)
     keys = task.units()
     known = {record["unit"] for record in records}
     missing = processes.told([key for key in keys if key not in known])
@@ -174,14 +184,14 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
                     raise  # the others may wait in the middle of the unit; or this is what the end of one looks like
                 text = f"{key}: {type(error).__name__}: {error}"
                 write_whole(folder / FAILURE, text + "\n")
-                return Outcome(folder, len(known), text)
+                return Outcome(folder, len(known), text, lost)
             record = {"unit": key, **record, "unit_seconds": time.perf_counter() - began}
             lines.write(json.dumps(_plain(record), allow_nan=False) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
             known.add(key)
             observer(len(known), len(keys), key)
-    done = [record for record in recover_records(folder) if record["unit"] in set(keys)]
+    done = [record for record in recover_records(folder)[0] if record["unit"] in set(keys)]
     done.sort(key=lambda record: keys.index(record["unit"]))
     draw_run(FinishedRun(folder, task, done), folder)
     summary = {
@@ -194,7 +204,7 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
         "peak_memory_bytes": peak_memory_bytes(),
     }
     write_whole(folder / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
-    return Outcome(folder, len(missing))
+    return Outcome(folder, len(missing), lost=lost)
 
 
 def _inside(observer: Observer, done: int, total: int) -> Observer:
@@ -234,7 +244,12 @@ def load_run(folder: Path, allow_code: AllowCode = False) -> tuple[FinishedRun, 
         values, _ = read_yaml(folder / CONFIG)
         task = find_task(str(values.get("task")), allow_code).model_validate(values, context=code_context(allow_code))
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        records = recover_records(folder, mend=False)
+        records, torn = recover_records(folder, mend=False)
+        if torn:
+            raise ValueError(
+                f"line {torn[0]} of {RECORDS} holds no record; `sparseopt run` with the same settings runs its unit "
+                "again"
+            )
         if not isinstance(summary, dict) or not isinstance(summary.get("settings"), dict):
             raise ValueError(f"{SUMMARY} has no settings")
     except (ValueError, OSError, RecursionError) as error:
@@ -242,24 +257,31 @@ def load_run(folder: Path, allow_code: AllowCode = False) -> tuple[FinishedRun, 
     return FinishedRun(folder, task, records), summary
 
 
-def recover_records(folder: Path, *, mend: bool = True) -> list[Record]:
-    """Whole lines of `records.jsonl`; with `mend` the file is left with them alone."""
+def recover_records(folder: Path, *, mend: bool = True) -> tuple[list[Record], list[int]]:
+    """The records of `records.jsonl`, one a unit, and the numbers of the lines that hold none.
+
+    A kill cuts the last line short, a failing disk any line. With `mend` the file is left with whole lines alone.
+    """
     file = folder / RECORDS
-    if not file.is_file():
-        return []
-    text = file.read_text(encoding="utf-8", errors="replace")
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    *lines, rest = text.split("\n")
+    found = [_record_of(line) for line in lines] + ([None] if rest else [])
+    torn = [number for number, record in enumerate(found, 1) if record is None]
     records: dict[str, Record] = {}
-    for line in text.splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        record = json.loads(line)
-        if not isinstance(record, dict) or not isinstance(record.get("unit"), str):
-            raise ValueError(f"{file} has a line that is no record of a unit; remove the file to begin anew")
+    for record in filter(None, found):
         records.setdefault(record["unit"], record)
     whole = "".join(json.dumps(record) + "\n" for record in records.values())
     if mend and whole != text:
         write_whole(file, whole)
-    return list(records.values())
+    return list(records.values()), torn
+
+
+def _record_of(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("unit"), str) else None
 
 
 def summarise(records: Sequence[Record]) -> dict[str, Any]:
