@@ -197,7 +197,7 @@ class Prune(Task):
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         """Prune into the folder, score, and remove the model unless it is to stay.
 
-        What a killed start left of a model that lies in the folder is gone on with.
+        A model that a killed start left in the folder, finished or not, is resumed.
         """
         source = self._source()
         model = open_model(source)
@@ -217,12 +217,8 @@ class Prune(Task):
         if self.method == "dense":
             return {"label": "dense", "sparsity": 0.0, "perplexity": scored(model)}
         kept = folder / "model"
-        # A whole model without a record was not scored: that is done anew with it. Several processes share no other
-        # place than the run's folder.
+        # Several processes share no other place than the run's folder.
         inside = self.keep_model or processes.count() > 1
-        if processes.is_first() and (kept / "summary.json").is_file():
-            shutil.rmtree(kept)
-        processes.barrier("model folder")
         with tempfile.TemporaryDirectory(prefix="sparseopt-") as temporary:
             target = kept if inside else Path(temporary) / "model"
 
@@ -236,8 +232,8 @@ class Prune(Task):
             score = scored(target)
             audits = audit_sparsity(open_model(target))
         processes.barrier("model scored")
-        if inside and not self.keep_model and processes.is_first():
-            shutil.rmtree(kept)
+        if not self.keep_model and processes.is_first():
+            shutil.rmtree(kept, ignore_errors=True)
         return self._record(report, score, sum(a.zeros for a in audits) / sum(a.size for a in audits))
 
     def _record(self, report: PruneReport, score: float, sparsity: float) -> Record:

@@ -77,6 +77,16 @@ def test_the_model_is_kept_on_request(tmp_path, prune):
 
     assert {audit.sparsity for audit in audit_sparsity(open_model(outcome.folder / "model"))} == {0.5}
 
+    # A start that was killed between pruning and scoring: the model is scored as it is.
+    record = json.loads((outcome.folder / "records.jsonl").read_text())
+    made = [file.stat().st_mtime_ns for file in sorted((outcome.folder / "model").iterdir())]
+    for name in ("records.jsonl", "summary.json"):
+        (outcome.folder / name).unlink()
+    assert execute(run, tmp_path, quiet).error is None
+    assert [file.stat().st_mtime_ns for file in sorted((outcome.folder / "model").iterdir())] == made
+    again = json.loads((outcome.folder / "records.jsonl").read_text())
+    assert again | {"unit_seconds": 0} == record | {"unit_seconds": 0}
+
 
 def test_a_kept_model_is_packed_on_request(tmp_path, prune):
     (run,) = expand({**prune, "method": "magnitude", "keep_model": True, "pack": True})
