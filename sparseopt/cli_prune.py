@@ -31,7 +31,9 @@ def prune(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     output: Annotated[
         Path,
-        typer.Option(help="Folder to write, new, empty or of the same run; several sparsities get a folder in it each."),
+        typer.Option(
+            help="Folder to write, new, empty or of the same run; several sparsities get a folder in it each."
+        ),
     ],
     sparsity: Annotated[
         str | None,

@@ -42,7 +42,8 @@ class SweepProgress:
         """One line for a run that ended."""
         self._bar.advance(self._runs)
         for line in outcome.lost:
-            say(f"torn   {name_of(planned)}: line {line} of {outcome.folder / RECORDS} held no record; its unit was run again")
+            file = outcome.folder / RECORDS
+            say(f"torn   {name_of(planned)}: line {line} of {file} held no record; its unit was run again")
         if outcome.error:
             say(f"FAILED {name_of(planned)}: {outcome.error}")
         elif outcome.done:

@@ -26,7 +26,10 @@ def test_a_lock_file_that_is_a_link_is_refused_and_its_target_left(tmp_path, kin
     if exists:
         target.write_text("years")
     (folder / name).symlink_to(target)
-    with pytest.raises(error, match=rf"has links to other places \({name}\), no run makes any; remove them"), take(folder):
+    with (
+        pytest.raises(error, match=rf"has links to other places \({name}\), no run makes any; remove them"),
+        take(folder),
+    ):
         pass
     assert target.exists() == exists
     assert not exists or target.read_text() == "years"

@@ -7,7 +7,8 @@
     summary.json    figures over all records; written last: a folder with it is finished
 
 A killed run leaves whole lines and perhaps the start of one. The next start drops that start and any other line that is
-torn, keeps the others, and does the units that have none. A lock that ends with its process keeps two processes out of one folder.
+torn, keeps the others, and does the units that have none. A lock that ends with its process keeps two processes out of
+one folder.
 
 Several processes that work together (`sparseopt.processes`) do every unit together; the first finds out what is to be
 done, tells the others, and writes.
@@ -84,15 +85,15 @@ def code_digest() -> str:
 
 
 def fingerprint(task: Task) -> str:
-    """A hash of what a result depends on: the settings, the code, and the files of classes named by path.
+    """A hash of what a result depends on: the settings, the code, the files of classes named by path, and texts.
 
     The title and the published figures say nothing about the result and stay out, and so does the number of devices,
     on which it hangs up to rounding. So do the versions of other packages, which `run.json` records, and the contents
-    of data that is named by a path.
+    of models and signals that are named by a path.
     """
     settings = task.model_dump(mode="json", exclude={"title", "paper", "name", "devices"})
     own = [file_digest(type(task)), *sorted(digest for named in _named(task) if (digest := named.code_digest()))]
-    text = json.dumps([settings, code_digest(), own], sort_keys=True)
+    text = json.dumps([settings, code_digest(), own, task.inputs()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,5 +1,7 @@
 """Floor 7: the task `prune`: prune a language model, and score what is left on text that the pruner did not see."""
 
+import contextlib
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from sparseopt.pruning import METHODS, Recipe, audit_sparsity, load_text, perple
 from sparseopt.pruning.patterns import check_pattern, implied_sparsity
 from sparseopt.pruning.pipeline import layer_patterns
 from sparseopt.pruning.reports import Event, LayerRecord, PruneReport, SurveyStep, mean
-from sparseopt.pruning.texts import Split
+from sparseopt.pruning.texts import Split, TextError
 
 BUNDLED = "bundled:smollm2-135m"
 
@@ -183,6 +185,17 @@ class Prune(Task):
         mistakes += _text_mistakes(source, self.evaluation, "evaluation", self.windows, self.evaluation_seqlen)
         if mistakes:
             raise ValueError("\n  ".join(mistakes))
+
+    def inputs(self) -> dict[str, str]:
+        """Of the texts, which change with their files, and "pydoc" with Python's version."""
+        splits: tuple[Split, ...] = ("evaluation",) if self.method == "dense" else ("calibration", "evaluation")
+        found: dict[str, str] = {}
+        for split in splits:
+            text = getattr(self, split)
+            with contextlib.suppress(TextError):
+                if not text.startswith("hf:"):
+                    found[split] = hashlib.sha256(load_text(text, split).encode()).hexdigest()
+        return found
 
     def estimate(self) -> Estimate:
         """Known for the bundled model on two cores: blocks, then calibration and evaluation by their tokens."""

@@ -40,7 +40,7 @@ from sparseopt.pruning.activations import disk_store, embed_batches, spread_batc
 from sparseopt.pruning.branch import Branch, PruningError, Shared, Stopped, Stream
 from sparseopt.pruning.budget import choose_footprint
 from sparseopt.pruning.devices import check_cut
-from sparseopt.pruning.identity import Identity
+from sparseopt.pruning.identity import Identity, recipe_identity
 from sparseopt.pruning.layer import LayerMethod, check_method
 from sparseopt.pruning.patterns import Pattern, parse_pattern
 from sparseopt.pruning.recipe import Recipe
@@ -179,7 +179,7 @@ def prune_models(
     recipes = [recipe for recipe, _ in plans]
     processes.agree(
         {
-            "recipes": [recipe.as_dict() for recipe in recipes],
+            "recipes": [recipe_identity(recipe) for recipe in recipes],
             "calibration tokens": [calibration.tolist(), heldout.tolist()],
             "model": [model.source.name, model.source.config],
             "output folders": [str(folder) for folder in folders],

@@ -5,8 +5,9 @@
     summary.json     of a finished run
     *.safetensors, records.jsonl     a block is finished when its shard and the records of all its linears are there
 
-A run into a folder with the same fingerprint goes on behind the last finished block, or is that run's report if it is
-finished; with another it is refused, and told what differs. Everything is written under another name and renamed, so what has its final name is whole.
+A run into a folder with the same fingerprint resumes after the last finished block, and a finished one is not repeated;
+with another fingerprint it is refused, and told what differs. Everything is written under another name and renamed, so
+what has its final name is whole.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ import yaml
 
 from sparseopt.experiments.config import ConfigError, expand
 from sparseopt.experiments.report import gather
-from sparseopt.experiments.runs import execute
+from sparseopt.experiments.runs import execute, fingerprint
 from sparseopt.experiments.sweep import check_all, plan, run_all
 from sparseopt.pruning import audit_pattern, audit_sparsity
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -122,6 +122,32 @@ def test_mistakes_are_named(prune, fields, expected):
     with pytest.raises(ConfigError) as caught:
         expand({**prune, **fields})
     assert expected in str(caught.value)
+
+
+def test_the_texts_count_in_a_fingerprint(tmp_path, prune, monkeypatch):
+    """ "pydoc" is another text in another version of Python, and a file can be edited; no model is opened for it."""
+    from pydoc_data.topics import topics
+
+    file = tmp_path / "text.txt"
+    file.write_text("a line\n" * 10)
+
+    def marks(**fields):
+        (run,) = expand({**prune, "source": "nobody/nothing", "evaluation": "pydoc", **fields})
+        return fingerprint(run.task)
+
+    fields = [{"calibration": "pydoc"}, {"calibration": f"file:{file}"}, {"method": "dense"}]
+    before = [marks(**each) for each in fields]
+    assert [marks(**each) for each in fields] == before
+    file.write_text("a line\n" * 9 + "edited\n")
+    assert [marks(**each) == mark for each, mark in zip(fields, before, strict=True)] == [True, True, True]
+    file.write_text("edited\n" + "a line\n" * 9)
+    assert [marks(**each) == mark for each, mark in zip(fields, before, strict=True)] == [True, False, True]
+    monkeypatch.setitem(topics, "assert", "Said otherwise in another version.\n")
+    assert [marks(**each) == mark for each, mark in zip(fields, before, strict=True)] == [False, False, True]
+    monkeypatch.setitem(topics, "assignment", "This too.\n")
+    assert marks(**fields[2]) != before[2]
+    # What cannot be read is said by `check`; a data set on the hub is not fetched to see what is planned.
+    assert marks(calibration="file:/nowhere") != marks(calibration="hf:nobody/nothing")
 
 
 def test_what_is_missing_is_found_before_any_run(tmp_path, prune):

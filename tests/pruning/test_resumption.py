@@ -20,6 +20,7 @@ from sparseopt.pruning import LayerRecord, Recipe, Stopped, budget, prune_model,
 from sparseopt.pruning.run_folder import LOCK, RECORDS, RUN, FolderError
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, source, tokens):
     folder = tmp_path_factory.mktemp("finished") / "out"
