@@ -49,8 +49,8 @@ def claimed(folders: Sequence[Path]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
         entries = set() if made else {entry.name for entry in folder.iterdir()}
         _check_entries(folder, entries)
         folder.mkdir(parents=True, exist_ok=True)
