@@ -3,7 +3,9 @@
 `FAULTS` names all that are tried, by kind.
 """
 
+import builtins
 import errno
+import io
 import json
 import os
 import re
@@ -116,14 +118,15 @@ def arguments(source, tmp_path):
 
 
 class FullDisk:
-    """Takes the place of `Path.open`: at the given write to a file half of it arrives, then the disk is full."""
+    """Takes the place of `open`: at the given write to a file half of it arrives, then the disk is full."""
 
     def __init__(self, name, count):
-        self.name, self.left, self._open = name, count, Path.open
+        self.name, self.left, self._open = name, count, open
 
     def open(self, path, mode="r", *rest, **fields):
         stream = self._open(path, mode, *rest, **fields)
-        return _Stream(stream, self) if path.name == self.name and "r" not in mode else stream
+        named = isinstance(path, Path) and path.name == self.name
+        return _Stream(stream, self) if named and "r" not in mode else stream
 
 
 class _Stream:
@@ -154,7 +157,8 @@ def test_a_disk_that_becomes_full_ends_the_run_in_a_sentence_and_it_goes_on(
 ):
     file, count = WRITES[name]
     disk = FullDisk(file, count)
-    monkeypatch.setattr(Path, "open", lambda path, *rest, **fields: disk.open(path, *rest, **fields))
+    for module in (io, builtins):  # that of `Path.open`, and the plain one
+        monkeypatch.setattr(module, "open", disk.open)
     with pytest.raises(FolderError if name == "lock" else DiskError) as caught:
         prune_model(source, tmp_path / "out", recipe)
     monkeypatch.undo()
