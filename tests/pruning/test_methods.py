@@ -18,7 +18,7 @@ COSTLY = {
     ("maiht", "unstructured"), ("splice", "block:2x8"), ("sparsegpt", "unstructured"),
 }  # fmt: skip
 GRID = [
-    pytest.param(method, pattern, marks=[pytest.mark.slow] if (method, pattern) in COSTLY else [])
+    pytest.param(method, pattern, marks=[pytest.mark.thorough] if (method, pattern) in COSTLY else [])
     for method in METHODS
     for pattern in PATTERNS
     if (method, pattern) != ("sparsegpt", "block:2x8")
