@@ -20,7 +20,7 @@ def product(a: Array, b: Array) -> Array:
 
 
 def spd_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The inverse of a symmetric positive definite matrix, symmetric; NaN for one that is not definite in its precision.
+    """The inverse of a symmetric positive definite matrix, symmetric; NaN where rounding finds it not definite.
 
     Panel after panel is swept, in a loop whose program is the same for every n. With P the panel's square on the
     diagonal and G its rows, -I in place of P, the sweep is
@@ -58,7 +58,7 @@ def _swept(matrix: Float[Array, "n n"], widths: tuple[int, ...]) -> Float[Array,
         real = jnp.arange(size + padding) < size
         matrix = jnp.pad(matrix, (0, padding)) + jnp.diag(jnp.where(real, 0, 1).astype(matrix.dtype))
     minus_one = -jnp.eye(width, dtype=matrix.dtype)
-    # Where the matrix is large, what lies below the cut and left of it is left out: it is the transpose of what is kept.
+    # In a large matrix the part below the cut and left of it is left out: it is the transpose of what is kept.
     cut = count // 2 * width if size > PANELS[0] else 0
     places = jnp.arange(count * width)
 
