@@ -20,6 +20,7 @@ if _MADE:
     os.environ |= {PROGRAMS: _MADE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import jax  # noqa: E402
+from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
 
 from sparseopt import cli  # noqa: E402
 
@@ -40,6 +41,34 @@ def _programs_end_with_their_module():
     """A compiled program holds maps of memory, of which a process has 65,530: the suite's programs need more."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def compiled_afresh():
+    """Call a function with every program compiled anew, which neither memory nor the folder of programs hands back."""
+    seen = []
+
+    def call(function, *arguments):
+        # JAX decides once whether it uses the folder.
+        jax.config.update("jax_enable_compilation_cache", False)
+        reset_cache()
+        jax.clear_caches()
+        seen.clear()
+        found = jax.device_get(function(*arguments))
+        assert "/jax/core/compile/backend_compile_duration" in seen
+        assert "/jax/compilation_cache/cache_hits" not in seen
+        return found
+
+    def note(event, *_, **__):
+        seen.append(event)
+
+    jax.monitoring.register_event_listener(note)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield call
+    jax.monitoring.unregister_event_listener(note)
+    jax.monitoring.unregister_event_duration_listener(note)
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()
 
 
 @pytest.fixture
