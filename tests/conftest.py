@@ -13,6 +13,7 @@ from tests import programs
 programs.set_up()  # before JAX is imported
 
 import jax  # noqa: E402
+from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
 
 from sparseopt import cli  # noqa: E402
 
@@ -48,6 +49,34 @@ def _programs_leave_maps_to_others():
     yield
     if not MAPS.is_file() or MAPS.read_bytes().count(b"\n") > MAPS_LIMIT:
         jax.clear_caches()
+
+
+@pytest.fixture
+def compiled_afresh():
+    """Call a function with every program compiled anew, which neither memory nor the folder of programs hands back."""
+    seen = []
+
+    def call(function, *arguments):
+        # JAX decides once whether it uses the folder.
+        jax.config.update("jax_enable_compilation_cache", False)
+        reset_cache()
+        jax.clear_caches()
+        seen.clear()
+        found = jax.device_get(function(*arguments))
+        assert "/jax/core/compile/backend_compile_duration" in seen
+        assert "/jax/compilation_cache/cache_hits" not in seen
+        return found
+
+    def note(event, *_, **__):
+        seen.append(event)
+
+    jax.monitoring.register_event_listener(note)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield call
+    jax.monitoring.unregister_event_listener(note)
+    jax.monitoring.unregister_event_duration_listener(note)
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()
 
 
 @pytest.fixture

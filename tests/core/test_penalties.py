@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.core.grouping import group_table
 from sparseopt.core.penalties import Norm, stacked
 
 SHAPE = (8, 6)
+CHAIN = so.Graph.chain(8)
+COTANGENT = np.linspace(-1, 2, 48).reshape(SHAPE)
 MASK = np.arange(48).reshape(SHAPE) % 3 != 0
 PENALTIES = {
     "L0": so.L0(0.3),
@@ -66,6 +69,25 @@ def test_a_sum_of_norms_is_a_norm_and_of_others_is_none(rng):
     slack = both.slack(x, inside)
     assert float(slack.min()) >= -1e-6
     assert float(slack.sum()) == pytest.approx(float(both.value(x) - jnp.vdot(inside, x)), rel=1e-5)
+
+
+WITH_GRADIENTS = PENALTIES | {
+    "MCP": so.MCP(0.3),
+    "SCAD": so.SCAD(0.3),
+    "GroupL2": so.GroupL2(0.3),
+    "GroupL2 along columns": so.GroupL2(0.3, axis=0),
+    "NormSum": stacked([so.L1(0.5), so.GroupL2(0.7)], [3, 5]),
+    "Lifted": so.lift(so.GroupL2(0.3), group_table(CHAIN.matrix(1), CHAIN.groups(1), 0, jnp.float32)[0]),
+}
+
+
+@pytest.mark.parametrize("penalty", WITH_GRADIENTS.values(), ids=WITH_GRADIENTS.keys())
+def test_the_prox_has_finite_gradients_at_zero_entries_and_slices(penalty, rng):
+    gradients = jax.jit(jax.grad(lambda x, step: jnp.sum(COTANGENT * penalty.prox(x, step)), argnums=(0, 1)))
+    x = jnp.asarray(rng.standard_normal(SHAPE), jnp.float32).at[2:5].set(0).at[6, 1].set(0)
+    for point in (jnp.zeros(SHAPE), x):
+        for step in (0.0, 1.0):
+            assert all(jnp.isfinite(gradient).all() for gradient in gradients(point, step))
 
 
 def test_prox_keeps_shape_and_dtype(penalty, rng):

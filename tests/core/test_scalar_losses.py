@@ -133,6 +133,17 @@ def test_prox_and_slack_survive_float32_and_the_far_ends(case):
         assert np.all(np.isfinite(slack) & (slack >= 0))
 
 
+def test_the_prox_has_finite_gradients_everywhere(case):
+    loss, observations = case
+    slopes = jax.jit(jax.grad(lambda x, y, step: jnp.sum(loss.prox(x, y, step)), argnums=(0, 2)))
+    for kind in (np.float32, np.float64):
+        x, y = (v.astype(kind) for v in pairs(observations, -300, 300))
+        for step in (0, 1e-6, 1, 1e8):
+            by_point, by_step = slopes(x, y, jnp.asarray(step, kind))
+            assert bool(jnp.isfinite(by_point).all())
+            assert bool(jnp.isfinite(by_step))
+
+
 def test_the_best_constant_beats_its_neighbours(rng, case):
     loss, observations = case
     y, weights = rng.choice(observations, 60), rng.uniform(0.2, 2, 60)
