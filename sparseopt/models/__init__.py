@@ -15,14 +15,16 @@ from sparseopt.models.rope import Rope
 from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig
 from sparseopt.models.source import Source, TensorInfo, open_source
 from sparseopt.models.streaming import StreamedModel, check_keys, load_decoder, open_model
-from sparseopt.models.tokenizer import encode_text, load_tokenizer
+from sparseopt.models.tokenizer import BOS_CHOICES, Bos, encode_text, load_tokenizer, start_token
 from sparseopt.models.torch_model import TorchModel
 
 __all__ = [
+    "BOS_CHOICES",
     "FAMILIES",
     "OUTER_TAG",
     "Block",
     "BlockKind",
+    "Bos",
     "Decoder",
     "DecoderConfig",
     "Embedding",
@@ -54,6 +56,7 @@ __all__ = [
     "open_source",
     "pack_folder",
     "shard_name",
+    "start_token",
     "unpack_folder",
     "unread",
 ]
