@@ -2,7 +2,8 @@
 
     perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
 
-over non-overlapping windows; a window of n tokens predicts n - 1. The model streams block by block.
+over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 where it begins with BOS (see `texts`). The
+model streams block by block.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -33,12 +34,18 @@ def log_probabilities(logits_RV: Float[Array, "R V"], target_R: Int[Array, "R"])
     return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
 
 
-def negative_log_likelihood(head: Head, x_TD: Float[Array, "T D"], tokens_T: Int[Array, "T"]) -> Float[Array, ""]:
-    """`- sum_t log p(tokens[t + 1])` of one window from its last activations, a slice of rows at a time."""
+def negative_log_likelihood(
+    head: Head, x_TD: Float[Array, "T D"], tokens_T: Int[Array, "T"], skipped: Int[Array, ""] | int = 0
+) -> Float[Array, ""]:
+    """`- sum_t log p(tokens[t + 1])` of one window from its last activations, a slice of rows at a time.
+
+    The first `skipped` predictions are not counted.
+    """
     rows = min(LOGIT_ROWS, x_TD.shape[0])
     padding = -x_TD.shape[0] % rows
     targets = jnp.pad(tokens_T[1:], (0, 1 + padding))
-    counts = jnp.arange(x_TD.shape[0] + padding) < x_TD.shape[0] - 1
+    time_T = jnp.arange(x_TD.shape[0] + padding)
+    counts = (skipped <= time_T) & (time_T < x_TD.shape[0] - 1)
     x = jnp.pad(x_TD, ((0, padding), (0, 0)))
 
     # A gradient computes a slice's logits again, so that it too holds those of one slice only.

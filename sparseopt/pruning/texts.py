@@ -4,14 +4,19 @@ pydoc              English reference text that every CPython carries; two disjoi
 wikitext2:PATH     a folder with WikiText-2 parquet files: calibration from validation, evaluation from test
 file:PATH          a UTF-8 text file of your own: calibration from its first half, evaluation from the rest
 hf:NAME[/CONFIG]   a data set of the Hugging Face hub by name, where the network allows
+
+A model whose tokenizer begins texts with a BOS sees it at the beginning of every window: `BOS, t_0, ..., t_{T-2}` of the
+T tokens that were cut. BOS is never predicted, and what follows it is not counted either: no text stands before it.
 """
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
+from sparseopt.models import Bos, Source, encode_text, load_tokenizer, start_token
 from sparseopt.models.folder import PICKLES
 
 Split = Literal["calibration", "evaluation"]
@@ -22,6 +27,56 @@ _HUB_SPLITS: dict[Split, str] = {"calibration": "validation", "evaluation": "tes
 
 class TextError(ValueError):
     """A text that cannot be had, or is too short; the message says what to do."""
+
+
+class Windows(NamedTuple):
+    """Token windows of a text.
+
+    Attributes:
+        ids: `[count, length]` int32, without BOS.
+        bos: the id of the token that every window is to begin with, see `begin_windows`; None for none.
+    """
+
+    ids: Int[np.ndarray, "count length"]
+    bos: int | None
+
+
+def text_windows(
+    source: Source, specification: str, split: Split, count: int, length: int, *, bos: Bos = "auto", seed: int = 0
+) -> Windows:
+    """The windows of a text as a model reads it: its own tokenizer's tokens, and its BOS.
+
+    Args:
+        source: has the tokenizer.
+        specification: of the text.
+        split: of the text.
+        count: windows wanted.
+        length: tokens a window.
+        bos: whether windows begin with BOS, see `models.start_token`.
+        seed: as in `token_windows`.
+
+    Raises:
+        TextError: for a text that cannot be had or is too short.
+        ModelError: for a tokenizer that cannot be used, or that has no BOS where `bos` is "yes".
+    """
+    tokenizer = load_tokenizer(source)
+    start = start_token(source, tokenizer, bos)
+    tokens = encode_text(tokenizer, load_text(specification, split))
+    try:
+        return Windows(token_windows(tokens, count, length, seed=seed), start)
+    except TextError as error:
+        raise TextError(f"{part_of_text(specification, split)}: {error}") from error
+
+
+def part_of_text(specification: str, split: Split) -> str:
+    """The specification, and of a file also which half of it is read."""
+    half = {"calibration": "first", "evaluation": "second"}[split]
+    return f"the {half} half of {specification}" if specification.startswith("file:") else specification
+
+
+def begin_windows(ids: Int[np.ndarray, "count length"], bos: int | None) -> Int[np.ndarray, "count length"]:
+    """The windows with BOS in front, the last token of each left out for it; as they are without one."""
+    return ids if bos is None else np.concatenate([np.full_like(ids[:, :1], bos), ids[:, :-1]], axis=1)
 
 
 def load_text(specification: str, split: Split) -> str:

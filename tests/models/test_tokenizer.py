@@ -266,7 +266,7 @@ def test_yes_takes_the_named_token_and_refuses_a_tokenizer_without(tmp_path: Pat
         ("b", tiny_config(bos_token_id=None), {}),
     ]:
         made = with_tokenizer(tmp_path / name, plain, config, **settings)
-        with pytest.raises(ModelError, match="has no BOS token .*bos must be auto or no"):
+        with pytest.raises(ModelError, match=r"has no BOS token .*bos must be auto or no"):
             start_token(made, plain, "yes")
     with pytest.raises(ModelError, match="bos must be one of auto, yes, no, given 'si'"):
         start_token(source, plain, "si")
