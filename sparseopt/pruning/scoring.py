@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.models import Head, PrunableModel
-from sparseopt.pruning.activations import BATCH_TOKENS
+from sparseopt.pruning.activations import BATCH_TOKENS, PASS_BYTES
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.evaluation import LOGIT_ROWS, log_probabilities
@@ -22,8 +22,6 @@ from sparseopt.pruning.texts import check_vocabulary
 
 Ids = Sequence[int]
 
-# Activations held between two blocks; a pass over more requests than fit reads the model again.
-PASS_BYTES = 2**28
 _SHORTEST = 16
 
 
