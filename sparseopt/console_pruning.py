@@ -16,6 +16,7 @@ from rich.table import Table
 from sparseopt.console import console, packed_line, say
 from sparseopt.machine import format_bytes
 from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, SurveyStep, mean
+from sparseopt.pruning.texts import part_of_text
 
 
 class PruneProgress:
@@ -168,6 +169,11 @@ def run_lines(report: PruneReport) -> list[str]:
         f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
         memory_line(report),
     ]
+    calibration = str(report.recipe["calibration"])
+    if report.bos is not None:
+        lines.append(f"every window of calibration began with the model's BOS (token {report.bos})")
+    if (read := part_of_text(calibration, "calibration")) != calibration:
+        lines.append(f"calibrated on {read}: its second half is left to `sparseopt eval`")
     if report.devices > 1:
         several = f" of {report.processes} processes" if report.processes > 1 else ""
         lines.append(f"{report.devices} devices{several} ({report.platform}) worked together")

@@ -221,7 +221,13 @@ class Branch:
             self._stream = self._stream.through(block, runner)
 
     def finish(
-        self, runner: BlockRunner, footprint: Footprint, plans: int, survey_seconds: float, seconds: float
+        self,
+        runner: BlockRunner,
+        footprint: Footprint,
+        plans: int,
+        survey_seconds: float,
+        seconds: float,
+        bos: int | None,
     ) -> PruneReport:
         """Complete the folder, read it back, report.
 
@@ -248,6 +254,7 @@ class Branch:
             layers=self._layers,
             blocks=self._blocks,
             plans=plans,
+            bos=bos,
             solver_seconds=sum(r.seconds for r in self._layers),
             reconstruction_seconds=sum(r.seconds for r in self._blocks),
             survey_seconds=survey_seconds,

@@ -3,8 +3,8 @@
     perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
 
 over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 where it begins with BOS (see `texts`). The
-model streams block by block, over all windows whose activations fit in `PASS_BYTES`, and again over the next ones. Of the
-embedding only the rows of these windows are read.
+model streams block by block, over all windows whose activations fit in `PASS_BYTES`, then again over the next ones. Of
+the embedding only the rows of these windows are read.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -19,6 +19,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -31,8 +32,6 @@ from sparseopt.models import (
     PrunableModel,
     Source,
     TorchModel,
-    encode_text,
-    load_tokenizer,
     open_model,
     unread,
 )
@@ -47,11 +46,12 @@ from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Event, Footprint, PruneReport
 from sparseopt.pruning.run_folder import Progress, claimed, fingerprint, progress_in
 from sparseopt.pruning.survey import survey
-from sparseopt.pruning.texts import TextError, check_vocabulary, load_text, token_windows
+from sparseopt.pruning.texts import TextError, begin_windows, check_vocabulary, text_windows
 from sparseopt.pruning.torch_calibration import runner_of
 from sparseopt.pruning.torch_recipe import fitting_recipe
 
 __all__ = [
+    "CalibrationWindows",
     "Observer",
     "PruningError",
     "Stopped",
@@ -65,7 +65,7 @@ __all__ = [
 
 Observer = Callable[[Event, int], None]
 # What recipes must agree in to share a pass.
-CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "seed")
+CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "seed", "bos")
 
 
 def ignore(event: Event, total: int) -> None:
@@ -172,23 +172,37 @@ def prune_models(
     for (recipe, _), method in zip(plans, methods, strict=True):
         for key, pattern in layer_patterns(model, recipe, method).items():
             check_cut(pattern, model.weight_shape(key), mesh)
-    calibration, heldout = calibration_windows(model, first)
+    windows = calibration_windows(model, first)
     recipes = [recipe for recipe, _ in plans]
     processes.agree(
         {
             "recipes": [recipe.as_dict() for recipe in recipes],
-            "calibration tokens": [calibration.tolist(), heldout.tolist()],
+            "calibration tokens": [windows.calibration.tolist(), windows.heldout.tolist()],
             "model": [model.source.name, model.source.config],
             "output folders": [str(folder) for folder in folders],
         }
     )
     named = list(zip(recipes, methods, folders, strict=True))
-    footprint = choose_footprint(model, named, calibration, heldout, budget, spread=mesh is not None)
+    footprint = choose_footprint(model, named, *windows[:2], budget, spread=mesh is not None)
     return_freed_memory()
     # One process holds the folders for all.
     with claimed(folders) if processes.is_first() else contextlib.nullcontext():
         pruning = _Pass(model, list(zip(plans, methods, folders, strict=True)), footprint, observer, mesh)
-        return pruning.run(calibration, heldout, stop, start)
+        return pruning.run(windows, stop, start)
+
+
+class CalibrationWindows(NamedTuple):
+    """What a pass reads.
+
+    Attributes:
+        calibration: token ids `[samples, seqlen]`, int32, BOS included.
+        heldout: the same of the held-out windows, `[heldout_samples, seqlen]`.
+        bos: the id of the token that was put in front of every window; None for none.
+    """
+
+    calibration: np.ndarray
+    heldout: np.ndarray
+    bos: int | None
 
 
 class _Pass:
@@ -209,16 +223,14 @@ class _Pass:
         self.total = len(plans) * sum(map(len, self.linears))
         self.observer = observer
 
-    def run(
-        self, calibration: np.ndarray, heldout: np.ndarray, stop: Callable[[], bool], start: float
-    ) -> list[PruneReport]:
+    def run(self, windows: CalibrationWindows, stop: Callable[[], bool], start: float) -> list[PruneReport]:
         """Prune block by block, report; `start` is when the run began."""
-        model = self.model
+        model, (calibration, heldout, bos) = self.model, windows
         self._told(self.footprint)
         branches = self._begin(calibration, heldout)
         embedded = self._embed(calibration, heldout)
         before = self.runner.seconds
-        surveys = survey(model, self.recipes, embedded, calibration, self.runner, self._told)
+        surveys = survey(model, self.recipes, embedded, calibration, int(bos is not None), self.runner, self._told)
         survey_seconds = self.runner.seconds - before
         for branch, found in zip(branches, surveys, strict=True):
             patterns = layer_patterns(model, branch.recipe, branch.method, found.shares)
@@ -238,7 +250,8 @@ class _Pass:
                 raise Stopped(f"{done}; the same call goes on from there")
         seconds = time.perf_counter() - start
         return [
-            branch.finish(self.runner, self.footprint, len(branches), survey_seconds, seconds) for branch in branches
+            branch.finish(self.runner, self.footprint, len(branches), survey_seconds, seconds, bos)
+            for branch in branches
         ]
 
     def _begin(self, calibration: np.ndarray, heldout: np.ndarray) -> list[Branch]:
@@ -331,15 +344,20 @@ def layer_patterns(
     return patterns
 
 
-def calibration_windows(model: PrunableModel, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
-    """Calibration and held-out windows, `[samples, seqlen]` each; held-out ones follow the calibration's text.
+def calibration_windows(model: PrunableModel, recipe: Recipe) -> CalibrationWindows:
+    """Calibration and held-out windows; held-out ones follow the calibration's text.
 
     Raises:
         TextError: for a text that is too short, or token ids that do not fit.
+        ModelError: if the recipe wants a BOS and the tokenizer has none.
     """
+    bos = None
     if isinstance(recipe.calibration, str):
-        tokens = encode_text(load_tokenizer(model.source), load_text(recipe.calibration, "calibration"))
-        windows = token_windows(tokens, recipe.samples + recipe.heldout_samples, recipe.seqlen, seed=recipe.seed)
+        count = recipe.samples + recipe.heldout_samples
+        found = text_windows(
+            model.source, recipe.calibration, "calibration", count, recipe.seqlen, bos=recipe.bos, seed=recipe.seed
+        )
+        windows, bos = begin_windows(*found), found.bos
     else:
         windows = np.asarray(recipe.calibration)
         if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or windows.shape[1] < 2:
@@ -352,9 +370,9 @@ def calibration_windows(model: PrunableModel, recipe: Recipe) -> tuple[np.ndarra
                 f"{len(windows)} windows of token ids leave none for calibration after "
                 f"{recipe.heldout_samples} held-out windows; give more or set heldout_samples=0"
             )
-        check_vocabulary(windows, model.config.vocab_size)
+    check_vocabulary(windows, model.config.vocab_size)
     limit = getattr(model.config, "positions", 0) - getattr(model.config, "position_offset", 0)
     if 0 < limit < windows.shape[1]:
         raise TextError(f"windows of {windows.shape[1]} tokens are longer than the model's {limit} positions")
     split = len(windows) - recipe.heldout_samples
-    return windows[:split].astype(np.int32), windows[split:].astype(np.int32)
+    return CalibrationWindows(windows[:split].astype(np.int32), windows[split:].astype(np.int32), bos)

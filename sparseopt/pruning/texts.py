@@ -5,11 +5,14 @@ wikitext2:PATH     a folder with WikiText-2 parquet files: calibration from vali
 file:PATH          a UTF-8 text file of your own: calibration from its first half, evaluation from the rest
 hf:NAME[/CONFIG]   a data set of the Hugging Face hub by name, where the network allows
 
-A model whose tokenizer begins texts with a BOS sees it at the beginning of every window: `BOS, t_0, ..., t_{T-2}` of the
-T tokens that were cut. BOS is never predicted, and what follows it is not counted either: no text stands before it.
+A model whose tokenizer begins texts with BOS sees it at the beginning of every window: `BOS, t_0, ..., t_{T-2}` of the
+T tokens that were cut. BOS is never predicted, and `t_0`, before which no text stands, does not count: losses begin
+with `t_1`.
 """
 
+import re
 from collections.abc import Callable, Iterable
+from glob import escape
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -178,23 +181,28 @@ def _read_hub(name: str, split: Split) -> str:
     repository, config = name, ""
     if name.count("/") == 2:
         repository, _, config = name.rpartition("/")
+    places = [f"{escape(config)}/", f"*/{escape(config)}/"] if config else ["", "*/"]
+    patterns = [f"{place}{wanted}*.parquet" for place in places]
     try:
-        folder = Path(
-            snapshot_download(
-                repository,
-                repo_type="dataset",
-                allow_patterns=[f"{config}*/{wanted}*.parquet", f"{wanted}*.parquet"],
-            )
-        )
+        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # every failure of the network and of the hub has a class of its own
         raise TextError(
             f"cannot fetch the data set {name!r} from the hub ({type(error).__name__}: {error}); "
             "without network use pydoc, wikitext2:PATH or file:PATH"
         ) from error
-    files = sorted(folder.rglob(f"{wanted}*.parquet"))
-    if not files:
-        raise TextError(f"the data set {name!r} has no {wanted} parquet files; name a configuration: hf:NAME/CONFIG")
-    return _join_parquet(files)
+    # The cache may hold other configurations as well, and splits whose names only begin alike.
+    held: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*.parquet")):
+        if re.fullmatch(rf"{wanted}(-\d+(-of-\d+)?)?", file.stem):
+            held.setdefault(file.parent.relative_to(folder).as_posix(), []).append(file)
+    found = [place for place in held if not config or place.split("/")[-1] == config]
+    if len(found) != 1:
+        there = ", ".join(sorted(found or held)) or "no such file"
+        raise TextError(
+            f"the data set {name!r} has {len(found)} folders with {wanted}.parquet files, and exactly one is read "
+            f"({'the snapshot holds' if not found else 'these'}: {there}); name one configuration: hf:NAME/CONFIG"
+        )
+    return _join_parquet(held[found[0]])
 
 
 def token_windows(tokens: np.ndarray, count: int, length: int, *, skip: int = 0, seed: int = 0) -> np.ndarray:

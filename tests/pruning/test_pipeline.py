@@ -195,6 +195,8 @@ BAD_RECIPES = {
     "preset": ({"preset": "quick"}, "unknown preset 'quick'"),
     "dtype": ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, given 'int8'"),
     "samples": ({"samples": 0}, "samples must be at least 1"),
+    "bos": ({"bos": "always"}, "bos must be one of auto, yes, no, given 'always'"),
+    "bos of ids": ({"bos": "yes"}, "token ids are taken as they are: put BOS in front of them"),
     "seqlen": ({"seqlen": 1}, "seqlen must be at least 2 tokens"),
     "too few windows": ({"heldout_samples": 12}, "leave none for calibration"),
     "vocabulary": ({"calibration": np.full((6, 8), 999)}, "made with another tokenizer"),
