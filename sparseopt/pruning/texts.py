@@ -193,7 +193,7 @@ def _read_hub(name: str, split: Split) -> str:
     # The cache may hold other configurations as well, and splits whose names only begin alike.
     held: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*.parquet")):
-        if re.fullmatch(rf"{wanted}(-\d+(-of-\d+)?)?", file.stem):
+        if re.fullmatch(rf"{wanted}(-\d+(-of-\d+(-[0-9a-f]+)?)?)?", file.stem):
             held.setdefault(file.parent.relative_to(folder).as_posix(), []).append(file)
     found = [place for place in held if not config or place.split("/")[-1] == config]
     if len(found) != 1:
