@@ -21,7 +21,7 @@ from sparseopt.core.solvers.aiht import STEP_FRACTION
 from sparseopt.core.thresholds import kth_largest
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
-from sparseopt.experiments.task_prune import BUNDLED
+from sparseopt.experiments.task_prune import BUNDLED, BosChoice
 from sparseopt.models import Bos, PrunableModel, bundled_model, load_tokenizer, open_model, start_token
 from sparseopt.pruning import Recipe, load_text
 from sparseopt.pruning.activations import make_batches
@@ -59,7 +59,7 @@ class Descent(Task):
     ridge: float = Field(default=0.03, ge=0)
     steps: int = Field(default=100, ge=1)
     calibration: str = "pydoc"
-    bos: Bos = "auto"
+    bos: BosChoice = "auto"
     samples: int = Field(default=8, ge=1)
     seqlen: int = Field(default=512, ge=2)
 

@@ -5,10 +5,10 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from sparseopt import processes
 from sparseopt.core.solve import Status
@@ -22,6 +22,14 @@ from sparseopt.pruning.reports import Event, LayerRecord, PruneReport, SurveySte
 from sparseopt.pruning.texts import Split, text_windows
 
 BUNDLED = "bundled:smollm2-135m"
+
+
+def _word(given: Any) -> Any:
+    # YAML 1.1 reads unquoted yes and no as truth values.
+    return ("yes" if given else "no") if isinstance(given, bool) else given
+
+
+BosChoice = Annotated[Bos, BeforeValidator(_word)]
 
 
 class MethodConfig(Named):
@@ -87,7 +95,7 @@ class Prune(Task):
     propagate: float | None = Field(default=None, ge=0, le=1)
     reconstruct: int | None = Field(default=None, ge=0)
     calibration: str = "pydoc"
-    bos: Bos = "auto"
+    bos: BosChoice = "auto"
     samples: int = Field(default=16, ge=1)
     seqlen: int = Field(default=512, ge=2)
     heldout_samples: int = Field(default=4, ge=0)

@@ -45,8 +45,8 @@ _PIECE = 16
 class DecoderLM(TemplateLM):
     """A model folder or GGUF file as `lm-eval` sees a model.
 
-    Log-likelihoods stream the model block by block; `generate_until` holds it whole, as float32. Where the tokenizer
-    has a BOS and it is used, every input begins with it, also one whose own beginning was cut off; it is never predicted.
+    Log-likelihoods stream the model block by block; `generate_until` holds it whole, as float32. Where BOS is
+    used, every input begins with it, also one whose own beginning was cut off, and it is never predicted.
 
     Attributes:
         max_length: tokens that the model reads at most.
@@ -232,9 +232,10 @@ def zero_shot(
         observer: called with (what is running, steps done, steps in all).
 
     Returns:
-        `{"model", "lm_eval", "limit", "shots", "bos", "cut", "tasks": {name: {"version", "examples", "metrics": {...}}}}`,
-        ready for JSON. `bos` is the id of the token that inputs began with, None for none. `cut` counts the requests that were longer than the model reads and lost the beginning of
-        their context. Groups stand among the tasks.
+        `{"model", "lm_eval", "limit", "shots", "bos", "cut",
+        "tasks": {name: {"version", "examples", "metrics": {...}}}}`, ready for JSON. `bos` is the id of the token that
+        inputs began with, None for none. `cut` counts the requests that were longer than the model reads and lost the
+        beginning of their context. Groups stand among the tasks.
 
     Raises:
         ValueError: for an unknown task, with the nearest known name, or a number out of range.

@@ -139,6 +139,26 @@ def test_what_the_model_or_the_texts_cannot_do_ends_a_run_before_any_work(tmp_pa
     dense.task.check()  # it reads no calibration text
 
 
+def test_every_window_begins_with_bos_where_the_config_says_yes(tmp_path, prune):
+    # Without quotes yes and no are truth values in YAML 1.1.
+    fields = {**prune, "method": "dense", "bos": yaml.safe_load("yes")}
+    (behind,), (without,) = expand(fields), expand({**fields, "bos": yaml.safe_load("no")})
+    assert (behind.task.bos, without.task.bos) == ("yes", "no")
+    behind.task.check()
+    outcomes = [execute(run, tmp_path / run.task.bos, quiet) for run in (behind, without)]
+    records = [json.loads((outcome.folder / "records.jsonl").read_text()) for outcome in outcomes]
+    assert [record["bos"] for record in records] == [1, None]
+    assert records[0]["perplexity"] != records[1]["perplexity"]
+    (tmp_path / "source" / "tokenizer_config.json").write_text('{"bos_token": null}')
+    with pytest.raises(ValueError, match="has no BOS token"):
+        behind.task.check()
+    (layer,) = expand({**fields, "bos": "yes", "method": "wanda"})
+    with pytest.raises(ValueError, match="has no BOS token"):
+        layer.task.check()
+    with pytest.raises(ConfigError, match="bos"):
+        expand({**fields, "bos": "always"})
+
+
 def test_descent_is_monotone_and_acceleration_ends_lower(tmp_path, settings):
     layer = "model.layers.1.mlp.up_proj"
     (run,) = expand({**settings, "task": "descent", "layer": layer, "steps": 60})
