@@ -216,10 +216,11 @@ def evaluate(
 ) -> None:
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
     from sparseopt import console
-    from sparseopt.models import encode_text, load_tokenizer, open_model
+    from sparseopt.models import check_window, encode_text, load_tokenizer, open_model
     from sparseopt.pruning import audit_pattern, audit_sparsity, load_text, perplexity, token_windows
 
     opened = open_model(model)
+    check_window(seqlen, opened.config.max_positions)
     found = audit_pattern(opened, pattern, sparsity) if pattern else []
     broken = [a for a in found if not a.fits]
     if broken:

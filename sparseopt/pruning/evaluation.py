@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.models import Decoder, Head, PrunableModel, open_model
+from sparseopt.models import Decoder, Head, PrunableModel, check_window, open_model
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
@@ -67,7 +67,8 @@ def perplexity(
         observer: called with (blocks done, blocks in all).
 
     Raises:
-        ValueError: for ids outside the vocabulary or fewer tokens than one window.
+        ValueError: for ids outside the vocabulary, fewer tokens than one window, or windows that are longer than the
+            model is made for.
     """
     parts = _StreamedParts(model) if not isinstance(model, Decoder) else _DecoderParts(model)
     ids = np.asarray(token_ids)
@@ -77,6 +78,7 @@ def perplexity(
         if len(ids) < seqlen or seqlen < 2:
             raise ValueError(f"{len(ids)} tokens are fewer than one window of {seqlen}; give more or a shorter seqlen")
         ids = ids[: len(ids) // seqlen * seqlen].reshape(-1, seqlen)
+    check_window(ids.shape[1], parts.max_positions)
     check_vocabulary(ids, parts.vocab_size)
     ids = ids.astype(np.int32)
 
@@ -115,6 +117,7 @@ class _StreamedParts:
     def __init__(self, model: str | Path | PrunableModel) -> None:
         opened = open_model(model) if isinstance(model, str | Path) else model
         self.vocab_size, self.num_blocks = opened.config.vocab_size, opened.num_blocks
+        self.max_positions = opened.config.max_positions
         self.embedding, self.block, self.head = opened.embedding, opened.block, opened.head
         self.runner = runner_of(opened)
 
@@ -124,6 +127,7 @@ class _DecoderParts:
 
     def __init__(self, decoder: Decoder) -> None:
         self.vocab_size, self.num_blocks = decoder.embed_tokens.weight.shape[0], len(decoder.layers)
+        self.max_positions = decoder.embed_tokens.config.max_positions
         self.embedding = lambda: decoder.embed_tokens
         self.block = lambda index: decoder.layers[index]
         self.head = lambda: decoder.head

@@ -31,6 +31,7 @@ from sparseopt.models import (
     PrunableModel,
     Source,
     TorchModel,
+    check_window,
     encode_text,
     load_tokenizer,
     open_model,
@@ -336,8 +337,10 @@ def calibration_windows(model: PrunableModel, recipe: Recipe) -> tuple[np.ndarra
 
     Raises:
         TextError: for a text that is too short, or token ids that do not fit.
+        ModelError: for windows that are longer than the model is made for.
     """
     if isinstance(recipe.calibration, str):
+        check_window(recipe.seqlen, model.config.max_positions)
         tokens = encode_text(load_tokenizer(model.source), load_text(recipe.calibration, "calibration"))
         windows = token_windows(tokens, recipe.samples + recipe.heldout_samples, recipe.seqlen, seed=recipe.seed)
     else:
@@ -352,9 +355,7 @@ def calibration_windows(model: PrunableModel, recipe: Recipe) -> tuple[np.ndarra
                 f"{len(windows)} windows of token ids leave none for calibration after "
                 f"{recipe.heldout_samples} held-out windows; give more or set heldout_samples=0"
             )
+        check_window(windows.shape[1], model.config.max_positions)
         check_vocabulary(windows, model.config.vocab_size)
-    limit = getattr(model.config, "positions", 0) - getattr(model.config, "position_offset", 0)
-    if 0 < limit < windows.shape[1]:
-        raise TextError(f"windows of {windows.shape[1]} tokens are longer than the model's {limit} positions")
     split = len(windows) - recipe.heldout_samples
     return windows[:split].astype(np.int32), windows[split:].astype(np.int32)
