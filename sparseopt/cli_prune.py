@@ -223,11 +223,12 @@ def evaluate(
 ) -> None:
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
     from sparseopt import console
-    from sparseopt.models import open_model
+    from sparseopt.models import check_window, open_model
     from sparseopt.pruning import audit_pattern, audit_sparsity, perplexity
     from sparseopt.pruning.texts import part_of_text, text_windows
 
     opened = open_model(model)
+    check_window(seqlen, opened.config.max_positions)
     ids, start = text_windows(opened.source, text, "evaluation", windows, seqlen, bos=cast(Any, bos))
     found = audit_pattern(opened, pattern, sparsity) if pattern else []
     broken = [a for a in found if not a.fits]

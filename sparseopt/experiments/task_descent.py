@@ -22,7 +22,7 @@ from sparseopt.core.thresholds import kth_largest
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
 from sparseopt.experiments.task_prune import BUNDLED, BosChoice
-from sparseopt.models import Bos, PrunableModel, bundled_model, load_tokenizer, open_model, start_token
+from sparseopt.models import Bos, PrunableModel, bundled_model, check_window, load_tokenizer, open_model, start_token
 from sparseopt.pruning import Recipe, load_text
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.layer import ScaledLayer, scale_layer
@@ -68,9 +68,10 @@ class Descent(Task):
         return [f"{index}-{solver.label}" for index, solver in enumerate(self.solvers)]
 
     def check(self) -> None:
-        """The model opens, has the layer, and the text can be read."""
+        """The model opens, has the layer and reads such windows, and the text can be read."""
         model = open_model(self._source())
         _block_of(model, self.layer)
+        check_window(self.seqlen, model.config.max_positions)
         start_token(model.source, load_tokenizer(model.source), self.bos)
         load_text(self.calibration, "calibration")
 

@@ -14,7 +14,7 @@ from sparseopt import processes
 from sparseopt.core.solve import Status
 from sparseopt.experiments.names import Mistakes, Named, PenaltyConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
-from sparseopt.models import Bos, bundled_model, encode_text, load_tokenizer, open_model, start_token
+from sparseopt.models import Bos, bundled_model, check_window, encode_text, load_tokenizer, open_model, start_token
 from sparseopt.pruning import METHODS, Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
 from sparseopt.pruning.patterns import check_pattern, implied_sparsity
 from sparseopt.pruning.pipeline import layer_patterns
@@ -301,6 +301,7 @@ class Prune(Task):
 def _text_mistakes(source: Path, name: str, split: Split, count: int, length: int) -> list[str]:
     """What keeps a text from giving so many windows of this length."""
     try:
+        check_window(length, open_model(source).config.max_positions)
         token_windows(_tokens(source, load_text(name, split)), count, length)
     except ValueError as error:
         return [f"{split} text {name}: {error}"]

@@ -12,7 +12,7 @@ from sparseopt.models.layers import Linear, no_tap
 from sparseopt.models.prunable import PrunableBlock, PrunableModel
 from sparseopt.models.repack import pack_folder, unpack_folder
 from sparseopt.models.rope import Rope
-from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig
+from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig, check_window
 from sparseopt.models.source import Source, TensorInfo, open_source
 from sparseopt.models.streaming import StreamedModel, check_keys, load_decoder, open_model
 from sparseopt.models.tokenizer import BOS_CHOICES, Bos, encode_text, load_tokenizer, start_token
@@ -46,6 +46,7 @@ __all__ = [
     "block_tag",
     "bundled_model",
     "check_keys",
+    "check_window",
     "encode_text",
     "find_family",
     "generate",

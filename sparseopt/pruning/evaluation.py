@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.models import Decoder, Head, PrunableModel, open_model
+from sparseopt.models import Decoder, Head, PrunableModel, check_window, open_model
 from sparseopt.pruning.activations import PASS_BYTES, windows_per_batch
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
@@ -78,7 +78,8 @@ def perplexity(
         observer: called with (blocks done, blocks in all).
 
     Raises:
-        ValueError: for ids outside the vocabulary, fewer tokens than one window, or windows that predict nothing.
+        ValueError: for ids outside the vocabulary, fewer tokens than one window, and windows that predict nothing or
+            are longer than the model is made for.
     """
     parts = _StreamedParts(model) if not isinstance(model, Decoder) else _DecoderParts(model)
     ids = np.asarray(token_ids)
@@ -92,6 +93,7 @@ def perplexity(
         behind = "" if bos is None else " behind BOS"
         raise ValueError(f"windows of shape {list(ids.shape)} predict nothing{behind}; give more or longer windows")
     ids = begin_windows(ids.astype(np.int64), bos)
+    check_window(ids.shape[1], parts.max_positions)
     check_vocabulary(ids, parts.vocab_size)
     skipped, (count, length) = int(bos is not None), ids.shape
 
@@ -137,6 +139,7 @@ class _StreamedParts:
         opened = open_model(model) if isinstance(model, str | Path) else model
         self.vocab_size, self.num_blocks = opened.config.vocab_size, opened.num_blocks
         self.hidden_size = opened.config.hidden_size
+        self.max_positions = opened.config.max_positions
         self.block, self.head = opened.block, opened.head
         self.runner = runner_of(opened)
         self._model = opened
@@ -156,6 +159,7 @@ class _DecoderParts:
 
     def __init__(self, decoder: Decoder) -> None:
         self.vocab_size, self.num_blocks = decoder.embed_tokens.weight.shape[0], len(decoder.layers)
+        self.max_positions = decoder.embed_tokens.config.max_positions
         self.hidden_size = decoder.embed_tokens.weight.shape[1]
         self.embed = lambda batches: [decoder.embed_tokens(jnp.asarray(ids)) for ids in batches]
         self.block = lambda index: decoder.layers[index]

@@ -32,6 +32,7 @@ from sparseopt.models import (
     PrunableModel,
     Source,
     TorchModel,
+    check_window,
     open_model,
     unread,
 )
@@ -349,10 +350,11 @@ def calibration_windows(model: PrunableModel, recipe: Recipe) -> CalibrationWind
 
     Raises:
         TextError: for a text that is too short, or token ids that do not fit.
-        ModelError: if the recipe wants a BOS and the tokenizer has none.
+        ModelError: for windows that are longer than the model is made for, or a BOS that the tokenizer does not have.
     """
     bos = None
     if isinstance(recipe.calibration, str):
+        check_window(recipe.seqlen, model.config.max_positions)
         count = recipe.samples + recipe.heldout_samples
         found = text_windows(
             model.source, recipe.calibration, "calibration", count, recipe.seqlen, bos=recipe.bos, seed=recipe.seed
@@ -370,9 +372,7 @@ def calibration_windows(model: PrunableModel, recipe: Recipe) -> CalibrationWind
                 f"{len(windows)} windows of token ids leave none for calibration after "
                 f"{recipe.heldout_samples} held-out windows; give more or set heldout_samples=0"
             )
+        check_window(windows.shape[1], model.config.max_positions)
     check_vocabulary(windows, model.config.vocab_size)
-    limit = getattr(model.config, "positions", 0) - getattr(model.config, "position_offset", 0)
-    if 0 < limit < windows.shape[1]:
-        raise TextError(f"windows of {windows.shape[1]} tokens are longer than the model's {limit} positions")
     split = len(windows) - recipe.heldout_samples
     return CalibrationWindows(windows[:split].astype(np.int32), windows[split:].astype(np.int32), bos)

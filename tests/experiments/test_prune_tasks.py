@@ -123,15 +123,15 @@ def test_what_is_missing_is_found_before_any_run(tmp_path, prune):
 
 def test_what_the_model_or_the_texts_cannot_do_ends_a_run_before_any_work(tmp_path, prune, command):
     sweep = {"list": [{"method": "dense"}, {"method": "wanda"}, {"method": "magnitude"}]}
-    long = {"samples": 900, "evaluation_seqlen": 32_000, "pattern": "3:7", "sweep": sweep}
+    long = {"seqlen": 257, "windows": 900, "pattern": "3:7", "sweep": sweep}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**prune, **long}))
     status, _, err = command("run", tmp_path / "tiny.yaml", "--output", tmp_path / "runs")
     assert status == 2
     assert "nothing was run: " in err
     for mistake in (
         "q_proj: pattern '3:7' needs a number of inputs divisible by 7",
-        f"calibration text {prune['calibration']}: 902 windows of 32 tokens need",
-        f"evaluation text {prune['evaluation']}: 2 windows of 32000 tokens need",
+        f"calibration text {prune['calibration']}: a window of 257 tokens is longer than the 256 positions",
+        f"evaluation text {prune['evaluation']}: 900 windows of 32 tokens need",
     ):
         assert err.count(mistake) == 1
     assert not (tmp_path / "runs").exists()
