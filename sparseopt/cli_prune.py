@@ -264,7 +264,7 @@ def evaluate(
     least, most = min(audits, key=lambda a: a.sparsity), max(audits, key=lambda a: a.sparsity)
     console.say(
         f"perplexity {score:.4f} on {windows} windows of {seqlen} tokens of {part_of_text(text, 'evaluation')}"
-        + ("" if start is None else f", each behind BOS (token {start})")
+        + ("" if start is None else f", each starting with BOS (token {start})")
     )
     console.say(
         f"sparsity {zeros / size:.6f}: {zeros:,} zeros of {size:,} weights in {len(audits)} linears "

@@ -50,7 +50,7 @@ def zero_shot(
         )
     )
     if found["bos"] is not None:
-        console.say(f"every input began with the model's BOS (token {found['bos']})")
+        console.say(f"every input started with the model's BOS (token {found['bos']})")
     if found["cut"]:
         console.say(f"{found['cut']} requests were longer than the model reads; the beginning of their prompt was cut")
 

@@ -171,7 +171,7 @@ def run_lines(report: PruneReport) -> list[str]:
     ]
     calibration = str(report.recipe["calibration"])
     if report.bos is not None:
-        lines.append(f"every window of calibration began with the model's BOS (token {report.bos})")
+        lines.append(f"every calibration window started with the model's BOS (token {report.bos})")
     if (read := part_of_text(calibration, "calibration")) != calibration:
         lines.append(f"calibrated on {read}: its second half is left to `sparseopt eval`")
     if report.devices > 1:

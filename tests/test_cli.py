@@ -57,13 +57,13 @@ def test_calibration_and_evaluation_begin_with_the_bos_of_the_tokenizer(tmp_path
     few = ["--calibration", text, "--method", "wanda", "--samples", 6, "--seqlen", 32, "--heldout-samples", 2]
     status, out, _ = command("prune", source, "--output", tmp_path / "out", *few)
     assert status == 0
-    assert "every window of calibration began with the model's BOS (token 1)" in out
+    assert "every calibration window started with the model's BOS (token 1)" in out
     assert f"calibrated on the first half of {text}: its second half is left to `sparseopt eval`" in out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["bos"], summary["recipe"]["bos"]) == (1, "auto")
     score = ["eval", tmp_path / "out", "--text", text, "--windows", 4, "--seqlen", 64]
     _, out, _ = command(*score)
-    assert f"on 4 windows of 64 tokens of the second half of {text}, each behind BOS (token 1)" in out
+    assert f"on 4 windows of 64 tokens of the second half of {text}, each starting with BOS (token 1)" in out
     behind, without = (json.loads(command(*score, "--json", "--bos", bos)[1]) for bos in ("yes", "no"))
     assert (behind["bos"], without["bos"]) == (1, None)
     assert behind["perplexity"] != without["perplexity"]
@@ -72,7 +72,7 @@ def test_calibration_and_evaluation_begin_with_the_bos_of_the_tokenizer(tmp_path
 def test_a_bos_that_the_tokenizer_lacks_is_refused_before_any_work(tmp_path, source, command):
     (source / "tokenizer_config.json").write_text('{"bos_token": null}')
     for call in (["prune", source, "--output", tmp_path / "out", "--calibration"], ["eval", source, "--text"]):
-        status, _, err = command(*call, f"file:{tmp_path / 'text.txt'}", "--bos", "yes")
+        status, _, err = command(*call, f"file:{tmp_path / 'text.txt'}", "--bos", "yes", "--seqlen", 64)
         assert status == 2
         assert "has no BOS token" in err
     assert not (tmp_path / "out").exists()

@@ -293,7 +293,7 @@ def head(section: Section, task: Prune) -> list[str]:
     ridge = "" if task.ridge is None else f", ridge {task.ridge:g}"
     start = _start_token(section)
     lines = [
-        f"model: {task.source}" + ("" if start is None else f", every window behind its BOS (token {start})"),
+        f"model: {task.source}" + ("" if start is None else f", every window starts with its BOS (token {start})"),
         f"calibration: {part_of_text(task.calibration, 'calibration')}, {task.samples} x {task.seqlen} = "
         f"{task.samples * task.seqlen:,} tokens, and {task.heldout_samples * task.seqlen:,} held out; "
         f"seed {task.seed}{ridge}",

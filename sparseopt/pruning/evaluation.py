@@ -90,8 +90,8 @@ def perplexity(
             raise ValueError(f"{len(ids)} tokens are fewer than one window of {seqlen}; give more or a shorter seqlen")
         ids = ids[: len(ids) // seqlen * seqlen].reshape(-1, seqlen)
     if not ids.shape[0] or ids.shape[1] < (2 if bos is None else 3):
-        behind = "" if bos is None else " behind BOS"
-        raise ValueError(f"windows of shape {list(ids.shape)} predict nothing{behind}; give more or longer windows")
+        after = "" if bos is None else " after BOS"
+        raise ValueError(f"windows of shape {list(ids.shape)} predict nothing{after}; give more or longer windows")
     ids = begin_windows(ids.astype(np.int64), bos)
     check_window(ids.shape[1], parts.max_positions)
     check_vocabulary(ids, parts.vocab_size)

@@ -6,8 +6,8 @@ file:PATH          a UTF-8 text file of your own: calibration from its first hal
 hf:NAME[/CONFIG]   a data set of the Hugging Face hub by name, where the network allows
 
 A model whose tokenizer begins texts with BOS sees it at the beginning of every window: `BOS, t_0, ..., t_{T-2}` of the
-T tokens that were cut. BOS is never predicted, and `t_0`, before which no text stands, does not count: losses begin
-with `t_1`.
+T tokens that were cut. BOS is never predicted, and the prediction of `t_0`, which no text precedes, does not count:
+losses start with `t_1`.
 """
 
 import re

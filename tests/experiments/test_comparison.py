@@ -125,7 +125,7 @@ def test_the_table_says_where_windows_begin_with_bos(settings, finished):
     assert "BOS" not in "".join(comparison.head(section, task))
     behind = replace(section, runs=[replace(run, records=[{**run.records[0], "bos": 7}]) for run in section.runs])
     lines = comparison.head(behind, task)
-    assert lines[0] == f"model: {settings['source']}, every window behind its BOS (token 7)"
+    assert lines[0] == f"model: {settings['source']}, every window starts with its BOS (token 7)"
     assert f"calibration: the first half of {settings['calibration']}, 3 x 32" in lines[1]
     assert f"evaluation: the second half of {settings['evaluation']}, 2 x 48" in lines[2]
 

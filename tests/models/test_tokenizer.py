@@ -278,3 +278,7 @@ def test_a_gguf_file_says_whether_text_begins_with_bos(tmp_path: Path, source: A
     metadata = sentencepiece_metadata(prefix=False)
     begins = build_tokenizer(metadata | {"tokenizer.ggml.add_bos_token": True}, Path("m.gguf"))
     assert start_token(source, begins) == metadata["tokenizer.ggml.bos_token_id"]
+    silent = {name: value for name, value in byte_level_metadata("qwen2").items() if "add_bos" not in name}
+    silent |= {"tokenizer.ggml.bos_token_id": 1}
+    for words, expected in (("qwen2", None), ("llama-bpe", 1)):
+        assert start_token(source, build_tokenizer(silent | {"tokenizer.ggml.pre": words}, Path("m.gguf"))) == expected

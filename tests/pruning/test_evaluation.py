@@ -1,4 +1,4 @@
-"""Perplexity behind BOS, in bounded memory, and without compiling twice."""
+"""Perplexity after BOS, in bounded memory, and without compiling twice."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_bos_stands_in_front_of_every_window_and_is_no_context_that_counts(folde
     logits = np.asarray(load_decoder(folder)(jnp.asarray(begun)), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     counted = np.take_along_axis(log_p[:, 1:-1], begun[:, 2:, None], axis=2)
-    assert counted.shape == (5, 28, 1)  # of 30 places BOS and the token behind it are not counted
+    assert counted.shape == (5, 28, 1)  # of 30 places BOS and the token after it are not counted
     expected = pytest.approx(np.exp(-counted.mean()), rel=1e-4)
     assert perplexity(folder, tokens, bos=bos) == expected
     assert perplexity(folder, tokens.ravel(), seqlen=30, bos=bos) == expected
