@@ -196,8 +196,9 @@ def run_lines(report: PruneReport) -> list[str]:
         )
     if starved := report.starved_experts:
         least = report.recipe["min_expert_tokens"]
+        tokens = f"fewer than {least} calibration tokens" if least > 1 else "no calibration token"
         lines.append(
-            f"{len(starved)} experts saw fewer than {least} calibration tokens and were pruned by magnitude: "
+            f"{len(starved)} experts saw {tokens} and were pruned by magnitude: "
             f"{shortened(starved)}; give more --samples"
         )
     if report.recipe["pack"]:

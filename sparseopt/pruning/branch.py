@@ -325,7 +325,7 @@ class Branch:
     ) -> Linear:
         """A linear as it is to be pruned; its target is found when its turn comes."""
         recipe, tokens = self.recipe, grams.tokens(tap)
-        starved = expert and tokens < recipe.min_expert_tokens
+        starved = expert and tokens < max(1, recipe.min_expert_tokens)
         tested = not starved and bool(tests) and tests.tokens(tap) > 0
         dtype = self._writer.dtype_of(key)
         outputs = None if starved else self._weights.get(key)

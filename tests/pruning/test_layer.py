@@ -115,13 +115,22 @@ def test_dead_inputs_are_pruned_first_and_reported(rng, method, preset):
     assert np.count_nonzero(result.weight) == weight.size // 2
     if method != "wanda":
         assert (result.weight[:, dead] == 0).all()
-    # Fewer to prune than dead weights: those that must stay keep their value.
+    # Fewer to prune than dead weights: the smallest go, and those that must stay keep their value.
     little = prune_layer(weight, gram, 0.02, method=method, preset=preset)
     assert np.count_nonzero(little.weight) == weight.size - round(0.02 * weight.size)
-    kept = little.weight[:, dead] != 0
+    kept, size = little.weight[:, dead] != 0, np.abs(weight[:, dead])
     np.testing.assert_array_equal(little.weight[:, dead][kept], weight[:, dead][kept])
+    axis = 1 if method == "wanda" else None  # Wanda compares the weights of one output only
+    largest_gone, smallest_kept = np.max(size, axis, where=~kept, initial=0), np.min(size, axis, where=kept, initial=9)
+    assert (largest_gone < smallest_kept).all()
     if method != "wanda":
         assert (np.delete(little.weight, dead, axis=1) != 0).all()
+
+
+def test_where_no_input_is_alive_the_smallest_weights_go(rng):
+    weight, gram, _ = make_layer(rng)
+    result = prune_layer(weight, np.zeros_like(gram), 0.5, method="magnitude")
+    np.testing.assert_array_equal(result.weight != 0, np.abs(weight) > np.median(np.abs(weight)))
 
 
 def test_all_inputs_dead_costs_nothing(rng):
