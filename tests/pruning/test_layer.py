@@ -145,9 +145,17 @@ def test_the_weights_dtype_is_kept_and_its_rounding_is_in_the_error(rng, dtype):
     weight, gram, _ = make_layer(rng)
     weight = weight.astype(dtype)
     result = prune_layer(weight, gram, 0.5)
-    assert result.weight.dtype == (np.float32 if dtype is np.float64 else dtype)
+    assert result.weight.dtype == dtype
     assert np.count_nonzero(result.weight) == weight.size // 2
     assert result.relative_error == pytest.approx(error_of(result.weight, weight, gram), rel=1e-2)
+
+
+def test_unchanged_weights_keep_their_value_where_the_dtype_is_wider_than_the_solve_s(rng):
+    weight, gram, _ = make_layer(rng, dtype=np.float64)
+    found = prune_layer(weight, gram, 0.5, method="magnitude").weight
+    np.testing.assert_array_equal(found, np.where(found == 0, 0, weight))
+    with pytest.raises(ValueError, match="must be of a float dtype, given complex128"):
+        prune_layer(weight.astype(complex), gram, 0.5)
 
 
 def test_one_compile_a_shape_whatever_the_values_and_the_sparsity(rng):
