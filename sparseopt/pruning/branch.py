@@ -35,7 +35,7 @@ from sparseopt.pruning.patterns import Pattern
 from sparseopt.pruning.propagation import PROPAGATION_RIDGE, propagated_target
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
-from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, RunLog
+from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, Replay, RunLog
 from sparseopt.pruning.run_folder import Progress
 from sparseopt.pruning.side_by_side import Linear, solve_block
 
@@ -178,10 +178,9 @@ class Branch:
         # As in `prune_block`, what was not pruned or trained runs as the source has it, not as it was stored.
         changed = keys if self.recipe.reconstruction is not None else [f"{name}.weight" for name in block.linears]
         block.write({path: self._model.as_stored(keys[path], stored[keys[path]]) for path in changed})
-        told: list[LayerRecord | BlockRecord] = [*self._layers, *self._blocks]
-        for record in told:
-            if record.block == index:
-                observer(record)
+        layers = [record for record in self._layers if record.block == index]
+        for event in (Replay(len(layers)), *layers, *(record for record in self._blocks if record.block == index)):
+            observer(event)
         if index + 1 < self._model.num_blocks:
             self._stream = self._stream.through(block, runner)
 
