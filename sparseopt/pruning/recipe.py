@@ -58,8 +58,8 @@ class Recipe:
         seed: 0 takes calibration windows from the start of the text, another draws them at random.
         dtype: dtype to store, or None to keep the source's.
         pack: store the zeros as a bitmask, see `packed`; transformers loads the folder only once it is unpacked.
-        min_expert_tokens: an expert that fewer calibration tokens are routed to is starved: it is pruned by the
-            magnitude of its weights, and the report names it.
+        min_expert_tokens: an expert that receives fewer calibration tokens than this is starved: it is pruned by the
+            magnitude of its weights, and the report names it. An expert that receives none always is.
     """
 
     sparsity: float | None = 0.5

@@ -152,7 +152,18 @@ class Footprint:
 
 
 # What an observer of a run is told, in the order of events.
-Event = Footprint | SurveyStep | LayerRecord | BlockRecord
+@dataclass(frozen=True)
+class Replay:
+    """The records that follow are an earlier run's, of a block that it finished: they are no work of this one.
+
+    Attributes:
+        layers: how many linears they are of.
+    """
+
+    layers: int
+
+
+Event = Footprint | SurveyStep | Replay | LayerRecord | BlockRecord
 
 
 @dataclass(frozen=True)
