@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from common import emit, model_and_text, text_parser
 
-from sparseopt.models import encode_text, load_tokenizer, open_model
-from sparseopt.pruning import load_text, perplexity, prune_layer, token_windows
+from sparseopt.models import open_model
+from sparseopt.pruning import perplexity, prune_layer
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner
+from sparseopt.pruning.texts import begin_windows, text_windows
 
 DENSE_PERPLEXITY = 29.197
 # The published procedure's own relative errors at 50 % on these layers.
@@ -46,9 +47,9 @@ def matmul_rate(repeats: int = 8) -> float:
 def bench_perplexity(source: Path, data: str) -> None:
     """Dense perplexity, test split, first 8 windows of 1024 tokens."""
     model = open_model(source)
-    ids = token_windows(encode_text(load_tokenizer(model.source), load_text(data, "evaluation")), 8, 1024)
+    ids, bos = text_windows(model.source, data, "evaluation", 8, 1024)
     start = time.perf_counter()
-    score = perplexity(model, ids)
+    score = perplexity(model, ids, bos=bos)
     off = abs(score / DENSE_PERPLEXITY - 1)
     emit(
         "dense perplexity", score, "perplexity", f"{DENSE_PERPLEXITY} within 0.1 %", off <= 1e-3,
@@ -59,7 +60,7 @@ def bench_perplexity(source: Path, data: str) -> None:
 def bench_layers(source: Path, data: str) -> None:
     """Both presets on the named layers at 50 %, Grams of the dense model on 24 x 512 validation tokens."""
     model = open_model(source)
-    ids = token_windows(encode_text(load_tokenizer(model.source), load_text(data, "calibration")), 48, 512)
+    ids = begin_windows(*text_windows(model.source, data, "calibration", 48, 512))
     batches = make_batches(model.embedding()(jnp.asarray(ids[:24])))
     heldout = make_batches(model.embedding()(jnp.asarray(ids[24:])))
     runner = BlockRunner()

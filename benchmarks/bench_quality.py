@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from common import Bench, emit_line, judged, model_and_text, names_of, preset_of, run_pass, say, text_parser
 
-from sparseopt.models import encode_text, load_tokenizer, open_model
-from sparseopt.pruning import Recipe, load_text, prune_layer, token_windows
+from sparseopt.models import open_model
+from sparseopt.pruning import Recipe, prune_layer
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner
+from sparseopt.pruning.texts import begin_windows, text_windows
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "0.5": {"sparsity": 0.5, "pattern": "unstructured"},
@@ -88,8 +89,7 @@ def dense_layers(bench: Bench) -> list[Layer]:
     """The layers with the Grams of the first calibration windows, and held-out ones of as many that follow."""
     model, count = open_model(bench.source), bench.windows or LAYER_WINDOWS
     layers: list[Layer] = []
-    text = encode_text(load_tokenizer(model.source), load_text(bench.data, "calibration"))
-    ids = token_windows(text, 2 * count, SEQLEN)
+    ids = begin_windows(*text_windows(model.source, bench.data, "calibration", 2 * count, SEQLEN))
     parts = [make_batches(model.embedding()(jnp.asarray(part))) for part in (ids[:count], ids[count:])]
     runner = BlockRunner()
     for index in range(min(BLOCKS[-1] + 1, model.num_blocks)):

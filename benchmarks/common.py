@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sparseopt.machine import environment
-from sparseopt.models import bundled_model, encode_text, load_tokenizer, open_model
-from sparseopt.pruning import Recipe, load_text, perplexity, prune_models, token_windows
+from sparseopt.models import bundled_model, open_source
+from sparseopt.pruning import Recipe, perplexity, prune_models
 from sparseopt.pruning.reports import Event, LayerRecord, SurveyStep
+from sparseopt.pruning.texts import text_windows
 
 # Seconds between messages of a pass.
 PATIENCE = 15.0
@@ -138,9 +139,8 @@ def prune_and_score(
     """
     plans = [(recipe, folder / str(index)) for index, recipe in enumerate(recipes)]
     reports = prune_models(source, plans, observer=Progress(label).told_of)
-    text = encode_text(load_tokenizer(open_model(source).source), load_text(data, "evaluation"))
-    ids = token_windows(text, *windows)
-    return [report.summary() | {"perplexity": perplexity(report.output, ids)} for report in reports]
+    ids, bos = text_windows(open_source(source), data, "evaluation", *windows)
+    return [report.summary() | {"perplexity": perplexity(report.output, ids, bos=bos)} for report in reports]
 
 
 def run_pass(

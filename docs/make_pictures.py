@@ -18,10 +18,11 @@ from scipy.sparse import csr_array
 from scipy.spatial import Delaunay
 
 import sparseopt as so
-from sparseopt.models import bundled_model, encode_text, load_tokenizer, open_model
-from sparseopt.pruning import load_text, prune_layer, token_windows
+from sparseopt.models import bundled_model, open_model
+from sparseopt.pruning import prune_layer
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner
+from sparseopt.pruning.texts import begin_windows, text_windows
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "pictures"
@@ -69,7 +70,7 @@ def trend_picture() -> None:
 def pruning_picture() -> None:
     """Output error of one linear of SmolLM2-135M against its sparsity."""
     model = open_model(bundled_model())
-    ids = token_windows(encode_text(load_tokenizer(model.source), load_text("pydoc", "calibration")), 16, 512)
+    ids = begin_windows(*text_windows(model.source, "pydoc", "calibration", 16, 512))
     batches, runner = make_batches(model.embedding()(jnp.asarray(ids))), BlockRunner()
     for index in range(BLOCK):
         batches = runner.forward(model.block(index), batches)

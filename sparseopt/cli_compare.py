@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sparseopt.cli_experiments import AllowAll, AllowPackages, permitted
-from sparseopt.cli_prune import SOURCE_HELP, TEXT_HELP
+from sparseopt.cli_prune import BOS_HELP, SOURCE_HELP, TEXT_HELP
 
 
 def compare(
@@ -25,6 +25,7 @@ def compare(
         str, typer.Option(help="Patterns as in `sparseopt prune`, with commas between: unstructured,2:4.")
     ] = "unstructured",
     calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
+    bos: Annotated[str, typer.Option(help=BOS_HELP)] = "auto",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
     seqlen: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 512,
     heldout_samples: Annotated[int, typer.Option(help="Windows for the held-out error; 0 for none.")] = 4,
@@ -59,6 +60,7 @@ def compare(
         patterns,
         allow_code=allowed,
         calibration=calibration,
+        bos=bos,
         samples=samples,
         seqlen=seqlen,
         heldout_samples=heldout_samples,

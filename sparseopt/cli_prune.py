@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -24,7 +24,11 @@ SOURCE_HELP = (
 )
 # EX_TEMPFAIL of sysexits: a scheduler that asked for the end may start the same command again.
 RESUMABLE = 75
-TEXT_HELP = "pydoc, wikitext2:PATH, file:PATH or hf:NAME"
+TEXT_HELP = (
+    "pydoc, wikitext2:PATH, file:PATH or hf:NAME[/CONFIG]. Of a file, calibration reads the first half and evaluation "
+    "the second."
+)
+BOS_HELP = "Begin every window with the tokenizer's BOS: yes, no, or auto, as the tokenizer itself does it."
 
 
 def prune(
@@ -68,6 +72,7 @@ def prune(
         int | None, typer.Option(help="Epochs of training for each pruned block; default: the method's, 0 for none.")
     ] = None,
     calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
+    bos: Annotated[str, typer.Option(help=BOS_HELP)] = "auto",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     heldout_samples: Annotated[int, typer.Option(help="Windows for the held-out error; 0 for none.")] = 4,
@@ -110,6 +115,7 @@ def prune(
         "propagate": propagate,
         "reconstruct": reconstruct,
         "calibration": calibration,
+        "bos": bos,
         "samples": samples,
         "seqlen": seqlen,
         "heldout_samples": heldout_samples,
@@ -208,6 +214,7 @@ def numbers(text: str, option: str) -> list[float]:
 def evaluate(
     model: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     text: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
+    bos: Annotated[str, typer.Option(help=BOS_HELP)] = "auto",
     windows: Annotated[int, typer.Option(help="Windows from the start of the evaluation text.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     pattern: Annotated[
@@ -218,10 +225,13 @@ def evaluate(
 ) -> None:
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
     from sparseopt import console
-    from sparseopt.models import encode_text, load_tokenizer, open_model
-    from sparseopt.pruning import audit_pattern, audit_sparsity, load_text, perplexity, token_windows
+    from sparseopt.models import check_window, open_model
+    from sparseopt.pruning import audit_pattern, audit_sparsity, perplexity
+    from sparseopt.pruning.texts import part_of_text, text_windows
 
     opened = open_model(model)
+    check_window(seqlen, opened.config.max_positions)
+    ids, start = text_windows(opened.source, text, "evaluation", windows, seqlen, bos=cast(Any, bos))
     found = audit_pattern(opened, pattern, sparsity) if pattern else []
     broken = [a for a in found if not a.fits]
     if broken:
@@ -230,10 +240,8 @@ def evaluate(
             f"{len(broken)} of {len(found)} linears break the pattern {pattern!r}; {first.layer} holds up to "
             f"{first.most:,} {first.unit}, allowed are {first.allowed:,}"
         )
-    tokens = encode_text(load_tokenizer(opened.source), load_text(text, "evaluation"))
-    ids = token_windows(tokens, windows, seqlen)
     with console.block_progress("perplexity") as progress:
-        score = perplexity(opened, ids, observer=progress)
+        score = perplexity(opened, ids, bos=start, observer=progress)
     audits = audit_sparsity(opened)
     zeros, size = sum(a.zeros for a in audits), sum(a.size for a in audits)
     if as_json:
@@ -244,6 +252,7 @@ def evaluate(
                     "text": text,
                     "windows": windows,
                     "seqlen": seqlen,
+                    "bos": start,
                     "perplexity": score,
                     "zeros": zeros,
                     "size": size,
@@ -255,7 +264,10 @@ def evaluate(
         )
         return
     least, most = min(audits, key=lambda a: a.sparsity), max(audits, key=lambda a: a.sparsity)
-    console.say(f"perplexity {score:.4f} on {windows} windows of {seqlen} tokens of {text}")
+    console.say(
+        f"perplexity {score:.4f} on {windows} windows of {seqlen} tokens of {part_of_text(text, 'evaluation')}"
+        + ("" if start is None else f", each starting with BOS (token {start})")
+    )
     console.say(
         f"sparsity {zeros / size:.6f}: {zeros:,} zeros of {size:,} weights in {len(audits)} linears "
         f"(from {least.sparsity:.6f} in {least.layer} to {most.sparsity:.6f} in {most.layer})"

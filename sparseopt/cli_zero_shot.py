@@ -3,11 +3,11 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
-from sparseopt.cli_prune import SOURCE_HELP
+from sparseopt.cli_prune import BOS_HELP, SOURCE_HELP
 
 
 def zero_shot(
@@ -19,6 +19,7 @@ def zero_shot(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens that the model reads at most; default: its own limit.")
     ] = None,
+    bos: Annotated[str, typer.Option(help=BOS_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
 ) -> None:
     """Accuracy on tasks of lm-eval, whose data come from the Hugging Face hub or from your own files."""
@@ -35,6 +36,7 @@ def zero_shot(
             include_path=include_path,
             shots=shots,
             max_length=max_length,
+            bos=cast(Any, bos),
             observer=progress,
         )
     finally:
@@ -47,6 +49,8 @@ def zero_shot(
             f"{found['model']}, {shots} shots", ("task", "examples", "metric", "value", "std. error"), score_rows(found)
         )
     )
+    if found["bos"] is not None:
+        console.say(f"every input started with the model's BOS (token {found['bos']})")
     if found["cut"]:
         console.say(f"{found['cut']} requests were longer than the model reads; the beginning of their prompt was cut")
 

@@ -9,13 +9,22 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 
 from sparseopt.console import console, packed_line, say
 from sparseopt.machine import format_bytes
-from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, SurveyStep, mean
+from sparseopt.pruning.reports import (
+    BlockRecord,
+    Event,
+    Footprint,
+    LayerRecord,
+    PruneReport,
+    Replay,
+    SurveyStep,
+    mean,
+)
+from sparseopt.pruning.texts import part_of_text
 
 
 class PruneProgress:
@@ -25,7 +34,8 @@ class PruneProgress:
         self._title = title
         self._start = time.perf_counter()
         self._block: list[LayerRecord] = []
-        self._done = 0
+        self._done = self._replayed = 0
+        self._worked_from = self._start
         self._task: TaskID | None = None
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -33,8 +43,7 @@ class PruneProgress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -42,7 +51,7 @@ class PruneProgress:
     def __enter__(self) -> "PruneProgress":
         self._bar.start()
         # Shown at once: the first record comes only after reading, tokenising and compiling.
-        self._task = self._bar.add_task(self._title, total=None, note="reading the model")
+        self._task = self._bar.add_task(self._title, total=None, note="reading the model", left="")
         if not console.is_terminal:
             say(f"{self._title}: reading the model")
         return self
@@ -58,6 +67,8 @@ class PruneProgress:
                     say(line)
             case SurveyStep(stage, done, steps):
                 self._tell_survey(stage, done, steps)
+            case Replay(layers):
+                self._replayed += layers
             case LayerRecord():
                 self._tell_layer(event, total)
             case BlockRecord():
@@ -72,9 +83,12 @@ class PruneProgress:
 
     def _tell_layer(self, record: LayerRecord, total: int) -> None:
         self._done += 1
+        if self._done == self._replayed:
+            self._worked_from = time.perf_counter()
         note = f"block {record.block} {record.layer.split('.', 3)[-1]} error {record.relative_error:.4f}"
         if self._task is not None:
-            self._bar.update(self._task, total=total, completed=self._done, note=note)
+            left = self._left(self._done, total)
+            self._bar.update(self._task, total=total, completed=self._done, note=note, left=left)
         if self._block and self._block[-1].block != record.block:
             self._tell_block(self._done - 1, total)
             self._block = []
@@ -86,12 +100,19 @@ class PruneProgress:
         """The line of a finished block, where there is no bar."""
         if console.is_terminal:
             return
-        spent = time.perf_counter() - self._start
-        left = spent / done * (total - done)
+        left = self._left(done, total)
         say(
             f"{self._title}: layer {done}/{total}, block {self._block[-1].block}, mean relative error "
-            f"{mean(r.relative_error for r in self._block):.5f}, {spent:.0f} s, {left:.0f} s left"
+            f"{mean(r.relative_error for r in self._block):.5f}, {time.perf_counter() - self._start:.0f} s"
+            + (left and f", {left}")
         )
+
+    def _left(self, done: int, total: int) -> str:
+        """The time left, by the layers that this run has pruned; nothing before the first of them."""
+        pruned = done - self._replayed
+        if pruned <= 0:
+            return ""
+        return f"{(time.perf_counter() - self._worked_from) / pruned * (total - done):.0f} s left"
 
 
 def footprint_lines(footprint: Footprint) -> list[str]:
@@ -168,6 +189,11 @@ def run_lines(report: PruneReport) -> list[str]:
         f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
         memory_line(report),
     ]
+    calibration = str(report.recipe["calibration"])
+    if report.bos is not None:
+        lines.append(f"every calibration window started with the model's BOS (token {report.bos})")
+    if (read := part_of_text(calibration, "calibration")) != calibration:
+        lines.append(f"calibrated on {read}: its second half is left to `sparseopt eval`")
     if report.devices > 1:
         several = f" of {report.processes} processes" if report.processes > 1 else ""
         lines.append(f"{report.devices} devices{several} ({report.platform}) worked together")
@@ -196,8 +222,9 @@ def run_lines(report: PruneReport) -> list[str]:
         )
     if starved := report.starved_experts:
         least = report.recipe["min_expert_tokens"]
+        tokens = f"fewer than {least} calibration tokens" if least > 1 else "no calibration token"
         lines.append(
-            f"{len(starved)} experts saw fewer than {least} calibration tokens and were pruned by magnitude: "
+            f"{len(starved)} experts saw {tokens} and were pruned by magnitude: "
             f"{shortened(starved)}; give more --samples"
         )
     if report.recipe["pack"]:

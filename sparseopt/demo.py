@@ -15,8 +15,9 @@ from sparseopt.demo_photograph import denoise_photograph
 from sparseopt.experiments.plots import plot_layer_errors, save_figure
 from sparseopt.machine import environment, peak_memory_bytes
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
-from sparseopt.pruning import PruneReport, Recipe, load_text, perplexity, prune_model, token_windows
+from sparseopt.pruning import PruneReport, Recipe, perplexity, prune_model
 from sparseopt.pruning.reports import mean
+from sparseopt.pruning.texts import text_windows
 
 METHODS = (("mAIHT", "maiht"), ("Wanda", "wanda"))
 EVALUATION = (8, 1024)  # windows, tokens a window
@@ -53,7 +54,8 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
         recipe.check()
     model = open_model(path)
     tokenizer = load_tokenizer(model.source)
-    ids = token_windows(encode_text(tokenizer, load_text(calibration, "evaluation")), *EVALUATION)
+    ids, bos = text_windows(model.source, calibration, "evaluation", *EVALUATION)
+    prompt = np.append([] if bos is None else [bos], encode_text(tokenizer, PROMPT)).astype(np.int32)
     output = output or free_folder(Path("demo-output"))
     output.mkdir(parents=True, exist_ok=False)
     photograph = denoise_photograph(output)
@@ -61,9 +63,9 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
 
     def judge(label: str, folder: Path, report: PruneReport | None) -> Outcome:
         with console.block_progress(f"{label}: perplexity") as progress:
-            score = perplexity(folder, ids, observer=progress)
+            score = perplexity(folder, ids, bos=bos, observer=progress)
         say(f"{label}: perplexity {score:.2f} on {ids.size:,} tokens that no method saw")
-        continued = generate(load_decoder(folder), encode_text(tokenizer, PROMPT), NEW_TOKENS)
+        continued = generate(load_decoder(folder), prompt, NEW_TOKENS)
         return Outcome(label, score, PROMPT + tokenizer.decode(continued.tolist()), report)
 
     outcomes = [judge("dense", path, None)]

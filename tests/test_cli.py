@@ -57,6 +57,39 @@ def test_prune_then_eval(tmp_path, source, command):
     assert "recipe.ridge: None there, 0.5 here" in err
 
 
+def test_calibration_and_evaluation_begin_with_the_bos_of_the_tokenizer(tmp_path, source, command):
+    frame = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|start|>": {"id": "<|start|>", "ids": [1], "tokens": ["<|start|>"]}},
+    }
+    (source / "tokenizer.json").write_text(json.dumps(json.loads(TOKENIZER) | {"post_processor": frame}))
+    text = f"file:{tmp_path / 'text.txt'}"
+    few = ["--calibration", text, "--method", "wanda", "--samples", 6, "--seqlen", 32, "--heldout-samples", 2]
+    status, out, _ = command("prune", source, "--output", tmp_path / "out", *few)
+    assert status == 0
+    assert "every calibration window started with the model's BOS (token 1)" in out
+    assert f"calibrated on the first half of {text}: its second half is left to `sparseopt eval`" in out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["bos"], summary["recipe"]["bos"]) == (1, "auto")
+    score = ["eval", tmp_path / "out", "--text", text, "--windows", 4, "--seqlen", 64]
+    _, out, _ = command(*score)
+    assert f"on 4 windows of 64 tokens of the second half of {text}, each starting with BOS (token 1)" in out
+    behind, without = (json.loads(command(*score, "--json", "--bos", bos)[1]) for bos in ("yes", "no"))
+    assert (behind["bos"], without["bos"]) == (1, None)
+    assert behind["perplexity"] != without["perplexity"]
+
+
+def test_a_bos_that_the_tokenizer_lacks_is_refused_before_any_work(tmp_path, source, command):
+    (source / "tokenizer_config.json").write_text('{"bos_token": null}')
+    for call in (["prune", source, "--output", tmp_path / "out", "--calibration"], ["eval", source, "--text"]):
+        status, _, err = command(*call, f"file:{tmp_path / 'text.txt'}", "--bos", "yes", "--seqlen", 64)
+        assert status == 2
+        assert "has no BOS token" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_several_sparsities_with_all_that_surrounds_a_method(tmp_path, source, command):
     status, out, _ = command(
         "prune", source, "--output", tmp_path / "out", "--sparsity", "0.4,0.6", "--method", "best",
@@ -80,8 +113,9 @@ MISTAKES = {
     "epochs": (["--reconstruct", "-2"], "epochs must be a whole number of 1 or more, given -2"),
     "sparsity": (["--sparsity", "1.5"], "sparsity must lie in [0, 1), given 1.5"),
     "method": (["--method", "obs"], "unknown method 'obs'; known are best, maiht, admm"),
-    "text": (["--calibration", "file:/nowhere"], "cannot read the text file /nowhere"),
-    "short text": (["--samples", "9000"], "fewer samples or a shorter seqlen"),
+    "window": ([], "a window of 512 tokens is longer than the 256 positions that the model is made for"),
+    "text": (["--calibration", "file:/nowhere", "--seqlen", "32"], "cannot read the text file /nowhere"),
+    "short text": (["--samples", "9000", "--seqlen", "32"], "fewer samples or a shorter seqlen"),
 }
 
 

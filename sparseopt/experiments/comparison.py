@@ -28,6 +28,7 @@ from sparseopt.experiments.yaml_file import read_yaml
 from sparseopt.machine import versions
 from sparseopt.pruning import METHODS, Recipe
 from sparseopt.pruning.patterns import check_pattern, implied_sparsity
+from sparseopt.pruning.texts import part_of_text
 
 CELLS = "cells"
 # What a method itself takes; forward passes and compilation are common to all.
@@ -290,11 +291,13 @@ def _errors(recipe: Recipe) -> str:
 def head(section: Section, task: Prune) -> list[str]:
     """What was run, in lines that stand above the table: model, texts and tokens, versions and machine."""
     ridge = "" if task.ridge is None else f", ridge {task.ridge:g}"
+    start = _start_token(section)
     lines = [
-        f"model: {task.source}",
-        f"calibration: {task.calibration}, {task.samples} x {task.seqlen} = {task.samples * task.seqlen:,} tokens, "
-        f"and {task.heldout_samples * task.seqlen:,} held out; seed {task.seed}{ridge}",
-        f"evaluation: {task.evaluation}, {task.windows} x {task.evaluation_seqlen} = "
+        f"model: {task.source}" + ("" if start is None else f", every window starts with its BOS (token {start})"),
+        f"calibration: {part_of_text(task.calibration, 'calibration')}, {task.samples} x {task.seqlen} = "
+        f"{task.samples * task.seqlen:,} tokens, and {task.heldout_samples * task.seqlen:,} held out; "
+        f"seed {task.seed}{ridge}",
+        f"evaluation: {part_of_text(task.evaluation, 'evaluation')}, {task.windows} x {task.evaluation_seqlen} = "
         f"{task.windows * task.evaluation_seqlen:,} tokens",
     ]
     kinds = _grouped(section, ("errors",), lambda row: row.labels["method"])
@@ -323,6 +326,11 @@ def _grouped(section: Section, figures: tuple[str, ...], name: Callable[[Row], s
     return {key: ", ".join(names) for key, names in found.items()}
 
 
+def _start_token(section: Section) -> int | None:
+    """The BOS in front of every window, the same in all cells, of one model by one setting; None for none."""
+    return next((record["bos"] for run in section.runs for record in run.records), None)
+
+
 def _row_name(row: Row) -> str:
     return " ".join(f"{value:.4g}" if isinstance(value, float) else value for value in row.labels.values() if value)
 
@@ -341,6 +349,7 @@ def write(section: Section, task: Prune, output: Path) -> list[Path]:
         "calibration": task.calibration,
         "calibration_tokens": task.samples * task.seqlen,
         "heldout_tokens": task.heldout_samples * task.seqlen,
+        "bos": _start_token(section),
         "seed": task.seed,
         "ridge": task.ridge,
         "evaluation": task.evaluation,

@@ -21,8 +21,8 @@ from sparseopt.core.solvers.aiht import STEP_FRACTION
 from sparseopt.core.thresholds import kth_largest
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
-from sparseopt.experiments.task_prune import BUNDLED
-from sparseopt.models import PrunableModel, bundled_model, open_model
+from sparseopt.experiments.task_prune import BUNDLED, BosChoice
+from sparseopt.models import Bos, PrunableModel, bundled_model, check_window, load_tokenizer, open_model, start_token
 from sparseopt.pruning import Recipe, load_text
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.layer import ScaledLayer, scale_layer
@@ -42,6 +42,7 @@ class Descent(Task):
         ridge: added to the unit diagonal of the scaled Gram.
         steps: iterations of every solver.
         calibration: text of the calibration tokens.
+        bos: as in the task `prune`.
         samples: windows.
         seqlen: tokens a window.
     """
@@ -58,6 +59,7 @@ class Descent(Task):
     ridge: float = Field(default=0.03, ge=0)
     steps: int = Field(default=100, ge=1)
     calibration: str = "pydoc"
+    bos: BosChoice = "auto"
     samples: int = Field(default=8, ge=1)
     seqlen: int = Field(default=512, ge=2)
 
@@ -66,8 +68,11 @@ class Descent(Task):
         return [f"{index}-{solver.label}" for index, solver in enumerate(self.solvers)]
 
     def check(self) -> None:
-        """The model opens, has the layer, and the text can be read."""
-        _block_of(open_model(self._source()), self.layer)
+        """The model opens, has the layer and reads such windows, and the text can be read."""
+        model = open_model(self._source())
+        _block_of(model, self.layer)
+        check_window(self.seqlen, model.config.max_positions)
+        start_token(model.source, load_tokenizer(model.source), self.bos)
         load_text(self.calibration, "calibration")
 
     def estimate(self) -> Estimate:
@@ -79,7 +84,7 @@ class Descent(Task):
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         """Solve twice: once to compile, once for the clock."""
         observer(0, 0, f"Gram of {self.layer}")
-        layer = layer_problem(self._source(), self.layer, self.calibration, self.samples, self.seqlen)
+        layer = layer_problem(self._source(), self.layer, self.calibration, self.bos, self.samples, self.seqlen)
         loss = layer.ridged(self.ridge)
         step = STEP_FRACTION / largest_eigenvalue_bound(loss.hessian, jax.random.key(self.seed))
         kept = round((1 - self.sparsity) * layer.center.size)
@@ -170,12 +175,12 @@ def _block_of(model: PrunableModel, layer: str) -> tuple[int, str]:
 
 
 @lru_cache(maxsize=1)
-def layer_problem(source: Path, layer: str, calibration: str, samples: int, seqlen: int) -> ScaledLayer:
+def layer_problem(source: Path, layer: str, calibration: str, bos: Bos, samples: int, seqlen: int) -> ScaledLayer:
     """One linear of the dense model with the Gram of its inputs, in scaled coordinates."""
     model = open_model(source)
     block_index, name = _block_of(model, layer)
-    recipe = Recipe(calibration=calibration, samples=samples, seqlen=seqlen, heldout_samples=0)
-    windows, _ = calibration_windows(model, recipe)
+    recipe = Recipe(calibration=calibration, bos=bos, samples=samples, seqlen=seqlen, heldout_samples=0)
+    windows = calibration_windows(model, recipe).calibration
     runner = runner_of(model)
     batches = make_batches(model.embedding()(jnp.asarray(windows)))
     for index in range(block_index):

@@ -7,23 +7,31 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from sparseopt import processes
 from sparseopt.core.solve import Status
 from sparseopt.experiments.names import Mistakes, Named, PenaltyConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
-from sparseopt.models import bundled_model, encode_text, load_tokenizer, open_model
+from sparseopt.models import Bos, bundled_model, check_window, encode_text, load_tokenizer, open_model, start_token
 from sparseopt.pruning import METHODS, Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
 from sparseopt.pruning.patterns import check_pattern, implied_sparsity
 from sparseopt.pruning.pipeline import layer_patterns
 from sparseopt.pruning.reports import Event, LayerRecord, PruneReport, SurveyStep, mean
-from sparseopt.pruning.texts import Split, TextError
+from sparseopt.pruning.texts import Split, TextError, text_windows
 
 BUNDLED = "bundled:smollm2-135m"
+
+
+def _word(given: Any) -> Any:
+    # YAML 1.1 reads unquoted yes and no as truth values.
+    return ("yes" if given else "no") if isinstance(given, bool) else given
+
+
+BosChoice = Annotated[Bos, BeforeValidator(_word)]
 
 
 class MethodConfig(Named):
@@ -55,6 +63,8 @@ class Prune(Task):
         propagate: share of the earlier blocks' error that a linear makes up for, in [0, 1]; default: the method's own.
         reconstruct: epochs of training for each pruned block; default: the method's own, 0 for none.
         calibration: text as in `sparseopt prune --calibration`.
+        bos: whether every window begins with the tokenizer's BOS, for calibration and evaluation: "auto" (as the
+            tokenizer itself does it), "yes" or "no".
         samples: calibration windows.
         seqlen: tokens a window.
         heldout_samples: windows for the held-out layer error.
@@ -87,6 +97,7 @@ class Prune(Task):
     propagate: float | None = Field(default=None, ge=0, le=1)
     reconstruct: int | None = Field(default=None, ge=0)
     calibration: str = "pydoc"
+    bos: BosChoice = "auto"
     samples: int = Field(default=16, ge=1)
     seqlen: int = Field(default=512, ge=2)
     heldout_samples: int = Field(default=4, ge=0)
@@ -156,6 +167,7 @@ class Prune(Task):
             propagate=self.propagate,
             reconstruct=self.reconstruct,
             calibration=self.calibration,
+            bos=self.bos,
             samples=self.samples,
             seqlen=self.seqlen,
             heldout_samples=self.heldout_samples,
@@ -174,6 +186,10 @@ class Prune(Task):
         method = None if self.method == "dense" else recipe.check()
         model = open_model(source)
         mistakes: list[str] = []
+        try:
+            start_token(model.source, load_tokenizer(model.source), self.bos)
+        except ValueError as error:
+            mistakes.append(str(error))
         if method is not None:
             try:
                 layer_patterns(model, recipe, method)
@@ -214,10 +230,8 @@ class Prune(Task):
         """
         source = self._source()
         model = open_model(source)
-        ids = token_windows(
-            encode_text(load_tokenizer(model.source), load_text(self.evaluation, "evaluation")),
-            self.windows,
-            self.evaluation_seqlen,
+        ids, bos = text_windows(
+            model.source, self.evaluation, "evaluation", self.windows, self.evaluation_seqlen, bos=self.bos
         )
 
         def scoring(done: int, total: int) -> None:
@@ -225,10 +239,10 @@ class Prune(Task):
 
         def scored(model: Any) -> float:
             # One process scores for all.
-            return processes.told(perplexity(model, ids, observer=scoring) if processes.is_first() else None)
+            return processes.told(perplexity(model, ids, bos=bos, observer=scoring) if processes.is_first() else None)
 
         if self.method == "dense":
-            return {"label": "dense", "sparsity": 0.0, "perplexity": scored(model)}
+            return {"label": "dense", "sparsity": 0.0, "bos": bos, "perplexity": scored(model)}
         kept = folder / "model"
         # Several processes share no other place than the run's folder.
         inside = self.keep_model or processes.count() > 1
@@ -254,6 +268,7 @@ class Prune(Task):
         return {
             "label": self.label,
             "sparsity": sparsity,
+            "bos": report.bos,
             "perplexity": score,
             "mean_relative_error": mean(r.relative_error for r in layers),
             "mean_heldout_error": mean(r.heldout_error for r in layers if r.heldout_error is not None),
@@ -295,6 +310,7 @@ class Prune(Task):
 def _text_mistakes(source: Path, name: str, split: Split, count: int, length: int) -> list[str]:
     """What keeps a text from giving so many windows of this length."""
     try:
+        check_window(length, open_model(source).config.max_positions)
         token_windows(_tokens(source, load_text(name, split)), count, length)
     except ValueError as error:
         return [f"{split} text {name}: {error}"]

@@ -12,17 +12,19 @@ from sparseopt.models.layers import Linear, no_tap
 from sparseopt.models.prunable import PrunableBlock, PrunableModel
 from sparseopt.models.repack import pack_folder, unpack_folder
 from sparseopt.models.rope import Rope
-from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig
+from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig, check_window
 from sparseopt.models.source import Source, TensorInfo, open_source
 from sparseopt.models.streaming import StreamedModel, check_keys, load_decoder, open_model
-from sparseopt.models.tokenizer import encode_text, load_tokenizer
+from sparseopt.models.tokenizer import BOS_CHOICES, Bos, encode_text, load_tokenizer, start_token
 from sparseopt.models.torch_model import TorchModel
 
 __all__ = [
+    "BOS_CHOICES",
     "FAMILIES",
     "OUTER_TAG",
     "Block",
     "BlockKind",
+    "Bos",
     "Decoder",
     "DecoderConfig",
     "Embedding",
@@ -44,6 +46,7 @@ __all__ = [
     "block_tag",
     "bundled_model",
     "check_keys",
+    "check_window",
     "encode_text",
     "find_family",
     "generate",
@@ -54,6 +57,7 @@ __all__ = [
     "open_source",
     "pack_folder",
     "shard_name",
+    "start_token",
     "unpack_folder",
     "unread",
 ]

@@ -17,11 +17,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparseopt.models.attention import Attention
-from sparseopt.models.errors import ModelError
 from sparseopt.models.experts import MixtureOfExperts, stacked_name
 from sparseopt.models.feed_forward import MLP
 from sparseopt.models.layers import Linear, Tap, make_norm, no_tap
-from sparseopt.models.settings import BlockKind, DecoderConfig
+from sparseopt.models.settings import BlockKind, DecoderConfig, check_window
 
 
 class Block(nnx.Module):
@@ -130,8 +129,9 @@ class Embedding(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
-        if config.positions:
-            places = (config.positions, config.hidden_size)
+        if config.learned_positions:
+            assert config.max_positions is not None
+            places = (config.position_offset + config.max_positions, config.hidden_size)
             self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), places))
         self.config = config
 
@@ -139,21 +139,16 @@ class Embedding(nnx.Module):
         """Look the rows up.
 
         Raises:
-            ModelError: for a window longer than the table of positions.
+            ModelError: for a window longer than the model is made for.
         """
         c = self.config
+        check_window(tokens_BT.shape[1], c.max_positions)
         x_BTD = jnp.take(self.weight[...], tokens_BT, axis=0, mode="fill", fill_value=jnp.nan)
         if c.embedding_scale != 1:
             x_BTD = x_BTD * c.embedding_scale
-        if not c.positions:
+        if not c.learned_positions:
             return x_BTD
-        end = c.position_offset + tokens_BT.shape[1]
-        if end > c.positions:
-            raise ModelError(
-                f"a window of {tokens_BT.shape[1]} tokens is longer than the model's "
-                f"{c.positions - c.position_offset} learned positions; use a shorter one"
-            )
-        return x_BTD + self.positions[...][c.position_offset : end]
+        return x_BTD + self.positions[...][c.position_offset :][: tokens_BT.shape[1]]
 
 
 class Head(nnx.Module):

@@ -17,7 +17,7 @@ from sparseopt.models.errors import ModelError
 from sparseopt.models.experts import unstacked_names
 from sparseopt.models.fields import refuse_unless, require
 from sparseopt.models.layers import ACTIVATION_NAMES
-from sparseopt.models.rope import Rope
+from sparseopt.models.rope import Rope, max_positions
 from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -260,9 +260,10 @@ def read_decoder(
     if num_heads % num_kv_heads:
         raise ModelError(f"num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}")
     kinds = kinds or (BlockKind(rope),) * require(config, "num_hidden_layers")
-    odd = [kind.rope for kind in kinds if kind.rope is not None and kind.rope.size(size) % 2]
-    if odd or (head_field is None and hidden_size % num_heads):
-        raise ModelError(f"head_dim must be even and whole, given {hidden_size=} {num_heads=} head_dim={size}")
+    if head_field is None and hidden_size % num_heads:
+        raise ModelError(f"num_attention_heads={num_heads} must divide hidden_size={hidden_size}")
+    for turned in {kind.rope for kind in kinds if kind.rope is not None}:
+        turned.check(size)
     read = {
         "vocab_size": require(config, "vocab_size"),
         "hidden_size": hidden_size,
@@ -272,6 +273,7 @@ def read_decoder(
         "kinds": kinds,
         "tied": bool(config.get("tie_word_embeddings", tied)),
         "activation": ACTIVATION_NAMES[config.get(activation) or default_activation],
+        "max_positions": max_positions(config),
     }
     if "intermediate_size" not in switches:
         read["intermediate_size"] = require(config, "intermediate_size")

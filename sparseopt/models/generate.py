@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from sparseopt.models.decoder import Decoder
+from sparseopt.models.settings import check_window
 
 # The window grows in such steps, so that few distinct lengths are compiled.
 _WINDOW_STEP = 64
@@ -50,7 +51,8 @@ def generate(
         The new token ids, int32, without the prompt.
 
     Raises:
-        ValueError: if the prompt is empty or a number negative.
+        ValueError: if the prompt is empty, a number negative, or prompt and new tokens together are more than the model
+            is made for.
     """
     prompt = np.asarray(prompt_ids, np.int32).reshape(-1)
     if not prompt.size or max_new_tokens < 0 or temperature < 0:
@@ -58,9 +60,12 @@ def generate(
             f"need a prompt of 1 token or more, max_new_tokens and temperature of 0 or more; given "
             f"{prompt.size} tokens, {max_new_tokens=}, {temperature=}"
         )
+    longest = decoder.embed_tokens.config.max_positions
+    check_window(prompt.size + max_new_tokens, longest)
     parts = [nnx.split(part) for part in (decoder.embed_tokens, *decoder.layers)]
     head = nnx.split(decoder.head)
     window = -(-(prompt.size + max_new_tokens) // _WINDOW_STEP) * _WINDOW_STEP
+    window = window if longest is None else min(window, longest)
     tokens = np.zeros((1, window), np.int32)
     tokens[0, : prompt.size] = prompt
     keys = jax.random.split(jax.random.key(seed), max(max_new_tokens, 1))

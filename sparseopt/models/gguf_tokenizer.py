@@ -71,7 +71,8 @@ def _build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     else:
         raise ModelError(f"{path} has a tokenizer of kind {repr(kind)[:100]}; known are 'gpt2' and 'llama'")
     _add_marked_tokens(tokenizer, metadata)
-    first = _end_token(metadata, "bos", kind == "llama")
+    # Where the file says nothing, as llama.cpp does it: Llama 3 begins with BOS, and so does SentencePiece.
+    first = _end_token(metadata, "bos", kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe")
     last = _end_token(metadata, "eos", False)
     if first or last:
         whole = [*first, "$A", *last]

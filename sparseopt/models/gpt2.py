@@ -38,7 +38,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         output_bias=True,
         gate=None,
         mlp_bias=True,
-        positions=require(usual, "max_position_embeddings"),
+        learned_positions=True,
+        max_positions=require(usual, "max_position_embeddings"),
     )
 
 

@@ -33,7 +33,8 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         output_bias=bias,
         gate=None,
         mlp_bias=bias,
-        positions=require(config, "max_position_embeddings") + POSITION_OFFSET,
+        learned_positions=True,
+        max_positions=require(config, "max_position_embeddings"),
         position_offset=POSITION_OFFSET,
     )
 

@@ -61,7 +61,7 @@ class PrunableModel(Protocol):
 
     @property
     def config(self) -> Any:
-        """Sizes; `vocab_size`, `hidden_size` and `tied` at least."""
+        """Sizes; `vocab_size`, `hidden_size`, `tied` and `max_positions` at least."""
 
     @property
     def num_blocks(self) -> int:

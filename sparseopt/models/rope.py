@@ -166,6 +166,23 @@ class Rope:
         """R, how many features of a head are turned."""
         return int(head_dim * self.share)
 
+    def check(self, head_dim: int) -> None:
+        """Check that this embedding fits heads of `head_dim` features.
+
+        Raises:
+            ModelError: for an odd number of turned features, or lists of factors of another length.
+        """
+        size = self.size(head_dim)
+        if size % 2:
+            raise ModelError(f"rotary positions turn pairs of a head's features, given {size} of head_dim={head_dim}")
+        for name in ("short", "long") if isinstance(self.scaling, LongRope) else ():
+            factors = len(getattr(self.scaling, name))
+            if factors != size // 2:
+                raise ModelError(
+                    f"the rope's {name}_factor has {factors} entries, expected {size // 2}: one for each pair of the "
+                    f"{size} features of a head that are turned; take the model's published configuration"
+                )
+
     def frequencies(self, head_dim: int, time: int = 1) -> np.ndarray:
         """The `[R/2]` float32 frequencies for a window of `time` tokens."""
         size = self.size(head_dim)
@@ -229,6 +246,54 @@ _SCALINGS: dict[str, Callable[[Mapping[str, Any]], Scaling | None]] = {
     "longrope": _read_longrope,
 }
 _OLD_NAMES = {"su": "longrope"}
+# Scalings after which a model reads `factor` times as many tokens as this field says. With the others,
+# `max_position_embeddings` is the length after scaling.
+_STRETCHED = {
+    "linear": "max_position_embeddings",
+    "dynamic": "max_position_embeddings",
+    "yarn": "original_max_position_embeddings",
+}
+
+
+def max_positions(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest window that a model is made for, of a Hugging Face configuration; None if it says nothing.
+
+    A scaling that stretches `max_position_embeddings` counts. Whether that field already holds the longer length is
+    left to a model's author, so the larger of the two is taken; of several ropes, the one that reaches least far.
+
+    Raises:
+        ModelError: for a number of another type.
+    """
+    if config.get("max_position_embeddings") is None:
+        return None
+    longest = require(config, "max_position_embeddings")
+    fields = _rope_fields(config, None)
+    reaches = []
+    for table in [part for part in fields.values() if isinstance(part, Mapping)] or [fields]:
+        table = {**fields, **table}
+        length = _STRETCHED.get(_kind(table))
+        stretched = length and table.get(length) is not None and table.get("factor") is not None
+        reaches.append(int(_factor(table) * require(table, length)) if length and stretched else longest)
+    return max(longest, min(reaches))
+
+
+def _kind(fields: Mapping[str, Any]) -> str:
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    return _OLD_NAMES.get(kind, kind)
+
+
+def _rope_fields(config: Mapping[str, Any], part: str | None) -> dict[str, Any]:
+    """The fields of the tables `rope_scaling` and `rope_parameters`, of one layer type, and the lengths beside them."""
+    lengths = ("max_position_embeddings", "original_max_position_embeddings")
+    fields = {name: config[name] for name in lengths if config.get(name) is not None}
+    for name in ("rope_scaling", "rope_parameters"):
+        table = config.get(name) or {}
+        if part is not None and isinstance(table, Mapping):
+            table = table.get(part, {} if name == "rope_parameters" else table)
+        if not isinstance(table or {}, Mapping):
+            raise ModelError(f"the model configuration's {name} must be a table, given {table!r}")
+        fields |= {key: value for key, value in (table or {}).items() if value is not None}
+    return fields
 
 
 def read_rope(config: Mapping[str, Any], theta: float = 10000.0, share: float = 1.0, part: str | None = None) -> Rope:
@@ -243,21 +308,12 @@ def read_rope(config: Mapping[str, Any], theta: float = 10000.0, share: float = 
     Raises:
         ModelError: for an unknown kind, or a number that is missing or of another type.
     """
-    lengths = ("max_position_embeddings", "original_max_position_embeddings")
     fields: dict[str, Any] = {
         "rope_theta": config.get("rope_theta") or theta,
         "partial_rotary_factor": config.get("partial_rotary_factor") or share,
-        **{name: config[name] for name in lengths if config.get(name) is not None},
+        **_rope_fields(config, part),
     }
-    for name in ("rope_scaling", "rope_parameters"):
-        table = config.get(name) or {}
-        if part is not None and isinstance(table, Mapping):
-            table = table.get(part, {} if name == "rope_parameters" else table)
-        if not isinstance(table or {}, Mapping):
-            raise ModelError(f"the model configuration's {name} must be a table, given {table!r}")
-        fields |= {key: value for key, value in (table or {}).items() if value is not None}
-    kind = fields.get("rope_type") or fields.get("type") or "default"
-    kind = _OLD_NAMES.get(kind, kind)
+    kind = _kind(fields)
     if kind not in _SCALINGS:
         raise ModelError(f"the model configuration's rope_type={kind!r} is unknown; known are {', '.join(_SCALINGS)}")
     if kind in ("llama3", "yarn", "longrope"):

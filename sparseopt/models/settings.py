@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from sparseopt.models.errors import ModelError
 from sparseopt.models.layers import NormKind
 from sparseopt.models.rope import Rope
 
@@ -70,9 +71,11 @@ class DecoderConfig:
         mlp_bias: the MLP's linears have a bias.
         experts: the mixture, where a block's kind has one.
         embedding_scale: of embedded tokens.
-        positions: rows of the table of learned positions; 0 for none.
+        learned_positions: each position has a row of a table, `position_offset + max_positions` rows in all.
         position_offset: the row of the first position.
         logit_cap: c in `c tanh(logit / c)`; None for none.
+        max_positions: tokens of the longest window that the model is made for; None where its configuration does not
+            say.
     """
 
     vocab_size: int
@@ -98,11 +101,29 @@ class DecoderConfig:
     mlp_bias: bool = False
     experts: ExpertsConfig | None = None
     embedding_scale: float = 1.0
-    positions: int = 0
+    learned_positions: bool = False
     position_offset: int = 0
     logit_cap: float | None = None
+    max_positions: int | None = None
 
     @property
     def num_layers(self) -> int:
         """How many blocks there are."""
         return len(self.kinds)
+
+
+def check_window(tokens: int, max_positions: int | None) -> None:
+    """Refuse a window that is longer than the model is made for.
+
+    Args:
+        tokens: of the window.
+        max_positions: of the model's configuration; None refuses none.
+
+    Raises:
+        ModelError: with both sizes.
+    """
+    if max_positions is not None and tokens > max_positions:
+        raise ModelError(
+            f"a window of {tokens} tokens is longer than the {max_positions} positions that the model is made for; "
+            "use a shorter one"
+        )

@@ -1,14 +1,21 @@
-"""Floor 5: a model's tokenizer, and text to token ids."""
+"""Floor 5: a model's tokenizer, text to token ids, and the token (BOS) that every text begins with, if there is one."""
+
+from itertools import takewhile
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.folder import file_in
+from sparseopt.models.folder import file_in, read_json
 from sparseopt.models.gguf_source import GGUFSource
 from sparseopt.models.panics import guarded
 from sparseopt.models.source import SIDECARS, Source
+
+# Whether text begins with the tokenizer's BOS: as the tokenizer itself does it, always, or never.
+Bos = Literal["auto", "yes", "no"]
+BOS_CHOICES: tuple[Bos, ...] = get_args(Bos)
 
 # Bytes; the largest published ones have a tenth of that.
 _MAX_TOKENIZER = 500 * 2**20
@@ -54,3 +61,53 @@ def _convert_slow(source: Source) -> Tokenizer:
 def encode_text(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " tokens"]:
     """The token ids of a text, int32, without special tokens at its ends."""
     return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+
+def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int | None:
+    """The id of the BOS that texts begin with; None for none.
+
+    "auto" follows the model's own tokenizer: `add_bos_token` in tokenizer_config.json where that is given, else what
+    the tokenizer puts in front of a text, which for a GGUF file is `tokenizer.ggml.add_bos_token`.
+
+    Raises:
+        ModelError: for "yes" where the tokenizer has no BOS.
+    """
+    if bos not in BOS_CHOICES:
+        raise ModelError(f"bos must be one of {', '.join(BOS_CHOICES)}, given {bos!r}")
+    if bos == "no":
+        return None
+    settings = _settings(source)
+    token = guarded(lambda: tokenizer.encode("a"), f"{source.path} has a tokenizer that cannot encode")
+    front = [
+        i for i, special in takewhile(lambda each: each[1], zip(token.ids, token.special_tokens_mask, strict=True))
+    ]
+    # Several tokens in front are a prompt's frame, not a BOS.
+    start = front[0] if len(front) == 1 else _named_bos(settings, source.config, tokenizer)
+    if bos == "yes":
+        if start is None:
+            raise ModelError(
+                f"the tokenizer of {source.name} has no BOS token (bos_token in tokenizer_config.json, or bos_token_id "
+                "in the model's configuration); bos must be auto or no"
+            )
+        return start
+    asked = settings.get("add_bos_token")
+    adds = asked if isinstance(asked, bool) else front == [start]
+    return start if adds else None
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    """tokenizer_config.json; nothing where there is none."""
+    if isinstance(source, GGUFSource):
+        return {}
+    file = file_in(source.path, "tokenizer_config.json")
+    return read_json(file) if file.is_file() else {}
+
+
+def _named_bos(settings: dict[str, Any], config: dict[str, Any], tokenizer: Tokenizer) -> int | None:
+    """The id of the token that the tokenizer's settings name as BOS, or, where they say nothing, the model's."""
+    if "bos_token" not in settings:
+        number = config.get("bos_token_id")
+        return number if type(number) is int and tokenizer.id_to_token(number) is not None else None
+    named = settings["bos_token"]
+    text = named.get("content") if isinstance(named, dict) else named
+    return tokenizer.token_to_id(text) if isinstance(text, str) else None

@@ -35,6 +35,7 @@ class TorchConfig:
         hidden_size: D, width of the stream.
         num_layers: how many blocks there are.
         tied: the head uses the embedding matrix.
+        max_positions: as in `DecoderConfig`.
     """
 
     model_type: str
@@ -42,6 +43,7 @@ class TorchConfig:
     hidden_size: int
     num_layers: int
     tied: bool
+    max_positions: int | None
 
 
 class TorchModel:
@@ -73,6 +75,7 @@ class TorchModel:
             hidden_size=skeleton.hidden_size,
             num_layers=skeleton.num_blocks,
             tied=any(name not in self._keys for name in skeleton.tied),
+            max_positions=skeleton.max_positions,
         )
         self._transposed = {
             self.weight_key(index, name)

@@ -15,6 +15,7 @@ from sparseopt.models.errors import ModelError
 from sparseopt.models.families import FAMILIES
 from sparseopt.models.family import STORED_FREQUENCIES
 from sparseopt.models.fields import refuse_unless
+from sparseopt.models.rope import max_positions
 from sparseopt.models.torch_bridge import import_torch
 
 # Tensors by their names in the module.
@@ -59,6 +60,7 @@ class Skeleton:
         vocab_size: rows of the embedding.
         hidden_size: width of the stream.
         attention_width: width of the attention's mixed values.
+        max_positions: as in `DecoderConfig`.
         prefixes: of the names of every block's tensors, with the dot.
         blocks: the modules.
         shapes: of all parameters and stored buffers, by name.
@@ -71,6 +73,7 @@ class Skeleton:
     vocab_size: int
     hidden_size: int
     attention_width: int
+    max_positions: int | None
     prefixes: tuple[str, ...] = field(repr=False)
     blocks: tuple[Any, ...] = field(repr=False)
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
@@ -198,6 +201,10 @@ def build_skeleton(config: Mapping[str, Any], tensors: int) -> Skeleton:
         hidden_size=sizes.hidden_size,
         attention_width=(getattr(sizes, "num_attention_heads", 0) * (getattr(sizes, "head_dim", 0) or 0))
         or sizes.hidden_size,
+        # By attribute: transformers has one name for what configurations call `n_positions` and otherwise.
+        max_positions=max_positions(
+            {name: getattr(sizes, name, None) for name in ("max_position_embeddings", "rope_parameters")}
+        ),
         prefixes=prefixes,
         blocks=tuple(blocks),
         shapes={name: tuple(value.shape) for name, value in (parameters | buffers).items()},

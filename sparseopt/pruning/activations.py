@@ -22,6 +22,8 @@ from sparseopt.files import write_all
 
 # Tokens a batch: enough for the matrix products to reach their rate, little enough to stay in cache.
 BATCH_TOKENS = 2048
+# Bytes of activations held at once where a model is only scored; more windows take another pass over its blocks.
+PASS_BYTES = 2**28
 
 
 class Batches(Protocol):

@@ -59,7 +59,7 @@ def prune_layer(
     With output weights s the norm is that of `(X Vᵀ - X Wᵀ) diag(sqrt(s))`; the errors reported are without them.
 
     Args:
-        weight: dense weight W, `[out, in]`, any float dtype.
+        weight: dense weight W, `[out, in]`, any float dtype; used in float32 where that is wider.
         gram: `XᵀX` of the layer's inputs over the calibration tokens, `[in, in]`; used in float32.
         sparsity: share of zeros in [0, 1), exact to the weight; may be left out with an n:m pattern.
         pattern: "unstructured" (anywhere in the layer), "per-row" (as many in every output row), "n:m" such as
@@ -79,12 +79,11 @@ def prune_layer(
     weight = np.asarray(weight)
     if weight.ndim != 2 or weight.size == 0:
         raise ValueError(f"weight must be a matrix [out, in], given shape {list(weight.shape)}")
-    # ml_dtypes.bfloat16 is no NumPy floating type, but casts like one.
-    if np.issubdtype(weight.dtype, np.integer) or weight.dtype == bool:
+    # JAX knows ml_dtypes.bfloat16 as a float, which NumPy does not.
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise ValueError(f"weight must be of a float dtype, given {weight.dtype}; cast it first")
-    if weight.dtype == np.float64:
-        weight = weight.astype(np.float32)
     _check_finite("weight", weight)
+    given, weight = weight, weight.astype(np.float32) if weight.itemsize > 4 else weight
     gram = check_gram("gram", gram, weight.shape[1])
     if test_gram is not None:
         test_gram = check_gram("test_gram", test_gram, weight.shape[1])
@@ -108,7 +107,7 @@ def prune_layer(
         raise RuntimeError(f"the solve became non-finite: {status.advice}")
     check_answer(report, solver, job.pattern)
     return LayerResult(
-        weight=np.asarray(report.weight),
+        weight=_as_given(np.asarray(report.weight), weight, given),
         relative_error=float(report.relative_error),
         test_error=float(report.test_error),
         sparsity=int(report.zeros) / weight.size,
@@ -118,6 +117,11 @@ def prune_layer(
         dead_inputs=int(report.dead_inputs),
         output_blocks=solved.output_blocks,
     )
+
+
+def _as_given(pruned: np.ndarray, dense: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """The pruned weight in the dtype of the weight given; what was left unchanged keeps its value there too."""
+    return np.where((pruned == dense) & (pruned != 0), given, pruned.astype(given.dtype, copy=False))
 
 
 def _check_finite(name: str, array: np.ndarray) -> None:

@@ -24,7 +24,15 @@ from sparseopt import processes
 from sparseopt.core.patterns import BlockTopK, TopK
 from sparseopt.core.solve import Status
 from sparseopt.pruning.devices import solve_over
-from sparseopt.pruning.layer import Energies, LayerJob, LayerMethod, LayerReport, layer_solver
+from sparseopt.pruning.layer import (
+    DEAD_SCALE,
+    Energies,
+    LayerJob,
+    LayerMethod,
+    LayerReport,
+    layer_solver,
+    ranking_scale,
+)
 from sparseopt.pruning.methods.magnitude import Magnitude
 from sparseopt.pruning.methods.wanda import Wanda
 
@@ -169,10 +177,11 @@ def _unit(job: LayerJob) -> int:
 def kept_by_row(job: LayerJob, k: int, method: LayerMethod) -> np.ndarray:
     """How many of the layer's k every output gets, `[out]`; of k blocks every row of blocks, `[out / R]`."""
     unit = _unit(job)
-    scale = np.sqrt(np.asarray(jnp.diagonal(job.gram), np.float32))
+    norms = jnp.sqrt(jnp.diagonal(job.gram))
+    scale = np.asarray(ranking_scale(norms), np.float32)
     output_scale = np.ones(len(job.weight), np.float32)
     if isinstance(method, Magnitude):
-        scale = (scale > 0).astype(np.float32)
+        scale = np.where(np.asarray(norms) > 0, 1, DEAD_SCALE).astype(np.float32)
     elif job.output_weights is not None:
         logs = 0.5 * np.log(np.asarray(job.output_weights, np.float32))
         output_scale = np.exp(logs - logs.mean())

@@ -35,7 +35,7 @@ from sparseopt.pruning.patterns import Pattern
 from sparseopt.pruning.propagation import PROPAGATION_RIDGE, propagated_target
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
-from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, RunLog
+from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, Replay, RunLog
 from sparseopt.pruning.run_folder import Progress
 from sparseopt.pruning.side_by_side import Linear, solve_block
 
@@ -178,10 +178,9 @@ class Branch:
         # As in `prune_block`, what was not pruned or trained runs as the source has it, not as it was stored.
         changed = keys if self.recipe.reconstruction is not None else [f"{name}.weight" for name in block.linears]
         block.write({path: self._model.as_stored(keys[path], stored[keys[path]]) for path in changed})
-        told: list[LayerRecord | BlockRecord] = [*self._layers, *self._blocks]
-        for record in told:
-            if record.block == index:
-                observer(record)
+        layers = [record for record in self._layers if record.block == index]
+        for event in (Replay(len(layers)), *layers, *(record for record in self._blocks if record.block == index)):
+            observer(event)
         if index + 1 < self._model.num_blocks:
             self._stream = self._stream.through(block, runner)
 
@@ -221,7 +220,13 @@ class Branch:
             self._stream = self._stream.through(block, runner)
 
     def finish(
-        self, runner: BlockRunner, footprint: Footprint, plans: int, survey_seconds: float, seconds: float
+        self,
+        runner: BlockRunner,
+        footprint: Footprint,
+        plans: int,
+        survey_seconds: float,
+        seconds: float,
+        bos: int | None,
     ) -> PruneReport:
         """Complete the folder, read it back, report.
 
@@ -248,6 +253,7 @@ class Branch:
             layers=self._layers,
             blocks=self._blocks,
             plans=plans,
+            bos=bos,
             solver_seconds=sum(r.seconds for r in self._layers),
             reconstruction_seconds=sum(r.seconds for r in self._blocks),
             survey_seconds=survey_seconds,
@@ -325,7 +331,7 @@ class Branch:
     ) -> Linear:
         """A linear as it is to be pruned; its target is found when its turn comes."""
         recipe, tokens = self.recipe, grams.tokens(tap)
-        starved = expert and tokens < recipe.min_expert_tokens
+        starved = expert and tokens < max(1, recipe.min_expert_tokens)
         tested = not starved and bool(tests) and tests.tokens(tap) > 0
         dtype = self._writer.dtype_of(key)
         outputs = None if starved else self._weights.get(key)

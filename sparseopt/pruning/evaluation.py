@@ -2,7 +2,9 @@
 
     perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
 
-over non-overlapping windows; a window of n tokens predicts n - 1. The model streams block by block.
+over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 where it begins with BOS (see `texts`). The
+model streams block by block, over all windows whose activations fit in `PASS_BYTES`, then again over the next ones. Of
+the embedding only the rows of these windows are read.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.models import Decoder, Head, PrunableModel, open_model
-from sparseopt.pruning.activations import make_batches
+from sparseopt.models import Decoder, Head, PrunableModel, check_window, open_model
+from sparseopt.pruning.activations import PASS_BYTES, windows_per_batch
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, check_pattern, count_groups, parse_pattern
-from sparseopt.pruning.texts import check_vocabulary
+from sparseopt.pruning.texts import begin_windows, check_vocabulary
 from sparseopt.pruning.torch_calibration import runner_of
 
 # Tokens whose logits are held at one time: 256 rows of a vocabulary of 50,000 are 50 MB.
@@ -33,12 +35,18 @@ def log_probabilities(logits_RV: Float[Array, "R V"], target_R: Int[Array, "R"])
     return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
 
 
-def negative_log_likelihood(head: Head, x_TD: Float[Array, "T D"], tokens_T: Int[Array, "T"]) -> Float[Array, ""]:
-    """`- sum_t log p(tokens[t + 1])` of one window from its last activations, a slice of rows at a time."""
+def negative_log_likelihood(
+    head: Head, x_TD: Float[Array, "T D"], tokens_T: Int[Array, "T"], skipped: Int[Array, ""] | int = 0
+) -> Float[Array, ""]:
+    """`- sum_t log p(tokens[t + 1])` of one window from its last activations, a slice of rows at a time.
+
+    The first `skipped` predictions are not counted.
+    """
     rows = min(LOGIT_ROWS, x_TD.shape[0])
     padding = -x_TD.shape[0] % rows
     targets = jnp.pad(tokens_T[1:], (0, 1 + padding))
-    counts = jnp.arange(x_TD.shape[0] + padding) < x_TD.shape[0] - 1
+    time_T = jnp.arange(x_TD.shape[0] + padding)
+    counts = (skipped <= time_T) & (time_T < x_TD.shape[0] - 1)
     x = jnp.pad(x_TD, ((0, padding), (0, 0)))
 
     # A gradient computes a slice's logits again, so that it too holds those of one slice only.
@@ -56,6 +64,7 @@ def perplexity(
     token_ids: Any,
     seqlen: int = 1024,
     *,
+    bos: int | None = None,
     observer: Callable[[int, int], None] | None = None,
 ) -> float:
     """Perplexity of a model on token ids in non-overlapping windows.
@@ -64,10 +73,13 @@ def perplexity(
         model: a model folder, a GGUF file, a name on the hub, an opened model, or a whole decoder in memory.
         token_ids: integer ids, `[n]` (cut into windows from the start, a rest is left out) or `[windows, seqlen]`.
         seqlen: tokens a window when `token_ids` is flat.
+        bos: an id that is put in front of every window, whose last token is left out for it; the token that follows
+            it is not counted. `models.start_token` tells that of a model. None puts nothing there.
         observer: called with (blocks done, blocks in all).
 
     Raises:
-        ValueError: for ids outside the vocabulary or fewer tokens than one window.
+        ValueError: for ids outside the vocabulary, fewer tokens than one window, and windows that predict nothing or
+            are longer than the model is made for.
     """
     parts = _StreamedParts(model) if not isinstance(model, Decoder) else _DecoderParts(model)
     ids = np.asarray(token_ids)
@@ -77,36 +89,47 @@ def perplexity(
         if len(ids) < seqlen or seqlen < 2:
             raise ValueError(f"{len(ids)} tokens are fewer than one window of {seqlen}; give more or a shorter seqlen")
         ids = ids[: len(ids) // seqlen * seqlen].reshape(-1, seqlen)
+    if not ids.shape[0] or ids.shape[1] < (2 if bos is None else 3):
+        after = "" if bos is None else " after BOS"
+        raise ValueError(f"windows of shape {list(ids.shape)} predict nothing{after}; give more or longer windows")
+    ids = begin_windows(ids.astype(np.int64), bos)
+    check_window(ids.shape[1], parts.max_positions)
     check_vocabulary(ids, parts.vocab_size)
-    ids = ids.astype(np.int32)
+    skipped, (count, length) = int(bos is not None), ids.shape
 
-    batches = make_batches(parts.embedding()(jnp.asarray(ids)))
-    runner = parts.runner
-    for index in range(parts.num_blocks):
-        batches = runner.forward(parts.block(index), batches)
-        if observer:
-            observer(index + 1, parts.num_blocks)
-    loss = window_loss(parts.head())
-    windows = (x for batch in batches for x in batch)
-    total = sum(loss(x, row) for x, row in zip(windows, ids, strict=True))
-    return float(np.exp(total / (ids.shape[0] * (ids.shape[1] - 1))))
+    batches = ids.astype(np.int32).reshape(-1, windows_per_batch(count, length), length)
+    held = max(1, PASS_BYTES // (4 * batches[0].size * parts.hidden_size))
+    passes = [batches[start : start + held] for start in range(0, len(batches), held)]
+    done, steps, total = 0, len(passes) * parts.num_blocks, 0.0
+    for part in passes:
+        activations = parts.embed(part)
+        for index in range(parts.num_blocks):
+            block = parts.block(index)
+            for i, x in enumerate(activations):
+                activations[i] = parts.runner.forward(block, [x])[0]
+            done += 1
+            if observer:
+                observer(done, steps)
+        head = parts.head()
+        for batch, x_BTD in zip(part, activations, strict=True):
+            total += sum(window_loss(head, x, row, skipped) for x, row in zip(x_BTD, batch, strict=True))
+    return float(np.exp(total / (count * (length - 1 - skipped))))
 
 
-def window_loss(head: Any) -> Callable[[Array, Array], float]:
+# One for the process: heads of the same shape share a compiled program.
+_loss_of_window = Compiled(negative_log_likelihood)
+
+
+def window_loss(head: Any, x_TD: Array, tokens_T: Int[np.ndarray, "T"], skipped: int) -> float:
     """`negative_log_likelihood` of a window by a head, compiled unless the head runs in torch."""
     if isinstance(head, Head):
-        loss = Compiled(negative_log_likelihood)
-        return lambda x_TD, tokens_T: float(loss(head, x_TD, tokens_T).value)
-
-    def loss_by_slices(x_TD: Array, tokens_T: Array) -> float:
-        total, predicted = 0.0, len(tokens_T) - 1
-        for start in range(0, predicted, LOGIT_ROWS):
-            end = min(start + LOGIT_ROWS, predicted)
-            logits_RV = head(x_TD[None, start:end])[0]
-            total -= float(jnp.sum(log_probabilities(logits_RV, jnp.asarray(tokens_T[start + 1 : end + 1]))))
-        return total
-
-    return loss_by_slices
+        return float(_loss_of_window(head, x_TD, tokens_T, skipped).value)
+    total, predicted = 0.0, len(tokens_T) - 1
+    for start in range(skipped, predicted, LOGIT_ROWS):
+        end = min(start + LOGIT_ROWS, predicted)
+        logits_RV = head(x_TD[None, start:end])[0]
+        total -= float(jnp.sum(log_probabilities(logits_RV, jnp.asarray(tokens_T[start + 1 : end + 1]))))
+    return total
 
 
 class _StreamedParts:
@@ -115,8 +138,20 @@ class _StreamedParts:
     def __init__(self, model: str | Path | PrunableModel) -> None:
         opened = open_model(model) if isinstance(model, str | Path) else model
         self.vocab_size, self.num_blocks = opened.config.vocab_size, opened.num_blocks
-        self.embedding, self.block, self.head = opened.embedding, opened.block, opened.head
+        self.hidden_size = opened.config.hidden_size
+        self.max_positions = opened.config.max_positions
+        self.block, self.head = opened.block, opened.head
         self.runner = runner_of(opened)
+        self._model = opened
+
+    def embed(self, batches: Int[np.ndarray, "batches B T"]) -> list[Array]:
+        """The stream in front of the first block, batch by batch."""
+        used = np.unique(batches)
+        # Filled up to a number of rows that depends on the shape alone, so that other text needs no other program.
+        spare = np.setdiff1d(np.arange(self.vocab_size), used)[: max(0, batches.size - len(used))]
+        rows = np.union1d(used, spare)
+        embedding = self._model.embedding(rows)
+        return [embedding(jnp.asarray(ids, jnp.int32)) for ids in np.searchsorted(rows, batches)]
 
 
 class _DecoderParts:
@@ -124,7 +159,9 @@ class _DecoderParts:
 
     def __init__(self, decoder: Decoder) -> None:
         self.vocab_size, self.num_blocks = decoder.embed_tokens.weight.shape[0], len(decoder.layers)
-        self.embedding = lambda: decoder.embed_tokens
+        self.max_positions = decoder.embed_tokens.config.max_positions
+        self.hidden_size = decoder.embed_tokens.weight.shape[1]
+        self.embed = lambda batches: [decoder.embed_tokens(jnp.asarray(ids)) for ids in batches]
         self.block = lambda index: decoder.layers[index]
         self.head = lambda: decoder.head
         self.runner = BlockRunner()

@@ -6,6 +6,9 @@ A layer is solved in scaled coordinates: `e = sqrt(diag Gram)`, hessian `Gram_ij
 center `(W e)ᵀ [in, out]`. There the magnitude of an entry is Wanda's score. Where outputs have weights s, [out], the
 norm is that of `X (V - W)ᵀ sqrt(s)`, and the center `(sqrt(s) W e)ᵀ`: the weights move with the outputs' scale, the
 hessian stays.
+
+An input that is zero on every calibration token is dead: `e = 0`, and nothing says which of its weights matter. Among
+them size decides: their centers are the weights at so small a scale that all others come first, see `ranking_scale`.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +24,9 @@ from sparseopt.core.types import pytree
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, count_groups, pattern_count
 
+# Scale of a dead input's weights over the smallest scale of the others: they rank last, and their squares are still
+# normal float32 numbers.
+DEAD_SCALE = 1e-9
 KINDS = {"float": jnp.floating, "bool": jnp.bool_, "int": jnp.integer}
 
 
@@ -49,7 +55,7 @@ class ScaledLayer:
 
     Attributes:
         hessian: `[in, in]`, unit diagonal except at dead inputs, where row and column are zero.
-        center: the scaled dense weight, `[in, out]`.
+        center: the scaled dense weight, `[in, out]`; at dead inputs by `ranking_scale`.
         scale: `e`, `[in]`, the norm of each input over the calibration tokens; 0 at dead inputs.
         output_scale: `[out]`, above 0, the root of the outputs' weights over its geometric mean; ones without any.
     """
@@ -131,7 +137,7 @@ class LayerReport:
 def scale_layer(
     weight: Float[Array, "out in"], gram: Float[Array, "in in"], output_weights: Float[Array, "out"] | None = None
 ) -> ScaledLayer:
-    """Scaled coordinates of a layer; an all-zero input gets scale 0 and never a division by zero."""
+    """Scaled coordinates of a layer; an all-zero input has scale 0 and never causes a division by zero."""
     scale = jnp.sqrt(jnp.diagonal(gram))
     inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
     hessian = gram * inverse[:, None] * inverse[None, :]
@@ -140,8 +146,15 @@ def scale_layer(
     else:
         logs = 0.5 * jnp.log(output_weights.astype(jnp.float32))
         output_scale = jnp.exp(logs - jnp.mean(logs))
-    center = (weight.astype(jnp.float32) * scale[None, :]).T * output_scale
+    center = (weight.astype(jnp.float32) * ranking_scale(scale)[None, :]).T * output_scale
     return ScaledLayer(hessian, center, scale, output_scale)
+
+
+def ranking_scale(scale: Float[Array, "in"]) -> Float[Array, "in"]:
+    """The scale by which weights are compared: `DEAD_SCALE` of the smallest, or of 1, where it is 0."""
+    alive = scale > 0
+    smallest = jnp.min(jnp.where(alive, scale, jnp.inf))
+    return jnp.where(alive, scale, DEAD_SCALE * jnp.where(jnp.any(alive), smallest, 1))
 
 
 def energies_of(

@@ -19,6 +19,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -31,8 +32,7 @@ from sparseopt.models import (
     PrunableModel,
     Source,
     TorchModel,
-    encode_text,
-    load_tokenizer,
+    check_window,
     open_model,
     unread,
 )
@@ -47,11 +47,12 @@ from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Event, Footprint, PruneReport
 from sparseopt.pruning.run_folder import Progress, claimed, is_finished, progress_in, read_report
 from sparseopt.pruning.survey import survey
-from sparseopt.pruning.texts import TextError, check_vocabulary, load_text, token_windows
+from sparseopt.pruning.texts import TextError, begin_windows, check_vocabulary, text_windows
 from sparseopt.pruning.torch_calibration import runner_of
 from sparseopt.pruning.torch_recipe import fitting_recipe
 
 __all__ = [
+    "CalibrationWindows",
     "Observer",
     "PruningError",
     "Stopped",
@@ -65,7 +66,7 @@ __all__ = [
 
 Observer = Callable[[Event, int], None]
 # What recipes must agree in to share a pass.
-CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "seed")
+CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "seed", "bos")
 
 
 def ignore(event: Event, total: int) -> None:
@@ -175,18 +176,18 @@ def prune_models(
     for (recipe, _), method in zip(plans, methods, strict=True):
         for key, pattern in layer_patterns(model, recipe, method).items():
             check_cut(pattern, model.weight_shape(key), mesh)
-    calibration, heldout = calibration_windows(model, first)
+    windows = calibration_windows(model, first)
     recipes = [recipe for recipe, _ in plans]
     processes.agree(
         {
             "recipes": [recipe_identity(recipe) for recipe in recipes],
-            "calibration tokens": [calibration.tolist(), heldout.tolist()],
+            "calibration tokens": [windows.calibration.tolist(), windows.heldout.tolist()],
             "model": [model.source.name, model.source.config],
             "output folders": [str(folder) for folder in folders],
         }
     )
     named = list(zip(recipes, methods, folders, strict=True))
-    identity = Identity(model, calibration, heldout)
+    identity = Identity(model, windows.calibration, windows.heldout)
     # One process holds the folders for all.
     with claimed(folders) if processes.is_first() else contextlib.nullcontext():
         found = [is_finished(folder, identity, recipe) for recipe, _, folder in named] if processes.is_first() else []
@@ -194,14 +195,28 @@ def prune_models(
         rest = [plan for plan, done in zip(named, finished, strict=True) if not done]
         made: list[PruneReport] = []
         if rest:
-            footprint = choose_footprint(model, rest, calibration, heldout, budget, spread=mesh is not None)
+            footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
             return_freed_memory()
-            made = _Pass(model, rest, identity, footprint, observer, mesh).run(calibration, heldout, stop, start)
+            made = _Pass(model, rest, identity, footprint, observer, mesh).run(windows, stop, start)
         reports = iter(made)
         return [
             read_report(folder, identity, recipe) if done else next(reports)
             for (recipe, _, folder), done in zip(named, finished, strict=True)
         ]
+
+
+class CalibrationWindows(NamedTuple):
+    """What a pass reads.
+
+    Attributes:
+        calibration: token ids `[samples, seqlen]`, int32, BOS included.
+        heldout: the same of the held-out windows, `[heldout_samples, seqlen]`.
+        bos: the id of the token that was put in front of every window; None for none.
+    """
+
+    calibration: np.ndarray
+    heldout: np.ndarray
+    bos: int | None
 
 
 class _Pass:
@@ -222,16 +237,14 @@ class _Pass:
         self.total = len(plans) * sum(map(len, identity.linears))
         self.observer = observer
 
-    def run(
-        self, calibration: np.ndarray, heldout: np.ndarray, stop: Callable[[], bool], start: float
-    ) -> list[PruneReport]:
+    def run(self, windows: CalibrationWindows, stop: Callable[[], bool], start: float) -> list[PruneReport]:
         """Prune block by block, report; `start` is when the run began."""
-        model = self.model
+        model, (calibration, heldout, bos) = self.model, windows
         self._told(self.footprint)
         branches = self._begin()
         embedded = self._embed(calibration, heldout)
         before = self.runner.seconds
-        surveys = survey(model, self.recipes, embedded, calibration, self.runner, self._told)
+        surveys = survey(model, self.recipes, embedded, calibration, int(bos is not None), self.runner, self._told)
         survey_seconds = self.runner.seconds - before
         for branch, found in zip(branches, surveys, strict=True):
             patterns = layer_patterns(model, branch.recipe, branch.method, found.shares)
@@ -251,7 +264,8 @@ class _Pass:
                 raise Stopped(f"{done}; the same call goes on from there")
         seconds = time.perf_counter() - start
         return [
-            branch.finish(self.runner, self.footprint, len(branches), survey_seconds, seconds) for branch in branches
+            branch.finish(self.runner, self.footprint, len(branches), survey_seconds, seconds, bos)
+            for branch in branches
         ]
 
     def _begin(self) -> list[Branch]:
@@ -330,15 +344,21 @@ def layer_patterns(
     return patterns
 
 
-def calibration_windows(model: PrunableModel, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
-    """Calibration and held-out windows, `[samples, seqlen]` each; held-out ones follow the calibration's text.
+def calibration_windows(model: PrunableModel, recipe: Recipe) -> CalibrationWindows:
+    """Calibration and held-out windows; held-out ones follow the calibration's text.
 
     Raises:
         TextError: for a text that is too short, or token ids that do not fit.
+        ModelError: for windows that are longer than the model is made for, or a BOS that the tokenizer does not have.
     """
+    bos = None
     if isinstance(recipe.calibration, str):
-        tokens = encode_text(load_tokenizer(model.source), load_text(recipe.calibration, "calibration"))
-        windows = token_windows(tokens, recipe.samples + recipe.heldout_samples, recipe.seqlen, seed=recipe.seed)
+        check_window(recipe.seqlen, model.config.max_positions)
+        count = recipe.samples + recipe.heldout_samples
+        found = text_windows(
+            model.source, recipe.calibration, "calibration", count, recipe.seqlen, bos=recipe.bos, seed=recipe.seed
+        )
+        windows, bos = begin_windows(*found), found.bos
     else:
         windows = np.asarray(recipe.calibration)
         if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or windows.shape[1] < 2:
@@ -351,9 +371,7 @@ def calibration_windows(model: PrunableModel, recipe: Recipe) -> tuple[np.ndarra
                 f"{len(windows)} windows of token ids leave none for calibration after "
                 f"{recipe.heldout_samples} held-out windows; give more or set heldout_samples=0"
             )
-        check_vocabulary(windows, model.config.vocab_size)
-    limit = getattr(model.config, "positions", 0) - getattr(model.config, "position_offset", 0)
-    if 0 < limit < windows.shape[1]:
-        raise TextError(f"windows of {windows.shape[1]} tokens are longer than the model's {limit} positions")
+        check_window(windows.shape[1], model.config.max_positions)
+    check_vocabulary(windows, model.config.vocab_size)
     split = len(windows) - recipe.heldout_samples
-    return windows[:split].astype(np.int32), windows[split:].astype(np.int32)
+    return CalibrationWindows(windows[:split].astype(np.int32), windows[split:].astype(np.int32), bos)

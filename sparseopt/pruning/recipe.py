@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.core.penalties import Penalty
+from sparseopt.models import BOS_CHOICES, Bos
 from sparseopt.pruning.allocation import Allocation, check_allocation
 from sparseopt.pruning.calibration import WEIGHTINGS, Weighting
 from sparseopt.pruning.layer import LayerMethod
@@ -49,14 +50,17 @@ class Recipe:
         reconstruct: epochs of training for the kept weights of each block after its linears are pruned, 0 for none,
             or a whole `Reconstruction`. None: `BEST_EPOCHS` for method "best", else 0.
         calibration: a text as in `pruning.texts` ("pydoc", "wikitext2:PATH", ...), or token ids `[samples, seqlen]`.
+            Of a file the first half is read.
+        bos: whether every window begins with the tokenizer's BOS, "auto" (as the tokenizer itself does it, see
+            `models.start_token`), "yes" or "no". Token ids are taken as they are.
         samples: calibration windows.
         seqlen: tokens a window.
         heldout_samples: windows after the calibration windows for the held-out error; 0 for none.
         seed: 0 takes calibration windows from the start of the text, another draws them at random.
         dtype: dtype to store, or None to keep the source's.
         pack: store the zeros as a bitmask, see `packed`; transformers loads the folder only once it is unpacked.
-        min_expert_tokens: an expert that fewer calibration tokens are routed to is starved: it is pruned by the
-            magnitude of its weights, and the report names it.
+        min_expert_tokens: an expert that receives fewer calibration tokens than this is starved: it is pruned by the
+            magnitude of its weights, and the report names it. An expert that receives none always is.
     """
 
     sparsity: float | None = 0.5
@@ -72,6 +76,7 @@ class Recipe:
     propagate: float | None = None
     reconstruct: int | Reconstruction | None = None
     calibration: Any = "pydoc"
+    bos: Bos = "auto"
     samples: int = 16
     seqlen: int = 512
     heldout_samples: int = 4
@@ -113,6 +118,10 @@ class Recipe:
             problems.append(f"outputs must be one of {', '.join(OUTPUT_WEIGHTINGS)}, given {self.outputs!r}")
         if self.penalty is not None and self.pattern != "unstructured":
             problems.append(f"a penalty chooses weights anywhere, which contradicts the pattern {self.pattern!r}")
+        if self.bos not in BOS_CHOICES:
+            problems.append(f"bos must be one of {', '.join(BOS_CHOICES)}, given {self.bos!r}")
+        if self.bos == "yes" and not isinstance(self.calibration, str):
+            problems.append("bos is for text; calibration token ids are taken as they are: put BOS in front of them")
         if self.samples < 1:
             problems.append(f"samples must be at least 1, given {self.samples}")
         if self.seqlen < 2:

@@ -152,7 +152,18 @@ class Footprint:
 
 
 # What an observer of a run is told, in the order of events.
-Event = Footprint | SurveyStep | LayerRecord | BlockRecord
+@dataclass(frozen=True)
+class Replay:
+    """The records that follow are an earlier run's, of a block that it finished: they are no work of this one.
+
+    Attributes:
+        layers: how many linears they are of.
+    """
+
+    layers: int
+
+
+Event = Footprint | SurveyStep | Replay | LayerRecord | BlockRecord
 
 
 @dataclass(frozen=True)
@@ -168,6 +179,7 @@ class PruneReport:
         layers: a record each, in the model's order.
         blocks: a record of each block that was reconstructed.
         plans: how many recipes shared the pass over the blocks.
+        bos: the id of the token that was put in front of every window; None for none.
         solver_seconds: device time of all layer solves, compilation apart.
         compile_seconds: time compiling all programs, the layer solves' and the forward passes'.
         layer_compilations: programs compiled for layer solves; at most the number of distinct shapes.
@@ -196,6 +208,7 @@ class PruneReport:
     layers: list[LayerRecord] = field(repr=False)
     blocks: list[BlockRecord] = field(repr=False)
     plans: int
+    bos: int | None
     solver_seconds: float
     reconstruction_seconds: float
     survey_seconds: float

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.models import Head, PrunableModel
-from sparseopt.pruning.activations import BATCH_TOKENS
+from sparseopt.models import Head, PrunableModel, check_window
+from sparseopt.pruning.activations import BATCH_TOKENS, PASS_BYTES
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.evaluation import LOGIT_ROWS, log_probabilities
@@ -22,8 +22,6 @@ from sparseopt.pruning.texts import check_vocabulary
 
 Ids = Sequence[int]
 
-# Activations held between two blocks; a pass over more requests than fit reads the model again.
-PASS_BYTES = 2**28
 _SHORTEST = 16
 
 
@@ -58,7 +56,8 @@ def score_continuations(
         The scores in the order of the pairs.
 
     Raises:
-        ValueError: for an empty context or continuation, or ids outside the vocabulary.
+        ValueError: for an empty context or continuation, ids outside the vocabulary, or more tokens than the model is
+            made for.
         RuntimeError: if a log-likelihood is not finite.
     """
     for index, (context, continuation) in enumerate(pairs):
@@ -70,12 +69,14 @@ def score_continuations(
     if not pairs:
         return []
     inputs = [(*context, *continuation[:-1]) for context, continuation in pairs]
+    longest = model.config.max_positions
+    check_window(max(map(len, inputs)), longest)
     check_vocabulary(np.concatenate([np.asarray((*c, *t)) for c, t in pairs]), model.config.vocab_size)
     members: dict[int, list[int]] = {}
     for index, host in enumerate(find_hosts(inputs)):
         members.setdefault(host, []).append(index)
 
-    batches = _make_batches(inputs, list(members))
+    batches = _make_batches(inputs, list(members), longest)
     passes = _split_passes(batches, model.config.hidden_size)
     embedding, head, runner = model.embedding(), model.head(), BlockRunner()
     done, total = 0, len(batches) * model.num_blocks
@@ -130,7 +131,7 @@ def padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
-def _make_batches(inputs: Sequence[tuple[int, ...]], chosen: list[int]) -> list[_Batch]:
+def _make_batches(inputs: Sequence[tuple[int, ...]], chosen: list[int], longest: int | None) -> list[_Batch]:
     """Longest first, so that neighbours have like lengths; rows follow from the length, so a length is one shape.
 
     Only the last batch may have fewer rows, a power of two.
@@ -139,6 +140,7 @@ def _make_batches(inputs: Sequence[tuple[int, ...]], chosen: list[int]) -> list[
     batches = []
     while left:
         time = padded_length(len(inputs[left[0]]))
+        time = time if longest is None else min(time, longest)
         rows = min(max(1, BATCH_TOKENS // time), 2 ** (len(left) - 1).bit_length())
         taken, left = left[:rows], left[rows:]
         tokens = np.zeros((rows, time), np.int32)

@@ -45,9 +45,11 @@ FLOOR = 1e-4
 POWER = 0.5
 
 
-def _loss_gradient(head: Head, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def _loss_gradient(
+    head: Head, x: Float[Array, "B T D"], tokens: Int[Array, "B T"], skipped: Int[Array, ""]
+) -> Float[Array, "B T D"]:
     def loss(x: Array) -> Array:
-        return jnp.sum(jax.lax.map(lambda window: negative_log_likelihood(head, *window), (x, tokens)))
+        return jnp.sum(jax.lax.map(lambda pair: negative_log_likelihood(head, pair[0], pair[1], skipped), (x, tokens)))
 
     return jax.grad(loss)(x)
 
@@ -118,6 +120,8 @@ def backward_sweep(
     tokens: Int[np.ndarray, "windows T"],
     runner: BlockRunner,
     observer: Callable[[int, int], None],
+    *,
+    skipped: int = 0,
 ) -> Iterator[Site]:
     """Every block of the dense model with the sensitivity of its linears' outputs, the last block first.
 
@@ -127,6 +131,7 @@ def backward_sweep(
         tokens: the ids of these windows, in the same order.
         runner: keeps account of the time.
         observer: called with (block passes done, block passes in all).
+        skipped: predictions at the beginning of every window that the loss does not count.
     """
     blocks = model.num_blocks
     stride = math.isqrt(blocks - 1) + 1
@@ -144,7 +149,7 @@ def backward_sweep(
         if index in starts:
             marks[index] = stream
         stream = forward(index, stream)
-    gradients = _gradients_behind(model, stream, tokens, runner)
+    gradients = _gradients_behind(model, stream, tokens, skipped, runner)
     for start in reversed(starts):
         segment = [marks.pop(start)]
         for index in range(start, min(start + stride, blocks) - 1):
@@ -172,13 +177,13 @@ def _by_linear(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _gradients_behind(
-    model: PrunableModel, stream: Batches, tokens: Int[np.ndarray, "windows T"], runner: BlockRunner
+    model: PrunableModel, stream: Batches, tokens: Int[np.ndarray, "windows T"], skipped: int, runner: BlockRunner
 ) -> list[Array]:
     """Gradient of the loss with respect to the activations behind the last block, batch by batch."""
     head, start, gradients = model.head(), 0, []
     for x in stream:
         ids = jnp.asarray(tokens[start : start + x.shape[0]])
-        gradients.append(runner.account(_gradient_behind_blocks(head, x, ids)))
+        gradients.append(runner.account(_gradient_behind_blocks(head, x, ids, skipped)))
         start += x.shape[0]
     return gradients
 

@@ -64,6 +64,7 @@ def survey(
     recipes: Sequence[Recipe],
     embedded: Stream,
     tokens: Int[np.ndarray, "windows T"],
+    skipped: int,
     runner: BlockRunner,
     observer: Callable[[Event], None],
 ) -> list[Survey]:
@@ -74,6 +75,7 @@ def survey(
         recipes: of one pass.
         embedded: the streams in front of the first block.
         tokens: ids of the calibration windows.
+        skipped: predictions at the beginning of every window that the loss does not count.
         runner: keeps account of the time.
         observer: is told of every step.
     """
@@ -87,7 +89,7 @@ def survey(
     if "curves" in allocations or any(recipe.output_weighting() == "gradient" for recipe in recipes):
         count = max(1, TOKENS // tokens.shape[1])
         batches = make_batches(first_windows(embedded.calibration, count))
-        for site in backward_sweep(model, batches, tokens[:count], runner, told):
+        for site in backward_sweep(model, batches, tokens[:count], runner, told, skipped=skipped):
             keys = {name: model.weight_key(site.index, name) for name in site.sensitivity}
             found.weights |= {keys[name]: output_weights(value) for name, value in site.sensitivity.items()}
             if len(levels):

@@ -4,14 +4,22 @@ pydoc              English reference text that every CPython carries; two disjoi
 wikitext2:PATH     a folder with WikiText-2 parquet files: calibration from validation, evaluation from test
 file:PATH          a UTF-8 text file of your own: calibration from its first half, evaluation from the rest
 hf:NAME[/CONFIG]   a data set of the Hugging Face hub by name, where the network allows
+
+A model whose tokenizer begins texts with BOS sees it at the beginning of every window: `BOS, t_0, ..., t_{T-2}` of the
+T tokens that were cut. BOS is never predicted, and the prediction of `t_0`, which no text precedes, does not count:
+losses start with `t_1`.
 """
 
+import re
 from collections.abc import Callable, Iterable
+from glob import escape
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
+from sparseopt.models import Bos, Source, encode_text, load_tokenizer, start_token
 from sparseopt.models.folder import PICKLES
 
 Split = Literal["calibration", "evaluation"]
@@ -22,6 +30,56 @@ _HUB_SPLITS: dict[Split, str] = {"calibration": "validation", "evaluation": "tes
 
 class TextError(ValueError):
     """A text that cannot be had, or is too short; the message says what to do."""
+
+
+class Windows(NamedTuple):
+    """Token windows of a text.
+
+    Attributes:
+        ids: `[count, length]` int32, without BOS.
+        bos: the id of the token that every window is to begin with, see `begin_windows`; None for none.
+    """
+
+    ids: Int[np.ndarray, "count length"]
+    bos: int | None
+
+
+def text_windows(
+    source: Source, specification: str, split: Split, count: int, length: int, *, bos: Bos = "auto", seed: int = 0
+) -> Windows:
+    """The windows of a text as a model reads it: its own tokenizer's tokens, and its BOS.
+
+    Args:
+        source: has the tokenizer.
+        specification: of the text.
+        split: of the text.
+        count: windows wanted.
+        length: tokens a window.
+        bos: whether windows begin with BOS, see `models.start_token`.
+        seed: as in `token_windows`.
+
+    Raises:
+        TextError: for a text that cannot be had or is too short.
+        ModelError: for a tokenizer that cannot be used, or that has no BOS where `bos` is "yes".
+    """
+    tokenizer = load_tokenizer(source)
+    start = start_token(source, tokenizer, bos)
+    tokens = encode_text(tokenizer, load_text(specification, split))
+    try:
+        return Windows(token_windows(tokens, count, length, seed=seed), start)
+    except TextError as error:
+        raise TextError(f"{part_of_text(specification, split)}: {error}") from error
+
+
+def part_of_text(specification: str, split: Split) -> str:
+    """The specification, and of a file also which half of it is read."""
+    half = {"calibration": "first", "evaluation": "second"}[split]
+    return f"the {half} half of {specification}" if specification.startswith("file:") else specification
+
+
+def begin_windows(ids: Int[np.ndarray, "count length"], bos: int | None) -> Int[np.ndarray, "count length"]:
+    """The windows with BOS in front, the last token of each left out for it; as they are without one."""
+    return ids if bos is None else np.concatenate([np.full_like(ids[:, :1], bos), ids[:, :-1]], axis=1)
 
 
 def load_text(specification: str, split: Split) -> str:
@@ -123,23 +181,28 @@ def _read_hub(name: str, split: Split) -> str:
     repository, config = name, ""
     if name.count("/") == 2:
         repository, _, config = name.rpartition("/")
+    places = [f"{escape(config)}/", f"*/{escape(config)}/"] if config else ["", "*/"]
+    patterns = [f"{place}{wanted}*.parquet" for place in places]
     try:
-        folder = Path(
-            snapshot_download(
-                repository,
-                repo_type="dataset",
-                allow_patterns=[f"{config}*/{wanted}*.parquet", f"{wanted}*.parquet"],
-            )
-        )
+        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # every failure of the network and of the hub has a class of its own
         raise TextError(
             f"cannot fetch the data set {name!r} from the hub ({type(error).__name__}: {error}); "
             "without network use pydoc, wikitext2:PATH or file:PATH"
         ) from error
-    files = sorted(folder.rglob(f"{wanted}*.parquet"))
-    if not files:
-        raise TextError(f"the data set {name!r} has no {wanted} parquet files; name a configuration: hf:NAME/CONFIG")
-    return _join_parquet(files)
+    # The cache may hold other configurations as well, and splits whose names only begin alike.
+    held: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*.parquet")):
+        if re.fullmatch(rf"{wanted}(-\d+(-of-\d+(-[0-9a-f]+)?)?)?", file.stem):
+            held.setdefault(file.parent.relative_to(folder).as_posix(), []).append(file)
+    found = [place for place in held if not config or place.split("/")[-1] == config]
+    if len(found) != 1:
+        there = ", ".join(sorted(found or held)) or "no such file"
+        raise TextError(
+            f"the data set {name!r} has {len(found)} folders with {wanted}.parquet files, and exactly one is read "
+            f"({'the snapshot holds' if not found else 'these'}: {there}); name one configuration: hf:NAME/CONFIG"
+        )
+    return _join_parquet(held[found[0]])
 
 
 def token_windows(tokens: np.ndarray, count: int, length: int, *, skip: int = 0, seed: int = 0) -> np.ndarray:

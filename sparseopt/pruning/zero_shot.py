@@ -20,13 +20,16 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sparseopt.models import (
     FAMILIES,
+    Bos,
     Decoder,
     ModelError,
     PrunableModel,
     TorchModel,
+    encode_text,
     generate,
     load_tokenizer,
     open_model,
+    start_token,
 )
 from sparseopt.pruning.scoring import Score, score_continuations
 
@@ -42,16 +45,22 @@ _PIECE = 16
 class DecoderLM(TemplateLM):
     """A model folder or GGUF file as `lm-eval` sees a model.
 
-    Log-likelihoods stream the model block by block; `generate_until` holds it whole, as float32. Texts are encoded
-    as the model's tokenizer does by itself, with a start token where it adds one.
+    Log-likelihoods stream the model block by block; `generate_until` holds it whole, as float32. Where BOS is
+    used, every input begins with it, also one whose own beginning was cut off, and it is never predicted.
 
     Attributes:
         max_length: tokens that the model reads at most.
+        bos: the id of the token that inputs begin with; None for none.
         cut: how many requests were longer and lost the beginning of their context.
     """
 
     def __init__(
-        self, model: str | Path | PrunableModel, *, max_length: int | None = None, observer: Observer | None = None
+        self,
+        model: str | Path | PrunableModel,
+        *,
+        max_length: int | None = None,
+        bos: Bos = "auto",
+        observer: Observer | None = None,
     ) -> None:
         super().__init__()
         self.model = open_model(model) if isinstance(model, str | Path) else model
@@ -61,13 +70,12 @@ class DecoderLM(TemplateLM):
                 f"{self.model.config.model_type!r} (`lm-eval` itself runs such models in torch)"
             )
         self.tokenizer = load_tokenizer(self.model.source)
+        self.bos = start_token(self.model.source, self.tokenizer, bos)
         config = self.model.source.config
-        longest = max_length if max_length is not None else config.get("max_position_embeddings")
+        longest = self.model.config.max_positions if max_length is None else max_length
         if type(longest) is not int or longest < 2:
-            raise ValueError(
-                f"max_length must be a whole number of 2 or more, given {longest!r}"
-                + (" by max_position_embeddings in the model's configuration" if max_length is None else "")
-            )
+            where = "" if max_length is not None else "; the model's configuration names no longest window: give one"
+            raise ValueError(f"max_length must be a whole number of 2 or more, given {longest!r}{where}")
         self.max_length: int = longest
         self.cut = 0
         self._observer = observer
@@ -88,15 +96,24 @@ class DecoderLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text with nothing before it: the start token, else the end token."""
-        return self.eot_token_id if self._start_id is None else self._start_id
+        """The token that stands before a text with nothing before it: BOS, used or not, else the end token."""
+        found = self._start_id if self.bos is None else self.bos
+        return self.eot_token_id if found is None else found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; by default with the tokenizer's own special tokens, unless the text brings its start token."""
-        if add_special_tokens is None:
-            start = self.tokenizer.id_to_token(self.prefix_token_id)
-            add_special_tokens = not (start and string.startswith(start))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+        """Token ids, behind BOS where it is used, unless the text brings it or `add_special_tokens` is False."""
+        ids = encode_text(self.tokenizer, string).tolist()
+        return ids if add_special_tokens is False else self._begun(ids)
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def _last(self, ids: list[int], room: int) -> list[int]:
+        """The last tokens, BOS first again where it is used."""
+        if len(ids) <= room:
+            return ids
+        self.cut += 1
+        return ids[-room:] if self.bos is None else [self.bos, *ids[len(ids) - room + 1 :]]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-likelihood, greedy) of each (context, continuation)."""
@@ -113,14 +130,16 @@ class DecoderLM(TemplateLM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood of each whole text behind the start token, in windows of `max_length` predictions."""
+        """Log-likelihood of each whole text behind the start token, in windows of as many tokens as the model reads."""
         del disable_tqdm
         pairs: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
-            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
-            pairs += map(make_disjoint_window, windows)
+            used = int(self.bos is not None)
+            # Without BOS, which is in front of every window and never predicted.
+            tokens = self.tok_encode(request.args[0])[used:]
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - used, context_len=1)
+            pairs += [(self._begun(context), text) for context, text in map(make_disjoint_window, windows)]
             owners += [owner] * (len(pairs) - len(owners))
         totals = [0.0] * len(requests)
         for owner, score in zip(owners, self._score("texts", pairs), strict=True):
@@ -146,8 +165,8 @@ class DecoderLM(TemplateLM):
             if not 0 < limit < self.max_length:
                 raise ValueError(f"a task asks for {limit} new tokens; the model reads {self.max_length} at most")
             prompt = self.tok_encode(context) or [self.prefix_token_id]
-            self.cut += len(prompt) > self.max_length - limit
-            answer = self._continue(prompt[limit - self.max_length :], limit, [s for s in wanted["until"] if s])
+            prompt = self._last(prompt, self.max_length - limit)
+            answer = self._continue(prompt, limit, [s for s in wanted["until"] if s])
             self.cache_hook.add_partial("generate_until", request.args, answer)
             answers.append(answer)
             if self._observer:
@@ -180,8 +199,7 @@ class DecoderLM(TemplateLM):
                 f"a continuation has {len(continuation)} tokens, the model reads {self.max_length} at most; "
                 "leave the task out or give a model with a longer context"
             )
-        self.cut += len(context) > room
-        return context[-room:], continuation
+        return self._last(context, room), continuation
 
     def _score(self, title: str, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
         tell = self._observer
@@ -198,6 +216,7 @@ def zero_shot(
     include_path: str | Path | None = None,
     shots: int = 0,
     max_length: int | None = None,
+    bos: Bos = "auto",
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Scores of a model on `lm-eval` tasks.
@@ -209,12 +228,14 @@ def zero_shot(
         include_path: a folder of your own task files; its names come before `lm-eval`'s.
         shots: solved examples in each prompt; a task that is fixed to none keeps none.
         max_length: tokens that the model reads at most; None takes the model's own limit.
+        bos: whether inputs begin with the tokenizer's BOS, see `models.start_token`.
         observer: called with (what is running, steps done, steps in all).
 
     Returns:
-        `{"model", "lm_eval", "limit", "shots", "cut", "tasks": {name: {"version", "examples", "metrics": {...}}}}`,
-        ready for JSON. `cut` counts the requests that were longer than the model reads and lost the beginning of
-        their context. Groups stand among the tasks.
+        `{"model", "lm_eval", "limit", "shots", "bos", "cut",
+        "tasks": {name: {"version", "examples", "metrics": {...}}}}`, ready for JSON. `bos` is the id of the token that
+        inputs began with, None for none. `cut` counts the requests that were longer than the model reads and lost the
+        beginning of their context. Groups stand among the tasks.
 
     Raises:
         ValueError: for an unknown task, with the nearest known name, or a number out of range.
@@ -227,7 +248,7 @@ def zero_shot(
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path must be a folder of task files, {include_path} is none")
     manager = _find_tasks(tasks, include_path)
-    lm = DecoderLM(model, max_length=max_length, observer=observer)
+    lm = DecoderLM(model, max_length=max_length, bos=bos, observer=observer)
     loaded = _load(manager, list(dict.fromkeys(tasks)))
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") != 0:
@@ -239,6 +260,7 @@ def zero_shot(
         "lm_eval": importlib.metadata.version("lm_eval"),
         "limit": limit,
         "shots": shots,
+        "bos": lm.bos,
         "cut": lm.cut,
         "tasks": {
             name: {

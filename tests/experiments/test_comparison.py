@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -116,6 +117,17 @@ def test_table_and_picture_are_written_with_what_was_run(settings, finished):
     assert text.count("\n| wanda | ") == 3
     assert "![comparison](comparison.png)" in text
     assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_says_where_windows_begin_with_bos(settings, finished):
+    _, section = finished
+    task = section.runs[0].task
+    assert "BOS" not in "".join(comparison.head(section, task))
+    behind = replace(section, runs=[replace(run, records=[{**run.records[0], "bos": 7}]) for run in section.runs])
+    lines = comparison.head(behind, task)
+    assert lines[0] == f"model: {settings['source']}, every window starts with its BOS (token 7)"
+    assert f"calibration: the first half of {settings['calibration']}, 3 x 32" in lines[1]
+    assert f"evaluation: the second half of {settings['evaluation']}, 2 x 48" in lines[2]
 
 
 def test_errors_of_different_kinds_are_told_apart(settings, finished):

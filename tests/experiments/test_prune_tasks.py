@@ -159,20 +159,40 @@ def test_what_is_missing_is_found_before_any_run(tmp_path, prune):
 
 def test_what_the_model_or_the_texts_cannot_do_ends_a_run_before_any_work(tmp_path, prune, command):
     sweep = {"list": [{"method": "dense"}, {"method": "wanda"}, {"method": "magnitude"}]}
-    long = {"samples": 900, "evaluation_seqlen": 32_000, "pattern": "3:7", "sweep": sweep}
+    long = {"seqlen": 257, "windows": 900, "pattern": "3:7", "sweep": sweep}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**prune, **long}))
     status, _, err = command("run", tmp_path / "tiny.yaml", "--output", tmp_path / "runs")
     assert status == 2
     assert "nothing was run: " in err
     for mistake in (
         "q_proj: pattern '3:7' needs a number of inputs divisible by 7",
-        f"calibration text {prune['calibration']}: 902 windows of 32 tokens need",
-        f"evaluation text {prune['evaluation']}: 2 windows of 32000 tokens need",
+        f"calibration text {prune['calibration']}: a window of 257 tokens is longer than the 256 positions",
+        f"evaluation text {prune['evaluation']}: 900 windows of 32 tokens need",
     ):
         assert err.count(mistake) == 1
     assert not (tmp_path / "runs").exists()
     (dense,) = expand({**prune, "method": "dense", "samples": 900, "calibration": "file:/nowhere"})
     dense.task.check()  # it reads no calibration text
+
+
+def test_every_window_begins_with_bos_where_the_config_says_yes(tmp_path, prune):
+    # Without quotes yes and no are truth values in YAML 1.1.
+    fields = {**prune, "method": "dense", "bos": yaml.safe_load("yes")}
+    (behind,), (without,) = expand(fields), expand({**fields, "bos": yaml.safe_load("no")})
+    assert (behind.task.bos, without.task.bos) == ("yes", "no")
+    behind.task.check()
+    outcomes = [execute(run, tmp_path / run.task.bos, quiet) for run in (behind, without)]
+    records = [json.loads((outcome.folder / "records.jsonl").read_text()) for outcome in outcomes]
+    assert [record["bos"] for record in records] == [1, None]
+    assert records[0]["perplexity"] != records[1]["perplexity"]
+    (tmp_path / "source" / "tokenizer_config.json").write_text('{"bos_token": null}')
+    with pytest.raises(ValueError, match="has no BOS token"):
+        behind.task.check()
+    (layer,) = expand({**fields, "bos": "yes", "method": "wanda"})
+    with pytest.raises(ValueError, match="has no BOS token"):
+        layer.task.check()
+    with pytest.raises(ConfigError, match="bos"):
+        expand({**fields, "bos": "always"})
 
 
 def test_descent_is_monotone_and_acceleration_ends_lower(tmp_path, settings):

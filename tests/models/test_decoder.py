@@ -195,7 +195,7 @@ def test_llama3_scaling_keeps_high_frequencies_and_slows_low_ones() -> None:
         ({"hidden_size": None}, "hidden_size must be a positive int, given None"),
         ({"num_attention_heads": True}, "num_attention_heads must be a positive int, given True"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
-        ({"head_dim": 7}, "head_dim must be even"),
+        ({"head_dim": 7}, "given 7 of head_dim=7"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive float"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type='spiral' is unknown"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor must be a positive float"),

@@ -1,15 +1,18 @@
 """Families without torch: names there and back, pruned exports, and everything that a family does not do."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sparseopt.models import FAMILIES, ModelError, find_family, load_decoder, open_model
+from sparseopt.models import FAMILIES, ModelError, find_family, generate, load_decoder, open_model
+from sparseopt.models.rope import max_positions
 from sparseopt.models.safetensors_file import read_header
-from sparseopt.pruning import Recipe, audit_sparsity, prune_model
+from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
+from sparseopt.pruning.scoring import score_continuations
 from tests.models.test_decoder import GOLDEN, run, write_golden
 from tests.oracle.make_golden import CASES
 
@@ -104,6 +107,8 @@ def write_golden_folder(name: str, folder: Path) -> Path:
         ("gemma3_images", {"text_config": None}, "text_config must be a table"),
         ("phi3", {"partial_rotary_factor": 2.0, "rope_parameters": None}, "partial_rotary_factor must be in"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": 1}}, "short_factor must be a list"),
+        ("phi3_longrope", {"num_attention_heads": 2}, "short_factor has 2 entries, expected 4: .* the 8 features"),
+        ("mistral", {"max_position_embeddings": 0}, "max_position_embeddings must be a positive int, given 0"),
         ("olmo2", {"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
         ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
@@ -133,7 +138,53 @@ def test_the_documented_table_of_families_is_whole() -> None:
     assert max(r["largest_error"] for r in records if "largest_error" in r) < 1e-4
 
 
-def test_a_window_beyond_learned_positions_is_refused(tmp_path: Path) -> None:
-    model = open_model(write_golden_folder("opt", tmp_path))
-    with pytest.raises(ModelError, match="a window of 65 tokens is longer than the model's 64 learned positions"):
-        model.embedding()(np.zeros((1, 65), np.int32))
+@pytest.mark.parametrize(("name", "longest"), [("opt", 64), ("dynamic_rope", 48)])
+def test_a_window_beyond_the_positions_of_a_model_is_refused_before_any_work(
+    name: str, longest: int, tmp_path: Path
+) -> None:
+    source = write_golden_folder(name, tmp_path / "source")
+    ids = np.zeros((2, longest + 1), np.int32)
+    model, decoder = open_model(source), load_decoder(source)
+    attempts: dict[str, Callable[[], Any]] = {
+        "embedding": lambda: decoder(ids),
+        "perplexity": lambda: perplexity(model, ids),
+        "perplexity in memory": lambda: perplexity(decoder, ids),
+        "generation": lambda: generate(decoder, ids[0, :40], longest - 39),
+        "scores": lambda: score_continuations(model, [([1, 2], [3]), (list(ids[0]), [1])]),
+        "token ids": lambda: prune_model(source, tmp_path / "out", Recipe(calibration=ids, heldout_samples=0)),
+        # Said before the folder's lack of a tokenizer is.
+        "text": lambda: prune_model(source, tmp_path / "out", Recipe(seqlen=longest + 1)),
+    }
+    for attempt in attempts.values():
+        with pytest.raises(
+            ModelError, match=f"a window of {longest + 1} tokens is longer than the {longest} positions"
+        ):
+            attempt()
+    assert not (tmp_path / "out").exists()
+    # The window grows in steps, and not beyond what the model reads.
+    assert generate(decoder, ids[0, :-2], 1).shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (None, 64),
+        ({"type": "linear", "factor": 4.0}, 256),
+        ({"type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 16}, 64),
+    ],
+)
+def test_a_scaling_stretches_the_positions_that_it_does_not_count_in(rope: dict | None, expected: int) -> None:
+    assert max_positions({"max_position_embeddings": 64, "rope_scaling": rope}) == expected
+    assert max_positions({"rope_scaling": rope}) is None
+    # Of two ropes, the one that reaches least far counts.
+    both = {"full_attention": rope or {}, "sliding_attention": {"rope_type": "default"}}
+    assert max_positions({"max_position_embeddings": 64, "rope_parameters": both}) == 64
+
+
+def test_positions_are_read_under_the_names_of_every_family() -> None:
+    found = {name: find_family(golden_config(name)).configure(golden_config(name)).max_positions for name in CASES}
+    assert found == dict.fromkeys(CASES, 64) | {"dynamic_rope": 48, "legacy_linear": 128}

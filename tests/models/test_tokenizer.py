@@ -1,5 +1,6 @@
 """Tokenizers from GGUF metadata and folders, and what an export hands on."""
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
-from sparseopt.models import ModelError, encode_text, load_tokenizer, open_source
+from sparseopt.models import ModelError, encode_text, load_tokenizer, open_source, start_token
 from sparseopt.models.gguf_tokenizer import build_tokenizer
 from tests.models.tiny import MERGES, VOCAB, random_tensors, tiny_config, write_folder, write_gguf
 from tests.models.tiny_gguf import byte_level_metadata, sentencepiece_metadata
@@ -218,3 +220,65 @@ def test_sentencepiece_tokens_from_gguf() -> None:
     assert tokenizer.encode("hello").tokens == ["<s>", "▁hello"]
     assert tokenizer.encode("hel é", add_special_tokens=False).tokens == ["▁hel", "▁", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(tokenizer.encode("hello hel é").ids) == "hello hel é"
+
+
+def with_tokenizer(folder: Path, tokenizer: Any, config: dict | None = None, **settings: Any) -> Any:
+    """A folder with this tokenizer, and with a tokenizer_config.json if there is anything to say in it."""
+    write_folder(folder, config or tiny_config(), {})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return open_source(folder)
+
+
+def beginning_with(token: str) -> Any:
+    """The tokenizer of `source`, with a post-processor that puts a token in front and one behind."""
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": VOCAB}
+    tokenizer = build_tokenizer(metadata, Path("m.gguf"))
+    number = VOCAB.index(token)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[token, "$A", token], special_tokens=[(token, number)]
+    )
+    return tokenizer
+
+
+def test_text_begins_with_what_the_tokenizer_itself_puts_in_front(tmp_path: Path, source: Any) -> None:
+    plain = load_tokenizer(source)
+    for name, tokenizer, settings, expected in [
+        ("a", plain, {}, None),
+        ("b", beginning_with("<|start|>"), {}, 1),
+        ("c", beginning_with("<|stop|>"), {"bos_token": "<|start|>"}, 2),
+        ("d", plain, {"add_bos_token": True, "bos_token": {"content": "<|stop|>"}}, 2),
+        ("e", plain, {"add_bos_token": True}, 1),  # bos_token_id of the model
+        ("f", plain, {"add_bos_token": True, "bos_token": None}, None),
+        ("g", beginning_with("<|start|>"), {"add_bos_token": False}, None),
+    ]:
+        made = with_tokenizer(tmp_path / name, tokenizer, **settings)
+        assert start_token(made, load_tokenizer(made)) == expected, name
+        assert start_token(made, load_tokenizer(made), "no") is None
+
+
+def test_yes_takes_the_named_token_and_refuses_a_tokenizer_without(tmp_path: Path, source: Any) -> None:
+    plain = load_tokenizer(source)
+    assert start_token(source, plain, "yes") == 1  # tokenizer.ggml.bos_token_id
+    for name, config, settings in [
+        ("a", tiny_config(), {"bos_token": None}),
+        ("b", tiny_config(bos_token_id=None), {}),
+    ]:
+        made = with_tokenizer(tmp_path / name, plain, config, **settings)
+        with pytest.raises(ModelError, match=r"has no BOS token .*bos must be auto or no"):
+            start_token(made, plain, "yes")
+    with pytest.raises(ModelError, match="bos must be one of auto, yes, no, given 'si'"):
+        start_token(source, plain, "si")
+
+
+def test_a_gguf_file_says_whether_text_begins_with_bos(tmp_path: Path, source: Any) -> None:
+    tokenizer = load_tokenizer(source)
+    assert start_token(source, tokenizer) is None  # add_bos_token is false there
+    metadata = sentencepiece_metadata(prefix=False)
+    begins = build_tokenizer(metadata | {"tokenizer.ggml.add_bos_token": True}, Path("m.gguf"))
+    assert start_token(source, begins) == metadata["tokenizer.ggml.bos_token_id"]
+    silent = {name: value for name, value in byte_level_metadata("qwen2").items() if "add_bos" not in name}
+    silent |= {"tokenizer.ggml.bos_token_id": 1}
+    for words, expected in (("qwen2", None), ("llama-bpe", 1)):
+        assert start_token(source, build_tokenizer(silent | {"tokenizer.ggml.pre": words}, Path("m.gguf"))) == expected

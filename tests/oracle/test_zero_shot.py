@@ -9,11 +9,15 @@ import socket
 import numpy as np
 import pytest
 import yaml
+from tokenizers import processors
 
 from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import perplexity
-from tests.models.tiny import random_tensors, tiny_config, write_gguf
+from sparseopt.pruning.scoring import Score
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder, write_gguf
+from tests.models.tiny_gguf import CONFIGS
 from tests.oracle.test_reference import export
+from tests.pruning.test_pipeline import TOKENIZER
 
 pytestmark = pytest.mark.oracle
 
@@ -177,6 +181,50 @@ def test_the_perplexity_of_texts_is_the_projects_own(tmp_path, model):
         ids = [opened.source.config["bos_token_id"], *encode_text(load_tokenizer(opened.source), text)]
         total += np.log(perplexity(opened, np.array([ids]))) * (len(ids) - 1)
     assert found == pytest.approx(np.exp(total / sum(len(text.encode()) for text in TEXTS)), rel=1e-4)
+
+
+def test_every_input_begins_with_bos_which_is_never_predicted(model, monkeypatch):
+    from sparseopt.pruning.zero_shot import DecoderLM
+
+    begin_with_bos(model)
+    lm, opened = DecoderLM(model, max_length=24), open_model(model)
+    bos, plain = 1, encode_text(lm.tokenizer, TEXTS[2]).tolist()
+    assert lm.bos == lm.prefix_token_id == bos
+    assert lm.tok_encode(TEXTS[2]) == lm.tok_encode("<|start|>" + TEXTS[2]) == [bos, *plain]
+    assert lm.tok_encode(TEXTS[2], add_special_tokens=False) == DecoderLM(model, bos="no").tok_encode(TEXTS[2]) == plain
+    (found,) = lm.loglikelihood_rolling(requests_of("loglikelihood_rolling", [(TEXTS[2],)]))
+    assert found == pytest.approx(-np.log(perplexity(opened, np.array([[bos, *plain]]))) * len(plain), rel=1e-4)
+
+    seen = []
+    monkeypatch.setattr(lm, "_score", lambda _, pairs: seen.extend(pairs) or [Score(0.0, False)] * len(pairs))
+    lm.loglikelihood_rolling(requests_of("loglikelihood_rolling", [(TEXTS[1],)]))
+    lm.loglikelihood(requests_of("loglikelihood", [("the hens tell the time. " * 3, "ten"), ("", "he")]))
+    assert len(seen) == 4  # two windows and two pairs
+    assert all(context[0] == bos and bos not in [*context[1:], *text] for context, text in seen)
+    assert max(len(context) + len(text) - 1 for context, text in seen) == 24
+    assert [token for _, text in seen[:2] for token in text] == encode_text(lm.tokenizer, TEXTS[1]).tolist()
+    assert lm.cut == 1
+
+
+def begin_with_bos(folder):
+    """Let the folder's tokenizer put its start token in front of every text, and its stop token behind."""
+    tokenizer = load_tokenizer(open_model(folder).source)
+    special = [("<|start|>", 1), ("<|stop|>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|start|> $A <|stop|>", special_tokens=special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+GPT2 = {"model_type": "gpt2", "vocab_size": len(VOCAB), "n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 77}
+NESTED = {"model_type": "gemma3", "text_config": CONFIGS["gemma3"] | {"max_position_embeddings": 99}}
+
+
+@pytest.mark.parametrize(("config", "longest"), [(GPT2, 77), (NESTED, 99)], ids=["gpt2", "nested"])
+def test_the_longest_input_is_the_familys_own(tmp_path, rng, config, longest):
+    from sparseopt.pruning.zero_shot import DecoderLM
+
+    write_folder(tmp_path, config, random_tensors(config, rng))
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER)
+    assert DecoderLM(tmp_path).max_length == longest
 
 
 def test_mistakes_are_named(tmp_path, model, command):

@@ -111,6 +111,18 @@ def test_a_starved_expert_is_pruned_by_magnitude_and_named(tmp_path, source, tok
     assert summary["starved_experts"] == report.starved_experts
 
 
+def test_an_expert_without_tokens_is_starved_whatever_the_setting(tmp_path, source, tokens):
+    alike = np.full_like(tokens, tokens[0, 0])  # one and the same token goes to the same experts everywhere
+    recipe = Recipe(method="magnitude", calibration=alike, min_expert_tokens=0)
+    report = prune_model(source, tmp_path / "out", recipe)
+    without = [r for r in report.layers if ".experts." in r.layer and not r.tokens]
+    assert without
+    assert [r for r in report.layers if r.starved] == without
+    # Its error is that of its weights.
+    assert all(r.relative_error > 0 for r in without)
+    assert any("experts saw no calibration token and were pruned by magnitude" in line for line in run_lines(report))
+
+
 @pytest.mark.parametrize("changes", [{"reconstruct": 2}, {"allocation": "curves"}, {"allocation": "owl"}])
 def test_reconstruction_and_allocation_work_with_experts(tmp_path, source, tokens, changes):
     recipe = Recipe(calibration=tokens, min_expert_tokens=1, heldout_samples=2, sparsity=0.5, **changes)

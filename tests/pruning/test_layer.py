@@ -115,13 +115,22 @@ def test_dead_inputs_are_pruned_first_and_reported(rng, method, preset):
     assert np.count_nonzero(result.weight) == weight.size // 2
     if method != "wanda":
         assert (result.weight[:, dead] == 0).all()
-    # Fewer to prune than dead weights: those that must stay keep their value.
+    # Fewer to prune than dead weights: the smallest go, and those that must stay keep their value.
     little = prune_layer(weight, gram, 0.02, method=method, preset=preset)
     assert np.count_nonzero(little.weight) == weight.size - round(0.02 * weight.size)
-    kept = little.weight[:, dead] != 0
+    kept, size = little.weight[:, dead] != 0, np.abs(weight[:, dead])
     np.testing.assert_array_equal(little.weight[:, dead][kept], weight[:, dead][kept])
+    axis = 1 if method == "wanda" else None  # Wanda compares the weights of one output only
+    largest_gone, smallest_kept = np.max(size, axis, where=~kept, initial=0), np.min(size, axis, where=kept, initial=9)
+    assert (largest_gone < smallest_kept).all()
     if method != "wanda":
         assert (np.delete(little.weight, dead, axis=1) != 0).all()
+
+
+def test_where_no_input_is_alive_the_smallest_weights_go(rng):
+    weight, gram, _ = make_layer(rng)
+    result = prune_layer(weight, np.zeros_like(gram), 0.5, method="magnitude")
+    np.testing.assert_array_equal(result.weight != 0, np.abs(weight) > np.median(np.abs(weight)))
 
 
 def test_all_inputs_dead_costs_nothing(rng):
@@ -136,9 +145,17 @@ def test_the_weights_dtype_is_kept_and_its_rounding_is_in_the_error(rng, dtype):
     weight, gram, _ = make_layer(rng)
     weight = weight.astype(dtype)
     result = prune_layer(weight, gram, 0.5)
-    assert result.weight.dtype == (np.float32 if dtype is np.float64 else dtype)
+    assert result.weight.dtype == dtype
     assert np.count_nonzero(result.weight) == weight.size // 2
     assert result.relative_error == pytest.approx(error_of(result.weight, weight, gram), rel=1e-2)
+
+
+def test_unchanged_weights_keep_their_value_where_the_dtype_is_wider_than_the_solve_s(rng):
+    weight, gram, _ = make_layer(rng, dtype=np.float64)
+    found = prune_layer(weight, gram, 0.5, method="magnitude").weight
+    np.testing.assert_array_equal(found, np.where(found == 0, 0, weight))
+    with pytest.raises(ValueError, match="must be of a float dtype, given complex128"):
+        prune_layer(weight.astype(complex), gram, 0.5)
 
 
 def test_one_compile_a_shape_whatever_the_values_and_the_sparsity(rng):

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from sparseopt import console_pruning
 from sparseopt.cli_prune import RESUMABLE, stop_asked
 from sparseopt.files import temporary_of
 from sparseopt.pruning import LayerRecord, Recipe, Stopped, budget, prune_model, prune_models
+from sparseopt.pruning.reports import Replay
 from sparseopt.pruning.run_folder import LOCK, RECORDS, RUN, FolderError
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
@@ -75,6 +77,9 @@ def test_a_run_broken_off_anywhere_gives_the_same_bytes(tmp_path, source, tokens
     assert [r.layer for r in report.layers] == [r.layer for r in whole.layers]
     assert [r.zeros for r in report.layers] == [r.zeros for r in whole.layers]
     assert sum(isinstance(event, LayerRecord) for event in told) == 21
+    # Each finished block is announced, so that its records are not taken for work.
+    events = [event for event in told if isinstance(event, LayerRecord | Replay)]
+    assert [i for i, event in enumerate(events) if event == Replay(7)] == [0, 8]
     lines = [json.loads(line) for line in (tmp_path / "broken" / RECORDS).read_text().splitlines()]
     assert sorted(line["layer"] for line in lines if line["kind"] == "layer") == sorted(r.layer for r in whole.layers)
 
@@ -269,3 +274,21 @@ def test_a_killed_process_loses_nothing_but_the_block_in_hand(tmp_path, source, 
     assert prune_model(source, tmp_path / "out", recipe).resumed_blocks == 2
     prune_model(source, tmp_path / "whole", recipe)
     assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
+
+
+def test_the_time_left_of_a_resumed_run_counts_the_layers_that_it_prunes_itself(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(console_pruning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    names = [(block, f"model.layers.{block}.{part}") for block in range(4) for part in ("up", "down")]
+    records = [LayerRecord(b, name, (2, 2), 4, 2, 0.1, None, 1, "CONVERGED", 1.0, 0.0, 0, 9) for b, name in names]
+    with console_pruning.PruneProgress("half") as progress:
+        for event in (Replay(2), *records[:2], Replay(2), *records[2:]):
+            now[0] += 10 if event in records[4:] else 1
+            progress(event, len(records))
+    # Two blocks come again in 6 s. The line of a block is shown with the first layer of the next, and at the end.
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "half: layer 2/8, block 0, mean relative error 0.10000, 5 s",
+        "half: layer 4/8, block 1, mean relative error 0.10000, 16 s",
+        "half: layer 6/8, block 2, mean relative error 0.10000, 36 s, 30 s left",
+        "half: layer 8/8, block 3, mean relative error 0.10000, 46 s, 0 s left",
+    ]

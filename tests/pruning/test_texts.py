@@ -3,7 +3,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from sparseopt.models import open_source
 from sparseopt.pruning import TextError, load_text, token_windows
+from sparseopt.pruning.texts import begin_windows, part_of_text, text_windows
+from tests.models.tiny import tiny_config, write_folder
+from tests.pruning.test_pipeline import TOKENIZER
 
 
 def test_the_two_parts_of_pydoc_share_no_paragraph_and_suffice_for_the_demo():
@@ -91,8 +95,26 @@ def test_a_hub_data_set_is_read_from_its_parquet_files(tmp_path, monkeypatch):
     assert load_text("hf:someone/words/raw", "calibration") == "from the hub"
     assert asked["name"] == "someone/words"
     assert asked["repo_type"] == "dataset"
-    with pytest.raises(TextError, match="has no test parquet files; name a configuration"):
+    assert asked["allow_patterns"] == ["raw/validation*.parquet", "*/raw/validation*.parquet"]
+    with pytest.raises(TextError, match=r"has 0 folders with test.parquet files.*holds: no such file\); name one"):
         load_text("hf:someone/words/raw", "evaluation")
+
+
+def test_exactly_one_configuration_and_split_of_a_hub_data_set_is_read(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    shards = ("validation-00000-of-00002", "validation-00001-of-00002-0a9f", "validation_hard-00000-of-00001")
+    for place in ("words-2", "words-2-raw", "words-103"):
+        (tmp_path / place).mkdir()
+        for index, shard in enumerate(shards):
+            table = pyarrow.table({"text": [f"{place} {index}"]})
+            pyarrow.parquet.write_table(table, tmp_path / place / f"{shard}.parquet")
+    assert load_text("hf:someone/words/words-2", "calibration") == "words-2 0\n\nwords-2 1"
+    with pytest.raises(TextError, match=r"has 3 folders with .*words-103, words-2, words-2-raw.*; name one"):
+        load_text("hf:someone/words", "calibration")
+    with pytest.raises(TextError, match=r"has 0 folders with .*snapshot holds: words-103, words-2, words-2-raw"):
+        load_text("hf:someone/words/words", "calibration")
 
 
 def test_without_network_the_hub_is_answered_by_what_works_without(monkeypatch):
@@ -104,3 +126,25 @@ def test_without_network_the_hub_is_answered_by_what_works_without(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     with pytest.raises(TextError, match=r"no route\); without network use pydoc, wikitext2:PATH or file:PATH"):
         load_text("hf:someone/words", "calibration")
+
+
+def test_windows_begin_with_bos_in_place_of_their_last_token():
+    ids = np.arange(12, dtype=np.int32).reshape(3, 4)
+    np.testing.assert_array_equal(begin_windows(ids, 99), [[99, 0, 1, 2], [99, 4, 5, 6], [99, 8, 9, 10]])
+    assert begin_windows(ids, None) is ids
+
+
+def test_it_is_said_which_half_of_a_file_is_read_and_too_short(tmp_path):
+    folder = write_folder(tmp_path / "m", tiny_config(), {})
+    (folder / "tokenizer.json").write_text(TOKENIZER)
+    text = f"file:{tmp_path / 'text.txt'}"
+    (tmp_path / "text.txt").write_text("hello there\n" * 4)
+    assert part_of_text(text, "calibration") == f"the first half of {text}"
+    assert part_of_text(text, "evaluation") == f"the second half of {text}"
+    assert part_of_text("pydoc", "calibration") == "pydoc"
+    source = open_source(folder)
+    ids, bos = text_windows(source, text, "calibration", 2, 8, bos="yes")
+    assert (ids.shape, bos) == ((2, 8), 1)
+    assert text_windows(source, text, "calibration", 2, 8).bos is None
+    with pytest.raises(TextError, match=r"the first half of file:.*: 9 windows of 8 tokens need 72 tokens"):
+        text_windows(source, text, "calibration", 9, 8)
