@@ -22,12 +22,12 @@ import jax
 from sparseopt.files import InUse, locked, temporary_of, write_whole
 from sparseopt.machine import versions
 from sparseopt.models import OUTER_TAG, ModelError, block_tag, shard_name
+from sparseopt.models.folder import LOCK, RECORDS, RUN, SUMMARY
 from sparseopt.models.packed import PACKED_INDEX
 from sparseopt.models.safetensors_file import read_header
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import BlockRecord, LayerRecord
 
-LOCK, RUN, RECORDS, SUMMARY = "run.lock", "run.json", "records.jsonl", "summary.json"
 # A folder that holds one of these holds a whole model.
 INDEXES = ("model.safetensors.index.json", PACKED_INDEX)
 # Other versions may round otherwise, and the result of an interrupted run is that of an uninterrupted one to the bit.
