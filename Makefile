@@ -9,8 +9,9 @@ TRUTH ?=
 REFERENCES ?=
 CALIBRATION ?= pydoc
 FUZZ_SECONDS ?= 60
+OTHERS := slow and not oracle and not package and not notebooks
 
-.PHONY: help demo test lint test-slow test-oracle test-notebooks test-package fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,8 +56,14 @@ $(VENV)/.installed-fuzz: $(VENV)/.installed-test pyproject.toml
 demo: $(VENV)/.installed-demo ## Prune a real language model and show what it cost (about 6 minutes on two cores).
 	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
-test: $(VENV)/.installed-test lint ## Lint, types and the fast tests.
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not oracle and not package and not notebooks'
+test: $(VENV)/.installed-test lint ## Lint, types and the fast tests (8 minutes on two cores, 4 when run again).
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not thorough and not processes and not $(OTHERS)'
+
+test-all: test test-thorough test-oracle test-notebooks test-package ## Everything but what needs DATA and TRUTH (about an hour).
+
+# Compiled as a user's programs are, where `make test` compiles quickly: whatever LLVM optimises is tested here.
+test-thorough: $(VENV)/.installed-test ## The fast tests fully optimised, and those that compile much or start processes.
+	SPARSEOPT_TEST_COMPILE=full $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not $(OTHERS)'
 
 lint: $(VENV)/.installed-test ## ruff and mypy.
 	$(BIN)/ruff check .

@@ -31,7 +31,9 @@ def prune(
     source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
     output: Annotated[
         Path,
-        typer.Option(help="Folder to write, new or empty; several sparsities get a folder in it each."),
+        typer.Option(
+            help="Folder to write, new, empty or of the same run; several sparsities get a folder in it each."
+        ),
     ],
     sparsity: Annotated[
         str | None,
@@ -170,7 +172,7 @@ def _prune(
         console.console.print(console_pruning.prune_table(report))
         for line in console_pruning.run_lines(report):
             console.say(line)
-        console.say(f"wrote {report.output}")
+        console.say(f"finished before, in {report.output}" if report.kept else f"wrote {report.output}")
     return 0
 
 

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from sparseopt.console import comparison_table, console, counting_bar, duration, say
 from sparseopt.experiments.report import Section
-from sparseopt.experiments.runs import Outcome, State
+from sparseopt.experiments.runs import RECORDS, Outcome, State
 from sparseopt.experiments.sweep import Planned
 from sparseopt.experiments.task import Observer
 
@@ -41,6 +41,9 @@ class SweepProgress:
     def ended(self, planned: Planned, outcome: Outcome) -> None:
         """One line for a run that ended."""
         self._bar.advance(self._runs)
+        for line in outcome.lost:
+            file = outcome.folder / RECORDS
+            say(f"torn   {name_of(planned)}: line {line} of {file} held no record; its unit was run again")
         if outcome.error:
             say(f"FAILED {name_of(planned)}: {outcome.error}")
         elif outcome.done:

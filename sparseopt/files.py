@@ -102,20 +102,35 @@ def write_all(stream: RawIOBase, content: bytes | memoryview) -> None:
         rest = rest[stream.write(rest) or 0 :]
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse links in a folder that is to be written: one from elsewhere could have any file overwritten through them.
+
+    Raises:
+        ValueError: naming them.
+    """
+    links = sorted(entry.name for entry in folder.iterdir() if entry.is_symlink())
+    if links:
+        raise ValueError(f"{folder} has links to other places ({', '.join(links[:8])}), no run makes any; remove them")
+
+
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Hold a lock file, which names its owner; the system lets go of it when the process ends, however it ends.
 
     Raises:
         InUse: if another process holds it.
-        OSError: if it cannot be opened.
+        OSError: if it cannot be opened or locked, is a link, or has a second name: what is linked is left as it is.
     """
-    with file.open("a+", encoding="utf-8") as lock:
+    with open(file, "a+", encoding="utf-8", opener=_open_unlinked) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise OSError(error.errno, f"{file.name} cannot be locked ({error.strerror})", str(file)) from error
             lock.seek(0)
             raise InUse(lock.read().strip() or "another process") from None
+        if os.fstat(lock.fileno()).st_nlink > 1:
+            raise OSError(errno.EMLINK, f"{file.name} has a second name in the file system", str(file))
         if not _is_same_file(file, lock.fileno()):
             raise InUse("a process that has ended this moment")
         lock.truncate(0)
@@ -123,6 +138,10 @@ def locked(file: Path) -> Iterator[None]:
         lock.flush()
         yield
         lock.truncate(0)
+
+
+def _open_unlinked(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _is_same_file(file: Path, handle: int) -> bool:

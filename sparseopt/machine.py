@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
-PACKAGES = ("sparseopt", "jax", "jaxlib", "numpy", "scipy", "optax", "flax", "transformers")
+PACKAGES = ("sparseopt", "jax", "jaxlib", "numpy", "scipy", "optax", "flax", "transformers", "torch")
 
 
 def versions() -> dict[str, str]:

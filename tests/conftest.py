@@ -1,33 +1,42 @@
-"""Shared by all tests: random arrays from one seeded generator, and the command as a person types it.
+"""Shared by all tests: how they compile, random arrays from one seeded generator, the command as a person types it."""
 
-Nearly all of the suite's time is spent compiling, and modules, workers and started processes compile the same programs:
-all of them share those of one run in a folder that goes with it.
-"""
-
-import os
 import re
-import shutil
 import sys
-import tempfile
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
-# JAX reads these when it is imported. Whoever started this run made the folder.
-_MADE = None if PROGRAMS in os.environ else tempfile.mkdtemp(prefix="sparseopt-programs-")
-if _MADE:
-    os.environ |= {PROGRAMS: _MADE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+from tests import programs
+
+programs.set_up()  # before JAX is imported
 
 import jax  # noqa: E402
+from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
 
 from sparseopt import cli  # noqa: E402
 
+# A compiled program holds maps of memory, of which a Linux process has 65,530.
+MAPS, MAPS_LIMIT = Path("/proc/self/maps"), 30_000
 
-def pytest_unconfigure():
-    """The programs of this run go with it."""
-    if _MADE:
-        shutil.rmtree(_MADE, ignore_errors=True)
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # once, not in every worker
+        programs.trim()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The ten slowest files: seconds of their tests, summed over the workers."""
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                seconds[report.nodeid.split("::")[0]] += report.duration
+    if seconds:
+        terminalreporter.section("slowest 10 files")
+    for file, spent in seconds.most_common(10):
+        terminalreporter.write_line(f"{spent:7.1f} s  {file}")
 
 
 @pytest.fixture
@@ -36,10 +45,38 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs_end_with_their_module():
-    """A compiled program holds maps of memory, of which a process has 65,530: the suite's programs need more."""
+def _programs_leave_maps_to_others():
     yield
-    jax.clear_caches()
+    if not MAPS.is_file() or MAPS.read_bytes().count(b"\n") > MAPS_LIMIT:
+        jax.clear_caches()
+
+
+@pytest.fixture
+def compiled_afresh():
+    """Call a function with every program compiled anew, which neither memory nor the folder of programs hands back."""
+    seen = []
+
+    def call(function, *arguments):
+        # JAX decides once whether it uses the folder.
+        jax.config.update("jax_enable_compilation_cache", False)
+        reset_cache()
+        jax.clear_caches()
+        seen.clear()
+        found = jax.device_get(function(*arguments))
+        assert "/jax/core/compile/backend_compile_duration" in seen
+        assert "/jax/compilation_cache/cache_hits" not in seen
+        return found
+
+    def note(event, *_, **__):
+        seen.append(event)
+
+    jax.monitoring.register_event_listener(note)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield call
+    jax.monitoring.unregister_event_listener(note)
+    jax.monitoring.unregister_event_duration_listener(note)
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def start(commands: list[list[str]], folder: Path, port: int) -> list[subprocess
             "JAX_PROCESS_ID": str(index),
             "JAX_PLATFORMS": "cpu",
             # One device and one thread each: the machine is shared by all of them.
-            "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false",
             "PYTHONPATH": str(ROOT),
         }
         with (folder / f"out-{index}").open("wb") as out, (folder / f"err-{index}").open("wb") as err:

@@ -26,11 +26,13 @@ def source(tmp_path, rng):
 
 def test_prune_then_eval(tmp_path, source, command):
     text = f"file:{tmp_path / 'text.txt'}"
-    status, out, _ = command(
+    prune = [
         "prune", source, "--output", tmp_path / "out", "--sparsity", 0.5, "--method", "maiht", "--preset", "paper",
         "--calibration", text, "--samples", 6, "--seqlen", 32, "--heldout-samples", 2, "--seed", 0,
-    )  # fmt: skip
+    ]  # fmt: skip
+    status, out, _ = command(*prune)
     assert status == 0
+    assert f"wrote {tmp_path / 'out'}" in out
     assert "reading the model" in out
     assert "layer 21/21, block 2" in out
     assert "down_proj │ 32x64 │ 0.5000" in out
@@ -43,6 +45,16 @@ def test_prune_then_eval(tmp_path, source, command):
     assert "sparsity 0.500000: 13,824 zeros of 27,648 weights in 21 linears" in out
     status, out, _ = command("eval", tmp_path / "out", "--text", text, "--windows", 4, "--seqlen", 64, "--json")
     assert json.loads(out)["zeros"] == 13824
+    # A requeued job: the same command shows the same figures, and others are refused.
+    status, out, _ = command(*prune)
+    assert status == 0
+    assert "layer 21/21" not in out
+    assert "down_proj │ 32x64 │ 0.5000" in out
+    assert f"finished before, in {tmp_path / 'out'}" in out
+    status, _, err = command(*prune, "--ridge", 0.5)
+    assert status == 2
+    assert "is not empty (it holds a model); choose another or empty it" in err
+    assert "recipe.ridge: None there, 0.5 here" in err
 
 
 def test_several_sparsities_with_all_that_surrounds_a_method(tmp_path, source, command):
@@ -141,6 +153,7 @@ def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path,
     assert "exists already" in err
 
 
+@pytest.mark.processes
 def test_version_and_help_need_no_heavy_import():
     code = "import sys; sys.argv = ['sparseopt', '--help']; from sparseopt.cli import main\ntry: main()\nfinally: " + (
         "assert not {'flax', 'transformers', 'matplotlib'} & set(sys.modules)"

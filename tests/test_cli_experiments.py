@@ -124,6 +124,7 @@ def test_a_wide_table_is_shown_in_parts_and_no_figure_is_cut(width):
     assert max(map(len, text.splitlines())) <= width
 
 
+@pytest.mark.processes
 def test_a_report_started_elsewhere_finds_classes_in_the_current_folder(tmp_path, config, command):
     (tmp_path / "mine.py").write_text("from tests.experiments.toy import Toy\n\n\nclass Mine(Toy):\n    pass\n")
     text = config.read_text().replace(TOY, "mine.Mine")

@@ -21,6 +21,7 @@ def ended(folder, how, who, count):
     return wait(start([command] * count, folder, free_port()), folder)
 
 
+@pytest.mark.processes
 def test_processes_agree_hear_the_first_and_share_arrays(tmp_path):
     found = ended(tmp_path, "well", 1, 2)
     said = "[{'from': 0}, True, False, [[0.0, 2.0, 4.0], [6.0, 8.0, 10.0], [12.0, 14.0, 16.0], [18.0, 20.0, 22.0]]]"
@@ -30,6 +31,7 @@ def test_processes_agree_hear_the_first_and_share_arrays(tmp_path):
         assert process.err == ""
 
 
+@pytest.mark.processes
 def test_processes_with_another_config_stop_before_any_work(tmp_path):
     found = ended(tmp_path, "differs", 2, 4)
     assert [process.status for process in found] == [2] * 4
@@ -44,6 +46,7 @@ def test_processes_with_another_config_stop_before_any_work(tmp_path):
     assert not any("[" in process.out.replace("[Gloo]", "") for process in found)
 
 
+@pytest.mark.processes
 def test_one_that_fails_ends_all_and_the_first_says_why(tmp_path):
     found = ended(tmp_path, "raises", 2, 4)
     assert [process.status for process in found] == [1] * 4
@@ -52,6 +55,7 @@ def test_one_that_fails_ends_all_and_the_first_says_why(tmp_path):
     assert not any("ended" in process.out for process in found)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("who", "count"), [(2, 4), (0, 2)])
 def test_one_that_is_killed_ends_all_within_half_a_minute(tmp_path, who, count):
     command = [sys.executable, str(SCRIPT), "killed", str(who)]

@@ -9,6 +9,7 @@ from tests.processes import run_scripts
 from tests.solving_together import BESIDE, METHODS, solved
 
 SCRIPT = Path(__file__).parent / "solving_together.py"
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")

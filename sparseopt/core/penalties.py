@@ -185,7 +185,9 @@ class GroupL2:
     axis: int = static(default=-1)
 
     def _length(self, x: FloatArray) -> FloatArray:
-        return jnp.sqrt(jnp.sum(x * x, axis=self.axis, keepdims=True))
+        squares = jnp.sum(x * x, axis=self.axis, keepdims=True)
+        # The root has no finite slope at 0: a slice of zeros gets 0, a subgradient of its length.
+        return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), squares)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """`weight` times the sum of lengths."""

@@ -79,8 +79,11 @@ class Measure(NamedTuple):
 class Solver(Protocol):
     """The four methods that `solve` calls. All are pure; `problem` is passed in so that a solver holds no data.
 
-    A solver whose measure is dear may make several iterations a step: an attribute `stride` says how many, and steps
-    are then counted in iterations.
+    Two more are optional. `refuses(problem) -> str | None` is the one place where a solver says what it needs of a
+    problem: what is wrong and what to do, or None where it can solve it. It looks at the problem's structure (types,
+    attributes, whether there is an operator) and never at values, so it works on tracers; `solve` asks it first. A
+    solver without it takes every problem. An attribute `stride` says how many iterations a step makes, for a solver
+    whose measure is expensive; steps are then counted in iterations.
     """
 
     def init(self, problem: Problem, x0: Any) -> Any:
@@ -94,6 +97,29 @@ class Solver(Protocol):
 
     def extract(self, problem: Problem, state: Any) -> Any:
         """The answer held by a state."""
+
+
+def lacks(solver: Any, part: str, given: Any, *needed: str) -> str | None:
+    """Why `solver.refuses` a problem whose `part`, "loss" or "penalty", lacks a method or field; None if it has all."""
+    absent = [name for name in needed if not hasattr(given, name)]
+    if not absent:
+        return None
+    return (
+        f"{type(solver).__name__} needs a {part} with {', '.join(needed)}, given {type(given).__name__} without "
+        f"{', '.join(absent)}; give the {part} what is missing, or take another solver"
+    )
+
+
+def refuses_operator(solver: Any, problem: Problem) -> str | None:
+    """Why a solver that takes the prox of the penalty alone refuses a problem; None where there is no operator."""
+    if problem.operator is None:
+        return None
+    return (
+        f"{type(solver).__name__} takes the prox of the penalty alone and solves problems without an operator, given "
+        f"the operator {type(problem.operator).__name__}; for the differences of a graph use sparseopt.trend_filter, "
+        "whose solvers Admm and LossAdmm take an operator, or write the penalty of `operator x` as a penalty with a "
+        "prox of its own"
+    )
 
 
 @pytree
@@ -164,7 +190,8 @@ def solve(
         every entry, from whatever cause, has the status NONFINITE.
 
     Raises:
-        ValueError: if `max_steps` is negative.
+        ValueError: if `max_steps` is negative, or if the solver cannot solve such a problem: with the text of its
+            `refuses`, before anything is traced.
 
     Example:
         >>> problem = so.Problem(so.Quadratic(jnp.eye(3), jnp.array([3.0, 0.1, -2.0])), so.L1(1.0))
@@ -176,6 +203,9 @@ def solve(
     """
     if isinstance(max_steps, int) and max_steps < 0:
         raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
+    refuses = getattr(solver, "refuses", None)
+    if refuses is not None and (reason := refuses(problem)):
+        raise ValueError(reason)
     return _solve(problem, solver, x0, tol, max_steps, int(max_steps) if history else 0)
 
 

@@ -6,8 +6,9 @@
     *.png           pictures
     summary.json    figures over all records; written last: a folder with it is finished
 
-A killed run leaves whole lines and perhaps the start of one. The next start drops that start, keeps the lines, and
-does the units that have none. A lock that ends with its process keeps two processes out of one folder.
+A killed run leaves whole lines and perhaps the start of one. The next start drops that start and any other line that is
+torn, keeps the others, and does the units that have none. A lock that ends with its process keeps two processes out of
+one folder.
 
 Several processes that work together (`sparseopt.processes`) do every unit together; the first finds out what is to be
 done, tells the others, and writes.
@@ -35,7 +36,7 @@ from sparseopt.experiments.names import AllowCode, Named, code_context, file_dig
 from sparseopt.experiments.task import FinishedRun, Observer, Record, Task
 from sparseopt.experiments.tasks import find_task
 from sparseopt.experiments.yaml_file import read_yaml
-from sparseopt.files import InUse, locked, temporary_of, write_whole
+from sparseopt.files import InUse, locked, refuse_links, temporary_of, write_whole
 from sparseopt.machine import environment, peak_memory_bytes
 
 LOCK, HEADER, CONFIG, RECORDS, SUMMARY, FAILURE = (
@@ -47,7 +48,7 @@ class State(Enum):
     """What lies in a run's folder."""
 
     NEW = "new"
-    BROKEN = "unfinished"  # same fingerprint, no summary: goes on
+    BROKEN = "unfinished"  # same fingerprint, no summary or a torn record: goes on
     FINISHED = "finished"  # same fingerprint: not repeated
     OTHER = "another run"  # another fingerprint: never touched unasked
 
@@ -58,11 +59,19 @@ class FolderInUse(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `execute` did: the folder, whether units were run, the failure's text if it failed."""
+    """What `execute` did.
+
+    Attributes:
+        folder: of the run.
+        done: how many units were run.
+        error: the failure's text if it failed.
+        lost: lines of an earlier start's `records.jsonl` that held no record; their units were run again.
+    """
 
     folder: Path
     done: int
     error: str | None = None
+    lost: tuple[int, ...] = ()
 
 
 @cache
@@ -76,15 +85,15 @@ def code_digest() -> str:
 
 
 def fingerprint(task: Task) -> str:
-    """A hash of what a result depends on: the settings, the code, and the files of classes named by path.
+    """A hash of what a result depends on: the settings, the code, the files of classes named by path, and texts.
 
     The title and the published figures say nothing about the result and stay out, and so does the number of devices,
     on which it hangs up to rounding. So do the versions of other packages, which `run.json` records, and the contents
-    of data that is named by a path.
+    of models and signals that are named by a path.
     """
     settings = task.model_dump(mode="json", exclude={"title", "paper", "name", "devices"})
     own = [file_digest(type(task)), *sorted(digest for named in _named(task) if (digest := named.code_digest()))]
-    text = json.dumps([settings, code_digest(), own], sort_keys=True)
+    text = json.dumps([settings, code_digest(), own, task.inputs()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -110,7 +119,8 @@ def state_of(folder: Path, mark: str) -> State:
         return State.OTHER
     if header.get("fingerprint") != mark:
         return State.OTHER
-    return State.FINISHED if (folder / SUMMARY).is_file() else State.BROKEN
+    whole = (folder / SUMMARY).is_file() and not recover_records(folder, mend=False)[1]
+    return State.FINISHED if whole else State.BROKEN
 
 
 def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) -> Outcome:
@@ -131,7 +141,6 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
         return _follow(run, folder)
     mark = fingerprint(run.task)
     with _locked(folder):
-        _refuse_links(folder)
         state = state_of(folder, mark)
         if state is State.OTHER and not again:
             raise ValueError(
@@ -160,7 +169,8 @@ def _follow(run: Run, folder: Path) -> Outcome:
 def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
     task, start = run.task, time.perf_counter()
     (folder / FAILURE).unlink(missing_ok=True)
-    records = recover_records(folder)
+    records, torn = recover_records(folder)
+    lost = tuple(torn)
     keys = task.units()
     known = {record["unit"] for record in records}
     missing = processes.told([key for key in keys if key not in known])
@@ -175,14 +185,14 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
                     raise  # the others may wait in the middle of the unit; or this is what the end of one looks like
                 text = f"{key}: {type(error).__name__}: {error}"
                 write_whole(folder / FAILURE, text + "\n")
-                return Outcome(folder, len(known), text)
+                return Outcome(folder, len(known), text, lost)
             record = {"unit": key, **record, "unit_seconds": time.perf_counter() - began}
             lines.write(json.dumps(_plain(record), allow_nan=False) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
             known.add(key)
             observer(len(known), len(keys), key)
-    done = [record for record in recover_records(folder) if record["unit"] in set(keys)]
+    done = [record for record in recover_records(folder)[0] if record["unit"] in set(keys)]
     done.sort(key=lambda record: keys.index(record["unit"]))
     draw_run(FinishedRun(folder, task, done), folder)
     summary = {
@@ -195,7 +205,7 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
         "peak_memory_bytes": peak_memory_bytes(),
     }
     write_whole(folder / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
-    return Outcome(folder, len(missing))
+    return Outcome(folder, len(missing), lost=lost)
 
 
 def _inside(observer: Observer, done: int, total: int) -> Observer:
@@ -235,7 +245,12 @@ def load_run(folder: Path, allow_code: AllowCode = False) -> tuple[FinishedRun, 
         values, _ = read_yaml(folder / CONFIG)
         task = find_task(str(values.get("task")), allow_code).model_validate(values, context=code_context(allow_code))
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        records = recover_records(folder, mend=False)
+        records, torn = recover_records(folder, mend=False)
+        if torn:
+            raise ValueError(
+                f"line {torn[0]} of {RECORDS} holds no record; `sparseopt run` with the same settings runs its unit "
+                "again"
+            )
         if not isinstance(summary, dict) or not isinstance(summary.get("settings"), dict):
             raise ValueError(f"{SUMMARY} has no settings")
     except (ValueError, OSError, RecursionError) as error:
@@ -243,24 +258,31 @@ def load_run(folder: Path, allow_code: AllowCode = False) -> tuple[FinishedRun, 
     return FinishedRun(folder, task, records), summary
 
 
-def recover_records(folder: Path, *, mend: bool = True) -> list[Record]:
-    """Whole lines of `records.jsonl`; with `mend` the file is left with them alone."""
+def recover_records(folder: Path, *, mend: bool = True) -> tuple[list[Record], list[int]]:
+    """The records of `records.jsonl`, one a unit, and the numbers of the lines that hold none.
+
+    A kill cuts the last line short, a failing disk any line. With `mend` the file is left with whole lines alone.
+    """
     file = folder / RECORDS
-    if not file.is_file():
-        return []
-    text = file.read_text(encoding="utf-8", errors="replace")
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    *lines, rest = text.split("\n")
+    found = [_record_of(line) for line in lines] + ([None] if rest else [])
+    torn = [number for number, record in enumerate(found, 1) if record is None]
     records: dict[str, Record] = {}
-    for line in text.splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        record = json.loads(line)
-        if not isinstance(record, dict) or not isinstance(record.get("unit"), str):
-            raise ValueError(f"{file} has a line that is no record of a unit; remove the file to begin anew")
+    for record in filter(None, found):
         records.setdefault(record["unit"], record)
     whole = "".join(json.dumps(record) + "\n" for record in records.values())
     if mend and whole != text:
         write_whole(file, whole)
-    return list(records.values())
+    return list(records.values()), torn
+
+
+def _record_of(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("unit"), str) else None
 
 
 def summarise(records: Sequence[Record]) -> dict[str, Any]:
@@ -296,17 +318,6 @@ def _write_config(folder: Path, run: Run) -> None:
     write_whole(folder / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def _refuse_links(folder: Path) -> None:
-    """Refuse files that are links: a folder from elsewhere could have them written through to any place.
-
-    Raises:
-        ValueError: naming them.
-    """
-    links = sorted(entry.name for entry in folder.iterdir() if entry.is_symlink())
-    if links:
-        raise ValueError(f"{folder} has links to other places ({', '.join(links[:8])}), no run makes any; remove them")
-
-
 def _clear(folder: Path) -> None:
     """Remove what an earlier start left; the lock is ours and stays.
 
@@ -325,6 +336,7 @@ def _clear(folder: Path) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder)
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(folder / LOCK))

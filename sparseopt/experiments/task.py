@@ -127,6 +127,13 @@ class Task(Strict, ABC):
             ValueError: listing all that is missing.
         """
 
+    def inputs(self) -> dict[str, str]:
+        """Digests of what the units read and the settings only name, without fetching anything; part of a fingerprint.
+
+        What cannot be read is left out: `check` says so.
+        """
+        return {}
+
     def estimate(self) -> Estimate:
         """What the run will need, as far as that is known."""
         return Estimate()

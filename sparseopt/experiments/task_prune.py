@@ -1,5 +1,7 @@
 """Floor 7: the task `prune`: prune a language model, and score what is left on text that the pruner did not see."""
 
+import contextlib
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from sparseopt.pruning import METHODS, Recipe, audit_sparsity, load_text, perple
 from sparseopt.pruning.patterns import check_pattern, implied_sparsity
 from sparseopt.pruning.pipeline import layer_patterns
 from sparseopt.pruning.reports import Event, LayerRecord, PruneReport, SurveyStep, mean
-from sparseopt.pruning.texts import Split
+from sparseopt.pruning.texts import Split, TextError
 
 BUNDLED = "bundled:smollm2-135m"
 
@@ -184,6 +186,17 @@ class Prune(Task):
         if mistakes:
             raise ValueError("\n  ".join(mistakes))
 
+    def inputs(self) -> dict[str, str]:
+        """Of the texts, which change with their files, and "pydoc" with Python's version."""
+        splits: tuple[Split, ...] = ("evaluation",) if self.method == "dense" else ("calibration", "evaluation")
+        found: dict[str, str] = {}
+        for split in splits:
+            text = getattr(self, split)
+            with contextlib.suppress(TextError):
+                if not text.startswith("hf:"):
+                    found[split] = hashlib.sha256(load_text(text, split).encode()).hexdigest()
+        return found
+
     def estimate(self) -> Estimate:
         """Known for the bundled model on two cores: blocks, then calibration and evaluation by their tokens."""
         if self.source != BUNDLED:
@@ -197,7 +210,7 @@ class Prune(Task):
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         """Prune into the folder, score, and remove the model unless it is to stay.
 
-        What a killed start left of a model that lies in the folder is gone on with.
+        A model that a killed start left in the folder, finished or not, is resumed.
         """
         source = self._source()
         model = open_model(source)
@@ -217,12 +230,8 @@ class Prune(Task):
         if self.method == "dense":
             return {"label": "dense", "sparsity": 0.0, "perplexity": scored(model)}
         kept = folder / "model"
-        # A whole model without a record was not scored: that is done anew with it. Several processes share no other
-        # place than the run's folder.
+        # Several processes share no other place than the run's folder.
         inside = self.keep_model or processes.count() > 1
-        if processes.is_first() and (kept / "summary.json").is_file():
-            shutil.rmtree(kept)
-        processes.barrier("model folder")
         with tempfile.TemporaryDirectory(prefix="sparseopt-") as temporary:
             target = kept if inside else Path(temporary) / "model"
 
@@ -236,8 +245,8 @@ class Prune(Task):
             score = scored(target)
             audits = audit_sparsity(open_model(target))
         processes.barrier("model scored")
-        if inside and not self.keep_model and processes.is_first():
-            shutil.rmtree(kept)
+        if not self.keep_model and processes.is_first():
+            shutil.rmtree(kept, ignore_errors=True)
         return self._record(report, score, sum(a.zeros for a in audits) / sum(a.size for a in audits))
 
     def _record(self, report: PruneReport, score: float, sparsity: float) -> Record:

@@ -110,13 +110,13 @@ class StreamedModel:
         return bool(keys.transposed) and key in self._expected and keys.transposes(keys.to_path(key))
 
     def check_finite(self) -> str:
-        """Read every tensor that the decoder uses once, one at a time, and return a digest of their bytes.
+        """Read every tensor of an export once, one at a time, and return a digest of their bytes.
 
         Raises:
             ModelError: naming the first tensor that holds NaN or infinity.
         """
         digest = Digest(self.source.config)
-        for key in self.family.expected_shapes(self.config):
+        for key in dict.fromkeys((*self.family.expected_shapes(self.config), *self.exported_keys())):
             info = self.source.tensors[key]
             digest.add_pieces(key, info.shape, info.dtype, self._checked_slices(key))
         return digest.text

@@ -187,13 +187,13 @@ class TorchModel:
         return list(self.source.tensors)
 
     def check_finite(self) -> str:
-        """Read every tensor that the model uses once, try out how the parts go together, and return a digest of bytes.
+        """Read every tensor of an export once, try out how the parts go together, and return a digest of bytes.
 
         Raises:
             ModelError: naming the first tensor that holds NaN or infinity, or what about the model cannot be pruned.
         """
         digest = Digest(self.source.config)
-        for key in self._names:
+        for key in self.exported_keys():
             value = self.source.read(key)
             digest.add(key, value)
             bad = 0 if value.dtype.kind in "iub" else value.size - np.count_nonzero(np.isfinite(value))

@@ -37,16 +37,16 @@ from sparseopt.models import (
     open_model,
     unread,
 )
-from sparseopt.models.digest import Digest
 from sparseopt.pruning.activations import disk_store, embed_batches, spread_batches
 from sparseopt.pruning.branch import Branch, PruningError, Shared, Stopped, Stream
 from sparseopt.pruning.budget import choose_footprint
 from sparseopt.pruning.devices import check_cut
+from sparseopt.pruning.identity import Identity, recipe_identity
 from sparseopt.pruning.layer import LayerMethod, check_method
 from sparseopt.pruning.patterns import Pattern, parse_pattern
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Event, Footprint, PruneReport
-from sparseopt.pruning.run_folder import Progress, claimed, fingerprint, progress_in
+from sparseopt.pruning.run_folder import Progress, claimed, is_finished, progress_in, read_report
 from sparseopt.pruning.survey import survey
 from sparseopt.pruning.texts import TextError, check_vocabulary, load_text, token_windows
 from sparseopt.pruning.torch_calibration import runner_of
@@ -95,7 +95,8 @@ def prune_model(
         source: a Hugging Face model folder (safetensors), a GGUF file, or a name on the Hugging Face hub, `OWNER/NAME`
             or `OWNER/NAME@REVISION`; or what `open_source` made of one.
         output: a folder that does not exist yet or is empty; or one in which the same run was broken off: it goes on
-            behind the last finished block, and its result is that of an unbroken run to the bit.
+            behind the last finished block, and its result is that of an unbroken run to the bit; or one in which the
+            same run is finished: nothing is done, and its report is returned.
         recipe: what to do; default: mAIHT, preset best, 50 %.
         observer: called with every `Event`, a layer's record above all, and the number of layers in all.
         stop: asked behind every block; True ends the run there, to be gone on with later.
@@ -107,7 +108,8 @@ def prune_model(
             make the same call, see the output folder and the source under the same names, and return together.
 
     Returns:
-        A `PruneReport`; the same figures lie in `output/records.jsonl` and `output/summary.json`.
+        A `PruneReport`, `kept` where the run was finished before; the same figures lie in `output/records.jsonl` and
+        `output/summary.json`.
 
     Raises:
         ValueError: before any work, for a recipe, a model, a text or a folder that cannot be used; a folder with
@@ -142,7 +144,8 @@ def prune_models(
         devices: as in `prune_model`.
 
     Returns:
-        A report a plan, in their order; times of forward passes are those of the whole pass.
+        A report a plan, in their order; times of forward passes are those of the whole pass. Plans that are finished
+        in their folders take no part in it.
 
     Raises:
         ValueError: as `prune_model` does, and for recipes that differ in their calibration.
@@ -177,19 +180,29 @@ def prune_models(
     recipes = [recipe for recipe, _ in plans]
     processes.agree(
         {
-            "recipes": [recipe.as_dict() for recipe in recipes],
+            "recipes": [recipe_identity(recipe) for recipe in recipes],
             "calibration tokens": [calibration.tolist(), heldout.tolist()],
             "model": [model.source.name, model.source.config],
             "output folders": [str(folder) for folder in folders],
         }
     )
     named = list(zip(recipes, methods, folders, strict=True))
-    footprint = choose_footprint(model, named, calibration, heldout, budget, spread=mesh is not None)
-    return_freed_memory()
+    identity = Identity(model, calibration, heldout)
     # One process holds the folders for all.
     with claimed(folders) if processes.is_first() else contextlib.nullcontext():
-        pruning = _Pass(model, list(zip(plans, methods, folders, strict=True)), footprint, observer, mesh)
-        return pruning.run(calibration, heldout, stop, start)
+        found = [is_finished(folder, identity, recipe) for recipe, _, folder in named] if processes.is_first() else []
+        finished = processes.told(found)
+        rest = [plan for plan, done in zip(named, finished, strict=True) if not done]
+        made: list[PruneReport] = []
+        if rest:
+            footprint = choose_footprint(model, rest, calibration, heldout, budget, spread=mesh is not None)
+            return_freed_memory()
+            made = _Pass(model, rest, identity, footprint, observer, mesh).run(calibration, heldout, stop, start)
+        reports = iter(made)
+        return [
+            read_report(folder, identity, recipe) if done else next(reports)
+            for (recipe, _, folder), done in zip(named, finished, strict=True)
+        ]
 
 
 class _Pass:
@@ -198,16 +211,16 @@ class _Pass:
     def __init__(
         self,
         model: PrunableModel,
-        plans: list[tuple[tuple[Recipe, str | Path], LayerMethod, Path]],
+        plans: list[tuple[Recipe, LayerMethod, Path]],
+        identity: Identity,
         footprint: Footprint,
         observer: Observer,
         mesh: Mesh | None,
     ) -> None:
-        self.model, self.plans, self.footprint, self.mesh = model, plans, footprint, mesh
-        self.recipes = [recipe for (recipe, _), _, _ in plans]
+        self.model, self.plans, self.identity, self.footprint, self.mesh = model, plans, identity, footprint, mesh
+        self.recipes = [recipe for recipe, *_ in plans]
         self.runner = runner_of(model, disk_store(plans[0][2]) if footprint.activations == "disk" else list)
-        self.linears = [list(model.block_linears(index)) for index in range(model.num_blocks)]
-        self.total = len(plans) * sum(map(len, self.linears))
+        self.total = len(plans) * sum(map(len, identity.linears))
         self.observer = observer
 
     def run(
@@ -216,7 +229,7 @@ class _Pass:
         """Prune block by block, report; `start` is when the run began."""
         model = self.model
         self._told(self.footprint)
-        branches = self._begin(calibration, heldout)
+        branches = self._begin()
         embedded = self._embed(calibration, heldout)
         before = self.runner.seconds
         surveys = survey(model, self.recipes, embedded, calibration, self.runner, self._told)
@@ -242,31 +255,17 @@ class _Pass:
             branch.finish(self.runner, self.footprint, len(branches), survey_seconds, seconds) for branch in branches
         ]
 
-    def _begin(self, calibration: np.ndarray, heldout: np.ndarray) -> list[Branch]:
+    def _begin(self) -> list[Branch]:
         """Make the folders, or find out how far earlier runs came there."""
-        model = self.model
-        found = [each.as_dict() for each in self._progress(calibration, heldout)] if processes.is_first() else []
+        model, found = self.model, []
+        if processes.is_first():
+            found = [progress_in(folder, self.identity, recipe).as_dict() for recipe, _, folder in self.plans]
         progress = [Progress.from_dict(each) for each in processes.told(found)]
         begun = all(OUTER_TAG in found.tags for found in progress)
         outer = {} if begun else unread(model.source, model.outer_keys())
         return [
             Branch(model, recipe, method, folder, outer, found, self.mesh)
-            for ((recipe, _), method, folder), found in zip(self.plans, progress, strict=True)
-        ]
-
-    def _progress(self, calibration: np.ndarray, heldout: np.ndarray) -> list[Progress]:
-        """How far earlier runs came; the source is read through for it."""
-        model, tokens = self.model, Digest()
-        tokens.add("calibration", calibration)
-        tokens.add("held-out", heldout)
-        weights = model.check_finite()
-        layers = [
-            [model.weight_key(index, name).removesuffix(".weight") for name in names]
-            for index, names in enumerate(self.linears)
-        ]
-        return [
-            progress_in(folder, fingerprint(weights, tokens.text, recipe), layers, recipe.pack)
-            for (recipe, _), _, folder in self.plans
+            for (recipe, method, folder), found in zip(self.plans, progress, strict=True)
         ]
 
     def _embed(self, calibration: np.ndarray, heldout: np.ndarray) -> Stream:

@@ -1,5 +1,6 @@
 """Floor 6: what to do to a model: one frozen recipe, checked as a whole before any work."""
 
+import re
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
@@ -159,11 +160,16 @@ class Recipe:
         """Plain values for a JSON record; arrays of tokens appear by their shape, methods by their name."""
         fields = {f.name: getattr(self, f.name) for f in dataclass_fields(self)}
         if not isinstance(self.method, str):
-            fields["method"] = repr(self.method)
+            fields["method"] = described(self.method)
         if self.penalty is not None:
-            fields["penalty"] = repr(self.penalty)
+            fields["penalty"] = described(self.penalty)
         if isinstance(self.reconstruct, Reconstruction):
             fields["reconstruct"] = self.reconstruct.as_dict()
-        if isinstance(self.calibration, np.ndarray):
-            fields["calibration"] = f"token ids of shape {list(self.calibration.shape)}"
+        if not isinstance(self.calibration, str):
+            fields["calibration"] = f"token ids of shape {list(np.shape(self.calibration))}"
         return fields
+
+
+def described(value: Any) -> str:
+    """An object as text, the same in every process: without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -197,6 +197,7 @@ class PruneReport:
         platform: of the devices, as JAX names it: "cpu", "gpu", "tpu".
         precision: of all products, as JAX names it: "highest" is float32 throughout, on whatever platform.
         resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
+        kept: whether an earlier call had finished the run, and all of this is its report.
     """
 
     output: Path
@@ -224,6 +225,19 @@ class PruneReport:
     platform: str
     precision: str
     resumed_blocks: int = 0
+    kept: bool = False
+
+    @classmethod
+    def from_summary(
+        cls, summary: Mapping[str, Any], output: Path, layers: list[LayerRecord], blocks: list[BlockRecord]
+    ) -> "PruneReport":
+        """The report of a run that is finished in a folder, from its `summary.json` and its records.
+
+        Raises:
+            KeyError, TypeError: if a figure is missing.
+        """
+        own = _own_fields(cls, summary) | {"output": output, "layers": layers, "blocks": blocks, "kept": True}
+        return cls(**own | {"footprint": Footprint(**summary["footprint"])})
 
     @property
     def sparsity(self) -> float:
@@ -242,7 +256,7 @@ class PruneReport:
 
     def summary(self) -> dict[str, Any]:
         """For `summary.json`."""
-        figures = {k: v for k, v in asdict(self).items() if k not in ("layers", "blocks")}
+        figures = {k: v for k, v in asdict(self).items() if k not in ("layers", "blocks", "kept")}
         return {
             **figures,
             "output": str(self.output),

@@ -1,59 +1,37 @@
 """Floor 6: the folder of a pruning run: whose it is, what it is a run of, and how far it has come.
 
     run.lock     held by the process that writes; ends with it, however that ends
-    run.json     the fingerprint: digests of weights and tokens, recipe, versions, device
+    run.json     the fingerprint, see `identity`
     summary.json     of a finished run
     *.safetensors, records.jsonl     a block is finished when its shard and the records of all its linears are there
 
-A run into a folder with the same fingerprint goes on behind the last finished block; with another it is refused, and
-told what differs. Everything is written under another name and renamed, so what has its final name is whole.
+A run into a folder with the same fingerprint resumes after the last finished block, and a finished one is not repeated;
+with another fingerprint it is refused, and told what differs. Everything is written under another name and renamed, so
+what has its final name is whole.
 """
 
 import contextlib
 import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from sparseopt.files import InUse, locked, temporary_of, write_whole
-from sparseopt.machine import versions
+from sparseopt.files import InUse, locked, refuse_links, temporary_of, write_whole
 from sparseopt.models import OUTER_TAG, ModelError, block_tag, shard_name
 from sparseopt.models.folder import LOCK, RECORDS, RUN, SUMMARY
 from sparseopt.models.packed import PACKED_INDEX
 from sparseopt.models.safetensors_file import read_header
+from sparseopt.pruning.identity import Fingerprint, Identity
 from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import BlockRecord, LayerRecord
+from sparseopt.pruning.reports import BlockRecord, LayerRecord, PruneReport
 
 # A folder that holds one of these holds a whole model.
 INDEXES = ("model.safetensors.index.json", PACKED_INDEX)
-# Other versions may round otherwise, and the result of an interrupted run is that of an uninterrupted one to the bit.
-DECISIVE = ("sparseopt", "jax", "jaxlib", "numpy")
-
-Fingerprint = dict[str, Any]
 
 
 class FolderError(ModelError):
     """An output folder that this run may not use; says why and what to do."""
-
-
-def fingerprint(weights: str, tokens: str, recipe: Recipe) -> Fingerprint:
-    """What decides every bit of a run's result, from the digests of the source's weights and of the tokens."""
-    found = versions()
-    return json.loads(
-        json.dumps(
-            {
-                "weights": weights,
-                "tokens": tokens,
-                "recipe": recipe.as_dict(),
-                "versions": {name: found[name] for name in DECISIVE if name in found},
-                "device": f"{jax.devices()[0].platform} {platform.machine()}",
-            }
-        )
-    )
 
 
 @contextlib.contextmanager
@@ -61,7 +39,7 @@ def claimed(folders: Sequence[Path]) -> Iterator[None]:
     """Hold every folder for one process, and look whether it can be used at all, before any work.
 
     Raises:
-        FolderError: for a folder in use by another process, one with a finished run, or one with something else in it.
+        FolderError: for a folder in use by another process, one with links, or one with anything but a run in it.
     """
     with contextlib.ExitStack() as held:
         for folder in folders:
@@ -71,13 +49,16 @@ def claimed(folders: Sequence[Path]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    fresh = not folder.exists()
     try:
-        entries = set() if fresh else {entry.name for entry in folder.iterdir()}
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        entries = set() if made else {entry.name for entry in folder.iterdir()}
         _check_entries(folder, entries)
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(folder)
     except OSError as error:
         raise _unusable(folder, error) from error
+    except ValueError as error:
+        raise FolderError(str(error)) from error
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(folder / LOCK))
@@ -90,19 +71,22 @@ def _locked(folder: Path) -> Iterator[None]:
         finally:
             (folder / LOCK).unlink(missing_ok=True)
             # A run that was refused leaves no trace.
-            if fresh and not any(folder.iterdir()):
-                folder.rmdir()
+            with contextlib.suppress(OSError):
+                for place in made:
+                    place.rmdir()
 
 
 def _unusable(folder: Path, error: OSError) -> FolderError:
     return FolderError(f"cannot use {folder} as output folder: {error.strerror}; choose another")
 
 
+def _holding_a_model(folder: Path, why: str = "") -> FolderError:
+    return FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it{why}")
+
+
 def _check_entries(folder: Path, entries: set[str]) -> None:
-    # The summary comes last: a run that was killed between index and summary is finished once more.
-    broken_off = RUN in entries and SUMMARY not in entries
-    if entries & set(INDEXES) and not broken_off:
-        raise FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it")
+    if entries & set(INDEXES) and RUN not in entries:
+        raise _holding_a_model(folder)
     # The fingerprint's own temporary file is what a run leaves that was killed before it had written anything.
     others = sorted(entries - {LOCK, temporary_of(Path(RUN)).name})
     if others and RUN not in entries:
@@ -142,30 +126,61 @@ class Progress:
         return cls(values["blocks"], layers, trained, list(values["tags"]))
 
 
-def progress_in(folder: Path, wanted: Fingerprint, linears: Sequence[Sequence[str]], pack: bool) -> Progress:
-    """Look at a claimed folder; a new one gets the fingerprint, an old one loses what belongs to no finished block.
+def is_finished(folder: Path, identity: Identity, recipe: Recipe) -> bool:
+    """Whether the run of a recipe is finished in a claimed folder.
 
-    Args:
-        folder: the output folder.
-        wanted: of this run.
-        linears: the names of the linears of every block, as records have them.
-        pack: whether its shards are packed.
+    Raises:
+        FolderError: if another run is, listing every difference, or if files of it are missing.
+    """
+    # The summary comes last: a run that was killed between index and summary is finished once more.
+    if not (folder / SUMMARY).is_file() or not any((folder / index).is_file() for index in INDEXES):
+        return False
+    if different := _differences(_read_json(folder / RUN), identity.of(recipe)):
+        raise _holding_a_model(folder, f". Its run is another one, these differ:\n  {different}")
+    read_report(folder, identity, recipe)
+    return True
+
+
+def read_report(folder: Path, identity: Identity, recipe: Recipe) -> PruneReport:
+    """The report of a finished run.
+
+    Raises:
+        FolderError: if files of it are missing.
+    """
+    found = _read_progress(folder, identity.linears, recipe.pack)
+    if found.blocks < len(identity.linears):
+        missing = f"shard or records of block {found.blocks}" if found.tags else "the tensors outside the blocks"
+        raise _holding_a_model(folder, f". Its run is finished, but {missing} are missing or damaged")
+    summary = _read_json(folder / SUMMARY)
+    try:
+        return PruneReport.from_summary(summary, folder, found.layers, found.trained)
+    except (KeyError, TypeError) as error:
+        raise _holding_a_model(folder, f". Its {SUMMARY} is not that of a pruning run ({error})") from error
+
+
+def progress_in(folder: Path, identity: Identity, recipe: Recipe) -> Progress:
+    """Look at a claimed folder; a new one gets the fingerprint, an old one loses what belongs to no finished block.
 
     Raises:
         FolderError: if the run that was begun there is another one, listing every difference.
     """
-    file = folder / RUN
+    file, wanted = folder / RUN, identity.of(recipe)
     if not file.is_file():
         write_whole(file, json.dumps(wanted, indent=2) + "\n")
         return Progress()
-    _check_same(folder, _read_json(file), wanted)
-    whole = _is_whole(folder / shard_name(OUTER_TAG, pack))
-    found = _read_progress(folder, linears, pack) if whole else Progress()
-    _drop_rest(folder, found, pack)
+    if different := _differences(_read_json(file), wanted):
+        raise FolderError(
+            f"another run was begun in {folder}; choose another folder, empty this one, or go on with the same recipe, "
+            f"model and versions. These differ:\n  {different}"
+        )
+    found = _read_progress(folder, identity.linears, recipe.pack)
+    _drop_rest(folder, found, recipe.pack)
     return found
 
 
 def _read_progress(folder: Path, linears: Sequence[Sequence[str]], pack: bool) -> Progress:
+    if not _is_whole(folder / shard_name(OUTER_TAG, pack)):
+        return Progress()
     layers, trained = _read_records(folder / RECORDS)
     found = Progress(tags=[OUTER_TAG])
     for index, names in enumerate(linears):
@@ -198,18 +213,14 @@ def _is_whole(file: Path) -> bool:
         return False
 
 
-def _check_same(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
+def _differences(found: Fingerprint, wanted: Fingerprint) -> str:
+    """A line for each; empty for none."""
     old, new = dict(_flat(found)), dict(_flat(wanted))
-    differences = [
+    return "\n  ".join(
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
-    ]
-    if differences:
-        raise FolderError(
-            f"another run was begun in {folder}; choose another folder, empty this one, or go on with the same recipe, "
-            "model and versions. These differ:\n  " + "\n  ".join(differences)
-        )
+    )
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

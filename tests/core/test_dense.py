@@ -1,14 +1,16 @@
-"""The inverse by products is the inverse, at every size and on both sides of the recursion's cuts."""
+"""The inverse by products is the inverse, at every size and on both sides of the panels' cuts."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseopt.core.dense import LEAF, spd_inverse
+from sparseopt.core.dense import PANELS, spd_inverse
 from sparseopt.trend.filter import ENABLE_X64
 
-SIZES = [1, 100, LEAF, LEAF + 1, 300, 576]
+SIZES = [1, 100, PANELS[0], PANELS[0] + 1, 300, 576]
 # One program a size and dtype.
 inverse_of = jax.jit(spd_inverse)
 
@@ -45,5 +47,24 @@ def test_the_identity_is_its_own_inverse_to_the_last_bit(size):
     np.testing.assert_array_equal(inverse_of(jnp.eye(size)), np.eye(size))
 
 
-def test_a_matrix_that_is_not_definite_has_no_silent_answer():
-    assert not np.isfinite(inverse_of(jnp.zeros((LEAF + 1, LEAF + 1)))).all()
+@pytest.mark.parametrize("last", [0.0, -1.0])
+def test_a_matrix_that_is_not_definite_has_no_silent_answer(last):
+    matrix = jnp.eye(PANELS[0] + 1).at[-1, -1].set(last)
+    assert not np.isfinite(inverse_of(matrix)).any()
+
+
+def program_of(size):
+    """The program, without its numbers, and how many calls of a library it makes."""
+    text = inverse_of.lower(jax.ShapeDtypeStruct((size, size), jnp.float32)).as_text()
+    return re.sub(r"\d+", "", text), text.count("custom_call")
+
+
+def test_the_program_is_the_same_for_every_number_of_panels_and_calls_no_library():
+    few, many = program_of(4 * PANELS[0]), program_of(64 * PANELS[0])
+    assert few == many
+    assert few[1] == 0
+
+
+def test_a_batch_is_inverted_as_one_by_one(rng):
+    batch = jnp.asarray([make_matrix(rng, 100, 1e2) for _ in range(2)], jnp.float32)
+    np.testing.assert_allclose(jax.vmap(inverse_of)(batch)[1], inverse_of(batch[1]), rtol=1e-4, atol=1e-4)

@@ -15,26 +15,30 @@ from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_lasso
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
 from sparseopt.trend.filter import precision
+from tests.jitted import Jitted
 from tests.trend.problems import exact_fit, random_graph
 
 PENALTIES = [so.L1(0.7), so.L0(0.9), so.MCP(0.7, 3.0), so.MCP(0.7, 1.2), so.SCAD(0.7, 3.7), so.SCAD(0.7, 2.1)]
 DOUBLE = np.dtype(np.float64)
 
 
+@jax.jit
+def _values(penalty, points):
+    """The penalty of every point on its own."""
+    return jax.vmap(penalty.value)(points)
+
+
 @pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
 @pytest.mark.parametrize("step", [0.1, 1.0, 4.0])
 def test_no_grid_point_beats_the_scalar_prox(penalty, step):
     with precision(DOUBLE):
-        x = jnp.asarray(np.linspace(-8, 8, 161))
-        u = penalty.prox(x, step)
-        grid = jnp.asarray(np.linspace(-9, 9, 3601))
+        x, grid = np.linspace(-8, 8, 161), np.linspace(-9, 9, 3601)
+        u = Jitted(penalty).prox(x, step)
+        values = np.asarray(_values(penalty, np.concatenate([u, grid])))
 
-        def cost(u, x):
-            return 0.5 * (u - x) ** 2 + step * jax.vmap(penalty.value)(u)
-
-        reached = cost(u, x)
-        best = jnp.min(jax.vmap(lambda x: cost(grid, x))(x), axis=1)
-        assert float(jnp.max(reached - best)) <= 1e-10
+        reached = 0.5 * (u - x) ** 2 + step * values[:161]
+        best = np.min(0.5 * (grid - x[:, None]) ** 2 + step * values[161:], axis=1)
+        assert np.max(reached - best) <= 1e-10
 
 
 @pytest.mark.parametrize("penalty", [*PENALTIES, so.GroupL2(0.7)], ids=repr)
@@ -46,17 +50,16 @@ def test_no_perturbation_beats_the_lifted_prox(rng, penalty):
             matrix, labels = graph.matrix(block), graph.groups(block)
             table, _ = group_table(matrix, labels, 0, np.float64)
             lifted = so.lift(penalty, table)
-            x = jnp.asarray(2 * rng.standard_normal((20, *channels)))
-            best = lifted.prox(x, 0.6)
+            x = 2 * rng.standard_normal((20, *channels))
+            best = Jitted(lifted).prox(x, 0.6)
             # A value of exactly zero is judged as such: rounding in the product turns it into noise.
-            rows = table.mv(best)
-            rows = jnp.where(jnp.abs(rows) < 1e-12, 0, rows)
-            reached = 0.5 * jnp.sum((best - x) ** 2) + 0.6 * penalty.value(rows)
-            for size in (1e-4, 1e-2, 1.0):
-                for _ in range(50):
-                    other = best + size * jnp.asarray(rng.standard_normal(x.shape))
-                    cost = 0.5 * jnp.sum((other - x) ** 2) + 0.6 * lifted.value(other)
-                    assert float(reached) <= float(cost) + 1e-12
+            rows = Jitted(table).mv(best)
+            rows = np.where(np.abs(rows) < 1e-12, 0, rows)
+            reached = 0.5 * np.sum((best - x) ** 2) + 0.6 * Jitted(penalty).value(rows)
+            sizes = np.repeat([1e-4, 1e-2, 1.0], 50).reshape(-1, *[1] * x.ndim)
+            others = best + sizes * rng.standard_normal((150, *x.shape))
+            costs = 0.5 * np.sum((others - x).reshape(150, -1) ** 2, axis=1) + 0.6 * np.asarray(_values(lifted, others))
+            assert np.all(reached <= costs + 1e-12)
 
 
 @pytest.mark.parametrize("metric", ["copies", "groups"])
@@ -71,7 +74,7 @@ def test_the_iteration_is_that_of_the_paper_with_its_copies(rng, metric, penalty
         matrix, labels = graph.matrix(block), graph.groups(block)
         groups = int(labels.max()) + 1
         tables = [group_table(matrix, labels, i, np.float64)[0] for i in range(groups)]
-        lifted = [so.lift(penalty, table) for table in tables]
+        lifted = [Jitted(so.lift(penalty, table)) for table in tables]
         touched = [
             np.ones(16) if metric == "groups" else (abs(matrix[labels == i]).sum(axis=0) > 0).astype(float)
             for i in range(groups)
@@ -91,7 +94,7 @@ def test_the_iteration_is_that_of_the_paper_with_its_copies(rng, metric, penalty
         state = solver.init(problem, Start(jnp.asarray(y), rows))
         step = jax.jit(lambda state: solver.iterate(problem, state))
         for _ in range(12):
-            alphas = [np.asarray(f.prox(jnp.asarray(b - t), 1 / rho)) for f, t in zip(lifted, theta, strict=True)]
+            alphas = [f.prox(b - t, 1 / rho) for f, t in zip(lifted, theta, strict=True)]
             relaxed = [relaxation * a + (1 - relaxation) * b for a in alphas]
             total_copies = sum(touched)
             pulled = sum(m * (t + a) for m, t, a in zip(touched, theta, relaxed, strict=True))
@@ -117,23 +120,21 @@ def test_the_fused_lasso_is_exact(rng, n, ends):
             part = differences[kept]
             dual = lsq_linear(part.T, y, (-levels[kept], levels[kept]), method="bvls", tol=1e-15, max_iter=5000)
             expected = y - part.T @ dual.x
-        np.testing.assert_allclose(fused_lasso(jnp.asarray(y), jnp.asarray(levels)), expected, atol=1e-7)
+        np.testing.assert_allclose(jax.jit(fused_lasso)(y, levels), expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_the_chain_penalty_is_a_norm(rng, pinned):
     with precision(DOUBLE):
-        penalty = ChainTotalVariation(0.8, pinned)
+        penalty = Jitted(ChainTotalVariation(0.8, pinned))
         shape = (1, 12) if pinned else (12,)
         x = rng.standard_normal(shape)
         x[..., -1] *= not pinned  # the last place of an edge array is empty
-        x = jnp.asarray(x)
         dual = penalty.project_dual(x - penalty.prox(x, 1.0))
         np.testing.assert_allclose(dual, x - penalty.prox(x, 1.0), atol=1e-12)
         slack = penalty.slack(x, dual)
-        assert float(jnp.min(slack)) >= 0
-        direct = float(penalty.value(x) - jnp.vdot(dual, x))
-        assert float(jnp.sum(slack)) == pytest.approx(direct, abs=1e-10)
+        assert slack.min() >= 0
+        assert slack.sum() == pytest.approx(penalty.value(x) - np.vdot(dual, x), abs=1e-10)
 
 
 @pytest.mark.parametrize(("shape", "power"), [((9,), 1), ((6, 7), 2), ((3, 4, 5), 3)])
@@ -143,15 +144,15 @@ def test_cosines_and_conjugate_gradients_solve_the_x_step(rng, shape, power):
         inner = Difference(graph.base(np.float64), power)
         split = doge_split(Difference(graph.base(np.float64), 0), inner, graph.sums(power), "coefficients", np.float64)
         split = dataclasses.replace(split, row_scale=jnp.asarray(1.0), column_scale=jnp.asarray(2.0))
-        right = jnp.asarray(rng.standard_normal((*shape, 2)))
-        loss = NodeSquares(jnp.zeros_like(right))
+        right = rng.standard_normal((*shape, 2))
+        loss = NodeSquares(jnp.zeros(right.shape))
         matrix = graph.matrix(power).toarray()
         system = np.eye(graph.num_nodes) + 0.7 * 2.0 * matrix.T @ matrix
-        expected = np.linalg.solve(system, np.asarray(right).reshape(-1, 2)).reshape(right.shape)
-        exact = cosine_solve(shape, (power,), np.float64).solve(loss, split, right, 0.7, 0 * right)
+        expected = np.linalg.solve(system, right.reshape(-1, 2)).reshape(right.shape)
+        exact = Jitted(cosine_solve(shape, (power,), np.float64)).solve(loss, split, right, 0.7, 0 * right)
         np.testing.assert_allclose(exact, expected, atol=1e-9)
         diagonal = jnp.asarray(2.0 * graph.sums(power).column_squares.reshape(*shape, 1))
-        close = ConjugateGradient(diagonal, 1e-10).solve(loss, split, right, 0.7, 0 * right)
+        close = Jitted(ConjugateGradient(diagonal, 1e-10)).solve(loss, split, right, 0.7, 0 * right)
         np.testing.assert_allclose(close, expected, atol=1e-7)
 
 

@@ -7,6 +7,7 @@ from sparseopt.core.fidelity import total
 from sparseopt.core.grouping import bucket_widths, edge_grid
 from sparseopt.core.operators import Difference, GridBase, Stack, edge_base
 from sparseopt.trend.filter import precision
+from tests.jitted import Jitted
 from tests.trend.problems import GRAPHS
 
 ORDERS = [(order, from_edges) for order in range(1, 5) for from_edges in (False, True)]
@@ -24,13 +25,13 @@ def in_rows(graph, values, on_edges):
 def test_products_are_those_of_the_matrix(rng, name, order, from_edges):
     with precision(np.dtype(np.float64)):
         graph = GRAPHS[name](rng)
-        operator = Difference(graph.base(np.float64), order, from_edges)
+        operator = Jitted(Difference(graph.base(np.float64), order, from_edges))
         matrix = graph.matrix(order, from_edges)
         ends_on_edges = (order - from_edges) % 2 == 1
         x, e = rng.standard_normal(matrix.shape[1]), rng.standard_normal(matrix.shape[0])
-        image = operator.mv(jnp.asarray(in_rows(graph, x, from_edges)))
+        image = operator.mv(np.asarray(in_rows(graph, x, from_edges)))
         np.testing.assert_allclose(image, in_rows(graph, matrix @ x, ends_on_edges), atol=1e-12)
-        back = operator.rmv(jnp.asarray(in_rows(graph, e, ends_on_edges)))
+        back = operator.rmv(np.asarray(in_rows(graph, e, ends_on_edges)))
         np.testing.assert_allclose(back, in_rows(graph, matrix.T @ e, from_edges), atol=1e-12)
         assert image.shape == operator.out_shape
         assert back.shape == operator.in_shape
@@ -39,32 +40,33 @@ def test_products_are_those_of_the_matrix(rng, name, order, from_edges):
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_the_transpose_is_adjoint_with_channels(rng, name, order):
-    operator = Difference(GRAPHS[name](rng).base(np.float32), order)
-    x = jnp.asarray(rng.standard_normal((*operator.in_shape, 3)), jnp.float32)
-    e = jnp.asarray(rng.standard_normal((*operator.out_shape, 3)), jnp.float32)
-    assert float(jnp.vdot(operator.mv(x), e)) == pytest.approx(float(jnp.vdot(x, operator.rmv(e))), rel=2e-4, abs=2e-3)
-    alone = jnp.stack([operator.mv(x[..., i]) for i in range(3)], axis=-1)
-    np.testing.assert_allclose(operator.mv(x), alone, rtol=1e-5, atol=1e-5)
+    operator = Jitted(Difference(GRAPHS[name](rng).base(np.float32), order))
+    x = rng.standard_normal((*operator.in_shape, 3)).astype(np.float32)
+    e = rng.standard_normal((*operator.out_shape, 3)).astype(np.float32)
+    image = operator.mv(x)
+    assert np.vdot(image, e) == pytest.approx(np.vdot(x, operator.rmv(e)), rel=2e-4, abs=2e-3)
+    alone = np.stack([operator.mv(x[..., i]) for i in range(3)], axis=-1)
+    np.testing.assert_allclose(image, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["grid", "random"])
 def test_a_stack_has_the_rows_of_its_parts_and_their_transpose(rng, name):
     base = GRAPHS[name](rng).base(np.float32)
     parts = tuple(Difference(base, order) for order in (0, 1, 2))
-    stack = Stack(parts)
-    x = jnp.asarray(rng.standard_normal((*stack.in_shape, 3)), jnp.float32)
+    stack = Jitted(Stack(parts))
+    x = rng.standard_normal((*stack.in_shape, 3)).astype(np.float32)
     image = stack.mv(x)
     assert image.shape == (*stack.out_shape, 3)
-    np.testing.assert_array_equal(image, jnp.concatenate([part.mv(x).reshape(-1, 3) for part in parts]))
-    e = jnp.asarray(rng.standard_normal(image.shape), jnp.float32)
-    assert float(jnp.vdot(image, e)) == pytest.approx(float(jnp.vdot(x, stack.rmv(e))), rel=2e-4, abs=2e-3)
+    np.testing.assert_array_equal(image, np.concatenate([Jitted(part).mv(x).reshape(-1, 3) for part in parts]))
+    e = rng.standard_normal(image.shape).astype(np.float32)
+    assert np.vdot(image, e) == pytest.approx(np.vdot(x, stack.rmv(e)), rel=2e-4, abs=2e-3)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_constants_vanish_exactly_in_float32(rng, name):
     for order in (1, 2, 3):
-        operator = Difference(GRAPHS[name](rng).base(np.float32), order)
-        assert not np.any(operator.mv(jnp.full(operator.in_shape, 123.456, jnp.float32)))
+        operator = Jitted(Difference(GRAPHS[name](rng).base(np.float32), order))
+        assert not np.any(operator.mv(np.full(operator.in_shape, 123.456, np.float32)))
 
 
 def test_index_tables_are_arguments_of_the_compiled_function(rng):

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.core.grouping import group_table
 from sparseopt.core.penalties import Norm, stacked
+from tests.jitted import Jitted
 
 SHAPE = (8, 6)
+CHAIN = so.Graph.chain(8)
+COTANGENT = np.linspace(-1, 2, 48).reshape(SHAPE)
 MASK = np.arange(48).reshape(SHAPE) % 3 != 0
 PENALTIES = {
     "L0": so.L0(0.3),
@@ -25,6 +29,12 @@ PENALTIES = {
 }
 
 
+@jax.jit
+def values(penalty, points):
+    """The penalty of every point on its own."""
+    return jax.vmap(penalty.value)(points)
+
+
 @pytest.fixture(params=PENALTIES.values(), ids=PENALTIES.keys())
 def penalty(request):
     return request.param
@@ -33,55 +43,70 @@ def penalty(request):
 @pytest.mark.parametrize("step", [0.1, 1.0, 7.0])
 def test_no_perturbation_beats_the_prox(penalty, rng, step):
     x = rng.standard_normal(SHAPE).astype(np.float32)
-    best = np.asarray(penalty.prox(jnp.asarray(x), step))
+    best = Jitted(penalty).prox(x, step)
     others = [best]
     for _ in range(60):
         moved = best + rng.standard_normal(SHAPE) * rng.choice([1e-3, 0.1, 1.0])
         swapped = x * rng.permuted((best != 0).ravel()).reshape(SHAPE)
         others += [moved, swapped, np.where(best != 0, moved, 0)]
 
-    @jax.jit
-    @jax.vmap
-    def cost(u):
-        return 0.5 * jnp.sum((u - x) ** 2) + step * penalty.value(u)
-
-    costs = np.asarray(cost(jnp.asarray(np.stack(others), jnp.float32)))
+    others = np.stack(others).astype(np.float32)
+    costs = 0.5 * np.sum((others - x) ** 2, axis=(1, 2)) + step * np.asarray(values(penalty, others))
     assert np.isfinite(costs[0])
     assert (costs[1:] >= costs[0] - 1e-4).all()
 
 
 def test_zero_costs_nothing_and_is_a_fixed_point(penalty):
-    zero = jnp.zeros(SHAPE)
-    assert float(penalty.value(zero)) == 0
-    assert (penalty.prox(zero, 1.0) == 0).all()
+    zero = np.zeros(SHAPE, np.float32)
+    assert values(penalty, zero[None]) == 0
+    assert (Jitted(penalty).prox(zero, 1.0) == 0).all()
 
 
 def test_a_sum_of_norms_is_a_norm_and_of_others_is_none(rng):
     both = stacked([so.L1(0.5), so.GroupL2(0.7)], [3, 5])
     assert isinstance(both, Norm)
     assert not isinstance(stacked([so.L1(0.5), so.L0(0.7)], [3, 5]), Norm)
-    x, dual = (jnp.asarray(rng.standard_normal(SHAPE), jnp.float32) for _ in range(2))
-    inside = both.project_dual(dual)
-    np.testing.assert_allclose(both.project_dual(inside), inside, rtol=1e-6)
-    slack = both.slack(x, inside)
-    assert float(slack.min()) >= -1e-6
-    assert float(slack.sum()) == pytest.approx(float(both.value(x) - jnp.vdot(inside, x)), rel=1e-5)
+    x, dual = rng.standard_normal((2, *SHAPE)).astype(np.float32)
+    norm = Jitted(both)
+    inside = norm.project_dual(dual)
+    np.testing.assert_allclose(norm.project_dual(inside), inside, rtol=1e-6)
+    slack = norm.slack(x, inside)
+    assert slack.min() >= -1e-6
+    assert slack.sum() == pytest.approx(norm.value(x) - np.vdot(inside, x), rel=1e-5)
+
+
+WITH_GRADIENTS = PENALTIES | {
+    "MCP": so.MCP(0.3),
+    "SCAD": so.SCAD(0.3),
+    "GroupL2": so.GroupL2(0.3),
+    "GroupL2 along columns": so.GroupL2(0.3, axis=0),
+    "NormSum": stacked([so.L1(0.5), so.GroupL2(0.7)], [3, 5]),
+    "Lifted": so.lift(so.GroupL2(0.3), group_table(CHAIN.matrix(1), CHAIN.groups(1), 0, jnp.float32)[0]),
+}
+
+
+@pytest.mark.parametrize("penalty", WITH_GRADIENTS.values(), ids=WITH_GRADIENTS.keys())
+def test_the_prox_has_finite_gradients_at_zero_entries_and_slices(penalty, rng):
+    gradients = jax.jit(jax.grad(lambda x, step: jnp.sum(COTANGENT * penalty.prox(x, step)), argnums=(0, 1)))
+    x = rng.standard_normal(SHAPE).astype(np.float32)
+    x[2:5], x[6, 1] = 0, 0
+    for point in (np.zeros_like(x), x):
+        for step in (0.0, 1.0):
+            assert all(np.isfinite(gradient).all() for gradient in gradients(point, step))
 
 
 def test_prox_keeps_shape_and_dtype(penalty, rng):
     for dtype in (jnp.float32, jnp.bfloat16):
-        x = jnp.asarray(rng.standard_normal(SHAPE), dtype)
-        answer = penalty.prox(x, jnp.float32(0.5))
+        answer = Jitted(penalty).prox(rng.standard_normal(SHAPE).astype(dtype), 0.5)
         assert answer.shape == SHAPE
         assert answer.dtype == dtype
 
 
 def test_penalty_is_a_pytree_that_vmaps_and_satisfies_the_protocol(penalty, rng):
     assert isinstance(penalty, so.Penalty)
-    batch = jnp.asarray(rng.standard_normal((3, *SHAPE)), jnp.float32)
-    together = jax.vmap(lambda x: penalty.prox(x, 0.5))(batch)
-    alone = jnp.stack([penalty.prox(x, 0.5) for x in batch])
-    assert (together == alone).all()
+    batch = rng.standard_normal((3, *SHAPE)).astype(np.float32)
+    together = jax.jit(jax.vmap(lambda x: penalty.prox(x, 0.5)))(batch)
+    np.testing.assert_array_equal(together, [Jitted(penalty).prox(x, 0.5) for x in batch])
 
 
 def test_a_changed_weight_does_not_retrace(rng):
@@ -99,11 +124,10 @@ def test_a_changed_weight_does_not_retrace(rng):
 
 
 def test_indicators_are_infinite_off_their_set(rng):
-    x = jnp.asarray(rng.standard_normal(SHAPE), jnp.float32)
-    patterns = (so.TopK(17), so.NM(2, 4), so.RowTopK(3), so.BlockTopK(3, (2, 3)))
-    for indicator in (*patterns, so.Support(MASK)):
-        assert np.isinf(indicator.value(x))
-        assert float(indicator.value(indicator.prox(x, 1.0))) == 0
+    x = rng.standard_normal(SHAPE).astype(np.float32)
+    for indicator in (so.TopK(17), so.NM(2, 4), so.RowTopK(3), so.BlockTopK(3, (2, 3)), so.Support(MASK)):
+        assert np.isinf(values(indicator, x[None]))
+        assert values(indicator, Jitted(indicator).prox(x, 1.0)[None]) == 0
 
 
 def test_l0_threshold_is_the_root_of_twice_step_times_weight():
@@ -115,19 +139,19 @@ def test_row_top_k_keeps_the_largest_of_every_row_and_counts_are_exact_among_tie
     x = rng.standard_normal(SHAPE).astype(np.float32)
     x[:, 2:4] = 1.0  # ties at the threshold
     for k in range(7):
-        mask = np.asarray(so.RowTopK(k, axis=1).mask(jnp.abs(x)))
+        mask = Jitted(so.RowTopK(k, axis=1)).mask(np.abs(x))
         order = np.argsort(-np.abs(x), axis=1, kind="stable")[:, :k]
         expected = np.zeros(SHAPE, bool)
         np.put_along_axis(expected, order, True, axis=1)
         np.testing.assert_array_equal(mask, expected)
-        np.testing.assert_array_equal(so.RowTopK(k).mask(jnp.abs(x.T)), expected.T)
+        np.testing.assert_array_equal(Jitted(so.RowTopK(k)).mask(np.abs(x.T)), expected.T)
 
 
 def test_row_top_k_acts_along_one_axis_of_any_array(rng):
-    x = jnp.asarray(rng.standard_normal((3, 5, 4)), jnp.float32)
-    kept = so.RowTopK(2, axis=1).prox(x, 1.0)
+    x = rng.standard_normal((3, 5, 4)).astype(np.float32)
+    kept = Jitted(so.RowTopK(2, axis=1)).prox(x, 1.0)
     assert (np.count_nonzero(kept, axis=1) == 2).all()
-    assert np.count_nonzero(so.RowTopK(2).prox(x[0, :, 0], 1.0)) == 2
+    assert np.count_nonzero(Jitted(so.RowTopK(2)).prox(x[0, :, 0], 1.0)) == 2
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (8, 1), (1, 6), (4, 2), (8, 6), (1, 1)])
@@ -141,7 +165,7 @@ def test_block_top_k_keeps_the_blocks_of_largest_energy(rng, shape):
     for place in np.argsort(energy)[-k:]:
         i, j = corners[place]
         expected[i : i + high, j : j + wide] = x[i : i + high, j : j + wide]
-    np.testing.assert_array_equal(so.BlockTopK(k, shape).prox(jnp.asarray(x), 1.0), expected)
+    np.testing.assert_array_equal(Jitted(so.BlockTopK(k, shape)).prox(x, 1.0), expected)
 
 
 def test_blocks_that_do_not_tile_are_an_error():

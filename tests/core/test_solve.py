@@ -1,9 +1,16 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.core.operators import Difference, GridBase, Split
+from sparseopt.core.solvers.admm import Admm
+from sparseopt.core.solvers.loss_admm import LossAdmm
+from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
+from sparseopt.core.solvers.splice import Splice
 from tests.core.test_solvers import make_problem
 
 
@@ -71,6 +78,46 @@ def test_a_negative_limit_is_refused(rng):
     problem = make_problem(rng)
     with pytest.raises(ValueError, match="max_steps must be 0 or more, given -1"):
         so.solve(problem, so.Maiht(), problem.loss.center, max_steps=-1)
+
+
+CHAIN = Difference(GridBase((40,)), 1)
+TAKEN_APART = Split(CHAIN, CHAIN, 1.0, 1.0)
+REFUSED = {
+    "an operator and mAIHT": (so.Maiht(), {"operator": CHAIN}, "Maiht .* operator Difference; .*trend_filter"),
+    "an operator and proximal gradient": (
+        so.ProximalGradient(),
+        {"operator": CHAIN},
+        "ProximalGradient .*trend_filter",
+    ),
+    "an operator and refit": (so.Refit(), {"operator": CHAIN, "penalty": so.Support(True)}, "Refit .*trend_filter"),
+    "an operator and splicing": (Splice(), {"operator": CHAIN, "penalty": so.TopK(3)}, "Splice .*trend_filter"),
+    "an operator and ADMM": (QuadraticAdmm(), {"operator": CHAIN}, "QuadraticAdmm .*trend_filter"),
+    "refit without a support": (so.Refit(), {}, "needs a Support as its penalty, given L0"),
+    "splicing without a pattern": (Splice(), {"penalty": so.Support(True)}, r"needs a penalty with mask\(score\)"),
+    "split ADMM without an operator": (Admm(None, 1.0), {}, "Admm needs a Split as the problem's operator, given none"),
+    "split ADMM of another map": (LossAdmm(None, None, 1.0, 1.0), {"operator": CHAIN}, "LossAdmm .* given Difference"),
+    "split ADMM of another loss": (
+        Admm(None, 1.0),
+        {"operator": TAKEN_APART},
+        "given Quadratic without weigh, observed",
+    ),
+    "a loss without a gradient": (
+        so.ProximalGradient(),
+        {"loss": so.L1(1.0)},
+        "needs a loss with .*, given L1 without",
+    ),
+    "a level and no weight": (so.Maiht(target_sparsity=0.5), {"penalty": so.TopK(3)}, "given TopK without weight"),
+}
+
+
+@pytest.mark.parametrize(("solver", "changes", "text"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_a_solver_does_not_take_is_refused_before_tracing(rng, monkeypatch, solver, changes, text):
+    monkeypatch.setattr(type(solver), "init", lambda *_: pytest.fail("it began"))
+    problem = dataclasses.replace(make_problem(rng), **changes)
+    with pytest.raises(ValueError, match=text):
+        so.solve(problem, solver, problem.penalty)
+    with pytest.raises(ValueError, match=text):
+        jax.eval_shape(lambda problem: so.solve(problem, solver, jnp.zeros(3)).value, problem)
 
 
 def test_zero_steps_return_the_start(rng):

@@ -63,6 +63,7 @@ def test_a_package_alone_is_looked_up_among_the_installed_ones(folder, command):
     assert command("run", "mine.yaml", "--output", "runs", "--allow-package", f"mine_{folder.name}")[0] == 0
 
 
+@pytest.mark.processes
 def test_a_module_beside_a_config_takes_no_package_s_place(folder):
     """An optional package that is not installed must not come from the folder of a config."""
     (folder / "matplotlib_absent.py").write_text("raise SystemExit('hijacked')")

@@ -79,6 +79,7 @@ def same_layers(found, wanted):
     assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-3)
 
 
+@pytest.mark.processes
 def test_a_killed_process_ends_all_and_the_same_command_goes_on_behind_the_last_block(tmp_path, folder, alone, command):
     config, output = folder / "prune.yaml", tmp_path / "runs"
     running = start([launched(config, output)] * 4, tmp_path, free_port())
@@ -113,6 +114,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on_behind_the_last_
     same_layers(record(run), alone("prune"))
 
 
+@pytest.mark.processes
 def test_a_fit_by_two_processes_is_that_of_one(tmp_path, folder, alone):
     output = tmp_path / "runs"
     ended = together(2, folder / "denoise.yaml", output, tmp_path)
@@ -129,6 +131,7 @@ def test_a_fit_by_two_processes_is_that_of_one(tmp_path, folder, alone):
         assert ours["fitted"].shape == (40, 40)
 
 
+@pytest.mark.processes
 def test_processes_with_another_setting_stop_before_any_work(tmp_path, folder):
     config, output = folder / "prune.yaml", tmp_path / "runs"
     commands = [launched(config, output, *(["sparsity=0.6"] if index == 1 else [])) for index in range(2)]

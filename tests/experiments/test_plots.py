@@ -51,6 +51,7 @@ def colour_bar_of(axis):
     return next(other for other in axis.figure.axes if other is not axis)
 
 
+@pytest.mark.processes
 def test_importing_needs_neither_matplotlib_nor_the_models():
     code = (
         "import sys; from sparseopt.experiments import plots; assert all(hasattr(plots, n) for n in plots.__all__)"

@@ -8,7 +8,7 @@ import yaml
 
 from sparseopt.experiments.config import ConfigError, expand
 from sparseopt.experiments.report import gather
-from sparseopt.experiments.runs import execute
+from sparseopt.experiments.runs import execute, fingerprint
 from sparseopt.experiments.sweep import check_all, plan, run_all
 from sparseopt.pruning import audit_pattern, audit_sparsity
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -77,6 +77,16 @@ def test_the_model_is_kept_on_request(tmp_path, prune):
 
     assert {audit.sparsity for audit in audit_sparsity(open_model(outcome.folder / "model"))} == {0.5}
 
+    # A start that was killed between pruning and scoring: the model is scored as it is.
+    record = json.loads((outcome.folder / "records.jsonl").read_text())
+    made = [file.stat().st_mtime_ns for file in sorted((outcome.folder / "model").iterdir())]
+    for name in ("records.jsonl", "summary.json"):
+        (outcome.folder / name).unlink()
+    assert execute(run, tmp_path, quiet).error is None
+    assert [file.stat().st_mtime_ns for file in sorted((outcome.folder / "model").iterdir())] == made
+    again = json.loads((outcome.folder / "records.jsonl").read_text())
+    assert again | {"unit_seconds": 0} == record | {"unit_seconds": 0}
+
 
 def test_a_kept_model_is_packed_on_request(tmp_path, prune):
     (run,) = expand({**prune, "method": "magnitude", "keep_model": True, "pack": True})
@@ -112,6 +122,32 @@ def test_mistakes_are_named(prune, fields, expected):
     with pytest.raises(ConfigError) as caught:
         expand({**prune, **fields})
     assert expected in str(caught.value)
+
+
+def test_the_texts_count_in_a_fingerprint(tmp_path, prune, monkeypatch):
+    """ "pydoc" is another text in another version of Python, and a file can be edited; no model is opened for it."""
+    from pydoc_data.topics import topics
+
+    file = tmp_path / "text.txt"
+    file.write_text("a line\n" * 10)
+
+    def marks(**fields):
+        (run,) = expand({**prune, "source": "nobody/nothing", "evaluation": "pydoc", **fields})
+        return fingerprint(run.task)
+
+    fields = [{"calibration": "pydoc"}, {"calibration": f"file:{file}"}, {"method": "dense"}]
+    before = [marks(**each) for each in fields]
+    assert [marks(**each) for each in fields] == before
+    file.write_text("a line\n" * 9 + "edited\n")
+    assert [marks(**each) == mark for each, mark in zip(fields, before, strict=True)] == [True, True, True]
+    file.write_text("edited\n" + "a line\n" * 9)
+    assert [marks(**each) == mark for each, mark in zip(fields, before, strict=True)] == [True, False, True]
+    monkeypatch.setitem(topics, "assert", "Said otherwise in another version.\n")
+    assert [marks(**each) == mark for each, mark in zip(fields, before, strict=True)] == [False, False, True]
+    monkeypatch.setitem(topics, "assignment", "This too.\n")
+    assert marks(**fields[2]) != before[2]
+    # What cannot be read is said by `check`; a data set on the hub is not fetched to see what is planned.
+    assert marks(calibration="file:/nowhere") != marks(calibration="hf:nobody/nothing")
 
 
 def test_what_is_missing_is_found_before_any_run(tmp_path, prune):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sparseopt.console_experiments import SweepProgress
 from sparseopt.experiments.config import expand
 from sparseopt.experiments.runs import (
     FolderInUse,
@@ -95,7 +96,7 @@ def test_a_failed_run_keeps_its_records_and_the_others_go_on(tmp_path):
     outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda planned: quiet)
     assert "RuntimeError: the toy broke" in outcomes[0].error
     assert (outcomes[0].folder / "error.txt").read_text().startswith("unit-2: RuntimeError")
-    assert len(recover_records(outcomes[0].folder)) == 2
+    assert len(recover_records(outcomes[0].folder)[0]) == 2
     assert outcomes[1].error is None
     assert state_of(outcomes[0].folder, fingerprint(runs[0].task)) is State.BROKEN
 
@@ -109,8 +110,37 @@ def test_a_line_cut_in_the_middle_is_done_again_and_a_doubled_one_counts_once(tm
     lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
     (folder / "records.jsonl").write_text(lines[0] + lines[0] + lines[1] + lines[2][:9])
     assert execute(run, tmp_path, quiet).done == 2
-    assert [r["unit"] for r in recover_records(folder)] == ["unit-0", "unit-1", "unit-2", "unit-3"]
+    assert [r["unit"] for r in recover_records(folder)[0]] == ["unit-0", "unit-1", "unit-2", "unit-3"]
     assert len(log.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("torn", ['{"unit": "un', "", '{"value": 3}', "[" * 100_000, "\x00\x85{"])
+def test_a_torn_line_among_others_is_named_and_its_unit_alone_run_again(tmp_path, capsys, torn, finished):
+    log = tmp_path / "log"
+    runs = expand(
+        {"name": "toy", "task": TOY, "log": str(log), "sweep": {"list": [{"scale": 2.0}, {"scale": 3.0}]}},
+        allow_code=True,
+    )
+    shown = SweepProgress(2)
+
+    def sweep():
+        return run_all(plan(runs, tmp_path), tmp_path, lambda planned: quiet, ended=shown.ended)
+
+    folder = sweep()[0].folder
+    lines = (folder / "records.jsonl").read_text().split("\n")
+    (folder / "records.jsonl").write_text("\n".join([lines[0], torn, *lines[2:]]))
+    if finished:
+        with pytest.raises(ValueError, match=r"line 2 of records.jsonl holds no record; `sparseopt run`"):
+            load_run(folder, allow_code=True)
+    else:
+        (folder / "summary.json").unlink()
+    outcomes = sweep()
+    assert [(outcome.done, outcome.lost) for outcome in outcomes] == [(1, (2,)), (0, ())]
+    assert log.read_text().splitlines()[8:] == ["2 unit-1"]
+    assert [r["value"] for r in load_run(folder, allow_code=True)[0].records] == [0, 4, 6, 2]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"line 2 of {folder / 'records.jsonl'} held no record; its unit was run again" in said
 
 
 @pytest.mark.parametrize(
@@ -164,6 +194,7 @@ def test_shards_are_disjoint_and_complete():
             parse_shard(wrong)
 
 
+@pytest.mark.processes
 def test_a_sweep_killed_again_and_again_loses_and_doubles_nothing(tmp_path):
     """SIGKILL after different numbers of records, twice within a write's reach of another; then a start to the end."""
     log, output, config = tmp_path / "log", tmp_path / "runs", tmp_path / "killed.yaml"
@@ -176,7 +207,7 @@ def test_a_sweep_killed_again_and_again_loses_and_doubles_nothing(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
     def finished_units():
-        return sum(len(recover_records(f.parent, mend=False)) for f in output.rglob("records.jsonl"))
+        return sum(len(recover_records(f.parent, mend=False)[0]) for f in output.rglob("records.jsonl"))
 
     for stop_at in (3, 8, 12):
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
@@ -188,7 +219,7 @@ def test_a_sweep_killed_again_and_again_loses_and_doubles_nothing(tmp_path):
     survived = {
         (folder.parent.name, record["unit"])
         for folder in output.rglob("records.jsonl")
-        for record in recover_records(folder.parent, mend=False)
+        for record in recover_records(folder.parent, mend=False)[0]
     }
     executions_before = Counter(log.read_text().splitlines())
     last = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

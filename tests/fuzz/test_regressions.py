@@ -164,6 +164,7 @@ print(refused)
 """
 
 
+@pytest.mark.processes
 def test_a_parquet_file_whose_statistics_are_damaged_does_not_end_the_process(tmp_path):
     """std::terminate out of pyarrow: "Definition level histogram size mismatch"."""
     call = [sys.executable, "-c", DAMAGE, str(tmp_path / "a.parquet")]

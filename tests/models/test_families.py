@@ -13,7 +13,7 @@ from sparseopt.models.rope import max_positions
 from sparseopt.models.safetensors_file import read_header
 from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.scoring import score_continuations
-from tests.models.test_decoder import GOLDEN, write_golden
+from tests.models.test_decoder import GOLDEN, run, write_golden
 from tests.oracle.make_golden import CASES
 
 FOLDER = GOLDEN[0].parent
@@ -49,7 +49,7 @@ def test_checkpoints_of_the_bare_model_are_read_and_exported_by_their_own_names(
     write_golden(tmp_path / "bare.npz", tmp_path / "bare")
     model = open_model(tmp_path / "bare")
     assert not any(key.startswith(base) for key in model.exported_keys())
-    np.testing.assert_allclose(model.decoder()(golden["tokens"]), golden["logits"], atol=1e-4)
+    np.testing.assert_allclose(run(model.decoder(), golden["tokens"]), golden["logits"], atol=1e-4)
     prune_model(tmp_path / "bare", tmp_path / "out", Recipe(method="magnitude", calibration=TOKENS))
     assert set(stored_bytes(tmp_path / "out")) == set(stored_bytes(tmp_path / "bare"))
 
@@ -68,7 +68,7 @@ def test_a_pruned_export_keeps_names_layouts_and_untouched_bytes(name: str, tmp_
     for key, raw in old.items():
         assert (new[key] == raw) == (key not in pruned), key
     assert all(audit.zeros == audit.size // 2 for audit in audit_sparsity(tmp_path / "out"))
-    assert np.isfinite(np.asarray(load_decoder(tmp_path / "out")(TOKENS))).all()
+    assert np.isfinite(run(load_decoder(tmp_path / "out"), TOKENS)).all()
 
 
 def test_fused_and_transposed_matrices_are_pruned_as_they_lie_on_disk(tmp_path: Path) -> None:

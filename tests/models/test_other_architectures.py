@@ -32,6 +32,7 @@ def test_a_configuration_without_a_model_type_names_the_families(tmp_path, rng):
         open_model(folder)
 
 
+@pytest.mark.processes
 def test_models_and_pruning_import_neither_torch_nor_transformers():
     code = (
         "import sys, sparseopt.models, sparseopt.pruning"

@@ -235,6 +235,7 @@ print(json.dumps([said, solved.output_blocks, int(solved.report.kept), float(sol
 """
 
 
+@pytest.mark.processes
 def test_a_solve_that_really_runs_out_of_memory_is_done_by_blocks():
     # Memory that was freed goes back to the system at once, not into a heap for the next allocation.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}

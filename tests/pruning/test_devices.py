@@ -41,6 +41,7 @@ def found(tmp_path_factory):
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_a_layer_solved_on_many_devices_is_that_of_one(found, name):
     layer = found["layers"][name]
@@ -51,6 +52,7 @@ def test_a_layer_solved_on_many_devices_is_that_of_one(found, name):
     assert layer["many"][2:] == layer["one"][2:]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_no_solve_brings_a_layer_together(found, name):
     layer = found["layers"][name]
@@ -62,6 +64,7 @@ def test_no_solve_brings_a_layer_together(found, name):
         assert nbytes <= (own // 4 if kind == "all-gather" else layer["bytes"]), layer["program"]
 
 
+@pytest.mark.processes
 def test_a_layer_that_does_not_fit_is_solved_by_blocks_over_all_devices(found):
     blocks = found["layers"]["by blocks"]
     assert blocks["solved"] == [24, 24]
@@ -70,6 +73,7 @@ def test_a_layer_that_does_not_fit_is_solved_by_blocks_over_all_devices(found):
     assert blocks["apart"] == 0
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("name", "order", "cut"), [("side by side", "0123456", 0), ("no memory", "14", 1)])
 def test_linears_side_by_side_are_those_of_one_device(found, name, order, cut):
     blocks = found["blocks"][name]
@@ -85,10 +89,12 @@ def test_linears_side_by_side_are_those_of_one_device(found, name, order, cut):
     assert blocks["seconds"] > 0
 
 
+@pytest.mark.processes
 def test_linears_side_by_side_tell_each_other_nothing(found):
     assert all(program == [] for program in found["blocks"]["side by side"]["programs"])
 
 
+@pytest.mark.processes
 def test_a_pattern_of_blocks_that_a_cut_would_part_is_refused(found):
     text = "8 devices hold 6 outputs each of the layer [out=48, in=32], which parts the pattern's blocks of 4 outputs"
     assert found["layers"]["refused"].startswith(text)
@@ -96,10 +102,12 @@ def test_a_pattern_of_blocks_that_a_cut_would_part_is_refused(found):
     check_cut(parse_pattern("block:4x4", 0.5, (48, 32)), (48, 32), None)
 
 
+@pytest.mark.processes
 def test_ties_are_broken_as_on_one_device(found):
     assert all(found["ties"].values()), found["ties"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "method", "pattern"),
     [
@@ -125,10 +133,12 @@ def test_an_iteration_exchanges_what_the_model_says(found, name, method, pattern
     assert outer == once - (selections * each if name == "maiht per-row" else 0)
 
 
+@pytest.mark.processes
 def test_a_step_of_the_refit_exchanges_two_sums(found):
     assert sum(nbytes for _, nbytes, _ in found["loops"]["refit"]) == REFIT_STEP
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["plain", "experts"])
 def test_grams_and_streams_over_devices_are_those_of_one(found, kind):
     calibration = found["calibration"][kind]
@@ -139,6 +149,7 @@ def test_grams_and_streams_over_devices_are_those_of_one(found, kind):
     assert calibration["windows"] == [11, 11, 1, 16]
 
 
+@pytest.mark.processes
 def test_the_grams_of_a_block_are_exchanged_once(found):
     for kind in ("plain", "experts"):
         assert found["calibration"][kind]["adding"] == []
@@ -147,6 +158,7 @@ def test_the_grams_of_a_block_are_exchanged_once(found):
     assert sum(nbytes for _, nbytes, _ in plain["summing"]) == calibration_bytes(plain["widths"], drift=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("name", "programs"), [("paper", [1, 0]), ("wanda owl", [0, 1]), ("experts", [0, 5])])
 def test_a_model_pruned_on_many_devices_is_that_of_one(found, name, programs):
     model = found["models"][name]
@@ -161,11 +173,13 @@ def test_a_model_pruned_on_many_devices_is_that_of_one(found, name, programs):
     assert model["summary"] == {"devices": 8, "processes": 1, "platform": "cpu", "precision": "highest"}
 
 
+@pytest.mark.processes
 def test_a_run_is_gone_on_with_on_another_number_of_devices(found):
     assert found["models"]["gone on with"]["blocks"] == 1
     assert found["models"]["gone on with"]["apart"] < 1e-4
 
 
+@pytest.mark.processes
 def test_a_budget_is_for_one_device(found):
     assert found["models"]["refused"] == (
         "a budget of memory is for one device, given 8GiB and 8 devices: leave one of the two out"

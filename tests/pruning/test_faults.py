@@ -3,7 +3,9 @@
 `FAULTS` names all that are tried, by kind.
 """
 
+import builtins
 import errno
+import io
 import json
 import os
 import re
@@ -116,14 +118,15 @@ def arguments(source, tmp_path):
 
 
 class FullDisk:
-    """Takes the place of `Path.open`: at the given write to a file half of it arrives, then the disk is full."""
+    """Takes the place of `open`: at the given write to a file half of it arrives, then the disk is full."""
 
     def __init__(self, name, count):
-        self.name, self.left, self._open = name, count, Path.open
+        self.name, self.left, self._open = name, count, open
 
     def open(self, path, mode="r", *rest, **fields):
         stream = self._open(path, mode, *rest, **fields)
-        return _Stream(stream, self) if path.name == self.name and "r" not in mode else stream
+        named = isinstance(path, Path) and path.name == self.name
+        return _Stream(stream, self) if named and "r" not in mode else stream
 
 
 class _Stream:
@@ -154,7 +157,8 @@ def test_a_disk_that_becomes_full_ends_the_run_in_a_sentence_and_it_goes_on(
 ):
     file, count = WRITES[name]
     disk = FullDisk(file, count)
-    monkeypatch.setattr(Path, "open", lambda path, *rest, **fields: disk.open(path, *rest, **fields))
+    for module in (io, builtins):  # that of `Path.open`, and the plain one
+        monkeypatch.setattr(module, "open", disk.open)
     with pytest.raises(FolderError if name == "lock" else DiskError) as caught:
         prune_model(source, tmp_path / "out", recipe)
     monkeypatch.undo()
@@ -230,6 +234,7 @@ finally:
 """
 
 
+@pytest.mark.processes
 def test_a_full_file_system_is_outlived(tmp_path, whole, arguments):
     place = tmp_path / "small"
     place.mkdir()
@@ -347,6 +352,7 @@ def test_weights_that_overflow_in_a_later_block_leave_the_earlier_blocks_whole(t
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.processes
 def test_a_pruning_whose_pager_was_closed_goes_on_to_its_end(tmp_path, whole, arguments):
     process = subprocess.Popen(
         [sys.executable, "-m", "sparseopt", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -377,6 +383,7 @@ with open(sys.argv[1], "wb") as stream:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("console", "shell"), CONSOLES.items())
 def test_no_console_ends_what_is_told_to_it(tmp_path, console, shell):
     environment, redirect = (shell, "") if "=" in shell else ("", shell)
@@ -408,6 +415,7 @@ cli.main()
 """
 
 
+@pytest.mark.processes
 def test_a_process_that_gets_sigterm_finishes_its_block(tmp_path, source, recipe, whole, arguments):
     call = [sys.executable, "-c", SCHEDULED, *arguments]
     done = subprocess.run(call, capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
 """Every method with every pattern, SparseGPT against a plain version of itself, and methods that answer wrongly."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.pruning import METHODS, Pruned, SparseGpt, prune_layer, prune_model
+from sparseopt.pruning import METHODS, AdmmPruning, Pruned, SparseGpt, SplicePruning, prune_layer, prune_model
+from sparseopt.pruning.layer import ScaledLayer
 from tests.pruning.layers import error_of, make_layer
 
 PATTERNS = ["unstructured", "per-row", "2:4", "block:2x8"]
@@ -18,7 +20,7 @@ COSTLY = {
     ("maiht", "unstructured"), ("splice", "block:2x8"), ("sparsegpt", "unstructured"),
 }  # fmt: skip
 GRID = [
-    pytest.param(method, pattern, marks=[pytest.mark.slow] if (method, pattern) in COSTLY else [])
+    pytest.param(method, pattern, marks=[pytest.mark.thorough] if (method, pattern) in COSTLY else [])
     for method in METHODS
     for pattern in PATTERNS
     if (method, pattern) != ("sparsegpt", "block:2x8")
@@ -50,6 +52,20 @@ def assert_pattern(weight, pattern, sparsity):
 def prune(layer, method, pattern):
     """Pruned to 62 % where the pattern has no sparsity of its own."""
     return prune_layer(*layer, None if pattern == "2:4" else 0.62, pattern, method)
+
+
+def program_of(method, inputs, outputs=48):
+    """The program that prunes a layer, without its numbers; nothing is compiled."""
+    shapes = {"hessian": (inputs, inputs), "center": (inputs, outputs), "scale": (inputs,), "output_scale": (outputs,)}
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    solve = jax.jit(lambda arrays: method(ScaledLayer(**arrays), so.RowTopK(8)))
+    return re.sub(r"\d+", "", solve.lower(arrays).as_text())
+
+
+@pytest.mark.parametrize("method", [SplicePruning(first=AdmmPruning(levels=1)), SparseGpt()], ids=["best", "sparsegpt"])
+def test_the_program_of_a_layer_does_not_grow_with_its_inputs(method):
+    # A list of places of a bounded length differs by a hundredth; written-out panels would multiply the length.
+    assert len(program_of(method, 16384)) == pytest.approx(len(program_of(method, 2048)), rel=0.05)
 
 
 @pytest.mark.parametrize(("method", "pattern"), GRID)

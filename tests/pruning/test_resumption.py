@@ -1,8 +1,10 @@
 """Runs that are broken off: what is finished stays, the rest is made again, and the result is the same to the bit."""
 
+import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +17,18 @@ import pytest
 from sparseopt import console_pruning
 from sparseopt.cli_prune import RESUMABLE, stop_asked
 from sparseopt.files import temporary_of
-from sparseopt.pruning import LayerRecord, Recipe, Stopped, prune_model, prune_models
+from sparseopt.pruning import LayerRecord, Recipe, Stopped, budget, prune_model, prune_models
 from sparseopt.pruning.reports import Replay
 from sparseopt.pruning.run_folder import LOCK, RECORDS, RUN, FolderError
 from tests.models.tiny import random_tensors, tiny_config, write_folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, source, tokens):
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    prune_model(source, folder, Recipe(method="magnitude", calibration=tokens))
+    return folder
+
 
 RECIPES = {
     "paper": {"preset": "paper", "dtype": "bfloat16"},
@@ -144,11 +154,55 @@ def test_a_run_killed_while_it_wrote_its_fingerprint_is_begun_again(tmp_path, so
     assert not temporary_of(tmp_path / "out" / RUN).exists()
 
 
-def test_a_finished_run_is_not_run_again(tmp_path, source, tokens):
-    recipe = Recipe(method="magnitude", calibration=tokens)
-    prune_model(source, tmp_path / "out", recipe)
-    with pytest.raises(FolderError, match=r"not empty \(it holds a model\); choose another"):
-        prune_model(source, tmp_path / "out", recipe)
+def written(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """What lies in a folder, and when it was written."""
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+
+def test_a_finished_run_is_not_run_again_and_its_report_returned(tmp_path, source, tokens, monkeypatch):
+    recipe = Recipe(method="magnitude", calibration=tokens, reconstruct=1, pack=True)
+    report = prune_model(source, tmp_path / "out", recipe)
+    before, told = written(tmp_path / "out"), []
+    # What the machine has left by now is nothing to a run with nothing to do.
+    monkeypatch.setattr(budget.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    again = prune_model(source, tmp_path / "out", recipe, observer=lambda event, _: told.append(event))
+    assert again.kept
+    assert dataclasses.replace(again, kept=False) == report
+    assert again.summary() == report.summary()
+    assert told == []
+    assert written(tmp_path / "out") == before
+
+
+def test_of_several_recipes_those_that_are_finished_are_left_out_of_the_pass(tmp_path, source, tokens):
+    recipes = [Recipe(sparsity=s, method="wanda", calibration=tokens, heldout_samples=0) for s in (0.5, 0.75)]
+    plans = [(recipe, tmp_path / "out" / f"{recipe.sparsity}") for recipe in recipes]
+    first, told = prune_model(source, plans[1][1], recipes[1]), []
+    reports = prune_models(source, plans, observer=lambda event, total: told.append((event, total)))
+    assert [report.kept for report in reports] == [False, True]
+    assert [report.recipe["sparsity"] for report in reports] == [0.5, 0.75]
+    assert reports[1].layers == first.layers
+    assert {total for _, total in told} == {21}
+    assert [report.kept for report in prune_models(source, plans)] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda folder: (folder / "model-block-0001.safetensors").unlink(), "shard or records of block 1 are missing"),
+        (lambda folder: (folder / "model-outer.safetensors").unlink(), "the tensors outside the blocks are missing"),
+        (lambda folder: os.truncate(folder / RECORDS, 900), "shard or records of block 0 are missing"),
+        (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json is not that of a pruning run"),
+        (lambda folder: (folder / RUN).unlink(), ""),
+        (lambda folder: (folder / RUN).write_text('{"weights": "another"}'), "weights: 'another' there"),
+    ],
+)
+def test_a_finished_folder_that_is_not_the_same_run_is_left_as_it_is(tmp_path, finished, source, tokens, spoil, named):
+    shutil.copytree(finished, tmp_path / "out")
+    spoil(tmp_path / "out")
+    before = written(tmp_path / "out")
+    with pytest.raises(FolderError, match=rf"not empty \(it holds a model\); choose another[\s\S]*{named}"):
+        prune_model(source, tmp_path / "out", Recipe(method="magnitude", calibration=tokens))
+    assert written(tmp_path / "out") == before
 
 
 def test_a_folder_in_use_is_refused_and_a_stale_lock_is_not(tmp_path, source, tokens):
@@ -210,6 +264,7 @@ prune_model(source, output, Recipe(method="wanda", calibration=np.load(tokens), 
 """
 
 
+@pytest.mark.processes
 def test_a_killed_process_loses_nothing_but_the_block_in_hand(tmp_path, source, tokens):
     np.save(tmp_path / "tokens.npy", tokens)
     arguments = [source, tmp_path / "out", tmp_path / "tokens.npy", 17]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.processes
 FITS = (
     "grid, float32, two channels, 8",
     "grid, missing, 3",

@@ -243,6 +243,7 @@ def test_node_numbers_are_one_column_at_fit_and_known_at_predict(noisy):
         clone(model).fit(NODES, noisy).predict([[60]])
 
 
+@pytest.mark.processes
 def test_the_package_does_not_need_scikit_learn_and_the_estimator_says_that_it_does():
     code = (
         "import sys, sparseopt; assert 'sklearn' not in sys.modules; sys.modules['sklearn'] = None\n"

@@ -143,6 +143,7 @@ def test_a_stored_graph_leaves_its_tables_out_and_a_copy_shares_them():
     np.testing.assert_array_equal(so.trend_filter(np.arange(5.0), thawed, so.L1(0.1), 1).value, fit.value)
 
 
+@pytest.mark.processes
 def test_importing_the_package_stays_light():
     import subprocess
     import sys

@@ -83,9 +83,8 @@ def test_two_runs_agree_to_the_last_bit_and_say_how_they_ended(runs, name):
     assert bool(len(statuses)) == (name not in ("largest_weight", "noise_level"))
 
 
-def test_fits_of_two_compilations_agree_to_the_last_bit(runs):
-    jax.clear_caches()
-    again = jax.device_get(FITS["doge"](np.float64))
+def test_fits_of_two_compilations_agree_to_the_last_bit(runs, compiled_afresh):
+    again = compiled_afresh(FITS["doge"], np.float64)
     np.testing.assert_array_equal(again.value, runs[0]["doge"].value)
     np.testing.assert_array_equal(again.gap, runs[0]["doge"].gap)
 

@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.fidelity import total
 from sparseopt.core.operators import Split
 from sparseopt.core.penalties import Norm
-from sparseopt.core.solve import Measure, Problem
+from sparseopt.core.solve import Measure, Problem, lacks
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 from sparseopt.core.types import pytree, static
 
@@ -124,6 +124,17 @@ def balanced_rho(split: Split, loss: Any, x: Array, dual: Array) -> Array:
     return BALANCE * jnp.sqrt(mean_square(split.row_scale, dual) / apart)
 
 
+def refuses_unsplit(solver: Any, problem: Problem) -> str | None:
+    """Why a split ADMM refuses a problem whose operator is not a `Split`."""
+    if isinstance(problem.operator, Split):
+        return None
+    given = "none" if problem.operator is None else type(problem.operator).__name__
+    return (
+        f"{type(solver).__name__} needs a Split as the problem's operator, given {given}; sparseopt.trend_filter makes "
+        "it for a graph, and Maiht and ProximalGradient solve problems without an operator"
+    )
+
+
 @pytree
 class Admm:
     """The split ADMM as a solver for `solve`; `problem.operator` is a `Split`, `problem.loss` a `NodeSquares`.
@@ -167,6 +178,14 @@ class Admm:
 
     def _accelerates(self, problem: Problem) -> bool:
         return self.acceleration > 0 and isinstance(problem.penalty, Norm) and problem.operator.outer.order == 0
+
+    def refuses(self, problem: Problem) -> str | None:
+        """An operator that is not a `Split`, and a loss or a penalty without what a step uses."""
+        return (
+            refuses_unsplit(self, problem)
+            or lacks(self, "loss", problem.loss, "center", "weigh", "observed", "slack", "gradient", "value")
+            or lacks(self, "penalty", problem.penalty, "value", "prox")
+        )
 
     def init(self, problem: Problem, x0: Start | AdmmState) -> AdmmState:
         """D = 0, g = the start's dual; or a state of another precision, cast to this one, from which to go on."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import largest_eigenvalue_bound
-from sparseopt.core.solve import Measure, Problem
+from sparseopt.core.solve import Measure, Problem, lacks, refuses_operator
 from sparseopt.core.thresholds import count_each, count_nonzero
 from sparseopt.core.types import pytree, static
 
@@ -70,6 +70,16 @@ class Maiht:
     monitor: Literal["always", "on_increase"] = static(default="on_increase")
     stop: Literal["support", "change"] = static(default="change")
     seed: int = static(default=0)
+
+    def refuses(self, problem: Problem) -> str | None:
+        """An operator, and a loss or a penalty without what a step uses."""
+        return (
+            refuses_operator(self, problem)
+            or lacks(self, "loss", problem.loss, "hessian", "center", "gradient", "value_from_gradient")
+            or lacks(
+                self, "penalty", problem.penalty, "value", "prox", *([] if self.target_sparsity is None else ["weight"])
+            )
+        )
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> MaihtState:
         """All sequences start at x0: at most one product, and a bound on the curvature if no step is given."""

@@ -33,7 +33,8 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.penalties import Norm
-from sparseopt.core.solve import Measure, Problem
+from sparseopt.core.solve import Measure, Problem, lacks
+from sparseopt.core.solvers.admm import refuses_unsplit
 from sparseopt.core.types import pytree, static
 
 # rho starts at this multiple of rms(dual) / rms(loss dual / sigma), the rule of `admm.py`.
@@ -168,6 +169,14 @@ class LossAdmm:
     cadence: int = static(default=5)
     changes: int = static(default=9)
     patience: int = static(default=100)
+
+    def refuses(self, problem: Problem) -> str | None:
+        """An operator that is not a `Split`, and a loss or a penalty without what a step uses."""
+        return (
+            refuses_unsplit(self, problem)
+            or lacks(self, "loss", problem.loss, "value", "prox")
+            or lacks(self, "penalty", problem.penalty, "value", "prox")
+        )
 
     def init(self, problem: Problem, x0: LossStart) -> LossAdmmState:
         """No memory yet, g the start's dual, p in balance with it."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import largest_eigenvalue_bound
-from sparseopt.core.solve import Measure, Problem
+from sparseopt.core.solve import Measure, Problem, lacks, refuses_operator
 from sparseopt.core.solvers.aiht import STEP_FRACTION
 from sparseopt.core.types import pytree, static
 
@@ -41,6 +41,15 @@ class ProximalGradient:
 
     step_size: Any = None
     seed: int = static(default=0)
+
+    def refuses(self, problem: Problem) -> str | None:
+        """An operator, and a loss or a penalty without what a step uses."""
+        return (
+            refuses_operator(self, problem)
+            or lacks(self, "loss", problem.loss, "gradient", "value_from_gradient")
+            or lacks(self, "loss", problem.loss, *(["hessian"] if self.step_size is None else []))
+            or lacks(self, "penalty", problem.penalty, "value", "prox")
+        )
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> ProximalGradientState:
         """One product at x0."""

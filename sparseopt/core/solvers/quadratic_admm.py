@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.dense import product, spd_inverse
-from sparseopt.core.solve import Measure, Problem, Solution, solve
+from sparseopt.core.solve import Measure, Problem, Solution, lacks, refuses_operator, solve
 from sparseopt.core.thresholds import count_each
 from sparseopt.core.types import pytree, static
 
@@ -68,6 +68,14 @@ class QuadraticAdmm:
 
     rho: Any = 0.1
     watch: bool = static(default=True)
+
+    def refuses(self, problem: Problem) -> str | None:
+        """An operator, a loss that is not quadratic, and a penalty without a prox."""
+        return (
+            refuses_operator(self, problem)
+            or lacks(self, "loss", problem.loss, "hessian", "center", "value")
+            or lacks(self, "penalty", problem.penalty, "value", "prox")
+        )
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."] | DualStart) -> QuadraticAdmmState:
         """The inverse, and a point that stands for the dual."""

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import HIGHEST
-from sparseopt.core.solve import Measure, Problem
+from sparseopt.core.penalties import Support
+from sparseopt.core.solve import Measure, Problem, lacks, refuses_operator
 from sparseopt.core.types import pytree
 
 
@@ -37,6 +38,22 @@ class Refit:
     The residual is `||masked gradient|| / ||masked gradient at the start||` over all columns. A start with
     entries off the mask is projected onto it first. Any diagonal scaling is left to the caller.
     """
+
+    def refuses(self, problem: Problem) -> str | None:
+        """An operator, a loss that is not quadratic, and every penalty but a `Support`."""
+        return (
+            refuses_operator(self, problem)
+            or lacks(self, "loss", problem.loss, "hessian", "gradient", "value_from_gradient")
+            or self._refuses_penalty(problem.penalty)
+        )
+
+    def _refuses_penalty(self, penalty: Any) -> str | None:
+        if isinstance(penalty, Support):
+            return None
+        return (
+            f"Refit solves on a fixed support and needs a Support as its penalty, given {type(penalty).__name__}; use "
+            "sparseopt.Support(mask), or Maiht or ProximalGradient for another penalty"
+        )
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> RefitState:
         """One product at the masked start."""

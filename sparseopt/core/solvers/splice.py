@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.dense import spd_inverse
 from sparseopt.core.penalties import Support
-from sparseopt.core.solve import Measure, Problem
+from sparseopt.core.solve import Measure, Problem, lacks, refuses_operator
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.types import pytree, static
 
@@ -57,6 +57,22 @@ class Splice:
     refit_steps: int = static(default=5)
     damping: Any = 1.0
     patience: int = static(default=4)
+
+    def refuses(self, problem: Problem) -> str | None:
+        """An operator, a loss that is not quadratic, and a penalty that makes no masks."""
+        return (
+            refuses_operator(self, problem)
+            or lacks(self, "loss", problem.loss, "hessian", "gradient", "value_from_gradient")
+            or self._refuses_penalty(problem.penalty)
+        )
+
+    def _refuses_penalty(self, penalty: Any) -> str | None:
+        if callable(getattr(penalty, "mask", None)):
+            return None
+        return (
+            f"Splice exchanges entries of a sparse set and needs a penalty with mask(score), such as TopK or NM, given "
+            f"{type(penalty).__name__}; use Maiht or ProximalGradient for a penalty with a prox"
+        )
 
     def init(self, problem: Problem, x0: Float[Array, "n columns"]) -> SpliceState:
         """The support of x0, with the largest entries where it has too many, refitted."""

@@ -1,0 +1,27 @@
+"""Methods of a pytree, every call one compiled program and NumPy arrays behind it.
+
+Eagerly, every operation on every shape would be a program of its own, and most of a test's time.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+
+
+@partial(jax.jit, static_argnums=1)
+def _call(tree: Any, name: str, arguments: tuple) -> Any:
+    return getattr(tree, name)(*arguments)
+
+
+class Jitted:
+    """`Jitted(penalty).prox(x, step)` is `penalty.prox(x, step)`; the methods named in `host` run as they are."""
+
+    def __init__(self, tree: Any, host: tuple[str, ...] = ()) -> None:
+        self.tree, self.host = tree, host
+
+    def __getattr__(self, name: str) -> Any:
+        member = getattr(self.tree, name)
+        if not callable(member) or name in self.host:
+            return member
+        return lambda *arguments: jax.device_get(_call(self.tree, name, arguments))
