@@ -67,7 +67,7 @@ class ShardedWriter:
 
         Args:
             output: a folder that is empty or does not exist.
-            source: the model that the tensors come from; gives names, shapes, dtypes and tokenizer files.
+            source: the model that the tensors come from; gives names, shapes, dtypes and the other files.
             dtype: of all float tensors written; None keeps each tensor's own (float32 where it was quantised).
             pack: store tensors with many zeros as in `packed`; the folder is then for sparseopt only, and goes by
                 file names that transformers does not look for.
@@ -78,7 +78,8 @@ class ShardedWriter:
                 writes.
 
         Raises:
-            ModelError: if the folder holds something, cannot be made, or its disk has too little space.
+            ModelError: if the folder holds something, cannot be made, or its disk has too little space, or for a file
+                of the source that cannot go along.
         """
         self.output = Path(output).expanduser()
         self.shards: list[str] = []
@@ -92,6 +93,7 @@ class ShardedWriter:
         self._places: dict[str, str] = {}
         self._bytes: dict[str, int] = {}
         if writes:
+            source.sidecars()  # what cannot go along is refused now, and not behind the last block
             self._prepare(keep)
         for tag in keep or ():
             self._adopt(shard_name(tag, pack))
@@ -136,7 +138,7 @@ class ShardedWriter:
         return {key: tensor.read() for key, tensor in self._header(shard_name(tag, self._pack)).items()}
 
     def finish(self) -> None:
-        """Write the index, the configuration and the tokenizer files: the folder is then a whole model.
+        """Write the index, the configuration and what else the source has beside the weights: a whole model.
 
         Raises:
             ModelError: if tensors of the model were never written.

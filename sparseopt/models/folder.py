@@ -18,6 +18,15 @@ TO_SAFETENSORS = (
     "who made them: AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
 )
 
+# Endings of weights in any format. An export has its own, and the second copies of others stay where they are.
+WEIGHTS = frozenset(
+    (*PICKLES, ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".ot")
+)
+# What a pruning run writes beside the model, see `pruning.run_folder`.
+RUN_FILES = LOCK, RUN, RECORDS, SUMMARY = "run.lock", "run.json", "records.jsonl", "summary.json"
+
+# Bytes: of a file beside the weights, such as a tokenizer; the largest published ones have a tenth of that.
+MAX_FILE = 500 * 2**20
 # Bytes: a configuration, and an index with a line for every tensor. Real ones have some thousandths of that.
 MAX_CONFIG = 4 * 2**20
 MAX_INDEX = 100 * 2**20
@@ -43,6 +52,38 @@ def file_in(folder: Path, name: str) -> Path:
     if file.is_symlink():
         _check_link(folder, file)
     return file
+
+
+def is_carried(name: str) -> bool:
+    """Whether an export takes a file of a model's folder along, by its name.
+
+    All do but weights and their indices, hidden files, the configuration, which is written anew, and what a pruning run
+    writes beside the model. Files in folders inside the folder stay.
+    """
+    own = name.startswith(".") or name == "config.json" or name in RUN_FILES
+    return is_plain_name(name) and not own and not name.endswith(".index.json") and not WEIGHTS & _endings(name)
+
+
+def _endings(name: str) -> set[str]:
+    """All of them: `pytorch_model.bin.data` is one of weights as well."""
+    return {ending.lower() for ending in Path(name).suffixes}
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that an export takes along, by name.
+
+    Raises:
+        ModelError: for a link out of the folder, or a file too large to be one of these.
+    """
+    files = [file_in(folder, entry.name) for entry in folder.iterdir() if is_carried(entry.name) and entry.is_file()]
+    for file in files:
+        size = file.stat().st_size
+        if size > MAX_FILE:
+            raise ModelError(
+                f"{file} has {size:,} bytes; of the files beside the weights, which go along with the model, none has "
+                f"more than {MAX_FILE:,}: move it elsewhere"
+            )
+    return sorted(files)
 
 
 def _check_link(folder: Path, link: Path) -> None:

@@ -3,9 +3,9 @@
     OWNER/NAME            the repository's main branch
     OWNER/NAME@REVISION   a branch, a tag or a commit of it
 
-Only what is read is fetched: the configuration, the safetensors weights that the index names, and the tokenizer's
-files. They lie in huggingface_hub's cache, so a second call fetches nothing, and a machine without a network uses what
-the cache holds.
+Only what is needed is fetched: the configuration, the safetensors weights that the index names, and the files that go
+along with the model, such as a tokenizer's and the licence. They lie in huggingface_hub's cache, so a second call
+fetches nothing, and a machine without a network uses what the cache holds.
 """
 
 import logging
@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.folder import MAX_INDEX, PICKLES, TO_SAFETENSORS, is_plain_name, read_json
+from sparseopt.models.folder import (
+    MAX_FILE,
+    MAX_INDEX,
+    PICKLES,
+    TO_SAFETENSORS,
+    is_carried,
+    is_plain_name,
+    read_json,
+)
 from sparseopt.models.packed import PACKED_INDEX
 
 logger = logging.getLogger(__name__)
@@ -97,7 +105,7 @@ def parse_hub_name(text: str) -> HubName | None:
     return HubName(repository, revision if at else None)
 
 
-def fetch(name: HubName, sidecars: Sequence[str]) -> Snapshot:
+def fetch(name: HubName) -> Snapshot:
     """Fetch a repository's configuration and weights, or find them in the cache.
 
     A bar on standard error shows the progress. Where the hub cannot be asked, a whole copy in the cache does, and a
@@ -105,7 +113,6 @@ def fetch(name: HubName, sidecars: Sequence[str]) -> Snapshot:
 
     Args:
         name: of the repository.
-        sidecars: further files to fetch, such as a tokenizer's, where the repository has them.
 
     Raises:
         ModelError: if the repository or its revision is unknown, its owner has to grant access, it has no safetensors,
@@ -114,7 +121,7 @@ def fetch(name: HubName, sidecars: Sequence[str]) -> Snapshot:
     try:
         files = _list_files(name)
     except _failures() as error:
-        found = None if _is_unknown_revision(error) else _from_cache(name, sidecars)
+        found = None if _is_unknown_revision(error) else _from_cache(name)
         if found is None:
             raise ModelError(_explain(error, name)) from error
         logger.warning(
@@ -124,19 +131,22 @@ def fetch(name: HubName, sidecars: Sequence[str]) -> Snapshot:
             found.revision,
         )
         return found
-    _check_files(files, name)
+    _check_files(set(files), name)
+    small = [file for file, size in files.items() if is_carried(file) and size <= MAX_FILE]
+    if large := [file for file, size in files.items() if is_carried(file) and size > MAX_FILE]:
+        logger.warning("%s: not fetched, for their size: %s", name, ", ".join(large))
     try:
-        return Snapshot(*_download(name, sidecars, only_cached=False), offline=False)
+        return Snapshot(*_download(name, small, only_cached=False), offline=False)
     except _failures() as error:
         raise ModelError(_explain(error, name)) from error
 
 
-def _list_files(name: HubName) -> set[str]:
-    """The repository's files at the revision."""
+def _list_files(name: HubName) -> dict[str, int]:
+    """The repository's files at the revision, with their bytes."""
     from huggingface_hub import HfApi
 
-    info = HfApi().model_info(name.repository, revision=name.revision, timeout=TIMEOUT)
-    return {file.rfilename for file in info.siblings or []}
+    info = HfApi().model_info(name.repository, revision=name.revision, timeout=TIMEOUT, files_metadata=True)
+    return {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 
 def _check_files(files: set[str], name: HubName) -> None:
@@ -159,16 +169,16 @@ def _check_files(files: set[str], name: HubName) -> None:
     raise ModelError(f"{name} on the hub has no {missing}, expected are {CONFIG} and safetensors weights: {hint}")
 
 
-def _from_cache(name: HubName, sidecars: Sequence[str]) -> Snapshot | None:
+def _from_cache(name: HubName) -> Snapshot | None:
     """A whole copy in the cache, or None."""
     try:
-        return Snapshot(*_download(name, sidecars, only_cached=True), offline=True)
+        return Snapshot(*_download(name, (), only_cached=True), offline=True)
     except _failures():
         return None
 
 
-def _download(name: HubName, sidecars: Sequence[str], *, only_cached: bool) -> tuple[Path, str]:
-    """Folder and commit, with all files that are read: first the small ones, then the weights that the index names.
+def _download(name: HubName, small: Sequence[str], *, only_cached: bool) -> tuple[Path, str]:
+    """Folder and commit, with all files that are needed: first the small ones, then the weights that the index names.
 
     Raises:
         FileNotFoundError: if the cache alone has to do and lacks one of them.
@@ -183,7 +193,7 @@ def _download(name: HubName, sidecars: Sequence[str], *, only_cached: bool) -> t
         )
         return Path(folder)
 
-    folder = get(name.revision, (CONFIG, *INDICES, *sidecars))
+    folder = get(name.revision, (CONFIG, *INDICES, *small))
     commit = folder.name
     weights = _weight_files(folder)
     folder = get(commit, weights)

@@ -59,7 +59,7 @@ def pack_folder(source: str | Path, output: str | Path, *, observer: Observer = 
 def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer = ignore) -> Rewritten:
     """Write a packed model folder again as a dense one that transformers loads.
 
-    Its tensors have the bytes of the model that was packed. Configuration and tokenizer files come along.
+    Its tensors have the bytes of the model that was packed. All files that are no weights come along.
 
     Args:
         source: a folder that `sparseopt prune --pack` or `pack_folder` has written.

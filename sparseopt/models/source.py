@@ -11,25 +11,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.folder import MAX_INDEX, PICKLES, TO_SAFETENSORS, file_in, is_plain_name, read_json
+from sparseopt.models.folder import (
+    MAX_INDEX,
+    PICKLES,
+    TO_SAFETENSORS,
+    carried_files,
+    file_in,
+    is_plain_name,
+    read_json,
+)
 from sparseopt.models.gguf_source import GGUFSource
 from sparseopt.models.hub import fetch, parse_hub_name
 from sparseopt.models.packed import PACKED_INDEX, PACKED_PREFIX, PackedTensor, is_packed, read_packed_header
 from sparseopt.models.safetensors_file import StoredTensor, read_header
-
-# Files beside the weights that an export takes along where the source has them; config.json is written anew.
-SIDECARS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 # A tensor of a folder, as it lies in its file.
 FileTensor = StoredTensor | PackedTensor
@@ -74,7 +68,7 @@ class Source(Protocol):
         """One tensor, in its stored dtype (bfloat16 as `ml_dtypes.bfloat16`)."""
 
     def sidecars(self) -> dict[str, bytes]:
-        """Tokenizer and generation files by name, to be written beside an export."""
+        """The files beside configuration and weights by name, such as a tokenizer's, to be written beside an export."""
 
 
 class FolderSource:
@@ -97,9 +91,8 @@ class FolderSource:
         return self.tensors[name].read()
 
     def sidecars(self) -> dict[str, bytes]:
-        """Those of `SIDECARS` that the folder has."""
-        files = [file_in(self.path, name) for name in SIDECARS]
-        return {file.name: file.read_bytes() for file in files if file.is_file()}
+        """All that are no weights, see `carried_files`."""
+        return {file.name: file.read_bytes() for file in carried_files(self.path)}
 
 
 def open_source(path: str | Path) -> Source:
@@ -123,7 +116,7 @@ def open_source(path: str | Path) -> Source:
         raise ModelError(f"{path} is a file but no .gguf; give a Hugging Face folder or a .gguf file")
     name = parse_hub_name(asked)
     if name is not None:
-        snapshot = fetch(name, SIDECARS)
+        snapshot = fetch(name)
         return FolderSource(snapshot.folder, asked, snapshot.revision)
     raise ModelError(
         f"no model at {path}: the path does not exist; give a Hugging Face folder or a .gguf file on this "

@@ -8,17 +8,14 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.folder import file_in, read_json
+from sparseopt.models.folder import MAX_FILE, carried_files, file_in, read_json
 from sparseopt.models.gguf_source import GGUFSource
 from sparseopt.models.panics import guarded
-from sparseopt.models.source import SIDECARS, Source
+from sparseopt.models.source import Source
 
 # Whether text begins with the tokenizer's BOS: as the tokenizer itself does it, always, or never.
 Bos = Literal["auto", "yes", "no"]
 BOS_CHOICES: tuple[Bos, ...] = get_args(Bos)
-
-# Bytes; the largest published ones have a tenth of that.
-_MAX_TOKENIZER = 500 * 2**20
 
 
 def load_tokenizer(source: Source) -> Tokenizer:
@@ -32,8 +29,8 @@ def load_tokenizer(source: Source) -> Tokenizer:
     file = file_in(source.path, "tokenizer.json")
     if not file.is_file():
         return _convert_slow(source)
-    if file.stat().st_size > _MAX_TOKENIZER:
-        raise ModelError(f"{file} has more than {_MAX_TOKENIZER:,} bytes, which no tokenizer needs; download it again")
+    if file.stat().st_size > MAX_FILE:
+        raise ModelError(f"{file} has more than {MAX_FILE:,} bytes, which no tokenizer needs; download it again")
     tokenizer = guarded(lambda: Tokenizer.from_file(str(file)), f"{file} is no valid tokenizer")
     # A saved tokenizer may cut or pad every text; whole texts are wanted here.
     tokenizer.no_truncation()
@@ -44,8 +41,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
 def _convert_slow(source: Source) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    for name in SIDECARS:
-        file_in(source.path, name)
+    carried_files(source.path)
     try:
         # Said outright: without it, transformers asks at the terminal whether to run code of the folder.
         return AutoTokenizer.from_pretrained(

@@ -179,7 +179,8 @@ class Branch:
         changed = keys if self.recipe.reconstruction is not None else [f"{name}.weight" for name in block.linears]
         block.write({path: self._model.as_stored(keys[path], stored[keys[path]]) for path in changed})
         layers = [record for record in self._layers if record.block == index]
-        for event in (Replay(len(layers)), *layers, *(record for record in self._blocks if record.block == index)):
+        told: list[Event] = [Replay(len(layers)), *layers, *(r for r in self._blocks if r.block == index)]
+        for event in told:
             observer(event)
         if index + 1 < self._model.num_blocks:
             self._stream = self._stream.through(block, runner)

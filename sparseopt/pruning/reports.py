@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sparseopt import processes
 from sparseopt.files import append_line, write_whole
 from sparseopt.machine import environment
+from sparseopt.models.folder import RECORDS, SUMMARY
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ class RunLog:
             DiskError: if the disk does not take it.
         """
         if self._writes:
-            append_line(self._folder / "records.jsonl", json.dumps(fields))
+            append_line(self._folder / RECORDS, json.dumps(fields))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary.
@@ -306,4 +307,4 @@ class RunLog:
         """
         # Whole or not there: a folder with a summary counts as finished.
         if self._writes:
-            write_whole(self._folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_whole(self._folder / SUMMARY, json.dumps(summary, indent=2) + "\n")

@@ -12,15 +12,29 @@ import pytest
 from sparseopt.files import DiskError
 from sparseopt.models import OUTER_TAG, ModelError, ShardedWriter, StreamedModel, block_tag, open_model
 from sparseopt.models import export as export_module
+from sparseopt.models.folder import MAX_FILE
 from sparseopt.models.safetensors_file import write_tensors
 from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
+
+CARRIED = (
+    *("LICENSE", "NOTICE", "README.md", "preprocessor_config.json", "processor_config.json"),
+    *("chat_template.jinja", "tekken.json", "vocab.txt", "modeling_tiny.py"),
+)
+LEFT = (
+    *("pytorch_model.bin", "consolidated.00.PTH", "flax_model.msgpack", "tf_model.h5", "model.onnx", "model.onnx.data"),
+    *("pytorch_model.bin.index.json", "model.gguf", ".gitattributes", ".git/config", "original/params.json"),
+    # An earlier pruning's account of itself.
+    *("run.json", "records.jsonl", "summary.json"),
+)
 
 
 @pytest.fixture
 def model(tmp_path: Path, rng: np.random.Generator) -> StreamedModel:
     folder = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng), shards=2)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "x"}')
-    (folder / "private.txt").write_text("stays")
+    for name in (*CARRIED, *LEFT):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{name} of the source")
     return open_model(folder)
 
 
@@ -50,7 +64,7 @@ def test_a_copy_is_the_same_to_the_byte(tmp_path: Path, rng: np.random.Generator
 
 def test_one_shard_a_block_and_only_the_files_that_belong(tmp_path: Path, model: StreamedModel) -> None:
     copy_model(model, ShardedWriter(tmp_path / "deep" / "out", model.source))
-    assert sorted(file.name for file in (tmp_path / "deep" / "out").iterdir()) == [
+    assert sorted({file.name for file in (tmp_path / "deep" / "out").iterdir()} - set(CARRIED)) == [
         "config.json",
         "model-block-0000.safetensors",
         "model-block-0001.safetensors",
@@ -59,6 +73,8 @@ def test_one_shard_a_block_and_only_the_files_that_belong(tmp_path: Path, model:
         "model.safetensors.index.json",
         "tokenizer_config.json",
     ]
+    for name in CARRIED:
+        assert (tmp_path / "deep" / "out" / name).read_text() == f"{name} of the source"
     index = json.loads((tmp_path / "deep" / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(model.source.read(key).nbytes for key in model.source.tensors)
 
@@ -97,6 +113,20 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path, model: Streame
     with pytest.raises(ModelError, match=r"cannot use .* as output folder"):
         ShardedWriter(tmp_path / "out" / "thesis.tex", model.source)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_cannot_go_along_is_refused_before_work(tmp_path: Path, model: StreamedModel) -> None:
+    (tmp_path / "secret").write_text("of someone else")
+    (tmp_path / "source" / "NOTICE").unlink()
+    (tmp_path / "source" / "NOTICE").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match="NOTICE is a link to"):
+        ShardedWriter(tmp_path / "out", model.source)
+    (tmp_path / "source" / "NOTICE").unlink()
+    with (tmp_path / "source" / "film.mp4").open("wb") as file:
+        file.truncate(MAX_FILE + 1)
+    with pytest.raises(ModelError, match=r"film\.mp4 has 524,288,001 bytes.* none has more than 524,288,000"):
+        ShardedWriter(tmp_path / "out", model.source)
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_small_a_disk_is_refused_before_work(

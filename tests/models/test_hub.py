@@ -52,16 +52,22 @@ class Hub:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path, folder: Path | None = None) -> None:
         self.folder, self.cache = folder, cache
         self.files = sorted(file.name for file in folder.iterdir()) if folder else []
+        self.sizes: dict[str, int] = {}
         self.asked: list[tuple[str | None, list[str]]] = []
         self.info_error: Exception | None = None
         self.download_error: Exception | None = None
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
 
-    def model_info(self, repository: str, revision: str | None = None, timeout: float | None = None) -> Any:
+    def model_info(
+        self, repository: str, revision: str | None = None, timeout: float | None = None, files_metadata: bool = False
+    ) -> Any:
+        assert files_metadata
         if self.info_error is not None:
             raise self.info_error
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.files])
+        return SimpleNamespace(
+            siblings=[SimpleNamespace(rfilename=name, size=self.sizes.get(name)) for name in self.files]
+        )
 
     def snapshot_download(
         self, repository: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool
@@ -196,23 +202,28 @@ def test_a_broken_connection_is_told_from_an_answer(
     assert "not fetched anew (ConnectError" in caplog.text
 
 
-def test_only_what_is_read_is_fetched_and_the_commit_is_pinned(
+def test_only_what_is_needed_is_fetched_and_the_commit_is_pinned(
     tmp_path: Path, cache: Path, tensors: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_folder(tmp_path / "upstream", tiny_config(), tensors, 3)
-    for extra in ("tokenizer.json", "consolidated.safetensors", "pytorch_model.bin", "README.md"):
+    left = ("consolidated.safetensors", "pytorch_model.bin", ".gitattributes", "film.mp4")
+    for extra in ("tokenizer.json", "LICENSE", "README.md", "preprocessor_config.json", *left):
         (folder / extra).write_bytes(b"{}")
     fake = Hub(monkeypatch, cache, folder)
+    fake.files += ["original/params.json"]
+    fake.sizes = {"film.mp4": 2**30}
     source = open_source("lab/tiny@v2")
     shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    small = {"config.json", "model.safetensors.index.json", "tokenizer.json"}
+    carried = {"tokenizer.json", "LICENSE", "README.md", "preprocessor_config.json"}
+    small = {"config.json", "model.safetensors.index.json"} | carried
     assert [revision for revision, _ in fake.asked] == ["v2", SHA]
     assert small <= set(fake.asked[0][1])
     assert fake.asked[1][1] == shards
     assert {file.name for file in source.path.iterdir()} == small | set(shards)
     assert (source.name, source.revision) == ("lab/tiny@v2", SHA)
     assert set(source.tensors) == set(tensors)
-    assert not caplog.text
+    assert set(source.sidecars()) == carried
+    assert [record.message for record in caplog.records] == ["lab/tiny@v2: not fetched, for their size: film.mp4"]
 
 
 HELD = {

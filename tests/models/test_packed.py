@@ -239,17 +239,18 @@ def half(tmp_path: Path, rng: np.random.Generator) -> Path:
     folder = write_folder(tmp_path / "source", config, tensors, shards=2)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "x"}')
     copy_model(folder, tmp_path / "half", dtype=ml_dtypes.bfloat16)
-    (tmp_path / "half" / "private.txt").write_text("stays")
+    (tmp_path / "half" / "LICENSE").write_text("goes along")
     return tmp_path / "half"
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "private.txt"}
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_a_packed_folder_reads_as_the_dense_one(tmp_path: Path, half: Path) -> None:
     writer = copy_model(half, tmp_path / "packed", pack=True)
     assert sorted(files_of(tmp_path / "packed")) == [
+        "LICENSE",
         "config.json",
         PACKED_INDEX,
         "packed-block-0000.safetensors",
