@@ -1,24 +1,24 @@
 """Shared by all tests: how they compile, random arrays from one seeded generator, the command as a person types it."""
 
+import gc
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from sparseopt import cli
+from sparseopt.pruning.compiled import Compiled
 from tests import programs
 
-programs.set_up()  # before JAX is imported
-
-import jax  # noqa: E402
-from jax.experimental.compilation_cache.compilation_cache import reset_cache  # noqa: E402
-
-from sparseopt import cli  # noqa: E402
+programs.set_up()
 
 # A compiled program holds maps of memory, of which a Linux process has 65,530.
-MAPS, MAPS_LIMIT = Path("/proc/self/maps"), 30_000
+MAPS, MAPS_LIMIT = Path("/proc/self/maps"), 20_000
 
 
 def pytest_configure(config):
@@ -48,6 +48,9 @@ def rng() -> np.random.Generator:
 def _programs_leave_maps_to_others():
     yield
     if not MAPS.is_file() or MAPS.read_bytes().count(b"\n") > MAPS_LIMIT:
+        for held in gc.get_objects():
+            if isinstance(held, Compiled):
+                held._programs.clear()
         jax.clear_caches()
 
 

@@ -13,6 +13,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
+
 FULL = os.environ.get("SPARSEOPT_TEST_COMPILE", "quick") == "full"
 # Tried one after the other: XLA ends a process that names a flag it does not know.
 QUICK = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
@@ -62,9 +64,12 @@ def trim(limit: int = SIZE_LIMIT) -> None:
 
 
 def set_up() -> None:
-    """Tell JAX, which reads these variables when it is imported, and every process that the tests start."""
+    """Tell JAX and every process that the tests start; before the first program, since XLA reads its flags once."""
     kept = folder()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(kept))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if not FULL and "XLA_FLAGS" not in os.environ:
         os.environ["XLA_FLAGS"] = quick_flags(kept)
+    # JAX reads its variables when it is imported, which a plugin of pytest may have done already.
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

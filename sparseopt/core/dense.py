@@ -40,7 +40,7 @@ def spd_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
                [0.  , 0.25]], dtype=float32)
     """
     swept = _swept(matrix, PANELS)
-    return -(swept + swept.T) / 2
+    return (0 - swept - swept.T) / 2  # a plain minus would turn zeros into -0
 
 
 def _swept(matrix: Float[Array, "n n"], widths: tuple[int, ...]) -> Float[Array, "n n"]:

@@ -238,8 +238,8 @@ class BlockRunner:
     ) -> BlockGrams:
         """Grams summed over all batches, by tap name; with `dense_batches` also the drifts from them."""
         first = None if dense_batches is None else dense_batches[0]
-        gather = partial(gather_grams, weighting=weighting)
-        shapes = jax.eval_shape(lambda b, x, dense: gather(b, x, dense_x=dense), block, batches[0], first)
+        # The same for every weighting. JAX remembers the trace of a function that is there for good.
+        shapes = jax.eval_shape(gather_grams, block, batches[0], dense_x=first)
         if isinstance(batches, SpreadBatches):
             return self._spread_grams(block, batches, weighting, dense_batches, shapes)
         totals: Any = jax.tree.map(lambda s: jnp.asarray(np.zeros(s.shape, s.dtype)), shapes)

@@ -203,6 +203,17 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
     )
 
 
+def _answer(method: LayerMethod, layer: ScaledLayer, pattern: Pattern) -> Pruned:
+    """What a method returns, as arrays. JAX remembers its trace, so a method is looked at once a shape."""
+    answer = method(layer, pattern)
+    if not isinstance(answer, Pruned):
+        raise ValueError(
+            f"{type(method).__name__} must return sparseopt.pruning.Pruned(values, mask, steps, status), given "
+            f"a {type(answer).__name__}"
+        )
+    return jax.tree.map(jnp.asarray, answer)
+
+
 def check_method(method: LayerMethod, pattern: Pattern, shape: tuple[int, ...]) -> None:
     """Trace a method on a layer of shape `(out, in)`, without running it.
 
@@ -212,18 +223,9 @@ def check_method(method: LayerMethod, pattern: Pattern, shape: tuple[int, ...]) 
     outputs, inputs = shape
     name = type(method).__name__
 
-    def answer_of(layer: ScaledLayer, pattern: Pattern) -> Any:
-        answer = method(layer, pattern)
-        if not isinstance(answer, Pruned):
-            raise ValueError(
-                f"{name} must return sparseopt.pruning.Pruned(values, mask, steps, status), given "
-                f"a {type(answer).__name__}"
-            )
-        return jax.tree.map(jnp.asarray, answer)
-
     shapes = ((inputs, inputs), (inputs, outputs), (inputs,), (outputs,))
     layer = ScaledLayer(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-    answer = jax.eval_shape(answer_of, layer, pattern)
+    answer = jax.eval_shape(_answer, method, layer, pattern)
     wrong = [
         f"{field} of {found.dtype} {list(found.shape)}, expected {kind} {list(expected)}"
         for field, found, kind, expected in (
