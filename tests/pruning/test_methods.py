@@ -64,11 +64,7 @@ def program_of(method, inputs, outputs=48):
 
 @pytest.mark.parametrize("method", [SplicePruning(first=AdmmPruning(levels=1)), SparseGpt()], ids=["best", "sparsegpt"])
 def test_the_program_of_a_layer_does_not_grow_with_its_inputs(method):
-<<<<<<< HEAD
     # A list of places of a bounded length differs by a hundredth; written-out panels would multiply the length.
-=======
-    # A list of places, of bounded length, differs by a hundredth; panels written out would make it many times as long.
->>>>>>> w-core
     assert len(program_of(method, 16384)) == pytest.approx(len(program_of(method, 2048)), rel=0.05)
 
 
