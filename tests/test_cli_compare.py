@@ -49,8 +49,8 @@ def test_a_comparison_is_shown_and_written(tmp_path, compare):
     assert status == 0, err
     assert f"7 runs, in {tmp_path / 'out' / 'cells'}, 0 finished" in out
     assert out.count("done ") == 7
-    assert f"model: {tmp_path / 'source'} calibration: file:" in out
-    assert ", 3 x 32 = 96 tokens, and 64 held out; seed 0 evaluation: file:" in out
+    assert f"model: {tmp_path / 'source'} calibration: the first half of file:" in out
+    assert ", 3 x 32 = 96 tokens, and 64 held out; seed 0 evaluation: the second half of file:" in out
     assert "measured on: " in out
     rows = [
         "│ dense │ │ 0 │", "│ magnitude │ unstructured │ 0.25 │", "│ magnitude │ unstructured │ 0.5 │",

@@ -144,7 +144,8 @@ def scale_layer(
     if output_weights is None:
         output_scale = jnp.ones(weight.shape[0], jnp.float32)
     else:
-        logs = 0.5 * jnp.log(output_weights.astype(jnp.float32))
+        # Relative to the first: equal weights then count as none at all, in whatever order they are summed.
+        logs = 0.5 * jnp.log((output_weights / output_weights[0]).astype(jnp.float32))
         output_scale = jnp.exp(logs - jnp.mean(logs))
     center = (weight.astype(jnp.float32) * ranking_scale(scale)[None, :]).T * output_scale
     return ScaledLayer(hessian, center, scale, output_scale)

@@ -15,6 +15,7 @@ from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner, gather_grams
 from sparseopt.pruning.reports import Footprint
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+from tests.tiers import often
 
 
 def make_tokens(rng, windows, length=24):
@@ -109,7 +110,7 @@ def test_batches_split_evenly_and_keep_the_order():
     np.testing.assert_array_equal(jnp.concatenate(batches), x)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", often([np.float16, ml_dtypes.bfloat16], ml_dtypes.bfloat16))
 def test_half_precision_models_keep_their_dtype(tmp_path, rng, recipe, dtype):
     config = tiny_config(dtype=np.dtype(dtype).name)
     (tmp_path / "source").mkdir()
