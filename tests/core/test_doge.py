@@ -133,7 +133,7 @@ def test_the_chain_penalty_is_a_norm(rng, pinned):
         dual = penalty.project_dual(x - penalty.prox(x, 1.0))
         np.testing.assert_allclose(dual, x - penalty.prox(x, 1.0), atol=1e-12)
         slack = penalty.slack(x, dual)
-        assert slack.min() >= 0
+        assert slack.min() >= -1e-15  # a product and a sum may be rounded as one
         assert slack.sum() == pytest.approx(penalty.value(x) - np.vdot(dual, x), abs=1e-10)
 
 

@@ -16,7 +16,7 @@ from sparseopt.core.collectives import collectives
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.mesh import device_line, over, put, whole
 from sparseopt.core.patterns import NM, RowTopK, TopK
-from sparseopt.core.penalties import L0
+from sparseopt.core.penalties import L0, Support
 from sparseopt.core.solve import Problem, solve
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
@@ -161,7 +161,7 @@ def loops():
         "maiht 2:4": (Maiht(0.9, None, "on_increase", "support"), NM(2, 4)),
         "maiht per-row": (Maiht(0.9, None, "on_increase", "support"), RowTopK(32)),
         "admm": (QuadraticAdmm(0.1, watch=False), TopK(8192)),
-        "refit": (Refit(), NM(2, 4)),
+        "refit": (Refit(), Support(put(np.arange(64)[:, None] % 4 < np.full(256, 2), over(mesh, 1)))),
     }
 
     def run(hessian, center, solver, penalty):
