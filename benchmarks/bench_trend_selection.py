@@ -71,7 +71,7 @@ def constant(graph: so.Graph, places: np.ndarray) -> np.ndarray:
 def linear(graph: so.Graph, places: np.ndarray) -> np.ndarray:
     """A roof of four planes."""
     x, y = places.T
-    return np.minimum.reduce([4 * x, 3 * (1 - x), 2.5 * y + 0.3, 3.5 * (1 - y)])
+    return np.min([4 * x, 3 * (1 - x), 2.5 * y + 0.3, 3.5 * (1 - y)], axis=0)
 
 
 def smooth(graph: so.Graph, places: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ def denoise_photograph(output: Path) -> list[dict[str, float]]:
     from skimage.data import camera
 
     clean = np.asarray(camera(), np.float32)
-    noisy = clean + np.random.default_rng(0).normal(0, NOISE, clean.shape).astype(np.float32)
+    noisy = clean + np.asarray(np.random.default_rng(0).normal(0, NOISE, clean.shape), np.float32)
     start = psnr(noisy, clean)
     console.say(f"photograph: {clean.shape[0]} x {clean.shape[1]} pixels, noise sigma {NOISE}, PSNR {start:.2f} dB")
     rows, pictures = [], []

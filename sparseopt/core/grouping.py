@@ -229,7 +229,7 @@ def check_groups(matrix: sparse.csr_array, labels: np.ndarray) -> int:
     keys, counts = np.unique(owner * matrix.shape[1] + matrix.indices, return_counts=True)
     if (counts > 1).any():
         group, column = divmod(int(keys[np.argmax(counts > 1)]), matrix.shape[1])
-        raise ValueError(f"group {group} has {int(counts.max())} rows that share column {column}")
+        raise ValueError(f"group {group} has {int(np.max(counts))} rows that share column {column}")
     return int(labels.max(initial=-1)) + 1
 
 

@@ -57,7 +57,7 @@ def _places(owner: np.ndarray, parts: int) -> tuple[np.ndarray, int]:
     order = np.argsort(owner, kind="stable")
     place = np.empty(owner.size, np.int64)
     place[order] = np.arange(owner.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    return place, int(counts.max())
+    return place, int(np.max(counts))
 
 
 def cut_graph(edges: np.ndarray, order: np.ndarray, parts: int) -> Cut:

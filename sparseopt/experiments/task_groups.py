@@ -67,8 +67,8 @@ class Groups(Task):
             "block": block,
             "groups": check_groups(matrix, labels),
             "rows": matrix.shape[0],
-            "smallest_group": int(sizes.min()),
-            "largest_group": int(sizes.max()),
+            "smallest_group": int(np.min(sizes)),
+            "largest_group": int(np.max(sizes)),
             "disjoint": touched.size == matrix.nnz,
             "complete": int(sizes.sum()) == matrix.shape[0] and bool((labels >= 0).all()),
         }

@@ -141,7 +141,7 @@ def allocate_owl(
         return float(np.clip(shares + shift, *bounds) @ sizes / sizes.sum()) - sparsity
 
     # Between these two shifts every share moves from the lower bound to the upper one.
-    first, last = bounds[0] - shares.max(), bounds[1] - shares.min()
+    first, last = bounds[0] - np.max(shares), bounds[1] - np.min(shares)
     shift = brentq(total, first, last) if total(first) < 0 < total(last) else first if total(first) >= 0 else last
     return np.clip(shares + shift, *bounds)
 

@@ -27,7 +27,7 @@ from sparseopt.pruning.patterns import Pattern, count_groups, pattern_count
 # Scale of a dead input's weights over the smallest scale of the others: they rank last, and their squares are still
 # normal float32 numbers.
 DEAD_SCALE = 1e-9
-KINDS = {"float": jnp.floating, "bool": jnp.bool_, "int": jnp.integer}
+KINDS: dict[str, Any] = {"float": jnp.floating, "bool": jnp.bool_, "int": jnp.integer}
 
 
 @pytree

@@ -116,7 +116,7 @@ def is_narrow(graph: Graph) -> bool:
         for _ in range(2):
             distance = csgraph.dijkstra(adjacency, directed=False, indices=start, unweighted=True)[inside]
             start = inside[np.argmax(distance)]
-        widest = np.bincount(distance.astype(np.int64)).max()
+        widest = np.max(np.bincount(distance.astype(np.int64)))
         return bool(widest <= WIDEST_LAYER * np.sqrt(graph.num_nodes))
 
     # A planar graph has at most three edges a node.

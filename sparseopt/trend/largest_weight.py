@@ -210,8 +210,8 @@ class _Flows:
         opened = np.bincount(ends[0], self.root, b.size) - np.bincount(ends[1], self.root, b.size)
         cuts, inside = np.cumsum(opened)[:-1], np.abs(np.cumsum(demand[order]))[:-1]
         # A set that cuts no edge is a union of components: its demand is 0, and so is its cut, up to rounding.
-        proper = cuts > 0.5 * self.root.min()
-        return float((inside[proper] / cuts[proper]).max(initial=0))
+        proper = cuts > 0.5 * np.min(self.root)
+        return float(np.max(inside[proper] / cuts[proper], initial=0))
 
     def least_congested(self, demand: np.ndarray, tol: float) -> tuple[float, float, np.ndarray]:
         """An upper and a lower bound of the least `max |u|` with `Dᵀ u = demand`, and the u of the upper one."""
