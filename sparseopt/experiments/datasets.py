@@ -274,7 +274,7 @@ def load_minnesota() -> GraphData:
     from scipy.io import loadmat
 
     file = require("pygsp") / "data" / "pointclouds" / "minnesota.mat"
-    stored = loadmat(io.BytesIO(file.read_bytes()))
+    stored = loadmat(io.BytesIO(file.read_bytes()), spmatrix=False)
     upper = sparse.triu(stored["A"], 1).tocoo()
     edges = np.stack([upper.row, upper.col], axis=1).astype(np.int64)
     # The road that pygsp adds as well: the file has one part of two crossings that nothing joins to the rest.
