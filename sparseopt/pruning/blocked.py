@@ -32,6 +32,7 @@ from sparseopt.pruning.layer import (
     LayerReport,
     layer_solver,
     ranking_scale,
+    relative_scale,
 )
 from sparseopt.pruning.methods.magnitude import Magnitude
 from sparseopt.pruning.methods.wanda import Wanda
@@ -183,8 +184,7 @@ def kept_by_row(job: LayerJob, k: int, method: LayerMethod) -> np.ndarray:
     if isinstance(method, Magnitude):
         scale = np.where(np.asarray(norms) > 0, 1, DEAD_SCALE).astype(np.float32)
     elif job.output_weights is not None:
-        logs = 0.5 * np.log(np.asarray(job.output_weights, np.float32))
-        output_scale = np.exp(logs - logs.mean())
+        output_scale = np.asarray(relative_scale(jnp.asarray(job.output_weights, jnp.float32)))
     outputs, inputs = job.weight.shape
     step = max(1, CHUNK // (inputs * unit)) * unit
 

@@ -141,14 +141,16 @@ def scale_layer(
     scale = jnp.sqrt(jnp.diagonal(gram))
     inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
     hessian = gram * inverse[:, None] * inverse[None, :]
-    if output_weights is None:
-        output_scale = jnp.ones(weight.shape[0], jnp.float32)
-    else:
-        # Relative to the first: equal weights then count as none at all, in whatever order they are summed.
-        logs = 0.5 * jnp.log((output_weights / output_weights[0]).astype(jnp.float32))
-        output_scale = jnp.exp(logs - jnp.mean(logs))
+    output_scale = jnp.ones(weight.shape[0], jnp.float32) if output_weights is None else relative_scale(output_weights)
     center = (weight.astype(jnp.float32) * ranking_scale(scale)[None, :]).T * output_scale
     return ScaledLayer(hessian, center, scale, output_scale)
+
+
+def relative_scale(output_weights: Float[Array, "out"]) -> Float[Array, "out"]:
+    """The root of the outputs' weights over its geometric mean."""
+    # Relative to the first: equal weights then count as none at all, in whatever order they are summed.
+    logs = 0.5 * jnp.log((output_weights / output_weights[0]).astype(jnp.float32))
+    return jnp.exp(logs - jnp.mean(logs))
 
 
 def ranking_scale(scale: Float[Array, "in"]) -> Float[Array, "in"]:
