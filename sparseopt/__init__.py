@@ -9,12 +9,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from sparseopt.core.losses import Quadratic
+from sparseopt.core.matrix_losses import Composed, LeastSquares
 from sparseopt.core.patterns import NM, BlockTopK, RowTopK, TopK
 from sparseopt.core.penalties import L0, L1, MCP, SCAD, GroupL2, Penalty, Support, lift
+from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status
 from sparseopt.core.proximal import proximal, proximal_adam
 from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LogisticLoss, PoissonLoss
-from sparseopt.core.solve import Measure, Problem, Solution, Solver, Status, solve
+from sparseopt.core.solve import chosen_solver, solve
+from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
+from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.types import pytree, static
@@ -40,16 +44,20 @@ __all__ = [
     "NM",
     "SCAD",
     "AbsoluteLoss",
+    "AcceleratedProximalGradient",
     "BlockTopK",
+    "Composed",
     "Graph",
     "GraphTrendFilter",
     "GroupL2",
     "HuberLoss",
+    "LeastSquares",
     "LogisticLoss",
     "Maiht",
     "Measure",
     "Penalty",
     "PoissonLoss",
+    "PrimalDual",
     "Problem",
     "ProximalGradient",
     "Quadratic",
@@ -57,10 +65,12 @@ __all__ = [
     "RowTopK",
     "Solution",
     "Solver",
+    "SplitAdmm",
     "Status",
     "Support",
     "TopK",
     "TrendPath",
+    "chosen_solver",
     "cross_validate",
     "degrees_of_freedom",
     "largest_weight",

@@ -138,7 +138,7 @@ def trend(
 def _finish_fit(found: Any, figures: dict[str, Any], seconds: float, summary: Path, written: list[Path]) -> None:
     """Say how a fit ended, and write the same as JSON."""
     from sparseopt import console
-    from sparseopt.core.solve import Status
+    from sparseopt.core.problem import Status
 
     status = Status(int(found.status))
     gap = float(found.gap)

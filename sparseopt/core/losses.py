@@ -33,13 +33,61 @@ class Quadratic:
         """`hessian @ (x - center)`; the loss's only product with the Hessian."""
         return jnp.matmul(self.hessian, x - self.center, precision=HIGHEST)
 
-    def value_from_gradient(self, x: Float[Array, "n ..."], gradient: Float[Array, "n ..."]) -> Float[Array, ""]:
-        """The loss at x when the gradient there is at hand already: one pass, no product."""
+    # What `MatrixLoss` has by these names: the image of x is the gradient, affine in x.
+    def image(self, x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """The gradient, from which everything else follows."""
+        return self.gradient(x)
+
+    def value_at(self, x: Float[Array, "n ..."], gradient: Float[Array, "n ..."]) -> Float[Array, ""]:
+        """The loss at x when the gradient there is known: one pass, no product."""
         return 0.5 * jnp.sum((x - self.center) * gradient)
+
+    def gradient_at(self, x: Float[Array, "n ..."], gradient: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """The gradient itself."""
+        del x
+        return gradient
+
+    def divergence(self, x: Array, gradient: Array, x_old: Array, gradient_old: Array) -> Float[Array, ""]:
+        """`loss(x) - loss(x_old) - <gradient_old, x - x_old>`."""
+        return 0.5 * jnp.sum((x - x_old) * (gradient - gradient_old))
+
+    def scaled_slack(self, x: Array, gradient: Array, share: Any) -> Float[Array, ""]:
+        """`loss(x) + conjugate(s) - <s, x>` for s the share of the gradient at x: never negative."""
+        return (1 - share) ** 2 * self.value_at(x, gradient)
+
+    def start(self) -> Array:
+        """Zeros of the shape and dtype of x."""
+        return jnp.zeros_like(self.center)
 
     def value(self, x: Float[Array, "n ..."]) -> Float[Array, ""]:
         """The loss at x."""
-        return self.value_from_gradient(x, self.gradient(x))
+        return self.value_at(x, self.gradient(x))
+
+
+@pytree
+class PlainLoss:
+    """A loss that has only `value` and `gradient`, with what solvers call besides; its image is both of them at x."""
+
+    loss: Any
+
+    def image(self, x: Array) -> tuple[Array, Array]:
+        """Value and gradient."""
+        return self.loss.value(x), self.loss.gradient(x)
+
+    def value_at(self, x: Array, image: tuple[Array, Array]) -> Array:
+        """The value."""
+        del x
+        return image[0]
+
+    def gradient_at(self, x: Array, image: tuple[Array, Array]) -> Array:
+        """The gradient."""
+        del x
+        return image[1]
+
+    def divergence(self, x: Array, image: tuple[Array, Array], x_old: Array, image_old: tuple[Array, Array]) -> Array:
+        """`loss(x) - loss(x_old) - <gradient(x_old), x - x_old>`, less its rounding error."""
+        apart = image[0] - image_old[0] - jnp.sum(image_old[1] * (x - x_old))
+        return apart - 8 * jnp.finfo(x.dtype).eps * jnp.abs(image_old[0])
 
 
 def largest_eigenvalue_bound(matrix: Float[Array, "n n"], key: jax.Array, steps: int = 24) -> Float[Array, ""]:

@@ -45,7 +45,7 @@ class NodeLoss:
         """`argmin_u 1/2 ||u - x||² + step value(u)`; step is one number or one an entry."""
         return self.family.prox(x, self.signal, self.weigh(jnp.broadcast_to(step, x.shape)))
 
-    def _slope(self, q: FloatArray) -> FloatArray:
+    def slope(self, q: FloatArray) -> FloatArray:
         """`-q / w`, 0 at missing nodes."""
         if self.weights is None:
             return -q
@@ -58,7 +58,7 @@ class NodeLoss:
         The domain is convex, so every smaller share is in it too. `anchor`, of the kind of q, must be in it.
         Missing nodes have no say: their conjugate is that of the box.
         """
-        slope, safe = self._slope(q), self._slope(anchor)
+        slope, safe = self.slope(q), self.slope(anchor)
         low, high = self.family.dual_range(self.signal)
         outside = (slope < low) | (slope > high)
         end = jnp.where(slope > high, high, low)
@@ -73,7 +73,7 @@ class NodeLoss:
 
         At a missing node the conjugate is that of the box, and the term is `q x - min(q low, q high)`.
         """
-        slack = self.weigh(self.family.slack(x, self._slope(q), self.signal))
+        slack = self.weigh(self.family.slack(x, self.slope(q), self.signal))
         if self.weights is None:
             return total(slack)
         boxed = q * x - jnp.minimum(q * self.low, q * self.high)

@@ -29,7 +29,8 @@ from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.mesh import Devices
 from sparseopt.core.operators import Difference, Split
 from sparseopt.core.penalties import L1
-from sparseopt.core.solve import Measure, Problem, Solution, solve
+from sparseopt.core.problem import Measure, Problem, Solution
+from sparseopt.core.solve import solve
 from sparseopt.core.solvers.admm import Admm, AdmmState, Start, standard_split
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.node_solve import Diagonal

@@ -18,7 +18,8 @@ import numpy as np
 from pydantic import Field
 
 from sparseopt.core.penalties import Norm
-from sparseopt.core.solve import Problem, solve
+from sparseopt.core.problem import Problem
+from sparseopt.core.solve import solve
 from sparseopt.experiments.baselines import Method, NestedAdmm, Settings, assemble
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Strict
 from sparseopt.experiments.task_trend import PictureTask, by_subject, method_label

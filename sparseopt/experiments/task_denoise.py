@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from sparseopt import processes
-from sparseopt.core.solve import Solution, Status
+from sparseopt.core.problem import Solution, Status
 from sparseopt.experiments.baselines import Method, Settings, Stop, algorithm_of, fit
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record
 from sparseopt.experiments.task_trend import METHOD_NAMES, PictureTask, by_subject, method_label

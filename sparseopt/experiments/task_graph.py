@@ -12,7 +12,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from sparseopt import processes
-from sparseopt.core.solve import Status
+from sparseopt.core.problem import Status
 from sparseopt.experiments.datasets import GraphData, GraphSource
 from sparseopt.experiments.names import PenaltyConfig
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from sparseopt import processes
-from sparseopt.core.solve import Status
+from sparseopt.core.problem import Status
 from sparseopt.experiments.names import Mistakes, Named, PenaltyConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
 from sparseopt.models import Bos, bundled_model, check_window, encode_text, load_tokenizer, open_model, start_token

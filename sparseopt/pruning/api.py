@@ -8,7 +8,7 @@ import numpy as np
 
 from sparseopt.core.patterns import TopK
 from sparseopt.core.penalties import Penalty
-from sparseopt.core.solve import Status
+from sparseopt.core.problem import Status
 from sparseopt.pruning.blocked import solve_within_memory
 from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, check_method
 from sparseopt.pruning.methods import find_method

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from sparseopt import processes
 from sparseopt.core.patterns import BlockTopK, TopK
-from sparseopt.core.solve import Status
+from sparseopt.core.problem import Status
 from sparseopt.pruning.devices import solve_over
 from sparseopt.pruning.layer import (
     DEAD_SCALE,

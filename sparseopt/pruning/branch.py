@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from sparseopt import processes
 from sparseopt.core.dense import HIGHEST
 from sparseopt.core.mesh import over, put, whole
-from sparseopt.core.solve import Status
+from sparseopt.core.problem import Status
 from sparseopt.machine import peak_memory_bytes
 from sparseopt.models import OUTER_TAG, Block, PrunableBlock, PrunableModel, ShardedWriter, TorchModel, block_tag
 from sparseopt.models.safetensors_file import UnreadTensor

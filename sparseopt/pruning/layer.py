@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import HIGHEST, Quadratic
-from sparseopt.core.solve import Status
+from sparseopt.core.problem import Status
 from sparseopt.core.types import pytree
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, count_groups, pattern_count

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.dense import product
 from sparseopt.core.patterns import TopK
 from sparseopt.core.penalties import Support
-from sparseopt.core.solve import Problem
+from sparseopt.core.problem import Problem
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.pruning.compiled import Compiled

@@ -18,8 +18,8 @@ from sparseopt.core.grouping import Sums
 from sparseopt.core.mesh import Exchange, over, put, whole
 from sparseopt.core.parts import Cut, cut_graph, part_base
 from sparseopt.core.penalties import L1
+from sparseopt.core.problem import Solution
 from sparseopt.core.slabs import SlabBase
-from sparseopt.core.solve import Solution
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.options import Options
 

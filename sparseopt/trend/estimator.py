@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from sparseopt.core.penalties import L0, L1, MCP, SCAD, GroupL2
-from sparseopt.core.solve import Solution, Status
+from sparseopt.core.problem import Solution, Status
 from sparseopt.trend.checks import real_array
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.fidelity import wide_types
+from sparseopt.core.iterate import iterate
 from sparseopt.core.mesh import Devices, at_work, device_line
 from sparseopt.core.penalties import Norm
-from sparseopt.core.solve import Problem, Solution, Status, solve
+from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.mixed import solve_mixed
 from sparseopt.trend.choice import choose_method
@@ -265,7 +266,7 @@ def _fit(signal: Signal, graph: Graph, penalty: Any, k: int, options: Options) -
     if kind == np.float64 and graph.num_nodes >= MIXED_FROM and isinstance(penalty, Norm) and not options.history:
         found = mixed(problem, solver, start, tol=level, max_steps=jnp.asarray(limit, jnp.int32))
     else:
-        found = solve(problem, solver, start, tol=level, max_steps=limit, history=options.history)
+        found = iterate(problem, solver, start, tol=level, max_steps=limit, history=options.history)
     problem, shift, means = Problem(base.loss, penalty, ready.split), jnp.asarray(base.shift, kind), base.means
     fit = finished(problem, found, shift, base.laid_out(means, shift), level)
     return answered(found, fit, graph, signal.shape)

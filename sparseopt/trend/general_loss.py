@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.iterate import iterate
 from sparseopt.core.node_losses import NodeLoss
 from sparseopt.core.penalties import Norm
+from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LogisticLoss, PoissonLoss, ScalarLoss
-from sparseopt.core.solve import Problem, Solution, Status, solve
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossAdmmState, LossStart, certificate
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
@@ -137,7 +138,7 @@ def fit_loss(signal: Signal, graph: Graph, penalty: Any, order: int, loss: Scala
     start = LossStart(x, dual) if warm_start is None else _warm(signal, warm_start, laid_out, ready, rho)
     problem = Problem(node_loss, penalty, ready.split)
     limit = options.limit(solver.cadence)
-    found = solve(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=options.history)
+    found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=options.history)
     if not isinstance(penalty, Norm):
         status = jnp.where(found.status == Status.CONVERGED, Status.STATIONARY, found.status).astype(jnp.int32)
         return dataclasses.replace(found, value=found.value.reshape(signal.shape), status=status)

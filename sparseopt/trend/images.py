@@ -8,7 +8,7 @@ import numpy as np
 
 from sparseopt.core.mesh import Devices
 from sparseopt.core.penalties import L1, GroupL2
-from sparseopt.core.solve import Solution
+from sparseopt.core.problem import Solution
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 

@@ -23,7 +23,7 @@ from scipy import sparse
 
 from sparseopt.core.grouping import difference_matrix, edge_grid, grid_edges
 from sparseopt.core.penalties import L1
-from sparseopt.core.solve import Problem, Solution, Status
+from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.types import pytree
 from sparseopt.trend.freedom import edge_rows
 from sparseopt.trend.graph import Graph

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.fidelity import NodeSquares, total
+from sparseopt.core.iterate import iterate
 from sparseopt.core.penalties import Norm
-from sparseopt.core.solve import Problem, Status, solve
+from sparseopt.core.problem import Problem, Status
 from sparseopt.core.solvers.admm import Admm, Start, balanced_rho
 from sparseopt.core.types import pytree
 from sparseopt.trend.choice import choose_path_method
@@ -214,7 +215,7 @@ def _solved(
         usual = FIRST_RHO * plain.weight / task.noise
         rho = jnp.clip(balanced_rho(split, centred, start.x, start.dual), usual / RHO_RANGE, usual * RHO_RANGE)
     start = Start(start.x, start.dual, rho, fits[0].settled)
-    found = solve(Problem(centred, penalty, split), task.solver, start, tol=tol, max_steps=max_steps)
+    found = iterate(Problem(centred, penalty, split), task.solver, start, tol=tol, max_steps=max_steps)
     fit = finished(Problem(task.loss, penalty, split), found, task.shift, task.means, tol)
     if isinstance(penalty, Norm):
         nonzero = _marked(plain, task.full, fit.value, row_dual(penalty, found.state.candidate), task.noise)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.core.solve import Solution
+from sparseopt.core.problem import Solution
 from sparseopt.trend.checks import is_positive, whole_number
 from sparseopt.trend.memory import require_memory
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from sparseopt.core.penalties import L1, MCP, SCAD, GroupL2
-from sparseopt.core.solve import Solution, Status
+from sparseopt.core.problem import Solution, Status
 from sparseopt.trend.checks import is_positive, positive_number, real_array, whole_number
 from sparseopt.trend.filter import precision
 from sparseopt.trend.freedom import freedom_of_rows

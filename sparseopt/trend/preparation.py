@@ -10,7 +10,7 @@ import numpy as np
 
 from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.penalties import Norm
-from sparseopt.core.solve import Problem, Solution, Status
+from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
 from sparseopt.trend.methods import Prepared, prepare

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.penalties import L1
-from sparseopt.core.solve import Solution, Status
+from sparseopt.core.problem import Solution, Status
 from sparseopt.trend.checks import positive_number, real_array, whole_number
 from sparseopt.trend.filter import precision, trend_filter
 from sparseopt.trend.graph import Graph

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.core.penalties import L1
-from sparseopt.core.solve import Status
+from sparseopt.core.problem import Status
 from sparseopt.trend.checks import is_positive, whole_number
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal, checked_signal

@@ -11,7 +11,7 @@ from scipy.sparse import linalg
 
 from sparseopt.core.operators import Split
 from sparseopt.core.penalties import Norm
-from sparseopt.core.solve import Solution
+from sparseopt.core.problem import Solution
 from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.iterate import iterate
 from sparseopt.core.operators import Difference, Identity, Split, Stack
 from sparseopt.core.penalties import Norm, stacked
-from sparseopt.core.solve import Problem, Solution, solve
+from sparseopt.core.problem import Problem, Solution
 from sparseopt.core.solvers.admm import Admm, Start, standard_split
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
 from sparseopt.trend.checks import whole_number
@@ -123,7 +124,7 @@ def fit_sum(signal: Signal, graph: Graph, terms: Terms, options: Options) -> Sol
         start = warm_start_of(x, warm_start, ready, rho)
     problem, level = Problem(base.centred, penalty, ready.split), jnp.asarray(options.tol, kind)
     limit = options.limit(solver.cadence)
-    found = solve(problem, solver, start, tol=level, max_steps=limit, history=options.history)
+    found = iterate(problem, solver, start, tol=level, max_steps=limit, history=options.history)
     problem = Problem(base.loss, penalty, ready.split)
     fit = finished(problem, found, jnp.asarray(base.shift, kind), base.laid_out(base.means), level)
     if anchored and isinstance(penalty, Norm):

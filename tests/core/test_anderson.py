@@ -8,7 +8,8 @@ import pytest
 import sparseopt as so
 from sparseopt.core.fidelity import NodeSquares
 from sparseopt.core.operators import Difference
-from sparseopt.core.solve import Problem, solve
+from sparseopt.core.problem import Problem
+from sparseopt.core.solve import solve
 from sparseopt.core.solvers.admm import Admm, Start, standard_split
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 from sparseopt.core.solvers.node_solve import cosine_solve

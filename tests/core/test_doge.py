@@ -9,7 +9,7 @@ import sparseopt as so
 from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.grouping import group_table
 from sparseopt.core.operators import Difference
-from sparseopt.core.solve import Problem
+from sparseopt.core.problem import Problem
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_lasso

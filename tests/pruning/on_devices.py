@@ -17,7 +17,8 @@ from sparseopt.core.losses import Quadratic
 from sparseopt.core.mesh import device_line, over, put, whole
 from sparseopt.core.patterns import NM, RowTopK, TopK
 from sparseopt.core.penalties import L0, Support
-from sparseopt.core.solve import Problem, solve
+from sparseopt.core.problem import Problem
+from sparseopt.core.solve import solve
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.refit import Refit

@@ -16,7 +16,7 @@ import numpy as np
 import sparseopt as so
 from sparseopt.core.collectives import collectives, times, total_bytes
 from sparseopt.core.mesh import device_line, whole
-from sparseopt.core.solve import _solve
+from sparseopt.core.problem import _solve
 from sparseopt.trend import filter as trend
 from sparseopt.trend.devices import over_devices, step_exchange
 

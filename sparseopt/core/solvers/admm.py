@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.fidelity import total
 from sparseopt.core.operators import Split
 from sparseopt.core.penalties import Norm
-from sparseopt.core.solve import Measure, Problem, lacks
+from sparseopt.core.problem import Measure, Problem, lacks
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 from sparseopt.core.types import pytree, static
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import largest_eigenvalue_bound
-from sparseopt.core.solve import Measure, Problem, lacks, refuses_operator
+from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
 from sparseopt.core.thresholds import count_each, count_nonzero
 from sparseopt.core.types import pytree, static
 
@@ -75,7 +75,7 @@ class Maiht:
         """An operator, and a loss or a penalty without what a step uses."""
         return (
             refuses_operator(self, problem)
-            or lacks(self, "loss", problem.loss, "hessian", "center", "gradient", "value_from_gradient")
+            or lacks(self, "loss", problem.loss, "hessian", "center", "gradient", "value_at")
             or lacks(
                 self, "penalty", problem.penalty, "value", "prox", *([] if self.target_sparsity is None else ["weight"])
             )
@@ -91,7 +91,7 @@ class Maiht:
         # The usual start is the loss's own minimiser, where the product would be spent on a zero.
         at_center = jnp.all(x0 == loss.center)
         gradient = jax.lax.cond(at_center, lambda: jnp.zeros_like(x0), lambda: loss.gradient(x0))
-        value = loss.value_from_gradient(x0, gradient)
+        value = loss.value_at(x0, gradient)
         u = x0 - step * gradient
         one = jnp.ones((), x0.dtype)
         penalty = jax.tree.map(jnp.asarray, problem.penalty)
@@ -125,7 +125,7 @@ class Maiht:
         def evaluate(u: Array) -> tuple[Array, Array, Array, Array]:
             x = penalty.prox(u, step)
             gradient = loss.gradient(x)
-            value = loss.value_from_gradient(x, gradient)
+            value = loss.value_at(x, gradient)
             return x, x - step * gradient, value, value + penalty.value(x)
 
         back = (state.momentum_previous - 1) / state.momentum

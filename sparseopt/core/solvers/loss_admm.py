@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.penalties import Norm
-from sparseopt.core.solve import Measure, Problem, lacks
+from sparseopt.core.problem import Measure, Problem, lacks
 from sparseopt.core.solvers.admm import refuses_unsplit
 from sparseopt.core.types import pytree, static
 

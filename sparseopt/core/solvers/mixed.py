@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sparseopt.core.solve import Problem, Solution, Status, solve
+from sparseopt.core.iterate import iterate
+from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Admm, Start
 
 # The float32 gap follows the float64 one down to about its estimated rounding error: this multiple of it ends the first
@@ -37,12 +38,12 @@ def solve_mixed(problem: Problem, solver: Admm, start: Start, *, tol: Array, max
     """
     problem, solver, start = jax.tree.map(jnp.asarray, (problem, solver, start))
     brief = dataclasses.replace(solver, patience=PATIENCE, margin=math.inf, enough=HANDOVER)
-    first = solve(_short(problem), _short(brief), _short(start), tol=tol.astype(jnp.float32), max_steps=max_steps)
+    first = iterate(_short(problem), _short(brief), _short(start), tol=tol.astype(jnp.float32), max_steps=max_steps)
     # Squares of a signal of 1e30 are beyond float32.
     state = jax.lax.cond(
         first.status == Status.NONFINITE,
         lambda: solver.init(problem, start),
         lambda: solver.init(problem, _long(first.state)),
     )
-    found = solve(problem, solver, state, tol=tol, max_steps=jnp.maximum(max_steps - first.steps, 0))
+    found = iterate(problem, solver, state, tol=tol, max_steps=jnp.maximum(max_steps - first.steps, 0))
     return dataclasses.replace(found, steps=first.steps + found.steps)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import largest_eigenvalue_bound
-from sparseopt.core.solve import Measure, Problem, lacks, refuses_operator
+from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
 from sparseopt.core.solvers.aiht import STEP_FRACTION
 from sparseopt.core.types import pytree, static
 
@@ -46,7 +46,7 @@ class ProximalGradient:
         """An operator, and a loss or a penalty without what a step uses."""
         return (
             refuses_operator(self, problem)
-            or lacks(self, "loss", problem.loss, "gradient", "value_from_gradient")
+            or lacks(self, "loss", problem.loss, "gradient", "value_at")
             or lacks(self, "loss", problem.loss, *(["hessian"] if self.step_size is None else []))
             or lacks(self, "penalty", problem.penalty, "value", "prox")
         )
@@ -68,7 +68,7 @@ class ProximalGradient:
 
     def _at(self, problem: Problem, x: Array, step: Array, residual: Array) -> ProximalGradientState:
         gradient = problem.loss.gradient(x)
-        objective = problem.loss.value_from_gradient(x, gradient) + problem.penalty.value(x)
+        objective = problem.loss.value_at(x, gradient) + problem.penalty.value(x)
         return ProximalGradientState(x, x - step * gradient, step, objective, residual)
 
     def measure(self, problem: Problem, state: ProximalGradientState) -> Measure:

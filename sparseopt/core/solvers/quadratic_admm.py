@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.dense import product, spd_inverse
-from sparseopt.core.solve import Measure, Problem, Solution, lacks, refuses_operator, solve
+from sparseopt.core.iterate import iterate
+from sparseopt.core.problem import Measure, Problem, Solution, lacks, refuses_operator
 from sparseopt.core.thresholds import count_each
 from sparseopt.core.types import pytree, static
 
@@ -149,6 +150,6 @@ def solve_rising(
     steps = jnp.zeros((), jnp.int32)
     for level in range(levels):
         solver = QuadraticAdmm(rho * growth**level, watch=rest >= 0)
-        found = solve(problem, solver, start, tol=rest, max_steps=period)
+        found = iterate(problem, solver, start, tol=rest, max_steps=period)
         start, steps = DualStart(found.state.x, found.state.dual), steps + found.steps
     return dataclasses.replace(found, steps=steps)

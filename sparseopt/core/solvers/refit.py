@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.losses import HIGHEST
 from sparseopt.core.penalties import Support
-from sparseopt.core.solve import Measure, Problem, lacks, refuses_operator
+from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
 from sparseopt.core.types import pytree
 
 
@@ -43,7 +43,7 @@ class Refit:
         """An operator, a loss that is not quadratic, and every penalty but a `Support`."""
         return (
             refuses_operator(self, problem)
-            or lacks(self, "loss", problem.loss, "hessian", "gradient", "value_from_gradient")
+            or lacks(self, "loss", problem.loss, "hessian", "gradient", "value_at")
             or self._refuses_penalty(problem.penalty)
         )
 
@@ -61,7 +61,7 @@ class Refit:
         gradient = problem.loss.gradient(x)
         residual = problem.penalty.prox(-gradient, 1.0)
         squares = jnp.sum(residual**2, axis=0)
-        objective = problem.loss.value_from_gradient(x, gradient)
+        objective = problem.loss.value_at(x, gradient)
         return RefitState(x, residual, residual, squares, jnp.sum(squares), objective)
 
     def step(self, problem: Problem, state: RefitState) -> RefitState:

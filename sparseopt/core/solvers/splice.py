@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.dense import spd_inverse
 from sparseopt.core.penalties import Support
-from sparseopt.core.solve import Measure, Problem, lacks, refuses_operator
+from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.types import pytree, static
 
@@ -62,7 +62,7 @@ class Splice:
         """An operator, a loss that is not quadratic, and a penalty that makes no masks."""
         return (
             refuses_operator(self, problem)
-            or lacks(self, "loss", problem.loss, "hessian", "gradient", "value_from_gradient")
+            or lacks(self, "loss", problem.loss, "hessian", "gradient", "value_at")
             or self._refuses_penalty(problem.penalty)
         )
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sparseopt.core.solve import Solution
+from sparseopt.core.problem import Solution
 from sparseopt.experiments.plots.style import (
     INK,
     as_numbers,

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sparseopt.core.solve import Problem
+from sparseopt.core.problem import Problem
 from sparseopt.core.solvers.quadratic_admm import solve_rising
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import Pruned, ScaledLayer

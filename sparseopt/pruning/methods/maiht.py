@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import largest_eigenvalue_bound
 from sparseopt.core.patterns import TopK
 from sparseopt.core.penalties import L0, Support
-from sparseopt.core.solve import Problem, Status, solve
+from sparseopt.core.problem import Problem, Status
 from sparseopt.core.solvers.aiht import STEP_FRACTION, Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
@@ -68,11 +69,11 @@ class MaihtPruning:
             else:
                 penalty = _at_sparsity(self.penalty, layer.center, step, 1 - first)
         solver = Maiht(step, target, self.monitor, "support")
-        found = solve(Problem(loss, penalty), solver, layer.center, tol=self.rest, max_steps=self.max_steps)
+        found = iterate(Problem(loss, penalty), solver, layer.center, tol=self.rest, max_steps=self.max_steps)
         mask = self._exact_mask(found.value, layer, pattern)
         refit = ProximalGradient(step) if self.refit == "gradient" else Refit()
         start = jnp.where(mask, found.value, 0)
-        kept = solve(Problem(loss, Support(mask)), refit, start, tol=-1.0, max_steps=self.refit_steps)
+        kept = iterate(Problem(loss, Support(mask)), refit, start, tol=-1.0, max_steps=self.refit_steps)
         status = jnp.where(found.status == Status.NONFINITE, found.status, kept.status)
         # A fixed number of steps was asked for: running all of them is the method ending as it should.
         status = jnp.where(status == Status.MAX_STEPS, Status.CONVERGED, status)

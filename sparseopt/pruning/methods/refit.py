@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.penalties import Support
-from sparseopt.core.solve import Problem, Status, solve
+from sparseopt.core.problem import Problem, Status
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.pruning.layer import Pruned
 
@@ -22,7 +23,7 @@ def refitted(loss: Quadratic, start: Array, mask: Array, steps: int, *, done: Ar
         done: iterations that found the support.
         status: how the search for the support ended. To use up a fixed number of steps is an end as it should be.
     """
-    kept = solve(Problem(loss, Support(mask)), Refit(), jnp.where(mask, start, 0), tol=-1.0, max_steps=steps)
+    kept = iterate(Problem(loss, Support(mask)), Refit(), jnp.where(mask, start, 0), tol=-1.0, max_steps=steps)
     bad = (status == Status.NONFINITE) | (kept.status == Status.NONFINITE)
     ended = jax.lax.select(bad, jnp.int32(Status.NONFINITE), jnp.int32(Status.CONVERGED))
     return Pruned(kept.value, mask, done, ended)

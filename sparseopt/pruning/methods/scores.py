@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sparseopt.core.solve import Status
+from sparseopt.core.problem import Status
 from sparseopt.pruning.layer import Pruned, ScaledLayer
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.patterns import NM, RowTopK, TopK
-from sparseopt.core.solve import Status
+from sparseopt.core.problem import Status
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import Pruned, ScaledLayer
 from sparseopt.pruning.methods.scores import among

@@ -4,7 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sparseopt.core.solve import Problem, Status, solve
+from sparseopt.core.iterate import iterate
+from sparseopt.core.problem import Problem, Status
 from sparseopt.core.solvers.splice import Splice
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import Pruned, ScaledLayer
@@ -40,7 +41,7 @@ class SplicePruning:
         loss = layer.ridged(self.ridge)
         first = self.first(layer, pattern)
         problem = Problem(loss, pattern)
-        found = solve(problem, Splice(self.inner_steps), first.values, tol=self.rest, max_steps=self.rounds)
+        found = iterate(problem, Splice(self.inner_steps), first.values, tol=self.rest, max_steps=self.rounds)
         status = jnp.where(first.status == Status.NONFINITE, first.status, found.status)
         steps = first.steps + found.steps
         return refitted(loss, found.value, found.state.mask, self.refit_steps, done=steps, status=status)

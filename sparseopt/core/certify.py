@@ -1,0 +1,161 @@
+"""Floor 3: the duality gap, for every solver and front-end.
+
+For any s in the domain of f* and u in that of penalty*, with `Aᵀ s + Kᵀ u = 0`, weak duality bounds the optimum P* of
+`f(A x) + penalty(K x)` from below by `D = -f*(s) - penalty*(u)`. The gap P - D is a sum of two Fenchel slacks, term by
+term not negative, so that nothing cancels:
+
+    P(x) - D = [f(A x) + f*(s) - <s, A x>] + [penalty(K x) + penalty*(u) - <u, K x>]
+
+The relative gap `(P - D) / D` is an upper bound on the relative suboptimality `(P - P*) / P*`. A pair (s, u) that meets
+the equation but not the domains is scaled by the largest share that does; one that meets the domains but not the
+equation is moved by the shortest change that does, then scaled.
+
+Source: Rockafellar, "Convex analysis", 1970, section 31; the scaling is that of Fercoq, Gramfort and Salmon, "Mind the
+duality gap", ICML 2015.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.fidelity import total
+from sparseopt.core.operators import Identity
+from sparseopt.core.penalties import Norm
+from sparseopt.core.problem import Status
+
+FloatArray = Float[Array, "..."]
+# Steps of the linear solve for the shortest change.
+CG_STEPS = 500
+
+
+def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: Any = None) -> Float[Array, ""]:
+    """`(P - D) / D` from the slack `P - D` and P; +inf where D is not positive.
+
+    Args:
+        slack: P - D.
+        objective: P.
+        least: what a D below it counts as, so that a problem whose optimum is 0 can be solved to it; None for tiny.
+    """
+    floor = jnp.finfo(objective.dtype).tiny if least is None else least
+    bound = objective - slack
+    gap = slack / jnp.maximum(bound, floor)
+    return jnp.where((bound > 0) | (slack <= floor), gap, jnp.inf)
+
+
+def promoted(status: Array, gap: Array, objective: Array, tol: Any) -> Array:
+    """The status of a solve whose gap was found afresh, in another precision or in other units.
+
+    A gap within the tolerance is convergence, however the solve ended; one above it, after a solve that converged, is
+    a limit of the precision; none at all is a failure.
+    """
+    status = jnp.where((status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, status)
+    status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status)
+    return jnp.where(jnp.isnan(gap) | ~jnp.isfinite(objective), Status.NONFINITE, status).astype(jnp.int32)
+
+
+def stationary(status: Array) -> Array:
+    """The status of a solve without a certificate: what converged is a stationary point."""
+    return jnp.where(status == Status.CONVERGED, Status.STATIONARY, status).astype(jnp.int32)
+
+
+def has_conjugate(penalty: Any) -> bool:
+    """Whether a penalty takes part in a duality gap: it has `slack` and `dual_norm`, or is a `Norm`."""
+    return hasattr(penalty, "slack") and (hasattr(penalty, "dual_norm") or isinstance(penalty, Norm))
+
+
+def gauge(penalty: Any, dual: FloatArray) -> Float[Array, ""]:
+    """The least t >= 0 for which `dual / t` lies in the domain of the penalty's conjugate."""
+    if hasattr(penalty, "dual_norm"):
+        return jnp.asarray(penalty.dual_norm(dual), dual.dtype)
+    # A norm of a user's own: halve the interval of shares for which the projection changes nothing.
+    size = jnp.max(jnp.abs(dual))
+
+    def inside(share: Array) -> Array:
+        point = share * dual
+        return jnp.all(jnp.abs(penalty.project_dual(point) - point) <= 4 * jnp.finfo(dual.dtype).eps * share * size)
+
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = jnp.sqrt(low * high)
+        return jnp.where(inside(middle), middle, low), jnp.where(inside(middle), high, middle)
+
+    one = jnp.ones((), dual.dtype)
+    low, _ = jax.lax.fori_loop(0, 50, halve, (1e-12 * one, one))
+    return jnp.where(inside(one), 1, 1 / low)
+
+
+def unpenalised(penalty: Any, like: FloatArray) -> Array:
+    """Where a norm has weight 0, so that its dual ball is flat; nowhere for another penalty."""
+    if not isinstance(penalty, Norm):
+        return jnp.zeros(like.shape, bool)
+    return penalty.project_dual(jnp.ones_like(like)) == 0
+
+
+def certificate(
+    problem: Any, x: FloatArray, image: FloatArray, loss_dual: FloatArray, dual: FloatArray
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The objective at x and the relative duality gap by the dual pair, moved and scaled until it is feasible.
+
+    Args:
+        problem: its loss is a `MatrixLoss`, its penalty has a conjugate.
+        x: the point.
+        image: `A x`.
+        loss_dual: s, in the domain of f*, of the shape of `A x`.
+        dual: u, in the domain of the penalty's conjugate, of the shape of `K x`.
+    """
+    loss, penalty = problem.loss, problem.penalty
+    maps = Identity(x.shape[0]) if problem.operator is None else problem.operator
+    rows, y = loss.rows, maps.mv(x)
+    limits = jnp.finfo(x.dtype)
+    # An entry of s may move where it lies inside the domain, or where the domain reaches beyond it on either side.
+    low, high = rows.family.dual_range(rows.signal)
+    slope = rows.slope(-loss_dual)
+    loose = (slope > low) & (slope < high) | ((low < 0) & (high > 0))
+    weight = jnp.where(loose, 1.0 if rows.weights is None else jnp.minimum(rows.weights, 1), 0).astype(x.dtype)
+    fixed = unpenalised(penalty, y)
+
+    def moved(z: FloatArray) -> tuple[FloatArray, FloatArray]:
+        return weight * loss.image(z), jnp.where(fixed, 0, maps.mv(z))
+
+    def normal(z: FloatArray) -> FloatArray:
+        e, v = moved(z)
+        return loss.pull(e) + maps.rmv(v)
+
+    apart = loss.pull(loss_dual) + maps.rmv(dual)
+    # What is left after rounding needs no moving.
+    start = jnp.sqrt(total(apart**2))
+
+    def move(_: Any) -> tuple[FloatArray, FloatArray, Array]:
+        z, _ = jax.scipy.sparse.linalg.cg(normal, apart, tol=100 * limits.eps, maxiter=CG_STEPS)
+        e, v = moved(z)
+        return loss_dual - e, dual - v, jnp.sqrt(total((apart - loss.pull(e) - maps.rmv(v)) ** 2))
+
+    loss_dual, dual, left = jax.lax.cond(start > 0, move, lambda _: (loss_dual, dual, start), None)
+    scale = gauge(penalty, jnp.where(fixed, 0, dual))
+    share = jnp.minimum(rows.feasible_share(-loss_dual, jnp.zeros_like(loss_dual)), 1 / jnp.maximum(scale, 1))
+    objective = rows.value(image) + penalty.value(y)
+    slack = rows.slack(image, -share * loss_dual) + total(penalty.slack(y, share * dual))
+    # The equation holds up to `left`, which shifts the bound by at most its product with the distance to the answer.
+    slack = jnp.maximum(slack, 0) + 2 * left * jnp.sqrt(total(x * x))
+    return objective, relative_gap(slack, objective, limits.eps * rows.value(jnp.zeros_like(image)))
+
+
+def proximal_certificate(
+    loss: Any, penalty: Any, x: FloatArray, image: FloatArray, gradient: FloatArray
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The objective and the relative gap of a problem without an operator by the loss's own gradient, scaled.
+
+    Args:
+        loss: with `value_at`, `scaled_slack` and `value`.
+        penalty: with a conjugate.
+        x: the point.
+        image: what the loss computes from x.
+        gradient: at x.
+    """
+    objective = loss.value_at(x, image) + penalty.value(x)
+    share = 1 / jnp.maximum(gauge(penalty, -gradient), 1)
+    slack = loss.scaled_slack(x, image, share) + total(penalty.slack(x, -share * gradient))
+    least = jnp.finfo(x.dtype).eps * loss.value(jnp.zeros_like(x))
+    return objective, relative_gap(jnp.maximum(slack, 0), objective, least)

@@ -1,0 +1,151 @@
+"""Floor 3: `iterate`, the package's only outer loop: the stopping rule, the history and the status."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sparseopt.core.differentiate import Found, attached
+from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status
+
+# Where a certificate contradicts a residual below the tolerance, the solve goes on to a residual of this share of it,
+# at most so many times.
+TIGHTER, ROUNDS = 0.25, 8
+
+
+def iterate(
+    problem: Problem,
+    solver: Solver,
+    x0: Any,
+    *,
+    tol: float | Array = 1e-6,
+    max_steps: int | Array = 1000,
+    history: bool = False,
+) -> Solution:
+    """Iterate `solver` on `problem` from `x0` until its residual is at most `tol`; see `sparseopt.solve`.
+
+    Args:
+        problem: what to minimise.
+        solver: how.
+        x0: the start, as the solver takes it.
+        tol: bound on the solver's residual; a negative one runs exactly `max_steps` steps.
+        max_steps: step limit, 0 or more; an integer where a history is asked for.
+        history: record residual, objective and gap after every step. A solver whose step makes `stride` iterations
+            counts these: its steps end at a multiple of the stride, and the iterations in between are NaN.
+
+    Raises:
+        ValueError: if `max_steps` is negative, or if the solver cannot solve such a problem: with the text of its
+            `refuses`, before anything is traced.
+    """
+    if isinstance(max_steps, int) and max_steps < 0:
+        raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
+    refuses = getattr(solver, "refuses", None)
+    if refuses is not None and (reason := refuses(problem)):
+        raise ValueError(reason)
+    return _iterate(problem, solver, x0, tol, max_steps, int(max_steps) if history else 0)
+
+
+@partial(jax.jit, static_argnums=(5,))
+def _iterate(
+    problem: Problem, solver: Solver, x0: Any, tol: float | Array, max_steps: int | Array, history_length: int
+) -> Solution:
+    given = problem
+    # The loop is never differentiated: derivatives are attached to its answer.
+    problem, solver, x0 = jax.lax.stop_gradient((problem, solver, x0))
+
+    def measured(state: Any) -> Measure:
+        now = solver.measure(problem, state)
+        return now._replace(stalled=jnp.asarray(now.stalled, bool))
+
+    def sound(now: Measure, steps: Array) -> Array:
+        # A start outside the set of an indicator costs +inf; after a step that is an overflow.
+        infeasible_start = (steps == 0) & jnp.isposinf(now.objective)
+        return (jnp.isfinite(now.objective) | infeasible_start) & ~jnp.isnan(now.residual)
+
+    stride = getattr(solver, "stride", 1)
+
+    def advance(carry: tuple) -> tuple:
+        state, steps, _, record = carry
+        state = solver.step(problem, state)
+        now, steps = measured(state), steps + stride
+        if history_length:
+            kept = now._replace(stalled=None)
+            record = jax.tree.map(lambda rows, value: rows.at[steps - 1].set(value), record, kept)
+        return state, steps, now, record
+
+    def run(carry: tuple, level: Any) -> tuple:
+        def going(carry: tuple) -> Array:
+            _, steps, now, _ = carry
+            return (steps < max_steps) & ~(now.residual <= level) & sound(now, steps) & ~now.stalled
+
+        return jax.lax.while_loop(going, advance, carry)
+
+    state = solver.init(problem, x0)
+    first = measured(state)
+    # The residual before any step says nothing yet (no change has been seen): always take one step.
+    first = first._replace(residual=jnp.full_like(first.residual, jnp.inf), stalled=jnp.zeros((), bool))
+    record = jax.tree.map(lambda v: jnp.full((history_length,), jnp.nan, v.dtype), first._replace(stalled=None))
+    carry = (state, jnp.zeros((), jnp.int32), first, record)
+    certify = getattr(solver, "certify", None)
+    if certify is None:
+        carry = run(carry, tol)
+    else:
+        carry = _run_certified(run, partial(certify, problem), carry, tol, max_steps)
+    state, steps, last, record = carry
+
+    value = solver.extract(problem, state)
+    loss_dual, dual = solver.duals(problem, state) if hasattr(solver, "duals") else (None, None)
+    # A solver may measure something that a NaN in its answer does not reach.
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(value)]))
+    status = jnp.where(last.stalled, Status.PRECISION, Status.MAX_STEPS)
+    status = jnp.where(last.residual <= tol, Status.CONVERGED, status)
+    status = jnp.where(sound(last, steps) & finite, status, Status.NONFINITE).astype(jnp.int32)
+    found = Found(loss_dual, dual, getattr(state, "step_size", None))
+    value, objective = attached(given, value, last.objective, found)
+    return Solution(
+        value=value,
+        status=status,
+        steps=steps,
+        residual=last.residual,
+        objective=objective,
+        gap=last.gap,
+        history=record if history_length else None,
+        state=state,
+        dual=dual,
+    )
+
+
+def _run_certified(run: Any, certify: Any, carry: tuple, tol: Any, max_steps: Any) -> tuple:
+    """Runs to smaller and smaller residuals, until the certificate says what the residual said.
+
+    The residual that is handed on is the certified gap, or the solver's own where there is no certificate (NaN).
+    """
+
+    def certified(carry: tuple) -> tuple:
+        state, steps, now, record = carry
+        objective, gap = certify(state)
+        known = ~jnp.isnan(gap)
+        now = now._replace(
+            objective=jnp.where(known, objective, now.objective),
+            gap=gap,
+            residual=jnp.where(known & jnp.isfinite(now.residual), gap, now.residual),
+        )
+        return state, steps, now, record
+
+    def again(turn: tuple) -> Array:
+        (_, steps, now, _), level, rounds, ended = turn
+        return ~ended & (rounds < ROUNDS) & ~(now.residual <= tol) & (steps < max_steps)
+
+    def once_more(turn: tuple) -> tuple:
+        carry, level, rounds, _ = turn
+        state, steps, now, record = run((carry[0], carry[1], carry[2]._replace(residual=start), carry[3]), level)
+        # Not the tolerance but something else ended it: rounding, a NaN, the limit.
+        ended = ~(now.residual <= level)
+        return certified((state, steps, now, record)), TIGHTER * level, rounds + 1, ended
+
+    start = jnp.full_like(carry[2].residual, jnp.inf)
+    level = jnp.asarray(tol, start.dtype)
+    turn = (carry, level, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    return jax.lax.while_loop(again, once_more, turn)[0]

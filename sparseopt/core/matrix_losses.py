@@ -1,0 +1,219 @@
+"""Floor 2.75: losses of data behind a matrix, `sum_i w_i f((A x)_i; b_i)`: least squares, and any scalar loss.
+
+What solvers ask of them besides `value` and `gradient` stands once, in `MatrixLoss`. With `z = A x` and s a dual point,
+
+    D(z', z) = sum_i w_i ( f(z'_i) + f*(f'(z_i)) - f'(z_i) z'_i )        # the Bregman divergence, without cancellation
+
+is what a step of a proximal gradient method has to compare with `||x' - x||² / (2 t)`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sparseopt.core.matrices import linear_map, refuses_map
+from sparseopt.core.node_losses import NodeLoss
+from sparseopt.core.operators import Identity
+from sparseopt.core.types import pytree
+
+FloatArray = Float[Array, "..."]
+
+
+@pytree
+class SquaredLoss:
+    """`f = (x - y)² / 2`, with what `MatrixLoss` asks of a scalar loss."""
+
+    expected = "finite numbers"
+
+    def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        """`(x - y)² / 2`."""
+        return (x - y) ** 2 / 2
+
+    def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        """`x - y`."""
+        return x - y
+
+    def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
+        """Towards y by the share `step / (1 + step)`."""
+        return x + step / (1 + step) * (y - x)
+
+    def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
+        """The whole line."""
+        del y
+        return -jnp.inf, jnp.inf
+
+    def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
+        """`(x - y - dual)² / 2`."""
+        return (x - y - dual) ** 2 / 2
+
+    def wrong(self, y: np.ndarray) -> np.ndarray:
+        """Infinite."""
+        return ~np.isfinite(y)
+
+
+class MatrixLoss:
+    """The methods of a loss `f(A x)`; a subclass has `matrix` (a linear map or None), `target` and `rows`."""
+
+    matrix: Any
+    target: Any
+    weights: Any
+
+    def __post_init__(self) -> None:
+        """Make a matrix a linear map."""
+        object.__setattr__(self, "matrix", linear_map(self.matrix))
+
+    @property
+    def rows(self) -> NodeLoss:
+        """F, the loss as a function of `z = A x`."""
+        raise NotImplementedError
+
+    def _rows_of(self, family: Any) -> NodeLoss:
+        weights, target = self.weights, jnp.asarray(self.target)
+        if weights is not None:
+            weights = jnp.reshape(weights, jnp.shape(weights) + (1,) * (target.ndim - jnp.ndim(weights)))
+        # Where a weight is 0 the dual is 0 too, and nothing is lost by the box [0, 0] there.
+        return NodeLoss(family, target, weights, 0.0, 0.0)
+
+    def maps(self, x: FloatArray) -> Any:
+        """A as a linear map of arrays like x."""
+        return Identity(x.shape[0]) if self.matrix is None else self.matrix
+
+    def image(self, x: FloatArray) -> FloatArray:
+        """`A x`, from which everything else follows; affine in x."""
+        return x if self.matrix is None else self.matrix.mv(x)
+
+    def pull(self, e: FloatArray) -> FloatArray:
+        """`Aᵀ e`."""
+        return e if self.matrix is None else self.matrix.rmv(e)
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """The loss at x."""
+        return self.rows.value(self.image(x))
+
+    def gradient(self, x: FloatArray) -> FloatArray:
+        """`Aᵀ f'(A x)`."""
+        return self.pull(self.rows.gradient(self.image(x)))
+
+    def value_at(self, x: FloatArray, image: FloatArray) -> Float[Array, ""]:
+        """The loss at x when its image is known."""
+        del x
+        return self.rows.value(image)
+
+    def gradient_at(self, x: FloatArray, image: FloatArray) -> FloatArray:
+        """The gradient at x when its image is known."""
+        del x
+        return self.pull(self.rows.gradient(image))
+
+    def divergence(self, x: FloatArray, image: FloatArray, x_old: FloatArray, image_old: FloatArray) -> Array:
+        """`loss(x) - loss(x_old) - <gradient(x_old), x - x_old>`."""
+        del x, x_old
+        return self.rows.slack(image, -self.rows.gradient(image_old))
+
+    def scaled_slack(self, x: FloatArray, image: FloatArray, share: Any) -> Float[Array, ""]:
+        """`f(z) + f*(s) - <s, z>` for s the share, at most 1, of the subgradient at `z = A x`."""
+        del x
+        return self.rows.slack(image, -share * self.rows.gradient(image))
+
+    def start(self) -> FloatArray:
+        """Zeros of the shape and dtype of x."""
+        target = jnp.asarray(self.target)
+        kinds = [leaf.dtype for leaf in jax.tree.leaves(self.matrix) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        kind = jnp.result_type(target, jnp.float32, *kinds)
+        like = jax.ShapeDtypeStruct(target.shape, kind)
+        return jnp.zeros(jax.eval_shape(self.pull, like).shape, kind)
+
+    def refuses(self) -> str | None:
+        """Why this is no loss of finite data of fitting shapes, on the host; values are looked at where known."""
+        name = type(self).__name__
+        if reason := refuses_map(f"matrix of {name}", self.matrix):
+            return reason
+        given, weights = jnp.shape(self.target), self.weights
+        shape = getattr(self.matrix, "out_shape", None)
+        if shape is not None and given[: len(shape)] != shape:
+            return (
+                f"{name} needs one target for every row of its matrix, given a matrix of {shape[0]} rows and a target "
+                f"of shape {given}"
+            )
+        if weights is not None and jnp.shape(weights) != given[: jnp.ndim(weights)]:
+            return f"{name} needs one weight for every target, given {jnp.shape(weights)} for {given}"
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+            return None
+        if weights is not None and not np.all(np.isfinite(weights) & (np.asarray(weights) >= 0)):
+            return f"the weights of {name} must be finite and not negative"
+        rows = self.rows
+        family, target = rows.family, np.asarray(self.target)
+        if reason := getattr(family, "refuses", lambda: None)():
+            return reason
+        wrong = family.wrong(target) & (True if rows.weights is None else np.asarray(rows.weights) > 0)
+        if not wrong.any():
+            return None
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        return (
+            f"{type(family).__name__} takes {family.expected}, given {target[place]:g} at target "
+            f"{place[0] if len(place) == 1 else place} ({int(wrong.sum())} such)"
+        )
+
+
+@pytree
+class LeastSquares(MatrixLoss):
+    """`value(x) = 1/2 sum_i w_i ((A x)_i - b_i)²`.
+
+    Attributes:
+        matrix: A: a dense or SciPy sparse matrix `[rows, columns]`, a linear map, or None for the identity. More
+            columns than rows are no difficulty.
+        target: b, `[rows]`, or `[rows, channels]` for an x of `[columns, channels]`.
+        weights: w, `[rows]`, not negative; None for ones.
+
+    Example:
+        >>> loss = so.LeastSquares(jnp.array([[1.0, 1.0], [0.0, 2.0]]), jnp.array([3.0, 2.0]))
+        >>> loss.gradient(jnp.zeros(2))
+        Array([-3., -7.], dtype=float32)
+        >>> so.solve(so.Problem(loss, so.L1(0.5)), tol=1e-5).check().value.round(2)
+        Array([1.5 , 1.  ], dtype=float32)
+    """
+
+    matrix: Any
+    target: Any
+    weights: Any = None
+
+    @property
+    def rows(self) -> NodeLoss:
+        """`1/2 sum_i w_i (z_i - b_i)²`."""
+        return self._rows_of(SquaredLoss())
+
+    smooth = True
+
+
+@pytree
+class Composed(MatrixLoss):
+    """`value(x) = sum_i w_i f((A x)_i; b_i)` for a scalar loss f: logistic, Poisson, Huber, quantile regression, ...
+
+    Attributes:
+        loss: f, a `ScalarLoss` such as `so.LogisticLoss()`.
+        matrix: A, as in `LeastSquares`.
+        target: b, in the loss's domain.
+        weights: w; None for ones.
+
+    Example:
+        >>> loss = so.Composed(so.LogisticLoss(), jnp.array([[1.0], [-1.0], [2.0]]), jnp.array([1.0, 0.0, 0.0]))
+        >>> loss.gradient(jnp.zeros(1))
+        Array([0.], dtype=float32)
+    """
+
+    loss: Any
+    matrix: Any
+    target: Any
+    weights: Any = None
+
+    @property
+    def rows(self) -> NodeLoss:
+        """`sum_i w_i f(z_i; b_i)`."""
+        return self._rows_of(self.loss)
+
+    @property
+    def smooth(self) -> bool:
+        """Whether f has a continuous derivative."""
+        return getattr(self.loss, "smooth", False)

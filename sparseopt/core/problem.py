@@ -1,0 +1,188 @@
+"""Floor 3: the problem, how a solve ends, the solver protocol and the solution.
+
+    minimise over x    loss(x) + penalty(operator x)
+
+A solver is a frozen pytree with four pure methods; the loop, the stopping rule, the history and the status are in
+`iterate.py`. Everything runs under `jit`, `vmap` and `grad`; under `vmap` each lane stops on its own.
+"""
+
+import enum
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.matrices import linear_map
+from sparseopt.core.types import pytree
+
+
+@pytree
+class Problem:
+    """`minimise loss(x) + penalty(operator x)`; without an operator the penalty acts on x itself.
+
+    Attributes:
+        loss: `value(x)` and `gradient(x)`, and what a solver asks for by name.
+        penalty: `value(z)` and `prox(z, step)` for z = operator x.
+        operator: None, a dense matrix `[rows, columns]`, a SciPy sparse matrix, or an object with `mv(x)` and its
+            transpose `rmv(e)`. A matrix is kept as a linear map.
+
+    Example:
+        >>> loss = so.LeastSquares(None, jnp.array([0.0, 0.2, 3.0, 3.1]))
+        >>> differences = np.diff(np.eye(4), axis=0)
+        >>> so.solve(so.Problem(loss, so.L1(0.5), differences)).check().value.round(2)
+        Array([0.35, 0.35, 2.8 , 2.8 ], dtype=float32)
+    """
+
+    loss: Any
+    penalty: Any
+    operator: Any = None
+
+    def __post_init__(self) -> None:
+        """Make a matrix a linear map."""
+        object.__setattr__(self, "operator", linear_map(self.operator))
+
+
+class Status(enum.IntEnum):
+    """How a solve ended. `Status(int(solution.status))` names it; `.advice` says what to try.
+
+    Example:
+        >>> so.Status(1).name
+        'MAX_STEPS'
+        >>> so.Status.NONFINITE.advice
+        'a value became infinite or NaN: check the input for non-finite or huge values, or use a smaller step size'
+    """
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    NONFINITE = 2
+    PRECISION = 3
+    STATIONARY = 4
+
+    @property
+    def advice(self) -> str:
+        """One sentence for a person."""
+        return {
+            Status.CONVERGED: "the residual reached the tolerance",
+            Status.MAX_STEPS: "the step limit was reached before the tolerance: raise max_steps, raise tol, or "
+            "try another method",
+            Status.NONFINITE: "a value became infinite or NaN: check the input for non-finite or huge values, "
+            "or use a smaller step size",
+            Status.PRECISION: "rounding limits the answer before the tolerance: the measure no longer falls; "
+            "use float64, or raise tol",
+            Status.STATIONARY: "the stationarity residual reached the tolerance; the problem is not known to be "
+            "convex, so this is no certificate of optimality",
+        }[self]
+
+
+class Measure(NamedTuple):
+    """What a solver says about its state.
+
+    Attributes:
+        residual: the stopping measure.
+        objective: loss plus penalty.
+        gap: a relative duality gap or NaN.
+        extra: any other scalars worth a history, as a pytree.
+        stalled: True ends the solve with `Status.PRECISION`: rounding keeps the residual from falling further.
+    """
+
+    residual: Float[Array, ""]
+    objective: Float[Array, ""]
+    gap: Float[Array, ""]
+    extra: Any = None
+    stalled: Any = False
+
+
+class Solver(Protocol):
+    """The four methods that `solve` calls. All are pure; `problem` is passed in so that a solver holds no data.
+
+    The others are optional:
+
+    * `refuses(problem) -> str | None` is the one place where a solver says what it needs of a problem: what is wrong
+      and what to do, or None where it can solve it. It looks at the problem's structure (types, attributes, whether
+      there is an operator) and never at values, so it works on tracers; `solve` asks it first. A solver without it
+      takes every problem.
+    * `stride`, an attribute: how many iterations a step makes, for a solver whose measure is expensive. Steps are then
+      counted in iterations.
+    * `certify(problem, state) -> (objective, gap)`, for a solver whose residual only estimates the gap: it is called
+      where the residual says that the solve is done, and where the gap disagrees, the solve goes on.
+    * `duals(problem, state)`: the subgradients that the solver found, of a loss `f(A x)` at A x and of the penalty at
+      `operator x`, None for one that it does not find; derivatives of a solution with an operator need them.
+    """
+
+    def init(self, problem: Problem, x0: Any) -> Any:
+        """The state before the first step: a pytree of fixed structure, shapes and dtypes."""
+
+    def step(self, problem: Problem, state: Any) -> Any:
+        """The state after one iteration, or after `stride` of them."""
+
+    def measure(self, problem: Problem, state: Any) -> Measure:
+        """Residual, objective and gap of a state; cheap, since it runs after every step."""
+
+    def extract(self, problem: Problem, state: Any) -> Any:
+        """The answer held by a state."""
+
+
+def lacks(solver: Any, part: str, given: Any, *needed: str) -> str | None:
+    """Why `solver.refuses` a problem whose `part`, "loss" or "penalty", lacks a method or field; None if it has all."""
+    absent = [name for name in needed if not hasattr(given, name)]
+    if not absent:
+        return None
+    return (
+        f"{type(solver).__name__} needs a {part} with {', '.join(needed)}, given {type(given).__name__} without "
+        f"{', '.join(absent)}; give the {part} what is missing, or take another solver"
+    )
+
+
+def refuses_operator(solver: Any, problem: Problem) -> str | None:
+    """Why a solver that takes the prox of the penalty alone refuses a problem; None where there is no operator."""
+    if problem.operator is None:
+        return None
+    return (
+        f"{type(solver).__name__} takes the prox of the penalty alone and solves problems without an operator, given "
+        f"the operator {type(problem.operator).__name__}; use PrimalDual or SplitAdmm, or sparseopt.trend_filter for "
+        "the differences of a graph"
+    )
+
+
+@pytree
+class Solution:
+    """What `solve` returns.
+
+    Attributes:
+        value: the answer.
+        status: a `Status` as an int32 scalar (an array of them under vmap).
+        steps: iterations done.
+        residual: the solver's own stopping measure at the end.
+        objective: loss plus penalty at the end.
+        gap: relative duality gap, NaN where the solver has no certificate.
+        history: a `Measure` of arrays `[max_steps]`, NaN beyond `steps`, or None when not asked for
+            (its `stalled` is None).
+        state: the solver's last state, for a warm start or a closer look.
+        dual: the subgradient of the penalty at `operator x`, where the solver finds one.
+    """
+
+    value: Any
+    status: Any
+    steps: Any
+    residual: Any
+    objective: Any
+    gap: Any
+    history: Any
+    state: Any
+    dual: Any = None
+
+    def check(self) -> "Solution":
+        """Return self if every lane converged, with a certificate or to a stationary point.
+
+        Raises:
+            RuntimeError: otherwise, saying how the worst lane ended and what to try.
+        """
+        ended = {Status(int(status)) for status in jnp.ravel(self.status)}
+        order = (Status.NONFINITE, Status.MAX_STEPS, Status.PRECISION, Status.STATIONARY, Status.CONVERGED)
+        worst = next(status for status in order if status in ended)
+        if worst not in (Status.CONVERGED, Status.STATIONARY):
+            raise RuntimeError(
+                f"not converged ({worst.name}) after {int(jnp.max(self.steps))} steps with residual "
+                f"{float(jnp.max(self.residual)):.3g}: {worst.advice}"
+            )
+        return self

@@ -1,0 +1,243 @@
+"""Floor 4: the accelerated proximal gradient method, with a step size found by backtracking, restarts, and monotone.
+
+    minimise over x    F(x) = loss(x) + penalty(x)
+
+    y = x + (t_old - 1) / t (x - x_old)
+    z = prox(y - gradient(y) / L, 1 / L)          # L grows until loss(z) <= its quadratic model at y, then shrinks slowly
+    x = z if F(z) <= F(x), else x as it was and t = 1, so that the next step is a plain one from x
+
+The momentum is also dropped where it points uphill, `<y - z, z - x> > 0`. A loss whose image is affine in x, as that of
+a matrix is, needs one product with the matrix and one with its transpose an iteration: the image of y is a combination
+of those of x and x_old.
+
+Source: Beck and Teboulle, "A fast iterative shrinkage-thresholding algorithm for linear inverse problems", 2009, and
+"Fast gradient-based algorithms for constrained total variation image denoising", 2009, for the monotone form;
+O'Donoghue and Candes, "Adaptive restart for accelerated gradient schemes", 2015; for the shrinking L Scheinberg, Goldfarb
+and Bai, "Fast first-order methods for composite convex optimization with backtracking", 2014.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.certify import certificate, has_conjugate, proximal_certificate, unpenalised
+from sparseopt.core.differentiate import is_smooth
+from sparseopt.core.losses import PlainLoss
+from sparseopt.core.matrix_losses import MatrixLoss
+from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
+from sparseopt.core.types import pytree, static
+
+# L is multiplied by the first where its quadratic model fails, and by the second after every iteration.
+GROWTH, SHRINKAGE = 1.5, 0.97
+MOST_BACKTRACKS = 60
+# The solve ends where rounding keeps the residual from falling for so many checks, and it is near eps.
+PATIENCE, NEAR_ROUNDING = 20, 1e3
+
+
+def with_image(loss: Any) -> Any:
+    """The loss, with an image from which value and gradient follow."""
+    return loss if hasattr(loss, "image") else PlainLoss(loss)
+
+
+@pytree
+class AcceleratedState:
+    """One state of the iteration."""
+
+    x: Any
+    image: Any  # of x
+    x_old: Any
+    image_old: Any
+    momentum: Any  # (t_old - 1) / t, the share of x - x_old that is added
+    t: Any
+    curvature: Any  # L
+    objective: Any
+    scale: Any  # the length of the gradient at 0, for the stationarity residual
+    residual: Any
+    gap: Any
+    best: Any  # the least residual so far
+    waited: Any  # checks since it was found
+
+    @property
+    def step_size(self) -> Array:
+        """One for which an answer is a fixed point of the proximal gradient step."""
+        return 1 / self.curvature
+
+
+@pytree
+class AcceleratedProximalGradient:
+    """Accelerated proximal gradient descent for `solve`: any smooth loss, any penalty with a prox, no operator.
+
+    F never increases by more than its rounding error. Where the penalty has a conjugate and the loss is least squares,
+    a scalar loss on `A x` or a `Quadratic`, the residual is the relative duality gap; elsewhere, and where a dual point
+    cannot be scaled into the conjugate's domain, it is `L ||x - prox(x - gradient / L)||` over the length of the
+    gradient at 0, which is 0 at stationary points, and the gap is NaN. Both are found every `cadence` iterations, where a
+    step ends.
+
+    Attributes:
+        step_size: 1 / L, kept as it is; None finds it by backtracking.
+        cadence: iterations between two checks. A check costs one product with the transpose.
+    """
+
+    step_size: Any = None
+    cadence: int = static(default=10)
+
+    def refuses(self, problem: Problem) -> str | None:
+        """An operator, a loss without gradients, and a penalty without a prox."""
+        return (
+            refuses_operator(self, problem)
+            or lacks(self, "loss", problem.loss, "value", "gradient")
+            or self._refuses_kinks(problem.loss)
+            or lacks(self, "penalty", problem.penalty, "value", "prox")
+        )
+
+    def _refuses_kinks(self, loss: Any) -> str | None:
+        if is_smooth(loss):
+            return None
+        inner = type(getattr(loss, "loss", loss)).__name__
+        return f"AcceleratedProximalGradient needs a smooth loss, given {inner}, which has kinks; use PrimalDual"
+
+    @property
+    def stride(self) -> int:
+        """Iterations that a step makes: up to the next check."""
+        return self.cadence
+
+    def init(self, problem: Problem, x0: Float[Array, "..."]) -> AcceleratedState:
+        """The start, its image, and a first guess at L from below."""
+        loss = with_image(problem.loss)
+        x0 = jnp.asarray(x0)
+        image = loss.image(x0)
+        at_zero = problem.loss.gradient(jnp.zeros_like(x0))
+        if self.step_size is None:
+            here = loss.gradient_at(x0, image)
+            # One step of the power method along the gradient, by a finite difference.
+            size = jnp.linalg.norm(here.reshape(-1))
+            probe = here / jnp.where(size > 0, size, 1)
+            moved = x0 - probe
+            curvature = 2 * loss.divergence(moved, loss.image(moved), x0, image)
+            curvature = jnp.where(jnp.isfinite(curvature) & (curvature > 0), curvature, 1)
+        else:
+            curvature = 1 / jnp.asarray(self.step_size, x0.dtype)
+        far = jnp.full((), jnp.inf, x0.dtype)
+        one = jnp.ones((), x0.dtype)
+        return AcceleratedState(
+            x=x0,
+            image=image,
+            x_old=x0,
+            image_old=image,
+            momentum=0 * one,
+            t=one,
+            curvature=curvature.astype(x0.dtype),
+            objective=(loss.value_at(x0, image) + problem.penalty.value(x0)).astype(x0.dtype),
+            scale=jnp.linalg.norm(at_zero.reshape(-1)),
+            residual=far,
+            gap=far * jnp.nan,
+            best=far,
+            waited=jnp.zeros((), jnp.int32),
+        )
+
+    def step(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
+        """`cadence` iterations and a check."""
+        problem = dataclasses.replace(problem, loss=with_image(problem.loss))
+        state = jax.lax.fori_loop(0, self.cadence, lambda _, now: self._advanced(problem, now), state)
+        return self._checked(problem, state)
+
+    def _advanced(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
+        """One iteration."""
+        loss, penalty = problem.loss, problem.penalty
+        y = state.x + state.momentum * (state.x - state.x_old)
+        if isinstance(loss, PlainLoss):
+            image_y = loss.image(y)
+        else:
+            image_y = state.image + state.momentum * (state.image - state.image_old)
+        gradient = loss.gradient_at(y, image_y)
+        eps = jnp.finfo(y.dtype).eps
+
+        def attempt(curvature: Array) -> tuple[Array, Any, Array]:
+            z = penalty.prox(y - gradient / curvature, 1 / curvature)
+            image = loss.image(z)
+            length = jnp.sum((z - y) ** 2)
+            # A step near the rounding error of y says nothing about the curvature.
+            lost = length <= (100 * eps) ** 2 * jnp.sum(y**2)
+            return (
+                z,
+                image,
+                lost | (loss.divergence(z, image, y, image_y) <= 0.5 * curvature * length * (1 + 1e3 * eps)),
+            )
+
+        def failing(carry: tuple) -> Array:
+            _, (_, _, holds), count = carry
+            return ~holds & (count < MOST_BACKTRACKS)
+
+        def shorter(carry: tuple) -> tuple:
+            curvature, _, count = carry
+            curvature = GROWTH * curvature
+            return curvature, attempt(curvature), count + 1
+
+        carry = (state.curvature, attempt(state.curvature), jnp.zeros((), jnp.int32))
+        if self.step_size is None:
+            carry = jax.lax.while_loop(failing, shorter, carry)
+        curvature, (z, image, _), _ = carry
+        objective = loss.value_at(z, image) + penalty.value(z)
+        # An infinite start, outside an indicator's set, is no bar. A NaN is taken, and ends the solve as NONFINITE.
+        taken = ~(objective > state.objective + 8 * eps * jnp.abs(state.objective))
+        uphill = jnp.sum((y - z) * (z - state.x)) > 0
+        again = ~taken | uphill
+        following = 1.0 if self.step_size is not None else SHRINKAGE
+        t = (1 + jnp.sqrt(1 + 4 * following * state.t**2)) / 2
+        momentum = jnp.where(again, 0, (state.t - 1) / t)
+
+        def choose(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
+
+        return dataclasses.replace(
+            state,
+            x=choose(z, state.x),
+            image=choose(image, state.image),
+            x_old=choose(state.x, state.x),
+            image_old=state.image,
+            momentum=momentum,
+            t=jnp.where(again, 1, t),
+            curvature=curvature * following,
+            objective=choose(objective, state.objective),
+        )
+
+    def _checked(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
+        """The state with a fresh residual and gap."""
+        loss, penalty, x = problem.loss, problem.penalty, state.x
+        gradient = loss.gradient_at(x, state.image)
+        curvature = state.curvature
+        apart = x - penalty.prox(x - gradient / curvature, 1 / curvature)
+        tiny = jnp.finfo(x.dtype).tiny
+        residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
+        gap = jnp.full_like(residual, jnp.nan)
+        if has_conjugate(penalty) and isinstance(loss, MatrixLoss):
+            fixed = unpenalised(penalty, x)
+            dual = jnp.where(fixed, 0, -gradient)
+            _, gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), dual)
+        elif has_conjugate(penalty) and hasattr(loss, "scaled_slack"):
+            _, gap = proximal_certificate(loss, penalty, x, state.image, gradient)
+        gap = jnp.where(jnp.isfinite(gap), gap, jnp.nan)
+        residual = jnp.where(jnp.isnan(gap), residual, gap)
+        better = residual < 0.9 * state.best
+        return dataclasses.replace(
+            state,
+            residual=residual,
+            gap=gap,
+            best=jnp.where(better, residual, state.best),
+            waited=jnp.where(better, 0, state.waited + 1),
+        )
+
+    def measure(self, problem: Problem, state: AcceleratedState) -> Measure:
+        """What this step's check found."""
+        del problem
+        near = state.best <= NEAR_ROUNDING * jnp.finfo(state.x.dtype).eps
+        stalled = near & (state.waited >= PATIENCE)
+        return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled)
+
+    def extract(self, problem: Problem, state: AcceleratedState) -> Float[Array, "..."]:
+        """X."""
+        del problem
+        return state.x

@@ -1,0 +1,365 @@
+"""Floor 4: the primal-dual hybrid gradient method with reflections, restarts and adaptive steps; and its exact form.
+
+    minimise over x    f(A x) + penalty(K x)
+
+Both terms are dualised: with the stacked map `K~ = [A; K]`, duals `w = (s, u)` and h the sum of both terms, one step is
+
+    x' = x - M^-1 K~ᵀ w / omega
+    w' = v - sigma y,    y = prox(v / sigma, 1 / sigma) of h,    v = w + sigma K~ (2 x' - x),    sigma = omega S
+
+`PrimalDual` takes a number for M, the squared norm of `S^(1/2) K~`, and needs products alone. `SplitAdmm` takes
+`M = K~ᵀ S K~`, whose inverse is made once: that is the alternating direction method of multipliers, and needs few steps
+however badly A and K are conditioned. T, the map of `z = (x, w)` to (x', w'), is firmly nonexpansive in the metric of
+the method, so the reflected Halpern iteration
+
+    z <- (k + 1) / (k + 2) (2 T(z) - z) + z_first / (k + 2)
+
+converges, and restarted where its fixed-point residual has fallen, at a linear rate on sharp problems. At a restart
+omega goes towards the ratio of the ways that w and x went.
+
+Source: Chambolle and Pock, "A first-order primal-dual algorithm for convex problems with applications to imaging", 2011;
+Applegate et al., "Practical large-scale linear programming using primal-dual hybrid gradient" (PDLP), NeurIPS 2021, for
+restarts and omega; Lu and Yang, "Restarted Halpern PDHG for linear programming", 2024, for the reflection.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.certify import certificate, has_conjugate, relative_gap
+from sparseopt.core.dense import product, spd_inverse
+from sparseopt.core.fidelity import total
+from sparseopt.core.losses import Quadratic
+from sparseopt.core.matrices import norm_estimate
+from sparseopt.core.matrix_losses import LeastSquares, MatrixLoss
+from sparseopt.core.operators import Identity
+from sparseopt.core.penalties import Norm
+from sparseopt.core.problem import Measure, Problem, lacks
+from sparseopt.core.types import pytree, static
+
+# The square of the step is this share of what the norm allows, since the norm is estimated from below.
+MARGIN = 0.95
+NORM_STEPS = 40
+# A restart is due where the fixed-point residual is this share of that of the last restart, or where it is the second
+# share and rises, or where the iteration since then is this share of all.
+SUFFICIENT, NECESSARY, ARTIFICIAL = 0.2, 0.8, 0.36
+PATIENCE, NEAR_ROUNDING = 20, 1e3
+# Unknowns up to which the exact step, an inverse and a product with it every step, is taken to be cheap.
+CHEAP = 3000
+
+
+class Point(NamedTuple):
+    """A primal-dual point with its images, all that the iteration combines."""
+
+    x: Any
+    duals: tuple[Any, Any]  # s and u
+    images: tuple[Any, Any]  # A x and K x
+    pulled: Any  # Aᵀ s + Kᵀ u
+
+
+@pytree
+class PrimalDualState:
+    """One state of the iteration."""
+
+    now: Point  # z
+    mapped: Point  # T of the z before
+    copies: tuple[Any, Any]  # the last y
+    first: Point  # where the iteration was restarted
+    metric: Any  # M: a number, or the inverse of the matrix
+    scales: tuple[Any, Any]  # S, a number a block
+    omega: Any
+    count: Any  # iterations since the restart
+    steps: Any
+    fixed_point: Any  # the fixed-point residual at the last check, and at the last restart
+    fixed_point_first: Any
+    loss: Any  # the loss as a `MatrixLoss`, where it is a `Quadratic`
+    residual: Any
+    objective: Any
+    best: Any
+    waited: Any
+
+
+@pytree
+class PrimalDual:
+    """The restarted primal-dual method for `solve`: any loss of data, smooth or not, and any penalty behind a linear map.
+
+    Where the penalty has a conjugate, the residual estimates the relative duality gap, and `certify` finds it: a dual
+    pair is feasible in the limit only, so it is first moved and scaled until it is. Elsewhere it is the larger of
+    `||K~ x - y|| / ||K~ x||` and `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity nothing more is
+    known of the answer. Without an operator the answer has the penalty's exact zeros.
+
+    Attributes:
+        omega: the first ratio of dual and primal steps; None for one from the data.
+        cadence: iterations between two checks, where restarts take place and a step ends.
+    """
+
+    omega: Any = None
+    cadence: int = static(default=10)
+
+    def refuses(self, problem: Problem) -> str | None:
+        """A loss that is not one of data or quadratic, and a penalty without a prox."""
+        return self._refuses_loss(problem.loss) or lacks(self, "penalty", problem.penalty, "value", "prox")
+
+    def _refuses_loss(self, loss: Any) -> str | None:
+        if isinstance(loss, MatrixLoss | Quadratic):
+            return None
+        return (
+            f"{type(self).__name__} needs the prox of the loss and takes LeastSquares, Composed and Quadratic, given "
+            f"{type(loss).__name__}; write the loss as Composed(scalar loss, matrix, target), or without an operator "
+            "use AcceleratedProximalGradient"
+        )
+
+    @property
+    def stride(self) -> int:
+        """Iterations that a step makes: up to the next check."""
+        return self.cadence
+
+    def _metric(self, problem: Problem, x: Array, scales: tuple[Array, Array]) -> Array:
+        """M, a number."""
+        maps = _maps(problem, x)
+
+        def images(x: Array) -> tuple:
+            return tuple(jnp.sqrt(s) * part.mv(x) for s, part in zip(scales, maps, strict=True))
+
+        def pull(e: tuple) -> Array:
+            return sum(jnp.sqrt(s) * part.rmv(v) for s, part, v in zip(scales, maps, e, strict=True))  # type: ignore[return-value]
+
+        return norm_estimate(images, pull, x, NORM_STEPS) ** 2 / MARGIN
+
+    def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
+        """`M^-1 K~ᵀ w`."""
+        return pulled / state.metric
+
+    def _length(self, state: PrimalDualState, apart: Point) -> Array:
+        """`<dx, M dx>`."""
+        return state.metric * total(apart.x**2)
+
+    def init(self, problem: Problem, x0: Float[Array, "..."]) -> PrimalDualState:
+        """The start with the loss's own subgradient there, norms of both maps, and the metric."""
+        factor = as_data(problem.loss) if isinstance(problem.loss, Quadratic) else None
+        problem = _of_data(problem, factor)
+        x = jnp.asarray(x0)
+        maps = _maps(problem, x)
+        limits = jnp.finfo(x.dtype)
+        images = tuple(part.mv(x) for part in maps)
+        sizes = [jnp.maximum(norm_estimate(part.mv, part.rmv, x), limits.tiny**0.25) for part in maps]
+        scales = tuple((1 / size**2).astype(x.dtype) for size in sizes)
+        duals = (problem.loss.rows.gradient(images[0]).astype(x.dtype), jnp.zeros_like(images[1]))
+        pulled = maps[0].rmv(duals[0])
+        start = Point(x, duals, images, pulled)
+        far, zero = jnp.full((), jnp.inf, x.dtype), jnp.zeros((), jnp.int32)
+        objective = problem.loss.rows.value(images[0]) + problem.penalty.value(images[1])
+        state = PrimalDualState(
+            now=start,
+            mapped=start,
+            copies=images,
+            first=start,
+            metric=self._metric(problem, x, scales),
+            scales=scales,
+            omega=jnp.ones((), x.dtype),
+            count=zero,
+            steps=zero,
+            fixed_point=far,
+            fixed_point_first=far,
+            loss=factor,
+            residual=far,
+            objective=objective.astype(x.dtype),
+            best=far,
+            waited=zero,
+        )
+        if self.omega is not None:
+            return dataclasses.replace(state, omega=jnp.asarray(self.omega, x.dtype))
+        # The dual over the length of the steepest descent step that belongs to it.
+        along = maps[0].mv(pulled)
+        descent = total(pulled**2) / jnp.maximum(total(along**2), limits.tiny)
+        apart = Point(descent * pulled, duals, tuple(descent * part.mv(pulled) for part in maps), pulled)
+        return dataclasses.replace(state, omega=self._ratio(state, apart))
+
+    def _ratio(self, state: PrimalDualState, apart: Point) -> Array:
+        """The length of the dual way over that of the primal one, in their metrics; 1 where there is none."""
+        dual = sum(total(w**2) / s for w, s in zip(apart.duals, state.scales, strict=True))
+        primal = self._length(state, apart)
+        known = (dual > 0) & (primal > 0) & jnp.isfinite(dual) & jnp.isfinite(primal)
+        return jnp.where(known, jnp.sqrt(jnp.where(known, dual, 1) / jnp.where(known, primal, 1)), 1)
+
+    def step(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
+        """`cadence` iterations, a check, and a restart where it is due."""
+        problem = _of_data(problem, state.loss)
+        state = jax.lax.fori_loop(0, self.cadence, lambda _, now: self._advanced(problem, now), state)
+        return self._restarted(self._checked(problem, state))
+
+    def _advanced(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
+        """One iteration."""
+        now, maps = state.now, _maps(problem, state.now.x)
+        x = now.x - self._moved(state, now.pulled) / state.omega
+        images = tuple(part.mv(x) for part in maps)
+        copies, duals = [], []
+        for term, scale, w, new, old in zip(
+            (problem.loss.rows, problem.penalty), state.scales, now.duals, images, now.images, strict=True
+        ):
+            sigma = state.omega * scale
+            v = w + sigma * (2 * new - old)
+            copies.append(term.prox(v / sigma, 1 / sigma))
+            duals.append(v - sigma * copies[-1])
+        pulled = maps[0].rmv(duals[0]) + maps[1].rmv(duals[1])
+        mapped = Point(x, (duals[0], duals[1]), (images[0], images[1]), pulled)
+        share = (state.count + 1) / (state.count + 2).astype(x.dtype)
+        following = jax.tree.map(
+            lambda new, old, first: share * (2 * new - old) + (1 - share) * first, mapped, now, state.first
+        )
+        return dataclasses.replace(
+            state,
+            now=following,
+            mapped=mapped,
+            copies=(copies[0], copies[1]),
+            count=state.count + 1,
+            steps=state.steps + 1,
+        )
+
+    def _checked(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
+        """The state with a fresh residual and objective."""
+        at, loss, penalty = state.mapped, problem.loss, problem.penalty
+        limits = jnp.finfo(at.x.dtype)
+        apart = jnp.sqrt(total(at.pulled**2))
+        residual = objective = jnp.full_like(state.residual, jnp.inf)
+        if has_conjugate(penalty):
+            image, y = at.images
+            slack = loss.rows.slack(image, -at.duals[0]) + total(penalty.slack(y, at.duals[1]))
+            objective = loss.rows.value(image) + penalty.value(y)
+            slack = jnp.abs(slack) + apart * jnp.sqrt(total(at.x**2))
+            residual = relative_gap(slack, objective, limits.eps * loss.rows.value(jnp.zeros_like(image)))
+        if not isinstance(penalty, Norm):
+            # Outside the set of a constraint the objective is infinite and says nothing.
+            known = jnp.isfinite(objective) & jnp.isfinite(residual)
+            missed = [total((a - y) ** 2) for a, y in zip(at.images, state.copies, strict=True)]
+            sizes = [jnp.maximum(total(a**2), total(y**2)) for a, y in zip(at.images, state.copies, strict=True)]
+            primal = sum(missed) / jnp.maximum(sum(sizes), limits.tiny)
+            force = _maps(problem, at.x)[0].rmv(at.duals[0])
+            dual = apart**2 / jnp.maximum(jnp.maximum(total(force**2), total((at.pulled - force) ** 2)), limits.tiny)
+            residual = jnp.where(known, residual, jnp.sqrt(jnp.maximum(primal, dual)))
+            of_copies = loss.rows.value(at.images[0]) + penalty.value(state.copies[1])
+            objective = jnp.where(known, objective, of_copies)
+        better = residual < 0.9 * state.best
+        return dataclasses.replace(
+            state,
+            residual=residual,
+            objective=jnp.minimum(objective, limits.max),
+            best=jnp.where(better, residual, state.best),
+            waited=jnp.where(better, 0, state.waited + 1),
+        )
+
+    def _restarted(self, state: PrimalDualState) -> PrimalDualState:
+        """The state from which the next step goes on."""
+        share = state.count / (state.count + 1).astype(state.omega.dtype)
+        # The z that was mapped last, from what the iteration made of it.
+        before = jax.tree.map(
+            lambda now, new, first: 2 * new - (now - (1 - share) * first) / share, state.now, state.mapped, state.first
+        )
+        apart = jax.tree.map(jnp.subtract, before, state.mapped)
+        across = sum(total(a * w) for a, w in zip(apart.images, apart.duals, strict=True))
+        dual = sum(total(w**2) / s for w, s in zip(apart.duals, state.scales, strict=True))
+        squared = state.omega * self._length(state, apart) - 2 * across + dual / state.omega
+        length = jnp.sqrt(jnp.maximum(squared, 0))
+        due = (
+            (length <= SUFFICIENT * state.fixed_point_first)
+            | ((length <= NECESSARY * state.fixed_point_first) & (length > state.fixed_point))
+            | (state.count >= ARTIFICIAL * state.steps)
+        )
+        way = jax.tree.map(jnp.subtract, state.mapped, state.first)
+        omega = jnp.sqrt(state.omega * self._ratio(state, way))
+        start = jax.tree.map(lambda new, now: jnp.where(due, new, now), state.mapped, state.now)
+        return dataclasses.replace(
+            state,
+            now=start,
+            first=jax.tree.map(lambda new, old: jnp.where(due, new, old), state.mapped, state.first),
+            omega=jnp.where(due & (omega > 0) & jnp.isfinite(omega), omega, state.omega),
+            count=jnp.where(due, 0, state.count),
+            fixed_point=jnp.where(due, jnp.inf, length),
+            fixed_point_first=jnp.where(due, length, state.fixed_point_first),
+        )
+
+    def measure(self, problem: Problem, state: PrimalDualState) -> Measure:
+        """What this step's check found."""
+        del problem
+        near = state.best <= NEAR_ROUNDING * jnp.finfo(state.now.x.dtype).eps
+        unknown = jnp.full_like(state.residual, jnp.nan)
+        stalled = near & (state.waited >= PATIENCE)
+        return Measure(state.residual, state.objective, unknown, {"omega": state.omega}, stalled)
+
+    def certify(self, problem: Problem, state: PrimalDualState) -> tuple[Array, Array]:
+        """The objective at the answer and its gap; NaN where the penalty has no conjugate or is infinite there."""
+        nothing = jnp.full_like(state.objective, jnp.nan)
+        if not has_conjugate(problem.penalty):
+            return nothing, nothing
+        x = self.extract(problem, state)
+        problem = _of_data(problem, state.loss)
+        objective, gap = certificate(problem, x, problem.loss.image(x), *state.mapped.duals)
+        known = jnp.isfinite(objective)
+        return jnp.where(known, objective, jnp.nan), jnp.where(known, gap, jnp.nan)
+
+    def duals(self, problem: Problem, state: PrimalDualState) -> tuple[Array, Array]:
+        """S and u."""
+        del problem
+        return state.mapped.duals
+
+    def extract(self, problem: Problem, state: PrimalDualState) -> Float[Array, "..."]:
+        """X; without an operator its copy, which has the penalty's zeros and lies in its set."""
+        return state.copies[1] if problem.operator is None else state.mapped.x
+
+
+@pytree
+class SplitAdmm(PrimalDual):
+    """The split ADMM for `solve`: `PrimalDual` with the exact x-step, for problems of up to 3,000 unknowns.
+
+    It inverts `Aᵀ A / ||A||² + Kᵀ K / ||K||²` once, by products alone, and multiplies with the inverse every step.
+    """
+
+    def refuses(self, problem: Problem) -> str | None:
+        """What `PrimalDual` refuses, and problems that are too large."""
+        if reason := super().refuses(problem):
+            return reason
+        size = problem.loss.start().size
+        if size <= CHEAP:
+            return None
+        return (
+            f"SplitAdmm inverts a matrix of all unknowns and takes up to {CHEAP:,}, given {size:,}; use PrimalDual, whose "
+            "steps are products with the operator"
+        )
+
+    def _metric(self, problem: Problem, x: Array, scales: tuple[Array, Array]) -> Array:
+        """The inverse of `K~ᵀ S K~`, with a ridge at the rounding level."""
+        maps = _maps(problem, x)
+
+        def column(unit: Array) -> Array:
+            unit = unit.reshape(x.shape)
+            parts = [s * part.rmv(part.mv(unit)) for s, part in zip(scales, maps, strict=True)]
+            return (parts[0] + parts[1]).reshape(-1)
+
+        gram = jax.vmap(column)(jnp.eye(x.size, dtype=x.dtype))
+        ridge = 10 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(jnp.diag(gram))) * x.size**0.5
+        return spd_inverse((gram + gram.T) / 2 + ridge * jnp.eye(x.size, dtype=x.dtype))
+
+    def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
+        return product(state.metric, pulled.reshape(-1)).reshape(pulled.shape)
+
+    def _length(self, state: PrimalDualState, apart: Point) -> Array:
+        return state.scales[0] * total(apart.images[0] ** 2) + state.scales[1] * total(apart.images[1] ** 2)
+
+
+def as_data(loss: Quadratic) -> LeastSquares:
+    """`1/2 <x - c, H (x - c)>` as `1/2 ||A x - A c||²` with `Aᵀ A = H`."""
+    values, vectors = jnp.linalg.eigh(loss.hessian)
+    matrix = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T
+    return LeastSquares(matrix, product(matrix, loss.center))
+
+
+def _of_data(problem: Problem, factor: LeastSquares | None) -> Problem:
+    return problem if factor is None else dataclasses.replace(problem, loss=factor)
+
+
+def _maps(problem: Problem, x: Array) -> tuple[Any, Any]:
+    """A and K."""
+    return problem.loss.maps(x), Identity(x.shape[0]) if problem.operator is None else problem.operator
