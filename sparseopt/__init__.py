@@ -8,11 +8,12 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.patterns import NM, BlockTopK, RowTopK, TopK
 from sparseopt.core.penalties import L0, L1, MCP, SCAD, GroupL2, Penalty, Support, lift
 from sparseopt.core.proximal import proximal, proximal_adam
-from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LogisticLoss, PoissonLoss
+from sparseopt.core.residual_losses import AbsoluteLoss, HuberLoss, QuantileLoss
 from sparseopt.core.solve import Measure, Problem, Solution, Solver, Status, solve
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
@@ -53,10 +54,12 @@ __all__ = [
     "Problem",
     "ProximalGradient",
     "Quadratic",
+    "QuantileLoss",
     "Refit",
     "RowTopK",
     "Solution",
     "Solver",
+    "SquaredHingeLoss",
     "Status",
     "Support",
     "TopK",

@@ -6,7 +6,7 @@ b is on the scale of the loss: a log-rate for counts, log-odds for labels; `loss
 
 The penalty vanishes on constants of a component and on nothing else, at every order. So a fit exists if and only if
 the best constant of every component is finite, which is checked for every channel: counts need a positive one, labels
-need both kinds.
+need both kinds. The squared hinge has one whatever the labels.
 """
 
 import dataclasses
@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.core.node_losses import NodeLoss
 from sparseopt.core.penalties import Norm
-from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LogisticLoss, PoissonLoss, ScalarLoss
+from sparseopt.core.residual_losses import AbsoluteLoss, HuberLoss
+from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.solve import Problem, Solution, Status, solve
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossAdmmState, LossStart, certificate
 from sparseopt.trend.graph import Graph
@@ -40,6 +42,7 @@ from sparseopt.trend.start import null_space_dual, start_point, warm_start_of
 LOSSES: dict[str, ScalarLoss] = {
     "poisson": PoissonLoss(),
     "logistic": LogisticLoss(),
+    "squared_hinge": SquaredHingeLoss(),
     "huber": HuberLoss(),
     "absolute": AbsoluteLoss(),
 }
@@ -51,7 +54,7 @@ def checked_loss(loss: Any) -> ScalarLoss | None:
     """The loss, by object or name; None for the square.
 
     Raises:
-        ValueError: for an unknown name or a delta that is not positive and finite.
+        ValueError: for an unknown name, or a loss that refuses its own parameters.
         TypeError: for an object that is no `ScalarLoss`.
     """
     if loss is None or (isinstance(loss, str) and loss == "square"):
@@ -65,11 +68,10 @@ def checked_loss(loss: Any) -> ScalarLoss | None:
             f"a loss is a name or an object with the methods of `ScalarLoss`, such as sparseopt.PoissonLoss(); "
             f"given {loss!r}"
         )
-    if isinstance(loss, HuberLoss) and not (np.ndim(loss.delta) == 0 and 0 < float(loss.delta) < np.inf):
-        raise ValueError(
-            f"the Huber loss needs a positive, finite delta, the distance from which on outliers count less; given "
-            f"{loss.delta}"
-        )
+    refuses = getattr(loss, "refuses", None)
+    reason = refuses() if refuses is not None else None
+    if reason is not None:
+        raise ValueError(reason)
     return loss
 
 
