@@ -261,6 +261,30 @@ def test_a_quantile_leaves_its_share_of_the_observations_below_the_fit(rng):
     assert np.mean(y < np.asarray(found.value) - 1e-6) <= 0.9 <= np.mean(y <= np.asarray(found.value) + 1e-6)
 
 
+def test_a_part_of_one_label_is_fitted_at_margin_1_and_has_no_say(rng):
+    # Its dual is 0, an end of the conjugate's domain: a rounding error of a warm start or of cosines must not matter.
+    graph = so.Graph.from_edges([(i, i + 1) for i in range(19) if i != 9], 20)
+    mixed, w = observations(rng, "squared_hinge", 20), rng.uniform(0.5, 2, 20)
+    pure = np.where(np.arange(20) < 10, mixed, 1)
+
+    def fit(y, **keywords):
+        return so.trend_filter(
+            y, graph, so.L1(0.3), 1, "admm", tol=1e-7, node_weights=w, loss="squared_hinge", **keywords
+        )
+
+    apart = fit(mixed)
+    for found in (fit(pure), fit(pure, warm_start=apart)):
+        assert status(found) is so.Status.CONVERGED
+        np.testing.assert_array_equal(found.value[10:], 1)
+        assert float(found.objective) == pytest.approx(
+            objective("squared_hinge", apart.value[:10], mixed[:10], so.Graph.chain(10), 0.3, 1, w[:10]), rel=2e-7
+        )
+    labels = np.stack([np.ones(20), mixed], axis=1)
+    grid = so.trend_filter(labels, so.Graph.grid((4, 5)), so.L1(0.3), 1, "doge", loss="squared_hinge")
+    assert status(grid) is so.Status.CONVERGED
+    np.testing.assert_array_equal(grid.value[:, 0], 1)
+
+
 def test_relabelling_the_nodes_relabels_the_answer(rng):
     ring = np.arange(20)
     edges = np.concatenate([np.stack([ring, (ring + reach) % 20], axis=1) for reach in (1, 3)])
