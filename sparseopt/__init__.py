@@ -8,13 +8,14 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.matrix_losses import Composed, LeastSquares
 from sparseopt.core.patterns import NM, BlockTopK, RowTopK, TopK
 from sparseopt.core.penalties import L0, L1, MCP, SCAD, GroupL2, Penalty, Support, lift
 from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status
 from sparseopt.core.proximal import proximal, proximal_adam
-from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LogisticLoss, PoissonLoss
+from sparseopt.core.residual_losses import AbsoluteLoss, HuberLoss, QuantileLoss
 from sparseopt.core.solve import chosen_solver, solve
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
@@ -61,11 +62,13 @@ __all__ = [
     "Problem",
     "ProximalGradient",
     "Quadratic",
+    "QuantileLoss",
     "Refit",
     "RowTopK",
     "Solution",
     "Solver",
     "SplitAdmm",
+    "SquaredHingeLoss",
     "Status",
     "Support",
     "TopK",

@@ -28,6 +28,8 @@ FLOORS = [
     ("core/losses", 2),
     ("core/fidelity", 2),
     ("core/scalar_losses", 2),
+    ("core/count_and_label_losses", 2),
+    ("core/residual_losses", 2),
     ("core/node_losses", 2.5),  # sums of scalar losses
     ("core/solve.", 3),
     ("core/solvers/", 4),

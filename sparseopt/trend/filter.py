@@ -114,8 +114,9 @@ def trend_filter(
             within `sqrt(2 tol P)` of the optimum, in Euclidean norm and with P the objective; so converged fits in
             float32 and in float64 lie within twice that of each other. PRECISION says that float32 was not enough.
         loss: None for the square, `PoissonLoss()` (counts; b is the log-rate), `LogisticLoss()` (labels 0 and 1; b is
-            the log-odds), `HuberLoss(delta)`, `AbsoluteLoss()`, a `ScalarLoss` of your own, or the name "poisson",
-            "logistic", "huber" or "absolute". Not by "fast_admm". See `sparseopt.trend.general_loss`.
+            the log-odds), `SquaredHingeLoss()` (labels -1 and 1; b is a score), `HuberLoss(delta)`, `AbsoluteLoss()`,
+            `QuantileLoss(level)`, a `ScalarLoss` of your own, or the name "poisson", "logistic", "squared_hinge",
+            "huber" or "absolute". Not by "fast_admm". See `sparseopt.trend.general_loss`.
         devices: how many devices work on the fit together, "all", or a `jax.sharding.Mesh` of one axis "devices"; None
             for one. Several do one penalty and the square loss by "doge" with B = order + 1; the answer is that of one
             device to rounding. With several processes each calls this with the same arguments and gets all of the

@@ -6,7 +6,7 @@ b is on the scale of the loss: a log-rate for counts, log-odds for labels; `loss
 
 The penalty vanishes on constants of a component and on nothing else, at every order. So a fit exists if and only if
 the best constant of every component is finite, which is checked for every channel: counts need a positive one, labels
-need both kinds.
+need both kinds. The squared hinge has one whatever the labels.
 """
 
 import dataclasses
@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.core.iterate import iterate
 from sparseopt.core.node_losses import NodeLoss
 from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem, Solution, Status
-from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LogisticLoss, PoissonLoss, ScalarLoss
+from sparseopt.core.residual_losses import AbsoluteLoss, HuberLoss
+from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossAdmmState, LossStart, certificate
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
@@ -41,6 +43,7 @@ from sparseopt.trend.start import null_space_dual, start_point, warm_start_of
 LOSSES: dict[str, ScalarLoss] = {
     "poisson": PoissonLoss(),
     "logistic": LogisticLoss(),
+    "squared_hinge": SquaredHingeLoss(),
     "huber": HuberLoss(),
     "absolute": AbsoluteLoss(),
 }
@@ -52,7 +55,7 @@ def checked_loss(loss: Any) -> ScalarLoss | None:
     """The loss, by object or name; None for the square.
 
     Raises:
-        ValueError: for an unknown name or a delta that is not positive and finite.
+        ValueError: for an unknown name, or a loss that refuses its own parameters.
         TypeError: for an object that is no `ScalarLoss`.
     """
     if loss is None or (isinstance(loss, str) and loss == "square"):
@@ -66,11 +69,10 @@ def checked_loss(loss: Any) -> ScalarLoss | None:
             f"a loss is a name or an object with the methods of `ScalarLoss`, such as sparseopt.PoissonLoss(); "
             f"given {loss!r}"
         )
-    if isinstance(loss, HuberLoss) and not (np.ndim(loss.delta) == 0 and 0 < float(loss.delta) < np.inf):
-        raise ValueError(
-            f"the Huber loss needs a positive, finite delta, the distance from which on outliers count less; given "
-            f"{loss.delta}"
-        )
+    refuses = getattr(loss, "refuses", None)
+    reason = refuses() if refuses is not None else None
+    if reason is not None:
+        raise ValueError(reason)
     return loss
 
 
@@ -103,7 +105,8 @@ def fit_loss(signal: Signal, graph: Graph, penalty: Any, order: int, loss: Scala
     columns = [np.ascontiguousarray(column) for column in data.columns.T]
     null = np.stack([loss.location(column, data.weights, data.labels)[data.labels] for column in columns], axis=1)
     _require_finite(null, data, loss, nothing)
-    if _constant(data):
+    alike = _sees_one_value(data)
+    if alike.all():
         return _answered(null.reshape(signal.shape), kind)
 
     nodes = graph.shape or (graph.num_nodes,)
@@ -116,6 +119,11 @@ def fit_loss(signal: Signal, graph: Graph, penalty: Any, order: int, loss: Scala
         weights = jnp.asarray(signal.weights.reshape(*nodes, *(1 for _ in channels)))
     low, high = _box(signal, loss, order)
     node_loss = NodeLoss(loss, laid_out(signal.values), weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
+    # Where a component sees one value and the domain of the conjugate ends at 0, its dual, 0, has no room for rounding.
+    # Its fit is known and its loss 0: it counts as missing until the fit is put in.
+    settled = _holding(data, alike & ~_zero_is_inside(node_loss).reshape(alike.shape))
+    if settled.any():
+        node_loss = dataclasses.replace(node_loss, weights=laid_out(data.weights[:, None] * ~settled))
     curvatures = _curvatures(data, loss, null, columns)
     if method == "auto":
         # Cosines are exact and cheap on grids, whatever the weights; elsewhere a step without a linear solve pays.
@@ -139,6 +147,8 @@ def fit_loss(signal: Signal, graph: Graph, penalty: Any, order: int, loss: Scala
     problem = Problem(node_loss, penalty, ready.split)
     limit = options.limit(solver.cadence)
     found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=options.history)
+    if settled.any():
+        found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
     if not isinstance(penalty, Norm):
         status = jnp.where(found.status == Status.CONVERGED, Status.STATIONARY, found.status).astype(jnp.int32)
         return dataclasses.replace(found, value=found.value.reshape(signal.shape), status=status)
@@ -204,13 +214,20 @@ def _require_finite(null: np.ndarray, data: _Data, loss: ScalarLoss, unpenalised
     )
 
 
-def _constant(data: _Data) -> bool:
-    """Whether every component sees one value only in each channel: its best constant is then the fit."""
-    seen = data.weights > 0
-    labels, columns = data.labels[seen], data.columns[seen]
+def _holding(data: _Data, marked: np.ndarray) -> np.ndarray:
+    """Whether the node's component holds a marked observation in that channel, `[n, channels]`."""
+    nodes, channels = np.nonzero(marked & (data.weights > 0)[:, None])
+    found = np.zeros((int(data.labels.max()) + 1, marked.shape[1]), bool)
+    found[data.labels[nodes], channels] = True
+    return found[data.labels]
+
+
+def _sees_one_value(data: _Data) -> np.ndarray:
+    """Whether the node's component sees one value only in that channel: its best constant is then the fit."""
+    seen = np.flatnonzero(data.weights > 0)[::-1]
     first = np.zeros(int(data.labels.max()) + 1, np.int64)
-    first[labels[::-1]] = np.arange(labels.size)[::-1]
-    return bool(np.all(columns == columns[first[labels]]))
+    first[data.labels[seen]] = seen
+    return ~_holding(data, data.columns != data.columns[first[data.labels]])
 
 
 def _answered(value: np.ndarray, kind: np.dtype) -> Solution:
@@ -274,7 +291,7 @@ def _null_dual(
     if not isinstance(penalty, Norm):
         return nothing
     strong = float(penalty.value(full.split.mv(on_nodes))) >= np.sum(pull**2)
-    if not strong and _zero_is_inside(node_loss):
+    if not strong and _zero_is_inside(node_loss).all():
         return nothing
     found = null_space_dual(graph, pull, order)
     if found is None:
@@ -283,11 +300,13 @@ def _null_dual(
     return _shortened(penalty, full.split.outer.base.difference(z) if found[1] else z)
 
 
-def _zero_is_inside(node_loss: NodeLoss) -> bool:
-    """Whether the dual 0 lies inside the domain of the loss's conjugate."""
+def _zero_is_inside(node_loss: NodeLoss) -> np.ndarray:
+    """Whether the dual 0 lies inside the domain of the loss's conjugate, entry by entry; True at missing nodes."""
     low, high = node_loss.family.dual_range(node_loss.signal)
     inside = (low < 0) & (high > 0)
-    return bool(jnp.all(inside if node_loss.weights is None else inside | (node_loss.weights == 0)))
+    if node_loss.weights is not None:
+        inside = inside | (node_loss.weights == 0)
+    return np.broadcast_to(inside, node_loss.signal.shape)
 
 
 @jax.jit
@@ -305,7 +324,7 @@ def _shortened(penalty: Any, dual: jax.Array) -> jax.Array:
 def _anchor(node_loss: NodeLoss, penalty: Any, full: Prepared, dual: jax.Array) -> Anchor | None:
     if not isinstance(penalty, Norm):
         return None
-    dual = jnp.zeros_like(dual) if _zero_is_inside(node_loss) else dual
+    dual = jnp.zeros_like(dual) if _zero_is_inside(node_loss).all() else dual
     return Anchor(dual, full.split.rmv(dual))
 
 

@@ -8,8 +8,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import wrightomega
 
 import sparseopt as so
+from sparseopt.core.count_and_label_losses import wright_omega
 from sparseopt.core.node_losses import NodeLoss
-from sparseopt.core.scalar_losses import ScalarLoss, weighted_medians, wright_omega
+from sparseopt.core.residual_losses import weighted_quantiles
+from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.trend.filter import precision
 from tests.jitted import Jitted
 
@@ -17,9 +19,11 @@ DOUBLE = np.dtype(np.float64)
 CASES = {
     "Poisson": (so.PoissonLoss(), [0.0, 1.0, 7.0, 400.0]),
     "logistic": (so.LogisticLoss(), [0.0, 1.0]),
+    "squared hinge": (so.SquaredHingeLoss(), [-1.0, 1.0]),
     "Huber": (so.HuberLoss(0.7), [-2.0, 0.0, 3.0]),
     "wide Huber": (so.HuberLoss(5.0), [-2.0, 0.0, 3.0]),
     "absolute": (so.AbsoluteLoss(), [-2.0, 0.0, 3.0]),
+    "quantile": (so.QuantileLoss(0.9), [-2.0, 0.0, 3.0]),
 }
 STEPS = [1e-8, 1.0, 1e6]
 
@@ -27,7 +31,7 @@ STEPS = [1e-8, 1.0, 1e6]
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def case(request):
     loss, observations = request.param
-    return Jitted(loss, host=("wrong", "location", "curvature", "span")), observations
+    return Jitted(loss, host=("wrong", "location", "curvature", "span", "refuses")), observations
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +45,16 @@ def pairs(observations, low=-8.0, high=8.0, count=161):
     return x.ravel(), y.ravel()
 
 
-def duals(loss, y, count=41):
-    """Points of the conjugate's domain, ends included, for every y."""
+def finite_range(loss, y, reach):
+    """The conjugate's domain for every y, cut at `reach` from its finite end where it has but one."""
     low, high = (np.broadcast_to(np.asarray(end, float), y.shape) for end in loss.dual_range(y))
-    share = np.linspace(0, 1, count)[:, None]
-    return low + share * (np.minimum(high, low + 50) - low)
+    return np.where(np.isfinite(low), low, high - reach), np.where(np.isfinite(high), high, low + reach)
+
+
+def duals(loss, y, count=41):
+    """Points of the conjugate's domain, finite ends included, for every y."""
+    low, high = finite_range(loss, y, 25)
+    return low + np.linspace(0, 1, count)[:, None] * (high - low)
 
 
 def test_the_least_value_is_zero_and_no_value_is_negative(case):
@@ -64,6 +73,13 @@ def test_the_derivative_is_that_of_the_value(case):
     x, y = pairs(observations, count=160)  # no x is an observation, where the absolute loss has a kink
     slope = jax.jit(jax.vmap(jax.grad(loss.tree.value)))(x, y)
     np.testing.assert_allclose(loss.derivative(x, y), slope, rtol=1e-9, atol=1e-12)
+
+
+def test_the_derivative_is_continuous_where_the_loss_is_smooth(case):
+    loss, observations = case
+    x, y = pairs(observations, count=161)  # -8, -7.9, ..., so every kink is near one of them
+    jump = np.abs(loss.derivative(x + 1e-9, y) - loss.derivative(x - 1e-9, y)) / (1 + np.abs(loss.derivative(x, y)))
+    assert (jump.max() < 1e-6) == loss.smooth
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -169,6 +185,7 @@ def test_host_methods_describe_the_data(case):
     assert (loss.curvature(y, np.ones(y.size), fit) > 0).all()
     low, high = loss.span(y)
     assert low <= fit[0] <= high
+    assert not hasattr(loss.tree, "refuses") or loss.refuses() is None
 
 
 def test_wright_omega_agrees_with_scipy():
@@ -176,12 +193,30 @@ def test_wright_omega_agrees_with_scipy():
     np.testing.assert_allclose(jax.jit(wright_omega)(z), wrightomega(z), rtol=1e-13)
 
 
-def test_weighted_medians_balance_the_weights(rng):
+@pytest.mark.parametrize("level", [1e-3, 0.5, 0.9, 1 - 1e-12])
+def test_weighted_quantiles_divide_the_weights(rng, level):
     labels, y, weights = rng.integers(0, 5, 200), rng.standard_normal(200), rng.uniform(0, 1, 200)
-    for label, median in enumerate(weighted_medians(y, weights, labels)):
+    for label, quantile in enumerate(weighted_quantiles(y, weights, labels, level)):
         mine = labels == label
-        below, above = weights[mine & (y < median)].sum(), weights[mine & (y > median)].sum()
-        assert max(below, above) <= weights[mine].sum() / 2
+        mass = weights[mine].sum()
+        assert weights[mine & (y < quantile)].sum() < level * mass + 1e-12
+        assert weights[mine & (y > quantile)].sum() <= (1 - level) * mass + 1e-12
+
+
+def test_half_the_absolute_loss_is_the_quantile_loss_of_the_median(rng):
+    half, absolute = Jitted(so.QuantileLoss(0.5)), Jitted(so.AbsoluteLoss())
+    x, y = rng.standard_normal((2, 50))
+    x[:5] = y[:5]
+    np.testing.assert_allclose(half.value(x, y), absolute.value(x, y) / 2, rtol=1e-15)
+    np.testing.assert_allclose(half.derivative(x, y), absolute.derivative(x, y) / 2)
+    np.testing.assert_allclose(half.prox(x, y, 1.0), absolute.prox(x, y, 0.5), rtol=1e-15)
+    np.testing.assert_allclose(half.slack(x, x / 9, y), absolute.slack(x, 2 * x / 9, y) / 2, rtol=1e-14)
+
+
+def test_a_component_of_one_label_has_a_fit_of_margin_1():
+    y, labels = np.array([1.0, 1, -1, -1, -1, 1]), np.array([0, 0, 1, 1, 2, 2])
+    weights = np.array([1.0, 2, 1, 2, 1, 3])
+    np.testing.assert_array_equal(so.SquaredHingeLoss().location(y, weights, labels), [1, -1, 0.5])
 
 
 def test_the_feasible_share_is_the_largest(rng, case):
@@ -190,7 +225,7 @@ def test_the_feasible_share_is_the_largest(rng, case):
     weights = np.where(np.arange(50) == 7, 0, rng.uniform(0.5, 2, 50))
     node_loss = Jitted(NodeLoss(loss.tree, *map(jnp.asarray, (y, weights, -9.0, 9.0))))
     low, high = loss.dual_range(y)
-    anchor = -weights * np.where(np.isfinite(high), (low + np.where(np.isfinite(high), high, 0)) / 2, low + 1)
+    anchor = -weights * np.mean(finite_range(loss, y, 2), axis=0)
     for size in (1e-3, 1.0, 100.0):
         q = anchor + size * rng.standard_normal(50)
 

@@ -70,7 +70,7 @@ def make_trend(choices: Choices) -> dict[str, Any]:
         "relaxation": maybe(choices, 1.5),
         "cadence": maybe(choices, 5),
         "dtype": pick(choices, ("float32", "f8", "int", "x", None, 3, np.complex64)),
-        "loss": pick(choices, ("poisson", "logistic", "huber", "absolute", "x", 3, None)),
+        "loss": pick(choices, ("poisson", "logistic", "squared_hinge", "huber", "absolute", "x", 3, None)),
         "warm_start": maybe(choices, None),
     }
     names = [name for name in more if chance(choices, 6)]

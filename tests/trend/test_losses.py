@@ -11,7 +11,7 @@ from scipy.special import xlogy
 
 import sparseopt as so
 from sparseopt.core import solve as solve_module
-from sparseopt.core.scalar_losses import HuberLoss
+from sparseopt.core.residual_losses import HuberLoss
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, two_parts
@@ -19,20 +19,22 @@ from tests.trend.problems import GRAPHS, exact_fit, two_parts
 LOSSES = {
     "poisson": so.PoissonLoss(),
     "logistic": so.LogisticLoss(),
+    "squared_hinge": so.SquaredHingeLoss(),
     "huber": so.HuberLoss(0.8),
     "absolute": so.AbsoluteLoss(),
+    "quantile": so.QuantileLoss(0.9),
 }
-WEIGHTS = {"poisson": 0.8, "logistic": 0.15, "huber": 0.4, "absolute": 0.3}
+WEIGHTS = {"poisson": 0.8, "logistic": 0.15, "squared_hinge": 0.3, "huber": 0.4, "absolute": 0.3, "quantile": 0.1}
 
 
 def observations(rng, name, n):
     """Data with a fit in every component."""
     if name == "poisson":
         return rng.poisson(rng.choice([0.5, 6.0], n)) + 1.0 * (np.arange(n) % 5 == 0)
-    if name == "logistic":
+    if name in ("logistic", "squared_hinge"):
         y = rng.integers(0, 2, n).astype(float)
         y[:2], y[6:8] = (0, 1), (0, 1)
-        return y
+        return y if name == "logistic" else 2 * y - 1
     return 2 * rng.standard_normal(n) + 15 * (rng.random(n) < 0.1)
 
 
@@ -42,7 +44,12 @@ def node_values(name, b, y):
         return np.exp(b) - y * b + xlogy(y, y) - y, np.exp(b) - y
     if name == "logistic":
         return np.logaddexp(0, b) - y * b, 1 / (1 + np.exp(-b)) - y
+    if name == "squared_hinge":
+        lack = np.maximum(1 - y * b, 0)
+        return lack**2 / 2, -y * lack
     r = b - y
+    if name == "quantile":
+        return np.where(r > 0, 0.1 * r, -0.9 * r), np.where(r > 0, 0.1, -0.9)
     if name == "huber":
         return np.where(abs(r) <= 0.8, r * r / 2, 0.8 * abs(r) - 0.32), np.clip(r, -0.8, 0.8)
     return abs(r), np.sign(r)
@@ -54,17 +61,18 @@ def objective(name, b, y, graph, weight, order, w=1.0):
 
 
 def independent(name, y, graph, weight, order, w=None):
-    """The least objective: by linear programming for the absolute loss, else by SLSQP under |Δ b| <= t."""
+    """The least objective: by linear programming where f is piecewise linear, else by SLSQP under |Δ b| <= t."""
     matrix = graph.matrix(order + 1)
     rows, n = matrix.shape
     w = np.ones(n) if w is None else w
-    if name == "absolute":
+    if name in ("absolute", "quantile"):
         eye, zero = sparse.eye_array(n), sparse.csr_array((n, rows))
-        both = [[eye, -eye, zero], [-eye, -eye, zero]]
+        above, below = (1, 1) if name == "absolute" else (0.1, 0.9)
+        both = [[above * eye, -eye, zero], [-below * eye, -eye, zero]]
         none = sparse.csr_array((rows, n))
         both += [[matrix, none, -sparse.eye_array(rows)], [-matrix, none, -sparse.eye_array(rows)]]
         cost = np.concatenate([np.zeros(n), w, np.full(rows, weight)])
-        limit = np.concatenate([y, -y, np.zeros(2 * rows)])
+        limit = np.concatenate([above * y, -below * y, np.zeros(2 * rows)])
         return linprog(cost, sparse.block_array(both), limit, bounds=(None, None)).fun
     dense = matrix.toarray()
     constraint = np.block([[-dense, np.eye(rows)], [dense, np.eye(rows)]])
@@ -99,13 +107,16 @@ CASES = [
     ("poisson", GRAPHS["chain"], 2, "admm", None),
     ("logistic", GRAPHS["grid"], 1, "admm", None),
     ("logistic", GRAPHS["weighted"], 1, "doge", 1),
+    ("squared_hinge", GRAPHS["chain"], 1, "admm", None),
     ("huber", GRAPHS["weighted"], 2, "doge", 3),
     ("absolute", two_components, 0, "admm", None),
     ("absolute", GRAPHS["random"], 1, "doge", 2),
+    ("quantile", GRAPHS["chain"], 0, "admm", None),
 ]
+QUICK = [CASES[i] for i in (0, 2, 4, 5, 7, 8)]
 
 
-@pytest.mark.parametrize(("name", "kind", "order", "method", "block"), often(CASES, *(CASES[i] for i in (0, 2, 4, 6))))
+@pytest.mark.parametrize(("name", "kind", "order", "method", "block"), often(CASES, *QUICK))
 def test_fits_agree_with_an_independent_solver_and_the_gap_bounds_what_they_lack(rng, name, kind, order, method, block):
     graph, loss, weight = kind(rng), LOSSES[name], WEIGHTS[name]
     y, w = observations(rng, name, graph.num_nodes), rng.uniform(0.5, 2, graph.num_nodes)
@@ -237,6 +248,43 @@ def test_swapping_the_labels_swaps_the_sign(rng):
     np.testing.assert_allclose(second, -first, atol=1e-3)
 
 
+def test_a_quantile_leaves_its_share_of_the_observations_below_the_fit(rng):
+    graph, y = so.Graph.chain(40), rng.standard_normal(40)
+    loss = so.QuantileLoss(0.9)
+    constant = so.trend_filter(y, graph, so.L1(1e4), 0, "admm", tol=1e-8, loss=loss)
+    assert status(constant) is so.Status.CONVERGED
+    assert np.ptp(constant.value) == 0
+    assert np.mean(y <= constant.value[0]) == 0.9
+    assert np.quantile(y, 0.9, method="inverted_cdf") == constant.value[0]
+    # So does every fit: the penalty does not see constants, so the subgradients of the loss sum to 0.
+    found = so.trend_filter(y, graph, so.L1(0.05), 0, "admm", tol=1e-8, loss=loss)
+    assert np.mean(y < np.asarray(found.value) - 1e-6) <= 0.9 <= np.mean(y <= np.asarray(found.value) + 1e-6)
+
+
+def test_a_part_of_one_label_is_fitted_at_margin_1_and_has_no_say(rng):
+    # Its dual is 0, an end of the conjugate's domain: a rounding error of a warm start or of cosines must not matter.
+    graph = so.Graph.from_edges([(i, i + 1) for i in range(19) if i != 9], 20)
+    mixed, w = observations(rng, "squared_hinge", 20), rng.uniform(0.5, 2, 20)
+    pure = np.where(np.arange(20) < 10, mixed, 1)
+
+    def fit(y, **keywords):
+        return so.trend_filter(
+            y, graph, so.L1(0.3), 1, "admm", tol=1e-7, node_weights=w, loss="squared_hinge", **keywords
+        )
+
+    apart = fit(mixed)
+    for found in (fit(pure), fit(pure, warm_start=apart)):
+        assert status(found) is so.Status.CONVERGED
+        np.testing.assert_array_equal(found.value[10:], 1)
+        assert float(found.objective) == pytest.approx(
+            objective("squared_hinge", apart.value[:10], mixed[:10], so.Graph.chain(10), 0.3, 1, w[:10]), rel=2e-7
+        )
+    labels = np.stack([np.ones(20), mixed], axis=1)
+    grid = so.trend_filter(labels, so.Graph.grid((4, 5)), so.L1(0.3), 1, "doge", loss="squared_hinge")
+    assert status(grid) is so.Status.CONVERGED
+    np.testing.assert_array_equal(grid.value[:, 0], 1)
+
+
 def test_relabelling_the_nodes_relabels_the_answer(rng):
     ring = np.arange(20)
     edges = np.concatenate([np.stack([ring, (ring + reach) % 20], axis=1) for reach in (1, 3)])
@@ -351,10 +399,14 @@ def test_a_component_without_a_finite_fit_is_named(rng):
         ([0.0, 1, 2, 1], "logistic", r"takes labels 0 or 1, given 2 at node 2 \(1 such\)"),
         ([0.5, 1, 0, 1], "logistic", "given 0.5 at node 0"),
         ([1.0, np.inf, 0, 0], "poisson", "1 infinite values"),
+        ([1.0, 0, -1, 1], "squared_hinge", r"takes labels -1 or 1, given 0 at node 1 \(1 such\)"),
+        ([1.0, 2, 3, 4], so.QuantileLoss(0.0), "level between 0 and 1, both excluded.*given 0.0"),
+        ([1.0, 2, 3, 4], so.QuantileLoss(1.0), "level between 0 and 1"),
+        ([1.0, 2, 3, 4], so.QuantileLoss(np.nan), "level between 0 and 1"),
         ([1.0, 2, 3, 4], so.HuberLoss(0.0), "positive, finite delta.*given 0.0"),
         ([1.0, 2, 3, 4], so.HuberLoss(-1.0), "positive, finite delta"),
         ([1.0, 2, 3, 4], so.HuberLoss(np.nan), "positive, finite delta"),
-        ([1.0, 2, 3, 4], "cauchy", "unknown loss 'cauchy'; known are square, poisson, logistic, huber, absolute"),
+        ([1.0, 2, 3, 4], "cauchy", "unknown loss 'cauchy'; known are square, poisson, logistic, squared_hinge, huber"),
     ],
 )
 def test_bad_input_is_named(y, loss, match):

@@ -1,0 +1,249 @@
+"""Floor 2: losses of counts and labels, see `scalar_losses.py`: Poisson, logistic and squared hinge."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Float
+
+from sparseopt.core.types import pytree
+
+FloatArray = Float[Array, "..."]
+
+
+def _means(y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.bincount(labels, weights * y) / np.bincount(labels, weights)
+
+
+def wright_omega(z: FloatArray) -> FloatArray:
+    """The w > 0 with `w + log w = z`, to a few eps, entry by entry.
+
+    Source: Fritsch, Shafer and Crowley, "Solution of the transcendental equation w e^w = x", 1973, whose step is of
+    order four.
+
+    Example:
+        >>> from sparseopt.core.count_and_label_losses import wright_omega
+        >>> wright_omega(jnp.array([1.0])).round(3)
+        Array([1.], dtype=float32)
+    """
+    # Below this w is e^z to rounding, and log w must stay finite.
+    z = jnp.maximum(z, 0.9 * jnp.log(jnp.finfo(z.dtype).tiny))
+    small = jnp.exp(jnp.minimum(z, 1))
+    w = jnp.where(z < 1, small / (1 + small), z - jnp.log(jnp.maximum(z, 1)))
+    for _ in range(2):
+        error = z - w - jnp.log(w)
+        wide = (1 + w) * (1 + w + 2 / 3 * error)
+        w = w * (1 + error / (1 + w) * (wide - error / 2) / (wide - error))
+    return w
+
+
+def _poisson_slack(mean: FloatArray, x: FloatArray) -> FloatArray:
+    """`mean log(mean / e^x) - mean + e^x`, the divergence of Poisson distributions."""
+    apart = jnp.log(jnp.where(mean > 0, mean, 1)) - x
+    near = mean * (apart + jnp.expm1(-jnp.maximum(apart, -1)))
+    return jnp.where((mean > 0) & (apart >= -1), jnp.maximum(near, 0), mean * (apart - 1) + jnp.exp(x))
+
+
+@pytree
+class PoissonLoss:
+    """Counts with log-rate x: `f = e^x - y x + (y log y - y)`, half the Poisson deviance.
+
+    Example:
+        >>> loss = so.PoissonLoss()
+        >>> loss.mean(jnp.log(jnp.array([3.0])))
+        Array([3.], dtype=float32)
+    """
+
+    expected = "counts, finite and not negative"
+    unbounded = "no positive count"
+    span_holds_fit = False
+    smooth = True
+
+    def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        """The divergence of the rate e^x from y."""
+        return _poisson_slack(y, x)
+
+    def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        """`e^x - y`."""
+        return jnp.exp(x) - y
+
+    def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
+        """`u + step e^u = x + step y`, by `wright_omega`."""
+        step = jnp.broadcast_to(jnp.asarray(step, x.dtype), x.shape)
+        level = x + step * y
+        log_step = jnp.log(jnp.where(step > 0, step, 1))
+        omega = wright_omega(level + log_step)  # step e^u
+        # Each form is exact where the other cancels.
+        u = jnp.where(omega > 1, jnp.log(omega) - log_step, level - omega)
+        return jnp.where(step > 0, u, x)
+
+    def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
+        """`s + y`, a mean, is not negative."""
+        return -y, jnp.inf
+
+    def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
+        """The divergence of the rate e^x from the mean `dual + y`."""
+        return _poisson_slack(jnp.maximum(dual + y, 0), x)
+
+    def mean(self, x: FloatArray) -> FloatArray:
+        """e^x."""
+        return jnp.exp(x)
+
+    def wrong(self, y: np.ndarray) -> np.ndarray:
+        """Negative or infinite."""
+        return ~(np.isfinite(y) & (y >= 0))
+
+    def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """The logarithm of the mean."""
+        with np.errstate(divide="ignore"):
+            return np.log(_means(y, weights, labels))
+
+    def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
+        """The mean of the observed and the constant rate."""
+        del weights
+        return (y + np.exp(fit)) / 2
+
+    def span(self, y: np.ndarray) -> tuple[float, float]:
+        """Logarithms of the counts, 0 read as 1/2."""
+        return float(np.log(max(y.min(), 0.5))), float(np.log(max(y.max(), 0.5)))
+
+
+@pytree
+class LogisticLoss:
+    """Labels 0 or 1 with log-odds x: `f = log(1 + e^x) - y x`, half the binomial deviance.
+
+    Example:
+        >>> loss = so.LogisticLoss()
+        >>> loss.mean(jnp.array([0.0]))
+        Array([0.5], dtype=float32)
+    """
+
+    expected = "labels 0 or 1"
+    unbounded = "only one of the labels 0 and 1"
+    span_holds_fit = False
+    smooth = True
+
+    def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        """`log(1 + e^x) - y x`."""
+        return y * jax.nn.softplus(-x) + (1 - y) * jax.nn.softplus(x)
+
+    def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        """`1 / (1 + e^-x) - y`."""
+        return jax.nn.sigmoid(x) - y
+
+    def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
+        """`u + step sigmoid(u) = x + step y`, by Newton's method from where it is monotone."""
+        step = jnp.asarray(step, x.dtype)
+        level = x + step * y
+        # On u <= 0 the left side is convex; the other half is its mirror image.
+        mirrored = level > step / 2
+        level = jnp.where(mirrored, step - level, level)
+        # e^u >= sigmoid(u) >= e^u / 2: the root for e^u lies at most log 2 below.
+        u = jnp.minimum(level - wright_omega(level + jnp.log(jnp.maximum(step, jnp.finfo(x.dtype).tiny))), 0)
+        for _ in range(4):
+            p = jax.nn.sigmoid(u)
+            u = jnp.minimum(u - (u - level + step * p) / (1 + step * p * (1 - p)), 0)
+        return jnp.where(mirrored, -u, u)
+
+    def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
+        """`s + y`, a probability, lies in [0, 1]."""
+        return -y, 1 - y
+
+    def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
+        """The divergence of the probability at x from `dual + y`."""
+        p = jnp.clip(dual + y, 0, 1)
+        entropy = xlogy(p, p) + xlogy(1 - p, 1 - p)
+        return jnp.maximum(entropy + p * jax.nn.softplus(-x) + (1 - p) * jax.nn.softplus(x), 0)
+
+    def mean(self, x: FloatArray) -> FloatArray:
+        """`1 / (1 + e^-x)`."""
+        return jax.nn.sigmoid(x)
+
+    def wrong(self, y: np.ndarray) -> np.ndarray:
+        """Neither 0 nor 1."""
+        return ~((y == 0) | (y == 1))
+
+    def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """The log-odds of the mean."""
+        of_ones, of_zeros = np.bincount(labels, weights * y), np.bincount(labels, weights * (1 - y))
+        with np.errstate(divide="ignore"):
+            return np.log(of_ones) - np.log(of_zeros)
+
+    def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
+        """`p (1 - p)` of the constant fit."""
+        del y, weights
+        return 1 / (2 + np.exp(fit) + np.exp(-fit))
+
+    def span(self, y: np.ndarray) -> tuple[float, float]:
+        """Log-odds of 1 to 100 and of 100 to 1."""
+        del y
+        return -float(np.log(100)), float(np.log(100))
+
+
+@pytree
+class SquaredHingeLoss:
+    """Labels -1 or 1 with score x: `f = max(0, 1 - y x)² / 2`, the square where the margin `y x` is below 1, else 0.
+
+    A label that the fit is sure of has no pull, unlike one of `LogisticLoss`; so there is a finite fit where all labels
+    are equal.
+
+    Source: Cortes and Vapnik, "Support-vector networks", Machine Learning 20 (1995), whose penalty of margins has this
+    one among its powers; Zhang, "Statistical behavior and consistency of classification methods based on convex risk
+    minimization", Annals of Statistics 32 (2004), for the probabilities.
+
+    Example:
+        >>> so.SquaredHingeLoss().value(jnp.array([-1.0, 0.0, 3.0]), 1.0)
+        Array([2. , 0.5, 0. ], dtype=float32)
+    """
+
+    expected = "labels -1 or 1"
+    unbounded = "no label"
+    span_holds_fit = True
+    smooth = True
+
+    def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        """Half the square of what the margin lacks."""
+        lack = jnp.maximum(1 - y * x, 0)
+        return lack * lack / 2
+
+    def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        """`-y max(0, 1 - y x)`."""
+        return -y * jnp.maximum(1 - y * x, 0)
+
+    def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
+        """Shrink by `1 + step` towards y, where the margin is below 1."""
+        step = jnp.asarray(step, x.dtype)
+        return x + y * jnp.maximum(1 - y * x, 0) * (step / (1 + step))
+
+    def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
+        """`s y` is not positive."""
+        return jnp.where(y > 0, -jnp.inf, 0), jnp.where(y > 0, 0, jnp.inf)
+
+    def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
+        """Half the square of `derivative - dual`, and `-y dual` times what the margin exceeds 1 by."""
+        pull, lack = jnp.maximum(-y * dual, 0), 1 - y * x
+        return (jnp.maximum(lack, 0) - pull) ** 2 / 2 + pull * jnp.maximum(-lack, 0)
+
+    def mean(self, x: FloatArray) -> FloatArray:
+        """X, clipped to [-1, 1]: the label 1 has the probability `(1 + mean) / 2`."""
+        return jnp.clip(x, -1, 1)
+
+    def wrong(self, y: np.ndarray) -> np.ndarray:
+        """Neither -1 nor 1."""
+        return ~(np.abs(y) == 1)
+
+    def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """The mean: in [-1, 1] the loss is half the square of `x - y`."""
+        return _means(y, weights, labels)
+
+    def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
+        """1, that of the square."""
+        del weights, fit
+        return np.ones(y.shape)
+
+    def span(self, y: np.ndarray) -> tuple[float, float]:
+        """[-1, 1], at whose ends no label has a pull any more."""
+        del y
+        return -1.0, 1.0
