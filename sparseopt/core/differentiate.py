@@ -189,20 +189,21 @@ def _saddle_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tu
 
 def _solved(system: Callable[[Any], Any], right: Any) -> Any:
     """The solution of a symmetric linear system on pytrees, itself linear and transposable in `right`."""
-    return jax.lax.custom_linear_solve(system, right, solve=_minres, symmetric=True)
+    flat, unravel = ravel_pytree(right)
+
+    def matvec(v: Array) -> Array:
+        return ravel_pytree(system(unravel(v)))[0]
+
+    return unravel(jax.lax.custom_linear_solve(matvec, flat, solve=_minres, symmetric=True))
 
 
-def _minres(system: Callable[[Any], Any], right: Any) -> Any:
+def _minres(matvec: Callable[[Array], Array], b: Float[Array, " n"]) -> Float[Array, " n"]:
     """Paige and Saunders' MINRES for symmetric, possibly singular and indefinite, consistent systems.
 
     The residual falls to a few eps of the right side's length, or as far as so many steps bring it.
     """
-    b, unravel = ravel_pytree(right)
     limits = jnp.finfo(b.dtype)
     length = jnp.linalg.norm(b)
-
-    def matvec(v: Array) -> Array:
-        return ravel_pytree(system(unravel(v)))[0]
 
     class Turn(NamedTuple):
         x: Array
@@ -243,7 +244,7 @@ def _minres(system: Callable[[Any], Any], right: Any) -> Any:
             phi=jnp.where(ended, 0, sine * at.phi),
             cosine=cosine,
             sine=sine,
-            dbar=-cosine * beta,
+            dbar=-at.cosine * beta,
             epsilon=at.sine * beta,
             steps=at.steps + 1,
         )
@@ -263,4 +264,4 @@ def _minres(system: Callable[[Any], Any], right: Any) -> Any:
         epsilon=zero,
         steps=jnp.zeros((), jnp.int32),
     )
-    return unravel(jax.lax.while_loop(going, turn, start).x)
+    return jax.lax.while_loop(going, turn, start).x
