@@ -8,9 +8,12 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from sparseopt.core.combined_penalties import lift
+from sparseopt.core.constraints import Box, Nonnegative, Simplex, Support
+from sparseopt.core.group_penalties import GroupL2, NuclearNorm, SparseGroup
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.patterns import NM, BlockTopK, RowTopK, TopK
-from sparseopt.core.penalties import L0, L1, MCP, SCAD, GroupL2, Penalty, Support, lift
+from sparseopt.core.penalties import L0, L1, MCP, SCAD, Conjugate, ElasticNet, LogSum, Penalty
 from sparseopt.core.proximal import proximal, proximal_adam
 from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LogisticLoss, PoissonLoss
 from sparseopt.core.solve import Measure, Problem, Solution, Solver, Status, solve
@@ -41,13 +44,19 @@ __all__ = [
     "SCAD",
     "AbsoluteLoss",
     "BlockTopK",
+    "Box",
+    "Conjugate",
+    "ElasticNet",
     "Graph",
     "GraphTrendFilter",
     "GroupL2",
     "HuberLoss",
+    "LogSum",
     "LogisticLoss",
     "Maiht",
     "Measure",
+    "Nonnegative",
+    "NuclearNorm",
     "Penalty",
     "PoissonLoss",
     "Problem",
@@ -55,8 +64,10 @@ __all__ = [
     "Quadratic",
     "Refit",
     "RowTopK",
+    "Simplex",
     "Solution",
     "Solver",
+    "SparseGroup",
     "Status",
     "Support",
     "TopK",

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.combined_penalties import stacked
 from sparseopt.core.operators import Difference, Identity, Split, Stack
-from sparseopt.core.penalties import Norm, stacked
+from sparseopt.core.penalties import Norm
 from sparseopt.core.solve import Problem, Solution, solve
 from sparseopt.core.solvers.admm import Admm, Start, standard_split
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve

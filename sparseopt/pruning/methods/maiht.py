@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.constraints import Support
 from sparseopt.core.losses import largest_eigenvalue_bound
 from sparseopt.core.patterns import TopK
-from sparseopt.core.penalties import L0, Support
+from sparseopt.core.penalties import L0
 from sparseopt.core.solve import Problem, Status, solve
 from sparseopt.core.solvers.aiht import STEP_FRACTION, Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.constraints import Support
 from sparseopt.core.losses import Quadratic
-from sparseopt.core.penalties import Support
 from sparseopt.core.solve import Problem, Status, solve
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.pruning.layer import Pruned
