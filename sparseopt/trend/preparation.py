@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.constraints import Box, Nonnegative
 from sparseopt.core.fidelity import NodeSquares, total
-from sparseopt.core.penalties import Norm
+from sparseopt.core.group_penalties import SparseGroup
+from sparseopt.core.penalties import ElasticNet, Norm
 from sparseopt.core.solve import Problem, Solution, Status
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
@@ -110,19 +112,22 @@ def placed(penalty: Any, graph: Graph, order: int, kind: np.dtype) -> Any:
 
 
 def mean_weight(penalty: Any, padding: float = 1.0) -> float:
-    """The penalty's weight, the mean where there are many, 1 where there is none.
+    """The penalty's weight, the mean where there are many; 1 where there is none, it is 0, or it sets no scale.
 
     Args:
         penalty: whose weight is on the host.
         padding: entries of many weights over those that count; the others are 0.
     """
+    if isinstance(penalty, Nonnegative | Box):
+        return 1.0
     weight = getattr(penalty, "weight", 1.0)
-    return float(np.mean(weight)) * (padding if np.ndim(weight) else 1.0)
+    return float(np.mean(weight)) * (padding if np.ndim(weight) else 1.0) or 1.0
 
 
 def vanishes(penalty: Any) -> bool:
-    """Whether every weight of the penalty is 0."""
-    return not np.any(getattr(penalty, "weight", 1.0))
+    """Whether the penalty is 0 everywhere, every weight being 0."""
+    more = isinstance(penalty, Nonnegative | Box | ElasticNet | SparseGroup)
+    return not more and not np.any(getattr(penalty, "weight", 1.0))
 
 
 def _box(signal: Signal, k: int, anchored: bool) -> tuple[np.ndarray, np.ndarray]:
