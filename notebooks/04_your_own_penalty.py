@@ -26,7 +26,7 @@
 #
 # Near zero its slope is $w/\varepsilon$, as for `L1`, so small entries vanish. Far out the slope
 # $w/(\varepsilon + |x|)$ fades, so large entries are hardly shortened. It is the penalty behind reweighted $\ell_1$
-# minimisation (Candès, Wakin and Boyd, 2008).
+# minimisation (Candès, Wakin and Boyd, 2008). The package has it too, as `so.LogSum`.
 #
 # **The prox.** Take $x \ge 0$ and write $\ell = t w$ for the level. Where $u > 0$, the derivative of
 # $\tfrac12 (u - x)^2 + \ell \log(1 + u/\varepsilon)$ vanishes if

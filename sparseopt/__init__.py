@@ -8,11 +8,14 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from sparseopt.core.combined_penalties import lift
+from sparseopt.core.constraints import Box, Nonnegative, Simplex, Support
 from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
+from sparseopt.core.group_penalties import GroupL2, NuclearNorm, SparseGroup
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.matrix_losses import Composed, LeastSquares
 from sparseopt.core.patterns import NM, BlockTopK, RowTopK, TopK
-from sparseopt.core.penalties import L0, L1, MCP, SCAD, GroupL2, Penalty, Support, lift
+from sparseopt.core.penalties import L0, L1, MCP, SCAD, Conjugate, ElasticNet, LogSum, Penalty
 from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status
 from sparseopt.core.proximal import proximal, proximal_adam
 from sparseopt.core.residual_losses import AbsoluteLoss, HuberLoss, QuantileLoss
@@ -47,15 +50,21 @@ __all__ = [
     "AbsoluteLoss",
     "AcceleratedProximalGradient",
     "BlockTopK",
+    "Box",
     "Composed",
+    "Conjugate",
+    "ElasticNet",
     "Graph",
     "GraphTrendFilter",
     "GroupL2",
     "HuberLoss",
     "LeastSquares",
+    "LogSum",
     "LogisticLoss",
     "Maiht",
     "Measure",
+    "Nonnegative",
+    "NuclearNorm",
     "Penalty",
     "PoissonLoss",
     "PrimalDual",
@@ -65,8 +74,10 @@ __all__ = [
     "QuantileLoss",
     "Refit",
     "RowTopK",
+    "Simplex",
     "Solution",
     "Solver",
+    "SparseGroup",
     "SplitAdmm",
     "SquaredHingeLoss",
     "Status",

@@ -25,6 +25,9 @@ FLOORS = [
     ("core/grouping", 1.5),  # row tables are linear maps
     ("core/patterns", 2),
     ("core/penalties", 2),
+    ("core/group_penalties", 2),
+    ("core/constraints", 2),
+    ("core/combined_penalties", 2.5),  # made of other penalties
     ("core/losses", 2),
     ("core/fidelity", 2),
     ("core/scalar_losses", 2),

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import total
 from sparseopt.core.operators import Identity
-from sparseopt.core.penalties import Norm
+from sparseopt.core.penalties import Conjugate, Norm
 from sparseopt.core.problem import Status
 
 FloatArray = Float[Array, "..."]
@@ -61,13 +61,13 @@ def stationary(status: Array) -> Array:
 
 
 def has_conjugate(penalty: Any) -> bool:
-    """Whether a penalty takes part in a duality gap: it has `slack` and `dual_norm`, or is a `Norm`."""
-    return hasattr(penalty, "slack") and (hasattr(penalty, "dual_norm") or isinstance(penalty, Norm))
+    """Whether a penalty takes part in a duality gap."""
+    return isinstance(penalty, Conjugate | Norm)
 
 
 def gauge(penalty: Any, dual: FloatArray) -> Float[Array, ""]:
     """The least t >= 0 for which `dual / t` lies in the domain of the penalty's conjugate."""
-    if hasattr(penalty, "dual_norm"):
+    if isinstance(penalty, Conjugate):
         return jnp.asarray(penalty.dual_norm(dual), dual.dtype)
     # A norm of a user's own: halve the interval of shares for which the projection changes nothing.
     size = jnp.max(jnp.abs(dual))

@@ -18,9 +18,9 @@ For L1 behind an operator J is a mask and this is the projection onto the null s
 that is not smooth is one more such block. Where the active set changes, at a tie, the answer is one of the derivatives
 on either side; where the solution is not unique it is that of the shortest change.
 
-Source: Krantz and Parks, "The implicit function theorem", 2002; for fixed points of the proximal gradient step, Bertrand
-et al., "Implicit differentiation for fast hyperparameter selection in non-smooth convex learning", JMLR 2022; for the
-linear solves Paige and Saunders, "Solution of sparse indefinite systems of linear equations", 1975.
+Source: for fixed points of the proximal gradient step, Bertrand et al., "Implicit differentiation for fast
+hyperparameter selection in non-smooth convex learning", JMLR 2022; for the linear solves Paige and Saunders, "Solution
+of sparse indefinite systems of linear equations", 1975.
 """
 
 from collections.abc import Callable

@@ -135,7 +135,7 @@ def _run_certified(run: Any, certify: Any, carry: tuple, tol: Any, max_steps: An
         return state, steps, now, record
 
     def again(turn: tuple) -> Array:
-        (_, steps, now, _), level, rounds, ended = turn
+        (_, steps, now, _), _, rounds, ended = turn
         return ~ended & (rounds < ROUNDS) & ~(now.residual <= tol) & (steps < max_steps)
 
     def once_more(turn: tuple) -> tuple:

@@ -150,8 +150,8 @@ def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
     if jnp.abs(forth - across) <= 100 * jnp.sqrt(u.size) * jnp.finfo(like.dtype).eps * size:
         return None
     return (
-        f"the rmv of the {name} is not the transpose of its mv: <A u, v> = {forth:.6g} and <u, Aᵀ v> = {across:.6g} for "
-        "random u and v"
+        f"the rmv of the {name} is not the transpose of its mv: <A u, v> = {forth:.6g} and <u, Aᵀ v> = {across:.6g} "
+        "for random u and v"
     )
 
 

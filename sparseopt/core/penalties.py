@@ -4,13 +4,12 @@ The contract: `prox(x, step)` returns the minimiser over u of
 
     1/2 ||u - x||² + step * value(u)
 
-and `value(x)` is a scalar that includes the weight. An indicator (Support, and the
+and `value(x)` is a scalar that includes the weight. An indicator (`constraints.py`, and the
 sparse sets of `patterns.py`) has value 0 on its set, +inf off it.
-Sources are named at each scalar formula in `thresholds.py`.
+Here are the contract and the penalties on single entries; their sources are named at each scalar formula in
+`thresholds.py`. Those on groups and matrices are in `group_penalties.py`.
 """
 
-import itertools
-from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -21,13 +20,16 @@ from sparseopt.core.thresholds import (
     Scalar,
     count_nonzero,
     hard_threshold,
+    largest_ratio,
+    log_sum_prox,
+    log_sum_value,
     mcp_prox,
     mcp_value,
     scad_prox,
     scad_value,
     soft_threshold,
 )
-from sparseopt.core.types import pytree, static
+from sparseopt.core.types import pytree
 
 
 @runtime_checkable
@@ -59,6 +61,25 @@ class Norm(Penalty, Protocol):
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
         """Terms, none negative for a dual in the ball, that add up to `value(x) - <dual, x>`."""
+
+
+@runtime_checkable
+class Conjugate(Penalty, Protocol):
+    """A convex penalty whose Fenchel conjugate `f*(u) = max over x of <u, x> - value(x)` is known.
+
+    It has a duality gap. For a norm the conjugate is 0 in the dual ball and +inf outside, and its slack is that of
+    `Norm`.
+    """
+
+    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
+        """Terms that add up to `value(x) + f*(dual) - <dual, x>`, none negative for a dual in the domain of `f*`."""
+
+    def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
+        """The least `t >= 0` for which `dual / t` lies in the domain of `f*`; 0 where `f*` is finite everywhere.
+
+        For a norm this is its dual norm, the weight included. A zero entry needs no weight (0/0 counts as 0); a
+        nonzero one of weight 0 makes it +inf.
+        """
 
 
 @pytree
@@ -110,6 +131,46 @@ class L1:
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
         """`weight |x| - dual x`, entry by entry."""
         return jnp.asarray(self.weight, x.dtype) * jnp.abs(x) - dual * x
+
+    def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
+        """The largest `|dual| / weight`."""
+        return largest_ratio(jnp.abs(dual), self.weight)
+
+
+@pytree
+class ElasticNet:
+    """`weight * ||x||_1 + ridge / 2 * ||x||²`; prox: soft threshold at `step * weight`, over `1 + step * ridge`.
+
+    Weight and ridge may be arrays that broadcast to x. The conjugate is `||soft(u, weight)||² / (2 ridge)`, finite
+    everywhere: `slack` and `dual_norm` need a positive ridge. Source: Zou and Hastie, "Regularization and variable
+    selection via the elastic net", 2005.
+
+    Example:
+        >>> so.ElasticNet(1.0, ridge=1.0).prox(jnp.array([-3.0, 0.5, 2.0]), step=1.0)
+        Array([-1. ,  0. ,  0.5], dtype=float32)
+    """
+
+    weight: Any
+    ridge: Any
+    separable = True
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """The sum of `weight |x| + ridge / 2 x²`."""
+        return jnp.sum(self.weight * jnp.abs(x) + 0.5 * self.ridge * x * x)
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """Shrink every entry by `step * weight` and divide it by `1 + step * ridge`."""
+        return soft_threshold(x, jnp.asarray(step * self.weight, x.dtype)) / jnp.asarray(1 + step * self.ridge, x.dtype)
+
+    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
+        """`weight |x| - a x + ridge / 2 (x - b / ridge)²` with `a = clip(dual, ±weight)` and `b = dual - a`."""
+        weight, ridge = jnp.asarray(self.weight, x.dtype), jnp.asarray(self.ridge, x.dtype)
+        inside = jnp.clip(dual, -weight, weight)
+        return weight * jnp.abs(x) - inside * x + 0.5 * ridge * (x - (dual - inside) / ridge) ** 2
+
+    def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
+        """0: the ridge makes the conjugate finite everywhere."""
+        return jnp.zeros((), dual.dtype)
 
 
 @pytree
@@ -169,162 +230,29 @@ class SCAD:
 
 
 @pytree
-class GroupL2:
-    """`weight * sum of ||x_g||_2` over the slices of `axis`: channels of one row vanish together.
+class LogSum:
+    """`weight * sum of log(1 + |x| / eps)`, between L1 of weight `weight / eps` near zero and L0 far out.
 
-    Prox: `x_g * max(0, 1 - step * weight / ||x_g||)`. Source: Yuan and Lin, "Model selection and estimation in
-    regression with grouped variables", 2006.
+    Its prox is `log_sum_prox`, continuous for `step * weight <= eps²`. Source: Candès, Wakin and Boyd, "Enhancing
+    sparsity by reweighted l1 minimization", 2008, eq. 12.
 
     Example:
-        >>> so.GroupL2(1.0).prox(jnp.array([[3.0, 4.0], [0.5, 0.5]]), step=1.0)  # rows shrink together
-        Array([[2.4, 3.2],
-               [0. , 0. ]], dtype=float32)
+        >>> so.LogSum(1.0, eps=1.0).prox(jnp.array([0.5, 3.0, -99.0]), step=1.0).round(2)  # large entries hardly shrink
+        Array([  0.  ,   2.73, -98.99], dtype=float32)
     """
 
     weight: Any
-    axis: int = static(default=-1)
-
-    def _length(self, x: FloatArray) -> FloatArray:
-        squares = jnp.sum(x * x, axis=self.axis, keepdims=True)
-        # The root has no finite slope at 0: a slice of zeros gets 0, a subgradient of its length.
-        return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), squares)
-
-    def value(self, x: FloatArray) -> Float[Array, ""]:
-        """`weight` times the sum of lengths."""
-        return jnp.sum(self.weight * self._length(x))
-
-    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """Shorten every slice by `step * weight`, to exactly zero where it is shorter."""
-        length = self._length(x)
-        threshold = jnp.asarray(step * self.weight, x.dtype)
-        kept = length > threshold
-        return jnp.where(kept, x * (1 - threshold / jnp.where(kept, length, 1)), 0)
-
-    def project_dual(self, dual: FloatArray) -> FloatArray:
-        """Scale slices longer than `weight` back to it."""
-        length = self._length(dual)
-        weight = jnp.asarray(self.weight, dual.dtype)
-        return dual * jnp.where(length > weight, weight / jnp.where(length > 0, length, 1), 1)
-
-    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        """`weight ||x_g|| - <dual_g, x_g>`, slice by slice."""
-        weight = jnp.asarray(self.weight, x.dtype)
-        return weight * self._length(x) - jnp.sum(dual * x, axis=self.axis, keepdims=True)
-
-
-@pytree
-class Support:
-    """Indicator of arrays that are zero where `mask` is False; prox: set those entries to zero.
-
-    Example:
-        >>> so.Support(jnp.array([True, False, True])).prox(jnp.array([1.0, 2.0, 3.0]), step=1.0)
-        Array([1., 0., 3.], dtype=float32)
-    """
-
-    mask: Any
+    eps: Any
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """0 where x vanishes off the mask, +inf elsewhere."""
-        outside = count_nonzero(jnp.where(self.mask, 0, x))
-        return jnp.where(outside == 0, 0.0, jnp.inf).astype(x.dtype)
+        """The sum of `log_sum_value`."""
+        return jnp.sum(log_sum_value(x, self.weight, self.eps))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """The projection: `x` on the mask, exactly zero off it, whatever the step."""
-        del step
-        return jnp.where(self.mask, x, jnp.zeros((), x.dtype))
+        """`log_sum_prox`, entry by entry."""
+        return log_sum_prox(x, self.weight, self.eps, step)
 
-
-@pytree
-class Lifted:
-    """`penalty(Ψ_i x)` for a group of rows that share no column; see `lift`."""
-
-    penalty: Any
-    rows: Any
-    row_squares: Any
-
-    def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The penalty of the rows."""
-        return self.penalty.value(self.rows.mv(x))
-
-    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """`x + Ψ_iᵀ ((u - s) / |a|²)` with `s = Ψ_i x` and u the prox of s at `step |a|²`, row by row."""
-        s = self.rows.mv(x)
-        squares = jnp.reshape(self.row_squares, self.row_squares.shape + (1,) * (s.ndim - self.row_squares.ndim))
-        u = self.penalty.prox(s, step * squares)
-        return x + self.rows.rmv((u - s) / squares)
-
-
-def lift(penalty: Penalty, group: Any) -> Lifted:
-    """The penalty on the values of a group's rows, as a penalty on the array that they act on.
-
-    For one row a and any scalar penalty p, `argmin_v 1/2 ||v - x||² + step p(aᵀv)` is
-    `x + a (u - s) / |a|²` with `s = aᵀx` and `u = argmin_u 1/2 (u - s)² + step |a|² p(u)`: v moves along a only.
-    Rows without a common column do not feel each other.
-
-    Args:
-        penalty: any penalty that acts on every entry (or every slice of channels) on its own; its prox is called
-            with one step a row.
-        group: a `RowTable`, or any linear map with `row_squares()` whose rows share no column.
-
-    Source: Bu, Wu, Zuo, "Doge-ADMM", section 3; for orthogonal rows, Combettes and Pesquet, 2007, prop. 11.
-
-    Example:
-        >>> from sparseopt.core.grouping import group_table
-        >>> chain = so.Graph.chain(4)
-        >>> pairs, _ = group_table(chain.matrix(1), chain.groups(1), 0, jnp.float32)  # the edges 0-1 and 2-3
-        >>> so.lift(so.L1(1.0), pairs).prox(jnp.array([0.0, 1.0, 5.0, 9.0]), step=1.0)
-        Array([0.5, 0.5, 6. , 8. ], dtype=float32)
-    """
-    return Lifted(penalty, group, jnp.asarray(group.row_squares()))
-
-
-@pytree
-class Sum:
-    """Penalties on consecutive slices of rows, as one penalty on all; see `stacked`."""
-
-    penalties: tuple[Any, ...]
-    sizes: tuple[int, ...] = static()  # rows of each
-
-    def _parts(self, x: Any) -> list[Any]:
-        """Slices of an array by rows; of a number, one that serves all, as many as there are penalties."""
-        if jnp.ndim(x) == 0:
-            return [x] * len(self.sizes)
-        return jnp.split(x, list(itertools.accumulate(self.sizes))[:-1])
-
-    def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The sum of the values."""
-        values = [penalty.value(part) for penalty, part in zip(self.penalties, self._parts(x), strict=True)]
-        return jnp.sum(jnp.stack(values))
-
-    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """Slice by slice, since no row is in two of them."""
-        parts = zip(self.penalties, self._parts(x), self._parts(step), strict=True)
-        return jnp.concatenate([penalty.prox(part, size) for penalty, part, size in parts])
-
-
-@pytree
-class NormSum(Sum):
-    """A `Sum` of norms, which is a norm."""
-
-    def project_dual(self, dual: FloatArray) -> FloatArray:
-        """Slice by slice."""
-        parts = zip(self.penalties, self._parts(dual), strict=True)
-        return jnp.concatenate([penalty.project_dual(part) for penalty, part in parts])
-
-    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        """The terms of all slices, in one row."""
-        parts = zip(self.penalties, self._parts(x), self._parts(dual), strict=True)
-        return jnp.concatenate([penalty.slack(part, u).reshape(-1) for penalty, part, u in parts])
-
-
-def stacked(penalties: Sequence[Penalty], sizes: Sequence[int]) -> Sum:
-    """The sum of penalties that act on consecutive slices of rows, of the given sizes; a `Norm` if all are.
-
-    Example:
-        >>> from sparseopt.core.penalties import stacked
-        >>> stacked([so.L1(1.0), so.L1(2.0)], [2, 1]).prox(jnp.array([3.0, 0.5, 3.0]), step=1.0)
-        Array([2., 0., 1.], dtype=float32)
-    """
-    kind = NormSum if all(isinstance(penalty, Norm) for penalty in penalties) else Sum
-    return kind(tuple(penalties), tuple(int(size) for size in sizes))
+    def slope(self, x: FloatArray) -> FloatArray:
+        """The derivative of the value in `|x|`: `weight / (eps + |x|)`."""
+        return self.weight / (self.eps + jnp.abs(x))

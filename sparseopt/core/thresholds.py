@@ -121,6 +121,53 @@ def scad_prox(
     return jnp.where(size > (a + step) * weight, x, jnp.sign(x) * best)
 
 
+def log_sum_value(x: FloatArray, weight: Scalar | FloatArray, eps: Scalar | FloatArray) -> FloatArray:
+    """`weight log(1 + |x| / eps)`, entry by entry.
+
+    Source: Candès, Wakin and Boyd, "Enhancing sparsity by reweighted l1 minimization", 2008, eq. 12.
+    """
+    return weight * jnp.log1p(jnp.abs(x) / eps)
+
+
+def log_sum_prox(
+    x: FloatArray, weight: Scalar | FloatArray, eps: Scalar | FloatArray, step: Scalar | FloatArray
+) -> FloatArray:
+    """`argmin_u 1/2 (u - x)² + step * log_sum_value(u)`, a global minimiser for every step.
+
+    Where u > 0, the derivative vanishes at the roots of `(u - |x|)(u + eps) + step weight`, and the larger one is the
+    local minimum. For `step weight <= eps²` the cost is convex: the root wins from `|x| = step weight / eps` on,
+    where it is 0. For larger steps it wins where it costs less than 0 does, and jumps.
+
+    Example:
+        >>> from sparseopt.core.thresholds import log_sum_prox
+        >>> log_sum_prox(jnp.array([1.0, 2.0, 4.0]), weight=2.0, eps=0.5, step=1.0)
+        Array([0. , 0. , 3.5], dtype=float32)
+    """
+    weight, eps = jnp.asarray(weight, x.dtype), jnp.asarray(eps, x.dtype)
+    level, size = jnp.asarray(step, x.dtype) * weight, jnp.abs(x)
+    square = (size + eps) ** 2 - 4 * level
+    real = square > 0
+    root = jnp.sqrt(jnp.where(real, square, 1))
+    # Each form where it does not cancel.
+    small = size < eps
+    u = jnp.where(small, 2 * (size * eps - level) / jnp.where(small, eps - size + root, 1), (size - eps + root) / 2)
+    cheaper = 0.5 * u * (u - 2 * size) + log_sum_value(u, level, eps) < 0
+    wins = real & (u > 0) & jnp.where(level <= eps * eps, size * eps > level, cheaper)
+    return jnp.where(wins, jnp.sign(x) * u, 0)
+
+
+def largest_ratio(size: FloatArray, weight: Scalar | FloatArray) -> Float[Array, ""]:
+    """The largest `size / weight` of sizes and weights that are not negative; 0 / 0 is 0, and `size / 0` +inf.
+
+    Example:
+        >>> from sparseopt.core.thresholds import largest_ratio
+        >>> float(largest_ratio(jnp.array([3.0, 0.0]), jnp.array([2.0, 0.0])))
+        1.5
+    """
+    weight = jnp.where(size > 0, jnp.asarray(weight, size.dtype), 1)
+    return jnp.max(size / weight, initial=0)
+
+
 def count_each(*masks: BoolArray) -> list[Int[Array, ""]]:
     """How many entries of each mask are True, int32; all masks have one shape and are read in one pass.
 

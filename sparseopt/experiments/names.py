@@ -1,7 +1,7 @@
 """Floor 7: penalties, solvers and pruning methods named in a config, by short name or by the path of your own class.
 
 penalty: {name: l1, weight: 10}
-penalty: {name: my_package.penalties.LogSum, weight: 10, sharpness: 2}
+penalty: {name: my_package.penalties.CappedL1, weight: 10, cap: 60}
 
 A path is imported, and importing runs whatever the module holds. A config may come from a stranger, so a path outside
 this package is imported only where the caller allows it: all of them, or those of the packages that he lists.
@@ -28,9 +28,16 @@ AllowCode = bool | Collection[str]
 PENALTIES: Mapping[str, Callable[..., Any]] = {
     "l0": so.L0,
     "l1": so.L1,
+    "elastic_net": so.ElasticNet,
     "mcp": so.MCP,
     "scad": so.SCAD,
+    "log_sum": so.LogSum,
     "group": so.GroupL2,
+    "sparse_group": so.SparseGroup,
+    "nuclear": so.NuclearNorm,
+    "nonnegative": so.Nonnegative,
+    "box": so.Box,
+    "simplex": so.Simplex,
     "top_k": so.TopK,
     "n_of_m": so.NM,
 }

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.constraints import Support
 from sparseopt.core.dense import product
 from sparseopt.core.patterns import TopK
-from sparseopt.core.penalties import Support
 from sparseopt.core.problem import Problem
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.refit import Refit

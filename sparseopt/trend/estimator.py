@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from scipy import sparse
 
-from sparseopt.core.penalties import L0, L1, MCP, SCAD, GroupL2
+from sparseopt.core.group_penalties import GroupL2
+from sparseopt.core.penalties import L0, L1, MCP, SCAD
 from sparseopt.core.problem import Solution, Status
 from sparseopt.trend.checks import real_array
 from sparseopt.trend.filter import trend_filter

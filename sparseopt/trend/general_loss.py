@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.certify import promoted, stationary
 from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.core.iterate import iterate
 from sparseopt.core.node_losses import NodeLoss
@@ -150,12 +151,10 @@ def fit_loss(signal: Signal, graph: Graph, penalty: Any, order: int, loss: Scala
     if settled.any():
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
     if not isinstance(penalty, Norm):
-        status = jnp.where(found.status == Status.CONVERGED, Status.STATIONARY, found.status).astype(jnp.int32)
+        status = stationary(found.status)
         return dataclasses.replace(found, value=found.value.reshape(signal.shape), status=status)
     value, objective, gap = _finish(problem, found, solver.anchor, x)
-    status = jnp.where((found.status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, found.status)
-    status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status)
-    status = jnp.where(jnp.isnan(gap) | jnp.isnan(objective), Status.NONFINITE, status).astype(jnp.int32)
+    status = promoted(found.status, gap, objective, tol)
     return dataclasses.replace(
         found, value=value.reshape(signal.shape), status=status, residual=gap, objective=objective, gap=gap
     )

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from sparseopt.core.group_penalties import GroupL2
 from sparseopt.core.mesh import Devices
-from sparseopt.core.penalties import L1, GroupL2
+from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Solution
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparseopt.core.penalties import L1, MCP, SCAD, GroupL2
+from sparseopt.core.group_penalties import GroupL2, SparseGroup
+from sparseopt.core.penalties import L1, MCP, SCAD
 from sparseopt.trend.checks import real_array, whole_number
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.memory import FIT_COPIES, require_signal_memory
@@ -227,8 +228,12 @@ def checked_penalty(penalty: Any, channels: int | None, kind: np.dtype, rows: in
     if any(leaf is penalty for leaf in jax.tree.leaves(penalty)):
         # No program could be compiled for it.
         raise TypeError(f"a penalty is a pytree, made so by the decorator sparseopt.pytree; given {penalty!r}")
-    if isinstance(penalty, GroupL2) and channels is None:
-        raise ValueError("GroupL2 couples the channels of a signal [n, channels]; this one has none: use L1")
+    if isinstance(penalty, GroupL2 | SparseGroup):
+        name = type(penalty).__name__
+        if penalty.groups is not None:
+            raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")
+        if channels is None:
+            raise ValueError(f"{name} couples the channels of a signal [n, channels]; this one has none: use L1")
     check_parameters(penalty, kind, rows)
     return penalty
 

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparseopt.core.penalties import L1, MCP, SCAD, GroupL2
+from sparseopt.core.group_penalties import GroupL2
+from sparseopt.core.penalties import L1, MCP, SCAD
 from sparseopt.core.problem import Solution, Status
 from sparseopt.trend.checks import is_positive, positive_number, real_array, whole_number
 from sparseopt.trend.filter import precision

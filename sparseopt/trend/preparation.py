@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.certify import promoted, relative_gap, stationary
+from sparseopt.core.constraints import Box, Nonnegative
 from sparseopt.core.fidelity import NodeSquares, total
-from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Problem, Solution, Status
+from sparseopt.core.group_penalties import SparseGroup
+from sparseopt.core.penalties import ElasticNet, Norm
+from sparseopt.core.problem import Problem, Solution
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.inputs import Signal
 from sparseopt.trend.methods import Prepared, prepare
@@ -110,19 +113,22 @@ def placed(penalty: Any, graph: Graph, order: int, kind: np.dtype) -> Any:
 
 
 def mean_weight(penalty: Any, padding: float = 1.0) -> float:
-    """The penalty's weight, the mean where there are many, 1 where there is none.
+    """The penalty's weight, the mean where there are many; 1 where there is none, it is 0, or it sets no scale.
 
     Args:
         penalty: whose weight is on the host.
         padding: entries of many weights over those that count; the others are 0.
     """
+    if isinstance(penalty, Nonnegative | Box):
+        return 1.0
     weight = getattr(penalty, "weight", 1.0)
-    return float(np.mean(weight)) * (padding if np.ndim(weight) else 1.0)
+    return float(np.mean(weight)) * (padding if np.ndim(weight) else 1.0) or 1.0
 
 
 def vanishes(penalty: Any) -> bool:
-    """Whether every weight of the penalty is 0."""
-    return not np.any(getattr(penalty, "weight", 1.0))
+    """Whether the penalty is 0 everywhere, every weight being 0."""
+    more = isinstance(penalty, Nonnegative | Box | ElasticNet | SparseGroup)
+    return not more and not np.any(getattr(penalty, "weight", 1.0))
 
 
 def _box(signal: Signal, k: int, anchored: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -165,9 +171,8 @@ def judged(problem: Problem, x: jax.Array, dual: jax.Array) -> tuple[jax.Array, 
     rows = split.mv(x)
     objective = loss.value(x) + penalty.value(rows)
     slack = loss.slack(x, split.rmv(dual)) + total(penalty.slack(rows, dual))
-    gap = jnp.where(slack < objective, slack / jnp.maximum(objective - slack, jnp.finfo(x.dtype).tiny), jnp.inf)
     # Neither loss nor penalty is ever negative, so an objective of 0 needs no dual.
-    return objective, jnp.where((slack == 0) | (objective == 0), 0, gap)
+    return objective, jnp.where(objective == 0, 0, relative_gap(slack, objective))
 
 
 class Finished(NamedTuple):
@@ -197,17 +202,14 @@ def finished(problem: Problem, found: Solution, shift: jax.Array, means: jax.Arr
     penalty = problem.penalty
     x, status = found.value + shift, found.status
     if not isinstance(penalty, Norm):
-        status = jnp.where(status == Status.CONVERGED, Status.STATIONARY, status).astype(jnp.int32)
-        return Finished(x, status, found.residual, found.objective, found.gap)
+        return Finished(x, stationary(status), found.residual, found.objective, found.gap)
     dual = found.state.candidate
     of_x, of_means = judged(problem, x, dual), judged(problem, means, dual)
     take = of_means[0] <= of_x[0]
     objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
     # The mean comes back in working precision; what that costs is part of the answer.
-    status = jnp.where((status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, status)
-    status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status)
     # The shift, the means or a penalty of a user's own may overflow where the centred problem did not.
-    status = jnp.where(jnp.isnan(gap) | ~jnp.isfinite(objective), Status.NONFINITE, status).astype(jnp.int32)
+    status = promoted(status, gap, objective, tol)
     return Finished(jnp.where(take, means, x), status, gap, objective, gap)
 
 

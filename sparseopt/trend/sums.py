@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.combined_penalties import stacked
 from sparseopt.core.iterate import iterate
 from sparseopt.core.operators import Difference, Identity, Split, Stack
-from sparseopt.core.penalties import Norm, stacked
+from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem, Solution
 from sparseopt.core.solvers.admm import Admm, Start, standard_split
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve

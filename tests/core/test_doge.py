@@ -135,6 +135,12 @@ def test_the_chain_penalty_is_a_norm(rng, pinned):
         slack = penalty.slack(x, dual)
         assert slack.min() >= -1e-15  # a product and a sum may be rounded as one
         assert slack.sum() == pytest.approx(penalty.value(x) - np.vdot(dual, x), abs=1e-10)
+        assert isinstance(penalty.tree, so.Conjugate)
+        size = penalty.dual_norm(dual)
+        assert size == pytest.approx(1, abs=1e-12)  # a difference of the prox is not zero
+        assert penalty.dual_norm(0.3 * dual) == pytest.approx(0.3 * size, rel=1e-12)
+        assert np.abs(penalty.prox(dual, 1.01)).max() < 1e-12
+        assert np.abs(penalty.prox(dual, 0.99)).max() > 1e-3
 
 
 @pytest.mark.parametrize(("shape", "power"), [((9,), 1), ((6, 7), 2), ((3, 4, 5), 3)])

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.collectives import collectives
+from sparseopt.core.constraints import Support
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.mesh import device_line, over, put, whole
 from sparseopt.core.patterns import NM, RowTopK, TopK
-from sparseopt.core.penalties import L0, Support
+from sparseopt.core.penalties import L0
 from sparseopt.core.problem import Problem
 from sparseopt.core.solve import solve
 from sparseopt.core.solvers.aiht import Maiht

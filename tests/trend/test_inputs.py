@@ -26,6 +26,8 @@ CHAIN = so.Graph.chain(6)
         ({"penalty": so.L1(np.ones(5))}, r"one for each of the 6 rows.*given the shape \(5,\)"),
         ({"penalty": so.MCP(np.ones(6))}, r"one number here, given the shape \(6,\)"),
         ({"penalty": so.GroupL2(1.0)}, "couples the channels"),
+        ({"penalty": so.SparseGroup(1.0, 1.0)}, "couples the channels"),
+        ({"penalty": so.GroupL2(1.0, groups=[0, 0, 1, 1, 1])}, "labelled groups of differences are not supported"),
         ({"order": -1}, "order is a whole number from 0 .*given -1"),
         ({"order": 0.5}, "given 0.5"),
         ({"method": "newton"}, "unknown method 'newton'; known are auto, doge, admm, fast_admm, interior"),

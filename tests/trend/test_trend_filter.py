@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import isotonic_regression
 
 import sparseopt as so
 from sparseopt.core import solve as solve_module
@@ -214,6 +215,18 @@ def test_the_chosen_method_is_the_one_that_auto_takes(rng, name, order, weight):
     named = so.trend_filter(y, graph, so.L1(weight), order, method, tol=1e-7)
     np.testing.assert_array_equal(auto.value, named.value)
     assert int(auto.steps) == int(named.steps)
+
+
+def test_a_penalty_of_weight_0_with_more_to_it_does_not_vanish(rng):
+    graph, y = so.Graph.chain(40), rng.standard_normal((40, 2)) - 0.05 * np.arange(40)[:, None]
+    # The differences of a chain are those from a node to the next: not negative where the fit falls.
+    falling = [isotonic_regression(column, increasing=False).x for column in y.T]
+    for penalty in (so.Nonnegative(), so.Box(0.0, 100.0)):
+        found = so.trend_filter(y, graph, penalty, 0, tol=1e-9).check()
+        np.testing.assert_allclose(found.value.T, falling, atol=1e-6)
+    same = (so.SparseGroup(0.0, 0.8), so.GroupL2(0.8))
+    one, other = (so.trend_filter(y, graph, penalty, 0, tol=1e-9).check() for penalty in same)
+    np.testing.assert_allclose(one.value, other.value, atol=1e-4)
 
 
 def test_a_users_penalty_is_ten_lines(rng):

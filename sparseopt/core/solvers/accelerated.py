@@ -3,7 +3,7 @@
     minimise over x    F(x) = loss(x) + penalty(x)
 
     y = x + (t_old - 1) / t (x - x_old)
-    z = prox(y - gradient(y) / L, 1 / L)          # L grows until loss(z) <= its quadratic model at y, then shrinks slowly
+    z = prox(y - gradient(y) / L, 1 / L)          # L grows until loss(z) <= its quadratic model at y, then shrinks
     x = z if F(z) <= F(x), else x as it was and t = 1, so that the next step is a plain one from x
 
 The momentum is also dropped where it points uphill, `<y - z, z - x> > 0`. A loss whose image is affine in x, as that of
@@ -12,8 +12,8 @@ of those of x and x_old.
 
 Source: Beck and Teboulle, "A fast iterative shrinkage-thresholding algorithm for linear inverse problems", 2009, and
 "Fast gradient-based algorithms for constrained total variation image denoising", 2009, for the monotone form;
-O'Donoghue and Candes, "Adaptive restart for accelerated gradient schemes", 2015; for the shrinking L Scheinberg, Goldfarb
-and Bai, "Fast first-order methods for composite convex optimization with backtracking", 2014.
+O'Donoghue and Candes, "Adaptive restart for accelerated gradient schemes", 2015; for the shrinking L Scheinberg,
+Goldfarb and Bai, "Fast first-order methods for composite convex optimization with backtracking", 2014.
 """
 
 import dataclasses
@@ -73,8 +73,8 @@ class AcceleratedProximalGradient:
     F never increases by more than its rounding error. Where the penalty has a conjugate and the loss is least squares,
     a scalar loss on `A x` or a `Quadratic`, the residual is the relative duality gap; elsewhere, and where a dual point
     cannot be scaled into the conjugate's domain, it is `L ||x - prox(x - gradient / L)||` over the length of the
-    gradient at 0, which is 0 at stationary points, and the gap is NaN. Both are found every `cadence` iterations, where a
-    step ends.
+    gradient at 0, which is 0 at stationary points, and the gap is NaN. Both are found every `cadence` iterations,
+    where a step ends.
 
     Attributes:
         step_size: 1 / L, kept as it is; None finds it by backtracking.

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.certify import relative_gap
 from sparseopt.core.fidelity import total
 from sparseopt.core.operators import Split
 from sparseopt.core.penalties import Norm
@@ -304,7 +305,7 @@ class Admm:
             objective = loss.value(x) + penalty.value(rows)
             scale = jnp.maximum(objective, tiny)
             slack = loss.slack(x, pulled) + total(penalty.slack(rows, g))
-            gap = jnp.where(slack < objective, slack / jnp.maximum(objective - slack, tiny), jnp.inf)
+            gap = relative_gap(slack, objective)
             # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
             noise = state.unit_noise * jnp.sqrt(loss.mean_square(x))
             return gap, objective, gap, eps * (1 + noise / scale)

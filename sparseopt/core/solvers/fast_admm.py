@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import total
+from sparseopt.core.thresholds import largest_ratio
 from sparseopt.core.types import pytree, static
 
 FloatArray = Float[Array, "..."]
@@ -117,16 +118,18 @@ class ChainTotalVariation:
         wide = jnp.pad(u, [(1, 1)] + [(0, 0)] * (u.ndim - 1))
         return wide[1:] - wide[:-1]
 
-    def potential(self, dual: FloatArray) -> FloatArray:
-        """U with `Eᵀu = dual`, clipped to the weight; for D transposed the free constant centres it."""
+    def _potential(self, dual: FloatArray) -> FloatArray:
+        """U with `Eᵀu = dual`; for D transposed the free constant centres it."""
         sums = jnp.cumsum(dual, axis=0)
         if self.pinned:
             sums = -jnp.pad(sums, [(1, 0)] + [(0, 0)] * (sums.ndim - 1))
-            sums = sums - 0.5 * (sums.max(axis=0) + sums.min(axis=0))
-        else:
-            sums = sums[:-1]
+            return sums - 0.5 * (sums.max(axis=0) + sums.min(axis=0))
+        return sums[:-1]
+
+    def potential(self, dual: FloatArray) -> FloatArray:
+        """U with `Eᵀu = dual`, clipped to the weight."""
         weight = jnp.asarray(self.weight, dual.dtype)
-        return jnp.clip(sums, -weight, weight)
+        return jnp.clip(self._potential(dual), -weight, weight)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """`weight` times the total variation."""
@@ -150,3 +153,7 @@ class ChainTotalVariation:
         """`weight |E x| - u E x`, difference by difference."""
         apart = self._differences(self.line(x))
         return jnp.asarray(self.weight, x.dtype) * jnp.abs(apart) - self.potential(self.line(dual)) * apart
+
+    def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
+        """The largest `|u| / weight` with `Eᵀu = dual`. For D the dual must sum to 0, which is not checked."""
+        return largest_ratio(jnp.abs(self._potential(self.line(dual))), self.weight)

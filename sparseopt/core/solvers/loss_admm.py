@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.certify import relative_gap
 from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Measure, Problem, lacks
@@ -131,10 +132,8 @@ def certificate(problem: Problem, x: Array, dual: Array, anchor: Anchor) -> tupl
     pulled = anchor.pulled + share * (pulled - anchor.pulled)
     objective = loss.value(x) + penalty.value(rows)
     slack = loss.slack(x, pulled) + total(penalty.slack(rows, dual))
-    limits = jnp.finfo(x.dtype)
-    gap = jnp.where(slack < objective, slack / jnp.maximum(objective - slack, limits.tiny), jnp.inf)
     # e^x overflows early in a solve; that is far from the answer, and no failure.
-    return jnp.minimum(objective, limits.max), jnp.where(slack == 0, 0, gap)
+    return jnp.minimum(objective, jnp.finfo(x.dtype).max), relative_gap(slack, objective)
 
 
 @pytree

@@ -17,9 +17,9 @@ the method, so the reflected Halpern iteration
 converges, and restarted where its fixed-point residual has fallen, at a linear rate on sharp problems. At a restart
 omega goes towards the ratio of the ways that w and x went.
 
-Source: Chambolle and Pock, "A first-order primal-dual algorithm for convex problems with applications to imaging", 2011;
-Applegate et al., "Practical large-scale linear programming using primal-dual hybrid gradient" (PDLP), NeurIPS 2021, for
-restarts and omega; Lu and Yang, "Restarted Halpern PDHG for linear programming", 2024, for the reflection.
+Source: Chambolle and Pock, "A first-order primal-dual algorithm for convex problems with applications to imaging",
+2011; Applegate et al., "Practical large-scale linear programming using primal-dual hybrid gradient" (PDLP), NeurIPS
+2021, for restarts and omega; Lu and Yang, "Restarted Halpern PDHG for linear programming", 2024, for the reflection.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ class PrimalDualState:
 
 @pytree
 class PrimalDual:
-    """The restarted primal-dual method for `solve`: any loss of data, smooth or not, and any penalty behind a linear map.
+    """The restarted primal-dual method for `solve`: any loss of data, smooth or not, any penalty behind a linear map.
 
     Where the penalty has a conjugate, the residual estimates the relative duality gap, and `certify` finds it: a dual
     pair is feasible in the limit only, so it is first moved and scaled until it is. Elsewhere it is the larger of
@@ -125,7 +125,7 @@ class PrimalDual:
             return tuple(jnp.sqrt(s) * part.mv(x) for s, part in zip(scales, maps, strict=True))
 
         def pull(e: tuple) -> Array:
-            return sum(jnp.sqrt(s) * part.rmv(v) for s, part, v in zip(scales, maps, e, strict=True))  # type: ignore[return-value]
+            return sum(jnp.sqrt(s) * part.rmv(v) for s, part, v in zip(scales, maps, e, strict=True))
 
         return norm_estimate(images, pull, x, NORM_STEPS) ** 2 / MARGIN
 
@@ -144,9 +144,9 @@ class PrimalDual:
         x = jnp.asarray(x0)
         maps = _maps(problem, x)
         limits = jnp.finfo(x.dtype)
-        images = tuple(part.mv(x) for part in maps)
+        images = (maps[0].mv(x), maps[1].mv(x))
         sizes = [jnp.maximum(norm_estimate(part.mv, part.rmv, x), limits.tiny**0.25) for part in maps]
-        scales = tuple((1 / size**2).astype(x.dtype) for size in sizes)
+        scales = ((1 / sizes[0] ** 2).astype(x.dtype), (1 / sizes[1] ** 2).astype(x.dtype))
         duals = (problem.loss.rows.gradient(images[0]).astype(x.dtype), jnp.zeros_like(images[1]))
         pulled = maps[0].rmv(duals[0])
         start = Point(x, duals, images, pulled)
@@ -325,8 +325,8 @@ class SplitAdmm(PrimalDual):
         if size <= CHEAP:
             return None
         return (
-            f"SplitAdmm inverts a matrix of all unknowns and takes up to {CHEAP:,}, given {size:,}; use PrimalDual, whose "
-            "steps are products with the operator"
+            f"SplitAdmm inverts a matrix of all unknowns and takes up to {CHEAP:,}, given {size:,}; use PrimalDual, "
+            "whose steps are products with the operator"
         )
 
     def _metric(self, problem: Problem, x: Array, scales: tuple[Array, Array]) -> Array:

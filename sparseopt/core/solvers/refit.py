@@ -13,8 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.constraints import Support
 from sparseopt.core.losses import HIGHEST
-from sparseopt.core.penalties import Support
 from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
 from sparseopt.core.types import pytree
 

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.constraints import Support
 from sparseopt.core.dense import spd_inverse
-from sparseopt.core.penalties import Support
 from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.types import pytree, static

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.constraints import Support
 from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import largest_eigenvalue_bound
 from sparseopt.core.patterns import TopK
-from sparseopt.core.penalties import L0, Support
+from sparseopt.core.penalties import L0
 from sparseopt.core.problem import Problem, Status
 from sparseopt.core.solvers.aiht import STEP_FRACTION, Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient

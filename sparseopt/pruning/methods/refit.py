@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.constraints import Support
 from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import Quadratic
-from sparseopt.core.penalties import Support
 from sparseopt.core.problem import Problem, Status
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.pruning.layer import Pruned
