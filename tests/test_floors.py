@@ -23,6 +23,7 @@ FLOORS = [
     ("core/slabs", 1.5),  # made of the differences of one device
     ("core/parts", 1.5),
     ("core/grouping", 1.5),  # row tables are linear maps
+    ("core/matrices", 1.5),  # built on the operators
     ("core/patterns", 2),
     ("core/penalties", 2),
     ("core/group_penalties", 2),
@@ -34,8 +35,13 @@ FLOORS = [
     ("core/count_and_label_losses", 2),
     ("core/residual_losses", 2),
     ("core/node_losses", 2.5),  # sums of scalar losses
-    ("core/solve.", 3),
+    ("core/matrix_losses", 2.75),
+    ("core/problem", 3),
+    ("core/certify", 3.25),
+    ("core/differentiate", 3.25),
+    ("core/iterate", 3.5),
     ("core/solvers/", 4),
+    ("core/solve.", 4.5),  # chooses among the solvers
     ("core/", 4),
     ("trend/", 5),
     ("models/", 5),

@@ -217,6 +217,7 @@ def _minres(matvec: Callable[[Array], Array], b: Float[Array, " n"]) -> Float[Ar
         sine: Array
         dbar: Array
         epsilon: Array
+        largest: Array  # a lower bound on the norm of the matrix
         steps: Array
 
     def going(at: Turn) -> Array:
@@ -229,7 +230,10 @@ def _minres(matvec: Callable[[Array], Array], b: Float[Array, " n"]) -> Float[Ar
         beta = jnp.linalg.norm(product)
         delta = at.cosine * at.dbar + at.sine * alpha
         gbar = at.sine * at.dbar - at.cosine * alpha
-        gamma = jnp.maximum(jnp.hypot(gbar, beta), limits.tiny)
+        gamma = jnp.hypot(gbar, beta)
+        # Along the null space of a singular system, where a solution that is not unique would run off.
+        flat = gamma <= limits.eps**0.6 * at.largest
+        gamma = jnp.where(flat, jnp.inf, gamma)
         cosine, sine = gbar / gamma, beta / gamma
         w = (at.v - at.epsilon * at.w_old - delta * at.w) / gamma
         # An invariant subspace: nothing is left to be gained.
@@ -241,11 +245,12 @@ def _minres(matvec: Callable[[Array], Array], b: Float[Array, " n"]) -> Float[Ar
             w_old=at.w,
             w=w,
             beta=beta,
-            phi=jnp.where(ended, 0, sine * at.phi),
+            phi=jnp.where(ended | flat, 0, sine * at.phi),
             cosine=cosine,
             sine=sine,
             dbar=-at.cosine * beta,
             epsilon=at.sine * beta,
+            largest=jnp.maximum(at.largest, jnp.hypot(alpha, beta)),
             steps=at.steps + 1,
         )
 
@@ -262,6 +267,7 @@ def _minres(matvec: Callable[[Array], Array], b: Float[Array, " n"]) -> Float[Ar
         sine=zero,
         dbar=zero,
         epsilon=zero,
+        largest=zero,
         steps=jnp.zeros((), jnp.int32),
     )
     return jax.lax.while_loop(going, turn, start).x
