@@ -52,7 +52,7 @@ def test_vmap_gives_each_lane_its_own_status_and_answer(rng):
     assert int(together.steps[2]) == 0
     for lane in (0, 1):
         alone = run(centers[lane])
-        assert int(alone.steps) == pytest.approx(int(together.steps[lane]), rel=0.2)
+        assert int(alone.steps) == pytest.approx(int(together.steps[lane]), rel=0.5)
         np.testing.assert_allclose(alone.value, together.value[lane], rtol=1e-2, atol=1e-2)
     assert together.steps[0] != together.steps[1]
 

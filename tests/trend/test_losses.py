@@ -10,7 +10,7 @@ from scipy.optimize import linprog, minimize
 from scipy.special import xlogy
 
 import sparseopt as so
-from sparseopt.core import solve as solve_module
+from sparseopt.core import iterate as iterate_module
 from sparseopt.core.residual_losses import HuberLoss
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from tests.tiers import often
@@ -448,7 +448,7 @@ def test_one_compile_for_all_data_weights_and_deltas(monkeypatch):
         return step(self, problem, state)
 
     monkeypatch.setattr(LossAdmm, "step", counted)
-    solve_module._solve.clear_cache()
+    iterate_module._iterate.clear_cache()
     graph = so.Graph.grid((7, 9))
     for loss in ("poisson", so.HuberLoss(0.5)):
         before = len(traces)

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import isotonic_regression
 
 import sparseopt as so
-from sparseopt.core import solve as solve_module
+from sparseopt.core import iterate as iterate_module
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend import filter as filter_module
 from sparseopt.trend.filter import chosen_method
@@ -313,7 +313,7 @@ def test_one_compile_for_each_shape_dtype_order_and_method(rng, monkeypatch):
         return step(self, problem, state)
 
     monkeypatch.setattr(Admm, "step", counted)
-    solve_module._solve.clear_cache()
+    iterate_module._iterate.clear_cache()
     graph, path = so.Graph.grid((7, 9)), random_graph(rng, n=63, extra=10)
     for seed in range(3):
         y = np.random.default_rng(seed).standard_normal(63)
