@@ -10,10 +10,6 @@ from jaxtyping import Array
 from sparseopt.core.differentiate import Found, attached
 from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status
 
-# Where a certificate contradicts a residual below the tolerance, the solve goes on to a residual of this share of it,
-# at most so many times.
-TIGHTER, ROUNDS = 0.25, 8
-
 
 def iterate(
     problem: Problem,
@@ -75,12 +71,9 @@ def _iterate(
             record = jax.tree.map(lambda rows, value: rows.at[steps - 1].set(value), record, kept)
         return state, steps, now, record
 
-    def run(carry: tuple, level: Any) -> tuple:
-        def going(carry: tuple) -> Array:
-            _, steps, now, _ = carry
-            return (steps < max_steps) & ~(now.residual <= level) & sound(now, steps) & ~now.stalled
-
-        return jax.lax.while_loop(going, advance, carry)
+    def going(carry: tuple) -> Array:
+        _, steps, now, _ = carry
+        return (steps < max_steps) & ~(now.residual <= tol) & sound(now, steps) & ~now.stalled
 
     state = solver.init(problem, x0)
     first = measured(state)
@@ -88,12 +81,7 @@ def _iterate(
     first = first._replace(residual=jnp.full_like(first.residual, jnp.inf), stalled=jnp.zeros((), bool))
     record = jax.tree.map(lambda v: jnp.full((history_length,), jnp.nan, v.dtype), first._replace(stalled=None))
     carry = (state, jnp.zeros((), jnp.int32), first, record)
-    certify = getattr(solver, "certify", None)
-    if certify is None:
-        carry = run(carry, tol)
-    else:
-        carry = _run_certified(run, partial(certify, problem), carry, tol, max_steps)
-    state, steps, last, record = carry
+    state, steps, last, record = jax.lax.while_loop(going, advance, carry)
 
     value = solver.extract(problem, state)
     loss_dual, dual = solver.duals(problem, state) if hasattr(solver, "duals") else (None, None)
@@ -115,37 +103,3 @@ def _iterate(
         state=state,
         dual=dual,
     )
-
-
-def _run_certified(run: Any, certify: Any, carry: tuple, tol: Any, max_steps: Any) -> tuple:
-    """Runs to smaller and smaller residuals, until the certificate says what the residual said.
-
-    The residual that is handed on is the certified gap, or the solver's own where there is no certificate (NaN).
-    """
-
-    def certified(carry: tuple) -> tuple:
-        state, steps, now, record = carry
-        objective, gap = certify(state)
-        known = ~jnp.isnan(gap)
-        now = now._replace(
-            objective=jnp.where(known, objective, now.objective),
-            gap=gap,
-            residual=jnp.where(known & jnp.isfinite(now.residual), gap, now.residual),
-        )
-        return state, steps, now, record
-
-    def again(turn: tuple) -> Array:
-        (_, steps, now, _), _, rounds, ended = turn
-        return ~ended & (rounds < ROUNDS) & ~(now.residual <= tol) & (steps < max_steps)
-
-    def once_more(turn: tuple) -> tuple:
-        carry, level, rounds, _ = turn
-        state, steps, now, record = run((carry[0], carry[1], carry[2]._replace(residual=start), carry[3]), level)
-        # Not the tolerance but something else ended it: rounding, a NaN, the limit.
-        ended = ~(now.residual <= level)
-        return certified((state, steps, now, record)), TIGHTER * level, rounds + 1, ended
-
-    start = jnp.full_like(carry[2].residual, jnp.inf)
-    level = jnp.asarray(tol, start.dtype)
-    turn = (carry, level, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
-    return jax.lax.while_loop(again, once_more, turn)[0]

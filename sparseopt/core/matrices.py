@@ -88,7 +88,9 @@ class SparseMatrix:
 
     def _scattered(self, x: FloatArray, taken: Any, given: Any, size: int) -> FloatArray:
         values = jnp.asarray(self.values)
-        images = jnp.asarray(x).at[taken].get(mode="promise_in_bounds")
+        # XLA would work out anew, for every entry of the matrix, what x is made of.
+        x = jax.lax.optimization_barrier(jnp.asarray(x))
+        images = x.at[taken].get(mode="promise_in_bounds")
         images = spread(values, images) * images
         return jnp.zeros((size, *x.shape[1:]), images.dtype).at[given].add(images, mode="promise_in_bounds")
 

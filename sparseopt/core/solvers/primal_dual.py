@@ -29,8 +29,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import certificate, has_conjugate, relative_gap
+from sparseopt.core.certify import certificate, has_conjugate
 from sparseopt.core.dense import product, spd_inverse
+from sparseopt.core.differentiate import is_smooth
 from sparseopt.core.fidelity import total
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.matrices import norm_estimate
@@ -46,7 +47,12 @@ NORM_STEPS = 40
 # A restart is due where the fixed-point residual is this share of that of the last restart, or where it is the second
 # share and rises, or where the iteration since then is this share of all.
 SUFFICIENT, NECESSARY, ARTIFICIAL = 0.2, 0.8, 0.36
+# Over-relaxation for smooth losses; when and how far their omega changes.
+RELAXATION = 1.8
+MOVING, LARGEST_FACTOR = 40, 4.0
 PATIENCE, NEAR_ROUNDING = 20, 1e3
+# From one certificate to the next the iterations grow by this share.
+CERTIFICATE_GROWTH = 1.15
 # Unknowns up to which the exact step, an inverse and a product with it every step, is taken to be cheap.
 CHEAP = 3000
 
@@ -73,11 +79,14 @@ class PrimalDualState:
     omega: Any
     count: Any  # iterations since the restart
     steps: Any
+    next_change: Any
     fixed_point: Any  # the fixed-point residual at the last check, and at the last restart
     fixed_point_first: Any
     loss: Any  # the loss as a `MatrixLoss`, where it is a `Quadratic`
     residual: Any
     objective: Any
+    gap: Any
+    next_certificate: Any
     best: Any
     waited: Any
 
@@ -162,11 +171,14 @@ class PrimalDual:
             omega=jnp.ones((), x.dtype),
             count=zero,
             steps=zero,
+            next_change=zero,
             fixed_point=far,
             fixed_point_first=far,
             loss=factor,
             residual=far,
             objective=objective.astype(x.dtype),
+            gap=far * jnp.nan,
+            next_certificate=jnp.zeros((), x.dtype),
             best=far,
             waited=zero,
         )
@@ -189,7 +201,8 @@ class PrimalDual:
         """`cadence` iterations, a check, and a restart where it is due."""
         problem = _of_data(problem, state.loss)
         state = jax.lax.fori_loop(0, self.cadence, lambda _, now: self._advanced(problem, now), state)
-        return self._restarted(self._checked(problem, state))
+        state = self._checked(problem, state)
+        return self._balanced(state) if is_smooth(problem.loss) else self._restarted(state)
 
     def _advanced(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
         """One iteration."""
@@ -206,10 +219,7 @@ class PrimalDual:
             duals.append(v - sigma * copies[-1])
         pulled = maps[0].rmv(duals[0]) + maps[1].rmv(duals[1])
         mapped = Point(x, (duals[0], duals[1]), (images[0], images[1]), pulled)
-        share = (state.count + 1) / (state.count + 2).astype(x.dtype)
-        following = jax.tree.map(
-            lambda new, old, first: share * (2 * new - old) + (1 - share) * first, mapped, now, state.first
-        )
+        following = self._reflected(problem, state, mapped)
         return dataclasses.replace(
             state,
             now=following,
@@ -219,37 +229,57 @@ class PrimalDual:
             steps=state.steps + 1,
         )
 
+    def _reflected(self, problem: Problem, state: PrimalDualState, mapped: Point) -> Point:
+        """The point from which the next iteration goes on."""
+        if is_smooth(problem.loss):
+            return jax.tree.map(lambda new, old: old + RELAXATION * (new - old), mapped, state.now)
+        share = (state.count + 1) / (state.count + 2).astype(mapped.x.dtype)
+        return jax.tree.map(
+            lambda new, old, first: share * (2 * new - old) + (1 - share) * first, mapped, state.now, state.first
+        )
+
     def _checked(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
-        """The state with a fresh residual and objective."""
+        """The state with a fresh residual and objective; a certificate is found ever more rarely, since it may cost."""
         at, loss, penalty = state.mapped, problem.loss, problem.penalty
-        limits = jnp.finfo(at.x.dtype)
-        apart = jnp.sqrt(total(at.pulled**2))
-        residual = objective = jnp.full_like(state.residual, jnp.inf)
+        # The answer: without an operator the copy, which has the penalty's zeros.
+        plain = problem.operator is None
+        x = state.copies[1] if plain else at.x
+        limits = jnp.finfo(x.dtype)
+        due = state.steps >= state.next_certificate
+        gap = objective = jnp.full_like(state.residual, jnp.inf)
         if has_conjugate(penalty):
-            image, y = at.images
-            slack = loss.rows.slack(image, -at.duals[0]) + total(penalty.slack(y, at.duals[1]))
-            objective = loss.rows.value(image) + penalty.value(y)
-            slack = jnp.abs(slack) + apart * jnp.sqrt(total(at.x**2))
-            residual = relative_gap(slack, objective, limits.eps * loss.rows.value(jnp.zeros_like(image)))
+            image = loss.image(x) if plain else at.images[0]
+            objective, gap = certificate(
+                problem, x, image, *at.duals, scales=state.scales, precondition=self._precondition(state), due=due
+            )
+        residual = jnp.where(due, gap, jnp.inf)
+        gap = jnp.where(due & jnp.isfinite(gap), gap, jnp.nan)
         if not isinstance(penalty, Norm):
             # Outside the set of a constraint the objective is infinite and says nothing.
-            known = jnp.isfinite(objective) & jnp.isfinite(residual)
             missed = [total((a - y) ** 2) for a, y in zip(at.images, state.copies, strict=True)]
             sizes = [jnp.maximum(total(a**2), total(y**2)) for a, y in zip(at.images, state.copies, strict=True)]
             primal = sum(missed) / jnp.maximum(sum(sizes), limits.tiny)
             force = _maps(problem, at.x)[0].rmv(at.duals[0])
-            dual = apart**2 / jnp.maximum(jnp.maximum(total(force**2), total((at.pulled - force) ** 2)), limits.tiny)
-            residual = jnp.where(known, residual, jnp.sqrt(jnp.maximum(primal, dual)))
-            of_copies = loss.rows.value(at.images[0]) + penalty.value(state.copies[1])
-            objective = jnp.where(known, objective, of_copies)
+            largest = jnp.maximum(total(force**2), total((at.pulled - force) ** 2))
+            dual = total(at.pulled**2) / jnp.maximum(largest, limits.tiny)
+            stationarity = jnp.sqrt(jnp.maximum(primal, dual))
+            known = jnp.isfinite(objective) & jnp.isfinite(residual)
+            residual = jnp.where(known, residual, stationarity)
+            objective = jnp.where(known, objective, loss.rows.value(at.images[0]) + penalty.value(state.copies[1]))
         better = residual < 0.9 * state.best
         return dataclasses.replace(
             state,
+            next_certificate=jnp.where(due, CERTIFICATE_GROWTH * state.steps, state.next_certificate),
             residual=residual,
+            gap=gap,
             objective=jnp.minimum(objective, limits.max),
             best=jnp.where(better, residual, state.best),
-            waited=jnp.where(better, 0, state.waited + 1),
+            waited=jnp.where(better | ~due, jnp.where(better, 0, state.waited), state.waited + 1),
         )
+
+    def _precondition(self, state: PrimalDualState) -> Any:
+        """For the certificate's linear solve: none."""
+        del state
 
     def _restarted(self, state: PrimalDualState) -> PrimalDualState:
         """The state from which the next step goes on."""
@@ -281,24 +311,29 @@ class PrimalDual:
             fixed_point_first=jnp.where(due, length, state.fixed_point_first),
         )
 
+    def _balanced(self, state: PrimalDualState) -> PrimalDualState:
+        """The state with omega as the last way asks for, at iterations 10, 20, 40, ..., so that it settles."""
+        before = jax.tree.map(lambda now, new: (now - RELAXATION * new) / (1 - RELAXATION), state.now, state.mapped)
+        due = state.steps >= state.next_change
+        # In the beginning the distance from the start tells more than the last step.
+        early = state.steps < MOVING
+        since = jax.tree.map(lambda a, b: jnp.where(early, a, b), state.first, before)
+        ratio = self._ratio(state, jax.tree.map(jnp.subtract, state.mapped, since))
+        factor = jnp.clip(ratio / state.omega, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
+        return dataclasses.replace(
+            state,
+            # A new metric: its iteration starts at the point that the old one mapped to.
+            now=jax.tree.map(lambda new, now: jnp.where(due, new, now), state.mapped, state.now),
+            omega=jnp.where(due, factor * state.omega, state.omega),
+            next_change=jnp.where(due, 2 * state.steps, state.next_change),
+        )
+
     def measure(self, problem: Problem, state: PrimalDualState) -> Measure:
         """What this step's check found."""
         del problem
         near = state.best <= NEAR_ROUNDING * jnp.finfo(state.now.x.dtype).eps
-        unknown = jnp.full_like(state.residual, jnp.nan)
         stalled = near & (state.waited >= PATIENCE)
-        return Measure(state.residual, state.objective, unknown, {"omega": state.omega}, stalled)
-
-    def certify(self, problem: Problem, state: PrimalDualState) -> tuple[Array, Array]:
-        """The objective at the answer and its gap; NaN where the penalty has no conjugate or is infinite there."""
-        nothing = jnp.full_like(state.objective, jnp.nan)
-        if not has_conjugate(problem.penalty):
-            return nothing, nothing
-        x = self.extract(problem, state)
-        problem = _of_data(problem, state.loss)
-        objective, gap = certificate(problem, x, problem.loss.image(x), *state.mapped.duals)
-        known = jnp.isfinite(objective)
-        return jnp.where(known, objective, jnp.nan), jnp.where(known, gap, jnp.nan)
+        return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled)
 
     def duals(self, problem: Problem, state: PrimalDualState) -> tuple[Array, Array]:
         """S and u."""
@@ -344,6 +379,9 @@ class SplitAdmm(PrimalDual):
 
     def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
         return product(state.metric, pulled.reshape(-1)).reshape(pulled.shape)
+
+    def _precondition(self, state: PrimalDualState) -> Any:
+        return lambda e: self._moved(state, e)
 
     def _length(self, state: PrimalDualState, apart: Point) -> Array:
         return state.scales[0] * total(apart.images[0] ** 2) + state.scales[1] * total(apart.images[1] ** 2)
