@@ -10,8 +10,8 @@ from jaxtyping import Array
 from sparseopt.core.differentiate import Found, attached
 from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status
 
-# Where a certificate contradicts a residual below the tolerance, the solve goes on to a residual of this share of it,
-# at most so many times.
+# Where a certificate contradicts a residual below the tolerance, the solve continues to this fraction of that residual,
+# at most this many times.
 TIGHTER, ROUNDS = 0.25, 8
 
 
@@ -32,8 +32,8 @@ def iterate(
         x0: the start, as the solver takes it.
         tol: bound on the solver's residual; a negative one runs exactly `max_steps` steps.
         max_steps: step limit, 0 or more; an integer where a history is asked for.
-        history: record residual, objective and gap after every step. A solver whose step makes `stride` iterations
-            counts these: its steps end at a multiple of the stride, and the iterations in between are NaN.
+        history: record residual, objective and gap after every step. A solver with a `stride` counts
+            iterations: each of its steps ends at a multiple of the stride, and the entries in between are NaN.
 
     Raises:
         ValueError: if `max_steps` is negative, or if the solver cannot solve such a problem: with the text of its
@@ -97,7 +97,7 @@ def _iterate(
 
     value = solver.extract(problem, state)
     loss_dual, dual = solver.duals(problem, state) if hasattr(solver, "duals") else (None, None)
-    # A solver may measure something that a NaN in its answer does not reach.
+    # A NaN in the answer need not show in what the solver measures.
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(value)]))
     status = jnp.where(last.stalled, Status.PRECISION, Status.MAX_STEPS)
     status = jnp.where(last.residual <= tol, Status.CONVERGED, status)
@@ -118,9 +118,9 @@ def _iterate(
 
 
 def _run_certified(run: Any, certify: Any, carry: tuple, tol: Any, max_steps: Any) -> tuple:
-    """Runs to smaller and smaller residuals, until the certificate says what the residual said.
+    """Run to ever smaller residuals until the certificate confirms the residual.
 
-    The residual that is handed on is the certified gap, or the solver's own where there is no certificate (NaN).
+    The residual that is passed on is the certified gap, or the solver's own where there is no certificate (NaN).
     """
 
     def certified(carry: tuple) -> tuple:
@@ -141,7 +141,7 @@ def _run_certified(run: Any, certify: Any, carry: tuple, tol: Any, max_steps: An
     def once_more(turn: tuple) -> tuple:
         carry, level, rounds, _ = turn
         state, steps, now, record = run((carry[0], carry[1], carry[2]._replace(residual=start), carry[3]), level)
-        # Not the tolerance but something else ended it: rounding, a NaN, the limit.
+        # It was ended by rounding, a NaN or the step limit, not by the tolerance.
         ended = ~(now.residual <= level)
         return certified((state, steps, now, record)), TIGHTER * level, rounds + 1, ended
 

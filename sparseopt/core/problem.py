@@ -104,9 +104,9 @@ class Solver(Protocol):
     * `stride`, an attribute: how many iterations a step makes, for a solver whose measure is expensive. Steps are then
       counted in iterations.
     * `certify(problem, state) -> (objective, gap)`, for a solver whose residual only estimates the gap: it is called
-      where the residual says that the solve is done, and where the gap disagrees, the solve goes on.
-    * `duals(problem, state)`: the subgradients that the solver found, of a loss `f(A x)` at A x and of the penalty at
-      `operator x`, None for one that it does not find; derivatives of a solution with an operator need them.
+      when the residual reaches the tolerance, and if the gap disagrees the solve continues.
+    * `duals(problem, state)`: the subgradients that the solver found, of a loss `f(A x)` at `A x` and of the penalty at
+      `operator x`; None for one that it does not find. Derivatives of a solution with an operator need them.
     """
 
     def init(self, problem: Problem, x0: Any) -> Any:
