@@ -174,8 +174,8 @@ class LeastSquares(MatrixLoss):
         >>> loss = so.LeastSquares(jnp.array([[1.0, 1.0], [0.0, 2.0]]), jnp.array([3.0, 2.0]))
         >>> loss.gradient(jnp.zeros(2))
         Array([-3., -7.], dtype=float32)
-        >>> so.solve(so.Problem(loss, so.L1(0.5)), tol=1e-5).check().value.round(2)
-        Array([1.5 , 1.  ], dtype=float32)
+        >>> np.asarray(so.solve(so.Problem(loss, so.L1(0.5)), tol=1e-5).check().value).round(2)
+        array([1.5, 1. ], dtype=float32)
     """
 
     matrix: Any
