@@ -23,6 +23,7 @@ sys.path.insert(0, str(HERE))
 import benchmark_tables  # noqa: E402
 import command_line  # noqa: E402
 import docstrings  # noqa: E402
+import solver_tables  # noqa: E402
 
 project = "sparseopt"
 author = "The sparseopt developers"
@@ -137,6 +138,7 @@ def generate(app: Sphinx) -> None:
     benchmark_tables.write_all(HERE / "benchmarks", folder)
     (folder / "experiments.md").write_text(experiments_page(), encoding="utf-8")
     (folder / "command-line.md").write_text(command_line.page(), encoding="utf-8")
+    (folder / "solvers.md").write_text(solver_tables.page(), encoding="utf-8")
 
 
 def setup(app: Sphinx) -> None:

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 SECTIONS = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Example|Examples|Note):$")
-FLOOR = re.compile(r"^Floor \d+: (.)")
+FLOOR = re.compile(r"^Floor [\d.]+: (.)")
 CODE = re.compile(r"`+([^`]+)`+")
 # A sentence of one letter, which reStructuredText reads as the mark of a list.
 LETTER = re.compile(r"(^\s*|: )([A-Za-z])\.(?=\s|$)")

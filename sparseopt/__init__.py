@@ -1,6 +1,6 @@
 """sparseopt: sparse optimisation in JAX.
 
-One problem, `minimise 1/2 <x - c, H (x - c)> + penalty(K x)`, one family of penalties, one `solve`, and two
+One problem, `minimise loss(x) + penalty(K x)`, one family of penalties, one `solve`, and two
 front-ends: l0 pruning of language models (`sparseopt.pruning`) and trend filtering on graphs.
 """
 

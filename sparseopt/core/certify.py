@@ -1,14 +1,14 @@
 """Floor 3: the duality gap, for every solver and front-end.
 
 For any s in the domain of f* and u in that of penalty*, with `Aᵀ s + Kᵀ u = 0`, weak duality bounds the optimum P* of
-`f(A x) + penalty(K x)` from below by `D = -f*(s) - penalty*(u)`. The gap P - D is a sum of two Fenchel slacks, term by
-term not negative, so that nothing cancels:
+`f(A x) + penalty(K x)` from below by `D = -f*(s) - penalty*(u)`. The gap P - D is a sum of two Fenchel slacks, none of
+whose terms is negative, so that nothing cancels:
 
     P(x) - D = [f(A x) + f*(s) - <s, A x>] + [penalty(K x) + penalty*(u) - <u, K x>]
 
-The relative gap `(P - D) / D` is an upper bound on the relative suboptimality `(P - P*) / P*`. A pair (s, u) that meets
-the equation but not the domains is scaled by the largest share that does; one that meets the domains but not the
-equation is moved by the shortest change that does, then scaled.
+The relative gap `(P - D) / D` is an upper bound on the relative suboptimality `(P - P*) / P*`. A pair (s, u) that
+satisfies the equation but lies outside the domains is scaled by the largest factor that brings it inside. A pair that
+violates the equation is first moved, by the shortest change that restores it, and then scaled.
 
 Source: Rockafellar, "Convex analysis", 1970, section 31; the scaling is that of Fercoq, Gramfort and Salmon, "Mind the
 duality gap", ICML 2015.
@@ -36,7 +36,7 @@ def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: An
     Args:
         slack: P - D.
         objective: P.
-        least: what a D below it counts as, so that a problem whose optimum is 0 can be solved to it; None for tiny.
+        least: a floor for D, so that a problem whose optimum is 0 can converge; None for the least normal number.
     """
     floor = jnp.finfo(objective.dtype).tiny if least is None else least
     bound = objective - slack
@@ -45,10 +45,10 @@ def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: An
 
 
 def promoted(status: Array, gap: Array, objective: Array, tol: Any) -> Array:
-    """The status of a solve whose gap was found afresh, in another precision or in other units.
+    """The status of a solve whose gap was computed again, in another precision or in other units.
 
-    A gap within the tolerance is convergence, however the solve ended; one above it, after a solve that converged, is
-    a limit of the precision; none at all is a failure.
+    A gap within the tolerance counts as convergence, however the solve ended. A larger one, after a solve that
+    converged, is a limit of the precision. No gap at all is a failure.
     """
     status = jnp.where((status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, status)
     status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status)
@@ -56,7 +56,7 @@ def promoted(status: Array, gap: Array, objective: Array, tol: Any) -> Array:
 
 
 def stationary(status: Array) -> Array:
-    """The status of a solve without a certificate: what converged is a stationary point."""
+    """The status of a solve without a certificate: convergence means a stationary point."""
     return jnp.where(status == Status.CONVERGED, Status.STATIONARY, status).astype(jnp.int32)
 
 
@@ -69,7 +69,7 @@ def gauge(penalty: Any, dual: FloatArray) -> Float[Array, ""]:
     """The least t >= 0 for which `dual / t` lies in the domain of the penalty's conjugate."""
     if isinstance(penalty, Conjugate):
         return jnp.asarray(penalty.dual_norm(dual), dual.dtype)
-    # A norm of a user's own: halve the interval of shares for which the projection changes nothing.
+    # A user's norm without `dual_norm`: bisect for the largest share that the projection leaves unchanged.
     size = jnp.max(jnp.abs(dual))
 
     def inside(share: Array) -> Array:

@@ -15,8 +15,8 @@ which lives on the support alone where J is a mask. With an operator K, dual u, 
     (1/t) N K dx - (1/t) N J s = (1/t) N (p - dK x)
 
 For L1 behind an operator J is a mask and this is the projection onto the null space of the rows that are zero. A loss
-that is not smooth is one more such block. Where the active set changes, at a tie, the answer is one of the derivatives
-on either side; where the solution is not unique it is that of the shortest change.
+that is not smooth adds one more such block. Where the active set changes, at a tie, the answer is the derivative on one
+of the two sides; where the solution is not unique it is that of the shortest change.
 
 Source: for fixed points of the proximal gradient step, Bertrand et al., "Implicit differentiation for fast
 hyperparameter selection in non-smooth convex learning", JMLR 2022; for the linear solves Paige and Saunders, "Solution
@@ -35,12 +35,12 @@ from sparseopt.core.matrices import norm_estimate
 from sparseopt.core.operators import Identity
 
 FloatArray = Float[Array, "..."]
-# Steps of a linear solve: so many times its unknowns, at most so many.
+# Steps of a linear solve: this many per unknown, at most this many in all.
 PER_UNKNOWN, MOST_STEPS = 8, 20_000
 
 
 class Found(NamedTuple):
-    """What a solver knows of a solution beyond its value; None for what it does not."""
+    """What a solver knows about a solution besides its value; None for what it does not know."""
 
     loss_dual: Any  # the subgradient of a loss `f(A x)` at A x
     dual: Any  # that of the penalty at `operator x`
@@ -62,7 +62,7 @@ def _attached_jvp(primals: tuple, tangents: tuple) -> tuple:
     if problem.operator is not None or not smooth:
         if found.dual is None or not (smooth or found.loss_dual is not None):
             raise TypeError(
-                "this solver hands on no dual point, which derivatives of a solution with an operator or with a loss "
+                "this solver returns no dual point, which derivatives of a solution with an operator or with a loss "
                 "that is not smooth need; solve with PrimalDual or SplitAdmm"
             )
         tangent, envelope = _saddle_tangent(problem, moved, x, found)
@@ -200,7 +200,7 @@ def _solved(system: Callable[[Any], Any], right: Any) -> Any:
 def _minres(matvec: Callable[[Array], Array], b: Float[Array, " n"]) -> Float[Array, " n"]:
     """Paige and Saunders' MINRES for symmetric, possibly singular and indefinite, consistent systems.
 
-    The residual falls to a few eps of the right side's length, or as far as so many steps bring it.
+    It stops when the residual is a few eps of the length of the right-hand side, or at the step limit.
     """
     limits = jnp.finfo(b.dtype)
     length = jnp.linalg.norm(b)
@@ -231,12 +231,12 @@ def _minres(matvec: Callable[[Array], Array], b: Float[Array, " n"]) -> Float[Ar
         delta = at.cosine * at.dbar + at.sine * alpha
         gbar = at.sine * at.dbar - at.cosine * alpha
         gamma = jnp.hypot(gbar, beta)
-        # Along the null space of a singular system, where a solution that is not unique would run off.
+        # A direction in the null space of a singular system, along which the solution would grow without bound.
         flat = gamma <= limits.eps**0.6 * at.largest
         gamma = jnp.where(flat, jnp.inf, gamma)
         cosine, sine = gbar / gamma, beta / gamma
         w = (at.v - at.epsilon * at.w_old - delta * at.w) / gamma
-        # An invariant subspace: nothing is left to be gained.
+        # An invariant subspace: nothing is left to gain.
         ended = beta <= limits.eps * jnp.maximum(jnp.abs(alpha), limits.tiny)
         return Turn(
             x=at.x + cosine * at.phi * w,

@@ -28,8 +28,8 @@ def iterate(
         x0: the start, as the solver takes it.
         tol: bound on the solver's residual; a negative one runs exactly `max_steps` steps.
         max_steps: step limit, 0 or more; an integer where a history is asked for.
-        history: record residual, objective and gap after every step. A solver whose step makes `stride` iterations
-            counts these: its steps end at a multiple of the stride, and the iterations in between are NaN.
+        history: record residual, objective and gap after every step. A solver with a `stride` counts
+            iterations: each of its steps ends at a multiple of the stride, and the entries in between are NaN.
 
     Raises:
         ValueError: if `max_steps` is negative, or if the solver cannot solve such a problem: with the text of its
@@ -85,7 +85,7 @@ def _iterate(
 
     value = solver.extract(problem, state)
     loss_dual, dual = solver.duals(problem, state) if hasattr(solver, "duals") else (None, None)
-    # A solver may measure something that a NaN in its answer does not reach.
+    # A NaN in the answer need not show in what the solver measures.
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(value)]))
     status = jnp.where(last.stalled, Status.PRECISION, Status.MAX_STEPS)
     status = jnp.where(last.residual <= tol, Status.CONVERGED, status)

@@ -2,8 +2,8 @@
 
 A linear map is an object with `mv` and `rmv` (see `LinearMap`). `linear_map` makes one of a dense array or a SciPy
 sparse matrix, so that losses and problems take these as they are. Sparse matrices are held as coordinates: a product
-gathers, multiplies and scatters, which on a CPU costs three to four times SciPy's own product and runs under jit, vmap
-and grad.
+gathers, multiplies and scatters. On a CPU that takes three to four times as long as SciPy's own product, but it runs
+under jit, vmap and grad.
 """
 
 from typing import Any
@@ -50,7 +50,7 @@ class Dense:
         return product(self.matrix, x)
 
     def rmv(self, e: FloatArray) -> FloatArray:
-        """`Aᵀ e`; a row vector times the matrix reads it in the order in which it lies, three times as fast."""
+        """`Aᵀ e`; a row vector times the matrix reads it in memory order, which is three times as fast."""
         return product(e, self.matrix) if e.ndim == 1 else product(self.matrix.T, e)
 
 
@@ -104,7 +104,7 @@ class SparseMatrix:
 
 
 def linear_map(given: Any) -> Any:
-    """The linear map of a dense or SciPy sparse matrix; anything else, a map or None among it, as it is."""
+    """The linear map of a dense or SciPy sparse matrix; anything else, such as a linear map or None, unchanged."""
     if sparse.issparse(given):
         matrix = given.tocoo()
         return SparseMatrix(matrix.data, matrix.row.astype(np.int32), matrix.col.astype(np.int32), matrix.shape)
@@ -127,8 +127,8 @@ def refuses_map(name: str, given: Any) -> str | None:
 def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
     """Why a map does not take arrays like `x`, or why its `rmv` is not the transpose of its `mv`; None if all is well.
 
-    Shapes are found without computing. The transpose is tried on one pair of random arrays, for maps of a user's own
-    and where values are known.
+    Shapes are found without computing. The transpose of a user's own map is tested on one pair of random arrays, where
+    its values are known.
     """
     like = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     try:

@@ -1,6 +1,6 @@
 """Floor 2.75: losses of data behind a matrix, `sum_i w_i f((A x)_i; b_i)`: least squares, and any scalar loss.
 
-What solvers ask of them besides `value` and `gradient` stands once, in `MatrixLoss`. With `z = A x` and s a dual point,
+`MatrixLoss` has what solvers need of them besides `value` and `gradient`. With `z = A x` and s a dual point,
 
     D(z', z) = sum_i w_i ( f(z'_i) + f*(f'(z_i)) - f'(z_i) z'_i )        # the Bregman divergence, without cancellation
 
@@ -37,7 +37,7 @@ class SquaredLoss:
         return x - y
 
     def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
-        """Towards y by the share `step / (1 + step)`."""
+        """Move x towards y by the fraction `step / (1 + step)` of the way."""
         return x + step / (1 + step) * (y - x)
 
     def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
@@ -50,7 +50,7 @@ class SquaredLoss:
         return (x - y - dual) ** 2 / 2
 
     def wrong(self, y: np.ndarray) -> np.ndarray:
-        """Infinite."""
+        """Where y is not finite."""
         return ~np.isfinite(y)
 
 
@@ -74,7 +74,7 @@ class MatrixLoss:
         weights, target = self.weights, jnp.asarray(self.target)
         if weights is not None:
             weights = jnp.reshape(weights, jnp.shape(weights) + (1,) * (target.ndim - jnp.ndim(weights)))
-        # Where a weight is 0 the dual is 0 too, and nothing is lost by the box [0, 0] there.
+        # Where a weight is 0 the dual is 0 too, so the box [0, 0] loses nothing there.
         return NodeLoss(family, target, weights, 0.0, 0.0)
 
     def maps(self, x: FloatArray) -> Any:
@@ -126,7 +126,10 @@ class MatrixLoss:
         return jnp.zeros(jax.eval_shape(self.pull, like).shape, kind)
 
     def refuses(self) -> str | None:
-        """Why this is no loss of finite data of fitting shapes, on the host; values are looked at where known."""
+        """Why the data cannot be used (their shapes, or values outside the domain), or None; found on the host.
+
+        Values are checked only where they are known: not for tracers.
+        """
         name = type(self).__name__
         if reason := refuses_map(f"matrix of {name}", self.matrix):
             return reason
@@ -162,8 +165,8 @@ class LeastSquares(MatrixLoss):
     """`value(x) = 1/2 sum_i w_i ((A x)_i - b_i)²`.
 
     Attributes:
-        matrix: A: a dense or SciPy sparse matrix `[rows, columns]`, a linear map, or None for the identity. More
-            columns than rows are no difficulty.
+        matrix: A: a dense or SciPy sparse matrix `[rows, columns]`, a linear map, or None for the identity. It may have
+            more columns than rows.
         target: b, `[rows]`, or `[rows, channels]` for an x of `[columns, channels]`.
         weights: w, `[rows]`, not negative; None for ones.
 
@@ -171,8 +174,8 @@ class LeastSquares(MatrixLoss):
         >>> loss = so.LeastSquares(jnp.array([[1.0, 1.0], [0.0, 2.0]]), jnp.array([3.0, 2.0]))
         >>> loss.gradient(jnp.zeros(2))
         Array([-3., -7.], dtype=float32)
-        >>> so.solve(so.Problem(loss, so.L1(0.5)), tol=1e-5).check().value.round(2)
-        Array([1.5 , 1.  ], dtype=float32)
+        >>> np.asarray(so.solve(so.Problem(loss, so.L1(0.5)), tol=1e-5).check().value).round(2)
+        array([1.5, 1. ], dtype=float32)
     """
 
     matrix: Any

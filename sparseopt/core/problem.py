@@ -103,8 +103,8 @@ class Solver(Protocol):
       takes every problem.
     * `stride`, an attribute: how many iterations a step makes, for a solver whose measure is expensive. Steps are then
       counted in iterations.
-    * `duals(problem, state)`: the subgradients that the solver found, of a loss `f(A x)` at A x and of the penalty at
-      `operator x`, None for one that it does not find; derivatives of a solution with an operator need them.
+    * `duals(problem, state)`: the subgradients that the solver found, of a loss `f(A x)` at `A x` and of the penalty at
+      `operator x`; None for one that it does not find. Derivatives of a solution with an operator need them.
     """
 
     def init(self, problem: Problem, x0: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Floor 4: the accelerated proximal gradient method, with a step size found by backtracking, restarts, and monotone.
+"""Floor 4: the monotone accelerated proximal gradient method, with backtracking and restarts.
 
     minimise over x    F(x) = loss(x) + penalty(x)
 
@@ -33,7 +33,7 @@ from sparseopt.core.types import pytree, static
 # L is multiplied by the first where its quadratic model fails, and by the second after every iteration.
 GROWTH, SHRINKAGE = 1.5, 0.97
 MOST_BACKTRACKS = 60
-# The solve ends where rounding keeps the residual from falling for so many checks, and it is near eps.
+# The solve ends when the residual has not fallen for this many checks and is within this factor of eps.
 PATIENCE, NEAR_ROUNDING = 20, 1e3
 
 
@@ -73,8 +73,8 @@ class AcceleratedProximalGradient:
     F never increases by more than its rounding error. Where the penalty has a conjugate and the loss is least squares,
     a scalar loss on `A x` or a `Quadratic`, the residual is the relative duality gap; elsewhere, and where a dual point
     cannot be scaled into the conjugate's domain, it is `L ||x - prox(x - gradient / L)||` over the length of the
-    gradient at 0, which is 0 at stationary points, and the gap is NaN. Both are found every `cadence` iterations,
-    where a step ends.
+    gradient at 0, which is 0 at stationary points, and the gap is NaN. Both are computed every `cadence`
+    iterations, at the end of a step.
 
     Attributes:
         step_size: 1 / L, kept as it is; None finds it by backtracking.
@@ -181,7 +181,7 @@ class AcceleratedProximalGradient:
             carry = jax.lax.while_loop(failing, shorter, carry)
         curvature, (z, image, _), _ = carry
         objective = loss.value_at(z, image) + penalty.value(z)
-        # An infinite start, outside an indicator's set, is no bar. A NaN is taken, and ends the solve as NONFINITE.
+        # From a start outside a constraint's set, at +inf, every step is taken. So is a NaN: the solve ends NONFINITE.
         taken = ~(objective > state.objective + 8 * eps * jnp.abs(state.objective))
         uphill = jnp.sum((y - z) * (z - state.x)) > 0
         again = ~taken | uphill
@@ -238,6 +238,6 @@ class AcceleratedProximalGradient:
         return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled)
 
     def extract(self, problem: Problem, state: AcceleratedState) -> Float[Array, "..."]:
-        """X."""
+        """The current point."""
         del problem
         return state.x

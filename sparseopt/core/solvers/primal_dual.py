@@ -15,7 +15,7 @@ the method, so the reflected Halpern iteration
     z <- (k + 1) / (k + 2) (2 T(z) - z) + z_first / (k + 2)
 
 converges, and restarted where its fixed-point residual has fallen, at a linear rate on sharp problems. At a restart
-omega goes towards the ratio of the ways that w and x went.
+omega moves towards the ratio of the distances that w and x have travelled.
 
 Source: Chambolle and Pock, "A first-order primal-dual algorithm for convex problems with applications to imaging",
 2011; Applegate et al., "Practical large-scale linear programming using primal-dual hybrid gradient" (PDLP), NeurIPS
@@ -44,8 +44,8 @@ from sparseopt.core.types import pytree, static
 # The square of the step is this share of what the norm allows, since the norm is estimated from below.
 MARGIN = 0.95
 NORM_STEPS = 40
-# A restart is due where the fixed-point residual is this share of that of the last restart, or where it is the second
-# share and rises, or where the iteration since then is this share of all.
+# A restart is due when the fixed-point residual has fallen to the first share of its value at the last restart, or to
+# the second share and rises again, or when the iterations since the last restart are the third share of all.
 SUFFICIENT, NECESSARY, ARTIFICIAL = 0.2, 0.8, 0.36
 # Over-relaxation for smooth losses; when and how far their omega changes.
 RELAXATION = 1.8
@@ -53,7 +53,7 @@ MOVING, LARGEST_FACTOR = 40, 4.0
 PATIENCE, NEAR_ROUNDING = 20, 1e3
 # From one certificate to the next the iterations grow by this share.
 CERTIFICATE_GROWTH = 1.15
-# Unknowns up to which the exact step, an inverse and a product with it every step, is taken to be cheap.
+# Up to this many unknowns the exact step (one inverse, then a product with it every step) is possible.
 CHEAP = 3000
 
 
@@ -95,10 +95,10 @@ class PrimalDualState:
 class PrimalDual:
     """The restarted primal-dual method for `solve`: any loss of data, smooth or not, any penalty behind a linear map.
 
-    Where the penalty has a conjugate, the residual estimates the relative duality gap, and `certify` finds it: a dual
-    pair is feasible in the limit only, so it is first moved and scaled until it is. Elsewhere it is the larger of
-    `||K~ x - y|| / ||K~ x||` and `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity nothing more is
-    known of the answer. Without an operator the answer has the penalty's exact zeros.
+    Where the penalty has a conjugate, the residual estimates the relative duality gap, and `certify` computes it: the
+    dual pair is feasible only in the limit, so it is first moved and scaled until it is. Elsewhere the residual
+    is the larger of `||K~ x - y|| / ||K~ x||` and `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity
+    nothing more is known of the answer. Without an operator the answer has the penalty's exact zeros.
 
     Attributes:
         omega: the first ratio of dual and primal steps; None for one from the data.
@@ -191,7 +191,7 @@ class PrimalDual:
         return dataclasses.replace(state, omega=self._ratio(state, apart))
 
     def _ratio(self, state: PrimalDualState, apart: Point) -> Array:
-        """The length of the dual way over that of the primal one, in their metrics; 1 where there is none."""
+        """The distance that the duals travelled over that of x, in their metrics; 1 where either is 0."""
         dual = sum(total(w**2) / s for w, s in zip(apart.duals, state.scales, strict=True))
         primal = self._length(state, apart)
         known = (dual > 0) & (primal > 0) & jnp.isfinite(dual) & jnp.isfinite(primal)
@@ -282,7 +282,7 @@ class PrimalDual:
         del state
 
     def _restarted(self, state: PrimalDualState) -> PrimalDualState:
-        """The state from which the next step goes on."""
+        """The state from which the next step starts, restarted where a restart is due."""
         share = state.count / (state.count + 1).astype(state.omega.dtype)
         # The z that was mapped last, from what the iteration made of it.
         before = jax.tree.map(
@@ -336,12 +336,12 @@ class PrimalDual:
         return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled)
 
     def duals(self, problem: Problem, state: PrimalDualState) -> tuple[Array, Array]:
-        """S and u."""
+        """The pair (s, u)."""
         del problem
         return state.mapped.duals
 
     def extract(self, problem: Problem, state: PrimalDualState) -> Float[Array, "..."]:
-        """X; without an operator its copy, which has the penalty's zeros and lies in its set."""
+        """The current x; without an operator its copy, which has the penalty's zeros and lies in its set."""
         return state.copies[1] if problem.operator is None else state.mapped.x
 
 
