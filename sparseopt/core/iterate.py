@@ -53,7 +53,7 @@ def _iterate(
 
     def measured(state: Any) -> Measure:
         now = solver.measure(problem, state)
-        return now._replace(stalled=jnp.asarray(now.stalled, bool))
+        return now._replace(stalled=jnp.asarray(now.stalled, bool), stationary=jnp.asarray(now.stationary, bool))
 
     def sound(now: Measure, steps: Array) -> Array:
         # A start outside the set of an indicator costs +inf; after a step that is an overflow.
@@ -67,7 +67,7 @@ def _iterate(
         state = solver.step(problem, state)
         now, steps = measured(state), steps + stride
         if history_length:
-            kept = now._replace(stalled=None)
+            kept = now._replace(stalled=None, stationary=None)
             record = jax.tree.map(lambda rows, value: rows.at[steps - 1].set(value), record, kept)
         return state, steps, now, record
 
@@ -79,7 +79,8 @@ def _iterate(
     first = measured(state)
     # The residual before any step says nothing yet (no change has been seen): always take one step.
     first = first._replace(residual=jnp.full_like(first.residual, jnp.inf), stalled=jnp.zeros((), bool))
-    record = jax.tree.map(lambda v: jnp.full((history_length,), jnp.nan, v.dtype), first._replace(stalled=None))
+    kept = first._replace(stalled=None, stationary=None)
+    record = jax.tree.map(lambda v: jnp.full((history_length,), jnp.nan, v.dtype), kept)
     carry = (state, jnp.zeros((), jnp.int32), first, record)
     state, steps, last, record = jax.lax.while_loop(going, advance, carry)
 
@@ -88,7 +89,8 @@ def _iterate(
     # A NaN in the answer need not show in what the solver measures.
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(value)]))
     status = jnp.where(last.stalled, Status.PRECISION, Status.MAX_STEPS)
-    status = jnp.where(last.residual <= tol, Status.CONVERGED, status)
+    reached = jnp.where(last.stationary, Status.STATIONARY, Status.CONVERGED)
+    status = jnp.where(last.residual <= tol, reached, status)
     status = jnp.where(sound(last, steps) & finite, status, Status.NONFINITE).astype(jnp.int32)
     found = Found(loss_dual, dual, getattr(state, "step_size", None))
     value, objective = attached(given, value, last.objective, found)

@@ -30,18 +30,21 @@ class Choice(NamedTuple):
 
 
 # In the order in which they are tried; the first that does not refuse is taken.
-CANDIDATES: tuple[tuple[Solver, str], ...] = (
+CANDIDATES: tuple[tuple[Any, str], ...] = (
     (Refit(), "a quadratic loss on a fixed support is a linear system: conjugate gradients"),
     (
         AcceleratedProximalGradient(),
-        "a smooth loss and a penalty with a prox: accelerated gradient steps need products with the loss alone",
+        "a smooth loss and a penalty with a prox: accelerated gradient steps need only gradients of the loss",
     ),
-    (
-        SplitAdmm(),
-        "an operator or a loss with kinks, and few unknowns: an inverse made once pays by few steps",
-    ),
-    (PrimalDual(), "an operator or a loss with kinks, and many unknowns: products alone"),
+    (PrimalDual(), "an operator or a loss with kinks, and many unknowns: steps need products with the operators alone"),
 )
+EXACT, WHY_EXACT = (
+    SplitAdmm(),
+    "an operator or a loss with kinks, and few unknowns: an inverse computed once saves many steps",
+)
+# Up to so many unknowns an inverse is always worth its cost; beyond, where its entries are at most so many times those
+# of the matrices, since every step multiplies with it.
+FEW, ENTRIES = 256, 4
 NONCONVEX = Choice(
     Maiht(), "a quadratic loss and a penalty that is not known to be convex: monotone accelerated hard thresholding"
 )
@@ -58,18 +61,27 @@ def chosen_solver(problem: Problem) -> Choice:
         >>> so.chosen_solver(so.Problem(loss, so.L1(1.0))).solver
         AcceleratedProximalGradient(step_size=None, cadence=10)
         >>> print(so.chosen_solver(so.Problem(loss, so.L1(1.0), np.diff(np.eye(3), axis=0))).why)
-        an operator or a loss with kinks, and few unknowns: an inverse made once pays by few steps
+        an operator or a loss with kinks, and few unknowns: an inverse computed once saves many steps
     """
     reasons = []
     for solver, why in CANDIDATES:
-        reason = solver.refuses(problem)  # type: ignore[attr-defined]
+        reason = solver.refuses(problem)
         if reason is None:
             nonconvex = isinstance(problem.loss, Quadratic) and not has_conjugate(problem.penalty)
             if isinstance(solver, AcceleratedProximalGradient) and nonconvex:
                 return NONCONVEX
+            if isinstance(solver, PrimalDual) and EXACT.refuses(problem) is None and _exact_pays(problem):
+                return Choice(EXACT, WHY_EXACT)
             return Choice(solver, why)
         reasons.append(reason)
     raise ValueError("no solver takes this problem:\n" + "\n".join(f"  {reason}" for reason in reasons))
+
+
+def _exact_pays(problem: Problem) -> bool:
+    """Whether a product with an inverse of all unknowns costs little beside those with the matrices."""
+    size = problem.loss.start().size
+    maps = (problem.operator, getattr(problem.loss, "matrix", getattr(problem.loss, "hessian", None)))
+    return size <= FEW or size**2 <= ENTRIES * sum(leaf.size for leaf in jax.tree.leaves(maps))
 
 
 def solve(

@@ -232,10 +232,11 @@ class AcceleratedProximalGradient:
 
     def measure(self, problem: Problem, state: AcceleratedState) -> Measure:
         """What this step's check found."""
-        del problem
         near = state.best <= NEAR_ROUNDING * jnp.finfo(state.x.dtype).eps
-        stalled = near & (state.waited >= PATIENCE)
-        return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled)
+        # Not at a check that rounding made a poor one.
+        stalled = near & (state.waited >= PATIENCE) & (state.residual <= 2 * state.best)
+        nonconvex = not has_conjugate(problem.penalty)
+        return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled, nonconvex)
 
     def extract(self, problem: Problem, state: AcceleratedState) -> Float[Array, "..."]:
         """The current point."""

@@ -50,9 +50,11 @@ SUFFICIENT, NECESSARY, ARTIFICIAL = 0.2, 0.8, 0.36
 # Over-relaxation for smooth losses; when and how far their omega changes.
 RELAXATION = 1.8
 MOVING, LARGEST_FACTOR = 40, 4.0
-PATIENCE, NEAR_ROUNDING = 20, 1e3
+PATIENCE, NEAR_ROUNDING = 8, 1e3
 # From one certificate to the next the iterations grow by this share.
-CERTIFICATE_GROWTH = 1.15
+CERTIFICATE_GROWTH = 1.2
+# A certificate moves u by so much less than s: a move of s costs the bound its square, one of u a scaling of both.
+PENALTY_MOVE = 1e-3
 # Up to this many unknowns the exact step (one inverse, then a product with it every step) is possible.
 CHEAP = 3000
 
@@ -86,6 +88,7 @@ class PrimalDualState:
     residual: Any
     objective: Any
     gap: Any
+    bound: Any  # the best lower bound on the optimum so far
     next_certificate: Any
     best: Any
     waited: Any
@@ -178,6 +181,7 @@ class PrimalDual:
             residual=far,
             objective=objective.astype(x.dtype),
             gap=far * jnp.nan,
+            bound=-far,
             next_certificate=jnp.zeros((), x.dtype),
             best=far,
             waited=zero,
@@ -249,11 +253,17 @@ class PrimalDual:
         gap = objective = jnp.full_like(state.residual, jnp.inf)
         if has_conjugate(penalty):
             image = loss.image(x) if plain else at.images[0]
+            scales = (state.scales[0], PENALTY_MOVE * state.scales[1])
             objective, gap = certificate(
-                problem, x, image, *at.duals, scales=state.scales, precondition=self._precondition(state), due=due
+                problem, x, image, *at.duals, scales=scales, precondition=self._precondition(state), due=due
             )
-        residual = jnp.where(due, gap, jnp.inf)
-        gap = jnp.where(due & jnp.isfinite(gap), gap, jnp.nan)
+        # A bound on the optimum serves every x; only the difference of two numbers is known less well.
+        found = jnp.where(due & jnp.isfinite(gap), objective / (1 + gap), -jnp.inf)
+        bound = jnp.maximum(state.bound, found)
+        slack = jnp.maximum(objective - bound, 4 * limits.eps * objective)
+        earlier = jnp.where(bound > 0, slack / jnp.maximum(bound, limits.tiny), jnp.inf)
+        residual = jnp.where(due, jnp.minimum(gap, earlier), earlier)
+        gap = jnp.where(jnp.isfinite(residual), residual, jnp.nan)
         if not isinstance(penalty, Norm):
             # Outside the set of a constraint the objective is infinite and says nothing.
             missed = [total((a - y) ** 2) for a, y in zip(at.images, state.copies, strict=True)]
@@ -270,6 +280,7 @@ class PrimalDual:
         return dataclasses.replace(
             state,
             next_certificate=jnp.where(due, CERTIFICATE_GROWTH * state.steps, state.next_certificate),
+            bound=bound,
             residual=residual,
             gap=gap,
             objective=jnp.minimum(objective, limits.max),
@@ -330,10 +341,11 @@ class PrimalDual:
 
     def measure(self, problem: Problem, state: PrimalDualState) -> Measure:
         """What this step's check found."""
-        del problem
         near = state.best <= NEAR_ROUNDING * jnp.finfo(state.now.x.dtype).eps
-        stalled = near & (state.waited >= PATIENCE)
-        return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled)
+        # Not at a check that rounding made a poor one.
+        stalled = near & (state.waited >= PATIENCE) & (state.residual <= 2 * state.best)
+        nonconvex = not has_conjugate(problem.penalty)
+        return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled, nonconvex)
 
     def duals(self, problem: Problem, state: PrimalDualState) -> tuple[Array, Array]:
         """The pair (s, u)."""
