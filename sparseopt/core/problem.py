@@ -123,18 +123,30 @@ class Solver(Protocol):
         """The answer held by a state."""
 
 
-def lacks(solver: Any, part: str, given: Any, *needed: str) -> str | None:
-    """Why `solver.refuses` a problem whose `part`, "loss" or "penalty", lacks a method or field; None if it has all."""
-    absent = [name for name in needed if not hasattr(given, name)]
-    if not absent:
-        return None
-    return (
-        f"{type(solver).__name__} needs a {part} with {', '.join(needed)}, given {type(given).__name__} without "
-        f"{', '.join(absent)}; give the {part} what is missing, or take another solver"
-    )
+def needs(
+    solver: Any, problem: Problem, *, operator: bool = False, loss: str = "", penalty: str = "value prox"
+) -> str | None:
+    """Why `solver.refuses` a problem that lacks something; None if it lacks nothing.
+
+    Args:
+        solver: for its name.
+        problem: what was given.
+        operator: whether the solver takes one.
+        loss: the methods and fields that it uses of the loss, separated by blanks.
+        penalty: those of the penalty.
+    """
+    if not operator and (reason := _refuses_operator(solver, problem)):
+        return reason
+    for part, given, wanted in (("loss", problem.loss, loss.split()), ("penalty", problem.penalty, penalty.split())):
+        if absent := [name for name in wanted if not hasattr(given, name)]:
+            return (
+                f"{type(solver).__name__} needs a {part} with {', '.join(wanted)}, given {type(given).__name__} "
+                f"without {', '.join(absent)}; give the {part} what is missing, or take another solver"
+            )
+    return None
 
 
-def refuses_operator(solver: Any, problem: Problem) -> str | None:
+def _refuses_operator(solver: Any, problem: Problem) -> str | None:
     """Why a solver that takes the prox of the penalty alone refuses a problem; None where there is no operator."""
     if problem.operator is None:
         return None

@@ -27,7 +27,7 @@ from sparseopt.core.certify import certificate, has_conjugate, proximal_certific
 from sparseopt.core.differentiate import is_smooth
 from sparseopt.core.losses import PlainLoss
 from sparseopt.core.matrix_losses import MatrixLoss
-from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
+from sparseopt.core.problem import Measure, Problem, needs
 from sparseopt.core.types import pytree, static
 
 # L is multiplied by the first where its quadratic model fails, and by the second after every iteration.
@@ -86,12 +86,7 @@ class AcceleratedProximalGradient:
 
     def refuses(self, problem: Problem) -> str | None:
         """An operator, a loss without gradients, and a penalty without a prox."""
-        return (
-            refuses_operator(self, problem)
-            or lacks(self, "loss", problem.loss, "value", "gradient")
-            or self._refuses_kinks(problem.loss)
-            or lacks(self, "penalty", problem.penalty, "value", "prox")
-        )
+        return needs(self, problem, loss="value gradient") or self._refuses_kinks(problem.loss)
 
     def _refuses_kinks(self, loss: Any) -> str | None:
         if is_smooth(loss):

@@ -35,7 +35,7 @@ from sparseopt.core.certify import relative_gap
 from sparseopt.core.fidelity import total
 from sparseopt.core.operators import Split
 from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Measure, Problem, lacks
+from sparseopt.core.problem import Measure, Problem, needs
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 from sparseopt.core.types import pytree, static
 
@@ -182,10 +182,8 @@ class Admm:
 
     def refuses(self, problem: Problem) -> str | None:
         """An operator that is not a `Split`, and a loss or a penalty without what a step uses."""
-        return (
-            refuses_unsplit(self, problem)
-            or lacks(self, "loss", problem.loss, "center", "weigh", "observed", "slack", "gradient", "value")
-            or lacks(self, "penalty", problem.penalty, "value", "prox")
+        return refuses_unsplit(self, problem) or needs(
+            self, problem, operator=True, loss="center weigh observed slack gradient value"
         )
 
     def init(self, problem: Problem, x0: Start | AdmmState) -> AdmmState:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import largest_eigenvalue_bound
-from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
+from sparseopt.core.problem import Measure, Problem, needs
 from sparseopt.core.thresholds import count_each, count_nonzero
 from sparseopt.core.types import pytree, static
 
@@ -73,13 +73,8 @@ class Maiht:
 
     def refuses(self, problem: Problem) -> str | None:
         """An operator, and a loss or a penalty without what a step uses."""
-        return (
-            refuses_operator(self, problem)
-            or lacks(self, "loss", problem.loss, "hessian", "center", "gradient", "value_at")
-            or lacks(
-                self, "penalty", problem.penalty, "value", "prox", *([] if self.target_sparsity is None else ["weight"])
-            )
-        )
+        level = "" if self.target_sparsity is None else " weight"
+        return needs(self, problem, loss="hessian center gradient value_at", penalty="value prox" + level)
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> MaihtState:
         """All sequences start at x0: at most one product, and a bound on the curvature if no step is given."""

@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.certify import relative_gap
 from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Measure, Problem, lacks
+from sparseopt.core.problem import Measure, Problem, needs
 from sparseopt.core.solvers.admm import refuses_unsplit
 from sparseopt.core.types import pytree, static
 
@@ -171,11 +171,7 @@ class LossAdmm:
 
     def refuses(self, problem: Problem) -> str | None:
         """An operator that is not a `Split`, and a loss or a penalty without what a step uses."""
-        return (
-            refuses_unsplit(self, problem)
-            or lacks(self, "loss", problem.loss, "value", "prox")
-            or lacks(self, "penalty", problem.penalty, "value", "prox")
-        )
+        return refuses_unsplit(self, problem) or needs(self, problem, operator=True, loss="value prox")
 
     def init(self, problem: Problem, x0: LossStart) -> LossAdmmState:
         """No memory yet, g the start's dual, p in balance with it."""

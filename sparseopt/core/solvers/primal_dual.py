@@ -38,7 +38,7 @@ from sparseopt.core.matrices import norm_estimate
 from sparseopt.core.matrix_losses import LeastSquares, MatrixLoss
 from sparseopt.core.operators import Identity
 from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Measure, Problem, lacks
+from sparseopt.core.problem import Measure, Problem, needs
 from sparseopt.core.types import pytree, static
 
 # The square of the step is this share of what the norm allows, since the norm is estimated from below.
@@ -113,7 +113,7 @@ class PrimalDual:
 
     def refuses(self, problem: Problem) -> str | None:
         """A loss that is not one of data or quadratic, and a penalty without a prox."""
-        return self._refuses_loss(problem.loss) or lacks(self, "penalty", problem.penalty, "value", "prox")
+        return self._refuses_loss(problem.loss) or needs(self, problem, operator=True)
 
     def _refuses_loss(self, loss: Any) -> str | None:
         if isinstance(loss, MatrixLoss | Quadratic):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import largest_eigenvalue_bound
-from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
+from sparseopt.core.problem import Measure, Problem, needs
 from sparseopt.core.solvers.aiht import STEP_FRACTION
 from sparseopt.core.types import pytree, static
 
@@ -44,12 +44,7 @@ class ProximalGradient:
 
     def refuses(self, problem: Problem) -> str | None:
         """An operator, and a loss or a penalty without what a step uses."""
-        return (
-            refuses_operator(self, problem)
-            or lacks(self, "loss", problem.loss, "gradient", "value_at")
-            or lacks(self, "loss", problem.loss, *(["hessian"] if self.step_size is None else []))
-            or lacks(self, "penalty", problem.penalty, "value", "prox")
-        )
+        return needs(self, problem, loss="gradient value_at" + (" hessian" if self.step_size is None else ""))
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> ProximalGradientState:
         """One product at x0."""

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.iterate import iterate
-from sparseopt.core.problem import Measure, Problem, Solution, lacks, refuses_operator
+from sparseopt.core.problem import Measure, Problem, Solution, needs
 from sparseopt.core.thresholds import count_each
 from sparseopt.core.types import pytree, static
 
@@ -72,11 +72,7 @@ class QuadraticAdmm:
 
     def refuses(self, problem: Problem) -> str | None:
         """An operator, a loss that is not quadratic, and a penalty without a prox."""
-        return (
-            refuses_operator(self, problem)
-            or lacks(self, "loss", problem.loss, "hessian", "center", "value")
-            or lacks(self, "penalty", problem.penalty, "value", "prox")
-        )
+        return needs(self, problem, loss="hessian center value")
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."] | DualStart) -> QuadraticAdmmState:
         """The inverse, and a point that stands for the dual."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.constraints import Support
 from sparseopt.core.losses import HIGHEST
-from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
+from sparseopt.core.problem import Measure, Problem, needs
 from sparseopt.core.types import pytree
 
 
@@ -41,11 +41,7 @@ class Refit:
 
     def refuses(self, problem: Problem) -> str | None:
         """An operator, a loss that is not quadratic, and every penalty but a `Support`."""
-        return (
-            refuses_operator(self, problem)
-            or lacks(self, "loss", problem.loss, "hessian", "gradient", "value_at")
-            or self._refuses_penalty(problem.penalty)
-        )
+        return needs(self, problem, loss="hessian gradient value_at") or self._refuses_penalty(problem.penalty)
 
     def _refuses_penalty(self, penalty: Any) -> str | None:
         if isinstance(penalty, Support):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.constraints import Support
 from sparseopt.core.dense import spd_inverse
-from sparseopt.core.problem import Measure, Problem, lacks, refuses_operator
+from sparseopt.core.problem import Measure, Problem, needs
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.types import pytree, static
 
@@ -60,10 +60,8 @@ class Splice:
 
     def refuses(self, problem: Problem) -> str | None:
         """An operator, a loss that is not quadratic, and a penalty that makes no masks."""
-        return (
-            refuses_operator(self, problem)
-            or lacks(self, "loss", problem.loss, "hessian", "gradient", "value_at")
-            or self._refuses_penalty(problem.penalty)
+        return needs(self, problem, loss="hessian gradient value_at", penalty="") or self._refuses_penalty(
+            problem.penalty
         )
 
     def _refuses_penalty(self, penalty: Any) -> str | None:
