@@ -226,17 +226,28 @@ def test_no_start_is_a_start_at_zero_and_jit_changes_nothing(problem):
         assert float(other.gap) == float(without.gap)
 
 
+def many_labels():
+    """Of 60 rows, most of them surely on their side: their dual is 0."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((60, 20))
+    sides = matrix @ rng.standard_normal(20) + rng.standard_normal(60)
+    return so.Composed(so.SquaredHingeLoss(), matrix, np.where(sides > 0, 1, -1))
+
+
 ROUNDED = {
     "squares": SQUARES,
     "huber": so.Composed(so.HuberLoss(0.8), MATRIX, TARGET),
-    "squared hinge": so.Composed(so.SquaredHingeLoss(), MATRIX, 2 * LABELS - 1),
+    "squared hinge": many_labels(),
     "poisson": so.Composed(so.PoissonLoss(), MATRIX / 4, np.round(np.exp(TARGET / 4))),
     "logistic": so.Composed(so.LogisticLoss(), MATRIX / 4, LABELS),
 }
 
 
 DEEP = [(name, solver) for name in ROUNDED for solver in ("APG", "PD")]
-BROKEN = {("logistic", "APG"): "backtracking takes the rounding errors of the logistic divergence for curvature"}
+BROKEN = {
+    ("logistic", "APG"): "backtracking takes the rounding errors of the logistic divergence for curvature",
+    ("squared hinge", "PD"): "a dual that rounding carries over the end 0 of its domain scales all duals to 0",
+}
 
 
 @pytest.mark.parametrize(
