@@ -11,6 +11,7 @@ from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.splice import Splice
+from sparseopt.trend.filter import precision
 from tests.core.test_solvers import make_problem
 
 
@@ -35,17 +36,15 @@ def test_user_penalty_is_traced_once(rng):
 
 
 def test_vmap_gives_each_lane_its_own_status_and_answer(rng):
-    problem = make_problem(rng)
-    problem = so.Problem(problem.loss, so.L1(0.2))  # convex, so that rounding cannot choose another answer
-    centers = jnp.stack([problem.loss.center, 3 * problem.loss.center, jnp.full_like(problem.loss.center, jnp.nan)])
+    with precision(np.dtype(np.float64)):
+        problem = make_problem(rng)
+        loss = jax.tree.map(lambda leaf: leaf.astype(np.float64), problem.loss)
+        centers = jnp.stack([loss.center, 3 * loss.center, jnp.full_like(loss.center, jnp.nan)])
 
-    def run(center):
-        return so.solve(
-            so.Problem(so.Quadratic(problem.loss.hessian, center), problem.penalty),
-            so.Maiht(),
-            center,
-            tol=1e-5,
-        )
+        def run(center):
+            # Convex, so that rounding cannot choose another answer.
+            convex = so.Problem(so.Quadratic(loss.hessian, center), so.L1(0.2))
+            return so.solve(convex, so.Maiht(), center, tol=1e-5)
 
     together = jax.vmap(run)(centers)
     assert together.status.tolist() == [so.Status.CONVERGED, so.Status.CONVERGED, so.Status.NONFINITE]

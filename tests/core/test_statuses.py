@@ -51,6 +51,18 @@ def by_gradients(solver, penalty):
     return make
 
 
+def of_data(solver, split=False):
+    """Least squares, of which a primal-dual method holds no copy; `split`: behind the differences of x."""
+
+    def make(kind):
+        rng = np.random.default_rng(5)
+        loss = so.LeastSquares(rng.standard_normal((40, N)).astype(kind), rng.standard_normal(40).astype(kind))
+        operator = np.diff(np.eye(N, dtype=kind), axis=0) if split else None
+        return so.Problem(loss, so.L1(kind(3.0)), operator), solver, jnp.zeros(N, kind)
+
+    return make
+
+
 def refit(kind):
     problem = dense(None, kind)
     mask = jnp.arange(N)[:, None] % 3 > 0
@@ -81,6 +93,9 @@ SOLVERS = {
     "maiht": by_gradients(so.Maiht(), so.L1(0.1)),
     "maiht, always": by_gradients(so.Maiht(monitor="always"), so.L0(0.05)),
     "proximal gradient": by_gradients(so.ProximalGradient(), so.L1(0.1)),
+    "accelerated": of_data(so.AcceleratedProximalGradient()),
+    "primal-dual": of_data(so.PrimalDual(), split=True),
+    "split admm": of_data(so.SplitAdmm(), split=True),
     "refit": refit,
     "splice": from_centre(Splice(), so.TopK(10)),
     "quadratic admm": from_centre(QuadraticAdmm(1.0), so.TopK(10)),
@@ -210,7 +225,7 @@ def test_a_loss_that_turns_nan_in_the_seventh_step_is_named(name):
         found.check()
 
 
-@pytest.mark.parametrize("name", ["proximal gradient", "admm", "loss admm"])
+@pytest.mark.parametrize("name", ["proximal gradient", "accelerated", "primal-dual", "admm", "loss admm"])
 def test_a_penalty_that_turns_nan_in_the_seventh_step_is_named(name):
     problem, solver, start = SOLVERS[name](np.float32)
     found = so.solve(problem, Broken(solver, "penalty"), start, tol=-1.0, max_steps=200)

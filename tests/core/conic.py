@@ -1,0 +1,187 @@
+"""The problems of `sparseopt.solve` in conic form, for Clarabel: an independent answer, by an interior point method.
+
+    minimise over z    1/2 <z, diag(p) z> + <q, z> + constant    subject to every constraint `M z + m` in its cone
+
+The first variables are the entries of x, in the order in which they lie. A term of the objective adds variables that
+bound it from above.
+"""
+
+import clarabel
+import numpy as np
+from scipy import sparse
+
+CONES = {
+    "zero": clarabel.ZeroConeT,
+    "positive": clarabel.NonnegativeConeT,
+    "second order": clarabel.SecondOrderConeT,
+    "exponential": lambda _: clarabel.ExponentialConeT(),
+}
+
+
+class Conic:
+    """A program that grows; expressions are affine, `(matrix over x or over one block of variables, block)`."""
+
+    def __init__(self, size):
+        self.count = size
+        self.quadratic, self.linear, self.constant = [], [], 0.0
+        self.rows, self.offsets, self.cones = [], [], []
+        self.x = np.arange(size)
+
+    def new(self, size):
+        self.count += size
+        return np.arange(self.count - size, self.count)
+
+    def cost(self, variables, linear=0.0, squares=0.0):
+        """Add `sum of linear v + squares v² / 2`."""
+        self.linear.append((variables, np.broadcast_to(linear, variables.shape)))
+        self.quadratic.append((variables, np.broadcast_to(squares, variables.shape)))
+
+    def inside(self, cone, offset, *parts):
+        """Ask for `offset + sum of matrix @ variables` in a cone; a number as a matrix is that many identities."""
+        offset = np.atleast_1d(np.asarray(offset, float))
+        entries = []
+        for matrix, variables in parts:
+            matrix = matrix * sparse.eye_array(variables.size) if np.isscalar(matrix) else matrix
+            matrix = sparse.coo_array(matrix)
+            entries.append((matrix.data, matrix.row, variables[matrix.col]))
+        self.rows.append(entries)
+        self.offsets.append(offset)
+        self.cones.append(CONES[cone](offset.size))
+
+    def least(self):
+        """The optimal objective."""
+        hessian, linear = np.zeros(self.count), np.zeros(self.count)
+        for variables, numbers in self.quadratic:
+            np.add.at(hessian, variables, numbers)
+        for variables, numbers in self.linear:
+            np.add.at(linear, variables, numbers)
+        starts = np.cumsum([0, *(offset.size for offset in self.offsets)])
+        entries = [
+            (data, row + start, column)
+            for start, row_block in zip(starts[:-1], self.rows, strict=True)
+            for data, row, column in row_block
+        ]
+        data, row, column = (np.concatenate(part) for part in zip(*entries, strict=True))
+        matrix = sparse.csc_array((-data, (row, column)), shape=(int(starts[-1]), self.count))
+        settings = clarabel.DefaultSettings()
+        settings.verbose = False
+        settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-10
+        solver = clarabel.DefaultSolver(
+            sparse.csc_matrix(sparse.diags(hessian)),
+            linear,
+            sparse.csc_matrix(matrix),
+            np.concatenate(self.offsets),
+            self.cones,
+            settings,
+        )
+        answer = solver.solve()
+        assert str(answer.status) in ("Solved", "AlmostSolved"), answer.status
+        return answer.obj_val + self.constant
+
+    def exponentials(self, exponent, bound):
+        """Ask for `exp(exponent) <= bound` entry by entry, both given as (offset, matrix, variables) parts."""
+        size = bound.size
+        for i in range(size):
+            row = sparse.coo_array(([1.0], ([0], [i])), shape=(1, size))
+            offset = np.array([exponent[0][i], 1.0, 0.0])
+            parts = [(_at(0, sparse.csr_array(matrix)[[i]]), variables) for matrix, variables in exponent[1:]]
+            self.inside("exponential", offset, *parts, (_at(2, row), bound))
+
+
+def _at(place, row):
+    """A row as the row `place` of three."""
+    return sparse.vstack([row if i == place else sparse.csr_array(row.shape) for i in range(3)])
+
+
+def squares(conic, matrix, target, weights):
+    residual = conic.new(target.size)
+    conic.inside("zero", -target, (matrix, conic.x), (-1.0, residual))
+    conic.cost(residual, squares=weights)
+
+
+def logistic(conic, matrix, target, weights):
+    """`exp(z - t) + exp(-t) <= 1`, t the bound on log(1 + e^z)."""
+    size = target.size
+    bound, up, down = conic.new(size), conic.new(size), conic.new(size)
+    zeros = np.zeros(size)
+    conic.exponentials((zeros, (matrix, conic.x), (-sparse.eye_array(size), bound)), up)
+    conic.exponentials((zeros, (-sparse.eye_array(size), bound)), down)
+    conic.inside("positive", np.ones(size), (-1.0, up), (-1.0, down))
+    conic.cost(bound, weights)
+    conic.cost(conic.x, -(matrix.T @ (weights * target)))
+
+
+def poisson(conic, matrix, target, weights):
+    bound = conic.new(target.size)
+    conic.exponentials((np.zeros(target.size), (matrix, conic.x)), bound)
+    conic.cost(bound, weights)
+    conic.cost(conic.x, -(matrix.T @ (weights * target)))
+    positive = np.where(target > 0, target, 1)
+    conic.constant += np.sum(weights * (target * np.log(positive) - target))
+
+
+def huber(delta):
+    """The least `u² / 2 + delta |r - u|` over u."""
+
+    def term(conic, matrix, target, weights):
+        near, far = conic.new(target.size), conic.new(target.size)
+        for sign in (1.0, -1.0):
+            conic.inside("positive", sign * target, (-sign * matrix, conic.x), (sign, near), (1.0, far))
+        conic.cost(near, squares=weights)
+        conic.cost(far, weights * delta)
+
+    return term
+
+
+def slopes(below, above):
+    """`max(below r, above r)` of `r = z - y`: absolute and quantile losses."""
+
+    def term(conic, matrix, target, weights):
+        bound = conic.new(target.size)
+        for slope in (below, above):
+            conic.inside("positive", slope * target, (-slope * matrix, conic.x), (1.0, bound))
+        conic.cost(bound, weights)
+
+    return term
+
+
+def squared_hinge(conic, matrix, target, weights):
+    lack = conic.new(target.size)
+    conic.inside("positive", -np.ones(target.size), (sparse.diags_array(target) @ matrix, conic.x), (1.0, lack))
+    conic.inside("positive", np.zeros(target.size), (1.0, lack))
+    conic.cost(lack, squares=weights)
+
+
+def absolute(conic, rows, weight):
+    """`sum of weight |v|` for `v = rows x`."""
+    bound = conic.new(rows.shape[0])
+    for sign in (1.0, -1.0):
+        conic.inside("positive", np.zeros(bound.size), (sign * rows, conic.x), (1.0, bound))
+    conic.cost(bound, weight)
+
+
+def lengths(conic, rows, weight, groups):
+    """`sum of weight_g ||v_g||`; `groups` lists the entries of each."""
+    weight = np.broadcast_to(weight, (len(groups),))
+    for number, entries in zip(weight, groups, strict=True):
+        bound = conic.new(1)
+        size = len(entries)
+        first = sparse.coo_array(([1.0], ([0], [0])), shape=(size + 1, 1))
+        below = sparse.vstack([sparse.csr_array((1, rows.shape[1])), sparse.csr_array(rows)[entries]])
+        conic.inside("second order", np.zeros(size + 1), (first, bound), (below, conic.x))
+        conic.cost(bound, number)
+
+
+def ridge(conic, rows, weight):
+    """`sum of weight / 2 v²`."""
+    values = conic.new(rows.shape[0])
+    conic.inside("zero", np.zeros(values.size), (rows, conic.x), (-1.0, values))
+    conic.cost(values, squares=weight)
+
+
+def between(conic, rows, low, high):
+    size = rows.shape[0]
+    if np.all(np.isfinite(low)):
+        conic.inside("positive", -np.broadcast_to(low, (size,)), (1.0 * rows, conic.x))
+    if np.all(np.isfinite(high)):
+        conic.inside("positive", np.broadcast_to(high, (size,)).astype(float), (-1.0 * rows, conic.x))

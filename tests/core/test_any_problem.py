@@ -1,0 +1,413 @@
+"""What `solve` promises of every problem: under vmap and jit, from any start, of your own parts, and of bad input."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import sparse
+
+import sparseopt as so
+from sparseopt.trend.filter import precision
+from tests.tiers import often
+
+ROWS, COLUMNS = 30, 12
+DIFFERENCES = np.diff(np.eye(COLUMNS), axis=0)
+APG, PD, ADMM = so.AcceleratedProximalGradient(), so.PrimalDual(), so.SplitAdmm()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _float64():
+    with precision(np.dtype(np.float64)):
+        yield
+
+
+def drawn(seed=0, many=()):
+    """A matrix, and a target that half of its columns explain."""
+    rng = np.random.default_rng(seed)
+    matrix = rng.standard_normal((ROWS, COLUMNS))
+    truth = rng.standard_normal((*many, COLUMNS)) * (np.arange(COLUMNS) % 2)
+    return matrix, truth @ matrix.T + rng.standard_normal((*many, ROWS))
+
+
+MATRIX, TARGET = drawn()
+SQUARES = so.LeastSquares(MATRIX, TARGET)
+LASSO = so.Problem(SQUARES, so.L1(5.0))
+FUSED = so.Problem(SQUARES, so.L1(5.0), DIFFERENCES)
+LABELS = (TARGET > 0).astype(float)
+
+
+def behind(solver, penalty=None):
+    """A problem for the solver: with an operator where it takes one."""
+    return dataclasses.replace(LASSO if solver is APG else FUSED, **({"penalty": penalty} if penalty else {}))
+
+
+@pytest.mark.parametrize("solver", [APG, ADMM, PD], ids=lambda solver: type(solver).__name__)
+def test_many_problems_at_once_are_solved_as_one_by_one(solver):
+    _, targets = drawn(1, (64,))
+    weights = np.linspace(1, 9, 64)
+    problem = behind(solver)
+
+    def solved(target, weight):
+        loss = dataclasses.replace(SQUARES, target=target)
+        return so.solve(dataclasses.replace(problem, loss=loss, penalty=so.L1(weight)), solver, tol=1e-8)
+
+    together = jax.device_get(jax.jit(jax.vmap(solved))(targets, weights))
+    alone = [jax.device_get(solved(*pair)) for pair in zip(targets, weights, strict=True)]
+    np.testing.assert_allclose(together.value, [each.value for each in alone], rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(together.steps, [each.steps for each in alone])
+    np.testing.assert_array_equal(together.status, so.Status.CONVERGED)
+    assert len(set(together.steps.tolist())) > 3
+
+
+@pytest.mark.parametrize("solver", [APG, ADMM, PD], ids=lambda solver: type(solver).__name__)
+def test_changed_leaves_and_their_gradients_need_no_new_trace(solver):
+    traces = []
+
+    @so.pytree
+    class Counting:
+        weight: Any
+
+        def value(self, x):
+            return self.weight * jnp.sum(jnp.abs(x))
+
+        def prox(self, x, step):
+            traces.append(1)
+            return x - jnp.clip(x, -self.weight * step, self.weight * step)
+
+    def solved(weight, target):
+        problem = behind(solver, Counting(weight))
+        loss = dataclasses.replace(SQUARES, target=target)
+        return so.solve(dataclasses.replace(problem, loss=loss), solver, tol=1e-4).value.sum()
+
+    for function in (solved, jax.jit(jax.grad(solved))):
+        function(2.0, jnp.asarray(TARGET))
+        first = len(traces)
+        assert first > 0
+        for weight in (3.0, 4.0):
+            function(weight, jnp.asarray(TARGET) * weight)
+        assert len(traces) == first
+
+
+PENALTIES = {"L1": so.L1(5.0), "MCP": so.MCP(5.0, 3.0), "L0": so.L0(3.0), "log-sum": so.LogSum(5.0, 0.3)}
+
+
+@pytest.mark.parametrize("name", often(PENALTIES, "L1", "L0"))
+def test_accelerated_steps_never_raise_the_objective(name):
+    problem = so.Problem(SQUARES, PENALTIES[name])
+    solver = so.AcceleratedProximalGradient(cadence=1)
+    found = so.solve(problem, solver, tol=1e-9, max_steps=300, history=True)
+    objective = np.asarray(found.history.objective)[: int(found.steps)]
+    assert len(objective) > 8
+    assert objective[0] > objective[-1]
+    assert np.all(np.diff(objective) <= 16 * np.finfo(float).eps * objective[:-1])
+    assert np.all(np.isnan(found.history.objective[int(found.steps) :]))
+
+
+def test_a_start_at_the_answer_ends_at_the_first_check():
+    found = so.solve(LASSO, tol=1e-9).check()
+    again = so.solve(LASSO, APG, found.value, tol=1e-8).check()
+    assert int(again.steps) <= APG.cadence < int(found.steps)
+    np.testing.assert_allclose(again.value, found.value, atol=1e-9)
+
+
+QUADRATIC = so.Quadratic(MATRIX.T @ MATRIX, TARGET[:COLUMNS])
+ABSOLUTE = so.Composed(so.AbsoluteLoss(), MATRIX, TARGET)
+LARGE = so.LeastSquares(None, np.zeros(4000))
+CHOICES = {
+    "smooth": (LASSO, so.AcceleratedProximalGradient),
+    "smooth, not convex": (so.Problem(SQUARES, so.TopK(3)), so.AcceleratedProximalGradient),
+    "quadratic": (so.Problem(QUADRATIC, so.L1(1.0)), so.AcceleratedProximalGradient),
+    "quadratic, not convex": (so.Problem(QUADRATIC, so.L0(1.0)), so.Maiht),
+    "quadratic on a support": (so.Problem(QUADRATIC, so.Support(np.arange(COLUMNS) < 5)), so.Refit),
+    "least squares on a support": (
+        so.Problem(SQUARES, so.Support(np.arange(COLUMNS) < 5)),
+        so.AcceleratedProximalGradient,
+    ),
+    "operator": (FUSED, so.SplitAdmm),
+    "kinks": (so.Problem(ABSOLUTE, so.L1(1.0)), so.SplitAdmm),
+    "operator, many unknowns": (
+        so.Problem(LARGE, so.L1(1.0), sparse.diags_array([-1.0, 1.0], offsets=[0, 1], shape=(3999, 4000))),
+        so.PrimalDual,
+    ),
+}
+
+
+@pytest.mark.parametrize(("problem", "solver"), CHOICES.values(), ids=CHOICES)
+def test_the_chosen_solver_follows_from_the_structure_of_a_problem(problem, solver):
+    choice = so.chosen_solver(problem)
+    assert type(choice.solver) is solver
+    assert choice.why
+    chosen = jax.eval_shape(lambda problem: so.solve(problem).state, problem)
+    given = jax.eval_shape(lambda problem: so.solve(problem, solver()).state, problem)
+    assert jax.tree.structure(chosen) == jax.tree.structure(given)
+
+
+@so.pytree
+class OwnSquares:
+    """A loss with nothing but its value and its gradient."""
+
+    matrix: Any
+    target: Any
+
+    def value(self, x):
+        return 0.5 * jnp.sum((self.matrix @ x - self.target) ** 2)
+
+    def gradient(self, x):
+        return self.matrix.T @ (self.matrix @ x - self.target)
+
+
+def test_a_loss_of_your_own_needs_value_and_gradient_alone():
+    found = so.solve(so.Problem(OwnSquares(MATRIX, TARGET), so.L1(5.0)), x0=np.zeros(COLUMNS), tol=1e-9)
+    assert so.Status(int(found.status)) is so.Status.CONVERGED
+    np.testing.assert_allclose(found.value, so.solve(LASSO, tol=1e-12).value, atol=1e-7)
+
+
+@so.pytree
+class ImageGradient:
+    """Differences down and to the right, `[h, w]` to `[2, h, w]`, 0 at the edges."""
+
+    def mv(self, x):
+        down = jnp.zeros_like(x).at[:-1].set(x[1:] - x[:-1])
+        right = jnp.zeros_like(x).at[:, :-1].set(x[:, 1:] - x[:, :-1])
+        return jnp.stack([down, right])
+
+    def rmv(self, e):
+        down, right = e
+        x = jnp.zeros_like(down).at[1:].add(down[:-1]).at[:-1].add(-down[:-1])
+        return x.at[:, 1:].add(right[:, :-1]).at[:, :-1].add(-right[:, :-1])
+
+
+@pytest.mark.parametrize("solver", often([ADMM, PD], ADMM), ids=lambda solver: type(solver).__name__)
+def test_an_operator_of_your_own_on_images_needs_no_matrix(solver):
+    """Total variation of an image, the same with a sparse matrix and labelled groups of a flat one."""
+    height, width = 6, 5
+    image = np.zeros((height, width))
+    image[2:, 1:4] = 1
+    image = image + 0.3 * np.random.default_rng(2).standard_normal(image.shape)
+    own = so.Problem(so.LeastSquares(None, image), so.GroupL2(0.2, axis=0), ImageGradient())
+    found = so.solve(own, solver, tol=1e-9).check()
+
+    def chain(n):
+        return sparse.vstack([sparse.diags_array([-1.0, 1.0], offsets=[0, 1], shape=(n - 1, n)), np.zeros((1, n))])
+
+    flat = sparse.vstack(
+        [sparse.kron(chain(height), sparse.eye_array(width)), sparse.kron(sparse.eye_array(height), chain(width))]
+    )
+    groups = so.GroupL2(0.2, groups=np.tile(np.arange(image.size), 2))
+    same = so.solve(so.Problem(so.LeastSquares(None, image.ravel()), groups, flat), tol=1e-9).check()
+    np.testing.assert_allclose(found.value.ravel(), same.value, atol=1e-4)
+    assert float(found.objective) == pytest.approx(float(same.objective), rel=1e-8)
+    assert float(found.gap) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "form", [sparse.csr_array, sparse.csc_matrix, sparse.coo_array], ids=lambda form: form.__name__
+)
+def test_scipy_matrices_of_every_form_are_taken(form):
+    given = so.Problem(so.LeastSquares(form(MATRIX), TARGET), so.L1(5.0), form(DIFFERENCES))
+    x = np.arange(COLUMNS, dtype=float)
+    np.testing.assert_allclose(given.operator.mv(x), DIFFERENCES @ x)
+    np.testing.assert_allclose(given.loss.gradient(x), SQUARES.gradient(x))
+    assert given.loss.start().dtype == np.float64
+
+
+@pytest.mark.parametrize("problem", [LASSO, FUSED], ids=["accelerated", "split ADMM"])
+def test_no_start_is_a_start_at_zero_and_jit_changes_nothing(problem):
+    without = so.solve(problem)
+    given = so.solve(problem, x0=np.zeros(COLUMNS))
+    inside = jax.jit(so.solve)(problem)
+    for other in (given, inside):
+        np.testing.assert_array_equal(other.value, without.value)
+        assert int(other.steps) == int(without.steps)
+        assert float(other.gap) == float(without.gap)
+
+
+def many_labels():
+    """Of 60 rows, most of them surely on their side: their dual is 0."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((60, 20))
+    sides = matrix @ rng.standard_normal(20) + rng.standard_normal(60)
+    return so.Composed(so.SquaredHingeLoss(), matrix, np.where(sides > 0, 1, -1))
+
+
+ROUNDED = {
+    "squares": SQUARES,
+    "huber": so.Composed(so.HuberLoss(0.8), MATRIX, TARGET),
+    "squared hinge": many_labels(),
+    "poisson": so.Composed(so.PoissonLoss(), MATRIX / 4, np.round(np.exp(TARGET / 4))),
+    "logistic": so.Composed(so.LogisticLoss(), MATRIX / 4, LABELS),
+}
+
+
+DEEP = [(name, solver) for name in ROUNDED for solver in ("APG", "PD")]
+BROKEN = {
+    ("logistic", "APG"): "backtracking takes the rounding errors of the logistic divergence for curvature",
+    ("squared hinge", "PD"): "a dual that rounding carries over the end 0 of its domain scales all duals to 0",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        pytest.param(*at.values, marks=[*at.marks, pytest.mark.xfail(strict=True, reason=BROKEN[at.values])])
+        if at.values in BROKEN
+        else at
+        for at in often(DEEP, ("squared hinge", "PD"), ("poisson", "APG"), ("logistic", "APG"))
+    ],
+)
+def test_a_gap_far_below_the_root_of_eps_is_reached(name, solver):
+    so.solve(so.Problem(ROUNDED[name], so.L1(1.0)), {"APG": APG, "PD": PD}[solver], tol=1e-12).check()
+
+
+@so.pytree
+class NoTranspose(ImageGradient):
+    def rmv(self, e):
+        return -super().rmv(e)
+
+
+class ValueOnly:
+    def value(self, x):
+        return jnp.sum(x)
+
+
+IMAGE = so.LeastSquares(None, np.zeros((4, 3)))
+# What is solved, how, and what the error says.
+BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
+    "an operator of another shape": (
+        lambda: so.Problem(SQUARES, so.L1(1.0), np.eye(5)),
+        {},
+        r"the operator does not take an x of shape \(12,\)",
+    ),
+    "an rmv that is no transpose": (
+        lambda: so.Problem(IMAGE, so.L1(1.0), NoTranspose()),
+        {},
+        "the rmv of the operator is not the transpose of its mv",
+    ),
+    "an operator that is none": (
+        lambda: so.Problem(SQUARES, so.L1(1.0), np.ones(12)),
+        {},
+        r"the operator must be None, a dense matrix .* given an array of shape \(12,\)",
+    ),
+    "an operator without mv": (
+        lambda: so.Problem(SQUARES, so.L1(1.0), ValueOnly()),
+        {},
+        r"an object with mv\(x\) and rmv\(e\), given ValueOnly",
+    ),
+    "a matrix that is none": (
+        lambda: so.Problem(so.LeastSquares([1.0, 2.0], TARGET), so.L1(1.0)),
+        {},
+        "the matrix of LeastSquares must be None, a dense matrix .* given list",
+    ),
+    "a loss of its own for a primal-dual method": (
+        lambda: so.Problem(OwnSquares(MATRIX, TARGET), so.L1(1.0)),
+        {"solver": PD, "x0": np.zeros(COLUMNS)},
+        "PrimalDual needs the prox of the loss .* given OwnSquares",
+    ),
+    "a loss without a gradient": (
+        lambda: so.Problem(ValueOnly(), so.L1(1.0)),
+        {"solver": APG, "x0": np.zeros(COLUMNS)},
+        "needs a loss with value, gradient, given ValueOnly without gradient",
+    ),
+    "a loss with kinks": (
+        lambda: so.Problem(ABSOLUTE, so.L1(1.0)),
+        {"solver": APG},
+        "needs a smooth loss, given AbsoluteLoss, which has kinks; use PrimalDual",
+    ),
+    "a penalty without a prox": (
+        lambda: so.Problem(SQUARES, ValueOnly()),
+        {"solver": APG},
+        "needs a penalty with value, prox, given ValueOnly without prox",
+    ),
+    "an operator for a method without": (lambda: FUSED, {"solver": APG}, "without an operator.* use PrimalDual"),
+    "nothing that fits": (lambda: so.Problem(ValueOnly(), ValueOnly()), {}, "no solver takes this problem"),
+    "a negative count": (
+        lambda: so.Problem(so.Composed(so.PoissonLoss(), MATRIX, -np.ones(ROWS)), so.L1(1.0)),
+        {},
+        r"PoissonLoss takes counts, finite and not negative, given -1 at target 0 \(30 such\)",
+    ),
+    "a label 2": (
+        lambda: so.Problem(so.Composed(so.LogisticLoss(), MATRIX, np.r_[LABELS[:-1], 2.0]), so.L1(1.0)),
+        {},
+        r"LogisticLoss takes labels 0 or 1, given 2 at target 29 \(1 such\)",
+    ),
+    "a NaN target": (
+        lambda: so.Problem(so.LeastSquares(MATRIX, np.r_[np.nan, TARGET[1:]]), so.L1(1.0)),
+        {},
+        "takes finite numbers, given nan at target 0",
+    ),
+    "negative weights": (
+        lambda: so.Problem(so.LeastSquares(MATRIX, TARGET, -np.ones(ROWS)), so.L1(1.0)),
+        {},
+        "the weights of LeastSquares must be finite and not negative",
+    ),
+    "weights of another length": (
+        lambda: so.Problem(so.LeastSquares(MATRIX, TARGET, np.ones(3)), so.L1(1.0)),
+        {},
+        "needs one weight for every target",
+    ),
+    "a target of another length": (
+        lambda: so.Problem(so.LeastSquares(MATRIX, TARGET[1:]), so.L1(1.0)),
+        {},
+        r"one target for every row of its matrix, given a matrix of 30 rows and a target of shape \(29,\)",
+    ),
+    "a start of another shape": (
+        lambda: LASSO,
+        {"x0": np.zeros(3)},
+        r"x0 needs the shape \(12,\) of the loss's x, given \(3,\)",
+    ),
+    "no start for a loss of its own": (
+        lambda: so.Problem(OwnSquares(MATRIX, TARGET), so.L1(1.0)),
+        {},
+        "give a start x0: the shape of x does not follow from a OwnSquares",
+    ),
+    "an inverse of many unknowns": (
+        lambda: so.Problem(LARGE, so.L1(1.0)),
+        {"solver": ADMM},
+        "takes up to 3,000, given 4,000; use PrimalDual",
+    ),
+    "no problem": (lambda: SQUARES, {}, "solve needs a sparseopt.Problem.*, given LeastSquares"),
+    "a quantile of level 2": (
+        lambda: so.Problem(so.Composed(so.QuantileLoss(2.0), MATRIX, TARGET), so.L1(1.0)),
+        {},
+        "the quantile loss needs a level between 0 and 1",
+    ),
+    "a Huber loss of delta 0": (
+        lambda: so.Problem(so.Composed(so.HuberLoss(0.0), MATRIX, TARGET), so.L1(1.0)),
+        {},
+        "needs a positive, finite delta",
+    ),
+}
+
+
+@pytest.mark.parametrize(("problem", "how", "text"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_in_a_sentence_before_any_work(monkeypatch, problem, how, text):
+    for kind in (so.AcceleratedProximalGradient, so.PrimalDual, so.SplitAdmm):
+        monkeypatch.setattr(kind, "init", lambda *_: pytest.fail("it began"))
+    with pytest.raises(ValueError, match=text) as error:
+        so.solve(problem(), how.get("solver"), how.get("x0"))
+    sentence = str(error.value)
+    assert "\n" not in sentence or sentence.startswith("no solver takes this problem")
+
+
+VALUES = ["a negative count", "a label 2", "a NaN target", "negative weights", "a quantile of level 2"]
+SHAPES = ["a target of another length", "an operator of another shape", "weights of another length"]
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_are_not_known_are_not_looked_at(name):
+    assert jax.eval_shape(lambda problem: so.solve(problem).value, BAD[name][0]()).shape == (COLUMNS,)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_looked_at_under_jit_too(name):
+    with pytest.raises(ValueError, match=BAD[name][2]):
+        jax.eval_shape(lambda problem: so.solve(problem).value, BAD[name][0]())
+
+
+def test_a_start_is_looked_at_under_jit_too():
+    with pytest.raises(ValueError, match="x0 needs the shape"):
+        jax.eval_shape(lambda x0: so.solve(LASSO, x0=x0).value, np.zeros(3))
