@@ -142,10 +142,11 @@ def certificate(
     enough = jnp.maximum(enough, 4 * limits.eps * jnp.sqrt(total(loss.pull(loss_dual) ** 2)))
     z, _ = jax.scipy.sparse.linalg.cg(normal, apart, tol=0.0, atol=enough, maxiter=CG_STEPS, M=precondition)
     e, v = moved(z)
-    loss_dual, dual = loss_dual - e, dual - v
-    left = jnp.sqrt(total((apart - loss.pull(e) - maps.rmv(v)) ** 2))
-    scale = gauge(penalty, jnp.where(fixed, 0, dual))
-    share = jnp.minimum(rows.feasible_share(-loss_dual, jnp.zeros_like(loss_dual)), 1 / jnp.maximum(scale, 1))
+    # Back into the domain: s can leave it by little, where it lies at an end.
+    loss_dual, dual = rows.weigh(jnp.clip(rows.slope(e - loss_dual), low, high)), dual - v
+    left = jnp.sqrt(total((loss.pull(loss_dual) + maps.rmv(dual)) ** 2))
+    # The domain of f* is convex and contains 0, so that a share of s lies in it too.
+    share = 1 / jnp.maximum(gauge(penalty, jnp.where(fixed, 0, dual)), 1)
     objective = rows.value(image) + penalty.value(y)
     slack = rows.slack(image, -share * loss_dual) + total(penalty.slack(y, share * dual))
     # What is missing shifts the bound by at most its length times that of the way to the answer, at most 2 ||x||.

@@ -153,9 +153,13 @@ class LogisticLoss:
 
     def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
         """The divergence of the probability at x from `dual + y`."""
-        p = jnp.clip(dual + y, 0, 1)
-        entropy = xlogy(p, p) + xlogy(1 - p, 1 - p)
-        return jnp.maximum(entropy + p * jax.nn.softplus(-x) + (1 - p) * jax.nn.softplus(x), 0)
+        p, q = jnp.clip(dual + y, 0, 1), jnp.clip(1 - y - dual, 0, 1)
+        far = xlogy(p, p) + xlogy(q, q) + p * jax.nn.softplus(-x) + q * jax.nn.softplus(x)
+        # Near the log-odds of p that cancels: there the first two terms of the series in the distance serve.
+        inside = (p > 0) & (q > 0)
+        apart = x - jnp.log(jnp.where(inside, p, 0.5)) + jnp.log(jnp.where(inside, q, 0.5))
+        near = p * q * apart**2 / 2 * (1 + (q - p) * apart / 3)
+        return jnp.where(inside & (jnp.abs(apart) < jnp.finfo(x.dtype).eps ** 0.25), near, jnp.maximum(far, 0))
 
     def mean(self, x: FloatArray) -> FloatArray:
         """`1 / (1 + e^-x)`."""

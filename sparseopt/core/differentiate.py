@@ -65,10 +65,10 @@ def _attached_jvp(primals: tuple, tangents: tuple) -> tuple:
                 "this solver returns no dual point, which derivatives of a solution with an operator or with a loss "
                 "that is not smooth need; solve with PrimalDual or SplitAdmm"
             )
-        tangent, envelope = _saddle_tangent(problem, moved, x, found)
+        tangent, change = _saddle_tangent(problem, moved, x, found)
     else:
-        tangent, envelope = _fixed_point_tangent(problem, moved, x, found.step_size)
-    return (x, objective), (tangent.astype(x.dtype), envelope.astype(objective.dtype))
+        tangent, change = _fixed_point_tangent(problem, moved, x, found.step_size)
+    return (x, objective), (tangent.astype(x.dtype), change.astype(objective.dtype))
 
 
 def is_smooth(loss: Any) -> bool:
@@ -97,9 +97,13 @@ def _fixed_point_tangent(problem: Any, moved: Any, x: FloatArray, step: Any) -> 
         return on_support - jacobian(on_support) + step * jacobian(hessian(on_support))
 
     z = _solved(system, jacobian(pushed - step * hessian(pushed) - step * turned))
-    envelope = _along(lambda loss: loss.value(x), loss, moved.loss)
-    envelope = envelope + _along(lambda penalty: penalty.value(x), penalty, moved.penalty)
-    return pushed + jacobian(z), envelope
+    dx = pushed + jacobian(z)
+    return dx, _value_along(loss, moved.loss, x, dx) + _value_along(penalty, moved.penalty, x, dx)
+
+
+def _value_along(term: Any, term_moved: Any, x: FloatArray, dx: FloatArray) -> Array:
+    """The derivative of `term.value(x)` where both move."""
+    return jax.jvp(lambda term, x: term.value(x), (term, x), (term_moved, dx.astype(x.dtype)))[1]
 
 
 class _Block(NamedTuple):
@@ -107,6 +111,7 @@ class _Block(NamedTuple):
 
     mv: Any
     rmv: Any
+    copy: Any  # K x as the prox gives it, at its kinks and inside its set exactly
     jacobian: Any
     step: Any
     pushed: Any  # p
@@ -134,12 +139,13 @@ def _saddle_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tu
         step = jnp.sqrt(jnp.maximum(jnp.sum(rows**2), tiny) / jnp.maximum(jnp.sum(dual**2), tiny))
         step = jnp.clip(step, 1e-6, 1e6)
         point = rows + step * dual
-        _, jacobian = jax.linearize(lambda point: prox(term, point, step), point)
+        copy, jacobian = jax.linearize(lambda point: prox(term, point, step), point)
         pushed = _along(lambda term: prox(term, point, step), term, term_moved)
         size = jnp.maximum(norm_estimate(maps.mv, maps.rmv, x, 10), tiny)
         return _Block(
             maps.mv,
             maps.rmv,
+            copy,
             jacobian,
             step,
             pushed,
@@ -175,16 +181,11 @@ def _saddle_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tu
         image = at.pushed - at.rows_moved
         rest.append(at.scale / at.step * (image - at.jacobian(image)))
     dx = _solved(system, (right, *rest))[0]
-    rows = operator.mv(x)
-    envelope = _along(lambda penalty: penalty.value(rows), penalty, moved.penalty)
-    envelope = envelope + jnp.sum(found.dual * blocks[0].rows_moved)
+    objective = _value_along(penalty, moved.penalty, blocks[0].copy, blocks[0].mv(dx) + blocks[0].rows_moved)
     if is_smooth(loss):
-        envelope = envelope + _along(lambda loss: loss.value(x), loss, moved.loss)
-    else:
-        at_rows = jax.lax.stop_gradient(maps.mv(x))
-        envelope = envelope + _along(lambda loss: loss.rows.value(at_rows), loss, moved.loss)
-        envelope = envelope + jnp.sum(found.loss_dual * blocks[1].rows_moved)
-    return dx, envelope
+        return dx, objective + _value_along(loss, moved.loss, x, dx)
+    along = _along(lambda loss: loss.rows, loss, moved.loss)
+    return dx, objective + _value_along(loss.rows, along, blocks[1].copy, blocks[1].mv(dx) + blocks[1].rows_moved)
 
 
 def _solved(system: Callable[[Any], Any], right: Any) -> Any:
