@@ -1,7 +1,6 @@
-"""What `solve` promises of every problem: under vmap and jit, from any start, of your own parts, and of bad input."""
+"""What `solve` promises of every problem: under vmap and jit, from any start, with parts of your own."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 from scipy import sparse
 
 import sparseopt as so
+from sparseopt.core.certify import certificate
 from sparseopt.trend.filter import precision
 from tests.tiers import often
 
@@ -246,7 +246,6 @@ ROUNDED = {
 DEEP = [(name, solver) for name in ROUNDED for solver in ("APG", "PD")]
 BROKEN = {
     ("logistic", "APG"): "backtracking takes the rounding errors of the logistic divergence for curvature",
-    ("squared hinge", "PD"): "a dual that rounding carries over the end 0 of its domain scales all duals to 0",
 }
 
 
@@ -263,151 +262,14 @@ def test_a_gap_far_below_the_root_of_eps_is_reached(name, solver):
     so.solve(so.Problem(ROUNDED[name], so.L1(1.0)), {"APG": APG, "PD": PD}[solver], tol=1e-12).check()
 
 
-@so.pytree
-class NoTranspose(ImageGradient):
-    def rmv(self, e):
-        return -super().rmv(e)
-
-
-class ValueOnly:
-    def value(self, x):
-        return jnp.sum(x)
-
-
-IMAGE = so.LeastSquares(None, np.zeros((4, 3)))
-# What is solved, how, and what the error says.
-BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
-    "an operator of another shape": (
-        lambda: so.Problem(SQUARES, so.L1(1.0), np.eye(5)),
-        {},
-        r"the operator does not take an x of shape \(12,\)",
-    ),
-    "an rmv that is no transpose": (
-        lambda: so.Problem(IMAGE, so.L1(1.0), NoTranspose()),
-        {},
-        "the rmv of the operator is not the transpose of its mv",
-    ),
-    "an operator that is none": (
-        lambda: so.Problem(SQUARES, so.L1(1.0), np.ones(12)),
-        {},
-        r"the operator must be None, a dense matrix .* given an array of shape \(12,\)",
-    ),
-    "an operator without mv": (
-        lambda: so.Problem(SQUARES, so.L1(1.0), ValueOnly()),
-        {},
-        r"an object with mv\(x\) and rmv\(e\), given ValueOnly",
-    ),
-    "a matrix that is none": (
-        lambda: so.Problem(so.LeastSquares([1.0, 2.0], TARGET), so.L1(1.0)),
-        {},
-        "the matrix of LeastSquares must be None, a dense matrix .* given list",
-    ),
-    "a loss of its own for a primal-dual method": (
-        lambda: so.Problem(OwnSquares(MATRIX, TARGET), so.L1(1.0)),
-        {"solver": PD, "x0": np.zeros(COLUMNS)},
-        "PrimalDual needs the prox of the loss .* given OwnSquares",
-    ),
-    "a loss without a gradient": (
-        lambda: so.Problem(ValueOnly(), so.L1(1.0)),
-        {"solver": APG, "x0": np.zeros(COLUMNS)},
-        "needs a loss with value, gradient, given ValueOnly without gradient",
-    ),
-    "a loss with kinks": (
-        lambda: so.Problem(ABSOLUTE, so.L1(1.0)),
-        {"solver": APG},
-        "needs a smooth loss, given AbsoluteLoss, which has kinks; use PrimalDual",
-    ),
-    "a penalty without a prox": (
-        lambda: so.Problem(SQUARES, ValueOnly()),
-        {"solver": APG},
-        "needs a penalty with value, prox, given ValueOnly without prox",
-    ),
-    "an operator for a method without": (lambda: FUSED, {"solver": APG}, "without an operator.* use PrimalDual"),
-    "nothing that fits": (lambda: so.Problem(ValueOnly(), ValueOnly()), {}, "no solver takes this problem"),
-    "a negative count": (
-        lambda: so.Problem(so.Composed(so.PoissonLoss(), MATRIX, -np.ones(ROWS)), so.L1(1.0)),
-        {},
-        r"PoissonLoss takes counts, finite and not negative, given -1 at target 0 \(30 such\)",
-    ),
-    "a label 2": (
-        lambda: so.Problem(so.Composed(so.LogisticLoss(), MATRIX, np.r_[LABELS[:-1], 2.0]), so.L1(1.0)),
-        {},
-        r"LogisticLoss takes labels 0 or 1, given 2 at target 29 \(1 such\)",
-    ),
-    "a NaN target": (
-        lambda: so.Problem(so.LeastSquares(MATRIX, np.r_[np.nan, TARGET[1:]]), so.L1(1.0)),
-        {},
-        "takes finite numbers, given nan at target 0",
-    ),
-    "negative weights": (
-        lambda: so.Problem(so.LeastSquares(MATRIX, TARGET, -np.ones(ROWS)), so.L1(1.0)),
-        {},
-        "the weights of LeastSquares must be finite and not negative",
-    ),
-    "weights of another length": (
-        lambda: so.Problem(so.LeastSquares(MATRIX, TARGET, np.ones(3)), so.L1(1.0)),
-        {},
-        "needs one weight for every target",
-    ),
-    "a target of another length": (
-        lambda: so.Problem(so.LeastSquares(MATRIX, TARGET[1:]), so.L1(1.0)),
-        {},
-        r"one target for every row of its matrix, given a matrix of 30 rows and a target of shape \(29,\)",
-    ),
-    "a start of another shape": (
-        lambda: LASSO,
-        {"x0": np.zeros(3)},
-        r"x0 needs the shape \(12,\) of the loss's x, given \(3,\)",
-    ),
-    "no start for a loss of its own": (
-        lambda: so.Problem(OwnSquares(MATRIX, TARGET), so.L1(1.0)),
-        {},
-        "give a start x0: the shape of x does not follow from a OwnSquares",
-    ),
-    "an inverse of many unknowns": (
-        lambda: so.Problem(LARGE, so.L1(1.0)),
-        {"solver": ADMM},
-        "takes up to 3,000, given 4,000; use PrimalDual",
-    ),
-    "no problem": (lambda: SQUARES, {}, "solve needs a sparseopt.Problem.*, given LeastSquares"),
-    "a quantile of level 2": (
-        lambda: so.Problem(so.Composed(so.QuantileLoss(2.0), MATRIX, TARGET), so.L1(1.0)),
-        {},
-        "the quantile loss needs a level between 0 and 1",
-    ),
-    "a Huber loss of delta 0": (
-        lambda: so.Problem(so.Composed(so.HuberLoss(0.0), MATRIX, TARGET), so.L1(1.0)),
-        {},
-        "needs a positive, finite delta",
-    ),
-}
-
-
-@pytest.mark.parametrize(("problem", "how", "text"), BAD.values(), ids=BAD)
-def test_bad_input_is_refused_in_a_sentence_before_any_work(monkeypatch, problem, how, text):
-    for kind in (so.AcceleratedProximalGradient, so.PrimalDual, so.SplitAdmm):
-        monkeypatch.setattr(kind, "init", lambda *_: pytest.fail("it began"))
-    with pytest.raises(ValueError, match=text) as error:
-        so.solve(problem(), how.get("solver"), how.get("x0"))
-    sentence = str(error.value)
-    assert "\n" not in sentence or sentence.startswith("no solver takes this problem")
-
-
-VALUES = ["a negative count", "a label 2", "a NaN target", "negative weights", "a quantile of level 2"]
-SHAPES = ["a target of another length", "an operator of another shape", "weights of another length"]
-
-
-@pytest.mark.parametrize("name", VALUES)
-def test_values_that_are_not_known_are_not_looked_at(name):
-    assert jax.eval_shape(lambda problem: so.solve(problem).value, BAD[name][0]()).shape == (COLUMNS,)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes_are_looked_at_under_jit_too(name):
-    with pytest.raises(ValueError, match=BAD[name][2]):
-        jax.eval_shape(lambda problem: so.solve(problem).value, BAD[name][0]())
-
-
-def test_a_start_is_looked_at_under_jit_too():
-    with pytest.raises(ValueError, match="x0 needs the shape"):
-        jax.eval_shape(lambda x0: so.solve(LASSO, x0=x0).value, np.zeros(3))
+@pytest.mark.xfail(strict=True, reason="an end 0 of the domain is crossed by rounding, and all duals are scaled to 0")
+def test_a_dual_just_outside_its_domain_costs_no_more_than_its_rounding_error():
+    problem = so.Problem(many_labels(), so.L1(1.0))
+    x = so.solve(problem, tol=1e-12).check().value
+    image = problem.loss.image(x)
+    dual = problem.loss.rows.gradient(image)
+    assert jnp.sum(dual == 0) > 10
+    outside = jnp.where(dual == 0, 1e-18 * problem.loss.target, dual)
+    for s in (dual, outside):
+        _, gap = jax.jit(certificate)(problem, x, image, s, -problem.loss.pull(s))
+        assert 0 <= gap <= 1e-11
