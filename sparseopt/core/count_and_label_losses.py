@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
 from sparseopt.core.types import pytree
@@ -154,12 +153,8 @@ class LogisticLoss:
     def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
         """The divergence of the probability at x from `dual + y`."""
         p, q = jnp.clip(dual + y, 0, 1), jnp.clip(1 - y - dual, 0, 1)
-        far = xlogy(p, p) + xlogy(q, q) + p * jax.nn.softplus(-x) + q * jax.nn.softplus(x)
-        # Near the log-odds of p that cancels: there the first two terms of the series in the distance serve.
-        inside = (p > 0) & (q > 0)
-        apart = x - jnp.log(jnp.where(inside, p, 0.5)) + jnp.log(jnp.where(inside, q, 0.5))
-        near = p * q * apart**2 / 2 * (1 + (q - p) * apart / 3)
-        return jnp.where(inside & (jnp.abs(apart) < jnp.finfo(x.dtype).eps ** 0.25), near, jnp.maximum(far, 0))
+        # Two divergences whose linear terms cancel: each is exact where p is near.
+        return _poisson_slack(p, -jax.nn.softplus(-x)) + _poisson_slack(q, -jax.nn.softplus(x))
 
     def mean(self, x: FloatArray) -> FloatArray:
         """`1 / (1 + e^-x)`."""

@@ -120,8 +120,9 @@ class MatrixLoss:
     def start(self) -> FloatArray:
         """Zeros of the shape and dtype of x."""
         target = jnp.asarray(self.target)
-        kinds = [leaf.dtype for leaf in jax.tree.leaves(self.matrix) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        kind = jnp.result_type(target, jnp.float32, *kinds)
+        kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in jax.tree.leaves(self.matrix)]
+        floats = [kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)]
+        kind = jnp.result_type(target, jnp.float32, *floats)
         like = jax.ShapeDtypeStruct(target.shape, kind)
         return jnp.zeros(jax.eval_shape(self.pull, like).shape, kind)
 

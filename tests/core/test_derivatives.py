@@ -176,13 +176,6 @@ KEPT = [
 KEPT_BACKWARD = ["least squares without a matrix, sparse operator", "huber, box", "least squares, nuclear norm"]
 
 
-def broken(cases, *names):
-    """Parameters of which the named ones must fail: the objective's derivative there leaves out moving kinks."""
-    reason = "the derivative of the objective leaves out how bounds and kinks of the loss move"
-    mark = pytest.mark.xfail(strict=True, reason=reason)
-    return [pytest.param(*at.values, marks=[*at.marks, mark] if at.values[0] in names else at.marks) for at in cases]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _float64():
     with precision(np.dtype(np.float64)):
@@ -263,7 +256,7 @@ def test_the_derivative_of_the_answer_is_that_of_central_differences(name):
     assert_close(at.tangents[0], at.differences[0])
 
 
-@pytest.mark.parametrize("name", broken(often(KINDS, *KEPT), "huber, box", "absolute, L1", "quantile, elastic net"))
+@pytest.mark.parametrize("name", often(KINDS, *KEPT))
 def test_the_derivative_of_the_objective_is_that_of_central_differences(name):
     assert_close(found(name).tangents[1], found(name).differences[1])
 
@@ -289,7 +282,7 @@ def gradient(name, kind=np.float64, tol=0.0):
     return jax.device_get(jax.jit(jax.grad(total))(numbers)), covector
 
 
-@pytest.mark.parametrize("name", broken(often(KINDS, *KEPT_BACKWARD), "absolute, L1", "quantile, elastic net"))
+@pytest.mark.parametrize("name", often(KINDS, *KEPT_BACKWARD))
 def test_backward_derivatives_are_the_transposes_of_forward_ones(name):
     at, (leaves, covector) = found(name), gradient(name)
     for i, leaf in enumerate(leaves):

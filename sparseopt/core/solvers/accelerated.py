@@ -150,20 +150,17 @@ class AcceleratedProximalGradient:
         gradient = loss.gradient_at(y, image_y)
         eps = jnp.finfo(y.dtype).eps
 
-        def attempt(curvature: Array) -> tuple[Array, Any, Array]:
+        def attempt(curvature: Array) -> tuple[Array, Any, Array, Array]:
             z = penalty.prox(y - gradient / curvature, 1 / curvature)
             image = loss.image(z)
             length = jnp.sum((z - y) ** 2)
             # A step near the rounding error of y says nothing about the curvature.
             lost = length <= (100 * eps) ** 2 * jnp.sum(y**2)
-            return (
-                z,
-                image,
-                lost | (loss.divergence(z, image, y, image_y) <= 0.5 * curvature * length * (1 + 1e3 * eps)),
-            )
+            modelled = 0.5 * curvature * length * (1 + 1e3 * eps)
+            return z, image, lost | (loss.divergence(z, image, y, image_y) <= modelled), lost
 
         def failing(carry: tuple) -> Array:
-            _, (_, _, holds), count = carry
+            _, (_, _, holds, _), count = carry
             return ~holds & (count < MOST_BACKTRACKS)
 
         def shorter(carry: tuple) -> tuple:
@@ -174,13 +171,13 @@ class AcceleratedProximalGradient:
         carry = (state.curvature, attempt(state.curvature), jnp.zeros((), jnp.int32))
         if self.step_size is None:
             carry = jax.lax.while_loop(failing, shorter, carry)
-        curvature, (z, image, _), _ = carry
+        curvature, (z, image, _, lost), _ = carry
         objective = loss.value_at(z, image) + penalty.value(z)
         # From a start outside a constraint's set, at +inf, every step is taken. So is a NaN: the solve ends NONFINITE.
         taken = ~(objective > state.objective + 8 * eps * jnp.abs(state.objective))
         uphill = jnp.sum((y - z) * (z - state.x)) > 0
         again = ~taken | uphill
-        following = 1.0 if self.step_size is not None else SHRINKAGE
+        following = 1.0 if self.step_size is not None else jnp.where(lost, 1, SHRINKAGE)
         t = (1 + jnp.sqrt(1 + 4 * following * state.t**2)) / 2
         momentum = jnp.where(again, 0, (state.t - 1) / t)
 
