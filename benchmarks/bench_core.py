@@ -10,6 +10,7 @@ Every part runs in a process of its own, on one core.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -25,6 +26,8 @@ from bench_trend_peers import chosen, emit, pin, tell
 GAP = 1e-6
 # Of tolerances, from rung to rung and at the end of the ladder.
 FALL, LEAST_TOL = 10**-0.5, 1e-15
+# All rungs together may take so many times the limit of one.
+LADDER = 4
 # Calls are repeated so often, or until they took this many seconds together.
 REPEATS, LONG = 5, 20.0
 REFERENCE_TOL, REFERENCE_STEPS = 1e-9, 400_000
@@ -62,19 +65,17 @@ def installed(package: str) -> str | None:
 def climbed(problem: Any, solver: Any, limit: float) -> dict[str, Any]:
     """A solver's record: its coarsest tolerance that reaches the gap, and the time that this takes."""
     solve = solver.prepare(problem)
-    tol, first = solver.first, None
+    tol, total = solver.first, 0.0
+    first, _ = timed(lambda: solve(tol))
     while True:
-        seconds, (answer, details) = timed(lambda: solve(tol))  # noqa: B023
-        if first is None:
-            first = seconds
-            if seconds < limit:
-                seconds, (answer, details) = timed(lambda: solve(tol))  # noqa: B023
-        gap = problem.gap(answer)
-        record = {"tol": tol, "gap": gap, "first_call_seconds": first, **details}
-        if gap <= GAP:
-            return {**record, **median_of(lambda: solve(tol), [seconds])}  # noqa: B023
-        if seconds > limit or tol * FALL < LEAST_TOL:
-            trouble = "time limit" if seconds > limit else "end of its tolerances"
+        seconds, (answer, details) = timed(lambda: solve(tol))
+        total += seconds
+        record = {"tol": tol, "gap": problem.gap(answer), "first_call_seconds": first, **details}
+        if record["gap"] <= GAP:
+            return {**record, **median_of(lambda: solve(tol), [seconds])}
+        slow = seconds > limit or total > LADDER * limit
+        if slow or tol * FALL < LEAST_TOL:
+            trouble = "time limit" if slow else "end of its tolerances"
             return {**record, "seconds": None, "spent_seconds": seconds, "trouble": trouble}
         tol *= FALL
 
@@ -99,7 +100,7 @@ def compare(part: str, small: bool, limit: float) -> None:
                 record = {"seconds": None, "trouble": f"{type(error).__name__}: {error}"[:200]}
             if record["seconds"] is not None:
                 times[solver.name] = record["seconds"]
-            tell(f"{part}, {problem.name}: {solver.name} {record['seconds']}")
+                tell(f"{part}, {problem.name}: {solver.name} {record['seconds']}")
             emit("seconds to the gap", **about, solver=solver.name, version=number, **record)
         against("ours against the fastest peer", times, about)
 
@@ -182,10 +183,8 @@ def picture(part: str, small: bool, limit: float) -> None:
 
 def _watched(imaging: Any, given: Any, best: float, limit: float, run: Callable, ratio: float) -> Any:
     watch = imaging.Watch(given, best, limit)
-    try:
+    with contextlib.suppress(imaging.Reached):
         run(ratio, watch)
-    except imaging.Reached:
-        pass
     return watch
 
 

@@ -1,6 +1,7 @@
 """The gradient of a validation loss in the weight and the target of a Lasso: implicit, unrolled, by differences."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,6 +54,14 @@ class Study:
         zeros = jnp.zeros(self.matrix.shape[1])
         return jax.lax.scan(step, (zeros, zeros, 1.0), None, length=steps)[0][0]
 
+    def implicit_loss(self, weight: Any, target: Any, tol: float) -> Any:
+        """Of the answer by sparseopt."""
+        return self.judged(self.solved(weight, target, tol).value)
+
+    def unrolled_loss(self, weight: Any, target: Any, steps: int) -> Any:
+        """Of the answer by FISTA."""
+        return self.judged(self.unrolled(weight, target, steps))
+
     def differences(self) -> np.ndarray:
         """Central differences in the weight and along the direction of the target.
 
@@ -83,22 +92,21 @@ class Study:
         point = jnp.asarray(self.problem.weight), jnp.asarray(self.problem.target)
         known = self.differences()
         for tol in (1e-6, 1e-10):
-            forward = jax.jit(lambda weight, target, tol=tol: self.solved(weight, target, tol))
+            forward = jax.jit(partial(self.solved, tol=tol))
+            spent = clock(lambda: jax.block_until_ready(forward(*point)))  # noqa: B023
             found = forward(*point)
             steps = int(found.steps)
-            ways = {
-                "implicit": lambda weight, target, tol=tol: self.judged(self.solved(weight, target, tol).value),
-                "unrolled FISTA": lambda weight, target, steps=steps: self.judged(self.unrolled(weight, target, steps)),
-            }
             about = {"problem": self.problem.name, "tol": tol, "steps": steps}
-            spent = clock(lambda forward=forward: jax.block_until_ready(forward(*point)))
             yield {"way": "the solve alone", **about, **spent, "gap": self.problem.gap(np.asarray(found.value))}
+            ways = {
+                "implicit": partial(self.implicit_loss, tol=tol),
+                "unrolled FISTA": partial(self.unrolled_loss, steps=steps),
+            }
             for way, loss in ways.items():
                 slopes = jax.jit(jax.grad(loss, argnums=(0, 1)))
-                spent = clock(lambda slopes=slopes: jax.block_until_ready(slopes(*point)))
+                spent = clock(lambda: jax.block_until_ready(slopes(*point)))  # noqa: B023
                 of_weight, of_target = slopes(*point)
-                given = np.array([of_weight, of_target @ self.direction])
-                errors = np.abs(given / known - 1)
+                errors = np.abs(np.array([of_weight, of_target @ self.direction]) / known - 1)
                 yield {
                     "way": way,
                     **about,

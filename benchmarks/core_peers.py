@@ -41,13 +41,12 @@ class Solver:
 
 def core_problem(problem: Regression) -> so.Problem:
     """The problem as sparseopt takes it, its arrays on the device."""
-    penalty = so.L1(problem.weight)
-    if problem.group > 1:
-        penalty = so.GroupL2(problem.weight, groups=np.arange(problem.matrix.shape[1]) // problem.group)
+    loss: Any = so.LeastSquares(problem.matrix, problem.target)
     if problem.logistic:
         loss = so.Composed(so.LogisticLoss(), problem.matrix, problem.target)
-    else:
-        loss = so.LeastSquares(problem.matrix, problem.target)
+    penalty: Any = so.L1(problem.weight)
+    if problem.group > 1:
+        penalty = so.GroupL2(problem.weight, groups=np.arange(problem.matrix.shape[1]) // problem.group)
     return jax.tree.map(jnp.asarray, so.Problem(loss, penalty))
 
 
