@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -66,13 +67,14 @@ def climbed(problem: Any, solver: Any, limit: float) -> dict[str, Any]:
     """A solver's record: its coarsest tolerance that reaches the gap, and the time that this takes."""
     solve = solver.prepare(problem)
     tol, total = solver.first, 0.0
-    first, _ = timed(lambda: solve(tol))
+    first, _ = timed(partial(solve, tol))
     while True:
-        seconds, (answer, details) = timed(lambda: solve(tol))
+        call = partial(solve, tol)
+        seconds, (answer, details) = timed(call)
         total += seconds
         record = {"tol": tol, "gap": problem.gap(answer), "first_call_seconds": first, **details}
         if record["gap"] <= GAP:
-            return {**record, **median_of(lambda: solve(tol), [seconds])}
+            return {**record, **median_of(call, [seconds])}
         slow = seconds > limit or total > LADDER * limit
         if slow or tol * FALL < LEAST_TOL:
             trouble = "time limit" if slow else "end of its tolerances"
