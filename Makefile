@@ -142,7 +142,7 @@ bench-trend-peers: $(VENV)/.installed-peers ## Times of public solvers and ours 
 	$(BIN)/python benchmarks/bench_trend_peers.py \
 		$(if $(TRUTH),--truth $(TRUTH)) $(if $(REFERENCES),--references $(REFERENCES)) $(if $(ONLY),--only $(ONLY))
 
-bench-core: $(VENV)/.installed-core-peers ## The core and public solvers as JSON lines, one core (about half an hour); ONLY=lasso-dense,tv-deblurring,...
+bench-core: $(VENV)/.installed-core-peers ## The core and public solvers as JSON lines, one core (about an hour); ONLY=lasso-dense,tv-deblurring,...
 	$(BIN)/python benchmarks/bench_core.py $(if $(ONLY),--only $(ONLY))
 
 clean: ## Remove caches and build products; results and the virtual environment stay.

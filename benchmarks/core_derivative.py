@@ -12,6 +12,8 @@ from core_problems import Regression, correlated, measured
 import sparseopt as so
 
 MANY = 100_000
+# The gap that is asked for.
+TOL = 1e-6
 # The share of the weight, and of the target's length, by which central differences move it.
 MOVE = 1e-6
 
@@ -19,12 +21,13 @@ MOVE = 1e-6
 class Study:
     """A Lasso, rows that judge it, and the validation loss `1/2 ||V x(weight, target) - v||²`."""
 
-    def __init__(self, small: bool) -> None:
+    def __init__(self, small: bool, share: float) -> None:
         rows, columns = (100, 200) if small else (500, 1000)
         rng = np.random.default_rng(6)
         matrix = correlated(2 * rows, columns, 0.5, rng)
         target = measured(matrix, 1, rng)
-        self.problem = Regression(f"{rows:,} x {columns:,}", matrix[:rows], target[:rows], None).at_shares(0.1)
+        name = f"{rows:,} x {columns:,}, weight {share:g}"
+        self.problem = Regression(name, matrix[:rows], target[:rows], None).at_shares(share)
         self.matrix, self.held = jnp.asarray(matrix[:rows]), jnp.asarray(matrix[rows:])
         self.held_target = jnp.asarray(target[rows:])
         self.curvature = np.linalg.norm(matrix[:rows], 2) ** 2
@@ -35,7 +38,7 @@ class Study:
         """The validation loss."""
         return jnp.sum((self.held @ x - self.held_target) ** 2) / 2
 
-    def solved(self, weight: Any, target: Any, tol: float) -> so.Solution:
+    def solved(self, weight: Any, target: Any, tol: float = TOL) -> so.Solution:
         """By sparseopt."""
         problem = so.Problem(so.LeastSquares(self.matrix, target), so.L1(weight))
         return so.solve(problem, tol=tol, max_steps=MANY)
@@ -54,9 +57,9 @@ class Study:
         zeros = jnp.zeros(self.matrix.shape[1])
         return jax.lax.scan(step, (zeros, zeros, 1.0), None, length=steps)[0][0]
 
-    def implicit_loss(self, weight: Any, target: Any, tol: float) -> Any:
+    def implicit_loss(self, weight: Any, target: Any) -> Any:
         """Of the answer by sparseopt."""
-        return self.judged(self.solved(weight, target, tol).value)
+        return self.judged(self.solved(weight, target).value)
 
     def unrolled_loss(self, weight: Any, target: Any, steps: int) -> Any:
         """Of the answer by FISTA."""
@@ -68,7 +71,7 @@ class Study:
         Every answer's support and signs give it to rounding, by the normal equations there.
         """
         matrix = np.asarray(self.matrix)
-        solve = jax.jit(lambda weight, target: self.solved(weight, target, 1e-10).value)
+        solve = jax.jit(lambda weight, target: self.solved(weight, target, tol=1e-10).value)
 
         def value(weight: float, target: np.ndarray) -> float:
             x = np.array(solve(weight, target))
@@ -91,26 +94,25 @@ class Study:
         """
         point = jnp.asarray(self.problem.weight), jnp.asarray(self.problem.target)
         known = self.differences()
-        for tol in (1e-6, 1e-10):
-            forward = jax.jit(partial(self.solved, tol=tol))
-            spent = clock(lambda: jax.block_until_ready(forward(*point)))  # noqa: B023
-            found = forward(*point)
-            steps = int(found.steps)
-            about = {"problem": self.problem.name, "tol": tol, "steps": steps}
-            yield {"way": "the solve alone", **about, **spent, "gap": self.problem.gap(np.asarray(found.value))}
-            ways = {
-                "implicit": partial(self.implicit_loss, tol=tol),
-                "unrolled FISTA": partial(self.unrolled_loss, steps=steps),
+        forward = jax.jit(self.solved)
+        spent = clock(lambda: jax.block_until_ready(forward(*point)))
+        found = forward(*point)
+        steps = int(found.steps)
+        about = {"problem": self.problem.name, "tol": TOL, "steps": steps}
+        yield {"way": "the solve alone", **about, **spent, "gap": self.problem.gap(np.asarray(found.value))}
+        ways: dict[str, Callable] = {
+            "implicit": self.implicit_loss,
+            "unrolled FISTA": partial(self.unrolled_loss, steps=steps),
+        }
+        for way, loss in ways.items():
+            slopes = jax.jit(jax.grad(loss, argnums=(0, 1)))
+            spent = clock(lambda: jax.block_until_ready(slopes(*point)))  # noqa: B023
+            of_weight, of_target = slopes(*point)
+            errors = np.abs(np.array([of_weight, of_target @ self.direction]) / known - 1)
+            yield {
+                "way": way,
+                **about,
+                **spent,
+                "error_in_weight": float(errors[0]),
+                "error_in_target": float(errors[1]),
             }
-            for way, loss in ways.items():
-                slopes = jax.jit(jax.grad(loss, argnums=(0, 1)))
-                spent = clock(lambda: jax.block_until_ready(slopes(*point)))  # noqa: B023
-                of_weight, of_target = slopes(*point)
-                errors = np.abs(np.array([of_weight, of_target @ self.direction]) / known - 1)
-                yield {
-                    "way": way,
-                    **about,
-                    **spent,
-                    "error_in_weight": float(errors[0]),
-                    "error_in_target": float(errors[1]),
-                }

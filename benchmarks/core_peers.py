@@ -18,6 +18,8 @@ import sparseopt as so
 
 # Never what ends a solve.
 MANY = 1_000_000
+# But for saga, which would go on for hours.
+SAGA_EPOCHS = 300
 Answer = tuple[np.ndarray, dict[str, Any]]
 Solve = Callable[[float], Answer]
 
@@ -118,8 +120,9 @@ def _sklearn_lasso(problem: Regression, tol: float) -> Any:
 def _sklearn_logistic(problem: Regression, tol: float, solver: str) -> Any:
     from sklearn.linear_model import LogisticRegression
 
+    most = SAGA_EPOCHS if solver == "saga" else MANY
     return LogisticRegression(
-        C=1 / problem.weight, l1_ratio=1, solver=solver, fit_intercept=False, max_iter=MANY, tol=tol
+        C=1 / problem.weight, l1_ratio=1, solver=solver, fit_intercept=False, max_iter=most, tol=tol
     )
 
 

@@ -76,8 +76,8 @@ def core_derivatives(records: list[Record]) -> str:
     """Seconds and errors of gradients of a validation loss."""
     found = named(records, "derivative")
     columns: list[Column] = [
+        ("problem", field("problem")),
         ("way", field("way")),
-        ("gap asked for", field("tol")),
         ("steps", field("steps")),
         ("seconds", field("seconds")),
         ("error in the weight", field("error_in_weight")),
