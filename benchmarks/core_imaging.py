@@ -19,7 +19,7 @@ import sparseopt as so
 
 TARGETS = (1e-4, 1e-6)
 # A peer's steps are tried at these ratios of the primal to the dual one, and its best counts.
-RATIOS = (0.1, 1.0, 10.0)
+RATIOS = (1.0, 10.0, 100.0)
 # Iterations of the conjugate gradient method by which a prox of the whole data term is found.
 INNER = 5
 MOST_ITERATIONS = 1_000_000

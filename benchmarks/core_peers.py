@@ -19,7 +19,7 @@ import sparseopt as so
 # Never what ends a solve.
 MANY = 1_000_000
 # But for saga, which would go on for hours.
-SAGA_EPOCHS = 300
+SAGA_EPOCHS = 50
 Answer = tuple[np.ndarray, dict[str, Any]]
 Solve = Callable[[float], Answer]
 
