@@ -131,8 +131,8 @@ def picture(part: str, small: bool, limit: float) -> None:
     import sparseopt as so
 
     given = core_imaging.PICTURES[part](32 if small else 128)
-    problem = core_imaging.core_problem(given)
-    reference = so.solve(problem, tol=REFERENCE_TOL, max_steps=REFERENCE_STEPS, history=True)
+    problem, method = core_imaging.core_problem(given), so.PrimalDual()
+    reference = so.solve(problem, method, tol=REFERENCE_TOL, max_steps=REFERENCE_STEPS, history=True)
     best = given.objective(np.asarray(reference.value))
     about = {"part": part, "problem": given.name, "reduced": small, "reference_gap": float(reference.gap)}
     tell(f"{part}: the best is known to a gap of {about['reference_gap']:.1e}, {int(reference.steps)} steps")
@@ -144,10 +144,10 @@ def picture(part: str, small: bool, limit: float) -> None:
         steps = int(np.argmax(course <= level)) + 1
 
         def until(steps: int = steps) -> so.Solution:
-            return jax.block_until_ready(so.solve(problem, tol=-1.0, max_steps=steps))
+            return jax.block_until_ready(so.solve(problem, method, tol=-1.0, max_steps=steps))
 
         def certified(tol: float = target) -> so.Solution:
-            return jax.block_until_ready(so.solve(problem, tol=tol, max_steps=REFERENCE_STEPS))
+            return jax.block_until_ready(so.solve(problem, method, tol=tol, max_steps=REFERENCE_STEPS))
 
         record = warmed(until)
         objective = given.objective(np.asarray(until().value))
