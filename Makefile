@@ -11,7 +11,7 @@ CALIBRATION ?= pydoc
 FUZZ_SECONDS ?= 60
 OTHERS := slow and not oracle and not package and not notebooks
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-core clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ $(VENV)/.installed-oracle: $(VENV)/.installed-test
 $(VENV)/.installed-peers: $(VENV)/.installed-demo pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[peers]'
 	$(BIN)/python -m pip install --quiet prox_tv || echo 'SKIPPED proxTV: it did not build' >&2
+	@touch $@
+
+# celer has wheels for some Pythons only.
+$(VENV)/.installed-core-peers: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[core-peers]'
+	$(BIN)/python -m pip install --quiet --only-binary :all: 'celer>=0.7.4' || echo 'SKIPPED celer: no wheel of it fits' >&2
 	@touch $@
 
 # atheris has wheels for Linux and some Pythons only; the fuzzer says so where it is missing.
@@ -135,6 +141,9 @@ bench-trend-sizes: $(VENV)/.installed-demo ## Seconds and bytes up to sixteen mi
 bench-trend-peers: $(VENV)/.installed-peers ## Times of public solvers and ours as JSON lines (hours); TRUTH, REFERENCES, ONLY.
 	$(BIN)/python benchmarks/bench_trend_peers.py \
 		$(if $(TRUTH),--truth $(TRUTH)) $(if $(REFERENCES),--references $(REFERENCES)) $(if $(ONLY),--only $(ONLY))
+
+bench-core: $(VENV)/.installed-core-peers ## The core and public solvers as JSON lines, one core (about an hour); ONLY=lasso-dense,tv-deblurring,...
+	$(BIN)/python benchmarks/bench_core.py $(if $(ONLY),--only $(ONLY))
 
 clean: ## Remove caches and build products; results and the virtual environment stay.
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

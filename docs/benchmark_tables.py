@@ -4,6 +4,7 @@
     trend_sizes.jsonl      output of `make bench-trend-sizes`
     trend_peers.jsonl      output of `make bench-trend-peers`
     trend_selection.jsonl  output of `make bench-trend-selection`
+    core.jsonl             output of `make bench-core`
     prune.jsonl            output of `make bench-prune`
     memory.jsonl           output of `make bench-memory`
     quality.jsonl          output of `make bench-quality`
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import core_tables
 import family_tables
 import pruning_tables
 import reliability_tables
@@ -49,6 +51,10 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         trend_tables.selection_machine,
         trend_tables.selection_errors,
         trend_tables.selection_concave,
+        core_tables.core_machine,
+        core_tables.core_regressions,
+        core_tables.core_pictures,
+        core_tables.core_derivatives,
         pruning_tables.prune_machine,
         pruning_tables.prune_models,
         pruning_tables.prune_layers,

@@ -1,0 +1,118 @@
+"""The gradient of a validation loss in the weight and the target of a Lasso: implicit, unrolled, by differences."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from core_problems import Regression, correlated, measured
+
+import sparseopt as so
+
+MANY = 100_000
+# The gap that is asked for.
+TOL = 1e-6
+# The share of the weight, and of the target's length, by which central differences move it.
+MOVE = 1e-6
+
+
+class Study:
+    """A Lasso, rows that judge it, and the validation loss `1/2 ||V x(weight, target) - v||²`."""
+
+    def __init__(self, small: bool, share: float) -> None:
+        rows, columns = (100, 200) if small else (500, 1000)
+        rng = np.random.default_rng(6)
+        matrix = correlated(2 * rows, columns, 0.5, rng)
+        target = measured(matrix, 1, rng)
+        name = f"{rows:,} x {columns:,}, weight {share:g}"
+        self.problem = Regression(name, matrix[:rows], target[:rows], None).at_shares(share)
+        self.matrix, self.held = jnp.asarray(matrix[:rows]), jnp.asarray(matrix[rows:])
+        self.held_target = jnp.asarray(target[rows:])
+        self.curvature = np.linalg.norm(matrix[:rows], 2) ** 2
+        self.direction = rng.standard_normal(rows)
+        self.direction *= np.linalg.norm(self.problem.target) / np.linalg.norm(self.direction)
+
+    def judged(self, x: Any) -> Any:
+        """The validation loss."""
+        return jnp.sum((self.held @ x - self.held_target) ** 2) / 2
+
+    def solved(self, weight: Any, target: Any, tol: float = TOL) -> so.Solution:
+        """By sparseopt."""
+        problem = so.Problem(so.LeastSquares(self.matrix, target), so.L1(weight))
+        return so.solve(problem, tol=tol, max_steps=MANY)
+
+    def unrolled(self, weight: Any, target: Any, steps: int) -> Any:
+        """So many steps of FISTA from zeros, as they are written in textbooks."""
+        size = 1 / self.curvature
+
+        def step(state: tuple, _: None) -> tuple[tuple, None]:
+            x, y, t = state
+            z = y - size * (self.matrix.T @ (self.matrix @ y - target))
+            z = jnp.sign(z) * jnp.maximum(jnp.abs(z) - size * weight, 0)
+            t_next = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
+            return (z, z + (t - 1) / t_next * (z - x), t_next), None
+
+        zeros = jnp.zeros(self.matrix.shape[1])
+        return jax.lax.scan(step, (zeros, zeros, 1.0), None, length=steps)[0][0]
+
+    def implicit_loss(self, weight: Any, target: Any) -> Any:
+        """Of the answer by sparseopt."""
+        return self.judged(self.solved(weight, target).value)
+
+    def unrolled_loss(self, weight: Any, target: Any, steps: int) -> Any:
+        """Of the answer by FISTA."""
+        return self.judged(self.unrolled(weight, target, steps))
+
+    def differences(self) -> np.ndarray:
+        """Central differences in the weight and along the direction of the target.
+
+        Every answer's support and signs give it to rounding, by the normal equations there.
+        """
+        matrix = np.asarray(self.matrix)
+        solve = jax.jit(lambda weight, target: self.solved(weight, target, tol=1e-10).value)
+
+        def value(weight: float, target: np.ndarray) -> float:
+            x = np.array(solve(weight, target))
+            kept = x != 0
+            part = matrix[:, kept]
+            x[kept] = np.linalg.solve(part.T @ part, part.T @ target - weight * np.sign(x[kept]))
+            return float(self.judged(x))
+
+        weight, target = self.problem.weight, self.problem.target
+        moved = MOVE * weight, MOVE * self.direction
+        across = value(weight + moved[0], target) - value(weight - moved[0], target)
+        along = value(weight, target + moved[1]) - value(weight, target - moved[1])
+        return np.array([across / (2 * moved[0]), along / (2 * MOVE)])
+
+    def rows(self, clock: Callable[[Callable[[], Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """A record for every way, and for the solve alone.
+
+        Args:
+            clock: times a call, and says in what fields.
+        """
+        point = jnp.asarray(self.problem.weight), jnp.asarray(self.problem.target)
+        known = self.differences()
+        forward = jax.jit(self.solved)
+        spent = clock(lambda: jax.block_until_ready(forward(*point)))
+        found = forward(*point)
+        steps = int(found.steps)
+        about = {"problem": self.problem.name, "tol": TOL, "steps": steps}
+        yield {"way": "the solve alone", **about, **spent, "gap": self.problem.gap(np.asarray(found.value))}
+        ways: dict[str, Callable] = {
+            "implicit": self.implicit_loss,
+            "unrolled FISTA": partial(self.unrolled_loss, steps=steps),
+        }
+        for way, loss in ways.items():
+            slopes = jax.jit(jax.grad(loss, argnums=(0, 1)))
+            spent = clock(lambda: jax.block_until_ready(slopes(*point)))  # noqa: B023
+            of_weight, of_target = slopes(*point)
+            errors = np.abs(np.array([of_weight, of_target @ self.direction]) / known - 1)
+            yield {
+                "way": way,
+                **about,
+                **spent,
+                "error_in_weight": float(errors[0]),
+                "error_in_target": float(errors[1]),
+            }
