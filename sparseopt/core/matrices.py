@@ -2,8 +2,8 @@
 
 A linear map is an object with `mv` and `rmv` (see `LinearMap`). `linear_map` makes one of a dense array or a SciPy
 sparse matrix, so that losses and problems take these as they are. Sparse matrices are held as coordinates: a product
-gathers, multiplies and scatters. On a CPU that takes three to four times as long as SciPy's own product, but it runs
-under jit, vmap and grad.
+gathers, multiplies and scatters. On a CPU that takes about twice as long as SciPy's own product, but it runs under jit,
+vmap and grad.
 """
 
 from typing import Any
@@ -106,8 +106,15 @@ class SparseMatrix:
 def linear_map(given: Any) -> Any:
     """The linear map of a dense or SciPy sparse matrix; anything else, such as a linear map or None, unchanged."""
     if sparse.issparse(given):
-        matrix = given.tocoo()
-        return SparseMatrix(matrix.data, matrix.row.astype(np.int32), matrix.col.astype(np.int32), matrix.shape)
+        columns = sparse.csc_array(given)
+        # The first entries of all columns, then the second ones, and so on: sums into one place that follow each other
+        # wait for each other, which makes products in the order of the matrix half as fast.
+        counts = np.diff(columns.indptr)
+        rank = np.arange(columns.nnz) - np.repeat(columns.indptr[:-1], counts)
+        order = np.argsort(rank, kind="stable")
+        column = np.repeat(np.arange(columns.shape[1], dtype=np.int32), counts)
+        rows = columns.indices.astype(np.int32)
+        return SparseMatrix(columns.data[order], rows[order], column[order], columns.shape)
     if isinstance(given, np.ndarray | jax.Array) and given.ndim == 2:
         return Dense(given)
     return given
