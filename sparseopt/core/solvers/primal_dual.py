@@ -1,4 +1,4 @@
-"""Floor 4: the primal-dual hybrid gradient method with reflections, restarts and adaptive steps; and its exact form.
+"""Floor 4: the primal-dual hybrid gradient method with adaptive steps, and its exact form, the split ADMM.
 
     minimise over x    f(A x) + penalty(K x)
 
@@ -10,16 +10,20 @@ Both terms are dualised: with the stacked map `K~ = [A; K]`, duals `w = (s, u)` 
 `PrimalDual` takes a number for M, the squared norm of `S^(1/2) K~`, and needs products alone. `SplitAdmm` takes
 `M = K~ᵀ S K~`, whose inverse is made once: that is the alternating direction method of multipliers, and needs few steps
 however badly A and K are conditioned. T, the map of `z = (x, w)` to (x', w'), is firmly nonexpansive in the metric of
-the method, so the reflected Halpern iteration
+the method. Two iterations follow from that. Where f is smooth, T is over-relaxed, and omega is set to the ratio of the
+ways that w and x go in a step, at iterations 10, 20, 40, ...:
+
+    z <- z + 1.8 (T(z) - z)
+
+Where f has kinks this spirals. There the reflected Halpern iteration is anchored at a point and restarted where its
+fixed-point residual has fallen; then omega moves towards the ratio of the ways that w and x went since the last one:
 
     z <- (k + 1) / (k + 2) (2 T(z) - z) + z_first / (k + 2)
 
-converges, and restarted where its fixed-point residual has fallen, at a linear rate on sharp problems. At a restart
-omega moves towards the ratio of the distances that w and x have travelled.
-
 Source: Chambolle and Pock, "A first-order primal-dual algorithm for convex problems with applications to imaging",
 2011; Applegate et al., "Practical large-scale linear programming using primal-dual hybrid gradient" (PDLP), NeurIPS
-2021, for restarts and omega; Lu and Yang, "Restarted Halpern PDHG for linear programming", 2024, for the reflection.
+2021, for restarts and omega; Lu and Yang, "Restarted Halpern PDHG for linear programming", 2024, for the reflection;
+Eckstein and Bertsekas, "On the Douglas-Rachford splitting method", 1992, for the over-relaxation.
 """
 
 import dataclasses
@@ -50,6 +54,7 @@ SUFFICIENT, NECESSARY, ARTIFICIAL = 0.2, 0.8, 0.36
 # Over-relaxation for smooth losses; when and how far their omega changes.
 RELAXATION = 1.8
 MOVING, LARGEST_FACTOR = 40, 4.0
+# The solve ends where rounding keeps the residual from falling for so many certificates, and it is near eps.
 PATIENCE, NEAR_ROUNDING = 8, 1e3
 # From one certificate to the next the iterations grow by this share.
 CERTIFICATE_GROWTH = 1.2
@@ -96,16 +101,17 @@ class PrimalDualState:
 
 @pytree
 class PrimalDual:
-    """The restarted primal-dual method for `solve`: any loss of data, smooth or not, any penalty behind a linear map.
+    """The primal-dual method for `solve`: any loss of data, smooth or not, and any penalty behind a linear map.
 
-    Where the penalty has a conjugate, the residual estimates the relative duality gap, and `certify` computes it: the
-    dual pair is feasible only in the limit, so it is first moved and scaled until it is. Elsewhere the residual
-    is the larger of `||K~ x - y|| / ||K~ x||` and `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity
-    nothing more is known of the answer. Without an operator the answer has the penalty's exact zeros.
+    Where the penalty has a conjugate, the residual is the relative duality gap. The dual pair is feasible only in the
+    limit, so it is first moved and scaled until it is, which costs a linear solve: that happens ever more rarely, and
+    in between the best bound so far serves. Elsewhere, and where the objective is infinite, the residual is the larger
+    of `||K~ x - y|| / ||K~ x||` and `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity nothing more is
+    known of the answer. Without an operator the answer has the penalty's exact zeros.
 
     Attributes:
         omega: the first ratio of dual and primal steps; None for one from the data.
-        cadence: iterations between two checks, where restarts take place and a step ends.
+        cadence: iterations between two checks, where omega may change and a step ends.
     """
 
     omega: Any = None
