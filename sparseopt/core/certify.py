@@ -103,6 +103,7 @@ def certificate(
     scales: tuple[Any, Any] = (1.0, 1.0),
     precondition: Any = None,
     due: Any = True,
+    most_steps: Any = CG_STEPS,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The objective at x and the relative duality gap by the dual pair, moved and scaled until it is feasible.
 
@@ -115,6 +116,7 @@ def certificate(
         scales: how easily s and u move: the change is the shortest where theirs are divided by the root of these.
         precondition: about the inverse of `Aᵀ A` and `Kᵀ K`, scaled and summed; None for none.
         due: False leaves the pair as it is, for a gap that nobody looks at.
+        most_steps: of the linear solve; what it leaves adds to the gap.
     """
     loss, penalty = problem.loss, problem.penalty
     maps = Identity(x.shape[0]) if problem.operator is None else problem.operator
@@ -140,7 +142,7 @@ def certificate(
     # The equation need hold only so well that what is missing adds a twentieth to the gap.
     enough = jnp.where(due, 0.025 * jnp.abs(slack) / jnp.maximum(length, limits.tiny), jnp.inf)
     enough = jnp.maximum(enough, 4 * limits.eps * jnp.sqrt(total(loss.pull(loss_dual) ** 2)))
-    z, _ = jax.scipy.sparse.linalg.cg(normal, apart, tol=0.0, atol=enough, maxiter=CG_STEPS, M=precondition)
+    z, _ = jax.scipy.sparse.linalg.cg(normal, apart, tol=0.0, atol=enough, maxiter=most_steps, M=precondition)
     e, v = moved(z)
     # Back into the domain: s can leave it by little, where it lies at an end.
     loss_dual, dual = rows.weigh(jnp.clip(rows.slope(e - loss_dual), low, high)), dual - v

@@ -57,7 +57,9 @@ MOVING, LARGEST_FACTOR = 40, 4.0
 # The solve ends where rounding keeps the residual from falling for so many certificates, and it is near eps.
 PATIENCE, NEAR_ROUNDING = 8, 1e3
 # From one certificate to the next the iterations grow by this share.
-CERTIFICATE_GROWTH = 1.2
+CERTIFICATE_GROWTH = 1.3
+# The linear solve of a certificate takes so many steps at most, and the iterations so far divided by so much.
+LEAST_SOLVE, SOLVE_SHARE = 10, 10
 # A certificate moves u by so much less than s: a move of s costs the bound its square, one of u a scaling of both.
 PENALTY_MOVE = 1e-3
 # Up to this many unknowns the exact step (one inverse, then a product with it every step) is possible.
@@ -261,7 +263,14 @@ class PrimalDual:
             image = loss.image(x) if plain else at.images[0]
             scales = (state.scales[0], PENALTY_MOVE * state.scales[1])
             objective, gap = certificate(
-                problem, x, image, *at.duals, scales=scales, precondition=self._precondition(state), due=due
+                problem,
+                x,
+                image,
+                *at.duals,
+                scales=scales,
+                precondition=self._precondition(state),
+                due=due,
+                most_steps=LEAST_SOLVE + state.steps // SOLVE_SHARE,
             )
         # A bound on the optimum serves every x; only the difference of two numbers is known less well.
         found = jnp.where(due & jnp.isfinite(gap), objective / (1 + gap), -jnp.inf)
