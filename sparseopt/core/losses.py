@@ -59,6 +59,10 @@ class Quadratic:
         """Zeros of the shape and dtype of x."""
         return jnp.zeros_like(self.center)
 
+    def start_shape(self) -> tuple[int, ...]:
+        """The shape of x."""
+        return jnp.shape(self.center)
+
     def value(self, x: Float[Array, "n ..."]) -> Float[Array, ""]:
         """The loss at x."""
         return self.value_at(x, self.gradient(x))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.matrices import linear_map, refuses_map
+from sparseopt.core.matrices import Dense, SparseMatrix, linear_map, refuses_map
 from sparseopt.core.node_losses import NodeLoss
 from sparseopt.core.operators import Identity
 from sparseopt.core.types import pytree
@@ -123,8 +123,14 @@ class MatrixLoss:
         kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in jax.tree.leaves(self.matrix)]
         floats = [kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)]
         kind = jnp.result_type(target, jnp.float32, *floats)
-        like = jax.ShapeDtypeStruct(target.shape, kind)
-        return jnp.zeros(jax.eval_shape(self.pull, like).shape, kind)
+        return jnp.zeros(self.start_shape(), kind)
+
+    def start_shape(self) -> tuple[int, ...]:
+        """The shape of x, found without computing."""
+        target = jnp.shape(self.target)
+        if isinstance(self.matrix, Dense | SparseMatrix):
+            return self.matrix.in_shape + target[1:]
+        return jax.eval_shape(self.pull, jax.ShapeDtypeStruct(target, jnp.result_type(float))).shape
 
     def refuses(self) -> str | None:
         """Why the data cannot be used (their shapes, or values outside the domain), or None; found on the host.

@@ -3,6 +3,7 @@
 minimise over x    loss(x) + penalty(operator x)
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +80,7 @@ def chosen_solver(problem: Problem) -> Choice:
 
 def _exact_pays(problem: Problem) -> bool:
     """Whether a product with an inverse of all unknowns costs little beside those with the matrices."""
-    size = problem.loss.start().size
+    size = math.prod(problem.loss.start_shape())
     maps = (problem.operator, getattr(problem.loss, "matrix", getattr(problem.loss, "hessian", None)))
     return size <= FEW or size**2 <= ENTRIES * sum(leaf.size for leaf in jax.tree.leaves(maps))
 
@@ -164,7 +165,7 @@ def _refuses_data(problem: Problem) -> str | None:
 def _refuses_shapes(problem: Problem, x0: Any) -> str | None:
     """Why a start does not fit the loss and the operator."""
     if isinstance(problem.loss, MatrixLoss | Quadratic):
-        wanted = jax.eval_shape(problem.loss.start).shape
+        wanted = problem.loss.start_shape()
         if jnp.shape(x0) != wanted:
             return f"x0 needs the shape {wanted} of the loss's x, given {jnp.shape(x0)}"
     maps = {"operator": problem.operator}

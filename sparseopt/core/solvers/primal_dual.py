@@ -27,6 +27,7 @@ Eckstein and Bertsekas, "On the Douglas-Rachford splitting method", 1992, for th
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -214,7 +215,14 @@ class PrimalDual:
         problem = _of_data(problem, state.loss)
         state = jax.lax.fori_loop(0, self.cadence, lambda _, now: self._advanced(problem, now), state)
         state = self._checked(problem, state)
-        return self._balanced(state) if is_smooth(problem.loss) else self._restarted(state)
+        if is_smooth(problem.loss):
+            return self._balanced(state)
+        state = self._restarted(state)
+        # Reflections do not damp the rounding errors of images that are combined and never made anew.
+        maps, now = _maps(problem, state.now.x), state.now
+        images = (maps[0].mv(now.x), maps[1].mv(now.x))
+        pulled = maps[0].rmv(now.duals[0]) + maps[1].rmv(now.duals[1])
+        return dataclasses.replace(state, now=now._replace(images=images, pulled=pulled))
 
     def _advanced(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
         """One iteration."""
@@ -227,8 +235,13 @@ class PrimalDual:
         ):
             sigma = state.omega * scale
             v = w + sigma * (2 * new - old)
-            copies.append(term.prox(v / sigma, 1 / sigma))
-            duals.append(v - sigma * copies[-1])
+            if isinstance(term, Norm) and getattr(term, "nearest", True):
+                # By Moreau's identity, without the rounding error of a long step.
+                duals.append(term.project_dual(v))
+                copies.append((v - duals[-1]) / sigma)
+            else:
+                copies.append(term.prox(v / sigma, 1 / sigma))
+                duals.append(v - sigma * copies[-1])
         pulled = maps[0].rmv(duals[0]) + maps[1].rmv(duals[1])
         mapped = Point(x, (duals[0], duals[1]), (images[0], images[1]), pulled)
         following = self._reflected(problem, state, mapped)
@@ -383,7 +396,7 @@ class SplitAdmm(PrimalDual):
         """What `PrimalDual` refuses, and problems that are too large."""
         if reason := super().refuses(problem):
             return reason
-        size = problem.loss.start().size
+        size = math.prod(problem.loss.start_shape())
         if size <= CHEAP:
             return None
         return (
