@@ -15,8 +15,8 @@ import numpy as np
 
 import sparseopt as so
 from sparseopt.core.collectives import collectives, times, total_bytes
+from sparseopt.core.iterate import _iterate, iterate
 from sparseopt.core.mesh import device_line, whole
-from sparseopt.core.problem import _solve
 from sparseopt.trend import filter as trend
 from sparseopt.trend.devices import over_devices, step_exchange
 
@@ -64,8 +64,8 @@ programs = []
 
 
 def spied(problem, solver, start, *, tol, max_steps, history):
-    """`solve`, whose program is kept."""
-    compiled = _solve.lower(problem, solver, start, tol, max_steps, int(max_steps) if history else 0).compile()
+    """`iterate`, whose program is kept."""
+    compiled = _iterate.lower(problem, solver, start, tol, max_steps, int(max_steps) if history else 0).compile()
     programs.append(compiled.as_text())
     return compiled(problem, solver, start, tol, max_steps)
 
@@ -78,9 +78,9 @@ def fit(y, graph, penalty, devices, **options):
     """One device and several on the same problem, and what the several exchanged."""
     order, values = options.get("order", 0), np.asarray(y)
     one = so.trend_filter(y, graph, penalty, method="doge", **options)
-    trend.solve, programs[:] = spied, []
+    trend.iterate, programs[:] = spied, []
     several = so.trend_filter(y, graph, penalty, devices=devices, **options)
-    trend.solve = so.solve
+    trend.iterate = iterate
     found = [found for found in collectives(programs[0]) if found.loops]
     permuted = [found for found in found if found.kind == "collective-permute"]
     channels = values.size // graph.num_nodes
