@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import total
-from sparseopt.core.operators import Identity
+from sparseopt.core.operators import or_identity
 from sparseopt.core.penalties import Conjugate, Norm
 from sparseopt.core.problem import Status
 
@@ -119,7 +119,7 @@ def certificate(
         most_steps: of the linear solve; what it leaves adds to the gap.
     """
     loss, penalty = problem.loss, problem.penalty
-    maps = Identity(x.shape[0]) if problem.operator is None else problem.operator
+    maps = or_identity(problem.operator, x)
     rows, y = loss.rows, maps.mv(x)
     limits = jnp.finfo(x.dtype)
     # An entry of s may move where it lies inside the domain, or where the domain reaches beyond 0 on either side.
@@ -156,20 +156,20 @@ def certificate(
     return objective, relative_gap(slack, objective, limits.eps * rows.value(jnp.zeros_like(image)))
 
 
-def proximal_certificate(
-    loss: Any, penalty: Any, x: FloatArray, image: FloatArray, gradient: FloatArray
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The objective and the relative gap of a problem without an operator by the loss's own gradient, scaled.
+def proximal_gap(
+    loss: Any, penalty: Any, x: FloatArray, image: FloatArray, gradient: FloatArray, objective: Float[Array, ""]
+) -> Float[Array, ""]:
+    """The relative gap of a problem without an operator by the loss's own gradient, scaled.
 
     Args:
-        loss: with `value_at`, `scaled_slack` and `value`.
+        loss: with `scaled_slack` and `value`.
         penalty: with a conjugate.
         x: the point.
         image: what the loss computes from x.
         gradient: at x.
+        objective: at x.
     """
-    objective = loss.value_at(x, image) + penalty.value(x)
     share = 1 / jnp.maximum(gauge(penalty, -gradient), 1)
     slack = loss.scaled_slack(x, image, share) + total(penalty.slack(x, -share * gradient))
     least = jnp.finfo(x.dtype).eps * loss.value(jnp.zeros_like(x))
-    return objective, relative_gap(jnp.maximum(slack, 0), objective, least)
+    return relative_gap(jnp.maximum(slack, 0), objective, least)

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from sparseopt.core.losses import is_smooth
 from sparseopt.core.matrices import norm_estimate
-from sparseopt.core.operators import Identity
+from sparseopt.core.operators import or_identity
 
 FloatArray = Float[Array, "..."]
 # Steps of a linear solve: this many per unknown, at most this many in all.
@@ -69,11 +70,6 @@ def _attached_jvp(primals: tuple, tangents: tuple) -> tuple:
     else:
         tangent, change = _fixed_point_tangent(problem, moved, x, found.step_size)
     return (x, objective), (tangent.astype(x.dtype), change.astype(objective.dtype))
-
-
-def is_smooth(loss: Any) -> bool:
-    """Whether the loss is differentiable; a loss that does not say counts as such."""
-    return getattr(loss, "smooth", True)
 
 
 def _along(function: Callable[[Any], Any], tree: Any, moved: Any) -> Any:
@@ -122,9 +118,7 @@ class _Block(NamedTuple):
 
 def _saddle_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tuple[FloatArray, Array]:
     loss, penalty = problem.loss, problem.penalty
-    operator, operator_moved = problem.operator, moved.operator
-    if operator is None:
-        operator = operator_moved = Identity(x.shape[0])
+    operator, operator_moved = or_identity(problem.operator, x), or_identity(moved.operator, x)
     tiny = jnp.finfo(x.dtype).tiny
     nothing = jnp.zeros_like(x)
     if is_smooth(loss):
@@ -134,13 +128,13 @@ def _saddle_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tu
     else:
         hessian, turned, curvature = (lambda _: nothing), nothing, jnp.ones((), x.dtype)
 
-    def block(maps: Any, maps_moved: Any, prox: Any, term: Any, term_moved: Any, dual: FloatArray) -> _Block:
+    def block(maps: Any, maps_moved: Any, term: Any, term_moved: Any, dual: FloatArray) -> _Block:
         rows = maps.mv(x)
         step = jnp.sqrt(jnp.maximum(jnp.sum(rows**2), tiny) / jnp.maximum(jnp.sum(dual**2), tiny))
         step = jnp.clip(step, 1e-6, 1e6)
         point = rows + step * dual
-        copy, jacobian = jax.linearize(lambda point: prox(term, point, step), point)
-        pushed = _along(lambda term: prox(term, point, step), term, term_moved)
+        copy, jacobian = jax.linearize(lambda point: term.prox(point, step), point)
+        pushed = _along(lambda term: term.prox(point, step), term, term_moved)
         size = jnp.maximum(norm_estimate(maps.mv, maps.rmv, x, 10), tiny)
         return _Block(
             maps.mv,
@@ -154,15 +148,11 @@ def _saddle_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tu
             step * curvature / size,
         )
 
-    blocks = [
-        block(operator, operator_moved, lambda term, v, t: term.prox(v, t), penalty, moved.penalty, found.dual),
-    ]
+    blocks = [block(operator, operator_moved, penalty, moved.penalty, found.dual)]
     if not is_smooth(loss):
-        maps = Identity(x.shape[0]) if loss.matrix is None else loss.matrix
-        maps_moved = maps if loss.matrix is None else moved.loss.matrix
-        blocks.append(
-            block(maps, maps_moved, lambda term, v, t: term.rows.prox(v, t), loss, moved.loss, found.loss_dual)
-        )
+        rows, along_rows = jax.jvp(lambda loss: loss.rows, (loss,), (moved.loss,))
+        matrix, matrix_moved = or_identity(loss.matrix, x), or_identity(moved.loss.matrix, x)
+        blocks.append(block(matrix, matrix_moved, rows, along_rows, found.loss_dual))
 
     def system(unknowns: tuple) -> tuple:
         dx, *parts = unknowns
@@ -184,8 +174,7 @@ def _saddle_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tu
     objective = _value_along(penalty, moved.penalty, blocks[0].copy, blocks[0].mv(dx) + blocks[0].rows_moved)
     if is_smooth(loss):
         return dx, objective + _value_along(loss, moved.loss, x, dx)
-    along = _along(lambda loss: loss.rows, loss, moved.loss)
-    return dx, objective + _value_along(loss.rows, along, blocks[1].copy, blocks[1].mv(dx) + blocks[1].rows_moved)
+    return dx, objective + _value_along(rows, along_rows, blocks[1].copy, blocks[1].mv(dx) + blocks[1].rows_moved)
 
 
 def _solved(system: Callable[[Any], Any], right: Any) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sparseopt.core.differentiate import Found, attached
-from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status
+from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status, refusal
 
 
 def iterate(
@@ -37,8 +37,7 @@ def iterate(
     """
     if isinstance(max_steps, int) and max_steps < 0:
         raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
-    refuses = getattr(solver, "refuses", None)
-    if refuses is not None and (reason := refuses(problem)):
+    if reason := refusal(solver, problem):
         raise ValueError(reason)
     return _iterate(problem, solver, x0, tol, max_steps, int(max_steps) if history else 0)
 

@@ -94,6 +94,16 @@ class PlainLoss:
         return apart - 8 * jnp.finfo(x.dtype).eps * jnp.abs(image_old[0])
 
 
+def with_image(loss: Any) -> Any:
+    """The loss, with an image from which value and gradient follow."""
+    return loss if hasattr(loss, "image") else PlainLoss(loss)
+
+
+def is_smooth(loss: Any) -> bool:
+    """Whether the loss is differentiable; a loss that does not say counts as such."""
+    return getattr(loss, "smooth", True)
+
+
 def largest_eigenvalue_bound(matrix: Float[Array, "n n"], key: jax.Array, steps: int = 24) -> Float[Array, ""]:
     """An upper bound, tight to a fraction of a percent on Gram matrices, on the largest eigenvalue.
 

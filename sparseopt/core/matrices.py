@@ -154,8 +154,9 @@ def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
         return None
     rng = np.random.default_rng(0)
     u, v = (jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in (like, image))
-    forth, across = jnp.vdot(given.mv(u), v), jnp.vdot(u, given.rmv(v))
-    size = jnp.linalg.norm(given.mv(u)) * jnp.linalg.norm(v)
+    of_u = given.mv(u)
+    forth, across = jnp.vdot(of_u, v), jnp.vdot(u, given.rmv(v))
+    size = jnp.linalg.norm(of_u) * jnp.linalg.norm(v)
     if jnp.abs(forth - across) <= 100 * jnp.sqrt(u.size) * jnp.finfo(like.dtype).eps * size:
         return None
     return (

@@ -16,47 +16,17 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.matrices import Dense, SparseMatrix, linear_map, refuses_map
 from sparseopt.core.node_losses import NodeLoss
-from sparseopt.core.operators import Identity
+from sparseopt.core.operators import or_identity
+from sparseopt.core.residual_losses import SquaredLoss
 from sparseopt.core.types import pytree
 
 FloatArray = Float[Array, "..."]
 
 
-@pytree
-class SquaredLoss:
-    """`f = (x - y)² / 2`, with what `MatrixLoss` asks of a scalar loss."""
-
-    expected = "finite numbers"
-
-    def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """`(x - y)² / 2`."""
-        return (x - y) ** 2 / 2
-
-    def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """`x - y`."""
-        return x - y
-
-    def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
-        """Move x towards y by the fraction `step / (1 + step)` of the way."""
-        return x + step / (1 + step) * (y - x)
-
-    def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
-        """The whole line."""
-        del y
-        return -jnp.inf, jnp.inf
-
-    def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
-        """`(x - y - dual)² / 2`."""
-        return (x - y - dual) ** 2 / 2
-
-    def wrong(self, y: np.ndarray) -> np.ndarray:
-        """Where y is not finite."""
-        return ~np.isfinite(y)
-
-
 class MatrixLoss:
-    """The methods of a loss `f(A x)`; a subclass has `matrix` (a linear map or None), `target` and `rows`."""
+    """The methods of a loss `f(A x)`; a subclass names the fields, and the scalar loss `family`."""
 
+    family: Any
     matrix: Any
     target: Any
     weights: Any
@@ -66,28 +36,30 @@ class MatrixLoss:
         object.__setattr__(self, "matrix", linear_map(self.matrix))
 
     @property
-    def rows(self) -> NodeLoss:
-        """F, the loss as a function of `z = A x`."""
-        raise NotImplementedError
+    def smooth(self) -> bool:
+        """Whether f has a continuous derivative."""
+        return getattr(self.family, "smooth", False)
 
-    def _rows_of(self, family: Any) -> NodeLoss:
+    @property
+    def rows(self) -> NodeLoss:
+        """F, the loss as a function of `z = A x`: `sum_i w_i f(z_i; b_i)`."""
         weights, target = self.weights, jnp.asarray(self.target)
         if weights is not None:
             weights = jnp.reshape(weights, jnp.shape(weights) + (1,) * (target.ndim - jnp.ndim(weights)))
         # Where a weight is 0 the dual is 0 too, so the box [0, 0] loses nothing there.
-        return NodeLoss(family, target, weights, 0.0, 0.0)
+        return NodeLoss(self.family, target, weights, 0.0, 0.0)
 
     def maps(self, x: FloatArray) -> Any:
         """A as a linear map of arrays like x."""
-        return Identity(x.shape[0]) if self.matrix is None else self.matrix
+        return or_identity(self.matrix, x)
 
     def image(self, x: FloatArray) -> FloatArray:
         """`A x`, from which everything else follows; affine in x."""
-        return x if self.matrix is None else self.matrix.mv(x)
+        return self.maps(x).mv(x)
 
     def pull(self, e: FloatArray) -> FloatArray:
         """`Aᵀ e`."""
-        return e if self.matrix is None else self.matrix.rmv(e)
+        return self.maps(e).rmv(e)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """The loss at x."""
@@ -111,11 +83,6 @@ class MatrixLoss:
         """`loss(x) - loss(x_old) - <gradient(x_old), x - x_old>`."""
         del x, x_old
         return self.rows.slack(image, -self.rows.gradient(image_old))
-
-    def scaled_slack(self, x: FloatArray, image: FloatArray, share: Any) -> Float[Array, ""]:
-        """`f(z) + f*(s) - <s, z>` for s the share, at most 1, of the subgradient at `z = A x`."""
-        del x
-        return self.rows.slack(image, -share * self.rows.gradient(image))
 
     def start(self) -> FloatArray:
         """Zeros of the shape and dtype of x."""
@@ -188,13 +155,7 @@ class LeastSquares(MatrixLoss):
     matrix: Any
     target: Any
     weights: Any = None
-
-    @property
-    def rows(self) -> NodeLoss:
-        """`1/2 sum_i w_i (z_i - b_i)²`."""
-        return self._rows_of(SquaredLoss())
-
-    smooth = True
+    family = SquaredLoss()
 
 
 @pytree
@@ -219,11 +180,6 @@ class Composed(MatrixLoss):
     weights: Any = None
 
     @property
-    def rows(self) -> NodeLoss:
-        """`sum_i w_i f(z_i; b_i)`."""
-        return self._rows_of(self.loss)
-
-    @property
-    def smooth(self) -> bool:
-        """Whether f has a continuous derivative."""
-        return getattr(self.loss, "smooth", False)
+    def family(self) -> Any:
+        """F."""
+        return self.loss

@@ -283,6 +283,11 @@ class Identity:
         return e
 
 
+def or_identity(given: Any, x: FloatArray) -> Any:
+    """A linear map of arrays like x, for which None is the identity."""
+    return Identity(x.shape[0]) if given is None else given
+
+
 @pytree
 class Split:
     """The map `outer inner` of a split penalty, with the diagonal metrics that make its dual step safe.

@@ -15,6 +15,9 @@ from jaxtyping import Array, Float
 from sparseopt.core.matrices import linear_map
 from sparseopt.core.types import pytree
 
+# A residual within this multiple of eps may be the last that the precision allows.
+NEAR_ROUNDING = 1e3
+
 
 @pytree
 class Problem:
@@ -95,6 +98,28 @@ class Measure(NamedTuple):
     stationary: Any = False
 
 
+class Progress(NamedTuple):
+    """What tells that rounding keeps a residual from falling.
+
+    Attributes:
+        best: the least residual so far.
+        waited: checks since one found it lower by a tenth.
+    """
+
+    best: Any
+    waited: Any
+
+    def after(self, residual: Array, looked: Any = True) -> "Progress":
+        """The progress after a check; `looked` is False for one that is not to count."""
+        better = residual < 0.9 * self.best
+        return Progress(jnp.where(better, residual, self.best), jnp.where(better, 0, self.waited + looked))
+
+    def stalled(self, residual: Array, patience: int) -> Array:
+        """Whether so many checks were in vain near the rounding level; not at one that rounding made a poor one."""
+        near = self.best <= NEAR_ROUNDING * jnp.finfo(residual.dtype).eps
+        return near & (self.waited >= patience) & (residual <= 2 * self.best)
+
+
 class Solver(Protocol):
     """The four methods that `solve` calls. All are pure; `problem` is passed in so that a solver holds no data.
 
@@ -121,6 +146,12 @@ class Solver(Protocol):
 
     def extract(self, problem: Problem, state: Any) -> Any:
         """The answer held by a state."""
+
+
+def refusal(solver: Any, problem: Problem) -> str | None:
+    """What the solver's own `refuses` says, None for one without it."""
+    refuses = getattr(solver, "refuses", None)
+    return None if refuses is None else refuses(problem)
 
 
 def needs(

@@ -1,4 +1,4 @@
-"""Floor 2: losses of the residual `x - y`, see `scalar_losses.py`: Huber, absolute and quantile."""
+"""Floor 2: losses of the residual `x - y`, see `scalar_losses.py`: Huber, absolute and quantile; and the square."""
 
 from typing import Any
 
@@ -54,6 +54,34 @@ class _LossOfResiduals:
     def span(self, y: np.ndarray) -> tuple[float, float]:
         """Of the data."""
         return float(y.min()), float(y.max())
+
+
+@pytree
+class SquaredLoss(_LossOfResiduals):
+    """`f = (x - y)² / 2`, for `LeastSquares`; the trend filter has `NodeSquares` for it, with a cheaper step."""
+
+    smooth = True
+
+    def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        """`(x - y)² / 2`."""
+        return (x - y) ** 2 / 2
+
+    def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        """`x - y`."""
+        return x - y
+
+    def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
+        """Move x towards y by the fraction `step / (1 + step)` of the way."""
+        return x + step / (1 + step) * (y - x)
+
+    def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
+        """The whole line."""
+        del y
+        return -jnp.inf, jnp.inf
+
+    def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
+        """`(x - y - dual)² / 2`."""
+        return (x - y - dual) ** 2 / 2
 
 
 @pytree

@@ -4,6 +4,7 @@ minimise over x    loss(x) + penalty(operator x)
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,12 @@ from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.matrices import refuses_map, refuses_transpose
 from sparseopt.core.matrix_losses import MatrixLoss
-from sparseopt.core.problem import Problem, Solution, Solver
+from sparseopt.core.problem import Problem, Solution, Solver, refusal
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
-from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
+from sparseopt.core.solvers.primal_dual import PrimalDual
 from sparseopt.core.solvers.refit import Refit
+from sparseopt.core.solvers.split_admm import SplitAdmm
 
 
 class Choice(NamedTuple):
@@ -30,24 +32,52 @@ class Choice(NamedTuple):
     why: str
 
 
-# In the order in which they are tried; the first that does not refuse is taken.
-CANDIDATES: tuple[tuple[Any, str], ...] = (
-    (Refit(), "a quadratic loss on a fixed support is a linear system: conjugate gradients"),
-    (
-        AcceleratedProximalGradient(),
-        "a smooth loss and a penalty with a prox: accelerated gradient steps need only gradients of the loss",
-    ),
-    (PrimalDual(), "an operator or a loss with kinks, and many unknowns: steps need products with the operators alone"),
-)
-EXACT, WHY_EXACT = (
-    SplitAdmm(),
-    "an operator or a loss with kinks, and few unknowns: an inverse computed once saves many steps",
-)
 # Up to so many unknowns an inverse is always worth its cost; beyond, where its entries are at most so many times those
 # of the matrices, since every step multiplies with it.
 FEW, ENTRIES = 256, 4
-NONCONVEX = Choice(
-    Maiht(), "a quadratic loss and a penalty that is not known to be convex: monotone accelerated hard thresholding"
+
+
+def _always(problem: Problem) -> bool:
+    """For solvers that suit every problem that they take."""
+    del problem
+    return True
+
+
+def _is_nonconvex(problem: Problem) -> bool:
+    """Whether a quadratic loss stands with a penalty that is not known to be convex."""
+    return isinstance(problem.loss, Quadratic) and not has_conjugate(problem.penalty)
+
+
+def _exact_pays(problem: Problem) -> bool:
+    """Whether a product with an inverse of all unknowns costs little beside those with the matrices."""
+    size = math.prod(problem.loss.start_shape())
+    maps = (problem.operator, getattr(problem.loss, "matrix", getattr(problem.loss, "hessian", None)))
+    return size <= FEW or size**2 <= ENTRIES * sum(leaf.size for leaf in jax.tree.leaves(maps))
+
+
+# In the order in which they are tried: the first that does not refuse a problem, and suits it, is taken.
+CANDIDATES: tuple[tuple[Any, Callable[[Problem], bool], str], ...] = (
+    (Refit(), _always, "a quadratic loss on a fixed support is a linear system: conjugate gradients"),
+    (
+        Maiht(),
+        _is_nonconvex,
+        "a quadratic loss and a penalty that is not known to be convex: monotone accelerated hard thresholding",
+    ),
+    (
+        AcceleratedProximalGradient(),
+        _always,
+        "a smooth loss and a penalty with a prox: accelerated gradient steps need only gradients of the loss",
+    ),
+    (
+        SplitAdmm(),
+        _exact_pays,
+        "an operator or a loss with kinks, and few unknowns: an inverse computed once saves many steps",
+    ),
+    (
+        PrimalDual(),
+        _always,
+        "an operator or a loss with kinks, and many unknowns: steps need products with the operators alone",
+    ),
 )
 
 
@@ -65,24 +95,12 @@ def chosen_solver(problem: Problem) -> Choice:
         an operator or a loss with kinks, and few unknowns: an inverse computed once saves many steps
     """
     reasons = []
-    for solver, why in CANDIDATES:
+    for solver, suits, why in CANDIDATES:
         reason = solver.refuses(problem)
-        if reason is None:
-            nonconvex = isinstance(problem.loss, Quadratic) and not has_conjugate(problem.penalty)
-            if isinstance(solver, AcceleratedProximalGradient) and nonconvex:
-                return NONCONVEX
-            if isinstance(solver, PrimalDual) and EXACT.refuses(problem) is None and _exact_pays(problem):
-                return Choice(EXACT, WHY_EXACT)
+        if reason is None and suits(problem):
             return Choice(solver, why)
-        reasons.append(reason)
+        reasons += [reason] if reason else []
     raise ValueError("no solver takes this problem:\n" + "\n".join(f"  {reason}" for reason in reasons))
-
-
-def _exact_pays(problem: Problem) -> bool:
-    """Whether a product with an inverse of all unknowns costs little beside those with the matrices."""
-    size = math.prod(problem.loss.start_shape())
-    maps = (problem.operator, getattr(problem.loss, "matrix", getattr(problem.loss, "hessian", None)))
-    return size <= FEW or size**2 <= ENTRIES * sum(leaf.size for leaf in jax.tree.leaves(maps))
 
 
 def solve(
@@ -134,7 +152,7 @@ def solve(
         raise ValueError(reason)
     if solver is None:
         solver = chosen_solver(problem).solver
-    elif (refuses := getattr(solver, "refuses", None)) is not None and (reason := refuses(problem)):
+    elif reason := refusal(solver, problem):
         raise ValueError(reason)
     if x0 is None:
         x0 = _start(problem)

@@ -23,23 +23,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import certificate, has_conjugate, proximal_certificate, unpenalised
-from sparseopt.core.differentiate import is_smooth
-from sparseopt.core.losses import PlainLoss
+from sparseopt.core.certify import certificate, has_conjugate, proximal_gap, unpenalised
+from sparseopt.core.losses import PlainLoss, is_smooth, with_image
 from sparseopt.core.matrix_losses import MatrixLoss
-from sparseopt.core.problem import Measure, Problem, needs
+from sparseopt.core.problem import Measure, Problem, Progress, needs
 from sparseopt.core.types import pytree, static
 
 # L is multiplied by the first where its quadratic model fails, and by the second after every iteration.
 GROWTH, SHRINKAGE = 1.5, 0.97
 MOST_BACKTRACKS = 60
-# The solve ends when the residual has not fallen for this many checks and is within this factor of eps.
-PATIENCE, NEAR_ROUNDING = 20, 1e3
-
-
-def with_image(loss: Any) -> Any:
-    """The loss, with an image from which value and gradient follow."""
-    return loss if hasattr(loss, "image") else PlainLoss(loss)
+# The solve ends when the residual has not fallen for this many checks and is near the rounding level.
+PATIENCE = 20
 
 
 @pytree
@@ -57,8 +51,7 @@ class AcceleratedState:
     scale: Any  # the length of the gradient at 0, for the stationarity residual
     residual: Any
     gap: Any
-    best: Any  # the least residual so far
-    waited: Any  # checks since it was found
+    progress: Any
 
     @property
     def step_size(self) -> Array:
@@ -129,8 +122,7 @@ class AcceleratedProximalGradient:
             scale=jnp.linalg.norm(at_zero.reshape(-1)),
             residual=far,
             gap=far * jnp.nan,
-            best=far,
-            waited=jnp.zeros((), jnp.int32),
+            progress=Progress(far, jnp.zeros((), jnp.int32)),
         )
 
     def step(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
@@ -188,7 +180,7 @@ class AcceleratedProximalGradient:
             state,
             x=choose(z, state.x),
             image=choose(image, state.image),
-            x_old=choose(state.x, state.x),
+            x_old=state.x,
             image_old=state.image,
             momentum=momentum,
             t=jnp.where(again, 1, t),
@@ -210,23 +202,14 @@ class AcceleratedProximalGradient:
             dual = jnp.where(fixed, 0, -gradient)
             _, gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), dual)
         elif has_conjugate(penalty) and hasattr(loss, "scaled_slack"):
-            _, gap = proximal_certificate(loss, penalty, x, state.image, gradient)
+            gap = proximal_gap(loss, penalty, x, state.image, gradient, state.objective)
         gap = jnp.where(jnp.isfinite(gap), gap, jnp.nan)
         residual = jnp.where(jnp.isnan(gap), residual, gap)
-        better = residual < 0.9 * state.best
-        return dataclasses.replace(
-            state,
-            residual=residual,
-            gap=gap,
-            best=jnp.where(better, residual, state.best),
-            waited=jnp.where(better, 0, state.waited + 1),
-        )
+        return dataclasses.replace(state, residual=residual, gap=gap, progress=state.progress.after(residual))
 
     def measure(self, problem: Problem, state: AcceleratedState) -> Measure:
         """What this step's check found."""
-        near = state.best <= NEAR_ROUNDING * jnp.finfo(state.x.dtype).eps
-        # Not at a check that rounding made a poor one.
-        stalled = near & (state.waited >= PATIENCE) & (state.residual <= 2 * state.best)
+        stalled = state.progress.stalled(state.residual, PATIENCE)
         nonconvex = not has_conjugate(problem.penalty)
         return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled, nonconvex)
 

@@ -27,7 +27,7 @@ Eckstein and Bertsekas, "On the Douglas-Rachford splitting method", 1992, for th
 """
 
 import dataclasses
-import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -35,15 +35,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.certify import certificate, has_conjugate
-from sparseopt.core.dense import product, spd_inverse
-from sparseopt.core.differentiate import is_smooth
+from sparseopt.core.dense import product
 from sparseopt.core.fidelity import total
-from sparseopt.core.losses import Quadratic
+from sparseopt.core.losses import Quadratic, is_smooth
 from sparseopt.core.matrices import norm_estimate
 from sparseopt.core.matrix_losses import LeastSquares, MatrixLoss
-from sparseopt.core.operators import Identity
+from sparseopt.core.operators import or_identity
 from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Measure, Problem, needs
+from sparseopt.core.problem import Measure, Problem, Progress, needs
 from sparseopt.core.types import pytree, static
 
 # The square of the step is this share of what the norm allows, since the norm is estimated from below.
@@ -55,16 +54,14 @@ SUFFICIENT, NECESSARY, ARTIFICIAL = 0.2, 0.8, 0.36
 # Over-relaxation for smooth losses; when and how far their omega changes.
 RELAXATION = 1.8
 MOVING, LARGEST_FACTOR = 40, 4.0
-# The solve ends where rounding keeps the residual from falling for so many certificates, and it is near eps.
-PATIENCE, NEAR_ROUNDING = 8, 1e3
+# The solve ends where rounding keeps the residual from falling for so many certificates.
+PATIENCE = 8
 # From one certificate to the next the iterations grow by this share.
 CERTIFICATE_GROWTH = 1.3
 # The linear solve of a certificate takes so many steps at most, and the iterations so far divided by so much.
 LEAST_SOLVE, SOLVE_SHARE = 10, 10
 # A certificate moves u by so much less than s: a move of s costs the bound its square, one of u a scaling of both.
 PENALTY_MOVE = 1e-3
-# Up to this many unknowns the exact step (one inverse, then a product with it every step) is possible.
-CHEAP = 3000
 
 
 class Point(NamedTuple):
@@ -98,8 +95,7 @@ class PrimalDualState:
     gap: Any
     bound: Any  # the best lower bound on the optimum so far
     next_certificate: Any
-    best: Any
-    waited: Any
+    progress: Any
 
 
 @pytree
@@ -140,15 +136,8 @@ class PrimalDual:
 
     def _metric(self, problem: Problem, x: Array, scales: tuple[Array, Array]) -> Array:
         """M, a number."""
-        maps = _maps(problem, x)
-
-        def images(x: Array) -> tuple:
-            return tuple(jnp.sqrt(s) * part.mv(x) for s, part in zip(scales, maps, strict=True))
-
-        def pull(e: tuple) -> Array:
-            return sum(jnp.sqrt(s) * part.rmv(v) for s, part, v in zip(scales, maps, e, strict=True))
-
-        return norm_estimate(images, pull, x, NORM_STEPS) ** 2 / MARGIN
+        # The power method on `K~ᵀ S K~`, which is its own transpose.
+        return norm_estimate(partial(normal, problem, scales), lambda e: e, x, NORM_STEPS) ** 2 / MARGIN
 
     def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
         """`M^-1 K~ᵀ w`."""
@@ -192,15 +181,14 @@ class PrimalDual:
             gap=far * jnp.nan,
             bound=-far,
             next_certificate=jnp.zeros((), x.dtype),
-            best=far,
-            waited=zero,
+            progress=Progress(far, zero),
         )
         if self.omega is not None:
             return dataclasses.replace(state, omega=jnp.asarray(self.omega, x.dtype))
         # The dual over the length of the steepest descent step that belongs to it.
-        along = maps[0].mv(pulled)
-        descent = total(pulled**2) / jnp.maximum(total(along**2), limits.tiny)
-        apart = Point(descent * pulled, duals, tuple(descent * part.mv(pulled) for part in maps), pulled)
+        along = (maps[0].mv(pulled), maps[1].mv(pulled))
+        descent = total(pulled**2) / jnp.maximum(total(along[0] ** 2), limits.tiny)
+        apart = Point(descent * pulled, duals, (descent * along[0], descent * along[1]), pulled)
         return dataclasses.replace(state, omega=self._ratio(state, apart))
 
     def _ratio(self, state: PrimalDualState, apart: Point) -> Array:
@@ -304,7 +292,6 @@ class PrimalDual:
             known = jnp.isfinite(objective) & jnp.isfinite(residual)
             residual = jnp.where(known, residual, stationarity)
             objective = jnp.where(known, objective, loss.rows.value(at.images[0]) + penalty.value(state.copies[1]))
-        better = residual < 0.9 * state.best
         return dataclasses.replace(
             state,
             next_certificate=jnp.where(due, CERTIFICATE_GROWTH * state.steps, state.next_certificate),
@@ -312,8 +299,7 @@ class PrimalDual:
             residual=residual,
             gap=gap,
             objective=jnp.minimum(objective, limits.max),
-            best=jnp.where(better, residual, state.best),
-            waited=jnp.where(better | ~due, jnp.where(better, 0, state.waited), state.waited + 1),
+            progress=state.progress.after(residual, due),
         )
 
     def _precondition(self, state: PrimalDualState) -> Any:
@@ -369,9 +355,7 @@ class PrimalDual:
 
     def measure(self, problem: Problem, state: PrimalDualState) -> Measure:
         """What this step's check found."""
-        near = state.best <= NEAR_ROUNDING * jnp.finfo(state.now.x.dtype).eps
-        # Not at a check that rounding made a poor one.
-        stalled = near & (state.waited >= PATIENCE) & (state.residual <= 2 * state.best)
+        stalled = state.progress.stalled(state.residual, PATIENCE)
         nonconvex = not has_conjugate(problem.penalty)
         return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled, nonconvex)
 
@@ -383,48 +367,6 @@ class PrimalDual:
     def extract(self, problem: Problem, state: PrimalDualState) -> Float[Array, "..."]:
         """The current x; without an operator its copy, which has the penalty's zeros and lies in its set."""
         return state.copies[1] if problem.operator is None else state.mapped.x
-
-
-@pytree
-class SplitAdmm(PrimalDual):
-    """The split ADMM for `solve`: `PrimalDual` with the exact x-step, for problems of up to 3,000 unknowns.
-
-    It inverts `Aᵀ A / ||A||² + Kᵀ K / ||K||²` once, by products alone, and multiplies with the inverse every step.
-    """
-
-    def refuses(self, problem: Problem) -> str | None:
-        """What `PrimalDual` refuses, and problems that are too large."""
-        if reason := super().refuses(problem):
-            return reason
-        size = math.prod(problem.loss.start_shape())
-        if size <= CHEAP:
-            return None
-        return (
-            f"SplitAdmm inverts a matrix of all unknowns and takes up to {CHEAP:,}, given {size:,}; use PrimalDual, "
-            "whose steps are products with the operator"
-        )
-
-    def _metric(self, problem: Problem, x: Array, scales: tuple[Array, Array]) -> Array:
-        """The inverse of `K~ᵀ S K~`, with a ridge at the rounding level."""
-        maps = _maps(problem, x)
-
-        def column(unit: Array) -> Array:
-            unit = unit.reshape(x.shape)
-            parts = [s * part.rmv(part.mv(unit)) for s, part in zip(scales, maps, strict=True)]
-            return (parts[0] + parts[1]).reshape(-1)
-
-        gram = jax.vmap(column)(jnp.eye(x.size, dtype=x.dtype))
-        ridge = 10 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(jnp.diag(gram))) * x.size**0.5
-        return spd_inverse((gram + gram.T) / 2 + ridge * jnp.eye(x.size, dtype=x.dtype))
-
-    def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
-        return product(state.metric, pulled.reshape(-1)).reshape(pulled.shape)
-
-    def _precondition(self, state: PrimalDualState) -> Any:
-        return lambda e: self._moved(state, e)
-
-    def _length(self, state: PrimalDualState, apart: Point) -> Array:
-        return state.scales[0] * total(apart.images[0] ** 2) + state.scales[1] * total(apart.images[1] ** 2)
 
 
 def as_data(loss: Quadratic) -> LeastSquares:
@@ -440,4 +382,10 @@ def _of_data(problem: Problem, factor: LeastSquares | None) -> Problem:
 
 def _maps(problem: Problem, x: Array) -> tuple[Any, Any]:
     """A and K."""
-    return problem.loss.maps(x), Identity(x.shape[0]) if problem.operator is None else problem.operator
+    return problem.loss.maps(x), or_identity(problem.operator, x)
+
+
+def normal(problem: Problem, scales: tuple[Array, Array], x: Array) -> Array:
+    """`K~ᵀ S K~ x`."""
+    parts = [s * part.rmv(part.mv(x)) for s, part in zip(scales, _maps(problem, x), strict=True)]
+    return parts[0] + parts[1]
