@@ -8,10 +8,11 @@ ONLY ?=
 TRUTH ?=
 REFERENCES ?=
 CALIBRATION ?= pydoc
+PEER_PYTHON ?=
 FUZZ_SECONDS ?= 60
 OTHERS := slow and not oracle and not package and not notebooks
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-core clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core clean
 
 help: ## Show this list.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,7 +89,7 @@ test-notebooks: $(VENV)/.installed-test ## Execute every notebook on small input
 test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty environments and run the quickstart.
 	$(BIN)/python -m pytest -m package
 
-notebooks: build/notebooks/.executed ## Execute the notebooks into build/notebooks (about 6 minutes).
+notebooks: build/notebooks/.executed ## Execute the notebooks into build/notebooks (about 7 minutes).
 
 build/notebooks/.executed: $(VENV)/.installed-docs $(wildcard notebooks/*.py)
 	$(BIN)/python notebooks/build.py pair
@@ -141,6 +142,9 @@ bench-trend-sizes: $(VENV)/.installed-demo ## Seconds and bytes up to sixteen mi
 bench-trend-peers: $(VENV)/.installed-peers ## Times of public solvers and ours as JSON lines (hours); TRUTH, REFERENCES, ONLY.
 	$(BIN)/python benchmarks/bench_trend_peers.py \
 		$(if $(TRUTH),--truth $(TRUTH)) $(if $(REFERENCES),--references $(REFERENCES)) $(if $(ONLY),--only $(ONLY))
+
+bench-trend-batch: $(VENV)/.installed-peers ## Gradients, batches and calls of a planned trend filter as JSON lines (about 3 minutes); ONLY, PEER_PYTHON=Python with fastprox.
+	$(BIN)/python benchmarks/bench_trend_batch.py $(if $(ONLY),--only $(ONLY)) $(if $(PEER_PYTHON),--python $(PEER_PYTHON))
 
 bench-core: $(VENV)/.installed-core-peers ## The core and public solvers as JSON lines, one core (about an hour); ONLY=lasso-dense,tv-deblurring,...
 	$(BIN)/python benchmarks/bench_core.py $(if $(ONLY),--only $(ONLY))

@@ -206,6 +206,21 @@ def derivative(part: str, small: bool, limit: float) -> None:
             emit("derivative", part=part, **record, reduced=small)
 
 
+def run_apart(script: str, parts: Iterable[str], only: str | None) -> None:
+    """The parts that are wanted of a benchmark, each in a process of its own, on one core."""
+    cores = pin(1)
+    os.environ["NUMBA_NUM_THREADS"] = str(cores)
+    from sparseopt.machine import environment
+
+    emit("environment", **environment(), cores=cores)
+    for part in chosen(parts, only):
+        tell(part)
+        given = [*sys.argv[1:], "--part", part]
+        done = subprocess.run([sys.executable, script, *given], check=False)
+        if done.returncode:
+            emit("SKIPPED", part=part, solver=None, reason=f"ended with code {done.returncode}")
+
+
 PARTS: dict[str, Callable[[str, bool, float], None]] = {
     "lasso-dense": compare,
     "lasso-sparse": compare,
@@ -233,17 +248,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         PARTS[arguments.part](arguments.part, arguments.small, arguments.limit)
         return
-    cores = pin(1)
-    os.environ["NUMBA_NUM_THREADS"] = str(cores)
-    from sparseopt.machine import environment
-
-    emit("environment", **environment(), cores=cores)
-    for part in chosen(PARTS, arguments.only):
-        tell(part)
-        given = [*sys.argv[1:], "--part", part]
-        done = subprocess.run([sys.executable, __file__, *given], check=False)
-        if done.returncode:
-            emit("SKIPPED", part=part, solver=None, reason=f"ended with code {done.returncode}")
+    run_apart(__file__, PARTS, arguments.only)
 
 
 if __name__ == "__main__":

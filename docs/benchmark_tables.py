@@ -3,6 +3,7 @@
     trend.jsonl            output of `make bench-trend`
     trend_sizes.jsonl      output of `make bench-trend-sizes`
     trend_peers.jsonl      output of `make bench-trend-peers`
+    trend_batch.jsonl      output of `make bench-trend-batch`
     trend_selection.jsonl  output of `make bench-trend-selection`
     core.jsonl             output of `make bench-core`
     prune.jsonl            output of `make bench-prune`
@@ -28,7 +29,7 @@ import trend_tables
 from records import Record, read
 
 # The first word of a table's name is that of its file, but for these.
-STEMS = {"sizes": "trend_sizes", "selection": "trend_selection", "peers": "trend_peers"}
+STEMS = {"sizes": "trend_sizes", "selection": "trend_selection", "peers": "trend_peers", "batch": "trend_batch"}
 
 
 def _stem(name: str) -> str:
@@ -48,6 +49,10 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         trend_tables.sizes_growth,
         trend_tables.peers_machine,
         trend_tables.peers_times,
+        trend_tables.batch_machine,
+        trend_tables.batch_gradients,
+        trend_tables.batch_pictures,
+        trend_tables.batch_calls,
         trend_tables.selection_machine,
         trend_tables.selection_errors,
         trend_tables.selection_concave,

@@ -9,6 +9,7 @@ TREND = "make bench-trend TRUTH=folder"
 SIZES = "make bench-trend-sizes"
 SELECTION = "make bench-trend-selection"
 PEERS = "make bench-trend-peers TRUTH=folder REFERENCES=folder"
+BATCH = "make bench-trend-batch"
 
 
 def _machine(records: list[Record], command: str) -> str:
@@ -138,6 +139,69 @@ def peers_times(records: list[Record]) -> str:
         ("auto ahead", field("met")),
     ]
     return table(found, columns) if found else missing(PEERS)
+
+
+def batch_machine(records: list[Record]) -> str:
+    """Versions, machine and cores of the figures of a planned filter, and what was not measured."""
+    found = named(records, "environment")
+    if not found:
+        return missing(BATCH)
+    peers = {
+        f"{record['solver']} {record['version']} with Python {record['python']}": None
+        for record in named(records, "gradient through a plan")
+        if record["solver"] == "fastprox"
+    }
+    absent = {record["solver"] or record["part"]: record["reason"] for record in named(records, "SKIPPED")}
+    lines = [f"Each part had {found[0]['cores']} core. Peer: {', '.join(peers) or 'none'}."]
+    lines += [f"Not measured: {name} ({reason})." for name, reason in absent.items()]
+    return f"{machine(found[0])}\n{' '.join(lines)}\n"
+
+
+def batch_gradients(records: list[Record]) -> str:
+    """Seconds of a fit and of a gradient through it."""
+    columns: list[Column] = [
+        ("solver", field("solver")),
+        ("order", field("order")),
+        ("steps", field("steps")),
+        ("fit, seconds", field("fit_seconds")),
+        ("fit and gradient, seconds", field("gradient_seconds")),
+        ("over the fit", field("ratio")),
+        ("error in the signal", field("error_in_signal")),
+        ("error in the weights", field("error_in_weights")),
+    ]
+    found = sorted(named(records, "gradient through a plan"), key=lambda record: record["order"])
+    return table(found, columns) if found else missing(BATCH)
+
+
+def batch_pictures(records: list[Record]) -> str:
+    """Seconds for many pictures, by calls and in one program."""
+    columns: list[Column] = [
+        ("way", field("way")),
+        ("order", field("order")),
+        ("seconds", field("seconds")),
+        ("times as fast as calls of the solver", field("speedup")),
+        ("steps, mean", field("steps")),
+        ("most steps", field("most_steps")),
+        ("difference from the solver's calls", field("difference")),
+    ]
+    found = sorted(named(records, "pictures"), key=lambda record: record["order"])
+    return table(found, columns) if found else missing(BATCH)
+
+
+def batch_calls(records: list[Record]) -> str:
+    """Milliseconds of a call, and those beyond its work."""
+
+    def milliseconds(name: str) -> Callable[[Record], Any]:
+        return lambda record: None if record[name] is None else 1e3 * record[name]
+
+    columns: list[Column] = [
+        ("way", field("way")),
+        ("milliseconds a call", milliseconds("seconds_a_call")),
+        ("of a core at work", milliseconds("cpu_seconds")),
+        ("beyond the work", milliseconds("overhead_seconds")),
+    ]
+    found = named(records, "calls")
+    return table(found, columns) if found else missing(BATCH)
 
 
 def selection_machine(records: list[Record]) -> str:

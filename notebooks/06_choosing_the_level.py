@@ -251,3 +251,5 @@ assert loss(found.predict(nodes)) < 1.5 * losses.min()
 #
 # How close the rules come to the oracle on four kinds of signal and two graphs, over fifty draws of the noise each, is
 # on the page of benchmarks (`make bench-trend-selection`).
+#
+# Next: a weight for every difference, [learnt through the solver](07_learning_through_the_solver.ipynb).

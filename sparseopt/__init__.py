@@ -35,6 +35,8 @@ from sparseopt.trend.noise import noise_level
 from sparseopt.trend.path import TrendPath, trend_path
 from sparseopt.trend.reweighting import reweighted_trend_filter
 from sparseopt.trend.selection import cross_validate, select
+from sparseopt.trend.solver import TrendSolver, trend_solver
+from sparseopt.trend.total_variation import TotalVariation
 
 if TYPE_CHECKING:
     from sparseopt import models, pruning
@@ -84,7 +86,9 @@ __all__ = [
     "Status",
     "Support",
     "TopK",
+    "TotalVariation",
     "TrendPath",
+    "TrendSolver",
     "chosen_solver",
     "cross_validate",
     "degrees_of_freedom",
@@ -102,6 +106,7 @@ __all__ = [
     "static",
     "trend_filter",
     "trend_path",
+    "trend_solver",
 ]
 
 

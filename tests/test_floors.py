@@ -17,13 +17,16 @@ FLOORS = [
     ("core/types", 0),
     ("core/mesh", 0),
     ("core/collectives", 0),
+    ("core/arguments", 1),
     ("core/thresholds", 1),
     ("core/dense", 1),
     ("core/operators", 1),
+    ("core/pieces", 1),
     ("core/slabs", 1.5),  # made of the differences of one device
     ("core/parts", 1.5),
     ("core/grouping", 1.5),  # row tables are linear maps
     ("core/matrices", 1.5),  # built on the operators
+    ("core/edge_lists", 2),
     ("core/patterns", 2),
     ("core/penalties", 2),
     ("core/group_penalties", 2),
@@ -38,7 +41,7 @@ FLOORS = [
     ("core/matrix_losses", 2.75),
     ("core/problem", 3),
     ("core/certify", 3.25),
-    ("core/differentiate", 3.25),
+    ("core/differentiate", 3.375),  # asks what has a conjugate
     ("core/iterate", 3.5),
     ("core/solvers/", 4),
     ("core/solve.", 4.5),  # chooses among the solvers

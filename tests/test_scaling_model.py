@@ -14,7 +14,7 @@ from sparseopt.core.mesh import AXIS
 from sparseopt.pruning.exchange import calibration_bytes, iteration_bytes
 from sparseopt.pruning.methods import find_method
 from sparseopt.pruning.patterns import parse_pattern
-from sparseopt.trend.devices import step_exchange
+from sparseopt.trend.layout import step_exchange
 
 MODEL = Path(__file__).parent.parent / "docs" / "scaling_model.py"
 

@@ -21,13 +21,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import total
+from sparseopt.core.matrices import norm_estimate
 from sparseopt.core.operators import or_identity
-from sparseopt.core.penalties import Conjugate, Norm
-from sparseopt.core.problem import Status
+from sparseopt.core.penalties import Composite, Conjugate, Norm
+from sparseopt.core.problem import Status, unfolded
 
 FloatArray = Float[Array, "..."]
 # Steps of the linear solve for the shortest change.
 CG_STEPS = 500
+# A certificate moves u by so much less than s: a move of s costs the bound its square, one of u a scaling of both.
+PENALTY_MOVE = 1e-3
 
 
 def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: Any = None) -> Float[Array, ""]:
@@ -63,6 +66,11 @@ def stationary(status: Array) -> Array:
 def has_conjugate(penalty: Any) -> bool:
     """Whether a penalty takes part in a duality gap."""
     return isinstance(penalty, Conjugate | Norm)
+
+
+def is_convex(penalty: Any) -> bool:
+    """Whether a penalty is known to be convex."""
+    return has_conjugate(penalty) or isinstance(penalty, Composite)
 
 
 def gauge(penalty: Any, dual: FloatArray) -> Float[Array, ""]:
@@ -173,3 +181,21 @@ def proximal_gap(
     slack = loss.scaled_slack(x, image, share) + total(penalty.slack(x, -share * gradient))
     least = jnp.finfo(x.dtype).eps * loss.value(jnp.zeros_like(x))
     return relative_gap(jnp.maximum(slack, 0), objective, least)
+
+
+def composite_gap(
+    problem: Any, x: FloatArray, image: FloatArray, dual: FloatArray, curvature: Float[Array, ""]
+) -> Float[Array, ""]:
+    """The relative gap of a problem in a `Composite` penalty by the subgradient that a prox near x has found.
+
+    Args:
+        problem: its loss is a `MatrixLoss`; there is no operator.
+        x: the point.
+        image: `A x`.
+        dual: the subgradient of the inner penalty.
+        curvature: of the loss.
+    """
+    problem = unfolded(problem, x)
+    size = norm_estimate(problem.operator.mv, problem.operator.rmv, x, 10)
+    scales = (1 / curvature, PENALTY_MOVE / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)
+    return certificate(problem, x, image, problem.loss.rows.gradient(image), dual, scales=scales)[1]

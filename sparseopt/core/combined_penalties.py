@@ -4,9 +4,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.grouping import RowTable
 from sparseopt.core.penalties import Conjugate, Norm, Penalty
 from sparseopt.core.thresholds import FloatArray, Scalar
 from sparseopt.core.types import pytree, static
@@ -26,10 +28,15 @@ class Lifted:
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         """`x + Ψ_iᵀ ((u - s) / |a|²)` with `s = Ψ_i x` and u the prox of s at `step |a|²`, row by row."""
+        return self.moved(x, step)[0]
+
+    def moved(self, x: FloatArray, step: Scalar) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """The prox, the values u of its rows with their exact zeros, and the move `(u - s) / |a|²` along every row."""
         s = self.rows.mv(x)
         squares = jnp.reshape(self.row_squares, self.row_squares.shape + (1,) * (s.ndim - self.row_squares.ndim))
         u = self.penalty.prox(s, step * squares)
-        return x + self.rows.rmv((u - s) / squares)
+        move = (u - s) / squares
+        return x + self.rows.rmv(move), u, move
 
 
 def lift(penalty: Penalty, group: Any) -> Lifted:
@@ -37,23 +44,56 @@ def lift(penalty: Penalty, group: Any) -> Lifted:
 
     For one row a and any scalar penalty p, `argmin_v 1/2 ||v - x||² + step p(aᵀv)` is
     `x + a (u - s) / |a|²` with `s = aᵀx` and `u = argmin_u 1/2 (u - s)² + step |a|² p(u)`: v moves along a only.
-    Rows without a common column do not feel each other.
+    Rows without a common column do not feel each other. `jax.vmap` over a `RowTable` lifts the penalty to every group;
+    one with a weight for every row needs `by_group` first.
 
     Args:
         penalty: any penalty that acts on every entry (or every slice of channels) on its own; its prox is called
             with one step a row.
-        group: a `RowTable`, or any linear map with `row_squares()` whose rows share no column.
+        group: one group of a `RowTable`, or any linear map with `row_squares()` whose rows share no column.
 
     Source: Bu, Wu, Zuo, "Doge-ADMM", section 3; for orthogonal rows, Combettes and Pesquet, 2007, prop. 11.
 
     Example:
-        >>> from sparseopt.core.grouping import group_table
+        >>> from sparseopt.core.grouping import row_table
         >>> chain = so.Graph.chain(4)
-        >>> pairs, _ = group_table(chain.matrix(1), chain.groups(1), 0, jnp.float32)  # the edges 0-1 and 2-3
-        >>> so.lift(so.L1(1.0), pairs).prox(jnp.array([0.0, 1.0, 5.0, 9.0]), step=1.0)
-        Array([0.5, 0.5, 6. , 8. ], dtype=float32)
+        >>> table = row_table(chain.matrix(1), chain.groups(1), jnp.float32)  # the edges 0-1 and 2-3; the edge 1-2
+        >>> jax.vmap(lambda group: so.lift(so.L1(1.0), group).prox(jnp.array([0.0, 1.0, 5.0, 9.0]), step=1.0))(table)
+        Array([[0.5, 0.5, 6. , 8. ],
+               [0. , 2. , 4. , 9. ]], dtype=float32)
     """
     return Lifted(penalty, group, jnp.asarray(group.row_squares()))
+
+
+def by_group(penalty: Any, table: RowTable, shape: tuple[int, ...], channels: int = 0) -> Any:
+    """A penalty on all rows, with a first axis of groups on every leaf: what `jax.vmap` over the table goes along with.
+
+    A leaf with one number a row is gathered as the table has the rows; any other serves all rows alike.
+
+    Args:
+        penalty: on arrays `[*shape]`, or with trailing channels; its leaves broadcast to such arrays.
+        table: of the groups.
+        shape: of the array of all rows, without channels; flattened it has the places of `table.row_numbers`.
+        channels: trailing axes.
+
+    Example:
+        >>> from sparseopt.core.combined_penalties import by_group
+        >>> from sparseopt.core.grouping import row_table
+        >>> chain = so.Graph.chain(4)
+        >>> table = row_table(chain.matrix(1), chain.groups(1), jnp.float32)
+        >>> by_group(so.L1(jnp.array([1.0, 2.0, 3.0])), table, (3,)).weight  # a padded row has the last weight
+        Array([[1., 3.],
+               [2., 3.]], dtype=float32)
+    """
+
+    def spread_out(leaf: Any) -> Array:
+        leaf = jnp.asarray(leaf)
+        if leaf.ndim <= channels:
+            return jnp.broadcast_to(leaf, (table.row_numbers.shape[0], *leaf.shape))
+        trailing = leaf.shape[leaf.ndim - channels :]
+        return table.gathered(jnp.broadcast_to(leaf, (*shape, *trailing)).reshape(-1, *trailing))
+
+    return jax.tree.map(spread_out, penalty)
 
 
 @pytree

@@ -12,11 +12,6 @@ FloatArray = Float[Array, "..."]
 BLOCK = 256
 
 
-def wide_types() -> bool:
-    """Whether 64-bit types are enabled here, by the global flag or by a context."""
-    return jnp.result_type(float) == jnp.float64
-
-
 def total(x: FloatArray) -> Float[Array, ""]:
     """The sum of all entries: of float64 at once, of shorter floats by blocks of 256 in two or more levels.
 

@@ -5,14 +5,20 @@ rows or edges.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
+from sparseopt.core.arguments import require_memory
 from sparseopt.core.operators import spread
 from sparseopt.core.types import pytree, static
+
+# Bytes for each entry of a sparse matrix, its square and its size, with indices.
+ENTRY_BYTES = 36
+SAMPLED_NODES = 64
 
 
 def grid_edges(shape: tuple[int, ...]) -> np.ndarray:
@@ -45,6 +51,31 @@ def difference_matrix(
     matrix.eliminate_zeros()
     matrix.sort_indices()
     return matrix
+
+
+def require_matrix_memory(edges: np.ndarray, num_nodes: int, order: int) -> None:
+    """See that there is room for `Δ^(order)` as a sparse matrix, whose rows reach `order // 2` edges far.
+
+    How many nodes that are is counted from a sample of the nodes.
+
+    Raises:
+        ValueError: if there is not.
+    """
+    if order <= 2:
+        return  # not much larger than the edges
+    ends = np.concatenate([edges, edges[:, ::-1], np.repeat(np.arange(num_nodes)[:, None], 2, axis=1)])
+    ones = np.ones(len(ends), np.float32)
+    near = sparse.csr_array((ones, ends.T), shape=(num_nodes, num_nodes))
+    start = np.unique(np.linspace(0, num_nodes - 1, SAMPLED_NODES).astype(np.int64))
+    reached = near[start]
+    rows = len(edges) if order % 2 else num_nodes
+    for _ in range(order // 2 - 1):
+        reached = reached @ near
+        reached.data[:] = 1
+        # It only grows, so the first excess decides.
+        each = reached.nnz // len(start)
+        what = f"a difference matrix of order {order} with {rows:,} rows of {each:,} entries and more"
+        require_memory(ENTRY_BYTES * rows * each, what, "take a lower order, or a graph of fewer edges")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +121,21 @@ def edge_sums(edges: np.ndarray, num_nodes: int, weights: np.ndarray | None, ord
     return Sums(2 * degrees, squares, 2 * degrees, squares, edges_of + (edges_of > 0))
 
 
-def edge_grid(values: np.ndarray, shape: tuple[int, ...], fill: float) -> np.ndarray:
-    """Edge values in the order of `grid_edges` as `[dimensions, *shape]`, `fill` where an axis has no edge."""
-    full = np.full((len(shape), *shape), fill)
-    start = 0
+def edge_grid(values: Any, shape: tuple[int, ...], fill: float) -> Any:
+    """Edge values `[m, ...]` of NumPy or JAX, in the order of `grid_edges`, as `[dimensions, *shape, ...]`.
+
+    Where an axis has no edge there is `fill`.
+    """
+    xp = np if isinstance(values, np.ndarray) else jnp
+    parts, start = [], 0
     for axis in range(len(shape)):
         sizes = [n - (i == axis) for i, n in enumerate(shape)]
-        count = int(np.prod(sizes))
-        place: tuple[Any, ...] = (axis, *(slice(0, n) for n in sizes))
-        full[place] = values[start : start + count].reshape(sizes)
-        start += count
-    return full
+        stop = start + math.prod(sizes)
+        part = values[start:stop].reshape(*sizes, *values.shape[1:])
+        widths = [(0, int(i == axis)) for i in range(part.ndim)]
+        parts.append(xp.pad(part, widths, constant_values=fill))
+        start = stop
+    return xp.stack(parts)
 
 
 def grid_sums_side(order: int) -> int:
@@ -233,66 +268,129 @@ def check_groups(matrix: sparse.csr_array, labels: np.ndarray) -> int:
     return int(labels.max(initial=-1)) + 1
 
 
-def bucket_widths(lengths: np.ndarray) -> np.ndarray:
-    """The smallest width 1, 2, 3, 4, 6, 8, 12, 16, ... that holds each length.
+def table_shape(matrix: sparse.csr_array, labels: np.ndarray) -> tuple[int, int, int]:
+    """Groups, rows of the largest group and entries of the longest row: the shape of the arrays of a `RowTable`.
 
     Example:
-        >>> from sparseopt.core.grouping import bucket_widths
-        >>> bucket_widths(np.array([1, 2, 5, 9]))
-        array([ 1,  2,  6, 12])
+        >>> from sparseopt.core.grouping import table_shape
+        >>> chain = so.Graph.chain(5)
+        >>> table_shape(chain.matrix(1), chain.groups(1))
+        (2, 2, 2)
     """
-    largest = max(int(lengths.max(initial=1)), 1)
-    powers = 2 ** np.arange(int(np.ceil(np.log2(largest))) + 1)
-    allowed = np.unique(np.concatenate([powers, 3 * powers[:-1]]) if powers.size > 1 else powers)
-    return allowed[np.searchsorted(allowed, np.maximum(lengths, 1))]
+    sizes, lengths = np.bincount(labels), np.diff(matrix.indptr)
+    return sizes.size, int(sizes.max(initial=0)), max(int(lengths.max(initial=1)), 1)
+
+
+def edge_places(shape: tuple[int, ...]) -> np.ndarray:
+    """Where the edges of `grid_edges` stand in the flattened edge array `[dimensions, *shape]` of `GridBase`, `[m]`.
+
+    Example:
+        >>> from sparseopt.core.grouping import edge_places
+        >>> edge_places((2, 2))  # [[e0, e1], [-, -]] and [[e2, -], [e3, -]]
+        array([0, 1, 4, 6])
+    """
+    count = sum(int(np.prod(shape)) // n * (n - 1) for n in shape)
+    return np.flatnonzero(edge_grid(np.ones(count), shape, 0.0))
 
 
 @pytree
 class RowTable:
-    """The rows of one group as a `LinearMap`: padded tables, each column in one row at most.
+    """The rows of all groups as padded tables; one group, a slice along the first axis, is a `LinearMap`.
 
-    A padded entry points past the last column, where it reads 0 and writes nothing.
+    Under `jax.vmap` over the table each call sees one group, of which each column is in one row at most. A padded entry
+    points past the last column, where it reads 0 and writes nothing; a padded row has padded entries alone.
+
+    Every group is padded to the rows of the largest one, and every row to the longest one. A node of degree d makes at
+    least d groups, and in L a row of d + 1 entries, so on a graph with hubs most of the table is padding: multiply the
+    numbers of `table_shape` before building one.
+
+    Attributes:
+        columns: int32 `[groups, rows, width]`, places in the array that Ψ acts on, flattened.
+        coefficients: `[groups, rows, width]`, 0 where padded.
+        row_numbers: int32 `[groups, rows]`, places in the array that Ψ gives, flattened; past the last where padded.
+        num_rows: places in that array.
+        num_columns: places in the array that Ψ acts on.
+
+    Example:
+        >>> from sparseopt.core.grouping import row_table
+        >>> chain = so.Graph.chain(4)
+        >>> table = row_table(chain.matrix(1), chain.groups(1), jnp.float32)
+        >>> table.row_numbers.tolist()  # the edges 0-1 and 2-3; the edge 1-2 and a padded row
+        [[0, 2], [1, 3]]
+        >>> jax.vmap(lambda group: group.mv(jnp.array([0.0, 1.0, 5.0, 9.0])))(table)
+        Array([[-1., -4.],
+               [-4.,  0.]], dtype=float32)
     """
 
-    columns: tuple[Any, ...]  # int32 [rows, width], one table a width
-    coefficients: tuple[Any, ...]  # [rows, width]
+    columns: Any
+    coefficients: Any
+    row_numbers: Any
+    num_rows: int = static()
     num_columns: int = static()
 
     def mv(self, x: Any) -> Any:
-        """`Ψ_i x`, the rows table by table."""
-        parts = []
-        for place, factor in zip(self.columns, self.coefficients, strict=True):
-            found = x.at[place].get(mode="fill", fill_value=0)
-            parts.append(jnp.sum(spread(factor, found) * found, axis=1))
-        return jnp.concatenate(parts)
+        """`Ψ_i x` of one group, `[rows]` or `[rows, channels]`."""
+        found = jnp.asarray(x).at[self.columns].get(mode="fill", fill_value=0)
+        return jnp.sum(spread(self.coefficients, found) * found, axis=1)
 
     def rmv(self, e: Any) -> Any:
-        """`Ψ_iᵀ e`: every column is written once."""
+        """`Ψ_iᵀ e` of one group: every column is written once."""
         image = jnp.zeros((self.num_columns, *e.shape[1:]), e.dtype)
-        start = 0
-        for place, factor in zip(self.columns, self.coefficients, strict=True):
-            rows = e[start : start + place.shape[0]][:, None]
-            image = image.at[place].set(spread(factor, rows) * rows, mode="drop")
-            start += place.shape[0]
-        return image
+        rows = e[:, None]
+        return image.at[self.columns].set(spread(self.coefficients, rows) * rows, mode="drop")
 
     def row_squares(self) -> Any:
-        """The squared norm of every row."""
-        return jnp.concatenate([jnp.sum(factor * factor, axis=1) for factor in self.coefficients])
+        """The squared norm of every row; 1 for a row without entries, on which a prox then does no harm."""
+        squares = jnp.sum(self.coefficients * self.coefficients, axis=-1)
+        return jnp.where(squares > 0, squares, 1)
+
+    def gathered(self, values: Any) -> Any:
+        """Values `[num_rows, ...]` of all rows as `[groups, rows, ...]`; a padded row has those of the last."""
+        return values.at[self.row_numbers].get(mode="clip")
+
+    def scattered(self, values: Any) -> Any:
+        """Values `[groups, rows, ...]` as `[num_rows, ...]`; 0 where there is no row."""
+        image = jnp.zeros((self.num_rows, *values.shape[2:]), values.dtype)
+        return image.at[self.row_numbers].set(values, mode="drop")
 
 
-def group_table(matrix: sparse.csr_array, labels: np.ndarray, group: int, dtype: Any) -> tuple[RowTable, np.ndarray]:
-    """The table of one group, and the numbers of its rows in the table's order."""
-    rows = np.flatnonzero(labels == group)
-    part = matrix[rows]
-    lengths = np.diff(part.indptr)
-    widths = bucket_widths(lengths)
-    columns, coefficients, order = [], [], []
-    for width in np.unique(widths):
-        chosen = np.flatnonzero(widths == width)
-        valid = np.arange(width) < lengths[chosen][:, None]
-        place = np.where(valid, part.indptr[chosen][:, None] + np.arange(width), 0)
-        columns.append(np.where(valid, part.indices[place], matrix.shape[1]).astype(np.int32))
-        coefficients.append(np.where(valid, part.data[place], 0).astype(dtype))
-        order.append(rows[chosen])
-    return RowTable(tuple(columns), tuple(coefficients), matrix.shape[1]), np.concatenate(order)
+def row_table(
+    matrix: sparse.csr_array,
+    labels: np.ndarray,
+    dtype: Any,
+    *,
+    rows: tuple[np.ndarray, int] | None = None,
+    columns: tuple[np.ndarray, int] | None = None,
+) -> RowTable:
+    """The table of a matrix Ψ whose rows are put into groups.
+
+    Args:
+        matrix: Ψ.
+        labels: the group of every row, `[rows]`, as `check_groups` passes them.
+        dtype: of the coefficients.
+        rows: where the array that Ψ gives has a place for every row, flattened, and its number of places; None where
+            it has the rows in their order.
+        columns: likewise for the array that Ψ acts on.
+    """
+    places, num_rows = (np.arange(matrix.shape[0]), matrix.shape[0]) if rows is None else rows
+    columns_at, num_columns = (np.arange(matrix.shape[1]), matrix.shape[1]) if columns is None else columns
+    groups, most, width = table_shape(matrix, labels)
+    order = np.argsort(labels, kind="stable")
+    sizes = np.bincount(labels, minlength=groups)
+    within = np.empty(labels.size, np.int64)
+    within[order] = np.arange(labels.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    owner = np.repeat(np.arange(labels.size), np.diff(matrix.indptr))
+    at = labels[owner], within[owner], np.arange(owner.size) - matrix.indptr[owner]
+
+    def filled(shape: tuple[int, ...], nothing: Any, kind: Any, where: Any, values: np.ndarray) -> np.ndarray:
+        table = np.full(shape, nothing, kind)
+        table[where] = values
+        return table
+
+    return RowTable(
+        filled((groups, most, width), num_columns, np.int32, at, columns_at[matrix.indices]),
+        filled((groups, most, width), 0, dtype, at, matrix.data),
+        filled((groups, most), num_rows, np.int32, (labels, within), places),
+        num_rows,
+        num_columns,
+    )

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sparseopt.core.differentiate import Found, attached
-from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status, refusal
+from sparseopt.core.penalties import Composite
+from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status, refusal, unfolded
 
 
 def iterate(
@@ -91,7 +92,11 @@ def _iterate(
     reached = jnp.where(last.stationary, Status.STATIONARY, Status.CONVERGED)
     status = jnp.where(last.residual <= tol, reached, status)
     status = jnp.where(sound(last, steps) & finite, status, Status.NONFINITE).astype(jnp.int32)
-    found = Found(loss_dual, dual, getattr(state, "step_size", None))
+    step = solver.prox_step(problem, state) if hasattr(solver, "prox_step") else getattr(state, "step_size", None)
+    found = Found(loss_dual, dual, step)
+    if (memory := getattr(state, "prox_memory", None)) is not None and isinstance(problem.penalty, Composite):
+        dual = problem.penalty.dual(memory)
+        given, found = unfolded(given, value), found._replace(dual=dual, step_size=None)
     value, objective = attached(given, value, last.objective, found)
     return Solution(
         value=value,

@@ -29,6 +29,18 @@ class NodeLoss:
     low: Any = None
     high: Any = None
 
+    matrix = None  # that of a `MatrixLoss`: the identity
+
+    @property
+    def smooth(self) -> bool:
+        """Whether f has a continuous derivative."""
+        return getattr(self.family, "smooth", False)
+
+    @property
+    def rows(self) -> "NodeLoss":
+        """The loss as a function of `z = x`."""
+        return self
+
     def weigh(self, x: FloatArray) -> FloatArray:
         """`w * x`."""
         return x if self.weights is None else self.weights * x

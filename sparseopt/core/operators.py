@@ -79,6 +79,12 @@ class GridBase:
         """The shape of an edge array without channels."""
         return (len(self.shape), *self.shape)
 
+    def ends(self) -> tuple[Array, Array]:
+        """The tail and the head of every edge, as int32 in the edge layout; a row of zeros has one node for both."""
+        tails = jnp.arange(math.prod(self.shape), dtype=jnp.int32).reshape(self.shape)
+        heads = jnp.stack([tails - ahead(tails, axis) for axis in range(len(self.shape))])
+        return jnp.broadcast_to(tails, heads.shape), heads
+
     def difference(self, x: FloatArray) -> FloatArray:
         """`D x`."""
         return jnp.stack([ahead(x, axis) for axis in range(len(self.shape))])
@@ -128,6 +134,11 @@ class EdgeBase:
     def edge_shape(self) -> tuple[int, ...]:
         """The shape of an edge array without channels."""
         return (self.tails.shape[0],)
+
+    def ends(self) -> tuple[Array, Array]:
+        """The tail and the head of every edge; a row of zeros has one node for both."""
+        tails, heads = jnp.asarray(self.tails), jnp.asarray(self.heads)
+        return tails, heads if self.root_weights is None else jnp.where(self.root_weights != 0, heads, tails)
 
     def _weighted(self, e: FloatArray) -> FloatArray:
         return e if self.root_weights is None else e * spread(self.root_weights, e)

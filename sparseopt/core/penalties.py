@@ -82,6 +82,46 @@ class Conjugate(Penalty, Protocol):
         """
 
 
+@runtime_checkable
+class IterativeProx(Penalty, Protocol):
+    """A penalty whose prox is itself a solve, which ends sooner where it starts from the last one.
+
+    `AcceleratedProximalGradient`, `ProximalGradient` and `proximal` carry the memory from one prox to the next, and so
+    may every caller; `prox` starts cold.
+    """
+
+    def memory(self, x: FloatArray) -> Any:
+        """What the first prox of an array like `x` starts from: a pytree."""
+
+    def prox_from(self, x: FloatArray, step: Scalar, memory: Any) -> tuple[FloatArray, Any]:
+        """The prox of `x`, and a memory of the same structure, shapes and dtypes for the next one."""
+
+
+@runtime_checkable
+class Composite(IterativeProx, Protocol):
+    """`value(x) = inner(K x)`: a convex penalty whose prox also finds a subgradient of `inner`.
+
+    With it `AcceleratedProximalGradient` has a duality gap, and a solution has derivatives that do not pass through
+    the iterations of the prox: both are those of the problem with the operator K.
+    """
+
+    def parts(self, x: FloatArray) -> tuple[Any, Any]:
+        """`inner`, which has a conjugate, and K as a linear map of arrays like `x`."""
+
+    def dual(self, memory: Any) -> FloatArray:
+        """The subgradient of `inner` at `K u` for the last prox u, in the domain of its conjugate."""
+
+
+def cold_memory(penalty: Any, x: FloatArray) -> Any:
+    """What the first prox of an array like x starts from; None for a penalty that remembers nothing."""
+    return penalty.memory(x) if isinstance(penalty, IterativeProx) else None
+
+
+def prox_from(penalty: Any, x: FloatArray, step: Scalar, memory: Any) -> tuple[FloatArray, Any]:
+    """The prox, and what the next one starts from."""
+    return (penalty.prox(x, step), None) if memory is None else penalty.prox_from(x, step, memory)
+
+
 @pytree
 class L0:
     """`weight * ||x||_0`, the number of non-zeros; prox: hard threshold at `sqrt(2 * step * weight)`.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.matrices import linear_map
+from sparseopt.core.thresholds import FloatArray
 from sparseopt.core.types import pytree
 
 # A residual within this multiple of eps may be the last that the precision allows.
@@ -43,6 +44,11 @@ class Problem:
     def __post_init__(self) -> None:
         """Make a matrix a linear map."""
         object.__setattr__(self, "operator", linear_map(self.operator))
+
+
+def unfolded(problem: Problem, x: FloatArray) -> Problem:
+    """A problem in a `Composite` penalty as one in its inner penalty behind its operator."""
+    return Problem(problem.loss, *problem.penalty.parts(x))
 
 
 class Status(enum.IntEnum):
@@ -114,9 +120,15 @@ class Progress(NamedTuple):
         better = residual < 0.9 * self.best
         return Progress(jnp.where(better, residual, self.best), jnp.where(better, 0, self.waited + looked))
 
-    def stalled(self, residual: Array, patience: int) -> Array:
-        """Whether so many checks were in vain near the rounding level; not at one that rounding made a poor one."""
-        near = self.best <= NEAR_ROUNDING * jnp.finfo(residual.dtype).eps
+    def stalled(self, residual: Array, patience: int, level: float | None = None) -> Array:
+        """Whether so many checks were in vain near the rounding level; not at one that rounding made a poor one.
+
+        Args:
+            residual: of the last check.
+            patience: how many checks.
+            level: the one that counts as near it; None for `NEAR_ROUNDING * eps`.
+        """
+        near = self.best <= (NEAR_ROUNDING * jnp.finfo(residual.dtype).eps if level is None else level)
         return near & (self.waited >= patience) & (residual <= 2 * self.best)
 
 
@@ -133,6 +145,8 @@ class Solver(Protocol):
       counted in iterations.
     * `duals(problem, state)`: the subgradients that the solver found, of a loss `f(A x)` at `A x` and of the penalty at
       `operator x`; None for one that it does not find. Derivatives of a solution with an operator need them.
+    * `prox_step(problem, state)`, or an attribute `step_size` of the state: the step at which the solver takes the
+      penalty's prox, one or one an entry. Derivatives for a penalty that is not convex need it.
     """
 
     def init(self, problem: Problem, x0: Any) -> Any:
@@ -202,7 +216,8 @@ class Solution:
         history: a `Measure` of arrays `[max_steps]`, NaN beyond `steps`, or None when not asked for
             (its `stalled` is None).
         state: the solver's last state, for a warm start or a closer look.
-        dual: the subgradient of the penalty at `operator x`, where the solver finds one.
+        dual: the subgradient of the penalty at `operator x`, where the solver finds one; for a `Composite` penalty that
+            of its inner one.
     """
 
     value: Any

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from sparseopt.core.patterns import Pattern
-from sparseopt.core.penalties import Penalty
+from sparseopt.core.penalties import IterativeProx, Penalty, prox_from
 from sparseopt.core.thresholds import FloatArray, Scalar
 
 Schedule = Callable[[Any], Any]
@@ -25,9 +25,16 @@ Mask = Any  # None, a pytree of bools that is a prefix of the parameters, or a f
 
 
 class ProximalState(NamedTuple):
-    """The number of updates so far: where the schedule of the step stands."""
+    """What an update needs of the ones before.
+
+    Attributes:
+        count: how many there were: where the schedule of the step stands.
+        memories: for an `IterativeProx` what the next prox of each leaf starts from, None for a leaf without one, in a
+            tree like the parameters; None for another penalty.
+    """
 
     count: Any
+    memories: Any = None
 
 
 def proximal(penalty: Penalty, step: Scalar | Schedule, *, mask: Mask = None) -> optax.GradientTransformation:
@@ -86,21 +93,30 @@ def proximal(penalty: Penalty, step: Scalar | Schedule, *, mask: Mask = None) ->
     schedule = _as_schedule(step, "proximal(penalty, step)")
 
     def init(params: Any) -> ProximalState:
-        del params
-        return ProximalState(jnp.zeros((), jnp.int32))
+        count = jnp.zeros((), jnp.int32)
+        if not isinstance(penalty, IterativeProx):
+            return ProximalState(count)
+
+        def memory(p: Array, chosen: bool) -> Any:
+            return penalty.memory(_wide(p)) if chosen else None
+
+        return ProximalState(count, jax.tree.map(memory, params, _chosen(mask, params)))
 
     def update(updates: Any, state: ProximalState, params: Any = None) -> tuple[Any, ProximalState]:
         _check_params(params, "proximal")
         now = schedule(state.count)
 
-        def land(u: Array, p: Array, chosen: bool) -> Array:
+        def land(u: Array, p: Array, chosen: bool, memory: Any) -> tuple[Array, Any]:
             if not chosen:
-                return u
+                return u, None
             x = _wide(p) + _wide(u)
-            return _difference(penalty.prox(x, jnp.asarray(now, x.dtype)), p, u)
+            landing, memory = prox_from(penalty, x, jnp.asarray(now, x.dtype), memory)
+            return _difference(landing, p, u), memory
 
-        updates = jax.tree.map(land, updates, params, _chosen(mask, params))
-        return updates, ProximalState(optax.safe_increment(state.count))
+        memories = jax.tree.map(lambda _: None, updates) if state.memories is None else state.memories
+        landed = jax.tree.map(land, updates, params, _chosen(mask, params), memories)
+        updates, memories = (jax.tree.map(lambda _, pair, i=i: pair[i], updates, landed) for i in range(2))
+        return updates, ProximalState(optax.safe_increment(state.count), None if state.memories is None else memories)
 
     return optax.GradientTransformation(init, update)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.certify import has_conjugate
+from sparseopt.core.certify import is_convex
 from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.matrices import refuses_map, refuses_transpose
@@ -45,7 +45,7 @@ def _always(problem: Problem) -> bool:
 
 def _is_nonconvex(problem: Problem) -> bool:
     """Whether a quadratic loss stands with a penalty that is not known to be convex."""
-    return isinstance(problem.loss, Quadratic) and not has_conjugate(problem.penalty)
+    return isinstance(problem.loss, Quadratic) and not is_convex(problem.penalty)
 
 
 def _exact_pays(problem: Problem) -> bool:

@@ -47,8 +47,8 @@ def soft_threshold(x: FloatArray, threshold: Scalar | FloatArray) -> FloatArray:
         >>> soft_threshold(jnp.array([-3.0, 0.5, 2.0]), 1.0)
         Array([-2.,  0.,  1.], dtype=float32)
     """
-    # x - clip(x) returns exact zeros inside the threshold and needs no sign().
-    return x - jnp.clip(x, -threshold, threshold)
+    # A threshold of 0 leaves the slope of an entry in it where it is: `x - clip(x)` has a tie there.
+    return jnp.where(jnp.abs(x) <= threshold, 0, x - jnp.sign(x) * threshold)
 
 
 def mcp_value(x: FloatArray, weight: Scalar | FloatArray, gamma: Scalar | FloatArray) -> FloatArray:

@@ -1,12 +1,34 @@
-"""Floor 0: the frozen-dataclass pytree decorator that every problem, penalty, solver and state uses."""
+"""Floor 0: the frozen-dataclass pytree decorator that every problem, penalty, solver and state uses; 64-bit types."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, dataclass_transform, overload
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 T = TypeVar("T")
+
+# The context manager left jax.experimental in JAX 0.8.
+ENABLE_X64: Any = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
+
+
+def wide_types() -> bool:
+    """Whether 64-bit types are enabled here, by the global flag or by a context."""
+    return jnp.result_type(float) == jnp.float64
+
+
+@contextlib.contextmanager
+def precision(dtype: np.dtype) -> Iterator[None]:
+    """Enable 64-bit types for the block if dtype needs them, whatever the global flag says."""
+    if dtype == np.float64 and not wide_types():
+        with ENABLE_X64(True):
+            yield
+    else:
+        yield
 
 
 def static(**kwargs: Any) -> Any:

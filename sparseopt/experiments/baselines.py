@@ -10,7 +10,8 @@ Each method splits some differences off and keeps the others in the penalty:
 | gtf_admm, k even | `L^(k/2) b` | total variation | Wang et al. 2016 |
 | gtf_admm, k odd | `L^((k+1)/2) b` | soft threshold | Wang et al. 2016 |
 | fast_admm | `Δ^(k) b` | total variation | Ramdas and Tibshirani 2016 |
-| doge | `Δ^(k+1-B) b`, a copy a group of rows | closed form, row by row | Bu, Wu, Zuo, section 2.2 |
+| doge_groups | `Δ^(k+1-B) b`, a copy a group of rows | closed form, row by row | Bu, Wu, Zuo, section 2.2 |
+| doge | the same, without stored copies | the same | `core/solvers/doge_groups.py` says why |
 
 The total variation is that of the last difference, `weight ||E z||_1` with E = D (k even) or Dᵀ (k odd).
 So gtf_admm is fast_admm where k is even, and admm where k is odd: four names, three algorithms at each order.
@@ -18,6 +19,9 @@ On a chain the total variation step has an exact answer in O(n). On other graphs
 own, done here by Doge-ADMM from the answer of the step before until its duality gap is small.
 """
 
+import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -34,15 +38,20 @@ from sparseopt.core.solve import solve
 from sparseopt.core.solvers.admm import Admm, AdmmState, Start, standard_split
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.node_solve import Diagonal
-from sparseopt.core.types import pytree, static
-from sparseopt.trend.choice import choose_method
-from sparseopt.trend.filter import precision, trend_filter
+from sparseopt.core.types import precision, pytree, static
+from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.methods import chain_penalty, prepare
-from sparseopt.trend.preparation import FIRST_RHO
+from sparseopt.trend.ground import leaves_as
+from sparseopt.trend.job import Job
+from sparseopt.trend.layout import layout_of
+from sparseopt.trend.methods import METHODS, PURE, chosen
+from sparseopt.trend.methods.admm import node_solve
+from sparseopt.trend.methods.doge import split_of
+from sparseopt.trend.plan import FIRST_RHO
+from sparseopt.trend.signal import Signal
 
 FloatArray = Float[Array, "..."]
-Method = Literal["auto", "doge", "admm", "gtf_admm", "fast_admm"]
+Method = Literal["auto", "doge", "admm", "gtf_admm", "fast_admm", "doge_groups"]
 Stop = Literal["gap", "change"]
 Settings = Literal["tuned", "published"]
 PUBLISHED_RHO = 1.0
@@ -230,7 +239,8 @@ def assemble(
         order: k.
         method: which.
         settings: "tuned" chooses rho from the data, adapts and over-relaxes as `trend_filter` does; "published"
-            holds rho at 1 without relaxation and, for Doge-ADMM, gives every group a copy of every column.
+            holds rho at 1 without relaxation and, for `doge`, counts a copy of every column for every group, as
+            `doge_groups` stores it whatever the settings; there the two have the same iterates.
         cadence: steps between two checks.
         inner_tol: relative gap of the inner solves of `fast_admm`.
 
@@ -238,70 +248,58 @@ def assemble(
         ValueError: for a penalty that the method cannot have.
     """
     kind = np.dtype(np.float64)
-    signal = np.asarray(y, kind).reshape(graph.shape or (graph.num_nodes,))
-    full = prepare(graph, order, "doge", order + 1, False, kind, False)
-    noise = 1.2533 * float(jnp.mean(jnp.abs(full.split.mv(jnp.asarray(signal))) / full.row_norms))
-    strength = float(getattr(penalty, "weight", 1.0)) / noise if noise > 0 else 1.0
-    if method == "auto":
-        algorithm = choose_method(graph, penalty, order, False, strength, 0.0, cold=False)
-    else:
-        algorithm = algorithm_of(method, graph, order)
-    penalty = jax.tree.map(lambda leaf: jnp.asarray(leaf, kind), penalty)
+    values = np.asarray(y, kind).reshape(graph.num_nodes)
+    job = Job(layout_of(graph), {order: penalty}, kind, signal=Signal(values, None, values.shape))
+    algorithm = chosen(job, PURE).name if method == "auto" else algorithm_of(method, graph, order)
+    penalty = leaves_as(penalty, kind)
     tuned = settings == "tuned"
 
-    def admm(node_solve: Any) -> Admm:
-        rho = jnp.asarray(FIRST_RHO * strength if tuned else PUBLISHED_RHO, kind)
+    def set_up(solver: Callable[[Any, Any], Admm]) -> Admm:
+        rho = jnp.asarray(FIRST_RHO * job.strength if tuned else PUBLISHED_RHO, kind)
         relaxation = jnp.asarray(1.7 if tuned else 1.0, kind)
-        return Admm(node_solve, rho, relaxation, cadence, changes=9 if tuned else 0)
+        made = solver(rho, relaxation)
+        return dataclasses.replace(made, cadence=cadence, changes=9 if tuned else 0, acceleration=0)
 
-    centre = jnp.asarray(signal)
+    centre, _ = job.arrays
     loss = NodeSquares(centre)
-    chain = graph.shape is not None and len(graph.shape) == 1
-    if algorithm == "fast_admm" and not chain:
-        if not isinstance(penalty, L1):
-            raise ValueError(f'method="{method}" at order {order} solves the L1 penalty, given {penalty}')
-        return _nested(loss, graph, penalty, order, admm, inner_tol)
-    block = order + 1 if algorithm == "doge" else 0
-    ready = prepare(graph, order, algorithm, block, False, kind, False)
-    split = ready.split
+    if algorithm == "fast_admm" and not isinstance(penalty, L1):
+        raise ValueError(f'method="{method}" at order {order} solves the L1 penalty, given {penalty}')
+    if algorithm == "fast_admm" and METHODS[algorithm].refuses(job):
+        return _nested(loss, job, penalty, set_up, inner_tol)
+    plan = METHODS[algorithm].plan(job)
+    split, penalty = plan.split, plan.taken(penalty)
     if algorithm == "doge" and not tuned:
-        split = graph.cached(("published", block), lambda: _copies_everywhere(graph, split, block))
-    if algorithm == "fast_admm":
-        penalty = chain_penalty(penalty, graph, order)
+        split = graph.cached(("published", order), lambda: _copies_everywhere(job))
     start = Start(centre, jnp.zeros(split.row_shape(centre), kind))
-    return Assembled(Problem(loss, penalty, split), admm(ready.node_solve), start, algorithm)
+    return Assembled(Problem(loss, penalty, split), set_up(plan.solver), start, algorithm)
 
 
-def _copies_everywhere(graph: Graph, split: Split, block: int) -> Split:
+def _copies_everywhere(job: Job) -> Split:
     """The split of Doge-ADMM where every group has a copy of every column."""
-    groups = int(graph.groups(block).max()) + 1
-    found = doge_split(split.outer, split.inner, graph.sums(block), "groups", split.row_scale.dtype, groups)
-    return jax.tree.map(jnp.asarray, found)
+    block = job.order + 1
+    groups = int(job.graph.groups(block).max()) + 1
+    return jax.tree.map(jnp.asarray, split_of(job, block, "groups", groups))
 
 
-def _nested(loss: NodeSquares, graph: Graph, penalty: L1, order: int, admm: Any, inner_tol: float) -> Assembled:
+def _nested(loss: NodeSquares, job: Job, penalty: L1, set_up: Any, inner_tol: float) -> Assembled:
     """`fast_admm` where the inner total variation has no closed form."""
     kind = loss.center.dtype
-    split, last, node_solve = graph.cached(("nested", order), lambda: _prepare_nested(graph, order, kind))
+    split, last, node_solve = job.graph.cached(("nested", job.order), lambda: _prepare_nested(job))
     start = Start(loss.center, jnp.zeros(split.row_shape(loss.center), kind))
-    solver = NestedAdmm(admm(node_solve), last, jnp.asarray(inner_tol, kind))
+    solver = NestedAdmm(set_up(partial(Admm, node_solve)), last, jnp.asarray(inner_tol, kind))
     return Assembled(Problem(loss, penalty, split), solver, start, "fast_admm")
 
 
-def _prepare_nested(graph: Graph, order: int, kind: Any) -> tuple[Split, Split, Any]:
+def _prepare_nested(job: Job) -> tuple[Split, Split, Any]:
     """The outer split, the inner one, and the x-step of the outer one."""
-    base = graph.base(kind)
-    on_edges = order % 2 == 1
+    order, kind, graph = job.order, job.dtype, job.graph
+    base, on_edges = graph.base(kind), order % 2 == 1
     last = doge_split(
         Difference(base, 1, on_edges), Difference(base, 0, on_edges), graph.sums(1, on_edges), "coefficients", kind
     )
-    if order:
-        ready = prepare(graph, order, "fast_admm", 0, False, kind, False)
-        split, node_solve = ready.split, ready.node_solve
-    else:
-        split, node_solve = standard_split(Difference(base, 0), Difference(base, 0), kind), Diagonal()
-    split, last = jax.tree.map(jnp.asarray, (split, last))
-    return split, last, node_solve
+    split = standard_split(Difference(base, order), Difference(base, 0, on_edges), kind)
+    solve = node_solve(job, (order,), np.ones(()), graph.shape is not None) if order else Diagonal()
+    return jax.tree.map(jnp.asarray, (split, last, solve))
 
 
 def fit(

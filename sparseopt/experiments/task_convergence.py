@@ -20,10 +20,11 @@ from pydantic import Field
 from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem
 from sparseopt.core.solve import solve
+from sparseopt.core.types import precision
 from sparseopt.experiments.baselines import Method, NestedAdmm, Settings, assemble
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Strict
 from sparseopt.experiments.task_trend import PictureTask, by_subject, method_label
-from sparseopt.trend.filter import precision, trend_filter
+from sparseopt.trend.filter import trend_filter
 
 OPTIMUM_GAP = 1e-9
 LEVELS = ("1e-2", "1e-3", "1e-4", "1e-6")

@@ -28,7 +28,7 @@ class Denoise(PictureTask):
     """Add noise to a picture and fit a trend, several times with fresh noise.
 
     Attributes:
-        method: "auto", "doge", "admm", "gtf_admm" or "fast_admm"; see `baselines`.
+        method: "auto", "doge", "admm", "gtf_admm", "fast_admm" or "doge_groups"; see `baselines`.
         settings: "tuned" as `trend_filter` chooses them, or "published": rho = 1, no relaxation.
         stop: "gap" for the relative duality gap, or "change" for the relative change of the fit in one step.
         tol: what the stopping rule compares with.

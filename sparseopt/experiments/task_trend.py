@@ -17,6 +17,7 @@ METHOD_NAMES = {
     "admm": "original ADMM",
     "gtf_admm": "GTF-ADMM",
     "fast_admm": "fast ADMM",
+    "doge_groups": "Doge-ADMM with its copies",
 }
 
 

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from scipy import sparse
 
+from sparseopt.core.arguments import real_array
 from sparseopt.core.group_penalties import GroupL2
 from sparseopt.core.penalties import L0, L1, MCP, SCAD
 from sparseopt.core.problem import Solution, Status
-from sparseopt.trend.checks import real_array
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 
@@ -58,7 +58,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
             weight and returns a penalty, such as `so.MCP`.
         tol: the relative duality gap to reach; for a penalty that is no norm, the stationarity residual.
         max_steps: step limit.
-        method: "doge", "admm", "fast_admm" (chains), "interior" (the extra `interior`), or "auto".
+        method: of `trend_filter`.
 
     Attributes:
         graph_: the `Graph` of the fit.

@@ -2,66 +2,30 @@
 
     minimise over b    1/2 sum_j w_j (y_j - b_j)²  +  penalty(Δ^(k+1) b)
 
-Other losses are in `general_loss.py`, sums of penalties of several orders in `sums.py`.
+arguments -> a checked job -> a method -> its plan -> the fit -> the caller's shape. Other losses are in `losses.py`.
 
-Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016).
+Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016); for several penalties,
+Tibshirani, Saunders, Rosset, Zhu, Knight, "Sparsity and smoothness via the fused lasso", JRSS B 67 (2005), and
+Tibshirani, "Adaptive piecewise polynomial estimation via trend filtering", Annals of Statistics 42 (2014), section 7.
 """
 
 import contextlib
 import dataclasses
-import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.fidelity import wide_types
-from sparseopt.core.iterate import iterate
 from sparseopt.core.mesh import Devices, at_work, device_line
-from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Problem, Solution, Status
-from sparseopt.core.solvers.admm import Admm
-from sparseopt.core.solvers.mixed import solve_mixed
-from sparseopt.trend.choice import choose_method
-from sparseopt.trend.devices import fetched, over_devices, require_at_hand, require_doge, require_local
-from sparseopt.trend.general_loss import checked_loss, fit_loss
+from sparseopt.core.problem import Solution, Status
+from sparseopt.core.types import precision, wide_types
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import Signal, checked_block, checked_order, checked_signal
-from sparseopt.trend.interior import Interior
-from sparseopt.trend.methods import ACCELERATION, chain_penalty, prepare, starts_exact
-from sparseopt.trend.options import Options
-from sparseopt.trend.preparation import (
-    FIRST_RHO,
-    SetUp,
-    answered,
-    finished,
-    mean_weight,
-    on_rows,
-    placed,
-    set_up,
-    vanishes,
-)
-from sparseopt.trend.start import cold_start, exact_start, start_point, warm_start_of
-from sparseopt.trend.sums import checked_terms, fit_sum, is_sum, sum_method
-
-# The context manager left jax.experimental in JAX 0.8.
-ENABLE_X64: Any = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
-
-# From so many nodes on a start in float32 saves more than the compilation of a second program costs.
-MIXED_FROM = 500_000
-mixed = jax.jit(solve_mixed)
-
-
-@contextlib.contextmanager
-def precision(dtype: np.dtype) -> Iterator[None]:
-    """Enable 64-bit types for the block if dtype needs them, whatever the global flag says."""
-    if dtype == np.float64 and not wide_types():
-        with ENABLE_X64(True):
-            yield
-    else:
-        yield
+from sparseopt.trend.job import Job, checked_loss, checked_terms, require_local, vanishes
+from sparseopt.trend.layout import layout_of
+from sparseopt.trend.losses import fit_loss
+from sparseopt.trend.methods import INTERIOR, PURE, chosen, named
+from sparseopt.trend.signal import checked_order, checked_signal
 
 
 def trend_filter(
@@ -96,8 +60,8 @@ def trend_filter(
             their orders, as in `{-1: L1(0.5), 0: L1(2.0)}`: their sum, where order -1 penalises b itself.
         order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals. It stays 0 for
             several penalties.
-        method: "doge", "admm", "fast_admm" (chains), "interior" (L1; needs the extra `interior`), or "auto";
-            `chosen_method` tells what that takes.
+        method: "doge", "admm", "fast_admm" (chains), "interior" (L1; needs the extra `interior`), "doge_groups"
+            (Doge-ADMM as the paper stores it), or "auto"; `chosen_method` tells what that takes.
         tol: the relative duality gap to reach; for a penalty that is no norm, the stationarity residual.
         max_steps: step limit.
         node_weights: w >= 0, `[n]`; 0 marks a missing observation. At orders >= 1 with missing nodes the gap
@@ -116,7 +80,7 @@ def trend_filter(
         loss: None for the square, `PoissonLoss()` (counts; b is the log-rate), `LogisticLoss()` (labels 0 and 1; b is
             the log-odds), `SquaredHingeLoss()` (labels -1 and 1; b is a score), `HuberLoss(delta)`, `AbsoluteLoss()`,
             `QuantileLoss(level)`, a `ScalarLoss` of your own, or the name "poisson", "logistic", "squared_hinge",
-            "huber" or "absolute". Not by "fast_admm". See `sparseopt.trend.general_loss`.
+            "huber" or "absolute". Not by "fast_admm". See `sparseopt.trend.losses`.
         devices: how many devices work on the fit together, "all", or a `jax.sharding.Mesh` of one axis "devices"; None
             for one. Several do one penalty and the square loss by "doge" with B = order + 1; the answer is that of one
             device to rounding. With several processes each calls this with the same arguments and gets all of the
@@ -139,40 +103,35 @@ def trend_filter(
         >>> bool(solution.gap <= 1e-6)
         True
     """
-    k, family = checked_order(order), checked_loss(loss)
-    signal = checked_signal(y, graph, node_weights, missing, dtype)
-    terms = checked_terms(penalty, signal, graph, k)
-    if not is_sum(terms):
-        ((k, penalty),) = terms.items()
-    elif B is not None or family is not None:
-        raise ValueError(f"several penalties take neither B nor loss, given B={B}, loss={loss}")
-    block = checked_block(B, k)
-    options = Options(method, block, tol, max_steps, warm_start, rho, relaxation, history, cadence)
-    kind = signal.values.dtype
-    native = wide_types() or kind == np.float32
-    mesh = device_line(devices)
-    if mesh is None:
-        require_at_hand(warm_start)
-    else:
-        require_doge(options, k, family, is_sum(terms))
-        require_local(penalty, signal.values.shape[1:])
-        graph = over_devices(graph, mesh)
-        options = dataclasses.replace(options, method="doge", warm_start=graph.taken_up(warm_start, k))
-    with precision(kind), at_work(mesh):
-        if family is not None:
-            solution = fit_loss(signal, graph, penalty, k, family, options)
-        elif is_sum(terms):
-            solution = fit_sum(signal, graph, terms, options)
-        elif graph.num_edges == 0 or vanishes(penalty):
-            solution = _unchanged(signal)
-        elif isinstance(penalty, Norm) and (filled := _constant(signal, graph)) is not None:
-            # An objective of 0, against which no gap has a relative size.
-            solution = _unchanged(Signal(filled, None, signal.shape))
-        else:
-            solution = _fit(signal, graph, penalty, k, options)
+    job = checked_job(
+        y,
+        graph,
+        penalty,
+        order,
+        node_weights,
+        missing,
+        dtype,
+        devices,
+        loss=None if loss is None else checked_loss(loss),
+        method=named(method),
+        block=B,
+        tol=tol,
+        max_steps=max_steps,
+        warm_start=warm_start,
+        rho=rho,
+        relaxation=relaxation,
+        history=history,
+        cadence=cadence,
+    )
+    native = wide_types() or job.dtype == np.float32
+    mesh = job.layout.mesh
+    with precision(job.dtype), contextlib.nullcontext() if mesh is None else at_work(mesh):
+        found = _fitted(job)
+        assert job.signal is not None
+        found = dataclasses.replace(found, value=job.layout.shaped(found.value, job.signal.shape))
         if mesh is not None:
-            return fetched(solution)
-        return solution if native else jax.device_get(solution)
+            return job.layout.fetched(found)
+        return found if native else jax.device_get(found)
 
 
 def chosen_method(
@@ -195,79 +154,62 @@ def chosen_method(
         >>> chosen_method(np.arange(6.0) % 2, so.Graph.grid((2, 3)), so.L1(0.3), order=2)
         'admm'
     """
+    job = checked_job(y, graph, penalty, order, node_weights, missing, dtype, tol=tol)
+    with precision(job.dtype):
+        return chosen(job).name
+
+
+def checked_job(
+    y: Any,
+    graph: Graph,
+    penalty: Any,
+    order: Any,
+    node_weights: Any,
+    missing: str,
+    dtype: Any,
+    devices: Devices = None,
+    **options: Any,
+) -> Job:
+    """The arguments of `trend_filter`, checked.
+
+    Raises:
+        ValueError, TypeError: as there.
+    """
+    order = checked_order(order)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
-    terms, weighted = checked_terms(penalty, signal, graph, checked_order(order)), signal.weights is not None
-    if is_sum(terms):
-        return sum_method(terms, graph, weighted)
-    ((k, penalty),) = terms.items()
-    with precision(signal.values.dtype):
-        strength = _strength(penalty, set_up(signal, graph, k))
-    return choose_method(graph, penalty, k, weighted, strength, tol, signal.values.dtype)
+    layout = layout_of(graph, None if devices is None else device_line(devices))
+    channels, kind = signal.values.shape[1:], signal.values.dtype
+    terms = checked_terms(penalty, layout, order, channels, kind)
+    job = Job(layout, terms, kind, channels, signal.weights is not None, signal, **options)
+    if job.several and not (job.block is None and job.loss is None):
+        raise ValueError(f"several penalties take neither B nor loss, given B={job.block}, loss={job.loss}")
+    if layout.mesh is not None:
+        require_local(job.penalty, channels)
+    return job
 
 
-def _unchanged(signal: Signal) -> Solution:
+def _fitted(job: Job) -> Solution:
+    if job.loss is not None:
+        return fit_loss(job)
+    if job.several and job.graph.num_edges == 0:
+        raise ValueError(
+            "the graph has no edges, so only a penalty on the values themselves acts: apply its prox, as in "
+            "L1(0.5).prox(y, 1.0)"
+        )
+    if not job.several and (job.graph.num_edges == 0 or vanishes(job.penalty)):
+        return _unchanged(job.signal)
+    method = chosen(job)
+    found = method.plan(job).fitted(job)
+    if job.method is None and method is INTERIOR and int(found.status) != Status.CONVERGED:
+        # Rounding ended it: where the weight is very large, the others get closer.
+        found = chosen(job, PURE).plan(job).fitted(job)
+    return found
+
+
+def _unchanged(signal: Any) -> Solution:
     """The exact answer where nothing is penalised: y, with a gap of 0."""
     if signal.weights is not None and not signal.weights.all():
         raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
     zero = jnp.zeros((), signal.values.dtype)
-    value = jnp.asarray(signal.values.reshape(signal.shape))
     status, steps = jnp.asarray(Status.CONVERGED, jnp.int32), jnp.zeros((), jnp.int32)
-    return Solution(value, status, steps, zero, zero, zero, None, None)
-
-
-def _constant(signal: Signal, graph: Graph) -> np.ndarray | None:
-    """The signal with every missing value filled in, if its components have one value each; None otherwise."""
-    columns = signal.values.reshape(graph.num_nodes, -1)
-    seen = np.arange(graph.num_nodes) if signal.weights is None else np.flatnonzero(signal.weights)
-    one = np.empty(graph.num_components, np.int64)
-    one[graph.components[seen]] = seen
-    filled = columns[one[graph.components]]
-    return filled.reshape(signal.values.shape) if np.array_equal(filled[seen], columns[seen]) else None
-
-
-def _strength(penalty: Any, base: SetUp, padding: float = 1.0) -> float:
-    """The penalty's weight over the noise of the signal."""
-    return mean_weight(penalty, padding) / base.noise if base.noise > 0 else 1.0
-
-
-def _fit(signal: Signal, graph: Graph, penalty: Any, k: int, options: Options) -> Solution:
-    kind, channels = signal.values.dtype, signal.values.shape[1:]
-    weighted, method, tol = signal.weights is not None, options.method, options.tol
-    base = set_up(signal, graph, k)
-    rows = on_rows(penalty, graph, k, bool(channels))
-    strength, penalty = _strength(rows, base, graph.padding(k + 1)), placed(rows, graph, k, kind)
-    if method == "auto":
-        method = choose_method(graph, penalty, k, weighted, strength, tol, kind, options.is_cold)
-    if method == "interior":
-        found = Interior(signal, graph, k, base, penalty).fit(penalty, tol, options.max_steps)
-        if options.method == "interior" or int(found.status) == Status.CONVERGED:
-            return dataclasses.replace(found, value=found.value.reshape(signal.shape))
-        # Rounding ended it: where the weight is very large, the others get closer.
-        method = choose_method(graph, penalty, k, weighted, strength, tol, kind, cold=False)
-    exact = starts_exact(method, k, weighted)
-    ready = prepare(graph, k, method, options.block if method == "doge" else 0, weighted, kind, bool(channels))
-    if method == "fast_admm":
-        penalty = chain_penalty(penalty, graph, k)
-    rho, warm_start = options.rho, options.warm_start
-    settings = options.solver_settings(method, kind) | ({"cadence": 1} if exact else {"acceleration": ACCELERATION})
-    solver = Admm(
-        ready.node_solve,
-        jnp.asarray(FIRST_RHO * strength if rho is None else rho, kind),
-        **settings,
-    )
-    if warm_start is None:
-        start = cold_start(signal, graph, penalty, k, base, ready)
-    else:
-        x = base.laid_out(start_point(warm_start, signal) - base.shift)
-        start = warm_start_of(x, warm_start, ready, rho)
-    if exact:
-        start = exact_start(penalty, base.centred.center)
-    problem, level = Problem(base.centred, penalty, ready.split), jnp.asarray(tol, kind)
-    limit = options.limit(solver.cadence)
-    if kind == np.float64 and graph.num_nodes >= MIXED_FROM and isinstance(penalty, Norm) and not options.history:
-        found = mixed(problem, solver, start, tol=level, max_steps=jnp.asarray(limit, jnp.int32))
-    else:
-        found = iterate(problem, solver, start, tol=level, max_steps=limit, history=options.history)
-    problem, shift, means = Problem(base.loss, penalty, ready.split), jnp.asarray(base.shift, kind), base.means
-    fit = finished(problem, found, shift, base.laid_out(means, shift), level)
-    return answered(found, fit, graph, signal.shape)
+    return Solution(jnp.asarray(signal.values), status, steps, zero, zero, zero, None, None)

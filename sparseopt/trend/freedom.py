@@ -22,17 +22,15 @@ closed forms for all orders are derived above.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
+from sparseopt.core.arguments import real_array
 from sparseopt.core.grouping import grid_edges
 from sparseopt.core.penalties import Norm
-from sparseopt.core.solvers.fast_admm import ChainTotalVariation
-from sparseopt.trend.checks import real_array
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import checked_graph, checked_order
+from sparseopt.trend.signal import checked_graph, checked_order
 
 
 def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any = None) -> int:
@@ -126,21 +124,6 @@ def edge_rows(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         along = values[axis].take(np.arange(shape[axis] - 1), axis=axis)
         parts.append(along.reshape(-1, *values.shape[len(shape) + 1 :]))
     return np.concatenate(parts)
-
-
-def row_dual(penalty: Any, candidate: jax.Array) -> jax.Array:
-    """The dual u of the rows of Δ^(order+1) from a solver's, `Eᵀu` where the last difference E is in the penalty."""
-    if not isinstance(penalty, ChainTotalVariation):
-        return candidate
-    u = penalty.potential(penalty.line(candidate))
-    return u if penalty.pinned else jnp.pad(u, [(0, 1)] + [(0, 0)] * (u.ndim - 1))[None]
-
-
-def chain_dual(penalty: Any, dual: jax.Array) -> jax.Array:
-    """The solver's dual from that of the rows: the inverse of `row_dual`."""
-    if not isinstance(penalty, ChainTotalVariation):
-        return dual
-    return penalty.laid_out(penalty.transpose(dual if penalty.pinned else dual[0, :-1]))
 
 
 def nonzero_rows(penalty: Any, rows: jax.Array, dual: jax.Array, scale: jax.Array) -> jax.Array:

@@ -6,29 +6,26 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
+from sparseopt.core.arguments import require_memory, whole_number
+from sparseopt.core.edge_lists import checked_adjacency, checked_edges, grid_shape, require_positive
 from sparseopt.core.grouping import (
     Sums,
     check_groups,
     colour_rows,
     difference_matrix,
-    edge_grid,
     edge_sums,
     grid_edges,
     grid_groups,
     grid_sums,
     grid_sums_side,
     matrix_sums,
+    require_matrix_memory,
 )
 from sparseopt.core.operators import EdgeBase, GridBase, edge_base
-from sparseopt.trend.checks import whole_number
-from sparseopt.trend.edges import checked_adjacency, checked_edges, grid_shape, require_positive
-from sparseopt.trend.memory import require_matrix_memory, require_memory
 
 T = TypeVar("T")
 
@@ -215,7 +212,7 @@ class Graph:
             level = None
         return cls.from_edges(edges, len(nodes), level, merge=merge, nodes=nodes)
 
-    @property
+    @functools.cached_property
     def num_edges(self) -> int:
         """How many edges, m."""
         if self.given_edges is not None:
@@ -256,14 +253,15 @@ class Graph:
         return np.flatnonzero(self.degrees == 0)
 
     @functools.cached_property
-    def _cache(self) -> dict[Any, Any]:
+    def tables(self) -> dict[Any, Any]:
+        """What was built for this graph."""
         return {}
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` returns, built once for each key: tables that depend on the graph alone."""
-        if key not in self._cache:
-            self._cache[key] = build()
-        return self._cache[key]
+        if key not in self.tables:
+            self.tables[key] = build()
+        return self.tables[key]
 
     def base(self, dtype: Any) -> GridBase | EdgeBase:
         """D, Dᵀ and L for arrays of a dtype."""
@@ -281,40 +279,6 @@ class Graph:
         """
         require_matrix_memory(self.edges, self.num_nodes, order)
         return difference_matrix(self.edges, self.num_nodes, self.weights, order, from_edges)
-
-    def row_layout(self, values: np.ndarray, order: int, fill: Any = 0.0) -> np.ndarray:
-        """Values of the rows of `matrix(order)` as `base` lays them out: `[rows]`, for even orders also with channels.
-
-        Where a grid has no edge, there is a 0, and `fill` where a layout over several devices is padded.
-        """
-        del fill
-        if order % 2 == 0:
-            return values.reshape(*(self.shape or (self.num_nodes,)), *values.shape[1:])
-        if self.shape is None:
-            return values
-        if self.given_edges is not None:
-            placed = np.empty_like(values)
-            placed[self._edge_order(grid_edges(self.shape))] = values[self._edge_order(self.given_edges)]
-            values = placed
-        return edge_grid(values, self.shape, 0.0)
-
-    def place(self, values: Any, order: int = 0) -> jax.Array:
-        """On the device: what `row_layout(..., order)` gives, or any array of its shape or of none."""
-        del order
-        return jnp.asarray(values)
-
-    def padding(self, order: int) -> float:
-        """How many entries an array in that layout has for each that it has on one device."""
-        del order
-        return 1.0
-
-    def shaped(self, values: Any, shape: tuple[int, ...]) -> Any:
-        """An array on the nodes as `base` has them, in the shape of the caller's signal."""
-        return values.reshape(shape)
-
-    def _edge_order(self, edges: np.ndarray) -> np.ndarray:
-        """The permutation that sorts edges, whatever their directions."""
-        return np.argsort(np.sort(edges, axis=1) @ [self.num_nodes, 1])
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
         """Row and column sums of that matrix in the layout of `base`, kept for the next call."""

@@ -21,17 +21,23 @@ filtering on graphs", JMLR 17 (2016), for the dual.
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from scipy.sparse import linalg
 
+from sparseopt.core.arguments import positive_number
 from sparseopt.core.grouping import edge_grid, grid_edges
 from sparseopt.core.penalties import L1
-from sparseopt.trend.checks import positive_number
+from sparseopt.core.types import precision
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.freedom import edge_rows
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import Signal, checked_order, checked_signal
-from sparseopt.trend.start import laplacian_inverse
+from sparseopt.trend.ground import ground_of
+from sparseopt.trend.layout import layout_of
+from sparseopt.trend.methods.admm import ADMM
+from sparseopt.trend.methods.doge import DOGE
+from sparseopt.trend.signal import Signal, checked_order, checked_signal
+from sparseopt.trend.start import inverse_laplacian
 
 FIRST_STEPS = 100
 MOST_STEPS = 12_800
@@ -131,11 +137,17 @@ def _pull(signal: Signal, graph: Graph) -> np.ndarray:
     return np.where(np.abs(np.where(seen, apart, 0)).max(axis=0) <= ROUNDING * size, 0, pull)
 
 
+_inverse = jax.jit(inverse_laplacian, static_argnums=2)
+
+
 def _laplacian_solution(graph: Graph, right: np.ndarray, times: int) -> np.ndarray:
     """`(L^+)^times right` for columns whose sums over every component are 0."""
-    found = laplacian_inverse(graph, right, times)
-    if found is not None:
-        return found
+    kind = np.dtype(np.float64)
+    with precision(kind):
+        layout = layout_of(graph)
+        solution, solved = _inverse(ground_of(layout, (0,), kind, True), layout.rows(right, 0), times)
+    if solved:
+        return np.asarray(solution).reshape(right.shape)
     # Conjugate gradients take too long where the graph is long and thin; such graphs have factors with little fill.
     grounded = np.unique(graph.components, return_index=True)[1]
     kept = np.delete(np.arange(graph.num_nodes), grounded)
@@ -172,10 +184,7 @@ def _rows_laid_out(rows: np.ndarray, graph: Graph, order: int) -> np.ndarray:
     """Rows `[rows, channels]` in the layout of `graph.base`; those of edges follow `_Flows`."""
     if graph.shape is None:
         return rows
-    if order % 2:
-        return rows.reshape(*graph.shape, -1)
-    shape = graph.shape
-    return np.stack([edge_grid(column, shape, 0.0) for column in rows.T], axis=-1)
+    return rows.reshape(*graph.shape, -1) if order % 2 else edge_grid(rows, graph.shape, 0.0)
 
 
 class _Flows:
@@ -226,11 +235,11 @@ class _Flows:
         while upper > (1 + tol) * lower and steps <= MOST_STEPS:
             # Once lower is lam_max itself, a little more leaves room to the flow.
             level = L1(lower * (1 + tol / 2))
-            method = "doge" if graph.shape is None else "admm"
+            method = DOGE.name if graph.shape is None else ADMM.name
             fit = trend_filter(
                 demand, graph, level, 0, method, tol=1e-14, max_steps=steps, warm_start=fit, dtype=np.float64
             )
-            dual = np.asarray(fit.state.candidate)
+            dual = np.asarray(fit.dual)
             part = edge_rows(dual, graph.shape) if graph.shape is not None else dual
             left = demand - self.divergence(part)
             height = self.potential(left)

@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.operators import Difference
-from sparseopt.trend.filter import precision
+from sparseopt.core.types import precision
 from sparseopt.trend.freedom import edge_rows
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import Signal, checked_order, checked_signal
-from sparseopt.trend.memory import PLAIN_COPIES
+from sparseopt.trend.signal import PLAIN_COPIES, Signal, checked_order, checked_signal
 
 # The median of |x| for a standard normal x.
 NORMAL_MEDIAN = 0.6744897501960817

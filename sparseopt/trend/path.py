@@ -11,19 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from sparseopt.core.arguments import is_positive, positive_number, real_array, require_memory, whole_number
 from sparseopt.core.group_penalties import GroupL2
 from sparseopt.core.penalties import L1, MCP, SCAD
 from sparseopt.core.problem import Solution, Status
-from sparseopt.trend.checks import is_positive, positive_number, real_array, whole_number
-from sparseopt.trend.filter import precision
+from sparseopt.core.types import precision
 from sparseopt.trend.freedom import freedom_of_rows
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import Signal, checked_order, checked_penalty, checked_signal, require_representable
+from sparseopt.trend.job import MOST_STEPS, Job, checked_penalty, require_representable
 from sparseopt.trend.largest_weight import NullFit, null_fit
+from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levels import descend
-from sparseopt.trend.memory import require_memory
+from sparseopt.trend.methods import named
 from sparseopt.trend.noise import signal_noise
-from sparseopt.trend.options import MOST_STEPS, checked_method
+from sparseopt.trend.signal import Signal, checked_order, checked_signal
 
 # The first weight of a path is known to this accuracy; nobody can tell the difference, and it costs a tenth.
 FIRST_WEIGHT_TOL = 1e-2
@@ -166,7 +167,7 @@ def trend_path(
         [0.18, 0.18, 0.18, 4.82, 4.82, 4.82]
     """
     k = checked_order(order)
-    checked_method(method)
+    name = named(method)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
     template = _checked_template(penalty, signal)
     tol, max_steps = positive_number("tol", tol), whole_number("max_steps", max_steps, 1, MOST_STEPS)
@@ -183,8 +184,20 @@ def trend_path(
     if given is None:
         first = _first_fit(signal, graph, template, k)
         given = float(first.weight.max()) * np.geomspace(1, ratio, num)
-    with precision(signal.values.dtype):
-        found = jax.device_get(descend(signal, graph, template, k, given, method, tol, max_steps, first))
+    top = dataclasses.replace(template, weight=float(given[0]))
+    job = Job(
+        layout_of(graph),
+        {k: top},
+        signal.values.dtype,
+        signal.values.shape[1:],
+        signal.weights is not None,
+        signal,
+        method=name,
+        tol=tol,
+        max_steps=max_steps,
+    )
+    with precision(job.dtype):
+        found = jax.device_get(descend(job, template, given, first))
     seen = None if signal.weights is None else signal.weights > 0
     columns = signal.values.reshape(graph.num_nodes, -1).astype(np.float64)
     squares = np.ones(1) if signal.weights is None else signal.weights[:, None].astype(np.float64)
@@ -220,7 +233,7 @@ def _checked_template(penalty: Any, signal: Signal) -> Any:
             f"a path replaces the penalty's `weight`, a field of a dataclass as in sparseopt.L1(1.0); given {penalty!r}"
         )
     template = penalty(1.0) if isinstance(penalty, type) else dataclasses.replace(penalty, weight=1.0)
-    return checked_penalty(template, signal.values.shape[1] if signal.values.ndim == 2 else None, signal.values.dtype)
+    return checked_penalty(template, signal.values.shape[1:], signal.values.dtype)
 
 
 def _checked_levels(weights: Any, kind: np.dtype) -> np.ndarray:

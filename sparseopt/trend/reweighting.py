@@ -19,12 +19,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.arguments import positive_number, real_array, whole_number
 from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Solution, Status
-from sparseopt.trend.checks import positive_number, real_array, whole_number
-from sparseopt.trend.filter import precision, trend_filter
+from sparseopt.core.types import precision
+from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import check_parameters, checked_graph, checked_order, compute_dtype
+from sparseopt.trend.job import check_parameters
+from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)

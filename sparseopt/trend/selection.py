@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 
+from sparseopt.core.arguments import is_positive, whole_number
 from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Status
-from sparseopt.trend.checks import is_positive, whole_number
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import Signal, checked_signal
 from sparseopt.trend.path import TrendPath, trend_path
+from sparseopt.trend.signal import Signal, checked_signal
 
 CRITERIA = ("gcv", "sure", "aic", "bic")
 RULES = ("min", "one_se")

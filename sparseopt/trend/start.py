@@ -1,163 +1,105 @@
-"""Floor 5: where a solve starts: the signal, an earlier fit, or the component means if they are the fit or close."""
+"""Floor 5: where a fit starts that continues none: the signal, or the component means if they are the fit or close."""
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from scipy import fft, sparse
-from scipy.sparse import linalg
+from jaxtyping import Array
 
-from sparseopt.core.operators import Split
+from sparseopt.core.operators import Split, Stack
 from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Solution
 from sparseopt.core.solvers.admm import Start
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import Signal
-from sparseopt.trend.methods import Prepared
-from sparseopt.trend.preparation import SetUp
+from sparseopt.trend.ground import Data, Ground
 
 CG_STEPS = 1000
-# Steps of smoothing, one after the other, after which a signal is tried as a proof that the means are not the fit.
-SMOOTHINGS = (16, 48)
+CG_TOLERANCE = 1e-12
+# Rounds of smoothing, of so many steps each, after which a signal is tried as a proof that the means are not the fit.
+ROUNDS, SMOOTHINGS = 4, 16
 
 
-def laplacian_inverse(graph: Graph, right: np.ndarray, times: int) -> np.ndarray | None:
-    """`(L^+)^times right` for `[n, channels]` columns whose sums over every component are 0.
+def inverse_laplacian(ground: Ground, right: Array, times: int) -> tuple[Array, Array]:
+    """`(L^+)^times right` for a right-hand side whose sums over every component are 0, and whether it was found.
 
-    By cosines on grids; by conjugate gradients elsewhere, None if these do not get to rounding in 1,000 steps.
+    By cosines on grids; by conjugate gradients elsewhere, which may not get to rounding in 1,000 steps.
     """
-    if graph.shape is not None:
-        axes = tuple(range(len(graph.shape)))
-        lines = [2 - 2 * np.cos(np.pi * np.arange(n) / n) for n in graph.shape]
-        eigenvalues = np.sum(np.meshgrid(*lines, indexing="ij"), axis=0)
-        eigenvalues.flat[0] = np.inf
-        spectrum = fft.dctn(right.reshape(*graph.shape, -1), axes=axes, norm="ortho")
-        spectrum = spectrum / eigenvalues[..., None] ** times
-        return fft.idctn(spectrum, axes=axes, norm="ortho").reshape(right.shape)
-    matrix = graph.matrix(2)
-    diagonal = matrix.diagonal()
-    scale = sparse.diags_array(1 / np.where(diagonal > 0, diagonal, 1))
-    sizes = np.bincount(graph.components)
-    columns = []
-    for column in right.T:
-        for _ in range(times):
-            column, failed = linalg.cg(matrix, column, rtol=1e-12, maxiter=CG_STEPS, M=scale)
-            if failed:
-                return None
-            # The next solve needs sums of 0 again, to rounding.
-            column = column - (np.bincount(graph.components, column) / sizes)[graph.components]
-        columns.append(column)
-    return np.stack(columns, axis=1)
+    base, nothing = ground.highest.base, jnp.zeros((), bool)
+    if ground.cosine is not None:
+        return ground.cosine.filtered(right, lambda level: jnp.where(level > 0, level, jnp.inf) ** -times), ~nothing
+    limit = max(CG_TOLERANCE, 2 * float(jnp.finfo(right.dtype).eps))
+
+    def balanced(x: Array) -> Array:
+        """Sums of 0 again, to rounding: what the next solve needs."""
+        if ground.labels is None:
+            return x - jnp.mean(x, axis=0)
+        nothing = jnp.zeros((ground.components, *x.shape[1:]), x.dtype)
+        sums, sizes = nothing.at[ground.labels].add(x), nothing.at[ground.labels].add(1)
+        return x - (sums / sizes)[ground.labels]
+
+    def solved(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, failed = carry
+        found, _ = jax.scipy.sparse.linalg.cg(
+            base.laplacian, x, tol=limit, maxiter=CG_STEPS, M=lambda residual: residual / ground.degrees
+        )
+        left = jnp.linalg.norm(base.laplacian(found) - x)
+        return balanced(found), failed | ~(left <= 100 * limit * jnp.linalg.norm(x))
+
+    found, failed = jax.lax.fori_loop(0, times, solved, (right, nothing))
+    return found, ~failed
 
 
-def null_space_dual(graph: Graph, pull: np.ndarray, order: int) -> tuple[np.ndarray, bool] | None:
-    """The shortest u with `Δ^(order+1)ᵀ u = pull`, as z with u = z (order odd) or u = D z (order even).
+def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
+    """The shortest u with `Δ^(k+1)ᵀ u = pull`, and whether it was found.
 
     If u lies in the dual ball, the component means are the fit. With 2m factors in Δ, `u = (L^+)^m pull`, with
     2m + 1 factors `u = D (L^+)^(m+1) pull`.
-
-    Returns:
-        z `[n, channels]` and whether D is still to be applied, or None without a solution to rounding.
     """
-    halves, odd = divmod(order + 1, 2)
-    found = laplacian_inverse(graph, pull, halves + odd)
-    return None if found is None else (found, bool(odd))
+    halves, odd = divmod(ground.highest.order, 2)
+    z, solved = inverse_laplacian(ground, pull, halves + odd)
+    return (ground.highest.base.difference(z) if odd else z), solved
 
 
-def cold_start(signal: Signal, graph: Graph, penalty: Any, order: int, base: SetUp, ready: Prepared) -> Start:
+def cold_start(ground: Ground, split: Split, penalty: Any, data: Data, weights: Any) -> Start:
     """The centred signal with a dual of 0; or, where the weight may be that large, the means and their dual.
 
     The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z. So one z decides for most signals: the pull
     itself where smoothing is weak, else the pull smoothed.
 
     Args:
-        signal: checked.
-        graph: with an edge.
-        penalty: as the solver takes it.
-        order: k.
-        base: of the signal.
-        ready: of the method.
+        ground: of the graph.
+        split: of the method, whose dual is that of the rows.
+        penalty: on the rows.
+        data: of the signal.
+        weights: of its nodes, or None.
     """
-    centre, means = base.centred.center, base.means
-    nothing = np.broadcast_to(np.zeros((), centre.dtype), ready.split.row_shape(centre))
-    plain = Start(centre, graph.place(nothing, order + 1))
-    if not isinstance(penalty, Norm) or plain.dual.shape != base.full.split.row_shape(centre):
-        return plain
-    weights = 1.0 if signal.weights is None else signal.weights.reshape((-1,) + (1,) * (means.ndim - 1))
-    pull = np.asarray(weights * (signal.values - means), np.float64)
+    centre = data.centred.center
+    nothing = jnp.zeros(split.row_shape(centre), centre.dtype)
+    if not isinstance(penalty, Norm) or isinstance(ground.operator, Stack):
+        return Start(centre, nothing)
+    apart = data.loss.center - data.means
+    pull = apart if weights is None else weights * apart
     # Of size 1, so that no square overflows: both sides of the comparison are norms.
-    size = np.abs(pull).max() or 1.0
+    size = jnp.max(jnp.abs(pull))
+    size = jnp.where(size > 0, size, 1)
     pull = pull / size
-    of_pull = base.laid_out(pull)
 
-    def rules_out(z: jax.Array) -> bool:
-        return bool(_rules_out(penalty, base.full.split, of_pull, z, size))
+    def rules_out(z: Array) -> Array:
+        return penalty.value(ground.highest.mv(z)) < size * jnp.sum(pull * z)
 
-    if rules_out(of_pull):
-        return plain
-    at_nodes = graph.sums(1).column_squares.astype(centre.dtype)
-    at_nodes = np.where(at_nodes > 0, at_nodes, 1)
-    degrees = graph.place(at_nodes.reshape(*at_nodes.shape, *(1 for _ in means.shape[1:])))
-    z = of_pull
-    for steps in SMOOTHINGS:
-        z = _smoothed(base.full.split, degrees, z, steps)
-        if rules_out(z):
-            return plain
-    found = null_space_dual(graph, pull.reshape(graph.num_nodes, -1), order)
-    if found is None:
-        return plain
-    z = base.laid_out(size * found[0].reshape(means.shape))
-    dual = base.full.split.outer.base.difference(z) if found[1] else z
-    return Start(base.laid_out(means - base.shift), penalty.project_dual(dual))
+    def smoothed(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        """What some steps of a lazy random walk leave of z."""
+        laplacian = ground.highest.base.laplacian
+        z, rounds, _ = carry
+        z = jax.lax.fori_loop(0, SMOOTHINGS, lambda _, last: last - laplacian(last) / (2 * ground.degrees), z)
+        return z, rounds + 1, rules_out(z)
 
+    first = (pull, jnp.zeros((), jnp.int32), rules_out(pull))
+    *_, ruled_out = jax.lax.while_loop(lambda carry: ~carry[2] & (carry[1] < ROUNDS), smoothed, first)
 
-@jax.jit
-def _rules_out(penalty: Any, split: Split, pull: jax.Array, z: jax.Array, size: Any) -> jax.Array:
-    """Whether z shows that the means are not the fit."""
-    return penalty.value(split.mv(z)) < size * jnp.sum(pull * z)
+    def means() -> Start:
+        # Nothing to solve where another lane of a batch needs this branch.
+        dual, solved = null_space_dual(ground, jnp.where(ruled_out, 0, pull))
+        dual = penalty.project_dual(size * dual)
+        kept = solved & ~ruled_out
+        return Start(jnp.where(kept, data.means - data.shift, centre), jnp.where(kept, dual, 0))
 
-
-@partial(jax.jit, static_argnames="steps")
-def _smoothed(split: Split, degrees: jax.Array, z: jax.Array, steps: int) -> jax.Array:
-    """What so many steps of a lazy random walk leave of z."""
-    laplacian = split.outer.base.laplacian
-    return jax.lax.fori_loop(0, steps, lambda _, last: last - laplacian(last) / (2 * degrees), z)
-
-
-@jax.jit
-def exact_start(penalty: Any, centre: jax.Array) -> Start:
-    """The fit itself and its dual, where the penalty's prox is all there is to solve: order 0 of `fast_admm`."""
-    answer = penalty.prox(centre, 1.0)
-    return Start(answer, centre - answer)
-
-
-def start_point(solution: Solution, signal: Signal) -> np.ndarray:
-    """The value of an earlier solution in the shape of the signal's values.
-
-    Raises:
-        ValueError: if it has another size.
-    """
-    value = np.asarray(solution.value)
-    if value.size != signal.values.size:
-        raise ValueError(
-            f"warm_start needs a solution for a signal of the shape {signal.shape}, given one for {value.shape}"
-        )
-    return value.reshape(signal.values.shape)
-
-
-def warm_start_of(x: jax.Array, solution: Solution, ready: Prepared, rho: float | None) -> Start:
-    """The start that continues an earlier solution at the point x.
-
-    Raises:
-        ValueError: if its dual does not fit.
-    """
-    state = solution.state
-    wanted = ready.split.row_shape(x)
-    given = getattr(getattr(state, "candidate", None), "shape", None)
-    if given != wanted:
-        raise ValueError(
-            f"warm_start needs a solution of the same graph and order whose dual has the shape {wanted}, given {given}"
-        )
-    return Start(x, jnp.asarray(state.candidate, x.dtype), state.rho if rho is None else None)
+    return jax.lax.cond(ruled_out, lambda: Start(centre, nothing), means)

@@ -14,7 +14,7 @@ from scipy import sparse
 
 import sparseopt as so
 from sparseopt.core.certify import has_conjugate
-from sparseopt.trend.filter import precision
+from sparseopt.core.types import precision
 from tests.core import conic
 from tests.core.conic import Conic
 from tests.tiers import often

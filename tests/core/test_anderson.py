@@ -13,7 +13,7 @@ from sparseopt.core.solve import solve
 from sparseopt.core.solvers.admm import Admm, Start, standard_split
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 from sparseopt.core.solvers.node_solve import cosine_solve
-from sparseopt.trend.filter import precision
+from sparseopt.core.types import precision
 from tests.trend.problems import exact_fit, objective
 
 DOUBLE = np.dtype(np.float64)

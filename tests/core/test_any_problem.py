@@ -11,7 +11,7 @@ from scipy import sparse
 
 import sparseopt as so
 from sparseopt.core.certify import certificate
-from sparseopt.trend.filter import precision
+from sparseopt.core.types import precision
 from tests.tiers import often
 
 ROWS, COLUMNS = 30, 12

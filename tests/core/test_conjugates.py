@@ -10,7 +10,7 @@ import sparseopt as so
 from sparseopt.core.combined_penalties import stacked
 from sparseopt.core.group_penalties import threshold_singular_values
 from sparseopt.core.penalties import Norm
-from sparseopt.trend.filter import precision
+from sparseopt.core.types import precision
 from tests.core.test_penalties import LABELS, SHAPE
 from tests.jitted import Jitted
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparseopt.core.dense import WHOLE, spd_inverse
-from sparseopt.trend.filter import ENABLE_X64
+from sparseopt.core.types import ENABLE_X64
 
 SIZES = [1, 17, 100, 129, WHOLE, WHOLE + 1, 576]
 # One program a size and dtype.

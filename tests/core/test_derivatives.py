@@ -13,9 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 
 import sparseopt as so
-from sparseopt.trend.filter import precision
+from sparseopt.core.fidelity import NodeSquares
+from sparseopt.core.node_losses import NodeLoss
+from sparseopt.core.operators import Difference, GridBase, Split, edge_base
+from sparseopt.core.solvers.admm import Admm, Start
+from sparseopt.core.solvers.fast_admm import ChainTotalVariation
+from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart
+from sparseopt.core.solvers.node_solve import ConjugateGradient, cosine_solve
+from sparseopt.core.types import precision
 from tests.tiers import often
 
 ROWS, COLUMNS, CHANNELS = 24, 10, 4
@@ -29,6 +37,8 @@ class Kind(NamedTuple):
 
     problem: so.Problem
     active: Callable[[so.Problem, Any], Any]
+    solver: Any = None  # that of `chosen_solver`
+    start: Any = None
 
 
 class Found(NamedTuple):
@@ -52,6 +62,20 @@ def of_entries(problem, x):
 
 def of_rows(problem, x):
     return signs(problem.operator.mv(x))
+
+
+def of_channels(problem, x):
+    return jnp.any(of_rows(problem, x) != 0, axis=-1)
+
+
+def of_pieces(problem, x):
+    """Also which rows lie where the penalty is constant."""
+    far = jnp.abs(problem.operator.mv(x)) > problem.penalty.gamma * problem.penalty.weight
+    return of_rows(problem, x), far
+
+
+def of_kinks(problem, x):
+    return signs(problem.penalty._differences(problem.penalty.line(problem.operator.mv(x))))
 
 
 def of_groups(problem, x):
@@ -113,7 +137,25 @@ def counts():
     return matrix / 8, np.round(np.exp(target / 8) * 3), weights
 
 
+def graph(seed=9):
+    """A ring with chords, of random weights."""
+    ring = np.stack([np.arange(COLUMNS), (np.arange(COLUMNS) + 1) % COLUMNS], 1)
+    edges = np.concatenate([ring, [[0, 5], [2, 7], [3, 9]]])
+    return edge_base(edges, COLUMNS, np.random.default_rng(seed).uniform(0.5, 2, len(edges)), np.float64)
+
+
+def split(base, order, rows_order=0):
+    """`Δ^order` as a `Split` whose metrics are integers, in which nothing is differentiated."""
+    return Split(Difference(base, rows_order, order % 2 == 1), Difference(base, order), 1, 1)
+
+
+def missing(weights):
+    return np.where(np.arange(weights.size).reshape(weights.shape) % 11 == 5, 0, weights)
+
+
 MATRIX, TARGET, WEIGHTS = regression()
+GRID, CHAIN = GridBase((4, 6)), GridBase((ROWS,))
+PICTURE = np.stack([TARGET, np.flip(TARGET)], 1).reshape(4, 6, 2)
 KINDS = {
     "least squares, L1": Kind(so.Problem(so.LeastSquares(MATRIX, TARGET, WEIGHTS), so.L1(9.0)), of_entries),
     "least squares, L1 of differences": Kind(
@@ -162,6 +204,48 @@ KINDS = {
     "least squares, nuclear norm": Kind(
         so.Problem(so.LeastSquares(MATRIX, regression(7, (ROWS, CHANNELS))[1], WEIGHTS), so.NuclearNorm(25.0)), of_rank
     ),
+    "weighted distance, L1 of the differences of a grid": Kind(
+        so.Problem(
+            so.LeastSquares(None, PICTURE, WEIGHTS.reshape(4, 6)),
+            so.L1(np.random.default_rng(3).uniform(0.8, 1.6, (2, 4, 6, 1))),
+            Difference(GRID, 1),
+        ),
+        of_rows,
+    ),
+    "distance, groups of the second differences of a graph": Kind(
+        so.Problem(
+            so.LeastSquares(None, regression(7, (ROWS, 2))[1][:COLUMNS]), so.GroupL2(0.8), Difference(graph(), 2)
+        ),
+        of_channels,
+    ),
+    "distance by Admm, MCP of differences": Kind(
+        so.Problem(NodeSquares(TARGET), so.MCP(0.5, 6.0), split(CHAIN, 1)),
+        of_pieces,
+        Admm(cosine_solve((ROWS,), (1,), np.float64), 1.0),
+        Start(np.zeros(ROWS), np.zeros((1, ROWS))),
+    ),
+    "missing nodes by Admm, L1 of second differences": Kind(
+        so.Problem(
+            NodeSquares(TARGET.reshape(4, 6), missing(WEIGHTS.reshape(4, 6)), -50, 50), so.L1(0.4), split(GRID, 2)
+        ),
+        of_rows,
+        Admm(ConjugateGradient(np.full((4, 6), 12.0)), 1.0),
+        Start(np.zeros((4, 6)), np.zeros((4, 6))),
+    ),
+    "quantile loss of nodes by LossAdmm, L1 of differences": Kind(
+        so.Problem(NodeLoss(so.QuantileLoss(0.3), TARGET), so.L1(0.25), split(CHAIN, 1)),
+        of_rows,
+        LossAdmm(
+            cosine_solve((ROWS,), (1,), np.float64), Anchor(np.zeros((1, ROWS)), np.zeros(ROWS)), 1.0, 1.0, cadence=10
+        ),
+        LossStart(np.zeros(ROWS), np.zeros((1, ROWS))),
+    ),
+    "distance by Admm, kinks of a chain": Kind(
+        so.Problem(NodeSquares(TARGET), ChainTotalVariation(0.8, True), split(CHAIN, 1)),
+        of_kinks,
+        Admm(cosine_solve((ROWS,), (1,), np.float64), 1.0),
+        Start(np.zeros(ROWS), np.zeros((1, ROWS))),
+    ),
 }
 KEPT = [
     "least squares, L1",
@@ -172,8 +256,16 @@ KEPT = [
     "quantile, elastic net",
     "least squares, top k",
     "least squares, nuclear norm",
+    "weighted distance, L1 of the differences of a grid",
+    "distance, groups of the second differences of a graph",
+    "distance by Admm, MCP of differences",
 ]
-KEPT_BACKWARD = ["least squares without a matrix, sparse operator", "huber, box", "least squares, nuclear norm"]
+KEPT_BACKWARD = [
+    "least squares without a matrix, sparse operator",
+    "huber, box",
+    "least squares, nuclear norm",
+    "weighted distance, L1 of the differences of a grid",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -197,8 +289,11 @@ def apart(problem, kind=np.float64):
 def solver_of(name, rebuilt, tol=0.0):
     """Value and objective at an answer that only rounding, or the step limit, ended."""
 
+    problem, _, solver, start = KINDS[name]
+    solver = solver or so.chosen_solver(problem).solver
+
     def solved(numbers):
-        answer = so.solve(rebuilt(numbers), so.chosen_solver(KINDS[name].problem).solver, tol=tol, max_steps=5000)
+        answer = so.solve(rebuilt(numbers), solver, start, tol=tol, max_steps=5000)
         return answer.value, answer.objective
 
     return solved
@@ -269,8 +364,22 @@ def test_the_objective_moves_with_the_weight_of_l1_by_the_norm_of_the_answer(nam
     assert at.tangents[1][place] == pytest.approx(directions(name)[place][place] * norm, rel=1e-7)
 
 
-def gradient(name, kind=np.float64, tol=0.0):
-    """Of `<covector, value> + objective` in every leaf, and the covector."""
+def test_behind_the_differences_of_a_grid_the_answer_moves_with_the_weighted_mean_of_each_piece():
+    name = "weighted distance, L1 of the differences of a grid"
+    at, move = found(name), directions(name)[0][0]
+    tails, heads = (np.ravel(end) for end in GRID.ends())
+    for channel in range(2):
+        x, weights = at.value[..., channel], WEIGHTS.reshape(4, 6)
+        joined = np.abs(x.ravel()[tails] - x.ravel()[heads]) < 1e-6
+        matrix = sparse.coo_array((np.ones(joined.sum()), (tails[joined], heads[joined])), (ROWS, ROWS))
+        count, labels = connected_components(matrix, directed=False)
+        assert 2 < count < ROWS
+        sums, over = (np.bincount(labels, v.ravel()) for v in (weights * move[..., channel], weights))
+        np.testing.assert_allclose(at.tangents[0][0][..., channel].ravel(), (sums / over)[labels], atol=1e-12)
+
+
+def gradient(name, kind=np.float64, tol=0.0, alone=False):
+    """Of `<covector, value> + objective` in every leaf, or in the first alone, and the covector."""
     numbers, rebuilt = apart(KINDS[name].problem, kind)
     shape = jax.eval_shape(solver_of(name, rebuilt), numbers)[0].shape
     covector = np.random.default_rng(9).standard_normal(shape).astype(kind)
@@ -279,6 +388,8 @@ def gradient(name, kind=np.float64, tol=0.0):
         value, objective = solver_of(name, rebuilt, tol)(numbers)
         return jnp.vdot(covector, value) + objective
 
+    if alone:
+        return jax.device_get(jax.jit(jax.grad(lambda first: total([first, *numbers[1:]])))(numbers[0])), covector
     return jax.device_get(jax.jit(jax.grad(total))(numbers)), covector
 
 
@@ -289,6 +400,12 @@ def test_backward_derivatives_are_the_transposes_of_forward_ones(name):
         forward = np.vdot(covector, at.tangents[0][i]) + at.tangents[1][i]
         backward = np.vdot(leaf, directions(name)[i][i])
         assert backward == pytest.approx(forward, rel=1e-6, abs=1e-6)
+
+
+def test_the_gradient_in_one_leaf_is_that_among_all():
+    name = "missing nodes by Admm, L1 of second differences"
+    (first, *_), _ = gradient(name)
+    np.testing.assert_allclose(gradient(name, alone=True)[0], first, atol=1e-9 * np.max(np.abs(first)))
 
 
 @pytest.mark.parametrize("name", ["least squares, L1", "least squares without a matrix, sparse operator"])

@@ -7,16 +7,19 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.fidelity import NodeSquares, total
-from sparseopt.core.grouping import group_table
+from sparseopt.core.grouping import row_table
 from sparseopt.core.operators import Difference
 from sparseopt.core.problem import Problem
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.doge import doge_split
+from sparseopt.core.solvers.doge_groups import DogeGroups, doge_groups_tables
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_lasso
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
-from sparseopt.trend.filter import precision
+from sparseopt.core.types import precision
+from sparseopt.trend.layout import layout_of
 from tests.jitted import Jitted
-from tests.trend.problems import exact_fit, random_graph
+from tests.tiers import often
+from tests.trend.problems import GRAPHS, exact_fit, random_graph
 
 PENALTIES = [so.L1(0.7), so.L0(0.9), so.MCP(0.7, 3.0), so.MCP(0.7, 1.2), so.SCAD(0.7, 3.7), so.SCAD(0.7, 2.1)]
 DOUBLE = np.dtype(np.float64)
@@ -48,7 +51,7 @@ def test_no_perturbation_beats_the_lifted_prox(rng, penalty):
         channels = (3,) if isinstance(penalty, so.GroupL2) else ()
         for block in (1, 2):
             matrix, labels = graph.matrix(block), graph.groups(block)
-            table, _ = group_table(matrix, labels, 0, np.float64)
+            table = jax.tree.map(lambda leaf: leaf[0], row_table(matrix, labels, np.float64))
             lifted = so.lift(penalty, table)
             x = 2 * rng.standard_normal((20, *channels))
             best = Jitted(lifted).prox(x, 0.6)
@@ -62,46 +65,111 @@ def test_no_perturbation_beats_the_lifted_prox(rng, penalty):
             assert np.all(reached <= costs + 1e-12)
 
 
+def doge_problem(graph, order, block, metric, loss, penalty):
+    """A problem of Doge-ADMM in float64, and what the solver with copies needs besides a rho."""
+    base, on_edges = graph.base(np.float64), (order + 1 - block) % 2 == 1
+    outer, inner = Difference(base, block, on_edges), Difference(base, order + 1 - block)
+    matrix, labels = graph.matrix(block, on_edges), graph.groups(block, on_edges)
+    split = doge_split(outer, inner, graph.sums(block, on_edges), metric, np.float64, int(labels.max()) + 1)
+    table, touched = doge_groups_tables(outer, matrix, labels, np.float64, "all" if metric == "groups" else "touched")
+    if loss.center.ndim > len(inner.in_shape):
+        columns = split.column_scale[..., None] if split.column_scale.ndim else split.column_scale
+        split = dataclasses.replace(split, row_scale=split.row_scale[..., None], column_scale=columns)
+    node_solve = Diagonal()
+    if inner.order and metric == "groups" and graph.shape is not None:
+        node_solve = cosine_solve(graph.shape, (inner.order,), np.float64)
+    elif inner.order:
+        node_solve = ConjugateGradient(jnp.ones(inner.in_shape), 1e-12)
+    problem = Problem(loss, penalty, jax.tree.map(jnp.asarray, split))
+    return problem, node_solve, {"table": jax.tree.map(jnp.asarray, table), "touched": touched}
+
+
 @pytest.mark.parametrize("metric", ["copies", "groups"])
-@pytest.mark.parametrize("penalty", [so.L1(0.7), so.MCP(0.7, 6.0), so.L0(0.4)], ids=repr)
-@pytest.mark.parametrize("block", [1, 2, 3])
-def test_the_iteration_is_that_of_the_paper_with_its_copies(rng, metric, penalty, block):
-    # The paper's form, literally: one copy and one dual a group, over-relaxed, copies where a group touches or
-    # everywhere. The solver stores neither and must give the same iterates.
+def test_the_solver_with_copies_is_the_iteration_of_the_paper(rng, metric):
+    # Written out in NumPy, group by group and row by row, with the paper's formula for L1.
     with precision(DOUBLE):
         graph = random_graph(rng, n=16, extra=8)
-        y, rho, relaxation = rng.standard_normal(16), 0.8, 1.6
-        matrix, labels = graph.matrix(block), graph.groups(block)
-        groups = int(labels.max()) + 1
-        tables = [group_table(matrix, labels, i, np.float64)[0] for i in range(groups)]
-        lifted = [Jitted(so.lift(penalty, table)) for table in tables]
-        touched = [
-            np.ones(16) if metric == "groups" else (abs(matrix[labels == i]).sum(axis=0) > 0).astype(float)
-            for i in range(groups)
-        ]
-        b, theta = y.copy(), [np.zeros(16) for _ in range(groups)]
-        split = doge_split(
-            Difference(graph.base(np.float64), block),
-            Difference(graph.base(np.float64), 0),
-            graph.sums(block),
-            metric,
-            np.float64,
-            groups,
-        )
-        problem = Problem(NodeSquares(jnp.asarray(y)), penalty, jax.tree.map(jnp.asarray, split))
-        solver = Admm(Diagonal(), rho, relaxation=relaxation, changes=0)
-        rows = jnp.zeros(matrix.shape[0])
-        state = solver.init(problem, Start(jnp.asarray(y), rows))
-        step = jax.jit(lambda state: solver.iterate(problem, state))
+        y, rho, relaxation, level = rng.standard_normal(16), 0.8, 1.6, 0.7
+        problem, node_solve, groups = doge_problem(graph, 1, 2, metric, NodeSquares(jnp.asarray(y)), so.L1(level))
+        solver = DogeGroups(node_solve, rho, relaxation=relaxation, cadence=1, changes=0, **groups)
+        state = solver.init(problem, Start(problem.loss.center, jnp.zeros(16)))
+        step = jax.jit(solver.step)
+
+        matrix, labels = graph.matrix(2).toarray(), graph.groups(2)
+        parts = [matrix[labels == i] for i in range(labels.max() + 1)]
+        has_copy = np.array([(part != 0).any(axis=0) | (metric == "groups") for part in parts])
+        b, theta = y.copy(), np.zeros((len(parts), 16))
         for _ in range(12):
-            alphas = [f.prox(b - t, 1 / rho) for f, t in zip(lifted, theta, strict=True)]
-            relaxed = [relaxation * a + (1 - relaxation) * b for a in alphas]
-            total_copies = sum(touched)
-            pulled = sum(m * (t + a) for m, t, a in zip(touched, theta, relaxed, strict=True))
-            b = (y + rho * pulled) / (1 + rho * total_copies)
-            theta = [t + a - b for t, a in zip(theta, relaxed, strict=True)]
-            state = step(state)
+            alpha = b - theta
+            for i, part in enumerate(parts):
+                for a in part:
+                    s, length = a @ alpha[i], a @ a
+                    alpha[i] -= a * np.clip(s / length, -level / rho, level / rho)
+            relaxed = relaxation * alpha + (1 - relaxation) * b
+            pulled = np.where(has_copy, theta + relaxed, 0).sum(axis=0)
+            b = (y + rho * pulled) / (1 + rho * has_copy.sum(axis=0))
+            theta = theta + relaxed - b
+            state = step(problem, state)
             np.testing.assert_allclose(state.x, b, atol=1e-9)
+            np.testing.assert_allclose(np.where(has_copy, state.memory.alpha - alpha, 0), 0, atol=1e-9)
+            np.testing.assert_allclose(np.where(has_copy, state.memory.theta - theta, 0), 0, atol=1e-9)
+
+
+WHOLE = [
+    ("grid", 0, 1, "copies", "rows"),
+    ("grid", 1, 1, "groups", "GroupL2"),
+    ("grid", 2, 3, "groups", "L1"),
+    ("grid", 2, 1, "copies", "L1"),
+    ("cube", 2, 2, "groups", "rows"),
+    ("random", 2, 2, "copies", "MCP"),
+    ("parts", 1, 2, "groups", "rows"),
+    ("weighted", 0, 1, "groups", "GroupL2"),
+]
+
+
+@pytest.mark.parametrize(("name", "order", "block", "metric", "kind"), often(WHOLE, *WHOLE[:3], WHOLE[5]))
+def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, block, metric, kind):
+    with precision(DOUBLE):
+        graph = GRAPHS[name](rng)
+        nodes, weights = graph.shape or (graph.num_nodes,), None
+        y = jnp.asarray(3 * rng.standard_normal((*nodes, 3) if kind == "GroupL2" else nodes))
+        penalty = {"L1": so.L1(0.7), "MCP": so.MCP(0.7, 3.0), "GroupL2": so.GroupL2(0.7)}.get(kind)
+        if kind == "rows":
+            levels = rng.uniform(0.2, 1, graph.matrix(order + 1).shape[0])
+            penalty = so.L1(jnp.asarray(layout_of(graph).rows(levels, order + 1)))
+            if block == order + 1:  # with missing nodes, where the x-step needs no cosines
+                weights = rng.uniform(0.5, 2, nodes) * (rng.uniform(size=nodes) > 0.2)
+        loss = NodeSquares(y, weights, -20.0, 20.0)
+        problem, node_solve, groups = doge_problem(graph, order, block, metric, loss, penalty)
+        fused, literal = Admm(node_solve, 0.8), DogeGroups(node_solve, 0.8, **groups)
+        some = problem.operator.outer.mv(jnp.asarray(rng.standard_normal(problem.operator.inner.mv(y).shape)))
+        for dual, rho in ((0 * some, 0.8), (0.2 * some, 3.0)):
+            start = Start(y, dual, jnp.asarray(rho))
+            ours = so.solve(problem, literal, start, max_steps=120, history=True)
+            theirs = so.solve(problem, fused, start, max_steps=120, history=True)
+            assert (ours.steps, ours.status) == (theirs.steps, theirs.status)
+            assert np.isfinite(ours.history.objective).any()
+            np.testing.assert_allclose(ours.history.objective, theirs.history.objective, rtol=1e-9)
+            np.testing.assert_allclose(ours.history.extra["rho"], theirs.history.extra["rho"], rtol=1e-6)
+            np.testing.assert_allclose(ours.history.gap, theirs.history.gap, rtol=1e-6, atol=1e-11)
+            np.testing.assert_allclose(ours.history.residual, theirs.history.residual, rtol=1e-6, atol=1e-11)
+            np.testing.assert_allclose(ours.value, theirs.value, atol=1e-9)
+            np.testing.assert_allclose(ours.state.candidate, theirs.state.candidate, atol=1e-9)
+
+
+def test_the_solver_with_copies_refuses_tables_of_another_operator():
+    chain, loss = so.Graph.chain(5), NodeSquares(jnp.zeros(5))
+    problem, node_solve, groups = doge_problem(chain, 0, 1, "groups", loss, so.L1(1.0))
+    of_copies, _, touched = doge_problem(chain, 0, 1, "copies", loss, so.L1(1.0))
+    other = doge_problem(so.Graph.chain(6), 0, 1, "groups", loss, so.L1(1.0))[2]
+    assert DogeGroups(node_solve, 1.0, **groups).refuses(problem) is None
+    for given, wrong, text in (
+        (problem, other, "of 5 rows and 5 columns, given one of 6 and 6"),
+        (problem, touched, r'the touched columns needs a doge_split of the metric "copies", .* of shape \(\)'),
+        (of_copies, groups, r'every column needs a doge_split of the metric "groups", .* of shape \(5,\)'),
+    ):
+        with pytest.raises(ValueError, match=text):
+            so.solve(given, DogeGroups(node_solve, 1.0, **wrong), Start(loss.center, jnp.zeros((1, 5))))
 
 
 @pytest.mark.parametrize("ends", [0.0, 0.3, 2.0])
@@ -121,6 +189,32 @@ def test_the_fused_lasso_is_exact(rng, n, ends):
             dual = lsq_linear(part.T, y, (-levels[kept], levels[kept]), method="bvls", tol=1e-15, max_iter=5000)
             expected = y - part.T @ dual.x
         np.testing.assert_allclose(jax.jit(fused_lasso)(y, levels), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("ends", [0.0, 0.3, 2.0])
+def test_the_fused_lasso_moves_with_the_means_of_its_runs(rng, ends):
+    with precision(DOUBLE):
+        y, levels = rng.standard_normal(30).cumsum() - 2, rng.uniform(0.1, 2.0, 31)
+        levels[[0, -1]] = ends
+        moves = rng.standard_normal(30), np.pad(rng.standard_normal(29), 1, constant_values=float(ends > 0))
+        step = 1e-6
+        points = [np.stack([a + step * b, a - step * b, a]) for a, b in zip((y, levels), moves, strict=True)]
+        along = tuple(np.stack([move] * 3) for move in moves)
+        x, tangents = jax.jit(jax.vmap(lambda at, move: jax.jvp(fused_lasso, at, move)))(tuple(points), along)
+        assert 2 < len(np.unique(x[2])) < 30
+        np.testing.assert_allclose(tangents[2], (x[0] - x[1]) / (2 * step), atol=1e-7)
+
+
+def test_lanes_of_the_fused_lasso_are_its_answers_one_by_one_also_in_a_loop(rng):
+    levels = np.full(41, 0.7, np.float32)
+
+    def smoothed(y, times):
+        return jax.lax.fori_loop(0, times, lambda _, x: fused_lasso(1.1 * x, levels), y)
+
+    y, times = rng.standard_normal((3, 40)).astype(np.float32).cumsum(axis=1), np.array([1, 3, 2])
+    together = jax.jit(jax.vmap(smoothed))(y, times)
+    alone = jax.jit(smoothed)
+    np.testing.assert_allclose(together, [alone(*lane) for lane in zip(y, times, strict=True)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("pinned", [False, True])

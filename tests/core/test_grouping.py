@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from scipy import sparse
@@ -14,10 +15,12 @@ from sparseopt.core.grouping import (
     grid_edges,
     grid_groups,
     grid_sums,
-    group_table,
     matrix_sums,
+    table_shape,
 )
-from tests.jitted import Jitted
+from sparseopt.core.operators import Difference
+from sparseopt.core.solvers.doge_groups import doge_groups_tables
+from sparseopt.trend.layout import layout_of
 from tests.trend.problems import GRAPHS, random_graph
 
 SHAPES = [(2,), (9,), (16, 9), (1, 7), (5, 12), (4, 5, 6), (9, 8, 7)]
@@ -101,14 +104,31 @@ def test_grid_sums_are_those_of_the_whole_matrix(shape, order, from_edges):
         np.testing.assert_allclose(getattr(quick, name), expected, err_msg=name)
 
 
-def test_a_group_table_is_its_rows(rng):
-    graph = random_graph(rng, n=30, extra=20)
-    matrix = graph.matrix(2)
-    labels = colour_rows(matrix)
-    x = rng.standard_normal(30).astype(np.float32)
-    for group in range(int(labels.max()) + 1):
-        table, rows = group_table(matrix, labels, group, np.float32)
-        e = rng.standard_normal(rows.size).astype(np.float32)
-        np.testing.assert_allclose(Jitted(table).mv(x), matrix[rows] @ x, atol=1e-4)
-        np.testing.assert_allclose(Jitted(table).rmv(e), matrix[rows].T @ e, atol=1e-4)
-        np.testing.assert_allclose(table.row_squares(), (matrix[rows].toarray() ** 2).sum(1), rtol=1e-5)
+@pytest.mark.parametrize(("name", "order", "from_edges"), [("random", 2, False), ("grid", 1, False), ("grid", 2, True)])
+def test_a_row_table_holds_every_row_of_the_matrix_once(rng, name, order, from_edges):
+    # On the grid, rows of odd order and columns from edges have places in the stencil's layout.
+    graph = GRAPHS[name](rng)
+    outer = Difference(graph.base(np.float32), order, from_edges)
+    matrix, labels = graph.matrix(order, from_edges), graph.groups(order, from_edges)
+    table, touched = doge_groups_tables(outer, matrix, labels, np.float32, "touched")
+    assert table.columns.shape == table_shape(matrix, labels)
+    on_edges = (order - from_edges) % 2 == 1
+    x, e = (rng.standard_normal(size).astype(np.float32) for size in (matrix.shape[1], matrix.shape[0]))
+
+    @jax.jit
+    def products(table, x, e):
+        image = table.scattered(jax.vmap(lambda group: group.mv(x.reshape(-1)))(table))
+        back = jax.vmap(lambda group, rows: group.rmv(rows))(table, table.gathered(e.reshape(-1)))
+        return image, back
+
+    image, back = products(table, layout_of(graph).rows(x, from_edges), layout_of(graph).rows(e, on_edges))
+    np.testing.assert_allclose(image, layout_of(graph).rows(matrix @ x, on_edges).reshape(-1), atol=1e-5)
+    for i in range(len(back)):
+        of_group = layout_of(graph).rows(matrix[labels == i].T @ e[labels == i], from_edges)
+        np.testing.assert_allclose(back[i], of_group.reshape(-1), atol=1e-5)
+        count = layout_of(graph).rows((matrix[labels == i] != 0).sum(axis=0).astype(float), from_edges)
+        np.testing.assert_array_equal(touched[i], count > 0)
+    squares = table.row_squares()
+    norms = layout_of(graph).rows((matrix.toarray() ** 2).sum(axis=1), on_edges).reshape(-1)
+    np.testing.assert_allclose(table.scattered(squares), norms, rtol=1e-5)
+    assert np.all(squares[table.row_numbers == table.num_rows] == 1)

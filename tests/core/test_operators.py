@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from sparseopt.core.fidelity import total
-from sparseopt.core.grouping import bucket_widths, edge_grid
+from sparseopt.core.grouping import edge_grid
 from sparseopt.core.operators import Difference, GridBase, Stack, edge_base
-from sparseopt.trend.filter import precision
+from sparseopt.core.types import precision
 from tests.jitted import Jitted
 from tests.trend.problems import GRAPHS
 
@@ -92,13 +92,6 @@ def test_a_hub_sums_ten_thousand_edges_in_float32():
     base = edge_base(edges, n, None, np.float32)
     at_hub = float(base.laplacian(jnp.asarray(np.arange(n), jnp.float32))[0])
     assert at_hub == pytest.approx(-n * (n - 1) / 2, rel=1e-4)
-
-
-def test_bucket_widths_hold_their_rows():
-    lengths = np.arange(0, 200)
-    widths = bucket_widths(lengths)
-    assert np.all(widths >= lengths)
-    assert np.all(widths[1:] <= np.maximum(1.5 * lengths[1:], 1))
 
 
 def test_float32_sums_of_stencils_are_right_under_64_bit_types(rng):

@@ -7,12 +7,13 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.combined_penalties import stacked
-from sparseopt.core.grouping import group_table
+from sparseopt.core.grouping import row_table
 from sparseopt.core.penalties import Norm
 from tests.jitted import Jitted
 
 SHAPE = (8, 6)
 CHAIN = so.Graph.chain(8)
+PAIRS = row_table(CHAIN.matrix(1), CHAIN.groups(1), jnp.float32)
 COTANGENT = np.linspace(-1, 2, 48).reshape(SHAPE)
 LABELS = np.array([0, 1, 1, 2, 0, 1, 1, 1])
 MASK = np.arange(48).reshape(SHAPE) % 3 != 0
@@ -96,7 +97,7 @@ WITH_GRADIENTS = PENALTIES | {
     "GroupL2": so.GroupL2(0.3),
     "GroupL2 along columns": so.GroupL2(0.3, axis=0),
     "NormSum": stacked([so.L1(0.5), so.GroupL2(0.7)], [3, 5]),
-    "Lifted": so.lift(so.GroupL2(0.3), group_table(CHAIN.matrix(1), CHAIN.groups(1), 0, jnp.float32)[0]),
+    "Lifted": so.lift(so.GroupL2(0.3), jax.tree.map(lambda leaf: leaf[0], PAIRS)),
 }
 
 

@@ -380,7 +380,7 @@ def test_adam_refuses_a_penalty_not_known_to_be_separable(penalty):
 
 
 def test_adam_refuses_a_lifted_penalty():
-    rows = RowTable((jnp.array([[0, 1], [2, 3]]),), (jnp.array([[1.0, -1.0], [1.0, -1.0]]),), 4)
+    rows = RowTable(np.array([[0, 1], [2, 3]]), np.array([[1.0, -1.0], [1.0, -1.0]]), np.array([0, 1]), 2, 4)
     with pytest.raises(ValueError, match="given Lifted"):
         so.proximal_adam(so.lift(so.L1(1.0), rows), 0.1)
 

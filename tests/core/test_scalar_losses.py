@@ -12,7 +12,7 @@ from sparseopt.core.count_and_label_losses import wright_omega
 from sparseopt.core.node_losses import NodeLoss
 from sparseopt.core.residual_losses import weighted_quantiles
 from sparseopt.core.scalar_losses import ScalarLoss
-from sparseopt.trend.filter import precision
+from sparseopt.core.types import precision
 from tests.jitted import Jitted
 
 DOUBLE = np.dtype(np.float64)

@@ -11,7 +11,7 @@ from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.splice import Splice
-from sparseopt.trend.filter import precision
+from sparseopt.core.types import precision
 from tests.core.test_solvers import make_problem
 
 

@@ -16,8 +16,10 @@ from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart
 from sparseopt.core.solvers.mixed import solve_mixed
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm, solve_rising
 from sparseopt.core.solvers.splice import Splice
-from sparseopt.trend.filter import precision
-from sparseopt.trend.methods import chain_penalty, prepare
+from sparseopt.core.types import precision
+from sparseopt.trend.job import Job
+from sparseopt.trend.layout import layout_of
+from sparseopt.trend.methods import METHODS
 
 N = 12
 
@@ -34,10 +36,9 @@ def dense(penalty, kind):
 def on_chain(method, order, kind):
     """Problem, solver and start of a trend filter on a chain, as the core takes them."""
     graph, y = so.Graph.chain(N), np.random.default_rng(4).standard_normal(N).astype(kind)
-    ready = prepare(graph, order, method, order + 1 if method == "doge" else 0, False, kind, False)
     penalty = so.L1(kind(0.3))
-    if method == "fast_admm":
-        penalty = chain_penalty(penalty, graph, order)
+    ready = METHODS[method].plan(Job(layout_of(graph), {order: penalty}, np.dtype(kind)))
+    penalty = ready.taken(penalty)
     start = Start(jnp.asarray(y), jnp.zeros(ready.split.row_shape(jnp.asarray(y)), kind))
     problem = so.Problem(NodeSquares(jnp.asarray(y)), penalty, ready.split)
     return problem, Admm(ready.node_solve, kind(1.0)), start

@@ -110,3 +110,10 @@ def test_no_point_beats_either_threshold(x, weight, other):
     shrunk = float(soft_threshold(jnp.float32(x), weight))
     assert hard_cost(kept) <= min(hard_cost(other), hard_cost(0.0)) + 1e-5
     assert soft_cost(shrunk) <= min(soft_cost(other), soft_cost(0.0)) + 1e-5
+
+
+def test_the_slope_of_a_soft_threshold_of_zero_is_that_from_above():
+    x = jnp.array([-2.0, 0.5, jnp.nan])
+    np.testing.assert_array_equal(soft_threshold(x, 0.0), x)
+    slope = jax.jacfwd(lambda threshold: soft_threshold(x[:2], threshold))(0.0)
+    np.testing.assert_array_equal(slope, [1.0, -1.0])

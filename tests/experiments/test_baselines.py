@@ -5,8 +5,8 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.solve import solve
-from sparseopt.experiments.baselines import algorithm_of, assemble, fit
-from sparseopt.trend.filter import precision
+from sparseopt.core.types import precision
+from sparseopt.experiments.baselines import Method, algorithm_of, assemble, fit
 
 SHAPE, WEIGHT = (9, 8), 4.0
 
@@ -40,7 +40,9 @@ def test_the_certificate_is_a_bound_with_a_coarse_inner_solve(signal: np.ndarray
         assert float(found.gap) >= float(found.objective) / float(best.objective) - 1 - 1e-10
 
 
-@pytest.mark.parametrize(("method", "order"), [("doge", 0), ("doge", 1), ("admm", 1), ("fast_admm", 1)])
+@pytest.mark.parametrize(
+    ("method", "order"), [("doge", 0), ("doge", 1), ("admm", 1), ("fast_admm", 1), ("doge_groups", 1)]
+)
 def test_published_settings_reach_the_certified_optimum(signal: np.ndarray, method: str, order: int) -> None:
     graph = so.Graph.grid(SHAPE)
     found = fit(signal, graph, so.L1(WEIGHT), order, method, settings="published", tol=1e-7)
@@ -59,7 +61,8 @@ def test_any_graph_has_the_nested_method() -> None:
     assert float(found.objective) / float(best.objective) - 1 <= 1e-7
 
 
-def test_doge_with_published_settings_is_the_published_iteration(signal: np.ndarray) -> None:
+@pytest.mark.parametrize("method", ["doge", "doge_groups"])
+def test_doge_with_published_settings_is_the_published_iteration(signal: np.ndarray, method: Method) -> None:
     """Copies `alpha_i`, duals `theta_i` for each group, as equations 9 to 11 of the paper have them."""
     graph, order = so.Graph.grid(SHAPE), 1
     matrix, labels = graph.matrix(order + 1).toarray(), graph.groups(order + 1)
@@ -76,7 +79,7 @@ def test_doge_with_published_settings_is_the_published_iteration(signal: np.ndar
         b = (y + sum(theta) + sum(alpha)) / (1 + len(groups))
         theta = [dual + copy - b for dual, copy in zip(theta, alpha, strict=True)]
     with precision(np.dtype(np.float64)):
-        made = assemble(signal, graph, so.L1(WEIGHT), order, "doge", "published")
+        made = assemble(signal, graph, so.L1(WEIGHT), order, method, "published")
         found = solve(made.problem, made.solver, made.start, tol=-1.0, max_steps=10)
         np.testing.assert_allclose(np.asarray(found.value).reshape(-1), b, atol=1e-10)
 

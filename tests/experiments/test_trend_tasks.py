@@ -178,10 +178,14 @@ def test_groups_are_those_of_the_paper(tmp_path: Path) -> None:
 SMALL = {
     "doge-table1-order0": ["picture.size=12", "repeats=1", "sweep.grid.method=[doge]", "sweep.grid.settings=[tuned]"],
     "doge-table1-order1": [
-        "picture.size=12", "repeats=2", "sweep.list=[{settings: published, stop: change}]", "sweep.grid.method=[doge]",
+        "picture.size=12", "repeats=2", "sweep.list=[{settings: published, stop: change}]",
+        "sweep.grid.method=[doge_groups]",
     ],
     "doge-figure5": ["picture.size=12", "tol=1e-3", "contenders=[{method: doge}]", "sweep.grid.order=[0]"],
-    "doge-figure6": ["picture.size=12", "max_steps=5", "contenders=[{method: doge}]", "sweep.grid.order=[0]"],
+    "doge-figure6": [
+        "picture.size=12", "max_steps=5", "contenders=[{method: doge_groups, settings: published}]",
+        "sweep.grid.order=[0]",
+    ],
     "doge-groupings": [],
     "denoise-astronomy": ["picture.crop=[520, 330, 12, 12]", "sweep.list=[{order: 0}]"],
     "denoise-medical": ["sweep.list=[{picture: {name: shepp_logan_phantom, size: 12}}]"],

@@ -15,10 +15,13 @@ import numpy as np
 
 import sparseopt as so
 from sparseopt.core.collectives import collectives, times, total_bytes
-from sparseopt.core.iterate import _iterate, iterate
-from sparseopt.core.mesh import device_line, whole
-from sparseopt.trend import filter as trend
-from sparseopt.trend.devices import over_devices, step_exchange
+from sparseopt.core.iterate import _iterate
+from sparseopt.core.mesh import at_work, device_line, whole
+from sparseopt.core.problem import Problem
+from sparseopt.trend.filter import checked_job
+from sparseopt.trend.ground import data_of
+from sparseopt.trend.layout import layout_of, step_exchange
+from sparseopt.trend.methods import chosen
 
 rng = np.random.default_rng(20251125)
 
@@ -41,33 +44,36 @@ GRID, CHAIN, CUBE, UNEVEN = so.Graph.grid((37, 23)), so.Graph.chain(50), so.Grap
 
 def products(graph, devices, order):
     """Both products with `Δ^(order)`: how far from those of one device, and whether one is the other's transpose."""
-    over = over_devices(graph, device_line(devices))
-    one, several = (so.core.operators.Difference(g.base(np.float64), order) for g in (graph, over))
-    count = graph.num_edges if order % 2 else graph.num_nodes
-    rows = graph.row_layout(rng.normal(size=count), order)
+    here, over = layout_of(graph), layout_of(graph, device_line(devices))
+    one, several = (so.core.operators.Difference(layout.base(np.float64), order) for layout in (here, over))
+    rows = here.rows(rng.normal(size=here.count(order)), order)
     nodes = rng.normal(size=(graph.num_nodes, 2))
     rows = np.stack([rows, 2 * rows], -1)
-    x, e = graph.row_layout(nodes, 0), over.place(over._padded(rows, order, 0.0), order)
-    image = jax.jit(type(several).mv)(several, over.place(over.row_layout(nodes, 0)))
+    x, e = here.rows(nodes, 0), over.put(over.padded(rows, order), order)
+    image = jax.jit(type(several).mv)(several, over.put(over.rows(nodes, 0)))
     back = jax.jit(type(several).rmv)(several, e)
-    wanted = over._padded(np.asarray(one.mv(jnp.asarray(x))), order, 0.0)
-    wanted_back = over._padded(np.asarray(one.rmv(jnp.asarray(rows))), 0, 0.0)
+    wanted = over.padded(np.asarray(one.mv(jnp.asarray(x))), order)
+    wanted_back = over.padded(np.asarray(one.rmv(jnp.asarray(rows))), 0)
     return {
         "apart": float(np.abs(whole(image) - wanted).max()),
         "apart_back": float(np.abs(whole(back) - wanted_back).max()),
-        "adjoint": float(jnp.vdot(e, image) - np.vdot(whole(back), over.row_layout(nodes, 0))),
+        "adjoint": float(jnp.vdot(e, image) - np.vdot(whole(back), over.rows(nodes, 0))),
         "size": float(np.abs(wanted).max() * np.abs(wanted_back).max()),
     }
 
 
-programs = []
-
-
-def spied(problem, solver, start, *, tol, max_steps, history):
-    """`iterate`, whose program is kept."""
-    compiled = _iterate.lower(problem, solver, start, tol, max_steps, int(max_steps) if history else 0).compile()
-    programs.append(compiled.as_text())
-    return compiled(problem, solver, start, tol, max_steps)
+def loop(y, graph, penalty, devices, order, missing="error", dtype=None, **options):
+    """The program of the solver's loop over several devices."""
+    options = {name: options[name] for name in ("tol", "max_steps", "history") if name in options}
+    job = checked_job(y, graph, penalty, order, None, missing, dtype, devices, **options)
+    with at_work(job.layout.mesh):
+        plan = chosen(job).plan(job)
+        data = jax.jit(data_of)(plan.ground, *job.arrays)
+        start = jax.jit(plan.start)(job.rows, data, job.arrays[1])
+        problem = Problem(data.centred, job.rows, plan.split)
+        solver = plan.solver(jnp.ones((), job.dtype))
+        limit = job.max_steps if job.history else 0
+        return _iterate.lower(problem, solver, start, job.tol, job.max_steps, limit).compile().as_text()
 
 
 def told(solution):
@@ -78,10 +84,9 @@ def fit(y, graph, penalty, devices, **options):
     """One device and several on the same problem, and what the several exchanged."""
     order, values = options.get("order", 0), np.asarray(y)
     one = so.trend_filter(y, graph, penalty, method="doge", **options)
-    trend.iterate, programs[:] = spied, []
     several = so.trend_filter(y, graph, penalty, devices=devices, **options)
-    trend.iterate = iterate
-    found = [found for found in collectives(programs[0]) if found.loops]
+    program = loop(y, graph, penalty, devices, **{"order": 0, **options})
+    found = [found for found in collectives(program) if found.loops]
     permuted = [found for found in found if found.kind == "collective-permute"]
     channels = values.size // graph.num_nodes
     model = step_exchange(graph, device_line(devices), order, 10, channels, values.dtype)
@@ -93,7 +98,7 @@ def fit(y, graph, penalty, devices, **options):
         "eps": float(np.finfo(values.dtype).eps),
         "history": one.history is None
         or bool(np.allclose(one.history.objective, several.history.objective, rtol=1e-12, equal_nan=True)),
-        "kinds": sorted({found.kind for found in collectives(programs[0])}),
+        "kinds": sorted({found.kind for found in collectives(program)}),
         "messages": [sum(times(found) for found in permuted), model.messages],
         "bytes": [total_bytes(found, "collective-permute"), model.bytes],
         "reduced": [found.bytes for found in found if found.kind == "all-reduce"],

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.trend import memory
+from sparseopt.core import arguments, grouping
+from sparseopt.trend import signal
 from tests.trend.problems import random_graph, two_parts
 
 PENALTIES = [so.L1(1.0), so.MCP(1.0), so.SCAD(1.0), so.L0(1.0), so.GroupL2(1.0)]
@@ -190,7 +191,8 @@ def test_the_unit_of_the_signal_does_not_matter(rng, kind, sign):
 def test_an_order_that_fills_the_operator_is_refused_before_it_is_formed(rng, monkeypatch):
     n = 2000
     ends = np.stack([np.arange(1, n), rng.integers(0, np.arange(1, n))], axis=1)
-    monkeypatch.setattr(memory, "available_memory_bytes", lambda: 2**24)
+    monkeypatch.setattr(arguments, "ALWAYS_FREE", 0)
+    monkeypatch.setattr(arguments, "available_memory_bytes", lambda: 2**24)
     for graph in (so.Graph.grid((12, 12, 12)), so.Graph.from_edges(ends)):
         y = np.arange(float(graph.num_nodes))
         assert graph.sums(2).row_squares.size == graph.num_nodes
@@ -200,21 +202,22 @@ def test_an_order_that_fills_the_operator_is_refused_before_it_is_formed(rng, mo
 
 def test_the_estimated_entries_are_a_lower_bound_near_the_truth(rng, monkeypatch):
     asked = []
-    monkeypatch.setattr(memory, "require_memory", lambda needed, *_: asked.append(needed))
+    monkeypatch.setattr(grouping, "require_memory", lambda needed, *_: asked.append(needed))
     for graph in (so.Graph.chain(200), so.Graph.grid((15, 15)), random_graph(rng, n=200, extra=100)):
         for order in (4, 5, 6):
-            truth = graph.matrix(order).nnz * memory.ENTRY_BYTES
+            truth = graph.matrix(order).nnz * grouping.ENTRY_BYTES
             assert 0.5 * truth <= asked[-1] <= 1.15 * truth
 
 
 def test_what_needs_more_memory_than_there_is_is_refused(monkeypatch):
     y, graph = np.arange(10_000.0), so.Graph.chain(10_000)
-    needed = memory.FIT_COPIES * y.nbytes
-    monkeypatch.setattr(memory, "available_memory_bytes", lambda: needed - 1)
+    needed = signal.FIT_COPIES * y.nbytes
+    monkeypatch.setattr(arguments, "ALWAYS_FREE", 0)
+    monkeypatch.setattr(arguments, "available_memory_bytes", lambda: needed - 1)
     for call in (so.trend_filter, so.trend_path):
         with pytest.raises(ValueError, match=r"10,000 values, takes at least 1\.8 MiB, and 1\.8 MiB are free"):
             call(y, graph, so.L1(1.0))
-    monkeypatch.setattr(memory, "available_memory_bytes", lambda: needed)
+    monkeypatch.setattr(arguments, "available_memory_bytes", lambda: needed)
     with pytest.raises(ValueError, match="a history of max_steps=1,000,000 steps takes"):
         so.trend_filter(y, graph, so.L1(1.0), history=True, max_steps=10**6)
     assert so.noise_level(y, graph) > 0

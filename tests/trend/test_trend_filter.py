@@ -9,7 +9,8 @@ from scipy.optimize import isotonic_regression
 import sparseopt as so
 from sparseopt.core import iterate as iterate_module
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.trend import filter as filter_module
+from sparseopt.core.types import precision
+from sparseopt.trend import plan as plan_module
 from sparseopt.trend.filter import chosen_method
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, objective, random_graph, two_parts
@@ -314,6 +315,7 @@ def test_one_compile_for_each_shape_dtype_order_and_method(rng, monkeypatch):
 
     monkeypatch.setattr(Admm, "step", counted)
     iterate_module._iterate.clear_cache()
+    plan_module.fit.clear_cache()
     graph, path = so.Graph.grid((7, 9)), random_graph(rng, n=63, extra=10)
     for seed in range(3):
         y = np.random.default_rng(seed).standard_normal(63)
@@ -375,7 +377,8 @@ def test_a_start_in_float32_ends_at_the_float64_fit(rng, name, order, method, mo
     graph = GRAPHS[name](rng)
     y = 50 + 10 * rng.standard_normal(graph.num_nodes)
     exact = exact_fit(y, graph, 3.0, order)
-    monkeypatch.setattr(filter_module, "MIXED_FROM", 1)
+    monkeypatch.setattr(plan_module, "MIXED_FROM", 1)
+    plan_module.fit.clear_cache()
     found = so.trend_filter(y, graph, so.L1(3.0), order, method, tol=1e-10).check()
     np.testing.assert_allclose(found.value, exact, atol=1e-3)
     assert found.gap <= 1e-10
@@ -394,7 +397,7 @@ def test_float32_is_certified_alike_whatever_the_global_precision(rng, name):
     graph = GRAPHS[name](rng)
     y = (50 + 10 * rng.standard_normal(graph.num_nodes)).astype(np.float32)
     narrow = so.trend_filter(y, graph, so.L1(3.0), 1, "doge", tol=1e-4, max_steps=30)
-    with filter_module.precision(np.dtype(np.float64)):
+    with precision(np.dtype(np.float64)):
         wide = so.trend_filter(y, graph, so.L1(3.0), 1, "doge", tol=1e-4, max_steps=30)
         assert wide.value.dtype == jnp.float32
         assert float(wide.gap) == pytest.approx(float(narrow.gap), rel=1e-3, abs=1e-6)

@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import certificate, has_conjugate, proximal_gap, unpenalised
+from sparseopt.core.certify import certificate, composite_gap, has_conjugate, is_convex, proximal_gap, unpenalised
 from sparseopt.core.losses import PlainLoss, is_smooth, with_image
 from sparseopt.core.matrix_losses import MatrixLoss
+from sparseopt.core.penalties import Composite, cold_memory, prox_from
 from sparseopt.core.problem import Measure, Problem, Progress, needs
 from sparseopt.core.types import pytree, static
 
@@ -52,6 +53,7 @@ class AcceleratedState:
     residual: Any
     gap: Any
     progress: Any
+    prox_memory: Any  # what the next prox starts from, where the penalty has an `IterativeProx`
 
     @property
     def step_size(self) -> Array:
@@ -64,14 +66,14 @@ class AcceleratedProximalGradient:
     """Accelerated proximal gradient descent for `solve`: any smooth loss, any penalty with a prox, no operator.
 
     F never increases by more than its rounding error. Where the penalty has a conjugate and the loss is least squares,
-    a scalar loss on `A x` or a `Quadratic`, the residual is the relative duality gap; elsewhere, and where a dual point
-    cannot be scaled into the conjugate's domain, it is `L ||x - prox(x - gradient / L)||` over the length of the
-    gradient at 0, which is 0 at stationary points, and the gap is NaN. Both are computed every `cadence`
-    iterations, at the end of a step.
+    a scalar loss on `A x` or a `Quadratic`, the residual is the relative duality gap, and so it is for a `Composite`
+    penalty with the first two. Elsewhere, and where a dual point cannot be scaled into the conjugate's domain, it is
+    `L ||x - prox(x - gradient / L)||` over the length of the gradient at 0, which is 0 at stationary points, and the
+    gap is NaN. Both are computed every `cadence` iterations, at the end of a step.
 
     Attributes:
         step_size: 1 / L, kept as it is; None finds it by backtracking.
-        cadence: iterations between two checks. A check costs one product with the transpose.
+        cadence: iterations between two checks. A check costs one product with the transpose, and one prox.
     """
 
     step_size: Any = None
@@ -123,6 +125,7 @@ class AcceleratedProximalGradient:
             residual=far,
             gap=far * jnp.nan,
             progress=Progress(far, jnp.zeros((), jnp.int32)),
+            prox_memory=cold_memory(problem.penalty, x0),
         )
 
     def step(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
@@ -142,28 +145,28 @@ class AcceleratedProximalGradient:
         gradient = loss.gradient_at(y, image_y)
         eps = jnp.finfo(y.dtype).eps
 
-        def attempt(curvature: Array) -> tuple[Array, Any, Array, Array]:
-            z = penalty.prox(y - gradient / curvature, 1 / curvature)
+        def attempt(curvature: Array, memory: Any) -> tuple[Array, Any, Array, Array, Any]:
+            z, memory = prox_from(penalty, y - gradient / curvature, 1 / curvature, memory)
             image = loss.image(z)
             length = jnp.sum((z - y) ** 2)
             # A step near the rounding error of y says nothing about the curvature.
             lost = length <= (100 * eps) ** 2 * jnp.sum(y**2)
             modelled = 0.5 * curvature * length * (1 + 1e3 * eps)
-            return z, image, lost | (loss.divergence(z, image, y, image_y) <= modelled), lost
+            return z, image, lost | (loss.divergence(z, image, y, image_y) <= modelled), lost, memory
 
         def failing(carry: tuple) -> Array:
-            _, (_, _, holds, _), count = carry
+            _, (_, _, holds, _, _), count = carry
             return ~holds & (count < MOST_BACKTRACKS)
 
         def shorter(carry: tuple) -> tuple:
-            curvature, _, count = carry
+            curvature, (*_, memory), count = carry
             curvature = GROWTH * curvature
-            return curvature, attempt(curvature), count + 1
+            return curvature, attempt(curvature, memory), count + 1
 
-        carry = (state.curvature, attempt(state.curvature), jnp.zeros((), jnp.int32))
+        carry = (state.curvature, attempt(state.curvature, state.prox_memory), jnp.zeros((), jnp.int32))
         if self.step_size is None:
             carry = jax.lax.while_loop(failing, shorter, carry)
-        curvature, (z, image, _, lost), _ = carry
+        curvature, (z, image, _, lost, memory), _ = carry
         objective = loss.value_at(z, image) + penalty.value(z)
         # From a start outside a constraint's set, at +inf, every step is taken. So is a NaN: the solve ends NONFINITE.
         taken = ~(objective > state.objective + 8 * eps * jnp.abs(state.objective))
@@ -186,6 +189,7 @@ class AcceleratedProximalGradient:
             t=jnp.where(again, 1, t),
             curvature=curvature * following,
             objective=choose(objective, state.objective),
+            prox_memory=memory,
         )
 
     def _checked(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
@@ -193,7 +197,8 @@ class AcceleratedProximalGradient:
         loss, penalty, x = problem.loss, problem.penalty, state.x
         gradient = loss.gradient_at(x, state.image)
         curvature = state.curvature
-        apart = x - penalty.prox(x - gradient / curvature, 1 / curvature)
+        close, memory = prox_from(penalty, x - gradient / curvature, 1 / curvature, state.prox_memory)
+        apart = x - close
         tiny = jnp.finfo(x.dtype).tiny
         residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
         gap = jnp.full_like(residual, jnp.nan)
@@ -201,16 +206,21 @@ class AcceleratedProximalGradient:
             fixed = unpenalised(penalty, x)
             dual = jnp.where(fixed, 0, -gradient)
             _, gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), dual)
+        elif isinstance(penalty, Composite) and isinstance(loss, MatrixLoss):
+            gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
         elif has_conjugate(penalty) and hasattr(loss, "scaled_slack"):
             gap = proximal_gap(loss, penalty, x, state.image, gradient, state.objective)
         gap = jnp.where(jnp.isfinite(gap), gap, jnp.nan)
         residual = jnp.where(jnp.isnan(gap), residual, gap)
-        return dataclasses.replace(state, residual=residual, gap=gap, progress=state.progress.after(residual))
+        progress = state.progress.after(residual)
+        return dataclasses.replace(state, residual=residual, gap=gap, progress=progress, prox_memory=memory)
 
     def measure(self, problem: Problem, state: AcceleratedState) -> Measure:
         """What this step's check found."""
-        stalled = state.progress.stalled(state.residual, PATIENCE)
-        nonconvex = not has_conjugate(problem.penalty)
+        # What a prox is known to, by a gap near eps, and so the residual, lies near the root of eps.
+        level = None if state.prox_memory is None else float(jnp.finfo(state.residual.dtype).eps) ** 0.5
+        stalled = state.progress.stalled(state.residual, PATIENCE, level)
+        nonconvex = not is_convex(problem.penalty)
         return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled, nonconvex)
 
     def extract(self, problem: Problem, state: AcceleratedState) -> Float[Array, "..."]:

@@ -85,7 +85,7 @@ class AdmmState:
 
     x: Any
     inner: Any  # z = Δ x, or None where Δ is the identity
-    memory: Any  # m = rho d, which a change of rho leaves as it is
+    memory: Any  # m = rho d, which a change of rho leaves as it is; of `DogeGroups` its copies
     dual: Any  # g, relaxed
     candidate: Any  # g'
     prox: Any  # the last prox, Ψ Δ x at the answer; None for a norm, which does not need it
@@ -351,6 +351,15 @@ class Admm:
             extra={"rho": state.rho},
             stalled=fresh & (waited | (check.best <= self.enough * check.floor)),
         )
+
+    def duals(self, problem: Problem, state: AdmmState) -> tuple[None, Array]:
+        """The dual point of the last prox; the loss is smooth and needs none."""
+        del problem
+        return None, state.candidate
+
+    def prox_step(self, problem: Problem, state: AdmmState) -> Array:
+        """`S / rho`."""
+        return problem.operator.row_scale / state.rho
 
     def extract(self, problem: Problem, state: AdmmState) -> Float[Array, "..."]:
         """X."""

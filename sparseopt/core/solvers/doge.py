@@ -11,10 +11,10 @@ columns that it touches and a scaled dual `theta_i`; every row is then a problem
 
 Two departures from the paper, with the same limit:
 
-1. The copies are never stored. Written out, `theta_i` is `d - Ψ_iᵀ g_i / rho` with one array d for all groups
-   and one number a row, on and off the columns of a group, so the iteration is that of `admm.py`: one product
-   with Ψ and one with Ψᵀ, all groups at once, memory of one number a row and a column, hubs included.
-   `C_j` is the number of copies of column j: the rows that touch it, or the number of groups if every group
+1. The copies are never stored (`doge_groups.py` stores them). Written out, `theta_i` is `d - Ψ_iᵀ g_i / rho` with one
+   array d for all groups and one number a row, on and off the columns of a group, so the iteration is that of
+   `admm.py`: one product with Ψ and one with Ψᵀ, all groups at once, memory of one number a row and a column, hubs
+   included. `C_j` is the number of copies of column j: the rows that touch it, or the number of groups if every group
    copies every column, as in the paper.
 2. A copy of column j in row r may carry the weight `|Ψ_rj|` (metric "coefficients") instead of 1 ("copies").
    The row step stays closed form with `S_r = sum_j |Ψ_rj|` for the squared norm and `C_j = sum_r |Ψ_rj|`.

@@ -370,6 +370,15 @@ class LossAdmm:
             stalled=near & (check.waited >= self.patience),
         )
 
+    def duals(self, problem: Problem, state: LossAdmmState) -> tuple[Array, Array]:
+        """The subgradients p' and g' at the last proxes."""
+        del problem
+        return state.now.loss_candidate, state.now.candidate
+
+    def prox_step(self, problem: Problem, state: LossAdmmState) -> Array:
+        """`S / rho`."""
+        return problem.operator.row_scale / state.rho
+
     def extract(self, problem: Problem, state: LossAdmmState) -> Float[Array, "..."]:
         """X."""
         del problem

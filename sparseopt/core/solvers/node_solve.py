@@ -3,6 +3,7 @@
 Each class has `solve(loss, split, right, rho, guess)`; rho may be traced.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,12 +59,17 @@ class Cosine:
                 x = (_unfolded if inverse else _folded)(halves, x, axis)
         return x
 
+    def filtered(self, x: FloatArray, factor: Callable[[Any], Any]) -> FloatArray:
+        """`factor(L) x` for a function of the eigenvalues of L."""
+        spectrum = factor(self.eigenvalues)
+        spectrum = spectrum.reshape(spectrum.shape + (1,) * (x.ndim - spectrum.ndim))
+        return self._transform(spectrum * self._transform(x, inverse=False), inverse=True)
+
     def solve(self, loss: NodeSquares, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
         """Exact, by two transforms."""
         del loss, guess
-        spectrum = 1 + rho * split.column_scale * sum(self.eigenvalues**power for power in self.powers)
-        spectrum = spectrum.reshape(spectrum.shape + (1,) * (right.ndim - spectrum.ndim))
-        return self._transform(self._transform(right, inverse=False) / spectrum, inverse=True)
+        scale = rho * split.column_scale
+        return self.filtered(right, lambda level: 1 / (1 + scale * sum(level**power for power in self.powers)))
 
 
 def _product(matrix: Any, x: FloatArray, axis: int) -> FloatArray:

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import certificate, has_conjugate
+from sparseopt.core.certify import PENALTY_MOVE, certificate, has_conjugate, is_convex
 from sparseopt.core.dense import product
 from sparseopt.core.fidelity import total
 from sparseopt.core.losses import Quadratic, is_smooth
@@ -60,8 +60,6 @@ PATIENCE = 8
 CERTIFICATE_GROWTH = 1.3
 # The linear solve of a certificate takes so many steps at most, and the iterations so far divided by so much.
 LEAST_SOLVE, SOLVE_SHARE = 10, 10
-# A certificate moves u by so much less than s: a move of s costs the bound its square, one of u a scaling of both.
-PENALTY_MOVE = 1e-3
 
 
 class Point(NamedTuple):
@@ -356,13 +354,18 @@ class PrimalDual:
     def measure(self, problem: Problem, state: PrimalDualState) -> Measure:
         """What this step's check found."""
         stalled = state.progress.stalled(state.residual, PATIENCE)
-        nonconvex = not has_conjugate(problem.penalty)
+        nonconvex = not is_convex(problem.penalty)
         return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled, nonconvex)
 
     def duals(self, problem: Problem, state: PrimalDualState) -> tuple[Array, Array]:
         """The pair (s, u)."""
         del problem
         return state.mapped.duals
+
+    def prox_step(self, problem: Problem, state: PrimalDualState) -> Array:
+        """`1 / sigma` of the penalty."""
+        del problem
+        return 1 / (state.omega * state.scales[1])
 
     def extract(self, problem: Problem, state: PrimalDualState) -> Float[Array, "..."]:
         """The current x; without an operator its copy, which has the penalty's zeros and lies in its set."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import largest_eigenvalue_bound
+from sparseopt.core.penalties import cold_memory, prox_from
 from sparseopt.core.problem import Measure, Problem, needs
 from sparseopt.core.solvers.aiht import STEP_FRACTION
 from sparseopt.core.types import pytree, static
@@ -25,6 +26,7 @@ class ProximalGradientState:
     step_size: Any
     objective: Any
     residual: Any
+    prox_memory: Any  # what the next prox starts from, where the penalty has an `IterativeProx`
 
 
 @pytree
@@ -51,20 +53,21 @@ class ProximalGradient:
         step = self.step_size
         if step is None:
             step = STEP_FRACTION / largest_eigenvalue_bound(problem.loss.hessian, jax.random.key(self.seed))
-        return self._at(problem, x0, jnp.asarray(step, x0.dtype), jnp.full((), jnp.inf, x0.dtype))
+        memory = cold_memory(problem.penalty, x0)
+        return self._at(problem, x0, jnp.asarray(step, x0.dtype), jnp.full((), jnp.inf, x0.dtype), memory)
 
     def step(self, problem: Problem, state: ProximalGradientState) -> ProximalGradientState:
         """One step."""
-        x = problem.penalty.prox(state.u, state.step_size)
+        x, memory = prox_from(problem.penalty, state.u, state.step_size, state.prox_memory)
         length = jnp.linalg.norm(x - state.x)
         tiny = jnp.finfo(x.dtype).tiny
         residual = length / jnp.maximum(jnp.linalg.norm(state.x), tiny)
-        return self._at(problem, x, state.step_size, residual)
+        return self._at(problem, x, state.step_size, residual, memory)
 
-    def _at(self, problem: Problem, x: Array, step: Array, residual: Array) -> ProximalGradientState:
+    def _at(self, problem: Problem, x: Array, step: Array, residual: Array, memory: Any) -> ProximalGradientState:
         gradient = problem.loss.gradient(x)
         objective = problem.loss.value_at(x, gradient) + problem.penalty.value(x)
-        return ProximalGradientState(x, x - step * gradient, step, objective, residual)
+        return ProximalGradientState(x, x - step * gradient, step, objective, residual, memory)
 
     def measure(self, problem: Problem, state: ProximalGradientState) -> Measure:
         """Relative step length and F."""

@@ -1,10 +1,15 @@
-"""Floor 5: checks of single arguments. An error names the argument, what it should be, and what was given."""
+"""Floor 1: checks of single arguments. An error names the argument, what it should be, and what was given."""
 
 import math
 import numbers
 from typing import Any
 
 import numpy as np
+
+from sparseopt.machine import available_memory_bytes, format_bytes
+
+# So little is always there: what needs less does not ask the machine.
+ALWAYS_FREE = 2**26
 
 
 def whole_number(name: str, given: Any, least: int, most: int | None = None, meaning: str = "") -> int:
@@ -68,3 +73,18 @@ def real_array(name: str, given: Any) -> np.ndarray:
         advice = "; if it holds numbers, convert it by .astype(float)" if array.dtype.kind in "OUS" else ""
         raise ValueError(f"{name} must hold real numbers, given dtype {array.dtype}{advice}")
     return array
+
+
+def require_memory(needed: int, what: str, advice: str) -> None:
+    """See that at least so many bytes are free: what this refuses cannot be done, what it lets pass may be too much.
+
+    Args:
+        needed: at least so many will be taken.
+        what: what takes them, for the error.
+        advice: what to do.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if needed > ALWAYS_FREE and needed > (free := available_memory_bytes()):
+        raise ValueError(f"{what} takes at least {format_bytes(needed)}, and {format_bytes(free)} are free: {advice}")

@@ -18,63 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.certify import promoted, stationary
-from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.core.iterate import iterate
 from sparseopt.core.node_losses import NodeLoss
 from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem, Solution, Status
-from sparseopt.core.residual_losses import AbsoluteLoss, HuberLoss
 from sparseopt.core.scalar_losses import ScalarLoss
-from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossAdmmState, LossStart, certificate
-from sparseopt.trend.graph import Graph
-from sparseopt.trend.inputs import Signal
-from sparseopt.trend.methods import Prepared, prepare
-from sparseopt.trend.options import SPLITTING_METHODS, Options
-from sparseopt.trend.preparation import (
-    BOX_RANGES,
-    FIRST_RHO,
-    leaves_as,
-    mean_weight,
-    noise_of,
-    on_rows,
-    vanishes,
-)
-from sparseopt.trend.start import null_space_dual, start_point, warm_start_of
+from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart, certificate
+from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Ground, leaves_as, mean_weight
+from sparseopt.trend.job import Job, vanishes
+from sparseopt.trend.methods import chosen
+from sparseopt.trend.plan import FIRST_RHO
+from sparseopt.trend.signal import Signal
+from sparseopt.trend.start import null_space_dual
 
-LOSSES: dict[str, ScalarLoss] = {
-    "poisson": PoissonLoss(),
-    "logistic": LogisticLoss(),
-    "squared_hinge": SquaredHingeLoss(),
-    "huber": HuberLoss(),
-    "absolute": AbsoluteLoss(),
-}
 # A node without an observation still needs some weight in the x-step: this share of the mean.
 LIGHT = 1e-2
-
-
-def checked_loss(loss: Any) -> ScalarLoss | None:
-    """The loss, by object or name; None for the square.
-
-    Raises:
-        ValueError: for an unknown name, or a loss that refuses its own parameters.
-        TypeError: for an object that is no `ScalarLoss`.
-    """
-    if loss is None or (isinstance(loss, str) and loss == "square"):
-        return None
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}; known are square, {', '.join(LOSSES)}")
-        return LOSSES[loss]
-    if isinstance(loss, type) or not isinstance(loss, ScalarLoss):
-        raise TypeError(
-            f"a loss is a name or an object with the methods of `ScalarLoss`, such as sparseopt.PoissonLoss(); "
-            f"given {loss!r}"
-        )
-    refuses = getattr(loss, "refuses", None)
-    reason = refuses() if refuses is not None else None
-    if reason is not None:
-        raise ValueError(reason)
-    return loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,78 +44,72 @@ class _Data:
     labels: np.ndarray
 
 
-def fit_loss(signal: Signal, graph: Graph, penalty: Any, order: int, loss: ScalarLoss, options: Options) -> Solution:
-    """The fit of a checked signal; call it where the signal's precision is enabled. Arguments as in `trend_filter`.
+def fit_loss(job: Job) -> Solution:
+    """The fit of a job with a loss; call it where its dtype is enabled.
 
     Raises:
         ValueError: for observations outside the loss's domain, a component without a finite fit, or a method that
             solves the square loss only.
     """
-    method, tol, rho, warm_start = options.method, options.tol, options.rho, options.warm_start
-    if method not in SPLITTING_METHODS:
-        raise ValueError(
-            f"method={method!r} solves the square loss only; with loss={loss} use {', '.join(SPLITTING_METHODS)}"
-        )
-    kind, channels = signal.values.dtype, signal.values.shape[1:]
-    _require_connected(penalty)
-    nothing = vanishes(penalty)
-    penalty, loss = leaves_as(on_rows(penalty, graph, order, bool(channels)), kind), leaves_as(loss, kind)
-    data = _observations(signal, graph, loss, free=nothing or graph.num_edges == 0)
+    signal, graph, kind, channels, tol = job.signal, job.graph, job.dtype, job.channels, job.tol
+    assert signal is not None
+    method = chosen(job)
+    _require_connected(job.penalty)
+    nothing = vanishes(job.penalty)
+    penalty = job.rows
+    loss = leaves_as(job.loss, kind)
+    data = _observations(signal, job, loss, free=nothing or graph.num_edges == 0)
     columns = [np.ascontiguousarray(column) for column in data.columns.T]
     null = np.stack([loss.location(column, data.weights, data.labels)[data.labels] for column in columns], axis=1)
     _require_finite(null, data, loss, nothing)
     alike = _sees_one_value(data)
     if alike.all():
-        return _answered(null.reshape(signal.shape), kind)
-
-    nodes = graph.shape or (graph.num_nodes,)
+        return _answered(null.reshape(signal.values.shape), kind)
 
     def laid_out(values: np.ndarray) -> jax.Array:
-        return jnp.asarray(values.reshape(*nodes, *channels), kind)
+        return job.layout.put(job.layout.rows(values.reshape(-1, *channels), 0).astype(kind))
 
-    weights = None
-    if signal.weights is not None:
-        weights = jnp.asarray(signal.weights.reshape(*nodes, *(1 for _ in channels)))
-    low, high = _box(signal, loss, order)
-    node_loss = NodeLoss(loss, laid_out(signal.values), weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
+    y, weights = job.arrays
+    low, high = _box(signal, loss, job.order)
+    node_loss = NodeLoss(loss, y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
     # Where a component sees one value and the domain of the conjugate ends at 0, its dual, 0, has no room for rounding.
     # Its fit is known and its loss 0: it counts as missing until the fit is put in.
     settled = _holding(data, alike & ~_zero_is_inside(node_loss).reshape(alike.shape))
     if settled.any():
         node_loss = dataclasses.replace(node_loss, weights=laid_out(data.weights[:, None] * ~settled))
     curvatures = _curvatures(data, loss, null, columns)
-    if method == "auto":
-        # Cosines are exact and cheap on grids, whatever the weights; elsewhere a step without a linear solve pays.
-        method = "doge" if graph.shape is None else "admm"
-    even = method == "admm" and graph.shape is not None  # cosines need one metric for all nodes
-    ready = prepare(graph, order, method, options.block if method == "doge" else 0, not even, kind, bool(channels))
-    full = prepare(graph, order, "doge", order + 1, signal.weights is not None, kind, bool(channels))
+    even = method.one_metric and graph.shape is not None  # cosines need one metric for all nodes
+    plan = method.plan(dataclasses.replace(job, weighted=not even))
     pull = -_balanced_gradient(data, node_loss, null, laid_out)
-    dual = _null_dual(graph, penalty, full, pull, order, node_loss, laid_out)
+    dual = _null_dual(job.ground, penalty, pull, node_loss, laid_out)
     sigma = float(np.mean(curvatures))
     solver = LossAdmm(
-        ready.node_solve,
-        _anchor(node_loss, penalty, full, dual),
-        jnp.asarray(_first_rho(penalty, full, laid_out(pull), sigma) if rho is None else rho, kind),
+        plan.node_solve,
+        _anchor(node_loss, penalty, job.ground, dual),
+        jnp.asarray(_first_rho(job.ground, penalty, laid_out(pull), sigma) if job.rho is None else job.rho, kind),
         jnp.asarray(sigma, kind),
         None if even else laid_out(curvatures / sigma),
-        **options.solver_settings(method, kind),
+        relaxation=kind.type(job.relaxation),
+        cadence=min(job.cadence or plan.cadence, job.max_steps),
     )
     x = laid_out(null)
-    start = LossStart(x, dual) if warm_start is None else _warm(signal, warm_start, laid_out, ready, rho)
-    problem = Problem(node_loss, penalty, ready.split)
-    limit = options.limit(solver.cadence)
-    found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=options.history)
+    start, warm = LossStart(x, dual), job.start()
+    if warm is not None:
+        last = getattr(getattr(job.warm_start, "state", None), "sigma", None)
+        # The rho of the square loss's solver is none for this one.
+        start = LossStart(warm.x, warm.dual, None if last is None else warm.rho, last)
+    if job.rho is not None:
+        start = dataclasses.replace(start, rho=None)
+    problem = Problem(node_loss, penalty, plan.split)
+    limit = -(-job.max_steps // solver.cadence) * solver.cadence
+    found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=job.history)
     if settled.any():
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
     if not isinstance(penalty, Norm):
-        status = stationary(found.status)
-        return dataclasses.replace(found, value=found.value.reshape(signal.shape), status=status)
+        return dataclasses.replace(found, status=stationary(found.status))
     value, objective, gap = _finish(problem, found, solver.anchor, x)
     status = promoted(found.status, gap, objective, tol)
-    return dataclasses.replace(
-        found, value=value.reshape(signal.shape), status=status, residual=gap, objective=objective, gap=gap
-    )
+    return dataclasses.replace(found, value=value, status=status, residual=gap, objective=objective, gap=gap)
 
 
 def _require_connected(penalty: Any) -> None:
@@ -171,8 +123,9 @@ def _require_connected(penalty: Any) -> None:
         )
 
 
-def _observations(signal: Signal, graph: Graph, loss: ScalarLoss, free: bool) -> _Data:
+def _observations(signal: Signal, job: Job, loss: ScalarLoss, free: bool) -> _Data:
     """The data, in the loss's domain; without a penalty every node is a component of its own."""
+    graph = job.graph
     columns = signal.values.reshape(graph.num_nodes, -1).astype(np.float64)
     weights = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
     wrong = loss.wrong(columns) & (weights > 0)[:, None]
@@ -272,13 +225,7 @@ def _balanced_gradient(
 
 
 def _null_dual(
-    graph: Graph,
-    penalty: Any,
-    full: Prepared,
-    pull: np.ndarray,
-    order: int,
-    node_loss: NodeLoss,
-    laid_out: Callable[[np.ndarray], jax.Array],
+    ground: Ground, penalty: Any, pull: np.ndarray, node_loss: NodeLoss, laid_out: Callable[[np.ndarray], jax.Array]
 ) -> jax.Array:
     """The dual of the best constants, shortened until it lies in the penalty's ball; 0 where it serves nothing.
 
@@ -286,17 +233,18 @@ def _null_dual(
     conjugate, where the dual 0 may be on the boundary.
     """
     on_nodes = laid_out(pull)
-    nothing = jnp.zeros(full.split.row_shape(on_nodes), on_nodes.dtype)
+    rows = ground.operator.mv(on_nodes)
+    nothing = jnp.zeros_like(rows)
     if not isinstance(penalty, Norm):
         return nothing
-    strong = float(penalty.value(full.split.mv(on_nodes))) >= np.sum(pull**2)
+    strong = float(penalty.value(rows)) >= np.sum(pull**2)
     if not strong and _zero_is_inside(node_loss).all():
         return nothing
-    found = null_space_dual(graph, pull, order)
-    if found is None:
-        return nothing
-    z = laid_out(found[0])
-    return _shortened(penalty, full.split.outer.base.difference(z) if found[1] else z)
+    dual, solved = _of_means(ground, on_nodes)
+    return _shortened(penalty, dual) if solved else nothing
+
+
+_of_means = jax.jit(null_space_dual)
 
 
 def _zero_is_inside(node_loss: NodeLoss) -> np.ndarray:
@@ -320,36 +268,18 @@ def _shortened(penalty: Any, dual: jax.Array) -> jax.Array:
     return penalty.project_dual(jnp.where(share > 1e-12, share, 0) * dual)
 
 
-def _anchor(node_loss: NodeLoss, penalty: Any, full: Prepared, dual: jax.Array) -> Anchor | None:
+def _anchor(node_loss: NodeLoss, penalty: Any, ground: Ground, dual: jax.Array) -> Anchor | None:
     if not isinstance(penalty, Norm):
         return None
     dual = jnp.zeros_like(dual) if _zero_is_inside(node_loss).all() else dual
-    return Anchor(dual, full.split.rmv(dual))
+    return Anchor(dual, ground.operator.rmv(dual))
 
 
-def _first_rho(penalty: Any, full: Prepared, pull: jax.Array, sigma: float) -> jax.Array:
+@jax.jit
+def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> jax.Array:
     """The weight over the noise, as the differences of the loss's pull show it."""
-    noise = noise_of(full, pull)
-    return FIRST_RHO * sigma * mean_weight(penalty) / jnp.where(noise > 0, noise, 1)
-
-
-def _warm(
-    signal: Signal,
-    warm_start: Solution,
-    laid_out: Callable[[np.ndarray], jax.Array],
-    ready: Prepared,
-    rho: float | None,
-) -> LossStart:
-    """The start that continues an earlier solution.
-
-    Raises:
-        ValueError: if its dual does not fit.
-    """
-    x = laid_out(start_point(warm_start, signal))
-    start, state = warm_start_of(x, warm_start, ready, rho), warm_start.state
-    if not isinstance(state, LossAdmmState):
-        return LossStart(x, start.dual)
-    return LossStart(x, start.dual, start.rho, state.sigma)
+    noise = OF_MEAN_SIZE * jnp.mean(jnp.abs(ground.highest.mv(pull)) / ground.row_norms)
+    return FIRST_RHO * sigma * mean_weight(penalty, 1.0) / jnp.where(noise > 0, noise, 1)
 
 
 @jax.jit

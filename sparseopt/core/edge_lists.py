@@ -1,12 +1,12 @@
-"""Floor 5: edge lists and adjacency matrices as callers write them, checked and laid out for `Graph`."""
+"""Floor 2: edge lists and adjacency matrices as callers write them, checked on the host."""
 
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 
+from sparseopt.core.arguments import real_array, whole_number
 from sparseopt.core.grouping import grid_edges
-from sparseopt.trend.checks import real_array, whole_number
 
 # A pair of node numbers is one int64 key.
 MOST_NODES = 3_037_000_499

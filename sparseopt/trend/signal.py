@@ -1,20 +1,22 @@
-"""Floor 5: what a caller may pass to the trend filter, checked and laid out on the host before any work."""
+"""Floor 5: a signal on a graph as a caller passes it, checked and laid out on the host before any work."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from sparseopt.core.group_penalties import GroupL2, SparseGroup
-from sparseopt.core.penalties import L1, MCP, SCAD
-from sparseopt.trend.checks import real_array, whole_number
+from sparseopt.core.arguments import real_array, require_memory, whole_number
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.memory import FIT_COPIES, require_signal_memory
 
 # The entries of Δ^(order+1) are up to binomial(order + 1, half of it), on every graph with a long enough path or more;
 # from the next order on they are no longer exact in float64.
 MOST_ORDER = 55
+# What a fit holds at its peak, in arrays of the signal's size and dtype: 30 to 120 were measured, over methods, orders
+# and graphs. Without a solve, as for the noise, it is fewer.
+FIT_COPIES = 24
+PLAIN_COPIES = 6
 # The gap compares squares of residuals with those of the signal. So the squares of the signal must stand this far
 # above the smallest normal number: below, residuals vanish and every fit would be called exact.
 SQUARES_ABOVE_TINY = 1e12
@@ -80,12 +82,18 @@ def checked_signal(
         copies: how many arrays like the signal the work takes at least.
 
     Raises:
-        TypeError: for a graph that is none.
+        TypeError: for a graph that is none, and a signal that is traced.
         ValueError: on a signal that holds no real numbers, a length that does not fit the graph, non-finite values,
             values whose squares no float of the dtype holds, weights that are negative, non-finite or of the wrong
             shape, an unknown `missing`, a component without an observation, or too little memory.
     """
-    graph, y = checked_graph(graph), real_array("a signal", y)
+    graph = checked_graph(graph)
+    if isinstance(y, jax.core.Tracer):
+        raise TypeError(
+            "trend_filter checks a signal's values, which are not known under jit, vmap and grad: make a solver by "
+            "sparseopt.trend_solver(graph, order) outside, and call it there"
+        )
+    y = real_array("a signal", y)
     kind = compute_dtype(y, dtype)
     shape = y.shape
     if graph.shape is not None and y.shape[: len(graph.shape)] == graph.shape and y.ndim <= len(graph.shape) + 1:
@@ -100,7 +108,9 @@ def checked_signal(
         )
     if not (isinstance(missing, str) and missing in ("error", "nan")):
         raise ValueError(f'missing must be "error" or "nan", given {missing!r}')
-    require_signal_memory(flat.shape, kind, copies)
+    what = f"work on a {kind} signal of the shape {flat.shape}, {math.prod(flat.shape):,} values,"
+    advice = "solve channels one by one, split the graph, or take dtype=np.float32"
+    require_memory(copies * math.prod(flat.shape) * kind.itemsize, what, advice)
     weights = _checked_weights(node_weights, graph)
     if np.isinf(flat).any():
         raise ValueError(
@@ -197,94 +207,3 @@ def checked_order(order: Any) -> int:
         ValueError: if it is negative, not an integer, or so high that differences are no longer exact.
     """
     return whole_number("order", order, 0, MOST_ORDER, "0: piecewise constant, 1: piecewise linear, ...")
-
-
-def checked_block(block: Any, order: int) -> int:
-    """B as an int in 1..order+1; None takes order + 1, which needs no linear solve.
-
-    Raises:
-        ValueError: outside that range.
-    """
-    if block is None:
-        return order + 1
-    return whole_number("B", block, 1, order + 1, "up to order + 1; B = 0 is method='admm'")
-
-
-def checked_penalty(penalty: Any, channels: int | None, kind: np.dtype, rows: int | None = None) -> Any:
-    """The penalty, with finite parameters and a weight that is not negative.
-
-    Args:
-        penalty: the penalty.
-        channels: of the signal, None without a channel axis.
-        kind: dtype of the computation.
-        rows: where L1 may have a weight for each of so many rows; None allows one number only.
-
-    Raises:
-        TypeError: if it has no `value` and `prox`, is a class, or no pytree.
-        ValueError: for a parameter out of its range or of another shape, or a channel penalty without channels.
-    """
-    if isinstance(penalty, type) or not (hasattr(penalty, "value") and hasattr(penalty, "prox")):
-        raise TypeError(f"a penalty has `value` and `prox`, such as sparseopt.L1(10.0); given {penalty!r}")
-    if any(leaf is penalty for leaf in jax.tree.leaves(penalty)):
-        # No program could be compiled for it.
-        raise TypeError(f"a penalty is a pytree, made so by the decorator sparseopt.pytree; given {penalty!r}")
-    if isinstance(penalty, GroupL2 | SparseGroup):
-        name = type(penalty).__name__
-        if penalty.groups is not None:
-            raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")
-        if channels is None:
-            raise ValueError(f"{name} couples the channels of a signal [n, channels]; this one has none: use L1")
-    check_parameters(penalty, kind, rows)
-    return penalty
-
-
-def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> None:
-    """See that the numbers of a penalty are finite and its weight is not negative and has its shape.
-
-    Args:
-        penalty: the penalty.
-        kind: dtype of the computation.
-        rows: as in `checked_penalty`.
-
-    Raises:
-        ValueError: if not.
-    """
-    for leaf in jax.tree.leaves(penalty):
-        number = np.asarray(leaf).dtype.kind in "biuf"
-        if number and not np.all(np.isfinite(np.asarray(leaf))):
-            raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
-    if isinstance(penalty, MCP) and not np.all(real_array("the gamma of MCP", penalty.gamma) > 0):
-        raise ValueError(f"MCP flattens out at gamma times its weight: gamma is positive, given {penalty}")
-    if isinstance(penalty, SCAD) and not np.all(real_array("the a of SCAD", penalty.a) > 2):
-        raise ValueError(f"SCAD is defined for a > 2, given {penalty}")
-    if not hasattr(penalty, "weight"):
-        return
-    weight = np.asarray(real_array("the penalty's weight", penalty.weight), np.float64)
-    if weight.ndim != 0 and not (rows is not None and isinstance(penalty, L1)):
-        raise ValueError(
-            f"the penalty's weight is one number here, given the shape {weight.shape}; L1 in `trend_filter` "
-            "takes a weight for every difference, and a graph takes weights of edges"
-        )
-    if weight.ndim != 0 and weight.shape != (rows,):
-        raise ValueError(
-            f"the weight of L1 is one number, or one for each of the {rows} rows of graph.matrix(order + 1), "
-            f"given the shape {weight.shape}"
-        )
-    if weight.min(initial=0) < 0:
-        raise ValueError(f"the penalty's weight must not be negative, given {weight.min()}")
-    require_representable(weight, kind)
-
-
-def require_representable(weight: np.ndarray, kind: np.dtype) -> None:
-    """See that weights of a penalty neither overflow nor vanish in the dtype of the computation.
-
-    Raises:
-        ValueError: if one does.
-    """
-    limits = np.finfo(kind)
-    wrong = (weight > limits.max) | ((weight > 0) & (weight < limits.tiny))
-    if wrong.any():
-        raise ValueError(
-            f"the penalty's weight is 0 or from {limits.tiny:.3g} to {limits.max:.3g} in {kind}, given "
-            f"{float(weight[wrong].flat[0]):.3g}"
-        )

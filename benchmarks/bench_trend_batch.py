@@ -1,0 +1,253 @@
+"""The trend filter planned once: its gradient, pictures by vmap, and what a call costs beyond its work. JSON lines.
+
+    python benchmarks/bench_trend_batch.py [--only gradient,pictures,calls] [--quick] [--python INTERPRETER]
+
+gradient: that of a squared error of the fit in the signal and every row's weight, against the fit alone; at order 0
+beside fastprox, which solves to the same gap. Both are checked against central differences along one direction.
+pictures: 64 in one program, by `jax.vmap` and by `jax.lax.map`, against 64 calls. calls: 1,000 on a chain of 5,000
+nodes, against the same fits in programs of ten.
+
+Every part runs in a process of its own, on one core, in float64. Times are medians after a first call, which compiles.
+fastprox needs Python 3.12: --python names another interpreter for it, with NumPy and SciPy beside it.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_core import installed, run_apart, timed, warmed
+from bench_trend_peers import emit, seconds_of, tell
+from trend_problems import NOISE, grid_signal
+
+import sparseopt as so
+
+TOL = 1e-6
+WEIGHTS = (20.0, 13.0)
+CHAIN_WEIGHT = 10.0
+# Central differences take this share of a movement, small enough that no piece splits; their fits are this exact.
+MOVE, EXACT = 1e-6, 1e-11
+WORK = "the work alone"
+# A gradient may take so many times the fit's seconds, and a call so many seconds beyond its work.
+MOST_RATIO, MOST_OVERHEAD = 2.0, 1e-3
+
+
+def gradient(quick: bool, interpreter: str) -> None:
+    """A gradient in the signal and the row weights at orders 0 and 1, and fastprox at order 0."""
+    side = 32 if quick else 256
+    y, target = (jnp.asarray(grid_signal((side, side), seed)) for seed in (0, 1))
+    for order, weight in enumerate(WEIGHTS):
+        solver = so.trend_solver(so.Graph.grid((side, side)), order)
+        rng = np.random.default_rng(order)
+        size = solver.layout.count(order + 1)
+        point = y, jnp.asarray(weight * rng.uniform(0.5, 1.5, size))
+        along = target - y, jnp.asarray(weight * rng.uniform(-0.5, 0.5, size))
+
+        def fit(y: Any, weights: Any, tol: float, solver: Any = solver) -> so.Solution:
+            return solver(y, so.L1(weights), tol=tol)
+
+        def loss(y: Any, weights: Any, tol: float, fit: Any = fit) -> Any:
+            return jnp.mean((fit(y, weights, tol).value - target) ** 2)
+
+        known = differences(jax.jit(loss), point, along)
+        forward, slopes = jax.jit(fit), jax.jit(jax.grad(loss, argnums=(0, 1)))
+        of_fit = warmed(lambda: jax.block_until_ready(forward(*point, TOL)))  # noqa: B023
+        of_both = warmed(lambda: jax.block_until_ready(slopes(*point, TOL)))  # noqa: B023
+        found = forward(*point, TOL)
+        ratio = of_both["seconds"] / of_fit["seconds"]
+        about = {"side": side, "order": order, "weight": weight, "tol": TOL, "reduced": quick}
+        ours = [float(jnp.vdot(slope, move)) for slope, move in zip(slopes(*point, TOL), along, strict=True)]
+        tell(f"gradient, order {order}: {of_both['seconds']:.3g} s, {ratio:.3g} times the fit")
+        emit(
+            "gradient through a plan",
+            **about,
+            solver="sparseopt",
+            version=installed("sparseopt"),
+            steps=int(found.steps),
+            gap=float(found.gap),
+            **compared(of_fit, of_both, ours, known),
+            target=MOST_RATIO,
+            met=None if quick else ratio <= MOST_RATIO,
+        )
+        if order == 0:
+            edges = {"weights": on_axes(point[1], side), "weights_along": on_axes(along[1], side)}
+            fields = {"y": y, "target": target, "along": along[0]}
+            shaped = {name: np.asarray(field).reshape(side, side) for name, field in fields.items()}
+            fastprox(interpreter, {**shaped, **edges, "gap": TOL * float(found.objective)}, known, about)
+
+
+def differences(loss: Callable[..., Any], point: tuple, along: tuple) -> list[float]:
+    """Central differences of the loss along a movement of the signal, and along one of the weights."""
+    found = []
+    for index in range(2):
+        ends = []
+        for sign in (1, -1):
+            moved = list(point)
+            moved[index] = point[index] + sign * MOVE * along[index]
+            ends.append(float(loss(*moved, EXACT)))
+        found.append((ends[0] - ends[1]) / (2 * MOVE))
+    return found
+
+
+def compared(fit: dict[str, Any], both: dict[str, Any], slopes: list[float], known: list[float]) -> dict[str, Any]:
+    """Times of a fit, and of a fit and its gradient, and the errors of the slopes along the two movements."""
+    errors = [abs(slope / value - 1) for slope, value in zip(slopes, known, strict=True)]
+    return {
+        "fit_seconds": fit["seconds"],
+        "gradient_seconds": both["seconds"],
+        "ratio": both["seconds"] / fit["seconds"],
+        "first_call_seconds": both.get("first_call_seconds"),
+        "repeats": both["repeats"],
+        "error_in_signal": errors[0],
+        "error_in_weights": errors[1],
+    }
+
+
+def on_axes(values: Any, side: int) -> np.ndarray:
+    """Values of a picture's edges at the node where each begins, `[2, side, side]`."""
+    values, cut = np.asarray(values), side * (side - 1)
+    found = np.zeros((2, side, side))
+    found[0, :-1] = values[:cut].reshape(side - 1, side)
+    found[1, :, :-1] = values[cut:].reshape(side, side - 1)
+    return found
+
+
+def fastprox(interpreter: str, given: dict[str, Any], known: list[float], about: dict[str, Any]) -> None:
+    """The same gradient by fastprox, in a process of its own, or why not."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "problem.npz"
+        np.savez(file, **given)
+        command = [interpreter, str(Path(__file__).with_name("trend_batch_peer.py")), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+        tell(f"SKIPPED fastprox: {reason}")
+        emit("SKIPPED", part="gradient", solver="fastprox", reason=reason)
+        return
+    for line in done.stdout.splitlines():
+        answer = json.loads(line)
+        fit, both, slopes = (answer.pop(name) for name in ("fit", "both", "slopes"))
+        emit("gradient through a plan", **about, **answer, **compared(fit, both, slopes, known))
+
+
+def pictures(quick: bool, interpreter: str) -> None:
+    """Many pictures at once against one after the other."""
+    del interpreter
+    count, side = (8, 16) if quick else (64, 64)
+    graph = so.Graph.grid((side, side))
+    signals = np.stack([grid_signal((side, side), seed) for seed in range(count)])
+    for order, weight in enumerate(WEIGHTS):
+        solver, penalty = so.trend_solver(graph, order), so.L1(weight)
+        fit = partial(solver, penalty=penalty, tol=TOL)
+        single, batched, looped = jax.jit(fit), jax.jit(jax.vmap(fit)), jax.jit(partial(jax.lax.map, fit))
+        filtered = partial(so.trend_filter, graph=graph, penalty=penalty, order=order, tol=TOL)
+        ways: dict[str, Callable[[], list[so.Solution]]] = {
+            "solver, a call each": lambda: list(map(single, signals)),  # noqa: B023
+            "solver, vmap": lambda: [batched(signals)],  # noqa: B023
+            "solver, lax.map": lambda: [looped(signals)],  # noqa: B023
+            "trend_filter, a call each": lambda: list(map(filtered, signals)),  # noqa: B023
+        }
+        known: np.ndarray | None = None
+        calls: float | None = None
+        for way, call in ways.items():
+            spent = warmed(lambda: jax.block_until_ready([found.value for found in call()]))  # noqa: B023
+            found = call()
+            values, steps, status = (
+                np.concatenate([np.asarray(getattr(one, name)).reshape(-1) for one in found])
+                for name in ("value", "steps", "status")
+            )
+            known, calls = values if known is None else known, calls or spent["seconds"]
+            tell(f"pictures, order {order}: {way} {spent['seconds']:.3g} s")
+            emit(
+                "pictures",
+                pictures=count,
+                side=side,
+                order=order,
+                weight=weight,
+                tol=TOL,
+                way=way,
+                **spent,
+                speedup=calls / spent["seconds"],
+                steps=float(steps.mean()),
+                most_steps=int(steps.max()),
+                converged=int((status == so.Status.CONVERGED).sum()),
+                # Of the largest value: how far from the solver's calls.
+                difference=float(np.abs(values - known).max() / np.abs(known).max()),
+                reduced=quick,
+            )
+
+
+def calls(quick: bool, interpreter: str) -> None:
+    """Many calls on a chain against as many fits in few programs."""
+    del interpreter
+    count, block, nodes = (50, 10, 500) if quick else (1000, 10, 5000)
+    graph, penalty = so.Graph.chain(nodes), so.L1(CHAIN_WEIGHT)
+    fit = partial(so.trend_solver(graph, 0), penalty=penalty, tol=TOL)
+    signals = grid_signal((nodes,)) + NOISE / 10 * np.random.default_rng(1).standard_normal((count, nodes))
+    looped = jax.jit(partial(jax.lax.map, lambda y: fit(y).value))
+    ways: dict[str, Callable[[Any], Any]] = {
+        "solver, jitted": jax.jit(fit),
+        "solver": fit,
+        "trend_filter": partial(so.trend_filter, graph=graph, penalty=penalty, order=0, tol=TOL),
+    }
+    first = {WORK: timed(lambda: jax.block_until_ready(looped(jnp.asarray(signals[:block]))))[0]}
+    first |= {way: timed(lambda: jax.block_until_ready(call(signals[0])))[0] for way, call in ways.items()}  # noqa: B023
+    spent: dict[str, list[tuple[float, float]]] = {way: [] for way in first}
+    # In turns, so that whatever else the machine does falls on all of them.
+    for some in np.split(signals, count // block):
+        here = jax.block_until_ready(jnp.asarray(some))
+        seconds, worked, _ = seconds_of(lambda: jax.block_until_ready(looped(here)))  # noqa: B023
+        spent[WORK].append((seconds / block, worked / block))
+        for way, call in ways.items():
+            spent[way] += [seconds_of(lambda: jax.block_until_ready(call(y).value))[:2] for y in some]  # noqa: B023
+    times = {way: [statistics.median(column) for column in zip(*found, strict=True)] for way, found in spent.items()}
+    for way, (each, worked) in times.items():
+        beyond = None if way == WORK else each - times[WORK][0]
+        tell(f"calls: {way} {each:.3g} s")
+        emit(
+            "calls",
+            calls=count,
+            nodes=nodes,
+            order=0,
+            weight=CHAIN_WEIGHT,
+            tol=TOL,
+            way=way,
+            seconds_a_call=each,
+            # Fewer than the seconds: something else ran meanwhile.
+            cpu_seconds=worked,
+            first_call_seconds=first[way],
+            overhead_seconds=beyond,
+            target=MOST_OVERHEAD,
+            met=None if quick or beyond is None else beyond <= MOST_OVERHEAD,
+            reduced=quick,
+        )
+
+
+PARTS: dict[str, Callable[[bool, str], None]] = {"gradient": gradient, "pictures": pictures, "calls": calls}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="parts, comma-separated")
+    parser.add_argument("--quick", action="store_true", help="small problems, a trial")
+    parser.add_argument("--python", default=sys.executable, metavar="INTERPRETER", help="the Python of fastprox")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        jax.config.update("jax_enable_x64", True)
+        PARTS[arguments.part](arguments.quick, arguments.python)
+        return
+    run_apart(__file__, PARTS, arguments.only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""fastprox's fit of a picture at order 0 and its gradients: JSON lines, for `bench_trend_batch.py`.
+
+    INTERPRETER benchmarks/trend_batch_peer.py PROBLEM.npz
+
+The file has the fields y, target, weights (of the edges, `[2, rows, columns]`), the movements along and weights_along
+of y and weights, and gap, the duality gap to reach. The loss is the mean squared error of the fit. The first gradient
+is that at the fit, whose pieces may not be those of the optimum yet, the second that after fastprox's own refinement.
+"""
+
+import json
+import platform
+import sys
+import warnings
+from functools import partial
+from typing import Any
+
+import numpy as np
+from bench_core import installed, warmed
+
+MOST_STEPS = 10_000
+# Relative errors of the fit to refine to; None leaves it as it is.
+REFINED: dict[str, float | None] = {"fastprox": None, "fastprox, refined": 1e-7}
+
+
+def main() -> None:
+    try:
+        import fastprox
+    except ImportError:
+        sys.exit(f"it is not installed for Python {platform.python_version()}, and needs 3.12 or newer")
+    # That a derivative is not exact is in the record.
+    warnings.simplefilter("ignore")
+    with np.load(sys.argv[1]) as stored:
+        given = dict(stored)
+    y, target = given["y"], given["target"]
+    operator = fastprox.TVAniso(2, edge_weights=given["weights"])
+    # Its tolerance is relative to the signal's energy.
+    options = {"threads": 1, "max_iter": MOST_STEPS, "tol": float(given["gap"] / (np.sum(y**2) / 2))}
+
+    def slopes(refine: float | None) -> tuple[Any, Any, Any, int]:
+        value, context = operator.prox(y, 1.0, keep=True, **options)
+        steps = context.info.iters
+        if refine is not None:
+            value = context.refine(refine)
+            steps += context.info.iters
+        in_y, in_parameters = operator.vjp(context, 2 * (value - target) / value.size)
+        return context, in_y, in_parameters.edge_weights, steps
+
+    fit = warmed(lambda: operator.prox(y, 1.0, **options))
+    for name, refine in REFINED.items():
+        call = partial(slopes, refine)
+        both = warmed(call)
+        context, in_y, in_weights, steps = call()
+        record = {
+            "solver": name,
+            "version": installed("fastprox"),
+            "python": platform.python_version(),
+            "steps": steps,
+            "exact": bool(context.deriv.exact),
+            "fit": fit,
+            "both": both,
+            "slopes": [float(np.vdot(in_y, given["along"])), float(np.vdot(in_weights, given["weights_along"]))],
+        }
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

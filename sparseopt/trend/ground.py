@@ -1,0 +1,232 @@
+"""Floor 5: what is known of a graph at some orders before any method is chosen, and of a signal that lies on it.
+
+The signal's mean is taken off before a solve and put back behind it, so that differences keep their digits. The means
+of the components are the fit for large weights.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from sparseopt.core.combined_penalties import stacked
+from sparseopt.core.fidelity import NodeSquares, total
+from sparseopt.core.operators import Difference, Stack
+from sparseopt.core.solvers.node_solve import cosine_solve
+from sparseopt.core.types import pytree, static
+from sparseopt.trend.layout import Layout
+
+Terms = dict[int, Any]
+# At orders >= 1 the fit may leave the range of the data where nothing is observed. The certificate then holds
+# among fits within this many ranges of it; at order 0 the range itself is a bound that loses nothing.
+BOX_RANGES = 10.0
+# The mean of |x| for a standard normal x, inverted.
+OF_MEAN_SIZE = 1.2533
+
+
+@pytree
+class Ground:
+    """The tables of a graph, in the layout of its arrays.
+
+    Attributes:
+        operator: what the penalty acts on: `Δ^(k+1)`, or several of them, one below the other.
+        highest: `Δ^(k+1)` of the highest order.
+        row_norms: `||row||_2` of that one.
+        degrees: the diagonal of the Laplacian, 1 where it is 0.
+        labels: the component of every node, `[*nodes]`; None for one component.
+        present: False in padded places; None without padding.
+        cosine: the transform that makes a grid's Laplacian diagonal; None for other graphs.
+        components: how many there are.
+        padding: the entries of arrays on the nodes and on the rows over those that are not padded.
+        anchored: whether the values themselves are penalised, so that 0 is a special value: nothing is taken from the
+            signal, 0 stands for the means, and the box holds it.
+    """
+
+    operator: Any
+    highest: Difference
+    row_norms: Any
+    degrees: Any
+    labels: Any
+    present: Any
+    cosine: Any
+    components: int = static()
+    padding: tuple[float, float] = static()
+    anchored: bool = static()
+
+    @property
+    def order(self) -> int:
+        """K, the highest."""
+        return self.highest.order - 1
+
+
+def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels: bool) -> Ground:
+    """The tables, made once a graph; call it where the dtype is enabled."""
+    graph, order = layout.graph, max(0, *orders)
+
+    def put(values: np.ndarray, order: int) -> jax.Array:
+        return layout.put(values[..., None] if channels else values, order)
+
+    def build() -> Ground:
+        base = layout.base(dtype)
+        maps = tuple(Difference(base, k + 1) for k in orders)
+        norms = np.sqrt(layout.sums(order + 1).row_squares)
+        degrees = layout.sums(1).column_squares
+        labels = layout.rows(graph.components.astype(np.int32), 0) if graph.num_components > 1 else None
+        padded = layout.padding(0) > 1
+        present = layout.rows(np.ones(graph.num_nodes, bool), 0) if padded else None
+        ground = Ground(
+            operator=maps[0] if orders == (order,) else Stack(maps),
+            highest=Difference(base, order + 1),
+            row_norms=put(np.where(norms > 0, norms, 1).astype(dtype), order + 1),
+            degrees=put(np.where(degrees > 0, degrees, 1).astype(dtype), 0),
+            labels=None if labels is None else layout.put(labels, 0),
+            present=None if present is None else put(present, 0),
+            cosine=cosine_solve(graph.shape, (1,), dtype) if graph.shape is not None and layout.mesh is None else None,
+            components=graph.num_components,
+            padding=(layout.padding(0), layout.padding(order + 1)),
+            anchored=-1 in orders,
+        )
+        return jax.tree.map(jnp.asarray, ground)
+
+    return layout.cached(("ground", orders, np.dtype(dtype).name, channels), build)
+
+
+def leaves_as(tree: Any, kind: Any) -> Any:
+    """A penalty or a loss with its numbers in the dtype of the computation."""
+
+    def as_kind(leaf: Any) -> Any:
+        xp: Any = jnp if isinstance(leaf, jax.Array) else np
+        real = np.ndim(leaf) == 0 or np.asarray(leaf).dtype.kind == "f"
+        return xp.asarray(leaf, kind) if real else xp.asarray(leaf)
+
+    return jax.tree.map(as_kind, tree)
+
+
+def on_rows(terms: Terms, layout: Layout, kind: Any, channels: bool) -> Any:
+    """The penalties, of which weights may be one a row, as one penalty on the rows of `Ground.operator`."""
+    several = len(terms) > 1 or -1 in terms
+    parts, sizes = [], []
+    for k, term in terms.items():
+        weight = getattr(term, "weight", 0.0)
+        if np.ndim(weight):
+            rows = layout.rows(weight if isinstance(weight, jax.Array) else np.asarray(weight, kind), k + 1)
+            rows = (rows.reshape(-1) if several else rows).astype(kind)
+            term = leaves_as(dataclasses.replace(term, weight=0.0), kind)
+            rows = rows[..., None] if channels else rows
+            term = dataclasses.replace(term, weight=rows if isinstance(rows, jax.Array) else layout.put(rows, k + 1))
+        else:
+            term = leaves_as(term, kind)
+        parts.append(term)
+        sizes.append(int(np.prod(Difference(layout.base(kind), k + 1).out_shape)) if several else 0)
+    return stacked(parts, sizes) if several else parts[0]
+
+
+def mean_weight(penalty: Any, padding: float) -> Array:
+    """The penalty's weight, the mean where there are many, the largest of several; 1 where there is none or it is 0."""
+    found = []
+    for part in getattr(penalty, "penalties", (penalty,)):
+        weight = jnp.asarray(getattr(part, "weight", 1.0))
+        mean = jnp.mean(weight) * (padding if weight.ndim else 1)
+        found.append(jnp.where(mean == 0, 1, mean))
+    return jnp.max(jnp.stack(found))
+
+
+@pytree
+class Data:
+    """A signal on its ground.
+
+    Attributes:
+        loss: on the nodes, `[*nodes]` or `[*nodes, channels]`.
+        centred: the same with the overall mean taken from the signal.
+        shift: that mean, `[channels]`.
+        means: of every node's component, as the signal.
+        noise: of the signal: the deviation of white noise whose differences have the mean size of the signal's; where
+            it has none, the deviation of the signal itself, or 1.
+    """
+
+    loss: NodeSquares
+    centred: NodeSquares
+    shift: Any
+    means: Any
+    noise: Any
+
+    def strength(self, ground: Ground, penalty: Any) -> Array:
+        """The penalty's weight over the noise."""
+        return mean_weight(penalty, ground.padding[1]) / self.noise
+
+
+def data_of(ground: Ground, y: Any, weights: Any) -> Data:
+    """Lay a signal on its ground.
+
+    Args:
+        ground: of the graph.
+        y: `[*nodes]` or `[*nodes, channels]`, 0 where missing.
+        weights: `[*nodes]`, with a last axis of 1 where there are channels, 0 where missing; None for ones.
+    """
+    nodes = len(ground.highest.in_shape)
+    present = ground.present
+    counted = weights if present is None or weights is not None else present.astype(y.dtype)
+    if weights is not None:
+        y = jnp.where(weights > 0, y, 0)
+
+    def summed(x: Array) -> Array:
+        """Over the nodes, `[channels]`."""
+        return jax.vmap(total, in_axes=-1)(x) if x.ndim > nodes else total(x)
+
+    def mean(x: Array) -> Array:
+        if counted is None:
+            return summed(x) / math.prod(x.shape[:nodes])
+        return summed(counted * x) / total(jnp.asarray(counted, y.dtype))
+
+    seen = None if counted is None else counted > 0
+    high = jnp.max(y if seen is None else jnp.where(seen, y, -jnp.inf), axis=tuple(range(nodes)))
+    low = jnp.min(y if seen is None else jnp.where(seen, y, jnp.inf), axis=tuple(range(nodes)))
+    if ground.anchored:
+        shift = jnp.zeros_like(low)
+        low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+        means = jnp.zeros_like(y)
+    else:
+        # A mean lies between the least and the largest value, rounding or not: a constant is its own mean.
+        shift = jnp.clip(mean(y), low, high)
+        means = jnp.broadcast_to(shift, y.shape)
+        if ground.labels is not None:
+            means = _component_means(ground, y, shift, counted)
+    if present is not None:
+        y, means = jnp.where(present, y, shift), jnp.where(present, means, shift)
+    wider = BOX_RANGES * (high - low) if ground.order else jnp.zeros_like(low)
+    padding = None if ground.padding[0] == 1 else jnp.asarray(ground.padding[0], y.dtype)
+    box: Any = (None, None) if weights is None else (low - wider, high + wider)
+    loss = NodeSquares(y, weights, box[0], box[1], padding)
+    box = (None, None) if weights is None else (box[0] - shift, box[1] - shift)
+    centred = NodeSquares(loss.observed(y - shift), weights, box[0], box[1], padding)
+    rows = jnp.abs(ground.highest.mv(centred.center)) / ground.row_norms
+    noise = OF_MEAN_SIZE * jnp.mean(rows) * ground.padding[1]
+    spread = jnp.sqrt(jnp.mean(centred.center**2) * ground.padding[0])
+    noise = jnp.where(noise > 0, noise, jnp.where(spread > 0, spread, 1))
+    return Data(loss, centred, shift, means, noise)
+
+
+def _component_means(ground: Ground, y: Array, shift: Array, counted: Any) -> Array:
+    """Of every node's component; in two passes, so that sums over many nodes keep their digits."""
+    like, labels = (ground.components, *y.shape[ground.labels.ndim :]), ground.labels
+    weights = jnp.broadcast_to(jnp.ones((), y.dtype) if counted is None else counted, y.shape).astype(y.dtype)
+    mass = jnp.zeros(like, y.dtype).at[labels].add(weights)
+
+    def mean(x: Array) -> Array:
+        return (jnp.zeros(like, y.dtype).at[labels].add(weights * x) / jnp.where(mass > 0, mass, 1))[labels]
+
+    found = mean(y - shift)
+    found = shift + found + mean(y - shift - found)
+    low = jnp.full(like, jnp.inf, y.dtype).at[labels].min(jnp.where(weights > 0, y, jnp.inf))
+    high = jnp.full(like, -jnp.inf, y.dtype).at[labels].max(jnp.where(weights > 0, y, -jnp.inf))
+    return jnp.clip(found, low[labels], high[labels])
+
+
+@jax.jit
+def strength(ground: Ground, y: Any, weights: Any, penalty: Any) -> Array:
+    """The penalty's weight over the noise of the signal."""
+    return data_of(ground, y, weights).strength(ground, penalty)

@@ -1,0 +1,349 @@
+"""Floor 5: what a caller asks of the trend filter, checked on the host before any work: the `Job`."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.arguments import is_positive, real_array, require_memory, whole_number
+from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
+from sparseopt.core.group_penalties import GroupL2, SparseGroup
+from sparseopt.core.penalties import L1, MCP, SCAD
+from sparseopt.core.problem import Solution
+from sparseopt.core.residual_losses import AbsoluteLoss, HuberLoss
+from sparseopt.core.scalar_losses import ScalarLoss
+from sparseopt.core.solvers.admm import Start
+from sparseopt.trend.graph import Graph
+from sparseopt.trend.ground import Ground, Terms, ground_of, on_rows, strength
+from sparseopt.trend.layout import Layout
+from sparseopt.trend.signal import MOST_ORDER, Signal
+
+# Steps are counted in int32, and the last check may lie one cadence beyond.
+MOST_STEPS = 10**9
+# Residual, objective, gap and rho of a step in a history.
+STEP_BYTES = 4 * 8
+LOSSES: dict[str, ScalarLoss] = {
+    "poisson": PoissonLoss(),
+    "logistic": LogisticLoss(),
+    "squared_hinge": SquaredHingeLoss(),
+    "huber": HuberLoss(),
+    "absolute": AbsoluteLoss(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A fit as it is asked for.
+
+    Attributes:
+        layout: how arrays lie, and the graph.
+        terms: the penalties by their orders, ascending; without penalties, None each.
+        dtype: of the computation.
+        channels: () or the number of channels.
+        weighted: whether nodes have weights or miss values.
+        signal: checked; None where it is not known yet.
+        loss: None for the square.
+        method: the name of one, or None for the one that is to be expected to be the quickest.
+        block: B, or None.
+        tol: as the others below, as in `trend_filter`.
+        assumed: the strength to choose a method by; None finds it.
+        graph: of the layout.
+        order: the highest that is penalised, at least 0.
+        several: whether this is more than one ordinary trend filter: a sum of penalties, or one on b itself.
+        penalty: the penalty, where there is one.
+
+    Raises:
+        ValueError, TypeError: for a number out of its range, and for what is no solution to start from.
+    """
+
+    layout: Layout
+    terms: Terms
+    dtype: np.dtype
+    channels: tuple[int, ...] = ()
+    weighted: bool = False
+    signal: Signal | None = None
+    loss: ScalarLoss | None = None
+    method: str | None = None
+    block: int | None = None
+    tol: float = 1e-6
+    max_steps: int = 20_000
+    warm_start: Solution | None = None
+    rho: float | None = None
+    relaxation: float = 1.7
+    history: bool = False
+    cadence: int | None = None
+    assumed: float | None = None
+    graph: Graph = dataclasses.field(init=False)
+    order: int = dataclasses.field(init=False)
+    several: bool = dataclasses.field(init=False)
+    penalty: Any = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check what can be checked by itself, and fill in what follows. The dataclass is frozen for all others."""
+
+        def fill(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        fill("graph", self.layout.graph)
+        fill("order", max(0, *self.terms))
+        fill("several", len(self.terms) > 1 or -1 in self.terms)
+        fill("penalty", next(iter(self.terms.values())))
+        relaxed = is_positive(self.relaxation) and self.relaxation < 2
+        if not (is_positive(self.tol) and (self.rho is None or is_positive(self.rho)) and relaxed):
+            raise ValueError(
+                "tol and rho must be positive and finite and relaxation in (0, 2), given "
+                f"tol={self.tol!r}, rho={self.rho!r}, relaxation={self.relaxation!r}"
+            )
+        for name in ("max_steps", "cadence"):
+            if getattr(self, name) is not None or name == "max_steps":
+                fill(name, whole_number(name, getattr(self, name), 1, MOST_STEPS))
+        if self.block is not None:
+            text = "up to order + 1; B = 0 is the standard ADMM"
+            fill("block", whole_number("B", self.block, 1, self.order + 1, text))
+        if self.history:
+            what = f"a history of max_steps={self.max_steps:,} steps"
+            require_memory(STEP_BYTES * self.max_steps, what, "lower max_steps")
+        start: Any = self.warm_start
+        if start is not None and not isinstance(start, Solution):
+            raise TypeError(f"warm_start is a Solution of trend_filter, given {type(start).__name__}")
+        if start is not None and not np.all(np.isfinite(np.asarray(start.value))):
+            raise ValueError("warm_start holds values that are not finite; start without it")
+
+    @property
+    def cold(self) -> bool:
+        """Whether nothing but the fit itself is given and asked for."""
+        return self.warm_start is None and not self.history
+
+    @functools.cached_property
+    def ground(self) -> Ground:
+        """The tables of the graph at these orders, whatever the method."""
+        return ground_of(self.layout, tuple(self.terms), self.dtype, bool(self.channels))
+
+    @functools.cached_property
+    def strength(self) -> float:
+        """The penalty's weight over the noise of the signal, 1 where that is not known."""
+        if self.assumed is not None or self.signal is None:
+            return 1.0 if self.assumed is None else self.assumed
+        return float(strength(self.ground, *self.arrays, self.rows))
+
+    @functools.cached_property
+    def arrays(self) -> tuple[Any, Any]:
+        """The signal and its weights, or None, as they lie."""
+        assert self.signal is not None
+        values: Any = self.signal.values
+        weights: Any = self.signal.weights
+        values = values.reshape(self.graph.num_nodes, *self.channels)
+        if weights is not None:
+            weights = self.layout.put(self.layout.rows(weights.reshape(-1, *(1 for _ in self.channels)), 0))
+        return self.layout.put(self.layout.rows(values, 0)), weights
+
+    @functools.cached_property
+    def rows(self) -> Any:
+        """The penalties as one on the rows of the ground's operator."""
+        return on_rows(self.terms, self.layout, self.dtype, bool(self.channels))
+
+    def start(self) -> Start | None:
+        """The point and the dual of the rows of `warm_start`, as they lie; None where there is none.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        solution, signal, layout = self.warm_start, self.signal, self.layout
+        if solution is None or signal is None:
+            return None
+        value = np.asarray(solution.value)
+        if value.size != signal.values.size:
+            raise ValueError(
+                f"warm_start needs a solution for a signal of the shape {signal.shape}, given one for {value.shape}"
+            )
+        dual, state = solution.dual, solution.state
+        wanted = tuple(jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape)
+        dual = None if dual is None else layout.dual(dual, self.order + 1)
+        if getattr(dual, "shape", None) != wanted:
+            raise ValueError(
+                "warm_start needs a solution of the same graph and order whose dual has the shape "
+                f"{wanted}, given {getattr(dual, 'shape', None)}"
+            )
+        x = layout.put(layout.rows(value.reshape(signal.values.shape), 0))
+        return Start(x, dual, getattr(state, "rho", None))
+
+
+def checked_terms(penalty: Any, layout: Layout, order: int, channels: tuple[int, ...], kind: np.dtype) -> Terms:
+    """Checked penalties by order, ascending, without those of weight 0 if others are left; one for no mapping.
+
+    Raises:
+        ValueError, TypeError: for an order below -1, an order beside the mapping, no penalty, or one that does not fit.
+    """
+
+    def checked(term: Any, k: int) -> Any:
+        rows = layout.count(k + 1) if np.ndim(getattr(term, "weight", 0)) else None
+        return checked_penalty(term, channels, kind, rows)
+
+    if not isinstance(penalty, Mapping):
+        return {order: checked(penalty, order)}
+    if not penalty:
+        raise ValueError("several penalties are keyed by their orders, as in {-1: L1(0.5), 0: L1(2.0)}; given none")
+    if order:
+        raise ValueError(
+            f"where penalties are keyed by their orders {list(penalty)}, leave order out; given order={order}"
+        )
+    terms = {}
+    for key, term in penalty.items():
+        k = whole_number("the order of each of several penalties", key, -1, MOST_ORDER, "-1: b itself")
+        terms[k] = checked(term, k)
+    terms = dict(sorted(terms.items()))
+    # Without edges there are no differences.
+    edges = layout.graph.num_edges
+    strong = {k: term for k, term in terms.items() if not vanishes(term) and (edges or k == -1)}
+    return strong or {max(0, *terms): next(iter(terms.values()))}
+
+
+def vanishes(penalty: Any) -> bool:
+    """Whether the penalty is 0 everywhere: its weight is, and its prox leaves things as they are."""
+    if np.any(np.asarray(getattr(penalty, "weight", 1.0))):
+        return False
+    x = np.array([[-2.0, 1.0], [0.5, 3.0]], np.float32)
+    probe = dataclasses.replace(penalty, weight=0.0)
+    return bool(np.all(np.asarray(probe.prox(jnp.asarray(x), 1.0)) == x))
+
+
+def checked_loss(loss: Any) -> ScalarLoss | None:
+    """The loss, by object or name; None for the square.
+
+    Raises:
+        ValueError: for an unknown name, or a loss that refuses its own parameters.
+        TypeError: for an object that is no `ScalarLoss`.
+    """
+    if loss is None or (isinstance(loss, str) and loss == "square"):
+        return None
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}; known are square, {', '.join(LOSSES)}")
+        return LOSSES[loss]
+    if isinstance(loss, type) or not isinstance(loss, ScalarLoss):
+        raise TypeError(
+            f"a loss is a name or an object with the methods of `ScalarLoss`, such as sparseopt.PoissonLoss(); "
+            f"given {loss!r}"
+        )
+    refuses = getattr(loss, "refuses", None)
+    reason = refuses() if refuses is not None else None
+    if reason is not None:
+        raise ValueError(reason)
+    return loss
+
+
+def checked_penalty(penalty: Any, channels: tuple[int, ...], kind: np.dtype, rows: int | None = None) -> Any:
+    """The penalty, with finite parameters and a weight that is not negative.
+
+    Args:
+        penalty: the penalty.
+        channels: of the signal, () without a channel axis.
+        kind: dtype of the computation.
+        rows: where L1 may have a weight for each of so many rows; None allows one number only.
+
+    Raises:
+        TypeError: as `require_penalty`.
+        ValueError: as that, and for a parameter out of its range or of another shape.
+    """
+    check_parameters(penalty, kind, rows, require_penalty(penalty, bool(channels)))
+    return penalty
+
+
+def require_penalty(penalty: Any, channels: bool) -> list[Any]:
+    """See that it is a penalty on the differences of a signal, with channels or without; its leaves.
+
+    Raises:
+        TypeError: if it has no `value` and `prox`, is a class, or no pytree.
+        ValueError: for a channel penalty without channels, or labelled groups.
+    """
+    if isinstance(penalty, type) or not (hasattr(penalty, "value") and hasattr(penalty, "prox")):
+        raise TypeError(f"a penalty has `value` and `prox`, such as sparseopt.L1(10.0); given {penalty!r}")
+    leaves = jax.tree.leaves(penalty)
+    if any(leaf is penalty for leaf in leaves):
+        # No program could be compiled for it.
+        raise TypeError(f"a penalty is a pytree, made so by the decorator sparseopt.pytree; given {penalty!r}")
+    if isinstance(penalty, GroupL2 | SparseGroup):
+        name = type(penalty).__name__
+        if penalty.groups is not None:
+            raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")
+        if not channels:
+            raise ValueError(f"{name} couples the channels of a signal [n, channels]; this one has none: use L1")
+    return leaves
+
+
+def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None, leaves: Any = None) -> None:
+    """See that the numbers of a penalty are finite and its weight is not negative and has its shape.
+
+    Args:
+        penalty: the penalty.
+        kind: dtype of the computation.
+        rows: as in `checked_penalty`.
+        leaves: of the penalty, or None.
+
+    Raises:
+        ValueError: if not.
+    """
+    for leaf in jax.tree.leaves(penalty) if leaves is None else leaves:
+        number = np.asarray(leaf).dtype.kind in "biuf"
+        if number and not np.all(np.isfinite(np.asarray(leaf))):
+            raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
+    if isinstance(penalty, MCP) and not np.all(real_array("the gamma of MCP", penalty.gamma) > 0):
+        raise ValueError(f"MCP flattens out at gamma times its weight: gamma is positive, given {penalty}")
+    if isinstance(penalty, SCAD) and not np.all(real_array("the a of SCAD", penalty.a) > 2):
+        raise ValueError(f"SCAD is defined for a > 2, given {penalty}")
+    if not hasattr(penalty, "weight"):
+        return
+    weight = np.asarray(real_array("the penalty's weight", penalty.weight), np.float64)
+    if weight.ndim != 0 and not (rows is not None and isinstance(penalty, L1)):
+        raise ValueError(
+            f"the penalty's weight is one number here, given the shape {weight.shape}; L1 in `trend_filter` "
+            "takes a weight for every difference, and a graph takes weights of edges"
+        )
+    if weight.ndim != 0 and weight.shape != (rows,):
+        raise ValueError(
+            f"the weight of L1 is one number, or one for each of the {rows} rows of graph.matrix(order + 1), "
+            f"given the shape {weight.shape}"
+        )
+    if weight.min(initial=0) < 0:
+        raise ValueError(f"the penalty's weight must not be negative, given {weight.min()}")
+    require_representable(weight, kind)
+
+
+def require_representable(weight: np.ndarray, kind: np.dtype) -> None:
+    """See that weights of a penalty neither overflow nor vanish in the dtype of the computation.
+
+    Raises:
+        ValueError: if one does.
+    """
+    limits = np.finfo(kind)
+    wrong = (weight > limits.max) | ((weight > 0) & (weight < limits.tiny))
+    if wrong.any():
+        raise ValueError(
+            f"the penalty's weight is 0 or from {limits.tiny:.3g} to {limits.max:.3g} in {kind}, given "
+            f"{float(weight[wrong].flat[0]):.3g}"
+        )
+
+
+def require_local(penalty: Any, channels: tuple[int, ...]) -> None:
+    """See that a penalty acts on every row alone, and that rows of padding cost nothing and stay 0.
+
+    Raises:
+        ValueError: if not.
+    """
+    numbers = dataclasses.replace(penalty, weight=0.0) if isinstance(penalty, L1) else penalty
+    for leaf in jax.tree.leaves(numbers):
+        if np.ndim(leaf) and np.shape(leaf) != channels:
+            raise ValueError(
+                "over several devices a penalty's parameters are numbers, and the weight of L1 may be one a row; given "
+                f"the shape {np.shape(leaf)} in {type(penalty).__name__}: leave out devices, or take L1"
+            )
+    zero = jnp.zeros((2, *channels), jnp.float32)
+    if numbers.value(zero) != 0 or np.any(numbers.prox(zero, 1.0) != 0):
+        raise ValueError(
+            f"over several devices a penalty costs nothing at 0 and leaves 0 as it is, unlike {penalty}: leave out "
+            "devices"
+        )

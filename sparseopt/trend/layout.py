@@ -1,0 +1,276 @@
+"""Floor 5: how arrays on the nodes, edges and rows of a graph lie: on one device, or over several.
+
+A grid over several devices is cut into slabs along its longest axis, any other graph into parts of near nodes. All of
+an iteration of Doge-ADMM but its products with Ψ and Ψᵀ, Ψ = Δ^(k+1), stays within a device. Each of the k + 1 factors
+of a product is one `Exchange` with the neighbours. A check takes two products more, and sums of single numbers over
+all devices.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sparseopt.core.grouping import Sums, edge_grid, grid_edges
+from sparseopt.core.mesh import Exchange, over, put, whole
+from sparseopt.core.parts import Cut, cut_graph, part_base
+from sparseopt.core.slabs import SlabBase
+from sparseopt.trend.graph import Graph
+
+T = TypeVar("T")
+# What the sums of Ψ count a padded row or column with: next to nothing in a mean, and still a divisor.
+PADDING = 2.0**-40
+
+
+class Layout:
+    """Arrays on one device: nodes `[*shape]` of a grid and `[n]` else, edges `[dimensions, *shape]` and `[m]`.
+
+    Arrays of an order are on the rows of `graph.matrix(order)`: on nodes for an even one, on edges for an odd one.
+
+    Attributes:
+        graph: the graph.
+        mesh: None.
+    """
+
+    mesh: Mesh | None = None
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.tables: dict[Any, Any] = {}
+
+    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` returns, built once for each key."""
+        if key not in self.tables:
+            self.tables[key] = build()
+        return self.tables[key]
+
+    def base(self, dtype: Any) -> Any:
+        """D, Dᵀ and L for arrays of a dtype."""
+        return self.graph.base(dtype)
+
+    def sums(self, order: int, from_edges: bool = False) -> Sums:
+        """Row and column sums of `graph.matrix(order, from_edges)`."""
+        return self.graph.sums(order, from_edges)
+
+    def count(self, order: int) -> int:
+        """How many rows there are, padding apart."""
+        return self.graph.num_edges if order % 2 else self.graph.num_nodes
+
+    def rows(self, values: Any, order: int) -> Any:
+        """Values `[rows, ...]` of the rows of `graph.matrix(order)`, of NumPy or JAX, as they lie.
+
+        Where a grid has no edge, and in padded places, there is a 0.
+        """
+        graph = self.graph
+        if order % 2 == 0:
+            return values.reshape(*(graph.shape or (graph.num_nodes,)), *values.shape[1:])
+        if graph.shape is None:
+            return values
+        if graph.given_edges is not None:
+            values = values[self._grid_order]
+        return edge_grid(values, graph.shape, 0.0)
+
+    @functools.cached_property
+    def _grid_order(self) -> np.ndarray:
+        """The number of each of the grid's edges among those that were given."""
+
+        def sorting(edges: np.ndarray) -> np.ndarray:
+            return np.argsort(np.sort(edges, axis=1) @ [self.graph.num_nodes, 1])
+
+        assert self.graph.shape is not None
+        place = np.empty(self.graph.num_edges, np.int64)
+        place[sorting(grid_edges(self.graph.shape))] = sorting(self.graph.edges)
+        return place
+
+    def put(self, values: Any, order: int = 0) -> jax.Array:
+        """On the device: what `rows(..., order)` gives, or a number."""
+        del order  # one device has all of it
+        return jnp.asarray(values)
+
+    def padding(self, order: int) -> float:
+        """How many entries an array has for each that is not padded."""
+        del order
+        return 1.0
+
+    def shaped(self, values: Any, shape: tuple[int, ...]) -> Any:
+        """An array on the nodes, in the shape of the caller's signal."""
+        return values.reshape(shape)
+
+    def fetched(self, solution: Any) -> Any:
+        """A solution as its caller gets it."""
+        return solution
+
+    def dual(self, dual: Any, order: int) -> Any:
+        """The dual of an earlier solution at the rows of an order, as it lies here.
+
+        Raises:
+            ValueError: if it lies over several devices.
+        """
+        del order
+        if len(found := _devices_of(dual)) > 1:
+            raise _elsewhere(found)
+        return dual
+
+
+class LayoutOver(Layout):
+    """Arrays over the devices of a mesh, each an equal part, filled up by padding.
+
+    Attributes:
+        graph: the graph.
+        mesh: of one axis, the devices.
+
+    Raises:
+        ValueError: if the graph cannot be cut into as many parts as there are devices.
+    """
+
+    mesh: Mesh
+
+    def __init__(self, graph: Graph, mesh: Mesh) -> None:
+        if graph.shape is not None and max(graph.shape) < mesh.size:
+            raise ValueError(
+                f"a grid is cut along its longest axis, and that of {graph.shape} has {max(graph.shape)} nodes for "
+                f"{mesh.size} devices: take no more devices than that"
+            )
+        if graph.num_nodes < mesh.size:
+            raise ValueError(
+                f"{graph.num_nodes} nodes are too few for {mesh.size} devices: take no more devices than nodes"
+            )
+        super().__init__(graph)
+        self.mesh = mesh
+        self.axis = 0 if graph.shape is None else int(np.argmax(graph.shape))
+
+    @functools.cached_property
+    def cut(self) -> Cut:
+        """A graph that is no grid, cut."""
+        return cut_graph(self.graph.edges, self.graph.near_order, self.mesh.size)
+
+    def base(self, dtype: Any) -> Any:
+        """D, Dᵀ and L for arrays of a dtype."""
+        if self.graph.shape is not None:
+            return SlabBase(self.graph.shape, self.axis, self.mesh)
+        build = functools.partial(part_base, self.cut, self.graph.weights, dtype, self.mesh)
+        return self.cached(("base", np.dtype(dtype).name), build)
+
+    def rows(self, values: np.ndarray, order: int) -> np.ndarray:
+        """As on one device, on the host, padded."""
+        return self.padded(super().rows(values, order), order)
+
+    def padded(self, values: np.ndarray, order: int, fill: Any = 0.0) -> np.ndarray:
+        """Values as they lie on one device, in the layout over all, with what is to stand in padded places."""
+        on_edges = order % 2
+        if self.graph.shape is None:
+            place, most = (self.cut.edges, self.cut.part_edges) if on_edges else (self.cut.nodes, self.cut.part_nodes)
+            padded = np.empty((self.mesh.size * most, *values.shape[1:]), values.dtype)
+            padded[:] = fill
+            padded[place] = values
+            return padded
+        axis = self.axis + on_edges
+        rows = -values.shape[axis] % self.mesh.size
+        if rows == 0:
+            return values
+        more = np.empty([rows if i == axis else n for i, n in enumerate(values.shape)], values.dtype)
+        more[...] = fill
+        return np.concatenate([values, more], axis=axis)
+
+    def sums(self, order: int, from_edges: bool = False) -> Sums:
+        """As on one device, padded with next to nothing."""
+
+        def build() -> Sums:
+            plain = self.graph.sums(order, from_edges)
+            columns = int(from_edges)
+            along = {name: columns if "column" in name else order - columns for name in SUMS}
+            return Sums(**{name: self.padded(getattr(plain, name), of, PADDING) for name, of in along.items()})
+
+        return self.cached(("sums", order, from_edges), build)
+
+    def put(self, values: Any, order: int = 0) -> jax.Array:
+        """Over the devices: what `rows(..., order)` gives; a number on all of them."""
+        values = np.asarray(values)
+        cut = None if values.ndim == 0 else self.axis + (order % 2 if self.graph.shape is not None else 0)
+        return put(values, over(self.mesh, cut))
+
+    def padding(self, order: int) -> float:
+        """How many entries an array has for each that is not padded."""
+        if self.graph.shape is not None:
+            rows = self.graph.shape[self.axis]
+            return (rows + -rows % self.mesh.size) / rows
+        most = self.cut.part_edges if order % 2 else self.cut.part_nodes
+        return self.mesh.size * most / self.count(order)
+
+    def shaped(self, values: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """An array on the nodes, on the host in the shape of the caller's signal."""
+        found = whole(values)
+        if self.graph.shape is None:
+            return found[self.cut.nodes].reshape(shape)
+        return np.take(found, range(self.graph.shape[self.axis]), axis=self.axis).reshape(shape)
+
+    def fetched(self, solution: Any) -> Any:
+        """A solution with all but its state and its dual on the host."""
+        kept = dataclasses.replace(solution, state=None, dual=None)
+        here = jax.tree.map(lambda leaf: whole(leaf) if isinstance(leaf, jax.Array) else leaf, kept)
+        return dataclasses.replace(here, state=solution.state, dual=solution.dual)
+
+    def dual(self, dual: Any, order: int) -> Any:
+        """The dual of an earlier solution at the rows of an order, laid over these devices if it has one device's.
+
+        Raises:
+            ValueError: if it lies over other devices.
+        """
+        if (found := _devices_of(dual)) == set(self.mesh.devices.flat):
+            return dual
+        if len(found) > 1:
+            raise _elsewhere(found)
+        rows = super().rows(np.zeros(self.count(order)), order)
+        if dual.shape[: rows.ndim] != rows.shape:
+            return dual  # what reads it refuses it
+        return self.put(self.padded(np.asarray(dual), order), order)
+
+
+SUMS = [field.name for field in dataclasses.fields(Sums)]
+
+
+def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
+    """The layout of a graph's arrays on one device, or over a mesh; made once a graph.
+
+    Raises:
+        ValueError: if the graph cannot be cut into as many parts as there are devices.
+    """
+    found = graph.tables.get(("layout", mesh))
+    if found is None:
+        found = graph.tables["layout", mesh] = Layout(graph) if mesh is None else LayoutOver(graph, mesh)
+    return found
+
+
+def _elsewhere(found: set[jax.Device]) -> ValueError:
+    return ValueError(
+        f"warm_start was found by {len(found)} devices, and its state lies on them: give devices={len(found)}"
+    )
+
+
+def _devices_of(array: Any) -> set[jax.Device]:
+    return array.sharding.device_set if isinstance(array, jax.Array) else set()
+
+
+def step_exchange(
+    graph: Graph, mesh: Mesh, order: int, cadence: int = 10, channels: int = 1, dtype: Any = np.float64
+) -> Exchange:
+    """What a device sends in `cadence` iterations of Doge-ADMM and the check after them, one with two neighbours.
+
+    Each makes one product with Ψ and one with Ψᵀ, of `order + 1` factors each: `2 (order + 1) (cadence + 1)` times what
+    `base.exchange` says of one factor.
+
+    Args:
+        graph: the graph.
+        mesh: the devices.
+        order: k.
+        cadence: the iterations.
+        channels: of the signal.
+        dtype: of the computation.
+    """
+    one = layout_of(graph, mesh).base(dtype).exchange(channels, np.dtype(dtype).itemsize)
+    return one.repeated(2 * (order + 1) * (cadence + 1))

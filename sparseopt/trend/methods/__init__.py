@@ -1,0 +1,147 @@
+"""The methods of the trend filter, one a file, and the choice among them.
+
+A method is an object with a `name`, `refuses(job)` and `plan(job)`. Its name stands in its own file and nowhere else.
+"auto" takes the method that is to be expected to be the quickest: the numbers below are measured ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from sparseopt.core.penalties import Norm
+from sparseopt.core.solvers.dual_program import is_available
+from sparseopt.trend.job import Job
+from sparseopt.trend.methods.admm import ADMM
+from sparseopt.trend.methods.doge import DOGE
+from sparseopt.trend.methods.doge_groups import DOGE_GROUPS
+from sparseopt.trend.methods.fast_admm import FAST_ADMM
+from sparseopt.trend.methods.interior import INTERIOR, is_narrow
+
+AUTO = "auto"
+# Above these ratios of weight to noise the interior point method beats Doge-ADMM on narrow graphs: at order 0; and at
+# order 1, divided by the square of the digits that are asked for, since the steps of Doge-ADMM grow with both.
+VERY_STRONG, STRONG_PER_DIGIT = 20.0, 40.0
+# Factors of larger graphs are slow, and large.
+MOST_NODES = 1_000_000
+
+
+class Method(Protocol):
+    """One method.
+
+    Attributes:
+        name: what callers call it.
+        one_metric: whether its x-step may need one metric for all nodes.
+        balances_rho: whether it finds its rho anew at every level of a path, from the start.
+        keeps_rho_from: from this order on it keeps the rho of the last level of a path, for a norm.
+    """
+
+    name: str
+    one_metric: bool
+    balances_rho: bool
+    keeps_rho_from: int
+
+    def refuses(self, job: Job) -> str | None:
+        """Why it cannot do a job, and what to do; None if it can. It looks at no value of the signal."""
+
+    def plan(self, job: Job) -> Any:
+        """All host work for a job: a pytree, kept for the next one of its kind; an object for a method of the host."""
+
+
+# In the order of preference; the last one can do every job.
+CHOICE: tuple[Method, ...] = (INTERIOR, FAST_ADMM, ADMM, DOGE)
+# Those whose fits are pure JAX.
+PURE = CHOICE[1:]
+METHODS: dict[str, Method] = {method.name: method for method in (DOGE, ADMM, FAST_ADMM, INTERIOR, DOGE_GROUPS)}
+
+
+def strong_from(shape: tuple[int, ...], order: int) -> float:
+    """The ratio of weight to noise above which an exact x-step saves so many steps that it wins in time too."""
+    if order == 0:
+        return np.inf
+    chain = len(shape) == 1
+    if order == 1:
+        return 2.0 if chain else 10.0
+    if order == 2 and chain:
+        return 1.0
+    # On small pictures an exact x-step is cheap; on grids of three axes Doge needs many steps.
+    return 0.5 if order == 2 and len(shape) == 2 and min(shape) >= 128 else 0.0
+
+
+def fast_admm_pays(job: Job) -> bool:
+    """On chains at order 0, and where smoothing is strong. In float32 it loses its accuracy over long chains."""
+    shape = job.graph.shape
+    if shape is None or len(shape) > 1 or job.several or job.weighted or job.dtype != np.float64:
+        return False
+    return job.order == 0 or job.strength > strong_from(shape, job.order)
+
+
+def admm_pays(job: Job) -> bool:
+    """On grids whose nodes have one weight, where smoothing is strong; for other losses, whatever the weights."""
+    shape = job.graph.shape
+    if shape is None or job.loss is not None:
+        return shape is not None
+    if job.weighted:
+        return False
+    return job.order >= 1 if job.several else job.strength > strong_from(shape, job.order)
+
+
+def interior_pays(job: Job) -> bool:
+    """On chains from order 1 where smoothing is strong; on narrow graphs where Doge-ADMM needs many steps."""
+    graph, order = job.graph, job.order
+    if graph.shape is not None:
+        return len(graph.shape) == 1 and order >= 1 and (fast_admm_pays(job) or admm_pays(job)) and is_available()
+    limits = (VERY_STRONG, STRONG_PER_DIGIT / np.log10(min(job.tol, 0.1)) ** 2, 0.0)
+    few = graph.num_nodes <= MOST_NODES and graph.num_edges <= 3 * graph.num_nodes  # as a planar graph has
+    return few and is_available() and job.strength > limits[min(order, 2)] and is_narrow(graph)
+
+
+PAYS: dict[str, Callable[[Job], bool]] = {
+    INTERIOR.name: interior_pays,
+    FAST_ADMM.name: fast_admm_pays,
+    ADMM.name: admm_pays,
+    DOGE.name: lambda job: True,
+}
+
+
+def named(name: Any) -> str | None:
+    """The name of a method; None for "auto".
+
+    Raises:
+        ValueError: for any other.
+    """
+    if not (isinstance(name, str) and name in (AUTO, *METHODS)):
+        raise ValueError(f"unknown method {name!r}; known are {', '.join((AUTO, *METHODS))}")
+    return None if name == AUTO else name
+
+
+def chosen(job: Job, among: tuple[Method, ...] = CHOICE) -> Method:
+    """The method that a job names; else the first that can do it and pays.
+
+    Raises:
+        ValueError: if the method that it names cannot do it.
+    """
+    if job.method is None:
+        for method in among:
+            if PAYS[method.name](job) and method.refuses(job) is None:
+                return method
+    method = among[-1] if job.method is None else METHODS[job.method]
+    if reason := method.refuses(job):
+        raise ValueError(reason)
+    return method
+
+
+def chosen_for_path(job: Job) -> Method:
+    """The method for the levels of a path, which spends its steps where smoothing is strong: conditioning decides.
+
+    Levels of order 0 are quick by a warm start.
+
+    Raises:
+        ValueError: if the method that the job names cannot do it.
+    """
+    if job.method is not None or not isinstance(job.penalty, Norm):
+        return chosen(job)
+    method = chosen(dataclasses.replace(job, assumed=math.inf if job.order else 0.0))
+    return ADMM if method is DOGE and job.order else method

@@ -1,0 +1,85 @@
+"""Floor 5: the standard ADMM of the trend filter, whose x-step solves over the whole graph.
+
+It is exact and cheap by cosines on grids without node weights, and by conjugate gradients elsewhere. Where smoothing is
+strong, and from order 3, conditioning decides, and it pays.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.operators import Difference, Identity, Stack
+from sparseopt.core.solvers.admm import standard_split
+from sparseopt.core.solvers.node_solve import ConjugateGradient, cosine_solve
+from sparseopt.trend.job import Job
+from sparseopt.trend.plan import Plan
+
+# An exact x-step makes a check cheap.
+CADENCE = 5
+
+
+class StandardAdmm:
+    """The split `z = Δ^(k+1) b`."""
+
+    name = "admm"
+    one_metric = True
+    balances_rho = False
+    keeps_rho_from = 0
+
+    def refuses(self, job: Job) -> str | None:
+        """What needs Doge-ADMM: several devices, and B."""
+        return only_doge(job)
+
+    def plan(self, job: Job) -> Plan:
+        """The x-step by cosines where they serve, else by conjugate gradients."""
+        cosines = job.graph.shape is not None and not job.weighted
+        key = (self.name, tuple(job.terms), cosines, job.dtype.name, bool(job.channels))
+
+        def build() -> Plan:
+            operator, kind = job.ground.operator, job.dtype
+            rows: Any = Difference(job.layout.base(kind), 0, operator.order % 2 == 1)
+            if isinstance(operator, Stack):
+                rows = Identity(sum(operator.sizes))
+            solve = node_solve(job, tuple(k + 1 for k in job.terms), np.ones(()), cosines)
+            plan = Plan(job.ground, standard_split(operator, rows, kind), solve, CADENCE, job.graph.num_nodes)
+            return jax.tree.map(jnp.asarray, plan)
+
+        return job.layout.cached(key, build)
+
+
+def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, cosines: bool) -> Any:
+    """The x-step for inner differences of these orders, with C a number or one a column of a single one."""
+    graph, kind = job.graph, job.dtype
+    if cosines:
+        assert graph.shape is not None
+        return cosine_solve(graph.shape, orders, kind)
+    shape = graph.shape or (graph.num_nodes,)
+    if columns.ndim:
+        matrix = graph.matrix(orders[0])
+        diagonal = np.asarray(matrix.multiply(matrix).T @ columns).reshape(shape)
+    else:
+        diagonal = columns * np.sum([graph.sums(order).column_squares.reshape(shape) for order in orders], axis=0)
+    diagonal = diagonal[..., None] if job.channels else diagonal
+    return ConjugateGradient(diagonal.astype(kind), jnp.asarray(1e-2, kind))
+
+
+def only_doge(job: Job) -> str | None:
+    """Why another method than Doge-ADMM refuses a job: several devices, B; None if neither is asked for."""
+    if job.block is not None:
+        return f"B is the number of differences that Doge-ADMM treats row by row, given B={job.block}: leave out B"
+    return only_one_device(job)
+
+
+def only_one_device(job: Job) -> str | None:
+    """Why another method than Doge-ADMM refuses several devices; None for one."""
+    if job.layout.mesh is None:
+        return None
+    return (
+        f'several devices work by method="doge", given method={job.method!r}: leave out devices, or take "doge" or '
+        '"auto"'
+    )
+
+
+ADMM = StandardAdmm()

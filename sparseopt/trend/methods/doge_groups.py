@@ -1,0 +1,85 @@
+"""Floor 5: Doge-ADMM as the paper stores it: a copy of the signal and a dual for every group of rows.
+
+It gives the iterates of `doge.py` with the paper's metric, at the cost of its copies: to see the method, to compare
+with it, to try another prox of a group. For fits take "doge".
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.arguments import require_memory
+from sparseopt.core.grouping import table_shape
+from sparseopt.core.solvers.doge_groups import DogeGroups, doge_groups_tables
+from sparseopt.core.solvers.node_solve import Diagonal
+from sparseopt.core.types import pytree
+from sparseopt.trend.graph import Graph
+from sparseopt.trend.job import Job
+from sparseopt.trend.methods.admm import node_solve, only_one_device
+from sparseopt.trend.methods.doge import CADENCE, placed, split_of
+from sparseopt.trend.methods.fast_admm import only_splitting
+from sparseopt.trend.plan import Plan
+
+
+@pytree
+class GroupsPlan(Plan):
+    """A plan with the groups' tables."""
+
+    table: Any = None
+    touched: Any = None
+
+    def solver(self, rho: Any, relaxation: Any = 1.7) -> DogeGroups:
+        """The paper's iteration."""
+        return DogeGroups(self.node_solve, rho, relaxation, self.cadence, table=self.table, touched=self.touched)
+
+
+class LiteralDoge:
+    """Doge-ADMM with its copies."""
+
+    name = "doge_groups"
+    one_metric = balances_rho = False
+    keeps_rho_from = 0
+
+    def refuses(self, job: Job) -> str | None:
+        """Sums of penalties, other losses, several devices."""
+        if job.several or job.loss is not None:
+            return only_splitting(job, self.name)
+        return only_one_device(job)
+
+    def plan(self, job: Job) -> GroupsPlan:
+        """The groups of rows as padded tables.
+
+        Raises:
+            ValueError: if the tables or the copies do not fit in memory: a hub makes them wide.
+        """
+        # Edges that a caller listed are laid out as the grid's own where they are those of one.
+        graph = job.graph if job.graph.shape is None else Graph.grid(job.graph.shape)
+        kind, block = job.dtype, job.order + 1 if job.block is None else job.block
+        cosines = graph.shape is not None and not job.weighted and block <= job.order
+        key = (self.name, job.order, block, cosines, kind.name, bool(job.channels))
+
+        def build() -> GroupsPlan:
+            on_edges = (job.order + 1 - block) % 2 == 1
+            matrix, labels = graph.matrix(block, on_edges), graph.groups(block, on_edges)
+            shape = table_shape(matrix, labels)
+            copies = 2 * shape[0] * matrix.shape[1] * math.prod(job.channels) * kind.itemsize
+            needed = math.prod(shape) * (kind.itemsize + 4) + copies
+            what = f"Doge-ADMM with its {shape[0]:,} groups of up to {shape[1]:,} rows of up to {shape[2]:,} entries"
+            require_memory(needed, what, 'method="doge" stores neither tables nor copies')
+            split = split_of(job, block, "groups", shape[0])
+            solve: Any = Diagonal()
+            if split.inner.order:
+                solve = node_solve(job, (split.inner.order,), np.asarray(split.column_scale), cosines)
+            table, touched = doge_groups_tables(split.outer, matrix, labels, kind)
+            plan = GroupsPlan(
+                job.ground, placed(job, split), solve, CADENCE, graph.num_nodes, table=table, touched=touched
+            )
+            return jax.tree.map(jnp.asarray, plan)
+
+        return job.layout.cached(key, build)
+
+
+DOGE_GROUPS = LiteralDoge()

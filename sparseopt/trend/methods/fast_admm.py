@@ -1,0 +1,108 @@
+"""Floor 5: the ADMM of Ramdas and Tibshirani on chains: the last difference stays in the penalty, whose prox is exact.
+
+At order 0 that prox is the fit; at others it saves steps where smoothing is strong.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from sparseopt.core.operators import Difference
+from sparseopt.core.penalties import L1
+from sparseopt.core.solvers.admm import Start, standard_split
+from sparseopt.core.solvers.fast_admm import ChainTotalVariation
+from sparseopt.core.solvers.node_solve import Diagonal
+from sparseopt.core.types import pytree
+from sparseopt.trend.ground import Data
+from sparseopt.trend.job import Job
+from sparseopt.trend.methods.admm import CADENCE, node_solve, only_doge
+from sparseopt.trend.plan import Plan
+
+
+@pytree
+class ChainPlan(Plan):
+    """A plan whose penalty is `weight ||E z||_1`, E the last difference of a chain, and whose dual is `Eᵀu`."""
+
+    def refuses(self, penalty: Any, weighted: bool) -> str | None:
+        """Another penalty, and node weights, for which it was not made."""
+        return _refuses(penalty) or super().refuses(penalty, weighted)
+
+    def taken(self, penalty: Any) -> ChainTotalVariation:
+        """The last difference drawn into the penalty."""
+        return ChainTotalVariation(penalty.weight, self.ground.order % 2 == 1)
+
+    def row_dual(self, penalty: Any, dual: Array) -> Array:
+        """U with `Eᵀu` the solver's dual."""
+        u = penalty.potential(penalty.line(dual))
+        return u if penalty.pinned else jnp.pad(u, [(0, 1)] + [(0, 0)] * (u.ndim - 1))[None]
+
+    def solver_dual(self, penalty: Any, dual: Array) -> Array:
+        """`Eᵀu`."""
+        return penalty.laid_out(penalty.transpose(dual if penalty.pinned else dual[0, :-1]))
+
+    def start(self, penalty: Any, data: Data, weights: Any) -> Start:
+        """The fit itself and its dual where they are known, else the signal."""
+        del weights
+        centre = data.centred.center
+        if not self.exact:
+            return Start(centre, jnp.zeros(self.split.row_shape(centre), centre.dtype))
+        answer = self.taken(penalty).prox(centre, 1.0)
+        return Start(answer, centre - answer)
+
+
+class FastAdmm:
+    """ADMM with the exact fused lasso."""
+
+    name = "fast_admm"
+    one_metric = True
+    balances_rho = False
+    # Below this order it seeks its rho at every level of a path, where that was measured to be quicker.
+    keeps_rho_from = 2
+
+    def refuses(self, job: Job) -> str | None:
+        """All but L1 of one weight on a chain, with the square loss."""
+        if job.several or job.loss is not None:
+            return only_splitting(job, self.name)
+        if job.graph.shape is None or len(job.graph.shape) != 1:
+            return (
+                f'method="{self.name}" needs a chain, where its inner fused lasso is exact; on other graphs use "doge" '
+                'or "admm"'
+            )
+        return _refuses(job.penalty) or only_doge(job)
+
+    def plan(self, job: Job) -> ChainPlan:
+        """The split `z = Δ^(k) b`."""
+        kind, key = job.dtype, (self.name, job.order, job.weighted, job.dtype.name, bool(job.channels))
+
+        def build() -> ChainPlan:
+            base = job.layout.base(kind)
+            inner = Difference(base, job.order)
+            split = standard_split(inner, Difference(base, 0, job.order % 2 == 1), kind)
+            exact = job.order == 0 and not job.weighted
+            solve = node_solve(job, (job.order,), np.ones(()), not job.weighted) if job.order else Diagonal()
+            cadence = 1 if exact else CADENCE
+            plan = ChainPlan(job.ground, split, solve, cadence, job.graph.num_nodes, exact)
+            return jax.tree.map(jnp.asarray, plan)
+
+        return job.layout.cached(key, build)
+
+
+def only_splitting(job: Job, name: str) -> str:
+    """What a method of single orders and the square loss says of a job with others."""
+    if job.loss is not None:
+        return f"method={name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
+    return f"method={name!r} solves single orders; with several penalties use auto, doge, admm"
+
+
+def _refuses(penalty: Any) -> str | None:
+    if penalty is not None and not isinstance(penalty, L1):
+        return f'method="fast_admm" solves the L1 penalty, given {penalty}; use "doge" or "admm"'
+    if penalty is not None and np.ndim(penalty.weight) != 0:
+        return 'method="fast_admm" takes one weight for all differences; use "doge" or "admm"'
+    return None
+
+
+FAST_ADMM = FastAdmm()

@@ -1,0 +1,193 @@
+"""Floor 5: the L1 trend filter by an interior point method, on graphs that small separators cut in two: roads, maps.
+
+Each of its ten to twenty steps factorises a sparse matrix, so the conditioning of Δ, which makes first-order methods
+slow at orders >= 1, costs nothing. Fill does: little on planar and other narrow graphs, ruin on dense ones. It works on
+the host, in float64; the fit is then certified like every other. The program is in `core/solvers/dual_program.py`.
+
+Source: Kim, Koh, Boyd, Gorinevsky, "l1 trend filtering", SIAM Review 51 (2009).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
+
+from sparseopt.core.grouping import difference_matrix, edge_grid, grid_edges
+from sparseopt.core.penalties import L1
+from sparseopt.core.problem import Solution, Status
+from sparseopt.core.solvers.dual_program import MOST_STEPS, DualProgram, is_available
+from sparseopt.trend.freedom import edge_rows
+from sparseopt.trend.graph import Graph
+from sparseopt.trend.ground import Ground, data_of, on_rows
+from sparseopt.trend.job import Job
+from sparseopt.trend.methods.admm import only_doge
+from sparseopt.trend.methods.fast_admm import only_splitting
+from sparseopt.trend.plan import finished
+
+# Up to so many edges a node the Hessian is D Dᵀ at order 0.
+EDGES_A_NODE = 2
+# Where the certified gap is too large even so, the tolerance is cut by this factor and the solve repeated, so often.
+CUT, ATTEMPTS = 0.03, 3
+# A graph is narrow if no layer of a breadth-first search has more than this multiple of sqrt(nodes). Planar graphs
+# have layers of one or two, random graphs of sqrt(nodes) / 3.
+WIDEST_LAYER = 8.0
+
+
+class Interior:
+    """The interior point method on one job; call it where the job's dtype is enabled.
+
+    Fits after the first one, as on a path, reuse the ordering of the factors.
+
+    Args:
+        job: with a signal and the penalty `L1`. Fits may scale it.
+
+    Raises:
+        ImportError: without PIQP.
+    """
+
+    def __init__(self, job: Job) -> None:
+        if not is_available():
+            raise ImportError('method="interior" needs PIQP: pip install "sparseopt[interior]"')
+        assert job.signal is not None
+        self.job, self.signal = job, job.signal
+        self.y, self.node_weights = job.arrays
+        self.columns = self.signal.values.reshape(job.graph.num_nodes, -1).astype(np.float64)
+        self.program = DualProgram(_factors(job.graph, job.order), self.signal.weights, self._row_weights(job.penalty))
+
+    def null_fit(self, penalty: L1, dual: Any) -> Solution:
+        """The component means, certified by a dual point on the rows."""
+        data = _data(self.job.ground, self.y, self.node_weights)
+        means = np.asarray(data.means, np.float64).reshape(self.columns.shape)
+        return self._certified(penalty, means, jnp.asarray(dual, self.job.dtype), 0, True)
+
+    def fitted(self, job: Job) -> Solution:
+        """The fit of the job that it was made for."""
+        return self.fit(job.penalty)
+
+    def fit(self, penalty: L1) -> Solution:
+        """The fit to the job's relative duality gap, its value in the layout of the nodes.
+
+        Args:
+            penalty: that of the job, or a multiple.
+        """
+        weights, tol, max_steps = self._row_weights(penalty), self.job.tol, self.job.max_steps
+        weight = float(weights[weights > 0].mean())
+        means = self.columns.mean(axis=0)
+        centred = (self.columns - means).T
+        scales = [self.program.lower_bound(column, weight) for column in centred]
+        attempt, share, going = 0, 1.0, True
+        while going:
+            pairs = zip(centred, scales, strict=True)
+            answers = [self.program.solve(column, weight, share * tol, scale, max_steps) for column, scale in pairs]
+            fit, dual = (np.stack([answer[i] for answer in answers], axis=1) for i in (0, 1))
+            steps, ended = sum(answer[2] for answer in answers), all(answer[3] for answer in answers)
+            rows = dual.reshape(-1, *self.job.channels)
+            if self.job.order % 2 == 0 and self.job.graph.shape is not None:
+                rows = edge_grid(rows, self.job.graph.shape, 0.0)
+            else:
+                rows = self.job.layout.rows(rows, self.job.order + 1)
+            found = self._certified(penalty, fit + means, jnp.asarray(rows, self.job.dtype), steps, ended)
+            attempt, share = attempt + 1, share * CUT
+            going = ended and attempt < ATTEMPTS and not float(found.gap) <= tol
+        if not ended and max_steps > MOST_STEPS and not float(found.gap) <= tol:
+            found = dataclasses.replace(found, status=jnp.asarray(Status.PRECISION, jnp.int32))
+        return found
+
+    def _row_weights(self, penalty: L1) -> np.ndarray:
+        """The weights `[rows]`, as `_edges` numbers them."""
+        job, weight = self.job, np.asarray(penalty.weight, np.float64)
+        if weight.ndim == 0:
+            return np.full(job.layout.count(job.order + 1), weight)
+        rows = job.layout.rows(weight, job.order + 1)
+        return edge_rows(rows, job.graph.shape) if job.graph.shape and job.order % 2 == 0 else rows.reshape(-1)
+
+    def _certified(self, penalty: L1, fit: np.ndarray, dual: Any, steps: int, ended: bool) -> Solution:
+        """The solution that a fit on the host and a dual of the rows make, judged like every other."""
+        job = self.job
+        terms = on_rows({job.order: penalty}, job.layout, job.dtype, bool(job.channels))
+        value = job.layout.put(job.layout.rows(fit.reshape(-1, *job.channels), 0))
+        status = jnp.asarray(Status.CONVERGED if ended else Status.MAX_STEPS, jnp.int32)
+        count = jnp.asarray(steps, jnp.int32)
+        return _judged(job.ground, self.y, self.node_weights, terms, value, dual, status, count, job.tol)
+
+
+_data = jax.jit(data_of)
+
+
+@jax.jit
+def _judged(
+    ground: Ground, y: Any, weights: Any, penalty: Any, fit: Any, dual: Any, status: Any, steps: Any, tol: Any
+) -> Solution:
+    """The solution with a fit in float64, as it stands in the precision of the signal."""
+    data = data_of(ground, y, weights)
+    unknown = jnp.full((), jnp.nan, y.dtype)
+    value = (fit - data.shift).astype(y.dtype)
+    found = Solution(value, status, steps, unknown, unknown, unknown, None, None, dual)
+    done = finished(ground, data, penalty, found, dual, jnp.asarray(tol, y.dtype))
+    return dataclasses.replace(found, **done._asdict())
+
+
+def _factors(graph: Graph, order: int) -> list[sparse.csr_array]:
+    """Sparse matrices whose product, the last one first, is Δ^(k+1); edges as the rows of `graph.base` follow them."""
+
+    def difference(factors: int) -> sparse.csr_array:
+        edges = graph.edges if graph.shape is None else grid_edges(graph.shape)
+        return difference_matrix(edges, graph.num_nodes, graph.weights, factors)
+
+    if order == 0:
+        # D Dᵀ joins all edges of a node: dear where there are many, and then the identity stands last.
+        apart = graph.num_edges > EDGES_A_NODE * graph.num_nodes
+        return [difference(1), difference(0)] if apart else [difference(1)]
+    return [difference(1)] * (order % 2 == 0) + [difference(2)] * ((order + 1) // 2)
+
+
+class InteriorPoint:
+    """The interior point method, on the host."""
+
+    name = "interior"
+    one_metric = balances_rho = False
+    keeps_rho_from = 0
+
+    def refuses(self, job: Job) -> str | None:
+        """All but one L1 penalty with the square loss; a start, and a history."""
+        if job.several or job.loss is not None:
+            return only_splitting(job, self.name)
+        if not job.cold:
+            return f'method="{self.name}" takes no warm_start and keeps no history; use "doge" or "admm"'
+        if job.signal is None:
+            return (
+                f'method="{self.name}" works on the host, where nothing is traced: take another for a solver that runs '
+                "under jit, vmap and grad, or sparseopt.trend_filter"
+            )
+        if not isinstance(job.penalty, L1):
+            return f'method="{self.name}" solves the L1 penalty, given {job.penalty}; use "doge" or "admm"'
+        return only_doge(job)
+
+    def plan(self, job: Job) -> Interior:
+        """The quadratic program."""
+        return Interior(job)
+
+
+def is_narrow(graph: Graph) -> bool:
+    """Whether factors on the graph stay sparse, told from the layers of a breadth-first search."""
+
+    def build() -> bool:
+        ones = np.ones(graph.num_edges, np.int8)
+        adjacency = sparse.csr_array((ones, graph.edges.T), shape=(graph.num_nodes,) * 2)
+        # The largest component, searched from an end of it.
+        inside = np.flatnonzero(graph.components == np.argmax(np.bincount(graph.components)))
+        start = inside[0]
+        for _ in range(2):
+            distance = csgraph.dijkstra(adjacency, directed=False, indices=start, unweighted=True)[inside]
+            start = inside[np.argmax(distance)]
+        widest = np.max(np.bincount(distance.astype(np.int64)))
+        return bool(widest <= WIDEST_LAYER * np.sqrt(graph.num_nodes))
+
+    return graph.cached("narrow", build)
+
+
+INTERIOR = InteriorPoint()

@@ -1,0 +1,245 @@
+"""Floor 5: a `Plan`, all that a method makes of a graph on the host, and the fit of a signal by it: pure, one program.
+
+    minimise over b    1/2 sum_j w_j (y_j - b_j)²  +  sum_k penalty_k(Δ^(k+1) b)
+
+signal -> data on their ground -> start -> the solver's loop -> the caller's units, certified -> derivatives attached.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sparseopt.core.certify import promoted, relative_gap, stationary
+from sparseopt.core.differentiate import Found, attached
+from sparseopt.core.fidelity import total
+from sparseopt.core.iterate import iterate
+from sparseopt.core.operators import Split
+from sparseopt.core.penalties import Norm
+from sparseopt.core.problem import Problem, Solution
+from sparseopt.core.solvers.admm import Admm, Start
+from sparseopt.core.solvers.mixed import solve_mixed
+from sparseopt.core.solvers.node_solve import Cosine
+from sparseopt.core.types import pytree, static
+from sparseopt.trend.ground import Data, Ground, data_of
+from sparseopt.trend.job import Job
+from sparseopt.trend.start import cold_start
+
+# rho starts at this multiple of the weight over the noise: the balance 3 of admm.py at duals of rms 0.8 weight.
+FIRST_RHO = 2.4
+# How many differences Anderson acceleration of the standard ADMM remembers; fifteen were hardly better.
+ACCELERATION = 10
+# From so many nodes on a start in float32 saves more than the compilation of a second program costs.
+MIXED_FROM = 500_000
+
+
+@pytree
+class Plan:
+    """A method on a graph: tables, factors and choices; see `fit`.
+
+    Attributes:
+        ground: the graph's own tables.
+        split: the operator, split as the method needs it.
+        node_solve: the x-step.
+        cadence: steps between two checks.
+        nodes: of the graph.
+        exact: whether the start is the fit, so that the first check ends the solve.
+    """
+
+    ground: Ground
+    split: Split
+    node_solve: Any
+    cadence: int = static()
+    nodes: int = static()
+    exact: bool = static(default=False)
+
+    def refuses(self, penalty: Any, weighted: bool) -> str | None:
+        """Why it does not fit such a penalty, or a signal with node weights; None if it does."""
+        del penalty
+        if weighted and isinstance(self.node_solve, Cosine):
+            return "cosine transforms solve for nodes of one weight alone"
+        return None
+
+    def taken(self, penalty: Any) -> Any:
+        """The penalty on the rows as the solver takes it."""
+        return penalty
+
+    def row_dual(self, penalty: Any, dual: Array) -> Array:
+        """The dual of the rows from the solver's."""
+        del penalty
+        return dual
+
+    def solver_dual(self, penalty: Any, dual: Array) -> Array:
+        """The solver's dual from that of the rows."""
+        del penalty
+        return dual
+
+    def solver(self, rho: Any, relaxation: Any = 1.7) -> Any:
+        """The method as a solver of the core."""
+        acceleration = 0 if self.exact else ACCELERATION
+        return Admm(self.node_solve, rho, relaxation, self.cadence, acceleration=acceleration)
+
+    def start(self, penalty: Any, data: Data, weights: Any) -> Start:
+        """Where a fit starts that continues none."""
+        return cold_start(self.ground, self.split, penalty, data, weights)
+
+    def fitted(self, job: Job) -> Solution:
+        """The fit of a job's signal, in the layout of the nodes.
+
+        Raises:
+            ValueError: for a start that does not fit.
+        """
+        cadence = self.cadence if job.cadence is None or self.exact else job.cadence
+        plan = dataclasses.replace(self, cadence=min(cadence, job.max_steps))
+        history = -(-job.max_steps // plan.cadence) * plan.cadence if job.history else 0
+        return fit(
+            plan,
+            job.arrays[0],
+            job.rows,
+            job.arrays[1],
+            job.tol,
+            job.max_steps,
+            warm_start=job.start(),
+            rho=job.rho,
+            relaxation=job.relaxation,
+            history=history,
+        )
+
+
+@partial(jax.jit, static_argnames="history")
+def fit(
+    plan: Plan,
+    y: Array,
+    penalty: Any,
+    weights: Any,
+    tol: Any,
+    max_steps: Any,
+    *,
+    warm_start: Start | None = None,
+    rho: Any = None,
+    relaxation: Any = 1.7,
+    history: int = 0,
+) -> Solution:
+    """The fit of a signal, in its units and in the layout of the nodes, with its certificate and its derivatives.
+
+    Args:
+        plan: of a method.
+        y: `[*nodes]` or `[*nodes, channels]`.
+        penalty: on the rows of `plan.ground.operator`.
+        weights: of the nodes, with a last axis of 1 where there are channels, or None.
+        tol: as in `solve`.
+        max_steps: as in `solve`.
+        warm_start: a point in the caller's units and the dual of its rows, or None. Its rho may be 0, for one from the
+            data.
+        rho: the first one; None chooses it from the data.
+        relaxation: in (0, 2).
+        history: 0, or the most steps of which to keep a record.
+    """
+    given = y, penalty, weights
+    plan, y, penalty, weights, warm_start = jax.lax.stop_gradient((plan, y, penalty, weights, warm_start))
+    kind, ground = y.dtype, plan.ground
+    tol, relaxation = jnp.asarray(tol, kind), jnp.asarray(relaxation, kind)
+    data, limit = data_of(ground, y, weights), -(-max_steps // plan.cadence) * plan.cadence
+    if isinstance(penalty, Norm):
+        # The signal itself is the fit where it costs nothing, an objective of 0 of which no gap has a relative size.
+        free = penalty.value(ground.operator.mv(data.loss.center)) == 0
+        data = dataclasses.replace(data, means=jnp.where(free, data.loss.center, data.means))
+        limit = jnp.where(free, 0, limit)
+    usual = (FIRST_RHO * data.strength(ground, penalty)).astype(kind)
+    solver = plan.solver(usual if rho is None else jnp.asarray(rho, kind), relaxation)
+    inner = plan.taken(penalty)
+    if warm_start is None or plan.exact:
+        start = plan.start(penalty, data, weights)
+    else:
+        dual, known = plan.solver_dual(inner, warm_start.dual.astype(kind)), warm_start.rho
+        known = None if rho is not None or known is None else jnp.where(known > 0, known, usual)
+        start = Start(warm_start.x.astype(kind) - data.shift, dual, known)
+    problem = Problem(data.centred, inner, plan.split)
+    if kind == jnp.float64 and plan.nodes >= MIXED_FROM and isinstance(penalty, Norm) and not history:
+        found = solve_mixed(problem, solver, start, tol=tol, max_steps=jnp.asarray(limit, jnp.int32))
+    else:
+        found = iterate(problem, solver, start, tol=tol, max_steps=history or limit, history=history > 0)
+    dual = plan.row_dual(inner, found.state.candidate)
+    ended = finished(ground, data, penalty, found, dual, tol)
+    if ground.anchored and isinstance(penalty, Norm):
+        ended = _with_zeros(ground, data, penalty, ended, dual, tol)
+    y, penalty, weights = given
+    caller = dataclasses.replace(data.loss, center=_known(y, data, ground, weights), weights=weights)
+    step = plan.split.row_scale / found.state.rho
+    problem = Problem(caller, penalty, ground.operator)
+    value, objective = attached(problem, ended.value, ended.objective, Found(None, dual, step))
+    # What the acceleration remembers is many times the signal, and no later solve can use it.
+    state = dataclasses.replace(found.state, past=None)
+    ended = ended._replace(value=value, objective=objective)
+    return dataclasses.replace(found, **ended._asdict(), state=state, dual=dual)
+
+
+def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
+    """The signal, also where its weight is 0, on which a derivative in that weight depends."""
+    if weights is not None:
+        y = jnp.where(jnp.isfinite(y), y, 0)
+    return y if ground.present is None else jnp.where(ground.present, y, data.shift)
+
+
+class Finished(NamedTuple):
+    """A fit in the caller's units, as `Solution` has it."""
+
+    value: Any
+    status: Any
+    residual: Any
+    objective: Any
+    gap: Any
+
+
+def judged(ground: Ground, data: Data, penalty: Any, x: Array, dual: Array) -> tuple[Array, Array]:
+    """The objective of a point and its relative duality gap by a dual point; the penalty is a `Norm`."""
+    rows = ground.operator.mv(x)
+    objective = data.loss.value(x) + penalty.value(rows)
+    slack = data.loss.slack(x, ground.operator.rmv(dual)) + total(penalty.slack(rows, dual))
+    # Neither loss nor penalty is ever negative, so an objective of 0 needs no dual.
+    return objective, jnp.where(objective == 0, 0, relative_gap(slack, objective))
+
+
+def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Array, tol: Any) -> Finished:
+    """What a solve of the centred problem found, as it stands in the caller's units after rounding.
+
+    The component means are the limit for large weights; where they are no worse than the iterate they are the
+    answer, and its differences are exactly zero.
+
+    Args:
+        ground: of the graph.
+        data: of the signal.
+        penalty: on the rows.
+        found: of the centred problem.
+        dual: of the rows.
+        tol: of the solve.
+    """
+    x, status = found.value + data.shift, found.status
+    if not isinstance(penalty, Norm):
+        return Finished(x, stationary(status), found.residual, found.objective, found.gap)
+    of_x, of_means = (judged(ground, data, penalty, point, dual) for point in (x, data.means))
+    take = of_means[0] <= of_x[0]
+    objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
+    # The mean comes back in working precision; what that costs is part of the answer.
+    # The shift, the means or a penalty of a user's own may overflow where the centred problem did not.
+    status = promoted(status, gap, objective, tol)
+    return Finished(jnp.where(take, data.means, x), status, gap, objective, gap)
+
+
+def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Finished, dual: Array, tol: Array) -> Finished:
+    """The fit with 0 where the first term's prox over a long step is 0, if its gap is no worse or within tol.
+
+    See `nonzero_rows` in `freedom.py` for why the dual tells, and not the size of an entry.
+    """
+    first, x = penalty.penalties[0], fit.value
+    long = (data.noise / jnp.where(first.weight == 0, 1, jnp.mean(first.weight))).astype(x.dtype)
+    flat = x.reshape(penalty.sizes[0], *dual.shape[1:])
+    kept = first.prox(flat + long * dual[: flat.shape[0]], long) != 0
+    value = jnp.where(kept.reshape(x.shape), x, 0)
+    objective, gap = judged(ground, data, penalty, value, dual)
+    take = gap <= jnp.maximum(fit.gap, tol)
+    changed = Finished(value, fit.status, gap, objective, gap)
+    return jax.tree.map(lambda new, old: jnp.where(take, new, old), changed, fit)

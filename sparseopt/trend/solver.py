@@ -1,0 +1,175 @@
+"""Floor 5: plan once, fit many: a solver for all signals on a graph, pure under jit, vmap and grad.
+
+All work of the host (tables, factors, the choice of a method) is done when it is made. A call is one compiled program;
+its derivatives in the signal, the penalty's weights and the node weights are implicit: no iteration is unrolled. For L1
+the Jacobian in y is the projection onto the signals whose zero differences stay zero: at order 0 each piece's mean.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.arguments import whole_number
+from sparseopt.core.penalties import L1
+from sparseopt.core.problem import Solution
+from sparseopt.core.solvers.admm import Start
+from sparseopt.core.types import precision, pytree, static, wide_types
+from sparseopt.trend.ground import on_rows
+from sparseopt.trend.job import Job, require_penalty
+from sparseopt.trend.layout import Layout, layout_of
+from sparseopt.trend.methods import PURE, chosen, named
+from sparseopt.trend.plan import Plan, fit
+from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype
+
+
+@pytree(eq=False)
+class TrendSolver:
+    """The trend filter on one graph, for any signal, penalty and node weights; make one with `trend_solver`.
+
+    Attributes:
+        plans: of the methods that it may take, the quickest first.
+        layout: of the graph's arrays.
+        order: k.
+        channels: of a signal, or None.
+        dtype: of the computation.
+    """
+
+    plans: tuple[Plan, ...]
+    layout: Layout = static()
+    order: int = static()
+    channels: int | None = static()
+    dtype: str = static()
+
+    def __call__(
+        self,
+        y: Any,
+        penalty: Any,
+        node_weights: Any = None,
+        tol: Any = 1e-6,
+        max_steps: Any = 20_000,
+        start: Solution | Start | None = None,
+    ) -> Solution:
+        """Fit a signal.
+
+        Args:
+            y: as in `trend_filter`, of the solver's graph and channels; missing values have the node weight 0.
+            penalty: one, as in `trend_filter`: on the differences of the solver's order.
+            node_weights: w >= 0, `[n]` or in the shape of a grid, or None for ones.
+            tol: the relative duality gap to reach.
+            max_steps: step limit.
+            start: an earlier solution, or a point in the shape of y with the dual of its rows; None for none.
+
+        Returns:
+            As `trend_filter`, in the shape of y; under vmap with a status a lane. It checks no values: a signal that
+            is not finite ends as NONFINITE.
+
+        Raises:
+            ValueError: for a shape that does not fit, or a penalty that the method does not solve.
+        """
+        graph, channels, kind = self.layout.graph, self.channels is not None, np.dtype(self.dtype)
+        y = jnp.asarray(y, kind)
+        shapes = [(graph.num_nodes,), *([] if graph.shape is None else [graph.shape])]
+        if y.shape not in (wanted := [(*shape, *([self.channels] if channels else [])) for shape in shapes]):
+            raise ValueError(f"the solver's signals have the shape {' or '.join(map(str, wanted))}, given {y.shape}")
+        require_penalty(penalty, channels)
+        weight, rows = getattr(penalty, "weight", 0.0), self.layout.count(self.order + 1)
+        if np.ndim(weight) and (np.shape(weight) != (rows,) or not isinstance(penalty, L1)):
+            raise ValueError(
+                f"a penalty's weight is one number, or for L1 one for each of {rows} rows of graph.matrix(order + 1); "
+                f"given the shape {np.shape(weight)} in {type(penalty).__name__}"
+            )
+        if node_weights is not None:
+            node_weights = jnp.asarray(node_weights, kind)
+            if node_weights.shape not in shapes:
+                raise ValueError(
+                    f"{graph.num_nodes} nodes need as many node weights, given the shape {node_weights.shape}"
+                )
+            node_weights = node_weights.reshape(self.nodes + (1,) * channels)
+        plan = self._plan(penalty, node_weights is not None)
+        if isinstance(start, Solution):
+            start = Start(start.value, start.dual, start.state.rho)
+        if start is not None:
+            start = dataclasses.replace(start, x=self._flat(jnp.asarray(start.x, kind)))
+        terms = on_rows({self.order: penalty}, self.layout, kind, channels)
+        found = fit(plan, self._flat(y), terms, node_weights, tol, max_steps, warm_start=start)
+        return dataclasses.replace(found, value=found.value.reshape(y.shape))
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """The shape of an array on the nodes."""
+        return self.layout.graph.shape or (self.layout.graph.num_nodes,)
+
+    def _flat(self, x: jax.Array) -> jax.Array:
+        """In the layout of the nodes."""
+        return x.reshape(self.nodes + (() if self.channels is None else (self.channels,)))
+
+    def _plan(self, penalty: Any, weighted: bool) -> Plan:
+        """The first plan that serves.
+
+        Raises:
+            ValueError: with what the last one says, if none does.
+        """
+        reason = None
+        for plan in self.plans:
+            reason = plan.refuses(penalty, weighted)
+            if reason is None:
+                return plan
+        raise ValueError(reason)
+
+
+def trend_solver(
+    graph: Any,
+    order: int = 1,
+    method: str = "auto",
+    dtype: Any = None,
+    channels: int | None = None,
+    *,
+    B: int | None = None,
+) -> TrendSolver:
+    """A solver for signals on a graph, all host work done: call it under `jit`, `vmap` and `grad`.
+
+        solver(y, penalty).value = argmin over b    1/2 sum_j w_j (y_j - b_j)²  +  penalty(Δ^(order+1) b)
+
+    Args:
+        graph: where the signals live; it has an edge.
+        order: k >= 0.
+        method: as in `trend_filter`, but for "interior", which works on the host; "auto" takes the method that is to be
+            expected to be the quickest for a weight about the size of the noise.
+        dtype: float32 or float64; None for the one that JAX takes by default. float64 needs 64-bit types to be on.
+        channels: of the signals, whose last axis they are; None for none.
+        B: as in `trend_filter`.
+
+    Raises:
+        ValueError, TypeError: on arguments that do not fit.
+
+    Example:
+        >>> y = jnp.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0])
+        >>> solver = so.trend_solver(so.Graph.chain(6), order=0)
+        >>> solver(y, so.L1(0.3)).value.round(3)
+        Array([0.1, 0.1, 0.1, 4.9, 4.9, 4.9], dtype=float32)
+        >>> jax.grad(lambda weight: solver(y, so.L1(weight)).value[0])(0.3).round(3)  # a third of the step's pull
+        Array(0.333, dtype=float32, weak_type=True)
+    """
+    graph, order, name = checked_graph(graph), checked_order(order), named(method)
+    kind = np.dtype(jnp.result_type(float)) if dtype is None else compute_dtype(np.zeros(1), dtype)
+    if kind == np.float64 and not wide_types():
+        raise ValueError(
+            'a solver in float64 needs 64-bit types: jax.config.update("jax_enable_x64", True) at the start of the '
+            "program, or take dtype=jnp.float32"
+        )
+    if channels is not None:
+        channels = whole_number("channels", channels, 1)
+    if graph.num_edges == 0:
+        raise ValueError("the graph has no edges, so no difference is penalised: every fit is the signal itself")
+    layout, axes = layout_of(graph), () if channels is None else (channels,)
+    with precision(kind):
+        plans: list[Plan] = []
+        for penalty, weighted in ((L1(1.0), False), (None, False), (None, True)):
+            job = Job(layout, {order: penalty}, kind, axes, weighted, method=name, block=B)
+            plan = chosen(job, PURE).plan(job)
+            if all(plan is not other for other in plans):
+                plans.append(plan)
+    return TrendSolver(tuple(plans), layout, order, channels, kind.name)

@@ -1,0 +1,243 @@
+"""Floor 5: total variation on a graph, and its higher orders, as a penalty of the core; its prox is a trend filter.
+
+    value(x) = sum_i w_i |(Δ^(k+1) x)_i|
+    prox(x, step) = argmin over u    1/2 ||u - x||² + step * value(u)
+
+The prox is found by iterations, to a duality gap. They keep what they end with, a dual point above all, so that in the
+loop of a solver each starts where the last one ended.
+
+Source: Rudin, Osher and Fatemi, "Nonlinear total variation based noise removal algorithms", 1992; Wang, Sharpnack,
+Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016); for proxes that are inexact and warm-started, Schmidt,
+Le Roux and Bach, "Convergence rates of inexact proximal-gradient methods for convex optimization", 2011.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sparseopt.core.arguments import is_positive, whole_number
+from sparseopt.core.operators import Difference
+from sparseopt.core.penalties import L1
+from sparseopt.core.problem import Status
+from sparseopt.core.solvers.admm import Start
+from sparseopt.core.thresholds import FloatArray, Scalar
+from sparseopt.core.types import pytree, static
+from sparseopt.trend.graph import Graph
+from sparseopt.trend.ground import on_rows
+from sparseopt.trend.job import MOST_STEPS, check_parameters
+from sparseopt.trend.layout import layout_of
+from sparseopt.trend.methods import AUTO
+from sparseopt.trend.signal import checked_graph, checked_order
+from sparseopt.trend.solver import TrendSolver, trend_solver
+
+# The error of a prox is at most this share of the way that the last one went, so that it vanishes where a solve comes
+# to rest; but its gap need not go below this many eps.
+CLOSER, LEAST_TOL = 0.2, 10.0
+
+
+@pytree
+class ProxMemory:
+    """What a prox of `TotalVariation` ended with: where the next one starts, and how exact it was.
+
+    Attributes:
+        u: the prox.
+        dual: as the rows lie, no entry larger than its weight; `Δᵀ dual` is a subgradient of the value at u, up to the
+            gap.
+        rho: of its iterations, at a step of 1; 0 before the first.
+        tol: what the gap of the next prox has to reach, if that is less than the penalty's own tolerance.
+        gap: the relative duality gap of its problem. With P the objective there, u lies within `sqrt(2 gap P)` of the
+            exact prox, in Euclidean norm.
+        steps: its iterations.
+        all_steps: its iterations and those of all before.
+        status: a `Status`: CONVERGED where the gap reached its tolerance.
+    """
+
+    u: Any
+    dual: Any
+    rho: Any
+    tol: Any
+    gap: Any
+    steps: Any
+    all_steps: Any
+    status: Any
+
+
+@pytree
+class Rows:
+    """`Δ^(k+1)` for arrays in the caller's shape."""
+
+    differences: Difference
+    shape: tuple[int, ...] = static()
+    channels: tuple[int, ...] = static()
+
+    def mv(self, x: FloatArray) -> FloatArray:
+        """The rows, as they lie."""
+        return self.differences.mv(x.reshape(*self.differences.in_shape, *self.channels))
+
+    def rmv(self, e: FloatArray) -> FloatArray:
+        """`Δᵀ e` in the caller's shape."""
+        return self.differences.rmv(e).reshape(self.shape)
+
+
+@pytree(eq=False)
+class TotalVariation:
+    """`sum_i w_i |(Δ^(k+1) x)_i|` of a signal x on a graph: the penalty of the trend filter, on x itself.
+
+    Order 0 is the total variation (of a picture, the anisotropic one). The prox is the fit that
+    `trend_filter(x, graph, L1(step * weight), order)` finds, to the relative duality gap `tol`. `prox_from` starts it
+    where the last one ended, with an error of at most a fifth of the way that the last one went; its memory says how
+    exact it was (see `ProxMemory`).
+
+    x has the shape `[n]` in the graph's node order, or `[*shape]` on a grid, or either with trailing channels, which
+    are penalised one by one. The plan of the iterations is made here, once. All methods run under `jit` and `vmap`. The
+    prox has derivatives in x, step and weight, by the optimality conditions of the fit.
+
+    `AcceleratedProximalGradient` certifies its answer by a duality gap where the loss is `LeastSquares` or `Composed`:
+    the dual point of the last prox is one of the whole problem. In float32 that gap ends near 1e-4 or 1e-5. Elsewhere
+    CONVERGED means that the optimality conditions hold to the tolerance. The penalty is convex, but no `Norm`, since
+    its dual ball has no cheap projection; nor is it separable. For a loss with kinks take `L1` behind
+    `graph.matrix(order + 1)`.
+
+    Args:
+        graph: where x lives; it has an edge.
+        weight: w >= 0, one number or one for each row of `graph.matrix(order + 1)`; a leaf.
+        order: k >= 0; 0 favours piecewise constants, 1 piecewise linear signals.
+        tol: the relative duality gap of a prox; a leaf.
+        max_steps: limit of the iterations of one prox.
+        method: of them, as in `trend_solver`.
+        dtype: of them: float32 or float64; None for the one that JAX takes by default.
+        channels: of x, whose last axis they are; None for none.
+        solver: that of an earlier TotalVariation, in place of what it was made of: graph, order, method, dtype and
+            channels. JAX and `dataclasses.replace` use it.
+
+    Raises:
+        TypeError: for a graph that is none.
+        ValueError: for an order, weight, tol, max_steps or method out of its range, as far as it is known; in the
+            methods, for an x of another shape.
+
+    Example:
+        >>> penalty = so.TotalVariation(so.Graph.chain(6), 0.6)
+        >>> penalty.prox(jnp.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0]), step=0.5).round(3)
+        Array([0.1, 0.1, 0.1, 4.9, 4.9, 4.9], dtype=float32)
+    """
+
+    weight: Any
+    tol: Any
+    solver: TrendSolver
+    max_steps: int = static()
+
+    def __init__(
+        self,
+        graph: Graph | None = None,
+        weight: Any = 1.0,
+        order: int = 0,
+        tol: Any = 1e-6,
+        max_steps: int = 20_000,
+        method: str = AUTO,
+        dtype: Any = None,
+        channels: int | None = None,
+        *,
+        solver: TrendSolver | None = None,
+    ) -> None:
+        """Check, and make the plan."""
+        if solver is None:
+            max_steps = _checked(checked_graph(graph), weight, checked_order(order), tol, max_steps)
+            solver = trend_solver(graph, order, method, dtype, channels)
+        elif (graph, order, method, dtype, channels) != (None, 0, AUTO, None, None):
+            raise ValueError(
+                "another graph, order, method, dtype or number of channels needs another plan: make a new "
+                "TotalVariation, without a solver"
+            )
+        for name, given in {"weight": weight, "tol": tol, "solver": solver, "max_steps": max_steps}.items():
+            object.__setattr__(self, name, given)
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """`sum_i w_i |(Δ^(k+1) x)_i|`."""
+        inner, rows = self.parts(x)
+        return inner.value(rows.mv(x))
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """The fit to x with the weights `step * w`, from a cold start."""
+        return self.prox_from(x, step, self.memory(x))[0]
+
+    def memory(self, x: FloatArray) -> ProxMemory:
+        """A dual point of 0."""
+        kind, rows = _wide(x), jax.eval_shape(self.parts(x)[1].mv, x)
+        far, none = jnp.full((), jnp.inf, kind), jnp.zeros((), jnp.int32)
+        return ProxMemory(
+            u=jnp.full_like(x, jnp.inf, kind),
+            dual=jnp.zeros(rows.shape, kind),
+            rho=0 / far,
+            tol=far,
+            gap=far,
+            steps=none,
+            all_steps=none,
+            status=jnp.full((), Status.MAX_STEPS, jnp.int32),
+        )
+
+    def prox_from(self, x: FloatArray, step: Scalar, memory: ProxMemory) -> tuple[FloatArray, ProxMemory]:
+        """The fit, from where the last one ended; the memory has no derivatives."""
+        kind = _wide(x)
+        inner, rows = self.parts(x)
+        step, weight = jnp.asarray(step, kind), jnp.asarray(self.weight)
+        # As the weights grow with the step, so do the dual and its rho.
+        dual = step * memory.dual
+        start = Start(x - rows.rmv(dual), dual, step * memory.rho)
+        tol = jnp.minimum(memory.tol, self.tol)
+        found = self.solver(x, L1(step * weight), tol=tol, max_steps=self.max_steps, start=start)
+        u, size = found.value, jnp.where(step > 0, step, 1)
+        # A gap of g leaves an error of sqrt(2 g P).
+        limits, moved = jnp.finfo(kind), jnp.sum((u - memory.u) ** 2)
+        enough = CLOSER**2 * moved / (2 * jnp.maximum(found.objective, limits.tiny))
+        after = ProxMemory(
+            u=u,
+            dual=inner.project_dual(found.dual.astype(kind) / size),
+            rho=found.state.rho / size,
+            tol=jnp.maximum(enough, LEAST_TOL * limits.eps),
+            gap=found.gap,
+            steps=found.steps,
+            all_steps=memory.all_steps + found.steps,
+            status=found.status,
+        )
+        after = jax.tree.map(lambda new, old: jax.lax.stop_gradient(new).astype(old.dtype), after, memory)
+        return u.astype(x.dtype), after
+
+    def parts(self, x: FloatArray) -> tuple[L1, Rows]:
+        """L1 with the weights as the rows lie, and `Δ^(k+1)` of arrays like x."""
+        solver = self.solver
+        channels = () if solver.channels is None else (solver.channels,)
+        fitting = {(*nodes, *channels) for nodes in (solver.nodes, (math.prod(solver.nodes),))}
+        if x.shape not in fitting:
+            raise ValueError(
+                f"this TotalVariation takes an x of shape {' or '.join(map(str, sorted(fitting)))}, given {x.shape}; "
+                "give the number of channels of x when it is made"
+            )
+        inner = on_rows({solver.order: L1(self.weight)}, solver.layout, _wide(x), bool(channels))
+        return inner, Rows(solver.plans[0].ground.highest, x.shape, channels)
+
+    def dual(self, memory: ProxMemory) -> FloatArray:
+        """That of the last prox."""
+        return memory.dual
+
+
+def _wide(x: FloatArray) -> Any:
+    """The dtype of x, but at least float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _checked(graph: Graph, weight: Any, order: int, tol: Any, max_steps: Any) -> int:
+    """The step limit; and see that the weight and the tolerance, as far as they are known, serve.
+
+    Raises:
+        ValueError: if one does not.
+    """
+    rows = layout_of(graph).count(order + 1)
+    if not isinstance(weight, jax.core.Tracer):
+        check_parameters(L1(weight), np.dtype(np.float64), rows)
+    if not (isinstance(tol, jax.core.Tracer) or is_positive(tol)):
+        raise ValueError(f"tol must be positive and finite, given {tol!r}")
+    return whole_number("max_steps", max_steps, 1, MOST_STEPS)
