@@ -87,14 +87,7 @@ html_css_files = ["wide.css"]
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
 
-NOTEBOOKS = (
-    "01_proximal_operators_and_penalties",
-    "02_trend_filtering",
-    "03_pruning_a_small_llm",
-    "04_your_own_penalty",
-    "05_what_the_theory_promises",
-    "06_choosing_the_level",
-)
+NOTEBOOKS = sorted(file.stem for file in (HERE.parent / "notebooks").glob("[0-9]*.py"))
 
 
 def collect_notebooks() -> None:
