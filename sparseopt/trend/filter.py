@@ -14,7 +14,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.mesh import Devices, at_work, device_line
@@ -25,6 +24,7 @@ from sparseopt.trend.job import Job, checked_loss, checked_terms, require_local,
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.losses import fit_loss
 from sparseopt.trend.methods import INTERIOR, PURE, chosen, named
+from sparseopt.trend.plan import known_fit
 from sparseopt.trend.signal import checked_order, checked_signal
 
 
@@ -197,19 +197,13 @@ def _fitted(job: Job) -> Solution:
             "L1(0.5).prox(y, 1.0)"
         )
     if not job.several and (job.graph.num_edges == 0 or vanishes(job.penalty)):
-        return _unchanged(job.signal)
+        assert job.signal is not None
+        if job.signal.weights is not None and not job.signal.weights.all():
+            raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
+        return known_fit(job.signal.values)
     method = chosen(job)
     found = method.plan(job).fitted(job)
     if job.method is None and method is INTERIOR and int(found.status) != Status.CONVERGED:
         # Rounding ended it: where the weight is very large, the others get closer.
         found = chosen(job, PURE).plan(job).fitted(job)
     return found
-
-
-def _unchanged(signal: Any) -> Solution:
-    """The exact answer where nothing is penalised: y, with a gap of 0."""
-    if signal.weights is not None and not signal.weights.all():
-        raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
-    zero = jnp.zeros((), signal.values.dtype)
-    status, steps = jnp.asarray(Status.CONVERGED, jnp.int32), jnp.zeros((), jnp.int32)
-    return Solution(jnp.asarray(signal.values), status, steps, zero, zero, zero, None, None)

@@ -26,7 +26,7 @@ import numpy as np
 from scipy.sparse import linalg
 
 from sparseopt.core.arguments import positive_number
-from sparseopt.core.grouping import edge_grid, grid_edges
+from sparseopt.core.grouping import grid_edges
 from sparseopt.core.penalties import L1
 from sparseopt.core.types import precision
 from sparseopt.trend.filter import trend_filter
@@ -109,19 +109,19 @@ def null_fit(signal: Signal, graph: Graph, order: int, tol: float) -> NullFit:
     pull = _pull(signal, graph)
     channels = pull.shape[1]
     halves = (order + 1) // 2
-    rows = graph.num_nodes if order % 2 else graph.num_edges
+    rows, lay = layout_of(graph).count(order + 1), layout_of(graph).grid_rows
     if not pull.any():
         nothing = np.zeros(channels)
-        return NullFit(nothing, nothing, _rows_laid_out(np.zeros((rows, channels)), graph, order))
+        return NullFit(nothing, nothing, lay(np.zeros((rows, channels)), order + 1))
     z = _laplacian_solution(graph, pull, halves) if halves else pull
     if order % 2:
         u = z - _midrange(z, graph)
         weight = np.abs(u).max(axis=0)
-        return NullFit(weight, weight, _rows_laid_out(u, graph, order))
+        return NullFit(weight, weight, lay(u, order + 1))
     flows = _Flows(graph)
     found = [flows.least_congested(column, tol) for column in z.T]
     weight, lower, flow = (np.stack(part, axis=-1) for part in zip(*found, strict=True))
-    return NullFit(weight, lower, _rows_laid_out(flow, graph, order))
+    return NullFit(weight, lower, lay(flow, order + 1))
 
 
 def _pull(signal: Signal, graph: Graph) -> np.ndarray:
@@ -178,13 +178,6 @@ def _midrange(values: np.ndarray, graph: Graph) -> np.ndarray:
     np.maximum.at(top, graph.components, values)
     np.minimum.at(bottom, graph.components, values)
     return ((top + bottom) / 2)[graph.components]
-
-
-def _rows_laid_out(rows: np.ndarray, graph: Graph, order: int) -> np.ndarray:
-    """Rows `[rows, channels]` in the layout of `graph.base`; those of edges follow `_Flows`."""
-    if graph.shape is None:
-        return rows
-    return rows.reshape(*graph.shape, -1) if order % 2 else edge_grid(rows, graph.shape, 0.0)
 
 
 class _Flows:

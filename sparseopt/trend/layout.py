@@ -67,13 +67,16 @@ class Layout:
         Where a grid has no edge, and in padded places, there is a 0.
         """
         graph = self.graph
+        if order % 2 and graph.shape is not None and graph.given_edges is not None:
+            values = values[self._grid_order]
+        return self.grid_rows(values, order)
+
+    def grid_rows(self, values: Any, order: int) -> Any:
+        """As `rows` on one device, from values that have the edges of a grid in the order of `grid_edges`."""
+        graph = self.graph
         if order % 2 == 0:
             return values.reshape(*(graph.shape or (graph.num_nodes,)), *values.shape[1:])
-        if graph.shape is None:
-            return values
-        if graph.given_edges is not None:
-            values = values[self._grid_order]
-        return edge_grid(values, graph.shape, 0.0)
+        return values if graph.shape is None else edge_grid(values, graph.shape, 0.0)
 
     @functools.cached_property
     def _grid_order(self) -> np.ndarray:

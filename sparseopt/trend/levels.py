@@ -112,16 +112,12 @@ def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any) -> tuple[
 def _by_interior(solver: Interior, penalties: list[Any], proof: Any) -> list[Level]:
     """The levels by the interior point method, which starts cold but orders its factors once."""
     ground = solver.job.ground
-    data = _on_ground(ground, solver.y, solver.node_weights)
     levels = []
     for index, penalty in enumerate(penalties):
         fit = solver.null_fit(penalty, proof) if index == 0 and proof is not None else solver.fit(penalty)
-        nonzero = _marked(penalty, ground, fit.value, fit.dual, data.noise)
+        nonzero = _marked(penalty, ground, fit.value, fit.dual, solver.data.noise)
         levels.append(Level(fit.value, fit.objective, fit.gap, fit.residual, fit.steps, fit.status, nonzero))
     return levels
-
-
-_on_ground = jax.jit(data_of)
 
 
 @jax.jit

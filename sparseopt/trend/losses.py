@@ -21,13 +21,13 @@ from sparseopt.core.certify import promoted, stationary
 from sparseopt.core.iterate import iterate
 from sparseopt.core.node_losses import NodeLoss
 from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Problem, Solution, Status
+from sparseopt.core.problem import Problem, Solution
 from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart, certificate
 from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Ground, leaves_as, mean_weight
 from sparseopt.trend.job import Job, vanishes
 from sparseopt.trend.methods import chosen
-from sparseopt.trend.plan import FIRST_RHO
+from sparseopt.trend.plan import FIRST_RHO, known_fit, to_next_check
 from sparseopt.trend.signal import Signal
 from sparseopt.trend.start import null_space_dual
 
@@ -64,7 +64,7 @@ def fit_loss(job: Job) -> Solution:
     _require_finite(null, data, loss, nothing)
     alike = _sees_one_value(data)
     if alike.all():
-        return _answered(null.reshape(signal.values.shape), kind)
+        return known_fit(null.reshape(signal.values.shape).astype(kind))
 
     def laid_out(values: np.ndarray) -> jax.Array:
         return job.layout.put(job.layout.rows(values.reshape(-1, *channels), 0).astype(kind))
@@ -101,7 +101,7 @@ def fit_loss(job: Job) -> Solution:
     if job.rho is not None:
         start = dataclasses.replace(start, rho=None)
     problem = Problem(node_loss, penalty, plan.split)
-    limit = -(-job.max_steps // solver.cadence) * solver.cadence
+    limit = to_next_check(job.max_steps, solver.cadence)
     found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=job.history)
     if settled.any():
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
@@ -180,13 +180,6 @@ def _sees_one_value(data: _Data) -> np.ndarray:
     first = np.zeros(int(data.labels.max()) + 1, np.int64)
     first[data.labels[seen]] = seen
     return ~_holding(data, data.columns != data.columns[first[data.labels]])
-
-
-def _answered(value: np.ndarray, kind: np.dtype) -> Solution:
-    """A fit of loss and penalty 0."""
-    zero = jnp.zeros((), kind)
-    status, steps = jnp.asarray(Status.CONVERGED, jnp.int32), jnp.zeros((), jnp.int32)
-    return Solution(jnp.asarray(value, kind), status, steps, zero, zero, zero, None, None)
 
 
 def _box(signal: Signal, loss: ScalarLoss, order: int) -> tuple[np.ndarray, np.ndarray]:

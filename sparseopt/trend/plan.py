@@ -6,6 +6,7 @@ signal -> data on their ground -> start -> the solver's loop -> the caller's uni
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from sparseopt.core.fidelity import total
 from sparseopt.core.iterate import iterate
 from sparseopt.core.operators import Split
 from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Problem, Solution
+from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.mixed import solve_mixed
 from sparseopt.core.solvers.node_solve import Cosine
@@ -45,7 +46,6 @@ class Plan:
         split: the operator, split as the method needs it.
         node_solve: the x-step.
         cadence: steps between two checks.
-        nodes: of the graph.
         exact: whether the start is the fit, so that the first check ends the solve.
     """
 
@@ -53,7 +53,6 @@ class Plan:
     split: Split
     node_solve: Any
     cadence: int = static()
-    nodes: int = static()
     exact: bool = static(default=False)
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
@@ -94,7 +93,7 @@ class Plan:
         """
         cadence = self.cadence if job.cadence is None or self.exact else job.cadence
         plan = dataclasses.replace(self, cadence=min(cadence, job.max_steps))
-        history = -(-job.max_steps // plan.cadence) * plan.cadence if job.history else 0
+        history = to_next_check(job.max_steps, plan.cadence) if job.history else 0
         return fit(
             plan,
             job.arrays[0],
@@ -107,6 +106,18 @@ class Plan:
             relaxation=job.relaxation,
             history=history,
         )
+
+
+def to_next_check(max_steps: Any, cadence: int) -> Any:
+    """A step limit, up to the next check."""
+    return -(-max_steps // cadence) * cadence
+
+
+def known_fit(value: Any) -> Solution:
+    """A fit that is known without a step and costs nothing."""
+    value = jnp.asarray(value)
+    zero, none = jnp.zeros((), value.dtype), jnp.zeros((), jnp.int32)
+    return Solution(value, jnp.asarray(Status.CONVERGED, jnp.int32), none, zero, zero, zero, None, None)
 
 
 @partial(jax.jit, static_argnames="history")
@@ -142,7 +153,7 @@ def fit(
     plan, y, penalty, weights, warm_start = jax.lax.stop_gradient((plan, y, penalty, weights, warm_start))
     kind, ground = y.dtype, plan.ground
     tol, relaxation = jnp.asarray(tol, kind), jnp.asarray(relaxation, kind)
-    data, limit = data_of(ground, y, weights), -(-max_steps // plan.cadence) * plan.cadence
+    data, limit = data_of(ground, y, weights), to_next_check(max_steps, plan.cadence)
     if isinstance(penalty, Norm):
         # The signal itself is the fit where it costs nothing, an objective of 0 of which no gap has a relative size.
         free = penalty.value(ground.operator.mv(data.loss.center)) == 0
@@ -154,11 +165,12 @@ def fit(
     if warm_start is None or plan.exact:
         start = plan.start(penalty, data, weights)
     else:
-        dual, known = plan.solver_dual(inner, warm_start.dual.astype(kind)), warm_start.rho
-        known = None if rho is not None or known is None else jnp.where(known > 0, known, usual)
-        start = Start(warm_start.x.astype(kind) - data.shift, dual, known)
+        dual, last = plan.solver_dual(inner, warm_start.dual.astype(kind)), warm_start.rho
+        last = None if rho is not None or last is None else jnp.where(last > 0, last, usual)
+        start = Start(warm_start.x.astype(kind) - data.shift, dual, last)
     problem = Problem(data.centred, inner, plan.split)
-    if kind == jnp.float64 and plan.nodes >= MIXED_FROM and isinstance(penalty, Norm) and not history:
+    large = kind == jnp.float64 and math.prod(ground.highest.in_shape) >= MIXED_FROM
+    if large and isinstance(penalty, Norm) and not history:
         found = solve_mixed(problem, solver, start, tol=tol, max_steps=jnp.asarray(limit, jnp.int32))
     else:
         found = iterate(problem, solver, start, tol=tol, max_steps=history or limit, history=history > 0)

@@ -70,12 +70,18 @@ def strong_from(shape: tuple[int, ...], order: int) -> float:
     return 0.5 if order == 2 and len(shape) == 2 and min(shape) >= 128 else 0.0
 
 
+def is_strong(job: Job, shape: tuple[int, ...]) -> bool:
+    """Whether the weight is above that ratio; where nothing is, the noise is not sought."""
+    limit = strong_from(shape, job.order)
+    return limit < np.inf and job.strength > limit
+
+
 def fast_admm_pays(job: Job) -> bool:
     """On chains at order 0, and where smoothing is strong. In float32 it loses its accuracy over long chains."""
     shape = job.graph.shape
     if shape is None or len(shape) > 1 or job.several or job.weighted or job.dtype != np.float64:
         return False
-    return job.order == 0 or job.strength > strong_from(shape, job.order)
+    return job.order == 0 or is_strong(job, shape)
 
 
 def admm_pays(job: Job) -> bool:
@@ -85,7 +91,7 @@ def admm_pays(job: Job) -> bool:
         return shape is not None
     if job.weighted:
         return False
-    return job.order >= 1 if job.several else job.strength > strong_from(shape, job.order)
+    return job.order >= 1 if job.several else is_strong(job, shape)
 
 
 def interior_pays(job: Job) -> bool:

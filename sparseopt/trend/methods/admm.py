@@ -43,7 +43,7 @@ class StandardAdmm:
             if isinstance(operator, Stack):
                 rows = Identity(sum(operator.sizes))
             solve = node_solve(job, tuple(k + 1 for k in job.terms), np.ones(()), cosines)
-            plan = Plan(job.ground, standard_split(operator, rows, kind), solve, CADENCE, job.graph.num_nodes)
+            plan = Plan(job.ground, standard_split(operator, rows, kind), solve, CADENCE)
             return jax.tree.map(jnp.asarray, plan)
 
         return job.layout.cached(key, build)

@@ -32,10 +32,8 @@ class Doge:
     keeps_rho_from = MOST_ORDER + 1
 
     def refuses(self, job: Job) -> str | None:
-        """Several devices with a solve over the whole graph, and B of several penalties."""
-        return over_devices(job) or (
-            f"several penalties take no B, given B={job.block}" if job.several and job.block is not None else None
-        )
+        """What several devices cannot do."""
+        return over_devices(job)
 
     def plan(self, job: Job) -> Plan:
         """Splits of rows and columns; the x-step is a division for B = k + 1."""
@@ -59,7 +57,7 @@ class Doge:
                 if job.graph.shape is not None:  # one C for all columns keeps the x-step diagonal under cosines
                     split = dataclasses.replace(split, column_scale=split.column_scale.max())
                 solve = node_solve(job, (split.inner.order,), split.column_scale, cosines)
-            plan = Plan(job.ground, placed(job, split), solve, CADENCE, job.graph.num_nodes)
+            plan = Plan(job.ground, placed(job, split), solve, CADENCE)
             return jax.tree.map(jnp.asarray, plan)
 
         return layout.cached(key, build)

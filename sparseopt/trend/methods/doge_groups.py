@@ -29,11 +29,10 @@ class GroupsPlan(Plan):
     """A plan with the groups' tables."""
 
     table: Any = None
-    touched: Any = None
 
     def solver(self, rho: Any, relaxation: Any = 1.7) -> DogeGroups:
         """The paper's iteration."""
-        return DogeGroups(self.node_solve, rho, relaxation, self.cadence, table=self.table, touched=self.touched)
+        return DogeGroups(self.node_solve, rho, relaxation, self.cadence, table=self.table)
 
 
 class LiteralDoge:
@@ -73,10 +72,8 @@ class LiteralDoge:
             solve: Any = Diagonal()
             if split.inner.order:
                 solve = node_solve(job, (split.inner.order,), np.asarray(split.column_scale), cosines)
-            table, touched = doge_groups_tables(split.outer, matrix, labels, kind)
-            plan = GroupsPlan(
-                job.ground, placed(job, split), solve, CADENCE, graph.num_nodes, table=table, touched=touched
-            )
+            table, _ = doge_groups_tables(split.outer, matrix, labels, kind)
+            plan = GroupsPlan(job.ground, placed(job, split), solve, CADENCE, table=table)
             return jax.tree.map(jnp.asarray, plan)
 
         return job.layout.cached(key, build)

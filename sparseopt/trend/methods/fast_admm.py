@@ -84,7 +84,7 @@ class FastAdmm:
             exact = job.order == 0 and not job.weighted
             solve = node_solve(job, (job.order,), np.ones(()), not job.weighted) if job.order else Diagonal()
             cadence = 1 if exact else CADENCE
-            plan = ChainPlan(job.ground, split, solve, cadence, job.graph.num_nodes, exact)
+            plan = ChainPlan(job.ground, split, solve, cadence, exact)
             return jax.tree.map(jnp.asarray, plan)
 
         return job.layout.cached(key, build)

@@ -8,6 +8,7 @@ Source: Kim, Koh, Boyd, Gorinevsky, "l1 trend filtering", SIAM Review 51 (2009).
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,13 +17,13 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from sparseopt.core.grouping import difference_matrix, edge_grid, grid_edges
+from sparseopt.core.grouping import difference_matrix, grid_edges
 from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Solution, Status
 from sparseopt.core.solvers.dual_program import MOST_STEPS, DualProgram, is_available
 from sparseopt.trend.freedom import edge_rows
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import Ground, data_of, on_rows
+from sparseopt.trend.ground import Data, Ground, data_of, on_rows
 from sparseopt.trend.job import Job
 from sparseopt.trend.methods.admm import only_doge
 from sparseopt.trend.methods.fast_admm import only_splitting
@@ -54,14 +55,17 @@ class Interior:
             raise ImportError('method="interior" needs PIQP: pip install "sparseopt[interior]"')
         assert job.signal is not None
         self.job, self.signal = job, job.signal
-        self.y, self.node_weights = job.arrays
         self.columns = self.signal.values.reshape(job.graph.num_nodes, -1).astype(np.float64)
         self.program = DualProgram(_factors(job.graph, job.order), self.signal.weights, self._row_weights(job.penalty))
 
+    @functools.cached_property
+    def data(self) -> Data:
+        """The signal on its ground."""
+        return _data(self.job.ground, *self.job.arrays)
+
     def null_fit(self, penalty: L1, dual: Any) -> Solution:
         """The component means, certified by a dual point on the rows."""
-        data = _data(self.job.ground, self.y, self.node_weights)
-        means = np.asarray(data.means, np.float64).reshape(self.columns.shape)
+        means = np.asarray(self.data.means, np.float64).reshape(self.columns.shape)
         return self._certified(penalty, means, jnp.asarray(dual, self.job.dtype), 0, True)
 
     def fitted(self, job: Job) -> Solution:
@@ -86,10 +90,7 @@ class Interior:
             fit, dual = (np.stack([answer[i] for answer in answers], axis=1) for i in (0, 1))
             steps, ended = sum(answer[2] for answer in answers), all(answer[3] for answer in answers)
             rows = dual.reshape(-1, *self.job.channels)
-            if self.job.order % 2 == 0 and self.job.graph.shape is not None:
-                rows = edge_grid(rows, self.job.graph.shape, 0.0)
-            else:
-                rows = self.job.layout.rows(rows, self.job.order + 1)
+            rows = self.job.layout.grid_rows(rows, self.job.order + 1)
             found = self._certified(penalty, fit + means, jnp.asarray(rows, self.job.dtype), steps, ended)
             attempt, share = attempt + 1, share * CUT
             going = ended and attempt < ATTEMPTS and not float(found.gap) <= tol
@@ -112,7 +113,7 @@ class Interior:
         value = job.layout.put(job.layout.rows(fit.reshape(-1, *job.channels), 0))
         status = jnp.asarray(Status.CONVERGED if ended else Status.MAX_STEPS, jnp.int32)
         count = jnp.asarray(steps, jnp.int32)
-        return _judged(job.ground, self.y, self.node_weights, terms, value, dual, status, count, job.tol)
+        return _judged(job.ground, self.data, terms, value, dual, status, count, job.tol)
 
 
 _data = jax.jit(data_of)
@@ -120,14 +121,14 @@ _data = jax.jit(data_of)
 
 @jax.jit
 def _judged(
-    ground: Ground, y: Any, weights: Any, penalty: Any, fit: Any, dual: Any, status: Any, steps: Any, tol: Any
+    ground: Ground, data: Data, penalty: Any, fit: Any, dual: Any, status: Any, steps: Any, tol: Any
 ) -> Solution:
     """The solution with a fit in float64, as it stands in the precision of the signal."""
-    data = data_of(ground, y, weights)
-    unknown = jnp.full((), jnp.nan, y.dtype)
-    value = (fit - data.shift).astype(y.dtype)
+    kind = data.shift.dtype
+    unknown = jnp.full((), jnp.nan, kind)
+    value = (fit - data.shift).astype(kind)
     found = Solution(value, status, steps, unknown, unknown, unknown, None, None, dual)
-    done = finished(ground, data, penalty, found, dual, jnp.asarray(tol, y.dtype))
+    done = finished(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
     return dataclasses.replace(found, **done._asdict())
 
 
