@@ -210,7 +210,7 @@ def run_apart(script: str, parts: Iterable[str], only: str | None) -> None:
     """The parts that are wanted of a benchmark, each in a process of its own, on one core."""
     cores = pin(1)
     os.environ["NUMBA_NUM_THREADS"] = str(cores)
-    from sparseopt.machine import environment
+    from sparseopt.system.machine import environment
 
     emit("environment", **environment(), cores=cores)
     for part in chosen(parts, only):

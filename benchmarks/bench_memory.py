@@ -16,9 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sparseopt.machine import environment
 from sparseopt.models import find_family
 from sparseopt.models.safetensors_file import write_tensors
+from sparseopt.system.machine import environment
 
 VOCAB = 8192
 

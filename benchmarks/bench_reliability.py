@@ -22,7 +22,7 @@ from reliability_budget import pruned_within
 from reliability_inputs import counted
 from reliability_kills import killed_runs
 
-from sparseopt.machine import environment, parse_bytes
+from sparseopt.system.machine import environment, parse_bytes
 
 Lines = Iterator[dict[str, Any]]
 

@@ -35,7 +35,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     if cores < 2:
         sys.exit("SKIPPED: bench-scaling needs two cores or more")
-    from sparseopt.machine import environment
+    from sparseopt.system.machine import environment
 
     print(json.dumps({"figure": "versions", **environment()}), flush=True)
     if unknown := set(arguments.only.split(",")) - set(WORK):
@@ -94,7 +94,7 @@ def measure(
 
 def work(task: dict[str, Any]) -> None:
     """One process of a measurement."""
-    from sparseopt import processes
+    from sparseopt.system import processes
 
     if task["processes"] > 1:
         processes.join(f"127.0.0.1:{task['port']}", task["processes"], task["index"])
@@ -111,7 +111,7 @@ def grid(task: dict[str, Any]) -> dict[str, float]:
     import numpy as np
 
     import sparseopt as so
-    from sparseopt import processes
+    from sparseopt.system import processes
 
     rows = task["side"] * task.get("grow", 1) // (task["processes"] if task["apart"] else 1)
     rng = np.random.default_rng(0)
@@ -147,12 +147,12 @@ def layer(task: dict[str, Any]) -> dict[str, float]:
     """Seconds of a layer solve at 50 %."""
     import numpy as np
 
-    from sparseopt import processes
     from sparseopt.core.mesh import device_line
     from sparseopt.pruning.blocked import solve_within_memory
     from sparseopt.pruning.layer import LayerJob
     from sparseopt.pruning.methods import find_method
     from sparseopt.pruning.patterns import parse_pattern
+    from sparseopt.system import processes
 
     outputs, inputs = task["outputs"] * task.get("grow", 1), task["inputs"]
     rng = np.random.default_rng(0)
@@ -172,12 +172,12 @@ def block(task: dict[str, Any]) -> dict[str, float]:
     """Seconds of solving the seven linears of a Llama block at 50 %, with what is said of their answers."""
     import numpy as np
 
-    from sparseopt import processes
     from sparseopt.core.mesh import device_line, over, put
     from sparseopt.pruning.layer import LayerJob
     from sparseopt.pruning.methods import find_method
     from sparseopt.pruning.patterns import parse_pattern
     from sparseopt.pruning.side_by_side import Linear, solve_block
+    from sparseopt.system import processes
 
     width, wide, narrow = task["width"], task["wide"], task["narrow"]
     shapes = {"q": (width, width), "k": (narrow, width), "v": (narrow, width), "o": (width, width)}
@@ -220,8 +220,8 @@ def machine(task: dict[str, Any]) -> dict[str, float]:
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
 
-    from sparseopt import processes
     from sparseopt.core.mesh import AXIS, device_line, over, put
+    from sparseopt.system import processes
 
     def quickest(run: Callable[[], Any]) -> float:
         jax.block_until_ready(run())

@@ -22,7 +22,7 @@ import numpy as np
 from common import emit_line
 
 import sparseopt as so
-from sparseopt.machine import environment
+from sparseopt.system.machine import environment
 
 DOGE_LIMIT = 6_000
 

@@ -364,7 +364,7 @@ def main() -> None:
     interpreters = dict(pair.split("=", 1) for pair in arguments.python)
     if unknown := set(interpreters) - set(SOLVERS):
         parser.error(f"--python names {', '.join(unknown)}; known are {', '.join(SOLVERS)}")
-    from sparseopt.machine import environment
+    from sparseopt.system.machine import environment
 
     emit("environment", **environment(), cores=cores)
     if arguments.truth is None or not arguments.truth.is_dir():

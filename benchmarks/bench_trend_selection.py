@@ -28,7 +28,7 @@ from scipy.sparse import csgraph
 from scipy.spatial import Delaunay
 
 import sparseopt as so
-from sparseopt.machine import environment
+from sparseopt.system.machine import environment
 from sparseopt.trend.path import TrendPath, trend_path
 from sparseopt.trend.selection import cross_validate, select
 

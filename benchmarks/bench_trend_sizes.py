@@ -21,7 +21,7 @@ import trend_problems
 from common import emit_line, say
 
 import sparseopt as so
-from sparseopt.machine import environment
+from sparseopt.system.machine import environment
 from sparseopt.trend.filter import chosen_method
 
 WEIGHTS = (20.0, 13.0)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparseopt.machine import environment
 from sparseopt.models import bundled_model, open_source
 from sparseopt.pruning import Recipe, perplexity, prune_models
 from sparseopt.pruning.reports import Event, LayerRecord, SurveyStep
 from sparseopt.pruning.texts import text_windows
+from sparseopt.system.machine import environment
 
 # Seconds between messages of a pass.
 PATIENCE = 15.0

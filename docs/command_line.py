@@ -9,7 +9,7 @@ from typing import Any
 
 from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
-from sparseopt.cli import app
+from sparseopt.shell.app import app
 
 KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER", "Path": "PATH"}
 

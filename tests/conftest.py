@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from sparseopt import cli
 from sparseopt.pruning.compiled import Compiled
+from sparseopt.shell import app as cli
 from tests import programs
 
 programs.set_up()

@@ -6,13 +6,13 @@ import sys
 import numpy as np
 
 import sparseopt as so
-from sparseopt import processes
 from sparseopt.core.mesh import device_line
 from sparseopt.pruning.blocked import solve_within_memory
 from sparseopt.pruning.layer import LayerJob
 from sparseopt.pruning.methods import find_method
 from sparseopt.pruning.patterns import parse_pattern
 from sparseopt.pruning.side_by_side import solve_side_by_side
+from sparseopt.system import processes
 
 METHODS = (("maiht", "paper"), ("admm", "best"))
 BESIDE = ("beside the second", "beside the first")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.machine import available_memory_bytes, format_bytes
+from sparseopt.system.machine import available_memory_bytes, format_bytes
 
 # So little is always there: what needs less does not ask the machine.
 ALWAYS_FREE = 2**26

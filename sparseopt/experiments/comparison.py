@@ -25,10 +25,10 @@ from sparseopt.experiments.sweep import Planned, check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun, Observer
 from sparseopt.experiments.task_prune import Prune
 from sparseopt.experiments.yaml_file import read_yaml
-from sparseopt.machine import versions
 from sparseopt.pruning import METHODS, Recipe
 from sparseopt.pruning.patterns import check_pattern, implied_sparsity
 from sparseopt.pruning.texts import part_of_text
+from sparseopt.system.machine import versions
 
 CELLS = "cells"
 # What a method itself takes; forward passes and compilation are common to all.

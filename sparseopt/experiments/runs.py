@@ -10,7 +10,7 @@ A killed run leaves whole lines and perhaps the start of one. The next start dro
 torn, keeps the others, and does the units that have none. A lock that ends with its process keeps two processes out of
 one folder.
 
-Several processes that work together (`sparseopt.processes`) do every unit together; the first finds out what is to be
+Several processes that work together (`system.processes`) do every unit together; the first finds out what is to be
 done, tells the others, and writes.
 """
 
@@ -30,14 +30,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sparseopt import processes
 from sparseopt.experiments.config import Run
 from sparseopt.experiments.names import AllowCode, Named, code_context, file_digest
 from sparseopt.experiments.task import FinishedRun, Observer, Record, Task
 from sparseopt.experiments.tasks import find_task
 from sparseopt.experiments.yaml_file import read_yaml
-from sparseopt.files import InUse, locked, refuse_links, temporary_of, write_whole
-from sparseopt.machine import environment, peak_memory_bytes
+from sparseopt.system import processes
+from sparseopt.system.files import InUse, locked, refuse_links, temporary_of, write_whole
+from sparseopt.system.machine import environment, peak_memory_bytes
 
 LOCK, HEADER, CONFIG, RECORDS, SUMMARY, FAILURE = (
     ".lock", "run.json", "config.yaml", "records.jsonl", "summary.json", "error.txt",

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparseopt import processes
 from sparseopt.experiments.config import Run
 from sparseopt.experiments.runs import FolderInUse, Outcome, State, execute, fingerprint, state_of
 from sparseopt.experiments.task import Estimate, Observer, Task
+from sparseopt.system import processes
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from pydantic import Field
 
-from sparseopt import processes
 from sparseopt.core.problem import Solution, Status
 from sparseopt.experiments.baselines import Method, Settings, Stop, algorithm_of, fit
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record
 from sparseopt.experiments.task_trend import METHOD_NAMES, PictureTask, by_subject, method_label
+from sparseopt.system import processes
 from sparseopt.trend.images import psnr
 
 # Seconds of a fit for each value, on two cores in float64 at a gap of 1e-4.

@@ -11,12 +11,12 @@ from pydantic import Field
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from sparseopt import processes
 from sparseopt.core.problem import Status
 from sparseopt.experiments.datasets import GraphData, GraphSource
 from sparseopt.experiments.names import PenaltyConfig
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
 from sparseopt.experiments.task_trend import by_subject
+from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from sparseopt import processes
 from sparseopt.core.problem import Status
 from sparseopt.experiments.names import Mistakes, Named, PenaltyConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
@@ -22,6 +21,7 @@ from sparseopt.pruning.patterns import check_pattern, implied_sparsity
 from sparseopt.pruning.pipeline import layer_patterns
 from sparseopt.pruning.reports import Event, LayerRecord, PruneReport, SurveyStep, mean
 from sparseopt.pruning.texts import Split, TextError, text_windows
+from sparseopt.system import processes
 
 BUNDLED = "bundled:smollm2-135m"
 

@@ -17,11 +17,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.files import refused
 from sparseopt.models.errors import ModelError
 from sparseopt.models.packed import FORMAT, PACKED_INDEX, PACKED_PREFIX, VERSION, pack_tensors, read_packed_header
 from sparseopt.models.safetensors_file import WRITABLE, UnreadTensor, read_header, write_tensors
 from sparseopt.models.source import FileTensor, Source
+from sparseopt.system.files import refused
 
 OUTER_TAG = "outer"
 _PARTIAL = ".partial"

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.core.mesh import over, put, whole
-from sparseopt.files import write_all
+from sparseopt.system.files import write_all
 
 # Tokens a batch: enough for the matrix products to reach their rate, little enough to stay in cache.
 BATCH_TOKENS = 2048

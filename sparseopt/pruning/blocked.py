@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sparseopt import processes
 from sparseopt.core.patterns import BlockTopK, TopK
 from sparseopt.core.problem import Status
 from sparseopt.pruning.devices import solve_over
@@ -36,6 +35,7 @@ from sparseopt.pruning.layer import (
 )
 from sparseopt.pruning.methods.magnitude import Magnitude
 from sparseopt.pruning.methods.wanda import Wanda
+from sparseopt.system import processes
 
 # With fewer outputs than this share of the inputs, the hessian `[in, in]` decides the memory: smaller blocks save none.
 LEAST_SHARE = 1 / 32

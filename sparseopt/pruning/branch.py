@@ -17,11 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sparseopt import processes
 from sparseopt.core.dense import HIGHEST
 from sparseopt.core.mesh import over, put, whole
 from sparseopt.core.problem import Status
-from sparseopt.machine import peak_memory_bytes
 from sparseopt.models import OUTER_TAG, Block, PrunableBlock, PrunableModel, ShardedWriter, TorchModel, block_tag
 from sparseopt.models.safetensors_file import UnreadTensor
 from sparseopt.pruning.activations import Batches, on_one_device
@@ -38,6 +36,8 @@ from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
 from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, Replay, RunLog
 from sparseopt.pruning.run_folder import Progress
 from sparseopt.pruning.side_by_side import Linear, solve_block
+from sparseopt.system import processes
+from sparseopt.system.machine import peak_memory_bytes
 
 
 class PruningError(RuntimeError):

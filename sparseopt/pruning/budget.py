@@ -16,13 +16,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.machine import available_memory_bytes, format_bytes
 from sparseopt.models import PrunableModel, StreamedModel
 from sparseopt.pruning.cost import Cost, prune_cost
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.memory_cost import FLOAT32, PLACES, Activations
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Footprint
+from sparseopt.system.machine import available_memory_bytes, format_bytes
 
 
 class BudgetError(ValueError):

@@ -24,13 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from sparseopt import processes
 from sparseopt.core.mesh import AXIS, over, put, whole
 from sparseopt.core.patterns import BlockTopK
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.compiled import Compiled, Timed, laid_on
 from sparseopt.pruning.layer import LayerJob, LayerMethod, LayerReport, solve_layer
 from sparseopt.pruning.patterns import Pattern
+from sparseopt.system import processes
 
 
 @pytree

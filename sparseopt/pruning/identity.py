@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.machine import versions
 from sparseopt.models import PrunableModel, TorchModel
 from sparseopt.models.digest import Digest
 from sparseopt.pruning.recipe import Recipe, described
+from sparseopt.system.machine import versions
 
 # Other versions may round otherwise, and the result of an interrupted run is that of an uninterrupted one to the bit.
 DECISIVE = ("sparseopt", "jax", "jaxlib", "numpy")

@@ -24,9 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from sparseopt import processes
 from sparseopt.core.mesh import Devices, device_line
-from sparseopt.machine import parse_bytes, return_freed_memory
 from sparseopt.models import (
     OUTER_TAG,
     PrunableModel,
@@ -50,6 +48,8 @@ from sparseopt.pruning.survey import survey
 from sparseopt.pruning.texts import TextError, begin_windows, check_vocabulary, text_windows
 from sparseopt.pruning.torch_calibration import runner_of
 from sparseopt.pruning.torch_recipe import fitting_recipe
+from sparseopt.system import processes
+from sparseopt.system.machine import parse_bytes, return_freed_memory
 
 __all__ = [
     "CalibrationWindows",

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from sparseopt import processes
-from sparseopt.files import append_line, write_whole
-from sparseopt.machine import environment
 from sparseopt.models.folder import RECORDS, SUMMARY
+from sparseopt.system import processes
+from sparseopt.system.files import append_line, write_whole
+from sparseopt.system.machine import environment
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparseopt.files import InUse, locked, refuse_links, temporary_of, write_whole
 from sparseopt.models import OUTER_TAG, ModelError, block_tag, shard_name
 from sparseopt.models.folder import LOCK, RECORDS, RUN, SUMMARY
 from sparseopt.models.packed import PACKED_INDEX
@@ -25,6 +24,7 @@ from sparseopt.models.safetensors_file import read_header
 from sparseopt.pruning.identity import Fingerprint, Identity
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import BlockRecord, LayerRecord, PruneReport
+from sparseopt.system.files import InUse, locked, refuse_links, temporary_of, write_whole
 
 # A folder that holds one of these holds a whole model.
 INDEXES = ("model.safetensors.index.json", PACKED_INDEX)

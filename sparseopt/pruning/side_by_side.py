@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
-from sparseopt import processes
 from sparseopt.core.mesh import whole
 from sparseopt.pruning.blocked import Solved, is_out_of_memory, solve_within_memory
 from sparseopt.pruning.devices import place_side_by_side, reports_of, side_by_side_solver
 from sparseopt.pruning.layer import LayerJob, LayerMethod
 from sparseopt.pruning.method_cost import method_cost
 from sparseopt.pruning.patterns import Pattern
+from sparseopt.system import processes
 
 # Operations of a product that a device does while one stage of a sum over the devices takes: 20 µs at 33 Tflop/s; on
 # processors 1 ms at 100 Gflop/s, as long as two processes took that work beside their sums (see the page on scaling).

@@ -67,7 +67,8 @@ def test_a_package_alone_is_looked_up_among_the_installed_ones(folder, command):
 def test_a_module_beside_a_config_takes_no_package_s_place(folder):
     """An optional package that is not installed must not come from the folder of a config."""
     (folder / "matplotlib_absent.py").write_text("raise SystemExit('hijacked')")
-    code = "import sys\nfrom sparseopt.cli import main\ntry: main()\nexcept SystemExit: pass\nimport matplotlib_absent"
+    code = "import sys\nfrom sparseopt.shell.app import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "import matplotlib_absent"
     call = [sys.executable, "-P", "-c", code, "run", "mine.yaml"]
     done = subprocess.run(call, cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert "No module named 'matplotlib_absent'" in done.stderr
@@ -107,7 +108,7 @@ def test_which_paths_a_permission_covers():
 def test_classes_of_ours_always_go_by_their_path_and_nothing_else_of_ours_does():
     assert find_class("sparseopt.L1", {}, "penalty") is so.L1
     assert find_class("sparseopt.core.penalties.L1", {}, "penalty") is so.L1
-    for path in ("sparseopt.files.Path", "sparseopt.pruning.prune_model", "sparseopt.experiments.runs.execute"):
+    for path in ("sparseopt.system.files.Path", "sparseopt.pruning.prune_model", "sparseopt.experiments.runs.execute"):
         with pytest.raises(ValueError, match="is no class of sparseopt"):
             find_class(path, {}, "penalty")
     with pytest.raises(ValueError, match="no module 'no_such'"):

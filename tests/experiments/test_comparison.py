@@ -11,9 +11,9 @@ import pytest
 
 from sparseopt.experiments import comparison, plots, task_prune
 from sparseopt.experiments.config import ConfigError
-from sparseopt.machine import peak_memory_bytes
 from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
+from sparseopt.system.machine import peak_memory_bytes
 from tests.experiments.test_plots import drawn, texts
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparseopt.console_experiments import SweepProgress
 from sparseopt.experiments.config import expand
 from sparseopt.experiments.runs import (
     FolderInUse,
@@ -24,6 +23,7 @@ from sparseopt.experiments.runs import (
     state_of,
 )
 from sparseopt.experiments.sweep import check_all, parse_shard, plan, run_all, take_shard
+from sparseopt.shell.show_experiments import SweepProgress
 
 TOY = "tests.experiments.toy.Toy"
 ROOT = Path(__file__).parents[2]

@@ -105,7 +105,7 @@ DOTTED = (
         _yaml("name: a\ntask: prune\nmethod: sparseopt.pruning.prune_model"),
         "no class of",
     ),
-    ("what a module of ours imports", _yaml("name: a\ntask: sparseopt.files.Path"), "no class of sparseopt"),
+    ("what a module of ours imports", _yaml("name: a\ntask: sparseopt.system.files.Path"), "no class of sparseopt"),
     ("a module of the system", _yaml("name: a\ntask: os.system"), REFUSED),
     ("a relative path", _yaml("name: a\ntask: ..os.system"), "unknown task"),
     ("a path with a space", _yaml("name: a\ntask: os.sys tem"), "unknown task"),

@@ -218,7 +218,7 @@ def main() -> int:
     if given.result:
         run_one(given.target, given.engine, given.seconds, given.seed, given.result)
         return 0
-    from sparseopt.machine import environment
+    from sparseopt.system.machine import environment
 
     print(json.dumps({"seed": given.seed, **environment()}), flush=True)
     names = [target.name for target in all_targets()]

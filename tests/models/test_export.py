@@ -9,11 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sparseopt.files import DiskError
 from sparseopt.models import OUTER_TAG, ModelError, ShardedWriter, StreamedModel, block_tag, open_model
 from sparseopt.models import export as export_module
 from sparseopt.models.folder import MAX_FILE
 from sparseopt.models.safetensors_file import write_tensors
+from sparseopt.system.files import DiskError
 from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
 
 CARRIED = (

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sparseopt.machine import environment
+from sparseopt.system.machine import environment
 
 
 class Proof:

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparseopt import processes
 from sparseopt.pruning import PruneReport, Recipe, Stopped, prune_model
+from sparseopt.system import processes
 from tests.models.tiny import VOCAB
 
 # What a run may do: iterate, train blocks by their gradients, measure the dense model first.

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from sparseopt.console_pruning import run_lines
 from sparseopt.pruning import LayerJob, LayerRecord, PruningError, Recipe, blocked, prune_layer, prune_model
 from sparseopt.pruning.blocked import join_reports, kept_by_row, largest_by_row, solve_within_memory, split_job
 from sparseopt.pruning.layer import check_answer, layer_solver
 from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, Wanda
 from sparseopt.pruning.patterns import count_groups, parse_pattern
 from sparseopt.pruning.run_folder import RECORDS
+from sparseopt.shell.show_pruning import run_lines
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import error_of, make_layer
 from tests.pruning.test_resumption import Broken, breaking_at, model_bytes

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseopt.console_pruning import run_lines
 from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, prune_model
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner, tapped
+from sparseopt.shell.show_pruning import run_lines
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 EXPERTS = 4

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseopt.cli_prune import RESUMABLE
-from sparseopt.files import DiskError
 from sparseopt.models import ModelError, open_model
 from sparseopt.pruning import LayerRecord, PruningError, Recipe, activations, prune_model
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.nonfinite import nonfinite_windows
 from sparseopt.pruning.run_folder import RECORDS, FolderError
+from sparseopt.shell.prune import RESUMABLE
+from sparseopt.system.files import DiskError
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 from tests.pruning.test_resumption import model_bytes
@@ -203,8 +203,8 @@ import os, shutil, subprocess, sys
 from pathlib import Path
 place = sys.argv.pop(1)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=True)
-from sparseopt import cli
-from sparseopt.console_pruning import PruneProgress
+from sparseopt.shell import app as cli
+from sparseopt.shell.show_pruning import PruneProgress
 from sparseopt.pruning import LayerRecord
 ballast, show = Path(place) / "ballast", PruneProgress.__call__
 
@@ -368,7 +368,7 @@ def test_a_pruning_whose_pager_was_closed_goes_on_to_its_end(tmp_path, whole, ar
 
 SPEAKING = """
 import os, sys
-from sparseopt import console
+from sparseopt.shell import console
 # The first file that is opened must not be what others print to.
 with open(sys.argv[1], "wb") as stream:
     try:
@@ -400,8 +400,8 @@ def test_no_console_ends_what_is_told_to_it(tmp_path, console, shell):
 # The process gets SIGTERM from outside while its second block is under way.
 SCHEDULED = """
 import os, signal, subprocess, sys
-from sparseopt import cli
-from sparseopt.console_pruning import PruneProgress
+from sparseopt.shell import app as cli
+from sparseopt.shell.show_pruning import PruneProgress
 from sparseopt.pruning import LayerRecord
 show = PruneProgress.__call__
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from sparseopt.core.types import pytree, static
-from sparseopt.machine import PACKAGES
 from sparseopt.models import ModelError, TorchModel, open_model
 from sparseopt.pruning import Recipe, identity
 from sparseopt.pruning.identity import Identity, recipe_identity
 from sparseopt.pruning.methods import MaihtPruning, SplicePruning, Wanda
+from sparseopt.system.machine import PACKAGES
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
 

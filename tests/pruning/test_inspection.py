@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from sparseopt.console_inspection import model_lines
 from sparseopt.models import open_model
 from sparseopt.models.safetensors_file import StoredTensor, write_tensors
 from sparseopt.pruning import METHODS, Recipe, prune_model
@@ -19,6 +18,7 @@ from sparseopt.pruning.inspection import Blocks, Inspection, inspect_model
 from sparseopt.pruning.memory_cost import block_sizes
 from sparseopt.pruning.method_cost import method_cost
 from sparseopt.pruning.methods import find_method
+from sparseopt.shell.show_inspection import model_lines
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sparseopt import console_pruning
-from sparseopt.cli_prune import RESUMABLE, stop_asked
-from sparseopt.files import temporary_of
 from sparseopt.pruning import LayerRecord, Recipe, Stopped, budget, prune_model, prune_models
 from sparseopt.pruning.reports import Replay
 from sparseopt.pruning.run_folder import LOCK, RECORDS, RUN, FolderError
+from sparseopt.shell import show_pruning
+from sparseopt.shell.prune import RESUMABLE, stop_asked
+from sparseopt.system.files import temporary_of
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
 
@@ -278,10 +278,10 @@ def test_a_killed_process_loses_nothing_but_the_block_in_hand(tmp_path, source, 
 
 def test_the_time_left_of_a_resumed_run_counts_the_layers_that_it_prunes_itself(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(console_pruning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(show_pruning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     names = [(block, f"model.layers.{block}.{part}") for block in range(4) for part in ("up", "down")]
     records = [LayerRecord(b, name, (2, 2), 4, 2, 0.1, None, 1, "CONVERGED", 1.0, 0.0, 0, 9) for b, name in names]
-    with console_pruning.PruneProgress("half") as progress:
+    with show_pruning.PruneProgress("half") as progress:
         for event in (Replay(2), *records[:2], Replay(2), *records[2:]):
             now[0] += 10 if event in records[4:] else 1
             progress(event, len(records))

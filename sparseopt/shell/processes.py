@@ -37,7 +37,7 @@ def cooperating(
             raise ValueError("--coordinator, --processes and --process-id belong to --distributed: add it")
         yield
         return
-    from sparseopt import processes as joined
+    from sparseopt.system import processes as joined
 
     joined.join(coordinator, processes, process_id)
     with joined.together(), contextlib.ExitStack() as silent:
@@ -49,7 +49,7 @@ def cooperating(
 
 def is_first() -> bool:
     """Whether this process speaks and writes; one alone does."""
-    from sparseopt import processes
+    from sparseopt.system import processes
 
     return processes.is_first()
 

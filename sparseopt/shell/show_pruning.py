@@ -12,8 +12,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from sparseopt.console import console, packed_line, say
-from sparseopt.machine import format_bytes
 from sparseopt.pruning.reports import (
     BlockRecord,
     Event,
@@ -25,6 +23,8 @@ from sparseopt.pruning.reports import (
     mean,
 )
 from sparseopt.pruning.texts import part_of_text
+from sparseopt.shell.console import console, packed_line, say
+from sparseopt.system.machine import format_bytes
 
 
 class PruneProgress:

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from sparseopt.experiments import runs
-from sparseopt.files import InUse, locked
 from sparseopt.pruning import run_folder
+from sparseopt.system.files import InUse, locked
 
 # How each kind of run folder is taken, the name of its lock, and what it raises.
 FOLDERS = {

@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from sparseopt.cli_prune import BOS_HELP, SOURCE_HELP
+from sparseopt.shell.prune import BOS_HELP, SOURCE_HELP
 
 
 def zero_shot(
@@ -23,8 +23,8 @@ def zero_shot(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
 ) -> None:
     """Accuracy on tasks of lm-eval, whose data come from the Hugging Face hub or from your own files."""
-    from sparseopt import console
     from sparseopt.pruning.zero_shot import zero_shot as run_tasks
+    from sparseopt.shell import console
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     progress = TaskProgress()
@@ -72,7 +72,7 @@ class TaskProgress:
     """Observer of `zero_shot`, on the error stream: a bar on a terminal, elsewhere a line each tenth of the work."""
 
     def __init__(self) -> None:
-        from sparseopt.console import counting_bar, errors
+        from sparseopt.shell.console import counting_bar, errors
 
         self._console = errors
         self._title = ""

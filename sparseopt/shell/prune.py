@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from sparseopt.cli_processes import (
+from sparseopt.shell.processes import (
     Coordinator,
     Distributed,
     Processes,
@@ -139,10 +139,11 @@ def _prune(
     devices: int | Literal["all"] | None,
 ) -> int:
     """The command with all that was asked for; the exit status."""
-    from sparseopt import console, console_pruning, processes
     from sparseopt.models import open_source
     from sparseopt.pruning import Recipe, Stopped, prune_models
     from sparseopt.pruning.patterns import implied_sparsity
+    from sparseopt.shell import console, show_pruning
+    from sparseopt.system import processes
 
     pattern, method = settings["pattern"], settings["method"]
     implied = implied_sparsity(pattern)
@@ -159,7 +160,7 @@ def _prune(
     # Opened out here: a download shows a bar of its own, and two bars do not go together.
     opened = open_source(source)
     try:
-        with stop_asked() as stop, console_pruning.PruneProgress(title) as progress:
+        with stop_asked() as stop, show_pruning.PruneProgress(title) as progress:
             reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
     except KeyboardInterrupt:
         if processes.count() > 1:
@@ -175,8 +176,8 @@ def _prune(
             console.errors.print(f"\n{stopped}")
         return RESUMABLE
     for report in reports:
-        console.console.print(console_pruning.prune_table(report))
-        for line in console_pruning.run_lines(report):
+        console.console.print(show_pruning.prune_table(report))
+        for line in show_pruning.run_lines(report):
             console.say(line)
         console.say(f"finished before, in {report.output}" if report.kept else f"wrote {report.output}")
     return 0
@@ -224,10 +225,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
 ) -> None:
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
-    from sparseopt import console
     from sparseopt.models import check_window, open_model
     from sparseopt.pruning import audit_pattern, audit_sparsity, perplexity
     from sparseopt.pruning.texts import part_of_text, text_windows
+    from sparseopt.shell import console
 
     opened = open_model(model)
     check_window(seqlen, opened.config.max_positions)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt import processes
 from sparseopt.core.mesh import device_line, over, put, whole
+from sparseopt.system import processes
 
 how, who = sys.argv[1], int(sys.argv[2])
 processes.join(timeout=120)

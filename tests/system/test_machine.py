@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparseopt import machine
-from sparseopt.machine import available_memory_bytes, format_bytes, parse_bytes
+from sparseopt.system import machine
+from sparseopt.system.machine import available_memory_bytes, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

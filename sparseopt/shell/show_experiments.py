@@ -5,11 +5,11 @@ from types import TracebackType
 
 from rich.table import Table
 
-from sparseopt.console import comparison_table, console, counting_bar, duration, say
 from sparseopt.experiments.report import Section
 from sparseopt.experiments.runs import RECORDS, Outcome, State
 from sparseopt.experiments.sweep import Planned
 from sparseopt.experiments.task import Observer
+from sparseopt.shell.console import comparison_table, console, counting_bar, duration, say
 
 
 class SweepProgress:

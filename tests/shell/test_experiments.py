@@ -9,8 +9,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from sparseopt.console_experiments import section_tables
 from sparseopt.experiments.report import Row, Section
+from sparseopt.shell.show_experiments import section_tables
 
 TOY = "tests.experiments.toy.Toy"
 ALLOW = ("--allow-package", "tests")
@@ -129,9 +129,9 @@ def test_a_report_started_elsewhere_finds_classes_in_the_current_folder(tmp_path
     (tmp_path / "mine.py").write_text("from tests.experiments.toy import Toy\n\n\nclass Mine(Toy):\n    pass\n")
     text = config.read_text().replace(TOY, "mine.Mine")
     config.write_text(text)
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     for arguments in (["run", config.name, "--output", "runs", "--allow-code"], ["report", "runs", "--allow-code"]):
-        code = f"import sys; sys.path[:0] = [{root!r}]; from sparseopt.cli import main; main()"
+        code = f"import sys; sys.path[:0] = [{root!r}]; from sparseopt.shell.app import main; main()"
         call = [sys.executable, "-P", "-c", code, *arguments]
         done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

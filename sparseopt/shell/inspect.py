@@ -5,7 +5,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from sparseopt.cli_prune import SOURCE_HELP
+from sparseopt.shell.prune import SOURCE_HELP
 
 
 def inspect(
@@ -39,12 +39,12 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
 ) -> None:
     """What a model is, what pruning it would zero, and about how much memory and time that takes; headers only."""
-    from sparseopt import console, console_inspection
-    from sparseopt.machine import available_memory_bytes, parse_bytes
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.cost import measure_gflops
     from sparseopt.pruning.inspection import inspect_model
     from sparseopt.pruning.patterns import implied_sparsity
+    from sparseopt.shell import console, show_inspection
+    from sparseopt.system.machine import available_memory_bytes, parse_bytes
 
     limit = available_memory_bytes() if memory is None else parse_bytes(memory)
     recipe = Recipe(
@@ -66,8 +66,8 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
-    for line in console_inspection.model_lines(found):
+    for line in show_inspection.model_lines(found):
         console.say(line)
-    console.console.print(console_inspection.linear_table(found))
-    for line in console_inspection.prune_lines(found, limit):
+    console.console.print(show_inspection.linear_table(found))
+    for line in show_inspection.prune_lines(found, limit):
         console.say(line)

