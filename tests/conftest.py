@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.shell import app as cli
+from sparseopt.system.programs import trim
 from tests import programs
 
 programs.set_up()
@@ -23,7 +24,7 @@ MAPS, MAPS_LIMIT = Path("/proc/self/maps"), 20_000
 
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # once, not in every worker
-        programs.trim()
+        trim(programs.KEPT, programs.SIZE_LIMIT)
 
 
 def pytest_terminal_summary(terminalreporter):

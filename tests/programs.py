@@ -5,35 +5,20 @@ Quickly: without LLVM's optimisation, and by the emitters that make less code, a
 HLO passes. `SPARSEOPT_TEST_COMPILE=full` compiles as a user's program is compiled; `make test-all` runs everything so.
 """
 
-import hashlib
 import os
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
+
+from sparseopt.system.programs import cache_folder, programs_folder
 
 FULL = os.environ.get("SPARSEOPT_TEST_COMPILE", "quick") == "full"
 # Tried one after the other: XLA ends a process that names a flag it does not know.
 QUICK = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
 SIZE_LIMIT = 2 << 30  # bytes of all kept programs
-
-
-def root() -> Path:
-    """The folder of all kept programs."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "sparseopt" / "test-programs"
-
-
-def folder() -> Path:
-    """The folder of the programs that this JAX can run on this processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.processor()]
-    features = [line for line in lines if line.startswith(("flags", "Features", "model name"))][:2]
-    key = hashlib.sha256(repr((platform.machine(), features)).encode()).hexdigest()[:8]
-    return root() / f"jax{version('jax')}-jaxlib{version('jaxlib')}-{key}"
+KEPT = cache_folder() / "test-programs"
 
 
 def quick_flags(kept: Path) -> str:
@@ -52,20 +37,9 @@ def _starts(flag: str) -> bool:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 0
 
 
-def trim(limit: int = SIZE_LIMIT) -> None:
-    """Remove the least recently used programs beyond the limit."""
-    files = [(entry, entry.stat()) for entry in root().rglob("*") if entry.is_file()]
-    files.sort(key=lambda pair: max(pair[1].st_atime, pair[1].st_mtime), reverse=True)
-    room = limit
-    for entry, stat in files:
-        room -= stat.st_size
-        if room < 0:
-            entry.unlink(missing_ok=True)
-
-
 def set_up() -> None:
     """Tell JAX and every process that the tests start; before the first program, since XLA reads its flags once."""
-    kept = folder()
+    kept = programs_folder(KEPT)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(kept))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if not FULL and "XLA_FLAGS" not in os.environ:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sparseopt.shell import compare, experiments, inspect, pack, prune, trend, zero_shot
+from sparseopt.system.programs import keep_programs
 
 app = typer.Typer(
     help="Sparse optimisation in JAX: prune language models, smooth signals on graphs.",
@@ -77,6 +78,7 @@ def demo(
 
 def main() -> None:
     """Entry point: input errors end in one clear sentence and exit status 2, failed runs in status 1."""
+    keep_programs()
     try:
         app()
     except KeyboardInterrupt:

@@ -1,0 +1,74 @@
+"""Floor 0: compiled programs on disk, so that a second process need not compile them again.
+
+Only the `sparseopt` command and the tests keep programs; the library itself changes no setting of JAX.
+"""
+
+import hashlib
+import os
+import platform
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+SWITCH = "SPARSEOPT_KEEP_PROGRAMS"
+SIZE_LIMIT = 1 << 30  # bytes of all programs of the command
+
+
+def cache_folder() -> Path:
+    """The folder for everything that sparseopt may keep in the user's cache."""
+    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "sparseopt"
+
+
+def programs_folder(kept: Path) -> Path:
+    """The folder in `kept` for programs that this JAX can run on this processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.processor()]
+    features = [line for line in lines if line.startswith(("flags", "Features", "model name"))][:2]
+    key = hashlib.sha256(repr((platform.machine(), features)).encode()).hexdigest()[:8]
+    return kept / f"jax{version('jax')}-jaxlib{version('jaxlib')}-{key}"
+
+
+def trim(kept: Path, limit: int) -> None:
+    """Remove the least recently used files beyond `limit` bytes; another process may do the same at that time."""
+    files = []
+    for entry in kept.rglob("*"):
+        try:
+            stat = entry.stat()
+        except OSError:
+            continue
+        if entry.is_file():
+            files.append((max(stat.st_atime, stat.st_mtime), stat.st_size, entry))
+    room = limit
+    for _, size, entry in sorted(files, reverse=True):
+        room -= size
+        if room < 0:
+            entry.unlink(missing_ok=True)
+
+
+def keep_programs() -> Path | None:
+    """Have JAX keep compiled programs in the user's cache folder; returns the folder, or None where nothing is kept.
+
+    Nothing is kept if the variable SPARSEOPT_KEEP_PROGRAMS is 0, if JAX was told of a folder already
+    (JAX_COMPILATION_CACHE_DIR), or if the folder cannot be written.
+    """
+    if os.environ.get(SWITCH) == "0" or jax.config.jax_compilation_cache_dir:
+        return None
+    try:
+        kept = cache_folder() / "programs"
+        folder = programs_folder(kept)
+        folder.mkdir(parents=True, exist_ok=True)
+        trim(kept, SIZE_LIMIT)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):  # a RuntimeError: there is no home
+        return None
+    if not writable:
+        return None
+    # A disk that fills up is no reason to warn: the program runs all the same.
+    warnings.filterwarnings("ignore", message=".*persistent compilation cache")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    return folder

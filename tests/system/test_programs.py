@@ -1,0 +1,69 @@
+"""Compiled programs that the command keeps for the next process, and never in the way of a run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sparseopt.system.programs import SWITCH, cache_folder, keep_programs, programs_folder, trim
+
+FIT = """
+import jax, numpy as np, sparseopt as so
+from sparseopt.system.programs import keep_programs
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+folder = {keep}
+so.trend_filter(np.arange(12.0), so.Graph.chain(12), so.L1(1.0), tol=1e-4)
+print(folder, hits.count("/jax/compilation_cache/cache_hits"), jax.config.jax_compilation_cache_dir)
+"""
+
+
+def fit(home, keep="keep_programs()", **variables):
+    """What a process said that fitted a signal: its folder of programs, how many it found there, JAX's own folder."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_"))}
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")} | variables
+    code = FIT.format(keep=keep)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.processes
+def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
+    folder, hits, told = fit(tmp_path)
+    assert folder == told
+    assert folder.startswith(str(tmp_path / "cache" / "sparseopt" / "programs"))
+    again, more, _ = fit(tmp_path)
+    assert again == folder
+    assert int(more) > int(hits)
+
+
+@pytest.mark.processes
+def test_nothing_is_kept_unasked_or_where_nothing_can_be_written(tmp_path):
+    assert fit(tmp_path, keep="None") == ["None", "0", "None"]  # the library alone changes no setting
+    assert fit(tmp_path, **{SWITCH: "0"}) == ["None", "0", "None"]
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert fit(tmp_path) == ["None", "0", "None"]
+
+
+def test_a_folder_that_jax_was_told_of_stays():
+    assert keep_programs() is None  # the tests have a folder of their own
+
+
+def test_the_folder_names_versions_and_processor_and_follows_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "sparseopt"
+    assert programs_folder(tmp_path).name.startswith("jax")
+
+
+def test_the_least_recently_used_programs_go_first(tmp_path):
+    for age, name in enumerate(["new", "old", "oldest"]):
+        file = tmp_path / "folder" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"x" * 100)
+        os.utime(file, (1e9 - age, 1e9 - age))
+    trim(tmp_path, 250)
+    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == ["new", "old"]
