@@ -20,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import benchmark_pictures  # noqa: E402
 import benchmark_tables  # noqa: E402
 import command_line  # noqa: E402
 import docstrings  # noqa: E402
@@ -37,7 +38,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
+    "mathml",
 ]
 exclude_patterns = ["_generated", "_static", "benchmarks", "**/.ipynb_checkpoints"]
 
@@ -80,6 +81,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"Array|ndarray|_PydanticGeneralMetadata|sparseopt\.[a-z_.]*\.T"),
 ]
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"sparseopt {version}"
 html_static_path = ["_static"]
@@ -129,6 +131,7 @@ def generate(app: Sphinx) -> None:
     folder = HERE / "_generated"
     folder.mkdir(exist_ok=True)
     benchmark_tables.write_all(HERE / "benchmarks", folder)
+    benchmark_pictures.write_all(HERE / "benchmarks", folder)
     (folder / "experiments.md").write_text(experiments_page(), encoding="utf-8")
     (folder / "command-line.md").write_text(command_line.page(), encoding="utf-8")
     (folder / "solvers.md").write_text(solver_tables.page(), encoding="utf-8")

@@ -1,0 +1,147 @@
+"""Pictures from the committed benchmark records, as SVG files; the tables on the same page have the figures.
+
+quality.svg: perplexity of each pruning method at each sparsity, beside public codes.
+peers.svg: seconds to a certified answer for each trend-filtering problem, beside public solvers.
+memory.svg: peak memory against the size of a model, and of a graph.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+from records import Record, named, read
+
+DENSE = 29.20  # perplexity of SmolLM2-135M-Instruct (Q4_1) on the tokens of the quality records
+SETTINGS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
+OURS = "#0072B2"
+PEERS = {
+    "ALPS": ("#009E73", "D"),
+    "ADMM (Boza)": ("#CC79A7", "^"),
+    "SparseGPT": ("#E69F00", "s"),
+    "mAIHT reference": ("#56B4E9", "v"),
+    "Wanda": ("#D55E00", "X"),
+}
+SOLVERS = {"sparseopt auto": (OURS, "o"), "fastprox": ("#E69F00", "s"), "PIQP": ("#009E73", "^")}
+
+
+def quality(records: list[Record]) -> Any:
+    """Perplexity over sparsity, one line a method."""
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    for name, (colour, marker) in ({"best": (OURS, "o")} | PEERS).items():
+        points = {
+            setting: record["value"]
+            for record in records
+            for setting in SETTINGS
+            if record["figure"] == f"perplexity, models, {name} at {setting}" and record["value"] is not None
+        }
+        places = [place for place, setting in enumerate(SETTINGS) if setting in points]
+        ours = name == "best"
+        label = "sparseopt, best" if ours else name
+        # 2:4 is not the next sparsity: no line leads there.
+        unstructured = [place for place in places if place < 3]
+        values = list(points.values())
+        style: dict[str, Any] = {"color": colour, "marker": marker, "linewidth": 2.6 if ours else 1.4}
+        axis.plot(unstructured, values[: len(unstructured)], label=label, zorder=3 if ours else 2, **style)
+        axis.plot(places[len(unstructured) :], values[len(unstructured) :], **style)
+        if ours:
+            for place, value in zip(places, values, strict=True):
+                axis.annotate(f"{value:.1f}", (place, value), (0, -14), textcoords="offset points", ha="center")
+    axis.axhline(DENSE, color="#666666", linestyle="--", linewidth=1)
+    axis.annotate(f"dense {DENSE:.1f}", (2.5, DENSE), (0, 4), textcoords="offset points", color="#444444", ha="center")
+    axis.set(yscale="log", ylabel="perplexity", xlabel="zeros in every linear layer", xlim=(-0.3, 3.3))
+    axis.set_xticks(range(len(SETTINGS)), list(SETTINGS.values()))
+    _logarithmic(axis.yaxis, [30, 50, 100, 200, 500, 1500])
+    axis.legend(loc="upper left", frameon=False)
+    return figure
+
+
+def peers(records: list[Record]) -> Any:
+    """Seconds to two tolerances, one row a problem, sorted by order and size."""
+    found = [record for record in named(records, "time to target") if record["target"] < 1e-3 and record["seconds"]]
+    problems = sorted(
+        {(record["order"], record["nodes"], record["problem"]) for record in found},
+        reverse=True,
+    )
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, sharex=True, layout="constrained")
+    for axis, exponent in zip(panels, (-4, -6), strict=True):
+        for row, (_, _, problem) in enumerate(problems):
+            times = {
+                r["solver"]: r["seconds"] for r in found if r["problem"] == problem and r["target"] == 10.0**exponent
+            }
+            shown = {solver: times[solver] for solver in SOLVERS if solver in times}
+            axis.plot([min(shown.values()), max(shown.values())], [row, row], color="#cccccc", zorder=1)
+            for solver, seconds in shown.items():
+                colour, marker = SOLVERS[solver]
+                axis.plot(seconds, row, marker=marker, color=colour, markersize=7, linestyle="", zorder=2)
+        axis.set(xscale="log", xlabel="seconds, one core", title=f"relative suboptimality $10^{{{exponent}}}$")
+        axis.grid(axis="x", color="#eeeeee")
+    panels[0].set_yticks(range(len(problems)), [_problem(*problem) for problem in problems])
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=solver.replace(" auto", ""))
+        for solver, (colour, marker) in SOLVERS.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def memory(pruning: list[Record], sizes: list[Record]) -> Any:
+    """Peak memory: of pruning over the model's size, of the trend filter over the number of nodes."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for preset, marker in (("paper", "s"), ("best", "o")):
+        runs = [record for record in pruning if record["preset"] == preset]
+        left.plot(
+            [record["model_bytes"] / 1e6 for record in runs],
+            [record["peak_memory_bytes"] / 1e6 for record in runs],
+            marker=marker,
+            color=OURS if preset == "best" else "#E69F00",
+            label=f"mAIHT, preset {preset}",
+        )
+    left.set(xlabel="model, MB", ylabel="peak memory, MB", ylim=(0, 1200), title="Pruning a model")
+    left.legend(loc="lower right", frameon=False)
+    for order, colour in ((0, OURS), (1, "#E69F00")):
+        grids = [r for r in named(sizes, "size") if r["problem"] == "picture" and r["order"] == order]
+        right.plot(
+            [record["nodes"] for record in grids],
+            [record["peak_bytes"] / 1e9 for record in grids],
+            marker="o",
+            color=colour,
+            label=f"order {order}",
+        )
+    right.set(xscale="log", yscale="log", xlabel="nodes of the grid", ylabel="peak memory, GB", title="Trend filtering")
+    _logarithmic(right.yaxis, [0.5, 1, 2, 5])
+    right.legend(loc="upper left", frameon=False)
+    return figure
+
+
+def _problem(order: int, nodes: int, name: str) -> str:
+    """A problem's name as a reader writes it: "grid256_k0" is a picture of 256 x 256 at order 0."""
+    kind = name.partition("_")[0]
+    graph = {
+        "grid": "picture {0} x {0}",
+        "cube": "cube {0}³",
+        "road": "roads, {1:,} nodes",
+        "chain": "chain, {1:,} nodes",
+    }
+    word = kind.rstrip("0123456789k")
+    return f"{graph[word].format(kind.removeprefix(word), nodes)}, order {order}"
+
+
+def _logarithmic(axis: Any, ticks: list[float]) -> None:
+    """Plain numbers on a logarithmic axis."""
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_minor_formatter("")
+    axis.minorticks_off()
+
+
+def write_all(source: Path, target: Path) -> None:
+    """Write every picture to `target/NAME.svg`."""
+    records = {name: read(source / f"{name}.jsonl") for name in ("quality", "trend_peers", "memory", "trend_sizes")}
+    pictures = {
+        "quality": quality(records["quality"]),
+        "peers": peers(records["trend_peers"]),
+        "memory": memory(records["memory"], records["trend_sizes"]),
+    }
+    for name, figure in pictures.items():
+        figure.savefig(target / f"{name}.svg")
+        plt.close(figure)
