@@ -89,14 +89,10 @@ test-notebooks: $(VENV)/.installed-test ## Execute every notebook on small input
 test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty environments and run the quickstart.
 	$(BIN)/python -m pytest -m package
 
-notebooks: build/notebooks/.executed ## Execute the notebooks into build/notebooks (about 7 minutes).
+notebooks: $(VENV)/.installed-docs ## Execute the notebooks again; their results are part of them (about 7 minutes).
+	$(BIN)/python notebooks/build.py run
 
-build/notebooks/.executed: $(VENV)/.installed-docs $(wildcard notebooks/*.py)
-	$(BIN)/python notebooks/build.py pair
-	$(BIN)/python notebooks/build.py run --output build/notebooks
-	@touch $@
-
-docs: build/notebooks/.executed ## Build the pages into build/docs, warnings are errors; run their examples.
+docs: $(VENV)/.installed-docs ## Build the pages into build/docs, warnings are errors; run their examples.
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
 

@@ -1,9 +1,9 @@
-"""The notebooks' sources are the `.py` files beside this one; here they become `.ipynb` files, and run.
+"""The notebooks' sources are the `.py` files beside this one; the `.ipynb` files carry the results of a whole run.
 
-    python notebooks/build.py pair                          write the .ipynb files, without outputs
-    python notebooks/build.py run --output DIR [NAME ...]   execute all, or those named, into DIR/*.ipynb
+    python notebooks/build.py run [--output DIR] [NAME ...]   execute all, or those named, into the .ipynb files
+    python notebooks/build.py text                            take over changed text; code stays as it was executed
 
-`pair` gives the same bytes for the same source, so the pairs can be compared (`tests/test_notebooks.py`).
+`tests/test_notebooks.py` fails where a source and its `.ipynb` file differ.
 """
 
 import argparse
@@ -51,19 +51,46 @@ def notebook(source: Path) -> Any:
     return nbformat.from_dict({"cells": made.cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5})
 
 
-def paired_text(source: Path) -> str:
-    """The `.ipynb` file of a source."""
-    made = notebook(source)
+def stale(source: Path) -> str | None:
+    """Why the `.ipynb` file of a source does not show what its code gives; None where it does."""
+    file = source.with_suffix(".ipynb")
+    if not file.is_file():
+        return f"{file.name} is missing"
+    executed, made = _code(nbformat.read(file, as_version=4)), _code(notebook(source))
+    if [cell.source for cell in executed] != [cell.source for cell in made]:
+        return f"{file.name} was executed with other code than {source.name} has"
+    if any(cell.execution_count is None for cell in executed):
+        return f"{file.name} has cells that were not executed"
+    return None
+
+
+def write(made: Any, target: Path) -> None:
+    """Write a notebook that was executed, without what only its run knows: progress bars and times of cells."""
+    for cell in made.cells:
+        cell["metadata"] = {}
+        if cell.cell_type == "code":
+            cell["outputs"] = [output for output in cell.outputs if output.get("name") != "stderr"]
     nbformat.validate(made)
-    return nbformat.writes(made).rstrip("\n") + "\n"
+    target.write_text(nbformat.writes(made).rstrip("\n") + "\n", encoding="utf-8")
 
 
-def pair() -> None:
-    """Write every `.ipynb` file."""
+def take_over_text() -> int:
+    """Give every `.ipynb` file the text of its source; the number of those whose code has to be executed first."""
+    failed = 0
     for source in sources():
-        target = source.with_suffix(".ipynb")
-        target.write_text(paired_text(source), encoding="utf-8")
-        print(target)
+        if reason := stale(source):
+            print(f"{reason}: python notebooks/build.py run {source.stem[:2]}", file=sys.stderr)
+            failed += 1
+            continue
+        made, target = notebook(source), source.with_suffix(".ipynb")
+        for cell, executed in zip(_code(made), _code(nbformat.read(target, as_version=4)), strict=True):
+            cell["outputs"], cell["execution_count"] = executed.outputs, executed.execution_count
+        write(made, target)
+    return failed
+
+
+def _code(made: Any) -> list[Any]:
+    return [cell for cell in made.cells if cell.cell_type == "code"]
 
 
 def run(output: Path, names: list[str]) -> int:
@@ -91,7 +118,7 @@ def run(output: Path, names: list[str]) -> int:
             except (CellExecutionError, CellTimeoutError, DeadKernelError) as raised:
                 error, failed = raised, failed + 1
         target = output / f"{source.stem}.ipynb"
-        nbformat.write(made, target)
+        write(made, target)
         print(f"{target}: {time.perf_counter() - began:.1f} s, {'FAILED' if error else 'ok'}", flush=True)
         if error:
             print(COLOUR_CODES.sub("", str(error)), file=sys.stderr, flush=True)
@@ -103,14 +130,13 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("pair", help="write the .ipynb files without outputs")
+    commands.add_parser("text", help="take over changed text into the executed notebooks")
     runner = commands.add_parser("run", help="execute notebooks")
-    runner.add_argument("--output", type=Path, required=True, help="folder for the executed notebooks")
+    runner.add_argument("--output", type=Path, default=FOLDER, help="folder for the executed notebooks; default: here")
     runner.add_argument("names", nargs="*", help="notebooks by the beginning of their names, such as 02; default: all")
     given = parser.parse_args()
-    if given.command == "pair":
-        pair()
-        return 0
+    if given.command == "text":
+        return 1 if take_over_text() else 0
     try:
         return 1 if run(given.output, given.names) else 0
     except ValueError as error:

@@ -82,12 +82,37 @@ def test_there_are_seven_and_each_has_its_pair():
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem[:2])
-def test_the_pair_is_the_source_byte_for_byte_and_holds_no_output(build, source):
+def test_the_pair_shows_what_its_source_gives_and_stays_small(build, source):
+    """Older than its source is a pair with other cells: its code must run again, its text is taken over."""
+    assert build.stale(source) is None, f"run `python notebooks/build.py run {source.stem[:2]}`"
     pair = source.with_suffix(".ipynb")
-    assert pair.read_text(encoding="utf-8") == build.paired_text(source), "run `python notebooks/build.py pair`"
-    for cell in nbformat.read(pair, as_version=4).cells:
-        assert not cell.get("outputs")
-        assert cell.get("execution_count") is None
+    shown, made = nbformat.read(pair, as_version=4), build.notebook(source)
+    assert [cell.source for cell in shown.cells] == [cell.source for cell in made.cells], (
+        "python notebooks/build.py text"
+    )
+    outputs = [output for cell in shown.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
+    assert pair.stat().st_size < 2**20
+
+
+def test_a_pair_with_other_code_or_without_results_is_stale(build, tmp_path, monkeypatch):
+    source = tmp_path / "01_small.py"
+    source.write_text("# %% [markdown]\n# # A title\n\n# %%\nprint(1)\n")
+    assert "is missing" in build.stale(source)
+    build.nbformat.write(build.notebook(source), source.with_suffix(".ipynb"))
+    assert "not executed" in build.stale(source)
+    executed = build.notebook(source)
+    executed.cells[-1]["execution_count"] = 1
+    build.write(executed, source.with_suffix(".ipynb"))
+    assert build.stale(source) is None
+    source.write_text("# %% [markdown]\n# # A better title\n\n# %%\nprint(1)\n")
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    assert build.take_over_text() == 0
+    assert "A better title" in source.with_suffix(".ipynb").read_text()
+    source.write_text("# %% [markdown]\n# # A better title\n\n# %%\nprint(2)\n")
+    assert "other code" in build.stale(source)
+    assert build.take_over_text() == 1
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem[:2])
