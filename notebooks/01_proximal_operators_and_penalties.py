@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # 1. Proximal operators and penalties
+# # 1. Use proximal operators and penalties
 #
 # Sparse optimisation asks for a point that fits data *and* has many exact zeros: in its entries, in its groups, or in
 # its differences along a graph. Everything in `sparseopt` rests on one small building block that makes the zeros, the
@@ -17,8 +17,8 @@
 #
 # $$\operatorname{prox}_{t p}(x) \;=\; \arg\min_u\; \tfrac12 \|u - x\|^2 + t\,p(u).$$
 #
-# It moves $x$ to a nearby point that the penalty likes better. This lesson shows what it does for each penalty of the
-# package, and ends with regression and tomography, solved by `so.solve`.
+# It moves $x$ to a nearby point with a smaller penalty. This lesson shows its effect for each penalty of the package,
+# and ends with regression and tomography, solved by `so.solve`.
 
 # %%
 import jax
@@ -53,7 +53,7 @@ for axis, penalty in zip(axes, (so.L1(1.0), so.L0(1.0)), strict=True):
     axis.legend(frameon=False, loc="upper center")
 
 # %% [markdown]
-# With `L0`, the isolated dot at $u = 0$ costs $x^2/2 = 0.72$, less than the $t = 1$ that any other $u$ pays at least.
+# With `L0`, the isolated dot at $u = 0$ costs $x^2/2 = 0.72$, while any other $u$ costs at least $t = 1$.
 #
 # ## Four penalties on one number
 #
@@ -66,9 +66,9 @@ for axis, penalty in zip(axes, (so.L1(1.0), so.L0(1.0)), strict=True):
 #
 # The threshold of `L0` is $\sqrt{2tw}$, not $tw$: a weight is a price, and a threshold is a length.
 #
-# `L1` is convex, but it shortens every entry that survives: it is biased. `L0` has no bias, but it jumps: a tiny change
-# of $x$ can move the answer by the whole threshold. `MCP` and `SCAD` lie between: continuous for small steps, and
-# unbiased for large entries. Their price is that they are not convex.
+# `L1` is convex but biased: it shrinks every entry that survives. `L0` is unbiased but discontinuous: a tiny change of
+# $x$ can move the answer by the whole threshold. `MCP` and `SCAD` lie between: continuous for small steps, unbiased for
+# large entries, but not convex.
 
 # %%
 grid = jnp.linspace(-4, 4, 801)
@@ -90,9 +90,9 @@ axes[1].plot(grid, grid, color="grey", linewidth=0.8, linestyle=":", zorder=0)
 axes[0].set_title("penalties (dot: L0 is 0 at 0 only)")
 _ = axes[1].set_title("their proximal operators (dotted: no change)")
 # %% [markdown]
-# Formulas are easy to get wrong by a factor of two, and a picture does not show it. The definition itself is the test:
-# *no point of a fine grid may cost less than the prox.* We check it at random points, for steps on both sides of
-# $\gamma = 3$, where the prox of `MCP` changes its shape.
+# It is easy to be wrong by a factor of two, and a plot does not show it. The definition itself is a test: *no point of
+# a fine grid may cost less than the prox.* We check it at random points, for steps on both sides of $\gamma = 3$, where
+# the prox of `MCP` changes its shape.
 
 # %%
 rng = np.random.default_rng(0)
@@ -110,16 +110,16 @@ print(f"no grid point beats the prox: {', '.join(penalties)}")
 # %% [markdown]
 # ## Penalties on many numbers
 #
-# A penalty may also be a rule: its value is 0 where the rule holds and $+\infty$ elsewhere. Its prox is then the
-# nearest point that obeys the rule, whatever the step.
+# A penalty may also be a constraint: its value is 0 if the constraint holds and $+\infty$ otherwise. Its prox is the
+# projection onto the constraint set, whatever the step.
 #
-# * `TopK(k)`: at most $k$ non-zeros in all;
-# * `NM(n, m)`: at most $n$ non-zeros in every $m$ consecutive entries, the pattern that sparse tensor cores want;
-# * `Support(mask)`: zeros off a given mask.
+# * `TopK(k)`: at most $k$ non-zeros in total;
+# * `NM(n, m)`: at most $n$ non-zeros in every $m$ consecutive entries, the pattern of sparse tensor cores;
+# * `Support(mask)`: zeros outside a given mask.
 #
-# `GroupL2(w)` is no rule but a norm, $w \sum_g \|x_g\|_2$: the entries of a group vanish together or not at all. In the
-# example, every second row is weak: `TopK` takes most of its zeros there, `NM` as many in each row, `GroupL2` whole
-# rows.
+# `GroupL2(w)` is a norm, $w \sum_g \|x_g\|_2$: the entries of a group vanish together or not at all. In the example,
+# every second row is small: `TopK` puts most of its zeros there, `NM` the same number in each row, and `GroupL2`
+# removes whole rows.
 
 # %%
 matrix = jnp.asarray(rng.normal(size=(12, 24)) * np.tile([[0.6], [1.4]], (6, 1)), jnp.float32)
@@ -140,9 +140,8 @@ _ = figure.colorbar(axes[0, 0].images[0], ax=axes, label="entry (grey: exactly z
 # ## Denoising a sparse vector
 #
 # Let $y = s + \text{noise}$ with a sparse $s$. The estimate $\arg\min_u \tfrac12\|u - y\|^2 + p(u)$ is a single prox,
-# and the weight decides how much is called noise. Below, 40 of 1,000 entries are not zero, with sizes between 2 and 6;
-# the noise has standard deviation 0.5. To compare penalties fairly, each is drawn over the magnitude at which it starts
-# to let entries through.
+# and the weight decides how much is treated as noise. Below, 40 of 1,000 entries are nonzero, with sizes between 2 and
+# 6; the noise has standard deviation 0.5. To compare penalties fairly, each is plotted against its threshold.
 
 # %%
 signal = np.zeros(1000, np.float32)
@@ -186,15 +185,14 @@ assert best_error["L1"] > 1.5 * best_error["L0"]
 # %% [markdown]
 # ## Regression: a prox inside an iteration
 #
-# With a matrix in between, one prox is not enough. For $b \approx A x$ with more unknowns than equations, write the
-# least-squares loss as the package's quadratic. With $H = A^\top A$ and any least-squares solution $c$,
+# With a matrix, one prox is not enough. For $b \approx A x$ with more unknowns than equations, write the least-squares
+# loss as a `so.Quadratic`. With $H = A^\top A$ and any least-squares solution $c$,
 #
 # $$\tfrac12\|A x - b\|^2 = \tfrac12 \langle x - c,\; H (x - c)\rangle + \text{const},
 # \qquad x \leftarrow \operatorname{prox}_{t p}\bigl(x - t\, H (x - c)\bigr).$$
 #
-# `so.ProximalGradient` is this iteration. `so.Maiht` adds a monotone acceleration: with `L1` it is a monotone FISTA,
-# with `L0` the mAIHT of language-model pruning. Both run in the same `so.solve`, which holds the loop and the stopping
-# rule.
+# `so.ProximalGradient` is this iteration. `so.Maiht` adds monotone acceleration: with `L1` it is a monotone FISTA, with
+# `L0` the mAIHT of language-model pruning. Both run in `so.solve`, which has the loop and the stopping rule.
 
 # %%
 rows, columns, nonzeros = 120, 400, 12
@@ -219,13 +217,13 @@ lowest = min(float(jnp.nanmin(solution.history.objective)) for solution in lasso
 plots.plot_history(lasso, "objective", axis, reference=lowest)
 _ = axis.set_title("the lasso: acceleration saves half of the steps")
 # %% [markdown]
-# A `Solution` knows how it ended: `.check()` raises where the tolerance was not met and says what to try, and
-# `.status`, `.steps`, `.objective`, `.residual` tell the rest.
+# `.check()` raises an error that says what to try if the tolerance was not reached. `.status`, `.steps`, `.objective`
+# and `.residual` describe how the solve ended.
 #
 # ### A whole path at once
 #
 # Solvers, penalties and problems are JAX pytrees, and a weight is a leaf. So `vmap` over weights solves forty lassos in
-# one compiled program, each lane stopping on its own.
+# one compiled program; each lane stops on its own.
 
 # %%
 weights = jnp.geomspace(0.003, 1.5, 40)
@@ -250,8 +248,8 @@ _ = axis.set_title("lasso path: true coefficients (blue, dots: truth) and the ot
 # %% [markdown]
 # ### Hard thresholding, and why its start matters
 #
-# With `L0` the problem is not convex: the iteration ends at a point where no small move helps, and which one depends on
-# the start. The lasso's answer is a good start, because it already holds the true support among its non-zeros.
+# With `L0` the problem is not convex: the iteration ends at a point where no small move helps, and this point depends
+# on the start. The lasso solution is a good start, because its nonzeros include the true support.
 
 # %%
 problem = so.Problem(loss, so.L0(0.1))
@@ -267,9 +265,9 @@ for name, solution in l0.items():
 assert float(l0["lasso"].objective) == min(float(solution.objective) for solution in l0.values())
 
 # %% [markdown]
-# What is left is a least-squares fit on the support that was found. `so.Refit` solves it by conjugate gradients; in the
-# language of penalties the support is the indicator `so.Support(mask)`. The lasso's support can be refitted too. That
-# removes its bias, but its false entries, no longer held down, then fit the noise: the error grows.
+# What remains is a least-squares fit on the support. `so.Refit` solves it by conjugate gradients, with the support
+# given by the penalty `so.Support(mask)`. The lasso's support can be refitted too. This removes the bias, but its false
+# entries then fit the noise, and the error grows.
 
 # %%
 
@@ -296,10 +294,10 @@ _ = axes[0].set_ylabel("coefficient (dots: truth)")
 # %% [markdown]
 # ## Any problem
 #
-# `so.solve` takes every problem $\min_x \text{loss}(x) + p(K x)$, with a matrix in the loss *and* a linear map $K$ inside
-# the penalty, and chooses the solver. An example is tomography: a picture of $32 \times 32$ pixels, of which only sums along
-# rays are known, from twelve directions. That is half as many equations as unknowns. What makes up for the missing ones is
-# a guess at the picture: it is flat nearly everywhere, so its *differences* are sparse.
+# `so.solve` takes every problem $\min_x \text{loss}(x) + p(K x)$, with a matrix in the loss *and* a linear map $K$ in
+# the penalty, and chooses the solver. An example is tomography: of a picture of $32 \times 32$ pixels only sums along
+# rays are known, from twelve directions. That is half as many equations as unknowns. A prior replaces the missing ones:
+# the picture is flat nearly everywhere, so its *differences* are sparse.
 
 # %%
 size = 32
@@ -340,15 +338,15 @@ print(f"tomography: {so.Status(int(fit.status)).name} after {int(fit.steps)} ste
 assert fit.gap <= 1e-3
 
 # %% [markdown]
-# The matrices are SciPy's. We name the solver, because `so.PrimalDual` needs products with the two matrices only, which
-# is quicker here than the inverse of the solver that is chosen for up to 3,000 unknowns. The **gap** is a certificate: no
-# picture has an objective that is lower by more than this fraction.
+# The matrices are SciPy's. We name the solver: `so.PrimalDual` needs only products with the two matrices, which is
+# faster here than the inverse used by the solver that would be chosen. The **gap** is a certificate: no picture has an
+# objective that is lower by more than this fraction.
 #
 # ### A weight by gradient
 #
-# How large should the weight be? Three further directions, held out, can tell. The error there is a function of the weight,
-# through the solution of a minimisation problem, and `jax.grad` differentiates it: not by unrolling the iterations, but by
-# one linear system from the optimality conditions. `vmap` draws the whole curve for comparison.
+# How large should the weight be? We hold out three further directions. The error there is a function of the weight,
+# through the solution of a minimisation problem, and `jax.grad` differentiates it by one linear system from the
+# optimality conditions, without unrolling the iterations. `vmap` computes the whole curve for comparison.
 
 # %%
 checker = rays(np.pi * np.array([1.5, 5.5, 9.5]) / 12)
@@ -394,9 +392,9 @@ axes[3].legend(frameon=False)
 # %% [markdown]
 # ## What to remember
 #
-# * A penalty is two functions, `value(x)` and `prox(x, step)`; the prox makes the zeros, exactly.
+# * A penalty is two functions, `value(x)` and `prox(x, step)`; the prox makes exact zeros.
 # * `L1` is convex and biased; `L0` is unbiased and depends on its start; `MCP` and `SCAD` lie between.
-# * `so.solve(so.Problem(loss, penalty, operator))` does the rest: it chooses a solver, certifies the answer where the
-#   penalty is convex, and has derivatives.
+# * `so.solve(so.Problem(loss, penalty, operator))` chooses a solver, certifies the solution if the penalty is convex,
+#   and has derivatives.
 #
 # Next: penalties on the *differences* of a signal, in [trend filtering](02_trend_filtering.ipynb).

@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # 2. Trend filtering on chains, images and graphs
+# # 2. Smooth signals, pictures and graphs
 #
 # A **trend filter** fits a signal $b$ to noisy values $y$ on the nodes of a graph. It trades closeness against the
 # *differences* of $b$ along the edges:
@@ -74,18 +74,18 @@ for order, axis in enumerate(axes):
 
 # %% [markdown]
 # The weights differ by orders of magnitude because the differences do: on a fine chain, second differences of a smooth
-# signal are far smaller than first ones. A weight has the unit of the signal for every order, since the gradient
-# $y - b = \Delta^\top u$ with $|u| \le$ weight does.
+# signal are far smaller than first differences. At every order a weight has the unit of the signal, since
+# $y - b = \Delta^\top u$ with $|u| \le$ weight.
 #
 # ## How good is the answer? The duality gap
 #
-# For `L1` (and `GroupL2`) every point $u$ with $|u_r| \le$ weight gives a lower bound $D(u)$ on the minimum, and the
-# solver carries such a $u$ along. It stops when
+# For `L1` (and `GroupL2`) every $u$ with $|u_r| \le$ weight gives a lower bound $D(u)$ on the minimum. The solver
+# maintains such a $u$ and stops when
 #
 # $$\text{gap} = \frac{P(b) - D(u)}{D(u)} \le \text{tol},$$
 #
-# so `solution.gap` bounds how far the objective $P(b)$ can be above the true minimum, relatively. No reference solution
-# is needed. `method="auto"` chooses the solver by graph, order and weight: on chains an ADMM around an exact fused
+# so `solution.gap` bounds the relative distance of the objective $P(b)$ to the true minimum. No reference solution is
+# needed. `method="auto"` chooses the solver by graph, order and weight: on chains an ADMM around an exact fused
 # lasso when smoothing is strong, as here; on images and other graphs mostly Doge-ADMM, which treats the differences in
 # groups that share no node.
 
@@ -102,13 +102,13 @@ for label, solution in histories.items():
 # %% [markdown]
 # ## L1 shrinks jumps, MCP does not
 #
-# `L1` pays for the size of every jump, so it makes them smaller: plateaus move towards their neighbours. A smaller
-# weight shrinks less but keeps false steps: look at the plateaus' ends. `MCP` stops paying beyond $\gamma \cdot$
-# weight. The problem is no longer convex, so there is no duality gap (`gap` is NaN) and the status says STATIONARY:
-# converged, without a certificate.
+# `L1` penalises the size of every jump, so it shrinks them: plateaus move towards their neighbours. A smaller weight
+# shrinks less but keeps false steps, as the ends of the plateaus show. `MCP` does not penalise a jump further beyond
+# $\gamma \cdot$ weight. The problem is no longer convex, so there is no duality gap (`gap` is NaN) and the status is
+# STATIONARY: converged, without a certificate.
 #
-# $\gamma \cdot$ weight is compared with a difference. Take it about as large as the jumps that should stay untouched:
-# far larger, and `MCP` is `L1`; far smaller, and the problem has many poor local minima.
+# $\gamma \cdot$ weight is compared with a difference. Choose it about as large as the jumps that should be preserved.
+# If it is far larger, `MCP` is `L1`; if it is far smaller, the problem has many poor local minima.
 
 # %%
 noisy = observed[0]
@@ -126,9 +126,9 @@ for axis, (label, solution) in zip(axes, compared.items(), strict=True):
 # %% [markdown]
 # ## Choosing the weight: a path
 #
-# A small weight follows the noise, a large one flattens the signal. Solve for a row of weights, each started from the
-# solution before it (`warm_start`), and look. The method is named here, because a start carries the dual of its method
-# along and "auto" may change the method on the way.
+# A small weight follows the noise, a large one flattens the signal. Solve for a sequence of weights, each started from
+# the previous solution (`warm_start`), and compare. The method is named here, because a start contains the dual of its
+# method and "auto" may change the method from weight to weight.
 
 # %%
 path_weights = np.geomspace(0.1, 60, 16)
@@ -143,7 +143,8 @@ for axis, index, words in zip(axes, (3, 8, 14), ("too small", "about right", "to
     axis.set_title(f"weight {path_weights[index]:.2g}, {words}: {pieces} pieces")
 
 # %% [markdown]
-# Single nodes along the path, from nearly every value its own towards one value for all. Nodes meet and stay together.
+# Single nodes along the path, from a separate value for nearly every node to one value for all. Nodes that have merged
+# stay together.
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
@@ -171,9 +172,9 @@ for axis, (label, picture) in zip(axes, shown.items(), strict=True):
 #
 # ### The weight without the truth: hold pixels out
 #
-# In practice the clean image is unknown. But a trend filter can *fill in* nodes that were not observed (node weight 0),
-# so hide a tenth of the pixels, fit the rest for each weight, and score the fit on the hidden ones. The held-out error
-# contains the noise of the hidden pixels, so it is larger and flatter, but its minimum lies near that of the true
+# In practice the clean image is unknown. But a trend filter can *fill in* nodes that were not observed (node weight 0).
+# So hide a tenth of the pixels, fit the rest for each weight, and score the fit on the hidden pixels. The held-out
+# error includes the noise of the hidden pixels, so it is larger and flatter, but its minimum is near that of the true
 # error.
 
 # %%
@@ -205,8 +206,8 @@ print(f"held-out pixels choose {chosen:.1f}, the truth would choose {image_weigh
 # %% [markdown]
 # ## Missing values
 #
-# The same mechanism repairs images. `missing="nan"` treats NaN as unobserved; such nodes take what their neighbours
-# suggest. Half of the pixels and a scratch are gone, and the rest is noisy.
+# The same mechanism repairs images. `missing="nan"` treats NaN as unobserved; such nodes are filled in from their
+# neighbours. Half of the pixels and a scratch are missing, and the rest is noisy.
 
 # %%
 damaged = image.copy()
@@ -260,12 +261,12 @@ errors = {label: rmse(solution.value, field) for label, solution in fits.items()
 assert errors["MCP, order 0"] < errors["L1, order 0"] < rmse(measured, field)
 
 # %% [markdown]
-# The borders here are jumps, so order 0 finds them, and `MCP` leaves them their height. Order 1, here too at the
-# weight that suits it best, pays twice for a jump, once on each side of it: it either keeps noise or smooths across.
+# The borders here are jumps, so order 0 finds them, and `MCP` keeps their height. Order 1, also at its best weight,
+# penalises a jump twice, once on each side: it either keeps noise or smooths across.
 #
 # ## What to remember
 #
-# * Order = expected shape; weight = how much is noise; look at a path, or hold nodes out.
+# * The order is the expected shape; the weight is how much is noise. Compare weights along a path, or hold nodes out.
 # * With `L1` read `solution.gap`; with `MCP` read `solution.status` and compare starts.
 # * Missing nodes: `missing="nan"` or `node_weights`; channels: `y` of shape `[n, channels]`, coupled by `GroupL2`.
 #

