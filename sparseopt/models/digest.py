@@ -1,4 +1,4 @@
-"""Floor 5: what a model's weights are, in a few letters: the digest by which a run knows its source again."""
+"""Floor 5: the digest of a model's weights, by which a run recognises its source."""
 
 import hashlib
 import json
@@ -15,11 +15,10 @@ class Digest:
         self._hash = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
 
     def add(self, name: str, value: np.ndarray) -> None:
-        """Add a tensor."""
         self.add_pieces(name, value.shape, value.dtype, [value])
 
     def add_pieces(self, name: str, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray]) -> None:
-        """Add a tensor that comes in pieces along its first axis; the digest is that of the whole."""
+        """Add a tensor in pieces along its first axis; the digest is that of the whole."""
         self._hash.update(f"{name} {dtype.name} {shape}".encode())
         for piece in pieces:
             self._hash.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)

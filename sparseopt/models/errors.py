@@ -1,5 +1,32 @@
-"""Floor 5: the one error class of model input and output."""
+"""Floor 5: the one error class of reading, running and writing models, and helpers for its texts."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class ModelError(ValueError):
     """A model that cannot be read, run or written; says what was given, what was expected, what to do."""
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first names, and the number of others."""
+    shown = ", ".join(name[:200] for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def guarded(build: Callable[[], T], what: str, advice: str = "; download it again") -> T:
+    """The result of a call into another package, whose exceptions of any class become a `ModelError`.
+
+    `what` begins the error's text, `advice` ends it. The tokenizers package raises plain `Exception`, and where its
+    Rust code panics a class derived from `BaseException`.
+    """
+    try:
+        return build()
+    except ModelError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ModelError(f"{what} ({type(error).__name__}: {str(error)[:300]}){advice}") from error
+        raise

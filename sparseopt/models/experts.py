@@ -1,9 +1,9 @@
-"""Floor 5: a mixture of experts: a router sends every token to a few of E MLPs, whose answers are added with weights.
+"""Floor 5: a mixture of experts: a router sends every token to a few of E MLPs, whose outputs are added with weights.
 
     shares = softmax(router(x)) ;  y = sum over the k experts of largest share of  share_e * expert_e(x)
 
-Tokens are sorted by expert into tiles of equal height, each of one expert: a product a tile, whatever the split, so
-that the work is that of the chosen experts and no token is dropped. Shape letters: M tokens, k chosen, E experts,
+Tokens are sorted into tiles of equal height, each of one expert, with one product per tile. The work is that of the
+chosen experts only, and no token is dropped. Shape letters: M tokens, k chosen, E experts,
 P tiles of R rows, D model, F inside an expert.
 """
 
@@ -18,13 +18,13 @@ from sparseopt.core.losses import HIGHEST
 from sparseopt.models.layers import ACTIVATIONS, Linear, Tap, no_tap
 from sparseopt.models.settings import DecoderConfig, ExpertsConfig
 
-# Rows of a tile at most: enough for a product to reach its rate, few enough that the half-empty last tile of an expert
-# costs little.
+# Most rows of a tile: enough for an efficient product, few enough that the half-empty last tile of an expert costs
+# little.
 TILE_ROWS = 128
 
 
 class Routed(NamedTuple):
-    """What experts see or give, sorted into tiles; empty rows are zero.
+    """Inputs or outputs of experts, sorted into tiles; empty rows are zero.
 
     Attributes:
         rows: `[P, R, features]`.
@@ -38,7 +38,7 @@ class Routed(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Where tokens go: see `Routed`; `share` `[P, R]` is what an answer is multiplied by."""
+    """Where tokens go, as in `Routed`; `share` `[P, R]` multiplies an expert's output."""
 
     expert: Int[Array, "P"]
     token: Int[Array, "P R"]
@@ -82,7 +82,6 @@ class StackedLinear(nnx.Module):
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (experts, out_size, in_size)))
 
     def __call__(self, x: Routed) -> Routed:
-        """Apply to every tile its expert's matrix."""
         weight = self.weight[...]
 
         def tile(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
@@ -97,7 +96,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         if config.experts is None:
-            raise ValueError("a block's kind has experts and the configuration says nothing of them")
+            raise ValueError("a block's kind has experts and the configuration has none")
         count, inner, outer = config.experts.count, config.experts.intermediate_size, config.hidden_size
         self.gate_proj = StackedLinear(count, outer, inner, rngs=rngs)
         self.up_proj = StackedLinear(count, outer, inner, rngs=rngs)
@@ -105,7 +104,7 @@ class Experts(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """Router and experts. Taps on them get and give a `Routed`."""
+    """Router and experts; their taps take and return a `Routed`."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.experts = Experts(config, rngs=rngs)
@@ -115,7 +114,7 @@ class MixtureOfExperts(nnx.Module):
 
     @property
     def linears(self) -> dict[str, str]:
-        """The tap that each expert's linears read, an entry of the stacked tap of that name without the number."""
+        """By expert; each tap is an entry of the stacked tap of that name without the number."""
         taps = {"gate_proj": "input", "up_proj": "input", "down_proj": "hidden"}
         return {
             f"mlp.experts.{e}.{name}": f"mlp.experts.{e}.{tap}"
@@ -124,7 +123,6 @@ class MixtureOfExperts(nnx.Module):
         }
 
     def __call__(self, x_BTD: Float[Array, "B T D"], tap: Tap = no_tap) -> Float[Array, "B T D"]:
-        """Send every position to its experts."""
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = route(self.router(x_MD), self.settings)
         given: Routed = Routed(rows_of_tokens(x_MD, routing.token), routing.expert, routing.token)

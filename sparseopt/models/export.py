@@ -1,6 +1,6 @@
 """Floor 5: a model written out, one safetensors shard at a time, as a folder that transformers loads.
 
-Every file is written under a temporary name, forced to disk and renamed: what has its final name is whole.
+Every file is written under a temporary name, forced to disk and renamed: a file under its final name is whole.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.models.errors import ModelError
+from sparseopt.models.errors import ModelError, listed
 from sparseopt.models.packed import FORMAT, PACKED_INDEX, PACKED_PREFIX, VERSION, pack_tensors, read_packed_header
 from sparseopt.models.safetensors_file import WRITABLE, UnreadTensor, read_header, write_tensors
-from sparseopt.models.source import FileTensor, Source
+from sparseopt.models.source import FileTensor, Source, TensorInfo
 from sparseopt.system.files import refused
 
 OUTER_TAG = "outer"
@@ -28,7 +28,7 @@ _PARTIAL = ".partial"
 
 
 def block_tag(index: int) -> str:
-    """The shard tag of a block."""
+    """The tag of a block's shard."""
     return f"block-{index:04d}"
 
 
@@ -49,8 +49,8 @@ class ShardedWriter:
     Attributes:
         output: the folder.
         shards: names of the finished shard files, in the order of writing.
-        dense_bytes: of all tensors written so far, as they would lie in a dense folder.
-        stored_bytes: of the same tensors as they were stored; fewer only where they were packed.
+        dense_bytes: of all tensors written so far, without packing.
+        stored_bytes: of the same tensors as stored.
     """
 
     def __init__(
@@ -69,17 +69,16 @@ class ShardedWriter:
             output: a folder that is empty or does not exist.
             source: the model that the tensors come from; gives names, shapes, dtypes and the other files.
             dtype: of all float tensors written; None keeps each tensor's own (float32 where it was quantised).
-            pack: store tensors with many zeros as in `packed`; the folder is then for sparseopt only, and goes by
-                file names that transformers does not look for.
-            keys: names of the tensors that the folder must get; default: all of the source.
-            keep: tags of shards that an earlier writer left whole in the folder, which may then hold other files too;
-                None asks for a folder without any.
-            writes: False keeps the same account and writes nothing, for the processes of a run beside the one that
-                writes.
+            pack: store tensors with many zeros as in `packed`; the folder is then for sparseopt only, and its file
+                names are not those that transformers looks for.
+            keys: names of the tensors that the folder must hold; default: all of the source.
+            keep: tags of shards that an earlier writer finished in the folder, which may then hold other files too;
+                None requires an empty folder.
+            writes: False keeps the same account and writes nothing, for the other processes of a distributed run.
 
         Raises:
-            ModelError: if the folder holds something, cannot be made, or its disk has too little space, or for a file
-                of the source that cannot go along.
+            ModelError: if the folder is not empty, cannot be made, or its disk has too little space, or for a file of
+                the source that cannot be copied.
         """
         self.output = Path(output).expanduser()
         self.shards: list[str] = []
@@ -93,26 +92,26 @@ class ShardedWriter:
         self._places: dict[str, str] = {}
         self._bytes: dict[str, int] = {}
         if writes:
-            source.sidecars()  # what cannot go along is refused now, and not behind the last block
+            source.sidecars()  # refuses what cannot be copied now, not after the last block
             self._prepare(keep)
         for tag in keep or ():
             self._adopt(shard_name(tag, pack))
 
     def dtype_of(self, key: str) -> np.dtype:
-        """The dtype in which a tensor of the model is written."""
         own = self._source.tensors[key].dtype
         return self._dtype if self._dtype is not None and jnp.issubdtype(own, jnp.floating) else own
 
     def write(self, tag: str, tensors: Mapping[str, np.ndarray | UnreadTensor]) -> str:
-        """Write one shard and return its file name; once it has returned, the shard is safe.
+        """Write one shard and return its file name. The shard is then safe on disk.
 
         Args:
             tag: names the shard: letters, digits and hyphens, new to this writer.
-            tensors: arrays by checkpoint name, in any float dtype; unread ones are read one by one, unless packed.
+            tensors: arrays by checkpoint name, in any float dtype; an `UnreadTensor` is read when it is written, unless
+                packed.
 
         Raises:
             ModelError: for a name, shape or value that cannot be written.
-            DiskError: when the disk refuses; the text names the shard that failed and those that are safe.
+            DiskError: if the disk refuses, naming the shard that failed and those that are safe.
         """
         name = shard_name(tag, self._pack)
         if not re.fullmatch(r"[A-Za-z0-9-]+", tag) or name in self.shards:
@@ -126,23 +125,20 @@ class ShardedWriter:
         nbytes = sum(value.nbytes for value in stored.values())
         self._put(name, nbytes, lambda file: write_tensors(file, stored, metadata))
         self.shards.append(name)
-        self.dense_bytes += sum(value.nbytes for value in converted.values())
         self.stored_bytes += nbytes
         for key, value in converted.items():
-            self._places[key] = name
-            self._bytes[value.dtype.name] = self._bytes.get(value.dtype.name, 0) + value.nbytes
+            self._count(name, key, value)
         return name
 
     def stored(self, tag: str) -> dict[str, np.ndarray]:
-        """The tensors of a finished shard, read back as they are stored."""
         return {key: tensor.read() for key, tensor in self._header(shard_name(tag, self._pack)).items()}
 
     def finish(self) -> None:
-        """Write the index, the configuration and what else the source has beside the weights: a whole model.
+        """Write the other files of the source, the configuration and the index, which complete the model.
 
         Raises:
             ModelError: if tensors of the model were never written.
-            DiskError: when the disk refuses.
+            DiskError: if the disk refuses.
         """
         missing = [key for key in self._expected if key not in self._places]
         if missing:
@@ -172,14 +168,17 @@ class ShardedWriter:
         return read_packed_header(self.output / name) if self._pack else dict(read_header(self.output / name))
 
     def _adopt(self, name: str) -> None:
-        """Count a shard that is there already as written."""
+        """Count a finished shard as written."""
         self.shards.append(name)
         for key, tensor in self._header(name).items():
-            dense = math.prod(tensor.shape) * tensor.dtype.itemsize
-            self._places[key] = name
-            self._bytes[tensor.dtype.name] = self._bytes.get(tensor.dtype.name, 0) + dense
-            self.dense_bytes += dense
+            self._count(name, key, tensor)
         self.stored_bytes += sum(tensor.nbytes for tensor in read_header(self.output / name).values())
+
+    def _count(self, shard: str, key: str, tensor: TensorInfo) -> None:
+        dense = math.prod(tensor.shape) * tensor.dtype.itemsize
+        self._places[key] = shard
+        self._bytes[tensor.dtype.name] = self._bytes.get(tensor.dtype.name, 0) + dense
+        self.dense_bytes += dense
 
     def _prepare(self, keep: Collection[str] | None) -> None:
         try:
@@ -189,11 +188,10 @@ class ShardedWriter:
         except OSError as error:
             raise ModelError(f"cannot use {self.output} as output folder: {error.strerror}; choose another") from error
         if held and keep is None:
-            shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
             raise ModelError(
-                f"the output folder {self.output} is not empty (it holds {shown}); choose another or empty it"
+                f"the output folder {self.output} is not empty (it holds {listed(held)}); choose another or empty it"
             )
-        # Of a packed folder this is an upper bound: how many zeros will come is not known yet.
+        # An upper bound for a packed folder: the number of zeros is not known yet.
         needed = sum(math.prod(shape) * self.dtype_of(key).itemsize for key, shape in self._expected.items())
         needed -= sum((self.output / shard_name(tag, self._pack)).stat().st_size for tag in keep or ())
         if needed > free:
@@ -211,7 +209,6 @@ class ShardedWriter:
         return self._cast(key, value)
 
     def _cast(self, key: str, value: np.ndarray) -> np.ndarray:
-        """The values as they are stored."""
         with np.errstate(over="ignore"):
             converted = np.asarray(value).astype(self.dtype_of(key), copy=False)
         if not np.isfinite(converted).all():
@@ -219,12 +216,12 @@ class ShardedWriter:
         return converted
 
     def _put(self, name: str, nbytes: int, write: Callable[[Path], None]) -> None:
-        """Write so many bytes under a temporary name, then rename; on any failure the temporary file goes."""
+        """Write under a temporary name, then rename; on any failure the temporary file is removed."""
         if not self._writes:
             return
         partial = self.output / (name + _PARTIAL)
         try:
-            # A link left there by others would be written through.
+            # The file might be a link, which would be written through.
             partial.unlink(missing_ok=True)
             write(partial)
             os.replace(partial, self.output / name)

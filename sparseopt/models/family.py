@@ -1,10 +1,11 @@
 """Floor 5: what a model family is: a configuration reader and a reversible table of checkpoint names.
 
-A family is one small file that makes a `Family`; `read_decoder` here reads the fields that families share.
+A family is one small file that makes a `Family`; `read_decoder` here reads the fields that families share. All readers
+raise a `ModelError` that names the field that is missing, inconsistent or not supported.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from sparseopt.models.decoder import Block, Decoder, Embedding, Head
-from sparseopt.models.errors import ModelError
+from sparseopt.models.decoder import Block, Embedding, Head
+from sparseopt.models.errors import ModelError, guarded
 from sparseopt.models.experts import unstacked_names
-from sparseopt.models.fields import refuse_unless, require
+from sparseopt.models.fields import Config, optional, refuse_unless, require
 from sparseopt.models.layers import ACTIVATION_NAMES
-from sparseopt.models.rope import Rope, max_positions
+from sparseopt.models.rope import max_positions
 from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -39,7 +40,7 @@ class KeyTable:
     """Checkpoint names and module paths, one to one: `model.layers.3.x.weight <-> layers.3.y.weight`.
 
     Attributes:
-        outer: pairs (checkpoint prefix, module prefix), dot at the end of neither.
+        outer: pairs (checkpoint prefix, module prefix), without dots at the end.
         block: the same within a block, `*` for a number; a name without entry is the same on both sides.
         base: the first part of the names that some checkpoints leave out, with its dot.
         ignored: patterns of checkpoint names that hold no weight, such as stored rotary frequencies.
@@ -54,25 +55,13 @@ class KeyTable:
 
     def to_path(self, key: str) -> str:
         """The module path of a checkpoint name."""
-        path = _swap(key, self.outer)
-        if path is None:
-            raise KeyError(
-                f"no entry of the key table begins {key!r}; it has {', '.join(old for old, _ in self.outer)}"
-            )
-        return self._inner(path, self.block)
+        return _swap_inner(_swap_outer(key, self.outer), self.block)
 
     def to_key(self, path: str) -> str:
         """The checkpoint name of a module path."""
-        inner = self._inner(path, _reversed(self.block))
-        key = _swap(inner, _reversed(self.outer))
-        if key is None:
-            raise KeyError(
-                f"no entry of the key table begins {path!r}; it has {', '.join(new for _, new in self.outer)}"
-            )
-        return key
+        return _swap_outer(_swap_inner(path, _reversed(self.block)), _reversed(self.outer))
 
     def ignores(self, key: str) -> bool:
-        """Whether a checkpoint name holds no weight."""
         return any(re.fullmatch(pattern, key) for pattern in self.ignored)
 
     def transposes(self, path: str) -> bool:
@@ -85,22 +74,27 @@ class KeyTable:
             return self
         return replace(self, outer=tuple((old.removeprefix(self.base), new) for old, new in self.outer), base="")
 
-    @staticmethod
-    def _inner(path: str, pairs: Pairs) -> str:
-        """The path with the part behind `layers.N.` swapped."""
-        parts = path.split(".", 2)
-        if len(parts) < 3 or parts[0] != "layers":
-            return path
-        swapped = _swap(parts[2], pairs)
-        return path if swapped is None else f"layers.{parts[1]}.{swapped}"
-
 
 def _reversed(pairs: Pairs) -> Pairs:
     return tuple((new, old) for old, new in pairs)
 
 
+def _swap_outer(name: str, pairs: Pairs) -> str:
+    swapped = _swap(name, pairs)
+    if swapped is None:
+        raise KeyError(f"no entry of the key table begins {name!r}; it has {', '.join(old for old, _ in pairs)}")
+    return swapped
+
+
+def _swap_inner(path: str, pairs: Pairs) -> str:
+    """The path with the part after `layers.N.` swapped."""
+    parts = path.split(".", 2)
+    swapped = _swap(parts[2], pairs) if len(parts) == 3 and parts[0] == "layers" else None
+    return path if swapped is None else f"layers.{parts[1]}.{swapped}"
+
+
 def _swap(name: str, pairs: Pairs) -> str | None:
-    """The name with the first prefix that fits swapped; `*` stands for a number that is carried over."""
+    """The name with the first matching prefix swapped, else None; `*` stands for a number that is carried over."""
     for old, new in pairs:
         found = re.match(re.escape(old).replace(r"\*", r"(\d+)") + r"(?=\.|$)", name)
         if found:
@@ -115,37 +109,25 @@ class Family:
 
     Attributes:
         model_type: its name in a Hugging Face configuration.
-        read_config: configuration dictionary to `DecoderConfig`; a `ModelError` names what is not supported.
+        read_config: a Hugging Face configuration as a `DecoderConfig`.
         keys: checkpoint names and module paths.
     """
 
     model_type: str
-    read_config: Callable[[Mapping[str, Any]], DecoderConfig] = field(repr=False)
+    read_config: Callable[[Config], DecoderConfig] = field(repr=False)
     keys: KeyTable = field(repr=False, default=KeyTable())
 
-    def configure(self, config: Mapping[str, Any]) -> DecoderConfig:
-        """What `read_config` makes of a configuration.
-
-        Raises:
-            ModelError: naming the field that cannot be used, or, for a value of a type that no reader expects, what
-                went wrong with it.
-        """
-        try:
-            return self.read_config(config)
-        except ModelError:
-            raise
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
-            raise ModelError(
-                f"the model configuration has a value that a {self.model_type} model cannot have "
-                f"({type(error).__name__}: {str(error)[:200]}); compare it with the published one"
-            ) from error
+    def configure(self, config: Config) -> DecoderConfig:
+        """The result of `read_config`, where values of unexpected types raise a `ModelError` too."""
+        what = f"the model configuration has a value that a {self.model_type} model cannot have"
+        return guarded(lambda: self.read_config(config), what, "; compare it with the published one")
 
     def fitting(self, names: Collection[str]) -> "Family":
         """This family with the table of names that a checkpoint uses."""
         return replace(self, keys=self.keys.fitting(names))
 
     def expected_shapes(self, config: DecoderConfig) -> Shapes:
-        """The shape of every tensor a checkpoint must hold, by its name there; a tied head has no own."""
+        """The shape of every tensor that a checkpoint must hold, by its name there; a tied head has none."""
         shapes: Shapes = {}
         parts = {"embed_tokens": part_shapes(Embedding, config), "head": dict(part_shapes(Head, config))}
         if config.tied:
@@ -159,10 +141,10 @@ class Family:
         return shapes
 
     def allows(self, key: str, config: DecoderConfig) -> bool:
-        """Whether a checkpoint may hold this name beyond the expected ones.
+        """Whether a checkpoint may hold this name besides the expected ones.
 
-        Names of parts that the decoder does not have are allowed (an image encoder, say) and pass through; names
-        among the decoder's own are not: they would change what the model computes.
+        Tensors of parts that the decoder does not have, such as an image encoder, are allowed and pass through.
+        Unknown tensors within the decoder's parts are not: they would change what the model computes.
         """
         if self.keys.ignores(key) or (config.tied and key == self.keys.to_key("head.lm_head.weight")):
             return True
@@ -204,25 +186,16 @@ def block_linears(config: DecoderConfig, kind: BlockKind) -> dict[str, str]:
     return nnx.eval_shape(lambda: Block(config, kind, rngs=nnx.Rngs(0))).linears
 
 
-def decoder_of_parts(config: DecoderConfig, embedding: Embedding, blocks: list[Block], head: Head) -> Decoder:
-    """A whole decoder made of its parts; a tied head shares the embedding's matrix."""
-    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    decoder.embed_tokens, decoder.layers, decoder.head = embedding, nnx.List(blocks), head
-    if config.tied:
-        head.lm_head.weight = embedding.weight
-    return decoder
-
-
 def _dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
 def read_decoder(
-    config: Mapping[str, Any],
-    rope: Rope | None = None,
+    config: Config,
+    kinds: BlockKind | tuple[BlockKind, ...],
     *,
-    kinds: tuple[BlockKind, ...] | None = None,
     tied: bool = False,
+    attention_bias: bool = False,
     activation: str = "hidden_act",
     default_activation: str = "silu",
     head_dim: int | None = None,
@@ -232,16 +205,13 @@ def read_decoder(
 
     Args:
         config: a Hugging Face configuration.
-        rope: of all blocks, where `kinds` is None.
-        kinds: of all blocks.
+        kinds: one for all blocks, or one for each.
         tied: whether the head is tied where the configuration does not say.
+        attention_bias: `qkv_bias` and `output_bias`.
         activation: the field with the activation's name.
         default_activation: where that field is absent.
         head_dim: H where the configuration gives none; default `hidden_size / num_attention_heads`.
-        switches: of `DecoderConfig`; they win over what is read here.
-
-    Raises:
-        ModelError: naming the field that is missing, inconsistent or not supported.
+        switches: of `DecoderConfig`; they take precedence over the fields read here.
     """
     refuse_unless(
         config,
@@ -254,16 +224,18 @@ def read_decoder(
         },
     )
     hidden_size, num_heads = require(config, "hidden_size"), require(config, "num_attention_heads")
-    kv_field, head_field = config.get("num_key_value_heads"), config.get("head_dim", head_dim)
-    num_kv_heads = num_heads if kv_field is None else require(config, "num_key_value_heads")
-    size = hidden_size // num_heads if head_field is None else require({"head_dim": head_field}, "head_dim")
+    num_kv_heads = optional(config, "num_key_value_heads") or num_heads
+    given_size = optional(config, "head_dim", default=head_dim)
     if num_heads % num_kv_heads:
         raise ModelError(f"num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}")
-    kinds = kinds or (BlockKind(rope),) * require(config, "num_hidden_layers")
-    if head_field is None and hidden_size % num_heads:
+    if isinstance(kinds, BlockKind):
+        count: int = require(config, "num_hidden_layers")
+        kinds = (kinds,) * count
+    if given_size is None and hidden_size % num_heads:
         raise ModelError(f"num_attention_heads={num_heads} must divide hidden_size={hidden_size}")
-    for turned in {kind.rope for kind in kinds if kind.rope is not None}:
-        turned.check(size)
+    size = given_size or hidden_size // num_heads
+    for rope in {kind.rope for kind in kinds if kind.rope is not None}:
+        rope.check(size)
     read = {
         "vocab_size": require(config, "vocab_size"),
         "hidden_size": hidden_size,
@@ -272,22 +244,20 @@ def read_decoder(
         "head_dim": size,
         "kinds": kinds,
         "tied": bool(config.get("tie_word_embeddings", tied)),
+        "qkv_bias": attention_bias,
+        "output_bias": attention_bias,
         "activation": ACTIVATION_NAMES[config.get(activation) or default_activation],
         "max_positions": max_positions(config),
     }
     if "intermediate_size" not in switches:
         read["intermediate_size"] = require(config, "intermediate_size")
     if "norm_eps" not in switches:
-        read["norm_eps"] = require({"rms_norm_eps": 1e-6, **config}, "rms_norm_eps", float)
+        read["norm_eps"] = require(config, "rms_norm_eps", float, default=1e-6)
     return DecoderConfig(**(read | switches))
 
 
-def read_experts(config: Mapping[str, Any], count: str, size: str, *, normalise: bool) -> ExpertsConfig:
-    """A mixture of experts, from the fields with their number and width and from `num_experts_per_tok`.
-
-    Raises:
-        ModelError: naming the field that is missing, inconsistent or not supported.
-    """
+def read_experts(config: Config, count: str, size: str, *, normalise: bool) -> ExpertsConfig:
+    """A mixture of experts, from the fields with their number and width and from `num_experts_per_tok`."""
     found = ExpertsConfig(
         require(config, count), require(config, "num_experts_per_tok"), require(config, size), normalise
     )
@@ -296,17 +266,13 @@ def read_experts(config: Mapping[str, Any], count: str, size: str, *, normalise:
     return found
 
 
-def ungrouped(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the fields of grouped heads, which some families have and do not read."""
+def ungrouped(config: Config) -> dict[str, Any]:
+    """A configuration without the fields of grouped heads, which some families carry and do not use."""
     return {**config, "num_key_value_heads": None, "head_dim": None}
 
 
-def read_windows(config: Mapping[str, Any], default: Callable[[int], bool]) -> tuple[bool, ...]:
-    """Which blocks attend within a sliding window, by `layer_types` or, without it, by `default(index)`.
-
-    Raises:
-        ModelError: naming `layer_types`, if an entry is unknown or their number is not that of the blocks.
-    """
+def read_windows(config: Config, default: Callable[[int], bool]) -> tuple[bool, ...]:
+    """Which blocks attend within a sliding window, by `layer_types` or, without it, by `default(index)`."""
     count, types = require(config, "num_hidden_layers"), config.get("layer_types")
     if types is None:
         return tuple(default(index) for index in range(count))

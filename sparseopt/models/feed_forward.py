@@ -9,7 +9,7 @@ from sparseopt.models.settings import DecoderConfig
 
 
 class MLP(nnx.Module):
-    """Acts on every position alone; F features inside."""
+    """Acts on each position independently; F features inside."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         inner, outer, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
@@ -24,12 +24,10 @@ class MLP(nnx.Module):
 
     @property
     def linears(self) -> dict[str, str]:
-        """The tap that each linear reads."""
         names = {"separate": ("gate_proj", "up_proj"), "fused": ("gate_up_proj",), None: ("up_proj",)}[self.gate]
         return {f"mlp.{name}": "mlp_input" for name in names} | {"mlp.down_proj": "mlp_hidden"}
 
     def __call__(self, x_BTD: Float[Array, "B T D"], tap: Tap = no_tap) -> Float[Array, "B T D"]:
-        """Act on the last axis."""
         x_BTD = tap("mlp_input", x_BTD)
         act = ACTIVATIONS[self.activation]
         if self.gate == "fused":

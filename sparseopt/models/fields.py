@@ -1,4 +1,4 @@
-"""Floor 5: fields of a Hugging Face configuration, read with checks that name the field."""
+"""Floor 5: fields of a Hugging Face configuration, read with checks: a `ModelError` names the field."""
 
 import math
 from collections.abc import Mapping
@@ -6,17 +6,16 @@ from typing import Any
 
 from sparseopt.models.errors import ModelError
 
-# Of a size or count in a configuration: none comes near, and products of two are still whole numbers of 64 bits.
+# A Hugging Face configuration, or a table in it.
+Config = Mapping[str, Any]
+
+# Upper bound of a size or count. Real ones are far smaller, and a product of two still fits in 64 bits.
 _LARGEST = 2**31 - 1
 
 
-def require(config: Mapping[str, Any], name: str, kind: type[int] | type[float] = int) -> Any:
-    """A positive number from a configuration.
-
-    Raises:
-        ModelError: if it is absent, of another type, not positive, not finite, or a whole number beyond 31 bits.
-    """
-    value: Any = config.get(name)
+def require(config: Config, name: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
+    """A positive, finite number of that type from a configuration, or the default where the field is absent."""
+    value: Any = config.get(name, default)
     if kind is float and type(value) is int and abs(value) < 2**1000:
         value = float(value)
     if type(value) is not kind or not 0 < value < math.inf:
@@ -24,6 +23,12 @@ def require(config: Mapping[str, Any], name: str, kind: type[int] | type[float] 
     if kind is int and value > _LARGEST:
         raise ModelError(f"the model configuration's {name} is {shown(value)}, at most {_LARGEST} is possible")
     return value
+
+
+def optional(config: Config, name: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
+    """As `require`, but None where the value is None."""
+    value = config.get(name, default)
+    return None if value is None else require({name: value}, name, kind)
 
 
 def shown(value: Any) -> str:
@@ -34,16 +39,12 @@ def shown(value: Any) -> str:
     return text if len(text) < 100 else f"{text[:100]}..."
 
 
-def refuse_unless(config: Mapping[str, Any], allowed: Mapping[str, tuple]) -> None:
-    """Check switches that the decoder does not have: each named field must be absent or one of its values.
-
-    Raises:
-        ModelError: naming every field that asks for more.
-    """
+def refuse_unless(config: Config, allowed: Mapping[str, tuple]) -> None:
+    """Refuse switches that the decoder does not have: each named field must be absent or one of its allowed values."""
     wrong = [
         f"{name}={shown(config[name])} (supported: {', '.join(map(repr, values))})"
         for name, values in allowed.items()
         if name in config and config[name] not in values
     ]
     if wrong:
-        raise ModelError(f"the model configuration asks for what this decoder does not do: {'; '.join(wrong)}")
+        raise ModelError(f"the model configuration asks for what this decoder does not support: {'; '.join(wrong)}")

@@ -1,7 +1,7 @@
-"""Floor 5: the files of a model's folder, which may come from a stranger: names that stay in it, JSON that is plain.
+"""Floor 5: the files of a model's folder, which may be untrusted: names that stay in the folder, valid JSON.
 
-A file of the folder may be a link within it, or one into the blobs of the same repository in the Hugging Face cache,
-which keeps `snapshots/COMMIT/NAME` as links to `blobs/HASH`. Other links could lead anywhere and are refused.
+A file may be a link within the folder, or one into the blobs of the same repository in the Hugging Face cache, which
+keeps `snapshots/COMMIT/NAME` as links to `blobs/HASH`. Other links could lead anywhere and are refused.
 """
 
 import json
@@ -11,41 +11,37 @@ from typing import Any
 
 from sparseopt.models.errors import ModelError
 
-# What torch and others pickle. Loading a pickle runs whatever code is in it.
+# Pickled files of torch and others. Loading a pickle runs whatever code is in it.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 TO_SAFETENSORS = (
-    "pickled weights can run code when loaded and are not read; convert them where torch is installed and you trust "
-    "who made them: AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
+    "pickled weights can run code when loaded and are not read; if you trust their author, convert them where torch is "
+    "installed: AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
 )
 
-# Endings of weights in any format. An export has its own, and the second copies of others stay where they are.
+# Endings of weights in any format, which an export does not copy.
 WEIGHTS = frozenset(
     (*PICKLES, ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".ot")
 )
-# What a pruning run writes beside the model, see `pruning.run_folder`.
+# Files of a pruning run beside the model, see `pruning.run_folder`.
 RUN_FILES = LOCK, RUN, RECORDS, SUMMARY = "run.lock", "run.json", "records.jsonl", "summary.json"
 
-# Bytes: of a file beside the weights, such as a tokenizer; the largest published ones have a tenth of that.
+# Most bytes of a file beside the weights, such as a tokenizer; the largest published ones have a tenth of that.
 MAX_FILE = 500 * 2**20
-# Bytes: a configuration, and an index with a line for every tensor. Real ones have some thousandths of that.
+# Most bytes of a configuration, and of an index with a line for every tensor. Real ones are a thousand times smaller.
 MAX_CONFIG = 4 * 2**20
 MAX_INDEX = 100 * 2**20
-# Blocks inside each other in a configuration.
+# Nested blocks in a configuration.
 _MAX_DEPTH = 32
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether this can be the name of a file in a folder, and of nothing elsewhere."""
+    """Whether a name is that of a file in a folder, and cannot lead elsewhere."""
     apart = {"/", "\\"} & set(name) or name in ("", ".", "..")
     return not apart and name.isprintable() and len(name.encode()) <= 255
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The path of a file in a folder; it need not exist.
-
-    Raises:
-        ModelError: for a name with a way out of the folder, or a link that leads out of it.
-    """
+    """The path of a file in a folder, which need not exist; refuses a name or a link that leads out of the folder."""
     if not is_plain_name(name):
         raise ModelError(f"{folder} asks for {name[:200]!r}, which is no file in the folder; do not trust it")
     file = folder / name
@@ -55,33 +51,26 @@ def file_in(folder: Path, name: str) -> Path:
 
 
 def is_carried(name: str) -> bool:
-    """Whether an export takes a file of a model's folder along, by its name.
+    """Whether an export copies a file of a model's folder, by its name.
 
-    All do but weights and their indices, hidden files, the configuration, which is written anew, and what a pruning run
-    writes beside the model. Files in folders inside the folder stay.
+    All are copied but weights and their indices, hidden files, the configuration, which is written anew, and the files
+    of a pruning run. Folders inside the folder are left out.
     """
     own = name.startswith(".") or name == "config.json" or name in RUN_FILES
-    return is_plain_name(name) and not own and not name.endswith(".index.json") and not WEIGHTS & _endings(name)
-
-
-def _endings(name: str) -> set[str]:
-    """All of them: `pytorch_model.bin.data` is one of weights as well."""
-    return {ending.lower() for ending in Path(name).suffixes}
+    # All endings: `pytorch_model.bin.data` holds weights too.
+    endings = {ending.lower() for ending in Path(name).suffixes}
+    return is_plain_name(name) and not own and not name.endswith(".index.json") and not WEIGHTS & endings
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """The files of a model's folder that an export takes along, by name.
-
-    Raises:
-        ModelError: for a link out of the folder, or a file too large to be one of these.
-    """
+    """The files of a model's folder that an export copies, by name; refuses links out of it and very large files."""
     files = [file_in(folder, entry.name) for entry in folder.iterdir() if is_carried(entry.name) and entry.is_file()]
     for file in files:
         size = file.stat().st_size
         if size > MAX_FILE:
             raise ModelError(
-                f"{file} has {size:,} bytes; of the files beside the weights, which go along with the model, none has "
-                f"more than {MAX_FILE:,}: move it elsewhere"
+                f"{file} has {size:,} bytes; the files beside the weights are copied with the model, and none has more "
+                f"than {MAX_FILE:,}: move it elsewhere"
             )
     return sorted(files)
 
@@ -93,7 +82,7 @@ def _check_link(folder: Path, link: Path) -> None:
         raise ModelError(f"{link} is a link that leads nowhere ({error}); copy the file itself") from error
     allowed = [home]
     if home.parent.name == "snapshots":
-        # Resolved, so that blobs that are a link themselves are no way out.
+        # Not resolved further: a folder of blobs that is itself a link must not lead out.
         allowed.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
         raise ModelError(
@@ -103,14 +92,10 @@ def _check_link(folder: Path, link: Path) -> None:
 
 
 def read_json(file: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Args:
-        file: to read.
-        limit: in bytes.
+    """The object in a JSON file of at most `limit` bytes.
 
     Raises:
-        ModelError: if the file is larger, or no plain JSON object.
+        ModelError: if the file is larger, or no valid JSON object.
         OSError: if it cannot be read.
     """
     with file.open("rb") as stream:
@@ -129,18 +114,18 @@ def read_json(file: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes) -> Any:
-    """The value of a JSON text in UTF-8, each key of an object given once, without NaN and half characters.
+    """The value of a JSON text in UTF-8 without duplicate keys, NaN and lone surrogates.
 
-    An infinity is allowed: published configurations have some, in fields of other models.
+    An infinity is allowed: published configurations have some, in fields that are not read here.
 
     Raises:
         ValueError: saying what is wrong.
-        RecursionError: for too many values inside each other.
+        RecursionError: for values nested too deeply.
     """
     text = raw.decode("utf-8-sig")
     value = json.loads(text, object_pairs_hook=_once, parse_constant=_constant)
     if "\\ud" in text.lower():
-        # Half a character could not be written again.
+        # A lone surrogate could not be written again.
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -155,12 +140,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(text: str) -> float:
     if text == "NaN":
-        raise ValueError("NaN is no JSON")
+        raise ValueError("NaN is not allowed in JSON")
     return float(text)
 
 
 def _check_depth(value: Any, depth: int) -> None:
     if depth > _MAX_DEPTH:
-        raise ValueError(f"more than {_MAX_DEPTH} blocks inside each other")
+        raise ValueError(f"more than {_MAX_DEPTH} nested blocks")
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_depth(inner, depth + 1)

@@ -1,4 +1,4 @@
-"""Floor 5: text continued token by token. For samples, not for speed: each token runs the whole window."""
+"""Floor 5: text generated token by token. For samples, not for speed: each token runs the whole window."""
 
 from collections.abc import Collection
 from functools import partial
@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from sparseopt.models.decoder import Decoder
 from sparseopt.models.settings import check_window
 
-# The window grows in such steps, so that few distinct lengths are compiled.
+# The window grows in these steps, so that few distinct lengths are compiled.
 _WINDOW_STEP = 64
 
 
@@ -42,17 +42,17 @@ def generate(
     Args:
         decoder: the model.
         prompt_ids: at least one token id.
-        max_new_tokens: how many to add at most, 0 or more.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        max_new_tokens: at most this many are added, 0 or more.
+        temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
         seed: of the draws.
-        stop_ids: generation ends when one of these comes; it is not returned.
+        stop_ids: generation ends at one of these, which is not returned.
 
     Returns:
         The new token ids, int32, without the prompt.
 
     Raises:
-        ValueError: if the prompt is empty, a number negative, or prompt and new tokens together are more than the model
-            is made for.
+        ValueError: if the prompt is empty, a number is negative, or the model does not support a window of prompt and
+            new tokens.
     """
     prompt = np.asarray(prompt_ids, np.int32).reshape(-1)
     if not prompt.size or max_new_tokens < 0 or temperature < 0:
@@ -73,7 +73,7 @@ def generate(
         x: Array = jnp.asarray(tokens)
         for graphdef, state in parts:
             x = _run(graphdef, state, x)
-        # Attention is causal: what stands beyond `length` does not change the position before it.
+        # Attention is causal: tokens from `length` on do not change the logits before them.
         logits_V = _run(*head, x[:, length - 1 : length])[0, 0]
         token = int(_choose(logits_V, jnp.float32(temperature), keys[length - prompt.size]))
         if token in stop_ids:

@@ -1,7 +1,7 @@
-"""Floor 5: the GGUF architectures that are read: tensor names, layout and configuration of each in Hugging Face.
+"""Floor 5: the supported GGUF architectures: tensor names, layout and configuration of each in Hugging Face.
 
-GGUF keeps some constants out of the file, which programs that run it know by heart; they are written here. A new
-architecture is one function and one entry of `ARCHITECTURES`.
+Some constants are not in GGUF files, because the programs that run them know the architecture; they are given here. A
+new architecture is one function and one entry of `ARCHITECTURES`.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from sparseopt.models.rope import Llama3, plain_frequencies
 Tensors = Mapping[str, GGUFTensor]
 Config = dict[str, Any]
 
-# Frequency factors of a scaled rotary embedding: they go into the configuration, not into a module.
+# Frequency factors of a scaled rotary embedding: part of the configuration, not of a module.
 ROPE_FACTORS = "rope_freqs.weight"
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -36,7 +36,7 @@ _LLAMA_BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-# "post_attention_layernorm" is the norm before the MLP in Llama, and in Gemma the one after attention.
+# "post_attention_layernorm" is the norm before the MLP in Llama, and the one after attention in Gemma.
 _GEMMA_BLOCK = _LLAMA_BLOCK | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -46,14 +46,14 @@ _GEMMA_BLOCK = _LLAMA_BLOCK | {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a GGUF architecture is in Hugging Face.
+    """A GGUF architecture in the terms of Hugging Face.
 
     Attributes:
         model_type: its `model_type`.
         class_name: its class, for `architectures`.
-        block: the names of a block's tensors, here to there, without the ends ".weight" and ".bias".
+        block: names of a block's tensors in GGUF and Hugging Face, without the endings ".weight" and ".bias".
         read_config: the configuration, without the entries that all architectures share.
-        paired_heads: the rows of q and k are stored pair by pair, to be put in half-rotation order.
+        paired_heads: the rows of q and k are stored pair by pair and must be put in half-rotation order.
         shifted_norms: norm weights are stored with 1 added.
     """
 
@@ -75,7 +75,7 @@ class Architecture:
         return name
 
     def undo(self, name: str, tensor: np.ndarray, config: Config) -> np.ndarray:
-        """A tensor, by its Hugging Face name, as Hugging Face stores it; the dtype stays."""
+        """The tensor of a Hugging Face name in the layout of Hugging Face and its own dtype."""
         if self.shifted_norms and name.endswith("norm.weight"):
             return (tensor.astype(np.float32) - 1).astype(tensor.dtype)
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -84,11 +84,7 @@ class Architecture:
 
 
 def unpair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of every head from the order (0, H/2, 1, H/2 + 1, ...) back to 0 .. H - 1; `[heads H, ...]`.
-
-    Raises:
-        ModelError: if the rows cannot be those of so many heads.
-    """
+    """Rows of every head from the order (0, H/2, 1, H/2 + 1, ...) back to 0 .. H - 1; `[heads H, ...]`."""
     if not tensor.ndim or tensor.shape[0] % (2 * heads):
         raise ModelError(f"a tensor {list(tensor.shape)} has no rows of {heads} heads; convert the model again")
     pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
@@ -96,7 +92,7 @@ def unpair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _sizes(fields: Fields, tensors: Tensors) -> Config:
-    """What every architecture has. Of the vocabulary the embedding's rows count: converters may cut its padding."""
+    """Fields of every architecture. The vocabulary has the embedding's rows: converters may remove its padding."""
     hidden_size, heads = fields.count("embedding_length"), fields.count("attention.head_count")
     head_dim = fields.count("attention.key_length", hidden_size // heads)
     embedding = tensors.get("model.embed_tokens.weight")
@@ -105,7 +101,7 @@ def _sizes(fields: Fields, tensors: Tensors) -> Config:
     fields.require("attention.causal", True)
     fields.require("expert_count", 0)
     fields.require("expert_used_count", 0)
-    # Read, and of no effect: what a file without an embedding would need, and two notes on its history.
+    # Without effect: the size for a file without an embedding, and two notes on the file's history.
     for name in ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned"):
         fields.get(name)
     return {
@@ -133,7 +129,7 @@ def _llama(fields: Fields, tensors: Tensors) -> Config:
 
 
 def _qwen2(fields: Fields, tensors: Tensors) -> Config:
-    """Biases of q, k and v are part of the family; sliding windows are never written."""
+    """Biases of q, k and v are part of the family; GGUF stores no sliding windows."""
     rope = _rope(fields, tensors, 10000.0)
     return {**_sizes(fields, tensors), **rope, "hidden_act": "silu", "use_sliding_window": False}
 
@@ -154,7 +150,7 @@ def _gemma2(fields: Fields, tensors: Tensors) -> Config:
 
 
 def _gemma3(fields: Fields, tensors: Tensors) -> Config:
-    """Sliding layers turn by a base of their own and are not scaled."""
+    """Sliding layers have their own rotary base and no scaling."""
     config = _gemma(fields, tensors, big=62, pattern=6)
     rope = _rope(fields, tensors, 1000000.0)
     local = fields.number("rope.freq_base_swa", 10000.0)
@@ -172,10 +168,10 @@ def _gemma3(fields: Fields, tensors: Tensors) -> Config:
 
 
 def _gemma(fields: Fields, tensors: Tensors, big: int, pattern: int) -> Config:
-    """What Gemma 2 and 3 share; `pattern`: every so many layers one attends to all tokens.
+    """Fields that Gemma 2 and 3 share; one of every `pattern` layers attends to all tokens.
 
-    The scale of attention is in no file. It is the head's width but in the released 27B model, known by its
-    number of layers, `big`, where it is the residual stream's width a head.
+    The scale of attention is in no file. It is the head's width, except in the released 27B model, recognised by its
+    number of layers, `big`, where it is the residual stream's width per head.
     """
     sizes = _sizes(fields, tensors)
     layers = sizes["num_hidden_layers"]
@@ -199,11 +195,7 @@ def _has_bias(tensors: Tensors, linear: str) -> bool:
 
 
 def _rope(fields: Fields, tensors: Tensors, theta: float) -> Config:
-    """`rope_theta` and `rope_parameters`; `theta` is the base of a file that has none.
-
-    Raises:
-        ModelError: for a scaling of another kind than linear, yarn and llama3.
-    """
+    """`rope_theta` and `rope_parameters`; `theta` is the base of a file that has none."""
     theta = fields.number("rope.freq_base", theta)
     return {"rope_theta": theta, "rope_parameters": {"rope_theta": theta, **_scaling(fields, tensors, theta)}}
 
@@ -235,11 +227,7 @@ def _scaling(fields: Fields, tensors: Tensors, theta: float) -> Config:
 
 
 def llama3_scaling(factors: np.ndarray, theta: float, path: Path) -> Config:
-    """The llama3 scaling whose frequency factors these are; the released models differ in `factor` alone.
-
-    Raises:
-        ModelError: if the factors are not those of a released model.
-    """
+    """The llama3 scaling with these frequency factors; the released models differ in `factor` alone."""
     scaling = Llama3(shortest(float(factors.max())), 1.0, 4.0, 8192)
     size = 2 * factors.size
     expected = plain_frequencies(theta, size) / scaling.frequencies(theta, size, time=1)

@@ -1,4 +1,4 @@
-"""Floor 5: the metadata of a GGUF file's architecture, read key by key; a key that nothing read is refused."""
+"""Floor 5: the metadata of a GGUF file's architecture, read key by key; keys that were never read are refused."""
 
 import math
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from sparseopt.models.errors import ModelError
 
 
 class Fields:
-    """The values under `{architecture}.`, by the rest of their names.
+    """The values under `{architecture}.`, by the rest of their keys.
 
-    Reading marks a key. `refuse_unread` then names those that ask for something that no reader knows.
+    Reading marks a key. `refuse_unread` then refuses the others: they ask for something that is not supported.
     """
 
     def __init__(self, path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
@@ -24,42 +24,29 @@ class Fields:
         return self._prefix + name in self._metadata
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The stored value of any type, or the default."""
         self._read.add(self._prefix + name)
         return self._metadata.get(self._prefix + name, default)
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A positive integer; one given for each block must be the same for all.
-
-        Raises:
-            ModelError: if it is absent without a default, of another type, or not positive.
-        """
+        """A positive integer; where one is given for each block, all must be equal."""
         return self._positive(name, int, default)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive number, as the shortest decimal that rounds to the stored float32. Raises like `count`."""
+        """A positive number, as the shortest decimal that rounds to the stored float32."""
         return shortest(self._positive(name, float, default))
 
     def numbers(self, names: Mapping[str, str]) -> dict[str, float]:
-        """Those numbers of `{name here: name there}` that the file has, by their names there."""
+        """Those numbers of `{GGUF name: Hugging Face name}` that the file has, by their Hugging Face names."""
         return {there: self.number(here) for here, there in names.items() if here in self}
 
     def require(self, name: str, *allowed: Any) -> None:
-        """Check that a key is absent or one of the allowed values.
-
-        Raises:
-            ModelError: naming the key.
-        """
+        """Refuse a key with another value than the allowed ones; it may be absent."""
         if name in self and self.get(name) not in allowed:
             expected = " or ".join(map(repr, allowed))
             raise self.error(name, f"{expected} is the only value supported")
 
     def refuse_unread(self) -> None:
-        """Check that every key of the architecture has been read.
-
-        Raises:
-            ModelError: naming the keys that have not.
-        """
+        """Refuse keys of the architecture that were never read, all by name."""
         unread = [key for key in self._metadata if key.startswith(self._prefix) and key not in self._read]
         if unread:
             raise ModelError(
@@ -68,7 +55,6 @@ class Fields:
             )
 
     def error(self, name: str, text: str) -> ModelError:
-        """An error that names the key and its value."""
         value = self._metadata.get(self._prefix + name)
         return ModelError(f"{self.path} has {self._prefix}{name} = {repr(value)[:100]}, {text}")
 
@@ -82,5 +68,5 @@ class Fields:
 
 
 def shortest(value: float) -> float:
-    """The shortest decimal that rounds to the same float32: 9.99999975e-06 is written 1e-05 again."""
+    """The shortest decimal that rounds to the same float32: 1e-05 for 9.99999975e-06."""
     return float(str(np.float32(value)))

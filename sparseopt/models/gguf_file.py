@@ -9,7 +9,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -17,12 +17,13 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from sparseopt.models.errors import ModelError
+from sparseopt.models.fields import shown
 from sparseopt.models.safetensors_file import is_shape, read_part
 
 # Metadata value types 0 to 12; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# Arrays inside arrays; no writer makes any, the format allows them.
+# Nested arrays: the format allows them, but no writer makes any.
 _MAX_DEPTH = 4
 # ggml has four axes.
 _MAX_AXES = 4
@@ -37,7 +38,7 @@ _PLAIN = {
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where a tensor lies: its file, first byte, shape (slowest axis first) and storage type."""
+    """Where a tensor is stored: its file, first byte, shape (slowest axis first) and storage type."""
 
     file: Path
     start: int
@@ -46,22 +47,15 @@ class GGUFTensor:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype that `read` gives: the stored one, or float32 for a quantised tensor."""
         return _PLAIN.get(self.kind, np.dtype(np.float32))
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
         block, block_bytes = GGML_QUANT_SIZES[self.kind]
         return math.prod(self.shape) // block * block_bytes
 
     def read(self) -> np.ndarray:
-        """The tensor, copied from the file and dequantised.
-
-        Raises:
-            ModelError: if the file has shrunk since its header was checked, the disk does not give it, or the type
-                cannot be decoded.
-        """
+        """The tensor; a quantised one as float32."""
         raw = read_part(self.file, np.dtype(np.uint8), self.nbytes, self.start)
         if self.kind in _PLAIN:
             return raw.view(self.dtype).reshape(self.shape)
@@ -71,8 +65,7 @@ class GGUFTensor:
             raise ModelError(f"{self.file} has a tensor of type {self.kind.name}, which is not supported") from error
 
 
-@dataclass(frozen=True)
-class GGUFHeader:
+class GGUFHeader(NamedTuple):
     """A file's metadata by key and its tensors by GGUF name."""
 
     metadata: dict[str, Any]
@@ -109,7 +102,7 @@ class _Reader:
             return self.text()
         if kind == _ARRAY:
             if depth == _MAX_DEPTH:
-                raise self.corrupt(f"more than {depth} arrays inside each other before byte {self.stream.tell()}")
+                raise self.corrupt(f"more than {depth} nested arrays before byte {self.stream.tell()}")
             item, count = self.scalar("I"), self.scalar("Q")
             if item in _SCALARS:
                 width = struct.calcsize("<" + _SCALARS[item])
@@ -121,7 +114,7 @@ class _Reader:
         return self.scalar(_SCALARS[kind])
 
     def bounded(self, count: int, width: int) -> int:
-        """The bytes of `count` items of at least `width`, which must fit into the rest of the file."""
+        """The bytes of `count` items of at least `width` bytes, which must fit in the rest of the file."""
         if count * width > self.size - self.stream.tell():
             raise self.corrupt(f"{count} items claimed at byte {self.stream.tell()}, the file has {self.size} bytes")
         return count * width
@@ -131,8 +124,8 @@ def read_header(file: Path) -> GGUFHeader:
     """The metadata and tensor table of a GGUF file; no tensor is read.
 
     Raises:
-        ModelError: if the file is no GGUF of version 2 or 3, is truncated or corrupt, or holds a tensor of a
-            type that is not known or that lies outside the file.
+        ModelError: if the file is no GGUF of version 2 or 3, is truncated or corrupt, or holds a tensor of an unknown
+            type or outside the file.
     """
     with file.open("rb") as stream:
         reader = _Reader(stream, file)
@@ -153,7 +146,7 @@ def read_header(file: Path) -> GGUFHeader:
         table = [_read_entry(reader) for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 2**20:
-            raise reader.corrupt(f"general.alignment is {_shown(alignment)}")
+            raise reader.corrupt(f"general.alignment is {shown(alignment)}")
         data = -(-stream.tell() // alignment) * alignment
         tensors = {name: GGUFTensor(file, data + offset, shape, kind) for name, shape, kind, offset in table}
         if len(tensors) < len(table):
@@ -163,11 +156,7 @@ def read_header(file: Path) -> GGUFHeader:
 
 
 def _check_places(reader: _Reader, tensors: dict[str, GGUFTensor]) -> None:
-    """See that tensors lie in the file and apart: many names for the same bytes would be a model larger than its file.
-
-    Raises:
-        ModelError: naming the first that does not.
-    """
+    """Refuse tensors that lie outside the file or overlap, which would make a model larger than its file."""
     free = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start + tensor.nbytes > reader.size:
@@ -175,11 +164,6 @@ def _check_places(reader: _Reader, tensors: dict[str, GGUFTensor]) -> None:
         if tensor.start < free:
             raise reader.corrupt(f"tensor {name[:200]} begins at byte {tensor.start}, in the tensor before it")
         free = tensor.start + tensor.nbytes
-
-
-def _shown(value: Any) -> str:
-    """A value of the metadata for a message."""
-    return repr(value)[:100] if isinstance(value, int | float | str) else f"a {type(value).__name__}"
 
 
 def _read_entry(reader: _Reader) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:

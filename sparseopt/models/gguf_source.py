@@ -21,9 +21,9 @@ class GGUFSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.name, self.revision = str(path), None
-        header = read_header(path)
-        self._metadata = header.metadata
+        self.name = str(path)
+        self.revision: str | None = None
+        self._metadata, tensors = read_header(path)
         name, parts = self._metadata.get("general.architecture"), self._metadata.get("split.count", 1)
         if not isinstance(name, str) or name not in ARCHITECTURES:
             raise ModelError(
@@ -34,24 +34,19 @@ class GGUFSource:
                 f"{path} is one of {repr(parts)[:20]} parts (split.count); join them with `llama-gguf-split --merge`"
             )
         self._name, self._architecture = name, ARCHITECTURES[name]
-        self._named = {self._architecture.hf_name(name): tensor for name, tensor in header.tensors.items()}
+        self._named = {self._architecture.hf_name(name): tensor for name, tensor in tensors.items()}
         self.tensors: dict[str, GGUFTensor] = {
             name: tensor for name, tensor in self._named.items() if name != ROPE_FACTORS
         }
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor by its Hugging Face name, dequantised."""
         return self._architecture.undo(name, self.tensors[name].read(), self.config)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """A Hugging Face configuration made from the metadata.
-
-        Raises:
-            ModelError: if a needed value is missing, or one asks for what is not supported.
-        """
+        """A Hugging Face configuration made from the metadata."""
         fields = Fields(self.path, self._name, self._metadata)
-        # Before anything is made for each block.
+        # Before anything is allocated per block.
         if fields.count("block_count") > _MOST_BLOCKS:
             raise fields.error("block_count", f"at most {_MOST_BLOCKS:,} make sense; download it again")
         config = self._architecture.read_config(fields, self._named)
@@ -65,7 +60,6 @@ class GGUFSource:
         }
 
     def sidecars(self) -> dict[str, bytes]:
-        """generation_config.json, tokenizer.json and tokenizer_config.json, made from the metadata."""
         files = {"generation_config.json": self._special_ids()}
         if "tokenizer.ggml.tokens" in self._metadata:
             files["tokenizer.json"] = json.loads(self.tokenizer().to_str())
@@ -73,11 +67,7 @@ class GGUFSource:
         return {name: json.dumps(value, indent=2, ensure_ascii=False).encode() for name, value in files.items()}
 
     def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer` that the metadata describe.
-
-        Raises:
-            ModelError: if there is none, it is of an unknown kind, or it has more tokens than the embedding rows.
-        """
+        """The `tokenizers.Tokenizer` that the metadata describe."""
         tokenizer, embedding = build_tokenizer(self._metadata, self.path), self.tensors.get("model.embed_tokens.weight")
         # Fewer tokens than rows is usual: the rest is padding.
         if embedding and tokenizer.get_vocab_size() > embedding.shape[0]:

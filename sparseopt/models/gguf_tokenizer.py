@@ -8,31 +8,27 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from sparseopt.models.errors import ModelError
-from sparseopt.models.panics import guarded
+from sparseopt.models.errors import ModelError, guarded
 
 # Token types of the format: 2 unknown, 3 control, 4 user-defined. The others are plain or bytes.
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4
 
-# Characters; longer ones would only serve to make cutting them into merges slow.
+# Characters; longer tokens would only make the search for merges slow.
 _LONGEST_TOKEN = 1024
 
-# Named special tokens: in Hugging Face and in the format.
+# Special tokens by their names in Hugging Face and in GGUF.
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
-# GPT-2's words with more kinds of letters; models differ in how many digits stay together.
+# GPT-2's words for all scripts; models differ in how many digits stay together.
 _WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def _gpt2_words() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
 def _single_digits() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_words()])
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
 
 
 def _words_with(digits: str) -> pre_tokenizers.PreTokenizer:
@@ -40,10 +36,10 @@ def _words_with(digits: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-# How text is cut into words before byte-pair merging, by `tokenizer.ggml.pre`.
+# How text is split into words before byte-pair merging, by `tokenizer.ggml.pre`.
 _WORDS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "smollm": _single_digits,
-    "gpt-2": _gpt2_words,
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "llama-bpe": lambda: _words_with(r"\p{N}{1,3}"),
     "qwen2": lambda: _words_with(r"\p{N}"),
 }
@@ -71,7 +67,7 @@ def _build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     else:
         raise ModelError(f"{path} has a tokenizer of kind {repr(kind)[:100]}; known are 'gpt2' and 'llama'")
     _add_marked_tokens(tokenizer, metadata)
-    # Where the file says nothing, as llama.cpp does it: Llama 3 begins with BOS, and so does SentencePiece.
+    # The defaults are those of llama.cpp: Llama 3 begins with BOS, and so does SentencePiece.
     first = _end_token(metadata, "bos", kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe")
     last = _end_token(metadata, "eos", False)
     if first or last:
@@ -92,11 +88,7 @@ def _end_token(metadata: Mapping[str, Any], name: str, default: bool) -> list[st
 
 
 def _check_tables(metadata: Mapping[str, Any], path: Path) -> None:
-    """Check the types of the tables and that the special ids are ids of tokens.
-
-    Raises:
-        ModelError: naming the first that is wrong.
-    """
+    """Check the types of the tables and that the special ids are ids of tokens."""
     kinds = {"tokens": str, "merges": str, "scores": float, "token_type": int}
     tables = {name: metadata.get(f"tokenizer.ggml.{name}", []) for name in kinds}
     for name, table in tables.items():
@@ -124,7 +116,7 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     words = metadata.get("tokenizer.ggml.pre")
     if not isinstance(words, str) or words not in _WORDS:
         raise ModelError(
-            f"{path} cuts words by {repr(words)[:100]} (tokenizer.ggml.pre); known are {', '.join(_WORDS)}"
+            f"{path} splits words by {repr(words)[:100]} (tokenizer.ggml.pre); known are {', '.join(_WORDS)}"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
@@ -140,7 +132,7 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
 
 
 def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-    """SentencePiece's BPE: the whole text is one word, spaces are "▁", unknown characters become their bytes."""
+    """SentencePiece's BPE: the whole text is one word, spaces are "▁", unknown characters become bytes."""
     tokens, scores = _spelled(metadata), metadata.get("tokenizer.ggml.scores", [])
     if len(scores) != len(tokens):
         raise ModelError(f"{path} has {len(tokens)} tokens and {len(scores)} scores; download it again")
@@ -163,7 +155,7 @@ def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
 
 
 def _ranks(metadata: Mapping[str, Any]) -> list[float]:
-    """How late each token is merged. User-defined tokens, whose stored score is made up, come before all others."""
+    """The order in which tokens are merged; user-defined ones, whose stored score means nothing, come first."""
     scores = metadata["tokenizer.ggml.scores"]
     if str(metadata.get("general.architecture")).startswith("gemma"):
         # Gemma's merges follow its ids.
@@ -173,7 +165,7 @@ def _ranks(metadata: Mapping[str, Any]) -> list[float]:
 
 
 def _spelled(metadata: Mapping[str, Any]) -> list[str]:
-    """The tokens as SentencePiece spells them: user-defined runs of spaces are stored as such, not as "▁"."""
+    """The tokens as SentencePiece spells them: user-defined runs of spaces are stored as spaces, not as "▁"."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     known = set(tokens)
 
@@ -185,7 +177,7 @@ def _spelled(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def _implied_merges(vocab: Mapping[str, int], ranks: list[float]) -> list[tuple[str, str]]:
-    """The merges that a vocabulary implies: every cut of a token into two tokens, by rank, then the longest left."""
+    """The merges that a vocabulary implies: every split of a token into two, by rank, then by longest left part."""
     cuts = [
         (ranks[token_id], -cut, token[:cut], token[cut:])
         for token, token_id in vocab.items()
@@ -196,7 +188,7 @@ def _implied_merges(vocab: Mapping[str, int], ranks: list[float]) -> list[tuple[
 
 
 def _add_marked_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
-    """Make control and user-defined tokens atomic: they are found in text before words are cut."""
+    """Make control and user-defined tokens atomic: they are found before the text is split into words."""
     tokens = _spelled(metadata) if metadata["tokenizer.ggml.model"] == "llama" else metadata["tokenizer.ggml.tokens"]
     marks = metadata.get("tokenizer.ggml.token_type", [])
     marked = list(zip(tokens, marks, strict=False))

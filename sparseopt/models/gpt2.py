@@ -1,13 +1,10 @@
 """Floor 5: the GPT-2 family: layer norms, learned positions, fused projections; its matrices are stored `[in, out]`."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from sparseopt.models.family import Family, KeyTable, read_decoder, ungrouped
-from sparseopt.models.fields import refuse_unless, require
-from sparseopt.models.settings import DecoderConfig
+from sparseopt.models.fields import Config, refuse_unless, require
+from sparseopt.models.settings import BlockKind, DecoderConfig
 
-# Its own names of fields, beside which the usual ones are read as well.
+# Its own field names; the usual ones are read as well.
 FIELDS = {
     "n_embd": "hidden_size",
     "n_head": "num_attention_heads",
@@ -16,26 +13,21 @@ FIELDS = {
 }
 
 
-def read_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """A Hugging Face GPT-2 configuration as a `DecoderConfig`.
-
-    Raises:
-        ModelError: naming the field that is missing, inconsistent or not supported.
-    """
+def _read_config(config: Config) -> DecoderConfig:
     refuse_unless(config, {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)})
     usual = dict(config) | {new: config[old] for old, new in FIELDS.items() if old in config}
     inner = 4 * require(usual, "hidden_size") if config.get("n_inner") is None else require(config, "n_inner")
     return read_decoder(
         ungrouped(usual),
+        BlockKind(rope=None),
         tied=True,
         activation="activation_function",
         default_activation="gelu_new",
         intermediate_size=inner,
         norm="layer",
-        norm_eps=require({"layer_norm_epsilon": 1e-5, **config}, "layer_norm_epsilon", float),
+        norm_eps=require(config, "layer_norm_epsilon", float, default=1e-5),
         qkv="fused",
-        qkv_bias=True,
-        output_bias=True,
+        attention_bias=True,
         gate=None,
         mlp_bias=True,
         learned_positions=True,
@@ -66,4 +58,4 @@ KEYS = KeyTable(
     transposed=(r"layers\.\d+\.\w+\.\w+_proj\.weight",),
 )
 
-GPT2 = Family("gpt2", read_config, KEYS)
+GPT2 = Family("gpt2", _read_config, KEYS)

@@ -1,32 +1,22 @@
-"""Floor 5: the GPT-NeoX family (Pythia): attention and MLP side by side, q, k, v interleaved, few features turned."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Floor 5: the GPT-NeoX family (Pythia): attention and MLP side by side, q, k, v interleaved, partly rotated heads."""
 
 from sparseopt.models.family import Family, KeyTable, read_decoder, ungrouped
-from sparseopt.models.fields import require
+from sparseopt.models.fields import Config, require
 from sparseopt.models.rope import read_rope
-from sparseopt.models.settings import DecoderConfig
+from sparseopt.models.settings import BlockKind, DecoderConfig
 
 
-def read_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """A Hugging Face GPT-NeoX configuration as a `DecoderConfig`.
-
-    Raises:
-        ModelError: naming the field that is missing, inconsistent or not supported.
-    """
-    bias = bool(config.get("attention_bias", True))
+def _read_config(config: Config) -> DecoderConfig:
     rope = read_rope(config, config.get("rotary_emb_base") or 10000.0, config.get("rotary_pct") or 0.25)
     return read_decoder(
         ungrouped(config),
-        rope,
+        BlockKind(rope),
         default_activation="gelu",
         norm="layer",
-        norm_eps=require({"layer_norm_eps": 1e-5, **config}, "layer_norm_eps", float),
+        norm_eps=require(config, "layer_norm_eps", float, default=1e-5),
         parallel=bool(config.get("use_parallel_residual", True)),
         qkv="interleaved",
-        qkv_bias=bias,
-        output_bias=bias,
+        attention_bias=bool(config.get("attention_bias", True)),
         gate=None,
         mlp_bias=True,
     )
@@ -48,4 +38,4 @@ BLOCK = (
 )
 BUFFERS = (r".*\.attention\.(bias|masked_bias)", r".*\.rotary_emb\.inv_freq")
 
-GPT_NEOX = Family("gpt_neox", read_config, KeyTable(OUTER, BLOCK, base="gpt_neox.", ignored=BUFFERS))
+GPT_NEOX = Family("gpt_neox", _read_config, KeyTable(OUTER, BLOCK, base="gpt_neox.", ignored=BUFFERS))

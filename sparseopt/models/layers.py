@@ -1,4 +1,4 @@
-"""Floor 5: the small parts that decoders are made of: linears, norms, activations, and the tap.
+"""Floor 5: the small parts of a decoder: linears, norms, activations, and the tap.
 
 Parameters and activations are float32 and products run at the highest precision, whatever the checkpoint holds.
 """
@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-# What Hugging Face configurations call them.
+# By their names in Hugging Face configurations.
 ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
@@ -50,7 +50,6 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_size,))) if use_bias else None
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        """Apply to the last axis."""
         # One flat product: XLA's CPU matmul is faster on two axes than on three.
         flat = jnp.matmul(x.reshape(-1, x.shape[-1]), self.weight[...].T, precision=HIGHEST)
         y = flat.reshape(*x.shape[:-1], flat.shape[-1])
@@ -65,7 +64,6 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalise the last axis."""
         weight = self.weight[...] + self.offset if self.offset else self.weight[...]
         return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * weight
 
@@ -79,14 +77,13 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalise the last axis."""
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         spread = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
         return centred * spread * self.weight[...] + self.bias[...]
 
 
 def make_norm(kind: NormKind, size: int, eps: float) -> RMSNorm | LayerNorm:
-    """The norm of that kind."""
+    """A norm of the given kind."""
     if kind == "layer":
         return LayerNorm(size, eps)
     return RMSNorm(size, eps, offset=1.0 if kind == "rms_plus_one" else 0.0)

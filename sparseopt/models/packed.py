@@ -1,14 +1,14 @@
-"""Floor 5: tensors with many zeros stored as a bitmask and the kept values, bit for bit.
+"""Floor 5: tensors with many zeros stored without loss as a bitmask and the values that are kept.
 
     bitmask  uint8 [ceil(n / 8)]   bit i, the highest of a byte first: whether entry i of the tensor in C order is kept
     values   [number kept]         the kept entries in that order, in the tensor's dtype
 
-A tensor of n entries of b bytes, a share s of them zero, takes n (1 / 8 + (1 - s) b) bytes instead of n b: at half
-zeros 0.5625 of a 16-bit tensor. An entry is left out when all its bits are zero. A negative zero has its sign
-bit set and is kept as a value, so that what comes back has every bit of what went in.
+A tensor of n entries of b bytes, a fraction s of them zero, takes n (1 / 8 + (1 - s) b) bytes instead of n b: at half
+zeros 0.5625 of a 16-bit tensor. An entry is left out when all its bits are zero. A negative zero has its sign bit set
+and is kept, so every bit of the tensor is restored.
 
-In a file of safetensors the two halves are called NAME.bitmask and NAME.values; the header's metadata hold the
-format, its version, and the dense shapes as JSON. A tensor that would not become smaller is stored as it is.
+In a safetensors file the two halves are called NAME.bitmask and NAME.values; the header's metadata hold the format,
+its version, and the dense shapes as JSON. A tensor that would not become smaller is stored unchanged.
 """
 
 import json
@@ -23,7 +23,7 @@ from sparseopt.models.errors import ModelError
 from sparseopt.models.folder import file_in, parse_json
 from sparseopt.models.safetensors_file import StoredTensor, is_shape, read_header, read_metadata
 
-# Names that no other program looks for: a packed folder read as a dense one would be a wrong model.
+# Not the names of a dense folder: a packed one read as dense would be a wrong model.
 PACKED_INDEX = "model.packed.index.json"
 PACKED_PREFIX = "packed-"
 
@@ -34,13 +34,7 @@ BITMASK, VALUES = ".bitmask", ".values"
 
 @dataclass(frozen=True)
 class Packed:
-    """One packed array.
-
-    Attributes:
-        bitmask: uint8 `[ceil(n / 8)]`, which of the n entries are kept.
-        values: `[kept]`, the kept entries in C order.
-        shape: the dense shape, of n entries.
-    """
+    """One packed array: the two halves and its dense shape."""
 
     bitmask: np.ndarray
     values: np.ndarray
@@ -54,18 +48,14 @@ def packed_nbytes(array: np.ndarray) -> int:
 
 
 def pack_array(array: np.ndarray) -> Packed:
-    """An array of any shape as a bitmask and the entries that are not zero bit for bit."""
+    """An array of any shape as a bitmask and the entries with any bit set."""
     flat = np.ascontiguousarray(array).reshape(-1)
     kept = _bits(flat) != 0
     return Packed(np.packbits(kept), flat[kept], array.shape)
 
 
 def unpack_array(packed: Packed) -> np.ndarray:
-    """The dense array: `unpack_array(pack_array(x))` has the bytes, shape and dtype of `x`.
-
-    Raises:
-        ModelError: if the bitmask is not one for the shape, or its ones are not as many as the values.
-    """
+    """The dense array: `unpack_array(pack_array(x))` is identical to `x`."""
     size, ones = math.prod(packed.shape), int(np.bitwise_count(packed.bitmask).sum())
     if packed.bitmask.size != -(-size // 8):
         raise ModelError(
@@ -75,7 +65,7 @@ def unpack_array(packed: Packed) -> np.ndarray:
     if ones != packed.values.size:
         raise ModelError(f"the bitmask has {ones} ones and there are {packed.values.size} values")
     if ones != np.count_nonzero(kept):
-        raise ModelError("the bitmask has ones behind its last entry")
+        raise ModelError("the bitmask has ones after its last entry")
     dense = np.zeros(size, packed.values.dtype)
     _bits(dense)[kept] = _bits(packed.values)
     return dense.reshape(packed.shape)
@@ -83,14 +73,7 @@ def unpack_array(packed: Packed) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A packed tensor in a file; looks like a dense one.
-
-    Attributes:
-        name: its name in the model.
-        shape: its dense shape.
-        bitmask: where the bitmask lies.
-        values: where the values lie.
-    """
+    """Where a packed tensor is stored, with its dense name and shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -99,15 +82,10 @@ class PackedTensor:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the dense tensor, which is that of the values."""
         return self.values.dtype
 
     def read(self) -> np.ndarray:
-        """The dense tensor.
-
-        Raises:
-            ModelError: if bitmask and values do not belong together, or the file has shrunk.
-        """
+        """The dense tensor; a `ModelError` if bitmask and values do not match."""
         packed = Packed(self.bitmask.read(), self.values.read(), self.shape)
         try:
             return unpack_array(packed)
@@ -116,16 +94,12 @@ class PackedTensor:
 
 
 def pack_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What to store of tensors, packed where that is smaller, and the metadata of the file.
-
-    Raises:
-        ModelError: for a name that ends as a half of a packed tensor does.
-    """
+    """The tensors to store, packed where that is smaller, and the metadata of the file."""
     stored: dict[str, np.ndarray] = {}
     shapes: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
         if name.endswith((BITMASK, VALUES)):
-            raise ModelError(f"a tensor called {name} cannot be packed: {BITMASK} and {VALUES} end the names of halves")
+            raise ModelError(f"a tensor called {name} cannot be packed: {BITMASK} and {VALUES} are reserved endings")
         if packed_nbytes(tensor) < tensor.nbytes:
             packed = pack_array(tensor)
             stored |= {name + BITMASK: packed.bitmask, name + VALUES: packed.values}
@@ -136,13 +110,13 @@ def pack_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarra
 
 
 def read_packed_header(file: Path) -> dict[str, StoredTensor | PackedTensor]:
-    """All tensors of a packed file by their dense names, nothing but the header read.
+    """All tensors of a packed file by their dense names; only the header is read.
 
     A bitmask is compared with its values when its tensor is read.
 
     Raises:
         ModelError: as `read_header` does; if the file is not packed, or by another version; listing every half
-            that is missing, misshapen or not announced.
+            that is missing, misshapen or without a dense shape.
     """
     metadata, entries = read_metadata(file), read_header(file)
     found = metadata.get("format")
@@ -169,7 +143,7 @@ def read_packed_header(file: Path) -> dict[str, StoredTensor | PackedTensor]:
         tensors[name] = PackedTensor(name, shape, bitmask, values)
     for name, entry in entries.items():
         if name.endswith((BITMASK, VALUES)):
-            problems.append(f"{name} belongs to no tensor whose shape the metadata give")
+            problems.append(f"{name} belongs to no tensor with a shape in the metadata")
         tensors.setdefault(name, entry)
     if problems:
         raise ModelError(
@@ -185,7 +159,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def _read_shapes(file: Path, text: str | None) -> dict[str, tuple[int, ...]]:
-    reason = "a shape that no array has"
+    reason = "an impossible shape"
     try:
         shapes = parse_json((text or "").encode())
         if isinstance(shapes, dict) and all(map(is_shape, shapes.values())):
@@ -196,7 +170,6 @@ def _read_shapes(file: Path, text: str | None) -> dict[str, tuple[int, ...]]:
 
 
 def _half_problems(name: str, shape: tuple[int, ...], bitmask: StoredTensor, values: StoredTensor) -> list[str]:
-    """What is wrong with the halves of one tensor by their headers alone."""
     problems, size = [], math.prod(shape)
     if bitmask.dtype != np.uint8 or bitmask.shape != (-(-size // 8),):
         problems.append(

@@ -1,43 +1,26 @@
 """Floor 5: the Qwen3-MoE family: Qwen3 with many small experts in most blocks."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from sparseopt.models.family import BLOCK_NAMES, Family, KeyTable, read_decoder, read_experts
-from sparseopt.models.fields import refuse_unless, require
+from sparseopt.models.fields import Config, refuse_unless, require
 from sparseopt.models.rope import read_rope
 from sparseopt.models.settings import BlockKind, DecoderConfig
 
 
-def read_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """A Hugging Face Qwen3-MoE configuration as a `DecoderConfig`.
-
-    Raises:
-        ModelError: naming the field that is missing, inconsistent or not supported.
-    """
+def _read_config(config: Config) -> DecoderConfig:
     refuse_unless(config, {"use_sliding_window": (False,)})
-    given = {
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "decoder_sparse_step": 1,
-        **config,
-    }
+    given = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, **config}
     if "num_local_experts" in config:
         given["num_experts"] = config["num_local_experts"]
-    plain, step = (
-        set(config.get("mlp_only_layers") or ()),
-        require({"decoder_sparse_step": 1, **config}, "decoder_sparse_step"),
-    )
+    plain, step = set(config.get("mlp_only_layers") or ()), require(config, "decoder_sparse_step", default=1)
     rope = read_rope(config)
     kinds = tuple(
         BlockKind(rope, experts=index not in plain and (index + 1) % step == 0)
         for index in range(require(config, "num_hidden_layers"))
     )
-    normalise = bool(config.get("norm_topk_prob", False))
+    normalise = bool(config.get("norm_topk_prob"))
     experts = read_experts(given, "num_experts", "moe_intermediate_size", normalise=normalise)
-    bias = bool(config.get("attention_bias", False))
-    return read_decoder(config, kinds=kinds, qk_norm="head", qkv_bias=bias, output_bias=bias, experts=experts)
+    bias = bool(config.get("attention_bias"))
+    return read_decoder(config, kinds, qk_norm="head", attention_bias=bias, experts=experts)
 
 
-QWEN3_MOE = Family("qwen3_moe", read_config, KeyTable(block=(*BLOCK_NAMES, ("mlp.gate", "mlp.router"))))
+QWEN3_MOE = Family("qwen3_moe", _read_config, KeyTable(block=(*BLOCK_NAMES, ("mlp.gate", "mlp.router"))))

@@ -1,4 +1,4 @@
-"""Floor 5: a model's folder written again, dense to packed or packed to dense, a shard at a time."""
+"""Floor 5: a model's folder rewritten one shard at a time, dense to packed or packed to dense."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,20 +13,9 @@ from sparseopt.models.streaming import open_model
 Observer = Callable[[int, int], None]
 
 
-def ignore(done: int, total: int) -> None:
-    """The observer that shows nothing."""
-    del done, total
-
-
 @dataclass(frozen=True)
 class Rewritten:
-    """A folder that was written again.
-
-    Attributes:
-        output: the folder.
-        dense_bytes: of its tensors, dense.
-        stored_bytes: of its tensors as they are stored.
-    """
+    """A rewritten folder, with the bytes of its tensors dense and as stored."""
 
     output: Path
     dense_bytes: int
@@ -34,12 +23,11 @@ class Rewritten:
 
     @property
     def ratio(self) -> float:
-        """Stored bytes by dense bytes."""
         return self.stored_bytes / self.dense_bytes
 
 
-def pack_folder(source: str | Path, output: str | Path, *, observer: Observer = ignore) -> Rewritten:
-    """Write a dense model folder again with its tensors packed where that makes them smaller, see `packed`.
+def pack_folder(source: str | Path, output: str | Path, *, observer: Observer | None = None) -> Rewritten:
+    """Rewrite a dense model folder with its tensors packed where that makes them smaller, see `packed`.
 
     Args:
         source: a Hugging Face folder with safetensors, of a model that was pruned.
@@ -56,13 +44,13 @@ def pack_folder(source: str | Path, output: str | Path, *, observer: Observer = 
     return _rewrite(folder, output, pack=True, observer=observer)
 
 
-def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer = ignore) -> Rewritten:
-    """Write a packed model folder again as a dense one that transformers loads.
+def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer | None = None) -> Rewritten:
+    """Rewrite a packed model folder as a dense one that transformers loads.
 
-    Its tensors have the bytes of the model that was packed. All files that are no weights come along.
+    Its tensors are identical to those of the model that was packed. All files that are no weights are copied.
 
     Args:
-        source: a folder that `sparseopt prune --pack` or `pack_folder` has written.
+        source: a folder written by `sparseopt prune --pack` or `pack_folder`.
         output: a folder that does not exist yet or is empty.
         observer: called with (shards done, shards in all).
 
@@ -73,7 +61,7 @@ def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer 
     """
     folder = _folder(source)
     if not is_packed(folder):
-        raise ModelError(f"{folder} is not packed: it has no {PACKED_INDEX}; a dense folder is used as it is")
+        raise ModelError(f"{folder} is not packed: it has no {PACKED_INDEX}; a dense folder needs no unpacking")
     return _rewrite(folder, output, pack=False, observer=observer)
 
 
@@ -84,15 +72,16 @@ def _folder(source: str | Path) -> Path:
     return folder
 
 
-def _rewrite(folder: Path, output: str | Path, *, pack: bool, observer: Observer) -> Rewritten:
+def _rewrite(folder: Path, output: str | Path, *, pack: bool, observer: Observer | None) -> Rewritten:
     model = open_model(FolderSource(folder))
-    # The shards are those that pruning writes, whatever those of the folder: memory holds one block at a time.
+    # The shards are those that pruning writes, not those of the folder: memory holds one block at a time.
     shards = {OUTER_TAG: model.outer_keys()} | {
         block_tag(index): list(model.block_keys(index).values()) for index in range(model.num_blocks)
     }
     writer = ShardedWriter(output, model.source, pack=pack, keys=model.exported_keys())
     for done, (tag, keys) in enumerate(shards.items(), 1):
         writer.write(tag, unread(model.source, keys))
-        observer(done, len(shards))
+        if observer:
+            observer(done, len(shards))
     writer.finish()
     return Rewritten(writer.output, writer.dense_bytes, writer.stored_bytes)

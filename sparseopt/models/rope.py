@@ -1,8 +1,8 @@
-"""Floor 5: rotary position embedding: frequencies in radians a token, and the ways in which models stretch them.
+"""Floor 5: rotary position embedding: frequencies in radians per token, and how models scale them.
 
-    pair i of the first `share` of a head's features turns by  position * frequency_i,   frequency_i = theta^(-2i/R)
+    pair i of the first `share` of a head's features is rotated by  position * frequency_i,  frequency_i = theta^(-2i/R)
 
-with R = share * H rotated features of H. A scaling changes the frequencies, and some also the length of the turned
+with R = share * H rotated features of H. A scaling changes the frequencies, and some also the length of the rotated
 vectors (`magnitude`). Sources: Su et al., "RoFormer", 2021 (plain); Chen et al., "Extending context window by position
 interpolation", 2023 (linear); Peng et al., "YaRN", ICLR 2024, eq. 17-22 (yarn; its appendix A.1 dynamic); Ding et al.,
 "LongRoPE", ICML 2024 (longrope).
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.fields import refuse_unless, require
+from sparseopt.models.fields import Config, optional, refuse_unless, require
 
 
 class Scaling(Protocol):
@@ -27,35 +27,33 @@ class Scaling(Protocol):
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """Factor of cosines and sines."""
 
 
 def plain_frequencies(theta: float, size: int) -> np.ndarray:
-    """`theta^(-2i/R)`, `[R/2]`; float32 throughout, as the reference rounds: it shows at position 8000."""
+    """`theta^(-2i/R)`, `[R/2]`; float32 throughout, as in the reference: the rounding shows at position 8000."""
     return (1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearScaling:
     """All frequencies divided by `factor`."""
 
     factor: float
     magnitude: float = 1.0
 
     def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
-        """As `Scaling.frequencies`."""
-        del time
         return plain_frequencies(theta, size) / np.float32(self.factor)
 
 
 @dataclass(frozen=True)
 class Llama3:
-    """Only low frequencies divided.
+    """Low frequencies divided.
 
     Attributes:
-        factor: of wavelengths above `length / low`.
+        factor: divides frequencies of wavelengths above `length / low`.
         low: see `factor`.
-        high: wavelengths below `length / high` are kept; those between are interpolated.
+        high: wavelengths below `length / high` are kept; those in between are interpolated.
         length: context before scaling, tokens.
     """
 
@@ -66,8 +64,6 @@ class Llama3:
     magnitude: float = 1.0
 
     def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
-        """As `Scaling.frequencies`."""
-        del time
         plain = plain_frequencies(theta, size)
         turns = self.length * plain / (2 * math.pi)
         keep = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
@@ -83,22 +79,21 @@ class Dynamic:
     magnitude: float = 1.0
 
     def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
-        """As `Scaling.frequencies`."""
         stretch = self.factor * max(time, self.length) / self.length - (self.factor - 1)
         return plain_frequencies(theta * stretch ** (size / (size - 2)), size)
 
 
 @dataclass(frozen=True)
 class Yarn:
-    """Low frequencies divided, high ones kept, a linear ramp over feature pairs between.
+    """Low frequencies divided, high ones kept, a linear ramp over the feature pairs in between.
 
     Attributes:
-        factor: of the divided ones.
-        fast: pairs that turn at least this often in `length` tokens are kept.
-        slow: pairs that turn at most this often are divided.
+        factor: divides the low frequencies.
+        fast: pairs with at least this many turns in `length` tokens are kept.
+        slow: pairs with at most this many turns are divided.
         length: context before scaling, tokens.
         whole: the ramp begins and ends at whole pairs.
-        magnitude: of the turned vectors.
+        magnitude: of the rotated vectors.
     """
 
     factor: float
@@ -109,9 +104,6 @@ class Yarn:
     magnitude: float
 
     def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
-        """As `Scaling.frequencies`."""
-        del time
-
         def pair_turning(times: float) -> float:
             return size * math.log(self.length / (times * 2 * math.pi)) / (2 * math.log(theta))
 
@@ -128,13 +120,13 @@ class Yarn:
 
 @dataclass(frozen=True)
 class LongRope:
-    """Every frequency divided by a factor of its own: one list up to `length` tokens, another beyond.
+    """Every frequency divided by its own factor: one list up to `length` tokens, another beyond.
 
     Attributes:
         short: `[R/2]` factors of windows up to `length` tokens.
         long: `[R/2]` factors of longer windows.
         length: context before scaling, tokens.
-        magnitude: of the turned vectors.
+        magnitude: of the rotated vectors.
     """
 
     short: tuple[float, ...]
@@ -143,7 +135,6 @@ class LongRope:
     magnitude: float
 
     def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
-        """As `Scaling.frequencies`."""
         factors = np.asarray(self.long if time > self.length else self.short, np.float32)
         return plain_frequencies(theta, size) / factors
 
@@ -155,7 +146,7 @@ class Rope:
     Attributes:
         theta: the base.
         scaling: None for plain frequencies.
-        share: of a head's features that are turned; the first ones.
+        share: fraction of a head's features that are rotated; the first ones.
     """
 
     theta: float
@@ -163,24 +154,20 @@ class Rope:
     share: float = 1.0
 
     def size(self, head_dim: int) -> int:
-        """R, how many features of a head are turned."""
+        """R, the number of rotated features of a head."""
         return int(head_dim * self.share)
 
     def check(self, head_dim: int) -> None:
-        """Check that this embedding fits heads of `head_dim` features.
-
-        Raises:
-            ModelError: for an odd number of turned features, or lists of factors of another length.
-        """
+        """Raise a `ModelError` unless this embedding fits heads of `head_dim` features."""
         size = self.size(head_dim)
         if size % 2:
-            raise ModelError(f"rotary positions turn pairs of a head's features, given {size} of head_dim={head_dim}")
+            raise ModelError(f"rotary positions rotate pairs of a head's features, given {size} of head_dim={head_dim}")
         for name in ("short", "long") if isinstance(self.scaling, LongRope) else ():
             factors = len(getattr(self.scaling, name))
             if factors != size // 2:
                 raise ModelError(
                     f"the rope's {name}_factor has {factors} entries, expected {size // 2}: one for each pair of the "
-                    f"{size} features of a head that are turned; take the model's published configuration"
+                    f"{size} rotated features of a head; take the model's published configuration"
                 )
 
     def frequencies(self, head_dim: int, time: int = 1) -> np.ndarray:
@@ -192,22 +179,21 @@ class Rope:
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
         return 1.0 if self.scaling is None else self.scaling.magnitude
 
 
-def _factor(fields: Mapping[str, Any]) -> float:
+def _factor(fields: Config) -> float:
     return require(fields, "factor", float)
 
 
-def _read_llama3(fields: Mapping[str, Any]) -> Scaling:
+def _read_llama3(fields: Config) -> Scaling:
     low, high = require(fields, "low_freq_factor", float), require(fields, "high_freq_factor", float)
     if not low < high:
         raise ModelError(f"the rope's low_freq_factor={low} must be below high_freq_factor={high}")
     return Llama3(_factor(fields), low, high, require(fields, "original_max_position_embeddings"))
 
 
-def _read_yarn(fields: Mapping[str, Any]) -> Scaling:
+def _read_yarn(fields: Config) -> Scaling:
     length = require(fields, "original_max_position_embeddings")
     factor = require(fields, "max_position_embeddings") / length if fields.get("factor") is None else _factor(fields)
 
@@ -221,7 +207,7 @@ def _read_yarn(fields: Mapping[str, Any]) -> Scaling:
     return Yarn(factor, float(fast), float(slow), length, bool(fields.get("truncate", True)), float(given))
 
 
-def _read_longrope(fields: Mapping[str, Any]) -> Scaling:
+def _read_longrope(fields: Config) -> Scaling:
     length = require(fields, "original_max_position_embeddings")
     stretch = require(fields, "max_position_embeddings") / length if fields.get("factor") is None else _factor(fields)
     given = fields.get("attention_factor")
@@ -230,23 +216,23 @@ def _read_longrope(fields: Mapping[str, Any]) -> Scaling:
     return LongRope(_factors(fields, "short_factor"), _factors(fields, "long_factor"), length, float(given))
 
 
-def _factors(fields: Mapping[str, Any], name: str) -> tuple[float, ...]:
+def _factors(fields: Config, name: str) -> tuple[float, ...]:
     values = fields.get(name)
     if not isinstance(values, list) or not all(isinstance(v, int | float) and v > 0 for v in values):
         raise ModelError(f"the rope's {name} must be a list of positive numbers, given {values!r}")
     return tuple(map(float, values))
 
 
-_SCALINGS: dict[str, Callable[[Mapping[str, Any]], Scaling | None]] = {
+_SCALINGS: dict[str, Callable[[Config], Scaling | None]] = {
     "default": lambda fields: None,
-    "linear": lambda fields: Linear(_factor(fields)),
+    "linear": lambda fields: LinearScaling(_factor(fields)),
     "dynamic": lambda fields: Dynamic(_factor(fields), require(fields, "max_position_embeddings")),
     "llama3": _read_llama3,
     "yarn": _read_yarn,
     "longrope": _read_longrope,
 }
 _OLD_NAMES = {"su": "longrope"}
-# Scalings after which a model reads `factor` times as many tokens as this field says. With the others,
+# Scalings with which a model reads `factor` times as many tokens as this field says. With the others,
 # `max_position_embeddings` is the length after scaling.
 _STRETCHED = {
     "linear": "max_position_embeddings",
@@ -255,18 +241,15 @@ _STRETCHED = {
 }
 
 
-def max_positions(config: Mapping[str, Any]) -> int | None:
-    """Tokens of the longest window that a model is made for, of a Hugging Face configuration; None if it says nothing.
+def max_positions(config: Config) -> int | None:
+    """Tokens of the longest window that a model supports, by its Hugging Face configuration; None if it does not say.
 
-    A scaling that stretches `max_position_embeddings` counts. Whether that field already holds the longer length is
-    left to a model's author, so the larger of the two is taken; of several ropes, the one that reaches least far.
-
-    Raises:
-        ModelError: for a number of another type.
+    A scaling that stretches `max_position_embeddings` counts. Models differ in whether that field already holds the
+    longer length, so the larger of the two is taken; of several ropes, the shortest.
     """
-    if config.get("max_position_embeddings") is None:
+    longest = optional(config, "max_position_embeddings")
+    if longest is None:
         return None
-    longest = require(config, "max_position_embeddings")
     fields = _rope_fields(config, None)
     reaches = []
     for table in [part for part in fields.values() if isinstance(part, Mapping)] or [fields]:
@@ -277,13 +260,13 @@ def max_positions(config: Mapping[str, Any]) -> int | None:
     return max(longest, min(reaches))
 
 
-def _kind(fields: Mapping[str, Any]) -> str:
+def _kind(fields: Config) -> str:
     kind = fields.get("rope_type") or fields.get("type") or "default"
     return _OLD_NAMES.get(kind, kind)
 
 
-def _rope_fields(config: Mapping[str, Any], part: str | None) -> dict[str, Any]:
-    """The fields of the tables `rope_scaling` and `rope_parameters`, of one layer type, and the lengths beside them."""
+def _rope_fields(config: Config, part: str | None) -> dict[str, Any]:
+    """The fields of `rope_scaling` and `rope_parameters`, of one layer type, and the configuration's lengths."""
     lengths = ("max_position_embeddings", "original_max_position_embeddings")
     fields = {name: config[name] for name in lengths if config.get(name) is not None}
     for name in ("rope_scaling", "rope_parameters"):
@@ -296,17 +279,14 @@ def _rope_fields(config: Mapping[str, Any], part: str | None) -> dict[str, Any]:
     return fields
 
 
-def read_rope(config: Mapping[str, Any], theta: float = 10000.0, share: float = 1.0, part: str | None = None) -> Rope:
+def read_rope(config: Config, theta: float = 10000.0, share: float = 1.0, part: str | None = None) -> Rope:
     """The position embedding, from `rope_parameters` or from the older `rope_theta` and `rope_scaling`.
 
     Args:
         config: a Hugging Face configuration.
-        theta: where it gives none.
-        share: of features turned, where it gives no `partial_rotary_factor`.
-        part: the layer type whose table to take, where `rope_parameters` has one for each.
-
-    Raises:
-        ModelError: for an unknown kind, or a number that is missing or of another type.
+        theta: the default.
+        share: default of `partial_rotary_factor`.
+        part: the layer type to read, where `rope_parameters` has a table for each.
     """
     fields: dict[str, Any] = {
         "rope_theta": config.get("rope_theta") or theta,

@@ -1,8 +1,8 @@
 """Floor 5: safetensors files: a header checked against the file's size, tensors read one by one, safe writes.
 
 Layout: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, the data.
-Files are read without mapping them: resident memory holds one tensor and not the file, and a file that becomes shorter
-meanwhile is an error and no signal that ends the process.
+Files are not memory-mapped: memory holds one tensor and not the file, and a file that shrinks while it is read is an
+error and not a signal that ends the process.
 """
 
 import json
@@ -33,7 +33,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 _CODES: dict[np.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 
-# What a model may be written in.
+# Dtypes in which a model may be written.
 WRITABLE = tuple(DTYPES[code] for code in ("F32", "F16", "BF16", "F64"))
 
 # NumPy's own limit.
@@ -41,13 +41,13 @@ _MAX_AXES = 64
 # The format's own limit on a header, in bytes.
 _MAX_HEADER = 100_000_000
 
-# Bytes of a tensor that are in memory at once where it is only looked through.
+# Bytes of a tensor that are in memory at once while it is only checked.
 SLICE = 2**26
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: its file, first byte, shape and dtype."""
+    """Where a tensor is stored: its file, first byte, shape and dtype."""
 
     file: Path
     start: int
@@ -56,25 +56,13 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The tensor, copied from the file.
-
-        Raises:
-            ModelError: if the file has shrunk since its header was checked, or the disk does not give it.
-        """
-        count = math.prod(self.shape)
-        flat = read_part(self.file, self.dtype, count, self.start)
-        return flat.reshape(self.shape)
+        return read_part(self.file, self.dtype, math.prod(self.shape), self.start).reshape(self.shape)
 
     def slices(self) -> Iterator[np.ndarray]:
-        """The tensor in pieces of whole rows along its first axis, about `SLICE` bytes each.
-
-        Raises:
-            ModelError: as `read` does.
-        """
+        """The tensor in pieces of whole rows along its first axis, about `SLICE` bytes each."""
         rows = self.shape[0] if self.shape else 1
         row = max(1, self.nbytes // max(rows, 1))
         step = max(1, SLICE // row)
@@ -88,13 +76,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class UnreadTensor:
-    """A tensor that is read when it is written, so that a file can be larger than what is in memory of it.
-
-    Attributes:
-        shape: sizes, slowest axis first.
-        dtype: of what `read` gives.
-        read: gives it.
-    """
+    """A tensor that is read only when it is written, so that memory need not hold the whole file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -102,15 +84,14 @@ class UnreadTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_part(file: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray:
-    """So many numbers of a file from a byte on, `[count]`.
+    """`count` numbers of a file from byte `start` on, `[count]`.
 
     Raises:
-        ModelError: if the file has become shorter than that, or the disk does not give it.
+        ModelError: if the file has shrunk since its header was checked, or the disk reports an error.
     """
     try:
         found = np.fromfile(file, dtype, count, offset=start)
@@ -125,70 +106,77 @@ def read_part(file: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """All tensors of a safetensors file by name, nothing but the header read.
+    """All tensors of a safetensors file by name; only the header is read.
 
     Raises:
-        ModelError: if the file is truncated, or its header is no JSON, does not describe its data byte by
-            byte, or names a dtype that is not supported.
+        ModelError: if the file is truncated, or its header is no JSON, does not describe every byte of the data, or
+            names a dtype that is not supported.
     """
-    size = file.stat().st_size
-    raw = _read_raw_header(file, size)
-    length = len(raw)
-    header = _parse_header(file, raw)
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    entries, data, size = _read_raw_header(file)
+    entries.pop("__metadata__", None)
     for name, entry in entries.items():
         problem = _entry_problem(entry)
         if problem:
             raise ModelError(f"{file} has a corrupt header ({name[:200]}: {problem}); download it again")
-    spans = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
-    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-    codes = {name: entry["dtype"] for name, entry in entries.items()}
-
-    unsupported = sorted(set(codes.values()) - set(DTYPES))
-    if unsupported:
+    if unsupported := sorted({entry["dtype"] for entry in entries.values()} - set(DTYPES)):
         shown = ", ".join(code[:20] for code in unsupported[:8])
         raise ModelError(f"{file} stores {shown}; supported are {', '.join(DTYPES)}; convert it first")
-    expected_start, data = 0, 8 + length
-    for name, span in sorted(spans.items(), key=lambda item: item[1]):
-        nbytes = math.prod(shapes[name]) * DTYPES[codes[name]].itemsize
-        if span != (expected_start, expected_start + nbytes):
+    found, start = {}, 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        tensor = found[name] = StoredTensor(file, data + start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        end = start + tensor.nbytes
+        if entry["data_offsets"] != [start, end]:
             raise ModelError(
-                f"{file} is corrupt: {name[:200]} {list(shapes[name])} {codes[name]} needs bytes {expected_start} "
-                f"to {expected_start + nbytes}, its header says {list(span)}; download it again"
+                f"{file} is corrupt: {name[:200]} {entry['shape']} {entry['dtype']} needs bytes {start} to {end}, its "
+                f"header says {entry['data_offsets']}; download it again"
             )
-        expected_start = span[1]
-    if data + expected_start != size:
-        state = "truncated" if data + expected_start > size else "corrupt (too long)"
+        start = end
+    if data + start != size:
+        state = "truncated" if data + start > size else "corrupt (too long)"
         raise ModelError(
-            f"{file} is {state}: its header describes {data + expected_start} bytes, it has {size}; download it again"
+            f"{file} is {state}: its header describes {data + start} bytes, it has {size}; download it again"
         )
-    return {name: StoredTensor(file, data + spans[name][0], shapes[name], DTYPES[codes[name]]) for name in entries}
+    return {name: found[name] for name in entries}
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The texts that a safetensors file carries beside its tensors, by name; none is an empty dictionary.
-
-    Raises:
-        ModelError: if the file is truncated, or its header or these texts are not what the format allows.
-    """
-    return _parse_header(file, _read_raw_header(file, file.stat().st_size)).get("__metadata__", {})
+    """The metadata of a safetensors file, empty if there is none."""
+    return _read_raw_header(file)[0].get("__metadata__", {})
 
 
 def is_shape(sizes: Any) -> bool:
-    """Whether this list can be the sizes of an array."""
+    """Whether a list can be the sizes of an array."""
     if not isinstance(sizes, list) or len(sizes) > _MAX_AXES:
         return False
     whole = all(type(size) is int and 0 <= size < 2**63 for size in sizes)
-    # An array without entries has no bytes in the file that would bound its other sizes.
+    # An empty array has no bytes in the file that would bound its other sizes.
     return whole and math.prod(size or 1 for size in sizes) < (2**31 if 0 in sizes else 2**60)
 
 
-def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:
-    """The header's JSON object, its metadata checked.
+def _entry_problem(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        return "no dtype, shape and data_offsets"
+    if not isinstance(entry["dtype"], str):
+        return "a dtype that is no text"
+    if not is_shape(entry["shape"]):
+        return "an impossible shape"
+    span = entry["data_offsets"]
+    if not isinstance(span, list) or len(span) != 2 or any(type(place) is not int for place in span):
+        return "data_offsets that are not two whole numbers"
+    return None
 
-    Raises:
-        ModelError: if it is none.
-    """
+
+def _read_raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The header's JSON object, its metadata checked; the first byte of the data; the bytes of the file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ModelError(
+                f"{file} is truncated or no safetensors file: it has {size} bytes and claims a header of "
+                f"{length}; download it again"
+            )
+        raw = stream.read(length)
     try:
         header = parse_json(raw)
     except (ValueError, RecursionError) as error:
@@ -197,47 +185,18 @@ def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         what = "no JSON object" if metadata is None else "metadata that is no text"
         raise ModelError(f"{file} has a corrupt header ({what}); download it again")
-    return header
-
-
-def _entry_problem(entry: Any) -> str | None:
-    """What is wrong with the types in a tensor's entry."""
-    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-        return "no dtype, shape and data_offsets"
-    if not isinstance(entry["dtype"], str):
-        return "a dtype that is no name"
-    if not is_shape(entry["shape"]):
-        return "a shape that no array has"
-    span = entry["data_offsets"]
-    if not isinstance(span, list) or len(span) != 2 or any(type(place) is not int for place in span):
-        return "data_offsets that are not two whole numbers"
-    return None
-
-
-def _read_raw_header(file: Path, size: int) -> bytes:
-    """The header's JSON text of a file of so many bytes."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ModelError(
-                f"{file} is truncated or no safetensors file: it has {size} bytes and claims a header of "
-                f"{length}; download it again"
-            )
-        return stream.read(length)
+    return header, 8 + length, size
 
 
 def write_tensors(
     file: Path, tensors: Mapping[str, np.ndarray | UnreadTensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file and wait until the disk has it. The caller renames it into place.
+    """Write a safetensors file, in dtypes of `DTYPES`, and force it to disk. The caller renames it into place.
 
-    Args:
-        file: where to.
-        tensors: arrays by name, in dtypes of `DTYPES`; unread ones are read one by one.
-        metadata: texts for the header; None for those of a file that transformers loads.
+    An `UnreadTensor` is read when it is written. Without metadata the header has those that transformers expects.
 
     Raises:
-        OSError: as the system reports it, a full disk for instance.
+        OSError: as the system reports it, for a full disk for instance.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     # Widest dtype first, so that every tensor starts at a multiple of its item size.
@@ -245,8 +204,7 @@ def write_tensors(
     start = 0
     for name, tensor in ordered.items():
         end = start + tensor.nbytes
-        code = _CODES[tensor.dtype]
-        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

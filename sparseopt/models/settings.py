@@ -10,7 +10,7 @@ from sparseopt.models.rope import Rope
 
 @dataclass(frozen=True)
 class BlockKind:
-    """What may differ from block to block.
+    """Settings that may differ from block to block.
 
     Attributes:
         rope: the position embedding; None for none.
@@ -42,7 +42,7 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes and switches of a decoder; hashable, so that it can be static under jit.
+    """The sizes and switches of a decoder; hashable, so it can be static under jit.
 
     Attributes:
         vocab_size: V, rows of the embedding.
@@ -55,8 +55,8 @@ class DecoderConfig:
         kinds: of every block, the first one first.
         tied: the head uses the embedding matrix.
         norm: the kind of all norms.
-        norms: those that a block has, of `attention_norm` and `mlp_norm` before, `attention_post_norm` and
-            `mlp_post_norm` behind the part.
+        norms: those that a block has: `attention_norm` and `mlp_norm` before, `attention_post_norm` and `mlp_post_norm`
+            after the part.
         parallel: attention and MLP both read the block's input.
         qkv: q, k and v are three linears, or one whose rows are q, k, v ("fused") or q, k, v of each head
             ("interleaved").
@@ -74,8 +74,7 @@ class DecoderConfig:
         learned_positions: each position has a row of a table, `position_offset + max_positions` rows in all.
         position_offset: the row of the first position.
         logit_cap: c in `c tanh(logit / c)`; None for none.
-        max_positions: tokens of the longest window that the model is made for; None where its configuration does not
-            say.
+        max_positions: tokens of the longest window that the model supports; None where its configuration does not say.
     """
 
     vocab_size: int
@@ -108,22 +107,13 @@ class DecoderConfig:
 
     @property
     def num_layers(self) -> int:
-        """How many blocks there are."""
         return len(self.kinds)
 
 
 def check_window(tokens: int, max_positions: int | None) -> None:
-    """Refuse a window that is longer than the model is made for.
-
-    Args:
-        tokens: of the window.
-        max_positions: of the model's configuration; None refuses none.
-
-    Raises:
-        ModelError: with both sizes.
-    """
+    """Raise a `ModelError` for a window of more tokens than the model's `max_positions`; None allows any."""
     if max_positions is not None and tokens > max_positions:
         raise ModelError(
-            f"a window of {tokens} tokens is longer than the {max_positions} positions that the model is made for; "
+            f"a window of {tokens} tokens is longer than the {max_positions} positions that the model supports; "
             "use a shorter one"
         )

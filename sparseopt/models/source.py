@@ -1,7 +1,6 @@
 """Floor 5: where a model comes from: a Hugging Face folder with safetensors, a name on the hub, or one GGUF file.
 
-A source knows its configuration and the name, shape and dtype of each tensor; a tensor is read when asked
-for.
+A source knows its configuration and the name, shape and dtype of each tensor; a tensor is read when asked for.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,8 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sparseopt.models.errors import ModelError
+from sparseopt.models.errors import ModelError, listed
 from sparseopt.models.folder import (
+    MAX_CONFIG,
     MAX_INDEX,
     PICKLES,
     TO_SAFETENSORS,
@@ -25,12 +25,12 @@ from sparseopt.models.hub import fetch, parse_hub_name
 from sparseopt.models.packed import PACKED_INDEX, PACKED_PREFIX, PackedTensor, is_packed, read_packed_header
 from sparseopt.models.safetensors_file import StoredTensor, read_header
 
-# A tensor of a folder, as it lies in its file.
+# A tensor of a folder, as it is stored.
 FileTensor = StoredTensor | PackedTensor
 
 
 class TensorInfo(Protocol):
-    """What is known of a tensor before it is read: its shape, and the dtype that reading gives."""
+    """What is known of a tensor before it is read: its shape, and the dtype of the result."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,19 +42,17 @@ class TensorInfo(Protocol):
 
 
 class Source(Protocol):
-    """A model's files. `tensors` go by Hugging Face names whatever the files call them."""
+    """A model's files.
 
-    @property
-    def path(self) -> Path:
-        """The folder or file."""
+    Attributes:
+        path: the folder or file.
+        name: what was asked for: a name on the hub, or the path.
+        revision: the commit of the files on the hub, a sha; None for local files.
+    """
 
-    @property
-    def name(self) -> str:
-        """What was asked for: a name on the hub, or the path."""
-
-    @property
-    def revision(self) -> str | None:
-        """The commit on the hub that the files are of, a sha; None for files of your own."""
+    path: Path
+    name: str
+    revision: str | None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -62,19 +60,19 @@ class Source(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by name."""
+        """Every tensor, by its Hugging Face name whatever the files call it."""
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in its stored dtype (bfloat16 as `ml_dtypes.bfloat16`)."""
 
     def sidecars(self) -> dict[str, bytes]:
-        """The files beside configuration and weights by name, such as a tokenizer's, to be written beside an export."""
+        """By name, the files besides configuration and weights that an export copies, such as a tokenizer's."""
 
 
 class FolderSource:
     """A Hugging Face folder: config.json and model.safetensors, whole or in shards with an index, dense or packed.
 
-    Packed tensors have their dense names, shapes and dtypes, and are read dense; see `packed`.
+    Packed tensors look like dense ones; see `packed`.
     """
 
     def __init__(self, path: Path, name: str | None = None, revision: str | None = None) -> None:
@@ -87,11 +85,9 @@ class FolderSource:
         self.tensors: dict[str, FileTensor] = _find_tensors(path)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype."""
         return self.tensors[name].read()
 
     def sidecars(self) -> dict[str, bytes]:
-        """All that are no weights, see `carried_files`."""
         return {file.name: file.read_bytes() for file in carried_files(self.path)}
 
 
@@ -100,10 +96,10 @@ def open_source(path: str | Path) -> Source:
 
     Args:
         path: a Hugging Face folder, a `.gguf` file, or a name on the Hugging Face hub, `OWNER/NAME` or
-            `OWNER/NAME@REVISION`, which is fetched. What exists on this machine comes before the hub.
+            `OWNER/NAME@REVISION`, which is fetched. A path that exists takes precedence over the hub.
 
     Raises:
-        ModelError: if nothing usable is there, saying what is and what to do, or a file is corrupt.
+        ModelError: if there is no usable model, saying what was found and what to do, or a file is corrupt.
     """
     asked, path = str(path), Path(path).expanduser()
     if path.is_dir():
@@ -116,28 +112,23 @@ def open_source(path: str | Path) -> Source:
         raise ModelError(f"{path} is a file but no .gguf; give a Hugging Face folder or a .gguf file")
     name = parse_hub_name(asked)
     if name is not None:
-        snapshot = fetch(name)
-        return FolderSource(snapshot.folder, asked, snapshot.revision)
+        folder, commit = fetch(name)
+        return FolderSource(folder, asked, commit)
     raise ModelError(
         f"no model at {path}: the path does not exist; give a Hugging Face folder or a .gguf file on this "
         "machine (fetch one with `hf download NAME --local-dir FOLDER`), or a name on the hub, as in OWNER/NAME"
     )
 
 
-def _read_json(folder: Path, name: str, **limit: int) -> dict[str, Any]:
+def _read_json(folder: Path, name: str, limit: int = MAX_CONFIG) -> dict[str, Any]:
     file = file_in(folder, name)
     if not file.is_file():
         raise ModelError(f"{folder} has no {name}; it holds {_listing(folder)}")
-    return read_json(file, **limit)
+    return read_json(file, limit)
 
 
 def _listing(folder: Path) -> str:
-    return _shortened(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-
-
-def _shortened(names: list[str]) -> str:
-    shown = ", ".join(name[:200] for name in names[:8])
-    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+    return listed(sorted(entry.name for entry in folder.iterdir())) or "nothing"
 
 
 def _find_tensors(folder: Path) -> dict[str, FileTensor]:
@@ -145,19 +136,19 @@ def _find_tensors(folder: Path) -> dict[str, FileTensor]:
     if is_packed(folder):
         if index.is_file() or single.is_file():
             raise ModelError(f"{folder} holds a packed model and a dense one; move one of them to another folder")
-        return _read_shards(folder, _read_weight_map(folder, PACKED_INDEX), read_packed_header)
+        return _read_shards(folder, PACKED_INDEX, read_packed_header)
     if index.is_file():
-        return _read_shards(folder, _read_weight_map(folder, index.name), read_header)
+        return _read_shards(folder, index.name, read_header)
     if single.is_file():
         return dict(read_header(single))
     if any(folder.glob(f"{PACKED_PREFIX}*.safetensors")):
         raise ModelError(
-            f"{folder} has packed shards and no {PACKED_INDEX}: writing it was broken off, or the index was not "
+            f"{folder} has packed shards and no {PACKED_INDEX}: writing it was interrupted, or the index was not "
             "copied; copy the folder again or pack the model again"
         )
     pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in PICKLES)
     if pickles:
-        raise ModelError(f"{folder} has only pickled weights ({_shortened(pickles)}): {TO_SAFETENSORS}")
+        raise ModelError(f"{folder} has only pickled weights ({listed(pickles)}): {TO_SAFETENSORS}")
     if any(folder.glob("*.gguf")):
         raise ModelError(f"{folder} has GGUF files and no safetensors; give the path of one .gguf file")
     raise ModelError(
@@ -165,26 +156,20 @@ def _find_tensors(folder: Path) -> dict[str, FileTensor]:
     )
 
 
-def _read_weight_map(folder: Path, name: str) -> Any:
-    return _read_json(folder, name, limit=MAX_INDEX).get("weight_map")
-
-
-def _read_shards(
-    folder: Path, weight_map: Any, read: Callable[[Path], Mapping[str, FileTensor]]
-) -> dict[str, FileTensor]:
+def _read_shards(folder: Path, index: str, read: Callable[[Path], Mapping[str, FileTensor]]) -> dict[str, FileTensor]:
+    weight_map = _read_json(folder, index, MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"the index in {folder} has no weight_map of names to files; download it again")
     shards = sorted(set(weight_map.values()))
     outside = [name for name in shards if not is_plain_name(name)]
     if outside:
         raise ModelError(
-            f"the index in {folder} names files outside the folder: {_shortened(list(map(repr, outside)))}; "
-            "do not trust it"
+            f"the index in {folder} names files outside the folder: {listed(list(map(repr, outside)))}; do not trust it"
         )
     files = {name: file_in(folder, name) for name in shards}
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
-        raise ModelError(f"{folder} lacks shards that its index names: {_shortened(missing)}; download them")
+        raise ModelError(f"{folder} lacks shards that its index names: {listed(missing)}; download them")
     headers = {name: read(file) for name, file in files.items()}
     absent = sorted(key for key, name in weight_map.items() if key not in headers[name])
     if absent:

@@ -7,13 +7,12 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer
 
-from sparseopt.models.errors import ModelError
+from sparseopt.models.errors import ModelError, guarded
 from sparseopt.models.folder import MAX_FILE, carried_files, file_in, read_json
 from sparseopt.models.gguf_source import GGUFSource
-from sparseopt.models.panics import guarded
 from sparseopt.models.source import Source
 
-# Whether text begins with the tokenizer's BOS: as the tokenizer itself does it, always, or never.
+# Whether text begins with the tokenizer's BOS: as the tokenizer itself does, always, or never.
 Bos = Literal["auto", "yes", "no"]
 BOS_CHOICES: tuple[Bos, ...] = get_args(Bos)
 
@@ -32,7 +31,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
     if file.stat().st_size > MAX_FILE:
         raise ModelError(f"{file} has more than {MAX_FILE:,} bytes, which no tokenizer needs; download it again")
     tokenizer = guarded(lambda: Tokenizer.from_file(str(file)), f"{file} is no valid tokenizer")
-    # A saved tokenizer may cut or pad every text; whole texts are wanted here.
+    # A saved tokenizer may truncate or pad every text.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -42,16 +41,13 @@ def _convert_slow(source: Source) -> Tokenizer:
     from transformers import AutoTokenizer
 
     carried_files(source.path)
-    try:
-        # Said outright: without it, transformers asks at the terminal whether to run code of the folder.
-        return AutoTokenizer.from_pretrained(
-            str(source.path), local_files_only=True, trust_remote_code=False
-        ).backend_tokenizer
-    except Exception as error:  # transformers raises whatever its converters do
-        raise ModelError(
-            f"{source.path} has no tokenizer.json and transformers cannot make one ({type(error).__name__}); "
-            "copy the model's tokenizer files into the folder"
-        ) from error
+    # Without a False, transformers asks at the terminal whether to run code of the folder.
+    options = {"local_files_only": True, "trust_remote_code": False}
+    return guarded(
+        lambda: AutoTokenizer.from_pretrained(str(source.path), **options).backend_tokenizer,
+        f"{source.path} has no tokenizer.json and transformers cannot make one",
+        "; copy the model's tokenizer files into the folder",
+    )
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " tokens"]:
@@ -62,8 +58,8 @@ def encode_text(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " tokens"]:
 def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int | None:
     """The id of the BOS that texts begin with; None for none.
 
-    "auto" follows the model's own tokenizer: `add_bos_token` in tokenizer_config.json where that is given, else what
-    the tokenizer puts in front of a text, which for a GGUF file is `tokenizer.ggml.add_bos_token`.
+    "auto" follows the model's own tokenizer: `add_bos_token` in tokenizer_config.json where that is given, else whether
+    the tokenizer adds one, which for a GGUF file is `tokenizer.ggml.add_bos_token`.
 
     Raises:
         ModelError: for "yes" where the tokenizer has no BOS.
@@ -74,10 +70,9 @@ def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int 
         return None
     settings = _settings(source)
     token = guarded(lambda: tokenizer.encode("a"), f"{source.path} has a tokenizer that cannot encode")
-    front = [
-        i for i, special in takewhile(lambda each: each[1], zip(token.ids, token.special_tokens_mask, strict=True))
-    ]
-    # Several tokens in front are a prompt's frame, not a BOS.
+    marked = zip(token.ids, token.special_tokens_mask, strict=True)
+    front = [number for number, _ in takewhile(lambda each: each[1], marked)]
+    # Several leading tokens are a prompt's frame, not a BOS.
     start = front[0] if len(front) == 1 else _named_bos(settings, source.config, tokenizer)
     if bos == "yes":
         if start is None:
@@ -92,7 +87,7 @@ def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int 
 
 
 def _settings(source: Source) -> dict[str, Any]:
-    """tokenizer_config.json; nothing where there is none."""
+    """The content of tokenizer_config.json, empty where there is none."""
     if isinstance(source, GGUFSource):
         return {}
     file = file_in(source.path, "tokenizer_config.json")
@@ -100,7 +95,7 @@ def _settings(source: Source) -> dict[str, Any]:
 
 
 def _named_bos(settings: dict[str, Any], config: dict[str, Any], tokenizer: Tokenizer) -> int | None:
-    """The id of the token that the tokenizer's settings name as BOS, or, where they say nothing, the model's."""
+    """The id of the token that the tokenizer's settings name as BOS, or else the model's configuration."""
     if "bos_token" not in settings:
         number = config.get("bos_token_id")
         return number if type(number) is int and tokenizer.id_to_token(number) is not None else None

@@ -1,7 +1,7 @@
 """Floor 5: one block of a torch model: it runs on JAX arrays, and its tensors can be read and written.
 
-The module is transformers' and holds nothing; tensors are lent to it while it runs. So a copy of a block is another
-table of the same tensors.
+The module is transformers' and holds no weights; tensors are passed to it for each run. A copy of a block is another
+dictionary of the same tensors.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,27 +21,24 @@ Watch = Callable[[str, Any], None]
 
 
 class Caller(Protocol):
-    """What a block must know of the model around it."""
+    """What a block needs to know of the model around it, see `TorchModel`."""
 
     @property
-    def attention_width(self) -> int:
-        """The width of the attention's mixed values."""
+    def attention_width(self) -> int: ...
 
     @property
-    def writes_input(self) -> bool:
-        """Whether blocks write into the stream that they get."""
+    def writes_input(self) -> bool: ...
 
-    def call(self, index: int, batch: int, time: int) -> Call:
-        """How the model calls a block on `batch` windows of `time` tokens."""
+    def call(self, index: int, batch: int, time: int) -> Call: ...
 
 
 class TorchBlock:
-    """A block with its tensors, in the layout of its module.
+    """A block with its tensors, in the layout of its module; a `PrunableBlock`.
 
     A linear is an `nn.Linear` or transformers' `Conv1D`, which stores `[in, out]`. Each reads a tap of its own name.
     """
 
-    # No expert is stacked with others: those that are linears go by their own names.
+    # Experts are never stacked here: those that are linears go by their own names.
     num_experts = 0
     expert_share = 1.0
     residual_taps: tuple[str, ...] = ()
@@ -52,70 +49,45 @@ class TorchBlock:
 
     @property
     def linears(self) -> dict[str, str]:
-        """The tap that each linear reads, by the linear's name."""
         return {name: name for name in self._linears}
 
     @property
     def attention_width(self) -> int:
-        """The width of the attention's mixed values."""
         return self._caller.attention_width
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Run the block."""
         return to_jax(self.run(to_torch(x_BTD)))
 
     def run(self, x_BTD: Any, watch: Watch | None = None) -> Any:
-        """Run the block on a torch tensor, `watch` told of the input of every linear before it is used.
+        """Run the block on a torch tensor; `watch` sees the input of every linear before it is used.
 
         Raises:
-            ModelError: if a linear that is no expert was not called: its input cannot be seen.
+            ModelError: if a linear that is no expert was not called, so that its input is unknown.
         """
-        called: set[str] = set()
-
-        def told(name: str, value: Any) -> None:
-            called.add(name)
-            if watch is not None:
-                watch(name, value)
+        import torch
 
         x_BTD = x_BTD.clone() if self._caller.writes_input else x_BTD
         arguments, keywords = self._caller.call(self._index, *x_BTD.shape[:2]).with_stream(x_BTD)
-        with watched(self._linears, told):
-            output = run_module(self._module, self._tensors, arguments, keywords)
-        refuse_uncalled(self._linears, called, self._index)
+        with torch.no_grad(), watched(self._linears, self._index, watch):
+            output = torch.func.functional_call(self._module, self._tensors, arguments, keywords, tie_weights=False)
         return stream_of(output)
 
     def read(self, path: str) -> Array:
-        """The parameter at a path, a linear's weight as `[out, in]`.
-
-        Raises:
-            KeyError: if the block has no such parameter.
-        """
         tensor = self._tensor(path)
         return to_jax(tensor.T if self._is_transposed(path) else tensor)
 
     def write(self, values: Mapping[str, Array | np.ndarray]) -> None:
-        """Put other values there, by path; blocks copied before keep theirs.
-
-        Raises:
-            KeyError: if the block has no such parameter.
-        """
         for path, value in values.items():
             self._tensor(path)
             given = to_torch(jnp.asarray(value, jnp.float32))
             self._tensors[path] = given.T.contiguous() if self._is_transposed(path) else given
 
     def weight_shape(self, name: str) -> tuple[int, int]:
-        """`(out, in)` of a linear.
-
-        Raises:
-            KeyError: if the block has no such linear.
-        """
         path = f"{name}.weight"
         rows, columns = self._tensor(path).shape
         return (columns, rows) if self._is_transposed(path) else (rows, columns)
 
     def copy(self) -> "TorchBlock":
-        """A block of its own with the same parameters."""
         return TorchBlock(self._module, self._index, dict(self._tensors), self._caller)
 
     def _tensor(self, path: str) -> Any:
@@ -143,35 +115,21 @@ def is_transposed(linear: Any) -> bool:
     return isinstance(linear, Conv1D)
 
 
-def unprunable_experts(module: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes by name of the parameters in which a block keeps experts that are no linears of their own."""
-    import torch
-
-    plain = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
-    return {
-        f"{owner}.{name}": tuple(parameter.shape)
-        for owner, part in module.named_modules()
-        if not isinstance(part, plain)
-        for name, parameter in part.named_parameters(recurse=False)
-        if (parameter.ndim == 3 and parameter.shape[0] > 1) or (parameter.ndim > 1 and "expert" in owner)
-    }
-
-
-def run_module(module: Any, tensors: Tensors, arguments: tuple, keywords: dict[str, Any]) -> Any:
-    """Run a module on tensors that are lent to it, without gradients."""
-    import torch
-
-    with torch.no_grad():
-        return torch.func.functional_call(module, tensors, arguments, keywords, tie_weights=False)
-
-
 @contextmanager
-def watched(linears: dict[str, Any], watch: Watch) -> Iterator[None]:
-    """Tell `watch` of every input of the linears."""
+def watched(linears: dict[str, Any], index: int, watch: Watch | None = None) -> Iterator[None]:
+    """Pass the input of every linear of block `index` to `watch` while the block runs.
+
+    Raises:
+        ModelError: at the end, if a linear was not called: its weight was used in another way. An expert may be without
+            tokens.
+    """
+    called: set[str] = set()
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(_: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
-            watch(name, arguments[0] if arguments else next(iter(keywords.values())))
+            called.add(name)
+            if watch is not None:
+                watch(name, arguments[0] if arguments else next(iter(keywords.values())))
 
         return hook
 
@@ -181,10 +139,6 @@ def watched(linears: dict[str, Any], watch: Watch) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def refuse_uncalled(linears: dict[str, Any], called: set[str], index: int) -> None:
-    """Refuse a block that uses a linear's weight without calling the linear; an expert may be without tokens."""
     missed = [name for name in linears if name not in called and ".experts." not in name]
     if missed:
         raise ModelError(
@@ -194,10 +148,10 @@ def refuse_uncalled(linears: dict[str, Any], called: set[str], index: int) -> No
 
 
 def stream_of(output: Any) -> Any:
-    """The stream in a block's output, which may be the first of several."""
+    """The stream in a block's output, which may be the first of several values."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def with_stream(output: Any, stream: Any) -> Any:
-    """An output like the one given, with another stream, and nothing besides."""
+    """An output of the same form with another stream, its other values None."""
     return type(output)((stream, *[None] * (len(output) - 1))) if isinstance(output, tuple | list) else stream

@@ -1,6 +1,6 @@
-"""Floor 5: tensors between torch and JAX, by dlpack: the same memory on both sides where layout and device allow.
+"""Floor 5: tensors between torch and JAX by dlpack: the same memory on both sides where layout and device allow.
 
-torch is imported where it is first needed, and by nobody whose model has a family here.
+torch is imported on first use only, and never for a model whose family is known here.
 """
 
 from typing import Any
@@ -9,31 +9,11 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.models.errors import ModelError
-
-
-def import_torch(model_type: Any, known: list[str]) -> tuple[Any, Any, Any]:
-    """The packages torch, transformers and accelerate.
-
-    Raises:
-        ModelError: if one is missing, with the command that installs them.
-    """
-    try:
-        import accelerate
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ModelError(
-            f"unknown model_type {model_type!r}; known are {', '.join(known)}. Other architectures go through torch, "
-            f"and {error.name} is not installed: pip install 'sparseopt[torch]'"
-        ) from error
-    return torch, transformers, accelerate
-
 
 def to_jax(tensor: Any) -> Array:
     """A torch tensor as a JAX array on the default device.
 
-    No copy of a contiguous tensor where that device is the processor; torch must not write into it afterwards.
+    A contiguous tensor is not copied where that device is the CPU; torch must not write into it afterwards.
     """
     array = jax.dlpack.from_dlpack(tensor.detach().contiguous())
     device = jax.devices()[0]
@@ -41,9 +21,9 @@ def to_jax(tensor: Any) -> Array:
 
 
 def to_torch(array: Array) -> Any:
-    """A JAX array as a torch tensor in the processor's memory; no copy where it lies there. It must not be written to.
+    """A JAX array as a torch tensor in CPU memory, not copied if it is there already. It must not be written to.
 
-    JAX computes in the background: this waits until the values are there.
+    Waits until JAX has computed the values.
     """
     import torch
 
@@ -51,9 +31,9 @@ def to_torch(array: Array) -> Any:
 
 
 def to_tensor(value: np.ndarray) -> Any:
-    """A torch tensor of its own with a stored array's values; floats become float32.
+    """A torch tensor with a copy of a stored array's values; floats become float32.
 
-    torch places it where JAX can take it over, which NumPy does not.
+    torch aligns its memory so that JAX can share it; NumPy does not.
     """
     import torch
 

@@ -1,10 +1,10 @@
-"""Floor 6: what a model is worth: token-level perplexity, and an audit of the zeros and patterns in what was stored.
+"""Floor 6: evaluation of a model: token-level perplexity, and an audit of the zeros and patterns of its stored weights.
 
     perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
 
 over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 where it begins with BOS (see `texts`). The
-model streams block by block, over all windows whose activations fit in `PASS_BYTES`, then again over the next ones. Of
-the embedding only the rows of these windows are read.
+model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones. Only the
+embedding rows of these windows are read.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ from sparseopt.pruning.patterns import Pattern, check_pattern, count_groups, par
 from sparseopt.pruning.texts import begin_windows, check_vocabulary
 from sparseopt.pruning.torch_calibration import runner_of
 
-# Tokens whose logits are held at one time: 256 rows of a vocabulary of 50,000 are 50 MB.
+# Tokens whose logits are in memory at a time: 256 rows of a vocabulary of 50,000 are 50 MB.
 LOGIT_ROWS = 256
 
 
@@ -49,7 +49,7 @@ def negative_log_likelihood(
     counts = (skipped <= time_T) & (time_T < x_TD.shape[0] - 1)
     x = jnp.pad(x_TD, ((0, padding), (0, 0)))
 
-    # A gradient computes a slice's logits again, so that it too holds those of one slice only.
+    # Rematerialised: a gradient too holds the logits of one slice only.
     @jax.checkpoint
     def slice_loss(piece: tuple[Array, Array, Array]) -> Array:
         x_RD, target_R, counted_R = piece
@@ -71,15 +71,15 @@ def perplexity(
 
     Args:
         model: a model folder, a GGUF file, a name on the hub, an opened model, or a whole decoder in memory.
-        token_ids: integer ids, `[n]` (cut into windows from the start, a rest is left out) or `[windows, seqlen]`.
-        seqlen: tokens a window when `token_ids` is flat.
-        bos: an id that is put in front of every window, whose last token is left out for it; the token that follows
-            it is not counted. `models.start_token` tells that of a model. None puts nothing there.
+        token_ids: integer ids, `[n]` (split into windows from the start, without the rest) or `[windows, seqlen]`.
+        seqlen: tokens per window when `token_ids` is flat.
+        bos: the id of a token to put first in every window, whose last token is left out. The token after it is not
+            counted. `models.start_token` returns that of a model. None for none.
         observer: called with (blocks done, blocks in all).
 
     Raises:
         ValueError: for ids outside the vocabulary, fewer tokens than one window, and windows that predict nothing or
-            are longer than the model is made for.
+            are longer than the model supports.
     """
     parts = _StreamedParts(model) if not isinstance(model, Decoder) else _DecoderParts(model)
     ids = np.asarray(token_ids)
@@ -121,7 +121,7 @@ _loss_of_window = Compiled(negative_log_likelihood)
 
 
 def window_loss(head: Any, x_TD: Array, tokens_T: Int[np.ndarray, "T"], skipped: int) -> float:
-    """`negative_log_likelihood` of a window by a head, compiled unless the head runs in torch."""
+    """`negative_log_likelihood` of a window, compiled unless the head runs in torch."""
     if isinstance(head, Head):
         return float(_loss_of_window(head, x_TD, tokens_T, skipped).value)
     total, predicted = 0.0, len(tokens_T) - 1
@@ -145,9 +145,9 @@ class _StreamedParts:
         self._model = opened
 
     def embed(self, batches: Int[np.ndarray, "batches B T"]) -> list[Array]:
-        """The stream in front of the first block, batch by batch."""
+        """The stream before the first block, batch by batch."""
         used = np.unique(batches)
-        # Filled up to a number of rows that depends on the shape alone, so that other text needs no other program.
+        # Padded to a number of rows that depends on the shape alone, so that other texts reuse the compiled program.
         spare = np.setdiff1d(np.arange(self.vocab_size), used)[: max(0, batches.size - len(used))]
         rows = np.union1d(used, spare)
         embedding = self._model.embedding(rows)
@@ -178,7 +178,7 @@ class LayerAudit:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros."""
+        """Fraction of zeros."""
         return self.zeros / self.size
 
 
@@ -192,7 +192,7 @@ def audit_sparsity(model: str | Path | PrunableModel) -> list[LayerAudit]:
 
 @dataclass(frozen=True)
 class PatternAudit:
-    """How one linear, as stored on disk, stands to a pattern.
+    """How the stored weights of one linear compare with a pattern.
 
     Attributes:
         layer: its name in the checkpoint, without `.weight`.
@@ -200,8 +200,8 @@ class PatternAudit:
         unit: what was counted, such as "weights in a row".
         groups: number of groups counted.
         allowed: non-zeros that the pattern keeps of each group.
-        least: fewest found in a group.
-        most: most found in a group.
+        least: fewest in a group.
+        most: most in a group.
     """
 
     layer: str
@@ -219,12 +219,12 @@ class PatternAudit:
 
     @property
     def exact(self) -> bool:
-        """Whether every group holds exactly what the pattern keeps; a weight that is itself zero makes it fewer."""
+        """Whether every group holds exactly what the pattern keeps; a kept weight that is itself zero reduces it."""
         return self.least == self.most == self.allowed
 
 
 def audit_pattern(model: str | Path | PrunableModel, pattern: str, sparsity: float | None = None) -> list[PatternAudit]:
-    """Count every prunable linear's non-zeros group by group, in the stored tensors, read back one by one.
+    """Count the non-zeros of every prunable linear group by group, in the stored tensors, read back one by one.
 
     Args:
         model: a model folder, a GGUF file, a name on the hub, or an opened model.
@@ -245,7 +245,7 @@ def audit_pattern(model: str | Path | PrunableModel, pattern: str, sparsity: flo
 
 
 def audit_stored(model: str | Path | PrunableModel, patterns: Mapping[str, Pattern]) -> list[PatternAudit]:
-    """As `audit_pattern`, with the pattern of every linear by the key of its weight."""
+    """As `audit_pattern`, with each linear's own pattern by the key of its weight."""
     return [_audit(layer, weight, patterns[f"{layer}.weight"]) for layer, weight in _linears(model)]
 
 

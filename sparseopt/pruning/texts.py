@@ -1,13 +1,13 @@
-"""Floor 6: calibration and evaluation text by a short specification, and its cut into token windows.
+"""Floor 6: calibration and evaluation text by a short specification, and its split into token windows.
 
-pydoc              English reference text that every CPython carries; two disjoint halves
+pydoc              English reference text that is part of CPython; two disjoint halves
 wikitext2:PATH     a folder with WikiText-2 parquet files: calibration from validation, evaluation from test
-file:PATH          a UTF-8 text file of your own: calibration from its first half, evaluation from the rest
-hf:NAME[/CONFIG]   a data set of the Hugging Face hub by name, where the network allows
+file:PATH          your own UTF-8 text file: calibration from its first half, evaluation from the second
+hf:NAME[/CONFIG]   a data set of the Hugging Face hub; needs a network
 
-A model whose tokenizer begins texts with BOS sees it at the beginning of every window: `BOS, t_0, ..., t_{T-2}` of the
-T tokens that were cut. BOS is never predicted, and the prediction of `t_0`, which no text precedes, does not count:
-losses start with `t_1`.
+If the model's tokenizer begins texts with BOS, every window begins with it: `BOS, t_0, ..., t_{T-2}` of the T tokens of
+the window. BOS is never predicted, and the prediction of `t_0`, which no text precedes, does not count: losses start
+with `t_1`.
 """
 
 import re
@@ -24,12 +24,12 @@ from sparseopt.models.folder import PICKLES
 
 Split = Literal["calibration", "evaluation"]
 
-# Which split of a data set plays which part.
+# The split of a data set for each purpose.
 _HUB_SPLITS: dict[Split, str] = {"calibration": "validation", "evaluation": "test"}
 
 
 class TextError(ValueError):
-    """A text that cannot be had, or is too short; the message says what to do."""
+    """A text that cannot be read or is too short; the message says what to do."""
 
 
 class Windows(NamedTuple):
@@ -37,7 +37,7 @@ class Windows(NamedTuple):
 
     Attributes:
         ids: `[count, length]` int32, without BOS.
-        bos: the id of the token that every window is to begin with, see `begin_windows`; None for none.
+        bos: the id of the token that every window should begin with, see `begin_windows`; None for none.
     """
 
     ids: Int[np.ndarray, "count length"]
@@ -47,7 +47,7 @@ class Windows(NamedTuple):
 def text_windows(
     source: Source, specification: str, split: Split, count: int, length: int, *, bos: Bos = "auto", seed: int = 0
 ) -> Windows:
-    """The windows of a text as a model reads it: its own tokenizer's tokens, and its BOS.
+    """The windows of a text, in the tokens of a model's own tokenizer, and its BOS.
 
     Args:
         source: has the tokenizer.
@@ -59,7 +59,7 @@ def text_windows(
         seed: as in `token_windows`.
 
     Raises:
-        TextError: for a text that cannot be had or is too short.
+        TextError: for a text that cannot be read or is too short.
         ModelError: for a tokenizer that cannot be used, or that has no BOS where `bos` is "yes".
     """
     tokenizer = load_tokenizer(source)
@@ -72,13 +72,13 @@ def text_windows(
 
 
 def part_of_text(specification: str, split: Split) -> str:
-    """The specification, and of a file also which half of it is read."""
+    """The specification; for a file also which half of it is read."""
     half = {"calibration": "first", "evaluation": "second"}[split]
     return f"the {half} half of {specification}" if specification.startswith("file:") else specification
 
 
 def begin_windows(ids: Int[np.ndarray, "count length"], bos: int | None) -> Int[np.ndarray, "count length"]:
-    """The windows with BOS in front, the last token of each left out for it; as they are without one."""
+    """The windows with BOS first and their last token left out; unchanged where `bos` is None."""
     return ids if bos is None else np.concatenate([np.full_like(ids[:, :1], bos), ids[:, :-1]], axis=1)
 
 
@@ -108,7 +108,7 @@ def load_text(specification: str, split: Split) -> str:
 
 
 def _halves(text: str, split: Split) -> str:
-    """The first or the second half, cut at a line end so that the two share nothing."""
+    """The first or the second half, split at a line end."""
     middle = text.find("\n", len(text) // 2) + 1 or len(text)
     return text[:middle] if split == "calibration" else text[middle:]
 
@@ -116,8 +116,8 @@ def _halves(text: str, split: Split) -> str:
 def _read_pydoc(_: str, split: Split) -> str:
     from pydoc_data.topics import topics
 
-    # The parts take turns topic by topic, so that both see the whole language reference. Topics quote each other:
-    # a paragraph counts where it stands first and is dropped elsewhere, so that the parts share none.
+    # Topics alternate between the parts, so that both cover the whole language reference. Topics quote each other: a
+    # paragraph is kept only where it occurs first, so that the parts share none.
     seen: set[str] = set()
     parts: dict[str, list[str]] = {"calibration": [], "evaluation": []}
     for index, name in enumerate(sorted(topics)):
@@ -131,8 +131,8 @@ def _read_file(path: str, split: Split) -> str:
     file = Path(path).expanduser()
     if file.suffix.lower() in PICKLES:
         raise TextError(
-            f"{path} is of a kind that can hold pickled objects, which can run code when loaded, and is not read; give "
-            "a text file in UTF-8, or a folder of parquet files with a column text (wikitext2:PATH)"
+            f"{path} can hold pickled objects, which can run code when loaded, and is not read; give a text file in "
+            "UTF-8, or a folder of parquet files with a column text (wikitext2:PATH)"
         )
     if file.exists() and not file.is_file():
         raise TextError(f"cannot read the text file {path}: it is a folder or a device; give a text file in UTF-8")
@@ -185,12 +185,12 @@ def _read_hub(name: str, split: Split) -> str:
     patterns = [f"{place}{wanted}*.parquet" for place in places]
     try:
         folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # every failure of the network and of the hub has a class of its own
+    except Exception as error:  # failures of the network and of the hub have many classes
         raise TextError(
             f"cannot fetch the data set {name!r} from the hub ({type(error).__name__}: {error}); "
             "without network use pydoc, wikitext2:PATH or file:PATH"
         ) from error
-    # The cache may hold other configurations as well, and splits whose names only begin alike.
+    # The cache may also hold other configurations, and splits whose names merely begin alike.
     held: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*.parquet")):
         if re.fullmatch(rf"{wanted}(-\d+(-of-\d+(-[0-9a-f]+)?)?)?", file.stem):
@@ -232,11 +232,7 @@ def token_windows(tokens: np.ndarray, count: int, length: int, *, skip: int = 0,
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int) -> None:
-    """Refuse token ids that a model does not know.
-
-    Raises:
-        TextError: with the range that was given and the one that fits.
-    """
+    """Raise a `TextError` for token ids outside a model's vocabulary."""
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise TextError(
             f"token ids must lie in 0..{vocab_size - 1}, given {ids.min()}..{ids.max()}; "

@@ -1,7 +1,7 @@
-"""Floor 6: zero-shot tasks by `lm-eval` (extra `eval`), run on the project's own decoder.
+"""Floor 6: zero-shot tasks of `lm-eval` (extra `eval`), run on our own decoder.
 
-`lm-eval` makes the prompts and counts the right answers; this file answers its three questions about a model: the
-log-likelihood of a continuation, that of a whole text, and a greedy continuation.
+`lm-eval` makes the prompts and scores the answers. This file computes what it asks of a model: the log-likelihood of a
+continuation, that of a whole text, and a greedy continuation.
 """
 
 import difflib
@@ -38,20 +38,20 @@ Observer = Callable[[str, int, int], None]
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 _NEW_TOKENS = 256
-# Tokens between two looks for a stop string.
+# Tokens between two searches for a stop string.
 _PIECE = 16
 
 
 class DecoderLM(TemplateLM):
-    """A model folder or GGUF file as `lm-eval` sees a model.
+    """A model with the interface of `lm-eval`.
 
-    Log-likelihoods stream the model block by block; `generate_until` holds it whole, as float32. Where BOS is
-    used, every input begins with it, also one whose own beginning was cut off, and it is never predicted.
+    Log-likelihoods stream the model block by block; `generate_until` loads it whole, as float32. Where BOS is used,
+    every input begins with it, also one whose own beginning was cut off, and it is never predicted.
 
     Attributes:
-        max_length: tokens that the model reads at most.
+        max_length: most tokens that the model reads.
         bos: the id of the token that inputs begin with; None for none.
-        cut: how many requests were longer and lost the beginning of their context.
+        cut: number of requests that were longer and lost the beginning of their context.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class DecoderLM(TemplateLM):
         config = self.model.source.config
         longest = self.model.config.max_positions if max_length is None else max_length
         if type(longest) is not int or longest < 2:
-            where = "" if max_length is not None else "; the model's configuration names no longest window: give one"
+            where = "" if max_length is not None else "; the model's configuration has no longest window: give one"
             raise ValueError(f"max_length must be a whole number of 2 or more, given {longest!r}{where}")
         self.max_length: int = longest
         self.cut = 0
@@ -85,23 +85,18 @@ class DecoderLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text.
-
-        Raises:
-            ModelError: if the model's configuration names none.
-        """
         if not self._end_ids:
             raise ModelError(f"{self.model.source.path} names no eos_token_id in its configuration; add it there")
         return self._end_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text with nothing before it: BOS, used or not, else the end token."""
+        """The token before a text without context: BOS, used or not, else the end token."""
         found = self._start_id if self.bos is None else self.bos
         return self.eot_token_id if found is None else found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, behind BOS where it is used, unless the text brings it or `add_special_tokens` is False."""
+        """Token ids after BOS where it is used, unless the text has it or `add_special_tokens` is False."""
         ids = encode_text(self.tokenizer, string).tolist()
         return ids if add_special_tokens is False else self._begun(ids)
 
@@ -109,14 +104,13 @@ class DecoderLM(TemplateLM):
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def _last(self, ids: list[int], room: int) -> list[int]:
-        """The last tokens, BOS first again where it is used."""
+        """The last tokens, again after BOS where it is used."""
         if len(ids) <= room:
             return ids
         self.cut += 1
         return ids[-room:] if self.bos is None else [self.bos, *ids[len(ids) - room + 1 :]]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log-likelihood, greedy) of each (context, continuation)."""
         for request in requests:
             if not request.args[1]:
                 raise ValueError(f"a request has an empty continuation, after {request.args[0][-80:]!r}")
@@ -130,13 +124,13 @@ class DecoderLM(TemplateLM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood of each whole text behind the start token, in windows of as many tokens as the model reads."""
+        """Log-likelihood of each whole text after the start token, in windows of `max_length` tokens."""
         del disable_tqdm
         pairs: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
             used = int(self.bos is not None)
-            # Without BOS, which is in front of every window and never predicted.
+            # Without BOS, which begins every window and is never predicted.
             tokens = self.tok_encode(request.args[0])[used:]
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - used, context_len=1)
             pairs += [(self._begun(context), text) for context, text in map(make_disjoint_window, windows)]
@@ -152,7 +146,7 @@ class DecoderLM(TemplateLM):
         """The greedy continuation of each context up to a stop string, the end token, or `max_gen_toks` tokens.
 
         Raises:
-            ValueError: if a task asks for sampling, or for more tokens than the model can read.
+            ValueError: if a task asks for sampling, or for more tokens than the model reads.
         """
         del disable_tqdm
         answers = []
@@ -161,7 +155,9 @@ class DecoderLM(TemplateLM):
             wanted = normalize_gen_kwargs(wanted, _NEW_TOKENS)
             limit = wanted["max_gen_toks"]
             if wanted["do_sample"] and wanted.get("temperature") != 0:
-                raise ValueError("a task asks for sampling (do_sample, temperature); only greedy generation is done")
+                raise ValueError(
+                    "a task asks for sampling (do_sample, temperature), only greedy generation is possible"
+                )
             if not 0 < limit < self.max_length:
                 raise ValueError(f"a task asks for {limit} new tokens; the model reads {self.max_length} at most")
             prompt = self.tok_encode(context) or [self.prefix_token_id]
@@ -223,11 +219,11 @@ def zero_shot(
 
     Args:
         model: a model folder, a GGUF file, a name on the hub or an opened model.
-        tasks: names of tasks, groups or tags that `lm-eval` or `include_path` has.
-        limit: examples a task at most, from the start; None takes all.
-        include_path: a folder of your own task files; its names come before `lm-eval`'s.
-        shots: solved examples in each prompt; a task that is fixed to none keeps none.
-        max_length: tokens that the model reads at most; None takes the model's own limit.
+        tasks: names of tasks, groups or tags of `lm-eval` or `include_path`.
+        limit: most examples per task, from the start; None takes all.
+        include_path: a folder of your own task files, whose names take precedence over those of `lm-eval`.
+        shots: solved examples in each prompt, except for tasks that never have any.
+        max_length: most tokens that the model reads; None takes the model's own limit.
         bos: whether inputs begin with the tokenizer's BOS, see `models.start_token`.
         observer: called with (what is running, steps done, steps in all).
 
@@ -235,7 +231,7 @@ def zero_shot(
         `{"model", "lm_eval", "limit", "shots", "bos", "cut",
         "tasks": {name: {"version", "examples", "metrics": {...}}}}`, ready for JSON. `bos` is the id of the token that
         inputs began with, None for none. `cut` counts the requests that were longer than the model reads and lost the
-        beginning of their context. Groups stand among the tasks.
+        beginning of their context. Groups are listed with the tasks.
 
     Raises:
         ValueError: for an unknown task, with the nearest known name, or a number out of range.
@@ -246,7 +242,7 @@ def zero_shot(
     if (limit is not None and limit < 1) or shots < 0:
         raise ValueError(f"limit must be 1 or more and shots 0 or more, given {limit=}, {shots=}")
     if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"include_path must be a folder of task files, {include_path} is none")
+        raise ValueError(f"include_path must be a folder of task files, given {include_path}")
     manager = _find_tasks(tasks, include_path)
     lm = DecoderLM(model, max_length=max_length, bos=bos, observer=observer)
     loaded = _load(manager, list(dict.fromkeys(tasks)))
@@ -274,11 +270,7 @@ def zero_shot(
 
 
 def check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    """Check that every task is known.
-
-    Raises:
-        ValueError: listing all that are not, each with the nearest known names.
-    """
+    """Raise a `ValueError` that lists all unknown tasks, each with the nearest known names."""
     problems = []
     for name in names:
         if name not in known:
@@ -287,13 +279,12 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
     if problems:
         raise ValueError(
             "; ".join(problems)
-            + " (`lm-eval ls tasks` lists those that come along; a file in include_path counts only if "
-            "it is a valid task file)"
+            + " (`lm-eval ls tasks` lists its own tasks; a file in include_path counts only if it is a valid task file)"
         )
 
 
 def _find_tasks(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    # Reading lm-eval's own 15,000 task files takes seconds. Groups and tags may name some of them; tasks do not.
+    # Reading lm-eval's own 15,000 task files takes seconds. Groups and tags may name some of them, single tasks do not.
     if include_path is not None:
         own = TaskManager(include_path=include_path, include_defaults=False)
         if set(names) <= set(own.all_subtasks):
@@ -306,7 +297,7 @@ def _find_tasks(names: Sequence[str], include_path: str | Path | None) -> TaskMa
 def _load(manager: TaskManager, names: list[str]) -> dict[str, Any]:
     try:
         return manager.load(names)
-    except Exception as error:  # lm-eval, datasets and a task's own code raise whatever they do
+    except Exception as error:  # of any class, also from a task's own code
         raise RuntimeError(
             f"the tasks {', '.join(names)} cannot be loaded ({type(error).__name__}: {error}). Tasks of lm-eval fetch "
             "their data from the Hugging Face hub once; without a network, name a task whose file points at local data"
@@ -314,7 +305,7 @@ def _load(manager: TaskManager, names: list[str]) -> dict[str, Any]:
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float | None]:
-    """Numbers by metric; `acc,none` becomes `acc`, and a standard error that was not computed None."""
+    """Numbers by metric: `acc,none` becomes `acc`, and a standard error that was not computed becomes None."""
     return {
         key.removesuffix(",none").replace("_stderr,none", "_stderr"): value if isinstance(value, int | float) else None
         for key, value in values.items()

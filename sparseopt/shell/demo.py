@@ -1,6 +1,6 @@
-"""Floor 8: the demonstration: a photograph denoised, then a real language model pruned by mAIHT and by Wanda.
+"""Floor 8: the demo: a photograph denoised, then a real language model pruned by mAIHT and by Wanda.
 
-dense model -> prune with each method -> perplexity on text that no method saw -> table, bar chart, samples
+dense model -> prune with each method -> perplexity on held-out text -> table, bar chart, samples
 """
 
 import json
@@ -36,13 +36,13 @@ class Outcome:
 
 
 def free_folder(wanted: Path) -> Path:
-    """`wanted`, or the first of `wanted-2`, `wanted-3`, ... that does not exist: earlier results are kept."""
+    """`wanted`, or the first of `wanted-2`, `wanted-3`, ... that does not exist."""
     candidates = (wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}") for n in range(1, 10_000))
     return next(c for c in candidates if not c.exists())
 
 
 def run_demo(output: Path | None, source: str | None, calibration: str, sparsity: float) -> None:
-    """Prune, evaluate, compare, draw; everything that is shown is also written to `output`."""
+    """Prune, evaluate, compare, plot; everything shown is also written to `output`."""
     start = time.perf_counter()
     say = console.say
     path = Path(source) if source else bundled_model()
@@ -64,7 +64,7 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     def judge(label: str, folder: Path, report: PruneReport | None) -> Outcome:
         with console.block_progress(f"{label}: perplexity") as progress:
             score = perplexity(folder, ids, bos=bos, observer=progress)
-        say(f"{label}: perplexity {score:.2f} on {ids.size:,} tokens that no method saw")
+        say(f"{label}: perplexity {score:.2f} on {ids.size:,} held-out tokens")
         continued = generate(load_decoder(folder), prompt, NEW_TOKENS)
         return Outcome(label, score, PROMPT + tokenizer.decode(continued.tolist()), report)
 
@@ -107,7 +107,7 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
 
 
 def row(outcome: Outcome) -> tuple[str, ...]:
-    """One outcome as cells."""
+    """The cells of one outcome."""
     report = outcome.report
     if report is None:
         return (outcome.label, f"{outcome.perplexity:.2f}", "-", "-", "-", "-")

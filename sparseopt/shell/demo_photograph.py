@@ -1,4 +1,4 @@
-"""Floor 8: the first part of the demonstration: a photograph with noise, denoised on its pixel grid.
+"""Floor 8: the first part of the demo: a noisy photograph denoised on its pixel grid.
 
 Prints PSNR, duality gap and time for order 0 and 1, and writes a before/after picture of each.
 """
@@ -16,7 +16,7 @@ LEVELS = ((0, 13.0), (1, 13.0))  # order, weight
 
 
 def denoise_photograph(output: Path) -> list[dict[str, float]]:
-    """Denoise scikit-image's camera photograph with noise of sigma 20; a row of figures for each order."""
+    """Denoise scikit-image's camera photograph with noise of sigma 20; returns a row of figures for each order."""
     from skimage.data import camera
 
     clean = np.asarray(camera(), np.float32)
@@ -55,5 +55,4 @@ def denoise_photograph(output: Path) -> list[dict[str, float]]:
 
 
 def _as_grey(image: np.ndarray) -> np.ndarray:
-    """Grey levels as a screen shows them."""
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)

@@ -13,7 +13,6 @@ from sparseopt.shell.processes import (
     Processes,
     ProcessId,
     cooperating,
-    is_first,
     number_of_devices,
 )
 
@@ -84,6 +83,7 @@ def _run(
     from sparseopt.experiments.sweep import check_all, over_devices, parse_shard, plan, run_all, take_shard
     from sparseopt.shell import show_experiments as shown
     from sparseopt.shell.console import console, errors, say
+    from sparseopt.system import processes
 
     part = parse_shard(shard)
     runs = take_shard(load_config(config, overrides, allow_code=allowed), part)
@@ -108,7 +108,7 @@ def _run(
             f"{len(failed)} of {len(outcomes)} runs failed; the others are finished. See error.txt in "
             + ", ".join(str(outcome.folder) for outcome in failed)
         )
-    if planned and is_first():
+    if planned and processes.is_first():
         _show([p.folder for p in planned], allowed)
         say(f"sparseopt report {output / planned[0].run.task.name} --output FOLDER writes this as files, with pictures")
 

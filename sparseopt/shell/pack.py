@@ -24,7 +24,7 @@ def unpack(
     folder: Annotated[Path, typer.Argument(help="Folder of a packed model.")],
     output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
 ) -> None:
-    """Write a packed model as the dense folder that transformers loads, to the byte."""
+    """Write a packed model as the dense folder that transformers loads, identical to the one that was packed."""
     from sparseopt.models import unpack_folder
     from sparseopt.shell import console
 

@@ -1,4 +1,4 @@
-"""Floor 8: options for several devices and several processes, which commands share."""
+"""Floor 8: options for several devices and several processes, shared by the commands."""
 
 import contextlib
 import os
@@ -7,30 +7,30 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-ManyDevices = Annotated[str | None, typer.Option(help="Devices to work on: a number, or all. Default: one.")]
+ManyDevices = Annotated[str | None, typer.Option(help="Devices to use: a number, or all. Default: one.")]
 Distributed = Annotated[
     bool,
     typer.Option(
         "--distributed",
-        help="Work together with other processes that were started with the same command, on all their devices. In a "
-        "SLURM or MPI job, Kubernetes or a Cloud TPU they find each other; elsewhere give the three options below.",
+        help="Share the work with other processes that were started with the same command, on all their devices. In a "
+        "SLURM or MPI job, on Kubernetes or a Cloud TPU they find each other; elsewhere give the three options below.",
     ),
 ]
 Coordinator = Annotated[
-    str | None, typer.Option(help="HOST:PORT of process 0, for all of them; or JAX_COORDINATOR_ADDRESS.")
+    str | None, typer.Option(help="HOST:PORT of process 0, in all processes; or JAX_COORDINATOR_ADDRESS.")
 ]
-Processes = Annotated[int | None, typer.Option(min=1, help="How many processes there are; or JAX_NUM_PROCESSES.")]
-ProcessId = Annotated[int | None, typer.Option(min=0, help="The number of this one, from 0; or JAX_PROCESS_ID.")]
+Processes = Annotated[int | None, typer.Option(min=1, help="Number of processes; or JAX_NUM_PROCESSES.")]
+ProcessId = Annotated[int | None, typer.Option(min=0, help="Index of this process, from 0; or JAX_PROCESS_ID.")]
 
 
 @contextlib.contextmanager
 def cooperating(
     distributed: bool, coordinator: str | None, processes: int | None, process_id: int | None
 ) -> Iterator[None]:
-    """What a command does together with others, or alone; only the first process speaks.
+    """Run a command together with other processes, or alone; only the first process prints.
 
     Raises:
-        ValueError: if where the others are was given, and not that they are wanted.
+        ValueError: for options that need `--distributed` without it.
     """
     if not distributed:
         if (coordinator, processes, process_id) != (None, None, None):
@@ -47,15 +47,8 @@ def cooperating(
         yield
 
 
-def is_first() -> bool:
-    """Whether this process speaks and writes; one alone does."""
-    from sparseopt.system import processes
-
-    return processes.is_first()
-
-
 def number_of_devices(text: str | None) -> int | Literal["all"] | None:
-    """What `--devices` says; None where it was left out.
+    """The value of `--devices`; None where it was left out.
 
     Raises:
         ValueError: for anything but a whole number from 1, or "all".

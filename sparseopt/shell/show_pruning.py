@@ -1,34 +1,19 @@
-"""Floor 8: what a person sees of a pruning run: live progress on a terminal, plain lines elsewhere, a closing table."""
+"""Floor 8: the display of a pruning run: live progress on a terminal, plain lines elsewhere, a final table."""
 
 import time
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sparseopt.pruning.reports import (
-    BlockRecord,
-    Event,
-    Footprint,
-    LayerRecord,
-    PruneReport,
-    Replay,
-    SurveyStep,
-    mean,
-)
+from sparseopt.models.errors import listed
+from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, Replay, SurveyStep, mean
 from sparseopt.pruning.texts import part_of_text
 from sparseopt.shell.console import console, packed_line, say
 from sparseopt.system.machine import format_bytes
 
 
 class PruneProgress:
-    """Observer of `prune_model`: a bar with block, layer, error and time left; a line a block when not a terminal."""
+    """Observer of `prune_model`: a bar with block, layer, error and time left; without a terminal a line per block."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -36,7 +21,6 @@ class PruneProgress:
         self._block: list[LayerRecord] = []
         self._done = self._replayed = 0
         self._worked_from = self._start
-        self._task: TaskID | None = None
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -47,11 +31,11 @@ class PruneProgress:
             console=console,
             disable=not console.is_terminal,
         )
+        # The first record comes only after reading, tokenising and compiling.
+        self._task = self._bar.add_task(title, total=None, note="reading the model", left="")
 
     def __enter__(self) -> "PruneProgress":
         self._bar.start()
-        # Shown at once: the first record comes only after reading, tokenising and compiling.
-        self._task = self._bar.add_task(self._title, total=None, note="reading the model", left="")
         if not console.is_terminal:
             say(f"{self._title}: reading the model")
         return self
@@ -60,7 +44,6 @@ class PruneProgress:
         self._bar.stop()
 
     def __call__(self, event: Event, total: int) -> None:
-        """Something is done."""
         match event:
             case Footprint():
                 for line in footprint_lines(event):
@@ -72,12 +55,10 @@ class PruneProgress:
             case LayerRecord():
                 self._tell_layer(event, total)
             case BlockRecord():
-                if self._task is not None:
-                    self._bar.update(self._task, note=f"block {event.block} trained, error {event.last_loss:.4f}")
+                self._bar.update(self._task, note=f"block {event.block} trained, error {event.last_loss:.4f}")
 
     def _tell_survey(self, stage: str, done: int, total: int) -> None:
-        if self._task is not None:
-            self._bar.update(self._task, note=f"{stage} {done}/{total}")
+        self._bar.update(self._task, note=f"{stage} {done}/{total}")
         if not console.is_terminal and done in (1, total):
             say(f"{self._title}: {stage} {done}/{total}, {time.perf_counter() - self._start:.0f} s")
 
@@ -86,9 +67,8 @@ class PruneProgress:
         if self._done == self._replayed:
             self._worked_from = time.perf_counter()
         note = f"block {record.block} {record.layer.split('.', 3)[-1]} error {record.relative_error:.4f}"
-        if self._task is not None:
-            left = self._left(self._done, total)
-            self._bar.update(self._task, total=total, completed=self._done, note=note, left=left)
+        left = self._left(self._done, total)
+        self._bar.update(self._task, total=total, completed=self._done, note=note, left=left)
         if self._block and self._block[-1].block != record.block:
             self._tell_block(self._done - 1, total)
             self._block = []
@@ -97,7 +77,6 @@ class PruneProgress:
             self._tell_block(total, total)
 
     def _tell_block(self, done: int, total: int) -> None:
-        """The line of a finished block, where there is no bar."""
         if console.is_terminal:
             return
         left = self._left(done, total)
@@ -108,7 +87,7 @@ class PruneProgress:
         )
 
     def _left(self, done: int, total: int) -> str:
-        """The time left, by the layers that this run has pruned; nothing before the first of them."""
+        """The time left, estimated from the layers that this run has pruned; empty before the first."""
         pruned = done - self._replayed
         if pruned <= 0:
             return ""
@@ -116,7 +95,7 @@ class PruneProgress:
 
 
 def footprint_lines(footprint: Footprint) -> list[str]:
-    """What a run is to take, before it starts."""
+    """The estimated memory and disk space of a run."""
     asked, lines = footprint.budget_bytes, []
     if footprint.memory_bytes is not None:
         parts = sorted(footprint.memory_parts.items(), key=lambda item: -item[1])
@@ -132,8 +111,8 @@ def footprint_lines(footprint: Footprint) -> list[str]:
 
 
 def memory_line(report: PruneReport) -> str:
-    """What a run took of memory, beside what it was to take."""
-    # Of all that the process has done: a notebook or the demo may have peaked before.
+    """The peak memory of a run beside its estimate."""
+    # The peak of the whole process: a notebook or the demo may have reached it before the run.
     line = f"peak memory of the process {format_bytes(report.peak_memory_bytes)}"
     asked, estimated = report.footprint.budget_bytes, report.footprint.memory_bytes
     if estimated is not None:
@@ -141,7 +120,7 @@ def memory_line(report: PruneReport) -> str:
     if asked is not None:
         line += f", asked for {format_bytes(asked)}"
         if report.peak_memory_bytes > asked:
-            line += ": MORE than was asked for"
+            line += ": MORE than asked for"
     return line
 
 
@@ -151,10 +130,8 @@ def prune_table(report: PruneReport) -> Table:
     for heading in ("layer", "shape", "sparsity", "rel. error", "held-out", "steps", "seconds"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     kinds = dict.fromkeys(kind_of(r.layer) for r in report.layers)
-    groups: list[tuple[str, list[LayerRecord]]] = [
-        (kind, [r for r in report.layers if kind_of(r.layer) == kind]) for kind in kinds
-    ]
-    for kind, records in [*groups, ("all", report.layers)]:
+    groups = {kind: [r for r in report.layers if kind_of(r.layer) == kind] for kind in kinds}
+    for kind, records in (groups | {"all": report.layers}).items():
         shape = "" if kind == "all" else f"{records[0].shape[0]}x{records[0].shape[1]}"
         heldout = mean(r.heldout_error for r in records if r.heldout_error is not None)
         table.add_row(
@@ -175,11 +152,6 @@ def kind_of(layer: str) -> str:
     return layer.rsplit(".", 1)[-1]
 
 
-def shortened(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def run_lines(report: PruneReport) -> list[str]:
     """The figures of a run that are not a layer's."""
     dead = sum(r.dead_inputs for r in report.layers)
@@ -196,12 +168,12 @@ def run_lines(report: PruneReport) -> list[str]:
         lines.append(f"calibrated on {read}: its second half is left to `sparseopt eval`")
     if report.devices > 1:
         several = f" of {report.processes} processes" if report.processes > 1 else ""
-        lines.append(f"{report.devices} devices{several} ({report.platform}) worked together")
+        lines.append(f"{report.devices} devices{several} ({report.platform}) shared the work")
     if report.resumed_blocks:
-        lines.append(f"{report.resumed_blocks} blocks had been finished by an earlier run; the times are of both")
+        lines.append(f"{report.resumed_blocks} blocks were finished by an earlier run; the times include it")
     if report.route == "torch":
         lines.append(
-            "blocks ran in torch, since the model's family is not known here: errors at all outputs count the same, "
+            "blocks ran in torch, since the model's family is not known here: all output errors have the same weight, "
             "and blocks are not trained"
         )
     if report.blocks:
@@ -214,18 +186,18 @@ def run_lines(report: PruneReport) -> list[str]:
     if report.survey_seconds:
         lines.append(f"survey of the dense model {report.survey_seconds:.1f} s")
     if dead:
-        lines.append(f"{dead} inputs were zero on all calibration tokens; their weights were pruned first")
+        lines.append(f"{dead} inputs were zero for all calibration tokens; their weights were pruned first")
     if blocked := report.blocked_layers:
         lines.append(
-            f"{len(blocked)} layers did not fit in memory whole and were solved by blocks of outputs, up to "
-            f"{max(blocked.values())}: {shortened(list(blocked))}"
+            f"{len(blocked)} layers did not fit in memory whole and were solved in blocks of outputs, up to "
+            f"{max(blocked.values())}: {listed(list(blocked), 3)}"
         )
     if starved := report.starved_experts:
         least = report.recipe["min_expert_tokens"]
         tokens = f"fewer than {least} calibration tokens" if least > 1 else "no calibration token"
         lines.append(
             f"{len(starved)} experts saw {tokens} and were pruned by magnitude: "
-            f"{shortened(starved)}; give more --samples"
+            f"{listed(starved, 3)}; give more --samples"
         )
     if report.recipe["pack"]:
         lines.append(packed_line(report.dense_bytes, report.stored_bytes))

@@ -111,7 +111,11 @@ def write_golden_folder(name: str, folder: Path) -> Path:
         ("gemma3_images", {"text_config": None}, "text_config must be a table"),
         ("phi3", {"partial_rotary_factor": 2.0, "rope_parameters": None}, "partial_rotary_factor must be in"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": 1}}, "short_factor must be a list"),
-        ("phi3_longrope", {"num_attention_heads": 2}, "short_factor has 2 entries, expected 4: .* the 8 features"),
+        (
+            "phi3_longrope",
+            {"num_attention_heads": 2},
+            "short_factor has 2 entries, expected 4: .* 8 rotated features",
+        ),
         ("mistral", {"max_position_embeddings": 0}, "max_position_embeddings must be a positive int, given 0"),
         ("olmo2", {"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),

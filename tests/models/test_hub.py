@@ -139,7 +139,7 @@ def test_without_a_network_the_cache_does_and_that_is_said(
     with caplog.at_level(logging.WARNING):
         source = open_source("lab/tiny")
     assert (source.path, source.name, source.revision) == (folder, "lab/tiny", SHA)
-    assert f"lab/tiny: not fetched anew (HF_HUB_OFFLINE is set); using the copy in the cache, commit {SHA}" in (
+    assert f"lab/tiny: not fetched again (HF_HUB_OFFLINE is set); using the copy in the cache, commit {SHA}" in (
         caplog.text
     )
     assert set(source.tensors) == set(tensors)
@@ -182,7 +182,7 @@ def test_without_a_network_and_a_whole_copy_the_way_out_is_named(cache: Path, te
         open_source("lab/tiny@main")
     text = str(caught.value)
     assert text.startswith("no path lab/tiny@main exists on this machine, and the Hugging Face hub cannot be reached")
-    assert f"(HF_HUB_OFFLINE is set), nor does the cache {cache} hold a whole copy" in text
+    assert f"(HF_HUB_OFFLINE is set), and the cache {cache} holds no complete copy" in text
     assert "`hf download lab/tiny --revision main --local-dir FOLDER` and give the folder" in text
 
 
@@ -199,7 +199,7 @@ def test_a_broken_connection_is_told_from_an_answer(
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fake.model_info)
     store(cache, tensors)
     assert open_source("lab/tiny").revision == SHA
-    assert "not fetched anew (ConnectError" in caplog.text
+    assert "not fetched again (ConnectError" in caplog.text
 
 
 def test_only_what_is_needed_is_fetched_and_the_commit_is_pinned(
@@ -223,7 +223,7 @@ def test_only_what_is_needed_is_fetched_and_the_commit_is_pinned(
     assert (source.name, source.revision) == ("lab/tiny@v2", SHA)
     assert set(source.tensors) == set(tensors)
     assert set(source.sidecars()) == carried
-    assert [record.message for record in caplog.records] == ["lab/tiny@v2: not fetched, for their size: film.mp4"]
+    assert [record.message for record in caplog.records] == ["lab/tiny@v2: not fetched because of their size: film.mp4"]
 
 
 HELD = {

@@ -78,7 +78,7 @@ def test_folders_without_a_usable_tokenizer(tmp_path: Path) -> None:
     [
         ({"tokenizer.ggml.tokens": []}, "carries no tokenizer"),
         ({"tokenizer.ggml.model": "bert"}, "kind 'bert'; known are 'gpt2' and 'llama'"),
-        ({"tokenizer.ggml.pre": "odd"}, "cuts words by 'odd'.*known are smollm, gpt-2, llama-bpe, qwen2"),
+        ({"tokenizer.ggml.pre": "odd"}, "splits words by 'odd'.*known are smollm, gpt-2, llama-bpe, qwen2"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "corrupt table tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.eos_token_id": 49}, "eos_token_id = 49, which is none of its 49 tokens"),
         ({"tokenizer.ggml.merges": ["q z"]}, "a merge whose parts or whole are no token"),

@@ -271,7 +271,7 @@ def test_what_cannot_run_block_by_block_is_refused_by_name(tmp_path: Path) -> No
     from transformers import AutoConfig, AutoModelForCausalLM
 
     cases = {
-        "bert": (_SIZES, "a token sees those behind it"),
+        "bert": (_SIZES, "a token sees later tokens"),
         "mamba": ({"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}, "does not call mixer.dt_proj"),
         "olmoe": (_SIZES | {"num_experts": 4}, r"model\.layers\.0\.mlp\.experts\.gate_up_proj \[4, 96, 32\]"),
     }

@@ -174,7 +174,7 @@ def test_a_run_says_which_layers_were_solved_by_blocks_and_goes_on_to_the_bit(tm
     lines = [json.loads(line) for line in (tmp_path / "whole" / RECORDS).read_text().splitlines()]
     assert [line["output_blocks"] for line in lines] == [1, 1, 1, 1, 2, 2, 1] * 3
     assert json.loads((tmp_path / "whole" / "summary.json").read_text())["blocked_layers"] == whole.blocked_layers
-    told = "6 layers did not fit in memory whole and were solved by blocks of outputs, up to 2: model.layers.0.mlp.gate"
+    told = "6 layers did not fit in memory whole and were solved in blocks of outputs, up to 2: model.layers.0.mlp.gate"
     assert any(line.startswith(told) for line in run_lines(whole))
     with pytest.raises(Broken):
         prune_model(source, tmp_path / "broken", recipe, observer=breaking_at(13))

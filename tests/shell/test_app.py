@@ -113,7 +113,7 @@ MISTAKES = {
     "epochs": (["--reconstruct", "-2"], "epochs must be a whole number of 1 or more, given -2"),
     "sparsity": (["--sparsity", "1.5"], "sparsity must lie in [0, 1), given 1.5"),
     "method": (["--method", "obs"], "unknown method 'obs'; known are best, maiht, admm"),
-    "window": ([], "a window of 512 tokens is longer than the 256 positions that the model is made for"),
+    "window": ([], "a window of 512 tokens is longer than the 256 positions that the model supports"),
     "text": (["--calibration", "file:/nowhere", "--seqlen", "32"], "cannot read the text file /nowhere"),
     "short text": (["--samples", "9000", "--seqlen", "32"], "fewer samples or a shorter seqlen"),
 }
