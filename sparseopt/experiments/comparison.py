@@ -1,15 +1,14 @@
-"""Floor 7: pruning methods side by side: cells of method, pattern and sparsity, each a run of the task `prune`.
+"""Floor 7: a comparison of pruning methods: cells of method, pattern and sparsity, each a run of the task `prune`.
 
-    OUTPUT/cells/method=dense/                 the model as it is, always measured, first
-    OUTPUT/cells/method=wanda,pattern=2_4/     one run folder a cell, as in `runs`
+    OUTPUT/cells/method=dense/                 the dense model, always measured, first
+    OUTPUT/cells/method=wanda,pattern=2_4/     one run folder for each cell, see `runs`
     OUTPUT/comparison.csv, .md, .png           the table and the picture of all finished cells
 
-The cells of a folder differ in method, pattern and sparsity alone, so their figures may be compared.
+The cells of a folder differ only in method, pattern and sparsity, so their figures can be compared.
 """
 
 import contextlib
 import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,22 +19,21 @@ import numpy as np
 from sparseopt.experiments.config import Run, expand
 from sparseopt.experiments.names import AllowCode
 from sparseopt.experiments.report import Row, Section, markdown
-from sparseopt.experiments.runs import CONFIG, HEADER, SUMMARY, Outcome, State, code_digest, load_run
+from sparseopt.experiments.runs import CONFIG, Outcome, State, fingerprint, load_run, plotting
 from sparseopt.experiments.sweep import Planned, check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun, Observer
 from sparseopt.experiments.task_prune import Prune
-from sparseopt.experiments.yaml_file import read_yaml
 from sparseopt.pruning import METHODS, Recipe
-from sparseopt.pruning.patterns import check_pattern, implied_sparsity
+from sparseopt.pruning.patterns import implied_sparsity
 from sparseopt.pruning.texts import part_of_text
-from sparseopt.system.machine import versions
+from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, differences, read_start
 
 CELLS = "cells"
-# What a method itself takes; forward passes and compilation are common to all.
+# Seconds of the method itself; forward passes and compilation are common to all.
 TIMES = ("solver_seconds", "survey_seconds", "reconstruction_seconds")
 PRESET = Prune.model_fields["preset"].default
-# What may differ between the cells of one folder, and what says nothing about a result.
-OWN_SETTINGS = {"task", "method", "preset", "pattern", "sparsity", "name", "title", "paper"}
+# What may differ between the cells of one folder.
+OWN_SETTINGS = {"method", "preset", "pattern", "sparsity"}
 COLUMNS = (
     "perplexity", "mean_relative_error", "mean_heldout_error", "solver_seconds", "survey_seconds",
     "reconstruction_seconds", "whole_seconds", "peak_memory_GiB",
@@ -44,50 +42,33 @@ COLUMNS = (
 
 
 def read_lists(methods: str, sparsity: str, pattern: str) -> tuple[list[str], list[float], list[str]]:
-    """The three lists of a command line, commas between.
+    """The three comma-separated lists of a command line; `build` checks what is in them.
 
     Raises:
-        ValueError: listing all mistakes: an empty list or place, a value twice, no sparsity, no pattern.
+        ValueError: listing every empty place, every sparsity outside [0, 1), and "dense".
     """
-    mistakes: list[str] = []
-    names = _words("--methods", methods, "best,maiht:paper,wanda", mistakes)
-    patterns = _words("--pattern", pattern, "unstructured,2:4", mistakes)
-    for word in patterns:
-        try:
-            check_pattern(word, 0.5 if implied_sparsity(word) is None else None)
-        except ValueError as error:
-            mistakes.append(f"--pattern: {error}")
-    shares = []
-    for word in _words("--sparsity", sparsity, "0.5,0.6", mistakes):
-        try:
-            shares.append(float(word))
-        except ValueError:
-            mistakes.append(f"--sparsity: expected shares of zeros in [0, 1), as in 0.5,0.6, given {word!r}")
-            continue
-        if not 0 <= shares[-1] < 1:
-            mistakes.append(f"--sparsity: a share of zeros lies in [0, 1), given {word}; 0.5 keeps every second weight")
+    names, shares, patterns = ([word.strip() for word in text.split(",")] for text in (methods, sparsity, pattern))
+    mistakes = [
+        f"{option}: an empty place in {words}; expected a comma-separated list such as {example}"
+        for option, words, example in (
+            ("--methods", names, "best,maiht:paper,wanda"),
+            ("--sparsity", shares, "0.5,0.6"),
+            ("--pattern", patterns, "unstructured,2:4"),
+        )
+        if not all(words)
+    ]
+    numbers = []
+    for word in filter(None, shares):
+        with contextlib.suppress(ValueError):
+            numbers.append(float(word))
+            if 0 <= numbers[-1] < 1:
+                continue
+        mistakes.append(f"--sparsity: expected shares of zeros in [0, 1), as in 0.5,0.6, given {word}")
     if "dense" in names:
-        mistakes.append("--methods: dense is always measured and stands first; leave it out")
-    for option, words, values in (
-        ("--methods", names, [_method_settings(name) for name in names]),
-        ("--pattern", patterns, patterns),
-        ("--sparsity", [f"{share:g}" for share in shares], shares),
-    ):
-        twice = [word for index, word in enumerate(words) if values[index] in values[:index]]
-        mistakes += [f"{option}: {word} is given twice, under this name or another; leave one out" for word in twice]
+        mistakes.append("--methods: dense is always measured, as the first row; leave it out")
     if mistakes:
         raise ValueError("\n  ".join(("the comparison cannot be used:", *mistakes)))
-    return names, shares, patterns
-
-
-def _words(option: str, text: str, example: str, mistakes: list[str]) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
-    if not any(words):
-        mistakes.append(f"{option} is empty; expected a list with commas between, as in {example}")
-    elif not all(words):
-        mistakes.append(f"{option}: nothing stands between two commas or beside the outer one in {text!r}; expected "
-                        f"a list such as {example}")  # fmt: skip
-    return [word for word in words if word]
+    return names, numbers, patterns
 
 
 def build(
@@ -106,7 +87,7 @@ def build(
         methods: names in `METHODS`, `maiht:paper` for a preset, or the path of a method of your own.
         sparsities: shares of zeros in [0, 1); an n:m pattern has its own and makes one cell.
         patterns: as in `sparseopt prune --pattern`.
-        allow_code: whether to import methods that go by a path outside this package, as in `load_config`.
+        allow_code: as in `load_config`.
         common: settings of the task `prune` that all cells share; a ridge goes to the methods that have one.
 
     Raises:
@@ -116,12 +97,10 @@ def build(
     for method in methods:
         settings = _method_settings(method)
         for pattern in patterns:
-            shares: list[dict[str, Any]] = [{"sparsity": share} for share in sparsities]
-            cells += [
-                {**settings, "pattern": pattern, **share}
-                for share in ([{}] if implied_sparsity(pattern) is not None else shares)
-            ]
-    title = f"Pruning methods side by side on {source}"
+            implied = implied_sparsity(pattern) is not None
+            shares: list[dict[str, Any]] = [{}] if implied else [{"sparsity": share} for share in sparsities]
+            cells += [{**settings, "pattern": pattern, **share} for share in shares]
+    title = f"Pruning methods compared on {source}"
     values = {"name": CELLS, "title": title, "task": "prune", "source": source, **common}
     runs = expand({**values, "sweep": {"list": cells}}, source="the comparison", allow_code=allow_code)
     without = {"ridge": None}
@@ -141,7 +120,7 @@ def _method_settings(word: str) -> dict[str, str]:
 
 
 def method_name(task: Prune) -> str:
-    """The method as the command line names it."""
+    """The method's name on the command line."""
     name = task.method if isinstance(task.method, str) else task.method.name
     return name if task.preset == PRESET else f"{name}:{task.preset}"
 
@@ -152,14 +131,10 @@ def _takes_ridge(method: Any) -> bool:
 
 
 def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
-    """The plan of a comparison, after all was checked that could stop it.
-
-    Args:
-        runs: from `build`.
-        output: the comparison's folder, new or holding cells with the same settings.
+    """The plan of a comparison in a folder that is new or holds cells with the same settings, checked by `check_all`.
 
     Raises:
-        ValueError: saying how the folder's cells differ, or listing what the model or the texts cannot do.
+        ValueError: listing how the cells in the folder differ, or what the model or the texts do not allow.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give --output a folder that is new or holds this comparison")
@@ -171,43 +146,29 @@ def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
 
 def _check_folder(planned: Sequence[Planned], output: Path) -> None:
     """Refuse a folder whose cells were made with other settings or by another version."""
-    given = planned[0].run.task.model_dump(mode="json")
+    wanted = fingerprint(planned[0].run.task)
     mistakes: dict[str, None] = {}
     for folder in cell_folders(output):
-        header = _header(folder)
-        there, _ = read_yaml(folder / CONFIG)
-        here = given if _takes_ridge(there.get("method")) else {**given, "ridge": None}
-        for name in here:
-            if name not in OWN_SETTINGS and there.get(name) != here[name]:
-                mistakes[f"{name}: {_shown(there.get(name))} there, {_shown(here[name])} given"] = None
-        if header["code"] != code_digest():
-            old, new = header["versions"].get("sparseopt"), versions().get("sparseopt")
-            mistakes[f"sparseopt itself: {old} there, {'other code of ' if old == new else ''}{new} here"] = None
+        found = read_start(folder)["fingerprint"]
+        here = _common(wanted)
+        if not _takes_ridge(found["settings"]["method"]):
+            here["ridge"] = None
+        mistakes |= dict.fromkeys(differences(_common(found), here))
     if mistakes:
         raise ValueError(
             "\n  ".join((
                 f"{output} holds a comparison with other settings:", *mistakes,
-                "give another --output, or go on with the settings and the version that are there",
+                "give another --output, or use the settings and the version of this one",
             ))
         )  # fmt: skip
-    strange = [str(p.folder) for p in planned if p.state is State.OTHER]
-    if strange:
-        raise ValueError(
-            f"{', '.join(strange)}: not what this command would have written there (no readable {HEADER}, or the file "
-            "of a class of yours has changed); remove this or give another --output"
-        )
+    if others := [p.why for p in planned if p.state is State.OTHER]:
+        raise ValueError("\n  ".join((*others, "remove these folders or give another --output")))
 
 
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
-def _header(folder: Path) -> dict[str, Any]:
-    """What a cell's start wrote: versions, machine, code."""
-    try:
-        return json.loads((folder / HEADER).read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{folder / HEADER} is no JSON text; remove the folder to measure this cell anew") from None
+def _common(found: Fingerprint) -> Fingerprint:
+    """What must be the same in all cells."""
+    settings = {name: value for name, value in found["settings"].items() if name not in OWN_SETTINGS}
+    return {**settings, "code": found["code"]}
 
 
 def measure(
@@ -216,7 +177,7 @@ def measure(
     observer: Callable[[Planned], Observer],
     ended: Callable[[Planned, Outcome], None] = lambda planned, outcome: None,
 ) -> list[Outcome]:
-    """Bring all cells to their end; one that fails does not stop the others. Arguments as in `run_all`."""
+    """Run all cells; one that fails does not stop the others. Arguments as in `run_all`."""
 
     def start(cell: Planned) -> Observer:
         _restart_peak_memory()
@@ -226,16 +187,16 @@ def measure(
 
 
 def _restart_peak_memory() -> None:
-    """Let the peak of this process's memory begin anew, or the largest cell so far would show in all that follow."""
-    # Linux alone can do this; elsewhere the table's peaks rise from row to row, which its header says.
+    """Reset the peak of this process's memory; otherwise each cell would show the largest one so far."""
+    # Only Linux can do this; elsewhere the peaks rise from row to row, as `head` says.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def cell_folders(output: Path) -> list[Path]:
-    """Folders of the cells that were started, oldest first; without a config nothing has been done in one."""
-    headers = sorted((output / CELLS).glob(f"*/{HEADER}"), key=lambda file: (file.stat().st_mtime, file.parent.name))
-    return [header.parent for header in headers if (header.parent / CONFIG).is_file()]
+    """Folders of the cells that were started, oldest first; one without a config holds no work yet."""
+    starts = sorted((output / CELLS).glob(f"*/{RUN}"), key=lambda file: (file.stat().st_mtime, file.parent.name))
+    return [file.parent for file in starts if (file.parent / CONFIG).is_file()]
 
 
 def tabulate(
@@ -251,7 +212,7 @@ def tabulate(
             task, figures = tasks[folder], {"error": " ".join(errors[folder].split())}
             sparsity = implied_sparsity(task.pattern) if task.sparsity is None else task.sparsity
         else:
-            finished, _ = load_run(folder, allow_code)
+            finished = load_run(folder, allow_code)
             runs.append(finished)
             task, figures = cast(Prune, finished.task), _figures(finished)
             sparsity = finished.records[0]["sparsity"]
@@ -262,15 +223,15 @@ def tabulate(
 
 
 def _figures(finished: FinishedRun) -> dict[str, Any]:
-    """The figures of a finished row, and what they were measured with; the dense model has a perplexity alone."""
+    """The figures of a finished row, and what they were measured with; the dense model has only a perplexity."""
     (record,) = finished.records
-    header = _header(finished.folder)
-    machine = header["machine"]
+    start = read_start(finished.folder)
+    machine = start["machine"]
     figures = {
-        # A record's null is a figure that was not finite.
+        # In a record, null is a figure that was not finite.
         "perplexity": "not finite" if record["perplexity"] is None else record["perplexity"],
         "machine": f"{machine['system']}, {machine['cores']} cores, {' '.join(machine['devices'])}",
-        "versions": ", ".join(f"{name} {number}" for name, number in header["versions"].items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in start["versions"].items()),
     }
     if "layers" not in record:
         return figures
@@ -283,13 +244,13 @@ def _figures(finished: FinishedRun) -> dict[str, Any]:
 
 
 def _errors(recipe: Recipe) -> str:
-    """What a run's layer errors are relative to."""
-    moved = f", {recipe.propagated_share:g} of the earlier error made up for" if recipe.propagated_share else ""
+    """What the layer errors of a run are relative to."""
+    moved = f", {recipe.propagated_share:g} of the upstream error corrected" if recipe.propagated_share else ""
     return f"{recipe.weighting} tokens{moved}"
 
 
 def head(section: Section, task: Prune) -> list[str]:
-    """What was run, in lines that stand above the table: model, texts and tokens, versions and machine."""
+    """What was run, in lines for the top of the table: model, texts and tokens, versions and machine."""
     ridge = "" if task.ridge is None else f", ridge {task.ridge:g}"
     start = _start_token(section)
     lines = [
@@ -312,13 +273,13 @@ def head(section: Section, task: Prune) -> list[str]:
         lines.append(f"measured on: {machine}, with {packages}{which}")
     return [
         *lines,
-        "seconds: of the solver alone; of the whole pruning, with compiling and forward passes",
-        "peak memory: of the process in that cell; outside Linux, in that cell and those run before it",
+        "seconds: of the solver, and of the whole pruning run with compilation and forward passes",
+        "peak memory: of the process in that cell; outside Linux, in that cell and the earlier ones",
     ]
 
 
 def _grouped(section: Section, figures: tuple[str, ...], name: Callable[[Row], str]) -> dict[tuple[str, ...], str]:
-    """The names of the rows that have these figures, by them."""
+    """The names of the rows by the values of these figures."""
     found: dict[tuple[str, ...], dict[str, None]] = {}
     for row in section.rows:
         if all(figure in row.figures for figure in figures):
@@ -327,7 +288,7 @@ def _grouped(section: Section, figures: tuple[str, ...], name: Callable[[Row], s
 
 
 def _start_token(section: Section) -> int | None:
-    """The BOS in front of every window, the same in all cells, of one model by one setting; None for none."""
+    """The BOS at the start of every window, which all cells share; None for none."""
     return next((record["bos"] for run in section.runs for record in run.records), None)
 
 
@@ -336,12 +297,9 @@ def _row_name(row: Row) -> str:
 
 
 def write(section: Section, task: Prune, output: Path) -> list[Path]:
-    """Write `comparison.csv`, `comparison.md` and, with matplotlib, `comparison.png`; what was there is replaced.
+    """Write `comparison.csv`, `comparison.md` and, with matplotlib, `comparison.png`, over those of an earlier call.
 
-    Args:
-        section: from `tabulate`.
-        task: of one cell, for what all have in common.
-        output: the comparison's folder.
+    The task is that of any cell, for what all have in common.
     """
     table, text = output / "comparison.csv", output / "comparison.md"
     common = {
@@ -370,7 +328,7 @@ def write(section: Section, task: Prune, output: Path) -> list[Path]:
 
 
 def _draw(section: Section, title: str, file: Path) -> list[Path]:
-    """The picture; none without matplotlib, or without a pruned cell that is finished."""
+    """The picture; none without matplotlib or without a finished pruned cell."""
     curves: dict[str, list[tuple[float, float, float]]] = {}
     dense = None
     for row in section.rows:
@@ -381,14 +339,7 @@ def _draw(section: Section, title: str, file: Path) -> list[Path]:
         elif "solver_seconds" in row.figures:
             label = " ".join(row.labels[key] for key in ("method", "pattern") if row.labels[key] != "unstructured")
             curves.setdefault(label, []).append((row.labels["sparsity"], score, sum(row.figures[t] for t in TIMES)))
-    if not curves:
+    if not curves or (plots := plotting()) is None:
         return []
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return []
-    matplotlib.use("Agg", force=False)
-    from sparseopt.experiments import plots
-
     lines = {label: tuple(np.array(sorted(points)).T) for label, points in curves.items()}
     return [plots.save_figure(plots.plot_comparison(lines, dense=dense), file, title)]

@@ -5,29 +5,56 @@
 A sweep lists settings to vary by dotted key: `grid` takes every combination, `list` the combinations given.
 """
 
+import copy
+import functools
 import itertools
 import math
+import operator
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from sparseopt.experiments.names import AllowCode, Mistakes, code_context, shortened, suggest
-from sparseopt.experiments.task import Task
-from sparseopt.experiments.tasks import find_task, nearest_task
-from sparseopt.experiments.yaml_file import MAX_DEPTH, ConfigError, Location, parse_yaml, path_text, read_yaml
+from sparseopt.experiments.names import AllowCode, Mistakes, shortened, suggest
+from sparseopt.experiments.task import Strict, Task, find_task, nearest_task
+from sparseopt.experiments.yaml_file import (
+    MAX_DEPTH,
+    MAX_MISTAKES,
+    ConfigError,
+    Location,
+    parse_yaml,
+    path_text,
+    read_yaml,
+)
 
 # Of one experiment: runs, and settings of all runs together. More is a mistake, and would fill the memory.
 MAX_RUNS = 5_000
 MAX_SETTINGS = 1_000_000
-# A run is a folder; file systems take 255 bytes.
+# Bytes in the name of a run's folder, of which file systems take 255.
 MAX_NAME = 240
-# Mistakes that a message lists.
-MAX_MISTAKES = 100
+
+Settings = dict[str, Any]
+# Their place and text, each once.
+_Mistakes = dict[tuple[Location, str], None]
+# `Sweep` has a field of the name `list`.
+_Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
+_List = list[Settings]
+
+
+class Sweep(Strict):
+    """The settings that an experiment varies.
+
+    Attributes:
+        grid: a list of values for each key, as in `order: [0, 1]`; every combination is taken.
+        list: combinations, as in `- {method: doge, order: 0}`; each is combined with every point of the grid.
+    """
+
+    grid: _Grid = Field(default={})
+    list: _List = Field(default=[{}], min_length=1)
 
 
 @dataclass(frozen=True)
@@ -46,92 +73,109 @@ class Run:
 
     @property
     def subfolder(self) -> Path:
-        """Where the run lives below the output folder."""
+        """The run's folder, relative to the output folder."""
         return Path(self.task.name) / self.id if self.id else Path(self.task.name)
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: AllowCode = False) -> list[Run]:
     """Read an experiment, apply `key=value` overrides, expand its sweep, and check every run.
 
-    Args:
-        path: of the YAML file.
-        overrides: `key=value` texts.
-        allow_code: whether tasks, penalties and methods that the config names by a path outside this package are
-            imported, which runs their modules: True for all, or the names of packages whose paths are.
+    `allow_code` says whether tasks, penalties and methods that the config names by a path outside this package are
+    imported, which runs their modules: True for all, or the names of the packages whose paths are.
 
     Raises:
         ConfigError: listing all mistakes, a line each: place in the file, what is wrong, the nearest known name. A
             path that is not allowed is one, and nothing was imported.
     """
     if not path.is_file():
-        raise ConfigError(f"there is no config file {path}; the project's own lie in configs/")
+        raise ConfigError(f"there is no config file {path}; the project's own are in configs/")
     values, lines = read_yaml(path)
     for override in overrides:
-        _override(values, override)
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r}: expected key=value, as in order=1 or penalty.weight=20")
+        value = parse_yaml(text, f"override {override!r}")
+        try:
+            _set_by_path(values, key, value)
+        except ValueError as error:
+            raise ConfigError(f"override {override!r}: {error}") from None
     return expand(values, lines, str(path), allow_code=allow_code)
 
 
 def expand(
-    values: dict[str, Any],
+    values: Settings,
     lines: Mapping[Location, int] | None = None,
     source: str = "config",
     *,
     allow_code: AllowCode = False,
 ) -> list[Run]:
     """The runs of an experiment given as plain values; see `load_config`."""
-    values = dict(values)
-    mistakes: dict[tuple[Location, str], None] = {}
-    sweep = values.pop("sweep", None)
-    combinations = _combinations(sweep, mistakes)
-    values_grid = sweep.get("grid") if isinstance(sweep, dict) else None
-    values_grid = values_grid if isinstance(values_grid, dict) else {}
-    kind = values.get("task")
-    near, text = nearest_task(kind, allow_code)
+    values, mistakes = copy.deepcopy(values), _Mistakes()
+
+    def report(found: Iterable[tuple[Location, str]]) -> ConfigError:
+        return _report(list(found), lines or {}, source)
+
+    sweep = Sweep()
+    try:
+        given = values.pop("sweep", None)
+        sweep = Sweep() if given is None else Sweep.model_validate(given)
+    except ValidationError as error:
+        mistakes |= {(("sweep", *place), text): None for place, text in _explain(error, Sweep)}
+    count = len(sweep.list) * math.prod(map(len, sweep.grid.values()))
+    if count > MAX_RUNS:
+        mistakes[("sweep",), f"asks for {count:,} runs, at most {MAX_RUNS:,} are possible; split it"] = None
+        sweep = Sweep()
+    near, text = nearest_task(values.get("task"), allow_code)
     if text:
-        mistakes[(("task",), text)] = None
+        mistakes[("task",), text] = None
     if near is None:
-        raise _report(mistakes, lines or {}, source)
+        raise report(mistakes)
     # The other mistakes are those of the task that was meant.
     values["task"] = near
     task_class = find_task(near, allow_code)
+    points = [dict(zip(sweep.grid, point, strict=True)) for point in itertools.product(*sweep.grid.values())]
+    combinations = [{**item, **point} for item in sweep.list for point in points]
     if len(combinations) * _count(values) > MAX_SETTINGS:
         text = f"{len(combinations)} runs of {_count(values)} settings are more than {MAX_SETTINGS:,}; split the sweep"
-        raise _report({(("sweep",), text): None}, lines or {}, source)
+        raise report([(("sweep",), text)])
     runs: dict[str, Run] = {}
-    identities = Counter(_identity(settings, _short) for settings in combinations)
+    identities = Counter(_identity(settings) for settings in combinations)
     for settings in combinations:
         if len(mistakes) >= MAX_MISTAKES:
             break
-        resolved = _deep_copy(values)
-        for key, value in settings.items():
-            try:
-                set_by_path(resolved, key, value)
-            except ValueError as error:
-                mistakes[(("sweep",), str(error))] = None
-        try:
-            task = task_class.model_validate(resolved, context=code_context(allow_code))
-        except ValidationError as error:
-            for location, text in itertools.islice(_explain(error, task_class), MAX_MISTAKES):
-                swept = next((k for k in settings if f"{path_text(location)}.".startswith(f"{k}.")), None)
-                place: Location = ("sweep", "grid", swept) if swept and swept in values_grid else location
-                mistakes[(place, text)] = None
-            continue
-        identity = _identity(settings, _short)
+        identity = _identity(settings)
         if identities[identity] > 1:
-            identity = _identity(settings, _long)
+            identity = _identity(settings, whole=True)
+        try:
+            task = _task_of(task_class, values, settings, allow_code)
+        except ValidationError as error:
+            for place, text in itertools.islice(_explain(error, task_class), MAX_MISTAKES):
+                swept = next((key for key in sweep.grid if f"{path_text(place)}.".startswith(f"{key}.")), None)
+                mistakes[("sweep", "grid", swept) if swept else place, text] = None
+            continue
+        except ValueError as error:
+            mistakes[("sweep",), str(error)] = None
+            continue
         if len(identity.encode()) > MAX_NAME:
             text = f"the folder of the run {identity[:80]}... would have a name of more than {MAX_NAME} bytes"
-            mistakes[(("sweep",), f"{text}; vary less at once")] = None
+            mistakes[("sweep",), f"{text}; vary fewer settings"] = None
         if identity in runs:
-            mistakes[(("sweep",), f"the run {identity} appears twice")] = None
+            mistakes[("sweep",), f"the run {identity} appears twice"] = None
         runs[identity] = Run(identity, settings, task)
     if mistakes:
-        raise _report(mistakes, lines or {}, source)
+        raise report(mistakes)
     return list(runs.values())
 
 
-def set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, making blocks that are not there yet.
+def _task_of(task_class: type[Task], values: Settings, settings: Settings, allow_code: AllowCode) -> Task:
+    resolved = copy.deepcopy(values)
+    for key, value in settings.items():
+        _set_by_path(resolved, key, copy.deepcopy(value))
+    return task_class.model_validate(resolved, context={"allow_code": allow_code})
+
+
+def _set_by_path(values: Settings, key: str, value: Any) -> None:
+    """Set a dotted key, creating missing blocks.
 
     Raises:
         ValueError: if a part of the path is a plain value, or it has too many parts.
@@ -149,50 +193,14 @@ def set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def get_by_path(values: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key, None where there is none."""
-    here: Any = values
-    for part in key.split("."):
-        if not isinstance(here, Mapping) or part not in here:
-            return None
-        here = here[part]
-    return here
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: expected key=value, as in order=1 or penalty.weight=20")
+    """The value at a dotted key, None if there is none."""
     try:
-        set_by_path(values, key, parse_yaml(text))
-    except ValueError as error:
-        raise ConfigError(f"override {override!r}: {error}") from None
+        return functools.reduce(operator.getitem, key.split("."), values)
+    except (KeyError, TypeError):
+        return None
 
 
-def _combinations(sweep: Any, mistakes: dict[tuple[Location, str], None]) -> list[dict[str, Any]]:
-    """Every combination of settings of a sweep; one empty combination without a sweep."""
-    if sweep is None:
-        return [{}]
-    if not isinstance(sweep, dict):
-        mistakes[(("sweep",), "must be a block with grid: or list:")] = None
-        return [{}]
-    for key in sorted(sweep.keys() - {"grid", "list"})[:MAX_MISTAKES]:
-        mistakes[(("sweep", key), f"no such key; {suggest(key, ('grid', 'list'))}")] = None
-    grid, listed = sweep.get("grid", {}), sweep.get("list", [{}])
-    if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()):
-        mistakes[(("sweep", "grid"), "must map keys to lists of values, as in `order: [0, 1]`")] = None
-        grid = {}
-    if not isinstance(listed, list) or not listed or not all(isinstance(item, dict) for item in listed):
-        mistakes[(("sweep", "list"), "must be a list of blocks of settings, as in `- {method: doge, order: 0}`")] = None
-        listed = [{}]
-    count = len(listed) * math.prod(map(len, grid.values()))
-    if count > MAX_RUNS:
-        mistakes[(("sweep",), f"asks for {count:,} runs, at most {MAX_RUNS:,} are possible; split it")] = None
-        return [{}]
-    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return [{**item, **combination} for item in listed for combination in combinations]
-
-
-def _explain(error: ValidationError, task_class: type[BaseModel]) -> Iterator[tuple[Location, str]]:
+def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[Location, str]]:
     """Place and text of every mistake that pydantic found."""
     for found in error.errors(include_url=False):
         place: Location = tuple(found["loc"])
@@ -202,11 +210,11 @@ def _explain(error: ValidationError, task_class: type[BaseModel]) -> Iterator[tu
                 yield (*place, key), text
         elif isinstance(inner, ValidationError):
             # Of a block that was given as one word.
-            for _, text in _explain(inner, task_class):
+            for _, text in _explain(inner, model):
                 yield place, text
         elif found["type"] == "extra_forbidden":
-            model = _model_at(task_class, place[:-1])
-            yield place, f"no such key; {suggest(str(place[-1]), model.model_fields if model else ())}"
+            block = _model_at(model, place[:-1])
+            yield place, f"no such key; {suggest(str(place[-1]), block.model_fields if block else ())}"
         elif found["type"] == "missing":
             yield place, "this key is missing"
         elif found["type"] in ("literal_error", "enum") and isinstance(found["input"], str):
@@ -234,50 +242,39 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((m for a in typing.get_args(annotation) if (m := _model_in(a))), None)
 
 
-def _report(mistakes: Mapping[tuple[Location, str], None], lines: Mapping[Location, int], source: str) -> ConfigError:
-    def line_of(place: Location) -> str:
-        while place and place not in lines:
-            place = place[:-1]
-        return f"line {lines[place]}: " if place else ""
-
-    # What no single key is to blame for has no place.
-    listed = [f"  {line_of(place)}{path_text(place) or 'the run'}: {text}" for place, text in mistakes]
-    count = f"{len(listed)} mistake{'s' if len(listed) > 1 else ''}"
-    if len(listed) > MAX_MISTAKES:
-        listed[MAX_MISTAKES:] = [f"  and {len(listed) - MAX_MISTAKES} more"]
+def _report(mistakes: list[tuple[Location, str]], lines: Mapping[Location, int], source: str) -> ConfigError:
+    listed = []
+    for place, text in mistakes[:MAX_MISTAKES]:
+        known = next((place[:end] for end in range(len(place), 0, -1) if place[:end] in lines), None)
+        line = f"line {lines[known]}: " if known else ""
+        # A mistake that concerns several keys has no place.
+        listed.append(f"  {line}{path_text(place) or 'the run'}: {text}")
+    if len(mistakes) > MAX_MISTAKES:
+        listed.append(f"  and {len(mistakes) - MAX_MISTAKES} more")
+    count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
     return ConfigError(f"{source} cannot be used, {count}:\n" + "\n".join(listed))
 
 
-def _identity(settings: Mapping[str, Any], word: Callable[[Any], str]) -> str:
-    return ",".join(f"{_plain(key)}={word(value)}" for key, value in settings.items())
+def _identity(settings: Settings, *, whole: bool = False) -> str:
+    """The name of a run; of blocks only their `name`, or, where that is not unique, all their settings."""
+    return ",".join(f"{_plain(key)}={_word(value, whole)}" for key, value in settings.items())
 
 
-def _long(value: Any) -> str:
-    """As `_short`, with all settings of a block: for blocks of one name that differ in the rest."""
-    if not isinstance(value, dict):
-        return _short(value)
-    return "+".join([_short(value), *(f"{key}_{_long(inner)}" for key, inner in value.items() if key != "name")])
-
-
-def _short(value: Any) -> str:
-    """A value for a run's name."""
-    value = value.get("name", value) if isinstance(value, dict) else value
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return _plain(text)
+def _word(value: Any, whole: bool) -> str:
+    if isinstance(value, dict) and "name" in value and not whole:
+        return _word(value["name"], whole)
+    if isinstance(value, dict):
+        parts = {key: _word(inner, whole) for key, inner in value.items()}
+        return "+".join(part if key == "name" else f"{_plain(key)}_{part}" for key, part in parts.items())
+    return _plain(f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def _plain(text: str) -> str:
-    """Plain characters only, so that it is a folder on every system and below the one it is to be in."""
+    """Only characters that are safe in a folder's name on every system; no way out of the output folder."""
     return "".join(c if c.isalnum() or c in "._+-" else "_" for c in text)
 
 
-def _deep_copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _deep_copy(inner) for key, inner in value.items()}
-    return [_deep_copy(inner) for inner in value] if isinstance(value, list) else value
-
-
 def _count(value: Any) -> int:
-    """How many values a block holds, with itself."""
+    """How many values a block holds, itself included."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 1 + sum(map(_count, inner))

@@ -1,4 +1,4 @@
-"""Floor 7: pictures and graphs that lie inside pip packages, read from their files without a download.
+"""Floor 7: pictures and graphs from inside pip packages, read without a download.
 
 | name | what | package | terms |
 |---|---|---|---|
@@ -8,7 +8,7 @@
 | retina | medicine: eye ground, colour | scikit-image | CC0 |
 | microaneurysms | medicine: eye ground, green channel | scikit-image | CC0 |
 | immunohistochemistry | medicine: stained colon tissue | scikit-image | no known restrictions |
-| shepp_logan_phantom | medicine: test phantom of a head | scikit-image, BSD-3 | no terms of its own |
+| shepp_logan_phantom | medicine: test phantom of a head | scikit-image, BSD-3 | no terms stated |
 | counties | graph: US counties, unemployment in 2009 | bokeh-sampledata | public domain, see below |
 | minnesota | graph: roads of Minnesota | pygsp | BSD-3; David Gleich, MatlabBGL |
 
@@ -50,8 +50,7 @@ PICTURES = (
     "immunohistochemistry",
     "shepp_logan_phantom",
 )
-GRAPHS = ("counties", "minnesota")
-# bokeh-sampledata asks for pandas, shapely and more, of which its files need nothing.
+# The files need none of the dependencies of these packages (pandas, shapely and more).
 INSTALL = {
     "skimage": "pip install scikit-image",
     "bokeh_sampledata": "pip install --no-deps bokeh-sampledata",
@@ -60,7 +59,7 @@ INSTALL = {
 NOT_CONTIGUOUS = frozenset({"AK", "HI", "PR", "AS", "GU", "MP", "VI"})
 # Boundaries are stored to five decimals of a degree, about a metre.
 PLACES = 1e5
-# One common point is a corner where four counties meet, two are a border.
+# A single common point is a corner where four counties meet.
 BORDER_POINTS = 2
 
 
@@ -80,21 +79,13 @@ class Picture(Strict):
     grey: bool = False
 
     def check(self) -> None:
-        """Look for the name and the package.
-
-        Raises:
-            ValueError: if one of them is missing.
-        """
+        """Raise ValueError if the picture or its package is missing."""
         if self.name not in PICTURES:
             raise ValueError(f"there is no picture {self.name!r}: {suggest(self.name, PICTURES)}")
         require("skimage")
 
     def load(self) -> np.ndarray:
-        """`[height, width]` or `[height, width, channels]`, float64.
-
-        Raises:
-            ValueError: for an unknown name, a missing package, or a crop beyond the borders.
-        """
+        """`[height, width]` or `[height, width, channels]`, float64; ValueError as `check`, or for a bad crop."""
         self.check()
         import skimage.data
         from skimage.color import rgb2gray
@@ -104,9 +95,8 @@ class Picture(Strict):
         image = np.asarray(stored, np.float64) * (255.0 if stored.dtype.kind == "f" else 1.0)
         if self.crop is not None:
             top, left, height, width = self.crop
-            if min(top, left) < 0 or min(height, width) < 1 or top + height > image.shape[0] or (
-                left + width > image.shape[1]
-            ):  # fmt: skip
+            rows, columns = image.shape[:2]
+            if not (0 <= top < top + height <= rows and 0 <= left < left + width <= columns):
                 raise ValueError(f"the crop {self.crop} leaves {self.name}, which is {image.shape[:2]}")
             image = image[top : top + height, left : left + width]
         if self.grey and image.ndim == 3:
@@ -119,30 +109,21 @@ class Picture(Strict):
 
 @dataclasses.dataclass(frozen=True)
 class GraphData:
-    """A graph in the plane.
-
-    Attributes:
-        graph: its nodes in the order of everything else here.
-        positions: `[n, 2]`, x and y.
-        signal: `[n]`, NaN where nothing was observed; None if there is no measured signal.
-        unit: of the signal.
-        names: one a node, or empty.
-        polygons: for each node the rings of its outline, `[points, 2]` each; empty where nodes are points.
-    """
+    """A graph in the plane; everything else is in the order of its nodes."""
 
     graph: Graph
-    positions: np.ndarray
-    signal: np.ndarray | None = None
+    positions: np.ndarray  # [n, 2], x and y
+    signal: np.ndarray | None = None  # [n], NaN where nothing was observed; None without a measured signal
     unit: str = ""
     names: tuple[str, ...] = ()
-    polygons: tuple[tuple[np.ndarray, ...], ...] = ()
+    polygons: tuple[tuple[np.ndarray, ...], ...] = ()  # the rings of each outline, [points, 2]; empty for points
 
 
 class GraphSource(Strict):
     """A graph by name.
 
     Attributes:
-        name: one of `GRAPHS`.
+        name: "counties" or "minnesota".
         states: of the counties, postal abbreviations; empty for the 48 contiguous states and the capital.
     """
 
@@ -150,27 +131,19 @@ class GraphSource(Strict):
     states: tuple[str, ...] = Field(default=())
 
     def check(self) -> None:
-        """Look for the package.
-
-        Raises:
-            ValueError: if it is missing, or for states of a graph without any.
-        """
+        """Raise ValueError if the package is missing, or for states of a graph without states."""
         if self.states and self.name != "counties":
             raise ValueError(f"only the counties have states, given {self.states} with {self.name}")
         require("bokeh_sampledata" if self.name == "counties" else "pygsp")
 
     def load(self) -> GraphData:
-        """The graph and what belongs to it."""
+        """The graph with its data; ValueError as `check` and `load_counties`."""
         self.check()
         return load_counties(self.states) if self.name == "counties" else load_minnesota()
 
 
 def require(package: str) -> Path:
-    """The folder of an installed package, which is not imported.
-
-    Raises:
-        ValueError: if it is not installed, with the command that installs it.
-    """
+    """The folder of an installed package, without importing it; ValueError with the command that installs it."""
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise ValueError(f"the data needs the package {package}: {INSTALL[package]}")
@@ -178,9 +151,9 @@ def require(package: str) -> Path:
 
 
 def load_counties(states: tuple[str, ...] = ()) -> GraphData:
-    """Counties joined where their outlines share two points or more, with the unemployment rate of 2009 in percent.
+    """Counties, joined if their outlines share two points or more, with the unemployment rate of 2009 in percent.
 
-    One outline of the source, Caldwell County in Missouri, is too coarse to share a point: it stays alone.
+    Caldwell County in Missouri has no neighbour: its outline in the source is too coarse to share a point.
 
     Args:
         states: postal abbreviations; empty for the 48 contiguous states and the capital.
@@ -190,7 +163,7 @@ def load_counties(states: tuple[str, ...] = ()) -> GraphData:
     """
     folder = require("bokeh_sampledata") / "_data"
     wanted = {state.upper() for state in states}
-    # immutable: the folder may not be writable, and SQLite would look for a journal there.
+    # immutable: SQLite looks for no journal in the folder, which may not be writable.
     file = f"{(folder / 'geographic_boundaries.db').as_uri()}?immutable=1"
     with contextlib.closing(sqlite3.connect(file, uri=True)) as database:
         rows = database.execute("SELECT id, state, metadata, geometry FROM us_counties ORDER BY id").fetchall()
@@ -199,7 +172,7 @@ def load_counties(states: tuple[str, ...] = ()) -> GraphData:
         raise ValueError(f"no counties of {', '.join(sorted(wanted - known))}; known are {', '.join(sorted(known))}")
     rows = [row for row in rows if (row[1] in wanted if wanted else row[1] not in NOT_CONTIGUOUS)]
     rings = [list(_rings(row[3])) for row in rows]
-    # A city in the midst of a county borders on its hole; drawn after it, the city covers the filled outline.
+    # A city inside a county borders on its hole; drawn later, the city covers the filled outline.
     outlines = [tuple(ring for hole, ring in parts if not hole) for parts in rings]
     rates = _rates(folder / "unemployment09.csv.gz")
     return GraphData(
@@ -213,7 +186,7 @@ def load_counties(states: tuple[str, ...] = ()) -> GraphData:
 
 
 def _rates(file: Path) -> dict[str, float]:
-    """Percent by the county's five-digit code."""
+    """Rates in percent by the five-digit code of the county."""
     with gzip.open(file, "rt", encoding="utf-8") as stream:
         return {row[1] + row[2]: float(row[8]) for row in csv.reader(stream)}
 
@@ -238,7 +211,7 @@ def _rings(blob: bytes) -> Iterator[tuple[bool, np.ndarray]]:
 
 
 def _borders(rings: list[list[np.ndarray]]) -> np.ndarray:
-    """Pairs of areas whose outlines have at least two points in common, `[m, 2]`."""
+    """Pairs of areas whose outlines share at least `BORDER_POINTS` points, `[m, 2]`."""
     points = [np.unique(np.rint(np.concatenate(parts) * PLACES).astype(np.int64), axis=0) for parts in rings]
     owner = np.repeat(np.arange(len(points)), [len(p) for p in points])
     unique, column = np.unique(np.concatenate(points), axis=0, return_inverse=True)
@@ -264,12 +237,9 @@ def _centroid(parts: tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 def load_minnesota() -> GraphData:
-    """2,642 crossings joined by 3,304 roads, with one road added that joins the two components.
+    """2,642 crossings joined by 3,304 roads, one of them added to join the two components.
 
     Positions are degrees of longitude and latitude; there is no measured signal.
-
-    Raises:
-        ValueError: without the package.
     """
     from scipy.io import loadmat
 
@@ -277,6 +247,6 @@ def load_minnesota() -> GraphData:
     stored = loadmat(io.BytesIO(file.read_bytes()), spmatrix=False)
     upper = sparse.triu(stored["A"], 1).tocoo()
     edges = np.stack([upper.row, upper.col], axis=1).astype(np.int64)
-    # The road that pygsp adds as well: the file has one part of two crossings that nothing joins to the rest.
+    # pygsp adds this road too: in the file, two crossings are not joined to the rest.
     edges = np.concatenate([edges, [[348, 354]]])
     return GraphData(Graph.from_edges(edges, len(stored["xy"])), np.asarray(stored["xy"], np.float64))

@@ -1,10 +1,10 @@
-"""Floor 7: penalties, solvers and pruning methods named in a config, by short name or by the path of your own class.
+"""Floor 7: penalties, solvers and pruning methods in a config, by short name or by the path of your own class.
 
 penalty: {name: l1, weight: 10}
 penalty: {name: my_package.penalties.CappedL1, weight: 10, cap: 60}
 
-A path is imported, and importing runs whatever the module holds. A config may come from a stranger, so a path outside
-this package is imported only where the caller allows it: all of them, or those of the packages that he lists.
+Importing a path runs its module. A config may come from a stranger, so a path outside this package is imported only
+if the caller allows it: all paths, or those of the packages listed.
 """
 
 import difflib
@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import inspect
 import reprlib
-import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -49,32 +48,22 @@ SOLVERS: Mapping[str, Callable[..., Any]] = {
 
 
 def shortened(value: Any) -> str:
-    """A value as an error shows it, the middle of a long one left out."""
+    """A value for an error message, without the middle of a long one."""
     writer = reprlib.Repr()
     writer.maxlevel, writer.maxstring, writer.maxother = 3, 100, 100
     return writer.repr(value)
 
 
 def suggest(given: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the nearest known name, else the list of what is known."""
+    """`did you mean 'x'?` for the nearest known name, otherwise the list of known names."""
     return _suggest(given[:80], tuple(map(str, known)))
 
 
 @lru_cache(maxsize=4096)
 def _suggest(given: str, known: tuple[str, ...]) -> str:
-    # Kept: every run of a sweep has the same mistakes.
+    # Cached: every run of a sweep has the same mistakes.
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-
-
-def code_context(allow_code: AllowCode) -> dict[str, Any]:
-    """The pydantic context with which a block that holds a `Named` is validated."""
-    return {"allow_code": allow_code}
-
-
-def allowed_code(info: ValidationInfo) -> AllowCode:
-    """What the context of a validation allows; nothing without one."""
-    return (info.context or {}).get("allow_code", False)
 
 
 def may_import(path: str, allow_code: AllowCode) -> bool:
@@ -88,23 +77,17 @@ def may_import(path: str, allow_code: AllowCode) -> bool:
 def find_class(
     name: str, known: Mapping[str, Callable[..., Any]], kind: str, allow_code: AllowCode = False
 ) -> Callable[..., Any]:
-    """The class of a short name, or the one at a dotted path.
-
-    Args:
-        name: short name or path; classes of this package may always go by their path.
-        known: classes by short name.
-        kind: what it is, for messages.
-        allow_code: whether to import a path outside this package.
+    """The class of a short name, or the one at a dotted path; those of this package are always allowed.
 
     Raises:
         ValueError: if there is none, with the nearest known name; before any import, if the path is not allowed.
     """
     if name in known:
         return known[name]
-    _, dot, attribute = name.rpartition(".")
+    module_name, dot, attribute = name.rpartition(".")
     if not dot or not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(
-            f"unknown {kind} {name!r}: {suggest(name, known)}; your own class goes by its path, module.Class"
+            f"unknown {kind} {name!r}: {suggest(name, known)}; name your own class by its path, module.Class"
         )
     package = name.partition(".")[0]
     allowed = may_import(name, allow_code)
@@ -112,30 +95,23 @@ def find_class(
         raise ValueError(
             f"{name!r} is the path of a {kind} outside sparseopt: importing it runs whatever code its module holds, so "
             f"nothing was imported. If it is yours, or you trust who wrote it, allow it with --allow-code, or with "
-            f"--allow-package {package} for that installed package alone; in Python with allow_code=True or "
+            f"--allow-package {package} for that installed package only; in Python with allow_code=True or "
             f"allow_code=[{package!r}]"
         )
-    found = _import(name, kind)
-    # Of ours, classes alone: a function by its path would be called with whatever arguments a config holds.
-    if not allowed and not (isinstance(found, type) and found.__module__.partition(".")[0] == "sparseopt"):
-        raise ValueError(f"{kind} {name!r}: {attribute} is no class of sparseopt; name a class")
-    return found
-
-
-def _import(name: str, kind: str) -> Callable[..., Any]:
-    """What is at a dotted path."""
-    module_name, _, attribute = name.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{kind} {name!r}: no module {error.name!r}; modules are looked up among the installed packages and, with "
-            "--allow-code, in the current folder and beside the config"
+            "--allow-code, in the current folder and next to the config"
         ) from None
     found = getattr(module, attribute, None)
     if not callable(found):
         classes = [n for n, value in vars(module).items() if isinstance(value, type)]
         raise ValueError(f"{kind} {name!r}: {module_name} has no class {attribute!r}; {suggest(attribute, classes)}")
+    # Of this package only classes: a function would be called with whatever arguments a config holds.
+    if not allowed and not (isinstance(found, type) and found.__module__.partition(".")[0] == "sparseopt"):
+        raise ValueError(f"{kind} {name!r}: {attribute} is no class of sparseopt; name a class")
     return found
 
 
@@ -146,7 +122,7 @@ def file_digest(found: Callable[..., Any]) -> str:
 
 
 class Mistakes(ValueError):
-    """Several mistakes in one block of a config, each with the key it sits at."""
+    """Several mistakes in one block of a config, each with its key."""
 
     def __init__(self, found: list[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{key}: {text}" for key, text in found))
@@ -154,7 +130,9 @@ class Mistakes(ValueError):
 
 
 class Named(BaseModel):
-    """A class by name with its arguments; subclasses say which names are known and what the object must do.
+    """A class by name with its arguments; subclasses set the known names and the methods that the object must have.
+
+    Paths are imported as the pydantic context `{"allow_code": ...}` allows; without one, none is.
 
     Attributes:
         name: short name or dotted path; every other key is an argument of the class.
@@ -171,7 +149,7 @@ class Named(BaseModel):
     @model_validator(mode="after")
     def _arguments_fit(self, info: ValidationInfo) -> "Named":
         try:
-            found = find_class(self.name, self.known, self.kind, allowed_code(info))
+            found = find_class(self.name, self.known, self.kind, (info.context or {}).get("allow_code", False))
         except ValueError as error:
             raise Mistakes([("name", str(error))]) from error
         self._found = found
@@ -180,7 +158,7 @@ class Named(BaseModel):
         unknown = [] if open_ended else [key for key in self.arguments if key not in parameters]
         wrong = [(key, f"{self.name} has no such argument; {suggest(key, parameters)}") for key in unknown]
         plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        # An argument that a mistyped key stands for is one mistake, not two.
+        # A mistyped argument is one mistake, not an unknown and a missing one.
         meant = {near for key in unknown for near in difflib.get_close_matches(key, parameters, n=1)}
         wrong += [
             (key, f"{self.name} needs this argument, and it is missing")
@@ -196,29 +174,28 @@ class Named(BaseModel):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the class is called with."""
+        """The keyword arguments of the class."""
         return dict(self.__pydantic_extra__ or {})
 
     @property
     def label(self) -> str:
-        """For tables and legends: the class and its arguments."""
-        parts = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in
-                 self.arguments.items()]  # fmt: skip
-        return f"{self.name.rpartition('.')[2]}({', '.join(parts)})" if parts else self.name.rpartition(".")[2]
+        """The class and its arguments, for tables and legends."""
+        short = self.name.rpartition(".")[2]
+        given = self.arguments.items()
+        parts = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in given]
+        return f"{short}({', '.join(parts)})" if parts else short
 
     def build(self) -> Any:
         """The object."""
         return self._found(**self.arguments)
 
     def code_digest(self) -> str:
-        """A hash of the file that holds a class of yours; empty for the package's own."""
-        if self.name in self.known:
-            return ""
-        return file_digest(self._found)
+        """A hash of the file of your own class; empty for a known name."""
+        return "" if self.name in self.known else file_digest(self._found)
 
 
 def _has_method(found: Callable[..., Any], method: str) -> bool:
-    """Whether what a class makes has a method; every class can itself be called, which says nothing."""
+    """Whether instances of a class have a method; `callable` of the class itself says nothing about `__call__`."""
     if isinstance(found, type):
         return any(callable(vars(base).get(method)) for base in found.__mro__)
     return callable(getattr(found, method, None))
@@ -228,7 +205,7 @@ class PenaltyConfig(Named):
     """A penalty."""
 
     kind: ClassVar[str] = "penalty"
-    known: ClassVar[Mapping[str, Callable[..., Any]]] = types.MappingProxyType(PENALTIES)
+    known: ClassVar[Mapping[str, Callable[..., Any]]] = PENALTIES
     methods: ClassVar[tuple[str, ...]] = ("value", "prox")
 
 
@@ -236,5 +213,5 @@ class SolverConfig(Named):
     """A solver for `sparseopt.solve`."""
 
     kind: ClassVar[str] = "solver"
-    known: ClassVar[Mapping[str, Callable[..., Any]]] = types.MappingProxyType(SOLVERS)
+    known: ClassVar[Mapping[str, Callable[..., Any]]] = SOLVERS
     methods: ClassVar[tuple[str, ...]] = ("init", "step", "measure", "extract")

@@ -1,33 +1,47 @@
 """Floor 7: what an experiment is. A task is a typed config that knows its units of work, their records and pictures.
 
-A run executes the units of one resolved config, one record each; a unit whose record is on disk is not repeated.
-A report groups finished runs by task and lets the task's `draw` compare them.
+A run executes the units of one resolved config and writes a record for each; a unit with a record is not repeated.
+A report groups finished runs by task, and the task's `draw` compares them.
 """
 
+import difflib
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from sparseopt.experiments.names import AllowCode, find_class, shortened, suggest
+
+# The tasks that a config can name. Each is imported on use, because it may need the packages of an extra.
+TASKS = {
+    "denoise": "task_denoise.Denoise",
+    "convergence": "task_convergence.Convergence",
+    "graph_signal": "task_graph.GraphSignal",
+    "groups": "task_groups.Groups",
+    "prune": "task_prune.Prune",
+    "descent": "task_descent.Descent",
+}
 
 Record = dict[str, Any]
 Observer = Callable[[int, int, str], None]  # parts done, parts in all, what is being done
 
 
 class Strict(BaseModel):
-    """A config block: unknown keys are errors, values are checked as they are set, nothing changes afterwards."""
+    """A config block: unknown keys are errors, all values are checked, nothing changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class PaperFigure(Strict):
-    """A published figure, shown beside ours in the row of each run whose settings match.
+    """Published figures, shown next to ours in the row of each run whose settings match.
 
     Attributes:
-        match: settings by dotted path, as in `{method: doge, order: 1}`; every one must equal the run's.
-        values: the paper's figures by the name of our record's field.
+        match: settings by dotted path, as in `{method: doge, order: 1}`; all must equal those of the run.
+        values: the figures by the name of the field in our record.
     """
 
     match: dict[str, Any] = {}
@@ -35,12 +49,12 @@ class PaperFigure(Strict):
 
 
 class Paper(Strict):
-    """Where the original experiment is published, and what differs from it here.
+    """Where the original experiment is published, and what is different here.
 
     Attributes:
         source: authors, year, table or figure.
-        figures: the published numbers.
-        differs: a sentence for every setting that is not the paper's.
+        figures: the published figures.
+        differs: a sentence for every setting that is not that of the paper.
     """
 
     source: str
@@ -50,12 +64,7 @@ class Paper(Strict):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run is expected to need; None where nothing is known.
-
-    Attributes:
-        seconds: wall time on two CPU cores.
-        memory_bytes: peak resident memory.
-    """
+    """What a run is expected to need on two CPU cores: wall time and peak memory, None for unknown."""
 
     seconds: float | None = None
     memory_bytes: int | None = None
@@ -63,35 +72,30 @@ class Estimate:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run as a report and `Task.draw` see it.
-
-    Attributes:
-        folder: where it is.
-        task: its resolved config.
-        records: one a unit, in the order of the units.
-    """
+    """A finished run, for a report and `Task.draw`: a record for each unit, and the settings that its sweep varies."""
 
     folder: Path
     task: "Task"
     records: Sequence[Record]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Task(Strict, ABC):
-    """One experiment, resolved. Subclasses add their settings as fields and are listed in `tasks.TASKS`.
+    """One experiment, resolved. Subclasses add their settings as fields; a config names one in `TASKS`, or by path.
 
     Attributes:
-        name: short name; the folder of its runs.
+        name: short name, and the name of the folder of its runs.
         title: one line for people.
         task: the kind of task.
         seed: of everything random.
         paper: the original experiment, for a reproduction.
-        devices: how many to work on, or "all"; None for one. The result is the same up to rounding, so it is no part
-            of what tells one run from another.
-        columns: record fields worth a column in a report's table, in order (class attribute).
-        row_by: record fields that tell rows of one run apart; records that agree in them are repeats, and a
-            report gives their mean and spread (class attribute).
-        many_devices: whether `run_unit` can work on more than one device, and in several processes, all of which
-            call it (class attribute).
+        devices: how many to use, or "all"; None for one. The result is the same up to rounding, so this does not make
+            a different run.
+        columns: record fields that are columns of a report's table, in order (class attribute).
+        row_by: record fields that distinguish the rows of one run; records that agree in them are repeats, of which
+            a report gives mean and spread (class attribute).
+        many_devices: whether `run_unit` supports several devices, and several processes that all call it (class
+            attribute).
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
@@ -107,13 +111,13 @@ class Task(Strict, ABC):
 
     @abstractmethod
     def units(self) -> list[str]:
-        """Keys of the independent parts, each a short unique name fit for a file name."""
+        """Keys of the independent parts: short unique names that can be part of a file name."""
 
     @abstractmethod
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
-        """Do one part. Files go into `folder`, named after the key; the answer is a flat JSON-ready record.
+        """Do one part and return a flat record of JSON values. Files go into `folder`, named after the key.
 
-        Of several processes, which all call this, only the first writes: ask `processes.is_first()`.
+        If several processes call this, only the first may write: ask `processes.is_first()`.
 
         Raises:
             ValueError: for input that cannot be used.
@@ -121,24 +125,58 @@ class Task(Strict, ABC):
         """
 
     def check(self) -> None:
-        """Look at what a run will need (files, packages, names) before any work.
+        """Check what a run needs (files, packages, names) before any work.
 
         Raises:
-            ValueError: listing all that is missing.
+            ValueError: listing everything that is missing.
         """
 
     def inputs(self) -> dict[str, str]:
-        """Digests of what the units read and the settings only name, without fetching anything; part of a fingerprint.
+        """Digests of files that the settings name, for the fingerprint. Nothing is downloaded.
 
-        What cannot be read is left out: `check` says so.
+        What cannot be read is left out; `check` reports it.
         """
         return {}
 
     def estimate(self) -> Estimate:
-        """What the run will need, as far as that is known."""
+        """What the run needs, as far as that is known."""
         return Estimate()
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
-        """Pictures of one run or of many compared: matplotlib axes (or arrays of them) by a file stem."""
+        """Pictures of one run, or of several compared: matplotlib axes (or arrays of them) by the stem of the file."""
         return {}
+
+
+def find_task(kind: str, allow_code: AllowCode = False) -> type[Task]:
+    """The class of a name in `TASKS`, or the one at a dotted path.
+
+    Raises:
+        ValueError: for a path that is not that of a task, or not allowed.
+        ModuleNotFoundError: if a package of its extra is missing.
+    """
+    if kind not in TASKS:
+        found = find_class(kind, {}, "task", allow_code)
+        if not (isinstance(found, type) and issubclass(found, Task)):
+            raise ValueError(f"{kind} is no subclass of sparseopt.experiments.task.Task")
+        return found
+    module, name = TASKS[kind].split(".")
+    return getattr(importlib.import_module(f"sparseopt.experiments.{module}"), name)
+
+
+def nearest_task(kind: Any, allow_code: AllowCode = False) -> tuple[str | None, str | None]:
+    """The known task nearest to a config's `task`, if any, and what is wrong with the name, if anything."""
+    if kind is None:
+        return None, f"this key is missing; known tasks are {', '.join(TASKS)}"
+    if not isinstance(kind, str):
+        return None, f"must be the name of a task, given {shortened(kind)}; {suggest('', TASKS)}"
+    if kind in TASKS:
+        return kind, None
+    if "." in kind:
+        try:
+            find_task(kind, allow_code)
+        except ValueError as error:
+            return None, str(error)
+        return kind, None
+    near = difflib.get_close_matches(kind, TASKS, n=1)
+    return (near[0] if near else None), f"there is no task {shortened(kind)}; {suggest(kind, TASKS)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseopt.models.errors import ModelError
+from sparseopt.system.run_folder import RUN_FILES
 
 # Pickled files of torch and others. Loading a pickle runs whatever code is in it.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
@@ -22,8 +23,6 @@ TO_SAFETENSORS = (
 WEIGHTS = frozenset(
     (*PICKLES, ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".ot")
 )
-# Files of a pruning run beside the model, see `pruning.run_folder`.
-RUN_FILES = LOCK, RUN, RECORDS, SUMMARY = "run.lock", "run.json", "records.jsonl", "summary.json"
 
 # Most bytes of a file beside the weights, such as a tokenizer; the largest published ones have a tenth of that.
 MAX_FILE = 500 * 2**20

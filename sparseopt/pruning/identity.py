@@ -1,4 +1,4 @@
-"""Floor 6: the fingerprint of a pruning run: all that decides its result, by which a run is known again."""
+"""Floor 6: the fingerprint of a pruning run: everything that decides its result."""
 
 import dataclasses
 import hashlib
@@ -18,21 +18,20 @@ from sparseopt.models import PrunableModel, TorchModel
 from sparseopt.models.digest import Digest
 from sparseopt.pruning.recipe import Recipe, described
 from sparseopt.system.machine import versions
+from sparseopt.system.run_folder import Fingerprint
 
-# Other versions may round otherwise, and the result of an interrupted run is that of an uninterrupted one to the bit.
+# Another version may round differently, and a resumed run must give the result of an uninterrupted one, bit for bit.
 DECISIVE = ("sparseopt", "jax", "jaxlib", "numpy")
-# What runs the blocks, by the kind of model.
+# The packages that run the blocks, by the kind of model.
 FLAX_ROUTE, TORCH_ROUTE = ("flax",), ("torch", "transformers")
 TRAINING = ("optax",)
 
-Fingerprint = dict[str, Any]
-
 
 class Identity:
-    """Makes the fingerprints of the runs that share one pass over a model.
+    """The fingerprints of the runs that share one pass over a model.
 
     Attributes:
-        linears: the names of the linears of every block, as records have them.
+        linears: the names of the linears of every block, as in their records.
     """
 
     def __init__(self, model: PrunableModel, calibration: np.ndarray, heldout: np.ndarray) -> None:
@@ -48,11 +47,11 @@ class Identity:
 
     @cached_property
     def _weights(self) -> str:
-        """The source is read through for it, once."""
+        """A digest; the whole source is read for it, once."""
         return self._model.check_finite()
 
     def of(self, recipe: Recipe) -> Fingerprint:
-        """What decides every bit of the result of a recipe's run, as plain values."""
+        """What decides the result of a recipe's run, as plain JSON values."""
         found = versions()
         route = TORCH_ROUTE if isinstance(self._model, TorchModel) else FLAX_ROUTE
         decisive = (*DECISIVE, *route, *(TRAINING if recipe.reconstruction is not None else ()))
@@ -64,7 +63,7 @@ class Identity:
                     "tokens": self._tokens,
                     "recipe": recipe_identity(recipe),
                     "versions": {name: found[name] for name in decisive if name in found},
-                    # The kind of a CPU is its platform's name once more.
+                    # The kind of a CPU repeats the platform's name.
                     "device": " ".join(dict.fromkeys((device.platform, device.device_kind, platform.machine()))),
                 }
             )
@@ -72,7 +71,7 @@ class Identity:
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain values, with digests of what its text leaves out: the arrays and the code of your objects."""
+    """The recipe as plain values, with digests of what its text omits: the arrays and the code of your own objects."""
     own = (None if isinstance(recipe.method, str) else recipe.method, recipe.penalty)
     arrays = Digest()
     leaves = jax.tree_util.tree_leaves_with_path(own)
@@ -91,7 +90,7 @@ def _array(leaf: Any) -> np.ndarray:
 
 
 def _own_code(value: Any) -> Iterator[Any]:
-    """The classes and functions that a value is made of, without Python's and those of packages that are decisive."""
+    """The classes and functions that a value consists of, except those of Python and of the `DECISIVE` packages."""
     for kind in [inspect.unwrap(value)] if hasattr(value, "__qualname__") else type(value).__mro__:
         root = (getattr(kind, "__module__", None) or "builtins").partition(".")[0]
         if root == "__main__" or root not in {*DECISIVE, *sys.stdlib_module_names}:
@@ -109,7 +108,7 @@ def _own_code(value: Any) -> Iterator[Any]:
 
 
 def _source(part: Any) -> str:
-    """The source of a class or function; of a class without a file, as in a notebook, that of its functions."""
+    """The source of a class or function; for a class without a file, as in a notebook, that of its functions."""
     try:
         return inspect.getsource(part)
     except (OSError, TypeError):

@@ -1,15 +1,13 @@
 """Floor 6: what a pruning run tells: one record a layer, one report a run, as JSON lines and a summary."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from sparseopt.models.folder import RECORDS, SUMMARY
 from sparseopt.system import processes
-from sparseopt.system.files import append_line, write_whole
 from sparseopt.system.machine import environment
+from sparseopt.system.run_folder import append_record, write_summary
 
 
 @dataclass(frozen=True)
@@ -297,7 +295,7 @@ class RunLog:
             DiskError: if the disk does not take it.
         """
         if self._writes:
-            append_line(self._folder / RECORDS, json.dumps(fields))
+            append_record(self._folder, fields)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary.
@@ -305,6 +303,5 @@ class RunLog:
         Raises:
             DiskError: if the disk does not take it.
         """
-        # Whole or not there: a folder with a summary counts as finished.
         if self._writes:
-            write_whole(self._folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+            write_summary(self._folder, summary)

@@ -1,100 +1,64 @@
-"""Floor 6: the folder of a pruning run: whose it is, what it is a run of, and how far it has come.
+"""Floor 6: the run folder of pruning: a `system.run_folder` with a model in it.
 
-    run.lock     held by the process that writes; ends with it, however that ends
-    run.json     the fingerprint, see `identity`
-    summary.json     of a finished run
-    *.safetensors, records.jsonl     a block is finished when its shard and the records of all its linears are there
+    *.safetensors   a block is finished when its shard and the records of all its linears are there
 
-A run into a folder with the same fingerprint resumes after the last finished block, and a finished one is not repeated;
-with another fingerprint it is refused, and told what differs. Everything is written under another name and renamed, so
-what has its final name is whole.
+    with claimed(folders):                                         # one writer at a time, nothing else in them
+        if is_finished(folder, identity, recipe):
+            report = read_report(folder, identity, recipe)
+        else:
+            progress = progress_in(folder, identity, recipe)       # where to resume
+
+`progress.as_dict()` is plain JSON, which the first process tells to the others; `Progress.from_dict` reads it again.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparseopt.models import OUTER_TAG, ModelError, block_tag, shard_name
-from sparseopt.models.folder import LOCK, RECORDS, RUN, SUMMARY
 from sparseopt.models.packed import PACKED_INDEX
 from sparseopt.models.safetensors_file import read_header
-from sparseopt.pruning.identity import Fingerprint, Identity
+from sparseopt.pruning.identity import Identity
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import BlockRecord, LayerRecord, PruneReport
-from sparseopt.system.files import InUse, locked, refuse_links, temporary_of, write_whole
+from sparseopt.system import run_folder
+from sparseopt.system.run_folder import RUN, SUMMARY, FolderError, differences, read_start
 
 # A folder that holds one of these holds a whole model.
 INDEXES = ("model.safetensors.index.json", PACKED_INDEX)
 
 
-class FolderError(ModelError):
-    """An output folder that this run may not use; says why and what to do."""
-
-
 @contextlib.contextmanager
 def claimed(folders: Sequence[Path]) -> Iterator[None]:
-    """Hold every folder for one process, and look whether it can be used at all, before any work.
+    """Hold every folder for this process, and check that it can be used, before any work.
 
     Raises:
         FolderError: for a folder in use by another process, one with links, or one with anything but a run in it.
     """
     with contextlib.ExitStack() as held:
         for folder in folders:
-            held.enter_context(_locked(folder))
+            _check_entries(folder)
+            held.enter_context(run_folder.claimed(folder))
         yield
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        made = [place for place in (folder, *folder.parents) if not place.exists()]
-        entries = set() if made else {entry.name for entry in folder.iterdir()}
-        _check_entries(folder, entries)
-        folder.mkdir(parents=True, exist_ok=True)
-        refuse_links(folder)
-    except OSError as error:
-        raise _unusable(folder, error) from error
-    except ValueError as error:
-        raise FolderError(str(error)) from error
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(locked(folder / LOCK))
-        except InUse as owner:
-            raise FolderError(f"{folder} is in use by {owner}; wait for it, or choose another folder") from None
-        except OSError as error:
-            raise _unusable(folder, error) from error
-        try:
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
-            # A run that was refused leaves no trace.
-            with contextlib.suppress(OSError):
-                for place in made:
-                    place.rmdir()
-
-
-def _unusable(folder: Path, error: OSError) -> FolderError:
-    return FolderError(f"cannot use {folder} as output folder: {error.strerror}; choose another")
-
-
-def _holding_a_model(folder: Path, why: str = "") -> FolderError:
-    return FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it{why}")
-
-
-def _check_entries(folder: Path, entries: set[str]) -> None:
-    if entries & set(INDEXES) and RUN not in entries:
-        raise _holding_a_model(folder)
-    # The fingerprint's own temporary file is what a run leaves that was killed before it had written anything.
-    others = sorted(entries - {LOCK, temporary_of(Path(RUN)).name})
-    if others and RUN not in entries:
+def _check_entries(folder: Path) -> None:
+    names = run_folder.contents(folder)
+    if RUN in names:
+        return
+    if names & set(INDEXES):
+        raise _holds_a_model(folder)
+    if others := sorted(names):
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise FolderError(
-            f"the output folder {folder} is not empty (it holds {shown}), and no run was begun there; choose another "
-            "or empty it"
+            f"the output folder {folder} is not empty (it holds {shown}) and holds no run; choose another or empty it"
         )
+
+
+def _holds_a_model(folder: Path, why: str = "") -> FolderError:
+    return FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it{why}")
 
 
 @dataclass
@@ -113,30 +77,41 @@ class Progress:
     trained: list[BlockRecord] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
 
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of `records.jsonl`."""
+        return [record.as_dict() for record in self.layers] + [record.as_dict() for record in self.trained]
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as one process tells them to another."""
-        records = {name: [r.as_dict() for r in getattr(self, name)] for name in ("layers", "trained")}
-        return {"blocks": self.blocks, "tags": self.tags, **records}
+        """Plain JSON values."""
+        return {"blocks": self.blocks, "tags": self.tags, "records": self.records}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Progress":
-        """What `as_dict` told."""
-        layers = [LayerRecord.from_dict(record) for record in values["layers"]]
-        trained = [BlockRecord.from_dict(record) for record in values["trained"]]
-        return cls(values["blocks"], layers, trained, list(values["tags"]))
+        """The inverse of `as_dict`."""
+        return cls(values["blocks"], *_by_kind([_record_of(line) for line in values["records"]]), list(values["tags"]))
+
+
+def _record_of(values: Mapping[str, Any]) -> LayerRecord | BlockRecord:
+    return (LayerRecord if values["kind"] == "layer" else BlockRecord).from_dict(values)
+
+
+def _by_kind(records: Sequence[LayerRecord | BlockRecord]) -> tuple[list[LayerRecord], list[BlockRecord]]:
+    layers = [record for record in records if isinstance(record, LayerRecord)]
+    return layers, [record for record in records if isinstance(record, BlockRecord)]
 
 
 def is_finished(folder: Path, identity: Identity, recipe: Recipe) -> bool:
     """Whether the run of a recipe is finished in a claimed folder.
 
     Raises:
-        FolderError: if another run is, listing every difference, or if files of it are missing.
+        FolderError: if another run is finished there, listing every difference, or if files of it are missing.
     """
     # The summary comes last: a run that was killed between index and summary is finished once more.
     if not (folder / SUMMARY).is_file() or not any((folder / index).is_file() for index in INDEXES):
         return False
-    if different := _differences(_read_json(folder / RUN), identity.of(recipe)):
-        raise _holding_a_model(folder, f". Its run is another one, these differ:\n  {different}")
+    if different := differences(read_start(folder)["fingerprint"], identity.of(recipe)):
+        raise _holds_a_model(folder, "\n  ".join([". It is the result of another run, these differ:", *different]))
     read_report(folder, identity, recipe)
     return True
 
@@ -150,38 +125,43 @@ def read_report(folder: Path, identity: Identity, recipe: Recipe) -> PruneReport
     found = _read_progress(folder, identity.linears, recipe.pack)
     if found.blocks < len(identity.linears):
         missing = f"shard or records of block {found.blocks}" if found.tags else "the tensors outside the blocks"
-        raise _holding_a_model(folder, f". Its run is finished, but {missing} are missing or damaged")
-    summary = _read_json(folder / SUMMARY)
+        raise _holds_a_model(folder, f". Its run is finished, but {missing} are missing or damaged")
+    summary = run_folder.read_json(folder / SUMMARY)
     try:
         return PruneReport.from_summary(summary, folder, found.layers, found.trained)
     except (KeyError, TypeError) as error:
-        raise _holding_a_model(folder, f". Its {SUMMARY} is not that of a pruning run ({error})") from error
+        raise _holds_a_model(folder, f". Its {SUMMARY} is not that of a pruning run ({error})") from error
 
 
 def progress_in(folder: Path, identity: Identity, recipe: Recipe) -> Progress:
-    """Look at a claimed folder; a new one gets the fingerprint, an old one loses what belongs to no finished block.
+    """How far a run came in a claimed folder: a new one gets the fingerprint, an old one loses its unfinished block.
 
     Raises:
-        FolderError: if the run that was begun there is another one, listing every difference.
+        FolderError: if another run was started there, listing every difference.
     """
-    file, wanted = folder / RUN, identity.of(recipe)
-    if not file.is_file():
-        write_whole(file, json.dumps(wanted, indent=2) + "\n")
+    wanted = identity.of(recipe)
+    if not (folder / RUN).is_file():
+        run_folder.write_start(folder, wanted)
         return Progress()
-    if different := _differences(_read_json(file), wanted):
-        raise FolderError(
-            f"another run was begun in {folder}; choose another folder, empty this one, or go on with the same recipe, "
-            f"model and versions. These differ:\n  {different}"
+    if different := differences(read_start(folder)["fingerprint"], wanted):
+        text = (
+            f"another run was started in {folder}; choose another folder, empty this one, or use the same recipe, "
+            "model and versions to resume it. These differ:"
         )
+        raise FolderError("\n  ".join([text, *different]))
     found = _read_progress(folder, identity.linears, recipe.pack)
-    _drop_rest(folder, found, recipe.pack)
+    kept = {shard_name(tag, recipe.pack) for tag in found.tags}
+    for entry in folder.iterdir():
+        if entry.suffix in (".partial", ".tmp", ".safetensors") and entry.name not in kept:
+            entry.unlink()
+    run_folder.write_records(folder, found.records)
     return found
 
 
 def _read_progress(folder: Path, linears: Sequence[Sequence[str]], pack: bool) -> Progress:
     if not _is_whole(folder / shard_name(OUTER_TAG, pack)):
         return Progress()
-    layers, trained = _read_records(folder / RECORDS)
+    layers, trained = _by_kind(run_folder.read_records(folder, _record_of)[0])
     found = Progress(tags=[OUTER_TAG])
     for index, names in enumerate(linears):
         own = [record for record in layers if record.block == index]
@@ -195,62 +175,9 @@ def _read_progress(folder: Path, linears: Sequence[Sequence[str]], pack: bool) -
     return found
 
 
-def _drop_rest(folder: Path, progress: Progress, pack: bool) -> None:
-    kept = {shard_name(tag, pack) for tag in progress.tags}
-    for entry in folder.iterdir():
-        if entry.suffix in (".partial", ".tmp", ".safetensors") and entry.name not in kept:
-            entry.unlink()
-    records = [json.dumps(r.as_dict()) + "\n" for r in progress.layers]
-    records += [json.dumps(r.as_dict()) + "\n" for r in progress.trained]
-    write_whole(folder / RECORDS, "".join(records))
-
-
 def _is_whole(file: Path) -> bool:
     """Whether a shard is there with all its bytes; a renamed file is, unless the disk failed."""
     try:
         return file.is_file() and bool(read_header(file))
     except ModelError:
         return False
-
-
-def _differences(found: Fingerprint, wanted: Fingerprint) -> str:
-    """A line for each; empty for none."""
-    old, new = dict(_flat(found)), dict(_flat(wanted))
-    return "\n  ".join(
-        f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    )
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{name}" if prefix else name)
-    else:
-        yield prefix, value
-
-
-def _read_json(file: Path) -> Fingerprint:
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FolderError(f"{file} is no valid JSON ({error}); empty the folder and start again") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _read_records(file: Path) -> tuple[list[LayerRecord], list[BlockRecord]]:
-    """The records of a broken run; a line that was cut off ends them."""
-    layers: list[LayerRecord] = []
-    trained: list[BlockRecord] = []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-    for line in lines:
-        try:
-            values = json.loads(line)
-            if values["kind"] == "layer":
-                layers.append(LayerRecord.from_dict(values))
-            else:
-                trained.append(BlockRecord.from_dict(values))
-        except (ValueError, KeyError, TypeError):
-            break
-    return layers, trained

@@ -1,19 +1,20 @@
-"""Floor 8: what a person sees while experiments run: the sweep's bar, the run's bar, and a line as each run ends."""
+"""Floor 8: what a person sees of experiments: the plan, the progress of a sweep, and the tables of its results."""
 
 from collections.abc import Sequence
-from types import TracebackType
+from typing import Any
 
 from rich.table import Table
 
 from sparseopt.experiments.report import Section
-from sparseopt.experiments.runs import RECORDS, Outcome, State
+from sparseopt.experiments.runs import Outcome, State
 from sparseopt.experiments.sweep import Planned
 from sparseopt.experiments.task import Observer
 from sparseopt.shell.console import comparison_table, console, counting_bar, duration, say
+from sparseopt.system.run_folder import RECORDS
 
 
 class SweepProgress:
-    """Two bars on a terminal, runs and the units of the present run; elsewhere only the lines of ended runs."""
+    """On a terminal a bar of the runs and one of the units of the current run; elsewhere only a line for each run."""
 
     def __init__(self, runs: int) -> None:
         self._bar = counting_bar(console)
@@ -24,13 +25,10 @@ class SweepProgress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: Any) -> None:
         self._bar.stop()
 
     def observer(self, planned: Planned) -> Observer:
-        """The observer of one run."""
         self._bar.reset(self._units, description=name_of(planned), visible=True)
 
         def observe(done: int, total: int, text: str) -> None:
@@ -39,7 +37,6 @@ class SweepProgress:
         return observe
 
     def ended(self, planned: Planned, outcome: Outcome) -> None:
-        """One line for a run that ended."""
         self._bar.advance(self._runs)
         for line in outcome.lost:
             file = outcome.folder / RECORDS
@@ -58,7 +55,7 @@ def name_of(planned: Planned) -> str:
 
 
 def plan_table(planned: Sequence[Planned]) -> Table:
-    """What would run, and what that is expected to take."""
+    """What would run, with the time and memory that it is expected to take."""
     rows = []
     for p in planned:
         seconds, memory = p.estimate.seconds, p.estimate.memory_bytes
@@ -76,7 +73,7 @@ def plan_table(planned: Sequence[Planned]) -> Table:
 
 
 def plan_line(planned: Sequence[Planned]) -> str:
-    """The sum of the plan in one line."""
+    """The plan in one line."""
     left = [p for p in planned if p.state is not State.FINISHED]
     known = [p.estimate.seconds for p in left if p.estimate.seconds is not None]
     time = f"about {duration(sum(known))}" if known else "time unknown"
@@ -90,10 +87,10 @@ def plan_line(planned: Sequence[Planned]) -> str:
 
 
 def section_tables(section: Section, width: int) -> list[Table]:
-    """A report's section as tables that fit a terminal: the names of the rows stand before each part's figures."""
+    """A section as tables that fit a terminal; each part repeats the names of the rows."""
     headings, cells = section.table()
     labels = len(section.labels())
-    # Figures are never broken, headings between their words; a column adds two blanks and a line.
+    # Figures are never broken, headings only between words; a column adds two blanks and a line.
     widths = [
         3 + max(len(word) for word in (*heading.split(), *(line[index] for line in cells)))
         for index, heading in enumerate(headings)
@@ -114,7 +111,7 @@ def section_tables(section: Section, width: int) -> list[Table]:
         for column, index in zip(table.columns, shown, strict=True):
             column.overflow = "fold"
             if spare >= 0:
-                # Fixed: rich would break words to make room for whole headings elsewhere. What is left goes to those.
+                # Fixed, because rich would break words to make room for headings elsewhere.
                 more = max(0, min(spare, 3 + len(headings[index]) - widths[index]))
                 column.width = widths[index] - 3 + more
                 spare -= more

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 import sparseopt as so
 from sparseopt.experiments.config import ConfigError, load_config
-from sparseopt.experiments.names import PenaltyConfig, code_context, find_class, may_import
+from sparseopt.experiments.names import PenaltyConfig, find_class, may_import
 from sparseopt.experiments.report import gather
 from sparseopt.experiments.runs import execute
 
@@ -117,7 +117,7 @@ def test_classes_of_ours_always_go_by_their_path_and_nothing_else_of_ours_does()
 
 def test_what_was_validated_is_what_is_built(monkeypatch):
     own = PenaltyConfig.model_validate(
-        {"name": "tests.experiments.toy.CappedL1", "weight": 2.0}, context=code_context(True)
+        {"name": "tests.experiments.toy.CappedL1", "weight": 2.0}, context={"allow_code": True}
     )
     monkeypatch.delitem(sys.modules, "tests.experiments.toy")
     assert type(own.build()).__name__ == "CappedL1"

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from sparseopt.experiments import comparison, plots, task_prune
+from sparseopt.experiments import comparison, plots, runs, task_prune
 from sparseopt.experiments.config import ConfigError
 from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
@@ -201,20 +201,20 @@ def test_a_perplexity_that_is_not_finite_is_said_so(tmp_path, settings, monkeypa
 def test_another_folder_is_refused_with_what_differs(tmp_path, settings, finished, monkeypatch):
     output, _ = finished
     for changes, expected in (
-        ({"samples": 4, "seed": 7}, r"(?s)seed: 0 there, 7 given.*samples: 3 there, 4 given.*another --output"),
-        ({"weighting": "residual"}, "weighting: uniform there, residual given"),
-        ({"source": "elsewhere"}, "source: .*source there, elsewhere given"),
+        ({"samples": 4, "seed": 7}, r"(?s)samples: 3 there, 4 here.*seed: 0 there, 7 here.*another --output"),
+        ({"weighting": "residual"}, "weighting: 'uniform' there, 'residual' here"),
+        ({"source": "elsewhere"}, "source: .*source' there, 'elsewhere' here"),
     ):
         with pytest.raises(ValueError, match=expected):
             compared(output, settings, **changes)
     with pytest.raises(ValueError, match=r"text\.txt is a file; give --output a folder"):
         compared(Path(settings["calibration"].removeprefix("file:")), settings)
-    monkeypatch.setattr(comparison, "code_digest", lambda: "other")
-    with pytest.raises(ValueError, match=r"sparseopt itself: .* there, other code of .* here"):
+    monkeypatch.setattr(runs, "code_digest", lambda: "other")
+    with pytest.raises(ValueError, match=r"code: 'sparseopt .*' there, 'sparseopt .*, sources other' here"):
         compared(output, settings)
     copied = shutil.copytree(output, tmp_path / "out")
     (copied / "cells" / "method=dense" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run\.json is no JSON text; remove the folder"):
+    with pytest.raises(ValueError, match=r"run\.json is not valid JSON .*; empty the folder"):
         compared(copied, settings)
 
 
@@ -245,21 +245,22 @@ def test_a_ridge_goes_to_the_methods_that_have_one_and_presets_that_change_nothi
 @pytest.mark.parametrize(
     ("lists", "expected"),
     [
-        (("", "0.5", "2:4"), "--methods is empty; expected a list with commas between, as in best"),
-        (("wanda,,best", "0.5", "2:4"), "--methods: nothing stands between two commas"),
-        (("wanda,best,wanda:paper", "0.5", "2:4"), "--methods: wanda:paper is given twice, under this name or another"),
-        (("wanda,dense", "0.5", "2:4"), "dense is always measured and stands first; leave it out"),
-        (("wanda", "0.5,1", "2:4"), r"--sparsity: a share of zeros lies in \[0, 1\), given 1; 0.5 keeps"),
+        (("", "0.5", "2:4"), r"--methods: an empty place in \[''\]; expected a comma-separated list such as best"),
+        (("wanda,,best", "0.5", "2:4"), r"--methods: an empty place in \['wanda', '', 'best'\]"),
+        (("wanda,best,wanda:paper", "0.5", "2:4"), "the run method=wanda,pattern=2_4 appears twice"),
+        (("wanda,dense", "0.5", "2:4"), "dense is always measured, as the first row; leave it out"),
+        (("wanda", "0.5,1", "2:4"), r"--sparsity: expected shares of zeros in \[0, 1\), .*, given 1"),
         (("wanda", "0.5,nan", "2:4"), "given nan"),
-        (("wanda", "half", "2:4"), "--sparsity: expected shares of zeros .* given 'half'"),
-        (("wanda", "0.5,.50", "2:4"), "--sparsity: 0.5 is given twice"),
-        (("wanda", "0.5", "2:x"), "--pattern: unknown pattern '2:x'; known are"),
-        (("wanda", "7", "2:4,2:4"), r"(?s)--sparsity.*given 7.*--pattern: 2:4 is given twice"),
+        (("wanda", "half", "2:4"), "--sparsity: expected shares of zeros .* given half"),
+        (("wanda", "0.5,.50", "per-row"), "the run method=wanda,pattern=per-row,sparsity=0.5 appears twice"),
+        (("wanda", "0.5", "2:x"), "pattern: unknown pattern '2:x'; known are"),
+        (("wanda", "0.5", "2:4,2:4"), "the run method=wanda,pattern=2_4 appears twice"),
+        (("dense", "7,8", ""), r"(?s)--pattern: an empty.*given 7.*given 8.*--methods: dense"),
     ],
 )
 def test_mistakes_in_the_lists_are_named_together(lists, expected):
     with pytest.raises(ValueError, match=expected):
-        comparison.read_lists(*lists)
+        comparison.build("elsewhere", *comparison.read_lists(*lists))
 
 
 def test_the_peak_of_memory_begins_anew_with_each_cell():

@@ -14,16 +14,16 @@ import yaml
 
 from sparseopt.experiments.config import expand
 from sparseopt.experiments.runs import (
-    FolderInUse,
     State,
     execute,
     fingerprint,
     load_run,
-    recover_records,
+    records_in,
     state_of,
 )
 from sparseopt.experiments.sweep import check_all, parse_shard, plan, run_all, take_shard
 from sparseopt.shell.show_experiments import SweepProgress
+from sparseopt.system.run_folder import FolderInUse
 
 TOY = "tests.experiments.toy.Toy"
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_a_finished_run_is_kept_unless_asked(tmp_path):
 def test_other_settings_never_overwrite_and_titles_do_not_count(tmp_path):
     execute(toy(), tmp_path, quiet)
     kept = (tmp_path / "toy" / "records.jsonl").read_text()
-    with pytest.raises(ValueError, match="give another --output, or --again"):
+    with pytest.raises(ValueError, match=r"\(settings.scale: 1.0 there, 2.0 here\); give another --output, or --again"):
         execute(toy(scale=2.0), tmp_path, quiet)
     assert (tmp_path / "toy" / "records.jsonl").read_text() == kept
     assert execute(toy(title="another title"), tmp_path, quiet).done == 0
@@ -85,10 +85,35 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "thesis.tex").write_text("years")
     run = toy()
-    assert state_of(tmp_path / "toy", fingerprint(run.task)) is State.OTHER
+    state, why = state_of(tmp_path / "toy", fingerprint(run.task))
+    assert (state, why) == (State.OTHER, f"{tmp_path / 'toy'} holds no run: it has no run.json")
     with pytest.raises(ValueError, match="nothing was run"):
         check_all(plan([run], tmp_path), again=False)
     assert (tmp_path / "toy" / "thesis.tex").read_text() == "years"
+
+
+def in_the_layout_of_version_0_1_0(folder):
+    """A finished folder as that version wrote it: no format, the fingerprint a hash, the lock left behind."""
+    start = json.loads((folder / "run.json").read_text())
+    del start["format"]
+    (folder / "run.json").write_text(json.dumps(start | {"fingerprint": "0123456789abcdef"}, indent=2) + "\n")
+    (folder / ".lock").touch()
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_folder_of_version_0_1_0_is_refused_with_what_to_do(tmp_path):
+    run, folder = toy(), tmp_path / "toy"
+    execute(run, tmp_path, quiet)
+    before = in_the_layout_of_version_0_1_0(folder)
+    text = r"has the format of sparseopt 0\.1\.0.*finish or read it with the version that wrote it, or choose another"
+    with pytest.raises(ValueError, match=rf"{text} folder; give another --output, or --again"):
+        check_all(plan([run], tmp_path), again=False)
+    with pytest.raises(ValueError, match=text):
+        execute(run, tmp_path, quiet)
+    with pytest.raises(ValueError, match=rf"cannot be read: .*{text}"):
+        load_run(folder, allow_code=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert execute(run, tmp_path, quiet, again=True).done == 4
 
 
 def test_a_failed_run_keeps_its_records_and_the_others_go_on(tmp_path):
@@ -96,9 +121,9 @@ def test_a_failed_run_keeps_its_records_and_the_others_go_on(tmp_path):
     outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda planned: quiet)
     assert "RuntimeError: the toy broke" in outcomes[0].error
     assert (outcomes[0].folder / "error.txt").read_text().startswith("unit-2: RuntimeError")
-    assert len(recover_records(outcomes[0].folder)[0]) == 2
+    assert len(records_in(outcomes[0].folder)[0]) == 2
     assert outcomes[1].error is None
-    assert state_of(outcomes[0].folder, fingerprint(runs[0].task)) is State.BROKEN
+    assert state_of(outcomes[0].folder, fingerprint(runs[0].task)) == (State.UNFINISHED, "")
 
 
 def test_a_line_cut_in_the_middle_is_done_again_and_a_doubled_one_counts_once(tmp_path):
@@ -110,7 +135,7 @@ def test_a_line_cut_in_the_middle_is_done_again_and_a_doubled_one_counts_once(tm
     lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
     (folder / "records.jsonl").write_text(lines[0] + lines[0] + lines[1] + lines[2][:9])
     assert execute(run, tmp_path, quiet).done == 2
-    assert [r["unit"] for r in recover_records(folder)[0]] == ["unit-0", "unit-1", "unit-2", "unit-3"]
+    assert list(records_in(folder)[0]) == ["unit-0", "unit-1", "unit-2", "unit-3"]
     assert len(log.read_text().splitlines()) == 6
 
 
@@ -138,14 +163,14 @@ def test_a_torn_line_among_others_is_named_and_its_unit_alone_run_again(tmp_path
     outcomes = sweep()
     assert [(outcome.done, outcome.lost) for outcome in outcomes] == [(1, (2,)), (0, ())]
     assert log.read_text().splitlines()[8:] == ["2 unit-1"]
-    assert [r["value"] for r in load_run(folder, allow_code=True)[0].records] == [0, 4, 6, 2]
+    assert [r["value"] for r in load_run(folder, allow_code=True).records] == [0, 4, 6, 2]
     said = " ".join(capsys.readouterr().out.split())
     assert f"line 2 of {folder / 'records.jsonl'} held no record; its unit was run again" in said
 
 
 @pytest.mark.parametrize(
     ("whole_files", "left", "state"),
-    [(0, {".run.json.tmp"}, State.NEW), (1, {"run.json", ".config.yaml.tmp"}, State.BROKEN)],
+    [(0, {".run.json.tmp"}, State.NEW), (1, {"run.json", ".config.yaml.tmp"}, State.UNFINISHED)],
 )
 def test_a_start_killed_before_its_first_unit_is_made_good(tmp_path, monkeypatch, whole_files, left, state):
     replace, done = Path.replace, []
@@ -161,11 +186,11 @@ def test_a_start_killed_before_its_first_unit_is_made_good(tmp_path, monkeypatch
         patch.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             execute(run, tmp_path, quiet)
-    assert {file.name for file in folder.iterdir()} == {".lock", *left}
-    assert state_of(folder, fingerprint(run.task)) is state
+    assert {file.name for file in folder.iterdir()} == left
+    assert state_of(folder, fingerprint(run.task))[0] is state
     outcome = execute(run, tmp_path, quiet)
     assert (outcome.done, outcome.error) == (4, None)
-    assert load_run(folder, allow_code=True)[0].task == run.task
+    assert load_run(folder, allow_code=True).task == run.task
     assert not list(folder.glob(".*.tmp"))
 
 
@@ -207,7 +232,7 @@ def test_a_sweep_killed_again_and_again_loses_and_doubles_nothing(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
     def finished_units():
-        return sum(len(recover_records(f.parent, mend=False)[0]) for f in output.rglob("records.jsonl"))
+        return sum(len(records_in(f.parent)[0]) for f in output.rglob("records.jsonl"))
 
     for stop_at in (3, 8, 12):
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
@@ -217,9 +242,7 @@ def test_a_sweep_killed_again_and_again_loses_and_doubles_nothing(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     survived = {
-        (folder.parent.name, record["unit"])
-        for folder in output.rglob("records.jsonl")
-        for record in recover_records(folder.parent, mend=False)[0]
+        (folder.parent.name, unit) for folder in output.rglob("records.jsonl") for unit in records_in(folder.parent)[0]
     }
     executions_before = Counter(log.read_text().splitlines())
     last = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -15,8 +15,8 @@ from sparseopt.pruning.blocked import join_reports, kept_by_row, largest_by_row,
 from sparseopt.pruning.layer import check_answer, layer_solver
 from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, Wanda
 from sparseopt.pruning.patterns import count_groups, parse_pattern
-from sparseopt.pruning.run_folder import RECORDS
 from sparseopt.shell.show_pruning import run_lines
+from sparseopt.system.run_folder import RECORDS
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import error_of, make_layer
 from tests.pruning.test_resumption import Broken, breaking_at, model_bytes

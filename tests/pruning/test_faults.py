@@ -23,9 +23,9 @@ from sparseopt.models import ModelError, open_model
 from sparseopt.pruning import LayerRecord, PruningError, Recipe, activations, prune_model
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.nonfinite import nonfinite_windows
-from sparseopt.pruning.run_folder import RECORDS, FolderError
 from sparseopt.shell.prune import RESUMABLE
 from sparseopt.system.files import DiskError
+from sparseopt.system.run_folder import RECORDS, FolderError
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 from tests.pruning.test_resumption import model_bytes

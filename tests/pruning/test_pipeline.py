@@ -14,6 +14,7 @@ from sparseopt.pruning import PruningError, Recipe, audit_sparsity, perplexity, 
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner, gather_grams
 from sparseopt.pruning.reports import Footprint
+from sparseopt.system.run_folder import FolderError
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.tiers import often
 
@@ -244,7 +245,7 @@ def test_overflowing_activations_name_the_block(tmp_path, rng, recipe):
 def test_an_output_folder_that_holds_something_is_left_alone(tmp_path, source, recipe):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
-    with pytest.raises(ModelError, match=r"not empty \(it holds thesis.tex\)"):
+    with pytest.raises(FolderError, match=r"not empty \(it holds thesis.tex\)"):
         prune_model(source, tmp_path / "out", recipe)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 

@@ -1,4 +1,4 @@
-"""Runs that are broken off: what is finished stays, the rest is made again, and the result is the same to the bit."""
+"""Interrupted runs: what is finished stays, the rest is computed again, and the result is identical."""
 
 import dataclasses
 import fcntl
@@ -16,10 +16,10 @@ import pytest
 
 from sparseopt.pruning import LayerRecord, Recipe, Stopped, budget, prune_model, prune_models
 from sparseopt.pruning.reports import Replay
-from sparseopt.pruning.run_folder import LOCK, RECORDS, RUN, FolderError
 from sparseopt.shell import show_pruning
 from sparseopt.shell.prune import RESUMABLE, stop_asked
 from sparseopt.system.files import temporary_of
+from sparseopt.system.run_folder import LOCK, RECORDS, RUN, FolderError, write_start
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
 
@@ -56,16 +56,16 @@ def breaking_at(count):
 
 
 def model_bytes(folder: Path) -> dict[str, bytes]:
-    """What makes the model, without the account of seconds."""
+    """The files of the model itself."""
     accounts = (RUN, RECORDS, "summary.json", LOCK)
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in accounts}
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_a_run_broken_off_anywhere_gives_the_same_bytes(tmp_path, source, tokens, name):
+def test_a_run_interrupted_anywhere_gives_the_same_bytes(tmp_path, source, tokens, name):
     recipe = Recipe(calibration=tokens, heldout_samples=2, **RECIPES[name])
     whole = prune_model(source, tmp_path / "whole", recipe)
-    # Seven linears a block: in the first block, at the end of the second, and in the third.
+    # A block has seven linears: in the first block, at the end of the second, and in the third.
     for count in (3, 14, 16):
         with pytest.raises(Broken):
             prune_model(source, tmp_path / "broken", recipe, observer=breaking_at(count))
@@ -98,7 +98,7 @@ def test_half_a_record_and_a_shard_without_records_are_made_again(tmp_path, sour
     assert model_bytes(folder) == model_bytes(tmp_path / "whole")
 
 
-def test_several_recipes_of_one_pass_go_on_each_from_its_own_block(tmp_path, source, tokens):
+def test_several_recipes_of_one_pass_resume_each_from_its_own_block(tmp_path, source, tokens):
     recipes = [Recipe(sparsity=s, method="wanda", calibration=tokens, heldout_samples=0) for s in (0.5, 0.75)]
     for recipe in recipes:
         prune_model(source, tmp_path / f"whole-{recipe.sparsity}", recipe)
@@ -130,9 +130,22 @@ def test_another_run_in_the_folder_is_refused_and_told_what_differs(tmp_path, so
         source = write_folder(tmp_path / "other", tiny_config(), tensors)
     if changes.get("calibration"):
         changes["calibration"] = tokens[::-1].copy()
-    with pytest.raises(FolderError, match=rf"another run was begun.*choose another folder[\s\S]*{named}"):
+    with pytest.raises(FolderError, match=rf"another run was started.*choose another folder[\s\S]*{named}"):
         prune_model(source, tmp_path / "out", Recipe(**(fields | changes)))
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_folder_of_version_0_1_0_is_refused_with_what_to_do(tmp_path, finished, source, tokens, complete):
+    shutil.copytree(finished, tmp_path / "out")
+    start = json.loads((tmp_path / "out" / RUN).read_text())
+    (tmp_path / "out" / RUN).write_text(json.dumps(start["fingerprint"], indent=2))  # that version's layout
+    if not complete:
+        (tmp_path / "out" / "summary.json").unlink()
+    before = written(tmp_path / "out")
+    with pytest.raises(FolderError, match=r"the format of sparseopt 0\.1\.0.*finish or read it with the version that"):
+        prune_model(source, tmp_path / "out", Recipe(method="magnitude", calibration=tokens))
+    assert written(tmp_path / "out") == before
 
 
 def test_a_run_killed_before_its_summary_is_finished_once_more(tmp_path, source, tokens):
@@ -163,7 +176,7 @@ def test_a_finished_run_is_not_run_again_and_its_report_returned(tmp_path, sourc
     recipe = Recipe(method="magnitude", calibration=tokens, reconstruct=1, pack=True)
     report = prune_model(source, tmp_path / "out", recipe)
     before, told = written(tmp_path / "out"), []
-    # What the machine has left by now is nothing to a run with nothing to do.
+    # A finished run needs no room.
     monkeypatch.setattr(budget.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     again = prune_model(source, tmp_path / "out", recipe, observer=lambda event, _: told.append(event))
     assert again.kept
@@ -193,7 +206,7 @@ def test_of_several_recipes_those_that_are_finished_are_left_out_of_the_pass(tmp
         (lambda folder: os.truncate(folder / RECORDS, 900), "shard or records of block 0 are missing"),
         (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json is not that of a pruning run"),
         (lambda folder: (folder / RUN).unlink(), ""),
-        (lambda folder: (folder / RUN).write_text('{"weights": "another"}'), "weights: 'another' there"),
+        (lambda folder: write_start(folder, {"weights": "another"}), "weights: 'another' there"),
     ],
 )
 def test_a_finished_folder_that_is_not_the_same_run_is_left_as_it_is(tmp_path, finished, source, tokens, spoil, named):
@@ -231,7 +244,7 @@ def test_a_refused_run_leaves_no_folder_behind(tmp_path, source, tokens):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_asked_to_stop_ends_behind_a_block_and_goes_on(tmp_path, source, tokens):
+def test_a_run_asked_to_stop_ends_after_a_block_and_resumes(tmp_path, source, tokens):
     recipe = Recipe(method="wanda", calibration=tokens)
     prune_model(source, tmp_path / "whole", recipe)
     asked = iter([False, True])
@@ -265,7 +278,7 @@ prune_model(source, output, Recipe(method="wanda", calibration=np.load(tokens), 
 
 
 @pytest.mark.processes
-def test_a_killed_process_loses_nothing_but_the_block_in_hand(tmp_path, source, tokens):
+def test_a_killed_process_loses_only_the_current_block(tmp_path, source, tokens):
     np.save(tmp_path / "tokens.npy", tokens)
     arguments = [source, tmp_path / "out", tmp_path / "tokens.npy", 17]
     killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], check=False, capture_output=True)

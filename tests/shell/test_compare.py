@@ -102,7 +102,7 @@ def test_where_nothing_was_pruned_the_missing_picture_is_explained(compare, monk
     ("arguments", "lists", "expected"),
     [
         ([], {"methods": "wunda"}, "unknown method 'wunda': did you mean 'wanda'?"),
-        ([], {"sparsity": "0.5,50"}, "--sparsity: a share of zeros lies in [0, 1), given 50"),
+        ([], {"sparsity": "0.5,50"}, "--sparsity: expected shares of zeros in [0, 1), as in 0.5,0.6, given 50"),
         (["--pattern", "5:6"], {}, "pattern '5:6' needs a number of inputs divisible by 6"),
         (["--weighting", "residul"], {}, "weighting: 'residul' is not known; did you mean 'residual'?"),
         (["--text", "file:/nowhere"], {}, "cannot read the text file /nowhere"),
@@ -119,7 +119,7 @@ def test_another_calibration_is_refused_and_more_methods_join(compare):
     compare(methods="wanda", sparsity="0.5")
     status, _, err = compare("--samples", 4, methods="wanda", sparsity="0.5")
     assert status == 2
-    assert "holds a comparison with other settings: samples: 3 there, 4 given give another --output" in err
+    assert "holds a comparison with other settings: samples: 3 there, 4 here give another --output" in err
     status, out, _ = compare(methods="magnitude,wanda", sparsity="0.5")
     assert status == 0
     assert (out.count("kept "), out.count("done ")) == (2, 1)

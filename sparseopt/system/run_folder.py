@@ -1,0 +1,221 @@
+"""Floor 0: the folder of a run, of pruning and of experiments alike; it is whole at every moment.
+
+    run.lock        held by the process that writes; the system releases it when that process ends, however it ends
+    run.json        the format, the fingerprint (all that decides the result) and facts about the start; written first
+    records.jsonl   one JSON line for each finished piece of work
+    summary.json    written last: a folder that has one holds a finished run
+
+    with claimed(folder):
+        if contents(folder):
+            different = differences(read_start(folder)["fingerprint"], fingerprint)
+        else:
+            write_start(folder, fingerprint)
+        records, torn = read_records(folder, parse)
+        append_record(folder, record)
+        write_summary(folder, summary)
+
+A run with the same fingerprint resumes, one with another is refused and told what differs. Every write raises
+`DiskError` if the disk does not take it, and leaves what was there.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sparseopt.system.files import append_line, temporary_of, write_whole
+
+RUN_FILES = LOCK, RUN, RECORDS, SUMMARY = "run.lock", "run.json", "records.jsonl", "summary.json"
+# Of the layout above. Version 0.1.0 wrote no number.
+FORMAT = 2
+
+Fingerprint = dict[str, Any]
+_Record = TypeVar("_Record")
+
+
+class FolderError(ValueError):
+    """A folder that a run may not use; the text says why and what to do."""
+
+
+class FolderInUse(FolderError):
+    """A folder that another process writes to."""
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process. It is made if needed, and removed again if nothing was written into it.
+
+    Raises:
+        FolderInUse: if another process holds it.
+        FolderError: if it cannot be made or locked, or holds links, through which any file could be overwritten.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.callback(_remove_empty, [place for place in (folder, *folder.parents) if not place.exists()])
+            folder.mkdir(parents=True, exist_ok=True)
+            links = sorted(entry.name for entry in folder.iterdir() if entry.is_symlink())
+            if links:
+                shown = ", ".join(links[:8])
+                raise FolderError(f"{folder} has links to other places ({shown}), which no run creates; remove them")
+            held.enter_context(locked(folder / LOCK))
+        except OSError as error:
+            raise _unusable(folder, error) from error
+        held.callback((folder / LOCK).unlink, missing_ok=True)
+        yield
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _unusable(folder: Path, error: OSError) -> FolderError:
+    return FolderError(f"cannot use {folder} as output folder: {error.strerror}; choose another")
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file, which names its owner; the system releases it when the process ends, however it ends.
+
+    Raises:
+        FolderInUse: if another process holds it.
+        OSError: if it cannot be opened or locked, is a link, or has a second name; the target of a link is unchanged.
+    """
+    with open(file, "a+", encoding="utf-8", opener=_open_unlinked) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise OSError(error.errno, f"{file.name} cannot be locked ({error.strerror})", str(file)) from error
+            lock.seek(0)
+            raise _in_use(file, lock.read().strip() or "another process") from None
+        if os.fstat(lock.fileno()).st_nlink > 1:
+            raise OSError(errno.EMLINK, f"{file.name} has a second name in the file system", str(file))
+        # The last owner may have removed the file between its opening and its locking.
+        if not (file.exists() and os.path.samestat(file.stat(), os.fstat(lock.fileno()))):
+            raise _in_use(file, "a process that has just ended")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        yield
+        lock.truncate(0)
+
+
+def _open_unlinked(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _in_use(lock: Path, owner: str) -> FolderInUse:
+    return FolderInUse(f"{lock.parent} is in use by {owner}; wait for it, or choose another folder")
+
+
+def contents(folder: Path) -> set[str]:
+    """Names in a folder, without those of a start that was killed before it had written anything.
+
+    Raises:
+        FolderError: if it cannot be read.
+    """
+    try:
+        names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    return names - {LOCK, temporary_of(folder / RUN).name}
+
+
+def write_start(folder: Path, fingerprint: Fingerprint, **facts: Any) -> None:
+    """Write `run.json`; all values are plain JSON."""
+    _write_json(folder / RUN, {"format": FORMAT, "fingerprint": fingerprint, **facts})
+
+
+def read_start(folder: Path) -> dict[str, Any]:
+    """The content of `run.json`.
+
+    Raises:
+        FolderError: if it is missing, damaged, or of another format, such as that of version 0.1.0.
+    """
+    start = read_json(folder / RUN)
+    if start.get("format") != FORMAT or not isinstance(start.get("fingerprint"), dict):
+        written = f"format {start['format']!r}" if "format" in start else "the format of sparseopt 0.1.0"
+        raise FolderError(
+            f"the run in {folder} has {written}, and this version reads only format {FORMAT}: finish or read it with "
+            "the version that wrote it, or choose another folder"
+        )
+    return start
+
+
+def differences(found: Fingerprint, wanted: Fingerprint) -> list[str]:
+    """What differs between the fingerprint in a folder and that of a run, a line for each dotted name."""
+    old, new = dict(_flat(found)), dict(_flat(wanted))
+    return [
+        f"{name}: {old.get(name)} there, {new.get(name)} here"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{name}" if prefix else name)
+    else:
+        yield prefix, repr(value)
+
+
+def append_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to `records.jsonl` and force it to the disk."""
+    append_line(folder / RECORDS, json.dumps(record))
+
+
+def read_records(folder: Path, parse: Callable[[Any], _Record]) -> tuple[list[_Record], list[int]]:
+    """The records of a run, and the numbers of the lines that hold none.
+
+    A kill cuts the last line short, a failing disk any line. `parse` makes a record of a line's JSON value, and raises
+    ValueError, KeyError or TypeError if it is none.
+    """
+    file = folder / RECORDS
+    *lines, rest = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else [""]
+    records: list[_Record] = []
+    torn = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(parse(json.loads(line)))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            torn.append(number)
+    return records, [*torn, len(lines) + 1] if rest else torn
+
+
+def write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replace `records.jsonl`; a crash leaves the old records or these."""
+    write_whole(folder / RECORDS, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`, which marks the run as finished."""
+    _write_json(folder / SUMMARY, summary)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    write_whole(file, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run.
+
+    Raises:
+        FolderError: if there is none.
+    """
+    try:
+        found = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise FolderError(f"{file.parent} holds no run: it has no {file.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FolderError(f"{file} is not valid JSON ({error}); empty the folder and start again") from error
+    if not isinstance(found, dict):
+        raise FolderError(f"{file} holds no JSON object; empty the folder and start again")
+    return found
