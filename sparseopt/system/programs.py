@@ -55,7 +55,7 @@ def keep_programs() -> Path | None:
     Nothing is kept if the variable SPARSEOPT_KEEP_PROGRAMS is 0, if JAX was told of a folder already
     (JAX_COMPILATION_CACHE_DIR), or if the folder cannot be written.
     """
-    if os.environ.get(SWITCH) == "0" or jax.config.jax_compilation_cache_dir:
+    if os.environ.get(SWITCH) == "0" or getattr(jax.config, "jax_compilation_cache_dir", None):
         return None
     try:
         kept = cache_folder() / "programs"
