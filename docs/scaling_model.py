@@ -1,17 +1,17 @@
-"""What an iteration of each solver costs on many devices, on paper: bytes, messages, operations, and their time.
+"""The cost of an iteration of each solver on many devices, on paper: bytes, messages, operations, and their time.
 
-The counts of messages and of the bytes in them are those that tests find in the compiled programs. The times are the
-sum of what memory or arithmetic takes, whichever is longer, and of what is said: nothing is hidden behind other work.
+Messages and their bytes are counted as tests find them in the compiled programs. The time is that of memory or of
+arithmetic, whichever is longer, plus that of the exchanges: nothing overlaps.
 """
 
 import math
 from dataclasses import dataclass
 
-# Passes over an array of the nodes, and over each row array of the edges, that a step of Doge-ADMM cannot do without.
+# The fewest passes of a Doge-ADMM step over an array of the nodes, and over each row array of the edges.
 NODE_PASSES, EDGE_PASSES = 5, 3
 # Iterations between two certificates, and numbers summed over all devices in one.
 CADENCE, CERTIFICATE_SUMS = 10, 8
-# Counts and losses that an iteration of mAIHT sums over all devices, in bytes four times as many; with "always" 15.
+# Counts and losses, of four bytes each, that an iteration of mAIHT sums over all devices; 15 with "always".
 LAYER_SUMS = 12
 # Arrays of the weight's size that an iteration of mAIHT reads or writes besides the product.
 WEIGHT_PASSES = 12
@@ -19,17 +19,15 @@ WEIGHT_PASSES = 12
 
 @dataclass(frozen=True)
 class Machine:
-    """What one device does in a second.
+    """What one device reaches.
 
     Attributes:
-        name: for people.
-        bandwidth: bytes from and to its memory that a step reaches.
-        rate: float32 operations of a product that a solve reaches.
+        bandwidth: bytes per second from and to its memory, in a step.
+        rate: float32 operations per second of a product, in a solve.
         latency: seconds of one message, or of one stage of a sum over all devices.
-        link: bytes to another device.
+        link: bytes per second to another device.
     """
 
-    name: str
     bandwidth: float
     rate: float
     latency: float
@@ -38,7 +36,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one iteration on one device.
+    """One iteration on one device.
 
     Attributes:
         moved: bytes from and to memory.
@@ -56,11 +54,11 @@ class Cost:
     sums: float
     summed: float
 
-    def worked(self, machine: Machine) -> float:
+    def work_seconds(self, machine: Machine) -> float:
         """Seconds that a device works by itself."""
         return max(self.moved / machine.bandwidth, self.flops / machine.rate)
 
-    def said(self, machine: Machine, devices: int) -> float:
+    def exchange_seconds(self, machine: Machine, devices: int) -> float:
         """Seconds of messages and sums; a sum over all devices takes a stage each time their number doubles."""
         if devices == 1:
             return 0.0
@@ -69,12 +67,12 @@ class Cost:
         return messages + self.sums * stages * machine.latency + 2 * self.summed / machine.link
 
     def seconds(self, machine: Machine, devices: int) -> float:
-        """Both."""
-        return self.worked(machine) + self.said(machine, devices)
+        """Work and exchanges."""
+        return self.work_seconds(machine) + self.exchange_seconds(machine, devices)
 
 
 def grid_iteration(shape: tuple[int, ...], order: int, devices: int, itemsize: int = 4) -> Cost:
-    """An iteration of Doge-ADMM on a grid in slabs along its first axis, its share of a certificate included."""
+    """An iteration of Doge-ADMM on a grid in slabs along its first axis, with its share of a certificate."""
     rows = math.ceil(shape[0] / devices)
     nodes = rows * math.prod(shape[1:])
     row_arrays = len(shape) if order % 2 == 0 else 1
@@ -91,7 +89,7 @@ def grid_iteration(shape: tuple[int, ...], order: int, devices: int, itemsize: i
 
 
 def layer_iteration(outputs: int, inputs: int, devices: int) -> Cost:
-    """An iteration of mAIHT on a layer cut by outputs, its monitor on increase."""
+    """An iteration of mAIHT on a layer cut by outputs, with the monitor "on_increase"."""
     columns = math.ceil(outputs / devices)
     return Cost(
         moved=4.0 * inputs**2 + 4.0 * WEIGHT_PASSES * inputs * columns,
@@ -104,7 +102,7 @@ def layer_iteration(outputs: int, inputs: int, devices: int) -> Cost:
 
 
 def block_seconds(linears: dict[tuple[int, int], int], machine: Machine, devices: int) -> float:
-    """An iteration of mAIHT on every linear of a block, side by side where that is quicker than cut.
+    """Seconds of an iteration of mAIHT on every linear of a block, side by side where that is quicker than cut.
 
     Args:
         linears: how many there are of each shape `(out, in)`.
@@ -121,7 +119,7 @@ def block_seconds(linears: dict[tuple[int, int], int], machine: Machine, devices
 
 
 def calibration(inputs: int, tokens: int, linears: int, devices: int) -> Cost:
-    """A Gram of one input of a block, and the linears behind it, from tokens shared over the devices; one sum."""
+    """The Gram of one input of a block, and the linears that take it, with tokens shared over the devices; one sum."""
     each = tokens / devices
     return Cost(
         moved=4.0 * inputs**2 + 4.0 * each * inputs,

@@ -1,4 +1,4 @@
-"""Tables of scaling: what was measured, beside what the model says, and what the model says of machines not at hand."""
+"""Tables of scaling: measured beside predicted, and predictions for machines that were not available."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ BASE = "1 process, 1 thread"
 DEVICES = (1, 8, 64, 512, 4096)
 # An accelerator of 2023: half of its bandwidth of 3.35 TB/s and of its rate of float32 products, which is what such
 # programs reach; a network of 400 Gb/s for each device, and 20 microseconds for a message that a program on it sends.
-ACCELERATOR = Machine("accelerator", 1.7e12, 3.3e13, 2e-5, 4e10)
+ACCELERATOR = Machine(1.7e12, 3.3e13, 2e-5, 4e10)
 # Linears of a block by shape.
 BLOCKS = {
     "the 7 linears of a 7B block": {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1},
@@ -100,16 +100,16 @@ def _measured(
         record["speedup"] = base[task] / record["seconds"] * (devices if record.get("weak") else 1)
         if devices == 1 or "without" in record["layout"]:
             continue
-        # What one process measured, scaled as its work is; words as long as they took between these processes. While
-        # all work, each reaches less of the memory.
+        # What one process measured, scaled with its work; exchanges take as long as measured between these processes.
+        # While all work, each reaches less of the memory's bandwidth.
         here, alone = speeds[record["layout"]], speeds[BASE]
         grow = devices if record.get("weak") else 1
         one, part = cost(record, 1, 1), cost(record, grow, devices)
         slower = alone["bandwidth"] / here["bandwidth"]
-        network = Machine("", 1.0, 1.0, here["message_seconds"], here["link"])
+        network = Machine(1.0, 1.0, here["message_seconds"], here["link"])
         worked = base[task] * part.moved / one.moved * (slower if figure == "grid" else 1)
-        words = part.said(network, devices) * iterations(record)
-        record["predicted"] = base[task] / (worked + words) * grow
+        exchanges = part.exchange_seconds(network, devices) * iterations(record)
+        record["predicted"] = base[task] / (worked + exchanges) * grow
     columns: list[Column] = [
         what,
         ("layout", field("layout")),
@@ -121,7 +121,7 @@ def _measured(
 
 
 def scaling_predicted(records: list[Record]) -> str:
-    """What the model says of up to 4,096 accelerators; needs no records."""
+    """Predictions for up to 4,096 accelerators; needs no records."""
     del records
     cases: list[tuple[str, Callable[[int], Cost]]] = [
         ("Doge-ADMM, 8192², k=0", lambda d: grid_iteration((8192, 8192), 0, d)),

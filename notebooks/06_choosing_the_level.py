@@ -30,7 +30,6 @@ from sparseopt.experiments import plots
 from sparseopt.trend.largest_weight import largest_weight
 from sparseopt.trend.noise import noise_level
 from sparseopt.trend.path import trend_path
-from sparseopt.trend.plots import plot_cross_validation, plot_degrees_of_freedom, plot_fits, plot_selection
 from sparseopt.trend.selection import cross_validate, select
 
 rng = np.random.default_rng(6)
@@ -83,8 +82,8 @@ assert top <= path.weights[0] * (1 + 1e-6)
 assert np.allclose(so.trend_filter(y, graph, so.L1(1.001 * top)).value, y.mean())
 assert np.ptp(so.trend_filter(y, graph, so.L1(0.95 * top)).value) > 0
 figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-plot_fits(path, axis=axes[0])
-plot_degrees_of_freedom(path, axis=axes[1])
+plots.plot_fits(path, axis=axes[0])
+plots.plot_degrees_of_freedom(path, axis=axes[1])
 _ = axes[0].set_title("twelve of the crossings"), axes[1].set_title("degrees of freedom")
 
 # %% [markdown]
@@ -146,7 +145,7 @@ chosen = {
 }
 figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
 for axis, rule in zip(axes, ("SURE", "GCV", "BIC"), strict=True):
-    plot_selection(chosen[rule], axis)
+    plots.plot_selection(chosen[rule], axis)
 axes[0].plot(path.weights, losses, color="#333333", linestyle=":", label="true error")
 _ = axes[0].legend(frameon=False, loc="upper left")
 print(f"{'oracle':8} weight {path.weights[losses.argmin()]:.3g}   error {losses.min():.4f}")
@@ -181,7 +180,7 @@ assert path.degrees_of_freedom[chosen["BIC"].index] < path.degrees_of_freedom[ch
 # %%
 validated = cross_validate(y, graph, order=0, weights=path.weights, folds=5, seed=0).check()
 figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
-plot_cross_validation(validated, axis)
+plots.plot_cross_validation(validated, axis)
 simple = path.values[validated.index_one_se]
 print(f"least error: weight {validated.weight:.3g}, {loss(validated.value) / losses.min():.2f} times the oracle's")
 print(f"one standard error: weight {path.weights[validated.index_one_se]:.3g}, {loss(simple) / losses.min():.2f} times")

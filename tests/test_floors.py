@@ -14,7 +14,6 @@ FLOORS = [
     ("system/", 0),
     ("core/types", 0),
     ("core/mesh", 0),
-    ("core/collectives", 0),
     ("core/arguments", 1),
     ("core/thresholds", 1),
     ("core/dense", 1),

@@ -6,7 +6,7 @@ arguments lie. Each process holds the parts of its own devices only, and every p
 
 import contextlib
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -74,22 +74,6 @@ def whole(values: Any) -> Any:
 def _bring_together(layout: NamedSharding) -> Any:
     """What lays arrays out anew; kept, since a function made at each call would be compiled at each."""
     return jax.jit(lambda tree: tree, out_shardings=layout)
-
-
-class Exchange(NamedTuple):
-    """What a device sends to others.
-
-    Attributes:
-        messages: how many.
-        bytes: of all of them.
-    """
-
-    messages: int
-    bytes: int
-
-    def repeated(self, times: int) -> "Exchange":
-        """So many times."""
-        return Exchange(times * self.messages, times * self.bytes)
 
 
 def at_work(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

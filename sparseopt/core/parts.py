@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from sparseopt.core.mesh import AXIS, Exchange, over, put
+from sparseopt.core.mesh import AXIS, over, put
 from sparseopt.core.operators import spread
 from sparseopt.core.types import pytree, static
 
@@ -141,11 +141,6 @@ class PartBase:
     def edge_shape(self) -> tuple[int, ...]:
         """The shape of an edge array without channels."""
         return (self.tails.shape[0],)
-
-    def exchange(self, channels: int, itemsize: int) -> Exchange:
-        """What one factor D or Dᵀ makes a device send, where all parts take part in all messages."""
-        width = sum(table.shape[0] for table in self.sent) // self.mesh.size
-        return Exchange(len(self.sent), width * channels * itemsize)
 
     def difference(self, x: FloatArray) -> FloatArray:
         """`D x`."""

@@ -9,7 +9,6 @@ work; and XLA for CPUs (jaxlib 0.10.2) makes of it quicker loops than of one ste
 is on a border.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from sparseopt.core.mesh import AXIS, Exchange
+from sparseopt.core.mesh import AXIS
 from sparseopt.core.operators import ahead, ahead_transpose
 from sparseopt.core.types import pytree, static
 
@@ -56,11 +55,6 @@ class SlabBase:
     def edge_shape(self) -> tuple[int, ...]:
         """The shape of an edge array without channels."""
         return (len(self.shape), *self.node_shape)
-
-    def exchange(self, channels: int, itemsize: int) -> Exchange:
-        """What one factor D or Dᵀ makes a device send, where it has a neighbour: one row."""
-        row = math.prod(n for i, n in enumerate(self.shape) if i != self.axis)
-        return Exchange(1, row * channels * itemsize)
 
     def difference(self, x: FloatArray) -> FloatArray:
         """`D x`."""

@@ -1,28 +1,33 @@
-"""Floor 6: what a run will take of memory and disk, and where its activations lie so that it fits a budget.
+"""Floor 6: what a run will take of memory and disk, and where its activations are kept so that it fits a budget.
 
     estimate with activations in memory <= budget      they stay there
-    estimate with activations on disk <= budget        one file a stream, in the first output folder's file system
-    neither                                            refused, with what takes the memory
+    estimate with activations on disk <= budget        one file per stream, in the first output folder's file system
+    neither                                            an error that says what takes the memory
 
-Without a budget, what the machine has available stands in its place, and nothing is refused.
+Without a budget, the memory that the machine has available decides, and nothing is refused.
 """
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.models import PrunableModel, StreamedModel
-from sparseopt.pruning.cost import Cost, prune_cost
+from sparseopt.pruning.cost import FLOAT32, PLACES, Activations, Cost, output_bytes, prune_cost
 from sparseopt.pruning.layer import LayerMethod
-from sparseopt.pruning.memory_cost import FLOAT32, PLACES, Activations
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Footprint
 from sparseopt.system.machine import available_memory_bytes, format_bytes
+
+# What makes each phase smaller.
+ADVICE = {
+    "survey": "outputs='uniform' and an allocation without curves do without the survey",
+    "training": "reconstruct=0 trains no blocks",
+    "layer solves": "method 'wanda' or 'magnitude' needs the least for a solve",
+    "Grams": "heldout_samples=0 and propagate=0 gather one set of Grams only",
+}
 
 
 class BudgetError(ValueError):
@@ -38,15 +43,15 @@ def choose_footprint(
     *,
     spread: bool = False,
 ) -> Footprint:
-    """Choose where activations lie.
+    """Choose where activations are kept.
 
     Args:
         model: opened.
         plans: of one pass: checked recipe, its method, its folder, which need not exist yet.
         calibration: windows of token ids, `[samples, seqlen]`.
-        heldout: the same of held-out tokens, `[0, seqlen]` without any.
+        heldout: windows of held-out tokens, `[0, seqlen]` without any.
         budget: bytes of memory, device and host together.
-        spread: whether the run works on several devices: activations then lie in their memories, and nothing is
+        spread: whether the run works on several devices. Activations then stay in their memories, and nothing is
             estimated.
 
     Raises:
@@ -61,13 +66,14 @@ def choose_footprint(
         where = "memory"
     elif isinstance(model, StreamedModel):
         where, cost = _choose(model, recipes, budget)
-        memory, parts, phase, scratch = cost.peak.nbytes, cost.peak.parts, cost.peak.name, cost.scratch_bytes
+        memory, phase, scratch = cost.peak_memory_bytes, cost.peak_phase, cost.scratch_bytes
+        parts = cost.phases[phase]
     else:
-        # What torch holds is not known. With a budget, activations are kept out of its way.
+        # What torch holds is not known. With a budget, activations do not add to it.
         where = "disk" if budget else "memory"
         stream = FLOAT32 * (calibration.size + heldout.size) * model.config.hidden_size
         scratch = (len(plans) + 3) * stream if budget else 0
-    output = [_output_bytes(model, recipe) for recipe, _ in recipes]
+    output = [sum(output_bytes(model, recipe).values()) for recipe, _ in recipes]
     _check_disks([folder for *_, folder in plans], output, scratch)
     return Footprint(where, memory, dict(parts), phase, budget, sum(output), scratch)
 
@@ -79,45 +85,28 @@ def _choose(
     limit = available_memory_bytes() if budget is None else budget
     for where in PLACES:
         costs = [prune_cost(model, *recipe, activations=where, plans=len(recipes)) for recipe in recipes]
-        largest = max(costs, key=lambda cost: cost.peak.nbytes)
-        if largest.peak.nbytes <= limit:
-            break
-    # Unasked, nothing is refused: the estimate may be wrong, and on the disk at least the activations are not swapped.
-    if largest.peak.nbytes > limit and budget is not None:
-        raise BudgetError(_too_little(largest, recipes[costs.index(largest)][0], budget))
+        largest = max(costs, key=lambda cost: cost.peak_memory_bytes)
+        if largest.peak_memory_bytes <= limit:
+            return where, largest
+    if budget is not None:
+        raise BudgetError(_too_little(largest, budget))
+    # The estimate may be wrong, and activations on disk are at least not swapped.
     return where, largest
 
 
-def _too_little(cost: Cost, recipe: Recipe, budget: int) -> str:
-    peak = cost.peak
-    parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in sorted(peak.parts.items(), key=lambda p: -p[1]) if n)
-    advice = {
-        "survey": "outputs='uniform' and an allocation without curves do without the survey",
-        "training": "reconstruct=0 trains no blocks",
-        "layer solves": "method 'wanda' or 'magnitude' needs the least for a solve",
-        "Grams": "heldout_samples=0 and propagate=0 gather one set of Grams only",
-        "start": "",
-    }[peak.name]
+def _too_little(cost: Cost, budget: int) -> str:
+    parts = sorted(cost.phases[cost.peak_phase].items(), key=lambda part: -part[1])
+    advice = ADVICE.get(cost.peak_phase)
     return (
         f"a budget of {format_bytes(budget)} is too little: with activations on disk the run is estimated to take "
-        f"{format_bytes(peak.nbytes)} in phase {peak.name} ({parts}); give at least that"
+        f"{format_bytes(cost.peak_memory_bytes)} in phase {cost.peak_phase} "
+        f"({', '.join(f'{name} {format_bytes(nbytes)}' for name, nbytes in parts if nbytes)}); give at least that"
         + (f", or less to do: {advice}" if advice else "")
     )
 
 
-def _output_bytes(model: PrunableModel, recipe: Recipe) -> int:
-    """Of one folder, dense."""
-    total = 0
-    for key in model.exported_keys():
-        info = model.source.tensors[key]
-        floating = jnp.issubdtype(info.dtype, jnp.floating)
-        dtype = jnp.dtype(recipe.dtype) if recipe.dtype and floating else info.dtype
-        total += math.prod(info.shape) * dtype.itemsize
-    return total
-
-
 def _check_disks(folders: Sequence[Path], output: Sequence[int], scratch: int) -> None:
-    """Whether there is room for what is written, apart from what an earlier run has written already."""
+    """Raise a BudgetError without room for what is written, less what an earlier run has written already."""
     needed: dict[int, int] = {}
     places: dict[int, Path] = {}
     for folder, nbytes in zip(folders, output, strict=True):

@@ -38,7 +38,7 @@ class Compiled:
 
     @property
     def texts(self) -> list[str]:
-        """The optimised programs in the order of their compilation, for `core.collectives`."""
+        """The optimised programs in the order of their compilation."""
         return [program.as_text() for program in self._programs.values()]
 
     def __call__(self, *arguments: Any) -> Timed:

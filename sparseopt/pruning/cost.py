@@ -1,92 +1,147 @@
-"""Floor 6: what a prune will take, estimated from shapes alone: time by kind of work, and memory, see `memory_cost`.
+"""Floor 6: the time and memory of a pruning run, estimated from shapes alone; no tensor is read.
 
-Work is counted in floating-point operations, two a multiply-add, and divided by a measured rate of matrix products. The
-constants below are measured: on a CPU with two cores predictions are mostly within a half of what a run reports.
+Time is the number of floating-point operations, two per multiply-add, over a measured rate of matrix products. Memory
+is what a phase of the run holds at once; the peak is that of the largest phase. The constants were measured on a CPU
+with two cores. There, times are mostly within a half of what a run reports, and memory is mostly a fifth above it.
 """
 
 import math
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from sparseopt.core.dense import product
-from sparseopt.models import StreamedModel
+from sparseopt.models import PrunableModel, StreamedModel
 from sparseopt.models.attention import QUERY_CHUNK
+from sparseopt.pruning.activations import windows_per_batch
+from sparseopt.pruning.evaluation import LOGIT_ROWS
 from sparseopt.pruning.layer import LayerMethod
-from sparseopt.pruning.memory_cost import (
-    Activations,
-    BlockSizes,
-    Phase,
-    block_sizes,
-    memory_phases,
-    scratch_bytes,
-    streams_at_once,
-    survey_tokens,
-)
 from sparseopt.pruning.method_cost import MethodCost, method_cost
 from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.survey import LEVELS
+from sparseopt.pruning.survey import LEVELS, TOKENS
 
-# Products of a layer's shapes reach this share of the rate of large square ones; passes with their softmax a bit less.
+# Where the activations between blocks are kept.
+Activations = Literal["memory", "disk"]
+PLACES: tuple[Activations, ...] = get_args(Activations)
+
+FLOAT32 = 4
+
+# Products of a layer's shapes reach this fraction of the rate of large square ones; passes with their softmax, less.
 SOLVE_EFFICIENCY, PASS_EFFICIENCY = 0.85, 0.8
-# Operations for an entry of a weight that cost as much time as choosing the largest of all entries once does.
+# Choosing the largest entries of a weight takes as long as this many operations per entry.
 SELECTION = 600
 # An inverse of n x n by `spd_inverse`, in operations over n³.
 INVERSE = 6
-# Measuring a stored weight's errors: two products on the calibration Gram and two on the held-out one.
+# Measuring a stored weight's errors: two products with the calibration Gram and two with the held-out one.
 MEASURING = 4
 # Seconds to start, and a byte to read, check, convert and write.
 START, SECONDS_A_BYTE = 3.0, 2e-9
-# Seconds compiling a pass over a kind of block, and what trains or differentiates one, on a machine of this rate in
-# GFLOP/s; a slower or busier one takes longer.
+# Seconds to compile a pass over a kind of block, and what trains or differentiates one, on a machine of this rate in
+# GFLOP/s; a slower one takes longer.
 COMPILE_PASS, COMPILE_GRADIENT = 1.5, 4.0
 COMPILE_GFLOPS = 180.0
+
+# Resident bytes of the interpreter with its libraries, and what compiled programs and the allocator add to that.
+LIBRARIES, PROGRAMS = 300 * 2**20, 450 * 2**20
+# The allocator keeps this fraction of the arrays besides, of those freed before; large ones go back to the system.
+FREED = 0.05
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The estimate for one prune.
+    """The estimate of one pruning run.
 
     Attributes:
-        phases: memory, device and host together.
-        solve_flops: operations of all layer solves; None for a method of your own.
-        pass_flops: of the forward passes and Grams.
-        survey_flops: of what is measured on the dense model before.
-        training_flops: of the reconstruction of blocks.
-        compile_seconds: compiling, on a machine of `COMPILE_GFLOPS` or more.
-        file_seconds: starting, reading and writing.
-        scratch_bytes: of activations, where they lie on disk.
+        phases: bytes by phase and by what they hold, device and host together.
+        flops: operations by kind of work, at the rate of large products; None for a method of your own.
+        compile_seconds: on a machine of `COMPILE_GFLOPS` or more.
+        file_seconds: to start, read and write.
+        scratch_bytes: of activations on disk.
     """
 
-    phases: tuple[Phase, ...]
-    solve_flops: float | None
-    pass_flops: float
-    survey_flops: float
-    training_flops: float
+    phases: Mapping[str, Mapping[str, int]]
+    flops: Mapping[str, float] | None
     compile_seconds: float
     file_seconds: float
     scratch_bytes: int
 
     @property
-    def peak(self) -> Phase:
-        """The largest phase."""
-        return max(self.phases, key=lambda phase: phase.nbytes)
+    def peak_phase(self) -> str:
+        """The phase that takes the most memory."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The memory of that phase."""
+        return sum(self.phases[self.peak_phase].values())
 
     def seconds(self, gflops: float) -> dict[str, float] | None:
-        """Seconds by kind of work at a rate of matrix products in 10⁹ operations a second; None without a solve's."""
-        if self.solve_flops is None:
+        """Seconds by kind of work at a rate of matrix products in 10⁹ operations a second; None without `flops`."""
+        if self.flops is None:
             return None
-        rate = gflops * 1e9
-        return {
-            "layer solves": self.solve_flops / (rate * SOLVE_EFFICIENCY),
-            "forward passes and Grams": self.pass_flops / (rate * PASS_EFFICIENCY),
-            "survey": self.survey_flops / (rate * PASS_EFFICIENCY),
-            "training": self.training_flops / (rate * PASS_EFFICIENCY),
+        return {kind: flops / (gflops * 1e9) for kind, flops in self.flops.items()} | {
             "compiling": self.compile_seconds * max(1.0, COMPILE_GFLOPS / gflops),
             "reading and writing": self.file_seconds,
         }
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """One kind of block.
+
+    Attributes:
+        count: blocks of this kind.
+        parameters: of one.
+        stored: bytes of one, in the source's dtypes.
+        linears: `(out, in, share)` of each; `share` is the fraction of the tokens that reach it, below 1 for experts.
+        taps: `(in, share)` of each distinct input of the linears.
+    """
+
+    count: int
+    parameters: int
+    stored: int
+    linears: tuple[tuple[int, int, float], ...]
+    taps: tuple[tuple[int, float], ...]
+
+    @property
+    def gram_bytes(self) -> int:
+        """One set of Grams."""
+        return FLOAT32 * sum(width**2 for width, _ in self.taps)
+
+    @property
+    def gram_flops(self) -> float:
+        """Adding one token to them."""
+        return sum(2 * width**2 * share for width, share in self.taps)
+
+    @property
+    def widths(self) -> float:
+        """Numbers per token in the inputs and outputs of all linears."""
+        return sum(width * share for width, share in self.taps) + sum(o * share for o, _, share in self.linears)
+
+
+def block_sizes(model: StreamedModel) -> list[BlockSizes]:
+    """The kinds of blocks, in the order of the first of each; headers are enough."""
+    experts = model.config.experts
+    routed = experts.chosen / experts.count if experts else 1.0
+    found = []
+    for kind, count in Counter(model.config.kinds).items():
+        index = model.config.kinds.index(kind)
+        infos = [model.source.tensors[key] for key in model.block_keys(index).values()]
+        linears, taps = [], {}
+        for name, tap in model.block_linears(index).items():
+            outputs, inputs = model.weight_shape(model.weight_key(index, name))
+            share = routed if ".experts." in name else 1.0
+            linears.append((outputs, inputs, share))
+            taps[tap] = (inputs, share)
+        parameters = sum(math.prod(info.shape) for info in infos)
+        stored = sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
+        found.append(BlockSizes(count, parameters, stored, tuple(linears), tuple(taps.values())))
+    return found
 
 
 def prune_cost(
@@ -96,117 +151,188 @@ def prune_cost(
     activations: Activations = "memory",
     plans: int = 1,
 ) -> Cost:
-    """The estimate for a model and a checked recipe; no tensor is read.
+    """The estimate for a model and a checked recipe.
 
     Args:
-        model: opened.
+        model: opened; its headers are enough.
         recipe: gives samples, sequence length and what surrounds the method.
         method: the recipe's, as `recipe.check()` gives it.
-        activations: where those between blocks lie.
-        plans: recipes that share the pass; each has a stream of its own.
+        activations: where those between blocks are kept.
+        plans: recipes that share the pass; each has its own stream of activations.
     """
-    blocks, cost = block_sizes(model), method_cost(method)
-    shapes = {linear[:2] for block in blocks for linear in block.linears}
-    with_survey = recipe.output_weighting() == "gradient" or recipe.allocation == "curves"
-    trains = recipe.reconstruction is not None
+    blocks, work = block_sizes(model), method_cost(method)
+    sensitivities = recipe.output_weighting() == "gradient" or recipe.allocation == "curves"
     compiling = COMPILE_PASS * len(blocks) * (2 if recipe.heldout_samples else 1)
-    compiling += COMPILE_GRADIENT * len(blocks) * (with_survey + trains)
-    compiling += (cost.compile_seconds if cost else 0) * len(shapes)
+    compiling += COMPILE_GRADIENT * len(blocks) * (sensitivities + (recipe.reconstruction is not None))
+    if work is not None:
+        compiling += work.compile_seconds * len({linear[:2] for block in blocks for linear in block.linears})
     stored = sum(math.prod(info.shape) * info.dtype.itemsize for info in model.source.tensors.values())
+
+    # Each plan has one stream before a block, all share one after it, and the dense model has both.
+    stream = FLOAT32 * (recipe.samples + recipe.heldout_samples) * recipe.seqlen * model.config.hidden_size
+    streams = (plans + 1 + (2 if recipe.needs_dense_stream else 0)) * stream
+    # The backward pass keeps the streams of some blocks, see `sensitivity`; its gradients stay in memory in any case.
+    gradient = FLOAT32 * _survey_tokens(recipe) * model.config.hidden_size if sensitivities else 0
+    survey_streams = stream + (2 * math.isqrt(model.config.num_layers) + 3) * gradient
     on_disk = activations == "disk"
+    kept = (0, 0, gradient) if on_disk else (stream, streams, survey_streams)
     return Cost(
-        phases=memory_phases(
-            model, recipe, blocks, cost, with_survey, 0 if on_disk else streams_at_once(recipe, plans)
-        ),
-        solve_flops=None if cost is None else sum(block.count * _solve_flops(block, cost) for block in blocks),
-        pass_flops=_pass_flops(model, recipe, blocks),
-        survey_flops=_survey_flops(model, recipe, blocks, with_survey),
-        training_flops=_training_flops(model, recipe, blocks),
+        phases=_phases(model, recipe, blocks, work, sensitivities, *kept),
+        flops=None if work is None else _flops(model, recipe, blocks, work, sensitivities),
         compile_seconds=compiling,
         # Every tensor is looked through once, read once more, and written.
         file_seconds=START + 3 * stored * SECONDS_A_BYTE,
-        scratch_bytes=scratch_bytes(model, recipe, plans, with_survey) if on_disk else 0,
+        scratch_bytes=max(streams, survey_streams) if on_disk else 0,
     )
 
 
-def measure_gflops(budget: float = 0.7) -> float:
+def output_bytes(model: PrunableModel, recipe: Recipe) -> dict[str, int]:
+    """Bytes of each tensor of the output, dense."""
+    found = {}
+    for key in model.exported_keys():
+        info = model.source.tensors[key]
+        floating = jnp.issubdtype(info.dtype, jnp.floating)
+        dtype = jnp.dtype(recipe.dtype) if recipe.dtype and floating else info.dtype
+        found[key] = math.prod(info.shape) * dtype.itemsize
+    return found
+
+
+def measure_gflops(seconds: float = 0.7) -> float:
     """The rate of large float32 matrix products on JAX's default device, in 10⁹ operations a second.
 
     Args:
-        budget: seconds of measuring, besides compiling one small program.
+        seconds: to measure for, after compiling one small program.
     """
     size = 1024 if jax.default_backend() == "cpu" else 4096
     matrix = jnp.full((size, size), 1 / size, jnp.float32)
     multiply = jax.jit(product)
     jax.block_until_ready(multiply(matrix, matrix))
     done, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < budget or not done:
+    while (spent := time.perf_counter() - start) < seconds or not done:
         jax.block_until_ready(multiply(matrix, matrix))
         done += 1
     return 2 * size**3 * done / spent / 1e9
 
 
-def _solve_flops(block: BlockSizes, cost: MethodCost) -> float:
-    """Of all solves of one block."""
-    return sum(
-        2 * (cost.products + MEASURING) * inputs**2 * outputs
-        + cost.inverses * INVERSE * inputs**3
-        + (cost.selections * SELECTION + cost.updates) * inputs * outputs
-        for outputs, inputs, _ in block.linears
-    )
+def _survey_tokens(recipe: Recipe) -> int:
+    """Tokens on which the dense model's sensitivities are measured."""
+    return min(recipe.samples, max(1, TOKENS // recipe.seqlen)) * recipe.seqlen
 
 
-def _forward_flops(model: StreamedModel, block: BlockSizes, tokens: int, length: int) -> float:
-    """Of one pass through one block."""
-    linears = sum(2 * outputs * inputs * share for outputs, inputs, share in block.linears)
-    # Scores and mixed values of the positions up to the end of each query's chunk.
-    pairs = 2 * (length + QUERY_CHUNK)
-    return tokens * (linears + pairs * model.config.num_heads * model.config.head_dim)
-
-
-def _pass_flops(model: StreamedModel, recipe: Recipe, blocks: list[BlockSizes]) -> float:
-    """Through every block twice, for its Grams and behind it, and the dense stream beside it."""
-    tokens = (recipe.samples + recipe.heldout_samples) * recipe.seqlen
-    calibration = recipe.samples * recipe.seqlen
-    total = 0.0
+def _flops(
+    model: StreamedModel, recipe: Recipe, blocks: list[BlockSizes], work: MethodCost, sensitivities: bool
+) -> dict[str, float]:
+    """Operations by kind of work, at the rate of large products."""
+    config, settings = model.config, recipe.reconstruction
+    calibration, heldout = recipe.samples * recipe.seqlen, recipe.heldout_samples * recipe.seqlen
+    surveyed, tokens, trained = _survey_tokens(recipe), calibration + heldout, 0
+    if settings is not None:
+        # Forward and backward count as three passes in each epoch; then every epoch is judged.
+        trained = 3 * settings.epochs * calibration + (settings.epochs + 1) * (heldout or calibration) + 2 * calibration
+    solves = passes = training = 0.0
+    survey = 6.0 * surveyed * config.vocab_size * config.hidden_size if sensitivities else 0.0
     for block in blocks:
-        forward = _forward_flops(model, block, tokens, recipe.seqlen)
-        gram = sum(2 * width**2 * share for width, share in block.taps)
-        each = 2 * forward + tokens * gram
-        if recipe.needs_dense_stream:
-            each += forward
+        # Of one token: the linears, and the scores and mixed values of the positions up to the end of its chunk.
+        forward = sum(2 * o * i * share for o, i, share in block.linears)
+        forward += 2 * (recipe.seqlen + QUERY_CHUNK) * config.num_heads * config.head_dim
+        inverses = sum(INVERSE * i**3 for _, i, _ in block.linears)
+        solves += block.count * work.inverses * inverses
+        for outputs, inputs, _ in block.linears:
+            solves += block.count * 2 * (work.products + MEASURING) * inputs**2 * outputs
+            solves += block.count * (work.selections * SELECTION + work.updates) * inputs * outputs
+        # Before and after pruning; the dense model's; and the Grams of its inputs.
+        passes += block.count * tokens * ((3 if recipe.needs_dense_stream else 2) * forward + block.gram_flops)
         if recipe.propagated_share:
-            each += _forward_flops(model, block, calibration, recipe.seqlen) + calibration * gram
-        total += block.count * each
-    return total
+            passes += block.count * calibration * (forward + block.gram_flops)
+        if recipe.allocation == "owl":
+            survey += 2 * block.count * calibration * forward
+        if sensitivities:
+            # Twice forward, and backward, which counts as three.
+            survey += 5 * block.count * surveyed * forward
+        if recipe.allocation == "curves":
+            # Each level has about six products and three selections, on some of the rows.
+            some = [(min(o, 256), i) for o, i, _ in block.linears]
+            level = sum(12 * i**2 * o + 3 * SELECTION * i * o for o, i in some)
+            survey += block.count * (surveyed * block.gram_flops + inverses + len(LEVELS) * level)
+        training += block.count * trained * forward
+    return {
+        "layer solves": solves / SOLVE_EFFICIENCY,
+        "forward passes and Grams": passes / PASS_EFFICIENCY,
+        "survey": survey / PASS_EFFICIENCY,
+        "training": training / PASS_EFFICIENCY,
+    }
 
 
-def _survey_flops(model: StreamedModel, recipe: Recipe, blocks: list[BlockSizes], with_survey: bool) -> float:
-    """One pass forward, one forward again and three in work backward; curves take about 60 products on some rows."""
-    if recipe.allocation == "owl":
-        tokens = recipe.samples * recipe.seqlen
-        return sum(2 * b.count * _forward_flops(model, b, tokens, recipe.seqlen) for b in blocks)
-    if not with_survey:
-        return 0.0
-    tokens = survey_tokens(recipe)
-    vocabulary = 6 * tokens * model.config.vocab_size * model.config.hidden_size
-    total = vocabulary + sum(5 * b.count * _forward_flops(model, b, tokens, recipe.seqlen) for b in blocks)
-    if recipe.allocation == "curves":
-        for block in blocks:
-            gram = sum(2 * width**2 * share for width, share in block.taps) * tokens
-            rows = sum(2 * inputs**2 * min(outputs, 256) for outputs, inputs, _ in block.linears)
-            inverses = sum(INVERSE * inputs**3 for _, inputs, _ in block.linears)
-            # A level has about six products, and the selections of three steps.
-            chosen = sum(3 * SELECTION * inputs * min(outputs, 256) for outputs, inputs, _ in block.linears)
-            total += block.count * (gram + inverses + len(LEVELS) * (6 * rows + chosen))
-    return total
+def _phases(
+    model: StreamedModel,
+    recipe: Recipe,
+    blocks: list[BlockSizes],
+    work: MethodCost | None,
+    sensitivities: bool,
+    start: int,
+    streams: int,
+    survey_streams: int,
+) -> dict[str, dict[str, int]]:
+    """Bytes by phase and part; the last three are the activations kept in memory at the start, then, and in the survey.
 
-
-def _training_flops(model: StreamedModel, recipe: Recipe, blocks: list[BlockSizes]) -> float:
-    """Forward and backward, three passes in work, an epoch; and judging on the held-out or the same windows."""
-    settings = recipe.reconstruction
-    if settings is None:
-        return 0.0
-    judged = recipe.heldout_samples or recipe.samples
-    passes = 3 * settings.epochs * recipe.samples + (settings.epochs + 1) * judged + 2 * recipe.samples
-    return sum(b.count * _forward_flops(model, b, passes * recipe.seqlen, recipe.seqlen) for b in blocks)
+    A method of your own (`work` is None) is taken for the one of ours with the largest workspace.
+    """
+    config = model.config
+    batch = windows_per_batch(recipe.samples, recipe.seqlen) * recipe.seqlen
+    # A batch before a block and after it, of the dense model too.
+    current = 4 * FLOAT32 * batch * config.hidden_size
+    # Of one chunk of queries, before and after the softmax; a gradient keeps those of all chunks.
+    scores = 3 * FLOAT32 * batch * min(recipe.seqlen, QUERY_CHUNK) * config.num_heads
+    pairs = 2 * FLOAT32 * recipe.seqlen * config.num_heads
+    block = max(blocks, key=lambda b: b.parameters)
+    weights = FLOAT32 * block.parameters
+    grams = max(b.gram_bytes for b in blocks)
+    sets = 1 + (recipe.heldout_samples > 0) + (recipe.propagated_share > 0)
+    square, wide = (work.square, work.wide) if work else (7.5, 10.0)
+    spaces = [(square, wide), (5, 3)] if recipe.propagated_share else [(square, wide)]
+    workspace = max(s * i * i + w * i * o for s, w in spaces for b in blocks for o, i, _ in b.linears)
+    outer = [model.source.tensors[key] for key in model.outer_keys()]
+    widest = max(math.prod(info.shape) * info.dtype.itemsize for info in outer)
+    rows = min(config.vocab_size, (recipe.samples + recipe.heldout_samples) * recipe.seqlen)
+    running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS}
+    phases: dict[str, dict[str, int]] = {
+        "start": {
+            "libraries": LIBRARIES,
+            "embedding and head": max(2 * widest, 2 * FLOAT32 * rows * config.hidden_size),
+            "activations": start + current,
+        },
+        "Grams": running
+        | {
+            "block": 2 * weights,
+            "Grams": (sets + 1) * grams,
+            "activations": streams + current + int(max(scores, FLOAT32 * batch * block.widths)),
+        },
+        "layer solves": running
+        | {
+            "block": 2 * weights + 2 * block.stored,
+            "Grams": sets * grams,
+            "activations": streams + current,
+            "workspace": int(FLOAT32 * workspace),
+        },
+    }
+    if sensitivities:
+        # Logits of a slice of rows, with their softmax and gradient.
+        logits = 3 * FLOAT32 * LOGIT_ROWS * config.vocab_size
+        phases["survey"] = running | {
+            "block": 3 * weights,
+            "embedding and head": FLOAT32 * config.vocab_size * config.hidden_size + logits,
+            "activations": survey_streams + current + batch * pairs + int(3 * FLOAT32 * batch * block.widths),
+        }
+    if recipe.reconstruction is not None:
+        window = min(recipe.reconstruction.windows, recipe.samples) * recipe.seqlen
+        seen = window * pairs + scores + int(3 * FLOAT32 * window * block.widths)
+        phases["training"] = running | {
+            # Dense and pruned, gradient, two moments, the best state, updates.
+            "block": 8 * weights + 2 * block.stored,
+            "Grams": sets * grams,
+            "activations": streams + current + seen,
+        }
+    for parts in phases.values():
+        arrays = sum(nbytes for part, nbytes in parts.items() if part not in running)
+        parts["freed, not returned"] = int(FREED * arrays)
+    return phases

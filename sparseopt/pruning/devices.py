@@ -4,7 +4,7 @@
     Gram   [in, in]       whole on each device
 
 Outputs meet in the pattern's count, in the objective and in the stopping rule alone. So products with the Gram stay on
-their device, and what devices tell each other are counts, sums and the sample that starts a selection: see `exchange`.
+their device, and what devices exchange are counts, sums and the sample that starts a selection.
 The pruned weight stays cut until the solve is done, and is then brought together once.
 
 Where the number of devices does not divide the outputs, the last devices hold fewer. An array that enters or leaves a

@@ -38,7 +38,7 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
 ) -> None:
-    """What a model is, what pruning it would zero, and about how much memory and time that takes; headers only."""
+    """What a model is, what pruning it would zero, and how much memory and time that takes. Reads headers only."""
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.cost import measure_gflops
     from sparseopt.pruning.inspection import inspect_model

@@ -17,8 +17,8 @@ def model_lines(found: Inspection) -> list[str]:
     family = f"{found.model_type}, {found.num_blocks} blocks"
     if not found.supported:
         family += (
-            "; the decoder of this package does not have the family: `pip install 'sparseopt[torch]'` runs it through "
-            "torch. What follows is read off the names of its tensors"
+            "; this package's decoder does not have this family, but torch can run it "
+            "(`pip install 'sparseopt[torch]'`). What follows is taken from the names of its tensors"
         )
     lines.append(family)
     if found.kinds:
@@ -30,14 +30,14 @@ def model_lines(found: Inspection) -> list[str]:
         f"{found.prunable_parameters:,}; embedding {found.embedding_parameters:,}, {head}"
     )
     if found.unused_parameters:
-        lines.append(f"besides {found.unused_parameters:,} parameters of other parts, which pass through unchanged")
+        lines.append(f"another {found.unused_parameters:,} parameters of other parts are copied unchanged")
     stored = ", ".join(f"{dtype} {format_bytes(nbytes)}" for dtype, nbytes in found.dtypes.items())
     lines.append(f"tensors as they read: {stored}; files: {format_bytes(found.file_bytes)}")
     return lines
 
 
 def linear_table(found: Inspection) -> Table:
-    """The distinct linears that a prune takes."""
+    """The distinct linears that pruning takes."""
     rows = [
         (
             linear.name,
@@ -53,7 +53,7 @@ def linear_table(found: Inspection) -> Table:
 
 
 def prune_lines(found: Inspection, memory_bytes: int) -> list[str]:
-    """What pruning it would give and take; `memory_bytes` is what there is for it."""
+    """What pruning would remove and cost; `memory_bytes` is the memory available."""
     estimate = found.estimate
     if estimate is None or found.zeros is None or found.dense_bytes is None or found.packed_bytes is None:
         return ["no estimate of memory and time for this family"]
@@ -73,28 +73,28 @@ def prune_lines(found: Inspection, memory_bytes: int) -> list[str]:
         f"({', '.join(parts)})"
     )
     lines.append(
-        f"with its activations on disk, {format_bytes(estimate.scratch_bytes)} of them: "
+        f"with activations on disk ({format_bytes(estimate.scratch_bytes)}): "
         f"{format_bytes(estimate.disk_peak_memory_bytes)}"
     )
     if estimate.peak_memory_bytes <= memory_bytes:
         lines.append(f"that fits in {format_bytes(memory_bytes)}")
     elif estimate.disk_peak_memory_bytes <= memory_bytes:
-        lines.append(f"with activations on disk, as --memory asks for, that fits in {format_bytes(memory_bytes)}")
+        lines.append(f"with activations on disk, which --memory allows, that fits in {format_bytes(memory_bytes)}")
     else:
         lines.append(f"that does not fit in {format_bytes(memory_bytes)}")
     if estimate.seconds is None or estimate.seconds_by_part is None or estimate.gflops is None:
-        lines.append("no estimate of the time: it needs a rate, and a method of this package")
+        lines.append("no estimate of the time, which needs a rate of products and a method of this package")
     else:
         spent = [f"{name} {duration(s)}" for name, s in estimate.seconds_by_part.items() if s >= 0.5]
         lines.append(
             f"estimated time at {estimate.gflops:.0f} GFLOP/s: {duration(estimate.seconds)} ({', '.join(spent)})"
         )
-    lines.append("estimates come from shapes alone; expect them to be out by a half either way")
+    lines.append("estimates come from shapes alone and may be off by half either way")
     return lines
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers with runs drawn together: `0, 2-4, 7`."""
+    """Ascending numbers with runs joined: `0, 2-4, 7`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

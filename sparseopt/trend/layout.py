@@ -2,7 +2,7 @@
 
 A grid over several devices is cut into slabs along its longest axis, any other graph into parts of near nodes. All of
 an iteration of Doge-ADMM but its products with Ψ and Ψᵀ, Ψ = Δ^(k+1), stays within a device. Each of the k + 1 factors
-of a product is one `Exchange` with the neighbours. A check takes two products more, and sums of single numbers over
+of a product is one exchange with the neighbours. A check takes two products more, and sums of single numbers over
 all devices.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparseopt.core.grouping import Sums, edge_grid, grid_edges
-from sparseopt.core.mesh import Exchange, over, put, whole
+from sparseopt.core.mesh import over, put, whole
 from sparseopt.core.parts import Cut, cut_graph, part_base
 from sparseopt.core.slabs import SlabBase
 from sparseopt.trend.graph import Graph
@@ -257,23 +257,3 @@ def _elsewhere(found: set[jax.Device]) -> ValueError:
 
 def _devices_of(array: Any) -> set[jax.Device]:
     return array.sharding.device_set if isinstance(array, jax.Array) else set()
-
-
-def step_exchange(
-    graph: Graph, mesh: Mesh, order: int, cadence: int = 10, channels: int = 1, dtype: Any = np.float64
-) -> Exchange:
-    """What a device sends in `cadence` iterations of Doge-ADMM and the check after them, one with two neighbours.
-
-    Each makes one product with Ψ and one with Ψᵀ, of `order + 1` factors each: `2 (order + 1) (cadence + 1)` times what
-    `base.exchange` says of one factor.
-
-    Args:
-        graph: the graph.
-        mesh: the devices.
-        order: k.
-        cadence: the iterations.
-        channels: of the signal.
-        dtype: of the computation.
-    """
-    one = layout_of(graph, mesh).base(dtype).exchange(channels, np.dtype(dtype).itemsize)
-    return one.repeated(2 * (order + 1) * (cadence + 1))

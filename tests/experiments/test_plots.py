@@ -72,7 +72,6 @@ def test_importing_needs_neither_matplotlib_nor_the_models():
         lambda a: plots.plot_regions([TRIANGLE], [1.0], a),
         lambda a: plots.plot_path([1.0, 2.0], np.ones((2, 3)), a),
         lambda a: plots.plot_perplexity({"a": ([0.5], [20.0])}, a),
-        lambda a: plots.plot_weight_sparsity(np.eye(4), a),
     ],
 )
 def test_the_given_axis_comes_back_and_a_new_one_is_made_without(draw, axis):

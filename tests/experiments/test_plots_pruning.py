@@ -1,13 +1,12 @@
-"""Pictures of pruning: the errors, shares and perplexities drawn, and how their axes read."""
+"""Pictures of pruning: the errors and perplexities drawn, and how their axes read."""
 
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from sparseopt.experiments import plots
 from sparseopt.pruning import LayerRecord
-from tests.experiments.test_plots import colour_bar_of, drawn, texts
+from tests.experiments.test_plots import drawn, texts
 
 
 @pytest.fixture(autouse=True)
@@ -74,23 +73,3 @@ def test_perplexity_refuses_per_cent_and_what_has_no_logarithm():
         plots.plot_perplexity({"a": ([0.5], [0.0])})
     with pytest.raises(ValueError, match="the dense perplexity must be positive"):
         plots.plot_perplexity({"a": ([0.5], [9.0])}, dense=-1.0)
-
-
-def test_a_weight_map_holds_the_share_of_non_zeros_of_every_cell(rng):
-    weight = rng.normal(size=(7, 10)) * (rng.random((7, 10)) < 0.5)
-    axis = plots.plot_weight_sparsity(weight, cells=3)
-    image = axis.images[0]
-    kept = weight != 0
-    wanted = [[part.mean() for part in np.split(rows, [3, 6], axis=1)] for rows in np.split(kept, [2, 4], axis=0)]
-    np.testing.assert_allclose(image.get_array(), wanted)
-    assert image.get_clim() == (0, 1)
-    assert axis.get_title() == f"sparsity {1 - kept.mean():.1%}"
-    assert (axis.get_xlabel(), axis.get_ylabel()) == ("input", "output")
-    assert colour_bar_of(axis).get_ylabel() == "share of non-zeros"
-    full = plots.plot_weight_sparsity(jnp.asarray(weight, jnp.bfloat16), title="up")
-    np.testing.assert_array_equal(full.images[0].get_array(), kept)
-    assert full.get_title() == "up"
-    with pytest.raises(ValueError, match=r"shape \[out, in\], given \[4\]"):
-        plots.plot_weight_sparsity(np.ones(4))
-    with pytest.raises(ValueError, match="cells must be 1 or more, given 0"):
-        plots.plot_weight_sparsity(weight, cells=0)

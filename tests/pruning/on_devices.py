@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.collectives import collectives
 from sparseopt.core.constraints import Support
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.mesh import device_line, over, put, whole
@@ -33,6 +32,7 @@ from sparseopt.pruning.devices import check_cut, cut_solver, side_by_side_solver
 from sparseopt.pruning.layer import layer_solver
 from sparseopt.pruning.patterns import parse_pattern
 from sparseopt.pruning.side_by_side import Linear, solve_block
+from tests.collectives import collectives
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import make_layer
 

@@ -13,9 +13,8 @@ from huggingface_hub import constants
 from sparseopt.models import open_model
 from sparseopt.models.safetensors_file import StoredTensor, write_tensors
 from sparseopt.pruning import METHODS, Recipe, prune_model
-from sparseopt.pruning.cost import measure_gflops
+from sparseopt.pruning.cost import block_sizes, measure_gflops
 from sparseopt.pruning.inspection import Blocks, Inspection, inspect_model
-from sparseopt.pruning.memory_cost import block_sizes
 from sparseopt.pruning.method_cost import method_cost
 from sparseopt.pruning.methods import find_method
 from sparseopt.shell.show_inspection import model_lines
@@ -239,7 +238,7 @@ def test_the_command_shows_a_table_or_json(tmp_path: Path, rng: np.random.Genera
     (path / "config.json").write_text(json.dumps(tiny_config(model_type="mamba")))
     status, out, _ = command("inspect", path, "--gflops", 100)
     assert status == 0
-    assert "mamba, 3 blocks; the decoder of this package does not have the family" in out
+    assert "mamba, 3 blocks; this package's decoder does not have this family" in out
     assert "no estimate of memory and time for this family" in out
     status, _, err = command("inspect", path, "--memory", "8")
     assert status == 2

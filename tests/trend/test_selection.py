@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.experiments.plots import plot_cross_validation, plot_degrees_of_freedom, plot_fits, plot_selection
 from sparseopt.trend.freedom import degrees_of_freedom
 from sparseopt.trend.noise import noise_level
 from sparseopt.trend.path import trend_path
-from sparseopt.trend.plots import plot_cross_validation, plot_degrees_of_freedom, plot_fits, plot_selection
 from sparseopt.trend.selection import cross_validate, random_folds, select
 from tests.trend.problems import GRAPHS, two_parts
 

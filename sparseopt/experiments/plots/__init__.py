@@ -1,29 +1,30 @@
-"""Floor 7: pictures (extra `[plot]`). Functions draw on matplotlib axes, given or new, and return them.
+"""Floor 7: pictures (extra `[plot]`).
 
-matplotlib is imported when something is drawn, and nothing here needs the models.
+Every function draws on the matplotlib axes that it is given, or on those of a new figure, and returns them. What cannot
+be drawn is a ValueError that says what was given. matplotlib is imported when something is drawn, and nothing here
+needs the models.
 """
 
-from sparseopt.experiments.plots.curves import plot_curves, plot_history, plot_path
-from sparseopt.experiments.plots.pruning import (
-    plot_comparison,
-    plot_layer_errors,
-    plot_perplexity,
-    plot_weight_sparsity,
+from sparseopt.experiments.plots.curves import plot_curves, plot_history
+from sparseopt.experiments.plots.paths import (
+    plot_cross_validation,
+    plot_degrees_of_freedom,
+    plot_fits,
+    plot_path,
+    plot_selection,
 )
-from sparseopt.experiments.plots.signals import (
-    plot_chain,
-    plot_graph_signal,
-    plot_groups,
-    plot_image,
-    plot_regions,
-)
+from sparseopt.experiments.plots.pruning import plot_comparison, plot_layer_errors, plot_perplexity
+from sparseopt.experiments.plots.signals import plot_chain, plot_graph_signal, plot_groups, plot_image, plot_regions
 from sparseopt.experiments.plots.style import COLOURS, save_figure
 
 __all__ = [
     "COLOURS",
     "plot_chain",
     "plot_comparison",
+    "plot_cross_validation",
     "plot_curves",
+    "plot_degrees_of_freedom",
+    "plot_fits",
     "plot_graph_signal",
     "plot_groups",
     "plot_history",
@@ -32,6 +33,6 @@ __all__ = [
     "plot_path",
     "plot_perplexity",
     "plot_regions",
-    "plot_weight_sparsity",
+    "plot_selection",
     "save_figure",
 ]

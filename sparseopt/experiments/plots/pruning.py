@@ -1,4 +1,4 @@
-"""Floor 7: pictures of pruning: errors by layer, perplexity and time by sparsity, where a weight's zeros are."""
+"""Floor 7: pictures of pruning: errors by layer, perplexity and time by sparsity."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,6 @@ import numpy as np
 
 from sparseopt.experiments.plots.curves import checked_curves, plot_curves
 from sparseopt.experiments.plots.style import (
-    COLOUR_MAP,
     COLOURS,
     HATCHES,
     INK,
@@ -15,6 +14,7 @@ from sparseopt.experiments.plots.style import (
     axis_or_new,
     check_any,
     check_positive,
+    tidy,
 )
 
 if TYPE_CHECKING:  # its package loads the models, which need flax
@@ -26,13 +26,7 @@ def plot_layer_errors(runs: "Mapping[str, Sequence[LayerRecord]]", axes: Any = N
 
     Args:
         runs: records by the run's label.
-        axes: two axes to draw on, or None for a new figure.
-
-    Returns:
-        The two axes.
-
-    Raises:
-        ValueError: without runs, for a run without records, or another number of axes.
+        axes: two axes to draw on.
     """
     check_any(runs, "run")
     for label, records in runs.items():
@@ -62,9 +56,7 @@ def _grouped_bars(
     axis.set_xticks(list(ticks), [str(names[i]) for i in ticks])
     axis.set_yscale("log")
     axis.margins(x=0.02)
-    axis.grid(axis="y", which="both", alpha=0.25)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    tidy(axis, "y")
 
 
 def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, dense: float | None = None) -> Any:
@@ -72,14 +64,8 @@ def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, 
 
     Args:
         curves: sparsity (share of zeros, 0 to 1) and perplexity, both `[n]`, by label.
-        axis: to draw on, or None for a new figure.
+        axis: to draw on.
         dense: the perplexity of the model before pruning, drawn as a dashed line.
-
-    Returns:
-        The axis.
-
-    Raises:
-        ValueError: without curves, for a sparsity outside 0 to 1 or a perplexity that is not positive.
     """
     lines = checked_curves(curves, logy=True)
     for label, (sparsity, _) in lines.items():
@@ -103,24 +89,20 @@ def plot_comparison(
 ) -> np.ndarray:
     """Pruning methods side by side: perplexity (left) and time (right), both on log axes, by sparsity.
 
+    A label has one colour, dash and marker in both panels, and one legend on the right.
+
     Args:
         curves: sparsity (share of zeros, 0 to 1), perplexity and seconds, all `[n]`, by label. A perplexity
             that is not finite leaves a gap in its line.
-        axes: two axes to draw on, or None for a new figure.
+        axes: two axes to draw on.
         dense: the perplexity of the model before pruning, drawn as a dashed line on the left.
-
-    Returns:
-        The two axes; a label has one colour, dash and marker in both, and the legend of both stands on the right.
-
-    Raises:
-        ValueError: for what `plot_perplexity` refuses, times that are not positive, or another number of axes.
     """
     axes = axes_or_new(axes, 2, 2, (12, 4.5))
     plot_perplexity({label: (x, y) for label, (x, y, _) in curves.items()}, axes[0], dense=dense)
     times = {label: (100 * np.asarray(x, float), seconds) for label, (x, _, seconds) in curves.items()}
     plot_curves(times, axes[1], xlabel="sparsity (%)", ylabel="time of the method (s)", logy=True, markers=True)
     _plain_ticks(axes[1])
-    # Many lines leave no room in the panels: one legend for both stands beside them.
+    # Many lines leave no room in the panels.
     axes[0].get_legend().remove()
     axes[1].legend(
         *axes[0].get_legend_handles_labels(),
@@ -133,50 +115,13 @@ def plot_comparison(
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Ticks of a figure on a log axis by per cent: a handful, in plain numbers."""
+    """A handful of ticks in plain numbers, for a log axis over per cent."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_ylim()
-    # Within a few octaves 1, 2, 5 would leave one tick or none; over many decades, too many.
+    # Within one decade 1, 2, 5 would leave two ticks or fewer; over many decades, too many.
     decades = LogLocator(subs=(1, 2, 5) if high < 3000 * low else (1,))
-    axis.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)) if high < 6 * low else decades)
+    axis.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)) if high < 12 * low else decades)
     axis.xaxis.set_major_locator(MaxNLocator(8, steps=(1, 2, 5, 10), integer=True))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1000 else f"{v:g}"))
-
-
-def plot_weight_sparsity(weight: Any, axis: Any = None, *, cells: int = 96, title: str = "") -> Any:
-    """Where the non-zeros of a weight are: their share in each cell of a map of at most `cells x cells`.
-
-    Args:
-        weight: `[out, in]`.
-        axis: to draw on, or None for a new figure.
-        cells: along each axis at most.
-        title: above it; an empty one gives the sparsity of the whole weight.
-
-    Returns:
-        The axis.
-
-    Raises:
-        ValueError: for another shape or no cells.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    kept = np.asarray(weight) != 0
-    if kept.ndim != 2 or kept.size == 0:
-        raise ValueError(f"a weight has the shape [out, in], given {list(kept.shape)}")
-    if cells < 1:
-        raise ValueError(f"cells must be 1 or more, given {cells}")
-    rows, columns = (np.linspace(0, n, min(n, cells) + 1).astype(int) for n in kept.shape)
-    counts = np.add.reduceat(np.add.reduceat(kept, rows[:-1], axis=0, dtype=np.int64), columns[:-1], axis=1)
-    share = counts / np.outer(np.diff(rows), np.diff(columns))
-    axis = axis_or_new(axis, (5.6, 4.6))
-    out, width = kept.shape
-    drawn = axis.imshow(
-        share, cmap=COLOUR_MAP, vmin=0, vmax=1, extent=(0, width, out, 0), aspect="auto", interpolation="nearest"
-    )
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(MaxNLocator(8, steps=(1, 2, 5, 10), integer=True))
-    axis.set(xlabel="input", ylabel="output", title=title or f"sparsity {1 - kept.mean():.1%}")
-    axis.figure.colorbar(drawn, ax=axis, label="share of non-zeros")
-    return axis

@@ -1,4 +1,4 @@
-"""Floor 7: signals where they live: images, chains, graphs, regions of a map; and the groups of Doge-ADMM."""
+"""Floor 7: signals on images, chains, graphs and regions of a map; and the groups of Doge-ADMM."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,24 +31,14 @@ def plot_image(image: Any, axis: Any = None, *, title: str = "", limits: tuple[f
     Args:
         image: `[height, width]` for grey, `[height, width, 3]` or `[height, width, 4]` for RGB and RGBA; booleans,
             integers or floats.
-        axis: to draw on, or None for a new figure.
+        axis: to draw on.
         title: above it.
         limits: the values drawn black and white. None takes the whole range of integers of 8 or 16 bits, 0 to 1
             for floats between, and the range of the values for all others.
-
-    Returns:
-        The axis.
-
-    Raises:
-        ValueError: for an array that is no image, or limits that are not ascending.
     """
     given = np.asarray(image)
-    if (
-        given.ndim not in (2, 3)
-        or given.dtype.kind not in "buif"
-        or given.size == 0
-        or given.shape[2:] not in _CHANNELS
-    ):
+    is_image = given.ndim in (2, 3) and given.size > 0 and given.shape[2:] in ((), (3,), (4,))
+    if not is_image or given.dtype.kind not in "buif":
         raise ValueError(
             "an image holds numbers and has the shape [height, width], [height, width, 3] or [height, width, 4], "
             f"given {list(given.shape)} of {given.dtype}"
@@ -75,9 +65,6 @@ def plot_image(image: Any, axis: Any = None, *, title: str = "", limits: tuple[f
     return axis
 
 
-_CHANNELS = ((), (3,), (4,))
-
-
 def _image_limits(colours: np.ndarray) -> tuple[float, float] | None:
     if colours.dtype.kind == "b":
         return 0.0, 1.0
@@ -94,15 +81,9 @@ def plot_chain(observed: Any, fit: Any, axis: Any = None, *, truth: Any = None, 
     Args:
         observed: `[n]`; NaN where missing.
         fit: `[n]`.
-        axis: to draw on, or None for a new figure.
+        axis: to draw on.
         truth: `[n]`, or None where it is not known.
         positions: ascending `[n]`; None numbers the nodes.
-
-    Returns:
-        The axis.
-
-    Raises:
-        ValueError: for other shapes, or positions that do not ascend.
     """
     dots = as_numbers(observed, "observed", ("n",))
     check_any(dots, "node")
@@ -145,16 +126,10 @@ def plot_graph_signal(
         graph: its edges are drawn in grey below the nodes.
         positions: of the nodes in the plane, `[n, 2]`.
         signal: `[n]`; NaN is drawn grey.
-        axis: to draw on, or None for a new figure.
+        axis: to draw on.
         limits: of the colours, or None for the signal's range.
         label: of the colour bar: what the signal is, with its unit.
         edges: draw them.
-
-    Returns:
-        The axis.
-
-    Raises:
-        ValueError: for other shapes, or a signal without a finite value and no limits.
     """
     from matplotlib.collections import LineCollection
 
@@ -184,7 +159,6 @@ def plot_graph_signal(
         zorder=2,
         rasterized=crowded,
     )
-    axis.set_aspect("equal")
     # Dots have a size of their own, which a flat graph's few per cent of margin would cut.
     room = 0.04 * float(np.ptp(places, axis=0).max()) if len(places) else 0.0
     axis.update_datalim(np.concatenate([places - room, places + room]))
@@ -207,15 +181,9 @@ def plot_regions(
     Args:
         polygons: one entry a region: its outline `[m, 2]`, or a list of outlines (islands; holes are not cut out).
         values: one a region; NaN is drawn grey.
-        axis: to draw on, or None for a new figure.
+        axis: to draw on.
         limits: of the colours, or None for the range of the values.
         label: of the colour bar: what the values are, with their unit.
-
-    Returns:
-        The axis.
-
-    Raises:
-        ValueError: for outlines of another shape, or values that do not match the regions.
     """
     from matplotlib.collections import PolyCollection
 
@@ -234,7 +202,6 @@ def plot_regions(
     )
     axis.add_collection(drawn)
     axis.autoscale_view()
-    axis.set_aspect("equal")
     bare(axis)
     colour_bar(axis, drawn, level, label)
     return axis
@@ -273,17 +240,10 @@ def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: 
     they fall into 4, 5 and 16 groups.
 
     Args:
-        shape: of the grid, 1 or 2 axes.
+        shape: of the grid: 1 or 2 axes, 2 to 400 nodes.
         block: 1, 2 or 3.
-        axis: as many axes as there are groups, or None for a new figure.
+        axis: as many axes as there are groups.
         columns: panels side by side in a new figure; None chooses.
-
-    Returns:
-        The axes, a flat array, one a group.
-
-    Raises:
-        ValueError: for other grids or blocks, a grid without edges or of more than 400 nodes, or another number
-            of axes.
 
     Source: Bu, Wu, Zuo, "Doge-ADMM: A Highly Scalable Parallel Algorithm for Trend Filtering on Graphs", figures
     2 to 4.
@@ -333,7 +293,6 @@ def _draw_group(axis: Any, graph: Graph, places: np.ndarray, touched: list[np.nd
     axis.scatter(*places[used].T, s=size, color=INK, zorder=3)
     axis.set_xlim(-0.6, places[:, 0].max() + 0.6)
     axis.set_ylim(places[:, 1].max() + 0.6, -0.6)  # the first row on top, as in a matrix
-    axis.set_aspect("equal")
     bare(axis)
 
 

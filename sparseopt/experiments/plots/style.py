@@ -1,4 +1,4 @@
-"""Floor 7: what all pictures share: colours and line styles, checks of what is drawn, small helpers for axes."""
+"""Floor 7: what all pictures share: colours and line styles, checks of what is drawn, helpers for axes."""
 
 import textwrap
 from collections.abc import Collection
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# Distinguishable with any colour vision; in grey print dashes and hatches tell them apart.
+# Distinguishable with any colour vision; dashes and hatches distinguish them in grey print.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 # Seven dashes for six colours: 42 lines differ, and neighbours differ in both.
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)), (0, (2, 1)))
@@ -16,11 +16,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 COLOUR_MAP = "viridis"  # lightness rises evenly, so it keeps its order in grey
 MISSING = "#c8c8c8"
 INK = "#333333"
-TITLE_CHARACTERS = 9  # of a figure's title to an inch; what is longer goes to the next line
+TITLE_CHARACTERS = 9  # of a figure's title per inch; a longer one is wrapped
 
 
 def line_style(index: int, markers: bool = False) -> dict[str, Any]:
-    """Colour, dash and marker of the line of a number, as keywords of `Axes.plot`."""
+    """Colour, dash and marker of the line with this number, as keywords of `Axes.plot`."""
     style: dict[str, Any] = {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index % len(DASHES)],
@@ -31,19 +31,11 @@ def line_style(index: int, markers: bool = False) -> dict[str, Any]:
 
 def axis_or_new(axis: Any, size: tuple[float, float] = (6, 4)) -> Any:
     """The axis given, or that of a new figure of a size in inches."""
-    if axis is not None:
-        return axis
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=size, layout="constrained")[1]
+    return axes_or_new(axis, 1, 1, size)[0]
 
 
 def axes_or_new(axes: Any, count: int, columns: int, size: tuple[float, float], **options: Any) -> np.ndarray:
-    """`count` axes as a flat array: those given, or the panels of a new figure of a size in inches.
-
-    Raises:
-        ValueError: for another number of axes.
-    """
+    """`count` axes as a flat array: those given, or the panels of a new figure of a size in inches."""
     if axes is None:
         import matplotlib.pyplot as plt
 
@@ -66,23 +58,24 @@ def tidy(axis: Any, grid: str = "both") -> None:
 
 
 def bare(axis: Any) -> None:
-    """No frame and no ticks: the coordinates mean nothing to the reader."""
+    """No frame and no ticks, where the coordinates mean nothing but have one scale."""
+    axis.set_aspect("equal")
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
 
 
 def legend(axis: Any) -> None:
-    """A legend without frame, with lines long enough to show their dashes."""
+    """A legend with lines long enough to show their dashes."""
     axis.legend(frameon=False, handlelength=2.8)
 
 
 def colour_bar(axis: Any, drawn: Any, values: np.ndarray, label: str) -> None:
-    """The colour bar of something drawn; pointed where values lie beyond its limits."""
+    """A colour bar, pointed where values lie beyond its limits."""
     low, high = drawn.get_clim()
     finite = values[np.isfinite(values)]
-    beyond = (bool((finite < low).any()), bool((finite > high).any()))
-    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[beyond]
+    below, above = (finite < low).any(), (finite > high).any()
+    extend = "both" if below and above else "min" if below else "max" if above else "neither"
     axis.figure.colorbar(drawn, ax=axis, label=label, extend=extend)
 
 
@@ -94,19 +87,13 @@ def value_map() -> Any:
 
 
 def as_numbers(values: Any, what: str, shape: tuple[int | str, ...]) -> np.ndarray:
-    """`values` as a float array of a shape; a letter in the shape stands for any length.
-
-    Raises:
-        ValueError: if they are no numbers or of another shape.
-    """
+    """`values` as a float array of a shape; a letter in the shape stands for any length."""
     try:
         array = np.asarray(values, float)
     except (TypeError, ValueError) as problem:
         raise ValueError(f"{what} must be an array of numbers, given {type(values).__name__}: {problem}") from None
-    fits = array.ndim == len(shape) and all(
-        isinstance(w, str) or w == n for n, w in zip(array.shape, shape, strict=True)
-    )
-    if not fits:
+    fits = [isinstance(wanted, str) or wanted == given for wanted, given in zip(shape, array.shape, strict=False)]
+    if array.ndim != len(shape) or not all(fits):
         raise ValueError(f"{what} has the shape [{', '.join(map(str, shape))}], given {list(array.shape)}")
     return array
 
@@ -128,11 +115,7 @@ def check_positive(values: np.ndarray, what: str) -> None:
 
 
 def colour_limits(limits: Any, values: np.ndarray, what: str) -> tuple[float, float]:
-    """The limits given, or the range of the finite values.
-
-    Raises:
-        ValueError: for limits that are not ascending, or without a finite value to find them from.
-    """
+    """The limits given, or the range of the finite values."""
     if limits is not None:
         low, high = as_numbers(limits, "limits", (2,))
         if not low < high:

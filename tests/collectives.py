@@ -1,4 +1,4 @@
-"""Floor 0: what a compiled program sends between devices, read from its text.
+"""What a compiled program sends between devices, read from its text.
 
 `jax.jit(f).lower(*arguments).compile().as_text()` is one program that every device runs; an array in it is the part
 of one device. So the bytes of an operand are what each device that takes part hands over.
@@ -59,11 +59,6 @@ def collectives(program: str) -> list[Collective]:
 
     Raises:
         ValueError: for a text without an entry computation.
-
-    Example:
-        >>> from sparseopt.core.collectives import collectives
-        >>> collectives(jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile().as_text())  # one device talks to nobody
-        []
     """
     computations: dict[str, dict[str, _Instruction]] = {}
     entry, current = None, None
@@ -84,7 +79,7 @@ def collectives(program: str) -> list[Collective]:
 def total_bytes(found: Iterable[Collective], kind: str) -> int:
     """The bytes of one kind, each operation once for every turn of the loops around it that the program counts.
 
-    What stands in a loop that the program does not count is taken for one turn.
+    A loop that the program does not count is taken for one turn.
     """
     return sum(one.bytes * times(one) for one in found if one.kind == kind)
 

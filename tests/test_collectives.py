@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparseopt.core.collectives import Collective, collectives, times, total_bytes
+from tests.collectives import Collective, collectives, times, total_bytes
 
 PROGRAM = """HloModule jit_f, is_scheduled=true, num_partitions=4
 
