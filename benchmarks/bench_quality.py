@@ -35,7 +35,7 @@ PLAIN: dict[str, Any] = {"allocation": "uniform", "reconstruct": 0}
 # Changes to a plain recipe of method best; those in one line act together.
 ABLATION: dict[str, dict[str, Any]] = {
     BASE: {},
-    "outputs uniform": {"outputs": "uniform"},
+    "outputs uniform": {"output_weights": "uniform"},
     "weighting residual": {"weighting": "residual"},
     "ridge 0.01": {"ridge": 0.01},
     "propagate 0": {"propagate": 0},

@@ -65,9 +65,9 @@ def names_of(known: Mapping[str, Any]) -> Callable[[str], list[str]]:
 
 
 def preset_of(name: str) -> dict[str, Any]:
-    """Method and preset of a name such as "maiht paper"; preset best unless it names one."""
+    """Method of a name such as "maiht paper", and its preset where it names one."""
     method, _, preset = name.partition(" ")
-    return {"method": method, "preset": preset or "best"}
+    return {"method": method, "preset": preset} if preset else {"method": method}
 
 
 def judged(value: float, bound: float | None) -> tuple[str, bool | None]:

@@ -10,34 +10,39 @@ from typing import Any
 from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
 from sparseopt.shell.app import app
+from sparseopt.shell.options import completed
 
 KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER", "Path": "PATH"}
 
 
 def page() -> str:
-    """MyST text: one section a command, with its usage, its help, its arguments and its options."""
+    """MyST text: one section a command, with its usage, its help, its arguments and its options by panel."""
     return "\n".join(_section(command) for command in app.registered_commands)
 
 
 def _section(command: CommandInfo) -> str:
-    callback: Callable[..., Any] | None = command.callback
-    assert callback is not None
+    assert command.callback is not None
+    callback: Callable[..., Any] = completed(command.callback)
     name = command.name or callback.__name__.replace("_", "-")
     hints = typing.get_type_hints(callback, include_extras=True)
-    usage, rows = [f"sparseopt {name}"], []
+    usage, rows = [f"sparseopt {name}"], {}
     for parameter in inspect.signature(callback).parameters.values():
         kind, info = _parts(hints[parameter.name])
         if info is None or info.hidden:
             continue
         required = parameter.default is parameter.empty
         label = _label(parameter.name, kind, info)
-        rows.append(f"| `{label}` | {_default(parameter.default, required)} | {_text(info.help)} |")
+        row = f"| `{label}` | {_default(parameter.default, required)} | {_text(info.help)} |"
+        rows.setdefault(getattr(info, "rich_help_panel", None), []).append(row)
         if isinstance(info, ArgumentInfo) or required:
             usage.append(label if required else f"[{label}]")
     usage.append("[OPTIONS]")
     help_text = _options_as_code(inspect.cleandoc(command.help or callback.__doc__ or ""))
-    table = "| argument or option | default | |\n|---|---|---|\n" + "\n".join(rows) + "\n"
-    return f"## `sparseopt {name}`\n\n{help_text}\n\n```text\n{' '.join(usage)}\n```\n\n{table if rows else ''}"
+    text = f"## `sparseopt {name}`\n\n{help_text}\n\n```text\n{' '.join(usage)}\n```\n"
+    for panel, lines in rows.items():
+        heading = f"\n**{panel}**\n" if panel else ""
+        text += "\n".join((heading, "| argument or option | default | |", "|---|---|---|", *lines, ""))
+    return text
 
 
 def _parts(hint: Any) -> tuple[Any, OptionInfo | ArgumentInfo | None]:

@@ -29,6 +29,7 @@ FLOORS = [
     ("core/group_penalties", 2),
     ("core/constraints", 2),
     ("core/combined_penalties", 2.5),  # made of other penalties
+    ("core/penalty_names", 2.5),
     ("core/losses", 2),
     ("core/fidelity", 2),
     ("core/scalar_losses", 2),

@@ -1,7 +1,9 @@
 """Floor 1: checks of single arguments. An error names the argument, what it should be, and what was given."""
 
+import difflib
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -88,3 +90,10 @@ def require_memory(needed: int, what: str, advice: str) -> None:
     """
     if needed > ALWAYS_FREE and needed > (free := available_memory_bytes()):
         raise ValueError(f"{what} takes at least {format_bytes(needed)}, and {format_bytes(free)} are free: {advice}")
+
+
+def unknown(kind: str, given: Any, known: Iterable[str]) -> str:
+    """The sentence for a name that is not known: it lists those that are, and the nearest."""
+    names = list(known)
+    near = difflib.get_close_matches(given, names, n=1) if isinstance(given, str) else []
+    return f"unknown {kind} {given!r}; known are {', '.join(names)}" + (f"; did you mean {near[0]!r}?" if near else "")

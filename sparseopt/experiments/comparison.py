@@ -23,15 +23,15 @@ from sparseopt.experiments.runs import CONFIG, Outcome, State, fingerprint, load
 from sparseopt.experiments.sweep import Planned, check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun, Observer
 from sparseopt.experiments.task_prune import Prune
-from sparseopt.pruning import METHODS, Recipe
+from sparseopt.pruning import METHODS, Recipe, find_method
 from sparseopt.pruning.patterns import implied_sparsity
+from sparseopt.pruning.recipe import PRESET, presets_of
 from sparseopt.pruning.texts import part_of_text
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, differences, read_start
 
 CELLS = "cells"
 # Seconds of the method itself; forward passes and compilation are common to all.
 TIMES = ("solver_seconds", "survey_seconds", "reconstruction_seconds")
-PRESET = Prune.model_fields["preset"].default
 # What may differ between the cells of one folder.
 OWN_SETTINGS = {"method", "preset", "pattern", "sparsity"}
 COLUMNS = (
@@ -111,10 +111,9 @@ def build(
 
 
 def _method_settings(word: str) -> dict[str, str]:
-    """The settings that `METHOD` or `METHOD:PRESET` names; a preset that changes nothing is left out."""
+    """The settings that `METHOD` or `METHOD:PRESET` names; the method's own preset is left out."""
     method, colon, preset = word.partition(":")
-    presets = METHODS.get(method, {})
-    if not colon or (preset in presets and presets[preset] is presets[PRESET]):
+    if not colon or (preset == PRESET and presets_of(method)):
         return {"method": method}
     return {"method": method, "preset": preset}
 
@@ -122,12 +121,12 @@ def _method_settings(word: str) -> dict[str, str]:
 def method_name(task: Prune) -> str:
     """The method's name on the command line."""
     name = task.method if isinstance(task.method, str) else task.method.name
-    return name if task.preset == PRESET else f"{name}:{task.preset}"
+    return name if task.preset in (None, PRESET) else f"{name}:{task.preset}"
 
 
 def _takes_ridge(method: Any) -> bool:
     """False for those of our methods that have no ridge; they stand beside the others without one."""
-    return not isinstance(method, str) or method not in METHODS or hasattr(METHODS[method][PRESET](), "ridge")
+    return not isinstance(method, str) or method not in METHODS or hasattr(find_method(method), "ridge")
 
 
 def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
@@ -210,7 +209,7 @@ def tabulate(
     for folder in [*tasks, *others]:
         if folder in errors:
             task, figures = tasks[folder], {"error": " ".join(errors[folder].split())}
-            sparsity = implied_sparsity(task.pattern) if task.sparsity is None else task.sparsity
+            sparsity = task.recipe().sparsity
         else:
             finished = load_run(folder, allow_code)
             runs.append(finished)
@@ -252,14 +251,15 @@ def _errors(recipe: Recipe) -> str:
 def head(section: Section, task: Prune) -> list[str]:
     """What was run, in lines for the top of the table: model, texts and tokens, versions and machine."""
     ridge = "" if task.ridge is None else f", ridge {task.ridge:g}"
-    start = _start_token(section)
+    seed = "" if task.seed is None else f", seed {task.seed}"
+    start, tokens = _start_token(section), task.evaluation_windows * task.evaluation_seqlen
     lines = [
         f"model: {task.source}" + ("" if start is None else f", every window starts with its BOS (token {start})"),
         f"calibration: {part_of_text(task.calibration, 'calibration')}, {task.samples} x {task.seqlen} = "
         f"{task.samples * task.seqlen:,} tokens, and {task.heldout_samples * task.seqlen:,} held out; "
-        f"seed {task.seed}{ridge}",
-        f"evaluation: {part_of_text(task.evaluation, 'evaluation')}, {task.windows} x {task.evaluation_seqlen} = "
-        f"{task.windows * task.evaluation_seqlen:,} tokens",
+        f"{task.windows} windows{seed}{ridge}",
+        f"evaluation: {part_of_text(task.evaluation, 'evaluation')}, "
+        f"{task.evaluation_windows} x {task.evaluation_seqlen} = {tokens:,} tokens",
     ]
     kinds = _grouped(section, ("errors",), lambda row: row.labels["method"])
     if len(kinds) > 1:
@@ -308,10 +308,11 @@ def write(section: Section, task: Prune, output: Path) -> list[Path]:
         "calibration_tokens": task.samples * task.seqlen,
         "heldout_tokens": task.heldout_samples * task.seqlen,
         "bos": _start_token(section),
+        "windows": task.windows,
         "seed": task.seed,
         "ridge": task.ridge,
         "evaluation": task.evaluation,
-        "evaluation_tokens": task.windows * task.evaluation_seqlen,
+        "evaluation_tokens": task.evaluation_windows * task.evaluation_seqlen,
     }
     with table.open("w", newline="", encoding="utf-8") as stream:
         names = [*section.labels(), *COLUMNS, "errors", *common, "machine", "versions", "folder"]

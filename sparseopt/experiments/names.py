@@ -20,26 +20,11 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
 
 import sparseopt as so
+from sparseopt.core.penalty_names import PENALTIES
 
 # Whether paths outside this package may be imported: all, none, or those of the packages listed.
 AllowCode = bool | Collection[str]
 
-PENALTIES: Mapping[str, Callable[..., Any]] = {
-    "l0": so.L0,
-    "l1": so.L1,
-    "elastic_net": so.ElasticNet,
-    "mcp": so.MCP,
-    "scad": so.SCAD,
-    "log_sum": so.LogSum,
-    "group": so.GroupL2,
-    "sparse_group": so.SparseGroup,
-    "nuclear": so.NuclearNorm,
-    "nonnegative": so.Nonnegative,
-    "box": so.Box,
-    "simplex": so.Simplex,
-    "top_k": so.TopK,
-    "n_of_m": so.NM,
-}
 SOLVERS: Mapping[str, Callable[..., Any]] = {
     "maiht": so.Maiht,
     "proximal_gradient": so.ProximalGradient,

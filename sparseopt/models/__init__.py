@@ -14,11 +14,10 @@ from sparseopt.models.rope import Rope
 from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig, check_window
 from sparseopt.models.source import Source, TensorInfo, open_source
 from sparseopt.models.streaming import StreamedModel, load_decoder, open_model
-from sparseopt.models.tokenizer import BOS_CHOICES, Bos, encode_text, load_tokenizer, start_token
+from sparseopt.models.tokenizer import Bos, encode_text, load_tokenizer, start_token
 from sparseopt.models.torch_model import TorchModel
 
 __all__ = [
-    "BOS_CHOICES",
     "FAMILIES",
     "OUTER_TAG",
     "Block",

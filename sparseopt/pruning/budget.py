@@ -23,7 +23,7 @@ from sparseopt.system.machine import available_memory_bytes, format_bytes
 
 # What makes each phase smaller.
 ADVICE = {
-    "survey": "outputs='uniform' and an allocation without curves do without the survey",
+    "survey": "output_weights='uniform' and an allocation without curves do without the survey",
     "training": "reconstruct=0 trains no blocks",
     "layer solves": "method 'wanda' or 'magnitude' needs the least for a solve",
     "Grams": "heldout_samples=0 and propagate=0 gather one set of Grams only",

@@ -66,7 +66,7 @@ __all__ = [
 
 Observer = Callable[[Event, int], None]
 # What recipes must agree in to share a pass.
-CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "seed", "bos")
+CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "windows", "seed", "bos")
 
 
 def ignore(event: Event, total: int) -> None:
@@ -356,8 +356,9 @@ def calibration_windows(model: PrunableModel, recipe: Recipe) -> CalibrationWind
         check_window(recipe.seqlen, model.config.max_positions)
         count = recipe.samples + recipe.heldout_samples
         found = text_windows(
-            model.source, recipe.calibration, "calibration", count, recipe.seqlen, bos=recipe.bos, seed=recipe.seed
-        )
+            model.source, recipe.calibration, "calibration", count, recipe.seqlen,
+            bos=recipe.bos, choice=recipe.windows, seed=recipe.seed or 0,
+        )  # fmt: skip
         windows, bos = begin_windows(*found), found.bos
     else:
         windows = np.asarray(recipe.calibration)

@@ -1,89 +1,136 @@
 """Floor 6: what to do to a model: one frozen recipe, checked as a whole before any work."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from sparseopt.core.penalties import Penalty
-from sparseopt.models import BOS_CHOICES, Bos
+from sparseopt.core.penalty_names import BY_WEIGHT, penalty_of_weight
+from sparseopt.models import Bos
 from sparseopt.pruning.allocation import Allocation, check_allocation
-from sparseopt.pruning.calibration import WEIGHTINGS, Weighting
+from sparseopt.pruning.calibration import Weighting
 from sparseopt.pruning.layer import LayerMethod
-from sparseopt.pruning.methods import best_for_models, find_method
-from sparseopt.pruning.patterns import check_pattern
+from sparseopt.pruning.methods import METHODS, best_for_models, find_method
+from sparseopt.pruning.options import CALIBRATION, HOW, OUTPUT, WHAT, attributes, mistakes_of, option, options_of
+from sparseopt.pruning.patterns import KNOWN, check_pattern, implied_sparsity
 from sparseopt.pruning.reconstruction import Reconstruction
-from sparseopt.pruning.sensitivity import OUTPUT_WEIGHTINGS, OutputWeighting
+from sparseopt.pruning.sensitivity import OutputWeighting
+from sparseopt.pruning.texts import TEXTS, WindowChoice
 
-# What method "best" does unasked: epochs of reconstruction, and the share of earlier error that it makes up for.
+# What method "best" does unasked: epochs of reconstruction, and the fraction of upstream error that is corrected.
 BEST_EPOCHS = 4
 BEST_PROPAGATE = 0.25
-STORED_DTYPES = ("float32", "float16", "bfloat16")
+PRESET = "best"
+
+
+def presets_of(method: str) -> tuple[str, ...]:
+    """The presets of a method by its name; none for a method with one setting, and for an unknown one."""
+    presets = METHODS.get(method, {})
+    return tuple(presets) if len(set(presets.values())) > 1 else ()
+
+
+def read_bounds(given: Any) -> Any:
+    """Two numbers of a text with a comma between; what is no text is left unchanged."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return tuple(float(part) for part in given.split(","))
+    except ValueError:
+        raise ValueError(f"bounds must be two numbers with a comma between, as in 0.3,0.8, given {given!r}") from None
+
+
+PRESETS = tuple(dict.fromkeys(preset for method in METHODS for preset in presets_of(method)))
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How `prune_model` prunes.
 
-    Attributes:
-        sparsity: share of zeros in every linear, in [0, 1), exact to the weight; may be None with an n:m pattern.
-        pattern: which weights may survive, as in `prune_layer`.
-        method: a name in `METHODS`, or a `LayerMethod` of your own. "best" runs as `methods.best_for_models`, shorter
-            than on one layer; `find_method("best")` is the long one.
-        preset: "paper" or "best".
-        penalty: chooses the support in place of L0, as in `prune_layer`; None for L0.
-        ridge: added to the unit diagonal of every layer's scaled Gram, in place of the method's own. On few tokens a
-            larger one overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. None: the method's
-            own.
-        weighting: of the tokens in the Grams, "uniform" or "residual", see `calibration`; the relative errors are
-            in the same weights.
-        outputs: weights of the errors at a linear's outputs, "uniform" or "gradient", see `sensitivity`; the relative
-            errors are without them. None: "gradient" for method "best", else "uniform".
-        allocation: of the sparsity over the linears, "uniform", "owl" or "curves", see `allocation`; the total stays
-            exact. Not with n:m patterns.
-        bounds: least and most sparsity of a linear, for allocations but "uniform"; None: `default_bounds`.
-        propagate: share, in [0, 1], of the error of the blocks before that a linear is to make up for, see
-            `propagation`; the relative errors are then to the moved target. None: `BEST_PROPAGATE` for method "best",
-            else 0.
-        reconstruct: epochs of training for the kept weights of each block after its linears are pruned, 0 for none,
-            or a whole `Reconstruction`. None: `BEST_EPOCHS` for method "best", else 0.
-        calibration: a text as in `pruning.texts` ("pydoc", "wikitext2:PATH", ...), or token ids `[samples, seqlen]`.
-            Of a file the first half is read.
-        bos: whether every window begins with the tokenizer's BOS, "auto" (as the tokenizer itself does it, see
-            `models.start_token`), "yes" or "no". Token ids are taken as they are.
-        samples: calibration windows.
-        seqlen: tokens a window.
-        heldout_samples: windows after the calibration windows for the held-out error; 0 for none.
-        seed: 0 takes calibration windows from the start of the text, another draws them at random.
-        dtype: dtype to store, or None to keep the source's.
-        pack: store the zeros as a bitmask, see `packed`; transformers loads the folder only once it is unpacked.
-        min_expert_tokens: an expert that receives fewer calibration tokens than this is starved: it is pruned by the
-            magnitude of its weights, and the report names it. An expert that receives none always is.
+    In Python, `method` may also be a `LayerMethod` of your own, `penalty` an object as in `prune_layer`, `reconstruct`
+    a whole `Reconstruction`, and `calibration` token ids `[samples, seqlen]`, which are taken as they are: their
+    last `heldout_samples` windows are held out. "best" runs as `methods.best_for_models`, shorter than on one layer.
+
+    On few tokens a larger `ridge` overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. Without
+    `bounds` a layer's sparsity lies in `default_bounds`; the total of an `allocation` is exact. The relative
+    errors in a report weight tokens as the Gram matrices do, and outputs equally; with `propagate` they are relative
+    to the corrected target. An expert that receives no token is always pruned by magnitude.
     """
 
-    sparsity: float | None = 0.5
-    pattern: str = "unstructured"
-    method: str | LayerMethod = "maiht"
-    preset: str = "best"
-    penalty: Penalty | None = None
-    ridge: float | None = None
-    weighting: Weighting = "uniform"
-    outputs: OutputWeighting | None = None
-    allocation: Allocation = "uniform"
-    bounds: tuple[float, float] | None = None
-    propagate: float | None = None
-    reconstruct: int | Reconstruction | None = None
-    calibration: Any = "pydoc"
-    bos: Bos = "auto"
-    samples: int = 16
-    seqlen: int = 512
-    heldout_samples: int = 4
-    seed: int = 0
-    dtype: str | None = None
-    pack: bool = False
-    min_expert_tokens: int = 64
+    sparsity: float | None = option(
+        None,
+        "Fraction of zeros in every linear. Default: 0.5, or that of the n:m pattern.",
+        WHAT,
+        least=0,
+        below=1,
+    )
+    pattern: str = option("unstructured", f"Which weights may stay: {KNOWN}.", WHAT)
+    method: str | LayerMethod = option("maiht", "Pruning method: {choices}.", HOW, type=str, choices=METHODS)
+    preset: str | None = option(
+        None, f"Settings of a method that has several: {{choices}}. Default: {PRESET}.", HOW, choices=PRESETS
+    )
+    penalty: Penalty | None = option(
+        None,
+        "Chooses the weights that stay in place of l0: {choices}. The sparsity sets its level. For method maiht and "
+        "pattern unstructured.",
+        HOW, type=str | None, choices=BY_WEIGHT, read=lambda name: penalty_of_weight(name, 1.0),
+    )  # fmt: skip
+    ridge: float | None = option(
+        None, "Added to the unit diagonal of every scaled Gram matrix. Default: the method's.", HOW, least=0
+    )
+    weighting: Weighting = option(
+        "uniform", "How tokens are weighted in the Gram matrices: {choices} (by the residual stream's size).", HOW
+    )
+    output_weights: OutputWeighting | None = option(
+        None, "How output errors are weighted: {choices}. Default: gradient for method best, else uniform.", HOW
+    )
+    allocation: Allocation = option(
+        "uniform", "How the sparsity is distributed over the layers: {choices}. Not for n:m patterns.", WHAT
+    )
+    bounds: tuple[float, float] | None = option(
+        None, "Least and most sparsity of a layer, as in 0.3,0.8, for owl and curves.", WHAT, read=read_bounds
+    )
+    propagate: float | None = option(
+        None,
+        f"Fraction of the upstream error that each layer corrects. Default: {BEST_PROPAGATE} for method best, else 0.",
+        HOW, least=0, most=1,
+    )  # fmt: skip
+    reconstruct: int | Reconstruction | None = option(
+        None,
+        f"Epochs of training for each pruned block, 0 for none. Default: {BEST_EPOCHS} for method best, else 0.",
+        HOW, type=int | None, least=0,
+    )  # fmt: skip
+    calibration: Any = option(
+        "pydoc", f"Calibration text: {TEXTS}. Of a file the first half is read.", CALIBRATION, type=str
+    )
+    bos: Bos = option(
+        "auto",
+        "Begin every window with the BOS token: {choices}; auto does as the model's tokenizer.",
+        CALIBRATION,
+    )
+    samples: int = option(16, "Calibration windows.", CALIBRATION, least=1)
+    seqlen: int = option(512, "Tokens in a calibration window.", CALIBRATION, least=2)
+    heldout_samples: int = option(4, "Further windows, for the held-out error; 0 for none.", CALIBRATION, least=0)
+    windows: WindowChoice = option(
+        "first", "Which windows of the text are taken: {choices}; spread takes them evenly from all of it.", CALIBRATION
+    )
+    seed: int | None = option(None, "Seed for windows random. Default: 0.", CALIBRATION, least=0)
+    dtype: Literal["float32", "float16", "bfloat16"] | None = option(
+        None, "Data type to store: {choices}. Default: the source's.", OUTPUT
+    )
+    pack: bool = option(False, "Store zeros as a bitmask; `sparseopt unpack` makes what transformers loads.", OUTPUT)
+    min_expert_tokens: int = option(
+        64, "An expert that receives fewer calibration tokens than this is pruned by magnitude.", CALIBRATION, least=0
+    )
+
+    def __post_init__(self) -> None:
+        if self.sparsity is None:
+            implied = implied_sparsity(self.pattern)
+            if implied is None or 0 <= implied < 1:
+                object.__setattr__(self, "sparsity", 0.5 if implied is None else implied)
 
     def check(self) -> LayerMethod:
         """The method asked for, after every field was checked.
@@ -91,62 +138,42 @@ class Recipe:
         Raises:
             ValueError: listing all that is wrong, one line each.
         """
-        problems: list[str] = []
-        method: LayerMethod | None = None
-        try:
-            method = find_method(self.method, self.preset, self.penalty, self.ridge)
-            if self.method == "best":
-                method = find_method(best_for_models(), ridge=self.ridge)
-        except ValueError as error:
-            problems.append(str(error))
-        try:
-            check_pattern(self.pattern, self.sparsity)
-        except ValueError as error:
-            problems.append(str(error))
-        try:
-            check_allocation(self.allocation, self.pattern, self.sparsity, self.bounds)
-        except ValueError as error:
-            problems.append(str(error))
-        try:
-            if self.reconstruction is not None:
-                self.reconstruction.check()
-        except ValueError as error:
-            problems.append(str(error))
-        if not 0 <= self.propagated_share <= 1:
-            problems.append(f"propagate must be a share in [0, 1], given {self.propagate}")
-        if self.outputs not in (None, *OUTPUT_WEIGHTINGS):
-            problems.append(f"outputs must be one of {', '.join(OUTPUT_WEIGHTINGS)}, given {self.outputs!r}")
+        wrong = {name: text for name, each in OPTIONS.items() if (text := each.mistake(getattr(self, name)))}
+        checks: list[tuple[tuple[str, ...], Callable[[], Any]]] = [
+            (("method", "preset", "ridge"), self._find_method),
+            (("sparsity",), lambda: check_pattern(self.pattern, self.sparsity)),
+            (
+                ("allocation", "sparsity"),
+                lambda: check_allocation(self.allocation, self.pattern, self.sparsity, self.bounds),
+            ),
+            (("reconstruct",), lambda: self.reconstruction and self.reconstruction.check()),  # type: ignore
+        ]
+        problems = [*wrong.values(), *mistakes_of(check for names, check in checks if not wrong.keys() & names)]
         if self.penalty is not None and self.pattern != "unstructured":
             problems.append(f"a penalty chooses weights anywhere, which contradicts the pattern {self.pattern!r}")
-        if self.bos not in BOS_CHOICES:
-            problems.append(f"bos must be one of {', '.join(BOS_CHOICES)}, given {self.bos!r}")
         if self.bos == "yes" and not isinstance(self.calibration, str):
             problems.append("bos is for text; calibration token ids are taken as they are: put BOS in front of them")
-        if self.samples < 1:
-            problems.append(f"samples must be at least 1, given {self.samples}")
-        if self.seqlen < 2:
-            problems.append(f"seqlen must be at least 2 tokens, given {self.seqlen}")
-        if self.heldout_samples < 0:
-            problems.append(f"heldout_samples must be 0 or more, given {self.heldout_samples}")
-        if self.min_expert_tokens < 0:
-            problems.append(f"min_expert_tokens must be 0 or more, given {self.min_expert_tokens}")
-        if self.seed < 0:
-            problems.append(f"seed must be 0 or more, given {self.seed}")
-        if self.weighting not in WEIGHTINGS:
-            problems.append(f"weighting must be one of {', '.join(WEIGHTINGS)}, given {self.weighting!r}")
-        if self.dtype is not None and self.dtype not in STORED_DTYPES:
-            problems.append(f"dtype must be one of {', '.join(STORED_DTYPES)}, given {self.dtype!r}")
-        if problems or method is None:
+        if self.windows != "first" and not isinstance(self.calibration, str):
+            problems.append("windows is for text; calibration token ids are taken as they are: leave windows out")
+        if self.seed is not None and self.windows != "random":
+            problems.append(f"seed is for windows 'random', and windows is {self.windows!r}; leave the seed out")
+        if problems:
             raise ValueError("the recipe cannot be used:\n  " + "\n  ".join(problems))
-        return method
+        return self._find_method()
+
+    def _find_method(self) -> LayerMethod:
+        if self.preset is not None and not (isinstance(self.method, str) and presets_of(self.method)):
+            raise ValueError(f"method {described(self.method)} has no presets, given {self.preset!r}; leave it out")
+        method = find_method(self.method, self.preset or PRESET, self.penalty, self.ridge)
+        return find_method(best_for_models(), ridge=self.ridge) if self.method == "best" else method
 
     def output_weighting(self) -> OutputWeighting:
         """The weighting of outputs asked for, or the method's default."""
-        return self.outputs or ("gradient" if self.method == "best" else "uniform")
+        return self.output_weights or ("gradient" if self.method == "best" else "uniform")
 
     @property
     def propagated_share(self) -> float:
-        """The share of earlier error asked for, or the method's default."""
+        """The fraction of upstream error to correct, asked for or the method's default."""
         if self.propagate is None:
             return BEST_PROPAGATE if self.method == "best" else 0.0
         return self.propagate
@@ -177,6 +204,10 @@ class Recipe:
         if not isinstance(self.calibration, str):
             fields["calibration"] = f"token ids of shape {list(np.shape(self.calibration))}"
         return fields
+
+
+OPTIONS = options_of(Recipe)
+Recipe.__doc__ = f"{Recipe.__doc__}\n{attributes(OPTIONS.values())}"
 
 
 def described(value: Any) -> str:

@@ -23,7 +23,7 @@ approximate curvature", 2015.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,6 @@ from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.evaluation import negative_log_likelihood
 
 OutputWeighting = Literal["uniform", "gradient"]
-OUTPUT_WEIGHTINGS: tuple[OutputWeighting, ...] = get_args(OutputWeighting)
 # Least sensitivity of an output, relative to the mean of its linear: an output that never fires stays a number.
 FLOOR = 1e-4
 # Weights of squared errors are this power of the sensitivity.

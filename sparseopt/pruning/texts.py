@@ -23,6 +23,8 @@ from sparseopt.models import Bos, Source, encode_text, load_tokenizer, start_tok
 from sparseopt.models.folder import PICKLES
 
 Split = Literal["calibration", "evaluation"]
+TEXTS = "pydoc, wikitext2:PATH, file:PATH, hf:NAME or hf:NAME/CONFIG"
+WindowChoice = Literal["first", "spread", "random"]
 
 # The split of a data set for each purpose.
 _HUB_SPLITS: dict[Split, str] = {"calibration": "validation", "evaluation": "test"}
@@ -45,7 +47,15 @@ class Windows(NamedTuple):
 
 
 def text_windows(
-    source: Source, specification: str, split: Split, count: int, length: int, *, bos: Bos = "auto", seed: int = 0
+    source: Source,
+    specification: str,
+    split: Split,
+    count: int,
+    length: int,
+    *,
+    bos: Bos = "auto",
+    choice: WindowChoice = "first",
+    seed: int = 0,
 ) -> Windows:
     """The windows of a text, in the tokens of a model's own tokenizer, and its BOS.
 
@@ -56,6 +66,7 @@ def text_windows(
         count: windows wanted.
         length: tokens a window.
         bos: whether windows begin with BOS, see `models.start_token`.
+        choice: which windows, as in `token_windows`.
         seed: as in `token_windows`.
 
     Raises:
@@ -66,7 +77,7 @@ def text_windows(
     start = start_token(source, tokenizer, bos)
     tokens = encode_text(tokenizer, load_text(specification, split))
     try:
-        return Windows(token_windows(tokens, count, length, seed=seed), start)
+        return Windows(token_windows(tokens, count, length, choice, seed=seed), start)
     except TextError as error:
         raise TextError(f"{part_of_text(specification, split)}: {error}") from error
 
@@ -96,9 +107,7 @@ def load_text(specification: str, split: Split) -> str:
         "hf": _read_hub,
     }
     if kind not in readers:
-        raise TextError(
-            f"unknown text {specification!r}; known are pydoc, wikitext2:PATH, file:PATH and hf:NAME[/CONFIG]"
-        )
+        raise TextError(f"unknown text {specification!r}; known are {TEXTS}")
     if kind != "pydoc" and not rest:
         raise TextError(f"text {specification!r} names no source; write {kind}:{'NAME' if kind == 'hf' else 'PATH'}")
     text = readers[kind](rest, split)
@@ -205,15 +214,19 @@ def _read_hub(name: str, split: Split) -> str:
     return _join_parquet(held[found[0]])
 
 
-def token_windows(tokens: np.ndarray, count: int, length: int, *, skip: int = 0, seed: int = 0) -> np.ndarray:
+def token_windows(
+    tokens: np.ndarray, count: int, length: int, choice: WindowChoice = "first", *, seed: int = 0
+) -> np.ndarray:
     """Cut `count` non-overlapping windows of `length` tokens, `[count, length]` int32.
 
     Args:
         tokens: all token ids of a text, `[n]`.
         count: windows wanted.
         length: tokens a window.
-        skip: windows left out before the first, so that held-out windows follow calibration windows.
-        seed: 0 cuts from the start of the text; any other draws the windows at random without replacement.
+        choice: "first" cuts from the start of the text. "spread" takes windows at equal distances over the whole text,
+            in an order in which any run of them covers it evenly: held-out windows, the last ones, lie between the
+            calibration windows. "random" draws without replacement.
+        seed: of "random".
 
     Raises:
         TextError: if the text has fewer tokens than that, with the figures.
@@ -221,14 +234,19 @@ def token_windows(tokens: np.ndarray, count: int, length: int, *, skip: int = 0,
     if count < 1 or length < 2:
         raise TextError(f"need at least 1 window of at least 2 tokens, given {count} windows of {length}")
     available = len(tokens) // length
-    if available < skip + count:
+    if available < count:
         raise TextError(
-            f"{skip + count} windows of {length} tokens need {(skip + count) * length:,} tokens, the text has "
+            f"{count} windows of {length} tokens need {count * length:,} tokens, the text has "
             f"{len(tokens):,} ({available} windows); use a longer text, fewer samples or a shorter seqlen"
         )
-    order = np.arange(available) if seed == 0 else np.random.default_rng(seed).permutation(available)
     windows = np.asarray(tokens[: available * length], np.int32).reshape(available, length)
-    return windows[order[skip : skip + count]]
+    if choice == "random":
+        return windows[np.random.default_rng(seed).permutation(available)[:count]]
+    if choice == "spread":
+        # Multiples of the golden ratio, modulo 1, fill the interval evenly from the first one on.
+        ranks = np.argsort(np.argsort(np.arange(count) * (1 + 5**0.5) / 2 % 1))
+        return windows[ranks * available // count]
+    return windows[:count]
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int) -> None:

@@ -17,8 +17,8 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
     if not isinstance(model, TorchModel):
         return recipe
     problems = []
-    if recipe.outputs == "gradient":
-        problems.append("outputs='gradient' takes the gradient of the loss; leave it open or say 'uniform'")
+    if recipe.output_weights == "gradient":
+        problems.append("output_weights='gradient' takes the gradient of the loss; leave it open or say 'uniform'")
     if recipe.allocation == "curves":
         problems.append("allocation='curves' takes the gradient of the loss; say 'uniform' or 'owl'")
     if recipe.reconstruct:
@@ -30,4 +30,4 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
             f"the recipe cannot be used on a {model.config.model_type} model, whose family is not known here and whose "
             "blocks run in torch:\n  " + "\n  ".join(problems)
         )
-    return dataclasses.replace(recipe, outputs="uniform", reconstruct=0)
+    return dataclasses.replace(recipe, output_weights="uniform", reconstruct=0)

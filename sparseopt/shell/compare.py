@@ -1,46 +1,44 @@
 """Floor 8: the command `compare`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sparseopt.shell.experiments import AllowAll, AllowPackages, permitted
-from sparseopt.shell.prune import BOS_HELP, SOURCE_HELP, TEXT_HELP
+from sparseopt.shell.options import TEXT_HELP, Source, takes_recipe
+
+EVALUATION = "Evaluation"
 
 
+@takes_recipe(
+    without=["method", "preset"],
+    lists={"sparsity": "Several with commas between: 0.5,0.6.", "pattern": "Several with commas between."},
+)
 def compare(
-    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    source: Source,
     output: Annotated[
-        Path, typer.Option(help="Folder for the table, the picture and the cells; new, or of this comparison.")
+        Path,
+        typer.Option(
+            help="Folder for the table, the picture and the cells; new, or of this comparison.",
+            rich_help_panel="Output",
+        ),
     ],
     methods: Annotated[
         str,
-        typer.Option(help="With commas between: best, maiht, maiht:paper, admm, splice, sparsegpt, wanda, magnitude."),
+        typer.Option(
+            help="Methods as in `sparseopt prune`, with commas between; a preset follows a colon.",
+            rich_help_panel="How to prune",
+        ),
     ] = "best,maiht,wanda",
-    sparsity: Annotated[
-        str, typer.Option(help="Shares of zeros in [0, 1), with commas between; an n:m pattern has its own.")
-    ] = "0.5",
-    pattern: Annotated[
-        str, typer.Option(help="Patterns as in `sparseopt prune`, with commas between: unstructured,2:4.")
-    ] = "unstructured",
-    calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
-    bos: Annotated[str, typer.Option(help=BOS_HELP)] = "auto",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
-    seqlen: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 512,
-    heldout_samples: Annotated[int, typer.Option(help="Windows for the held-out error; 0 for none.")] = 4,
-    text: Annotated[str, typer.Option(help=f"For the perplexity: {TEXT_HELP}")] = "pydoc",
-    windows: Annotated[int, typer.Option(help="Windows from the start of the evaluation text.")] = 8,
-    eval_seqlen: Annotated[int, typer.Option(help="Tokens an evaluation window.")] = 1024,
-    seed: Annotated[int, typer.Option(help="0: calibration windows from the text's start; else at random.")] = 0,
-    ridge: Annotated[
-        float | None, typer.Option(help="As in `sparseopt prune`, for the methods that have one; default: theirs.")
-    ] = None,
-    weighting: Annotated[
-        str, typer.Option(help="Tokens in the Grams: uniform, or residual by the residual stream's size.")
-    ] = "uniform",
+    text: Annotated[str, typer.Option(help=TEXT_HELP, rich_help_panel=EVALUATION)] = "pydoc",
+    eval_windows: Annotated[
+        int, typer.Option(help="Windows from the start of the evaluation text.", rich_help_panel=EVALUATION)
+    ] = 8,
+    eval_seqlen: Annotated[int, typer.Option(help="Tokens an evaluation window.", rich_help_panel=EVALUATION)] = 1024,
     allow_code: AllowAll = False,
     allow_package: AllowPackages = None,
+    **options: Any,
 ) -> None:
     """Prune by several methods at several sparsities, and compare perplexity, errors, time and memory.
 
@@ -52,24 +50,17 @@ def compare(
     from sparseopt.shell.console import console, errors, say
 
     allowed = permitted(allow_code, allow_package, Path.cwd())
-    names, shares, patterns = comparison.read_lists(methods, sparsity, pattern)
+    names, shares, patterns = comparison.read_lists(methods, options.pop("sparsity") or "0.5", options.pop("pattern"))
     runs = comparison.build(
         source,
         names,
         shares,
         patterns,
         allow_code=allowed,
-        calibration=calibration,
-        bos=bos,
-        samples=samples,
-        seqlen=seqlen,
-        heldout_samples=heldout_samples,
         evaluation=text,
-        windows=windows,
+        evaluation_windows=eval_windows,
         evaluation_seqlen=eval_seqlen,
-        seed=seed,
-        ridge=ridge,
-        weighting=weighting,
+        **options,
     )
     planned = comparison.prepare(runs, output)
     say(shown.plan_line(planned))

@@ -46,10 +46,7 @@ def run_demo(output: Path | None, source: str | None, calibration: str, sparsity
     start = time.perf_counter()
     say = console.say
     path = Path(source) if source else bundled_model()
-    recipes = {
-        label: Recipe(sparsity=sparsity, method=method, preset="best", calibration=calibration)
-        for label, method in METHODS
-    }
+    recipes = {label: Recipe(sparsity=sparsity, method=method, calibration=calibration) for label, method in METHODS}
     for recipe in recipes.values():
         recipe.check()
     model = open_model(path)

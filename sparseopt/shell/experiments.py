@@ -63,54 +63,42 @@ def run(
     allow_code: AllowAll = False,
     allow_package: AllowPackages = None,
 ) -> None:
-    """Run an experiment or a sweep. Finished runs are kept, broken ones go on where they stopped."""
+    """Run an experiment or a sweep. Finished runs are kept, interrupted ones resume where they stopped."""
     allowed = permitted(allow_code, allow_package, Path.cwd(), config.resolve().parent)
     with cooperating(distributed, coordinator, processes, process_id):
-        _run(config, overrides or [], output, shard, dry_run, again, "all" if distributed else devices, allowed)
+        from sparseopt.experiments.config import load_config
+        from sparseopt.experiments.sweep import check_all, over_devices, parse_shard, plan, run_all, take_shard
+        from sparseopt.shell import show_experiments as shown
+        from sparseopt.shell.console import console, errors, say
+        from sparseopt.system.processes import is_first
 
-
-def _run(
-    config: Path,
-    overrides: list[str],
-    output: Path,
-    shard: str,
-    dry_run: bool,
-    again: bool,
-    devices: str | None,
-    allowed: bool | list[str],
-) -> None:
-    from sparseopt.experiments.config import load_config
-    from sparseopt.experiments.sweep import check_all, over_devices, parse_shard, plan, run_all, take_shard
-    from sparseopt.shell import show_experiments as shown
-    from sparseopt.shell.console import console, errors, say
-    from sparseopt.system import processes
-
-    part = parse_shard(shard)
-    runs = take_shard(load_config(config, overrides, allow_code=allowed), part)
-    if (chosen := number_of_devices(devices)) is not None:
-        runs = over_devices(runs, chosen)
-    planned = plan(runs, output)
-    if dry_run:
-        console.print(shown.plan_table(planned))
-        say(shown.plan_line(planned))
-        return
-    check_all(planned, again=again)
-    say(shown.plan_line(planned) + ("" if part == (1, 1) else f" (shard {shard})"))
-    try:
-        with shown.SweepProgress(len(planned)) as progress:
-            outcomes = run_all(planned, output, progress.observer, again=again, ended=progress.ended)
-    except KeyboardInterrupt:
-        errors.print("\nstopped; the same command goes on after the last finished unit")
-        raise typer.Exit(130) from None
-    failed = [outcome for outcome in outcomes if outcome.error]
-    if failed:
-        raise RuntimeError(
-            f"{len(failed)} of {len(outcomes)} runs failed; the others are finished. See error.txt in "
-            + ", ".join(str(outcome.folder) for outcome in failed)
-        )
-    if planned and processes.is_first():
-        _show([p.folder for p in planned], allowed)
-        say(f"sparseopt report {output / planned[0].run.task.name} --output FOLDER writes this as files, with pictures")
+        part = parse_shard(shard)
+        runs = take_shard(load_config(config, overrides or [], allow_code=allowed), part)
+        if (chosen := number_of_devices("all" if distributed else devices)) is not None:
+            runs = over_devices(runs, chosen)
+        planned = plan(runs, output)
+        if dry_run:
+            console.print(shown.plan_table(planned))
+            say(shown.plan_line(planned))
+            return
+        check_all(planned, again=again)
+        say(shown.plan_line(planned) + ("" if part == (1, 1) else f" (shard {shard})"))
+        try:
+            with shown.SweepProgress(len(planned)) as progress:
+                outcomes = run_all(planned, output, progress.observer, again=again, ended=progress.ended)
+        except KeyboardInterrupt:
+            errors.print("\nstopped; the same command resumes after the last finished unit")
+            raise typer.Exit(130) from None
+        failed = [outcome for outcome in outcomes if outcome.error]
+        if failed:
+            raise RuntimeError(
+                f"{len(failed)} of {len(outcomes)} runs failed; the others are finished. See error.txt in "
+                + ", ".join(str(outcome.folder) for outcome in failed)
+            )
+        if planned and is_first():
+            _show([p.folder for p in planned], allowed)
+            folder = output / planned[0].run.task.name
+            say(f"sparseopt report {folder} --output FOLDER writes this as files, with pictures")
 
 
 def report(

@@ -3,24 +3,36 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
-ManyDevices = Annotated[str | None, typer.Option(help="Devices to use: a number, or all. Default: one.")]
+MACHINE = "Machine"
+
+
+def machine_option(text: str, *names: str, **details: Any) -> Any:
+    """An option of a command, shown under the heading "Machine"."""
+    return typer.Option(*names, help=text, rich_help_panel=MACHINE, **details)
+
+
+ManyDevices = Annotated[str | None, machine_option("Devices to work on: a number, or all. Default: one.")]
 Distributed = Annotated[
     bool,
-    typer.Option(
+    machine_option(
+        "Work together with other processes that were started with the same command, on all their devices. In a "
+        "SLURM or MPI job, Kubernetes or a Cloud TPU they find each other; elsewhere give the three options below.",
         "--distributed",
-        help="Share the work with other processes that were started with the same command, on all their devices. In a "
-        "SLURM or MPI job, on Kubernetes or a Cloud TPU they find each other; elsewhere give the three options below.",
     ),
 ]
 Coordinator = Annotated[
-    str | None, typer.Option(help="HOST:PORT of process 0, in all processes; or JAX_COORDINATOR_ADDRESS.")
+    str | None, machine_option("HOST:PORT of process 0, for all of them; or JAX_COORDINATOR_ADDRESS.")
 ]
-Processes = Annotated[int | None, typer.Option(min=1, help="Number of processes; or JAX_NUM_PROCESSES.")]
-ProcessId = Annotated[int | None, typer.Option(min=0, help="Index of this process, from 0; or JAX_PROCESS_ID.")]
+Processes = Annotated[
+    int | None, machine_option("How many processes there are; or JAX_NUM_PROCESSES.", min=1, metavar="<int>")
+]
+ProcessId = Annotated[
+    int | None, machine_option("The number of this one, from 0; or JAX_PROCESS_ID.", min=0, metavar="<int>")
+]
 
 
 @contextlib.contextmanager

@@ -4,183 +4,97 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import typer
 
+from sparseopt.shell.options import TEXT_HELP, AsJson, Source, recipe_fields, takes_recipe
 from sparseopt.shell.processes import (
     Coordinator,
     Distributed,
     Processes,
     ProcessId,
     cooperating,
+    machine_option,
     number_of_devices,
 )
 
-SOURCE_HELP = (
-    "Model folder (safetensors), GGUF file, or name on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION."
-)
 # EX_TEMPFAIL of sysexits: a scheduler that asked for the end may start the same command again.
 RESUMABLE = 75
-TEXT_HELP = (
-    "pydoc, wikitext2:PATH, file:PATH or hf:NAME[/CONFIG]. Of a file, calibration reads the first half and evaluation "
-    "the second."
-)
-BOS_HELP = "Begin every window with the tokenizer's BOS: yes, no, or auto, as the tokenizer itself does it."
 
 
+@takes_recipe(lists={"sparsity": "Several, as in 0.5,0.6,0.7, share one pass."})
 def prune(
-    source: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    source: Source,
     output: Annotated[
         Path,
         typer.Option(
-            help="Folder to write, new, empty or of the same run; several sparsities get a folder in it each."
+            help="Folder to write: new, empty or of the same run. Several sparsities get a folder in it each.",
+            rich_help_panel="Output",
         ),
     ],
-    sparsity: Annotated[
-        str | None,
-        typer.Option(
-            help="Share of zeros in every linear, in [0, 1); default: 0.5, or that of the n:m pattern. "
-            "Several, as in 0.5,0.6,0.7, share one pass."
-        ),
-    ] = None,
-    pattern: Annotated[
-        str, typer.Option(help="Which weights may survive: unstructured, per-row, n:m such as 2:4, block:RxC.")
-    ] = "unstructured",
-    method: Annotated[str, typer.Option(help="best, maiht, admm, splice, sparsegpt, wanda or magnitude.")] = "maiht",
-    preset: Annotated[str, typer.Option(help="paper or best.")] = "best",
-    ridge: Annotated[
-        float | None, typer.Option(help="Added to the unit diagonal of the scaled Gram; default: the method's.")
-    ] = None,
-    weighting: Annotated[
-        str, typer.Option(help="Tokens in the Grams: uniform, or residual by the residual stream's size.")
-    ] = "uniform",
-    outputs: Annotated[
-        str | None, typer.Option(help="Errors at the outputs: uniform or gradient; default: the method's.")
-    ] = None,
-    allocation: Annotated[str, typer.Option(help="Sparsity over the linears: uniform, owl or curves.")] = "uniform",
-    bounds: Annotated[
-        str | None, typer.Option(help="Least and most sparsity of a linear, as in 0.3,0.8; for owl and curves.")
-    ] = None,
-    propagate: Annotated[
-        float | None,
-        typer.Option(help="Share of the earlier blocks' error that a linear makes up for; default: the method's."),
-    ] = None,
-    reconstruct: Annotated[
-        int | None, typer.Option(help="Epochs of training for each pruned block; default: the method's, 0 for none.")
-    ] = None,
-    calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
-    bos: Annotated[str, typer.Option(help=BOS_HELP)] = "auto",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
-    heldout_samples: Annotated[int, typer.Option(help="Windows for the held-out error; 0 for none.")] = 4,
-    seed: Annotated[int, typer.Option(help="0: windows from the text's start; else drawn at random.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the source's.")] = None,
-    min_expert_tokens: Annotated[
-        int, typer.Option(help="Experts that fewer calibration tokens are routed to are pruned by magnitude.")
-    ] = 64,
-    pack: Annotated[
-        bool,
-        typer.Option("--pack", help="Store zeros as a bitmask; `sparseopt unpack` makes what transformers loads."),
-    ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(
-            help="What the run may take, as in 8GiB: activations lie on disk where that needs it. "
-            "Default: what the machine has available."
+        machine_option(
+            "Memory that the run may use, as in 8GiB; activations go to disk where needed. Default: what is available."
         ),
     ] = None,
     devices: Annotated[
-        str | None,
-        typer.Option(help="Devices to work on: a number, or all. Default: one; in several processes all."),
+        str | None, machine_option("Devices to work on: a number, or all. Default: one; in several processes all.")
     ] = None,
     distributed: Distributed = False,
     coordinator: Coordinator = None,
     processes: Processes = None,
     process_id: ProcessId = None,
+    **options: Any,
 ) -> None:
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
     chosen = number_of_devices(devices)
-    settings: dict[str, Any] = {
-        "pattern": pattern,
-        "method": method,
-        "preset": preset,
-        "ridge": ridge,
-        "weighting": weighting,
-        "outputs": outputs,
-        "allocation": allocation,
-        "bounds": None if bounds is None else tuple(numbers(bounds, "--bounds")),
-        "propagate": propagate,
-        "reconstruct": reconstruct,
-        "calibration": calibration,
-        "bos": bos,
-        "samples": samples,
-        "seqlen": seqlen,
-        "heldout_samples": heldout_samples,
-        "seed": seed,
-        "dtype": dtype,
-        "pack": pack,
-        "min_expert_tokens": min_expert_tokens,
-    }
     with cooperating(distributed, coordinator, processes, process_id):
-        code = _prune(source, output, settings, sparsity, memory, chosen)
+        from sparseopt.models import open_source
+        from sparseopt.pruning import Recipe, Stopped, prune_models
+        from sparseopt.shell import console, show_pruning
+        from sparseopt.system.processes import count, is_first
+
+        several = options.pop("sparsity")
+        fields = recipe_fields(options)
+        shares = [None] if several is None else numbers(several, "--sparsity")
+        recipes = [Recipe(sparsity=share, **fields) for share in shares]
+        for each in recipes:
+            each.check()
+        plans = [(each, output / f"{each.sparsity:g}" if len(recipes) > 1 else output) for each in recipes]
+        title = f"{fields['method']} {', '.join(f'{each.sparsity:.0%}' for each in recipes)}"
+        if (pattern := fields["pattern"]) != "unstructured":
+            title = f"{title} {pattern}"
+        # Opened out here: a download shows a bar of its own, and two bars do not go together.
+        opened = open_source(source)
+        code = 0
+        try:
+            with stop_asked() as stop, show_pruning.PruneProgress(title) as progress:
+                reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=chosen)
+        except KeyboardInterrupt:
+            if count() > 1:
+                raise
+            shards = sorted(output.rglob("*.safetensors")) if output.is_dir() else []
+            console.errors.print(
+                f"\nstopped: {len(shards)} finished shards in {output} are whole and stay there. "
+                f"Run the same command again to resume after them"
+            )
+            code = 130
+        except Stopped as stopped:
+            if is_first():
+                console.errors.print(f"\n{stopped}")
+            code = RESUMABLE
+        else:
+            for report in reports:
+                console.console.print(show_pruning.prune_table(report))
+                for line in show_pruning.run_lines(report):
+                    console.say(line)
+                console.say(f"finished before, in {report.output}" if report.kept else f"wrote {report.output}")
     if code:
         raise typer.Exit(code)
-
-
-def _prune(
-    source: str,
-    output: Path,
-    settings: Mapping[str, Any],
-    sparsity: str | None,
-    memory: str | None,
-    devices: int | Literal["all"] | None,
-) -> int:
-    """The command with all that was asked for; the exit status."""
-    from sparseopt.models import open_source
-    from sparseopt.pruning import Recipe, Stopped, prune_models
-    from sparseopt.pruning.patterns import implied_sparsity
-    from sparseopt.shell import console, show_pruning
-    from sparseopt.system import processes
-
-    pattern, method = settings["pattern"], settings["method"]
-    implied = implied_sparsity(pattern)
-    shares: list[float | None] = [*numbers(sparsity, "--sparsity")] if sparsity is not None else [None]
-    if shares == [None] and implied is None:
-        shares = [0.5]
-    recipes = [Recipe(sparsity=share, **settings) for share in shares]
-    for each in recipes:
-        each.check()
-    alone = len(recipes) == 1
-    plans = [(each, output if alone else output / f"{each.sparsity:g}") for each in recipes]
-    share = ", ".join(f"{implied if s is None else s:.0%}" for s in shares)
-    title = f"{method} {share}" if pattern == "unstructured" else f"{method} {share} {pattern}"
-    # Opened out here: a download shows a bar of its own, and two bars do not go together.
-    opened = open_source(source)
-    try:
-        with stop_asked() as stop, show_pruning.PruneProgress(title) as progress:
-            reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
-    except KeyboardInterrupt:
-        if processes.count() > 1:
-            raise
-        shards = sorted(output.rglob("*.safetensors")) if output.is_dir() else []
-        console.errors.print(
-            f"\nstopped: {len(shards)} finished shards in {output} are whole and stay there. "
-            f"Run the same command again to go on behind them"
-        )
-        return 130
-    except Stopped as stopped:
-        if processes.is_first():
-            console.errors.print(f"\n{stopped}")
-        return RESUMABLE
-    for report in reports:
-        console.console.print(show_pruning.prune_table(report))
-        for line in show_pruning.run_lines(report):
-            console.say(line)
-        console.say(f"finished before, in {report.output}" if report.kept else f"wrote {report.output}")
-    return 0
 
 
 @contextlib.contextmanager
@@ -212,17 +126,18 @@ def numbers(text: str, option: str) -> list[float]:
     return found
 
 
+@takes_recipe(only=["bos"])
 def evaluate(
-    model: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    model: Source,
     text: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
-    bos: Annotated[str, typer.Option(help=BOS_HELP)] = "auto",
     windows: Annotated[int, typer.Option(help="Windows from the start of the evaluation text.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     pattern: Annotated[
         str | None, typer.Option(help="Also check that every linear has this pattern, as in `sparseopt prune`.")
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="The pattern's share of zeros; n:m has its own.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
+    sparsity: Annotated[float | None, typer.Option(help="The pattern's fraction of zeros; n:m has its own.")] = None,
+    as_json: AsJson = False,
+    **options: Any,
 ) -> None:
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
     from sparseopt.models import check_window, open_model
@@ -232,7 +147,7 @@ def evaluate(
 
     opened = open_model(model)
     check_window(seqlen, opened.config.max_positions)
-    ids, start = text_windows(opened.source, text, "evaluation", windows, seqlen, bos=cast(Any, bos))
+    ids, start = text_windows(opened.source, text, "evaluation", windows, seqlen, bos=options["bos"])
     found = audit_pattern(opened, pattern, sparsity) if pattern else []
     broken = [a for a in found if not a.fits]
     if broken:

@@ -6,7 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from sparseopt.core.penalty_names import BY_WEIGHT, penalty_of_weight
 from sparseopt.shell.processes import ManyDevices, number_of_devices
+from sparseopt.trend.methods import AUTO, METHODS
+
+METHOD_HELP = f"{', '.join((AUTO, *METHODS))}."
 
 
 def denoise(
@@ -17,7 +21,7 @@ def denoise(
     ] = 10.0,
     order: Annotated[int, typer.Option(help="0: flat patches with sharp edges; 1: slopes; 2: curves.")] = 0,
     couple: Annotated[bool, typer.Option(help="Let the colours of a pixel change together.")] = False,
-    method: Annotated[str, typer.Option(help="auto, doge, doge_groups or admm.")] = "auto",
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "auto",
     tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-4,
     devices: ManyDevices = None,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
@@ -48,8 +52,8 @@ def trend(
     output: Annotated[Path, typer.Option(help="File for the fit: .csv, .parquet or .npz.")],
     weight: Annotated[float, typer.Option(help="Penalty level, in units of the signal.")],
     order: Annotated[int, typer.Option(help="0: piecewise constant; 1: piecewise linear; 2: quadratic.")] = 0,
-    penalty: Annotated[str, typer.Option(help="l1, mcp, scad, l0, or group for coupled channels.")] = "l1",
-    method: Annotated[str, typer.Option(help="auto, doge, doge_groups, admm, fast_admm (chains), interior.")] = "auto",
+    penalty: Annotated[str, typer.Option(help=f"{', '.join(BY_WEIGHT)}; group_l2 couples the channels.")] = "l1",
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "auto",
     tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-5,
     missing: Annotated[bool, typer.Option("--missing", help="Treat NaN and empty cells as unobserved.")] = False,
     devices: ManyDevices = None,
@@ -63,10 +67,8 @@ def trend(
     from sparseopt.shell import console
     from sparseopt.trend import files
 
-    penalties = {"l1": so.L1, "mcp": so.MCP, "scad": so.SCAD, "l0": so.L0, "group": so.GroupL2}
     chosen = number_of_devices(devices)
-    if penalty not in penalties:
-        raise ValueError(f"unknown penalty {penalty!r}; known are {', '.join(penalties)}")
+    made = penalty_of_weight(penalty, weight)
     summary = Path(f"{output.with_suffix('')}-summary.json")
     files.check_output(output, files.TABLE_KINDS, force)
     files.check_output(summary, None, force)
@@ -78,7 +80,7 @@ def trend(
         found = so.trend_filter(
             y,
             network,
-            penalties[penalty](weight),
+            made,
             order,
             method,
             tol,

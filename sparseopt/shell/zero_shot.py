@@ -2,16 +2,21 @@
 
 import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
-from sparseopt.shell.prune import BOS_HELP, SOURCE_HELP
+from sparseopt.shell.options import AsJson, Source, takes_recipe
+
+Observer = Callable[[str, int, int], None]
 
 
+@takes_recipe(only=["bos"])
 def zero_shot(
-    model: Annotated[str, typer.Argument(help=SOURCE_HELP)],
+    model: Source,
     tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks or groups, with commas between.")],
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples a task at most, from the start.")] = None,
@@ -19,16 +24,15 @@ def zero_shot(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens that the model reads at most; default: its own limit.")
     ] = None,
-    bos: Annotated[str, typer.Option(help=BOS_HELP)] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
+    as_json: AsJson = False,
+    **options: Any,
 ) -> None:
     """Accuracy on tasks of lm-eval, whose data come from the Hugging Face hub or from your own files."""
     from sparseopt.pruning.zero_shot import zero_shot as run_tasks
     from sparseopt.shell import console
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    progress = TaskProgress()
-    try:
+    with task_progress() as progress:
         found = run_tasks(
             model,
             names,
@@ -36,11 +40,9 @@ def zero_shot(
             include_path=include_path,
             shots=shots,
             max_length=max_length,
-            bos=cast(Any, bos),
             observer=progress,
+            **options,
         )
-    finally:
-        progress.stop()
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -68,32 +70,26 @@ def score_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-class TaskProgress:
+@contextmanager
+def task_progress() -> Iterator[Observer]:
     """Observer of `zero_shot`, on the error stream: a bar on a terminal, elsewhere a line each tenth of the work."""
+    from sparseopt.shell.console import counting_bar, errors
 
-    def __init__(self) -> None:
-        from sparseopt.shell.console import counting_bar, errors
+    bar, task, title, start, tenth = counting_bar(errors), None, "", 0.0, 0
 
-        self._console = errors
-        self._title = ""
-        self._start = 0.0
-        self._tenth = 0
-        self._bar = counting_bar(errors)
-
-    def __call__(self, title: str, done: int, total: int) -> None:
-        """`done` of `total` steps of what `title` names."""
-        if title != self._title:
+    def observe(stage: str, done: int, total: int) -> None:
+        nonlocal task, title, start, tenth
+        if task is None or stage != title:
             # Started only now: lm-eval shows bars of its own while it makes the prompts.
-            self._bar.start()
-            self._title, self._start, self._tenth = title, time.perf_counter(), 0
-            self._task = self._bar.add_task(title, total=total)
-        self._bar.update(self._task, completed=done, total=total)
-        if not self._console.is_terminal and 10 * done // total > self._tenth:
-            self._tenth = 10 * done // total
-            spent = time.perf_counter() - self._start
+            bar.start()
+            task, title, start, tenth = bar.add_task(stage, total=total), stage, time.perf_counter(), 0
+        bar.update(task, completed=done, total=total)
+        if not errors.is_terminal and 10 * done // total > tenth:
+            tenth, spent = 10 * done // total, time.perf_counter() - start
             left = spent / done * (total - done)
-            self._console.print(f"{title}: {100 * done // total} %, {spent:.0f} s, {left:.0f} s left", soft_wrap=True)
+            errors.print(f"{title}: {100 * done // total} %, {spent:.0f} s, {left:.0f} s left", soft_wrap=True)
 
-    def stop(self) -> None:
-        """Leave the terminal to others."""
-        self._bar.stop()
+    try:
+        yield observe
+    finally:
+        bar.stop()

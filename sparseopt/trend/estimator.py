@@ -10,8 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from sparseopt.core.arguments import real_array
-from sparseopt.core.group_penalties import GroupL2
-from sparseopt.core.penalties import L0, L1, MCP, SCAD
+from sparseopt.core.penalty_names import BY_WEIGHT
 from sparseopt.core.problem import Solution, Status
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
@@ -25,8 +24,6 @@ except ImportError as error:
     raise ImportError(
         "GraphTrendFilter needs scikit-learn 1.6 or newer: pip install 'sparseopt[sklearn]'", name=error.name
     ) from error
-
-PENALTIES: dict[str, Any] = {"l1": L1, "l0": L0, "mcp": MCP, "scad": SCAD, "group_l2": GroupL2}
 
 
 class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
@@ -198,10 +195,10 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 f"graph is a sparseopt.Graph or None, given {type(self.graph).__name__}; Graph.from_scipy and "
                 "Graph.from_networkx make one"
             )
-        make = PENALTIES.get(self.penalty) if isinstance(self.penalty, str) else self.penalty
+        make = BY_WEIGHT.get(self.penalty) if isinstance(self.penalty, str) else self.penalty
         if not callable(make):
             raise ValueError(
-                f"penalty is one of {', '.join(PENALTIES)}, or a function of the weight such as sparseopt.MCP, given "
+                f"penalty is one of {', '.join(BY_WEIGHT)}, or a function of the weight such as sparseopt.MCP, given "
                 f"{self.penalty!r}"
             )
         return make(float(self.alpha))

@@ -33,7 +33,7 @@ def settings(tmp_path_factory):
     text = f"file:{folder / 'text.txt'}"
     return {
         "source": str(source), "calibration": text, "samples": 3, "seqlen": 32, "heldout_samples": 2,
-        "evaluation": text, "windows": 2, "evaluation_seqlen": 48,
+        "evaluation": text, "evaluation_windows": 2, "evaluation_seqlen": 48,
     }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_table_and_picture_are_written_with_what_was_run(settings, finished):
         assert "jax" in line["versions"]
     text = files[1].read_text()
     assert f"* model: {settings['source']}\n" in text
-    assert ", 3 x 32 = 96 tokens, and 64 held out; seed 0\n" in text
+    assert ", 3 x 32 = 96 tokens, and 64 held out; first windows\n" in text
     assert ", 2 x 48 = 96 tokens\n" in text
     assert "* measured on: " in text
     assert "* layer errors: uniform tokens\n" in text
@@ -201,7 +201,10 @@ def test_a_perplexity_that_is_not_finite_is_said_so(tmp_path, settings, monkeypa
 def test_another_folder_is_refused_with_what_differs(tmp_path, settings, finished, monkeypatch):
     output, _ = finished
     for changes, expected in (
-        ({"samples": 4, "seed": 7}, r"(?s)samples: 3 there, 4 here.*seed: 0 there, 7 here.*another --output"),
+        (
+            {"samples": 4, "windows": "random", "seed": 7},
+            r"(?s)samples: 3 there, 4 here.*seed: None there, 7 here.*another --output",
+        ),
         ({"weighting": "residual"}, "weighting: 'uniform' there, 'residual' here"),
         ({"source": "elsewhere"}, "source: .*source' there, 'elsewhere' here"),
     ):
@@ -220,7 +223,7 @@ def test_another_folder_is_refused_with_what_differs(tmp_path, settings, finishe
 
 def test_what_the_model_or_the_texts_cannot_do_is_found_before_any_work(tmp_path, settings):
     with pytest.raises(ValueError, match="nothing was run") as caught:
-        compared(tmp_path / "out", settings, patterns=["3:7"], samples=900, windows=901)
+        compared(tmp_path / "out", settings, patterns=["3:7"], samples=900, evaluation_windows=901)
     text = str(caught.value)
     assert "q_proj: pattern '3:7' needs a number of inputs divisible by 7" in text
     assert text.count("pattern '3:7'") == 1
@@ -232,8 +235,8 @@ def test_what_the_model_or_the_texts_cannot_do_is_found_before_any_work(tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_ridge_goes_to_the_methods_that_have_one_and_presets_that_change_nothing_are_left_out(tmp_path, settings):
-    names, shares, patterns = comparison.read_lists("best,wanda:paper,maiht:best,maiht:paper", "0.5", "2:4")
+def test_a_ridge_goes_to_the_methods_that_have_one_and_the_default_preset_is_left_out(settings):
+    names, shares, patterns = comparison.read_lists("best,wanda,maiht:best,maiht:paper", "0.5", "2:4")
     runs = comparison.build(methods=names, sparsities=shares, patterns=patterns, ridge=0.2, **settings)
     assert [(comparison.method_name(run.task), run.task.ridge) for run in runs] == [
         ("dense", 0.2), ("best", 0.2), ("wanda", None), ("maiht", 0.2), ("maiht:paper", 0.2),
@@ -247,7 +250,7 @@ def test_a_ridge_goes_to_the_methods_that_have_one_and_presets_that_change_nothi
     [
         (("", "0.5", "2:4"), r"--methods: an empty place in \[''\]; expected a comma-separated list such as best"),
         (("wanda,,best", "0.5", "2:4"), r"--methods: an empty place in \['wanda', '', 'best'\]"),
-        (("wanda,best,wanda:paper", "0.5", "2:4"), "the run method=wanda,pattern=2_4 appears twice"),
+        (("maiht,best,maiht:best", "0.5", "2:4"), "the run method=maiht,pattern=2_4 appears twice"),
         (("wanda,dense", "0.5", "2:4"), "dense is always measured, as the first row; leave it out"),
         (("wanda", "0.5,1", "2:4"), r"--sparsity: expected shares of zeros in \[0, 1\), .*, given 1"),
         (("wanda", "0.5,nan", "2:4"), "given nan"),

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     text = f"file:{folder / 'text.txt'}"
     prune = {
         "name": "prune", "task": "prune", "source": str(source), "calibration": text, "evaluation": text, "samples": 4,
-        "seqlen": 32, "heldout_samples": 2, "windows": 2, "evaluation_seqlen": 32, "preset": "paper",
+        "seqlen": 32, "heldout_samples": 2, "evaluation_windows": 2, "evaluation_seqlen": 32, "preset": "paper",
         "keep_model": True,
     }  # fmt: skip
     denoise = {

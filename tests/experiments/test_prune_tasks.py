@@ -32,7 +32,8 @@ def settings(tmp_path, rng):
 def prune(settings):
     text = settings["calibration"]
     return {
-        **settings, "task": "prune", "evaluation": text, "windows": 2, "evaluation_seqlen": 32, "heldout_samples": 2,
+        **settings, "task": "prune", "evaluation": text, "evaluation_windows": 2, "evaluation_seqlen": 32,
+        "heldout_samples": 2,
     }  # fmt: skip
 
 
@@ -159,7 +160,7 @@ def test_what_is_missing_is_found_before_any_run(tmp_path, prune):
 
 def test_what_the_model_or_the_texts_cannot_do_ends_a_run_before_any_work(tmp_path, prune, command):
     sweep = {"list": [{"method": "dense"}, {"method": "wanda"}, {"method": "magnitude"}]}
-    long = {"seqlen": 257, "windows": 900, "pattern": "3:7", "sweep": sweep}
+    long = {"seqlen": 257, "evaluation_windows": 900, "pattern": "3:7", "sweep": sweep}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**prune, **long}))
     status, _, err = command("run", tmp_path / "tiny.yaml", "--output", tmp_path / "runs")
     assert status == 2

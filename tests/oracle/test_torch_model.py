@@ -204,7 +204,7 @@ def test_an_export_has_the_exact_count_and_loads(
         assert record.heldout_error is not None
         assert record.heldout_error > 0
     assert report.route == "torch"
-    assert report.summary()["recipe"]["outputs"] == "uniform"
+    assert report.summary()["recipe"]["output_weights"] == "uniform"
 
     loaded, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not told["missing_keys"]
@@ -258,8 +258,10 @@ def test_several_recipes_share_a_pass(tmp_path: Path, rng: np.random.Generator) 
 
 def test_what_takes_gradients_is_refused_before_any_work(tmp_path: Path, rng: np.random.Generator) -> None:
     source, tokens = write("stablelm", tmp_path / "source"), make_tokens(rng, 8)
-    recipe = Recipe(outputs="gradient", allocation="curves", reconstruct=2, weighting="residual", calibration=tokens)
-    with pytest.raises(ValueError, match=r"(?s)stablelm.*outputs=.*allocation=.*reconstruct.*weighting="):
+    recipe = Recipe(
+        output_weights="gradient", allocation="curves", reconstruct=2, weighting="residual", calibration=tokens
+    )
+    with pytest.raises(ValueError, match=r"(?s)stablelm.*output_weights=.*allocation=.*reconstruct.*weighting="):
         prune_model(source, tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
     best = prune_model(source, tmp_path / "out", Recipe(method="best", calibration=tokens))

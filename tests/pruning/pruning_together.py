@@ -15,7 +15,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda"},
     "paper": {"preset": "paper"},
     "best": {"method": "best"},
-    "curves": {"method": "admm", "allocation": "curves", "outputs": "gradient"},
+    "curves": {"method": "admm", "allocation": "curves", "output_weights": "gradient"},
 }
 
 

@@ -29,7 +29,7 @@ from tests.pruning.test_resumption import Broken, breaking_at, model_bytes
 RECIPES = {
     "paper": {"preset": "paper", "dtype": "bfloat16"},
     "trained": {"method": "wanda", "reconstruct": 2, "propagate": 0.5},
-    "surveyed": {"method": "wanda", "allocation": "curves", "outputs": "gradient"},
+    "surveyed": {"method": "wanda", "allocation": "curves", "output_weights": "gradient"},
     "owl": {"method": "wanda", "allocation": "owl", "heldout_samples": 0},
 }
 
@@ -99,7 +99,7 @@ def test_a_budget_that_is_too_little_is_refused_before_any_work(tmp_path, source
     with pytest.raises(BudgetError, match=r"a budget of 100\.0 MiB is too little: .*(libraries 300\.0 MiB).*at least"):
         prune_model(source, tmp_path / "out", recipe, memory="100MiB")
     with pytest.raises(BudgetError, match=r"in phase survey .*do without the survey"):
-        prune_model(source, tmp_path / "out", dataclasses.replace(recipe, outputs="gradient"), memory="100MiB")
+        prune_model(source, tmp_path / "out", dataclasses.replace(recipe, output_weights="gradient"), memory="100MiB")
     with pytest.raises(ValueError, match="given '8'"):
         prune_model(source, tmp_path / "out", recipe, memory="8")
     assert not (tmp_path / "out").exists()

@@ -101,13 +101,12 @@ def test_an_impossible_pattern_names_the_layer_before_any_work(tmp_path, rng, so
 
 
 def test_a_recipe_lists_what_is_wrong_with_its_pattern():
-    with pytest.raises(ValueError, match=r"(?s)'1:4' has sparsity 0.75, which contradicts the sparsity 0.5.*samples"):
-        Recipe(pattern="1:4", samples=0).check()
-    with pytest.raises(ValueError, match="'per-row' needs a sparsity"):
-        Recipe(pattern="per-row", sparsity=None).check()
+    with pytest.raises(ValueError, match=r"(?s)samples.*'1:4' has sparsity 0.75, which contradicts the sparsity 0.5"):
+        Recipe(pattern="1:4", sparsity=0.5, samples=0).check()
+    assert [Recipe(pattern=pattern).sparsity for pattern in ("per-row", "1:4")] == [0.5, 0.75]
     with pytest.raises(ValueError, match="which contradicts the pattern 'per-row'"):
         Recipe(pattern="per-row", penalty=so.L1(1.0)).check()
-    Recipe(pattern="1:4", sparsity=None).check()
+    Recipe(pattern="1:4").check()
 
 
 def test_on_the_shell_a_pattern_is_pruned_and_checked(tmp_path, source, command):

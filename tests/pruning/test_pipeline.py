@@ -35,7 +35,7 @@ def recipe(rng):
     return Recipe(calibration=make_tokens(rng, 12), heldout_samples=4)
 
 
-@pytest.mark.parametrize(("method", "preset"), [("maiht", "paper"), ("maiht", "best"), ("wanda", "best")])
+@pytest.mark.parametrize(("method", "preset"), [("maiht", "paper"), ("maiht", "best"), ("wanda", None)])
 def test_every_linear_has_the_exact_count_and_nothing_else_changes(tmp_path, source, recipe, method, preset):
     recipe = Recipe(method=method, preset=preset, sparsity=0.6, calibration=recipe.calibration)
     report = prune_model(source, tmp_path / "out", recipe)
@@ -196,11 +196,11 @@ BAD_RECIPES = {
     "sparsity": ({"sparsity": 1.2}, r"sparsity must lie in \[0, 1\), given 1.2"),
     "method": ({"method": "alps"}, "unknown method 'alps'; known are best, maiht, admm"),
     "preset": ({"preset": "quick"}, "unknown preset 'quick'"),
-    "dtype": ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, given 'int8'"),
+    "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'; known are float32, float16, bfloat16"),
     "samples": ({"samples": 0}, "samples must be at least 1"),
-    "bos": ({"bos": "always"}, "bos must be one of auto, yes, no, given 'always'"),
+    "bos": ({"bos": "always"}, "unknown bos 'always'; known are auto, yes, no"),
     "bos of ids": ({"bos": "yes"}, "token ids are taken as they are: put BOS in front of them"),
-    "seqlen": ({"seqlen": 1}, "seqlen must be at least 2 tokens"),
+    "seqlen": ({"seqlen": 1}, "seqlen must be at least 2, given 1"),
     "too few windows": ({"heldout_samples": 12}, "leave none for calibration"),
     "vocabulary": ({"calibration": np.full((6, 8), 999)}, "made with another tokenizer"),
     "float tokens": ({"calibration": np.ones((6, 8))}, r"integers of shape \[samples, seqlen\]"),
@@ -219,7 +219,7 @@ def test_a_bad_recipe_ends_before_any_work(tmp_path, source, recipe, changes, me
 
 
 def test_all_mistakes_of_a_recipe_are_listed_together():
-    with pytest.raises(ValueError, match=r"(?s)unknown method.*sparsity.*samples.*seed"):
+    with pytest.raises(ValueError, match=r"(?s)sparsity.*unknown method.*samples.*seed"):
         Recipe(method="x", sparsity=2, samples=0, seed=-1).check()
 
 

@@ -36,7 +36,7 @@ def test_one_pass_gives_what_a_pass_for_each_gives(tmp_path, source, tokens):
     base = Recipe(method="admm", calibration=tokens, heldout_samples=2)
     recipes = [
         dataclasses.replace(base, sparsity=0.4),
-        dataclasses.replace(base, sparsity=0.7, outputs="gradient", reconstruct=1),
+        dataclasses.replace(base, sparsity=0.7, output_weights="gradient", reconstruct=1),
         dataclasses.replace(base, sparsity=None, pattern="2:4", method="wanda", propagate=0.5),
     ]
     together = prune_models(source, [(r, tmp_path / f"together-{i}") for i, r in enumerate(recipes)])
@@ -72,7 +72,8 @@ def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens):
     ("changes", "message"),
     [
         ({"samples": 3}, "these differ in samples"),
-        ({"seed": 1, "calibration": np.ones((4, 4), np.int32)}, "these differ in seed, calibration"),
+        ({"bos": "no", "calibration": np.ones((4, 4), np.int32)}, "these differ in bos, calibration"),
+        ({"windows": "random", "seed": 1, "calibration": "pydoc"}, "these differ in windows, seed, calibration"),
         ({"calibration": "pydoc"}, "these differ in calibration"),
     ],
 )

@@ -128,7 +128,7 @@ def test_weights_that_cannot_be_are_refused(rng, weights, message):
 def test_best_weighs_outputs_on_whole_models_and_the_others_when_asked(tmp_path, source, tokens):
     assert Recipe(method="best").output_weighting() == "gradient"
     assert {Recipe(method=name).output_weighting() for name in METHODS.keys() - {"best"}} == {"uniform"}
-    recipe = Recipe(calibration=tokens, heldout_samples=0, method="admm", outputs="gradient")
+    recipe = Recipe(calibration=tokens, heldout_samples=0, method="admm", output_weights="gradient")
     prune_model(source, tmp_path / "weighted", recipe)
     model = open_model(source)
     x = model.embedding()(jnp.asarray(tokens))
@@ -139,10 +139,10 @@ def test_best_weighs_outputs_on_whole_models_and_the_others_when_asked(tmp_path,
     stored = open_model(tmp_path / "weighted").source.read(key)
     np.testing.assert_array_equal(stored != 0, expected != 0)
     np.testing.assert_allclose(stored, expected, rtol=1e-4, atol=1e-5)
-    prune_model(source, tmp_path / "plain", dataclasses.replace(recipe, outputs="uniform"))
+    prune_model(source, tmp_path / "plain", dataclasses.replace(recipe, output_weights="uniform"))
     assert not np.array_equal(open_model(tmp_path / "plain").source.read(key) != 0, expected != 0)
 
 
 def test_an_unknown_weighting_of_outputs_is_refused():
-    with pytest.raises(ValueError, match="outputs must be one of uniform, gradient, given 'hessian'"):
-        dataclasses.replace(Recipe(), outputs="hessian").check()
+    with pytest.raises(ValueError, match="unknown output_weights 'hessian'; known are uniform, gradient"):
+        dataclasses.replace(Recipe(), output_weights="hessian").check()

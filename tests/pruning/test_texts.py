@@ -55,20 +55,28 @@ def test_what_cannot_be_had_is_said(tmp_path):
         load_text(f"file:{tmp_path / 'latin.txt'}", "calibration")
 
 
-def test_windows_come_from_the_start_and_heldout_ones_follow():
-    tokens = np.arange(100)
-    np.testing.assert_array_equal(token_windows(tokens, 3, 10), np.arange(30).reshape(3, 10))
-    np.testing.assert_array_equal(token_windows(tokens, 2, 10, skip=3), np.arange(30, 50).reshape(2, 10))
+def test_windows_come_from_the_start():
+    np.testing.assert_array_equal(token_windows(np.arange(100), 3, 10), np.arange(30).reshape(3, 10))
 
 
-def test_another_seed_draws_other_windows_without_repeating():
+def test_random_windows_do_not_repeat_and_follow_the_seed():
     tokens = np.arange(200)
-    drawn = token_windows(tokens, 10, 10, seed=3)
-    assert len(np.unique(drawn)) == 100
-    assert not np.array_equal(drawn, token_windows(tokens, 10, 10))
-    np.testing.assert_array_equal(drawn, token_windows(tokens, 10, 10, seed=3))
-    followers = token_windows(tokens, 5, 10, skip=10, seed=3)
-    assert not set(followers.ravel()) & set(drawn.ravel())
+    drawn = token_windows(tokens, 15, 10, "random", seed=3)
+    assert len(np.unique(drawn)) == 150
+    np.testing.assert_array_equal(drawn, token_windows(tokens, 15, 10, "random", seed=3))
+    for seed in (0, 4):
+        assert not np.array_equal(drawn, token_windows(tokens, 15, 10, "random", seed=seed))
+    assert not np.array_equal(token_windows(tokens, 15, 10, "random"), token_windows(tokens, 15, 10))
+
+
+@pytest.mark.parametrize(("count", "heldout"), [(20, 4), (12, 3), (7, 0), (100, 20)])
+def test_spread_windows_lie_at_equal_distances_and_so_do_the_heldout_ones(count, heldout):
+    found = token_windows(np.arange(100 * 10), count, 10, "spread")
+    places = found[:, 0] // 10
+    np.testing.assert_array_equal(np.sort(places), np.arange(count) * 100 // count)
+    for part in np.split(places, [count - heldout]):
+        around = np.concatenate([part, part + 100])
+        assert len(part) == 0 or np.diff(np.sort(around)).max() <= 2 * 100 / len(part)
 
 
 def test_too_short_a_text_names_the_figures():

@@ -77,9 +77,9 @@ def test_best_takes_the_ridge_and_the_propagation_of_whole_models_and_the_others
 
 
 def test_what_cannot_be_is_listed_before_any_work():
-    with pytest.raises(ValueError, match=r"weighting must be one of uniform, residual, given 'heavy'"):
+    with pytest.raises(ValueError, match=r"unknown weighting 'heavy'; known are uniform, residual"):
         dataclasses.replace(Recipe(), weighting="heavy").check()
-    with pytest.raises(ValueError, match="ridge must be 0 or more, given -1"):
+    with pytest.raises(ValueError, match="ridge must be at least 0, given -1"):
         Recipe(ridge=-1).check()
     with pytest.raises(ValueError, match=r"Wanda has no ridge, given 0.1; leave the ridge out"):
         Recipe(method="wanda", ridge=0.1).check()

@@ -24,7 +24,7 @@ def compare(tmp_path, command):
         return command(
             "compare", source, "--output", tmp_path / "out", "--methods", methods, "--sparsity", sparsity,
             "--calibration", text, "--samples", 3, "--seqlen", 32, "--heldout-samples", 2,
-            "--text", text, "--windows", 2, "--eval-seqlen", 32, *arguments,
+            "--text", text, "--eval-windows", 2, "--eval-seqlen", 32, *arguments,
         )  # fmt: skip
 
     return run
@@ -50,7 +50,7 @@ def test_a_comparison_is_shown_and_written(tmp_path, compare):
     assert f"7 runs, in {tmp_path / 'out' / 'cells'}, 0 finished" in out
     assert out.count("done ") == 7
     assert f"model: {tmp_path / 'source'} calibration: the first half of file:" in out
-    assert ", 3 x 32 = 96 tokens, and 64 held out; seed 0 evaluation: the second half of file:" in out
+    assert ", 3 x 32 = 96 tokens, and 64 held out; first windows evaluation: the second half of file:" in out
     assert "measured on: " in out
     rows = [
         "│ dense │ │ 0 │", "│ magnitude │ unstructured │ 0.25 │", "│ magnitude │ unstructured │ 0.5 │",
@@ -105,6 +105,7 @@ def test_where_nothing_was_pruned_the_missing_picture_is_explained(compare, monk
         ([], {"sparsity": "0.5,50"}, "--sparsity: expected shares of zeros in [0, 1), as in 0.5,0.6, given 50"),
         (["--pattern", "5:6"], {}, "pattern '5:6' needs a number of inputs divisible by 6"),
         (["--weighting", "residul"], {}, "weighting: 'residul' is not known; did you mean 'residual'?"),
+        ([], {"methods": "wanda:paper"}, "method 'wanda' has no presets, given 'paper'; leave it out"),
         (["--text", "file:/nowhere"], {}, "cannot read the text file /nowhere"),
     ],
 )
@@ -124,3 +125,15 @@ def test_another_calibration_is_refused_and_more_methods_join(compare):
     assert status == 0
     assert (out.count("kept "), out.count("done ")) == (2, 1)
     assert out.index("│ magnitude │") < out.index("│ wanda │")
+
+
+def test_options_of_the_recipe_reach_every_cell(tmp_path, compare):
+    options = ["--windows", "random", "--seed", 3, "--penalty", "l1", "--dtype", "bfloat16"]
+    options += ["--output-weights", "uniform"]
+    status, out, err = compare(*options, methods="maiht", sparsity="0.5")
+    assert status == 0, err
+    assert "random windows, seed 3" in out
+    (cell,) = (tmp_path / "out" / "cells").glob("method=maiht*")
+    config = (cell / "config.yaml").read_text()
+    for line in ("windows: random", "seed: 3", "dtype: bfloat16", "output_weights: uniform", "name: l1"):
+        assert line in config

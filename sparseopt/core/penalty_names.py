@@ -1,0 +1,42 @@
+"""Floor 2.5: the short names of penalties, the same in configs, on the command line and in the estimator."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sparseopt.core.arguments import unknown
+from sparseopt.core.constraints import Box, Nonnegative, Simplex
+from sparseopt.core.group_penalties import GroupL2, NuclearNorm, SparseGroup
+from sparseopt.core.patterns import NM, TopK
+from sparseopt.core.penalties import L0, L1, MCP, SCAD, ElasticNet, LogSum
+
+PENALTIES: Mapping[str, Callable[..., Any]] = {
+    "l0": L0,
+    "l1": L1,
+    "elastic_net": ElasticNet,
+    "mcp": MCP,
+    "scad": SCAD,
+    "log_sum": LogSum,
+    "group_l2": GroupL2,
+    "sparse_group": SparseGroup,
+    "nuclear": NuclearNorm,
+    "nonnegative": Nonnegative,
+    "box": Box,
+    "simplex": Simplex,
+    "top_k": TopK,
+    "n_of_m": NM,
+}
+# Those that need a weight and nothing else, and that every front end takes.
+BY_WEIGHT: Mapping[str, Callable[[Any], Any]] = {
+    name: PENALTIES[name] for name in ("l1", "l0", "mcp", "scad", "group_l2")
+}
+
+
+def penalty_of_weight(name: str, weight: float) -> Any:
+    """The penalty of a name in `BY_WEIGHT`.
+
+    Raises:
+        ValueError: for another name, with those known.
+    """
+    if name not in BY_WEIGHT:
+        raise ValueError(unknown("penalty", name, BY_WEIGHT))
+    return BY_WEIGHT[name](weight)

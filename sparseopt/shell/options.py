@@ -1,0 +1,106 @@
+"""Floor 8: the fields of `Recipe` as options of a command.
+
+They are read when the command is called: `Recipe` needs the extra `prune`, which `sparseopt --help` and the other
+commands do not.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from sparseopt.shell.processes import MACHINE
+
+if TYPE_CHECKING:
+    from sparseopt.pruning.options import Option
+
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+SOURCE_HELP = (
+    "Model folder (safetensors), GGUF file, or name on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION."
+)
+TEXT_HELP = "Text, given as in `sparseopt prune --calibration`; of a file the second half is read."
+
+Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
+
+
+class RecipeCommand(TyperCommand):
+    """A command of a function that `takes_recipe` marked."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context of the command with all its options."""
+        whole = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        assert self.callback is not None
+        whole.command(self.name)(completed(inspect.unwrap(self.callback)))
+        return typer.main.get_command(whole).make_context(info_name, args, parent, **extra)
+
+
+def takes_recipe(
+    *, only: Collection[str] = (), without: Collection[str] = (), lists: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """Let a command take the options of `Recipe`, as they are typed, in place of its `**options`.
+
+    Args:
+        only: the options to take; default: all.
+        without: the options to leave out.
+        lists: what to add to the help of options that take several values with commas between.
+    """
+
+    def marked(function: Callable[..., None]) -> Callable[[], None]:
+        def command() -> None: ...
+
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.complete = lambda: _complete(function, only, without, lists or {})  # type: ignore[attr-defined]
+        return command
+
+    return marked
+
+
+def completed(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with all its options."""
+    return command.complete() if hasattr(command, "complete") else command
+
+
+def recipe_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Recipe` from its options as they were typed."""
+    from sparseopt.pruning.recipe import OPTIONS
+
+    readers = {name: OPTIONS[name].read or (lambda given: given) for name in options}
+    return {name: given if given is None else readers[name](given) for name, given in options.items()}
+
+
+def _complete(
+    function: Callable[..., None], only: Collection[str], without: Collection[str], lists: Mapping[str, str]
+) -> Callable[..., None]:
+    """The function with these options in place of `**options`, all by keyword and sorted by panel."""
+    from sparseopt.pruning.options import CALIBRATION, HOW, OUTPUT, WHAT
+    from sparseopt.pruning.recipe import OPTIONS
+
+    panels = [None, OUTPUT, WHAT, HOW, CALIBRATION, "Evaluation", MACHINE]
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    made = [_parameter(OPTIONS[n], lists.get(n), bool(only)) for n in only or OPTIONS if n not in without]
+    parameters = sorted(
+        [*(parameter.replace(kind=KEYWORD_ONLY) for parameter in own), *made],
+        key=lambda each: panels.index(getattr(each.annotation.__metadata__[0], "rich_help_panel", None)),
+    )
+
+    def command(**given: Any) -> None:
+        function(**given)
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameter(option: "Option", of_list: str | None, without_panel: bool) -> inspect.Parameter:
+    """The option as typer takes it; the recipe checks words of a list, and names the nearest."""
+    kind: Any = option.type
+    if option.choices or option.read or of_list is not None:
+        kind = str | None if option.allows_none else str
+    given = (f"--{option.name.replace('_', '-')}",) if kind is bool else ()
+    text = option.help if of_list is None else f"{option.help} {of_list}"
+    info = typer.Option(*given, help=text, rich_help_panel=None if without_panel else option.panel)
+    return inspect.Parameter(option.name, KEYWORD_ONLY, default=option.default, annotation=Annotated[kind, info])
