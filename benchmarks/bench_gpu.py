@@ -28,7 +28,7 @@ from sparseopt.pruning.methods import find_method
 from sparseopt.pruning.patterns import parse_pattern
 from sparseopt.system.machine import environment
 
-METHODS = (("maiht", "paper"), ("maiht", "best"), ("admm", "best"), ("sparsegpt", "best"))
+METHODS = (("maiht", "paper"), ("maiht", "best"), ("admm", None), ("sparsegpt", None))
 STEPS = 200
 # Arrays that a step of Doge-ADMM on a grid reads or writes once at the least: of nodes x, y and the memory m, read and
 # written (y read); of edges, two a node, the dual and its prox point: read, written, and read by the divergence.
@@ -94,9 +94,9 @@ def measure_bandwidth(size: int) -> float:
     return rate
 
 
-def measure_layer(outputs: int, inputs: int, method: str, preset: str, rate: float) -> None:
+def measure_layer(outputs: int, inputs: int, method: str, preset: str | None, rate: float) -> None:
     """One layer at 50 %: a weight in bfloat16, a Gram in float32 on the card."""
-    say(f"layer {outputs} x {inputs}, {method} {preset}")
+    say(f"layer {outputs} x {inputs}, {method} {preset or ''}")
     keys = jax.random.split(jax.random.key(0), 3)
     # Correlated inputs of unequal size, as activations have them.
     mixing = jax.random.normal(keys[0], (inputs, 64)) / 8

@@ -283,12 +283,12 @@ MEASURED: dict[str, list[dict[str, Any]]] = {
     "layer": [
         {"outputs": 1536, "inputs": 576, "method": "maiht", "preset": "best"},
         {"outputs": 2048, "inputs": 1024, "method": "maiht", "preset": "paper"},
-        {"outputs": 1024, "inputs": 1024, "method": "admm", "preset": "best"},
+        {"outputs": 1024, "inputs": 1024, "method": "admm", "preset": None},
         {"outputs": 1024, "inputs": 1024, "method": "maiht", "preset": "paper", "weak": True},
     ],
     "block": [
         {"width": 576, "wide": 1536, "narrow": 192, "method": "maiht", "preset": "best"},
-        {"width": 768, "wide": 2048, "narrow": 768, "method": "admm", "preset": "best"},
+        {"width": 768, "wide": 2048, "narrow": 768, "method": "admm", "preset": None},
     ],
 }
 

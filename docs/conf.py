@@ -25,6 +25,8 @@ import command_line  # noqa: E402
 import docstrings  # noqa: E402
 import solver_tables  # noqa: E402
 
+from sparseopt.pruning import METHODS  # noqa: E402
+
 project = "sparseopt"
 author = "The sparseopt developers"
 project_copyright = "the sparseopt developers; Apache-2.0"
@@ -106,6 +108,15 @@ def experiments_page() -> str:
     return "\n".join(f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n" for name in found)
 
 
+def methods_table() -> str:
+    """The pruning methods by name, from their registry."""
+    rows = [
+        f"| `{name}` | {method.summary} | {', '.join(f'`{preset}`' for preset in method.presets)} |"
+        for name, method in METHODS.items()
+    ]
+    return "| method | what it does | presets |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
 def generate(app: Sphinx) -> None:
     """Write what is made at build time, before Sphinx looks for pages."""
     folder = HERE / "_generated"
@@ -113,6 +124,7 @@ def generate(app: Sphinx) -> None:
     benchmark_tables.write_all(HERE / "benchmarks", folder)
     benchmark_pictures.write_all(HERE / "benchmarks", folder)
     (folder / "experiments.md").write_text(experiments_page(), encoding="utf-8")
+    (folder / "methods.md").write_text(methods_table(), encoding="utf-8")
     (folder / "command-line.md").write_text(command_line.page(), encoding="utf-8")
     (folder / "solvers.md").write_text(solver_tables.page(), encoding="utf-8")
 

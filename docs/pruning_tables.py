@@ -1,5 +1,6 @@
 """Tables of the pruner's records; each function takes the records of its file."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -97,6 +98,14 @@ def _quality(records: list[Record], start: str) -> dict[tuple[str, str], Record]
     return found
 
 
+def _layers(records: list[Record], start: str) -> dict[tuple[str, str], Record]:
+    """As `_quality`, for single layers; "admm_splice" was called "best" there when the first records were written."""
+    found = _quality(records, start)
+    if any("admm_splice" in run for run, _ in found):
+        return found
+    return {(re.sub(r"^best\b", "admm_splice", run), at): record for (run, at), record in found.items()}
+
+
 def _runs(found: Iterable[tuple[str, str]]) -> list[Record]:
     """A row for each run, in the order of the records."""
     return [{"run": run} for run in dict.fromkeys(run for run, _ in found)]
@@ -109,7 +118,7 @@ def _at(found: dict[tuple[str, str], Record], setting: str, show: Callable[[Reco
 
 def quality_layers(records: list[Record]) -> str:
     """Geometric means over the layers: on calibration and on held-out tokens, and seconds."""
-    found = _quality(records, "layer error, geometric mean")
+    found = _layers(records, "layer error, geometric mean")
     if not found:
         return missing(QUALITY)
     columns: list[Column] = [("method", lambda row: row["run"].partition(",")[0])]
@@ -126,7 +135,7 @@ def quality_layers(records: list[Record]) -> str:
 def quality_each_layer(records: list[Record]) -> str:
     """The layers one by one where they have targets of their own: ALPS at 70 %, the rivals at 2:4."""
     by_layer: dict[str, dict[tuple[str, str], Record]] = {}
-    for (run, setting), record in _quality(records, "layer error").items():
+    for (run, setting), record in _layers(records, "layer error").items():
         method, _, layer = run.partition(", ")
         if method != "geometric mean":
             by_layer.setdefault(layer, {})[method, setting] = record
@@ -139,15 +148,15 @@ def quality_each_layer(records: list[Record]) -> str:
         return show
 
     def published(row: Record) -> Any:
-        record = by_layer[row["layer"]].get(("best", "0.7"))
+        record = by_layer[row["layer"]].get(("admm_splice", "0.7"))
         aim, _, value = record["target"].rpartition(", ") if record else ("", "", "")
         return value if aim.endswith("ALPS") else None
 
     columns: list[Column] = [
         ("layer", field("layer")),
-        ("best, 70 %", error("best", "0.7")),
+        ("admm_splice, 70 %", error("admm_splice", "0.7")),
         ("ALPS, 70 %", published),
-        *((f"{method}, 2:4", error(method, "2:4")) for method in ("best", "admm", "sparsegpt")),
+        *((f"{method}, 2:4", error(method, "2:4")) for method in ("admm_splice", "admm", "sparsegpt")),
     ]
     return table([{"layer": layer} for layer in by_layer], columns) if by_layer else missing(QUALITY)
 

@@ -19,6 +19,11 @@ BLOCKS = {
 }
 
 
+def _method(record: Record) -> str:
+    """Only mAIHT has presets; older records name one for every method."""
+    return f"maiht {record['preset']}" if record["method"] == "maiht" else record["method"]
+
+
 def scaling_machine(records: list[Record]) -> str:
     """Versions, and what a process reaches in each layout."""
     found = named(records, "machine")
@@ -53,9 +58,7 @@ def scaling_layer(records: list[Record]) -> str:
         "layer",
         (
             "layer",
-            lambda r: (
-                f"{r['method']} {r['preset']}, {r['outputs']} x {r['inputs']}" + (" a process" if r.get("weak") else "")
-            ),
+            lambda r: f"{_method(r)}, {r['outputs']} x {r['inputs']}" + (" a process" if r.get("weak") else ""),
         ),
         lambda r, grow, d: layer_iteration(r["outputs"] * grow, r["inputs"], d),
         field("steps"),
@@ -71,7 +74,7 @@ def scaling_block(records: list[Record]) -> str:
     columns: list[Column] = [
         (
             "block",
-            lambda r: f"{r['method']} {r['preset']}, width {r['width']}, {r['narrow']} for keys, {r['wide']} inside",
+            lambda r: f"{_method(r)}, width {r['width']}, {r['narrow']} for keys, {r['wide']} inside",
         ),
         ("layout", field("layout")),
         ("seconds", field("seconds")),

@@ -14,7 +14,7 @@ from sparseopt.pruning.patterns import parse_pattern
 from sparseopt.pruning.side_by_side import solve_side_by_side
 from sparseopt.system import processes
 
-METHODS = (("maiht", "paper"), ("admm", "best"))
+METHODS = (("maiht", "paper"), ("admm", None))
 BESIDE = ("beside the second", "beside the first")
 
 

@@ -23,9 +23,8 @@ from sparseopt.experiments.runs import CONFIG, Outcome, State, fingerprint, load
 from sparseopt.experiments.sweep import Planned, check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun, Observer
 from sparseopt.experiments.task_prune import Prune
-from sparseopt.pruning import METHODS, Recipe, find_method
+from sparseopt.pruning import METHODS, Recipe
 from sparseopt.pruning.patterns import implied_sparsity
-from sparseopt.pruning.recipe import PRESET, presets_of
 from sparseopt.pruning.texts import part_of_text
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, differences, read_start
 
@@ -113,7 +112,8 @@ def build(
 def _method_settings(word: str) -> dict[str, str]:
     """The settings that `METHOD` or `METHOD:PRESET` names; the method's own preset is left out."""
     method, colon, preset = word.partition(":")
-    if not colon or (preset == PRESET and presets_of(method)):
+    named = METHODS.get(method)
+    if not colon or (named and named.presets.get(preset) == named.method):
         return {"method": method}
     return {"method": method, "preset": preset}
 
@@ -121,12 +121,12 @@ def _method_settings(word: str) -> dict[str, str]:
 def method_name(task: Prune) -> str:
     """The method's name on the command line."""
     name = task.method if isinstance(task.method, str) else task.method.name
-    return name if task.preset in (None, PRESET) else f"{name}:{task.preset}"
+    return name if task.preset is None else f"{name}:{task.preset}"
 
 
 def _takes_ridge(method: Any) -> bool:
     """False for those of our methods that have no ridge; they stand beside the others without one."""
-    return not isinstance(method, str) or method not in METHODS or hasattr(find_method(method), "ridge")
+    return not isinstance(method, str) or method not in METHODS or hasattr(METHODS[method].method, "ridge")
 
 
 def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:

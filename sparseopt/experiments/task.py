@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from sparseopt.experiments.names import AllowCode, find_class, shortened, suggest
@@ -19,11 +20,12 @@ from sparseopt.experiments.names import AllowCode, find_class, shortened, sugges
 # The tasks that a config can name. Each is imported on use, because it may need the packages of an extra.
 TASKS = {
     "denoise": "task_denoise.Denoise",
-    "convergence": "task_convergence.Convergence",
     "graph_signal": "task_graph.GraphSignal",
-    "groups": "task_groups.Groups",
     "prune": "task_prune.Prune",
-    "descent": "task_descent.Descent",
+    "race": "papers.race.Race",
+    "convergence": "papers.convergence.Convergence",
+    "groups": "papers.groups.Groups",
+    "descent": "papers.descent.Descent",
 }
 
 Record = dict[str, Any]
@@ -78,6 +80,11 @@ class FinishedRun:
     task: "Task"
     records: Sequence[Record]
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def arrays(self, kind: str, record: Record) -> dict[str, np.ndarray]:
+        """What the unit of a record stored as `KIND-UNIT.npz`."""
+        with np.load(self.folder / f"{kind}-{record['unit']}.npz") as stored:
+            return dict(stored)
 
 
 class Task(Strict, ABC):
@@ -160,7 +167,7 @@ def find_task(kind: str, allow_code: AllowCode = False) -> type[Task]:
         if not (isinstance(found, type) and issubclass(found, Task)):
             raise ValueError(f"{kind} is no subclass of sparseopt.experiments.task.Task")
         return found
-    module, name = TASKS[kind].split(".")
+    module, _, name = TASKS[kind].rpartition(".")
     return getattr(importlib.import_module(f"sparseopt.experiments.{module}"), name)
 
 

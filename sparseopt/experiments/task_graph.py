@@ -1,21 +1,19 @@
 """Floor 7: the task `graph_signal`: a trend filter on a graph in the plane: measured rates, or a truth with noise."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import jax
 import numpy as np
 from pydantic import Field
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from sparseopt.core.problem import Status
+from sparseopt.core.problem import Solution
 from sparseopt.experiments.datasets import GraphData, GraphSource
 from sparseopt.experiments.names import PenaltyConfig
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
-from sparseopt.experiments.task_trend import by_subject
+from sparseopt.experiments.task_trend import grouped, timed_fit
 from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
@@ -58,21 +56,18 @@ class GraphSignal(Task):
     max_steps: int = Field(default=50_000, ge=1)
 
     def units(self) -> list[str]:
-        """One: the fit."""
         return ["fit"]
 
     def check(self) -> None:
-        """The package is there, and the graph has the signal."""
         self.graph.check()
         if self.signal == "measured" and self.graph.name == "minnesota":
             raise ValueError("the roads of Minnesota carry no measured signal: take signal=plateaus or signal=waves")
 
     def estimate(self) -> Estimate:
-        """Compiling and, for the counties, reading and drawing outlines; the fit itself is quick."""
+        # Compiling and, for the counties, reading and drawing outlines; the fit itself is quick.
         return Estimate(5.0 if self.graph.name == "counties" else 3.0, 720 * 2**20)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
-        """One fit to compile, with the fewest steps, one for the clock."""
         observer(0, 0, f"reading {self.graph.name}")
         data = self.graph.load()
         rng = np.random.default_rng(self.seed)
@@ -88,19 +83,13 @@ class GraphSignal(Task):
         seen = np.where(hidden, np.nan, observed)
         penalty = self.penalty.build()
 
-        def run(max_steps: int) -> tuple[Any, float]:
-            start = time.perf_counter()
-            found = trend_filter(
+        def fit(max_steps: int) -> Solution:
+            return trend_filter(
                 seen, data.graph, penalty, self.order, self.method, self.tol, max_steps, missing="nan",
                 devices=self.devices,
             )  # fmt: skip
-            jax.block_until_ready(found.value)
-            return found, time.perf_counter() - start
 
-        observer(0, 0, "compiling")
-        _, compile_seconds = run(1)
-        observer(0, 0, f"fitting {data.graph.num_nodes} nodes")
-        solution, seconds = run(self.max_steps)
+        solution, measured = timed_fit(fit, self.max_steps, observer, f"fitting {data.graph.num_nodes} nodes")
         value = np.asarray(solution.value)
         extra: dict[str, Any] = {} if truth is None else {"truth": truth}
         if processes.is_first():
@@ -111,12 +100,7 @@ class GraphSignal(Task):
             "missing": int(np.isnan(observed).sum()),
             # Other orders bend everywhere: they have no levels.
             "levels": count_levels(data.graph, value) if self.order == 0 else None,
-            "seconds": seconds,
-            "compile_seconds": compile_seconds,
-            "steps": int(solution.steps),
-            "objective": float(solution.objective),
-            "gap": float(solution.gap),
-            "status": Status(int(solution.status)).name,
+            **measured,
             "apart": _rmse(value, observed),
         }
         if truth is not None:
@@ -130,7 +114,7 @@ class GraphSignal(Task):
 
     @property
     def subject(self) -> str:
-        """What is fitted, apart from how."""
+        """The problem: runs with the same subject have the same signal."""
         places = "".join(f"-{state.lower()}" for state in self.graph.states)
         noise = f"-noise-{self.noise:g}" if self.signal != "measured" else ""
         hidden = f"-hidden-{self.hidden:g}" if self.hidden else ""
@@ -139,12 +123,9 @@ class GraphSignal(Task):
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
         """For each signal the truth if there is one, what was observed, and every run's fit, in the same colours."""
-        shown = [run for run in runs if run.records and isinstance(run.task, GraphSignal)]
-        several = len({run.task.seed for run in shown}) > 1
-        groups = by_subject(
-            [run.task for run in shown], lambda task: task.subject + (f"-seed-{task.seed}" if several else "")
-        )
-        return {name: _draw([shown[place] for place in places]) for name, places in groups.items()}
+        several = len({run.task.seed for run in runs if run.records}) > 1
+        groups = grouped(runs, lambda task: task.subject + (f"-seed-{task.seed}" if several else ""))
+        return {name: _draw(same) for name, same in groups.items()}
 
 
 def _truth(positions: np.ndarray, kind: str) -> np.ndarray:
@@ -180,8 +161,7 @@ def _draw(runs: Sequence[FinishedRun]) -> Any:
     for run in runs:
         task, record = run.task, run.records[0]
         assert isinstance(task, GraphSignal)
-        with np.load(run.folder / f"signal-{record['unit']}.npz") as arrays:
-            stored = {name: arrays[name] for name in arrays}
+        stored = run.arrays("signal", record)
         if not panels:
             if "truth" in stored:
                 panels.append((f"truth: {task.signal}", stored["truth"]))

@@ -20,7 +20,7 @@ from sparseopt.pruning import METHODS, Recipe, audit_sparsity, load_text, perple
 from sparseopt.pruning.options import Option, mistakes_of
 from sparseopt.pruning.patterns import check_pattern
 from sparseopt.pruning.pipeline import layer_patterns
-from sparseopt.pruning.recipe import OPTIONS, PRESET
+from sparseopt.pruning.recipe import OPTIONS
 from sparseopt.pruning.reports import Event, LayerRecord, PruneReport, SurveyStep, mean
 from sparseopt.pruning.texts import Split, TextError, text_windows
 from sparseopt.system import processes
@@ -66,7 +66,7 @@ REPORTED = (
     "dense_bytes", "stored_bytes",
 )  # fmt: skip
 # Of a whole SmolLM2-135M at 50 %, on two cores, with survey and reconstruction; other methods take a few seconds.
-SOLVER_SECONDS = {"best": 250, "maiht": 55, "admm": 60, "splice": 170, "sparsegpt": 30}
+SOLVER_SECONDS = {"best": 250, "maiht": 55, "admm": 60, "admm_splice": 150, "splice": 170, "sparsegpt": 30}
 
 
 class Prune(_RecipeSettings, Task):
@@ -137,7 +137,7 @@ class Prune(_RecipeSettings, Task):
         if not isinstance(self.method, str):
             label = self.method.label
         else:
-            label = f"{self.method} {self.preset or PRESET}" if self.method == "maiht" else self.method
+            label = f"{self.method} {self.preset or 'best'}" if self.method == "maiht" else self.method
             label = f"{label} {self.penalty.label}" if self.penalty else label
         return label if self.pattern == "unstructured" or self.method == "dense" else f"{label} {self.pattern}"
 

@@ -1,29 +1,18 @@
-"""Floor 7: what the tasks on pictures share: the picture with its noise, the problem, names for legends, rooms."""
+"""Floor 7: what the tasks that fit a trend share: the picture with its noise, the fit against the clock."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import jax
 import numpy as np
 from pydantic import Field
 
+from sparseopt.core.problem import Solution, Status
 from sparseopt.experiments.datasets import Picture
 from sparseopt.experiments.names import PenaltyConfig
-from sparseopt.experiments.task import Task
+from sparseopt.experiments.task import FinishedRun, Observer, Record, Task
 from sparseopt.trend.graph import Graph
-
-METHOD_NAMES = {
-    "auto": "automatic choice",
-    "doge": "Doge-ADMM",
-    "admm": "original ADMM",
-    "gtf_admm": "GTF-ADMM",
-    "fast_admm": "fast ADMM",
-    "doge_groups": "Doge-ADMM with its copies",
-}
-
-
-def method_label(method: str, settings: str) -> str:
-    """For legends and bars."""
-    return METHOD_NAMES[method] + (", published settings" if settings == "published" else "")
 
 
 class PictureTask(Task):
@@ -33,23 +22,17 @@ class PictureTask(Task):
         picture: which, and what of it.
         noise: standard deviation of the white noise, in grey levels; values beyond 0..255 stay.
         penalty: by name or path.
-        order: k; 0 fits piecewise constants, 1 piecewise linear pictures.
-        inner_tol: relative duality gap of the optimisation inside each step of `fast_admm`; None for a tenth of
-            `tol`, about the loosest with which every setting reaches it.
+        order: k; 0 fits piecewise constant pictures, 1 piecewise linear ones.
         max_steps: step limit.
     """
-
-    columns: ClassVar[tuple[str, ...]] = ()
 
     picture: Picture = Picture()
     noise: float = Field(default=20.0, ge=0)
     penalty: PenaltyConfig = PenaltyConfig.model_validate({"name": "l1", "weight": 10.0})
     order: int = Field(default=0, ge=0, le=4)
-    inner_tol: float | None = Field(default=None, gt=0)
     max_steps: int = Field(default=5000, ge=1)
 
     def check(self) -> None:
-        """The picture's package is there and the picture has the part that is asked for."""
         self.picture.load()
 
     def pair(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,19 +41,54 @@ class PictureTask(Task):
         return clean, clean + self.noise * np.random.default_rng(seed).standard_normal(clean.shape)
 
     def grid(self) -> Graph:
-        """The pixel grid; one object, so that tables are built once in a run."""
-        image = self.picture.load()
-        return Graph.grid(image.shape[:2])
+        """The pixel grid; the tables of a fit are built once for each such object."""
+        return Graph.grid(self.picture.load().shape[:2])
 
     @property
     def subject(self) -> str:
-        """What is solved, apart from how: equal for runs that have the same answer."""
+        """The problem: runs with the same subject have the same answer."""
         return f"{self.picture.name}, noise {self.noise:g}, {self.penalty.label}, order {self.order}"
 
 
-def by_subject(tasks: Sequence[Any], key: Callable[[Any], str]) -> dict[str, list[int]]:
-    """Places in the sequence by what `key` says of them, in the order of first sight."""
-    groups: dict[str, list[int]] = {}
-    for index, task in enumerate(tasks):
-        groups.setdefault(key(task), []).append(index)
+def grouped(runs: Iterable[FinishedRun], key: Callable[[Any], str]) -> dict[str, list[FinishedRun]]:
+    """The runs by a key of their tasks, in the order in which keys first appear; runs without records are left out."""
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        if run.records:
+            groups.setdefault(key(run.task), []).append(run)
     return groups
+
+
+def timed_fit(
+    fit: Callable[[int], Solution], max_steps: int, observer: Observer, what: str, passes: int = 1
+) -> tuple[Solution, Record]:
+    """A fit, and a record of how it ended and how long it took.
+
+    Args:
+        fit: the fit with at most so many steps; one with a single step compiles.
+        max_steps: step limit.
+        observer: is told what is being done.
+        what: the fit, in a few words.
+        passes: how often the clock runs; the fastest pass counts.
+    """
+
+    def run(limit: int) -> tuple[Solution, float, float]:
+        start, busy = time.perf_counter(), time.process_time()
+        found = jax.block_until_ready(fit(limit))
+        return found, time.perf_counter() - start, time.process_time() - busy
+
+    observer(0, 0, "compiling")
+    _, compile_seconds, _ = run(1)
+    observer(0, 0, what)
+    runs = [run(max_steps) for _ in range(passes)]
+    found = runs[0][0]
+    return found, {
+        "seconds": min(wall for _, wall, _ in runs),
+        # Of the processor: what a busy machine adds to the wall time is not in it.
+        "cpu_seconds": min(cpu for _, _, cpu in runs),
+        "compile_seconds": compile_seconds,
+        "steps": int(found.steps),
+        "objective": float(found.objective),
+        "gap": float(found.gap),
+        "status": Status(int(found.status)).name,
+    }

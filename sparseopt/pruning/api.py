@@ -48,7 +48,7 @@ def prune_layer(
     sparsity: float | None = None,
     pattern: str = "unstructured",
     method: str | LayerMethod = "maiht",
-    preset: str = "best",
+    preset: str | None = None,
     *,
     penalty: Penalty | None = None,
     test_gram: Any = None,
@@ -65,7 +65,7 @@ def prune_layer(
         pattern: "unstructured" (anywhere in the layer), "per-row" (as many in every output row), "n:m" such as
             "2:4" along the inputs of each output, or "block:RxC", whole blocks of R outputs x C inputs.
         method: a name in `METHODS`, or a `LayerMethod` of your own.
-        preset: "paper", the published settings, or "best".
+        preset: settings of the method: for "maiht" "paper", the published ones, or "best"; None for its own.
         penalty: chooses the weights that survive by its prox, in place of L0 (method "maiht", unstructured). Its
             field `weight` is set by the sparsity asked for; a refit removes the shrinkage of convex penalties.
         test_gram: Gram of held-out inputs, for a second error.

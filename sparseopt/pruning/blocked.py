@@ -33,8 +33,7 @@ from sparseopt.pruning.layer import (
     ranking_scale,
     relative_scale,
 )
-from sparseopt.pruning.methods.magnitude import Magnitude
-from sparseopt.pruning.methods.wanda import Wanda
+from sparseopt.pruning.methods.scores import Magnitude, Wanda
 from sparseopt.system import processes
 
 # With fewer outputs than this share of the inputs, the hessian `[in, in]` decides the memory: smaller blocks save none.

@@ -1,6 +1,6 @@
-"""Floor 6: which weights may survive, from a name to a pattern of the core, and counts that prove it.
+"""Floor 6: patterns of surviving weights by name, and the counts that prove them.
 
-A name speaks of a weight `[out, in]`; the pattern acts on the layer in solver layout `[in, out]`, where axis 0 runs
+A name refers to a weight `[out, in]`; the pattern acts on the layer in solver layout `[in, out]`, where axis 0 runs
 along the inputs of one output.
 """
 
@@ -24,44 +24,50 @@ __all__ = [
 ]
 
 KNOWN = "'unstructured', 'per-row', 'n:m' such as '2:4', and 'block:RxC' such as 'block:4x4'"
+_NM, _BLOCKS = re.compile(r"(\d+):(\d+)"), re.compile(r"block:(\d+)x(\d+)")
+
+
+def _sizes(form: re.Pattern[str], text: str) -> tuple[int, int] | None:
+    """The two numbers of a pattern of this form; None for another form."""
+    match = form.fullmatch(text)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def kept_count(size: int, sparsity: float) -> int:
-    """How many of `size` survive: `round((1 - sparsity) * size)`, exact to the weight."""
+    """How many of `size` survive: `round((1 - sparsity) * size)`."""
     return round((1 - sparsity) * size)
 
 
 def implied_sparsity(text: str) -> float | None:
-    """The share of zeros that an n:m pattern has by itself; None for the others, which need to be told."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    return 1 - int(match[1]) / int(match[2]) if match and int(match[2]) else None
+    """The share of zeros of an n:m pattern; None for other patterns, which need a sparsity."""
+    n, m = _sizes(_NM, text) or (0, 0)
+    return 1 - n / m if m else None
 
 
 def check_pattern(text: str, sparsity: float | None) -> None:
-    """All that can be said of a pattern before a layer's shape is known.
+    """Check a pattern as far as possible without a layer's shape.
 
     Raises:
         ValueError: naming what was given and what is possible.
     """
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must lie in [0, 1), given {sparsity}; 0.5 keeps every second weight")
-    match = re.fullmatch(r"(\d+):(\d+)|block:(\d+)x(\d+)|unstructured|per-row", text)
-    if not match:
+    blocks = _sizes(_BLOCKS, text)
+    if (n_m := _sizes(_NM, text)) is not None:
+        n, m = n_m
+        if not 0 < n <= m:
+            raise ValueError(f"pattern {text!r} must keep between 1 and {m} of every {m} weights")
+        if sparsity is not None and abs(sparsity - (1 - n / m)) > 1e-9:
+            raise ValueError(
+                f"pattern {text!r} has sparsity {1 - n / m:g}, which contradicts the sparsity {sparsity} given; "
+                f"give {1 - n / m:g}, or none"
+            )
+    elif blocks is None and text not in ("unstructured", "per-row"):
         raise ValueError(f"unknown pattern {text!r}; known are {KNOWN}")
-    if match[1] is None:
-        if sparsity is None:
-            raise ValueError(f"pattern {text!r} needs a sparsity in [0, 1), given none")
-        if match[3] is not None and not (int(match[3]) and int(match[4])):
-            raise ValueError(f"pattern {text!r} must have blocks of at least 1 output x 1 input")
-        return
-    n, m = int(match[1]), int(match[2])
-    if not 0 < n <= m:
-        raise ValueError(f"pattern {text!r} must keep between 1 and {m} of every {m} weights")
-    if sparsity is not None and abs(sparsity - (1 - n / m)) > 1e-9:
-        raise ValueError(
-            f"pattern {text!r} has sparsity {1 - n / m:g}, which contradicts the sparsity {sparsity} given; "
-            f"give {1 - n / m:g}, or none"
-        )
+    elif sparsity is None:
+        raise ValueError(f"pattern {text!r} needs a sparsity in [0, 1), given none")
+    elif blocks is not None and 0 in blocks:
+        raise ValueError(f"pattern {text!r} must have blocks of at least 1 output x 1 input")
 
 
 def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> Pattern:
@@ -80,35 +86,32 @@ def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> 
         shape: `(out, in)`.
 
     Raises:
-        ValueError: naming what was given and what is possible; another pattern is never substituted.
+        ValueError: naming what was given and what is possible.
     """
     check_pattern(text, sparsity)
     outputs, inputs = shape
-    numbers = [int(number) for number in re.findall(r"\d+", text)]
-    if sparsity is None or implied_sparsity(text) is not None:
-        n, m = numbers
+    layer = f"a layer of shape [out={outputs}, in={inputs}] leaves"
+    if (n_m := _sizes(_NM, text)) is not None:
+        n, m = n_m
         if inputs % m:
-            raise ValueError(
-                f"pattern {text!r} needs a number of inputs divisible by {m}; a layer of shape "
-                f"[out={outputs}, in={inputs}] leaves {inputs % m} over"
-            )
+            raise ValueError(f"pattern {text!r} needs a number of inputs divisible by {m}; {layer} {inputs % m} over")
         return NM(n, m, axis=0)
+    assert sparsity is not None
     if text == "unstructured":
         return TopK(kept_count(outputs * inputs, sparsity))
     if text == "per-row":
         return RowTopK(kept_count(inputs, sparsity), axis=0)
-    high, wide = numbers
+    high, wide = _sizes(_BLOCKS, text) or (1, 1)
     if outputs % high or inputs % wide:
         raise ValueError(
-            f"pattern {text!r} needs a number of outputs divisible by {high} and of inputs divisible by {wide}; a "
-            f"layer of shape [out={outputs}, in={inputs}] leaves {outputs % high} outputs and {inputs % wide} inputs "
-            "over"
+            f"pattern {text!r} needs a number of outputs divisible by {high} and of inputs divisible by {wide}; "
+            f"{layer} {outputs % high} outputs and {inputs % wide} inputs over"
         )
     return BlockTopK(kept_count((outputs // high) * (inputs // wide), sparsity), (wide, high))
 
 
 def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
-    """How many weights of a layer `(out, in)` survive in all."""
+    """The number of surviving weights of a layer `(out, in)`."""
     outputs, inputs = shape
     match pattern:
         case TopK(k):
@@ -122,23 +125,19 @@ def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
 
 
 def share_unit(text: str, shape: tuple[int, ...]) -> int:
-    """The zeros of a weight `(out, in)` come in multiples of this: one weight, one in every row, or a block.
-
-    Not for n:m patterns, which have one share only.
-    """
-    match = re.fullmatch(r"block:(\d+)x(\d+)", text)
-    if match:
-        return int(match[1]) * int(match[2])
+    """The zeros of a weight `(out, in)` come in multiples of this. Not for n:m patterns, which have one share only."""
+    if (blocks := _sizes(_BLOCKS, text)) is not None:
+        return blocks[0] * blocks[1]
     return shape[0] if text == "per-row" else 1
 
 
 class Counts(NamedTuple):
-    """How a weight stands to its pattern: non-zero weights (or blocks) in every group that the pattern counts.
+    """The non-zero weights (or blocks) in every group that a pattern counts.
 
     Attributes:
-        each: a count a group, flat.
-        allowed: what the pattern keeps of each.
-        unit: what is counted, for a message.
+        each: the count of each group, flat.
+        allowed: what the pattern keeps in each group.
+        unit: what is counted, for messages.
     """
 
     each: np.ndarray

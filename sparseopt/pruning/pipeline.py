@@ -97,7 +97,7 @@ def prune_model(
         output: a folder that does not exist yet or is empty; or one in which the same run was broken off: it goes on
             behind the last finished block, and its result is that of an unbroken run to the bit; or one in which the
             same run is finished: nothing is done, and its report is returned.
-        recipe: what to do; default: mAIHT, preset best, 50 %.
+        recipe: what to do; default: mAIHT, 50 %.
         observer: called with every `Event`, a layer's record above all, and the number of layers in all.
         stop: asked behind every block; True ends the run there, to be gone on with later.
         memory: what the run may take, device and host together, in bytes or as in "8GiB". Activations between blocks

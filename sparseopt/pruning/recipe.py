@@ -14,7 +14,7 @@ from sparseopt.models import Bos
 from sparseopt.pruning.allocation import Allocation, check_allocation
 from sparseopt.pruning.calibration import Weighting
 from sparseopt.pruning.layer import LayerMethod
-from sparseopt.pruning.methods import METHODS, best_for_models, find_method
+from sparseopt.pruning.methods import METHODS, find_method
 from sparseopt.pruning.options import CALIBRATION, HOW, OUTPUT, WHAT, attributes, mistakes_of, option, options_of
 from sparseopt.pruning.patterns import KNOWN, check_pattern, implied_sparsity
 from sparseopt.pruning.reconstruction import Reconstruction
@@ -24,13 +24,6 @@ from sparseopt.pruning.texts import TEXTS, WindowChoice
 # What method "best" does unasked: epochs of reconstruction, and the fraction of upstream error that is corrected.
 BEST_EPOCHS = 4
 BEST_PROPAGATE = 0.25
-PRESET = "best"
-
-
-def presets_of(method: str) -> tuple[str, ...]:
-    """The presets of a method by its name; none for a method with one setting, and for an unknown one."""
-    presets = METHODS.get(method, {})
-    return tuple(presets) if len(set(presets.values())) > 1 else ()
 
 
 def read_bounds(given: Any) -> Any:
@@ -43,7 +36,7 @@ def read_bounds(given: Any) -> Any:
         raise ValueError(f"bounds must be two numbers with a comma between, as in 0.3,0.8, given {given!r}") from None
 
 
-PRESETS = tuple(dict.fromkeys(preset for method in METHODS for preset in presets_of(method)))
+PRESETS = tuple(dict.fromkeys(preset for method in METHODS.values() for preset in method.presets))
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Recipe:
 
     In Python, `method` may also be a `LayerMethod` of your own, `penalty` an object as in `prune_layer`, `reconstruct`
     a whole `Reconstruction`, and `calibration` token ids `[samples, seqlen]`, which are taken as they are: their
-    last `heldout_samples` windows are held out. "best" runs as `methods.best_for_models`, shorter than on one layer.
+    last `heldout_samples` windows are held out.
 
     On few tokens a larger `ridge` overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. Without
     `bounds` a layer's sparsity lies in `default_bounds`; the total of an `allocation` is exact. The relative
@@ -69,9 +62,7 @@ class Recipe:
     )
     pattern: str = option("unstructured", f"Which weights may stay: {KNOWN}.", WHAT)
     method: str | LayerMethod = option("maiht", "Pruning method: {choices}.", HOW, type=str, choices=METHODS)
-    preset: str | None = option(
-        None, f"Settings of a method that has several: {{choices}}. Default: {PRESET}.", HOW, choices=PRESETS
-    )
+    preset: str | None = option(None, "Settings of method maiht: {choices}. Default: best.", HOW, choices=PRESETS)
     penalty: Penalty | None = option(
         None,
         "Chooses the weights that stay in place of l0: {choices}. The sparsity sets its level. For method maiht and "
@@ -162,10 +153,7 @@ class Recipe:
         return self._find_method()
 
     def _find_method(self) -> LayerMethod:
-        if self.preset is not None and not (isinstance(self.method, str) and presets_of(self.method)):
-            raise ValueError(f"method {described(self.method)} has no presets, given {self.preset!r}; leave it out")
-        method = find_method(self.method, self.preset or PRESET, self.penalty, self.ridge)
-        return find_method(best_for_models(), ridge=self.ridge) if self.method == "best" else method
+        return find_method(self.method, self.preset, self.penalty, self.ridge)
 
     def output_weighting(self) -> OutputWeighting:
         """The weighting of outputs asked for, or the method's default."""

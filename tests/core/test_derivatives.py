@@ -241,7 +241,7 @@ KINDS = {
         LossStart(np.zeros(ROWS), np.zeros((1, ROWS))),
     ),
     "distance by Admm, kinks of a chain": Kind(
-        so.Problem(NodeSquares(TARGET), ChainTotalVariation(0.8, True), split(CHAIN, 1)),
+        so.Problem(NodeSquares(TARGET), ChainTotalVariation(0.8, Difference(CHAIN, 1, True)), split(CHAIN, 1)),
         of_kinks,
         Admm(cosine_solve((ROWS,), (1,), np.float64), 1.0),
         Start(np.zeros(ROWS), np.zeros((1, ROWS))),

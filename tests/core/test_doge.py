@@ -8,11 +8,11 @@ import pytest
 import sparseopt as so
 from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.grouping import row_table
-from sparseopt.core.operators import Difference
+from sparseopt.core.operators import Difference, GridBase
 from sparseopt.core.problem import Problem
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.doge import doge_split
-from sparseopt.core.solvers.doge_groups import DogeGroups, doge_groups_tables
+from sparseopt.core.solvers.doge_groups import DogeGroups, doge_groups_table
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_lasso
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
 from sparseopt.core.types import precision
@@ -65,39 +65,36 @@ def test_no_perturbation_beats_the_lifted_prox(rng, penalty):
             assert np.all(reached <= costs + 1e-12)
 
 
-def doge_problem(graph, order, block, metric, loss, penalty):
-    """A problem of Doge-ADMM in float64, and what the solver with copies needs besides a rho."""
+def doge_problem(graph, order, block, loss, penalty):
+    """A problem of Doge-ADMM with the metric of the paper in float64, its x-step, and the table of the groups."""
     base, on_edges = graph.base(np.float64), (order + 1 - block) % 2 == 1
     outer, inner = Difference(base, block, on_edges), Difference(base, order + 1 - block)
     matrix, labels = graph.matrix(block, on_edges), graph.groups(block, on_edges)
-    split = doge_split(outer, inner, graph.sums(block, on_edges), metric, np.float64, int(labels.max()) + 1)
-    table, touched = doge_groups_tables(outer, matrix, labels, np.float64, "all" if metric == "groups" else "touched")
+    split = doge_split(outer, inner, graph.sums(block, on_edges), np.float64, int(labels.max()) + 1)
+    table = doge_groups_table(outer, matrix, labels, np.float64)
     if loss.center.ndim > len(inner.in_shape):
-        columns = split.column_scale[..., None] if split.column_scale.ndim else split.column_scale
-        split = dataclasses.replace(split, row_scale=split.row_scale[..., None], column_scale=columns)
+        split = dataclasses.replace(split, row_scale=split.row_scale[..., None])
     node_solve = Diagonal()
-    if inner.order and metric == "groups" and graph.shape is not None:
+    if inner.order and graph.shape is not None:
         node_solve = cosine_solve(graph.shape, (inner.order,), np.float64)
     elif inner.order:
         node_solve = ConjugateGradient(jnp.ones(inner.in_shape), 1e-12)
     problem = Problem(loss, penalty, jax.tree.map(jnp.asarray, split))
-    return problem, node_solve, {"table": jax.tree.map(jnp.asarray, table), "touched": touched}
+    return problem, node_solve, jax.tree.map(jnp.asarray, table)
 
 
-@pytest.mark.parametrize("metric", ["copies", "groups"])
-def test_the_solver_with_copies_is_the_iteration_of_the_paper(rng, metric):
+def test_the_solver_with_copies_is_the_iteration_of_the_paper(rng):
     # Written out in NumPy, group by group and row by row, with the paper's formula for L1.
     with precision(DOUBLE):
         graph = random_graph(rng, n=16, extra=8)
         y, rho, relaxation, level = rng.standard_normal(16), 0.8, 1.6, 0.7
-        problem, node_solve, groups = doge_problem(graph, 1, 2, metric, NodeSquares(jnp.asarray(y)), so.L1(level))
-        solver = DogeGroups(node_solve, rho, relaxation=relaxation, cadence=1, changes=0, **groups)
+        problem, node_solve, table = doge_problem(graph, 1, 2, NodeSquares(jnp.asarray(y)), so.L1(level))
+        solver = DogeGroups(node_solve, rho, relaxation=relaxation, cadence=1, changes=0, table=table)
         state = solver.init(problem, Start(problem.loss.center, jnp.zeros(16)))
         step = jax.jit(solver.step)
 
         matrix, labels = graph.matrix(2).toarray(), graph.groups(2)
         parts = [matrix[labels == i] for i in range(labels.max() + 1)]
-        has_copy = np.array([(part != 0).any(axis=0) | (metric == "groups") for part in parts])
         b, theta = y.copy(), np.zeros((len(parts), 16))
         for _ in range(12):
             alpha = b - theta
@@ -106,29 +103,28 @@ def test_the_solver_with_copies_is_the_iteration_of_the_paper(rng, metric):
                     s, length = a @ alpha[i], a @ a
                     alpha[i] -= a * np.clip(s / length, -level / rho, level / rho)
             relaxed = relaxation * alpha + (1 - relaxation) * b
-            pulled = np.where(has_copy, theta + relaxed, 0).sum(axis=0)
-            b = (y + rho * pulled) / (1 + rho * has_copy.sum(axis=0))
+            b = (y + rho * (theta + relaxed).sum(axis=0)) / (1 + rho * len(parts))
             theta = theta + relaxed - b
             state = step(problem, state)
             np.testing.assert_allclose(state.x, b, atol=1e-9)
-            np.testing.assert_allclose(np.where(has_copy, state.memory.alpha - alpha, 0), 0, atol=1e-9)
-            np.testing.assert_allclose(np.where(has_copy, state.memory.theta - theta, 0), 0, atol=1e-9)
+            np.testing.assert_allclose(state.memory.alpha, alpha, atol=1e-9)
+            np.testing.assert_allclose(state.memory.theta, theta, atol=1e-9)
 
 
 WHOLE = [
-    ("grid", 0, 1, "copies", "rows"),
-    ("grid", 1, 1, "groups", "GroupL2"),
-    ("grid", 2, 3, "groups", "L1"),
-    ("grid", 2, 1, "copies", "L1"),
-    ("cube", 2, 2, "groups", "rows"),
-    ("random", 2, 2, "copies", "MCP"),
-    ("parts", 1, 2, "groups", "rows"),
-    ("weighted", 0, 1, "groups", "GroupL2"),
+    ("grid", 0, 1, "rows"),
+    ("grid", 1, 1, "GroupL2"),
+    ("grid", 2, 3, "L1"),
+    ("grid", 2, 1, "L1"),
+    ("cube", 2, 2, "rows"),
+    ("random", 2, 2, "MCP"),
+    ("parts", 1, 2, "rows"),
+    ("weighted", 0, 1, "GroupL2"),
 ]
 
 
-@pytest.mark.parametrize(("name", "order", "block", "metric", "kind"), often(WHOLE, *WHOLE[:3], WHOLE[5]))
-def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, block, metric, kind):
+@pytest.mark.parametrize(("name", "order", "block", "kind"), often(WHOLE, *WHOLE[:3], WHOLE[5]))
+def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, block, kind):
     with precision(DOUBLE):
         graph = GRAPHS[name](rng)
         nodes, weights = graph.shape or (graph.num_nodes,), None
@@ -140,8 +136,8 @@ def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, blo
             if block == order + 1:  # with missing nodes, where the x-step needs no cosines
                 weights = rng.uniform(0.5, 2, nodes) * (rng.uniform(size=nodes) > 0.2)
         loss = NodeSquares(y, weights, -20.0, 20.0)
-        problem, node_solve, groups = doge_problem(graph, order, block, metric, loss, penalty)
-        fused, literal = Admm(node_solve, 0.8), DogeGroups(node_solve, 0.8, **groups)
+        problem, node_solve, table = doge_problem(graph, order, block, loss, penalty)
+        fused, literal = Admm(node_solve, 0.8), DogeGroups(node_solve, 0.8, table=table)
         some = problem.operator.outer.mv(jnp.asarray(rng.standard_normal(problem.operator.inner.mv(y).shape)))
         for dual, rho in ((0 * some, 0.8), (0.2 * some, 3.0)):
             start = Start(y, dual, jnp.asarray(rho))
@@ -159,17 +155,16 @@ def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, blo
 
 def test_the_solver_with_copies_refuses_tables_of_another_operator():
     chain, loss = so.Graph.chain(5), NodeSquares(jnp.zeros(5))
-    problem, node_solve, groups = doge_problem(chain, 0, 1, "groups", loss, so.L1(1.0))
-    of_copies, _, touched = doge_problem(chain, 0, 1, "copies", loss, so.L1(1.0))
-    other = doge_problem(so.Graph.chain(6), 0, 1, "groups", loss, so.L1(1.0))[2]
-    assert DogeGroups(node_solve, 1.0, **groups).refuses(problem) is None
+    problem, node_solve, table = doge_problem(chain, 0, 1, loss, so.L1(1.0))
+    other = doge_problem(so.Graph.chain(6), 0, 1, loss, so.L1(1.0))[2]
+    weighted = doge_split(problem.operator.outer, problem.operator.inner, chain.sums(1), np.float64)
+    assert DogeGroups(node_solve, 1.0, table=table).refuses(problem) is None
     for given, wrong, text in (
         (problem, other, "of 5 rows and 5 columns, given one of 6 and 6"),
-        (problem, touched, r'the touched columns needs a doge_split of the metric "copies", .* of shape \(\)'),
-        (of_copies, groups, r'every column needs a doge_split of the metric "groups", .* of shape \(5,\)'),
+        (dataclasses.replace(problem, operator=weighted), table, r"number of groups, .* of shape \(5,\)"),
     ):
         with pytest.raises(ValueError, match=text):
-            so.solve(given, DogeGroups(node_solve, 1.0, **wrong), Start(loss.center, jnp.zeros((1, 5))))
+            so.solve(given, DogeGroups(node_solve, 1.0, table=wrong), Start(loss.center, jnp.zeros((1, 5))))
 
 
 @pytest.mark.parametrize("ends", [0.0, 0.3, 2.0])
@@ -220,7 +215,7 @@ def test_lanes_of_the_fused_lasso_are_its_answers_one_by_one_also_in_a_loop(rng)
 @pytest.mark.parametrize("pinned", [False, True])
 def test_the_chain_penalty_is_a_norm(rng, pinned):
     with precision(DOUBLE):
-        penalty = Jitted(ChainTotalVariation(0.8, pinned))
+        penalty = Jitted(ChainTotalVariation(0.8, Difference(GridBase((12,)), 1, pinned)))
         shape = (1, 12) if pinned else (12,)
         x = rng.standard_normal(shape)
         x[..., -1] *= not pinned  # the last place of an edge array is empty
@@ -242,7 +237,7 @@ def test_cosines_and_conjugate_gradients_solve_the_x_step(rng, shape, power):
     with precision(DOUBLE):
         graph = so.Graph.grid(shape)
         inner = Difference(graph.base(np.float64), power)
-        split = doge_split(Difference(graph.base(np.float64), 0), inner, graph.sums(power), "coefficients", np.float64)
+        split = doge_split(Difference(graph.base(np.float64), 0), inner, graph.sums(power), np.float64)
         split = dataclasses.replace(split, row_scale=jnp.asarray(1.0), column_scale=jnp.asarray(2.0))
         right = rng.standard_normal((*shape, 2))
         loss = NodeSquares(jnp.zeros(right.shape))

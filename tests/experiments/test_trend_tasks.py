@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from sparseopt.experiments.config import load_config
+from sparseopt.experiments.papers.convergence import Convergence, look_steps
+from sparseopt.experiments.papers.groups import Groups
+from sparseopt.experiments.papers.race import Race
 from sparseopt.experiments.report import gather, write_report
 from sparseopt.experiments.sweep import check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun, Task
-from sparseopt.experiments.task_convergence import Convergence, look_steps
 from sparseopt.experiments.task_denoise import Denoise
 from sparseopt.experiments.task_graph import GraphSignal, count_levels
-from sparseopt.experiments.task_groups import Groups
 from sparseopt.trend.graph import Graph
 
 matplotlib.use("Agg")
@@ -41,13 +42,23 @@ def finish(task: Task, folder: Path) -> FinishedRun:
     return FinishedRun(folder, task, records)
 
 
-def denoise(**settings: Any) -> Denoise:
-    return Denoise.model_validate({"name": "tiny", "task": "denoise", "picture": TINY, "order": 1, **settings})
+def race(**settings: Any) -> Race:
+    return Race.model_validate({"name": "tiny", "task": "race", "picture": TINY, "order": 1, **settings})
 
 
-def test_denoise_compares_methods_on_one_problem(tmp_path: Path) -> None:
+def test_denoise_recovers_a_picture_in_the_precision_asked_for(tmp_path: Path) -> None:
+    given = {"name": "tiny", "task": "denoise", "picture": TINY, "order": 1, "method": "doge", "dtype": "float32"}
+    run = finish(Denoise.model_validate(given), tmp_path)
+    (record,) = run.records
+    assert (record["status"], record["label"]) == ("CONVERGED", "doge")
+    assert record["psnr_after"] > record["psnr_before"]
+    assert set(Denoise.columns) <= record.keys()
+    assert np.shape(Denoise.draw([run])["pictures"]) == (1, 3)
+
+
+def test_a_race_compares_methods_on_one_problem(tmp_path: Path) -> None:
     runs = [
-        finish(denoise(method=method, repeats=2, tol=1e-5), tmp_path / method)
+        finish(race(method=method, repeats=2, tol=1e-5), tmp_path / method)
         for method in ("doge", "gtf_admm", "fast_admm")
     ]
     first = [run.records[0] for run in runs]
@@ -57,24 +68,24 @@ def test_denoise_compares_methods_on_one_problem(tmp_path: Path) -> None:
         assert record["psnr_after"] > record["psnr_before"]
         assert record["mse_after"] < record["mse_before"]
         assert record["seconds"] > 0
-        assert set(Denoise.columns) <= record.keys()
+        assert set(Race.columns) <= record.keys()
     objectives = [record["objective"] for record in first]
     assert max(objectives) / min(objectives) - 1 <= 1e-5
     assert [record["algorithm"] for record in first] == ["doge", "admm", "fast_admm"]
     assert first[2]["inner_steps"] > first[2]["steps"]
     # Repeats have noise of their own, the same for every method.
     assert runs[0].records[1]["mse_before"] == runs[1].records[1]["mse_before"] != first[0]["mse_before"]
-    pictures = Denoise.draw(runs)
+    pictures = Race.draw(runs)
     assert set(pictures) == {"pictures", "seconds"}
     assert np.shape(pictures["pictures"]) == (1, 3)
     axis = pictures["seconds"][0, 0]
     assert "(s)" in axis.get_xlabel()
     assert [text.get_text() for text in axis.get_yticklabels()] == ["Doge-ADMM", "GTF-ADMM", "fast ADMM"]
-    assert set(Denoise.draw(runs[:1])) == {"pictures"}
+    assert set(Race.draw(runs[:1])) == {"pictures"}
 
 
 def test_a_fit_that_stands_still_need_not_be_there(tmp_path: Path) -> None:
-    changed = finish(denoise(method="doge", settings="published", stop="change", tol=1e-4), tmp_path / "change")
+    changed = finish(race(method="doge", settings="published", stop="change", tol=1e-4), tmp_path / "change")
     assert changed.records[0]["status"] == "CONVERGED"
     assert changed.records[0]["gap"] > 1e-5
 

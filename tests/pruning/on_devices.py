@@ -40,10 +40,10 @@ from tests.pruning.layers import make_layer
 LAYERS = {
     "maiht paper": ("maiht", "paper", "unstructured", 48, 8),
     "maiht best, 37 over 8": ("maiht", "best", "unstructured", 37, 8),
-    "admm per-row, 37 over 3": ("admm", "best", "per-row", 37, 3),
-    "sparsegpt": ("sparsegpt", "best", "unstructured", 48, 8),
-    "wanda 2:4, 37 over 8": ("wanda", "best", "2:4", 37, 8),
-    "magnitude block:4x4": ("magnitude", "best", "block:4x4", 64, 8),
+    "admm per-row, 37 over 3": ("admm", None, "per-row", 37, 3),
+    "sparsegpt": ("sparsegpt", None, "unstructured", 48, 8),
+    "wanda 2:4, 37 over 8": ("wanda", None, "2:4", 37, 8),
+    "magnitude block:4x4": ("magnitude", None, "block:4x4", 64, 8),
 }
 INPUTS = 32
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}

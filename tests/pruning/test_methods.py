@@ -14,9 +14,9 @@ from sparseopt.pruning.layer import ScaledLayer
 from tests.pruning.layers import error_of, make_layer
 
 PATTERNS = ["unstructured", "per-row", "2:4", "block:2x8"]
-# Compiling is what takes long: these run the code of "best", or of another pattern, once more.
+# Compiling is what takes long: these run the code of "admm_splice", or of another pattern, once more.
 COSTLY = {
-    *((method, pattern) for method in ("admm", "splice") for pattern in ("unstructured", "per-row", "2:4")),
+    *((method, pattern) for method in ("best", "admm", "splice") for pattern in ("unstructured", "per-row", "2:4")),
     ("maiht", "unstructured"), ("splice", "block:2x8"), ("sparsegpt", "unstructured"),
 }  # fmt: skip
 GRID = [
@@ -62,7 +62,9 @@ def program_of(method, inputs, outputs=48):
     return re.sub(r"\d+", "", solve.lower(arrays).as_text())
 
 
-@pytest.mark.parametrize("method", [SplicePruning(first=AdmmPruning(levels=1)), SparseGpt()], ids=["best", "sparsegpt"])
+@pytest.mark.parametrize(
+    "method", [SplicePruning(first=AdmmPruning(levels=1)), SparseGpt()], ids=["admm_splice", "sparsegpt"]
+)
 def test_the_program_of_a_layer_does_not_grow_with_its_inputs(method):
     # A list of places of a bounded length differs by a hundredth; written-out panels would multiply the length.
     assert len(program_of(method, 16384)) == pytest.approx(len(program_of(method, 2048)), rel=0.05)
@@ -80,20 +82,22 @@ def test_every_method_has_the_exact_pattern(layer, method, pattern):
 @pytest.mark.parametrize("pattern", ["per-row", "block:2x8"])
 def test_methods_rank_as_they_should(layer, pattern):
     """SparseGPT stands apart: with one block of inputs it chooses all weights before it compensates any."""
-    best, maiht, wanda, magnitude = (
-        prune(layer, method, pattern).relative_error for method in ("best", "maiht", "wanda", "magnitude")
+    thorough, maiht, wanda, magnitude = (
+        prune(layer, method, pattern).relative_error for method in ("admm_splice", "maiht", "wanda", "magnitude")
     )
-    assert best < maiht < wanda < magnitude
+    assert thorough < maiht < wanda < magnitude
 
 
 def test_splicing_does_not_undo_what_admm_found(layer):
-    assert prune(layer, "best", "block:2x8").relative_error <= 1.001 * prune(layer, "admm", "block:2x8").relative_error
+    spliced, admm = (prune(layer, method, "block:2x8").relative_error for method in ("admm_splice", "admm"))
+    assert spliced <= 1.001 * admm
 
 
 def test_more_freedom_costs_less(layer):
     """Each set of weights lies in the next: 2:4, half of every row, half of the layer."""
     errors = [
-        prune_layer(*layer, 0.5, pattern, "best").relative_error for pattern in ("2:4", "per-row", "unstructured")
+        prune_layer(*layer, 0.5, pattern, "admm_splice").relative_error
+        for pattern in ("2:4", "per-row", "unstructured")
     ]
     assert errors[0] > errors[1] > errors[2]
 

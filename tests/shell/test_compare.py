@@ -105,7 +105,7 @@ def test_where_nothing_was_pruned_the_missing_picture_is_explained(compare, monk
         ([], {"sparsity": "0.5,50"}, "--sparsity: expected shares of zeros in [0, 1), as in 0.5,0.6, given 50"),
         (["--pattern", "5:6"], {}, "pattern '5:6' needs a number of inputs divisible by 6"),
         (["--weighting", "residul"], {}, "weighting: 'residul' is not known; did you mean 'residual'?"),
-        ([], {"methods": "wanda:paper"}, "method 'wanda' has no presets, given 'paper'; leave it out"),
+        ([], {"methods": "wanda:paper"}, "method 'wanda' has no presets, given preset 'paper'; leave the preset out"),
         (["--text", "file:/nowhere"], {}, "cannot read the text file /nowhere"),
     ],
 )

@@ -15,7 +15,7 @@ from sparseopt.core.penalty_names import BY_WEIGHT, PENALTIES
 from sparseopt.experiments.config import ConfigError, expand
 from sparseopt.experiments.task_prune import Prune
 from sparseopt.pruning import METHODS, Recipe
-from sparseopt.pruning.recipe import OPTIONS, presets_of
+from sparseopt.pruning.recipe import OPTIONS
 from sparseopt.shell.app import app
 from sparseopt.shell.options import completed
 
@@ -97,7 +97,10 @@ def test_the_other_commands_need_nothing_of_the_pruner():
         ),
         ({"output_weights": "x"}, "unknown output_weights 'x'; known are uniform, gradient"),
         ({"method": "wunda"}, "unknown method 'wunda'; known are best, .*; did you mean 'wanda'?"),
-        ({"method": "wanda", "preset": "paper"}, "method 'wanda' has no presets, given 'paper'; leave it out"),
+        (
+            {"method": "wanda", "preset": "paper"},
+            "method 'wanda' has no presets, given preset 'paper'; leave the preset out",
+        ),
         ({"dtype": "int8"}, "unknown dtype 'int8'; known are float32, float16, bfloat16"),
         ({"bos": None}, "unknown bos None; known are auto, yes, no"),
         ({"propagate": 1.5}, r"propagate must lie in \[0, 1\], given 1.5"),
@@ -127,7 +130,9 @@ def test_bounds_and_penalty_are_read_from_their_texts(tmp_path, command):
 
 
 def test_only_methods_with_several_settings_have_presets():
-    assert {name: presets_of(name) for name in METHODS if presets_of(name)} == {"maiht": ("paper", "best")}
+    assert {name: tuple(method.presets) for name, method in METHODS.items() if method.presets} == {
+        "maiht": ("paper", "best")
+    }
 
 
 def test_a_penalty_has_one_name():

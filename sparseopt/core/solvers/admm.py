@@ -1,9 +1,9 @@
-"""Floor 4: the split ADMM of a fidelity and a penalty behind a product of two linear maps.
+"""Floor 4: the split ADMM of a fidelity and a penalty of a product of two linear maps.
 
     minimise over x    loss(x) + penalty(Ψ Δ x),        loss(x) = 1/2 sum_j w_j (x_j - y_j)²
 
-With Ψ = I it is the standard ADMM of trend filtering, with Δ = I it is Doge-ADMM (see `doge.py`), and between
-them Doge-ADMM with a linear solve. One iteration, with z = Δ x, dual g and memory m = rho d of the scaled form's d:
+With Ψ = I it is the standard ADMM of trend filtering, with Δ = I Doge-ADMM (see `doge.py`), otherwise Doge-ADMM with a
+linear solve. One iteration, with z = Δ x, dual g and memory m = rho d, d being that of the scaled form:
 
     v  = Ψ (rho z - m) / S + g
     g' = v - (rho / S) prox(S v / rho, S / rho)         # for a norm the projection of v on its dual ball, by Moreau
@@ -11,8 +11,8 @@ them Doge-ADMM with a linear solve. One iteration, with z = Δ x, dual g and mem
     x  = (W + rho Δᵀ C Δ)^-1 ( W y + Δᵀ ( C (rho z + (1 - relaxation) m) - Ψᵀ g ) )
     m  = (1 - relaxation) m + rho (z_old - z)
 
-C and S are the metrics of `Split`. Where Ψ = I (both metrics 1), all that an iteration hands on is
-`w = rho z + m - g`. With T(w) for the next one and r for the relaxation,
+C and S are the metrics of `Split`. Where Ψ = I (both metrics 1), the state of the iteration is `w = rho z + m - g`.
+With T(w) for the next state and r for the relaxation,
 
     x = (W + rho Δᵀ Δ)^-1 (W y + Δᵀ w),    v = 2 z - w / rho,    g' = rho (v - prox(v, 1 / rho))
     T(w) = (1 - r) w + r (rho z - g')
@@ -45,8 +45,8 @@ BALANCE = 3.0
 FIRST_CHANGE = 10
 MOVING = 40
 LARGEST_FACTOR = 4.0
-# Without convexity rho first finds its scale, then grows gently: a falling rho lets the iterates wander between
-# local minima, a leap freezes them in a poor one.
+# Without convexity rho first finds its scale, then grows slowly: a falling rho lets the iterates wander between local
+# minima, a large rise freezes them in a poor one.
 GENTLE_FACTOR = 1.5
 
 
@@ -58,7 +58,7 @@ class Start:
         x: the point.
         dual: the dual point, in row shape.
         rho: None for the solver's own.
-        settled: whether rho stays as it is; None for False.
+        settled: whether rho stays unchanged; None for False.
     """
 
     x: Any
@@ -68,7 +68,7 @@ class Start:
 
 
 class Check(NamedTuple):
-    """What a check found, and what it must remember."""
+    """What a check found, and what it remembers."""
 
     residual: Any
     objective: Any
@@ -76,7 +76,7 @@ class Check(NamedTuple):
     best: Any  # the best residual so far
     waited: Any  # steps since it was found
     floor: Any  # the estimated rounding error of the residual
-    motion: Any  # the rho that the last step asks for, found where rho may change or has come to rest
+    motion: Any  # the rho that the last step asks for, computed where rho may change or is settled
 
 
 @pytree
@@ -85,7 +85,7 @@ class AdmmState:
 
     x: Any
     inner: Any  # z = Δ x, or None where Δ is the identity
-    memory: Any  # m = rho d, which a change of rho leaves as it is; of `DogeGroups` its copies
+    memory: Any  # m = rho d, which a change of rho leaves unchanged; in `DogeGroups` its copies
     dual: Any  # g, relaxed
     candidate: Any  # g'
     prox: Any  # the last prox, Ψ Δ x at the answer; None for a norm, which does not need it
@@ -93,7 +93,7 @@ class AdmmState:
     count: Any
     next_change: Any
     check: Any
-    unit_noise: Any  # what a signal known to rounding of 1 costs a norm; None for other penalties
+    unit_noise: Any  # the norm of a signal that is rounding noise of 1; None for other penalties
     past: Any  # the `Memory` of the acceleration, or None
 
 
@@ -146,24 +146,23 @@ class Admm:
     `||Ψ Δ x||`, which may be 0, and `||Ψ Δ y||` of the observed y; the gap is NaN. Both are found at every
     `cadence`-th iteration, where a step ends.
 
-    rho changes at the checks of steps 10, 20, 40, ..., or the next ones, `changes` times at most, by a factor of 4 at
-    most; then it stays, so the convergence theory of a fixed rho holds from there on. The first two changes set it to
-    `3 rms(g') / rms(y - x)`, later ones to the ratio of the last dual and primal steps in their metrics; for a
-    penalty that is no norm the later ones only raise it, by half at most.
+    rho changes at the checks of steps 10, 20, 40, ..., or the next ones, at most `changes` times, by a factor of at
+    most 4. Then it stays, so the convergence theory of a fixed rho holds from there on. The first two changes set it to
+    `3 rms(g') / rms(y - x)`, later ones to the ratio of the last dual and primal steps in their metrics. For a penalty
+    that is not a norm the later ones only raise it, by at most a half.
 
-    The acceleration extrapolates after every check, for a `Norm` and Ψ = I alone: without convexity an extrapolation
-    may leap into a worse minimum, and where Ψ is not I it was measured to gain little.
+    The acceleration extrapolates after every check, only for a `Norm` and Ψ = I: without convexity an extrapolation may
+    jump to a worse minimum, and with another Ψ it was measured to gain little.
 
     Attributes:
         node_solve: solves the x-step for a given rho.
-        rho: the start value, where the `Start` brings none.
+        rho: the first value, where the `Start` has none.
         relaxation: in (0, 2).
         cadence: steps between two checks; a check costs one product with the operator and one with its transpose.
         changes: how often rho may change; 0 keeps it.
-        patience: steps without a residual lower by a tenth, near the rounding level, that end the solve.
-        margin: a residual within this multiple of its estimated rounding error is near it: it may be the last that the
-            precision allows.
-        enough: a residual within this multiple of the rounding level ends it at once.
+        patience: near the rounding level, so many steps without a residual lower by a tenth end the solve.
+        margin: a residual within this multiple of its estimated rounding error is near that level.
+        enough: a residual within this multiple of the rounding level ends the solve at once.
         acceleration: how many differences of checked steps Anderson acceleration remembers; 0 for none.
     """
 
@@ -181,13 +180,12 @@ class Admm:
         return self.acceleration > 0 and isinstance(problem.penalty, Norm) and problem.operator.outer.order == 0
 
     def refuses(self, problem: Problem) -> str | None:
-        """An operator that is not a `Split`, and a loss or a penalty without what a step uses."""
         return refuses_unsplit(self, problem) or needs(
             self, problem, operator=True, loss="center weigh observed slack gradient value"
         )
 
     def init(self, problem: Problem, x0: Start | AdmmState) -> AdmmState:
-        """D = 0, g = the start's dual; or a state of another precision, cast to this one, from which to go on."""
+        """Start with d = 0 and g the start's dual, or continue from a state of another precision, cast to this one."""
         if isinstance(x0, AdmmState):
             return self._judged(problem, x0)
         dtype = x0.x.dtype
@@ -224,13 +222,12 @@ class Admm:
 
     @property
     def stride(self) -> int:
-        """Iterations that a step makes: up to the next check, so that nothing is kept for a check before it is due."""
+        """Iterations of a step, which ends with a check; nothing is kept for a check before it is due."""
         return self.cadence
 
     def step(self, problem: Problem, state: AdmmState) -> AdmmState:
-        """`cadence` iterations and a check."""
         if state.past is not None:
-            # While rho finds its scale a memory would not live. A loop of no or one turn, since `cond` copies.
+            # While rho finds its scale the memory would be dropped. A loop of at most one turn, since `cond` copies.
             due = (state.count > 0) & ((state.next_change < 0) | (state.next_change > MOVING))
             state = jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, now: _extrapolated(problem, now), state)
         rho, now = state.rho, _moving(state)
@@ -238,14 +235,6 @@ class Admm:
         after = self._advanced(problem, rho, now)
         state = dataclasses.replace(state, **after._asdict(), count=state.count + self.cadence)
         return self._checked(problem, state, now)
-
-    def iterate(self, problem: Problem, state: AdmmState) -> AdmmState:
-        """One iteration, and a check at every `cadence`-th, for a caller that changes the problem in between."""
-        now = _moving(state)
-        after = self._advanced(problem, state.rho, now)
-        state = dataclasses.replace(state, **after._asdict(), count=state.count + 1)
-        due = state.count % self.cadence == 0
-        return jax.lax.cond(due, lambda: self._checked(problem, state, now), lambda: state)
 
     def _advanced(self, problem: Problem, rho: Array, now: Moving) -> Moving:
         """One iteration."""
@@ -272,7 +261,7 @@ class Admm:
         return Moving(x, inner, keep * m + rho * moved, dual, candidate, prox)
 
     def _checked(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:
-        """The state with a fresh check, and another rho where that is due; `before` is the iteration before it."""
+        """The state with a fresh check, and another rho where it is due; `before` is the iteration before the last."""
         residual, objective, gap, floor = self._certify(problem, state)
         better = residual < 0.9 * state.check.best
         best = jnp.where(better, residual, state.check.best)
@@ -296,7 +285,7 @@ class Admm:
         """Residual, objective, gap, and the rounding error to expect in the residual."""
         loss, penalty = problem.loss, problem.penalty
         x, g = state.x, state.candidate
-        # What several sums read is formed once: XLA would repeat a product in each of them.
+        # Without the barrier XLA would repeat a product in each sum that reads it.
         rows, pulled = jax.lax.optimization_barrier((problem.operator.mv(x), problem.operator.rmv(g)))
         tiny, eps = jnp.finfo(x.dtype).tiny, jnp.finfo(x.dtype).eps
         if isinstance(penalty, Norm):
@@ -339,36 +328,26 @@ class Admm:
         return factor, jnp.where(still, state.rho, motion)
 
     def measure(self, problem: Problem, state: AdmmState) -> Measure:
-        """What this step's check found, if there was one."""
         del problem
         check = state.check
-        fresh = state.count % self.cadence == 0
         waited = (check.best <= self.margin * check.floor) & (check.waited >= self.patience)
-        return Measure(
-            residual=jnp.where(fresh, check.residual, jnp.inf),
-            objective=check.objective,
-            gap=jnp.where(fresh, check.gap, jnp.nan),
-            extra={"rho": state.rho},
-            stalled=fresh & (waited | (check.best <= self.enough * check.floor)),
-        )
+        stalled = waited | (check.best <= self.enough * check.floor)
+        return Measure(check.residual, check.objective, check.gap, {"rho": state.rho}, stalled)
 
     def duals(self, problem: Problem, state: AdmmState) -> tuple[None, Array]:
-        """The dual point of the last prox; the loss is smooth and needs none."""
         del problem
         return None, state.candidate
 
     def prox_step(self, problem: Problem, state: AdmmState) -> Array:
-        """`S / rho`."""
         return problem.operator.row_scale / state.rho
 
     def extract(self, problem: Problem, state: AdmmState) -> Float[Array, "..."]:
-        """X."""
         del problem
         return state.x
 
 
 def _extrapolated(problem: Problem, state: AdmmState) -> AdmmState:
-    """The state from which the next step goes on; any dual serves, if the memory fits: `w = rho z + m - g`."""
+    """The state from which the next step continues; any dual serves if the memory fits: `w = rho z + m - g`."""
     inner, rho = problem.operator.inner, state.rho
     z = state.x if state.inner is None else state.inner
     past, w, x = extrapolate(state.past, rho * z + state.memory - state.dual, state.x)

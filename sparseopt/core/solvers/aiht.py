@@ -27,7 +27,7 @@ STEP_FRACTION = 0.97
 
 @pytree
 class MaihtState:
-    """One state; `u` stands for `x - step * gradient(x)`, all that a sequence is needed for afterwards.
+    """One state; `u` is `x - step * gradient(x)`, all that later steps need of a sequence.
 
     The extrapolated point Y is an affine combination of X0, X1 and Z with weights that sum to one, and so is
     `Y - step * gradient(Y)` of the three `u`. No product with H is spent on Y.
@@ -38,7 +38,7 @@ class MaihtState:
     u_current: Any  # of X1
     u_candidate: Any  # of Z
     loss: Any
-    penalty: Any  # the problem's penalty at the present level
+    penalty: Any  # the problem's penalty at the current level
     step_size: Any
     momentum_previous: Any  # t0
     momentum: Any  # t1
@@ -50,18 +50,18 @@ class MaihtState:
 class Maiht:
     """mAIHT as a solver for `solve`.
 
-    Each iteration makes an accelerated candidate Z from the extrapolated point and a monitor V, the plain
-    proximal step from X1; the better of the two is the next X1, so F never increases at a fixed level.
+    Each iteration makes an accelerated candidate Z from the extrapolated point and a monitor V, the plain proximal step
+    from X1. The better of the two is the next X1, so F never increases at a fixed level.
 
     Attributes:
-        step_size: below `1 / lambda_max(H)`; None takes `0.97` over a safe bound on it.
-        target_sparsity: None keeps the penalty's weight. A number makes the level adaptive, as in the paper:
-            before every step `weight <- weight * (1 + target_sparsity - share of zeros in X1)`.
-        monitor: "always" is the paper's iteration: V is the next X1 whenever it is better than Z; two products
-            with H, one where Z is known to be better without V's. "on_increase" looks at V only when Z fails to
-            descend from X1: still monotone, and mostly one product.
-        stop: "support" measures the share of entries that entered or left the support in the last step,
-            "change" the relative length of the last step.
+        step_size: below `1 / lambda_max(H)`; None takes 0.97 over an upper bound on `lambda_max`.
+        target_sparsity: None keeps the penalty's weight. A number makes the level adaptive, as in the paper: before
+            every step `weight <- weight * (1 + target_sparsity - share of zeros in X1)`.
+        monitor: "always" is the paper's iteration: V is the next X1 whenever it is better than Z; two products with H,
+            or one where Z is known to be better. "on_increase" computes V only when Z fails to descend from X1: still
+            monotone, and mostly one product.
+        stop: "support" measures the share of entries that entered or left the support in the last step, "change" the
+            relative length of the last step.
         seed: of the random start of the eigenvalue bound.
     """
 
@@ -72,18 +72,16 @@ class Maiht:
     seed: int = static(default=0)
 
     def refuses(self, problem: Problem) -> str | None:
-        """An operator, and a loss or a penalty without what a step uses."""
         level = "" if self.target_sparsity is None else " weight"
         return needs(self, problem, loss="hessian center gradient value_at", penalty="value prox" + level)
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> MaihtState:
-        """All sequences start at x0: at most one product, and a bound on the curvature if no step is given."""
         loss = problem.loss
         step = self.step_size
         if step is None:
             step = STEP_FRACTION / largest_eigenvalue_bound(loss.hessian, jax.random.key(self.seed))
         step = jnp.asarray(step, x0.dtype)
-        # The usual start is the loss's own minimiser, where the product would be spent on a zero.
+        # The usual start is the minimiser of the loss, where the product is zero.
         at_center = jnp.all(x0 == loss.center)
         gradient = jax.lax.cond(at_center, lambda: jnp.zeros_like(x0), lambda: loss.gradient(x0))
         value = loss.value_at(x0, gradient)
@@ -105,7 +103,7 @@ class Maiht:
         )
 
     def _level(self, state: MaihtState) -> Any:
-        """The penalty at the level of the coming step."""
+        """The penalty at the level of the next step."""
         if self.target_sparsity is None:
             return state.penalty
         sparsity = 1 - count_nonzero(state.x) / state.x.size
@@ -113,7 +111,6 @@ class Maiht:
         return dataclasses.replace(state.penalty, weight=weight.astype(state.x.dtype))
 
     def step(self, problem: Problem, state: MaihtState) -> MaihtState:
-        """One iteration: candidate, monitor where asked for, the better of the two."""
         loss, step = problem.loss, state.step_size
         penalty = self._level(state)
 
@@ -131,13 +128,13 @@ class Maiht:
 
         def better_of_both() -> tuple[Array, Array, Array, Array]:
             monitor = evaluate(state.u_current)
-            # A NaN would lose every comparison and go unseen: it is taken, and ends the solve as NONFINITE.
+            # A NaN would lose every comparison: it is taken, and ends the solve as NONFINITE.
             take = (candidate[3] <= monitor[3]) | jnp.isnan(candidate[3])
             return jax.tree.map(lambda z, v: jnp.where(take, z, v), candidate, monitor)
 
         if self.monitor == "always":
-            # F(Z) - F(V) = <Z - V, gradient(Z)> - 1/2 <Z - V, H (Z - V)> + penalty(Z) - penalty(V): where the
-            # terms without H are not above zero, Z is the better one and V's product need not be spent.
+            # F(Z) - F(V) = <Z - V, gradient(Z)> - 1/2 <Z - V, H (Z - V)> + penalty(Z) - penalty(V): where the terms
+            # without H are at most zero, Z is better and V needs no product.
             z, u, _, _ = candidate
             v = penalty.prox(state.u_current, step)
             settled = jnp.sum((z - v) * (z - u)) / step + penalty.value(z) - penalty.value(v) <= 0
@@ -166,9 +163,7 @@ class Maiht:
         return jnp.linalg.norm(x - previous) / jnp.maximum(jnp.linalg.norm(previous), tiny)
 
     def measure(self, problem: Problem, state: MaihtState) -> Measure:
-        """The chosen residual and F at the present level; the problem is not convex, so there is no gap."""
         return Measure(state.residual, state.objective, jnp.full_like(state.objective, jnp.nan))
 
     def extract(self, problem: Problem, state: MaihtState) -> Float[Array, "n ..."]:
-        """X1."""
         return state.x

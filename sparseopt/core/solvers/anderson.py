@@ -5,12 +5,12 @@ With residuals `f_k = T(p_k) - p_k` and the differences `dF_j`, `dT_j` of the la
     gamma  = argmin ||f_k - sum_j gamma_j dF_j||²        (regularised)
     p_k+1  = T(p_k) - sum_j gamma_j dT_j
 
-T may be several steps of a solver at once: then the least squares cost next to nothing, and every extrapolation sees
-further. A vector that is an affine function of the point goes along with the same gamma.
+T may be several steps of a solver: then the least squares cost next to nothing, and extrapolations reach further. A
+vector that is an affine function of the point is extrapolated with the same gamma.
 
 If T is averaged, as the iteration of ADMM at a fixed rho is, its plain steps converge from any point. So the
-extrapolation is taken only while the residual keeps below a bound that falls with the number of extrapolations, and
-the memory is dropped where a residual has grown: what remains in the worst case is the plain iteration.
+extrapolation is taken only while the residual stays below a bound that falls with the number of extrapolations, and the
+memory is dropped where a residual has grown. The worst case is the plain iteration.
 
 Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011 (type II); Fu, Zhang, Boyd, "Anderson
 accelerated Douglas-Rachford splitting", 2020, for the safeguard (algorithm 2).
@@ -28,7 +28,7 @@ from sparseopt.core.types import pytree
 
 FloatArray = Float[Array, "..."]
 
-# A residual this many times the one before it shows that the extrapolation went wrong.
+# A residual that grew by this factor shows that the extrapolation failed.
 GROWTH = 2.0
 # The bound on the residual is BOUND times the first one, divided by (extrapolations + 1) to this power.
 BOUND = 1e3
@@ -47,14 +47,14 @@ class Memory:
     images: Any  # [depth, size of a point]
     carries: Any  # [depth, size of the affine vector]
     products: Any  # [depth, depth], of the residual differences
-    known: Any  # residuals that hang together; -1: not even the start is known
+    known: Any  # consecutive residuals; -1: not even the start is known
     taken: Any  # extrapolations since T changed
     first: Any  # ||f|| then
     last: Any  # ||f_k-1||
 
 
 def empty_memory(point: FloatArray, carried: FloatArray, depth: int) -> Memory:
-    """A memory of nothing, for points and affine vectors of these shapes."""
+    """An empty memory for points and affine vectors of these shapes."""
     dtype = point.dtype
     none, number = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
     rows = jnp.zeros((depth, point.size), dtype)
@@ -85,14 +85,14 @@ def _with(rows: FloatArray, slot: Array, row: FloatArray) -> FloatArray:
 
 
 def _products(rows: FloatArray, slot: Array, row: FloatArray, x: FloatArray) -> FloatArray:
-    """`<row_j, x>` for all rows, as if one had been replaced."""
+    """`<row_j, x>` for all rows, as if one were replaced."""
     x = x.reshape(-1)
     mine = jnp.vdot(row.reshape(-1), x, precision=HIGHEST)
     return jnp.matmul(rows, x, precision=HIGHEST).at[slot].set(mine)
 
 
 def _combined(gamma: FloatArray, rows: FloatArray, slot: Array, row: FloatArray) -> FloatArray:
-    """`sum_j gamma_j row_j`, as if one row had been replaced."""
+    """`sum_j gamma_j row_j`, as if one row were replaced."""
     others = jnp.matmul(gamma.at[slot].set(0), rows, precision=HIGHEST)
     return others.reshape(row.shape) + gamma[slot] * row
 
@@ -100,10 +100,10 @@ def _combined(gamma: FloatArray, rows: FloatArray, slot: Array, row: FloatArray)
 def extrapolate(
     memory: Memory, image: FloatArray, carried: FloatArray
 ) -> tuple[Memory, Float[Array, "..."], Float[Array, "..."]]:
-    """The next point, from which T goes on, with its affine vector; the image itself where no step is trusted.
+    """The next point for T, with its affine vector; the image itself where the extrapolation is not trusted.
 
     Args:
-        memory: as the last call left it.
+        memory: from the last call.
         image: `T(p_k)`, where p_k is the point that the last call returned.
         carried: the affine vector at the image.
     """
@@ -113,7 +113,7 @@ def extrapolate(
     begun = memory.known >= 1
     grown = begun & (length > GROWTH * memory.last)
 
-    # What is written where nothing is known yet lies outside the `live` columns.
+    # Before anything is known, what is written lies outside the `live` columns.
     slot = jnp.maximum(memory.known - 1, 0) % depth
     changes = (residual - memory.residual, image - memory.image, carried - memory.carried)
     row = _products(memory.residuals, slot, changes[0], changes[0])
@@ -134,7 +134,7 @@ def extrapolate(
     gamma = jnp.where(trusted, gamma, 0)
     point = image - _combined(gamma, memory.images, slot, changes[1])
     beside = carried - _combined(gamma, memory.carries, slot, changes[2])
-    # All that reads the old rows comes first, so that the new ones may be written in their place.
+    # Everything that reads the old rows comes first, so that the new ones can overwrite them.
     changes, point, beside = jax.lax.optimization_barrier((changes, point, beside))
     memory = Memory(
         start=point,

@@ -1,10 +1,10 @@
-"""Floor 4: the exact fused lasso on a chain, which makes the split of Ramdas and Tibshirani an ADMM step.
+"""Floor 4: the exact fused lasso on a chain, the penalty step in the ADMM of Ramdas and Tibshirani.
 
 Their ADMM splits Δ^(k) off and keeps the last difference in the penalty:
 
     minimise over x    loss(x) + weight ||E z||_1,    z = Δ^(k) x,    E = D (k even) or Dᵀ (k odd)
 
-so it is `Admm` with Ψ = I and the penalty `ChainTotalVariation`, whose prox is exact and takes O(n).
+so it is `Admm` with Ψ = I and the penalty `ChainTotalVariation`, whose prox is exact in O(n).
 
 Source: Ramdas and Tibshirani, "Fast and flexible ADMM algorithms for trend filtering", 2016; Johnson, "A dynamic
 programming algorithm for the fused lasso and L0-segmentation", 2013.
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import total
+from sparseopt.core.operators import Difference
 from sparseopt.core.pieces import piece_means
 from sparseopt.core.thresholds import largest_ratio
-from sparseopt.core.types import pytree, static
+from sparseopt.core.types import pytree
 
 FloatArray = Float[Array, "..."]
 
@@ -33,12 +34,12 @@ def _write(table: FloatArray, row: Array, values: FloatArray) -> FloatArray:
 def fused_lasso(y: Float[Array, " n"], levels: Float[Array, " m"]) -> Float[Array, " n"]:
     """`argmin_x 1/2 ||x - y||² + sum_i levels[i] |x[i] - x[i-1]|` with `x[-1] = x[n] = 0` outside the chain.
 
-    `levels` has n + 1 entries; 0 at both ends leaves the ends free. The derivative of the cost of all nodes up to
-    i, as a function of x[i], is piecewise linear. It is kept as knots where slope and intercept change, cut off
-    at the level of the next difference from both sides; the places of the cuts give the answer backwards:
+    `levels` has n + 1 entries; 0 at both ends leaves the ends free. The derivative of the cost of nodes 0 to i, as a
+    function of x[i], is piecewise linear. It is stored as knots where slope and intercept change, clipped from both
+    sides at the level of the next difference; the places of the clipping give the answer backwards:
     `x[i] = clip(x[i+1], low[i], high[i])`. A node adds two knots, and each is removed once.
 
-    Its derivative is the mean over each run of equal values, and 0 on a run that an end holds at 0.
+    The derivative is the mean over each run of equal values, and 0 on a run that an end holds at 0.
 
     Example:
         >>> from sparseopt.core.solvers.fast_admm import fused_lasso
@@ -63,7 +64,7 @@ def _fused_lasso_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]
     return x, piece_means(tangents[0] - pull[:-1] + pull[1:], free, runs)
 
 
-# Lane after lane under vmap, where the writes in place would become copies of the tables.
+# One lane after another under vmap, where the writes in place would become copies of the tables.
 @jax.custom_batching.sequential_vmap
 def _fused_lasso(y: Float[Array, " n"], levels: Float[Array, " m"]) -> Float[Array, " n"]:
     n = y.shape[0]
@@ -71,9 +72,9 @@ def _fused_lasso(y: Float[Array, " n"], levels: Float[Array, " m"]) -> Float[Arr
     knots = jnp.zeros((2 * n + 4, 3), y.dtype)  # place, change of slope, change of intercept
     knots = knots.at[n + 1, 2].set(levels[0]).at[n + 2, 2].set(levels[0])
 
-    # One flat loop: each turn removes a knot, or cuts on one side and goes on to the other side or the next node.
-    # It writes first and reads the next knot afterwards, or XLA would copy the table in every turn. The derivative
-    # from the right is kept with its sign changed, so both sides are treated alike.
+    # One flat loop: each turn removes a knot, or cuts on one side and moves to the other side or the next node. It
+    # writes before it reads the next knot, or XLA would copy the table in every turn. The derivative from the right is
+    # stored with the opposite sign, so that both sides are treated alike.
     def fresh(node: Array, on_left: Array) -> Array:
         node = jnp.minimum(node, n - 1)
         intercept = -levels[node] - jnp.where(on_left, y[node], -y[node])
@@ -117,44 +118,32 @@ def _fused_lasso(y: Float[Array, " n"], levels: Float[Array, " m"]) -> Float[Arr
 
 @pytree
 class ChainTotalVariation:
-    """`weight * ||E z||_1` on a chain of n nodes; E is D on nodes `[n]`, or for `pinned` Dᵀ on edges `[1, n]`.
+    """`weight * ||E z||_1` on a chain; E is D on nodes `[n]`, or Dᵀ on edges `[1, n]`, in the layout of `GridBase`.
 
-    Edges come in the layout of `GridBase`, the last place empty. Dᵀ sees a 0 at both ends of the line of edges.
-    The prox is exact (`fused_lasso`), channel by channel. The dual ball is `{Eᵀu : |u| <= weight}`.
+    Dᵀ sees a 0 at both ends of the line of edges. The prox is exact (`fused_lasso`), channel by channel. The dual ball
+    is `{Eᵀu : |u| <= weight}`.
+
+    Attributes:
+        weight: a number.
+        last: E.
     """
 
     nearest = False
     weight: Any
-    pinned: bool = static(default=False)
+    last: Difference
 
-    def line(self, z: FloatArray) -> FloatArray:
-        """`[n]` from the layout of nodes or edges."""
-        return z[0, :-1] if self.pinned else z
-
-    def laid_out(self, line: FloatArray) -> FloatArray:
-        """The inverse of `line`."""
-        return jnp.pad(line, [(0, 1)] + [(0, 0)] * (line.ndim - 1))[None] if self.pinned else line
-
-    def _differences(self, line: FloatArray) -> FloatArray:
-        if not self.pinned:
-            return line[:-1] - line[1:]
-        wide = jnp.pad(line, [(1, 1)] + [(0, 0)] * (line.ndim - 1))
-        return wide[1:] - wide[:-1]
-
-    def transpose(self, u: FloatArray) -> FloatArray:
-        """`Eᵀu` of a line of differences."""
-        if self.pinned:
-            return u[:-1] - u[1:]
-        wide = jnp.pad(u, [(1, 1)] + [(0, 0)] * (u.ndim - 1))
-        return wide[1:] - wide[:-1]
+    def _line(self, z: FloatArray) -> FloatArray:
+        """`[n]` or `[n - 1]` from the layout of nodes or edges."""
+        return z[0, :-1] if self.last.from_edges else z
 
     def _potential(self, dual: FloatArray) -> FloatArray:
-        """U with `Eᵀu = dual`; for D transposed the free constant centres it."""
-        sums = jnp.cumsum(dual, axis=0)
-        if self.pinned:
-            sums = -jnp.pad(sums, [(1, 0)] + [(0, 0)] * (sums.ndim - 1))
+        """U with `Eᵀu = dual`, in the layout of the rows of E; for Dᵀ the free constant centres it."""
+        sums = jnp.cumsum(self._line(dual), axis=0)
+        ends = [(0, 0)] * (sums.ndim - 1)
+        if self.last.from_edges:
+            sums = -jnp.pad(sums, [(1, 0), *ends])
             return sums - 0.5 * (sums.max(axis=0) + sums.min(axis=0))
-        return sums[:-1]
+        return jnp.pad(sums[:-1], [(0, 1), *ends])[None]
 
     def potential(self, dual: FloatArray) -> FloatArray:
         """U with `Eᵀu = dual`, clipped to the weight."""
@@ -162,27 +151,26 @@ class ChainTotalVariation:
         return jnp.clip(self._potential(dual), -weight, weight)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """`weight` times the total variation."""
-        return self.weight * total(jnp.abs(self._differences(self.line(x))))
+        return self.weight * total(jnp.abs(self.last.mv(x)))
 
     def prox(self, x: FloatArray, step: Any) -> FloatArray:
-        """The exact fused lasso at level `step * weight`."""
-        line = self.line(x)
+        line, pinned = self._line(x), self.last.from_edges
         level = jnp.asarray(step * self.weight, x.dtype)
-        end = level if self.pinned else jnp.zeros_like(level)
+        end = level if pinned else jnp.zeros_like(level)
         levels = jnp.full((line.shape[0] + 1,), level).at[0].set(end).at[-1].set(end)
         columns = jax.vmap(fused_lasso, (1, None), 1)(line.reshape(line.shape[0], -1), levels)
-        return self.laid_out(columns.reshape(line.shape))
+        found = columns.reshape(line.shape)
+        return jnp.pad(found, [(0, 1)] + [(0, 0)] * (line.ndim - 1))[None] if pinned else found
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
         """`Eᵀu` for the clipped potential u: in the ball, and dual itself if that lies in the ball."""
-        return self.laid_out(self.transpose(self.potential(self.line(dual))))
+        return self.last.rmv(self.potential(dual))
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
         """`weight |E x| - u E x`, difference by difference."""
-        apart = self._differences(self.line(x))
-        return jnp.asarray(self.weight, x.dtype) * jnp.abs(apart) - self.potential(self.line(dual)) * apart
+        apart = self.last.mv(x)
+        return jnp.asarray(self.weight, x.dtype) * jnp.abs(apart) - self.potential(dual) * apart
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
         """The largest `|u| / weight` with `Eᵀu = dual`. For D the dual must sum to 0, which is not checked."""
-        return largest_ratio(jnp.abs(self._potential(self.line(dual))), self.weight)
+        return largest_ratio(jnp.abs(self._potential(dual)), self.weight)

@@ -1,7 +1,7 @@
-"""Floor 4: a split ADMM that goes as far as float32 carries it, and finishes in float64.
+"""Floor 4: a split ADMM that runs in float32 as far as rounding allows and finishes in float64.
 
-Where a problem does not fit in the caches a step costs the bytes that it moves, so half of them cost half the time.
-Its certificate is that of the float64 state.
+For a problem larger than the caches the time of a step is that of moving its bytes, so float32 takes half the time. The
+certificate is that of the float64 state.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from sparseopt.core.iterate import iterate
 from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Admm, Start
 
-# The float32 gap follows the float64 one down to about its estimated rounding error: this multiple of it ends the first
-# solve, and so do so many steps without progress.
+# The float32 gap follows the float64 gap down to about its estimated rounding error: this multiple of it ends the first
+# solve, and so do this many steps without progress.
 HANDOVER = 1.5
 PATIENCE = 50
 
@@ -32,14 +32,14 @@ def _long(tree: Any) -> Any:
 
 
 def solve_mixed(problem: Problem, solver: Admm, start: Start, *, tol: Array, max_steps: Array) -> Solution:
-    """As `solve` in float64, arguments as there; all arrays are float64.
+    """As `solve`, for arrays of float64; the steps of both solves count.
 
-    The float32 solve ends at the tolerance, or where its gap comes near its rounding error. The steps of both count.
+    The float32 solve ends at the tolerance, or where its gap comes near its rounding error.
     """
     problem, solver, start = jax.tree.map(jnp.asarray, (problem, solver, start))
     brief = dataclasses.replace(solver, patience=PATIENCE, margin=math.inf, enough=HANDOVER)
     first = iterate(_short(problem), _short(brief), _short(start), tol=tol.astype(jnp.float32), max_steps=max_steps)
-    # Squares of a signal of 1e30 are beyond float32.
+    # The squares of a signal of 1e30 overflow in float32.
     state = jax.lax.cond(
         first.status == Status.NONFINITE,
         lambda: solver.init(problem, start),

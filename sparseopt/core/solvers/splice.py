@@ -2,11 +2,11 @@
 
     minimise over x    1/2 <x - c, H (x - c)>    subject to x in a sparse set with a mask (TopK, NM, ...)
 
-With x the minimiser on its support and g = H (x - c), removing entry i costs about `1/2 h_i x_i²` and adding entry
-j gains about `1/2 g_j² / h_j`, where the curvature h lies between `1 / [H⁻¹]_ii` (all other entries free) and
-`H_ii` (none free); the geometric mean of the two is taken. One step ranks all entries by these two figures, the
-gains damped, takes the set's mask of the ranking, refits by conjugate gradients, and keeps the new support only if
-the loss fell; if it did not, the damping grows.
+With x the minimiser on its support and g = H (x - c), removing entry i costs about `1/2 h_i x_i²` and adding entry j
+gains about `1/2 g_j² / h_j`, where the curvature h lies between `1 / [H⁻¹]_ii` (all other entries free) and `H_ii`
+(none free); their geometric mean is taken. One step ranks all entries by these costs and damped gains, takes the set's
+mask of the ranking, refits by conjugate gradients, and keeps the new support only if the loss fell; otherwise the
+damping grows.
 
 Source: Zhu, Wen, Zhu, Zhang, Wang, "A polynomial algorithm for best-subset selection problem", PNAS 2020, with
 curvatures of the inverse as in Hassibi and Stork, "Optimal brain surgeon", 1993.
@@ -59,21 +59,16 @@ class Splice:
     patience: int = static(default=4)
 
     def refuses(self, problem: Problem) -> str | None:
-        """An operator, a loss that is not quadratic, and a penalty that makes no masks."""
-        return needs(self, problem, loss="hessian gradient value_at", penalty="") or self._refuses_penalty(
-            problem.penalty
-        )
-
-    def _refuses_penalty(self, penalty: Any) -> str | None:
-        if callable(getattr(penalty, "mask", None)):
-            return None
+        reason = needs(self, problem, loss="hessian gradient value_at", penalty="")
+        if reason or callable(getattr(problem.penalty, "mask", None)):
+            return reason
         return (
             f"Splice exchanges entries of a sparse set and needs a penalty with mask(score), such as TopK or NM, given "
-            f"{type(penalty).__name__}; use Maiht or ProximalGradient for a penalty with a prox"
+            f"{type(problem.penalty).__name__}; use Maiht or ProximalGradient for a penalty with a prox"
         )
 
     def init(self, problem: Problem, x0: Float[Array, "n columns"]) -> SpliceState:
-        """The support of x0, with the largest entries where it has too many, refitted."""
+        """The support of x0, or its largest entries where it has too many, refitted."""
         hessian = problem.loss.hessian
         free = 1 / jnp.diagonal(spd_inverse(hessian))
         curvature = jnp.sqrt(jnp.maximum(free, 0) * jnp.diagonal(hessian))[:, None]
@@ -83,9 +78,8 @@ class Splice:
         return SpliceState(x, mask, curvature, jnp.asarray(self.damping, x.dtype), loss, zero, jnp.zeros((), jnp.int32))
 
     def step(self, problem: Problem, state: SpliceState) -> SpliceState:
-        """Rank, exchange, refit, accept or damp."""
         gradient = problem.loss.gradient(state.x)
-        # Roots, since a mask ranks by squares and may add them up.
+        # Square roots, since a mask ranks by squares and may add them up.
         cost = jnp.sqrt(state.curvature) * jnp.abs(state.x)
         gain = jnp.sqrt(state.damping / state.curvature) * jnp.abs(gradient)
         mask = problem.penalty.mask(jnp.where(state.mask, cost, gain))
@@ -97,14 +91,14 @@ class Splice:
             mask=jnp.where(better, mask, state.mask),
             curvature=state.curvature,
             damping=jnp.where(better, state.damping, state.damping * DAMPING),
-            # An exchange whose loss is NaN was not rejected on its merits: the solve ends as NONFINITE.
+            # A NaN is kept, so that the solve ends as NONFINITE.
             loss=jnp.where(better | jnp.isnan(loss), loss, state.loss),
             swapped=jnp.where(better, swapped, 0).astype(x.dtype),
             rejected=jnp.where(better, 0, state.rejected + 1),
         )
 
     def _refit(self, problem: Problem, x: Array, mask: Array) -> tuple[Array, Array]:
-        """Conjugate gradients from `x` cut to the mask, and the loss by their exact decrements."""
+        """Conjugate gradients from `x` restricted to the mask, and the loss."""
         fixed = Problem(problem.loss, Support(mask))
         solver = Refit()
         start = solver.init(fixed, jnp.where(mask, x, 0))
@@ -112,13 +106,11 @@ class Splice:
         return state.x, state.objective
 
     def measure(self, problem: Problem, state: SpliceState) -> Measure:
-        """What was exchanged, and the loss; the problem is not convex, so there is no gap."""
         del problem
         residual = jnp.where(state.rejected > 0, jnp.inf, state.swapped)
         residual = jnp.where(state.rejected >= self.patience, 0, residual)
         return Measure(residual, state.loss, jnp.full_like(state.loss, jnp.nan), {"damping": state.damping})
 
     def extract(self, problem: Problem, state: SpliceState) -> Float[Array, "n columns"]:
-        """The refitted values."""
         del problem
         return state.x

@@ -17,12 +17,12 @@ class AdmmPruning:
     """ADMM with the projection onto the pattern as prox, then a refit of the kept weights.
 
     Attributes:
-        ridge: added to the unit diagonal of the scaled hessian.
+        ridge: added to the unit diagonal of the scaled Hessian.
         rho: the first; `growth` multiplies it from one level to the next.
         growth: see `rho`.
-        levels: how many values of rho.
-        period: ADMM iterations at one level, at most.
-        rest: go on to the next level when at most this share of the entries changed sides in a step; negative: never.
+        levels: number of values of rho.
+        period: most ADMM iterations at one level.
+        rest: as in `solve_rising`.
         refit_steps: conjugate-gradient steps at the end.
 
     Source: Boza, "Fast and effective weight update for pruned large language models", 2024; Meng, Behdin, Wang,
@@ -38,7 +38,6 @@ class AdmmPruning:
     refit_steps: int = static(default=10)
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-        """Find the support, refit."""
         loss = layer.ridged(self.ridge)
         found = solve_rising(
             Problem(loss, pattern),

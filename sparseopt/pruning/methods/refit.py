@@ -1,6 +1,7 @@
-"""Floor 6: the last stage of a method, the values on a fixed support."""
+"""Floor 6: the last stage of a method: the values on a fixed support."""
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -12,18 +13,22 @@ from sparseopt.core.solvers.refit import Refit
 from sparseopt.pruning.layer import Pruned
 
 
-def refitted(loss: Quadratic, start: Array, mask: Array, steps: int, *, done: Array | int, status: Array) -> Pruned:
-    """Conjugate gradients on the mask, and the method's whole answer.
+def refitted(
+    loss: Quadratic, start: Array, mask: Array, steps: int, *, done: Array | int, status: Array, solver: Any = None
+) -> Pruned:
+    """The method's answer: the loss minimised on the mask.
 
     Args:
         loss: of the layer, with the ridge.
-        start: `[in, out]`, cut to the mask first.
+        start: `[in, out]`, restricted to the mask first.
         mask: the support.
-        steps: of conjugate gradients.
+        steps: of the solver.
         done: iterations that found the support.
-        status: how the search for the support ended. To use up a fixed number of steps is an end as it should be.
+        status: of the search for the support. Using up a fixed number of steps counts as converged.
+        solver: None for conjugate gradients.
     """
-    kept = iterate(Problem(loss, Support(mask)), Refit(), jnp.where(mask, start, 0), tol=-1.0, max_steps=steps)
+    solver = Refit() if solver is None else solver
+    kept = iterate(Problem(loss, Support(mask)), solver, jnp.where(mask, start, 0), tol=-1.0, max_steps=steps)
     bad = (status == Status.NONFINITE) | (kept.status == Status.NONFINITE)
-    ended = jax.lax.select(bad, jnp.int32(Status.NONFINITE), jnp.int32(Status.CONVERGED))
+    ended = jnp.where(bad, jnp.int32(Status.NONFINITE), jnp.int32(Status.CONVERGED))
     return Pruned(kept.value, mask, done, ended)

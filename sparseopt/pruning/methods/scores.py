@@ -1,17 +1,54 @@
-"""Floor 6: masks from scores, shared by the methods."""
+"""Floor 6: methods that rank the weights by a score and keep the dense values, and what they share with SparseGPT."""
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.patterns import RowTopK, TopK
 from sparseopt.core.problem import Status
-from sparseopt.pruning.layer import Pruned, ScaledLayer
+from sparseopt.core.thresholds import top_k_mask
+from sparseopt.core.types import pytree
+from sparseopt.pruning.layer import DEAD_SCALE, Pruned, ScaledLayer, ranking_scale
+from sparseopt.pruning.patterns import Pattern
 
 
-def keep_values(layer: ScaledLayer, mask: Array) -> Pruned:
-    """The dense values where the mask is True."""
+@pytree
+class Magnitude:
+    """Keep the largest `|W_ij|` in the pattern; the calibration data only say which inputs are dead.
+
+    Source: Han, Pool, Tran, Dally, "Learning both weights and connections", 2015.
+    """
+
+    def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
+        size = jnp.abs(layer.center) / (ranking_scale(layer.scale)[:, None] * layer.output_scale)
+        # As in every method, the weights of dead inputs are pruned first.
+        return _dense_values(layer, pattern.mask(jnp.where(layer.scale[:, None] > 0, size, DEAD_SCALE * size)))
+
+
+@pytree
+class Wanda:
+    """Keep the largest `|W_ij| ||X_j||` among the inputs of each output; no refit.
+
+    With an unstructured pattern every output row keeps the same number of weights; what is left of the exact count goes
+    to the rows whose next score is largest.
+
+    Source: Sun, Liu, Bair, Kolter, "A simple and effective pruning approach for LLMs", ICLR 2024, eq. 1.
+    """
+
+    def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
+        score = jnp.abs(layer.center)
+        if not isinstance(pattern, TopK):
+            return _dense_values(layer, pattern.mask(score))
+        each, left = pattern.k // score.shape[1], pattern.k % score.shape[1]
+        mask = RowTopK(each).mask(score)
+        following = RowTopK(each + 1).mask(score) & ~mask
+        extra = top_k_mask(jnp.max(among(following, score), axis=0), left)
+        return _dense_values(layer, mask | (following & extra[None, :]))
+
+
+def _dense_values(layer: ScaledLayer, mask: Array) -> Pruned:
     return Pruned(jnp.where(mask, layer.center, 0), mask, 1, Status.CONVERGED)
 
 
 def among(candidates: Array, score: Array) -> Array:
-    """Scores that rank every candidate, also one of score 0, above all others."""
+    """Scores that rank every candidate, even one of score 0, above all others."""
     return jnp.where(candidates, jnp.maximum(score, jnp.finfo(score.dtype).tiny), 0)

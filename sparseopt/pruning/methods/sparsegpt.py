@@ -1,4 +1,4 @@
-"""Floor 6: SparseGPT, one pass over the inputs with exact compensation; kept for comparison."""
+"""Floor 6: SparseGPT, one pass over the inputs with exact compensation, for comparison."""
 
 import dataclasses
 from typing import Any
@@ -26,8 +26,8 @@ class SparseGpt:
     the blocks; an n:m pattern is taken as each block is reached, and m must divide the block.
 
     Attributes:
-        ridge: added to the unit diagonal of the scaled hessian.
-        block: inputs a block.
+        ridge: added to the unit diagonal of the scaled Hessian.
+        block: inputs in a block.
 
     Source: Frantar and Alistarh, "SparseGPT: massive language models can be accurately pruned in one-shot",
     ICML 2023, algorithm 1.
@@ -37,11 +37,6 @@ class SparseGpt:
     block: int = static(default=128)
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-        """One pass.
-
-        Raises:
-            ValueError: for a pattern of blocks, or an m that does not divide the block.
-        """
         if isinstance(pattern, NM) and self.block % pattern.m:
             raise ValueError(f"sparsegpt takes blocks of {self.block} inputs, which {pattern.m} does not divide")
         if not isinstance(pattern, TopK | RowTopK | NM):
@@ -50,7 +45,7 @@ class SparseGpt:
                 f"{type(pattern).__name__}; method 'best' takes all"
             )
         inputs, outputs = layer.center.shape
-        # Whole blocks: inputs that do not exist have no neighbours and weigh nothing.
+        # Whole blocks: padded inputs are independent of the others and have weight 0.
         padding = -inputs % self.block
         hessian = jnp.pad(layer.ridged(self.ridge).hessian, (0, padding))
         hessian = hessian + jnp.diag(jnp.where(jnp.arange(inputs + padding) < inputs, 0.0, 1.0))
@@ -90,14 +85,14 @@ def _share(k: Array | int, done: Array, first: Array, block: int, inputs: int, w
         k: of `inputs * width` entries in all.
         done: spent on the blocks before.
         first: the block's first input.
-        block: inputs a block; the last may be shorter.
+        block: inputs in a block; the last block may be shorter.
         inputs: of the layer.
-        width: entries an input.
+        width: entries in an input.
     """
     seen = jnp.minimum(first + block, inputs)
     target = jnp.floor(k * (seen / inputs)).astype(jnp.int32)
-    # A product of large counts rounds in float32: never more than the block holds, and no less than what the
-    # blocks to come could not take.
+    # A product of large counts rounds in float32: never more than the block holds, and never less than what the later
+    # blocks could not take.
     room = (seen - first) * width
     least = jnp.maximum(k - (inputs - seen) * width - done, 0)
     return jnp.clip(target - done, least, jnp.minimum(room, k - done))
@@ -106,7 +101,7 @@ def _share(k: Array | int, done: Array, first: Array, block: int, inputs: int, w
 def _compensate(
     rows: Float[Array, "block out"], upper: Float[Array, "block block"], keep: Bool[Array, "block out"]
 ) -> tuple[Array, Array]:
-    """Prune one block input by input; the values kept, and each input's error over `U_ii`."""
+    """Prune one block input by input; returns the kept values, and each input's error over `U_ii`."""
 
     def one_input(rows: Array, index: Array) -> tuple[Array, Array]:
         pivot = upper[index, index]

@@ -10,7 +10,7 @@ from sparseopt.core.solvers.splice import Splice
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import Pruned, ScaledLayer
 from sparseopt.pruning.methods.refit import refitted
-from sparseopt.pruning.methods.wanda import Wanda
+from sparseopt.pruning.methods.scores import Wanda
 from sparseopt.pruning.patterns import Pattern
 
 
@@ -20,13 +20,13 @@ class SplicePruning:
 
     Attributes:
         first: the method that gives the first support.
-        ridge: added to the unit diagonal of the scaled hessian.
-        rounds: exchanges at most; 0 leaves the first support.
+        ridge: added to the unit diagonal of the scaled Hessian.
+        rounds: most exchanges; 0 leaves the first support.
         rest: stop when an accepted exchange moves at most this share of the entries.
         inner_steps: conjugate-gradient steps after each exchange.
         refit_steps: conjugate-gradient steps at the end.
 
-    Source: see `sparseopt.core.solvers.splice`.
+    Source: as in `sparseopt.core.solvers.splice`.
     """
 
     first: Any = Wanda()
@@ -37,7 +37,6 @@ class SplicePruning:
     refit_steps: int = static(default=10)
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-        """Find, exchange, refit."""
         loss = layer.ridged(self.ridge)
         first = self.first(layer, pattern)
         problem = Problem(loss, pattern)

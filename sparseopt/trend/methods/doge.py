@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.operators import Difference, Split
-from sparseopt.core.solvers.doge import Metric, doge_split
+from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.node_solve import Diagonal
 from sparseopt.trend.job import Job
 from sparseopt.trend.methods.admm import node_solve
@@ -63,12 +63,12 @@ class Doge:
         return layout.cached(key, build)
 
 
-def split_of(job: Job, block: int, metric: Metric = "coefficients", groups: int | None = None) -> Split:
-    """The split with so many differences treated row by row, as host tables."""
+def split_of(job: Job, block: int, groups: int | None = None) -> Split:
+    """The split with so many differences treated row by row, as host tables; `groups` as in `doge_split`."""
     base, order = job.layout.base(job.dtype), job.order + 1
     on_edges = (order - block) % 2 == 1
     outer, inner = Difference(base, block, on_edges), Difference(base, order - block)
-    return doge_split(outer, inner, job.layout.sums(block, on_edges), metric, job.dtype, groups)
+    return doge_split(outer, inner, job.layout.sums(block, on_edges), job.dtype, groups)
 
 
 def placed(job: Job, split: Split) -> Split:

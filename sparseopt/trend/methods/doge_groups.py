@@ -13,7 +13,7 @@ import numpy as np
 
 from sparseopt.core.arguments import require_memory
 from sparseopt.core.grouping import table_shape
-from sparseopt.core.solvers.doge_groups import DogeGroups, doge_groups_tables
+from sparseopt.core.solvers.doge_groups import DogeGroups, doge_groups_table
 from sparseopt.core.solvers.node_solve import Diagonal
 from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
@@ -68,11 +68,11 @@ class LiteralDoge:
             needed = math.prod(shape) * (kind.itemsize + 4) + copies
             what = f"Doge-ADMM with its {shape[0]:,} groups of up to {shape[1]:,} rows of up to {shape[2]:,} entries"
             require_memory(needed, what, 'method="doge" stores neither tables nor copies')
-            split = split_of(job, block, "groups", shape[0])
+            split = split_of(job, block, shape[0])
             solve: Any = Diagonal()
             if split.inner.order:
                 solve = node_solve(job, (split.inner.order,), np.asarray(split.column_scale), cosines)
-            table, _ = doge_groups_tables(split.outer, matrix, labels, kind)
+            table = doge_groups_table(split.outer, matrix, labels, kind)
             plan = GroupsPlan(job.ground, placed(job, split), solve, CADENCE, table=table)
             return jax.tree.map(jnp.asarray, plan)
 

@@ -32,16 +32,15 @@ class ChainPlan(Plan):
 
     def taken(self, penalty: Any) -> ChainTotalVariation:
         """The last difference drawn into the penalty."""
-        return ChainTotalVariation(penalty.weight, self.ground.order % 2 == 1)
+        return ChainTotalVariation(penalty.weight, Difference(self.split.outer.base, 1, self.ground.order % 2 == 1))
 
     def row_dual(self, penalty: Any, dual: Array) -> Array:
         """U with `Eᵀu` the solver's dual."""
-        u = penalty.potential(penalty.line(dual))
-        return u if penalty.pinned else jnp.pad(u, [(0, 1)] + [(0, 0)] * (u.ndim - 1))[None]
+        return penalty.potential(dual)
 
     def solver_dual(self, penalty: Any, dual: Array) -> Array:
         """`Eᵀu`."""
-        return penalty.laid_out(penalty.transpose(dual if penalty.pinned else dual[0, :-1]))
+        return penalty.last.rmv(dual)
 
     def start(self, penalty: Any, data: Data, weights: Any) -> Start:
         """The fit itself and its dual where they are known, else the signal."""

@@ -18,7 +18,7 @@ LARGEST_DRAWN = 400
 
 
 class Groups(Task):
-    """Group the rows of a grid's difference operator, and look whether groups are disjoint and complete.
+    """Group the rows of a grid's difference operator, and check that the groups are disjoint and complete.
 
     Attributes:
         shape: of the grid.
@@ -40,21 +40,18 @@ class Groups(Task):
         return blocks
 
     def units(self) -> list[str]:
-        """A block each."""
         return [f"block-{block}" for block in self.blocks]
 
     def check(self) -> None:
-        """The grid has an edge."""
         if min(self.shape) < 1 or int(np.prod(self.shape)) < 2:
             raise ValueError(f"a grid with an edge has two nodes or more, given the shape {self.shape}")
 
     def estimate(self) -> Estimate:
-        """Products of sparse matrices and, for the pictures, a patch a row."""
+        # Products of sparse matrices and, for the pictures, a patch for each row.
         nodes = int(np.prod(self.shape))
         return Estimate(1.0 + 2e-5 * nodes, 200 * 2**20 + 2000 * nodes)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
-        """Group the rows, and count every column of every group."""
         del folder
         block = self.blocks[self.units().index(key)]
         observer(0, 0, f"B = {block}")
@@ -75,7 +72,7 @@ class Groups(Task):
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
-        """A figure for each grid and block, a panel a group; grids too large to see anything are passed over."""
+        """A figure for each grid and block, with a panel for each group; grids too large to see are skipped."""
         from sparseopt.experiments import plots
 
         pictures: dict[str, Any] = {}

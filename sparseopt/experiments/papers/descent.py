@@ -1,6 +1,6 @@
 """Floor 7: the task `descent`: the objective of one layer against iterations, for solvers side by side.
 
-F(V) = 1/2 ||X (V - W)ᵀ||² + ridge and level,   level fixed: what mAIHT promises (monotone descent) can be seen
+The objective is `1/2 ||X (V - W)ᵀ||² + ridge + level`, with the level fixed, so that the monotone descent can be seen.
 """
 
 import dataclasses
@@ -64,11 +64,9 @@ class Descent(Task):
     seqlen: int = Field(default=512, ge=2)
 
     def units(self) -> list[str]:
-        """A solver each."""
         return [f"{index}-{solver.label}" for index, solver in enumerate(self.solvers)]
 
     def check(self) -> None:
-        """The model opens, has the layer and reads such windows, and the text can be read."""
         model = open_model(self._source())
         _block_of(model, self.layer)
         check_window(self.seqlen, model.config.max_positions)
@@ -76,13 +74,12 @@ class Descent(Task):
         load_text(self.calibration, "calibration")
 
     def estimate(self) -> Estimate:
-        """Known for the bundled model: the blocks up to the layer, then two products a step."""
         if self.source != BUNDLED:
             return Estimate()
+        # The blocks up to the layer, then two products a step.
         return Estimate(15 + 0.003 * self.samples * self.seqlen + 0.05 * self.steps * len(self.solvers), 2**30)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
-        """Solve twice: once to compile, once for the clock."""
         observer(0, 0, f"Gram of {self.layer}")
         layer = layer_problem(self._source(), self.layer, self.calibration, self.bos, self.samples, self.seqlen)
         loss = layer.ridged(self.ridge)
@@ -96,15 +93,11 @@ class Descent(Task):
         solver = dataclasses.replace(config.build(), step_size=step)
         observer(0, 0, f"{config.label}, {self.steps} steps")
 
-        def run() -> so.Solution:
-            return jax.block_until_ready(
-                so.solve(problem, solver, layer.center, tol=-1.0, max_steps=self.steps, history=True)
-            )
-
-        run()
-        start = time.perf_counter()
-        found = run()
-        seconds = time.perf_counter() - start
+        for _ in range(2):  # once to compile
+            start = time.perf_counter()
+            found = so.solve(problem, solver, layer.center, tol=-1.0, max_steps=self.steps, history=True)
+            jax.block_until_ready(found)
+            seconds = time.perf_counter() - start
         first = float(loss.value(layer.center) + problem.penalty.value(layer.center))
         objective = np.concatenate([[first], np.asarray(found.history.objective)])
         np.savez(folder / f"history-{key}.npz", objective=objective, seconds=seconds)
@@ -124,36 +117,27 @@ class Descent(Task):
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
-        """A picture a layer: the objective, and its distance to the lowest value that any solver found."""
-        from sparseopt.experiments import plots
-
+        """A picture for each layer: the objective, and its distance to the lowest value that any solver found."""
         pictures: dict[str, Any] = {}
         for run in runs:
             assert isinstance(run.task, Descent)
-            curves = {}
-            for record in run.records:
-                with np.load(run.folder / f"history-{record['unit']}.npz") as arrays:
-                    curves[record["solver"]] = arrays["objective"]
+            curves = {record["solver"]: run.arrays("history", record)["objective"] for record in run.records}
             if curves:
-                pictures[f"descent-{run.task.layer}"] = _draw_descent(curves, run.task.layer, plots)
+                pictures[f"descent-{run.task.layer}"] = _draw_descent(curves, run.task.layer)
         return pictures
 
 
-def _draw_descent(curves: dict[str, np.ndarray], layer: str, plots: Any) -> Any:
+def _draw_descent(curves: dict[str, np.ndarray], layer: str) -> Any:
     import matplotlib.pyplot as plt
+
+    from sparseopt.experiments import plots
 
     _, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     lowest = min(float(values.min()) for values in curves.values())
-    steps = {label: np.arange(len(values)) for label, values in curves.items()}
-    plots.plot_curves(
-        {label: (steps[label], values) for label, values in curves.items()},
-        axes[0], xlabel="iteration", ylabel="objective F",
-    )  # fmt: skip
-    above = {label: values - lowest for label, values in curves.items()}
-    plots.plot_curves(
-        {label: (steps[label][values > 0], values[values > 0]) for label, values in above.items()},
-        axes[1], xlabel="iteration", ylabel="F - lowest F found", logy=True,
-    )  # fmt: skip
+    whole = {label: (np.arange(len(values)), values) for label, values in curves.items()}
+    above = {label: (steps, np.where(y > lowest, y - lowest, np.nan)) for label, (steps, y) in whole.items()}
+    plots.plot_curves(whole, axes[0], xlabel="iteration", ylabel="objective F")
+    plots.plot_curves(above, axes[1], xlabel="iteration", ylabel="F - lowest F found", logy=True)
     axes[0].set_title(layer)
     axes[1].set_title("distance to the lowest")
     return axes

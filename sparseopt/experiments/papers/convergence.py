@@ -2,11 +2,12 @@
 
     loss of a step = (P(b_t) - P*) / P*,    P* from a solve with a relative duality gap of 1e-9 in float64
 
-Steps and seconds are found in two passes over the same iterates. The first looks at the objective after every
-step; the second only runs, with a check at every fifth step as in use, and the clock is read where the device has
-finished. Source of the comparison: Bu, Wu, Zuo, "Doge-ADMM", figures 5 and 6.
+Steps and seconds come from two passes over the same iterates. The first looks at the objective after every step. The
+second only runs, with a check at every fifth step as in use, and the clock is read when the device has finished.
+Source of the comparison: Bu, Wu, Zuo, "Doge-ADMM", figures 5 and 6.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +22,21 @@ from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem
 from sparseopt.core.solve import solve
 from sparseopt.core.types import precision
-from sparseopt.experiments.baselines import Method, NestedAdmm, Settings, assemble
+from sparseopt.experiments.papers.baselines import (
+    CADENCE,
+    DOUBLE,
+    Method,
+    NestedAdmm,
+    Settings,
+    assemble,
+    method_label,
+)
 from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Strict
-from sparseopt.experiments.task_trend import PictureTask, by_subject, method_label
+from sparseopt.experiments.task_trend import PictureTask, grouped
 from sparseopt.trend.filter import trend_filter
 
 OPTIMUM_GAP = 1e-9
 LEVELS = ("1e-2", "1e-3", "1e-4", "1e-6")
-CADENCE = 5
 # The clock is read after 5, 10, 15, ... steps, then at steps this factor apart: a look costs a call from the host.
 LOOK_FACTOR = 1.1
 
@@ -46,7 +54,7 @@ class Contender(Strict):
 
     @property
     def label(self) -> str:
-        """For legends."""
+        """The method for legends."""
         return method_label(self.method, self.settings)
 
 
@@ -56,8 +64,8 @@ class Convergence(PictureTask):
     Attributes:
         contenders: the methods.
         tol: relative duality gap at which a method is done.
-        passes: how often the clock runs; between two looks the quickest pass counts, for the steps are the same
-            and what else the machine does can only add to it.
+        inner_tol: as in the task `race`.
+        passes: how often the clock runs; between two looks the fastest pass counts.
         against: what the pictures show the loss against.
     """
 
@@ -69,15 +77,14 @@ class Convergence(PictureTask):
     task: Literal["convergence"]
     contenders: list[Contender] = Field(default=[Contender(), Contender(method="admm")], min_length=1)
     tol: float = Field(default=1e-7, gt=0)
+    inner_tol: float | None = Field(default=None, gt=0)
     passes: int = Field(default=3, ge=1)
     against: list[Literal["seconds", "steps"]] = Field(default=["seconds", "steps"], min_length=1)
 
     def units(self) -> list[str]:
-        """A contender each."""
         return [f"{c.method}-{c.settings}" for c in self.contenders]
 
     def check(self) -> None:
-        """The picture is there, the contenders differ, and the penalty has a certified optimum."""
         super().check()
         if len(set(self.units())) < len(self.contenders):
             raise ValueError(f"contenders must differ, given {', '.join(self.units())}")
@@ -85,14 +92,13 @@ class Convergence(PictureTask):
             raise ValueError(f"the loss needs a certified optimum, which {self.penalty.label} does not have; use l1")
 
     def estimate(self) -> Estimate:
-        """Compiling and some hundred steps each; nested steps are many."""
+        # Nested steps are many.
         values = self.picture.load().size
         nested = sum(c.method in ("fast_admm", "gtf_admm") for c in self.contenders)
         per_value = 2e-5 * (len(self.contenders) + 4 * nested) * (1 + self.passes)
         return Estimate(3 * len(self.contenders) + per_value * values, 550 * 2**20 + 1000 * values)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
-        """The optimum, the pass over steps, the passes against the clock."""
         contender = self.contenders[self.units().index(key)]
         _, noisy = self.pair(self.seed)
         graph, penalty = self.grid(), self.penalty.build()
@@ -104,7 +110,7 @@ class Convergence(PictureTask):
         def parts(cadence: int) -> Any:
             return assemble(noisy, graph, penalty, self.order, contender.method, contender.settings, cadence, inner_tol)
 
-        with precision(np.dtype(np.float64)):
+        with precision(DOUBLE):
             observer(0, 0, f"{contender.label}, step by step")
             made = parts(1)
             first = float(made.solver.measure(made.problem, _start(made.problem, made.solver, made.start)).objective)
@@ -116,8 +122,9 @@ class Convergence(PictureTask):
             gap = np.concatenate([[np.nan], np.asarray(found.history.gap)[:steps]])
             observer(0, 0, f"{contender.label}, {steps} steps against the clock")
             # A step that holds an optimisation is long enough for a look after each.
-            looks = look_steps(steps, 1 if isinstance(made.solver, NestedAdmm) else CADENCE)
-            intervals = np.min([_clocked(parts(CADENCE), looks) for _ in range(self.passes)], axis=0)
+            apart = 1 if isinstance(made.solver, NestedAdmm) else CADENCE
+            looks = look_steps(steps, apart)
+            intervals = np.min([_clocked(parts(apart), looks) for _ in range(self.passes)], axis=0)
             seconds = np.concatenate([[0.0], np.cumsum(intervals)])
         loss = (objective - optimum) / optimum
         np.savez_compressed(
@@ -145,9 +152,9 @@ class Convergence(PictureTask):
 
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
-        """Loss against seconds and against steps, a row a problem; runs on the same problem share a row."""
-        shown = [run for run in runs if run.records and isinstance(run.task, Convergence)]
-        return {"convergence": _draw(shown)} if shown else {}
+        """Loss against seconds and against steps; runs on the same problem share a panel."""
+        problems = grouped(runs, lambda task: task.subject)
+        return {"convergence": _draw(problems)} if problems else {}
 
 
 def look_steps(steps: int, apart: int) -> np.ndarray:
@@ -165,12 +172,10 @@ def _start(problem: Problem, solver: Any, start: Any) -> Any:
 
 @jax.jit
 def _advance(problem: Problem, solver: Any, state: Any, count: Any) -> Any:
-    """`count` iterations: whole steps, then what is left one by one."""
-    stride = getattr(solver, "stride", 1)
-    state = jax.lax.fori_loop(0, count // stride, lambda _, s: solver.step(problem, s), state)
-    if stride > 1:
-        state = jax.lax.fori_loop(0, count % stride, lambda _, s: solver.iterate(problem, s), state)
-    return state
+    """`count` iterations: as many whole steps as fit, then single ones."""
+    state = jax.lax.fori_loop(0, count // solver.stride, lambda _, s: solver.step(problem, s), state)
+    single = dataclasses.replace(solver, cadence=1)
+    return jax.lax.fori_loop(0, count % solver.stride, lambda _, s: single.step(problem, s), state)
 
 
 def _clocked(made: Any, looks: np.ndarray) -> np.ndarray:
@@ -185,19 +190,19 @@ def _clocked(made: Any, looks: np.ndarray) -> np.ndarray:
     return np.array(seconds)
 
 
-def _draw(runs: Sequence[FinishedRun]) -> Any:
-    """Problems side by side if each has one picture, else below each other."""
+def _draw(problems: dict[str, list[FinishedRun]]) -> Any:
+    """Problems side by side if each has one panel, else below each other."""
     import matplotlib.pyplot as plt
 
-    problems = list(by_subject([run.task for run in runs], lambda task: task.subject).items())
-    kinds = list(dict.fromkeys(kind for run in runs for kind in run.task.against))  # type: ignore[attr-defined]
+    tasks = [run.task for runs in problems.values() for run in runs]
+    kinds = list(dict.fromkeys(kind for task in tasks for kind in task.against))  # type: ignore[attr-defined]
     rows, columns = (1, len(problems)) if len(kinds) == 1 else (len(problems), len(kinds))
     figure, axes = plt.subplots(
         rows, columns, figsize=(max(5.6 * columns, 8), 4.3 * rows + 0.4), squeeze=False, layout="constrained"
     )
-    panels = [(places, subject, kind) for subject, places in problems for kind in kinds]
-    for axis, (places, subject, kind) in zip(axes.ravel(), panels, strict=True):
-        _draw_losses([runs[place] for place in places], kind, axis)
+    panels = [(runs, subject, kind) for subject, runs in problems.items() for kind in kinds]
+    for axis, (runs, subject, kind) in zip(axes.ravel(), panels, strict=True):
+        _draw_losses(runs, kind, axis)
         axis.set_title(subject, fontsize=10)
     # One legend serves panels with the same lines, and covers none of them.
     handles, labels = axes.ravel()[0].get_legend_handles_labels()
@@ -212,18 +217,17 @@ def _draw_losses(runs: Sequence[FinishedRun], kind: str, axis: Any) -> None:
     from sparseopt.experiments import plots
 
     curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for run in runs:
-        for record in run.records:
-            with np.load(run.folder / f"history-{record['unit']}.npz") as stored:
-                loss, looks, seconds = stored["loss"], stored["look_steps"], stored["look_seconds"]
-            x, y = (np.arange(loss.size), loss) if kind == "steps" else (seconds, loss[looks])
-            # The start is at 0 seconds, which a log axis has no place for; a loss of 0 is the optimum.
-            kept = (y > 0) & ((x > 0) | (kind == "steps"))
-            label, again = record["label"], 2
-            while label in curves:
-                label, again = f"{record['label']} ({again})", again + 1
-            if kept.any():
-                curves[label] = (x[kept], y[kept])
+    for of, record in ((run, record) for run in runs for record in run.records):
+        stored = of.arrays("history", record)
+        loss = stored["loss"]
+        x, y = (np.arange(loss.size), loss) if kind == "steps" else (stored["look_seconds"], loss[stored["look_steps"]])
+        # The start is at 0 seconds, which a log axis has no place for; a loss of 0 is the optimum.
+        kept = (y > 0) & ((x > 0) | (kind == "steps"))
+        label, again = record["label"], 2
+        while label in curves:
+            label, again = f"{record['label']} ({again})", again + 1
+        if kept.any():
+            curves[label] = (x[kept], y[kept])
     plots.plot_curves(
         curves, axis, xlabel="time (s)" if kind == "seconds" else "iteration",
         ylabel="(loss − optimum) / optimum", logx=kind == "seconds", logy=True,

@@ -1,0 +1,326 @@
+"""Floor 7: the methods that Doge-ADMM is compared with, all on the core's one ADMM.
+
+    minimise over b    1/2 ||y - b||²  +  weight ||Δ^(k+1) b||_1
+
+Each method splits some differences off and keeps the others in the penalty:
+
+| method | split z | penalty step | source |
+|---|---|---|---|
+| admm | `Δ^(k+1) b` | soft threshold | Boyd et al. 2011, section 6.4.1 |
+| gtf_admm, k even | `L^(k/2) b` | total variation | Wang et al. 2016 |
+| gtf_admm, k odd | `L^((k+1)/2) b` | soft threshold | Wang et al. 2016 |
+| fast_admm | `Δ^(k) b` | total variation | Ramdas and Tibshirani 2016 |
+| doge_groups | `Δ^(k+1-B) b`, one copy for each group of rows | closed form, row by row | Bu, Wu, Zuo, section 2.2 |
+| doge | the same, without stored copies | the same | `core/solvers/doge_groups.py` says why |
+
+The total variation is that of the last difference, `weight ||E z||_1` with E = D (k even) or Dᵀ (k odd).
+So gtf_admm is fast_admm where k is even, and admm where k is odd: four names, three algorithms at each order.
+On a chain the total variation step has an exact answer in O(n). On other graphs it is itself an optimisation problem,
+solved here by Doge-ADMM from the answer of the step before until its duality gap is small.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from sparseopt.core.fidelity import NodeSquares, total
+from sparseopt.core.operators import Difference, Split
+from sparseopt.core.penalties import L1
+from sparseopt.core.problem import Measure, Problem, Solution
+from sparseopt.core.solve import solve
+from sparseopt.core.solvers.admm import Admm, AdmmState, Moving, Start, standard_split
+from sparseopt.core.solvers.doge import doge_split
+from sparseopt.core.solvers.node_solve import Diagonal
+from sparseopt.core.types import precision, pytree, static
+from sparseopt.trend.filter import trend_filter
+from sparseopt.trend.graph import Graph
+from sparseopt.trend.ground import leaves_as
+from sparseopt.trend.job import Job
+from sparseopt.trend.layout import layout_of
+from sparseopt.trend.methods import METHODS
+from sparseopt.trend.methods.admm import node_solve
+from sparseopt.trend.methods.doge import split_of
+from sparseopt.trend.plan import FIRST_RHO
+from sparseopt.trend.signal import Signal
+
+Method = Literal["doge", "admm", "gtf_admm", "fast_admm", "doge_groups"]
+Stop = Literal["gap", "change"]
+Settings = Literal["tuned", "published"]
+METHOD_NAMES = {
+    "doge": "Doge-ADMM",
+    "admm": "original ADMM",
+    "gtf_admm": "GTF-ADMM",
+    "fast_admm": "fast ADMM",
+    "doge_groups": "Doge-ADMM with its copies",
+}
+DOUBLE = np.dtype(np.float64)
+PUBLISHED_RHO = 1.0
+CADENCE = 5
+
+
+def method_label(method: str, settings: str) -> str:
+    """The method for legends."""
+    return METHOD_NAMES[method] + (", published settings" if settings == "published" else "")
+
+
+@pytree
+class LastDifference:
+    """`weight ||E z||_1`, whose proximal step `NestedAdmm` takes; its dual ball is `{Eᵀu : |u| <= weight}`.
+
+    The dual point of a step is `Eᵀu` of the potential u, which lies in the ball however accurate the inner solve was.
+
+    Attributes:
+        weight: of the penalty.
+        last: E.
+        potential: u.
+    """
+
+    weight: Any
+    last: Difference
+    potential: Any = None
+
+    def value(self, x: Array) -> Array:
+        return self.weight * total(jnp.abs(self.last.mv(x)))
+
+    def prox(self, x: Array, step: Any) -> Array:
+        """Eᵀu is all that the ADMM needs of a norm."""
+        raise NotImplementedError("NestedAdmm takes the proximal step")
+
+    def project_dual(self, dual: Array) -> Array:
+        """`Eᵀu`, which `dual` is up to rounding."""
+        del dual
+        return self.last.rmv(self.potential)
+
+    def slack(self, x: Array, dual: Array) -> Array:
+        """`weight |E x| - u E x`, row by row."""
+        del dual
+        rows = self.last.mv(x)
+        return self.weight * jnp.abs(rows) - self.potential * rows
+
+
+class Nested(NamedTuple):
+    """The memory of the outer ADMM, where the next inner solve starts, and the inner steps so far."""
+
+    memory: Any
+    guess: Any
+    potential: Any
+    rho: Any
+    steps: Any
+
+
+@pytree
+class NestedAdmm(Admm):
+    """ADMM with an optimisation inside each penalty step: `argmin_z 1/2 ||z - v||² + (weight / rho) ||E z||_1`.
+
+    The inner solve runs Doge-ADMM to a relative duality gap and starts from the last answer. Its dual u gives
+    `z = v - Eᵀu`, so Moreau's identity holds exactly in the outer iteration. The penalty is a `LastDifference`.
+
+    Attributes:
+        split: of E, for the inner solve.
+        inner_tol: relative duality gap of an inner solve.
+        inner_limit: most steps of one inner solve.
+    """
+
+    split: Split = dataclasses.field(kw_only=True)
+    inner_tol: Any = dataclasses.field(kw_only=True)
+    inner_limit: int = static(default=2000)
+
+    def init(self, problem: Problem, x0: Any) -> AdmmState:
+        z = problem.operator.inner.mv(x0.x)
+        nested = Nested(jnp.zeros_like(z), z, jnp.zeros_like(self.split.mv(z)), None, jnp.zeros((), jnp.int32))
+        state = super().init(_with_potential(problem, nested), x0)
+        return dataclasses.replace(state, memory=nested._replace(rho=state.rho))
+
+    def _advanced(self, problem: Problem, rho: Array, now: Moving) -> Moving:
+        nested, level = now.memory, problem.penalty.weight / rho
+        v = (now.x if now.inner is None else now.inner) + (now.dual - nested.memory) / rho
+        found = solve(
+            Problem(NodeSquares(v), L1(level), self.split),
+            Admm(Diagonal(), nested.rho, self.relaxation, CADENCE),
+            Start(nested.guess, jnp.clip(nested.potential / rho, -level, level), nested.rho),
+            tol=self.inner_tol,
+            max_steps=self.inner_limit,
+        )
+        potential = rho * jnp.clip(found.state.candidate, -level, level)
+        nested = Nested(nested.memory, found.value, potential, found.state.rho, nested.steps + found.steps)
+        after = super()._advanced(_with_potential(problem, nested), rho, now._replace(memory=nested.memory))
+        return after._replace(memory=nested._replace(memory=after.memory))
+
+    def _certify(self, problem: Problem, state: AdmmState) -> tuple[Array, Array, Array, Array]:
+        # At the start the problem has its potential, and the state no inner solve yet.
+        return super()._certify(_with_potential(problem, state.memory), state)
+
+
+def _with_potential(problem: Problem, nested: Any) -> Problem:
+    if not isinstance(nested, Nested):
+        return problem
+    return dataclasses.replace(problem, penalty=dataclasses.replace(problem.penalty, potential=nested.potential))
+
+
+class ChangeState(NamedTuple):
+    """A solver's state and the fit before its last step."""
+
+    state: Any
+    before: Any
+
+
+@pytree
+class UntilChange:
+    """Any solver, stopped once `||b_new - b_old|| / ||b_old||` is small: cheap to see, and no bound on anything."""
+
+    solver: Any
+
+    def init(self, problem: Problem, x0: Any) -> ChangeState:
+        state = self.solver.init(problem, x0)
+        return ChangeState(state, self.solver.extract(problem, state))
+
+    def step(self, problem: Problem, state: ChangeState) -> ChangeState:
+        return ChangeState(self.solver.step(problem, state.state), self.solver.extract(problem, state.state))
+
+    def measure(self, problem: Problem, state: ChangeState) -> Measure:
+        """The solver's measure with the change for a residual."""
+        now = self.solver.measure(problem, state.state)
+        moved = self.solver.extract(problem, state.state) - state.before
+        tiny = jnp.finfo(moved.dtype).tiny
+        change = jnp.sqrt(total(moved * moved) / jnp.maximum(total(state.before * state.before), tiny))
+        return now._replace(residual=change, stalled=False)
+
+    def extract(self, problem: Problem, state: ChangeState) -> Array:
+        return self.solver.extract(problem, state.state)
+
+
+class Assembled(NamedTuple):
+    """What `solve` takes, and the name of the algorithm in it."""
+
+    problem: Problem
+    solver: Any
+    start: Start
+    algorithm: str
+
+
+def algorithm_of(method: str, order: int) -> str:
+    """The algorithm of a method: that of `gtf_admm` is `fast_admm` at even orders and `admm` at odd ones."""
+    if method != "gtf_admm":
+        return method
+    return "fast_admm" if order % 2 == 0 else "admm"
+
+
+def assemble(
+    y: np.ndarray,
+    graph: Graph,
+    penalty: Any,
+    order: int,
+    method: Method,
+    settings: Settings = "tuned",
+    cadence: int = CADENCE,
+    inner_tol: float = 1e-8,
+) -> Assembled:
+    """Problem, solver and start of a method for a signal without missing values; call it under `precision`.
+
+    Args:
+        y: `[*shape]` of a grid or `[n]`, float64.
+        graph: where it lives.
+        penalty: `L1` for the algorithm `fast_admm`, else any.
+        order: k.
+        method: which.
+        settings: "tuned" chooses rho from the data, adapts and over-relaxes as `trend_filter` does; "published"
+            holds rho at 1 without relaxation and, for `doge`, counts a copy of every column for every group, as
+            `doge_groups` stores it with both settings; the iterates of the two are then the same.
+        cadence: steps between two checks.
+        inner_tol: relative gap of the inner solves of `fast_admm`.
+
+    Raises:
+        ValueError: for a penalty that the method does not take.
+    """
+    values = np.asarray(y, DOUBLE).reshape(graph.num_nodes)
+    job = Job(layout_of(graph), {order: penalty}, DOUBLE, signal=Signal(values, None, values.shape))
+    algorithm = algorithm_of(method, order)
+    penalty = leaves_as(penalty, DOUBLE)
+    tuned = settings == "tuned"
+
+    def set_up(solver: Callable[[Any, Any], Admm]) -> Admm:
+        rho = FIRST_RHO * job.strength if tuned else PUBLISHED_RHO
+        made = solver(jnp.asarray(rho, DOUBLE), jnp.asarray(1.7 if tuned else 1.0, DOUBLE))
+        return dataclasses.replace(made, cadence=cadence, changes=9 if tuned else 0, acceleration=0)
+
+    centre, _ = job.arrays
+    if algorithm == "fast_admm" and not isinstance(penalty, L1):
+        raise ValueError(f'method="{method}" at order {order} solves the L1 penalty, given {penalty}')
+    if algorithm == "fast_admm" and METHODS[algorithm].refuses(job):
+        split, last, solve_nodes = graph.cached(("nested", order), lambda: _prepare_nested(job))
+        penalty = LastDifference(penalty.weight, last.outer)
+        solver = set_up(partial(NestedAdmm, solve_nodes, split=last, inner_tol=jnp.asarray(inner_tol, DOUBLE)))
+    else:
+        plan = METHODS[algorithm].plan(job)
+        split, penalty, solver = plan.split, plan.taken(penalty), set_up(plan.solver)
+        if algorithm == "doge" and not tuned:
+            split = graph.cached(("published", order), lambda: _copies_everywhere(job))
+    start = Start(centre, jnp.zeros(split.row_shape(centre), DOUBLE))
+    return Assembled(Problem(NodeSquares(centre), penalty, split), solver, start, algorithm)
+
+
+def _copies_everywhere(job: Job) -> Split:
+    """The split of Doge-ADMM where every group has a copy of every column."""
+    block = job.order + 1
+    return jax.tree.map(jnp.asarray, split_of(job, block, int(job.graph.groups(block).max()) + 1))
+
+
+def _prepare_nested(job: Job) -> tuple[Split, Split, Any]:
+    """The outer split of `fast_admm`, the inner one, and the x-step of the outer one."""
+    order, graph = job.order, job.graph
+    base, on_edges = graph.base(DOUBLE), order % 2 == 1
+    last = doge_split(Difference(base, 1, on_edges), Difference(base, 0, on_edges), graph.sums(1, on_edges), DOUBLE)
+    split = standard_split(Difference(base, order), Difference(base, 0, on_edges), DOUBLE)
+    solve = node_solve(job, (order,), np.ones(()), graph.shape is not None) if order else Diagonal()
+    return jax.tree.map(jnp.asarray, (split, last, solve))
+
+
+def fit(
+    y: np.ndarray,
+    graph: Graph,
+    penalty: Any,
+    order: int,
+    method: Method,
+    *,
+    settings: Settings = "tuned",
+    stop: Stop = "gap",
+    tol: float = 1e-4,
+    max_steps: int = 20_000,
+    inner_tol: float | None = None,
+) -> Solution:
+    """The fit of any method; `trend_filter` itself where it has the method, its settings and its stopping rule.
+
+    Args:
+        y: the signal, with a last axis of channels only where `trend_filter` does the work.
+        graph: where it lives.
+        penalty: as in `assemble`.
+        order: k.
+        method: which.
+        settings: as in `assemble`.
+        stop: "gap" for the relative duality gap, checked at every fifth step; "change" for the relative change of
+            the fit in a step, checked at each.
+        tol: what the stopping rule compares with.
+        max_steps: step limit.
+        inner_tol: relative gap of the inner solves of `fast_admm`, None for a tenth of `tol`. With a looser one
+            the over-relaxed iteration comes to rest above the optimum, which its certificate shows.
+
+    Raises:
+        ValueError: for channels or a penalty that the method does not take.
+    """
+    algorithm = algorithm_of(method, order)
+    if settings == "tuned" and stop == "gap" and algorithm != "fast_admm":
+        return trend_filter(y, graph, penalty, order, algorithm, tol, max_steps)
+    if np.size(y) != graph.num_nodes:
+        raise ValueError(f"a baseline takes one channel, given shape {np.shape(y)} on {graph.num_nodes} nodes")
+    inner = tol / 10 if inner_tol is None else inner_tol
+    with precision(DOUBLE):
+        made = assemble(y, graph, penalty, order, method, settings, CADENCE if stop == "gap" else 1, inner)
+        solver = made.solver if stop == "gap" else UntilChange(made.solver)
+        found = solve(made.problem, solver, made.start, tol=jnp.asarray(tol, jnp.float64), max_steps=max_steps)
+        return jax.device_get(found)

@@ -1,0 +1,121 @@
+"""Floor 7: the task `race`: the time that the methods of the Doge-ADMM paper take on one picture.
+
+Source of the comparison: Bu, Wu, Zuo, "Doge-ADMM", section 3.1 and table 1.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from sparseopt.core.problem import Solution
+from sparseopt.experiments.papers.baselines import METHOD_NAMES, Method, Settings, Stop, algorithm_of, fit, method_label
+from sparseopt.experiments.task import FinishedRun, Record
+from sparseopt.experiments.task_denoise import FIT_SECONDS, NoisyPicture
+from sparseopt.experiments.task_trend import grouped
+from sparseopt.trend.graph import Graph
+
+# Seconds of a fit with an optimisation in each step, for each value; see `FIT_SECONDS`.
+NESTED_FIT_SECONDS = 8e-6
+
+
+class Race(NoisyPicture):
+    """Add noise to a picture and fit a trend by a method of the paper, several times with fresh noise.
+
+    Attributes:
+        method: "doge", "admm", "gtf_admm", "fast_admm" or "doge_groups"; see `baselines`.
+        settings: "tuned" as `trend_filter` chooses them, or "published": rho = 1, no relaxation.
+        stop: "gap" for the relative duality gap, or "change" for the relative change of the fit in one step.
+        inner_tol: relative duality gap of the optimisation inside each step of `fast_admm`; None for a tenth of
+            `tol`, about the loosest with which every setting reaches it.
+    """
+
+    task: Literal["race"]
+    method: Method = "doge"
+    settings: Settings = "tuned"
+    stop: Stop = "gap"
+    inner_tol: float | None = Field(default=None, gt=0)
+
+    @property
+    def label(self) -> str:
+        return method_label(self.method, self.settings)
+
+    @property
+    def subject_and_rule(self) -> str:
+        """What runs must share for their times to be compared."""
+        rule = "relative duality gap" if self.stop == "gap" else "relative change in a step"
+        return f"{self.subject}\n{rule} {self.tol:.0e}".replace("e-0", "e-")
+
+    @property
+    def fit_seconds(self) -> float:
+        return NESTED_FIT_SECONDS if algorithm_of(self.method, self.order) == "fast_admm" else FIT_SECONDS
+
+    def fit(self, y: np.ndarray, graph: Graph, max_steps: int) -> Solution:
+        return fit(
+            y, graph, self.penalty.build(), self.order, self.method, settings=self.settings, stop=self.stop,
+            tol=self.tol, max_steps=max_steps, inner_tol=self.inner_tol,
+        )  # fmt: skip
+
+    def details(self, solution: Solution) -> Record:
+        state = getattr(solution.state, "state", solution.state)
+        inner_steps = int(getattr(state.memory, "steps", 0))
+        return {"algorithm": algorithm_of(self.method, self.order), "inner_steps": inner_steps}
+
+    @classmethod
+    def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
+        """The pictures of `denoise`, and over several runs the times of the methods."""
+        panels = grouped(sorted(runs, key=_place), lambda task: task.subject_and_rule)
+        several = any(len(same) > 1 for same in panels.values())
+        return super().draw(runs) | ({"seconds": _draw_seconds(panels)} if several else {})
+
+
+def _place(run: FinishedRun) -> tuple[str, bool, int]:
+    """The order of lines: by problem, our settings before the published ones, the methods as they are listed."""
+    task = run.task
+    assert isinstance(task, Race)
+    return task.subject_and_rule, task.settings == "published", list(METHOD_NAMES).index(task.method)
+
+
+def _draw_seconds(panels: dict[str, list[FinishedRun]]) -> Any:
+    """The mean time of every method with the spread over repeats, open where settings are the published ones."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    from sparseopt.experiments import plots
+
+    tallest = max(len(runs) for runs in panels.values())
+    _, axes = plt.subplots(
+        1, len(panels), figsize=(3.2 + 4.4 * len(panels), 1.3 + 0.42 * tallest), sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
+        labels = []
+        for height, run in enumerate(runs):
+            assert isinstance(run.task, Race)
+            seconds = np.array([record["seconds"] for record in run.records])
+            failed = sum(record["status"] not in ("CONVERGED", "STATIONARY") for record in run.records)
+            labels.append(run.task.label + (f" ({failed} not converged)" if failed else ""))
+            colour = plots.COLOURS[list(METHOD_NAMES).index(run.task.method) % len(plots.COLOURS)]
+            # From the fastest to the slowest, as a deviation could reach below 0 on a log axis.
+            axis.errorbar(
+                seconds.mean(), height, xerr=[[seconds.mean() - seconds.min()], [seconds.max() - seconds.mean()]],
+                fmt="o", markersize=9, markeredgewidth=2, color=colour,
+                markerfacecolor=colour if run.task.settings == "tuned" else "white",
+            )  # fmt: skip
+            place = {"va": "center", "textcoords": "offset points", "xytext": (9, 0)}
+            axis.annotate(f"{seconds.mean():.3g} s", (seconds.max(), height), **place)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.set_xscale("log")
+        axis.margins(x=0.4)
+        # Labels of powers alone are too few over less than a decade, and those of all ticks overlap.
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set(xlabel="time to the stopping rule (s)", title=title)
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return axes
