@@ -22,10 +22,9 @@ from sparseopt.core.residual_losses import AbsoluteLoss, HuberLoss, QuantileLoss
 from sparseopt.core.solve import chosen_solver, solve
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
-from sparseopt.core.solvers.primal_dual import PrimalDual
+from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
-from sparseopt.core.solvers.split_admm import SplitAdmm
 from sparseopt.core.types import pytree, static
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.freedom import degrees_of_freedom
@@ -111,7 +110,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load the pruner, the models and the estimator on first use: the core must import neither flax nor sklearn."""
+    """Load the pruner, the models and the estimator on first use: the core imports neither flax nor sklearn."""
     if name in ("models", "pruning"):
         return importlib.import_module(f"sparseopt.{name}")
     if name == "GraphTrendFilter":

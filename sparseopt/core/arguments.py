@@ -10,22 +10,19 @@ import numpy as np
 
 from sparseopt.system.machine import available_memory_bytes, format_bytes
 
-# So little is always there: what needs less does not ask the machine.
+# A need below this does not ask the machine.
 ALWAYS_FREE = 2**26
 
 
 def whole_number(name: str, given: Any, least: int, most: int | None = None, meaning: str = "") -> int:
-    """`given` as an int; a float that is whole counts.
+    """`given` as an int if it is a whole number in `[least, most]`, also as a float; else a ValueError.
 
     Args:
         name: of the argument, for the error.
         given: what the caller passed.
-        least: the smallest that serves.
-        most: the largest that serves, or None.
+        least: the smallest allowed value.
+        most: the largest, or None.
         meaning: what the number stands for, in a few words for the error.
-
-    Raises:
-        ValueError: for anything that is no whole number in that range.
     """
     value = _plain(given)
     whole = isinstance(value, numbers.Real) and math.isfinite(value) and value == math.floor(value)
@@ -36,41 +33,33 @@ def whole_number(name: str, given: Any, least: int, most: int | None = None, mea
 
 
 def is_positive(given: Any) -> bool:
-    """Whether it is one finite real number above 0."""
+    """Whether `given` is a finite real number above 0."""
     value = _plain(given)
     return isinstance(value, numbers.Real) and math.isfinite(value) and float(value) > 0
 
 
-def positive_number(name: str, given: Any, meaning: str = "") -> float:
-    """`given` as a float.
-
-    Raises:
-        ValueError: for anything that is no positive, finite number.
-    """
+def positive_number(name: str, given: Any) -> float:
+    """`given` as a float if it is positive and finite; else a ValueError."""
     if not is_positive(given):
-        raise ValueError(f"{name} must be positive and finite{meaning and f' ({meaning})'}, given {given!r}")
+        raise ValueError(f"{name} must be positive and finite, given {given!r}")
     return float(_plain(given))
 
 
 def _plain(given: Any) -> Any:
-    """An array of no dimensions, of NumPy or JAX, as the number that it holds; all else as it is."""
+    """A zero-dimensional array as its number; anything else unchanged."""
     return given.item() if getattr(given, "shape", None) == () else given
 
 
 def real_array(name: str, given: Any) -> np.ndarray:
-    """`given` as an array of real numbers; the masked entries of a masked array are NaN.
-
-    Raises:
-        ValueError: for rows of unequal length, and for text, dates, objects and complex numbers.
-    """
+    """`given` as an array of real numbers, masked entries as NaN; a ValueError for ragged rows and other dtypes."""
     if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given) and given.dtype.kind in "biuf":
         wide: Any = given.astype(given.dtype if given.dtype.kind == "f" else np.float64)
         given = wide.filled(np.nan)
     try:
         array = np.asarray(given)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is no array of real numbers: {error}") from error
-    # An empty list has no numbers whose kind could be wrong. bfloat16 is none of NumPy's own kinds.
+        raise ValueError(f"{name} is not an array of real numbers: {error}") from error
+    # An empty list has no numbers of a wrong kind. bfloat16 is not one of NumPy's own kinds.
     if array.size and array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         advice = "; if it holds numbers, convert it by .astype(float)" if array.dtype.kind in "OUS" else ""
         raise ValueError(f"{name} must hold real numbers, given dtype {array.dtype}{advice}")
@@ -78,16 +67,7 @@ def real_array(name: str, given: Any) -> np.ndarray:
 
 
 def require_memory(needed: int, what: str, advice: str) -> None:
-    """See that at least so many bytes are free: what this refuses cannot be done, what it lets pass may be too much.
-
-    Args:
-        needed: at least so many will be taken.
-        what: what takes them, for the error.
-        advice: what to do.
-
-    Raises:
-        ValueError: if they are not.
-    """
+    """Raise a ValueError unless `needed` bytes, a lower bound on the need of `what`, are free; `advice` ends it."""
     if needed > ALWAYS_FREE and needed > (free := available_memory_bytes()):
         raise ValueError(f"{what} takes at least {format_bytes(needed)}, and {format_bytes(free)} are free: {advice}")
 

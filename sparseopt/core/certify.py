@@ -1,8 +1,8 @@
-"""Floor 3: the duality gap, for every solver and front-end.
+"""Floor 3.25: the duality gap, for every solver and front-end.
 
 For any s in the domain of f* and u in that of penalty*, with `Aᵀ s + Kᵀ u = 0`, weak duality bounds the optimum P* of
-`f(A x) + penalty(K x)` from below by `D = -f*(s) - penalty*(u)`. The gap P - D is a sum of two Fenchel slacks, none of
-whose terms is negative, so that nothing cancels:
+`f(A x) + penalty(K x)` from below by `D = -f*(s) - penalty*(u)`. The gap P - D is a sum of two Fenchel slacks. None of
+their terms is negative, so nothing cancels:
 
     P(x) - D = [f(A x) + f*(s) - <s, A x>] + [penalty(K x) + penalty*(u) - <u, K x>]
 
@@ -25,21 +25,18 @@ from sparseopt.core.matrices import norm_estimate
 from sparseopt.core.operators import or_identity
 from sparseopt.core.penalties import Composite, Conjugate, Norm
 from sparseopt.core.problem import Status, unfolded
+from sparseopt.core.types import FloatArray
 
-FloatArray = Float[Array, "..."]
 # Steps of the linear solve for the shortest change.
 CG_STEPS = 500
-# A certificate moves u by so much less than s: a move of s costs the bound its square, one of u a scaling of both.
+# A certificate moves u this much less than s: the bound loses the square of a move of s, but a move of u scales both.
 PENALTY_MOVE = 1e-3
 
 
 def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: Any = None) -> Float[Array, ""]:
-    """`(P - D) / D` from the slack `P - D` and P; +inf where D is not positive.
+    """`(P - D) / D` from the slack `P - D` and the objective P; +inf where D is not positive.
 
-    Args:
-        slack: P - D.
-        objective: P.
-        least: a floor for D, so that a problem whose optimum is 0 can converge; None for the least normal number.
+    `least` is a floor for D, so that a problem with the optimum 0 can converge; None is the least normal number.
     """
     floor = jnp.finfo(objective.dtype).tiny if least is None else least
     bound = objective - slack
@@ -50,8 +47,8 @@ def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: An
 def promoted(status: Array, gap: Array, objective: Array, tol: Any) -> Array:
     """The status of a solve whose gap was computed again, in another precision or in other units.
 
-    A gap within the tolerance counts as convergence, however the solve ended. A larger one, after a solve that
-    converged, is a limit of the precision. No gap at all is a failure.
+    A gap within the tolerance counts as convergence, however the solve ended. A larger gap after convergence is a limit
+    of the precision. A NaN is a failure.
     """
     status = jnp.where((status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, status)
     status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status)
@@ -64,7 +61,7 @@ def stationary(status: Array) -> Array:
 
 
 def has_conjugate(penalty: Any) -> bool:
-    """Whether a penalty takes part in a duality gap."""
+    """Whether a penalty has what a duality gap needs."""
     return isinstance(penalty, Conjugate | Norm)
 
 
@@ -77,7 +74,7 @@ def gauge(penalty: Any, dual: FloatArray) -> Float[Array, ""]:
     """The least t >= 0 for which `dual / t` lies in the domain of the penalty's conjugate."""
     if isinstance(penalty, Conjugate):
         return jnp.asarray(penalty.dual_norm(dual), dual.dtype)
-    # A user's norm without `dual_norm`: bisect for the largest share that the projection leaves unchanged.
+    # A user's norm without `dual_norm`: bisect for the largest multiple that the projection leaves unchanged.
     size = jnp.max(jnp.abs(dual))
 
     def inside(share: Array) -> Array:
@@ -121,10 +118,10 @@ def certificate(
         image: `A x`.
         loss_dual: s, in the domain of f*, of the shape of `A x`.
         dual: u, in the domain of the penalty's conjugate, of the shape of `K x`.
-        scales: how easily s and u move: the change is the shortest where theirs are divided by the root of these.
-        precondition: about the inverse of `Aᵀ A` and `Kᵀ K`, scaled and summed; None for none.
-        due: False leaves the pair as it is, for a gap that nobody looks at.
-        most_steps: of the linear solve; what it leaves adds to the gap.
+        scales: how easily s and u move: the changes, divided by the roots of these, are as short as possible.
+        precondition: an approximate inverse of the scaled sum of `Aᵀ A` and `Kᵀ K`, or None.
+        due: False leaves the pair unchanged, for a gap that is not used.
+        most_steps: of the linear solve; its residual is added to the gap.
     """
     loss, penalty = problem.loss, problem.penalty
     maps = or_identity(problem.operator, x)
@@ -159,7 +156,7 @@ def certificate(
     share = 1 / jnp.maximum(gauge(penalty, jnp.where(fixed, 0, dual)), 1)
     objective = rows.value(image) + penalty.value(y)
     slack = rows.slack(image, -share * loss_dual) + total(penalty.slack(y, share * dual))
-    # What is missing shifts the bound by at most its length times that of the way to the answer, at most 2 ||x||.
+    # The remaining violation shifts the bound by at most its length times the distance to the answer, at most 2 ||x||.
     slack = jnp.maximum(slack, 0) + 2 * left * length
     return objective, relative_gap(slack, objective, limits.eps * rows.value(jnp.zeros_like(image)))
 
@@ -167,16 +164,7 @@ def certificate(
 def proximal_gap(
     loss: Any, penalty: Any, x: FloatArray, image: FloatArray, gradient: FloatArray, objective: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """The relative gap of a problem without an operator by the loss's own gradient, scaled.
-
-    Args:
-        loss: with `scaled_slack` and `value`.
-        penalty: with a conjugate.
-        x: the point.
-        image: what the loss computes from x.
-        gradient: at x.
-        objective: at x.
-    """
+    """The relative gap at x of a problem without an operator, by the scaled gradient of a loss with `scaled_slack`."""
     share = 1 / jnp.maximum(gauge(penalty, -gradient), 1)
     slack = loss.scaled_slack(x, image, share) + total(penalty.slack(x, -share * gradient))
     least = jnp.finfo(x.dtype).eps * loss.value(jnp.zeros_like(x))
@@ -186,15 +174,7 @@ def proximal_gap(
 def composite_gap(
     problem: Any, x: FloatArray, image: FloatArray, dual: FloatArray, curvature: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """The relative gap of a problem in a `Composite` penalty by the subgradient that a prox near x has found.
-
-    Args:
-        problem: its loss is a `MatrixLoss`; there is no operator.
-        x: the point.
-        image: `A x`.
-        dual: the subgradient of the inner penalty.
-        curvature: of the loss.
-    """
+    """The relative gap of a `MatrixLoss` and a `Composite` penalty by the subgradient `dual` of a prox near x."""
     problem = unfolded(problem, x)
     size = norm_estimate(problem.operator.mv, problem.operator.rmv, x, 10)
     scales = (1 / curvature, PENALTY_MOVE / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)

@@ -10,8 +10,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.grouping import RowTable
 from sparseopt.core.penalties import Conjugate, Norm, Penalty
-from sparseopt.core.thresholds import FloatArray, Scalar
-from sparseopt.core.types import pytree, static
+from sparseopt.core.types import FloatArray, Scalar, pytree, static
 
 
 @pytree
@@ -23,7 +22,6 @@ class Lifted:
     row_squares: Any
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The penalty of the rows."""
         return self.penalty.value(self.rows.mv(x))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
@@ -44,12 +42,12 @@ def lift(penalty: Penalty, group: Any) -> Lifted:
 
     For one row a and any scalar penalty p, `argmin_v 1/2 ||v - x||² + step p(aᵀv)` is
     `x + a (u - s) / |a|²` with `s = aᵀx` and `u = argmin_u 1/2 (u - s)² + step |a|² p(u)`: v moves along a only.
-    Rows without a common column do not feel each other. `jax.vmap` over a `RowTable` lifts the penalty to every group;
-    one with a weight for every row needs `by_group` first.
+    Rows without a common column do not interact. `jax.vmap` over a `RowTable` lifts the penalty to every group; a
+    penalty with one weight per row needs `by_group` first.
 
     Args:
-        penalty: any penalty that acts on every entry (or every slice of channels) on its own; its prox is called
-            with one step a row.
+        penalty: any penalty that acts on every entry (or every slice of channels) separately; its prox is called
+            with one step per row.
         group: one group of a `RowTable`, or any linear map with `row_squares()` whose rows share no column.
 
     Source: Bu, Wu, Zuo, "Doge-ADMM", section 3; for orthogonal rows, Combettes and Pesquet, 2007, prop. 11.
@@ -66,15 +64,10 @@ def lift(penalty: Penalty, group: Any) -> Lifted:
 
 
 def by_group(penalty: Any, table: RowTable, shape: tuple[int, ...], channels: int = 0) -> Any:
-    """A penalty on all rows, with a first axis of groups on every leaf: what `jax.vmap` over the table goes along with.
+    """A penalty on all rows with a leading axis of groups on every leaf, for `jax.vmap` along with the table.
 
-    A leaf with one number a row is gathered as the table has the rows; any other serves all rows alike.
-
-    Args:
-        penalty: on arrays `[*shape]`, or with trailing channels; its leaves broadcast to such arrays.
-        table: of the groups.
-        shape: of the array of all rows, without channels; flattened it has the places of `table.row_numbers`.
-        channels: trailing axes.
+    A leaf with one number per row is gathered in the order of the table; any other leaf is the same for all rows. The
+    penalty acts on arrays `[*shape]`, which `table.row_numbers` index flattened, with a number of trailing `channels`.
 
     Example:
         >>> from sparseopt.core.combined_penalties import by_group
@@ -103,28 +96,23 @@ class Sum:
     penalties: tuple[Any, ...]
     sizes: tuple[int, ...] = static()  # rows of each
 
-    def _parts(self, x: Any) -> list[Any]:
-        """Slices of an array by rows; of a number, one that serves all, as many as there are penalties."""
-        if jnp.ndim(x) == 0:
-            return [x] * len(self.sizes)
-        return jnp.split(x, list(itertools.accumulate(self.sizes))[:-1])
+    def _each(self, method: str, *arrays: Any) -> list[Any]:
+        """What a method of every penalty returns for its slice of the arrays; a number is the same for all."""
+        ends = list(itertools.accumulate(self.sizes))[:-1]
+        slices = [jnp.split(x, ends) if jnp.ndim(x) else [x] * len(self.sizes) for x in arrays]
+        parts = zip(self.penalties, *slices, strict=True)
+        return [getattr(penalty, method)(*part) for penalty, *part in parts]
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The sum of the values."""
-        values = [penalty.value(part) for penalty, part in zip(self.penalties, self._parts(x), strict=True)]
-        return jnp.sum(jnp.stack(values))
+        return jnp.sum(jnp.stack(self._each("value", x)))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """Slice by slice, since no row is in two of them."""
-        parts = zip(self.penalties, self._parts(x), self._parts(step), strict=True)
-        return jnp.concatenate([penalty.prox(part, size) for penalty, part, size in parts])
+        return jnp.concatenate(self._each("prox", x, step))
 
 
 class _SumWithSlack(Sum):
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        """The terms of all slices, in one row."""
-        parts = zip(self.penalties, self._parts(x), self._parts(dual), strict=True)
-        return jnp.concatenate([penalty.slack(part, u).reshape(-1) for penalty, part, u in parts])
+        return jnp.concatenate([terms.reshape(-1) for terms in self._each("slack", x, dual)])
 
 
 @pytree
@@ -132,9 +120,7 @@ class NormSum(_SumWithSlack):
     """A `Sum` of norms, which is a norm."""
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
-        """Slice by slice."""
-        parts = zip(self.penalties, self._parts(dual), strict=True)
-        return jnp.concatenate([penalty.project_dual(part) for penalty, part in parts])
+        return jnp.concatenate(self._each("project_dual", dual))
 
 
 @pytree
@@ -142,14 +128,12 @@ class ConjugateSum(_SumWithSlack):
     """A `Sum` of convex penalties with known conjugates, whose conjugate is the sum of theirs."""
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """The largest of all slices."""
-        parts = zip(self.penalties, self._parts(dual), strict=True)
-        return jnp.max(jnp.stack([penalty.dual_norm(part) for penalty, part in parts]))
+        return jnp.max(jnp.stack(self._each("dual_norm", dual)))
 
 
 @pytree
 class ConjugateNormSum(NormSum, ConjugateSum):
-    """A `Sum` of norms with known dual norms: a norm of which the largest of theirs is the dual norm."""
+    """A `Sum` of norms with known dual norms; its dual norm is the largest of theirs."""
 
 
 def stacked(penalties: Sequence[Penalty], sizes: Sequence[int]) -> Sum:

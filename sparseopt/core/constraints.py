@@ -1,6 +1,6 @@
 """Floor 2: constraints, the indicators of simple sets: value 0 on the set, +inf off it; the prox projects.
 
-`Nonnegative` and `Box` may carry an L1 weight besides. Sparse sets are in `patterns.py`.
+`Nonnegative` and `Box` may also carry an L1 weight. Sparse sets are in `patterns.py`.
 """
 
 from typing import Any
@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.thresholds import FloatArray, Scalar, count_nonzero, largest_ratio, soft_threshold
-from sparseopt.core.types import pytree
+from sparseopt.core.thresholds import count_nonzero, largest_ratio, soft_threshold
+from sparseopt.core.types import FloatArray, Scalar, pytree
 
 
 @pytree
 class Support:
-    """Indicator of arrays that are zero where `mask` is False; prox: set those entries to zero.
+    """Indicator of arrays that are zero where `mask` is False; prox: set those entries to exactly zero.
 
     Example:
         >>> so.Support(jnp.array([True, False, True])).prox(jnp.array([1.0, 2.0, 3.0]), step=1.0)
@@ -26,13 +26,10 @@ class Support:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """0 where x vanishes off the mask, +inf elsewhere."""
         outside = count_nonzero(jnp.where(self.mask, 0, x))
         return jnp.where(outside == 0, 0.0, jnp.inf).astype(x.dtype)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """The projection: `x` on the mask, exactly zero off it, whatever the step."""
-        del step
         return jnp.where(self.mask, x, jnp.zeros((), x.dtype))
 
 
@@ -51,19 +48,15 @@ class Nonnegative:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The sum of `weight x` where no entry is negative, +inf elsewhere."""
         return jnp.sum(self.weight * x) + _infinite_unless(jnp.all(x >= 0), x)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """Shrink every entry by `step * weight`, to zero at least."""
         return jnp.maximum(x - jnp.asarray(step * self.weight, x.dtype), 0)
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        """`(weight - dual) x`, entry by entry; +inf where x is negative."""
         return (jnp.asarray(self.weight, x.dtype) - dual) * x + _infinite_unless(x >= 0, x)
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """The largest `max(dual, 0) / weight`."""
         return largest_ratio(jnp.maximum(dual, 0), self.weight)
 
 
@@ -89,12 +82,10 @@ class Box:
         return jnp.asarray(self.low, x.dtype), jnp.asarray(self.high, x.dtype)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The sum of `weight |x|` in the box, +inf outside."""
         low, high = self._bounds(x)
         return jnp.sum(self.weight * jnp.abs(x)) + _infinite_unless(jnp.all((x >= low) & (x <= high)), x)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """Shrink every entry by `step * weight`, then clip it to the box."""
         # On a line the prox of a convex function, clipped, is that of the function on the interval.
         return jnp.clip(soft_threshold(x, jnp.asarray(step * self.weight, x.dtype)), *self._bounds(x))
 
@@ -110,7 +101,7 @@ class Box:
         return jnp.maximum(jnp.maximum(*gains[:2]), gains[2]) + _infinite_unless((x >= low) & (x <= high), x)
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """0 for finite bounds; the largest `|dual| / weight` of entries that point to an infinite one."""
+        """0 for finite bounds; the largest `|dual| / weight` of entries that point to an infinite bound."""
         low, high = self._bounds(dual)
         unbounded = jnp.where(dual > 0, high == jnp.inf, low == -jnp.inf)
         return largest_ratio(jnp.where(unbounded, jnp.abs(dual), 0), self.weight)
@@ -137,28 +128,23 @@ class Simplex:
         return _infinite_unless(jnp.all(x >= 0) & (jnp.abs(jnp.sum(x) - self.radius) <= allowed), x)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """The projection, whatever the step."""
-        del step
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(-1)
         radius = jnp.asarray(self.radius, wide.dtype)
-        # The projection does not see a shift of all entries, and entries far above the radius would lose the level.
+        # Shifting all entries leaves the projection unchanged; without it, entries far above the radius lose the level.
         below = wide - jax.lax.stop_gradient(jnp.max(wide))
         fixed = jax.lax.stop_gradient(below)
         sums = jnp.cumsum(jnp.sort(fixed, descending=True))
         kept = fixed > jnp.max((sums - radius) / jnp.arange(1, wide.size + 1, dtype=wide.dtype))
         point, count = jnp.where(kept, below, 0), jnp.maximum(jnp.sum(kept), 1).astype(wide.dtype)
-        # A rounded level shifts many entries the same way, and their sum by as much together: the second pass
-        # takes that out.
+        # A rounded level shifts many entries the same way, and so their sum: the second pass corrects that.
         for _ in range(2):
             point = jnp.where(kept, jnp.maximum(point - (jnp.sum(point) - radius) / count, 0), 0)
         return point.reshape(x.shape).astype(x.dtype)
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        """`x (max dual - dual)`, entry by entry; +inf where x is not in the set."""
         return x * (jnp.max(dual) - dual) + self.value(x)
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """0: the set is bounded, so the conjugate is finite everywhere."""
         return jnp.zeros((), dual.dtype)
 
 

@@ -5,11 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
-from sparseopt.core.types import pytree
-
-FloatArray = Float[Array, "..."]
+from sparseopt.core.types import FloatArray, pytree
 
 
 def _means(y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -19,13 +16,8 @@ def _means(y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray
 def wright_omega(z: FloatArray) -> FloatArray:
     """The w > 0 with `w + log w = z`, to a few eps, entry by entry.
 
-    Source: Fritsch, Shafer and Crowley, "Solution of the transcendental equation w e^w = x", 1973, whose step is of
-    order four.
-
-    Example:
-        >>> from sparseopt.core.count_and_label_losses import wright_omega
-        >>> wright_omega(jnp.array([1.0])).round(3)
-        Array([1.], dtype=float32)
+    Source: Fritsch, Shafer and Crowley, "Solution of the transcendental equation w e^w = x", 1973, a step of order
+    four.
     """
     # Below this w is e^z to rounding, and log w must stay finite.
     z = jnp.maximum(z, 0.9 * jnp.log(jnp.finfo(z.dtype).tiny))
@@ -61,11 +53,9 @@ class PoissonLoss:
     smooth = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """The divergence of the rate e^x from y."""
         return _poisson_slack(y, x)
 
     def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """`e^x - y`."""
         return jnp.exp(x) - y
 
     def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
@@ -74,7 +64,7 @@ class PoissonLoss:
         level = x + step * y
         log_step = jnp.log(jnp.where(step > 0, step, 1))
         omega = wright_omega(level + log_step)  # step e^u
-        # Each form is exact where the other cancels.
+        # Each form is accurate where the other cancels.
         u = jnp.where(omega > 1, jnp.log(omega) - log_step, level - omega)
         return jnp.where(step > 0, u, x)
 
@@ -87,25 +77,21 @@ class PoissonLoss:
         return _poisson_slack(jnp.maximum(dual + y, 0), x)
 
     def mean(self, x: FloatArray) -> FloatArray:
-        """e^x."""
         return jnp.exp(x)
 
     def wrong(self, y: np.ndarray) -> np.ndarray:
-        """Negative or infinite."""
         return ~(np.isfinite(y) & (y >= 0))
 
     def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """The logarithm of the mean."""
         with np.errstate(divide="ignore"):
             return np.log(_means(y, weights, labels))
 
     def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
-        """The mean of the observed and the constant rate."""
-        del weights
+        """The mean of the observed and of the constant rate."""
         return (y + np.exp(fit)) / 2
 
     def span(self, y: np.ndarray) -> tuple[float, float]:
-        """Logarithms of the counts, 0 read as 1/2."""
+        """The logarithms of the counts, with 1/2 for 0."""
         return float(np.log(max(y.min(), 0.5))), float(np.log(max(y.max(), 0.5)))
 
 
@@ -125,15 +111,13 @@ class LogisticLoss:
     smooth = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """`log(1 + e^x) - y x`."""
         return y * jax.nn.softplus(-x) + (1 - y) * jax.nn.softplus(x)
 
     def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """`1 / (1 + e^-x) - y`."""
         return jax.nn.sigmoid(x) - y
 
     def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
-        """`u + step sigmoid(u) = x + step y`, by Newton's method from where it is monotone."""
+        """`u + step sigmoid(u) = x + step y`, by a monotone Newton's method."""
         step = jnp.asarray(step, x.dtype)
         level = x + step * y
         # On u <= 0 the left side is convex; the other half is its mirror image.
@@ -153,44 +137,39 @@ class LogisticLoss:
     def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
         """The divergence of the probability at x from `dual + y`."""
         p, q = jnp.clip(dual + y, 0, 1), jnp.clip(1 - y - dual, 0, 1)
-        # Two divergences whose linear terms cancel: each is exact where p is near.
+        # Two divergences whose linear terms cancel: each is accurate where p is near.
         return _poisson_slack(p, -jax.nn.softplus(-x)) + _poisson_slack(q, -jax.nn.softplus(x))
 
     def mean(self, x: FloatArray) -> FloatArray:
-        """`1 / (1 + e^-x)`."""
         return jax.nn.sigmoid(x)
 
     def wrong(self, y: np.ndarray) -> np.ndarray:
-        """Neither 0 nor 1."""
         return ~((y == 0) | (y == 1))
 
     def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """The log-odds of the mean."""
         of_ones, of_zeros = np.bincount(labels, weights * y), np.bincount(labels, weights * (1 - y))
         with np.errstate(divide="ignore"):
             return np.log(of_ones) - np.log(of_zeros)
 
     def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
         """`p (1 - p)` of the constant fit."""
-        del y, weights
         return 1 / (2 + np.exp(fit) + np.exp(-fit))
 
     def span(self, y: np.ndarray) -> tuple[float, float]:
         """Log-odds of 1 to 100 and of 100 to 1."""
-        del y
         return -float(np.log(100)), float(np.log(100))
 
 
 @pytree
 class SquaredHingeLoss:
-    """Labels -1 or 1 with score x: `f = max(0, 1 - y x)² / 2`, the square where the margin `y x` is below 1, else 0.
+    """Labels -1 or 1 with score x: `f = max(0, 1 - y x)² / 2`.
 
-    A label that the fit is sure of has no pull, unlike one of `LogisticLoss`; so there is a finite fit where all labels
-    are equal.
+    Unlike with `LogisticLoss`, a label whose margin `y x` is at least 1 has no pull, so the fit is finite even where
+    all labels are equal.
 
-    Source: Cortes and Vapnik, "Support-vector networks", Machine Learning 20 (1995), whose penalty of margins has this
-    one among its powers; Zhang, "Statistical behavior and consistency of classification methods based on convex risk
-    minimization", Annals of Statistics 32 (2004), for the probabilities.
+    Source: Cortes and Vapnik, "Support-vector networks", Machine Learning 20 (1995), with the power 2; Zhang,
+    "Statistical behavior and consistency of classification methods based on convex risk minimization", Annals of
+    Statistics 32 (2004), for the probabilities.
 
     Example:
         >>> so.SquaredHingeLoss().value(jnp.array([-1.0, 0.0, 3.0]), 1.0)
@@ -203,16 +182,14 @@ class SquaredHingeLoss:
     smooth = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """Half the square of what the margin lacks."""
         lack = jnp.maximum(1 - y * x, 0)
         return lack * lack / 2
 
     def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """`-y max(0, 1 - y x)`."""
         return -y * jnp.maximum(1 - y * x, 0)
 
     def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
-        """Shrink by `1 + step` towards y, where the margin is below 1."""
+        """Shrink `x - y` by the factor `1 + step` where the margin is below 1."""
         step = jnp.asarray(step, x.dtype)
         return x + y * jnp.maximum(1 - y * x, 0) * (step / (1 + step))
 
@@ -221,16 +198,15 @@ class SquaredHingeLoss:
         return jnp.where(y > 0, -jnp.inf, 0), jnp.where(y > 0, 0, jnp.inf)
 
     def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
-        """Half the square of `derivative - dual`, and `-y dual` times what the margin exceeds 1 by."""
+        """Half the square of `derivative - dual`, plus `-y dual` times the excess of the margin over 1."""
         pull, lack = jnp.maximum(-y * dual, 0), 1 - y * x
         return (jnp.maximum(lack, 0) - pull) ** 2 / 2 + pull * jnp.maximum(-lack, 0)
 
     def mean(self, x: FloatArray) -> FloatArray:
-        """X, clipped to [-1, 1]: the label 1 has the probability `(1 + mean) / 2`."""
+        """`x`, clipped to [-1, 1]: the label 1 has the probability `(1 + mean) / 2`."""
         return jnp.clip(x, -1, 1)
 
     def wrong(self, y: np.ndarray) -> np.ndarray:
-        """Neither -1 nor 1."""
         return ~(np.abs(y) == 1)
 
     def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -238,11 +214,8 @@ class SquaredHingeLoss:
         return _means(y, weights, labels)
 
     def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
-        """1, that of the square."""
-        del weights, fit
         return np.ones(y.shape)
 
     def span(self, y: np.ndarray) -> tuple[float, float]:
-        """[-1, 1], at whose ends no label has a pull any more."""
-        del y
+        """[-1, 1], at whose ends no label has a pull."""
         return -1.0, 1.0

@@ -1,7 +1,7 @@
 """Floor 1: dense symmetric positive definite matrices by matrix products alone.
 
 A LAPACK factorisation on the host, or a triangular solve on an accelerator, runs far below the rate of a product.
-On a CPU the inverse of a large n x n matrix here costs little more than one product of its size, and calls no library.
+On a CPU the inverse of a large matrix here costs little more than one product of its size, and calls no library.
 """
 
 import jax
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
-# Widths of panels, of the panels in a panel, and so on to single rows: products need wide ones, and what is done row by
+# Widths of panels, of the panels within a panel, and so on to single rows: products need wide panels, and work row by
 # row needs narrow ones.
 PANELS = (128, 16, 1)
-# Above this size the matrix is halved once, which spares a quarter of the operations and most of the memory traffic.
+# Above this size the matrix is halved once, which saves a quarter of the operations and most of the memory traffic.
 WHOLE = 4 * PANELS[0]
 
 
@@ -25,23 +25,16 @@ def spd_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """The inverse of a symmetric positive definite matrix, symmetric; NaN where rounding finds it not definite.
 
     A large matrix is cut into halves, `[[A, B], [Bᵀ, D]]`. With `T = A⁻¹ B` and the Schur complement `S = D - Bᵀ T` its
-    inverse is `[[A⁻¹ + T S⁻¹ Tᵀ, -T S⁻¹], [-S⁻¹ Tᵀ, S⁻¹]]`, and A and S are inverted in a loop over panels. So the
-    program is the same for every large n.
+    inverse is `[[A⁻¹ + T S⁻¹ Tᵀ, -T S⁻¹], [-S⁻¹ Tᵀ, S⁻¹]]`, and A and S are inverted in a loop over panels.
     In float32 the error is a small multiple of `eps` times the condition number: give the matrix a ridge.
 
     Source: Banachiewicz, 1937, for the halves; for the panels see `_swept`; Higham, "Accuracy and stability of
     numerical algorithms", 2002, chapter 14.
-
-    Example:
-        >>> from sparseopt.core.dense import spd_inverse
-        >>> spd_inverse(jnp.diag(jnp.array([1.0, 4.0])))
-        Array([[1.  , 0.  ],
-               [0.  , 0.25]], dtype=float32)
     """
     size = matrix.shape[0]
     if size <= WHOLE:
         return _by_panels(matrix)
-    # At a multiple of the panels, so that most sizes need no padding.
+    # A multiple of the panels, so that most sizes need no padding.
     half = PANELS[0] * -(-size // (2 * PANELS[0]))
     upper, side, lower = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
     upper_inverse = _by_panels(upper)
@@ -58,13 +51,13 @@ def _by_panels(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 
 def _swept(matrix: Float[Array, "n n"], widths: tuple[int, ...]) -> Float[Array, "n n"]:
-    """Minus the inverse, by panels of `widths[0]` rows at most; the others are those of the panels' own inverses.
+    """Minus the inverse, by panels of at most `widths[0]` rows; the other widths are for the inverses of the panels.
 
     With P a panel's square on the diagonal and G its rows, -I in place of P, the panel is swept by
 
         M <- M - Gᵀ P⁻¹ G        with the panel's rows and columns of M on the right side taken as 0
 
-    and after the last one M is minus the inverse. P⁻¹ is found in the same way, by narrower panels.
+    After the last panel M is minus the inverse. P⁻¹ is computed in the same way, by narrower panels.
 
     Source: Beaton, 1964, for single rows; Goodnight, "A tutorial on the SWEEP operator", 1979.
     """
@@ -75,7 +68,7 @@ def _swept(matrix: Float[Array, "n n"], widths: tuple[int, ...]) -> Float[Array,
         return _swept(matrix, widths[1:])
     count = -(-size // widths[0])
     width = -(-size // count)
-    # Equal panels: a row or so of the identity, of which the inverse knows nothing, fills the last.
+    # Equal panels: rows of the identity, which leave the inverse unchanged, fill the last one.
     padding = count * width - size
     places = jnp.arange(size + padding)
     if padding:

@@ -1,8 +1,8 @@
-"""Floor 2.75: the implicit derivative of a solution in every leaf of its problem.
+"""Floor 3.375: the implicit derivative of a solution in every leaf of its problem.
 
 At a solution the active set (which rows of `operator x` the penalty holds at its kink, which entries a pattern keeps)
 is locally constant almost everywhere. There the optimality conditions are smooth equations, and the implicit function
-theorem gives the derivative by one linear solve; the iterations are never unrolled.
+theorem gives the derivative by one linear solve; no iterations are unrolled.
 
 Without an operator, with `T = prox(x - t gradient(x), t)`, `J` the Jacobian of the prox, `H` the Hessian of the loss
 and `p` the movement of the prox with its own parameters, `dx = T'(x) dx + ...` becomes the symmetric system
@@ -14,17 +14,17 @@ which lives on the support alone where J is a mask. With an operator K, dual u, 
     H dx + (1/t) Kᵀ N s = -dgradient - dKᵀ u + (1/t) Kᵀ p
     (1/t) N K dx - (1/t) N J s = (1/t) N (p - dK x)
 
-For L1 behind an operator J is a mask and this is the projection onto the null space of the rows that are zero. A loss
-that is not smooth adds one more such block. Where H is the identity, dx is eliminated; with r the first right side,
+For L1 with an operator J is a mask, and this is the projection onto the null space of the zero rows. A loss that is
+not smooth adds one more such block. Where H is the identity, dx is eliminated; with r the first right-hand side,
 
     (N K Kᵀ N + t N J) s = N (K r + dK x - p),        dx = r - Kᵀ N s
 
-which is positive semidefinite for a convex penalty, and takes conjugate gradients a tenth of the time. Where K is the
-first difference of a graph, J a mask and H diagonal, x is constant on the pieces that zero rows join, and dx is on each
-the sum of r over that of H.
+which is positive semidefinite for a convex penalty, and conjugate gradients solve it in a tenth of the time. Where K is
+the first difference of a graph, J a mask and H diagonal, x is constant on the pieces that zero rows join, and on each
+dx is the sum of r over the sum of H.
 
-Where the active set changes, at a tie, the answer is the derivative on one of the two sides; where the solution is not
-unique it is that of the shortest change.
+Where the active set changes, at a tie, the answer is a one-sided derivative; where the solution is not unique, it is
+that of the shortest change.
 
 Source: for fixed points of the proximal gradient step, Bertrand et al., "Implicit differentiation for fast
 hyperparameter selection in non-smooth convex learning", JMLR 2022; for the linear solves Hestenes and Stiefel, "Methods
@@ -43,25 +43,24 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from sparseopt.core.certify import has_conjugate
-from sparseopt.core.fidelity import NodeSquares
+from sparseopt.core.fidelity import NodeLoss, NodeSquares
 from sparseopt.core.losses import is_smooth
 from sparseopt.core.matrices import norm_estimate
 from sparseopt.core.matrix_losses import LeastSquares, MatrixLoss
-from sparseopt.core.node_losses import NodeLoss
 from sparseopt.core.operators import Difference, or_identity
 from sparseopt.core.penalties import Norm
 from sparseopt.core.pieces import piece_labels, piece_means
+from sparseopt.core.types import FloatArray
 
-FloatArray = Float[Array, "..."]
-# Steps of a linear solve: this many per unknown, at most this many in all.
+# The most steps of a linear solve, per unknown and in all.
 PER_UNKNOWN, MOST_STEPS = 8, 20_000
-# The residual at which conjugate gradients stop, and what rounding allows, relative to the right-hand side. What the
-# solver left of its own residual moves the active set by more.
+# The residual at which conjugate gradients stop, and what rounding allows in eps, relative to the right-hand side. The
+# solver's own residual moves the active set by more.
 ENOUGH, ROUNDING = 1e-9, 8
 
 
 class Found(NamedTuple):
-    """What a solver knows about a solution besides its value; None for what it does not know."""
+    """What a solver knows about a solution besides its value; None if unknown."""
 
     loss_dual: Any  # the subgradient of a loss `f(A x)` at A x
     dual: Any  # that of the penalty at `operator x`
@@ -70,8 +69,7 @@ class Found(NamedTuple):
 
 @jax.custom_jvp
 def attached(problem: Any, value: FloatArray, objective: Array, found: Found) -> tuple[FloatArray, Array]:
-    """`value` and `objective`, with the derivatives of the solution in the leaves of the problem."""
-    del problem, found
+    """`value` and `objective` with the derivatives of the solution in the leaves of the problem."""
     return value, objective
 
 
@@ -93,7 +91,7 @@ def _attached_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 
 def _along(function: Callable[[Any], Any], tree: Any, moved: Any) -> Any:
-    """The derivative of a function of a pytree along a movement of its leaves."""
+    """The derivative of a function of a pytree along a tangent of its leaves."""
     return jax.jvp(function, (tree,), (moved,))[1]
 
 
@@ -102,7 +100,7 @@ def _fixed_point_tangent(problem: Any, moved: Any, x: FloatArray, step: Any) -> 
     gradient, hessian = jax.linearize(loss.gradient, x)
     turned = _along(lambda loss: loss.gradient(x), loss, moved.loss)
     if step is None:
-        # For a convex penalty every step serves; for others it must be short enough.
+        # Any step will do for a convex penalty; for others it must be short enough.
         step = 0.9 / jnp.maximum(norm_estimate(hessian, lambda e: e, x) ** 2, jnp.finfo(x.dtype).tiny)
     point = x - step * gradient
     _, jacobian = jax.linearize(lambda point: penalty.prox(point, step), point)
@@ -140,7 +138,7 @@ class _Term(NamedTuple):
 
 
 def _linearised(given: Any, given_moved: Any, term: Any, term_moved: Any, x: FloatArray, dual: Any, step: Any) -> _Term:
-    """`term(given x)` with its dual, at a step for which `given x` is the prox; None for a balanced one."""
+    """`term(given x)` with its dual, at a step for which `given x` is the prox; None takes a balanced step."""
     maps, maps_moved = or_identity(given, x), or_identity(given_moved, x)
     rows, tiny = maps.mv(x), jnp.finfo(x.dtype).tiny
     if step is None:
@@ -164,44 +162,37 @@ def _linearised(given: Any, given_moved: Any, term: Any, term_moved: Any, x: Flo
 
 
 def _dual_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tuple[FloatArray, Array]:
-    """The derivatives of x and of the objective where dual points are known."""
     loss, penalty = problem.loss, problem.penalty
     convex = has_conjugate(penalty)
-    # For a convex penalty every step serves.
+    # Any step will do for a convex penalty.
     step = None if convex else found.step_size
-    behind = _linearised(problem.operator, moved.operator, penalty, moved.penalty, x, found.dual, step)
+    penalised = _linearised(problem.operator, moved.operator, penalty, moved.penalty, x, found.dual, step)
     if is_smooth(loss):
         _, hessian = jax.linearize(loss.gradient, x)
-        right = _pulled(-_along(lambda loss: loss.gradient(x), loss, moved.loss), behind)
+        right = _pulled(-_along(lambda loss: loss.gradient(x), loss, moved.loss), penalised)
         if _has_pieces(problem):
-            dx = _constant_on_pieces(problem.operator, hessian, right, behind)
-        elif convex and _is_distance(loss):
-            dx = _eliminated(right, behind)
+            dx = _constant_on_pieces(problem.operator, hessian, right, penalised)
+        elif convex and isinstance(loss, NodeSquares | LeastSquares) and loss.weights is None and _is_diagonal(loss):
+            # Half the squared distance to a point, whose Hessian is the identity.
+            dx = _eliminated(right, penalised)
         else:
             curvature = norm_estimate(hessian, lambda e: e, x) ** 2
-            dx = _saddle_solution(hessian, right, (behind,), curvature)
+            dx = _saddle_solution(hessian, right, (penalised,), curvature)
         changed = _value_along(loss, moved.loss, x, dx)
     else:
         rows, along_rows = jax.jvp(lambda loss: loss.rows, (loss,), (moved.loss,))
         data = _linearised(loss.matrix, moved.loss.matrix, rows, along_rows, x, found.loss_dual, None)
-        right = _pulled(_pulled(jnp.zeros_like(x), behind), data)
-        dx = _saddle_solution(jnp.zeros_like, right, (behind, data), 1.0)
+        right = _pulled(_pulled(jnp.zeros_like(x), penalised), data)
+        dx = _saddle_solution(jnp.zeros_like, right, (penalised, data), 1.0)
         changed = _value_along(rows, along_rows, data.copy, data.mv(dx) + data.rows_moved)
-    return dx, changed + _value_along(penalty, moved.penalty, behind.copy, behind.mv(dx) + behind.rows_moved)
+    return dx, changed + _value_along(penalty, moved.penalty, penalised.copy, penalised.mv(dx) + penalised.rows_moved)
 
 
 def _pulled(right: FloatArray, term: _Term) -> FloatArray:
-    """The right-hand side with what a term adds to it."""
     return right - term.pulled_moved + term.rmv(term.pushed / term.step)
 
 
-def _is_distance(loss: Any) -> bool:
-    """Whether the loss is half the squared distance to a point, whose Hessian is the identity."""
-    return isinstance(loss, NodeSquares | LeastSquares) and loss.weights is None and _is_diagonal(loss)
-
-
 def _is_diagonal(loss: Any) -> bool:
-    """Whether the Hessian of a smooth loss is known to be diagonal."""
     return isinstance(loss, NodeSquares) or (isinstance(loss, NodeLoss | MatrixLoss) and loss.matrix is None)
 
 
@@ -215,7 +206,6 @@ def _has_pieces(problem: Any) -> bool:
 
 
 def _constant_on_pieces(operator: Any, hessian: Any, right: FloatArray, term: _Term) -> FloatArray:
-    """The solution where x is constant on pieces, channel by channel."""
     tails, heads = (end.reshape(-1) for end in operator.base.ends())
     shape = (math.prod(operator.in_shape), -1)
     joins = (term.jacobian(jnp.ones_like(term.copy)) < 1).reshape(tails.size, -1)
@@ -236,7 +226,7 @@ def _eliminated(right: FloatArray, term: _Term) -> FloatArray:
 
 
 def _saddle_solution(hessian: Any, right: FloatArray, terms: tuple[_Term, ...], curvature: Any) -> FloatArray:
-    """The solution of the whole system, with unknowns scaled so that its blocks are about as large as the curvature."""
+    """The solution of the whole system, its unknowns scaled so that the blocks are about as large as the curvature."""
     tiny = jnp.finfo(right.dtype).tiny
     sizes = [jnp.maximum(norm_estimate(term.mv, term.rmv, right, 10), tiny) for term in terms]
     scales = [jnp.mean(term.step) * curvature / size for term, size in zip(terms, sizes, strict=True)]
@@ -279,7 +269,7 @@ def _conjugate_gradients(system: Callable[[Array], Array], b: FloatArray) -> Flo
 def _minres(matvec: Callable[[Array], Array], b: Float[Array, " n"]) -> Float[Array, " n"]:
     """Paige and Saunders' MINRES for symmetric, possibly singular and indefinite, consistent systems.
 
-    It stops when the residual is a few eps of the length of the right-hand side, or at the step limit.
+    It stops at a residual of a few eps times the length of the right-hand side, or at the step limit.
     """
     limits = jnp.finfo(b.dtype)
     length = jnp.linalg.norm(b)

@@ -8,25 +8,12 @@ from scipy import sparse
 from sparseopt.core.arguments import real_array, whole_number
 from sparseopt.core.grouping import grid_edges
 
-# A pair of node numbers is one int64 key.
+# A pair of node numbers is stored as one int64 key.
 MOST_NODES = 3_037_000_499
 
 
-def checked_count(num_nodes: Any) -> int:
-    """The number of nodes as an int.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    return whole_number("num_nodes", num_nodes, 1, MOST_NODES)
-
-
 def checked_edges(edges: Any, num_nodes: int | None, weights: Any) -> tuple[np.ndarray, int, np.ndarray | None]:
-    """Edges as int64 `[m, 2]`, the number of nodes, weights as float64 `[m]` or None.
-
-    Raises:
-        ValueError: on a wrong shape, what is no node number, or weights that are not positive and finite.
-    """
+    """Edges as int64 `[m, 2]`, the number of nodes, weights as float64 `[m]` or None; else a ValueError."""
     try:
         pairs = np.asarray(edges)
     except ValueError as error:
@@ -41,9 +28,10 @@ def checked_edges(edges: Any, num_nodes: int | None, weights: Any) -> tuple[np.n
     )
     if not whole:
         raise ValueError(f"edges are pairs of whole node numbers, given dtype {pairs.dtype}: {pairs[:1].tolist()} ...")
-    count = checked_count(max(int(pairs.max(initial=0)) + 1, 1) if num_nodes is None else num_nodes)
+    given = max(int(pairs.max(initial=0)) + 1, 1) if num_nodes is None else num_nodes
+    count = whole_number("num_nodes", given, 1, MOST_NODES)
     if num_nodes is None and not pairs.size:
-        raise ValueError("a graph has at least one node: without edges give num_nodes, given none of both")
+        raise ValueError("a graph has at least one node: without edges give num_nodes; neither was given")
     outside = (pairs < 0) | (pairs >= count)
     if outside.any():
         row = int(np.argmax(outside.any(axis=1)))
@@ -62,11 +50,7 @@ def checked_edges(edges: Any, num_nodes: int | None, weights: Any) -> tuple[np.n
 
 
 def require_positive(level: np.ndarray) -> None:
-    """See that the weights of edges are positive and finite.
-
-    Raises:
-        ValueError: for the first that is not.
-    """
+    """Raise a ValueError for the first weight that is not positive and finite."""
     wrong = ~(np.isfinite(level) & (level > 0))
     if wrong.any():
         row = int(np.argmax(wrong))
@@ -77,11 +61,7 @@ def require_positive(level: np.ndarray) -> None:
 
 
 def checked_adjacency(adjacency: Any) -> Any:
-    """An adjacency matrix as a SciPy COO array in float64, without the entries that are 0.
-
-    Raises:
-        ValueError: if it is not square, symmetric and finite.
-    """
+    """An adjacency matrix as a SciPy COO array in float64 without zeros; a ValueError if it is not a symmetric one."""
     if not sparse.issparse(adjacency):
         adjacency = np.asarray(real_array("an adjacency matrix", adjacency), np.float64)
     if adjacency.dtype.kind not in "biuf":
@@ -105,7 +85,7 @@ def checked_adjacency(adjacency: Any) -> Any:
 
 
 def grid_shape(pairs: np.ndarray, count: int) -> tuple[int, ...] | None:
-    """The shape if the edges are those of a chain or a 2-D grid in row-major order, so that stencils serve."""
+    """The shape if the edges are those of a chain or a 2-D grid in row-major order, for which stencils are used."""
     steps = np.abs(pairs[:, 1] - pairs[:, 0])
     if count < 2 or steps.size == 0 or steps.min() != 1:
         return None

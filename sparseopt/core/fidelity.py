@@ -1,4 +1,4 @@
-"""Floor 2: the node-weighted squared distance to a signal, and sums that keep their accuracy in float32."""
+"""Floor 2: losses of a signal at the nodes, with weights and missing values, and sums that are accurate in float32."""
 
 from typing import Any
 
@@ -6,19 +6,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.mesh import parts_at_work
-from sparseopt.core.types import pytree
+from sparseopt.core.operators import padded
+from sparseopt.core.types import FloatArray, pytree
 
-FloatArray = Float[Array, "..."]
 BLOCK = 256
 
 
 def total(x: FloatArray) -> Float[Array, ""]:
     """The sum of all entries: of float64 at once, of shorter floats by blocks of 256 in two or more levels.
 
-    The relative error on entries of one sign is about `256 eps` in the worst case and a few eps in practice,
-    where one running sum over a million float32 entries loses three digits. To sum float32 entries in float64 would
-    serve as well, but XLA for CPUs (jaxlib 0.10.2) gets such sums wrong where it fuses them with stencils of three
-    axes.
+    The relative error on entries of one sign is about `256 eps` in the worst case and a few eps in practice; a running
+    sum over a million float32 entries loses three digits. Summing float32 entries in float64 would also work, but XLA
+    for CPUs (jaxlib 0.10.2) gets such sums wrong when it fuses them with stencils of three axes.
     """
     if x.dtype == jnp.float64:
         return jnp.sum(x)
@@ -31,73 +30,130 @@ def total(x: FloatArray) -> Float[Array, ""]:
 
 
 def _total_apart(x: FloatArray, parts: int) -> Float[Array, ""]:
-    """`total` of an array of which some axis is cut into equal parts: axis by axis, and a cut one within its parts.
+    """`total` of an array of which one axis is cut into equal parts: axis by axis, the cut one within its parts.
 
-    Which one that is cannot be told here; an axis of so many parts is taken for one, where it is none to no harm.
+    Which axis is cut is not known here. Every axis that `parts` divides is treated as cut, which does no harm.
     """
     for axis in reversed(range(x.ndim)):
         pieces = parts if x.shape[axis] % parts == 0 else 1
         x = x.reshape(*x.shape[:axis], pieces, -1, *x.shape[axis + 1 :])
         while x.shape[axis + 1] > 1:
             size = min(BLOCK, x.shape[axis + 1])
-            widths = [(0, 0)] * x.ndim
-            widths[axis + 1] = (0, -x.shape[axis + 1] % size)
-            x = jnp.pad(x, widths)
+            x = padded(x, axis + 1, 0, -x.shape[axis + 1] % size)
             x = x.reshape(*x.shape[: axis + 1], -1, size, *x.shape[axis + 2 :]).sum(axis=axis + 2)
         x = x.reshape(*x.shape[: axis + 1], *x.shape[axis + 2 :])
     return jnp.sum(x)
 
 
+class _AtNodes:
+    """Node weights, of which 0 marks a missing observation, and the box that holds the fit at missing nodes."""
+
+    weights: Any
+    low: Any
+    high: Any
+
+    def weigh(self, x: FloatArray) -> FloatArray:
+        return x if self.weights is None else self.weights * x
+
+    def _total_slack(self, slack: FloatArray, x: FloatArray, q: FloatArray) -> Float[Array, ""]:
+        """The sum of `slack`, with `q x - min(q low, q high)` at missing nodes, where the conjugate is the box's."""
+        if self.weights is None:
+            return total(slack)
+        return total(jnp.where(self.weights > 0, slack, q * x - jnp.minimum(q * self.low, q * self.high)))
+
+
 @pytree
-class NodeSquares:
-    """`value(x) = 1/2 sum_j w_j (x_j - center_j)²`; a weight of 0 marks a missing observation.
+class NodeSquares(_AtNodes):
+    """`value(x) = 1/2 sum_j w_j (x_j - center_j)²`; a weight of 0 marks a missing observation."""
 
-    Attributes:
-        center: the signal, `[*nodes]` or `[*nodes, channels]`.
-        weights: `[*nodes]` (with a trailing axis of length 1 where there are channels), or None for ones.
-        low: lower end of the box in which the fit is known, or taken, to lie at missing nodes; a scalar or None.
-        high: its upper end.
-        padding: the entries of the arrays over those of the nodes, where they are padded; None for 1.
-    """
-
-    center: Any
-    weights: Any = None
+    center: Any  # the signal, `[*nodes]` or `[*nodes, channels]`
+    weights: Any = None  # `[*nodes]` (with a trailing axis of length 1 where there are channels), or None for ones
+    # Lower end of the box that holds, or is assumed to hold, the fit at missing nodes; a scalar or None.
     low: Any = None
-    high: Any = None
-    padding: Any = None
+    high: Any = None  # its upper end
+    padding: Any = None  # the number of entries of an array over the number of nodes, if arrays are padded; None for 1
 
     def mean_square(self, x: FloatArray) -> Float[Array, ""]:
         """The mean of `x²` over the nodes."""
         mean = total(x * x) / x.size
         return mean if self.padding is None else mean * self.padding
 
-    def weigh(self, x: FloatArray) -> FloatArray:
-        """`w * x`."""
-        return x if self.weights is None else self.weights * x
-
     def gradient(self, x: FloatArray) -> FloatArray:
-        """`w * (x - center)`."""
         return self.weigh(x - self.center)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The loss at x."""
         apart = x - self.center
         return 0.5 * total(self.weigh(apart) * apart)
 
     def observed(self, x: FloatArray) -> FloatArray:
-        """X where it is observed, 0 at missing nodes."""
+        """`x` where it is observed, 0 at missing nodes."""
         return x if self.weights is None else jnp.where(self.weights > 0, x, 0)
 
     def slack(self, x: FloatArray, q: FloatArray) -> Float[Array, ""]:
         """`value(x) + conjugate(-q) + <q, x>` for q the transposed operator at a dual point, term by term.
 
-        At an observed node the term is `1/2 w (x - center + q / w)²`. At a missing node the conjugate is that
-        of the box, and the term is `q x - min(q low, q high)`. Nothing cancels, so float32 suffices.
+        At an observed node the term is `1/2 w (x - center + q / w)²`. Nothing cancels, so float32 suffices.
         """
         if self.weights is None:
             return 0.5 * total((x - self.center + q) ** 2)
+        weights = jnp.where(self.weights > 0, self.weights, 1)
+        return self._total_slack(0.5 * weights * (x - self.center + q / weights) ** 2, x, q)
+
+
+@pytree
+class NodeLoss(_AtNodes):
+    """`value(x) = sum_j w_j f(x_j; signal_j)`; a weight of 0 marks a missing observation."""
+
+    family: Any  # f, a `ScalarLoss`
+    signal: Any  # `[*nodes]` or `[*nodes, channels]`
+    weights: Any = None  # `[*nodes]` (with a trailing axis of length 1 where there are channels), or None for ones
+    # Lower end of the box that is assumed to hold the fit at missing nodes; a scalar, `[channels]` or None.
+    low: Any = None
+    high: Any = None  # its upper end
+
+    matrix = None  # that of a `MatrixLoss`: the identity
+
+    @property
+    def smooth(self) -> bool:
+        return getattr(self.family, "smooth", False)
+
+    @property
+    def rows(self) -> "NodeLoss":
+        return self
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        return total(self.weigh(self.family.value(x, self.signal)))
+
+    def gradient(self, x: FloatArray) -> FloatArray:
+        return self.weigh(self.family.derivative(x, self.signal))
+
+    def prox(self, x: FloatArray, step: Any) -> FloatArray:
+        """`argmin_u 1/2 ||u - x||² + step value(u)`; step is one number, or one per entry."""
+        return self.family.prox(x, self.signal, self.weigh(jnp.broadcast_to(step, x.shape)))
+
+    def slope(self, q: FloatArray) -> FloatArray:
+        """`-q / w`, 0 at missing nodes."""
+        if self.weights is None:
+            return -q
         seen = self.weights > 0
-        weights = jnp.where(seen, self.weights, 1)
-        squares = 0.5 * weights * (x - self.center + q / weights) ** 2
-        boxed = q * x - jnp.minimum(q * self.low, q * self.high)
-        return total(jnp.where(seen, squares, boxed))
+        return jnp.where(seen, -q / jnp.where(seen, self.weights, 1), 0)
+
+    def feasible_share(self, q: FloatArray, anchor: FloatArray) -> Float[Array, ""]:
+        """The largest share s in [0, 1] with `anchor + s (q - anchor)` in the domain of the conjugate of -q.
+
+        The domain is convex, so it holds every smaller share too. `anchor` must lie in it. Missing nodes do not limit
+        the share: their conjugate is that of the box.
+        """
+        slope, safe = self.slope(q), self.slope(anchor)
+        low, high = self.family.dual_range(self.signal)
+        outside = (slope < low) | (slope > high)
+        end = jnp.where(slope > high, high, low)
+        apart = jnp.where(outside, slope - safe, 1)
+        share = jnp.clip(jnp.where(outside, (end - safe) / apart, 1), 0, 1)
+        least = jnp.min(share)
+        # A share on the boundary is pulled inside by its rounding error.
+        return jnp.where(least < 1, least * (1 - 4 * jnp.finfo(q.dtype).eps), 1)
+
+    def slack(self, x: FloatArray, q: FloatArray) -> Float[Array, ""]:
+        """`value(x) + conjugate(-q) + <q, x>` for q in the domain, by terms that are not negative."""
+        return self._total_slack(self.weigh(self.family.slack(x, self.slope(q), self.signal)), x, q)

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.dense import product
-from sparseopt.core.thresholds import FloatArray, Scalar, largest_ratio, soft_threshold
-from sparseopt.core.types import pytree, static
+from sparseopt.core.thresholds import largest_ratio, soft_threshold
+from sparseopt.core.types import FloatArray, Scalar, pytree, static
 
 
 class _Grouped:
@@ -24,7 +24,7 @@ class _Grouped:
     num_groups: int | None
 
     def __post_init__(self) -> None:
-        # Trees put together by JAX have their number; what their leaves are is not looked at.
+        # Trees that JAX rebuilds have their number already; their leaves are not checked.
         if self.groups is None or self.num_groups is not None:
             return
         name = type(self).__name__
@@ -40,30 +40,29 @@ class _Grouped:
         object.__setattr__(self, "num_groups", int(labels.max(initial=-1)) + 1)
 
     def _sums(self, x: FloatArray) -> FloatArray:
-        """The sum of every group."""
         if self.groups is None:
             return jnp.sum(x, axis=self.axis, keepdims=True)
         if x.ndim == 0 or x.shape[0] != np.shape(self.groups)[0]:
             raise ValueError(
                 f"{np.shape(self.groups)[0]} labels need an array of as many rows, given the shape {x.shape}"
             )
-        # A running sum, so of floats of 16 bits it is taken in 32.
+        # A running sum, so 16-bit floats are summed in 32 bits.
         rows = jnp.sum(x.reshape(x.shape[0], -1), axis=1, dtype=jnp.promote_types(x.dtype, jnp.float32))
         return jax.ops.segment_sum(rows, self.groups, self.num_groups).astype(x.dtype)
 
     def _spread(self, numbers: FloatArray, x: FloatArray) -> FloatArray:
-        """A number for every group, at all entries of the group."""
+        """The number of each group, at all entries of the group."""
         if self.groups is None:
             return numbers
         return jnp.asarray(numbers)[self.groups].reshape(-1, *(1 for _ in x.shape[1:]))
 
     def _lengths(self, x: FloatArray) -> FloatArray:
         squares = self._sums(x * x)
-        # The root has no finite slope at 0: a group of zeros gets 0, a subgradient of its length.
+        # The root has no finite slope at 0: a group of zeros gets 0, a subgradient of the length.
         return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), squares)
 
     def _shortened(self, x: FloatArray, threshold: FloatArray) -> FloatArray:
-        """Every group shorter by the threshold, exactly zero where it is shorter than that."""
+        """Every group shortened by the threshold, to exactly zero where it is shorter than that."""
         if self.groups is not None and threshold.ndim > 1:
             raise ValueError(
                 f"labelled groups take one step and one weight a group, given thresholds of shape {threshold.shape}"
@@ -79,14 +78,14 @@ class GroupL2(_Grouped):
     """`weight * sum of ||x_g||_2` over groups of entries that vanish together.
 
     The groups are the slices of `axis`, such as the channels of a row, or with `groups` the rows of one label: `[rows]`
-    integers, the trailing axes of x belong to their row. There may be one weight a group. Labels may be changed
-    between calls of a compiled program if `num_groups`, else found from them, stays.
+    integers; the trailing axes of x belong to their row. There may be one weight per group. Labels may change between
+    calls of a compiled program if `num_groups`, by default found from them, does not.
 
     Prox: `x_g * max(0, 1 - step * weight / ||x_g||)`. Source: Yuan and Lin, "Model selection and estimation in
     regression with grouped variables", 2006.
 
     Raises:
-        ValueError: for labels that are no row of integers from 0 on; for traced ones without `num_groups`; in the
+        ValueError: for labels that are not a row of integers from 0 on; for traced labels without `num_groups`; in the
             methods, for an array of another number of rows.
 
     Example:
@@ -103,25 +102,20 @@ class GroupL2(_Grouped):
     num_groups: int | None = static(default=None)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The sum of `weight ||x_g||`."""
         return jnp.sum(self.weight * self._lengths(x))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """Shorten every group by `step * weight`, to exactly zero where it is shorter."""
         return self._shortened(x, jnp.asarray(step * self.weight, x.dtype))
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
-        """Scale groups longer than `weight` back to it."""
         length = self._lengths(dual)
         weight = jnp.asarray(self.weight, dual.dtype)
         return dual * self._spread(jnp.where(length > weight, weight / jnp.where(length > 0, length, 1), 1), dual)
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        """`weight ||x_g|| - <dual_g, x_g>`, group by group."""
         return jnp.asarray(self.weight, x.dtype) * self._lengths(x) - self._sums(dual * x)
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """The largest `||dual_g|| / weight`."""
         return largest_ratio(self._lengths(dual), self.weight)
 
 
@@ -150,29 +144,25 @@ class SparseGroup(_Grouped):
     num_groups: int | None = static(default=None)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The sum of `weight |x|` and of `group_weight ||x_g||`."""
         return jnp.sum(self.weight * jnp.abs(x)) + jnp.sum(self.group_weight * self._lengths(x))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """Shrink every entry by `step * weight`, then shorten every group by `step * group_weight`."""
         shrunk = soft_threshold(x, jnp.asarray(step * self.weight, x.dtype))
         return self._shortened(shrunk, jnp.asarray(step * self.group_weight, x.dtype))
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
-        """What the prox of step 1 takes away."""
         return dual - self.prox(dual, 1.0)
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        """`weight ||x_g||_1 + group_weight ||x_g|| - <dual_g, x_g>`, group by group."""
         weight, group_weight = jnp.asarray(self.weight, x.dtype), jnp.asarray(self.group_weight, x.dtype)
         return self._sums(weight * jnp.abs(x) - dual * x) + group_weight * self._lengths(x)
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
         """The largest t with `||soft(dual_g, t weight)|| = t group_weight`.
 
-        The difference of the two sides is convex and falls, so Newton's steps rise to the root. With
-        `s = soft(|dual_g|, t weight)` such a step is `t = <|dual_g|, s> / value(s)`: no cancellation, and as a quotient
-        of that form never above the dual norm.
+        The difference of the two sides is convex and decreasing, so Newton's steps rise to the root. With
+        `s = soft(|dual_g|, t weight)` a step is `t = <|dual_g|, s> / value(s)`: without cancellation, and never above
+        the dual norm.
         """
         largest = jnp.max(jnp.abs(dual), initial=0)
         size = jnp.abs(dual) / jnp.where(largest > 0, largest, 1)  # its squares neither overflow nor vanish
@@ -195,11 +185,11 @@ class SparseGroup(_Grouped):
 class NuclearNorm:
     """`weight * sum of the singular values` of a matrix `[m, n]`; prox: soft threshold of the singular values.
 
-    Floats of 16 bits are decomposed in 32. Source: Cai, Candès and Shen, "A singular value thresholding algorithm for
+    16-bit floats are decomposed in 32 bits. Source: Cai, Candès and Shen, "A singular value thresholding algorithm for
     matrix completion", 2010, theorem 2.1.
 
     Raises:
-        ValueError: in the methods, for an array that is no matrix.
+        ValueError: in the methods, for an array that is not a matrix.
 
     Example:
         >>> so.NuclearNorm(1.0).prox(jnp.array([[3.0, 0.0], [0.0, 0.5]]), step=1.0)  # of rank 1
@@ -210,16 +200,13 @@ class NuclearNorm:
     weight: Any
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """`weight` times the sum of the singular values."""
         return jnp.asarray(self.weight * jnp.sum(jnp.linalg.svd(_wide(x), compute_uv=False)), x.dtype)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """Shrink every singular value by `step * weight`."""
         wide = _wide(x)
         return threshold_singular_values(wide, jnp.asarray(step * self.weight, wide.dtype)).astype(x.dtype)
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
-        """Cut the singular values off at `weight`."""
         left, values, right = _decomposed(_wide(dual))
         return product(left * jnp.minimum(values, self.weight), right).astype(dual.dtype)
 
@@ -230,7 +217,6 @@ class NuclearNorm:
         return ((self.weight - along) * values).astype(x.dtype)
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """The largest singular value over `weight`."""
         return largest_ratio(jnp.linalg.svd(_wide(dual), compute_uv=False), self.weight).astype(dual.dtype)
 
 
@@ -247,8 +233,8 @@ _decomposed = partial(jnp.linalg.svd, full_matrices=False)
 def threshold_singular_values(x: Float[Array, "m n"], threshold: Scalar) -> Float[Array, "m n"]:
     """`sum of max(s_i - threshold, 0) l_i r_iᵀ` over the singular values and vectors of x.
 
-    Its derivative is written out: that of the vectors, which JAX would take, is infinite where singular values are
-    equal.
+    Its derivative is written out: JAX would differentiate the vectors, which have infinite derivatives where singular
+    values are equal.
     """
     left, values, right = _decomposed(x)
     return product(left * jnp.maximum(values - threshold, 0), right)
@@ -258,9 +244,9 @@ def threshold_singular_values(x: Float[Array, "m n"], threshold: Scalar) -> Floa
 def _threshold_singular_values_jvp(primals: tuple, tangents: tuple) -> tuple[FloatArray, FloatArray]:
     """With f(s) = max(s - threshold, 0), entry i, j of `Lᵀ dX R` is scaled by a difference quotient of f.
 
-    By that between s_i and s_j in the symmetric part, by that between s_i and -s_j (f is continued oddly) in the
-    other; where dX leaves the span of L or R, by f(s) / s. All of them lie in [0, 1]. Source: Candès, Sing-Long and
-    Trzasko, "Unbiased risk estimates for singular value thresholding and spectral estimators", 2013, section 3.
+    The quotient is between s_i and s_j in the symmetric part, between s_i and -s_j (f is continued oddly) in the other,
+    and f(s) / s where dX leaves the span of L or R. All lie in [0, 1]. Source: Candès, Sing-Long and Trzasko, "Unbiased
+    risk estimates for singular value thresholding and spectral estimators", 2013, section 3.
     """
     (x, threshold), (x_dot, threshold_dot) = primals, tangents
     left, values, right = _decomposed(x)
@@ -270,7 +256,7 @@ def _threshold_singular_values_jvp(primals: tuple, tangents: tuple) -> tuple[Flo
     def quotient(rise: FloatArray, run: FloatArray, at_zero: FloatArray) -> FloatArray:
         return jnp.where(run == 0, at_zero, rise / jnp.where(run == 0, 1, run))
 
-    # Between two that are kept the quotient is 1, free of the cancellation of near values.
+    # Between two kept values the quotient is 1, without the cancellation of close values.
     apart = jnp.where(both > 0, 1, quotient(shrunk[:, None] - shrunk, values[:, None] - values, both))
     together = quotient(shrunk[:, None] + shrunk, values[:, None] + values, both)
     own = quotient(shrunk, values, kept.astype(x.dtype))

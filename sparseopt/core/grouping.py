@@ -1,7 +1,6 @@
 """Floor 1: the rows of a graph difference as tables, their sums, and groups of rows that share no column.
 
-All but `RowTable` runs on the host, once a graph: SciPy products and whole-array NumPy, no loop over nodes,
-rows or edges.
+Everything but `RowTable` runs on the host, once per graph, without loops over nodes, rows or edges.
 """
 
 import dataclasses
@@ -54,12 +53,9 @@ def difference_matrix(
 
 
 def require_matrix_memory(edges: np.ndarray, num_nodes: int, order: int) -> None:
-    """See that there is room for `Δ^(order)` as a sparse matrix, whose rows reach `order // 2` edges far.
+    """Raise a ValueError if memory is too small for the sparse `Δ^(order)`, whose rows reach `order // 2` edges far.
 
-    How many nodes that are is counted from a sample of the nodes.
-
-    Raises:
-        ValueError: if there is not.
+    The entries of a row are counted for a sample of the nodes.
     """
     if order <= 2:
         return  # not much larger than the edges
@@ -80,29 +76,19 @@ def require_matrix_memory(edges: np.ndarray, num_nodes: int, order: int) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Sums over the rows and the columns of a matrix Ψ.
+    """Sums over the rows and the columns of a matrix Ψ."""
 
-    Attributes:
-        row_absolute: `sum_j |Ψ_rj|`.
-        row_squares: `sum_j Ψ_rj²`.
-        column_absolute: `sum_r |Ψ_rj|`.
-        column_squares: `sum_r Ψ_rj²`.
-        column_counts: the number of rows that touch a column.
-    """
-
-    row_absolute: np.ndarray
-    row_squares: np.ndarray
-    column_absolute: np.ndarray
-    column_squares: np.ndarray
-    column_counts: np.ndarray
+    row_absolute: np.ndarray  # `sum_j |Ψ_rj|`
+    row_squares: np.ndarray  # `sum_j Ψ_rj²`
+    column_absolute: np.ndarray  # `sum_r |Ψ_rj|`
+    column_squares: np.ndarray  # `sum_r Ψ_rj²`
 
 
 def matrix_sums(matrix: sparse.csr_array) -> Sums:
     """The sums of a sparse matrix."""
     size = abs(matrix)
     squares = size.multiply(size)
-    touched = sparse.csr_array((np.ones_like(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)
-    along = [(size, 1), (squares, 1), (size, 0), (squares, 0), (touched, 0)]
+    along = [(size, 1), (squares, 1), (size, 0), (squares, 0)]
     return Sums(*(np.asarray(m.sum(axis=axis)).reshape(-1) for m, axis in along))
 
 
@@ -113,19 +99,16 @@ def edge_sums(edges: np.ndarray, num_nodes: int, weights: np.ndarray | None, ord
     def at_nodes(values: np.ndarray) -> np.ndarray:
         return np.bincount(edges.reshape(-1), np.repeat(values, 2), num_nodes)
 
-    degrees, edges_of = at_nodes(level), np.bincount(edges.reshape(-1), minlength=num_nodes).astype(float)
+    degrees = at_nodes(level)
     if order == 1:
         root = np.sqrt(level)
-        return Sums(2 * root, 2 * level, at_nodes(root), degrees, edges_of)
+        return Sums(2 * root, 2 * level, at_nodes(root), degrees)
     squares = degrees**2 + at_nodes(level**2)
-    return Sums(2 * degrees, squares, 2 * degrees, squares, edges_of + (edges_of > 0))
+    return Sums(2 * degrees, squares, 2 * degrees, squares)
 
 
 def edge_grid(values: Any, shape: tuple[int, ...], fill: float) -> Any:
-    """Edge values `[m, ...]` of NumPy or JAX, in the order of `grid_edges`, as `[dimensions, *shape, ...]`.
-
-    Where an axis has no edge there is `fill`.
-    """
+    """Edge values `[m, ...]` in the order of `grid_edges` as `[dimensions, *shape, ...]`, `fill` where no edge is."""
     xp = np if isinstance(values, np.ndarray) else jnp
     parts, start = [], 0
     for axis in range(len(shape)):
@@ -138,6 +121,15 @@ def edge_grid(values: Any, shape: tuple[int, ...], fill: float) -> Any:
     return xp.stack(parts)
 
 
+def edge_rows(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `edge_grid`: values `[dimensions, *shape, ...]` as `[m, ...]`, in the order of `grid_edges`."""
+    parts = []
+    for axis in range(len(shape)):
+        along = values[axis].take(np.arange(shape[axis] - 1), axis=axis)
+        parts.append(along.reshape(-1, *values.shape[len(shape) + 1 :]))
+    return np.concatenate(parts)
+
+
 def grid_sums_side(order: int) -> int:
     """The longest side of the grid on which `grid_sums` forms Ψ as a matrix."""
     return 2 * order + 3
@@ -146,8 +138,8 @@ def grid_sums_side(order: int) -> int:
 def grid_sums(shape: tuple[int, ...], order: int, from_edges: bool = False) -> Sums:
     """The sums for a grid's Ψ in the layout of `GridBase`, rows without an edge counted with sums of 1.
 
-    They depend only on the distance to the borders, so they are found on a grid of at most `grid_sums_side`
-    nodes a side and its middle is repeated.
+    They depend only on the distance to the borders, so they are computed on a grid of at most `grid_sums_side` nodes a
+    side, whose middle is repeated.
     """
     small = tuple(min(n, grid_sums_side(order)) for n in shape)
     sums = matrix_sums(difference_matrix(grid_edges(small), int(np.prod(small)), None, order, from_edges))
@@ -169,7 +161,6 @@ def grid_sums(shape: tuple[int, ...], order: int, from_edges: bool = False) -> S
         grow(sums.row_squares, on_edges),
         grow(sums.column_absolute, from_edges),
         grow(sums.column_squares, from_edges),
-        grow(sums.column_counts, from_edges),
     )
 
 
@@ -189,7 +180,7 @@ def grid_groups(shape: tuple[int, ...], block: int, from_edges: bool = False) ->
     | D L | two joined stars | by axis, `(i + 3j + 5l) mod 4 dimensions` with i along the axis: 4, 16, 36 |
     | Dᵀ | the edges of a node | parity: 2 |
 
-    The support's places have different residues, so two rows of one residue cannot meet, at borders neither.
+    The places of a support have different residues, so two rows of one residue cannot meet.
     Source of the 2-D groups: Bu, Wu, Zuo, section 3.
     """
     dimensions = len(shape)
@@ -211,13 +202,13 @@ def grid_groups(shape: tuple[int, ...], block: int, from_edges: bool = False) ->
     return np.concatenate(labels).astype(np.int32)
 
 
-def colour_rows(matrix: sparse.csr_array, seed: int = 0) -> np.ndarray:
+def colour_rows(matrix: sparse.csr_array) -> np.ndarray:
     """Groups for any sparse matrix: rows of one group share no column, found greedily, `[rows]`.
 
-    Group by group a maximal set of disjoint rows is taken: in each round every column nominates its
-    longest remaining row (ties at random), rows nominated by all their columns are in, rows that meet them wait
-    for the next group. The conflict graph, which a hub makes quadratic, is never formed. Cost: about
-    `groups * log(rows)` passes over the entries that remain.
+    Each group is a maximal set of disjoint rows: in each round every column nominates its longest remaining row (ties
+    at random), rows nominated by all their columns join the group, and rows that meet them wait for the next group. The
+    conflict graph, which a hub makes quadratic, is never formed. Cost: about `groups * log(rows)` passes over the
+    remaining entries.
 
     Source: Luby, "A simple parallel algorithm for the maximal independent set problem", 1986; Jones and
     Plassmann, "A parallel graph coloring heuristic", 1993.
@@ -225,7 +216,7 @@ def colour_rows(matrix: sparse.csr_array, seed: int = 0) -> np.ndarray:
     rows, columns = matrix.shape
     lengths = np.diff(matrix.indptr)
     rank = np.empty(rows, np.int64)
-    rank[np.lexsort((np.random.default_rng(seed).permutation(rows), lengths))] = np.arange(1, rows + 1)
+    rank[np.lexsort((np.random.default_rng(0).permutation(rows), lengths))] = np.arange(1, rows + 1)
     labels = np.where(lengths == 0, 0, -1).astype(np.int32)
     owner = np.repeat(np.arange(rows), lengths)
     column = matrix.indices.astype(np.int64)
@@ -253,11 +244,7 @@ def colour_rows(matrix: sparse.csr_array, seed: int = 0) -> np.ndarray:
 
 
 def check_groups(matrix: sparse.csr_array, labels: np.ndarray) -> int:
-    """The number of groups, once they are known to be complete and disjoint.
-
-    Raises:
-        ValueError: if the labels are not one number `0, 1, ...` a row, or two rows of a group share a column.
-    """
+    """The number of groups; a ValueError if a row has no label `0, 1, ...` or two rows of a group share a column."""
     if labels.shape != (matrix.shape[0],) or (labels < 0).any():
         raise ValueError(f"groups are one number >= 0 for each of {matrix.shape[0]} rows, given shape {labels.shape}")
     owner = np.repeat(labels.astype(np.int64), np.diff(matrix.indptr))
@@ -282,7 +269,7 @@ def table_shape(matrix: sparse.csr_array, labels: np.ndarray) -> tuple[int, int,
 
 
 def edge_places(shape: tuple[int, ...]) -> np.ndarray:
-    """Where the edges of `grid_edges` stand in the flattened edge array `[dimensions, *shape]` of `GridBase`, `[m]`.
+    """The places `[m]` of the edges of `grid_edges` in the flattened edge array `[dimensions, *shape]` of `GridBase`.
 
     Example:
         >>> from sparseopt.core.grouping import edge_places
@@ -297,19 +284,12 @@ def edge_places(shape: tuple[int, ...]) -> np.ndarray:
 class RowTable:
     """The rows of all groups as padded tables; one group, a slice along the first axis, is a `LinearMap`.
 
-    Under `jax.vmap` over the table each call sees one group, of which each column is in one row at most. A padded entry
-    points past the last column, where it reads 0 and writes nothing; a padded row has padded entries alone.
+    Under `jax.vmap` over the table each call sees one group, in which each column is in at most one row. A padded entry
+    points past the last column, where it reads 0 and writes nothing; a padded row has only padded entries.
 
-    Every group is padded to the rows of the largest one, and every row to the longest one. A node of degree d makes at
-    least d groups, and in L a row of d + 1 entries, so on a graph with hubs most of the table is padding: multiply the
-    numbers of `table_shape` before building one.
-
-    Attributes:
-        columns: int32 `[groups, rows, width]`, places in the array that Ψ acts on, flattened.
-        coefficients: `[groups, rows, width]`, 0 where padded.
-        row_numbers: int32 `[groups, rows]`, places in the array that Ψ gives, flattened; past the last where padded.
-        num_rows: places in that array.
-        num_columns: places in the array that Ψ acts on.
+    Every group is padded to the size of the largest, and every row to the length of the longest. A node of degree d
+    makes at least d groups, and in L a row of d + 1 entries, so on a graph with hubs most of the table is padding:
+    multiply the numbers of `table_shape` before building one.
 
     Example:
         >>> from sparseopt.core.grouping import row_table
@@ -322,11 +302,11 @@ class RowTable:
                [-4.,  0.]], dtype=float32)
     """
 
-    columns: Any
-    coefficients: Any
-    row_numbers: Any
-    num_rows: int = static()
-    num_columns: int = static()
+    columns: Any  # int32 `[groups, rows, width]`, places in the array that Ψ acts on, flattened
+    coefficients: Any  # `[groups, rows, width]`, 0 where padded
+    row_numbers: Any  # int32 `[groups, rows]`, places in the array that Ψ gives, flattened; past the last where padded
+    num_rows: int = static()  # places in that array
+    num_columns: int = static()  # places in the array that Ψ acts on
 
     def mv(self, x: Any) -> Any:
         """`Ψ_i x` of one group, `[rows]` or `[rows, channels]`."""
@@ -340,12 +320,12 @@ class RowTable:
         return image.at[self.columns].set(spread(self.coefficients, rows) * rows, mode="drop")
 
     def row_squares(self) -> Any:
-        """The squared norm of every row; 1 for a row without entries, on which a prox then does no harm."""
+        """The squared norm of every row; 1 for a row without entries, which is then harmless."""
         squares = jnp.sum(self.coefficients * self.coefficients, axis=-1)
         return jnp.where(squares > 0, squares, 1)
 
     def gathered(self, values: Any) -> Any:
-        """Values `[num_rows, ...]` of all rows as `[groups, rows, ...]`; a padded row has those of the last."""
+        """Values `[num_rows, ...]` as `[groups, rows, ...]`; a padded row gets those of the last row."""
         return values.at[self.row_numbers].get(mode="clip")
 
     def scattered(self, values: Any) -> Any:
@@ -362,15 +342,10 @@ def row_table(
     rows: tuple[np.ndarray, int] | None = None,
     columns: tuple[np.ndarray, int] | None = None,
 ) -> RowTable:
-    """The table of a matrix Ψ whose rows are put into groups.
+    """The table of a matrix Ψ whose rows have the group labels `[rows]`, checked by `check_groups`.
 
-    Args:
-        matrix: Ψ.
-        labels: the group of every row, `[rows]`, as `check_groups` passes them.
-        dtype: of the coefficients.
-        rows: where the array that Ψ gives has a place for every row, flattened, and its number of places; None where
-            it has the rows in their order.
-        columns: likewise for the array that Ψ acts on.
+    `rows` has the place of every row in the flattened array that Ψ returns, and its size; None is for their own order.
+    `columns` is the same for the array that Ψ acts on.
     """
     places, num_rows = (np.arange(matrix.shape[0]), matrix.shape[0]) if rows is None else rows
     columns_at, num_columns = (np.arange(matrix.shape[1]), matrix.shape[1]) if columns is None else columns

@@ -1,4 +1,4 @@
-"""Floor 3: `iterate`, the package's only outer loop: the stopping rule, the history and the status."""
+"""Floor 3.5: `iterate`, the package's only outer loop: the stopping rule, the history and the status."""
 
 from functools import partial
 from typing import Any
@@ -21,20 +21,9 @@ def iterate(
     max_steps: int | Array = 1000,
     history: bool = False,
 ) -> Solution:
-    """Iterate `solver` on `problem` from `x0` until its residual is at most `tol`; see `sparseopt.solve`.
+    """Iterate `solver` on `problem` until its residual is at most `tol`; arguments and errors as in `sparseopt.solve`.
 
-    Args:
-        problem: what to minimise.
-        solver: how.
-        x0: the start, as the solver takes it.
-        tol: bound on the solver's residual; a negative one runs exactly `max_steps` steps.
-        max_steps: step limit, 0 or more; an integer where a history is asked for.
-        history: record residual, objective and gap after every step. A solver with a `stride` counts
-            iterations: each of its steps ends at a multiple of the stride, and the entries in between are NaN.
-
-    Raises:
-        ValueError: if `max_steps` is negative, or if the solver cannot solve such a problem: with the text of its
-            `refuses`, before anything is traced.
+    `x0` is a start as the solver takes it.
     """
     if isinstance(max_steps, int) and max_steps < 0:
         raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
@@ -48,7 +37,7 @@ def _iterate(
     problem: Problem, solver: Solver, x0: Any, tol: float | Array, max_steps: int | Array, history_length: int
 ) -> Solution:
     given = problem
-    # The loop is never differentiated: derivatives are attached to its answer.
+    # The loop is not differentiated: derivatives are attached to its answer.
     problem, solver, x0 = jax.lax.stop_gradient((problem, solver, x0))
 
     def measured(state: Any) -> Measure:
@@ -56,7 +45,7 @@ def _iterate(
         return now._replace(stalled=jnp.asarray(now.stalled, bool), stationary=jnp.asarray(now.stationary, bool))
 
     def sound(now: Measure, steps: Array) -> Array:
-        # A start outside the set of an indicator costs +inf; after a step that is an overflow.
+        # A start outside the set of an indicator costs +inf; after a step, +inf is an overflow.
         infeasible_start = (steps == 0) & jnp.isposinf(now.objective)
         return (jnp.isfinite(now.objective) | infeasible_start) & ~jnp.isnan(now.residual)
 
@@ -77,7 +66,7 @@ def _iterate(
 
     state = solver.init(problem, x0)
     first = measured(state)
-    # The residual before any step says nothing yet (no change has been seen): always take one step.
+    # The residual before any step says nothing (no change has been seen): always take one step.
     first = first._replace(residual=jnp.full_like(first.residual, jnp.inf), stalled=jnp.zeros((), bool))
     kept = first._replace(stalled=None, stationary=None)
     record = jax.tree.map(lambda v: jnp.full((history_length,), jnp.nan, v.dtype), kept)
@@ -86,7 +75,7 @@ def _iterate(
 
     value = solver.extract(problem, state)
     loss_dual, dual = solver.duals(problem, state) if hasattr(solver, "duals") else (None, None)
-    # A NaN in the answer need not show in what the solver measures.
+    # A NaN in the answer may not show in the solver's measure.
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(value)]))
     status = jnp.where(last.stalled, Status.PRECISION, Status.MAX_STEPS)
     reached = jnp.where(last.stationary, Status.STATIONARY, Status.CONVERGED)

@@ -9,10 +9,12 @@ from jaxtyping import Array, Float
 from sparseopt.core.dense import HIGHEST
 from sparseopt.core.types import pytree
 
+LANCZOS_STEPS = 24
+
 
 @pytree
 class Quadratic:
-    """`value(x) = 1/2 <x - center, hessian (x - center)>`, every column of x on its own.
+    """`value(x) = 1/2 <x - center, hessian (x - center)>`, summed over the columns of x.
 
     Attributes:
         hessian: symmetric positive semidefinite, `[n, n]`.
@@ -33,18 +35,15 @@ class Quadratic:
         """`hessian @ (x - center)`; the loss's only product with the Hessian."""
         return jnp.matmul(self.hessian, x - self.center, precision=HIGHEST)
 
-    # What `MatrixLoss` has by these names: the image of x is the gradient, affine in x.
+    # The methods of `MatrixLoss`: the image of x is the gradient, affine in x.
     def image(self, x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-        """The gradient, from which everything else follows."""
         return self.gradient(x)
 
     def value_at(self, x: Float[Array, "n ..."], gradient: Float[Array, "n ..."]) -> Float[Array, ""]:
-        """The loss at x when the gradient there is known: one pass, no product."""
+        """The loss at x from its gradient there: no product."""
         return 0.5 * jnp.sum((x - self.center) * gradient)
 
     def gradient_at(self, x: Float[Array, "n ..."], gradient: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-        """The gradient itself."""
-        del x
         return gradient
 
     def divergence(self, x: Array, gradient: Array, x_old: Array, gradient_old: Array) -> Float[Array, ""]:
@@ -52,40 +51,32 @@ class Quadratic:
         return 0.5 * jnp.sum((x - x_old) * (gradient - gradient_old))
 
     def scaled_slack(self, x: Array, gradient: Array, share: Any) -> Float[Array, ""]:
-        """`loss(x) + conjugate(s) - <s, x>` for s the share of the gradient at x: never negative."""
+        """`loss(x) + conjugate(s) - <s, x>` for s = share * gradient at x: never negative."""
         return (1 - share) ** 2 * self.value_at(x, gradient)
 
     def start(self) -> Array:
-        """Zeros of the shape and dtype of x."""
         return jnp.zeros_like(self.center)
 
     def start_shape(self) -> tuple[int, ...]:
-        """The shape of x."""
         return jnp.shape(self.center)
 
     def value(self, x: Float[Array, "n ..."]) -> Float[Array, ""]:
-        """The loss at x."""
         return self.value_at(x, self.gradient(x))
 
 
 @pytree
 class PlainLoss:
-    """A loss that has only `value` and `gradient`, with what solvers call besides; its image is both of them at x."""
+    """A loss with only `value` and `gradient`, whose image is both of them at x."""
 
     loss: Any
 
     def image(self, x: Array) -> tuple[Array, Array]:
-        """Value and gradient."""
         return self.loss.value(x), self.loss.gradient(x)
 
     def value_at(self, x: Array, image: tuple[Array, Array]) -> Array:
-        """The value."""
-        del x
         return image[0]
 
     def gradient_at(self, x: Array, image: tuple[Array, Array]) -> Array:
-        """The gradient."""
-        del x
         return image[1]
 
     def divergence(self, x: Array, image: tuple[Array, Array], x_old: Array, image_old: tuple[Array, Array]) -> Array:
@@ -95,7 +86,7 @@ class PlainLoss:
 
 
 def with_image(loss: Any) -> Any:
-    """The loss, with an image from which value and gradient follow."""
+    """The loss, as one with an image from which value and gradient follow."""
     return loss if hasattr(loss, "image") else PlainLoss(loss)
 
 
@@ -104,27 +95,20 @@ def is_smooth(loss: Any) -> bool:
     return getattr(loss, "smooth", True)
 
 
-def largest_eigenvalue_bound(matrix: Float[Array, "n n"], key: jax.Array, steps: int = 24) -> Float[Array, ""]:
+def largest_eigenvalue_bound(matrix: Float[Array, "n n"], key: jax.Array) -> Float[Array, ""]:
     """An upper bound, tight to a fraction of a percent on Gram matrices, on the largest eigenvalue.
 
-    `steps` of the Lanczos recurrence with full reorthogonalisation give the largest Ritz value theta and its
+    Some steps of the Lanczos recurrence with full reorthogonalisation give the largest Ritz value theta and its
     residual norm; the bound is `theta + residual`, and never more than the largest absolute row sum
-    (Gershgorin), which always holds. On the device, `steps` matrix-vector products, and a `steps`-sized
-    eigenproblem.
+    (Gershgorin), which always holds.
 
     `theta + residual` can fall short only if the random start is nearly orthogonal to the leading eigenvector
-    (Kuczynski and Wozniakowski, 1992, bound that probability); the caller's step keeps a margin beside it.
+    (Kuczynski and Wozniakowski, 1992, bound that probability); the caller's step keeps a margin for it.
 
     Source: Zhou and Li, "Bounding the spectrum of large Hermitian matrices", 2011, section 2.
-
-    Example:
-        >>> from sparseopt.core.losses import largest_eigenvalue_bound
-        >>> bound = largest_eigenvalue_bound(jnp.diag(jnp.array([1.0, 4.0])), jax.random.key(0))
-        >>> round(float(bound), 3)
-        4.0
     """
     size = matrix.shape[0]
-    steps = min(steps, size)
+    steps = min(LANCZOS_STEPS, size)
     start = jax.random.normal(key, (size,), matrix.dtype)
     tiny = jnp.finfo(matrix.dtype).tiny
 

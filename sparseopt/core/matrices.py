@@ -1,9 +1,9 @@
-"""Floor 1: matrices as linear maps, and what a solver asks of any linear map.
+"""Floor 1: matrices as linear maps, and checks of any linear map.
 
-A linear map is an object with `mv` and `rmv` (see `LinearMap`). `linear_map` makes one of a dense array or a SciPy
-sparse matrix, so that losses and problems take these as they are. Sparse matrices are held as coordinates: a product
-gathers, multiplies and scatters. On a CPU that takes about twice as long as SciPy's own product, but it runs under jit,
-vmap and grad.
+A linear map is an object with `mv` and `rmv` (see `LinearMap`). `linear_map` makes one from a dense array or a SciPy
+sparse matrix, so losses and problems accept both. Sparse matrices are held as coordinates: a product gathers,
+multiplies and scatters. On a CPU that takes about twice as long as SciPy's own product, but it runs under jit, vmap and
+grad.
 """
 
 from typing import Any
@@ -16,90 +16,63 @@ from scipy import sparse
 
 from sparseopt.core.dense import product
 from sparseopt.core.operators import Difference, Identity, LinearMap, Split, Stack, spread
-from sparseopt.core.types import pytree, static
+from sparseopt.core.types import FloatArray, pytree, static
 
-FloatArray = Float[Array, "..."]
 # The rmv of these is the transpose of their mv by construction and tests.
 PROVEN: tuple[type, ...] = (Difference, Identity, Split, Stack)
 
 
 @pytree
 class Dense:
-    """The matrix `[rows, columns]`, on vectors `[columns]` or on matrices `[columns, channels]`.
-
-    Example:
-        >>> from sparseopt.core.matrices import Dense
-        >>> Dense(jnp.array([[1.0, 2.0], [0.0, 1.0]])).rmv(jnp.array([1.0, 1.0]))
-        Array([1., 3.], dtype=float32)
-    """
+    """The matrix `[rows, columns]`, on vectors `[columns]` or on matrices `[columns, channels]`."""
 
     matrix: Any
 
     @property
     def in_shape(self) -> tuple[int, ...]:
-        """`(columns,)`."""
         return (self.matrix.shape[1],)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """`(rows,)`."""
         return (self.matrix.shape[0],)
 
     def mv(self, x: FloatArray) -> FloatArray:
-        """`A x`."""
         return product(self.matrix, x)
 
     def rmv(self, e: FloatArray) -> FloatArray:
-        """`Aᵀ e`; a row vector times the matrix reads it in memory order, which is three times as fast."""
+        # A row vector times the matrix reads it in memory order, which is three times as fast.
         return product(e, self.matrix) if e.ndim == 1 else product(self.matrix.T, e)
 
 
 @pytree
 class SparseMatrix:
-    """A sparse matrix by the coordinates of its entries.
+    """A sparse matrix by the coordinates of its entries."""
 
-    Attributes:
-        values: `[entries]`.
-        rows: int32 `[entries]`.
-        columns: int32 `[entries]`.
-        shape: of the matrix.
-
-    Example:
-        >>> from scipy import sparse
-        >>> from sparseopt.core.matrices import linear_map
-        >>> linear_map(sparse.eye_array(3, format="csr")).mv(jnp.arange(3.0))
-        Array([0., 1., 2.], dtype=float32)
-    """
-
-    values: Any
-    rows: Any
-    columns: Any
-    shape: tuple[int, int] = static()
+    values: Any  # `[entries]`
+    rows: Any  # int32 `[entries]`
+    columns: Any  # int32 `[entries]`
+    shape: tuple[int, int] = static()  # of the matrix
 
     @property
     def in_shape(self) -> tuple[int, ...]:
-        """`(columns,)`."""
         return (self.shape[1],)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """`(rows,)`."""
         return (self.shape[0],)
 
     def _scattered(self, x: FloatArray, taken: Any, given: Any, size: int) -> FloatArray:
         values = jnp.asarray(self.values)
-        # XLA would work out anew, for every entry of the matrix, what x is made of.
+        # Without the barrier XLA would compute x again for every entry of the matrix.
         x = jax.lax.optimization_barrier(jnp.asarray(x))
         images = x.at[taken].get(mode="promise_in_bounds")
         images = spread(values, images) * images
         return jnp.zeros((size, *x.shape[1:]), images.dtype).at[given].add(images, mode="promise_in_bounds")
 
     def mv(self, x: FloatArray) -> FloatArray:
-        """`A x`."""
         return self._scattered(x, self.columns, self.rows, self.shape[0])
 
     def rmv(self, e: FloatArray) -> FloatArray:
-        """`Aᵀ e`."""
         return self._scattered(e, self.rows, self.columns, self.shape[1])
 
 
@@ -107,8 +80,8 @@ def linear_map(given: Any) -> Any:
     """The linear map of a dense or SciPy sparse matrix; anything else, such as a linear map or None, unchanged."""
     if sparse.issparse(given):
         columns = sparse.csc_array(given)
-        # The first entries of all columns, then the second ones, and so on: sums into one place that follow each other
-        # wait for each other, which makes products in the order of the matrix half as fast.
+        # The first entries of all columns, then the second ones, and so on: consecutive sums into one place wait for
+        # each other, so products in the order of the matrix are half as fast.
         counts = np.diff(columns.indptr)
         rank = np.arange(columns.nnz) - np.repeat(columns.indptr[:-1], counts)
         order = np.argsort(rank, kind="stable")
@@ -132,10 +105,10 @@ def refuses_map(name: str, given: Any) -> str | None:
 
 
 def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
-    """Why a map does not take arrays like `x`, or why its `rmv` is not the transpose of its `mv`; None if all is well.
+    """Why a map does not take arrays like `x`, or why its `rmv` is not the transpose of its `mv`; None if it does.
 
-    Shapes are found without computing. The transpose of a user's own map is tested on one pair of random arrays, where
-    its values are known.
+    Shapes are found without computing. The transpose of a user's own map is tested on one pair of random arrays, if its
+    values are known.
     """
     like = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     if isinstance(given, Dense | SparseMatrix) and like.shape[:1] == given.in_shape:
@@ -168,11 +141,7 @@ def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
 def norm_estimate(mv: Any, rmv: Any, like: FloatArray, steps: int = 20) -> Float[Array, ""]:
     """The spectral norm of a linear map by the power method: from below, within a few percent after 20 steps.
 
-    Args:
-        mv: the map.
-        rmv: its transpose.
-        like: an array of the shape and dtype that `mv` takes.
-        steps: products with the map and with its transpose.
+    `like` has the shape and dtype that `mv` takes.
     """
     tiny = jnp.finfo(like.dtype).tiny
 

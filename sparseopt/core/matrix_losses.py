@@ -1,10 +1,11 @@
-"""Floor 2.75: losses of data behind a matrix, `sum_i w_i f((A x)_i; b_i)`: least squares, and any scalar loss.
+"""Floor 2.75: losses of data with a matrix, `sum_i w_i f((A x)_i; b_i)`: least squares, and any scalar loss.
 
-`MatrixLoss` has what solvers need of them besides `value` and `gradient`. With `z = A x` and s a dual point,
+`MatrixLoss` has what solvers need besides `value` and `gradient`. With `z = A x`, a proximal gradient step compares
+the Bregman divergence, computed without cancellation,
 
-    D(z', z) = sum_i w_i ( f(z'_i) + f*(f'(z_i)) - f'(z_i) z'_i )        # the Bregman divergence, without cancellation
+    D(z', z) = sum_i w_i ( f(z'_i) + f*(f'(z_i)) - f'(z_i) z'_i )
 
-is what a step of a proximal gradient method has to compare with `||x' - x||² / (2 t)`.
+with `||x' - x||² / (2 t)`.
 """
 
 from typing import Any
@@ -14,13 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparseopt.core.fidelity import NodeLoss
 from sparseopt.core.matrices import Dense, SparseMatrix, linear_map, refuses_map
-from sparseopt.core.node_losses import NodeLoss
 from sparseopt.core.operators import or_identity
 from sparseopt.core.residual_losses import SquaredLoss
-from sparseopt.core.types import pytree
-
-FloatArray = Float[Array, "..."]
+from sparseopt.core.types import FloatArray, pytree
 
 
 class MatrixLoss:
@@ -32,60 +31,47 @@ class MatrixLoss:
     weights: Any
 
     def __post_init__(self) -> None:
-        """Make a matrix a linear map."""
         object.__setattr__(self, "matrix", linear_map(self.matrix))
 
     @property
     def smooth(self) -> bool:
-        """Whether f has a continuous derivative."""
         return getattr(self.family, "smooth", False)
 
     @property
     def rows(self) -> NodeLoss:
-        """F, the loss as a function of `z = A x`: `sum_i w_i f(z_i; b_i)`."""
+        """The loss as a function of `z = A x`: `sum_i w_i f(z_i; b_i)`."""
         weights, target = self.weights, jnp.asarray(self.target)
         if weights is not None:
             weights = jnp.reshape(weights, jnp.shape(weights) + (1,) * (target.ndim - jnp.ndim(weights)))
-        # Where a weight is 0 the dual is 0 too, so the box [0, 0] loses nothing there.
+        # Where a weight is 0 so is the dual, and the box [0, 0] loses nothing.
         return NodeLoss(self.family, target, weights, 0.0, 0.0)
 
     def maps(self, x: FloatArray) -> Any:
-        """A as a linear map of arrays like x."""
         return or_identity(self.matrix, x)
 
     def image(self, x: FloatArray) -> FloatArray:
-        """`A x`, from which everything else follows; affine in x."""
+        """`A x`, affine in x; value, gradient and divergence follow from it."""
         return self.maps(x).mv(x)
 
     def pull(self, e: FloatArray) -> FloatArray:
-        """`Aᵀ e`."""
         return self.maps(e).rmv(e)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The loss at x."""
         return self.rows.value(self.image(x))
 
     def gradient(self, x: FloatArray) -> FloatArray:
-        """`Aᵀ f'(A x)`."""
         return self.pull(self.rows.gradient(self.image(x)))
 
     def value_at(self, x: FloatArray, image: FloatArray) -> Float[Array, ""]:
-        """The loss at x when its image is known."""
-        del x
         return self.rows.value(image)
 
     def gradient_at(self, x: FloatArray, image: FloatArray) -> FloatArray:
-        """The gradient at x when its image is known."""
-        del x
         return self.pull(self.rows.gradient(image))
 
     def divergence(self, x: FloatArray, image: FloatArray, x_old: FloatArray, image_old: FloatArray) -> Array:
-        """`loss(x) - loss(x_old) - <gradient(x_old), x - x_old>`."""
-        del x, x_old
         return self.rows.slack(image, -self.rows.gradient(image_old))
 
     def start(self) -> FloatArray:
-        """Zeros of the shape and dtype of x."""
         target = jnp.asarray(self.target)
         kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in jax.tree.leaves(self.matrix)]
         floats = [kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)]
@@ -100,10 +86,7 @@ class MatrixLoss:
         return jax.eval_shape(self.pull, jax.ShapeDtypeStruct(target, jnp.result_type(float))).shape
 
     def refuses(self) -> str | None:
-        """Why the data cannot be used (their shapes, or values outside the domain), or None; found on the host.
-
-        Values are checked only where they are known: not for tracers.
-        """
+        """Why the data cannot be used (shapes, or values outside the domain), or None; tracers are not checked."""
         name = type(self).__name__
         if reason := refuses_map(f"matrix of {name}", self.matrix):
             return reason
@@ -181,5 +164,4 @@ class Composed(MatrixLoss):
 
     @property
     def family(self) -> Any:
-        """F."""
         return self.loss

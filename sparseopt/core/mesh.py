@@ -1,7 +1,7 @@
-"""Floor 0: several devices as one line of them, of this process or of many, and arrays laid out over it.
+"""Floor 0: a line of devices, of this process or of many, and arrays that are distributed over it.
 
-An array over the line is one JAX array whose parts lie on the devices; programs under `jit` follow where their
-arguments lie. Each process holds the parts of its own devices only, and every process runs the same program.
+An array over the line is one JAX array whose parts lie on the devices; programs under `jit` run where their arguments
+lie. Each process holds the parts of its own devices only, and every process runs the same program.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ Devices = int | Literal["all"] | Mesh | None
 
 
 def device_line(devices: Devices) -> Mesh | None:
-    """The devices to work on as a mesh of one axis; None for the one that JAX takes by default.
+    """The devices to use as a mesh of one axis; None for the default device of JAX.
 
     Args:
-        devices: how many of those that JAX sees, all processes together; "all" for all of them; a `Mesh` of one axis
-            of the name "devices"; None for one device. With several processes there is no other number than all.
+        devices: the number of devices, over all processes; "all"; a `Mesh` of one axis named "devices"; or None for one
+            device. Several processes use all their devices.
 
     Raises:
-        ValueError: for a number below 1 or above that of the devices, or a mesh with other axes.
+        ValueError: for a number below 1 or above the number of devices, or a mesh with other axes.
     """
     if devices is None:
         return None
@@ -50,18 +50,18 @@ def device_line(devices: Devices) -> Mesh | None:
 
 
 def over(mesh: Mesh, axis: int | None = 0) -> NamedSharding:
-    """The layout that cuts one axis of an array into as many equal parts as devices; None gives each all of it."""
+    """The layout that cuts one axis of an array into one equal part per device; None replicates the array."""
     return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS))
 
 
 def put(values: Any, layout: NamedSharding) -> jax.Array:
-    """A host array, the same in every process, laid out over a mesh; each process copies its own parts only."""
+    """A host array, the same in every process, distributed over a mesh; each process copies its own parts only."""
     values = np.asarray(values)
     return jax.make_array_from_callback(values.shape, layout, lambda part: values[part])
 
 
 def whole(values: Any) -> Any:
-    """A laid out array, or a tree of arrays over one mesh, as host arrays in every process; all have to ask for it."""
+    """A distributed array, or a tree of them, as host arrays in every process; all processes must call this."""
     apart = [leaf for leaf in jax.tree.leaves(values) if not (leaf.is_fully_addressable or leaf.is_fully_replicated)]
     if apart:
         values = _bring_together(over(apart[0].sharding.mesh, None))(values)
@@ -72,16 +72,16 @@ def whole(values: Any) -> Any:
 
 @functools.cache
 def _bring_together(layout: NamedSharding) -> Any:
-    """What lays arrays out anew; kept, since a function made at each call would be compiled at each."""
+    """The function that changes the layout; cached, since a new function would be compiled again at each call."""
     return jax.jit(lambda tree: tree, out_shardings=layout)
 
 
 def at_work(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The block in which programs are traced for arrays over a mesh, so that `parts_at_work` knows of it."""
+    """The context in which programs are traced for arrays over a mesh, for `parts_at_work`."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def parts_at_work() -> int:
-    """Into how many parts arrays are cut in the program that is being traced; 1 outside of `at_work`."""
+    """The number of parts of arrays in the program that is being traced; 1 outside `at_work`."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape.get(AXIS, 1)

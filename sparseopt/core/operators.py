@@ -2,9 +2,10 @@
 
     Δ^(1) = D,    Δ^(m+1) = Dᵀ Δ^(m) for odd m,  D Δ^(m) for even m;    L = DᵀD
 
-D has one row an edge, `sqrt(w) * (x[tail] - x[head])` for an edge of weight w. So Δ^(m) is `L^(m/2)` for even m
-and `D L^((m-1)/2)` for odd m. A `Difference` composes D, Dᵀ and L of a base: `GridBase` works with slices,
-`EdgeBase` with gathers and sums. All arrays may carry trailing channel axes.
+D has one row per edge, `sqrt(w) * (x[tail] - x[head])` for an edge of weight w. So Δ^(m) is `L^(m/2)` for even m
+and `D L^((m-1)/2)` for odd m. A `Difference` composes D, Dᵀ and L, the methods `difference`, `divergence` and
+`laplacian` of a base: `GridBase` works with slices, `EdgeBase` with gathers and sums. All arrays may carry trailing
+channel axes; the shapes that maps and bases name, such as `in_shape`, leave them out.
 
 Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 2016, section 2.
 """
@@ -16,11 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from sparseopt.core.types import pytree, static
-
-FloatArray = Float[Array, "..."]
+from sparseopt.core.types import FloatArray, pytree, static
 
 
 @runtime_checkable
@@ -34,23 +33,24 @@ class LinearMap(Protocol):
         """The image of e under the transpose: `<e, A x> = <Aᵀ e, x>`."""
 
 
+def padded(x: FloatArray, axis: int, before: int, after: int) -> FloatArray:
+    """The array with zeros before and after it along one axis."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (before, after)
+    return jnp.pad(x, widths)
+
+
 def ahead(x: FloatArray, axis: int) -> FloatArray:
     """`x[i] - x[i + 1]` along an axis, zero in the last place: as many entries as x."""
     first = jax.lax.slice_in_dim(x, 0, -1, axis=axis)
     second = jax.lax.slice_in_dim(x, 1, None, axis=axis)
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, 1)
-    return jnp.pad(first - second, widths)
+    return padded(first - second, axis, 0, 1)
 
 
 def ahead_transpose(e: FloatArray, axis: int) -> FloatArray:
     """The transpose of `ahead`: `e[i] - e[i - 1]`, the last entry of e ignored."""
     kept = jax.lax.slice_in_dim(e, 0, -1, axis=axis)
-    after = [(0, 0)] * e.ndim
-    before = [(0, 0)] * e.ndim
-    after[axis] = (0, 1)
-    before[axis] = (1, 0)
-    return jnp.pad(kept, after) - jnp.pad(kept, before)
+    return padded(kept, axis, 0, 1) - padded(kept, axis, 1, 0)
 
 
 @pytree
@@ -71,12 +71,10 @@ class GridBase:
 
     @property
     def node_shape(self) -> tuple[int, ...]:
-        """The shape of a node array without channels."""
         return self.shape
 
     @property
     def edge_shape(self) -> tuple[int, ...]:
-        """The shape of an edge array without channels."""
         return (len(self.shape), *self.shape)
 
     def ends(self) -> tuple[Array, Array]:
@@ -86,11 +84,9 @@ class GridBase:
         return jnp.broadcast_to(tails, heads.shape), heads
 
     def difference(self, x: FloatArray) -> FloatArray:
-        """`D x`."""
         return jnp.stack([ahead(x, axis) for axis in range(len(self.shape))])
 
     def divergence(self, e: FloatArray) -> FloatArray:
-        """`Dᵀ e`."""
         terms = [ahead_transpose(e[axis], axis) for axis in range(len(self.shape))]
         return sum(terms[1:], terms[0])
 
@@ -101,8 +97,8 @@ class GridBase:
             terms = [ahead_transpose(ahead(x, axis), axis) for axis in range(len(self.shape))]
             return sum(terms[1:], terms[0])
 
-        # Writing the first row once more keeps XLA's CPU compiler from merging the stencil into what follows, which
-        # would work it out anew for every neighbour: two Laplacians took seven times as long.
+        # Writing the first row again keeps XLA's CPU compiler from fusing the stencil into what follows and computing
+        # it again for every neighbour: two Laplacians took seven times as long.
         first = jax.lax.slice_in_dim(stencil(jax.lax.slice_in_dim(x, 0, min(2, len(x)))), 0, 1)
         return jax.lax.dynamic_update_slice_in_dim(stencil(x), first, 0, axis=0)
 
@@ -117,7 +113,6 @@ class EdgeBase:
     """D of any graph by gathers and scattered sums; nodes `[n]`, edges `[m]`.
 
     Sums are scattered edge by edge: tables that let every node gather its edges took four times as long on a CPU.
-    The ends of the edges are leaves: arguments, not constants.
     """
 
     tails: Any  # int32 [m]
@@ -127,12 +122,10 @@ class EdgeBase:
 
     @property
     def node_shape(self) -> tuple[int, ...]:
-        """The shape of a node array without channels."""
         return (self.num_nodes,)
 
     @property
     def edge_shape(self) -> tuple[int, ...]:
-        """The shape of an edge array without channels."""
         return (self.tails.shape[0],)
 
     def ends(self) -> tuple[Array, Array]:
@@ -144,17 +137,14 @@ class EdgeBase:
         return e if self.root_weights is None else e * spread(self.root_weights, e)
 
     def difference(self, x: FloatArray) -> FloatArray:
-        """`D x`."""
         return self._weighted(x[self.tails] - x[self.heads])
 
     def divergence(self, e: FloatArray) -> FloatArray:
-        """`Dᵀ e`."""
         e = self._weighted(e)
         zero = jnp.zeros((self.num_nodes, *e.shape[1:]), e.dtype)
         return zero.at[self.tails].add(e, mode="promise_in_bounds").at[self.heads].add(-e, mode="promise_in_bounds")
 
     def laplacian(self, x: FloatArray) -> FloatArray:
-        """`DᵀD x`, from differences, so that constants vanish exactly."""
         return self.divergence(self.difference(x))
 
 
@@ -168,11 +158,6 @@ def edge_base(edges: np.ndarray, num_nodes: int, weights: np.ndarray | None, dty
 class Difference:
     """`Δ^(order)` on node arrays, or `Δ^(order-1) Dᵀ` on edge arrays: what maps `Δ^(j)` onto `Δ^(j+order)`.
 
-    Attributes:
-        base: D, Dᵀ and L of a graph.
-        order: how many factors D or Dᵀ; 0 is the identity.
-        from_edges: the input is an edge array (j odd) instead of a node array (j even).
-
     Example:
         >>> from sparseopt.core.operators import Difference, GridBase
         >>> second = Difference(GridBase((4,)), order=2)  # the Laplacian of a chain
@@ -182,9 +167,9 @@ class Difference:
         ((4,), (4,))
     """
 
-    base: Any
-    order: int = static()
-    from_edges: bool = static(default=False)
+    base: Any  # D, Dᵀ and L of a graph
+    order: int = static()  # how many factors D or Dᵀ; 0 is the identity
+    from_edges: bool = static(default=False)  # the input is an edge array (j odd) instead of a node array (j even)
 
     def _middle(self) -> tuple[int, bool]:
         """The number of Laplacians between the ends, and whether a D closes the product."""
@@ -193,18 +178,15 @@ class Difference:
 
     @property
     def in_shape(self) -> tuple[int, ...]:
-        """The shape that `mv` takes, without channels."""
         return self.base.edge_shape if self.from_edges else self.base.node_shape
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """The shape that `mv` gives, without channels."""
         if self.order == 0:
             return self.in_shape
         return self.base.edge_shape if self._middle()[1] else self.base.node_shape
 
     def mv(self, x: FloatArray) -> FloatArray:
-        """`Δ x`, applied right to left."""
         if self.order == 0:
             return x
         laplacians, ends_on_edges = self._middle()
@@ -215,7 +197,6 @@ class Difference:
         return self.base.difference(x) if ends_on_edges else x
 
     def rmv(self, e: FloatArray) -> FloatArray:
-        """`Δᵀ e`."""
         if self.order == 0:
             return e
         laplacians, ends_on_edges = self._middle()
@@ -228,7 +209,7 @@ class Difference:
 
 @pytree
 class Stack:
-    """Several differences of one signal, their rows one below the other: `[rows]`, the layout of each flattened.
+    """Several differences of one signal, stacked: `[rows]`, the rows of each flattened.
 
     Example:
         >>> from sparseopt.core.operators import Difference, GridBase, Stack
@@ -242,31 +223,26 @@ class Stack:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The rows of each."""
         return tuple(math.prod(part.out_shape) for part in self.maps)
 
     @property
     def order(self) -> int:
-        """The highest, but never 0, which would say that rows are laid out as nodes are."""
+        """The highest, but at least 1: 0 would mean that rows are laid out like nodes."""
         return max(1, *(part.order for part in self.maps))
 
     @property
     def in_shape(self) -> tuple[int, ...]:
-        """The shape that `mv` takes, without channels."""
         return self.maps[0].in_shape
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """The shape that `mv` gives, without channels."""
         return (sum(self.sizes),)
 
     def mv(self, x: FloatArray) -> FloatArray:
-        """All rows."""
         channels = x.shape[len(self.in_shape) :]
         return jnp.concatenate([part.mv(x).reshape(-1, *channels) for part in self.maps])
 
     def rmv(self, e: FloatArray) -> FloatArray:
-        """The transpose: the sum of the transposes."""
         places = list(itertools.accumulate(self.sizes))[:-1]
         parts = zip(self.maps, jnp.split(e, places), strict=True)
         images = [part.rmv(rows.reshape(*part.out_shape, *e.shape[1:])) for part, rows in parts]
@@ -282,15 +258,12 @@ class Identity:
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """`(size,)`."""
         return (self.size,)
 
     def mv(self, x: FloatArray) -> FloatArray:
-        """X."""
         return x
 
     def rmv(self, e: FloatArray) -> FloatArray:
-        """E."""
         return e
 
 
@@ -301,26 +274,17 @@ def or_identity(given: Any, x: FloatArray) -> Any:
 
 @pytree
 class Split:
-    """The map `outer inner` of a split penalty, with the diagonal metrics that make its dual step safe.
+    """The map `outer inner` of a split penalty, with the diagonal metrics that make its dual step safe."""
 
-    Attributes:
-        outer: Ψ, acting on `z = inner x`.
-        inner: Δ.
-        row_scale: `S_r`, one a row of Ψ (a scalar for all).
-        column_scale: `C_j`, one a column of Ψ (a scalar for all), with `Ψᵀ S^-1 Ψ <= C`.
-    """
-
-    outer: Any
-    inner: Any
-    row_scale: Any
-    column_scale: Any
+    outer: Any  # Ψ, acting on `z = inner x`
+    inner: Any  # Δ
+    row_scale: Any  # `S_r`, one per row of Ψ, or a scalar for all
+    column_scale: Any  # `C_j`, one per column of Ψ, or a scalar for all, with `Ψᵀ S^-1 Ψ <= C`
 
     def mv(self, x: FloatArray) -> FloatArray:
-        """`Ψ Δ x`."""
         return self.outer.mv(self.inner.mv(x))
 
     def rmv(self, e: FloatArray) -> FloatArray:
-        """`Δᵀ Ψᵀ e`."""
         return self.inner.rmv(self.outer.rmv(e))
 
     def row_shape(self, x: FloatArray) -> tuple[int, ...]:

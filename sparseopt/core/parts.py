@@ -1,8 +1,8 @@
-"""Floor 1.5: D of any graph that is cut into parts, one a device, whose edges across are found through copies of nodes.
+"""Floor 1.5: D of any graph that is cut into parts, one part per device.
 
-An edge belongs to the first of the parts of its ends. It reads the other end, where that is another part's, from a
-ghost, a copy that its owner sends: D needs the ghosts' values, Dᵀ sends back what the part summed up for them. All
-that goes from part p + s to part p, for every p at once, is one message.
+An edge belongs to the first of the parts of its ends. If its other end lies in another part, the edge reads it from a
+ghost, a copy that its owner sends: D needs the values of the ghosts, and Dᵀ sends back their sums. Everything that goes
+from part p + s to part p, for all p at once, is one message.
 """
 
 import dataclasses
@@ -13,46 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
 
 from sparseopt.core.mesh import AXIS, over, put
 from sparseopt.core.operators import spread
-from sparseopt.core.types import pytree, static
-
-FloatArray = Float[Array, "..."]
+from sparseopt.core.types import FloatArray, pytree, static
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """A graph cut into parts, as host tables.
+    """A graph cut into parts, as host tables."""
 
-    Attributes:
-        parts: how many.
-        nodes: the place of every node, `[n]`, in arrays of `parts` times `part_nodes`.
-        edges: the place of every edge, `[m]`, in arrays of `parts` times `part_edges`.
-        part_nodes: the most nodes of a part.
-        part_edges: the most edges of a part.
-        tails: int32 `[parts * part_edges]`, within the part, ghosts behind the nodes; places of padding are loops.
-        heads: the same of the other ends.
-        shifts: s of every message.
-        pairs: of every message, which parts send to which.
-        sent: of every message int32 `[parts * width]`, the nodes of a part that it sends, filled up by its first.
-    """
-
-    parts: int
-    nodes: np.ndarray
-    edges: np.ndarray
-    part_nodes: int
-    part_edges: int
-    tails: np.ndarray
-    heads: np.ndarray
-    shifts: tuple[int, ...]
-    pairs: tuple[tuple[tuple[int, int], ...], ...]
+    parts: int  # the number of parts
+    nodes: np.ndarray  # the place of every node, `[n]`, in arrays of `parts * part_nodes`
+    edges: np.ndarray  # the place of every edge, `[m]`, in arrays of `parts * part_edges`
+    part_nodes: int  # the largest number of nodes of a part
+    part_edges: int  # the largest number of edges of a part
+    tails: np.ndarray  # int32 `[parts * part_edges]`, within the part, ghosts after the nodes; padding is loops
+    heads: np.ndarray  # the same for the other ends
+    shifts: tuple[int, ...]  # s of every message
+    pairs: tuple[tuple[tuple[int, int], ...], ...]  # for every message, which parts send to which
+    # For every message, int32 `[parts * width]`, the nodes that a part sends, padded with its first node.
     sent: tuple[np.ndarray, ...]
 
 
 def _places(owner: np.ndarray, parts: int) -> tuple[np.ndarray, int]:
-    """The place of every item among those of its owner, in the order given, and the most that one owns."""
+    """The place of every item among those of its owner, in the given order, and the largest number that one owns."""
     counts = np.bincount(owner, minlength=parts)
     order = np.argsort(owner, kind="stable")
     place = np.empty(owner.size, np.int64)
@@ -61,17 +46,14 @@ def _places(owner: np.ndarray, parts: int) -> tuple[np.ndarray, int]:
 
 
 def cut_graph(edges: np.ndarray, order: np.ndarray, parts: int) -> Cut:
-    """Cut a graph into runs of about as many nodes and edges each.
+    """Cut a graph without loops into parts of about equal work.
 
-    Args:
-        edges: of a graph without loops, `[m, 2]`.
-        order: the nodes, neighbours close to each other, `[n]`; each part gets a run of them.
-        parts: how many.
+    Each part is a run of `order`, which lists the nodes `[n]` with neighbours close to each other.
     """
     num_nodes = order.size
     place = np.empty(num_nodes, np.int64)
     place[order] = np.arange(num_nodes)
-    # Edges belong to the part of their first end, so that is where their work is counted.
+    # The work of an edge counts in the part of its first end.
     work = 1 + np.bincount(place[edges].min(axis=1), minlength=num_nodes)
     middle = np.cumsum(work) - work / 2
     part = np.minimum(middle * parts / work.sum(), parts - 1).astype(np.int64)[place]
@@ -121,7 +103,7 @@ def cut_graph(edges: np.ndarray, order: np.ndarray, parts: int) -> Cut:
 class PartBase:
     """D of a graph over several devices; nodes `[parts * part_nodes]`, edges `[parts * part_edges]`, see `Cut`.
 
-    As `EdgeBase` on every part. Padded places are 0 in what it takes and gives.
+    As `EdgeBase` on every part. Padded places are 0 in its inputs and outputs.
     """
 
     tails: Any
@@ -134,30 +116,25 @@ class PartBase:
 
     @property
     def node_shape(self) -> tuple[int, ...]:
-        """The shape of a node array without channels."""
         return (self.part_nodes * self.mesh.size,)
 
     @property
     def edge_shape(self) -> tuple[int, ...]:
-        """The shape of an edge array without channels."""
         return (self.tails.shape[0],)
 
     def difference(self, x: FloatArray) -> FloatArray:
-        """`D x`."""
         return self._apart(PartBase._local_difference)(self, x)
 
     def divergence(self, e: FloatArray) -> FloatArray:
-        """`Dᵀ e`."""
         return self._apart(PartBase._local_divergence)(self, e)
 
     def laplacian(self, x: FloatArray) -> FloatArray:
-        """`DᵀD x`, from differences, so that constants vanish exactly."""
         return self.divergence(self.difference(x))
 
     def _apart(self, local: Callable[..., Any]) -> Callable[..., Any]:
-        """The function of a part as one of all parts."""
+        """A function of one part as a function of all."""
         each = PartitionSpec(AXIS)
-        # The zeros that sums begin with are the same in all parts: types of what varies are left unchecked.
+        # The initial zeros of sums are the same in all parts, which the check of varying types does not accept.
         return jax.shard_map(local, mesh=self.mesh, in_specs=each, out_specs=each, check_vma=False)
 
     def _weighted(self, e: FloatArray) -> FloatArray:
@@ -182,7 +159,7 @@ class PartBase:
 
 
 def part_base(cut: Cut, weights: np.ndarray | None, dtype: Any, mesh: Mesh) -> PartBase:
-    """The `PartBase` of a cut graph and its weights `[m]` or None, laid out over a mesh of as many devices as parts."""
+    """The `PartBase` of a cut graph and its weights `[m]` or None, over a mesh with one device per part."""
     root = None
     if weights is not None:
         padded = np.zeros(cut.parts * cut.part_edges, dtype)

@@ -1,11 +1,11 @@
 """Floor 2: patterns, the indicator penalties of sparse sets that can also turn scores into a mask.
 
-Beside a penalty's `value` (0 on the set, +inf off it) and `prox` (the projection, whatever the step), a pattern has
+Besides a penalty's `value` (0 on the set, +inf off it) and `prox` (the projection), a pattern has
 
     mask(score) -> bool        True where an entry survives, with exactly the pattern's count
 
-A score is non-negative and has the unit of a magnitude: what a survivor is worth is its square, and the mask keeps
-the largest sum of squares that the set allows. So `prox(x)` is `x` on `mask(|x|)`.
+A score is non-negative and has the unit of a magnitude: the mask keeps the largest sum of squared scores that the set
+allows.
 """
 
 from typing import Any
@@ -15,22 +15,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.core.thresholds import (
-    BoolArray,
-    FloatArray,
-    Scalar,
     count_nonzero,
     kth_largest,
     n_of_m_mask,
     top_k_mask,
 )
-from sparseopt.core.types import pytree, static
+from sparseopt.core.types import BoolArray, FloatArray, Scalar, pytree, static
+
+
+class _SparseSet:
+    """The penalty of a pattern with `mask(score)` and `_holds(x)`, whether x lies in the set."""
+
+    mask: Any
+    _holds: Any
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        return jnp.where(self._holds(x), 0.0, jnp.inf).astype(x.dtype)
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """The projection, whatever the step: `x` on `mask(|x|)`, exactly zero elsewhere."""
+        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype))
 
 
 @pytree
-class TopK:
+class TopK(_SparseSet):
     """Indicator of arrays with at most `k` non-zero entries in all; prox: keep the k largest magnitudes.
 
-    `k` is a leaf: one compiled program serves every count.
+    `k` is a leaf: one compiled program works for every count.
 
     Example:
         >>> so.TopK(2).prox(jnp.array([3.0, -1.0, 2.0, -4.0]), step=1.0)
@@ -40,21 +51,14 @@ class TopK:
     k: Any
 
     def mask(self, score: FloatArray) -> BoolArray:
-        """True at exactly the k largest of the non-negative scores."""
         return top_k_mask(score, self.k)
 
-    def value(self, x: FloatArray) -> Float[Array, ""]:
-        """0 where x has at most k non-zeros, +inf elsewhere."""
-        return jnp.where(count_nonzero(x) <= self.k, 0.0, jnp.inf).astype(x.dtype)
-
-    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """The projection: exactly the k largest magnitudes survive, whatever the step."""
-        del step
-        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype))
+    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
+        return count_nonzero(x) <= self.k
 
 
 @pytree
-class RowTopK:
+class RowTopK(_SparseSet):
     """Indicator of arrays with at most `k` non-zeros along `axis`, at every position of the other axes.
 
     For a weight in solver layout `[in, out]` the axis is 0: k inputs for every output row. `k` is a leaf.
@@ -69,24 +73,16 @@ class RowTopK:
     axis: int = static(default=0)
 
     def mask(self, score: FloatArray) -> BoolArray:
-        """True at exactly the k largest of the non-negative scores along the axis."""
         moved = jnp.moveaxis(score, self.axis, 0)
         mask = _top_k_of_columns(moved.reshape(moved.shape[0], -1), self.k)
         return jnp.moveaxis(mask.reshape(moved.shape), 0, self.axis)
 
-    def value(self, x: FloatArray) -> Float[Array, ""]:
-        """0 where no position holds more than k non-zeros along the axis, +inf elsewhere."""
-        fits = jnp.all(jnp.sum(x != 0, axis=self.axis, dtype=jnp.int32) <= self.k)
-        return jnp.where(fits, 0.0, jnp.inf).astype(x.dtype)
-
-    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """The projection: the k largest magnitudes along the axis survive, whatever the step."""
-        del step
-        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype))
+    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
+        return jnp.all(jnp.sum(x != 0, axis=self.axis, dtype=jnp.int32) <= self.k)
 
 
 @pytree
-class NM:
+class NM(_SparseSet):
     """Indicator of the n:m pattern: at most `n` non-zeros in every `m` consecutive entries along `axis`.
 
     For a weight in solver layout `[in, out]` the axis is 0, so the groups run along the inputs of one output.
@@ -101,24 +97,16 @@ class NM:
     axis: int = static(default=0)
 
     def mask(self, score: FloatArray) -> BoolArray:
-        """True at the n largest of the non-negative scores in every group."""
         return n_of_m_mask(score, self.n, self.m, self.axis)
 
-    def value(self, x: FloatArray) -> Float[Array, ""]:
-        """0 where every group holds at most n non-zeros, +inf elsewhere."""
+    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
         moved = jnp.moveaxis(x != 0, self.axis, 0)
         groups = moved.reshape(moved.shape[0] // self.m, self.m, -1)
-        fits = jnp.all(jnp.sum(groups, axis=1, dtype=jnp.int32) <= self.n)
-        return jnp.where(fits, 0.0, jnp.inf).astype(x.dtype)
-
-    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """The projection: the n largest magnitudes of every group survive, whatever the step."""
-        del step
-        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype))
+        return jnp.all(jnp.sum(groups, axis=1, dtype=jnp.int32) <= self.n)
 
 
 @pytree
-class BlockTopK:
+class BlockTopK(_SparseSet):
     """Indicator of matrices that vanish outside `k` of the blocks of `shape` (rows, columns) that tile them.
 
     Prox: keep the k blocks of largest energy, the sum of squares. `k` is a leaf, the shape is static.
@@ -152,22 +140,15 @@ class BlockTopK:
         kept = top_k_mask(energy, self.k)
         return jnp.broadcast_to(kept[:, None, :, None], self._tiles(score).shape).reshape(score.shape)
 
-    def value(self, x: Float[Array, "rows columns"]) -> Float[Array, ""]:
-        """0 where at most k blocks hold a non-zero, +inf elsewhere."""
-        used = jnp.sum(jnp.any(self._tiles(x != 0), axis=(1, 3)), dtype=jnp.int32)
-        return jnp.where(used <= self.k, 0.0, jnp.inf).astype(x.dtype)
-
-    def prox(self, x: Float[Array, "rows columns"], step: Scalar) -> Float[Array, "rows columns"]:
-        """The projection: the k blocks of largest energy survive, whatever the step."""
-        del step
-        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype))
+    def _holds(self, x: Float[Array, "rows columns"]) -> Bool[Array, ""]:
+        return jnp.sum(jnp.any(self._tiles(x != 0), axis=(1, 3)), dtype=jnp.int32) <= self.k
 
 
 Pattern = TopK | RowTopK | NM | BlockTopK
 
 
 def _top_k_of_columns(score: Float[Array, "n columns"], k: Int[Array, ""] | int) -> Bool[Array, "n columns"]:
-    """`top_k_mask` of every column; one branch for all of them, where a vmapped one would take both sides always."""
+    """`top_k_mask` of every column, with one branch for all: under vmap both branches would run."""
     threshold = jax.vmap(kth_largest, in_axes=(1, None))(score, k)
     above, tied = score > threshold, score == threshold
     number_above = jnp.sum(above, axis=0, dtype=jnp.int32)

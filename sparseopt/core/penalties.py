@@ -4,10 +4,9 @@ The contract: `prox(x, step)` returns the minimiser over u of
 
     1/2 ||u - x||² + step * value(u)
 
-and `value(x)` is a scalar that includes the weight. An indicator (`constraints.py`, and the
-sparse sets of `patterns.py`) has value 0 on its set, +inf off it.
-Here are the contract and the penalties on single entries; their sources are named at each scalar formula in
-`thresholds.py`. Those on groups and matrices are in `group_penalties.py`.
+and `value(x)` is a scalar that includes the weight. This file has the contract and the penalties on single entries;
+their sources are named at the scalar formulas in `thresholds.py`. Penalties on groups and matrices are in
+`group_penalties.py`, indicators (value 0 on a set, +inf off it) in `constraints.py` and `patterns.py`.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -16,8 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.thresholds import (
-    FloatArray,
-    Scalar,
     count_nonzero,
     hard_threshold,
     largest_ratio,
@@ -29,16 +26,16 @@ from sparseopt.core.thresholds import (
     scad_value,
     soft_threshold,
 )
-from sparseopt.core.types import pytree
+from sparseopt.core.types import FloatArray, Scalar, pytree
 
 
 @runtime_checkable
 class Penalty(Protocol):
-    """What a solver asks of a penalty. Write your own as a frozen pytree with these two methods.
+    """What a solver needs of a penalty. Write your own as a frozen pytree with these two methods.
 
-    A penalty whose value is a sum over entries may also say so, with a class attribute `separable = True`: it then
-    promises that `prox` takes an array of steps, one an entry. `proximal_adam` asks for it; without the attribute a
-    penalty counts as coupled.
+    A penalty whose value is a sum over entries may say so with a class attribute `separable = True`: it then promises
+    that `prox` takes an array of steps, one per entry. `proximal_adam` needs it; without the attribute a penalty counts
+    as coupled.
     """
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
@@ -52,8 +49,8 @@ class Penalty(Protocol):
 class Norm(Penalty, Protocol):
     """A convex penalty with `value(t x) = |t| value(x)`: it has a dual ball, and so a duality gap.
 
-    For every `dual` in the ball, `<dual, x> <= value(x)`. A class whose `project_dual` gives some point of the ball and
-    not the nearest says so by a class attribute `nearest = False`.
+    For every `dual` in the ball, `<dual, x> <= value(x)`. A class whose `project_dual` may not return the nearest point
+    of the ball says so with a class attribute `nearest = False`.
     """
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
@@ -67,7 +64,7 @@ class Norm(Penalty, Protocol):
 class Conjugate(Penalty, Protocol):
     """A convex penalty whose Fenchel conjugate `f*(u) = max over x of <u, x> - value(x)` is known.
 
-    It has a duality gap. For a norm the conjugate is 0 in the dual ball and +inf outside, and its slack is that of
+    It has a duality gap. The conjugate of a norm is 0 in the dual ball and +inf outside, and its slack is that of
     `Norm`.
     """
 
@@ -77,17 +74,17 @@ class Conjugate(Penalty, Protocol):
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
         """The least `t >= 0` for which `dual / t` lies in the domain of `f*`; 0 where `f*` is finite everywhere.
 
-        For a norm this is its dual norm, the weight included. A zero entry needs no weight (0/0 counts as 0); a
-        nonzero one of weight 0 makes it +inf.
+        For a norm this is its dual norm, the weight included; 0 / 0 counts as 0, and a nonzero entry of weight 0 makes
+        it +inf.
         """
 
 
 @runtime_checkable
 class IterativeProx(Penalty, Protocol):
-    """A penalty whose prox is itself a solve, which ends sooner where it starts from the last one.
+    """A penalty whose prox is itself a solve, which ends sooner if it starts from the last one.
 
     `AcceleratedProximalGradient`, `ProximalGradient` and `proximal` carry the memory from one prox to the next, and so
-    may every caller; `prox` starts cold.
+    can any caller; `prox` starts cold.
     """
 
     def memory(self, x: FloatArray) -> Any:
@@ -101,8 +98,8 @@ class IterativeProx(Penalty, Protocol):
 class Composite(IterativeProx, Protocol):
     """`value(x) = inner(K x)`: a convex penalty whose prox also finds a subgradient of `inner`.
 
-    With it `AcceleratedProximalGradient` has a duality gap, and a solution has derivatives that do not pass through
-    the iterations of the prox: both are those of the problem with the operator K.
+    With it `AcceleratedProximalGradient` has a duality gap, and a solution has derivatives that do not pass through the
+    iterations of the prox: both are those of the problem with the operator K.
     """
 
     def parts(self, x: FloatArray) -> tuple[Any, Any]:
@@ -113,12 +110,12 @@ class Composite(IterativeProx, Protocol):
 
 
 def cold_memory(penalty: Any, x: FloatArray) -> Any:
-    """What the first prox of an array like x starts from; None for a penalty that remembers nothing."""
+    """The memory for the first prox of an array like x; None for a penalty without one."""
     return penalty.memory(x) if isinstance(penalty, IterativeProx) else None
 
 
 def prox_from(penalty: Any, x: FloatArray, step: Scalar, memory: Any) -> tuple[FloatArray, Any]:
-    """The prox, and what the next one starts from."""
+    """The prox, and the memory for the next one."""
     return (penalty.prox(x, step), None) if memory is None else penalty.prox_from(x, step, memory)
 
 
@@ -135,11 +132,9 @@ class L0:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """`weight` times the exact number of non-zero entries."""
         return self.weight * count_nonzero(x).astype(x.dtype)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """Keep `|x| >= sqrt(2 * step * weight)`."""
         return hard_threshold(x, jnp.sqrt(2 * jnp.asarray(step * self.weight, x.dtype)))
 
 
@@ -156,24 +151,19 @@ class L1:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The sum of `weight |x|`."""
         return jnp.sum(self.weight * jnp.abs(x))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """Shrink every entry by `step * weight`."""
         return soft_threshold(x, jnp.asarray(step * self.weight, x.dtype))
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
-        """Clip to `[-weight, weight]`."""
         weight = jnp.asarray(self.weight, dual.dtype)
         return jnp.clip(dual, -weight, weight)
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        """`weight |x| - dual x`, entry by entry."""
         return jnp.asarray(self.weight, x.dtype) * jnp.abs(x) - dual * x
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """The largest `|dual| / weight`."""
         return largest_ratio(jnp.abs(dual), self.weight)
 
 
@@ -195,11 +185,9 @@ class ElasticNet:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The sum of `weight |x| + ridge / 2 x²`."""
         return jnp.sum(self.weight * jnp.abs(x) + 0.5 * self.ridge * x * x)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """Shrink every entry by `step * weight` and divide it by `1 + step * ridge`."""
         return soft_threshold(x, jnp.asarray(step * self.weight, x.dtype)) / jnp.asarray(1 + step * self.ridge, x.dtype)
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
@@ -209,7 +197,6 @@ class ElasticNet:
         return weight * jnp.abs(x) - inside * x + 0.5 * ridge * (x - (dual - inside) / ridge) ** 2
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """0: the ridge makes the conjugate finite everywhere."""
         return jnp.zeros((), dual.dtype)
 
 
@@ -229,11 +216,9 @@ class MCP:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The sum of `mcp_value`."""
         return jnp.sum(mcp_value(x, self.weight, self.gamma))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """`mcp_prox`, entry by entry."""
         return mcp_prox(x, self.weight, self.gamma, step)
 
     def slope(self, x: FloatArray) -> FloatArray:
@@ -257,11 +242,9 @@ class SCAD:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The sum of `scad_value`."""
         return jnp.sum(scad_value(x, self.weight, self.a))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """`scad_prox`, entry by entry."""
         return scad_prox(x, self.weight, self.a, step)
 
     def slope(self, x: FloatArray) -> FloatArray:
@@ -286,11 +269,9 @@ class LogSum:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """The sum of `log_sum_value`."""
         return jnp.sum(log_sum_value(x, self.weight, self.eps))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """`log_sum_prox`, entry by entry."""
         return log_sum_prox(x, self.weight, self.eps, step)
 
     def slope(self, x: FloatArray) -> FloatArray:

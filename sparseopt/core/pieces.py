@@ -1,27 +1,22 @@
 """Floor 1: the pieces of a graph that chosen edges join, and means over them.
 
-Labels fall until they are constant on pieces: an edge gives the larger label of its ends the smaller one, and labels of
-labels halve the way to the least (Shiloach and Vishkin, "An O(log n) parallel connectivity algorithm", 1982).
+Labels fall until they are constant on pieces: the larger label at the ends of an edge becomes the smaller one, and
+labels of labels halve the distance to the least (Shiloach and Vishkin, "An O(log n) parallel connectivity algorithm",
+1982).
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Labels of labels in a turn: a gather costs a small part of what the minima over edges cost.
+# Labels of labels per round: a gather is much cheaper than the minima over edges.
 JUMPS = 3
 
 
 def piece_labels(
     tails: Int[Array, " m"], heads: Int[Array, " m"], joins: Bool[Array, " m"], num_nodes: int
 ) -> Int[Array, " n"]:
-    """The least node of the piece that each node lies in.
-
-    Args:
-        tails: one end of each edge.
-        heads: the other one.
-        joins: which edges join their ends.
-        num_nodes: n.
+    """The least node of the piece of each node; `joins` says which edges join their ends.
 
     Example:
         >>> from sparseopt.core.pieces import piece_labels
@@ -43,13 +38,7 @@ def piece_labels(
 
 
 def piece_means(sums: Float[Array, " n"], weights: Float[Array, " n"], labels: Int[Array, " n"]) -> Float[Array, " n"]:
-    """The sum of `sums` over that of `weights`, at every node that of its piece; 0 where the weights add up to 0.
-
-    Example:
-        >>> from sparseopt.core.pieces import piece_means
-        >>> piece_means(jnp.array([1.0, 3.0, 5.0]), jnp.ones(3), jnp.array([0, 0, 2]))
-        Array([2., 2., 5.], dtype=float32)
-    """
+    """At every node, the sum of `sums` over the sum of `weights` of its piece; 0 where the weights add up to 0."""
     over = jax.ops.segment_sum(weights, labels, labels.size)
     means = jax.ops.segment_sum(sums, labels, labels.size) / jnp.where(over > 0, over, 1)
     return jnp.where(over > 0, means, 0)[labels]

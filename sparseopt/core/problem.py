@@ -3,7 +3,7 @@
     minimise over x    loss(x) + penalty(operator x)
 
 A solver is a frozen pytree with four pure methods; the loop, the stopping rule, the history and the status are in
-`iterate.py`. Everything runs under `jit`, `vmap` and `grad`; under `vmap` each lane stops on its own.
+`iterate.py`. Everything runs under `jit`, `vmap` and `grad`; under `vmap` each lane stops independently.
 """
 
 import enum
@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.matrices import linear_map
-from sparseopt.core.thresholds import FloatArray
-from sparseopt.core.types import pytree
+from sparseopt.core.types import FloatArray, pytree
 
-# A residual within this multiple of eps may be the last that the precision allows.
+# A residual within this multiple of eps may be as low as the precision allows.
 NEAR_ROUNDING = 1e3
 
 
@@ -25,7 +24,7 @@ class Problem:
     """`minimise loss(x) + penalty(operator x)`; without an operator the penalty acts on x itself.
 
     Attributes:
-        loss: `value(x)` and `gradient(x)`, and what a solver asks for by name.
+        loss: `value(x)` and `gradient(x)`, and what the chosen solver needs besides.
         penalty: `value(z)` and `prox(z, step)` for z = operator x.
         operator: None, a dense matrix `[rows, columns]`, a SciPy sparse matrix, or an object with `mv(x)` and its
             transpose `rmv(e)`. A matrix is kept as a linear map.
@@ -42,12 +41,11 @@ class Problem:
     operator: Any = None
 
     def __post_init__(self) -> None:
-        """Make a matrix a linear map."""
         object.__setattr__(self, "operator", linear_map(self.operator))
 
 
 def unfolded(problem: Problem, x: FloatArray) -> Problem:
-    """A problem in a `Composite` penalty as one in its inner penalty behind its operator."""
+    """A problem with a `Composite` penalty as one with its inner penalty and its operator."""
     return Problem(problem.loss, *problem.penalty.parts(x))
 
 
@@ -69,7 +67,6 @@ class Status(enum.IntEnum):
 
     @property
     def advice(self) -> str:
-        """One sentence for a person."""
         return {
             Status.CONVERGED: "the residual reached the tolerance",
             Status.MAX_STEPS: "the step limit was reached before the tolerance: raise max_steps, raise tol, or "
@@ -90,10 +87,10 @@ class Measure(NamedTuple):
         residual: the stopping measure.
         objective: loss plus penalty.
         gap: a relative duality gap or NaN.
-        extra: any other scalars worth a history, as a pytree.
+        extra: any other scalars for the history, as a pytree.
         stalled: True ends the solve with `Status.PRECISION`: rounding keeps the residual from falling further.
-        stationary: True if the residual is one of stationarity and the problem is not known to be convex: a solve that
-            converges then has the status `Status.STATIONARY`.
+        stationary: True if the residual is one of stationarity and the problem is not known to be convex: a converged
+            solve then has the status `Status.STATIONARY`.
     """
 
     residual: Float[Array, ""]
@@ -105,28 +102,21 @@ class Measure(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What tells that rounding keeps a residual from falling.
+    """How a residual falls, to detect that rounding keeps it from falling further."""
 
-    Attributes:
-        best: the least residual so far.
-        waited: checks since one found it lower by a tenth.
-    """
-
-    best: Any
-    waited: Any
+    best: Any  # the least residual so far
+    waited: Any  # checks since it last fell by a tenth
 
     def after(self, residual: Array, looked: Any = True) -> "Progress":
-        """The progress after a check; `looked` is False for one that is not to count."""
+        """The progress after a check; a check with `looked` False does not count."""
         better = residual < 0.9 * self.best
         return Progress(jnp.where(better, residual, self.best), jnp.where(better, 0, self.waited + looked))
 
     def stalled(self, residual: Array, patience: int, level: float | None = None) -> Array:
-        """Whether so many checks were in vain near the rounding level; not at one that rounding made a poor one.
+        """Whether the last `patience` checks near the rounding level brought no progress.
 
-        Args:
-            residual: of the last check.
-            patience: how many checks.
-            level: the one that counts as near it; None for `NEAR_ROUNDING * eps`.
+        A last residual above twice the best does not end a solve. `level` is what counts as near the rounding level;
+        None is `NEAR_ROUNDING * eps`.
         """
         near = self.best <= (NEAR_ROUNDING * jnp.finfo(residual.dtype).eps if level is None else level)
         return near & (self.waited >= patience) & (residual <= 2 * self.best)
@@ -135,18 +125,18 @@ class Progress(NamedTuple):
 class Solver(Protocol):
     """The four methods that `solve` calls. All are pure; `problem` is passed in so that a solver holds no data.
 
-    The others are optional:
+    The other members are optional:
 
-    * `refuses(problem) -> str | None` is the one place where a solver says what it needs of a problem: what is wrong
-      and what to do, or None where it can solve it. It looks at the problem's structure (types, attributes, whether
-      there is an operator) and never at values, so it works on tracers; `solve` asks it first. A solver without it
-      takes every problem.
-    * `stride`, an attribute: how many iterations a step makes, for a solver whose measure is expensive. Steps are then
-      counted in iterations.
+    * `refuses(problem) -> str | None` is the only place where a solver says what it needs of a problem: what is wrong
+      and what to do, or None if it can solve it. It looks at the problem's structure (types, attributes, whether there
+      is an operator) and never at values, so it works on tracers; `solve` calls it first. A solver without it accepts
+      every problem.
+    * `stride`, an attribute: the number of iterations in a step, for a solver whose measure is expensive. Steps are
+      then counted in iterations.
     * `duals(problem, state)`: the subgradients that the solver found, of a loss `f(A x)` at `A x` and of the penalty at
       `operator x`; None for one that it does not find. Derivatives of a solution with an operator need them.
-    * `prox_step(problem, state)`, or an attribute `step_size` of the state: the step at which the solver takes the
-      penalty's prox, one or one an entry. Derivatives for a penalty that is not convex need it.
+    * `prox_step(problem, state)`, or an attribute `step_size` of the state: the step of the penalty's prox, one number
+      or one per entry. Derivatives for a penalty that is not convex need it.
     """
 
     def init(self, problem: Problem, x0: Any) -> Any:
@@ -159,11 +149,11 @@ class Solver(Protocol):
         """Residual, objective and gap of a state; cheap, since it runs after every step."""
 
     def extract(self, problem: Problem, state: Any) -> Any:
-        """The answer held by a state."""
+        """The answer in a state."""
 
 
 def refusal(solver: Any, problem: Problem) -> str | None:
-    """What the solver's own `refuses` says, None for one without it."""
+    """The answer of the solver's `refuses`; None for a solver without it."""
     refuses = getattr(solver, "refuses", None)
     return None if refuses is None else refuses(problem)
 
@@ -171,17 +161,21 @@ def refusal(solver: Any, problem: Problem) -> str | None:
 def needs(
     solver: Any, problem: Problem, *, operator: bool = False, loss: str = "", penalty: str = "value prox"
 ) -> str | None:
-    """Why `solver.refuses` a problem that lacks something; None if it lacks nothing.
+    """Why a solver refuses a problem that lacks something; None if it lacks nothing.
 
     Args:
         solver: for its name.
         problem: what was given.
-        operator: whether the solver takes one.
-        loss: the methods and fields that it uses of the loss, separated by blanks.
+        operator: whether the solver accepts one.
+        loss: the methods and fields of the loss that the solver uses, separated by blanks.
         penalty: those of the penalty.
     """
-    if not operator and (reason := _refuses_operator(solver, problem)):
-        return reason
+    if problem.operator is not None and not operator:
+        return (
+            f"{type(solver).__name__} takes the prox of the penalty alone and solves problems without an operator, "
+            f"given the operator {type(problem.operator).__name__}; use PrimalDual or SplitAdmm, or "
+            "sparseopt.trend_filter for the differences of a graph"
+        )
     for part, given, wanted in (("loss", problem.loss, loss.split()), ("penalty", problem.penalty, penalty.split())):
         if absent := [name for name in wanted if not hasattr(given, name)]:
             return (
@@ -191,17 +185,6 @@ def needs(
     return None
 
 
-def _refuses_operator(solver: Any, problem: Problem) -> str | None:
-    """Why a solver that takes the prox of the penalty alone refuses a problem; None where there is no operator."""
-    if problem.operator is None:
-        return None
-    return (
-        f"{type(solver).__name__} takes the prox of the penalty alone and solves problems without an operator, given "
-        f"the operator {type(problem.operator).__name__}; use PrimalDual or SplitAdmm, or sparseopt.trend_filter for "
-        "the differences of a graph"
-    )
-
-
 @pytree
 class Solution:
     """What `solve` returns.
@@ -209,15 +192,15 @@ class Solution:
     Attributes:
         value: the answer.
         status: a `Status` as an int32 scalar (an array of them under vmap).
-        steps: iterations done.
-        residual: the solver's own stopping measure at the end.
+        steps: the number of iterations.
+        residual: the solver's stopping measure at the end.
         objective: loss plus penalty at the end.
-        gap: relative duality gap, NaN where the solver has no certificate.
-        history: a `Measure` of arrays `[max_steps]`, NaN beyond `steps`, or None when not asked for
-            (its `stalled` is None).
-        state: the solver's last state, for a warm start or a closer look.
-        dual: the subgradient of the penalty at `operator x`, where the solver finds one; for a `Composite` penalty that
-            of its inner one.
+        gap: relative duality gap, NaN if the solver has no certificate.
+        history: a `Measure` of arrays `[max_steps]`, NaN beyond `steps`, or None if it was not requested (its `stalled`
+            is None).
+        state: the solver's last state, for a warm start or inspection.
+        dual: the subgradient of the penalty at `operator x`, if the solver finds one; for a `Composite` penalty that of
+            its inner penalty.
     """
 
     value: Any

@@ -3,8 +3,8 @@
     minimise over p    loss(p) + sum over leaves of penalty.value(leaf)
 
 `proximal` follows any chain that moves all entries with one step size (SGD, with or without momentum).
-`proximal_adam` is Adam with the prox taken in Adam's own metric; `proximal` after `optax.adam` would solve another
-problem, and its docstring says which.
+`proximal_adam` is Adam with the prox in Adam's own metric; `proximal` after `optax.adam` would solve another problem,
+see its docstring.
 """
 
 from collections.abc import Callable
@@ -18,30 +18,26 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.patterns import Pattern
 from sparseopt.core.penalties import IterativeProx, Penalty, prox_from
-from sparseopt.core.thresholds import FloatArray, Scalar
+from sparseopt.core.types import FloatArray, Scalar
 
 Schedule = Callable[[Any], Any]
 Mask = Any  # None, a pytree of bools that is a prefix of the parameters, or a function from parameters to one
 
 
 class ProximalState(NamedTuple):
-    """What an update needs of the ones before.
+    """The state of `proximal`."""
 
-    Attributes:
-        count: how many there were: where the schedule of the step stands.
-        memories: for an `IterativeProx` what the next prox of each leaf starts from, None for a leaf without one, in a
-            tree like the parameters; None for another penalty.
-    """
-
-    count: Any
+    count: Any  # the number of updates so far, for the schedule of the step
+    # For an `IterativeProx` the memory of every leaf, in a tree like the parameters (None for a leaf without one);
+    # None for another penalty.
     memories: Any = None
 
 
 def proximal(penalty: Penalty, step: Scalar | Schedule, *, mask: Mask = None) -> optax.GradientTransformation:
     """Move to the prox of the point that the chain proposes; the last member of an optax chain.
 
-    For parameters p and the update u that reaches it, the update that leaves is `prox(p + u, step) - p`, leaf by
-    leaf, so that `optax.apply_updates` lands on
+    For parameters p and an incoming update u, the outgoing update is `prox(p + u, step) - p`, leaf by leaf, so that
+    `optax.apply_updates` lands on
 
         argmin over v    1/2 ||v - (p + u)||² + step * value(v)
 
@@ -49,37 +45,36 @@ def proximal(penalty: Penalty, step: Scalar | Schedule, *, mask: Mask = None) ->
 
         tx = optax.chain(optax.sgd(0.1), so.proximal(so.L1(1e-3), 0.1))
 
-    `step` has to be the factor with which a constant gradient arrives. For plain SGD it is the learning rate. For
-    `optax.sgd(rate, momentum=b)` it is `rate / (1 - b)`, since optax adds the gradients up without a factor `1 - b`;
-    with `step = rate` the fixed points are those of the weight `(1 - b) * weight`. After Adam, where entry i
-    arrives with the factor `rate / (sqrt(v_i) + eps)`, no step is right: a fixed point satisfies
-    `0 in gradient_i + (sqrt(v_i) + eps) * subgradient of value_i` with v the second moment of the gradient, a
-    problem whose weights depend on the size of the gradient. Use `proximal_adam`.
+    `step` must be the factor that a constant gradient has in the update. For plain SGD it is the learning rate. For
+    `optax.sgd(rate, momentum=b)` it is `rate / (1 - b)`, since optax sums the gradients without a factor `1 - b`; with
+    `step = rate` the fixed points are those of the weight `(1 - b) * weight`. After Adam, where entry i has the factor
+    `rate / (sqrt(v_i) + eps)`, no step is right: a fixed point satisfies
+    `0 in gradient_i + (sqrt(v_i) + eps) * subgradient of value_i` with v the second moment of the gradient, a problem
+    whose weights depend on the size of the gradient. Use `proximal_adam`.
 
-    Zeros are exact: for a prox of 0 the update is -p, and `p + (-p)` is 0 in every floating-point format. A member
-    behind this one that changes updates undoes that. Leaves below float32 are computed in float32; their non-zero
-    entries are rounded on landing, and bfloat16, with 8 significant bits, drops a move below `|p| / 512`.
+    Zeros are exact: for a prox of 0 the update is -p, and `p + (-p)` is 0 in every floating-point format. A later
+    member of the chain that changes updates undoes that. Leaves below float32 are computed in float32; their non-zero
+    entries are rounded, and bfloat16, with 8 significant bits, drops a move below `|p| / 512`.
 
     Args:
-        penalty: any penalty, also your own. Every leaf is one array for it: `TopK(k)` keeps k entries a leaf,
-            `GroupL2(w, axis=-1)` groups by rows, the inputs of a Flax kernel `[in, out]`. For several penalties,
-            `optax.partition` (`optax.multi_transform` in older versions) with one `proximal` a label.
-            Its arrays may be traced: make the chain inside the jitted or vmapped function.
-        step: the step size, or an optax schedule of the number of updates; the schedule given to the learning
-            rate may be given here too.
-        mask: which leaves get the prox; None takes all. A pytree of bools, the parameters' own or a prefix of it,
-            or a function from the parameters to one. Updates of other leaves pass unchanged.
+        penalty: any penalty, also your own. It acts on every leaf separately: `TopK(k)` keeps k entries per leaf,
+            `GroupL2(w, axis=-1)` groups by rows, the inputs of a Flax kernel `[in, out]`. For several penalties use
+            `optax.partition` (`optax.multi_transform` in older versions) with one `proximal` per label. Its arrays may
+            be traced: make the chain inside the jitted or vmapped function.
+        step: the step size, or an optax schedule of the number of updates, such as that of the learning rate.
+        mask: which leaves get the prox; None takes all. A pytree of bools like the parameters or a prefix of it, or a
+            function from the parameters to one. Updates of other leaves pass unchanged.
 
     Returns:
         A transformation whose `update(updates, state, params)` needs `params`. Updates keep the wider of their own
         dtype and the parameter's.
 
     Raises:
-        ValueError: for a penalty without `value` and `prox` or a negative step; in `update`, without params; for a
-            mask that is not made of bools.
+        ValueError: for a penalty without `value` and `prox`, a negative step, or a mask that is not made of bools; in
+            `update`, without params.
 
-    Source: Parikh and Boyd, "Proximal algorithms", 2014, section 4.2; for one step of stochastic gradients at a
-    time, Duchi and Singer, "Efficient online and batch learning using forward backward splitting", 2009.
+    Source: Parikh and Boyd, "Proximal algorithms", 2014, section 4.2; for stochastic gradients Duchi and Singer,
+    "Efficient online and batch learning using forward backward splitting", 2009.
 
     Example:
         >>> import optax
@@ -130,7 +125,7 @@ def proximal_adam(
     eps: Scalar = 1e-8,
     mask: Mask = None,
 ) -> optax.GradientTransformation:
-    """Adam for `loss + penalty`, with the prox in Adam's own metric. It takes gradients; nothing may follow it.
+    """Adam for `loss + penalty`, with the prox in Adam's own metric. It takes gradients and must be last in a chain.
 
     With the corrected moments m and v of the gradient, entry by entry, `d = (sqrt(v) + eps) / learning_rate` and
     `z = p - m / d`, which is Adam's point, the new parameters are
@@ -143,17 +138,17 @@ def proximal_adam(
     For a separable penalty the minimiser is the prox with the array of steps `1 / d`. For a pattern (`TopK`,
     `RowTopK`, `NM`, `BlockTopK`) it keeps the largest `d_i z_i²`. Other coupled penalties are refused.
 
-    The step `1 / d` of an entry grows to `learning_rate / eps` as its gradients vanish. Convex penalties do not
-    mind. A non-convex one (L0, MCP, SCAD) has its global minimiser taken, which for a long step is zero for entries
-    of every size: where the gradients have no noise (full batches), a fitted entry loses its gradient and may then
-    be deleted. Choose eps so large that `learning_rate / eps` is a step that the penalty can bear: below gamma for
-    MCP, below `a - 1` for SCAD; for L0, entries below `sqrt(2 weight learning_rate / eps)` are at risk. Start L0
-    from trained parameters: an entry at zero stays there unless one step of Adam passes the threshold.
+    The step `1 / d` of an entry grows to `learning_rate / eps` as its gradients vanish. This is harmless for convex
+    penalties. For a non-convex penalty (L0, MCP, SCAD) the prox is the global minimiser, which for a long step is zero
+    for entries of every size: without noise in the gradients (full batches), a fitted entry loses its gradient and may
+    then be set to zero. Choose eps large enough for the penalty: `learning_rate / eps` below gamma for MCP, below
+    `a - 1` for SCAD; for L0, entries below `sqrt(2 weight learning_rate / eps)` are at risk. Start L0 from trained
+    parameters: an entry at zero stays there unless one step of Adam passes the threshold.
 
     Args:
         penalty: `L0`, `L1`, `MCP`, `SCAD`, `Support`, a pattern such as `TopK`, or your own with `separable = True`
-            on the class. That is a promise: its value is a sum over entries, and `prox(x, step)` takes a step the
-            shape of x. As in `proximal`, every leaf is one array for it, and its own arrays may be traced.
+            on the class: its value is then a sum over entries, and `prox(x, step)` takes a step of the shape of x. As
+            in `proximal`, it acts on every leaf separately, and its arrays may be traced.
         learning_rate: a number, or an optax schedule of the number of updates.
         b1: decay of the mean of the gradients.
         b2: decay of the mean of their squares.
@@ -164,12 +159,12 @@ def proximal_adam(
         A transformation; its state is `optax.ScaleByAdamState`, in float32 also for leaves of lower precision.
 
     Raises:
-        ValueError: for a penalty that is coupled or does not say that it is separable, before anything is computed;
-            for a negative learning rate; in `update`, without params; for a mask that is not made of bools.
+        ValueError: for a penalty that is coupled or does not say that it is separable, a negative learning rate, or a
+            mask that is not made of bools; in `update`, without params.
 
     Source: Yun, Lozano and Yang, "Adaptive proximal gradient methods for structured neural networks", NeurIPS 2021,
-    for the prox in the metric of the preconditioner, with Adam as an instance; Kingma and Ba, "Adam: a method for
-    stochastic optimization", 2015, for m and v.
+    for the prox in the metric of a preconditioner; Kingma and Ba, "Adam: a method for stochastic optimization", 2015,
+    for m and v.
 
     Example:
         >>> target = jnp.array([2.0, 0.3])  # 1/2 ||p - target||² + 1/2 ||p||_1 is least at [1.5, 0]
@@ -183,8 +178,8 @@ def proximal_adam(
         [1.5, 0.0]
     """
     _check_penalty(penalty, "proximal_adam")
-    # Said by the class, not found by probing: a probe on some array misses a coupling that begins elsewhere, and it
-    # needs concrete numbers where the weight may be a tracer. Silence counts as coupled, the answer that cannot harm.
+    # The class must say so: a probe on some array can miss a coupling, and needs concrete numbers where the weight may
+    # be a tracer. Without the attribute a penalty counts as coupled, which is safe.
     if not (isinstance(penalty, Pattern) or getattr(penalty, "separable", False)):
         name = type(penalty).__name__
         raise ValueError(
@@ -197,7 +192,7 @@ def proximal_adam(
     adam = optax.scale_by_adam(b1, b2, eps)
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        # In bfloat16 a second moment with b2 = 0.999 would stand still: its steps are below the rounding.
+        # In bfloat16 a second moment with b2 = 0.999 would not change: its steps are below the rounding.
         return adam.init(jax.tree.map(_wide, params))
 
     def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
@@ -221,7 +216,7 @@ def proximal_adam(
 def _scaled_prox(penalty: Any, x: FloatArray, rate: Float[Array, ""], curvature: FloatArray) -> FloatArray:
     """`argmin_u 1/2 sum_i curvature_i (u_i - x_i)² / rate + value(u)`, of the shape and dtype of x."""
     if isinstance(penalty, Pattern):
-        # An entry dropped costs curvature x² / 2; its root has the same order and does not underflow.
+        # Dropping an entry costs curvature x² / 2; its root has the same order and does not underflow.
         return jnp.where(penalty.mask(jnp.abs(x) * jnp.sqrt(curvature)), x, 0)
     return penalty.prox(x, (rate / curvature).astype(x.dtype))
 
@@ -232,12 +227,12 @@ def _wide(x: Array) -> Array:
 
 
 def _difference(landing: Array, p: Array, u: Array) -> Array:
-    """`landing - p`, in a dtype that holds -p exactly, so that a landing at 0 is one."""
+    """`landing - p`, in a dtype that holds -p exactly, so that a landing at 0 is exact."""
     return (landing - _wide(p)).astype(jnp.result_type(p, u))
 
 
 def _chosen(mask: Mask, params: Any) -> Any:
-    """The mask as one Python bool a leaf of `params`."""
+    """The mask as one Python bool per leaf of `params`."""
     if mask is None:
         mask = True
     elif callable(mask) and jax.tree_util.all_leaves([mask]):  # some modules are trees and callable

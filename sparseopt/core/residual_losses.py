@@ -4,11 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
-from sparseopt.core.types import pytree
+from sparseopt.core.types import FloatArray, pytree
 
-FloatArray = Float[Array, "..."]
 HOST_STEPS = 100
 
 
@@ -16,11 +14,6 @@ def weighted_quantiles(y: np.ndarray, weights: np.ndarray, labels: np.ndarray, l
     """The lower weighted quantile of every label, `min {y_i : sum of w_j over y_j <= y_i >= level sum of w_j}`.
 
     Every label needs a positive weight.
-
-    Example:
-        >>> from sparseopt.core.residual_losses import weighted_quantiles
-        >>> weighted_quantiles(np.array([3.0, 1.0, 2.0, 9.0]), np.ones(4), np.array([0, 0, 0, 1]), 0.5)
-        array([2., 9.])
     """
     order = np.lexsort((y, labels))
     mass, counts = np.bincount(labels, weights), np.bincount(labels)
@@ -28,7 +21,7 @@ def weighted_quantiles(y: np.ndarray, weights: np.ndarray, labels: np.ndarray, l
     ends = np.cumsum(counts)
     before = np.concatenate([[0.0], reached[ends[:-1] - 1]])
     place = np.searchsorted(reached, before + level * mass)
-    # Rounding of the sums must not lead to the observations of another label.
+    # Rounding of the sums must not select an observation of another label.
     return y[order[np.clip(place, ends - counts, ends - 1)]]
 
 
@@ -44,15 +37,13 @@ class _LossOfResiduals:
     span_holds_fit = True
 
     def mean(self, x: FloatArray) -> FloatArray:
-        """X itself: mean, median or quantile, what the loss fits."""
+        """`x` itself: the mean, median or quantile that the loss fits."""
         return x
 
     def wrong(self, y: np.ndarray) -> np.ndarray:
-        """Infinite."""
         return ~np.isfinite(y)
 
     def span(self, y: np.ndarray) -> tuple[float, float]:
-        """Of the data."""
         return float(y.min()), float(y.max())
 
 
@@ -63,30 +54,24 @@ class SquaredLoss(_LossOfResiduals):
     smooth = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """`(x - y)² / 2`."""
         return (x - y) ** 2 / 2
 
     def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """`x - y`."""
         return x - y
 
     def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
-        """Move x towards y by the fraction `step / (1 + step)` of the way."""
         return x + step / (1 + step) * (y - x)
 
     def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
-        """The whole line."""
-        del y
         return -jnp.inf, jnp.inf
 
     def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
-        """`(x - y - dual)² / 2`."""
         return (x - y - dual) ** 2 / 2
 
 
 @pytree
 class HuberLoss(_LossOfResiduals):
-    """`f = r² / 2` for `|r| = |x - y| <= delta`, `delta |r| - delta² / 2` beyond: outliers pull with force delta.
+    """`f = r² / 2` for `|r| = |x - y| <= delta`, `delta |r| - delta² / 2` beyond: outliers pull with the force delta.
 
     Source: Huber, "Robust estimation of a location parameter", Annals of Mathematical Statistics 35 (1964).
 
@@ -99,11 +84,10 @@ class HuberLoss(_LossOfResiduals):
     smooth = True
 
     def refuses(self) -> str | None:
-        """A delta that is not positive and finite."""
         if np.ndim(self.delta) == 0 and 0 < float(self.delta) < np.inf:
             return None
         return (
-            "the Huber loss needs a positive, finite delta, the distance from which on outliers count less; given "
+            "the Huber loss needs a positive, finite delta, the distance beyond which outliers count less; given "
             f"{self.delta}"
         )
 
@@ -111,34 +95,31 @@ class HuberLoss(_LossOfResiduals):
         return jnp.asarray(self.delta, x.dtype)
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """Quadratic near y, linear beyond."""
         delta, size = self._delta(x), jnp.abs(x - y)
         near = jnp.minimum(size, delta)
         return near * near / 2 + delta * (size - near)
 
     def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """`x - y`, clipped to `[-delta, delta]`."""
         return jnp.clip(x - y, -self._delta(x), self._delta(x))
 
     def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
-        """Shrink by `1 + step` towards y, by `step delta` at most."""
+        """Shrink `x - y` by the factor `1 + step`, but move x by at most `step delta`."""
         apart, step = x - y, jnp.asarray(step, x.dtype)
         reach = step * self._delta(x)
         return x - jnp.clip(apart * (step / (1 + step)), -reach, reach)
 
     def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
-        """`[-delta, delta]`."""
         return -self._delta(y), self._delta(y)
 
     def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
-        """Half the square of `derivative - dual`, and beyond delta what the slopes lack."""
+        """Half the square of `derivative - dual`; beyond delta also the distance times the missing slope."""
         delta = self._delta(x)
         near = jnp.clip(x - y, -delta, delta)
         far = jnp.abs(x - y - near)
         return (near - dual) ** 2 / 2 + far * jnp.maximum(delta - dual * jnp.sign(near), 0)
 
     def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Huber's estimate, by Newton's method between the medians less and plus delta."""
+        """Huber's estimate, by Newton's method within delta of the median."""
         delta = float(self.delta)
         fit = weighted_quantiles(y, weights, labels, 0.5)
         low, high = fit - delta, fit + delta
@@ -156,60 +137,73 @@ class HuberLoss(_LossOfResiduals):
         return fit
 
     def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
-        """The share of the nodes' pull that is linear: `delta / |r|` for the mean |r|, at most 1."""
+        """`delta / |r|` for the mean |r|, at most 1."""
         apart = _mean_distance(y, weights, fit)
         return np.full(y.shape, float(self.delta) / max(apart, float(self.delta)))
 
 
+class _LossOfTwoSlopes(_LossOfResiduals):
+    """`f = scale max(level (y - x), (level - 1) (y - x))`: the fit is a quantile."""
+
+    smooth = False
+    level: Any
+    scale: float
+
+    def _slopes(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
+        level = jnp.asarray(self.level, x.dtype)
+        return -self.scale * level, self.scale * (1 - level)
+
+    def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        below, above = self._slopes(x)
+        return jnp.maximum(below * (x - y), above * (x - y))
+
+    def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
+        below, above = self._slopes(x)
+        return jnp.where(x < y, below, jnp.where(x > y, above, 0))
+
+    def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
+        """Move x towards y by `step` times the slope on its side, but not beyond y."""
+        below, above = (jnp.asarray(step, x.dtype) * slope for slope in self._slopes(x))
+        # y itself, not x - (x - y), where the prox ends there.
+        ends = (x - y >= below) & (x - y <= above)
+        return jnp.where(ends, y, x - jnp.clip(x - y, below, above))
+
+    def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
+        return self._slopes(y)
+
+    def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
+        """The distance to y times the difference between the slope on that side and `dual`."""
+        below, above = self._slopes(x)
+        lacks = jnp.where(x < y, dual - below, above - dual)
+        return jnp.abs(x - y) * jnp.maximum(lacks, 0)
+
+    def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        return weighted_quantiles(y, weights, labels, float(self.level))
+
+    def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
+        """The mean slope at the quantile over the mean distance: there a square of that curvature pulls as hard."""
+        apart, level = _mean_distance(y, weights, fit), float(self.level)
+        return np.full(y.shape, 2 * self.scale * level * (1 - level) / apart if apart > 0 else 1.0)
+
+
 @pytree
-class AbsoluteLoss(_LossOfResiduals):
-    """`f = |x - y|`: the fit is a median where the square's is a mean, and takes outliers of any size.
+class AbsoluteLoss(_LossOfTwoSlopes):
+    """`f = |x - y|`: the fit is a median where that of the square is a mean, and tolerates outliers of any size.
 
     Example:
         >>> so.AbsoluteLoss().prox(jnp.array([3.0, 0.5]), jnp.zeros(2), step=1.0)
         Array([2., 0.], dtype=float32)
     """
 
-    smooth = False
-
-    def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """`|x - y|`."""
-        return jnp.abs(x - y)
-
-    def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """The sign of `x - y`."""
-        return jnp.sign(x - y)
-
-    def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
-        """Towards y by `step`, to y at most."""
-        step = jnp.asarray(step, x.dtype)
-        # y itself, not x - (x - y), where the prox ends there.
-        return jnp.where(jnp.abs(x - y) <= step, y, x - jnp.clip(x - y, -step, step))
-
-    def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
-        """`[-1, 1]`."""
-        del y
-        return -1.0, 1.0
-
-    def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
-        """`|x - y| - dual (x - y)`."""
-        return jnp.maximum(jnp.abs(x - y) - dual * (x - y), 0)
-
-    def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """The lower median."""
-        return weighted_quantiles(y, weights, labels, 0.5)
-
-    def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
-        """One over the mean distance: there the square's pull is that of the absolute loss."""
-        apart = _mean_distance(y, weights, fit)
-        return np.full(y.shape, 1 / apart if apart > 0 else 1.0)
+    level = 0.5
+    scale = 2.0
 
 
 @pytree
-class QuantileLoss(_LossOfResiduals):
+class QuantileLoss(_LossOfTwoSlopes):
     """`f = max(level (y - x), (level - 1) (y - x))`, 0 < level < 1: the fit is a quantile of that level.
 
-    About the share `level` of the observations lies below the fit. Level 1/2 is half of `AbsoluteLoss`.
+    About the fraction `level` of the observations lies below the fit. Level 1/2 is half of `AbsoluteLoss`.
 
     Source: Koenker and Bassett, "Regression quantiles", Econometrica 46 (1978).
 
@@ -219,53 +213,12 @@ class QuantileLoss(_LossOfResiduals):
     """
 
     level: Any
-    smooth = False
+    scale = 1.0
 
     def refuses(self) -> str | None:
-        """A level outside (0, 1)."""
         if np.ndim(self.level) == 0 and 0 < float(self.level) < 1:
             return None
         return (
             "the quantile loss needs a level between 0 and 1, both excluded, the share of the observations below the "
             f"fit; given {self.level}"
         )
-
-    def _slopes(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
-        level = jnp.asarray(self.level, x.dtype)
-        return -level, 1 - level
-
-    def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """The distance times `level` below y, times `1 - level` above."""
-        below, above = self._slopes(x)
-        return jnp.maximum(below * (x - y), above * (x - y))
-
-    def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """`-level` below y, `1 - level` above."""
-        below, above = self._slopes(x)
-        return jnp.where(x < y, below, jnp.where(x > y, above, 0))
-
-    def prox(self, x: FloatArray, y: FloatArray, step: Any) -> FloatArray:
-        """Towards y by `step level` from below, by `step (1 - level)` from above, to y at most."""
-        below, above = (jnp.asarray(step, x.dtype) * slope for slope in self._slopes(x))
-        # y itself, not x - (x - y), where the prox ends there.
-        ends = (x - y >= below) & (x - y <= above)
-        return jnp.where(ends, y, x - jnp.clip(x - y, below, above))
-
-    def dual_range(self, y: FloatArray) -> tuple[Any, Any]:
-        """`[-level, 1 - level]`."""
-        return self._slopes(y)
-
-    def slack(self, x: FloatArray, dual: FloatArray, y: FloatArray) -> FloatArray:
-        """The distance times what `dual` lacks of the slope on that side."""
-        below, above = self._slopes(x)
-        lacks = jnp.where(x < y, dual - below, above - dual)
-        return jnp.abs(x - y) * jnp.maximum(lacks, 0)
-
-    def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """The lower quantile."""
-        return weighted_quantiles(y, weights, labels, float(self.level))
-
-    def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
-        """The mean slope at the quantile, `2 level (1 - level)`, over the mean distance, as for `AbsoluteLoss`."""
-        apart, level = _mean_distance(y, weights, fit), float(self.level)
-        return np.full(y.shape, 2 * level * (1 - level) / apart if apart > 0 else 1.0)

@@ -1,12 +1,12 @@
-"""Floor 1.5: D of a grid that is cut into slabs, one a device, along one axis.
+"""Floor 1.5: D of a grid that is cut into slabs along one axis, one slab per device.
 
-The slabs are of one size: the last ones are filled up by rows of padding, which carry no edges and stay 0. D takes the
-first row of the next slab, Dᵀ the last row of edges of the slab before, L both neighbouring rows at once. Every
-number is found by the same operations as on one device.
+All slabs have one size: the last ones are filled up by rows of padding, which carry no edges and stay 0. D takes the
+first row of the next slab, Dᵀ the last row of edges of the previous slab, L both neighbouring rows at once. Every
+number is computed by the same operations as on one device.
 
-A slab is worked on as if it were alone, then its border rows are written over. So the exchange may go on beside the
-work; and XLA for CPUs (jaxlib 0.10.2) makes of it quicker loops than of one stencil that asks of every node whether it
-is on a border.
+A slab is computed as if it were alone, then its border rows are overwritten. So the exchange can overlap with the
+computation, and XLA for CPUs (jaxlib 0.10.2) makes faster loops of it than of a stencil that checks for every node
+whether it is on a border.
 """
 
 from collections.abc import Callable
@@ -15,50 +15,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from sparseopt.core.mesh import AXIS
-from sparseopt.core.operators import ahead, ahead_transpose
-from sparseopt.core.types import pytree, static
-
-FloatArray = Float[Array, "..."]
+from sparseopt.core.operators import ahead, ahead_transpose, padded
+from sparseopt.core.types import FloatArray, pytree, static
 
 
 @pytree
 class SlabBase:
     """D of a grid over several devices; nodes `[*padded]`, edges `[dimensions, *padded]`, cut along one of its axes.
 
-    As `GridBase` but for the padded rows. Those, and rows of the cut axis without an edge, are 0 in what it takes and
-    gives.
-
-    Attributes:
-        shape: of the grid.
-        axis: which is cut.
-        mesh: of one axis, the devices in the order of the slabs.
+    As `GridBase`, except for the padded rows. Those, and rows of the cut axis without an edge, are 0 in its inputs and
+    outputs.
     """
 
-    shape: tuple[int, ...] = static()
-    axis: int = static()
-    mesh: Mesh = static()
+    shape: tuple[int, ...] = static()  # of the grid
+    axis: int = static()  # the axis that is cut
+    mesh: Mesh = static()  # of one axis, the devices in the order of the slabs
 
     @property
     def rows(self) -> int:
-        """The rows of a slab."""
         return -(-self.shape[self.axis] // self.mesh.size)
 
     @property
     def node_shape(self) -> tuple[int, ...]:
-        """The shape of a node array without channels."""
         return tuple(self.rows * self.mesh.size if i == self.axis else n for i, n in enumerate(self.shape))
 
     @property
     def edge_shape(self) -> tuple[int, ...]:
-        """The shape of an edge array without channels."""
         return (len(self.shape), *self.node_shape)
 
     def difference(self, x: FloatArray) -> FloatArray:
-        """`D x`."""
-
         def local(x: FloatArray) -> FloatArray:
             last, after = self._part(x, -1, None), self._from_next(self._part(x, 0, 1))
             border = last - jnp.where(self._joined(last, self.rows - 1), after, last)
@@ -69,8 +57,6 @@ class SlabBase:
         return self._apart(local, 0, 1)(x)
 
     def divergence(self, e: FloatArray) -> FloatArray:
-        """`Dᵀ e`."""
-
         def local(e: FloatArray) -> FloatArray:
             along = e[self.axis]
             first, before = self._part(along, 0, 1), self._from_previous(self._part(along, -1, None))
@@ -78,14 +64,12 @@ class SlabBase:
             def summed(along: FloatArray, stop: int | None) -> FloatArray:
                 return self._summed(along, lambda i: ahead_transpose(self._part(e[i], 0, stop), i))
 
-            inner = along - self._padded(self._part(along, 0, -1), 1, 0)
+            inner = along - padded(self._part(along, 0, -1), self.axis, 1, 0)
             return self._with_row(summed(inner, None), summed(first - before, 1), 0)
 
         return self._apart(local, 1, 0)(e)
 
     def laplacian(self, x: FloatArray) -> FloatArray:
-        """`DᵀD x`, from differences, so that constants vanish exactly."""
-
         def stencil(x: FloatArray, place: int) -> FloatArray:
             along = ahead_transpose(self._along(x, place), self.axis)
             return self._summed(along, lambda i: ahead_transpose(ahead(x, i), i))
@@ -105,32 +89,32 @@ class SlabBase:
         return self._apart(local, 0, 0)(x)
 
     def _apart(self, local: Callable[..., Any], before: int, after: int) -> Callable[..., Any]:
-        """The function of a slab as one of all slabs, whose arrays have so many axes before those of the grid."""
+        """A function of one slab as a function of all; `before` and `after` count the axes that precede the grid's."""
         specs = [PartitionSpec(*[None] * (extra + self.axis), AXIS) for extra in (before, after)]
         return jax.shard_map(local, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1])
 
     def _from_next(self, row: FloatArray) -> FloatArray:
-        """What the next slab hands over; the last one gets zeros."""
+        """The row of the next slab; zeros for the last slab."""
         return jax.lax.ppermute(row, AXIS, [(i + 1, i) for i in range(self.mesh.size - 1)])
 
     def _from_previous(self, row: FloatArray) -> FloatArray:
         return jax.lax.ppermute(row, AXIS, [(i, i + 1) for i in range(self.mesh.size - 1)])
 
     def _joined(self, x: FloatArray, place: int) -> Bool[Array, "..."]:
-        """Which rows of x, the rows of the slab from `place` on, are joined to their next ones."""
+        """Which rows of x, the rows of the slab from `place` on, have an edge to the next row."""
         first = jax.lax.axis_index(AXIS) * self.rows + place
         index = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, self.axis)
         return (index >= 0) & (index < self.shape[self.axis] - 1)
 
     def _along(self, x: FloatArray, place: int) -> FloatArray:
-        """`x[i] - x[i + 1]` within the rows from `place` on, 0 in the last one and where no edge is."""
+        """`x[i] - x[i + 1]` within the rows from `place` on, 0 in the last row and where there is no edge."""
         own, after = self._part(x, 0, -1), self._part(x, 1, None)
         if self.rows * self.mesh.size > self.shape[self.axis]:
             after = jnp.where(self._joined(own, place), after, own)
-        return self._padded(own - after, 0, 1)
+        return padded(own - after, self.axis, 0, 1)
 
     def _summed(self, along: FloatArray, across: Callable[[int], FloatArray]) -> FloatArray:
-        """The terms of all axes in their order, which rounding tells."""
+        """The sum over all axes, in their order: another order rounds differently."""
         terms = [along if i == self.axis else across(i) for i in range(len(self.shape))]
         return sum(terms[1:], terms[0])
 
@@ -139,8 +123,3 @@ class SlabBase:
 
     def _with_row(self, x: FloatArray, row: FloatArray, place: int) -> FloatArray:
         return jax.lax.dynamic_update_slice_in_dim(x, row, place, self.axis)
-
-    def _padded(self, x: FloatArray, before: int, after: int) -> FloatArray:
-        widths = [(0, 0)] * x.ndim
-        widths[self.axis] = (before, after)
-        return jnp.pad(x, widths)

@@ -1,4 +1,4 @@
-"""Floor 5: `solve`, the front door of the core: checks on the host, the choice of a solver, the start.
+"""Floor 4.5: `solve`, the front door of the core: checks on the host, the choice of a solver, the start.
 
 minimise over x    loss(x) + penalty(operator x)
 """
@@ -20,9 +20,8 @@ from sparseopt.core.matrix_losses import MatrixLoss
 from sparseopt.core.problem import Problem, Solution, Solver, refusal
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
-from sparseopt.core.solvers.primal_dual import PrimalDual
+from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.refit import Refit
-from sparseopt.core.solvers.split_admm import SplitAdmm
 
 
 class Choice(NamedTuple):
@@ -32,40 +31,29 @@ class Choice(NamedTuple):
     why: str
 
 
-# Up to so many unknowns an inverse is always worth its cost; beyond, where its entries are at most so many times those
-# of the matrices, since every step multiplies with it.
+# Up to FEW unknowns an inverse is always worth its cost; beyond, if it has at most ENTRIES times the entries of the
+# matrices, since every step multiplies with it.
 FEW, ENTRIES = 256, 4
 
 
-def _always(problem: Problem) -> bool:
-    """For solvers that suit every problem that they take."""
-    del problem
-    return True
-
-
-def _is_nonconvex(problem: Problem) -> bool:
-    """Whether a quadratic loss stands with a penalty that is not known to be convex."""
-    return isinstance(problem.loss, Quadratic) and not is_convex(problem.penalty)
-
-
 def _exact_pays(problem: Problem) -> bool:
-    """Whether a product with an inverse of all unknowns costs little beside those with the matrices."""
+    """Whether a product with an inverse of all unknowns is cheap compared to products with the matrices."""
     size = math.prod(problem.loss.start_shape())
     maps = (problem.operator, getattr(problem.loss, "matrix", getattr(problem.loss, "hessian", None)))
     return size <= FEW or size**2 <= ENTRIES * sum(leaf.size for leaf in jax.tree.leaves(maps))
 
 
-# In the order in which they are tried: the first that does not refuse a problem, and suits it, is taken.
-CANDIDATES: tuple[tuple[Any, Callable[[Problem], bool], str], ...] = (
-    (Refit(), _always, "a quadratic loss on a fixed support is a linear system: conjugate gradients"),
+# The first that accepts a problem and suits it is taken; one with None suits every problem that it accepts.
+CANDIDATES: tuple[tuple[Any, Callable[[Problem], bool] | None, str], ...] = (
+    (Refit(), None, "a quadratic loss on a fixed support is a linear system: conjugate gradients"),
     (
         Maiht(),
-        _is_nonconvex,
+        lambda problem: isinstance(problem.loss, Quadratic) and not is_convex(problem.penalty),
         "a quadratic loss and a penalty that is not known to be convex: monotone accelerated hard thresholding",
     ),
     (
         AcceleratedProximalGradient(),
-        _always,
+        None,
         "a smooth loss and a penalty with a prox: accelerated gradient steps need only gradients of the loss",
     ),
     (
@@ -75,7 +63,7 @@ CANDIDATES: tuple[tuple[Any, Callable[[Problem], bool], str], ...] = (
     ),
     (
         PrimalDual(),
-        _always,
+        None,
         "an operator or a loss with kinks, and many unknowns: steps need products with the operators alone",
     ),
 )
@@ -85,7 +73,7 @@ def chosen_solver(problem: Problem) -> Choice:
     """The solver that `solve` takes for a problem when none is given, and why.
 
     Raises:
-        ValueError: if no solver takes the problem, with what each of them lacks.
+        ValueError: if no solver takes the problem, with what each of them needs.
 
     Example:
         >>> loss = so.LeastSquares(np.eye(3), np.ones(3))
@@ -97,7 +85,7 @@ def chosen_solver(problem: Problem) -> Choice:
     reasons = []
     for solver, suits, why in CANDIDATES:
         reason = solver.refuses(problem)
-        if reason is None and suits(problem):
+        if reason is None and (suits is None or suits(problem)):
             return Choice(solver, why)
         reasons += [reason] if reason else []
     raise ValueError("no solver takes this problem:\n" + "\n".join(f"  {reason}" for reason in reasons))
@@ -117,26 +105,26 @@ def solve(
     The answer has derivatives (`jax.grad`, `jax.jvp`) in every leaf of the problem, in `value` and `objective`, by the
     implicit function theorem: one linear solve, whatever the number of iterations. They are exact where the active set
     (the zeros of x or of `operator x`, the kept entries of a pattern) is locally constant, which is almost everywhere;
-    at a tie they are those of one side. Everything else in a `Solution` has derivatives of 0.
+    at a tie they are one-sided. Everything else in a `Solution` has derivatives of 0.
 
     Args:
         problem: what to minimise.
         solver: how; None for `chosen_solver(problem)`.
         x0: the start, of the answer's shape and dtype, or None for zeros.
-        tol: bound on the solver's residual: the relative duality gap `(P - D) / D` where there is a certificate; a
-            negative one runs exactly `max_steps` steps.
-        max_steps: step limit, 0 or more; an integer where a history is asked for.
-        history: record residual, objective and gap after every step. A solver whose step makes `stride` iterations
-            counts these: its steps end at a multiple of the stride, and the iterations in between are NaN.
+        tol: bound on the solver's residual: the relative duality gap `(P - D) / D` where there is a certificate. With a
+            negative one the solver runs exactly `max_steps` steps.
+        max_steps: step limit, 0 or more; an integer if a history is requested.
+        history: record residual, objective and gap after every step. If a step of the solver makes `stride` iterations,
+            the history has one entry per iteration, and those between steps are NaN.
 
     Returns:
-        A `Solution`. It never raises on non-convergence; `solution.check()` does. An answer that is not finite in
-        every entry, from whatever cause, has the status NONFINITE.
+        A `Solution`. It never raises on non-convergence; `solution.check()` does. An answer with an entry that is not
+        finite has the status NONFINITE.
 
     Raises:
         ValueError: before any work, for a problem that the solver cannot solve (with the text of its `refuses`), for
             shapes that do not fit, an `rmv` that is not the transpose of `mv`, data outside a loss's domain, or a
-            negative `max_steps`. Values are looked at only where they are known: not for tracers.
+            negative `max_steps`. The values of tracers are not checked.
 
     Example:
         >>> problem = so.Problem(so.Quadratic(jnp.eye(3), jnp.array([3.0, 0.1, -2.0])), so.L1(1.0))
@@ -155,24 +143,18 @@ def solve(
     elif reason := refusal(solver, problem):
         raise ValueError(reason)
     if x0 is None:
-        x0 = _start(problem)
+        if not hasattr(problem.loss, "start"):
+            raise ValueError(
+                f"give a start x0: the shape of x does not follow from a {type(problem.loss).__name__} (a loss may "
+                "have a method start() that returns zeros of x)"
+            )
+        x0 = problem.loss.start()
     if isinstance(x0, np.ndarray | jax.Array) and (reason := _refuses_shapes(problem, x0)):
         raise ValueError(reason)
     return iterate(problem, solver, x0, tol=tol, max_steps=max_steps, history=history)
 
 
-def _start(problem: Problem) -> Array:
-    start = getattr(problem.loss, "start", None)
-    if start is None:
-        raise ValueError(
-            f"give a start x0: the shape of x does not follow from a {type(problem.loss).__name__} (a loss may have a "
-            "method start() that returns zeros of it)"
-        )
-    return start()
-
-
 def _refuses_data(problem: Problem) -> str | None:
-    """What is wrong with the data of a problem, whatever the solver."""
     if not isinstance(problem, Problem):
         return f"solve needs a sparseopt.Problem(loss, penalty, operator=None), given {type(problem).__name__}"
     if reason := refuses_map("operator", problem.operator):
@@ -181,7 +163,6 @@ def _refuses_data(problem: Problem) -> str | None:
 
 
 def _refuses_shapes(problem: Problem, x0: Any) -> str | None:
-    """Why a start does not fit the loss and the operator."""
     if isinstance(problem.loss, MatrixLoss | Quadratic):
         wanted = problem.loss.start_shape()
         if jnp.shape(x0) != wanted:

@@ -1,7 +1,7 @@
 """Floor 1: the scalar mathematics of the proximal operators, and exact selection of the k largest entries.
 
-Every function is elementwise or a reduction, so it works on arrays of any shape and layout, also on arrays
-that are sharded over devices: counts and thresholds come from sums, never from gathering or sorting a whole array.
+Every function is elementwise or a reduction, so it works on arrays of any shape, sharded ones too: counts and
+thresholds come from sums, never from gathering or sorting a whole array.
 """
 
 import math
@@ -11,47 +11,36 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-FloatArray = Float[Array, "..."]
-BoolArray = Bool[Array, "..."]
-Scalar = Float[Array, ""] | float
-Count = Int[Array, ""] | int
+from sparseopt.core.types import BoolArray, Count, FloatArray, Scalar
+
+Numbers = Scalar | FloatArray
 # Entries of the sample that starts a selection: their ranks are known to 3 % of the size.
 SAMPLE = 1024
 
 
-def hard_threshold(x: FloatArray, threshold: Scalar | FloatArray) -> FloatArray:
+def hard_threshold(x: FloatArray, threshold: Numbers) -> FloatArray:
     """Keep the entries with `|x| >= threshold`, set the others to exactly zero.
 
     It solves `argmin_u 1/2 (u - x)² + step * weight * [u != 0]` for `threshold = sqrt(2 * step * weight)`
     (not `step * weight`). On a tie, where both answers are minimisers, the entry is kept.
 
     Source: Blumensath and Davies, "Iterative thresholding for sparse approximations", 2008, eq. 2.
-
-    Example:
-        >>> from sparseopt.core.thresholds import hard_threshold
-        >>> hard_threshold(jnp.array([-3.0, 0.5, 1.0]), 1.0)
-        Array([-3.,  0.,  1.], dtype=float32)
     """
     return jnp.where(jnp.abs(x) >= threshold, x, jnp.zeros((), x.dtype))
 
 
-def soft_threshold(x: FloatArray, threshold: Scalar | FloatArray) -> FloatArray:
+def soft_threshold(x: FloatArray, threshold: Numbers) -> FloatArray:
     """Move every entry towards zero by `threshold`, stopping at zero.
 
     It solves `argmin_u 1/2 (u - x)² + step * weight * |u|` for `threshold = step * weight`.
 
     Source: Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", 1994.
-
-    Example:
-        >>> from sparseopt.core.thresholds import soft_threshold
-        >>> soft_threshold(jnp.array([-3.0, 0.5, 2.0]), 1.0)
-        Array([-2.,  0.,  1.], dtype=float32)
     """
-    # A threshold of 0 leaves the slope of an entry in it where it is: `x - clip(x)` has a tie there.
+    # Not `x - clip(x)`, whose tie at a threshold of 0 changes the derivative in an entry.
     return jnp.where(jnp.abs(x) <= threshold, 0, x - jnp.sign(x) * threshold)
 
 
-def mcp_value(x: FloatArray, weight: Scalar | FloatArray, gamma: Scalar | FloatArray) -> FloatArray:
+def mcp_value(x: FloatArray, weight: Numbers, gamma: Numbers) -> FloatArray:
     """`weight |x| - x² / (2 gamma)` for `|x| <= gamma weight`, else `gamma weight² / 2`, entry by entry.
 
     Source: Zhang, "Nearly unbiased variable selection under minimax concave penalty", 2010, eq. 2.1.
@@ -60,19 +49,12 @@ def mcp_value(x: FloatArray, weight: Scalar | FloatArray, gamma: Scalar | FloatA
     return weight * size - size * size / (2 * gamma)
 
 
-def mcp_prox(
-    x: FloatArray, weight: Scalar | FloatArray, gamma: Scalar | FloatArray, step: Scalar | FloatArray
-) -> FloatArray:
+def mcp_prox(x: FloatArray, weight: Numbers, gamma: Numbers, step: Numbers) -> FloatArray:
     """`argmin_u 1/2 (u - x)² + step * mcp_value(u)`, a global minimiser for every step.
 
     For `step < gamma`: 0 up to `|x| = step weight`, `soft(x, step weight) / (1 - step / gamma)` up to
-    `|x| = gamma weight`, x beyond. For `step >= gamma` the piece between is concave, and the answer is the
-    hard threshold at `weight sqrt(gamma step)`, where both ends cost the same.
-
-    Example:
-        >>> from sparseopt.core.thresholds import mcp_prox
-        >>> mcp_prox(jnp.array([0.5, 1.5, 4.0]), weight=1.0, gamma=2.0, step=1.0)
-        Array([0., 1., 4.], dtype=float32)
+    `|x| = gamma weight`, x beyond. For `step >= gamma` the middle piece is concave, and the answer is the hard
+    threshold at `weight sqrt(gamma step)`, where both ends cost the same.
     """
     gamma, step = jnp.asarray(gamma, x.dtype), jnp.asarray(step, x.dtype)
     weight = jnp.asarray(weight, x.dtype)
@@ -82,7 +64,7 @@ def mcp_prox(
     return jnp.where(convex, firm, hard_threshold(x, weight * jnp.sqrt(gamma * step)))
 
 
-def scad_value(x: FloatArray, weight: Scalar | FloatArray, a: Scalar | FloatArray) -> FloatArray:
+def scad_value(x: FloatArray, weight: Numbers, a: Numbers) -> FloatArray:
     """`weight |x|` to `weight`, a parabola to `a weight`, `(a + 1) weight² / 2` beyond, entry by entry.
 
     Source: Fan and Li, "Variable selection via nonconcave penalized likelihood", 2001, eq. 2.
@@ -92,18 +74,11 @@ def scad_value(x: FloatArray, weight: Scalar | FloatArray, a: Scalar | FloatArra
     return weight * size - over * over / (2 * (a - 1))
 
 
-def scad_prox(
-    x: FloatArray, weight: Scalar | FloatArray, a: Scalar | FloatArray, step: Scalar | FloatArray
-) -> FloatArray:
+def scad_prox(x: FloatArray, weight: Numbers, a: Numbers, step: Numbers) -> FloatArray:
     """`argmin_u 1/2 (u - x)² + step * scad_value(u)`, a global minimiser for every step.
 
-    Each of the three pieces of the penalty has a minimiser on its own interval; the best of them wins. On the
-    concave part of a piece the ends, which the neighbours hold too, are its minimisers.
-
-    Example:
-        >>> from sparseopt.core.thresholds import scad_prox
-        >>> scad_prox(jnp.array([0.5, 1.5, 4.0]), weight=1.0, a=3.7, step=1.0)
-        Array([0. , 0.5, 4. ], dtype=float32)
+    Each of the three pieces of the penalty has a minimiser on its own interval, where it is concave at an end that a
+    neighbour shares; the best of the three wins.
     """
     a, step = jnp.asarray(a, x.dtype), jnp.asarray(step, x.dtype)
     weight = jnp.asarray(weight, x.dtype)
@@ -117,11 +92,11 @@ def scad_prox(
     for other in (middle, outer):
         other_cost = 0.5 * (other - size) ** 2 + step * scad_value(other, weight, a)
         best, cost = jnp.where(other_cost < cost, other, best), jnp.minimum(cost, other_cost)
-    # Far out the penalty is flat: x itself, free of the rounding of three compared costs.
+    # Far out the penalty is flat: x itself, without the rounding of the compared costs.
     return jnp.where(size > (a + step) * weight, x, jnp.sign(x) * best)
 
 
-def log_sum_value(x: FloatArray, weight: Scalar | FloatArray, eps: Scalar | FloatArray) -> FloatArray:
+def log_sum_value(x: FloatArray, weight: Numbers, eps: Numbers) -> FloatArray:
     """`weight log(1 + |x| / eps)`, entry by entry.
 
     Source: Candès, Wakin and Boyd, "Enhancing sparsity by reweighted l1 minimization", 2008, eq. 12.
@@ -129,19 +104,12 @@ def log_sum_value(x: FloatArray, weight: Scalar | FloatArray, eps: Scalar | Floa
     return weight * jnp.log1p(jnp.abs(x) / eps)
 
 
-def log_sum_prox(
-    x: FloatArray, weight: Scalar | FloatArray, eps: Scalar | FloatArray, step: Scalar | FloatArray
-) -> FloatArray:
+def log_sum_prox(x: FloatArray, weight: Numbers, eps: Numbers, step: Numbers) -> FloatArray:
     """`argmin_u 1/2 (u - x)² + step * log_sum_value(u)`, a global minimiser for every step.
 
-    Where u > 0, the derivative vanishes at the roots of `(u - |x|)(u + eps) + step weight`, and the larger one is the
-    local minimum. For `step weight <= eps²` the cost is convex: the root wins from `|x| = step weight / eps` on,
-    where it is 0. For larger steps it wins where it costs less than 0 does, and jumps.
-
-    Example:
-        >>> from sparseopt.core.thresholds import log_sum_prox
-        >>> log_sum_prox(jnp.array([1.0, 2.0, 4.0]), weight=2.0, eps=0.5, step=1.0)
-        Array([0. , 0. , 3.5], dtype=float32)
+    Where u > 0, the derivative vanishes at the roots of `(u - |x|)(u + eps) + step weight`, and the larger root is the
+    local minimum. For `step weight <= eps²` the cost is convex: the root wins from `|x| = step weight / eps` on, where
+    it is 0. For larger steps it wins where it costs less than 0, and the prox jumps.
     """
     weight, eps = jnp.asarray(weight, x.dtype), jnp.asarray(eps, x.dtype)
     level, size = jnp.asarray(step, x.dtype) * weight, jnp.abs(x)
@@ -156,23 +124,17 @@ def log_sum_prox(
     return jnp.where(wins, jnp.sign(x) * u, 0)
 
 
-def largest_ratio(size: FloatArray, weight: Scalar | FloatArray) -> Float[Array, ""]:
-    """The largest `size / weight` of sizes and weights that are not negative; 0 / 0 is 0, and `size / 0` +inf.
-
-    Example:
-        >>> from sparseopt.core.thresholds import largest_ratio
-        >>> float(largest_ratio(jnp.array([3.0, 0.0]), jnp.array([2.0, 0.0])))
-        1.5
-    """
+def largest_ratio(size: FloatArray, weight: Numbers) -> Float[Array, ""]:
+    """The largest `size / weight` of non-negative sizes and weights; 0 / 0 counts as 0, and `size / 0` as +inf."""
     weight = jnp.where(size > 0, jnp.asarray(weight, size.dtype), 1)
     return jnp.max(size / weight, initial=0)
 
 
 def count_each(*masks: BoolArray) -> list[Int[Array, ""]]:
-    """How many entries of each mask are True, int32; all masks have one shape and are read in one pass.
+    """The number of True entries of each mask, int32; all masks have one shape and are read in one pass.
 
-    One reduction with several results: XLA on CPU fuses it with what makes the masks, where a plain integer sum
-    first writes the mask out as an array.
+    One reduction with several results: XLA on CPU fuses it with the computation of the masks, whereas a plain integer
+    sum first writes the mask to memory.
     """
     return jax.lax.reduce(
         [mask.astype(jnp.int32) for mask in masks],
@@ -183,43 +145,34 @@ def count_each(*masks: BoolArray) -> list[Int[Array, ""]]:
 
 
 def count_nonzero(x: FloatArray) -> Int[Array, ""]:
-    """The exact number of non-zero entries, int32.
-
-    Example:
-        >>> from sparseopt.core.thresholds import count_nonzero
-        >>> int(count_nonzero(jnp.array([0.0, -1.0, 2.0])))
-        2
-    """
+    """The exact number of non-zero entries, int32."""
     positive, negative = count_each(x > 0, x < 0)
     return positive + negative
 
 
 def _as_bits(x: FloatArray) -> Array:
-    """The bit patterns, which have the order of the values where these are not negative."""
+    """The bit patterns, which are ordered like the values where these are not negative."""
     unsigned = {16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[x.dtype.itemsize * 8]
     return jax.lax.bitcast_convert_type(x, unsigned)
 
 
 def _separate(x: FloatArray, k: Count) -> tuple[Array, Int[Array, ""]]:
-    """A level with at least k entries at or above it, and how many: k, or more where ties at the level forbid k.
+    """A level (a bit pattern) with at least k entries of `x >= 0` at or above it, and their number: k unless tied.
 
-    Each pass counts the entries at three levels inside the bracket that holds the answer. The first three come from
-    a sorted sample, later ones from interpolation between the counts at the bracket's ends, and every third pass
-    takes the quarters, which bounds the passes whatever the entries are. For smooth data six or seven passes do.
-
-    Args:
-        x: not negative; the level is among its bit patterns.
-        k: how many are wanted; for more than there are, the answer is 0.
+    Each pass counts the entries at three levels inside the bracket that holds the answer. The first three levels come
+    from a sorted sample, later ones from interpolation between the counts at the bracket's ends. Every third pass
+    takes the quarters, which bounds the number of passes for any data. Smooth data need six or seven passes. For a k
+    above the size the level is 0.
     """
     bits, above = _as_bits(x), _as_bits(jnp.asarray(jnp.inf, x.dtype)) + 1
     kind = jnp.float32
-    # An odd stride does not stay in a few columns of a matrix. Of an array over several devices, places known
-    # beforehand are fetched one by one, where a slice of the flattened array would first gather all of it.
+    # An odd stride does not stay in a few columns of a matrix. From an array over several devices, known places are
+    # fetched one by one, whereas a slice of the flattened array would first gather all of it.
     taken = np.unravel_index(np.arange(0, bits.size, (bits.size // SAMPLE) | 1), bits.shape or (1,))
     sample = jnp.sort(jnp.atleast_1d(bits)[taken])
     share = 1 - jnp.asarray(k).astype(kind) / bits.size
     places = jnp.round(sample.size * (share + jnp.arange(-1, 2) / math.sqrt(sample.size)))
-    # Neighbouring levels where these are equal: a tie needs both of its sides.
+    # Neighbouring levels where these are equal: a tie is bracketed from both sides.
     guesses = sample[jnp.clip(places, 0, sample.size - 1).astype(jnp.int32)] + jnp.arange(3, dtype=bits.dtype)
 
     def narrow(carry: tuple) -> tuple:
@@ -251,13 +204,8 @@ def _separate(x: FloatArray, k: Count) -> tuple[Array, Int[Array, ""]]:
 def kth_largest(x: FloatArray, k: Count) -> Float[Array, ""]:
     """The k-th largest entry of a non-negative array, `k` in 1..size, exactly; +inf for `k = 0`.
 
-    `k` may be traced: one compiled program serves every sparsity. Equal entries count one each. For `k > size` the
-    answer is the least entry. The order of NaN entries is undefined; inputs are checked on the host before.
-
-    Example:
-        >>> from sparseopt.core.thresholds import kth_largest
-        >>> float(kth_largest(jnp.array([1.0, 4.0, 2.0]), 2))
-        2.0
+    `k` may be traced: one compiled program works for every sparsity. Equal entries count one each. For `k > size` the
+    answer is the least entry. The order of NaN entries is undefined.
     """
     level, _ = _separate(x, k)
     # No entry is left at or above the level for k = 0.
@@ -265,7 +213,7 @@ def kth_largest(x: FloatArray, k: Count) -> Float[Array, ""]:
 
 
 def top_k_mask(score: FloatArray, k: Count) -> BoolArray:
-    """True at exactly `k` entries of the largest non-negative `score`; among equal scores the first win.
+    """True at exactly the `k` largest entries of a non-negative `score`; among equal scores the first win.
 
     `k` may be traced. `k <= 0` gives an empty mask and `k >= size` a full one.
 
@@ -288,8 +236,8 @@ def top_k_mask(score: FloatArray, k: Count) -> BoolArray:
 def _first_true(mask: BoolArray, count: Int[Array, ""]) -> BoolArray:
     """The first `count` True entries in the order of the flattened array.
 
-    Totals along the first axis tell in which row the last of them lies, and only that row is looked at closer: a
-    running count over the whole array would gather it from all devices.
+    Totals along the first axis tell in which row the last one lies, and only that row is searched: a running count over
+    the whole array would gather it from all devices.
     """
     if mask.ndim <= 1:
         return mask & (jnp.cumsum(mask, dtype=jnp.int32).reshape(mask.shape) <= count)
@@ -307,11 +255,6 @@ def n_of_m_mask(score: FloatArray, n: int, m: int, axis: int = 0) -> BoolArray:
 
     Raises:
         ValueError: if `0 <= n <= m`, `m >= 1` fails or `m` does not divide the length of `axis`.
-
-    Example:
-        >>> from sparseopt.core.thresholds import n_of_m_mask
-        >>> n_of_m_mask(jnp.array([4.0, 3.0, 2.0, 1.0]), 1, 2)
-        Array([ True, False,  True, False], dtype=bool)
     """
     length = score.shape[axis]
     if not (m >= 1 and 0 <= n <= m):

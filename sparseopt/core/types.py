@@ -9,21 +9,26 @@ from typing import Any, TypeVar, dataclass_transform, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 T = TypeVar("T")
+FloatArray = Float[Array, "..."]
+BoolArray = Bool[Array, "..."]
+Scalar = Float[Array, ""] | float
+Count = Int[Array, ""] | int
 
 # The context manager left jax.experimental in JAX 0.8.
 ENABLE_X64: Any = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
 
 
 def wide_types() -> bool:
-    """Whether 64-bit types are enabled here, by the global flag or by a context."""
+    """Whether 64-bit types are enabled, by the global flag or by a context."""
     return jnp.result_type(float) == jnp.float64
 
 
 @contextlib.contextmanager
 def precision(dtype: np.dtype) -> Iterator[None]:
-    """Enable 64-bit types for the block if dtype needs them, whatever the global flag says."""
+    """Enable 64-bit types for the block if `dtype` needs them."""
     if dtype == np.float64 and not wide_types():
         with ENABLE_X64(True):
             yield
@@ -44,8 +49,8 @@ def pytree(*, eq: bool = True) -> Callable[[type[T]], type[T]]: ...
 def pytree(cls: Any = None, *, eq: bool = True) -> Any:
     """Make a class a frozen dataclass and a JAX pytree: plain fields are leaves, `static()` fields are structure.
 
-    `dataclasses.replace` makes a changed copy. Leaves may be changed between calls of a jitted function
-    without a new trace; static fields may not.
+    `dataclasses.replace` makes a changed copy. Changing a leaf between calls of a jitted function needs no new trace;
+    changing a static field does.
     """
 
     def wrap(cls: Any) -> Any:
@@ -62,9 +67,9 @@ def pytree(cls: Any = None, *, eq: bool = True) -> Any:
 def _register(cls: type, data: tuple[str, ...], meta: tuple[str, ...]) -> None:
     """Register a node type whose structure equals only that of its own class.
 
-    `jax.tree_util.register_dataclass` of jaxlib 0.10 compares the static fields of two nodes and not their types.
-    Two penalties of one weight each then have equal structures, and `jax.jit` now and then (their hashes must
-    meet in 7 bits) runs the program that it compiled for the other one.
+    `jax.tree_util.register_dataclass` of jaxlib 0.10 compares the static fields of two nodes but not their types. Two
+    penalties of one weight each then have equal structures, and if their hashes agree in 7 bits, `jax.jit` runs the
+    program that it compiled for the other one.
     """
     keys = tuple(jax.tree_util.GetAttrKey(name) for name in data)
 

@@ -1,7 +1,7 @@
-"""Floor 8: what a person sees in the shell whatever runs: lines, a clock, bars, plain tables.
+"""Floor 8: output in the shell: lines, a clock, progress bars, plain tables.
 
-Nothing that becomes of the place where it is shown ends a run: a pager that was closed, a full disk behind `> FILE`, a
-terminal that is gone, or one without the letters.
+Output failures never end a run: a closed pager, a full disk for `> FILE`, a lost terminal, or one without the
+letters.
 """
 
 import contextlib
@@ -19,36 +19,30 @@ from rich.table import Table
 
 
 class Outlet:
-    """stdout or stderr as they are at the moment, as far as somebody takes what is written; the rest is lost.
-
-    Attributes:
-        name: "stdout" or "stderr".
-    """
+    """The current stdout or stderr; what cannot be written is lost."""
 
     def __init__(self, name: Literal["stdout", "stderr"]) -> None:
         self.name = name
 
     @property
     def stream(self) -> TextIO | None:
-        """Where it goes; None where the process was started without."""
+        """The stream; None if the process was started without one."""
         stream = getattr(sys, self.name)
-        # While bars are shown, rich puts itself in front, and would hand everything back to us.
+        # While bars are shown, rich replaces the stream by one that writes to this one again.
         return getattr(stream, "rich_proxied_file", stream)
 
     @property
     def encoding(self) -> str:
-        """How letters become bytes there."""
         return getattr(self.stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        """Whether a person sees it at once."""
         try:
             return self.stream is not None and self.stream.isatty()
         except ValueError:
             return False
 
     def write(self, text: str) -> int:
-        """Write; letters that are not known there become question marks."""
+        """Letters that the stream cannot encode become question marks."""
         stream = self.stream
         if stream is not None:
             known = text.encode(self.encoding, "replace").decode(self.encoding)
@@ -57,7 +51,6 @@ class Outlet:
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written."""
         stream = self.stream
         if stream is not None:
             with self._lost():
@@ -65,19 +58,19 @@ class Outlet:
 
     @contextlib.contextmanager
     def _lost(self) -> Iterator[None]:
-        """When nobody takes it any more, it goes to nowhere from then on, also what Python flushes at its end."""
+        """After a failure all further output goes to the null device, also what Python flushes at exit."""
         try:
             yield
         except (OSError, ValueError):
-            # A stream that is closed or has no file has nothing to flush either.
+            # A stream that is closed or has no file has nothing to flush.
             with contextlib.suppress(OSError, ValueError):
                 _open_nowhere(cast(TextIO, self.stream).fileno())
 
 
 def hold_streams() -> None:
-    """Open what the process was started without, as by `>&-`, to nowhere.
+    """Open the streams that the process was started without, as by `>&-`, on the null device.
 
-    Else the first file that is opened takes the number of stdout or stderr, and what a library prints lands in it.
+    Otherwise the first opened file gets the number of stdout or stderr, and what a library prints lands in it.
     """
     for number in (0, 1, 2):
         try:
@@ -87,7 +80,7 @@ def hold_streams() -> None:
 
 
 def _open_nowhere(number: int) -> None:
-    """Have a file number mean the system's nowhere."""
+    """Redirect a file number to the null device."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     if nowhere != number:
         os.dup2(nowhere, number)
@@ -100,13 +93,13 @@ errors = Console(file=cast(Any, Outlet("stderr")), highlight=False)
 
 
 def say(text: str) -> None:
-    """One line, never broken by the width of what is not a terminal."""
+    """Print one line, never wrapped at the width of something that is not a terminal."""
     console.print(text, soft_wrap=True, markup=False)
 
 
 @dataclass
 class Clock:
-    """Seconds since it was made; still once `waiting` ends."""
+    """The time since it was made; it stops when `waiting` ends."""
 
     start: float
     seconds: float = 0.0
@@ -114,7 +107,7 @@ class Clock:
 
 @contextmanager
 def waiting(title: str) -> Iterator[Clock]:
-    """Show that one long call is running: a moving sign and the time on a terminal, one line elsewhere."""
+    """Show that a long call is running: a spinner and the time on a terminal, one line elsewhere."""
     clock = Clock(time.perf_counter())
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True,
@@ -128,20 +121,20 @@ def waiting(title: str) -> Iterator[Clock]:
 
 
 def packed_line(dense_bytes: int, stored_bytes: int) -> str:
-    """What packing made of a model's tensors."""
+    """The sizes of a model's tensors, dense and packed."""
     ratio = stored_bytes / dense_bytes
     return f"tensors: {dense_bytes:,} bytes dense, {stored_bytes:,} bytes packed, ratio {ratio:.4f}"
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it."""
+    """A time as text, with a suitable unit."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def counting_bar(place: Console) -> Progress:
-    """Bars with what is done of all and the time; nothing where the place is no terminal."""
+    """Progress bars with counts and the time; nothing if the place is not a terminal."""
     return Progress(
         TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
         console=place, disable=not place.is_terminal,
@@ -150,14 +143,14 @@ def counting_bar(place: Console) -> Progress:
 
 @contextmanager
 def block_progress(title: str) -> Iterator:
-    """Observer of `perplexity`: blocks done of all."""
+    """An observer for `perplexity`: finished blocks."""
     with counting_bar(console) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def comparison_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A plain table: the first column names, the others figures."""
+    """A plain table: names in the first column, numbers in the others."""
     table = Table(title=title, title_justify="left")
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right")

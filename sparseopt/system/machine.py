@@ -1,4 +1,4 @@
-"""Floor 0: the machine: versions and devices for every figure, memory had, used and asked for."""
+"""Floor 0: the machine: versions and devices for records, available and used memory, amounts of memory as text."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ PACKAGES = ("sparseopt", "jax", "jaxlib", "numpy", "scipy", "optax", "flax", "tr
 
 
 def versions() -> dict[str, str]:
-    """Python and the installed ones of the packages that figures depend on."""
+    """The versions of Python and of the installed packages that results depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for every record that carries a figure."""
+    """Versions and machine, for records."""
     import jax
 
     return {
@@ -40,8 +40,8 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
-    # On Linux getrusage counts the parent's pages until exec into a child's peak; the kernel's own mark does not.
+    """The largest resident set of this process so far."""
+    # On Linux getrusage counts the parent's pages until exec in a child's peak; the kernel's own mark does not.
     status = Path("/proc/self/status")
     if status.is_file():
         marks = [line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
@@ -52,10 +52,10 @@ def peak_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that this process may still take without swapping.
+    """The memory that this process can still take without swapping.
 
-    It is what the system calls available, or what the control group leaves where that is less. Where neither is known,
-    it is the memory that the machine has; 2**63 - 1 if not even that.
+    The system's available memory, or what the control group leaves if that is less. If neither is known, the memory of
+    the machine; 2**63 - 1 if that is not known either.
     """
     bounds = [_meminfo_available(), _control_group_left()]
     known = [bound for bound in bounds if bound is not None]
@@ -76,7 +76,7 @@ def _meminfo_available() -> int | None:
 
 
 def _control_group_left() -> int | None:
-    """What the limit of a container leaves, its page cache counted as free; None without a limit."""
+    """What the limit of a container leaves, with its page cache counted as free; None without a limit."""
     for limit, used, cache in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
@@ -87,7 +87,7 @@ def _control_group_left() -> int | None:
             statistics = (files[0].parent / "memory.stat").read_text()
         except OSError:
             continue
-        # Version 1 says "no limit" by a number near 2**63.
+        # Version 1 writes a number near 2**63 for "no limit".
         if not most.isdigit() or int(most) >= 2**60:
             return None
         reclaimable = re.search(rf"^{cache} (\d+)$", statistics, re.MULTILINE)
@@ -95,15 +95,14 @@ def _control_group_left() -> int | None:
     return None
 
 
-# glibc's number of the option, and arrays from this size on go back to the system when they are freed.
+# glibc's number of the option, and the size from which on freed arrays are returned to the system.
 _M_MMAP_THRESHOLD, _LARGE = -3, 2**20
 
 
 def return_freed_memory() -> bool:
-    """From now on, have the C library give large arrays back to the system as soon as they are freed.
+    """Have the C library return large arrays to the system as soon as they are freed; False if it has no such option.
 
-    By itself glibc raises the size up to which it keeps them to 32 MiB, and a run's resident set grows by what lies in
-    the gaps. Returns whether the library has that option.
+    By default glibc keeps freed arrays of up to 32 MiB, and the resident set grows by the gaps.
     """
     try:
         return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE))
@@ -116,11 +115,7 @@ _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_bytes(given: str | int) -> int:
-    """A number of bytes, plain or with its unit as people write it: `8GiB`, `1.5 GB`, `800M`.
-
-    Raises:
-        ValueError: for anything else, a text without a unit above all.
-    """
+    """A number of bytes from an int or a text with a unit, such as `8GiB`, `1.5 GB` or `800M`; else a ValueError."""
     text = f"{given}B" if type(given) is int else str(given)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)b?|b)\s*", text, re.IGNORECASE)
     nbytes = round(float(found[1]) * _UNITS[(found[2] or "").lower()]) if found else 0
@@ -130,7 +125,7 @@ def parse_bytes(given: str | int) -> int:
 
 
 def format_bytes(nbytes: int) -> str:
-    """Bytes as people say them."""
+    """A number of bytes as text, with a suitable unit."""
     for unit, shift in (("KiB", 10), ("MiB", 20)):
         if nbytes < 1 << (shift + 10):
             return f"{nbytes / (1 << shift):.1f} {unit}"

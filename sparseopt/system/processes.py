@@ -1,11 +1,11 @@
 """Floor 0: several processes that run one program together, on one machine or on many, and end together.
 
-JAX's own runtime joins them (`jax.distributed`) and carries their numbers. What it lacks for a person is an end: where
-one process raises, the others would wait in their next exchange for ever, and where one is killed, each would print
-what its network library makes of it. So every process holds one connection to process 0. It closes with its process,
-however that ends; process 0 then tells all the others why, says it once, and they stop.
+JAX's own runtime joins them (`jax.distributed`) and exchanges their data. But if one process raises, the others wait in
+their next exchange forever, and if one is killed, each prints an error of its network library. So every process holds
+one connection to process 0, which closes when the process ends, for whatever reason. Process 0 then tells the others
+why, prints it once, and all stop.
 
-Process 0 speaks and writes for all.
+Process 0 prints and writes for all.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from typing import Any
 import jax
 import numpy as np
 
-# The connections carry nothing for hours: after so many seconds without an answer the system asks, so often.
+# Connections are idle for hours: the system probes them after so many seconds without an answer, so many times.
 PROBE_AFTER, PROBES = 5, 3
-# What an error waits for the news of a lost process, of which it may be the consequence.
+# How long an error waits for news of a lost process, which may have caused it.
 GRACE_SECONDS = 1.0
 CONNECT_SECONDS = 10.0
 # The usual names; JAX itself reads the first.
@@ -33,36 +33,40 @@ ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def count() -> int:
-    """How many processes work together; 1 without any others."""
+    """The number of processes that work together."""
     return jax.process_count()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks and writes."""
+    """Whether this process is process 0, which prints and writes."""
     return jax.process_index() == 0
 
 
 def join(
     coordinator: str | None = None, processes: int | None = None, index: int | None = None, timeout: int = 300
 ) -> None:
-    """Meet the other processes; to be called before anything is computed.
+    """Join the other processes; call this before any computation.
 
     Args:
-        coordinator: "HOST:PORT" of process 0, which the others can reach; None takes `JAX_COORDINATOR_ADDRESS`.
-        processes: how many there are; None takes `JAX_NUM_PROCESSES`.
-        index: the number of this one, from 0; None takes `JAX_PROCESS_ID`. What neither gives, JAX finds out where a
-            SLURM or MPI job, Kubernetes or a Cloud TPU started the processes.
+        coordinator: "HOST:PORT" of process 0, reachable for the others; None takes `JAX_COORDINATOR_ADDRESS`.
+        processes: the number of processes; None takes `JAX_NUM_PROCESSES`.
+        index: the number of this process, from 0; None takes `JAX_PROCESS_ID`. JAX finds missing values itself in a
+            SLURM or MPI job, in Kubernetes or on a Cloud TPU.
         timeout: seconds to wait for the others.
 
     Raises:
-        ValueError: if there is nothing to go by, or what was given makes no sense.
-        RuntimeError: if the others do not come, or process 0 cannot be reached.
+        ValueError: if the values are missing or invalid.
+        RuntimeError: if the others do not join, or process 0 cannot be reached.
     """
     given = [coordinator, processes, index]
     for place, name in enumerate(ENVIRONMENT):
         if given[place] is None and os.environ.get(name):
             given[place] = os.environ[name]
-    address = None if given[0] is None else _checked_address(str(given[0]))
+    address = None if given[0] is None else str(given[0])
+    if address is not None:
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ValueError(f"the coordinator's address must be HOST:PORT, as in node1:1234, given {address!r}")
     number, own = (None if v is None else _whole_number(v, n) for v, n in zip(given[1:], ENVIRONMENT[1:], strict=True))
     if number is not None and own is not None and not 0 <= own < number:
         raise ValueError(f"process ids run from 0 to {number - 1} for {number} processes, given {own}")
@@ -81,13 +85,6 @@ def join(
         _Bond.hold(None if address is None else address.rpartition(":")[0])
 
 
-def _checked_address(text: str) -> str:
-    host, colon, port = text.rpartition(":")
-    if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
-        raise ValueError(f"the coordinator's address must be HOST:PORT, as in node1:1234, given {text!r}")
-    return text
-
-
 def _whole_number(value: Any, name: str) -> int:
     try:
         return int(value)
@@ -97,9 +94,9 @@ def _whole_number(value: Any, name: str) -> int:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What all processes do: if one of them raises in it, or is lost, all end, with one message by process 0.
+    """The context of common work: if a process raises in it, or is lost, all end, with one message from process 0.
 
-    A process of its own just raises.
+    A single process just raises.
     """
     if count() == 1:
         yield
@@ -116,7 +113,7 @@ def together() -> Iterator[None]:
 
 
 def barrier(name: str) -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes are here."""
     if count() > 1:
         from jax.experimental import multihost_utils
 
@@ -124,7 +121,7 @@ def barrier(name: str) -> None:
 
 
 def told(value: Any) -> Any:
-    """What process 0 has, in every process: anything that JSON carries. The others' `value` is not looked at."""
+    """The `value` of process 0, in every process: anything that JSON can hold. The value of the others is ignored."""
     if count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -137,19 +134,12 @@ def told(value: Any) -> Any:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether any process says True."""
+    """Whether the flag of any process is True."""
     return bool(np.any(_gathered(np.asarray([flag]))))
 
 
 def agree(parts: Mapping[str, Any]) -> None:
-    """See that all processes were given the same.
-
-    Args:
-        parts: what must be the same, JSON-ready, by names that a person knows.
-
-    Raises:
-        ValueError: in every process, naming what differs, and in which processes it is not what process 0 has.
-    """
+    """Raise a ValueError in every process unless all have the same values, which are JSON-ready and named."""
     digests = [
         hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest() for value in parts.values()
     ]
@@ -161,8 +151,8 @@ def agree(parts: Mapping[str, Any]) -> None:
     others = [int(i) for i in np.flatnonzero(~same.all(axis=1))]
     names = [name for name, fits in zip(parts, same.all(axis=0), strict=True) if not fits]
     raise ValueError(
-        f"not all processes were given the same {', '.join(names)}: other than process 0 has it {_listed(others)} of "
-        f"{len(found)}; start all with the same command, files and version"
+        f"not all processes were given the same {', '.join(names)}: {_listed(others)} of {len(found)} and "
+        "process 0 differ; start all with the same command, files and version"
     )
 
 
@@ -181,7 +171,7 @@ def _gathered(values: np.ndarray) -> np.ndarray:
 
 
 class _Bond:
-    """The connections of process 0 with all others, or of another with process 0, and the thread that watches them."""
+    """The connections of process 0 with all others, or of another with process 0, and the threads that watch them."""
 
     held: "_Bond | None" = None
 
@@ -196,7 +186,7 @@ class _Bond:
 
     @classmethod
     def hold(cls, host: str | None) -> None:
-        """Connect all processes with process 0; `host` is its name where that is known."""
+        """Connect all processes with process 0; `host` is its name if that is known."""
         listener = socket.create_server(("", 0), backlog=count()) if is_first() else None
         offer = None
         if listener is not None:
@@ -210,7 +200,7 @@ class _Bond:
                 cls.held = cls(_accept(listener, secret))
 
     def fail(self, error: BaseException) -> None:
-        """End all processes for an error in this one; returns only where the news of it cannot be brought."""
+        """End all processes for an error in this one; returns only if it cannot be reported."""
         time.sleep(GRACE_SECONDS)
         code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
         code = getattr(error, "exit_code", code)  # of the command line's own way to end
@@ -221,11 +211,11 @@ class _Bond:
                 self._end(verdict)
             else:
                 _send(self._peers[0], verdict)
-            # Process 0 answers by telling all, this one too; or another thread of it is about to.
+            # Process 0 answers by telling all, also this one; or another of its threads is about to.
             time.sleep(CONNECT_SECONDS)
 
     def release(self) -> None:
-        """All is done: the end of another process is no loss any more."""
+        """The work is done: the end of another process is no longer a loss."""
         with self._lock:
             self._released = True
         for peer in self._peers.values():
@@ -246,13 +236,14 @@ class _Bond:
             return
         if verdict is None:
             text = f"process {number} of {self._count} was lost: it was killed, or its machine or the network failed"
-            verdict = {"text": f"{text}. What is finished is kept: the same command goes on from there", "code": 1}
+            verdict = {"text": f"{text}. Finished work is kept: the same command resumes from there", "code": 1}
             self._end(verdict, speak=True)
         self._end(verdict)
 
     def _end(self, verdict: dict[str, Any], *, speak: bool = False) -> None:
-        """Tell the others and leave, as process 0, or to `speak` for it, also say why; `os._exit`, since the main
-        thread may wait for another process and would hear nothing.
+        """Tell the others and exit; process 0, or one that has to `speak` for it, prints why.
+
+        `os._exit`, since the main thread may be waiting for another process.
         """
         with self._lock:
             if self._released:
@@ -263,11 +254,11 @@ class _Bond:
                 with contextlib.suppress(OSError):
                     _send(peer, verdict)
         if self._index == 0 or speak:
-            # Bars hide the cursor of a terminal.
+            # Progress bars hide the cursor of a terminal.
             show = "\x1b[?25h\n" if sys.stderr.isatty() else ""
             os.write(2, f"{show}error: {verdict['text']}\n".encode())
         if self._index == 0:
-            # Process 0 carries JAX's own service: it goes last.
+            # Process 0 runs JAX's own service: it exits last.
             time.sleep(GRACE_SECONDS)
         os._exit(verdict["code"])
 
@@ -279,7 +270,7 @@ def _addresses(name: str) -> list[str]:
 
 
 def _reach(names: Sequence[str], port: int, secret: str) -> socket.socket:
-    """A connection to process 0 under the first of its names that leads there."""
+    """A connection to process 0 by the first of its names that works."""
     for name in names:
         with contextlib.suppress(OSError):
             found = socket.create_connection((name.strip("[]"), port), timeout=CONNECT_SECONDS)
@@ -293,7 +284,6 @@ def _reach(names: Sequence[str], port: int, secret: str) -> socket.socket:
 
 
 def _accept(listener: socket.socket, secret: str) -> dict[int, socket.socket]:
-    """The connections of all other processes by their numbers."""
     listener.settimeout(CONNECT_SECONDS * 6)
     peers: dict[int, socket.socket] = {}
     while len(peers) < count() - 1:
@@ -314,7 +304,7 @@ def _accept(listener: socket.socket, secret: str) -> dict[int, socket.socket]:
 
 
 def _line(peer: socket.socket) -> bytes:
-    """The bytes up to the end of a line, one by one: what follows is for another reader."""
+    """The bytes up to the end of a line, read one by one: the rest is for another reader."""
     found = b""
     while not found.endswith(b"\n") and len(found) < 1024:
         byte = peer.recv(1)
@@ -329,7 +319,7 @@ def _send(peer: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _probe(peer: socket.socket) -> None:
-    """Have the system find out about a machine that is gone without a word."""
+    """Have the system detect a machine that disappears silently."""
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", PROBE_AFTER), ("TCP_KEEPINTVL", PROBE_AFTER), ("TCP_KEEPCNT", PROBES)):
         # Not every system knows them.

@@ -33,27 +33,27 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     with the sample weights `s_i` and a penalty of weight `alpha`. It is solved by `trend_filter`, in float64.
 
-    With `graph=None` a sample is a point, a row of X `[m, features]`. The nodes are the distinct points, in the
-    order of their first appearance, and two are joined by an edge of weight 1 if one is among the `n_neighbors`
-    nearest others of the other (Euclidean). Scale the features first: distances decide.
+    With `graph=None` a sample is a point, a row of X `[m, features]`. The nodes are the distinct points, in the order
+    of their first appearance. Two nodes are joined by an edge of weight 1 if one is among the `n_neighbors` nearest
+    (Euclidean) neighbours of the other. Scale the features first.
 
-    With a graph a sample is an observation of one of its nodes: X `[m, 1]` holds node numbers `0..n-1`. Nodes
-    without a sample are missing values, and the fit fills them in; cross-validation holds nodes out.
+    With a graph a sample is an observation of one of its nodes: X `[m, 1]` holds node numbers `0..n-1`. Nodes without a
+    sample are missing values, and the fit fills them in; cross-validation holds nodes out.
 
-    Several samples of a node count as their weighted mean with the sum of their weights, which changes the
-    objective by a constant: repeating a sample and doubling its weight are the same.
+    Several samples of a node are replaced by their weighted mean with the sum of their weights, which changes the
+    objective by a constant: repeating a sample is the same as doubling its weight.
 
     Args:
         order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals.
-        alpha: the weight of the penalty as in `trend_filter`, in the units of y times those of the sample weights;
-            nothing is divided by the number of samples. For L1 at order 0, one edge of weight 1 between two plateaus
+        alpha: the weight of the penalty as in `trend_filter`, in the units of y times those of the sample weights; the
+            loss is not divided by the number of samples. For L1 at order 0, one edge of weight 1 between two plateaus
             moves a plateau of total sample weight s by `alpha / s` towards the other. 0 returns the data.
         graph: a `Graph`, or None for the nearest neighbours of the rows of X.
-        n_neighbors: how many neighbours a point has at least, for the graph and for `predict`; fewer where there
-            are fewer points. Not used with a graph.
+        n_neighbors: the least number of neighbours of a point, for the graph and for `predict`; fewer if there are
+            fewer points. Not used with a graph.
         penalty: "l1", "l0", "mcp", "scad", "group_l2" (which couples the outputs), or a function that takes the
             weight and returns a penalty, such as `so.MCP`.
-        tol: the relative duality gap to reach; for a penalty that is no norm, the stationarity residual.
+        tol: the relative duality gap to reach; for a penalty that is not a norm, the stationarity residual.
         max_steps: step limit.
         method: of `trend_filter`.
 
@@ -62,7 +62,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
         fitted_values_: the fit at the nodes of `graph_`, `[n]`, or `[n, outputs]` for such a y.
         solution_: the `Solution` of `trend_filter` with NumPy arrays.
         gap_: its relative duality gap, an upper bound on the relative suboptimality; NaN without a certificate.
-        n_iter_: steps done.
+        n_iter_: the number of steps.
         n_features_in_: the number of columns of X.
         positions_: the points of the nodes, `[n, features]`; None with a graph.
         neighbors_: the fitted `NearestNeighbors` of those points; None with a graph.
@@ -115,7 +115,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
             RuntimeError: if the computation overflows.
 
         Warns:
-            ConvergenceWarning: if the tolerance was not reached, with what to try.
+            ConvergenceWarning: if the tolerance was not reached, saying what to try.
         """
         penalty = self._checked_penalty()
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
@@ -150,11 +150,10 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def predict(self, X: Any) -> np.ndarray:
         """The fit at nodes, or at points.
 
-        With a graph, the fitted values of the given nodes. Without one, a point of the fit gets its fitted value
-        exactly, and any other point the mean of the fitted values at its `n_neighbors` nearest nodes, weighted by
-        1 / distance. This holds at every order: between nodes the answer stays in the range of its neighbours, so
-        it continues a constant but no slope, least of all outside the data. A trend of order 1 or more needs
-        points close enough for that.
+        With a graph, the fitted values of the given nodes. Without one, a point of the fit gets its fitted value, and
+        any other point the mean of the fitted values at its `n_neighbors` nearest nodes, weighted by 1 / distance. This
+        holds at every order: the prediction stays in the range of its neighbours, so it continues a constant but not a
+        slope. A trend of order 1 or more needs points that are close enough for that.
 
         Args:
             X: points `[m, features]`, or node numbers `[m, 1]`.
@@ -173,7 +172,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
         found = self.fitted_values_[np.where(new, 0, node)]
         if new.any():
             distances, near = self.neighbors_.kneighbors(X[new])
-            # Distinct points may lie at a distance that rounds to 0.
+            # The distance of distinct points may round to 0.
             distances = np.maximum(distances, np.finfo(np.float64).tiny)
             shares = distances[:, :1] / distances
             shares /= shares.sum(axis=1, keepdims=True)
@@ -181,7 +180,6 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return found
 
     def _checked_penalty(self) -> Any:
-        """The penalty, after a check of the parameters that `trend_filter` does not see as they were given."""
         if not (isinstance(self.alpha, numbers.Real) and 0 <= self.alpha < math.inf):
             raise ValueError(f"alpha is the weight of the penalty, a finite number >= 0, given {self.alpha!r}")
         if not (isinstance(self.order, numbers.Integral) and self.order >= 0):
@@ -205,7 +203,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
 
 def _report(solution: Solution) -> None:
-    """Warn of a fit that missed its tolerance; raise for one that is not finite, which nobody can use."""
+    """Warn if a fit missed its tolerance; raise if it is not finite."""
     status = Status(int(solution.status))
     if status is Status.NONFINITE:
         solution.check()
@@ -234,7 +232,6 @@ def _checked_weights(sample_weight: Any, count: int) -> np.ndarray:
 
 
 def _node_numbers(X: np.ndarray, graph: Graph) -> np.ndarray:
-    """The one column of X as node numbers of a graph."""
     if X.shape[1] != 1:
         raise ValueError(f"with a graph, X is one column of node numbers, [m, 1]; given the shape {X.shape}")
     column = X[:, 0]
@@ -249,7 +246,7 @@ def _node_numbers(X: np.ndarray, graph: Graph) -> np.ndarray:
 
 
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each distinct row appears first, in that order, and for every row the number of its like."""
+    """The first place of each distinct row, in that order, and for every row the number of its distinct row."""
     _, first, member = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.empty_like(order)
@@ -258,7 +255,7 @@ def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _neighbour_graph(search: NearestNeighbors, count: int, n_neighbors: int) -> Graph:
-    """An edge wherever one of two points is among the nearest of the other; a point is not its own neighbour."""
+    """An edge wherever one of two points is among the nearest neighbours of the other, itself excluded."""
     if count == 1:
         return Graph.from_edges([], 1)
     nearest = search.kneighbors_graph(n_neighbors=min(n_neighbors, count - 1))

@@ -1,10 +1,10 @@
-"""Floor 5: images, edge lists and signals as files; nothing is overwritten unless asked.
+"""Floor 5: images, edge lists and signals as files; all functions here raise a `FileError` for an invalid file.
 
 image          PNG, TIFF, JPEG, ... grey or colour, 8 or 16 bit
 edges, signal  CSV (with or without a heading), Parquet, NPZ
 
-A file may come from a stranger. Pickled data are refused, and what a small file claims to hold is compared with limits
-before memory is taken for it.
+Files may be malicious. Pickled data are refused, and the claimed size of the contents is checked before memory is
+allocated.
 """
 
 import math
@@ -18,38 +18,32 @@ from typing import Any
 import numpy as np
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Formats that are data alone: Pillow's reader of PostScript, for one, starts a program.
+# Formats that are only data: Pillow's reader of PostScript, for example, starts a program.
 IMAGE_FORMATS = ("PNG", "TIFF", "JPEG", "WEBP", "BMP", "GIF", "PPM")
-# Pillow's own limit, above which it speaks of a decompression bomb.
+# Pillow's own limit for decompression bombs.
 MAX_PIXELS = 89_478_485
 TABLE_KINDS = (".csv", ".parquet", ".npz")
 PICKLES = (".npy", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
-# What a compressed table may unpack to: this many bytes, or this many times the file's.
+# The largest size of an unpacked table: this many bytes, or this many times the size of the file.
 FREE_BYTES, MAX_RATIO = 2**28, 100
 
 
 class FileError(ValueError):
-    """A file that cannot be read or must not be written; the text says what was found and what to do."""
+    """A file that cannot be read or must not be written; the text says why and what to do."""
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image as `[height, width]` or `[height, width, channels]`, uint8 or uint16.
-
-    Raises:
-        FileError: if there is no such file, it is no image of these kinds, or it has more than `MAX_PIXELS` pixels.
-    """
+    """An image of at most `MAX_PIXELS` as `[height, width]` or `[height, width, channels]`, uint8 or uint16."""
     from PIL import Image
 
-    file = Path(path)
-    _must_exist(file)
-    _refuse_pickles(file, "a PNG or TIFF")
+    file = _readable(path, "a PNG or TIFF")
     try:
         if _is_deep_colour_png(file):
             return _read_deep_png(file)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=IMAGE_FORMATS) as image:
-                # Pillow's own limit is one that a program may have switched off.
+                # A program may have disabled Pillow's own limit.
                 _check_pixels(image.size, file)
                 if image.format == "TIFF" and image.mode in ("RGB", "RGBA"):
                     return _read_colour_tiff(file)
@@ -59,16 +53,12 @@ def read_image(path: str | Path) -> np.ndarray:
         raise FileError(f"{file} is too large to read: {error}; crop it or scale it down first") from error
     except (FileError, ModuleNotFoundError):
         raise
-    except Exception as error:  # decoders raise whatever a broken file makes them do
+    except Exception as error:  # decoders raise all kinds of errors for broken files
         raise FileError(f"cannot read {file} as an image: {str(error)[:300] or type(error).__name__}") from error
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write uint8 or uint16 pixels; the kind follows from the name's ending.
-
-    Raises:
-        FileError: for an ending that cannot hold the pixels.
-    """
+    """Write uint8 or uint16 pixels in the format of the file's ending."""
     from PIL import Image
 
     file = Path(path)
@@ -97,7 +87,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 def _is_deep_colour_png(file: Path) -> bool:
     with file.open("rb") as stream:
         head = stream.read(26)
-    # Bytes 24 and 25 of a PNG are the bit depth and the colour type; 0 is grey, which Pillow reads whole.
+    # Bytes 24 and 25 of a PNG are the bit depth and the colour type; Pillow reads type 0, grey, in full depth.
     return head.startswith(PNG_SIGNATURE) and len(head) == 26 and head[24] == 16 and head[25] != 0
 
 
@@ -106,7 +96,7 @@ def _read_deep_png(file: Path) -> np.ndarray:
 
     with file.open("rb") as stream:
         _check_pixels(struct.unpack(">II", stream.read(24)[16:]), file)
-    # `asDirect` reads the rows as they are asked for: a stream of more than it says is never unpacked whole.
+    # `asDirect` reads rows on demand: a stream with more data than claimed is never unpacked completely.
     width, height, rows, info = png.Reader(filename=str(file)).asDirect()
     pixels = np.empty((height, width * info["planes"]), np.uint16)
     count = 0
@@ -118,12 +108,12 @@ def _read_deep_png(file: Path) -> np.ndarray:
 
 
 def _read_colour_tiff(file: Path) -> np.ndarray:
-    """A TIFF in colour; Pillow cuts 16 bits down to 8, tifffile keeps them."""
+    """A TIFF in colour; Pillow reduces 16 bits to 8, tifffile keeps them."""
     import tifffile
 
     with tifffile.TiffFile(file) as tiff:
         series = tiff.series[0]
-        # Its own idea of the size, which need not be Pillow's; channels may stand at either end.
+        # tifffile may read another size than Pillow; the channels may be the first or the last axis.
         _check_pixels((math.prod(series.shape) // 4, 1), file)
         return _checked_image(series.asarray(), file)
 
@@ -142,22 +132,16 @@ def _checked_image(image: np.ndarray, file: Path) -> np.ndarray:
 
 
 def read_table(path: str | Path, names: tuple[str, ...] = ()) -> np.ndarray:
-    """A numeric table `[rows, columns]`, float64; an NPZ file's array is looked up by `names`.
-
-    Raises:
-        FileError: if the file is missing, of another kind, or not numeric.
-    """
-    file = Path(path)
-    _must_exist(file)
+    """A numeric table `[rows, columns]`, float64; of an NPZ file the array with one of the `names`."""
+    file = _readable(path, "a CSV or NPZ")
     kind = file.suffix.lower()
-    _refuse_pickles(file, "a CSV or NPZ")
     if kind not in TABLE_KINDS:
         raise FileError(f"{file} is none of {', '.join(TABLE_KINDS)}")
     try:
         table = {".csv": _read_csv, ".parquet": _read_parquet}[kind](file) if kind != ".npz" else _read_npz(file, names)
     except (FileError, ModuleNotFoundError):
         raise
-    except Exception as error:  # pyarrow, zipfile and zlib have classes of their own
+    except Exception as error:  # pyarrow, zipfile and zlib have their own classes of errors
         raise FileError(f"cannot read numbers from {file}: {str(error)[:300] or type(error).__name__}") from error
     if table.size == 0 or table.ndim == 0:
         raise FileError(f"{file} holds no rows of numbers; give one row a node or an edge")
@@ -173,7 +157,7 @@ def _read_csv(file: Path) -> np.ndarray:
     except ValueError:
         heading = 1
     with warnings.catch_warnings():
-        # An empty table is told by the caller.
+        # The caller reports an empty table.
         warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
         return np.loadtxt(
             file,
@@ -193,7 +177,7 @@ def _read_parquet(file: Path) -> np.ndarray:
     with pyarrow.parquet.ParquetFile(file) as stored:
         found = stored.metadata
         _check_unpacked(8 * found.num_rows * found.num_columns, file)
-        # Not by column: pyarrow ends the process at some damaged statistics of a column when asked about it alone.
+        # Not by column: pyarrow aborts the process for some damaged statistics of a single column.
         groups = [found.row_group(index).total_byte_size for index in range(found.num_row_groups)]
         _check_unpacked(sum(max(0, size) for size in groups), file)
         table = stored.read()
@@ -213,11 +197,7 @@ def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:
 
 
 def _check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:
-    """Compare an array's header with the bytes that follow, before NumPy takes memory for what it claims.
-
-    Raises:
-        ValueError: if it is no array of numbers, or of another size.
-    """
+    """Raise a ValueError unless an array's header claims numbers and the size that the member has."""
     info = archive.getinfo(member)
     _check_unpacked(info.file_size, file)
     with archive.open(info) as stream:
@@ -236,11 +216,7 @@ def _check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:
 
 
 def _check_unpacked(claimed: int, file: Path) -> None:
-    """Refuse a small file that claims to unpack to far more.
-
-    Raises:
-        FileError: with both sizes.
-    """
+    """Raise a FileError for a small file that claims to unpack to far more."""
     most = max(FREE_BYTES, MAX_RATIO * file.stat().st_size)
     if claimed > most:
         raise FileError(
@@ -249,21 +225,20 @@ def _check_unpacked(claimed: int, file: Path) -> None:
         )
 
 
-def _refuse_pickles(file: Path, instead: str) -> None:
-    """Refuse files that are pickles by their names, saying what to do."""
+def _readable(path: str | Path, instead: str) -> Path:
+    file = Path(path)
+    if not file.is_file():
+        raise FileError(f"there is no file {file}")
     if file.suffix.lower() in PICKLES:
         raise FileError(
             f"{file} is of a kind that can hold pickled objects, which can run code when loaded, and is not read; if "
             f"you trust who made it, load it where it was made and write {instead} file"
         )
+    return file
 
 
 def read_edges(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Edges `[m, 2]` int64 and weights `[m]` or None: the first two columns are node numbers from 0, a third weights.
-
-    Raises:
-        FileError: for another number of columns, or node numbers that are not whole.
-    """
+    """Edges `[m, 2]` int64 and weights `[m]` or None, from columns of node numbers from 0 and perhaps of weights."""
     table = read_table(path, ("edges",))
     if table.shape[1] not in (2, 3):
         raise FileError(f"{path} has {table.shape[1]} columns; an edge is two node numbers and, if any, a weight")
@@ -283,7 +258,7 @@ def read_signal(path: str | Path) -> np.ndarray:
 
 
 def write_signal(path: str | Path, signal: np.ndarray) -> None:
-    """Write `[n]` or `[n, channels]` in the kind that the name's ending says."""
+    """Write `[n]` or `[n, channels]` in the format of the file's ending."""
     file = Path(path)
     kind = file.suffix.lower()
     columns = signal.reshape(len(signal), -1)
@@ -302,11 +277,7 @@ def write_signal(path: str | Path, signal: np.ndarray) -> None:
 
 
 def check_output(path: str | Path, kinds: tuple[str, ...] | None, force: bool) -> Path:
-    """The path, if it may be written.
-
-    Raises:
-        FileError: if its folder is missing, its ending is not one of `kinds`, or it exists and `force` is off.
-    """
+    """The path; a FileError if its folder is missing, its ending not in `kinds`, or it exists without `force`."""
     file = Path(path)
     if kinds is not None and file.suffix.lower() not in kinds:
         raise FileError(f"the output {file} must end in one of {', '.join(kinds)}")
@@ -315,8 +286,3 @@ def check_output(path: str | Path, kinds: tuple[str, ...] | None, force: bool) -
     if file.exists() and not force:
         raise FileError(f"the output {file} exists already; name another, or give --force to replace it")
     return file
-
-
-def _must_exist(file: Path) -> None:
-    if not file.is_file():
-        raise FileError(f"there is no file {file}")

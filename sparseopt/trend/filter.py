@@ -54,43 +54,43 @@ def trend_filter(
     Args:
         y: `[n]` or `[n, channels]` in the graph's node order; on a grid also `[*shape]` or `[*shape, channels]`.
             The computation runs in float64 for float64 and integer signals, in float32 for shorter floats.
-        graph: where it lives.
+        graph: the graph of the signal.
         penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2` (couples channels), or any object with `value` and `prox`. The
-            weight of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Or several penalties, keyed by
-            their orders, as in `{-1: L1(0.5), 0: L1(2.0)}`: their sum, where order -1 penalises b itself.
-        order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals. It stays 0 for
+            weight of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Or several penalties by their
+            orders, as in `{-1: L1(0.5), 0: L1(2.0)}`: their sum, where order -1 penalises b itself.
+        order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals. It must be 0 for
             several penalties.
         method: "doge", "admm", "fast_admm" (chains), "interior" (L1; needs the extra `interior`), "doge_groups"
-            (Doge-ADMM as the paper stores it), or "auto"; `chosen_method` tells what that takes.
-        tol: the relative duality gap to reach; for a penalty that is no norm, the stationarity residual.
+            (Doge-ADMM as the paper stores it), or "auto"; `chosen_method` tells which method "auto" takes.
+        tol: the relative duality gap to reach; for a penalty that is not a norm, the stationarity residual.
         max_steps: step limit.
         node_weights: w >= 0, `[n]`; 0 marks a missing observation. At orders >= 1 with missing nodes the gap
-            bounds the suboptimality among fits that stay within ten data ranges of the data.
-        B: how many difference factors Doge-ADMM treats row by row, 1..order+1; None is order + 1.
-        missing: "nan" treats NaN as missing; "error" refuses them.
+            bounds the suboptimality among fits within ten data ranges of the data.
+        B: the number of difference factors that Doge-ADMM treats row by row, 1..order+1; None is order + 1.
+        missing: "nan" treats NaN as missing; "error" raises.
         warm_start: an earlier solution on the same graph at the same order, of any method with the same B.
         rho: the first ADMM parameter; None chooses it from the data.
         relaxation: over-relaxation in (0, 2).
         history: record residual, objective, gap and rho of every check.
-        cadence: steps between two checks; None takes 10 for Doge, whose steps are cheap, and 5 for others. A start
-            that is the fit already is checked after one.
-        dtype: float32 or float64 instead of the signal's own. At node weights of 1 a fit within the gap `tol` lies
-            within `sqrt(2 tol P)` of the optimum, in Euclidean norm and with P the objective; so converged fits in
-            float32 and in float64 lie within twice that of each other. PRECISION says that float32 was not enough.
+        cadence: steps between two checks; None takes 10 for Doge, whose steps are cheap, and 5 for other methods. A
+            start that is the fit itself is checked after one step.
+        dtype: float32 or float64 instead of the signal's dtype. With node weights of 1 a fit with the gap `tol` lies
+            within `sqrt(2 tol P)` of the optimum in Euclidean norm, with P the objective; so converged fits in float32
+            and float64 differ by at most twice that. The status PRECISION says that float32 was not enough.
         loss: None for the square, `PoissonLoss()` (counts; b is the log-rate), `LogisticLoss()` (labels 0 and 1; b is
             the log-odds), `SquaredHingeLoss()` (labels -1 and 1; b is a score), `HuberLoss(delta)`, `AbsoluteLoss()`,
-            `QuantileLoss(level)`, a `ScalarLoss` of your own, or the name "poisson", "logistic", "squared_hinge",
-            "huber" or "absolute". Not by "fast_admm". See `sparseopt.trend.losses`.
-        devices: how many devices work on the fit together, "all", or a `jax.sharding.Mesh` of one axis "devices"; None
-            for one. Several do one penalty and the square loss by "doge" with B = order + 1; the answer is that of one
-            device to rounding. With several processes each calls this with the same arguments and gets all of the
+            `QuantileLoss(level)`, your own `ScalarLoss`, or the name "poisson", "logistic", "squared_hinge", "huber" or
+            "absolute". Not with "fast_admm". See `sparseopt.trend.losses`.
+        devices: the number of devices for the fit, "all", or a `jax.sharding.Mesh` of one axis "devices"; None for one.
+            Several devices take one penalty and the square loss by "doge" with B = order + 1; the answer is that of one
+            device up to rounding. With several processes each calls this with the same arguments and gets the whole
             answer. `.state` stays on the devices.
 
     Returns:
         A `Solution`. Its `.gap` is `(P - D) / D`, an upper bound on the relative suboptimality of `.value`, or
         NaN where the penalty has no dual. `.status` is CONVERGED, STATIONARY (converged without a certificate),
-        PRECISION (rounding keeps the gap above tol), MAX_STEPS or NONFINITE; `.check()` raises on the last three.
-        Arrays are NumPy arrays where float64 was used while JAX's 64-bit flag is off.
+        PRECISION (rounding keeps the gap above tol), MAX_STEPS or NONFINITE; `.check()` raises for the last three.
+        Arrays are NumPy arrays if float64 was used while JAX's 64-bit flag is off.
 
     Raises:
         ValueError, TypeError: on input that does not fit, saying what was given and what was expected.
@@ -145,9 +145,9 @@ def chosen_method(
     missing: str = "error",
     dtype: Any = None,
 ) -> str:
-    """The method that `trend_filter(..., method="auto")` takes for the square loss; arguments as there.
+    """The method that `trend_filter(..., method="auto")` takes for the square loss, with the same arguments.
 
-    "interior" starts cold and keeps no history: with a warm start or a history another method is taken.
+    "interior" has neither warm starts nor a history: where they are requested, another method is taken.
 
     Example:
         >>> from sparseopt.trend.filter import chosen_method
@@ -170,11 +170,7 @@ def checked_job(
     devices: Devices = None,
     **options: Any,
 ) -> Job:
-    """The arguments of `trend_filter`, checked.
-
-    Raises:
-        ValueError, TypeError: as there.
-    """
+    """The checked arguments of `trend_filter`."""
     order = checked_order(order)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
     layout = layout_of(graph, None if devices is None else device_line(devices))
@@ -204,6 +200,6 @@ def _fitted(job: Job) -> Solution:
     method = chosen(job)
     found = method.plan(job).fitted(job)
     if job.method is None and method is INTERIOR and int(found.status) != Status.CONVERGED:
-        # Rounding ended it: where the weight is very large, the others get closer.
+        # Rounding ended it: for very large weights the other methods get closer.
         found = chosen(job, PURE).plan(job).fitted(job)
     return found

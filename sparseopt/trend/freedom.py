@@ -1,10 +1,10 @@
-"""Floor 5: how many degrees of freedom a trend-filter fit has: the dimension of what its zero differences allow.
+"""Floor 5: the degrees of freedom of a trend-filter fit: the dimension of the signals with the same zero differences.
 
     df = dim { b : (Δ^(k+1) b)_r = 0 for every row r that is zero at the fit }
 
-For L1 its mean over the noise is the degrees of freedom `sum_j cov(fit_j, y_j) / sigma²`, whatever the graph: around
-almost every y the fit is the projection of y on that space, shifted by a constant vector. Node weights do not change
-the dimension. In closed form, with g components of the graph:
+For L1 its mean over the noise is the degrees of freedom `sum_j cov(fit_j, y_j) / sigma²` on every graph: around almost
+every y the fit is the projection of y onto that space, shifted by a constant vector. Node weights do not change the
+dimension. In closed form, with g components of the graph:
 
     k even, Δ = D L^m     the components that remain when the edges of non-zero rows are cut
     k odd,  Δ = L^m       the sum over the graph's components of max(non-zero rows there, 1)
@@ -12,7 +12,7 @@ the dimension. In closed form, with g components of the graph:
 Why: for k even, b counts if `r = L^m b` is constant on each of the c components that remain. L^m has a kernel of
 dimension g and its image is what sums to 0 on every component of the graph, so there are c - g such r, and
 g + (c - g) = c. For k odd, r vanishes outside the non-zero rows and sums to 0 on each component of the graph, which
-leaves `max(non-zero rows - 1, 0)` dimensions a component; the kernel adds one each.
+leaves `max(non-zero rows - 1, 0)` dimensions per component; the kernel adds one each.
 
 Source: Tibshirani and Taylor, "Degrees of freedom in lasso problems", Annals of Statistics 40 (2012), for any
 difference matrix; Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016), for graphs. The
@@ -27,7 +27,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from sparseopt.core.arguments import real_array
-from sparseopt.core.grouping import grid_edges
+from sparseopt.core.grouping import edge_rows
 from sparseopt.core.penalties import Norm
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.signal import checked_graph, checked_order
@@ -37,23 +37,22 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
     """The degrees of freedom of a fit whose non-zero differences are known.
 
     Args:
-        nonzero: booleans `[rows]` or `[rows, channels]`, which rows of `graph.matrix(order + 1)` are not zero at the
-            fit. Take them from where the fit was found, or from exact zeros: differences of a solution to a finite
-            tolerance are rarely exactly zero, `trend_path` counts for you.
+        nonzero: booleans `[rows]` or `[rows, channels]`: which rows of `graph.matrix(order + 1)` are not zero at the
+            fit. Differences of a solution with a finite tolerance are rarely exactly zero; `trend_path` counts for you.
         graph: the graph.
         order: k.
-        observed: booleans `[n]`, or None for all. At order 0 a piece without an observation does not count. At
-            higher orders the count ends at the number of observations; short of that it supposes that the
-            observations determine the fit.
+        observed: booleans `[n]`, or None for all. At order 0 a piece without an observation does not count. At higher
+            orders the count is at most the number of observations; below that it is assumed that the observations
+            determine the fit.
 
     Returns:
-        A whole number, the sum over the channels. For L1 it is an unbiased estimate, given the exact zeros; for
-        penalties that shrink otherwise (MCP, SCAD, L0, GroupL2) it is the dimension of the fitted model, which
-        leaves out what the choice of the zeros costs.
+        A whole number, the sum over the channels. For L1 it is an unbiased estimate, given the exact zeros; for other
+        penalties (MCP, SCAD, L0, GroupL2) it is the dimension of the fitted model, without the cost of choosing the
+        zeros.
 
     Raises:
-        TypeError: for a graph that is none.
-        ValueError: for another number of rows or nodes, or entries that are neither true nor false.
+        TypeError: for a graph that is not a `Graph`.
+        ValueError: for another number of rows or nodes, or NaN.
 
     Example:
         >>> from sparseopt.trend.freedom import degrees_of_freedom
@@ -75,7 +74,6 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
 
 
 def _booleans(name: str, given: Any) -> np.ndarray:
-    """True where an entry is not 0; NaN, which is neither, is refused."""
     array = real_array(name, given)
     if array.dtype.kind == "f" and np.isnan(array).any():
         raise ValueError(f"`{name}` says true or false, given {int(np.isnan(array).sum())} NaN")
@@ -107,40 +105,26 @@ def _pieces(kept: np.ndarray, graph: Graph, edges: np.ndarray, seen: np.ndarray 
 
 
 def freedom_of_rows(nonzero: np.ndarray, graph: Graph, order: int, observed: np.ndarray | None, channels: int) -> int:
-    """`degrees_of_freedom` of rows in the layout of `graph.base`; one column stands for all channels if it must."""
-    mask, edges = nonzero, graph.edges if graph.shape is None else grid_edges(graph.shape)
+    """`degrees_of_freedom` of rows in the layout of `graph.base`; a single column counts for every channel."""
+    mask = nonzero
     if order % 2:
         mask = mask.reshape(graph.num_nodes, -1)
     elif graph.shape is not None:
         mask = edge_rows(mask, graph.shape)
     mask = mask.reshape(mask.shape[0], -1)
-    return _count(np.broadcast_to(mask, (mask.shape[0], channels)), graph, edges, order, observed)
-
-
-def edge_rows(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Edge values `[dimensions, *shape, ...]` of a grid as `[m, ...]` in the order of `grid_edges`."""
-    parts = []
-    for axis in range(len(shape)):
-        along = values[axis].take(np.arange(shape[axis] - 1), axis=axis)
-        parts.append(along.reshape(-1, *values.shape[len(shape) + 1 :]))
-    return np.concatenate(parts)
+    return _count(np.broadcast_to(mask, (mask.shape[0], channels)), graph, graph.row_edges, order, observed)
 
 
 def nonzero_rows(penalty: Any, rows: jax.Array, dual: jax.Array, scale: jax.Array) -> jax.Array:
-    """Which rows of a fit are not zero, told from its dual.
+    """Which rows of a fit are not zero, judged by its dual.
 
-    At the optimum `rows = prox(rows + t u, t)` for every t, and a dual inside its ball says that the row is zero,
-    even if the iterate's own row is not yet: an iterate keeps small differences of both signs, whose size depends on
-    how far it has converged, where the dual touches its ball or does not. So t is large, the size of a row of noise
-    over the weight, and the prox is zero unless `|u| = weight` almost exactly. On grids and chains of orders 0 and 1
-    the count at a gap of 1e-4 was within one piece, or half a per cent, of that at 1e-9; a count by the size of the
-    rows was off by up to a half.
+    At the optimum `rows = prox(rows + t u, t)` for every t, and a dual inside its ball says that the row is zero, even
+    if the iterate's row is not yet: an iterate keeps small differences of both signs, whose size depends on how far it
+    has converged. So t is large, the size of a row of noise over the weight, and the prox is zero unless `|u| = weight`
+    almost exactly. On grids and chains of orders 0 and 1 the count at a gap of 1e-4 was within one piece, or half a per
+    cent, of that at 1e-9; a count by the size of the rows was off by up to a half.
 
-    Args:
-        penalty: a `Norm` on rows.
-        rows: `Δ b`.
-        dual: u, in the dual ball.
-        scale: t, one a row.
+    The penalty is a `Norm` on the rows `Δ b`, `dual` is u, in the dual ball, and `scale` is t, one per row.
     """
     assert isinstance(penalty, Norm)
     return (penalty.prox(rows + scale * dual, scale) != 0) & (rows != 0)

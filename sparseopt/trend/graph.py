@@ -36,11 +36,11 @@ class Graph:
 
     Attributes:
         num_nodes: n.
-        given_edges: int64 `[m, 2]`, or None for a grid, whose edges are listed on demand only; see `edges`.
+        given_edges: int64 `[m, 2]`, or None for a grid, whose edges are listed only on demand; see `edges`.
         weights: positive `[m]`, or None for ones. An edge of weight w has the row `sqrt(w) (x_i - x_j)` in D,
             so that `DᵀD` is the weighted Laplacian.
-        shape: of a grid, row-major node order; None for other graphs.
-        nodes: the caller's node names in the order of the signal, or None for `0..n-1`.
+        shape: of a grid, with nodes in row-major order; None for other graphs.
+        nodes: node names in the order of the signal, or None for `0..n-1`.
 
     Example:
         >>> graph = so.Graph.from_edges([(0, 1), (1, 2), (3, 4)])
@@ -55,26 +55,20 @@ class Graph:
     nodes: tuple[Hashable, ...] | None = None
 
     def __post_init__(self) -> None:
-        """See that a signal on the graph has room in memory.
-
-        Raises:
-            ValueError: if not.
-        """
         what = f"one signal on a graph of {self.num_nodes:,} nodes"
         require_memory(8 * self.num_nodes, what, "take a smaller graph, or a part of it")
 
     def __repr__(self) -> str:
-        """What kind of graph, how large."""
         if self.shape is not None:
             return f"Graph.grid({self.shape})"
         return f"<Graph of {self.num_nodes:,} nodes and {self.num_edges:,} edges>"
 
     def __getstate__(self) -> dict[str, Any]:
-        """What was given: the tables are built again where they are needed."""
+        """The fields without the tables, which are built again when they are needed."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Graph":
-        """The graph itself: it does not change, and a copy of an estimator shares its tables."""
+        """The graph itself: it is immutable, and a copy of an estimator shares its tables."""
         return self
 
     @classmethod
@@ -82,8 +76,8 @@ class Graph:
         """A grid of 1, 2 or 3 dimensions: each node joined to its neighbours along the axes.
 
         Raises:
-            ValueError: for another number of dimensions, an axis that is no whole number of at least 1, or a grid so
-                large that one signal would not fit in the memory of the machine.
+            ValueError: for another number of dimensions, an axis that is not a whole number of at least 1, or a grid so
+                large that one signal does not fit in memory.
 
         Example:
             >>> so.Graph.grid((2, 2)).edges.tolist()
@@ -97,7 +91,7 @@ class Graph:
 
     @classmethod
     def chain(cls, n: int) -> "Graph":
-        """A row of n nodes.
+        """A path of n nodes.
 
         Example:
             >>> so.Graph.chain(3).edges.tolist()
@@ -127,7 +121,7 @@ class Graph:
 
         Raises:
             ValueError: on a wrong shape, non-integers, numbers out of range, weights that are not positive and
-                finite, self-loops or duplicates; each says which edge.
+                finite, self-loops or duplicates, naming the edge.
 
         Example:
             >>> so.Graph.from_edges([(0, 1), (1, 2), (1, 0)], merge=True).weights.tolist()
@@ -159,15 +153,16 @@ class Graph:
                 level = None
         if nodes is not None and len(nodes) != count:
             raise ValueError(f"{count} nodes need as many names, given {len(nodes)}")
-        return cls(count, pairs, level, None if level is not None else grid_shape(pairs, count), _names(nodes))
+        shape = None if level is not None else grid_shape(pairs, count)
+        return cls(count, pairs, level, shape, None if nodes is None else tuple(nodes))
 
     @classmethod
     def from_scipy(cls, adjacency: Any, *, merge: bool = False) -> "Graph":
         """A graph from a symmetric sparse (or dense) adjacency matrix; its entries are the weights.
 
         Raises:
-            ValueError: if it holds no real numbers, is not square and symmetric, has a diagonal (unless `merge`), or
-                entries that are not positive and finite.
+            ValueError: if it does not hold real numbers, is not square and symmetric, has a diagonal (unless `merge`),
+                or entries that are not positive and finite.
 
         Example:
             >>> graph = so.Graph.from_scipy(np.array([[0, 2], [2, 0]]))
@@ -196,8 +191,8 @@ class Graph:
             merge: as in `from_edges`.
 
         Raises:
-            TypeError: if it is no networkx graph.
-            ValueError: if it is directed, or by what `from_edges` refuses.
+            TypeError: if it is not a networkx graph.
+            ValueError: if it is directed, or where `from_edges` raises.
         """
         if not hasattr(graph, "is_directed"):
             raise TypeError(f"from_networkx takes a networkx.Graph, given {type(graph).__name__}")
@@ -214,7 +209,6 @@ class Graph:
 
     @functools.cached_property
     def num_edges(self) -> int:
-        """How many edges, m."""
         if self.given_edges is not None:
             return self.given_edges.shape[0]
         assert self.shape is not None
@@ -222,11 +216,16 @@ class Graph:
 
     @functools.cached_property
     def edges(self) -> np.ndarray:
-        """The edges `[m, 2]` as they were given; of a grid axis by axis in row-major order."""
+        """The edges `[m, 2]` in the given order; those of a grid axis by axis in row-major order."""
         if self.given_edges is not None:
             return self.given_edges
         assert self.shape is not None
         return grid_edges(self.shape)
+
+    @property
+    def row_edges(self) -> np.ndarray:
+        """The edges in the order of the rows of `base`: on a grid that of `grid_edges`, also where edges were given."""
+        return self.edges if self.shape is None else grid_edges(self.shape)
 
     @functools.cached_property
     def components(self) -> np.ndarray:
@@ -239,7 +238,7 @@ class Graph:
 
     @property
     def num_components(self) -> int:
-        """How many components, isolated nodes included."""
+        """The number of components, isolated nodes included."""
         return int(self.components.max(initial=-1)) + 1
 
     @functools.cached_property
@@ -249,29 +248,27 @@ class Graph:
 
     @property
     def isolated(self) -> np.ndarray:
-        """The nodes without an edge; a trend filter leaves their values as they are."""
+        """The nodes without an edge, whose values a trend filter leaves unchanged."""
         return np.flatnonzero(self.degrees == 0)
 
     @functools.cached_property
     def tables(self) -> dict[Any, Any]:
-        """What was built for this graph."""
         return {}
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What `build` returns, built once for each key: tables that depend on the graph alone."""
+        """The result of `build`, built once per key: for tables that depend only on the graph."""
         if key not in self.tables:
             self.tables[key] = build()
         return self.tables[key]
 
     def base(self, dtype: Any) -> GridBase | EdgeBase:
-        """D, Dᵀ and L for arrays of a dtype."""
         if self.shape is not None:
             return GridBase(self.shape)
         build = functools.partial(edge_base, self.edges, self.num_nodes, self.weights, dtype)
         return self.cached(("base", np.dtype(dtype).name), build)
 
     def matrix(self, order: int, from_edges: bool = False) -> sparse.csr_array:
-        """`Δ^(order)` (or `Δ^(order-1) Dᵀ`) as a sparse matrix; rows follow `edges` or the nodes.
+        """`Δ^(order)` (or `Δ^(order-1) Dᵀ`) as a sparse matrix; its rows follow `edges` or the nodes.
 
         Example:
             >>> so.Graph.chain(3).matrix(2).toarray().tolist()  # the Laplacian
@@ -281,7 +278,7 @@ class Graph:
         return difference_matrix(self.edges, self.num_nodes, self.weights, order, from_edges)
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
-        """Row and column sums of that matrix in the layout of `base`, kept for the next call."""
+        """Row and column sums of that matrix in the layout of `base`."""
 
         def build() -> Sums:
             if self.shape is not None:
@@ -298,17 +295,17 @@ class Graph:
 
     @functools.cached_property
     def near_order(self) -> np.ndarray:
-        """The nodes in an order that keeps neighbours close, `[n]`. Source: Cuthill and McKee, 1969, reversed."""
+        """The nodes `[n]` in an order that keeps neighbours close: Cuthill and McKee, 1969, reversed."""
         ones = np.ones(self.num_edges, bool)
         adjacency = sparse.csr_array((ones, self.edges.T), shape=(self.num_nodes,) * 2)
         return csgraph.reverse_cuthill_mckee(sparse.csr_array(adjacency + adjacency.T), symmetric_mode=True)
 
     def renumbered(self) -> tuple["Graph", np.ndarray]:
-        """The graph with neighbours numbered close to each other, which speeds up steps that leave the caches.
+        """The graph with neighbours numbered close to each other, which speeds up signals that exceed the caches.
 
         Returns:
-            The graph, and `order` `[n]`: its node i is node `order[i]` of this one, so a signal y becomes `y[order]`,
-            and a fit b comes back by `fit[order] = b`.
+            The graph, and `order` `[n]`: its node i is node `order[i]` of this graph, so a signal y becomes `y[order]`,
+            and a fit b is mapped back by `fit[order] = b`.
 
         Example:
             >>> ring = so.Graph.from_edges([(0, 3), (3, 1), (1, 2)])
@@ -328,20 +325,16 @@ class Graph:
     def groups(self, block: int, from_edges: bool = False) -> np.ndarray:
         """The group of every row of `matrix(block, from_edges)`: rows of a group share no column.
 
-        In closed form on grids for D, L, D L and Dᵀ, else by `colour_rows`; checked before it is returned.
+        In closed form on grids for D, L, D L and Dᵀ, else by `colour_rows`.
 
         Example:
             >>> so.Graph.chain(5).groups(1).tolist()  # edges by parity: those of one group share no node
             [0, 1, 0, 1]
         """
         matrix = self.matrix(block, from_edges)
-        # Edges that a caller listed in an order of their own are a grid for the stencils, not for the formula.
+        # The formula does not hold for the given order of edges, even if they are those of a grid.
         formula = self.shape if self.given_edges is None else None
         labels = None if formula is None else grid_groups(formula, block, from_edges)
         labels = colour_rows(matrix) if labels is None else labels
         check_groups(matrix, labels)
         return labels
-
-
-def _names(nodes: Sequence[Hashable] | None) -> tuple[Hashable, ...] | None:
-    return None if nodes is None else tuple(nodes)

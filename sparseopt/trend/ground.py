@@ -1,7 +1,7 @@
-"""Floor 5: what is known of a graph at some orders before any method is chosen, and of a signal that lies on it.
+"""Floor 5: the tables of a graph at some orders that do not depend on the method, and a signal prepared for them.
 
-The signal's mean is taken off before a solve and put back behind it, so that differences keep their digits. The means
-of the components are the fit for large weights.
+The signal's mean is subtracted before a solve and added after it, so that differences keep their digits. The means of
+the components are the fit for large weights.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from sparseopt.core.types import pytree, static
 from sparseopt.trend.layout import Layout
 
 Terms = dict[int, Any]
-# At orders >= 1 the fit may leave the range of the data where nothing is observed. The certificate then holds
-# among fits within this many ranges of it; at order 0 the range itself is a bound that loses nothing.
+# At orders >= 1 the fit may leave the range of the data where nothing is observed. The certificate then holds among
+# fits within this many ranges of it; at order 0 the range itself is an exact bound.
 BOX_RANGES = 10.0
 # The mean of |x| for a standard normal x, inverted.
 OF_MEAN_SIZE = 1.2533
@@ -30,41 +30,29 @@ OF_MEAN_SIZE = 1.2533
 
 @pytree
 class Ground:
-    """The tables of a graph, in the layout of its arrays.
+    """The tables of a graph, in the layout of its arrays."""
 
-    Attributes:
-        operator: what the penalty acts on: `Δ^(k+1)`, or several of them, one below the other.
-        highest: `Δ^(k+1)` of the highest order.
-        row_norms: `||row||_2` of that one.
-        degrees: the diagonal of the Laplacian, 1 where it is 0.
-        labels: the component of every node, `[*nodes]`; None for one component.
-        present: False in padded places; None without padding.
-        cosine: the transform that makes a grid's Laplacian diagonal; None for other graphs.
-        components: how many there are.
-        padding: the entries of arrays on the nodes and on the rows over those that are not padded.
-        anchored: whether the values themselves are penalised, so that 0 is a special value: nothing is taken from the
-            signal, 0 stands for the means, and the box holds it.
-    """
-
-    operator: Any
-    highest: Difference
-    row_norms: Any
-    degrees: Any
-    labels: Any
-    present: Any
-    cosine: Any
-    components: int = static()
+    operator: Any  # what the penalty acts on: `Δ^(k+1)`, or a stack of several
+    highest: Difference  # `Δ^(k+1)` of the highest order
+    row_norms: Any  # `||row||_2` of `highest`
+    degrees: Any  # the diagonal of the Laplacian, 1 where it is 0
+    labels: Any  # the component of every node, `[*nodes]`; None for one component
+    present: Any  # False in padded places; None without padding
+    cosine: Any  # the transform that makes a grid's Laplacian diagonal; None for other graphs
+    components: int = static()  # the number of components
+    # The entries of arrays on the nodes and on the rows, over those without padding.
     padding: tuple[float, float] = static()
+    # Whether the values themselves are penalised, so that 0 is a special value: no mean is subtracted, 0 replaces
+    # the component means, and the box holds 0.
     anchored: bool = static()
 
     @property
     def order(self) -> int:
-        """K, the highest."""
         return self.highest.order - 1
 
 
 def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels: bool) -> Ground:
-    """The tables, made once a graph; call it where the dtype is enabled."""
+    """The tables, made once per graph; the dtype must be enabled."""
     graph, order = layout.graph, max(0, *orders)
 
     def put(values: np.ndarray, order: int) -> jax.Array:
@@ -96,7 +84,7 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
 
 
 def leaves_as(tree: Any, kind: Any) -> Any:
-    """A penalty or a loss with its numbers in the dtype of the computation."""
+    """A penalty or a loss with its numbers in the dtype `kind`."""
 
     def as_kind(leaf: Any) -> Any:
         xp: Any = jnp if isinstance(leaf, jax.Array) else np
@@ -107,7 +95,7 @@ def leaves_as(tree: Any, kind: Any) -> Any:
 
 
 def on_rows(terms: Terms, layout: Layout, kind: Any, channels: bool) -> Any:
-    """The penalties, of which weights may be one a row, as one penalty on the rows of `Ground.operator`."""
+    """The penalties, whose weights may be one per row, as one penalty on the rows of `Ground.operator`."""
     several = len(terms) > 1 or -1 in terms
     parts, sizes = [], []
     for k, term in terms.items():
@@ -126,7 +114,7 @@ def on_rows(terms: Terms, layout: Layout, kind: Any, channels: bool) -> Any:
 
 
 def mean_weight(penalty: Any, padding: float) -> Array:
-    """The penalty's weight, the mean where there are many, the largest of several; 1 where there is none or it is 0."""
+    """The penalty's (mean) weight, the largest for several penalties; 1 where it has none or it is 0."""
     found = []
     for part in getattr(penalty, "penalties", (penalty,)):
         weight = jnp.asarray(getattr(part, "weight", 1.0))
@@ -137,35 +125,24 @@ def mean_weight(penalty: Any, padding: float) -> Array:
 
 @pytree
 class Data:
-    """A signal on its ground.
+    """A signal prepared for a solve."""
 
-    Attributes:
-        loss: on the nodes, `[*nodes]` or `[*nodes, channels]`.
-        centred: the same with the overall mean taken from the signal.
-        shift: that mean, `[channels]`.
-        means: of every node's component, as the signal.
-        noise: of the signal: the deviation of white noise whose differences have the mean size of the signal's; where
-            it has none, the deviation of the signal itself, or 1.
-    """
-
-    loss: NodeSquares
-    centred: NodeSquares
-    shift: Any
-    means: Any
+    loss: NodeSquares  # on the nodes, `[*nodes]` or `[*nodes, channels]`
+    centred: NodeSquares  # the loss of the signal less its overall mean
+    shift: Any  # that mean, `[channels]`
+    means: Any  # the mean of every node's component, in the shape of the signal
+    # The deviation of white noise whose differences have the mean size of the signal's; if that is 0, the deviation
+    # of the signal itself, or 1.
     noise: Any
 
     def strength(self, ground: Ground, penalty: Any) -> Array:
-        """The penalty's weight over the noise."""
         return mean_weight(penalty, ground.padding[1]) / self.noise
 
 
 def data_of(ground: Ground, y: Any, weights: Any) -> Data:
-    """Lay a signal on its ground.
+    """A signal `[*nodes]` or `[*nodes, channels]`, prepared for a solve.
 
-    Args:
-        ground: of the graph.
-        y: `[*nodes]` or `[*nodes, channels]`, 0 where missing.
-        weights: `[*nodes]`, with a last axis of 1 where there are channels, 0 where missing; None for ones.
+    The weights have a last axis of length 1 where there are channels, and are 0 where values are missing.
     """
     nodes = len(ground.highest.in_shape)
     present = ground.present
@@ -190,7 +167,7 @@ def data_of(ground: Ground, y: Any, weights: Any) -> Data:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
         means = jnp.zeros_like(y)
     else:
-        # A mean lies between the least and the largest value, rounding or not: a constant is its own mean.
+        # Clipping keeps a rounded mean within the values: a constant is its own mean.
         shift = jnp.clip(mean(y), low, high)
         means = jnp.broadcast_to(shift, y.shape)
         if ground.labels is not None:
@@ -211,7 +188,7 @@ def data_of(ground: Ground, y: Any, weights: Any) -> Data:
 
 
 def _component_means(ground: Ground, y: Array, shift: Array, counted: Any) -> Array:
-    """Of every node's component; in two passes, so that sums over many nodes keep their digits."""
+    """The mean of every node's component, in two passes, so that sums over many nodes keep their digits."""
     like, labels = (ground.components, *y.shape[ground.labels.ndim :]), ground.labels
     weights = jnp.broadcast_to(jnp.ones((), y.dtype) if counted is None else counted, y.shape).astype(y.dtype)
     mass = jnp.zeros(like, y.dtype).at[labels].add(weights)
@@ -228,5 +205,5 @@ def _component_means(ground: Ground, y: Array, shift: Array, counted: Any) -> Ar
 
 @jax.jit
 def strength(ground: Ground, y: Any, weights: Any, penalty: Any) -> Array:
-    """The penalty's weight over the noise of the signal."""
+    """The penalty's weight over the noise of the signal, as one program."""
     return data_of(ground, y, weights).strength(ground, penalty)

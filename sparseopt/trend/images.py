@@ -1,4 +1,4 @@
-"""Floor 5: denoise an image array or file; the image's own type and range are kept."""
+"""Floor 5: denoise an image array; its type and range are kept."""
 
 import dataclasses
 import pathlib
@@ -16,15 +16,10 @@ from sparseopt.trend.graph import Graph
 
 @dataclasses.dataclass(frozen=True)
 class Denoised:
-    """A denoised image.
+    """A denoised image."""
 
-    Attributes:
-        image: of the shape and dtype of the input, rounded and clipped to the dtype's range for integers.
-        solution: of the trend filter, in the input's units.
-    """
-
-    image: np.ndarray
-    solution: Solution
+    image: np.ndarray  # of the shape and dtype of the input; integers are rounded and clipped to their range
+    solution: Solution  # of the trend filter, in the input's units
 
 
 def denoise(
@@ -42,11 +37,11 @@ def denoise(
     """Fit a trend of an order to every channel of an image on its pixel grid.
 
     Args:
-        image: `[height, width]` or `[height, width, channels]`; an alpha channel (the last of 2 or 4) is kept as
-            it is. Integers of 8 or 16 bits, or floats.
+        image: `[height, width]` or `[height, width, channels]`, of 8- or 16-bit integers or floats; an alpha channel
+            (the last of 2 or 4) is kept unchanged.
         weight: of the penalty, in the image's units (grey levels).
         order: 0 for flat patches with sharp edges, 1 for slopes.
-        couple: let the channels of a pixel change together (`GroupL2`) instead of each on its own (`L1`).
+        couple: let the channels of a pixel change together (`GroupL2`) instead of separately (`L1`).
         method: of `trend_filter`.
         tol: relative duality gap; 1e-4 is below one grey level.
         max_steps: step limit.
@@ -54,7 +49,7 @@ def denoise(
         devices: as in `trend_filter`.
 
     Raises:
-        ValueError: for an array that is no image, or whatever `trend_filter` refuses.
+        ValueError: for an array that is not an image, or where `trend_filter` raises.
     """
     given = np.asarray(image)
     if given.ndim not in (2, 3) or given.dtype.kind not in "uif" or min(given.shape) < 1:

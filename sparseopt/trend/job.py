@@ -1,4 +1,4 @@
-"""Floor 5: what a caller asks of the trend filter, checked on the host before any work: the `Job`."""
+"""Floor 5: the `Job`: the caller's arguments of the trend filter, checked on the host before any work."""
 
 import dataclasses
 import functools
@@ -22,9 +22,9 @@ from sparseopt.trend.ground import Ground, Terms, ground_of, on_rows, strength
 from sparseopt.trend.layout import Layout
 from sparseopt.trend.signal import MOST_ORDER, Signal
 
-# Steps are counted in int32, and the last check may lie one cadence beyond.
+# Steps are counted in int32, and the last check may be one cadence later.
 MOST_STEPS = 10**9
-# Residual, objective, gap and rho of a step in a history.
+# Residual, objective, gap and rho per step of a history.
 STEP_BYTES = 4 * 8
 LOSSES: dict[str, ScalarLoss] = {
     "poisson": PoissonLoss(),
@@ -37,38 +37,17 @@ LOSSES: dict[str, ScalarLoss] = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A fit as it is asked for.
+    """A requested fit. Fields without a comment are arguments of `trend_filter`, checked here."""
 
-    Attributes:
-        layout: how arrays lie, and the graph.
-        terms: the penalties by their orders, ascending; without penalties, None each.
-        dtype: of the computation.
-        channels: () or the number of channels.
-        weighted: whether nodes have weights or miss values.
-        signal: checked; None where it is not known yet.
-        loss: None for the square.
-        method: the name of one, or None for the one that is to be expected to be the quickest.
-        block: B, or None.
-        tol: as the others below, as in `trend_filter`.
-        assumed: the strength to choose a method by; None finds it.
-        graph: of the layout.
-        order: the highest that is penalised, at least 0.
-        several: whether this is more than one ordinary trend filter: a sum of penalties, or one on b itself.
-        penalty: the penalty, where there is one.
-
-    Raises:
-        ValueError, TypeError: for a number out of its range, and for what is no solution to start from.
-    """
-
-    layout: Layout
-    terms: Terms
-    dtype: np.dtype
-    channels: tuple[int, ...] = ()
-    weighted: bool = False
-    signal: Signal | None = None
-    loss: ScalarLoss | None = None
-    method: str | None = None
-    block: int | None = None
+    layout: Layout  # of the graph's arrays
+    terms: Terms  # the penalties by their orders, ascending; None for a penalty that is not known yet
+    dtype: np.dtype  # of the computation
+    channels: tuple[int, ...] = ()  # () or the number of channels
+    weighted: bool = False  # whether nodes have weights or miss values
+    signal: Signal | None = None  # checked; None if it is not known yet
+    loss: ScalarLoss | None = None  # None for the square
+    method: str | None = None  # the name of a method; None for the one that is expected to be the fastest
+    block: int | None = None  # B, or None
     tol: float = 1e-6
     max_steps: int = 20_000
     warm_start: Solution | None = None
@@ -76,15 +55,13 @@ class Job:
     relaxation: float = 1.7
     history: bool = False
     cadence: int | None = None
-    assumed: float | None = None
-    graph: Graph = dataclasses.field(init=False)
-    order: int = dataclasses.field(init=False)
-    several: bool = dataclasses.field(init=False)
-    penalty: Any = dataclasses.field(init=False)
+    assumed: float | None = None  # the strength by which a method is chosen; None computes it
+    graph: Graph = dataclasses.field(init=False)  # of the layout
+    order: int = dataclasses.field(init=False)  # the highest penalised order, at least 0
+    several: bool = dataclasses.field(init=False)  # whether there are several penalties, or one on b itself
+    penalty: Any = dataclasses.field(init=False)  # the penalty, if there is only one
 
     def __post_init__(self) -> None:
-        """Check what can be checked by itself, and fill in what follows. The dataclass is frozen for all others."""
-
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
@@ -115,24 +92,22 @@ class Job:
 
     @property
     def cold(self) -> bool:
-        """Whether nothing but the fit itself is given and asked for."""
+        """Whether there is neither a warm start nor a history."""
         return self.warm_start is None and not self.history
 
     @functools.cached_property
     def ground(self) -> Ground:
-        """The tables of the graph at these orders, whatever the method."""
         return ground_of(self.layout, tuple(self.terms), self.dtype, bool(self.channels))
 
     @functools.cached_property
     def strength(self) -> float:
-        """The penalty's weight over the noise of the signal, 1 where that is not known."""
+        """The penalty's weight over the noise of the signal; 1 if the signal is not known."""
         if self.assumed is not None or self.signal is None:
             return 1.0 if self.assumed is None else self.assumed
         return float(strength(self.ground, *self.arrays, self.rows))
 
     @functools.cached_property
     def arrays(self) -> tuple[Any, Any]:
-        """The signal and its weights, or None, as they lie."""
         assert self.signal is not None
         values: Any = self.signal.values
         weights: Any = self.signal.weights
@@ -143,15 +118,10 @@ class Job:
 
     @functools.cached_property
     def rows(self) -> Any:
-        """The penalties as one on the rows of the ground's operator."""
         return on_rows(self.terms, self.layout, self.dtype, bool(self.channels))
 
     def start(self) -> Start | None:
-        """The point and the dual of the rows of `warm_start`, as they lie; None where there is none.
-
-        Raises:
-            ValueError: if they do not fit.
-        """
+        """The point of `warm_start` and the dual of its rows in the layout; None without one."""
         solution, signal, layout = self.warm_start, self.signal, self.layout
         if solution is None or signal is None:
             return None
@@ -173,11 +143,7 @@ class Job:
 
 
 def checked_terms(penalty: Any, layout: Layout, order: int, channels: tuple[int, ...], kind: np.dtype) -> Terms:
-    """Checked penalties by order, ascending, without those of weight 0 if others are left; one for no mapping.
-
-    Raises:
-        ValueError, TypeError: for an order below -1, an order beside the mapping, no penalty, or one that does not fit.
-    """
+    """Checked penalties by order, ascending, without those of weight 0 unless all are."""
 
     def checked(term: Any, k: int) -> Any:
         rows = layout.count(k + 1) if np.ndim(getattr(term, "weight", 0)) else None
@@ -203,7 +169,7 @@ def checked_terms(penalty: Any, layout: Layout, order: int, channels: tuple[int,
 
 
 def vanishes(penalty: Any) -> bool:
-    """Whether the penalty is 0 everywhere: its weight is, and its prox leaves things as they are."""
+    """Whether the penalty is 0 everywhere: its weight is 0, and its prox the identity."""
     if np.any(np.asarray(getattr(penalty, "weight", 1.0))):
         return False
     x = np.array([[-2.0, 1.0], [0.5, 3.0]], np.float32)
@@ -212,12 +178,7 @@ def vanishes(penalty: Any) -> bool:
 
 
 def checked_loss(loss: Any) -> ScalarLoss | None:
-    """The loss, by object or name; None for the square.
-
-    Raises:
-        ValueError: for an unknown name, or a loss that refuses its own parameters.
-        TypeError: for an object that is no `ScalarLoss`.
-    """
+    """The loss, by object or name; None for the square. A ValueError or TypeError for what is not a valid loss."""
     if loss is None or (isinstance(loss, str) and loss == "square"):
         return None
     if isinstance(loss, str):
@@ -229,42 +190,24 @@ def checked_loss(loss: Any) -> ScalarLoss | None:
             f"a loss is a name or an object with the methods of `ScalarLoss`, such as sparseopt.PoissonLoss(); "
             f"given {loss!r}"
         )
-    refuses = getattr(loss, "refuses", None)
-    reason = refuses() if refuses is not None else None
-    if reason is not None:
+    if reason := getattr(loss, "refuses", lambda: None)():
         raise ValueError(reason)
     return loss
 
 
 def checked_penalty(penalty: Any, channels: tuple[int, ...], kind: np.dtype, rows: int | None = None) -> Any:
-    """The penalty, with finite parameters and a weight that is not negative.
-
-    Args:
-        penalty: the penalty.
-        channels: of the signal, () without a channel axis.
-        kind: dtype of the computation.
-        rows: where L1 may have a weight for each of so many rows; None allows one number only.
-
-    Raises:
-        TypeError: as `require_penalty`.
-        ValueError: as that, and for a parameter out of its range or of another shape.
-    """
-    check_parameters(penalty, kind, rows, require_penalty(penalty, bool(channels)))
+    """The penalty, after `require_penalty` and `check_parameters`."""
+    require_penalty(penalty, bool(channels))
+    check_parameters(penalty, kind, rows)
     return penalty
 
 
-def require_penalty(penalty: Any, channels: bool) -> list[Any]:
-    """See that it is a penalty on the differences of a signal, with channels or without; its leaves.
-
-    Raises:
-        TypeError: if it has no `value` and `prox`, is a class, or no pytree.
-        ValueError: for a channel penalty without channels, or labelled groups.
-    """
+def require_penalty(penalty: Any, channels: bool) -> None:
+    """Raise a TypeError or ValueError unless this is a penalty on differences, with or without channels."""
     if isinstance(penalty, type) or not (hasattr(penalty, "value") and hasattr(penalty, "prox")):
         raise TypeError(f"a penalty has `value` and `prox`, such as sparseopt.L1(10.0); given {penalty!r}")
-    leaves = jax.tree.leaves(penalty)
-    if any(leaf is penalty for leaf in leaves):
-        # No program could be compiled for it.
+    if any(leaf is penalty for leaf in jax.tree.leaves(penalty)):
+        # No program can be compiled for it.
         raise TypeError(f"a penalty is a pytree, made so by the decorator sparseopt.pytree; given {penalty!r}")
     if isinstance(penalty, GroupL2 | SparseGroup):
         name = type(penalty).__name__
@@ -272,22 +215,14 @@ def require_penalty(penalty: Any, channels: bool) -> list[Any]:
             raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")
         if not channels:
             raise ValueError(f"{name} couples the channels of a signal [n, channels]; this one has none: use L1")
-    return leaves
 
 
-def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None, leaves: Any = None) -> None:
-    """See that the numbers of a penalty are finite and its weight is not negative and has its shape.
+def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> None:
+    """Raise a ValueError unless a penalty's numbers are finite and its weight is a valid one in the dtype `kind`.
 
-    Args:
-        penalty: the penalty.
-        kind: dtype of the computation.
-        rows: as in `checked_penalty`.
-        leaves: of the penalty, or None.
-
-    Raises:
-        ValueError: if not.
+    The weight of L1 may be one for each of `rows` rows; None allows only a number.
     """
-    for leaf in jax.tree.leaves(penalty) if leaves is None else leaves:
+    for leaf in jax.tree.leaves(penalty):
         number = np.asarray(leaf).dtype.kind in "biuf"
         if number and not np.all(np.isfinite(np.asarray(leaf))):
             raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
@@ -314,11 +249,7 @@ def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None, leav
 
 
 def require_representable(weight: np.ndarray, kind: np.dtype) -> None:
-    """See that weights of a penalty neither overflow nor vanish in the dtype of the computation.
-
-    Raises:
-        ValueError: if one does.
-    """
+    """Raise a ValueError if a penalty's weight overflows or vanishes in the dtype `kind`."""
     limits = np.finfo(kind)
     wrong = (weight > limits.max) | ((weight > 0) & (weight < limits.tiny))
     if wrong.any():
@@ -329,17 +260,13 @@ def require_representable(weight: np.ndarray, kind: np.dtype) -> None:
 
 
 def require_local(penalty: Any, channels: tuple[int, ...]) -> None:
-    """See that a penalty acts on every row alone, and that rows of padding cost nothing and stay 0.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Raise a ValueError unless a penalty acts on every row separately, and rows of padding cost nothing and stay 0."""
     numbers = dataclasses.replace(penalty, weight=0.0) if isinstance(penalty, L1) else penalty
     for leaf in jax.tree.leaves(numbers):
         if np.ndim(leaf) and np.shape(leaf) != channels:
             raise ValueError(
-                "over several devices a penalty's parameters are numbers, and the weight of L1 may be one a row; given "
-                f"the shape {np.shape(leaf)} in {type(penalty).__name__}: leave out devices, or take L1"
+                "over several devices a penalty's parameters are numbers, and the weight of L1 may be one per row; "
+                f"given the shape {np.shape(leaf)} in {type(penalty).__name__}: leave out devices, or take L1"
             )
     zero = jnp.zeros((2, *channels), jnp.float32)
     if numbers.value(zero) != 0 or np.any(numbers.prox(zero, 1.0) != 0):

@@ -9,10 +9,10 @@ With `z = (L^+)^m W (y - mean)`, where Δ^(k+1) = L^m (k odd) or D L^m (k even):
     k odd     u = z + a constant on each component; the best constant centres it:  lam_max = max (max z - min z) / 2
     k even    Dᵀu = z, a flow on the edges that meets the demand z. On a forest it is unique, u = D L^+ z.
 
-On a graph with cycles the flow of least congestion is wanted. It is the dual of `max_b <z, b> / ||D b||_1`, whose
-maximum is attained by the indicator of a set of nodes (coarea formula). Dinkelbach's iteration takes b, the order-0
-fit of z at weight lam, and raises lam to the best ratio among b's level sets, a lower bound that never falls. The
-fit's dual u with what it leaves of the demand, `u + D L^+ b`, is a flow that meets it: an upper bound.
+On a graph with cycles lam_max is that of the flow with the least congestion. It is the dual of
+`max_b <z, b> / ||D b||_1`, whose maximum is attained by the indicator of a set of nodes (coarea formula). Dinkelbach's
+iteration takes b, the order-0 fit of z at weight lam, and raises lam to the best ratio among b's level sets, a lower
+bound that never falls. The fit's dual u plus the flow of the remaining demand, `u + D L^+ b`, gives an upper bound.
 
 Source: Dinkelbach, "On nonlinear fractional programming", Management Science 13 (1967); Strang, "Maximal flow through
 a domain", Mathematical Programming 26 (1983), for flows and level sets; Wang, Sharpnack, Smola, Tibshirani, "Trend
@@ -26,11 +26,10 @@ import numpy as np
 from scipy.sparse import linalg
 
 from sparseopt.core.arguments import positive_number
-from sparseopt.core.grouping import grid_edges
+from sparseopt.core.grouping import difference_matrix, edge_rows
 from sparseopt.core.penalties import L1
 from sparseopt.core.types import precision
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.freedom import edge_rows
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import ground_of
 from sparseopt.trend.layout import layout_of
@@ -46,17 +45,11 @@ ROUNDING = 1e-12
 
 
 class NullFit(NamedTuple):
-    """Where the component means are the fit.
+    """Where the component means are the fit."""
 
-    Attributes:
-        weight: the least weight known to have them, an upper bound of lam_max, `[channels]`.
-        lower: a lower bound of lam_max, `[channels]`.
-        dual: the certificate of `weight` in the layout of `graph.base`, `[*rows, channels]`.
-    """
-
-    weight: np.ndarray
-    lower: np.ndarray
-    dual: np.ndarray
+    weight: np.ndarray  # the least weight with a certificate, an upper bound of lam_max, `[channels]`
+    lower: np.ndarray  # a lower bound of lam_max, `[channels]`
+    dual: np.ndarray  # the certificate of `weight` in the layout of `graph.base`, `[*rows, channels]`
 
 
 def largest_weight(
@@ -64,24 +57,16 @@ def largest_weight(
 ) -> float:
     """The least weight of `L1` at which the fit is the mean of every component.
 
-    From there on the fit stays as it is; a path of weights begins here. It is exact up to rounding for odd orders
-    and on forests, chains among them. Elsewhere it is the upper end of a certified interval `[lower, upper]` with
+    Larger weights give the same fit, so a path of weights begins here. The weight is exact up to rounding for odd
+    orders and on forests, such as chains. Elsewhere it is the upper end of a certified interval `[lower, upper]` with
     `upper / lower - 1 <= tol`.
 
-    Args:
-        y: `[n]` or `[n, channels]`, on a grid also `[*shape]`; of several channels the largest counts.
-        graph: where it lives.
-        order: k.
-        node_weights: w >= 0, `[n]`; 0 marks a missing observation.
-        tol: relative width of the interval.
-        missing: "nan" treats NaN as missing; "error" refuses them.
-
-    Returns:
-        The weight, in the unit of y times that of the node weights; 0 if the signal is its component means.
+    The arguments are those of `trend_filter`; `tol` is the relative width of the interval. The result is the largest
+    weight over the channels, in the unit of y times that of the node weights; 0 if the signal is its component means.
 
     Raises:
         ValueError: on input that `trend_filter` refuses.
-        RuntimeError: if the interval does not get as narrow as `tol`.
+        RuntimeError: if the interval remains wider than `tol`.
 
     Example:
         >>> from sparseopt.trend.largest_weight import largest_weight
@@ -94,7 +79,7 @@ def largest_weight(
     k = checked_order(order)
     tol = positive_number("tol", tol)
     found = null_fit(checked_signal(y, graph, node_weights, missing, np.float64), graph, k, tol)
-    # Another channel may hide a wide interval.
+    # The intervals of other channels may be wider, below the largest.
     upper, lower = float(found.weight.max()), float(found.lower.max())
     if upper > (1 + tol) * lower:
         raise RuntimeError(
@@ -105,7 +90,7 @@ def largest_weight(
 
 
 def null_fit(signal: Signal, graph: Graph, order: int, tol: float) -> NullFit:
-    """The bounds and the certificate; the interval may stay wider than `tol`, if the step limit comes first."""
+    """The bounds and the certificate; the interval may remain wider than `tol` at the step limit."""
     pull = _pull(signal, graph)
     channels = pull.shape[1]
     halves = (order + 1) // 2
@@ -118,23 +103,19 @@ def null_fit(signal: Signal, graph: Graph, order: int, tol: float) -> NullFit:
         u = z - _midrange(z, graph)
         weight = np.abs(u).max(axis=0)
         return NullFit(weight, weight, lay(u, order + 1))
-    flows = _Flows(graph)
-    found = [flows.least_congested(column, tol) for column in z.T]
+    found = [_least_congested(graph, column, tol) for column in z.T]
     weight, lower, flow = (np.stack(part, axis=-1) for part in zip(*found, strict=True))
     return NullFit(weight, lower, lay(flow, order + 1))
 
 
 def _pull(signal: Signal, graph: Graph) -> np.ndarray:
-    """`W (y - mean)`, `[n, channels]` in float64, exactly 0 where that is all that rounding says."""
+    """`W (y - mean)`, `[n, channels]` in float64, exactly 0 if it is at the rounding level."""
     values = signal.values.reshape(graph.num_nodes, -1).astype(np.float64)
     weights = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
-    mass = np.bincount(graph.components, weights)
-    sums = np.stack([np.bincount(graph.components, weights * column) for column in values.T], axis=1)
-    apart = values - (sums / mass[:, None])[graph.components]
+    apart = values - _component_means(values, graph, weights)
     seen = weights[:, None] > 0
     size = np.abs(np.where(seen, values, 0)).max(axis=0)
-    pull = weights[:, None] * apart
-    return np.where(np.abs(np.where(seen, apart, 0)).max(axis=0) <= ROUNDING * size, 0, pull)
+    return np.where(np.abs(np.where(seen, apart, 0)).max(axis=0) <= ROUNDING * size, 0, weights[:, None] * apart)
 
 
 _inverse = jax.jit(inverse_laplacian, static_argnums=2)
@@ -148,7 +129,7 @@ def _laplacian_solution(graph: Graph, right: np.ndarray, times: int) -> np.ndarr
         solution, solved = _inverse(ground_of(layout, (0,), kind, True), layout.rows(right, 0), times)
     if solved:
         return np.asarray(solution).reshape(right.shape)
-    # Conjugate gradients take too long where the graph is long and thin; such graphs have factors with little fill.
+    # Conjugate gradients take too long on long and thin graphs, whose factors have little fill.
     grounded = np.unique(graph.components, return_index=True)[1]
     kept = np.delete(np.arange(graph.num_nodes), grounded)
 
@@ -165,14 +146,14 @@ def _laplacian_solution(graph: Graph, right: np.ndarray, times: int) -> np.ndarr
     return found
 
 
-def _component_means(values: np.ndarray, graph: Graph) -> np.ndarray:
-    sizes = np.bincount(graph.components)
-    sums = np.stack([np.bincount(graph.components, column) for column in values.T], axis=1)
-    return (sums / sizes[:, None])[graph.components]
+def _component_means(values: np.ndarray, graph: Graph, weights: np.ndarray | None = None) -> np.ndarray:
+    """The (weighted) mean of each node's component, `[n, channels]`."""
+    weights = np.ones(graph.num_nodes) if weights is None else weights
+    sums = np.stack([np.bincount(graph.components, weights * column) for column in values.T], axis=1)
+    return (sums / np.bincount(graph.components, weights)[:, None])[graph.components]
 
 
 def _midrange(values: np.ndarray, graph: Graph) -> np.ndarray:
-    """`(max + min) / 2` over the component of each node, `[n, channels]`."""
     top = np.full((graph.num_components, values.shape[1]), -np.inf)
     bottom = -top
     np.maximum.at(top, graph.components, values)
@@ -180,65 +161,53 @@ def _midrange(values: np.ndarray, graph: Graph) -> np.ndarray:
     return ((top + bottom) / 2)[graph.components]
 
 
-class _Flows:
-    """Flows on the edges of a graph; edges follow `graph.edges`, or `grid_edges` on a grid."""
+def _best_cut(graph: Graph, b: np.ndarray, demand: np.ndarray) -> float:
+    """The largest `|demand(S)| / cut(S)` over the level sets S of b, at least `<demand, b> / ||D b||_1`."""
+    order = np.argsort(-b, kind="stable")
+    place = np.empty(b.size, np.int64)
+    place[order] = np.arange(b.size)
+    root = np.ones(graph.num_edges) if graph.weights is None else np.sqrt(graph.weights)
+    ends = np.sort(place[graph.row_edges], axis=1)
+    opened = np.bincount(ends[:, 0], root, b.size) - np.bincount(ends[:, 1], root, b.size)
+    cuts, inside = np.cumsum(opened)[:-1], np.abs(np.cumsum(demand[order]))[:-1]
+    # A set that cuts no edge is a union of components: its demand is 0, and so is its cut, up to rounding.
+    proper = cuts > 0.5 * np.min(root)
+    return float(np.max(inside[proper] / cuts[proper], initial=0))
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        edges = graph.edges if graph.shape is None else grid_edges(graph.shape)
-        self.tails, self.heads = edges.T
-        self.root = np.ones(len(edges)) if graph.weights is None else np.sqrt(graph.weights)
 
-    def difference(self, x: np.ndarray) -> np.ndarray:
-        """`D x`."""
-        return self.root * (x[self.tails] - x[self.heads])
+def _least_congested(graph: Graph, demand: np.ndarray, tol: float) -> tuple[float, float, np.ndarray]:
+    """An upper and a lower bound of the least `max |u|` with `Dᵀ u = demand`, and the u of the upper bound.
 
-    def divergence(self, e: np.ndarray) -> np.ndarray:
-        """`Dᵀ e`."""
-        n, flow = self.graph.num_nodes, self.root * e
-        return np.bincount(self.tails, flow, n) - np.bincount(self.heads, flow, n)
+    u follows `graph.row_edges`.
+    """
+    difference = difference_matrix(graph.row_edges, graph.num_nodes, graph.weights, 1)
 
-    def potential(self, demand: np.ndarray) -> np.ndarray:
+    def potential(demand: np.ndarray) -> np.ndarray:
         """`L^+ demand`."""
-        balanced = demand[:, None] - _component_means(demand[:, None], self.graph)
-        return _laplacian_solution(self.graph, balanced, 1)[:, 0]
+        balanced = demand[:, None] - _component_means(demand[:, None], graph)
+        return _laplacian_solution(graph, balanced, 1)[:, 0]
 
-    def best_cut(self, b: np.ndarray, demand: np.ndarray) -> float:
-        """The largest `|demand(S)| / cut(S)` over the level sets S of b; no smaller than `<demand, b> / ||D b||_1`."""
-        order = np.argsort(-b, kind="stable")
-        place = np.empty(b.size, np.int64)
-        place[order] = np.arange(b.size)
-        ends = np.sort(np.stack([place[self.tails], place[self.heads]]), axis=0)
-        opened = np.bincount(ends[0], self.root, b.size) - np.bincount(ends[1], self.root, b.size)
-        cuts, inside = np.cumsum(opened)[:-1], np.abs(np.cumsum(demand[order]))[:-1]
-        # A set that cuts no edge is a union of components: its demand is 0, and so is its cut, up to rounding.
-        proper = cuts > 0.5 * np.min(self.root)
-        return float(np.max(inside[proper] / cuts[proper], initial=0))
-
-    def least_congested(self, demand: np.ndarray, tol: float) -> tuple[float, float, np.ndarray]:
-        """An upper and a lower bound of the least `max |u|` with `Dᵀ u = demand`, and the u of the upper one."""
-        graph = self.graph
-        height = self.potential(demand)
-        flow = self.difference(height)
-        upper = float(np.abs(flow).max(initial=0))
-        if upper == 0 or graph.num_edges == graph.num_nodes - graph.num_components:
-            return upper, upper, flow
-        lower = max(self.best_cut(height, demand), self.best_cut(demand, demand))
-        fit, steps = None, FIRST_STEPS
-        while upper > (1 + tol) * lower and steps <= MOST_STEPS:
-            # Once lower is lam_max itself, a little more leaves room to the flow.
-            level = L1(lower * (1 + tol / 2))
-            method = DOGE.name if graph.shape is None else ADMM.name
-            fit = trend_filter(
-                demand, graph, level, 0, method, tol=1e-14, max_steps=steps, warm_start=fit, dtype=np.float64
-            )
-            dual = np.asarray(fit.dual)
-            part = edge_rows(dual, graph.shape) if graph.shape is not None else dual
-            left = demand - self.divergence(part)
-            height = self.potential(left)
-            whole = part + self.difference(height)
-            if np.abs(whole).max() < upper:
-                upper, flow = float(np.abs(whole).max()), whole
-            lower = max(lower, *(self.best_cut(b, demand) for b in (left, height, np.asarray(fit.value).reshape(-1))))
-            steps *= 2
-        return upper, lower, flow
+    height = potential(demand)
+    flow = difference @ height
+    upper = float(np.abs(flow).max(initial=0))
+    if upper == 0 or graph.num_edges == graph.num_nodes - graph.num_components:
+        return upper, upper, flow
+    lower = max(_best_cut(graph, b, demand) for b in (height, demand))
+    fit, steps = None, FIRST_STEPS
+    method = DOGE.name if graph.shape is None else ADMM.name
+    while upper > (1 + tol) * lower and steps <= MOST_STEPS:
+        # At lower = lam_max the flow needs a little more room.
+        level = L1(lower * (1 + tol / 2))
+        fit = trend_filter(
+            demand, graph, level, 0, method, tol=1e-14, max_steps=steps, warm_start=fit, dtype=np.float64
+        )
+        part = np.asarray(fit.dual)
+        part = part if graph.shape is None else edge_rows(part, graph.shape)
+        left = demand - difference.T @ part
+        height = potential(left)
+        whole = part + difference @ height
+        if np.abs(whole).max() < upper:
+            upper, flow = float(np.abs(whole).max()), whole
+        lower = max(lower, *(_best_cut(graph, b, demand) for b in (left, height, np.asarray(fit.value).reshape(-1))))
+        steps *= 2
+    return upper, lower, flow

@@ -1,9 +1,8 @@
-"""Floor 5: how arrays on the nodes, edges and rows of a graph lie: on one device, or over several.
+"""Floor 5: the layout of arrays on the nodes, edges and rows of a graph: on one device, or over several.
 
-A grid over several devices is cut into slabs along its longest axis, any other graph into parts of near nodes. All of
-an iteration of Doge-ADMM but its products with Ψ and Ψᵀ, Ψ = Δ^(k+1), stays within a device. Each of the k + 1 factors
-of a product is one exchange with the neighbours. A check takes two products more, and sums of single numbers over
-all devices.
+Over several devices a grid is cut into slabs along its longest axis, any other graph into parts of near nodes. In an
+iteration of Doge-ADMM only the products with Ψ and Ψᵀ, Ψ = Δ^(k+1), exchange data: once with the neighbours for each of
+their k + 1 factors. A check takes two more products, and sums of single numbers over all devices.
 """
 
 import dataclasses
@@ -23,18 +22,14 @@ from sparseopt.core.slabs import SlabBase
 from sparseopt.trend.graph import Graph
 
 T = TypeVar("T")
-# What the sums of Ψ count a padded row or column with: next to nothing in a mean, and still a divisor.
+# The sums of Ψ at a padded row or column: negligible in a mean, but a valid divisor.
 PADDING = 2.0**-40
 
 
 class Layout:
     """Arrays on one device: nodes `[*shape]` of a grid and `[n]` else, edges `[dimensions, *shape]` and `[m]`.
 
-    Arrays of an order are on the rows of `graph.matrix(order)`: on nodes for an even one, on edges for an odd one.
-
-    Attributes:
-        graph: the graph.
-        mesh: None.
+    Arrays of an order are on the rows of `graph.matrix(order)`: on nodes for an even order, on edges for an odd one.
     """
 
     mesh: Mesh | None = None
@@ -44,35 +39,29 @@ class Layout:
         self.tables: dict[Any, Any] = {}
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What `build` returns, built once for each key."""
         if key not in self.tables:
             self.tables[key] = build()
         return self.tables[key]
 
     def base(self, dtype: Any) -> Any:
-        """D, Dᵀ and L for arrays of a dtype."""
         return self.graph.base(dtype)
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
-        """Row and column sums of `graph.matrix(order, from_edges)`."""
         return self.graph.sums(order, from_edges)
 
     def count(self, order: int) -> int:
-        """How many rows there are, padding apart."""
+        """The number of rows without padding."""
         return self.graph.num_edges if order % 2 else self.graph.num_nodes
 
     def rows(self, values: Any, order: int) -> Any:
-        """Values `[rows, ...]` of the rows of `graph.matrix(order)`, of NumPy or JAX, as they lie.
-
-        Where a grid has no edge, and in padded places, there is a 0.
-        """
+        """Values `[rows, ...]` of the rows of `graph.matrix(order)` in this layout, 0 where it has no row."""
         graph = self.graph
         if order % 2 and graph.shape is not None and graph.given_edges is not None:
             values = values[self._grid_order]
         return self.grid_rows(values, order)
 
     def grid_rows(self, values: Any, order: int) -> Any:
-        """As `rows` on one device, from values that have the edges of a grid in the order of `grid_edges`."""
+        """As `rows` on one device, for values in the order of `graph.row_edges`."""
         graph = self.graph
         if order % 2 == 0:
             return values.reshape(*(graph.shape or (graph.num_nodes,)), *values.shape[1:])
@@ -80,7 +69,7 @@ class Layout:
 
     @functools.cached_property
     def _grid_order(self) -> np.ndarray:
-        """The number of each of the grid's edges among those that were given."""
+        """For each of the grid's edges its number among the given ones."""
 
         def sorting(edges: np.ndarray) -> np.ndarray:
             return np.argsort(np.sort(edges, axis=1) @ [self.graph.num_nodes, 1])
@@ -91,13 +80,11 @@ class Layout:
         return place
 
     def put(self, values: Any, order: int = 0) -> jax.Array:
-        """On the device: what `rows(..., order)` gives, or a number."""
-        del order  # one device has all of it
+        """The result of `rows(..., order)`, or a number, on the devices."""
         return jnp.asarray(values)
 
     def padding(self, order: int) -> float:
-        """How many entries an array has for each that is not padded."""
-        del order
+        """The number of entries of an array over the number without padding."""
         return 1.0
 
     def shaped(self, values: Any, shape: tuple[int, ...]) -> Any:
@@ -105,31 +92,18 @@ class Layout:
         return values.reshape(shape)
 
     def fetched(self, solution: Any) -> Any:
-        """A solution as its caller gets it."""
+        """A solution as the caller gets it: on several devices all but its state and its dual as host arrays."""
         return solution
 
     def dual(self, dual: Any, order: int) -> Any:
-        """The dual of an earlier solution at the rows of an order, as it lies here.
-
-        Raises:
-            ValueError: if it lies over several devices.
-        """
-        del order
+        """The dual of an earlier solution at the rows of an order in this layout; a ValueError for other devices."""
         if len(found := _devices_of(dual)) > 1:
             raise _elsewhere(found)
         return dual
 
 
 class LayoutOver(Layout):
-    """Arrays over the devices of a mesh, each an equal part, filled up by padding.
-
-    Attributes:
-        graph: the graph.
-        mesh: of one axis, the devices.
-
-    Raises:
-        ValueError: if the graph cannot be cut into as many parts as there are devices.
-    """
+    """Arrays over the devices of a mesh of one axis, in equal parts, filled up by padding."""
 
     mesh: Mesh
 
@@ -149,22 +123,19 @@ class LayoutOver(Layout):
 
     @functools.cached_property
     def cut(self) -> Cut:
-        """A graph that is no grid, cut."""
         return cut_graph(self.graph.edges, self.graph.near_order, self.mesh.size)
 
     def base(self, dtype: Any) -> Any:
-        """D, Dᵀ and L for arrays of a dtype."""
         if self.graph.shape is not None:
             return SlabBase(self.graph.shape, self.axis, self.mesh)
         build = functools.partial(part_base, self.cut, self.graph.weights, dtype, self.mesh)
         return self.cached(("base", np.dtype(dtype).name), build)
 
     def rows(self, values: np.ndarray, order: int) -> np.ndarray:
-        """As on one device, on the host, padded."""
         return self.padded(super().rows(values, order), order)
 
     def padded(self, values: np.ndarray, order: int, fill: Any = 0.0) -> np.ndarray:
-        """Values as they lie on one device, in the layout over all, with what is to stand in padded places."""
+        """Values in the layout of one device, in that over all devices, with `fill` in padded places."""
         on_edges = order % 2
         if self.graph.shape is None:
             place, most = (self.cut.edges, self.cut.part_edges) if on_edges else (self.cut.nodes, self.cut.part_nodes)
@@ -181,8 +152,6 @@ class LayoutOver(Layout):
         return np.concatenate([values, more], axis=axis)
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
-        """As on one device, padded with next to nothing."""
-
         def build() -> Sums:
             plain = self.graph.sums(order, from_edges)
             columns = int(from_edges)
@@ -192,13 +161,11 @@ class LayoutOver(Layout):
         return self.cached(("sums", order, from_edges), build)
 
     def put(self, values: Any, order: int = 0) -> jax.Array:
-        """Over the devices: what `rows(..., order)` gives; a number on all of them."""
         values = np.asarray(values)
         cut = None if values.ndim == 0 else self.axis + (order % 2 if self.graph.shape is not None else 0)
         return put(values, over(self.mesh, cut))
 
     def padding(self, order: int) -> float:
-        """How many entries an array has for each that is not padded."""
         if self.graph.shape is not None:
             rows = self.graph.shape[self.axis]
             return (rows + -rows % self.mesh.size) / rows
@@ -206,31 +173,24 @@ class LayoutOver(Layout):
         return self.mesh.size * most / self.count(order)
 
     def shaped(self, values: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """An array on the nodes, on the host in the shape of the caller's signal."""
         found = whole(values)
         if self.graph.shape is None:
             return found[self.cut.nodes].reshape(shape)
         return np.take(found, range(self.graph.shape[self.axis]), axis=self.axis).reshape(shape)
 
     def fetched(self, solution: Any) -> Any:
-        """A solution with all but its state and its dual on the host."""
         kept = dataclasses.replace(solution, state=None, dual=None)
         here = jax.tree.map(lambda leaf: whole(leaf) if isinstance(leaf, jax.Array) else leaf, kept)
         return dataclasses.replace(here, state=solution.state, dual=solution.dual)
 
     def dual(self, dual: Any, order: int) -> Any:
-        """The dual of an earlier solution at the rows of an order, laid over these devices if it has one device's.
-
-        Raises:
-            ValueError: if it lies over other devices.
-        """
         if (found := _devices_of(dual)) == set(self.mesh.devices.flat):
             return dual
         if len(found) > 1:
             raise _elsewhere(found)
         rows = super().rows(np.zeros(self.count(order)), order)
         if dual.shape[: rows.ndim] != rows.shape:
-            return dual  # what reads it refuses it
+            return dual  # refused later
         return self.put(self.padded(np.asarray(dual), order), order)
 
 
@@ -238,11 +198,7 @@ SUMS = [field.name for field in dataclasses.fields(Sums)]
 
 
 def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
-    """The layout of a graph's arrays on one device, or over a mesh; made once a graph.
-
-    Raises:
-        ValueError: if the graph cannot be cut into as many parts as there are devices.
-    """
+    """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
     found = graph.tables.get(("layout", mesh))
     if found is None:
         found = graph.tables["layout", mesh] = Layout(graph) if mesh is None else LayoutOver(graph, mesh)

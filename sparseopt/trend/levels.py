@@ -1,7 +1,7 @@
-"""Floor 5: the levels of a path, solved one after the other, each started from the fit before.
+"""Floor 5: the levels of a path, solved one after the other, each started from the previous fits.
 
-Fit and dual are piecewise linear functions of the weight, so a level starts from the line through the last two. All
-levels share one compiled program, and no number comes back to the host in between.
+Fit and dual are piecewise linear functions of the weight, so a level starts from the line through the last two fits.
+All levels share one compiled program, and nothing returns to the host in between.
 
 Source: Tibshirani and Taylor, "The solution path of the generalized lasso", Annals of Statistics 39 (2011).
 """
@@ -19,7 +19,6 @@ from sparseopt.core.iterate import iterate
 from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem, Status
 from sparseopt.core.solvers.admm import Start, balanced_rho
-from sparseopt.core.types import pytree
 from sparseopt.trend.freedom import nonzero_rows
 from sparseopt.trend.ground import Data, Ground, data_of, on_rows
 from sparseopt.trend.job import Job
@@ -28,23 +27,15 @@ from sparseopt.trend.methods import INTERIOR, chosen_for_path
 from sparseopt.trend.methods.interior import Interior
 from sparseopt.trend.plan import FIRST_RHO, Plan, finished
 
-# Doge's start brings a rho of its own, believed within this factor of what the noise says.
+# The rho from Doge's start is accepted within this factor of the rho from the noise.
 RHO_RANGE = 1e4
-# A level of few steps has no use for a rho that is sought again. With exact x-steps, levels take the rho of the level
-# before, moved towards what its last step asked for by the root of the ratio, by this factor at most.
+# Levels of few steps do not adapt rho. With exact x-steps, a level takes the rho of the previous level, moved towards
+# the rho that its last step suggests by the root of the ratio, by at most this factor.
 LARGEST_WISH = 2.0
 
 
-@pytree
-class _Task:
-    """What all levels share."""
-
-    plan: Plan
-    data: Data
-
-
 class Level(NamedTuple):
-    """One fit, as it comes from the device; `nonzero` in the layout of `graph.base`."""
+    """One fit, on the device; `nonzero` in the layout of `graph.base`."""
 
     value: Any
     objective: Any
@@ -56,13 +47,10 @@ class Level(NamedTuple):
 
 
 def descend(job: Job, template: Any, weights: np.ndarray, first: NullFit | None) -> list[Level]:
-    """The fits at descending weights, as device arrays; call it where the job's dtype is enabled.
+    """The fits at descending weights, as device arrays; the job's dtype must be enabled.
 
-    Args:
-        job: with the penalty of the first weight; its `tol` and `max_steps` are those of each level.
-        template: the penalty; its weight is replaced.
-        weights: descending.
-        first: proof that the means are the fit at the first weight, or None.
+    The job has the penalty of the first weight, and `tol` and `max_steps` of each level. `first` is the proof that the
+    means are the fit at the first weight, or None.
     """
     kind, order, max_steps = job.dtype, job.order, job.max_steps
 
@@ -78,7 +66,6 @@ def descend(job: Job, template: Any, weights: np.ndarray, first: NullFit | None)
     y, node_weights = job.arrays
     tol = jnp.asarray(job.tol, kind)
     data, start = _first(plan, penalty_at(weights[0]), y, node_weights, proof)
-    task = _Task(plan, data)
     older, found = start, list[Level]()
     for index, weight in enumerate(weights):
         penalty = penalty_at(weight)
@@ -86,12 +73,12 @@ def descend(job: Job, template: Any, weights: np.ndarray, first: NullFit | None)
         ahead = min((last - weight) / (before - last), 1.0) if before > last else 0.0
         move = (jnp.asarray(weight / last, kind), jnp.asarray(ahead, kind))
         if index == 0 and first is not None and not isinstance(penalty, Norm):
-            found.append(_null_level(task, start, tol))
+            found.append(_null_level(plan, data, start, tol))
             continue
         settled = order >= method.keeps_rho_from and index >= 2 and isinstance(penalty, Norm)
         fits = (dataclasses.replace(start, settled=jnp.asarray(settled)), older)
         balance = method.balances_rho and index > 0
-        level, following = _solved(task, penalty, fits, move, tol, max_steps=max_steps, balance=balance)
+        level, following = _solved(plan, data, penalty, fits, move, tol, max_steps=max_steps, balance=balance)
         start, older = following, start
         found.append(level)
     return found
@@ -99,7 +86,7 @@ def descend(job: Job, template: Any, weights: np.ndarray, first: NullFit | None)
 
 @jax.jit
 def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any) -> tuple[Data, Start]:
-    """The signal on its ground, and where the first level starts: the means, if there is a proof of them."""
+    """The prepared signal, and the start of the first level: the means, if there is a proof for them."""
     data, inner = data_of(plan.ground, y, weights), plan.taken(penalty)
     rho = (FIRST_RHO * data.strength(plan.ground, penalty)).astype(y.dtype)
     if proof is None:
@@ -110,7 +97,7 @@ def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any) -> tuple[
 
 
 def _by_interior(solver: Interior, penalties: list[Any], proof: Any) -> list[Level]:
-    """The levels by the interior point method, which starts cold but orders its factors once."""
+    """The levels by the interior point method, which starts cold but orders its factors only once."""
     ground = solver.job.ground
     levels = []
     for index, penalty in enumerate(penalties):
@@ -122,13 +109,13 @@ def _by_interior(solver: Interior, penalties: list[Any], proof: Any) -> list[Lev
 
 @jax.jit
 def _marked(penalty: Any, ground: Ground, value: jax.Array, dual: jax.Array, noise: jax.Array) -> jax.Array:
-    """The rows of a fit that are not zero."""
     return nonzero_rows(penalty, ground.highest.mv(value), dual, ground.row_norms * (noise / penalty.weight))
 
 
 @partial(jax.jit, static_argnames=("max_steps", "balance"))
 def _solved(
-    task: _Task,
+    plan: Plan,
+    data: Data,
     penalty: Any,
     fits: tuple[Start, Start],
     move: tuple[Any, Any],
@@ -137,19 +124,13 @@ def _solved(
     max_steps: int,
     balance: bool,
 ) -> tuple[Level, Start]:
-    """One level and where it ended.
+    """One level, and the start for the next.
 
-    Args:
-        task: what all levels share.
-        penalty: on the rows.
-        fits: where the last two levels ended; for the first level the start.
-        move: the weight over the last one, 1 for the first level, and how far the line through the last two fits is
-            followed.
-        tol: as in `solve`.
-        max_steps: as in `solve`.
-        balance: whether rho is found anew.
+    `fits` are the ends of the last two levels (for the first level the start), `move` is the weight over the previous
+    one (1 for the first level) and how far to follow the line through the last two fits. With `balance` rho is computed
+    again.
     """
-    plan, data, inner = task.plan, task.data, task.plan.taken(penalty)
+    inner = plan.taken(penalty)
     split, centred, start = plan.split, data.centred, fits[0]
     if plan.exact:
         start = plan.start(penalty, data, None)
@@ -157,7 +138,7 @@ def _solved(
         start = _predicted(inner, fits, move)
     rho = fits[0].rho * move[0]
     if balance:
-        # Where Doge's rho ended at the last level is far off; the solver's first changes would find this one.
+        # The last rho of Doge's previous level is far off; the solver's first changes would find this one.
         usual = FIRST_RHO * penalty.weight / data.noise
         rho = jnp.clip(balanced_rho(split, centred, start.x, start.dual), usual / RHO_RANGE, usual * RHO_RANGE)
     start = Start(start.x, start.dual, rho, fits[0].settled)
@@ -176,24 +157,24 @@ def _solved(
 
 
 @jax.jit
-def _null_level(task: _Task, start: Start, tol: Any) -> Level:
-    """The component means of a penalty that is no norm: stationary by their dual, without a step.
+def _null_level(plan: Plan, data: Data, start: Start, tol: Any) -> Level:
+    """The component means for a penalty that is not a norm: stationary by their dual, without a step.
 
-    A step might leave them: where 1 / rho is long, a prox that is not convex prefers other points.
+    A step could leave them: for a long 1 / rho, a prox that is not convex prefers other points.
     """
-    split, centred = task.plan.split, task.data.centred
-    left = centred.gradient(start.x) + split.rmv(start.dual)
+    centred = data.centred
+    left = centred.gradient(start.x) + plan.split.rmv(start.dual)
     whole = centred.weigh(centred.center)
     residual = jnp.sqrt(total(left * left) / jnp.maximum(total(whole * whole), jnp.finfo(left.dtype).tiny))
     status = jnp.where(residual <= tol, Status.STATIONARY, Status.PRECISION).astype(jnp.int32)
     none = jnp.zeros(start.dual.shape, bool)
-    objective = task.data.loss.value(task.data.means)
+    objective = data.loss.value(data.means)
     nothing, steps = jnp.full_like(objective, jnp.nan), jnp.zeros((), jnp.int32)
-    return Level(task.data.means, objective, nothing, residual, steps, status, none)
+    return Level(data.means, objective, nothing, residual, steps, status, none)
 
 
 def _predicted(penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any]) -> Start:
-    """The next fit: fit and dual are piecewise linear in the weight; before there are two, the dual is scaled."""
+    """The predicted fit: extrapolated from the last two; with only one, its dual is scaled."""
     (last, before), (ratio, ahead) = fits, move
     scaled = jnp.where(ahead > 0, 1, ratio) * last.dual
     dual = penalty.project_dual(scaled + ahead * (last.dual - before.dual))

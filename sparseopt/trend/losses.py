@@ -1,12 +1,12 @@
-"""Floor 5: the trend filter of counts, labels and signals with outliers, by the losses of `scalar_losses.py`.
+"""Floor 5: the trend filter of counts, labels and signals with outliers, with the losses of `scalar_losses.py`.
 
     minimise over b    sum_j w_j f(b_j; y_j)  +  penalty(Δ^(k+1) b)
 
-b is on the scale of the loss: a log-rate for counts, log-odds for labels; `loss.mean(b)` takes it back.
+b is on the scale of the loss: a log-rate for counts, log-odds for labels; `loss.mean(b)` maps it back.
 
-The penalty vanishes on constants of a component and on nothing else, at every order. So a fit exists if and only if
-the best constant of every component is finite, which is checked for every channel: counts need a positive one, labels
-need both kinds. The squared hinge has one whatever the labels.
+At every order the penalty vanishes exactly on the signals that are constant on components. So a fit exists if and only
+if the best constant of every component is finite, which is checked for every channel: counts need a positive one,
+labels need both kinds. For the squared hinge it is always finite.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.certify import promoted, stationary
+from sparseopt.core.fidelity import NodeLoss
 from sparseopt.core.iterate import iterate
-from sparseopt.core.node_losses import NodeLoss
 from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem, Solution
 from sparseopt.core.scalar_losses import ScalarLoss
@@ -31,7 +31,7 @@ from sparseopt.trend.plan import FIRST_RHO, known_fit, to_next_check
 from sparseopt.trend.signal import Signal
 from sparseopt.trend.start import null_space_dual
 
-# A node without an observation still needs some weight in the x-step: this share of the mean.
+# A node without an observation still needs some weight in the x-step: this fraction of the mean.
 LIGHT = 1e-2
 
 
@@ -45,12 +45,7 @@ class _Data:
 
 
 def fit_loss(job: Job) -> Solution:
-    """The fit of a job with a loss; call it where its dtype is enabled.
-
-    Raises:
-        ValueError: for observations outside the loss's domain, a component without a finite fit, or a method that
-            solves the square loss only.
-    """
+    """The fit of a job with a loss; its dtype must be enabled."""
     signal, graph, kind, channels, tol = job.signal, job.graph, job.dtype, job.channels, job.tol
     assert signal is not None
     method = chosen(job)
@@ -72,20 +67,23 @@ def fit_loss(job: Job) -> Solution:
     y, weights = job.arrays
     low, high = _box(signal, loss, job.order)
     node_loss = NodeLoss(loss, y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
-    # Where a component sees one value and the domain of the conjugate ends at 0, its dual, 0, has no room for rounding.
-    # Its fit is known and its loss 0: it counts as missing until the fit is put in.
+    # If a component has only one value and the domain of the conjugate ends at 0, its dual, 0, has no room for
+    # rounding. Its fit is known and its loss 0: its nodes count as missing, and the fit is inserted at the end.
     settled = _holding(data, alike & ~_zero_is_inside(node_loss).reshape(alike.shape))
     if settled.any():
         node_loss = dataclasses.replace(node_loss, weights=laid_out(data.weights[:, None] * ~settled))
-    curvatures = _curvatures(data, loss, null, columns)
+    curvatures = np.stack([loss.curvature(y, data.weights, null[:, c]) for c, y in enumerate(columns)], axis=1)
+    curvatures = curvatures * data.weights[:, None]
+    curvatures = np.maximum(curvatures, LIGHT * curvatures.mean())
     even = method.one_metric and graph.shape is not None  # cosines need one metric for all nodes
     plan = method.plan(dataclasses.replace(job, weighted=not even))
     pull = -_balanced_gradient(data, node_loss, null, laid_out)
     dual = _null_dual(job.ground, penalty, pull, node_loss, laid_out)
+    inside = jnp.zeros_like(dual) if _zero_is_inside(node_loss).all() else dual
     sigma = float(np.mean(curvatures))
     solver = LossAdmm(
         plan.node_solve,
-        _anchor(node_loss, penalty, job.ground, dual),
+        Anchor(inside, job.ground.operator.rmv(inside)) if isinstance(penalty, Norm) else None,
         jnp.asarray(_first_rho(job.ground, penalty, laid_out(pull), sigma) if job.rho is None else job.rho, kind),
         jnp.asarray(sigma, kind),
         None if even else laid_out(curvatures / sigma),
@@ -96,7 +94,7 @@ def fit_loss(job: Job) -> Solution:
     start, warm = LossStart(x, dual), job.start()
     if warm is not None:
         last = getattr(getattr(job.warm_start, "state", None), "sigma", None)
-        # The rho of the square loss's solver is none for this one.
+        # The rho of the square loss's solver does not apply here.
         start = LossStart(warm.x, warm.dual, None if last is None else warm.rho, last)
     if job.rho is not None:
         start = dataclasses.replace(start, rho=None)
@@ -113,7 +111,7 @@ def fit_loss(job: Job) -> Solution:
 
 
 def _require_connected(penalty: Any) -> None:
-    """Row weights are all positive, or all zero: a weight of 0 may cut off a part whose best constant is not finite."""
+    """Raise a ValueError if some row weights are 0: these may cut off a part whose best constant is not finite."""
     weight = getattr(penalty, "weight", 1.0)
     zeros = np.size(weight) - np.count_nonzero(weight)
     if 0 < zeros < np.size(weight):
@@ -124,7 +122,7 @@ def _require_connected(penalty: Any) -> None:
 
 
 def _observations(signal: Signal, job: Job, loss: ScalarLoss, free: bool) -> _Data:
-    """The data, in the loss's domain; without a penalty every node is a component of its own."""
+    """The data, checked to lie in the loss's domain; without a penalty every node is a component."""
     graph = job.graph
     columns = signal.values.reshape(graph.num_nodes, -1).astype(np.float64)
     weights = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
@@ -146,7 +144,7 @@ def _observations(signal: Signal, job: Job, loss: ScalarLoss, free: bool) -> _Da
 
 
 def _require_finite(null: np.ndarray, data: _Data, loss: ScalarLoss, unpenalised: bool) -> None:
-    """Every component has a constant of least loss."""
+    """Raise a ValueError for a component without a finite constant of least loss."""
     endless = ~np.isfinite(null)
     if not endless.any():
         return
@@ -167,7 +165,7 @@ def _require_finite(null: np.ndarray, data: _Data, loss: ScalarLoss, unpenalised
 
 
 def _holding(data: _Data, marked: np.ndarray) -> np.ndarray:
-    """Whether the node's component holds a marked observation in that channel, `[n, channels]`."""
+    """Whether the node's component has a marked observation in that channel, `[n, channels]`."""
     nodes, channels = np.nonzero(marked & (data.weights > 0)[:, None])
     found = np.zeros((int(data.labels.max()) + 1, marked.shape[1]), bool)
     found[data.labels[nodes], channels] = True
@@ -175,7 +173,7 @@ def _holding(data: _Data, marked: np.ndarray) -> np.ndarray:
 
 
 def _sees_one_value(data: _Data) -> np.ndarray:
-    """Whether the node's component sees one value only in that channel: its best constant is then the fit."""
+    """Whether the node's component has only one value in that channel: its best constant is then the fit."""
     seen = np.flatnonzero(data.weights > 0)[::-1]
     first = np.zeros(int(data.labels.max()) + 1, np.int64)
     first[data.labels[seen]] = seen
@@ -183,9 +181,9 @@ def _sees_one_value(data: _Data) -> np.ndarray:
 
 
 def _box(signal: Signal, loss: ScalarLoss, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds for the fit at missing nodes, one a channel, on the scale of the fit.
+    """Bounds for the fit at missing nodes, one per channel, on the scale of the fit.
 
-    At order 0 the data's own range loses nothing, unless counts and labels suggest no finite range.
+    At order 0 the range of the data is an exact bound, if the loss has one.
     """
     seen = signal.values if signal.weights is None else signal.values[signal.weights > 0]
     spans = [loss.span(column) for column in seen.reshape(len(seen), -1).T.astype(np.float64)]
@@ -194,21 +192,14 @@ def _box(signal: Signal, loss: ScalarLoss, order: int) -> tuple[np.ndarray, np.n
     return low - wider, high + wider
 
 
-def _curvatures(data: _Data, loss: ScalarLoss, null: np.ndarray, columns: list[np.ndarray]) -> np.ndarray:
-    """Weighted curvatures at the nodes, positive `[n, channels]`."""
-    found = np.stack([loss.curvature(y, data.weights, null[:, c]) for c, y in enumerate(columns)], axis=1)
-    found = found * data.weights[:, None]
-    return np.maximum(found, LIGHT * found.mean())
-
-
 def _balanced_gradient(
     data: _Data, node_loss: NodeLoss, null: np.ndarray, laid_out: Callable[[np.ndarray], jax.Array]
 ) -> np.ndarray:
     """A subgradient of the loss at the best constants whose sum over every component is 0, `[n, channels]`."""
     gradient = np.array(node_loss.gradient(laid_out(null)), np.float64).reshape(null.shape)
     for column in gradient.T:
-        # Observations that the constant meets exactly take up what is left, if there are any: for the absolute loss
-        # their subgradients are free. Elsewhere it is rounding.
+        # Observations that the constant meets exactly take up the remainder: for the absolute loss their subgradients
+        # are free. Without such observations the remainder is rounding.
         met = data.weights * (column == 0)
         met_mass = np.bincount(data.labels, met)
         takes = np.where((met_mass > 0)[data.labels], met, data.weights)
@@ -220,10 +211,10 @@ def _balanced_gradient(
 def _null_dual(
     ground: Ground, penalty: Any, pull: np.ndarray, node_loss: NodeLoss, laid_out: Callable[[np.ndarray], jax.Array]
 ) -> jax.Array:
-    """The dual of the best constants, shortened until it lies in the penalty's ball; 0 where it serves nothing.
+    """The dual of the best constants, shortened until it lies in the penalty's ball; 0 where it is not needed.
 
-    It proves that the constants are the fit where the weight is that large, and it lies inside the domain of the
-    conjugate, where the dual 0 may be on the boundary.
+    If the weight is large enough it proves that the constants are the fit. It lies inside the domain of the conjugate,
+    where the dual 0 may be on the boundary.
     """
     on_nodes = laid_out(pull)
     rows = ground.operator.mv(on_nodes)
@@ -261,16 +252,9 @@ def _shortened(penalty: Any, dual: jax.Array) -> jax.Array:
     return penalty.project_dual(jnp.where(share > 1e-12, share, 0) * dual)
 
 
-def _anchor(node_loss: NodeLoss, penalty: Any, ground: Ground, dual: jax.Array) -> Anchor | None:
-    if not isinstance(penalty, Norm):
-        return None
-    dual = jnp.zeros_like(dual) if _zero_is_inside(node_loss).all() else dual
-    return Anchor(dual, ground.operator.rmv(dual))
-
-
 @jax.jit
 def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> jax.Array:
-    """The weight over the noise, as the differences of the loss's pull show it."""
+    """The weight over the noise, estimated from the differences of the loss's pull."""
     noise = OF_MEAN_SIZE * jnp.mean(jnp.abs(ground.highest.mv(pull)) / ground.row_norms)
     return FIRST_RHO * sigma * mean_weight(penalty, 1.0) / jnp.where(noise > 0, noise, 1)
 
@@ -279,7 +263,7 @@ def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> j
 def _finish(
     problem: Problem, found: Solution, anchor: Anchor, null: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The fit, its objective and its gap: the best constants where they are no worse than the iterate."""
+    """The fit, its objective and its gap; the fit is the best constants if they are no worse than the iterate."""
     points = jnp.stack([found.value, null])
     objectives, gaps = jax.lax.map(lambda x: certificate(problem, x, found.state.candidate, anchor), points)
     place = (objectives[1] <= objectives[0]).astype(int)

@@ -5,9 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.grouping import edge_rows
 from sparseopt.core.operators import Difference
 from sparseopt.core.types import precision
-from sparseopt.trend.freedom import edge_rows
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.signal import PLAIN_COPIES, Signal, checked_order, checked_signal
 
@@ -19,18 +19,11 @@ def noise_level(y: Any, graph: Graph, order: int = 0, node_weights: Any = None, 
     """The standard deviation of the noise in a signal whose trend has few or small differences.
 
     `median_r |(Δ^(order+1) y)_r| / (||Δ_r|| 0.6745)`: a difference of white noise of deviation sigma has the deviation
-    `sigma ||Δ_r||`, and jumps of the trend do not move the median as long as they are few.
+    `sigma ||Δ_r||`, and a few jumps of the trend do not move the median.
 
-    Args:
-        y: `[n]` or `[n, channels]`, on a grid also `[*shape]`; all channels count as one sample.
-        graph: where it lives.
-        order: of the differences that vanish where the trend is smooth.
-        node_weights: w; the noise at node j is taken to have the variance `sigma² / w_j`. Rows that touch a node
-            of weight 0 are left out.
-        missing: "nan" treats NaN as missing; "error" refuses them.
-
-    Returns:
-        sigma, in the signal's unit; NaN where no row is left to judge by.
+    The arguments are those of `trend_filter`; all channels count as one sample. The noise at node j is assumed to have
+    the variance `sigma² / w_j`, and rows that touch a node of weight 0 are left out. The result is NaN if no row is
+    left.
 
     Source: Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", Biometrika 81 (1994), with
     differences in place of the finest wavelets.

@@ -2,7 +2,7 @@
 
     minimise over b    1/2 sum_j w_j (y_j - b_j)²  +  penalty_weight(Δ^(k+1) b)        for weight_1 > weight_2 > ...
 
-Every level carries its certificate, its degrees of freedom and its sum of squares; `selection.py` chooses among them.
+Every level has its certificate, its degrees of freedom and its sum of squares; `selection.py` chooses among them.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from sparseopt.trend.methods import named
 from sparseopt.trend.noise import signal_noise
 from sparseopt.trend.signal import Signal, checked_order, checked_signal
 
-# The first weight of a path is known to this accuracy; nobody can tell the difference, and it costs a tenth.
+# The relative accuracy of the first weight of a path: enough there, and ten times cheaper than the default.
 FIRST_WEIGHT_TOL = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class TrendPath:
-    """Fits for a row of weights, the largest first. All arrays are NumPy arrays.
+    """Fits for several weights, the largest first. All arrays are NumPy arrays.
 
     Attributes:
         weights: `[levels]`, descending.
@@ -40,16 +40,16 @@ class TrendPath:
         objectives: `[levels]`.
         gaps: relative duality gaps `[levels]`, upper bounds on the relative suboptimality; NaN where the penalty has
             no dual.
-        residuals: what the stopping rule looked at, `[levels]`: the gap, or the stationarity residual.
+        residuals: of the stopping rule, `[levels]`: the gap, or the stationarity residual.
         steps: `[levels]`.
-        statuses: a `Status` each, `[levels]`.
+        statuses: the `Status` of each level, `[levels]`.
         degrees_of_freedom: of every fit, `[levels]`; see `degrees_of_freedom`.
         squares: `sum_j w_j (y_j - fit_j)²` over observed nodes and channels, `[levels]`.
-        observations: how many observed values there are.
+        observations: the number of observed values.
         channels: of y, 1 without a channel axis.
-        noise: the signal's `noise_level`, NaN where it has none.
-        largest_weight: the least weight known to give the component means; None if the caller gave the weights.
-        penalty: the template.
+        noise: the signal's `noise_level`, or NaN.
+        largest_weight: the least weight known to give the component means; None if the weights were given.
+        penalty: the penalty, without the weights of the levels.
     """
 
     weights: np.ndarray
@@ -68,7 +68,6 @@ class TrendPath:
     penalty: Any
 
     def __len__(self) -> int:
-        """How many levels."""
         return len(self.weights)
 
     def check(self) -> "TrendPath":
@@ -96,7 +95,7 @@ class TrendPath:
         """One level as a `Solution` without a state.
 
         Raises:
-            IndexError: for a level that the path has not.
+            IndexError: for a level that the path does not have.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
@@ -131,28 +130,28 @@ def trend_path(
     """Fits of a trend filter from the weight that leaves only the component means down to nearly the signal.
 
     Args:
-        y: `[n]` or `[n, channels]`, on a grid also `[*shape]` or `[*shape, channels]`.
-        graph: where it lives.
-        penalty: a penalty class such as `L1`, or a penalty whose `weight` is replaced level by level.
+        y: as in `trend_filter`.
+        graph: as in `trend_filter`.
+        penalty: a penalty class such as `L1`, or a penalty whose `weight` is replaced at every level.
         order: k.
-        weights: positive, in any order; None spaces `num` of them evenly in the logarithm, from `largest_weight` to
-            `ratio` times that. That serves L1, MCP and SCAD, whose means become stationary at the same weight, and
-            GroupL2, where the first weight is large enough but not the least; other penalties need their weights.
-        num: how many.
+        weights: positive, in any order; None takes `num` weights, evenly spaced in the logarithm, from `largest_weight`
+            to `ratio` times that. This is for L1, MCP and SCAD, whose means become stationary at the same weight, and
+            GroupL2, where the first weight is large enough but not the least; other penalties need given weights.
+        num: the number of weights.
         ratio: the last weight over the first.
         tol: of each level, as in `trend_filter`.
-        method: as in `trend_filter`, one for all levels; from order 1 on "auto" prefers an exact x-step, since most
-            steps are spent where smoothing is strong.
+        method: as in `trend_filter`, for all levels; from order 1 on "auto" prefers an exact x-step, since most steps
+            are spent where smoothing is strong.
         max_steps: step limit of each level.
-        node_weights: w >= 0, `[n]`; 0 marks a missing observation.
-        missing: "nan" treats NaN as missing; "error" refuses them.
-        dtype: float32 or float64 instead of the signal's own.
+        node_weights: as in `trend_filter`.
+        missing: as in `trend_filter`.
+        dtype: as in `trend_filter`.
 
     Returns:
-        A `TrendPath`; it holds every fit, so its memory is that of `num` signals.
+        A `TrendPath`; it holds every fit, so it needs the memory of `num` signals.
 
     Raises:
-        ValueError, TypeError: on input that does not fit, or a signal that is its component means already: every
+        ValueError, TypeError: on input that does not fit, or a signal that equals its component means, for which every
             weight gives the same fit.
 
     Example:
@@ -175,7 +174,7 @@ def trend_path(
         raise ValueError(f"ratio, the last weight over the first, lies in (0, 1), given {ratio!r}")
     given = None if weights is None else _checked_levels(weights, signal.values.dtype)
     num = whole_number("num", num, 1) if given is None else len(given)
-    # The fits on their way from the device, and as one array.
+    # The fits from the device, and as one array.
     needed, what = 2 * num * signal.values.nbytes, f"a path of {num:,} fits of {signal.values.size:,} values"
     require_memory(needed, what, "take fewer weights, or single fits")
     if graph.num_edges == 0:
@@ -239,7 +238,7 @@ def _checked_template(penalty: Any, signal: Signal) -> Any:
 def _checked_levels(weights: Any, kind: np.dtype) -> np.ndarray:
     levels = real_array("weights", weights).astype(np.float64)
     if levels.ndim != 1 or levels.size == 0:
-        raise ValueError(f"weights are a row of at least one number, given the shape {levels.shape}")
+        raise ValueError(f"weights are an array of at least one number, given the shape {levels.shape}")
     wrong = ~(np.isfinite(levels) & (levels > 0))
     if wrong.any():
         raise ValueError(f"weights are positive and finite, given {levels[wrong][0]} ({int(wrong.sum())} such)")
@@ -248,7 +247,7 @@ def _checked_levels(weights: Any, kind: np.dtype) -> np.ndarray:
 
 
 def _first_fit(signal: Signal, graph: Graph, template: Any, order: int) -> NullFit:
-    """The first weight of a path, one number, with its certificate."""
+    """The first weight of a path with its certificate."""
     if not isinstance(template, (L1, MCP, SCAD, GroupL2)):
         raise ValueError(f"where a path of {template} begins is not known: give its weights")
     first = null_fit(signal, graph, order, FIRST_WEIGHT_TOL)

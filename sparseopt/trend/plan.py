@@ -1,8 +1,8 @@
-"""Floor 5: a `Plan`, all that a method makes of a graph on the host, and the fit of a signal by it: pure, one program.
+"""Floor 5: a `Plan`, the host work of a method on a graph, and the fit of a signal with it, one pure program.
 
     minimise over b    1/2 sum_j w_j (y_j - b_j)²  +  sum_k penalty_k(Δ^(k+1) b)
 
-signal -> data on their ground -> start -> the solver's loop -> the caller's units, certified -> derivatives attached.
+signal -> centred data -> start -> the solver's loop -> the caller's units, certified -> derivatives attached.
 """
 
 import dataclasses
@@ -31,33 +31,24 @@ from sparseopt.trend.start import cold_start
 
 # rho starts at this multiple of the weight over the noise: the balance 3 of admm.py at duals of rms 0.8 weight.
 FIRST_RHO = 2.4
-# How many differences Anderson acceleration of the standard ADMM remembers; fifteen were hardly better.
+# The memory of Anderson acceleration of the standard ADMM; fifteen were hardly better.
 ACCELERATION = 10
-# From so many nodes on a start in float32 saves more than the compilation of a second program costs.
+# From this many nodes on a start in float32 saves more than the compilation of a second program costs.
 MIXED_FROM = 500_000
 
 
 @pytree
 class Plan:
-    """A method on a graph: tables, factors and choices; see `fit`.
+    """A method on a graph: tables, factors and choices; see `fit`."""
 
-    Attributes:
-        ground: the graph's own tables.
-        split: the operator, split as the method needs it.
-        node_solve: the x-step.
-        cadence: steps between two checks.
-        exact: whether the start is the fit, so that the first check ends the solve.
-    """
-
-    ground: Ground
-    split: Split
-    node_solve: Any
-    cadence: int = static()
-    exact: bool = static(default=False)
+    ground: Ground  # the graph's own tables
+    split: Split  # the operator, split as the method needs it
+    node_solve: Any  # the x-step
+    cadence: int = static()  # steps between two checks
+    exact: bool = static(default=False)  # whether the start is the fit, so that the first check ends the solve
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
-        """Why it does not fit such a penalty, or a signal with node weights; None if it does."""
-        del penalty
+        """Why the plan does not fit such a penalty, or a signal with node weights; None if it does."""
         if weighted and isinstance(self.node_solve, Cosine):
             return "cosine transforms solve for nodes of one weight alone"
         return None
@@ -68,29 +59,21 @@ class Plan:
 
     def row_dual(self, penalty: Any, dual: Array) -> Array:
         """The dual of the rows from the solver's."""
-        del penalty
         return dual
 
     def solver_dual(self, penalty: Any, dual: Array) -> Array:
         """The solver's dual from that of the rows."""
-        del penalty
         return dual
 
     def solver(self, rho: Any, relaxation: Any = 1.7) -> Any:
-        """The method as a solver of the core."""
         acceleration = 0 if self.exact else ACCELERATION
         return Admm(self.node_solve, rho, relaxation, self.cadence, acceleration=acceleration)
 
     def start(self, penalty: Any, data: Data, weights: Any) -> Start:
-        """Where a fit starts that continues none."""
         return cold_start(self.ground, self.split, penalty, data, weights)
 
     def fitted(self, job: Job) -> Solution:
-        """The fit of a job's signal, in the layout of the nodes.
-
-        Raises:
-            ValueError: for a start that does not fit.
-        """
+        """The fit of a job's signal, in the layout of the nodes."""
         cadence = self.cadence if job.cadence is None or self.exact else job.cadence
         plan = dataclasses.replace(self, cadence=min(cadence, job.max_steps))
         history = to_next_check(job.max_steps, plan.cadence) if job.history else 0
@@ -109,12 +92,12 @@ class Plan:
 
 
 def to_next_check(max_steps: Any, cadence: int) -> Any:
-    """A step limit, up to the next check."""
+    """A step limit, rounded up to the next check."""
     return -(-max_steps // cadence) * cadence
 
 
 def known_fit(value: Any) -> Solution:
-    """A fit that is known without a step and costs nothing."""
+    """The solution for a known fit with an objective of 0."""
     value = jnp.asarray(value)
     zero, none = jnp.zeros((), value.dtype), jnp.zeros((), jnp.int32)
     return Solution(value, jnp.asarray(Status.CONVERGED, jnp.int32), none, zero, zero, zero, None, None)
@@ -136,18 +119,9 @@ def fit(
 ) -> Solution:
     """The fit of a signal, in its units and in the layout of the nodes, with its certificate and its derivatives.
 
-    Args:
-        plan: of a method.
-        y: `[*nodes]` or `[*nodes, channels]`.
-        penalty: on the rows of `plan.ground.operator`.
-        weights: of the nodes, with a last axis of 1 where there are channels, or None.
-        tol: as in `solve`.
-        max_steps: as in `solve`.
-        warm_start: a point in the caller's units and the dual of its rows, or None. Its rho may be 0, for one from the
-            data.
-        rho: the first one; None chooses it from the data.
-        relaxation: in (0, 2).
-        history: 0, or the most steps of which to keep a record.
+    The penalty is on the rows of `plan.ground.operator`. A warm start is a point in the caller's units with the dual of
+    its rows. If rho is None, or that of the warm start 0, it is chosen from the data. `history` is the number of steps
+    in the history, 0 for none.
     """
     given = y, penalty, weights
     plan, y, penalty, weights, warm_start = jax.lax.stop_gradient((plan, y, penalty, weights, warm_start))
@@ -155,7 +129,7 @@ def fit(
     tol, relaxation = jnp.asarray(tol, kind), jnp.asarray(relaxation, kind)
     data, limit = data_of(ground, y, weights), to_next_check(max_steps, plan.cadence)
     if isinstance(penalty, Norm):
-        # The signal itself is the fit where it costs nothing, an objective of 0 of which no gap has a relative size.
+        # A signal without a penalty is the fit; its objective is 0, so no relative gap exists.
         free = penalty.value(ground.operator.mv(data.loss.center)) == 0
         data = dataclasses.replace(data, means=jnp.where(free, data.loss.center, data.means))
         limit = jnp.where(free, 0, limit)
@@ -183,14 +157,14 @@ def fit(
     step = plan.split.row_scale / found.state.rho
     problem = Problem(caller, penalty, ground.operator)
     value, objective = attached(problem, ended.value, ended.objective, Found(None, dual, step))
-    # What the acceleration remembers is many times the signal, and no later solve can use it.
+    # The memory of the acceleration is many times the signal, and no later solve can use it.
     state = dataclasses.replace(found.state, past=None)
     ended = ended._replace(value=value, objective=objective)
     return dataclasses.replace(found, **ended._asdict(), state=state, dual=dual)
 
 
 def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
-    """The signal, also where its weight is 0, on which a derivative in that weight depends."""
+    """The signal, also where its weight is 0, since the derivative in that weight depends on it."""
     if weights is not None:
         y = jnp.where(jnp.isfinite(y), y, 0)
     return y if ground.present is None else jnp.where(ground.present, y, data.shift)
@@ -207,7 +181,7 @@ class Finished(NamedTuple):
 
 
 def judged(ground: Ground, data: Data, penalty: Any, x: Array, dual: Array) -> tuple[Array, Array]:
-    """The objective of a point and its relative duality gap by a dual point; the penalty is a `Norm`."""
+    """The objective of a point and its relative duality gap for a `Norm`, by a dual point."""
     rows = ground.operator.mv(x)
     objective = data.loss.value(x) + penalty.value(rows)
     slack = data.loss.slack(x, ground.operator.rmv(dual)) + total(penalty.slack(rows, dual))
@@ -216,18 +190,10 @@ def judged(ground: Ground, data: Data, penalty: Any, x: Array, dual: Array) -> t
 
 
 def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Array, tol: Any) -> Finished:
-    """What a solve of the centred problem found, as it stands in the caller's units after rounding.
+    """The solution `found` of the centred problem with the dual of its rows, in the caller's units, judged there.
 
-    The component means are the limit for large weights; where they are no worse than the iterate they are the
-    answer, and its differences are exactly zero.
-
-    Args:
-        ground: of the graph.
-        data: of the signal.
-        penalty: on the rows.
-        found: of the centred problem.
-        dual: of the rows.
-        tol: of the solve.
+    The component means are the limit for large weights; where they are no worse than the iterate, they are the answer,
+    and its differences are exactly zero.
     """
     x, status = found.value + data.shift, found.status
     if not isinstance(penalty, Norm):
@@ -235,16 +201,15 @@ def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Ar
     of_x, of_means = (judged(ground, data, penalty, point, dual) for point in (x, data.means))
     take = of_means[0] <= of_x[0]
     objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
-    # The mean comes back in working precision; what that costs is part of the answer.
-    # The shift, the means or a penalty of a user's own may overflow where the centred problem did not.
+    # Adding the mean rounds, and it may overflow where the centred problem did not: the gap accounts for both.
     status = promoted(status, gap, objective, tol)
     return Finished(jnp.where(take, data.means, x), status, gap, objective, gap)
 
 
 def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Finished, dual: Array, tol: Array) -> Finished:
-    """The fit with 0 where the first term's prox over a long step is 0, if its gap is no worse or within tol.
+    """The fit with 0 where the first term's prox with a long step is 0, if its gap is no worse or within tol.
 
-    See `nonzero_rows` in `freedom.py` for why the dual tells, and not the size of an entry.
+    See `nonzero_rows` in `freedom.py` for why the dual decides, and not the size of an entry.
     """
     first, x = penalty.penalties[0], fit.value
     long = (data.noise / jnp.where(first.weight == 0, 1, jnp.mean(first.weight))).astype(x.dtype)

@@ -1,12 +1,12 @@
-"""Floor 5: concave penalties by a row of convex ones: large differences keep their size, and every step is certified.
+"""Floor 5: concave penalties by a sequence of convex ones: large differences keep their size, every step is certified.
 
     minimise over b    loss(b) + sum_r p(|(Δ^(k+1) b)_r|),        p rising and concave: MCP, SCAD, or your own
 
-L1 pulls every difference towards 0, the large ones too, which flattens peaks and steps. A concave p stops pulling
-where a difference is large. Its tangent at the last fit lies above it, so with `w_r = p'(|(Δ b)_r|)` the fit of
-`sum_r w_r |(Δ b)_r|` lowers the objective, as long as it can be lowered this way. The first tangent is that at 0: the
-L1 fit. Each round is a convex problem with a duality gap, where `trend_filter` with the concave penalty itself ends at
-a stationary point that depends on its start.
+L1 pulls every difference towards 0, also the large ones, which flattens peaks and steps. A concave p stops pulling
+where a difference is large. Its tangent at the last fit lies above it, so with `w_r = p'(|(Δ b)_r|)` the fit for
+`sum_r w_r |(Δ b)_r|` lowers the objective until it is stationary. The first tangent is that at 0: the L1 fit. Each
+round is a convex problem with a duality gap, whereas `trend_filter` with the concave penalty itself ends at a
+stationary point that depends on its start.
 
 Source: Zou and Li, "One-step sparse estimates in nonconcave penalized likelihood models", Annals of Statistics 36
 (2008); Candès, Wakin, Boyd, "Enhancing sparsity by reweighted l1 minimization", 2008; Varma, Lee, Kovačević, Chi,
@@ -36,8 +36,8 @@ class Reweighted:
     Attributes:
         solution: of the last round, with the certificate of its convex problem.
         weights: of its rows, in the order of `graph.matrix(order + 1)`.
-        objectives: of the concave problem after each round, the first that of the L1 fit; falling, up to `tol`.
-        settled: whether the last round lowered it by less than `tol` times its value.
+        objectives: of the concave problem after each round, the first for the L1 fit; decreasing, up to `tol`.
+        settled: whether the last round lowered the objective by less than `tol` times its value.
     """
 
     solution: Solution
@@ -47,7 +47,7 @@ class Reweighted:
 
     @property
     def status(self) -> Status:
-        """STATIONARY if the rounds settled, MAX_STEPS if they were used up before; each round's problem converged."""
+        """STATIONARY if the rounds settled, else MAX_STEPS; the convex problem of each round converged."""
         return Status.STATIONARY if self.settled else Status.MAX_STEPS
 
     @property
@@ -59,16 +59,16 @@ class Reweighted:
 def reweighted_trend_filter(
     y: Any, graph: Graph, penalty: Any, order: int = 0, *, rounds: int = 10, tol: float = 1e-6, **options: Any
 ) -> Reweighted:
-    """Fit a signal under a concave penalty by weighted L1 penalties, from the L1 fit on.
+    """Fit a signal under a concave penalty by weighted L1 penalties, starting from the L1 fit.
 
     Args:
         y: `[n]`, on a grid also `[*shape]`.
-        graph: where it lives.
-        penalty: `MCP`, `SCAD`, or any penalty whose `slope(x)` is the derivative of its value in `|x|`, entry by
-            entry: not negative, and falling in `|x|`.
+        graph: the graph of the signal.
+        penalty: `MCP`, `SCAD`, or any penalty with a `slope(x)`, the elementwise derivative of its value in `|x|`: not
+            negative, and decreasing in `|x|`.
         order: k.
-        rounds: how many fits at most, the L1 fit included; two are the one-step estimate of Zou and Li.
-        tol: the relative duality gap of each fit, and the relative fall of the objective that ends the rounds.
+        rounds: the most fits, the L1 fit included; two are the one-step estimate of Zou and Li.
+        tol: the relative duality gap of each fit, and the relative decrease of the objective that ends the rounds.
         **options: of `trend_filter`, such as `method`, `node_weights`, `missing`, `dtype`, `loss` or `max_steps`.
 
     Raises:
@@ -90,7 +90,7 @@ def reweighted_trend_filter(
         )
     if y.shape not in ((graph.num_nodes,), graph.shape):
         raise ValueError(
-            f"the rows of one signal get weights of their own, so the signal has the shape [{graph.num_nodes}]"
+            f"the rows of one signal get their own weights, so the signal has the shape [{graph.num_nodes}]"
             f"{'' if graph.shape is None else f' or {graph.shape}'}; given {y.shape}: fit channels one by one"
         )
     rounds, tol = whole_number("rounds", rounds, 1), positive_number("tol", tol)
@@ -111,7 +111,7 @@ def reweighted_trend_filter(
             y, graph, L1(weights), k, tol=tol, **(options | {"warm_start": solution} if solution else options)
         ).check()
         used, rows = weights, matrix @ np.asarray(solution.value, np.float64).reshape(-1)
-        # The tangents that were solved are taken out again, so the loss need not be known here.
+        # Subtracting the weighted L1 penalty gives the loss, whichever it is.
         loss = float(solution.objective) - float(np.sum(used * np.abs(rows)))
         with precision(kind):
             objectives.append(loss + float(penalty.value(jnp.asarray(rows, kind))))

@@ -1,17 +1,17 @@
-"""Floor 5: which level of a path to take: by criteria that count degrees of freedom, or by cross-validation.
+"""Floor 5: the choice of a level of a path, by criteria that count degrees of freedom, or by cross-validation.
 
 With RSS the weighted sum of squares, N the number of observed values and sigma the noise level:
 
     gcv    (RSS / N) / (1 - df / N)²,  df <= N / 2           needs no sigma
     sure   (RSS + 2 sigma² df) / N - sigma²                  an unbiased estimate of the mean squared error (L1)
-    aic    RSS / sigma² + 2 df,       or  N log(RSS / N) + 2 N (df + 1) / (N - df - 2)  where sigma is not known
-    bic    RSS / sigma² + log(N) df,  or  N log(RSS / N) + log(N) df                    where sigma is not known
+    aic    RSS / sigma² + 2 df,       or  N log(RSS / N) + 2 N (df + 1) / (N - df - 2)  if sigma is not known
+    bic    RSS / sigma² + log(N) df,  or  N log(RSS / N) + log(N) df                    if sigma is not known
 
-Why the bound of gcv: with M the mean squared error and d = df / N, RSS / N has the mean `sigma² (1 - 2 d) + M` for
-L1, so gcv estimates `sigma² + M` without bias where `M = sigma² d / (2 - d)`. For small d it matters little that M
-differs from that. As d nears 1 the quotient goes to `sigma² / (1 - d)` for a projection, whose M is sigma² d, but L1
-shrinks, its M is smaller, and the quotient falls far below `sigma² + M`: the noisiest fits would win. The price of the
-corrected aic rises fast enough to need no bound.
+Why gcv needs a bound: with M the mean squared error and d = df / N, RSS / N has the mean `sigma² (1 - 2 d) + M` for L1,
+so gcv estimates `sigma² + M` without bias if `M = sigma² d / (2 - d)`. For small d a different M matters little. As d
+approaches 1 the quotient tends to `sigma² / (1 - d)` for a projection, whose M is sigma² d. But L1 shrinks, its M is
+smaller, and the quotient falls far below `sigma² + M`: the noisiest fits would win. The penalty of the corrected aic
+rises fast enough to need no bound.
 
 Source: Golub, Heath and Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter",
 Technometrics 21 (1979); Stein, "Estimation of the mean of a multivariate normal distribution", Annals of Statistics 9
@@ -39,24 +39,11 @@ CRITERIA = ("gcv", "sure", "aic", "bic")
 RULES = ("min", "one_se")
 
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """A level chosen by a criterion.
-
-    Attributes:
-        path: what it was chosen from.
-        criterion: "gcv", "sure", "aic" or "bic".
-        curve: the criterion at every level, `[levels]`; +inf where it is not defined, since a fit with that many
-            degrees of freedom leaves too little to judge by.
-        index: the level where it is least; of equal ones that of the largest weight.
-        sigma: the noise level used; None where the criterion did without.
-    """
+class _Chosen:
+    """A chosen level `index` of a `path`."""
 
     path: TrendPath
-    criterion: str
-    curve: np.ndarray
-    index: int
-    sigma: float | None
+    index: Any
 
     @property
     def weight(self) -> float:
@@ -65,27 +52,46 @@ class Selection:
 
     @property
     def value(self) -> np.ndarray:
-        """The fit at the chosen weight."""
+        """The fit to all observed nodes at the chosen weight."""
         return self.path.values[self.index]
 
 
+@dataclasses.dataclass(frozen=True)
+class Selection(_Chosen):
+    """A level chosen by a criterion; `weight` and `value` are those of the level.
+
+    Attributes:
+        path: the levels to choose from.
+        criterion: "gcv", "sure", "aic" or "bic".
+        curve: the criterion at every level, `[levels]`; +inf where the degrees of freedom are too many for it.
+        index: the level of the least criterion; among equal ones that of the largest weight.
+        sigma: the noise level used; None if the criterion used none.
+    """
+
+    path: TrendPath
+    criterion: str
+    curve: np.ndarray
+    index: int
+    sigma: float | None
+
+
 def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) -> Selection:
-    """The level of a path that a criterion calls best.
+    """The level of a path with the best value of a criterion.
 
     Args:
         path: of `trend_path`.
-        criterion: "gcv", "sure", "aic" or "bic". Degrees of freedom count dimensions; for penalties other than L1
-            that leaves out what the choice of the zeros costs, and the criteria favour small weights. "gcv" looks
-            at fits with at most half as many degrees of freedom as values; under so little noise that more are
-            wanted, take "sure" or "aic".
-        sigma: the standard deviation of the noise (at node weight 1). None lets "sure" take `path.noise`, the robust
-            estimate, "aic" the corrected form and "bic" the profiled likelihood, which falls without bound as RSS
-            goes to 0; on a path that comes near the signal itself give it a sigma, such as `path.noise`.
+        criterion: "gcv", "sure", "aic" or "bic". Degrees of freedom count dimensions; for penalties other than L1 this
+            leaves out the cost of choosing the zeros, and the criteria favour small weights. "gcv" considers only fits
+            with at most half as many degrees of freedom as values; if the noise is so small that more are needed, use
+            "sure" or "aic".
+        sigma: the standard deviation of the noise (at node weight 1). With None "sure" takes the robust estimate
+            `path.noise`, "aic" the corrected form, and "bic" the profiled likelihood, which decreases without bound as
+            RSS goes to 0; on a path that comes close to the signal give "bic" a sigma, such as `path.noise`.
 
     Raises:
-        TypeError: for what is no path.
+        TypeError: for something other than a `TrendPath`.
         ValueError: for another criterion, or a sigma that is not positive.
-        RuntimeError: if a level of the path ended in values that are not finite, so that it cannot be compared.
+        RuntimeError: if a level of the path has values that are not finite.
 
     Example:
         >>> from sparseopt.trend.path import trend_path
@@ -139,8 +145,8 @@ def _require_finite(statuses: np.ndarray, where: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossValidation:
-    """A level chosen by how well fits predict nodes that they have not seen.
+class CrossValidation(_Chosen):
+    """A level chosen by the prediction of held-out nodes; `weight` and `value` are those of the level.
 
     Attributes:
         path: the fits to all observed nodes.
@@ -151,7 +157,7 @@ class CrossValidation:
         rule: "min" or "one_se".
         index_min: the level of the least error.
         index_one_se: the level of the largest weight whose error is at most one standard error above the least.
-        statuses: how the folds' levels ended, `[folds, levels]`.
+        statuses: the `Status` of the folds' levels, `[folds, levels]`.
     """
 
     path: TrendPath
@@ -186,16 +192,6 @@ class CrossValidation:
         """The level chosen by the rule."""
         return self.index_min if self.rule == "min" else self.index_one_se
 
-    @property
-    def weight(self) -> float:
-        """The chosen weight."""
-        return float(self.path.weights[self.index])
-
-    @property
-    def value(self) -> np.ndarray:
-        """The fit to all observed nodes at the chosen weight."""
-        return self.path.values[self.index]
-
 
 def cross_validate(
     y: Any,
@@ -213,29 +209,19 @@ def cross_validate(
 ) -> CrossValidation:
     """Choose a weight by K-fold cross-validation over the nodes.
 
-    Every fold's nodes are held out once: they are missing, the fit fills them in, and the squared distance to what
-    was observed there, weighted by the node weights, is the error. The folds are random, equal in size to one node,
-    and spread over the components evenly, so that every component keeps a node. All folds use the weights of the path
-    of all nodes. A penalty's weight stands against a sum over the nodes that are left, so a fold smooths slightly
-    more than the same weight does on all of them.
+    The nodes of each fold are held out once: the fit fills them in as missing, and the error is the mean squared
+    difference from the observations there, weighted by the node weights. The folds are random, differ in size by at
+    most one node, and are spread evenly over the components, so that every component keeps a node. All folds use the
+    weights of the path of all nodes. A fold has fewer observations, so it smooths slightly more than the same weight
+    does on all nodes.
 
-    Args:
-        y: as in `trend_path`.
-        graph: where it lives.
-        penalty: as in `trend_path`.
-        order: k.
-        folds: how many, 2 or more.
-        seed: of the random folds.
-        rule: "min" takes the least error, "one_se" the largest weight within one standard error of it.
-        node_weights: w >= 0, `[n]`; 0 marks a missing observation.
-        missing: "nan" treats NaN as missing; "error" refuses them.
-        dtype: float32 or float64 instead of the signal's own.
-        options: `weights`, `num`, `ratio`, `tol`, `method` and `max_steps` of `trend_path`.
+    There are `folds` >= 2 folds, drawn with the `seed`. The `rule` "min" takes the least error, "one_se" the largest
+    weight within one standard error of it. All other arguments are those of `trend_path`.
 
     Raises:
-        ValueError: for more folds than observed nodes, a component with one observed node (which no fold could
-            predict), or what `trend_path` refuses.
-        RuntimeError: if a fit ended in values that are not finite.
+        ValueError: for more folds than observed nodes, a component with only one observed node (which no fold can
+            predict), or where `trend_path` raises.
+        RuntimeError: if a fit has values that are not finite.
 
     Example:
         >>> from sparseopt.trend.selection import cross_validate
@@ -274,13 +260,10 @@ def _held_out_errors(fit: TrendPath, signal: Signal, weights: np.ndarray, held: 
 
 
 def random_folds(graph: Graph, observed: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """The fold of every observed node, -1 for the others.
+    """The fold of every observed node, -1 for the others; a ValueError for a number of folds that does not fit.
 
-    The nodes, shuffled, are dealt out component by component, so that the sizes of the folds differ by one at most,
-    and so do the shares of a component.
-
-    Raises:
-        ValueError: for a number of folds that does not fit.
+    The shuffled nodes are dealt out component by component, so that the sizes of the folds, and their shares of a
+    component, differ by at most one.
     """
     nodes = np.flatnonzero(observed)
     if nodes.size < 2:

@@ -1,4 +1,4 @@
-"""Floor 5: a signal on a graph as a caller passes it, checked and laid out on the host before any work."""
+"""Floor 5: the caller's signal on a graph, checked on the host before any work."""
 
 import dataclasses
 import math
@@ -10,39 +10,29 @@ import numpy as np
 from sparseopt.core.arguments import real_array, require_memory, whole_number
 from sparseopt.trend.graph import Graph
 
-# The entries of Δ^(order+1) are up to binomial(order + 1, half of it), on every graph with a long enough path or more;
-# from the next order on they are no longer exact in float64.
+# On a graph with a long enough path the entries of Δ^(order+1) reach binomial(order + 1, half of it); from the next
+# order on they are no longer exact in float64.
 MOST_ORDER = 55
-# What a fit holds at its peak, in arrays of the signal's size and dtype: 30 to 120 were measured, over methods, orders
-# and graphs. Without a solve, as for the noise, it is fewer.
+# The peak memory of a fit, in arrays of the signal's size and dtype: 30 to 120 were measured over methods, orders and
+# graphs. Work without a solve, such as the noise level, needs fewer.
 FIT_COPIES = 24
 PLAIN_COPIES = 6
-# The gap compares squares of residuals with those of the signal. So the squares of the signal must stand this far
-# above the smallest normal number: below, residuals vanish and every fit would be called exact.
+# The gap compares squares of residuals with those of the signal, which must be this much above the smallest normal
+# number: otherwise residuals vanish and every fit would count as exact.
 SQUARES_ABOVE_TINY = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
 class Signal:
-    """A checked signal.
+    """A checked signal."""
 
-    Attributes:
-        values: `[n]` or `[n, channels]` in the dtype of the computation, 0 where missing.
-        weights: node weights `[n]`, 0 where missing, or None for ones.
-        shape: the caller's shape, which the answer gets.
-    """
-
-    values: np.ndarray
-    weights: np.ndarray | None
-    shape: tuple[int, ...]
+    values: np.ndarray  # `[n]` or `[n, channels]` in the dtype of the computation, 0 where missing
+    weights: np.ndarray | None  # node weights `[n]`, 0 where missing, or None for ones
+    shape: tuple[int, ...]  # the caller's shape, which the answer gets
 
 
 def checked_graph(graph: Any) -> Graph:
-    """The graph.
-
-    Raises:
-        TypeError: if it is none of ours.
-    """
+    """The graph; a TypeError if it is not a `Graph`."""
     if not isinstance(graph, Graph):
         raise TypeError(
             f"the graph is a sparseopt.Graph, given {graph!r:.100}; "
@@ -52,11 +42,7 @@ def checked_graph(graph: Any) -> Graph:
 
 
 def compute_dtype(y: np.ndarray, dtype: Any) -> np.dtype:
-    """float64 for float64 and integer signals, float32 for shorter floats, or what the caller asks for.
-
-    Raises:
-        ValueError: for a dtype other than float32 and float64.
-    """
+    """float64 for float64 and integer signals, float32 for shorter floats, or the caller's `dtype`, one of the two."""
     if dtype is None:
         return np.dtype(np.float64 if y.dtype.kind in "iub" or y.dtype.itemsize >= 8 else np.float32)
     try:
@@ -71,20 +57,14 @@ def compute_dtype(y: np.ndarray, dtype: Any) -> np.dtype:
 def checked_signal(
     y: Any, graph: Graph, node_weights: Any, missing: str, dtype: Any, copies: int = FIT_COPIES
 ) -> Signal:
-    """The signal, its weights and the caller's shape.
+    """The signal, its weights and the caller's shape, from the arguments of `trend_filter`.
 
-    Args:
-        y: the caller's.
-        graph: the caller's.
-        node_weights: the caller's.
-        missing: the caller's.
-        dtype: the caller's.
-        copies: how many arrays like the signal the work takes at least.
+    `copies` is the least number of arrays like the signal that the work takes.
 
     Raises:
-        TypeError: for a graph that is none, and a signal that is traced.
-        ValueError: on a signal that holds no real numbers, a length that does not fit the graph, non-finite values,
-            values whose squares no float of the dtype holds, weights that are negative, non-finite or of the wrong
+        TypeError: for a graph that is not a `Graph`, and a signal that is traced.
+        ValueError: on a signal that does not hold real numbers, a length that does not fit the graph, non-finite
+            values, values whose squares overflow or vanish, weights that are negative, non-finite or of the wrong
             shape, an unknown `missing`, a component without an observation, or too little memory.
     """
     graph = checked_graph(graph)
@@ -165,11 +145,11 @@ def _checked_weights(node_weights: Any, graph: Graph) -> np.ndarray | None:
 
 
 def _require_squares(values: np.ndarray, weights: np.ndarray | None, kind: np.dtype) -> None:
-    """Neither the sums of squares of the loss overflow, nor do single squares vanish."""
+    """Raise a ValueError if sums of squares overflow, or single squares vanish."""
     limits = np.finfo(kind)
     largest = float(np.abs(values).max())
     heaviest = 1.0 if weights is None else float(weights.max())
-    # A hundred leaves room for what a solver makes of the values on its way. All in float64, as roots.
+    # The factor 100 leaves room for a solver's intermediate values. All in float64, as roots.
     root = largest * np.sqrt(heaviest)
     high = float(np.sqrt(float(limits.max) / (100.0 * values.size)))
     low = float(np.sqrt(float(limits.tiny) * SQUARES_ABOVE_TINY))
@@ -201,9 +181,5 @@ def _require_observations(weights: np.ndarray, graph: Graph) -> None:
 
 
 def checked_order(order: Any) -> int:
-    """The order as an int.
-
-    Raises:
-        ValueError: if it is negative, not an integer, or so high that differences are no longer exact.
-    """
+    """The order as an int in `[0, MOST_ORDER]`; else a ValueError."""
     return whole_number("order", order, 0, MOST_ORDER, "0: piecewise constant, 1: piecewise linear, ...")

@@ -1,8 +1,8 @@
 """Floor 5: plan once, fit many: a solver for all signals on a graph, pure under jit, vmap and grad.
 
-All work of the host (tables, factors, the choice of a method) is done when it is made. A call is one compiled program;
+All host work (tables, factors, the choice of a method) is done when the solver is made. A call is one compiled program;
 its derivatives in the signal, the penalty's weights and the node weights are implicit: no iteration is unrolled. For L1
-the Jacobian in y is the projection onto the signals whose zero differences stay zero: at order 0 each piece's mean.
+the Jacobian in y is the projection onto the signals with the same zero differences: at order 0 the mean of each piece.
 """
 
 import dataclasses
@@ -27,17 +27,9 @@ from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype
 
 @pytree(eq=False)
 class TrendSolver:
-    """The trend filter on one graph, for any signal, penalty and node weights; make one with `trend_solver`.
+    """The trend filter on one graph, for any signal, penalty and node weights; make one with `trend_solver`."""
 
-    Attributes:
-        plans: of the methods that it may take, the quickest first.
-        layout: of the graph's arrays.
-        order: k.
-        channels: of a signal, or None.
-        dtype: of the computation.
-    """
-
-    plans: tuple[Plan, ...]
+    plans: tuple[Plan, ...]  # of the possible methods, the fastest first
     layout: Layout = static()
     order: int = static()
     channels: int | None = static()
@@ -63,11 +55,11 @@ class TrendSolver:
             start: an earlier solution, or a point in the shape of y with the dual of its rows; None for none.
 
         Returns:
-            As `trend_filter`, in the shape of y; under vmap with a status a lane. It checks no values: a signal that
-            is not finite ends as NONFINITE.
+            As `trend_filter`, in the shape of y; under vmap with one status per lane. Values are not checked: for a
+            signal that is not finite the status is NONFINITE.
 
         Raises:
-            ValueError: for a shape that does not fit, or a penalty that the method does not solve.
+            ValueError: for a shape that does not fit, or a penalty that the method cannot solve.
         """
         graph, channels, kind = self.layout.graph, self.channels is not None, np.dtype(self.dtype)
         y = jnp.asarray(y, kind)
@@ -103,15 +95,10 @@ class TrendSolver:
         return self.layout.graph.shape or (self.layout.graph.num_nodes,)
 
     def _flat(self, x: jax.Array) -> jax.Array:
-        """In the layout of the nodes."""
         return x.reshape(self.nodes + (() if self.channels is None else (self.channels,)))
 
     def _plan(self, penalty: Any, weighted: bool) -> Plan:
-        """The first plan that serves.
-
-        Raises:
-            ValueError: with what the last one says, if none does.
-        """
+        """The first plan that fits; a ValueError with the reason of the last one if none does."""
         reason = None
         for plan in self.plans:
             reason = plan.refuses(penalty, weighted)
@@ -129,17 +116,17 @@ def trend_solver(
     *,
     B: int | None = None,
 ) -> TrendSolver:
-    """A solver for signals on a graph, all host work done: call it under `jit`, `vmap` and `grad`.
+    """A solver for signals on a graph, with all host work done: call it under `jit`, `vmap` and `grad`.
 
         solver(y, penalty).value = argmin over b    1/2 sum_j w_j (y_j - b_j)²  +  penalty(Δ^(order+1) b)
 
     Args:
-        graph: where the signals live; it has an edge.
+        graph: the graph of the signals, with at least one edge.
         order: k >= 0.
-        method: as in `trend_filter`, but for "interior", which works on the host; "auto" takes the method that is to be
-            expected to be the quickest for a weight about the size of the noise.
-        dtype: float32 or float64; None for the one that JAX takes by default. float64 needs 64-bit types to be on.
-        channels: of the signals, whose last axis they are; None for none.
+        method: as in `trend_filter`, except "interior", which works on the host; "auto" takes the method that is
+            expected to be the fastest for a weight about the size of the noise.
+        dtype: float32 or float64; None for JAX's default. float64 needs 64-bit types to be enabled.
+        channels: the length of the signals' last axis; None for signals without channels.
         B: as in `trend_filter`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Floor 5: where a fit starts that continues none: the signal, or the component means if they are the fit or close."""
+"""Floor 5: the cold start of a fit: the signal, or the component means if they are the fit or close to it."""
 
 from typing import Any
 
@@ -13,14 +13,15 @@ from sparseopt.trend.ground import Data, Ground
 
 CG_STEPS = 1000
 CG_TOLERANCE = 1e-12
-# Rounds of smoothing, of so many steps each, after which a signal is tried as a proof that the means are not the fit.
+# Rounds of smoothing, and steps per round; after each round the signal is tried as a proof that the means are not the
+# fit.
 ROUNDS, SMOOTHINGS = 4, 16
 
 
 def inverse_laplacian(ground: Ground, right: Array, times: int) -> tuple[Array, Array]:
-    """`(L^+)^times right` for a right-hand side whose sums over every component are 0, and whether it was found.
+    """`(L^+)^times right` for a right-hand side whose sums over every component are 0, and whether it is accurate.
 
-    By cosines on grids; by conjugate gradients elsewhere, which may not get to rounding in 1,000 steps.
+    By cosines on grids; by conjugate gradients elsewhere, which may not converge in 1,000 steps.
     """
     base, nothing = ground.highest.base, jnp.zeros((), bool)
     if ground.cosine is not None:
@@ -28,7 +29,7 @@ def inverse_laplacian(ground: Ground, right: Array, times: int) -> tuple[Array, 
     limit = max(CG_TOLERANCE, 2 * float(jnp.finfo(right.dtype).eps))
 
     def balanced(x: Array) -> Array:
-        """Sums of 0 again, to rounding: what the next solve needs."""
+        """Restore sums of 0, to rounding, for the next solve."""
         if ground.labels is None:
             return x - jnp.mean(x, axis=0)
         nothing = jnp.zeros((ground.components, *x.shape[1:]), x.dtype)
@@ -48,7 +49,7 @@ def inverse_laplacian(ground: Ground, right: Array, times: int) -> tuple[Array, 
 
 
 def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
-    """The shortest u with `Δ^(k+1)ᵀ u = pull`, and whether it was found.
+    """The shortest u with `Δ^(k+1)ᵀ u = pull`, and whether it is accurate.
 
     If u lies in the dual ball, the component means are the fit. With 2m factors in Δ, `u = (L^+)^m pull`, with
     2m + 1 factors `u = D (L^+)^(m+1) pull`.
@@ -59,17 +60,10 @@ def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
 
 
 def cold_start(ground: Ground, split: Split, penalty: Any, data: Data, weights: Any) -> Start:
-    """The centred signal with a dual of 0; or, where the weight may be that large, the means and their dual.
+    """The centred signal with a dual of 0; or, if the weight may be large enough, the means and their dual.
 
-    The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z. So one z decides for most signals: the pull
-    itself where smoothing is weak, else the pull smoothed.
-
-    Args:
-        ground: of the graph.
-        split: of the method, whose dual is that of the rows.
-        penalty: on the rows.
-        data: of the signal.
-        weights: of its nodes, or None.
+    The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z. One z usually disproves that: the pull itself
+    where smoothing is weak, else the smoothed pull.
     """
     centre = data.centred.center
     nothing = jnp.zeros(split.row_shape(centre), centre.dtype)
@@ -77,7 +71,7 @@ def cold_start(ground: Ground, split: Split, penalty: Any, data: Data, weights: 
         return Start(centre, nothing)
     apart = data.loss.center - data.means
     pull = apart if weights is None else weights * apart
-    # Of size 1, so that no square overflows: both sides of the comparison are norms.
+    # Scaled to size 1, so that no square overflows: both sides of the comparison are homogeneous.
     size = jnp.max(jnp.abs(pull))
     size = jnp.where(size > 0, size, 1)
     pull = pull / size
@@ -86,7 +80,7 @@ def cold_start(ground: Ground, split: Split, penalty: Any, data: Data, weights: 
         return penalty.value(ground.highest.mv(z)) < size * jnp.sum(pull * z)
 
     def smoothed(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        """What some steps of a lazy random walk leave of z."""
+        """`z` after some steps of a lazy random walk."""
         laplacian = ground.highest.base.laplacian
         z, rounds, _ = carry
         z = jax.lax.fori_loop(0, SMOOTHINGS, lambda _, last: last - laplacian(last) / (2 * ground.degrees), z)
@@ -96,7 +90,7 @@ def cold_start(ground: Ground, split: Split, penalty: Any, data: Data, weights: 
     *_, ruled_out = jax.lax.while_loop(lambda carry: ~carry[2] & (carry[1] < ROUNDS), smoothed, first)
 
     def means() -> Start:
-        # Nothing to solve where another lane of a batch needs this branch.
+        # A batch runs this branch for every lane: where the means are ruled out there is nothing to solve.
         dual, solved = null_space_dual(ground, jnp.where(ruled_out, 0, pull))
         dual = penalty.project_dual(size * dual)
         kept = solved & ~ruled_out

@@ -3,8 +3,8 @@
     value(x) = sum_i w_i |(Δ^(k+1) x)_i|
     prox(x, step) = argmin over u    1/2 ||u - x||² + step * value(u)
 
-The prox is found by iterations, to a duality gap. They keep what they end with, a dual point above all, so that in the
-loop of a solver each starts where the last one ended.
+The prox is computed iteratively, to a duality gap. It keeps its final state, above all a dual point, so that in the
+loop of a solver each prox starts where the last one ended.
 
 Source: Rudin, Osher and Fatemi, "Nonlinear total variation based noise removal algorithms", 1992; Wang, Sharpnack,
 Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016); for proxes that are inexact and warm-started, Schmidt,
@@ -24,8 +24,7 @@ from sparseopt.core.operators import Difference
 from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Status
 from sparseopt.core.solvers.admm import Start
-from sparseopt.core.thresholds import FloatArray, Scalar
-from sparseopt.core.types import pytree, static
+from sparseopt.core.types import FloatArray, Scalar, pytree, static
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import on_rows
 from sparseopt.trend.job import MOST_STEPS, check_parameters
@@ -34,36 +33,26 @@ from sparseopt.trend.methods import AUTO
 from sparseopt.trend.signal import checked_graph, checked_order
 from sparseopt.trend.solver import TrendSolver, trend_solver
 
-# The error of a prox is at most this share of the way that the last one went, so that it vanishes where a solve comes
-# to rest; but its gap need not go below this many eps.
+# The error of a prox is at most this fraction of the last change of the prox, so that it vanishes as a solve converges;
+# but its gap need not go below this many eps.
 CLOSER, LEAST_TOL = 0.2, 10.0
 
 
 @pytree
 class ProxMemory:
-    """What a prox of `TotalVariation` ended with: where the next one starts, and how exact it was.
+    """The final state of a prox of `TotalVariation`: the start of the next one, and its accuracy."""
 
-    Attributes:
-        u: the prox.
-        dual: as the rows lie, no entry larger than its weight; `Δᵀ dual` is a subgradient of the value at u, up to the
-            gap.
-        rho: of its iterations, at a step of 1; 0 before the first.
-        tol: what the gap of the next prox has to reach, if that is less than the penalty's own tolerance.
-        gap: the relative duality gap of its problem. With P the objective there, u lies within `sqrt(2 gap P)` of the
-            exact prox, in Euclidean norm.
-        steps: its iterations.
-        all_steps: its iterations and those of all before.
-        status: a `Status`: CONVERGED where the gap reached its tolerance.
-    """
-
-    u: Any
+    u: Any  # the prox
+    # On the rows, no entry larger than its weight; `Δᵀ dual` is a subgradient of the value at u, up to the gap.
     dual: Any
-    rho: Any
-    tol: Any
+    rho: Any  # of its iterations, at a step of 1; 0 before the first
+    tol: Any  # the gap for the next prox to reach, if it is less than the penalty's tolerance
+    # The relative duality gap. With P the objective, u lies within `sqrt(2 gap P)` of the exact prox, in Euclidean
+    # norm.
     gap: Any
-    steps: Any
-    all_steps: Any
-    status: Any
+    steps: Any  # the number of its iterations
+    all_steps: Any  # the number of iterations of all proxes so far
+    status: Any  # a `Status`: CONVERGED if the gap reached its tolerance
 
 
 @pytree
@@ -75,11 +64,9 @@ class Rows:
     channels: tuple[int, ...] = static()
 
     def mv(self, x: FloatArray) -> FloatArray:
-        """The rows, as they lie."""
         return self.differences.mv(x.reshape(*self.differences.in_shape, *self.channels))
 
     def rmv(self, e: FloatArray) -> FloatArray:
-        """`Δᵀ e` in the caller's shape."""
         return self.differences.rmv(e).reshape(self.shape)
 
 
@@ -87,36 +74,36 @@ class Rows:
 class TotalVariation:
     """`sum_i w_i |(Δ^(k+1) x)_i|` of a signal x on a graph: the penalty of the trend filter, on x itself.
 
-    Order 0 is the total variation (of a picture, the anisotropic one). The prox is the fit that
-    `trend_filter(x, graph, L1(step * weight), order)` finds, to the relative duality gap `tol`. `prox_from` starts it
-    where the last one ended, with an error of at most a fifth of the way that the last one went; its memory says how
-    exact it was (see `ProxMemory`).
+    Order 0 is the total variation (for images, the anisotropic one). The prox is the fit of
+    `trend_filter(x, graph, L1(step * weight), order)`, to the relative duality gap `tol`. `prox_from` starts where the
+    last prox ended, with an error of at most a fifth of the last change; its memory tells its accuracy (see
+    `ProxMemory`).
 
     x has the shape `[n]` in the graph's node order, or `[*shape]` on a grid, or either with trailing channels, which
-    are penalised one by one. The plan of the iterations is made here, once. All methods run under `jit` and `vmap`. The
-    prox has derivatives in x, step and weight, by the optimality conditions of the fit.
+    are penalised separately. The host work is done once, here. All methods run under `jit` and `vmap`. The prox has
+    derivatives in x, step and weight, by the optimality conditions of the fit.
 
-    `AcceleratedProximalGradient` certifies its answer by a duality gap where the loss is `LeastSquares` or `Composed`:
-    the dual point of the last prox is one of the whole problem. In float32 that gap ends near 1e-4 or 1e-5. Elsewhere
-    CONVERGED means that the optimality conditions hold to the tolerance. The penalty is convex, but no `Norm`, since
-    its dual ball has no cheap projection; nor is it separable. For a loss with kinks take `L1` behind
-    `graph.matrix(order + 1)`.
+    `AcceleratedProximalGradient` certifies its answer by a duality gap if the loss is `LeastSquares` or `Composed`: the
+    dual point of the last prox is one of the whole problem. In float32 that gap ends near 1e-4 or 1e-5. For other
+    losses CONVERGED means that the optimality conditions hold to the tolerance. The penalty is convex, but not a
+    `Norm`, since projecting onto its dual ball is expensive; nor is it separable. For a loss with kinks use `L1` with
+    the operator `graph.matrix(order + 1)`.
 
     Args:
-        graph: where x lives; it has an edge.
+        graph: the graph of x, with at least one edge.
         weight: w >= 0, one number or one for each row of `graph.matrix(order + 1)`; a leaf.
         order: k >= 0; 0 favours piecewise constants, 1 piecewise linear signals.
         tol: the relative duality gap of a prox; a leaf.
-        max_steps: limit of the iterations of one prox.
-        method: of them, as in `trend_solver`.
-        dtype: of them: float32 or float64; None for the one that JAX takes by default.
-        channels: of x, whose last axis they are; None for none.
-        solver: that of an earlier TotalVariation, in place of what it was made of: graph, order, method, dtype and
-            channels. JAX and `dataclasses.replace` use it.
+        max_steps: the step limit of a prox.
+        method: as in `trend_solver`.
+        dtype: of the iterations, float32 or float64; None for JAX's default.
+        channels: the length of the last axis of x; None for an x without channels.
+        solver: that of an earlier TotalVariation, instead of graph, order, method, dtype and channels. JAX and
+            `dataclasses.replace` use it.
 
     Raises:
-        TypeError: for a graph that is none.
-        ValueError: for an order, weight, tol, max_steps or method out of its range, as far as it is known; in the
+        TypeError: for a graph that is not a `Graph`.
+        ValueError: for an order, weight, tol, max_steps or method out of its range, unless it is traced; in the
             methods, for an x of another shape.
 
     Example:
@@ -143,7 +130,6 @@ class TotalVariation:
         *,
         solver: TrendSolver | None = None,
     ) -> None:
-        """Check, and make the plan."""
         if solver is None:
             max_steps = _checked(checked_graph(graph), weight, checked_order(order), tol, max_steps)
             solver = trend_solver(graph, order, method, dtype, channels)
@@ -156,16 +142,13 @@ class TotalVariation:
             object.__setattr__(self, name, given)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        """`sum_i w_i |(Δ^(k+1) x)_i|`."""
         inner, rows = self.parts(x)
         return inner.value(rows.mv(x))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """The fit to x with the weights `step * w`, from a cold start."""
         return self.prox_from(x, step, self.memory(x))[0]
 
     def memory(self, x: FloatArray) -> ProxMemory:
-        """A dual point of 0."""
         kind, rows = _wide(x), jax.eval_shape(self.parts(x)[1].mv, x)
         far, none = jnp.full((), jnp.inf, kind), jnp.zeros((), jnp.int32)
         return ProxMemory(
@@ -180,11 +163,11 @@ class TotalVariation:
         )
 
     def prox_from(self, x: FloatArray, step: Scalar, memory: ProxMemory) -> tuple[FloatArray, ProxMemory]:
-        """The fit, from where the last one ended; the memory has no derivatives."""
+        """The prox, started where the last one ended; the memory has no derivatives."""
         kind = _wide(x)
         inner, rows = self.parts(x)
         step, weight = jnp.asarray(step, kind), jnp.asarray(self.weight)
-        # As the weights grow with the step, so do the dual and its rho.
+        # The weights are proportional to the step, and so are the dual and its rho.
         dual = step * memory.dual
         start = Start(x - rows.rmv(dual), dual, step * memory.rho)
         tol = jnp.minimum(memory.tol, self.tol)
@@ -207,7 +190,7 @@ class TotalVariation:
         return u.astype(x.dtype), after
 
     def parts(self, x: FloatArray) -> tuple[L1, Rows]:
-        """L1 with the weights as the rows lie, and `Δ^(k+1)` of arrays like x."""
+        """L1 with the weights of the rows, and `Δ^(k+1)` for arrays like x."""
         solver = self.solver
         channels = () if solver.channels is None else (solver.channels,)
         fitting = {(*nodes, *channels) for nodes in (solver.nodes, (math.prod(solver.nodes),))}
@@ -220,7 +203,6 @@ class TotalVariation:
         return inner, Rows(solver.plans[0].ground.highest, x.shape, channels)
 
     def dual(self, memory: ProxMemory) -> FloatArray:
-        """That of the last prox."""
         return memory.dual
 
 
@@ -230,11 +212,7 @@ def _wide(x: FloatArray) -> Any:
 
 
 def _checked(graph: Graph, weight: Any, order: int, tol: Any, max_steps: Any) -> int:
-    """The step limit; and see that the weight and the tolerance, as far as they are known, serve.
-
-    Raises:
-        ValueError: if one does not.
-    """
+    """The step limit; a ValueError if it, the weight or the tolerance is out of its range. Tracers are not checked."""
     rows = layout_of(graph).count(order + 1)
     if not isinstance(weight, jax.core.Tracer):
         check_parameters(L1(weight), np.dtype(np.float64), rows)

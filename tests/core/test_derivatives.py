@@ -16,8 +16,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 import sparseopt as so
-from sparseopt.core.fidelity import NodeSquares
-from sparseopt.core.node_losses import NodeLoss
+from sparseopt.core.fidelity import NodeLoss, NodeSquares
 from sparseopt.core.operators import Difference, GridBase, Split, edge_base
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation

@@ -9,7 +9,7 @@ from scipy.special import wrightomega
 
 import sparseopt as so
 from sparseopt.core.count_and_label_losses import wright_omega
-from sparseopt.core.node_losses import NodeLoss
+from sparseopt.core.fidelity import NodeLoss
 from sparseopt.core.residual_losses import weighted_quantiles
 from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.types import precision

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.fidelity import NodeSquares
-from sparseopt.core.node_losses import NodeLoss
+from sparseopt.core.fidelity import NodeLoss, NodeSquares
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart
 from sparseopt.core.solvers.mixed import solve_mixed

@@ -137,7 +137,7 @@ def test_processes_with_another_setting_stop_before_any_work(tmp_path, folder):
     commands = [launched(config, output, *(["sparsity=0.6"] if index == 1 else [])) for index in range(2)]
     ended = wait(start(commands, tmp_path, free_port()), tmp_path)
     assert [process.status for process in ended] == [2, 2]
-    assert "not all processes were given the same settings: other than process 0 has it process 1 of 2" in ended[0].err
+    assert "not all processes were given the same settings: process 1 of 2 and process 0 differ" in ended[0].err
     assert not output.exists()
 
 

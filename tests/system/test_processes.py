@@ -39,7 +39,7 @@ def test_processes_with_another_config_stop_before_any_work(tmp_path):
     said = re.fullmatch(r"error: process [0-3] of 4: (.*)\n", found[0].err)
     assert said is not None
     assert said[1] == (
-        "not all processes were given the same config: other than process 0 has it process 2 of 4; start all with the "
+        "not all processes were given the same config: process 2 of 4 and process 0 differ; start all with the "
         "same command, files and version"
     )
     assert [process.err for process in found[1:]] == [""] * 3

@@ -4,16 +4,16 @@
 
     y = x + (t_old - 1) / t (x - x_old)
     z = prox(y - gradient(y) / L, 1 / L)          # L grows until loss(z) <= its quadratic model at y, then shrinks
-    x = z if F(z) <= F(x), else x as it was and t = 1, so that the next step is a plain one from x
+    x = z if F(z) <= F(x), else x unchanged and t = 1, so that the next step is a plain one from x
 
-The momentum is also dropped where it points uphill, `<y - z, z - x> > 0`. A loss whose image is affine in x, as that of
-a matrix is, needs one product with the matrix and one with its transpose an iteration: the image of y is a combination
-of those of x and x_old.
+The momentum is also dropped where it points uphill, `<y - z, z - x> > 0`. A loss whose image is affine in x, such as
+that of a matrix, needs one product with the matrix and one with its transpose per iteration: the image of y is a
+combination of those of x and x_old.
 
 Source: Beck and Teboulle, "A fast iterative shrinkage-thresholding algorithm for linear inverse problems", 2009, and
 "Fast gradient-based algorithms for constrained total variation image denoising", 2009, for the monotone form;
-O'Donoghue and Candes, "Adaptive restart for accelerated gradient schemes", 2015; for the shrinking L Scheinberg,
-Goldfarb and Bai, "Fast first-order methods for composite convex optimization with backtracking", 2014.
+O'Donoghue and Candes, "Adaptive restart for accelerated gradient schemes", 2015; Scheinberg, Goldfarb and Bai, "Fast
+first-order methods for composite convex optimization with backtracking", 2014, for the shrinking L.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ from sparseopt.core.penalties import Composite, cold_memory, prox_from
 from sparseopt.core.problem import Measure, Problem, Progress, needs
 from sparseopt.core.types import pytree, static
 
-# L is multiplied by the first where its quadratic model fails, and by the second after every iteration.
+# The factors of L where its quadratic model fails, and after every iteration.
 GROWTH, SHRINKAGE = 1.5, 0.97
 MOST_BACKTRACKS = 60
-# The solve ends when the residual has not fallen for this many checks and is near the rounding level.
+# The solve ends when the residual, near the rounding level, has not fallen for this many checks.
 PATIENCE = 20
 
 
 @pytree
 class AcceleratedState:
-    """One state of the iteration."""
+    """The state of `AcceleratedProximalGradient`."""
 
     x: Any
     image: Any  # of x
@@ -57,7 +57,7 @@ class AcceleratedState:
 
     @property
     def step_size(self) -> Array:
-        """One for which an answer is a fixed point of the proximal gradient step."""
+        """A step for which the answer is a fixed point of the proximal gradient step."""
         return 1 / self.curvature
 
 
@@ -65,14 +65,14 @@ class AcceleratedState:
 class AcceleratedProximalGradient:
     """Accelerated proximal gradient descent for `solve`: any smooth loss, any penalty with a prox, no operator.
 
-    F never increases by more than its rounding error. Where the penalty has a conjugate and the loss is least squares,
-    a scalar loss on `A x` or a `Quadratic`, the residual is the relative duality gap, and so it is for a `Composite`
-    penalty with the first two. Elsewhere, and where a dual point cannot be scaled into the conjugate's domain, it is
+    F never increases by more than its rounding error. The residual is the relative duality gap if the penalty has a
+    conjugate and the loss is least squares, a scalar loss on `A x` or a `Quadratic`, and for a `Composite` penalty with
+    the first two losses. Otherwise, and where a dual point cannot be scaled into the conjugate's domain, it is
     `L ||x - prox(x - gradient / L)||` over the length of the gradient at 0, which is 0 at stationary points, and the
     gap is NaN. Both are computed every `cadence` iterations, at the end of a step.
 
     Attributes:
-        step_size: 1 / L, kept as it is; None finds it by backtracking.
+        step_size: 1 / L, constant; None finds it by backtracking.
         cadence: iterations between two checks. A check costs one product with the transpose, and one prox.
     """
 
@@ -80,29 +80,23 @@ class AcceleratedProximalGradient:
     cadence: int = static(default=10)
 
     def refuses(self, problem: Problem) -> str | None:
-        """An operator, a loss without gradients, and a penalty without a prox."""
-        return needs(self, problem, loss="value gradient") or self._refuses_kinks(problem.loss)
-
-    def _refuses_kinks(self, loss: Any) -> str | None:
-        if is_smooth(loss):
-            return None
-        inner = type(getattr(loss, "loss", loss)).__name__
+        if (reason := needs(self, problem, loss="value gradient")) or is_smooth(problem.loss):
+            return reason
+        inner = type(getattr(problem.loss, "loss", problem.loss)).__name__
         return f"AcceleratedProximalGradient needs a smooth loss, given {inner}, which has kinks; use PrimalDual"
 
     @property
     def stride(self) -> int:
-        """Iterations that a step makes: up to the next check."""
         return self.cadence
 
     def init(self, problem: Problem, x0: Float[Array, "..."]) -> AcceleratedState:
-        """The start, its image, and a first guess at L from below."""
         loss = with_image(problem.loss)
         x0 = jnp.asarray(x0)
         image = loss.image(x0)
         at_zero = problem.loss.gradient(jnp.zeros_like(x0))
         if self.step_size is None:
             here = loss.gradient_at(x0, image)
-            # One step of the power method along the gradient, by a finite difference.
+            # A first guess at L from below: one step of the power method along the gradient, by a finite difference.
             size = jnp.linalg.norm(here.reshape(-1))
             probe = here / jnp.where(size > 0, size, 1)
             moved = x0 - probe
@@ -129,13 +123,11 @@ class AcceleratedProximalGradient:
         )
 
     def step(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
-        """`cadence` iterations and a check."""
         problem = dataclasses.replace(problem, loss=with_image(problem.loss))
         state = jax.lax.fori_loop(0, self.cadence, lambda _, now: self._advanced(problem, now), state)
         return self._checked(problem, state)
 
     def _advanced(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
-        """One iteration."""
         loss, penalty = problem.loss, problem.penalty
         y = state.x + state.momentum * (state.x - state.x_old)
         if isinstance(loss, PlainLoss):
@@ -168,7 +160,7 @@ class AcceleratedProximalGradient:
             carry = jax.lax.while_loop(failing, shorter, carry)
         curvature, (z, image, _, lost, memory), _ = carry
         objective = loss.value_at(z, image) + penalty.value(z)
-        # From a start outside a constraint's set, at +inf, every step is taken. So is a NaN: the solve ends NONFINITE.
+        # From a start outside a constraint's set, at +inf, every step is taken; so is a NaN, which ends the solve.
         taken = ~(objective > state.objective + 8 * eps * jnp.abs(state.objective))
         uphill = jnp.sum((y - z) * (z - state.x)) > 0
         again = ~taken | uphill
@@ -193,7 +185,6 @@ class AcceleratedProximalGradient:
         )
 
     def _checked(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
-        """The state with a fresh residual and gap."""
         loss, penalty, x = problem.loss, problem.penalty, state.x
         gradient = loss.gradient_at(x, state.image)
         curvature = state.curvature
@@ -216,14 +207,11 @@ class AcceleratedProximalGradient:
         return dataclasses.replace(state, residual=residual, gap=gap, progress=progress, prox_memory=memory)
 
     def measure(self, problem: Problem, state: AcceleratedState) -> Measure:
-        """What this step's check found."""
-        # What a prox is known to, by a gap near eps, and so the residual, lies near the root of eps.
+        # An iterative prox has a gap near eps, so its error, and the residual, is near the root of eps.
         level = None if state.prox_memory is None else float(jnp.finfo(state.residual.dtype).eps) ** 0.5
         stalled = state.progress.stalled(state.residual, PATIENCE, level)
         nonconvex = not is_convex(problem.penalty)
         return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled, nonconvex)
 
     def extract(self, problem: Problem, state: AcceleratedState) -> Float[Array, "..."]:
-        """The current point."""
-        del problem
         return state.x

@@ -1,4 +1,4 @@
-"""Floor 4: L1 behind a product of sparse matrices, by an interior point method on its dual, on the host.
+"""Floor 4: L1 of a product of sparse matrices, by an interior point method on the dual, on the host.
 
     minimise over x    1/2 sum_j w_j (x_j - y_j)²  +  sum_r c_r |(Δ x)_r|,        Δ = F_1 ... F_m
 
@@ -6,7 +6,7 @@ Its dual, with q = Δᵀ u:
 
     minimise over u    sum_j ( q_j² / (2 w_j) - y_j q_j )    so that    |u_r| <= c_r,    q_j = 0 where w_j = 0
 
-The solver is PIQP, the extra `interior`; the forms of the problem below are the quickest for it that we found.
+The solver is PIQP, the extra `interior`; the form of the problem below was the fastest for it.
 
 Source: Schwan, Jiang, Kuhn, Jones, "PIQP: a proximal interior-point quadratic programming solver", CDC 2023.
 """
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-# What PIQP is asked for: a share of the gap, and residuals of this multiple of what would do if all pulled one way.
+# The tolerances of PIQP: a fraction of the gap, and for the residuals this multiple of the worst case, in which all of
+# them add up.
 GAP_SHARE, SCATTER = 0.5, 100.0
-# No problem was seen to take half as many steps, unless rounding forbids the tolerance: where the weight is so large
-# that q is a difference of much larger numbers.
+# No problem took half as many steps, except where rounding forbids the tolerance: for a weight so large that q is a
+# difference of much larger numbers.
 MOST_STEPS = 50
 
 
@@ -32,13 +33,8 @@ def is_available() -> bool:
 class DualProgram:
     """The dual as a quadratic program in u / weight and, for several factors, the partial products p on the way to q.
 
-    With Δᵀ = F_mᵀ ... F_1ᵀ and p_i = F_iᵀ p_(i-1), p_0 = u, the Hessian is `F_m W^-1 F_mᵀ` on the last p. No product of
-    factors is formed, which keeps the matrices sparse.
-
-    Args:
-        factors: F_1 to F_m.
-        node_weights: w `[n]`, 0 where missing, or None for ones.
-        row_weights: c `[rows]`, not all 0.
+    With Δᵀ = F_mᵀ ... F_1ᵀ and p_i = F_iᵀ p_(i-1), p_0 = u, the Hessian is `F_m W^-1 F_mᵀ` on the last p. Without
+    products of factors the matrices stay sparse. The node weights w are 0 where missing, the row weights c not all 0.
     """
 
     def __init__(
@@ -79,14 +75,9 @@ class DualProgram:
     def solve(
         self, y: np.ndarray, weight: float, tol: float, scale: float, max_steps: int
     ) -> tuple[np.ndarray, np.ndarray, int, bool]:
-        """Fit `[n]`, dual `[rows]`, steps, and whether the method came to its end.
+        """Fit `[n]`, dual `[rows]`, steps, and whether the method converged to the relative gap `tol`.
 
-        Args:
-            y: the signal; what it holds at missing nodes does not matter.
-            weight: the mean of the positive row weights.
-            tol: the relative gap.
-            scale: a guess of the objective.
-            max_steps: limit.
+        `weight` is the mean of the positive row weights, `scale` an estimate of the objective.
         """
         u = np.zeros(self.kept.size)
         pull = self.last @ np.where(self.seen, y, 0) / weight
@@ -94,8 +85,8 @@ class DualProgram:
             return y, u, 0, True
         solver = self._set_up(np.r_[np.zeros(self.before), -pull])
         settings = solver.settings
-        # Its objective is minus the dual one over weight², so its gap is ours but for the residuals, which count less
-        # the more they scatter. Its own relative measures compare with other sizes.
+        # Its objective is minus ours over weight², so its gap is ours up to the residuals, which partly cancel. Its own
+        # relative measures compare with other sizes.
         settings.eps_rel = settings.eps_duality_gap_rel = np.finfo(float).tiny
         settings.eps_duality_gap_abs = GAP_SHARE * tol * scale / weight**2
         settings.eps_abs = SCATTER * tol * scale / (weight**2 * u.size)
@@ -109,7 +100,7 @@ class DualProgram:
         return fit, u, int(result.info.iter), result.info.status.name == "PIQP_SOLVED"
 
     def lower_bound(self, y: np.ndarray, weight: float) -> float:
-        """The dual objective on the line through the differences of y, which tells the size of the objective."""
+        """The best dual objective along the differences of y, an estimate of the objective."""
         rows = self._differences(np.where(self.seen, y, 0))
         pull = self._pulled(rows)
         along, curve = float(rows @ rows), float(np.sum(np.where(self.seen, pull**2 / self.weights, 0)))
@@ -126,13 +117,11 @@ class DualProgram:
         return x
 
     def _pulled(self, u: np.ndarray) -> np.ndarray:
-        """Their transpose."""
         for factor in (*self.factors, self.last):
             u = factor.T @ u
         return u
 
     def _set_up(self, linear: np.ndarray) -> Any:
-        """The solver with this linear term."""
         if self.solver is not None:
             self.solver.update(c=linear)
             return self.solver

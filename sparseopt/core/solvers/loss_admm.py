@@ -1,9 +1,9 @@
-"""Floor 4: the split ADMM for any convex loss of the nodes, by a second copy of x.
+"""Floor 4: the split ADMM for any convex loss of the nodes, with a second copy of x.
 
     minimise over x    loss(x) + penalty(Ψ Δ x),        loss(x) = sum_j w_j f(x_j; y_j)
 
-The iteration of `admm.py` for the stacked map `[I; Ψ Δ]`: loss and penalty enter through their proxes alone, and
-the x-step is that of the square loss. With z = Δ x, duals p of the loss and g of the penalty, memories c and d,
+The iteration of `admm.py` for the stacked map `[I; Ψ Δ]`: loss and penalty enter only through their proxes, and the
+x-step is that of the square loss. With z = Δ x, duals p of the loss and g of the penalty, memories c and d,
 `t_j = sigma M_j` and `s_r = rho / S_r`:
 
     v  = x - c + p / t,            p' = t (v - prox(v, 1 / t))            # a subgradient of the loss at its prox
@@ -14,11 +14,11 @@ the x-step is that of the square loss. With z = Δ x, duals p of the loss and g 
 
 For a norm the iteration restarts from its own average, by the rule of Applegate, Hinder, Lu and Lubin, "Faster
 first-order primal-dual methods for linear programming using restarts and sharpness", 2023: when the better of average
-and iterate has a fifth of the gap of the last restart, or when a third of all steps went by. Absolute losses, which
-spiral around their answer otherwise, need a third of the steps or fewer.
+and iterate has a fifth of the gap at the last restart, or after a third of all steps. For absolute losses, whose
+iterates otherwise spiral around the answer, this saves two thirds of the steps or more.
 
 The certificate: every g in the penalty's dual ball for which `-Δᵀ Ψᵀ g` lies in the domain of the loss's conjugate
-bounds the optimum from below. g' is in the ball; where it leaves that domain it is drawn towards an `Anchor` inside.
+bounds the optimum from below. g' is in the ball; outside that domain it is moved towards an `Anchor` inside.
 
 Source: Boyd, Parikh, Chu, Peleato, Eckstein, "Distributed optimization and statistical learning via ADMM", 2011,
 sections 3.4.3 and 5; the diagonal metrics are those of Pock and Chambolle, 2011, as in `admm.py`.
@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.certify import relative_gap
 from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Measure, Problem, needs
+from sparseopt.core.problem import Measure, Problem, Progress, needs
 from sparseopt.core.solvers.admm import refuses_unsplit
 from sparseopt.core.types import pytree, static
 
@@ -43,19 +43,22 @@ BALANCE = 3.0
 # rho and sigma change at these multiples of 1, 2, 4, ...; from MOVING on they follow the last step.
 FIRST_CHANGE = 10
 MOVING = 40
+MOST_CHANGES = 9
 LARGEST_FACTOR = 4.0
 # Without convexity a falling rho lets the iterates wander between local minima: later it only grows, gently.
 GENTLE_FACTOR = 1.5
-# When the iteration restarts: at this share of the gap, or when the last restart is this share of all steps ago.
+# The iteration restarts at this fraction of the gap at the last restart, or this fraction of all steps after it.
 RESTART_GAP = 0.2
 RESTART_LENGTH = 0.36
-# A gap within this multiple of its estimated rounding error may be the last that the precision allows.
+# The solve ends after this many iterations in which the residual did not fall by a tenth and is within this multiple of
+# its estimated rounding error.
+PATIENCE = 100
 ROUNDING_MARGIN = 30.0
 
 
 @pytree
 class LossStart:
-    """Where the solve starts: the point, the dual point (row shape), rho and sigma; None for the solver's own."""
+    """Where the solve starts: the point, the dual point (row shape), rho and sigma; None for the solver's defaults."""
 
     x: Any
     dual: Any
@@ -72,18 +75,17 @@ class Anchor:
 
 
 class Check(NamedTuple):
-    """What a check found, and what it must remember."""
+    """The result of a check."""
 
     residual: Any
     objective: Any
     gap: Any
-    best: Any  # the best residual so far
-    waited: Any  # steps since it was found
+    progress: Any  # counts iterations
     floor: Any  # the estimated rounding error of the residual
 
 
 class Iterate(NamedTuple):
-    """What the iteration maps to its next value; an average of iterates is one too."""
+    """An iterate, or an average of iterates."""
 
     x: Any
     inner: Any  # z = Δ x, or None where Δ is the identity
@@ -97,12 +99,12 @@ class Iterate(NamedTuple):
 
 @pytree
 class LossAdmmState:
-    """One state of the iteration."""
+    """The state of `LossAdmm`."""
 
     now: Iterate
     copies: Any  # the last proxes of loss and penalty; None for a norm, which does not need them
-    sums: Any  # an Iterate, summed since the last restart; None unless the penalty is a norm
-    length: Any  # how many
+    sums: Any  # the sum of iterates since the last restart; None unless the penalty is a norm
+    length: Any  # their number
     restart_gap: Any  # the gap at the last restart
     sigma: Any
     rho: Any
@@ -117,13 +119,9 @@ class LossAdmmState:
 
 
 def certificate(problem: Problem, x: Array, dual: Array, anchor: Anchor) -> tuple[Array, Array]:
-    """The objective at x and the relative duality gap `(P - D) / D` for a norm; +inf where D is not positive.
+    """The objective at x and the relative duality gap of a `NodeLoss` and a `Norm` by a dual point in the ball.
 
-    Args:
-        problem: its loss is a `NodeLoss`, its penalty a `Norm`.
-        x: the point.
-        dual: in the ball; it is drawn towards the anchor as far as the loss's conjugate needs.
-        anchor: see `Anchor`.
+    The dual point is moved towards the anchor until it lies in the domain of the loss's conjugate.
     """
     loss, penalty = problem.loss, problem.penalty
     rows, pulled = problem.operator.mv(x), problem.operator.rmv(dual)
@@ -132,7 +130,7 @@ def certificate(problem: Problem, x: Array, dual: Array, anchor: Anchor) -> tupl
     pulled = anchor.pulled + share * (pulled - anchor.pulled)
     objective = loss.value(x) + penalty.value(rows)
     slack = loss.slack(x, pulled) + total(penalty.slack(rows, dual))
-    # e^x overflows early in a solve; that is far from the answer, and no failure.
+    # e^x may overflow early in a solve, far from the answer; that is no failure.
     return jnp.minimum(objective, jnp.finfo(x.dtype).max), relative_gap(slack, objective)
 
 
@@ -143,38 +141,24 @@ class LossAdmm:
     For a `Norm` the residual is the relative duality gap, never below the relative suboptimality
     `(P(x) - P*) / P*`. For any other penalty it is a stationarity residual, the largest of
     `||p' + ΔᵀΨᵀ g'|| / ||p'||`, `||x - copy|| / ||x||` and `||Ψ Δ x - prox|| / ||Ψ Δ x||`; the gap is NaN. Both are
-    found at every `cadence`-th iteration, where a step ends.
+    computed every `cadence` iterations, at the end of a step.
 
-    rho and sigma change at steps 10, 20, 40, ..., `changes` times at most, by a factor of 4 at most; then they stay.
-
-    Attributes:
-        node_solve: solves `(M + rho / sigma Δᵀ C Δ) x = right`.
-        anchor: for a norm; None otherwise.
-        rho: the start value, where the `LossStart` brings none.
-        sigma: likewise: about the mean curvature of the loss.
-        metric: M, `[*nodes]` or with channels, of mean 1; None for ones, which the cosine x-step needs.
-        relaxation: in (0, 2).
-        cadence: steps between two checks.
-        changes: how often rho and sigma may change; 0 keeps them.
-        patience: steps without a residual lower by a tenth, near the rounding level, that end the solve.
+    rho and sigma change at steps 10, 20, 40, ..., at most nine times, by a factor of at most 4.
     """
 
-    node_solve: Any
-    anchor: Any
-    rho: Any
-    sigma: Any
-    metric: Any = None
-    relaxation: Any = 1.7
-    cadence: int = static(default=5)
-    changes: int = static(default=9)
-    patience: int = static(default=100)
+    node_solve: Any  # solves `(M + rho / sigma Δᵀ C Δ) x = right`
+    anchor: Any  # for a norm; None otherwise
+    rho: Any  # the start value, unless the `LossStart` has one
+    sigma: Any  # the same; about the mean curvature of the loss
+    metric: Any = None  # M, `[*nodes]` or with channels, of mean 1; None for ones, which the cosine x-step needs
+    relaxation: Any = 1.7  # in (0, 2)
+    cadence: int = static(default=5)  # iterations between two checks
 
     def refuses(self, problem: Problem) -> str | None:
-        """An operator that is not a `Split`, and a loss or a penalty without what a step uses."""
         return refuses_unsplit(self, problem) or needs(self, problem, operator=True, loss="value prox")
 
     def init(self, problem: Problem, x0: LossStart) -> LossAdmmState:
-        """No memory yet, g the start's dual, p in balance with it."""
+        """No memory, g from the start, p in balance with it."""
         dtype = x0.x.dtype
         split = problem.operator
         far = jnp.full((), jnp.inf, dtype)
@@ -202,22 +186,20 @@ class LossAdmm:
             sigma=jnp.asarray(self.sigma if x0.sigma is None else x0.sigma, dtype),
             rho=jnp.asarray(self.rho if x0.rho is None else x0.rho, dtype),
             count=jnp.zeros((), jnp.int32),
-            next_change=jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32),
-            check=Check(far, objective, far, far, jnp.zeros((), jnp.int32), 0 * far),
+            next_change=jnp.full((), FIRST_CHANGE, jnp.int32),
+            check=Check(far, objective, far, Progress(far, jnp.zeros((), jnp.int32)), 0 * far),
         )
 
     @property
     def stride(self) -> int:
-        """Iterations that a step makes: up to the next check, so that nothing is kept for a check before it is due."""
         return self.cadence
 
     def step(self, problem: Problem, state: LossAdmmState) -> LossAdmmState:
-        """`cadence` iterations and a check."""
         state = jax.lax.fori_loop(0, self.cadence - 1, lambda _, last: self._advanced(problem, last)[0], state)
         return self._checked(problem, *self._advanced(problem, state))
 
     def _advanced(self, problem: Problem, state: LossAdmmState) -> tuple[LossAdmmState, tuple[Array, ...]]:
-        """The state after one iteration, and the way that duals and points went."""
+        """The state after one iteration, and the changes of duals and points."""
         split, loss, penalty, now = problem.operator, problem.loss, problem.penalty, state.now
         keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
         x, z = now.x, (now.x if now.inner is None else now.inner)
@@ -263,7 +245,6 @@ class LossAdmm:
         return state, moved
 
     def _checked(self, problem: Problem, state: LossAdmmState, moved: tuple[Array, ...]) -> LossAdmmState:
-        """The state with a fresh check and, where they are due, a restart and new rho and sigma."""
         rho_factor, sigma_factor = self._factors(problem, state, moved)
         if state.sums is None:
             residual, objective = self._stationarity(problem, state)
@@ -272,14 +253,11 @@ class LossAdmm:
         else:
             state, objective, residual, floor = self._restarted(problem, state)
             gap = residual
-        better = residual < 0.9 * state.check.best
-        best = jnp.where(better, residual, state.check.best)
-        waited = jnp.where(better, 0, state.check.waited + self.cadence)
         due = (state.next_change >= 0) & (state.count >= state.next_change)
         rho_factor, sigma_factor = jnp.where(due, rho_factor, 1), jnp.where(due, sigma_factor, 1)
-        last = FIRST_CHANGE * 2 ** max(self.changes - 1, 0)
+        last = FIRST_CHANGE * 2 ** (MOST_CHANGES - 1)
         following = jnp.where(state.next_change < last, 2 * state.next_change, -1)
-        # rho d and sigma c are dual quantities: a change keeps them. What was summed belongs to another iteration.
+        # rho d and sigma c are dual quantities, which a change keeps. The sums belong to the old iteration.
         now = state.now._replace(memory=state.now.memory / rho_factor, loss_memory=state.now.loss_memory / sigma_factor)
         return dataclasses.replace(
             state,
@@ -290,13 +268,13 @@ class LossAdmm:
             rho=state.rho * rho_factor,
             sigma=state.sigma * sigma_factor,
             next_change=jnp.where(due, following, state.next_change),
-            check=Check(residual, objective, gap, best, waited, floor),
+            check=Check(residual, objective, gap, state.check.progress.after(residual, self.cadence), floor),
         )
 
     def _restarted(self, problem: Problem, state: LossAdmmState) -> tuple[LossAdmmState, Array, Array, Array]:
-        """The state after a restart, if one is due, its objective, its gap, and the gap's rounding error."""
+        """The state, restarted if a restart is due, its objective, its gap, and the gap's rounding error."""
         now, mean = state.now, jax.tree.map(lambda s: s / state.length, state.sums)
-        # One after the other: the program is compiled once, and holds one set of rows at a time.
+        # A loop: the program is compiled once, and holds one set of rows at a time.
         objectives, gaps = jax.lax.map(
             lambda point: certificate(problem, point[0], point[1], self.anchor),
             (jnp.stack([now.x, mean.x]), jnp.stack([now.candidate, mean.candidate])),
@@ -305,7 +283,7 @@ class LossAdmm:
         due = (least <= RESTART_GAP * state.restart_gap) | (state.length >= RESTART_LENGTH * state.count)
         take = due & (gaps[1] < gaps[0])
         objective = jnp.where(take, objectives[1], objectives[0])
-        # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
+        # Rows of x are known to eps |x|, and so is their penalty: no answer in this precision is better.
         size = problem.operator.row_scale * jnp.sqrt(total(now.x * now.x) / now.x.size)
         noise = problem.penalty.value(jnp.broadcast_to(size, now.candidate.shape))
         limits = jnp.finfo(now.x.dtype)
@@ -320,7 +298,6 @@ class LossAdmm:
         return state, objective, jnp.where(take, gaps[1], gaps[0]), floor
 
     def _stationarity(self, problem: Problem, state: LossAdmmState) -> tuple[Array, Array]:
-        """The residual of a penalty that is no norm, and the objective."""
         split, now, (copy, prox) = problem.operator, state.now, state.copies
         limits = jnp.finfo(now.x.dtype)
 
@@ -334,7 +311,7 @@ class LossAdmm:
         return jnp.maximum(balance, apart), objective
 
     def _factors(self, problem: Problem, state: LossAdmmState, moved: tuple[Array, ...]) -> tuple[Array, Array]:
-        """What to multiply rho and sigma with."""
+        """The factors of rho and sigma."""
         split, now = problem.operator, state.now
         tiny = jnp.finfo(now.x.dtype).tiny
         metric = jnp.ones((), now.x.dtype) if self.metric is None else self.metric
@@ -358,28 +335,21 @@ class LossAdmm:
         return jnp.clip(rho_factor, least, largest), jnp.clip(sigma_factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
 
     def measure(self, problem: Problem, state: LossAdmmState) -> Measure:
-        """What this step's check found."""
-        del problem
         check = state.check
-        near = check.best <= ROUNDING_MARGIN * check.floor
+        near = check.progress.best <= ROUNDING_MARGIN * check.floor
         return Measure(
             residual=check.residual,
             objective=check.objective,
             gap=check.gap,
             extra={"rho": state.rho, "sigma": state.sigma},
-            stalled=near & (check.waited >= self.patience),
+            stalled=near & (check.progress.waited >= PATIENCE),
         )
 
     def duals(self, problem: Problem, state: LossAdmmState) -> tuple[Array, Array]:
-        """The subgradients p' and g' at the last proxes."""
-        del problem
         return state.now.loss_candidate, state.now.candidate
 
     def prox_step(self, problem: Problem, state: LossAdmmState) -> Array:
-        """`S / rho`."""
         return problem.operator.row_scale / state.rho
 
     def extract(self, problem: Problem, state: LossAdmmState) -> Float[Array, "..."]:
-        """X."""
-        del problem
         return state.now.x

@@ -1,4 +1,4 @@
-"""Floor 4: the x-step of the split ADMM, `(W + rho Δᵀ C Δ) x = right`, in the ways that pay.
+"""Floor 4: the x-step of the split ADMM, `(W + rho Δᵀ C Δ) x = right`.
 
 Each class has `solve(loss, split, right, rho, guess)`; rho may be traced.
 """
@@ -9,14 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from sparseopt.core.fidelity import NodeSquares
 from sparseopt.core.losses import HIGHEST
 from sparseopt.core.operators import Split
-from sparseopt.core.types import pytree, static
-
-FloatArray = Float[Array, "..."]
+from sparseopt.core.types import FloatArray, pytree, static
 
 
 @pytree
@@ -24,8 +22,6 @@ class Diagonal:
     """Δ = I: a division."""
 
     def solve(self, loss: NodeSquares, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
-        """`right / (w + rho C)`."""
-        del guess
         return right / ((1 if loss.weights is None else loss.weights) + rho * split.column_scale)
 
 
@@ -39,11 +35,11 @@ def cosine_matrix(n: int) -> np.ndarray:
 
 @pytree
 class Cosine:
-    """W = I and C constant on a grid: `ΔᵀΔ`, a sum of powers of L, is diagonal under the DCT-II.
+    """W = I and C constant on a grid: `ΔᵀΔ`, a sum of powers of L, is diagonal under the DCT-II; exact.
 
-    The transform is a product with cosine matrices along each axis, which beats the FFT on a CPU up to a thousand
-    points an axis; longer axes go through the FFT. Cosines are even or odd about the middle of an axis: the products
-    are with the halves of both kinds, which halves the work, and the spectrum has the even ones first.
+    The transform is a product with cosine matrices along each axis, which on a CPU is faster than the FFT up to a
+    thousand points per axis; longer axes use the FFT. Cosines are even or odd about the middle of an axis: products
+    with half matrices of both kinds halve the work, and the spectrum has the even ones first.
     """
 
     matrices: tuple[Any, ...]  # of each axis, even [ceil(n / 2)]² and odd [n // 2]²; None for the FFT
@@ -66,8 +62,6 @@ class Cosine:
         return self._transform(spectrum * self._transform(x, inverse=False), inverse=True)
 
     def solve(self, loss: NodeSquares, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
-        """Exact, by two transforms."""
-        del loss, guess
         scale = rho * split.column_scale
         return self.filtered(right, lambda level: 1 / (1 + scale * sum(level**power for power in self.powers)))
 
@@ -114,8 +108,8 @@ def cosine_solve(shape: tuple[int, ...], powers: tuple[int, ...], dtype: Any) ->
 class ConjugateGradient:
     """Any graph and weights: CG from the last x, preconditioned by `w + rho diag(ΔᵀCΔ)`.
 
-    It stops at `tolerance` times the residual of the first guess, so that the inner error shrinks with the
-    outer one, or after `max_steps`. Source: Hestenes and Stiefel, 1952.
+    It stops at `tolerance` times the residual of the guess, so that the inner error shrinks with the outer one, or
+    after `max_steps`. Source: Hestenes and Stiefel, 1952.
     """
 
     diagonal: Any  # of Δᵀ C Δ, at the nodes
@@ -123,7 +117,6 @@ class ConjugateGradient:
     max_steps: int = static(default=200)
 
     def solve(self, loss: NodeSquares, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
-        """The approximate solution."""
         weights = 1 if loss.weights is None else loss.weights
         scale = weights + rho * self.diagonal
 

@@ -7,16 +7,16 @@ Both terms are dualised: with the stacked map `K~ = [A; K]`, duals `w = (s, u)` 
     x' = x - M^-1 K~ᵀ w / omega
     w' = v - sigma y,    y = prox(v / sigma, 1 / sigma) of h,    v = w + sigma K~ (2 x' - x),    sigma = omega S
 
-`PrimalDual` takes a number for M, the squared norm of `S^(1/2) K~`, and needs products alone. `SplitAdmm` takes
-`M = K~ᵀ S K~`, whose inverse is made once: that is the alternating direction method of multipliers, and needs few steps
-however badly A and K are conditioned. T, the map of `z = (x, w)` to (x', w'), is firmly nonexpansive in the metric of
-the method. Two iterations follow from that. Where f is smooth, T is over-relaxed, and omega is set to the ratio of the
-ways that w and x go in a step, at iterations 10, 20, 40, ...:
+`PrimalDual` takes a number for M, the squared norm of `S^(1/2) K~`, and needs only products. `SplitAdmm` takes
+`M = K~ᵀ S K~`, inverted once: this is the alternating direction method of multipliers, and needs few steps however
+badly A and K are conditioned. T, the map of `z = (x, w)` to (x', w'), is firmly nonexpansive in the metric of the
+method. This gives two iterations. Where f is smooth, T is over-relaxed, and at iterations 10, 20, 40, ... omega is set
+to the ratio of the lengths of the last steps of w and x:
 
     z <- z + 1.8 (T(z) - z)
 
-Where f has kinks this spirals. There the reflected Halpern iteration is anchored at a point and restarted where its
-fixed-point residual has fallen; then omega moves towards the ratio of the ways that w and x went since the last one:
+Where f has kinks this spirals. There the reflected Halpern iteration is anchored at a point and restarted when its
+fixed-point residual has fallen; omega then moves towards the ratio of the distances of w and x from the last restart:
 
     z <- (k + 1) / (k + 2) (2 T(z) - z) + z_first / (k + 2)
 
@@ -27,6 +27,7 @@ Eckstein and Bertsekas, "On the Douglas-Rachford splitting method", 1992, for th
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.certify import PENALTY_MOVE, certificate, has_conjugate, is_convex
-from sparseopt.core.dense import product
+from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.fidelity import total
 from sparseopt.core.losses import Quadratic, is_smooth
 from sparseopt.core.matrices import norm_estimate
@@ -45,25 +46,27 @@ from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Measure, Problem, Progress, needs
 from sparseopt.core.types import pytree, static
 
-# The square of the step is this share of what the norm allows, since the norm is estimated from below.
+# The square of the step is this fraction of what the norm allows, since the norm is estimated from below.
 MARGIN = 0.95
 NORM_STEPS = 40
-# A restart is due when the fixed-point residual has fallen to the first share of its value at the last restart, or to
-# the second share and rises again, or when the iterations since the last restart are the third share of all.
+# A restart is due when the fixed-point residual has fallen to the first fraction of its value at the last restart, or
+# to the second and rises again, or when the iterations since the last restart are the third fraction of all.
 SUFFICIENT, NECESSARY, ARTIFICIAL = 0.2, 0.8, 0.36
 # Over-relaxation for smooth losses; when and how far their omega changes.
 RELAXATION = 1.8
 MOVING, LARGEST_FACTOR = 40, 4.0
-# The solve ends where rounding keeps the residual from falling for so many certificates.
+# The solve ends when rounding keeps the residual from falling for this many certificates.
 PATIENCE = 8
-# From one certificate to the next the iterations grow by this share.
+# The iteration number of a certificate over that of the previous one.
 CERTIFICATE_GROWTH = 1.3
-# The linear solve of a certificate takes so many steps at most, and the iterations so far divided by so much.
+# The linear solve of a certificate takes at most so many steps, plus the iterations so far divided by so many.
 LEAST_SOLVE, SOLVE_SHARE = 10, 10
+# `SplitAdmm` takes up to this many unknowns.
+CHEAP = 3000
 
 
 class Point(NamedTuple):
-    """A primal-dual point with its images, all that the iteration combines."""
+    """A primal-dual point with its images."""
 
     x: Any
     duals: tuple[Any, Any]  # s and u
@@ -73,21 +76,21 @@ class Point(NamedTuple):
 
 @pytree
 class PrimalDualState:
-    """One state of the iteration."""
+    """The state of `PrimalDual`."""
 
     now: Point  # z
-    mapped: Point  # T of the z before
+    mapped: Point  # T of the previous z
     copies: tuple[Any, Any]  # the last y
     first: Point  # where the iteration was restarted
     metric: Any  # M: a number, or the inverse of the matrix
-    scales: tuple[Any, Any]  # S, a number a block
+    scales: tuple[Any, Any]  # S, a number per block
     omega: Any
     count: Any  # iterations since the restart
     steps: Any
     next_change: Any
     fixed_point: Any  # the fixed-point residual at the last check, and at the last restart
     fixed_point_first: Any
-    loss: Any  # the loss as a `MatrixLoss`, where it is a `Quadratic`
+    loss: Any  # the loss as a `MatrixLoss` if it is a `Quadratic`
     residual: Any
     objective: Any
     gap: Any
@@ -98,42 +101,36 @@ class PrimalDualState:
 
 @pytree
 class PrimalDual:
-    """The primal-dual method for `solve`: any loss of data, smooth or not, and any penalty behind a linear map.
+    """The primal-dual method for `solve`: any loss of data, smooth or not, and any penalty of a linear map of x.
 
     Where the penalty has a conjugate, the residual is the relative duality gap. The dual pair is feasible only in the
-    limit, so it is first moved and scaled until it is, which costs a linear solve: that happens ever more rarely, and
-    in between the best bound so far serves. Elsewhere, and where the objective is infinite, the residual is the larger
-    of `||K~ x - y|| / ||K~ x||` and `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity nothing more is
-    known of the answer. Without an operator the answer has the penalty's exact zeros.
+    limit, so it is first moved and scaled until it is feasible. That costs a linear solve, so it is done less and less
+    often, and the best bound so far is used in between. Otherwise, and where the objective is infinite, the residual is
+    the larger of `||K~ x - y|| / ||K~ x||` and `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity
+    nothing more is known of the answer. Without an operator the answer has the penalty's exact zeros.
 
     Attributes:
-        omega: the first ratio of dual and primal steps; None for one from the data.
-        cadence: iterations between two checks, where omega may change and a step ends.
+        omega: the first ratio of dual and primal steps; None computes it from the data.
+        cadence: iterations between two checks, at which omega may change and a step ends.
     """
 
     omega: Any = None
     cadence: int = static(default=10)
 
     def refuses(self, problem: Problem) -> str | None:
-        """A loss that is not one of data or quadratic, and a penalty without a prox."""
-        return self._refuses_loss(problem.loss) or needs(self, problem, operator=True)
-
-    def _refuses_loss(self, loss: Any) -> str | None:
-        if isinstance(loss, MatrixLoss | Quadratic):
-            return None
+        if isinstance(problem.loss, MatrixLoss | Quadratic):
+            return needs(self, problem, operator=True)
         return (
             f"{type(self).__name__} needs the prox of the loss and takes LeastSquares, Composed and Quadratic, given "
-            f"{type(loss).__name__}; write the loss as Composed(scalar loss, matrix, target), or without an operator "
-            "use AcceleratedProximalGradient"
+            f"{type(problem.loss).__name__}; write the loss as Composed(scalar loss, matrix, target), or without an "
+            "operator use AcceleratedProximalGradient"
         )
 
     @property
     def stride(self) -> int:
-        """Iterations that a step makes: up to the next check."""
         return self.cadence
 
     def _metric(self, problem: Problem, x: Array, scales: tuple[Array, Array]) -> Array:
-        """M, a number."""
         # The power method on `K~ᵀ S K~`, which is its own transpose.
         return norm_estimate(partial(normal, problem, scales), lambda e: e, x, NORM_STEPS) ** 2 / MARGIN
 
@@ -146,9 +143,8 @@ class PrimalDual:
         return state.metric * total(apart.x**2)
 
     def init(self, problem: Problem, x0: Float[Array, "..."]) -> PrimalDualState:
-        """The start with the loss's own subgradient there, norms of both maps, and the metric."""
         factor = as_data(problem.loss) if isinstance(problem.loss, Quadratic) else None
-        problem = _of_data(problem, factor)
+        problem = problem if factor is None else dataclasses.replace(problem, loss=factor)
         x = jnp.asarray(x0)
         maps = _maps(problem, x)
         limits = jnp.finfo(x.dtype)
@@ -183,35 +179,33 @@ class PrimalDual:
         )
         if self.omega is not None:
             return dataclasses.replace(state, omega=jnp.asarray(self.omega, x.dtype))
-        # The dual over the length of the steepest descent step that belongs to it.
+        # The length of the dual over that of its steepest descent step.
         along = (maps[0].mv(pulled), maps[1].mv(pulled))
         descent = total(pulled**2) / jnp.maximum(total(along[0] ** 2), limits.tiny)
         apart = Point(descent * pulled, duals, (descent * along[0], descent * along[1]), pulled)
         return dataclasses.replace(state, omega=self._ratio(state, apart))
 
     def _ratio(self, state: PrimalDualState, apart: Point) -> Array:
-        """The distance that the duals travelled over that of x, in their metrics; 1 where either is 0."""
+        """The length of the duals over that of x, in their metrics; 1 where either is 0."""
         dual = sum(total(w**2) / s for w, s in zip(apart.duals, state.scales, strict=True))
         primal = self._length(state, apart)
         known = (dual > 0) & (primal > 0) & jnp.isfinite(dual) & jnp.isfinite(primal)
         return jnp.where(known, jnp.sqrt(jnp.where(known, dual, 1) / jnp.where(known, primal, 1)), 1)
 
     def step(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
-        """`cadence` iterations, a check, and a restart where it is due."""
-        problem = _of_data(problem, state.loss)
+        problem = problem if state.loss is None else dataclasses.replace(problem, loss=state.loss)
         state = jax.lax.fori_loop(0, self.cadence, lambda _, now: self._advanced(problem, now), state)
         state = self._checked(problem, state)
         if is_smooth(problem.loss):
             return self._balanced(state)
         state = self._restarted(state)
-        # Reflections do not damp the rounding errors of images that are combined and never made anew.
+        # Reflections do not damp the rounding errors of combined images: compute the images again.
         maps, now = _maps(problem, state.now.x), state.now
         images = (maps[0].mv(now.x), maps[1].mv(now.x))
         pulled = maps[0].rmv(now.duals[0]) + maps[1].rmv(now.duals[1])
         return dataclasses.replace(state, now=now._replace(images=images, pulled=pulled))
 
     def _advanced(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
-        """One iteration."""
         now, maps = state.now, _maps(problem, state.now.x)
         x = now.x - self._moved(state, now.pulled) / state.omega
         images = tuple(part.mv(x) for part in maps)
@@ -241,7 +235,7 @@ class PrimalDual:
         )
 
     def _reflected(self, problem: Problem, state: PrimalDualState, mapped: Point) -> Point:
-        """The point from which the next iteration goes on."""
+        """The start of the next iteration."""
         if is_smooth(problem.loss):
             return jax.tree.map(lambda new, old: old + RELAXATION * (new - old), mapped, state.now)
         share = (state.count + 1) / (state.count + 2).astype(mapped.x.dtype)
@@ -250,7 +244,7 @@ class PrimalDual:
         )
 
     def _checked(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
-        """The state with a fresh residual and objective; a certificate is found ever more rarely, since it may cost."""
+        """The state with a new residual and objective, and with a new certificate where one is due."""
         at, loss, penalty = state.mapped, problem.loss, problem.penalty
         # The answer: without an operator the copy, which has the penalty's zeros.
         plain = problem.operator is None
@@ -271,7 +265,7 @@ class PrimalDual:
                 due=due,
                 most_steps=LEAST_SOLVE + state.steps // SOLVE_SHARE,
             )
-        # A bound on the optimum serves every x; only the difference of two numbers is known less well.
+        # A bound on the optimum holds for every x, but the difference of two numbers is known less accurately.
         found = jnp.where(due & jnp.isfinite(gap), objective / (1 + gap), -jnp.inf)
         bound = jnp.maximum(state.bound, found)
         slack = jnp.maximum(objective - bound, 4 * limits.eps * objective)
@@ -279,7 +273,7 @@ class PrimalDual:
         residual = jnp.where(due, jnp.minimum(gap, earlier), earlier)
         gap = jnp.where(jnp.isfinite(residual), residual, jnp.nan)
         if not isinstance(penalty, Norm):
-            # Outside the set of a constraint the objective is infinite and says nothing.
+            # Outside the set of a constraint the objective is infinite.
             missed = [total((a - y) ** 2) for a, y in zip(at.images, state.copies, strict=True)]
             sizes = [jnp.maximum(total(a**2), total(y**2)) for a, y in zip(at.images, state.copies, strict=True)]
             primal = sum(missed) / jnp.maximum(sum(sizes), limits.tiny)
@@ -301,13 +295,12 @@ class PrimalDual:
         )
 
     def _precondition(self, state: PrimalDualState) -> Any:
-        """For the certificate's linear solve: none."""
-        del state
+        return None
 
     def _restarted(self, state: PrimalDualState) -> PrimalDualState:
-        """The state from which the next step starts, restarted where a restart is due."""
+        """The state, restarted if a restart is due."""
         share = state.count / (state.count + 1).astype(state.omega.dtype)
-        # The z that was mapped last, from what the iteration made of it.
+        # The z that was mapped last, recovered from the iteration.
         before = jax.tree.map(
             lambda now, new, first: 2 * new - (now - (1 - share) * first) / share, state.now, state.mapped, state.first
         )
@@ -335,36 +328,31 @@ class PrimalDual:
         )
 
     def _balanced(self, state: PrimalDualState) -> PrimalDualState:
-        """The state with omega as the last way asks for, at iterations 10, 20, 40, ..., so that it settles."""
+        """The state with a new omega from the last step, at iterations 10, 20, 40, ..., so that it settles."""
         before = jax.tree.map(lambda now, new: (now - RELAXATION * new) / (1 - RELAXATION), state.now, state.mapped)
         due = state.steps >= state.next_change
-        # In the beginning the distance from the start tells more than the last step.
+        # Early on the distance from the start says more than the last step.
         early = state.steps < MOVING
         since = jax.tree.map(lambda a, b: jnp.where(early, a, b), state.first, before)
         ratio = self._ratio(state, jax.tree.map(jnp.subtract, state.mapped, since))
         factor = jnp.clip(ratio / state.omega, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
         return dataclasses.replace(
             state,
-            # A new metric: its iteration starts at the point that the old one mapped to.
+            # The iteration in the new metric starts at the point that the old one mapped to.
             now=jax.tree.map(lambda new, now: jnp.where(due, new, now), state.mapped, state.now),
             omega=jnp.where(due, factor * state.omega, state.omega),
             next_change=jnp.where(due, 2 * state.steps, state.next_change),
         )
 
     def measure(self, problem: Problem, state: PrimalDualState) -> Measure:
-        """What this step's check found."""
         stalled = state.progress.stalled(state.residual, PATIENCE)
         nonconvex = not is_convex(problem.penalty)
         return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled, nonconvex)
 
     def duals(self, problem: Problem, state: PrimalDualState) -> tuple[Array, Array]:
-        """The pair (s, u)."""
-        del problem
         return state.mapped.duals
 
     def prox_step(self, problem: Problem, state: PrimalDualState) -> Array:
-        """`1 / sigma` of the penalty."""
-        del problem
         return 1 / (state.omega * state.scales[1])
 
     def extract(self, problem: Problem, state: PrimalDualState) -> Float[Array, "..."]:
@@ -379,12 +367,7 @@ def as_data(loss: Quadratic) -> LeastSquares:
     return LeastSquares(matrix, product(matrix, loss.center))
 
 
-def _of_data(problem: Problem, factor: LeastSquares | None) -> Problem:
-    return problem if factor is None else dataclasses.replace(problem, loss=factor)
-
-
 def _maps(problem: Problem, x: Array) -> tuple[Any, Any]:
-    """A and K."""
     return problem.loss.maps(x), or_identity(problem.operator, x)
 
 
@@ -392,3 +375,41 @@ def normal(problem: Problem, scales: tuple[Array, Array], x: Array) -> Array:
     """`K~ᵀ S K~ x`."""
     parts = [s * part.rmv(part.mv(x)) for s, part in zip(scales, _maps(problem, x), strict=True)]
     return parts[0] + parts[1]
+
+
+@pytree
+class SplitAdmm(PrimalDual):
+    """The split ADMM for `solve`: `PrimalDual` with the exact x-step, for problems of up to 3,000 unknowns.
+
+    It inverts `Aᵀ A / ||A||² + Kᵀ K / ||K||²` once, by matrix products, and multiplies with the inverse in every step.
+    """
+
+    def refuses(self, problem: Problem) -> str | None:
+        if reason := super().refuses(problem):
+            return reason
+        size = math.prod(problem.loss.start_shape())
+        if size <= CHEAP:
+            return None
+        return (
+            f"SplitAdmm inverts a matrix of all unknowns and takes up to {CHEAP:,}, given {size:,}; use PrimalDual, "
+            "whose steps are products with the operator"
+        )
+
+    def _metric(self, problem: Problem, x: Array, scales: tuple[Array, Array]) -> Array:
+        """The inverse of `K~ᵀ S K~`, with a ridge at the rounding level."""
+
+        def column(unit: Array) -> Array:
+            return normal(problem, scales, unit.reshape(x.shape)).reshape(-1)
+
+        gram = jax.vmap(column)(jnp.eye(x.size, dtype=x.dtype))
+        ridge = 10 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(jnp.diag(gram))) * x.size**0.5
+        return spd_inverse((gram + gram.T) / 2 + ridge * jnp.eye(x.size, dtype=x.dtype))
+
+    def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
+        return product(state.metric, pulled.reshape(-1)).reshape(pulled.shape)
+
+    def _precondition(self, state: PrimalDualState) -> Any:
+        return lambda e: self._moved(state, e)
+
+    def _length(self, state: PrimalDualState, apart: Point) -> Array:
+        return state.scales[0] * total(apart.images[0] ** 2) + state.scales[1] * total(apart.images[1] ** 2)

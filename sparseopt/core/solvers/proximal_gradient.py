@@ -19,7 +19,7 @@ from sparseopt.core.types import pytree, static
 
 @pytree
 class ProximalGradientState:
-    """The point, its gradient step `u = x - step * gradient(x)`, and what is known there."""
+    """The point, its gradient step `u = x - step * gradient(x)`, and the measures there."""
 
     x: Any
     u: Any
@@ -31,7 +31,7 @@ class ProximalGradientState:
 
 @pytree
 class ProximalGradient:
-    """Proximal gradient descent as a solver for `solve`; one product with H a step.
+    """Proximal gradient descent as a solver for `solve`; one product with H per step.
 
     F decreases by at least `(1/(2 step) - L/2) ||x_new - x||²` a step when `step < 1/L`.
     The residual is the relative length of the last step.
@@ -45,11 +45,9 @@ class ProximalGradient:
     seed: int = static(default=0)
 
     def refuses(self, problem: Problem) -> str | None:
-        """An operator, and a loss or a penalty without what a step uses."""
         return needs(self, problem, loss="gradient value_at" + (" hessian" if self.step_size is None else ""))
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> ProximalGradientState:
-        """One product at x0."""
         step = self.step_size
         if step is None:
             step = STEP_FRACTION / largest_eigenvalue_bound(problem.loss.hessian, jax.random.key(self.seed))
@@ -57,7 +55,6 @@ class ProximalGradient:
         return self._at(problem, x0, jnp.asarray(step, x0.dtype), jnp.full((), jnp.inf, x0.dtype), memory)
 
     def step(self, problem: Problem, state: ProximalGradientState) -> ProximalGradientState:
-        """One step."""
         x, memory = prox_from(problem.penalty, state.u, state.step_size, state.prox_memory)
         length = jnp.linalg.norm(x - state.x)
         tiny = jnp.finfo(x.dtype).tiny
@@ -70,9 +67,7 @@ class ProximalGradient:
         return ProximalGradientState(x, x - step * gradient, step, objective, residual, memory)
 
     def measure(self, problem: Problem, state: ProximalGradientState) -> Measure:
-        """Relative step length and F."""
         return Measure(state.residual, state.objective, jnp.full_like(state.objective, jnp.nan))
 
     def extract(self, problem: Problem, state: ProximalGradientState) -> Float[Array, "n ..."]:
-        """The point."""
         return state.x

@@ -1,7 +1,7 @@
-"""The methods of the trend filter, one a file, and the choice among them.
+"""The methods of the trend filter, one per file, and the choice among them.
 
-A method is an object with a `name`, `refuses(job)` and `plan(job)`. Its name stands in its own file and nowhere else.
-"auto" takes the method that is to be expected to be the quickest: the numbers below are measured ones.
+A method is an object with a `name`, `refuses(job)` and `plan(job)`. "auto" takes the method that is expected to be the
+fastest: the numbers below are measured.
 """
 
 import dataclasses
@@ -22,32 +22,25 @@ from sparseopt.trend.methods.interior import INTERIOR, is_narrow
 
 AUTO = "auto"
 # Above these ratios of weight to noise the interior point method beats Doge-ADMM on narrow graphs: at order 0; and at
-# order 1, divided by the square of the digits that are asked for, since the steps of Doge-ADMM grow with both.
+# order 1, divided by the square of the requested digits, since the steps of Doge-ADMM grow with both.
 VERY_STRONG, STRONG_PER_DIGIT = 20.0, 40.0
-# Factors of larger graphs are slow, and large.
+# Factors of larger graphs are slow and large.
 MOST_NODES = 1_000_000
 
 
 class Method(Protocol):
-    """One method.
+    """A method."""
 
-    Attributes:
-        name: what callers call it.
-        one_metric: whether its x-step may need one metric for all nodes.
-        balances_rho: whether it finds its rho anew at every level of a path, from the start.
-        keeps_rho_from: from this order on it keeps the rho of the last level of a path, for a norm.
-    """
-
-    name: str
-    one_metric: bool
-    balances_rho: bool
-    keeps_rho_from: int
+    name: str  # for callers
+    one_metric: bool  # whether its x-step may need one metric for all nodes
+    balances_rho: bool  # whether it computes rho again at every level of a path, from the start
+    keeps_rho_from: int  # from this order on it keeps the rho of the previous level of a path, for a norm
 
     def refuses(self, job: Job) -> str | None:
-        """Why it cannot do a job, and what to do; None if it can. It looks at no value of the signal."""
+        """Why it cannot do a job, and what to do; None if it can. It does not look at the values of the signal."""
 
     def plan(self, job: Job) -> Any:
-        """All host work for a job: a pytree, kept for the next one of its kind; an object for a method of the host."""
+        """The host work for a job: a pytree, cached for similar jobs; a plain object for a method on the host."""
 
 
 # In the order of preference; the last one can do every job.
@@ -58,7 +51,7 @@ METHODS: dict[str, Method] = {method.name: method for method in (DOGE, ADMM, FAS
 
 
 def strong_from(shape: tuple[int, ...], order: int) -> float:
-    """The ratio of weight to noise above which an exact x-step saves so many steps that it wins in time too."""
+    """The ratio of weight to noise above which an exact x-step saves so many steps that it is faster."""
     if order == 0:
         return np.inf
     chain = len(shape) == 1
@@ -71,7 +64,7 @@ def strong_from(shape: tuple[int, ...], order: int) -> float:
 
 
 def is_strong(job: Job, shape: tuple[int, ...]) -> bool:
-    """Whether the weight is above that ratio; where nothing is, the noise is not sought."""
+    """Whether the weight is above that ratio; the noise is computed only if it can be."""
     limit = strong_from(shape, job.order)
     return limit < np.inf and job.strength > limit
 
@@ -85,7 +78,7 @@ def fast_admm_pays(job: Job) -> bool:
 
 
 def admm_pays(job: Job) -> bool:
-    """On grids whose nodes have one weight, where smoothing is strong; for other losses, whatever the weights."""
+    """On grids without node weights, where smoothing is strong; for other losses on all grids."""
     shape = job.graph.shape
     if shape is None or job.loss is not None:
         return shape is not None
@@ -113,22 +106,14 @@ PAYS: dict[str, Callable[[Job], bool]] = {
 
 
 def named(name: Any) -> str | None:
-    """The name of a method; None for "auto".
-
-    Raises:
-        ValueError: for any other.
-    """
+    """The name of a method; None for "auto", a ValueError for an unknown name."""
     if not (isinstance(name, str) and name in (AUTO, *METHODS)):
         raise ValueError(f"unknown method {name!r}; known are {', '.join((AUTO, *METHODS))}")
     return None if name == AUTO else name
 
 
 def chosen(job: Job, among: tuple[Method, ...] = CHOICE) -> Method:
-    """The method that a job names; else the first that can do it and pays.
-
-    Raises:
-        ValueError: if the method that it names cannot do it.
-    """
+    """The method that a job names (a ValueError if it cannot do it); else the first that can do it and pays."""
     if job.method is None:
         for method in among:
             if PAYS[method.name](job) and method.refuses(job) is None:
@@ -140,12 +125,10 @@ def chosen(job: Job, among: tuple[Method, ...] = CHOICE) -> Method:
 
 
 def chosen_for_path(job: Job) -> Method:
-    """The method for the levels of a path, which spends its steps where smoothing is strong: conditioning decides.
+    """The method for the levels of a path, as `chosen`.
 
-    Levels of order 0 are quick by a warm start.
-
-    Raises:
-        ValueError: if the method that the job names cannot do it.
+    Most steps of a path are spent where smoothing is strong, so conditioning decides. At order 0 levels are fast with a
+    warm start.
     """
     if job.method is not None or not isinstance(job.penalty, Norm):
         return chosen(job)

@@ -1,7 +1,7 @@
 """Floor 5: the standard ADMM of the trend filter, whose x-step solves over the whole graph.
 
-It is exact and cheap by cosines on grids without node weights, and by conjugate gradients elsewhere. Where smoothing is
-strong, and from order 3, conditioning decides, and it pays.
+The solve is exact and cheap by cosines on grids without node weights, and uses conjugate gradients elsewhere. It pays
+where conditioning decides: where smoothing is strong, and from order 3 on.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from sparseopt.core.solvers.node_solve import ConjugateGradient, cosine_solve
 from sparseopt.trend.job import Job
 from sparseopt.trend.plan import Plan
 
-# An exact x-step makes a check cheap.
+# With an exact x-step a check is cheap.
 CADENCE = 5
 
 
@@ -29,11 +29,9 @@ class StandardAdmm:
     keeps_rho_from = 0
 
     def refuses(self, job: Job) -> str | None:
-        """What needs Doge-ADMM: several devices, and B."""
         return only_doge(job)
 
     def plan(self, job: Job) -> Plan:
-        """The x-step by cosines where they serve, else by conjugate gradients."""
         cosines = job.graph.shape is not None and not job.weighted
         key = (self.name, tuple(job.terms), cosines, job.dtype.name, bool(job.channels))
 
@@ -50,7 +48,7 @@ class StandardAdmm:
 
 
 def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, cosines: bool) -> Any:
-    """The x-step for inner differences of these orders, with C a number or one a column of a single one."""
+    """The x-step for inner differences of these orders, with C a number, or one per column of a single difference."""
     graph, kind = job.graph, job.dtype
     if cosines:
         assert graph.shape is not None
@@ -66,14 +64,14 @@ def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, cosines: 
 
 
 def only_doge(job: Job) -> str | None:
-    """Why another method than Doge-ADMM refuses a job: several devices, B; None if neither is asked for."""
+    """Why a method other than Doge-ADMM refuses a job with several devices or B; None if it has neither."""
     if job.block is not None:
         return f"B is the number of differences that Doge-ADMM treats row by row, given B={job.block}: leave out B"
     return only_one_device(job)
 
 
 def only_one_device(job: Job) -> str | None:
-    """Why another method than Doge-ADMM refuses several devices; None for one."""
+    """Why a method other than Doge-ADMM refuses several devices; None for one."""
     if job.layout.mesh is None:
         return None
     return (

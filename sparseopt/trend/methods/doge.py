@@ -1,7 +1,7 @@
 """Floor 5: Doge-ADMM in its fused form, the method for every graph, penalty and loss.
 
-A step costs two sparse products, a tenth and less of a cosine transform. At order 0 it is the fastest on every graph
-but a chain, at orders 1 and 2 unless smoothing is strong.
+A step costs two sparse products, at most a tenth of a cosine transform. It is the fastest method at order 0 on every
+graph but a chain, and at orders 1 and 2 unless smoothing is strong.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ CADENCE = 10
 
 
 class Doge:
-    """Doge-ADMM with B of the k + 1 differences row by row, all of them unless the caller says otherwise."""
+    """Doge-ADMM with B of the k + 1 differences row by row, by default all of them."""
 
     name = "doge"
     one_metric = False
@@ -32,11 +32,9 @@ class Doge:
     keeps_rho_from = MOST_ORDER + 1
 
     def refuses(self, job: Job) -> str | None:
-        """What several devices cannot do."""
         return over_devices(job)
 
     def plan(self, job: Job) -> Plan:
-        """Splits of rows and columns; the x-step is a division for B = k + 1."""
         layout, kind = job.layout, job.dtype
         block = job.order + 1 if job.block is None else job.block
         cosines = job.graph.shape is not None and not job.weighted and block <= job.order
@@ -64,7 +62,7 @@ class Doge:
 
 
 def split_of(job: Job, block: int, groups: int | None = None) -> Split:
-    """The split with so many differences treated row by row, as host tables; `groups` as in `doge_split`."""
+    """The split with `block` differences treated row by row, as host tables; `groups` as in `doge_split`."""
     base, order = job.layout.base(job.dtype), job.order + 1
     on_edges = (order - block) % 2 == 1
     outer, inner = Difference(base, block, on_edges), Difference(base, order - block)
@@ -72,7 +70,7 @@ def split_of(job: Job, block: int, groups: int | None = None) -> Split:
 
 
 def placed(job: Job, split: Split) -> Split:
-    """A split with its metrics on the device."""
+    """A split with its metrics on the devices."""
 
     def put(leaf: Any, order: int) -> jax.Array:
         return job.layout.put(leaf[..., None] if job.channels and leaf.ndim else leaf, order)
@@ -82,7 +80,7 @@ def placed(job: Job, split: Split) -> Split:
 
 
 def over_devices(job: Job) -> str | None:
-    """Why several devices cannot do a job; None where they can, or where there is one."""
+    """Why several devices cannot do a job; None if they can, or for one device."""
     if job.layout.mesh is None:
         return None
     if job.several:

@@ -1,7 +1,7 @@
 """Floor 5: Doge-ADMM as the paper stores it: a copy of the signal and a dual for every group of rows.
 
-It gives the iterates of `doge.py` with the paper's metric, at the cost of its copies: to see the method, to compare
-with it, to try another prox of a group. For fits take "doge".
+It has the iterates of `doge.py` with the paper's metric, at the cost of its copies: for studying the method, for
+comparisons, for trying another prox of a group. For fits use "doge".
 """
 
 import math
@@ -31,7 +31,6 @@ class GroupsPlan(Plan):
     table: Any = None
 
     def solver(self, rho: Any, relaxation: Any = 1.7) -> DogeGroups:
-        """The paper's iteration."""
         return DogeGroups(self.node_solve, rho, relaxation, self.cadence, table=self.table)
 
 
@@ -43,18 +42,13 @@ class LiteralDoge:
     keeps_rho_from = 0
 
     def refuses(self, job: Job) -> str | None:
-        """Sums of penalties, other losses, several devices."""
         if job.several or job.loss is not None:
             return only_splitting(job, self.name)
         return only_one_device(job)
 
     def plan(self, job: Job) -> GroupsPlan:
-        """The groups of rows as padded tables.
-
-        Raises:
-            ValueError: if the tables or the copies do not fit in memory: a hub makes them wide.
-        """
-        # Edges that a caller listed are laid out as the grid's own where they are those of one.
+        """The groups of rows as padded tables, if these and the copies fit in memory: a hub makes them wide."""
+        # Given edges that are those of a grid have the layout of the grid.
         graph = job.graph if job.graph.shape is None else Graph.grid(job.graph.shape)
         kind, block = job.dtype, job.order + 1 if job.block is None else job.block
         cosines = graph.shape is not None and not job.weighted and block <= job.order

@@ -1,6 +1,6 @@
 """Floor 5: the ADMM of Ramdas and Tibshirani on chains: the last difference stays in the penalty, whose prox is exact.
 
-At order 0 that prox is the fit; at others it saves steps where smoothing is strong.
+At order 0 that prox is the fit; at higher orders it saves steps where smoothing is strong.
 """
 
 from typing import Any
@@ -27,24 +27,20 @@ class ChainPlan(Plan):
     """A plan whose penalty is `weight ||E z||_1`, E the last difference of a chain, and whose dual is `Eᵀu`."""
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
-        """Another penalty, and node weights, for which it was not made."""
         return _refuses(penalty) or super().refuses(penalty, weighted)
 
     def taken(self, penalty: Any) -> ChainTotalVariation:
-        """The last difference drawn into the penalty."""
+        """The penalty with the last difference inside."""
         return ChainTotalVariation(penalty.weight, Difference(self.split.outer.base, 1, self.ground.order % 2 == 1))
 
     def row_dual(self, penalty: Any, dual: Array) -> Array:
-        """U with `Eᵀu` the solver's dual."""
+        """The u for which `Eᵀu` is the solver's dual."""
         return penalty.potential(dual)
 
     def solver_dual(self, penalty: Any, dual: Array) -> Array:
-        """`Eᵀu`."""
         return penalty.last.rmv(dual)
 
     def start(self, penalty: Any, data: Data, weights: Any) -> Start:
-        """The fit itself and its dual where they are known, else the signal."""
-        del weights
         centre = data.centred.center
         if not self.exact:
             return Start(centre, jnp.zeros(self.split.row_shape(centre), centre.dtype))
@@ -58,11 +54,10 @@ class FastAdmm:
     name = "fast_admm"
     one_metric = True
     balances_rho = False
-    # Below this order it seeks its rho at every level of a path, where that was measured to be quicker.
+    # Below this order it was faster to adapt rho at every level of a path.
     keeps_rho_from = 2
 
     def refuses(self, job: Job) -> str | None:
-        """All but L1 of one weight on a chain, with the square loss."""
         if job.several or job.loss is not None:
             return only_splitting(job, self.name)
         if job.graph.shape is None or len(job.graph.shape) != 1:
@@ -73,7 +68,6 @@ class FastAdmm:
         return _refuses(job.penalty) or only_doge(job)
 
     def plan(self, job: Job) -> ChainPlan:
-        """The split `z = Δ^(k) b`."""
         kind, key = job.dtype, (self.name, job.order, job.weighted, job.dtype.name, bool(job.channels))
 
         def build() -> ChainPlan:
@@ -90,7 +84,7 @@ class FastAdmm:
 
 
 def only_splitting(job: Job, name: str) -> str:
-    """What a method of single orders and the square loss says of a job with others."""
+    """Why a method for one penalty and the square loss refuses a job with several or another loss."""
     if job.loss is not None:
         return f"method={name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
     return f"method={name!r} solves single orders; with several penalties use auto, doge, admm"

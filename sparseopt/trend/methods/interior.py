@@ -1,8 +1,8 @@
-"""Floor 5: the L1 trend filter by an interior point method, on graphs that small separators cut in two: roads, maps.
+"""Floor 5: the L1 trend filter by an interior point method, for graphs with small separators, such as roads and maps.
 
-Each of its ten to twenty steps factorises a sparse matrix, so the conditioning of Δ, which makes first-order methods
-slow at orders >= 1, costs nothing. Fill does: little on planar and other narrow graphs, ruin on dense ones. It works on
-the host, in float64; the fit is then certified like every other. The program is in `core/solvers/dual_program.py`.
+Each of its ten to twenty steps factorises a sparse matrix, so it does not suffer from the conditioning of Δ, which
+makes first-order methods slow at orders >= 1. The fill is small on planar and other narrow graphs but huge on dense
+ones. It works on the host in float64; the fit is then certified like every other. See `core/solvers/dual_program.py`.
 
 Source: Kim, Koh, Boyd, Gorinevsky, "l1 trend filtering", SIAM Review 51 (2009).
 """
@@ -17,11 +17,10 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from sparseopt.core.grouping import difference_matrix, grid_edges
+from sparseopt.core.grouping import difference_matrix, edge_rows
 from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Solution, Status
 from sparseopt.core.solvers.dual_program import MOST_STEPS, DualProgram, is_available
-from sparseopt.trend.freedom import edge_rows
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Data, Ground, data_of, on_rows
 from sparseopt.trend.job import Job
@@ -29,9 +28,9 @@ from sparseopt.trend.methods.admm import only_doge
 from sparseopt.trend.methods.fast_admm import only_splitting
 from sparseopt.trend.plan import finished
 
-# Up to so many edges a node the Hessian is D Dᵀ at order 0.
+# Up to this many edges per node the Hessian is D Dᵀ at order 0.
 EDGES_A_NODE = 2
-# Where the certified gap is too large even so, the tolerance is cut by this factor and the solve repeated, so often.
+# If the certified gap is still too large, the tolerance is cut by this factor and the solve repeated, so often.
 CUT, ATTEMPTS = 0.03, 3
 # A graph is narrow if no layer of a breadth-first search has more than this multiple of sqrt(nodes). Planar graphs
 # have layers of one or two, random graphs of sqrt(nodes) / 3.
@@ -39,15 +38,9 @@ WIDEST_LAYER = 8.0
 
 
 class Interior:
-    """The interior point method on one job; call it where the job's dtype is enabled.
+    """The interior point method on one job with a signal and the penalty `L1`; the job's dtype must be enabled.
 
-    Fits after the first one, as on a path, reuse the ordering of the factors.
-
-    Args:
-        job: with a signal and the penalty `L1`. Fits may scale it.
-
-    Raises:
-        ImportError: without PIQP.
+    Later fits, as on a path, reuse the ordering of the factors. Needs PIQP, else an ImportError.
     """
 
     def __init__(self, job: Job) -> None:
@@ -60,7 +53,6 @@ class Interior:
 
     @functools.cached_property
     def data(self) -> Data:
-        """The signal on its ground."""
         return _data(self.job.ground, *self.job.arrays)
 
     def null_fit(self, penalty: L1, dual: Any) -> Solution:
@@ -69,15 +61,10 @@ class Interior:
         return self._certified(penalty, means, jnp.asarray(dual, self.job.dtype), 0, True)
 
     def fitted(self, job: Job) -> Solution:
-        """The fit of the job that it was made for."""
         return self.fit(job.penalty)
 
     def fit(self, penalty: L1) -> Solution:
-        """The fit to the job's relative duality gap, its value in the layout of the nodes.
-
-        Args:
-            penalty: that of the job, or a multiple.
-        """
+        """The fit for the job's penalty or a multiple, to the job's gap, in the layout of the nodes."""
         weights, tol, max_steps = self._row_weights(penalty), self.job.tol, self.job.max_steps
         weight = float(weights[weights > 0].mean())
         means = self.columns.mean(axis=0)
@@ -99,7 +86,7 @@ class Interior:
         return found
 
     def _row_weights(self, penalty: L1) -> np.ndarray:
-        """The weights `[rows]`, as `_edges` numbers them."""
+        """The weights `[rows]`, in the order of `graph.row_edges` or of the nodes."""
         job, weight = self.job, np.asarray(penalty.weight, np.float64)
         if weight.ndim == 0:
             return np.full(job.layout.count(job.order + 1), weight)
@@ -107,7 +94,7 @@ class Interior:
         return edge_rows(rows, job.graph.shape) if job.graph.shape and job.order % 2 == 0 else rows.reshape(-1)
 
     def _certified(self, penalty: L1, fit: np.ndarray, dual: Any, steps: int, ended: bool) -> Solution:
-        """The solution that a fit on the host and a dual of the rows make, judged like every other."""
+        """The certified solution for a fit on the host and a dual of the rows."""
         job = self.job
         terms = on_rows({job.order: penalty}, job.layout, job.dtype, bool(job.channels))
         value = job.layout.put(job.layout.rows(fit.reshape(-1, *job.channels), 0))
@@ -123,7 +110,7 @@ _data = jax.jit(data_of)
 def _judged(
     ground: Ground, data: Data, penalty: Any, fit: Any, dual: Any, status: Any, steps: Any, tol: Any
 ) -> Solution:
-    """The solution with a fit in float64, as it stands in the precision of the signal."""
+    """The certified solution for a fit in float64, in the precision of the signal."""
     kind = data.shift.dtype
     unknown = jnp.full((), jnp.nan, kind)
     value = (fit - data.shift).astype(kind)
@@ -133,14 +120,13 @@ def _judged(
 
 
 def _factors(graph: Graph, order: int) -> list[sparse.csr_array]:
-    """Sparse matrices whose product, the last one first, is Δ^(k+1); edges as the rows of `graph.base` follow them."""
+    """Sparse matrices whose product, the last factor applied first, is Δ^(k+1), with rows as in `graph.base`."""
 
     def difference(factors: int) -> sparse.csr_array:
-        edges = graph.edges if graph.shape is None else grid_edges(graph.shape)
-        return difference_matrix(edges, graph.num_nodes, graph.weights, factors)
+        return difference_matrix(graph.row_edges, graph.num_nodes, graph.weights, factors)
 
     if order == 0:
-        # D Dᵀ joins all edges of a node: dear where there are many, and then the identity stands last.
+        # D Dᵀ couples all edges of a node, which is expensive if there are many: then the last factor is the identity.
         apart = graph.num_edges > EDGES_A_NODE * graph.num_nodes
         return [difference(1), difference(0)] if apart else [difference(1)]
     return [difference(1)] * (order % 2 == 0) + [difference(2)] * ((order + 1) // 2)
@@ -154,7 +140,6 @@ class InteriorPoint:
     keeps_rho_from = 0
 
     def refuses(self, job: Job) -> str | None:
-        """All but one L1 penalty with the square loss; a start, and a history."""
         if job.several or job.loss is not None:
             return only_splitting(job, self.name)
         if not job.cold:
@@ -169,12 +154,11 @@ class InteriorPoint:
         return only_doge(job)
 
     def plan(self, job: Job) -> Interior:
-        """The quadratic program."""
         return Interior(job)
 
 
 def is_narrow(graph: Graph) -> bool:
-    """Whether factors on the graph stay sparse, told from the layers of a breadth-first search."""
+    """Whether factors on the graph stay sparse, judged by the layers of a breadth-first search."""
 
     def build() -> bool:
         ones = np.ones(graph.num_edges, np.int8)
