@@ -165,7 +165,7 @@ def layer(task: dict[str, Any]) -> dict[str, float]:
         processes.barrier("start")
         solved = solve_within_memory(job, method, mesh)
         found.append(solved.seconds)
-    return {"seconds": min(found), "steps": int(solved.report.steps), "error": float(solved.report.relative_error)}
+    return {"seconds": min(found), "steps": int(solved.value.steps), "error": float(solved.value.relative_error)}
 
 
 def block(task: dict[str, Any]) -> dict[str, float]:
@@ -173,10 +173,11 @@ def block(task: dict[str, Any]) -> dict[str, float]:
     import numpy as np
 
     from sparseopt.core.mesh import device_line, over, put
+    from sparseopt.pruning.compiled import Timed
     from sparseopt.pruning.layer import LayerJob
     from sparseopt.pruning.methods import find_method
     from sparseopt.pruning.patterns import parse_pattern
-    from sparseopt.pruning.side_by_side import Linear, solve_block
+    from sparseopt.pruning.side_by_side import LayerTask, solve_block
     from sparseopt.system import processes
 
     width, wide, narrow = task["width"], task["wide"], task["narrow"]
@@ -191,21 +192,18 @@ def block(task: dict[str, Any]) -> dict[str, float]:
     attention, mixed, mlp, hidden = gram(width), gram(width), gram(width), gram(wide)
     grams = {"q": attention, "k": attention, "v": attention, "o": mixed, "gate": mlp, "up": mlp, "down": hidden}
 
-    def linear(name: str) -> Linear:
+    def linear(name: str) -> LayerTask:
         outputs, inputs = shapes[name]
         weight = (rng.standard_normal((outputs, inputs)) / inputs**0.5).astype(np.float32)
-        pattern = parse_pattern("unstructured", 0.5, weight.shape)
-        job = LayerJob(weight, grams[name], None, pattern)
-        return Linear(
-            f"{name}.weight", (outputs, inputs), pattern, 0, False, False, (outputs, inputs), lambda: (job, 0)
-        )
+        job = LayerJob(weight, grams[name], None, parse_pattern("unstructured", 0.5, weight.shape))
+        return LayerTask(name, (outputs, inputs), (outputs, inputs), lambda: Timed(job, 0.0, 0.0))
 
     linears, method = [linear(name) for name in shapes], find_method(task["method"], task["preset"])
     found = []
     for _ in range(3):
         processes.barrier("start")
         start = time.perf_counter()
-        reports = [solved.report for _, solved in solve_block(linears, method, mesh)]
+        reports = [solved.value for solved in solve_block(linears, method, mesh)]
         found.append(time.perf_counter() - start)
     return {
         "seconds": min(found),

@@ -14,7 +14,7 @@ from typing import Any
 
 from sparseopt.models import bundled_model, open_source
 from sparseopt.pruning import Recipe, perplexity, prune_models
-from sparseopt.pruning.reports import Event, LayerRecord, SurveyStep
+from sparseopt.pruning.reports import Event
 from sparseopt.pruning.texts import text_windows
 from sparseopt.system.machine import environment
 
@@ -119,15 +119,13 @@ class Progress:
     """An observer of a pass that speaks now and then."""
 
     def __init__(self, label: str) -> None:
-        self.label, self.layers, self.told = label, 0, time.monotonic()
+        self.label, self.told = label, time.monotonic()
 
-    def told_of(self, event: Event, total: int) -> None:
-        """Count a layer; speak if there was silence for long enough."""
-        self.layers += isinstance(event, LayerRecord)
+    def told_of(self, event: Event, done: int, total: int) -> None:
+        """Speak if there was silence for long enough."""
         if time.monotonic() - self.told > PATIENCE:
             self.told = time.monotonic()
-            survey = f"survey {event.done}/{event.total}" if isinstance(event, SurveyStep) else None
-            say(f"{self.label}: {survey or f'layer {self.layers}/{total}'}")
+            say(f"{self.label}: {event if isinstance(event, str) else 'layer'} {done}/{total}")
 
 
 def prune_and_score(

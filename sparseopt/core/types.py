@@ -16,6 +16,8 @@ FloatArray = Float[Array, "..."]
 BoolArray = Bool[Array, "..."]
 Scalar = Float[Array, ""] | float
 Count = Int[Array, ""] | int
+# Called during long work: what is being done (a text, or an event such as a layer's record), steps done, steps in all.
+Observer = Callable[[Any, int, int], None]
 
 # The context manager left jax.experimental in JAX 0.8.
 ENABLE_X64: Any = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64

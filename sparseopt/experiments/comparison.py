@@ -16,12 +16,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from sparseopt.core.types import Observer
 from sparseopt.experiments.config import Run, expand
 from sparseopt.experiments.names import AllowCode
 from sparseopt.experiments.report import Row, Section, markdown
 from sparseopt.experiments.runs import CONFIG, Outcome, State, fingerprint, load_run, plotting
 from sparseopt.experiments.sweep import Planned, check_all, plan, run_all
-from sparseopt.experiments.task import FinishedRun, Observer
+from sparseopt.experiments.task import FinishedRun
 from sparseopt.experiments.task_prune import Prune
 from sparseopt.pruning import METHODS, Recipe
 from sparseopt.pruning.patterns import implied_sparsity

@@ -27,9 +27,10 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import to_json
 
+from sparseopt.core.types import Observer
 from sparseopt.experiments.config import Run
 from sparseopt.experiments.names import AllowCode, Named, file_digest
-from sparseopt.experiments.task import FinishedRun, Observer, Record, Task, find_task
+from sparseopt.experiments.task import FinishedRun, Record, Task, find_task
 from sparseopt.experiments.yaml_file import read_yaml
 from sparseopt.system import processes, run_folder
 from sparseopt.system.files import write_whole
@@ -165,10 +166,10 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
     for key in missing:
         done = len(records)
 
-        def inside(part: int, parts: int, text: str, done: int = done) -> None:
-            observer(done, len(keys), f"{text} {part}/{parts}" if parts else text)
+        def inside(text: Any, part: int, parts: int, done: int = done) -> None:
+            observer(f"{text} {part}/{parts}" if parts else text, done, len(keys))
 
-        observer(done, len(keys), key)
+        observer(key, done, len(keys))
         began = time.perf_counter()
         try:
             record = task.run_unit(key, folder, inside)
@@ -180,7 +181,7 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
             return Outcome(folder, done, text, tuple(torn))
         records[key] = _plain({"unit": key, **record, "unit_seconds": time.perf_counter() - began})
         run_folder.append_record(folder, records[key])
-        observer(len(records), len(keys), key)
+        observer(key, len(records), len(keys))
     finished = FinishedRun(folder, task, [records[key] for key in keys])
     draw(type(task), [finished], folder, task.title or task.name)
     summary = {

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sparseopt.core.types import Observer
 from sparseopt.experiments.config import Run
 from sparseopt.experiments.runs import ADVICE, Outcome, State, execute, fingerprint, state_of
-from sparseopt.experiments.task import Estimate, Observer
+from sparseopt.experiments.task import Estimate
 from sparseopt.system import processes
 from sparseopt.system.run_folder import FolderError
 

@@ -7,7 +7,7 @@ A report groups finished runs by task, and the task's `draw` compares them.
 import difflib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from sparseopt.core.types import Observer
 from sparseopt.experiments.names import AllowCode, find_class, shortened, suggest
 
 # The tasks that a config can name. Each is imported on use, because it may need the packages of an extra.
@@ -29,7 +30,6 @@ TASKS = {
 }
 
 Record = dict[str, Any]
-Observer = Callable[[int, int, str], None]  # parts done, parts in all, what is being done
 
 
 class Strict(BaseModel):

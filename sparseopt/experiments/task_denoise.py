@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import Field
 
 from sparseopt.core.problem import Solution
-from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record
+from sparseopt.core.types import Observer
+from sparseopt.experiments.task import Estimate, FinishedRun, Record
 from sparseopt.experiments.task_trend import PictureTask, grouped, timed_fit
 from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter

@@ -10,9 +10,10 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from sparseopt.core.problem import Solution
+from sparseopt.core.types import Observer
 from sparseopt.experiments.datasets import GraphData, GraphSource
 from sparseopt.experiments.names import PenaltyConfig
-from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
+from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
 from sparseopt.experiments.task_trend import grouped, timed_fit
 from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
@@ -68,7 +69,7 @@ class GraphSignal(Task):
         return Estimate(5.0 if self.graph.name == "counties" else 3.0, 720 * 2**20)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
-        observer(0, 0, f"reading {self.graph.name}")
+        observer(f"reading {self.graph.name}", 0, 0)
         data = self.graph.load()
         rng = np.random.default_rng(self.seed)
         truth = None if self.signal == "measured" else _truth(data.positions, self.signal)

@@ -13,15 +13,16 @@ import numpy as np
 from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field_validator, model_validator
 
 from sparseopt.core.problem import Status
+from sparseopt.core.types import Observer
 from sparseopt.experiments.names import Mistakes, Named, PenaltyConfig, suggest
-from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Strict, Task
+from sparseopt.experiments.task import Estimate, FinishedRun, Record, Strict, Task
 from sparseopt.models import Bos, bundled_model, check_window, encode_text, load_tokenizer, open_model, start_token
 from sparseopt.pruning import METHODS, Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
 from sparseopt.pruning.options import Option, mistakes_of
 from sparseopt.pruning.patterns import check_pattern
-from sparseopt.pruning.pipeline import layer_patterns
+from sparseopt.pruning.plan import layer_patterns
 from sparseopt.pruning.recipe import OPTIONS
-from sparseopt.pruning.reports import Event, LayerRecord, PruneReport, SurveyStep, mean
+from sparseopt.pruning.reports import Event, LayerRecord, PruneReport, mean
 from sparseopt.pruning.texts import Split, TextError, text_windows
 from sparseopt.system import processes
 
@@ -201,8 +202,8 @@ class Prune(_RecipeSettings, Task):
             model.source, self.evaluation, "evaluation", self.evaluation_windows, self.evaluation_seqlen, bos=self.bos
         )
 
-        def scoring(done: int, total: int) -> None:
-            observer(done, total, "perplexity, block")
+        def scoring(event: Event, done: int, total: int) -> None:
+            observer(f"perplexity, {event}", done, total)
 
         def scored(model: Any) -> float:
             # One process scores for all.
@@ -216,11 +217,11 @@ class Prune(_RecipeSettings, Task):
         with tempfile.TemporaryDirectory(prefix="sparseopt-") as temporary:
             target = kept if inside else Path(temporary) / "model"
 
-            def pruning(event: Event, _: int) -> None:
+            def pruning(event: Event, done: int, total: int) -> None:
                 if isinstance(event, LayerRecord):
-                    observer(event.block + 1, model.num_blocks, f"pruning {event.layer}, block")
-                elif isinstance(event, SurveyStep):
-                    observer(event.done, event.total, event.stage)
+                    observer(f"pruning {event.layer}, block", event.block + 1, model.num_blocks)
+                elif isinstance(event, str):
+                    observer(event, done, total)
 
             report = prune_model(source, target, self.recipe(), observer=pruning, devices=self.devices)
             score = scored(target)

@@ -9,9 +9,10 @@ import numpy as np
 from pydantic import Field
 
 from sparseopt.core.problem import Solution, Status
+from sparseopt.core.types import Observer
 from sparseopt.experiments.datasets import Picture
 from sparseopt.experiments.names import PenaltyConfig
-from sparseopt.experiments.task import FinishedRun, Observer, Record, Task
+from sparseopt.experiments.task import FinishedRun, Record, Task
 from sparseopt.trend.graph import Graph
 
 
@@ -77,9 +78,9 @@ def timed_fit(
         found = jax.block_until_ready(fit(limit))
         return found, time.perf_counter() - start, time.process_time() - busy
 
-    observer(0, 0, "compiling")
+    observer("compiling", 0, 0)
     _, compile_seconds, _ = run(1)
-    observer(0, 0, what)
+    observer(what, 0, 0)
     runs = [run(max_steps) for _ in range(passes)]
     found = runs[0][0]
     return found, {

@@ -1,16 +1,14 @@
 """Floor 5: a model's folder rewritten one shard at a time, dense to packed or packed to dense."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparseopt.core.types import Observer
 from sparseopt.models.errors import ModelError
 from sparseopt.models.export import OUTER_TAG, ShardedWriter, block_tag, unread
 from sparseopt.models.packed import PACKED_INDEX, is_packed
 from sparseopt.models.source import FolderSource
 from sparseopt.models.streaming import open_model
-
-Observer = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ def pack_folder(source: str | Path, output: str | Path, *, observer: Observer | 
     Args:
         source: a Hugging Face folder with safetensors, of a model that was pruned.
         output: a folder that does not exist yet or is empty.
-        observer: called with (shards done, shards in all).
+        observer: called with ("shards", those done, all).
 
     Raises:
         ModelError: before any work, if the source is no dense folder or the output cannot be used.
@@ -52,7 +50,7 @@ def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer 
     Args:
         source: a folder written by `sparseopt prune --pack` or `pack_folder`.
         output: a folder that does not exist yet or is empty.
-        observer: called with (shards done, shards in all).
+        observer: called with ("shards", those done, all).
 
     Raises:
         ModelError: before any work, if the source is not packed or corrupt or the output cannot be used; later if
@@ -82,6 +80,6 @@ def _rewrite(folder: Path, output: str | Path, *, pack: bool, observer: Observer
     for done, (tag, keys) in enumerate(shards.items(), 1):
         writer.write(tag, unread(model.source, keys))
         if observer:
-            observer(done, len(shards))
+            observer("shards", done, len(shards))
     writer.finish()
     return Rewritten(writer.output, writer.dense_bytes, writer.stored_bytes)

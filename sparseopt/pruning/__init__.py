@@ -1,6 +1,7 @@
 """Floor 6: pruning of language models, from one layer (`prune_layer`) to a whole model (`prune_model`)."""
 
 from sparseopt.pruning.api import LayerResult, prune_layer
+from sparseopt.pruning.block import PruningError
 from sparseopt.pruning.budget import BudgetError
 from sparseopt.pruning.evaluation import LayerAudit, PatternAudit, audit_pattern, audit_sparsity, perplexity
 from sparseopt.pruning.layer import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
@@ -14,7 +15,7 @@ from sparseopt.pruning.methods import (
     Wanda,
     find_method,
 )
-from sparseopt.pruning.pipeline import PruningError, Stopped, prune_model, prune_models
+from sparseopt.pruning.pipeline import Stopped, prune_model, prune_models
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Footprint, LayerRecord, PruneReport
 from sparseopt.pruning.texts import TextError, load_text, token_windows

@@ -1,15 +1,15 @@
 """Floor 6: activations between blocks: equal batches `[windows, T, D]`, in memory, on disk, or over several devices.
 
-The values are the same in memory and on disk, to the bit; a batch on disk is in memory only while it is used. Its file
-has no name: the system takes it away with the process, however that ends. Over several devices a batch is one array cut
-by window, and each device runs a block on its own windows.
+`Batches` is the interface and keeps its batches in memory; how else they are stored is said in this file alone. What a
+block gives for some batches is stored as these are, see `Batches.empty`.
 """
 
+import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,63 +20,99 @@ from jaxtyping import Array, Bool, Float, Int
 from sparseopt.core.mesh import over, put, whole
 from sparseopt.system.files import write_all
 
-# Tokens a batch: enough for the matrix products to reach their rate, little enough to stay in cache.
+# Tokens in a batch: enough for the matrix products to reach their rate, few enough to stay in cache.
 BATCH_TOKENS = 2048
 # Bytes of activations held at once where a model is only scored; more windows take another pass over its blocks.
 PASS_BYTES = 2**28
 
-
-class Batches(Protocol):
-    """Equal batches in their order; a list is one."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def __iter__(self) -> Iterator[Array]:
-        """One after the other."""
-
-    def __getitem__(self, index: int, /) -> Array:
-        """One of them."""
+Embedding = Callable[[Array], Array]
 
 
-class GrowingBatches(Batches, Protocol):
-    """Batches that more can be put behind."""
-
-    def append(self, batch: Array, /) -> None:
-        """Put a batch behind the others."""
-
-
-# Makes what a new stream is collected in; `list` keeps it in memory.
-Store = Callable[[], GrowingBatches]
-
-
-class DiskBatches:
-    """Batches in one file on disk, read back one at a time.
+class Batches:
+    """Equal batches in their order, in memory.
 
     Attributes:
-        shape: of each batch, `(windows, T, D)`; None before the first.
+        mesh: the devices that the windows of each batch are spread over; None for one device.
     """
+
+    mesh: Mesh | None = None
+
+    def __init__(self, batches: Iterable[Array] = ()) -> None:
+        self._kept = list(batches)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Array:
+        return self._kept[index]
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self[index] for index in range(len(self)))
+
+    def append(self, batch: Array) -> None:
+        """Add a batch after the others."""
+        self._kept.append(batch)
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        """The shape of each batch; none is read from disk for it."""
+        return [list(batch.shape) for batch in self._kept]
+
+    @property
+    def windows(self) -> int:
+        """The number of windows in all batches."""
+        return sum(shape[0] for shape in self.shapes)
+
+    def empty(self) -> "Batches":
+        """No batches yet, to be stored where these are."""
+        return Batches()
+
+    def counted(self, index: int) -> Bool[Array, "windows"] | None:
+        """Which windows of a batch count; None for all."""
+        del index
+        return None
+
+    def first(self, count: int) -> "Batches":
+        """The first windows as one device has them; all of fewer."""
+        taken: list[np.ndarray] = []
+        for batch in self:
+            if sum(map(len, taken)) >= count:
+                break
+            taken.append(np.asarray(batch))
+        return _split(np.concatenate(taken)[:count], self.empty()) if taken else self.empty()
+
+    def on_one_device(self) -> "Batches":
+        """See `Stream.on_one_device`."""
+        return self
+
+    def embed(self, embedding: Embedding, tokens: Int[np.ndarray, "windows T"]) -> "Batches":
+        """Windows of token ids, embedded batch by batch and stored where these batches are."""
+        return _split(tokens, self.empty(), embedding) if len(tokens) else self.empty()
+
+
+class DiskBatches(Batches):
+    """Batches in one file on disk; each is in memory only while it is used, with identical values."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # Opened without a name: nothing stays behind, not even after SIGKILL.
+        # Opened without a name: no file is left, not even after SIGKILL.
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         self._count = 0
-        self.shape: tuple[int, ...] | None = None
+        self._shape: tuple[int, ...] = ()
         self._dtype = np.dtype(np.float32)
 
     def append(self, batch: Array) -> None:
-        """Put a batch behind the others.
+        """Add a batch after the others.
 
         Raises:
             ValueError: for a batch of another shape or dtype than the first.
             OSError: if the disk refuses, a full one above all; the text says how many bytes were to be written.
         """
         values = np.ascontiguousarray(batch)
-        if self.shape is None:
-            self.shape, self._dtype = values.shape, values.dtype
-        if (values.shape, values.dtype) != (self.shape, self._dtype):
-            raise ValueError(f"a batch of {values.dtype} {values.shape} among those of {self._dtype} {self.shape}")
+        if not self._count:
+            self._shape, self._dtype = values.shape, values.dtype
+        if (values.shape, values.dtype) != (self._shape, self._dtype):
+            raise ValueError(f"a batch of {values.dtype} {values.shape} among those of {self._dtype} {self._shape}")
         try:
             self._file.seek(self._count * values.nbytes)
             write_all(self._file, values.reshape(-1).view(np.uint8).data)
@@ -84,88 +120,107 @@ class DiskBatches:
             raise OSError(
                 error.errno,
                 f"{error.strerror}: activations of {values.nbytes:,} bytes could not be written in {self._folder}, "
-                f"behind {self._count * values.nbytes:,} of the same stream; make room and start the same run again",
+                f"after {self._count * values.nbytes:,} of the same stream; make room and start the same run again",
             ) from error
         self._count += 1
 
     def __len__(self) -> int:
-        """How many there are."""
         return self._count
 
-    def __iter__(self) -> Iterator[Array]:
-        """One after the other."""
-        return (self[index] for index in range(self._count))
-
     def __getitem__(self, index: int) -> Array:
-        """One of them.
+        """One of the batches, read back.
 
         Raises:
             IndexError: if there are not so many.
             OSError: if the disk gives fewer bytes than were written.
         """
-        if self.shape is None or not 0 <= index < self._count:
+        if not 0 <= index < self._count:
             raise IndexError(f"batch {index} of {self._count}")
-        values = np.empty(self.shape, self._dtype)
-        self._file.seek(index * values.nbytes)
-        read, target = 0, memoryview(values.reshape(-1).view(np.uint8).data)
-        while read < values.nbytes:
-            got = self._file.readinto(target[read:])
-            if not got:
-                raise OSError(f"activations in {self._folder} became shorter; start the same run again")
-            read += got
-        return jnp.asarray(values)
+        size = math.prod(self._shape)
+        self._file.seek(index * size * self._dtype.itemsize)
+        values = np.fromfile(self._file, self._dtype, size)
+        if len(values) < size:
+            raise OSError(f"activations in {self._folder} became shorter; start the same run again")
+        return jnp.asarray(values.reshape(self._shape))
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        return [list(self._shape)] * self._count
+
+    def empty(self) -> "DiskBatches":
+        return DiskBatches(self._folder)
 
 
-class SpreadBatches(list[Array]):
-    """Batches `[windows, T, D]` that are cut by window over the devices of a mesh.
+class SpreadBatches(Batches):
+    """Batches that are cut by window over the devices of a mesh; each device runs a block on its own windows.
 
-    Where the windows do not fill the last batch, copies of the first stand behind them: no batch needs a program of its
-    own, and what is finite stays it. They count nowhere.
-
-    Attributes:
-        mesh: the devices.
-        windows: how many there are, copies apart.
+    Where the windows do not fill the last batch, copies of the first follow them, so that no batch needs a program of
+    its own and finite values stay finite. The copies count nowhere.
     """
 
-    def __init__(self, mesh: Mesh, windows: int) -> None:
+    def __init__(self, mesh: Mesh, windows: int = 0) -> None:
         super().__init__()
-        self.mesh, self.windows = mesh, windows
+        self.mesh: Mesh = mesh
+        self._windows = windows
+
+    @property
+    def windows(self) -> int:
+        """The number of windows in all batches, without copies."""
+        return self._windows
+
+    def empty(self) -> "SpreadBatches":
+        return SpreadBatches(self.mesh, self._windows)
 
     def counted(self, index: int) -> Bool[Array, "windows"]:
-        """Which windows of a batch are no copies, cut as the batch is."""
         size = len(self[index])
-        return put(np.arange(index * size, (index + 1) * size) < self.windows, over(self.mesh))
+        return put(np.arange(index * size, (index + 1) * size) < self._windows, over(self.mesh))
+
+    def first(self, count: int) -> Batches:
+        local = Batches()
+        for batch in self:
+            if local.windows >= count:
+                break
+            local.append(whole(batch))
+        return local.first(min(count, self._windows))
+
+    def on_one_device(self) -> Batches:
+        return self.first(self._windows)
+
+    def embed(self, embedding: Embedding, tokens: Int[np.ndarray, "windows T"]) -> "SpreadBatches":
+        """As few batches as `BATCH_TOKENS` a device allow."""
+        windows, time = tokens.shape
+        found = SpreadBatches(self.mesh, windows)
+        if not windows:
+            return found
+        batches = -(-windows // (self.mesh.size * max(1, BATCH_TOKENS // time)))
+        size = self.mesh.size * -(-windows // (self.mesh.size * batches))
+        filled = np.concatenate([tokens, np.repeat(tokens[:1], -windows % size, axis=0)])
+        shape = jax.eval_shape(embedding, jnp.asarray(filled[:size])).shape
+
+        def embedded(ids: np.ndarray, part: tuple[slice, ...]) -> np.ndarray:
+            return np.asarray(embedding(jnp.asarray(ids[part[0]])))
+
+        for start in range(0, len(filled), size):
+            ids = filled[start : start + size]
+            found.append(jax.make_array_from_callback(shape, over(self.mesh), partial(embedded, ids)))
+        return found
 
 
-class Pairs:
-    """Inputs of a block beside its targets, batch by batch."""
+@dataclass(frozen=True)
+class Stream:
+    """Activations before one block.
 
-    def __init__(self, inputs: Batches, targets: Batches) -> None:
-        self._inputs, self._targets = inputs, targets
+    Attributes:
+        calibration: of the calibration windows.
+        heldout: of the held-out windows, empty without any.
+    """
 
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._inputs)
+    calibration: Batches
+    heldout: Batches
 
-    def __iter__(self) -> Iterator[tuple[Array, Array]]:
-        """One after the other."""
-        return zip(self._inputs, self._targets, strict=True)
-
-    def __getitem__(self, index: int) -> tuple[Array, Array]:
-        """One of them."""
-        return self._inputs[index], self._targets[index]
-
-
-def batch_shapes(batches: Batches) -> list[list[int]]:
-    """The shape of each batch; none is read from disk for it."""
-    if isinstance(batches, DiskBatches):
-        return [list(batches.shape or ())] * len(batches)
-    return [list(batch.shape) for batch in batches]
-
-
-def disk_store(folder: Path) -> Store:
-    """A store whose streams lie in a folder's file system; it raises `OSError` if no file can be made there."""
-    return lambda: DiskBatches(folder)
+    def on_one_device(self) -> "Stream":
+        """The same windows as one device has them, in each process."""
+        return Stream(self.calibration.on_one_device(), self.heldout.on_one_device())
 
 
 def windows_per_batch(windows: int, time: int) -> int:
@@ -178,56 +233,11 @@ def windows_per_batch(windows: int, time: int) -> int:
 
 def make_batches(embedded: Float[Array, "windows T D"]) -> Batches:
     """Split windows into equal batches of about `BATCH_TOKENS` tokens; equal, so that one program serves all."""
-    windows = embedded.shape[0]
-    per_batch = windows_per_batch(windows, embedded.shape[1])
-    return [embedded[i : i + per_batch] for i in range(0, windows, per_batch)]
+    return _split(embedded, Batches())
 
 
-def embed_batches(
-    embedding: Callable[[Array], Array], tokens: Int[np.ndarray, "windows T"], store: Store = list
-) -> Batches:
-    """`make_batches` of embedded windows, embedded batch by batch; no batches of no windows."""
-    found = store()
-    per_batch = windows_per_batch(*tokens.shape) if len(tokens) else 1
-    for start in range(0, len(tokens), per_batch):
-        found.append(embedding(jnp.asarray(tokens[start : start + per_batch])))
+def _split(windows: Array | np.ndarray, found: Batches, embedding: Embedding = lambda part: part) -> Batches:
+    per_batch = windows_per_batch(*windows.shape[:2])
+    for start in range(0, len(windows), per_batch):
+        found.append(embedding(jnp.asarray(windows[start : start + per_batch])))
     return found
-
-
-def spread_batches(
-    embedding: Callable[[Array], Array], tokens: Int[np.ndarray, "windows T"], mesh: Mesh
-) -> SpreadBatches:
-    """Embedded windows over a mesh, each device with its own; as few batches as `BATCH_TOKENS` a device allow."""
-    windows, time = tokens.shape
-    found = SpreadBatches(mesh, windows)
-    if not windows:
-        return found
-    batches = -(-windows // (mesh.size * max(1, BATCH_TOKENS // time)))
-    size = mesh.size * -(-windows // (mesh.size * batches))
-    filled = np.concatenate([tokens, np.repeat(tokens[:1], -windows % size, axis=0)])
-    shape = jax.eval_shape(embedding, jnp.asarray(filled[:size])).shape
-
-    def embedded(ids: np.ndarray, part: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(embedding(jnp.asarray(ids[part[0]])))
-
-    for start in range(0, len(filled), size):
-        ids = filled[start : start + size]
-        found.append(jax.make_array_from_callback(shape, over(mesh), partial(embedded, ids)))
-    return found
-
-
-def on_one_device(batches: Batches) -> Batches:
-    """The same windows as one device has them, in each process; what is not spread stays as it is."""
-    if not isinstance(batches, SpreadBatches) or not batches:
-        return batches
-    return make_batches(jnp.asarray(np.concatenate([whole(batch) for batch in batches])[: batches.windows]))
-
-
-def first_windows(batches: Batches, count: int) -> Float[Array, "windows T D"]:
-    """The first windows of a stream, in one array on one device; all of a shorter one."""
-    taken: list[jax.Array] = []
-    for batch in batches:
-        if sum(map(len, taken)) >= count:
-            break
-        taken.append(jnp.asarray(whole(batch)) if isinstance(batches, SpreadBatches) else batch)
-    return jnp.concatenate(taken)[: min(count, getattr(batches, "windows", count))]

@@ -1,4 +1,4 @@
-"""Floor 6: how the zeros of a model are shared out among its linears at a fixed total.
+"""Floor 6: how a model's zeros are divided among its linears at a fixed total.
 
     uniform    the same share everywhere
     owl        fewer zeros in blocks with many outliers
@@ -22,7 +22,7 @@ from sparseopt.pruning.patterns import implied_sparsity
 
 Allocation = Literal["uniform", "owl", "curves"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
-# How far a linear may lie below and above the model's sparsity, and what no linear exceeds.
+# How far a linear's sparsity may be below and above the model's, and the most of any linear.
 BELOW, ABOVE, MOST = 0.2, 0.15, 0.95
 # Largest deviation of a block's share from the mean with owl, as published.
 SPREAD = 0.08
@@ -42,7 +42,7 @@ def default_bounds(sparsity: float) -> tuple[float, float]:
 
 
 def check_allocation(name: str, pattern: str, sparsity: float | None, bounds: tuple[float, float] | None) -> None:
-    """Whether an allocation is possible, before any work.
+    """Refuse an allocation that is not possible, before any work.
 
     Raises:
         ValueError: for an unknown name, a pattern that fixes the share, or bounds that cannot meet the total.
@@ -70,7 +70,7 @@ def check_allocation(name: str, pattern: str, sparsity: float | None, bounds: tu
         )
     if sparsity < low:
         raise ValueError(
-            f"the bounds cannot meet the total: with at least {low:g} in every linear the model's sparsity lies "
+            f"the bounds cannot meet the total: with at least {low:g} in every linear the model's sparsity is "
             f"{low - sparsity:.3g} above the {sparsity:g} asked for; lower the lower bound"
         )
 
@@ -89,7 +89,7 @@ def allocate_curves(
         losses: of every linear, 0 or more, in one unit for all.
         sizes: weights of every linear.
         sparsity: of all weights together.
-        bounds: least and most share of a linear; it lies between them, and between the levels.
+        bounds: least and most share of a linear; shares stay between them, and between the levels.
     """
     low, high = bounds
     if low == high:
@@ -111,8 +111,8 @@ def between(
 ) -> Float[np.ndarray, "linears points"]:
     """Losses between the levels, by linear interpolation of their cube root.
 
-    Weights near zero are about evenly dense, so the loss of the smallest share s of them grows as s³. A loss above one
-    at a higher level is lowered to it: what is sparser is an answer at the lower level too.
+    Weights near zero have about constant density, so the loss of the smallest share s of them grows as s³. A loss above
+    one at a higher level is lowered to it: a sparser answer is an answer at the lower level too.
     """
     rising = np.minimum.accumulate(losses[:, ::-1], axis=1)[:, ::-1]
     return np.stack([np.interp(grid, levels, curve) for curve in np.cbrt(rising)]) ** 3
@@ -131,7 +131,7 @@ def allocate_owl(
         outliers: share of outliers of every block.
         sizes: weights of every block.
         sparsity: of all weights together.
-        bounds: least and most share of a block; what lies beyond is cut, and the others make up for it evenly.
+        bounds: least and most share of a block; shares beyond are cut, and the others are shifted evenly for it.
         spread: half of the range between the blocks with the fewest and the most outliers.
     """
     reach = np.ptp(outliers)
@@ -153,7 +153,7 @@ def exact_shares(
     sparsity: float,
     bounds: tuple[float, float],
 ) -> Float[np.ndarray, "linears"]:
-    """Shares of whole zeros, as near as can be to those given, whose total is that of the sparsity.
+    """Shares of whole zeros, as close as possible to those given, with the sparsity's total.
 
     The number of zeros in all is `round(sparsity * weights)`, exactly where the units are single weights, else to
     within half of the smallest unit of which one more or one less is within the bounds. Bounds hold to a unit.
@@ -171,7 +171,7 @@ def exact_shares(
     most = np.minimum(np.ceil(bounds[1] * parts - 1e-9).astype(int), parts - 1)
     counts = np.clip(np.floor(wanted + 1e-9).astype(int), least, most)
     missing = round(sparsity * int(sizes.sum())) - int(counts @ units)
-    # Largest remainders first, then the smallest unit as long as it brings the total nearer.
+    # Largest remainders first, then the smallest unit as long as it brings the total closer.
     while missing:
         side = 1 if missing > 0 else -1
         room = counts < most if side > 0 else counts > least

@@ -25,7 +25,7 @@ class LayerResult:
         test_error: the same on the held-out Gram, NaN without one.
         sparsity: share of zeros.
         steps: iterations.
-        seconds: device time of the solve, compilation apart.
+        seconds: device time of the solve, without compilation.
         status: how it ended.
         dead_inputs: number of inputs that were zero on every token; their weights were pruned first.
         output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
@@ -64,7 +64,7 @@ def prune_layer(
         sparsity: share of zeros in [0, 1), exact to the weight; may be left out with an n:m pattern.
         pattern: "unstructured" (anywhere in the layer), "per-row" (as many in every output row), "n:m" such as
             "2:4" along the inputs of each output, or "block:RxC", whole blocks of R outputs x C inputs.
-        method: a name in `METHODS`, or a `LayerMethod` of your own.
+        method: a name in `METHODS`, or your own `LayerMethod`.
         preset: settings of the method: for "maiht" "paper", the published ones, or "best"; None for its own.
         penalty: chooses the weights that survive by its prox, in place of L0 (method "maiht", unstructured). Its
             field `weight` is set by the sparsity asked for; a refit removes the shrinkage of convex penalties.
@@ -73,7 +73,7 @@ def prune_layer(
 
     Raises:
         ValueError: for an impossible sparsity, pattern, penalty, method, shape or non-finite value, before any work.
-        RuntimeError: if the solve became non-finite, or a method of yours does not keep the pattern's count.
+        RuntimeError: if the solve became non-finite, or your own method does not keep the pattern's count.
         MemoryError: if the solve does not fit in memory, not even by small blocks of outputs.
     """
     weight = np.asarray(weight)
@@ -101,11 +101,8 @@ def prune_layer(
         raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")
     check_method(solver, job.pattern, weight.shape)
     solved = solve_within_memory(job, solver)
-    report = solved.report
-    status = Status(int(report.status))
-    if status is Status.NONFINITE:
-        raise RuntimeError(f"the solve became non-finite: {status.advice}")
-    check_answer(report, solver, job.pattern)
+    report = solved.value
+    status = check_answer(report, solver, job.pattern)
     return LayerResult(
         weight=_as_given(np.asarray(report.weight), weight, given),
         relative_error=float(report.relative_error),
@@ -115,19 +112,19 @@ def prune_layer(
         seconds=solved.seconds,
         status=status,
         dead_inputs=int(report.dead_inputs),
-        output_blocks=solved.output_blocks,
+        output_blocks=report.output_blocks,
     )
 
 
 def _as_given(pruned: np.ndarray, dense: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """The pruned weight in the dtype of the weight given; what was left unchanged keeps its value there too."""
+    """The pruned weight in the dtype of the weight given; unchanged entries keep the value given."""
     return np.where((pruned == dense) & (pruned != 0), given, pruned.astype(given.dtype, copy=False))
 
 
 def _check_finite(name: str, array: np.ndarray) -> None:
     bad = int(np.size(array) - np.count_nonzero(np.isfinite(np.asarray(array, np.float32))))
     if bad:
-        raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}; mend the input first")
+        raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}; fix the input first")
 
 
 def check_gram(name: str, gram: Any, inputs: int) -> jnp.ndarray:

@@ -2,9 +2,9 @@
 
     minimise over V    1/2 ||X Vᵀ - X Wᵀ||² = sum over outputs i of 1/2 ||X (v_i - w_i)||²,   V in the pattern
 
-Outputs meet in the pattern's count alone. Per-row and n:m patterns have one for every output: a block of outputs is
-then a problem of its own. A count over the whole layer is shared over the blocks first, each getting as many as it has
-among the largest of the layer in Wanda's score, `|W_ij| ||X_j||`; the total stays exact to the weight.
+Outputs are coupled by the pattern's count alone. Per-row and n:m patterns have a count for every output, so a block of
+outputs is its own problem. A count over the whole layer is first divided among the blocks: each gets as many as it
+has among the layer's largest by Wanda's score, `|W_ij| ||X_j||`, and the total stays exact.
 
 Over several devices each block is cut over all of them, see `devices`. Several processes do not split: memory may run
 out in one of them while the others wait for it.
@@ -13,7 +13,6 @@ out in one of them while the others wait for it.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,10 @@ from jax.sharding import Mesh
 
 from sparseopt.core.patterns import BlockTopK, TopK
 from sparseopt.core.problem import Status
+from sparseopt.pruning.compiled import Timed
 from sparseopt.pruning.devices import solve_over
 from sparseopt.pruning.layer import (
     DEAD_SCALE,
-    Energies,
     LayerJob,
     LayerMethod,
     LayerReport,
@@ -40,38 +39,20 @@ from sparseopt.system import processes
 LEAST_SHARE = 1 / 32
 # Weights scored at a time on the host, where memory may be short too.
 CHUNK = 1 << 20
-# What XLA says, in small letters; the last is a matrix product on the CPU that got no room to work in.
+# What XLA says, in lower case; the last is a matrix product on the CPU that got no workspace.
 OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "ynnpack operation failed")
-# How a layer ended whose blocks ended differently: the first of these that any of them has.
+# The status of a layer whose blocks ended differently: the first of these that any of them has.
 WORST_FIRST = (Status.NONFINITE, Status.MAX_STEPS, Status.PRECISION, Status.STATIONARY, Status.CONVERGED)
 
-# Scores of rows of the layer in their order, `[rows, n]` non-negative float32 a piece; made anew at each call.
+# Scores of the layer's rows in their order, in pieces `[rows, n]`, non-negative float32; made anew at each call.
 Scores = Callable[[], Iterator[np.ndarray]]
 
 
-class Solved(NamedTuple):
-    """A solved layer.
+def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = None) -> Timed:
+    """Solve a layer whole, or where memory runs out by 2, 4, 8, ... blocks of its outputs.
 
-    Attributes:
-        report: of the whole layer.
-        seconds: device time, failed attempts apart.
-        compile_seconds: time compiling for it, 0 when the programs were at hand.
-        output_blocks: into how many blocks of outputs it was split; 1 when it fitted whole.
-    """
-
-    report: LayerReport
-    seconds: float
-    compile_seconds: float
-    output_blocks: int
-
-
-def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = None) -> Solved:
-    """Solve a layer whole, and where memory runs out by 2, 4, 8, ... blocks of its outputs.
-
-    Args:
-        job: what to prune; the weight on the host where there is a mesh.
-        method: how.
-        mesh: the devices to solve on; None for one.
+    Over a mesh the job's weight is on the host. The value returned is the whole layer's `LayerReport`, and times leave
+    out failed attempts.
 
     Raises:
         MemoryError: if the smallest blocks do not fit either, with their sizes; in several processes, if the whole
@@ -86,7 +67,7 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
             if not is_out_of_memory(error):
                 raise
             said = str(error).partition("\n")[0]
-        # Out here the attempt's arrays are gone: they live as long as the error's traceback.
+        # The attempt's arrays are gone here: they live as long as the error's traceback.
         if processes.count() > 1:
             raise MemoryError(
                 f"the solve of a layer [out={outputs}, in={inputs}] does not fit in the memory of process "
@@ -107,23 +88,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
-def _solve_parts(job: LayerJob, method: LayerMethod, parts: int, mesh: Mesh | None) -> Solved:
+def _solve_parts(job: LayerJob, method: LayerMethod, parts: int, mesh: Mesh | None) -> Timed:
     reports, seconds, compile_seconds = [], 0.0, 0.0
     for each in split_job(job, method, parts):
         timed = layer_solver(each, method) if mesh is None else solve_over(each, method, mesh)
-        # Off the device at once where there are more to come.
+        # Moved off the device at once where more follow.
         reports.append(timed.value if parts == 1 else jax.device_get(timed.value))
         seconds, compile_seconds = seconds + timed.seconds, compile_seconds + timed.compile_seconds
-    return Solved(join_reports(reports), seconds, compile_seconds, parts)
+    return Timed(join_reports(reports), seconds, compile_seconds)
 
 
 def split_job(job: LayerJob, method: LayerMethod, parts: int) -> list[LayerJob]:
     """Jobs for consecutive blocks of outputs, all of one size where the number of outputs allows it, else of two.
 
-    Args:
-        job: the whole layer.
-        method: magnitude and Wanda rank weights in their own way, and blocks get the counts that they would give.
-        parts: how many, at most the number of outputs, or of rows of blocks of the pattern.
+    Magnitude and Wanda rank weights in their own way; their blocks get the counts that these give.
     """
     if parts == 1:
         return [job]
@@ -146,31 +124,23 @@ def join_reports(reports: Sequence[LayerReport]) -> LayerReport:
     """The report of a layer from those of its blocks of outputs, in their order; errors are those of the whole."""
     if len(reports) == 1:
         return reports[0]
-    energies = _added([report.energies for report in reports])
-    tests = _added([report.test_energies for report in reports])
+    # Most scalars are sums; the others follow.
+    scalars = [dataclasses.replace(report, weight=None) for report in reports]
+    added = jax.tree.map(lambda *parts: sum(np.asarray(part).item() for part in parts), *scalars)
     found = {int(report.status) for report in reports}
-    return LayerReport(
+    return dataclasses.replace(
+        added,
         weight=np.concatenate([report.weight for report in reports]),
-        energies=energies,
-        test_energies=tests,
-        relative_error=energies.ratio,
-        test_error=tests.ratio,
-        zeros=sum(int(report.zeros) for report in reports),
-        kept=sum(int(report.kept) for report in reports),
         fits=all(bool(report.fits) for report in reports),
-        stray=sum(int(report.stray) for report in reports),
         dead_inputs=reports[0].dead_inputs,
         steps=max(int(report.steps) for report in reports),
         status=next(status for status in WORST_FIRST if status in found),
+        output_blocks=len(reports),
     )
 
 
-def _added(parts: list[Energies]) -> Energies:
-    return Energies(sum(float(part.lost) for part in parts), sum(float(part.present) for part in parts))
-
-
 def _unit(job: LayerJob) -> int:
-    """Outputs that a split must not part."""
+    """The number of outputs that a split must keep together."""
     return job.pattern.shape[1] if isinstance(job.pattern, BlockTopK) else 1
 
 
@@ -203,7 +173,7 @@ def kept_by_row(job: LayerJob, k: int, method: LayerMethod) -> np.ndarray:
 
 
 def _even_by_row(scores: Scores, rows: int, k: int) -> np.ndarray:
-    """As many of k in every row, and one more in the rows whose next score is largest, as Wanda has it."""
+    """As many of k in every row, and one more in the rows whose next score is largest, as Wanda does."""
     each, left = divmod(k, rows)
     kept = np.full(rows, each)
     if left:
@@ -213,7 +183,7 @@ def _even_by_row(scores: Scores, rows: int, k: int) -> np.ndarray:
 
 
 def largest_by_row(scores: Scores, k: int) -> np.ndarray:
-    """How many of the k largest scores of all rows lie in each row; equal ones at the limit are shared evenly.
+    """How many of the k largest scores of all rows are in each row; equal ones at the limit are shared evenly.
 
     The limit is found digit by digit of 16 bits, from two histograms: non-negative floats are ordered as their bits
     are, and no copy of the scores is sorted.

@@ -17,6 +17,7 @@ import numpy as np
 from sparseopt.models import PrunableModel, StreamedModel
 from sparseopt.pruning.cost import FLOAT32, PLACES, Activations, Cost, output_bytes, prune_cost
 from sparseopt.pruning.layer import LayerMethod
+from sparseopt.pruning.plan import Plan
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Footprint
 from sparseopt.system.machine import available_memory_bytes, format_bytes
@@ -36,7 +37,7 @@ class BudgetError(ValueError):
 
 def choose_footprint(
     model: PrunableModel,
-    plans: Sequence[tuple[Recipe, LayerMethod, Path]],
+    plans: Sequence[Plan],
     calibration: np.ndarray,
     heldout: np.ndarray,
     budget: int | None = None,
@@ -47,7 +48,7 @@ def choose_footprint(
 
     Args:
         model: opened.
-        plans: of one pass: checked recipe, its method, its folder, which need not exist yet.
+        plans: of one pass; their folders need not exist yet.
         calibration: windows of token ids, `[samples, seqlen]`.
         heldout: windows of held-out tokens, `[0, seqlen]` without any.
         budget: bytes of memory, device and host together.
@@ -58,7 +59,7 @@ def choose_footprint(
         BudgetError: if the run does not fit the budget, or output and activations do not fit on the disk.
     """
     sizes = {"samples": len(calibration), "seqlen": calibration.shape[1], "heldout_samples": len(heldout)}
-    recipes = [(dataclasses.replace(recipe, **sizes), method) for recipe, method, _ in plans]
+    recipes = [(dataclasses.replace(plan.recipe, **sizes), plan.method) for plan in plans]
     where: Activations
     parts: Mapping[str, int] = {}
     memory, phase, scratch = None, "", 0
@@ -74,7 +75,7 @@ def choose_footprint(
         stream = FLOAT32 * (calibration.size + heldout.size) * model.config.hidden_size
         scratch = (len(plans) + 3) * stream if budget else 0
     output = [sum(output_bytes(model, recipe).values()) for recipe, _ in recipes]
-    _check_disks([folder for *_, folder in plans], output, scratch)
+    _check_disks([plan.folder for plan in plans], output, scratch)
     return Footprint(where, memory, dict(parts), phase, budget, sum(output), scratch)
 
 

@@ -3,25 +3,24 @@
 Gram of an input = sum over tokens t of w_t x_t x_tᵀ, [in, in], float32, accumulated on the device
 
 Weighting "uniform" has w = 1. With "residual", a linear that writes into the residual stream has
-`w_t = 1 / mean square of the stream at t behind the block`: the norms behind divide every token by its own size, so
+`w_t = 1 / mean square of the stream at t after the block`: the norms that follow divide every token by its own size, so
 what matters is an error relative to that size. Some tokens (the first of a text above all) carry a stream that is
 hundreds of times larger than the others'; with w = 1 they decide what is pruned.
 
-The Gram of an expert is that of the tokens routed to it. All experts' Grams lie in one array, `[E, in, in]`.
+The Gram of an expert is that of the tokens routed to it. The Grams of all experts are one array, `[E, in, in]`.
 
-Over several devices each adds up the Grams of its own windows, `[devices, in, in]` cut by device, and they are summed
-once a block: one all-reduce of its Grams, whatever the number of batches.
+Over several devices each sums the Grams of its own windows, `[devices, in, in]` cut by device. The devices' sums are
+added once a block, by one all-reduce whatever the number of batches.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
@@ -29,7 +28,7 @@ from sparseopt.core.losses import HIGHEST
 from sparseopt.core.mesh import AXIS, over
 from sparseopt.models import PrunableBlock, Routed
 from sparseopt.models.experts import rows_of_tokens, stacked_name, unstacked_names
-from sparseopt.pruning.activations import Batches, SpreadBatches, Store
+from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.compiled import Compiled, Timed, laid_on
 
 Weighting = Literal["uniform", "residual"]
@@ -37,14 +36,14 @@ WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 
 class Grams(NamedTuple):
-    """What the tokens say of one distinct linear input X~ `[tokens, in]`, with token weights w.
+    """Sums over tokens of one distinct linear input X~ `[tokens, in]`, with token weights w.
 
     Attributes:
         gram: `X~ᵀ w X~`, `[in, in]`.
         mass: the sum of w, a scalar.
         tokens: their number, a scalar.
         drift: `X~ᵀ w (X~ - X)`, `[in, in]`, with X the same input in the dense model; None where it was not asked for,
-            and for experts, whose tokens in the dense model are others.
+            and for experts, which other tokens reach in the dense model.
     """
 
     gram: Array
@@ -54,13 +53,12 @@ class Grams(NamedTuple):
 
 
 class BlockGrams(Mapping[str, Grams]):
-    """The Grams of a block by tap name, those of experts one by one, cut out of `stacked` when asked for."""
+    """The Grams of a block by tap name; those of experts are cut out of `stacked` when asked for."""
 
     def __init__(self, stacked: Mapping[str, Grams]) -> None:
         self.stacked = stacked
 
     def __getitem__(self, tap: str) -> Grams:
-        """The Grams of a tap as `Block.linears` names it."""
         if tap in self.stacked:
             return self.stacked[tap]
         name, expert = stacked_name(tap)
@@ -68,18 +66,16 @@ class BlockGrams(Mapping[str, Grams]):
         return found if expert is None else jax.tree.map(lambda part: part[expert], found)
 
     def tokens(self, tap: str) -> int:
-        """How many tokens the Grams of a tap are made of."""
+        """The number of tokens in the Grams of a tap."""
         name, expert = (tap, None) if tap in self.stacked else stacked_name(tap)
         found = self.stacked[name].tokens
         return int(found if expert is None else found[expert])
 
     def __iter__(self) -> Iterator[str]:
-        """All names."""
         for name, found in self.stacked.items():
             yield from unstacked_names(name, len(found.mass)) if found.mass.ndim else (name,)  # type: ignore[misc]
 
     def __len__(self) -> int:
-        """How many there are."""
         return sum(len(found.mass) if found.mass.ndim else 1 for found in self.stacked.values())
 
 
@@ -157,27 +153,44 @@ def tapped(block: Any, x: Float[Array, "B T D"]) -> tuple[dict[str, Any], Float[
     return inputs, output
 
 
-def _add_grams(
-    weighting: Weighting, block: nnx.Module, x: Array, dense_x: Array | None, totals: dict[str, Grams]
-) -> dict[str, Grams]:
-    return jax.tree.map(jnp.add, totals, gather_grams(block, x, weighting, dense_x))
+def nonfinite_windows(block: Any, batches: Batches, name: str) -> list[int]:
+    """Numbers of the windows whose activations at a tap of a Flax block, squared as in a Gram, are not finite.
 
+    Experts go by their stacked name.
+    """
+    found: list[int] = []
+    first = 0
+    for x in batches:
+        value = tapped(block, x)[0][name]
+        rows = np.asarray(value.rows if isinstance(value, Routed) else value, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            # A product of two of a token's entries is at most the sum of their squares.
+            bad = ~np.isfinite(np.sum(rows.astype(np.float32) ** 2, axis=-1))
+        if isinstance(value, Routed):
+            tokens = np.asarray(value.token)[bad]
+            windows = np.unique(tokens[tokens < x.shape[0] * x.shape[1]] // x.shape[1])
+        else:
+            windows = np.flatnonzero(bad.any(axis=1))
+        found += [first + int(window) for window in windows]
+        first += len(x)
+    return found
 
-# One each for the process: all blocks of all models of the same shape share a compiled program.
-_grams_of_batch = {kind: Compiled(partial(_add_grams, kind), donate_argnums=(3,)) for kind in WEIGHTINGS}
-_output_of_batch = Compiled(lambda block, x: block(x))
 
 _EACH, _ALL = PartitionSpec(AXIS), PartitionSpec()
 
 
+# Kept for the process: all blocks of all models of the same shape share a compiled program.
 @cache
-def grams_over(mesh: Mesh, weighting: Weighting) -> Compiled:
-    """`_grams_of_batch` over a mesh: every device adds those of its windows to its own totals; none tells another."""
+def grams_over(mesh: Mesh | None, weighting: Weighting) -> Compiled:
+    """Adds the Grams of a batch to the totals; over a mesh each device adds those of its windows to its own totals."""
 
-    def add(block: Any, x: Array, dense_x: Array | None, counted: Array, totals: Any) -> Any:
+    def add(block: Any, x: Array, dense_x: Array | None, counted: Array | None, totals: Any) -> Any:
         found = gather_grams(block, x, weighting, dense_x, counted)
-        return jax.tree.map(lambda total, new: total + new[None], totals, found)
+        # Over a mesh each device has its part of the totals, `[1, ...]`.
+        return jax.tree.map(lambda total, new: total + new.reshape(total.shape), totals, found)
 
+    if mesh is None:
+        return Compiled(add, donate_argnums=(4,))
     specs = (_ALL, _EACH, _EACH, _EACH, _EACH)
     # Counts of tiles and the like begin as constants that all devices share: their types are left unchecked.
     return Compiled(jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=_EACH, check_vma=False), (4,))
@@ -194,17 +207,21 @@ def sum_over(mesh: Mesh) -> Compiled:
 
 
 @cache
-def _outputs_over(mesh: Mesh) -> Compiled:
+def _output_over(mesh: Mesh | None) -> Compiled:
     def run(block: Any, x: Array) -> Array:
         return block(x)
 
+    if mesh is None:
+        return Compiled(run)
     return Compiled(jax.shard_map(run, mesh=mesh, in_specs=(_ALL, _EACH), out_specs=_EACH, check_vma=False))
 
 
-def empty_totals(shapes: Any, mesh: Mesh) -> Any:
-    """Zeros for every device."""
+def _empty_totals(shapes: Any, mesh: Mesh | None) -> Any:
+    """Zeros, over a mesh for every device."""
 
     def zeros(shape: Any) -> Array:
+        if mesh is None:
+            return jnp.asarray(np.zeros(shape.shape, shape.dtype))
         whole = (mesh.size, *shape.shape)
         return jax.make_array_from_callback(whole, over(mesh), lambda part: np.zeros((1, *shape.shape), shape.dtype))
 
@@ -212,80 +229,56 @@ def empty_totals(shapes: Any, mesh: Mesh) -> Any:
 
 
 class BlockRunner:
-    """Runs the blocks of one model over batches of activations and keeps account.
+    """Runs the blocks of one model over batches of activations and counts the work.
 
     Attributes:
-        store: makes what the outputs of a block are collected in.
-        seconds: device time of all forward passes so far, compilation apart.
+        seconds: device time of all forward passes so far, without compilation.
         flops: floating-point operations of these passes (two a multiply-add; products only).
-        compilations: programs compiled.
-        compile_seconds: the time that took.
+        compile_seconds: time spent compiling.
     """
 
-    def __init__(self, store: Store = list) -> None:
-        self.store = store
+    def __init__(self) -> None:
         self.seconds = 0.0
         self.flops = 0.0
-        self.compilations = 0
         self.compile_seconds = 0.0
 
     def grams(
-        self,
-        block: PrunableBlock,
-        batches: Batches,
-        weighting: Weighting = "uniform",
-        dense_batches: Batches | None = None,
+        self, block: PrunableBlock, batches: Batches, weighting: Weighting = "uniform", dense: Batches | None = None
     ) -> BlockGrams:
-        """Grams summed over all batches, by tap name; with `dense_batches` also the drifts from them."""
-        first = None if dense_batches is None else dense_batches[0]
-        # The same for every weighting. JAX remembers the trace of a function that is there for good.
-        shapes = jax.eval_shape(gather_grams, block, batches[0], dense_x=first)
-        if isinstance(batches, SpreadBatches):
-            return self._spread_grams(block, batches, weighting, dense_batches, shapes)
-        totals: Any = jax.tree.map(lambda s: jnp.asarray(np.zeros(s.shape, s.dtype)), shapes)
-        for index, x in enumerate(batches):
-            dense_x = None if dense_batches is None else dense_batches[index]
-            totals = self.account(_grams_of_batch[weighting](block, x, dense_x, totals))
-            self._count_grams(block, x.shape, weighting, shapes)
-        return BlockGrams(totals)
-
-    def _spread_grams(
-        self, block: Any, batches: SpreadBatches, weighting: Weighting, dense_batches: Batches | None, shapes: Any
-    ) -> BlockGrams:
+        """Grams summed over all batches, by tap name; with the dense model's batches also the drifts from them."""
         mesh = batches.mesh
-        laid, totals = laid_on(block, mesh), empty_totals(shapes, mesh)
+        # The same for every weighting. JAX remembers the trace of a function that is there for good.
+        shapes = jax.eval_shape(gather_grams, block, batches[0], dense_x=None if dense is None else dense[0])
+        laid, totals = laid_on(block, mesh), _empty_totals(shapes, mesh)
         for index, x in enumerate(batches):
-            dense_x = None if dense_batches is None else dense_batches[index]
+            dense_x = None if dense is None else dense[index]
             totals = self.account(grams_over(mesh, weighting)(laid, x, dense_x, batches.counted(index), totals))
-            self._count_grams(block, x.shape, weighting, shapes)
-        return BlockGrams(self.account(sum_over(mesh)(totals)))
+            self.flops += forward_flops(block, x.shape, skip_last=weighting == "uniform")
+            if dense is not None:
+                self.flops += forward_flops(block, x.shape, skip_last=True)
+            self.flops += _gram_flops(block, x.shape, shapes)
+        return BlockGrams(totals if mesh is None else self.account(sum_over(mesh)(totals)))
 
-    def _count_grams(self, block: Any, shape: tuple[int, ...], weighting: Weighting, shapes: Any) -> None:
-        self.flops += forward_flops(block, shape, skip_last=weighting == "uniform")
-        if any(found.drift is not None for found in shapes.values()):
-            self.flops += forward_flops(block, shape, skip_last=True)
-        self.flops += _gram_flops(block, shape, shapes)
+    def run(self, block: PrunableBlock, x: Array, mesh: Mesh | None = None) -> Array:
+        """The block's output for one batch, which is spread over a mesh or on one device."""
+        self.flops += forward_flops(block, x.shape)
+        return self.account(_output_over(mesh)(block, x))
 
     def forward(self, block: PrunableBlock, batches: Batches) -> Batches:
-        """The block's outputs, batch by batch."""
-        if isinstance(batches, SpreadBatches):
-            spread = SpreadBatches(batches.mesh, batches.windows)
-            laid = laid_on(block, batches.mesh)
-            for x in batches:
-                spread.append(self.account(_outputs_over(batches.mesh)(laid, x)))
-                self.flops += forward_flops(block, x.shape)
-            return spread
-        outputs = self.store()
+        """The block's outputs, batch by batch, stored where the batches are."""
+        outputs, laid = batches.empty(), laid_on(block, batches.mesh)
         for x in batches:
-            outputs.append(self.account(_output_of_batch(block, x)))
-            self.flops += forward_flops(block, x.shape)
+            outputs.append(self.run(laid, x, batches.mesh))
         return outputs
 
+    def through(self, block: PrunableBlock, stream: Stream) -> Stream:
+        """The stream after a block."""
+        return Stream(self.forward(block, stream.calibration), self.forward(block, stream.heldout))
+
     def account(self, timed: Timed) -> Any:
-        """The result of a timed program, its time counted."""
+        """The result of a timed program, after counting its time."""
         self.seconds += timed.seconds
         self.compile_seconds += timed.compile_seconds
-        self.compilations += timed.compile_seconds > 0
         return timed.value
 
 

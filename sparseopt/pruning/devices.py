@@ -3,15 +3,15 @@
     weight [out, in]      cut by outputs: device i of d holds about out / d of them
     Gram   [in, in]       whole on each device
 
-Outputs meet in the pattern's count, in the objective and in the stopping rule alone. So products with the Gram stay on
-their device, and what devices exchange are counts, sums and the sample that starts a selection.
-The pruned weight stays cut until the solve is done, and is then brought together once.
+Outputs are coupled by the pattern's count, the objective and the stopping rule alone. So products with the Gram stay on
+their device, and devices exchange counts, sums and the sample that starts a selection. The pruned weight stays cut
+until the solve is done, and is then gathered once.
 
 Where the number of devices does not divide the outputs, the last devices hold fewer. An array that enters or leaves a
-program must be cut evenly, so zeros stand behind it there; inside they are gone, and every count is that of the layer.
+program must be cut evenly, so it is padded with zeros there; inside they are gone, and counts are those of the layer.
 
-Layers of one shape, one for each device, are laid behind each other, `[d out, in]`, and cut between layers. Each device
-then runs the solve of one layer as if it were alone, at its own number of steps, in one program for all of them.
+Layers of one shape, one for each device, are concatenated to `[d out, in]` and cut between layers. Each device then
+solves its layer as if it were alone, at its own number of steps, in one program for all of them.
 """
 
 import dataclasses
@@ -34,63 +34,54 @@ from sparseopt.system import processes
 
 
 @pytree
-class Line:
-    """The mesh that a layer is cut over, and how many of its rows are outputs; both are structure, not arrays."""
+class Cut:
+    """How a layer is cut: over which mesh, and how many of its padded rows are outputs; structure, not arrays."""
 
     mesh: Mesh = static()
     outputs: int = static()
 
-    def cut(self, rows: Any) -> Any:
-        """Of padded rows the outputs, each device's on that device."""
+    def kept(self, rows: Any) -> Any:
+        """The outputs among padded rows, each device's on that device."""
         return None if rows is None else jax.lax.with_sharding_constraint(rows[: self.outputs], over(self.mesh))
 
     def padded(self, rows: Any) -> Any:
-        """Zeros behind the rows, up to a multiple of the devices."""
-        behind = [(0, -self.outputs % self.mesh.size)] + [(0, 0)] * (rows.ndim - 1)
+        """The rows and zeros after them, up to a multiple of the devices."""
+        zeros = [(0, -self.outputs % self.mesh.size)] + [(0, 0)] * (rows.ndim - 1)
         if isinstance(rows, np.ndarray):
-            return np.pad(rows, behind)
-        return jax.lax.with_sharding_constraint(jnp.pad(rows, behind), over(self.mesh))
+            return np.pad(rows, zeros)
+        return jax.lax.with_sharding_constraint(jnp.pad(rows, zeros), over(self.mesh))
 
 
-def _solve_cut(weight: Any, job: LayerJob, line: Line, method: LayerMethod) -> LayerReport:
-    """`solve_layer` of a job whose weight is given apart: its buffer is taken over by the answer."""
-    job = dataclasses.replace(job, weight=line.cut(weight), output_weights=line.cut(job.output_weights))
+def _solve_cut(weight: Any, job: LayerJob, cut: Cut, method: LayerMethod) -> LayerReport:
+    """`solve_layer` of a job whose weight is given separately: the answer takes over its buffer."""
+    job = dataclasses.replace(job, weight=cut.kept(weight), output_weights=cut.kept(job.output_weights))
     report = solve_layer(job, method)
-    return dataclasses.replace(report, weight=line.padded(report.weight))
+    return dataclasses.replace(report, weight=cut.padded(report.weight))
 
 
 # As `layer.layer_solver`, one for the process.
 cut_solver = Compiled(_solve_cut, donate_argnums=(0,))
 
 
-def place(job: LayerJob, mesh: Mesh) -> tuple[Any, LayerJob, Line]:
-    """The arguments of `cut_solver`: the weight cut over the mesh, the job without it, how it lies."""
-    weight = np.asarray(job.weight)
-    line = Line(mesh, len(weight))
-    outputs = None
-    if job.output_weights is not None:
-        outputs = put(line.padded(np.asarray(job.output_weights, np.float32)), over(mesh))
-    gram, test_gram = laid_on((job.gram, job.test_gram), mesh)
-    return put(line.padded(weight), over(mesh)), LayerJob(None, gram, test_gram, job.pattern, outputs), line
-
-
 def solve_over(job: LayerJob, method: LayerMethod, mesh: Mesh) -> Timed:
-    """Solve a layer over a mesh; the report's weight is a host array, the same in every process.
+    """Solve a layer over a mesh; the report's arrays are on the host, the same in every process.
 
-    Args:
-        job: weight and output weights on the host; the Grams on one device or over the mesh.
-        method: how.
-        mesh: of one axis, see `core.mesh`.
+    The job's weight and output weights are on the host, the Grams on one device or over the mesh.
     """
-    weight, rest, line = place(job, mesh)
-    timed = cut_solver(weight, rest, line, method)
-    report = dataclasses.replace(timed.value, weight=whole(timed.value.weight)[: line.outputs])
-    return timed._replace(value=report)
+    weight, weights = np.asarray(job.weight), job.output_weights
+    cut = Cut(mesh, len(weight))
+    if weights is not None:
+        weights = put(cut.padded(np.asarray(weights, np.float32)), over(mesh))
+    gram, test_gram = laid_on((job.gram, job.test_gram), mesh)
+    rest = LayerJob(None, gram, test_gram, job.pattern, weights)
+    timed = cut_solver(put(cut.padded(weight), over(mesh)), rest, cut, method)
+    report = whole(timed.value)
+    return timed._replace(value=dataclasses.replace(report, weight=report.weight[: cut.outputs]))
 
 
 @functools.cache
 def side_by_side_solver(mesh: Mesh) -> Compiled:
-    """`solve_layer` of a layer for each of the first devices; arrays lie behind each other, scalars in a row."""
+    """`solve_layer` of a layer for each of the first devices; arrays are concatenated, scalars in a row."""
 
     def solve(weight: Any, job: LayerJob, count: Any, method: LayerMethod) -> LayerReport:
         pattern = jax.tree.map(lambda row: row[0], job.pattern)
@@ -106,21 +97,21 @@ def side_by_side_solver(mesh: Mesh) -> Compiled:
 
     each, everywhere = PartitionSpec(AXIS), PartitionSpec()
     specs = (each, each, everywhere, everywhere)
-    # No device tells another anything, so there is no type of that to be checked.
+    # Devices exchange nothing, so there is nothing to check.
     return Compiled(jax.shard_map(solve, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False), (0,))
 
 
 def place_side_by_side(jobs: Sequence[LayerJob], mesh: Mesh) -> tuple[Any, LayerJob, np.int32]:
-    """Weights, jobs and their number for `side_by_side_solver`: job i on device i; devices behind the last one rest."""
+    """Weights, jobs and their number for `side_by_side_solver`: job i on device i; devices after the last are idle."""
     turns = [*jobs, *[jobs[0]] * (mesh.size - len(jobs))]
     patterns = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], job.pattern) for job in turns]
     rest = [dataclasses.replace(job, weight=None, pattern=row) for job, row in zip(turns, patterns, strict=True)]
-    laid = jax.tree.map(lambda *parts: _laid_behind(parts, mesh), *rest)
-    return _laid_behind([job.weight for job in turns], mesh), laid, np.int32(len(jobs))
+    laid = jax.tree.map(lambda *parts: _concatenated(parts, mesh), *rest)
+    return _concatenated([job.weight for job in turns], mesh), laid, np.int32(len(jobs))
 
 
-def _laid_behind(parts: Sequence[Any], mesh: Mesh) -> jax.Array:
-    """Arrays of one shape behind each other, part i on device i; one that is there already is not copied."""
+def _concatenated(parts: Sequence[Any], mesh: Mesh) -> jax.Array:
+    """Arrays of one shape as one, part i on device i; a part that is there already is not copied."""
     mine = [
         _on_device(part, device)
         for part, device in zip(parts, mesh.devices.flat, strict=True)
@@ -139,7 +130,7 @@ def _on_device(part: Any, device: Any) -> jax.Array:
 
 
 def reports_of(found: LayerReport, count: int) -> list[LayerReport]:
-    """The first reports of those of `side_by_side_solver`, whose arrays are on the host."""
+    """The first reports among those of `side_by_side_solver`, whose arrays are on the host."""
     outputs = len(found.weight) // len(found.steps)
     scalars = dataclasses.replace(found, weight=None)
     return [
@@ -151,10 +142,10 @@ def reports_of(found: LayerReport, count: int) -> list[LayerReport]:
 
 
 def check_cut(pattern: Pattern, shape: tuple[int, int], mesh: Mesh | None) -> None:
-    """Whether a weight `(out, in)` can be cut over the mesh.
+    """Refuse to cut a weight `(out, in)` over the mesh inside the blocks of its pattern.
 
     Raises:
-        ValueError: for a pattern of blocks that a cut would part, naming the sizes.
+        ValueError: naming the sizes.
     """
     if mesh is None or not isinstance(pattern, BlockTopK):
         return
@@ -163,13 +154,13 @@ def check_cut(pattern: Pattern, shape: tuple[int, int], mesh: Mesh | None) -> No
     if each % high:
         fitting = [d for d in range(1, mesh.size) if -(-outputs // d) % high == 0]
         raise ValueError(
-            f"{mesh.size} devices hold {each} outputs each of the layer [out={outputs}, in={shape[1]}], which parts "
+            f"{mesh.size} devices hold {each} outputs each of the layer [out={outputs}, in={shape[1]}], which splits "
             f"the pattern's blocks of {high} outputs; {', '.join(map(str, fitting))} devices do not"
         )
 
 
 def agreed(values: Any) -> Any:
-    """A tree of host arrays as process 0 has it, in every process; what travels are values of 32 bits."""
+    """Process 0's tree of host arrays in every process; values are sent with 32 bits."""
     if processes.count() == 1:
         return values
     from jax.experimental import multihost_utils

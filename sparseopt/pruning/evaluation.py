@@ -7,7 +7,7 @@ model is streamed block by block over as many windows as fit in `PASS_BYTES`, th
 embedding rows of these windows are read.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sparseopt.core.types import Observer
 from sparseopt.models import Decoder, Head, PrunableModel, check_window, open_model
 from sparseopt.pruning.activations import PASS_BYTES, windows_per_batch
 from sparseopt.pruning.calibration import BlockRunner
@@ -38,10 +39,7 @@ def log_probabilities(logits_RV: Float[Array, "R V"], target_R: Int[Array, "R"])
 def negative_log_likelihood(
     head: Head, x_TD: Float[Array, "T D"], tokens_T: Int[Array, "T"], skipped: Int[Array, ""] | int = 0
 ) -> Float[Array, ""]:
-    """`- sum_t log p(tokens[t + 1])` of one window from its last activations, a slice of rows at a time.
-
-    The first `skipped` predictions are not counted.
-    """
+    """`- sum_t log p(tokens[t + 1])` of one window from its last activations, less the first `skipped` predictions."""
     rows = min(LOGIT_ROWS, x_TD.shape[0])
     padding = -x_TD.shape[0] % rows
     targets = jnp.pad(tokens_T[1:], (0, 1 + padding))
@@ -65,7 +63,7 @@ def perplexity(
     seqlen: int = 1024,
     *,
     bos: int | None = None,
-    observer: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
 ) -> float:
     """Perplexity of a model on token ids in non-overlapping windows.
 
@@ -75,13 +73,16 @@ def perplexity(
         seqlen: tokens per window when `token_ids` is flat.
         bos: the id of a token to put first in every window, whose last token is left out. The token after it is not
             counted. `models.start_token` returns that of a model. None for none.
-        observer: called with (blocks done, blocks in all).
+        observer: called with ("block", blocks done, blocks in all).
 
     Raises:
         ValueError: for ids outside the vocabulary, fewer tokens than one window, and windows that predict nothing or
             are longer than the model supports.
     """
-    parts = _StreamedParts(model) if not isinstance(model, Decoder) else _DecoderParts(model)
+    opened: Any = open_model(model) if isinstance(model, str | Path) else model
+    whole = isinstance(opened, Decoder)
+    config, blocks = (opened.embed_tokens.config, len(opened.layers)) if whole else (opened.config, opened.num_blocks)
+    runner = BlockRunner() if whole else runner_of(opened)
     ids = np.asarray(token_ids)
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
         raise ValueError(f"token_ids must be integers [n] or [windows, seqlen], given {ids.dtype} {list(ids.shape)}")
@@ -93,24 +94,24 @@ def perplexity(
         after = "" if bos is None else " after BOS"
         raise ValueError(f"windows of shape {list(ids.shape)} predict nothing{after}; give more or longer windows")
     ids = begin_windows(ids.astype(np.int64), bos)
-    check_window(ids.shape[1], parts.max_positions)
-    check_vocabulary(ids, parts.vocab_size)
+    check_window(ids.shape[1], config.max_positions)
+    check_vocabulary(ids, config.vocab_size)
     skipped, (count, length) = int(bos is not None), ids.shape
 
     batches = ids.astype(np.int32).reshape(-1, windows_per_batch(count, length), length)
-    held = max(1, PASS_BYTES // (4 * batches[0].size * parts.hidden_size))
+    held = max(1, PASS_BYTES // (4 * batches[0].size * config.hidden_size))
     passes = [batches[start : start + held] for start in range(0, len(batches), held)]
-    done, steps, total = 0, len(passes) * parts.num_blocks, 0.0
+    done, steps, total = 0, len(passes) * blocks, 0.0
     for part in passes:
-        activations = parts.embed(part)
-        for index in range(parts.num_blocks):
-            block = parts.block(index)
+        activations = [opened.embed_tokens(jnp.asarray(ids)) for ids in part] if whole else _embedded(opened, part)
+        for index in range(blocks):
+            block = opened.layers[index] if whole else opened.block(index)
             for i, x in enumerate(activations):
-                activations[i] = parts.runner.forward(block, [x])[0]
+                activations[i] = runner.run(block, x)
             done += 1
             if observer:
-                observer(done, steps)
-        head = parts.head()
+                observer("block", done, steps)
+        head = opened.head if whole else opened.head()
         for batch, x_BTD in zip(part, activations, strict=True):
             total += sum(window_loss(head, x, row, skipped) for x, row in zip(x_BTD, batch, strict=True))
     return float(np.exp(total / (count * (length - 1 - skipped))))
@@ -132,39 +133,14 @@ def window_loss(head: Any, x_TD: Array, tokens_T: Int[np.ndarray, "T"], skipped:
     return total
 
 
-class _StreamedParts:
-    """The parts of a model on disk, read when asked for."""
-
-    def __init__(self, model: str | Path | PrunableModel) -> None:
-        opened = open_model(model) if isinstance(model, str | Path) else model
-        self.vocab_size, self.num_blocks = opened.config.vocab_size, opened.num_blocks
-        self.hidden_size = opened.config.hidden_size
-        self.max_positions = opened.config.max_positions
-        self.block, self.head = opened.block, opened.head
-        self.runner = runner_of(opened)
-        self._model = opened
-
-    def embed(self, batches: Int[np.ndarray, "batches B T"]) -> list[Array]:
-        """The stream before the first block, batch by batch."""
-        used = np.unique(batches)
-        # Padded to a number of rows that depends on the shape alone, so that other texts reuse the compiled program.
-        spare = np.setdiff1d(np.arange(self.vocab_size), used)[: max(0, batches.size - len(used))]
-        rows = np.union1d(used, spare)
-        embedding = self._model.embedding(rows)
-        return [embedding(jnp.asarray(ids, jnp.int32)) for ids in np.searchsorted(rows, batches)]
-
-
-class _DecoderParts:
-    """The parts of a decoder in memory, by the same names."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.vocab_size, self.num_blocks = decoder.embed_tokens.weight.shape[0], len(decoder.layers)
-        self.max_positions = decoder.embed_tokens.config.max_positions
-        self.hidden_size = decoder.embed_tokens.weight.shape[1]
-        self.embed = lambda batches: [decoder.embed_tokens(jnp.asarray(ids)) for ids in batches]
-        self.block = lambda index: decoder.layers[index]
-        self.head = lambda: decoder.head
-        self.runner = BlockRunner()
+def _embedded(model: PrunableModel, batches: Int[np.ndarray, "batches B T"]) -> list[Array]:
+    """The stream before the first block, batch by batch."""
+    used = np.unique(batches)
+    # Padded to a number of rows that depends on the shape alone, so that other texts reuse the compiled program.
+    spare = np.setdiff1d(np.arange(model.config.vocab_size), used)[: max(0, batches.size - len(used))]
+    rows = np.union1d(used, spare)
+    embedding = model.embedding(rows)
+    return [embedding(jnp.asarray(ids, jnp.int32)) for ids in np.searchsorted(rows, batches)]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sparseopt.models.settings import BlockKind, DecoderConfig
 from sparseopt.pruning.cost import PLACES, output_bytes, prune_cost
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.patterns import pattern_count
-from sparseopt.pruning.pipeline import layer_patterns
+from sparseopt.pruning.plan import layer_patterns
 from sparseopt.pruning.recipe import Recipe
 
 # A tensor of block 3 is called `model.layers.3.…`, `transformer.h.3.…`, ...

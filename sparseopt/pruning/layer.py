@@ -7,8 +7,8 @@ center `(W e)ᵀ [in, out]`. There the magnitude of an entry is Wanda's score. W
 norm is that of `X (V - W)ᵀ sqrt(s)`, and the center `(sqrt(s) W e)ᵀ`: the weights move with the outputs' scale, the
 hessian stays.
 
-An input that is zero on every calibration token is dead: `e = 0`, and nothing says which of its weights matter. Among
-them size decides: their centers are the weights at so small a scale that all others come first, see `ranking_scale`.
+An input that is zero on every calibration token is dead: `e = 0`, and nothing says which of its weights matter. Dead
+inputs' weights are ranked by size below all others: their centers are the weights at the tiny scale of `ranking_scale`.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -20,11 +20,11 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.losses import HIGHEST, Quadratic
 from sparseopt.core.problem import Status
-from sparseopt.core.types import pytree
+from sparseopt.core.types import pytree, static
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, count_groups, pattern_count
 
-# Scale of a dead input's weights over the smallest scale of the others: they rank last, and their squares are still
+# Scale of a dead input's weights relative to the smallest other scale: they rank last, and their squares are still
 # normal float32 numbers.
 DEAD_SCALE = 1e-9
 KINDS: dict[str, Any] = {"float": jnp.floating, "bool": jnp.bool_, "int": jnp.integer}
@@ -39,7 +39,7 @@ class LayerJob:
         gram: calibration Gram `XᵀX`, `[in, in]`, float32.
         test_gram: Gram of held-out inputs for the second error, `[in, in]`, or None.
         pattern: which weights may survive.
-        output_weights: of the squared error at each output, `[out]`, above 0, or None for equal ones.
+        output_weights: of the squared error at each output, `[out]`, above 0; None for equal ones.
     """
 
     weight: Any
@@ -109,8 +109,6 @@ class LayerReport:
         weight: pruned weight `[out, in]` in the job's dtype, pruned entries exactly zero.
         energies: lost and present on the calibration Gram, of the stored weight, no ridge.
         test_energies: the same on the held-out Gram, NaN without one.
-        relative_error: their ratio, `||X (V - W)ᵀ||² / ||X Wᵀ||²`.
-        test_error: the same on the held-out Gram, NaN without one.
         zeros: number of zero entries of `weight`.
         kept: number of entries that the method's mask keeps.
         fits: whether that mask lies in the pattern.
@@ -118,13 +116,12 @@ class LayerReport:
         dead_inputs: number of inputs that were zero on every calibration token.
         steps: iterations of the method.
         status: a `Status`.
+        output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
     """
 
     weight: Any
     energies: Energies
     test_energies: Energies
-    relative_error: Any
-    test_error: Any
     zeros: Any
     kept: Any
     fits: Any
@@ -132,18 +129,36 @@ class LayerReport:
     dead_inputs: Any
     steps: Any
     status: Any
+    output_blocks: int = static(default=1)
+
+    @property
+    def relative_error(self) -> Float[Array, ""]:
+        """`||X (V - W)ᵀ||² / ||X Wᵀ||²`."""
+        return self.energies.ratio
+
+    @property
+    def test_error(self) -> Float[Array, ""]:
+        """The relative error on the held-out Gram, NaN without one."""
+        return self.test_energies.ratio
 
 
 def scale_layer(
     weight: Float[Array, "out in"], gram: Float[Array, "in in"], output_weights: Float[Array, "out"] | None = None
 ) -> ScaledLayer:
     """Scaled coordinates of a layer; an all-zero input has scale 0 and never causes a division by zero."""
-    scale = jnp.sqrt(jnp.diagonal(gram))
-    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
-    hessian = gram * inverse[:, None] * inverse[None, :]
+    hessian, scale, _ = scaled_gram(gram)
     output_scale = jnp.ones(weight.shape[0], jnp.float32) if output_weights is None else relative_scale(output_weights)
     center = (weight.astype(jnp.float32) * ranking_scale(scale)[None, :]).T * output_scale
     return ScaledLayer(hessian, center, scale, output_scale)
+
+
+def scaled_gram(
+    gram: Float[Array, "in in"],
+) -> tuple[Float[Array, "in in"], Float[Array, "in"], Float[Array, "in"]]:
+    """`Gram_ij / (e_i e_j)`, e and 1 / e; where e is 0, so are the others."""
+    scale = jnp.sqrt(jnp.diagonal(gram))
+    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+    return gram * inverse[:, None] * inverse[None, :], scale, inverse
 
 
 def relative_scale(output_weights: Float[Array, "out"]) -> Float[Array, "out"]:
@@ -180,8 +195,8 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
     inverse = jnp.where(dead, 0, 1 / jnp.where(dead, 1, layer.scale[:, None]))
     dense = job.weight.astype(jnp.float32)
     values = pruned.values * inverse / layer.output_scale
-    # What a method left as it was keeps its weight to the last bit, and so does a weight on a dead input that
-    # the count forces us to keep; with nothing to prune, no refit has anything to mend.
+    # What a method left unchanged keeps its exact weight, and so does a weight on a dead input that the count forces
+    # us to keep; with nothing to prune, a refit has nothing to correct.
     untouched = (pruned.values == layer.center) | dead | jnp.all(pruned.mask)
     values = jnp.where(untouched, dense.T, values)
     stored = jnp.where(pruned.mask, values, 0).T.astype(job.weight.dtype)
@@ -194,8 +209,6 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
         weight=stored,
         energies=energies,
         test_energies=test_energies,
-        relative_error=energies.ratio,
-        test_error=test_energies.ratio,
         zeros=jnp.sum(stored == 0, dtype=jnp.int32),
         kept=jnp.sum(pruned.mask, dtype=jnp.int32),
         fits=job.pattern.value(pruned.mask.astype(jnp.float32)) == 0,
@@ -207,7 +220,7 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
 
 
 def _answer(method: LayerMethod, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-    """What a method returns, as arrays. JAX remembers its trace, so a method is looked at once a shape."""
+    """What a method returns, as arrays. JAX remembers the trace, so a method is traced once a shape."""
     answer = method(layer, pattern)
     if not isinstance(answer, Pruned):
         raise ValueError(
@@ -221,23 +234,18 @@ def check_method(method: LayerMethod, pattern: Pattern, shape: tuple[int, ...]) 
     """Trace a method on a layer of shape `(out, in)`, without running it.
 
     Raises:
-        ValueError: if the method refuses the pattern, or would return something else than a `Pruned` of that shape.
+        ValueError: if the method refuses the pattern, or would not return a `Pruned` of that shape.
     """
     outputs, inputs = shape
     name = type(method).__name__
-
     shapes = ((inputs, inputs), (inputs, outputs), (inputs,), (outputs,))
     layer = ScaledLayer(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     answer = jax.eval_shape(_answer, method, layer, pattern)
+    kinds, expected = ("float", "bool", "int", "int"), ((inputs, outputs), (inputs, outputs), (), ())
     wrong = [
-        f"{field} of {found.dtype} {list(found.shape)}, expected {kind} {list(expected)}"
-        for field, found, kind, expected in (
-            ("values", answer.values, "float", (inputs, outputs)),
-            ("mask", answer.mask, "bool", (inputs, outputs)),
-            ("steps", answer.steps, "int", ()),
-            ("status", answer.status, "int", ()),
-        )
-        if found.shape != expected or not jnp.issubdtype(found.dtype, KINDS[kind])
+        f"{field} of {found.dtype} {list(found.shape)}, expected {kind} {list(size)}"
+        for field, found, kind, size in zip(Pruned._fields, answer, kinds, expected, strict=True)
+        if found.shape != size or not jnp.issubdtype(found.dtype, KINDS[kind])
     ]
     if wrong:
         raise ValueError(
@@ -245,12 +253,15 @@ def check_method(method: LayerMethod, pattern: Pattern, shape: tuple[int, ...]) 
         )
 
 
-def check_answer(report: LayerReport, method: LayerMethod, pattern: Pattern) -> None:
-    """Whether the method kept what the pattern asks for, from the finished report, on the host.
+def check_answer(report: LayerReport, method: LayerMethod, pattern: Pattern) -> Status:
+    """The status of a finished report, after checks on the host.
 
     Raises:
-        RuntimeError: naming the counts.
+        RuntimeError: if the solve became non-finite, or the method did not keep what the pattern asks for.
     """
+    status = Status(int(report.status))
+    if status is Status.NONFINITE:
+        raise RuntimeError(f"the solve became non-finite: {status.advice}")
     name, expected = type(method).__name__, pattern_count(pattern, report.weight.shape)
     if int(report.kept) != expected:
         raise RuntimeError(
@@ -268,6 +279,7 @@ def check_answer(report: LayerReport, method: LayerMethod, pattern: Pattern) -> 
             f"{name} returned {int(report.stray):,} non-zero values off its own mask; set them to zero, as in "
             "`jnp.where(mask, values, 0)`"
         )
+    return status
 
 
 # One for the process: jobs of the same shape, dtype, pattern and method share a compiled program.

@@ -1,11 +1,11 @@
-"""Floor 6: what the model's loss would pay for each sparsity of one linear, estimated cheaply.
+"""Floor 6: a cheap estimate of the model's loss at each sparsity of one linear.
 
     loss(s)  =  1/2 sum_c F_c ||X (V_s - W)_c||² / tokens          nats a token, to second order
 
-with F the outputs' sensitivity and V_s a fair answer at sparsity s: few ADMM steps from the answer at the sparsity
-before, with one rho and so one inverse for the whole path, then conjugate gradients on the support. Only some output
-rows are taken, evenly spread, and stand for all. A path of levels then costs about as much as one solve of the
-linear, and its differences, not its absolute values, are what an allocation uses.
+with F the outputs' sensitivity and V_s a fair answer at sparsity s: a few ADMM steps from the answer at the previous
+sparsity, with one rho and so one inverse for the whole path, then conjugate gradients on the support. Only some output
+rows are used, evenly spaced, as a sample of all. A path of levels then costs about as much as one solve of the linear.
+An allocation uses the differences along the path, not the absolute values.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ from sparseopt.pruning.layer import scale_layer
 RIDGE, RHO = 0.1, 0.4
 ADMM_STEPS, REFIT_STEPS = 3, 2
 OUTLIER = 5.0
-# Rows taken at least, where the linear has as many.
+# Rows taken at least, of linears that have as many.
 ROWS = 192
 
 
@@ -38,14 +38,10 @@ def estimated_losses(
     output_weights: Float[Array, "out"],
     levels: Float[Array, "levels"],
 ) -> Float[Array, "levels"]:
-    """The formula above for ascending levels of sparsity; the Gram is a mean over tokens.
+    """The formula above at ascending shares of zeros.
 
-    Args:
-        weight: dense.
-        gram: `XᵀX` over the number of tokens.
-        sensitivity: F, of the outputs.
-        output_weights: with which the answers are sought, as in `LayerJob`.
-        levels: shares of zeros, ascending.
+    The Gram is `XᵀX` over the number of tokens, the sensitivity is F; the answers are those for the output weights, as
+    in `LayerJob`.
     """
     every = max(1, weight.shape[0] // ROWS)
     share = weight.shape[0] / len(range(0, weight.shape[0], every))
@@ -56,7 +52,7 @@ def estimated_losses(
     def level(state: Any, sparsity: Array) -> tuple[Any, Array]:
         kept = jnp.round((1 - sparsity) * layer.center.size).astype(jnp.int32)
         problem = Problem(loss, TopK(kept))
-        # The dual belongs to the count before.
+        # The dual belongs to the previous count.
         state = replace(state, point=state.x)
         state = jax.lax.fori_loop(0, ADMM_STEPS, lambda _, s: solver.step(problem, s), state)
         fixed, refit = Problem(loss, Support(state.x != 0)), Refit()
@@ -75,9 +71,7 @@ def outlier_share(
 ) -> Float[Array, ""]:
     """Share of a block's weights whose score `|W_ij| ||X_j||` is above `OUTLIER` times the block's mean score.
 
-    Args:
-        weights: of the block's linears, by name.
-        grams: of their inputs, by the same names.
+    Weights and Grams of the inputs go by the linears' names.
 
     Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, eq. 1.
     """

@@ -1,82 +1,54 @@
-"""Floor 6: the pipeline, a plain loop over blocks.
+"""Floor 6: the pass, a plain loop over the blocks of a model.
 
-    source --embedding--> activations
-    for each block:   load it; for each recipe: prune its linears, store the shard, run it on  (see `branch`)
+    source -[embedding]-> activations
+    for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `branch`, `block`)
     index, config, tokenizer; audit
 
-Memory holds one block and the activations, never the model. Every block sees what the pruned blocks before it
-give, so later blocks make up for earlier ones' errors. Several recipes share one pass: the blocks are read once,
-and so are computed the Grams in front of the first block, the dense model's own activations, and the survey behind
-an allocation.
+Memory holds one block and the activations, never the model. Every block sees the activations of the pruned blocks
+before it, so later blocks correct errors of earlier ones. Several plans share one pass: each block is read once, and
+the Grams before the first block, the dense model's own activations and the survey for an allocation are computed once.
 
-On several devices the windows of calibration are shared among them (`activations`), and so are the linears of a block,
-whole ones side by side or each cut by its outputs (`side_by_side`, `devices`). Of several processes each runs this same
-loop with the devices that it has; all read the source, and the first of them alone writes, and tells the others how far
-an earlier run came.
+Over several devices the calibration windows are spread (`activations`), and so are the linears of a block: whole
+linears side by side, or each cut by its outputs (`side_by_side`, `devices`). With several processes each runs this same
+loop on its own devices. All read the source; the first process alone writes, and tells the others how far an earlier
+run came.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sparseopt.core.dense import HIGHEST
 from sparseopt.core.mesh import Devices, device_line
-from sparseopt.models import (
-    OUTER_TAG,
-    PrunableModel,
-    Source,
-    TorchModel,
-    check_window,
-    open_model,
-    unread,
-)
-from sparseopt.pruning.activations import disk_store, embed_batches, spread_batches
-from sparseopt.pruning.branch import Branch, PruningError, Shared, Stopped, Stream
+from sparseopt.core.types import Observer
+from sparseopt.models import OUTER_TAG, PrunableModel, ShardedWriter, Source, TorchModel, open_model, unread
+from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches, Stream
+from sparseopt.pruning.block import DenseBlock, PruningError
+from sparseopt.pruning.branch import Branch
 from sparseopt.pruning.budget import choose_footprint
 from sparseopt.pruning.devices import check_cut
 from sparseopt.pruning.identity import Identity, recipe_identity
-from sparseopt.pruning.layer import LayerMethod, check_method
-from sparseopt.pruning.patterns import Pattern, parse_pattern
+from sparseopt.pruning.plan import CalibrationWindows, Plan, calibration_windows, check_same_calibration, make_plan
 from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import Event, Footprint, PruneReport
+from sparseopt.pruning.reports import Event, Footprint, LayerRecord, PruneReport
 from sparseopt.pruning.run_folder import Progress, claimed, is_finished, progress_in, read_report
 from sparseopt.pruning.survey import survey
-from sparseopt.pruning.texts import TextError, begin_windows, check_vocabulary, text_windows
 from sparseopt.pruning.torch_calibration import runner_of
-from sparseopt.pruning.torch_recipe import fitting_recipe
 from sparseopt.system import processes
 from sparseopt.system.machine import parse_bytes, return_freed_memory
 
-__all__ = [
-    "CalibrationWindows",
-    "Observer",
-    "PruningError",
-    "Stopped",
-    "calibration_windows",
-    "ignore",
-    "layer_patterns",
-    "never",
-    "prune_model",
-    "prune_models",
-]
 
-Observer = Callable[[Event, int], None]
-# What recipes must agree in to share a pass.
-CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "windows", "seed", "bos")
+def _ignore(event: Event, done: int, total: int) -> None:
+    del event, done, total
 
 
-def ignore(event: Event, total: int) -> None:
-    """The observer that shows nothing."""
-    del event, total
-
-
-def never() -> bool:
-    """What asks no run to stop."""
-    return False
+class Stopped(PruningError):
+    """A run that stopped after a finished block because it was asked to; the same call resumes it."""
 
 
 def prune_model(
@@ -84,8 +56,8 @@ def prune_model(
     output: str | Path,
     recipe: Recipe | None = None,
     *,
-    observer: Observer = ignore,
-    stop: Callable[[], bool] = never,
+    observer: Observer | None = None,
+    stop: Callable[[], bool] | None = None,
     memory: int | str | None = None,
     devices: Devices = None,
 ) -> PruneReport:
@@ -94,27 +66,28 @@ def prune_model(
     Args:
         source: a Hugging Face model folder (safetensors), a GGUF file, or a name on the Hugging Face hub, `OWNER/NAME`
             or `OWNER/NAME@REVISION`; or what `open_source` made of one.
-        output: a folder that does not exist yet or is empty; or one in which the same run was broken off: it goes on
-            behind the last finished block, and its result is that of an unbroken run to the bit; or one in which the
-            same run is finished: nothing is done, and its report is returned.
+        output: a folder that does not exist yet or is empty. If the same run was interrupted there, it resumes after
+            the last finished block, and the result is identical to that of an uninterrupted run. If the same run is
+            finished there, nothing is done and its report is returned.
         recipe: what to do; default: mAIHT, 50 %.
-        observer: called with every `Event`, a layer's record above all, and the number of layers in all.
-        stop: asked behind every block; True ends the run there, to be gone on with later.
+        observer: called with every `Event`, a layer's record above all, the number of layers done, and that of all; for
+            a text, which names what is being measured, with its steps.
+        stop: asked after every block; True ends the run there, and the same call resumes it.
         memory: what the run may take, device and host together, in bytes or as in "8GiB". Activations between blocks
-            lie on the output folder's disk where the estimate asks for it; the result is the same to the bit. None:
-            what the machine has available decides where they lie, and nothing is refused.
+            are kept on the output folder's disk where the estimate asks for it; the result is identical. None: the
+            memory that the machine has available decides where they are kept, and nothing is refused.
         devices: to work on, a number or "all", see `core.mesh`; None for one, and in several processes for all of
-            them. Results agree to rounding whatever the number; a run may be gone on with on another. Several processes
+            them. Results agree to rounding whatever the number, and a run may be resumed on another. Several processes
             make the same call, see the output folder and the source under the same names, and return together.
 
     Returns:
-        A `PruneReport`, `kept` where the run was finished before; the same figures lie in `output/records.jsonl` and
+        A `PruneReport`, `kept` where the run was finished before. The same figures are in `output/records.jsonl` and
         `output/summary.json`.
 
     Raises:
         ValueError: before any work, for a recipe, a model, a text or a folder that cannot be used; a folder with
-            another run in it, telling what differs; a budget of memory that the run does not fit in, telling what takes
-            it; a disk with too little room; devices that there are not, or that the run cannot use.
+            another run in it, with what differs; a memory budget that the run does not fit in, with what takes the
+            memory; a disk with too little room; devices that do not exist, or that the run cannot use.
         Stopped: if `stop` asked for it.
         PruningError: if activations or a solve become non-finite (finished shards stay), or if what was stored, read
             back, breaks the pattern.
@@ -126,41 +99,33 @@ def prune_model(
 
 def prune_models(
     source: str | Path | Source,
-    plans: Sequence[tuple[Recipe, str | Path]],
+    recipes: Sequence[tuple[Recipe, str | Path]],
     *,
-    observer: Observer = ignore,
-    stop: Callable[[], bool] = never,
+    observer: Observer | None = None,
+    stop: Callable[[], bool] | None = None,
     memory: int | str | None = None,
     devices: Devices = None,
 ) -> list[PruneReport]:
     """Prune one model by several recipes in one pass over its blocks, each into its own folder.
 
-    Args:
-        source: as in `prune_model`.
-        plans: recipes and output folders; the recipes must agree in all that concerns the calibration tokens.
-        observer: as in `prune_model`; the number of layers is that of all plans together.
-        stop: as in `prune_model`.
-        memory: as in `prune_model`, of the whole pass.
-        devices: as in `prune_model`.
+    The recipes must agree in all that concerns the calibration tokens. Other arguments and errors are those of
+    `prune_model`, for the whole pass: the observer's number of layers is that of all recipes, and one recipe's failure
+    ends them all.
 
     Returns:
-        A report a plan, in their order; times of forward passes are those of the whole pass. Plans that are finished
-        in their folders take no part in it.
-
-    Raises:
-        ValueError: as `prune_model` does, and for recipes that differ in their calibration.
-        PruningError: as `prune_model` does; one plan's failure ends them all.
+        A report for each recipe, in their order; times of forward passes are those of the whole pass. Recipes that are
+        finished in their folders take no part in it.
     """
     start = time.perf_counter()
     budget = None if memory is None else parse_bytes(memory)
-    if not plans:
+    if not recipes:
         raise ValueError("nothing to do: give at least one recipe and its output folder")
-    methods = [recipe.check() for recipe, _ in plans]
-    first = plans[0][0]
-    _check_same_calibration([recipe for recipe, _ in plans])
-    folders = [Path(output).expanduser().resolve() for _, output in plans]
+    for recipe, _ in recipes:
+        recipe.check()
+    check_same_calibration([recipe for recipe, _ in recipes])
+    folders = [Path(output).expanduser().resolve() for _, output in recipes]
     if len(set(folders)) < len(folders):
-        raise ValueError(f"every recipe needs an output folder of its own, given {', '.join(map(str, folders))}")
+        raise ValueError(f"every recipe needs its own output folder, given {', '.join(map(str, folders))}")
     mesh = device_line("all" if devices is None and processes.count() > 1 else devices)
     if mesh is not None and budget is not None:
         raise ValueError(
@@ -172,207 +137,123 @@ def prune_models(
             f"the blocks of a {model.config.model_type} model, whose family is not known here, run in torch, which is "
             f"for one device; given {mesh.size}: leave devices out"
         )
-    plans = [(fitting_recipe(model, recipe), output) for recipe, output in plans]
-    for (recipe, _), method in zip(plans, methods, strict=True):
-        for key, pattern in layer_patterns(model, recipe, method).items():
+    plans = [make_plan(model, recipe, folder) for (recipe, _), folder in zip(recipes, folders, strict=True)]
+    for plan in plans:
+        for key, pattern in plan.patterns.items():
             check_cut(pattern, model.weight_shape(key), mesh)
-    windows = calibration_windows(model, first)
-    recipes = [recipe for recipe, _ in plans]
+    windows = calibration_windows(model, plans[0].recipe)
     processes.agree(
         {
-            "recipes": [recipe_identity(recipe) for recipe in recipes],
+            "recipes": [recipe_identity(plan.recipe) for plan in plans],
             "calibration tokens": [windows.calibration.tolist(), windows.heldout.tolist()],
             "model": [model.source.name, model.source.config],
             "output folders": [str(folder) for folder in folders],
         }
     )
-    named = list(zip(recipes, methods, folders, strict=True))
-    identity = Identity(model, windows.calibration, windows.heldout)
+    identity, first = Identity(model, windows.calibration, windows.heldout), processes.is_first()
     # One process holds the folders for all.
-    with claimed(folders) if processes.is_first() else contextlib.nullcontext():
-        found = [is_finished(folder, identity, recipe) for recipe, _, folder in named] if processes.is_first() else []
+    with claimed(folders) if first else contextlib.nullcontext():
+        found = [is_finished(plan.folder, identity, plan.recipe) for plan in plans] if first else []
         finished = processes.told(found)
-        rest = [plan for plan, done in zip(named, finished, strict=True) if not done]
+        rest = [plan for plan, done in zip(plans, finished, strict=True) if not done]
         made: list[PruneReport] = []
         if rest:
             footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
             return_freed_memory()
-            made = _Pass(model, rest, identity, footprint, observer, mesh).run(windows, stop, start)
+            made = _run(model, rest, windows, identity, footprint, mesh, observer or _ignore, stop, start)
         reports = iter(made)
         return [
-            read_report(folder, identity, recipe) if done else next(reports)
-            for (recipe, _, folder), done in zip(named, finished, strict=True)
+            read_report(plan.folder, identity, plan.recipe) if done else next(reports)
+            for plan, done in zip(plans, finished, strict=True)
         ]
 
 
-class CalibrationWindows(NamedTuple):
-    """What a pass reads.
+def _run(
+    model: PrunableModel,
+    plans: Sequence[Plan],
+    windows: CalibrationWindows,
+    identity: Identity,
+    footprint: Footprint,
+    mesh: Mesh | None,
+    observer: Observer,
+    stop: Callable[[], bool] | None,
+    start: float,
+) -> list[PruneReport]:
+    """One pass for plans whose folders are claimed; `start` is when the run began."""
+    done, total, runner = 0, len(plans) * sum(map(len, identity.linears)), runner_of(model)
 
-    Attributes:
-        calibration: token ids `[samples, seqlen]`, int32, BOS included.
-        heldout: the same of the held-out windows, `[heldout_samples, seqlen]`.
-        bos: the id of the token that was put in front of every window; None for none.
-    """
+    def told(event: Event) -> None:
+        nonlocal done
+        done += isinstance(event, LayerRecord)
+        observer(event, done, total)
 
-    calibration: np.ndarray
-    heldout: np.ndarray
-    bos: int | None
-
-
-class _Pass:
-    """One pass over a model's blocks for several recipes, into folders that are claimed."""
-
-    def __init__(
-        self,
-        model: PrunableModel,
-        plans: list[tuple[Recipe, LayerMethod, Path]],
-        identity: Identity,
-        footprint: Footprint,
-        observer: Observer,
-        mesh: Mesh | None,
-    ) -> None:
-        self.model, self.plans, self.identity, self.footprint, self.mesh = model, plans, identity, footprint, mesh
-        self.recipes = [recipe for recipe, *_ in plans]
-        self.runner = runner_of(model, disk_store(plans[0][2]) if footprint.activations == "disk" else list)
-        self.total = len(plans) * sum(map(len, identity.linears))
-        self.observer = observer
-
-    def run(self, windows: CalibrationWindows, stop: Callable[[], bool], start: float) -> list[PruneReport]:
-        """Prune block by block, report; `start` is when the run began."""
-        model, (calibration, heldout, bos) = self.model, windows
-        self._told(self.footprint)
-        branches = self._begin()
-        embedded = self._embed(calibration, heldout)
-        before = self.runner.seconds
-        surveys = survey(model, self.recipes, embedded, calibration, int(bos is not None), self.runner, self._told)
-        survey_seconds = self.runner.seconds - before
-        for branch, found in zip(branches, surveys, strict=True):
-            patterns = layer_patterns(model, branch.recipe, branch.method, found.shares)
-            branch.start(embedded, patterns, found.weights)
-        dense = embedded if any(branch.recipe.needs_dense_stream for branch in branches) else None
-        del embedded
-        for index in range(model.num_blocks):
-            shared = Shared(model.block(index), index, dense, self.runner)
-            for branch in branches:
-                step = branch.skip_block if index < branch.finished else branch.prune_block
-                step(shared, self.runner, self._told)
-            dense = shared.dense_outputs if dense and index + 1 < model.num_blocks else None
-            # The next block is read when this one and its Grams are gone.
-            del shared, step
-            if index + 1 < model.num_blocks and processes.any_of(stop()):
-                done = f"stopped behind block {index + 1} of {model.num_blocks}"
-                raise Stopped(f"{done}; the same call goes on from there")
-        seconds = time.perf_counter() - start
-        return [
-            branch.finish(self.runner, self.footprint, len(branches), survey_seconds, seconds, bos)
-            for branch in branches
-        ]
-
-    def _begin(self) -> list[Branch]:
-        """Make the folders, or find out how far earlier runs came there."""
-        model, found = self.model, []
-        if processes.is_first():
-            found = [progress_in(folder, self.identity, recipe).as_dict() for recipe, _, folder in self.plans]
-        progress = [Progress.from_dict(each) for each in processes.told(found)]
-        begun = all(OUTER_TAG in found.tags for found in progress)
-        outer = {} if begun else unread(model.source, model.outer_keys())
-        return [
-            Branch(model, recipe, method, folder, outer, found, self.mesh)
-            for (recipe, method, folder), found in zip(self.plans, progress, strict=True)
-        ]
-
-    def _embed(self, calibration: np.ndarray, heldout: np.ndarray) -> Stream:
-        """The streams in front of the first block; of the embedding only the rows of these tokens are read."""
-        rows, ids = np.unique(np.concatenate([calibration.ravel(), heldout.ravel()]), return_inverse=True)
-        embedding, ids = self.model.embedding(rows), ids.astype(np.int32)
-        parts = ids[: calibration.size].reshape(calibration.shape), ids[calibration.size :].reshape(heldout.shape)
-        if self.mesh is not None:
-            return Stream(*(spread_batches(embedding, part, self.mesh) for part in parts))
-        return Stream(*(embed_batches(embedding, part, self.runner.store) for part in parts))
-
-    def _told(self, event: Event) -> None:
-        self.observer(event, self.total)
-
-
-def _check_same_calibration(recipes: Sequence[Recipe]) -> None:
-    """Recipes of one pass see the same tokens."""
-    first = recipes[0]
-    for recipe in recipes[1:]:
-        differing = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != getattr(first, name)]
-        if not _same_text(recipe.calibration, first.calibration):
-            differing.append("calibration")
-        if differing:
-            raise ValueError(
-                f"recipes of one pass must share their calibration tokens; these differ in {', '.join(differing)}: "
-                "prune them one by one"
-            )
-
-
-def _same_text(one: object, other: object) -> bool:
-    if isinstance(one, str) or isinstance(other, str):
-        return isinstance(one, str) and isinstance(other, str) and one == other
-    return np.array_equal(np.asarray(one), np.asarray(other))
-
-
-def layer_patterns(
-    model: PrunableModel, recipe: Recipe, method: LayerMethod, shares: Mapping[str, float] | None = None
-) -> dict[str, Pattern]:
-    """The pattern of every linear, by the key of its weight.
-
-    Args:
-        model: opened.
-        recipe: gives the pattern, and the share of zeros of every linear unless `shares` does.
-        method: has to take the pattern.
-        shares: share of zeros by the key of the weight.
-
-    Raises:
-        ValueError: naming the layer, if the pattern is impossible there or the method cannot take it.
-    """
-    patterns: dict[str, Pattern] = {}
-    checked: set[tuple[int, ...]] = set()
+    told(footprint)
+    progress, writers = _begin(model, plans, identity)
+    kind = Batches()
+    if mesh is not None:
+        kind = SpreadBatches(mesh)
+    elif footprint.activations == "disk":
+        kind = DiskBatches(plans[0].folder)
+    stream = _embed(model, windows, kind)
+    before = runner.seconds
+    plans = survey(model, plans, stream, windows, runner, observer)
+    survey_seconds = runner.seconds - before
+    branches = [
+        Branch(model, plan, found, writer, stream) for plan, found, writer in zip(plans, progress, writers, strict=True)
+    ]
+    dense = stream if any(plan.recipe.needs_dense_stream for plan in plans) else None
+    # The branches hold the only references: a stream goes when all of them have passed the block.
+    del stream
     for index in range(model.num_blocks):
-        for name in model.block_linears(index):
-            key = model.weight_key(index, name)
-            shape = model.weight_shape(key)
-            try:
-                patterns[key] = parse_pattern(recipe.pattern, shares[key] if shares else recipe.sparsity, shape)
-                if shape not in checked:
-                    check_method(method, patterns[key], shape)
-            except ValueError as error:
-                raise ValueError(f"{key.removesuffix('.weight')}: {error}") from error
-            checked.add(shape)
-    return patterns
+        block, last = DenseBlock(model.block(index), index, dense, runner), index + 1 == model.num_blocks
+        for branch in branches:
+            branch.advance(block, told)
+        dense = block.outputs if dense and not last else None
+        # The next block is read when this one and its Grams are gone.
+        del block
+        if not last and processes.any_of(stop is not None and stop()):
+            raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")
+    figures = {
+        "route": "torch" if isinstance(model, TorchModel) else "flax",
+        "plans": len(plans),
+        "bos": windows.bos,
+        "survey_seconds": survey_seconds,
+        "calibration_seconds": runner.seconds,
+        "calibration_gflops": runner.flops / max(runner.seconds, 1e-9) / 1e9,
+        "footprint": footprint,
+        "devices": 1 if mesh is None else mesh.size,
+        "processes": processes.count(),
+        "platform": jax.devices()[0].platform,
+        "precision": HIGHEST.name.lower(),
+        "seconds": time.perf_counter() - start,
+    }
+    return [branch.finish(runner.compile_seconds, **figures) for branch in branches]
 
 
-def calibration_windows(model: PrunableModel, recipe: Recipe) -> CalibrationWindows:
-    """Calibration and held-out windows; held-out ones follow the calibration's text.
+def _begin(
+    model: PrunableModel, plans: Sequence[Plan], identity: Identity
+) -> tuple[list[Progress], list[ShardedWriter]]:
+    """Begin the folders with the tensors outside the blocks, or find out how far earlier runs came there."""
+    first, known = processes.is_first(), []
+    if first:
+        known = [progress_in(plan.folder, identity, plan.recipe).as_dict() for plan in plans]
+    progress = [Progress.from_dict(each) for each in processes.told(known)]
+    begun = all(OUTER_TAG in found.tags for found in progress)
+    outer = {} if begun else unread(model.source, model.outer_keys())
+    writers = []
+    for plan, found in zip(plans, progress, strict=True):
+        recipe, keys = plan.recipe, model.exported_keys()
+        writer = ShardedWriter(plan.folder, model.source, recipe.dtype, recipe.pack, keys, found.tags, writes=first)
+        if OUTER_TAG not in found.tags:
+            writer.write(OUTER_TAG, outer)
+        writers.append(writer)
+    return progress, writers
 
-    Raises:
-        TextError: for a text that is too short, or token ids that do not fit.
-        ModelError: for windows that are longer than the model is made for, or a BOS that the tokenizer does not have.
-    """
-    bos = None
-    if isinstance(recipe.calibration, str):
-        check_window(recipe.seqlen, model.config.max_positions)
-        count = recipe.samples + recipe.heldout_samples
-        found = text_windows(
-            model.source, recipe.calibration, "calibration", count, recipe.seqlen,
-            bos=recipe.bos, choice=recipe.windows, seed=recipe.seed or 0,
-        )  # fmt: skip
-        windows, bos = begin_windows(*found), found.bos
-    else:
-        windows = np.asarray(recipe.calibration)
-        if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or windows.shape[1] < 2:
-            raise TextError(
-                "calibration token ids must be integers of shape [samples, seqlen], given "
-                f"{windows.dtype} of shape {list(windows.shape)}"
-            )
-        if len(windows) <= recipe.heldout_samples:
-            raise TextError(
-                f"{len(windows)} windows of token ids leave none for calibration after "
-                f"{recipe.heldout_samples} held-out windows; give more or set heldout_samples=0"
-            )
-        check_window(windows.shape[1], model.config.max_positions)
-    check_vocabulary(windows, model.config.vocab_size)
-    split = len(windows) - recipe.heldout_samples
-    return CalibrationWindows(windows[:split].astype(np.int32), windows[split:].astype(np.int32), bos)
+
+def _embed(model: PrunableModel, windows: CalibrationWindows, kind: Batches) -> Stream:
+    """The stream before the first block, stored as `kind` is; only these tokens' rows of the embedding are read."""
+    calibration, heldout, _ = windows
+    rows, ids = np.unique(np.concatenate([calibration.ravel(), heldout.ravel()]), return_inverse=True)
+    embedding, ids = model.embedding(rows), ids.astype(np.int32)
+    parts = ids[: calibration.size].reshape(calibration.shape), ids[calibration.size :].reshape(heldout.shape)
+    return Stream(*(kind.embed(embedding, part) for part in parts))

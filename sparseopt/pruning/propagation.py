@@ -1,4 +1,4 @@
-"""Floor 6: propagated error, a layer's target moved so that it makes up for what the layers before it lost.
+"""Floor 6: propagated error: a layer's target is moved so that it corrects what the layers before it lost.
 
     minimise over W'    1/2 ||X~ W'ᵀ - X Wᵀ||²  +  r/2 ||(W' - W) e||²                                  [out, in]
 
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.dense import product, spd_inverse
 from sparseopt.pruning.compiled import Compiled
+from sparseopt.pruning.layer import scaled_gram
 
 # Relative to each input's own square; a smaller one follows the drift of single tokens.
 PROPAGATION_RIDGE = 0.1
@@ -27,18 +28,8 @@ def drifted_target(
     strength: float | Array,
     ridge: float | Array,
 ) -> Float[Array, "out in"]:
-    """`W - strength ((Gram + ridge e²)⁻¹ drift Wᵀ)ᵀ`, float32.
-
-    Args:
-        weight: dense.
-        gram: of the pruned model's inputs.
-        drift: `X~ᵀ(X~ - X)`, same tokens and weights as the Gram.
-        strength: in [0, 1]; 1 is the minimiser above.
-        ridge: r, relative to each input's own square.
-    """
-    scale = jnp.sqrt(jnp.diagonal(gram))
-    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
-    hessian = gram * inverse[:, None] * inverse[None, :]
+    """`W - strength ((Gram + ridge e²)⁻¹ drift Wᵀ)ᵀ`, float32; strength 1 is the minimiser above, with ridge r."""
+    hessian, _, inverse = scaled_gram(gram)
     shifted = spd_inverse(hessian + ridge * jnp.eye(len(hessian), dtype=jnp.float32))
     moved = product(inverse[:, None] * drift, weight.astype(jnp.float32).T)
     return weight - strength * (inverse[:, None] * product(shifted, moved)).T

@@ -1,22 +1,21 @@
-"""Floor 6: block reconstruction: what a pruned block kept is trained until it answers as the dense block does.
+"""Floor 6: block reconstruction: the kept weights of a pruned block are trained until it answers as the dense block.
 
     minimise over the kept weights    mean over tokens t of    mean_d (block(x)_td - y_td)² / mean_d y_td²
 
-with x the stream in front of the pruned block, y the dense block's output for the same tokens, `[B, T, D]` both.
-Dividing by the token's own size makes the loss a relative error of the residual stream, as weighting "residual" does
-in `calibration`: some tokens carry a stream that is hundreds of times larger, and would decide alone. A token whose
-target is zero counts nothing. Masks are frozen; linears that have none keep their weights.
+with x the stream before the pruned block, y the dense block's output for the same tokens, `[B, T, D]` both. Dividing by
+the token's own size makes the loss a relative error of the residual stream, as weighting "residual" does in
+`calibration`: some tokens carry a stream that is hundreds of times larger, and would decide alone. A token whose target
+is zero counts nothing. Masks are frozen; linears without a mask keep their weights.
 
 Adam (Kingma and Ba, 2015) with the gradient's global norm clipped, a linear warm-up and a cosine to zero. The answer
-is the best of the start and the states after each epoch by the judging loss, which is that on held-out tokens, or on
-the calibration tokens without any; so it is never worse there than the start.
+is the best of the start and the states after each epoch by the judging loss: the loss on held-out tokens, or on the
+calibration tokens without any. So it is never worse there than the start.
 """
 
 import enum
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +27,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.models import Block
 from sparseopt.models.experts import stacked_name
-from sparseopt.pruning.activations import Batches, Pairs, batch_shapes
-from sparseopt.pruning.calibration import forward_flops
+from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.compiled import Compiled, Timed
+from sparseopt.pruning.reports import BlockRecord
 
 # A mean square error below this is what float32 leaves of two programs for one block: there is nothing to train.
 ROUNDING = 1e-12
@@ -41,7 +40,7 @@ class TrainingStatus(enum.Enum):
 
     FINISHED = "all epochs were run"
     STOPPED = "the judging loss no longer fell"
-    EXACT = "the block answered as the dense one before any training"
+    EXACT = "the block already gave the dense block's answer"
     DIVERGED = "the judging loss rose far above the start's: use a smaller learning rate"
     NONFINITE = (
         "a loss or gradient became infinite or NaN: use a smaller learning rate, or check the activations "
@@ -58,8 +57,8 @@ class Reconstruction:
         learning_rate: Adam's largest step; a weight moves by about this much a step.
         warmup: share of all steps in which the rate rises linearly; then it falls to zero as a cosine.
         windows: windows of tokens a step, at most; the largest divisor of a batch's windows that is not above it.
-        clip: largest global norm of the gradient. Those of SmolLM2's blocks are near 0.06; Adam does not care for a
-            common factor, so a low value does no harm and lets no window weigh more than the others.
+        clip: largest global norm of the gradient. Those of SmolLM2's blocks are near 0.06. Adam ignores a common
+            factor, so a low value does no harm and lets no window weigh more than the others.
         patience: epochs without a better judging loss before training stops.
         divergence: training stops if the judging loss after an epoch is above this multiple of the start's.
         train_norms: train the weights of the block's norms as well.
@@ -77,11 +76,7 @@ class Reconstruction:
     seed: int = 0
 
     def check(self) -> None:
-        """Check every field.
-
-        Raises:
-            ValueError: listing all that is wrong, one line each.
-        """
+        """Raise a `ValueError` that lists all that is wrong, one line each."""
         problems = [
             f"{name} must be a whole number of {least} or more, given {value!r}"
             for name, least in (("epochs", 1), ("windows", 1), ("patience", 1), ("seed", 0))
@@ -106,38 +101,7 @@ class Reconstruction:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a JSON record."""
-        return {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
-
-
-@dataclass(frozen=True)
-class ReconstructionReport:
-    """What `reconstruct_block` did; losses are pure numbers, see the formula above.
-
-    Attributes:
-        first_loss: on the calibration tokens, at the start.
-        last_loss: the same of the block as it was left.
-        heldout_first: on the held-out tokens, at the start; None without any.
-        heldout_best: the same of the block as it was left; None without any.
-        epochs_run: whole epochs run, of which the judging loss is known.
-        best_epoch: the epoch whose end was kept, counted from 1; 0 for the start.
-        steps: updates made.
-        status: how it ended.
-        seconds: device time, compilation apart.
-        compile_seconds: time compiling for it, 0 when the programs were at hand.
-        flops: floating-point operations of the forward passes and, as two of them each, of the gradients.
-    """
-
-    first_loss: float
-    last_loss: float
-    heldout_first: float | None
-    heldout_best: float | None
-    epochs_run: int
-    best_epoch: int
-    steps: int
-    status: TrainingStatus
-    seconds: float
-    compile_seconds: float
-    flops: float
+        return asdict(self)
 
 
 class TrainState(NamedTuple):
@@ -148,7 +112,7 @@ class TrainState(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What a step reads only: the block's structure, the parameters that are not trained, the entries kept."""
+    """What a step does not change: the block's structure, the parameters that are not trained, the entries kept."""
 
     graph: Any
     frozen: Any
@@ -180,14 +144,14 @@ def _train_step(
     rate: Float[Array, ""],
     clip: Float[Array, ""],
 ) -> tuple[TrainState, Array, Array]:
-    """One update from some windows of a batch; beside the state, the loss before it and the gradient's norm."""
+    """One update from some windows of a batch; returns the state, the loss before it and the gradient's norm."""
     x, target = jnp.take(inputs, rows, axis=0), jnp.take(targets, rows, axis=0)
     loss, gradient = jax.value_and_grad(_loss)(state.params, fixed, x, target)
     gradient = jax.tree.map(lambda kept, g: jnp.where(kept, g, 0), fixed.kept, gradient)
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
     gradient = jax.tree.map(lambda g: g * (clip / jnp.maximum(norm, clip)), gradient)
     updates, moments = _adam.update(gradient, state.moments)
-    # Masked once more, so that not even a non-finite gradient, whose state is thrown away, fills a pruned entry.
+    # Masked again: not even a non-finite gradient, whose state is discarded, may fill a pruned entry.
     params = jax.tree.map(lambda kept, p, u: jnp.where(kept, p - rate * u, 0), fixed.kept, state.params, updates)
     return TrainState(params, moments), loss, norm
 
@@ -200,9 +164,20 @@ _loss_of_batch = Compiled(_loss)
 
 
 class _Trainer:
-    """One block under training, and the account of its programs: seconds, operations and steps as in the report."""
+    """One block in training.
 
-    def __init__(self, block: Block, masks: Mapping[str, Array], settings: Reconstruction) -> None:
+    Attributes:
+        calibration: inputs of the block and their targets, to train on.
+        judges: those whose loss chooses the best state.
+        state: as the last step gave it.
+        epochs, steps, seconds, compile_seconds: so far, see `BlockRecord`.
+        best, best_epoch, params: the best judging loss, the epoch that gave it, and the parameters then; None for the
+            start's.
+    """
+
+    def __init__(
+        self, block: Block, masks: Mapping[str, Array], stream: Stream, targets: Stream, settings: Reconstruction
+    ) -> None:
         pruned = {stacked_name(name)[0] for name in masks}
 
         def trained(path: tuple[Any, ...], _: Any) -> bool:
@@ -218,58 +193,54 @@ class _Trainer:
                 leaf = leaf[part]
             leaf[...] = jnp.asarray(mask) if expert is None else leaf[...].at[expert].set(jnp.asarray(mask))
         self.fixed = Fixed(graph, frozen, kept)
-        # A copy: the step program takes over its state's buffers, and the start still belongs to the block.
+        # A copy: the step program takes over its state's buffers, and the start's belong to the block.
         params = jax.tree.map(jnp.copy, start)
         self.state = TrainState(params, _adam.init(params))
         self.settings = settings
-        self.block = block
-        self.seconds = self.compile_seconds = self.flops = 0.0
-        self.steps = 0
+        self.calibration = (stream.calibration, targets.calibration)
+        self.judges = (stream.heldout, targets.heldout) if stream.heldout else self.calibration
+        self.seconds = self.compile_seconds = 0.0
+        self.epochs = self.steps = self.best_epoch = 0
+        self.best, self.params = math.inf, None
 
-    def loss(self, batches: Pairs) -> float:
-        """The loss over all batches, which are equal in size."""
-        losses = []
-        for x, target in batches:
-            losses.append(float(self._account(_loss_of_batch(self.state.params, self.fixed, x, target))))
-            self.flops += forward_flops(self.block, x.shape)
-        return float(np.mean(losses))
+    def loss(self, inputs: Batches, targets: Batches) -> float:
+        """The mean loss over all batches, which are equal in size."""
+        pairs = zip(inputs, targets, strict=True)
+        losses = [self._account(_loss_of_batch(self.state.params, self.fixed, x, target)) for x, target in pairs]
+        return float(np.mean([float(loss) for loss in losses]))
 
-    def epoch(self, batches: Pairs, order: _Order, rates: np.ndarray) -> bool:
+    def epoch(self, order: _Order, rates: np.ndarray) -> bool:
         """A step for each entry of the order and rate; False after the first loss or gradient that is not finite."""
-        clip = np.float32(self.settings.clip)
+        (inputs, targets), clip = self.calibration, np.float32(self.settings.clip)
         for (index, rows), rate in zip(order, rates, strict=True):
-            x, target = batches[index]
-            self.state, loss, norm = self._account(_step_of_rows(self.state, self.fixed, x, target, rows, rate, clip))
-            self.flops += 3 * forward_flops(self.block, (len(rows), *x.shape[1:]))
+            arguments = (self.state, self.fixed, inputs[index], targets[index], rows, rate, clip)
+            self.state, loss, norm = self._account(_step_of_rows(*arguments))
             self.steps += 1
             if not (np.isfinite(loss) and np.isfinite(norm)):
                 return False
+        self.epochs += 1
         return True
 
-    def run(self, batches: Pairs, judges: Pairs, first: float) -> "_Course":
-        """Train from a judging loss `first` on; the state is left as the last step gave it."""
-        settings = self.settings
-        rng = np.random.default_rng(settings.seed)
-        orders = [_draw_order(batches, settings.windows, rng) for _ in range(settings.epochs)]
+    def run(self, first: float) -> TrainingStatus:
+        """Train from a judging loss `first`."""
+        settings, rng = self.settings, np.random.default_rng(self.settings.seed)
+        orders = [_draw_order(self.calibration[0], settings.windows, rng) for _ in range(settings.epochs)]
         rates = settings.rates(sum(map(len, orders))).reshape(settings.epochs, -1)
-        best, best_epoch, params = first, 0, None
-        for epoch, (order, epoch_rates) in enumerate(zip(orders, rates, strict=True), start=1):
-            if not self.epoch(batches, order, epoch_rates):
-                return _Course(TrainingStatus.NONFINITE, epoch - 1, best, best_epoch, params)
-            # A parameter that is not finite makes outputs NaN, so a finite loss speaks for them all.
-            judged = self.loss(judges)
-            if judged < best:
-                best, best_epoch, params = judged, epoch, jax.tree.map(jnp.copy, self.state.params)
-            status = TrainingStatus.FINISHED
+        for order, epoch_rates in zip(orders, rates, strict=True):
+            if not self.epoch(order, epoch_rates):
+                return TrainingStatus.NONFINITE
+            # A parameter that is not finite makes outputs NaN, so a finite loss vouches for them all.
+            judged = self.loss(*self.judges)
+            if judged < self.best:
+                self.best, self.best_epoch = judged, self.epochs
+                self.params = jax.tree.map(jnp.copy, self.state.params)
             if not math.isfinite(judged):
-                status = TrainingStatus.NONFINITE
-            elif judged > settings.divergence * first:
-                status = TrainingStatus.DIVERGED
-            elif epoch - best_epoch >= settings.patience and epoch < settings.epochs:
-                status = TrainingStatus.STOPPED
-            if status is not TrainingStatus.FINISHED or epoch == settings.epochs:
-                break
-        return _Course(status, epoch, best, best_epoch, params)
+                return TrainingStatus.NONFINITE
+            if judged > settings.divergence * first:
+                return TrainingStatus.DIVERGED
+            if self.epochs - self.best_epoch >= settings.patience and self.epochs < settings.epochs:
+                return TrainingStatus.STOPPED
+        return TrainingStatus.FINISHED
 
     def _account(self, timed: Timed) -> Any:
         self.seconds += timed.seconds
@@ -277,36 +248,25 @@ class _Trainer:
         return timed.value
 
 
-class _Course(NamedTuple):
-    """How training went: the best judging loss, the epoch it is of, and the parameters then; None for the start's."""
-
-    status: TrainingStatus
-    epochs: int
-    best: float
-    best_epoch: int
-    params: Any
-
-
 def reconstruct_block(
     block: Block,
     masks: Mapping[str, Bool[Array, "out in"]],
-    inputs: Batches,
-    targets: Batches,
-    heldout_inputs: Batches = (),
-    heldout_targets: Batches = (),
+    stream: Stream,
+    targets: Stream,
     settings: Reconstruction | None = None,
-) -> ReconstructionReport:
+    index: int = 0,
+) -> BlockRecord:
     """Train the kept weights of a pruned block, in place.
 
     Args:
         block: the pruned block; it is left in the best state seen.
         masks: True for kept entries, by the linear's name; the biases of these linears are trained too, other
-            linears stay as they are.
-        inputs: the stream in front of the block `[B, T, D]`, in equal batches as `make_batches` gives.
+            linears stay unchanged.
+        stream: before the block, in equal batches as `make_batches` gives; held-out tokens choose the best state, the
+            calibration tokens where there are none.
         targets: what the dense block gave for the same tokens.
-        heldout_inputs: the same of tokens that choose the best state; without any, the calibration tokens do.
-        heldout_targets: what the dense block gave for these.
         settings: default: `Reconstruction()`.
+        index: the number of the block in the record.
 
     Raises:
         ValueError: before any work, for settings, masks or batches that cannot be used.
@@ -314,43 +274,43 @@ def reconstruct_block(
     settings = settings or Reconstruction()
     settings.check()
     _check_masks(block, masks)
-    batches = _paired(inputs, targets, "calibration")
-    heldout = _paired(heldout_inputs, heldout_targets, "held-out")
-    if not batches:
+    _check_paired(stream.calibration, targets.calibration, "calibration")
+    _check_paired(stream.heldout, targets.heldout, "held-out")
+    if not stream.calibration:
         raise ValueError("no calibration batches to train on; give at least one")
-    judges = heldout or batches
+    heldout = bool(stream.heldout)
 
-    trainer = _Trainer(block, masks, settings)
-    first = trainer.loss(judges)
-    first_loss = last_loss = trainer.loss(batches) if heldout else first
+    trainer = _Trainer(block, masks, stream, targets, settings)
+    trainer.best = first = trainer.loss(*trainer.judges)
+    first_loss = last_loss = trainer.loss(*trainer.calibration) if heldout else first
     if not (math.isfinite(first) and math.isfinite(first_loss)):
-        course = _Course(TrainingStatus.NONFINITE, 0, first, 0, None)
+        status = TrainingStatus.NONFINITE
     elif first <= ROUNDING:
-        course = _Course(TrainingStatus.EXACT, 0, first, 0, None)
+        status = TrainingStatus.EXACT
     else:
-        course = trainer.run(batches, judges, first)
-    if course.params is not None:
-        nnx.update(block, course.params)
-        trainer.state = trainer.state._replace(params=course.params)
-        last_loss = trainer.loss(batches) if heldout else course.best
-    return ReconstructionReport(
+        status = trainer.run(first)
+    if trainer.params is not None:
+        nnx.update(block, trainer.params)
+        trainer.state = trainer.state._replace(params=trainer.params)
+        last_loss = trainer.loss(*trainer.calibration) if heldout else trainer.best
+    return BlockRecord(
+        block=index,
         first_loss=first_loss,
         last_loss=last_loss,
         heldout_first=first if heldout else None,
-        heldout_best=course.best if heldout else None,
-        epochs_run=course.epochs,
-        best_epoch=course.best_epoch,
-        steps=trainer.steps,
-        status=course.status,
+        heldout_best=trainer.best if heldout else None,
+        epochs=trainer.epochs,
+        status=status.name,
         seconds=trainer.seconds,
         compile_seconds=trainer.compile_seconds,
-        flops=trainer.flops,
+        best_epoch=trainer.best_epoch,
+        steps=trainer.steps,
     )
 
 
-def _draw_order(batches: Pairs, windows: int, rng: np.random.Generator) -> _Order:
+def _draw_order(batches: Batches, windows: int, rng: np.random.Generator) -> _Order:
     """An epoch in random order: a batch's index and the rows to take of it, every row of every batch once."""
-    size = batches[0][0].shape[0]
+    size = batches.shapes[0][0]
     width = next(w for w in range(min(windows, size), 0, -1) if size % w == 0)
     parts = [
         (index, rows)
@@ -386,12 +346,10 @@ def _check_masks(block: Block, masks: Mapping[str, Array]) -> None:
             )
 
 
-def _paired(inputs: Batches, targets: Batches, tokens: str) -> Pairs:
-    """Inputs beside their targets."""
-    given, wanted = batch_shapes(inputs), batch_shapes(targets)
+def _check_paired(inputs: Batches, targets: Batches, tokens: str) -> None:
+    given, wanted = inputs.shapes, targets.shapes
     if given != wanted or any(shape != given[0] for shape in given):
         raise ValueError(
             f"{tokens} inputs and targets must be as many batches, all of one shape, as `make_batches` gives; given "
             f"inputs {given} and targets {wanted}"
         )
-    return Pairs(inputs, targets)

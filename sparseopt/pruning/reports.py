@@ -1,17 +1,43 @@
-"""Floor 6: what a pruning run tells: one record a layer, one report a run, as JSON lines and a summary."""
+"""Floor 6: what a pruning run tells: one record a layer and one report a run, as JSON lines and a summary."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from sparseopt.system import processes
 from sparseopt.system.machine import environment
-from sparseopt.system.run_folder import append_record, write_summary
+
+
+class _Record:
+    """A dataclass that is a JSON line."""
+
+    kind: ClassVar[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON line."""
+        return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The record of a line, without entries that are no fields.
+
+        Raises:
+            TypeError: if a field is missing.
+        """
+        return cls(**_own_fields(cls, values))
+
+
+def _own_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    # JSON has no tuples.
+    return {
+        own.name: tuple(value) if isinstance(value := values[own.name], list) else value
+        for own in fields(kind)
+        if own.name in values
+    }
 
 
 @dataclass(frozen=True)
-class LayerRecord:
+class LayerRecord(_Record):
     """One pruned linear.
 
     Attributes:
@@ -25,12 +51,14 @@ class LayerRecord:
         steps: iterations of the method.
         status: how the solve ended, a `Status` name.
         seconds: device time of the solve.
-        compile_seconds: time compiling for it, 0 when the program was at hand.
+        compile_seconds: time compiling for it, 0 when the program was available.
         dead_inputs: inputs that were zero on every calibration token.
         tokens: calibration tokens that reached it; of experts, those routed to it.
         starved: an expert with too few of them, pruned by magnitude; its errors are those of the weights then.
         output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
     """
+
+    kind = "layer"
 
     block: int
     layer: str
@@ -55,33 +83,30 @@ class LayerRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON line."""
-        return {"kind": "layer", **asdict(self), "sparsity": self.sparsity}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LayerRecord":
-        """The record of a line; entries that are no fields are left out.
-
-        Raises:
-            KeyError, TypeError: if a field is missing.
-        """
-        return cls(**{**_own_fields(cls, values), "shape": tuple(values["shape"])})
+        return {**super().as_dict(), "sparsity": self.sparsity}
 
 
 @dataclass(frozen=True)
-class BlockRecord:
-    """One block whose kept weights were trained after its linears had been pruned; see `reconstruction`.
+class BlockRecord(_Record):
+    """One block whose kept weights were trained after its linears had been pruned, see `reconstruct_block`.
+
+    Losses are relative squared errors of the block's output.
 
     Attributes:
         block: its index.
-        first_loss: relative error of the block's output on the calibration tokens, before.
-        last_loss: the same, after.
-        heldout_first: on the held-out tokens, before; None without any.
-        heldout_best: the same, after.
-        epochs: passes over the calibration tokens.
+        first_loss: on the calibration tokens, before training.
+        last_loss: on the calibration tokens, after.
+        heldout_first: on the held-out tokens, before training; None without any.
+        heldout_best: on the held-out tokens, after.
+        epochs: whole passes over the calibration tokens.
         status: how the training ended, a `TrainingStatus` name.
         seconds: device time.
-        compile_seconds: time compiling, 0 when the programs were at hand.
+        compile_seconds: time compiling, 0 when the programs were available.
+        best_epoch: the epoch whose end was kept, counted from 1; 0 for the start.
+        steps: updates made.
     """
+
+    kind = "block"
 
     block: int
     first_loss: float
@@ -92,53 +117,23 @@ class BlockRecord:
     status: str
     seconds: float
     compile_seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a JSON line."""
-        return {"kind": "block", **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "BlockRecord":
-        """The record of a line; entries that are no fields are left out.
-
-        Raises:
-            TypeError: if a field is missing.
-        """
-        return cls(**_own_fields(cls, values))
-
-
-def _own_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {own.name: values[own.name] for own in fields(kind) if own.name in values}
-
-
-@dataclass(frozen=True)
-class SurveyStep:
-    """Progress of what is measured on the dense model before the pass.
-
-    Attributes:
-        stage: what is measured.
-        done: steps of it done.
-        total: steps of it in all.
-    """
-
-    stage: str
-    done: int
-    total: int
+    best_epoch: int
+    steps: int
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a run is to take of memory and disk, said before it starts.
+    """The memory and disk that a run is expected to take, known before it starts.
 
     Attributes:
-        activations: where those between blocks lie, "memory" or "disk".
+        activations: where those between blocks are kept, "memory" or "disk".
         memory_bytes: estimated peak, device and host together; None for blocks that run in torch and for several
             devices.
-        memory_parts: what it is made of, in the phase of the peak, bytes by name.
+        memory_parts: bytes by what takes them, in the phase of the peak.
         phase: the phase of the peak.
-        budget_bytes: what was asked for; None for what the machine has available.
+        budget_bytes: the budget given; None for what the machine has available.
         output_bytes: of all folders, dense.
-        scratch_bytes: of activations on disk at most, gone when the run ends.
+        scratch_bytes: largest size of activations on disk, gone when the run ends.
     """
 
     activations: Literal["memory", "disk"]
@@ -150,19 +145,19 @@ class Footprint:
     scratch_bytes: int
 
 
-# What an observer of a run is told, in the order of events.
 @dataclass(frozen=True)
 class Replay:
-    """The records that follow are an earlier run's, of a block that it finished: they are no work of this one.
+    """The records that follow are those of a block that an earlier run finished, and no work of this run.
 
     Attributes:
-        layers: how many linears they are of.
+        layers: the number of linears in the block.
     """
 
     layers: int
 
 
-Event = Footprint | SurveyStep | Replay | LayerRecord | BlockRecord
+# A text names what is being measured or scored, a step at a time.
+Event = Footprint | Replay | LayerRecord | BlockRecord | str
 
 
 @dataclass(frozen=True)
@@ -171,32 +166,32 @@ class PruneReport:
 
     Attributes:
         output: the folder written.
-        source: the model pruned, as it was asked for: a path or a name on the hub.
-        revision: the commit on the hub that it is of, a sha; None for files of your own.
+        source: the model pruned, as it was given: a path or a name on the hub.
+        revision: its commit on the hub, a sha; None for your own files.
         recipe: the recipe as plain values; through torch its open fields are filled in.
         route: what ran the blocks: "flax", or "torch" for a family that is not known here.
         layers: a record each, in the model's order.
         blocks: a record of each block that was reconstructed.
-        plans: how many recipes shared the pass over the blocks.
-        bos: the id of the token that was put in front of every window; None for none.
-        solver_seconds: device time of all layer solves, compilation apart.
-        compile_seconds: time compiling all programs, the layer solves' and the forward passes'.
-        layer_compilations: programs compiled for layer solves; at most the number of distinct shapes.
+        plans: number of recipes that shared the pass over the blocks.
+        bos: the token id before every window; None for none.
+        solver_seconds: device time of all layer solves, without compilation.
         reconstruction_seconds: device time of all reconstructions.
         survey_seconds: device time of what was measured on the dense model before the pass.
-        calibration_seconds: device time of all forward passes, those of the other recipes of the pass too.
+        compile_seconds: time compiling all programs.
+        layer_compilations: programs compiled for layer solves; at most the number of distinct shapes.
+        calibration_seconds: device time of all forward passes, those of the pass's other recipes included.
         calibration_gflops: their rate, 10⁹ floating-point operations a second.
         seconds: the whole run.
         peak_memory_bytes: largest resident set of the process so far.
-        footprint: what the run was to take, as it was said before it started.
+        footprint: what the run was expected to take.
         dense_bytes: of the model's tensors in the dtypes written, dense.
-        stored_bytes: of the same tensors as they lie in the folder; fewer only where they were packed.
-        devices: on how many it ran, of all processes together.
-        processes: how many worked together; times and memory are those of the first.
+        stored_bytes: of the same tensors as stored; fewer only where they were packed.
+        devices: number of devices, of all processes together.
+        processes: number of processes; times and memory are those of the first.
         platform: of the devices, as JAX names it: "cpu", "gpu", "tpu".
-        precision: of all products, as JAX names it: "highest" is float32 throughout, on whatever platform.
+        precision: of all products, as JAX names it; "highest" is float32 throughout, on every platform.
         resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
-        kept: whether an earlier call had finished the run, and all of this is its report.
+        kept: whether an earlier call had finished the run; the report is then that call's.
     """
 
     output: Path
@@ -231,7 +226,7 @@ class PruneReport:
     def from_summary(
         cls, summary: Mapping[str, Any], output: Path, layers: list[LayerRecord], blocks: list[BlockRecord]
     ) -> "PruneReport":
-        """The report of a run that is finished in a folder, from its `summary.json` and its records.
+        """The report of a finished run, from its `summary.json` and its records.
 
         Raises:
             KeyError, TypeError: if a figure is missing.
@@ -246,12 +241,12 @@ class PruneReport:
 
     @property
     def starved_experts(self) -> list[str]:
-        """Names of the experts that too few tokens were routed to."""
+        """Names of the experts that received too few tokens."""
         return sorted({r.layer.rpartition(".")[0] for r in self.layers if r.starved})
 
     @property
     def blocked_layers(self) -> dict[str, int]:
-        """Layers whose solve did not fit in memory whole, and by how many blocks of outputs each was solved."""
+        """Into how many blocks of outputs each layer was split whose solve did not fit in memory whole."""
         return {r.layer: r.output_blocks for r in self.layers if r.output_blocks > 1}
 
     def summary(self) -> dict[str, Any]:
@@ -273,35 +268,6 @@ class PruneReport:
 
 
 def mean(values: Any) -> float | None:
-    """The arithmetic mean, None of nothing."""
+    """The arithmetic mean; None of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else None
-
-
-class RunLog:
-    """`records.jsonl`, a line at a time so that a broken run keeps what it knew, and `summary.json` at the end.
-
-    Lines of finished blocks that are there already stay. Of several processes only the first writes.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._writes = processes.is_first()
-
-    def record(self, fields: dict[str, Any]) -> None:
-        """Append one line.
-
-        Raises:
-            DiskError: if the disk does not take it.
-        """
-        if self._writes:
-            append_record(self._folder, fields)
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary.
-
-        Raises:
-            DiskError: if the disk does not take it.
-        """
-        if self._writes:
-            write_summary(self._folder, summary)

@@ -2,17 +2,18 @@
 
     log p(continuation | context) = sum_t log softmax(logits)[token_t],  t over the continuation's tokens
 
-The model reads `context + continuation[:-1]`. Inputs that are a beginning of another share its pass: attention is
-causal, so what follows does not change them. One-token answers to one question thus cost one forward pass.
+The model reads `context + continuation[:-1]`. An input that another one begins with shares its pass: attention is
+causal, so later tokens do not change it. One-token answers to one question thus cost one forward pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sparseopt.core.types import Observer
 from sparseopt.models import Head, PrunableModel, check_window
 from sparseopt.pruning.activations import BATCH_TOKENS, PASS_BYTES
 from sparseopt.pruning.calibration import BlockRunner
@@ -26,31 +27,29 @@ _SHORTEST = 16
 
 
 class Score(NamedTuple):
-    """The log-likelihood of a continuation, and whether each of its tokens is the likeliest at its place."""
+    """The log-likelihood of a continuation, and whether each of its tokens is the most likely one."""
 
     log_likelihood: float
     greedy: bool
 
 
 class _Batch(NamedTuple):
-    """Padded inputs `[rows, time]` and where each of them came from."""
-
-    tokens: Int[np.ndarray, "rows time"]
-    inputs: list[int]
+    tokens: Int[np.ndarray, "rows time"]  # padded
+    inputs: list[int]  # the index of each row's input
 
 
 def score_continuations(
     model: PrunableModel,
     pairs: Sequence[tuple[Ids, Ids]],
     *,
-    observer: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
 ) -> list[Score]:
     """Score every (context, continuation) pair of token ids.
 
     Args:
         model: an opened model; memory holds its embedding, its head and one block.
         pairs: ids of one token or more each, for the context as for the continuation.
-        observer: called with (steps done, steps in all); a step is one batch through one block.
+        observer: called with ("log-likelihoods", steps done, steps in all); a step is one batch through one block.
 
     Returns:
         The scores in the order of the pairs.
@@ -64,7 +63,7 @@ def score_continuations(
         if not len(context) or not len(continuation):
             raise ValueError(
                 f"pair {index} has {len(context)} context and {len(continuation)} continuation tokens; both need one "
-                "or more (a text with nothing before it is scored behind the model's start token)"
+                "or more (a text without context is scored after the model's start token)"
             )
     if not pairs:
         return []
@@ -86,10 +85,10 @@ def score_continuations(
         for index in range(model.num_blocks):
             block = model.block(index)
             for i, x in enumerate(activations):
-                activations[i] = runner.forward(block, [x])[0]
+                activations[i] = runner.run(block, x)
                 done += 1
                 if observer:
-                    observer(done, total)
+                    observer("log-likelihoods", done, total)
         for batch, x in zip(part, activations, strict=True):
             places = [
                 (row, len(pairs[member][0]) - 1 + step, token, member)
@@ -115,7 +114,7 @@ def score_continuations(
 def find_hosts(inputs: Sequence[tuple[int, ...]]) -> list[int]:
     """For each input the index of one that begins with it; its own where no other does.
 
-    Sorted, an input that begins another stands directly before one that it begins.
+    In sorted order, an input that begins others comes directly before one of them.
     """
     order = sorted(range(len(inputs)), key=lambda i: inputs[i])
     hosts = list(range(len(inputs)))
@@ -126,13 +125,13 @@ def find_hosts(inputs: Sequence[tuple[int, ...]]) -> list[int]:
 
 
 def padded_length(length: int) -> int:
-    """The next multiple of a quarter of the power of two below: few lengths to compile, little padding."""
+    """The next multiple of a quarter of the power of two below: few lengths to compile, and little padding."""
     step = max(_SHORTEST, 2 ** ((length - 1).bit_length() - 3)) if length > 1 else _SHORTEST
     return -(-length // step) * step
 
 
 def _make_batches(inputs: Sequence[tuple[int, ...]], chosen: list[int], longest: int | None) -> list[_Batch]:
-    """Longest first, so that neighbours have like lengths; rows follow from the length, so a length is one shape.
+    """Longest first, so that neighbours have similar lengths. Each length has one number of rows.
 
     Only the last batch may have fewer rows, a power of two.
     """
@@ -166,7 +165,7 @@ def _split_passes(batches: list[_Batch], hidden_size: int) -> list[list[_Batch]]
 def _row_scores(
     head: Head, x_RD: Float[Array, "R D"], target_R: Int[Array, "R"]
 ) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
-    """Log-probability of each row's target, and whether it is the likeliest token."""
+    """Log-probability of each row's target, and whether it is the most likely token."""
     logits_RV = head(x_RD[None])[0]
     return log_probabilities(logits_RV, target_R), jnp.argmax(logits_RV, axis=-1) == target_R
 
@@ -177,7 +176,7 @@ _scores_of_rows = Compiled(_row_scores)
 def _score_rows(
     head: Head, x_BTD: Float[Array, "B T D"], rows: np.ndarray, times: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits only of the places asked for, `LOGIT_ROWS` at a time, so that one program serves all."""
+    """Only the logits asked for, `LOGIT_ROWS` at a time, so that one program serves all."""
     flat = np.asarray(x_BTD).reshape(-1, x_BTD.shape[-1])[rows * x_BTD.shape[1] + times]
     padding = -len(targets) % LOGIT_ROWS
     flat = np.pad(flat, ((0, padding), (0, 0)))

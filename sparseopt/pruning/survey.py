@@ -1,4 +1,4 @@
-"""Floor 6: what is measured on the dense model before any block is pruned, once for all recipes of a pass.
+"""Floor 6: what is measured on the dense model before any block is pruned, once for all plans of a pass.
 
 | asked for | measured |
 |---|---|
@@ -7,28 +7,27 @@
 | allocation "owl" | the share of outliers of each block |
 | anything else | nothing |
 
-The first looks at a few thousand tokens and runs on one device in each process; what processes go on with is what the
-first of them found. The last runs on all devices.
+The first looks at a few thousand tokens and runs on one device in each process; all continue with what the first
+process found. The last runs on all devices.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
+from sparseopt.core.types import Observer
 from sparseopt.models import PrunableBlock, PrunableModel
-from sparseopt.pruning.activations import Batches, first_windows, make_batches
+from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.allocation import allocate_curves, allocate_owl, default_bounds, exact_shares
-from sparseopt.pruning.branch import Stream
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.devices import agreed
 from sparseopt.pruning.loss_curves import losses_of_linear, outliers_of_block
 from sparseopt.pruning.patterns import share_unit
+from sparseopt.pruning.plan import CalibrationWindows, Plan, layer_patterns
 from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import Event, SurveyStep
 from sparseopt.pruning.sensitivity import Site, backward_sweep, output_weights
 
 # Calibration tokens taken at most for sensitivities and curves, and at least one window: both are means over tokens.
@@ -37,76 +36,57 @@ TOKENS = 8192
 LEVELS = np.round(np.arange(0.1, 0.96, 0.05), 2)
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What a recipe needs to know beforehand, by the key of each linear's weight.
-
-    Attributes:
-        shares: share of zeros; None where the recipe's sparsity is that of every linear.
-        weights: of squared errors at the outputs, `[out]`; None where all count the same.
-    """
-
-    shares: dict[str, float] | None = None
-    weights: dict[str, np.ndarray] | None = None
-
-
-@dataclass
-class _Findings:
-    """Filled block by block: by the key of each linear's weight, and outliers in the order of the blocks."""
-
-    weights: dict[str, np.ndarray] = field(default_factory=dict)
-    curves: dict[str, np.ndarray] = field(default_factory=dict)
-    outliers: list[float] = field(default_factory=list)
-
-
 def survey(
     model: PrunableModel,
-    recipes: Sequence[Recipe],
-    embedded: Stream,
-    tokens: Int[np.ndarray, "windows T"],
-    skipped: int,
+    plans: Sequence[Plan],
+    stream: Stream,
+    windows: CalibrationWindows,
     runner: BlockRunner,
-    observer: Callable[[Event], None],
-) -> list[Survey]:
-    """Measure what the recipes ask for, and nothing else.
+    observer: Observer,
+) -> list[Plan]:
+    """Measure what the recipes of one pass ask for, and return the plans with the patterns and output weights for it.
 
-    Args:
-        model: dense.
-        recipes: of one pass.
-        embedded: the streams in front of the first block.
-        tokens: ids of the calibration windows.
-        skipped: predictions at the beginning of every window that the loss does not count.
-        runner: keeps account of the time.
-        observer: is told of every step.
+    The stream is that of the windows before the first block.
     """
-    found = _Findings()
+    recipes = [plan.recipe for plan in plans]
     allocations = {recipe.allocation for recipe in recipes}
     levels = _levels([recipe for recipe in recipes if recipe.allocation == "curves"])
+    weights: dict[str, np.ndarray] = {}
+    curves: dict[str, np.ndarray] = {}
+    outliers: list[float] = []
 
     def told(done: int, total: int) -> None:
-        observer(SurveyStep("survey, pass", done, total))
+        observer("survey, pass", done, total)
 
     if "curves" in allocations or any(recipe.output_weighting() == "gradient" for recipe in recipes):
-        count = max(1, TOKENS // tokens.shape[1])
-        batches = make_batches(first_windows(embedded.calibration, count))
-        for site in backward_sweep(model, batches, tokens[:count], runner, told, skipped=skipped):
+        tokens = windows.calibration[: max(1, TOKENS // windows.calibration.shape[1])]
+        batches, skipped = stream.calibration.first(len(tokens)), int(windows.bos is not None)
+        for site in backward_sweep(model, batches, tokens, runner, told, skipped=skipped):
             keys = {name: model.weight_key(site.index, name) for name in site.sensitivity}
-            found.weights |= {keys[name]: output_weights(value) for name, value in site.sensitivity.items()}
+            weights |= {keys[name]: output_weights(value) for name, value in site.sensitivity.items()}
             if len(levels):
-                found.curves |= {keys[n]: curve for n, curve in _curves(site, levels, runner).items()}
-        found.weights, found.curves = agreed((found.weights, found.curves))
+                curves |= {keys[name]: curve for name, curve in _curves(site, levels, runner).items()}
+        weights, curves = agreed((weights, curves))
     if "owl" in allocations:
-        batches = embedded.calibration
+        batches = stream.calibration
         for index in range(model.num_blocks):
             block = model.block(index)
-            found.outliers.append(_outliers(block, batches, runner))
+            outliers.append(_outliers(block, batches, runner))
             batches = runner.forward(block, batches)
             told(index + 1, model.num_blocks)
-    return [_survey_of(model, recipe, found, levels) for recipe in recipes]
+    found = []
+    for plan in plans:
+        recipe, patterns = plan.recipe, plan.patterns
+        if recipe.allocation != "uniform" and recipe.sparsity is not None:
+            shares = _shares(model, recipe, levels, curves, outliers)
+            patterns = layer_patterns(model, recipe, plan.method, shares)
+        own_weights = weights if recipe.output_weighting() == "gradient" else {}
+        found.append(replace(plan, patterns=patterns, output_weights=own_weights))
+    return found
 
 
 def _levels(recipes: Sequence[Recipe]) -> np.ndarray:
-    """The levels between the bounds of all recipes; none where no recipe wants a curve."""
+    """The levels between the bounds of all recipes; none where no recipe asks for curves."""
     if not recipes:
         return LEVELS[:0]
     bounds = np.array([_bounds(recipe) for recipe in recipes])
@@ -143,22 +123,25 @@ def _outliers(block: PrunableBlock, batches: Batches, runner: BlockRunner) -> fl
     return float(runner.account(outliers_of_block(weights, inputs)))
 
 
-def _survey_of(model: PrunableModel, recipe: Recipe, found: _Findings, levels: np.ndarray) -> Survey:
-    weights = found.weights if recipe.output_weighting() == "gradient" else None
-    if recipe.allocation == "uniform" or recipe.sparsity is None:
-        return Survey(None, weights)
+def _shares(
+    model: PrunableModel,
+    recipe: Recipe,
+    levels: np.ndarray,
+    curves: Mapping[str, np.ndarray],
+    outliers: Sequence[float],
+) -> dict[str, float]:
+    """The share of zeros of every linear, by the key of its weight."""
+    sparsity, bounds = recipe.sparsity or 0.0, _bounds(recipe)
     names = [list(model.block_linears(index)) for index in range(model.num_blocks)]
     keys = [model.weight_key(index, name) for index, each in enumerate(names) for name in each]
     shapes = [model.weight_shape(key) for key in keys]
     sizes = np.array([np.prod(shape) for shape in shapes])
-    bounds = _bounds(recipe)
     if recipe.allocation == "curves":
-        losses = np.stack([found.curves[key] for key in keys])
-        sparsities = allocate_curves(levels, losses, sizes, recipe.sparsity, bounds)
+        shares = allocate_curves(levels, np.stack([curves[key] for key in keys]), sizes, sparsity, bounds)
     else:
         counts = [len(each) for each in names]
         blocks = np.add.reduceat(sizes, np.cumsum([0, *counts[:-1]]))
-        sparsities = np.repeat(allocate_owl(np.array(found.outliers), blocks, recipe.sparsity, bounds), counts)
+        shares = np.repeat(allocate_owl(np.array(outliers), blocks, sparsity, bounds), counts)
     units = np.array([share_unit(recipe.pattern, shape) for shape in shapes])
-    exact = exact_shares(sparsities, sizes, units, recipe.sparsity, bounds)
-    return Survey(dict(zip(keys, exact.tolist(), strict=True)), weights)
+    exact = exact_shares(shares, sizes, units, sparsity, bounds)
+    return dict(zip(keys, exact.tolist(), strict=True))

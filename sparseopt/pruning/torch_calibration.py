@@ -1,7 +1,6 @@
 """Floor 6: calibration through torch, for models whose family is not known here: see `TorchModel`.
 
-torch runs the blocks; the Grams are computed in JAX from the inputs of the linears, which it takes over without a
-copy, and so are the layer solves.
+torch runs the blocks. JAX computes the Grams from the linears' inputs, without copying them, and solves the layers.
 """
 
 import time
@@ -11,13 +10,14 @@ from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from sparseopt.core.dense import product
 from sparseopt.models import PrunableModel, TorchModel
 from sparseopt.models.torch_block import TorchBlock
 from sparseopt.models.torch_bridge import to_jax, to_torch
-from sparseopt.pruning.activations import Batches, Store
+from sparseopt.pruning.activations import Batches
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting, forward_flops
 from sparseopt.pruning.compiled import Compiled
 
@@ -27,16 +27,16 @@ _drift_of_inputs = Compiled(lambda x, dense_x: product(x.T, x - dense_x))
 Readers = tuple[str, ...]
 
 
-def runner_of(model: PrunableModel, store: Store = list) -> BlockRunner:
-    """What runs the blocks of a model, and collects their outputs in what `store` makes."""
-    return TorchRunner(store) if isinstance(model, TorchModel) else BlockRunner(store)
+def runner_of(model: PrunableModel) -> BlockRunner:
+    """What runs the blocks of a model."""
+    return TorchRunner() if isinstance(model, TorchModel) else BlockRunner()
 
 
 class _Seen(NamedTuple):
     """One distinct input of linears in one run of a block.
 
     Attributes:
-        tensor: as torch has it; kept, since objects are told apart by identity only while they live.
+        tensor: the torch tensor; kept, since identities are unique only among living objects.
         version: torch's count of writes to it.
         readers: names of the linears that read it, in the order of their calls.
         found: what was made of it.
@@ -52,13 +52,9 @@ class TorchRunner(BlockRunner):
     """A `BlockRunner` whose blocks run in torch. Linears that read the very same tensor share one Gram."""
 
     def grams(
-        self,
-        block: Any,
-        batches: Batches,
-        weighting: Weighting = "uniform",
-        dense_batches: Batches | None = None,
+        self, block: Any, batches: Batches, weighting: Weighting = "uniform", dense: Batches | None = None
     ) -> BlockGrams:
-        """Grams summed over all batches, by the linear's name; with `dense_batches` also the drifts from them.
+        """Grams summed over all batches, by the linear's name; with the dense model's batches also the drifts.
 
         Raises:
             ValueError: for another weighting than "uniform".
@@ -68,21 +64,19 @@ class TorchRunner(BlockRunner):
             raise ValueError(f"weighting {weighting!r} is not for blocks that run in torch; say 'uniform'")
         totals: dict[Readers, Grams] = {}
         for index, x in enumerate(batches):
-            dense = {} if dense_batches is None else self._dense_inputs(block, dense_batches[index])
-            for seen in self._watch(block, x, partial(self._grams_of_input, x.shape[0] * x.shape[1], dense)):
+            inputs = {} if dense is None else self._dense_inputs(block, dense[index])
+            for seen in self._watch(block, x, partial(self._grams_of_input, x.shape[0] * x.shape[1], inputs)):
                 readers = tuple(seen.readers)
                 totals[readers] = seen.found if readers not in totals else _sum(totals[readers], seen.found)
         return BlockGrams({name: _of_linear(block, name, totals) for name in block.linears})
 
-    def forward(self, block: Any, batches: Batches) -> Batches:
-        """The block's outputs, batch by batch."""
-        outputs = self.store()
-        for x in batches:
-            start = time.perf_counter()
-            outputs.append(block(x))
-            self.seconds += time.perf_counter() - start
-            self.flops += forward_flops(block, x.shape)
-        return outputs
+    def run(self, block: Any, x: Array, mesh: Mesh | None = None) -> Array:
+        del mesh
+        start = time.perf_counter()
+        output = block(x)
+        self.seconds += time.perf_counter() - start
+        self.flops += forward_flops(block, x.shape)
+        return output
 
     def _watch(self, block: TorchBlock, x: Array, make: Callable[[str, Any], Any]) -> list[_Seen]:
         """Run a block and make something of each distinct input of its linears, before the model may write to it."""

@@ -6,7 +6,7 @@ continuation, that of a whole text, and a greedy continuation.
 
 import difflib
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from sparseopt.core.types import Observer
 from sparseopt.models import (
     FAMILIES,
     Bos,
@@ -32,9 +33,6 @@ from sparseopt.models import (
     start_token,
 )
 from sparseopt.pruning.scoring import Score, score_continuations
-
-# What is running, steps done, steps in all.
-Observer = Callable[[str, int, int], None]
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 _NEW_TOKENS = 256
@@ -200,7 +198,7 @@ class DecoderLM(TemplateLM):
     def _score(self, title: str, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
         tell = self._observer
         return score_continuations(
-            self.model, pairs, observer=tell and (lambda done, total: tell(f"{len(pairs)} {title}", done, total))
+            self.model, pairs, observer=tell and (lambda _, done, total: tell(f"{len(pairs)} {title}", done, total))
         )
 
 

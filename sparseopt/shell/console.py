@@ -146,7 +146,7 @@ def block_progress(title: str) -> Iterator:
     """An observer for `perplexity`: finished blocks."""
     with counting_bar(console) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda _, done, total: bar.update(task, completed=done, total=total)
 
 
 def comparison_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -5,10 +5,10 @@ from typing import Any
 
 from rich.table import Table
 
+from sparseopt.core.types import Observer
 from sparseopt.experiments.report import Section
 from sparseopt.experiments.runs import Outcome, State
 from sparseopt.experiments.sweep import Planned
-from sparseopt.experiments.task import Observer
 from sparseopt.shell.console import comparison_table, console, counting_bar, duration, say
 from sparseopt.system.run_folder import RECORDS
 
@@ -31,7 +31,7 @@ class SweepProgress:
     def observer(self, planned: Planned) -> Observer:
         self._bar.reset(self._units, description=name_of(planned), visible=True)
 
-        def observe(done: int, total: int, text: str) -> None:
+        def observe(text: Any, done: int, total: int) -> None:
             self._bar.update(self._units, completed=done, total=total, description=f"{name_of(planned)}: {text}")
 
         return observe

@@ -6,7 +6,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sparseopt.models.errors import listed
-from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, Replay, SurveyStep, mean
+from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, Replay, mean
 from sparseopt.pruning.texts import part_of_text
 from sparseopt.shell.console import console, packed_line, say
 from sparseopt.system.machine import format_bytes
@@ -19,7 +19,7 @@ class PruneProgress:
         self._title = title
         self._start = time.perf_counter()
         self._block: list[LayerRecord] = []
-        self._done = self._replayed = 0
+        self._replayed = 0
         self._worked_from = self._start
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -43,17 +43,17 @@ class PruneProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def __call__(self, event: Event, total: int) -> None:
+    def __call__(self, event: Event, done: int, total: int) -> None:
         match event:
             case Footprint():
                 for line in footprint_lines(event):
                     say(line)
-            case SurveyStep(stage, done, steps):
-                self._tell_survey(stage, done, steps)
+            case str():
+                self._tell_survey(event, done, total)
             case Replay(layers):
                 self._replayed += layers
             case LayerRecord():
-                self._tell_layer(event, total)
+                self._tell_layer(event, done, total)
             case BlockRecord():
                 self._bar.update(self._task, note=f"block {event.block} trained, error {event.last_loss:.4f}")
 
@@ -62,18 +62,16 @@ class PruneProgress:
         if not console.is_terminal and done in (1, total):
             say(f"{self._title}: {stage} {done}/{total}, {time.perf_counter() - self._start:.0f} s")
 
-    def _tell_layer(self, record: LayerRecord, total: int) -> None:
-        self._done += 1
-        if self._done == self._replayed:
+    def _tell_layer(self, record: LayerRecord, done: int, total: int) -> None:
+        if done == self._replayed:
             self._worked_from = time.perf_counter()
         note = f"block {record.block} {record.layer.split('.', 3)[-1]} error {record.relative_error:.4f}"
-        left = self._left(self._done, total)
-        self._bar.update(self._task, total=total, completed=self._done, note=note, left=left)
+        self._bar.update(self._task, total=total, completed=done, note=note, left=self._left(done, total))
         if self._block and self._block[-1].block != record.block:
-            self._tell_block(self._done - 1, total)
+            self._tell_block(done - 1, total)
             self._block = []
         self._block.append(record)
-        if self._done == total:
+        if done == total:
             self._tell_block(total, total)
 
     def _tell_block(self, done: int, total: int) -> None:

@@ -2,16 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sparseopt.core.types import Observer
 from sparseopt.shell.options import AsJson, Source, takes_recipe
-
-Observer = Callable[[str, int, int], None]
 
 
 @takes_recipe(only=["bos"])
@@ -77,7 +76,7 @@ def task_progress() -> Iterator[Observer]:
 
     bar, task, title, start, tenth = counting_bar(errors), None, "", 0.0, 0
 
-    def observe(stage: str, done: int, total: int) -> None:
+    def observe(stage: Any, done: int, total: int) -> None:
         nonlocal task, title, start, tenth
         if task is None or stage != title:
             # Started only now: lm-eval shows bars of its own while it makes the prompts.

@@ -60,7 +60,7 @@ def compared(output, settings, methods=METHODS, sparsities=SPARSITIES, patterns=
     """The table and the outcomes."""
     runs = comparison.build(methods=methods, sparsities=sparsities, patterns=patterns, **{**settings, **changes})
     planned = comparison.prepare(runs, output)
-    outcomes = comparison.measure(planned, output, lambda cell: lambda done, total, text: None)
+    outcomes = comparison.measure(planned, output, lambda cell: lambda text, done, total: None)
     return comparison.tabulate(planned, outcomes, output), outcomes
 
 

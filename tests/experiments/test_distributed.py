@@ -49,7 +49,7 @@ def alone(folder):
 
     def run(name):
         (planned,) = load_config(folder / f"{name}.yaml")
-        outcome = execute(planned, folder / "alone", lambda done, total, text: None)
+        outcome = execute(planned, folder / "alone", lambda text, done, total: None)
         assert outcome.error is None
         return record(outcome.folder)
 

@@ -37,7 +37,7 @@ def prune(settings):
     }  # fmt: skip
 
 
-def quiet(done, total, text):
+def quiet(text, done, total):
     del done, total, text
 
 

@@ -29,7 +29,7 @@ TOY = "tests.experiments.toy.Toy"
 ROOT = Path(__file__).parents[2]
 
 
-def quiet(done, total, text):
+def quiet(text, done, total):
     del done, total, text
 
 
@@ -198,7 +198,7 @@ def test_two_processes_never_share_a_folder(tmp_path):
     run = toy()
     held = []
 
-    def observer(done, total, text):
+    def observer(text, done, total):
         if not held:
             with pytest.raises(FolderInUse, match=f"in use by process {os.getpid()}"):
                 execute(run, tmp_path, quiet)

@@ -48,7 +48,7 @@ class Toy(Task):
 
     def run_unit(self, key, folder, observer):
         index = int(key.removeprefix("unit-"))
-        observer(0, 1, "pausing")
+        observer("pausing", 0, 1)
         time.sleep(self.pause)
         if self.fail_at == index:
             raise RuntimeError("the toy broke")

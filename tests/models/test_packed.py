@@ -282,9 +282,9 @@ def test_a_packed_folder_reads_as_the_dense_one(tmp_path: Path, half: Path) -> N
 
 
 def test_pack_and_unpack_give_the_files_back(tmp_path: Path, half: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     done = pack_folder(half, tmp_path / "packed", observer=lambda *step: seen.append(step))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen == [("shards", 1, 4), ("shards", 2, 4), ("shards", 3, 4), ("shards", 4, 4)]
     assert done.ratio == done.stored_bytes / done.dense_bytes < 0.6
     back = unpack_folder(tmp_path / "packed", tmp_path / "back")
     assert back.stored_bytes == back.dense_bytes == done.dense_bytes

@@ -14,7 +14,7 @@ from sparseopt.models.torch_block import TorchBlock
 from sparseopt.models.torch_bridge import to_jax, to_tensor, to_torch
 from sparseopt.models.torch_skeleton import Call
 from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity, prune_model, prune_models
-from sparseopt.pruning.activations import make_batches
+from sparseopt.pruning.activations import Batches, make_batches
 from sparseopt.pruning.torch_calibration import TorchRunner, runner_of
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.oracle.test_reference import reference_logits
@@ -148,7 +148,7 @@ def test_a_block_that_routes_and_writes_into_its_tensors(rng: np.random.Generato
     block = TorchBlock(module, 0, {key: value.detach() for key, value in module.named_parameters()}, caller)
     x, dense = (jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32) for _ in range(2))
     kept = np.array(x)
-    grams = TorchRunner().grams(block, [x, x], dense_batches=[dense, dense])
+    grams = TorchRunner().grams(block, Batches([x, x]), dense=Batches([dense, dense]))
     np.testing.assert_array_equal(x, kept)
 
     seen, other = kept.reshape(-1, 4), np.asarray(dense).reshape(-1, 4)

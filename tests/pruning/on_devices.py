@@ -25,13 +25,14 @@ from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.thresholds import kth_largest, top_k_mask
 from sparseopt.models import open_model
 from sparseopt.pruning import LayerJob, Recipe, Stopped, blocked, find_method, prune_model, side_by_side
-from sparseopt.pruning.activations import embed_batches, on_one_device, spread_batches
+from sparseopt.pruning.activations import Batches, SpreadBatches
 from sparseopt.pruning.blocked import solve_within_memory
 from sparseopt.pruning.calibration import BlockRunner, grams_over, sum_over
+from sparseopt.pruning.compiled import Timed
 from sparseopt.pruning.devices import check_cut, cut_solver, side_by_side_solver
 from sparseopt.pruning.layer import layer_solver
 from sparseopt.pruning.patterns import parse_pattern
-from sparseopt.pruning.side_by_side import Linear, solve_block
+from sparseopt.pruning.side_by_side import LayerTask, solve_block
 from tests.collectives import collectives
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import make_layer
@@ -68,7 +69,7 @@ def layers():
         job = LayerJob(weight, gram, test_gram, parse_pattern(pattern, 0.5, weight.shape), weights)
         solver = find_method(method, preset)
         one = layer_solver(job, solver).value
-        many = solve_within_memory(job, solver, device_line(devices)).report
+        many = solve_within_memory(job, solver, device_line(devices)).value
         scalars = ("relative_error", "test_error", "zeros", "kept", "steps", "status", "stray", "fits")
         found[name] = same(one.weight, many.weight) | {
             "bytes": outputs * INPUTS * 4,
@@ -91,7 +92,10 @@ def layers():
     many = solve_within_memory(job, find_method("wanda"), device_line(8))
     one = solve_within_memory(job, find_method("wanda"))
     blocked.solve_over = whole_solve
-    found["by blocks"] = same(one.report.weight, many.report.weight) | {"solved": solved, "parts": many.output_blocks}
+    found["by blocks"] = same(one.value.weight, many.value.weight) | {
+        "solved": solved,
+        "parts": many.value.output_blocks,
+    }
     try:
         check_cut(parse_pattern("block:4x4", 0.5, (48, 32)), (48, 32), device_line(8))
     except ValueError as error:
@@ -107,11 +111,10 @@ def blocks():
         weights = np.exp(rng.standard_normal(outputs)).astype(np.float32)
         pattern = parse_pattern("unstructured", 0.3 + 0.05 * i, weight.shape)
         job = LayerJob(weight, gram, test_gram, pattern, weights)
-        linears.append(
-            Linear(f"{i}.weight", weight.shape, pattern, 1, False, True, weight.shape, lambda job=job: (job, 0.0))
-        )
+        linears.append(LayerTask(f"{i}", weight.shape, weight.shape, lambda job=job: Timed(job, 0.0, 0.0)))
     solver, found = find_method("maiht", "best"), {}
-    alone = {linear.key: solved.report for linear, solved in solve_block(linears, solver, None)}
+    reports = [solved.value for solved in solve_block(linears, solver, None)]
+    alone = {linear.name: report for linear, report in zip(linears, reports, strict=True)}
 
     def short(*arguments):
         raise MemoryError("out of memory")
@@ -121,12 +124,12 @@ def blocks():
         if name == "no memory":
             side_by_side.side_by_side_solver = lambda mesh: short
         cut = len(cut_solver.texts)
-        solved = list(solve_block(some, solver, mesh))
+        solved = list(zip(some, solve_block(some, solver, mesh), strict=True))
         found[name] = {
             "order": [linear.name for linear, _ in solved],
-            "same": [same(alone[linear.key].weight, one.report.weight) for linear, one in solved],
-            "steps": [[int(alone[linear.key].steps), int(one.report.steps)] for linear, one in solved],
-            "errors": [[float(r.test_error) for r in (alone[linear.key], one.report)] for linear, one in solved],
+            "same": [same(alone[linear.name].weight, one.value.weight) for linear, one in solved],
+            "steps": [[int(alone[linear.name].steps), int(one.value.steps)] for linear, one in solved],
+            "errors": [[float(r.test_error) for r in (alone[linear.name], one.value)] for linear, one in solved],
             "programs": [facts(text) for text in side_by_side_solver(mesh).texts],
             "cut": len(cut_solver.texts) - cut,
             "seconds": min(one.seconds for _, one in solved),
@@ -183,7 +186,7 @@ def calibration(folder):
         config = tiny_config(**changes)
         model = open_model(write_folder(folder / name, config, random_tensors(config, np.random.default_rng(7))))
         block, embedding, runner = model.block(0), model.embedding(), BlockRunner()
-        one, many = embed_batches(embedding, tokens), spread_batches(embedding, tokens, mesh)
+        one, many = (kind.embed(embedding, tokens) for kind in (Batches(), SpreadBatches(mesh)))
         before = len(grams_over(mesh, "residual").texts), len(sum_over(mesh).texts)
         drift = (runner.forward(block, one), runner.forward(block, many))
         grams = [runner.grams(block, s, "residual", d).stacked for s, d in zip((one, many), drift, strict=True)]
@@ -193,7 +196,7 @@ def calibration(folder):
                 if a is not None:
                     largest = max(float(jnp.abs(a).max()), 1e-6)
                     apart[f"{tap} {part}"] = float(np.abs(np.asarray(a) - whole(b)).max()) / largest
-        behind = [np.concatenate([np.asarray(x) for x in on_one_device(s)]) for s in drift]
+        behind = [np.concatenate([np.asarray(x) for x in s.on_one_device()]) for s in drift]
         found[name] = {
             "grams": apart,
             "stream": float(np.abs(behind[0] - behind[1]).max()),

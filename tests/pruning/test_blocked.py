@@ -64,20 +64,20 @@ def make_job(layer, pattern, sparsity=0.6, output_weights=None):
 def test_a_count_over_the_layer_stays_exact_and_the_error_nearly_the_same(layer, monkeypatch, method, within):
     job = make_job(layer, "unstructured")
     whole = solve_within_memory(job, method)
-    assert whole.output_blocks == 1
+    assert whole.value.output_blocks == 1
     tried = running_out(monkeypatch, 12)
     parts = solve_within_memory(job, method)
     assert tried == [48, 24, *[12] * 4]
-    assert parts.output_blocks == 4
-    check_answer(parts.report, method, job.pattern)
+    assert parts.value.output_blocks == 4
+    check_answer(parts.value, method, job.pattern)
     weight, gram, test_gram = layer
-    assert np.count_nonzero(parts.report.weight) == round(0.4 * weight.size)
-    for given, found in ((gram, parts.report.relative_error), (test_gram, parts.report.test_error)):
-        assert float(found) == pytest.approx(error_of(parts.report.weight, weight, given), rel=1e-4)
+    assert np.count_nonzero(parts.value.weight) == round(0.4 * weight.size)
+    for given, found in ((gram, parts.value.relative_error), (test_gram, parts.value.test_error)):
+        assert float(found) == pytest.approx(error_of(parts.value.weight, weight, given), rel=1e-4)
     if within:
-        assert float(parts.report.relative_error) == pytest.approx(float(whole.report.relative_error), rel=within)
+        assert float(parts.value.relative_error) == pytest.approx(float(whole.value.relative_error), rel=within)
     else:
-        np.testing.assert_array_equal(parts.report.weight, whole.report.weight)
+        np.testing.assert_array_equal(parts.value.weight, whole.value.weight)
 
 
 @pytest.mark.parametrize(("pattern", "method"), [("per-row", SparseGpt()), ("2:4", SHORT_ADMM)])
@@ -189,7 +189,7 @@ def test_a_run_out_of_memory_names_the_layer_and_goes_on_where_there_is_more(tmp
     tried = running_out(monkeypatch, 1000)
     seen = []
 
-    def short_from_then_on(event, total):
+    def short_from_then_on(event, done, total):
         if isinstance(event, LayerRecord):
             seen.append(event)
         if len(seen) == 15:
@@ -230,8 +230,8 @@ try:
 except Exception as error:
     said = str(error)
 solved = solve_within_memory(job, method)
-check_answer(solved.report, method, job.pattern)
-print(json.dumps([said, solved.output_blocks, int(solved.report.kept), float(solved.report.relative_error)]))
+check_answer(solved.value, method, job.pattern)
+print(json.dumps([said, solved.value.output_blocks, int(solved.value.kept), float(solved.value.relative_error)]))
 """
 
 

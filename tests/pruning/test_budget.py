@@ -12,15 +12,10 @@ import pytest
 from sparseopt.models import open_model, safetensors_file
 from sparseopt.pruning import Recipe, prune_model, prune_models
 from sparseopt.pruning import budget as budget_module
-from sparseopt.pruning.activations import (
-    DiskBatches,
-    batch_shapes,
-    embed_batches,
-    first_windows,
-    make_batches,
-)
+from sparseopt.pruning.activations import Batches, DiskBatches, make_batches
 from sparseopt.pruning.budget import BudgetError, choose_footprint
 from sparseopt.pruning.cost import prune_cost
+from sparseopt.pruning.plan import make_plan
 from sparseopt.pruning.reports import Footprint
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
@@ -48,20 +43,22 @@ def tight(source, recipe):
 def test_activations_on_disk_change_no_bit(tmp_path, source, tokens, name, monkeypatch):
     monkeypatch.setattr("sparseopt.pruning.activations.BATCH_TOKENS", 48)
     recipe = Recipe(calibration=tokens, **{"heldout_samples": 2, **RECIPES[name]})
-    footprints = []
+    footprints, on_disk, append = [], [], DiskBatches.append
+    monkeypatch.setattr(DiskBatches, "append", lambda *given: on_disk.append(len(footprints)) or append(*given))
     reports = [
         prune_model(
             source,
             tmp_path / place,
             recipe,
             memory=memory,
-            observer=lambda event, _: footprints.append(event) if isinstance(event, Footprint) else None,
+            observer=lambda event, *_: footprints.append(event) if isinstance(event, Footprint) else None,
         )
         for place, memory in (("memory", None), ("disk", tight(source, recipe)))
     ]
     assert [report.footprint for report in reports] == footprints
     assert [footprint.activations for footprint in footprints] == ["memory", "disk"]
     assert footprints[1].scratch_bytes > 0
+    assert set(on_disk) == {2}
     assert model_bytes(tmp_path / "disk") == model_bytes(tmp_path / "memory")
     alike = [[dataclasses.replace(r, seconds=0, compile_seconds=0) for r in report.layers] for report in reports]
     assert alike[0] == alike[1]
@@ -118,8 +115,8 @@ def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source
     recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=2)
     plans = [(dataclasses.replace(recipe, sparsity=share), tmp_path / str(share)) for share in (0.5, 0.6)]
     model = open_model(source)
-    named = [(recipe, recipe.check(), folder) for recipe, folder in plans]
-    whole = choose_footprint(model, named, tokens[:5], tokens[5:])
+    made = [make_plan(model, recipe, folder) for recipe, folder in plans]
+    whole = choose_footprint(model, made, tokens[:5], tokens[5:])
     assert whole.output_bytes == 2 * sum(
         info.dtype.itemsize * np.prod(info.shape) for info in model.source.tensors.values()
     )
@@ -149,15 +146,18 @@ def test_batches_on_disk_are_those_that_were_put_there(tmp_path):
     given = [jnp.asarray(rng.standard_normal((2, 3, 4)), jnp.float32) for _ in range(5)]
     given[2] = given[2].at[0, 0, 0].set(-0.0).at[1, 1, 1].set(jnp.nan)
     batches = DiskBatches(tmp_path)
-    assert (len(batches), batch_shapes(batches)) == (0, [])
+    assert (len(batches), batches.shapes) == (0, [])
     for batch in given:
         batches.append(batch)
-    assert batch_shapes(batches) == batch_shapes(given) == [[2, 3, 4]] * 5
+    assert batches.shapes == Batches(given).shapes == [[2, 3, 4]] * 5
+    assert batches.windows == 10
     for found, batch in zip(batches, given, strict=True):
         assert np.asarray(found).tobytes() == np.asarray(batch).tobytes()
     assert np.asarray(batches[3]).tobytes() == np.asarray(given[3]).tobytes()
-    np.testing.assert_array_equal(first_windows(batches, 5), jnp.concatenate(given)[:5])
-    np.testing.assert_array_equal(first_windows(batches, 50), jnp.concatenate(given))
+    for kind in (batches, Batches(given)):
+        np.testing.assert_array_equal(np.concatenate(list(kind.first(5))), np.concatenate(given)[:5])
+        np.testing.assert_array_equal(np.concatenate(list(kind.first(50))), np.concatenate(given))
+        assert type(kind.first(5)) is type(kind.empty()) is type(kind)
     with pytest.raises(IndexError, match="batch 5 of 5"):
         batches[5]
     with pytest.raises(ValueError, match=r"float32 \(1, 3, 4\) among those of float32 \(2, 3, 4\)"):
@@ -177,7 +177,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(batches, "_file", Full())
-    with pytest.raises(OSError, match=r"No space left .* activations of 96 bytes .* behind 96 .*make room") as found:
+    with pytest.raises(OSError, match=r"No space left .* activations of 96 bytes .* after 96 .*make room") as found:
         batches.append(jnp.ones((2, 3, 4)))
     assert found.value.errno == errno.ENOSPC
 
@@ -196,7 +196,7 @@ def test_rows_of_an_embedding_are_the_embedding(source, tokens, monkeypatch):
     model = open_model(source)
     rows, ids = np.unique(tokens, return_inverse=True)
     whole = make_batches(model.embedding()(jnp.asarray(tokens)))
-    some = embed_batches(model.embedding(rows), ids.reshape(tokens.shape).astype(np.int32))
+    some = Batches().embed(model.embedding(rows), ids.reshape(tokens.shape).astype(np.int32))
     assert model.embedding(rows).weight.shape == (len(rows), 32)
     for one, other in zip(whole, some, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -94,7 +94,7 @@ def test_linears_side_by_side_tell_each_other_nothing(found):
 
 @pytest.mark.processes
 def test_a_pattern_of_blocks_that_a_cut_would_part_is_refused(found):
-    text = "8 devices hold 6 outputs each of the layer [out=48, in=32], which parts the pattern's blocks of 4 outputs"
+    text = "8 devices hold 6 outputs each of the layer [out=48, in=32], which splits the pattern's blocks of 4 outputs"
     assert found["layers"]["refused"].startswith(text)
     assert found["layers"]["refused"].endswith("1, 2, 3, 4, 6 devices do not")
     check_cut(parse_pattern("block:4x4", 0.5, (48, 32)), (48, 32), None)
@@ -195,7 +195,7 @@ def test_blocks_that_run_in_torch_are_for_one_device(tmp_path, monkeypatch):
 
 
 def test_what_one_process_knows_of_an_earlier_run_is_what_it_tells_the_others():
-    trained = BlockRecord(0, 0.2, 0.1, None, None, 4, "FINISHED", 1.0, 0.5)
+    trained = BlockRecord(0, 0.2, 0.1, None, None, 4, "FINISHED", 1.0, 0.5, 3, 96)
     layer = LayerRecord(0, "a.q_proj", (4, 8), 32, 16, 0.1, None, 20, "CONVERGED", 1.0, 0.5, 0, 64, output_blocks=2)
     known = Progress(1, [layer], [trained], ["outer", "block-0000"])
     assert Progress.from_dict(json.loads(json.dumps(known.as_dict()))) == known

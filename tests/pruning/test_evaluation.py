@@ -48,7 +48,7 @@ def test_no_more_is_held_than_one_pass_needs(folder, tokens, monkeypatch):
     monkeypatch.setattr(model, "embedding", lambda wanted: rows.append(len(wanted)) or read(wanted))
     monkeypatch.setattr(activations, "BATCH_TOKENS", 30)
     monkeypatch.setattr(evaluation, "PASS_BYTES", 2 * 30 * 32 * 4)
-    by_twos = perplexity(model, tokens, observer=lambda *step: steps.append(step))
+    by_twos = perplexity(model, tokens, observer=lambda _, *step: steps.append(step))
     assert by_twos == pytest.approx(whole, rel=1e-5)
     assert steps == [(done, 9) for done in range(1, 10)]  # three blocks for windows 1 and 2, 3 and 4, 5
     assert rows == [len(VOCAB), len(VOCAB), 30]

@@ -22,7 +22,7 @@ import pytest
 from sparseopt.models import ModelError, open_model
 from sparseopt.pruning import LayerRecord, PruningError, Recipe, activations, prune_model
 from sparseopt.pruning.activations import make_batches
-from sparseopt.pruning.nonfinite import nonfinite_windows
+from sparseopt.pruning.calibration import nonfinite_windows
 from sparseopt.shell.prune import RESUMABLE
 from sparseopt.system.files import DiskError
 from sparseopt.system.run_folder import RECORDS, FolderError
@@ -208,7 +208,7 @@ from sparseopt.shell.show_pruning import PruneProgress
 from sparseopt.pruning import LayerRecord
 ballast, show = Path(place) / "ballast", PruneProgress.__call__
 
-def fill(progress, event, total):
+def fill(progress, event, done, total):
     if isinstance(event, LayerRecord) and event.block == 1 and not ballast.exists():
         with ballast.open("wb", buffering=0) as stream:
             try:
@@ -216,7 +216,7 @@ def fill(progress, event, total):
                     pass
             except OSError:
                 pass
-    show(progress, event, total)
+    show(progress, event, done, total)
 
 PruneProgress.__call__ = fill
 status = 0
@@ -292,7 +292,7 @@ def test_a_source_that_changes_under_way_is_named_and_the_run_goes_on(tmp_path, 
     moved = shutil.copytree(source, tmp_path / "source")
     weights = moved / "model.safetensors"
 
-    def lose(event, total):
+    def lose(event, done, total):
         if isinstance(event, LayerRecord) and event.block == 1 and weights.exists():
             if lost == "gone":
                 weights.unlink()
@@ -405,8 +405,8 @@ from sparseopt.shell.show_pruning import PruneProgress
 from sparseopt.pruning import LayerRecord
 show = PruneProgress.__call__
 
-def told(progress, event, total):
-    show(progress, event, total)
+def told(progress, event, done, total):
+    show(progress, event, done, total)
     if isinstance(event, LayerRecord) and event.layer == "model.layers.1.self_attn.k_proj":
         subprocess.run(["kill", "-TERM", str(os.getpid())], check=True)
 
@@ -420,7 +420,7 @@ def test_a_process_that_gets_sigterm_finishes_its_block(tmp_path, source, recipe
     call = [sys.executable, "-c", SCHEDULED, *arguments]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == RESUMABLE == 75, done.stderr
-    assert "stopped behind block 2 of 3; the same call goes on from there" in done.stderr
+    assert "stopped after block 2 of 3; the same call resumes there" in done.stderr
     assert "Traceback" not in done.stderr
     assert prune_model(source, tmp_path / "out", recipe).resumed_blocks == 2
     assert model_bytes(tmp_path / "out") == whole

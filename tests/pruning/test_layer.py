@@ -159,13 +159,16 @@ def test_unchanged_weights_keep_their_value_where_the_dtype_is_wider_than_the_so
 
 
 def test_one_compile_a_shape_whatever_the_values_and_the_sparsity(rng):
-    solver = Compiled(solve_layer)
+    solver, compiled = Compiled(solve_layer), 0
     for outputs in (16, 24, 16):
         for sparsity in (0.3, 0.5):
             weight, gram, _ = make_layer(rng, outputs=outputs, inputs=32)
-            solver(LayerJob(weight, gram, None, parse_pattern("unstructured", sparsity, weight.shape)), MaihtPruning())
-    assert solver.compilations == 2
-    assert solver.compile_seconds > 0
+            pattern = parse_pattern("unstructured", sparsity, weight.shape)
+            timed = solver(LayerJob(weight, gram, None, pattern), MaihtPruning())
+            # The first of each shape compiles.
+            assert (timed.compile_seconds > 0) == (sparsity == 0.3 and len(solver.texts) > compiled)
+            compiled = len(solver.texts)
+    assert compiled == 2
 
 
 def test_a_method_of_ones_own(rng):

@@ -12,7 +12,7 @@ from sparseopt.pruning import Recipe, audit_sparsity, prune_model, prune_models
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.reconstruction import Reconstruction
-from sparseopt.pruning.reports import BlockRecord, Footprint, LayerRecord, SurveyStep
+from sparseopt.pruning.reports import BlockRecord, Footprint, LayerRecord
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 
@@ -55,7 +55,7 @@ def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens):
     recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
     plans = [(dataclasses.replace(recipe, sparsity=s), tmp_path / f"{s}") for s in (0.5, 0.7)]
     events = []
-    reports = prune_models(source, plans, observer=lambda event, total: events.append((event, total)))
+    reports = prune_models(source, plans, observer=lambda event, _, total: events.append((event, total)))
     alone = prune_model(source, tmp_path / "alone", recipe)
     once = BlockRunner()
     model = open_model(source)
@@ -87,7 +87,7 @@ def test_recipes_of_one_pass_share_their_tokens(tmp_path, source, tokens, change
 
 def test_two_recipes_for_one_folder_and_none_at_all_are_refused(tmp_path, source, tokens):
     recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
-    with pytest.raises(ValueError, match="an output folder of its own"):
+    with pytest.raises(ValueError, match="its own output folder"):
         prune_models(source, [(recipe, tmp_path / "a"), (recipe, tmp_path / "b" / ".." / "a")])
     with pytest.raises(ValueError, match="give at least one recipe"):
         prune_models(source, [])
@@ -106,7 +106,7 @@ def test_reconstruction_brings_the_stream_nearer_and_leaves_the_zeros(tmp_path, 
         source,
         tmp_path / "trained",
         dataclasses.replace(recipe, reconstruct=settings),
-        observer=lambda event, _: events.append(event),
+        observer=lambda event, *_: events.append(event),
     )
     plain, trained = audit_sparsity(tmp_path / "plain"), audit_sparsity(tmp_path / "trained")
     assert [a.zeros for a in plain] == [a.zeros for a in trained]
@@ -146,7 +146,8 @@ def test_a_reconstruction_that_cannot_be_is_refused_before_any_work(tmp_path, so
 def test_the_survey_tells_its_steps(tmp_path, source, tokens):
     events = []
     recipe = Recipe(method="best", calibration=tokens, heldout_samples=0)
-    report = prune_model(source, tmp_path / "out", recipe, observer=lambda event, _: events.append(event))
-    assert events[1:8] == [SurveyStep("survey, pass", n, 7) for n in range(1, 8)]
-    assert isinstance(events[8], LayerRecord)
+    report = prune_model(source, tmp_path / "out", recipe, observer=lambda *told: events.append(told))
+    assert events[1:8] == [("survey, pass", n, 7) for n in range(1, 8)]
+    assert isinstance(events[8][0], LayerRecord)
+    assert events[8][1:] == (1, 21)
     assert report.survey_seconds > 0

@@ -90,5 +90,5 @@ def test_the_pruned_stream_comes_nearer_to_the_dense_one(tmp_path, source, rng):
 
 
 def test_a_share_out_of_range_is_refused():
-    with pytest.raises(ValueError, match=r"propagate must be a share in \[0, 1\], given 1.5"):
+    with pytest.raises(ValueError, match=r"propagate must lie in \[0, 1\], given 1.5"):
         Recipe(propagate=1.5).check()

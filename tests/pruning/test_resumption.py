@@ -46,7 +46,7 @@ def breaking_at(count):
     """An observer that ends the run at its `count`-th record."""
     seen = []
 
-    def observer(event, total):
+    def observer(event, done, total):
         if isinstance(event, LayerRecord):
             seen.append(event)
             if len(seen) == count:
@@ -71,7 +71,7 @@ def test_a_run_interrupted_anywhere_gives_the_same_bytes(tmp_path, source, token
             prune_model(source, tmp_path / "broken", recipe, observer=breaking_at(count))
         assert not (tmp_path / "broken" / LOCK).exists()
     told = []
-    report = prune_model(source, tmp_path / "broken", recipe, observer=lambda event, _: told.append(event))
+    report = prune_model(source, tmp_path / "broken", recipe, observer=lambda event, *_: told.append(event))
     assert report.resumed_blocks == 2
     assert model_bytes(tmp_path / "broken") == model_bytes(tmp_path / "whole")
     assert [r.layer for r in report.layers] == [r.layer for r in whole.layers]
@@ -178,7 +178,7 @@ def test_a_finished_run_is_not_run_again_and_its_report_returned(tmp_path, sourc
     before, told = written(tmp_path / "out"), []
     # A finished run needs no room.
     monkeypatch.setattr(budget.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    again = prune_model(source, tmp_path / "out", recipe, observer=lambda event, _: told.append(event))
+    again = prune_model(source, tmp_path / "out", recipe, observer=lambda event, *_: told.append(event))
     assert again.kept
     assert dataclasses.replace(again, kept=False) == report
     assert again.summary() == report.summary()
@@ -190,7 +190,7 @@ def test_of_several_recipes_those_that_are_finished_are_left_out_of_the_pass(tmp
     recipes = [Recipe(sparsity=s, method="wanda", calibration=tokens, heldout_samples=0) for s in (0.5, 0.75)]
     plans = [(recipe, tmp_path / "out" / f"{recipe.sparsity}") for recipe in recipes]
     first, told = prune_model(source, plans[1][1], recipes[1]), []
-    reports = prune_models(source, plans, observer=lambda event, total: told.append((event, total)))
+    reports = prune_models(source, plans, observer=lambda event, _, total: told.append((event, total)))
     assert [report.kept for report in reports] == [False, True]
     assert [report.recipe["sparsity"] for report in reports] == [0.5, 0.75]
     assert reports[1].layers == first.layers
@@ -248,7 +248,7 @@ def test_a_run_asked_to_stop_ends_after_a_block_and_resumes(tmp_path, source, to
     recipe = Recipe(method="wanda", calibration=tokens)
     prune_model(source, tmp_path / "whole", recipe)
     asked = iter([False, True])
-    with pytest.raises(Stopped, match="stopped behind block 2 of 3; the same call goes on from there"):
+    with pytest.raises(Stopped, match="stopped after block 2 of 3; the same call resumes there"):
         prune_model(source, tmp_path / "out", recipe, stop=lambda: next(asked))
     assert prune_model(source, tmp_path / "out", recipe).resumed_blocks == 2
     assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
@@ -269,7 +269,7 @@ import numpy as np
 from sparseopt.pruning import Recipe, prune_model
 source, output, tokens, count = sys.argv[1:]
 seen = []
-def observer(event, total):
+def observer(event, done, total):
     seen.append(event)
     if len(seen) == int(count):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -297,7 +297,7 @@ def test_the_time_left_of_a_resumed_run_counts_the_layers_that_it_prunes_itself(
     with show_pruning.PruneProgress("half") as progress:
         for event in (Replay(2), *records[:2], Replay(2), *records[2:]):
             now[0] += 10 if event in records[4:] else 1
-            progress(event, len(records))
+            progress(event, 1 + records.index(event) if event in records else 0, len(records))
     # Two blocks come again in 6 s. The line of a block is shown with the first layer of the next, and at the end.
     assert capsys.readouterr().out.splitlines()[1:] == [
         "half: layer 2/8, block 0, mean relative error 0.10000, 5 s",

@@ -50,7 +50,7 @@ def test_scores_are_sums_of_log_softmax_of_the_decoder(folder, rng, length):
 def test_probabilities_of_all_next_tokens_add_to_one_and_cost_one_input(folder):
     seen = []
     pairs = [([5, 6, 7], [token]) for token in range(len(VOCAB))]
-    scores = score_continuations(open_model(folder), pairs, observer=lambda done, total: seen.append((done, total)))
+    scores = score_continuations(open_model(folder), pairs, observer=lambda _, *step: seen.append(step))
     assert sum(np.exp(s.log_likelihood) for s in scores) == pytest.approx(1, abs=1e-5)
     assert sum(s.greedy for s in scores) == 1
     assert seen == [(1, 3), (2, 3), (3, 3)]  # one batch through three blocks
@@ -69,7 +69,7 @@ def test_batches_passes_and_order_change_nothing(folder, rng, monkeypatch):
     monkeypatch.setattr(scoring, "BATCH_TOKENS", 96)
     monkeypatch.setattr(scoring, "PASS_BYTES", 2 * 96 * 32 * 4)
     steps = []
-    split = score_continuations(model, pairs, observer=lambda *step: steps.append(step))
+    split = score_continuations(model, pairs, observer=lambda _, *step: steps.append(step))
     np.testing.assert_allclose([s.log_likelihood for s in split], whole, rtol=1e-5)
     assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
     assert steps[0][1] > 3 * 5

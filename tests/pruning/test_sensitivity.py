@@ -38,7 +38,7 @@ def measured(source, tokens, skipped=0):
     assert steps == [(n, 7) for n in range(1, 8)]  # 3 forward, 1 again, 3 backward
     for site in reversed(sites):
         np.testing.assert_array_equal(site.batches[0], x)
-        x = BlockRunner().forward(site.block, [x])[0]
+        x = BlockRunner().run(site.block, x)
         found |= {model.block_keys(site.index)[f"{name}.weight"]: value for name, value in site.sensitivity.items()}
     return found
 
@@ -132,7 +132,7 @@ def test_best_weighs_outputs_on_whole_models_and_the_others_when_asked(tmp_path,
     prune_model(source, tmp_path / "weighted", recipe)
     model = open_model(source)
     x = model.embedding()(jnp.asarray(tokens))
-    gram = BlockRunner().grams(model.block(0), [x])["attention_input"].gram
+    gram = BlockRunner().grams(model.block(0), make_batches(x))["attention_input"].gram
     key = "model.layers.0.self_attn.q_proj.weight"
     weights = output_weights(measured(source, tokens)[key])
     expected = prune_layer(model.source.read(key), gram, 0.5, method="admm", output_weights=weights).weight

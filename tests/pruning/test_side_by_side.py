@@ -4,8 +4,9 @@ import pytest
 
 from sparseopt.core.patterns import TopK
 from sparseopt.pruning import find_method
+from sparseopt.pruning.compiled import Timed
 from sparseopt.pruning.layer import LayerJob
-from sparseopt.pruning.side_by_side import Linear, quicker_side_by_side, share_out
+from sparseopt.pruning.side_by_side import LayerTask, quicker_side_by_side, share_out
 
 # Of a 7B model.
 LLAMA = {
@@ -21,9 +22,9 @@ LLAMA = {
 
 def linears(shapes):
     def job():
-        return LayerJob(None, None, None, TopK(1)), 0.0
+        return Timed(LayerJob(None, None, None, TopK(1)), 0.0, 0.0)
 
-    return [Linear(f"{name}.weight", shape, TopK(1), 1, False, False, shape, job) for name, shape in shapes.items()]
+    return [LayerTask(name, shape, shape, job) for name, shape in shapes.items()]
 
 
 def names(batches):

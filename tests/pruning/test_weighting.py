@@ -8,7 +8,7 @@ import pytest
 
 from sparseopt.models import open_model
 from sparseopt.pruning import METHODS, Recipe, find_method, prune_model
-from sparseopt.pruning.activations import make_batches
+from sparseopt.pruning.activations import Batches, make_batches
 from sparseopt.pruning.calibration import BlockRunner, gather_grams
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
@@ -45,7 +45,9 @@ def test_a_silent_token_weighs_nothing_and_batches_do_not_matter(source, tokens)
     for name, found in gather_grams(block, silent, "residual").items():
         np.testing.assert_allclose(found.gram, gather_grams(block, x, "residual")[name].gram, rtol=1e-4, atol=1e-4)
     one, many = BlockRunner(), BlockRunner()
-    whole, parts = one.grams(block, [x], "residual"), many.grams(block, [x[:3], x[3:]], "residual")
+    whole, parts = (
+        runner.grams(block, Batches(parts), "residual") for runner, parts in ((one, [x]), (many, [x[:3], x[3:]]))
+    )
     for name in whole:
         np.testing.assert_allclose(whole[name].gram, parts[name].gram, rtol=1e-4, atol=1e-4)
     assert one.flops == pytest.approx(many.flops)

@@ -21,7 +21,7 @@ from pydantic import Field
 from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem
 from sparseopt.core.solve import solve
-from sparseopt.core.types import precision
+from sparseopt.core.types import Observer, precision
 from sparseopt.experiments.papers.baselines import (
     CADENCE,
     DOUBLE,
@@ -31,7 +31,7 @@ from sparseopt.experiments.papers.baselines import (
     assemble,
     method_label,
 )
-from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Strict
+from sparseopt.experiments.task import Estimate, FinishedRun, Record, Strict
 from sparseopt.experiments.task_trend import PictureTask, grouped
 from sparseopt.trend.filter import trend_filter
 
@@ -103,7 +103,7 @@ class Convergence(PictureTask):
         _, noisy = self.pair(self.seed)
         graph, penalty = self.grid(), self.penalty.build()
         inner_tol = self.tol / 10 if self.inner_tol is None else self.inner_tol
-        observer(0, 0, "the optimum")
+        observer("the optimum", 0, 0)
         best = trend_filter(noisy, graph, penalty, self.order, tol=OPTIMUM_GAP, max_steps=100_000).check()
         optimum = float(best.objective)
 
@@ -111,7 +111,7 @@ class Convergence(PictureTask):
             return assemble(noisy, graph, penalty, self.order, contender.method, contender.settings, cadence, inner_tol)
 
         with precision(DOUBLE):
-            observer(0, 0, f"{contender.label}, step by step")
+            observer(f"{contender.label}, step by step", 0, 0)
             made = parts(1)
             first = float(made.solver.measure(made.problem, _start(made.problem, made.solver, made.start)).objective)
             found = solve(
@@ -120,7 +120,7 @@ class Convergence(PictureTask):
             steps = int(found.steps)
             objective = np.concatenate([[first], np.asarray(found.history.objective)[:steps]])
             gap = np.concatenate([[np.nan], np.asarray(found.history.gap)[:steps]])
-            observer(0, 0, f"{contender.label}, {steps} steps against the clock")
+            observer(f"{contender.label}, {steps} steps against the clock", 0, 0)
             # A step that holds an optimisation is long enough for a look after each.
             apart = 1 if isinstance(made.solver, NestedAdmm) else CADENCE
             looks = look_steps(steps, apart)

@@ -19,14 +19,15 @@ import sparseopt as so
 from sparseopt.core.losses import largest_eigenvalue_bound
 from sparseopt.core.solvers.aiht import STEP_FRACTION
 from sparseopt.core.thresholds import kth_largest
+from sparseopt.core.types import Observer
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
-from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
+from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
 from sparseopt.experiments.task_prune import BUNDLED, BosChoice
 from sparseopt.models import Bos, PrunableModel, bundled_model, check_window, load_tokenizer, open_model, start_token
 from sparseopt.pruning import Recipe, load_text
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.layer import ScaledLayer, scale_layer
-from sparseopt.pruning.pipeline import calibration_windows
+from sparseopt.pruning.plan import calibration_windows
 from sparseopt.pruning.torch_calibration import runner_of
 
 
@@ -80,7 +81,7 @@ class Descent(Task):
         return Estimate(15 + 0.003 * self.samples * self.seqlen + 0.05 * self.steps * len(self.solvers), 2**30)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
-        observer(0, 0, f"Gram of {self.layer}")
+        observer(f"Gram of {self.layer}", 0, 0)
         layer = layer_problem(self._source(), self.layer, self.calibration, self.bos, self.samples, self.seqlen)
         loss = layer.ridged(self.ridge)
         step = STEP_FRACTION / largest_eigenvalue_bound(loss.hessian, jax.random.key(self.seed))
@@ -91,7 +92,7 @@ class Descent(Task):
         problem = so.Problem(loss, dataclasses.replace(named, weight=level * named.weight))
         config = self.solvers[self.units().index(key)]
         solver = dataclasses.replace(config.build(), step_size=step)
-        observer(0, 0, f"{config.label}, {self.steps} steps")
+        observer(f"{config.label}, {self.steps} steps", 0, 0)
 
         for _ in range(2):  # once to compile
             start = time.perf_counter()

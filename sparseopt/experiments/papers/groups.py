@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from sparseopt.core.grouping import check_groups
-from sparseopt.experiments.task import Estimate, FinishedRun, Observer, Record, Task
+from sparseopt.core.types import Observer
+from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
 from sparseopt.trend.graph import Graph
 
 LARGEST_DRAWN = 400
@@ -54,7 +55,7 @@ class Groups(Task):
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         del folder
         block = self.blocks[self.units().index(key)]
-        observer(0, 0, f"B = {block}")
+        observer(f"B = {block}", 0, 0)
         graph = Graph.grid(self.shape)
         matrix, labels = graph.matrix(block), graph.groups(block)
         sizes = np.bincount(labels)

@@ -1,0 +1,206 @@
+"""Floor 6: one block pruned; what comes out is returned, and nothing is stored.
+
+stream before the block -> Grams -[propagate]-> targets -[method]-> pruned linears -[reconstruct]-> new tensors
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sparseopt.core.mesh import over, put, whole
+from sparseopt.models import Block, PrunableBlock, PrunableModel
+from sparseopt.pruning.activations import Batches, Stream
+from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting, nonfinite_windows
+from sparseopt.pruning.compiled import Timed
+from sparseopt.pruning.devices import Cut, agreed
+from sparseopt.pruning.layer import LayerJob, check_answer
+from sparseopt.pruning.plan import Plan
+from sparseopt.pruning.propagation import PROPAGATION_RIDGE, propagated_target
+from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
+from sparseopt.pruning.reports import BlockRecord, LayerRecord
+from sparseopt.pruning.side_by_side import LayerTask, solve_block
+from sparseopt.system import processes
+
+
+class PruningError(RuntimeError):
+    """A run that had to stop; the message names the layer and what to do."""
+
+
+class DenseBlock:
+    """A dense block, and what is computed with it once for all plans of a pass.
+
+    Attributes:
+        block: plans prune copies of it.
+        index: its number.
+        stream: the dense model's own stream before it; None where no plan needs it.
+        runner: runs the block.
+    """
+
+    def __init__(self, block: PrunableBlock, index: int, stream: Stream | None, runner: BlockRunner) -> None:
+        self.block, self.index, self.stream, self.runner = block, index, stream, runner
+        self._grams: dict[tuple[Stream, Weighting, bool], tuple[BlockGrams, BlockGrams]] = {}
+
+    def grams(self, stream: Stream, weighting: Weighting, *, drift: bool) -> tuple[BlockGrams, BlockGrams]:
+        """Grams by tap, of the calibration tokens and of the held-out ones, empty without any.
+
+        Raises:
+            PruningError: naming the tap, if activations are not finite.
+        """
+        key = (stream, weighting, drift)
+        if key not in self._grams:
+            # Plans share a stream before the first block only; Grams of other streams are never asked for again.
+            self._grams = {known: grams for known, grams in self._grams.items() if known[0] == stream}
+            dense = self.stream.calibration if drift and self.stream else None
+            found = self.runner.grams(self.block, stream.calibration, weighting, dense)
+            tests = self.runner.grams(self.block, stream.heldout, weighting) if stream.heldout else BlockGrams({})
+            self._check(found, "calibration", stream.calibration)
+            self._check(tests, "held-out", stream.heldout)
+            self._grams[key] = (found, tests)
+        return self._grams[key]
+
+    @cached_property
+    def outputs(self) -> Stream:
+        """The dense model's own stream after the block."""
+        if self.stream is None:
+            raise RuntimeError("no plan asked for the dense stream")
+        return self.runner.through(self.block, self.stream)
+
+    def _check(self, grams: BlockGrams, tokens: str, batches: Batches) -> None:
+        for name, found in grams.stacked.items():
+            if not all(bool(jnp.isfinite(part).all()) for part in found if part is not None):
+                batches = batches.on_one_device()
+                windows = nonfinite_windows(self.block, batches, name) if isinstance(self.block, Block) else []
+                shown = ", ".join(map(str, windows[:8]))
+                where = f", in windows {shown} of {batches.windows}" if windows else ""
+                raise PruningError(
+                    f"non-finite activations in block {self.index}, {name}, on the {tokens} tokens{where}: the model's "
+                    "weights overflow there or the tokens are out of its range; check the source with `sparseopt eval`"
+                )
+
+
+def prune_block(
+    model: PrunableModel,
+    plan: Plan,
+    dense: DenseBlock,
+    stream: Stream,
+    dtypes: Mapping[str, np.dtype],
+    told: Callable[[LayerRecord | BlockRecord], None],
+) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
+    """Prune the linears of one block, with the pruned model's stream before it, and train them if the plan says so.
+
+    Tensors are stored in `dtypes`, by key. `told` is called with each record as soon as it is known. Returns the pruned
+    block, and all its tensors by key, linears as `[out, in]`.
+
+    Raises:
+        PruningError: naming the layer, if activations or a solve become non-finite, or a solve does not fit in memory.
+    """
+    recipe, keys, block = plan.recipe, model.block_keys(dense.index), dense.block.copy()
+    mesh = stream.calibration.mesh
+    grams, tests = dense.grams(stream, recipe.weighting, drift=recipe.propagated_share > 0)
+    tensors = {key: model.stored(key) for key in keys.values()}
+
+    def task(name: str, tap: str) -> LayerTask:
+        key = keys[f"{name}.weight"]
+        dtype, shape, pattern = dtypes[key], tensors[key].shape, plan.patterns[key]
+        _, starved, tested = _evidence(plan, name, tap, grams, tests)
+        outputs = None if starved else plan.output_weights.get(key)
+
+        def job() -> Timed:
+            weight, found = tensors[key].astype(dtype, copy=False), grams[tap]
+            target = Timed(weight, 0.0, 0.0)
+            if not starved and recipe.propagated_share and found.drift is not None:
+                target = _propagated(weight, found, recipe.propagated_share, mesh)
+            # So few tokens do not rank the weights: all inputs count the same.
+            gram = jnp.eye(len(found.gram)) if starved else found.gram
+            test_gram = tests[tap].gram if tested else None
+            return target._replace(value=LayerJob(target.value, gram, test_gram, pattern, outputs))
+
+        kind = (shape, dtype, tested, outputs is None, jax.tree.structure(pattern))
+        return LayerTask(key.removesuffix(".weight"), (shape[0], shape[1]), kind, job)
+
+    tasks = [task(name, tap) for name, tap in block.linears.items()]
+    try:
+        for (name, tap), solved in zip(block.linears.items(), solve_block(tasks, plan.method, mesh), strict=True):
+            key, evidence = keys[f"{name}.weight"], _evidence(plan, name, tap, grams, tests)
+            record = _record(plan, dense.index, key, solved, *evidence)
+            tensors[key] = np.asarray(solved.value.weight)
+            told(record)
+    except MemoryError as error:
+        raise PruningError(f"{error}; then start the same command again") from error
+    block.write({f"{name}.weight": tensors[keys[f"{name}.weight"]] for name in block.linears})
+    if recipe.reconstruction is not None:
+        told(_reconstruct(block, dense, stream, recipe.reconstruction, list(keys)))
+        trained = {path: np.asarray(block.read(path)).astype(dtypes[key]) for path, key in keys.items()}
+        # The block runs with the rounding of what is stored.
+        block.write(trained)
+        tensors = {key: trained[path] for path, key in keys.items()}
+    return block, tensors
+
+
+def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGrams) -> tuple[int, bool, bool]:
+    """The tokens that reach a linear, whether they are too few to prune by, and whether held-out ones reach it."""
+    tokens = grams.tokens(tap)
+    starved = ".experts." in name and tokens < max(1, plan.recipe.min_expert_tokens)
+    return tokens, starved, not starved and bool(tests) and tests.tokens(tap) > 0
+
+
+def _propagated(weight: np.ndarray, grams: Grams, share: float, mesh: Mesh | None) -> Timed:
+    """The weight that corrects what was lost before this block, in the weight's dtype."""
+    target: Any = weight
+    if mesh is not None:
+        # Each output has its own target: rows of zeros after them change none.
+        target = put(Cut(mesh, len(weight)).padded(weight), over(mesh))
+    found = propagated_target(target, grams.gram, grams.drift, np.float32(share), np.float32(PROPAGATION_RIDGE))
+    return found._replace(value=whole(found.value)[: len(weight)].astype(weight.dtype))
+
+
+def _record(plan: Plan, block: int, key: str, solved: Timed, tokens: int, starved: bool, tested: bool) -> LayerRecord:
+    """The record of a solved linear.
+
+    Raises:
+        PruningError: naming it, if its answer is not finite or breaks the pattern.
+    """
+    report, name = solved.value, key.removesuffix(".weight")
+    try:
+        status = check_answer(report, plan.method, plan.patterns[key])
+    except RuntimeError as error:
+        raise PruningError(f"{name}: {error}") from error
+    shape = report.weight.shape
+    return LayerRecord(
+        block=block,
+        layer=name,
+        shape=(shape[0], shape[1]),
+        size=math.prod(shape),
+        zeros=int(report.zeros),
+        relative_error=float(report.relative_error),
+        heldout_error=float(report.test_error) if tested else None,
+        steps=int(report.steps),
+        status=status.name,
+        seconds=solved.seconds,
+        compile_seconds=solved.compile_seconds,
+        dead_inputs=int(report.dead_inputs),
+        tokens=tokens,
+        starved=starved,
+        output_blocks=report.output_blocks,
+    )
+
+
+def _reconstruct(
+    block: PrunableBlock, dense: DenseBlock, stream: Stream, settings: Reconstruction, paths: list[str]
+) -> BlockRecord:
+    # Zeros stay, also where the pattern would have allowed a weight that was itself zero.
+    masks = {name: block.read(f"{name}.weight") != 0 for name in block.linears}
+    flax = cast(Block, block)  # a plan for others is refused
+    # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
+    before, after = stream.on_one_device(), dense.outputs.on_one_device()
+    record = reconstruct_block(flax, masks, before, after, settings, dense.index)
+    if processes.count() > 1:
+        # All processes continue with the first one's block.
+        block.write(agreed({path: np.asarray(block.read(path)) for path in paths}))
+    return record

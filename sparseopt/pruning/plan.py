@@ -1,0 +1,173 @@
+"""Floor 6: what the runs of one pass do and which tokens they see, checked against the model before any work."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sparseopt.models import PrunableModel, TorchModel, check_window
+from sparseopt.pruning.layer import LayerMethod, check_method
+from sparseopt.pruning.patterns import Pattern, parse_pattern
+from sparseopt.pruning.recipe import Recipe
+from sparseopt.pruning.texts import TextError, begin_windows, check_vocabulary, text_windows
+
+# Recipes that share a pass must agree in these, and in the text.
+CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "windows", "seed", "bos")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one run does.
+
+    Attributes:
+        recipe: checked.
+        method: the recipe's.
+        folder: the output folder.
+        patterns: which weights may survive, by the key of every linear's weight.
+        output_weights: of the squared errors at a linear's outputs, `[out]`, by the same keys; empty for equal ones.
+    """
+
+    recipe: Recipe
+    method: LayerMethod
+    folder: Path
+    patterns: Mapping[str, Pattern]
+    output_weights: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def make_plan(model: PrunableModel, recipe: Recipe, folder: Path) -> Plan:
+    """The plan of a recipe for a model, with the recipe's sparsity in every linear.
+
+    Raises:
+        ValueError: naming what the recipe asks for and the model cannot do, or the layer where the pattern is
+            impossible.
+    """
+    recipe = fitting_recipe(model, recipe)
+    method = recipe.check()
+    return Plan(recipe, method, folder, layer_patterns(model, recipe, method))
+
+
+def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
+    """The recipe, what it leaves open filled in with what the model's blocks can do.
+
+    Blocks that run in torch are not trained, and errors at their outputs all count the same.
+
+    Raises:
+        ValueError: naming all that the recipe asks for and torch blocks cannot do.
+    """
+    if not isinstance(model, TorchModel):
+        return recipe
+    problems = []
+    if recipe.output_weights == "gradient":
+        problems.append("output_weights='gradient' takes the gradient of the loss; leave it open or say 'uniform'")
+    if recipe.allocation == "curves":
+        problems.append("allocation='curves' takes the gradient of the loss; say 'uniform' or 'owl'")
+    if recipe.reconstruct:
+        problems.append("reconstruct trains the blocks by their gradients; leave it open or say 0")
+    if recipe.weighting == "residual":
+        problems.append("weighting='residual' takes linears that are known to write into the stream; say 'uniform'")
+    if problems:
+        raise ValueError(
+            f"the recipe cannot be used on a {model.config.model_type} model, whose family is not known here and whose "
+            "blocks run in torch:\n  " + "\n  ".join(problems)
+        )
+    return dataclasses.replace(recipe, output_weights="uniform", reconstruct=0)
+
+
+def layer_patterns(
+    model: PrunableModel, recipe: Recipe, method: LayerMethod, shares: Mapping[str, float] | None = None
+) -> dict[str, Pattern]:
+    """The pattern of every linear, by the key of its weight.
+
+    Args:
+        model: opened.
+        recipe: gives the pattern, and the share of zeros of every linear unless `shares` does.
+        method: has to take the pattern.
+        shares: share of zeros by the key of the weight.
+
+    Raises:
+        ValueError: naming the layer, if the pattern is impossible there or the method cannot take it.
+    """
+    patterns: dict[str, Pattern] = {}
+    checked: set[tuple[int, ...]] = set()
+    for index in range(model.num_blocks):
+        for name in model.block_linears(index):
+            key = model.weight_key(index, name)
+            shape = model.weight_shape(key)
+            try:
+                patterns[key] = parse_pattern(recipe.pattern, shares[key] if shares else recipe.sparsity, shape)
+                if shape not in checked:
+                    check_method(method, patterns[key], shape)
+            except ValueError as error:
+                raise ValueError(f"{key.removesuffix('.weight')}: {error}") from error
+            checked.add(shape)
+    return patterns
+
+
+def check_same_calibration(recipes: Sequence[Recipe]) -> None:
+    """Raise a `ValueError` that names the differences if recipes of one pass would not see the same tokens."""
+    first = recipes[0]
+    for recipe in recipes[1:]:
+        differing = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != getattr(first, name)]
+        if not _same_text(recipe.calibration, first.calibration):
+            differing.append("calibration")
+        if differing:
+            raise ValueError(
+                f"recipes of one pass must share their calibration tokens; these differ in {', '.join(differing)}: "
+                "prune them one by one"
+            )
+
+
+def _same_text(one: object, other: object) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return isinstance(one, str) and isinstance(other, str) and one == other
+    return np.array_equal(np.asarray(one), np.asarray(other))
+
+
+class CalibrationWindows(NamedTuple):
+    """The tokens that a pass reads.
+
+    Attributes:
+        calibration: token ids `[samples, seqlen]`, int32, BOS included.
+        heldout: token ids of the held-out windows, `[heldout_samples, seqlen]`.
+        bos: the token id before every window; None for none.
+    """
+
+    calibration: np.ndarray
+    heldout: np.ndarray
+    bos: int | None
+
+
+def calibration_windows(model: PrunableModel, recipe: Recipe) -> CalibrationWindows:
+    """Calibration and held-out windows; held-out ones follow the calibration's text.
+
+    Raises:
+        TextError: for a text that is too short, or token ids that do not fit.
+        ModelError: for windows that are longer than the model is made for, or a BOS that the tokenizer does not have.
+    """
+    bos = None
+    if isinstance(recipe.calibration, str):
+        check_window(recipe.seqlen, model.config.max_positions)
+        count = recipe.samples + recipe.heldout_samples
+        found = text_windows(
+            model.source, recipe.calibration, "calibration", count, recipe.seqlen,
+            bos=recipe.bos, choice=recipe.windows, seed=recipe.seed or 0,
+        )  # fmt: skip
+        windows, bos = begin_windows(*found), found.bos
+    else:
+        windows = np.asarray(recipe.calibration)
+        if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or windows.shape[1] < 2:
+            raise TextError(
+                "calibration token ids must be integers of shape [samples, seqlen], given "
+                f"{windows.dtype} of shape {list(windows.shape)}"
+            )
+        if len(windows) <= recipe.heldout_samples:
+            raise TextError(
+                f"{len(windows)} windows of token ids leave none for calibration after "
+                f"{recipe.heldout_samples} held-out windows; give more or set heldout_samples=0"
+            )
+        check_window(windows.shape[1], model.config.max_positions)
+    check_vocabulary(windows, model.config.vocab_size)
+    split = len(windows) - recipe.heldout_samples
+    return CalibrationWindows(windows[:split].astype(np.int32), windows[split:].astype(np.int32), bos)
