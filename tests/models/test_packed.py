@@ -357,7 +357,7 @@ def test_one_flipped_bit_in_a_bitmask_is_noticed(tmp_path: Path, half: Path) -> 
 
 
 def test_an_interrupt_leaves_no_index(tmp_path: Path, half: Path) -> None:
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(_: str, done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
