@@ -68,8 +68,6 @@ FLOORS = [
     ("trend/selection", 5.96),
     ("trend/", 5),  # the room itself
     ("models/errors", 5.01),
-    ("models/digest", 5.01),
-    ("models/bundled", 5.01),
     ("models/fields", 5.05),
     ("models/folder", 5.05),
     ("models/safetensors_file", 5.1),
@@ -82,17 +80,15 @@ FLOORS = [
     ("models/source", 5.25),
     ("models/attention", 5.2),
     ("models/experts", 5.2),
-    ("models/feed_forward", 5.2),
     ("models/decoder", 5.3),
     ("models/generate", 5.35),
     ("models/tokenizer", 5.35),
     ("models/prunable", 5.35),
-    ("models/export", 5.35),
     ("models/family.", 5.35),
     ("models/families", 5.45),
     ("models/torch_", 5.5),
     ("models/streaming", 5.6),  # opens a model of either kind
-    ("models/repack", 5.65),
+    ("models/export", 5.65),
     ("models/__init__", 5.9),
     ("models/", 5.4),  # a family, one file each
     ("pruning/options", 6),

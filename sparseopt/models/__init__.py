@@ -1,18 +1,24 @@
 """Decoder-only language models in Flax NNX: read from Hugging Face folders or GGUF files, run, exported."""
 
-from sparseopt.models.bundled import bundled_model
 from sparseopt.models.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.errors import ModelError
 from sparseopt.models.experts import Routed
-from sparseopt.models.export import OUTER_TAG, ShardedWriter, block_tag, shard_name, unread
+from sparseopt.models.export import (
+    OUTER_TAG,
+    ShardedWriter,
+    block_tag,
+    pack_folder,
+    shard_name,
+    unpack_folder,
+    unread,
+)
 from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.generate import generate
 from sparseopt.models.layers import Linear
 from sparseopt.models.prunable import PrunableBlock, PrunableModel
-from sparseopt.models.repack import pack_folder, unpack_folder
 from sparseopt.models.rope import Rope
 from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig, check_window
-from sparseopt.models.source import Source, TensorInfo, open_source
+from sparseopt.models.source import Source, TensorInfo, bundled_model, open_source
 from sparseopt.models.streaming import StreamedModel, load_decoder, open_model
 from sparseopt.models.tokenizer import Bos, encode_text, load_tokenizer, start_token
 from sparseopt.models.torch_model import TorchModel

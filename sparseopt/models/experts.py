@@ -94,10 +94,8 @@ class StackedLinear(nnx.Module):
 class Experts(nnx.Module):
     """The stacked MLPs."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        if config.experts is None:
-            raise ValueError("a block's kind has experts and the configuration has none")
-        count, inner, outer = config.experts.count, config.experts.intermediate_size, config.hidden_size
+    def __init__(self, config: ExpertsConfig, outer: int, *, rngs: nnx.Rngs) -> None:
+        count, inner = config.count, config.intermediate_size
         self.gate_proj = StackedLinear(count, outer, inner, rngs=rngs)
         self.up_proj = StackedLinear(count, outer, inner, rngs=rngs)
         self.down_proj = StackedLinear(count, inner, outer, rngs=rngs)
@@ -107,8 +105,9 @@ class MixtureOfExperts(nnx.Module):
     """Router and experts; their taps take and return a `Routed`."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.experts = Experts(config, rngs=rngs)
-        assert config.experts is not None  # `Experts` has checked it
+        if config.experts is None:
+            raise ValueError("a block's kind has experts and the configuration has none")
+        self.experts = Experts(config.experts, config.hidden_size, rngs=rngs)
         self.router = Linear(config.hidden_size, config.experts.count, rngs=rngs)
         self.settings, self.activation = config.experts, config.activation
 

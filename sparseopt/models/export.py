@@ -17,10 +17,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.types import Observer
 from sparseopt.models.errors import ModelError, listed
-from sparseopt.models.packed import FORMAT, PACKED_INDEX, PACKED_PREFIX, VERSION, pack_tensors, read_packed_header
+from sparseopt.models.packed import (
+    FORMAT,
+    PACKED_INDEX,
+    PACKED_PREFIX,
+    VERSION,
+    is_packed,
+    pack_tensors,
+    read_packed_header,
+)
 from sparseopt.models.safetensors_file import WRITABLE, UnreadTensor, read_header, write_tensors
-from sparseopt.models.source import FileTensor, Source, TensorInfo
+from sparseopt.models.source import FileTensor, FolderSource, Source, TensorInfo
+from sparseopt.models.streaming import open_model
 from sparseopt.system.files import refused
 
 OUTER_TAG = "outer"
@@ -69,16 +79,14 @@ class ShardedWriter:
             output: a folder that is empty or does not exist.
             source: the model that the tensors come from; gives names, shapes, dtypes and the other files.
             dtype: of all float tensors written; None keeps each tensor's own (float32 where it was quantised).
-            pack: store tensors with many zeros as in `packed`; the folder is then for sparseopt only, and its file
-                names are not those that transformers looks for.
+            pack: store tensors with many zeros as in `packed`; only sparseopt reads such a folder.
             keys: names of the tensors that the folder must hold; default: all of the source.
             keep: tags of shards that an earlier writer finished in the folder, which may then hold other files too;
                 None requires an empty folder.
             writes: False keeps the same account and writes nothing, for the other processes of a distributed run.
 
         Raises:
-            ModelError: if the folder is not empty, cannot be made, or its disk has too little space, or for a file of
-                the source that cannot be copied.
+            ModelError: if the folder cannot be used, its disk has too little space, or a file cannot be copied.
         """
         self.output = Path(output).expanduser()
         self.shards: list[str] = []
@@ -104,10 +112,8 @@ class ShardedWriter:
     def write(self, tag: str, tensors: Mapping[str, np.ndarray | UnreadTensor]) -> str:
         """Write one shard and return its file name. The shard is then safe on disk.
 
-        Args:
-            tag: names the shard: letters, digits and hyphens, new to this writer.
-            tensors: arrays by checkpoint name, in any float dtype; an `UnreadTensor` is read when it is written, unless
-                packed.
+        The tag names the shard: letters, digits and hyphens, new to this writer. Tensors go by checkpoint name, in any
+        float dtype; an `UnreadTensor` is read when it is written, unless packed.
 
         Raises:
             ModelError: for a name, shape or value that cannot be written.
@@ -156,19 +162,12 @@ class ShardedWriter:
         self._put_content(PACKED_INDEX if self._pack else "model.safetensors.index.json", _to_json(index))
 
     def _put_content(self, name: str, content: bytes) -> None:
-        def write(file: Path) -> None:
-            with file.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-
-        self._put(name, len(content), write)
+        self._put(name, len(content), lambda file: file.write_bytes(content))
 
     def _header(self, name: str) -> dict[str, FileTensor]:
         return read_packed_header(self.output / name) if self._pack else dict(read_header(self.output / name))
 
     def _adopt(self, name: str) -> None:
-        """Count a finished shard as written."""
         self.shards.append(name)
         for key, tensor in self._header(name).items():
             self._count(name, key, tensor)
@@ -215,8 +214,7 @@ class ShardedWriter:
             raise ModelError(f"{key} holds NaN or infinity as {converted.dtype}; it was not written")
         return converted
 
-    def _put(self, name: str, nbytes: int, write: Callable[[Path], None]) -> None:
-        """Write under a temporary name, then rename; on any failure the temporary file is removed."""
+    def _put(self, name: str, nbytes: int, write: Callable[[Path], Any]) -> None:
         if not self._writes:
             return
         partial = self.output / (name + _PARTIAL)
@@ -224,8 +222,9 @@ class ShardedWriter:
             # The file might be a link, which would be written through.
             partial.unlink(missing_ok=True)
             write(partial)
+            _sync(partial)
             os.replace(partial, self.output / name)
-            _sync_folder(self.output)
+            _sync(self.output)
         except OSError as error:
             safe = "; finished and safe are: " + (", ".join(self.shards) or "none yet")
             raise refused(self.output / name, nbytes, error, safe) from error
@@ -234,15 +233,73 @@ class ShardedWriter:
                 partial.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Force a rename to disk, where the system can open folders."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _sync(path: Path) -> None:
+    """Force a file's content, or a folder's names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def pack_folder(source: str | Path, output: str | Path, *, observer: Observer | None = None) -> ShardedWriter:
+    """Rewrite a dense model folder with its tensors packed where that makes them smaller, see `packed`.
+
+    Args:
+        source: a Hugging Face folder with safetensors, of a model that was pruned.
+        output: a folder that does not exist yet or is empty.
+        observer: called with ("shards", those done, all).
+
+    Returns:
+        The finished writer, with the folder and the bytes of its tensors.
+
+    Raises:
+        ModelError: before any work, if the source is no dense folder or the output cannot be used.
+        DiskError: later, if the disk refuses.
+    """
+    folder = _folder(source)
+    if is_packed(folder):
+        raise ModelError(f"{folder} is packed already; copy it, or unpack it with `sparseopt unpack`")
+    return _rewrite(folder, output, pack=True, observer=observer)
+
+
+def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer | None = None) -> ShardedWriter:
+    """Rewrite a packed model folder as a dense one that transformers loads; the reverse of `pack_folder`.
+
+    Its tensors are identical to those of the model that was packed. All files that are no weights are copied.
+
+    Raises:
+        ModelError: before any work, if the source is not packed or corrupt or the output cannot be used; later if
+            a shard turns out to be corrupt.
+        DiskError: later, if the disk refuses.
+    """
+    folder = _folder(source)
+    if not is_packed(folder):
+        raise ModelError(f"{folder} is not packed: it has no {PACKED_INDEX}; a dense folder needs no unpacking")
+    return _rewrite(folder, output, pack=False, observer=observer)
+
+
+def _folder(source: str | Path) -> Path:
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}; give the folder of a pruned model on this machine")
+    return folder
+
+
+def _rewrite(folder: Path, output: str | Path, *, pack: bool, observer: Observer | None) -> ShardedWriter:
+    model = open_model(FolderSource(folder))
+    # The shards are those that pruning writes, not those of the folder: memory holds one block at a time.
+    shards = {OUTER_TAG: model.outer_keys()} | {
+        block_tag(index): list(model.block_keys(index).values()) for index in range(model.num_blocks)
+    }
+    writer = ShardedWriter(output, model.source, pack=pack, keys=model.exported_keys())
+    for done, (tag, keys) in enumerate(shards.items(), 1):
+        writer.write(tag, unread(model.source, keys))
+        if observer:
+            observer("shards", done, len(shards))
+    writer.finish()
+    return writer

@@ -17,7 +17,7 @@ from sparseopt.models.decoder import Block, Embedding, Head
 from sparseopt.models.errors import ModelError, guarded
 from sparseopt.models.experts import unstacked_names
 from sparseopt.models.fields import Config, optional, refuse_unless, require
-from sparseopt.models.layers import ACTIVATION_NAMES
+from sparseopt.models.layers import ACTIVATIONS
 from sparseopt.models.rope import max_positions
 from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig
 
@@ -61,18 +61,9 @@ class KeyTable:
         """The checkpoint name of a module path."""
         return _swap_outer(_swap_inner(path, _reversed(self.block)), _reversed(self.outer))
 
-    def ignores(self, key: str) -> bool:
-        return any(re.fullmatch(pattern, key) for pattern in self.ignored)
-
     def transposes(self, path: str) -> bool:
         """Whether the matrix at a module path is stored `[in, out]`."""
         return any(re.fullmatch(pattern, path) for pattern in self.transposed)
-
-    def fitting(self, names: Collection[str]) -> "KeyTable":
-        """This table, or the one without `base` if no name of the checkpoint begins with it."""
-        if not self.base or any(name.startswith(self.base) for name in names):
-            return self
-        return replace(self, outer=tuple((old.removeprefix(self.base), new) for old, new in self.outer), base="")
 
 
 def _reversed(pairs: Pairs) -> Pairs:
@@ -123,8 +114,12 @@ class Family:
         return guarded(lambda: self.read_config(config), what, "; compare it with the published one")
 
     def fitting(self, names: Collection[str]) -> "Family":
-        """This family with the table of names that a checkpoint uses."""
-        return replace(self, keys=self.keys.fitting(names))
+        """This family with the names that a checkpoint uses: without `base` where none begins with it."""
+        base = self.keys.base
+        if not base or any(name.startswith(base) for name in names):
+            return self
+        outer = tuple((old.removeprefix(base), new) for old, new in self.keys.outer)
+        return replace(self, keys=replace(self.keys, outer=outer, base=""))
 
     def expected_shapes(self, config: DecoderConfig) -> Shapes:
         """The shape of every tensor that a checkpoint must hold, by its name there; a tied head has none."""
@@ -146,9 +141,9 @@ class Family:
         Tensors of parts that the decoder does not have, such as an image encoder, are allowed and pass through.
         Unknown tensors within the decoder's parts are not: they would change what the model computes.
         """
-        if self.keys.ignores(key) or (config.tied and key == self.keys.to_key("head.lm_head.weight")):
-            return True
-        return _swap(key, self.keys.outer) is None
+        ignored = any(re.fullmatch(pattern, key) for pattern in self.keys.ignored)
+        spare = config.tied and key == self.keys.to_key("head.lm_head.weight")
+        return ignored or spare or _swap(key, self.keys.outer) is None
 
 
 @lru_cache(maxsize=256)
@@ -220,7 +215,7 @@ def read_decoder(
             "is_encoder_decoder": (False,),
             "add_cross_attention": (False,),
             "use_bidirectional_attention": (False, None),
-            activation: tuple(ACTIVATION_NAMES),
+            activation: tuple(ACTIVATIONS),
         },
     )
     hidden_size, num_heads = require(config, "hidden_size"), require(config, "num_attention_heads")
@@ -246,7 +241,7 @@ def read_decoder(
         "tied": bool(config.get("tie_word_embeddings", tied)),
         "qkv_bias": attention_bias,
         "output_bias": attention_bias,
-        "activation": ACTIVATION_NAMES[config.get(activation) or default_activation],
+        "activation": config.get(activation) or default_activation,
         "max_positions": max_positions(config),
     }
     if "intermediate_size" not in switches:

@@ -91,12 +91,7 @@ def _check_link(folder: Path, link: Path) -> None:
 
 
 def read_json(file: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
-    """The object in a JSON file of at most `limit` bytes.
-
-    Raises:
-        ModelError: if the file is larger, or no valid JSON object.
-        OSError: if it cannot be read.
-    """
+    """The object in a JSON file; a `ModelError` if it has more than `limit` bytes or is no valid JSON object."""
     with file.open("rb") as stream:
         raw = stream.read(limit + 1)
     if len(raw) > limit:
@@ -118,8 +113,7 @@ def parse_json(raw: bytes) -> Any:
     An infinity is allowed: published configurations have some, in fields that are not read here.
 
     Raises:
-        ValueError: saying what is wrong.
-        RecursionError: for values nested too deeply.
+        ValueError: saying what is wrong; a `RecursionError` for values nested too deeply.
     """
     text = raw.decode("utf-8-sig")
     value = json.loads(text, object_pairs_hook=_once, parse_constant=_constant)

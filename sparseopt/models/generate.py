@@ -37,7 +37,7 @@ def generate(
     seed: int = 0,
     stop_ids: Collection[int] = (),
 ) -> Int[np.ndarray, " new"]:
-    """The tokens that follow a prompt.
+    """The ids of the tokens that follow a prompt, int32, without the prompt.
 
     Args:
         decoder: the model.
@@ -46,9 +46,6 @@ def generate(
         temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
         seed: of the draws.
         stop_ids: generation ends at one of these, which is not returned.
-
-    Returns:
-        The new token ids, int32, without the prompt.
 
     Raises:
         ValueError: if the prompt is empty, a number is negative, or the model does not support a window of prompt and

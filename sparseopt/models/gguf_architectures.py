@@ -4,6 +4,7 @@ Some constants are not in GGUF files, because the programs that run them know th
 new architecture is one function and one entry of `ARCHITECTURES`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.gguf_fields import Fields, shortest
 from sparseopt.models.gguf_file import GGUFTensor
 from sparseopt.models.rope import Llama3, plain_frequencies
 
@@ -42,6 +42,64 @@ _GEMMA_BLOCK = _LLAMA_BLOCK | {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+
+
+class Fields:
+    """The metadata under `{architecture}.`, by the rest of their keys; reading marks a key."""
+
+    def __init__(self, path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
+        self.path, self._prefix, self._metadata = path, f"{architecture}.", metadata
+        self._read: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._metadata
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._read.add(self._prefix + name)
+        return self._metadata.get(self._prefix + name, default)
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A positive integer; where one is given for each block, all must be equal."""
+        return self._positive(name, int, default)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number, as the shortest decimal that rounds to the stored float32."""
+        return shortest(self._positive(name, float, default))
+
+    def numbers(self, names: Mapping[str, str]) -> dict[str, float]:
+        """Those numbers of `{GGUF name: Hugging Face name}` that the file has, by their Hugging Face names."""
+        return {there: self.number(here) for here, there in names.items() if here in self}
+
+    def require(self, name: str, value: Any) -> None:
+        """Refuse a key with another value; it may be absent."""
+        if self.get(name, value) != value:
+            raise self.error(name, f"{value!r} is the only value supported")
+
+    def refuse_unread(self) -> None:
+        """Refuse keys of the architecture that were never read: they ask for something that is not supported."""
+        unread = [key for key in self._metadata if key.startswith(self._prefix) and key not in self._read]
+        if unread:
+            raise ModelError(
+                f"{self.path} has metadata that are not supported: "
+                f"{', '.join(unread)}; use the model's Hugging Face folder instead"
+            )
+
+    def error(self, name: str, text: str) -> ModelError:
+        value = self._metadata.get(self._prefix + name)
+        return ModelError(f"{self.path} has {self._prefix}{name} = {repr(value)[:100]}, {text}")
+
+    def _positive(self, name: str, kind: type[int] | type[float], default: Any) -> Any:
+        value = self.get(name, default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if type(value) is not kind or not 0 < value < math.inf:
+            raise self.error(name, f"expected one positive {kind.__name__}; convert the model again")
+        return value
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal that rounds to the same float32: 1e-05 for 9.99999975e-06."""
+    return float(str(np.float32(value)))
 
 
 @dataclass(frozen=True)
@@ -91,11 +149,14 @@ def unpair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
 
 
-def _sizes(fields: Fields, tensors: Tensors) -> Config:
-    """Fields of every architecture. The vocabulary has the embedding's rows: converters may remove its padding."""
+def _shared(fields: Fields, tensors: Tensors, theta: float = 10000.0) -> Config:
+    """Fields of every architecture; `theta` is the rotary base of a file that has none.
+
+    The vocabulary has the embedding's rows: converters may remove its padding.
+    """
     hidden_size, heads = fields.count("embedding_length"), fields.count("attention.head_count")
     head_dim = fields.count("attention.key_length", hidden_size // heads)
-    embedding = tensors.get("model.embed_tokens.weight")
+    embedding, theta = tensors.get("model.embed_tokens.weight"), fields.number("rope.freq_base", theta)
     fields.require("attention.value_length", head_dim)
     fields.require("rope.dimension_count", head_dim)
     fields.require("attention.causal", True)
@@ -115,13 +176,14 @@ def _sizes(fields: Fields, tensors: Tensors) -> Config:
         "max_position_embeddings": fields.count("context_length"),
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "rope_theta": theta,
+        "rope_parameters": {"rope_theta": theta, **_scaling(fields, tensors, theta)},
     }
 
 
 def _llama(fields: Fields, tensors: Tensors) -> Config:
     return {
-        **_sizes(fields, tensors),
-        **_rope(fields, tensors, 10000.0),
+        **_shared(fields, tensors),
         "hidden_act": "silu",
         "attention_bias": _has_bias(tensors, "self_attn.q_proj"),
         "mlp_bias": _has_bias(tensors, "mlp.gate_proj"),
@@ -130,8 +192,7 @@ def _llama(fields: Fields, tensors: Tensors) -> Config:
 
 def _qwen2(fields: Fields, tensors: Tensors) -> Config:
     """Biases of q, k and v are part of the family; GGUF stores no sliding windows."""
-    rope = _rope(fields, tensors, 10000.0)
-    return {**_sizes(fields, tensors), **rope, "hidden_act": "silu", "use_sliding_window": False}
+    return {**_shared(fields, tensors), "hidden_act": "silu", "use_sliding_window": False}
 
 
 def _qwen3(fields: Fields, tensors: Tensors) -> Config:
@@ -139,10 +200,8 @@ def _qwen3(fields: Fields, tensors: Tensors) -> Config:
 
 
 def _gemma2(fields: Fields, tensors: Tensors) -> Config:
-    config = _gemma(fields, tensors, big=46, pattern=2)
     return {
-        **config,
-        **_rope(fields, tensors, 10000.0),
+        **_gemma(fields, tensors, 10000.0, big=46, pattern=2),
         "sliding_window": fields.count("attention.sliding_window", 4096),
         "attn_logit_softcapping": fields.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": fields.number("final_logit_softcapping", 30.0),
@@ -151,29 +210,27 @@ def _gemma2(fields: Fields, tensors: Tensors) -> Config:
 
 def _gemma3(fields: Fields, tensors: Tensors) -> Config:
     """Sliding layers have their own rotary base and no scaling."""
-    config = _gemma(fields, tensors, big=62, pattern=6)
-    rope = _rope(fields, tensors, 1000000.0)
+    config = _gemma(fields, tensors, 1000000.0, big=62, pattern=6)
     local = fields.number("rope.freq_base_swa", 10000.0)
     sliding = {"rope_type": "default", "rope_theta": local}
     return {
         **config,
         "sliding_window": fields.count("attention.sliding_window"),
-        "rope_theta": rope["rope_theta"],
         "rope_local_base_freq": local,
-        "rope_parameters": {"full_attention": rope["rope_parameters"], "sliding_attention": sliding},
+        "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": sliding},
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         **fields.numbers({"final_logit_softcapping": "final_logit_softcapping"}),
     }
 
 
-def _gemma(fields: Fields, tensors: Tensors, big: int, pattern: int) -> Config:
+def _gemma(fields: Fields, tensors: Tensors, theta: float, big: int, pattern: int) -> Config:
     """Fields that Gemma 2 and 3 share; one of every `pattern` layers attends to all tokens.
 
     The scale of attention is in no file. It is the head's width, except in the released 27B model, recognised by its
     number of layers, `big`, where it is the residual stream's width per head.
     """
-    sizes = _sizes(fields, tensors)
+    sizes = _shared(fields, tensors, theta)
     layers = sizes["num_hidden_layers"]
     scalar = sizes["hidden_size"] // sizes["num_attention_heads"] if layers == big else sizes["head_dim"]
     slides = fields.get("attention.sliding_window_pattern", pattern)
@@ -192,12 +249,6 @@ def _gemma(fields: Fields, tensors: Tensors, big: int, pattern: int) -> Config:
 
 def _has_bias(tensors: Tensors, linear: str) -> bool:
     return f"model.layers.0.{linear}.bias" in tensors
-
-
-def _rope(fields: Fields, tensors: Tensors, theta: float) -> Config:
-    """`rope_theta` and `rope_parameters`; `theta` is the base of a file that has none."""
-    theta = fields.number("rope.freq_base", theta)
-    return {"rope_theta": theta, "rope_parameters": {"rope_theta": theta, **_scaling(fields, tensors, theta)}}
 
 
 def _scaling(fields: Fields, tensors: Tensors, theta: float) -> Config:

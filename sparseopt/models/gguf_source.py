@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.gguf_architectures import ARCHITECTURES, ROPE_FACTORS
-from sparseopt.models.gguf_fields import Fields
+from sparseopt.models.gguf_architectures import ARCHITECTURES, ROPE_FACTORS, Fields
 from sparseopt.models.gguf_file import GGUFTensor, read_header
 from sparseopt.models.gguf_tokenizer import build_tokenizer, tokenizer_config
 

@@ -10,6 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from sparseopt.models.errors import ModelError, guarded
 
+_PREFIX = "tokenizer.ggml."
+
 # Token types of the format: 2 unknown, 3 control, 4 user-defined. The others are plain or bytes.
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4
 
@@ -55,71 +57,70 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
 
 
 def _build(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not tokens:
+    stored = {key.removeprefix(_PREFIX): value for key, value in metadata.items() if key.startswith(_PREFIX)}
+    if not stored.get("tokens"):
         raise ModelError(f"{path} carries no tokenizer; use the model's Hugging Face folder instead")
-    _check_tables(metadata, path)
-    kind = metadata.get("tokenizer.ggml.model")
+    _check_tables(stored, path)
+    kind = stored.get("model")
     if kind == "gpt2":
-        tokenizer = _byte_level(metadata, path)
+        tokenizer = _byte_level(stored, path)
     elif kind == "llama":
-        tokenizer = _sentencepiece(metadata, path)
+        stored["tokens"] = _spelled(stored["tokens"])
+        by_ids = str(metadata.get("general.architecture")).startswith("gemma")
+        tokenizer = _sentencepiece(stored, by_ids, path)
     else:
         raise ModelError(f"{path} has a tokenizer of kind {repr(kind)[:100]}; known are 'gpt2' and 'llama'")
-    _add_marked_tokens(tokenizer, metadata)
+    _add_marked_tokens(tokenizer, stored)
     # The defaults are those of llama.cpp: Llama 3 begins with BOS, and so does SentencePiece.
-    first = _end_token(metadata, "bos", kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe")
-    last = _end_token(metadata, "eos", False)
+    first = _end_token(stored, "bos", kind == "llama" or stored.get("pre") == "llama-bpe")
+    last = _end_token(stored, "eos", False)
     if first or last:
         whole = [*first, "$A", *last]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=whole,
             pair=[*whole, *first, "$B", *last],
-            special_tokens=[(token, tokens.index(token)) for token in {*first, *last}],
+            special_tokens=[(token, stored["tokens"].index(token)) for token in {*first, *last}],
         )
     return tokenizer
 
 
-def _end_token(metadata: Mapping[str, Any], name: str, default: bool) -> list[str]:
+def _end_token(stored: Mapping[str, Any], name: str, default: bool) -> list[str]:
     """The token that every text begins ("bos") or ends ("eos") with, if the file asks for one."""
-    number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    wanted = metadata.get(f"tokenizer.ggml.add_{name}_token", default)
-    return [metadata["tokenizer.ggml.tokens"][number]] if wanted and number is not None else []
+    number = stored.get(f"{name}_token_id")
+    wanted = stored.get(f"add_{name}_token", default)
+    return [stored["tokens"][number]] if wanted and number is not None else []
 
 
-def _check_tables(metadata: Mapping[str, Any], path: Path) -> None:
+def _check_tables(stored: Mapping[str, Any], path: Path) -> None:
     """Check the types of the tables and that the special ids are ids of tokens."""
     kinds = {"tokens": str, "merges": str, "scores": float, "token_type": int}
-    tables = {name: metadata.get(f"tokenizer.ggml.{name}", []) for name in kinds}
-    for name, table in tables.items():
-        if not isinstance(table, list) or not all(type(item) is kinds[name] for item in table):
-            raise ModelError(f"{path} has a corrupt table tokenizer.ggml.{name}; download it again")
-    longest = max(map(len, tables["tokens"]), default=0)
+    for name, kind in kinds.items():
+        table = stored.get(name, [])
+        if not isinstance(table, list) or not all(type(item) is kind for item in table):
+            raise ModelError(f"{path} has a corrupt table {_PREFIX}{name}; download it again")
+    tokens, marks = stored["tokens"], stored.get("token_type")
+    longest = max(map(len, tokens))
     if longest > _LONGEST_TOKEN:
         raise ModelError(f"{path} has a token of {longest} characters, at most {_LONGEST_TOKEN} make sense")
-    if len(set(tables["tokens"])) < len(tables["tokens"]):
-        raise ModelError(f"{path} has a token twice in tokenizer.ggml.tokens; download it again")
-    if tables["token_type"] and len(tables["token_type"]) != len(tables["tokens"]):
-        raise ModelError(
-            f"{path} has {len(tables['tokens'])} tokens and {len(tables['token_type'])} token types; download it again"
-        )
+    if len(set(tokens)) < len(tokens):
+        raise ModelError(f"{path} has a token twice in {_PREFIX}tokens; download it again")
+    if marks and len(marks) != len(tokens):
+        raise ModelError(f"{path} has {len(tokens)} tokens and {len(marks)} token types; download it again")
     for name in _SPECIAL.values():
-        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if number is not None and (type(number) is not int or not 0 <= number < len(tables["tokens"])):
+        number = stored.get(f"{name}_token_id")
+        if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
             raise ModelError(
-                f"{path} has tokenizer.ggml.{name}_token_id = {repr(number)[:100]}, which is none of its "
-                f"{len(tables['tokens'])} tokens; convert the model again"
+                f"{path} has {_PREFIX}{name}_token_id = {repr(number)[:100]}, which is none of its "
+                f"{len(tokens)} tokens; convert the model again"
             )
 
 
-def _byte_level(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-    words = metadata.get("tokenizer.ggml.pre")
+def _byte_level(stored: Mapping[str, Any], path: Path) -> Tokenizer:
+    words = stored.get("pre")
     if not isinstance(words, str) or words not in _WORDS:
-        raise ModelError(
-            f"{path} splits words by {repr(words)[:100]} (tokenizer.ggml.pre); known are {', '.join(_WORDS)}"
-        )
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+        raise ModelError(f"{path} splits words by {repr(words)[:100]} ({_PREFIX}pre); known are {', '.join(_WORDS)}")
+    merges = [tuple(merge.split(" ", 1)) for merge in stored.get("merges", [])]
+    vocab = {token: i for i, token in enumerate(stored["tokens"])}
     if any(len(merge) != 2 or not vocab.keys() >= {*merge, "".join(merge)} for merge in merges):
         raise ModelError(f"{path} has a tokenizer with a merge whose parts or whole are no token; download it again")
     # Llama 3 looks a whole word up before it merges.
@@ -131,22 +132,29 @@ def _byte_level(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-    """SentencePiece's BPE: the whole text is one word, spaces are "▁", unknown characters become bytes."""
-    tokens, scores = _spelled(metadata), metadata.get("tokenizer.ggml.scores", [])
+def _sentencepiece(stored: Mapping[str, Any], by_ids: bool, path: Path) -> Tokenizer:
+    """SentencePiece's BPE: the whole text is one word, spaces are "▁", unknown characters become bytes.
+
+    Tokens are merged in the order of their scores, or, in Gemma, of their ids (`by_ids`).
+    """
+    tokens, scores, marks = stored["tokens"], stored.get("scores", []), stored.get("token_type", [])
     if len(scores) != len(tokens):
         raise ModelError(f"{path} has {len(tokens)} tokens and {len(scores)} scores; download it again")
-    if metadata.get("tokenizer.ggml.remove_extra_whitespaces") or "tokenizer.ggml.precompiled_charsmap" in metadata:
+    if stored.get("remove_extra_whitespaces") or "precompiled_charsmap" in stored:
         raise ModelError(
-            f"{path} has a tokenizer that normalises text (tokenizer.ggml.remove_extra_whitespaces or "
-            "precompiled_charsmap), which is not supported; use the model's Hugging Face folder instead"
+            f"{path} has a tokenizer that normalises text ({_PREFIX}remove_extra_whitespaces or precompiled_charsmap), "
+            "which is not supported; use the model's Hugging Face folder instead"
         )
+    ranks: list[float] = list(range(len(tokens)))
+    if not by_ids:
+        # The stored score of a user-defined token means nothing: it comes first.
+        ranks = [-math.inf if mark == _USER else -score for score, mark in zip_longest(scores, marks)]
     vocab = {token: i for i, token in enumerate(tokens)}
-    merges = _implied_merges(vocab, _ranks(metadata))
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    merges = _implied_merges(vocab, ranks)
+    unknown = stored.get("unknown_token_id")
     unk_token = None if unknown is None else tokens[unknown]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = stored.get("add_space_prefix", True)
     steps = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     last = [decoders.Strip(" ", 1, 0)] if prefix else []
@@ -154,19 +162,8 @@ def _sentencepiece(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _ranks(metadata: Mapping[str, Any]) -> list[float]:
-    """The order in which tokens are merged; user-defined ones, whose stored score means nothing, come first."""
-    scores = metadata["tokenizer.ggml.scores"]
-    if str(metadata.get("general.architecture")).startswith("gemma"):
-        # Gemma's merges follow its ids.
-        return list(range(len(scores)))
-    marks = metadata.get("tokenizer.ggml.token_type", [])
-    return [-math.inf if mark == _USER else -score for score, mark in zip_longest(scores, marks)]
-
-
-def _spelled(metadata: Mapping[str, Any]) -> list[str]:
+def _spelled(tokens: list[str]) -> list[str]:
     """The tokens as SentencePiece spells them: user-defined runs of spaces are stored as spaces, not as "▁"."""
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     known = set(tokens)
 
     def spell(token: str) -> str:
@@ -187,11 +184,9 @@ def _implied_merges(vocab: Mapping[str, int], ranks: list[float]) -> list[tuple[
     return [(left, right) for *_, left, right in sorted(cuts, key=lambda entry: entry[:2])]
 
 
-def _add_marked_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
+def _add_marked_tokens(tokenizer: Tokenizer, stored: Mapping[str, Any]) -> None:
     """Make control and user-defined tokens atomic: they are found before the text is split into words."""
-    tokens = _spelled(metadata) if metadata["tokenizer.ggml.model"] == "llama" else metadata["tokenizer.ggml.tokens"]
-    marks = metadata.get("tokenizer.ggml.token_type", [])
-    marked = list(zip(tokens, marks, strict=False))
+    marked = list(zip(stored["tokens"], stored.get("token_type", []), strict=False))
     special = [token for token, mark in marked if mark in (_UNKNOWN, _CONTROL)]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     plain = [token for token, mark in marked if mark == _USER]
@@ -200,7 +195,7 @@ def _add_marked_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> Non
 
 def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json: class, named special tokens, longest context, chat template."""
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens = metadata[f"{_PREFIX}tokens"]
     architecture = metadata.get("general.architecture")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -208,7 +203,7 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "model_max_length": metadata.get(f"{architecture}.context_length", 1_000_000),
     }
     for name, short in _SPECIAL.items():
-        number = metadata.get(f"tokenizer.ggml.{short}_token_id")
+        number = metadata.get(f"{_PREFIX}{short}_token_id")
         if number is not None:
             config[name] = tokens[number]
     if "tokenizer.chat_template" in metadata:

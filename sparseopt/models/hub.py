@@ -8,6 +8,7 @@ export copies, such as the tokenizer and the licence. They are kept in huggingfa
 nothing, and a machine without a network uses the cache.
 """
 
+import contextlib
 import logging
 import re
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ _LONGEST = 96
 
 @dataclass(frozen=True)
 class HubName:
-    """A model repository `OWNER/NAME` on the hub and a revision; None for the main branch."""
+    """A repository `OWNER/NAME` on the hub and a revision; None for the main branch."""
 
     repository: str
     revision: str | None = None
@@ -81,38 +82,34 @@ def fetch(name: HubName) -> tuple[Path, str]:
         ModelError: if the repository or its revision is unknown, its owner must grant access, it has no safetensors, or
             the hub cannot be reached and the cache has no complete copy; says what to do.
     """
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
+    # Where the network, the hub or the disk fails. The HTTP client and its errors depend on the library's version.
+    failures = (HTTPError, OSError)
     try:
-        files = _list_files(name)
-    except _failures() as error:
-        found = None if isinstance(error, RevisionNotFoundError) else _from_cache(name)
-        if found is None:
-            raise ModelError(_explain(error, name)) from error
-        logger.warning(
-            "%s: not fetched again (%s); using the copy in the cache, commit %s", name, _short(error), found[1]
-        )
-        return found
+        info = HfApi().model_info(name.repository, revision=name.revision, timeout=TIMEOUT, files_metadata=True)
+    except failures as error:
+        if not isinstance(error, RevisionNotFoundError):
+            with contextlib.suppress(*failures):
+                folder, commit = _download(name, (), only_cached=True)
+                logger.warning(
+                    "%s: not fetched again (%s); using the copy in the cache, commit %s", name, _short(error), commit
+                )
+                return folder, commit
+        raise ModelError(_explain(error, name)) from error
+    files = {file.rfilename: file.size or 0 for file in info.siblings or []}
     _check_files(set(files), name)
     small = [file for file, size in files.items() if is_carried(file) and size <= MAX_FILE]
     if large := [file for file, size in files.items() if is_carried(file) and size > MAX_FILE]:
         logger.warning("%s: not fetched because of their size: %s", name, ", ".join(large))
     try:
         return _download(name, small, only_cached=False)
-    except _failures() as error:
+    except failures as error:
         raise ModelError(_explain(error, name)) from error
 
 
-def _list_files(name: HubName) -> dict[str, int]:
-    """The sizes of the repository's files at the revision, in bytes."""
-    from huggingface_hub import HfApi
-
-    info = HfApi().model_info(name.repository, revision=name.revision, timeout=TIMEOUT, files_metadata=True)
-    return {file.rfilename: file.size or 0 for file in info.siblings or []}
-
-
 def _check_files(files: set[str], name: HubName) -> None:
-    """Refuse a repository without a usable model before anything large is fetched."""
     has_weights = bool(files & {WEIGHTS, *INDICES})
     if has_weights and CONFIG in files:
         return
@@ -129,19 +126,8 @@ def _check_files(files: set[str], name: HubName) -> None:
     raise ModelError(f"{name} on the hub has no {missing}, expected are {CONFIG} and safetensors weights: {hint}")
 
 
-def _from_cache(name: HubName) -> tuple[Path, str] | None:
-    try:
-        return _download(name, (), only_cached=True)
-    except _failures():
-        return None
-
-
 def _download(name: HubName, small: Sequence[str], *, only_cached: bool) -> tuple[Path, str]:
-    """Folder and commit: first the small files are fetched, then the weights that the index names.
-
-    Raises:
-        FileNotFoundError: if only the cache may be used and it lacks a file.
-    """
+    """Folder and commit. First the small files are fetched, then the weights that the index names."""
     from huggingface_hub import snapshot_download
 
     def get(revision: str | None, files: Sequence[str]) -> Path:
@@ -173,14 +159,6 @@ def _weight_files(folder: Path) -> list[str]:
         return sorted({file for file in named if is_plain_name(file)})
     except (ValueError, KeyError, AttributeError, TypeError):
         return []
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """The library's errors where the network, the hub or the disk fails: those of the HTTP client and OSErrors."""
-    # The client depends on the library's version; the errors module names the one in use.
-    from huggingface_hub.errors import HTTPError
-
-    return (HTTPError, OSError)
 
 
 def _explain(error: Exception, name: HubName) -> str:

@@ -4,6 +4,7 @@ Parameters and activations are float32 and products run at the highest precision
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -16,21 +17,15 @@ from sparseopt.core.losses import HIGHEST
 # Called with a name and a value, which it may record or change; the value of experts is a `Routed`.
 Tap = Callable[[str, Any], Any]
 
+# By their names in Hugging Face configurations. The default of `jax.nn.gelu` is the approximation by tanh.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
     "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
-# By their names in Hugging Face configurations.
-ACTIVATION_NAMES = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_fast": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
 }
 
 NormKind = Literal["rms", "rms_plus_one", "layer"]

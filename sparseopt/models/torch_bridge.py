@@ -1,13 +1,20 @@
-"""Floor 5: tensors between torch and JAX by dlpack: the same memory on both sides where layout and device allow.
+"""Floor 5: the way between torch and JAX: tensors by dlpack, and what a block's linears are given.
 
 torch is imported on first use only, and never for a model whose family is known here.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array
+
+from sparseopt.models.errors import ModelError
+
+# Called with the name of a linear and its input, before the linear runs.
+Watch = Callable[[str, Any], None]
 
 
 def to_jax(tensor: Any) -> Array:
@@ -42,3 +49,60 @@ def to_tensor(value: np.ndarray) -> Any:
     tensor = torch.empty(value.shape, dtype=torch.float32)
     tensor.numpy()[...] = value
     return tensor
+
+
+def linears_of(module: Any) -> dict[str, Any]:
+    """The linears in a block, by name, in the order in which it makes them."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return {name: part for name, part in module.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)}
+
+
+def is_transposed(linear: Any) -> bool:
+    """Whether a linear stores its weight `[in, out]`."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(linear, Conv1D)
+
+
+@contextmanager
+def watched(linears: dict[str, Any], index: int, watch: Watch | None = None) -> Iterator[None]:
+    """Pass the input of every linear of block `index` to `watch` while the block runs.
+
+    Raises:
+        ModelError: at the end, if a linear was not called: its weight was used in another way. An expert may be without
+            tokens.
+    """
+    called: set[str] = set()
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
+            called.add(name)
+            if watch is not None:
+                watch(name, arguments[0] if arguments else next(iter(keywords.values())))
+
+        return hook
+
+    hooks = [part.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, part in linears.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missed = [name for name in linears if name not in called and ".experts." not in name]
+    if missed:
+        raise ModelError(
+            f"block {index} does not call {', '.join(missed)} as a linear, so that its input cannot be seen; "
+            "a model with such blocks cannot be pruned through torch"
+        )
+
+
+def stream_of(output: Any) -> Any:
+    """The stream in a block's output, which may be the first of several values."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def with_stream(output: Any, stream: Any) -> Any:
+    """An output of the same form with another stream, its other values None."""
+    return type(output)((stream, *[None] * (len(output) - 1))) if isinstance(output, tuple | list) else stream

@@ -4,7 +4,7 @@ For models whose family is not known here (extra `torch`). Tensors are read from
 `streaming`. transformers knows how the parts are put together; `torch_probe` tests this before it is relied on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -17,24 +17,93 @@ from sparseopt.models.errors import ModelError
 from sparseopt.models.families import FAMILIES
 from sparseopt.models.prunable import PrunableModel, check_tensors
 from sparseopt.models.source import Source
-from sparseopt.models.torch_block import TorchBlock, is_transposed, linears_of, with_stream
-from sparseopt.models.torch_bridge import to_jax, to_tensor, to_torch
-from sparseopt.models.torch_probe import Findings, probe, record_calls
-from sparseopt.models.torch_skeleton import Call, Ended, Skeleton, Tensors, TorchConfig, build_skeleton
+from sparseopt.models.torch_bridge import (
+    Watch,
+    is_transposed,
+    linears_of,
+    stream_of,
+    to_jax,
+    to_tensor,
+    to_torch,
+    watched,
+    with_stream,
+)
+from sparseopt.models.torch_probe import Findings, probe
+from sparseopt.models.torch_skeleton import Call, Ended, Skeleton, Tensors, TorchConfig
+
+
+class TorchBlock:
+    """A block with its tensors, in the layout of its module; a `PrunableBlock`.
+
+    The module holds no weights; tensors are passed to it for each run, and a copy is another dictionary of the same
+    tensors. A linear is an `nn.Linear` or transformers' `Conv1D`, which stores `[in, out]`. Each has its own tap.
+    """
+
+    # Experts are never stacked here: those that are linears go by their own names.
+    num_experts = 0
+    expert_share = 1.0
+    residual_taps: tuple[str, ...] = ()
+
+    def __init__(self, module: Any, index: int, tensors: Tensors, model: "TorchModel") -> None:
+        self._module, self._index, self._tensors, self._model = module, index, tensors, model
+        self._linears = linears_of(module)
+
+    @property
+    def linears(self) -> dict[str, str]:
+        return {name: name for name in self._linears}
+
+    @property
+    def attention_width(self) -> int:
+        return self._model.attention_width
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return to_jax(self.run(to_torch(x_BTD)))
+
+    def run(self, x_BTD: Any, watch: Watch | None = None) -> Any:
+        """Run the block on a torch tensor; `watch` sees the input of every linear before it is used."""
+        import torch
+
+        x_BTD = x_BTD.clone() if self._model.writes_input else x_BTD
+        arguments, keywords = self._model.call(self._index, *x_BTD.shape[:2]).with_stream(x_BTD)
+        with torch.no_grad(), watched(self._linears, self._index, watch):
+            output = torch.func.functional_call(self._module, self._tensors, arguments, keywords, tie_weights=False)
+        return stream_of(output)
+
+    def read(self, path: str) -> Array:
+        tensor = self._tensor(path)
+        return to_jax(tensor.T if self._is_transposed(path) else tensor)
+
+    def write(self, values: Mapping[str, Array | np.ndarray]) -> None:
+        for path, value in values.items():
+            self._tensor(path)
+            given = to_torch(jnp.asarray(value, jnp.float32))
+            self._tensors[path] = given.T.contiguous() if self._is_transposed(path) else given
+
+    def weight_shape(self, name: str) -> tuple[int, int]:
+        path = f"{name}.weight"
+        rows, columns = self._tensor(path).shape
+        return (columns, rows) if self._is_transposed(path) else (rows, columns)
+
+    def copy(self) -> "TorchBlock":
+        return TorchBlock(self._module, self._index, dict(self._tensors), self._model)
+
+    def _tensor(self, path: str) -> Any:
+        if path not in self._tensors:
+            raise KeyError(f"no parameter {path!r} in a block; its linears are {', '.join(self._linears)}")
+        return self._tensors[path]
+
+    def _is_transposed(self, path: str) -> bool:
+        name, _, kind = path.rpartition(".")
+        return kind == "weight" and is_transposed(self._linears.get(name))
 
 
 class TorchModel(PrunableModel):
     """A checked source whose blocks run in torch."""
 
     def __init__(self, source: Source) -> None:
-        """Build the model without weights and compare names and shapes; no tensor is read.
-
-        Raises:
-            ModelError: if packages are missing, the architecture cannot be pruned this way, or the tensors do not match
-                the configuration.
-        """
+        """Build the model without weights and compare names and shapes; no tensor is read."""
         self.source = source
-        skeleton = self._skeleton = build_skeleton(source)
+        skeleton = self._skeleton = Skeleton(source)
         self.config: TorchConfig = skeleton.config
         self._names = skeleton.names_of(source.tensors)
         self._keys = {name: key for key, name in self._names.items()}
@@ -66,7 +135,6 @@ class TorchModel(PrunableModel):
 
     @property
     def writes_input(self) -> bool:
-        """Whether blocks write into the stream that they are given."""
         return self._findings.writes_input
 
     def embedding(self, rows: Int[np.ndarray, "rows"] | None = None) -> Callable[[Array], Array]:
@@ -110,8 +178,22 @@ class TorchModel(PrunableModel):
     def call(self, index: int, batch: int, time: int) -> Call:
         """How the model calls a block on `batch` windows of `time` tokens."""
         if (batch, time) not in self._calls:
-            self._calls[batch, time] = record_calls(self._skeleton, self._findings, self._frame, batch, time)
+            self._calls[batch, time] = self._record_calls(batch, time)
         return self._calls[batch, time][index]
+
+    def _record_calls(self, batch: int, time: int) -> list[Call]:
+        import torch
+
+        calls: list[Call] = []
+
+        def visit(index: int, stream: Any, call: Call) -> Any:
+            calls.append(call)
+            if index == self._skeleton.last:
+                raise Ended
+            return with_stream(self._findings.output, stream)
+
+        self._skeleton.run(self._frame, torch.zeros((batch, time), dtype=torch.long), visit)
+        return calls
 
     def block_keys(self, index: int) -> dict[str, str]:
         prefix = self._prefix(index)
@@ -128,21 +210,13 @@ class TorchModel(PrunableModel):
         return key in self._transposed
 
     def check_finite(self) -> str:
-        """As `PrunableModel.check_finite`, and test how the parts go together.
-
-        Raises:
-            ModelError: also saying what about the model cannot be pruned.
-        """
+        """As `PrunableModel.check_finite`, and test how the parts go together, see `probe`."""
         digest = super().check_finite()
         _ = self._findings
         return digest
 
     def decoder(self) -> Decoder:
-        """Not available.
-
-        Raises:
-            ModelError: always.
-        """
+        """Not available: raises a `ModelError`."""
         raise ModelError(
             f"a {self.config.model_type} model runs block by block in torch and cannot be loaded as a decoder; that "
             f"takes a family known here: {', '.join(sorted(FAMILIES))}"
@@ -156,11 +230,13 @@ class TorchModel(PrunableModel):
 
     @cached_property
     def _frame(self) -> Tensors:
-        """The tensors that decide how blocks are called: all outer ones but those as large as the vocabulary."""
+        """The tensors that decide how blocks are called: all outer ones, those as large as the vocabulary blank."""
         return self._outer(blank=True)
 
     def _outer(self, *, blank: bool = False) -> Tensors:
         """The tensors outside the blocks, tied ones by all their names."""
+        import torch
+
         tensors: Tensors = {}
         for name in self._skeleton.shapes:
             if self._skeleton.is_inner(name) or name in tensors:
@@ -169,8 +245,10 @@ class TorchModel(PrunableModel):
             held = [each for each in group if each in self._keys]
             if not held:  # a buffer that the model has computed
                 continue
-            if blank and self._skeleton.is_table(name):
-                tensors |= dict.fromkeys(group, self._skeleton.blank(name))
+            shape = self._skeleton.shapes[name]
+            if blank and len(shape) == 2 and shape[0] == self.config.vocab_size:
+                # Zeros that take no memory.
+                tensors |= dict.fromkeys(group, torch.zeros(()).expand(shape))
                 continue
             for each in held:
                 tensors[each] = to_tensor(self.source.read(self._keys[each]))

@@ -7,7 +7,7 @@ function in place of every block, which sees how the block is called.
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sparseopt.models.errors import ModelError, guarded
@@ -23,13 +23,7 @@ Tensors = dict[str, Any]
 
 
 class Call(NamedTuple):
-    """How the model calls a block, without the stream.
-
-    Attributes:
-        arguments: positional ones after the stream.
-        keywords: all but the stream.
-        by_name: the stream comes as the keyword `hidden_states`.
-    """
+    """How the model calls a block, without the stream, which comes first or `by_name`, as `hidden_states`."""
 
     arguments: tuple
     keywords: dict[str, Any]
@@ -61,9 +55,8 @@ class TorchConfig:
     max_positions: int | None
 
 
-@dataclass(frozen=True)
 class Skeleton:
-    """The module and its parts.
+    """The module of a source's configuration and its parts.
 
     Attributes:
         module: transformers' model; its parameters are empty, its computed buffers are not.
@@ -75,13 +68,24 @@ class Skeleton:
         tied: the names that share one parameter, by each of these names.
     """
 
-    module: Any = field(repr=False)
-    config: TorchConfig
-    prefixes: tuple[str, ...] = field(repr=False)
-    blocks: tuple[Any, ...] = field(repr=False)
-    shapes: dict[str, tuple[int, ...]] = field(repr=False)
-    optional: frozenset[str] = field(repr=False)
-    tied: dict[str, tuple[str, ...]] = field(repr=False)
+    def __init__(self, source: Source) -> None:
+        """Build the module; a `ModelError` says why that is not possible or why it cannot be pruned."""
+        self.module, self.config = _build_module(source)
+        count = self.config.num_layers
+        prefix, blocks = _find_blocks(self.module, self.model_type, count)
+        self.prefixes = tuple(f"{prefix}.{index}." for index in range(count))
+        self.blocks = tuple(blocks)
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        buffers = {name: value for name, value in self.module.state_dict().items() if name not in parameters}
+        self.shapes = {name: tuple(value.shape) for name, value in (parameters | buffers).items()}
+        self.optional = frozenset(buffers)
+        self.tied = _find_tied(parameters)
+        for name, group in self.tied.items():
+            if self.is_inner(name):
+                raise ModelError(
+                    f"a {self.model_type} model uses one parameter in several places ({', '.join(group)}); such blocks "
+                    "cannot be pruned one by one"
+                )
 
     @property
     def model_type(self) -> str:
@@ -94,17 +98,6 @@ class Skeleton:
     def is_inner(self, name: str) -> bool:
         """Whether a tensor belongs to a block."""
         return name.startswith(self.prefixes)
-
-    def is_table(self, name: str) -> bool:
-        """Whether a tensor has a row for every token id: an embedding or a head."""
-        shape = self.shapes[name]
-        return len(shape) == 2 and shape[0] == self.config.vocab_size
-
-    def blank(self, name: str) -> Any:
-        """Zeros in the shape of a tensor that take no memory."""
-        import torch
-
-        return torch.zeros(()).expand(self.shapes[name])
 
     def names_of(self, keys: Mapping[str, Any]) -> dict[str, str]:
         """The module's name of every known key of a checkpoint; some checkpoints leave out the first part."""
@@ -147,13 +140,7 @@ class Skeleton:
         return forward
 
 
-def build_skeleton(source: Source) -> Skeleton:
-    """The skeleton of a source's configuration.
-
-    Raises:
-        ModelError: if torch is not installed, transformers does not know the model or cannot build it, or it cannot be
-            pruned here.
-    """
+def _build_module(source: Source) -> tuple[Any, TorchConfig]:
     config = source.config
     model_type = str(config.get("model_type"))
     try:
@@ -173,7 +160,7 @@ def build_skeleton(source: Source) -> Skeleton:
             "never run (trust_remote_code)"
         )
 
-    def build() -> tuple[Any, Any]:
+    def build() -> tuple[Any, TorchConfig]:
         read = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
         sizes = read.get_text_config()
         check_count(source, sizes.num_hidden_layers, "blocks")
@@ -184,29 +171,9 @@ def build_skeleton(source: Source) -> Skeleton:
         return module.eval(), _read_sizes(model_type, sizes)
 
     made_by = f"transformers {transformers.__version__}"
-    what = f"{made_by} builds no causal language model from this {model_type!r} configuration"
-    module, sizes = guarded(build, what, advice="")
-    count = sizes.num_layers
-    prefix, blocks = _find_blocks(module, model_type, count)
-    prefixes = tuple(f"{prefix}.{index}." for index in range(count))
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    buffers = {name: value for name, value in module.state_dict().items() if name not in parameters}
-    skeleton = Skeleton(
-        module=module,
-        config=sizes,
-        prefixes=prefixes,
-        blocks=tuple(blocks),
-        shapes={name: tuple(value.shape) for name, value in (parameters | buffers).items()},
-        optional=frozenset(buffers),
-        tied=_find_tied(parameters),
+    return guarded(
+        build, f"{made_by} builds no causal language model from this {model_type!r} configuration", advice=""
     )
-    for name, group in skeleton.tied.items():
-        if skeleton.is_inner(name):
-            raise ModelError(
-                f"a {model_type} model uses one parameter in several places ({', '.join(group)}); such blocks cannot "
-                "be pruned one by one"
-            )
-    return skeleton
 
 
 def _read_sizes(model_type: str, sizes: Any) -> TorchConfig:

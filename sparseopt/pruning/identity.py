@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.models import PrunableModel, TorchModel
-from sparseopt.models.digest import Digest
+from sparseopt.models.prunable import digest
 from sparseopt.pruning.recipe import Recipe, described
 from sparseopt.system.machine import versions
 from sparseopt.system.run_folder import Fingerprint
@@ -40,10 +40,8 @@ class Identity:
             [model.weight_key(index, name).removesuffix(".weight") for name in model.block_linears(index)]
             for index in range(model.num_blocks)
         ]
-        tokens = Digest()
-        tokens.add("calibration", calibration)
-        tokens.add("held-out", heldout)
-        self._tokens = tokens.text
+        tokens = {"calibration": calibration, "held-out": heldout}
+        self._tokens = digest((name, array, [array]) for name, array in tokens.items())
 
     @cached_property
     def _weights(self) -> str:
@@ -73,13 +71,11 @@ class Identity:
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values, with digests of what its text omits: the arrays and the code of your own objects."""
     own = (None if isinstance(recipe.method, str) else recipe.method, recipe.penalty)
-    arrays = Digest()
-    leaves = jax.tree_util.tree_leaves_with_path(own)
-    for path, leaf in leaves:
-        arrays.add(jax.tree_util.keystr(path), _array(leaf))
+    leaves = [(path, _array(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(own)]
+    arrays = digest((jax.tree_util.keystr(path), leaf, [leaf]) for path, leaf in leaves)
     sources = {f"{part.__module__}.{part.__qualname__}": _source(part) for part in _own_code(own)}
     code = {name: hashlib.sha256(source.encode()).hexdigest()[:16] for name, source in sources.items()}
-    return {**recipe.as_dict(), "arrays": arrays.text if leaves else None, "code": code}
+    return {**recipe.as_dict(), "arrays": arrays if leaves else None, "code": code}
 
 
 def _array(leaf: Any) -> np.ndarray:

@@ -15,8 +15,8 @@ from jaxtyping import Array
 
 from sparseopt.core.dense import product
 from sparseopt.models import PrunableModel, TorchModel
-from sparseopt.models.torch_block import TorchBlock
 from sparseopt.models.torch_bridge import to_jax, to_torch
+from sparseopt.models.torch_model import TorchBlock
 from sparseopt.pruning.activations import Batches
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting, forward_flops
 from sparseopt.pruning.compiled import Compiled

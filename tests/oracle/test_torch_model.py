@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sparseopt.models import FAMILIES, ModelError, TorchModel, load_decoder, open_model
-from sparseopt.models.torch_block import TorchBlock
 from sparseopt.models.torch_bridge import to_jax, to_tensor, to_torch
+from sparseopt.models.torch_model import TorchBlock
 from sparseopt.models.torch_skeleton import Call
 from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity, prune_model, prune_models
 from sparseopt.pruning.activations import Batches, make_batches
