@@ -35,7 +35,7 @@ RUN_FILES = LOCK, RUN, RECORDS, SUMMARY = "run.lock", "run.json", "records.jsonl
 FORMAT = 2
 
 Fingerprint = dict[str, Any]
-_Record = TypeVar("_Record")
+T = TypeVar("T")
 
 
 class FolderError(ValueError):
@@ -172,7 +172,7 @@ def append_record(folder: Path, record: Mapping[str, Any]) -> None:
     append_line(folder / RECORDS, json.dumps(record))
 
 
-def read_records(folder: Path, parse: Callable[[Any], _Record]) -> tuple[list[_Record], list[int]]:
+def read_records(folder: Path, parse: Callable[[Any], T]) -> tuple[list[T], list[int]]:
     """The records of a run, and the numbers of the lines that hold none.
 
     A kill cuts the last line short, a failing disk any line. `parse` makes a record of a line's JSON value, and raises
@@ -180,7 +180,7 @@ def read_records(folder: Path, parse: Callable[[Any], _Record]) -> tuple[list[_R
     """
     file = folder / RECORDS
     *lines, rest = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else [""]
-    records: list[_Record] = []
+    records: list[T] = []
     torn = []
     for number, line in enumerate(lines, 1):
         try:
