@@ -28,9 +28,9 @@ from sklearn.model_selection import GridSearchCV, KFold
 import sparseopt as so
 from sparseopt.experiments import plots
 from sparseopt.trend.largest_weight import largest_weight
-from sparseopt.trend.noise import noise_level
 from sparseopt.trend.path import trend_path
 from sparseopt.trend.selection import cross_validate, select
+from sparseopt.trend.signal import noise_level
 
 rng = np.random.default_rng(6)
 SIGMA = 0.6

@@ -30,10 +30,10 @@ from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.freedom import degrees_of_freedom
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.largest_weight import largest_weight
-from sparseopt.trend.noise import noise_level
 from sparseopt.trend.path import TrendPath, trend_path
 from sparseopt.trend.reweighting import reweighted_trend_filter
 from sparseopt.trend.selection import cross_validate, select
+from sparseopt.trend.signal import noise_level
 from sparseopt.trend.solver import TrendSolver, trend_solver
 from sparseopt.trend.total_variation import TotalVariation
 

@@ -49,8 +49,6 @@ FLOORS = [
     ("trend/layout", 5.1),
     ("trend/freedom", 5.2),
     ("trend/ground", 5.2),
-    ("trend/noise", 5.3),
-    ("trend/start", 5.3),
     ("trend/job", 5.3),
     ("trend/plan", 5.4),
     ("trend/methods/__init__", 5.6),  # the choice among the methods
@@ -63,7 +61,6 @@ FLOORS = [
     ("trend/estimator", 5.9),
     ("trend/reweighting", 5.9),
     ("trend/largest_weight", 5.9),
-    ("trend/levels", 5.92),
     ("trend/path", 5.94),
     ("trend/selection", 5.96),
     ("trend/", 5),  # the room itself

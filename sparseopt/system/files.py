@@ -38,11 +38,7 @@ def temporary_of(file: Path) -> Path:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Replace a file so that a crash leaves the old one or the new one.
-
-    Raises:
-        DiskError: if it cannot be written; the old file stays.
-    """
+    """Replace a file so that a crash leaves the old one or the new one; a `DiskError` leaves the old one."""
     temporary, content = temporary_of(file), text.encode()
     try:
         with temporary.open("wb") as stream:
@@ -57,11 +53,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def append_line(file: Path, text: str) -> None:
-    """Append a line to a file, whole or not at all, and force it to the disk; a missing file is created.
-
-    Raises:
-        DiskError: if the disk does not take it; the earlier lines stay.
-    """
+    """Append a line to a file, whole or not at all, and force it to the disk; a missing file is created."""
     content = (text + "\n").encode()
     try:
         # Unbuffered: a buffer could still be written after the error.
@@ -78,11 +70,7 @@ def append_line(file: Path, text: str) -> None:
 
 
 def write_all(stream: RawIOBase, content: bytes | memoryview) -> None:
-    """Write all of `content` to an unbuffered stream, whose `write` may take a part.
-
-    Raises:
-        OSError: as the system reports it.
-    """
+    """Write all of `content` to an unbuffered stream, whose `write` may take a part."""
     rest = memoryview(content)
     while rest:
         rest = rest[stream.write(rest) or 0 :]

@@ -1,11 +1,8 @@
 """Floor 0: several processes that run one program together, on one machine or on many, and end together.
 
-JAX's own runtime joins them (`jax.distributed`) and exchanges their data. But if one process raises, the others wait in
-their next exchange forever, and if one is killed, each prints an error of its network library. So every process holds
-one connection to process 0, which closes when the process ends, for whatever reason. Process 0 then tells the others
-why, prints it once, and all stop.
-
-Process 0 prints and writes for all.
+JAX joins them (`jax.distributed`) and exchanges their data. But if one process raises, the others wait forever, and if
+one is killed, each prints an error of its network library. So every process holds one connection to process 0, which
+closes when the process ends. Process 0 then tells the others why, prints it once, and all stop.
 """
 
 import contextlib
@@ -22,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 # Connections are idle for hours: the system probes them after so many seconds without an answer, so many times.
 PROBE_AFTER, PROBES = 5, 3
@@ -58,16 +56,11 @@ def join(
         ValueError: if the values are missing or invalid.
         RuntimeError: if the others do not join, or process 0 cannot be reached.
     """
-    given = [coordinator, processes, index]
-    for place, name in enumerate(ENVIRONMENT):
-        if given[place] is None and os.environ.get(name):
-            given[place] = os.environ[name]
-    address = None if given[0] is None else str(given[0])
-    if address is not None:
-        host, colon, port = address.rpartition(":")
-        if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
-            raise ValueError(f"the coordinator's address must be HOST:PORT, as in node1:1234, given {address!r}")
-    number, own = (None if v is None else _whole_number(v, n) for v, n in zip(given[1:], ENVIRONMENT[1:], strict=True))
+    address = os.environ.get(ENVIRONMENT[0]) or None if coordinator is None else coordinator
+    host, _, port = (address or "").rpartition(":")
+    if address is not None and not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f"the coordinator's address must be HOST:PORT, as in node1:1234, given {address!r}")
+    number, own = _number(processes, ENVIRONMENT[1]), _number(index, ENVIRONMENT[2])
     if number is not None and own is not None and not 0 <= own < number:
         raise ValueError(f"process ids run from 0 to {number - 1} for {number} processes, given {own}")
     try:
@@ -82,12 +75,14 @@ def join(
             f"process {own} of {number} did not meet the others at {address} within {timeout} s: {error}"
         ) from error
     if count() > 1:
-        _Bond.hold(None if address is None else address.rpartition(":")[0])
+        _Bond.hold(host)
 
 
-def _whole_number(value: Any, name: str) -> int:
+def _number(given: int | None, name: str) -> int | None:
+    """`given`, else the number in the environment, else None."""
+    value = os.environ.get(name) or None if given is None else given
     try:
-        return int(value)
+        return None if value is None else int(value)
     except ValueError:
         raise ValueError(f"{name} must be a whole number, given {value!r}") from None
 
@@ -115,8 +110,6 @@ def together() -> Iterator[None]:
 def barrier(name: str) -> None:
     """Wait until all processes are here."""
     if count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(name)
 
 
@@ -124,8 +117,6 @@ def told(value: Any) -> Any:
     """The `value` of process 0, in every process: anything that JSON can hold. The value of the others is ignored."""
     if count() == 1:
         return value
-    from jax.experimental import multihost_utils
-
     content = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else np.zeros(0, np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
     filled = np.zeros(size, np.uint8)
@@ -140,11 +131,9 @@ def any_of(flag: bool) -> bool:
 
 def agree(parts: Mapping[str, Any]) -> None:
     """Raise a ValueError in every process unless all have the same values, which are JSON-ready and named."""
-    digests = [
-        hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).digest() for value in parts.values()
-    ]
-    mine = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
-    found = _gathered(mine)
+    texts = [json.dumps(value, sort_keys=True, default=str) for value in parts.values()]
+    digests = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
+    found = _gathered(np.frombuffer(digests, np.uint8).reshape(len(texts), -1))
     same = np.all(found == found[0], axis=2)
     if same.all():
         return
@@ -165,8 +154,6 @@ def _gathered(values: np.ndarray) -> np.ndarray:
     """The arrays of all processes, `[processes, ...]`."""
     if count() == 1:
         return values[None]
-    from jax.experimental import multihost_utils
-
     return np.asarray(multihost_utils.process_allgather(values)).reshape(-1, *values.shape)
 
 
@@ -185,19 +172,16 @@ class _Bond:
             threading.Thread(target=self._watch, args=(number, peer), daemon=True).start()
 
     @classmethod
-    def hold(cls, host: str | None) -> None:
-        """Connect all processes with process 0; `host` is its name if that is known."""
-        listener = socket.create_server(("", 0), backlog=count()) if is_first() else None
-        offer = None
-        if listener is not None:
-            own = socket.gethostname()
-            offer = [[host, own, socket.getfqdn(), *_addresses(own)], listener.getsockname()[1], secrets.token_hex(16)]
-        names, port, secret = told(offer)
-        if listener is None:
-            cls.held = cls({0: _reach(list(dict.fromkeys(filter(None, names))), port, secret)})
-        else:
-            with listener:
+    def hold(cls, host: str) -> None:
+        """Connect all processes with process 0; `host` is its name, or "" if that is not known."""
+        if is_first():
+            with socket.create_server(("", 0), backlog=count()) as listener:
+                own, secret = socket.gethostname(), secrets.token_hex(16)
+                told([[host, own, socket.getfqdn(), *_addresses(own)], listener.getsockname()[1], secret])
                 cls.held = cls(_accept(listener, secret))
+        else:
+            names, port, secret = told(None)
+            cls.held = cls({0: _reach(list(dict.fromkeys(filter(None, names))), port, secret)})
 
     def fail(self, error: BaseException) -> None:
         """End all processes for an error in this one; returns only if it cannot be reported."""
@@ -223,22 +207,17 @@ class _Bond:
                 _send(peer, {"ended": True})
 
     def _watch(self, number: int, peer: socket.socket) -> None:
-        verdict = None
         with contextlib.suppress(OSError, ValueError), peer.makefile("r", encoding="utf-8") as lines:
             for line in lines:
                 said = json.loads(line)
-                if said.get("ended"):
-                    self._ended.add(number)
-                else:
-                    verdict = said
-                    break
-        if verdict is None and (self._released or number in self._ended):
-            return
-        if verdict is None:
+                if not said.get("ended"):
+                    self._end(said)
+                    return
+                self._ended.add(number)
+        if not (self._released or number in self._ended):
             text = f"process {number} of {self._count} was lost: it was killed, or its machine or the network failed"
             verdict = {"text": f"{text}. Finished work is kept: the same command resumes from there", "code": 1}
             self._end(verdict, speak=True)
-        self._end(verdict)
 
     def _end(self, verdict: dict[str, Any], *, speak: bool = False) -> None:
         """Tell the others and exit; process 0, or one that has to `speak` for it, prints why.
@@ -270,7 +249,6 @@ def _addresses(name: str) -> list[str]:
 
 
 def _reach(names: Sequence[str], port: int, secret: str) -> socket.socket:
-    """A connection to process 0 by the first of its names that works."""
     for name in names:
         with contextlib.suppress(OSError):
             found = socket.create_connection((name.strip("[]"), port), timeout=CONNECT_SECONDS)
@@ -295,23 +273,16 @@ def _accept(listener: socket.socket, secret: str) -> dict[int, socket.socket]:
                 f"{_listed(missing)} of {count()} did not connect to process 0: open the ports between the machines"
             ) from None
         peer.settimeout(CONNECT_SECONDS)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            hello = json.loads(_line(peer))
+        # Unbuffered: the bytes after the line are for another reader.
+        with (
+            contextlib.suppress(OSError, ValueError, KeyError, TypeError),
+            peer.makefile("rb", buffering=0) as stream,
+        ):
+            hello = json.loads(stream.readline(1024))
             if secrets.compare_digest(str(hello["secret"]), secret):
                 peer.settimeout(None)
                 peers[int(hello["process"])] = peer
     return peers
-
-
-def _line(peer: socket.socket) -> bytes:
-    """The bytes up to the end of a line, read one by one: the rest is for another reader."""
-    found = b""
-    while not found.endswith(b"\n") and len(found) < 1024:
-        byte = peer.recv(1)
-        if not byte:
-            break
-        found += byte
-    return found
 
 
 def _send(peer: socket.socket, message: dict[str, Any]) -> None:

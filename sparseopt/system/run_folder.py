@@ -5,15 +5,6 @@
     records.jsonl   one JSON line for each finished piece of work
     summary.json    written last: a folder that has one holds a finished run
 
-    with claimed(folder):
-        if contents(folder):
-            different = differences(read_start(folder)["fingerprint"], fingerprint)
-        else:
-            write_start(folder, fingerprint)
-        records, torn = read_records(folder, parse)
-        append_record(folder, record)
-        write_summary(folder, summary)
-
 A run with the same fingerprint resumes, one with another is refused and told what differs. Every write raises
 `DiskError` if the disk does not take it, and leaves what was there.
 """
@@ -87,7 +78,9 @@ def locked(file: Path) -> Iterator[None]:
         FolderInUse: if another process holds it.
         OSError: if it cannot be opened or locked, is a link, or has a second name; the target of a link is unchanged.
     """
-    with open(file, "a+", encoding="utf-8", opener=_open_unlinked) as lock:
+    with open(
+        file, "a+", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    ) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -107,20 +100,12 @@ def locked(file: Path) -> Iterator[None]:
         lock.truncate(0)
 
 
-def _open_unlinked(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
 def _in_use(lock: Path, owner: str) -> FolderInUse:
     return FolderInUse(f"{lock.parent} is in use by {owner}; wait for it, or choose another folder")
 
 
 def contents(folder: Path) -> set[str]:
-    """Names in a folder, without those of a start that was killed before it had written anything.
-
-    Raises:
-        FolderError: if it cannot be read.
-    """
+    """Names in a folder, without those of a start that was killed before it had written anything."""
     try:
         names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     except OSError as error:
@@ -134,11 +119,7 @@ def write_start(folder: Path, fingerprint: Fingerprint, **facts: Any) -> None:
 
 
 def read_start(folder: Path) -> dict[str, Any]:
-    """The content of `run.json`.
-
-    Raises:
-        FolderError: if it is missing, damaged, or of another format, such as that of version 0.1.0.
-    """
+    """The content of `run.json`; a `FolderError` if it is missing, damaged, or of another format."""
     start = read_json(folder / RUN)
     if start.get("format") != FORMAT or not isinstance(start.get("fingerprint"), dict):
         written = f"format {start['format']!r}" if "format" in start else "the format of sparseopt 0.1.0"
@@ -205,11 +186,7 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run.
-
-    Raises:
-        FolderError: if there is none.
-    """
+    """The object in a JSON file of a run; a `FolderError` if there is none."""
     try:
         found = json.loads(file.read_bytes())
     except FileNotFoundError:

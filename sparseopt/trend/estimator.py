@@ -11,9 +11,10 @@ from scipy import sparse
 
 from sparseopt.core.arguments import real_array
 from sparseopt.core.penalty_names import BY_WEIGHT
-from sparseopt.core.problem import Solution, Status
+from sparseopt.core.problem import Status
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.signal import require_not_negative
 
 try:
     from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
@@ -40,8 +41,8 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
     With a graph a sample is an observation of one of its nodes: X `[m, 1]` holds node numbers `0..n-1`. Nodes without a
     sample are missing values, and the fit fills them in; cross-validation holds nodes out.
 
-    Several samples of a node are replaced by their weighted mean with the sum of their weights, which changes the
-    objective by a constant: repeating a sample is the same as doubling its weight.
+    Several samples of a node count as their weighted mean with the sum of their weights: repeating a sample is the same
+    as doubling its weight.
 
     Args:
         order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals.
@@ -51,11 +52,9 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
         graph: a `Graph`, or None for the nearest neighbours of the rows of X.
         n_neighbors: the least number of neighbours of a point, for the graph and for `predict`; fewer if there are
             fewer points. Not used with a graph.
-        penalty: "l1", "l0", "mcp", "scad", "group_l2" (which couples the outputs), or a function that takes the
-            weight and returns a penalty, such as `so.MCP`.
-        tol: the relative duality gap to reach; for a penalty that is not a norm, the stationarity residual.
-        max_steps: step limit.
-        method: of `trend_filter`.
+        penalty: "l1", "l0", "mcp", "scad", "group_l2" (which couples the outputs), or a function of the weight that
+            returns a penalty, such as `so.MCP`.
+        tol, max_steps, method: of `trend_filter`.
 
     Attributes:
         graph_: the `Graph` of the fit.
@@ -99,15 +98,12 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.method = method
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "GraphTrendFilter":
-        """Fit the values of the nodes.
+        """Fit the values of the nodes; returns the estimator.
 
         Args:
             X: points `[m, features]`, or node numbers `[m, 1]`.
             y: `[m]` or `[m, outputs]`.
             sample_weight: `[m]`, finite and not negative; None is 1 each. 0 drops a sample.
-
-        Returns:
-            The estimator itself.
 
         Raises:
             ValueError, TypeError: on parameters or data that do not fit, and for a component of the graph without a
@@ -141,25 +137,27 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
             means, self.graph_, penalty, self.order, self.method, self.tol, self.max_steps, node_weights=mass
         )
         self.solution_ = jax.device_get(solution)
-        _report(self.solution_)
+        status = Status(int(self.solution_.status))
+        if status is Status.NONFINITE:
+            self.solution_.check()
+        if status not in (Status.CONVERGED, Status.STATIONARY):
+            warnings.warn(
+                f"GraphTrendFilter stopped ({status.name}) after {int(solution.steps)} steps with residual "
+                f"{float(solution.residual):.3g}: {status.advice}",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
         self.fitted_values_ = np.asarray(self.solution_.value)
         self.gap_ = float(self.solution_.gap)
         self.n_iter_ = int(self.solution_.steps)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """The fit at nodes, or at points.
+        """The fit at nodes `[m, 1]` of the graph, or at points `[m, features]`: `[m]`, or `[m, outputs]`.
 
-        With a graph, the fitted values of the given nodes. Without one, a point of the fit gets its fitted value, and
-        any other point the mean of the fitted values at its `n_neighbors` nearest nodes, weighted by 1 / distance. This
-        holds at every order: the prediction stays in the range of its neighbours, so it continues a constant but not a
-        slope. A trend of order 1 or more needs points that are close enough for that.
-
-        Args:
-            X: points `[m, features]`, or node numbers `[m, 1]`.
-
-        Returns:
-            `[m]`, or `[m, outputs]` after a fit to such a y.
+        Without a graph, a point of the fit gets its fitted value, and any other point the mean of the fitted values at
+        its `n_neighbors` nearest nodes, weighted by 1 / distance. So at every order the prediction stays in the range
+        of its neighbours: it continues a constant but not a slope.
         """
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=np.float64)
@@ -202,30 +200,13 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return make(float(self.alpha))
 
 
-def _report(solution: Solution) -> None:
-    """Warn if a fit missed its tolerance; raise if it is not finite."""
-    status = Status(int(solution.status))
-    if status is Status.NONFINITE:
-        solution.check()
-    if status not in (Status.CONVERGED, Status.STATIONARY):
-        warnings.warn(
-            f"GraphTrendFilter stopped ({status.name}) after {int(solution.steps)} steps with residual "
-            f"{float(solution.residual):.3g}: {status.advice}",
-            ConvergenceWarning,
-            stacklevel=3,
-        )
-
-
 def _checked_weights(sample_weight: Any, count: int) -> np.ndarray:
     if sample_weight is None:
         return np.ones(count)
     weights = real_array("sample_weight", sample_weight).astype(np.float64)
     if weights.shape != (count,):
         raise ValueError(f"sample_weight has one entry a sample, the shape ({count},), given {weights.shape}")
-    wrong = ~(np.isfinite(weights) & (weights >= 0))
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise ValueError(f"sample weights are finite and not negative, given {weights[row]} in row {row}")
+    require_not_negative(weights, "sample weights", "in row")
     if not weights.any():
         raise ValueError("every sample weight is zero, which drops all samples; give at least one a positive weight")
     return weights

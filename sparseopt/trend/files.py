@@ -197,7 +197,6 @@ def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:
 
 
 def _check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:
-    """Raise a ValueError unless an array's header claims numbers and the size that the member has."""
     info = archive.getinfo(member)
     _check_unpacked(info.file_size, file)
     with archive.open(info) as stream:
@@ -216,7 +215,6 @@ def _check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:
 
 
 def _check_unpacked(claimed: int, file: Path) -> None:
-    """Raise a FileError for a small file that claims to unpack to far more."""
     most = max(FREE_BYTES, MAX_RATIO * file.stat().st_size)
     if claimed > most:
         raise FileError(

@@ -2,7 +2,7 @@
 
     minimise over b    1/2 sum_j w_j (y_j - b_j)²  +  penalty(Δ^(k+1) b)
 
-arguments -> a checked job -> a method -> its plan -> the fit -> the caller's shape. Other losses are in `losses.py`.
+arguments -> a checked job -> a method -> its plan -> the fit -> the caller's shape.
 
 Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016); for several penalties,
 Tibshirani, Saunders, Rosset, Zhu, Knight, "Sparsity and smoothness via the fused lasso", JRSS B 67 (2005), and
@@ -112,7 +112,7 @@ def trend_filter(
         missing,
         dtype,
         devices,
-        loss=None if loss is None else checked_loss(loss),
+        loss=checked_loss(loss),
         method=named(method),
         block=B,
         tol=tol,

@@ -75,10 +75,6 @@ class Graph:
     def grid(cls, shape: Sequence[int]) -> "Graph":
         """A grid of 1, 2 or 3 dimensions: each node joined to its neighbours along the axes.
 
-        Raises:
-            ValueError: for another number of dimensions, an axis that is not a whole number of at least 1, or a grid so
-                large that one signal does not fit in memory.
-
         Example:
             >>> so.Graph.grid((2, 2)).edges.tolist()
             [[0, 2], [1, 3], [0, 1], [2, 3]]
@@ -115,13 +111,9 @@ class Graph:
             edges: integers `[m, 2]`.
             num_nodes: n, at least 1; None takes the largest number plus one. Nodes without an edge are kept.
             weights: positive `[m]`, or None for ones.
-            merge: drop self-loops and add up the weights of duplicates (which also counts repeated unweighted
-                edges) instead of raising.
+            merge: drop self-loops and add up the weights of duplicates (1 each without weights) instead of raising a
+                ValueError.
             nodes: names in node order.
-
-        Raises:
-            ValueError: on a wrong shape, non-integers, numbers out of range, weights that are not positive and
-                finite, self-loops or duplicates, naming the edge.
 
         Example:
             >>> so.Graph.from_edges([(0, 1), (1, 2), (1, 0)], merge=True).weights.tolist()
@@ -160,9 +152,7 @@ class Graph:
     def from_scipy(cls, adjacency: Any, *, merge: bool = False) -> "Graph":
         """A graph from a symmetric sparse (or dense) adjacency matrix; its entries are the weights.
 
-        Raises:
-            ValueError: if it does not hold real numbers, is not square and symmetric, has a diagonal (unless `merge`),
-                or entries that are not positive and finite.
+        `merge` drops the diagonal (self-loops) instead of raising a ValueError.
 
         Example:
             >>> graph = so.Graph.from_scipy(np.array([[0, 2], [2, 0]]))
@@ -189,10 +179,6 @@ class Graph:
             graph: undirected; a multigraph only with `merge`.
             weight: the edge attribute that holds weights, 1 where absent; None ignores it.
             merge: as in `from_edges`.
-
-        Raises:
-            TypeError: if it is not a networkx graph.
-            ValueError: if it is directed, or where `from_edges` raises.
         """
         if not hasattr(graph, "is_directed"):
             raise TypeError(f"from_networkx takes a networkx.Graph, given {type(graph).__name__}")
@@ -200,12 +186,15 @@ class Graph:
             raise ValueError("the trend filter needs an undirected graph; pass graph.to_undirected()")
         nodes = list(graph.nodes)
         place = {node: index for index, node in enumerate(nodes)}
-        listed = list(graph.edges(data=weight, default=1) if weight else graph.edges(data=False))
-        edges = np.array([(place[edge[0]], place[edge[1]]) for edge in listed], np.int64).reshape(-1, 2)
-        level = [edge[2] for edge in listed] if weight else None
-        if level is not None and all(value == 1 for value in level):
-            level = None
-        return cls.from_edges(edges, len(nodes), level, merge=merge, nodes=nodes)
+        edges = np.array([(place[tail], place[head]) for tail, head in graph.edges()], np.int64).reshape(-1, 2)
+        level = [value for *_, value in graph.edges(data=weight, default=1)] if weight else []
+        plain = all(value == 1 for value in level)
+        return cls.from_edges(edges, len(nodes), None if plain else level, merge=merge, nodes=nodes)
+
+    @functools.cached_property
+    def node_shape(self) -> tuple[int, ...]:
+        """The shape of an array on the nodes: that of a grid, else `[n]`."""
+        return self.shape or (self.num_nodes,)
 
     @functools.cached_property
     def num_edges(self) -> int:
@@ -227,14 +216,17 @@ class Graph:
         """The edges in the order of the rows of `base`: on a grid that of `grid_edges`, also where edges were given."""
         return self.edges if self.shape is None else grid_edges(self.shape)
 
+    @property
+    def adjacency(self) -> sparse.csr_array:
+        """Booleans `[n, n]`, with each edge in one direction, that in which it was given."""
+        return sparse.csr_array((np.ones(self.num_edges, bool), self.edges.T), shape=(self.num_nodes,) * 2)
+
     @functools.cached_property
     def components(self) -> np.ndarray:
         """The component number of every node, `[n]`."""
         if self.shape is not None:
             return np.zeros(self.num_nodes, np.int32)
-        ones = np.ones(self.num_edges, bool)
-        adjacency = sparse.coo_array((ones, (self.edges[:, 0], self.edges[:, 1])), shape=(self.num_nodes,) * 2)
-        return csgraph.connected_components(adjacency, directed=False)[1]
+        return csgraph.connected_components(self.adjacency, directed=False)[1]
 
     @property
     def num_components(self) -> int:
@@ -296,9 +288,8 @@ class Graph:
     @functools.cached_property
     def near_order(self) -> np.ndarray:
         """The nodes `[n]` in an order that keeps neighbours close: Cuthill and McKee, 1969, reversed."""
-        ones = np.ones(self.num_edges, bool)
-        adjacency = sparse.csr_array((ones, self.edges.T), shape=(self.num_nodes,) * 2)
-        return csgraph.reverse_cuthill_mckee(sparse.csr_array(adjacency + adjacency.T), symmetric_mode=True)
+        both = sparse.csr_array(self.adjacency + self.adjacency.T)
+        return csgraph.reverse_cuthill_mckee(both, symmetric_mode=True)
 
     def renumbered(self) -> tuple["Graph", np.ndarray]:
         """The graph with neighbours numbered close to each other, which speeds up signals that exceed the caches.

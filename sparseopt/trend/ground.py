@@ -26,6 +26,8 @@ Terms = dict[int, Any]
 BOX_RANGES = 10.0
 # The mean of |x| for a standard normal x, inverted.
 OF_MEAN_SIZE = 1.2533
+CG_STEPS = 1000
+CG_TOLERANCE = 1e-12
 
 
 @pytree
@@ -201,6 +203,47 @@ def _component_means(ground: Ground, y: Array, shift: Array, counted: Any) -> Ar
     low = jnp.full(like, jnp.inf, y.dtype).at[labels].min(jnp.where(weights > 0, y, jnp.inf))
     high = jnp.full(like, -jnp.inf, y.dtype).at[labels].max(jnp.where(weights > 0, y, -jnp.inf))
     return jnp.clip(found, low[labels], high[labels])
+
+
+def inverse_laplacian(ground: Ground, right: Array, times: int) -> tuple[Array, Array]:
+    """`(L^+)^times right` for a right-hand side whose sums over every component are 0, and whether it is accurate.
+
+    By cosines on grids; by conjugate gradients elsewhere, which may not converge in 1,000 steps.
+    """
+    base, nothing = ground.highest.base, jnp.zeros((), bool)
+    if ground.cosine is not None:
+        return ground.cosine.filtered(right, lambda level: jnp.where(level > 0, level, jnp.inf) ** -times), ~nothing
+    limit = max(CG_TOLERANCE, 2 * float(jnp.finfo(right.dtype).eps))
+
+    def balanced(x: Array) -> Array:
+        """Restore sums of 0, to rounding, for the next solve."""
+        if ground.labels is None:
+            return x - jnp.mean(x, axis=0)
+        nothing = jnp.zeros((ground.components, *x.shape[1:]), x.dtype)
+        sums, sizes = nothing.at[ground.labels].add(x), nothing.at[ground.labels].add(1)
+        return x - (sums / sizes)[ground.labels]
+
+    def solved(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, failed = carry
+        found, _ = jax.scipy.sparse.linalg.cg(
+            base.laplacian, x, tol=limit, maxiter=CG_STEPS, M=lambda residual: residual / ground.degrees
+        )
+        left = jnp.linalg.norm(base.laplacian(found) - x)
+        return balanced(found), failed | ~(left <= 100 * limit * jnp.linalg.norm(x))
+
+    found, failed = jax.lax.fori_loop(0, times, solved, (right, nothing))
+    return found, ~failed
+
+
+def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
+    """The shortest u with `Δ^(k+1)ᵀ u = pull`, and whether it is accurate.
+
+    If u lies in the dual ball, the component means are the fit. With 2m factors in Δ, `u = (L^+)^m pull`, with
+    2m + 1 factors `u = D (L^+)^(m+1) pull`.
+    """
+    halves, odd = divmod(ground.highest.order, 2)
+    z, solved = inverse_laplacian(ground, pull, halves + odd)
+    return (ground.highest.base.difference(z) if odd else z), solved
 
 
 @jax.jit

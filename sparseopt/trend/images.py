@@ -47,9 +47,6 @@ def denoise(
         max_steps: step limit.
         dtype: of the computation.
         devices: as in `trend_filter`.
-
-    Raises:
-        ValueError: for an array that is not an image, or where `trend_filter` raises.
     """
     given = np.asarray(image)
     if given.ndim not in (2, 3) or given.dtype.kind not in "uif" or min(given.shape) < 1:

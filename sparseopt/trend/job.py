@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.arguments import is_positive, real_array, require_memory, whole_number
+from sparseopt.core.arguments import is_positive, real_array, require_memory, unknown, whole_number
 from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.core.group_penalties import GroupL2, SparseGroup
 from sparseopt.core.penalties import L1, MCP, SCAD
@@ -89,11 +89,6 @@ class Job:
             raise TypeError(f"warm_start is a Solution of trend_filter, given {type(start).__name__}")
         if start is not None and not np.all(np.isfinite(np.asarray(start.value))):
             raise ValueError("warm_start holds values that are not finite; start without it")
-
-    @property
-    def cold(self) -> bool:
-        """Whether there is neither a warm start nor a history."""
-        return self.warm_start is None and not self.history
 
     @functools.cached_property
     def ground(self) -> Ground:
@@ -183,7 +178,7 @@ def checked_loss(loss: Any) -> ScalarLoss | None:
         return None
     if isinstance(loss, str):
         if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}; known are square, {', '.join(LOSSES)}")
+            raise ValueError(unknown("loss", loss, ("square", *LOSSES)))
         return LOSSES[loss]
     if isinstance(loss, type) or not isinstance(loss, ScalarLoss):
         raise TypeError(

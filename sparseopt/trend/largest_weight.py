@@ -1,18 +1,7 @@
 """Floor 5: the least weight of L1 at which a trend filter returns the component means, with a certificate.
 
-The means are the fit at weight lam exactly if a dual proves it:
-
-    lam_max = min { max_r |u_r| : Δ^(k+1)ᵀ u = W (y - mean) },        the means per component, weighted by W
-
-With `z = (L^+)^m W (y - mean)`, where Δ^(k+1) = L^m (k odd) or D L^m (k even):
-
-    k odd     u = z + a constant on each component; the best constant centres it:  lam_max = max (max z - min z) / 2
-    k even    Dᵀu = z, a flow on the edges that meets the demand z. On a forest it is unique, u = D L^+ z.
-
-On a graph with cycles lam_max is that of the flow with the least congestion. It is the dual of
-`max_b <z, b> / ||D b||_1`, whose maximum is attained by the indicator of a set of nodes (coarea formula). Dinkelbach's
-iteration takes b, the order-0 fit of z at weight lam, and raises lam to the best ratio among b's level sets, a lower
-bound that never falls. The fit's dual u plus the flow of the remaining demand, `u + D L^+ b`, gives an upper bound.
+It is in closed form for odd orders and on forests, and elsewhere found by Dinkelbach's iteration, between bounds; see
+The mathematics, "Paths of weights".
 
 Source: Dinkelbach, "On nonlinear fractional programming", Management Science 13 (1967); Strang, "Maximal flow through
 a domain", Mathematical Programming 26 (1983), for flows and level sets; Wang, Sharpnack, Smola, Tibshirani, "Trend
@@ -31,12 +20,11 @@ from sparseopt.core.penalties import L1
 from sparseopt.core.types import precision
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import ground_of
+from sparseopt.trend.ground import ground_of, inverse_laplacian
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.methods.admm import ADMM
 from sparseopt.trend.methods.doge import DOGE
 from sparseopt.trend.signal import Signal, checked_order, checked_signal
-from sparseopt.trend.start import inverse_laplacian
 
 FIRST_STEPS = 100
 MOST_STEPS = 12_800
@@ -65,13 +53,11 @@ def largest_weight(
     weight over the channels, in the unit of y times that of the node weights; 0 if the signal is its component means.
 
     Raises:
-        ValueError: on input that `trend_filter` refuses.
         RuntimeError: if the interval remains wider than `tol`.
 
     Example:
-        >>> from sparseopt.trend.largest_weight import largest_weight
         >>> y = np.array([0.0, 0.0, 3.0, 3.0])
-        >>> round(largest_weight(y, so.Graph.chain(4)), 6)  # 1.5 above the mean, two nodes a side, one edge between
+        >>> round(so.largest_weight(y, so.Graph.chain(4)), 6)  # 1.5 above the mean, two nodes a side, one edge between
         3.0
         >>> so.trend_filter(y, so.Graph.chain(4), so.L1(3.001)).value.tolist()
         [1.5, 1.5, 1.5, 1.5]
@@ -110,8 +96,7 @@ def null_fit(signal: Signal, graph: Graph, order: int, tol: float) -> NullFit:
 
 def _pull(signal: Signal, graph: Graph) -> np.ndarray:
     """`W (y - mean)`, `[n, channels]` in float64, exactly 0 if it is at the rounding level."""
-    values = signal.values.reshape(graph.num_nodes, -1).astype(np.float64)
-    weights = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
+    values, weights = signal.columns, signal.mass
     apart = values - _component_means(values, graph, weights)
     seen = weights[:, None] > 0
     size = np.abs(np.where(seen, values, 0)).max(axis=0)
@@ -147,7 +132,6 @@ def _laplacian_solution(graph: Graph, right: np.ndarray, times: int) -> np.ndarr
 
 
 def _component_means(values: np.ndarray, graph: Graph, weights: np.ndarray | None = None) -> np.ndarray:
-    """The (weighted) mean of each node's component, `[n, channels]`."""
     weights = np.ones(graph.num_nodes) if weights is None else weights
     sums = np.stack([np.bincount(graph.components, weights * column) for column in values.T], axis=1)
     return (sums / np.bincount(graph.components, weights)[:, None])[graph.components]

@@ -64,7 +64,7 @@ class Layout:
         """As `rows` on one device, for values in the order of `graph.row_edges`."""
         graph = self.graph
         if order % 2 == 0:
-            return values.reshape(*(graph.shape or (graph.num_nodes,)), *values.shape[1:])
+            return values.reshape(*graph.node_shape, *values.shape[1:])
         return values if graph.shape is None else edge_grid(values, graph.shape, 0.0)
 
     @functools.cached_property

@@ -2,11 +2,8 @@
 
     minimise over b    sum_j w_j f(b_j; y_j)  +  penalty(Δ^(k+1) b)
 
-b is on the scale of the loss: a log-rate for counts, log-odds for labels; `loss.mean(b)` maps it back.
-
-At every order the penalty vanishes exactly on the signals that are constant on components. So a fit exists if and only
-if the best constant of every component is finite, which is checked for every channel: counts need a positive one,
-labels need both kinds. For the squared hinge it is always finite.
+b is on the scale of the loss: a log-rate for counts, log-odds for labels; `loss.mean(b)` maps it back. A fit exists if
+and only if the best constant of every component is finite, which is checked for every channel.
 """
 
 import dataclasses
@@ -24,12 +21,11 @@ from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem, Solution
 from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart, certificate
-from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Ground, leaves_as, mean_weight
+from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Ground, leaves_as, mean_weight, null_space_dual
 from sparseopt.trend.job import Job, vanishes
 from sparseopt.trend.methods import chosen
 from sparseopt.trend.plan import FIRST_RHO, known_fit, to_next_check
 from sparseopt.trend.signal import Signal
-from sparseopt.trend.start import null_space_dual
 
 # A node without an observation still needs some weight in the x-step: this fraction of the mean.
 LIGHT = 1e-2
@@ -123,9 +119,7 @@ def _require_connected(penalty: Any) -> None:
 
 def _observations(signal: Signal, job: Job, loss: ScalarLoss, free: bool) -> _Data:
     """The data, checked to lie in the loss's domain; without a penalty every node is a component."""
-    graph = job.graph
-    columns = signal.values.reshape(graph.num_nodes, -1).astype(np.float64)
-    weights = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
+    graph, columns, weights = job.graph, signal.columns, signal.mass
     wrong = loss.wrong(columns) & (weights > 0)[:, None]
     if wrong.any():
         node, channel = (int(i) for i in np.argwhere(wrong)[0])
@@ -144,7 +138,6 @@ def _observations(signal: Signal, job: Job, loss: ScalarLoss, free: bool) -> _Da
 
 
 def _require_finite(null: np.ndarray, data: _Data, loss: ScalarLoss, unpenalised: bool) -> None:
-    """Raise a ValueError for a component without a finite constant of least loss."""
     endless = ~np.isfinite(null)
     if not endless.any():
         return
@@ -185,8 +178,7 @@ def _box(signal: Signal, loss: ScalarLoss, order: int) -> tuple[np.ndarray, np.n
 
     At order 0 the range of the data is an exact bound, if the loss has one.
     """
-    seen = signal.values if signal.weights is None else signal.values[signal.weights > 0]
-    spans = [loss.span(column) for column in seen.reshape(len(seen), -1).T.astype(np.float64)]
+    spans = [loss.span(column) for column in signal.columns[signal.mass > 0].T]
     low, high = np.array(spans).T.reshape(2, *signal.values.shape[1:])
     wider = 0 if order == 0 and loss.span_holds_fit else BOX_RANGES * (high - low)
     return low - wider, high + wider

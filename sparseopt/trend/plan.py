@@ -8,7 +8,7 @@ signal -> centred data -> start -> the solver's loop -> the caller's units, cert
 import dataclasses
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,15 @@ from sparseopt.core.certify import promoted, relative_gap, stationary
 from sparseopt.core.differentiate import Found, attached
 from sparseopt.core.fidelity import total
 from sparseopt.core.iterate import iterate
-from sparseopt.core.operators import Split
+from sparseopt.core.operators import Split, Stack
 from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.mixed import solve_mixed
 from sparseopt.core.solvers.node_solve import Cosine
 from sparseopt.core.types import pytree, static
-from sparseopt.trend.ground import Data, Ground, data_of
+from sparseopt.trend.ground import Data, Ground, data_of, null_space_dual
 from sparseopt.trend.job import Job
-from sparseopt.trend.start import cold_start
 
 # rho starts at this multiple of the weight over the noise: the balance 3 of admm.py at duals of rms 0.8 weight.
 FIRST_RHO = 2.4
@@ -35,6 +34,9 @@ FIRST_RHO = 2.4
 ACCELERATION = 10
 # From this many nodes on a start in float32 saves more than the compilation of a second program costs.
 MIXED_FROM = 500_000
+# Rounds of smoothing, and steps per round; after each round the signal is tried as a proof that the means are not the
+# fit.
+ROUNDS, SMOOTHINGS = 4, 16
 
 
 @pytree
@@ -70,7 +72,43 @@ class Plan:
         return Admm(self.node_solve, rho, relaxation, self.cadence, acceleration=acceleration)
 
     def start(self, penalty: Any, data: Data, weights: Any) -> Start:
-        return cold_start(self.ground, self.split, penalty, data, weights)
+        """The centred signal with a dual of 0; or, if the weight may be large enough, the means and their dual.
+
+        The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z. One z usually disproves that: the pull
+        itself where smoothing is weak, else the smoothed pull.
+        """
+        ground, centre = self.ground, data.centred.center
+        nothing = jnp.zeros(self.split.row_shape(centre), centre.dtype)
+        if not isinstance(penalty, Norm) or isinstance(ground.operator, Stack):
+            return Start(centre, nothing)
+        apart = data.loss.center - data.means
+        pull = apart if weights is None else weights * apart
+        # Scaled to size 1, so that no square overflows: both sides of the comparison are homogeneous.
+        size = jnp.max(jnp.abs(pull))
+        size = jnp.where(size > 0, size, 1)
+        pull = pull / size
+
+        def rules_out(z: Array) -> Array:
+            return penalty.value(ground.highest.mv(z)) < size * jnp.sum(pull * z)
+
+        def smoothed(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            """`z` after some steps of a lazy random walk."""
+            laplacian = ground.highest.base.laplacian
+            z, rounds, _ = carry
+            z = jax.lax.fori_loop(0, SMOOTHINGS, lambda _, last: last - laplacian(last) / (2 * ground.degrees), z)
+            return z, rounds + 1, rules_out(z)
+
+        first = (pull, jnp.zeros((), jnp.int32), rules_out(pull))
+        *_, ruled_out = jax.lax.while_loop(lambda carry: ~carry[2] & (carry[1] < ROUNDS), smoothed, first)
+
+        def means() -> Start:
+            # A batch runs this branch for every lane: where the means are ruled out there is nothing to solve.
+            dual, solved = null_space_dual(ground, jnp.where(ruled_out, 0, pull))
+            dual = penalty.project_dual(size * dual)
+            kept = solved & ~ruled_out
+            return Start(jnp.where(kept, data.means - data.shift, centre), jnp.where(kept, dual, 0))
+
+        return jax.lax.cond(ruled_out, lambda: Start(centre, nothing), means)
 
     def fitted(self, job: Job) -> Solution:
         """The fit of a job's signal, in the layout of the nodes."""
@@ -159,8 +197,7 @@ def fit(
     value, objective = attached(problem, ended.value, ended.objective, Found(None, dual, step))
     # The memory of the acceleration is many times the signal, and no later solve can use it.
     state = dataclasses.replace(found.state, past=None)
-    ended = ended._replace(value=value, objective=objective)
-    return dataclasses.replace(found, **ended._asdict(), state=state, dual=dual)
+    return dataclasses.replace(ended, value=value, objective=objective, state=state, dual=dual)
 
 
 def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
@@ -168,16 +205,6 @@ def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
     if weights is not None:
         y = jnp.where(jnp.isfinite(y), y, 0)
     return y if ground.present is None else jnp.where(ground.present, y, data.shift)
-
-
-class Finished(NamedTuple):
-    """A fit in the caller's units, as `Solution` has it."""
-
-    value: Any
-    status: Any
-    residual: Any
-    objective: Any
-    gap: Any
 
 
 def judged(ground: Ground, data: Data, penalty: Any, x: Array, dual: Array) -> tuple[Array, Array]:
@@ -189,7 +216,7 @@ def judged(ground: Ground, data: Data, penalty: Any, x: Array, dual: Array) -> t
     return objective, jnp.where(objective == 0, 0, relative_gap(slack, objective))
 
 
-def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Array, tol: Any) -> Finished:
+def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Array, tol: Any) -> Solution:
     """The solution `found` of the centred problem with the dual of its rows, in the caller's units, judged there.
 
     The component means are the limit for large weights; where they are no worse than the iterate, they are the answer,
@@ -197,16 +224,16 @@ def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Ar
     """
     x, status = found.value + data.shift, found.status
     if not isinstance(penalty, Norm):
-        return Finished(x, stationary(status), found.residual, found.objective, found.gap)
+        return dataclasses.replace(found, value=x, status=stationary(status))
     of_x, of_means = (judged(ground, data, penalty, point, dual) for point in (x, data.means))
     take = of_means[0] <= of_x[0]
     objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
     # Adding the mean rounds, and it may overflow where the centred problem did not: the gap accounts for both.
-    status = promoted(status, gap, objective, tol)
-    return Finished(jnp.where(take, data.means, x), status, gap, objective, gap)
+    status, value = promoted(status, gap, objective, tol), jnp.where(take, data.means, x)
+    return dataclasses.replace(found, value=value, status=status, residual=gap, objective=objective, gap=gap)
 
 
-def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Finished, dual: Array, tol: Array) -> Finished:
+def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Solution, dual: Array, tol: Array) -> Solution:
     """The fit with 0 where the first term's prox with a long step is 0, if its gap is no worse or within tol.
 
     See `nonzero_rows` in `freedom.py` for why the dual decides, and not the size of an entry.
@@ -218,5 +245,5 @@ def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Finished, dual: A
     value = jnp.where(kept.reshape(x.shape), x, 0)
     objective, gap = judged(ground, data, penalty, value, dual)
     take = gap <= jnp.maximum(fit.gap, tol)
-    changed = Finished(value, fit.status, gap, objective, gap)
-    return jax.tree.map(lambda new, old: jnp.where(take, new, old), changed, fit)
+    changed = {"value": value, "residual": gap, "objective": objective, "gap": gap}
+    return dataclasses.replace(fit, **{name: jnp.where(take, new, getattr(fit, name)) for name, new in changed.items()})

@@ -2,11 +2,8 @@
 
     minimise over b    loss(b) + sum_r p(|(Δ^(k+1) b)_r|),        p rising and concave: MCP, SCAD, or your own
 
-L1 pulls every difference towards 0, also the large ones, which flattens peaks and steps. A concave p stops pulling
-where a difference is large. Its tangent at the last fit lies above it, so with `w_r = p'(|(Δ b)_r|)` the fit for
-`sum_r w_r |(Δ b)_r|` lowers the objective until it is stationary. The first tangent is that at 0: the L1 fit. Each
-round is a convex problem with a duality gap, whereas `trend_filter` with the concave penalty itself ends at a
-stationary point that depends on its start.
+The tangent of p at the last fit lies above p, so the fit for the weights `w_r = p'(|(Δ b)_r|)` lowers the objective
+until it is stationary; the first tangent is that at 0, the L1 fit. Each round is a convex problem with a duality gap.
 
 Source: Zou and Li, "One-step sparse estimates in nonconcave penalized likelihood models", Annals of Statistics 36
 (2008); Candès, Wakin, Boyd, "Enhancing sparsity by reweighted l1 minimization", 2008; Varma, Lee, Kovačević, Chi,
@@ -72,7 +69,6 @@ def reweighted_trend_filter(
         **options: of `trend_filter`, such as `method`, `node_weights`, `missing`, `dtype`, `loss` or `max_steps`.
 
     Raises:
-        ValueError, TypeError: on input that does not fit, and all that `trend_filter` raises.
         RuntimeError: if a round does not converge, see `Solution.check`.
 
     Example:

@@ -7,19 +7,10 @@ With RSS the weighted sum of squares, N the number of observed values and sigma 
     aic    RSS / sigma² + 2 df,       or  N log(RSS / N) + 2 N (df + 1) / (N - df - 2)  if sigma is not known
     bic    RSS / sigma² + log(N) df,  or  N log(RSS / N) + log(N) df                    if sigma is not known
 
-Why gcv needs a bound: with M the mean squared error and d = df / N, RSS / N has the mean `sigma² (1 - 2 d) + M` for L1,
-so gcv estimates `sigma² + M` without bias if `M = sigma² d / (2 - d)`. For small d a different M matters little. As d
-approaches 1 the quotient tends to `sigma² / (1 - d)` for a projection, whose M is sigma² d. But L1 shrinks, its M is
-smaller, and the quotient falls far below `sigma² + M`: the noisiest fits would win. The penalty of the corrected aic
-rises fast enough to need no bound.
-
-Source: Golub, Heath and Wahba, "Generalized cross-validation as a method for choosing a good ridge parameter",
-Technometrics 21 (1979); Stein, "Estimation of the mean of a multivariate normal distribution", Annals of Statistics 9
-(1981); Akaike (1974); Schwarz (1978); Hurvich, Simonoff and Tsai, "Smoothing parameter selection in nonparametric
-regression using an improved Akaike information criterion", JRSS B 60 (1998), for the corrected form; Zou, Hastie and
-Tibshirani, "On the degrees of freedom of the lasso", Annals of Statistics 35 (2007), for their use with a count of
-dimensions; Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", second edition, section 7.10, for
-the rule of one standard error.
+Source: Golub, Heath and Wahba, Technometrics 21 (1979); Stein, Annals of Statistics 9 (1981); Akaike (1974); Schwarz
+(1978); Hurvich, Simonoff and Tsai, JRSS B 60 (1998), for the corrected aic; Zou, Hastie and Tibshirani, Annals of
+Statistics 35 (2007), for their use with a count of dimensions; Hastie, Tibshirani and Friedman, "The Elements of
+Statistical Learning", section 7.10, for the rule of one standard error.
 """
 
 import dataclasses
@@ -28,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.core.arguments import is_positive, whole_number
+from sparseopt.core.arguments import is_positive, unknown, whole_number
 from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Status
 from sparseopt.trend.graph import Graph
@@ -40,8 +31,6 @@ RULES = ("min", "one_se")
 
 
 class _Chosen:
-    """A chosen level `index` of a `path`."""
-
     path: TrendPath
     index: Any
 
@@ -89,23 +78,19 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
             RSS goes to 0; on a path that comes close to the signal give "bic" a sigma, such as `path.noise`.
 
     Raises:
-        TypeError: for something other than a `TrendPath`.
-        ValueError: for another criterion, or a sigma that is not positive.
         RuntimeError: if a level of the path has values that are not finite.
 
     Example:
-        >>> from sparseopt.trend.path import trend_path
-        >>> from sparseopt.trend.selection import select
         >>> clean = np.repeat([0.0, 5.0, 2.0], 40)
         >>> y = clean + np.random.default_rng(0).standard_normal(120)
-        >>> best = select(trend_path(y, so.Graph.chain(120)), "gcv")
+        >>> best = so.select(so.trend_path(y, so.Graph.chain(120)), "gcv")
         >>> bool(np.mean((best.value - clean) ** 2) < 0.2)
         True
     """
     if not isinstance(path, TrendPath):
         raise TypeError(f"select takes a TrendPath, as trend_path returns it, given {type(path).__name__}")
     if criterion not in CRITERIA:
-        raise ValueError(f"unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}")
+        raise ValueError(unknown("criterion", criterion, CRITERIA))
     if sigma is None and criterion == "sure":
         sigma = path.noise
     _require_finite(path.statuses, "the path")
@@ -219,22 +204,20 @@ def cross_validate(
     weight within one standard error of it. All other arguments are those of `trend_path`.
 
     Raises:
-        ValueError: for more folds than observed nodes, a component with only one observed node (which no fold can
-            predict), or where `trend_path` raises.
+        ValueError: also for a component with only one observed node, which no fold can predict.
         RuntimeError: if a fit has values that are not finite.
 
     Example:
-        >>> from sparseopt.trend.selection import cross_validate
         >>> clean = np.repeat([0.0, 5.0, 2.0], 40)
         >>> y = clean + np.random.default_rng(0).standard_normal(120)
-        >>> chosen = cross_validate(y, so.Graph.chain(120), num=20)
+        >>> chosen = so.cross_validate(y, so.Graph.chain(120), num=20)
         >>> bool(np.mean((chosen.value - clean) ** 2) < 0.2)
         True
     """
     if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}; known are {', '.join(RULES)}")
+        raise ValueError(unknown("rule", rule, RULES))
     signal = checked_signal(y, graph, node_weights, missing, dtype)
-    level = np.ones(graph.num_nodes) if signal.weights is None else signal.weights.astype(np.float64)
+    level = signal.mass
     held = random_folds(graph, level > 0, folds, seed)
     folds = int(folds)
     path = trend_path(y, graph, penalty, order, node_weights=node_weights, missing=missing, dtype=dtype, **options)
@@ -253,9 +236,8 @@ def cross_validate(
 
 
 def _held_out_errors(fit: TrendPath, signal: Signal, weights: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """The weighted mean squared error at the held-out nodes, level by level."""
-    levels, nodes = len(fit), signal.values.shape[0]
-    apart = fit.values.reshape(levels, nodes, -1)[:, held] - signal.values.reshape(nodes, -1)[held].astype(np.float64)
+    columns = signal.columns
+    apart = fit.values.reshape(len(fit), *columns.shape)[:, held] - columns[held]
     return np.average((apart**2).mean(axis=-1), axis=1, weights=weights[held])
 
 

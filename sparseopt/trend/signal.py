@@ -1,13 +1,17 @@
-"""Floor 5: the caller's signal on a graph, checked on the host before any work."""
+"""Floor 5: the caller's signal on a graph, checked on the host before any work, and its noise level."""
 
 import dataclasses
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.arguments import real_array, require_memory, whole_number
+from sparseopt.core.grouping import edge_rows
+from sparseopt.core.operators import Difference
+from sparseopt.core.types import precision
 from sparseopt.trend.graph import Graph
 
 # On a graph with a long enough path the entries of Δ^(order+1) reach binomial(order + 1, half of it); from the next
@@ -20,6 +24,8 @@ PLAIN_COPIES = 6
 # The gap compares squares of residuals with those of the signal, which must be this much above the smallest normal
 # number: otherwise residuals vanish and every fit would count as exact.
 SQUARES_ABOVE_TINY = 1e12
+# The median of |x| for a standard normal x.
+NORMAL_MEDIAN = 0.6744897501960817
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +35,16 @@ class Signal:
     values: np.ndarray  # `[n]` or `[n, channels]` in the dtype of the computation, 0 where missing
     weights: np.ndarray | None  # node weights `[n]`, 0 where missing, or None for ones
     shape: tuple[int, ...]  # the caller's shape, which the answer gets
+
+    @property
+    def columns(self) -> np.ndarray:
+        """The values, `[n, channels]` in float64."""
+        return self.values.reshape(len(self.values), -1).astype(np.float64)
+
+    @property
+    def mass(self) -> np.ndarray:
+        """The node weights, `[n]` in float64."""
+        return np.ones(len(self.values)) if self.weights is None else self.weights.astype(np.float64)
 
 
 def checked_graph(graph: Any) -> Graph:
@@ -57,15 +73,9 @@ def compute_dtype(y: np.ndarray, dtype: Any) -> np.dtype:
 def checked_signal(
     y: Any, graph: Graph, node_weights: Any, missing: str, dtype: Any, copies: int = FIT_COPIES
 ) -> Signal:
-    """The signal, its weights and the caller's shape, from the arguments of `trend_filter`.
+    """The signal from the arguments of `trend_filter`; a TypeError or ValueError on what does not fit.
 
     `copies` is the least number of arrays like the signal that the work takes.
-
-    Raises:
-        TypeError: for a graph that is not a `Graph`, and a signal that is traced.
-        ValueError: on a signal that does not hold real numbers, a length that does not fit the graph, non-finite
-            values, values whose squares overflow or vanish, weights that are negative, non-finite or of the wrong
-            shape, an unknown `missing`, a component without an observation, or too little memory.
     """
     graph = checked_graph(graph)
     if isinstance(y, jax.core.Tracer):
@@ -133,19 +143,22 @@ def _checked_weights(node_weights: Any, graph: Graph) -> np.ndarray | None:
             f"{graph.num_nodes} nodes need as many node weights, [{graph.num_nodes}]{grid}, given "
             f"{weights.size if weights.ndim == 1 else f'the shape {weights.shape}'}"
         )
-    weights = weights.reshape(-1)
+    require_not_negative(weights.reshape(-1), "node weights", "at node")
+    return weights.reshape(-1)
+
+
+def require_not_negative(weights: np.ndarray, what: str, where: str) -> None:
+    """Raise a ValueError for the first weight that is negative or not finite."""
     wrong = ~(np.isfinite(weights) & (weights >= 0))
     if wrong.any():
-        node = int(np.argmax(wrong))
+        first = int(np.argmax(wrong))
         raise ValueError(
-            f"node weights are finite and not negative, given {weights[node]} at node {node} "
+            f"{what} are finite and not negative, given {weights[first]} {where} {first} "
             f"({int(wrong.sum())} such); 0 marks a missing observation"
         )
-    return weights
 
 
 def _require_squares(values: np.ndarray, weights: np.ndarray | None, kind: np.dtype) -> None:
-    """Raise a ValueError if sums of squares overflow, or single squares vanish."""
     limits = np.finfo(kind)
     largest = float(np.abs(values).max())
     heaviest = 1.0 if weights is None else float(weights.max())
@@ -183,3 +196,48 @@ def _require_observations(weights: np.ndarray, graph: Graph) -> None:
 def checked_order(order: Any) -> int:
     """The order as an int in `[0, MOST_ORDER]`; else a ValueError."""
     return whole_number("order", order, 0, MOST_ORDER, "0: piecewise constant, 1: piecewise linear, ...")
+
+
+def noise_level(y: Any, graph: Graph, order: int = 0, node_weights: Any = None, *, missing: str = "error") -> float:
+    """The standard deviation of the noise in a signal whose trend has few or small differences.
+
+    `median_r |(Δ^(order+1) y)_r| / (||Δ_r|| 0.6745)`: a difference of white noise of deviation sigma has the deviation
+    `sigma ||Δ_r||`, and a few jumps of the trend do not move the median.
+
+    The arguments are those of `trend_filter`; all channels count as one sample. The noise at node j is assumed to have
+    the variance `sigma² / w_j`, and rows that touch a node of weight 0 are left out. The result is NaN if no row is
+    left.
+
+    Source: Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", Biometrika 81 (1994), with
+    differences in place of the finest wavelets.
+
+    Example:
+        >>> y = np.repeat([0.0, 50.0], 500) + 2.0 * np.random.default_rng(0).standard_normal(1000)
+        >>> bool(abs(so.noise_level(y, so.Graph.chain(1000)) - 2.0) < 0.2)
+        True
+    """
+    signal = checked_signal(y, graph, node_weights, missing, np.float64, PLAIN_COPIES)
+    return signal_noise(signal, graph, checked_order(order))
+
+
+def signal_noise(signal: Signal, graph: Graph, order: int) -> float:
+    """`noise_level` of a checked signal."""
+    values = signal.columns
+    if signal.weights is None:
+        with precision(np.dtype(np.float64)):
+            on_nodes = jnp.asarray(values.reshape(*graph.node_shape, -1))
+            rows = np.asarray(Difference(graph.base(np.float64), order + 1).mv(on_nodes))
+        squares = graph.sums(order + 1).row_squares
+        if graph.shape is not None and order % 2 == 0:
+            rows, squares = edge_rows(rows, graph.shape), edge_rows(squares, graph.shape)
+    else:
+        matrix = graph.matrix(order + 1)
+        weights = signal.mass
+        squares = matrix.multiply(matrix) @ (1 / np.where(weights > 0, weights, 1))
+        squares = np.where(abs(matrix) @ (weights == 0) > 0, 0, squares)
+        rows = matrix @ values
+    judged = squares > 0  # an isolated node has a row without entries
+    if not judged.any():
+        return float("nan")
+    sizes = np.abs(rows.reshape(-1, values.shape[1])[judged.reshape(-1)]) / np.sqrt(squares[judged])[:, None]
+    return float(np.median(sizes) / NORMAL_MEDIAN)

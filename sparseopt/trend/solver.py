@@ -8,7 +8,6 @@ the Jacobian in y is the projection onto the signals with the same zero differen
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -57,16 +56,14 @@ class TrendSolver:
         Returns:
             As `trend_filter`, in the shape of y; under vmap with one status per lane. Values are not checked: for a
             signal that is not finite the status is NONFINITE.
-
-        Raises:
-            ValueError: for a shape that does not fit, or a penalty that the method cannot solve.
         """
-        graph, channels, kind = self.layout.graph, self.channels is not None, np.dtype(self.dtype)
+        graph, kind = self.layout.graph, np.dtype(self.dtype)
+        channels = () if self.channels is None else (self.channels,)
         y = jnp.asarray(y, kind)
-        shapes = [(graph.num_nodes,), *([] if graph.shape is None else [graph.shape])]
-        if y.shape not in (wanted := [(*shape, *([self.channels] if channels else [])) for shape in shapes]):
+        shapes = list(dict.fromkeys([(graph.num_nodes,), graph.node_shape]))
+        if y.shape not in (wanted := [shape + channels for shape in shapes]):
             raise ValueError(f"the solver's signals have the shape {' or '.join(map(str, wanted))}, given {y.shape}")
-        require_penalty(penalty, channels)
+        require_penalty(penalty, bool(channels))
         weight, rows = getattr(penalty, "weight", 0.0), self.layout.count(self.order + 1)
         if np.ndim(weight) and (np.shape(weight) != (rows,) or not isinstance(penalty, L1)):
             raise ValueError(
@@ -79,30 +76,19 @@ class TrendSolver:
                 raise ValueError(
                     f"{graph.num_nodes} nodes need as many node weights, given the shape {node_weights.shape}"
                 )
-            node_weights = node_weights.reshape(self.nodes + (1,) * channels)
-        plan = self._plan(penalty, node_weights is not None)
+            node_weights = node_weights.reshape(graph.node_shape + (1,) * len(channels))
+        plan, nodes = self._plan(penalty, node_weights is not None), graph.node_shape + channels
         if isinstance(start, Solution):
             start = Start(start.value, start.dual, start.state.rho)
         if start is not None:
-            start = dataclasses.replace(start, x=self._flat(jnp.asarray(start.x, kind)))
-        terms = on_rows({self.order: penalty}, self.layout, kind, channels)
-        found = fit(plan, self._flat(y), terms, node_weights, tol, max_steps, warm_start=start)
+            start = dataclasses.replace(start, x=jnp.asarray(start.x, kind).reshape(nodes))
+        terms = on_rows({self.order: penalty}, self.layout, kind, bool(channels))
+        found = fit(plan, y.reshape(nodes), terms, node_weights, tol, max_steps, warm_start=start)
         return dataclasses.replace(found, value=found.value.reshape(y.shape))
 
-    @property
-    def nodes(self) -> tuple[int, ...]:
-        """The shape of an array on the nodes."""
-        return self.layout.graph.shape or (self.layout.graph.num_nodes,)
-
-    def _flat(self, x: jax.Array) -> jax.Array:
-        return x.reshape(self.nodes + (() if self.channels is None else (self.channels,)))
-
     def _plan(self, penalty: Any, weighted: bool) -> Plan:
-        """The first plan that fits; a ValueError with the reason of the last one if none does."""
-        reason = None
         for plan in self.plans:
-            reason = plan.refuses(penalty, weighted)
-            if reason is None:
+            if (reason := plan.refuses(penalty, weighted)) is None:
                 return plan
         raise ValueError(reason)
 
@@ -128,9 +114,6 @@ def trend_solver(
         dtype: float32 or float64; None for JAX's default. float64 needs 64-bit types to be enabled.
         channels: the length of the signals' last axis; None for signals without channels.
         B: as in `trend_filter`.
-
-    Raises:
-        ValueError, TypeError: on arguments that do not fit.
 
     Example:
         >>> y = jnp.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0])

@@ -3,15 +3,10 @@
     value(x) = sum_i w_i |(Δ^(k+1) x)_i|
     prox(x, step) = argmin over u    1/2 ||u - x||² + step * value(u)
 
-The prox is computed iteratively, to a duality gap. It keeps its final state, above all a dual point, so that in the
-loop of a solver each prox starts where the last one ended.
-
-Source: Rudin, Osher and Fatemi, "Nonlinear total variation based noise removal algorithms", 1992; Wang, Sharpnack,
-Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016); for proxes that are inexact and warm-started, Schmidt,
-Le Roux and Bach, "Convergence rates of inexact proximal-gradient methods for convex optimization", 2011.
+Source: Rudin, Osher and Fatemi, "Nonlinear total variation based noise removal algorithms", 1992; for proxes that are
+inexact and warm-started, Schmidt, Le Roux and Bach, "Convergence rates of inexact proximal-gradient methods", 2011.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -19,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.arguments import is_positive, whole_number
+from sparseopt.core.arguments import positive_number, whole_number
 from sparseopt.core.operators import Difference
 from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Status
@@ -101,11 +96,6 @@ class TotalVariation:
         solver: that of an earlier TotalVariation, instead of graph, order, method, dtype and channels. JAX and
             `dataclasses.replace` use it.
 
-    Raises:
-        TypeError: for a graph that is not a `Graph`.
-        ValueError: for an order, weight, tol, max_steps or method out of its range, unless it is traced; in the
-            methods, for an x of another shape.
-
     Example:
         >>> penalty = so.TotalVariation(so.Graph.chain(6), 0.6)
         >>> penalty.prox(jnp.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0]), step=0.5).round(3)
@@ -131,7 +121,12 @@ class TotalVariation:
         solver: TrendSolver | None = None,
     ) -> None:
         if solver is None:
-            max_steps = _checked(checked_graph(graph), weight, checked_order(order), tol, max_steps)
+            rows = layout_of(checked_graph(graph)).count(checked_order(order) + 1)
+            if not isinstance(weight, jax.core.Tracer):
+                check_parameters(L1(weight), np.dtype(np.float64), rows)
+            if not isinstance(tol, jax.core.Tracer):
+                positive_number("tol", tol)
+            max_steps = whole_number("max_steps", max_steps, 1, MOST_STEPS)
             solver = trend_solver(graph, order, method, dtype, channels)
         elif (graph, order, method, dtype, channels) != (None, 0, AUTO, None, None):
             raise ValueError(
@@ -191,9 +186,9 @@ class TotalVariation:
 
     def parts(self, x: FloatArray) -> tuple[L1, Rows]:
         """L1 with the weights of the rows, and `Δ^(k+1)` for arrays like x."""
-        solver = self.solver
+        solver, graph = self.solver, self.solver.layout.graph
         channels = () if solver.channels is None else (solver.channels,)
-        fitting = {(*nodes, *channels) for nodes in (solver.nodes, (math.prod(solver.nodes),))}
+        fitting = {nodes + channels for nodes in (graph.node_shape, (graph.num_nodes,))}
         if x.shape not in fitting:
             raise ValueError(
                 f"this TotalVariation takes an x of shape {' or '.join(map(str, sorted(fitting)))}, given {x.shape}; "
@@ -207,15 +202,4 @@ class TotalVariation:
 
 
 def _wide(x: FloatArray) -> Any:
-    """The dtype of x, but at least float32."""
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _checked(graph: Graph, weight: Any, order: int, tol: Any, max_steps: Any) -> int:
-    """The step limit; a ValueError if it, the weight or the tolerance is out of its range. Tracers are not checked."""
-    rows = layout_of(graph).count(order + 1)
-    if not isinstance(weight, jax.core.Tracer):
-        check_parameters(L1(weight), np.dtype(np.float64), rows)
-    if not (isinstance(tol, jax.core.Tracer) or is_positive(tol)):
-        raise ValueError(f"tol must be positive and finite, given {tol!r}")
-    return whole_number("max_steps", max_steps, 1, MOST_STEPS)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sparseopt.core.arguments import unknown
 from sparseopt.core.penalties import Norm
 from sparseopt.core.solvers.dual_program import is_available
 from sparseopt.trend.job import Job
@@ -108,7 +109,7 @@ PAYS: dict[str, Callable[[Job], bool]] = {
 def named(name: Any) -> str | None:
     """The name of a method; None for "auto", a ValueError for an unknown name."""
     if not (isinstance(name, str) and name in (AUTO, *METHODS)):
-        raise ValueError(f"unknown method {name!r}; known are {', '.join((AUTO, *METHODS))}")
+        raise ValueError(unknown("method", name, (AUTO, *METHODS)))
     return None if name == AUTO else name
 
 

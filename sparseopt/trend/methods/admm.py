@@ -29,7 +29,7 @@ class StandardAdmm:
     keeps_rho_from = 0
 
     def refuses(self, job: Job) -> str | None:
-        return only_doge(job)
+        return refusal(job, self.name)
 
     def plan(self, job: Job) -> Plan:
         cosines = job.graph.shape is not None and not job.weighted
@@ -53,7 +53,7 @@ def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, cosines: 
     if cosines:
         assert graph.shape is not None
         return cosine_solve(graph.shape, orders, kind)
-    shape = graph.shape or (graph.num_nodes,)
+    shape = graph.node_shape
     if columns.ndim:
         matrix = graph.matrix(orders[0])
         diagonal = np.asarray(matrix.multiply(matrix).T @ columns).reshape(shape)
@@ -63,21 +63,24 @@ def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, cosines: 
     return ConjugateGradient(diagonal.astype(kind), jnp.asarray(1e-2, kind))
 
 
-def only_doge(job: Job) -> str | None:
-    """Why a method other than Doge-ADMM refuses a job with several devices or B; None if it has neither."""
-    if job.block is not None:
+def refusal(job: Job, name: str, *, single: bool = False, blocks: bool = False) -> str | None:
+    """Why a method other than Doge-ADMM refuses a job, or None.
+
+    No such method takes several devices. One that is `single` takes only one penalty and the square loss, and only one
+    with `blocks` takes B.
+    """
+    if single and job.loss is not None:
+        return f"method={name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
+    if single and job.several:
+        return f"method={name!r} solves single orders; with several penalties use auto, doge, admm"
+    if job.block is not None and not blocks:
         return f"B is the number of differences that Doge-ADMM treats row by row, given B={job.block}: leave out B"
-    return only_one_device(job)
-
-
-def only_one_device(job: Job) -> str | None:
-    """Why a method other than Doge-ADMM refuses several devices; None for one."""
-    if job.layout.mesh is None:
-        return None
-    return (
-        f'several devices work by method="doge", given method={job.method!r}: leave out devices, or take "doge" or '
-        '"auto"'
-    )
+    if job.layout.mesh is not None:
+        return (
+            f'several devices work by method="doge", given method={job.method!r}: leave out devices, or take "doge" or '
+            '"auto"'
+        )
+    return None
 
 
 ADMM = StandardAdmm()

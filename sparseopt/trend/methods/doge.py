@@ -32,7 +32,18 @@ class Doge:
     keeps_rho_from = MOST_ORDER + 1
 
     def refuses(self, job: Job) -> str | None:
-        return over_devices(job)
+        if job.layout.mesh is None:
+            return None
+        if job.several:
+            return "several devices fit one penalty, given penalties of several orders: leave out devices, or give one"
+        if job.loss is not None:
+            return f"several devices fit the square loss, given {job.loss}: leave out devices, or leave out loss"
+        if job.block not in (None, job.order + 1):
+            return (
+                f"several devices take B = order + 1 = {job.order + 1}, which needs no solve over the whole graph, "
+                f"given B={job.block}: leave out devices, or leave out B"
+            )
+        return None
 
     def plan(self, job: Job) -> Plan:
         layout, kind = job.layout, job.dtype
@@ -77,22 +88,6 @@ def placed(job: Job, split: Split) -> Split:
 
     rows, columns = put(split.row_scale, job.order + 1), put(split.column_scale, split.inner.order)
     return dataclasses.replace(split, row_scale=rows, column_scale=columns)
-
-
-def over_devices(job: Job) -> str | None:
-    """Why several devices cannot do a job; None if they can, or for one device."""
-    if job.layout.mesh is None:
-        return None
-    if job.several:
-        return "several devices fit one penalty, given penalties of several orders: leave out devices, or give one"
-    if job.loss is not None:
-        return f"several devices fit the square loss, given {job.loss}: leave out devices, or leave out loss"
-    if job.block not in (None, job.order + 1):
-        return (
-            f"several devices take B = order + 1 = {job.order + 1}, which needs no solve over the whole graph, given "
-            f"B={job.block}: leave out devices, or leave out B"
-        )
-    return None
 
 
 DOGE = Doge()

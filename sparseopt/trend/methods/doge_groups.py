@@ -18,9 +18,8 @@ from sparseopt.core.solvers.node_solve import Diagonal
 from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import Job
-from sparseopt.trend.methods.admm import node_solve, only_one_device
+from sparseopt.trend.methods.admm import node_solve, refusal
 from sparseopt.trend.methods.doge import CADENCE, placed, split_of
-from sparseopt.trend.methods.fast_admm import only_splitting
 from sparseopt.trend.plan import Plan
 
 
@@ -42,9 +41,7 @@ class LiteralDoge:
     keeps_rho_from = 0
 
     def refuses(self, job: Job) -> str | None:
-        if job.several or job.loss is not None:
-            return only_splitting(job, self.name)
-        return only_one_device(job)
+        return refusal(job, self.name, single=True, blocks=True)
 
     def plan(self, job: Job) -> GroupsPlan:
         """The groups of rows as padded tables, if these and the copies fit in memory: a hub makes them wide."""

@@ -18,7 +18,7 @@ from sparseopt.core.solvers.node_solve import Diagonal
 from sparseopt.core.types import pytree
 from sparseopt.trend.ground import Data
 from sparseopt.trend.job import Job
-from sparseopt.trend.methods.admm import CADENCE, node_solve, only_doge
+from sparseopt.trend.methods.admm import CADENCE, node_solve, refusal
 from sparseopt.trend.plan import Plan
 
 
@@ -58,14 +58,14 @@ class FastAdmm:
     keeps_rho_from = 2
 
     def refuses(self, job: Job) -> str | None:
-        if job.several or job.loss is not None:
-            return only_splitting(job, self.name)
+        if reason := refusal(job, self.name, single=True):
+            return reason
         if job.graph.shape is None or len(job.graph.shape) != 1:
             return (
                 f'method="{self.name}" needs a chain, where its inner fused lasso is exact; on other graphs use "doge" '
                 'or "admm"'
             )
-        return _refuses(job.penalty) or only_doge(job)
+        return _refuses(job.penalty)
 
     def plan(self, job: Job) -> ChainPlan:
         kind, key = job.dtype, (self.name, job.order, job.weighted, job.dtype.name, bool(job.channels))
@@ -81,13 +81,6 @@ class FastAdmm:
             return jax.tree.map(jnp.asarray, plan)
 
         return job.layout.cached(key, build)
-
-
-def only_splitting(job: Job, name: str) -> str:
-    """Why a method for one penalty and the square loss refuses a job with several or another loss."""
-    if job.loss is not None:
-        return f"method={name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
-    return f"method={name!r} solves single orders; with several penalties use auto, doge, admm"
 
 
 def _refuses(penalty: Any) -> str | None:

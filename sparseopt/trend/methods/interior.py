@@ -24,8 +24,7 @@ from sparseopt.core.solvers.dual_program import MOST_STEPS, DualProgram, is_avai
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Data, Ground, data_of, on_rows
 from sparseopt.trend.job import Job
-from sparseopt.trend.methods.admm import only_doge
-from sparseopt.trend.methods.fast_admm import only_splitting
+from sparseopt.trend.methods.admm import refusal
 from sparseopt.trend.plan import finished
 
 # Up to this many edges per node the Hessian is D Dᵀ at order 0.
@@ -47,9 +46,9 @@ class Interior:
         if not is_available():
             raise ImportError('method="interior" needs PIQP: pip install "sparseopt[interior]"')
         assert job.signal is not None
-        self.job, self.signal = job, job.signal
-        self.columns = self.signal.values.reshape(job.graph.num_nodes, -1).astype(np.float64)
-        self.program = DualProgram(_factors(job.graph, job.order), self.signal.weights, self._row_weights(job.penalty))
+        self.job = job
+        self.columns = job.signal.columns
+        self.program = DualProgram(_factors(job.graph, job.order), job.signal.weights, self._row_weights(job.penalty))
 
     @functools.cached_property
     def data(self) -> Data:
@@ -70,17 +69,16 @@ class Interior:
         means = self.columns.mean(axis=0)
         centred = (self.columns - means).T
         scales = [self.program.lower_bound(column, weight) for column in centred]
-        attempt, share, going = 0, 1.0, True
-        while going:
-            pairs = zip(centred, scales, strict=True)
-            answers = [self.program.solve(column, weight, share * tol, scale, max_steps) for column, scale in pairs]
+        for attempt in range(ATTEMPTS):
+            pairs, wanted = zip(centred, scales, strict=True), CUT**attempt * tol
+            answers = [self.program.solve(column, weight, wanted, scale, max_steps) for column, scale in pairs]
             fit, dual = (np.stack([answer[i] for answer in answers], axis=1) for i in (0, 1))
             steps, ended = sum(answer[2] for answer in answers), all(answer[3] for answer in answers)
             rows = dual.reshape(-1, *self.job.channels)
             rows = self.job.layout.grid_rows(rows, self.job.order + 1)
             found = self._certified(penalty, fit + means, jnp.asarray(rows, self.job.dtype), steps, ended)
-            attempt, share = attempt + 1, share * CUT
-            going = ended and attempt < ATTEMPTS and not float(found.gap) <= tol
+            if not ended or float(found.gap) <= tol:
+                break
         if not ended and max_steps > MOST_STEPS and not float(found.gap) <= tol:
             found = dataclasses.replace(found, status=jnp.asarray(Status.PRECISION, jnp.int32))
         return found
@@ -94,7 +92,6 @@ class Interior:
         return edge_rows(rows, job.graph.shape) if job.graph.shape and job.order % 2 == 0 else rows.reshape(-1)
 
     def _certified(self, penalty: L1, fit: np.ndarray, dual: Any, steps: int, ended: bool) -> Solution:
-        """The certified solution for a fit on the host and a dual of the rows."""
         job = self.job
         terms = on_rows({job.order: penalty}, job.layout, job.dtype, bool(job.channels))
         value = job.layout.put(job.layout.rows(fit.reshape(-1, *job.channels), 0))
@@ -110,13 +107,11 @@ _data = jax.jit(data_of)
 def _judged(
     ground: Ground, data: Data, penalty: Any, fit: Any, dual: Any, status: Any, steps: Any, tol: Any
 ) -> Solution:
-    """The certified solution for a fit in float64, in the precision of the signal."""
     kind = data.shift.dtype
     unknown = jnp.full((), jnp.nan, kind)
     value = (fit - data.shift).astype(kind)
     found = Solution(value, status, steps, unknown, unknown, unknown, None, None, dual)
-    done = finished(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
-    return dataclasses.replace(found, **done._asdict())
+    return finished(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
 
 
 def _factors(graph: Graph, order: int) -> list[sparse.csr_array]:
@@ -140,9 +135,9 @@ class InteriorPoint:
     keeps_rho_from = 0
 
     def refuses(self, job: Job) -> str | None:
-        if job.several or job.loss is not None:
-            return only_splitting(job, self.name)
-        if not job.cold:
+        if reason := refusal(job, self.name, single=True):
+            return reason
+        if job.warm_start is not None or job.history:
             return f'method="{self.name}" takes no warm_start and keeps no history; use "doge" or "admm"'
         if job.signal is None:
             return (
@@ -151,7 +146,7 @@ class InteriorPoint:
             )
         if not isinstance(job.penalty, L1):
             return f'method="{self.name}" solves the L1 penalty, given {job.penalty}; use "doge" or "admm"'
-        return only_doge(job)
+        return None
 
     def plan(self, job: Job) -> Interior:
         return Interior(job)
@@ -161,13 +156,11 @@ def is_narrow(graph: Graph) -> bool:
     """Whether factors on the graph stay sparse, judged by the layers of a breadth-first search."""
 
     def build() -> bool:
-        ones = np.ones(graph.num_edges, np.int8)
-        adjacency = sparse.csr_array((ones, graph.edges.T), shape=(graph.num_nodes,) * 2)
         # The largest component, searched from an end of it.
         inside = np.flatnonzero(graph.components == np.argmax(np.bincount(graph.components)))
         start = inside[0]
         for _ in range(2):
-            distance = csgraph.dijkstra(adjacency, directed=False, indices=start, unweighted=True)[inside]
+            distance = csgraph.dijkstra(graph.adjacency, directed=False, indices=start, unweighted=True)[inside]
             start = inside[np.argmax(distance)]
         widest = np.max(np.bincount(distance.astype(np.int64)))
         return bool(widest <= WIDEST_LAYER * np.sqrt(graph.num_nodes))
