@@ -8,7 +8,6 @@ The cells of a folder differ only in method, pattern and sparsity, so their figu
 """
 
 import contextlib
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +16,25 @@ from typing import Any, cast
 import numpy as np
 
 from sparseopt.core.types import Observer
+from sparseopt.experiments import plots
 from sparseopt.experiments.config import Run, expand
 from sparseopt.experiments.names import AllowCode
-from sparseopt.experiments.report import Row, Section, markdown
-from sparseopt.experiments.runs import CONFIG, Outcome, State, fingerprint, load_run, plotting
-from sparseopt.experiments.sweep import Planned, check_all, plan, run_all
+from sparseopt.experiments.report import Row, Section, markdown, write_csv
+from sparseopt.experiments.runs import (
+    CONFIG,
+    Outcome,
+    Planned,
+    State,
+    can_draw,
+    check_all,
+    fingerprint,
+    load_run,
+    plan,
+    run_all,
+)
 from sparseopt.experiments.task import FinishedRun
 from sparseopt.experiments.task_prune import Prune
-from sparseopt.pruning import METHODS, Recipe
+from sparseopt.pruning import METHODS
 from sparseopt.pruning.patterns import implied_sparsity
 from sparseopt.pruning.texts import part_of_text
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, differences, read_start
@@ -82,13 +92,9 @@ def build(
 ) -> list[Run]:
     """The runs of a comparison: the dense model, then every method with every pattern and sparsity, in this order.
 
-    Args:
-        source: as in the task `prune`.
-        methods: names in `METHODS`, `maiht:paper` for a preset, or the path of a method of your own.
-        sparsities: shares of zeros in [0, 1); an n:m pattern has its own and makes one cell.
-        patterns: as in `sparseopt prune --pattern`.
-        allow_code: as in `load_config`.
-        common: settings of the task `prune` that all cells share; a ridge goes to the methods that have one.
+    A method is a name in `METHODS`, `maiht:paper` for a preset, or the path of your own. An n:m pattern has its own
+    sparsity and makes one cell. `common` are settings of the task `prune` that all cells share; a ridge goes to the
+    methods that have one.
 
     Raises:
         ConfigError: listing all settings that cannot be used, with the nearest known name.
@@ -103,11 +109,10 @@ def build(
     title = f"Pruning methods compared on {source}"
     values = {"name": CELLS, "title": title, "task": "prune", "source": source, **common}
     runs = expand({**values, "sweep": {"list": cells}}, source="the comparison", allow_code=allow_code)
-    without = {"ridge": None}
-    return [
-        run if _takes_ridge(run.settings["method"]) else replace(run, task=run.task.model_copy(update=without))
-        for run in runs
-    ]
+    for at, run in enumerate(runs):
+        if not _takes_ridge(run.settings["method"]):
+            runs[at] = replace(run, task=run.task.model_copy(update={"ridge": None}))
+    return runs
 
 
 def _method_settings(word: str) -> dict[str, str]:
@@ -145,7 +150,6 @@ def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
 
 
 def _check_folder(planned: Sequence[Planned], output: Path) -> None:
-    """Refuse a folder whose cells were made with other settings or by another version."""
     wanted = fingerprint(planned[0].run.task)
     mistakes: dict[str, None] = {}
     for folder in cell_folders(output):
@@ -166,7 +170,6 @@ def _check_folder(planned: Sequence[Planned], output: Path) -> None:
 
 
 def _common(found: Fingerprint) -> Fingerprint:
-    """What must be the same in all cells."""
     settings = {name: value for name, value in found["settings"].items() if name not in OWN_SETTINGS}
     return {**settings, "code": found["code"]}
 
@@ -214,7 +217,7 @@ def tabulate(
         else:
             finished = load_run(folder, allow_code)
             runs.append(finished)
-            task, figures = cast(Prune, finished.task), _figures(finished)
+            task, figures = finished.task, _figures(finished)
             sparsity = finished.records[0]["sparsity"]
         pattern = None if task.method == "dense" else task.pattern
         labels = {"method": method_name(task), "pattern": pattern, "sparsity": sparsity}
@@ -235,18 +238,15 @@ def _figures(finished: FinishedRun) -> dict[str, Any]:
     }
     if "layers" not in record:
         return figures
+    recipe = finished.task.recipe()
+    moved = f", {recipe.propagated_share:g} of the upstream error corrected" if recipe.propagated_share else ""
     return figures | {
         **{name: record[name] for name in ("mean_relative_error", "mean_heldout_error", *TIMES)},
         "whole_seconds": record["seconds"],
         "peak_memory_GiB": record["peak_memory_bytes"] / 2**30,
-        "errors": _errors(cast(Prune, finished.task).recipe()),
+        # What the layer errors are relative to.
+        "errors": f"{recipe.weighting} tokens{moved}",
     }
-
-
-def _errors(recipe: Recipe) -> str:
-    """What the layer errors of a run are relative to."""
-    moved = f", {recipe.propagated_share:g} of the upstream error corrected" if recipe.propagated_share else ""
-    return f"{recipe.weighting} tokens{moved}"
 
 
 def head(section: Section, task: Prune) -> list[str]:
@@ -280,7 +280,6 @@ def head(section: Section, task: Prune) -> list[str]:
 
 
 def _grouped(section: Section, figures: tuple[str, ...], name: Callable[[Row], str]) -> dict[tuple[str, ...], str]:
-    """The names of the rows by the values of these figures."""
     found: dict[tuple[str, ...], dict[str, None]] = {}
     for row in section.rows:
         if all(figure in row.figures for figure in figures):
@@ -315,14 +314,10 @@ def write(section: Section, task: Prune, output: Path) -> list[Path]:
         "evaluation": task.evaluation,
         "evaluation_tokens": task.evaluation_windows * task.evaluation_seqlen,
     }
-    with table.open("w", newline="", encoding="utf-8") as stream:
-        names = [*section.labels(), *COLUMNS, "errors", *common, "machine", "versions", "folder"]
-        writer = csv.DictWriter(stream, names)
-        writer.writeheader()
-        for row in section.rows:
-            writer.writerow(
-                {**row.labels, **row.figures, **common, "folder": row.folder.relative_to(output).as_posix()}
-            )
+    names = [*section.labels(), *COLUMNS, "errors", *common, "machine", "versions", "folder"]
+    folders = [row.folder.relative_to(output).as_posix() for row in section.rows]
+    rows = [{**r.labels, **r.figures, **common, "folder": f} for r, f in zip(section.rows, folders, strict=True)]
+    write_csv(table, names, rows)
     pictures = _draw(section, task.title, output / "comparison.png")
     lines = "\n".join(f"* {line}" for line in head(section, task))
     text.write_text(f"# {task.title}\n\n{lines}\n\n{markdown(section, pictures)}\n", encoding="utf-8")
@@ -341,7 +336,7 @@ def _draw(section: Section, title: str, file: Path) -> list[Path]:
         elif "solver_seconds" in row.figures:
             label = " ".join(row.labels[key] for key in ("method", "pattern") if row.labels[key] != "unstructured")
             curves.setdefault(label, []).append((row.labels["sparsity"], score, sum(row.figures[t] for t in TIMES)))
-    if not curves or (plots := plotting()) is None:
+    if not curves or not can_draw():
         return []
     lines = {label: tuple(np.array(sorted(points)).T) for label, points in curves.items()}
     return [plots.save_figure(plots.plot_comparison(lines, dense=dense), file, title)]

@@ -175,11 +175,7 @@ def _task_of(task_class: type[Task], values: Settings, settings: Settings, allow
 
 
 def _set_by_path(values: Settings, key: str, value: Any) -> None:
-    """Set a dotted key, creating missing blocks.
-
-    Raises:
-        ValueError: if a part of the path is a plain value, or it has too many parts.
-    """
+    """Set a dotted key, creating missing blocks; ValueError where a part of the path is a plain value."""
     *blocks, last = key.split(".")
     if len(blocks) > MAX_DEPTH:
         raise ValueError(f"cannot set {key[:80]}...: {len(blocks) + 1} parts, at most {MAX_DEPTH} are possible")
@@ -201,7 +197,6 @@ def get_by_path(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[Location, str]]:
-    """Place and text of every mistake that pydantic found."""
     for found in error.errors(include_url=False):
         place: Location = tuple(found["loc"])
         inner = found.get("ctx", {}).get("error")
@@ -227,12 +222,9 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[L
 
 
 def _model_at(model: type[BaseModel] | None, place: Location) -> type[BaseModel] | None:
-    """The model class of the block at a place in a config."""
     for part in place:
-        if model is None:
-            return None
-        if isinstance(part, str) and part in model.model_fields:
-            model = _model_in(model.model_fields[part].annotation)
+        if model and part in model.model_fields:
+            model = _model_in(model.model_fields[str(part)].annotation)
     return model
 
 

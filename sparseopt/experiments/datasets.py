@@ -40,16 +40,9 @@ from sparseopt.experiments.task import Strict
 from sparseopt.trend.graph import Graph
 
 PICTURES = (
-    "camera",
-    "coffee",
-    "chelsea",
-    "astronaut",
-    "hubble_deep_field",
-    "retina",
-    "microaneurysms",
-    "immunohistochemistry",
-    "shepp_logan_phantom",
-)
+    "camera", "coffee", "chelsea", "astronaut", "hubble_deep_field", "retina", "microaneurysms",
+    "immunohistochemistry", "shepp_logan_phantom",
+)  # fmt: skip
 # The files need none of the dependencies of these packages (pandas, shapely and more).
 INSTALL = {
     "skimage": "pip install scikit-image",
@@ -174,7 +167,8 @@ def load_counties(states: tuple[str, ...] = ()) -> GraphData:
     rings = [list(_rings(row[3])) for row in rows]
     # A city inside a county borders on its hole; drawn later, the city covers the filled outline.
     outlines = [tuple(ring for hole, ring in parts if not hole) for parts in rings]
-    rates = _rates(folder / "unemployment09.csv.gz")
+    with gzip.open(folder / "unemployment09.csv.gz", "rt", encoding="utf-8") as stream:
+        rates = {row[1] + row[2]: float(row[8]) for row in csv.reader(stream)}
     return GraphData(
         graph=Graph.from_edges(_borders([[ring for _, ring in parts] for parts in rings]), len(rows)),
         positions=np.stack([_centroid(parts) for parts in outlines]),
@@ -183,12 +177,6 @@ def load_counties(states: tuple[str, ...] = ()) -> GraphData:
         names=tuple(json.loads(row[2])["detailed_name"] for row in rows),
         polygons=tuple(outlines),
     )
-
-
-def _rates(file: Path) -> dict[str, float]:
-    """Rates in percent by the five-digit code of the county."""
-    with gzip.open(file, "rt", encoding="utf-8") as stream:
-        return {row[1] + row[2]: float(row[8]) for row in csv.reader(stream)}
 
 
 def _rings(blob: bytes) -> Iterator[tuple[bool, np.ndarray]]:

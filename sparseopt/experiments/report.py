@@ -6,7 +6,7 @@ folders -> finished runs -> rows (settings, figures with their spread, the paper
 import base64
 import csv
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,10 +143,7 @@ def write_report(sections: Sequence[Section], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     flat = flat_rows(sections)
     files = [folder / f"report.{ending}" for ending in ("csv", "md", "html", "parquet")]
-    with files[0].open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(flat[0]) if flat else [])
-        writer.writeheader()
-        writer.writerows(flat)
+    write_csv(files[0], list(flat[0]) if flat else [], flat)
     pictures = {section.name: _draw_section(section, folder) for section in sections}
     text = "\n\n".join(markdown(section, pictures[section.name]) for section in sections)
     files[1].write_text(text + "\n", encoding="utf-8")
@@ -156,6 +153,14 @@ def write_report(sections: Sequence[Section], folder: Path) -> list[Path]:
     except ModuleNotFoundError:
         files.pop()
     return [*files, *(picture for each in pictures.values() for picture in each)]
+
+
+def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as CSV; what a row does not have is left empty."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def flat_rows(sections: Sequence[Section]) -> list[dict[str, Any]]:

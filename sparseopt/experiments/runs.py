@@ -1,4 +1,4 @@
-"""Floor 7: one run of an experiment in its run folder, see `system.run_folder`. Besides the files named there it holds
+"""Floor 7: the runs of an experiment. Besides the files of `system.run_folder`, the folder of each run holds
 
     config.yaml     the resolved config; `sparseopt run` takes it again
     *.png           pictures
@@ -7,19 +7,18 @@
 A finished unit is a record. An interrupted run keeps the whole lines of its records and runs the units that have none.
 
 Several processes that work together (`system.processes`) run every unit together; the first decides what there is to
-do, tells the others, and writes.
+do, tells the others, and writes. Processes that know nothing of each other share the runs by `--shard i/n`.
 """
 
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,8 @@ from pydantic_core import to_json
 from sparseopt.core.types import Observer
 from sparseopt.experiments.config import Run
 from sparseopt.experiments.names import AllowCode, Named, file_digest
-from sparseopt.experiments.task import FinishedRun, Record, Task, find_task
+from sparseopt.experiments.plots import save_figure
+from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, find_task
 from sparseopt.experiments.yaml_file import read_yaml
 from sparseopt.system import processes, run_folder
 from sparseopt.system.files import write_whole
@@ -49,6 +49,17 @@ class State(Enum):
     UNFINISHED = "unfinished"  # same fingerprint, no summary or a torn record: resumed
     FINISHED = "finished"  # same fingerprint: not repeated
     OTHER = "another run"  # another fingerprint or no run: replaced only on request
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run before it starts, with what its folder holds and what it needs."""
+
+    run: Run
+    folder: Path
+    state: State
+    why: str  # of `State.OTHER`, see `state_of`
+    estimate: Estimate
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,50 @@ def state_of(folder: Path, wanted: Fingerprint) -> tuple[State, str]:
     return (State.FINISHED if whole else State.UNFINISHED), ""
 
 
+def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
+    """Of the shard `"i/n"` every n-th run, from the i-th: the shards are disjoint, complete, and of similar size."""
+    first, slash, count = shard.partition("/")
+    if not (slash and first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise ValueError(f"--shard must be i/n with 1 <= i <= n, as in 2/4, given {shard!r}")
+    return list(runs[int(first) - 1 :: int(count)])
+
+
+def plan(runs: Sequence[Run], output: Path) -> list[Planned]:
+    """What would happen, without any work; several processes all take what the first finds in the folders."""
+    wanted = [fingerprint(run.task) for run in runs]
+    processes.agree({"settings": wanted, "output folder": str(output.absolute())})
+    folders = [output / run.subfolder for run in runs]
+    found = processes.told([(state.value, why) for state, why in map(state_of, folders, wanted)])
+    return [
+        Planned(run, folder, State(state), why, run.task.estimate())
+        for run, folder, (state, why) in zip(runs, folders, found, strict=True)
+    ]
+
+
+def check_all(planned: Sequence[Planned], *, again: bool) -> None:
+    """Find what would stop a run in the middle of a sweep.
+
+    Raises:
+        ValueError: listing every folder that holds something else, and everything that a task lacks.
+    """
+    mistakes = dict.fromkeys(f"{p.why}; {ADVICE}" for p in planned if p.state is State.OTHER and not again)
+    for p in planned:
+        if p.state is State.FINISHED and not again:
+            continue
+        task = p.run.task
+        try:
+            if task.devices not in (None, 1) and not task.many_devices:
+                raise ValueError(
+                    f"the task {task.task!r} works on one device, given devices={task.devices!r}: share its runs with "
+                    "--shard i/n"
+                )
+            task.check()
+        except (ValueError, ModuleNotFoundError) as error:
+            mistakes |= dict.fromkeys(str(error).split("\n  "))  # a mistake that several runs share is listed once
+    if mistakes:
+        raise ValueError("\n  ".join(("nothing was run:", *mistakes)))
+
+
 def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) -> Outcome:
     """Finish one run: all of it, what is missing, or nothing if it is finished.
 
@@ -139,17 +194,12 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
             return Outcome(folder, 0)
         if again or state is State.NEW:
             _clear(folder)
+            started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            devices = 1 if run.task.devices is None else run.task.devices
             run_folder.write_start(
-                folder,
-                wanted,
-                id=run.id,
-                settings=_plain(run.settings),
-                seed=run.task.seed,
-                started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                devices=1 if run.task.devices is None else run.task.devices,
-                processes=processes.count(),
-                **environment(),
-            )
+                folder, wanted, id=run.id, settings=_plain(run.settings), seed=run.task.seed, started=started,
+                devices=devices, processes=processes.count(), **environment(),
+            )  # fmt: skip
         if not (folder / CONFIG).is_file():
             values = run.task.model_dump(mode="json", exclude_none=True)
             write_whole(folder / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
@@ -197,24 +247,46 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
     return Outcome(folder, len(missing), lost=tuple(torn))
 
 
+def run_all(
+    planned: Sequence[Planned],
+    output: Path,
+    observer: Callable[[Planned], Observer],
+    *,
+    again: bool = False,
+    ended: Callable[[Planned, Outcome], None] = lambda planned, outcome: None,
+) -> list[Outcome]:
+    """Execute the planned runs in order; after one that fails, the next one starts.
+
+    If several processes work together, a failure in one ends them all. `observer` makes the observer of a run, `ended`
+    is called after it, and `again` repeats finished runs too.
+    """
+    outcomes = []
+    for p in planned:
+        try:
+            outcome = execute(p.run, output, observer(p), again=again)
+        except (FolderError, OSError) as error:
+            if processes.count() > 1:
+                raise  # the others would start this run
+            outcome = Outcome(p.folder, 0, str(error))
+        ended(p, outcome)
+        outcomes.append(outcome)
+    return outcomes
+
+
 def draw(kind: type[Task], runs: Sequence[FinishedRun], folder: Path, title: str, prefix: str = "") -> list[Path]:
     """Save the pictures that a task draws of its runs; none without matplotlib."""
-    if (plots := plotting()) is None:
-        return []
-    pictures = kind.draw(runs)
-    return [plots.save_figure(axes, folder / f"{prefix}{stem}.png", title) for stem, axes in pictures.items()]
+    pictures = kind.draw(runs) if can_draw() else {}
+    return [save_figure(axes, folder / f"{prefix}{stem}.png", title) for stem, axes in pictures.items()]
 
 
-def plotting() -> ModuleType | None:
-    """`experiments.plots` for files, or None without matplotlib, which is an extra."""
+def can_draw() -> bool:
+    """Whether matplotlib, which is an extra, is installed; it then draws into files."""
     try:
         import matplotlib
     except ModuleNotFoundError:
-        return None
+        return False
     matplotlib.use("Agg", force=False)
-    from sparseopt.experiments import plots
-
-    return plots
+    return True
 
 
 def load_run(folder: Path, allow_code: AllowCode = False) -> FinishedRun:
@@ -231,8 +303,8 @@ def load_run(folder: Path, allow_code: AllowCode = False) -> FinishedRun:
         if not isinstance(settings, dict):
             raise ValueError(f"{RUN} has no settings")
         values, _ = read_yaml(folder / CONFIG)
-        task_class = find_task(str(values.get("task")), allow_code)
-        task = task_class.model_validate(values, context={"allow_code": allow_code})
+        kind = find_task(str(values.get("task")), allow_code)
+        task = kind.model_validate(values, context={"allow_code": allow_code})
         records, torn = records_in(folder)
         if torn:
             raise ValueError(

@@ -7,7 +7,7 @@ A report groups finished runs by task, and the task's `draw` compares them.
 import difflib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -77,7 +77,7 @@ class FinishedRun:
     """A finished run, for a report and `Task.draw`: a record for each unit, and the settings that its sweep varies."""
 
     folder: Path
-    task: "Task"
+    task: Any  # a `Task`, of the kind whose `draw` takes this
     records: Sequence[Record]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -153,6 +153,15 @@ class Task(Strict, ABC):
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
         """Pictures of one run, or of several compared: matplotlib axes (or arrays of them) by the stem of the file."""
         return {}
+
+
+def grouped(runs: Iterable[FinishedRun], key: Callable[[Any], str]) -> dict[str, list[FinishedRun]]:
+    """The runs by a key of their tasks, in the order in which keys first appear; runs without records are left out."""
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        if run.records:
+            groups.setdefault(key(run.task), []).append(run)
+    return groups
 
 
 def find_task(kind: str, allow_code: AllowCode = False) -> type[Task]:

@@ -1,17 +1,21 @@
 """Floor 7: the task `denoise`: a picture, noise, a trend filter; how long it takes and what it recovers."""
 
+import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import jax
 import numpy as np
 from pydantic import Field
 
-from sparseopt.core.problem import Solution
+from sparseopt.core.problem import Solution, Status
 from sparseopt.core.types import Observer
-from sparseopt.experiments.task import Estimate, FinishedRun, Record
-from sparseopt.experiments.task_trend import PictureTask, grouped, timed_fit
+from sparseopt.experiments import plots
+from sparseopt.experiments.datasets import Picture
+from sparseopt.experiments.names import PenaltyConfig
+from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
 from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
@@ -20,6 +24,71 @@ from sparseopt.trend.images import psnr
 # Seconds of a fit for each value, on two cores in float64 at a gap of 1e-4.
 FIT_SECONDS = 2.5e-6
 PICTURES_SHOWN = 6
+
+
+class PictureTask(Task):
+    """A trend filter on the pixel grid of a picture with noise.
+
+    Attributes:
+        picture: which, and what of it.
+        noise: standard deviation of the white noise, in grey levels; values beyond 0..255 stay.
+        penalty: by name or path.
+        order: k; 0 fits piecewise constant pictures, 1 piecewise linear ones.
+        max_steps: step limit.
+    """
+
+    picture: Picture = Picture()
+    noise: float = Field(default=20.0, ge=0)
+    penalty: PenaltyConfig = PenaltyConfig.model_validate({"name": "l1", "weight": 10.0})
+    order: int = Field(default=0, ge=0, le=4)
+    max_steps: int = Field(default=5000, ge=1)
+
+    def check(self) -> None:
+        self.picture.load()
+
+    def pair(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The picture, and the picture with noise."""
+        clean = self.picture.load()
+        return clean, clean + self.noise * np.random.default_rng(seed).standard_normal(clean.shape)
+
+    def grid(self) -> Graph:
+        """The pixel grid; the tables of a fit are built once for each such object."""
+        return Graph.grid(self.picture.load().shape[:2])
+
+    @property
+    def subject(self) -> str:
+        """The problem: runs with the same subject have the same answer."""
+        return f"{self.picture.name}, noise {self.noise:g}, {self.penalty.label}, order {self.order}"
+
+
+def timed_fit(
+    fit: Callable[[int], Solution], max_steps: int, observer: Observer, what: str, passes: int = 1
+) -> tuple[Solution, Record]:
+    """A fit, and a record of how it ended and how long it took.
+
+    `fit` takes a step limit. It is called once with 1, to compile, then `passes` times, of which the fastest counts.
+    """
+
+    def run(limit: int) -> tuple[Solution, float, float]:
+        start, busy = time.perf_counter(), time.process_time()
+        found = jax.block_until_ready(fit(limit))
+        return found, time.perf_counter() - start, time.process_time() - busy
+
+    observer("compiling", 0, 0)
+    _, compile_seconds, _ = run(1)
+    observer(what, 0, 0)
+    runs = [run(max_steps) for _ in range(passes)]
+    found = runs[0][0]
+    return found, {
+        "seconds": min(wall for _, wall, _ in runs),
+        # Of the processor: what a busy machine adds to the wall time is not in it.
+        "cpu_seconds": min(cpu for _, _, cpu in runs),
+        "compile_seconds": compile_seconds,
+        "steps": int(found.steps),
+        "objective": float(found.objective),
+        "gap": float(found.gap),
+        "status": Status(int(found.status)).name,
+    }
 
 
 class NoisyPicture(PictureTask):
@@ -125,19 +194,12 @@ class Denoise(NoisyPicture):
 
 def _draw_pictures(runs: Sequence[FinishedRun]) -> Any:
     """A row for each problem: the picture, with noise, fitted."""
-    import matplotlib.pyplot as plt
-
-    from sparseopt.experiments import plots
-
     stored = [run.arrays("picture", run.records[0]) for run in runs]
     tall = [images["clean"].shape[0] / images["clean"].shape[1] for images in stored]
-    _, axes = plt.subplots(
-        len(runs), 3, figsize=(10.5, sum(3.42 * ratio + 0.38 for ratio in tall) + 0.35), height_ratios=tall,
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+    size = (10.5, sum(3.42 * ratio + 0.38 for ratio in tall) + 0.35)
+    axes = plots.style.axes_or_new(None, 3 * len(runs), 3, size, height_ratios=tall).reshape(-1, 3)
     for row, run, images in zip(axes, runs, stored, strict=True):
         task, record = run.task, run.records[0]
-        assert isinstance(task, NoisyPicture)
         titles = {
             "clean": task.picture.name.replace("_", " "),
             "noisy": f"noise {task.noise:g}: {record['psnr_before']:.1f} dB",

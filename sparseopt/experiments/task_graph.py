@@ -11,10 +11,11 @@ from scipy.sparse import csgraph
 
 from sparseopt.core.problem import Solution
 from sparseopt.core.types import Observer
+from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import GraphData, GraphSource
 from sparseopt.experiments.names import PenaltyConfig
-from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
-from sparseopt.experiments.task_trend import grouped, timed_fit
+from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
+from sparseopt.experiments.task_denoise import timed_fit
 from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
@@ -153,49 +154,34 @@ def count_levels(graph: Graph, value: np.ndarray) -> int:
 
 def _draw(runs: Sequence[FinishedRun]) -> Any:
     """Runs on the same signal."""
-    import matplotlib.pyplot as plt
-
     first = runs[0].task
-    assert isinstance(first, GraphSignal)
     data = first.graph.load()
-    panels: list[tuple[str, np.ndarray]] = []
-    for run in runs:
-        task, record = run.task, run.records[0]
-        assert isinstance(task, GraphSignal)
-        stored = run.arrays("signal", record)
-        if not panels:
-            if "truth" in stored:
-                panels.append((f"truth: {task.signal}", stored["truth"]))
-            seen = int(np.isfinite(stored["observed"]).sum())
-            noise = f", noise {task.noise:g}" if "truth" in stored else ""
-            panels.append((f"observed: {seen} of {data.graph.num_nodes} nodes{noise}", stored["observed"]))
-        levels = f", {record['levels']} levels" if task.order == 0 else ""
-        panels.append((f"fit: order {task.order}, {task.penalty.label}{levels}", stored["fitted"]))
+    stored = [run.arrays("signal", run.records[0]) for run in runs]
+    truth, observed = stored[0].get("truth"), stored[0]["observed"]
+    noise = "" if truth is None else f", noise {first.noise:g}"
+    panels = [] if truth is None else [(f"truth: {first.signal}", truth)]
+    panels.append((f"observed: {np.isfinite(observed).sum()} of {data.graph.num_nodes} nodes{noise}", observed))
+    for run, arrays in zip(runs, stored, strict=True):
+        levels = f", {run.records[0]['levels']} levels" if run.task.order == 0 else ""
+        panels.append((f"fit: order {run.task.order}, {run.task.penalty.label}{levels}", arrays["fitted"]))
     # One colour scale for all; the tails of the noise would wash the rest out.
-    truth = panels[0][1] if panels[0][0].startswith("truth") else None
-    low, high = (truth.min(), truth.max()) if truth is not None else np.nanpercentile(panels[0][1], [1, 99])
+    low, high = np.nanpercentile(observed, [1, 99]) if truth is None else (truth.min(), truth.max())
     columns, size = (2, (6.2, 3.5)) if data.polygons else (3 if len(panels) == 3 else 2, (4.8, 4.4))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.4), squeeze=False, layout="constrained"
-    )
-    for axis in axes.ravel()[len(panels) :]:
-        axis.set_visible(False)
-    used = axes.ravel()[: len(panels)]
-    for axis, (title, signal) in zip(used, panels, strict=True):
+    whole = (size[0] * columns, size[1] * -(-len(panels) // columns) + 0.4)
+    axes = plots.style.axes_or_new(None, len(panels), columns, whole)
+    for axis, (title, signal) in zip(axes, panels, strict=True):
         _draw_signal(data, signal, axis, (float(low), float(high)))
         axis.set_title(title)
     # One bar for all panels in place of their own.
-    drawn = [max(axis.collections, key=lambda c: c.get_array() is not None) for axis in used]
+    drawn = [max(axis.collections, key=lambda c: c.get_array() is not None) for axis in axes]
     for item in drawn:
         item.colorbar.remove()
-    figure.colorbar(drawn[-1], ax=list(axes.ravel()), label=data.unit or "signal", extend="both", shrink=0.8, aspect=30)
-    return used
+    look = {"label": data.unit or "signal", "extend": "both", "shrink": 0.8, "aspect": 30}
+    axes[0].figure.colorbar(drawn[-1], ax=axes[0].figure.axes, **look)
+    return axes
 
 
 def _draw_signal(data: GraphData, signal: np.ndarray, axis: Any, limits: tuple[float, float]) -> None:
-    from sparseopt.experiments import plots
-
     if not data.polygons:
         plots.plot_graph_signal(data.graph, data.positions, signal, axis, limits=limits)
     else:

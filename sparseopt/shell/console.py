@@ -7,15 +7,23 @@ letters.
 import contextlib
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
+
+from sparseopt.system.machine import format_bytes
 
 
 class Outlet:
@@ -26,7 +34,6 @@ class Outlet:
 
     @property
     def stream(self) -> TextIO | None:
-        """The stream; None if the process was started without one."""
         stream = getattr(sys, self.name)
         # While bars are shown, rich replaces the stream by one that writes to this one again.
         return getattr(stream, "rich_proxied_file", stream)
@@ -80,7 +87,6 @@ def hold_streams() -> None:
 
 
 def _open_nowhere(number: int) -> None:
-    """Redirect a file number to the null device."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     if nowhere != number:
         os.dup2(nowhere, number)
@@ -97,18 +103,9 @@ def say(text: str) -> None:
     console.print(text, soft_wrap=True, markup=False)
 
 
-@dataclass
-class Clock:
-    """The time since it was made; it stops when `waiting` ends."""
-
-    start: float
-    seconds: float = 0.0
-
-
 @contextmanager
-def waiting(title: str) -> Iterator[Clock]:
+def waiting(title: str) -> Iterator[None]:
     """Show that a long call is running: a spinner and the time on a terminal, one line elsewhere."""
-    clock = Clock(time.perf_counter())
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True,
         disable=not console.is_terminal,
@@ -116,14 +113,19 @@ def waiting(title: str) -> Iterator[Clock]:
         bar.add_task(title, total=None)
         if not console.is_terminal:
             say(title)
-        yield clock
-    clock.seconds = time.perf_counter() - clock.start
+        yield
 
 
 def packed_line(dense_bytes: int, stored_bytes: int) -> str:
     """The sizes of a model's tensors, dense and packed."""
     ratio = stored_bytes / dense_bytes
     return f"tensors: {dense_bytes:,} bytes dense, {stored_bytes:,} bytes packed, ratio {ratio:.4f}"
+
+
+def bytes_by_size(parts: Mapping[str, int]) -> list[str]:
+    """Named numbers of bytes as text, the largest first."""
+    by_size = sorted(parts.items(), key=lambda item: -item[1])
+    return [f"{name} {format_bytes(nbytes)}" for name, nbytes in by_size if nbytes]
 
 
 def duration(seconds: float) -> str:
@@ -133,17 +135,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def counting_bar(place: Console) -> Progress:
-    """Progress bars with counts and the time; nothing if the place is not a terminal."""
+def counting_bar(place: Console, *more: ProgressColumn) -> Progress:
+    """Progress bars with counts, the time and further columns; nothing if the place is not a terminal."""
     return Progress(
         TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=place, disable=not place.is_terminal,
+        *more, console=place, disable=not place.is_terminal,
     )  # fmt: skip
 
 
 @contextmanager
 def block_progress(title: str) -> Iterator:
-    """An observer for `perplexity`: finished blocks."""
+    """An observer for `perplexity`."""
     with counting_bar(console) as bar:
         task = bar.add_task(title, total=None)
         yield lambda _, done, total: bar.update(task, completed=done, total=total)

@@ -1,21 +1,22 @@
-"""Floor 8: the commands `run` and `report`."""
+"""Floor 8: the commands `run`, `report` and `compare`."""
 
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparseopt.shell.processes import (
-    Coordinator,
-    Distributed,
-    ManyDevices,
-    Processes,
-    ProcessId,
-    cooperating,
-    number_of_devices,
-)
+from sparseopt.shell import options
+from sparseopt.shell.console import console, errors, say
 
+if TYPE_CHECKING:
+    from sparseopt.experiments.report import Section
+    from sparseopt.experiments.runs import Outcome, Planned
+
+EVALUATION = "Evaluation"
 AllowAll = Annotated[
     bool,
     typer.Option(
@@ -55,40 +56,33 @@ def run(
         bool, typer.Option("--dry-run", help="Show what would run and what it needs, and stop.")
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Repeat finished runs; their results are replaced.")] = False,
-    devices: ManyDevices = None,
-    distributed: Distributed = False,
-    coordinator: Coordinator = None,
-    processes: Processes = None,
-    process_id: ProcessId = None,
+    devices: options.ManyDevices = None,
+    distributed: options.Distributed = False,
+    coordinator: options.Coordinator = None,
+    processes: options.Processes = None,
+    process_id: options.ProcessId = None,
     allow_code: AllowAll = False,
     allow_package: AllowPackages = None,
 ) -> None:
     """Run an experiment or a sweep. Finished runs are kept, interrupted ones resume where they stopped."""
     allowed = permitted(allow_code, allow_package, Path.cwd(), config.resolve().parent)
-    with cooperating(distributed, coordinator, processes, process_id):
+    with options.cooperating(distributed, coordinator, processes, process_id):
         from sparseopt.experiments.config import load_config
-        from sparseopt.experiments.sweep import check_all, over_devices, parse_shard, plan, run_all, take_shard
+        from sparseopt.experiments.runs import check_all, plan, run_all, take_shard
         from sparseopt.shell import show_experiments as shown
-        from sparseopt.shell.console import console, errors, say
         from sparseopt.system.processes import is_first
 
-        part = parse_shard(shard)
-        runs = take_shard(load_config(config, overrides or [], allow_code=allowed), part)
-        if (chosen := number_of_devices("all" if distributed else devices)) is not None:
-            runs = over_devices(runs, chosen)
+        runs = take_shard(load_config(config, overrides or [], allow_code=allowed), shard)
+        if (chosen := options.number_of_devices("all" if distributed else devices)) is not None:
+            runs = [replace(run, task=run.task.model_copy(update={"devices": chosen})) for run in runs]
         planned = plan(runs, output)
         if dry_run:
             console.print(shown.plan_table(planned))
             say(shown.plan_line(planned))
             return
         check_all(planned, again=again)
-        say(shown.plan_line(planned) + ("" if part == (1, 1) else f" (shard {shard})"))
-        try:
-            with shown.SweepProgress(len(planned)) as progress:
-                outcomes = run_all(planned, output, progress.observer, again=again, ended=progress.ended)
-        except KeyboardInterrupt:
-            errors.print("\nstopped; the same command resumes after the last finished unit")
-            raise typer.Exit(130) from None
+        say(shown.plan_line(planned) + ("" if shard == "1/1" else f" (shard {shard})"))
+        outcomes = _executed(planned, partial(run_all, planned, output, again=again))
         failed = [outcome for outcome in outcomes if outcome.error]
         if failed:
             raise RuntimeError(
@@ -101,6 +95,18 @@ def run(
             say(f"sparseopt report {folder} --output FOLDER writes this as files, with pictures")
 
 
+def _executed(planned: "Sequence[Planned]", work: "Callable[..., list[Outcome]]") -> "list[Outcome]":
+    """The outcomes of runs whose progress is shown; Ctrl-C ends the command."""
+    from sparseopt.shell.show_experiments import SweepProgress
+
+    try:
+        with SweepProgress(len(planned)) as progress:
+            return work(observer=progress.observer, ended=progress.ended)
+    except KeyboardInterrupt:
+        errors.print("\nstopped; the same command continues with what is missing")
+        raise typer.Exit(130) from None
+
+
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs, or folders that hold them.")],
     output: Annotated[
@@ -111,7 +117,6 @@ def report(
 ) -> None:
     """Gather finished runs into one table, and with --output into files and one page of plots."""
     from sparseopt.experiments.report import write_report
-    from sparseopt.shell.console import say
 
     sections = _show(folders, permitted(allow_code, allow_package, Path.cwd()))
     if output is not None:
@@ -119,9 +124,8 @@ def report(
             say(f"wrote {file}")
 
 
-def _show(folders: list[Path], allowed: bool | list[str]) -> list:
+def _show(folders: list[Path], allowed: bool | list[str]) -> "list[Section]":
     from sparseopt.experiments.report import gather
-    from sparseopt.shell.console import console, say
     from sparseopt.shell.show_experiments import section_tables
 
     sections = gather(folders, allowed)
@@ -133,3 +137,76 @@ def _show(folders: list[Path], allowed: bool | list[str]) -> list:
             for sentence in section.paper.differs:
                 say(f"  differs: {sentence}")
     return sections
+
+
+@options.takes_recipe(
+    without=["method", "preset"],
+    lists={"sparsity": "Several with commas between: 0.5,0.6.", "pattern": "Several with commas between."},
+)
+def compare(
+    source: options.Source,
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the table, the picture and the cells; new, or of this comparison.",
+            rich_help_panel="Output",
+        ),
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods as in `sparseopt prune`, with commas between; a preset follows a colon.",
+            rich_help_panel="How to prune",
+        ),
+    ] = "best,maiht,wanda",
+    text: Annotated[str, typer.Option(help=options.TEXT_HELP, rich_help_panel=EVALUATION)] = "pydoc",
+    eval_windows: Annotated[
+        int, typer.Option(help="Windows from the start of the evaluation text.", rich_help_panel=EVALUATION)
+    ] = 8,
+    eval_seqlen: Annotated[int, typer.Option(help="Tokens an evaluation window.", rich_help_panel=EVALUATION)] = 1024,
+    allow_code: AllowAll = False,
+    allow_package: AllowPackages = None,
+    **given: Any,
+) -> None:
+    """Prune by several methods at several sparsities, and compare perplexity, errors, time and memory.
+
+    Writes one table and one picture. Started again, it does what is missing; new methods and sparsities join the table.
+    """
+    from sparseopt.experiments import comparison
+    from sparseopt.experiments.task_prune import Prune
+    from sparseopt.shell import show_experiments as shown
+
+    allowed = permitted(allow_code, allow_package, Path.cwd())
+    names, shares, patterns = comparison.read_lists(methods, given.pop("sparsity") or "0.5", given.pop("pattern"))
+    runs = comparison.build(
+        source,
+        names,
+        shares,
+        patterns,
+        allow_code=allowed,
+        evaluation=text,
+        evaluation_windows=eval_windows,
+        evaluation_seqlen=eval_seqlen,
+        **given,
+    )
+    planned = comparison.prepare(runs, output)
+    say(shown.plan_line(planned))
+    outcomes = _executed(planned, partial(comparison.measure, planned, output))
+    dense = runs[0].task
+    assert isinstance(dense, Prune)
+    section = comparison.tabulate(planned, outcomes, output, allowed)
+    written = comparison.write(section, dense, output)
+    for line in comparison.head(section, dense):
+        say(line)
+    for table in shown.section_tables(section, console.width):
+        console.print(table)
+    for file in written:
+        say(f"wrote {file}")
+    if not any(file.suffix == ".png" for file in written):
+        say("no picture: it needs a pruned cell that is finished, and matplotlib (pip install 'sparseopt[plot]')")
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(outcomes)} cells failed, with their reasons in the table; the others are finished. "
+            "The same command tries the failed ones again"
+        )

@@ -1,12 +1,18 @@
-"""Floor 8: the command `inspect`."""
+"""Floor 8: the command `inspect`, and what a person sees of an inspection."""
 
 import json
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
-from sparseopt.shell.options import AsJson, Source, recipe_fields, takes_recipe
-from sparseopt.shell.processes import machine_option
+from sparseopt.shell import console
+from sparseopt.shell.options import AsJson, Source, machine_option, recipe_fields, takes_recipe
+from sparseopt.system.machine import available_memory_bytes, format_bytes, parse_bytes
+
+if TYPE_CHECKING:  # its package needs flax
+    from sparseopt.pruning.inspection import Inspection
 
 
 @takes_recipe()
@@ -25,8 +31,6 @@ def inspect(
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.cost import measure_gflops
     from sparseopt.pruning.inspection import inspect_model
-    from sparseopt.shell import console, show_inspection
-    from sparseopt.system.machine import available_memory_bytes, parse_bytes
 
     limit = available_memory_bytes() if memory is None else parse_bytes(memory)
     recipe = Recipe(**recipe_fields(options))
@@ -36,8 +40,101 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
-    for line in show_inspection.model_lines(found):
+    for line in model_lines(found):
         console.say(line)
-    console.console.print(show_inspection.linear_table(found))
-    for line in show_inspection.prune_lines(found, limit):
+    console.console.print(linear_table(found))
+    for line in prune_lines(found, limit):
         console.say(line)
+
+
+def model_lines(found: "Inspection") -> list[str]:
+    """What the model is."""
+    where = found.path if found.source == found.path else f"{found.source} (in {found.path})"
+    revision = f", commit {found.revision}" if found.revision else ""
+    family = f"{found.model_type}, {found.num_blocks} blocks"
+    if not found.supported:
+        family += (
+            "; this package's decoder does not have this family, but torch can run it "
+            "(`pip install 'sparseopt[torch]'`). What follows is taken from the names of its tensors"
+        )
+    lines = [f"{where}{revision}", family]
+    if found.kinds:
+        alike = "all blocks alike: " if len(found.kinds) == 1 else ""
+        lines += [f"  {alike or f'blocks {ranges(kind.indices)}: '}{kind.description}" for kind in found.kinds]
+    head = "head tied to the embedding" if found.tied else f"head {found.head_parameters:,}"
+    lines.append(
+        f"{found.parameters:,} parameters: {found.block_parameters:,} in blocks, of which prunable "
+        f"{found.prunable_parameters:,}; embedding {found.embedding_parameters:,}, {head}"
+    )
+    if found.unused_parameters:
+        lines.append(f"another {found.unused_parameters:,} parameters of other parts are copied unchanged")
+    stored = ", ".join(f"{dtype} {format_bytes(nbytes)}" for dtype, nbytes in found.dtypes.items())
+    lines.append(f"tensors as they read: {stored}; files: {format_bytes(found.file_bytes)}")
+    return lines
+
+
+def linear_table(found: "Inspection") -> Table:
+    """The distinct linears that pruning takes."""
+    rows = [
+        (
+            linear.name,
+            f"{linear.outputs}x{linear.inputs}",
+            f"{linear.count:,}",
+            linear.dtype,
+            f"{linear.size:,}",
+            "-" if linear.zeros is None else f"{linear.zeros / linear.size:.4f}",
+        )
+        for linear in found.linears
+    ]
+    return console.comparison_table(
+        "Linears of the blocks", ("linear", "shape", "count", "dtype", "weights", "zeros"), rows
+    )
+
+
+def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
+    """What pruning would remove and cost; `memory_bytes` is the memory available."""
+    estimate = found.estimate
+    if estimate is None or found.zeros is None or found.dense_bytes is None or found.packed_bytes is None:
+        return ["no estimate of memory and time for this family"]
+    recipe = found.recipe
+    lines = [
+        f"pruned by {recipe['method']}, pattern {recipe['pattern']}: {found.zeros:,} zeros, "
+        f"{found.zeros / found.prunable_parameters:.2%} of the linears, {found.zeros / found.parameters:.2%} of all",
+        f"output {format_bytes(found.dense_bytes)} dense, {format_bytes(found.packed_bytes)} packed",
+    ]
+    parts = console.bytes_by_size(estimate.memory[estimate.peak_phase])
+    lines.append(
+        f"estimated memory of `sparseopt prune` with {recipe['samples']} + {recipe['heldout_samples']} windows of "
+        f"{recipe['seqlen']} tokens: {format_bytes(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase} "
+        f"({', '.join(parts)})"
+    )
+    lines.append(
+        f"with activations on disk ({format_bytes(estimate.scratch_bytes)}): "
+        f"{format_bytes(estimate.disk_peak_memory_bytes)}"
+    )
+    if estimate.peak_memory_bytes <= memory_bytes:
+        fits = "that fits"
+    elif estimate.disk_peak_memory_bytes <= memory_bytes:
+        fits = "with activations on disk, which --memory allows, that fits"
+    else:
+        fits = "that does not fit"
+    lines.append(f"{fits} in {format_bytes(memory_bytes)}")
+    if estimate.seconds is None or estimate.seconds_by_part is None or estimate.gflops is None:
+        lines.append("no estimate of the time, which needs a rate of products and a method of this package")
+    else:
+        spent = [f"{name} {console.duration(s)}" for name, s in estimate.seconds_by_part.items() if s >= 0.5]
+        total = console.duration(estimate.seconds)
+        lines.append(f"estimated time at {estimate.gflops:.0f} GFLOP/s: {total} ({', '.join(spent)})")
+    lines.append("estimates come from shapes alone and may be off by half either way")
+    return lines
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs joined: `0, 2-4, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)

@@ -1,17 +1,17 @@
-"""Floor 8: the fields of `Recipe` as options of a command.
+"""Floor 8: options that several commands share: the fields of `Recipe`, devices, processes that work together.
 
-They are read when the command is called: `Recipe` needs the extra `prune`, which `sparseopt --help` and the other
-commands do not.
+The fields of `Recipe` are read when a command is called: `Recipe` needs the extra `prune`, which `sparseopt --help`
+and the other commands do not.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from typer.core import TyperCommand
-
-from sparseopt.shell.processes import MACHINE
 
 if TYPE_CHECKING:
     from sparseopt.pruning.options import Option
@@ -24,6 +24,32 @@ TEXT_HELP = "Text, given as in `sparseopt prune --calibration`; of a file the se
 
 Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
+MACHINE = "Machine"
+
+
+def machine_option(text: str, *names: str, **details: Any) -> Any:
+    """An option of a command, shown under the heading "Machine"."""
+    return typer.Option(*names, help=text, rich_help_panel=MACHINE, **details)
+
+
+ManyDevices = Annotated[str | None, machine_option("Devices to work on: a number, or all. Default: one.")]
+Distributed = Annotated[
+    bool,
+    machine_option(
+        "Work together with other processes that were started with the same command, on all their devices. In a "
+        "SLURM or MPI job, Kubernetes or a Cloud TPU they find each other; elsewhere give the three options below.",
+        "--distributed",
+    ),
+]
+Coordinator = Annotated[
+    str | None, machine_option("HOST:PORT of process 0, for all of them; or JAX_COORDINATOR_ADDRESS.")
+]
+Processes = Annotated[
+    int | None, machine_option("How many processes there are; or JAX_NUM_PROCESSES.", min=1, metavar="<int>")
+]
+ProcessId = Annotated[
+    int | None, machine_option("The number of this one, from 0; or JAX_PROCESS_ID.", min=0, metavar="<int>")
+]
 
 
 class RecipeCommand(TyperCommand):
@@ -40,12 +66,9 @@ class RecipeCommand(TyperCommand):
 def takes_recipe(
     *, only: Collection[str] = (), without: Collection[str] = (), lists: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[[], None]]:
-    """Let a command take the options of `Recipe`, as they are typed, in place of its `**options`.
+    """Let a command take the options of `Recipe`, as they are typed, in place of its keywords `**`.
 
-    Args:
-        only: the options to take; default: all.
-        without: the options to leave out.
-        lists: what to add to the help of options that take several values with commas between.
+    `lists` says what to add to the help of options that take several values with commas between.
     """
 
     def marked(function: Callable[..., None]) -> Callable[[], None]:
@@ -74,7 +97,7 @@ def recipe_fields(options: Mapping[str, Any]) -> dict[str, Any]:
 def _complete(
     function: Callable[..., None], only: Collection[str], without: Collection[str], lists: Mapping[str, str]
 ) -> Callable[..., None]:
-    """The function with these options in place of `**options`, all by keyword and sorted by panel."""
+    """The function with these options in place of its `**`, all by keyword and sorted by panel."""
     from sparseopt.pruning.options import CALIBRATION, HOW, OUTPUT, WHAT
     from sparseopt.pruning.recipe import OPTIONS
 
@@ -104,3 +127,40 @@ def _parameter(option: "Option", of_list: str | None, without_panel: bool) -> in
     text = option.help if of_list is None else f"{option.help} {of_list}"
     info = typer.Option(*given, help=text, rich_help_panel=None if without_panel else option.panel)
     return inspect.Parameter(option.name, KEYWORD_ONLY, default=option.default, annotation=Annotated[kind, info])
+
+
+@contextlib.contextmanager
+def cooperating(
+    distributed: bool, coordinator: str | None, processes: int | None, process_id: int | None
+) -> Iterator[None]:
+    """Run a command together with other processes, or alone; only the first process prints.
+
+    Raises:
+        ValueError: for options that need `--distributed` without it.
+    """
+    if not distributed:
+        if (coordinator, processes, process_id) != (None, None, None):
+            raise ValueError("--coordinator, --processes and --process-id belong to --distributed: add it")
+        yield
+        return
+    from sparseopt.system import processes as joined
+
+    joined.join(coordinator, processes, process_id)
+    with joined.together(), contextlib.ExitStack() as silent:
+        if not joined.is_first():
+            nowhere = silent.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            silent.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
+def number_of_devices(text: str | None) -> int | Literal["all"] | None:
+    """The value of `--devices`; None where it was left out.
+
+    Raises:
+        ValueError: for anything but a whole number from 1, or "all".
+    """
+    if text is None or text == "all":
+        return cast(Literal["all"] | None, text)
+    if not (text.isdecimal() and int(text) >= 1):
+        raise ValueError(f"--devices must be a whole number from 1, or all, given {text!r}")
+    return int(text)

@@ -1,4 +1,4 @@
-"""Floor 8: the commands `sparseopt prune` and `sparseopt eval`."""
+"""Floor 8: the commands `prune`, `eval`, `pack` and `unpack`."""
 
 import contextlib
 import json
@@ -10,24 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseopt.shell.options import TEXT_HELP, AsJson, Source, recipe_fields, takes_recipe
-from sparseopt.shell.processes import (
-    Coordinator,
-    Distributed,
-    Processes,
-    ProcessId,
-    cooperating,
-    machine_option,
-    number_of_devices,
-)
+from sparseopt.shell import console, options
 
-# EX_TEMPFAIL of sysexits: a scheduler that asked for the end may start the same command again.
+# EX_TEMPFAIL of sysexits: a scheduler that sent SIGTERM may start the same command again.
 RESUMABLE = 75
 
 
-@takes_recipe(lists={"sparsity": "Several, as in 0.5,0.6,0.7, share one pass."})
+@options.takes_recipe(lists={"sparsity": "Several, as in 0.5,0.6,0.7, share one pass."})
 def prune(
-    source: Source,
+    source: options.Source,
     output: Annotated[
         Path,
         typer.Option(
@@ -37,30 +28,30 @@ def prune(
     ],
     memory: Annotated[
         str | None,
-        machine_option(
+        options.machine_option(
             "Memory that the run may use, as in 8GiB; activations go to disk where needed. Default: what is available."
         ),
     ] = None,
     devices: Annotated[
-        str | None, machine_option("Devices to work on: a number, or all. Default: one; in several processes all.")
+        str | None,
+        options.machine_option("Devices to work on: a number, or all. Default: one; in several processes all."),
     ] = None,
-    distributed: Distributed = False,
-    coordinator: Coordinator = None,
-    processes: Processes = None,
-    process_id: ProcessId = None,
-    **options: Any,
+    distributed: options.Distributed = False,
+    coordinator: options.Coordinator = None,
+    processes: options.Processes = None,
+    process_id: options.ProcessId = None,
+    **given: Any,
 ) -> None:
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
-    chosen = number_of_devices(devices)
-    with cooperating(distributed, coordinator, processes, process_id):
+    chosen = options.number_of_devices(devices)
+    with options.cooperating(distributed, coordinator, processes, process_id):
         from sparseopt.models import open_source
         from sparseopt.pruning import Recipe, Stopped, prune_models
-        from sparseopt.shell import console, show_pruning
+        from sparseopt.shell import show_pruning
         from sparseopt.system.processes import count, is_first
 
-        several = options.pop("sparsity")
-        fields = recipe_fields(options)
-        shares = [None] if several is None else numbers(several, "--sparsity")
+        several, fields = given.pop("sparsity"), options.recipe_fields(given)
+        shares = [None] if several is None else _numbers(several, "--sparsity")
         recipes = [Recipe(sparsity=share, **fields) for share in shares]
         for each in recipes:
             each.check()
@@ -68,7 +59,7 @@ def prune(
         title = f"{fields['method']} {', '.join(f'{each.sparsity:.0%}' for each in recipes)}"
         if (pattern := fields["pattern"]) != "unstructured":
             title = f"{title} {pattern}"
-        # Opened out here: a download shows a bar of its own, and two bars do not go together.
+        # Opened before the bar starts, because a download shows its own.
         opened = open_source(source)
         code = 0
         try:
@@ -99,7 +90,7 @@ def prune(
 
 @contextlib.contextmanager
 def stop_asked() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM does not kill: the block in hand is finished first. Yields what tells whether it came."""
+    """Within, SIGTERM does not kill: the current block is finished first. Yields a function that says if it came."""
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield came.is_set
@@ -111,12 +102,7 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def numbers(text: str, option: str) -> list[float]:
-    """The numbers of a comma-separated option, each once.
-
-    Raises:
-        ValueError: naming the option, if it is not such a list.
-    """
+def _numbers(text: str, option: str) -> list[float]:
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
@@ -126,28 +112,27 @@ def numbers(text: str, option: str) -> list[float]:
     return found
 
 
-@takes_recipe(only=["bos"])
+@options.takes_recipe(only=["bos"])
 def evaluate(
-    model: Source,
-    text: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
+    model: options.Source,
+    text: Annotated[str, typer.Option(help=options.TEXT_HELP)] = "pydoc",
     windows: Annotated[int, typer.Option(help="Windows from the start of the evaluation text.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     pattern: Annotated[
         str | None, typer.Option(help="Also check that every linear has this pattern, as in `sparseopt prune`.")
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="The pattern's fraction of zeros; n:m has its own.")] = None,
-    as_json: AsJson = False,
-    **options: Any,
+    as_json: options.AsJson = False,
+    **given: Any,
 ) -> None:
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
     from sparseopt.models import check_window, open_model
     from sparseopt.pruning import audit_pattern, audit_sparsity, perplexity
     from sparseopt.pruning.texts import part_of_text, text_windows
-    from sparseopt.shell import console
 
     opened = open_model(model)
     check_window(seqlen, opened.config.max_positions)
-    ids, start = text_windows(opened.source, text, "evaluation", windows, seqlen, bos=options["bos"])
+    ids, start = text_windows(opened.source, text, "evaluation", windows, seqlen, bos=given["bos"])
     found = audit_pattern(opened, pattern, sparsity) if pattern else []
     broken = [a for a in found if not a.fits]
     if broken:
@@ -160,24 +145,15 @@ def evaluate(
         score = perplexity(opened, ids, bos=start, observer=progress)
     audits = audit_sparsity(opened)
     zeros, size = sum(a.zeros for a in audits), sum(a.size for a in audits)
+    exact = sum(a.exact for a in found)
     if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "model": model,
-                    "text": text,
-                    "windows": windows,
-                    "seqlen": seqlen,
-                    "bos": start,
-                    "perplexity": score,
-                    "zeros": zeros,
-                    "size": size,
-                    "sparsity": zeros / size,
-                    "layers": {a.layer: a.zeros for a in audits},
-                    **({"pattern": pattern, "exact": sum(a.exact for a in found)} if pattern else {}),
-                }
-            )
-        )
+        found_pattern = {"pattern": pattern, "exact": exact} if pattern else {}
+        figures = {
+            "model": model, "text": text, "windows": windows, "seqlen": seqlen, "bos": start, "perplexity": score,
+            "zeros": zeros, "size": size, "sparsity": zeros / size, "layers": {a.layer: a.zeros for a in audits},
+            **found_pattern,
+        }  # fmt: skip
+        typer.echo(json.dumps(figures))
         return
     least, most = min(audits, key=lambda a: a.sparsity), max(audits, key=lambda a: a.sparsity)
     console.say(
@@ -189,4 +165,30 @@ def evaluate(
         f"(from {least.sparsity:.6f} in {least.layer} to {most.sparsity:.6f} in {most.layer})"
     )
     if pattern:
-        console.say(f"pattern {pattern} holds in all {len(found)} linears, exact in {sum(a.exact for a in found)}")
+        console.say(f"pattern {pattern} holds in all {len(found)} linears, exact in {exact}")
+
+
+def pack(
+    folder: Annotated[Path, typer.Argument(help="Folder of a pruned model, dense.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+) -> None:
+    """Store a pruned model's zeros as a bitmask: smaller on disk, for sparseopt only until it is unpacked."""
+    from sparseopt.models import pack_folder
+
+    with console.block_progress(f"packing {folder.name}") as progress:
+        done = pack_folder(folder, output, observer=progress)
+    console.say(console.packed_line(done.dense_bytes, done.stored_bytes))
+    console.say(f"wrote {done.output}")
+
+
+def unpack(
+    folder: Annotated[Path, typer.Argument(help="Folder of a packed model.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+) -> None:
+    """Write a packed model as the dense folder that transformers loads, identical to the one that was packed."""
+    from sparseopt.models import unpack_folder
+
+    with console.block_progress(f"unpacking {folder.name}") as progress:
+        done = unpack_folder(folder, output, observer=progress)
+    console.say(f"{done.stored_bytes:,} bytes of tensors, dense")
+    console.say(f"wrote {done.output}")

@@ -7,9 +7,9 @@ from rich.table import Table
 
 from sparseopt.core.types import Observer
 from sparseopt.experiments.report import Section
-from sparseopt.experiments.runs import Outcome, State
-from sparseopt.experiments.sweep import Planned
+from sparseopt.experiments.runs import Outcome, Planned, State
 from sparseopt.shell.console import comparison_table, console, counting_bar, duration, say
+from sparseopt.system.machine import format_bytes
 from sparseopt.system.run_folder import RECORDS
 
 
@@ -59,14 +59,8 @@ def plan_table(planned: Sequence[Planned]) -> Table:
     rows = []
     for p in planned:
         seconds, memory = p.estimate.seconds, p.estimate.memory_bytes
-        rows.append(
-            (
-                name_of(p),
-                p.state.value,
-                duration(seconds) if seconds is not None else "unknown",
-                f"{memory / 2**30:.1f} GiB" if memory is not None else "unknown",
-            )
-        )
+        time = "unknown" if seconds is None else duration(seconds)
+        rows.append((name_of(p), p.state.value, time, "unknown" if memory is None else format_bytes(memory)))
     table = comparison_table("what would run", ("run", "state", "time", "memory"), rows)
     table.columns[0].overflow = "fold"
     return table

@@ -2,13 +2,13 @@
 
 import time
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn
 from rich.table import Table
 
 from sparseopt.models.errors import listed
 from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, Replay, mean
 from sparseopt.pruning.texts import part_of_text
-from sparseopt.shell.console import console, packed_line, say
+from sparseopt.shell.console import bytes_by_size, comparison_table, console, counting_bar, packed_line, say
 from sparseopt.system.machine import format_bytes
 
 
@@ -21,18 +21,9 @@ class PruneProgress:
         self._block: list[LayerRecord] = []
         self._replayed = 0
         self._worked_from = self._start
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = counting_bar(console, TextColumn("{task.fields[note]}"))
         # The first record comes only after reading, tokenising and compiling.
-        self._task = self._bar.add_task(title, total=None, note="reading the model", left="")
+        self._task = self._bar.add_task(title, total=None, note="reading the model")
 
     def __enter__(self) -> "PruneProgress":
         self._bar.start()
@@ -65,8 +56,9 @@ class PruneProgress:
     def _tell_layer(self, record: LayerRecord, done: int, total: int) -> None:
         if done == self._replayed:
             self._worked_from = time.perf_counter()
-        note = f"block {record.block} {record.layer.split('.', 3)[-1]} error {record.relative_error:.4f}"
-        self._bar.update(self._task, total=total, completed=done, note=note, left=self._left(done, total))
+        layer = record.layer.split(".", 3)[-1]
+        note = f"block {record.block} {layer} error {record.relative_error:.4f}{self._left(done, total)}"
+        self._bar.update(self._task, total=total, completed=done, note=note)
         if self._block and self._block[-1].block != record.block:
             self._tell_block(done - 1, total)
             self._block = []
@@ -77,11 +69,10 @@ class PruneProgress:
     def _tell_block(self, done: int, total: int) -> None:
         if console.is_terminal:
             return
-        left = self._left(done, total)
         say(
             f"{self._title}: layer {done}/{total}, block {self._block[-1].block}, mean relative error "
             f"{mean(r.relative_error for r in self._block):.5f}, {time.perf_counter() - self._start:.0f} s"
-            + (left and f", {left}")
+            f"{self._left(done, total)}"
         )
 
     def _left(self, done: int, total: int) -> str:
@@ -89,18 +80,17 @@ class PruneProgress:
         pruned = done - self._replayed
         if pruned <= 0:
             return ""
-        return f"{(time.perf_counter() - self._worked_from) / pruned * (total - done):.0f} s left"
+        return f", {(time.perf_counter() - self._worked_from) / pruned * (total - done):.0f} s left"
 
 
 def footprint_lines(footprint: Footprint) -> list[str]:
     """The estimated memory and disk space of a run."""
     asked, lines = footprint.budget_bytes, []
     if footprint.memory_bytes is not None:
-        parts = sorted(footprint.memory_parts.items(), key=lambda item: -item[1])
         limit = "" if asked is None else f" of {format_bytes(asked)} asked for"
         lines.append(
             f"memory {format_bytes(footprint.memory_bytes)}{limit}, estimated, in phase {footprint.phase}: "
-            + " + ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts if nbytes)
+            + " + ".join(bytes_by_size(footprint.memory_parts))
         )
     disk = f"disk {format_bytes(footprint.output_bytes)} for the model"
     if footprint.activations == "disk":
@@ -124,24 +114,26 @@ def memory_line(report: PruneReport) -> str:
 
 def prune_table(report: PruneReport) -> Table:
     """Mean errors by kind of linear, and the totals."""
-    table = Table(title="Pruned layers, means over blocks", title_justify="left")
-    for heading in ("layer", "shape", "sparsity", "rel. error", "held-out", "steps", "seconds"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    rows = []
     kinds = dict.fromkeys(kind_of(r.layer) for r in report.layers)
     groups = {kind: [r for r in report.layers if kind_of(r.layer) == kind] for kind in kinds}
     for kind, records in (groups | {"all": report.layers}).items():
         shape = "" if kind == "all" else f"{records[0].shape[0]}x{records[0].shape[1]}"
         heldout = mean(r.heldout_error for r in records if r.heldout_error is not None)
-        table.add_row(
-            kind,
-            shape,
-            f"{sum(r.zeros for r in records) / sum(r.size for r in records):.4f}",
-            f"{mean(r.relative_error for r in records):.5f}",
-            "-" if heldout is None else f"{heldout:.5f}",
-            f"{mean(r.steps for r in records):.0f}",
-            f"{sum(r.seconds for r in records):.1f}",
-            end_section=kind == list(kinds)[-1],
+        rows.append(
+            (
+                kind,
+                shape,
+                f"{sum(r.zeros for r in records) / sum(r.size for r in records):.4f}",
+                f"{mean(r.relative_error for r in records):.5f}",
+                "-" if heldout is None else f"{heldout:.5f}",
+                f"{mean(r.steps for r in records):.0f}",
+                f"{sum(r.seconds for r in records):.1f}",
+            )
         )
+    headings = ("layer", "shape", "sparsity", "rel. error", "held-out", "steps", "seconds")
+    table = comparison_table("Pruned layers, means over blocks", headings, rows)
+    table.rows[-2].end_section = True
     return table
 
 

@@ -1,13 +1,17 @@
 """Floor 8: the commands `sparseopt denoise` and `sparseopt trend`."""
 
 import json
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 
+import sparseopt as so
 from sparseopt.core.penalty_names import BY_WEIGHT, penalty_of_weight
-from sparseopt.shell.processes import ManyDevices, number_of_devices
+from sparseopt.shell import console
+from sparseopt.shell.options import ManyDevices, number_of_devices
 from sparseopt.trend.methods import AUTO, METHODS
 
 METHOD_HELP = f"{', '.join((AUTO, *METHODS))}."
@@ -27,7 +31,6 @@ def denoise(
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
     """Denoise an image by trend filtering on its pixel grid; writes a before/after picture beside the output."""
-    from sparseopt.shell import console
     from sparseopt.trend import files
     from sparseopt.trend.images import before_and_after
     from sparseopt.trend.images import denoise as denoise_array
@@ -38,12 +41,14 @@ def denoise(
     for target in (output, picture, summary):
         files.check_output(target, None, force)
     pixels = files.read_image(image)
-    with console.waiting(f"denoising {image.name}, {' x '.join(map(str, pixels.shape))}, order {order}") as clock:
+    start = time.perf_counter()
+    with console.waiting(f"denoising {image.name}, {' x '.join(map(str, pixels.shape))}, order {order}"):
         found = denoise_array(pixels, weight, order, couple=couple, method=method, tol=tol, devices=chosen)
+    seconds = time.perf_counter() - start
     files.write_image(output, found.image)
     before_and_after(pixels, found.image, picture, (image.name, f"order {order}, weight {weight:g}"))
     figures = {"image": str(image), "shape": pixels.shape, "dtype": str(pixels.dtype), "weight": weight, "order": order}
-    _finish_fit(found.solution, figures, clock.seconds, summary, [output, picture])
+    _finish_fit(found.solution, figures, seconds, summary, [output, picture])
 
 
 def trend(
@@ -61,10 +66,6 @@ def trend(
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
     """Smooth a signal on a graph; files are CSV, Parquet or NPZ."""
-    import numpy as np
-
-    import sparseopt as so
-    from sparseopt.shell import console
     from sparseopt.trend import files
 
     chosen = number_of_devices(devices)
@@ -76,50 +77,34 @@ def trend(
     y = files.read_signal(signal)
     network = so.Graph.from_edges(edges, len(y), edge_weights, merge=merge)
     title = f"fitting {signal.name} on {network.num_nodes:,} nodes and {network.num_edges:,} edges, order {order}"
-    with console.waiting(title) as clock:
-        found = so.trend_filter(
-            y,
-            network,
-            made,
-            order,
-            method,
-            tol,
-            missing="nan" if missing else "error",
-            devices=chosen,
-        )
+    start = time.perf_counter()
+    with console.waiting(title):
+        absent: Literal["nan", "error"] = "nan" if missing else "error"
+        found = so.trend_filter(y, network, made, order, method, tol, missing=absent, devices=chosen)
+    seconds = time.perf_counter() - start
     files.write_signal(output, np.asarray(found.value))
     figures = {
-        "graph": str(graph),
-        "signal": str(signal),
-        "nodes": network.num_nodes,
-        "edges": network.num_edges,
-        "penalty": penalty,
-        "weight": weight,
-        "order": order,
-    }
-    _finish_fit(found, figures, clock.seconds, summary, [output])
+        "graph": str(graph), "signal": str(signal), "nodes": network.num_nodes, "edges": network.num_edges,
+        "penalty": penalty, "weight": weight, "order": order,
+    }  # fmt: skip
+    _finish_fit(found, figures, seconds, summary, [output])
 
 
 def _finish_fit(found: Any, figures: dict[str, Any], seconds: float, summary: Path, written: list[Path]) -> None:
     """Say how a fit ended, and write the same as JSON."""
-    from sparseopt.core.problem import Status
-    from sparseopt.shell import console
-
-    status = Status(int(found.status))
-    gap = float(found.gap)
+    status = so.Status(int(found.status))
+    steps, gap, residual = int(found.steps), float(found.gap), float(found.residual)
     figures |= {
         "status": status.name,
-        "steps": int(found.steps),
+        "steps": steps,
         "objective": float(found.objective),
         "relative_duality_gap": None if gap != gap else gap,
-        "residual": float(found.residual),
+        "residual": residual,
         "seconds": seconds,
     }
     summary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    measure = (
-        f"relative duality gap {gap:.2e}" if gap == gap else f"residual {float(found.residual):.2e}, no certificate"
-    )
-    console.say(f"{status.name}: {measure} after {int(found.steps)} steps, {seconds:.1f} s with compiling")
-    if status not in (Status.CONVERGED, Status.STATIONARY):
+    measure = f"relative duality gap {gap:.2e}" if gap == gap else f"residual {residual:.2e}, no certificate"
+    console.say(f"{status.name}: {measure} after {steps} steps, {seconds:.1f} s with compiling")
+    if status not in (so.Status.CONVERGED, so.Status.STATIONARY):
         console.say(status.advice)
     console.say(f"wrote {', '.join(map(str, [*written, summary]))}")

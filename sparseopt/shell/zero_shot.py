@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sparseopt.core.types import Observer
+from sparseopt.shell import console
 from sparseopt.shell.options import AsJson, Source, takes_recipe
 
 
@@ -28,7 +29,6 @@ def zero_shot(
 ) -> None:
     """Accuracy on tasks of lm-eval, whose data come from the Hugging Face hub or from your own files."""
     from sparseopt.pruning.zero_shot import zero_shot as run_tasks
-    from sparseopt.shell import console
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with task_progress() as progress:
@@ -72,9 +72,7 @@ def score_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
 @contextmanager
 def task_progress() -> Iterator[Observer]:
     """Observer of `zero_shot`, on the error stream: a bar on a terminal, elsewhere a line each tenth of the work."""
-    from sparseopt.shell.console import counting_bar, errors
-
-    bar, task, title, start, tenth = counting_bar(errors), None, "", 0.0, 0
+    bar, task, title, start, tenth = console.counting_bar(console.errors), None, "", 0.0, 0
 
     def observe(stage: Any, done: int, total: int) -> None:
         nonlocal task, title, start, tenth
@@ -83,10 +81,10 @@ def task_progress() -> Iterator[Observer]:
             bar.start()
             task, title, start, tenth = bar.add_task(stage, total=total), stage, time.perf_counter(), 0
         bar.update(task, completed=done, total=total)
-        if not errors.is_terminal and 10 * done // total > tenth:
+        if not console.errors.is_terminal and 10 * done // total > tenth:
             tenth, spent = 10 * done // total, time.perf_counter() - start
             left = spent / done * (total - done)
-            errors.print(f"{title}: {100 * done // total} %, {spent:.0f} s, {left:.0f} s left", soft_wrap=True)
+            console.errors.print(f"{title}: {100 * done // total} %, {spent:.0f} s, {left:.0f} s left", soft_wrap=True)
 
     try:
         yield observe

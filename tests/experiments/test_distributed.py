@@ -12,7 +12,7 @@ import yaml
 
 from sparseopt.experiments.config import load_config
 from sparseopt.experiments.runs import execute
-from tests.experiments.test_prune_tasks import TEXT
+from tests.experiments.conftest import TEXT
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.processes import free_port, start, wait
 from tests.pruning.test_pipeline import TOKENIZER

@@ -14,13 +14,6 @@ from sparseopt.experiments import plots
 TRIANGLE = np.array([[0, 0], [1, 0], [0, 1]])
 
 
-@pytest.fixture(autouse=True)
-def _close_figures():
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
-
-
 @pytest.fixture
 def axis():
     return plt.figure().add_subplot()

@@ -9,13 +9,6 @@ from sparseopt.pruning import LayerRecord
 from tests.experiments.test_plots import drawn, texts
 
 
-@pytest.fixture(autouse=True)
-def _close_figures():
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
-
-
 def records(level):
     return [
         LayerRecord(

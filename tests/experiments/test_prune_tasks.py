@@ -1,31 +1,14 @@
-"""The tasks `prune` and `descent` end to end on a tiny model, with a penalty and a method of one's own."""
+"""The task `prune` end to end on a tiny model, with a penalty and a method of one's own."""
 
 import json
 
-import numpy as np
 import pytest
 import yaml
 
 from sparseopt.experiments.config import ConfigError, expand
 from sparseopt.experiments.report import gather
-from sparseopt.experiments.runs import execute, fingerprint
-from sparseopt.experiments.sweep import check_all, plan, run_all
+from sparseopt.experiments.runs import check_all, execute, fingerprint, plan, run_all
 from sparseopt.pruning import audit_pattern, audit_sparsity
-from tests.models.tiny import random_tensors, tiny_config, write_folder
-from tests.pruning.test_pipeline import TOKENIZER
-
-TEXT = "the quick brown fox jumps over the lazy dog, and then the dog tells the fox all about it.\n" * 60
-
-
-@pytest.fixture
-def settings(tmp_path, rng):
-    folder = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
-    (folder / "tokenizer.json").write_text(TOKENIZER)
-    (tmp_path / "text.txt").write_text(TEXT)
-    text = f"file:{tmp_path / 'text.txt'}"
-    return {
-        "name": "tiny", "source": str(folder), "calibration": text, "samples": 4, "seqlen": 32,
-    }  # fmt: skip
 
 
 @pytest.fixture
@@ -194,22 +177,3 @@ def test_every_window_begins_with_bos_where_the_config_says_yes(tmp_path, prune)
         layer.task.check()
     with pytest.raises(ConfigError, match="bos"):
         expand({**fields, "bos": "always"})
-
-
-def test_descent_is_monotone_and_acceleration_ends_lower(tmp_path, settings):
-    layer = "model.layers.1.mlp.up_proj"
-    (run,) = expand({**settings, "task": "descent", "layer": layer, "steps": 60})
-    outcome = execute(run, tmp_path, quiet)
-    assert outcome.error is None
-    records = {r["solver"]: r for r in map(json.loads, (outcome.folder / "records.jsonl").read_text().splitlines())}
-    assert records["maiht"]["objective"] <= records["iht"]["objective"]
-    for solver in records.values():
-        history = np.load(outcome.folder / f"history-{solver['unit']}.npz")["objective"]
-        assert len(history) == 61
-        # Rounding of the objective in float32.
-        assert np.diff(history).max() <= 1e-5 * history[0]
-    assert (outcome.folder / f"descent-{layer}.png").is_file()
-    (section,) = gather([outcome.folder])
-    assert [row.labels for row in section.rows] == [{"solver": "maiht"}, {"solver": "iht"}]
-    with pytest.raises(ValueError, match=r"did you mean 'model.layers.1.mlp.up_proj'"):
-        expand({**settings, "task": "descent", "layer": "model.layers.1.mlp.up_pro"})[0].task.check()

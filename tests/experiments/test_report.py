@@ -7,7 +7,7 @@ import pytest
 
 from sparseopt.experiments.config import expand
 from sparseopt.experiments.report import find_runs, flat_rows, gather, markdown, write_report
-from sparseopt.experiments.sweep import plan, run_all
+from sparseopt.experiments.runs import plan, run_all
 
 TOY = "tests.experiments.toy.Toy"
 PAPER = {

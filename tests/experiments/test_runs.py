@@ -15,13 +15,16 @@ import yaml
 from sparseopt.experiments.config import expand
 from sparseopt.experiments.runs import (
     State,
+    check_all,
     execute,
     fingerprint,
     load_run,
+    plan,
     records_in,
+    run_all,
     state_of,
+    take_shard,
 )
-from sparseopt.experiments.sweep import check_all, parse_shard, plan, run_all, take_shard
 from sparseopt.shell.show_experiments import SweepProgress
 from sparseopt.system.run_folder import FolderInUse
 
@@ -211,12 +214,12 @@ def test_two_processes_never_share_a_folder(tmp_path):
 
 def test_shards_are_disjoint_and_complete():
     runs = expand({"name": "toy", "task": TOY, "sweep": {"grid": {"seed": list(range(7))}}}, allow_code=True)
-    parts = [take_shard(runs, parse_shard(f"{i}/3")) for i in (1, 2, 3)]
+    parts = [take_shard(runs, f"{i}/3") for i in (1, 2, 3)]
     assert sorted(run.id for part in parts for run in part) == sorted(run.id for run in runs)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     for wrong in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2"):
         with pytest.raises(ValueError, match=r"--shard must be i/n"):
-            parse_shard(wrong)
+            take_shard(runs, wrong)
 
 
 @pytest.mark.processes

@@ -72,7 +72,7 @@ def test_after_ctrl_c_the_same_command_does_the_missing_cells_alone(compare, mon
     calls = fail_on(monkeypatch, 3, KeyboardInterrupt())
     status, out, err = compare()
     assert status == 130
-    assert "the same command goes on with the cells that are missing" in err
+    assert "the same command continues with what is missing" in err
     assert out.count("done ") == 3
     status, out, _ = compare()
     assert status == 0

@@ -221,19 +221,12 @@ def assemble(
     cadence: int = CADENCE,
     inner_tol: float = 1e-8,
 ) -> Assembled:
-    """Problem, solver and start of a method for a signal without missing values; call it under `precision`.
+    """Problem, solver and start of a method for a float64 signal without missing values; call it under `precision`.
 
-    Args:
-        y: `[*shape]` of a grid or `[n]`, float64.
-        graph: where it lives.
-        penalty: `L1` for the algorithm `fast_admm`, else any.
-        order: k.
-        method: which.
-        settings: "tuned" chooses rho from the data, adapts and over-relaxes as `trend_filter` does; "published"
-            holds rho at 1 without relaxation and, for `doge`, counts a copy of every column for every group, as
-            `doge_groups` stores it with both settings; the iterates of the two are then the same.
-        cadence: steps between two checks.
-        inner_tol: relative gap of the inner solves of `fast_admm`.
+    `settings` "tuned" chooses rho from the data, adapts and over-relaxes as `trend_filter` does; "published" holds rho
+    at 1 without relaxation and, for `doge`, counts a copy of every column for every group, as `doge_groups` stores it
+    with both settings; the iterates of the two are then the same. `cadence` is the number of steps between two checks,
+    `inner_tol` the relative gap of the inner solves of `fast_admm`.
 
     Raises:
         ValueError: for a penalty that the method does not take.
@@ -296,19 +289,9 @@ def fit(
 ) -> Solution:
     """The fit of any method; `trend_filter` itself where it has the method, its settings and its stopping rule.
 
-    Args:
-        y: the signal, with a last axis of channels only where `trend_filter` does the work.
-        graph: where it lives.
-        penalty: as in `assemble`.
-        order: k.
-        method: which.
-        settings: as in `assemble`.
-        stop: "gap" for the relative duality gap, checked at every fifth step; "change" for the relative change of
-            the fit in a step, checked at each.
-        tol: what the stopping rule compares with.
-        max_steps: step limit.
-        inner_tol: relative gap of the inner solves of `fast_admm`, None for a tenth of `tol`. With a looser one
-            the over-relaxed iteration comes to rest above the optimum, which its certificate shows.
+    `stop` is "gap" for the relative duality gap, checked at every fifth step, or "change" for the relative change of
+    the fit in a step, checked at each. `inner_tol` is by default a tenth of `tol`: with a looser one the over-relaxed
+    iteration comes to rest above the optimum, which its certificate shows. The rest is as in `assemble`.
 
     Raises:
         ValueError: for channels or a penalty that the method does not take.

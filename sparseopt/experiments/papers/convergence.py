@@ -22,17 +22,10 @@ from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem
 from sparseopt.core.solve import solve
 from sparseopt.core.types import Observer, precision
-from sparseopt.experiments.papers.baselines import (
-    CADENCE,
-    DOUBLE,
-    Method,
-    NestedAdmm,
-    Settings,
-    assemble,
-    method_label,
-)
-from sparseopt.experiments.task import Estimate, FinishedRun, Record, Strict
-from sparseopt.experiments.task_trend import PictureTask, grouped
+from sparseopt.experiments import plots
+from sparseopt.experiments.papers.baselines import CADENCE, DOUBLE, Method, NestedAdmm, Settings, assemble, method_label
+from sparseopt.experiments.task import Estimate, FinishedRun, Record, Strict, grouped
+from sparseopt.experiments.task_denoise import PictureTask
 from sparseopt.trend.filter import trend_filter
 
 OPTIMUM_GAP = 1e-9
@@ -54,7 +47,6 @@ class Contender(Strict):
 
     @property
     def label(self) -> str:
-        """The method for legends."""
         return method_label(self.method, self.settings)
 
 
@@ -192,30 +184,25 @@ def _clocked(made: Any, looks: np.ndarray) -> np.ndarray:
 
 def _draw(problems: dict[str, list[FinishedRun]]) -> Any:
     """Problems side by side if each has one panel, else below each other."""
-    import matplotlib.pyplot as plt
-
     tasks = [run.task for runs in problems.values() for run in runs]
-    kinds = list(dict.fromkeys(kind for task in tasks for kind in task.against))  # type: ignore[attr-defined]
+    kinds = list(dict.fromkeys(kind for task in tasks for kind in task.against))
     rows, columns = (1, len(problems)) if len(kinds) == 1 else (len(problems), len(kinds))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(max(5.6 * columns, 8), 4.3 * rows + 0.4), squeeze=False, layout="constrained"
-    )
+    size = (max(5.6 * columns, 8), 4.3 * rows + 0.4)
+    axes = plots.style.axes_or_new(None, rows * columns, columns, size)
     panels = [(runs, subject, kind) for subject, runs in problems.items() for kind in kinds]
-    for axis, (runs, subject, kind) in zip(axes.ravel(), panels, strict=True):
+    for axis, (runs, subject, kind) in zip(axes, panels, strict=True):
         _draw_losses(runs, kind, axis)
         axis.set_title(subject, fontsize=10)
     # One legend serves panels with the same lines, and covers none of them.
-    handles, labels = axes.ravel()[0].get_legend_handles_labels()
-    if all(axis.get_legend_handles_labels()[1] == labels for axis in axes.ravel()):
-        for axis in axes.ravel():
+    handles, labels = axes[0].get_legend_handles_labels()
+    if all(axis.get_legend_handles_labels()[1] == labels for axis in axes):
+        for axis in axes:
             axis.get_legend().remove()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, handlelength=2.8)
+        axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, handlelength=2.8)
     return axes
 
 
 def _draw_losses(runs: Sequence[FinishedRun], kind: str, axis: Any) -> None:
-    from sparseopt.experiments import plots
-
     curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for of, record in ((run, record) for run in runs for record in run.records):
         stored = of.arrays("history", record)

@@ -20,10 +20,11 @@ from sparseopt.core.losses import largest_eigenvalue_bound
 from sparseopt.core.solvers.aiht import STEP_FRACTION
 from sparseopt.core.thresholds import kth_largest
 from sparseopt.core.types import Observer
+from sparseopt.experiments import plots
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
-from sparseopt.experiments.task_prune import BUNDLED, BosChoice
-from sparseopt.models import Bos, PrunableModel, bundled_model, check_window, load_tokenizer, open_model, start_token
+from sparseopt.experiments.task_prune import BUNDLED, BosChoice, model_path
+from sparseopt.models import Bos, PrunableModel, check_window, load_tokenizer, open_model, start_token
 from sparseopt.pruning import Recipe, load_text
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.layer import ScaledLayer, scale_layer
@@ -68,7 +69,7 @@ class Descent(Task):
         return [f"{index}-{solver.label}" for index, solver in enumerate(self.solvers)]
 
     def check(self) -> None:
-        model = open_model(self._source())
+        model = open_model(model_path(self.source))
         _block_of(model, self.layer)
         check_window(self.seqlen, model.config.max_positions)
         start_token(model.source, load_tokenizer(model.source), self.bos)
@@ -82,7 +83,7 @@ class Descent(Task):
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         observer(f"Gram of {self.layer}", 0, 0)
-        layer = layer_problem(self._source(), self.layer, self.calibration, self.bos, self.samples, self.seqlen)
+        layer = layer_problem(self.source, self.layer, self.calibration, self.bos, self.samples, self.seqlen)
         loss = layer.ridged(self.ridge)
         step = STEP_FRACTION / largest_eigenvalue_bound(loss.hessian, jax.random.key(self.seed))
         kept = round((1 - self.sparsity) * layer.center.size)
@@ -113,15 +114,11 @@ class Descent(Task):
             "zeros": float(np.mean(np.asarray(found.value) == 0)),
         }
 
-    def _source(self) -> Path:
-        return bundled_model() if self.source == BUNDLED else Path(self.source)
-
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
         """A picture for each layer: the objective, and its distance to the lowest value that any solver found."""
         pictures: dict[str, Any] = {}
         for run in runs:
-            assert isinstance(run.task, Descent)
             curves = {record["solver"]: run.arrays("history", record)["objective"] for record in run.records}
             if curves:
                 pictures[f"descent-{run.task.layer}"] = _draw_descent(curves, run.task.layer)
@@ -129,11 +126,7 @@ class Descent(Task):
 
 
 def _draw_descent(curves: dict[str, np.ndarray], layer: str) -> Any:
-    import matplotlib.pyplot as plt
-
-    from sparseopt.experiments import plots
-
-    _, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    axes = plots.style.axes_or_new(None, 2, 2, (11, 4.2))
     lowest = min(float(values.min()) for values in curves.values())
     whole = {label: (np.arange(len(values)), values) for label, values in curves.items()}
     above = {label: (steps, np.where(y > lowest, y - lowest, np.nan)) for label, (steps, y) in whole.items()}
@@ -145,24 +138,21 @@ def _draw_descent(curves: dict[str, np.ndarray], layer: str) -> Any:
 
 
 def _block_of(model: PrunableModel, layer: str) -> tuple[int, str]:
-    """The block of a linear and its name there.
-
-    Raises:
-        ValueError: if the model has no such linear, with the nearest name.
-    """
-    names: dict[str, tuple[int, str]] = {}
-    for index in range(model.num_blocks):
-        for path, key in model.block_keys(index).items():
-            names[key.removesuffix(".weight")] = (index, path.removesuffix(".weight"))
+    """The block of a linear and its name there."""
+    names = {
+        key.removesuffix(".weight"): (index, path.removesuffix(".weight"))
+        for index in range(model.num_blocks)
+        for path, key in model.block_keys(index).items()
+    }
     if layer not in names:
         raise ValueError(f"the model has no linear {layer!r}; {suggest(layer, names)}")
     return names[layer]
 
 
 @lru_cache(maxsize=1)
-def layer_problem(source: Path, layer: str, calibration: str, bos: Bos, samples: int, seqlen: int) -> ScaledLayer:
+def layer_problem(source: str, layer: str, calibration: str, bos: Bos, samples: int, seqlen: int) -> ScaledLayer:
     """One linear of the dense model with the Gram of its inputs, in scaled coordinates."""
-    model = open_model(source)
+    model = open_model(model_path(source))
     block_index, name = _block_of(model, layer)
     recipe = Recipe(calibration=calibration, bos=bos, samples=samples, seqlen=seqlen, heldout_samples=0)
     windows = calibration_windows(model, recipe).calibration

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from sparseopt.core.grouping import check_groups
 from sparseopt.core.types import Observer
+from sparseopt.experiments import plots
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
 from sparseopt.trend.graph import Graph
 
@@ -74,11 +75,8 @@ class Groups(Task):
     @classmethod
     def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
         """A figure for each grid and block, with a panel for each group; grids too large to see are skipped."""
-        from sparseopt.experiments import plots
-
         pictures: dict[str, Any] = {}
         for run in runs:
-            assert isinstance(run.task, Groups)
             if int(np.prod(run.task.shape)) > LARGEST_DRAWN:
                 continue
             size = "x".join(map(str, run.task.shape))

@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import Field
 
 from sparseopt.core.problem import Solution
+from sparseopt.experiments import plots
 from sparseopt.experiments.papers.baselines import METHOD_NAMES, Method, Settings, Stop, algorithm_of, fit, method_label
-from sparseopt.experiments.task import FinishedRun, Record
+from sparseopt.experiments.task import FinishedRun, Record, grouped
 from sparseopt.experiments.task_denoise import FIT_SECONDS, NoisyPicture
-from sparseopt.experiments.task_trend import grouped
 from sparseopt.trend.graph import Graph
 
 # Seconds of a fit with an optimisation in each step, for each value; see `FIT_SECONDS`.
@@ -73,26 +73,18 @@ class Race(NoisyPicture):
 def _place(run: FinishedRun) -> tuple[str, bool, int]:
     """The order of lines: by problem, our settings before the published ones, the methods as they are listed."""
     task = run.task
-    assert isinstance(task, Race)
     return task.subject_and_rule, task.settings == "published", list(METHOD_NAMES).index(task.method)
 
 
 def _draw_seconds(panels: dict[str, list[FinishedRun]]) -> Any:
     """The mean time of every method with the spread over repeats, open where settings are the published ones."""
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    from sparseopt.experiments import plots
-
-    tallest = max(len(runs) for runs in panels.values())
-    _, axes = plt.subplots(
-        1, len(panels), figsize=(3.2 + 4.4 * len(panels), 1.3 + 0.42 * tallest), sharex=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
+    size = (3.2 + 4.4 * len(panels), 1.3 + 0.42 * max(len(runs) for runs in panels.values()))
+    axes = plots.style.axes_or_new(None, len(panels), len(panels), size, sharex=True)
+    for axis, (title, runs) in zip(axes, panels.items(), strict=True):
         labels = []
         for height, run in enumerate(runs):
-            assert isinstance(run.task, Race)
             seconds = np.array([record["seconds"] for record in run.records])
             failed = sum(record["status"] not in ("CONVERGED", "STATIONARY") for record in run.records)
             labels.append(run.task.label + (f" ({failed} not converged)" if failed else ""))
@@ -113,9 +105,7 @@ def _draw_seconds(panels: dict[str, list[FinishedRun]]) -> Any:
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set(xlabel="time to the stopping rule (s)", title=title)
-        axis.title.set_fontsize(10)
-        axis.grid(alpha=0.25)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlabel("time to the stopping rule (s)")
+        axis.set_title(title, fontsize=10)
+        plots.style.tidy(axis)
     return axes

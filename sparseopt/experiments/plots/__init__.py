@@ -5,11 +5,12 @@ be drawn is a ValueError that says what was given. matplotlib is imported when s
 needs the models.
 """
 
-from sparseopt.experiments.plots.curves import plot_curves, plot_history
-from sparseopt.experiments.plots.paths import (
+from sparseopt.experiments.plots.curves import (
     plot_cross_validation,
+    plot_curves,
     plot_degrees_of_freedom,
     plot_fits,
+    plot_history,
     plot_path,
     plot_selection,
 )

@@ -1,25 +1,21 @@
-"""Floor 7: curves, and histories of solves."""
+"""Floor 7: lines: any curves, histories of solves, and paths over the penalty weight with the level chosen."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from sparseopt.core.problem import Solution
-from sparseopt.experiments.plots.style import (
-    as_numbers,
-    axis_or_new,
-    check_any,
-    check_positive,
-    legend,
-    line_style,
-    tidy,
-)
+from sparseopt.experiments.plots import style
+from sparseopt.trend.path import TrendPath
+from sparseopt.trend.selection import CrossValidation, Selection
 
 Quantity = Literal["objective", "gap", "residual"]
 LABELS = {"objective": "objective", "gap": "relative duality gap", "residual": "residual"}
 # How far, relative to the reference, rounding may take an objective below it.
 ROUNDING = 1e-5
+MOST_LINES = 12
+CRITERIA = {"gcv": "GCV", "sure": "SURE, estimated mean squared error", "aic": "AIC", "bic": "BIC"}
 
 
 def plot_curves(
@@ -44,16 +40,16 @@ def plot_curves(
         markers: a marker at every point.
     """
     lines = checked_curves(curves, logx, logy)
-    axis = axis_or_new(axis)
+    axis = style.axis_or_new(axis)
     for index, (label, (x, y)) in enumerate(lines.items()):
-        axis.plot(x, y, label=label, **line_style(index, markers))
+        axis.plot(x, y, label=label, **style.line_style(index, markers))
     axis.set(xlabel=xlabel, ylabel=ylabel)
     if logx:
         axis.set_xscale("log")
     if logy:
         axis.set_yscale("log")
-    tidy(axis)
-    legend(axis)
+    style.tidy(axis)
+    style.legend(axis)
     return axis
 
 
@@ -61,19 +57,19 @@ def checked_curves(
     curves: Mapping[str, tuple[Any, Any]], logx: bool = False, logy: bool = False
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The curves as float arrays of one length each, positive on log axes."""
-    check_any(curves, "curve")
+    style.check_any(curves, "curve")
     lines = {}
     for label, pair in curves.items():
         if len(pair) != 2:
             raise ValueError(f"curve {label!r} must be a pair (x, y), given {len(pair)} parts")
-        x = as_numbers(pair[0], f"x of curve {label!r}", ("n",))
-        y = as_numbers(pair[1], f"y of curve {label!r}", ("n",))
+        x = style.as_numbers(pair[0], f"x of curve {label!r}", ("n",))
+        y = style.as_numbers(pair[1], f"y of curve {label!r}", ("n",))
         if x.size != y.size or x.size == 0:
             raise ValueError(f"curve {label!r} needs as many x as y, at least one, given {x.size} and {y.size}")
         if logx:
-            check_positive(x, f"x of curve {label!r}")
+            style.check_positive(x, f"x of curve {label!r}")
         if logy:
-            check_positive(y, f"y of curve {label!r}")
+            style.check_positive(y, f"y of curve {label!r}")
         lines[label] = (x, y)
     return lines
 
@@ -107,7 +103,7 @@ def plot_history(
             f"a reference is a finite objective other than 0 for the quantity 'objective', given {reference} for "
             f"{quantity!r}"
         )
-    check_any(solutions, "solution")
+    style.check_any(solutions, "solution")
     logy = quantity != "objective" or reference is not None
     curves = {}
     for label, solution in solutions.items():
@@ -132,13 +128,9 @@ def plot_history(
                 raise ValueError(f"seconds needs the positive time of {label!r}, given {dict(seconds)}")
             x = x * (seconds[label] / values.size)
         curves[label] = (x[shown], values[shown])
-    return plot_curves(
-        curves,
-        axis,
-        xlabel="step" if seconds is None else "time (s)",
-        ylabel=LABELS[quantity] if reference is None else "(objective − reference) / |reference|",
-        logy=logy,
-    )
+    xlabel = "step" if seconds is None else "time (s)"
+    ylabel = LABELS[quantity] if reference is None else "(objective − reference) / |reference|"
+    return plot_curves(curves, axis, xlabel=xlabel, ylabel=ylabel, logy=logy)
 
 
 def _recorded(label: str, solution: Solution, quantity: str) -> np.ndarray:
@@ -150,3 +142,96 @@ def _recorded(label: str, solution: Solution, quantity: str) -> np.ndarray:
     if steps == 0:
         raise ValueError(f"the solution {label!r} took no steps: there is no history to draw")
     return np.asarray(getattr(solution.history, quantity), float)[:steps]
+
+
+def plot_path(
+    weights: Any, values: Any, axis: Any = None, *, xlabel: str = "penalty weight", ylabel: str = "coefficient"
+) -> Any:
+    """A regularisation path: how each of n values moves with the penalty weight, on a log axis.
+
+    Args:
+        weights: positive `[num_weights]`, in any order.
+        values: `[num_weights, n]`; their lines are labelled 0..n-1, without a legend.
+        axis: to draw on.
+        xlabel: what the weights are.
+        ylabel: what the values are, with their unit.
+    """
+    level = style.as_numbers(weights, "weights", ("num_weights",))
+    table = style.as_numbers(values, "values", (level.size, "n"))
+    style.check_any(table.ravel(), "value")
+    style.check_positive(level, "weights")
+    axis = _log_axis(axis)
+    axis.axhline(0, color=style.INK, linewidth=0.8, label="_zero")
+    order = np.argsort(level, kind="stable")
+    _draw_lines(axis, level[order], table[order], range(table.shape[1]))
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    return axis
+
+
+def plot_fits(path: TrendPath, nodes: Sequence[int] | None = None, axis: Any = None) -> Any:
+    """How the fit at some nodes moves with the weight.
+
+    Args:
+        path: of `trend_path`; of several channels the first is drawn.
+        nodes: numbers in row-major order, or None for 12 spread evenly; lines are labelled by them.
+        axis: to draw on.
+    """
+    table = path.values.reshape(len(path), path.values[0].size // path.channels, path.channels)[..., 0]
+    count = table.shape[1]
+    chosen = np.unique(np.linspace(0, count - 1, min(count, MOST_LINES)).astype(int)) if nodes is None else nodes
+    wrong = [node for node in chosen if not 0 <= node < count]
+    if wrong:
+        raise ValueError(f"the signal has the nodes 0..{count - 1}, given {wrong[0]}")
+    axis = _log_axis(axis)
+    _draw_lines(axis, path.weights, table, chosen)
+    axis.set(ylabel="fit at single nodes")
+    return axis
+
+
+def plot_degrees_of_freedom(path: TrendPath, axis: Any = None) -> Any:
+    """The degrees of freedom at every level, on two log axes."""
+    axis = _log_axis(axis)
+    axis.plot(path.weights, path.degrees_of_freedom, color=style.COLOURS[0], linewidth=1.8, drawstyle="steps-mid")
+    axis.set(ylabel="degrees of freedom", yscale="log")
+    return axis
+
+
+def plot_selection(selection: Selection, axis: Any = None) -> Any:
+    """A criterion over the weights, its minimum marked; levels where it is not defined leave a gap."""
+    axis = _log_axis(axis)
+    axis.plot(selection.path.weights, selection.curve, color=style.COLOURS[0], linewidth=1.8, label="_curve")
+    _mark(axis, selection.path, selection.index, "least")
+    axis.set(ylabel=CRITERIA[selection.criterion])
+    axis.legend(frameon=False)
+    return axis
+
+
+def plot_cross_validation(validation: CrossValidation, axis: Any = None) -> Any:
+    """The error of the held-out nodes over the weights, with bars of one standard error, and both rules' levels."""
+    axis = _log_axis(axis)
+    bars = {"color": style.COLOURS[0], "linewidth": 1.8, "elinewidth": 0.9, "capsize": 2, "label": "_errors"}
+    axis.errorbar(validation.path.weights, validation.errors, validation.standard_errors, **bars)
+    _mark(axis, validation.path, validation.index_min, "least error")
+    _mark(axis, validation.path, validation.index_one_se, "within one standard error", style.COLOURS[2], ":")
+    axis.set(ylabel="mean squared error, held-out nodes")
+    axis.legend(frameon=False)
+    return axis
+
+
+def _log_axis(axis: Any) -> Any:
+    axis = style.axis_or_new(axis)
+    axis.set(xlabel="penalty weight", xscale="log")
+    style.tidy(axis)
+    return axis
+
+
+def _draw_lines(axis: Any, weights: np.ndarray, table: np.ndarray, columns: Iterable[int]) -> None:
+    """The columns of a table `[num_weights, n]`, each labelled by its number."""
+    for index, column in enumerate(columns):
+        look = {**style.line_style(index), "linewidth": 1.2}
+        axis.plot(weights, table[:, column], label=str(int(column)), **look)
+
+
+def _mark(axis: Any, path: TrendPath, index: int, label: str, colour: str = style.COLOURS[5], dash: str = "--") -> None:
+    text = f"{label}: {path.weights[index]:.3g}, df {path.degrees_of_freedom[index]}"
+    axis.axvline(path.weights[index], color=colour, linestyle=dash, linewidth=1.4, label=text)

@@ -5,17 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparseopt.experiments.plots import style
 from sparseopt.experiments.plots.curves import checked_curves, plot_curves
-from sparseopt.experiments.plots.style import (
-    COLOURS,
-    HATCHES,
-    INK,
-    axes_or_new,
-    axis_or_new,
-    check_any,
-    check_positive,
-    tidy,
-)
 
 if TYPE_CHECKING:  # its package loads the models, which need flax
     from sparseopt.pruning.reports import LayerRecord
@@ -28,10 +19,10 @@ def plot_layer_errors(runs: "Mapping[str, Sequence[LayerRecord]]", axes: Any = N
         runs: records by the run's label.
         axes: two axes to draw on.
     """
-    check_any(runs, "run")
+    style.check_any(runs, "run")
     for label, records in runs.items():
-        check_any(records, f"layer record in the run {label!r}")
-    axes = axes_or_new(axes, 2, 2, (12, 4.5), width_ratios=(2.2, 1), sharey=True)
+        style.check_any(records, f"layer record in the run {label!r}")
+    axes = style.axes_or_new(axes, 2, 2, (12, 4.5), width_ratios=(2.2, 1), sharey=True)
     _grouped_bars(axes[0], runs, lambda r: r.block)
     _grouped_bars(axes[1], runs, lambda r: r.layer.rsplit(".", 1)[-1].removesuffix("_proj"))
     axes[0].set(xlabel="block", ylabel="relative output error", title="by block")
@@ -40,9 +31,7 @@ def plot_layer_errors(runs: "Mapping[str, Sequence[LayerRecord]]", axes: Any = N
     return axes
 
 
-def _grouped_bars(
-    axis: Any, runs: "Mapping[str, Sequence[LayerRecord]]", group: "Callable[[LayerRecord], Any]"
-) -> None:
+def _grouped_bars(axis: Any, runs: "Mapping[str, Sequence[LayerRecord]]", group: Callable[[Any], Any]) -> None:
     width = 0.8 / len(runs)
     names = list(dict.fromkeys(group(r) for records in runs.values() for r in records))
     for index, (label, records) in enumerate(runs.items()):
@@ -50,13 +39,13 @@ def _grouped_bars(
         errors = [[r.relative_error for r in records if group(r) == n and r.relative_error > 0] for n in names]
         heights = [float(np.exp(np.mean(np.log(e)))) if e else np.nan for e in errors]
         places = np.arange(len(names)) + (index - (len(runs) - 1) / 2) * width
-        colour, hatch = COLOURS[index % len(COLOURS)], HATCHES[index % len(HATCHES)]
+        colour, hatch = style.COLOURS[index % len(style.COLOURS)], style.HATCHES[index % len(style.HATCHES)]
         axis.bar(places, heights, width, label=label, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
     ticks = range(0, len(names), max(1, len(names) // 10)) if len(names) > 12 else range(len(names))
     axis.set_xticks(list(ticks), [str(names[i]) for i in ticks])
     axis.set_yscale("log")
     axis.margins(x=0.02)
-    tidy(axis, "y")
+    style.tidy(axis, "y")
 
 
 def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, dense: float | None = None) -> Any:
@@ -74,10 +63,10 @@ def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, 
             raise ValueError(
                 f"sparsity is a share of zeros from 0 to 1, given {sparsity[outside][0]:g} in the curve {label!r}"
             )
-    axis = axis_or_new(axis)
+    axis = style.axis_or_new(axis)
     if dense is not None:
-        check_positive(np.asarray([dense], float), "the dense perplexity")
-        axis.axhline(dense, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
+        style.check_positive(np.asarray([dense], float), "the dense perplexity")
+        axis.axhline(dense, color=style.INK, linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
     percent = {label: (100 * sparsity, perplexity) for label, (sparsity, perplexity) in lines.items()}
     plot_curves(percent, axis, xlabel="sparsity (%)", ylabel="perplexity", logy=True, markers=True)
     _plain_ticks(axis)
@@ -97,20 +86,15 @@ def plot_comparison(
         axes: two axes to draw on.
         dense: the perplexity of the model before pruning, drawn as a dashed line on the left.
     """
-    axes = axes_or_new(axes, 2, 2, (12, 4.5))
+    axes = style.axes_or_new(axes, 2, 2, (12, 4.5))
     plot_perplexity({label: (x, y) for label, (x, y, _) in curves.items()}, axes[0], dense=dense)
     times = {label: (100 * np.asarray(x, float), seconds) for label, (x, _, seconds) in curves.items()}
     plot_curves(times, axes[1], xlabel="sparsity (%)", ylabel="time of the method (s)", logy=True, markers=True)
     _plain_ticks(axes[1])
     # Many lines leave no room in the panels.
     axes[0].get_legend().remove()
-    axes[1].legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-        frameon=False,
-        handlelength=2.8,
-    )
+    lines = axes[0].get_legend_handles_labels()
+    axes[1].legend(*lines, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handlelength=2.8)
     return axes
 
 

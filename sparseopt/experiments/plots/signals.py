@@ -5,20 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.experiments.plots.style import (
-    COLOURS,
-    INK,
-    as_numbers,
-    axes_or_new,
-    axis_or_new,
-    bare,
-    check_any,
-    colour_bar,
-    colour_limits,
-    legend,
-    tidy,
-    value_map,
-)
+from sparseopt.experiments.plots import style
 from sparseopt.trend.graph import Graph
 
 GROUP_NODES = 400  # a picture of groups with more nodes shows nothing
@@ -48,20 +35,19 @@ def plot_image(image: Any, axis: Any = None, *, title: str = "", limits: tuple[f
             "a colour image holds finite numbers only; draw its channels one by one to see what is missing"
         )
     colours, alpha = (given[..., :3], given[..., 3:]) if given.ndim == 3 else (given, None)
-    low, high = colour_limits(_image_limits(colours) if limits is None else limits, colours.astype(float), "the image")
+    values = colours.astype(float)
+    low, high = style.colour_limits(_image_limits(colours) if limits is None else limits, values, "the image")
     height, width = given.shape[:2]
-    axis = axis_or_new(axis, (5, float(np.clip(5 * height / width, 1, 10)) + (0.3 if title else 0)))
-    shown = np.clip((colours.astype(float) - low) / (high - low), 0, 1)
-    if alpha is not None:
-        top = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "ui" else 1
-        shown = np.concatenate([shown, np.clip(alpha.astype(float) / top, 0, 1)], axis=2)
-    if shown.ndim == 2:
+    axis = style.axis_or_new(axis, (5, float(np.clip(5 * height / width, 1, 10)) + (0.3 if title else 0)))
+    if alpha is None:
         # The values themselves, so that a colour bar added later reads in their units.
-        axis.imshow(colours.astype(float), cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+        axis.imshow(values, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
     else:
-        axis.imshow(shown, interpolation="nearest")
+        top = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "ui" else 1
+        parts = [(values - low) / (high - low), alpha.astype(float) / top]
+        axis.imshow(np.clip(np.concatenate(parts, axis=2), 0, 1), interpolation="nearest")
     axis.set_title(title)
-    bare(axis)
+    style.bare(axis)
     return axis
 
 
@@ -85,28 +71,27 @@ def plot_chain(observed: Any, fit: Any, axis: Any = None, *, truth: Any = None, 
         truth: `[n]`, or None where it is not known.
         positions: ascending `[n]`; None numbers the nodes.
     """
-    dots = as_numbers(observed, "observed", ("n",))
-    check_any(dots, "node")
-    line = as_numbers(fit, "fit", (dots.size,))
-    places = (
-        np.arange(dots.size, dtype=float) if positions is None else as_numbers(positions, "positions", (dots.size,))
-    )
+    dots = style.as_numbers(observed, "observed", ("n",))
+    style.check_any(dots, "node")
+    line = style.as_numbers(fit, "fit", (dots.size,))
+    given = np.arange(dots.size) if positions is None else positions
+    places = style.as_numbers(given, "positions", (dots.size,))
     if not (np.diff(places) > 0).all():
         first = int(np.argmin(np.diff(places) > 0))
         raise ValueError(
             f"positions of a chain must ascend, given {places[first]:g} and then {places[first + 1]:g} at place {first}"
         )
-    real = None if truth is None else as_numbers(truth, "truth", (dots.size,))
-    axis = axis_or_new(axis, (7, 3.6))
+    real = None if truth is None else style.as_numbers(truth, "truth", (dots.size,))
+    axis = style.axis_or_new(axis, (7, 3.6))
     # Many dots hide the line through them unless they are small and pale.
     size, alpha = (4, 0.8) if dots.size <= 300 else (2.5, 0.6)
     axis.plot(places, dots, "o", markersize=size, color="#777777", alpha=alpha, markeredgewidth=0, label="observed")
     if real is not None:
-        axis.plot(places, real, linestyle="--", color=INK, linewidth=1.4, label="truth")
-    axis.plot(places, line, color=COLOURS[5], linewidth=2, label="fit")
+        axis.plot(places, real, linestyle="--", color=style.INK, linewidth=1.4, label="truth")
+    axis.plot(places, line, color=style.COLOURS[5], linewidth=2, label="fit")
     axis.set(xlabel="node" if positions is None else "position", ylabel="signal")
-    tidy(axis)
-    legend(axis)
+    style.tidy(axis)
+    style.legend(axis)
     return axis
 
 
@@ -134,37 +119,27 @@ def plot_graph_signal(
     from matplotlib.collections import LineCollection
 
     places = _as_places(positions, "positions", graph.num_nodes)
-    values = as_numbers(signal, "signal", (graph.num_nodes,))
-    low, high = colour_limits(limits, values, "the signal")
-    axis = axis_or_new(axis, _map_size(places))
+    values = style.as_numbers(signal, "signal", (graph.num_nodes,))
+    low, high = style.colour_limits(limits, values, "the signal")
+    axis = style.axis_or_new(axis, _map_size(places))
     crowded = graph.num_nodes > 3000
     if edges and graph.num_edges:
         width = float(np.clip(40 / np.sqrt(graph.num_edges), 0.3, 1.2))
-        axis.add_collection(
-            LineCollection(list(places[graph.edges]), colors="#999999", linewidths=width, zorder=1, rasterized=crowded)
-        )
+        lines = LineCollection(list(places[graph.edges]), colors="#999999", linewidths=width, zorder=1)
+        lines.set_rasterized(crowded)
+        axis.add_collection(lines)
     # Dots that cover about half of the picture, whatever their number; few ones need not be that large.
     area = float(np.clip(50_000 / max(graph.num_nodes, 1), 1, 60))
     dots = axis.scatter(
-        places[:, 0],
-        places[:, 1],
-        s=area,
-        c=values,
-        cmap=value_map(),
-        vmin=low,
-        vmax=high,
-        linewidths=0 if graph.num_nodes > 300 else 0.5,
-        edgecolors=INK,
-        plotnonfinite=True,
-        zorder=2,
-        rasterized=crowded,
-    )
+        *places.T, s=area, c=values, cmap=style.value_map(), vmin=low, vmax=high, plotnonfinite=True,
+        linewidths=0 if graph.num_nodes > 300 else 0.5, edgecolors=style.INK, zorder=2, rasterized=crowded,
+    )  # fmt: skip
     # Dots have a size of their own, which a flat graph's few per cent of margin would cut.
     room = 0.04 * float(np.ptp(places, axis=0).max()) if len(places) else 0.0
     axis.update_datalim(np.concatenate([places - room, places + room]))
     axis.autoscale_view()
-    bare(axis)
-    colour_bar(axis, dots, values, label)
+    style.bare(axis)
+    style.colour_bar(axis, dots, values, label)
     return axis
 
 
@@ -187,28 +162,28 @@ def plot_regions(
     """
     from matplotlib.collections import PolyCollection
 
-    check_any(polygons, "region")
-    level = as_numbers(values, "values", (len(polygons),))
+    style.check_any(polygons, "region")
+    level = style.as_numbers(values, "values", (len(polygons),))
     parts = [_outlines(region, index) for index, region in enumerate(polygons)]
-    low, high = colour_limits(limits, level, "the map")
-    axis = axis_or_new(axis, _map_size(np.concatenate([outline for region in parts for outline in region])))
+    low, high = style.colour_limits(limits, level, "the map")
+    axis = style.axis_or_new(axis, _map_size(np.concatenate([outline for region in parts for outline in region])))
     drawn = PolyCollection(
         [outline for region in parts for outline in region],
         array=np.repeat(level, [len(region) for region in parts]),
-        cmap=value_map(),
+        cmap=style.value_map(),
         clim=(low, high),
         edgecolors="white",
         linewidths=float(np.clip(8 / np.sqrt(len(parts)), 0.1, 0.8)),
     )
     axis.add_collection(drawn)
     axis.autoscale_view()
-    bare(axis)
-    colour_bar(axis, drawn, level, label)
+    style.bare(axis)
+    style.colour_bar(axis, drawn, level, label)
     return axis
 
 
 def _as_places(values: Any, what: str, count: int | str) -> np.ndarray:
-    places = as_numbers(values, what, (count, 2))
+    places = style.as_numbers(values, what, (count, 2))
     if not np.isfinite(places).all():
         first = int(np.argmin(np.isfinite(places).all(axis=1)))
         raise ValueError(f"{what} must be finite, given {places[first].tolist()} at place {first}")
@@ -223,7 +198,7 @@ def _map_size(places: np.ndarray) -> tuple[float, float]:
 
 
 def _outlines(region: Any, index: int) -> list[np.ndarray]:
-    check_any(region, f"outline in region {index}")
+    style.check_any(region, f"outline in region {index}")
     several = np.ndim(region[0]) == 2
     outlines = [_as_places(part, f"region {index}", "m") for part in (region if several else [region])]
     short = min(len(part) for part in outlines)
@@ -264,7 +239,7 @@ def plot_groups(shape: Sequence[int], block: int, axis: Any = None, *, columns: 
     columns = columns or min(len(members), 5 if block == 2 else 4)
     rows = -(-len(members) // columns)
     side = 2.2 / max(height, width)
-    panels = axes_or_new(
+    panels = style.axes_or_new(
         axis, len(members), columns, (columns * max(side * width, 1.3), rows * (max(side * height, 0.3) + 0.35) + 0.1)
     )
     for number, (panel, group) in enumerate(zip(panels, members, strict=True), start=1):
@@ -279,21 +254,20 @@ def _draw_group(axis: Any, graph: Graph, places: np.ndarray, touched: list[np.nd
 
     axis.add_collection(LineCollection(list(places[graph.edges]), colors="#cccccc", linewidths=0.8, zorder=1))
     if block == 1:
-        axis.add_collection(
-            LineCollection([places[nodes] for nodes in touched], colors=COLOURS[0], linewidths=3, zorder=2)
-        )
+        lines = [places[nodes] for nodes in touched]
+        axis.add_collection(LineCollection(lines, colors=style.COLOURS[0], linewidths=3, zorder=2))
     else:
         outlines = [_padded_hull(places[nodes]) for nodes in touched]
-        patches = PolyCollection(outlines, facecolors=COLOURS[4] + "80", edgecolors=COLOURS[0], linewidths=1, zorder=2)
-        axis.add_collection(patches)
+        face, edge = style.COLOURS[4] + "80", style.COLOURS[0]
+        axis.add_collection(PolyCollection(outlines, facecolors=face, edgecolors=edge, linewidths=1, zorder=2))
     used = np.zeros(len(places), bool)
     used[np.concatenate(touched)] = True
     size = float(np.clip(400 / len(places), 4, 16))
     axis.scatter(*places[~used].T, s=size, color="white", edgecolors="#999999", linewidths=0.8, zorder=3)
-    axis.scatter(*places[used].T, s=size, color=INK, zorder=3)
+    axis.scatter(*places[used].T, s=size, color=style.INK, zorder=3)
     axis.set_xlim(-0.6, places[:, 0].max() + 0.6)
     axis.set_ylim(places[:, 1].max() + 0.6, -0.6)  # the first row on top, as in a matrix
-    bare(axis)
+    style.bare(axis)
 
 
 def _padded_hull(points: np.ndarray) -> np.ndarray:
