@@ -18,7 +18,7 @@ from sparseopt.core.patterns import NM, BlockTopK, RowTopK, TopK
 from sparseopt.core.penalties import L0, L1, MCP, SCAD, Conjugate, ElasticNet, LogSum, Penalty
 from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status
 from sparseopt.core.proximal import proximal, proximal_adam
-from sparseopt.core.residual_losses import AbsoluteLoss, HuberLoss, QuantileLoss
+from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, QuantileLoss
 from sparseopt.core.solve import chosen_solver, solve
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht

@@ -18,9 +18,8 @@ FLOORS = [
     ("core/thresholds", 1),
     ("core/dense", 1),
     ("core/operators", 1),
-    ("core/pieces", 1),
     ("core/slabs", 1.5),  # made of the differences of one device
-    ("core/parts", 1.5),
+    ("core/parts", 1.75),
     ("core/grouping", 1.5),  # row tables are linear maps
     ("core/matrices", 1.5),  # built on the operators
     ("core/edge_lists", 2),
@@ -34,7 +33,6 @@ FLOORS = [
     ("core/fidelity", 2),
     ("core/scalar_losses", 2),
     ("core/count_and_label_losses", 2),
-    ("core/residual_losses", 2),
     ("core/matrix_losses", 2.75),
     ("core/problem", 3),
     ("core/certify", 3.25),

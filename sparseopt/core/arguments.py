@@ -15,15 +15,7 @@ ALWAYS_FREE = 2**26
 
 
 def whole_number(name: str, given: Any, least: int, most: int | None = None, meaning: str = "") -> int:
-    """`given` as an int if it is a whole number in `[least, most]`, also as a float; else a ValueError.
-
-    Args:
-        name: of the argument, for the error.
-        given: what the caller passed.
-        least: the smallest allowed value.
-        most: the largest, or None.
-        meaning: what the number stands for, in a few words for the error.
-    """
+    """`given`, also a float, as an int if it is a whole number in `[least, most]`; else a ValueError with `meaning`."""
     value = _plain(given)
     whole = isinstance(value, numbers.Real) and math.isfinite(value) and value == math.floor(value)
     if not (whole and least <= value and (most is None or value <= most)):

@@ -6,9 +6,8 @@ their terms is negative, so nothing cancels:
 
     P(x) - D = [f(A x) + f*(s) - <s, A x>] + [penalty(K x) + penalty*(u) - <u, K x>]
 
-The relative gap `(P - D) / D` is an upper bound on the relative suboptimality `(P - P*) / P*`. A pair (s, u) that
-satisfies the equation but lies outside the domains is scaled by the largest factor that brings it inside. A pair that
-violates the equation is first moved, by the shortest change that restores it, and then scaled.
+A pair (s, u) that violates the equation is first moved, by the shortest change that restores it; one outside the
+domains is scaled by the largest factor that brings it inside.
 
 Source: Rockafellar, "Convex analysis", 1970, section 31; the scaling is that of Fercoq, Gramfort and Salmon, "Mind the
 duality gap", ICML 2015.
@@ -23,7 +22,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.fidelity import total
 from sparseopt.core.matrices import norm_estimate
 from sparseopt.core.operators import or_identity
-from sparseopt.core.penalties import Composite, Conjugate, Norm
+from sparseopt.core.penalties import Composite, Conjugate, Norm, gauge
 from sparseopt.core.problem import Status, unfolded
 from sparseopt.core.types import FloatArray
 
@@ -36,7 +35,7 @@ PENALTY_MOVE = 1e-3
 def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: Any = None) -> Float[Array, ""]:
     """`(P - D) / D` from the slack `P - D` and the objective P; +inf where D is not positive.
 
-    `least` is a floor for D, so that a problem with the optimum 0 can converge; None is the least normal number.
+    It is an upper bound on `(P - P*) / P*`. `least` is a floor for D, so that a problem of optimum 0 can converge.
     """
     floor = jnp.finfo(objective.dtype).tiny if least is None else least
     bound = objective - slack
@@ -68,27 +67,6 @@ def has_conjugate(penalty: Any) -> bool:
 def is_convex(penalty: Any) -> bool:
     """Whether a penalty is known to be convex."""
     return has_conjugate(penalty) or isinstance(penalty, Composite)
-
-
-def gauge(penalty: Any, dual: FloatArray) -> Float[Array, ""]:
-    """The least t >= 0 for which `dual / t` lies in the domain of the penalty's conjugate."""
-    if isinstance(penalty, Conjugate):
-        return jnp.asarray(penalty.dual_norm(dual), dual.dtype)
-    # A user's norm without `dual_norm`: bisect for the largest multiple that the projection leaves unchanged.
-    size = jnp.max(jnp.abs(dual))
-
-    def inside(share: Array) -> Array:
-        point = share * dual
-        return jnp.all(jnp.abs(penalty.project_dual(point) - point) <= 4 * jnp.finfo(dual.dtype).eps * share * size)
-
-    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = jnp.sqrt(low * high)
-        return jnp.where(inside(middle), middle, low), jnp.where(inside(middle), high, middle)
-
-    one = jnp.ones((), dual.dtype)
-    low, _ = jax.lax.fori_loop(0, 50, halve, (1e-12 * one, one))
-    return jnp.where(inside(one), 1, 1 / low)
 
 
 def unpenalised(penalty: Any, like: FloatArray) -> Array:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.grouping import RowTable
-from sparseopt.core.penalties import Conjugate, Norm, Penalty
+from sparseopt.core.operators import spread
+from sparseopt.core.penalties import Conjugate, Norm, Penalty, gauge
 from sparseopt.core.types import FloatArray, Scalar, pytree, static
 
 
@@ -31,7 +32,7 @@ class Lifted:
     def moved(self, x: FloatArray, step: Scalar) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The prox, the values u of its rows with their exact zeros, and the move `(u - s) / |a|²` along every row."""
         s = self.rows.mv(x)
-        squares = jnp.reshape(self.row_squares, self.row_squares.shape + (1,) * (s.ndim - self.row_squares.ndim))
+        squares = spread(self.row_squares, s)
         u = self.penalty.prox(s, step * squares)
         move = (u - s) / squares
         return x + self.rows.rmv(move), u, move
@@ -42,12 +43,11 @@ def lift(penalty: Penalty, group: Any) -> Lifted:
 
     For one row a and any scalar penalty p, `argmin_v 1/2 ||v - x||² + step p(aᵀv)` is
     `x + a (u - s) / |a|²` with `s = aᵀx` and `u = argmin_u 1/2 (u - s)² + step |a|² p(u)`: v moves along a only.
-    Rows without a common column do not interact. `jax.vmap` over a `RowTable` lifts the penalty to every group; a
-    penalty with one weight per row needs `by_group` first.
+    Rows without a common column do not interact.
 
     Args:
-        penalty: any penalty that acts on every entry (or every slice of channels) separately; its prox is called
-            with one step per row.
+        penalty: any penalty that acts on every entry (or every slice of channels) separately; its prox is called with
+            one step per row. One with a weight per row needs `by_group` first.
         group: one group of a `RowTable`, or any linear map with `row_squares()` whose rows share no column.
 
     Source: Bu, Wu, Zuo, "Doge-ADMM", section 3; for orthogonal rows, Combettes and Pesquet, 2007, prop. 11.
@@ -96,59 +96,50 @@ class Sum:
     penalties: tuple[Any, ...]
     sizes: tuple[int, ...] = static()  # rows of each
 
-    def _each(self, method: str, *arrays: Any) -> list[Any]:
-        """What a method of every penalty returns for its slice of the arrays; a number is the same for all."""
+    def _parts(self, *arrays: Any) -> Any:
+        """Every penalty with its slices of the arrays; a number is the same for all."""
         ends = list(itertools.accumulate(self.sizes))[:-1]
         slices = [jnp.split(x, ends) if jnp.ndim(x) else [x] * len(self.sizes) for x in arrays]
-        parts = zip(self.penalties, *slices, strict=True)
-        return [getattr(penalty, method)(*part) for penalty, *part in parts]
+        return zip(self.penalties, *slices, strict=True)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        return jnp.sum(jnp.stack(self._each("value", x)))
+        return jnp.sum(jnp.stack([penalty.value(part) for penalty, part in self._parts(x)]))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        return jnp.concatenate(self._each("prox", x, step))
-
-
-class _SumWithSlack(Sum):
-    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        return jnp.concatenate([terms.reshape(-1) for terms in self._each("slack", x, dual)])
+        return jnp.concatenate([penalty.prox(part, level) for penalty, part, level in self._parts(x, step)])
 
 
 @pytree
-class NormSum(_SumWithSlack):
-    """A `Sum` of norms, which is a norm."""
-
-    def project_dual(self, dual: FloatArray) -> FloatArray:
-        return jnp.concatenate(self._each("project_dual", dual))
-
-
-@pytree
-class ConjugateSum(_SumWithSlack):
+class ConjugateSum(Sum):
     """A `Sum` of convex penalties with known conjugates, whose conjugate is the sum of theirs."""
 
+    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
+        terms = [penalty.slack(part, of_part) for penalty, part, of_part in self._parts(x, dual)]
+        return jnp.concatenate([part.reshape(-1) for part in terms])
+
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        return jnp.max(jnp.stack(self._each("dual_norm", dual)))
+        return jnp.max(jnp.stack([gauge(penalty, part) for penalty, part in self._parts(dual)]))
 
 
 @pytree
-class ConjugateNormSum(NormSum, ConjugateSum):
-    """A `Sum` of norms with known dual norms; its dual norm is the largest of theirs."""
+class NormSum(ConjugateSum):
+    """A `Sum` of norms, which is a norm; its dual norm is the largest of theirs."""
+
+    def project_dual(self, dual: FloatArray) -> FloatArray:
+        return jnp.concatenate([penalty.project_dual(part) for penalty, part in self._parts(dual)])
 
 
 def stacked(penalties: Sequence[Penalty], sizes: Sequence[int]) -> Sum:
-    """The sum of penalties that act on consecutive slices of rows, of the given sizes.
-
-    It is a `Norm` if all are, and a `Conjugate` if all are.
+    """The sum of penalties on consecutive slices of rows: a `Norm` if all are, and a `Conjugate` if all are.
 
     Example:
         >>> from sparseopt.core.combined_penalties import stacked
         >>> stacked([so.L1(1.0), so.L1(2.0)], [2, 1]).prox(jnp.array([3.0, 0.5, 3.0]), step=1.0)
         Array([2., 0., 1.], dtype=float32)
     """
-    norms = all(isinstance(penalty, Norm) for penalty in penalties)
-    conjugates = all(isinstance(penalty, Conjugate) for penalty in penalties)
-    kind = {(True, True): ConjugateNormSum, (True, False): NormSum, (False, True): ConjugateSum}.get(
-        (norms, conjugates), Sum
-    )
+    kind = Sum
+    if all(isinstance(penalty, Norm) for penalty in penalties):
+        kind = NormSum
+    elif all(isinstance(penalty, Conjugate | Norm) for penalty in penalties):
+        kind = ConjugateSum
     return kind(tuple(penalties), tuple(int(size) for size in sizes))

@@ -1,7 +1,4 @@
-"""Floor 2: constraints, the indicators of simple sets: value 0 on the set, +inf off it; the prox projects.
-
-`Nonnegative` and `Box` may also carry an L1 weight. Sparse sets are in `patterns.py`.
-"""
+"""Floor 2: constraints, the indicators of simple sets: value 0 on the set, +inf off it; the prox projects."""
 
 from typing import Any
 
@@ -9,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.thresholds import count_nonzero, largest_ratio, soft_threshold
+from sparseopt.core.thresholds import count_nonzero, infinite_unless, largest_ratio, soft_threshold
 from sparseopt.core.types import FloatArray, Scalar, pytree
 
 
@@ -26,8 +23,7 @@ class Support:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        outside = count_nonzero(jnp.where(self.mask, 0, x))
-        return jnp.where(outside == 0, 0.0, jnp.inf).astype(x.dtype)
+        return infinite_unless(count_nonzero(jnp.where(self.mask, 0, x)) == 0, x)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         return jnp.where(self.mask, x, jnp.zeros((), x.dtype))
@@ -48,13 +44,13 @@ class Nonnegative:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        return jnp.sum(self.weight * x) + _infinite_unless(jnp.all(x >= 0), x)
+        return jnp.sum(self.weight * x) + infinite_unless(jnp.all(x >= 0), x)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         return jnp.maximum(x - jnp.asarray(step * self.weight, x.dtype), 0)
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        return (jnp.asarray(self.weight, x.dtype) - dual) * x + _infinite_unless(x >= 0, x)
+        return (jnp.asarray(self.weight, x.dtype) - dual) * x + infinite_unless(x >= 0, x)
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
         return largest_ratio(jnp.maximum(dual, 0), self.weight)
@@ -83,7 +79,7 @@ class Box:
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         low, high = self._bounds(x)
-        return jnp.sum(self.weight * jnp.abs(x)) + _infinite_unless(jnp.all((x >= low) & (x <= high)), x)
+        return jnp.sum(self.weight * jnp.abs(x)) + infinite_unless(jnp.all((x >= low) & (x <= high)), x)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         # On a line the prox of a convex function, clipped, is that of the function on the interval.
@@ -98,7 +94,7 @@ class Box:
             # Towards an infinite bound nothing is gained, if the conjugate is finite.
             c = jnp.where(jnp.isfinite(c), c, nearest)
             gains.append(weight * (jnp.abs(x) - jnp.abs(c)) + dual * (c - x))
-        return jnp.maximum(jnp.maximum(*gains[:2]), gains[2]) + _infinite_unless((x >= low) & (x <= high), x)
+        return jnp.maximum(jnp.maximum(*gains[:2]), gains[2]) + infinite_unless((x >= low) & (x <= high), x)
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
         """0 for finite bounds; the largest `|dual| / weight` of entries that point to an infinite bound."""
@@ -125,7 +121,7 @@ class Simplex:
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """0 where no entry is negative and the sum is the radius up to `8 eps sqrt(x.size)` of it, +inf elsewhere."""
         allowed = 8 * jnp.finfo(x.dtype).eps * x.size**0.5 * self.radius
-        return _infinite_unless(jnp.all(x >= 0) & (jnp.abs(jnp.sum(x) - self.radius) <= allowed), x)
+        return infinite_unless(jnp.all(x >= 0) & (jnp.abs(jnp.sum(x) - self.radius) <= allowed), x)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(-1)
@@ -146,7 +142,3 @@ class Simplex:
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
         return jnp.zeros((), dual.dtype)
-
-
-def _infinite_unless(inside: Array, x: FloatArray) -> FloatArray:
-    return jnp.where(inside, 0.0, jnp.inf).astype(x.dtype)

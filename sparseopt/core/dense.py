@@ -1,7 +1,6 @@
 """Floor 1: dense symmetric positive definite matrices by matrix products alone.
 
 A LAPACK factorisation on the host, or a triangular solve on an accelerator, runs far below the rate of a product.
-On a CPU the inverse of a large matrix here costs little more than one product of its size, and calls no library.
 """
 
 import jax

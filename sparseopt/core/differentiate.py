@@ -1,35 +1,30 @@
-"""Floor 3.375: the implicit derivative of a solution in every leaf of its problem.
+"""Floor 3.375: the implicit derivative of a solution in every leaf of its problem, by one linear solve.
 
-At a solution the active set (which rows of `operator x` the penalty holds at its kink, which entries a pattern keeps)
-is locally constant almost everywhere. There the optimality conditions are smooth equations, and the implicit function
-theorem gives the derivative by one linear solve; no iterations are unrolled.
+Where the active set (the rows of `operator x` that the penalty holds at its kink, the entries that a pattern keeps) is
+locally constant, which is almost everywhere, the optimality conditions are smooth equations. At a tie the answer is a
+one-sided derivative; where the solution is not unique, it is that of the shortest change.
 
 Without an operator, with `T = prox(x - t gradient(x), t)`, `J` the Jacobian of the prox, `H` the Hessian of the loss
 and `p` the movement of the prox with its own parameters, `dx = T'(x) dx + ...` becomes the symmetric system
 
     (J - J² + t J H J) z = J (p - t H p - t dgradient),        dx = p + J z
 
-which lives on the support alone where J is a mask. With an operator K, dual u, `v = K x + t u` and `N = I - J`,
+With an operator K, dual u, `v = K x + t u` and `N = I - J`,
 
     H dx + (1/t) Kᵀ N s = -dgradient - dKᵀ u + (1/t) Kᵀ p
     (1/t) N K dx - (1/t) N J s = (1/t) N (p - dK x)
 
-For L1 with an operator J is a mask, and this is the projection onto the null space of the zero rows. A loss that is
-not smooth adds one more such block. Where H is the identity, dx is eliminated; with r the first right-hand side,
+A loss that is not smooth adds one more such block. Where H is the identity, dx is eliminated, and conjugate gradients
+take a tenth of the time; with r the first right-hand side,
 
     (N K Kᵀ N + t N J) s = N (K r + dK x - p),        dx = r - Kᵀ N s
 
-which is positive semidefinite for a convex penalty, and conjugate gradients solve it in a tenth of the time. Where K is
-the first difference of a graph, J a mask and H diagonal, x is constant on the pieces that zero rows join, and on each
-dx is the sum of r over the sum of H.
+Where K is the first difference of a graph, J a mask and H diagonal, x is constant on the pieces that zero rows join,
+and on each dx is the sum of r over the sum of H.
 
-Where the active set changes, at a tie, the answer is a one-sided derivative; where the solution is not unique, it is
-that of the shortest change.
-
-Source: for fixed points of the proximal gradient step, Bertrand et al., "Implicit differentiation for fast
-hyperparameter selection in non-smooth convex learning", JMLR 2022; for the linear solves Hestenes and Stiefel, "Methods
-of conjugate gradients for solving linear systems", 1952, and Paige and Saunders, "Solution of sparse indefinite systems
-of linear equations", 1975.
+Source: Bertrand et al., "Implicit differentiation for fast hyperparameter selection in non-smooth convex learning",
+JMLR 2022; for the linear solves Hestenes and Stiefel, 1952, and Paige and Saunders, "Solution of sparse indefinite
+systems of linear equations", 1975.
 """
 
 import math
@@ -47,9 +42,8 @@ from sparseopt.core.fidelity import NodeLoss, NodeSquares
 from sparseopt.core.losses import is_smooth
 from sparseopt.core.matrices import norm_estimate
 from sparseopt.core.matrix_losses import LeastSquares, MatrixLoss
-from sparseopt.core.operators import Difference, or_identity
+from sparseopt.core.operators import Difference, or_identity, piece_labels, piece_means
 from sparseopt.core.penalties import Norm
-from sparseopt.core.pieces import piece_labels, piece_means
 from sparseopt.core.types import FloatArray
 
 # The most steps of a linear solve, per unknown and in all.
@@ -261,7 +255,6 @@ def _most_steps(size: int) -> int:
 
 
 def _conjugate_gradients(system: Callable[[Array], Array], b: FloatArray) -> FloatArray:
-    """For a positive semidefinite, consistent system."""
     enough = max(ENOUGH, ROUNDING * float(jnp.finfo(b.dtype).eps))
     return jax.scipy.sparse.linalg.cg(system, b, tol=enough, maxiter=_most_steps(b.size))[0]
 
@@ -324,19 +317,6 @@ def _minres(matvec: Callable[[Array], Array], b: Float[Array, " n"]) -> Float[Ar
         )
 
     nothing, zero = jnp.zeros_like(b), jnp.zeros((), b.dtype)
-    start = Turn(
-        x=nothing,
-        v_old=nothing,
-        v=b / jnp.maximum(length, limits.tiny),
-        w_old=nothing,
-        w=nothing,
-        beta=zero,
-        phi=length,
-        cosine=zero - 1,
-        sine=zero,
-        dbar=zero,
-        epsilon=zero,
-        largest=zero,
-        steps=jnp.zeros((), jnp.int32),
-    )
+    v, steps = b / jnp.maximum(length, limits.tiny), jnp.zeros((), jnp.int32)
+    start = Turn(nothing, nothing, v, nothing, nothing, zero, length, zero - 1, zero, zero, zero, zero, steps)
     return jax.lax.while_loop(going, turn, start).x

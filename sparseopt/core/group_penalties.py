@@ -158,11 +158,10 @@ class SparseGroup(_Grouped):
         return self._sums(weight * jnp.abs(x) - dual * x) + group_weight * self._lengths(x)
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        """The largest t with `||soft(dual_g, t weight)|| = t group_weight`.
+        """The largest t with `||soft(dual_g, t weight)|| = t group_weight`, by Newton's method from below.
 
-        The difference of the two sides is convex and decreasing, so Newton's steps rise to the root. With
-        `s = soft(|dual_g|, t weight)` a step is `t = <|dual_g|, s> / value(s)`: without cancellation, and never above
-        the dual norm.
+        With `s = soft(|dual_g|, t weight)` a step is `t = <|dual_g|, s> / value(s)`: without cancellation, and never
+        above the dual norm.
         """
         largest = jnp.max(jnp.abs(dual), initial=0)
         size = jnp.abs(dual) / jnp.where(largest > 0, largest, 1)  # its squares neither overflow nor vanish
@@ -185,11 +184,8 @@ class SparseGroup(_Grouped):
 class NuclearNorm:
     """`weight * sum of the singular values` of a matrix `[m, n]`; prox: soft threshold of the singular values.
 
-    16-bit floats are decomposed in 32 bits. Source: Cai, Candès and Shen, "A singular value thresholding algorithm for
-    matrix completion", 2010, theorem 2.1.
-
-    Raises:
-        ValueError: in the methods, for an array that is not a matrix.
+    16-bit floats are decomposed in 32 bits; an array of other shapes is a ValueError. Source: Cai, Candès and Shen,
+    "A singular value thresholding algorithm for matrix completion", 2010, theorem 2.1.
 
     Example:
         >>> so.NuclearNorm(1.0).prox(jnp.array([[3.0, 0.0], [0.0, 0.5]]), step=1.0)  # of rank 1

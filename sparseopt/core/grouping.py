@@ -156,12 +156,8 @@ def grid_sums(shape: tuple[int, ...], order: int, from_edges: bool = False) -> S
             table = np.take(table, take, axis=axis + edges)
         return table
 
-    return Sums(
-        grow(sums.row_absolute, on_edges),
-        grow(sums.row_squares, on_edges),
-        grow(sums.column_absolute, from_edges),
-        grow(sums.column_squares, from_edges),
-    )
+    rows, columns = (sums.row_absolute, sums.row_squares), (sums.column_absolute, sums.column_squares)
+    return Sums(*(grow(values, on_edges) for values in rows), *(grow(values, from_edges) for values in columns))
 
 
 def _positions(shape: tuple[int, ...], axis: int | None) -> np.ndarray:
@@ -255,27 +251,23 @@ def check_groups(matrix: sparse.csr_array, labels: np.ndarray) -> int:
     return int(labels.max(initial=-1)) + 1
 
 
-def table_shape(matrix: sparse.csr_array, labels: np.ndarray) -> tuple[int, int, int]:
-    """Groups, rows of the largest group and entries of the longest row: the shape of the arrays of a `RowTable`.
+def places_within(owner: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+    """The place of every item among those of its owner, in the given order, and the largest number that one owns."""
+    counts = np.bincount(owner, minlength=count)
+    order = np.argsort(owner, kind="stable")
+    place = np.empty(owner.size, np.int64)
+    place[order] = np.arange(owner.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    return place, int(np.max(counts, initial=0))
 
-    Example:
-        >>> from sparseopt.core.grouping import table_shape
-        >>> chain = so.Graph.chain(5)
-        >>> table_shape(chain.matrix(1), chain.groups(1))
-        (2, 2, 2)
-    """
+
+def table_shape(matrix: sparse.csr_array, labels: np.ndarray) -> tuple[int, int, int]:
+    """Groups, rows of the largest group, entries of the longest row: the shape of the arrays of a `RowTable`."""
     sizes, lengths = np.bincount(labels), np.diff(matrix.indptr)
     return sizes.size, int(sizes.max(initial=0)), max(int(lengths.max(initial=1)), 1)
 
 
 def edge_places(shape: tuple[int, ...]) -> np.ndarray:
-    """The places `[m]` of the edges of `grid_edges` in the flattened edge array `[dimensions, *shape]` of `GridBase`.
-
-    Example:
-        >>> from sparseopt.core.grouping import edge_places
-        >>> edge_places((2, 2))  # [[e0, e1], [-, -]] and [[e2, -], [e3, -]]
-        array([0, 1, 4, 6])
-    """
+    """The places `[m]` of the edges of `grid_edges` in the flattened edge array of `GridBase`."""
     count = sum(int(np.prod(shape)) // n * (n - 1) for n in shape)
     return np.flatnonzero(edge_grid(np.ones(count), shape, 0.0))
 
@@ -285,11 +277,8 @@ class RowTable:
     """The rows of all groups as padded tables; one group, a slice along the first axis, is a `LinearMap`.
 
     Under `jax.vmap` over the table each call sees one group, in which each column is in at most one row. A padded entry
-    points past the last column, where it reads 0 and writes nothing; a padded row has only padded entries.
-
-    Every group is padded to the size of the largest, and every row to the length of the longest. A node of degree d
-    makes at least d groups, and in L a row of d + 1 entries, so on a graph with hubs most of the table is padding:
-    multiply the numbers of `table_shape` before building one.
+    points past the last column, where it reads 0 and writes nothing; a padded row has only padded entries. Every group
+    is padded to the size of the largest: on a graph with hubs most of the table is padding (see `table_shape`).
 
     Example:
         >>> from sparseopt.core.grouping import row_table
@@ -350,10 +339,7 @@ def row_table(
     places, num_rows = (np.arange(matrix.shape[0]), matrix.shape[0]) if rows is None else rows
     columns_at, num_columns = (np.arange(matrix.shape[1]), matrix.shape[1]) if columns is None else columns
     groups, most, width = table_shape(matrix, labels)
-    order = np.argsort(labels, kind="stable")
-    sizes = np.bincount(labels, minlength=groups)
-    within = np.empty(labels.size, np.int64)
-    within[order] = np.arange(labels.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    within, _ = places_within(labels, groups)
     owner = np.repeat(np.arange(labels.size), np.diff(matrix.indptr))
     at = labels[owner], within[owner], np.arange(owner.size) - matrix.indptr[owner]
 

@@ -10,6 +10,8 @@ from sparseopt.core.dense import HIGHEST
 from sparseopt.core.types import pytree
 
 LANCZOS_STEPS = 24
+# The fraction of 1/L in the paper of mAIHT: below 1, so that every plain step descends by a multiple of its length.
+STEP_FRACTION = 0.97
 
 
 @pytree
@@ -93,6 +95,11 @@ def with_image(loss: Any) -> Any:
 def is_smooth(loss: Any) -> bool:
     """Whether the loss is differentiable; a loss that does not say counts as such."""
     return getattr(loss, "smooth", True)
+
+
+def safe_step(hessian: Float[Array, "n n"], seed: int) -> Float[Array, ""]:
+    """The step of proximal gradient methods; `seed` is that of the random start of the eigenvalue bound."""
+    return STEP_FRACTION / largest_eigenvalue_bound(hessian, jax.random.key(seed))
 
 
 def largest_eigenvalue_bound(matrix: Float[Array, "n n"], key: jax.Array) -> Float[Array, ""]:

@@ -1,9 +1,7 @@
 """Floor 1: matrices as linear maps, and checks of any linear map.
 
-A linear map is an object with `mv` and `rmv` (see `LinearMap`). `linear_map` makes one from a dense array or a SciPy
-sparse matrix, so losses and problems accept both. Sparse matrices are held as coordinates: a product gathers,
-multiplies and scatters. On a CPU that takes about twice as long as SciPy's own product, but it runs under jit, vmap and
-grad.
+`linear_map` makes a `LinearMap` from a dense array or a SciPy sparse matrix. Sparse matrices are held as coordinates:
+on a CPU a product takes about twice as long as SciPy's own, but it runs under jit, vmap and grad.
 """
 
 from typing import Any

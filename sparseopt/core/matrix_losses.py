@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparseopt.core.dense import product
 from sparseopt.core.fidelity import NodeLoss
+from sparseopt.core.losses import Quadratic
 from sparseopt.core.matrices import Dense, SparseMatrix, linear_map, refuses_map
 from sparseopt.core.operators import or_identity
-from sparseopt.core.residual_losses import SquaredLoss
+from sparseopt.core.scalar_losses import SquaredLoss
 from sparseopt.core.types import FloatArray, pytree
 
 
@@ -139,6 +141,13 @@ class LeastSquares(MatrixLoss):
     target: Any
     weights: Any = None
     family = SquaredLoss()
+
+
+def as_least_squares(loss: Quadratic) -> LeastSquares:
+    """`1/2 <x - c, H (x - c)>` as `1/2 ||A x - A c||²` with `Aᵀ A = H`."""
+    values, vectors = jnp.linalg.eigh(loss.hessian)
+    matrix = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T
+    return LeastSquares(matrix, product(matrix, loss.center))
 
 
 @pytree

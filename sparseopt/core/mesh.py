@@ -1,7 +1,6 @@
 """Floor 0: a line of devices, of this process or of many, and arrays that are distributed over it.
 
-An array over the line is one JAX array whose parts lie on the devices; programs under `jit` run where their arguments
-lie. Each process holds the parts of its own devices only, and every process runs the same program.
+Each process holds the parts of its own devices only, and every process runs the same program.
 """
 
 import contextlib

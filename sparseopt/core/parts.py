@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from sparseopt.core.grouping import places_within
 from sparseopt.core.mesh import AXIS, over, put
-from sparseopt.core.operators import spread
+from sparseopt.core.operators import EdgeBase
 from sparseopt.core.types import FloatArray, pytree, static
 
 
@@ -36,15 +37,6 @@ class Cut:
     sent: tuple[np.ndarray, ...]
 
 
-def _places(owner: np.ndarray, parts: int) -> tuple[np.ndarray, int]:
-    """The place of every item among those of its owner, in the given order, and the largest number that one owns."""
-    counts = np.bincount(owner, minlength=parts)
-    order = np.argsort(owner, kind="stable")
-    place = np.empty(owner.size, np.int64)
-    place[order] = np.arange(owner.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    return place, int(np.max(counts))
-
-
 def cut_graph(edges: np.ndarray, order: np.ndarray, parts: int) -> Cut:
     """Cut a graph without loops into parts of about equal work.
 
@@ -59,8 +51,8 @@ def cut_graph(edges: np.ndarray, order: np.ndarray, parts: int) -> Cut:
     part = np.minimum(middle * parts / work.sum(), parts - 1).astype(np.int64)[place]
     ends = part[edges]
     owner = ends.min(axis=1)
-    node_place, part_nodes = _places(part, parts)
-    edge_place, part_edges = _places(owner, parts)
+    node_place, part_nodes = places_within(part, parts)
+    edge_place, part_edges = places_within(owner, parts)
     local = np.where(ends == owner[:, None], node_place[edges], -1)
 
     crossing = np.flatnonzero(ends[:, 0] != ends[:, 1])
@@ -73,7 +65,7 @@ def cut_graph(edges: np.ndarray, order: np.ndarray, parts: int) -> Cut:
     shifts = tuple(int(s) for s in np.unique(shift))
     for step in shifts:
         chosen = np.flatnonzero(shift == step)
-        within, width = _places(reader[chosen], parts)
+        within, width = places_within(reader[chosen], parts)
         slots[chosen] = start + within
         start += width
         table = np.zeros((parts, width), np.int32)
@@ -103,12 +95,10 @@ def cut_graph(edges: np.ndarray, order: np.ndarray, parts: int) -> Cut:
 class PartBase:
     """D of a graph over several devices; nodes `[parts * part_nodes]`, edges `[parts * part_edges]`, see `Cut`.
 
-    As `EdgeBase` on every part. Padded places are 0 in its inputs and outputs.
+    Padded places are 0 in its inputs and outputs.
     """
 
-    tails: Any
-    heads: Any
-    root_weights: Any  # as the edges, sqrt(w), or None for weights of 1
+    edges: EdgeBase  # of every part, cut like the edges; its nodes are those of one part, then its ghosts
     sent: tuple[Any, ...]
     pairs: tuple[tuple[tuple[int, int], ...], ...] = static()
     part_nodes: int = static()
@@ -120,7 +110,7 @@ class PartBase:
 
     @property
     def edge_shape(self) -> tuple[int, ...]:
-        return (self.tails.shape[0],)
+        return self.edges.edge_shape
 
     def difference(self, x: FloatArray) -> FloatArray:
         return self._apart(PartBase._local_difference)(self, x)
@@ -137,24 +127,18 @@ class PartBase:
         # The initial zeros of sums are the same in all parts, which the check of varying types does not accept.
         return jax.shard_map(local, mesh=self.mesh, in_specs=each, out_specs=each, check_vma=False)
 
-    def _weighted(self, e: FloatArray) -> FloatArray:
-        return e if self.root_weights is None else e * spread(self.root_weights, e)
-
     def _local_difference(self, x: FloatArray) -> FloatArray:
         ghosts = [jax.lax.ppermute(x[table], AXIS, pairs) for table, pairs in zip(self.sent, self.pairs, strict=True)]
-        x = jnp.concatenate([x, *ghosts])
-        return self._weighted(x[self.tails] - x[self.heads])
+        return self.edges.difference(jnp.concatenate([x, *ghosts]))
 
     def _local_divergence(self, e: FloatArray) -> FloatArray:
-        e = self._weighted(e)
-        widths = [table.shape[0] for table in self.sent]
-        zero = jnp.zeros((self.part_nodes + sum(widths), *e.shape[1:]), e.dtype)
-        sums = zero.at[self.tails].add(e, mode="promise_in_bounds").at[self.heads].add(-e, mode="promise_in_bounds")
+        sums = self.edges.divergence(e)
         nodes, start = sums[: self.part_nodes], self.part_nodes
-        for table, pairs, width in zip(self.sent, self.pairs, widths, strict=True):
-            returned = jax.lax.ppermute(sums[start : start + width], AXIS, [(to, by) for by, to in pairs])
+        for table, pairs in zip(self.sent, self.pairs, strict=True):
+            stop = start + table.shape[0]
+            returned = jax.lax.ppermute(sums[start:stop], AXIS, [(to, by) for by, to in pairs])
             nodes = nodes.at[table].add(returned, mode="promise_in_bounds")
-            start += width
+            start = stop
         return nodes
 
 
@@ -166,4 +150,5 @@ def part_base(cut: Cut, weights: np.ndarray | None, dtype: Any, mesh: Mesh) -> P
         padded[cut.edges] = np.sqrt(weights)
         root = put(padded, over(mesh))
     tails, heads, *sent = (put(table, over(mesh)) for table in (cut.tails, cut.heads, *cut.sent))
-    return PartBase(tails, heads, root, tuple(sent), cut.pairs, cut.part_nodes, mesh)
+    local_nodes = cut.part_nodes + sum(table.size for table in cut.sent) // cut.parts
+    return PartBase(EdgeBase(tails, heads, root, local_nodes), tuple(sent), cut.pairs, cut.part_nodes, mesh)

@@ -1,11 +1,7 @@
 """Floor 2: patterns, the indicator penalties of sparse sets that can also turn scores into a mask.
 
-Besides a penalty's `value` (0 on the set, +inf off it) and `prox` (the projection), a pattern has
-
-    mask(score) -> bool        True where an entry survives, with exactly the pattern's count
-
-A score is non-negative and has the unit of a magnitude: the mask keeps the largest sum of squared scores that the set
-allows.
+A pattern has also `mask(score)`, True where an entry survives, with exactly the pattern's count. A score is
+non-negative and has the unit of a magnitude: the mask keeps the largest sum of squared scores that the set allows.
 """
 
 from typing import Any
@@ -14,12 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.core.thresholds import (
-    count_nonzero,
-    kth_largest,
-    n_of_m_mask,
-    top_k_mask,
-)
+from sparseopt.core.thresholds import count_nonzero, infinite_unless, kth_largest, n_of_m_mask, top_k_mask
 from sparseopt.core.types import BoolArray, FloatArray, Scalar, pytree, static
 
 
@@ -30,7 +21,7 @@ class _SparseSet:
     _holds: Any
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        return jnp.where(self._holds(x), 0.0, jnp.inf).astype(x.dtype)
+        return infinite_unless(self._holds(x), x)
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         """The projection, whatever the step: `x` on `mask(|x|)`, exactly zero elsewhere."""

@@ -1,31 +1,19 @@
-"""Floor 2: penalties. A penalty is a frozen pytree with a `value` and a `prox`; nothing else is asked of it.
+"""Floor 2: penalties. A penalty is a frozen pytree with a `value` and a `prox`; nothing else is required.
 
-The contract: `prox(x, step)` returns the minimiser over u of
+`prox(x, step)` returns the minimiser over u of
 
     1/2 ||u - x||² + step * value(u)
 
-and `value(x)` is a scalar that includes the weight. This file has the contract and the penalties on single entries;
-their sources are named at the scalar formulas in `thresholds.py`. Penalties on groups and matrices are in
-`group_penalties.py`, indicators (value 0 on a set, +inf off it) in `constraints.py` and `patterns.py`.
+and `value(x)` is a scalar that includes the weight. This file has the contract and the penalties on single entries.
 """
 
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.thresholds import (
-    count_nonzero,
-    hard_threshold,
-    largest_ratio,
-    log_sum_prox,
-    log_sum_value,
-    mcp_prox,
-    mcp_value,
-    scad_prox,
-    scad_value,
-    soft_threshold,
-)
+from sparseopt.core.thresholds import count_nonzero, hard_threshold, largest_ratio, soft_threshold
 from sparseopt.core.types import FloatArray, Scalar, pytree
 
 
@@ -119,6 +107,38 @@ def prox_from(penalty: Any, x: FloatArray, step: Scalar, memory: Any) -> tuple[F
     return (penalty.prox(x, step), None) if memory is None else penalty.prox_from(x, step, memory)
 
 
+def dual_step(term: Any, v: FloatArray, step: Any) -> tuple[FloatArray, FloatArray]:
+    """`v - step * u`, for a norm in its dual ball, and `u = prox(v / step, 1 / step)`; term is a penalty or a loss."""
+    if isinstance(term, Norm) and getattr(term, "nearest", True):
+        # By Moreau's identity, without the rounding error of a long step.
+        dual = term.project_dual(v)
+        return dual, (v - dual) / step
+    u = term.prox(v / step, 1 / step)
+    dual = v - step * u
+    return term.project_dual(dual) if isinstance(term, Norm) else dual, u
+
+
+def gauge(penalty: Any, dual: FloatArray) -> Float[Array, ""]:
+    """The least t >= 0 for which `dual / t` lies in the domain of the penalty's conjugate."""
+    if isinstance(penalty, Conjugate):
+        return jnp.asarray(penalty.dual_norm(dual), dual.dtype)
+    # A user's norm without `dual_norm`: bisect for the largest multiple that the projection leaves unchanged.
+    size = jnp.max(jnp.abs(dual))
+
+    def inside(share: Array) -> Array:
+        point = share * dual
+        return jnp.all(jnp.abs(penalty.project_dual(point) - point) <= 4 * jnp.finfo(dual.dtype).eps * share * size)
+
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = jnp.sqrt(low * high)
+        return jnp.where(inside(middle), middle, low), jnp.where(inside(middle), high, middle)
+
+    one = jnp.ones((), dual.dtype)
+    low, _ = jax.lax.fori_loop(0, 50, halve, (1e-12 * one, one))
+    return jnp.where(inside(one), 1, 1 / low)
+
+
 @pytree
 class L0:
     """`weight * ||x||_0`, the number of non-zeros; prox: hard threshold at `sqrt(2 * step * weight)`.
@@ -204,10 +224,11 @@ class ElasticNet:
 class MCP:
     """Minimax concave penalty: `weight |x| - x² / (2 gamma)` up to `|x| = gamma weight`, constant beyond.
 
-    Its prox is `mcp_prox`, continuous for `step < gamma`; as gamma grows it becomes L1.
+    The prox is a global minimiser for every step, and continuous for `step < gamma`; as gamma grows it becomes that of
+    L1. Source: Zhang, "Nearly unbiased variable selection under minimax concave penalty", 2010, eq. 2.1.
 
     Example:
-        >>> so.MCP(1.0, gamma=2.0).prox(jnp.array([0.5, 1.5, 4.0]), step=1.0)  # large entries stay as they are
+        >>> so.MCP(1.0, gamma=2.0).prox(jnp.array([0.5, 1.5, 4.0]), step=1.0)  # large entries are unchanged
         Array([0., 1., 4.], dtype=float32)
     """
 
@@ -216,10 +237,20 @@ class MCP:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        return jnp.sum(mcp_value(x, self.weight, self.gamma))
+        size = jnp.minimum(jnp.abs(x), jnp.asarray(self.gamma * self.weight, x.dtype))
+        return jnp.sum(self.weight * size - size * size / (2 * self.gamma))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        return mcp_prox(x, self.weight, self.gamma, step)
+        """For `step < gamma` firm: 0, then `soft(x, step weight) / (1 - step / gamma)`, then x from `gamma weight` on.
+
+        For larger steps the middle piece is concave, and the answer is the hard threshold at
+        `weight sqrt(gamma step)`, where both ends cost the same.
+        """
+        weight, gamma, step = (jnp.asarray(number, x.dtype) for number in (self.weight, self.gamma, step))
+        convex = step < gamma
+        firm = soft_threshold(x, step * weight) / jnp.where(convex, 1 - step / gamma, 1)
+        firm = jnp.where(jnp.abs(x) > gamma * weight, x, firm)
+        return jnp.where(convex, firm, hard_threshold(x, weight * jnp.sqrt(gamma * step)))
 
     def slope(self, x: FloatArray) -> FloatArray:
         """The derivative of the value in `|x|`: `weight - |x| / gamma`, 0 from `gamma weight` on."""
@@ -230,10 +261,11 @@ class MCP:
 class SCAD:
     """Smoothly clipped absolute deviation: slope `weight` to `|x| = weight`, falling to 0 at `a weight`.
 
-    Needs `a > 2`; its prox is `scad_prox`, continuous for `step < a - 1`.
+    Needs `a > 2`. The prox is a global minimiser for every step, and continuous for `step < a - 1`. Source: Fan and Li,
+    "Variable selection via nonconcave penalized likelihood", 2001, eq. 2.
 
     Example:
-        >>> so.SCAD(1.0).prox(jnp.array([0.5, 2.0, 4.0]), step=1.0)  # large entries stay as they are
+        >>> so.SCAD(1.0).prox(jnp.array([0.5, 2.0, 4.0]), step=1.0)  # large entries are unchanged
         Array([0., 1., 4.], dtype=float32)
     """
 
@@ -242,22 +274,45 @@ class SCAD:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        return jnp.sum(scad_value(x, self.weight, self.a))
+        return jnp.sum(_scad_terms(x, self.weight, self.a))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        return scad_prox(x, self.weight, self.a, step)
+        """The best of the minimisers on the three pieces, each on its own interval.
+
+        A piece is concave at an end that a neighbour shares.
+        """
+        weight, a, step = (jnp.asarray(number, x.dtype) for number in (self.weight, self.a, step))
+        size = jnp.abs(x)
+        inner = jnp.clip(size - step * weight, 0, weight)
+        bend = (a - 1) - step
+        middle = ((a - 1) * size - step * a * weight) / jnp.where(bend > 0, bend, 1)
+        middle = jnp.where(bend > 0, jnp.clip(middle, weight, a * weight), inner)
+        outer = jnp.maximum(size, a * weight)
+        best, cost = inner, 0.5 * (inner - size) ** 2 + step * _scad_terms(inner, weight, a)
+        for other in (middle, outer):
+            other_cost = 0.5 * (other - size) ** 2 + step * _scad_terms(other, weight, a)
+            best, cost = jnp.where(other_cost < cost, other, best), jnp.minimum(cost, other_cost)
+        # Far out the penalty is flat: x itself, without the rounding of the compared costs.
+        return jnp.where(size > (a + step) * weight, x, jnp.sign(x) * best)
 
     def slope(self, x: FloatArray) -> FloatArray:
         """The derivative of the value in `|x|`: `weight`, falling from `|x| = weight` to 0 at `a weight`."""
         return jnp.clip((self.a * self.weight - jnp.abs(x)) / (self.a - 1), 0, self.weight)
 
 
+def _scad_terms(x: FloatArray, weight: Any, a: Any) -> FloatArray:
+    """`weight |x|` to `weight`, a parabola to `a weight`, `(a + 1) weight² / 2` beyond."""
+    size = jnp.minimum(jnp.abs(x), jnp.asarray(a * weight, x.dtype))
+    over = jnp.maximum(size - weight, 0)
+    return weight * size - over * over / (2 * (a - 1))
+
+
 @pytree
 class LogSum:
     """`weight * sum of log(1 + |x| / eps)`, between L1 of weight `weight / eps` near zero and L0 far out.
 
-    Its prox is `log_sum_prox`, continuous for `step * weight <= eps²`. Source: Candès, Wakin and Boyd, "Enhancing
-    sparsity by reweighted l1 minimization", 2008, eq. 12.
+    The prox is a global minimiser for every step, and continuous for `step * weight <= eps²`. Source: Candès, Wakin and
+    Boyd, "Enhancing sparsity by reweighted l1 minimization", 2008, eq. 12.
 
     Example:
         >>> so.LogSum(1.0, eps=1.0).prox(jnp.array([0.5, 3.0, -99.0]), step=1.0).round(2)  # large entries hardly shrink
@@ -269,10 +324,25 @@ class LogSum:
     separable = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        return jnp.sum(log_sum_value(x, self.weight, self.eps))
+        return jnp.sum(self.weight * jnp.log1p(jnp.abs(x) / self.eps))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        return log_sum_prox(x, self.weight, self.eps, step)
+        """Where u > 0, the larger root of `(u - |x|)(u + eps) + step weight` is the local minimum.
+
+        For `step weight <= eps²` the cost is convex: the root wins from `|x| = step weight / eps` on, where it is 0.
+        For larger steps it wins where it costs less than 0, and the prox jumps.
+        """
+        weight, eps = jnp.asarray(self.weight, x.dtype), jnp.asarray(self.eps, x.dtype)
+        level, size = jnp.asarray(step, x.dtype) * weight, jnp.abs(x)
+        square = (size + eps) ** 2 - 4 * level
+        real = square > 0
+        root = jnp.sqrt(jnp.where(real, square, 1))
+        # Each form where it does not cancel.
+        small = size < eps
+        u = jnp.where(small, 2 * (size * eps - level) / jnp.where(small, eps - size + root, 1), (size - eps + root) / 2)
+        cheaper = 0.5 * u * (u - 2 * size) + level * jnp.log1p(jnp.abs(u) / eps) < 0
+        wins = real & (u > 0) & jnp.where(level <= eps * eps, size * eps > level, cheaper)
+        return jnp.where(wins, jnp.sign(x) * u, 0)
 
     def slope(self, x: FloatArray) -> FloatArray:
         """The derivative of the value in `|x|`: `weight / (eps + |x|)`."""

@@ -32,11 +32,7 @@ BY_WEIGHT: Mapping[str, Callable[[Any], Any]] = {
 
 
 def penalty_of_weight(name: str, weight: float) -> Any:
-    """The penalty of a name in `BY_WEIGHT`.
-
-    Raises:
-        ValueError: for another name, with those known.
-    """
+    """The penalty of a name in `BY_WEIGHT`; a ValueError for another name, with those known."""
     if name not in BY_WEIGHT:
         raise ValueError(unknown("penalty", name, BY_WEIGHT))
     return BY_WEIGHT[name](weight)

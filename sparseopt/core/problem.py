@@ -152,6 +152,16 @@ class Solver(Protocol):
         """The answer in a state."""
 
 
+class PlainSolver:
+    """For solvers without a certificate, whose state has the answer `x` and the numbers of its measure."""
+
+    def measure(self, problem: Problem, state: Any) -> Measure:
+        return Measure(state.residual, state.objective, jnp.full_like(state.objective, jnp.nan))
+
+    def extract(self, problem: Problem, state: Any) -> Any:
+        return state.x
+
+
 def refusal(solver: Any, problem: Problem) -> str | None:
     """The answer of the solver's `refuses`; None for a solver without it."""
     refuses = getattr(solver, "refuses", None)
@@ -163,12 +173,7 @@ def needs(
 ) -> str | None:
     """Why a solver refuses a problem that lacks something; None if it lacks nothing.
 
-    Args:
-        solver: for its name.
-        problem: what was given.
-        operator: whether the solver accepts one.
-        loss: the methods and fields of the loss that the solver uses, separated by blanks.
-        penalty: those of the penalty.
+    `operator` says whether the solver accepts one; `loss` and `penalty` name the methods and fields that it uses.
     """
     if problem.operator is not None and not operator:
         return (

@@ -1,10 +1,6 @@
 """Floor 4: penalties in an optax chain, so that training ends at exact zeros.
 
-    minimise over p    loss(p) + sum over leaves of penalty.value(leaf)
-
-`proximal` follows any chain that moves all entries with one step size (SGD, with or without momentum).
-`proximal_adam` is Adam with the prox in Adam's own metric; `proximal` after `optax.adam` would solve another problem,
-see its docstring.
+minimise over p    loss(p) + sum over leaves of penalty.value(leaf)
 """
 
 from collections.abc import Callable
@@ -41,16 +37,12 @@ def proximal(penalty: Penalty, step: Scalar | Schedule, *, mask: Mask = None) ->
 
         argmin over v    1/2 ||v - (p + u)||² + step * value(v)
 
-    With `u = -step * gradient` this is the proximal gradient step for `loss + value`:
-
-        tx = optax.chain(optax.sgd(0.1), so.proximal(so.L1(1e-3), 0.1))
+    With `u = -step * gradient` this is the proximal gradient step for `loss + value`.
 
     `step` must be the factor that a constant gradient has in the update. For plain SGD it is the learning rate. For
-    `optax.sgd(rate, momentum=b)` it is `rate / (1 - b)`, since optax sums the gradients without a factor `1 - b`; with
-    `step = rate` the fixed points are those of the weight `(1 - b) * weight`. After Adam, where entry i has the factor
-    `rate / (sqrt(v_i) + eps)`, no step is right: a fixed point satisfies
-    `0 in gradient_i + (sqrt(v_i) + eps) * subgradient of value_i` with v the second moment of the gradient, a problem
-    whose weights depend on the size of the gradient. Use `proximal_adam`.
+    `optax.sgd(rate, momentum=b)` it is `rate / (1 - b)`, since optax sums the gradients without a factor `1 - b`. After
+    Adam, where entry i has the factor `rate / (sqrt(v_i) + eps)` with v the second moment of the gradient, no step is
+    right: the weights of the problem at the fixed points depend on the size of the gradient. Use `proximal_adam`.
 
     Zeros are exact: for a prox of 0 the update is -p, and `p + (-p)` is 0 in every floating-point format. A later
     member of the chain that changes updates undoes that. Leaves below float32 are computed in float32; their non-zero
@@ -84,8 +76,7 @@ def proximal(penalty: Penalty, step: Scalar | Schedule, *, mask: Mask = None) ->
         >>> optax.apply_updates(params, updates)
         Array([1., 0.], dtype=float32)
     """
-    _check_penalty(penalty, "proximal")
-    schedule = _as_schedule(step, "proximal(penalty, step)")
+    schedule = _schedule(penalty, step, "proximal", "step")
 
     def init(params: Any) -> ProximalState:
         count = jnp.zeros((), jnp.int32)
@@ -177,7 +168,7 @@ def proximal_adam(
         >>> [round(float(p), 3) for p in params]
         [1.5, 0.0]
     """
-    _check_penalty(penalty, "proximal_adam")
+    schedule = _schedule(penalty, learning_rate, "proximal_adam", "learning_rate")
     # The class must say so: a probe on some array can miss a coupling, and needs concrete numbers where the weight may
     # be a tracer. Without the attribute a penalty counts as coupled, which is safe.
     if not (isinstance(penalty, Pattern) or getattr(penalty, "separable", False)):
@@ -188,7 +179,6 @@ def proximal_adam(
             "steps, write `separable = True` in the class; if not, as for groups, use "
             "optax.chain(optax.sgd(rate), sparseopt.proximal(penalty, rate))"
         )
-    schedule = _as_schedule(learning_rate, "proximal_adam(penalty, learning_rate)")
     adam = optax.scale_by_adam(b1, b2, eps)
 
     def init(params: Any) -> optax.ScaleByAdamState:
@@ -246,20 +236,18 @@ def _chosen(mask: Mask, params: Any) -> Any:
     return jax.tree.map(lambda chosen, below: jax.tree.map(lambda _: bool(chosen), below), mask, params)
 
 
-def _as_schedule(step: Scalar | Schedule, call: str) -> Schedule:
-    if callable(step):
-        return step
-    if isinstance(step, int | float) and not step >= 0:
-        raise ValueError(f"{call} needs a step size of 0 or more, or a schedule, given {step}")
-    return lambda count: step
-
-
-def _check_penalty(penalty: Any, name: str) -> None:
+def _schedule(penalty: Any, step: Scalar | Schedule, name: str, step_name: str) -> Schedule:
+    """The step as a schedule, once penalty and step are checked."""
     if not isinstance(penalty, Penalty):
         raise ValueError(
             f"{name} needs a penalty with the methods value(x) and prox(x, step) as its first argument, such as "
             f"sparseopt.L1(0.01), given {type(penalty).__name__}"
         )
+    if callable(step):
+        return step
+    if isinstance(step, int | float) and not step >= 0:
+        raise ValueError(f"{name}(penalty, {step_name}) needs a step size of 0 or more, or a schedule, given {step}")
+    return lambda count: step
 
 
 def _check_params(params: Any, name: str) -> None:

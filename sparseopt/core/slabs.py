@@ -1,12 +1,9 @@
 """Floor 1.5: D of a grid that is cut into slabs along one axis, one slab per device.
 
-All slabs have one size: the last ones are filled up by rows of padding, which carry no edges and stay 0. D takes the
-first row of the next slab, Dᵀ the last row of edges of the previous slab, L both neighbouring rows at once. Every
-number is computed by the same operations as on one device.
-
-A slab is computed as if it were alone, then its border rows are overwritten. So the exchange can overlap with the
-computation, and XLA for CPUs (jaxlib 0.10.2) makes faster loops of it than of a stencil that checks for every node
-whether it is on a border.
+All slabs have one size: the last ones are filled up by rows of padding, which carry no edges and stay 0. Every number
+is computed by the same operations as on one device. A slab is computed as if it were alone, then its border rows are
+overwritten: the exchange can overlap with the computation, and XLA for CPUs (jaxlib 0.10.2) makes faster loops of it
+than of a stencil that checks for every node whether it is on a border.
 """
 
 from collections.abc import Callable

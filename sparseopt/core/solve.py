@@ -1,7 +1,4 @@
-"""Floor 4.5: `solve`, the front door of the core: checks on the host, the choice of a solver, the start.
-
-minimise over x    loss(x) + penalty(operator x)
-"""
+"""Floor 4.5: `solve`, the front door of the core: checks on the host, the choice of a solver, the start."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Floor 1: the scalar mathematics of the proximal operators, and exact selection of the k largest entries.
+"""Floor 1: thresholds of entries, and exact selection of the k largest.
 
 Every function is elementwise or a reduction, so it works on arrays of any shape, sharded ones too: counts and
 thresholds come from sums, never from gathering or sorting a whole array.
@@ -40,88 +40,9 @@ def soft_threshold(x: FloatArray, threshold: Numbers) -> FloatArray:
     return jnp.where(jnp.abs(x) <= threshold, 0, x - jnp.sign(x) * threshold)
 
 
-def mcp_value(x: FloatArray, weight: Numbers, gamma: Numbers) -> FloatArray:
-    """`weight |x| - x² / (2 gamma)` for `|x| <= gamma weight`, else `gamma weight² / 2`, entry by entry.
-
-    Source: Zhang, "Nearly unbiased variable selection under minimax concave penalty", 2010, eq. 2.1.
-    """
-    size = jnp.minimum(jnp.abs(x), jnp.asarray(gamma * weight, x.dtype))
-    return weight * size - size * size / (2 * gamma)
-
-
-def mcp_prox(x: FloatArray, weight: Numbers, gamma: Numbers, step: Numbers) -> FloatArray:
-    """`argmin_u 1/2 (u - x)² + step * mcp_value(u)`, a global minimiser for every step.
-
-    For `step < gamma`: 0 up to `|x| = step weight`, `soft(x, step weight) / (1 - step / gamma)` up to
-    `|x| = gamma weight`, x beyond. For `step >= gamma` the middle piece is concave, and the answer is the hard
-    threshold at `weight sqrt(gamma step)`, where both ends cost the same.
-    """
-    gamma, step = jnp.asarray(gamma, x.dtype), jnp.asarray(step, x.dtype)
-    weight = jnp.asarray(weight, x.dtype)
-    convex = step < gamma
-    firm = soft_threshold(x, step * weight) / jnp.where(convex, 1 - step / gamma, 1)
-    firm = jnp.where(jnp.abs(x) > gamma * weight, x, firm)
-    return jnp.where(convex, firm, hard_threshold(x, weight * jnp.sqrt(gamma * step)))
-
-
-def scad_value(x: FloatArray, weight: Numbers, a: Numbers) -> FloatArray:
-    """`weight |x|` to `weight`, a parabola to `a weight`, `(a + 1) weight² / 2` beyond, entry by entry.
-
-    Source: Fan and Li, "Variable selection via nonconcave penalized likelihood", 2001, eq. 2.
-    """
-    size = jnp.minimum(jnp.abs(x), jnp.asarray(a * weight, x.dtype))
-    over = jnp.maximum(size - weight, 0)
-    return weight * size - over * over / (2 * (a - 1))
-
-
-def scad_prox(x: FloatArray, weight: Numbers, a: Numbers, step: Numbers) -> FloatArray:
-    """`argmin_u 1/2 (u - x)² + step * scad_value(u)`, a global minimiser for every step.
-
-    Each of the three pieces of the penalty has a minimiser on its own interval, where it is concave at an end that a
-    neighbour shares; the best of the three wins.
-    """
-    a, step = jnp.asarray(a, x.dtype), jnp.asarray(step, x.dtype)
-    weight = jnp.asarray(weight, x.dtype)
-    size = jnp.abs(x)
-    inner = jnp.clip(size - step * weight, 0, weight)
-    bend = (a - 1) - step
-    middle = ((a - 1) * size - step * a * weight) / jnp.where(bend > 0, bend, 1)
-    middle = jnp.where(bend > 0, jnp.clip(middle, weight, a * weight), inner)
-    outer = jnp.maximum(size, a * weight)
-    best, cost = inner, 0.5 * (inner - size) ** 2 + step * scad_value(inner, weight, a)
-    for other in (middle, outer):
-        other_cost = 0.5 * (other - size) ** 2 + step * scad_value(other, weight, a)
-        best, cost = jnp.where(other_cost < cost, other, best), jnp.minimum(cost, other_cost)
-    # Far out the penalty is flat: x itself, without the rounding of the compared costs.
-    return jnp.where(size > (a + step) * weight, x, jnp.sign(x) * best)
-
-
-def log_sum_value(x: FloatArray, weight: Numbers, eps: Numbers) -> FloatArray:
-    """`weight log(1 + |x| / eps)`, entry by entry.
-
-    Source: Candès, Wakin and Boyd, "Enhancing sparsity by reweighted l1 minimization", 2008, eq. 12.
-    """
-    return weight * jnp.log1p(jnp.abs(x) / eps)
-
-
-def log_sum_prox(x: FloatArray, weight: Numbers, eps: Numbers, step: Numbers) -> FloatArray:
-    """`argmin_u 1/2 (u - x)² + step * log_sum_value(u)`, a global minimiser for every step.
-
-    Where u > 0, the derivative vanishes at the roots of `(u - |x|)(u + eps) + step weight`, and the larger root is the
-    local minimum. For `step weight <= eps²` the cost is convex: the root wins from `|x| = step weight / eps` on, where
-    it is 0. For larger steps it wins where it costs less than 0, and the prox jumps.
-    """
-    weight, eps = jnp.asarray(weight, x.dtype), jnp.asarray(eps, x.dtype)
-    level, size = jnp.asarray(step, x.dtype) * weight, jnp.abs(x)
-    square = (size + eps) ** 2 - 4 * level
-    real = square > 0
-    root = jnp.sqrt(jnp.where(real, square, 1))
-    # Each form where it does not cancel.
-    small = size < eps
-    u = jnp.where(small, 2 * (size * eps - level) / jnp.where(small, eps - size + root, 1), (size - eps + root) / 2)
-    cheaper = 0.5 * u * (u - 2 * size) + log_sum_value(u, level, eps) < 0
-    wins = real & (u > 0) & jnp.where(level <= eps * eps, size * eps > level, cheaper)
-    return jnp.where(wins, jnp.sign(x) * u, 0)
+def infinite_unless(inside: BoolArray, x: FloatArray) -> FloatArray:
+    """The value of an indicator, of the dtype of x."""
+    return jnp.where(inside, 0.0, jnp.inf).astype(x.dtype)
 
 
 def largest_ratio(size: FloatArray, weight: Numbers) -> Float[Array, ""]:
@@ -148,6 +69,12 @@ def count_nonzero(x: FloatArray) -> Int[Array, ""]:
     """The exact number of non-zero entries, int32."""
     positive, negative = count_each(x > 0, x < 0)
     return positive + negative
+
+
+def support_change(x: FloatArray, previous: FloatArray) -> Float[Array, ""]:
+    """The share of the entries that entered or left the support."""
+    entered, left = count_each((x != 0) & (previous == 0), (x == 0) & (previous != 0))
+    return ((entered + left) / x.size).astype(x.dtype)
 
 
 def _as_bits(x: FloatArray) -> Array:

@@ -14,8 +14,7 @@ from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, Squ
 from sparseopt.core.group_penalties import GroupL2, SparseGroup
 from sparseopt.core.penalties import L1, MCP, SCAD
 from sparseopt.core.problem import Solution
-from sparseopt.core.residual_losses import AbsoluteLoss, HuberLoss
-from sparseopt.core.scalar_losses import ScalarLoss
+from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, ScalarLoss
 from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Ground, Terms, ground_of, on_rows, strength

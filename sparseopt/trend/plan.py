@@ -21,8 +21,7 @@ from sparseopt.core.iterate import iterate
 from sparseopt.core.operators import Split, Stack
 from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem, Solution, Status
-from sparseopt.core.solvers.admm import Admm, Start
-from sparseopt.core.solvers.mixed import solve_mixed
+from sparseopt.core.solvers.admm import Admm, Start, solve_mixed
 from sparseopt.core.solvers.node_solve import Cosine
 from sparseopt.core.types import pytree, static
 from sparseopt.trend.ground import Data, Ground, data_of, null_space_dual

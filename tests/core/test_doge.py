@@ -11,8 +11,7 @@ from sparseopt.core.grouping import row_table
 from sparseopt.core.operators import Difference, GridBase
 from sparseopt.core.problem import Problem
 from sparseopt.core.solvers.admm import Admm, Start
-from sparseopt.core.solvers.doge import doge_split
-from sparseopt.core.solvers.doge_groups import DogeGroups, doge_groups_table
+from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table, doge_split
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_lasso
 from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
 from sparseopt.core.types import precision

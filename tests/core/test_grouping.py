@@ -19,7 +19,7 @@ from sparseopt.core.grouping import (
     table_shape,
 )
 from sparseopt.core.operators import Difference
-from sparseopt.core.solvers.doge_groups import doge_groups_table
+from sparseopt.core.solvers.doge import doge_groups_table
 from sparseopt.trend.layout import layout_of
 from tests.trend.problems import GRAPHS, random_graph
 

@@ -4,8 +4,7 @@ import pytest
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from sparseopt.core.operators import GridBase, edge_base
-from sparseopt.core.pieces import piece_labels, piece_means
+from sparseopt.core.operators import GridBase, edge_base, piece_labels, piece_means
 
 NODES, EDGES = 400, 500
 

@@ -10,8 +10,7 @@ from scipy.special import wrightomega
 import sparseopt as so
 from sparseopt.core.count_and_label_losses import wright_omega
 from sparseopt.core.fidelity import NodeLoss
-from sparseopt.core.residual_losses import weighted_quantiles
-from sparseopt.core.scalar_losses import ScalarLoss
+from sparseopt.core.scalar_losses import ScalarLoss, weighted_quantiles
 from sparseopt.core.types import precision
 from tests.jitted import Jitted
 

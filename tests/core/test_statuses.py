@@ -10,9 +10,8 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.fidelity import NodeLoss, NodeSquares
-from sparseopt.core.solvers.admm import Admm, Start
+from sparseopt.core.solvers.admm import Admm, Start, solve_mixed
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart
-from sparseopt.core.solvers.mixed import solve_mixed
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm, solve_rising
 from sparseopt.core.solvers.splice import Splice
 from sparseopt.core.types import precision

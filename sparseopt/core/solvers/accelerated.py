@@ -6,9 +6,8 @@
     z = prox(y - gradient(y) / L, 1 / L)          # L grows until loss(z) <= its quadratic model at y, then shrinks
     x = z if F(z) <= F(x), else x unchanged and t = 1, so that the next step is a plain one from x
 
-The momentum is also dropped where it points uphill, `<y - z, z - x> > 0`. A loss whose image is affine in x, such as
-that of a matrix, needs one product with the matrix and one with its transpose per iteration: the image of y is a
-combination of those of x and x_old.
+The momentum is also dropped where it points uphill, `<y - z, z - x> > 0`. A loss whose image is affine in x needs one
+product with its matrix and one with the transpose per iteration: the image of y is a combination of known ones.
 
 Source: Beck and Teboulle, "A fast iterative shrinkage-thresholding algorithm for linear inverse problems", 2009, and
 "Fast gradient-based algorithms for constrained total variation image denoising", 2009, for the monotone form;
@@ -27,7 +26,7 @@ from sparseopt.core.certify import certificate, composite_gap, has_conjugate, is
 from sparseopt.core.losses import PlainLoss, is_smooth, with_image
 from sparseopt.core.matrix_losses import MatrixLoss
 from sparseopt.core.penalties import Composite, cold_memory, prox_from
-from sparseopt.core.problem import Measure, Problem, Progress, needs
+from sparseopt.core.problem import Measure, PlainSolver, Problem, Progress, needs
 from sparseopt.core.types import pytree, static
 
 # The factors of L where its quadratic model fails, and after every iteration.
@@ -62,7 +61,7 @@ class AcceleratedState:
 
 
 @pytree
-class AcceleratedProximalGradient:
+class AcceleratedProximalGradient(PlainSolver):
     """Accelerated proximal gradient descent for `solve`: any smooth loss, any penalty with a prox, no operator.
 
     F never increases by more than its rounding error. The residual is the relative duality gap if the penalty has a
@@ -212,6 +211,3 @@ class AcceleratedProximalGradient:
         stalled = state.progress.stalled(state.residual, PATIENCE, level)
         nonconvex = not is_convex(problem.penalty)
         return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled, nonconvex)
-
-    def extract(self, problem: Problem, state: AcceleratedState) -> Float[Array, "..."]:
-        return state.x

@@ -2,40 +2,37 @@
 
     minimise over x    loss(x) + penalty(Ψ Δ x),        loss(x) = 1/2 sum_j w_j (x_j - y_j)²
 
-With Ψ = I it is the standard ADMM of trend filtering, with Δ = I Doge-ADMM (see `doge.py`), otherwise Doge-ADMM with a
-linear solve. One iteration, with z = Δ x, dual g and memory m = rho d, d being that of the scaled form:
+With Ψ = I it is the standard ADMM of trend filtering, with Δ = I Doge-ADMM (see `doge.py`). One iteration, with
+z = Δ x, dual g, memory m = rho d (d of the scaled form), r for the relaxation and the metrics C and S of `Split`:
 
     v  = Ψ (rho z - m) / S + g
-    g' = v - (rho / S) prox(S v / rho, S / rho)         # for a norm the projection of v on its dual ball, by Moreau
-    g  = (1 - relaxation) g + relaxation g'
-    x  = (W + rho Δᵀ C Δ)^-1 ( W y + Δᵀ ( C (rho z + (1 - relaxation) m) - Ψᵀ g ) )
-    m  = (1 - relaxation) m + rho (z_old - z)
+    g' = v - (rho / S) prox(S v / rho, S / rho)
+    g  = (1 - r) g + r g'
+    x  = (W + rho Δᵀ C Δ)^-1 ( W y + Δᵀ ( C (rho z + (1 - r) m) - Ψᵀ g ) )
+    m  = (1 - r) m + rho (z_old - z)
 
-C and S are the metrics of `Split`. Where Ψ = I (both metrics 1), the state of the iteration is `w = rho z + m - g`.
-With T(w) for the next state and r for the relaxation,
-
-    x = (W + rho Δᵀ Δ)^-1 (W y + Δᵀ w),    v = 2 z - w / rho,    g' = rho (v - prox(v, 1 / rho))
-    T(w) = (1 - r) w + r (rho z - g')
-
-T is averaged and x is an affine function of w, so `anderson.py` may accelerate it.
+Where Ψ = I (both metrics 1), the state of the iteration is `w = rho z + m - g`, and x is an affine function of it. The
+iteration w <- (1 - r) w + r (rho z - g') is averaged, so `anderson.py` may accelerate it.
 
 Source: Boyd, Parikh, Chu, Peleato, Eckstein, "Distributed optimization and statistical learning via ADMM", 2011,
-section 3.4.3; the primal-dual reading with diagonal metrics is that of Pock and Chambolle, "Diagonal preconditioning
-for first order primal-dual algorithms", 2011.
+section 3.4.3; for the diagonal metrics Pock and Chambolle, "Diagonal preconditioning for first order primal-dual
+algorithms", 2011.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from sparseopt.core.certify import relative_gap
 from sparseopt.core.fidelity import total
+from sparseopt.core.iterate import iterate
 from sparseopt.core.operators import Split
-from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Measure, Problem, needs
+from sparseopt.core.penalties import Norm, dual_step
+from sparseopt.core.problem import Measure, PlainSolver, Problem, Progress, Solution, Status, needs
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 from sparseopt.core.types import pytree, static
 
@@ -48,35 +45,31 @@ LARGEST_FACTOR = 4.0
 # Without convexity rho first finds its scale, then grows slowly: a falling rho lets the iterates wander between local
 # minima, a large rise freezes them in a poor one.
 GENTLE_FACTOR = 1.5
+# The float32 gap follows the float64 gap down to about its estimated rounding error: this multiple of it ends the first
+# solve, and so do this many steps without progress.
+HANDOVER = 1.5
+HANDOVER_PATIENCE = 50
 
 
 @pytree
 class Start:
-    """Where a split ADMM starts.
-
-    Attributes:
-        x: the point.
-        dual: the dual point, in row shape.
-        rho: None for the solver's own.
-        settled: whether rho stays unchanged; None for False.
-    """
+    """Where a split ADMM starts."""
 
     x: Any
-    dual: Any
-    rho: Any = None
-    settled: Any = None
+    dual: Any  # in row shape
+    rho: Any = None  # None for the solver's own
+    settled: Any = None  # whether rho stays unchanged; None for False
 
 
 class Check(NamedTuple):
-    """What a check found, and what it remembers."""
+    """The result of a check."""
 
     residual: Any
     objective: Any
     gap: Any
-    best: Any  # the best residual so far
-    waited: Any  # steps since it was found
+    progress: Any  # counts iterations
     floor: Any  # the estimated rounding error of the residual
-    motion: Any  # the rho that the last step asks for, computed where rho may change or is settled
+    motion: Any = None  # the rho that the last step asks for, computed where rho may change or is settled
 
 
 @pytree
@@ -112,23 +105,43 @@ def _moving(state: AdmmState) -> Moving:
     return Moving(*(getattr(state, name) for name in Moving._fields))
 
 
+def rms(scale: Any, values: Array) -> Array:
+    """The root of the mean square, weighted by `scale`; at least the root of the least normal number."""
+    tiny = jnp.finfo(values.dtype).tiny
+    scale = jnp.broadcast_to(scale, values.shape)
+    return jnp.sqrt(jnp.maximum(total(scale * values * values) / jnp.maximum(total(scale), tiny), tiny))
+
+
+def relative(a: Array, *others: Array) -> Array:
+    """The length of a over the largest length of the others."""
+    scale = jnp.max(jnp.stack([total(b * b) for b in others]))
+    return jnp.sqrt(total(a * a) / jnp.maximum(scale, jnp.finfo(a.dtype).tiny))
+
+
 def balanced_rho(split: Split, loss: Any, x: Array, dual: Array) -> Array:
     """`3 rms(dual) / rms(y - x)` in the metrics of the split: near the best rho once x and the dual have their size."""
-    tiny = jnp.finfo(x.dtype).tiny
-
-    def mean_square(scale: Any, values: Array) -> Array:
-        scale = jnp.broadcast_to(scale, values.shape)
-        return jnp.maximum(total(scale * values * values) / jnp.maximum(total(scale), tiny), tiny)
-
     on_nodes = split.column_scale if split.inner.order == 0 else jnp.ones((), x.dtype)
-    apart = mean_square(on_nodes, loss.observed(loss.center - x))
-    return BALANCE * jnp.sqrt(mean_square(split.row_scale, dual) / apart)
+    return BALANCE * rms(split.row_scale, dual) / rms(on_nodes, loss.observed(loss.center - x))
 
 
-def refuses_unsplit(solver: Any, problem: Problem) -> str | None:
-    """Why a split ADMM refuses a problem whose operator is not a `Split`."""
+def limited(factor: Array, later: Array, penalty: Any) -> Array:
+    """A factor of rho within its limits; `later` says that rho follows the last step."""
+    gentle = later & (not isinstance(penalty, Norm))
+    least = jnp.where(gentle, 1.0, 1 / LARGEST_FACTOR)
+    return jnp.clip(factor, least, jnp.where(gentle, GENTLE_FACTOR, LARGEST_FACTOR))
+
+
+def scheduled(count: Array, next_change: Array, changes: int) -> tuple[Array, Array]:
+    """Whether rho changes now, and the next change after a check; -1 for none."""
+    due = (next_change >= 0) & (count >= next_change)
+    last = FIRST_CHANGE * 2 ** max(changes - 1, 0)
+    return due, jnp.where(due, jnp.where(next_change < last, 2 * next_change, -1), next_change)
+
+
+def refuses_unsplit(solver: Any, problem: Problem, loss: str) -> str | None:
+    """Why a split ADMM refuses a problem: its operator is not a `Split`, or its loss lacks one of these methods."""
     if isinstance(problem.operator, Split):
-        return None
+        return needs(solver, problem, operator=True, loss=loss)
     given = "none" if problem.operator is None else type(problem.operator).__name__
     return (
         f"{type(solver).__name__} needs a Split as the problem's operator, given {given}; sparseopt.trend_filter makes "
@@ -137,7 +150,7 @@ def refuses_unsplit(solver: Any, problem: Problem) -> str | None:
 
 
 @pytree
-class Admm:
+class Admm(PlainSolver):
     """The split ADMM as a solver for `solve`; `problem.operator` is a `Split`, `problem.loss` a `NodeSquares`.
 
     For a `Norm` the residual is the relative duality gap `(P(x) - D(g')) / D(g')`, never below the relative
@@ -180,9 +193,7 @@ class Admm:
         return self.acceleration > 0 and isinstance(problem.penalty, Norm) and problem.operator.outer.order == 0
 
     def refuses(self, problem: Problem) -> str | None:
-        return refuses_unsplit(self, problem) or needs(
-            self, problem, operator=True, loss="center weigh observed slack gradient value"
-        )
+        return refuses_unsplit(self, problem, "center weigh observed slack gradient value")
 
     def init(self, problem: Problem, x0: Start | AdmmState) -> AdmmState:
         """Start with d = 0 and g the start's dual, or continue from a state of another precision, cast to this one."""
@@ -207,7 +218,7 @@ class Admm:
             rho=rho,
             count=jnp.zeros((), jnp.int32),
             next_change=next_change if x0.settled is None else jnp.where(x0.settled, -1, next_change),
-            check=Check(far, 0 * far, far, far, jnp.zeros((), jnp.int32), 0 * far, rho),
+            check=Check(far, 0 * far, far, Progress(far, jnp.zeros((), jnp.int32)), 0 * far, rho),
             unit_noise=noise,
             past=empty_memory(z, x0.x, self.acceleration) if self._accelerates(problem) else None,
         )
@@ -216,13 +227,12 @@ class Admm:
     def _judged(self, problem: Problem, state: AdmmState) -> AdmmState:
         """The state with a check, as if it were the first."""
         residual, objective, gap, floor = self._certify(problem, state)
-        never, motion = jnp.full_like(residual, jnp.inf), state.check.motion
-        check = Check(residual, objective, gap, never, jnp.zeros((), jnp.int32), floor, motion)
+        progress = Progress(jnp.full_like(residual, jnp.inf), jnp.zeros((), jnp.int32))
+        check = Check(residual, objective, gap, progress, floor, state.check.motion)
         return dataclasses.replace(state, check=check)
 
     @property
     def stride(self) -> int:
-        """Iterations of a step, which ends with a check; nothing is kept for a check before it is due."""
         return self.cadence
 
     def step(self, problem: Problem, state: AdmmState) -> AdmmState:
@@ -240,19 +250,10 @@ class Admm:
         """One iteration."""
         split, loss, penalty = problem.operator, problem.loss, problem.penalty
         keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
-        z, m, prox = (now.x if now.inner is None else now.inner), now.memory, now.prox
-        # rho v / S: by Moreau's identity its projection on the dual ball is what the prox leaves.
+        z, m = (now.x if now.inner is None else now.inner), now.memory
         pushed = split.outer.mv(rho * z - m) / split.row_scale + now.dual
-        if isinstance(penalty, Norm) and getattr(penalty, "nearest", True):
-            candidate = penalty.project_dual(pushed)
-        else:
-            dual_step = rho / split.row_scale
-            found = penalty.prox(pushed / dual_step, 1 / dual_step)
-            candidate = pushed - dual_step * found
-            if isinstance(penalty, Norm):
-                candidate = penalty.project_dual(candidate)
-            else:
-                prox = found
+        candidate, found = dual_step(penalty, pushed, rho / split.row_scale)
+        prox = None if now.prox is None else found
         dual = keep * now.dual + (1 - keep) * candidate
         pulled = split.column_scale * (rho * z + keep * m) - split.outer.rmv(dual)
         x = self.node_solve.solve(loss, split, loss.weigh(loss.center) + split.inner.rmv(pulled), rho, now.x)
@@ -263,21 +264,17 @@ class Admm:
     def _checked(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:
         """The state with a fresh check, and another rho where it is due; `before` is the iteration before the last."""
         residual, objective, gap, floor = self._certify(problem, state)
-        better = residual < 0.9 * state.check.best
-        best = jnp.where(better, residual, state.check.best)
-        waited = jnp.where(better, 0, state.check.waited + self.cadence)
-        settled = state.next_change < 0
-        due = ~settled & (state.count >= state.next_change)
+        progress = state.check.progress.after(residual, self.cadence)
+        due, next_change = scheduled(state.count, state.next_change, self.changes)
         unchanged = jnp.ones_like(state.rho), state.check.motion
-        wanted, motion = jax.lax.cond(due | settled, lambda: self._wanted(problem, state, before), lambda: unchanged)
+        asked = due | (state.next_change < 0)
+        wanted, motion = jax.lax.cond(asked, lambda: self._wanted(problem, state, before), lambda: unchanged)
         factor = jnp.where(due, wanted, 1)
-        last = FIRST_CHANGE * 2 ** max(self.changes - 1, 0)
-        following = jnp.where(state.next_change < last, 2 * state.next_change, -1)
         return dataclasses.replace(
             state,
             rho=state.rho * factor,
-            next_change=jnp.where(due, following, state.next_change),
-            check=Check(residual, objective, gap, best, waited, floor, motion),
+            next_change=next_change,
+            check=Check(residual, objective, gap, progress, floor, motion),
             past=None if state.past is None else forget(state.past, factor != 1),
         )
 
@@ -296,10 +293,6 @@ class Admm:
             # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
             noise = state.unit_noise * jnp.sqrt(loss.mean_square(x))
             return gap, objective, gap, eps * (1 + noise / scale)
-
-        def relative(a: Array, *others: Array) -> Array:
-            scale = jnp.maximum(jnp.max(jnp.stack([total(b * b) for b in others])), tiny)
-            return jnp.sqrt(total(a * a) / scale)
 
         objective = loss.value(x) + penalty.value(state.prox)
         balance = relative(loss.gradient(x) + pulled, loss.weigh(loss.center))
@@ -321,29 +314,21 @@ class Admm:
         primal_length = total(split.column_scale * shifted**2)
         motion = jnp.sqrt(jnp.maximum(dual_length, tiny) / jnp.maximum(primal_length, tiny))
         wanted = jnp.where(state.count < MOVING, distance, motion) / state.rho
-        gentle = (state.count >= MOVING) & (not isinstance(problem.penalty, Norm))
-        least = jnp.where(gentle, 1.0, 1 / LARGEST_FACTOR)
-        factor = jnp.clip(wanted, least, jnp.where(gentle, GENTLE_FACTOR, LARGEST_FACTOR))
         still = (dual_length <= tiny) | (primal_length <= tiny)
-        return factor, jnp.where(still, state.rho, motion)
+        return limited(wanted, state.count >= MOVING, problem.penalty), jnp.where(still, state.rho, motion)
 
     def measure(self, problem: Problem, state: AdmmState) -> Measure:
-        del problem
         check = state.check
-        waited = (check.best <= self.margin * check.floor) & (check.waited >= self.patience)
-        stalled = waited | (check.best <= self.enough * check.floor)
+        best, waited = check.progress
+        waited = (best <= self.margin * check.floor) & (waited >= self.patience)
+        stalled = waited | (best <= self.enough * check.floor)
         return Measure(check.residual, check.objective, check.gap, {"rho": state.rho}, stalled)
 
     def duals(self, problem: Problem, state: AdmmState) -> tuple[None, Array]:
-        del problem
         return None, state.candidate
 
     def prox_step(self, problem: Problem, state: AdmmState) -> Array:
         return problem.operator.row_scale / state.rho
-
-    def extract(self, problem: Problem, state: AdmmState) -> Float[Array, "..."]:
-        del problem
-        return state.x
 
 
 def _extrapolated(problem: Problem, state: AdmmState) -> AdmmState:
@@ -357,6 +342,34 @@ def _extrapolated(problem: Problem, state: AdmmState) -> AdmmState:
 
 
 def standard_split(inner: Any, outer: Any, dtype: Any) -> Split:
-    """The split of the standard ADMM, B = 0: `outer` the identity, both metrics 1."""
+    """The split of the standard ADMM: `outer` the identity, both metrics 1."""
     one = jnp.ones((), dtype)
     return Split(outer, inner, one, one)
+
+
+def _short(tree: Any) -> Any:
+    """Every float64 array of a pytree in float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf, tree)
+
+
+def _long(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, tree)
+
+
+def solve_mixed(problem: Problem, solver: Admm, start: Start, *, tol: Array, max_steps: Array) -> Solution:
+    """As `solve`, in float32 as far as rounding allows, then in float64; the steps of both solves count.
+
+    For a problem larger than the caches the time of a step is that of moving its bytes, so float32 takes half the time.
+    The certificate is that of the float64 state.
+    """
+    problem, solver, start = jax.tree.map(jnp.asarray, (problem, solver, start))
+    brief = dataclasses.replace(solver, patience=HANDOVER_PATIENCE, margin=math.inf, enough=HANDOVER)
+    first = iterate(_short(problem), _short(brief), _short(start), tol=tol.astype(jnp.float32), max_steps=max_steps)
+    # The squares of a signal of 1e30 overflow in float32.
+    state = jax.lax.cond(
+        first.status == Status.NONFINITE,
+        lambda: solver.init(problem, start),
+        lambda: solver.init(problem, _long(first.state)),
+    )
+    found = iterate(problem, solver, state, tol=tol, max_steps=jnp.maximum(max_steps - first.steps, 0))
+    return dataclasses.replace(found, steps=first.steps + found.steps)

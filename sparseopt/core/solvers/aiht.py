@@ -16,21 +16,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.losses import largest_eigenvalue_bound
-from sparseopt.core.problem import Measure, Problem, needs
-from sparseopt.core.thresholds import count_each, count_nonzero
+from sparseopt.core.losses import safe_step
+from sparseopt.core.problem import PlainSolver, Problem, needs
+from sparseopt.core.thresholds import count_nonzero, support_change
 from sparseopt.core.types import pytree, static
-
-# The paper's fraction of 1/L: below 1, so that every plain step descends by a fixed multiple of its length.
-STEP_FRACTION = 0.97
 
 
 @pytree
 class MaihtState:
     """One state; `u` is `x - step * gradient(x)`, all that later steps need of a sequence.
 
-    The extrapolated point Y is an affine combination of X0, X1 and Z with weights that sum to one, and so is
-    `Y - step * gradient(Y)` of the three `u`. No product with H is spent on Y.
+    The extrapolated point Y is an affine combination of X0, X1 and Z, and so is its `u`: Y costs no product with H.
     """
 
     x: Any  # X1, the answer
@@ -47,7 +43,7 @@ class MaihtState:
 
 
 @pytree
-class Maiht:
+class Maiht(PlainSolver):
     """mAIHT as a solver for `solve`.
 
     Each iteration makes an accelerated candidate Z from the extrapolated point and a monitor V, the plain proximal step
@@ -77,9 +73,7 @@ class Maiht:
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> MaihtState:
         loss = problem.loss
-        step = self.step_size
-        if step is None:
-            step = STEP_FRACTION / largest_eigenvalue_bound(loss.hessian, jax.random.key(self.seed))
+        step = safe_step(loss.hessian, self.seed) if self.step_size is None else self.step_size
         step = jnp.asarray(step, x0.dtype)
         # The usual start is the minimiser of the loss, where the product is zero.
         at_center = jnp.all(x0 == loss.center)
@@ -157,13 +151,6 @@ class Maiht:
 
     def _residual(self, x: Array, previous: Array) -> Array:
         if self.stop == "support":
-            entered, left = count_each((x != 0) & (previous == 0), (x == 0) & (previous != 0))
-            return ((entered + left) / x.size).astype(x.dtype)
+            return support_change(x, previous)
         tiny = jnp.finfo(x.dtype).tiny
         return jnp.linalg.norm(x - previous) / jnp.maximum(jnp.linalg.norm(previous), tiny)
-
-    def measure(self, problem: Problem, state: MaihtState) -> Measure:
-        return Measure(state.residual, state.objective, jnp.full_like(state.objective, jnp.nan))
-
-    def extract(self, problem: Problem, state: MaihtState) -> Float[Array, "n ..."]:
-        return state.x

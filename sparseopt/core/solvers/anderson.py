@@ -5,12 +5,9 @@ With residuals `f_k = T(p_k) - p_k` and the differences `dF_j`, `dT_j` of the la
     gamma  = argmin ||f_k - sum_j gamma_j dF_j||²        (regularised)
     p_k+1  = T(p_k) - sum_j gamma_j dT_j
 
-T may be several steps of a solver: then the least squares cost next to nothing, and extrapolations reach further. A
-vector that is an affine function of the point is extrapolated with the same gamma.
-
-If T is averaged, as the iteration of ADMM at a fixed rho is, its plain steps converge from any point. So the
-extrapolation is taken only while the residual stays below a bound that falls with the number of extrapolations, and the
-memory is dropped where a residual has grown. The worst case is the plain iteration.
+A vector that is an affine function of the point is extrapolated with the same gamma. If T is averaged, its plain steps
+converge from any point. So the extrapolation is taken only while the residual stays below a bound that falls with the
+number of extrapolations, and the memory is dropped where a residual has grown: the worst case is the plain iteration.
 
 Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011 (type II); Fu, Zhang, Boyd, "Anderson
 accelerated Douglas-Rachford splitting", 2020, for the safeguard (algorithm 2).
@@ -24,9 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.losses import HIGHEST
-from sparseopt.core.types import pytree
-
-FloatArray = Float[Array, "..."]
+from sparseopt.core.types import FloatArray, pytree
 
 # A residual that grew by this factor shows that the extrapolation failed.
 GROWTH = 2.0
@@ -102,10 +97,7 @@ def extrapolate(
 ) -> tuple[Memory, Float[Array, "..."], Float[Array, "..."]]:
     """The next point for T, with its affine vector; the image itself where the extrapolation is not trusted.
 
-    Args:
-        memory: from the last call.
-        image: `T(p_k)`, where p_k is the point that the last call returned.
-        carried: the affine vector at the image.
+    `image` is `T(p_k)`, where p_k is the point that the last call returned, and `carried` the affine vector there.
     """
     depth, dtype = memory.residuals.shape[0], image.dtype
     residual = image - memory.start

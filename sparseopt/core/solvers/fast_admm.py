@@ -1,15 +1,13 @@
 """Floor 4: the exact fused lasso on a chain, the penalty step in the ADMM of Ramdas and Tibshirani.
 
-Their ADMM splits Δ^(k) off and keeps the last difference in the penalty:
-
-    minimise over x    loss(x) + weight ||E z||_1,    z = Δ^(k) x,    E = D (k even) or Dᵀ (k odd)
-
-so it is `Admm` with Ψ = I and the penalty `ChainTotalVariation`, whose prox is exact in O(n).
+Their ADMM splits Δ^(k) off and keeps the last difference E, D (k even) or Dᵀ (k odd), in the penalty `weight ||E z||_1`
+of z = Δ^(k) x: it is `Admm` with Ψ = I and the penalty `ChainTotalVariation`, whose prox is exact in O(n).
 
 Source: Ramdas and Tibshirani, "Fast and flexible ADMM algorithms for trend filtering", 2016; Johnson, "A dynamic
 programming algorithm for the fused lasso and L0-segmentation", 2013.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,17 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import total
-from sparseopt.core.operators import Difference
-from sparseopt.core.pieces import piece_means
+from sparseopt.core.operators import Difference, piece_means
 from sparseopt.core.thresholds import largest_ratio
-from sparseopt.core.types import pytree
+from sparseopt.core.types import FloatArray, pytree
 
-FloatArray = Float[Array, "..."]
-
-
-def _write(table: FloatArray, row: Array, values: FloatArray) -> FloatArray:
-    """One row replaced, in place under XLA; `.at[row].set` is a scatter, which copies the table on a CPU."""
-    return jax.lax.dynamic_update_slice(table, values[None], (row, jnp.zeros((), row.dtype)))
+# Replaces a row in place under XLA; `.at[row].set` is a scatter, which copies the table on a CPU.
+_replaced = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
 
 
 @jax.custom_jvp
@@ -89,8 +82,8 @@ def _fused_lasso(y: Float[Array, " n"], levels: Float[Array, " m"]) -> Float[Arr
         side = jnp.where(on_left, 1.0, -1.0).astype(y.dtype)
         cut = side * jnp.maximum(side * (-after - intercept) / slope, passed)
         place = jnp.where(on_left, first - 1, last + 1)
-        knots = _write(knots, jnp.where(remove, 0, place), jnp.stack([cut, slope, intercept + after]))
-        cuts = _write(cuts, jnp.where(remove, 2 * n, 2 * node + ~on_left), cut[None])
+        knots = _replaced(knots, jnp.stack([cut, slope, intercept + after]), jnp.where(remove, 0, place))
+        cuts = _replaced(cuts, cut[None], jnp.where(remove, 2 * n, 2 * node + ~on_left))
         first = first + (remove & on_left)
         last = last - (remove & ~on_left)
         next_node = node + (~remove & ~on_left)

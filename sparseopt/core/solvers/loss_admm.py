@@ -4,24 +4,20 @@
 
 The iteration of `admm.py` for the stacked map `[I; Ψ Δ]`: loss and penalty enter only through their proxes, and the
 x-step is that of the square loss. With z = Δ x, duals p of the loss and g of the penalty, memories c and d,
-`t_j = sigma M_j` and `s_r = rho / S_r`:
+`t_j = sigma M_j`, `s_r = rho / S_r` and the relaxation r:
 
-    v  = x - c + p / t,            p' = t (v - prox(v, 1 / t))            # a subgradient of the loss at its prox
-    v  = Ψ (z - d) + g / s,        g' = s (v - prox(v, 1 / s))            # one of the penalty
+    v  = t (x - c) + p,            p' = v - t prox(v / t, 1 / t)          # a subgradient of the loss at its prox
+    v  = s Ψ (z - d) + g,          g' = v - s prox(v / s, 1 / s)          # one of the penalty
     p, g relaxed as in `admm.py`
-    x  = (T + rho Δᵀ C Δ)^-1 ( t (x + (1 - relaxation) c) - p + Δᵀ ( rho C (z + (1 - relaxation) d) - Ψᵀ g ) )
-    c  = (1 - relaxation) c + x_old - x,    d  = (1 - relaxation) d + z_old - z
+    x  = (T + rho Δᵀ C Δ)^-1 ( t (x + (1 - r) c) - p + Δᵀ ( rho C (z + (1 - r) d) - Ψᵀ g ) )
+    c  = (1 - r) c + x_old - x,    d  = (1 - r) d + z_old - z
 
-For a norm the iteration restarts from its own average, by the rule of Applegate, Hinder, Lu and Lubin, "Faster
-first-order primal-dual methods for linear programming using restarts and sharpness", 2023: when the better of average
-and iterate has a fifth of the gap at the last restart, or after a third of all steps. For absolute losses, whose
-iterates otherwise spiral around the answer, this saves two thirds of the steps or more.
+For a norm the iteration restarts from its own average, when the better of average and iterate has a fifth of the gap at
+the last restart, or after a third of all steps. For absolute losses, whose iterates otherwise spiral around the answer,
+this saves two thirds of the steps or more.
 
-The certificate: every g in the penalty's dual ball for which `-Δᵀ Ψᵀ g` lies in the domain of the loss's conjugate
-bounds the optimum from below. g' is in the ball; outside that domain it is moved towards an `Anchor` inside.
-
-Source: Boyd, Parikh, Chu, Peleato, Eckstein, "Distributed optimization and statistical learning via ADMM", 2011,
-sections 3.4.3 and 5; the diagonal metrics are those of Pock and Chambolle, 2011, as in `admm.py`.
+Source: as `admm.py`; for the restarts Applegate, Hinder, Lu and Lubin, "Faster first-order primal-dual methods for
+linear programming using restarts and sharpness", 2023.
 """
 
 import dataclasses
@@ -33,20 +29,23 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.certify import relative_gap
 from sparseopt.core.fidelity import NodeSquares, total
-from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Measure, Problem, Progress, needs
-from sparseopt.core.solvers.admm import refuses_unsplit
+from sparseopt.core.penalties import Norm, dual_step
+from sparseopt.core.problem import Measure, Problem, Progress
+from sparseopt.core.solvers.admm import (
+    BALANCE,
+    FIRST_CHANGE,
+    LARGEST_FACTOR,
+    MOVING,
+    Check,
+    limited,
+    refuses_unsplit,
+    relative,
+    rms,
+    scheduled,
+)
 from sparseopt.core.types import pytree, static
 
-# rho starts at this multiple of rms(dual) / rms(loss dual / sigma), the rule of `admm.py`.
-BALANCE = 3.0
-# rho and sigma change at these multiples of 1, 2, 4, ...; from MOVING on they follow the last step.
-FIRST_CHANGE = 10
-MOVING = 40
 MOST_CHANGES = 9
-LARGEST_FACTOR = 4.0
-# Without convexity a falling rho lets the iterates wander between local minima: later it only grows, gently.
-GENTLE_FACTOR = 1.5
 # The iteration restarts at this fraction of the gap at the last restart, or this fraction of all steps after it.
 RESTART_GAP = 0.2
 RESTART_LENGTH = 0.36
@@ -72,16 +71,6 @@ class Anchor:
 
     dual: Any
     pulled: Any
-
-
-class Check(NamedTuple):
-    """The result of a check."""
-
-    residual: Any
-    objective: Any
-    gap: Any
-    progress: Any  # counts iterations
-    floor: Any  # the estimated rounding error of the residual
 
 
 class Iterate(NamedTuple):
@@ -155,10 +144,9 @@ class LossAdmm:
     cadence: int = static(default=5)  # iterations between two checks
 
     def refuses(self, problem: Problem) -> str | None:
-        return refuses_unsplit(self, problem) or needs(self, problem, operator=True, loss="value prox")
+        return refuses_unsplit(self, problem, "value prox")
 
     def init(self, problem: Problem, x0: LossStart) -> LossAdmmState:
-        """No memory, g from the start, p in balance with it."""
         dtype = x0.x.dtype
         split = problem.operator
         far = jnp.full((), jnp.inf, dtype)
@@ -204,19 +192,12 @@ class LossAdmm:
         keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
         x, z = now.x, (now.x if now.inner is None else now.inner)
         c, d, rho, sigma = now.loss_memory, now.memory, state.rho, state.sigma
-
         loss_step = sigma if self.metric is None else sigma * self.metric
-        v = x - c + now.loss_dual / loss_step
-        copy = loss.prox(v, 1 / loss_step)
-        loss_candidate = loss_step * (v - copy)
+        loss_candidate, copy = dual_step(loss, loss_step * (x - c) + now.loss_dual, loss_step)
         loss_dual = keep * now.loss_dual + (1 - keep) * loss_candidate
 
-        dual_step = rho / split.row_scale
-        v = split.outer.mv(z - d) + now.dual / dual_step
-        prox = penalty.prox(v, 1 / dual_step)
-        candidate = dual_step * (v - prox)
-        if isinstance(penalty, Norm):
-            candidate = penalty.project_dual(candidate)
+        row_step = rho / split.row_scale
+        candidate, prox = dual_step(penalty, row_step * split.outer.mv(z - d) + now.dual, row_step)
         dual = keep * now.dual + (1 - keep) * candidate
 
         pulled = rho * split.column_scale * (z + keep * d) - split.outer.rmv(dual)
@@ -253,10 +234,8 @@ class LossAdmm:
         else:
             state, objective, residual, floor = self._restarted(problem, state)
             gap = residual
-        due = (state.next_change >= 0) & (state.count >= state.next_change)
+        due, next_change = scheduled(state.count, state.next_change, MOST_CHANGES)
         rho_factor, sigma_factor = jnp.where(due, rho_factor, 1), jnp.where(due, sigma_factor, 1)
-        last = FIRST_CHANGE * 2 ** (MOST_CHANGES - 1)
-        following = jnp.where(state.next_change < last, 2 * state.next_change, -1)
         # rho d and sigma c are dual quantities, which a change keeps. The sums belong to the old iteration.
         now = state.now._replace(memory=state.now.memory / rho_factor, loss_memory=state.now.loss_memory / sigma_factor)
         return dataclasses.replace(
@@ -267,7 +246,7 @@ class LossAdmm:
             restart_gap=jnp.where(due, jnp.inf, state.restart_gap),
             rho=state.rho * rho_factor,
             sigma=state.sigma * sigma_factor,
-            next_change=jnp.where(due, following, state.next_change),
+            next_change=next_change,
             check=Check(residual, objective, gap, state.check.progress.after(residual, self.cadence), floor),
         )
 
@@ -299,15 +278,10 @@ class LossAdmm:
 
     def _stationarity(self, problem: Problem, state: LossAdmmState) -> tuple[Array, Array]:
         split, now, (copy, prox) = problem.operator, state.now, state.copies
-        limits = jnp.finfo(now.x.dtype)
-
-        def relative(a: Array, b: Array) -> Array:
-            return jnp.sqrt(total(a * a) / jnp.maximum(total(b * b), limits.tiny))
-
         rows = split.mv(now.x)
         apart = jnp.maximum(relative(now.x - copy, now.x), relative(rows - prox, rows))
         balance = relative(now.loss_candidate + split.rmv(now.candidate), now.loss_candidate)
-        objective = jnp.minimum(problem.loss.value(now.x) + problem.penalty.value(prox), limits.max)
+        objective = jnp.minimum(problem.loss.value(now.x) + problem.penalty.value(prox), jnp.finfo(now.x.dtype).max)
         return jnp.maximum(balance, apart), objective
 
     def _factors(self, problem: Problem, state: LossAdmmState, moved: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -319,9 +293,6 @@ class LossAdmm:
         def length(scale: Any, x: Array) -> Array:
             return jnp.sqrt(jnp.maximum(total(scale * x * x), tiny))
 
-        def rms(scale: Any, x: Array) -> Array:
-            return length(scale, x) / jnp.sqrt(jnp.maximum(total(jnp.broadcast_to(scale, x.shape)), tiny))
-
         apart = rms(metric, now.loss_candidate / (metric * state.sigma))
         distance = BALANCE * rms(split.row_scale, now.candidate) / apart
         motion = length(split.row_scale, moved[0]) / length(split.column_scale, moved[1])
@@ -329,21 +300,14 @@ class LossAdmm:
         early = state.count < MOVING
         rho_factor = jnp.where(early, distance, motion) / state.rho
         sigma_factor = jnp.where(early, 1, loss_motion / state.sigma)
-        gentle = ~early & (not isinstance(problem.penalty, Norm))
-        least = jnp.where(gentle, 1.0, 1 / LARGEST_FACTOR)
-        largest = jnp.where(gentle, GENTLE_FACTOR, LARGEST_FACTOR)
-        return jnp.clip(rho_factor, least, largest), jnp.clip(sigma_factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
+        rho_factor = limited(rho_factor, ~early, problem.penalty)
+        return rho_factor, jnp.clip(sigma_factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
 
     def measure(self, problem: Problem, state: LossAdmmState) -> Measure:
-        check = state.check
-        near = check.progress.best <= ROUNDING_MARGIN * check.floor
-        return Measure(
-            residual=check.residual,
-            objective=check.objective,
-            gap=check.gap,
-            extra={"rho": state.rho, "sigma": state.sigma},
-            stalled=near & (check.progress.waited >= PATIENCE),
-        )
+        check, extra = state.check, {"rho": state.rho, "sigma": state.sigma}
+        best, waited = check.progress
+        stalled = (best <= ROUNDING_MARGIN * check.floor) & (waited >= PATIENCE)
+        return Measure(check.residual, check.objective, check.gap, extra, stalled)
 
     def duals(self, problem: Problem, state: LossAdmmState) -> tuple[Array, Array]:
         return state.now.loss_candidate, state.now.candidate

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from sparseopt.core.fidelity import NodeSquares
 from sparseopt.core.losses import HIGHEST
-from sparseopt.core.operators import Split
+from sparseopt.core.operators import Split, spread
 from sparseopt.core.types import FloatArray, pytree, static
 
 
@@ -57,8 +57,7 @@ class Cosine:
 
     def filtered(self, x: FloatArray, factor: Callable[[Any], Any]) -> FloatArray:
         """`factor(L) x` for a function of the eigenvalues of L."""
-        spectrum = factor(self.eigenvalues)
-        spectrum = spectrum.reshape(spectrum.shape + (1,) * (x.ndim - spectrum.ndim))
+        spectrum = spread(factor(self.eigenvalues), x)
         return self._transform(spectrum * self._transform(x, inverse=False), inverse=True)
 
     def solve(self, loss: NodeSquares, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
@@ -108,8 +107,7 @@ def cosine_solve(shape: tuple[int, ...], powers: tuple[int, ...], dtype: Any) ->
 class ConjugateGradient:
     """Any graph and weights: CG from the last x, preconditioned by `w + rho diag(ΔᵀCΔ)`.
 
-    It stops at `tolerance` times the residual of the guess, so that the inner error shrinks with the outer one, or
-    after `max_steps`. Source: Hestenes and Stiefel, 1952.
+    It stops at `tolerance` times the residual of the guess, so that the inner error shrinks with the outer one.
     """
 
     diagonal: Any  # of Δᵀ C Δ, at the nodes

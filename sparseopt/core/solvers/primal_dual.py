@@ -10,8 +10,8 @@ Both terms are dualised: with the stacked map `K~ = [A; K]`, duals `w = (s, u)` 
 `PrimalDual` takes a number for M, the squared norm of `S^(1/2) K~`, and needs only products. `SplitAdmm` takes
 `M = K~ᵀ S K~`, inverted once: this is the alternating direction method of multipliers, and needs few steps however
 badly A and K are conditioned. T, the map of `z = (x, w)` to (x', w'), is firmly nonexpansive in the metric of the
-method. This gives two iterations. Where f is smooth, T is over-relaxed, and at iterations 10, 20, 40, ... omega is set
-to the ratio of the lengths of the last steps of w and x:
+method. Where f is smooth, T is over-relaxed, and at iterations 10, 20, 40, ... omega is set to the ratio of the lengths
+of the last steps of w and x:
 
     z <- z + 1.8 (T(z) - z)
 
@@ -40,9 +40,9 @@ from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.fidelity import total
 from sparseopt.core.losses import Quadratic, is_smooth
 from sparseopt.core.matrices import norm_estimate
-from sparseopt.core.matrix_losses import LeastSquares, MatrixLoss
+from sparseopt.core.matrix_losses import MatrixLoss, as_least_squares
 from sparseopt.core.operators import or_identity
-from sparseopt.core.penalties import Norm
+from sparseopt.core.penalties import Norm, dual_step
 from sparseopt.core.problem import Measure, Problem, Progress, needs
 from sparseopt.core.types import pytree, static
 
@@ -53,16 +53,35 @@ NORM_STEPS = 40
 # to the second and rises again, or when the iterations since the last restart are the third fraction of all.
 SUFFICIENT, NECESSARY, ARTIFICIAL = 0.2, 0.8, 0.36
 # Over-relaxation for smooth losses; when and how far their omega changes.
-RELAXATION = 1.8
-MOVING, LARGEST_FACTOR = 40, 4.0
+RELAXATION, MOVING, LARGEST_FACTOR = 1.8, 40, 4.0
 # The solve ends when rounding keeps the residual from falling for this many certificates.
 PATIENCE = 8
-# The iteration number of a certificate over that of the previous one.
-CERTIFICATE_GROWTH = 1.3
-# The linear solve of a certificate takes at most so many steps, plus the iterations so far divided by so many.
-LEAST_SOLVE, SOLVE_SHARE = 10, 10
+# The iteration number of a certificate over that of the previous one; its linear solve takes at most so many steps,
+# plus the iterations so far divided by so many.
+CERTIFICATE_GROWTH, LEAST_SOLVE, SOLVE_SHARE = 1.3, 10, 10
 # `SplitAdmm` takes up to this many unknowns.
 CHEAP = 3000
+
+
+class Maps(NamedTuple):
+    """`K~ = [A; K]`."""
+
+    data: Any
+    operator: Any
+
+    def mv(self, x: Array) -> tuple[Array, Array]:
+        return self.data.mv(x), self.operator.mv(x)
+
+    def rmv(self, duals: tuple[Array, Array]) -> Array:
+        return self.data.rmv(duals[0]) + self.operator.rmv(duals[1])
+
+    def normal(self, scales: tuple[Array, Array], x: Array) -> Array:
+        """`K~ᵀ S K~ x`."""
+        return scales[0] * self.data.rmv(self.data.mv(x)) + scales[1] * self.operator.rmv(self.operator.mv(x))
+
+
+def _maps(problem: Problem, x: Array) -> Maps:
+    return Maps(problem.loss.maps(x), or_identity(problem.operator, x))
 
 
 class Point(NamedTuple):
@@ -103,11 +122,11 @@ class PrimalDualState:
 class PrimalDual:
     """The primal-dual method for `solve`: any loss of data, smooth or not, and any penalty of a linear map of x.
 
-    Where the penalty has a conjugate, the residual is the relative duality gap. The dual pair is feasible only in the
-    limit, so it is first moved and scaled until it is feasible. That costs a linear solve, so it is done less and less
-    often, and the best bound so far is used in between. Otherwise, and where the objective is infinite, the residual is
-    the larger of `||K~ x - y|| / ||K~ x||` and `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity
-    nothing more is known of the answer. Without an operator the answer has the penalty's exact zeros.
+    Where the penalty has a conjugate, the residual is the relative duality gap. The dual pair must first be moved and
+    scaled until it is feasible, by a linear solve that is done less and less often; the best bound so far is used in
+    between. Otherwise, and where the objective is infinite, the residual is the larger of `||K~ x - y|| / ||K~ x||` and
+    `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity nothing more is known of the answer. Without an
+    operator the answer has the penalty's exact zeros.
 
     Attributes:
         omega: the first ratio of dual and primal steps; None computes it from the data.
@@ -132,7 +151,7 @@ class PrimalDual:
 
     def _metric(self, problem: Problem, x: Array, scales: tuple[Array, Array]) -> Array:
         # The power method on `K~ᵀ S K~`, which is its own transpose.
-        return norm_estimate(partial(normal, problem, scales), lambda e: e, x, NORM_STEPS) ** 2 / MARGIN
+        return norm_estimate(partial(_maps(problem, x).normal, scales), lambda e: e, x, NORM_STEPS) ** 2 / MARGIN
 
     def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
         """`M^-1 K~ᵀ w`."""
@@ -143,16 +162,16 @@ class PrimalDual:
         return state.metric * total(apart.x**2)
 
     def init(self, problem: Problem, x0: Float[Array, "..."]) -> PrimalDualState:
-        factor = as_data(problem.loss) if isinstance(problem.loss, Quadratic) else None
+        factor = as_least_squares(problem.loss) if isinstance(problem.loss, Quadratic) else None
         problem = problem if factor is None else dataclasses.replace(problem, loss=factor)
         x = jnp.asarray(x0)
         maps = _maps(problem, x)
         limits = jnp.finfo(x.dtype)
-        images = (maps[0].mv(x), maps[1].mv(x))
+        images = maps.mv(x)
         sizes = [jnp.maximum(norm_estimate(part.mv, part.rmv, x), limits.tiny**0.25) for part in maps]
         scales = ((1 / sizes[0] ** 2).astype(x.dtype), (1 / sizes[1] ** 2).astype(x.dtype))
         duals = (problem.loss.rows.gradient(images[0]).astype(x.dtype), jnp.zeros_like(images[1]))
-        pulled = maps[0].rmv(duals[0])
+        pulled = maps.data.rmv(duals[0])
         start = Point(x, duals, images, pulled)
         far, zero = jnp.full((), jnp.inf, x.dtype), jnp.zeros((), jnp.int32)
         objective = problem.loss.rows.value(images[0]) + problem.penalty.value(images[1])
@@ -180,15 +199,14 @@ class PrimalDual:
         if self.omega is not None:
             return dataclasses.replace(state, omega=jnp.asarray(self.omega, x.dtype))
         # The length of the dual over that of its steepest descent step.
-        along = (maps[0].mv(pulled), maps[1].mv(pulled))
+        along = maps.mv(pulled)
         descent = total(pulled**2) / jnp.maximum(total(along[0] ** 2), limits.tiny)
         apart = Point(descent * pulled, duals, (descent * along[0], descent * along[1]), pulled)
         return dataclasses.replace(state, omega=self._ratio(state, apart))
 
     def _ratio(self, state: PrimalDualState, apart: Point) -> Array:
         """The length of the duals over that of x, in their metrics; 1 where either is 0."""
-        dual = sum(total(w**2) / s for w, s in zip(apart.duals, state.scales, strict=True))
-        primal = self._length(state, apart)
+        dual, primal = _dual_length(state, apart), self._length(state, apart)
         known = (dual > 0) & (primal > 0) & jnp.isfinite(dual) & jnp.isfinite(primal)
         return jnp.where(known, jnp.sqrt(jnp.where(known, dual, 1) / jnp.where(known, primal, 1)), 1)
 
@@ -200,47 +218,32 @@ class PrimalDual:
             return self._balanced(state)
         state = self._restarted(state)
         # Reflections do not damp the rounding errors of combined images: compute the images again.
-        maps, now = _maps(problem, state.now.x), state.now
-        images = (maps[0].mv(now.x), maps[1].mv(now.x))
-        pulled = maps[0].rmv(now.duals[0]) + maps[1].rmv(now.duals[1])
-        return dataclasses.replace(state, now=now._replace(images=images, pulled=pulled))
+        now, maps = state.now, _maps(problem, state.now.x)
+        return dataclasses.replace(state, now=now._replace(images=maps.mv(now.x), pulled=maps.rmv(now.duals)))
 
     def _advanced(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
         now, maps = state.now, _maps(problem, state.now.x)
         x = now.x - self._moved(state, now.pulled) / state.omega
-        images = tuple(part.mv(x) for part in maps)
-        copies, duals = [], []
-        for term, scale, w, new, old in zip(
-            (problem.loss.rows, problem.penalty), state.scales, now.duals, images, now.images, strict=True
-        ):
-            sigma = state.omega * scale
-            v = w + sigma * (2 * new - old)
-            if isinstance(term, Norm) and getattr(term, "nearest", True):
-                # By Moreau's identity, without the rounding error of a long step.
-                duals.append(term.project_dual(v))
-                copies.append((v - duals[-1]) / sigma)
-            else:
-                copies.append(term.prox(v / sigma, 1 / sigma))
-                duals.append(v - sigma * copies[-1])
-        pulled = maps[0].rmv(duals[0]) + maps[1].rmv(duals[1])
-        mapped = Point(x, (duals[0], duals[1]), (images[0], images[1]), pulled)
-        following = self._reflected(problem, state, mapped)
+        images = maps.mv(x)
+        sigmas = [state.omega * scale for scale in state.scales]
+        ahead = [2 * new - old for new, old in zip(images, now.images, strict=True)]
+        s, data_copy = dual_step(problem.loss.rows, now.duals[0] + sigmas[0] * ahead[0], sigmas[0])
+        u, copy = dual_step(problem.penalty, now.duals[1] + sigmas[1] * ahead[1], sigmas[1])
+        mapped = Point(x, (s, u), images, maps.rmv((s, u)))
+        if is_smooth(problem.loss):
+            following = jax.tree.map(lambda new, old: old + RELAXATION * (new - old), mapped, now)
+        else:
+            share = (state.count + 1) / (state.count + 2).astype(x.dtype)
+            following = jax.tree.map(
+                lambda new, old, first: share * (2 * new - old) + (1 - share) * first, mapped, now, state.first
+            )
         return dataclasses.replace(
             state,
             now=following,
             mapped=mapped,
-            copies=(copies[0], copies[1]),
+            copies=(data_copy, copy),
             count=state.count + 1,
             steps=state.steps + 1,
-        )
-
-    def _reflected(self, problem: Problem, state: PrimalDualState, mapped: Point) -> Point:
-        """The start of the next iteration."""
-        if is_smooth(problem.loss):
-            return jax.tree.map(lambda new, old: old + RELAXATION * (new - old), mapped, state.now)
-        share = (state.count + 1) / (state.count + 2).astype(mapped.x.dtype)
-        return jax.tree.map(
-            lambda new, old, first: share * (2 * new - old) + (1 - share) * first, mapped, state.now, state.first
         )
 
     def _checked(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
@@ -253,15 +256,13 @@ class PrimalDual:
         due = state.steps >= state.next_certificate
         gap = objective = jnp.full_like(state.residual, jnp.inf)
         if has_conjugate(penalty):
-            image = loss.image(x) if plain else at.images[0]
-            scales = (state.scales[0], PENALTY_MOVE * state.scales[1])
             objective, gap = certificate(
                 problem,
                 x,
-                image,
+                loss.image(x) if plain else at.images[0],
                 *at.duals,
-                scales=scales,
-                precondition=self._precondition(state),
+                scales=(state.scales[0], PENALTY_MOVE * state.scales[1]),
+                precondition=partial(self._moved, state),
                 due=due,
                 most_steps=LEAST_SOLVE + state.steps // SOLVE_SHARE,
             )
@@ -274,10 +275,10 @@ class PrimalDual:
         gap = jnp.where(jnp.isfinite(residual), residual, jnp.nan)
         if not isinstance(penalty, Norm):
             # Outside the set of a constraint the objective is infinite.
-            missed = [total((a - y) ** 2) for a, y in zip(at.images, state.copies, strict=True)]
-            sizes = [jnp.maximum(total(a**2), total(y**2)) for a, y in zip(at.images, state.copies, strict=True)]
-            primal = sum(missed) / jnp.maximum(sum(sizes), limits.tiny)
-            force = _maps(problem, at.x)[0].rmv(at.duals[0])
+            pairs = list(zip(at.images, state.copies, strict=True))
+            sizes = sum(jnp.maximum(total(a**2), total(y**2)) for a, y in pairs)
+            primal = sum(total((a - y) ** 2) for a, y in pairs) / jnp.maximum(sizes, limits.tiny)
+            force = loss.pull(at.duals[0])
             largest = jnp.maximum(total(force**2), total((at.pulled - force) ** 2))
             dual = total(at.pulled**2) / jnp.maximum(largest, limits.tiny)
             stationarity = jnp.sqrt(jnp.maximum(primal, dual))
@@ -294,9 +295,6 @@ class PrimalDual:
             progress=state.progress.after(residual, due),
         )
 
-    def _precondition(self, state: PrimalDualState) -> Any:
-        return None
-
     def _restarted(self, state: PrimalDualState) -> PrimalDualState:
         """The state, restarted if a restart is due."""
         share = state.count / (state.count + 1).astype(state.omega.dtype)
@@ -306,8 +304,7 @@ class PrimalDual:
         )
         apart = jax.tree.map(jnp.subtract, before, state.mapped)
         across = sum(total(a * w) for a, w in zip(apart.images, apart.duals, strict=True))
-        dual = sum(total(w**2) / s for w, s in zip(apart.duals, state.scales, strict=True))
-        squared = state.omega * self._length(state, apart) - 2 * across + dual / state.omega
+        squared = state.omega * self._length(state, apart) - 2 * across + _dual_length(state, apart) / state.omega
         length = jnp.sqrt(jnp.maximum(squared, 0))
         due = (
             (length <= SUFFICIENT * state.fixed_point_first)
@@ -316,11 +313,10 @@ class PrimalDual:
         )
         way = jax.tree.map(jnp.subtract, state.mapped, state.first)
         omega = jnp.sqrt(state.omega * self._ratio(state, way))
-        start = jax.tree.map(lambda new, now: jnp.where(due, new, now), state.mapped, state.now)
         return dataclasses.replace(
             state,
-            now=start,
-            first=jax.tree.map(lambda new, old: jnp.where(due, new, old), state.mapped, state.first),
+            now=_chosen(due, state.mapped, state.now),
+            first=_chosen(due, state.mapped, state.first),
             omega=jnp.where(due & (omega > 0) & jnp.isfinite(omega), omega, state.omega),
             count=jnp.where(due, 0, state.count),
             fixed_point=jnp.where(due, jnp.inf, length),
@@ -332,14 +328,13 @@ class PrimalDual:
         before = jax.tree.map(lambda now, new: (now - RELAXATION * new) / (1 - RELAXATION), state.now, state.mapped)
         due = state.steps >= state.next_change
         # Early on the distance from the start says more than the last step.
-        early = state.steps < MOVING
-        since = jax.tree.map(lambda a, b: jnp.where(early, a, b), state.first, before)
+        since = _chosen(state.steps < MOVING, state.first, before)
         ratio = self._ratio(state, jax.tree.map(jnp.subtract, state.mapped, since))
         factor = jnp.clip(ratio / state.omega, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
         return dataclasses.replace(
             state,
             # The iteration in the new metric starts at the point that the old one mapped to.
-            now=jax.tree.map(lambda new, now: jnp.where(due, new, now), state.mapped, state.now),
+            now=_chosen(due, state.mapped, state.now),
             omega=jnp.where(due, factor * state.omega, state.omega),
             next_change=jnp.where(due, 2 * state.steps, state.next_change),
         )
@@ -356,32 +351,23 @@ class PrimalDual:
         return 1 / (state.omega * state.scales[1])
 
     def extract(self, problem: Problem, state: PrimalDualState) -> Float[Array, "..."]:
-        """The current x; without an operator its copy, which has the penalty's zeros and lies in its set."""
+        """Without an operator the copy, which has the penalty's zeros and lies in its set."""
         return state.copies[1] if problem.operator is None else state.mapped.x
 
 
-def as_data(loss: Quadratic) -> LeastSquares:
-    """`1/2 <x - c, H (x - c)>` as `1/2 ||A x - A c||²` with `Aᵀ A = H`."""
-    values, vectors = jnp.linalg.eigh(loss.hessian)
-    matrix = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T
-    return LeastSquares(matrix, product(matrix, loss.center))
+def _chosen(condition: Array, yes: Point, no: Point) -> Point:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def _maps(problem: Problem, x: Array) -> tuple[Any, Any]:
-    return problem.loss.maps(x), or_identity(problem.operator, x)
-
-
-def normal(problem: Problem, scales: tuple[Array, Array], x: Array) -> Array:
-    """`K~ᵀ S K~ x`."""
-    parts = [s * part.rmv(part.mv(x)) for s, part in zip(scales, _maps(problem, x), strict=True)]
-    return parts[0] + parts[1]
+def _dual_length(state: PrimalDualState, apart: Point) -> Array:
+    return total(apart.duals[0] ** 2) / state.scales[0] + total(apart.duals[1] ** 2) / state.scales[1]
 
 
 @pytree
 class SplitAdmm(PrimalDual):
     """The split ADMM for `solve`: `PrimalDual` with the exact x-step, for problems of up to 3,000 unknowns.
 
-    It inverts `Aᵀ A / ||A||² + Kᵀ K / ||K||²` once, by matrix products, and multiplies with the inverse in every step.
+    It inverts `Aᵀ A / ||A||² + Kᵀ K / ||K||²` once and multiplies with the inverse in every step.
     """
 
     def refuses(self, problem: Problem) -> str | None:
@@ -397,9 +383,10 @@ class SplitAdmm(PrimalDual):
 
     def _metric(self, problem: Problem, x: Array, scales: tuple[Array, Array]) -> Array:
         """The inverse of `K~ᵀ S K~`, with a ridge at the rounding level."""
+        maps = _maps(problem, x)
 
         def column(unit: Array) -> Array:
-            return normal(problem, scales, unit.reshape(x.shape)).reshape(-1)
+            return maps.normal(scales, unit.reshape(x.shape)).reshape(-1)
 
         gram = jax.vmap(column)(jnp.eye(x.size, dtype=x.dtype))
         ridge = 10 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(jnp.diag(gram))) * x.size**0.5
@@ -407,9 +394,6 @@ class SplitAdmm(PrimalDual):
 
     def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
         return product(state.metric, pulled.reshape(-1)).reshape(pulled.shape)
-
-    def _precondition(self, state: PrimalDualState) -> Any:
-        return lambda e: self._moved(state, e)
 
     def _length(self, state: PrimalDualState, apart: Point) -> Array:
         return state.scales[0] * total(apart.images[0] ** 2) + state.scales[1] * total(apart.images[1] ** 2)

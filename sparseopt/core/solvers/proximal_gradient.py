@@ -6,14 +6,12 @@ projected gradient refit of the mAIHT paper.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.losses import largest_eigenvalue_bound
+from sparseopt.core.losses import safe_step
 from sparseopt.core.penalties import cold_memory, prox_from
-from sparseopt.core.problem import Measure, Problem, needs
-from sparseopt.core.solvers.aiht import STEP_FRACTION
+from sparseopt.core.problem import PlainSolver, Problem, needs
 from sparseopt.core.types import pytree, static
 
 
@@ -30,7 +28,7 @@ class ProximalGradientState:
 
 
 @pytree
-class ProximalGradient:
+class ProximalGradient(PlainSolver):
     """Proximal gradient descent as a solver for `solve`; one product with H per step.
 
     F decreases by at least `(1/(2 step) - L/2) ||x_new - x||²` a step when `step < 1/L`.
@@ -48,9 +46,7 @@ class ProximalGradient:
         return needs(self, problem, loss="gradient value_at" + (" hessian" if self.step_size is None else ""))
 
     def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> ProximalGradientState:
-        step = self.step_size
-        if step is None:
-            step = STEP_FRACTION / largest_eigenvalue_bound(problem.loss.hessian, jax.random.key(self.seed))
+        step = safe_step(problem.loss.hessian, self.seed) if self.step_size is None else self.step_size
         memory = cold_memory(problem.penalty, x0)
         return self._at(problem, x0, jnp.asarray(step, x0.dtype), jnp.full((), jnp.inf, x0.dtype), memory)
 
@@ -65,9 +61,3 @@ class ProximalGradient:
         gradient = problem.loss.gradient(x)
         objective = problem.loss.value_at(x, gradient) + problem.penalty.value(x)
         return ProximalGradientState(x, x - step * gradient, step, objective, residual, memory)
-
-    def measure(self, problem: Problem, state: ProximalGradientState) -> Measure:
-        return Measure(state.residual, state.objective, jnp.full_like(state.objective, jnp.nan))
-
-    def extract(self, problem: Problem, state: ProximalGradientState) -> Float[Array, "n ..."]:
-        return state.x

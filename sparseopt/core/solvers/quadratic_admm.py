@@ -6,13 +6,12 @@
     x = prox( b + v / rho, 1 / rho )                        # the answer: it has the penalty's zeros
     v = v + rho (b - x)
 
-One iteration costs one product with the inverse of `H + rho I`, which is computed once (see `core.dense`). For an
-indicator of sparse arrays the problem is not convex: a small rho lets the support move, a large one makes b and x
-agree. So rho starts small and rises, and each rho starts where the one before ended.
+One iteration costs one product with the inverse, which is computed once. For an indicator of sparse arrays a small rho
+lets the support move, and a large one makes b and x agree: so rho starts small and rises.
 
 Source: Boyd, Parikh, Chu, Peleato, Eckstein, "Distributed optimization and statistical learning via ADMM", 2011,
-sections 3.4.1 and 9.1; for pruning, Boza, "Fast and effective weight update for pruned large language models",
-2024, and Meng, Behdin, Wang, Mazumder, "ALPS", NeurIPS 2024, with a rising rho.
+sections 3.4.1 and 9.1; for pruning, Boza, "Fast and effective weight update for pruned large language models", 2024,
+and Meng, Behdin, Wang, Mazumder, "ALPS", NeurIPS 2024, with a rising rho.
 """
 
 import dataclasses
@@ -23,9 +22,9 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.iterate import iterate
-from sparseopt.core.problem import Measure, Problem, Solution, needs
+from sparseopt.core.problem import PlainSolver, Problem, Solution, needs
 from sparseopt.core.solvers.admm import Start
-from sparseopt.core.thresholds import count_each
+from sparseopt.core.thresholds import support_change
 from sparseopt.core.types import pytree, static
 
 
@@ -47,7 +46,7 @@ class QuadraticAdmmState:
 
 
 @pytree
-class QuadraticAdmm:
+class QuadraticAdmm(PlainSolver):
     """ADMM at one rho as a solver for `solve`, from an array, with a dual of 0, or from a `Start` with the dual.
 
     The residual is the share of entries that entered or left the support in the last step. The objective is the loss at
@@ -83,17 +82,8 @@ class QuadraticAdmm:
         if self.watch:
             # (H + rho I) (b - c) = right, so the loss at b needs no product.
             objective = 0.5 * jnp.sum(moved * (right - rho * moved)) + problem.penalty.value(x)
-            entered, left = count_each((x != 0) & (state.x == 0), (x == 0) & (state.x != 0))
-            residual = ((entered + left) / x.size).astype(x.dtype)
+            residual = support_change(x, state.x)
         return dataclasses.replace(state, x=x, point=point, objective=objective, residual=residual)
-
-    def measure(self, problem: Problem, state: QuadraticAdmmState) -> Measure:
-        del problem
-        return Measure(state.residual, state.objective, jnp.full_like(state.objective, jnp.nan))
-
-    def extract(self, problem: Problem, state: QuadraticAdmmState) -> Float[Array, "n ..."]:
-        del problem
-        return state.x
 
 
 def solve_rising(
@@ -108,19 +98,9 @@ def solve_rising(
 ) -> Solution:
     """`QuadraticAdmm` at `rho`, `rho * growth`, ..., each from the point and the dual where the one before ended.
 
-    The loop over levels is unrolled: XLA on a CPU runs the inverse up to twice as fast outside a loop.
-
-    Args:
-        problem: a `Quadratic` and a penalty.
-        x0: the first point.
-        rho: of the first level.
-        growth: factor from one level to the next.
-        levels: their number.
-        period: most steps at one level.
-        rest: end a level when at most this share of the entries entered or left the support; negative: never.
-
-    Returns:
-        The last level's solution, with the steps of all.
+    The loop over levels is unrolled: XLA on a CPU runs the inverse up to twice as fast outside a loop. A level takes at
+    most `period` steps, and ends when at most the share `rest` of the entries entered or left the support (negative:
+    never). The answer is the last level's solution, with the steps of all.
 
     Example:
         >>> from sparseopt.core.solvers.quadratic_admm import solve_rising

@@ -4,8 +4,7 @@
 
 Every column is a separate problem with its own step sizes; the columns share only the product with H.
 
-Source: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", 1952, on the
-masked operator `M H M`, which is symmetric positive semidefinite.
+Source: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
 """
 
 from typing import Any
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.constraints import Support
 from sparseopt.core.losses import HIGHEST
-from sparseopt.core.problem import Measure, Problem, needs
+from sparseopt.core.problem import Measure, PlainSolver, Problem, needs
 from sparseopt.core.types import pytree
 
 
@@ -32,7 +31,7 @@ class RefitState:
 
 
 @pytree
-class Refit:
+class Refit(PlainSolver):
     """CG refit as a solver for `solve`; one product with H a step, the loss never increases.
 
     The residual is `||masked gradient|| / ||masked gradient at the start||` over all columns. A start with entries off
@@ -77,6 +76,3 @@ class Refit:
     def measure(self, problem: Problem, state: RefitState) -> Measure:
         relative = jnp.sqrt(jnp.sum(state.squares) / jnp.where(state.first_squares > 0, state.first_squares, 1))
         return Measure(relative, state.objective, jnp.full_like(state.objective, jnp.nan))
-
-    def extract(self, problem: Problem, state: RefitState) -> Float[Array, "n ..."]:
-        return state.x

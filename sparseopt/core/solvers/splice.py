@@ -3,10 +3,9 @@
     minimise over x    1/2 <x - c, H (x - c)>    subject to x in a sparse set with a mask (TopK, NM, ...)
 
 With x the minimiser on its support and g = H (x - c), removing entry i costs about `1/2 h_i x_i²` and adding entry j
-gains about `1/2 g_j² / h_j`, where the curvature h lies between `1 / [H⁻¹]_ii` (all other entries free) and `H_ii`
-(none free); their geometric mean is taken. One step ranks all entries by these costs and damped gains, takes the set's
-mask of the ranking, refits by conjugate gradients, and keeps the new support only if the loss fell; otherwise the
-damping grows.
+gains about `1/2 g_j² / h_j`. The curvature h lies between `1 / [H⁻¹]_ii` (all other entries free) and `H_ii` (none
+free); their geometric mean is taken. One step takes the set's mask of these costs and damped gains, refits by conjugate
+gradients, and keeps the new support only if the loss fell; otherwise the damping grows.
 
 Source: Zhu, Wen, Zhu, Zhang, Wang, "A polynomial algorithm for best-subset selection problem", PNAS 2020, with
 curvatures of the inverse as in Hassibi and Stork, "Optimal brain surgeon", 1993.
@@ -20,7 +19,7 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.constraints import Support
 from sparseopt.core.dense import spd_inverse
-from sparseopt.core.problem import Measure, Problem, needs
+from sparseopt.core.problem import Measure, PlainSolver, Problem, needs
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.types import pytree, static
 
@@ -30,7 +29,7 @@ DAMPING = 0.7
 
 @pytree
 class SpliceState:
-    """One state: refitted values, their support, and how strongly gains are damped."""
+    """The state of `Splice`."""
 
     x: Any
     mask: Any
@@ -42,7 +41,7 @@ class SpliceState:
 
 
 @pytree
-class Splice:
+class Splice(PlainSolver):
     """Splicing as a solver for `solve`; the loss never increases. `problem.penalty` needs a `mask(score)`.
 
     The residual is the share of entries exchanged by the last accepted step; it is +inf after a rejected step,
@@ -98,7 +97,6 @@ class Splice:
         )
 
     def _refit(self, problem: Problem, x: Array, mask: Array) -> tuple[Array, Array]:
-        """Conjugate gradients from `x` restricted to the mask, and the loss."""
         fixed = Problem(problem.loss, Support(mask))
         solver = Refit()
         start = solver.init(fixed, jnp.where(mask, x, 0))
@@ -106,11 +104,6 @@ class Splice:
         return state.x, state.objective
 
     def measure(self, problem: Problem, state: SpliceState) -> Measure:
-        del problem
         residual = jnp.where(state.rejected > 0, jnp.inf, state.swapped)
         residual = jnp.where(state.rejected >= self.patience, 0, residual)
         return Measure(residual, state.loss, jnp.full_like(state.loss, jnp.nan), {"damping": state.damping})
-
-    def extract(self, problem: Problem, state: SpliceState) -> Float[Array, "n columns"]:
-        del problem
-        return state.x

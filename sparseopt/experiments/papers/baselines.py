@@ -11,7 +11,7 @@ Each method splits some differences off and keeps the others in the penalty:
 | gtf_admm, k odd | `L^((k+1)/2) b` | soft threshold | Wang et al. 2016 |
 | fast_admm | `Δ^(k) b` | total variation | Ramdas and Tibshirani 2016 |
 | doge_groups | `Δ^(k+1-B) b`, one copy for each group of rows | closed form, row by row | Bu, Wu, Zuo, section 2.2 |
-| doge | the same, without stored copies | the same | `core/solvers/doge_groups.py` says why |
+| doge | the same, without stored copies | the same | `core/solvers/doge.py` says why |
 
 The total variation is that of the last difference, `weight ||E z||_1` with E = D (k even) or Dᵀ (k odd).
 So gtf_admm is fast_admm where k is even, and admm where k is odd: four names, three algorithms at each order.

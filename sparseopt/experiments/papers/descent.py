@@ -16,8 +16,7 @@ import numpy as np
 from pydantic import Field
 
 import sparseopt as so
-from sparseopt.core.losses import largest_eigenvalue_bound
-from sparseopt.core.solvers.aiht import STEP_FRACTION
+from sparseopt.core.losses import safe_step
 from sparseopt.core.thresholds import kth_largest
 from sparseopt.core.types import Observer
 from sparseopt.experiments import plots
@@ -85,7 +84,7 @@ class Descent(Task):
         observer(f"Gram of {self.layer}", 0, 0)
         layer = layer_problem(self.source, self.layer, self.calibration, self.bos, self.samples, self.seqlen)
         loss = layer.ridged(self.ridge)
-        step = STEP_FRACTION / largest_eigenvalue_bound(loss.hessian, jax.random.key(self.seed))
+        step = safe_step(loss.hessian, self.seed)
         kept = round((1 - self.sparsity) * layer.center.size)
         # The level at which the first threshold, sqrt(2 step weight) for L0, keeps this many entries.
         level = kth_largest(jnp.abs(layer.center), kept) ** 2 / (2 * step)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sparseopt.core.iterate import iterate
-from sparseopt.core.losses import largest_eigenvalue_bound
+from sparseopt.core.losses import safe_step
 from sparseopt.core.patterns import TopK
 from sparseopt.core.penalties import L0
 from sparseopt.core.problem import Problem
-from sparseopt.core.solvers.aiht import STEP_FRACTION, Maiht
+from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.thresholds import count_nonzero, kth_largest, top_k_mask
 from sparseopt.core.types import pytree, static
@@ -56,7 +56,7 @@ class MaihtPruning:
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
         loss = layer.ridged(self.ridge)
-        step = STEP_FRACTION / largest_eigenvalue_bound(loss.hessian, jax.random.key(self.seed))
+        step = safe_step(loss.hessian, self.seed)
         penalty: Any = pattern
         target = None
         if isinstance(pattern, TopK):

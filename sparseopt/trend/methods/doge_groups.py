@@ -13,7 +13,7 @@ import numpy as np
 
 from sparseopt.core.arguments import require_memory
 from sparseopt.core.grouping import table_shape
-from sparseopt.core.solvers.doge_groups import DogeGroups, doge_groups_table
+from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table
 from sparseopt.core.solvers.node_solve import Diagonal
 from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
