@@ -23,8 +23,7 @@ from common import emit_line, say
 import sparseopt as so
 from sparseopt.core.losses import HIGHEST
 from sparseopt.pruning.layer import LayerJob, layer_solver
-from sparseopt.pruning.method_cost import method_cost
-from sparseopt.pruning.methods import find_method
+from sparseopt.pruning.methods import find_method, method_cost
 from sparseopt.pruning.patterns import parse_pattern
 from sparseopt.system.machine import environment
 

@@ -19,10 +19,9 @@ from sparseopt.experiments.names import Mistakes, Named, PenaltyConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Strict, Task
 from sparseopt.models import Bos, bundled_model, check_window, encode_text, load_tokenizer, open_model, start_token
 from sparseopt.pruning import METHODS, Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
-from sparseopt.pruning.options import Option, mistakes_of
 from sparseopt.pruning.patterns import check_pattern
 from sparseopt.pruning.plan import layer_patterns
-from sparseopt.pruning.recipe import OPTIONS
+from sparseopt.pruning.recipe import OPTIONS, Option, mistakes_of
 from sparseopt.pruning.reports import Event, LayerRecord, PruneReport, mean
 from sparseopt.pruning.texts import Split, TextError, text_windows
 from sparseopt.system import processes

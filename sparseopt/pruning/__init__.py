@@ -2,7 +2,7 @@
 
 from sparseopt.pruning.api import LayerResult, prune_layer
 from sparseopt.pruning.block import PruningError
-from sparseopt.pruning.budget import BudgetError
+from sparseopt.pruning.cost import BudgetError
 from sparseopt.pruning.evaluation import LayerAudit, PatternAudit, audit_pattern, audit_sparsity, perplexity
 from sparseopt.pruning.layer import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
 from sparseopt.pruning.methods import (

@@ -50,7 +50,6 @@ class Batches:
         return (self[index] for index in range(len(self)))
 
     def append(self, batch: Array) -> None:
-        """Add a batch after the others."""
         self._kept.append(batch)
 
     @property
@@ -60,7 +59,6 @@ class Batches:
 
     @property
     def windows(self) -> int:
-        """The number of windows in all batches."""
         return sum(shape[0] for shape in self.shapes)
 
     def empty(self) -> "Batches":
@@ -82,7 +80,6 @@ class Batches:
         return _split(np.concatenate(taken)[:count], self.empty()) if taken else self.empty()
 
     def on_one_device(self) -> "Batches":
-        """See `Stream.on_one_device`."""
         return self
 
     def embed(self, embedding: Embedding, tokens: Int[np.ndarray, "windows T"]) -> "Batches":
@@ -102,12 +99,6 @@ class DiskBatches(Batches):
         self._dtype = np.dtype(np.float32)
 
     def append(self, batch: Array) -> None:
-        """Add a batch after the others.
-
-        Raises:
-            ValueError: for a batch of another shape or dtype than the first.
-            OSError: if the disk refuses, a full one above all; the text says how many bytes were to be written.
-        """
         values = np.ascontiguousarray(batch)
         if not self._count:
             self._shape, self._dtype = values.shape, values.dtype
@@ -128,12 +119,6 @@ class DiskBatches(Batches):
         return self._count
 
     def __getitem__(self, index: int) -> Array:
-        """One of the batches, read back.
-
-        Raises:
-            IndexError: if there are not so many.
-            OSError: if the disk gives fewer bytes than were written.
-        """
         if not 0 <= index < self._count:
             raise IndexError(f"batch {index} of {self._count}")
         size = math.prod(self._shape)
@@ -154,8 +139,8 @@ class DiskBatches(Batches):
 class SpreadBatches(Batches):
     """Batches that are cut by window over the devices of a mesh; each device runs a block on its own windows.
 
-    Where the windows do not fill the last batch, copies of the first follow them, so that no batch needs a program of
-    its own and finite values stay finite. The copies count nowhere.
+    The last batch is filled with copies of the first window, so that it needs no program of its own.
+    They count nowhere.
     """
 
     def __init__(self, mesh: Mesh, windows: int = 0) -> None:
@@ -165,7 +150,6 @@ class SpreadBatches(Batches):
 
     @property
     def windows(self) -> int:
-        """The number of windows in all batches, without copies."""
         return self._windows
 
     def empty(self) -> "SpreadBatches":
@@ -208,12 +192,7 @@ class SpreadBatches(Batches):
 
 @dataclass(frozen=True)
 class Stream:
-    """Activations before one block.
-
-    Attributes:
-        calibration: of the calibration windows.
-        heldout: of the held-out windows, empty without any.
-    """
+    """Activations before one block, of the calibration windows and of the held-out ones, empty without any."""
 
     calibration: Batches
     heldout: Batches

@@ -1,4 +1,4 @@
-"""Floor 6: how a model's zeros are divided among its linears at a fixed total.
+"""Floor 6: how a model's zeros are divided among its linears at a fixed total, and what is measured for that.
 
     uniform    the same share everywhere
     owl        fewer zeros in blocks with many outliers
@@ -12,20 +12,35 @@ Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, for o
 multiple-choice knapsack problem", 1979, for hulls and multipliers.
 """
 
-from typing import Literal, get_args
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from scipy.optimize import brentq, isotonic_regression
 
+from sparseopt.core.constraints import Support
+from sparseopt.core.dense import product
+from sparseopt.core.patterns import TopK
+from sparseopt.core.problem import Problem
+from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
+from sparseopt.core.solvers.refit import Refit
+from sparseopt.pruning.compiled import Compiled
+from sparseopt.pruning.layer import scale_layer
 from sparseopt.pruning.patterns import implied_sparsity
 
 Allocation = Literal["uniform", "owl", "curves"]
-ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 # How far a linear's sparsity may be below and above the model's, and the most of any linear.
 BELOW, ABOVE, MOST = 0.2, 0.15, 0.95
 # Largest deviation of a block's share from the mean with owl, as published.
 SPREAD = 0.08
+RIDGE, RHO = 0.1, 0.4
+ADMM_STEPS, REFIT_STEPS = 3, 2
+OUTLIER = 5.0
+# Rows taken at least, of linears that have as many.
+ROWS = 192
 # Points between the bounds at which hulls are taken.
 GRID = 201
 
@@ -47,8 +62,8 @@ def check_allocation(name: str, pattern: str, sparsity: float | None, bounds: tu
     Raises:
         ValueError: for an unknown name, a pattern that fixes the share, or bounds that cannot meet the total.
     """
-    if name not in ALLOCATIONS:
-        raise ValueError(f"unknown allocation {name!r}; known are {', '.join(ALLOCATIONS)}")
+    if name not in (known := get_args(Allocation)):
+        raise ValueError(f"unknown allocation {name!r}; known are {', '.join(known)}")
     if name == "uniform":
         if bounds is not None:
             raise ValueError(f"allocation 'uniform' takes no bounds, given {bounds}; leave them out or choose 'curves'")
@@ -84,12 +99,8 @@ def allocate_curves(
 ) -> Float[np.ndarray, "linears"]:
     """Shares of zeros of least total loss; see the problem above.
 
-    Args:
-        levels: ascending sparsities at which losses are known.
-        losses: of every linear, 0 or more, in one unit for all.
-        sizes: weights of every linear.
-        sparsity: of all weights together.
-        bounds: least and most share of a linear; shares stay between them, and between the levels.
+    Losses, 0 or more, are in one unit for all linears and known at ascending levels. Shares stay between the bounds,
+    and between the levels; `sparsity` is that of all weights together.
     """
     low, high = bounds
     if low == high:
@@ -127,12 +138,7 @@ def allocate_owl(
 ) -> Float[np.ndarray, "blocks"]:
     """Shares of zeros that fall with the share of outliers, linearly, over a range of twice `spread`.
 
-    Args:
-        outliers: share of outliers of every block.
-        sizes: weights of every block.
-        sparsity: of all weights together.
-        bounds: least and most share of a block; shares beyond are cut, and the others are shifted evenly for it.
-        spread: half of the range between the blocks with the fewest and the most outliers.
+    Shares beyond the bounds are cut, and the others are shifted evenly for the sparsity of all weights together.
     """
     reach = np.ptp(outliers)
     shares = sparsity - (2 * spread * (outliers - outliers.min()) / reach if reach else np.zeros(len(outliers)))
@@ -157,13 +163,7 @@ def exact_shares(
 
     The number of zeros in all is `round(sparsity * weights)`, exactly where the units are single weights, else to
     within half of the smallest unit of which one more or one less is within the bounds. Bounds hold to a unit.
-
-    Args:
-        shares: of zeros, within the bounds.
-        sizes: weights of every linear.
-        units: zeros of every linear come in multiples of this (1, or a whole column or block).
-        sparsity: of all weights together.
-        bounds: least and most share.
+    Zeros of a linear come in multiples of its unit: 1, or a whole column or block.
     """
     parts = sizes // units
     wanted = shares * parts
@@ -183,3 +183,61 @@ def exact_shares(
         counts[chosen] += side
         missing -= side * int(units[chosen])
     return counts * units / sizes
+
+
+def estimated_losses(
+    weight: Float[Array, "out in"],
+    gram: Float[Array, "in in"],
+    sensitivity: Float[Array, "out"],
+    output_weights: Float[Array, "out"],
+    levels: Float[Array, "levels"],
+) -> Float[Array, "levels"]:
+    """A cheap estimate of the model's loss at ascending shares of zeros of one linear.
+
+        loss(s)  =  1/2 sum_c F_c ||X (V_s - W)_c||² / tokens          nats a token, to second order
+
+    with F the outputs' sensitivity, the Gram `XᵀX / tokens`, and V_s a fair answer at sparsity s:
+    a few ADMM steps from the answer at the previous sparsity, with one rho and so one inverse for the whole path, then
+    conjugate gradients on the support. Only some output rows are used, evenly spaced. A path of levels then costs about
+    as much as one solve. An allocation uses the differences along the path, not the absolute values.
+    """
+    every = max(1, weight.shape[0] // ROWS)
+    share = weight.shape[0] / len(range(0, weight.shape[0], every))
+    layer = scale_layer(weight[::every], gram, output_weights[::every])
+    loss = layer.ridged(RIDGE)
+    solver = QuadraticAdmm(rho=RHO, watch=False)
+
+    def level(state: Any, sparsity: Array) -> tuple[Any, Array]:
+        kept = jnp.round((1 - sparsity) * layer.center.size).astype(jnp.int32)
+        problem = Problem(loss, TopK(kept))
+        # The dual belongs to the previous count.
+        state = replace(state, point=state.x)
+        state = jax.lax.fori_loop(0, ADMM_STEPS, lambda _, s: solver.step(problem, s), state)
+        fixed, refit = Problem(loss, Support(state.x != 0)), Refit()
+        found = refit.init(fixed, state.x)
+        found = jax.lax.fori_loop(0, REFIT_STEPS, lambda _, s: refit.step(fixed, s), found)
+        change = (found.x - layer.center) / layer.output_scale
+        errors = jnp.sum(change * product(layer.hessian, change), axis=0)
+        return replace(state, x=found.x), 0.5 * share * jnp.sum(errors * sensitivity[::every])
+
+    start = solver.init(Problem(loss, TopK(layer.center.size)), layer.center)
+    return jax.lax.scan(level, start, levels)[1]
+
+
+def outlier_share(
+    weights: dict[str, Float[Array, "out in"]], grams: dict[str, Float[Array, "in in"]]
+) -> Float[Array, ""]:
+    """Share of a block's weights whose score `|W_ij| ||X_j||` is above `OUTLIER` times the block's mean score.
+
+    Weights and Grams of the inputs go by the linears' names.
+
+    Source: Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, eq. 1.
+    """
+    scores = [jnp.abs(weight) * jnp.sqrt(jnp.diagonal(grams[name])) for name, weight in weights.items()]
+    size = sum(score.size for score in scores)
+    mean = sum(jnp.sum(score) for score in scores) / size
+    return sum(jnp.sum(score > OUTLIER * mean, dtype=jnp.int32) for score in scores) / jnp.asarray(size)
+
+
+losses_of_linear = Compiled(estimated_losses)
+outliers_of_block = Compiled(outlier_share)

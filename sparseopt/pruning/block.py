@@ -12,20 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
+from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.mesh import over, put, whole
 from sparseopt.models import Block, PrunableBlock, PrunableModel
 from sparseopt.pruning.activations import Batches, Stream
+from sparseopt.pruning.blocked import Cut
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting, nonfinite_windows
-from sparseopt.pruning.compiled import Timed
-from sparseopt.pruning.devices import Cut, agreed
-from sparseopt.pruning.layer import LayerJob, check_answer
+from sparseopt.pruning.compiled import Compiled, Timed
+from sparseopt.pruning.layer import LayerJob, check_answer, scaled_gram
 from sparseopt.pruning.plan import Plan
-from sparseopt.pruning.propagation import PROPAGATION_RIDGE, propagated_target
 from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
 from sparseopt.pruning.reports import BlockRecord, LayerRecord
-from sparseopt.pruning.side_by_side import LayerTask, solve_block
+from sparseopt.pruning.side_by_side import LayerTask, agreed, solve_block
 from sparseopt.system import processes
+
+# Relative to each input's own square; a smaller one follows the drift of single tokens.
+PROPAGATION_RIDGE = 0.1
 
 
 class PruningError(RuntimeError):
@@ -33,13 +37,9 @@ class PruningError(RuntimeError):
 
 
 class DenseBlock:
-    """A dense block, and what is computed with it once for all plans of a pass.
+    """A dense block, of which plans prune copies, and what is computed with it once for all plans of a pass.
 
-    Attributes:
-        block: plans prune copies of it.
-        index: its number.
-        stream: the dense model's own stream before it; None where no plan needs it.
-        runner: runs the block.
+    The stream is the dense model's own before the block; None where no plan needs it.
     """
 
     def __init__(self, block: PrunableBlock, index: int, stream: Stream | None, runner: BlockRunner) -> None:
@@ -66,7 +66,6 @@ class DenseBlock:
 
     @cached_property
     def outputs(self) -> Stream:
-        """The dense model's own stream after the block."""
         if self.stream is None:
             raise RuntimeError("no plan asked for the dense stream")
         return self.runner.through(self.block, self.stream)
@@ -94,8 +93,8 @@ def prune_block(
 ) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
     """Prune the linears of one block, with the pruned model's stream before it, and train them if the plan says so.
 
-    Tensors are stored in `dtypes`, by key. `told` is called with each record as soon as it is known. Returns the pruned
-    block, and all its tensors by key, linears as `[out, in]`.
+    `told` is called with each record as soon as it is known. Returns the pruned block, and all its tensors in `dtypes`,
+    by key, linears as `[out, in]`.
 
     Raises:
         PruningError: naming the layer, if activations or a solve become non-finite, or a solve does not fit in memory.
@@ -151,7 +150,6 @@ def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGr
 
 
 def _propagated(weight: np.ndarray, grams: Grams, share: float, mesh: Mesh | None) -> Timed:
-    """The weight that corrects what was lost before this block, in the weight's dtype."""
     target: Any = weight
     if mesh is not None:
         # Each output has its own target: rows of zeros after them change none.
@@ -160,12 +158,35 @@ def _propagated(weight: np.ndarray, grams: Grams, share: float, mesh: Mesh | Non
     return found._replace(value=whole(found.value)[: len(weight)].astype(weight.dtype))
 
 
-def _record(plan: Plan, block: int, key: str, solved: Timed, tokens: int, starved: bool, tested: bool) -> LayerRecord:
-    """The record of a solved linear.
+def drifted_target(
+    weight: Float[Array, "out in"],
+    gram: Float[Array, "in in"],
+    drift: Float[Array, "in in"],
+    strength: float | Array,
+    ridge: float | Array,
+) -> Float[Array, "out in"]:
+    """Propagated error: the target that corrects what the layers before have lost, float32.
 
-    Raises:
-        PruningError: naming it, if its answer is not finite or breaks the pattern.
+        minimise over W'    1/2 ||X~ W'ᵀ - X Wᵀ||²  +  ridge/2 ||(W' - W) e||²                              [out, in]
+
+    with X~ the inputs in the pruned model, X those in the dense one, e the norms of X~. The minimiser is
+    `W' = W - ((Gram + ridge e²)⁻¹ drift Wᵀ)ᵀ`, with Gram `X~ᵀX~` and drift `X~ᵀ(X~ - X)`; strength is the part of the
+    way from W to it.
+
+    Source: the normal equations of Frantar and Alistarh, "SparseGPT", 2023, with a second input, as in Li, Yin, Lee,
+    Xiao, Panda, "GPTAQ: efficient finetuning-free quantization for asymmetric calibration", 2025.
     """
+    hessian, _, inverse = scaled_gram(gram)
+    shifted = spd_inverse(hessian + ridge * jnp.eye(len(hessian), dtype=jnp.float32))
+    moved = product(inverse[:, None] * drift, weight.astype(jnp.float32).T)
+    return weight - strength * (inverse[:, None] * product(shifted, moved)).T
+
+
+propagated_target = Compiled(drifted_target)
+
+
+def _record(plan: Plan, block: int, key: str, solved: Timed, tokens: int, starved: bool, tested: bool) -> LayerRecord:
+    """The record of a solved linear; a PruningError if its answer is not finite or breaks the pattern."""
     report, name = solved.value, key.removesuffix(".weight")
     try:
         status = check_answer(report, plan.method, plan.patterns[key])

@@ -1,4 +1,4 @@
-"""Floor 6: a layer whose solve does not fit in memory, solved by blocks of its outputs.
+"""Floor 6: one layer solved: whole, by blocks of its outputs where memory is short, and cut over several devices.
 
     minimise over V    1/2 ||X Vᵀ - X Wᵀ||² = sum over outputs i of 1/2 ||X (v_i - w_i)||²,   V in the pattern
 
@@ -6,23 +6,26 @@ Outputs are coupled by the pattern's count alone. Per-row and n:m patterns have 
 outputs is its own problem. A count over the whole layer is first divided among the blocks: each gets as many as it
 has among the layer's largest by Wanda's score, `|W_ij| ||X_j||`, and the total stays exact.
 
-Over several devices each block is cut over all of them, see `devices`. Several processes do not split: memory may run
-out in one of them while the others wait for it.
+Over several devices a layer or block is cut by outputs over all of them, and its Gram is whole on each. Products
+with the Gram stay on their device; devices exchange counts, sums and the sample that starts a selection. Several
+processes do not split: memory may run out in one of them while the others wait for it.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sparseopt.core.mesh import over, put, whole
 from sparseopt.core.patterns import BlockTopK, TopK
 from sparseopt.core.problem import Status
-from sparseopt.pruning.compiled import Timed
-from sparseopt.pruning.devices import solve_over
+from sparseopt.core.types import pytree, static
+from sparseopt.pruning.compiled import Compiled, Timed, laid_on
 from sparseopt.pruning.layer import (
     DEAD_SCALE,
     LayerJob,
@@ -31,6 +34,7 @@ from sparseopt.pruning.layer import (
     layer_solver,
     ranking_scale,
     relative_scale,
+    solve_layer,
 )
 from sparseopt.pruning.methods.scores import Magnitude, Wanda
 from sparseopt.system import processes
@@ -84,7 +88,7 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the host or on the device."""
+    """Whether memory ran out, on the host or on the device."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
@@ -140,7 +144,7 @@ def join_reports(reports: Sequence[LayerReport]) -> LayerReport:
 
 
 def _unit(job: LayerJob) -> int:
-    """The number of outputs that a split must keep together."""
+    # Outputs that a split must keep together.
     return job.pattern.shape[1] if isinstance(job.pattern, BlockTopK) else 1
 
 
@@ -207,3 +211,51 @@ def largest_by_row(scores: Scores, k: int) -> np.ndarray:
         tied.append(np.count_nonzero(bits == limit, axis=1))
     running = np.cumsum(np.concatenate(tied))
     return np.concatenate(above) + np.diff(running * left // max(int(running[-1]), 1), prepend=0)
+
+
+@pytree
+class Cut:
+    """How a layer is cut: over which mesh, and how many of its padded rows are outputs; structure, not arrays.
+
+    An array that enters or leaves a program must be cut evenly, so it is padded with zeros there; inside they are gone,
+    and counts are those of the layer.
+    """
+
+    mesh: Mesh = static()
+    outputs: int = static()
+
+    def kept(self, rows: Any) -> Any:
+        return None if rows is None else jax.lax.with_sharding_constraint(rows[: self.outputs], over(self.mesh))
+
+    def padded(self, rows: Any) -> Any:
+        zeros = [(0, -self.outputs % self.mesh.size)] + [(0, 0)] * (rows.ndim - 1)
+        if isinstance(rows, np.ndarray):
+            return np.pad(rows, zeros)
+        return jax.lax.with_sharding_constraint(jnp.pad(rows, zeros), over(self.mesh))
+
+
+def _solve_cut(weight: Any, job: LayerJob, cut: Cut, method: LayerMethod) -> LayerReport:
+    """`solve_layer` of a job whose weight is given separately: the answer takes over its buffer."""
+    job = dataclasses.replace(job, weight=cut.kept(weight), output_weights=cut.kept(job.output_weights))
+    report = solve_layer(job, method)
+    return dataclasses.replace(report, weight=cut.padded(report.weight))
+
+
+# As `layer.layer_solver`, one for the process.
+cut_solver = Compiled(_solve_cut, donate_argnums=(0,))
+
+
+def solve_over(job: LayerJob, method: LayerMethod, mesh: Mesh) -> Timed:
+    """Solve a layer over a mesh; the report's arrays are on the host, the same in every process.
+
+    The job's weight and output weights are on the host, the Grams on one device or over the mesh.
+    """
+    weight, weights = np.asarray(job.weight), job.output_weights
+    cut = Cut(mesh, len(weight))
+    if weights is not None:
+        weights = put(cut.padded(np.asarray(weights, np.float32)), over(mesh))
+    gram, test_gram = laid_on((job.gram, job.test_gram), mesh)
+    rest = LayerJob(None, gram, test_gram, job.pattern, weights)
+    timed = cut_solver(put(cut.padded(weight), over(mesh)), rest, cut, method)
+    report = whole(timed.value)
+    return timed._replace(value=dataclasses.replace(report, weight=report.weight[: cut.outputs]))

@@ -14,9 +14,11 @@ added once a block, by one all-reduce whatever the number of batches.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from functools import cache
-from typing import Any, Literal, NamedTuple, get_args
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial, reduce
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +26,30 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from sparseopt.core.losses import HIGHEST
+from sparseopt.core.dense import HIGHEST, product
 from sparseopt.core.mesh import AXIS, over
-from sparseopt.models import PrunableBlock, Routed
+from sparseopt.models import PrunableBlock, PrunableModel, Routed, TorchModel
 from sparseopt.models.experts import rows_of_tokens, stacked_name, unstacked_names
+from sparseopt.models.torch_bridge import to_jax, to_torch
+from sparseopt.models.torch_model import TorchBlock
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.compiled import Compiled, Timed, laid_on
 
 Weighting = Literal["uniform", "residual"]
-WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+# Names of linears that read the very same torch tensor.
+Readers = tuple[str, ...]
 
 
 class Grams(NamedTuple):
     """Sums over tokens of one distinct linear input X~ `[tokens, in]`, with token weights w.
 
-    Attributes:
-        gram: `X~ᵀ w X~`, `[in, in]`.
-        mass: the sum of w, a scalar.
-        tokens: their number, a scalar.
-        drift: `X~ᵀ w (X~ - X)`, `[in, in]`, with X the same input in the dense model; None where it was not asked for,
-            and for experts, which other tokens reach in the dense model.
+    The drift is None where it was not asked for, and for experts, which other tokens reach in the dense model.
     """
 
-    gram: Array
-    mass: Array
-    tokens: Array
-    drift: Array | None = None
+    gram: Array  # `X~ᵀ w X~`, `[in, in]`
+    mass: Array  # the sum of w, a scalar
+    tokens: Array  # their number, a scalar
+    drift: Array | None = None  # `X~ᵀ w (X~ - X)`, `[in, in]`, with X the same input in the dense model
 
 
 class BlockGrams(Mapping[str, Grams]):
@@ -59,14 +59,12 @@ class BlockGrams(Mapping[str, Grams]):
         self.stacked = stacked
 
     def __getitem__(self, tap: str) -> Grams:
-        if tap in self.stacked:
-            return self.stacked[tap]
-        name, expert = stacked_name(tap)
+        name, expert = (tap, None) if tap in self.stacked else stacked_name(tap)
         found = self.stacked[name]
         return found if expert is None else jax.tree.map(lambda part: part[expert], found)
 
     def tokens(self, tap: str) -> int:
-        """The number of tokens in the Grams of a tap."""
+        # Without a copy of the expert's Gram.
         name, expert = (tap, None) if tap in self.stacked else stacked_name(tap)
         found = self.stacked[name].tokens
         return int(found if expert is None else found[expert])
@@ -76,7 +74,7 @@ class BlockGrams(Mapping[str, Grams]):
             yield from unstacked_names(name, len(found.mass)) if found.mass.ndim else (name,)  # type: ignore[misc]
 
     def __len__(self) -> int:
-        return sum(len(found.mass) if found.mass.ndim else 1 for found in self.stacked.values())
+        return sum(1 for _ in self)
 
 
 def _product(x: Float[Array, "... in"], y: Float[Array, "... in"]) -> Float[Array, "in in"]:
@@ -154,10 +152,7 @@ def tapped(block: Any, x: Float[Array, "B T D"]) -> tuple[dict[str, Any], Float[
 
 
 def nonfinite_windows(block: Any, batches: Batches, name: str) -> list[int]:
-    """Numbers of the windows whose activations at a tap of a Flax block, squared as in a Gram, are not finite.
-
-    Experts go by their stacked name.
-    """
+    """Numbers of the windows whose activations at a tap, squared as in a Gram, are not finite; experts are stacked."""
     found: list[int] = []
     first = 0
     for x in batches:
@@ -217,8 +212,6 @@ def _output_over(mesh: Mesh | None) -> Compiled:
 
 
 def _empty_totals(shapes: Any, mesh: Mesh | None) -> Any:
-    """Zeros, over a mesh for every device."""
-
     def zeros(shape: Any) -> Array:
         if mesh is None:
             return jnp.asarray(np.zeros(shape.shape, shape.dtype))
@@ -229,25 +222,20 @@ def _empty_totals(shapes: Any, mesh: Mesh | None) -> Any:
 
 
 class BlockRunner:
-    """Runs the blocks of one model over batches of activations and counts the work.
+    """Runs the blocks of one model over batches of activations, and counts `seconds`, `flops` and `compile_seconds`.
 
-    Attributes:
-        seconds: device time of all forward passes so far, without compilation.
-        flops: floating-point operations of these passes (two a multiply-add; products only).
-        compile_seconds: time spent compiling.
+    Seconds are device time without compilation; flops are those of products, two a multiply-add.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self.flops = 0.0
-        self.compile_seconds = 0.0
+        self.seconds = self.flops = self.compile_seconds = 0.0
 
     def grams(
         self, block: PrunableBlock, batches: Batches, weighting: Weighting = "uniform", dense: Batches | None = None
     ) -> BlockGrams:
         """Grams summed over all batches, by tap name; with the dense model's batches also the drifts from them."""
         mesh = batches.mesh
-        # The same for every weighting. JAX remembers the trace of a function that is there for good.
+        # The same for every weighting.
         shapes = jax.eval_shape(gather_grams, block, batches[0], dense_x=None if dense is None else dense[0])
         laid, totals = laid_on(block, mesh), _empty_totals(shapes, mesh)
         for index, x in enumerate(batches):
@@ -260,33 +248,26 @@ class BlockRunner:
         return BlockGrams(totals if mesh is None else self.account(sum_over(mesh)(totals)))
 
     def run(self, block: PrunableBlock, x: Array, mesh: Mesh | None = None) -> Array:
-        """The block's output for one batch, which is spread over a mesh or on one device."""
         self.flops += forward_flops(block, x.shape)
         return self.account(_output_over(mesh)(block, x))
 
     def forward(self, block: PrunableBlock, batches: Batches) -> Batches:
-        """The block's outputs, batch by batch, stored where the batches are."""
         outputs, laid = batches.empty(), laid_on(block, batches.mesh)
         for x in batches:
             outputs.append(self.run(laid, x, batches.mesh))
         return outputs
 
     def through(self, block: PrunableBlock, stream: Stream) -> Stream:
-        """The stream after a block."""
         return Stream(self.forward(block, stream.calibration), self.forward(block, stream.heldout))
 
     def account(self, timed: Timed) -> Any:
-        """The result of a timed program, after counting its time."""
         self.seconds += timed.seconds
         self.compile_seconds += timed.compile_seconds
         return timed.value
 
 
 def forward_flops(block: Any, shape: tuple[int, ...], *, skip_last: bool = False) -> float:
-    """Operations of a block's products on activations `[B, T, D]`; softmax and norms are not counted.
-
-    `skip_last` leaves out the last linear, whose output a Gram pass does not need.
-    """
+    """Operations of a block's products on activations `[B, T, D]`; a Gram pass does not need the last linear's."""
     batch, time, _ = shape
     names = list(block.linears)[: -1 if skip_last else None]
     linears = 2 * batch * time * sum(math.prod(block.weight_shape(name)) * _share(block, name) for name in names)
@@ -296,7 +277,6 @@ def forward_flops(block: Any, shape: tuple[int, ...], *, skip_last: bool = False
 
 
 def _gram_flops(block: Any, shape: tuple[int, ...], grams: Mapping[str, Any]) -> float:
-    """Operations of adding a batch to the Grams, and to the drifts where there are any."""
     sizes = [
         math.prod(part.shape[-2:]) * (_share(block, block_tap) * (len(part) if part.ndim == 3 else 1))
         for block_tap, found in grams.items()
@@ -307,5 +287,106 @@ def _gram_flops(block: Any, shape: tuple[int, ...], grams: Mapping[str, Any]) ->
 
 
 def _share(block: Any, name: str) -> float:
-    """The share of tokens that reach a linear or tap: of experts the mean one."""
     return block.expert_share if ".experts." in name else 1.0
+
+
+_gram_of_inputs = Compiled(lambda x: product(x.T, x))
+_drift_of_inputs = Compiled(lambda x, dense_x: product(x.T, x - dense_x))
+
+
+class _Seen(NamedTuple):
+    """One distinct input of linears in one run of a block, and what was made of it."""
+
+    tensor: Any  # kept, since identities are unique only among living objects
+    version: int  # torch's count of writes to it
+    readers: list[str]  # names of the linears that read it
+    found: Any
+
+
+class TorchRunner(BlockRunner):
+    """A `BlockRunner` whose blocks run in torch. Linears that read the very same tensor share one Gram."""
+
+    def grams(
+        self, block: Any, batches: Batches, weighting: Weighting = "uniform", dense: Batches | None = None
+    ) -> BlockGrams:
+        """By the linear's name; a `ModelError` if the block uses a linear in a way that hides its input."""
+        if weighting != "uniform":
+            raise ValueError(f"weighting {weighting!r} is not for blocks that run in torch; say 'uniform'")
+        totals: dict[Readers, Grams] = {}
+        for index, x in enumerate(batches):
+            inputs = {} if dense is None else self._dense_inputs(block, dense[index])
+            for seen in self._watch(block, x, partial(self._grams_of_input, x.shape[0] * x.shape[1], inputs)):
+                readers = tuple(seen.readers)
+                totals[readers] = seen.found if readers not in totals else _sum(totals[readers], seen.found)
+        return BlockGrams({name: _of_linear(block, name, totals) for name in block.linears})
+
+    def run(self, block: Any, x: Array, mesh: Mesh | None = None) -> Array:
+        del mesh
+        start = time.perf_counter()
+        output = block(x)
+        self.seconds += time.perf_counter() - start
+        self.flops += forward_flops(block, x.shape)
+        return output
+
+    def _watch(self, block: TorchBlock, x: Array, make: Callable[[str, Any], Any]) -> list[_Seen]:
+        """Run a block and make something of each distinct input of its linears, before the model may write to it."""
+        inputs: list[_Seen] = []
+        start, inner = time.perf_counter(), self.seconds + self.compile_seconds
+
+        def watch(name: str, value: Any) -> None:
+            for seen in inputs:
+                if seen.tensor is value and seen.version == value._version:
+                    seen.readers.append(name)
+                    return
+            inputs.append(_Seen(value, value._version, [name], make(name, value)))
+
+        block.run(to_torch(x), watch)
+        # What was accounted for inside is not counted twice.
+        self.seconds += time.perf_counter() - start - (self.seconds + self.compile_seconds - inner)
+        self.flops += forward_flops(block, x.shape)
+        return inputs
+
+    def _dense_inputs(self, block: TorchBlock, x: Array) -> dict[str, Array]:
+        """Inputs of the linears `[tokens, in]` on the dense stream, of those that are called once."""
+        # Copied: they outlive the run, in which the model may write to them.
+        seen = self._watch(block, x, lambda _, value: to_jax(_rows(value).clone()))
+        times = Counter(name for each in seen for name in each.readers)
+        return {name: each.found for each in seen for name in each.readers if times[name] == 1}
+
+    def _grams_of_input(self, tokens: int, dense: Mapping[str, Array], name: str, value: Any) -> Grams:
+        rows, other, drift = _rows(value), dense.get(name), None
+        count, width = rows.shape
+        if count != tokens:
+            # An expert gets another number of tokens each time: few heights, so that few programs serve all.
+            import torch
+
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, (1 << max(count - 1, 0).bit_length()) - count))
+        gram = self.account(_gram_of_inputs(to_jax(rows)))
+        # Tokens of an expert are others in the dense model.
+        if other is not None and count == tokens == len(other):
+            drift = self.account(_drift_of_inputs(to_jax(rows), other))
+        self.flops += 2.0 * count * width * width * (1 if drift is None else 2)
+        return Grams(gram, jnp.float32(count), jnp.int32(count), drift)
+
+
+def _rows(value: Any) -> Any:
+    return value.reshape(-1, value.shape[-1]).float()
+
+
+def _sum(one: Grams, other: Grams) -> Grams:
+    drift = None if one.drift is None or other.drift is None else one.drift + other.drift
+    return Grams(one.gram + other.gram, one.mass + other.mass, one.tokens + other.tokens, drift)
+
+
+def _of_linear(block: TorchBlock, name: str, totals: Mapping[Readers, Grams]) -> Grams:
+    found = [grams for readers, grams in totals.items() if name in readers]
+    if not found:
+        # An expert that no token was sent to.
+        width = block.weight_shape(name)[1]
+        return Grams(jnp.zeros((width, width)), jnp.float32(0), jnp.int32(0))
+    return reduce(_sum, found)
+
+
+def runner_of(model: PrunableModel) -> BlockRunner:
+    """What runs the blocks of a model, in JAX or torch."""
+    return TorchRunner() if isinstance(model, TorchModel) else BlockRunner()

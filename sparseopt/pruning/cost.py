@@ -1,4 +1,11 @@
-"""Floor 6: the time and memory of a pruning run, estimated from shapes alone; no tensor is read.
+"""Floor 6: what a run will take of time, memory and disk, and where its activations are kept so that it fits a budget.
+
+    estimate with activations in memory <= budget      they stay there
+    estimate with activations on disk <= budget        one file per stream, in the first output folder's file system
+    neither                                            an error that says what takes the memory
+
+Without a budget, the memory that the machine has available decides, and nothing is refused. Estimates are made from
+shapes alone; no tensor is read.
 
 Time is the number of floating-point operations, two per multiply-add, over a measured rate of matrix products. Memory
 is what a phase of the run holds at once; the peak is that of the largest phase. The constants were measured on a CPU
@@ -6,25 +13,38 @@ with two cores. There, times are mostly within a half of what a run reports, and
 """
 
 import math
+import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparseopt.core.dense import product
-from sparseopt.models import PrunableModel, StreamedModel
+from sparseopt.models import PrunableModel, StreamedModel, TensorInfo
 from sparseopt.models.attention import QUERY_CHUNK
 from sparseopt.pruning.activations import windows_per_batch
 from sparseopt.pruning.evaluation import LOGIT_ROWS
 from sparseopt.pruning.layer import LayerMethod
-from sparseopt.pruning.method_cost import MethodCost, method_cost
+from sparseopt.pruning.methods import MethodCost, method_cost
+from sparseopt.pruning.plan import Plan
 from sparseopt.pruning.recipe import Recipe
+from sparseopt.pruning.reports import Footprint
 from sparseopt.pruning.survey import LEVELS, TOKENS
+from sparseopt.system.machine import available_memory_bytes, format_bytes
 
+# What makes each phase smaller.
+ADVICE = {
+    "survey": "output_weights='uniform' and an allocation without curves do without the survey",
+    "training": "reconstruct=0 trains no blocks",
+    "layer solves": "method 'wanda' or 'magnitude' needs the least for a solve",
+    "Grams": "heldout_samples=0 and propagate=0 gather one set of Grams only",
+}
 # Where the activations between blocks are kept.
 Activations = Literal["memory", "disk"]
 PLACES: tuple[Activations, ...] = get_args(Activations)
@@ -54,30 +74,20 @@ FREED = 0.05
 
 @dataclass(frozen=True)
 class Cost:
-    """The estimate of one pruning run.
+    """The estimate of one pruning run."""
 
-    Attributes:
-        phases: bytes by phase and by what they hold, device and host together.
-        flops: operations by kind of work, at the rate of large products; None for a method of your own.
-        compile_seconds: on a machine of `COMPILE_GFLOPS` or more.
-        file_seconds: to start, read and write.
-        scratch_bytes: of activations on disk.
-    """
-
-    phases: Mapping[str, Mapping[str, int]]
-    flops: Mapping[str, float] | None
-    compile_seconds: float
-    file_seconds: float
-    scratch_bytes: int
+    phases: Mapping[str, Mapping[str, int]]  # bytes by phase and by what they hold, device and host together
+    flops: Mapping[str, float] | None  # by kind of work, at the rate of large products; None for a method of your own
+    compile_seconds: float  # on a machine of `COMPILE_GFLOPS` or more
+    file_seconds: float  # to start, read and write
+    scratch_bytes: int  # of activations on disk
 
     @property
     def peak_phase(self) -> str:
-        """The phase that takes the most memory."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
     def peak_memory_bytes(self) -> int:
-        """The memory of that phase."""
         return sum(self.phases[self.peak_phase].values())
 
     def seconds(self, gflops: float) -> dict[str, float] | None:
@@ -92,30 +102,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """One kind of block.
-
-    Attributes:
-        count: blocks of this kind.
-        parameters: of one.
-        stored: bytes of one, in the source's dtypes.
-        linears: `(out, in, share)` of each; `share` is the fraction of the tokens that reach it, below 1 for experts.
-        taps: `(in, share)` of each distinct input of the linears.
-    """
+    """One kind of block; `share` is the fraction of the tokens that reach a linear, below 1 for experts."""
 
     count: int
     parameters: int
-    stored: int
-    linears: tuple[tuple[int, int, float], ...]
-    taps: tuple[tuple[int, float], ...]
+    stored: int  # bytes, in the source's dtypes
+    linears: tuple[tuple[int, int, float], ...]  # `(out, in, share)` of each
+    taps: tuple[tuple[int, float], ...]  # `(in, share)` of each distinct input of the linears
 
     @property
     def gram_bytes(self) -> int:
-        """One set of Grams."""
         return FLOAT32 * sum(width**2 for width, _ in self.taps)
 
     @property
     def gram_flops(self) -> float:
-        """Adding one token to them."""
+        """Adding one token to the Grams."""
         return sum(2 * width**2 * share for width, share in self.taps)
 
     @property
@@ -139,7 +140,7 @@ def block_sizes(model: StreamedModel) -> list[BlockSizes]:
             linears.append((outputs, inputs, share))
             taps[tap] = (inputs, share)
         parameters = sum(math.prod(info.shape) for info in infos)
-        stored = sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
+        stored = sum(map(_nbytes, infos))
         found.append(BlockSizes(count, parameters, stored, tuple(linears), tuple(taps.values())))
     return found
 
@@ -151,34 +152,28 @@ def prune_cost(
     activations: Activations = "memory",
     plans: int = 1,
 ) -> Cost:
-    """The estimate for a model and a checked recipe.
+    """The estimate for a model, of which the headers are enough, and a checked recipe with its method.
 
-    Args:
-        model: opened; its headers are enough.
-        recipe: gives samples, sequence length and what surrounds the method.
-        method: the recipe's, as `recipe.check()` gives it.
-        activations: where those between blocks are kept.
-        plans: recipes that share the pass; each has its own stream of activations.
+    Each of the `plans` that share a pass has its own stream of activations.
     """
     blocks, work = block_sizes(model), method_cost(method)
-    sensitivities = recipe.output_weighting() == "gradient" or recipe.allocation == "curves"
     compiling = COMPILE_PASS * len(blocks) * (2 if recipe.heldout_samples else 1)
-    compiling += COMPILE_GRADIENT * len(blocks) * (sensitivities + (recipe.reconstruction is not None))
+    compiling += COMPILE_GRADIENT * len(blocks) * (recipe.needs_sensitivities + (recipe.reconstruction is not None))
     if work is not None:
         compiling += work.compile_seconds * len({linear[:2] for block in blocks for linear in block.linears})
-    stored = sum(math.prod(info.shape) * info.dtype.itemsize for info in model.source.tensors.values())
+    stored = sum(map(_nbytes, model.source.tensors.values()))
 
     # Each plan has one stream before a block, all share one after it, and the dense model has both.
     stream = FLOAT32 * (recipe.samples + recipe.heldout_samples) * recipe.seqlen * model.config.hidden_size
     streams = (plans + 1 + (2 if recipe.needs_dense_stream else 0)) * stream
-    # The backward pass keeps the streams of some blocks, see `sensitivity`; its gradients stay in memory in any case.
-    gradient = FLOAT32 * _survey_tokens(recipe) * model.config.hidden_size if sensitivities else 0
+    # The backward pass keeps the streams of some blocks, see `survey`; its gradients stay in memory in any case.
+    gradient = FLOAT32 * _survey_tokens(recipe) * model.config.hidden_size if recipe.needs_sensitivities else 0
     survey_streams = stream + (2 * math.isqrt(model.config.num_layers) + 3) * gradient
     on_disk = activations == "disk"
     kept = (0, 0, gradient) if on_disk else (stream, streams, survey_streams)
     return Cost(
-        phases=_phases(model, recipe, blocks, work, sensitivities, *kept),
-        flops=None if work is None else _flops(model, recipe, blocks, work, sensitivities),
+        phases=_phases(model, recipe, blocks, work, *kept),
+        flops=None if work is None else _flops(model, recipe, blocks, work),
         compile_seconds=compiling,
         # Every tensor is looked through once, read once more, and written.
         file_seconds=START + 3 * stored * SECONDS_A_BYTE,
@@ -198,11 +193,7 @@ def output_bytes(model: PrunableModel, recipe: Recipe) -> dict[str, int]:
 
 
 def measure_gflops(seconds: float = 0.7) -> float:
-    """The rate of large float32 matrix products on JAX's default device, in 10⁹ operations a second.
-
-    Args:
-        seconds: to measure for, after compiling one small program.
-    """
+    """The rate of large float32 matrix products on JAX's default device, in 10⁹ operations a second."""
     size = 1024 if jax.default_backend() == "cpu" else 4096
     matrix = jnp.full((size, size), 1 / size, jnp.float32)
     multiply = jax.jit(product)
@@ -214,15 +205,16 @@ def measure_gflops(seconds: float = 0.7) -> float:
     return 2 * size**3 * done / spent / 1e9
 
 
+def _nbytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize
+
+
 def _survey_tokens(recipe: Recipe) -> int:
     """Tokens on which the dense model's sensitivities are measured."""
     return min(recipe.samples, max(1, TOKENS // recipe.seqlen)) * recipe.seqlen
 
 
-def _flops(
-    model: StreamedModel, recipe: Recipe, blocks: list[BlockSizes], work: MethodCost, sensitivities: bool
-) -> dict[str, float]:
-    """Operations by kind of work, at the rate of large products."""
+def _flops(model: StreamedModel, recipe: Recipe, blocks: list[BlockSizes], work: MethodCost) -> dict[str, float]:
     config, settings = model.config, recipe.reconstruction
     calibration, heldout = recipe.samples * recipe.seqlen, recipe.heldout_samples * recipe.seqlen
     surveyed, tokens, trained = _survey_tokens(recipe), calibration + heldout, 0
@@ -230,7 +222,7 @@ def _flops(
         # Forward and backward count as three passes in each epoch; then every epoch is judged.
         trained = 3 * settings.epochs * calibration + (settings.epochs + 1) * (heldout or calibration) + 2 * calibration
     solves = passes = training = 0.0
-    survey = 6.0 * surveyed * config.vocab_size * config.hidden_size if sensitivities else 0.0
+    survey = 6.0 * surveyed * config.vocab_size * config.hidden_size if recipe.needs_sensitivities else 0.0
     for block in blocks:
         # Of one token: the linears, and the scores and mixed values of the positions up to the end of its chunk.
         forward = sum(2 * o * i * share for o, i, share in block.linears)
@@ -246,7 +238,7 @@ def _flops(
             passes += block.count * calibration * (forward + block.gram_flops)
         if recipe.allocation == "owl":
             survey += 2 * block.count * calibration * forward
-        if sensitivities:
+        if recipe.needs_sensitivities:
             # Twice forward, and backward, which counts as three.
             survey += 5 * block.count * surveyed * forward
         if recipe.allocation == "curves":
@@ -268,7 +260,6 @@ def _phases(
     recipe: Recipe,
     blocks: list[BlockSizes],
     work: MethodCost | None,
-    sensitivities: bool,
     start: int,
     streams: int,
     survey_streams: int,
@@ -291,8 +282,7 @@ def _phases(
     square, wide = (work.square, work.wide) if work else (7.5, 10.0)
     spaces = [(square, wide), (5, 3)] if recipe.propagated_share else [(square, wide)]
     workspace = max(s * i * i + w * i * o for s, w in spaces for b in blocks for o, i, _ in b.linears)
-    outer = [model.source.tensors[key] for key in model.outer_keys()]
-    widest = max(math.prod(info.shape) * info.dtype.itemsize for info in outer)
+    widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
     rows = min(config.vocab_size, (recipe.samples + recipe.heldout_samples) * recipe.seqlen)
     running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS}
     phases: dict[str, dict[str, int]] = {
@@ -315,7 +305,7 @@ def _phases(
             "workspace": int(FLOAT32 * workspace),
         },
     }
-    if sensitivities:
+    if recipe.needs_sensitivities:
         # Logits of a slice of rows, with their softmax and gradient.
         logits = 3 * FLOAT32 * LOGIT_ROWS * config.vocab_size
         phases["survey"] = running | {
@@ -336,3 +326,95 @@ def _phases(
         arrays = sum(nbytes for part, nbytes in parts.items() if part not in running)
         parts["freed, not returned"] = int(FREED * arrays)
     return phases
+
+
+class BudgetError(ValueError):
+    """A run that memory or disk cannot hold; the text says what takes the room and what would take less."""
+
+
+def choose_footprint(
+    model: PrunableModel,
+    plans: Sequence[Plan],
+    calibration: np.ndarray,
+    heldout: np.ndarray,
+    budget: int | None = None,
+    *,
+    spread: bool = False,
+) -> Footprint:
+    """Choose where the activations of the plans of one pass are kept.
+
+    Args:
+        model: opened.
+        plans: their folders need not exist yet.
+        calibration: windows of token ids, `[samples, seqlen]`.
+        heldout: windows of held-out tokens, `[0, seqlen]` without any.
+        budget: bytes of memory, device and host together.
+        spread: whether the run works on several devices, in whose memories activations stay; nothing is estimated.
+
+    Raises:
+        BudgetError: if the run does not fit the budget, or output and activations do not fit on the disk.
+    """
+    sizes = {"samples": len(calibration), "seqlen": calibration.shape[1], "heldout_samples": len(heldout)}
+    recipes = [(replace(plan.recipe, **sizes), plan.method) for plan in plans]
+    where: Activations = "memory"
+    parts: Mapping[str, int] = {}
+    memory, phase, scratch = None, "", 0
+    if isinstance(model, StreamedModel) and not spread:
+        where, cost = _choose(model, recipes, budget)
+        memory, phase, scratch = cost.peak_memory_bytes, cost.peak_phase, cost.scratch_bytes
+        parts = cost.phases[phase]
+    elif budget and not spread:
+        # What torch holds is not known; activations do not add to it.
+        where = "disk"
+        scratch = (len(plans) + 3) * FLOAT32 * (calibration.size + heldout.size) * model.config.hidden_size
+    output = [sum(output_bytes(model, recipe).values()) for recipe, _ in recipes]
+    _check_disks([plan.folder for plan in plans], output, scratch)
+    return Footprint(where, memory, dict(parts), phase, budget, sum(output), scratch)
+
+
+def _choose(
+    model: StreamedModel, recipes: Sequence[tuple[Recipe, LayerMethod]], budget: int | None
+) -> tuple[Activations, Cost]:
+    limit = available_memory_bytes() if budget is None else budget
+    for where in PLACES:
+        costs = [prune_cost(model, *recipe, activations=where, plans=len(recipes)) for recipe in recipes]
+        largest = max(costs, key=lambda cost: cost.peak_memory_bytes)
+        if largest.peak_memory_bytes <= limit:
+            return where, largest
+    if budget is not None:
+        raise BudgetError(_too_little(largest, budget))
+    # The estimate may be wrong, and activations on disk are at least not swapped.
+    return where, largest
+
+
+def _too_little(cost: Cost, budget: int) -> str:
+    parts = sorted(cost.phases[cost.peak_phase].items(), key=lambda part: -part[1])
+    advice = ADVICE.get(cost.peak_phase)
+    return (
+        f"a budget of {format_bytes(budget)} is too little: with activations on disk the run is estimated to take "
+        f"{format_bytes(cost.peak_memory_bytes)} in phase {cost.peak_phase} "
+        f"({', '.join(f'{name} {format_bytes(nbytes)}' for name, nbytes in parts if nbytes)}); give at least that"
+        + (f", or less to do: {advice}" if advice else "")
+    )
+
+
+def _check_disks(folders: Sequence[Path], output: Sequence[int], scratch: int) -> None:
+    """Raise a BudgetError without room for what is written, less what an earlier run has written already."""
+    needed: dict[int, int] = {}
+    places: dict[int, Path] = {}
+    for folder, nbytes in zip(folders, output, strict=True):
+        place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+        device = place.stat().st_dev
+        written = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+        needed[device] = needed.get(device, 0) + max(0, nbytes - written)
+        places.setdefault(device, place)
+    first = next(iter(places))
+    needed[first] += scratch
+    for device, nbytes in needed.items():
+        free = shutil.disk_usage(places[device]).free
+        if nbytes > free:
+            activations = f", {format_bytes(scratch)} of it activations" if scratch and device == first else ""
+            raise BudgetError(
+                f"the disk of {places[device]} has {format_bytes(free)} free, the run needs {format_bytes(nbytes)}"
+                f"{activations}; make room or choose another output folder"
+            )

@@ -3,8 +3,7 @@
     perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
 
 over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 where it begins with BOS (see `texts`). The
-model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones. Only the
-embedding rows of these windows are read.
+model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,11 +19,10 @@ from jaxtyping import Array, Float, Int
 from sparseopt.core.types import Observer
 from sparseopt.models import Decoder, Head, PrunableModel, check_window, open_model
 from sparseopt.pruning.activations import PASS_BYTES, windows_per_batch
-from sparseopt.pruning.calibration import BlockRunner
+from sparseopt.pruning.calibration import BlockRunner, runner_of
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, check_pattern, count_groups, parse_pattern
 from sparseopt.pruning.texts import begin_windows, check_vocabulary
-from sparseopt.pruning.torch_calibration import runner_of
 
 # Tokens whose logits are in memory at a time: 256 rows of a vocabulary of 50,000 are 50 MB.
 LOGIT_ROWS = 256
@@ -117,7 +115,6 @@ def perplexity(
     return float(np.exp(total / (count * (length - 1 - skipped))))
 
 
-# One for the process: heads of the same shape share a compiled program.
 _loss_of_window = Compiled(negative_log_likelihood)
 
 
@@ -134,7 +131,6 @@ def window_loss(head: Any, x_TD: Array, tokens_T: Int[np.ndarray, "T"], skipped:
 
 
 def _embedded(model: PrunableModel, batches: Int[np.ndarray, "batches B T"]) -> list[Array]:
-    """The stream before the first block, batch by batch."""
     used = np.unique(batches)
     # Padded to a number of rows that depends on the shape alone, so that other texts reuse the compiled program.
     spare = np.setdiff1d(np.arange(model.config.vocab_size), used)[: max(0, batches.size - len(used))]
@@ -154,7 +150,6 @@ class LayerAudit:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros."""
         return self.zeros / self.size
 
 
@@ -190,7 +185,6 @@ class PatternAudit:
 
     @property
     def fits(self) -> bool:
-        """Whether no group holds more than the pattern allows."""
         return self.most <= self.allowed
 
     @property
@@ -202,10 +196,7 @@ class PatternAudit:
 def audit_pattern(model: str | Path | PrunableModel, pattern: str, sparsity: float | None = None) -> list[PatternAudit]:
     """Count the non-zeros of every prunable linear group by group, in the stored tensors, read back one by one.
 
-    Args:
-        model: a model folder, a GGUF file, a name on the hub, or an opened model.
-        pattern: as in `prune_layer`.
-        sparsity: as in `prune_layer`.
+    The pattern and its sparsity are given as in `prune_layer`.
 
     Raises:
         ValueError: for an unknown pattern, or one that is impossible in some layer, which is named.
@@ -232,7 +223,6 @@ def _audit(layer: str, weight: np.ndarray, pattern: Pattern) -> PatternAudit:
 
 
 def _linears(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and stored weight of every prunable linear."""
     model = open_model(model) if isinstance(model, str | Path) else model
     for index in range(model.num_blocks):
         for name in model.block_linears(index):

@@ -42,18 +42,12 @@ class LinearKind:
 
     @property
     def size(self) -> int:
-        """Weights in all of them."""
         return self.count * self.outputs * self.inputs
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of one kind.
-
-    Attributes:
-        description: what distinguishes the kind.
-        indices: which blocks are of this kind, counted from 0.
-    """
+    """Blocks of one kind: what distinguishes it, and which they are, counted from 0."""
 
     description: str
     indices: tuple[int, ...]
@@ -65,9 +59,7 @@ class Estimate:
 
     Attributes:
         memory: bytes by phase and by what they hold, device and host together.
-        peak_memory_bytes: of the largest phase.
-        peak_phase: its name.
-        disk_peak_memory_bytes: the same with the activations on disk.
+        disk_peak_memory_bytes: peak with the activations on disk.
         scratch_bytes: what those take there.
         gflops: rate of matrix products that the time is for, 10⁹ operations a second; None without one.
         seconds_by_part: seconds by kind of work; None without a rate, or for a method of your own.
@@ -94,23 +86,19 @@ class Inspection:
         revision: the commit on the hub, a sha; None for your own files.
         model_type: of the Hugging Face configuration.
         supported: whether this package's decoder has the family.
-        num_blocks: how many blocks.
         linears: that pruning takes, in the order of the first block.
         dtypes: bytes of the tensors by dtype, as they read.
         file_bytes: of the files with the tensors.
         parameters: of the model in all, a tied head counted once.
         block_parameters: in blocks.
         prunable_parameters: in the linears of blocks.
-        embedding_parameters: of the token embedding.
         head_parameters: of the projection to logits, 0 where it is the embedding.
-        tied: whether the head is the embedding.
         recipe: of the pruning run that is estimated, as plain values.
         kinds: of blocks; one where all are alike, none for a family that is not supported.
         unused_parameters: of tensors that the decoder does not have, such as an image encoder's.
-        zeros: in all linears after pruning; None for a family that is not supported, as the three below.
+        zeros: in all linears after pruning; None for a family that is not supported, as what follows.
         dense_bytes: of the output.
         packed_bytes: of the output with the zeros stored as a bitmask.
-        estimate: memory and time.
     """
 
     source: str
@@ -142,7 +130,6 @@ class Inspection:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Inspection":
-        """The inspection that `as_dict` was made of, also by way of JSON."""
         fields = dict(values)
         fields["kinds"] = tuple(Blocks(kind["description"], tuple(kind["indices"])) for kind in fields["kinds"])
         fields["linears"] = tuple(LinearKind(**linear) for linear in fields["linears"])
@@ -189,7 +176,6 @@ def inspect_model(
 
 
 def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, gflops: float | None) -> dict[str, Any]:
-    """What the decoder knows of its own model."""
     tensors, keys = model.source.tensors, model.family.keys
     patterns = layer_patterns(model, recipe, method)
     kept = {key: pattern_count(pattern, model.weight_shape(key)) for key, pattern in patterns.items()}
@@ -272,7 +258,6 @@ def _without_expert(name: str) -> str:
 
 
 def _linears(model: StreamedModel, kept: Mapping[str, int]) -> tuple[LinearKind, ...]:
-    """The linears of all blocks, those alike together."""
     counts: Counter[tuple[str, int, int, str]] = Counter()
     zeros: Counter[tuple[str, int, int, str]] = Counter()
     for index in range(model.num_blocks):

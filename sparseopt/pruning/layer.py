@@ -18,8 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparseopt.core.constraints import Support
+from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import HIGHEST, Quadratic
-from sparseopt.core.problem import Status
+from sparseopt.core.problem import Problem, Status
+from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, count_groups, pattern_count
@@ -107,7 +110,7 @@ class LayerReport:
 
     Attributes:
         weight: pruned weight `[out, in]` in the job's dtype, pruned entries exactly zero.
-        energies: lost and present on the calibration Gram, of the stored weight, no ridge.
+        energies: of the stored weight on the calibration Gram, no ridge; their ratio is the relative error.
         test_energies: the same on the held-out Gram, NaN without one.
         zeros: number of zero entries of `weight`.
         kept: number of entries that the method's mask keeps.
@@ -133,12 +136,10 @@ class LayerReport:
 
     @property
     def relative_error(self) -> Float[Array, ""]:
-        """`||X (V - W)ᵀ||² / ||X Wᵀ||²`."""
         return self.energies.ratio
 
     @property
     def test_error(self) -> Float[Array, ""]:
-        """The relative error on the held-out Gram, NaN without one."""
         return self.test_energies.ratio
 
 
@@ -150,6 +151,21 @@ def scale_layer(
     output_scale = jnp.ones(weight.shape[0], jnp.float32) if output_weights is None else relative_scale(output_weights)
     center = (weight.astype(jnp.float32) * ranking_scale(scale)[None, :]).T * output_scale
     return ScaledLayer(hessian, center, scale, output_scale)
+
+
+def refitted(
+    loss: Quadratic, start: Array, mask: Array, steps: int, *, done: Array | int, status: Array, solver: Any = None
+) -> Pruned:
+    """The last stage of a method: the loss minimised on the mask, by conjugate gradients if no solver is given.
+
+    The support was found in `done` iterations that ended with `status`; using up a fixed number of steps counts as
+    converged.
+    """
+    solver = Refit() if solver is None else solver
+    kept = iterate(Problem(loss, Support(mask)), solver, jnp.where(mask, start, 0), tol=-1.0, max_steps=steps)
+    bad = (status == Status.NONFINITE) | (kept.status == Status.NONFINITE)
+    ended = jnp.where(bad, jnp.int32(Status.NONFINITE), jnp.int32(Status.CONVERGED))
+    return Pruned(kept.value, mask, done, ended)
 
 
 def scaled_gram(
@@ -220,7 +236,7 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
 
 
 def _answer(method: LayerMethod, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-    """What a method returns, as arrays. JAX remembers the trace, so a method is traced once a shape."""
+    # JAX remembers the trace, so a method is traced once a shape.
     answer = method(layer, pattern)
     if not isinstance(answer, Pruned):
         raise ValueError(

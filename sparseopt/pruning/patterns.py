@@ -8,16 +8,17 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from sparseopt.core.patterns import NM, BlockTopK, Pattern, RowTopK, TopK
 
 __all__ = [
     "Counts",
     "Pattern",
+    "check_cut",
     "check_pattern",
     "count_groups",
     "implied_sparsity",
-    "kept_count",
     "parse_pattern",
     "pattern_count",
     "share_unit",
@@ -31,11 +32,6 @@ def _sizes(form: re.Pattern[str], text: str) -> tuple[int, int] | None:
     """The two numbers of a pattern of this form; None for another form."""
     match = form.fullmatch(text)
     return (int(match[1]), int(match[2])) if match else None
-
-
-def kept_count(size: int, sparsity: float) -> int:
-    """How many of `size` survive: `round((1 - sparsity) * size)`."""
-    return round((1 - sparsity) * size)
 
 
 def implied_sparsity(text: str) -> float | None:
@@ -98,16 +94,16 @@ def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> 
         return NM(n, m, axis=0)
     assert sparsity is not None
     if text == "unstructured":
-        return TopK(kept_count(outputs * inputs, sparsity))
+        return TopK(round((1 - sparsity) * (outputs * inputs)))
     if text == "per-row":
-        return RowTopK(kept_count(inputs, sparsity), axis=0)
+        return RowTopK(round((1 - sparsity) * inputs), axis=0)
     high, wide = _sizes(_BLOCKS, text) or (1, 1)
     if outputs % high or inputs % wide:
         raise ValueError(
             f"pattern {text!r} needs a number of outputs divisible by {high} and of inputs divisible by {wide}; "
             f"{layer} {outputs % high} outputs and {inputs % wide} inputs over"
         )
-    return BlockTopK(kept_count((outputs // high) * (inputs // wide), sparsity), (wide, high))
+    return BlockTopK(round((1 - sparsity) * ((outputs // high) * (inputs // wide))), (wide, high))
 
 
 def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
@@ -132,17 +128,11 @@ def share_unit(text: str, shape: tuple[int, ...]) -> int:
 
 
 class Counts(NamedTuple):
-    """The non-zero weights (or blocks) in every group that a pattern counts.
-
-    Attributes:
-        each: the count of each group, flat.
-        allowed: what the pattern keeps in each group.
-        unit: what is counted, for messages.
-    """
+    """The non-zero weights (or blocks) in each group that a pattern counts, flat, and what it keeps of each."""
 
     each: np.ndarray
     allowed: int
-    unit: str
+    unit: str  # what is counted, for messages
 
 
 def count_groups(weight: np.ndarray, pattern: Pattern) -> Counts:
@@ -160,3 +150,17 @@ def count_groups(weight: np.ndarray, pattern: Pattern) -> Counts:
         case BlockTopK(k, (wide, high)):
             tiles = alive.reshape(outputs // high, high, inputs // wide, wide)
             return Counts(np.array([np.count_nonzero(tiles.any(axis=(1, 3)))]), int(k), "blocks in the layer")
+
+
+def check_cut(pattern: Pattern, shape: tuple[int, int], mesh: Mesh | None) -> None:
+    """Raise a ValueError if the mesh would cut a weight `(out, in)` inside the blocks of its pattern."""
+    if mesh is None or not isinstance(pattern, BlockTopK):
+        return
+    outputs, high = shape[0], pattern.shape[1]
+    each = -(-outputs // mesh.size)
+    if each % high:
+        fitting = [d for d in range(1, mesh.size) if -(-outputs // d) % high == 0]
+        raise ValueError(
+            f"{mesh.size} devices hold {each} outputs each of the layer [out={outputs}, in={shape[1]}], which splits "
+            f"the pattern's blocks of {high} outputs; {', '.join(map(str, fitting))} devices do not"
+        )

@@ -1,23 +1,23 @@
 """Floor 6: the pass, a plain loop over the blocks of a model.
 
     source -[embedding]-> activations
-    for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `branch`, `block`)
+    for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `Branch`, `block`)
     index, config, tokenizer; audit
 
 Memory holds one block and the activations, never the model. Every block sees the activations of the pruned blocks
 before it, so later blocks correct errors of earlier ones. Several plans share one pass: each block is read once, and
 the Grams before the first block, the dense model's own activations and the survey for an allocation are computed once.
 
-Over several devices the calibration windows are spread (`activations`), and so are the linears of a block: whole
-linears side by side, or each cut by its outputs (`side_by_side`, `devices`). With several processes each runs this same
-loop on its own devices. All read the source; the first process alone writes, and tells the others how far an earlier
-run came.
+Over several devices the calibration windows are spread (`activations`), and so are the linears of a block
+(`side_by_side`). With several processes each runs this same loop on its own devices; the first process alone writes.
 """
 
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,25 +26,39 @@ from jax.sharding import Mesh
 from sparseopt.core.dense import HIGHEST
 from sparseopt.core.mesh import Devices, device_line
 from sparseopt.core.types import Observer
-from sparseopt.models import OUTER_TAG, PrunableModel, ShardedWriter, Source, TorchModel, open_model, unread
+from sparseopt.models import (
+    OUTER_TAG,
+    PrunableBlock,
+    PrunableModel,
+    ShardedWriter,
+    Source,
+    TorchModel,
+    block_tag,
+    open_model,
+    unread,
+)
 from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches, Stream
-from sparseopt.pruning.block import DenseBlock, PruningError
-from sparseopt.pruning.branch import Branch
-from sparseopt.pruning.budget import choose_footprint
-from sparseopt.pruning.devices import check_cut
-from sparseopt.pruning.identity import Identity, recipe_identity
+from sparseopt.pruning.block import DenseBlock, PruningError, prune_block
+from sparseopt.pruning.calibration import runner_of
+from sparseopt.pruning.cost import choose_footprint
+from sparseopt.pruning.evaluation import audit_stored
+from sparseopt.pruning.patterns import check_cut
 from sparseopt.pruning.plan import CalibrationWindows, Plan, calibration_windows, check_same_calibration, make_plan
 from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import Event, Footprint, LayerRecord, PruneReport
-from sparseopt.pruning.run_folder import Progress, claimed, is_finished, progress_in, read_report
+from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, Replay
+from sparseopt.pruning.run_folder import (
+    Identity,
+    Progress,
+    claimed,
+    is_finished,
+    progress_in,
+    read_report,
+    recipe_identity,
+)
 from sparseopt.pruning.survey import survey
-from sparseopt.pruning.torch_calibration import runner_of
 from sparseopt.system import processes
-from sparseopt.system.machine import parse_bytes, return_freed_memory
-
-
-def _ignore(event: Event, done: int, total: int) -> None:
-    del event, done, total
+from sparseopt.system.machine import parse_bytes, peak_memory_bytes, return_freed_memory
+from sparseopt.system.run_folder import append_record, write_summary
 
 
 class Stopped(PruningError):
@@ -160,7 +174,7 @@ def prune_models(
         if rest:
             footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
             return_freed_memory()
-            made = _run(model, rest, windows, identity, footprint, mesh, observer or _ignore, stop, start)
+            made = _run(model, rest, windows, identity, footprint, mesh, observer or (lambda *_: None), stop, start)
         reports = iter(made)
         return [
             read_report(plan.folder, identity, plan.recipe) if done else next(reports)
@@ -189,18 +203,12 @@ def _run(
 
     told(footprint)
     progress, writers = _begin(model, plans, identity)
-    kind = Batches()
-    if mesh is not None:
-        kind = SpreadBatches(mesh)
-    elif footprint.activations == "disk":
-        kind = DiskBatches(plans[0].folder)
-    stream = _embed(model, windows, kind)
-    before = runner.seconds
+    on_disk = footprint.activations == "disk"
+    kind = SpreadBatches(mesh) if mesh is not None else DiskBatches(plans[0].folder) if on_disk else Batches()
+    stream, before = _embed(model, windows, kind), runner.seconds
     plans = survey(model, plans, stream, windows, runner, observer)
     survey_seconds = runner.seconds - before
-    branches = [
-        Branch(model, plan, found, writer, stream) for plan, found, writer in zip(plans, progress, writers, strict=True)
-    ]
+    branches = [Branch(model, *own, stream) for own in zip(plans, progress, writers, strict=True)]
     dense = stream if any(plan.recipe.needs_dense_stream for plan in plans) else None
     # The branches hold the only references: a stream goes when all of them have passed the block.
     del stream
@@ -230,10 +238,97 @@ def _run(
     return [branch.finish(runner.compile_seconds, **figures) for branch in branches]
 
 
+@dataclass
+class Branch:
+    """One plan's model on its way through the blocks, into its own folder, which has the tensors outside the blocks."""
+
+    model: PrunableModel
+    plan: Plan
+    progress: Progress
+    writer: ShardedWriter
+    stream: Stream
+
+    def __post_init__(self) -> None:
+        self.finished = self.progress.blocks
+
+    def advance(self, dense: DenseBlock, observer: Callable[[Event], None]) -> None:
+        """Prune and store one block, or replay it where an earlier run has stored it, and run the stream through it.
+
+        Raises:
+            PruningError: as `prune_block` does.
+        """
+        step = self._replay if dense.index < self.finished else self._prune
+        block = step(dense, observer)
+        if dense.index + 1 < self.model.num_blocks:
+            self.stream = dense.runner.through(block, self.stream)
+
+    def _replay(self, dense: DenseBlock, observer: Callable[[Event], None]) -> PrunableBlock:
+        block, keys = dense.block.copy(), self.model.block_keys(dense.index)
+        stored = self.writer.stored(block_tag(dense.index))
+        # As in `prune_block`, what was not pruned or trained runs as the source has it, not as it was stored.
+        trained = self.plan.recipe.reconstruction is not None
+        changed = keys if trained else [f"{name}.weight" for name in block.linears]
+        block.write({path: self.model.as_stored(keys[path], stored[keys[path]]) for path in changed})
+        events: list[Event] = [Replay(len(block.linears)), *self.progress.of_block(dense.index)]
+        for event in events:
+            observer(event)
+        return block
+
+    def _prune(self, dense: DenseBlock, observer: Callable[[Event], None]) -> PrunableBlock:
+        def told(record: LayerRecord | BlockRecord) -> None:
+            self.progress.add(record)
+            if processes.is_first():
+                append_record(self.plan.folder, record.as_dict())
+            observer(record)
+
+        dtypes = {key: self.writer.dtype_of(key) for key in self.model.block_keys(dense.index).values()}
+        block, tensors = prune_block(self.model, self.plan, dense, self.stream, dtypes, told)
+        stored = {key: self.model.as_stored(key, value) for key, value in tensors.items()}
+        self.writer.write(block_tag(dense.index), stored)
+        return block
+
+    def finish(self, compile_seconds: float, **figures: Any) -> PruneReport:
+        """Complete the folder, read it back, report; `figures` of the whole pass are fields of the report.
+
+        Raises:
+            PruningError: if what was stored breaks the pattern.
+        """
+        self.writer.finish()
+        folder, first = self.plan.folder, processes.is_first()
+        broken = [a.layer for a in audit_stored(folder, self.plan.patterns) if not a.fits] if first else []
+        if broken := processes.told(broken):
+            raise PruningError(
+                f"{len(broken)} linears read back from {folder} break the pattern {self.plan.recipe.pattern!r}, "
+                f"{broken[0]} first; was the folder changed while it was written?"
+            )
+        layers, blocks = self.progress.layers, self.progress.trained
+        report = PruneReport(
+            output=folder,
+            source=self.model.source.name,
+            revision=self.model.source.revision,
+            recipe=self.plan.recipe.as_dict(),
+            layers=layers,
+            blocks=blocks,
+            solver_seconds=sum(r.seconds for r in layers),
+            reconstruction_seconds=sum(r.seconds for r in blocks),
+            compile_seconds=compile_seconds + sum(r.compile_seconds for r in self.progress.records),
+            layer_compilations=sum(r.compile_seconds > 0 for r in layers),
+            dense_bytes=self.writer.dense_bytes,
+            stored_bytes=self.writer.stored_bytes,
+            peak_memory_bytes=peak_memory_bytes(),
+            resumed_blocks=self.finished,
+            **figures,
+        )
+        if first:
+            write_summary(folder, report.summary())
+        processes.barrier("finished")
+        return report
+
+
 def _begin(
     model: PrunableModel, plans: Sequence[Plan], identity: Identity
 ) -> tuple[list[Progress], list[ShardedWriter]]:
-    """Begin the folders with the tensors outside the blocks, or find out how far earlier runs came there."""
+    # Folders begin with the tensors outside the blocks, unless an earlier run has written them.
     first, known = processes.is_first(), []
     if first:
         known = [progress_in(plan.folder, identity, plan.recipe).as_dict() for plan in plans]

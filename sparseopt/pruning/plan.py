@@ -13,18 +13,15 @@ from sparseopt.pruning.patterns import Pattern, parse_pattern
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.texts import TextError, begin_windows, check_vocabulary, text_windows
 
-# Recipes that share a pass must agree in these, and in the text.
-CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "windows", "seed", "bos")
+# Recipes that share a pass must agree in these.
+CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "windows", "seed", "bos", "calibration")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one run does.
+    """What one run does: a checked recipe and its method, into an output folder.
 
     Attributes:
-        recipe: checked.
-        method: the recipe's.
-        folder: the output folder.
         patterns: which weights may survive, by the key of every linear's weight.
         output_weights: of the squared errors at a linear's outputs, `[out]`, by the same keys; empty for equal ones.
     """
@@ -49,9 +46,7 @@ def make_plan(model: PrunableModel, recipe: Recipe, folder: Path) -> Plan:
 
 
 def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
-    """The recipe, what it leaves open filled in with what the model's blocks can do.
-
-    Blocks that run in torch are not trained, and errors at their outputs all count the same.
+    """The recipe for a model's blocks: those that run in torch are not trained, and their output errors count alike.
 
     Raises:
         ValueError: naming all that the recipe asks for and torch blocks cannot do.
@@ -78,13 +73,7 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
 def layer_patterns(
     model: PrunableModel, recipe: Recipe, method: LayerMethod, shares: Mapping[str, float] | None = None
 ) -> dict[str, Pattern]:
-    """The pattern of every linear, by the key of its weight.
-
-    Args:
-        model: opened.
-        recipe: gives the pattern, and the share of zeros of every linear unless `shares` does.
-        method: has to take the pattern.
-        shares: share of zeros by the key of the weight.
+    """The pattern of every linear, by the key of its weight; `shares` of zeros, by the same keys, replace the recipe's.
 
     Raises:
         ValueError: naming the layer, if the pattern is impossible there or the method cannot take it.
@@ -109,30 +98,17 @@ def check_same_calibration(recipes: Sequence[Recipe]) -> None:
     """Raise a `ValueError` that names the differences if recipes of one pass would not see the same tokens."""
     first = recipes[0]
     for recipe in recipes[1:]:
-        differing = [name for name in CALIBRATION_FIELDS if getattr(recipe, name) != getattr(first, name)]
-        if not _same_text(recipe.calibration, first.calibration):
-            differing.append("calibration")
-        if differing:
+        # A calibration may be an array of token ids.
+        pairs = [(name, getattr(recipe, name), getattr(first, name)) for name in CALIBRATION_FIELDS]
+        if differing := [name for name, own, other in pairs if not np.array_equal(own, other)]:
             raise ValueError(
                 f"recipes of one pass must share their calibration tokens; these differ in {', '.join(differing)}: "
                 "prune them one by one"
             )
 
 
-def _same_text(one: object, other: object) -> bool:
-    if isinstance(one, str) or isinstance(other, str):
-        return isinstance(one, str) and isinstance(other, str) and one == other
-    return np.array_equal(np.asarray(one), np.asarray(other))
-
-
 class CalibrationWindows(NamedTuple):
-    """The tokens that a pass reads.
-
-    Attributes:
-        calibration: token ids `[samples, seqlen]`, int32, BOS included.
-        heldout: token ids of the held-out windows, `[heldout_samples, seqlen]`.
-        bos: the token id before every window; None for none.
-    """
+    """The token ids that a pass reads, `[windows, seqlen]` int32, and the BOS that begins each; None for none."""
 
     calibration: np.ndarray
     heldout: np.ndarray

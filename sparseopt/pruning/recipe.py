@@ -1,13 +1,15 @@
 """Floor 6: what to do to a model: one frozen recipe, checked as a whole before any work."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
+import textwrap
+import typing
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from sparseopt.core.arguments import unknown
 from sparseopt.core.penalties import Penalty
 from sparseopt.core.penalty_names import BY_WEIGHT, penalty_of_weight
 from sparseopt.models import Bos
@@ -15,15 +17,96 @@ from sparseopt.pruning.allocation import Allocation, check_allocation
 from sparseopt.pruning.calibration import Weighting
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import METHODS, find_method
-from sparseopt.pruning.options import CALIBRATION, HOW, OUTPUT, WHAT, attributes, mistakes_of, option, options_of
 from sparseopt.pruning.patterns import KNOWN, check_pattern, implied_sparsity
 from sparseopt.pruning.reconstruction import Reconstruction
-from sparseopt.pruning.sensitivity import OutputWeighting
 from sparseopt.pruning.texts import TEXTS, WindowChoice
 
+OutputWeighting = Literal["uniform", "gradient"]
+# The headings that options are shown under.
+WHAT, HOW, CALIBRATION, OUTPUT = "What to prune", "How to prune", "Calibration", "Output"
 # What method "best" does unasked: epochs of reconstruction, and the fraction of upstream error that is corrected.
 BEST_EPOCHS = 4
 BEST_PROPAGATE = 0.25
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option; `options_of` fills in its name, its default, and what follows from the type of its field.
+
+    The shell's options, the settings of the experiment tasks, the checks and the reference are made from the options
+    of `Recipe`, so a new option is one new field.
+    """
+
+    help: str  # in a sentence or two; `{choices}` stands for its choices
+    panel: str  # the heading that it is shown under
+    type: Any = None  # of the values that a config can hold; given where Python code may give an object instead
+    choices: Collection[str] = ()  # the words that it may be; by default those of a `Literal`
+    read: Callable[[Any], Any] | None = None  # makes the value of a text, where the type does not say how
+    least: float | None = None
+    most: float | None = None
+    below: float | None = None
+    name: str = ""
+    default: Any = None
+    objects: bool = False  # whether Python code may give an object instead
+
+    @property
+    def allows_none(self) -> bool:
+        return type(None) in typing.get_args(self.type)
+
+    def mistake(self, value: Any) -> str | None:
+        """Why a value cannot be used, as far as that shows without the other options; None where it can."""
+        if (value is None and self.allows_none) or (self.objects and not isinstance(value, str | int)):
+            return None
+        if self.choices:
+            return None if value in self.choices else unknown(self.name, value, self.choices)
+        if self.most is not None or self.below is not None:
+            top, end = (self.most, "]") if self.below is None else (self.below, ")")
+            if not (self.least <= value <= top and value != self.below):
+                return f"{self.name} must lie in [{self.least:g}, {top:g}{end}, given {value}"
+        elif self.least is not None and not value >= self.least:
+            return f"{self.name} must be at least {self.least:g}, given {value}"
+        return None
+
+
+def option(default: Any, help: str, panel: str, **details: Any) -> Any:
+    """A field of a dataclass that is an option; `details` are further attributes of `Option`."""
+    return field(default=default, metadata={"option": Option(help, panel, **details)})
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """The options of a dataclass, by name."""
+    hints, found = typing.get_type_hints(kind), {}
+    for each in fields(kind):
+        given: Option = each.metadata["option"]
+        hint = given.type or hints[each.name]
+        literals = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is typing.Literal]
+        choices = tuple(given.choices or (word for part in literals for word in typing.get_args(part)))
+        text = given.help.format(choices=" or ".join(", ".join(choices).rsplit(", ", 1)))
+        found[each.name] = replace(
+            given, help=text, type=hint, choices=choices, name=each.name, default=each.default, objects=bool(given.type)
+        )
+    return found
+
+
+def attributes(options: Iterable[Option]) -> str:
+    """The "Attributes:" section of a class's docstring."""
+    section = "    Attributes:\n"
+    for each in options:
+        default = "" if each.default is None else f" Default: {each.default}."
+        line = f"{each.name}: {each.help}{default}"
+        section += textwrap.fill(line, 110, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
+    return section
+
+
+def mistakes_of(checks: Iterable[Callable[[], Any]]) -> list[str]:
+    """The texts of the ValueErrors that these checks raise."""
+    found = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def read_bounds(given: Any) -> Any:
@@ -156,24 +239,26 @@ class Recipe:
         return find_method(self.method, self.preset, self.penalty, self.ridge)
 
     def output_weighting(self) -> OutputWeighting:
-        """The weighting of outputs asked for, or the method's default."""
         return self.output_weights or ("gradient" if self.method == "best" else "uniform")
 
     @property
     def propagated_share(self) -> float:
-        """The fraction of upstream error to correct, asked for or the method's default."""
         if self.propagate is None:
             return BEST_PROPAGATE if self.method == "best" else 0.0
         return self.propagate
 
     @property
     def reconstruction(self) -> Reconstruction | None:
-        """How blocks are reconstructed; None for not at all."""
         if isinstance(self.reconstruct, Reconstruction):
             return self.reconstruct
         default = BEST_EPOCHS if self.method == "best" else 0
         epochs = default if self.reconstruct is None else self.reconstruct
         return Reconstruction(epochs=epochs) if epochs else None
+
+    @property
+    def needs_sensitivities(self) -> bool:
+        """Whether the gradient of the dense model's loss is asked for."""
+        return self.output_weighting() == "gradient" or self.allocation == "curves"
 
     @property
     def needs_dense_stream(self) -> bool:
@@ -182,16 +267,16 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a JSON record; arrays of tokens appear by their shape, methods by their name."""
-        fields = {f.name: getattr(self, f.name) for f in dataclass_fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         if not isinstance(self.method, str):
-            fields["method"] = described(self.method)
+            values["method"] = described(self.method)
         if self.penalty is not None:
-            fields["penalty"] = described(self.penalty)
+            values["penalty"] = described(self.penalty)
         if isinstance(self.reconstruct, Reconstruction):
-            fields["reconstruct"] = self.reconstruct.as_dict()
+            values["reconstruct"] = asdict(self.reconstruct)
         if not isinstance(self.calibration, str):
-            fields["calibration"] = f"token ids of shape {list(np.shape(self.calibration))}"
-        return fields
+            values["calibration"] = f"token ids of shape {list(np.shape(self.calibration))}"
+        return values
 
 
 OPTIONS = options_of(Recipe)

@@ -15,7 +15,7 @@ calibration tokens without any. So it is never worse there than the start.
 import enum
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -99,10 +99,6 @@ class Reconstruction:
         fall = 0.5 + 0.5 * np.cos(np.pi * np.clip((time - self.warmup) / (1 - self.warmup), 0, 1))
         return (self.learning_rate * np.minimum(rise, 1) * fall).astype(np.float32)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON record."""
-        return asdict(self)
-
 
 class TrainState(NamedTuple):
     """What a step changes: the trained parameters and Adam's moments of them."""
@@ -158,23 +154,11 @@ def _train_step(
 
 _Order = list[tuple[int, np.ndarray]]
 
-# One each for the process: all blocks of all models of the same shape share a compiled program.
 _step_of_rows = Compiled(_train_step, donate_argnums=(0,))
 _loss_of_batch = Compiled(_loss)
 
 
 class _Trainer:
-    """One block in training.
-
-    Attributes:
-        calibration: inputs of the block and their targets, to train on.
-        judges: those whose loss chooses the best state.
-        state: as the last step gave it.
-        epochs, steps, seconds, compile_seconds: so far, see `BlockRecord`.
-        best, best_epoch, params: the best judging loss, the epoch that gave it, and the parameters then; None for the
-            start's.
-    """
-
     def __init__(
         self, block: Block, masks: Mapping[str, Array], stream: Stream, targets: Stream, settings: Reconstruction
     ) -> None:
@@ -198,13 +182,14 @@ class _Trainer:
         self.state = TrainState(params, _adam.init(params))
         self.settings = settings
         self.calibration = (stream.calibration, targets.calibration)
+        # Their loss chooses the best state.
         self.judges = (stream.heldout, targets.heldout) if stream.heldout else self.calibration
         self.seconds = self.compile_seconds = 0.0
         self.epochs = self.steps = self.best_epoch = 0
+        # The best judging loss, and the parameters then; None for the start's.
         self.best, self.params = math.inf, None
 
     def loss(self, inputs: Batches, targets: Batches) -> float:
-        """The mean loss over all batches, which are equal in size."""
         pairs = zip(inputs, targets, strict=True)
         losses = [self._account(_loss_of_batch(self.state.params, self.fixed, x, target)) for x, target in pairs]
         return float(np.mean([float(loss) for loss in losses]))
@@ -222,7 +207,6 @@ class _Trainer:
         return True
 
     def run(self, first: float) -> TrainingStatus:
-        """Train from a judging loss `first`."""
         settings, rng = self.settings, np.random.default_rng(self.settings.seed)
         orders = [_draw_order(self.calibration[0], settings.windows, rng) for _ in range(settings.epochs)]
         rates = settings.rates(sum(map(len, orders))).reshape(settings.epochs, -1)
@@ -262,8 +246,7 @@ def reconstruct_block(
         block: the pruned block; it is left in the best state seen.
         masks: True for kept entries, by the linear's name; the biases of these linears are trained too, other
             linears stay unchanged.
-        stream: before the block, in equal batches as `make_batches` gives; held-out tokens choose the best state, the
-            calibration tokens where there are none.
+        stream: before the block, in equal batches as `make_batches` gives.
         targets: what the dense block gave for the same tokens.
         settings: default: `Reconstruction()`.
         index: the number of the block in the record.

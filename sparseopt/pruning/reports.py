@@ -14,16 +14,11 @@ class _Record:
     kind: ClassVar[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON line."""
         return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The record of a line, without entries that are no fields.
-
-        Raises:
-            TypeError: if a field is missing.
-        """
+        """The record of a line, without entries that are no fields; a TypeError if one is missing."""
         return cls(**_own_fields(cls, values))
 
 
@@ -78,11 +73,9 @@ class LayerRecord(_Record):
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros."""
         return self.zeros / self.size
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON line."""
         return {**super().as_dict(), "sparsity": self.sparsity}
 
 
@@ -147,11 +140,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Replay:
-    """The records that follow are those of a block that an earlier run finished, and no work of this run.
-
-    Attributes:
-        layers: the number of linears in the block.
-    """
+    """The records that follow are those of a block, of so many linears, that an earlier run finished."""
 
     layers: int
 
@@ -226,22 +215,16 @@ class PruneReport:
     def from_summary(
         cls, summary: Mapping[str, Any], output: Path, layers: list[LayerRecord], blocks: list[BlockRecord]
     ) -> "PruneReport":
-        """The report of a finished run, from its `summary.json` and its records.
-
-        Raises:
-            KeyError, TypeError: if a figure is missing.
-        """
+        """The report of a finished run from its `summary.json`; a KeyError or TypeError if a figure is missing."""
         own = _own_fields(cls, summary) | {"output": output, "layers": layers, "blocks": blocks, "kept": True}
         return cls(**own | {"footprint": Footprint(**summary["footprint"])})
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros over all pruned linears."""
         return sum(r.zeros for r in self.layers) / sum(r.size for r in self.layers)
 
     @property
     def starved_experts(self) -> list[str]:
-        """Names of the experts that received too few tokens."""
         return sorted({r.layer.rpartition(".")[0] for r in self.layers if r.starved})
 
     @property

@@ -44,15 +44,9 @@ def score_continuations(
     *,
     observer: Observer | None = None,
 ) -> list[Score]:
-    """Score every (context, continuation) pair of token ids.
+    """The scores of (context, continuation) pairs of token ids, in their order; both need one token or more.
 
-    Args:
-        model: an opened model; memory holds its embedding, its head and one block.
-        pairs: ids of one token or more each, for the context as for the continuation.
-        observer: called with ("log-likelihoods", steps done, steps in all); a step is one batch through one block.
-
-    Returns:
-        The scores in the order of the pairs.
+    The observer is called with ("log-likelihoods", steps done, steps in all); a step is one batch through one block.
 
     Raises:
         ValueError: for an empty context or continuation, ids outside the vocabulary, or more tokens than the model is
@@ -165,7 +159,6 @@ def _split_passes(batches: list[_Batch], hidden_size: int) -> list[list[_Batch]]
 def _row_scores(
     head: Head, x_RD: Float[Array, "R D"], target_R: Int[Array, "R"]
 ) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
-    """Log-probability of each row's target, and whether it is the most likely token."""
     logits_RV = head(x_RD[None])[0]
     return log_probabilities(logits_RV, target_R), jnp.argmax(logits_RV, axis=-1) == target_R
 

@@ -10,21 +10,24 @@ idle. Side by side each device needs the memory for a whole linear; where that i
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
-from sparseopt.core.mesh import whole
+from sparseopt.core.mesh import AXIS, over, whole
 from sparseopt.pruning.blocked import is_out_of_memory, solve_within_memory
-from sparseopt.pruning.compiled import Timed
-from sparseopt.pruning.devices import place_side_by_side, reports_of, side_by_side_solver
-from sparseopt.pruning.layer import LayerJob, LayerMethod
-from sparseopt.pruning.method_cost import method_cost
+from sparseopt.pruning.compiled import Compiled, Timed
+from sparseopt.pruning.layer import LayerJob, LayerMethod, LayerReport, solve_layer
+from sparseopt.pruning.methods import method_cost
 from sparseopt.system import processes
 
 # Operations of a product in the time of one stage of a sum over the devices: 20 µs at 33 Tflop/s; on processors 1 ms at
@@ -35,18 +38,11 @@ ACCELERATOR_STAGE = 7e8
 
 @dataclass(frozen=True)
 class LayerTask:
-    """A layer to be solved, whose job is made when its turn comes.
-
-    Attributes:
-        name: for people.
-        shape: `(out, in)`.
-        kind: equal for layers whose jobs differ in numbers only.
-        job: makes the `LayerJob`, timed; its weight is on the host.
-    """
+    """A layer to be solved, whose `LayerJob` is made, and timed, when its turn comes."""
 
     name: str
     shape: tuple[int, int]
-    kind: Hashable
+    kind: Hashable  # equal for layers whose jobs differ in numbers only
     job: Callable[[], Timed]
 
 
@@ -104,7 +100,7 @@ def _solve_one(name: str, job: Timed, method: LayerMethod, mesh: Mesh | None) ->
 
 
 def _plus(solved: Timed, job: Timed) -> Timed:
-    """The solved layer with the time that making its job took."""
+    # The time that making the job took counts too.
     return Timed(solved.value, solved.seconds + job.seconds, solved.compile_seconds + job.compile_seconds)
 
 
@@ -121,11 +117,11 @@ def _solve_batch(batch: Sequence[LayerTask], method: LayerMethod, mesh: Mesh) ->
 
 
 def solve_side_by_side(jobs: Sequence[LayerJob], method: LayerMethod, mesh: Mesh) -> list[Timed]:
-    """Solve layers of one shape at the same time, one on each device of a mesh.
+    """Solve layers of one shape at the same time, one on each device of a mesh, each at its own number of steps.
 
     The jobs, at most as many as devices, differ in numbers only: weights and output weights on the host, the Grams on
-    one device or whole on each. Reports are host arrays, the same in every process, each with an even share of the time
-    that all took together.
+    one device or whole on each. Reports are host arrays, the same in every process, each with an even share of the
+    time.
 
     Raises:
         MemoryError: in every process, if memory ran out in any.
@@ -140,7 +136,76 @@ def solve_side_by_side(jobs: Sequence[LayerJob], method: LayerMethod, mesh: Mesh
     # The solve needs no other process; what follows needs all of them.
     if processes.any_of(bool(failed)):
         raise MemoryError(f"{len(jobs)} layers do not fit side by side ({failed or 'in another process'})")
-    reports = reports_of(whole(timed.value), len(jobs))
+    reports = _reports_of(whole(timed.value), len(jobs))
     seconds = (time.perf_counter() - start - timed.compile_seconds) / len(jobs)
     compiling = [timed.compile_seconds] + [0.0] * (len(jobs) - 1)
     return [Timed(report, seconds, spent) for report, spent in zip(reports, compiling, strict=True)]
+
+
+@functools.cache
+def side_by_side_solver(mesh: Mesh) -> Compiled:
+    """`solve_layer` of a layer for each of the first devices; arrays are concatenated, scalars in a row."""
+
+    def solve(weight: Any, job: LayerJob, count: Any, method: LayerMethod) -> LayerReport:
+        pattern = jax.tree.map(lambda row: row[0], job.pattern)
+        own = replace(job, weight=weight, pattern=pattern)
+        nothing = jax.eval_shape(solve_layer, own, method)
+        report = jax.lax.cond(
+            jax.lax.axis_index(AXIS) < count,
+            lambda: solve_layer(own, method),
+            lambda: jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), nothing),
+        )
+        rows = jax.tree.map(lambda scalar: scalar[None], replace(report, weight=None))
+        return replace(rows, weight=report.weight)
+
+    each, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    specs = (each, each, everywhere, everywhere)
+    # Devices exchange nothing, so there is nothing to check.
+    return Compiled(jax.shard_map(solve, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False), (0,))
+
+
+def place_side_by_side(jobs: Sequence[LayerJob], mesh: Mesh) -> tuple[Any, LayerJob, np.int32]:
+    """Weights, jobs and their number for `side_by_side_solver`: job i on device i; devices after the last are idle."""
+    turns = [*jobs, *[jobs[0]] * (mesh.size - len(jobs))]
+    patterns = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], job.pattern) for job in turns]
+    rest = [replace(job, weight=None, pattern=row) for job, row in zip(turns, patterns, strict=True)]
+    laid = jax.tree.map(lambda *parts: _concatenated(parts, mesh), *rest)
+    return _concatenated([job.weight for job in turns], mesh), laid, np.int32(len(jobs))
+
+
+def _concatenated(parts: Sequence[Any], mesh: Mesh) -> jax.Array:
+    """Arrays of one shape as one, part i on device i; a part that is there already is not copied."""
+    mine = [
+        _on_device(part, device)
+        for part, device in zip(parts, mesh.devices.flat, strict=True)
+        if device.process_index == jax.process_index()
+    ]
+    shape = (mesh.size * mine[0].shape[0], *mine[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, over(mesh), mine)
+
+
+def _on_device(part: Any, device: Any) -> jax.Array:
+    if isinstance(part, jax.Array) and part.is_fully_replicated:
+        for shard in part.addressable_shards:
+            if shard.device == device:
+                return shard.data
+    return jax.device_put(np.asarray(part), device)
+
+
+def _reports_of(found: LayerReport, count: int) -> list[LayerReport]:
+    outputs = len(found.weight) // len(found.steps)
+    scalars = replace(found, weight=None)
+    return [
+        replace(jax.tree.map(lambda row, i=i: row[i], scalars), weight=found.weight[i * outputs : (i + 1) * outputs])
+        for i in range(count)
+    ]
+
+
+def agreed(values: Any) -> Any:
+    """Process 0's tree of host arrays in every process; values are sent with 32 bits."""
+    if processes.count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    received = multihost_utils.broadcast_one_to_all(values)
+    return jax.tree.map(lambda own, new: np.asarray(new, own.dtype), values, received)

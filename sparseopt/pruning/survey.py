@@ -2,38 +2,80 @@
 
 | asked for | measured |
 |---|---|
-| outputs "gradient", allocation "curves" | one forward and one backward pass, see `sensitivity` |
-| allocation "curves" | the loss against the sparsity of each linear, see `loss_curves` |
+| outputs "gradient", allocation "curves" | how sensitive the loss is to an error at each output of its linears |
+| allocation "curves" | the loss against the sparsity of each linear, see `allocation` |
 | allocation "owl" | the share of outliers of each block |
-| anything else | nothing |
 
 The first looks at a few thousand tokens and runs on one device in each process; all continue with what the first
 process found. The last runs on all devices.
+
+    sensitivity of output c of a linear  =  mean over calibration tokens t of ( d loss / d y_tc )²          [out]
+
+with `loss = - sum log p(next token)` and y the linear's output in the dense model. To second order an error d at y
+costs `1/2 d F d`, with F the Fisher information, of which this is the diagonal, for the tokens of the text. Some query
+and key rows matter a hundred times as much as others; a layer with weighted errors keeps more weights there. Squared
+errors are weighted by the root: the loss is far from quadratic where half of a model is pruned, and the full weights
+leave too little to the other rows. Perplexity of SmolLM2-135M at 50 %: without weights 50.6, with full ones 48.0, with
+their root 46.8.
+
+The dense model runs forward once, and backward block by block. Of L blocks, the activations before about sqrt(L) are
+kept and the others recomputed: 2 sqrt(L) streams at most are in memory, for one more forward pass (Griewank and
+Walther, "Algorithm 799: revolve", 2000).
+
+Source: the diagonal of the Fisher information as in LeCun, Denker, Solla, "Optimal brain damage", 1990; its split
+into inputs (the Gram) and outputs as in Martens and Grosse, "Optimizing neural networks with Kronecker-factored
+approximate curvature", 2015.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from sparseopt.core.types import Observer
-from sparseopt.models import PrunableBlock, PrunableModel
+from sparseopt.models import Block, Head, PrunableBlock, PrunableModel, Routed
+from sparseopt.models.experts import stacked_name, unstacked_names
 from sparseopt.pruning.activations import Batches, Stream
-from sparseopt.pruning.allocation import allocate_curves, allocate_owl, default_bounds, exact_shares
-from sparseopt.pruning.calibration import BlockRunner
-from sparseopt.pruning.devices import agreed
-from sparseopt.pruning.loss_curves import losses_of_linear, outliers_of_block
+from sparseopt.pruning.allocation import (
+    allocate_curves,
+    allocate_owl,
+    default_bounds,
+    exact_shares,
+    losses_of_linear,
+    outliers_of_block,
+)
+from sparseopt.pruning.calibration import BlockRunner, forward_flops
+from sparseopt.pruning.compiled import Compiled
+from sparseopt.pruning.evaluation import negative_log_likelihood
 from sparseopt.pruning.patterns import share_unit
 from sparseopt.pruning.plan import CalibrationWindows, Plan, layer_patterns
 from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.sensitivity import Site, backward_sweep, output_weights
+from sparseopt.pruning.side_by_side import agreed
 
 # Calibration tokens taken at most for sensitivities and curves, and at least one window: both are means over tokens.
 TOKENS = 8192
 # Levels of sparsity at which a curve is taken.
 LEVELS = np.round(np.arange(0.1, 0.96, 0.05), 2)
+
+# Least sensitivity of an output, relative to the mean of its linear: the weights stay above 0.
+FLOOR = 1e-4
+# Weights of squared errors are this power of the sensitivity.
+POWER = 0.5
+
+
+@dataclass(frozen=True)
+class Site:
+    """One block of the dense model in the backward pass, with the activations before it."""
+
+    index: int
+    block: Block
+    batches: Batches
+    sensitivity: dict[str, np.ndarray]  # of its linears' outputs, `[out]` float32, 0 or more
 
 
 def survey(
@@ -49,7 +91,6 @@ def survey(
     The stream is that of the windows before the first block.
     """
     recipes = [plan.recipe for plan in plans]
-    allocations = {recipe.allocation for recipe in recipes}
     levels = _levels([recipe for recipe in recipes if recipe.allocation == "curves"])
     weights: dict[str, np.ndarray] = {}
     curves: dict[str, np.ndarray] = {}
@@ -58,7 +99,7 @@ def survey(
     def told(done: int, total: int) -> None:
         observer("survey, pass", done, total)
 
-    if "curves" in allocations or any(recipe.output_weighting() == "gradient" for recipe in recipes):
+    if any(recipe.needs_sensitivities for recipe in recipes):
         tokens = windows.calibration[: max(1, TOKENS // windows.calibration.shape[1])]
         batches, skipped = stream.calibration.first(len(tokens)), int(windows.bos is not None)
         for site in backward_sweep(model, batches, tokens, runner, told, skipped=skipped):
@@ -67,7 +108,7 @@ def survey(
             if len(levels):
                 curves |= {keys[name]: curve for name, curve in _curves(site, levels, runner).items()}
         weights, curves = agreed((weights, curves))
-    if "owl" in allocations:
+    if any(recipe.allocation == "owl" for recipe in recipes):
         batches = stream.calibration
         for index in range(model.num_blocks):
             block = model.block(index)
@@ -86,7 +127,6 @@ def survey(
 
 
 def _levels(recipes: Sequence[Recipe]) -> np.ndarray:
-    """The levels between the bounds of all recipes; none where no recipe asks for curves."""
     if not recipes:
         return LEVELS[:0]
     bounds = np.array([_bounds(recipe) for recipe in recipes])
@@ -130,7 +170,6 @@ def _shares(
     curves: Mapping[str, np.ndarray],
     outliers: Sequence[float],
 ) -> dict[str, float]:
-    """The share of zeros of every linear, by the key of its weight."""
     sparsity, bounds = recipe.sparsity or 0.0, _bounds(recipe)
     names = [list(model.block_linears(index)) for index in range(model.num_blocks)]
     keys = [model.weight_key(index, name) for index, each in enumerate(names) for name in each]
@@ -145,3 +184,122 @@ def _shares(
     units = np.array([share_unit(recipe.pattern, shape) for shape in shapes])
     exact = exact_shares(shares, sizes, units, sparsity, bounds)
     return dict(zip(keys, exact.tolist(), strict=True))
+
+
+def _loss_gradient(
+    head: Head, x: Float[Array, "B T D"], tokens: Int[Array, "B T"], skipped: Int[Array, ""]
+) -> Float[Array, "B T D"]:
+    def loss(x: Array) -> Array:
+        return jnp.sum(jax.lax.map(lambda pair: negative_log_likelihood(head, pair[0], pair[1], skipped), (x, tokens)))
+
+    return jax.grad(loss)(x)
+
+
+def _block_gradient(
+    block: Block, x: Float[Array, "B T D"], after: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "out"]]]:
+    """From the gradient after a block to that before it, and the squared gradients at its linears' outputs.
+
+    Those of experts are stacked, `[E, out]`.
+    """
+    names = {stacked_name(name)[0] for name in block.linears}
+
+    def run(x: Array, errors: dict[str, Array]) -> tuple[Array, dict[str, Any]]:
+        outputs: dict[str, Any] = {}
+
+        def tap(name: str, value: Any) -> Any:
+            if name not in names:
+                return value
+            outputs[name] = value
+            if name not in errors:
+                return value
+            return value._replace(rows=value.rows + errors[name]) if isinstance(value, Routed) else value + errors[name]
+
+        return block(x, tap=tap), outputs
+
+    def rows_of(value: Any) -> Any:
+        return value.rows if isinstance(value, Routed) else value
+
+    shapes = jax.eval_shape(run, x, {})[1]
+    errors = {name: jnp.zeros(rows_of(value).shape, x.dtype) for name, value in shapes.items()}
+    _, backward, outputs = jax.vjp(run, x, errors, has_aux=True)
+    before, gradients = backward(after)
+    squares = {}
+    for name, gradient in gradients.items():
+        value = outputs[name]
+        if isinstance(value, Routed):
+            squares[name] = jax.ops.segment_sum(jnp.sum(gradient**2, axis=1), value.expert, block.num_experts)
+        else:
+            squares[name] = jnp.sum(gradient**2, axis=(0, 1))
+    return before, squares
+
+
+_gradient_after_blocks = Compiled(_loss_gradient)
+_gradient_through_block = Compiled(_block_gradient)
+
+
+def backward_sweep(
+    model: PrunableModel,
+    batches: Batches,
+    tokens: Int[np.ndarray, "windows T"],
+    runner: BlockRunner,
+    observer: Callable[[int, int], None],
+    *,
+    skipped: int = 0,
+) -> Iterator[Site]:
+    """Every block of the dense model with the sensitivity of its linears' outputs, the last block first.
+
+    The batches are embedded windows of these tokens. The observer is called with (block passes done, in all). The loss
+    does not count the first `skipped` predictions of every window.
+    """
+    blocks = model.num_blocks
+    stride = math.isqrt(blocks - 1) + 1
+    starts = range(0, blocks, stride)
+    done, steps = 0, 3 * blocks - len(starts)
+
+    def forward(index: int, stream: Batches) -> Batches:
+        nonlocal done
+        done += 1
+        observer(done, steps)
+        return runner.forward(model.block(index), stream)
+
+    marks, stream = {}, batches
+    for index in range(blocks):
+        if index in starts:
+            marks[index] = stream
+        stream = forward(index, stream)
+    gradients: list[Array] = []
+    head = model.head()
+    for x in stream:
+        ids = jnp.asarray(tokens[len(gradients) * len(x) :][: len(x)])
+        gradients.append(runner.account(_gradient_after_blocks(head, x, ids, skipped)))
+    del head
+    for start in reversed(starts):
+        segment = [marks.pop(start)]
+        for index in range(start, min(start + stride, blocks) - 1):
+            segment.append(forward(index, segment[-1]))
+        while segment:
+            index, block, stream = start + len(segment) - 1, model.block(start + len(segment) - 1), segment.pop()
+            squares: Any = None
+            for position, x in enumerate(stream):
+                gradients[position], new = runner.account(_gradient_through_block(block, x, gradients[position]))
+                squares = new if squares is None else jax.tree.map(jnp.add, squares, new)
+                runner.flops += 3 * forward_flops(block, x.shape)
+            found = _by_linear({name: np.asarray(value) / tokens.size for name, value in squares.items()})
+            yield Site(index, block, stream, found)
+            done += 1
+            observer(done, steps)
+
+
+def _by_linear(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for name, value in stacked.items():
+        alone = unstacked_names(name, len(value))
+        found |= {name: value} if alone is None else dict(zip(alone, value, strict=True))
+    return found
+
+
+def output_weights(sensitivity: Float[np.ndarray, "out"]) -> Float[np.ndarray, "out"]:
+    """Weights of squared errors at a linear's outputs, above 0; ones where the loss does not depend on any."""
+    mean = sensitivity.mean()
+    return np.maximum(sensitivity, FLOOR * mean) ** POWER if mean > 0 else np.ones_like(sensitivity)

@@ -35,12 +35,7 @@ class TextError(ValueError):
 
 
 class Windows(NamedTuple):
-    """Token windows of a text.
-
-    Attributes:
-        ids: `[count, length]` int32, without BOS.
-        bos: the id of the token that every window should begin with, see `begin_windows`; None for none.
-    """
+    """Token windows of a text, int32, without BOS, and the id of the BOS that each should begin with; None for none."""
 
     ids: Int[np.ndarray, "count length"]
     bos: int | None
@@ -57,17 +52,7 @@ def text_windows(
     choice: WindowChoice = "first",
     seed: int = 0,
 ) -> Windows:
-    """The windows of a text, in the tokens of a model's own tokenizer, and its BOS.
-
-    Args:
-        source: has the tokenizer.
-        specification: of the text.
-        split: of the text.
-        count: windows wanted.
-        length: tokens a window.
-        bos: whether windows begin with BOS, see `models.start_token`.
-        choice: which windows, as in `token_windows`.
-        seed: as in `token_windows`.
+    """The windows of a text (`load_text`, `token_windows`), in a model's tokens, and its BOS (`models.start_token`).
 
     Raises:
         TextError: for a text that cannot be read or is too short.
@@ -116,12 +101,6 @@ def load_text(specification: str, split: Split) -> str:
     return text
 
 
-def _halves(text: str, split: Split) -> str:
-    """The first or the second half, split at a line end."""
-    middle = text.find("\n", len(text) // 2) + 1 or len(text)
-    return text[:middle] if split == "calibration" else text[middle:]
-
-
 def _read_pydoc(_: str, split: Split) -> str:
     from pydoc_data.topics import topics
 
@@ -146,13 +125,16 @@ def _read_file(path: str, split: Split) -> str:
     if file.exists() and not file.is_file():
         raise TextError(f"cannot read the text file {path}: it is a folder or a device; give a text file in UTF-8")
     try:
-        return _halves(file.read_text(encoding="utf-8"), split)
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise TextError(f"cannot read the text file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise TextError(f"the text file {path} is not UTF-8 (byte {error.start}); convert it first") from error
     except ValueError as error:
         raise TextError(f"cannot read the text file {path!r}: {error}") from error
+    # Halves, split at a line end.
+    middle = text.find("\n", len(text) // 2) + 1 or len(text)
+    return text[:middle] if split == "calibration" else text[middle:]
 
 
 def _read_parquet_folder(path: str, split: Split) -> str:
@@ -225,8 +207,8 @@ def token_windows(
         length: tokens a window.
         choice: "first" cuts from the start of the text. "spread" takes windows at equal distances over the whole text,
             in an order in which any run of them covers it evenly: held-out windows, the last ones, lie between the
-            calibration windows. "random" draws without replacement.
-        seed: of "random".
+            calibration windows. "random" draws without replacement, by the `seed`.
+        seed: see `choice`.
 
     Raises:
         TextError: if the text has fewer tokens than that, with the figures.

@@ -102,7 +102,6 @@ class DecoderLM(TemplateLM):
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def _last(self, ids: list[int], room: int) -> list[int]:
-        """The last tokens, again after BOS where it is used."""
         if len(ids) <= room:
             return ids
         self.cut += 1
@@ -267,8 +266,7 @@ def zero_shot(
     }
 
 
-def check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise a `ValueError` that lists all unknown tasks, each with the nearest known names."""
+def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
     problems = []
     for name in names:
         if name not in known:
@@ -288,7 +286,7 @@ def _find_tasks(names: Sequence[str], include_path: str | Path | None) -> TaskMa
         if set(names) <= set(own.all_subtasks):
             return own
     manager = TaskManager(include_path=include_path)
-    check_names(names, manager.all_tasks)
+    _check_names(names, manager.all_tasks)
     return manager
 
 
@@ -303,7 +301,7 @@ def _load(manager: TaskManager, names: list[str]) -> dict[str, Any]:
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float | None]:
-    """Numbers by metric: `acc,none` becomes `acc`, and a standard error that was not computed becomes None."""
+    # `acc,none` becomes `acc`, and a standard error that was not computed becomes None.
     return {
         key.removesuffix(",none").replace("_stderr,none", "_stderr"): value if isinstance(value, int | float) else None
         for key, value in values.items()

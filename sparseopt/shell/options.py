@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from sparseopt.pruning.options import Option
+    from sparseopt.pruning.recipe import Option
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 SOURCE_HELP = (
@@ -98,8 +98,7 @@ def _complete(
     function: Callable[..., None], only: Collection[str], without: Collection[str], lists: Mapping[str, str]
 ) -> Callable[..., None]:
     """The function with these options in place of its `**`, all by keyword and sorted by panel."""
-    from sparseopt.pruning.options import CALIBRATION, HOW, OUTPUT, WHAT
-    from sparseopt.pruning.recipe import OPTIONS
+    from sparseopt.pruning.recipe import CALIBRATION, HOW, OPTIONS, OUTPUT, WHAT
 
     panels = [None, OUTPUT, WHAT, HOW, CALIBRATION, "Evaluation", MACHINE]
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]

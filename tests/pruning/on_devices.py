@@ -26,13 +26,12 @@ from sparseopt.core.thresholds import kth_largest, top_k_mask
 from sparseopt.models import open_model
 from sparseopt.pruning import LayerJob, Recipe, Stopped, blocked, find_method, prune_model, side_by_side
 from sparseopt.pruning.activations import Batches, SpreadBatches
-from sparseopt.pruning.blocked import solve_within_memory
+from sparseopt.pruning.blocked import cut_solver, solve_within_memory
 from sparseopt.pruning.calibration import BlockRunner, grams_over, sum_over
 from sparseopt.pruning.compiled import Timed
-from sparseopt.pruning.devices import check_cut, cut_solver, side_by_side_solver
 from sparseopt.pruning.layer import layer_solver
-from sparseopt.pruning.patterns import parse_pattern
-from sparseopt.pruning.side_by_side import LayerTask, solve_block
+from sparseopt.pruning.patterns import check_cut, parse_pattern
+from sparseopt.pruning.side_by_side import LayerTask, side_by_side_solver, solve_block
 from tests.collectives import collectives
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import make_layer

@@ -8,14 +8,17 @@ import pytest
 
 from sparseopt.pruning import Recipe, audit_sparsity, prune_layer, prune_model
 from sparseopt.pruning.allocation import (
+    ROWS,
     allocate_curves,
     allocate_owl,
     between,
     check_allocation,
     default_bounds,
+    estimated_losses,
     exact_shares,
+    losses_of_linear,
+    outlier_share,
 )
-from sparseopt.pruning.loss_curves import ROWS, estimated_losses, losses_of_linear, outlier_share
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import make_layer
 from tests.tiers import often

@@ -14,8 +14,7 @@ import pytest
 
 from sparseopt.models import TorchModel
 from sparseopt.pruning import LayerRecord, pipeline, prune_model
-from sparseopt.pruning.devices import check_cut
-from sparseopt.pruning.patterns import parse_pattern
+from sparseopt.pruning.patterns import check_cut, parse_pattern
 from sparseopt.pruning.reports import BlockRecord
 from sparseopt.pruning.run_folder import Progress
 from tests.pruning.on_devices import LAYERS

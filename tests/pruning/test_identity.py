@@ -12,9 +12,9 @@ import pytest
 
 from sparseopt.core.types import pytree, static
 from sparseopt.models import ModelError, TorchModel, open_model
-from sparseopt.pruning import Recipe, identity
-from sparseopt.pruning.identity import Identity, recipe_identity
+from sparseopt.pruning import Recipe, run_folder
 from sparseopt.pruning.methods import MaihtPruning, SplicePruning, Wanda
+from sparseopt.pruning.run_folder import Identity, recipe_identity
 from sparseopt.system.machine import PACKAGES
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
@@ -106,7 +106,7 @@ def own(folder, factor=1, operator="*"):
 def test_the_code_of_a_method_of_ones_own_counts(tmp_path, monkeypatch, make):
     def of(name, **changes):
         module = own(tmp_path / name, **changes)
-        monkeypatch.setitem(identity.sys.modules, "users_own_module", module)
+        monkeypatch.setitem(run_folder.sys.modules, "users_own_module", module)
         return recipe_identity(Recipe(method=make(module)))
 
     first = of("first")
@@ -121,7 +121,7 @@ def test_a_class_without_a_file_counts_by_its_functions():
     space = {"__name__": "__main__"}
     exec("class Typed:\n    def __call__(self, layer, pattern):\n        return 1\n", space)
     space["Typed"].borrowed = changed
-    assert identity._source(space["Typed"]) == identity._source(changed)
+    assert run_folder._source(space["Typed"]) == run_folder._source(changed)
     assert list(recipe_identity(Recipe(method=space["Typed"]()))["code"]) == ["__main__.Typed"]
 
 
@@ -172,14 +172,14 @@ def model(source):
 )
 def test_the_versions_of_what_computes_count_and_no_others(model, tokens, monkeypatch, route, recipe, decisive):
     if route == "torch":
-        monkeypatch.setattr(identity, "TorchModel", type(model))
+        monkeypatch.setattr(run_folder, "TorchModel", type(model))
     asked = Identity(model, tokens, tokens[:0])
     found = dict.fromkeys((*PACKAGES, "python"), "1.0")
     counted = set()
     for name in found:
-        monkeypatch.setattr(identity, "versions", lambda: found)
+        monkeypatch.setattr(run_folder, "versions", lambda: found)
         before = asked.of(recipe)
-        monkeypatch.setattr(identity, "versions", lambda name=name: found | {name: "2.0"})
+        monkeypatch.setattr(run_folder, "versions", lambda name=name: found | {name: "2.0"})
         if asked.of(recipe) != before:
             counted.add(name)
     assert counted == {"sparseopt", "jax", "jaxlib", "numpy"} | decisive

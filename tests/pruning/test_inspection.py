@@ -15,8 +15,7 @@ from sparseopt.models.safetensors_file import StoredTensor, write_tensors
 from sparseopt.pruning import METHODS, Recipe, prune_model
 from sparseopt.pruning.cost import block_sizes, measure_gflops
 from sparseopt.pruning.inspection import Blocks, Inspection, inspect_model
-from sparseopt.pruning.method_cost import method_cost
-from sparseopt.pruning.methods import find_method
+from sparseopt.pruning.methods import find_method, method_cost
 from sparseopt.shell.inspect import model_lines
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER

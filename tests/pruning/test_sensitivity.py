@@ -11,7 +11,7 @@ from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import METHODS, Recipe, prune_layer, prune_model
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner
-from sparseopt.pruning.sensitivity import FLOOR, POWER, backward_sweep, output_weights
+from sparseopt.pruning.survey import FLOOR, POWER, backward_sweep, output_weights
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import error_of, make_layer
 

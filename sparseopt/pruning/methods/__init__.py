@@ -17,26 +17,30 @@ __all__ = [
     "AdmmPruning",
     "Magnitude",
     "MaihtPruning",
+    "MethodCost",
     "NamedMethod",
     "SparseGpt",
     "SplicePruning",
     "Wanda",
     "find_method",
+    "method_cost",
 ]
+
+# Operations per weight for one input of SparseGPT's inner loop, which runs over vectors.
+COMPENSATION = 350
+# A solve that may stop early does so after about this fraction of its steps.
+RESTED = 0.6
+# Sums over all devices where a layer is cut: in a step of mAIHT, in a step of conjugate gradients, and in a selection
+# (its sample, and three counts in each of about seven passes).
+MAIHT_SUMS, REFIT_SUMS, SELECTION_SUMS = 12, 2, 1 + 3 * 7
 
 
 class NamedMethod(NamedTuple):
-    """An entry of `METHODS`.
+    """An entry of `METHODS`."""
 
-    Attributes:
-        summary: what the method does, for help texts.
-        method: with its own settings.
-        presets: other settings by name; empty for most methods.
-    """
-
-    summary: str
-    method: LayerMethod
-    presets: Mapping[str, LayerMethod] = {}
+    summary: str  # for help texts
+    method: LayerMethod  # with its own settings
+    presets: Mapping[str, LayerMethod] = {}  # other settings by name
 
 
 _MAIHT = {
@@ -78,11 +82,7 @@ def find_method(
 ) -> LayerMethod:
     """The method object for a name and a preset; an object is returned unchanged.
 
-    Args:
-        method: a name in `METHODS`, or an object.
-        preset: a name in the method's `presets`; None for its own settings.
-        penalty: replaces L0 in the choice of the support; method "maiht" only.
-        ridge: replaces the method's own.
+    A penalty replaces L0 in the choice of the support, of method "maiht" only; a ridge replaces the method's own.
 
     Raises:
         ValueError: for an unknown name or preset, listing those known, or a preset, penalty or ridge that the method
@@ -128,3 +128,53 @@ def _with_ridge(method: Any, ridge: float) -> LayerMethod:
     if "first" in fields and "ridge" in {f.name for f in dataclasses.fields(method.first)}:
         method = dataclasses.replace(method, first=_with_ridge(method.first, ridge))
     return method
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodCost:
+    """What a method computes on one layer `[out, in]`."""
+
+    products: float  # of the Gram with an array like the weight, `2 in² out` operations each
+    inverses: float  # of a matrix `[in, in]`
+    selections: float  # of the largest entries of the weight
+    sums: float  # over all devices, where the layer is cut over several
+    updates: float  # further operations per weight
+    square: float  # workspace in float32 arrays `[in, in]`
+    wide: float  # workspace in float32 arrays `[in, out]`
+    compile_seconds: float  # for each shape, on the machine that `cost` describes
+
+
+def method_cost(method: LayerMethod) -> MethodCost | None:
+    """The cost of a method of this package; None for any other."""
+    match method:
+        case Magnitude():
+            return MethodCost(0, 0, 1, SELECTION_SUMS, 0, 0, 3.5, 0.7)
+        case Wanda():
+            return MethodCost(0, 0, 3, 3 * SELECTION_SUMS, 0, 0, 4, 1.0)
+        case SparseGpt():
+            return MethodCost(1, 2, 1, SELECTION_SUMS, method.block * COMPENSATION, 2, 4, 1.5)
+        case MaihtPruning():
+            steps = method.max_steps * (RESTED if method.rest >= 0 else 1.0)
+            # The monitor takes a product too, though seldom one of its own.
+            each = 1.5 if method.monitor == "always" else 1.1
+            sums = steps * MAIHT_SUMS + method.refit_steps * REFIT_SUMS + 2 * SELECTION_SUMS
+            return MethodCost(steps * each + method.refit_steps + 2, 0, 2, sums, 0, 1, 10, 1.6)
+        case AdmmPruning():
+            steps = method.levels * method.period * (RESTED if method.rest >= 0 else 1.0)
+            sums = (steps + 1) * SELECTION_SUMS + method.refit_steps * REFIT_SUMS
+            return MethodCost(steps + method.refit_steps + 1, method.levels, steps + 1, sums, 0, 7.5, 4, 2.6)
+        case SplicePruning():
+            first, rounds = method_cost(method.first), method.rounds * RESTED
+            if first is None:
+                return None
+            return MethodCost(
+                products=first.products + rounds * (method.inner_steps + 2) + method.refit_steps + 2,
+                inverses=first.inverses + 1,
+                selections=first.selections + rounds,
+                sums=first.sums + rounds * (method.inner_steps * REFIT_SUMS + SELECTION_SUMS),
+                updates=first.updates,
+                square=max(first.square, 2.5),
+                wide=max(first.wide, 5.5),
+                compile_seconds=first.compile_seconds + 4.5,
+            )
+    return None

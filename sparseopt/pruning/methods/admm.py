@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from sparseopt.core.problem import Problem
 from sparseopt.core.solvers.quadratic_admm import solve_rising
 from sparseopt.core.types import pytree, static
-from sparseopt.pruning.layer import Pruned, ScaledLayer
-from sparseopt.pruning.methods.refit import refitted
+from sparseopt.pruning.layer import Pruned, ScaledLayer, refitted
 from sparseopt.pruning.patterns import Pattern
 
 

@@ -16,8 +16,7 @@ from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.thresholds import count_nonzero, kth_largest, top_k_mask
 from sparseopt.core.types import pytree, static
-from sparseopt.pruning.layer import Pruned, ScaledLayer
-from sparseopt.pruning.methods.refit import refitted
+from sparseopt.pruning.layer import Pruned, ScaledLayer, refitted
 from sparseopt.pruning.methods.scores import among
 from sparseopt.pruning.patterns import Pattern
 

@@ -8,8 +8,7 @@ from sparseopt.core.iterate import iterate
 from sparseopt.core.problem import Problem, Status
 from sparseopt.core.solvers.splice import Splice
 from sparseopt.core.types import pytree, static
-from sparseopt.pruning.layer import Pruned, ScaledLayer
-from sparseopt.pruning.methods.refit import refitted
+from sparseopt.pruning.layer import Pruned, ScaledLayer, refitted
 from sparseopt.pruning.methods.scores import Wanda
 from sparseopt.pruning.patterns import Pattern
 
