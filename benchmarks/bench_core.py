@@ -1,12 +1,12 @@
-"""The core against public solvers: the Lasso and its kin, total variation, derivatives. JSON lines.
+"""The core against public solvers: sparse regression, total variation, derivatives. JSON lines.
 
     python benchmarks/bench_core.py [--only lasso-dense,tv-deblurring] [--small] [--limit 60]
 
-Sparse regressions: seconds to a relative duality gap of 1e-6, which one function in NumPy measures for all (see
-`core_problems.py`). A solver's own tolerance falls by a factor of three until its answer is that close; the time is the
-median of calls with that tolerance, after a first call, which stands apart, since it compiles. Total variation: seconds
-and iterations until the objective is within 1e-4 and 1e-6 of the best that is known, from a run of 20,000 steps.
-Every part runs in a process of its own, on one core.
+Sparse regression: seconds to a relative duality gap of 1e-6, measured by one NumPy function for all solvers (see
+`core_problems.py`). The tolerance of a solver is divided by about three until its answer has this gap. The time is the
+median of calls with that tolerance; the first call, which compiles, is reported separately. Total variation: seconds
+and iterations until the objective is within 1e-4 and 1e-6 of the best one known, from a run of 20,000 steps. Every part
+runs in its own process, on one core.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from typing import Any
 from bench_trend_peers import chosen, emit, pin, tell
 
 GAP = 1e-6
-# Of tolerances, from rung to rung and at the end of the ladder.
+# The factor between two tolerances, and the smallest one.
 FALL, LEAST_TOL = 10**-0.5, 1e-15
-# All rungs together may take so many times the limit of one.
+# All tolerances together may take this many times the limit of one.
 LADDER = 4
-# Calls are repeated so often, or until they took this many seconds together.
+# A call is repeated this often, or until all repeats took this many seconds.
 REPEATS, LONG = 5, 20.0
 REFERENCE_TOL, REFERENCE_STEPS = 1e-8, 20_000
 DERIVATIVE = "lasso-derivative"
@@ -43,7 +43,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def median_of(call: Callable[[], Any], first: Iterable[float] = ()) -> dict[str, Any]:
-    """The median of seconds, with those that are known already."""
+    """The median of the seconds, including those in `first`."""
     spent = list(first)
     while not spent or (len(spent) < REPEATS and sum(spent) < LONG):
         spent.append(timed(call)[0])
@@ -51,12 +51,12 @@ def median_of(call: Callable[[], Any], first: Iterable[float] = ()) -> dict[str,
 
 
 def warmed(call: Callable[[], Any]) -> dict[str, Any]:
-    """The first call, which compiles, and the median of others."""
+    """The first call, which compiles, and the median of the others."""
     return {"first_call_seconds": timed(call)[0], **median_of(call)}
 
 
 def installed(package: str) -> str | None:
-    """The version."""
+    """The version of a package, None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -64,7 +64,7 @@ def installed(package: str) -> str | None:
 
 
 def climbed(problem: Any, solver: Any, limit: float) -> dict[str, Any]:
-    """A solver's record: its coarsest tolerance that reaches the gap, and the time that this takes."""
+    """The record of a solver: its coarsest tolerance that reaches the gap, and the time."""
     solve = solver.prepare(problem)
     tol = solver.first
     first, _ = timed(partial(solve, tol))
@@ -73,7 +73,7 @@ def climbed(problem: Any, solver: Any, limit: float) -> dict[str, Any]:
         call = partial(solve, tol)
         seconds, (answer, details) = timed(call)
         if seconds > limit >= first:
-            # numba may compile what no coarser tolerance needed.
+            # numba may compile code that no coarser tolerance needed.
             seconds, _ = timed(call)
         total += seconds
         record = {"tol": tol, "gap": problem.gap(answer), "first_call_seconds": first, **details}
@@ -87,7 +87,7 @@ def climbed(problem: Any, solver: Any, limit: float) -> dict[str, Any]:
 
 
 def compare(part: str, small: bool, limit: float) -> None:
-    """All solvers on all problems of a part, then ours against the fastest peer."""
+    """All solvers on all problems of a part, then sparseopt against the fastest peer."""
     from core_peers import SOLVERS
     from core_problems import PROBLEMS
 
@@ -102,7 +102,7 @@ def compare(part: str, small: bool, limit: float) -> None:
             try:
                 record = climbed(problem, solver, limit)
             except Exception as error:
-                # One solver's trouble is a row, not the end of the others.
+                # A failing solver is a row and does not stop the others.
                 record = {"seconds": None, "trouble": f"{type(error).__name__}: {error}"[:200]}
             if record["seconds"] is not None:
                 times[solver.name] = record["seconds"]
@@ -112,18 +112,18 @@ def compare(part: str, small: bool, limit: float) -> None:
 
 
 def against(figure: str, times: dict[str, float], about: dict[str, Any]) -> None:
-    """A row of our fastest, the fastest peer, and how much longer ours takes."""
+    """A row with our fastest solver, the fastest peer, and the ratio of their times."""
     ours = min((name for name in times if name.startswith("sparseopt")), key=times.__getitem__, default=None)
     peer = min((name for name in times if not name.startswith("sparseopt")), key=times.__getitem__, default=None)
     seconds, theirs = (None if name is None else times[name] for name in (ours, peer))
     ratio = seconds / theirs if seconds and theirs else None
-    # A trial meets no target.
+    # A trial cannot meet a target.
     met = None if about["reduced"] or ratio is None else ratio < 1
     emit(figure, **about, ours=ours, ours_seconds=seconds, peer=peer, peer_seconds=theirs, ratio=ratio, met=met)
 
 
 def picture(part: str, small: bool, limit: float) -> None:
-    """Total variation: when each solver's objective is as close to the best as it should be."""
+    """Total variation: the time at which the objective of each solver reaches the targets."""
     import core_imaging
     import jax
     import numpy as np
@@ -135,7 +135,7 @@ def picture(part: str, small: bool, limit: float) -> None:
     reference = so.solve(problem, method, tol=REFERENCE_TOL, max_steps=REFERENCE_STEPS, history=True)
     best = given.objective(np.asarray(reference.value))
     about = {"part": part, "problem": given.name, "reduced": small, "reference_gap": float(reference.gap)}
-    tell(f"{part}: the best is known to a gap of {about['reference_gap']:.1e}, {int(reference.steps)} steps")
+    tell(f"{part}: reference solution with a gap of {about['reference_gap']:.1e} after {int(reference.steps)} steps")
     reached: dict[float, dict[str, float]] = {target: {} for target in core_imaging.TARGETS}
 
     course = np.asarray(reference.history.objective)
@@ -162,7 +162,7 @@ def picture(part: str, small: bool, limit: float) -> None:
             iterations=steps,
             suboptimality=objective / best - 1,
             **record,
-            # A gap is found by the dual point as well, which may take many more steps.
+            # A gap needs a good dual point as well, which may take many more steps.
             certified_seconds=median_of(certified, [spent])["seconds"] if known.gap <= target else None,
             certified_steps=int(known.steps),
             certified_gap=float(known.gap),
@@ -173,7 +173,7 @@ def picture(part: str, small: bool, limit: float) -> None:
     for name, run in core_imaging.peers(given).items() if number else ():
         runs = {ratio: _watched(core_imaging, given, best, limit, run, ratio) for ratio in core_imaging.RATIOS}
         for target in core_imaging.TARGETS:
-            # Every peer is given the best of the ratios, which a user would have to find.
+            # The best ratio counts for every peer; a user would have to find it.
             ratio = min(runs, key=lambda ratio: runs[ratio].reached.get(target, (np.inf, 0)))
             seconds, steps = runs[ratio].reached.get(target, (None, None))
             fields: dict[str, Any] = {"seconds": seconds, "iterations": steps, "ratio_of_steps": ratio}
@@ -196,7 +196,7 @@ def _watched(imaging: Any, given: Any, best: float, limit: float, run: Callable,
 
 
 def derivative(part: str, small: bool, limit: float) -> None:
-    """Ways to the gradient of a validation loss."""
+    """The gradient of a validation loss by several methods."""
     from core_derivative import Study
     from core_problems import SHARES
 
@@ -207,7 +207,7 @@ def derivative(part: str, small: bool, limit: float) -> None:
 
 
 def run_apart(script: str, parts: Iterable[str], only: str | None) -> None:
-    """The parts that are wanted of a benchmark, each in a process of its own, on one core."""
+    """The selected parts of a benchmark, each in its own process, on one core."""
     cores = pin(1)
     os.environ["NUMBA_NUM_THREADS"] = str(cores)
     from sparseopt.system.machine import environment
@@ -236,8 +236,8 @@ PARTS: dict[str, Callable[[str, bool, float], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="parts, comma-separated")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a solver is given up")
-    parser.add_argument("--small", action="store_true", help="small problems, a trial")
+    parser.add_argument("--limit", type=float, default=60.0, help="time limit of a solver in seconds")
+    parser.add_argument("--small", action="store_true", help="small problems, for a trial")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:

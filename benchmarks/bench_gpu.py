@@ -1,11 +1,11 @@
-"""What an accelerator makes of the two solvers, beside what the same card reaches in plain products and copies.
+"""Speed of the two solvers on an accelerator, compared with its speed in plain matrix products and copies.
 
     python benchmarks/bench_gpu.py [--layers 4096x4096 11008x4096 4096x11008] [--sides 1024 2048 4096 8192] [--any]
 
-Prints a JSON line a measurement: the card's own matmul rates and bandwidth; layer solves in the shapes of a 7B Llama
-with the share of the float32 rate that they reach; steps of Doge-ADMM on grids with the share of the bandwidth, against
-the fewest bytes that a step must move. Without an accelerator it is skipped, loudly; --any runs it on the processor,
-where only small sizes make sense.
+Prints one JSON line per measurement: the matmul rates and bandwidth of the device; layer solves in the shapes of a 7B
+Llama, with the fraction of the float32 rate that they reach; steps of Doge-ADMM on grids, with the fraction of the
+bandwidth, relative to the minimum number of bytes that a step must move. It is skipped without an accelerator, with a
+message; --any runs it on the CPU, where only small sizes are useful.
 """
 
 import argparse
@@ -29,22 +29,22 @@ from sparseopt.system.machine import environment
 
 METHODS = (("maiht", "paper"), ("maiht", "best"), ("admm", None), ("sparsegpt", None))
 STEPS = 200
-# Arrays that a step of Doge-ADMM on a grid reads or writes once at the least: of nodes x, y and the memory m, read and
-# written (y read); of edges, two a node, the dual and its prox point: read, written, and read by the divergence.
+# Arrays that a step of Doge-ADMM on a grid must read or write at least once. Nodes: x and the memory m, read and
+# written, and y, read. Edges, two per node: the dual and its prox point, read, written, and read by the divergence.
 NODE_PASSES, EDGE_PASSES = 5, 3
 
 
 def main() -> None:
-    """Run what was asked for."""
+    """Run the selected measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layers", nargs="*", default=["4096x4096", "11008x4096", "4096x11008"], help="out x in")
     parser.add_argument("--sides", nargs="*", type=int, default=[1024, 2048, 4096, 8192], help="of square grids")
-    parser.add_argument("--square", type=int, default=8192, help="side of the matrices for the card's own rate")
-    parser.add_argument("--any", action="store_true", help="run on a processor too")
+    parser.add_argument("--square", type=int, default=8192, help="side of the matrices for the matmul rate")
+    parser.add_argument("--any", action="store_true", help="run on a CPU, too")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     if device.platform == "cpu" and not arguments.any:
-        sys.exit("SKIPPED: bench-gpu needs a GPU or TPU that JAX sees (pip install 'jax[cuda13]'), there is none")
+        sys.exit("SKIPPED: bench-gpu needs a GPU or TPU, and JAX finds none (pip install 'jax[cuda13]')")
     emit_line("device", kind=device.device_kind, platform=device.platform, **environment())
     rates = measure_rates(arguments.square)
     bandwidth = measure_bandwidth(arguments.square**2 * 2)
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def seconds_of(run: Callable[[], Any], repeats: int = 3) -> float:
-    """The quickest of some runs, in seconds, after one that compiles."""
+    """The seconds of the fastest of some runs, after one that compiles."""
     jax.block_until_ready(run())
     found = []
     for _ in range(repeats):
@@ -69,7 +69,7 @@ def seconds_of(run: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def measure_rates(side: int) -> dict[str, float]:
-    """Operations a second of square products, by dtype and precision."""
+    """Operations per second of square matrix products, by dtype and precision."""
     rates = {}
     precisions: tuple[tuple[str, Any, Any], ...] = (
         ("bfloat16", jnp.bfloat16, None),
@@ -85,7 +85,7 @@ def measure_rates(side: int) -> dict[str, float]:
 
 
 def measure_bandwidth(size: int) -> float:
-    """Bytes a second, read and written, of adding a number to an array of float32."""
+    """Bytes per second, read and written, of adding a number to a float32 array."""
     values = jnp.zeros(size, jnp.float32)
     add = jax.jit(lambda x: x + 1)
     rate = 8 * size / seconds_of(lambda: add(values))
@@ -94,10 +94,10 @@ def measure_bandwidth(size: int) -> float:
 
 
 def measure_layer(outputs: int, inputs: int, method: str, preset: str | None, rate: float) -> None:
-    """One layer at 50 %: a weight in bfloat16, a Gram in float32 on the card."""
+    """One layer at 50 %: a weight in bfloat16, a Gram matrix in float32 on the device."""
     say(f"layer {outputs} x {inputs}, {method} {preset or ''}")
     keys = jax.random.split(jax.random.key(0), 3)
-    # Correlated inputs of unequal size, as activations have them.
+    # Correlated inputs of unequal size, like activations.
     mixing = jax.random.normal(keys[0], (inputs, 64)) / 8
     tokens = jax.random.normal(keys[1], (2 * inputs, inputs)) + jax.random.normal(keys[2], (2 * inputs, 64)) @ mixing.T
     gram = jnp.matmul(tokens.T, tokens, precision=HIGHEST)
@@ -137,7 +137,7 @@ def measure_grid(side: int, order: int, bandwidth: float) -> None:
 
     try:
         run(10)
-        # The difference leaves out what a fit costs whatever its steps: copies to the card and the start.
+        # The difference excludes the fixed cost of a fit: copies to the device and the start.
         (short, _), (long, found) = run(10), run(10 + STEPS)
     except (RuntimeError, ValueError) as error:
         emit_line("grid", side=side, order=order, failed=str(error)[:200])
@@ -153,7 +153,7 @@ def measure_grid(side: int, order: int, bandwidth: float) -> None:
 
 
 def peak_bytes() -> int | None:
-    """The most that the device's memory held so far, where it says."""
+    """The peak of the device's memory so far, None if the device does not report it."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 

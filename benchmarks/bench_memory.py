@@ -2,7 +2,7 @@
 
     python benchmarks/bench_memory.py [--blocks 6 24] [--width 512] [--preset paper best]
 
-Prints a JSON line a run: the largest resident set of the process, the bytes of the model, seconds, versions.
+Prints one JSON line per run: the largest resident set of the process, the bytes of the model, seconds, versions.
 """
 
 import argparse
@@ -24,7 +24,7 @@ VOCAB = 8192
 
 
 def write_model(folder: Path, blocks: int, width: int, vocab: int = VOCAB, *, tied: bool = True) -> int:
-    """A random Llama in bfloat16, a shard a block; returns its bytes. Memory holds a block."""
+    """Write a random Llama in bfloat16, one shard per block; returns its bytes. Memory holds one block."""
     config: dict[str, Any] = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -59,7 +59,7 @@ def write_model(folder: Path, blocks: int, width: int, vocab: int = VOCAB, *, ti
     return total
 
 
-# The command reads calibration text; random models have no tokenizer, so the pipeline is called with token ids.
+# Random models have no tokenizer, so `prune_model` is called with token ids instead of the command.
 PRUNE = """
 import sys
 import numpy as np
@@ -71,7 +71,7 @@ prune_model(source, output, Recipe(preset=preset, calibration=tokens, heldout_sa
 
 
 def measure(blocks: int, width: int, preset: str, samples: int, seqlen: int) -> dict[str, Any]:
-    """Prune in a process of its own and take its summary."""
+    """Prune in a separate process and read its summary."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         size = write_model(folder / "model", blocks, width)

@@ -1,9 +1,9 @@
 """Pruning figures as JSON lines: `make bench-prune DATA=folder` with the WikiText-2 parquet files.
 
-    dense perplexity; layer errors of both presets on dense Grams; a whole model's solver time, compilations,
-    forward rate against the machine's own matmul rate, and peak memory (in a process of its own)
+    dense perplexity; layer errors of both presets with the Gram matrices of the dense model; for a whole model, pruned
+    in a separate process: solver time, compilations, forward rate against the machine's matmul rate, and peak memory
 
-Every line says what was run, on what and with which versions, and whether the target was met.
+Every line gives the run, machine, versions, target, and whether the target was met.
 """
 
 import json
@@ -25,14 +25,14 @@ from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.texts import begin_windows, text_windows
 
 DENSE_PERPLEXITY = 29.197
-# The published procedure's own relative errors at 50 % on these layers.
+# Relative errors of the published procedure at 50 % on these layers.
 PAPER_ERRORS = {"0.mlp.gate_proj": 0.01733, "9.self_attn.o_proj": 0.02159, "20.mlp.down_proj": 0.01828}
 METHODS_RUN = (("maiht", "paper"), ("maiht", "best"), ("wanda", None), ("magnitude", None))
 MATMUL = 2048
 
 
 def matmul_rate(repeats: int = 8) -> float:
-    """The machine's float32 matrix-product rate through XLA, GFLOP/s, best of several, square of 2048."""
+    """The rate of float32 matrix products of size 2048 in XLA, GFLOP/s, best of several."""
     a = jnp.asarray(np.random.default_rng(0).standard_normal((MATMUL, MATMUL)), jnp.float32)
     product = jax.jit(lambda x: jnp.matmul(x, x, precision=jax.lax.Precision.HIGHEST))
     jax.block_until_ready(product(a))
@@ -58,7 +58,7 @@ def bench_perplexity(source: Path, data: str) -> None:
 
 
 def bench_layers(source: Path, data: str) -> None:
-    """Both presets on the named layers at 50 %, Grams of the dense model on 24 x 512 validation tokens."""
+    """Both presets on the named layers at 50 %, Gram matrices of the dense model on 24 x 512 validation tokens."""
     model = open_model(source)
     ids = begin_windows(*text_windows(model.source, data, "calibration", 48, 512))
     batches = make_batches(model.embedding()(jnp.asarray(ids[:24])))

@@ -1,12 +1,12 @@
 """Quality figures as JSON lines: `make bench-quality DATA=folder` with the WikiText-2 parquet files.
 
-    layers      every method on twelve layers, Grams of the dense model: error by float64, seconds
-    models      every method on the whole model: perplexity, layer errors, seconds, memory; published figures beside
-    ablation    changes to the recipe of method best: perplexity and seconds against it
+    layers      every method on twelve layers, Gram matrices of the dense model: error in float64, seconds
+    models      every method on the whole model: perplexity, layer errors, seconds, memory; also published figures
+    ablation    changes to the recipe of method best: perplexity and additional seconds
 
-`--only layers,ablation`, `--settings 0.5,2:4` and `--methods best,admm` choose. Every line says what was run, on what
-and with which versions, the target and whether it was met. A row that fails becomes a line with its error, the rest
-goes on, and the exit status is 1. Plans of a pass run in a process of their own, so that its peak memory is theirs.
+`--only layers,ablation`, `--settings 0.5,2:4` and `--methods best,admm` select. Every line gives the run, machine,
+versions, target, and whether the target was met. A failed row becomes a line with its error, the other rows continue,
+and the exit status is 1. The recipes of a pass run in a separate process, whose peak memory is reported.
 """
 
 import sys
@@ -30,14 +30,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "2:4": {"sparsity": None, "pattern": "2:4"},
 }
 BASE = "best"
-# The smallest error of a layer; the first records of the layers call it "best".
+# The smallest error of a layer; the first records call it "best".
 THOROUGH = "admm_splice"
-# One-shot and uniform whatever a method's own defaults are; rows say what differs.
+# One-shot and uniform, whatever the defaults of a method; rows override this.
 PLAIN: dict[str, Any] = {"allocation": "uniform", "reconstruct": 0}
-# Changes to a plain recipe of method best; those in one line act together.
+# Changes to a plain recipe of method best; those in one row apply together.
 ABLATION: dict[str, dict[str, Any]] = {
     BASE: {},
-    "outputs uniform": {"output_weights": "uniform"},
+    "output weights uniform": {"output_weights": "uniform"},
     "weighting residual": {"weighting": "residual"},
     "ridge 0.01": {"ridge": 0.01},
     "propagate 0": {"propagate": 0},
@@ -49,7 +49,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 ABLATION_SETTINGS = ("0.5", "0.7")
 ABLATION_TARGETS = {"+ allocation curves + reconstruct 4": {"0.5": 46.0, "0.7": 105.0}}
 
-# A preset after the name; the most thorough method last, for its target is what the others reach.
+# A preset follows the name. The most thorough method is last, since its target depends on the others.
 LAYER_METHODS = ("magnitude", "wanda", "sparsegpt", "splice", "admm", "maiht paper", "maiht best", BASE, THOROUGH)
 LAYER_SETTINGS = ("0.5", "0.7", "2:4")
 BLOCKS = (0, 9, 20)
@@ -79,7 +79,7 @@ PUBLISHED_SECONDS = {"Wanda": 5.0, "SparseGPT": 50.0, "mAIHT reference": 301.0, 
 
 
 class Layer(NamedTuple):
-    """A linear of the dense model: `[out, in]` and the Grams of its inputs, `[in, in]`, all float32."""
+    """A linear of the dense model, `[out, in]`, and the Gram matrices of its inputs, `[in, in]`, all float32."""
 
     name: str
     weight: np.ndarray
@@ -88,7 +88,7 @@ class Layer(NamedTuple):
 
 
 def dense_layers(bench: Bench) -> list[Layer]:
-    """The layers with the Grams of the first calibration windows, and held-out ones of as many that follow."""
+    """The layers, with Gram matrices of the first calibration windows and, held out, of as many further windows."""
     model, count = open_model(bench.source), bench.windows or LAYER_WINDOWS
     layers: list[Layer] = []
     ids = begin_windows(*text_windows(model.source, bench.data, "calibration", 2 * count, SEQLEN))
@@ -104,7 +104,7 @@ def dense_layers(bench: Bench) -> list[Layer]:
         if bench.layers is not None and len(layers) >= bench.layers:
             break
         parts = [runner.forward(block, part) for part in parts]
-    say(f"layers: Grams of {len(layers)} layers are ready")
+    say(f"layers: Gram matrices of {len(layers)} layers are ready")
     return layers[: bench.layers]
 
 
@@ -118,9 +118,9 @@ def relative_error(pruned: np.ndarray, weight: np.ndarray, gram: np.ndarray) -> 
 def layer_target(
     setting: str, method: str, layer: str, errors: Mapping[str, Mapping[str, float]]
 ) -> tuple[str, bool | None]:
-    """What the most thorough method should reach in a layer, and whether it did; `errors` by method and layer."""
+    """The target of the most thorough method in a layer, and whether it was met; `errors` by method and layer."""
     if method == THOROUGH and setting == "2:4":
-        # A rival that failed is NaN, which nothing is below.
+        # A failed method has NaN, which no error is below.
         rivals = {rival: errors.get(rival, {}).get(layer, np.nan) for rival in ("sparsegpt", "admm")}
         shown = " and ".join(f"{rival}, {error:.3g}" for rival, error in rivals.items())
         return f"below {shown}", all(errors[method][layer] < error for error in rivals.values())
@@ -130,9 +130,9 @@ def layer_target(
 
 
 def bench_layers(bench: Bench, settings: list[str]) -> None:
-    """Every method on every layer; seconds are without compilation."""
+    """Every method on every layer; seconds exclude compilation."""
     layers, count = dense_layers(bench), bench.windows or LAYER_WINDOWS
-    protocol = f"Grams of the dense model on {count} x {SEQLEN} tokens, held-out ones on the next {count} windows"
+    protocol = f"Gram matrices of the dense model on {count} x {SEQLEN} tokens, held out: the next {count} windows"
     for setting in settings:
         errors: dict[str, dict[str, float]] = {}
         for method in filter(bench.wants, LAYER_METHODS):
@@ -161,7 +161,7 @@ def bench_layers(bench: Bench, settings: list[str]) -> None:
 def summarise_layers(
     bench: Bench, method: str, setting: str, errors: list[float], heldout: list[float], seconds: float
 ) -> None:
-    """A method's geometric means; and, where there is a target, its time."""
+    """The geometric means of a method, and its time if there is a target."""
     mean, heldout_mean = (float(np.exp(np.mean(np.log(values)))) for values in (errors, heldout))
     aimed, run = method == THOROUGH and setting == "0.5", f"{method}, {len(errors)} layers at {setting}"
     bench.emit(
@@ -184,9 +184,9 @@ def scoring_windows(bench: Bench) -> tuple[int, int]:
 def pruned_rows(
     bench: Bench, setting: str, table: Mapping[str, Mapping[str, Any]], part: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The summary and perplexity of each row of a table of recipe changes; lines of rows that raised are emitted here.
+    """The summary and perplexity of each row of a table of recipe changes; failed rows are emitted here.
 
-    Rows share a pass where they measure the same on the dense model beforehand, so that survey seconds are their own.
+    Rows share a pass if they need the same survey of the dense model, so that survey seconds can be attributed to them.
     """
     samples = bench.windows or WINDOWS
     passes: dict[Any, dict[str, Recipe]] = {}
@@ -209,7 +209,7 @@ def pruned_rows(
 
 
 def emit_run(bench: Bench, figure: str, row: dict[str, Any], bound: float | None, **details: Any) -> None:
-    """A run's perplexity, whose target is at most `bound` if any; a pass's figures are those of all its plans."""
+    """The perplexity of a run, with the target `bound` if any; figures of a pass are those of all its recipes."""
     kept = ("sparsity", "mean_relative_error", "mean_heldout_error", "survey_seconds", "solver_seconds",
             "reconstruction_seconds", "compile_seconds")  # fmt: skip
     count, length = scoring_windows(bench)
@@ -239,7 +239,7 @@ def bench_models(bench: Bench, settings: list[str]) -> None:
 
 
 def bench_ablation(bench: Bench, settings: list[str]) -> None:
-    """The whole model by the recipes of the table, beside the first."""
+    """The whole model by the recipes of the table, compared with the first."""
     timed = ("survey_seconds", "solver_seconds", "reconstruction_seconds")
     for setting in settings:
         table = {name: {"method": BASE, **changes} for name, changes in ABLATION.items()}
@@ -262,14 +262,18 @@ PARTS: dict[str, tuple[Part, tuple[str, ...]]] = {
 
 
 def main() -> None:
-    """Run the parts asked for."""
+    """Run the selected parts."""
     parser = text_parser(__doc__)
-    parser.add_argument("--only", type=names_of(PARTS), default=list(PARTS), help=f"of {','.join(PARTS)}")
-    parser.add_argument("--settings", type=names_of(SETTINGS), default=list(SETTINGS), help=f"of {','.join(SETTINGS)}")
+    parser.add_argument("--only", type=names_of(PARTS), default=list(PARTS), help=f"comma-separated: {','.join(PARTS)}")
+    parser.add_argument(
+        "--settings", type=names_of(SETTINGS), default=list(SETTINGS), help=f"comma-separated: {','.join(SETTINGS)}"
+    )
     known = dict.fromkeys((*LAYER_METHODS, *MODEL_METHODS))
-    parser.add_argument("--methods", type=names_of(known), help=f"of the layers and models parts: {','.join(known)}")
-    parser.add_argument("--layers", type=int, help="for a trial: only so many of the layers")
-    parser.add_argument("--windows", type=int, help="for a trial: at most so many windows of tokens")
+    parser.add_argument(
+        "--methods", type=names_of(known), help=f"for the parts layers and models, comma-separated: {','.join(known)}"
+    )
+    parser.add_argument("--layers", type=int, help="for a trial: number of layers")
+    parser.add_argument("--windows", type=int, help="for a trial: largest number of windows")
     arguments = parser.parse_args()
     source, data = model_and_text(arguments, "bench_quality")
     trial = any(value is not None for value in (arguments.source, arguments.layers, arguments.windows))
@@ -281,7 +285,7 @@ def main() -> None:
             part(bench, wanted)
         else:
             say(f"SKIPPED {name}: it runs at {', '.join(settings)}")
-    say(f"done; rows that failed: {bench.failures}")
+    say(f"done, {bench.failures} failed rows")
     sys.exit(1 if bench.failures else 0)
 
 

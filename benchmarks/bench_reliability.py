@@ -1,9 +1,9 @@
-"""What a stranger's input, a killed process and a small machine do to a run, as JSON lines.
+"""Reliability: killed runs, a memory budget, bad inputs and fuzzing. JSON lines.
 
     python benchmarks/bench_reliability.py [--only inputs,kills,budget,fuzz] [--kills 30] [--memory 1180MiB]
 
-kills    thirty SIGKILLs of a pruning run: what was lost, and whether the bytes are those of an unbroken run
-budget   a checkpoint of three budgets of memory pruned within one
+kills    a pruning run that receives thirty SIGKILLs: what was lost, and whether the final result is identical
+budget   a checkpoint of three times the memory budget
 inputs   bad inputs by kind, and how many ended in a clear error
 fuzz     executions, seconds and crashes of every target
 """
@@ -40,7 +40,7 @@ def budget(options: argparse.Namespace) -> Lines:
 
 
 def inputs(_: argparse.Namespace) -> Lines:
-    """A line a kind."""
+    """One line per kind."""
     return counted()
 
 
@@ -73,12 +73,12 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=chosen, default=list(FIGURES))
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills, and of the fuzzer")
+    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills, and of the fuzzer")
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--memory", type=parse_bytes, default=parse_bytes("1180MiB"), help="the budget")
-    parser.add_argument("--times", type=float, default=3.0, help="size of the model in budgets, at least")
-    parser.add_argument("--method", default="wanda", help="of the budget; mAIHT takes an hour")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of fuzzing, for each target")
+    parser.add_argument("--memory", type=parse_bytes, default=parse_bytes("1180MiB"), help="memory budget")
+    parser.add_argument("--times", type=float, default=3.0, help="least size of the model, relative to the budget")
+    parser.add_argument("--method", default="wanda", help="for the budget part; mAIHT takes an hour")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of fuzzing per target")
     options = parser.parse_args()
     for name in options.only:
         say(name)

@@ -1,12 +1,12 @@
-"""Strong and weak scaling of both solvers over processes and virtual devices, as far as this machine's cores go.
+"""Strong and weak scaling of both solvers over processes and virtual devices on this machine.
 
     python benchmarks/bench_scaling.py [--only machine,grid,layer,block] [--repeats 3]
 
-Each measurement is made in processes of its own, joined by gloo, with one thread of XLA each; beside them stand one
-process with one thread (the base of every ratio), one with as many threads as cores, and one with virtual devices. On
-grids also processes that work on their parts at the same time without a word: what the machine's memory allows at best.
-Processes are not pinned: the thread that waits for an exchange would keep the one that serves it from its core. The
-runs of one comparison follow each other and are repeated; the quickest of each counts. Prints a JSON line a comparison.
+Layouts: one process per core, joined by gloo, with one XLA thread each; one process with one thread (the baseline of
+every ratio), with one thread per core, and with virtual devices. On grids also processes that work on their parts at
+the same time without exchange: the best that the memory bandwidth allows. Processes are not pinned, since the thread
+that waits for an exchange would block the one that serves it. The layouts of a comparison run in turn and are repeated;
+the fastest run of each counts. Prints one JSON line per layout.
 """
 
 import argparse
@@ -23,9 +23,9 @@ GRID_STEPS = 100
 
 
 def main() -> None:
-    """Run what was asked for, or be one of the processes of a measurement."""
+    """Run the selected comparisons, or be one of the processes of a measurement."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default=",".join(WORK), help=f"of {','.join(WORK)}")
+    parser.add_argument("--only", default=",".join(WORK), help=f"comma-separated: {','.join(WORK)}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def compare(name: str, task: dict[str, Any], cores: int, repeats: int) -> None:
-    """All layouts of one task, one after the other, `repeats` times."""
+    """All layouts of one task in turn, `repeats` times."""
     layouts: dict[str, dict[str, Any]] = {
         "1 process, 1 thread": {"processes": 1, "threads": 1},
         f"{cores} processes, 1 thread each": {"processes": cores, "threads": 1},
@@ -54,7 +54,8 @@ def compare(name: str, task: dict[str, Any], cores: int, repeats: int) -> None:
         f"1 process, {cores} threads, 8 virtual devices": {"processes": 1, "threads": cores, "virtual": 8},
     }
     if name == "grid" and not task.get("weak"):
-        layouts[f"{cores} processes, 1 thread each, without a word"] = {"processes": cores, "threads": 1, "apart": True}
+        apart = f"{cores} processes, 1 thread each, without exchange"
+        layouts[apart] = {"processes": cores, "threads": 1, "apart": True}
     found: dict[str, list[dict[str, float]]] = {layout: [] for layout in layouts}
     for _ in range(repeats):
         for layout, how in layouts.items():
@@ -72,7 +73,7 @@ def compare(name: str, task: dict[str, Any], cores: int, repeats: int) -> None:
 def measure(
     task: dict[str, Any], processes: int, threads: int, virtual: int = 1, apart: bool = False
 ) -> dict[str, float]:
-    """One layout: start its processes, and take what the first of them printed."""
+    """One layout: start its processes and read the output of the first."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     flags = f"--xla_force_host_platform_device_count={virtual}" if virtual > 1 else ""
@@ -106,7 +107,7 @@ def work(task: dict[str, Any]) -> None:
 
 
 def grid(task: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a step of Doge-ADMM on a square grid of noise on patches, certificates included."""
+    """Seconds of a step of Doge-ADMM on a square grid with noisy patches, including certificates."""
     import jax
     import numpy as np
 
@@ -129,13 +130,13 @@ def grid(task: dict[str, Any]) -> dict[str, float]:
         return time.perf_counter() - start, int(found.steps)
 
     run(10)
-    # The difference leaves out what a fit costs whatever its steps.
+    # The difference excludes the fixed cost of a fit.
     (short, few), (long, many) = min(run(10), run(10)), run(10 + GRID_STEPS)
     return {"seconds": (long - short) / (many - few), "fit_seconds": long, "steps": many}
 
 
 def gram_of_tokens(rng: Any, inputs: int) -> Any:
-    """The Gram of tokens some of whose directions are shared by all inputs."""
+    """The Gram matrix of tokens with some directions shared by all inputs."""
     import numpy as np
 
     tokens = rng.standard_normal((2 * inputs, inputs)).astype(np.float32)
@@ -169,7 +170,7 @@ def layer(task: dict[str, Any]) -> dict[str, float]:
 
 
 def block(task: dict[str, Any]) -> dict[str, float]:
-    """Seconds of solving the seven linears of a Llama block at 50 %, with what is said of their answers."""
+    """Seconds of solving the seven linears of a Llama block at 50 %, with their steps and errors."""
     import numpy as np
 
     from sparseopt.core.mesh import device_line, over, put
@@ -213,7 +214,7 @@ def block(task: dict[str, Any]) -> dict[str, float]:
 
 
 def machine(task: dict[str, Any]) -> dict[str, float]:
-    """What each process reaches while all of them work: copies, products, and words with the others."""
+    """The speed of each process while all of them work: copies, products and exchanges."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
@@ -232,7 +233,7 @@ def machine(task: dict[str, Any]) -> dict[str, float]:
         return min(found)
 
     values, square = jnp.zeros(1 << 25, jnp.float32), jnp.full((1024, 1024), 0.5)
-    # Many turns in one buffer: the pages of a fresh one cost more than the copy.
+    # Many turns in one buffer: allocating a new one would cost more than the copy.
     add = jax.jit(lambda x: jnp.sum(jax.lax.fori_loop(0, 20, lambda _, y: y + 1, x)))
     product = jax.jit(lambda x: x @ x)
     seconds = quickest(lambda: add(values)) / 20

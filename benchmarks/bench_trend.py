@@ -1,9 +1,9 @@
-"""Trend filtering: how many steps, seconds and bytes to a certified accuracy. One JSON line a figure.
+"""Trend filtering: steps, seconds and bytes to a certified accuracy. JSON lines.
 
     python benchmarks/bench_trend.py --truth FOLDER [--seconds 5] [--sides 256,512,1024,2048,4096]
 
-FOLDER holds problems with known optima as NPZ files with the fields y, edges, lam, k, shape, obj_opt. Times are of
-a second call, compilation excluded; the first call's time is printed beside them.
+FOLDER contains problems with known optima as NPZ files with the fields y, edges, lam, k, shape, obj_opt. Times are
+those of a second call, without compilation; the time of the first call is printed too.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DOGE_LIMIT = 6_000
 
 
 def timed(call: Callable[[], so.Solution]) -> tuple[so.Solution, float, float]:
-    """The solution, the seconds of a second call, and those of the first, which compiles."""
+    """The solution, the seconds of the second call, and those of the first, which compiles."""
     start = time.perf_counter()
     jax.block_until_ready(call().value)
     first = time.perf_counter() - start
@@ -44,7 +44,7 @@ def problems(folder: pathlib.Path) -> Iterator[tuple[str, dict[str, Any], so.Gra
             data = {name: stored[name] for name in ("y", "edges", "lam", "k", "shape", "obj_opt")}
         shape = tuple(int(n) for n in data["shape"])
         graph = so.Graph.from_edges(data["edges"], data["y"].size)
-        # Other graphs name a shape too, (n,): only the edges tell whether it is a grid.
+        # Other graphs have a shape (n,) too: only the edges show whether it is a grid.
         if int(np.prod(shape)) == graph.num_nodes and same_edges(so.Graph.grid(shape), graph):
             graph = so.Graph.grid(shape)
         yield path.stem, {**data, "lam": float(data["lam"]), "k": int(data["k"])}, graph
@@ -100,7 +100,7 @@ def truth(folder: pathlib.Path, seconds: float) -> None:
         for method, block in choices:
             y, penalty = data["y"].reshape(-1), so.L1(data["lam"])
             limited = partial(so.trend_filter, y, graph, penalty, data["k"], method, tol=1e-9, B=block)
-            # What a call costs and what a step costs, then as many steps as fit the time.
+            # Measure the cost of a call and of a step, then run as many steps as fit into the time.
             _, short, _ = timed(partial(limited, max_steps=10))
             _, longer, _ = timed(partial(limited, max_steps=60))
             each = max((longer - short) / 50, 1e-6)
@@ -123,7 +123,7 @@ def truth(folder: pathlib.Path, seconds: float) -> None:
 
 
 def picture(side: int, seed: int = 0) -> np.ndarray:
-    """A piecewise smooth image in 0..255 with noise of 20."""
+    """A piecewise smooth image in 0..255 with noise of standard deviation 20."""
     line = np.arange(side, dtype=np.float32) / side
     i, j = line[:, None], line[None, :]
     smooth = 90 + 70 * j * (i > 0.4) + 90 * (((i - 0.4) ** 2 + (j - 0.6) ** 2) < 0.06) - 50 * (i + j < 0.5)
@@ -155,7 +155,7 @@ def steps_and_times() -> None:
 
 
 def one_size(side: int, order: int) -> None:
-    """Run in a process of its own: seconds a step, and the largest resident set."""
+    """Run in its own process: seconds per step, and the largest resident set."""
     graph, image = so.Graph.grid((side, side)), picture(side)
 
     def call(steps: int) -> so.Solution:
@@ -179,7 +179,7 @@ def scaling(sides: list[int]) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             nodes, peak = side * side, found["peak"]
-            # What the interpreter and the compiler hold cancels between two sizes.
+            # The memory of interpreter and compiler cancels between two sizes.
             growth = None if before is None else (peak - before[1]) / (nodes - before[0])
             before = (nodes, peak)
             emit_line(
@@ -198,7 +198,7 @@ def scaling(sides: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--truth", type=pathlib.Path, help="folder with problems whose optimum is known")
+    parser.add_argument("--truth", type=pathlib.Path, help="folder with problems with a known optimum")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each method at order 2 and up")
     parser.add_argument("--sides", default="256,512,1024,2048,4096", help="grid sides for the scaling")
     parser.add_argument("--one", help=argparse.SUPPRESS)

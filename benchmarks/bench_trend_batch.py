@@ -1,14 +1,14 @@
-"""The trend filter planned once: its gradient, pictures by vmap, and what a call costs beyond its work. JSON lines.
+"""The trend filter planned once: its gradient, batches of pictures, and the overhead of a call. JSON lines.
 
     python benchmarks/bench_trend_batch.py [--only gradient,pictures,calls] [--quick] [--python INTERPRETER]
 
-gradient: that of a squared error of the fit in the signal and every row's weight, against the fit alone; at order 0
-beside fastprox, which solves to the same gap. Both are checked against central differences along one direction.
-pictures: 64 in one program, by `jax.vmap` and by `jax.lax.map`, against 64 calls. calls: 1,000 on a chain of 5,000
-nodes, against the same fits in programs of ten.
+gradient    of a squared error of the fit, in the signal and in the weight of every row, compared with the fit alone; at
+            order 0 also fastprox, to the same gap; both are checked against central differences in one direction
+pictures    64 in one program, by `jax.vmap` and by `jax.lax.map`, compared with 64 calls
+calls       1,000 on a chain of 5,000 nodes, compared with the same fits in programs of ten
 
-Every part runs in a process of its own, on one core, in float64. Times are medians after a first call, which compiles.
-fastprox needs Python 3.12: --python names another interpreter for it, with NumPy and SciPy beside it.
+Every part runs in its own process, on one core, in float64. Times are medians after a first call, which compiles.
+fastprox needs Python 3.12 or newer; --python names an interpreter that has fastprox, NumPy and SciPy.
 """
 
 import argparse
@@ -34,10 +34,10 @@ import sparseopt as so
 TOL = 1e-6
 WEIGHTS = (20.0, 13.0)
 CHAIN_WEIGHT = 10.0
-# Central differences take this share of a movement, small enough that no piece splits; their fits are this exact.
+# Step of the central differences, small enough that no piece splits, and the gap of their fits.
 MOVE, EXACT = 1e-6, 1e-11
 WORK = "the work alone"
-# A gradient may take so many times the fit's seconds, and a call so many seconds beyond its work.
+# Targets: seconds of a gradient over those of the fit, and overhead of a call in seconds.
 MOST_RATIO, MOST_OVERHEAD = 2.0, 1e-3
 
 
@@ -86,7 +86,7 @@ def gradient(quick: bool, interpreter: str) -> None:
 
 
 def differences(loss: Callable[..., Any], point: tuple, along: tuple) -> list[float]:
-    """Central differences of the loss along a movement of the signal, and along one of the weights."""
+    """Central differences of the loss in one direction of the signal and in one of the weights."""
     found = []
     for index in range(2):
         ends = []
@@ -99,7 +99,7 @@ def differences(loss: Callable[..., Any], point: tuple, along: tuple) -> list[fl
 
 
 def compared(fit: dict[str, Any], both: dict[str, Any], slopes: list[float], known: list[float]) -> dict[str, Any]:
-    """Times of a fit, and of a fit and its gradient, and the errors of the slopes along the two movements."""
+    """Times of a fit and of a fit with its gradient, and the errors of the slopes in the two directions."""
     errors = [abs(slope / value - 1) for slope, value in zip(slopes, known, strict=True)]
     return {
         "fit_seconds": fit["seconds"],
@@ -113,7 +113,7 @@ def compared(fit: dict[str, Any], both: dict[str, Any], slopes: list[float], kno
 
 
 def on_axes(values: Any, side: int) -> np.ndarray:
-    """Values of a picture's edges at the node where each begins, `[2, side, side]`."""
+    """Values of the edges of a picture at the first node of each edge, `[2, side, side]`."""
     values, cut = np.asarray(values), side * (side - 1)
     found = np.zeros((2, side, side))
     found[0, :-1] = values[:cut].reshape(side - 1, side)
@@ -122,7 +122,7 @@ def on_axes(values: Any, side: int) -> np.ndarray:
 
 
 def fastprox(interpreter: str, given: dict[str, Any], known: list[float], about: dict[str, Any]) -> None:
-    """The same gradient by fastprox, in a process of its own, or why not."""
+    """The same gradient by fastprox in a separate process, or the reason why it is missing."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "problem.npz"
         np.savez(file, **given)
@@ -140,7 +140,7 @@ def fastprox(interpreter: str, given: dict[str, Any], known: list[float], about:
 
 
 def pictures(quick: bool, interpreter: str) -> None:
-    """Many pictures at once against one after the other."""
+    """Many pictures at once and one after the other."""
     del interpreter
     count, side = (8, 16) if quick else (64, 64)
     graph = so.Graph.grid((side, side))
@@ -180,14 +180,14 @@ def pictures(quick: bool, interpreter: str) -> None:
                 steps=float(steps.mean()),
                 most_steps=int(steps.max()),
                 converged=int((status == so.Status.CONVERGED).sum()),
-                # Of the largest value: how far from the solver's calls.
+                # Relative to the largest value.
                 difference=float(np.abs(values - known).max() / np.abs(known).max()),
                 reduced=quick,
             )
 
 
 def calls(quick: bool, interpreter: str) -> None:
-    """Many calls on a chain against as many fits in few programs."""
+    """Many calls on a chain, and as many fits in few programs."""
     del interpreter
     count, block, nodes = (50, 10, 500) if quick else (1000, 10, 5000)
     graph, penalty = so.Graph.chain(nodes), so.L1(CHAIN_WEIGHT)
@@ -202,7 +202,7 @@ def calls(quick: bool, interpreter: str) -> None:
     first = {WORK: timed(lambda: jax.block_until_ready(looped(jnp.asarray(signals[:block]))))[0]}
     first |= {way: timed(lambda: jax.block_until_ready(call(signals[0])))[0] for way, call in ways.items()}  # noqa: B023
     spent: dict[str, list[tuple[float, float]]] = {way: [] for way in first}
-    # In turns, so that whatever else the machine does falls on all of them.
+    # In turn, so that other load on the machine affects all of them.
     for some in np.split(signals, count // block):
         here = jax.block_until_ready(jnp.asarray(some))
         seconds, worked, _ = seconds_of(lambda: jax.block_until_ready(looped(here)))  # noqa: B023
@@ -222,7 +222,7 @@ def calls(quick: bool, interpreter: str) -> None:
             tol=TOL,
             way=way,
             seconds_a_call=each,
-            # Fewer than the seconds: something else ran meanwhile.
+            # Less than the seconds if something else ran at the same time.
             cpu_seconds=worked,
             first_call_seconds=first[way],
             overhead_seconds=beyond,
@@ -238,8 +238,8 @@ PARTS: dict[str, Callable[[bool, str], None]] = {"gradient": gradient, "pictures
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="parts, comma-separated")
-    parser.add_argument("--quick", action="store_true", help="small problems, a trial")
-    parser.add_argument("--python", default=sys.executable, metavar="INTERPRETER", help="the Python of fastprox")
+    parser.add_argument("--quick", action="store_true", help="small problems, for a trial")
+    parser.add_argument("--python", default=sys.executable, metavar="INTERPRETER", help="a Python with fastprox")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:

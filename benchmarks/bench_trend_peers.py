@@ -3,13 +3,13 @@
     python benchmarks/bench_trend_peers.py [--cores 1] [--limit 120] [--only grid256,road] [--solvers auto,PIQP]
         [--truth FOLDER] [--references FOLDER] [--python "cut pursuit=INTERPRETER"] [--quick]
 
-Every solver climbs a ladder of its own tolerances or iteration counts, each rung from a cold start. Its time to a
-target is that of the fastest rung whose fit is that close to the optimum, by one objective in float64. Compilation is
-timed apart. Solvers run in processes of their own: a hang or a crash costs one row.
+Every solver runs with a sequence ("ladder") of its own tolerances or iteration counts, each from a cold start. Its time
+to a target is that of the fastest run whose fit is that close to the optimum, by one objective in float64. Compilation
+is timed separately. Solvers run in separate processes, so a hang or a crash costs one row only.
 
-The optimum comes from accurate runs, kept in the folder of --references. The relative distance between the best
-objective and the best lower bound is printed with every row as reference_gap. --truth names a folder of problems with
-stored optima, NPZ files with the fields y, edges, lam, k, shape, beta_opt, u.
+The optimum comes from accurate runs, which are stored in the folder of --references. The relative distance between the
+best objective and the best lower bound is printed with every row as reference_gap. --truth names a folder of problems
+with stored optima, NPZ files with the fields y, edges, lam, k, shape, beta_opt, u.
 """
 
 import argparse
@@ -34,10 +34,10 @@ from trend_peers import OURS, PEERS, SOLVERS, Answer, Solver
 from trend_problems import TrendProblem
 
 TARGETS = (1e-3, 1e-4, 1e-6)
-# The gap to which the optimum is sought.
+# The gap to which the optimum is computed.
 SOUGHT = 1e-9
-# Every call is made twice, since "auto" may change its method between rungs and compile again; calls that take less
-# than this together once more. The fastest counts.
+# Every call is made twice, since "auto" may change its method between rungs and compile again; if both together take
+# less than this, once more. The fastest counts.
 REPEAT_BELOW, LEAST, REPEATS = 1.0, 2, 3
 # Seconds for imports, layout and compilation on top of a limit.
 STARTING = 60.0
@@ -45,13 +45,13 @@ STARTING = 60.0
 
 @dataclasses.dataclass
 class Bounds:
-    """What is known of a problem's optimum: the best objective and the best lower bound."""
+    """Bounds on the optimum of a problem: the best objective and the best lower bound."""
 
     upper: float = np.inf
     lower: float = -np.inf
 
     def learn(self, upper: float, lower: float | None) -> None:
-        """From a run."""
+        """Tighten the bounds with those of a run."""
         self.upper = min(self.upper, upper)
         self.lower = max(self.lower, -np.inf if lower is None else lower)
 
@@ -62,8 +62,8 @@ class Bounds:
 
 
 def serve(path: Path, name: str) -> None:
-    """The other process: answer every rung's number on stdin with a line of measurements."""
-    # Libraries print, and must not print into the answers.
+    """The separate process: answer every rung on stdin with a line of measurements."""
+    # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     solver, problem = SOLVERS[name], trend_problems.load(path)
@@ -80,7 +80,7 @@ def serve(path: Path, name: str) -> None:
 
 
 def seconds_of(call: Callable[[], Answer]) -> tuple[float, float, Answer]:
-    """Seconds, those of them (or, on several cores, more) that a core was at work, and the answer."""
+    """Seconds, seconds of CPU time, and the answer."""
     start, worked = time.perf_counter(), time.process_time()
     answer = call()
     return time.perf_counter() - start, time.process_time() - worked, answer
@@ -96,7 +96,7 @@ def measured(solver: Solver, problem: TrendProblem, rung: Any, cold: bool) -> di
     while len(runs) < LEAST or (sum(run[0] for run in runs) < REPEAT_BELOW and len(runs) < REPEATS):
         runs.append(seconds_of(call))
     seconds, worked, answer = min(runs, key=lambda run: run[0])
-    # More seconds than work on one core: something else ran meanwhile.
+    # More seconds than CPU time on one core: something else ran at the same time.
     record |= {"seconds": seconds, "cpu_seconds": worked, **answer.details}
     again = getattr(solver, "again", None)
     if again is not None and seconds < REPEAT_BELOW:
@@ -107,7 +107,7 @@ def measured(solver: Solver, problem: TrendProblem, rung: Any, cold: bool) -> di
 
 
 class Child:
-    """A solver on a problem in a process of its own."""
+    """A solver on a problem in a separate process."""
 
     def __init__(self, path: Path, solver: Solver, interpreter: str) -> None:
         command = [interpreter, __file__, "--serve", str(path), solver.name]
@@ -139,7 +139,7 @@ class Child:
         return {"trouble": f"ended with code {self.process.returncode}: {last[:200]}"}
 
     def run(self, rung: Any, limit: float) -> dict[str, Any]:
-        """The measurements of one rung, or the trouble with it."""
+        """The measurements of one rung, or the reason why it failed."""
         assert self.process.stdin is not None
         try:
             print(json.dumps(rung), file=self.process.stdin, flush=True)
@@ -148,20 +148,20 @@ class Child:
         return self._answer(2 * limit + STARTING)
 
     def end(self) -> None:
-        """Stop the process, whatever it does."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
 
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """How the runs are made.
+    """Settings of all runs.
 
     Attributes:
         limit: seconds that one call may take.
-        cores: that the solvers have.
-        interpreters: of solvers that need another one than this.
-        folder: for the problems' files.
+        cores: number of cores for each solver.
+        interpreters: of solvers that need another Python.
+        folder: for the problem files.
         reduced: whether this is a trial.
     """
 
@@ -174,9 +174,9 @@ class Course:
     def climb(
         self, problem: TrendProblem, solver: Solver, rungs: Sequence[Any], enough: Callable[[dict[str, Any]], bool]
     ) -> tuple[str | None, list[dict[str, Any]], str | None]:
-        """Run the rungs until one is enough, or too slow: the version, the measurements, and what went wrong.
+        """Run the rungs until one is accurate enough or too slow: the version, the measurements, and what went wrong.
 
-        The version is None where the solver is not installed.
+        The version is None if the solver is not installed.
         """
         path = self.folder / f"{problem.name}.npz"
         if not path.is_file():
@@ -207,7 +207,7 @@ def tell(message: str) -> None:
 
 
 def emit(figure: str, **fields: Any) -> None:
-    """One JSON line, without what JSON cannot say."""
+    """One JSON line; numbers that are not finite become null."""
     known = {
         name: None if isinstance(value, float) and not np.isfinite(value) else value for name, value in fields.items()
     }
@@ -215,7 +215,7 @@ def emit(figure: str, **fields: Any) -> None:
 
 
 def reference(problem: TrendProblem, course: Course, kept: Path | None) -> Bounds:
-    """The optimum as stored with the problem or in a folder, else by accurate runs, which are then stored."""
+    """The optimum: stored with the problem or in a folder, otherwise from accurate runs, which are then stored."""
     if problem.known is not None:
         return Bounds(*problem.known)
     file = None if kept is None else kept / f"{problem.key}.npz"
@@ -229,11 +229,11 @@ def reference(problem: TrendProblem, course: Course, kept: Path | None) -> Bound
         return bounds.gap <= SOUGHT
 
     runs = [("sparseopt auto", [1e-7, SOUGHT]), ("PIQP", [1e-10])]
-    # Factors are cheap on sparse planar graphs.
+    # Factorisations are cheap on sparse planar graphs.
     for name, rungs in runs if problem.shape is not None else reversed(runs):
         if bounds.gap > SOUGHT and SOLVERS[name].can(problem):
             course.climb(problem, SOLVERS[name], rungs, enough)
-    tell(f"{problem.name}: the optimum is known to {bounds.gap:.1e}")
+    tell(f"{problem.name}: the optimum is known to a gap of {bounds.gap:.1e}")
     if file is not None and bounds.upper < np.inf:
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, upper=bounds.upper, lower=bounds.lower)
@@ -241,7 +241,7 @@ def reference(problem: TrendProblem, course: Course, kept: Path | None) -> Bound
 
 
 def compare(problem: TrendProblem, solvers: Iterable[Solver], course: Course, kept: Path | None) -> None:
-    """Every solver on one problem: a line for each target, then a line of ours against the fastest peer."""
+    """Every solver on one problem: a line for each target, then a comparison with the fastest peer."""
     bounds = reference(problem, course, kept)
 
     def enough(record: dict[str, Any]) -> bool:
@@ -291,7 +291,7 @@ def compare(problem: TrendProblem, solvers: Iterable[Solver], course: Course, ke
         ours = fastest_of(OURS, times, target)
         auto = times.get(("sparseopt auto", target))
         peer = fastest_of(PEERS, times, target)
-        # A trial meets no target.
+        # A trial cannot meet a target.
         met = None if course.reduced or peer is None else auto is not None and auto < peer[1]
         emit(
             "ours against the fastest peer",
@@ -311,13 +311,13 @@ def compare(problem: TrendProblem, solvers: Iterable[Solver], course: Course, ke
 def fastest_of(
     solvers: Iterable[Solver], times: dict[tuple[str, float], float], target: float
 ) -> tuple[str, float] | None:
-    """Name and seconds of the fastest of these that reached a target."""
+    """Name and seconds of the fastest of these solvers that reached a target."""
     reached = [(name, times[name, target]) for solver in solvers if ((name := solver.name), target) in times]
     return min(reached, key=lambda pair: pair[1], default=None)
 
 
 def pin(cores: int) -> int:
-    """Keep this process and its children to so many cores; how many they have."""
+    """Pin this process and its children to a number of cores; returns how many they have."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(cores)
     if cores == 1:
@@ -326,35 +326,35 @@ def pin(cores: int) -> int:
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, allowed[-cores:])
         return min(cores, len(allowed))
-    tell("this system pins no process to cores: threads are limited only where a library obeys its variable")
+    tell("this system cannot pin processes: threads are limited only in libraries that read OMP_NUM_THREADS")
     return cores
 
 
 def chosen(known: Iterable[str], wanted: str | None) -> list[str]:
-    """The names that are, or else contain, one of comma-separated parts; all without parts."""
+    """The names that equal, or else contain, one of comma-separated parts; without parts all names."""
     names, parts = list(known), [part.strip() for part in (wanted or "").split(",")]
     for part in parts:
         if not any(part in name for name in names):
-            sys.exit(f"nothing is called {part!r}; known are {', '.join(names)}")
+            sys.exit(f"unknown name {part!r}; known are {', '.join(names)}")
     return [name for name in names if any(name == part or (part not in names and part in name) for part in parts)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--truth", type=Path, help="folder with problems whose optimum is stored")
-    parser.add_argument("--references", type=Path, help="folder that keeps the optima between runs")
-    parser.add_argument("--cores", type=int, default=1, help="cores that each solver has")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds that a call may take")
-    parser.add_argument("--only", help="parts of problems' names, comma-separated")
-    parser.add_argument("--solvers", help="parts of solvers' names, comma-separated")
+    parser.add_argument("--truth", type=Path, help="folder with problems with a stored optimum")
+    parser.add_argument("--references", type=Path, help="folder for computed optima")
+    parser.add_argument("--cores", type=int, default=1, help="cores for each solver")
+    parser.add_argument("--limit", type=float, default=120.0, help="time limit of a call in seconds")
+    parser.add_argument("--only", help="parts of problem names, comma-separated")
+    parser.add_argument("--solvers", help="parts of solver names, comma-separated")
     parser.add_argument(
         "--python",
         action="append",
         default=[],
         metavar="SOLVER=INTERPRETER",
-        help="run a solver by another Python, which needs NumPy and SciPy beside it",
+        help="run a solver with another Python, which also needs NumPy and SciPy",
     )
-    parser.add_argument("--quick", action="store_true", help="small problems, a trial")
+    parser.add_argument("--quick", action="store_true", help="small problems, for a trial")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:

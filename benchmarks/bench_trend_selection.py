@@ -1,14 +1,14 @@
-"""Choice of the weight: the error at the level that a rule takes over that of the best level, as JSON lines.
+"""Choice of the weight: the error at the level that a rule chooses over that of the best level. JSON lines.
 
     python benchmarks/bench_trend_selection.py [--only grid-spiky,road-spiky] [--repeats 50]
 
-At order 0 a second line compares L1 with MCP by `reweighted_trend_filter`, each at its best weight: the error, and the
-slope of the fit over the truth, below 1 where the fit is shrunk.
+Four kinds of signal (piecewise constant, piecewise linear, smooth, spiky) on a grid and on a planar graph like a road
+network, each with `--repeats` draws of white noise. For every draw one path is solved, every rule chooses its level,
+and the oracle chooses the one with the smallest mean squared error. A line contains the errors of all draws.
+Cross-validation solves one more path per fold, with missing nodes; it runs at order 0 only, where this is fast.
 
-Four kinds of signal (piecewise constant, piecewise linear, smooth, spiky) on a grid and on a planar graph that looks
-like a map of roads, each under `--repeats` draws of white noise. For every draw one path is solved, every rule takes
-its level, and the oracle takes the one of least mean squared error. A line holds the errors of all draws.
-Cross-validation solves a path a fold more, with missing nodes; it is run at order 0 alone, where that is quick.
+At order 0 a second line compares L1 with MCP by `reweighted_trend_filter`, each at its best weight: the error, and the
+slope of the fit over the truth, which is below 1 if the fit is shrunk.
 
 Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016), for the kinds of signal and for
 errors at the best level as the measure; Toussaint, "The relative neighbourhood graph of a finite planar set", Pattern
@@ -33,11 +33,11 @@ from sparseopt.trend.path import TrendPath, trend_path
 from sparseopt.trend.selection import cross_validate, select
 
 SIDE, CROSSINGS = 32, 1000
-# Signals have the standard deviation 1.
+# Signals have a standard deviation of 1.
 NOISE = 0.5
 FOLDS = 5
 TARGET = 1.1
-# Of MCP, and how many weights are tried.
+# Values of gamma for MCP, and the number of weights.
 GAMMAS = (1.5, 3.0)
 LEVELS = 12
 PEAKS = np.array([[0.2, 0.2], [0.7, 0.15], [0.45, 0.5], [0.85, 0.55], [0.2, 0.75], [0.65, 0.85]])
@@ -46,13 +46,13 @@ WIDTH = 0.04
 
 
 def grid() -> tuple[so.Graph, np.ndarray]:
-    """A grid and its places in the unit square."""
+    """A grid and the positions of its nodes in the unit square."""
     line = (np.arange(SIDE) + 0.5) / SIDE
     return so.Graph.grid((SIDE, SIDE)), np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
 def road() -> tuple[so.Graph, np.ndarray]:
-    """Random places, two of them joined if no third is closer to both than they are to each other."""
+    """Random places; two are joined if no third one is closer to both than they are to each other."""
     places = np.random.default_rng(2016).random((CROSSINGS, 2))
     corners = Delaunay(places).simplices
     pairs = np.unique(np.sort(np.concatenate([corners[:, [0, 1]], corners[:, [1, 2]], corners[:, [0, 2]]]), 1), axis=0)
@@ -91,7 +91,7 @@ def spiky(graph: so.Graph, places: np.ndarray) -> np.ndarray:
 
 GRAPHS = {"grid": grid, "road": road}
 SIGNALS = {"constant": constant, "linear": linear, "smooth": smooth, "spiky": spiky}
-# With the order that suits the signal; order 2 would take hours on the road graph.
+# The order that suits the signal; order 2 would take hours on the road graph.
 PROBLEMS = {
     "grid-constant": 0,
     "grid-linear": 1,
@@ -102,7 +102,7 @@ PROBLEMS = {
     "road-smooth": 1,
     "road-spiky": 1,
 }
-# Rules of one path; those of cross-validation stand beside them.
+# Rules that need one path; cross-validation is added to them.
 RULES: dict[str, Callable[[TrendPath], int]] = {
     "sure": lambda path: select(path, "sure").index,
     "sure, true noise": lambda path: select(path, "sure", NOISE).index,
@@ -117,11 +117,11 @@ def standardised(values: np.ndarray) -> np.ndarray:
 
 
 def measure(name: str, repeats: int) -> None:
-    """One problem: one line."""
+    """Print the line of one problem."""
     order, (kind, signal) = PROBLEMS[name], name.split("-")
     graph, places = GRAPHS[kind]()
     truth = standardised(SIGNALS[signal](graph, places))
-    # Weights of higher orders span a wider range. Without a grid's cosines steps must be cheap, and many.
+    # Weights of higher orders span a wider range. Without the cosine transforms of a grid, use many cheap steps.
     options: dict[str, Any] = {"num": 30, "ratio": 1e-3} if order < 2 else {"num": 40, "ratio": 1e-4}
     quick = kind == "grid" or order == 0
     options |= {"tol": 1e-4, "method": "auto"} if quick else {"tol": 1e-3, "method": "doge"}
@@ -167,13 +167,13 @@ def measure(name: str, repeats: int) -> None:
 
 
 def slope_of(fit: np.ndarray, truth: np.ndarray) -> float:
-    """Of the least-squares line of the fit over the truth."""
+    """The slope of the least-squares line of the fit over the truth."""
     apart = truth - truth.mean()
     return float(apart @ fit / (apart @ apart))
 
 
 def concave(name: str, repeats: int) -> None:
-    """L1 and MCP at their best weights: one line."""
+    """Print the line that compares L1 and MCP at their best weights."""
     order, (kind, signal) = PROBLEMS[name], name.split("-")
     graph, places = GRAPHS[kind]()
     truth = standardised(SIGNALS[signal](graph, places))

@@ -1,11 +1,11 @@
-"""The trend filter from a small picture to sixteen million nodes and ten million edges: seconds and bytes. JSON lines.
+"""The trend filter up to sixteen million nodes and ten million edges: seconds and bytes. JSON lines.
 
     python benchmarks/bench_trend_sizes.py [--sides 256,1024,4096] [--lattices 224,708] [--renumbered 224,708,2237]
 
-Pictures at orders 0 and 1, and a general graph at order 0: a lattice whose nodes are numbered at random, so that no
-order of the nodes helps the memory, and the same after `Graph.renumbered`; 2,237 nodes a side make ten million edges.
-Every fit is method="auto" from a cold start to the certified gap of --tol, in a process of its own; seconds are those
-of a second call, which has a graph of its own but no compilation, and those of the first stand beside them.
+Pictures at orders 0 and 1, and a general graph at order 0: a lattice whose nodes are numbered at random, the worst case
+for the caches, and the same after `Graph.renumbered`; 2,237 nodes per side give ten million edges. Every fit uses
+method="auto" from a cold start to the certified gap of --tol, in its own process. Seconds are those of a second call
+with a new graph, without compilation; those of the first call are printed too.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def problem(kind: str, side: int) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def one(kind: str, side: int, order: int, tol: float) -> dict[str, Any]:
-    """Run in a process of its own."""
+    """Run one fit; called in a separate process."""
     y, edges = problem(kind, side)
     spent, renumbering = [], 0.0
     if kind == "renumbered":
@@ -48,7 +48,7 @@ def one(kind: str, side: int, order: int, tol: float) -> dict[str, Any]:
         start = time.perf_counter()
         graph, order_of_nodes = so.Graph.from_edges(edges, y.size).renumbered()
         renumbering = time.perf_counter() - start
-        # A grid again, unless an edge is missing.
+        # Without one edge, or the graph would be a grid again.
         y, edges = y[order_of_nodes], graph.edges[1:]
     for _ in range(2):
         start = time.perf_counter()
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sides", default="256,1024,4096", help="of the pictures, comma-separated")
     parser.add_argument("--lattices", default="224,708", help="sides of the graphs numbered at random")
-    parser.add_argument("--renumbered", default="224,708,2237", help="sides of those numbered anew")
+    parser.add_argument("--renumbered", default="224,708,2237", help="sides of the renumbered graphs")
     parser.add_argument("--tol", type=float, default=1e-4, help="of the certified gap")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

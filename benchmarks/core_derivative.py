@@ -1,4 +1,4 @@
-"""The gradient of a validation loss in the weight and the target of a Lasso: implicit, unrolled, by differences."""
+"""The gradient of a validation loss in the weight and target of a lasso: implicit, unrolled, and by differences."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,14 +12,14 @@ from core_problems import Regression, correlated, measured
 import sparseopt as so
 
 MANY = 100_000
-# The gap that is asked for.
+# The requested gap.
 TOL = 1e-6
-# The share of the weight, and of the target's length, by which central differences move it.
+# Relative step of the central differences in the weight and in the target.
 MOVE = 1e-6
 
 
 class Study:
-    """A Lasso, rows that judge it, and the validation loss `1/2 ||V x(weight, target) - v||²`."""
+    """A lasso, validation rows, and the validation loss `1/2 ||V x(weight, target) - v||²`."""
 
     def __init__(self, small: bool, share: float) -> None:
         rows, columns = (100, 200) if small else (500, 1000)
@@ -39,12 +39,12 @@ class Study:
         return jnp.sum((self.held @ x - self.held_target) ** 2) / 2
 
     def solved(self, weight: Any, target: Any, tol: float = TOL) -> so.Solution:
-        """By sparseopt."""
+        """The solution by sparseopt."""
         problem = so.Problem(so.LeastSquares(self.matrix, target), so.L1(weight))
         return so.solve(problem, tol=tol, max_steps=MANY)
 
     def unrolled(self, weight: Any, target: Any, steps: int) -> Any:
-        """So many steps of FISTA from zeros, as they are written in textbooks."""
+        """The textbook FISTA from zeros, for a number of steps."""
         size = 1 / self.curvature
 
         def step(state: tuple, _: None) -> tuple[tuple, None]:
@@ -58,17 +58,17 @@ class Study:
         return jax.lax.scan(step, (zeros, zeros, 1.0), None, length=steps)[0][0]
 
     def implicit_loss(self, weight: Any, target: Any) -> Any:
-        """Of the answer by sparseopt."""
+        """The validation loss of the solution by sparseopt."""
         return self.judged(self.solved(weight, target).value)
 
     def unrolled_loss(self, weight: Any, target: Any, steps: int) -> Any:
-        """Of the answer by FISTA."""
+        """The validation loss of the solution by FISTA."""
         return self.judged(self.unrolled(weight, target, steps))
 
     def differences(self) -> np.ndarray:
         """Central differences in the weight and along the direction of the target.
 
-        Every answer's support and signs give it to rounding, by the normal equations there.
+        Each solution is made exact by the normal equations on its support and signs.
         """
         matrix = np.asarray(self.matrix)
         solve = jax.jit(lambda weight, target: self.solved(weight, target, tol=1e-10).value)
@@ -87,10 +87,10 @@ class Study:
         return np.array([across / (2 * moved[0]), along / (2 * MOVE)])
 
     def rows(self, clock: Callable[[Callable[[], Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """A record for every way, and for the solve alone.
+        """A record for every method, and for the solve alone.
 
         Args:
-            clock: times a call, and says in what fields.
+            clock: times a call and returns the fields with its time.
         """
         point = jnp.asarray(self.problem.weight), jnp.asarray(self.problem.target)
         known = self.differences()

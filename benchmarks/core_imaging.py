@@ -1,8 +1,8 @@
-"""Isotropic total variation of a phantom, blurred or seen by tomography: sparseopt against pyproximal.
+"""Isotropic total variation of a phantom, deblurring and tomography: sparseopt against pyproximal.
 
     minimise over x    1/2 ||A x - b||² + weight sum_ij ||(grad x)_ij||_2
 
-Both libraries minimise the same objective, which is measured here in NumPy along their iterations.
+Both libraries minimise the same objective, which is evaluated here in NumPy during their iterations.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from scipy import sparse
 import sparseopt as so
 
 TARGETS = (1e-4, 1e-6)
-# A peer's steps are tried at these ratios of the primal to the dual one, and its best counts.
+# Ratios of the primal to the dual step size for the peers; the best one counts.
 RATIOS = (1.0, 10.0, 100.0)
-# Iterations of the conjugate gradient method by which a prox of the whole data term is found.
+# Conjugate-gradient iterations for the prox of the whole data term.
 INNER = 5
 MOST_ITERATIONS = 1_000_000
 
 
 @so.pytree
 class Blur:
-    """`B X Bᵀ` for pictures X, as vectors; B is symmetric."""
+    """`B X Bᵀ` of a picture X, given as a vector; B is symmetric."""
 
     factor: Any
 
@@ -37,7 +37,7 @@ class Blur:
         return (self.factor @ x.reshape(side, side) @ self.factor).reshape(-1)
 
     def rmv(self, e: Any) -> Any:
-        """The same, since B is symmetric."""
+        """The same as `mv`, since B is symmetric."""
         return self.mv(e)
 
 
@@ -87,7 +87,7 @@ class Picture:
         return self.map.rmv(e) if isinstance(self.map, Blur) else self.map.T @ e
 
     def objective(self, x: np.ndarray) -> float:
-        """What is minimised."""
+        """The objective."""
         apart = self.forward(x) - self.target
         x = x.reshape(self.side, self.side)
         squares = np.zeros_like(x)
@@ -97,7 +97,7 @@ class Picture:
 
 
 def phantom(side: int) -> np.ndarray:
-    """scikit-image's phantom of Shepp and Logan, made smaller by means over squares and a border cut off."""
+    """The Shepp-Logan phantom of scikit-image, scaled down."""
     from skimage.data import shepp_logan_phantom
     from skimage.transform import resize
 
@@ -105,10 +105,10 @@ def phantom(side: int) -> np.ndarray:
 
 
 def blurred(side: int) -> Picture:
-    """A Gaussian blur of two pixels and noise of a hundredth."""
+    """A Gaussian blur of two pixels and noise of 0.01."""
     places = np.arange(side)
     factor = np.exp(-((places[:, None] - places) ** 2) / (2 * 2.0**2))
-    # A norm of 1, and symmetric.
+    # Symmetric, with a norm of 1.
     factor /= np.linalg.norm(factor, 2)
     blur = Blur(factor)
     target = blur.mv(phantom(side).reshape(-1))
@@ -117,7 +117,7 @@ def blurred(side: int) -> Picture:
 
 
 def projections(side: int, angles: int) -> sparse.csr_array:
-    """Parallel projections: every pixel's mass falls on the two nearest detectors; scaled to a norm of 1."""
+    """Parallel projections: each pixel is distributed over the two nearest detectors; scaled to a norm of 1."""
     middle = (side - 1) / 2
     down, right = (place.reshape(-1) - middle for place in np.mgrid[:side, :side])
     detectors = int(np.ceil(2**0.5 * side)) + 2
@@ -145,7 +145,7 @@ PICTURES: dict[str, Callable[[int], Picture]] = {"tv-deblurring": blurred, "tv-t
 
 
 def core_problem(picture: Picture) -> so.Problem:
-    """The problem as sparseopt takes it, its arrays on the device."""
+    """The problem for sparseopt, with its arrays on the device."""
     loss = so.LeastSquares(picture.map, picture.target)
     penalty = so.GroupL2(picture.weight, axis=0)
     return jax.tree.map(jnp.asarray, so.Problem(loss, penalty, Gradient(picture.side)))
@@ -157,7 +157,7 @@ class Reached(Exception):
 
 @dataclasses.dataclass
 class Watch:
-    """Called after every iteration of a peer: its clock, which stands still meanwhile, and what was reached when."""
+    """Callback for the iterations of a peer: its time, without that of the callback, and when it reached a target."""
 
     picture: Picture
     best: float
@@ -169,10 +169,10 @@ class Watch:
     _started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def __call__(self, x: np.ndarray) -> None:
-        """Look at an iterate.
+        """Evaluate an iterate.
 
         Raises:
-            Reached: at the last target, or at a limit.
+            Reached: at the last target, or at the time limit.
         """
         self.seconds += time.perf_counter() - self._started
         self.iterations += 1
@@ -186,9 +186,9 @@ class Watch:
 
 
 def peers(picture: Picture) -> dict[str, Callable[[float, Callable], Any]]:
-    """By name, a run of pyproximal with a ratio of steps and a callback.
+    """By name, a run of pyproximal with a ratio of step sizes and a callback.
 
-    "stacked" dualises both terms, as ours does; "inner" finds the prox of the data term by conjugate gradients.
+    "stacked" dualises both terms, as sparseopt does; "inner" computes the prox of the data term by conjugate gradients.
     """
     import pylops
     import pyproximal
@@ -221,7 +221,7 @@ def peers(picture: Picture) -> dict[str, Callable[[float, Callable], Any]]:
         return PrimalDual(term, lengths, gradient, start(), tau, mu, niter=MOST_ITERATIONS, callback=watch)
 
     def linearized(ratio: float, watch: Callable) -> Any:
-        # It needs mu ||K||² <= tau, and tau is the step of the penalty's prox.
+        # It needs mu ||K||² <= tau, where tau is the step of the penalty's prox.
         mu = 0.99 * ratio / of_stack
         return LinearizedADMM(nothing, both, stack, start(), ratio, mu, niter=MOST_ITERATIONS, callback=watch)
 

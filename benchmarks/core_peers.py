@@ -1,7 +1,7 @@
-"""Solvers of the sparse regressions behind one interface: ours and the public ones.
+"""Solvers of sparse regression with one interface: sparseopt and public ones.
 
-A solver is prepared for a problem, with the data laid out as its library takes them, and then called with one of its
-own tolerances, from a cold start.
+A solver is prepared for a problem, with the data in the layout of its library, and then called with one of its own
+tolerances, from a cold start.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from core_problems import Regression
 
 import sparseopt as so
 
-# Never what ends a solve.
+# Large enough that it never ends a solve.
 MANY = 1_000_000
-# But for saga, which would go on for hours.
+# Except for saga, which would run for hours.
 SAGA_EPOCHS = 50
 Answer = tuple[np.ndarray, dict[str, Any]]
 Solve = Callable[[float], Answer]
@@ -31,8 +31,8 @@ class Solver:
     Attributes:
         name: in records.
         package: its distribution.
-        prepare: from a problem to a call by a tolerance, which returns the answer and numbers for the record.
-        first: the coarsest tolerance that is tried.
+        prepare: from a problem to a function of the tolerance, which returns the answer and numbers for the record.
+        first: the coarsest tolerance.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Solver:
 
 
 def core_problem(problem: Regression) -> so.Problem:
-    """The problem as sparseopt takes it, its arrays on the device."""
+    """The problem for sparseopt, with its arrays on the device."""
     loss: Any = so.LeastSquares(problem.matrix, problem.target)
     if problem.logistic:
         loss = so.Composed(so.LogisticLoss(), problem.matrix, problem.target)
@@ -53,7 +53,7 @@ def core_problem(problem: Regression) -> so.Problem:
 
 
 def ours(problem: Regression, solver: so.Solver | None = None) -> Solve:
-    """`so.solve`, with the solver that it chooses or another."""
+    """`so.solve`, with the chosen solver or another."""
     given = core_problem(problem)
 
     def solve(tol: float) -> Answer:
@@ -64,7 +64,7 @@ def ours(problem: Regression, solver: so.Solver | None = None) -> Solve:
 
 
 def ours_path(problem: Regression, warm: bool) -> Solve:
-    """All weights at once by `vmap`, or one after the other by `scan`, each from the last one's answer."""
+    """All weights at once by `vmap`, or in sequence by `scan`, each started from the previous answer."""
     given = core_problem(problem)
     weights = jnp.asarray(problem.weight)
 
@@ -92,10 +92,10 @@ def ours_path(problem: Regression, warm: bool) -> Solve:
 
 
 def fitted(make: Callable[[Regression, float], Any]) -> Callable[[Regression], Solve]:
-    """A solver that is an estimator of scikit-learn's kind."""
+    """A solver that is an estimator in the style of scikit-learn."""
 
     def prepare(problem: Regression) -> Solve:
-        # Labels of -1 and 1 suit every library.
+        # Every library accepts labels of -1 and 1.
         target = 2 * problem.target - 1 if problem.logistic else problem.target
 
         def solve(tol: float) -> Answer:
@@ -107,7 +107,7 @@ def fitted(make: Callable[[Regression, float], Any]) -> Callable[[Regression], S
 
 
 def _mean(problem: Regression) -> Any:
-    """The weight in a problem whose loss is the mean over the rows."""
+    """The weight for a loss that is the mean over the rows."""
     return problem.weight / problem.target.size
 
 

@@ -1,8 +1,8 @@
-"""Sparse regressions of the core's benchmark, and their duality gap in NumPy, apart from every solver's own.
+"""Sparse regressions for the benchmark of the core, and their duality gap in NumPy, independent of all solvers.
 
     minimise over x    sum_i f((A x)_i; b_i) + weight sum_g ||x_g||_2
 
-f is `(z - b)² / 2` or `log(1 + e^z) - b z`, and the groups are single entries or so many neighbours.
+f is `(z - b)² / 2` or `log(1 + e^z) - b z`, and the groups are single entries or blocks of neighbours.
 """
 
 import dataclasses
@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 from scipy import sparse, special
 
-# Shares of the least weight at which the answer is 0.
+# Fractions of the smallest weight at which the answer is 0.
 SHARES = (0.1, 0.02)
 PATH_WEIGHTS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Regression:
-    """One problem, or with several weights one for each of them.
+    """One problem, or one for each of several weights.
 
     Attributes:
         name: in records.
-        matrix: A, in the order of Fortran or compressed by columns, as coordinate descent wants it.
+        matrix: A, in Fortran order or CSC, as coordinate descent needs it.
         target: b, float64; labels 0 and 1 for the logistic loss.
-        weight: a number, or `[weights]`, falling.
+        weight: a number, or `[weights]`, decreasing.
         group: the size of the groups.
         logistic: whether f is the logistic loss.
     """
@@ -40,7 +40,7 @@ class Regression:
     def gap(self, x: np.ndarray) -> float:
         """`(P - D) / D`, the largest of all weights for an x of `[weights, columns]`; infinite where D <= 0.
 
-        The dual point is the loss's gradient at A x, scaled by the largest share, at most 1, that makes it feasible.
+        The dual point is the loss's gradient at A x, scaled by the largest factor, at most 1, that makes it feasible.
         """
         if np.ndim(self.weight):
             return max(self._gap(one, weight) for one, weight in zip(x, self.weight, strict=True))
@@ -67,17 +67,17 @@ class Regression:
         return (special.expit(z) if self.logistic else z) - self.target
 
     def dual_norm(self, slope: np.ndarray) -> float:
-        """The length of the longest group of `Aᵀ slope`."""
+        """The largest group norm of `Aᵀ slope`."""
         return float(np.linalg.norm((self.matrix.T @ slope).reshape(-1, self.group), axis=1).max())
 
     def at_shares(self, shares: Any) -> "Regression":
-        """The problem at these shares of the least weight at which the answer is 0."""
+        """The problem at these fractions of the smallest weight at which the answer is 0."""
         largest = self.dual_norm(self._slope(np.zeros_like(self.target)))
         return dataclasses.replace(self, weight=largest * shares)
 
 
 def correlated(rows: int, columns: int, rho: float, rng: np.random.Generator) -> np.ndarray:
-    """Normal columns, every one correlated by rho with the one before."""
+    """Normal columns, each correlated by rho with the previous one."""
     matrix = rng.standard_normal((rows, columns))
     for j in range(1, columns):
         matrix[:, j] = rho * matrix[:, j - 1] + (1 - rho**2) ** 0.5 * matrix[:, j]
@@ -85,7 +85,7 @@ def correlated(rows: int, columns: int, rho: float, rng: np.random.Generator) ->
 
 
 def measured(matrix: Any, group: int, rng: np.random.Generator) -> np.ndarray:
-    """The image of a vector with two per cent of its groups, and noise of a third of its deviation."""
+    """The image of a vector with 2 % nonzero groups, and noise of a third of its standard deviation."""
     count = matrix.shape[1] // group
     x = np.zeros((count, group))
     chosen = rng.choice(count, max(count // 50, 1), replace=False)
@@ -95,7 +95,7 @@ def measured(matrix: Any, group: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def dense_lasso(small: bool) -> Iterator[Regression]:
-    """Columns correlated little and much, two weights each."""
+    """Weakly and strongly correlated columns, two weights each."""
     rows, columns = (200, 1000) if small else (1000, 5000)
     for rho in (0.5, 0.9):
         rng = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def _sparse(small: bool) -> tuple[sparse.csc_array, np.ndarray, str]:
     matrix = sparse.random_array(
         (rows, columns), density=density, format="csc", rng=rng, data_sampler=lambda size: rng.standard_normal(size)
     )
-    # Some peers take indices of 32 bits alone.
+    # Some peers take 32-bit indices only.
     matrix.indices, matrix.indptr = matrix.indices.astype(np.int32), matrix.indptr.astype(np.int32)
     return matrix, measured(matrix, 1, rng), f"{rows:,} x {columns:,}, density {density:g}"
 
@@ -126,7 +126,7 @@ def sparse_lasso(small: bool) -> Iterator[Regression]:
 
 
 def sparse_logistic(small: bool) -> Iterator[Regression]:
-    """The same with the signs of the target."""
+    """The same with the signs of the target as labels."""
     matrix, target, name = _sparse(small)
     for share in SHARES:
         problem = Regression(f"{name}, weight {share:g}", matrix, 1.0 * (target > 0), None, logistic=True)
@@ -145,7 +145,7 @@ def group_lasso(small: bool) -> Iterator[Regression]:
 
 
 def lasso_path(small: bool) -> Iterator[Regression]:
-    """A hundred weights from the largest to a hundredth of it."""
+    """A hundred weights from the largest down to a hundredth of it."""
     rows, columns = (100, 200) if small else (1000, 2000)
     rng = np.random.default_rng(3)
     matrix = correlated(rows, columns, 0.5, rng)

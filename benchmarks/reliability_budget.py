@@ -1,5 +1,5 @@
-"""A checkpoint larger than the memory that pruning it may take: a random Llama of several times the budget, pruned in a
-process of its own whose largest resident set is compared with the budget.
+"""A checkpoint larger than the memory budget: a random Llama of several times the budget, pruned in a separate process
+whose largest resident set is compared with the budget.
 """
 
 import json
@@ -23,7 +23,7 @@ prune_model(source, output, recipe, memory=int(memory))
 
 
 def blocks_for(nbytes: int, width: int, vocab: int) -> int:
-    """Blocks of a model of at least so many bytes, as `write_model` makes it with a head of its own."""
+    """The number of blocks of a model of at least `nbytes`, written by `write_model` with an untied head."""
     block = 2 * (4 * width * width + 3 * width * (11 * width // 4))
     return math.ceil((nbytes - 2 * 2 * vocab * width) / block)
 
@@ -38,17 +38,17 @@ def pruned_within(
     windows: int = 10,
     seqlen: int = 512,
 ) -> dict[str, Any]:
-    """Write a model, prune it within a budget, and take what the run reports of itself.
+    """Write a model, prune it within a budget, and read the summary of the run.
 
     Args:
         place: an empty folder.
         memory: the budget, bytes.
-        times: size of the model in budgets, at least.
-        width: of the model; its blocks are as many as it takes.
+        times: least size of the model, relative to the budget.
+        width: of the model; the number of blocks follows.
         vocab: rows of the embedding and of the head.
-        method: of preset paper; the memory of a solve depends on it.
-        windows: of random tokens, of which two are held out.
-        seqlen: tokens a window.
+        method: mAIHT with preset paper; the memory of a solve depends on the method.
+        windows: windows of random tokens, two of them held out.
+        seqlen: tokens per window.
     """
     blocks = blocks_for(math.ceil(times * memory), width, vocab)
     size = write_model(place / "model", blocks, width, vocab, tied=False)

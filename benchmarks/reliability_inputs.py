@@ -1,4 +1,4 @@
-"""The bad inputs of the tests: how many were tried of each kind, and how many ended in the documented, clear error."""
+"""The bad inputs of the tests: how many of each kind were tried, and how many ended in the documented error."""
 
 import re
 import sys
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# The lists lie with the tests, which prove each of them.
+# The lists are part of the tests.
 sys.path.append(str(Path(__file__).parent.parent))
 
 Case = tuple[str, Callable[[Path], Callable[[], Any]], tuple[type[Exception], ...], str]
 
 
 def cases() -> Iterator[Case]:
-    """Kind, what makes the call, the documented classes, and a part of the message or a pattern for it."""
+    """Kind, a function that makes the call, the documented errors, and a part of the message or a pattern for it."""
     from tests.fuzz.bad_inputs import BAD_INPUTS
     from tests.trend.test_hostile import BAD_INPUTS as TREND
 
@@ -29,7 +29,7 @@ def _without_folder(call: Callable[[], Any]) -> Callable[[Path], Callable[[], An
 
 
 def counted() -> Iterator[dict[str, Any]]:
-    """A record a kind, in the order of the lists."""
+    """One record per kind, in the order of the lists."""
     found: dict[str, list[int]] = {}
     for kind, make, errors, text in cases():
         counts = found.setdefault(kind, [0, 0])

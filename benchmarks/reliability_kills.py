@@ -1,5 +1,5 @@
-"""Runs that are killed: a tiny random Llama is pruned by processes that get SIGKILL at random moments, then by one that
-gets none, and the result is compared byte by byte with that of an unbroken run.
+"""Killed runs: a tiny random Llama is pruned by processes that receive SIGKILL at random times, then by one that does
+not, and the result is compared byte by byte with that of an uninterrupted run.
 """
 
 import json
@@ -32,13 +32,13 @@ import sys
 import numpy as np
 from sparseopt.pruning import Recipe, prune_model
 tokens = np.random.default_rng(0).integers(0, 64, (8, 64)).astype(np.int32)
-# Slow enough that most kills come within the pass, quick enough for thirty of them.
+# Slow enough that most kills happen during the pass, fast enough for thirty of them.
 prune_model(sys.argv[1], sys.argv[2], Recipe(preset="paper", calibration=tokens, heldout_samples=2))
 """
 
 
 def write_model(folder: Path) -> None:
-    """The model in float32."""
+    """Write the model in float32."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     family, rng = find_family(CONFIG), np.random.default_rng(0)
@@ -51,7 +51,7 @@ def write_model(folder: Path) -> None:
 
 
 def start(model: Path, output: Path) -> subprocess.Popen:
-    """A process that prunes."""
+    """Start a process that prunes."""
     return subprocess.Popen([sys.executable, "-c", PRUNE, str(model), str(output)], stderr=subprocess.PIPE)
 
 
@@ -61,35 +61,35 @@ def finished_blocks(output: Path) -> set[str]:
 
 
 def shards(output: Path) -> dict[str, bytes]:
-    """The bytes of the model."""
+    """The shards of the model, by name."""
     return {file.name: file.read_bytes() for file in output.glob("*.safetensors")}
 
 
 def killed_runs(place: Path, kills: int, seed: int = 0) -> dict[str, Any]:
-    """Kill, go on, compare.
+    """Kill, resume, compare.
 
     Args:
         place: an empty folder.
-        kills: how many, at moments drawn at random.
-        seed: of the moments.
+        kills: how many, at random times.
+        seed: of the times.
 
     Returns:
-        Kills, those within the pass, those after which a finished block was gone, runs that could not be gone on with,
-        whether the last result is that of an unbroken run to the bit, and what such a run takes.
+        The number of kills, of those during the pass, of those that lost a finished block, and of runs that could not
+        be resumed; whether all results are identical to that of an uninterrupted run; and the seconds of such a run.
     """
     rng = np.random.default_rng(seed)
     model, whole, broken = (place / name for name in ("model", "whole", "broken"))
     write_model(model)
     began = time.perf_counter()
     if start(model, whole).wait() != 0:
-        raise RuntimeError("the unbroken run failed")
+        raise RuntimeError("the uninterrupted run failed")
     seconds = time.perf_counter() - began
     done = lost = refused = within = runs = 0
     identical = True
     while done < kills:
         before = finished_blocks(broken)
         process = start(model, broken)
-        # Anywhere from the first import to a little more than what is left to do.
+        # Anywhere from the first import to slightly after the expected end.
         left = 1 - len(before) / (CONFIG["num_hidden_layers"] + 1)  # type: ignore[operator]
         try:
             process.wait(rng.uniform(0.1, 1.0) * seconds * max(left, 0.4))
@@ -106,7 +106,7 @@ def killed_runs(place: Path, kills: int, seed: int = 0) -> dict[str, Any]:
             refused += 1
             sys.stderr.write(process.stderr.read().decode() if process.stderr else "")
             break
-        # Finished before the kill came: the same bytes, and the next kills hit a new run.
+        # It finished before the kill: compare, and kill a new run next.
         identical &= shards(broken) == shards(whole)
         runs += 1
         broken = place / f"broken-{runs}"

@@ -1,10 +1,10 @@
-"""fastprox's fit of a picture at order 0 and its gradients: JSON lines, for `bench_trend_batch.py`.
+"""The fit of a picture at order 0 by fastprox, and its gradients; JSON lines for `bench_trend_batch.py`.
 
     INTERPRETER benchmarks/trend_batch_peer.py PROBLEM.npz
 
-The file has the fields y, target, weights (of the edges, `[2, rows, columns]`), the movements along and weights_along
-of y and weights, and gap, the duality gap to reach. The loss is the mean squared error of the fit. The first gradient
-is that at the fit, whose pieces may not be those of the optimum yet, the second that after fastprox's own refinement.
+The file has the fields y, target, weights (of the edges, `[2, rows, columns]`), along and weights_along (directions for
+y and weights), and gap, the duality gap to reach. The loss is the mean squared error of the fit. The first gradient is
+taken at the fit, whose pieces may differ from those of the optimum, the second after fastprox has refined the fit.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from bench_core import installed, warmed
 
 MOST_STEPS = 10_000
-# Relative errors of the fit to refine to; None leaves it as it is.
+# Relative error to which the fit is refined; None for no refinement.
 REFINED: dict[str, float | None] = {"fastprox": None, "fastprox, refined": 1e-7}
 
 
@@ -26,14 +26,14 @@ def main() -> None:
     try:
         import fastprox
     except ImportError:
-        sys.exit(f"it is not installed for Python {platform.python_version()}, and needs 3.12 or newer")
-    # That a derivative is not exact is in the record.
+        sys.exit(f"not installed for Python {platform.python_version()}; it needs 3.12 or newer")
+    # The record says whether the derivative is exact.
     warnings.simplefilter("ignore")
     with np.load(sys.argv[1]) as stored:
         given = dict(stored)
     y, target = given["y"], given["target"]
     operator = fastprox.TVAniso(2, edge_weights=given["weights"])
-    # Its tolerance is relative to the signal's energy.
+    # Its tolerance is relative to the energy of the signal.
     options = {"threads": 1, "max_iter": MOST_STEPS, "tol": float(given["gap"] / (np.sum(y**2) / 2))}
 
     def slopes(refine: float | None) -> tuple[Any, Any, Any, int]:

@@ -1,7 +1,7 @@
-"""Solvers of the trend-filter problem behind one interface: ours and the public ones. See `Solver` for adding one.
+"""Solvers of the trend-filter problem with one interface: sparseopt and public ones. To add one, see `Solver`.
 
-Left out, with the reason: solvers of isotropic total variation, which is another problem; cvxpy, which would call
-OSQP; exact maximum flow by PyMaxflow, which is GPL, where cut pursuit stands for graph cuts.
+Not included: solvers of isotropic total variation, a different problem; cvxpy, which would call OSQP; exact maximum
+flow by PyMaxflow, which is GPL (cut pursuit represents graph cuts).
 """
 
 import ctypes
@@ -15,17 +15,17 @@ import numpy as np
 from scipy import sparse
 from trend_problems import TrendProblem
 
-# Larger problems fill the memory with factors.
+# The factors of larger problems do not fit in memory.
 LARGEST_FACTORED = 300_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a solver found.
+    """The answer of a solver.
 
     Attributes:
         fit: `[n]`, or in the shape of the grid.
-        lower: a lower bound of the objective, where the solver has one.
+        lower: a lower bound of the objective, if the solver has one.
         details: numbers for the record.
     """
 
@@ -49,16 +49,16 @@ class Solver(Protocol):
 
     @property
     def module(self) -> str:
-        """What is imported of it."""
+        """The module to import."""
         ...
 
     @property
     def compiles(self) -> bool:
-        """Whether a first call costs compilation, which is timed apart."""
+        """Whether the first call compiles, which is timed separately."""
         ...
 
     def can(self, problem: TrendProblem) -> bool:
-        """Whether it solves this very problem."""
+        """Whether it solves this problem."""
         ...
 
     def ladder(self, problem: TrendProblem) -> Sequence[Any]:
@@ -66,12 +66,12 @@ class Solver(Protocol):
         ...
 
     def solve(self, problem: TrendProblem, rung: Any) -> Callable[[], Answer]:
-        """Lay the problem out as the library takes it. The call that is returned is timed, from a cold start."""
+        """Prepare the data for the library. The returned call is timed, from a cold start."""
         ...
 
 
 def powers(first: int, last: int, per_decade: int = 1) -> list[float]:
-    """`10^first ... 10^last`, falling."""
+    """`10^first ... 10^last`, decreasing."""
     return [float(f"{value:.1e}") for value in np.logspace(first, last, (first - last) * per_decade + 1)]
 
 
@@ -82,10 +82,10 @@ def doubled(first: int, last: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Sparseopt:
-    """Ours; the rung is the tolerance of the certified gap.
+    """sparseopt; the rung is the tolerance of the certified gap.
 
-    Every timed call has a graph of its own, so that it pays for its tables and factors; `again` times a call on a
-    graph that served before.
+    Every timed call has a new graph, so that it includes tables and factors; `again` times a call on a graph that was
+    used before.
     """
 
     method: str
@@ -96,17 +96,17 @@ class Sparseopt:
 
     @property
     def name(self) -> str:
-        """Method and, where it is not the signal's, precision."""
+        """The method, and the precision if it is not that of the signal."""
         return " ".join(filter(None, ["sparseopt", self.method, self.dtype]))
 
     def can(self, problem: TrendProblem) -> bool:
-        """`fast_admm` is for chains, "interior" what its factors leave room for."""
+        """`fast_admm` needs chains, and the factors of "interior" must fit in memory."""
         if self.method == "interior":
             return problem.y.size <= LARGEST_FACTORED and (problem.shape is None or len(problem.shape) == 1)
         return self.method != "fast_admm" or (problem.shape is not None and len(problem.shape) == 1)
 
     def ladder(self, problem: TrendProblem) -> Sequence[float]:
-        """Half decades; float32 ends where rounding does."""
+        """Half decades; float32 stops where rounding limits the gap."""
         del problem
         return powers(-2, -7, 2) if self.dtype is None else powers(-2, -5, 2)
 
@@ -147,8 +147,8 @@ def _dual_answer(problem: TrendProblem, u: np.ndarray) -> Answer:
 class Piqp:
     """Interior point, on the dual: minimise 1/2 ||r||² over r = y - Δᵀ u, |u| <= weight. The rung is its tolerance.
 
-    Each order has the form that was the fastest on planar graphs: with r as a variable at order 0, without it at
-    order 1, and at order 2 with `q = Dᵀ u` as well, so that no product of differences is formed.
+    Each order uses the form that was fastest on planar graphs: with r as a variable at order 0, without it at order 1,
+    and at order 2 also with `q = Dᵀ u`, so that no product of differences is formed.
     """
 
     name: str = "PIQP"
@@ -157,11 +157,11 @@ class Piqp:
     compiles: bool = False
 
     def can(self, problem: TrendProblem) -> bool:
-        """What its factors leave room for."""
+        """Whether its factors fit in memory."""
         return problem.y.size <= LARGEST_FACTORED
 
     def ladder(self, problem: TrendProblem) -> Sequence[float]:
-        """Relative and absolute tolerance; a step gains about a digit."""
+        """Relative and absolute tolerance; a step gains about one digit."""
         del problem
         return powers(0, -9)
 
@@ -183,7 +183,7 @@ class Piqp:
         return sparse.csc_matrix(hessian), np.zeros(size), sparse.csc_matrix(equations), right
 
     def solve(self, problem: TrendProblem, rung: float) -> Callable[[], Answer]:
-        """Set-up, with its ordering and first factors, is part of the call."""
+        """Set-up, with ordering and factorisation, is part of the call."""
         import piqp
 
         hessian, linear, equations, right = self._program(problem)
@@ -216,7 +216,7 @@ class Osqp:
     compiles: bool = False
 
     def can(self, problem: TrendProblem) -> bool:
-        """What its factors leave room for."""
+        """Whether its factors fit in memory."""
         return problem.y.size <= LARGEST_FACTORED
 
     def ladder(self, problem: TrendProblem) -> Sequence[float]:
@@ -248,7 +248,7 @@ class Osqp:
 
 @dataclasses.dataclass(frozen=True)
 class ProxTv:
-    """Order 0 on chains and pictures by one of its methods; the rung is the iteration count, where there is one."""
+    """Order 0 on chains and pictures by one of its methods; the rung is the iteration count, if there is one."""
 
     method: str
     axes: int
@@ -258,7 +258,7 @@ class ProxTv:
 
     @property
     def name(self) -> str:
-        """Its method's."""
+        """With the name of the method."""
         return f"proxTV {self.method}"
 
     def can(self, problem: TrendProblem) -> bool:
@@ -283,7 +283,7 @@ class ProxTv:
 
 @dataclasses.dataclass(frozen=True)
 class FastProx:
-    """Order 0; the rung is the tolerance of its gap, which it takes relative to the signal's energy."""
+    """Order 0; the rung is the tolerance of its gap, relative to the energy of the signal."""
 
     name: str = "fastprox"
     package: str = "fastprox"
@@ -316,7 +316,7 @@ class FastProx:
 class CutPursuit:
     """Order 0 on any graph; the rung is the relative change at which it stops.
 
-    The wheels 0.1.0 to 0.1.4 need NumPy 1 and fail on a signal of one channel, so this is for a build of one's own.
+    The wheels 0.1.0 to 0.1.4 need NumPy 1 and fail on a signal with one channel, so this needs a custom build.
     """
 
     name: str = "cut pursuit"
@@ -329,12 +329,12 @@ class CutPursuit:
         return problem.order == 0
 
     def ladder(self, problem: TrendProblem) -> Sequence[float]:
-        """Of the outer loop; the inner one takes a hundredth of it, its default."""
+        """Of the outer loop; the default of the inner one is a hundredth of it."""
         del problem
         return powers(-1, -6)
 
     def solve(self, problem: TrendProblem, rung: float) -> Callable[[], Answer]:
-        """Edges by their first node, one thread."""
+        """Edges sorted by their first node, one thread."""
         from pycut_pursuit.cp_prox_tv import cp_prox_tv
 
         ends = np.sort(problem.edges, axis=1)
@@ -355,8 +355,8 @@ class CutPursuit:
 class Pygfl:
     """Projected Newton on the dual, any order; the rung is its step limit.
 
-    Its source distribution does not build (a header is missing) and its Python files are of Python 2, so this calls
-    the C library `libgraphfl` where somebody has built it.
+    Its source distribution does not build (a header is missing) and its Python files are Python 2, so this calls the C
+    library `libgraphfl`, which must be built by hand.
     """
 
     name: str = "pygfl"
@@ -365,7 +365,7 @@ class Pygfl:
     compiles: bool = False
 
     def can(self, problem: TrendProblem) -> bool:
-        """Everything; it holds ΔΔᵀ."""
+        """Every problem for which ΔΔᵀ fits in memory."""
         return problem.y.size <= 2_000_000
 
     def ladder(self, problem: TrendProblem) -> Sequence[int]:

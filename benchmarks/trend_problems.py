@@ -1,8 +1,8 @@
-"""Trend-filter problems for comparing solvers: made from seeds, or read from files with known optima.
+"""Trend-filter problems for comparing solvers: generated from seeds, or read from files with known optima.
 
     minimise over b    1/2 ||y - b||²  +  weight ||Δ^(order+1) b||_1
 
-NumPy and SciPy only: the objective is no solver's own, and a peer may need an interpreter without sparseopt.
+NumPy and SciPy only: the objective is independent of all solvers, and a peer may need a Python without sparseopt.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from scipy import sparse, spatial
 from scipy.sparse import csgraph
 
 NOISE = 20.0
-# The road-like graph keeps this many edges a node of the Delaunay triangulation's three.
+# Edges per node of the road-like graph; the Delaunay triangulation has three.
 ROAD_EDGES = 1.94
 
 
@@ -25,10 +25,10 @@ class TrendProblem:
     """One problem.
 
     Attributes:
-        name: how records call it.
+        name: in records.
         y: the signal, float64 `[n]`; grids in row-major order.
         edges: int64 `[m, 2]`.
-        shape: of a grid, None for other graphs.
+        shape: of a grid; None for other graphs.
         order: k.
         weight: of the penalty.
         known: objective and lower bound of a stored optimum.
@@ -65,12 +65,12 @@ class TrendProblem:
     def lower_bound(self, u: np.ndarray) -> float:
         """The dual objective of `u`, `[rows]`, clipped to the weight: no fit has a lower objective."""
         pull = self.matrix.T @ np.clip(np.asarray(u, np.float64).reshape(-1), -self.weight, self.weight)
-        # Δ has the constants in its kernel, so the mean of y changes nothing but the rounding.
+        # Δ maps constants to 0, so subtracting the mean of y changes only the rounding.
         return float((self.y - self.y.mean()) @ pull - 0.5 * pull @ pull)
 
     @functools.cached_property
     def key(self) -> str:
-        """A name for files about this very problem."""
+        """A file name that identifies this problem."""
         content = hashlib.sha256(self.y.tobytes() + np.ascontiguousarray(self.edges).tobytes())
         content.update(f"{self.shape} {self.order} {self.weight!r}".encode())
         return f"{self.name}_{content.hexdigest()[:12]}"
@@ -112,13 +112,13 @@ def _is_grid(shape: tuple[int, ...], edges: np.ndarray) -> bool:
 
 
 def grid_signal(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """A piecewise smooth field in 0..255 on a grid of one to three axes, with noise."""
+    """A piecewise smooth field in 0..255 on a grid with one to three axes, with noise."""
     axes = np.meshgrid(*(np.arange(n) / n for n in shape), indexing="ij")
     return _noisy(_scene(*axes, *(np.full(shape, 0.5) for _ in range(3 - len(shape)))), seed).reshape(-1)
 
 
 def _scene(i: np.ndarray, j: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """A ramp behind a step, a ball and a dark corner, over coordinates in 0..1."""
+    """A ramp after a step, a ball and a dark corner, for coordinates in 0..1."""
     ball = (i - 0.4) ** 2 + (j - 0.6) ** 2 + (k - 0.5) ** 2 < 0.06
     return 90 + 70 * j * (i > 0.4) + 90 * ball - 50 * (i + j < 0.5)
 
@@ -130,7 +130,7 @@ def _noisy(clean: np.ndarray, seed: int) -> np.ndarray:
 def road_like(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A connected planar graph of short edges, and a signal on it: edges `[m, 2]` and y `[n]`.
 
-    Random points; of their Delaunay triangulation the shortest spanning tree and then the shortest edges.
+    Random points, joined by the shortest spanning tree of their Delaunay triangulation and its shortest other edges.
     """
     points = np.random.default_rng(seed).random((n, 2))
     triangles = spatial.Delaunay(points).simplices
@@ -159,23 +159,23 @@ def _road(name: str, n: int, order: int, weight: float) -> TrendProblem:
 
 
 def _stored(path: Path, name: str, weight: float | None = None) -> TrendProblem:
-    """A problem of a file with the fields y, edges, lam, k, beta_opt and u; another weight drops its optimum."""
+    """A problem from a file with the fields y, edges, lam, k, beta_opt and u; another weight drops the optimum."""
     with np.load(path) as stored:
         y, edges, own = stored["y"].reshape(-1), stored["edges"].astype(np.int64), float(stored["lam"])
         shape = tuple(int(n) for n in stored["shape"])
         plain = TrendProblem(name, y, edges, None, int(stored["k"]), own if weight is None else weight)
         known = (plain.objective(stored["beta_opt"]), plain.lower_bound(stored["u"])) if plain.weight == own else None
-        # Other graphs name a shape too, (n,): only the edges tell whether it is a grid.
+        # Other graphs have a shape (n,) too: only the edges show whether it is a grid.
         grid = shape if int(np.prod(shape)) == y.size and _is_grid(shape, edges) else None
         return dataclasses.replace(plain, shape=grid, known=known)
 
 
 def problems(quick: bool, truth: Path | None) -> dict[str, Callable[[], TrendProblem]]:
-    """How to make each problem, by name.
+    """A function that makes each problem, by name.
 
     Args:
-        quick: a few thousand nodes at most, for a trial.
-        truth: folder of problems with known optima; grid256 and road100k take graph and signal from it.
+        quick: at most a few thousand nodes, for a trial.
+        truth: folder of problems with known optima; grid256 and road100k use its graphs and signals.
     """
     side, large, cube, road, long = (32, 48, 8, 1_000, 2_000) if quick else (256, 1024, 32, 100_000, 1_000_000)
     short = 500 if quick else 5_000

@@ -1,7 +1,7 @@
-"""Pictures from the committed benchmark records, as SVG files; the tables on the same page have the figures.
+"""Pictures of the committed benchmark records, as SVG files; the tables on the same page have the figures.
 
-quality.svg: perplexity of each pruning method at each sparsity, beside public codes.
-peers.svg: seconds to a certified answer for each trend-filtering problem, beside public solvers.
+quality.svg: perplexity of each pruning method at each sparsity, with public codes.
+peers.svg: seconds to an accurate answer for each trend-filtering problem, with public solvers.
 memory.svg: peak memory against the size of a model, and of a graph.
 """
 
@@ -26,7 +26,7 @@ SOLVERS = {"sparseopt auto": (OURS, "o"), "fastprox": ("#E69F00", "s"), "PIQP": 
 
 
 def quality(records: list[Record]) -> Any:
-    """Perplexity over sparsity, one line a method."""
+    """Perplexity over sparsity, one line per method."""
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     for name, (colour, marker) in ({"best": (OURS, "o")} | PEERS).items():
         points = {
@@ -38,7 +38,7 @@ def quality(records: list[Record]) -> Any:
         places = [place for place, setting in enumerate(SETTINGS) if setting in points]
         ours = name == "best"
         label = "sparseopt, best" if ours else name
-        # 2:4 is not the next sparsity: no line leads there.
+        # 2:4 is not the next sparsity, so no line connects it.
         unstructured = [place for place in places if place < 3]
         values = list(points.values())
         style: dict[str, Any] = {"color": colour, "marker": marker, "linewidth": 2.6 if ours else 1.4}
@@ -57,7 +57,7 @@ def quality(records: list[Record]) -> Any:
 
 
 def peers(records: list[Record]) -> Any:
-    """Seconds to two tolerances, one row a problem, sorted by order and size."""
+    """Seconds to two tolerances, one row per problem, sorted by order and size."""
     found = [record for record in named(records, "time to target") if record["target"] < 1e-3 and record["seconds"]]
     problems = sorted(
         {(record["order"], record["nodes"], record["problem"]) for record in found},
@@ -115,7 +115,7 @@ def memory(pruning: list[Record], sizes: list[Record]) -> Any:
 
 
 def _problem(order: int, nodes: int, name: str) -> str:
-    """A problem's name as a reader writes it: "grid256_k0" is a picture of 256 x 256 at order 0."""
+    """The label of a problem: "grid256_k0" is a picture of 256 x 256 at order 0."""
     kind = name.partition("_")[0]
     graph = {
         "grid": "picture {0} x {0}",

@@ -1,4 +1,4 @@
-"""MyST tables from the committed benchmark records, `docs/benchmarks/*.jsonl`, one JSON object a line.
+"""MyST tables of the committed benchmark records, `docs/benchmarks/*.jsonl`, one JSON object per line.
 
     trend.jsonl            output of `make bench-trend`
     trend_sizes.jsonl      output of `make bench-trend-sizes`
@@ -13,7 +13,7 @@
     scaling.jsonl          output of `make bench-scaling`
     families.jsonl         output of `make families`
 
-A table whose records are absent becomes one sentence that names the command.
+A table without records becomes a sentence that names the command.
 """
 
 import sys
@@ -28,7 +28,7 @@ import scaling_tables
 import trend_tables
 from records import Record, read
 
-# The first word of a table's name is that of its file, but for these.
+# A table's name begins with the name of its file, except for these.
 STEMS = {"sizes": "trend_sizes", "selection": "trend_selection", "peers": "trend_peers", "batch": "trend_batch"}
 
 

@@ -1,4 +1,4 @@
-"""The command line's reference page, written from the typer application that runs it."""
+"""The reference page of the command line, generated from the typer application."""
 
 import inspect
 import re
@@ -16,7 +16,7 @@ KINDS = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER", "Path": "PATH"}
 
 
 def page() -> str:
-    """MyST text: one section a command, with its usage, its help, its arguments and its options by panel."""
+    """MyST text: one section per command, with usage, help, arguments, and options by panel."""
     return "\n".join(_section(command) for command in app.registered_commands)
 
 
@@ -46,7 +46,7 @@ def _section(command: CommandInfo) -> str:
 
 
 def _parts(hint: Any) -> tuple[Any, OptionInfo | ArgumentInfo | None]:
-    """The type of a parameter, and what typer was told about it."""
+    """The type of a parameter, and its typer declaration."""
     kind, *extras = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
     info = next((extra for extra in extras if isinstance(extra, OptionInfo | ArgumentInfo)), None)
     return kind, info
@@ -57,7 +57,7 @@ def _label(name: str, kind: Any, info: OptionInfo | ArgumentInfo) -> str:
     if isinstance(info, ArgumentInfo):
         several = list in (typing.get_origin(part) for part in (kind, *typing.get_args(kind)))
         return info.metavar or name.upper() + ("..." if several else "")
-    # Inside `Annotated` the first name given to `Option` lands in its default.
+    # Inside `Annotated` the first name given to `Option` is stored as its default.
     given = [text for text in (info.default, *(info.param_decls or ())) if isinstance(text, str)]
     flag = next((text for text in given if text.startswith("--")), f"--{name.replace('_', '-')}")
     return flag if kind is bool else f"{flag} {plain}"
@@ -83,5 +83,5 @@ def _text(text: str | None) -> str:
 
 
 def _options_as_code(text: str) -> str:
-    """Names of options in backticks: as plain text their two hyphens would become a dash."""
+    """Names of options in backticks; in plain text their two hyphens would become a dash."""
     return re.sub(r"(?<![\w`-])--[a-z][a-z-]*", r"`\g<0>`", text)

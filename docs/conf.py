@@ -76,7 +76,7 @@ import sparseopt as so
 
 nitpicky = True
 nitpick_ignore_regex = [
-    # Types of other packages, type variables and aliases, which have no page here.
+    # Types of other packages, type variables and aliases have no page here.
     ("py:.*", r"(jax|jaxlib|jaxtyping|numpy|np|scipy|flax|nnx|optax|matplotlib|pydantic|typing|pathlib|enum)(\..*)?"),
     ("py:.*", r"(pydantic_core|collections|sparse|ml_dtypes|tokenizers|annotated_types)\..*"),
     ("py:.*", r"(abc|re|os|io|contextlib|types)\..*"),
@@ -93,7 +93,7 @@ html_copy_source = False
 
 
 def collect_notebooks() -> None:
-    """Copy the notebooks, which carry their results, beside the tutorial page."""
+    """Copy the executed notebooks next to the tutorial page."""
     target = HERE / "tutorials" / "notebooks"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -102,7 +102,7 @@ def collect_notebooks() -> None:
 
 
 def experiments_page() -> str:
-    """An `automodule` for every module of `sparseopt.experiments`, the tasks that a config can name first."""
+    """An `automodule` for every module of `sparseopt.experiments`, tasks first."""
     package = importlib.import_module("sparseopt.experiments")
     found = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     found.sort(key=lambda name: (not name.split(".")[2].startswith("task"), name))
@@ -119,7 +119,7 @@ def methods_table() -> str:
 
 
 def generate(app: Sphinx) -> None:
-    """Write what is made at build time, before Sphinx looks for pages."""
+    """Write the generated files before Sphinx looks for pages."""
     folder = HERE / "_generated"
     folder.mkdir(exist_ok=True)
     benchmark_tables.write_all(HERE / "benchmarks", folder)
@@ -137,7 +137,7 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", docstrings.process, priority=1)
     app.connect("autodoc-process-signature", docstrings.signature)
     app.connect("autodoc-skip-member", docstrings.skip)
-    # What the docstrings call attributes, Sphinx calls variables.
+    # Sphinx calls attributes variables.
     for field in PyObject.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"

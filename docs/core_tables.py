@@ -9,7 +9,7 @@ SECONDS = {"seconds to the gap", "seconds to the objective"}
 
 
 def core_machine(records: list[Record]) -> str:
-    """Versions and machine, and which peers were there."""
+    """Versions, machine and peers."""
     found = named(records, "environment")
     if not found:
         return missing(CORE)
@@ -34,7 +34,7 @@ def _shown(record: Record) -> str:
 
 
 def core_regressions(records: list[Record]) -> str:
-    """Seconds to the gap: ours, and every peer, the fastest first."""
+    """Seconds to the gap, for sparseopt and every peer, the fastest first."""
     solved = named(records, "seconds to the gap")
     found = named(records, "ours against the fastest peer")
 
@@ -51,14 +51,14 @@ def core_regressions(records: list[Record]) -> str:
         ("sparseopt", ours),
         ("steps", lambda r: ", ".join(f"{s['steps']:,}" for s in rows(r, True) if "steps" in s)),
         ("peers", lambda r: ", ".join(map(_shown, rows(r, False)))),
-        ("ours over the fastest peer", field("ratio")),
+        ("sparseopt over the fastest peer", field("ratio")),
     ]
     parts = {record["part"] for record in solved}
     return table([r for r in found if r["part"] in parts], columns) if solved else missing(CORE)
 
 
 def core_pictures(records: list[Record]) -> str:
-    """Seconds and iterations until the objective is close to the best."""
+    """Seconds and iterations until the objective is close to the best one."""
     found = named(records, "seconds to the objective")
     columns: list[Column] = [
         ("problem", lambda r: f"{r['part']}: {r['problem']}"),
@@ -77,10 +77,10 @@ def core_derivatives(records: list[Record]) -> str:
     found = named(records, "derivative")
     columns: list[Column] = [
         ("problem", field("problem")),
-        ("way", field("way")),
+        ("method", field("way")),
         ("steps", field("steps")),
         ("seconds", field("seconds")),
-        ("error in the weight", field("error_in_weight")),
-        ("error in the target", field("error_in_target")),
+        ("error, weight", field("error_in_weight")),
+        ("error, target", field("error_in_target")),
     ]
     return table(found, columns) if found else missing(CORE)

@@ -16,7 +16,7 @@ from typing import Any
 SECTIONS = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Example|Examples|Note):$")
 FLOOR = re.compile(r"^Floor [\d.]+: (.)")
 CODE = re.compile(r"`+([^`]+)`+")
-# A sentence of one letter, which reStructuredText reads as the mark of a list.
+# A sentence of one letter would be the marker of a list.
 LETTER = re.compile(r"(^\s*|: )([A-Za-z])\.(?=\s|$)")
 STRAY = re.compile(r"([|*])|(?<=\w)_(?!\w)")
 PUBLIC = ("sparseopt", "sparseopt.pruning", "sparseopt.models")
@@ -45,7 +45,7 @@ def process(app: Any, what: str, name: str, thing: Any, options: Any, lines: lis
 
 
 def convert(lines: list[str], own: str = "") -> list[str]:
-    """A docstring's lines as reStructuredText; `own` is the full name of what they describe."""
+    """The lines of a docstring as reStructuredText; `own` is the full name of the documented object."""
     out: list[str] = []
     section, index = False, 0
     while index < len(lines):
@@ -90,7 +90,7 @@ def _paragraph(lines: list[str], start: int) -> list[str]:
 
 
 def _block(lines: list[str], start: int) -> list[str]:
-    """An indented block: it ends before the next line at the margin."""
+    """An indented block, up to the next line at the margin."""
     end = start
     while end < len(lines) and (not lines[end].strip() or lines[end].startswith("    ")):
         end += 1

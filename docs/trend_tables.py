@@ -38,21 +38,21 @@ def trend_steps(records: list[Record]) -> str:
 
 
 def trend_scaling(records: list[Record]) -> str:
-    """Time and memory a node."""
+    """Time and memory per node."""
     found = named(records, "scaling")
     columns: list[Column] = [
         ("grid", lambda r: f"{r['side']:,} x {r['side']:,}"),
         ("order", field("order")),
-        ("seconds a step", field("step_seconds")),
-        ("nanoseconds a node and step", field("nanoseconds_per_node")),
-        # Between small sizes the growth disappears in what the process holds anyway.
-        ("bytes a node", lambda r: r["bytes_per_node"] if r["side"] >= 1024 else None),
+        ("seconds per step", field("step_seconds")),
+        ("nanoseconds per node and step", field("nanoseconds_per_node")),
+        # At small sizes the growth is hidden by the memory of the process itself.
+        ("bytes per node", lambda r: r["bytes_per_node"] if r["side"] >= 1024 else None),
     ]
     return table(found, columns) if found else missing(TREND)
 
 
 def trend_truth(records: list[Record]) -> str:
-    """Reported gap against the true suboptimality, orders 0 and 1."""
+    """Reported gap and true suboptimality, orders 0 and 1."""
     found = named(records, "truth at tol 1e-5")
     columns: list[Column] = [
         ("problem", lambda r: r["problem"].partition("_k")[0]),
@@ -68,7 +68,7 @@ def trend_truth(records: list[Record]) -> str:
 
 
 def trend_reach(records: list[Record]) -> str:
-    """What each method reaches at order 2 in a given time."""
+    """The gap that each method reaches at order 2 in a fixed time."""
     found = named(records, "reach in time")
     columns: list[Column] = [
         ("problem", lambda r: r["problem"].partition("_k")[0]),
@@ -80,11 +80,11 @@ def trend_reach(records: list[Record]) -> str:
     ]
     if not found:
         return missing(TREND)
-    return f"Every method was given about {found[0]['seconds_allowed']:g} seconds.\n\n{table(found, columns)}"
+    return f"Every method had about {found[0]['seconds_allowed']:g} seconds.\n\n{table(found, columns)}"
 
 
 def sizes_machine(records: list[Record]) -> str:
-    """Versions and machine of the figures of size."""
+    """Versions and machine of the size records."""
     return _machine(records, SIZES)
 
 
@@ -98,7 +98,7 @@ def sizes_growth(records: list[Record]) -> str:
         ("steps", field("steps")),
         ("seconds", field("seconds")),
         ("first call", field("first_call_seconds")),
-        ("time a node, over the smallest", field("growth_per_node")),
+        ("time per node, relative to the smallest", field("growth_per_node")),
         ("peak memory, GB", lambda r: r["peak_bytes"] / 1e9),
     ]
     found = named(records, "size")
@@ -106,7 +106,7 @@ def sizes_growth(records: list[Record]) -> str:
 
 
 def peers_machine(records: list[Record]) -> str:
-    """Versions, machine and cores of the comparison with public solvers; which of them were not there."""
+    """Versions, machine and cores of the comparison with public solvers; which of them are missing."""
     found = named(records, "environment")
     if not found:
         return missing(PEERS)
@@ -119,7 +119,7 @@ def peers_machine(records: list[Record]) -> str:
 
 
 def peers_times(records: list[Record]) -> str:
-    """Seconds to a true suboptimality: method auto, the fastest of ours, the fastest peer."""
+    """Seconds to a true suboptimality: method auto, the fastest of our methods, the fastest peer."""
     found = [record for record in named(records, "ours against the fastest peer") if record["target"] < 1e-3]
 
     def best(who: str) -> Callable[[Record], Any]:
@@ -136,13 +136,13 @@ def peers_times(records: list[Record]) -> str:
         ("auto", field("auto_seconds")),
         ("fastest of ours", best("ours")),
         ("fastest peer", lambda r: best("peer")(r) or r["note"]),
-        ("auto ahead", field("met")),
+        ("auto is faster", field("met")),
     ]
     return table(found, columns) if found else missing(PEERS)
 
 
 def batch_machine(records: list[Record]) -> str:
-    """Versions, machine and cores of the figures of a planned filter, and what was not measured."""
+    """Versions, machine and cores of the planned filter's records; what was not measured."""
     found = named(records, "environment")
     if not found:
         return missing(BATCH)
@@ -165,7 +165,7 @@ def batch_gradients(records: list[Record]) -> str:
         ("steps", field("steps")),
         ("fit, seconds", field("fit_seconds")),
         ("fit and gradient, seconds", field("gradient_seconds")),
-        ("over the fit", field("ratio")),
+        ("ratio", field("ratio")),
         ("error in the signal", field("error_in_signal")),
         ("error in the weights", field("error_in_weights")),
     ]
@@ -174,31 +174,31 @@ def batch_gradients(records: list[Record]) -> str:
 
 
 def batch_pictures(records: list[Record]) -> str:
-    """Seconds for many pictures, by calls and in one program."""
+    """Seconds for many pictures, in separate calls and in one program."""
     columns: list[Column] = [
-        ("way", field("way")),
+        ("variant", field("way")),
         ("order", field("order")),
         ("seconds", field("seconds")),
-        ("times as fast as calls of the solver", field("speedup")),
+        ("speedup over calls of the solver", field("speedup")),
         ("steps, mean", field("steps")),
-        ("most steps", field("most_steps")),
-        ("difference from the solver's calls", field("difference")),
+        ("steps, largest", field("most_steps")),
+        ("difference from calls of the solver", field("difference")),
     ]
     found = sorted(named(records, "pictures"), key=lambda record: record["order"])
     return table(found, columns) if found else missing(BATCH)
 
 
 def batch_calls(records: list[Record]) -> str:
-    """Milliseconds of a call, and those beyond its work."""
+    """Milliseconds per call, and its overhead."""
 
     def milliseconds(name: str) -> Callable[[Record], Any]:
         return lambda record: None if record[name] is None else 1e3 * record[name]
 
     columns: list[Column] = [
-        ("way", field("way")),
-        ("milliseconds a call", milliseconds("seconds_a_call")),
-        ("of a core at work", milliseconds("cpu_seconds")),
-        ("beyond the work", milliseconds("overhead_seconds")),
+        ("variant", field("way")),
+        ("ms per call", milliseconds("seconds_a_call")),
+        ("ms of CPU time", milliseconds("cpu_seconds")),
+        ("overhead, ms", milliseconds("overhead_seconds")),
     ]
     found = named(records, "calls")
     return table(found, columns) if found else missing(BATCH)
@@ -210,7 +210,7 @@ def selection_machine(records: list[Record]) -> str:
 
 
 def selection_errors(records: list[Record]) -> str:
-    """The mean error at each rule's weight over that at the best weight."""
+    """The mean error at each rule's weight, relative to that at the best weight."""
     records = named(records, "choice of the weight")
     rules = list(dict.fromkeys(rule for record in records for rule in record["ratios"]))
 

@@ -43,7 +43,7 @@ u = jnp.linspace(-1.0, 2.5, 701)
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
 for axis, penalty in zip(axes, (so.L1(1.0), so.L0(1.0)), strict=True):
     cost = 0.5 * (u - x) ** 2 + step * jax.vmap(penalty.value)(u)
-    cost = jnp.where(jnp.abs(u) < 1e-3, jnp.nan, cost)  # a gap in the line at 0, where L0 jumps
+    cost = jnp.where(jnp.abs(u) < 1e-3, jnp.nan, cost)  # leave a gap at 0, where L0 jumps
     plots.plot_curves({"½(u - x)² + t p(u)": (u, cost)}, axis, xlabel="u", ylabel="cost")
     chosen = penalty.prox(jnp.float32(x), step)
     best = 0.5 * (chosen - x) ** 2 + step * penalty.value(chosen)
@@ -165,7 +165,7 @@ figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 plots.plot_curves(
     {label: (thresholds, curve) for label, curve in errors.items()},
     axes[0],
-    xlabel="magnitude that is just let through",
+    xlabel="threshold",
     ylabel="root mean squared error",
 )
 axes[0].axhline(float(jnp.sqrt(jnp.mean((noisy - signal) ** 2))), color="grey", linestyle=":")
@@ -176,7 +176,7 @@ for label, colour in (("L1", plots.COLOURS[0]), ("L0", plots.COLOURS[1])):
     estimate = families[label](best).prox(noisy, 1.0)
     axes[1].scatter(signal[true_entries], estimate[true_entries], s=22, color=colour, label=f"{label}, best threshold")
 axes[1].plot([-6, 6], [-6, 6], color="grey", linestyle=":")
-axes[1].set(xlabel="true entry", ylabel="estimated entry", title="L1 shortens what it keeps")
+axes[1].set(xlabel="true entry", ylabel="estimated entry", title="L1 shrinks what it keeps")
 axes[1].legend(frameon=False)
 best_error = {label: float(curve.min()) for label, curve in errors.items()}
 print({label: round(value, 3) for label, value in best_error.items()})
@@ -342,7 +342,7 @@ assert fit.gap <= 1e-3
 # faster here than the inverse used by the solver that would be chosen. The **gap** is a certificate: no picture has an
 # objective that is lower by more than this fraction.
 #
-# ### A weight by gradient
+# ### Choose the weight by its gradient
 #
 # How large should the weight be? We hold out three further directions. The error there is a function of the weight,
 # through the solution of a minimisation problem, and `jax.grad` differentiates it by one linear system from the
@@ -373,12 +373,11 @@ assert steps[-1][1] < 1.05 * curve.min()
 
 # %%
 chosen = so.solve(so.Problem(loss, so.L1(steps[-1][0]), differences), so.PrimalDual(), tol=1e-4).value
-least = np.linalg.lstsq(scanner.toarray(), scan, rcond=0.02)[
-    0
-]  # of the shortest length, without the weakest directions
+# The minimum-norm solution, without the weakest directions.
+least = np.linalg.lstsq(scanner.toarray(), scan, rcond=0.02)[0]
 figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
 for axis, (title, values) in zip(
-    axes, {"truth": phantom, "least squares": least, "differences made sparse": chosen}.items(), strict=False
+    axes, {"truth": phantom, "least squares": least, "sparse differences": chosen}.items(), strict=False
 ):
     distance = np.sqrt(np.mean((np.ravel(values) - phantom.ravel()) ** 2))
     picture = np.reshape(values, (size, size))
@@ -386,7 +385,7 @@ for axis, (title, values) in zip(
     axis.set(title=title if title == "truth" else f"{title}\nerror {distance:.2f}", xticks=[], yticks=[])
 axes[3].plot(jnp.exp(log_weights), curve, color=plots.COLOURS[0], label="vmap")
 axes[3].plot(*zip(*steps, strict=True), "o-", color=plots.COLOURS[1], markersize=5, linewidth=1, label="gradient steps")
-axes[3].set(xscale="log", xlabel="weight", ylabel="held-out error", title="the weight by gradient")
+axes[3].set(xscale="log", xlabel="weight", ylabel="held-out error", title="choosing the weight")
 axes[3].legend(frameon=False)
 
 # %% [markdown]

@@ -39,7 +39,7 @@ model = open_model(path)
 if named:
     print("*" * 100)
     print(f"THIS IS NOT SmolLM2-135M: SPARSEOPT_MODEL names {path}.")
-    print("The figures and texts below are those of that model; the remarks between them are about SmolLM2-135M.")
+    print("The figures and texts below are for that model; the explanations are about SmolLM2-135M.")
     print("*" * 100)
 print(f"{path.name}: {model.num_blocks} blocks of width {model.config.hidden_size}, 7 linear layers each")
 
@@ -66,7 +66,7 @@ runner = BlockRunner()
 
 
 def grams_at(index, tokens):
-    """The Gram of every distinct linear input of a block."""
+    """The Gram matrix of every distinct input of the linears of a block."""
     batches = make_batches(model.embedding()(jnp.asarray(tokens)))
     for before in range(index):
         batches = runner.forward(model.block(before), batches)
@@ -121,7 +121,7 @@ for axis, label, colour in zip(axes, ("magnitude", "Wanda", "mAIHT, best"), plot
     axis.plot(strength, (half[label].weight != 0).mean(axis=0), "o", color=colour, markersize=3, alpha=0.7)
     axis.set(xscale="log", xlabel="strength of an input (root mean square)", title=label, ylim=(0, 1))
     axis.axhline(0.5, color="grey", linestyle=":")
-_ = axes[0].set_ylabel("share of its weights that are kept")
+_ = axes[0].set_ylabel("fraction of weights kept")
 
 # %% [markdown]
 # ### Error against sparsity
@@ -135,7 +135,7 @@ curves = {
     for label in ("magnitude", "Wanda", "mAIHT, best")
 }
 figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-plots.plot_curves(curves, axis, xlabel="share of zeros", ylabel="relative output error", logy=True, markers=True)
+plots.plot_curves(curves, axis, xlabel="fraction of zeros", ylabel="relative output error", logy=True, markers=True)
 _ = axis.set_title(f"block {middle}, {name}")
 
 # %% [markdown]
@@ -168,7 +168,7 @@ for label, method in (("mAIHT", "maiht"), ("Wanda", "wanda")):
     recipe = Recipe(sparsity=0.5, method=method, samples=SAMPLES, seqlen=SEQLEN, heldout_samples=HELD_OUT)
     reports[label] = prune_model(path, Path(temporary.name) / method, recipe)
     report = reports[label]
-    print(f"{label}: {report.seconds:.0f} s, of which {report.solver_seconds:.0f} s in the layers' solvers")
+    print(f"{label}: {report.seconds:.0f} s, of which {report.solver_seconds:.0f} s in the layer solver")
     assert all(audit.zeros == audit.size // 2 for audit in audit_sparsity(report.output))
 
 # %% [markdown]
@@ -223,7 +223,7 @@ temporary.cleanup()
 # %% [markdown]
 # ## What to remember
 #
-# * A layer needs its weight and a Gram: `so.pruning.prune_layer(weight, gram, sparsity)`.
+# * A layer needs its weight and a Gram matrix: `so.pruning.prune_layer(weight, gram, sparsity)`.
 # * A model needs a recipe: `so.pruning.prune_model(source, output, so.pruning.Recipe(...))`, or in the shell `sparseopt
 #   prune MODEL --output PRUNED --sparsity 0.5`.
 # * Judge by held-out error and by perplexity on unseen text. More calibration text helps all methods that use it.

@@ -107,7 +107,7 @@ def check_prox(penalty, steps):
         assert jnp.all(cost <= on_grid.min(axis=1) + 1e-5), f"{penalty} fails for the step {step}"
     each = jnp.asarray(rng.uniform(min(steps), max(steps), points.size), jnp.float32)
     together, alone = penalty.prox(points, each), jax.vmap(penalty.prox)(points, each)
-    assert jnp.allclose(together, alone, atol=1e-6), "one step an entry must be as good as one by one"
+    assert jnp.allclose(together, alone, atol=1e-6), "an array of steps must agree with single steps"
 
 
 for penalty in (LogSum(1.0), LogSum(0.5, scale=0.2), LogSum(2.0, scale=3.0)):
@@ -299,7 +299,7 @@ seen, unseen = examples(400), examples(4000)
 
 
 def half_error(model):
-    """Half of the mean squared error on the examples to learn from."""
+    """Half of the mean squared error on the training examples."""
     return squared_error(model, *seen) / 2
 
 
@@ -383,7 +383,7 @@ definition = next(cell for cell in reversed(In[:-1]) if "\nclass LogSum" in cell
 Path("log_sum.py").write_text(definition)
 CONFIG = """
 name: log-sum
-title: A penalty of one's own on a part of the phantom, noise 25
+title: Your own penalty on a part of the phantom, noise 25
 task: denoise
 picture: {name: shepp_logan_phantom, crop: [70, 130, 128, 128]}
 noise: 25

@@ -41,7 +41,7 @@ rng = np.random.default_rng(3)
 #
 # $$F(V) = \tfrac12 \langle V - C,\; H (V - C)\rangle + \lambda \|V\|_0$$
 #
-# The step size $\alpha$ lies below $1/L$, where $L$ is the largest eigenvalue of $H$.
+# The step size $\alpha$ is below $1/L$, where $L$ is the largest eigenvalue of $H$.
 
 # %%
 inputs, outputs, tokens = 96, 48, 1000
@@ -91,9 +91,9 @@ for index, fraction in enumerate((0.3, 0.97)):
     ends += [promised.min(), promised.max()]
     axis.scatter(promised, dropped, s=20, color=plots.COLOURS[index], label=f"60 steps with α = {fraction}/L")
 axis.plot(
-    [min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=1, label="equality: nothing may lie below"
+    [min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=1, label="equality; no point may be below"
 )
-axis.set(xscale="log", yscale="log", xlabel="decrease promised", ylabel="decrease of F seen")
+axis.set(xscale="log", yscale="log", xlabel="guaranteed decrease", ylabel="observed decrease of F")
 _ = axis.legend(frameon=False)
 
 # %% [markdown]
@@ -128,7 +128,7 @@ for name, solution in descents.items():
     objective = np.asarray(solution.history.objective)[: int(solution.steps)]
     assert (np.diff(objective) <= 1e-12 * objective[0]).all(), name
     reached[name] = 1 + int(np.argmax(objective <= objective[-1] * (1 + 1e-5)))
-    print(f"{name:9s} F = {objective[-1]:.4f}, {reached[name]:3d} steps to within 1e-5 of its own end")
+    print(f"{name:9s} F = {objective[-1]:.4f}, {reached[name]:3d} steps to within 1e-5 of its final value")
 assert reached["mAIHT"] < reached["plain IHT"] / 2
 figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
 plots.plot_history(descents, "objective", axis, reference=lowest * (1 - 1e-9))
@@ -260,7 +260,7 @@ forms = {"literal": literal.solver(1.0), "fused": Admm(literal.node_solve, 1.0, 
 for count in (10, 50, 250):
     ends = {name: so.solve(problem, solver, start, tol=1e-15, max_steps=count) for name, solver in forms.items()}
     apart = float(jnp.abs(ends["literal"].value - ends["fused"].value).max())
-    print(f"after {count:3d} steps: apart by {apart:.0e}, gap {float(ends['literal'].gap):.1e}")
+    print(f"after {count:3d} steps: largest difference {apart:.0e}, gap {float(ends['literal'].gap):.1e}")
     assert apart < 1e-9
 
 # %% [markdown]
@@ -270,7 +270,7 @@ for count in (10, 50, 250):
 
 
 def seconds(fit):
-    """Of the second call, which compiles nothing."""
+    """The seconds of the second call, which compiles nothing."""
     fit()
     began = time.perf_counter()
     jax.block_until_ready(fit())

@@ -76,7 +76,7 @@ def loss(fit):
 path = trend_path(y, graph, order=0).check()
 top = largest_weight(y, graph)
 print(f"{len(path)} levels from {path.weights[0]:.3g} to {path.weights[-1]:.3g}, largest gap {path.gaps.max():.1e}")
-print(f"from {top:.4g} on the fit is the mean")
+print(f"the fit is the mean for weights from {top:.4g} on")
 assert path.gaps.max() <= 1e-4
 assert top <= path.weights[0] * (1 + 1e-6)
 assert np.allclose(so.trend_filter(y, graph, so.L1(1.001 * top)).value, y.mean())
@@ -182,7 +182,7 @@ validated = cross_validate(y, graph, order=0, weights=path.weights, folds=5, see
 figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
 plots.plot_cross_validation(validated, axis)
 simple = path.values[validated.index_one_se]
-print(f"least error: weight {validated.weight:.3g}, {loss(validated.value) / losses.min():.2f} times the oracle's")
+print(f"smallest error: weight {validated.weight:.3g}, {loss(validated.value) / losses.min():.2f} times the oracle's")
 print(f"one standard error: weight {path.weights[validated.index_one_se]:.3g}, {loss(simple) / losses.min():.2f} times")
 assert loss(validated.value) < 1.5 * losses.min()
 assert path.weights[validated.index_one_se] >= validated.weight
@@ -202,7 +202,7 @@ by_order = {
 }
 for order, selection in by_order.items():
     least = selection.curve[selection.index]
-    print(f"order {order}: least SURE {least:.4f}, true error there {loss(selection.value):.4f}")
+    print(f"order {order}: smallest SURE {least:.4f}, true error there {loss(selection.value):.4f}")
 best_order = min(by_order, key=lambda order: by_order[order].curve.min())
 print("the data choose order", best_order)
 assert best_order == 0 == min(by_order, key=lambda order: loss(by_order[order].value))

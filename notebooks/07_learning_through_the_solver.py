@@ -65,7 +65,7 @@ def crops(names, size, count):
 
 
 def psnr(pictures, clean):
-    """In decibels, for each picture."""
+    """The PSNR of each picture, in decibels."""
     return 10 * jnp.log10(255**2 / jnp.mean((pictures - clean) ** 2, axis=(-2, -1)))
 
 
@@ -132,7 +132,7 @@ for name, index in best.items():
 
 
 def blurred(picture, width):
-    """By a Gaussian with this standard deviation in pixels."""
+    """The picture blurred by a Gaussian with this standard deviation in pixels."""
     reach = round(3 * width)
     kernel = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * width**2))
     along_rows = jax.vmap(lambda row: jnp.convolve(row, kernel / kernel.sum(), "valid"))
@@ -140,7 +140,7 @@ def blurred(picture, width):
 
 
 def features(y, denoise, ends):
-    """Of each difference, `[differences, 10]`."""
+    """The features of each difference, `[differences, 10]`."""
     pilot = denoise(y, 0.6 * noise) / noise
     y = y / noise
 
@@ -177,11 +177,11 @@ parameters = {
     "outward": jnp.zeros(hidden),
     "level": jnp.log(0.6),
 }
-print(f"{sum(leaf.size for leaf in jax.tree.leaves(parameters))} parameters for {ends.shape[1]:,} weights a crop")
+print(f"{sum(leaf.size for leaf in jax.tree.leaves(parameters))} parameters for {ends.shape[1]:,} weights per crop")
 
 
 def row_weights(parameters, seen):
-    """`[..., differences]`"""
+    """The weights of the differences, `[..., differences]`."""
     units = jnp.tanh(seen @ parameters["inward"] + parameters["shift"])
     return noise * jnp.exp(units @ parameters["outward"] + parameters["level"])
 
@@ -223,7 +223,7 @@ for _ in range(steps):
 
 
 def seconds(function):
-    """Of the second call, which compiles nothing."""
+    """The seconds of the second call, which compiles nothing."""
     jax.block_until_ready(function())
     began = time.perf_counter()
     jax.block_until_ready(function())
@@ -278,7 +278,7 @@ axes[0].set_xticks([4, 10, 20, 40], ["4", "10", "20", "40"])
 axes[0].minorticks_off()
 axes[0].legend(frameon=False)
 smoothed = np.convolve(gains, np.ones(15) / 15, "valid")
-axes[1].plot(gains, color="0.8", label="of a batch")
+axes[1].plot(gains, color="0.8", label="single batches")
 axes[1].plot(np.arange(7, 7 + len(smoothed)), smoothed, color=plots.COLOURS[1], label="mean of 15 batches")
 axes[1].set(xlabel="step of Adam", ylabel="gain over the best single weight (dB)", title="training crops")
 _ = axes[1].legend(frameon=False)
@@ -339,12 +339,14 @@ slopes = jax.jit(jax.grad(measured, argnums=(0, 1, 2)))(*point)
 measured = jax.jit(measured)
 for index, (name, slope) in enumerate(zip(("signal", "row weights", "node weights"), slopes, strict=True)):
     change = jnp.asarray(rng.normal(size=slope.size))
-    ahead, behind = (
+    above, below = (
         measured(*point[:index], point[index] + size * change, *point[index + 1 :]) for size in (1e-5, -1e-5)
     )
-    difference = float((ahead - behind) / 2e-5)
+    difference = float((above - below) / 2e-5)
     error = abs(difference - float(slope @ change)) / abs(difference)
-    print(f"{name:13s} gradient {slope @ change:10.6f}, central difference {difference:10.6f}, apart by {error:.0e}")
+    print(
+        f"{name:13s} gradient {slope @ change:10.6f}, central difference {difference:10.6f}, relative error {error:.0e}"
+    )
     assert error < 1e-5
 
 # %% [markdown]
@@ -354,7 +356,7 @@ for index, (name, slope) in enumerate(zip(("signal", "row weights", "node weight
 signals = signal + 0.05 * jnp.asarray(rng.normal(size=(64, nodes)))
 fit = jax.jit(lambda y: solver(y, so.L1(0.3)).value)
 together, one_by_one = jax.jit(jax.vmap(fit))(signals), jnp.stack([fit(y) for y in signals])
-print(f"64 signals together and one by one: apart by {jnp.abs(together - one_by_one).max():.0e}")
+print(f"64 signals together and one by one: largest difference {jnp.abs(together - one_by_one).max():.0e}")
 assert jnp.allclose(together, one_by_one, atol=1e-10)
 
 # %% [markdown]

@@ -1,9 +1,9 @@
-"""The notebooks' sources are the `.py` files beside this one; the `.ipynb` files carry the results of a whole run.
+"""The sources of the notebooks are the `.py` files in this folder; the `.ipynb` files contain their results.
 
-    python notebooks/build.py run [--output DIR] [NAME ...]   execute all, or those named, into the .ipynb files
-    python notebooks/build.py text                            take over changed text; code stays as it was executed
+    python notebooks/build.py run [--output DIR] [NAME ...]   execute all notebooks, or those named
+    python notebooks/build.py text                            copy changed text into the .ipynb files, without execution
 
-`tests/test_notebooks.py` fails where a source and its `.ipynb` file differ.
+`tests/test_notebooks.py` fails if a source and its `.ipynb` file differ.
 """
 
 import argparse
@@ -29,43 +29,43 @@ COLOUR_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def sources(names: list[str] | None = None) -> list[Path]:
-    """The notebooks' sources in order: all, or those whose file name begins with one of the names.
+    """The sources in order: all, or those whose file name begins with one of the names.
 
     Raises:
-        ValueError: for a name that fits none.
+        ValueError: for a name without a match.
     """
     found = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
     for name in names or []:
         if not any(source.stem.startswith(Path(name).stem) for source in found):
-            raise ValueError(f"no notebook begins with {name!r}; there are {', '.join(s.stem for s in found)}")
+            raise ValueError(f"no notebook begins with {name!r}; known are {', '.join(s.stem for s in found)}")
     return [s for s in found if not names or any(s.stem.startswith(Path(name).stem) for name in names)]
 
 
 def notebook(source: Path) -> Any:
-    """A source as a notebook without outputs, its cells numbered instead of given random ids."""
+    """A source as a notebook without outputs; cells have numbers instead of random ids."""
     made = jupytext.read(source, fmt="py:percent")
     for index, cell in enumerate(made.cells):
-        cell["source"] = cell["source"].strip("\n")  # the blank lines that Python wants above a function
+        cell["source"] = cell["source"].strip("\n")  # blank lines before a function
         cell["id"] = f"cell-{index:02d}"
         cell["metadata"] = {}
     return nbformat.from_dict({"cells": made.cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5})
 
 
 def stale(source: Path) -> str | None:
-    """Why the `.ipynb` file of a source does not show what its code gives; None where it does."""
+    """Why the `.ipynb` file of a source is out of date; None if it is not."""
     file = source.with_suffix(".ipynb")
     if not file.is_file():
         return f"{file.name} is missing"
     executed, made = _code(nbformat.read(file, as_version=4)), _code(notebook(source))
     if [cell.source for cell in executed] != [cell.source for cell in made]:
-        return f"{file.name} was executed with other code than {source.name} has"
+        return f"{file.name} was executed with other code than that of {source.name}"
     if any(cell.execution_count is None for cell in executed):
         return f"{file.name} has cells that were not executed"
     return None
 
 
 def write(made: Any, target: Path) -> None:
-    """Write a notebook that was executed, without what only its run knows: progress bars and times of cells."""
+    """Write an executed notebook, without progress bars and cell times."""
     for cell in made.cells:
         cell["metadata"] = {}
         if cell.cell_type == "code":
@@ -75,7 +75,7 @@ def write(made: Any, target: Path) -> None:
 
 
 def take_over_text() -> int:
-    """Give every `.ipynb` file the text of its source; the number of those whose code has to be executed first."""
+    """Copy the text of each source into its `.ipynb` file; returns the number of those that must be executed first."""
     failed = 0
     for source in sources():
         if reason := stale(source):
@@ -94,11 +94,11 @@ def _code(made: Any) -> list[Any]:
 
 
 def run(output: Path, names: list[str]) -> int:
-    """Execute notebooks into a folder, each in an empty working directory; the number of those that failed."""
+    """Execute notebooks into a folder, each in an empty working directory; returns the number of failures."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    # Pictures belong into the notebook, whatever backend the shell asks for.
+    # Pictures belong in the notebook, whatever backend the shell sets.
     os.environ.pop("MPLBACKEND", None)
     output.mkdir(parents=True, exist_ok=True)
     failed, start = 0, time.perf_counter()
@@ -130,10 +130,10 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("text", help="take over changed text into the executed notebooks")
+    commands.add_parser("text", help="copy changed text into the executed notebooks")
     runner = commands.add_parser("run", help="execute notebooks")
     runner.add_argument("--output", type=Path, default=FOLDER, help="folder for the executed notebooks; default: here")
-    runner.add_argument("names", nargs="*", help="notebooks by the beginning of their names, such as 02; default: all")
+    runner.add_argument("names", nargs="*", help="prefixes of notebook names, such as 02; default: all")
     given = parser.parse_args()
     if given.command == "text":
         return 1 if take_over_text() else 0

@@ -1,7 +1,7 @@
-"""What a compiled program sends between devices, read from its text.
+"""The communication between devices in a compiled program, read from its text.
 
 `jax.jit(f).lower(*arguments).compile().as_text()` is one program that every device runs; an array in it is the part
-of one device. So the bytes of an operand are what each device that takes part hands over.
+of one device. So the bytes of an operand are those that each participating device sends.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Shared by all tests: how they compile, random arrays from one seeded generator, the command as a person types it."""
+"""Shared by all tests: compilation, random arrays from one seeded generator, the command line."""
 
 import gc
 import re

@@ -1,6 +1,6 @@
-"""Methods of a pytree, every call one compiled program and NumPy arrays behind it.
+"""Methods of a pytree, with every call as one compiled program that returns NumPy arrays.
 
-Eagerly, every operation on every shape would be a program of its own, and most of a test's time.
+Eagerly, every operation on every shape would be a separate program, and take most of the time of a test.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""Several real processes on this machine, joined by gloo: starts them, waits, and gives back what each said."""
+"""Several real processes on this machine, joined by gloo: starts them, waits, and returns the output of each."""
 
 import os
 import socket

@@ -1,8 +1,8 @@
-"""How the suite compiles: nearly all of its time is XLA's, so programs are kept between runs and compiled quickly.
+"""Compilation in the test suite: XLA takes nearly all of its time, so programs are cached and compiled quickly.
 
-Kept: in the user's cache folder, apart for every version and processor, the least recently used first to go.
-Quickly: without LLVM's optimisation, and by the emitters that make less code, a quarter of the time and the same
-HLO passes. `SPARSEOPT_TEST_COMPILE=full` compiles as a user's program is compiled; `make test-all` runs everything so.
+Programs are cached in the user's cache folder, separately for each version and processor; the least recently used are
+removed first. They are compiled without the optimisation of LLVM and by the emitters that produce less code: a quarter
+of the time, with the same HLO passes. `SPARSEOPT_TEST_COMPILE=full` compiles as for a user; `make test-all` does so.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The problems of `test_solving_together.py`, solved on one device, or by all processes that run this as a script."""
+"""The problems of `test_solving_together.py`, solved on one device, or by all processes that run this script."""
 
 import dataclasses
 import sys

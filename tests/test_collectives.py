@@ -1,4 +1,4 @@
-"""The reader of compiled programs: kinds, bytes, loops, branches and both forms of what runs beside the computation."""
+"""The reader of compiled programs: kinds, bytes, loops, branches, synchronous and asynchronous exchanges."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The architecture, proved from the imports: a file imports only from floors below its own."""
+"""The architecture, checked on the imports: a file imports only from lower floors."""
 
 import ast
 import subprocess

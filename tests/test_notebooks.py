@@ -1,4 +1,4 @@
-"""The notebooks: each pair says what its source says, and each runs through and finds what its text promises."""
+"""The notebooks: each executed file matches its source, and each runs and prints the promised results."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ from tests.models.tiny import random_tensors, tiny_config, write_gguf
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 
-# What an executed notebook must have printed, besides holding every assertion that it makes itself.
+# What an executed notebook must have printed; its own assertions must hold too.
 PROMISES = {
     "01": [
         r"no grid point beats the prox: L1, L0, MCP, γ = 3, SCAD",
@@ -46,8 +46,8 @@ PROMISES = {
     ],
     "05": [
         r"grid 30 × 30 +900 stars +5 groups, at least 5 are needed",
-        r"mAIHT +F = .* steps to within 1e-5 of its own end",
-        r"after 250 steps: apart by \de-1\d",
+        r"mAIHT +F = .* steps to within 1e-5 of its final value",
+        r"after 250 steps: largest difference \de-1\d",
         r"literal, metric of the paper \d+ steps to a gap of 1e-5, \d+ ms\nfused, own metric +\d+ steps",
         r"order 1: best ρ .*, automatic ρ \d+ steps",
     ],
@@ -59,10 +59,10 @@ PROMISES = {
         r"alpha .*, order 0: 1\.\d\d times the oracle's error",
     ],
     "07": [
-        r"97 parameters for 1,984 weights a crop",
+        r"97 parameters for 1,984 weights per crop",
         r"learnt weights gain (0\.[5-9]|1\.)\d* dB over the best single weight, on (9|1\d) of 12 crops",
-        r"row weights +gradient .*, apart by \de-(0[6-9]|1\d)",
-        r"64 signals together and one by one: apart by \de-1\d",
+        r"row weights +gradient .*, relative error \de-(0[6-9]|1\d)",
+        r"64 signals together and one by one: largest difference \de-1\d",
     ],
 }
 
@@ -83,7 +83,7 @@ def test_there_are_seven_and_each_has_its_pair():
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem[:2])
 def test_the_pair_shows_what_its_source_gives_and_stays_small(build, source):
-    """Older than its source is a pair with other cells: its code must run again, its text is taken over."""
+    """A pair with other cells is stale: changed code must run again, changed text is copied."""
     assert build.stale(source) is None, f"run `python notebooks/build.py run {source.stem[:2]}`"
     pair = source.with_suffix(".ipynb")
     shown, made = nbformat.read(pair, as_version=4), build.notebook(source)
@@ -128,7 +128,7 @@ def test_the_penalty_of_ones_own_has_at_most_20_lines(build):
 
 
 def printed(notebook):
-    """All that its cells wrote to standard output."""
+    """The standard output of all cells."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
@@ -138,7 +138,7 @@ def printed(notebook):
 def test_it_runs_and_finds_what_it_promises(number, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
     if number == "03":
-        # A model in place of SmolLM2 that is too small to take time; then compiling is most of it.
+        # A tiny model instead of SmolLM2; most of the time is compilation.
         config = tiny_config(max_position_embeddings=512)
         tensors = random_tensors(config, np.random.default_rng(0))
         environment["SPARSEOPT_MODEL"] = str(write_gguf(tmp_path / "tiny.gguf", config, tensors))
@@ -155,4 +155,4 @@ def test_it_runs_and_finds_what_it_promises(number, tmp_path):
             assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.source
     text = printed(notebook)
     for promise in PROMISES[number]:
-        assert re.search(promise, text), f"{promise!r} is not in what the notebook printed:\n{text}"
+        assert re.search(promise, text), f"the notebook did not print {promise!r}:\n{text}"

@@ -1,4 +1,4 @@
-"""A penalty of at most 20 lines, defined outside the package, works everywhere a penalty of ours works."""
+"""A penalty of at most 20 lines, defined outside the package, works wherever a penalty is accepted."""
 
 import inspect
 import itertools

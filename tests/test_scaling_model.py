@@ -1,4 +1,4 @@
-"""The model on paper of `docs/scaling_model.py` counts the exchanges that tests find in the compiled programs."""
+"""The cost model `docs/scaling_model.py` has the exchanges that are found in the compiled programs."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""Two and four real processes, joined by gloo, give the answers of one device: mAIHT, ADMM, Doge-ADMM."""
+"""Two and four real processes, joined by gloo, give the results of one device: mAIHT, ADMM, Doge-ADMM."""
 
 from pathlib import Path
 

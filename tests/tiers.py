@@ -1,4 +1,4 @@
-"""Which cases of a test compile much for a fact that its other cases state as well."""
+"""Marks test cases that compile a lot for a fact that other cases check as well."""
 
 from collections.abc import Iterable
 from typing import Any

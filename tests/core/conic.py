@@ -2,8 +2,8 @@
 
     minimise over z    1/2 <z, diag(p) z> + <q, z> + constant    subject to every constraint `M z + m` in its cone
 
-The first variables are the entries of x, in the order in which they lie. A term of the objective adds variables that
-bound it from above.
+The first variables are the entries of x, in memory order. A term of the objective adds variables that bound it from
+above.
 """
 
 import clarabel

@@ -1,6 +1,6 @@
-"""Random problems of every kind against Clarabel, an interior point solver that shares nothing with ours.
+"""Random problems of every kind against Clarabel, an independent interior point solver.
 
-The problems of a kind are solved by one program. Clarabel's own tolerance is 1e-10.
+One program solves all problems of a kind. The tolerance of Clarabel is 1e-10.
 """
 
 from collections.abc import Callable

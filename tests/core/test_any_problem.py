@@ -1,4 +1,4 @@
-"""What `solve` promises of every problem: under vmap and jit, from any start, with parts of your own."""
+"""`solve` on every kind of problem: under vmap and jit, from any start, with custom parts."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Bad input of `solve`: a sentence that says what was given and what to do, before any work."""
+"""Bad input of `solve`: an error that says what was given and what to do, before any work."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The inverse by products is the inverse, at every size and on both sides of the panels' cuts."""
+"""The inverse by products is correct at every size, on both sides of the panel borders."""
 
 import re
 

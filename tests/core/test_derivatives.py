@@ -1,7 +1,7 @@
 """Derivatives of `solve` in every leaf of a problem against central differences in float64.
 
-One program a kind solves the problem, its neighbours along a random direction in each leaf, and differentiates there.
-The solves run until rounding ends them, so that a difference of two answers is one of the answers and not of errors.
+One program per kind solves the problem and its neighbours in a random direction of each leaf, and differentiates.
+The solves run until rounding stops them, so that errors do not dominate the difference of two answers.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Penalties in an optax chain: where training ends, checked against `solve` and the optimality conditions."""
+"""Penalties in an optax chain: the end of training, compared with `solve` and the optimality conditions."""
 
 import itertools
 from functools import partial

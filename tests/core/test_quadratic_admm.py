@@ -1,4 +1,4 @@
-"""ADMM with a rising rho: the optimum where there is one, exact counts where there is none, one trace."""
+"""ADMM with a rising rho: the optimum of convex problems, exact counts for others, one trace."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Facts that hold for every scalar loss: one list, every test."""
+"""Facts that hold for every scalar loss: one list for all tests."""
 
 import jax
 import jax.numpy as jnp

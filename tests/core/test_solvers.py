@@ -1,4 +1,4 @@
-"""What the theory promises of mAIHT, plain proximal gradient and the CG refit, checked in numbers."""
+"""Theoretical guarantees of mAIHT, plain proximal gradient and the CG refit, checked numerically."""
 
 import itertools
 

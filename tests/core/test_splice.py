@@ -1,4 +1,4 @@
-"""Splicing: the loss never rises, tiny problems end at the best subset of all, patterns stay patterns."""
+"""Splicing: the loss never increases, tiny problems reach the best subset, patterns are kept."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""No solver calls a NaN an answer, every one ends alike twice, and float32 and float64 agree."""
+"""No solver accepts a NaN, results are reproducible, and float32 and float64 agree."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The pytree decorator: leaves and choices, and structures that never pass for those of another class."""
+"""The pytree decorator: leaves and static fields, and structures that differ between classes."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Methods side by side: the table's figures are those found separately; cells are kept, joined, refused."""
+"""Comparisons: the figures of the table equal those of separate runs; cells are kept, added, refused."""
 
 import csv
 import shutil

@@ -1,4 +1,4 @@
-"""Configs: every mistake named at once with its place, overrides, sweeps, names and paths."""
+"""Configs: all mistakes reported at once with their position; overrides, sweeps, names and paths."""
 
 import textwrap
 

@@ -1,4 +1,4 @@
-"""The data sets have the shapes and the graph facts that experiments rely on."""
+"""The data sets have the shapes and graph properties that experiments rely on."""
 
 import importlib.util
 import sys

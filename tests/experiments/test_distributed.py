@@ -1,4 +1,4 @@
-"""`sparseopt run CONFIG --distributed` in real processes: the results of one, a lost process, another config."""
+"""`sparseopt run CONFIG --distributed` in real processes: the results of one, a lost process, a different config."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a picture shows: the data drawn, its limits, labels and units, and whose axes they are."""
+"""Pictures: the data drawn, limits, labels and units, and the axes used."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Pictures of pruning: the errors and perplexities drawn, and how their axes read."""
+"""Pictures of pruning: the errors and perplexities drawn, and their axes."""
 
 import matplotlib.pyplot as plt
 import numpy as np

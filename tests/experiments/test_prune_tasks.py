@@ -1,4 +1,7 @@
-"""The task `prune` end to end on a tiny model, with a penalty and a method of one's own."""
+"""The task `prune` end to end on a tiny model, with a custom penalty and a custom method."""
+=======
+"""The tasks `prune` and `descent` end to end on a tiny model, with a custom penalty and a custom method."""
+>>>>>>> w-words2
 
 import json
 

@@ -1,4 +1,4 @@
-"""Reports: rows with their spread, the paper's figures beside ours, the same numbers in every format."""
+"""Reports: rows with their spread, the paper's figures and ours, the same numbers in every format."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""Run folders: whole at every moment, resumed after any end, never overwritten unasked, shared by shards."""
+"""Run folders: consistent at any time, resumable, never overwritten without `--again`, shared by shards."""
 
 import json
 import os

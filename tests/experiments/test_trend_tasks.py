@@ -1,4 +1,4 @@
-"""The trend-filtering tasks on tiny settings, from units to pictures, and every config of theirs as it is shipped."""
+"""The trend-filtering tasks on tiny settings, from units to pictures, and all of their configs."""
 
 import re
 from pathlib import Path

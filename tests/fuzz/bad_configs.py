@@ -1,4 +1,4 @@
-"""Bad configs: YAML that is none or too much, and paths to code that nobody has allowed."""
+"""Bad configs: invalid or oversized YAML, and paths to code that is not allowed."""
 
 from collections.abc import Callable
 from pathlib import Path

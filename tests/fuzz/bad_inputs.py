@@ -1,4 +1,4 @@
-"""Bad inputs by kind, each with the error that a person should see. A benchmark counts how many give it."""
+"""Bad inputs by kind, each with the expected error. A benchmark counts how many raise it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Named by fuzzed configs that nobody has allowed to import code; the fuzzer looks whether this was imported."""
+"""Named by fuzzed configs that may not import code; the fuzzer checks that this was not imported."""
 
 
 class Canary:

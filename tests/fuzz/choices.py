@@ -1,7 +1,7 @@
-"""Where fuzzed inputs come from: choices, drawn by hypothesis (which shrinks them) or by atheris (which guides them).
+"""The source of fuzzed inputs: choices by hypothesis (which shrinks them) or by atheris (which guides them).
 
-What is fuzzed is mostly a valid file with a few things wrong: bytes flipped, lengths changed, parts moved, numbers in
-its JSON replaced. Arbitrary bytes are seldom looked at beyond their first four.
+Most inputs are valid files with a few defects: flipped bytes, changed lengths, moved parts, replaced numbers in JSON.
+Readers rarely look beyond the first four of arbitrary bytes.
 """
 
 import copy

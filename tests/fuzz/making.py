@@ -1,4 +1,4 @@
-"""What the lists of bad inputs are made with."""
+"""Helpers that make the bad inputs."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""`make fuzz`: every target for a bounded time in a process of its own, by hypothesis and, where it is, by atheris.
+"""`make fuzz`: every target for a limited time in its own process, with hypothesis and, if installed, with atheris.
 
     python -m tests.fuzz.run --seconds 60 [--target NAME] [--engine hypothesis|atheris]
 
 Prints a JSON line for each target and engine: executions, how many of them ended in a documented error, seconds, and
-crashes, each with the exception and a file in `build/fuzz` that holds the input as Python writes it. A crash is any
-other exception, a run of more than `SLOW` seconds of CPU time, more than `MEMORY` bytes beyond what the process had, or
-the end of the process. Ends with status 1 if there was one.
+crashes, each with the exception and a file in `build/fuzz` with the `repr` of the input. A crash is any other
+exception, a run of more than `SLOW` seconds of CPU time, an increase in memory of more than `MEMORY` bytes, or the end
+of the process. Exits with status 1 if there was a crash.
 """
 
 import argparse

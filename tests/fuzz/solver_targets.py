@@ -1,6 +1,6 @@
-"""The solvers' checks of their arguments, fuzzed with arrays and values of every kind and few sizes.
+"""The argument checks of the solvers, fuzzed with arrays and values of every kind and few sizes.
 
-Few sizes, since each new one compiles a program. Whatever a call is given, it returns or raises a documented error.
+Few sizes, since each new one compiles a program. Every call returns or raises a documented error.
 """
 
 from typing import Any

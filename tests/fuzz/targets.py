@@ -1,4 +1,4 @@
-"""What is fuzzed: for each reader, how an input is made and what may come of it, a value or the documented error."""
+"""The fuzz targets: for each reader, how an input is made, and its outcomes, a value or the documented error."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Every bad input ends in the documented error, with a text that says what is wrong, soon."""
+"""Every bad input quickly ends in the documented error, with a message that says what is wrong."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The fuzz targets on a fixed set of examples; `make fuzz` runs them for minutes, with new ones each time."""
+"""The fuzz targets on a fixed set of examples; `make fuzz` runs them for minutes, with new examples each time."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What fuzzing once found, as small as it gets: each of these ended in another error, a panic or a crash of memory."""
+"""Minimal cases found by fuzzing: each of them ended in an undocumented error, a panic or a memory crash."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""The decoder against the reference layer by layer, attention against a plain formula, one trace for all blocks."""
+"""The decoder against the reference layer by layer, attention against a simple formula, one trace for all blocks."""
 
 import json
 import subprocess

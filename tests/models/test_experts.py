@@ -1,4 +1,4 @@
-"""Mixtures of experts: routing, the mixture against the plain formula, taps, gradients."""
+"""Mixtures of experts: routing, the mixture against a simple formula, taps, gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Writing: what was written reads back, and an interrupt or a full disk leaves whole shards only."""
+"""Export: round trips, and only complete shards after an interrupt or on a full disk."""
 
 import errno
 import json

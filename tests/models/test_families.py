@@ -1,4 +1,4 @@
-"""Families without torch: names there and back, pruned exports, and everything that a family does not do."""
+"""Families without torch: names in both directions, pruned exports, and unsupported configurations."""
 
 import json
 from collections.abc import Callable

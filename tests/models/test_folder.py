@@ -1,4 +1,4 @@
-"""The files of a model's folder: links that may be followed and those that may not, and JSON that is plain."""
+"""The files of a model folder: allowed and refused links, and valid JSON."""
 
 import contextlib
 import json

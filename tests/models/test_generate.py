@@ -1,4 +1,4 @@
-"""Text continued: greedy choice by definition, draws by seed, and where it stops."""
+"""Text generation: greedy choice, sampling by seed, and stopping."""
 
 from pathlib import Path
 

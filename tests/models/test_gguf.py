@@ -1,4 +1,4 @@
-"""GGUF files: values, names, row order, configuration, and every way in which a file can be wrong."""
+"""GGUF files: values, names, row order, configuration, and all kinds of damage."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""GGUF architectures: each file is read as the Hugging Face model that it was written from, or refused by name."""
+"""GGUF architectures: each file reads as the Hugging Face model that it was written from, or is refused by name."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Names on the hub, without a network: the real library on a cache laid out as its own, and a hub that only answers."""
+"""Names on the hub, without a network: the real library on a prepared cache, and a fake hub."""
 
 import json
 import logging

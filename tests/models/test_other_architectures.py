@@ -1,4 +1,4 @@
-"""A model type without a family here, where torch is not installed; `tests/oracle` prunes such models with it."""
+"""Model types without a family, without torch; `tests/oracle` prunes such models with torch."""
 
 import subprocess
 import sys

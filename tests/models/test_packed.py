@@ -1,4 +1,4 @@
-"""Packing: every bit comes back, files that do not fit together are refused, a packed folder reads as the dense one."""
+"""Packing: exact round trips, inconsistent files are refused, a packed folder reads as the dense one."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Reading: folders and shards, and every way in which files can be wrong."""
+"""Reading: folders and shards, and all kinds of damage."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF metadata and folders, and what an export hands on."""
+"""Tokenizers from GGUF metadata and folders, and in exports."""
 
 import json
 import re

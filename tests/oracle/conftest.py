@@ -1,6 +1,6 @@
-"""What the family tests prove, kept for the documentation's table: one JSON line for each test that passed.
+"""Records of the family tests for the table in the documentation: one JSON line for each passed test.
 
-They are written where SPARSEOPT_FAMILY_RECORDS names a file; `make families` sets it.
+They are written to the file that SPARSEOPT_FAMILY_RECORDS names; `make families` sets it.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Make tests/models/golden/*.npz with the reference implementation: `python -m tests.oracle.make_golden [NAME ...]`.
 
-A file holds one tiny random model: its configuration (JSON) and weights (float16, exact) as transformers stores them,
-token ids, the stream in front of every block and behind the last (`hidden`), and the logits, all computed by
+A file contains one tiny random model: its configuration (JSON) and weights (float16, exact) as transformers stores
+them, token ids, the stream before every block and after the last (`hidden`), and the logits, all computed by
 transformers in float32.
 """
 

@@ -1,6 +1,6 @@
 """Every family against transformers: logits layer by layer; pruned, exported and loaded, in one file and in shards.
 
-What passes is recorded for the table in the documentation by `make families`, see `conftest`.
+`make families` records the results for the table in the documentation, see `conftest`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""transformers and a packed folder: it finds no weights there, and after unpacking it computes our logits."""
+"""Packed folders in transformers: it finds no weights in them, and computes the same logits after unpacking."""
 
 from pathlib import Path
 

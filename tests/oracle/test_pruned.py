@@ -1,4 +1,4 @@
-"""A pruned export in torch: transformers loads it, finds the same zeros, and computes our logits."""
+"""A pruned export in transformers: it has the same zeros and logits."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Comparisons with torch and transformers: golden files recomputed, exports loaded, a real model in whole."""
+"""Comparisons with torch and transformers: recomputed golden files, loaded exports, a whole real model."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Architectures without a family here, pruned through torch: what is gathered, stored and scored is what torch has."""
+"""Architectures without a family, pruned through torch: Gram matrices, exports and scores agree with torch."""
 
 import json
 from pathlib import Path

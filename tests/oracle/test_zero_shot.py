@@ -1,6 +1,6 @@
-"""Zero-shot tasks: the adapter against lm-eval's own model class on torch, and scores against hand counts.
+"""Zero-shot tasks: the adapter against the torch model class of lm-eval, and scores against counts by hand.
 
-Nothing here may reach a network: tasks, data and models are files of the test.
+No network is used: tasks, data and models are files of the test.
 """
 
 import json

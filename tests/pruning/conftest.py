@@ -1,4 +1,4 @@
-"""A tiny model and its tokens, one a file of tests that does not make its own."""
+"""A tiny model and its tokens, one for each test file without a model."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
-"""Runs under eight virtual devices in a process of its own and writes what it finds: `on_devices.py RESULT FOLDER`.
+"""Runs with eight virtual devices in a separate process and writes its results: `on_devices.py RESULT FOLDER`.
 
-Facts of each case are judged in `test_devices`. Layers are tiny: nearly all of the time is spent compiling.
+`test_devices` checks the results. Layers are tiny: nearly all of the time is compilation.
 """
 
 import dataclasses

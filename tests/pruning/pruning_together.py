@@ -1,4 +1,4 @@
-"""Prunes a model in one of several processes that have met already (`processes.join`), for the tests of such runs."""
+"""Prunes a model in one of several joined processes (`processes.join`), for the tests of such runs."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Allocation: exact totals, bounds, optimality against a fine grid, and the survey behind it on a tiny model."""
+"""Allocation: exact totals, bounds, optimality against a fine grid, and its survey on a tiny model."""
 
 import itertools
 

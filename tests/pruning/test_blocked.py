@@ -1,4 +1,4 @@
-"""Layers that do not fit in memory, solved by blocks of outputs: the same counts, nearly the same error, told."""
+"""Layers that do not fit in memory, solved by blocks of outputs: the same counts, nearly the same error, reported."""
 
 import dataclasses
 import json

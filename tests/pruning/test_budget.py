@@ -1,4 +1,4 @@
-"""A budget of memory: where activations lie, that it changes no bit, what is refused, and what a person is told."""
+"""A memory budget: where activations are stored, identical results, what is refused, and the messages."""
 
 import dataclasses
 import errno

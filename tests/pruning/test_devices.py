@@ -1,6 +1,6 @@
-"""Pruning over several devices: the results of one device, and what devices tell each other, counted.
+"""Pruning on several devices: the results of one device, and the amount of communication.
 
-One process with eight virtual devices works out everything (`on_devices`); the tests judge what it found.
+One process with eight virtual devices computes everything (`on_devices`); the tests check its results.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Perplexity after BOS, in bounded memory, and without compiling twice."""
+"""Perplexity with BOS, in bounded memory, and without compiling twice."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
-"""Faults of the machine in the middle of a run: it ends in one clear sentence, or goes on, and no work is lost.
+"""Faults of the machine during a run: it ends with one clear message or continues, and no work is lost.
 
-`FAULTS` names all that are tried, by kind.
+`FAULTS` lists all faults by kind.
 """
 
 import builtins

@@ -1,4 +1,4 @@
-"""What makes a pruning run another one: nothing is run here, fingerprints are compared."""
+"""What makes two pruning runs different: fingerprints are compared, nothing runs."""
 
 import dataclasses
 import importlib.util

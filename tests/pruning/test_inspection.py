@@ -1,4 +1,4 @@
-"""What a model is and would take, told from its headers: facts by hand on tiny models, and estimates that behave."""
+"""Inspection from headers: known facts of tiny models, and plausible estimates."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Every method with every pattern, SparseGPT against a plain version of itself, and methods that answer wrongly."""
+"""Every method with every pattern, SparseGPT against a simple implementation, and faulty methods."""
 
 import dataclasses
 import re

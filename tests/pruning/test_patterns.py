@@ -1,4 +1,4 @@
-"""Patterns from their names to what lies on disk: parsed, refused, kept through a whole model, audited, shown."""
+"""Patterns from their names to the stored model: parsed, refused, kept through a whole model, audited, shown."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A whole tiny model through the pipeline and the shell: what is written, what is reported, what is refused."""
+"""A whole tiny model through the pipeline and the command: what is written, reported and refused."""
 
 import json
 

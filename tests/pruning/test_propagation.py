@@ -1,4 +1,4 @@
-"""Propagated error: the drift's Gram, the moved target against least squares, and a whole model."""
+"""Propagated error: the Gram matrix of the drift, the corrected target against least squares, and a whole model."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A pruned block trained towards its dense one: what falls, what may never move, how training ends, what is refused."""
+"""Training of a pruned block: decreasing error, fixed zeros, the end of training, refused settings."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Interrupted runs: what is finished stays, the rest is computed again, and the result is identical."""
+"""Interrupted runs: finished work is kept, the rest is repeated, and the result is identical."""
 
 import dataclasses
 import fcntl

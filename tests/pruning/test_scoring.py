@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: against the whole decoder, and whatever the batches, shared inputs or passes."""
+"""Log-likelihoods of continuations: against the whole decoder, independent of batches, shared inputs and passes."""
 
 import jax.numpy as jnp
 import numpy as np

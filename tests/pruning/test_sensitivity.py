@@ -1,4 +1,4 @@
-"""Sensitivity of outputs: against finite differences of the loss, and what output weights do to a layer."""
+"""Sensitivity of outputs: against finite differences of the loss, and the effect of output weights on a layer."""
 
 import dataclasses
 

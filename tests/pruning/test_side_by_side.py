@@ -1,4 +1,4 @@
-"""Which linears of a block are solved side by side on several devices, and which are cut over them."""
+"""Which linears of a block are solved side by side on several devices, and which are cut."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Token weights of the Grams, and the ridge: what they are, who takes them by default, what is refused."""
+"""Token weights of the Gram matrices, and the ridge: values, defaults, refused settings."""
 
 import dataclasses
 

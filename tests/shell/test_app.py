@@ -1,4 +1,4 @@
-"""What a person types and sees."""
+"""The commands and their output."""
 
 import json
 import subprocess

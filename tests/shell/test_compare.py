@@ -1,4 +1,4 @@
-"""`sparseopt compare` as a person types and sees it."""
+"""The command `sparseopt compare` and its output."""
 
 import numpy as np
 import pytest

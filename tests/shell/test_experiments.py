@@ -1,4 +1,4 @@
-"""`sparseopt run` and `sparseopt report` as a person types and sees them."""
+"""The commands `sparseopt run` and `sparseopt report`, and their output."""
 
 import io
 import subprocess

@@ -1,4 +1,4 @@
-"""A model pruned and packed, scored, unpacked: the shell's way through."""
+"""A model pruned and packed, evaluated, and unpacked on the command line."""
 
 import json
 

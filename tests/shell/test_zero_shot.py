@@ -1,4 +1,4 @@
-"""`sparseopt zero-shot` where its extra is not installed."""
+"""`sparseopt zero-shot` if its extra is not installed."""
 
 import sys
 

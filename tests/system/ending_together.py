@@ -1,4 +1,4 @@
-"""What every process of `test_processes.py` runs: it meets the others, agrees with them, and ends as it is told to."""
+"""The script of the processes of `test_processes.py`: joins the others, compares, and ends as requested."""
 
 import os
 import signal

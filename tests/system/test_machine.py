@@ -1,4 +1,4 @@
-"""What is known of the machine."""
+"""Facts about the machine."""
 
 import gc
 import resource

@@ -1,4 +1,4 @@
-"""Processes that work together end together: real ones, joined by gloo, that fail or are killed in an exchange."""
+"""Cooperating processes end together: real ones, joined by gloo, that fail or are killed during an exchange."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""Compiled programs that the command keeps for the next process, and never in the way of a run."""
+"""The cache of compiled programs: reused by the next process, and never a reason for a run to fail."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The folder of a run: one writer, no links, whole records, and no folder of another format."""
+"""Run folders: one writer, no links, complete records, no other format."""
 
 import errno
 import fcntl

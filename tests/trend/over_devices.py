@@ -1,6 +1,6 @@
-"""What eight devices of this process find beside one, as JSON: run by `test_devices.py` in a process of its own.
+"""Results of eight devices and of one, as JSON; run by `test_devices.py` in a separate process.
 
-The number of devices is settled once a process. Eight in every process of the suite would share out its threads.
+The number of devices is fixed per process. Eight in every process of the suite would split its threads.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Small graphs, and a solver that shares nothing with the package: the dual as a box-constrained least squares."""
+"""Small graphs, and an independent solver: the dual as a box-constrained least-squares problem."""
 
 import numpy as np
 from scipy.optimize import lsq_linear

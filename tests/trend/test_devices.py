@@ -1,4 +1,4 @@
-"""The trend filter over several devices: the answers of one, and no more sent than the model says."""
+"""The trend filter on several devices: the results of one, and no more communication than the model says."""
 
 import json
 import subprocess

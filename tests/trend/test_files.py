@@ -1,4 +1,4 @@
-"""Files in and out: what is written reads back, and what cannot be read is named."""
+"""Files: round trips, and errors that name what cannot be read."""
 
 import numpy as np
 import pytest

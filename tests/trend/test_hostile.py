@@ -1,6 +1,6 @@
-"""Hostile input: every entry point of the trend filter gives the known answer or a clear error before any work.
+"""Hostile input: every entry point of the trend filter gives the known answer, or a clear error before any work.
 
-`BAD_INPUTS` lists what must end in an error, by kind: `(kind, name, call, fragment of the message)`.
+`BAD_INPUTS` lists inputs that must raise an error, by kind: `(kind, name, call, fragment of the message)`.
 """
 
 import networkx as nx

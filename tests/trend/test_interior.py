@@ -1,4 +1,4 @@
-"""The interior point method against the exact dual, and when "auto" takes it."""
+"""The interior point method against the exact dual, and when "auto" chooses it."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Counts, labels and outliers: facts of the fits, and answers of solvers that share nothing with the package."""
+"""Counts, labels and outliers: facts about the fits, and the answers of independent solvers."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Concave penalties by reweighted L1: descent, fixed points, and what they do to the bias of L1."""
+"""Concave penalties by reweighted L1: descent, fixed points, and the bias compared with L1."""
 
 import dataclasses
 

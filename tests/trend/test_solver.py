@@ -1,4 +1,4 @@
-"""`so.trend_solver`: plan once, call many, under jit, vmap and grad."""
+"""`so.trend_solver`: plan once, call often, under jit, vmap and grad."""
 
 import ast
 import itertools

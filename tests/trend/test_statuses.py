@@ -1,4 +1,4 @@
-"""Every front-end of the trend filter says how it ended, ends alike twice, and alike in float32 and float64."""
+"""Every front end of the trend filter returns a status, is reproducible, and agrees in float32 and float64."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Total variation as a penalty: its prox is the trend filter, and solvers carry what the last prox ended with."""
+"""Total variation as a penalty: its prox is the trend filter, and solvers carry the state of the last prox."""
 
 import dataclasses
 

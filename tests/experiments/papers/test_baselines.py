@@ -1,4 +1,4 @@
-"""The baselines of the Doge-ADMM paper solve the problem that `trend_filter` solves, by the algorithms they name."""
+"""The baselines of the Doge-ADMM paper solve the same problem as `trend_filter`, by the named algorithms."""
 
 import numpy as np
 import pytest
