@@ -1,7 +1,4 @@
 """The task `prune` end to end on a tiny model, with a custom penalty and a custom method."""
-=======
-"""The tasks `prune` and `descent` end to end on a tiny model, with a custom penalty and a custom method."""
->>>>>>> w-words2
 
 import json
 
