@@ -74,7 +74,7 @@ def of_pieces(problem, x):
 
 
 def of_kinks(problem, x):
-    return signs(problem.penalty._differences(problem.penalty.line(problem.operator.mv(x))))
+    return signs(problem.penalty.last.mv(problem.operator.mv(x)))
 
 
 def of_groups(problem, x):
