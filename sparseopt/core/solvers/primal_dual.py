@@ -262,7 +262,7 @@ class PrimalDual:
                 loss.image(x) if plain else at.images[0],
                 *at.duals,
                 scales=(state.scales[0], PENALTY_MOVE * state.scales[1]),
-                precondition=partial(self._moved, state),
+                precondition=partial(self._moved, state) if jnp.ndim(state.metric) else None,
                 due=due,
                 most_steps=LEAST_SOLVE + state.steps // SOLVE_SHARE,
             )
