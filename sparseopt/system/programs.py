@@ -61,7 +61,11 @@ def keep_programs() -> Path | None:
         kept = cache_folder() / "programs"
         folder = programs_folder(kept)
         folder.mkdir(parents=True, exist_ok=True)
-        trim(kept, SIZE_LIMIT)
+        # Looking at thousands of files takes tenths of a second, so only a start after new programs does it.
+        checked = kept / "checked"
+        if not checked.exists() or checked.stat().st_mtime_ns < folder.stat().st_mtime_ns:
+            trim(kept, SIZE_LIMIT)
+            checked.touch()
         writable = os.access(folder, os.W_OK | os.X_OK)
     except (OSError, RuntimeError):  # a RuntimeError: there is no home
         return None

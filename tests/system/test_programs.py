@@ -38,6 +38,10 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
     again, more, _ = fit(tmp_path)
     assert again == folder
     assert int(more) > int(hits)
+    checked = tmp_path / "cache" / "sparseopt" / "programs" / "checked"
+    before = checked.stat().st_mtime_ns
+    fit(tmp_path)
+    assert checked.stat().st_mtime_ns == before  # no new programs: the folder was not looked through again
 
 
 @pytest.mark.processes
