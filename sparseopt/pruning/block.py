@@ -103,11 +103,12 @@ def prune_block(
     mesh = stream.calibration.mesh
     grams, tests = dense.grams(stream, recipe.weighting, drift=recipe.propagated_share > 0)
     tensors = {key: model.stored(key) for key in keys.values()}
+    evidence = {name: _evidence(plan, name, tap, grams, tests) for name, tap in block.linears.items()}
 
     def task(name: str, tap: str) -> LayerTask:
         key = keys[f"{name}.weight"]
         dtype, shape, pattern = dtypes[key], tensors[key].shape, plan.patterns[key]
-        _, starved, tested = _evidence(plan, name, tap, grams, tests)
+        _, starved, tested = evidence[name]
         outputs = None if starved else plan.output_weights.get(key)
 
         def job() -> Timed:
@@ -125,9 +126,9 @@ def prune_block(
 
     tasks = [task(name, tap) for name, tap in block.linears.items()]
     try:
-        for (name, tap), solved in zip(block.linears.items(), solve_block(tasks, plan.method, mesh), strict=True):
-            key, evidence = keys[f"{name}.weight"], _evidence(plan, name, tap, grams, tests)
-            record = _record(plan, dense.index, key, solved, *evidence)
+        for name, solved in zip(block.linears, solve_block(tasks, plan.method, mesh), strict=True):
+            key = keys[f"{name}.weight"]
+            record = _record(plan, dense.index, key, solved, *evidence[name])
             tensors[key] = np.asarray(solved.value.weight)
             told(record)
     except MemoryError as error:
