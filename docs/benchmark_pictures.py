@@ -10,10 +10,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
+from pruning_tables import SETTINGS, by_run
 from records import Record, named, read
 
-DENSE = 29.20  # perplexity of SmolLM2-135M-Instruct (Q4_1) on the tokens of the quality records
-SETTINGS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
 OURS = "#0072B2"
 PEERS = {
     "ALPS": ("#009E73", "D"),
@@ -25,16 +24,12 @@ PEERS = {
 SOLVERS = {"sparseopt auto": (OURS, "o"), "fastprox": ("#E69F00", "s"), "PIQP": ("#009E73", "^")}
 
 
-def quality(records: list[Record]) -> Any:
-    """Perplexity over sparsity, one line per method."""
+def quality(records: list[Record], dense: float) -> Any:
+    """Perplexity over sparsity, one line per method, with the dense model's."""
+    found = by_run(records, "perplexity, models")
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     for name, (colour, marker) in ({"best": (OURS, "o")} | PEERS).items():
-        points = {
-            setting: record["value"]
-            for record in records
-            for setting in SETTINGS
-            if record["figure"] == f"perplexity, models, {name} at {setting}" and record["value"] is not None
-        }
+        points = {setting: found[name, setting]["value"] for setting in SETTINGS if (name, setting) in found}
         places = [place for place, setting in enumerate(SETTINGS) if setting in points]
         ours = name == "best"
         label = "sparseopt, best" if ours else name
@@ -47,8 +42,8 @@ def quality(records: list[Record]) -> Any:
         if ours:
             for place, value in zip(places, values, strict=True):
                 axis.annotate(f"{value:.1f}", (place, value), (0, -14), textcoords="offset points", ha="center")
-    axis.axhline(DENSE, color="#666666", linestyle="--", linewidth=1)
-    axis.annotate(f"dense {DENSE:.1f}", (2.5, DENSE), (0, 4), textcoords="offset points", color="#444444", ha="center")
+    axis.axhline(dense, color="#666666", linestyle="--", linewidth=1)
+    axis.annotate(f"dense {dense:.1f}", (2.5, dense), (0, 4), textcoords="offset points", color="#444444", ha="center")
     axis.set(yscale="log", ylabel="perplexity", xlabel="zeros in every linear layer", xlim=(-0.3, 3.3))
     axis.set_xticks(range(len(SETTINGS)), list(SETTINGS.values()))
     _logarithmic(axis.yaxis, [30, 50, 100, 200, 500, 1500])
@@ -136,9 +131,12 @@ def _logarithmic(axis: Any, ticks: list[float]) -> None:
 
 def write_all(source: Path, target: Path) -> None:
     """Write every picture to `target/NAME.svg`."""
-    records = {name: read(source / f"{name}.jsonl") for name in ("quality", "trend_peers", "memory", "trend_sizes")}
+    records = {
+        name: read(source / f"{name}.jsonl") for name in ("quality", "prune", "trend_peers", "memory", "trend_sizes")
+    }
+    dense = named(records["prune"], "dense perplexity")[0]["value"]
     pictures = {
-        "quality": quality(records["quality"]),
+        "quality": quality(records["quality"], dense),
         "peers": peers(records["trend_peers"]),
         "memory": memory(records["memory"], records["trend_sizes"]),
     }

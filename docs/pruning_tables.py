@@ -88,7 +88,7 @@ def quality_machine(records: list[Record]) -> str:
     return machine(own[0]) if own else missing(QUALITY)
 
 
-def _quality(records: list[Record], start: str) -> dict[tuple[str, str], Record]:
+def by_run(records: list[Record], start: str) -> dict[tuple[str, str], Record]:
     """The records whose figure is "START, RUN at SETTING", by run and setting, without failed rows."""
     found = {}
     for record in records:
@@ -99,8 +99,8 @@ def _quality(records: list[Record], start: str) -> dict[tuple[str, str], Record]
 
 
 def _layers(records: list[Record], start: str) -> dict[tuple[str, str], Record]:
-    """As `_quality`, for single layers; the first records call "admm_splice" "best"."""
-    found = _quality(records, start)
+    """As `by_run`, for single layers; the first records call "admm_splice" "best"."""
+    found = by_run(records, start)
     if any("admm_splice" in run for run, _ in found):
         return found
     return {(re.sub(r"^best\b", "admm_splice", run), at): record for (run, at), record in found.items()}
@@ -163,7 +163,7 @@ def quality_each_layer(records: list[Record]) -> str:
 
 def quality_models(records: list[Record]) -> str:
     """Perplexity of the whole model by method, published codes last; solver seconds at 50 %."""
-    found, seconds = _quality(records, "perplexity, models"), _quality(records, "solver time, models")
+    found, seconds = by_run(records, "perplexity, models"), by_run(records, "solver time, models")
     if not found:
         return missing(QUALITY)
 
@@ -180,7 +180,7 @@ def quality_models(records: list[Record]) -> str:
 
 def quality_ablation(records: list[Record]) -> str:
     """Changes to the recipe of `best`: perplexity, and additional seconds."""
-    found = _quality(records, "perplexity, ablation")
+    found = by_run(records, "perplexity, ablation")
     if not found:
         return missing(QUALITY)
 
