@@ -14,7 +14,7 @@ from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, Squ
 from sparseopt.core.group_penalties import GroupL2, NuclearNorm, SparseGroup
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.matrix_losses import Composed, LeastSquares
-from sparseopt.core.patterns import NM, BlockTopK, RowTopK, TopK
+from sparseopt.core.patterns import NM, BlockTopK, GroupTopK, RowTopK, TopK
 from sparseopt.core.penalties import L0, L1, MCP, SCAD, Conjugate, ElasticNet, LogSum, Penalty
 from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status
 from sparseopt.core.proximal import proximal, proximal_adam
@@ -59,6 +59,7 @@ __all__ = [
     "Graph",
     "GraphTrendFilter",
     "GroupL2",
+    "GroupTopK",
     "HuberLoss",
     "LeastSquares",
     "LogSum",

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.core.thresholds import count_nonzero, infinite_unless, kth_largest, n_of_m_mask, top_k_mask
@@ -135,7 +136,78 @@ class BlockTopK(_SparseSet):
         return jnp.sum(jnp.any(self._tiles(x != 0), axis=(1, 3)), dtype=jnp.int32) <= self.k
 
 
-Pattern = TopK | RowTopK | NM | BlockTopK
+@pytree
+class GroupTopK(_SparseSet):
+    """Indicator of matrices (or vectors) that vanish outside `k` of the groups of their rows, all columns together.
+
+    Prox: keep the k groups of largest energy, the sum of squares. For a weight in solver layout `[in, out]` a group of
+    rows is a group of inputs, such as one channel of an MLP or the channels of one attention head.
+
+    Attributes:
+        k: groups that survive; a leaf.
+        groups: the number of rows in each of consecutive groups, or the label of every row's group: integers 0 to
+            G - 1. Static.
+
+    Example:
+        >>> so.GroupTopK(1).prox(jnp.array([[3.0, -1.0], [2.0, -4.0]]), step=1.0)
+        Array([[ 0.,  0.],
+               [ 2., -4.]], dtype=float32)
+        >>> so.GroupTopK(1, groups=[0, 1, 0]).prox(jnp.array([3.0, -4.0, 3.0]), step=1.0)
+        Array([3., 0., 3.], dtype=float32)
+    """
+
+    k: Any
+    groups: Any = static(default=1)
+
+    def __post_init__(self) -> None:
+        # Static fields must be hashable: labels are kept as a tuple.
+        if not isinstance(self.groups, int | tuple):
+            as_given = np.asarray(self.groups).tolist()
+            object.__setattr__(self, "groups", as_given if isinstance(as_given, int) else tuple(as_given))
+
+    def mask(self, score: FloatArray) -> BoolArray:
+        """True in exactly the k groups whose scores have the largest sums of squares; on a tie the first win.
+
+        Raises:
+            ValueError: if the groups do not fit the rows.
+        """
+        wide = jnp.promote_types(score.dtype, jnp.float32)
+        kept = self._of_rows(top_k_mask(self._sums(score.astype(wide) ** 2), self.k))
+        return jnp.broadcast_to(kept.reshape(-1, *[1] * (score.ndim - 1)), score.shape)
+
+    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
+        return count_nonzero(self._sums((x != 0).astype(jnp.float32))) <= self.k
+
+    def _sums(self, x: Float[Array, "rows ..."]) -> Float[Array, " groups"]:
+        """The sum of each group's entries."""
+        self._check(x)
+        of_rows = jnp.sum(x, axis=tuple(range(1, x.ndim)))
+        if isinstance(self.groups, int):
+            return jnp.sum(of_rows.reshape(-1, self.groups), axis=1)
+        return jax.ops.segment_sum(of_rows, np.asarray(self.groups), max(self.groups) + 1)
+
+    def _of_rows(self, of_groups: Array) -> Array:
+        """For each row the entry of its group."""
+        if isinstance(self.groups, int):
+            return jnp.repeat(of_groups, self.groups)
+        return of_groups[np.asarray(self.groups)]
+
+    def _check(self, x: Array) -> None:
+        if isinstance(self.groups, int):
+            if x.ndim and self.groups >= 1 and x.shape[0] % self.groups == 0:
+                return
+            raise ValueError(
+                f"groups of {self.groups} rows need a number of rows that is a multiple, given an array of shape "
+                f"{x.shape}; choose a size that divides the rows, or label every row"
+            )
+        if x.shape[:1] != (len(self.groups),) or set(self.groups) != set(range(len(set(self.groups)))):
+            raise ValueError(
+                f"groups takes one label for every row, the integers 0 to G - 1, each at least once; given "
+                f"{len(self.groups)} labels, {len(set(self.groups))} of them distinct, for an array of shape {x.shape}"
+            )
+
+
+Pattern = TopK | RowTopK | NM | BlockTopK | GroupTopK
 
 
 def _top_k_of_columns(score: Float[Array, "n columns"], k: Int[Array, ""] | int) -> Bool[Array, "n columns"]:

@@ -127,7 +127,7 @@ def proximal_adam(
     that of the problem, whatever d is. (The prox with one step for all entries leaves d in it; see `proximal`.)
 
     For a separable penalty the minimiser is the prox with the array of steps `1 / d`. For a pattern (`TopK`,
-    `RowTopK`, `NM`, `BlockTopK`) it keeps the largest `d_i z_i²`. Other coupled penalties are refused.
+    `RowTopK`, `NM`, `BlockTopK`, `GroupTopK`) it keeps the largest `d_i z_i²`. Other coupled penalties are refused.
 
     The step `1 / d` of an entry grows to `learning_rate / eps` as its gradients vanish. This is harmless for convex
     penalties. For a non-convex penalty (L0, MCP, SCAD) the prox is the global minimiser, which for a long step is zero

@@ -53,6 +53,7 @@ def prune_layer(
     penalty: Penalty | None = None,
     test_gram: Any = None,
     output_weights: Any = None,
+    input_variances: Any = None,
 ) -> LayerResult:
     """Prune one linear layer: minimise `||X Vᵀ - X Wᵀ||²` over V in the pattern, given `gram = XᵀX`.
 
@@ -63,18 +64,21 @@ def prune_layer(
         gram: `XᵀX` of the layer's inputs over the calibration tokens, `[in, in]`; used in float32.
         sparsity: share of zeros in [0, 1), exact to the weight; may be left out with an n:m pattern.
         pattern: "unstructured" (anywhere in the layer), "per-row" (as many in every output row), "n:m" such as
-            "2:4" along the inputs of each output, or "block:RxC", whole blocks of R outputs x C inputs.
+            "2:4" along the inputs of each output, "block:RxC", whole blocks of R outputs x C inputs, or "group:C",
+            whole groups of C consecutive inputs.
         method: a name in `METHODS`, or your own `LayerMethod`.
         preset: settings of the method: for "maiht" "paper", the published ones, or "best"; None for its own.
         penalty: chooses the weights that survive by its prox, in place of L0 (method "maiht", unstructured). Its
             field `weight` is set by the sparsity asked for; a refit removes the shrinkage of convex penalties.
         test_gram: Gram of held-out inputs, for a second error.
         output_weights: weight of the squared error at each output, `[out]`, above 0; None for equal ones.
+        input_variances: variance of each input over the calibration tokens, `[in]`, for method "flap".
 
     Raises:
         ValueError: for an impossible sparsity, pattern, penalty, method, shape or non-finite value, before any work.
         RuntimeError: if the solve became non-finite, or your own method does not keep the pattern's count.
-        MemoryError: if the solve does not fit in memory, not even by small blocks of outputs.
+        MemoryError: if the solve does not fit in memory, not even in small blocks of outputs, into which the pattern
+            group:C cannot be split.
     """
     weight = np.asarray(weight)
     if weight.ndim != 2 or weight.size == 0:
@@ -89,17 +93,19 @@ def prune_layer(
         test_gram = check_gram("test_gram", test_gram, weight.shape[1])
     outputs, inputs = weight.shape
     if output_weights is not None:
-        output_weights = np.asarray(output_weights, np.float32)
-        if output_weights.shape != (outputs,):
-            raise ValueError(f"output_weights must be [out] = [{outputs}], given {list(output_weights.shape)}")
-        _check_finite("output_weights", output_weights)
+        output_weights = _one_each("output_weights", output_weights, "out", outputs)
         if output_weights.min() <= 0:
             raise ValueError(f"output_weights must be above 0, the least given is {output_weights.min():.3g}")
-    job = LayerJob(weight, gram, test_gram, parse_pattern(pattern, sparsity, (outputs, inputs)), output_weights)
-    solver = find_method(method, preset, penalty)
+    if input_variances is not None:
+        input_variances = _one_each("input_variances", input_variances, "in", inputs)
+        if input_variances.min() < 0:
+            raise ValueError(f"input_variances must be 0 or more, the least given is {input_variances.min():.3g}")
+    allowed = parse_pattern(pattern, sparsity, (outputs, inputs))
+    job = LayerJob(weight, gram, test_gram, allowed, output_weights, input_variances)
+    solver = find_method(method, preset, penalty, pattern=pattern)
     if penalty is not None and not isinstance(job.pattern, TopK):
         raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")
-    check_method(solver, job.pattern, weight.shape)
+    check_method(solver, job.pattern, weight.shape, input_variances is not None)
     solved = solve_within_memory(job, solver)
     report = solved.value
     status = check_answer(report, solver, job.pattern)
@@ -125,6 +131,15 @@ def _check_finite(name: str, array: np.ndarray) -> None:
     bad = int(np.size(array) - np.count_nonzero(np.isfinite(np.asarray(array, np.float32))))
     if bad:
         raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}; fix the input first")
+
+
+def _one_each(name: str, values: Any, axis: str, count: int) -> np.ndarray:
+    """A float32 vector with a finite entry for each input or output."""
+    array = np.asarray(values, np.float32)
+    if array.shape != (count,):
+        raise ValueError(f"{name} must be [{axis}] = [{count}], given {list(array.shape)}")
+    _check_finite(name, array)
+    return array
 
 
 def check_gram(name: str, gram: Any, inputs: int) -> jnp.ndarray:

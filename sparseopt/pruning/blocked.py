@@ -2,9 +2,10 @@
 
     minimise over V    1/2 ||X Vᵀ - X Wᵀ||² = sum over outputs i of 1/2 ||X (v_i - w_i)||²,   V in the pattern
 
-Outputs are coupled by the pattern's count alone. Per-row and n:m patterns have a count for every output, so a block of
-outputs is its own problem. A count over the whole layer is first divided among the blocks: each gets as many as it
-has among the layer's largest by Wanda's score, `|W_ij| ||X_j||`, and the total stays exact.
+Outputs are coupled by the pattern alone. Per-row and n:m patterns have a count for every output, so a block of outputs
+is its own problem. A count over the whole layer is first divided among the blocks: each gets as many as it has among
+the layer's largest by Wanda's score, `|W_ij| ||X_j||`, and the total stays exact. Whole groups of inputs are chosen for
+all outputs together: such a layer is not split.
 
 Over several devices a layer or block is cut by outputs over all of them, and its Gram is whole on each. Products
 with the Gram stay on their device; devices exchange counts, sums and the sample that starts a selection. Several
@@ -22,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparseopt.core.mesh import over, put, whole
-from sparseopt.core.patterns import BlockTopK, TopK
+from sparseopt.core.patterns import BlockTopK, GroupTopK, TopK
 from sparseopt.core.problem import Status
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.compiled import Compiled, Timed, laid_on
@@ -59,8 +60,8 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
     out failed attempts.
 
     Raises:
-        MemoryError: if the smallest blocks do not fit either, with their sizes; in several processes, if the whole
-            layer does not.
+        MemoryError: if the smallest blocks do not fit either, with their sizes; where the layer is not split, in
+            several processes and for the pattern group:C, if the whole does not fit.
     """
     outputs, inputs = job.weight.shape
     parts = 1
@@ -77,6 +78,12 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
                 f"the solve of a layer [out={outputs}, in={inputs}] does not fit in the memory of process "
                 f"{jax.process_index()} ({said}); several processes do not split a layer: take more devices, or method "
                 "'wanda'"
+            )
+        if isinstance(job.pattern, GroupTopK):
+            raise MemoryError(
+                f"the solve of a layer [out={outputs}, in={inputs}] does not fit in memory ({said}); its groups of "
+                "inputs are chosen for all outputs together, so it is not split; use a device with more memory, or "
+                "method 'wanda'"
             )
         tried, parts = parts, 2 * parts
         if parts > outputs // _unit(job) or outputs / parts < inputs * LEAST_SHARE:
@@ -119,7 +126,7 @@ def split_job(job: LayerJob, method: LayerMethod, parts: int) -> list[LayerJob]:
         counts = [int(kept[span.start // unit : span.stop // unit].sum()) for span in spans]
         patterns = [dataclasses.replace(pattern, k=count) for count in counts]
     return [
-        LayerJob(job.weight[span], job.gram, job.test_gram, own, weight)
+        dataclasses.replace(job, weight=job.weight[span], pattern=own, output_weights=weight)
         for span, own, weight in zip(spans, patterns, weights, strict=True)
     ]
 
@@ -254,8 +261,8 @@ def solve_over(job: LayerJob, method: LayerMethod, mesh: Mesh) -> Timed:
     cut = Cut(mesh, len(weight))
     if weights is not None:
         weights = put(cut.padded(np.asarray(weights, np.float32)), over(mesh))
-    gram, test_gram = laid_on((job.gram, job.test_gram), mesh)
-    rest = LayerJob(None, gram, test_gram, job.pattern, weights)
+    gram, test_gram, variances = laid_on((job.gram, job.test_gram, job.input_variances), mesh)
+    rest = LayerJob(None, gram, test_gram, job.pattern, weights, variances)
     timed = cut_solver(put(cut.padded(weight), over(mesh)), rest, cut, method)
     report = whole(timed.value)
     return timed._replace(value=dataclasses.replace(report, weight=report.weight[: cut.outputs]))

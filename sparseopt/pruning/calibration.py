@@ -49,7 +49,14 @@ class Grams(NamedTuple):
     gram: Array  # `X~ᵀ w X~`, `[in, in]`
     mass: Array  # the sum of w, a scalar
     tokens: Array  # their number, a scalar
+    total: Array  # the sum of w X~, `[in]`
     drift: Array | None = None  # `X~ᵀ w (X~ - X)`, `[in, in]`, with X the same input in the dense model
+
+    @property
+    def variances(self) -> Array:
+        """Of each input over the tokens, with their weights, `[in]`."""
+        mass = jnp.where(self.mass > 0, self.mass, 1)
+        return jnp.maximum(jnp.diagonal(self.gram) / mass - (self.total / mass) ** 2, 0)
 
 
 class BlockGrams(Mapping[str, Grams]):
@@ -114,7 +121,7 @@ def gather_grams(
             continue
         weighted = value * weights
         drift = None if dense is None else _product(weighted, value - dense[name])
-        found[name] = Grams(_product(weighted, value), jnp.sum(weights), count, drift)
+        found[name] = Grams(_product(weighted, value), jnp.sum(weights), count, jnp.sum(weighted, (0, 1)), drift)
     return found
 
 
@@ -129,12 +136,12 @@ def _grams_of_experts(
         rows, weight, expert = tile
         return grams.at[expert].add(jnp.matmul((rows * weight).T, rows, precision=HIGHEST)), None
 
-    width = value.rows.shape[-1]
-    start = jnp.zeros((experts, width, width), value.rows.dtype)
+    start = jnp.zeros((experts, value.rows.shape[-1], value.rows.shape[-1]), value.rows.dtype)
     gram, _ = jax.lax.scan(add, start, (value.rows, weight_PR1, value.expert))
     mass = jax.ops.segment_sum(jnp.sum(weight_PR1, axis=(1, 2)), value.expert, experts)
     tokens = jax.ops.segment_sum(jnp.sum(filled_PR, axis=1, dtype=jnp.int32), value.expert, experts)
-    return Grams(gram, mass, tokens)
+    total = jax.ops.segment_sum(jnp.sum(value.rows * weight_PR1, axis=1), value.expert, experts)
+    return Grams(gram, mass, tokens, total)
 
 
 def tapped(block: Any, x: Float[Array, "B T D"]) -> tuple[dict[str, Any], Float[Array, "B T D"]]:
@@ -290,7 +297,7 @@ def _share(block: Any, name: str) -> float:
     return block.expert_share if ".experts." in name else 1.0
 
 
-_gram_of_inputs = Compiled(lambda x: product(x.T, x))
+_gram_of_inputs = Compiled(lambda x: (product(x.T, x), jnp.sum(x, axis=0)))
 _drift_of_inputs = Compiled(lambda x, dense_x: product(x.T, x - dense_x))
 
 
@@ -361,21 +368,21 @@ class TorchRunner(BlockRunner):
             import torch
 
             rows = torch.nn.functional.pad(rows, (0, 0, 0, (1 << max(count - 1, 0).bit_length()) - count))
-        gram = self.account(_gram_of_inputs(to_jax(rows)))
+        gram, total = self.account(_gram_of_inputs(to_jax(rows)))
         # Tokens of an expert are others in the dense model.
         if other is not None and count == tokens == len(other):
             drift = self.account(_drift_of_inputs(to_jax(rows), other))
         self.flops += 2.0 * count * width * width * (1 if drift is None else 2)
-        return Grams(gram, jnp.float32(count), jnp.int32(count), drift)
+        return Grams(gram, jnp.float32(count), jnp.int32(count), total, drift)
 
 
 def _rows(value: Any) -> Any:
     return value.reshape(-1, value.shape[-1]).float()
 
 
-def _sum(one: Grams, other: Grams) -> Grams:
-    drift = None if one.drift is None or other.drift is None else one.drift + other.drift
-    return Grams(one.gram + other.gram, one.mass + other.mass, one.tokens + other.tokens, drift)
+def _sum(one: Grams, two: Grams) -> Grams:
+    drift = None if one.drift is None or two.drift is None else one.drift + two.drift
+    return Grams(one.gram + two.gram, one.mass + two.mass, one.tokens + two.tokens, one.total + two.total, drift)
 
 
 def _of_linear(block: TorchBlock, name: str, totals: Mapping[Readers, Grams]) -> Grams:
@@ -383,7 +390,7 @@ def _of_linear(block: TorchBlock, name: str, totals: Mapping[Readers, Grams]) ->
     if not found:
         # An expert that no token was sent to.
         width = block.weight_shape(name)[1]
-        return Grams(jnp.zeros((width, width)), jnp.float32(0), jnp.int32(0))
+        return Grams(jnp.zeros((width, width)), jnp.float32(0), jnp.int32(0), jnp.zeros(width))
     return reduce(_sum, found)
 
 

@@ -30,6 +30,8 @@ from sparseopt.pruning.patterns import Pattern, count_groups, pattern_count
 # Scale of a dead input's weights relative to the smallest other scale: they rank last, and their squares are still
 # normal float32 numbers.
 DEAD_SCALE = 1e-9
+# Least variance of a scaled input that is not dead: a constant one still ranks above dead ones.
+LEAST_VARIANCE = 1e-12
 KINDS: dict[str, Any] = {"float": jnp.floating, "bool": jnp.bool_, "int": jnp.integer}
 
 
@@ -43,6 +45,7 @@ class LayerJob:
         test_gram: Gram of held-out inputs for the second error, `[in, in]`, or None.
         pattern: which weights may survive.
         output_weights: of the squared error at each output, `[out]`, above 0; None for equal ones.
+        input_variances: over the calibration tokens, `[in]`, in any common unit; None where they are not known.
     """
 
     weight: Any
@@ -50,6 +53,7 @@ class LayerJob:
     test_gram: Any
     pattern: Pattern
     output_weights: Any = None
+    input_variances: Any = None
 
 
 @pytree
@@ -61,12 +65,14 @@ class ScaledLayer:
         center: the scaled dense weight, `[in, out]`; at dead inputs by `ranking_scale`.
         scale: `e`, `[in]`, the norm of each input over the calibration tokens; 0 at dead inputs.
         output_scale: `[out]`, above 0, the root of the outputs' weights over its geometric mean; ones without any.
+        variances: of the scaled inputs, `[in]`, in any common unit, 1 at dead ones; None where they are not known.
     """
 
     hessian: Any
     center: Any
     scale: Any
     output_scale: Any
+    variances: Any = None
 
     def ridged(self, ridge: float | Array) -> Quadratic:
         """The layer's loss with `ridge * I` added to the hessian."""
@@ -83,7 +89,10 @@ class Pruned(NamedTuple):
 
 
 class LayerMethod(Protocol):
-    """A pruning method: a frozen pytree that solves a scaled layer. Pure, traced once a shape."""
+    """A pruning method: a frozen pytree that solves a scaled layer. Pure, traced once a shape.
+
+    A pass over a model gives the layer its `variances` if the method has an attribute `reads_variances = True`.
+    """
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
         """Values that vanish off a mask with exactly the pattern's count."""
@@ -144,13 +153,19 @@ class LayerReport:
 
 
 def scale_layer(
-    weight: Float[Array, "out in"], gram: Float[Array, "in in"], output_weights: Float[Array, "out"] | None = None
+    weight: Float[Array, "out in"],
+    gram: Float[Array, "in in"],
+    output_weights: Float[Array, "out"] | None = None,
+    input_variances: Float[Array, "in"] | None = None,
 ) -> ScaledLayer:
     """Scaled coordinates of a layer; an all-zero input has scale 0 and never causes a division by zero."""
-    hessian, scale, _ = scaled_gram(gram)
+    hessian, scale, inverse = scaled_gram(gram)
     output_scale = jnp.ones(weight.shape[0], jnp.float32) if output_weights is None else relative_scale(output_weights)
     center = (weight.astype(jnp.float32) * ranking_scale(scale)[None, :]).T * output_scale
-    return ScaledLayer(hessian, center, scale, output_scale)
+    variances = None
+    if input_variances is not None:
+        variances = jnp.where(scale > 0, jnp.maximum(input_variances * inverse**2, LEAST_VARIANCE), 1)
+    return ScaledLayer(hessian, center, scale, output_scale, variances)
 
 
 def refitted(
@@ -205,7 +220,7 @@ def energies_of(
 
 def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
     """Scale, solve, undo the scaling, store, measure what was stored."""
-    layer = scale_layer(job.weight, job.gram, job.output_weights)
+    layer = scale_layer(job.weight, job.gram, job.output_weights, job.input_variances)
     pruned = method(layer, job.pattern)
     dead = (layer.scale == 0)[:, None]
     inverse = jnp.where(dead, 0, 1 / jnp.where(dead, 1, layer.scale[:, None]))
@@ -235,6 +250,11 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
     )
 
 
+def reads_variances(method: LayerMethod) -> bool:
+    """Whether a pass must measure the variances of a layer's inputs for the method."""
+    return getattr(method, "reads_variances", False)
+
+
 def _answer(method: LayerMethod, layer: ScaledLayer, pattern: Pattern) -> Pruned:
     # JAX remembers the trace, so a method is traced once a shape.
     answer = method(layer, pattern)
@@ -246,15 +266,15 @@ def _answer(method: LayerMethod, layer: ScaledLayer, pattern: Pattern) -> Pruned
     return jax.tree.map(jnp.asarray, answer)
 
 
-def check_method(method: LayerMethod, pattern: Pattern, shape: tuple[int, ...]) -> None:
-    """Trace a method on a layer of shape `(out, in)`, without running it.
+def check_method(method: LayerMethod, pattern: Pattern, shape: tuple[int, ...], variances: bool = False) -> None:
+    """Trace a method on a layer of shape `(out, in)`, whose inputs' variances are known or not, without running it.
 
     Raises:
         ValueError: if the method refuses the pattern, or would not return a `Pruned` of that shape.
     """
     outputs, inputs = shape
     name = type(method).__name__
-    shapes = ((inputs, inputs), (inputs, outputs), (inputs,), (outputs,))
+    shapes = ((inputs, inputs), (inputs, outputs), (inputs,), (outputs,), *[(inputs,)] * variances)
     layer = ScaledLayer(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     answer = jax.eval_shape(_answer, method, layer, pattern)
     kinds, expected = ("float", "bool", "int", "int"), ((inputs, outputs), (inputs, outputs), (), ())

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from sparseopt.core.patterns import NM, BlockTopK, Pattern, RowTopK, TopK
+from sparseopt.core.patterns import NM, BlockTopK, GroupTopK, Pattern, RowTopK, TopK
 
 __all__ = [
     "Counts",
@@ -18,20 +18,30 @@ __all__ = [
     "check_cut",
     "check_pattern",
     "count_groups",
+    "group_size",
     "implied_sparsity",
+    "is_group_pattern",
     "parse_pattern",
     "pattern_count",
     "share_unit",
 ]
 
-KNOWN = "'unstructured', 'per-row', 'n:m' such as '2:4', and 'block:RxC' such as 'block:4x4'"
-_NM, _BLOCKS = re.compile(r"(\d+):(\d+)"), re.compile(r"block:(\d+)x(\d+)")
+KNOWN = (
+    "'unstructured', 'per-row', 'n:m' such as '2:4', 'block:RxC' such as 'block:4x4', and 'group:C' such as 'group:1', "
+    "whole inputs"
+)
+_NM, _BLOCKS, _GROUPS = (re.compile(form) for form in (r"(\d+):(\d+)", r"block:(\d+)x(\d+)", r"group:(\d+)"))
 
 
-def _sizes(form: re.Pattern[str], text: str) -> tuple[int, int] | None:
-    """The two numbers of a pattern of this form; None for another form."""
+def _sizes(form: re.Pattern[str], text: str) -> tuple[int, ...] | None:
+    """The numbers of a pattern of this form; None for another form."""
     match = form.fullmatch(text)
-    return (int(match[1]), int(match[2])) if match else None
+    return tuple(map(int, match.groups())) if match else None
+
+
+def is_group_pattern(text: str) -> bool:
+    """Whether the pattern is group:C."""
+    return _GROUPS.fullmatch(text) is not None
 
 
 def implied_sparsity(text: str) -> float | None:
@@ -48,7 +58,7 @@ def check_pattern(text: str, sparsity: float | None) -> None:
     """
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must lie in [0, 1), given {sparsity}; 0.5 keeps every second weight")
-    blocks = _sizes(_BLOCKS, text)
+    blocks, groups = _sizes(_BLOCKS, text), _sizes(_GROUPS, text)
     if (n_m := _sizes(_NM, text)) is not None:
         n, m = n_m
         if not 0 < n <= m:
@@ -58,12 +68,14 @@ def check_pattern(text: str, sparsity: float | None) -> None:
                 f"pattern {text!r} has sparsity {1 - n / m:g}, which contradicts the sparsity {sparsity} given; "
                 f"give {1 - n / m:g}, or none"
             )
-    elif blocks is None and text not in ("unstructured", "per-row"):
+    elif blocks is None and groups is None and text not in ("unstructured", "per-row"):
         raise ValueError(f"unknown pattern {text!r}; known are {KNOWN}")
     elif sparsity is None:
         raise ValueError(f"pattern {text!r} needs a sparsity in [0, 1), given none")
     elif blocks is not None and 0 in blocks:
         raise ValueError(f"pattern {text!r} must have blocks of at least 1 output x 1 input")
+    elif groups == (0,):
+        raise ValueError(f"pattern {text!r} must have groups of at least 1 input")
 
 
 def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> Pattern:
@@ -75,6 +87,7 @@ def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> 
     | per-row | `round((1 - sparsity) * in)` weights of every output row |
     | n:m | n of every m consecutive inputs of every output row |
     | block:RxC | `round((1 - sparsity) * blocks)` whole blocks of R outputs x C inputs |
+    | group:C | `round((1 - sparsity) * in / C)` whole groups of C consecutive inputs, for all outputs |
 
     Args:
         text: one of the above.
@@ -87,16 +100,19 @@ def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> 
     check_pattern(text, sparsity)
     outputs, inputs = shape
     layer = f"a layer of shape [out={outputs}, in={inputs}] leaves"
-    if (n_m := _sizes(_NM, text)) is not None:
-        n, m = n_m
-        if inputs % m:
-            raise ValueError(f"pattern {text!r} needs a number of inputs divisible by {m}; {layer} {inputs % m} over")
-        return NM(n, m, axis=0)
+    n_m, groups = _sizes(_NM, text), _sizes(_GROUPS, text)
+    *_, unit = n_m or groups or (1,)
+    if left := inputs % unit:
+        raise ValueError(f"pattern {text!r} needs a number of inputs divisible by {unit}; {layer} {left} over")
+    if n_m is not None:
+        return NM(n_m[0], unit, axis=0)
     assert sparsity is not None
     if text == "unstructured":
         return TopK(round((1 - sparsity) * (outputs * inputs)))
     if text == "per-row":
         return RowTopK(round((1 - sparsity) * inputs), axis=0)
+    if groups is not None:
+        return GroupTopK(round((1 - sparsity) * (inputs // unit)), unit)
     high, wide = _sizes(_BLOCKS, text) or (1, 1)
     if outputs % high or inputs % wide:
         raise ValueError(
@@ -107,7 +123,11 @@ def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> 
 
 
 def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
-    """The number of surviving weights of a layer `(out, in)`."""
+    """The number of surviving weights of a layer `(out, in)`.
+
+    Raises:
+        ValueError: for groups given by labels, see `group_size`.
+    """
     outputs, inputs = shape
     match pattern:
         case TopK(k):
@@ -118,12 +138,30 @@ def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
             return inputs // m * n * outputs
         case BlockTopK(k, (wide, high)):
             return int(k) * wide * high
+        case GroupTopK(k):
+            return int(k) * group_size(pattern) * outputs
+
+
+def group_size(pattern: GroupTopK) -> int:
+    """The number of inputs in each group.
+
+    Raises:
+        ValueError: for groups given by labels, which need not be consecutive or equal in size.
+    """
+    if not isinstance(pattern.groups, int):
+        raise ValueError(
+            f"layers are pruned in groups of consecutive inputs, as many in each, given {len(pattern.groups)} labels; "
+            "give GroupTopK the number of inputs in a group, and order the inputs by group"
+        )
+    return pattern.groups
 
 
 def share_unit(text: str, shape: tuple[int, ...]) -> int:
     """The zeros of a weight `(out, in)` come in multiples of this. Not for n:m patterns, which have one share only."""
     if (blocks := _sizes(_BLOCKS, text)) is not None:
         return blocks[0] * blocks[1]
+    if (groups := _sizes(_GROUPS, text)) is not None:
+        return groups[0] * shape[0]
     return shape[0] if text == "per-row" else 1
 
 
@@ -150,6 +188,9 @@ def count_groups(weight: np.ndarray, pattern: Pattern) -> Counts:
         case BlockTopK(k, (wide, high)):
             tiles = alive.reshape(outputs // high, high, inputs // wide, wide)
             return Counts(np.array([np.count_nonzero(tiles.any(axis=(1, 3)))]), int(k), "blocks in the layer")
+        case GroupTopK(k):
+            groups = alive.any(axis=0).reshape(-1, group_size(pattern)).any(axis=1)
+            return Counts(np.array([np.count_nonzero(groups)]), int(k), "groups of inputs in the layer")
 
 
 def check_cut(pattern: Pattern, shape: tuple[int, int], mesh: Mesh | None) -> None:

@@ -1,5 +1,7 @@
 """Facts that hold for every penalty: one list for all tests."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,8 @@ PENALTIES = {
     "RowTopK": so.RowTopK(3),
     "RowTopK along columns": so.RowTopK(2, axis=1),
     "BlockTopK": so.BlockTopK(3, (2, 3)),
+    "GroupTopK": so.GroupTopK(2, 2),
+    "GroupTopK of labels": so.GroupTopK(2, LABELS),
     "Support": so.Support(MASK),
     "ElasticNet": so.ElasticNet(0.3, 0.5),
     "LogSum": so.LogSum(0.3, eps=1.0),
@@ -142,7 +146,7 @@ def test_a_changed_weight_does_not_retrace(rng):
 
 def test_indicators_are_infinite_off_their_set(rng):
     x = rng.standard_normal(SHAPE).astype(np.float32)
-    patterns = (so.TopK(17), so.NM(2, 4), so.RowTopK(3), so.BlockTopK(3, (2, 3)), so.Support(MASK))
+    patterns = (so.TopK(17), so.NM(2, 4), so.RowTopK(3), so.BlockTopK(3, (2, 3)), so.GroupTopK(2, 2), so.Support(MASK))
     for indicator in (*patterns, so.Nonnegative(), so.Box(-0.1, 0.2), so.Simplex()):
         assert np.isinf(values(indicator, x[None]))
         assert values(indicator, Jitted(indicator).prox(x, 1.0)[None]) == 0
@@ -193,6 +197,42 @@ def test_blocks_that_do_not_tile_are_an_error():
         so.BlockTopK(1, (3, 2)).mask(jnp.ones(48))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4, LABELS], ids=["rows", "pairs", "fours", "labels"])
+def test_group_top_k_projects_onto_the_nearest_of_all_choices_of_groups(rng, groups):
+    labels = LABELS if groups is LABELS else np.arange(8) // groups
+    count = labels.max() + 1
+    for x in (rng.standard_normal(SHAPE), rng.standard_normal(8)):
+        for k in {0, 1, count // 2, count}:
+            choices = [np.isin(labels, chosen) for chosen in itertools.combinations(range(count), k)]
+            kept = max(choices, key=lambda rows: np.sum(x[rows] ** 2))
+            expected = np.where(kept[:, None] if x.ndim == 2 else kept, x, 0).astype(np.float32)
+            found = Jitted(so.GroupTopK(k, groups)).prox(x.astype(np.float32), 1.0)
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_consecutive_groups_are_blocks_as_wide_as_the_matrix_and_equal_labels(rng):
+    x = rng.standard_normal(SHAPE).astype(np.float32)
+    x[4:6] = x[0:2]  # on a tie the first win
+    for k in range(5):
+        mask = Jitted(so.GroupTopK(k, 2)).mask(np.abs(x))
+        np.testing.assert_array_equal(mask, Jitted(so.BlockTopK(k, (2, 6))).mask(np.abs(x)))
+        np.testing.assert_array_equal(mask, Jitted(so.GroupTopK(k, np.arange(8) // 2)).mask(np.abs(x)))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (3, r"groups of 3 rows need .* shape \(8, 6\)"),
+        (0, "groups of 0 rows"),
+        ([0, 1], r"given 2 labels, 2 of them distinct, for an array of shape \(8, 6\)"),
+        ([0, 1, 3, 0, 1, 3, 0, 1], "integers 0 to G - 1, each at least once; given 8 labels, 3 of them distinct"),
+    ],
+)
+def test_groups_that_do_not_fit_the_rows_are_an_error(groups, message):
+    with pytest.raises(ValueError, match=message):
+        so.GroupTopK(1, groups).mask(jnp.ones(SHAPE))
+
+
 def test_the_count_of_a_pattern_is_a_leaf(rng):
     traces = []
 
@@ -205,4 +245,5 @@ def test_the_count_of_a_pattern_is_a_leaf(rng):
     for k in (1, 2, 4):
         assert np.count_nonzero(prox(so.RowTopK(k), x)) == 6 * k
         assert np.count_nonzero(prox(so.BlockTopK(k, (4, 2)), x)) == 8 * k
-    assert len(traces) == 2
+        assert np.count_nonzero(prox(so.GroupTopK(k, [0, 1, 2, 3] * 2), x)) == 12 * k
+    assert len(traces) == 3

@@ -137,6 +137,13 @@ def test_a_layer_that_fits_in_no_blocks_is_refused_with_its_sizes(layer, monkeyp
     assert tried == [48, 24, 12, 6, 3]
 
 
+def test_a_layer_of_groups_is_not_split(layer, monkeypatch):
+    tried = running_out(monkeypatch, 24)
+    with pytest.raises(MemoryError, match="groups of inputs are chosen for all outputs together, so it is not split"):
+        prune_layer(*layer[:2], 0.5, "group:4", "wanda")
+    assert tried == [48]
+
+
 def test_other_errors_of_a_solve_are_not_taken_for_missing_memory(layer, monkeypatch):
     monkeypatch.setitem(FAILURES, "device", jax.errors.JaxRuntimeError("INTERNAL: something else"))
     tried = running_out(monkeypatch, 0)

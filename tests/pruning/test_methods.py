@@ -9,21 +9,32 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.pruning import METHODS, AdmmPruning, Pruned, SparseGpt, SplicePruning, prune_layer, prune_model
+from sparseopt.pruning import (
+    METHODS,
+    AdmmPruning,
+    GroupRemoval,
+    Pruned,
+    SparseGpt,
+    SplicePruning,
+    prune_layer,
+    prune_model,
+)
 from sparseopt.pruning.layer import ScaledLayer
-from tests.pruning.layers import error_of, make_layer
+from tests.pruning.layers import GROUP_METHODS, error_of, make_layer
 
-PATTERNS = ["unstructured", "per-row", "2:4", "block:2x8"]
+PATTERNS = ["unstructured", "per-row", "2:4", "block:2x8", "group:4"]
 # Compiling is what takes long: these run the code of "admm_splice", or of another pattern, once more.
 COSTLY = {
     *((method, pattern) for method in ("best", "admm", "splice") for pattern in ("unstructured", "per-row", "2:4")),
-    ("maiht", "unstructured"), ("splice", "block:2x8"), ("sparsegpt", "unstructured"),
+    ("admm", "group:4"), ("splice", "group:4"), ("splice", "block:2x8"),
+    ("maiht", "unstructured"), ("sparsegpt", "unstructured"),
 }  # fmt: skip
 GRID = [
     pytest.param(method, pattern, marks=[pytest.mark.thorough] if (method, pattern) in COSTLY else [])
     for method in METHODS
     for pattern in PATTERNS
-    if (method, pattern) != ("sparsegpt", "block:2x8")
+    if not (method == "sparsegpt" and pattern in ("block:2x8", "group:4"))
+    and not (method in GROUP_METHODS and pattern != "group:4")
 ]
 
 
@@ -43,6 +54,10 @@ def assert_pattern(weight, pattern, sparsity):
         assert set(alive.sum(axis=1)) == {round((1 - sparsity) * inputs)}
     elif pattern == "2:4":
         assert set(alive.reshape(-1, 4).sum(axis=1)) == {2}
+    elif pattern == "group:4":
+        groups = alive.reshape(outputs, -1, 4).all(axis=(0, 2))
+        assert groups.sum() == round((1 - sparsity) * len(groups))
+        assert alive.sum() == 4 * outputs * groups.sum()
     else:
         blocks = {(i, j): alive[i : i + 2, j : j + 8] for i in range(0, outputs, 2) for j in range(0, inputs, 8)}
         assert all(block.all() or not block.any() for block in blocks.values())
@@ -51,23 +66,30 @@ def assert_pattern(weight, pattern, sparsity):
 
 def prune(layer, method, pattern):
     """Pruned to 62 % where the pattern has no sparsity of its own."""
-    return prune_layer(*layer, None if pattern == "2:4" else 0.62, pattern, method)
+    variances = np.diag(layer[1]) if method == "flap" else None
+    return prune_layer(*layer, None if pattern == "2:4" else 0.62, pattern, method, input_variances=variances)
 
 
-def program_of(method, inputs, outputs=48):
+def program_of(method, pattern, inputs, outputs=48):
     """The program that prunes a layer, without its numbers; nothing is compiled."""
     shapes = {"hessian": (inputs, inputs), "center": (inputs, outputs), "scale": (inputs,), "output_scale": (outputs,)}
     arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    solve = jax.jit(lambda arrays: method(ScaledLayer(**arrays), so.RowTopK(8)))
+    solve = jax.jit(lambda arrays: method(ScaledLayer(**arrays), pattern))
     return re.sub(r"\d+", "", solve.lower(arrays).as_text())
 
 
 @pytest.mark.parametrize(
-    "method", [SplicePruning(first=AdmmPruning(levels=1)), SparseGpt()], ids=["admm_splice", "sparsegpt"]
+    ("method", "pattern"),
+    [
+        (SplicePruning(first=AdmmPruning(levels=1)), so.RowTopK(8)),
+        (SparseGpt(), so.RowTopK(8)),
+        (GroupRemoval(chunk=8), so.GroupTopK(8)),
+    ],
+    ids=["admm_splice", "sparsegpt", "osscar"],
 )
-def test_the_program_of_a_layer_does_not_grow_with_its_inputs(method):
+def test_the_program_of_a_layer_does_not_grow_with_its_inputs(method, pattern):
     # A list of places of a bounded length differs by a hundredth; written-out panels would multiply the length.
-    assert len(program_of(method, 16384)) == pytest.approx(len(program_of(method, 2048)), rel=0.05)
+    assert len(program_of(method, pattern, 16384)) == pytest.approx(len(program_of(method, pattern, 2048)), rel=0.05)
 
 
 @pytest.mark.parametrize(("method", "pattern"), GRID)
@@ -79,7 +101,7 @@ def test_every_method_has_the_exact_pattern(layer, method, pattern):
     assert result.relative_error == pytest.approx(error_of(result.weight, weight, gram), rel=1e-3)
 
 
-@pytest.mark.parametrize("pattern", ["per-row", "block:2x8"])
+@pytest.mark.parametrize("pattern", ["per-row", "block:2x8", "group:4"])
 def test_methods_rank_as_they_should(layer, pattern):
     """SparseGPT stands apart: with one block of inputs it chooses all weights before it compensates any."""
     thorough, maiht, wanda, magnitude = (
@@ -204,6 +226,24 @@ WRONG = {
 def test_a_method_of_ones_own_that_answers_wrongly_is_told_so(layer, answer, error, message):
     with pytest.raises(error, match=message):
         prune_layer(*layer, 0.6, "per-row", Own(answer))
+
+
+def test_a_pass_gives_flap_the_variances_of_each_input(tmp_path, rng):
+    from sparseopt.models import open_model
+    from sparseopt.pruning import Recipe
+    from sparseopt.pruning.calibration import tapped
+    from tests.models.tiny import random_tensors, tiny_config, write_folder
+    from tests.pruning.test_pipeline import make_tokens
+
+    source = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
+    tokens = make_tokens(rng, 12)
+    prune_model(source, tmp_path / "out", Recipe(calibration=tokens, method="flap", pattern="group:8"))
+    model, pruned = open_model(source), open_model(tmp_path / "out")
+    x = tapped(model.block(0), model.embedding()(jnp.asarray(tokens)))[0]["attention_input"]
+    weight, found = (m.stored("model.layers.0.self_attn.q_proj.weight") for m in (model, pruned))
+    score = np.var(np.asarray(x), axis=(0, 1)) * np.sum(weight**2, axis=0)
+    groups = score.reshape(-1, 8).sum(axis=1)
+    np.testing.assert_array_equal(found != 0, np.tile(np.repeat(groups > np.median(groups), 8), (len(weight), 1)))
 
 
 def test_in_a_model_the_layer_is_named(tmp_path, rng):

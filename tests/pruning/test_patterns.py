@@ -19,6 +19,8 @@ PARSED = {
     "2:5": so.NM(2, 5),
     "block:2x8": so.BlockTopK(77, (8, 2)),
     "block:48x1": so.BlockTopK(26, (1, 48)),
+    "group:1": so.GroupTopK(26),
+    "group:16": so.GroupTopK(2, 16),
 }
 
 
@@ -52,7 +54,9 @@ def wanda(rng, **fields):
     return Recipe(calibration=make_tokens(rng, 12), method="wanda", **fields)
 
 
-@pytest.mark.parametrize(("pattern", "sparsity"), [("per-row", 0.6), ("1:4", None), ("block:4x8", 0.6)])
+@pytest.mark.parametrize(
+    ("pattern", "sparsity"), [("per-row", 0.6), ("1:4", None), ("block:4x8", 0.6), ("group:8", 0.5)]
+)
 def test_a_model_has_its_pattern_in_every_linear_on_disk(tmp_path, rng, source, pattern, sparsity):
     report = prune_model(source, tmp_path / "out", wanda(rng, pattern=pattern, sparsity=sparsity))
     audits = audit_pattern(tmp_path / "out", pattern, sparsity)
@@ -61,7 +65,7 @@ def test_a_model_has_its_pattern_in_every_linear_on_disk(tmp_path, rng, source, 
     assert not any(audit.fits for audit in audit_pattern(source, pattern, sparsity))
     kept = sum(pattern_count(parse_pattern(pattern, sparsity, a.shape), a.shape) for a in audits)
     assert sum(a.size - a.zeros for a in audit_sparsity(tmp_path / "out")) == kept
-    assert report.sparsity == pytest.approx(0.75 if sparsity is None else 0.6, abs=0.02)
+    assert report.sparsity == pytest.approx(sparsity or 0.75, abs=0.02)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["recipe"]["pattern"] == pattern
 
 
@@ -88,6 +92,7 @@ def test_an_impossible_pattern_names_the_layer_before_any_work(tmp_path, rng, so
     for pattern, message in [
         ("block:32x8", r"model.layers.0.self_attn.k_proj: .*out=16, in=32\] leaves 16 outputs"),
         ("2:5", r"model.layers.0.self_attn.q_proj: .*divisible by 5"),
+        ("group:5", r"model.layers.0.self_attn.q_proj: .*divisible by 5; .* leaves 2 over"),
     ]:
         recipe = wanda(rng, pattern=pattern, sparsity=0.6)
         with pytest.raises(ValueError, match=message):

@@ -8,13 +8,17 @@ from sparseopt.core.penalties import Penalty
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods.admm import AdmmPruning
 from sparseopt.pruning.methods.maiht import MaihtPruning
-from sparseopt.pruning.methods.scores import Magnitude, Wanda
+from sparseopt.pruning.methods.removal import STEPS, GroupRemoval
+from sparseopt.pruning.methods.scores import Flap, Magnitude, Wanda
 from sparseopt.pruning.methods.sparsegpt import SparseGpt
 from sparseopt.pruning.methods.splice import SplicePruning
+from sparseopt.pruning.patterns import is_group_pattern
 
 __all__ = [
     "METHODS",
     "AdmmPruning",
+    "Flap",
+    "GroupRemoval",
     "Magnitude",
     "MaihtPruning",
     "MethodCost",
@@ -41,6 +45,7 @@ class NamedMethod(NamedTuple):
     summary: str  # for help texts
     method: LayerMethod  # with its own settings
     presets: Mapping[str, LayerMethod] = {}  # other settings by name
+    groups: LayerMethod | None = None  # in place of `method` for the pattern group:C
 
 
 _MAIHT = {
@@ -60,8 +65,10 @@ METHODS: dict[str, NamedMethod] = {
     # For the few tokens of a calibration a ridge of 0.1 was best by held-out error and by perplexity. With it a slowly
     # rising rho finds the supports that splicing would.
     "best": NamedMethod(
-        "ADMM whose rho rises slowly, with a large ridge; on models also output weights, propagation and training",
+        "ADMM whose rho rises slowly, with a large ridge, and osscar for group:C; on models also output weights, "
+        "propagation and training",
         AdmmPruning(ridge=0.1, rho=0.2, growth=1.5, levels=4, period=5, refit_steps=6),
+        groups=GroupRemoval(),
     ),
     "maiht": NamedMethod("monotone accelerated iterative hard thresholding", _MAIHT["best"], _MAIHT),
     "admm": NamedMethod("ADMM with a rising rho", AdmmPruning()),
@@ -72,23 +79,34 @@ METHODS: dict[str, NamedMethod] = {
     ),
     "splice": NamedMethod("the support of Wanda, improved by splicing", SplicePruning()),
     "sparsegpt": NamedMethod("one pass over the inputs; each error is compensated by the inputs after it", SparseGpt()),
+    "osscar": NamedMethod(
+        "whole groups of inputs removed in turn, the others fitted again; group:C only", GroupRemoval()
+    ),
+    "flap": NamedMethod(
+        "groups of inputs ranked by variance and weights; the others stay unchanged; group:C only", Flap()
+    ),
     "wanda": NamedMethod("weights ranked by size times input norm; the others stay unchanged", Wanda()),
     "magnitude": NamedMethod("weights ranked by size, without data; the others stay unchanged", Magnitude()),
 }
 
 
 def find_method(
-    method: str | LayerMethod, preset: str | None = None, penalty: Any = None, ridge: float | None = None
+    method: str | LayerMethod,
+    preset: str | None = None,
+    penalty: Any = None,
+    ridge: float | None = None,
+    pattern: str = "unstructured",
 ) -> LayerMethod:
-    """The method object for a name and a preset; an object is returned unchanged.
+    """The method object for a name, a preset and the name of a pattern; an object is returned unchanged.
 
     A penalty replaces L0 in the choice of the support, of method "maiht" only; a ridge replaces the method's own.
+    For the pattern group:C, "best" is another method.
 
     Raises:
         ValueError: for an unknown name or preset, listing those known, or a preset, penalty or ridge that the method
             does not take.
     """
-    found = _named(method, preset)
+    found = _named(method, preset, pattern)
     if ridge is not None:
         found = _with_ridge(found, ridge)
     if penalty is None:
@@ -104,12 +122,12 @@ def find_method(
     return dataclasses.replace(found, penalty=penalty)
 
 
-def _named(method: str | LayerMethod, preset: str | None) -> LayerMethod:
+def _named(method: str | LayerMethod, preset: str | None, pattern: str) -> LayerMethod:
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
     found = METHODS[method] if isinstance(method, str) else NamedMethod("", method)
     if preset is None:
-        return found.method
+        return found.groups if found.groups is not None and is_group_pattern(pattern) else found.method
     if not found.presets:
         raise ValueError(f"method {method!r} has no presets, given preset {preset!r}; leave the preset out")
     if preset not in found.presets:
@@ -147,10 +165,15 @@ class MethodCost:
 def method_cost(method: LayerMethod) -> MethodCost | None:
     """The cost of a method of this package; None for any other."""
     match method:
-        case Magnitude():
+        case Magnitude() | Flap():
             return MethodCost(0, 0, 1, SELECTION_SUMS, 0, 0, 3.5, 0.7)
         case Wanda():
             return MethodCost(0, 0, 3, 3 * SELECTION_SUMS, 0, 0, 4, 1.0)
+        case GroupRemoval():
+            # Where half of the groups go: the updates of the inverse take as long as half an inverse, those of the
+            # values as half a product, and every step reads all values for the costs.
+            steps = STEPS / 2
+            return MethodCost(0.5, 1.5, 1, steps, 8 * steps, 3.5, 4, 1.6)
         case SparseGpt():
             return MethodCost(1, 2, 1, SELECTION_SUMS, method.block * COMPENSATION, 2, 4, 1.5)
         case MaihtPruning():

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sparseopt.core.patterns import RowTopK, TopK
+from sparseopt.core.patterns import GroupTopK, RowTopK, TopK
 from sparseopt.core.problem import Status
 from sparseopt.core.thresholds import top_k_mask
 from sparseopt.core.types import pytree
@@ -43,6 +43,33 @@ class Wanda:
         following = RowTopK(each + 1).mask(score) & ~mask
         extra = top_k_mask(jnp.max(among(following, score), axis=0), left)
         return _dense_values(layer, mask | (following & extra[None, :]))
+
+
+@pytree
+class Flap:
+    """Keep the groups of inputs j with the largest sums of `var(X_j) ||W_:j||²`; no refit.
+
+    An input that hardly varies adds nearly the same vector to the outputs of every token. The paper moves that constant
+    into a bias, which most families of models do not have; here it is lost.
+
+    Source: An, Zhao, Yu, Tang, Wang, "Fluctuation-based adaptive structured pruning for large language models",
+    AAAI 2024, the metric WIFV.
+    """
+
+    reads_variances = True
+
+    def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
+        if not isinstance(pattern, GroupTopK):
+            raise ValueError(
+                "flap ranks whole groups of inputs and takes the pattern group:C only, not "
+                f"{type(pattern).__name__}; method 'wanda' takes all"
+            )
+        if layer.variances is None:
+            raise ValueError(
+                "flap ranks inputs by their variance, which a Gram does not have; give input_variances, or take "
+                "method 'wanda'"
+            )
+        return _dense_values(layer, pattern.mask(jnp.abs(layer.center) * jnp.sqrt(layer.variances)[:, None]))
 
 
 def _dense_values(layer: ScaledLayer, mask: Array) -> Pruned:

@@ -1,0 +1,153 @@
+"""Whole groups of inputs: removal against its plain version and all choices, flap, and what both refuse."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparseopt as so
+from sparseopt.pruning import GroupRemoval, prune_layer
+from sparseopt.pruning.layer import scale_layer
+from tests.pruning.layers import error_of, make_layer
+
+
+def ridged(weight, gram, ridge=0.3):
+    """The scaled problem in float64: hessian with its ridge, center `[in, out]`, scale."""
+    scale = np.sqrt(np.diag(gram).astype(np.float64))
+    return gram / np.outer(scale, scale) + ridge * np.eye(len(scale)), (weight * scale).T, scale
+
+
+def refit(hessian, center, kept):
+    """The minimiser of the scaled loss on the kept inputs, and the loss."""
+    values = np.zeros_like(center)
+    values[kept] = np.linalg.solve(hessian[np.ix_(kept, kept)], hessian[kept] @ center)
+    change = values - center
+    return values, 0.5 * np.sum(change * (hessian @ change))
+
+
+def greedy(hessian, center, size, left):
+    """Groups removed one by one, each the one without which the refit is best; returns what is kept."""
+    groups = np.arange(len(center)) // size
+    alive = list(range(len(center) // size))
+    while len(alive) > left:
+        losses = [refit(hessian, center, np.isin(groups, [g for g in alive if g != gone]))[1] for gone in alive]
+        del alive[int(np.argmin(losses))]
+    return np.isin(groups, alive)
+
+
+@pytest.fixture
+def layer(rng):
+    return make_layer(rng, outputs=12, inputs=32)[:2]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_removal_is_the_greedy_choice_by_refits_and_ends_at_the_refit(layer, size):
+    hessian, center, scale = ridged(*layer)
+    kept = greedy(hessian, center, size, 16 // size)
+    ours = prune_layer(*layer, 0.5, f"group:{size}", "osscar")
+    np.testing.assert_array_equal((ours.weight != 0).all(axis=0), kept)
+    assert (ours.weight[:, ~kept] == 0).all()
+    np.testing.assert_allclose(ours.weight, (refit(hessian, center, kept)[0].T / scale), rtol=1e-4, atol=1e-5)
+    assert ours.steps == 16 // size
+    assert ours.relative_error == pytest.approx(error_of(ours.weight, *layer), rel=1e-3)
+
+
+def test_one_group_removed_is_the_best_of_all_and_several_are_near_it(layer):
+    hessian, center, _ = ridged(*layer)
+    groups = np.arange(32) // 4
+    for gone, within in ((1, 1 + 1e-5), (3, 1.05)):
+        losses = [
+            refit(hessian, center, ~np.isin(groups, chosen))[1] for chosen in itertools.combinations(range(8), gone)
+        ]
+        kept = (prune_layer(*layer, gone / 8, "group:4", "osscar").weight != 0).all(axis=0)
+        assert refit(hessian, center, kept)[1] <= within * min(losses)
+
+
+def test_several_groups_in_a_step_keep_the_exact_count_and_lose_little(layer):
+    one = prune_layer(*layer, 0.5, "group:1", "osscar")
+    several = prune_layer(*layer, 0.5, "group:1", GroupRemoval(chunk=5))
+    assert np.count_nonzero((several.weight != 0).any(axis=0)) == 16
+    assert several.steps == 4
+    assert one.relative_error <= 1.001 * several.relative_error <= 1.1 * one.relative_error
+
+
+def test_the_number_of_groups_is_a_leaf(layer):
+    scaled, traces = scale_layer(*map(jnp.asarray, layer)), []
+
+    @jax.jit
+    def mask(pattern):
+        traces.append(1)
+        return GroupRemoval(chunk=3)(scaled, pattern).mask
+
+    for k in (0, 3, 8):
+        assert np.count_nonzero(mask(so.GroupTopK(k, 4))) == k * 4 * 12
+    assert len(traces) == 1
+
+
+def test_nothing_to_remove_leaves_the_dense_weight_and_all_to_remove_leaves_none(layer):
+    np.testing.assert_array_equal(prune_layer(*layer, 0.0, "group:4", "osscar").weight, layer[0])
+    assert not prune_layer(*layer, 0.99, "group:4", "osscar").weight.any()
+
+
+def test_dead_groups_go_first_the_smallest_of_them_before_the_others(layer):
+    weight, gram = layer[0].copy(), layer[1].copy()
+    dead = np.isin(np.arange(32) // 4, [2, 5])
+    gram[dead], gram[:, dead] = 0, 0
+    weight[:, 8:12] *= 10  # group 2
+    for sparsity, gone in ((1 / 8, [5]), (2 / 8, [2, 5])):
+        result = prune_layer(weight, gram, sparsity, "group:4", "osscar")
+        assert result.relative_error < 1e-10
+        np.testing.assert_array_equal((result.weight == 0).all(axis=0), np.isin(np.arange(32) // 4, gone))
+
+
+def test_removal_beats_a_ranking_by_the_loss_it_minimises_and_is_what_best_does(layer):
+    hessian, center, _ = ridged(*layer)
+    losses = {}
+    for method in ("osscar", "wanda", "magnitude", "best"):
+        weight = prune_layer(*layer, 0.5, "group:4", method).weight
+        losses[method] = refit(hessian, center, (weight != 0).any(axis=0))[1]
+    assert losses["best"] == losses["osscar"]
+    assert losses["osscar"] <= min(losses.values())
+
+
+def test_flap_ranks_groups_by_the_variance_of_their_inputs(rng):
+    x = rng.standard_normal((300, 32)) * np.exp(rng.standard_normal(32))
+    x[:, :4] += 50  # large, and nearly constant
+    weight, gram = rng.standard_normal((12, 32)).astype(np.float32), (x.T @ x).astype(np.float32)
+    found = prune_layer(weight, gram, 0.5, "group:4", "flap", input_variances=x.var(axis=0)).weight
+    score = (x.var(axis=0) * np.sum(weight.astype(np.float64) ** 2, axis=0)).reshape(8, 4).sum(axis=1)
+    kept = np.repeat(np.isin(np.arange(8), np.argsort(score)[4:]), 4)
+    np.testing.assert_array_equal(found, np.where(kept, weight, 0))
+    assert (prune_layer(weight, gram, 0.5, "group:4", "wanda").weight[:, :4] != 0).all()
+    # Without means the variance is the mean square, and the score Wanda's.
+    wanda = prune_layer(weight, gram, 0.5, "group:4", "wanda").weight
+    np.testing.assert_array_equal(
+        prune_layer(weight, gram, 0.5, "group:4", "flap", input_variances=np.diag(gram)).weight, wanda
+    )
+
+
+REFUSED = {
+    "removal of weights": ({"pattern": "unstructured", "method": "osscar"}, "osscar .*group:C only, not TopK"),
+    "no group in a step": ({"method": GroupRemoval(chunk=0)}, "chunk = 1 or more groups in a step, given 0"),
+    "flap for weights": ({"pattern": "2:4", "method": "flap"}, "flap ranks whole groups .*group:C only, not NM"),
+    "groups for sparsegpt": ({"method": "sparsegpt"}, "sparsegpt .*not GroupTopK"),
+    "flap without variances": ({"method": "flap"}, "flap ranks inputs by their variance.*give input_variances"),
+    "groups that do not divide": ({"pattern": "group:5"}, "inputs divisible by 5; .*leaves 2 over"),
+    "empty groups": ({"pattern": "group:0"}, "'group:0' must have groups of at least 1 input"),
+    "no sparsity": ({"sparsity": None}, "'group:4' needs a sparsity"),
+    "variances by output": ({"input_variances": np.ones(12)}, r"input_variances must be \[in\] = \[32\], given \[12\]"),
+    "negative variances": ({"input_variances": np.full(32, -1.0)}, "must be 0 or more, the least given is -1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_does_not_fit_groups_is_refused_before_any_work(layer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        prune_layer(*layer, **({"sparsity": 0.5, "pattern": "group:4", "method": "osscar"} | changes))
+
+
+def test_labelled_groups_are_refused_with_what_to_do(layer):
+    with pytest.raises(ValueError, match="consecutive inputs, as many in each, given 32 labels"):
+        GroupRemoval()(scale_layer(*map(jnp.asarray, layer)), so.GroupTopK(2, np.arange(32) % 4))
