@@ -9,6 +9,7 @@ from sparseopt.models.export import (
     block_tag,
     pack_folder,
     shard_name,
+    trained_tag,
     unpack_folder,
     unread,
 )
@@ -18,6 +19,7 @@ from sparseopt.models.layers import Linear
 from sparseopt.models.prunable import PrunableBlock, PrunableModel
 from sparseopt.models.rope import Rope
 from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig, check_window
+from sparseopt.models.shrunk import Kept, Sizes, possible_kv_heads, sizes_of, sliced_block, smaller_model
 from sparseopt.models.source import Source, TensorInfo, bundled_model, open_source
 from sparseopt.models.streaming import StreamedModel, load_decoder, open_model
 from sparseopt.models.tokenizer import Bos, encode_text, load_tokenizer, start_token
@@ -34,6 +36,7 @@ __all__ = [
     "Embedding",
     "ExpertsConfig",
     "Head",
+    "Kept",
     "Linear",
     "ModelError",
     "PrunableBlock",
@@ -41,6 +44,7 @@ __all__ = [
     "Rope",
     "Routed",
     "ShardedWriter",
+    "Sizes",
     "Source",
     "StreamedModel",
     "TensorInfo",
@@ -56,8 +60,13 @@ __all__ = [
     "open_model",
     "open_source",
     "pack_folder",
+    "possible_kv_heads",
     "shard_name",
+    "sizes_of",
+    "sliced_block",
+    "smaller_model",
     "start_token",
+    "trained_tag",
     "unpack_folder",
     "unread",
 ]

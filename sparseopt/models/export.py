@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from sparseopt.models.packed import (
     read_packed_header,
 )
 from sparseopt.models.safetensors_file import WRITABLE, UnreadTensor, read_header, write_tensors
-from sparseopt.models.source import FileTensor, FolderSource, Source, TensorInfo
+from sparseopt.models.source import FileTensor, FolderSource, Source
 from sparseopt.models.streaming import open_model
 from sparseopt.system.files import refused
 
@@ -40,6 +41,11 @@ _PARTIAL = ".partial"
 def block_tag(index: int) -> str:
     """The tag of a block's shard."""
     return f"block-{index:04d}"
+
+
+def trained_tag(index: int) -> str:
+    """The tag of the shard that replaces a block's after training of the whole model."""
+    return f"trained-{index:04d}"
 
 
 def shard_name(tag: str, pack: bool) -> str:
@@ -58,9 +64,6 @@ class ShardedWriter:
 
     Attributes:
         output: the folder.
-        shards: names of the finished shard files, in the order of writing.
-        dense_bytes: of all tensors written so far, without packing.
-        stored_bytes: of the same tensors as stored.
     """
 
     def __init__(
@@ -89,8 +92,8 @@ class ShardedWriter:
             ModelError: if the folder cannot be used, its disk has too little space, or a file cannot be copied.
         """
         self.output = Path(output).expanduser()
-        self.shards: list[str] = []
-        self.dense_bytes = self.stored_bytes = 0
+        self._stored: dict[str, int] = {}  # bytes by shard
+        self._replaced: list[str] = []
         self._source = source
         self._pack, self._writes = pack, writes
         self._dtype = None if dtype is None else np.dtype(dtype)
@@ -98,22 +101,37 @@ class ShardedWriter:
             raise ModelError(f"cannot write dtype {self._dtype}; choose one of {', '.join(map(str, WRITABLE))}")
         self._expected = {key: info.shape for key, info in source.tensors.items() if keys is None or key in keys}
         self._places: dict[str, str] = {}
-        self._bytes: dict[str, int] = {}
         if writes:
             source.sidecars()  # refuses what cannot be copied now, not after the last block
             self._prepare(keep)
         for tag in keep or ():
             self._adopt(shard_name(tag, pack))
 
+    @property
+    def shards(self) -> list[str]:
+        """Names of the finished shard files, in the order of writing."""
+        return list(self._stored)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of all tensors written so far, without packing."""
+        return sum(map(self._nbytes, self._places))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the same tensors as stored."""
+        return sum(self._stored.values())
+
     def dtype_of(self, key: str) -> np.dtype:
         own = self._source.tensors[key].dtype
         return self._dtype if self._dtype is not None and jnp.issubdtype(own, jnp.floating) else own
 
-    def write(self, tag: str, tensors: Mapping[str, np.ndarray | UnreadTensor]) -> str:
+    def write(self, tag: str, tensors: Mapping[str, np.ndarray | UnreadTensor], instead: str | None = None) -> str:
         """Write one shard and return its file name. The shard is then safe on disk.
 
         The tag names the shard: letters, digits and hyphens, new to this writer. Tensors go by checkpoint name, in any
-        float dtype; an `UnreadTensor` is read when it is written, unless packed.
+        float dtype; an `UnreadTensor` is read when it is written, unless packed. `instead` is the tag of a finished
+        shard with the same tensors, which this one replaces; its file stays until `finish`.
 
         Raises:
             ModelError: for a name, shape or value that cannot be written.
@@ -122,6 +140,8 @@ class ShardedWriter:
         name = shard_name(tag, self._pack)
         if not re.fullmatch(r"[A-Za-z0-9-]+", tag) or name in self.shards:
             raise ModelError(f"shard tag {tag!r} is taken or not made of letters, digits and hyphens")
+        if instead is not None:
+            self._replace(shard_name(instead, self._pack))
         converted = {key: self._convert(key, value) for key, value in tensors.items()}
         stored: Mapping[str, np.ndarray | UnreadTensor] = converted
         metadata = None
@@ -130,10 +150,8 @@ class ShardedWriter:
             stored, metadata = pack_tensors(whole)
         nbytes = sum(value.nbytes for value in stored.values())
         self._put(name, nbytes, lambda file: write_tensors(file, stored, metadata))
-        self.shards.append(name)
-        self.stored_bytes += nbytes
-        for key, value in converted.items():
-            self._count(name, key, value)
+        self._stored[name] = nbytes
+        self._places |= dict.fromkeys(converted, name)
         return name
 
     def stored(self, tag: str) -> dict[str, np.ndarray]:
@@ -152,7 +170,10 @@ class ShardedWriter:
         for name, content in self._source.sidecars().items():
             self._put_content(name, content)
         config = dict(self._source.config)
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = max(self._bytes, key=self._bytes.__getitem__)
+        sizes: Counter[str] = Counter()
+        for key in self._places:
+            sizes[self.dtype_of(key).name] += self._nbytes(key)
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = sizes.most_common(1)[0][0]
         self._put_content("config.json", _to_json(config))
         metadata: dict[str, Any] = {"total_size": self.stored_bytes}
         if self._pack:
@@ -160,6 +181,8 @@ class ShardedWriter:
         index = {"metadata": metadata, "weight_map": dict(sorted(self._places.items()))}
         # The index comes last: a folder that has one is complete.
         self._put_content(PACKED_INDEX if self._pack else "model.safetensors.index.json", _to_json(index))
+        for name in self._replaced if self._writes else ():
+            (self.output / name).unlink(missing_ok=True)
 
     def _put_content(self, name: str, content: bytes) -> None:
         self._put(name, len(content), lambda file: file.write_bytes(content))
@@ -168,16 +191,17 @@ class ShardedWriter:
         return read_packed_header(self.output / name) if self._pack else dict(read_header(self.output / name))
 
     def _adopt(self, name: str) -> None:
-        self.shards.append(name)
-        for key, tensor in self._header(name).items():
-            self._count(name, key, tensor)
-        self.stored_bytes += sum(tensor.nbytes for tensor in read_header(self.output / name).values())
+        self._stored[name] = sum(tensor.nbytes for tensor in read_header(self.output / name).values())
+        self._places |= dict.fromkeys(self._header(name), name)
 
-    def _count(self, shard: str, key: str, tensor: TensorInfo) -> None:
-        dense = math.prod(tensor.shape) * tensor.dtype.itemsize
-        self._places[key] = shard
-        self._bytes[tensor.dtype.name] = self._bytes.get(tensor.dtype.name, 0) + dense
-        self.dense_bytes += dense
+    def _replace(self, name: str) -> None:
+        """Count the tensors of a finished shard as not written; its file is removed at the end."""
+        del self._stored[name]
+        self._replaced.append(name)
+        self._places = {key: place for key, place in self._places.items() if place != name}
+
+    def _nbytes(self, key: str) -> int:
+        return math.prod(self._expected[key]) * self.dtype_of(key).itemsize
 
     def _prepare(self, keep: Collection[str] | None) -> None:
         try:
@@ -191,7 +215,7 @@ class ShardedWriter:
                 f"the output folder {self.output} is not empty (it holds {listed(held)}); choose another or empty it"
             )
         # An upper bound for a packed folder: the number of zeros is not known yet.
-        needed = sum(math.prod(shape) * self.dtype_of(key).itemsize for key, shape in self._expected.items())
+        needed = sum(map(self._nbytes, self._expected))
         needed -= sum((self.output / shard_name(tag, self._pack)).stat().st_size for tag in keep or ())
         if needed > free:
             raise ModelError(

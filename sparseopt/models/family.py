@@ -61,6 +61,10 @@ class KeyTable:
         """The checkpoint name of a module path."""
         return _swap_outer(_swap_inner(path, _reversed(self.block)), _reversed(self.outer))
 
+    def covers(self, key: str) -> bool:
+        """Whether a checkpoint name lies in one of the decoder's parts."""
+        return _swap(key, self.outer) is not None
+
     def transposes(self, path: str) -> bool:
         """Whether the matrix at a module path is stored `[in, out]`."""
         return any(re.fullmatch(pattern, path) for pattern in self.transposed)
@@ -95,6 +99,43 @@ def _swap(name: str, pairs: Pairs) -> str | None:
 
 
 @dataclass(frozen=True)
+class SizeFields:
+    """The fields of a Hugging Face configuration that a smaller model changes.
+
+    Of several names for a field, those that the configuration holds are written, otherwise the first.
+    `num_key_value_heads` and `head_dim` are the same in all families.
+
+    Attributes:
+        blocks: the number of blocks.
+        channels: F of the MLP.
+        heads: N, query heads.
+        experts: E of each mixture.
+        expert_channels: F of every expert.
+        by_block: the fields that say the kind of each block.
+        table: the name of the nested configuration that holds all of these; None for the top level.
+    """
+
+    blocks: tuple[str, ...] = ("num_hidden_layers",)
+    channels: tuple[str, ...] = ("intermediate_size",)
+    heads: tuple[str, ...] = ("num_attention_heads",)
+    experts: tuple[str, ...] = ()
+    expert_channels: tuple[str, ...] = ("intermediate_size",)
+    by_block: tuple[str, ...] = ()
+    table: str | None = None
+
+
+def refuses_nothing(config: DecoderConfig) -> None:
+    """For a family whose models transformers loads with any number of heads."""
+
+
+def refuses_undivided_width(config: DecoderConfig) -> str | None:
+    """As transformers refuses some families, a number of heads that does not divide the hidden size."""
+    if config.hidden_size % config.num_heads == 0:
+        return None
+    return f"transformers requires that num_attention_heads={config.num_heads} divides hidden_size={config.hidden_size}"
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family.
 
@@ -102,11 +143,15 @@ class Family:
         model_type: its name in a Hugging Face configuration.
         read_config: a Hugging Face configuration as a `DecoderConfig`.
         keys: checkpoint names and module paths.
+        sizes: the fields that a smaller model changes.
+        refuses: why transformers does not load a model with this number of heads, which runs here; None where it does.
     """
 
     model_type: str
     read_config: Callable[[Config], DecoderConfig] = field(repr=False)
     keys: KeyTable = field(repr=False, default=KeyTable())
+    sizes: SizeFields = field(repr=False, default=SizeFields())
+    refuses: Callable[[DecoderConfig], str | None] = field(repr=False, default=refuses_nothing)
 
     def configure(self, config: Config) -> DecoderConfig:
         """The result of `read_config`, where values of unexpected types raise a `ModelError` too."""
@@ -143,7 +188,7 @@ class Family:
         """
         ignored = any(re.fullmatch(pattern, key) for pattern in self.keys.ignored)
         spare = config.tied and key == self.keys.to_key("head.lm_head.weight")
-        return ignored or spare or _swap(key, self.keys.outer) is None
+        return ignored or spare or not self.keys.covers(key)
 
 
 @lru_cache(maxsize=256)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sparseopt.models.family import Family, KeyTable, read_decoder, read_windows
+from sparseopt.models.family import Family, KeyTable, SizeFields, read_decoder, read_windows, refuses_undivided_width
 from sparseopt.models.fields import Config, optional, require
 from sparseopt.models.rope import read_rope
 from sparseopt.models.settings import BlockKind, DecoderConfig
@@ -43,4 +43,6 @@ def _read_config(config: Config) -> DecoderConfig:
     return read_gemma(config, tuple(BlockKind(rope, window if slides else None) for slides in local), 50.0, 30.0)
 
 
-GEMMA2 = Family("gemma2", _read_config, KeyTable(block=GEMMA_NORMS))
+GEMMA2 = Family(
+    "gemma2", _read_config, KeyTable(block=GEMMA_NORMS), SizeFields(by_block=("layer_types",)), refuses_undivided_width
+)

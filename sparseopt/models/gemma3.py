@@ -1,6 +1,6 @@
 """Floor 5: the text models of Gemma 3: Gemma 2 with norms on queries and keys and a rotary base for local blocks."""
 
-from sparseopt.models.family import Family, KeyTable, read_windows
+from sparseopt.models.family import Family, KeyTable, SizeFields, read_windows, refuses_undivided_width
 from sparseopt.models.fields import Config, require
 from sparseopt.models.gemma2 import GEMMA_NORMS, read_gemma
 from sparseopt.models.rope import Rope, read_rope
@@ -25,4 +25,6 @@ def read_text_config(config: Config) -> DecoderConfig:
     return read_gemma(config, _read_kinds(config), None, None, qk_norm="head")
 
 
-GEMMA3 = Family("gemma3_text", read_text_config, KeyTable(block=GEMMA_NORMS))
+SIZES = SizeFields(by_block=("layer_types",))
+
+GEMMA3 = Family("gemma3_text", read_text_config, KeyTable(block=GEMMA_NORMS), SIZES, refuses_undivided_width)

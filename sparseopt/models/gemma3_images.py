@@ -1,12 +1,13 @@
 """Floor 5: Gemma 3 with an image encoder: its text model; the encoder's tensors pass through unchanged."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.family import OUTER_NAMES, Family, KeyTable
+from sparseopt.models.family import OUTER_NAMES, Family, KeyTable, refuses_undivided_width
 from sparseopt.models.fields import Config
 from sparseopt.models.gemma2 import GEMMA_NORMS
-from sparseopt.models.gemma3 import read_text_config
+from sparseopt.models.gemma3 import SIZES, read_text_config
 from sparseopt.models.settings import DecoderConfig
 
 
@@ -19,4 +20,6 @@ def _read_config(config: Config) -> DecoderConfig:
 
 OUTER = tuple((f"language_model.{key}", path) for key, path in OUTER_NAMES)
 
-GEMMA3_IMAGES = Family("gemma3", _read_config, KeyTable(OUTER, GEMMA_NORMS))
+GEMMA3_IMAGES = Family(
+    "gemma3", _read_config, KeyTable(OUTER, GEMMA_NORMS), replace(SIZES, table="text_config"), refuses_undivided_width
+)

@@ -1,6 +1,6 @@
 """Floor 5: the GPT-2 family: layer norms, learned positions, fused projections; its matrices are stored `[in, out]`."""
 
-from sparseopt.models.family import Family, KeyTable, read_decoder, ungrouped
+from sparseopt.models.family import Family, KeyTable, SizeFields, read_decoder, ungrouped
 from sparseopt.models.fields import Config, refuse_unless, require
 from sparseopt.models.settings import BlockKind, DecoderConfig
 
@@ -58,4 +58,6 @@ KEYS = KeyTable(
     transposed=(r"layers\.\d+\.\w+\.\w+_proj\.weight",),
 )
 
-GPT2 = Family("gpt2", _read_config, KEYS)
+SIZES = SizeFields(("n_layer", "num_hidden_layers"), ("n_inner",), ("n_head", "num_attention_heads"))
+
+GPT2 = Family("gpt2", _read_config, KEYS, SIZES)

@@ -1,6 +1,6 @@
 """Floor 5: the Llama family (Llama 1 to 3, SmolLM, TinyLlama and others with model_type "llama")."""
 
-from sparseopt.models.family import Family, read_decoder
+from sparseopt.models.family import Family, read_decoder, refuses_undivided_width
 from sparseopt.models.fields import Config, refuse_unless
 from sparseopt.models.rope import read_rope
 from sparseopt.models.settings import BlockKind, DecoderConfig
@@ -12,4 +12,4 @@ def _read_config(config: Config) -> DecoderConfig:
     return read_decoder(config, BlockKind(read_rope(config)), attention_bias=attention_bias, mlp_bias=mlp_bias)
 
 
-LLAMA = Family("llama", _read_config)
+LLAMA = Family("llama", _read_config, refuses=refuses_undivided_width)

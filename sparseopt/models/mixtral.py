@@ -1,6 +1,6 @@
 """Floor 5: the Mixtral family: Mistral with a mixture of experts in every block."""
 
-from sparseopt.models.family import BLOCK_NAMES, Family, KeyTable, read_decoder, read_experts
+from sparseopt.models.family import BLOCK_NAMES, Family, KeyTable, SizeFields, read_decoder, read_experts
 from sparseopt.models.fields import Config, optional
 from sparseopt.models.rope import read_rope
 from sparseopt.models.settings import BlockKind, DecoderConfig
@@ -21,4 +21,4 @@ BLOCK = (
     ("block_sparse_moe.experts.*.w2", "mlp.experts.*.down_proj"),
 )
 
-MIXTRAL = Family("mixtral", _read_config, KeyTable(block=BLOCK))
+MIXTRAL = Family("mixtral", _read_config, KeyTable(block=BLOCK), SizeFields(experts=("num_local_experts",)))

@@ -1,6 +1,6 @@
 """Floor 5: the OPT family: layer norms, biases everywhere, learned positions, a ReLU between two linears."""
 
-from sparseopt.models.family import Family, KeyTable, read_decoder, ungrouped
+from sparseopt.models.family import Family, KeyTable, SizeFields, read_decoder, ungrouped
 from sparseopt.models.fields import Config, refuse_unless, require
 from sparseopt.models.settings import BlockKind, DecoderConfig
 
@@ -46,4 +46,4 @@ BLOCK = (
     ("fc2", "mlp.down_proj"),
 )
 
-OPT = Family("opt", _read_config, KeyTable(OUTER, BLOCK, base="model."))
+OPT = Family("opt", _read_config, KeyTable(OUTER, BLOCK, base="model."), SizeFields(channels=("ffn_dim",)))

@@ -2,7 +2,7 @@
 
 from sparseopt.models.family import Family, read_decoder
 from sparseopt.models.fields import Config, optional
-from sparseopt.models.rope import read_rope
+from sparseopt.models.rope import LongRope, read_rope
 from sparseopt.models.settings import BlockKind, DecoderConfig
 
 
@@ -12,4 +12,15 @@ def _read_config(config: Config) -> DecoderConfig:
     return read_decoder({"rms_norm_eps": 1e-5, **config}, kind, qkv="fused", gate="fused")
 
 
-PHI3 = Family("phi3", _read_config)
+def _refuses(config: DecoderConfig) -> str | None:
+    # transformers expects as many LongRoPE factors as hidden_size / num_attention_heads says, whatever head_dim is.
+    ropes = {kind.rope for kind in config.kinds if kind.rope and isinstance(kind.rope.scaling, LongRope)}
+    width = config.hidden_size // config.num_heads
+    if all(rope.size(width) // 2 == rope.size(config.head_dim) // 2 for rope in ropes):
+        return None
+    return (
+        f"transformers expects rope factors for heads of {width} features with num_attention_heads={config.num_heads}"
+    )
+
+
+PHI3 = Family("phi3", _read_config, refuses=_refuses)

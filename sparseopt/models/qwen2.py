@@ -1,6 +1,6 @@
 """Floor 5: the Qwen2 and Qwen2.5 family: Llama with biases on queries, keys and values."""
 
-from sparseopt.models.family import Family, read_decoder, read_windows
+from sparseopt.models.family import Family, SizeFields, read_decoder, read_windows
 from sparseopt.models.fields import Config, optional
 from sparseopt.models.rope import read_rope
 from sparseopt.models.settings import BlockKind, DecoderConfig
@@ -19,4 +19,6 @@ def _read_config(config: Config) -> DecoderConfig:
     return read_decoder(config, read_kinds(config), qkv_bias=True)
 
 
-QWEN2 = Family("qwen2", _read_config)
+SIZES = SizeFields(by_block=("layer_types", "max_window_layers"))
+
+QWEN2 = Family("qwen2", _read_config, sizes=SIZES)

@@ -2,7 +2,7 @@
 
 from sparseopt.models.family import Family, read_decoder
 from sparseopt.models.fields import Config
-from sparseopt.models.qwen2 import read_kinds
+from sparseopt.models.qwen2 import SIZES, read_kinds
 from sparseopt.models.settings import DecoderConfig
 
 
@@ -11,4 +11,4 @@ def _read_config(config: Config) -> DecoderConfig:
     return read_decoder(config, read_kinds(config), head_dim=128, qk_norm="head", attention_bias=bias)
 
 
-QWEN3 = Family("qwen3", _read_config)
+QWEN3 = Family("qwen3", _read_config, sizes=SIZES)

@@ -1,6 +1,6 @@
 """Floor 5: the Qwen3-MoE family: Qwen3 with many small experts in most blocks."""
 
-from sparseopt.models.family import BLOCK_NAMES, Family, KeyTable, read_decoder, read_experts
+from sparseopt.models.family import BLOCK_NAMES, Family, KeyTable, SizeFields, read_decoder, read_experts
 from sparseopt.models.fields import Config, refuse_unless, require
 from sparseopt.models.rope import read_rope
 from sparseopt.models.settings import BlockKind, DecoderConfig
@@ -23,4 +23,11 @@ def _read_config(config: Config) -> DecoderConfig:
     return read_decoder(config, kinds, qk_norm="head", attention_bias=bias, experts=experts)
 
 
-QWEN3_MOE = Family("qwen3_moe", _read_config, KeyTable(block=(*BLOCK_NAMES, ("mlp.gate", "mlp.router"))))
+KEYS = KeyTable(block=(*BLOCK_NAMES, ("mlp.gate", "mlp.router")))
+SIZES = SizeFields(
+    experts=("num_experts", "num_local_experts"),
+    expert_channels=("moe_intermediate_size",),
+    by_block=("mlp_only_layers", "decoder_sparse_step"),
+)
+
+QWEN3_MOE = Family("qwen3_moe", _read_config, KEYS, SIZES)

@@ -1,7 +1,7 @@
 """Floor 5: the SmolLM3 family: Llama in which some blocks have no position embedding."""
 
 from sparseopt.models.errors import ModelError
-from sparseopt.models.family import Family, read_decoder, read_windows
+from sparseopt.models.family import Family, SizeFields, read_decoder, read_windows
 from sparseopt.models.fields import Config, optional, require
 from sparseopt.models.rope import read_rope
 from sparseopt.models.settings import BlockKind, DecoderConfig
@@ -32,4 +32,4 @@ def _read_config(config: Config) -> DecoderConfig:
     )
 
 
-SMOLLM3 = Family("smollm3", _read_config)
+SMOLLM3 = Family("smollm3", _read_config, sizes=SizeFields(by_block=("layer_types", "no_rope_layers")))

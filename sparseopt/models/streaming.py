@@ -4,7 +4,7 @@ Memory holds the parts in use and never the whole model. All blocks of a kind sh
 jitted function of a block is traced once.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +60,16 @@ class StreamedModel(PrunableModel):
 
     def block(self, index: int) -> Block:
         return build_part(Block, self.config, self._kind(index), read=self._reader(f"layers.{index}"))
+
+    def block_of(self, index: int, tensors: Mapping[str, np.ndarray]) -> Block:
+        """Block `index` with these parameters, by path in the block, linears as `[out, in]`, experts one by one."""
+
+        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
+            alone = unstacked_names(path, shape[0]) if shape else None
+            value = tensors[path] if alone is None else np.stack([tensors[name] for name in alone])
+            return jnp.asarray(value, jnp.float32)
+
+        return build_part(Block, self.config, self._kind(index), read=read)
 
     def head(self) -> Head:
         """Read the final norm and the projection to logits; a tied head reads the embedding's matrix."""
