@@ -2,12 +2,14 @@
 
 from sparseopt.pruning.api import LayerResult, prune_layer
 from sparseopt.pruning.block import PruningError
-from sparseopt.pruning.cost import BudgetError
 from sparseopt.pruning.evaluation import LayerAudit, PatternAudit, audit_pattern, audit_sparsity, perplexity
+from sparseopt.pruning.footprint import BudgetError
 from sparseopt.pruning.layer import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
 from sparseopt.pruning.methods import (
     METHODS,
     AdmmPruning,
+    Flap,
+    GroupRemoval,
     Magnitude,
     MaihtPruning,
     SparseGpt,
@@ -15,16 +17,19 @@ from sparseopt.pruning.methods import (
     Wanda,
     find_method,
 )
-from sparseopt.pruning.pipeline import Stopped, prune_model, prune_models
+from sparseopt.pruning.pipeline import Stopped, prune_model, prune_models, shrink_model
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Footprint, LayerRecord, PruneReport
+from sparseopt.pruning.shrinking import ShrinkRecipe
 from sparseopt.pruning.texts import TextError, load_text, token_windows
 
 __all__ = [
     "METHODS",
     "AdmmPruning",
     "BudgetError",
+    "Flap",
     "Footprint",
+    "GroupRemoval",
     "LayerAudit",
     "LayerJob",
     "LayerMethod",
@@ -39,6 +44,7 @@ __all__ = [
     "PruningError",
     "Recipe",
     "ScaledLayer",
+    "ShrinkRecipe",
     "SparseGpt",
     "SplicePruning",
     "Stopped",
@@ -52,6 +58,7 @@ __all__ = [
     "prune_layer",
     "prune_model",
     "prune_models",
+    "shrink_model",
     "solve_layer",
     "token_windows",
 ]

@@ -1,10 +1,11 @@
 """Floor 6: one block pruned; what comes out is returned, and nothing is stored.
 
 stream before the block -> Grams -[propagate]-> targets -[method]-> pruned linears -[reconstruct]-> new tensors
+                                                  a smaller model: pruned groups -[slice]-^
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -16,12 +17,12 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.mesh import over, put, whole
-from sparseopt.models import Block, PrunableBlock, PrunableModel
+from sparseopt.models import Block, Kept, PrunableBlock, PrunableModel, Sizes, StreamedModel, sliced_block
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.blocked import Cut
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting, nonfinite_windows
 from sparseopt.pruning.compiled import Compiled, Timed
-from sparseopt.pruning.layer import LayerJob, check_answer, scaled_gram
+from sparseopt.pruning.layer import LayerJob, check_answer, reads_variances, scaled_gram
 from sparseopt.pruning.plan import Plan
 from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
 from sparseopt.pruning.reports import BlockRecord, LayerRecord
@@ -87,60 +88,165 @@ def prune_block(
     model: PrunableModel,
     plan: Plan,
     dense: DenseBlock,
+    place: int,
     stream: Stream,
-    dtypes: Mapping[str, np.dtype],
+    dtype_of: Callable[[str], np.dtype],
     told: Callable[[LayerRecord | BlockRecord], None],
 ) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
-    """Prune the linears of one block, with the pruned model's stream before it, and train them if the plan says so.
+    """Prune the linears of one block, and train the block if the plan says so.
 
-    `told` is called with each record as soon as it is known. Returns the pruned block, and all its tensors in `dtypes`,
-    by key, linears as `[out, in]`.
+    Args:
+        model: the dense model.
+        plan: what is done.
+        dense: the block.
+        place: its index in the plan's target.
+        stream: the target's before the block.
+        dtype_of: the dtype to store, by a key of the target.
+        told: called with each record as soon as it is known.
+
+    Returns:
+        The target's block and all its tensors, by key, linears as `[out, in]`.
 
     Raises:
         PruningError: naming the layer, if activations or a solve become non-finite, or a solve does not fit in memory.
     """
-    recipe, keys, block = plan.recipe, model.block_keys(dense.index), dense.block.copy()
-    mesh = stream.calibration.mesh
+    recipe, keys = plan.recipe, model.block_keys(dense.index)
+    tensors = {path: model.stored(key) for path, key in keys.items()}
+    dtypes = {path: dtype_of(key) for path, key in plan.target.block_keys(place).items()}
+    if plan.patterns:
+        tensors |= _pruned(plan, dense, stream, keys, tensors, dtypes, told)
+    block: PrunableBlock
+    if plan.sizes is None:
+        block = dense.block.copy()
+        block.write({f"{name}.weight": tensors[f"{name}.weight"] for name in block.linears})
+    else:
+        block, tensors = _smaller(plan, dense, place, stream, tensors, dtypes)
+    if recipe.reconstruction is not None:
+        told(_reconstruct(block, dense, stream, recipe.reconstruction, list(dtypes)))
+        tensors = {path: np.asarray(block.read(path)).astype(dtype) for path, dtype in dtypes.items()}
+        # The block runs with the rounding of what is stored.
+        block.write(tensors)
+    return block, {key: tensors[path] for path, key in plan.target.block_keys(place).items()}
+
+
+def masked_blocks(
+    model: PrunableModel, plans: Sequence[Plan], dense: DenseBlock, stream: Stream
+) -> Iterator[PrunableBlock]:
+    """For each plan in turn the dense block with what goes set to zero, and the rest fitted again.
+
+    It computes what the plan's smaller block would, before training. All plans share the Grams of the stream.
+
+    Raises:
+        PruningError: as `prune_block` does.
+    """
+    keys = model.block_keys(dense.index)
+    paths = {path for path, key in keys.items() if any(key in plan.patterns for plan in plans)}
+    tensors = {path: model.stored(keys[path]) for path in paths}
+    for plan in plans:
+        block = dense.block.copy()
+        block.write(_pruned(plan, dense, stream, keys, tensors, {}, lambda record: None))
+        yield block
+
+
+def _pruned(
+    plan: Plan,
+    dense: DenseBlock,
+    stream: Stream,
+    keys: Mapping[str, str],
+    tensors: Mapping[str, np.ndarray],
+    dtypes: Mapping[str, np.dtype],
+    told: Callable[[LayerRecord | BlockRecord], None],
+) -> dict[str, np.ndarray]:
+    """The new weights of the linears that the plan prunes, by path."""
+    recipe, mesh = plan.recipe, stream.calibration.mesh
+    linears = {n: tap for n, tap in dense.block.linears.items() if keys[f"{n}.weight"] in plan.patterns}
     grams, tests = dense.grams(stream, recipe.weighting, drift=recipe.propagated_share > 0)
-    tensors = {key: model.stored(key) for key in keys.values()}
-    evidence = {name: _evidence(plan, name, tap, grams, tests) for name, tap in block.linears.items()}
+    evidence = {name: _evidence(plan, name, tap, grams, tests) for name, tap in linears.items()}
 
     def task(name: str, tap: str) -> LayerTask:
-        key = keys[f"{name}.weight"]
-        dtype, shape, pattern = dtypes[key], tensors[key].shape, plan.patterns[key]
+        path = f"{name}.weight"
+        dense_weight, key = tensors[path], keys[path]
+        # An expert that goes has no dtype to be stored in.
+        dtype, shape, pattern = dtypes.get(path, dense_weight.dtype), dense_weight.shape, plan.patterns[key]
         _, starved, tested = evidence[name]
         outputs = None if starved else plan.output_weights.get(key)
 
         def job() -> Timed:
-            weight, found = tensors[key].astype(dtype, copy=False), grams[tap]
+            weight, found = dense_weight.astype(dtype, copy=False), grams[tap]
             target = Timed(weight, 0.0, 0.0)
             if not starved and recipe.propagated_share and found.drift is not None:
                 target = _propagated(weight, found, recipe.propagated_share, mesh)
             # So few tokens do not rank the weights: all inputs count the same.
             gram = jnp.eye(len(found.gram)) if starved else found.gram
+            variances = None
+            if reads_variances(plan.method):
+                variances = np.ones(len(gram), np.float32) if starved else whole(found.variances)
             test_gram = tests[tap].gram if tested else None
-            return target._replace(value=LayerJob(target.value, gram, test_gram, pattern, outputs))
+            return target._replace(value=LayerJob(target.value, gram, test_gram, pattern, outputs, variances))
 
         kind = (shape, dtype, tested, outputs is None, jax.tree.structure(pattern))
         return LayerTask(key.removesuffix(".weight"), (shape[0], shape[1]), kind, job)
 
-    tasks = [task(name, tap) for name, tap in block.linears.items()]
+    tasks, found = [task(name, tap) for name, tap in linears.items()], {}
     try:
-        for name, solved in zip(block.linears, solve_block(tasks, plan.method, mesh), strict=True):
-            key = keys[f"{name}.weight"]
-            record = _record(plan, dense.index, key, solved, *evidence[name])
-            tensors[key] = np.asarray(solved.value.weight)
+        for name, solved in zip(linears, solve_block(tasks, plan.method, mesh), strict=True):
+            path = f"{name}.weight"
+            record = _record(plan, dense.index, keys[path], solved, *evidence[name])
+            found[path] = np.asarray(solved.value.weight)
             told(record)
     except MemoryError as error:
         raise PruningError(f"{error}; then start the same command again") from error
-    block.write({f"{name}.weight": tensors[keys[f"{name}.weight"]] for name in block.linears})
-    if recipe.reconstruction is not None:
-        told(_reconstruct(block, dense, stream, recipe.reconstruction, list(keys)))
-        trained = {path: np.asarray(block.read(path)).astype(dtypes[key]) for path, key in keys.items()}
-        # The block runs with the rounding of what is stored.
-        block.write(trained)
-        tensors = {key: trained[path] for path, key in keys.items()}
-    return block, tensors
+    return found
+
+
+def _smaller(
+    plan: Plan,
+    dense: DenseBlock,
+    place: int,
+    stream: Stream,
+    tensors: Mapping[str, np.ndarray],
+    dtypes: Mapping[str, np.dtype],
+) -> tuple[PrunableBlock, dict[str, np.ndarray]]:
+    """The target's block and its tensors, by path: the groups that were kept, and the experts that do most."""
+    target, block, sizes = cast(StreamedModel, plan.target), cast(Block, dense.block), cast(Sizes, plan.sizes)
+
+    def width(name: str) -> int:
+        return target.weight_shape(target.weight_key(place, name))[1]
+
+    experts = None
+    if block.num_experts:
+        count, experts = sizes.experts or block.num_experts, np.arange(block.num_experts)
+        if count < len(experts):
+            grams = dense.grams(stream, plan.recipe.weighting, drift=False)[0]
+            energy = [_energy(tensors[f"mlp.experts.{e}.down_proj.weight"], grams, e) for e in range(len(experts))]
+            experts = _largest(np.array(energy), count)
+        kept = width("mlp.experts.0.down_proj")
+        channels = np.stack([_kept(tensors[f"mlp.experts.{e}.down_proj.weight"], kept) for e in experts])
+    else:
+        channels = _kept(tensors["mlp.down_proj.weight"], width("mlp.down_proj"))
+    size = width("self_attn.o_proj") // sizes.kv_heads
+    groups = _kept(tensors["self_attn.o_proj.weight"], sizes.kv_heads, size)
+    found = sliced_block(block.config, block.self_attn.kind, tensors, Kept(channels, groups, experts))
+    # The block runs with the rounding of what is stored.
+    found = {path: value.astype(dtypes[path], copy=False) for path, value in found.items()}
+    return target.block_of(place, found), found
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """The positions of the `count` largest values, ascending; of equal ones the first."""
+    return np.sort(np.argsort(-values, kind="stable")[:count])
+
+
+def _kept(weight: np.ndarray, count: int, size: int = 1) -> np.ndarray:
+    """The `count` groups of `size` inputs that a pruned weight `[out, in]` has kept."""
+    energy = np.sum(weight.astype(np.float64) ** 2, axis=0)
+    return _largest(energy.reshape(-1, size).sum(axis=1), count)
+
+
+def _energy(weight: np.ndarray, grams: BlockGrams, expert: int) -> float:
+    """What an expert adds to the tokens that are routed to it, `||X Wᵀ||²`."""
+    weight = weight.astype(np.float32)
+    return float(np.sum((weight @ np.asarray(grams[f"mlp.experts.{expert}.hidden"].gram)) * weight))
 
 
 def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGrams) -> tuple[int, bool, bool]:

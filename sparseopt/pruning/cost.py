@@ -1,11 +1,4 @@
-"""Floor 6: what a run will take of time, memory and disk, and where its activations are kept so that it fits a budget.
-
-    estimate with activations in memory <= budget      they stay there
-    estimate with activations on disk <= budget        one file per stream, in the first output folder's file system
-    neither                                            an error that says what takes the memory
-
-Without a budget, the memory that the machine has available decides, and nothing is refused. Estimates are made from
-shapes alone; no tensor is read.
+"""Floor 6: what a run will take of time, memory and disk, estimated from shapes alone; no tensor is read.
 
 Time is the number of floating-point operations, two per multiply-add, over a measured rate of matrix products. Memory
 is what a phase of the run holds at once; the peak is that of the largest phase. The constants were measured on a CPU
@@ -13,38 +6,28 @@ with two cores. There, times are mostly within a half of what a run reports, and
 """
 
 import math
-import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sparseopt.core.dense import product
 from sparseopt.models import PrunableModel, StreamedModel, TensorInfo
 from sparseopt.models.attention import QUERY_CHUNK
+from sparseopt.models.settings import DecoderConfig
 from sparseopt.pruning.activations import windows_per_batch
 from sparseopt.pruning.evaluation import LOGIT_ROWS
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import MethodCost, method_cost
-from sparseopt.pruning.plan import Plan
-from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import Footprint
+from sparseopt.pruning.plan import GROUPED
+from sparseopt.pruning.recipe import PassRecipe
+from sparseopt.pruning.shrinking import ShrinkRecipe
 from sparseopt.pruning.survey import LEVELS, TOKENS
-from sparseopt.system.machine import available_memory_bytes, format_bytes
 
-# What makes each phase smaller.
-ADVICE = {
-    "survey": "output_weights='uniform' and an allocation without curves do without the survey",
-    "training": "reconstruct=0 trains no blocks",
-    "layer solves": "method 'wanda' or 'magnitude' needs the least for a solve",
-    "Grams": "heldout_samples=0 and propagate=0 gather one set of Grams only",
-}
 # Where the activations between blocks are kept.
 Activations = Literal["memory", "disk"]
 PLACES: tuple[Activations, ...] = get_args(Activations)
@@ -108,7 +91,12 @@ class BlockSizes:
     parameters: int
     stored: int  # bytes, in the source's dtypes
     linears: tuple[tuple[int, int, float], ...]  # `(out, in, share)` of each
+    grouped: tuple[tuple[int, int, float], ...]  # of those whose inputs a smaller model chooses
     taps: tuple[tuple[int, float], ...]  # `(in, share)` of each distinct input of the linears
+
+    def solved(self, recipe: PassRecipe) -> tuple[tuple[int, int, float], ...]:
+        """The linears that a recipe prunes, of those of a smaller model all that it may have to."""
+        return self.grouped if isinstance(recipe, ShrinkRecipe) else self.linears
 
     @property
     def gram_bytes(self) -> int:
@@ -133,21 +121,23 @@ def block_sizes(model: StreamedModel) -> list[BlockSizes]:
     for kind, count in Counter(model.config.kinds).items():
         index = model.config.kinds.index(kind)
         infos = [model.source.tensors[key] for key in model.block_keys(index).values()]
-        linears, taps = [], {}
+        linears, grouped, taps = [], [], {}
         for name, tap in model.block_linears(index).items():
             outputs, inputs = model.weight_shape(model.weight_key(index, name))
             share = routed if ".experts." in name else 1.0
             linears.append((outputs, inputs, share))
             taps[tap] = (inputs, share)
+            if name.endswith(GROUPED):
+                grouped.append(linears[-1])
         parameters = sum(math.prod(info.shape) for info in infos)
         stored = sum(map(_nbytes, infos))
-        found.append(BlockSizes(count, parameters, stored, tuple(linears), tuple(taps.values())))
+        found.append(BlockSizes(count, parameters, stored, tuple(linears), tuple(grouped), tuple(taps.values())))
     return found
 
 
 def prune_cost(
     model: StreamedModel,
-    recipe: Recipe,
+    recipe: PassRecipe,
     method: LayerMethod,
     activations: Activations = "memory",
     plans: int = 1,
@@ -158,14 +148,18 @@ def prune_cost(
     """
     blocks, work = block_sizes(model), method_cost(method)
     compiling = COMPILE_PASS * len(blocks) * (2 if recipe.heldout_samples else 1)
-    compiling += COMPILE_GRADIENT * len(blocks) * (recipe.needs_sensitivities + (recipe.reconstruction is not None))
+    trained = (recipe.reconstruction is not None) + (recipe.distillation is not None)
+    compiling += COMPILE_GRADIENT * len(blocks) * (recipe.needs_sensitivities + trained)
     if work is not None:
-        compiling += work.compile_seconds * len({linear[:2] for block in blocks for linear in block.linears})
+        compiling += work.compile_seconds * len({linear[:2] for block in blocks for linear in block.solved(recipe)})
     stored = sum(map(_nbytes, model.source.tensors.values()))
 
     # Each plan has one stream before a block, all share one after it, and the dense model has both.
     stream = FLOAT32 * (recipe.samples + recipe.heldout_samples) * recipe.seqlen * model.config.hidden_size
     streams = (plans + 1 + (2 if recipe.needs_dense_stream else 0)) * stream
+    if isinstance(recipe, ShrinkRecipe) and recipe.has_budget:
+        # The dense model's before and after a block, while the one before the first block waits for the pass.
+        streams = max(streams, 3 * stream)
     # The backward pass keeps the streams of some blocks, see `survey`; its gradients stay in memory in any case.
     gradient = FLOAT32 * _survey_tokens(recipe) * model.config.hidden_size if recipe.needs_sensitivities else 0
     survey_streams = stream + (2 * math.isqrt(model.config.num_layers) + 3) * gradient
@@ -181,7 +175,7 @@ def prune_cost(
     )
 
 
-def output_bytes(model: PrunableModel, recipe: Recipe) -> dict[str, int]:
+def output_bytes(model: PrunableModel, recipe: PassRecipe) -> dict[str, int]:
     """Bytes of each tensor of the output, dense."""
     found = {}
     for key in model.exported_keys():
@@ -190,6 +184,26 @@ def output_bytes(model: PrunableModel, recipe: Recipe) -> dict[str, int]:
         dtype = jnp.dtype(recipe.dtype) if recipe.dtype and floating else info.dtype
         found[key] = math.prod(info.shape) * dtype.itemsize
     return found
+
+
+def distillation_bytes(config: DecoderConfig, parameters: int, largest: int, tokens: int) -> dict[str, int]:
+    """Bytes of `distil` by what they hold, without the streams given and what one block's gradient keeps.
+
+    Args:
+        config: the model's.
+        parameters: of all blocks.
+        largest: parameters of the largest block.
+        tokens: of one step.
+    """
+    # The dense model's logits of a slice and the model's, the logarithms of their softmax, and the gradient.
+    logits = 5 * LOGIT_ROWS * config.vocab_size
+    return {
+        # In the best state, trained, two moments; of one block also the gradient, the updates and the moments' copies.
+        "blocks": FLOAT32 * (4 * parameters + 4 * largest),
+        "embedding and head": FLOAT32 * (config.vocab_size * config.hidden_size + logits),
+        # Before every block; the dense model's, and the gradients before and after a block.
+        "activations of a step": FLOAT32 * (config.num_layers + 4) * tokens * config.hidden_size,
+    }
 
 
 def measure_gflops(seconds: float = 0.7) -> float:
@@ -209,27 +223,32 @@ def _nbytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * info.dtype.itemsize
 
 
-def _survey_tokens(recipe: Recipe) -> int:
+def _survey_tokens(recipe: PassRecipe) -> int:
     """Tokens on which the dense model's sensitivities are measured."""
     return min(recipe.samples, max(1, TOKENS // recipe.seqlen)) * recipe.seqlen
 
 
-def _flops(model: StreamedModel, recipe: Recipe, blocks: list[BlockSizes], work: MethodCost) -> dict[str, float]:
+def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], work: MethodCost) -> dict[str, float]:
     config, settings = model.config, recipe.reconstruction
     calibration, heldout = recipe.samples * recipe.seqlen, recipe.heldout_samples * recipe.seqlen
     surveyed, tokens, trained = _survey_tokens(recipe), calibration + heldout, 0
+    solves = passes = training = 0.0
     if settings is not None:
         # Forward and backward count as three passes in each epoch; then every epoch is judged.
         trained = 3 * settings.epochs * calibration + (settings.epochs + 1) * (heldout or calibration) + 2 * calibration
-    solves = passes = training = 0.0
+    if (last := recipe.distillation) is not None:
+        # The same, with one more pass forward in each epoch; the head also gives the dense model's logits.
+        trained += 4 * last.epochs * calibration + (last.epochs + 1) * tokens
+        logits = 2.0 * config.vocab_size * config.hidden_size
+        training += (4 * last.epochs * calibration + 2 * (last.epochs + 1) * tokens) * logits
     survey = 6.0 * surveyed * config.vocab_size * config.hidden_size if recipe.needs_sensitivities else 0.0
     for block in blocks:
         # Of one token: the linears, and the scores and mixed values of the positions up to the end of its chunk.
         forward = sum(2 * o * i * share for o, i, share in block.linears)
         forward += 2 * (recipe.seqlen + QUERY_CHUNK) * config.num_heads * config.head_dim
-        inverses = sum(INVERSE * i**3 for _, i, _ in block.linears)
+        inverses = sum(INVERSE * i**3 for _, i, _ in block.solved(recipe))
         solves += block.count * work.inverses * inverses
-        for outputs, inputs, _ in block.linears:
+        for outputs, inputs, _ in block.solved(recipe):
             solves += block.count * 2 * (work.products + MEASURING) * inputs**2 * outputs
             solves += block.count * (work.selections * SELECTION + work.updates) * inputs * outputs
         # Before and after pruning; the dense model's; and the Grams of its inputs.
@@ -257,7 +276,7 @@ def _flops(model: StreamedModel, recipe: Recipe, blocks: list[BlockSizes], work:
 
 def _phases(
     model: StreamedModel,
-    recipe: Recipe,
+    recipe: PassRecipe,
     blocks: list[BlockSizes],
     work: MethodCost | None,
     start: int,
@@ -281,7 +300,7 @@ def _phases(
     sets = 1 + (recipe.heldout_samples > 0) + (recipe.propagated_share > 0)
     square, wide = (work.square, work.wide) if work else (7.5, 10.0)
     spaces = [(square, wide), (5, 3)] if recipe.propagated_share else [(square, wide)]
-    workspace = max(s * i * i + w * i * o for s, w in spaces for b in blocks for o, i, _ in b.linears)
+    workspace = max(s * i * i + w * i * o for s, w in spaces for b in blocks for o, i, _ in b.solved(recipe))
     widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
     rows = min(config.vocab_size, (recipe.samples + recipe.heldout_samples) * recipe.seqlen)
     running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS}
@@ -322,99 +341,14 @@ def _phases(
             "Grams": sets * grams,
             "activations": streams + current + seen,
         }
+    if recipe.distillation is not None:
+        # As if nothing went: the smaller model is not known yet.
+        tokens = min(recipe.distillation.windows, recipe.samples) * recipe.seqlen
+        held = distillation_bytes(config, sum(b.count * b.parameters for b in blocks), block.parameters, tokens)
+        seen = tokens * pairs // recipe.seqlen + int(3 * FLOAT32 * tokens * block.widths)
+        held["activations of a step"] += 2 * start + seen
+        phases["distillation"] = running | held
     for parts in phases.values():
         arrays = sum(nbytes for part, nbytes in parts.items() if part not in running)
         parts["freed, not returned"] = int(FREED * arrays)
     return phases
-
-
-class BudgetError(ValueError):
-    """A run that memory or disk cannot hold; the text says what takes the room and what would take less."""
-
-
-def choose_footprint(
-    model: PrunableModel,
-    plans: Sequence[Plan],
-    calibration: np.ndarray,
-    heldout: np.ndarray,
-    budget: int | None = None,
-    *,
-    spread: bool = False,
-) -> Footprint:
-    """Choose where the activations of the plans of one pass are kept.
-
-    Args:
-        model: opened.
-        plans: their folders need not exist yet.
-        calibration: windows of token ids, `[samples, seqlen]`.
-        heldout: windows of held-out tokens, `[0, seqlen]` without any.
-        budget: bytes of memory, device and host together.
-        spread: whether the run works on several devices, in whose memories activations stay; nothing is estimated.
-
-    Raises:
-        BudgetError: if the run does not fit the budget, or output and activations do not fit on the disk.
-    """
-    sizes = {"samples": len(calibration), "seqlen": calibration.shape[1], "heldout_samples": len(heldout)}
-    recipes = [(replace(plan.recipe, **sizes), plan.method) for plan in plans]
-    where: Activations = "memory"
-    parts: Mapping[str, int] = {}
-    memory, phase, scratch = None, "", 0
-    if isinstance(model, StreamedModel) and not spread:
-        where, cost = _choose(model, recipes, budget)
-        memory, phase, scratch = cost.peak_memory_bytes, cost.peak_phase, cost.scratch_bytes
-        parts = cost.phases[phase]
-    elif budget and not spread:
-        # What torch holds is not known; activations do not add to it.
-        where = "disk"
-        scratch = (len(plans) + 3) * FLOAT32 * (calibration.size + heldout.size) * model.config.hidden_size
-    output = [sum(output_bytes(model, recipe).values()) for recipe, _ in recipes]
-    _check_disks([plan.folder for plan in plans], output, scratch)
-    return Footprint(where, memory, dict(parts), phase, budget, sum(output), scratch)
-
-
-def _choose(
-    model: StreamedModel, recipes: Sequence[tuple[Recipe, LayerMethod]], budget: int | None
-) -> tuple[Activations, Cost]:
-    limit = available_memory_bytes() if budget is None else budget
-    for where in PLACES:
-        costs = [prune_cost(model, *recipe, activations=where, plans=len(recipes)) for recipe in recipes]
-        largest = max(costs, key=lambda cost: cost.peak_memory_bytes)
-        if largest.peak_memory_bytes <= limit:
-            return where, largest
-    if budget is not None:
-        raise BudgetError(_too_little(largest, budget))
-    # The estimate may be wrong, and activations on disk are at least not swapped.
-    return where, largest
-
-
-def _too_little(cost: Cost, budget: int) -> str:
-    parts = sorted(cost.phases[cost.peak_phase].items(), key=lambda part: -part[1])
-    advice = ADVICE.get(cost.peak_phase)
-    return (
-        f"a budget of {format_bytes(budget)} is too little: with activations on disk the run is estimated to take "
-        f"{format_bytes(cost.peak_memory_bytes)} in phase {cost.peak_phase} "
-        f"({', '.join(f'{name} {format_bytes(nbytes)}' for name, nbytes in parts if nbytes)}); give at least that"
-        + (f", or less to do: {advice}" if advice else "")
-    )
-
-
-def _check_disks(folders: Sequence[Path], output: Sequence[int], scratch: int) -> None:
-    """Raise a BudgetError without room for what is written, less what an earlier run has written already."""
-    needed: dict[int, int] = {}
-    places: dict[int, Path] = {}
-    for folder, nbytes in zip(folders, output, strict=True):
-        place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-        device = place.stat().st_dev
-        written = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-        needed[device] = needed.get(device, 0) + max(0, nbytes - written)
-        places.setdefault(device, place)
-    first = next(iter(places))
-    needed[first] += scratch
-    for device, nbytes in needed.items():
-        free = shutil.disk_usage(places[device]).free
-        if nbytes > free:
-            activations = f", {format_bytes(scratch)} of it activations" if scratch and device == first else ""
-            raise BudgetError(
-                f"the disk of {places[device]} has {format_bytes(free)} free, the run needs {format_bytes(nbytes)}"
-                f"{activations}; make room or choose another output folder"
-            )

@@ -1,7 +1,7 @@
 """Floor 6: the pass, a plain loop over the blocks of a model.
 
     source -[embedding]-> activations
-    for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `Branch`, `block`)
+    for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `branch`, `block`)
     index, config, tokenizer; audit
 
 Memory holds one block and the activations, never the model. Every block sees the activations of the pruned blocks
@@ -15,7 +15,6 @@ Over several devices the calibration windows are spread (`activations`), and so 
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +25,16 @@ from jax.sharding import Mesh
 from sparseopt.core.dense import HIGHEST
 from sparseopt.core.mesh import Devices, device_line
 from sparseopt.core.types import Observer
-from sparseopt.models import (
-    OUTER_TAG,
-    PrunableBlock,
-    PrunableModel,
-    ShardedWriter,
-    Source,
-    TorchModel,
-    block_tag,
-    open_model,
-    unread,
-)
+from sparseopt.models import PrunableModel, Source, TorchModel, open_model
 from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches, Stream
-from sparseopt.pruning.block import DenseBlock, PruningError, prune_block
+from sparseopt.pruning.block import DenseBlock, PruningError
+from sparseopt.pruning.branch import Branch, begin
 from sparseopt.pruning.calibration import runner_of
-from sparseopt.pruning.cost import choose_footprint
-from sparseopt.pruning.evaluation import audit_stored
+from sparseopt.pruning.footprint import choose_footprint
 from sparseopt.pruning.patterns import check_cut
 from sparseopt.pruning.plan import CalibrationWindows, Plan, calibration_windows, check_same_calibration, make_plan
-from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, Replay
+from sparseopt.pruning.recipe import PassRecipe, Recipe
+from sparseopt.pruning.reports import Event, Footprint, LayerRecord, PruneReport
 from sparseopt.pruning.run_folder import (
     Identity,
     Progress,
@@ -55,10 +44,11 @@ from sparseopt.pruning.run_folder import (
     read_report,
     recipe_identity,
 )
+from sparseopt.pruning.shaping import choose_shapes
+from sparseopt.pruning.shrinking import ShrinkRecipe
 from sparseopt.pruning.survey import survey
 from sparseopt.system import processes
-from sparseopt.system.machine import parse_bytes, peak_memory_bytes, return_freed_memory
-from sparseopt.system.run_folder import append_record, write_summary
+from sparseopt.system.machine import parse_bytes, return_freed_memory
 
 
 class Stopped(PruningError):
@@ -84,8 +74,8 @@ def prune_model(
             the last finished block, and the result is identical to that of an uninterrupted run. If the same run is
             finished there, nothing is done and its report is returned.
         recipe: what to do; default: mAIHT, 50 %.
-        observer: called with every `Event`, a layer's record above all, the number of layers done, and that of all; for
-            a text, which names what is being measured, with its steps.
+        observer: called with an `Event`, how many layers are done, and how many there are in all. For a text, which
+            names what is being measured or trained, and for the record of a block that goes, the numbers count steps.
         stop: asked after every block; True ends the run there, and the same call resumes it.
         memory: what the run may take, device and host together, in bytes or as in "8GiB". Activations between blocks
             are kept on the output folder's disk where the estimate asks for it; the result is identical. None: the
@@ -111,9 +101,28 @@ def prune_model(
     )[0]
 
 
+def shrink_model(source: str | Path | Source, output: str | Path, recipe: ShrinkRecipe, **options: Any) -> PruneReport:
+    """Make a smaller dense model of a causal language model: fewer MLP channels, key-value groups, blocks or experts.
+
+        minimise over V and S    1/2 ||X Vᵀ - Y||²    subject to V vanishing outside the kept groups of inputs S
+
+    for the inputs of `down_proj` (channels; the rows of gate and up follow) and of `o_proj` (key-value groups; the rows
+    of q, k and v follow), with Y the dense layer's outputs. All blocks keep the same numbers, so the folder is a plain
+    Hugging Face model of the same family, which every runtime takes. The recipe gives the shares that stay, or a budget
+    of parameters or time, for which losses measured on the dense model choose them (see `mixing`).
+
+    Arguments, resuming and errors are those of `prune_model`.
+
+    Raises:
+        ModelError: before any work, for shares that the model or its family cannot have, or too few parameters; for
+            too small a latency, once times are measured.
+    """
+    return prune_models(source, [(recipe, output)], **options)[0]
+
+
 def prune_models(
     source: str | Path | Source,
-    recipes: Sequence[tuple[Recipe, str | Path]],
+    recipes: Sequence[tuple[PassRecipe, str | Path]],
     *,
     observer: Observer | None = None,
     stop: Callable[[], bool] | None = None,
@@ -122,7 +131,7 @@ def prune_models(
 ) -> list[PruneReport]:
     """Prune one model by several recipes in one pass over its blocks, each into its own folder.
 
-    The recipes must agree in all that concerns the calibration tokens. Other arguments and errors are those of
+    The recipes must agree on everything that decides the calibration tokens. Other arguments and errors are those of
     `prune_model`, for the whole pass: the observer's number of layers is that of all recipes, and one recipe's failure
     ends them all.
 
@@ -167,7 +176,7 @@ def prune_models(
     identity, first = Identity(model, windows.calibration, windows.heldout), processes.is_first()
     # One process holds the folders for all.
     with claimed(folders) if first else contextlib.nullcontext():
-        found = [is_finished(plan.folder, identity, plan.recipe) for plan in plans] if first else []
+        found = [is_finished(identity, plan) for plan in plans] if first else []
         finished = processes.told(found)
         rest = [plan for plan, done in zip(plans, finished, strict=True) if not done]
         made: list[PruneReport] = []
@@ -177,8 +186,7 @@ def prune_models(
             made = _run(model, rest, windows, identity, footprint, mesh, observer or (lambda *_: None), stop, start)
         reports = iter(made)
         return [
-            read_report(plan.folder, identity, plan.recipe) if done else next(reports)
-            for plan, done in zip(plans, finished, strict=True)
+            read_report(identity, plan) if done else next(reports) for plan, done in zip(plans, finished, strict=True)
         ]
 
 
@@ -194,33 +202,46 @@ def _run(
     start: float,
 ) -> list[PruneReport]:
     """One pass for plans whose folders are claimed; `start` is when the run began."""
-    done, total, runner = 0, len(plans) * sum(map(len, identity.linears)), runner_of(model)
+    done, runner = 0, runner_of(model)
 
     def told(event: Event) -> None:
         nonlocal done
         done += isinstance(event, LayerRecord)
-        observer(event, done, total)
+        # What is pruned may be known only after the choice of sizes.
+        observer(event, done, sum(len(plan.patterns) for plan in plans))
 
     told(footprint)
-    progress, writers = _begin(model, plans, identity)
+    read = [progress_in(identity, plan).as_dict() for plan in plans] if processes.is_first() else []
+    progress = [Progress.from_dict(each) for each in processes.told(read)]
     on_disk = footprint.activations == "disk"
     kind = SpreadBatches(mesh) if mesh is not None else DiskBatches(plans[0].folder) if on_disk else Batches()
     stream, before = _embed(model, windows, kind), runner.seconds
     plans = survey(model, plans, stream, windows, runner, observer)
+    plans = choose_shapes(model, plans, progress, stream, windows, kind, runner, observer)
+    for found in progress:
+        if found.shape is not None:
+            told(found.shape)
     survey_seconds = runner.seconds - before
+    writers = [begin(model, *own) for own in zip(plans, progress, strict=True)]
+    embedded = stream if any(plan.recipe.distillation for plan in plans) else None
     branches = [Branch(model, *own, stream) for own in zip(plans, progress, writers, strict=True)]
     dense = stream if any(plan.recipe.needs_dense_stream for plan in plans) else None
-    # The branches hold the only references: a stream goes when all of them have passed the block.
+    # Only the branches hold their streams, so one is freed when all of them have passed the block.
     del stream
     for index in range(model.num_blocks):
         block, last = DenseBlock(model.block(index), index, dense, runner), index + 1 == model.num_blocks
         for branch in branches:
             branch.advance(block, told)
-        dense = block.outputs if dense and not last else None
+        if not any(plan.patterns for plan in plans):
+            # No linear is pruned: nothing else says how far the pass is.
+            observer("block", index + 1, model.num_blocks)
+        dense = block.outputs if dense and (embedded or not last) else None
         # The next block is read when this one and its Grams are gone.
         del block
         if not last and processes.any_of(stop is not None and stop()):
             raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")
+    for branch in branches:
+        branch.distil(embedded, dense, told, observer)
     figures = {
         "route": "torch" if isinstance(model, TorchModel) else "flax",
         "plans": len(plans),
@@ -236,113 +257,6 @@ def _run(
         "seconds": time.perf_counter() - start,
     }
     return [branch.finish(runner.compile_seconds, **figures) for branch in branches]
-
-
-@dataclass
-class Branch:
-    """One plan's model on its way through the blocks, into its own folder, which has the tensors outside the blocks."""
-
-    model: PrunableModel
-    plan: Plan
-    progress: Progress
-    writer: ShardedWriter
-    stream: Stream
-
-    def __post_init__(self) -> None:
-        self.finished = self.progress.blocks
-
-    def advance(self, dense: DenseBlock, observer: Callable[[Event], None]) -> None:
-        """Prune and store one block, or replay it where an earlier run has stored it, and run the stream through it.
-
-        Raises:
-            PruningError: as `prune_block` does.
-        """
-        step = self._replay if dense.index < self.finished else self._prune
-        block = step(dense, observer)
-        if dense.index + 1 < self.model.num_blocks:
-            self.stream = dense.runner.through(block, self.stream)
-
-    def _replay(self, dense: DenseBlock, observer: Callable[[Event], None]) -> PrunableBlock:
-        block, keys = dense.block.copy(), self.model.block_keys(dense.index)
-        stored = self.writer.stored(block_tag(dense.index))
-        # As in `prune_block`, what was not pruned or trained runs as the source has it, not as it was stored.
-        trained = self.plan.recipe.reconstruction is not None
-        changed = keys if trained else [f"{name}.weight" for name in block.linears]
-        block.write({path: self.model.as_stored(keys[path], stored[keys[path]]) for path in changed})
-        events: list[Event] = [Replay(len(block.linears)), *self.progress.of_block(dense.index)]
-        for event in events:
-            observer(event)
-        return block
-
-    def _prune(self, dense: DenseBlock, observer: Callable[[Event], None]) -> PrunableBlock:
-        def told(record: LayerRecord | BlockRecord) -> None:
-            self.progress.add(record)
-            if processes.is_first():
-                append_record(self.plan.folder, record.as_dict())
-            observer(record)
-
-        dtypes = {key: self.writer.dtype_of(key) for key in self.model.block_keys(dense.index).values()}
-        block, tensors = prune_block(self.model, self.plan, dense, self.stream, dtypes, told)
-        stored = {key: self.model.as_stored(key, value) for key, value in tensors.items()}
-        self.writer.write(block_tag(dense.index), stored)
-        return block
-
-    def finish(self, compile_seconds: float, **figures: Any) -> PruneReport:
-        """Complete the folder, read it back, report; `figures` of the whole pass are fields of the report.
-
-        Raises:
-            PruningError: if what was stored breaks the pattern.
-        """
-        self.writer.finish()
-        folder, first = self.plan.folder, processes.is_first()
-        broken = [a.layer for a in audit_stored(folder, self.plan.patterns) if not a.fits] if first else []
-        if broken := processes.told(broken):
-            raise PruningError(
-                f"{len(broken)} linears read back from {folder} break the pattern {self.plan.recipe.pattern!r}, "
-                f"{broken[0]} first; was the folder changed while it was written?"
-            )
-        layers, blocks = self.progress.layers, self.progress.trained
-        report = PruneReport(
-            output=folder,
-            source=self.model.source.name,
-            revision=self.model.source.revision,
-            recipe=self.plan.recipe.as_dict(),
-            layers=layers,
-            blocks=blocks,
-            solver_seconds=sum(r.seconds for r in layers),
-            reconstruction_seconds=sum(r.seconds for r in blocks),
-            compile_seconds=compile_seconds + sum(r.compile_seconds for r in self.progress.records),
-            layer_compilations=sum(r.compile_seconds > 0 for r in layers),
-            dense_bytes=self.writer.dense_bytes,
-            stored_bytes=self.writer.stored_bytes,
-            peak_memory_bytes=peak_memory_bytes(),
-            resumed_blocks=self.finished,
-            **figures,
-        )
-        if first:
-            write_summary(folder, report.summary())
-        processes.barrier("finished")
-        return report
-
-
-def _begin(
-    model: PrunableModel, plans: Sequence[Plan], identity: Identity
-) -> tuple[list[Progress], list[ShardedWriter]]:
-    # Folders begin with the tensors outside the blocks, unless an earlier run has written them.
-    first, known = processes.is_first(), []
-    if first:
-        known = [progress_in(plan.folder, identity, plan.recipe).as_dict() for plan in plans]
-    progress = [Progress.from_dict(each) for each in processes.told(known)]
-    begun = all(OUTER_TAG in found.tags for found in progress)
-    outer = {} if begun else unread(model.source, model.outer_keys())
-    writers = []
-    for plan, found in zip(plans, progress, strict=True):
-        recipe, keys = plan.recipe, model.exported_keys()
-        writer = ShardedWriter(plan.folder, model.source, recipe.dtype, recipe.pack, keys, found.tags, writes=first)
-        if OUTER_TAG not in found.tags:
-            writer.write(OUTER_TAG, outer)
-        writers.append(writer)
-    return progress, writers
 
 
 def _embed(model: PrunableModel, windows: CalibrationWindows, kind: Batches) -> Stream:

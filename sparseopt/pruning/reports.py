@@ -1,10 +1,11 @@
-"""Floor 6: what a pruning run tells: one record a layer and one report a run, as JSON lines and a summary."""
+"""Floor 6: what a pruning run tells: records of what it did, as JSON lines, and one report, as a summary."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from sparseopt.models import Sizes
 from sparseopt.system.machine import environment
 
 
@@ -80,13 +81,10 @@ class LayerRecord(_Record):
 
 
 @dataclass(frozen=True)
-class BlockRecord(_Record):
-    """One block whose kept weights were trained after its linears had been pruned, see `reconstruct_block`.
-
-    Losses are relative squared errors of the block's output.
+class TrainingRecord(_Record):
+    """How something was trained after pruning, see `Trainer`.
 
     Attributes:
-        block: its index.
         first_loss: on the calibration tokens, before training.
         last_loss: on the calibration tokens, after.
         heldout_first: on the held-out tokens, before training; None without any.
@@ -99,9 +97,6 @@ class BlockRecord(_Record):
         steps: updates made.
     """
 
-    kind = "block"
-
-    block: int
     first_loss: float
     last_loss: float
     heldout_first: float | None
@@ -112,6 +107,89 @@ class BlockRecord(_Record):
     compile_seconds: float
     best_epoch: int
     steps: int
+
+
+@dataclass(frozen=True)
+class BlockRecord(TrainingRecord):
+    """One block whose kept weights were trained, see `reconstruct_block`.
+
+    Losses are relative squared errors of the block's output.
+
+    Attributes:
+        block: its index.
+    """
+
+    kind = "block"
+
+    block: int
+
+
+@dataclass(frozen=True)
+class DistillationRecord(TrainingRecord):
+    """A whole model that was trained, see `distil`. Losses are divergences from the dense model, in nats a token."""
+
+    kind = "distillation"
+
+
+@dataclass(frozen=True)
+class RemovalRecord(_Record):
+    """One block that was removed, see `block_removal`; losses on the tokens that blocks were scored on.
+
+    Attributes:
+        block: its index in the dense model.
+        loss: mean negative log-likelihood of a token after its removal, in nats.
+        rise: by how much that is above the dense model's loss.
+        seconds: wall-clock time of choosing it; with the cosine score an even share, since all are chosen at once.
+    """
+
+    kind = "removal"
+
+    block: int
+    loss: float
+    rise: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ShapeRecord(_Record):
+    """What a smaller model keeps, known before its first block is made.
+
+    Attributes:
+        channels: of every MLP, or of every expert.
+        kv_heads: key-value groups of every block.
+        experts: of every mixture; None without any.
+        blocks: indices in the dense model of those that stay.
+        removed: the others, in the order in which they were removed.
+        rises: of the loss a token, in nats, after each removal, on the tokens that blocks were scored on.
+        dense: `(channels, kv_heads, blocks, experts)` of the dense model.
+        parameters: of the smaller model.
+        dense_parameters: of the dense one.
+        dense_bytes: of the dense one's tensors, in the source's dtypes.
+        seconds: wall-clock time of choosing the sizes of all models of the pass.
+        curves: where a budget chose the sizes, the measured rises of the loss a token: "channels", "heads" and "blocks"
+            with pairs (what stays, rise); None otherwise.
+        token_seconds: `(dense, small)`, measured for a budget of latency; None otherwise.
+    """
+
+    kind = "shape"
+
+    channels: int
+    kv_heads: int
+    experts: int | None
+    blocks: tuple[int, ...]
+    removed: tuple[int, ...]
+    rises: tuple[float, ...]
+    dense: tuple[int, int, int, int | None]
+    parameters: int
+    dense_parameters: int
+    dense_bytes: int
+    seconds: float
+    curves: Mapping[str, list[list[float]]] | None = None
+    token_seconds: tuple[float, float] | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.channels, self.kv_heads, self.blocks, self.experts)
 
 
 @dataclass(frozen=True)
@@ -145,8 +223,8 @@ class Replay:
     layers: int
 
 
-# A text names what is being measured or scored, a step at a time.
-Event = Footprint | Replay | LayerRecord | BlockRecord | str
+# A text names what is being measured or trained, a step at a time.
+Event = Footprint | Replay | RemovalRecord | ShapeRecord | LayerRecord | BlockRecord | DistillationRecord | str
 
 
 @dataclass(frozen=True)
@@ -180,6 +258,8 @@ class PruneReport:
         platform: of the devices, as JAX names it: "cpu", "gpu", "tpu".
         precision: of all products, as JAX names it; "highest" is float32 throughout, on every platform.
         resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
+        shape: what a smaller model keeps; None where only zeros were made.
+        distilled: the training of the whole smaller model at the end; None without.
         kept: whether an earlier call had finished the run; the report is then that call's.
     """
 
@@ -208,19 +288,26 @@ class PruneReport:
     processes: int
     platform: str
     precision: str
+    shape: ShapeRecord | None = None
+    distilled: DistillationRecord | None = None
     resumed_blocks: int = 0
     kept: bool = False
 
     @classmethod
-    def from_summary(
-        cls, summary: Mapping[str, Any], output: Path, layers: list[LayerRecord], blocks: list[BlockRecord]
-    ) -> "PruneReport":
-        """The report of a finished run from its `summary.json`; a KeyError or TypeError if a figure is missing."""
-        own = _own_fields(cls, summary) | {"output": output, "layers": layers, "blocks": blocks, "kept": True}
+    def from_summary(cls, summary: Mapping[str, Any], output: Path, **records: Any) -> "PruneReport":
+        """The report of a finished run from its `summary.json` and its records, which are fields by their names.
+
+        Raises:
+            KeyError, TypeError: if a figure is missing.
+        """
+        own = _own_fields(cls, summary) | records | {"output": output, "kept": True}
         return cls(**own | {"footprint": Footprint(**summary["footprint"])})
 
     @property
     def sparsity(self) -> float:
+        """The share of zeros in the linears that were pruned; 0 for a smaller dense model."""
+        if self.shape is not None:
+            return 0.0
         return sum(r.zeros for r in self.layers) / sum(r.size for r in self.layers)
 
     @property

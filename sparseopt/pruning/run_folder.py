@@ -3,10 +3,10 @@
     *.safetensors   a block is finished when its shard and the records of all its linears are there
 
     with claimed(folders):                                         # one writer at a time, nothing else in them
-        if is_finished(folder, identity, recipe):
-            report = read_report(folder, identity, recipe)
+        if is_finished(identity, plan):
+            report = read_report(identity, plan)
         else:
-            progress = progress_in(folder, identity, recipe)       # where to resume
+            progress = progress_in(identity, plan)       # where to resume
 
 `progress.as_dict()` is plain JSON, which the first process tells to the others; `Progress.from_dict` reads it again.
 """
@@ -22,19 +22,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.models import OUTER_TAG, ModelError, PrunableModel, TorchModel, block_tag, shard_name
+from sparseopt.models import OUTER_TAG, ModelError, PrunableModel, TorchModel, block_tag, shard_name, trained_tag
 from sparseopt.models.packed import PACKED_INDEX
 from sparseopt.models.prunable import digest
 from sparseopt.models.safetensors_file import read_header
-from sparseopt.pruning.recipe import Recipe, described
-from sparseopt.pruning.reports import BlockRecord, LayerRecord, PruneReport
-from sparseopt.system import run_folder
+from sparseopt.pruning.plan import Plan, shrink_plan
+from sparseopt.pruning.recipe import PassRecipe, described
+from sparseopt.pruning.reports import BlockRecord, DistillationRecord, LayerRecord, PruneReport, ShapeRecord
+from sparseopt.system import processes, run_folder
 from sparseopt.system.machine import versions
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, differences, read_start
 
@@ -51,25 +52,21 @@ class Identity:
     """The fingerprints of the runs that share one pass over a model."""
 
     def __init__(self, model: PrunableModel, calibration: np.ndarray, heldout: np.ndarray) -> None:
-        self._model = model
-        # By block, as in their records.
-        self.linears = [
-            [model.weight_key(index, name).removesuffix(".weight") for name in model.block_linears(index)]
-            for index in range(model.num_blocks)
-        ]
+        self.model = model
         tokens = {"calibration": calibration, "held-out": heldout}
         self._tokens = digest((name, array, [array]) for name, array in tokens.items())
 
     @cached_property
     def _weights(self) -> str:
         """A digest; the whole source is read for it, once."""
-        return self._model.check_finite()
+        return self.model.check_finite()
 
-    def of(self, recipe: Recipe) -> Fingerprint:
+    def of(self, recipe: PassRecipe) -> Fingerprint:
         """What decides the result of a recipe's run, as plain JSON values."""
         found = versions()
-        route = TORCH_ROUTE if isinstance(self._model, TorchModel) else FLAX_ROUTE
-        decisive = (*DECISIVE, *route, *(TRAINING if recipe.reconstruction is not None else ()))
+        route = TORCH_ROUTE if isinstance(self.model, TorchModel) else FLAX_ROUTE
+        trains = recipe.reconstruction is not None or recipe.distillation is not None
+        decisive = (*DECISIVE, *route, *(TRAINING if trains else ()))
         device = jax.devices()[0]
         return json.loads(
             json.dumps(
@@ -85,7 +82,7 @@ class Identity:
         )
 
 
-def recipe_identity(recipe: Recipe) -> dict[str, Any]:
+def recipe_identity(recipe: PassRecipe) -> dict[str, Any]:
     """The recipe as plain values, with digests of what its text omits: the arrays and the code of your own objects."""
     own = (None if isinstance(recipe.method, str) else recipe.method, recipe.penalty)
     leaves = [(path, _array(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(own)]
@@ -160,27 +157,53 @@ def _holds_a_model(folder: Path, why: str = "") -> FolderError:
     return FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it{why}")
 
 
+Finished = ShapeRecord | LayerRecord | BlockRecord | DistillationRecord
+KINDS: dict[str, type] = {each.kind: each for each in get_args(Finished)}
+
+
 @dataclass
 class Progress:
-    """How far a run into a folder came: finished blocks, their records, and the tags of the shards that stay."""
+    """How far a run into a folder came.
+
+    Attributes:
+        blocks: of the model, those that are finished, from the first.
+        layers: the records of their linears.
+        trained: those of blocks that were trained.
+        shape: the record of a smaller model's sizes, once they are chosen.
+        distilled: that of the distillation, once it is finished.
+        tags: of the shards that stay.
+    """
 
     blocks: int = 0
     layers: list[LayerRecord] = field(default_factory=list)
     trained: list[BlockRecord] = field(default_factory=list)
+    shape: ShapeRecord | None = None
+    distilled: DistillationRecord | None = None
     tags: list[str] = field(default_factory=list)
 
-    def add(self, record: LayerRecord | BlockRecord) -> None:
-        if isinstance(record, LayerRecord):
-            self.layers.append(record)
-        else:
-            self.trained.append(record)
+    def add(self, record: Finished) -> None:
+        match record:
+            case LayerRecord():
+                self.layers.append(record)
+            case BlockRecord():
+                self.trained.append(record)
+            case ShapeRecord():
+                self.shape = record
+            case DistillationRecord():
+                self.distilled = record
 
     def of_block(self, index: int) -> list[LayerRecord | BlockRecord]:
-        return [record for record in self.records if record.block == index]
+        records: list[LayerRecord | BlockRecord] = [*self.layers, *self.trained]
+        return [record for record in records if record.block == index]
 
     @property
-    def records(self) -> list[LayerRecord | BlockRecord]:
-        return [*self.layers, *self.trained]
+    def records(self) -> list[Finished]:
+        return [
+            *([self.shape] if self.shape else []),
+            *self.layers,
+            *self.trained,
+            *([self.distilled] if self.distilled else []),
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         records = [record.as_dict() for record in self.records]
@@ -194,45 +217,55 @@ class Progress:
         return found
 
 
-def _record_of(values: Mapping[str, Any]) -> LayerRecord | BlockRecord:
-    return (LayerRecord if values["kind"] == "layer" else BlockRecord).from_dict(values)
+def keep_record(folder: Path, progress: Progress, record: Finished) -> None:
+    """Add the record of a finished piece of work to the progress and to the folder."""
+    progress.add(record)
+    if processes.is_first():
+        run_folder.append_record(folder, record.as_dict())
 
 
-def is_finished(folder: Path, identity: Identity, recipe: Recipe) -> bool:
-    """Whether the run of a recipe is finished in a claimed folder.
+def _record_of(values: Mapping[str, Any]) -> Finished:
+    return KINDS[values["kind"]].from_dict(values)  # type: ignore[attr-defined]
+
+
+def is_finished(identity: Identity, plan: Plan) -> bool:
+    """Whether the run of a plan is finished in its claimed folder.
 
     Raises:
         FolderError: if another run is finished there, listing every difference, or if files of it are missing.
     """
+    folder = plan.folder
     # The summary comes last: a run that was killed between index and summary is finished once more.
     if not (folder / SUMMARY).is_file() or not any((folder / index).is_file() for index in INDEXES):
         return False
-    if different := differences(read_start(folder)["fingerprint"], identity.of(recipe)):
+    if different := differences(read_start(folder)["fingerprint"], identity.of(plan.recipe)):
         raise _holds_a_model(folder, "\n  ".join([". It is the result of another run, these differ:", *different]))
-    read_report(folder, identity, recipe)
+    read_report(identity, plan)
     return True
 
 
-def read_report(folder: Path, identity: Identity, recipe: Recipe) -> PruneReport:
+def read_report(identity: Identity, plan: Plan) -> PruneReport:
     """The report of a finished run; a FolderError if files of it are missing."""
-    found = _read_progress(folder, identity.linears, recipe.pack)
-    if found.blocks < len(identity.linears):
+    found, folder = _read_progress(identity.model, plan), plan.folder
+    if found.blocks < identity.model.num_blocks:
         missing = f"shard or records of block {found.blocks}" if found.tags else "the tensors outside the blocks"
         raise _holds_a_model(folder, f". Its run is finished, but {missing} are missing or damaged")
     summary = run_folder.read_json(folder / SUMMARY)
     try:
-        return PruneReport.from_summary(summary, folder, found.layers, found.trained)
+        return PruneReport.from_summary(
+            summary, folder, layers=found.layers, blocks=found.trained, shape=found.shape, distilled=found.distilled
+        )
     except (KeyError, TypeError) as error:
         raise _holds_a_model(folder, f". Its {SUMMARY} is not that of a pruning run ({error})") from error
 
 
-def progress_in(folder: Path, identity: Identity, recipe: Recipe) -> Progress:
-    """How far a run came in a claimed folder: a new one gets the fingerprint, an old one loses its unfinished block.
+def progress_in(identity: Identity, plan: Plan) -> Progress:
+    """How far a run came in its claimed folder: a new one gets the fingerprint, an old one loses its unfinished block.
 
     Raises:
         FolderError: if another run was started there, listing every difference.
     """
-    wanted = identity.of(recipe)
+    folder, wanted = plan.folder, identity.of(plan.recipe)
     if not (folder / RUN).is_file():
         run_folder.write_start(folder, wanted)
         return Progress()
@@ -242,8 +275,8 @@ def progress_in(folder: Path, identity: Identity, recipe: Recipe) -> Progress:
             "model and versions to resume it. These differ:"
         )
         raise FolderError("\n  ".join([text, *different]))
-    found = _read_progress(folder, identity.linears, recipe.pack)
-    kept = {shard_name(tag, recipe.pack) for tag in found.tags}
+    found = _read_progress(identity.model, plan)
+    kept = {shard_name(tag, plan.recipe.pack) for tag in found.tags}
     for entry in folder.iterdir():
         if entry.suffix in (".partial", ".tmp", ".safetensors") and entry.name not in kept:
             entry.unlink()
@@ -251,17 +284,35 @@ def progress_in(folder: Path, identity: Identity, recipe: Recipe) -> Progress:
     return found
 
 
-def _read_progress(folder: Path, linears: Sequence[Sequence[str]], pack: bool) -> Progress:
-    if not _is_whole(folder / shard_name(OUTER_TAG, pack)):
+def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
+    def stored(tag: str) -> bool:
+        return _is_whole(plan.folder / shard_name(tag, plan.recipe.pack))
+
+    if not (plan.folder / RUN).is_file():
         return Progress()
-    records, found = run_folder.read_records(folder, _record_of)[0], Progress(tags=[OUTER_TAG])
-    for index, names in enumerate(linears):
-        own = [record for record in records if record.block == index]
-        pruned = sorted(record.layer for record in own if isinstance(record, LayerRecord))
-        if pruned != sorted(names) or not _is_whole(folder / shard_name(block_tag(index), pack)):
-            break
+    records, found = run_folder.read_records(plan.folder, _record_of)[0], Progress()
+    for record in records:
+        if isinstance(record, ShapeRecord):
+            found.add(record)
+    if not stored(OUTER_TAG) or (plan.sizes is not None and found.shape is None):
+        return found
+    found.tags.append(OUTER_TAG)
+    if found.shape is not None:
+        plan = shrink_plan(model, plan, found.shape.sizes)
+    stays = range(model.num_blocks) if plan.sizes is None else plan.sizes.blocks
+    # The distillation is finished when all its shards are there, whatever became of those that they replace.
+    last = [record for record in records if isinstance(record, DistillationRecord)]
+    if last and all(stored(trained_tag(index)) for index in stays):
+        found.add(last[-1])
+    for index in range(model.num_blocks):
+        tag = trained_tag(index) if found.distilled else block_tag(index)
+        own = [record for record in records if getattr(record, "block", None) == index]
+        if index in stays:
+            pruned = sorted(record.layer for record in own if isinstance(record, LayerRecord))
+            if pruned != sorted(plan.layers(model, index)) or not stored(tag):
+                break
+            found.tags.append(tag)
         found.blocks = index + 1
-        found.tags.append(block_tag(index))
         for record in own:
             found.add(record)
     return found

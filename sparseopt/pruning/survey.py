@@ -91,7 +91,7 @@ def survey(
     The stream is that of the windows before the first block.
     """
     recipes = [plan.recipe for plan in plans]
-    levels = _levels([recipe for recipe in recipes if recipe.allocation == "curves"])
+    levels = _levels([recipe for recipe in recipes if isinstance(recipe, Recipe) and recipe.allocation == "curves"])
     weights: dict[str, np.ndarray] = {}
     curves: dict[str, np.ndarray] = {}
     outliers: list[float] = []
@@ -118,7 +118,7 @@ def survey(
     found = []
     for plan in plans:
         recipe, patterns = plan.recipe, plan.patterns
-        if recipe.allocation != "uniform" and recipe.sparsity is not None:
+        if isinstance(recipe, Recipe) and recipe.allocation != "uniform" and recipe.sparsity is not None:
             shares = _shares(model, recipe, levels, curves, outliers)
             patterns = layer_patterns(model, recipe, plan.method, shares)
         own_weights = weights if recipe.output_weighting() == "gradient" else {}

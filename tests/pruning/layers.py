@@ -2,6 +2,9 @@
 
 import numpy as np
 
+# Methods for the pattern group:C only.
+GROUP_METHODS = ("osscar", "flap")
+
 
 def make_layer(rng, outputs=48, inputs=64, tokens=256, dtype=np.float32):
     """Weight `[out, in]` and the Grams of calibration and held-out inputs with strong common directions."""

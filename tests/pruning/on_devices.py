@@ -43,6 +43,7 @@ LAYERS = {
     "admm per-row, 37 over 3": ("admm", None, "per-row", 37, 3),
     "sparsegpt": ("sparsegpt", None, "unstructured", 48, 8),
     "wanda 2:4, 37 over 8": ("wanda", None, "2:4", 37, 8),
+    "osscar group:4, 37 over 8": ("osscar", None, "group:4", 37, 8),
     "magnitude block:4x4": ("magnitude", None, "block:4x4", 64, 8),
 }
 INPUTS = 32

@@ -11,9 +11,10 @@ import pytest
 
 from sparseopt.models import open_model, safetensors_file
 from sparseopt.pruning import Recipe, prune_model, prune_models
-from sparseopt.pruning import cost as cost_module
+from sparseopt.pruning import footprint as footprint_module
 from sparseopt.pruning.activations import Batches, DiskBatches, make_batches
-from sparseopt.pruning.cost import BudgetError, choose_footprint, prune_cost
+from sparseopt.pruning.cost import prune_cost
+from sparseopt.pruning.footprint import BudgetError, choose_footprint
 from sparseopt.pruning.plan import make_plan
 from sparseopt.pruning.reports import Footprint
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -103,7 +104,7 @@ def test_a_budget_that_is_too_little_is_refused_before_any_work(tmp_path, source
 
 def test_without_a_budget_little_memory_is_no_error(tmp_path, source, tokens, monkeypatch):
     """Only where activations lie follows what is available."""
-    monkeypatch.setattr(cost_module, "available_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(footprint_module, "available_memory_bytes", lambda: 2**20)
     report = prune_model(source, tmp_path / "out", Recipe(method="wanda", calibration=tokens, heldout_samples=2))
     assert report.footprint.activations == "disk"
     assert report.footprint.budget_bytes is None
@@ -232,7 +233,7 @@ def test_the_command_tells_what_it_will_take_and_took(tmp_path, command, monkeyp
     status, out, err = command("prune", source, "--output", tmp_path / "b", *options, "--memory", "1MiB")
     assert status == 2
     assert "a budget of 1.0 MiB is too little" in err
-    monkeypatch.setattr(cost_module, "available_memory_bytes", lambda: 1)
+    monkeypatch.setattr(footprint_module, "available_memory_bytes", lambda: 1)
     status, out, err = command("prune", source, "--output", tmp_path / "b", *options)
     assert status == 0, err
     assert "for activations, until the run ends" in out

@@ -63,6 +63,7 @@ def test_the_gram_of_an_expert_is_that_of_its_tokens(source, tokens, weighting):
         found = grams[f"mlp.experts.{e}.input"]
         assert int(found.tokens) == len(rows)
         np.testing.assert_allclose(found.gram, rows.T @ rows, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(found.total, rows.sum(axis=0), rtol=1e-4, atol=1e-3)
     assert sum(int(grams[f"mlp.experts.{e}.hidden"].tokens) for e in range(EXPERTS)) == 2 * tokens.size
     if weighting == "residual":
         _, stream = tapped(block, model.embedding()(jnp.asarray(tokens)))

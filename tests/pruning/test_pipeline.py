@@ -220,7 +220,7 @@ def test_a_bad_recipe_ends_before_any_work(tmp_path, source, recipe, changes, me
 
 
 def test_all_mistakes_of_a_recipe_are_listed_together():
-    with pytest.raises(ValueError, match=r"(?s)sparsity.*unknown method.*samples.*seed"):
+    with pytest.raises(ValueError, match=r"(?s)unknown method.*samples.*seed.*sparsity"):
         Recipe(method="x", sparsity=2, samples=0, seed=-1).check()
 
 

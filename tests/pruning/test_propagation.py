@@ -26,12 +26,12 @@ def test_the_drift_is_that_of_the_two_streams(source, rng):
     found = gather_grams(block, pruned, "uniform", dense)
     ours, _ = tapped(block, pruned)
     theirs, _ = tapped(block, dense)
-    for name, (gram, mass, count, drift) in found.items():
+    for name, grams in found.items():
         x, y = (np.asarray(part[name], np.float64).reshape(30, -1) for part in (ours, theirs))
-        assert count == 30
-        np.testing.assert_allclose(gram, x.T @ x, rtol=1e-4, atol=1e-4)
-        assert float(mass) == 30
-        np.testing.assert_allclose(drift, x.T @ (x - y), rtol=1e-4, atol=1e-4)
+        assert grams.tokens == 30
+        np.testing.assert_allclose(grams.gram, x.T @ x, rtol=1e-4, atol=1e-4)
+        assert float(grams.mass) == 30
+        np.testing.assert_allclose(grams.drift, x.T @ (x - y), rtol=1e-4, atol=1e-4)
 
 
 def test_the_target_is_the_regression_towards_the_dense_outputs(rng):

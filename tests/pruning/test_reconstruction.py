@@ -11,7 +11,8 @@ from flax import nnx
 from sparseopt.models import Block, open_model
 from sparseopt.models.attention import QUERY_CHUNK
 from sparseopt.pruning.activations import Batches, Stream
-from sparseopt.pruning.reconstruction import Reconstruction, TrainingStatus, reconstruct_block, stream_loss
+from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block, stream_loss
+from sparseopt.pruning.training import TrainingStatus
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 WINDOWS, HELDOUT, TIME = 12, 4, 24

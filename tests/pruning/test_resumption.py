@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sparseopt.pruning import LayerRecord, Recipe, Stopped, cost, prune_model, prune_models
+from sparseopt.pruning import LayerRecord, Recipe, Stopped, footprint, prune_model, prune_models
 from sparseopt.pruning.reports import Replay
 from sparseopt.shell import show_pruning
 from sparseopt.shell.prune import RESUMABLE, stop_asked
@@ -177,7 +177,7 @@ def test_a_finished_run_is_not_run_again_and_its_report_returned(tmp_path, sourc
     report = prune_model(source, tmp_path / "out", recipe)
     before, told = written(tmp_path / "out"), []
     # A finished run needs no room.
-    monkeypatch.setattr(cost.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     again = prune_model(source, tmp_path / "out", recipe, observer=lambda event, *_: told.append(event))
     assert again.kept
     assert dataclasses.replace(again, kept=False) == report

@@ -13,7 +13,7 @@ from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.survey import FLOOR, POWER, backward_sweep, output_weights
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
-from tests.pruning.layers import error_of, make_layer
+from tests.pruning.layers import GROUP_METHODS, error_of, make_layer
 
 
 @pytest.fixture
@@ -96,8 +96,10 @@ def test_a_weighted_output_keeps_more_weights_and_errs_less(rng):
 def test_only_the_ratios_of_the_weights_matter(rng, method):
     """Powers of two, so that not even a rounding differs."""
     weight, gram, _ = make_layer(rng, outputs=16, inputs=32)
-    plain = prune_layer(weight, gram, 0.5, method=method)
-    scaled = prune_layer(weight, gram, 0.5, method=method, output_weights=np.full(16, 4.0))
+    how = {"method": method, "pattern": "group:4" if method in GROUP_METHODS else "unstructured"}
+    how["input_variances"] = np.diag(gram) if method == "flap" else None
+    plain = prune_layer(weight, gram, 0.5, **how)
+    scaled = prune_layer(weight, gram, 0.5, **how, output_weights=np.full(16, 4.0))
     np.testing.assert_allclose(scaled.weight, plain.weight, rtol=1e-5, atol=1e-6)
     assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-5)
 

@@ -1,0 +1,168 @@
+"""Which whole blocks go: against the losses of models written without them, and what lazy removal leaves out."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from sparseopt.core.mesh import AXIS
+from sparseopt.models import open_model
+from sparseopt.pruning import block_removal, perplexity
+from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches
+from sparseopt.pruning.block_removal import greedy_removal, removal_order
+from sparseopt.pruning.calibration import BlockRunner
+from sparseopt.pruning.plan import CalibrationWindows
+from sparseopt.pruning.reports import RemovalRecord
+from sparseopt.pruning.texts import begin_windows
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.pruning.whole_models import predicted, without
+
+BLOCKS, BOS = 5, 1
+# What the linears that write into the stream are multiplied with, block by block: they differ in what they do.
+SIZES = (1.0, 0.3, 0.0, 0.6, 0.8)
+
+
+def config(blocks):
+    return tiny_config(num_hidden_layers=blocks)
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    found = random_tensors(config(BLOCKS), np.random.default_rng(3))
+    for index, size in enumerate(SIZES):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            found[f"model.layers.{index}.{name}.weight"] *= np.float32(size)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tensors):
+    return open_model(write_folder(tmp_path_factory.mktemp("five"), config(BLOCKS), tensors))
+
+
+@pytest.fixture(scope="module")
+def windows(model, tokens):
+    ids = predicted(model.source.path, begin_windows(tokens, BOS), start=1)
+    return CalibrationWindows(ids, ids[:0], BOS)
+
+
+def order(model, windows, count, told=lambda *_: None, *, kind=None, **settings):
+    return removal_order(model, windows, count, BlockRunner(), told, kind=kind or Batches(), **settings)
+
+
+def chosen(records):
+    return [record.block for record in records]
+
+
+def test_a_block_that_does_nothing_goes_first_and_costs_nothing(model, windows):
+    for score in ("loss", "cosine"):
+        first, second = order(model, windows, 2, score=score)
+        assert (first.block, first.rise) == (2, 0.0)
+        assert second.rise > 0
+
+
+def test_it_is_the_greedy_order_of_whole_models_written_without_the_blocks(tmp_path, tensors, model, windows):
+    def loss(blocks):
+        name = "-".join(map(str, sorted(blocks))) or "dense"
+        folder = write_folder(tmp_path / name, config(BLOCKS - len(blocks)), without(tensors, BLOCKS, blocks))
+        # The last token of the windows before BOS was put first is not read.
+        ids = np.pad(windows.calibration[:, 1:], ((0, 0), (0, 1)))
+        return np.log(perplexity(folder, ids, bos=BOS))
+
+    records, gone, dense = order(model, windows, 3), [], loss([])
+    for record in records:
+        losses = {block: loss([*gone, block]) for block in range(BLOCKS) if block not in gone}
+        gone.append(min(losses, key=losses.get))
+        assert record.block == gone[-1]
+        assert record.loss == pytest.approx(losses[record.block], rel=1e-6)
+        assert record.rise == pytest.approx(losses[record.block] - dense, abs=1e-6)
+        assert record.seconds > 0
+
+
+def test_the_first_removal_above_the_rise_allowed_is_the_last(model, windows):
+    records = order(model, windows, 3)
+    assert chosen(order(model, windows, 3, most=records[1].rise / 2)) == chosen(records[:2])
+    assert chosen(order(model, windows, 3, most=records[1].rise)) == chosen(records)
+
+
+class SetFunction:
+    """Stands for a trial: the loss of removed blocks is a sum of one term a block and one a pair."""
+
+    def __init__(self, rng, blocks):
+        self.model, self.measured = SimpleNamespace(num_blocks=blocks), 0
+        self.each = rng.uniform(0.5, 2, blocks)
+        # Another block's removal raises an increase by up to 20 % or lowers it by up to 3 %.
+        self.pairs = np.triu(rng.uniform(-0.03, 0.2, (blocks, blocks)) * np.minimum.outer(self.each, self.each), 1)
+
+    def loss(self, removed):
+        gone = sorted(removed)
+        return 3.0 + self.each[gone].sum() + self.pairs[np.ix_(gone, gone)].sum()
+
+    def dense_loss(self):
+        return self.loss([])
+
+    def losses(self, removed, stage):
+        self.measured += len(removed)
+        return [self.loss(blocks) for blocks in removed]
+
+
+def test_lazy_removal_measures_a_part_of_the_candidates_and_finds_the_same_blocks(rng):
+    """Five of 30 blocks, so that no increase falls by more than `SLACK` in all."""
+    for _ in range(20):
+        function, gone = SetFunction(rng, 30), []
+        found = chosen(greedy_removal(function, 5))
+        for _ in found:
+            rest = [block for block in range(30) if block not in gone]
+            gone.append(min(rest, key=lambda block, gone=gone: function.loss([*gone, block])))
+        assert found == gone
+        # The first removal measures all.
+        assert function.measured - 30 < 0.6 * (29 + 28 + 27 + 26)
+
+
+def test_the_cosine_score_is_that_of_each_blocks_input_and_output(model, windows):
+    x, scores = model.embedding()(jnp.asarray(windows.calibration)), []
+    for index in range(BLOCKS):
+        y = model.block(index)(x)
+        one, other = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        sizes = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+        scores.append(np.mean(1 - np.sum(one * other, axis=-1) / sizes))
+        x = y
+    records = order(model, windows, 4, score="cosine")
+    assert chosen(records) == list(np.argsort(scores)[:4])
+    # Losses are measured as for the other score, whatever chose the blocks.
+    by_loss = order(model, windows, 1)[0]
+    assert (records[0].block, records[0].loss) == (by_loss.block, by_loss.loss)
+    assert [r.loss - r.rise for r in records] == pytest.approx([by_loss.loss - by_loss.rise] * 4)
+
+
+@pytest.mark.parametrize(("most", "scored"), [(72, [0, 2, 4]), (1, [0])])
+def test_only_windows_spread_over_all_are_scored(model, windows, monkeypatch, most, scored):
+    """Of seven windows of 24 tokens three, and one at least."""
+    (part,) = order(model, windows._replace(calibration=windows.calibration[scored]), 1)
+    monkeypatch.setattr(block_removal, "TOKENS", most)
+    (found,) = order(model, windows, 1)
+    assert (found.block, found.loss) == (part.block, part.loss)
+
+
+def test_activations_on_disk_or_from_several_devices_change_nothing(tmp_path, model, windows):
+    kept = [(r.block, r.loss) for r in order(model, windows, 2)]
+    for kind in (DiskBatches(tmp_path), SpreadBatches(Mesh(np.asarray(jax.devices()[:1]), (AXIS,)))):
+        assert [(r.block, r.loss) for r in order(model, windows, 2, kind=kind)] == kept
+
+
+def test_the_observer_hears_of_every_pass_and_of_every_block_chosen(model, windows):
+    told = []
+    records = order(model, windows, 2, lambda *event: told.append(event))
+    assert [event for event in told if isinstance(event[0], RemovalRecord)] == [(records[0], 1, 2), (records[1], 2, 2)]
+    assert told[BLOCKS : 2 * BLOCKS] == [("removal 1 of 2, block", done, BLOCKS) for done in range(1, BLOCKS + 1)]
+
+
+def test_a_dense_model_that_overflows_is_an_error(tmp_path, tensors, windows):
+    key = "model.layers.0.mlp.down_proj.weight"
+    broken = write_folder(tmp_path / "broken", config(BLOCKS), tensors | {key: np.full_like(tensors[key], 3e38)})
+    model = open_model(broken)
+    with pytest.raises(RuntimeError, match=r"the loss of .* is not finite: activations overflow"):
+        order(model, windows, 1)

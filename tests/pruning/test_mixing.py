@@ -1,0 +1,237 @@
+"""A budget of parameters or time: what goes is what costs least, and the curves are those of whole models."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.models import ModelError, Sizes, open_model, smaller_model
+from sparseopt.pruning import (
+    ShrinkRecipe,
+    mixing,
+    perplexity,
+    prune_layer,
+    prune_models,
+    shaping,
+    shrink_model,
+    token_time,
+)
+from sparseopt.pruning.calibration import tapped
+from sparseopt.pruning.mixing import Costs, Search, best_mix, interpolated, parameter_costs
+from sparseopt.pruning.shrinking import parameters_of
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.pruning.test_resumption import Broken, breaking_at
+from tests.pruning.whole_models import predicted, without
+
+BLOCKS, HELD = tuple(range(3)), 3
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return random_tensors(tiny_config(), np.random.default_rng(7))
+
+
+@pytest.fixture(scope="module")
+def model(source):
+    return open_model(source)
+
+
+def recipe_of(tokens, **budget):
+    return ShrinkRecipe(calibration=tokens, heldout_samples=HELD, multiple=16, reconstruct=0, **budget)
+
+
+@pytest.fixture(scope="module")
+def ids(source, tokens):
+    return predicted(source, tokens)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, source, ids):
+    return shrink_model(source, tmp_path_factory.mktemp("mix") / "out", recipe_of(ids, parameters=0.8))
+
+
+def test_the_budget_is_kept_by_the_folder_written(model, report):
+    stored = parameters_of(open_model(report.output))
+    assert stored == report.shape.parameters <= 0.8005 * parameters_of(model)
+    assert report.shape.dense_parameters == parameters_of(model)
+    assert report.shape.token_seconds is None
+
+
+def test_costs_are_the_parameters_of_every_smaller_model(model):
+    costs = parameter_costs(model, ShrinkRecipe(parameters=0.5, multiple=16))
+    for channels, groups, blocks in itertools.product((1, 16, 64), (1, 2), ((1,), (0, 2), BLOCKS)):
+        small = smaller_model(model, Sizes(channels, groups, blocks))
+        assert costs.of(channels, groups, blocks) == parameters_of(small)
+
+
+def test_curves_are_the_losses_of_whole_models_pruned_alike(tmp_path, model, tensors, ids, report):
+    """Of channels and groups: every linear pruned by itself on the dense model's inputs."""
+    calibration, heldout = ids[:-HELD], ids[-HELD:]
+    grams, x = {}, model.embedding()(jnp.asarray(calibration))
+    for index in BLOCKS:
+        inputs, x = tapped(model.block(index), x)
+        for name, tap in (("self_attn.o_proj", "attention_output"), ("mlp.down_proj", "mlp_hidden")):
+            rows = np.asarray(inputs[tap]).reshape(-1, inputs[tap].shape[-1])
+            grams[f"model.layers.{index}.{name}.weight"] = rows.T @ rows
+
+    def loss(changed):
+        folder = write_folder(tmp_path / str(len(list(tmp_path.iterdir()))), tiny_config(), tensors | changed)
+        return np.log(perplexity(folder, heldout))
+
+    def pruned(name, group, count):
+        kept = {key: gram for key, gram in grams.items() if name in key}
+        return {
+            key: np.asarray(
+                prune_layer(tensors[key], gram, 1 - count * group / len(gram), f"group:{group}", method="best").weight
+            )
+            for key, gram in kept.items()
+        }
+
+    dense, curves = loss({}), report.shape.curves
+    assert [number for number, _ in curves["channels"]] == [32, 48, 64]
+    assert [number for number, _ in curves["heads"]] == [1, 2]
+    for count, rise in curves["channels"][:-1]:
+        assert rise == pytest.approx(loss(pruned("down_proj", 1, count)) - dense, abs=1e-4)
+    assert curves["heads"][0][1] == pytest.approx(loss(pruned("o_proj", 16, 1)) - dense, abs=1e-4)
+    assert [rise for _, rise in (curves["channels"][-1], curves["heads"][-1], curves["blocks"][-1])] == [0, 0, 0]
+
+
+def test_the_curve_of_blocks_is_the_loss_without_them(tmp_path, tensors, ids, report):
+    assert [number for number, _ in report.shape.curves["blocks"]] == [2, 3]
+    losses = []
+    for gone in BLOCKS:
+        left = without(tensors, len(BLOCKS), [gone])
+        folder = write_folder(tmp_path / str(gone), tiny_config(num_hidden_layers=2), left)
+        losses.append(np.log(perplexity(folder, ids[-HELD:])))
+    whole = write_folder(tmp_path / "whole", tiny_config(), tensors)
+    dense = np.log(perplexity(whole, ids[-HELD:]))
+    assert report.shape.curves["blocks"][0][1] == pytest.approx(min(losses) - dense, abs=1e-5)
+
+
+# A quarter of the channels is 0.15652 of the parameters: a budget is kept to its third digit.
+@pytest.mark.parametrize(("harmless", "share"), [("channels", 0.843), ("block", 0.7)])
+def test_what_does_nothing_goes_first(tmp_path, tensors, tokens, harmless, share):
+    changed = {key: value.copy() for key, value in tensors.items()}
+    for index in BLOCKS if harmless == "channels" else [1]:
+        down = changed[f"model.layers.{index}.mlp.down_proj.weight"]
+        if harmless == "channels":
+            down[:, ::4] = 0
+        else:
+            down[:] = 0
+            changed[f"model.layers.{index}.self_attn.o_proj.weight"][:] = 0
+    source = write_folder(tmp_path / "model", tiny_config(), changed)
+    recipe = recipe_of(predicted(source, tokens), parameters=share)
+    shape = shrink_model(source, tmp_path / "out", recipe).shape
+    found = shape.channels, shape.kv_heads, shape.blocks
+    assert found == ((48, 2, BLOCKS) if harmless == "channels" else (64, 2, (0, 2)))
+    rises = shape.curves["channels" if harmless == "channels" else "blocks"]
+    assert rises[0][1] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_best_mix_is_that_of_all_which_fit():
+    rng = np.random.default_rng(5)
+    recipe = ShrinkRecipe(parameters=0.5)
+    for budget in (300.0, 420.0, 600.0):
+        costs = Costs(50.0, rng.uniform(10, 20, 6), rng.uniform(0.5, 1, 6), rng.uniform(1, 5, 6))
+        search = Search(None, recipe, costs, budget, [16, 32, 48, 64], [2, 3, 4], 4)
+        curves = {
+            name: [[n, rise] for n, rise in zip(numbers, np.sort(rng.uniform(0, 1, len(numbers)))[::-1], strict=True)]
+            for name, numbers in (("channels", (16, 48, 64)), ("heads", (2, 3, 4)), ("blocks", (2, 3, 4, 5, 6)))
+        }
+        order, sums = [4, 0, 5, 2], {}
+        for channels, groups, count in itertools.product(search.channels, search.groups, range(5)):
+            kept = [block for block in range(6) if block not in order[:count]]
+            if costs.of(channels, groups, kept) <= budget:
+                at = (("channels", channels), ("heads", groups), ("blocks", len(kept)))
+                sums[channels, groups, count] = sum(interpolated(curves[n], np.array([x]))[0] for n, x in at)
+        found = best_mix(search, curves, order)
+        assert tuple(found[1:]) == min(sums, key=sums.get)
+        assert found.rise == pytest.approx(min(sums.values()))
+    assert best_mix(dataclasses.replace(search, budget=10.0), curves, order).rise == np.inf
+
+
+def test_a_curve_passes_through_what_was_measured_and_falls_between():
+    curve = [[16, 2.0], [32, 0.5], [48, 0.45], [64, 0.0]]
+    values = interpolated(curve, np.arange(16, 65))
+    np.testing.assert_allclose(values[::16], [rise for _, rise in curve], atol=1e-12)
+    assert (np.diff(values) <= 0).all()
+    assert interpolated([[3, 0.0]], np.array([3])) == 0
+
+
+def test_plans_of_one_pass_choose_as_each_alone(tmp_path, source, ids, report):
+    recipes = [recipe_of(ids, parameters=0.8), ShrinkRecipe(**(vars(recipe_of(ids)) | {"channels": 0.5}))]
+    both = prune_models(source, [(recipe, tmp_path / str(i)) for i, recipe in enumerate(recipes)])
+    first, second = (each.shape for each in both)
+    assert dataclasses.replace(first, seconds=0) == dataclasses.replace(report.shape, seconds=0)
+    assert (second.channels, second.curves) == (32, None)
+
+
+def test_an_interrupted_run_finds_what_was_chosen(tmp_path, source, ids, report, monkeypatch):
+    recipe = recipe_of(ids, parameters=0.8)
+    with pytest.raises(Broken):
+        shrink_model(source, tmp_path / "out", recipe, observer=breaking_at(1))
+    monkeypatch.setattr(shaping, "choose_mixes", None)
+    resumed = shrink_model(source, tmp_path / "out", recipe).shape
+    assert dataclasses.replace(resumed, seconds=0) == dataclasses.replace(report.shape, seconds=0)
+
+
+def test_a_budget_of_time_is_kept_where_time_is_linear(tmp_path, source, ids, monkeypatch):
+    """With blocks that take a constant time and one for each parameter, as the prediction assumes."""
+
+    def seconds(configs):
+        return 2e-3, [1e-3 + 1e-6 * token_time.block_parameters(config) for config in configs]
+
+    for module in (mixing, token_time):
+        monkeypatch.setattr(module, "part_seconds", seconds)
+    shape = shrink_model(source, tmp_path / "out", recipe_of(ids, latency=0.75)).shape
+    dense, small = shape.token_seconds
+    assert dense == pytest.approx(3 * (1e-3 + 1e-6 * 9280) + 2e-3)
+    assert small <= 0.7505 * dense
+    with pytest.raises(ModelError, match=r"latency 0.1 is too little: .* a token takes 0\.1\d+ of its time"):
+        shrink_model(source, tmp_path / "less", recipe_of(ids, latency=0.1))
+
+
+def test_a_wider_model_takes_more_time_a_token(model):
+    wide = dataclasses.replace(model.config, intermediate_size=2**15)
+    narrow, wide = token_time.token_seconds([model.config, wide])
+    assert 0 < narrow < wide
+
+
+def test_a_loss_that_is_not_finite_is_told_by_its_cause(tmp_path, tensors, ids):
+    """The activations before every block are finite, the logits are not."""
+    norm = {"model.norm.weight": np.full_like(tensors["model.norm.weight"], 3e38)}
+    source = write_folder(tmp_path / "model", tiny_config(), tensors | norm)
+    with pytest.raises(RuntimeError, match=r"the loss of .* is not finite: activations overflow"):
+        shrink_model(source, tmp_path / "out", recipe_of(ids, parameters=0.8))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"parameters": 1.0}, r"parameters must lie in \[0, 1\), given 1"),
+        ({"latency": 0.0}, "latency 0 leave nothing"),
+        ({"parameters": 0.5, "latency": 0.5}, "two budgets: give one of them"),
+        ({"parameters": 0.5, "channels": 0.5, "layers": 0.5}, "leave channels and layers out"),
+        ({}, "nothing would go: .* or a budget"),
+    ],
+)
+def test_budgets_that_contradict_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        ShrinkRecipe(**given).check()
+
+
+def test_a_budget_below_the_smallest_model_is_refused_before_any_work(tmp_path, source, ids):
+    with pytest.raises(ModelError, match=r"parameters 0.1 is too little: .* the model has 0\.\d+ of its parameters"):
+        shrink_model(source, tmp_path / "out", recipe_of(ids, parameters=0.1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_time_of_a_mixture_of_experts_is_refused(tmp_path, tokens):
+    config = tiny_config(
+        model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=4, num_experts_per_tok=2
+    )
+    source = write_folder(tmp_path / "model", config, random_tensors(config, np.random.default_rng(1)))
+    with pytest.raises(ModelError, match="latency is not for mixtures of experts"):
+        shrink_model(source, tmp_path / "out", recipe_of(tokens, latency=0.8))
