@@ -258,7 +258,7 @@ def head(section: Section, task: Prune) -> list[str]:
         f"model: {task.source}" + ("" if start is None else f", every window starts with its BOS (token {start})"),
         f"calibration: {part_of_text(task.calibration, 'calibration')}, {task.samples} x {task.seqlen} = "
         f"{task.samples * task.seqlen:,} tokens, and {task.heldout_samples * task.seqlen:,} held out; "
-        f"{task.windows} windows{seed}{ridge}",
+        f"{task.recipe().window_choice} windows{seed}{ridge}",
         f"evaluation: {part_of_text(task.evaluation, 'evaluation')}, "
         f"{task.evaluation_windows} x {task.evaluation_seqlen} = {tokens:,} tokens",
     ]
@@ -308,7 +308,7 @@ def write(section: Section, task: Prune, output: Path) -> list[Path]:
         "calibration_tokens": task.samples * task.seqlen,
         "heldout_tokens": task.heldout_samples * task.seqlen,
         "bos": _start_token(section),
-        "windows": task.windows,
+        "windows": task.recipe().window_choice,
         "seed": task.seed,
         "ridge": task.ridge,
         "evaluation": task.evaluation,

@@ -23,6 +23,7 @@ TASKS = {
     "denoise": "task_denoise.Denoise",
     "graph_signal": "task_graph.GraphSignal",
     "prune": "task_prune.Prune",
+    "shrink": "task_shrink.Shrink",
     "race": "papers.race.Race",
     "convergence": "papers.convergence.Convergence",
     "groups": "papers.groups.Groups",

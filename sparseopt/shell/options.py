@@ -1,7 +1,7 @@
-"""Floor 8: options that several commands share: the fields of `Recipe`, devices, processes that work together.
+"""Floor 8: options that several commands share: the fields of a recipe, devices, processes that work together.
 
-The fields of `Recipe` are read when a command is called: `Recipe` needs the extra `prune`, which `sparseopt --help`
-and the other commands do not.
+The fields of a recipe are read when a command is called: they need the extra `prune`, which `sparseopt --help` and the
+other commands do not.
 """
 
 import contextlib
@@ -32,6 +32,16 @@ def machine_option(text: str, *names: str, **details: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=MACHINE, **details)
 
 
+Memory = Annotated[
+    str | None,
+    machine_option(
+        "Memory that the run may use, as in 8GiB; activations go to disk where needed. Default: what is available."
+    ),
+]
+PassDevices = Annotated[
+    str | None,
+    machine_option("Devices to work on: a number, or all. Default: one; in several processes all."),
+]
 ManyDevices = Annotated[str | None, machine_option("Devices to work on: a number, or all. Default: one.")]
 Distributed = Annotated[
     bool,
@@ -63,19 +73,41 @@ class RecipeCommand(TyperCommand):
         return typer.main.get_command(whole).make_context(info_name, args, parent, **extra)
 
 
-def takes_recipe(
-    *, only: Collection[str] = (), without: Collection[str] = (), lists: Mapping[str, str] | None = None
-) -> Callable[[Callable[..., None]], Callable[[], None]]:
-    """Let a command take the options of `Recipe`, as they are typed, in place of its keywords `**`.
+def prune_options() -> "dict[str, Option]":
+    """The options of `Recipe`."""
+    from sparseopt.pruning.recipe import OPTIONS
 
-    `lists` says what to add to the help of options that take several values with commas between.
+    return OPTIONS
+
+
+def shrink_options() -> "dict[str, Option]":
+    """The options of `ShrinkRecipe`."""
+    from sparseopt.pruning.shrinking import SHRINK_OPTIONS
+
+    return SHRINK_OPTIONS
+
+
+# Imports a table of options, when it is called.
+Table = Callable[[], "dict[str, Option]"]
+
+
+def takes_recipe(
+    table: Table = prune_options,
+    *,
+    only: Collection[str] = (),
+    without: Collection[str] = (),
+    lists: Mapping[str, str] | None = None,
+) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """Let a command take the options of a table, as they are typed, in place of its keywords `**`.
+
+    `lists` has options that take several values with commas between, and what to add to their help.
     """
 
     def marked(function: Callable[..., None]) -> Callable[[], None]:
         def command() -> None: ...
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.complete = lambda: _complete(function, only, without, lists or {})  # type: ignore[attr-defined]
+        command.complete = lambda: _complete(function, table(), only, without, lists or {})  # type: ignore[attr-defined]
         return command
 
     return marked
@@ -86,23 +118,41 @@ def completed(command: Callable[..., None]) -> Callable[..., None]:
     return command.complete() if hasattr(command, "complete") else command
 
 
-def recipe_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `Recipe` from its options as they were typed."""
-    from sparseopt.pruning.recipe import OPTIONS
-
-    readers = {name: OPTIONS[name].read or (lambda given: given) for name in options}
+def recipe_fields(options: Mapping[str, Any], table: Table = prune_options) -> dict[str, Any]:
+    """Fields of a recipe from its options as they were typed."""
+    known = table()
+    readers = {name: known[name].read or (lambda given: given) for name in options}
     return {name: given if given is None else readers[name](given) for name, given in options.items()}
 
 
+def numbers(text: str, option: str) -> list[float]:
+    """The numbers of an option that takes several with commas between.
+
+    Raises:
+        ValueError: for anything else, or a number that is named twice.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes numbers separated by commas, as in 0.5,0.7, given {text!r}") from None
+    if len(set(found)) < len(found):
+        raise ValueError(f"{option} names a number twice: {text!r}")
+    return found
+
+
 def _complete(
-    function: Callable[..., None], only: Collection[str], without: Collection[str], lists: Mapping[str, str]
+    function: Callable[..., None],
+    table: "dict[str, Option]",
+    only: Collection[str],
+    without: Collection[str],
+    lists: Mapping[str, str],
 ) -> Callable[..., None]:
     """The function with these options in place of its `**`, all by keyword and sorted by panel."""
-    from sparseopt.pruning.recipe import CALIBRATION, HOW, OPTIONS, OUTPUT, WHAT
+    from sparseopt.pruning.recipe import CALIBRATION, HOW, OUTPUT, WHAT
 
     panels = [None, OUTPUT, WHAT, HOW, CALIBRATION, "Evaluation", MACHINE]
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    made = [_parameter(OPTIONS[n], lists.get(n), bool(only)) for n in only or OPTIONS if n not in without]
+    made = [_parameter(table[n], lists.get(n), bool(only)) for n in only or table if n not in without]
     parameters = sorted(
         [*(parameter.replace(kind=KEYWORD_ONLY) for parameter in own), *made],
         key=lambda each: panels.index(getattr(each.annotation.__metadata__[0], "rich_help_panel", None)),
@@ -124,8 +174,9 @@ def _parameter(option: "Option", of_list: str | None, without_panel: bool) -> in
         kind = str | None if option.allows_none else str
     given = (f"--{option.name.replace('_', '-')}",) if kind is bool else ()
     text = option.help if of_list is None else f"{option.help} {of_list}"
+    default = option.default if of_list is None or option.default is None else str(option.default)
     info = typer.Option(*given, help=text, rich_help_panel=None if without_panel else option.panel)
-    return inspect.Parameter(option.name, KEYWORD_ONLY, default=option.default, annotation=Annotated[kind, info])
+    return inspect.Parameter(option.name, KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
 @contextlib.contextmanager

@@ -1,16 +1,20 @@
-"""Floor 8: the commands `prune`, `eval`, `pack` and `unpack`."""
+"""Floor 8: the commands `prune`, `shrink`, `eval`, `pack` and `unpack`."""
 
 import contextlib
+import itertools
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sparseopt.shell import console, options
+
+if TYPE_CHECKING:
+    from sparseopt.pruning.recipe import PassRecipe
 
 # EX_TEMPFAIL of sysexits: a scheduler that sent SIGTERM may start the same command again.
 RESUMABLE = 75
@@ -26,16 +30,8 @@ def prune(
             rich_help_panel="Output",
         ),
     ],
-    memory: Annotated[
-        str | None,
-        options.machine_option(
-            "Memory that the run may use, as in 8GiB; activations go to disk where needed. Default: what is available."
-        ),
-    ] = None,
-    devices: Annotated[
-        str | None,
-        options.machine_option("Devices to work on: a number, or all. Default: one; in several processes all."),
-    ] = None,
+    memory: options.Memory = None,
+    devices: options.PassDevices = None,
     distributed: options.Distributed = False,
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
@@ -45,13 +41,10 @@ def prune(
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
     chosen = options.number_of_devices(devices)
     with options.cooperating(distributed, coordinator, processes, process_id):
-        from sparseopt.models import open_source
-        from sparseopt.pruning import Recipe, Stopped, prune_models
-        from sparseopt.shell import show_pruning
-        from sparseopt.system.processes import count, is_first
+        from sparseopt.pruning import Recipe
 
         several, fields = given.pop("sparsity"), options.recipe_fields(given)
-        shares = [None] if several is None else _numbers(several, "--sparsity")
+        shares = [None] if several is None else options.numbers(several, "--sparsity")
         recipes = [Recipe(sparsity=share, **fields) for share in shares]
         for each in recipes:
             each.check()
@@ -59,33 +52,98 @@ def prune(
         title = f"{fields['method']} {', '.join(f'{each.sparsity:.0%}' for each in recipes)}"
         if (pattern := fields["pattern"]) != "unstructured":
             title = f"{title} {pattern}"
-        # Opened before the bar starts, because a download shows its own.
-        opened = open_source(source)
-        code = 0
-        try:
-            with stop_asked() as stop, show_pruning.PruneProgress(title) as progress:
-                reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=chosen)
-        except KeyboardInterrupt:
-            if count() > 1:
-                raise
-            shards = sorted(output.rglob("*.safetensors")) if output.is_dir() else []
-            console.errors.print(
-                f"\nstopped: {len(shards)} finished shards in {output} are whole and stay there. "
-                f"Run the same command again to resume after them"
-            )
-            code = 130
-        except Stopped as stopped:
-            if is_first():
-                console.errors.print(f"\n{stopped}")
-            code = RESUMABLE
-        else:
-            for report in reports:
-                console.console.print(show_pruning.prune_table(report))
-                for line in show_pruning.run_lines(report):
-                    console.say(line)
-                console.say(f"finished before, in {report.output}" if report.kept else f"wrote {report.output}")
+        code = run_pass(source, plans, output, title, memory, chosen)
     if code:
         raise typer.Exit(code)
+
+
+@options.takes_recipe(
+    options.shrink_options,
+    lists=dict.fromkeys(("channels", "heads", "layers"), "Several, as in 0.75,0.5, share one pass."),
+)
+def shrink(
+    source: options.Source,
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder to write: new, empty or of the same run. Of several shares each combination gets a folder "
+            "in it, such as channels-0.75-layers-0.9.",
+            rich_help_panel="Output",
+        ),
+    ],
+    memory: options.Memory = None,
+    devices: options.PassDevices = None,
+    distributed: options.Distributed = False,
+    coordinator: options.Coordinator = None,
+    processes: options.Processes = None,
+    process_id: options.ProcessId = None,
+    **given: Any,
+) -> None:
+    """Make a smaller dense model of a causal language model: fewer channels, key-value groups, blocks or experts.
+
+    Writes a folder that transformers and other runtimes load like any model of the family.
+    """
+    chosen = options.number_of_devices(devices)
+    with options.cooperating(distributed, coordinator, processes, process_id):
+        from sparseopt.pruning import ShrinkRecipe
+
+        shares = {name: options.numbers(given.pop(name), f"--{name}") for name in ("channels", "heads", "layers")}
+        fields = options.recipe_fields(given, options.shrink_options)
+        several = [name for name, found in shares.items() if len(found) > 1]
+        plans = []
+        for combination in itertools.product(*shares.values()):
+            kept: dict[str, Any] = dict(zip(shares, combination, strict=True))
+            recipe = ShrinkRecipe(**kept, **fields)
+            recipe.check()
+            plans.append((recipe, output / "-".join(f"{name}-{kept[name]:g}" for name in several)))
+        code = run_pass(source, plans, output, "shrink", memory, chosen)
+    if code:
+        raise typer.Exit(code)
+
+
+def run_pass(
+    source: str,
+    plans: "Sequence[tuple[PassRecipe, Path]]",
+    output: Path,
+    title: str,
+    memory: str | None,
+    devices: int | Literal["all"] | None,
+) -> int:
+    """Make the models of one pass, in folders at or below `output`, and show its progress and their figures.
+
+    Returns:
+        The exit status: 0; 130 after Ctrl-C; `RESUMABLE` after SIGTERM.
+    """
+    from sparseopt.models import open_source
+    from sparseopt.pruning import Stopped, prune_models
+    from sparseopt.shell import show_pruning
+    from sparseopt.system.processes import count, is_first
+
+    # Opened before the bar starts, because a download shows its own.
+    opened = open_source(source)
+    try:
+        with stop_asked() as stop, show_pruning.PruneProgress(title) as progress:
+            reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
+    except KeyboardInterrupt:
+        if count() > 1:
+            raise
+        shards = sorted(output.rglob("*.safetensors")) if output.is_dir() else []
+        console.errors.print(
+            f"\nstopped: {len(shards)} finished shards in {output} are whole and stay there. "
+            f"Run the same command again to resume after them"
+        )
+        return 130
+    except Stopped as stopped:
+        if is_first():
+            console.errors.print(f"\n{stopped}")
+        return RESUMABLE
+    for report in reports:
+        show_pruning.show_report(report)
+        shape = report.shape
+        # The time of a token of a mixture depends on its experts.
+        if shape is not None and shape.experts is None and is_first():
+            console.say(show_pruning.token_line(opened, report))
+    return 0
 
 
 @contextlib.contextmanager
@@ -100,16 +158,6 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
         yield came.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _numbers(text: str, option: str) -> list[float]:
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} takes numbers separated by commas, as in 0.5,0.7, given {text!r}") from None
-    if len(set(found)) < len(found):
-        raise ValueError(f"{option} names a number twice: {text!r}")
-    return found
 
 
 @options.takes_recipe(only=["bos"])

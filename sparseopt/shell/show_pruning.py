@@ -1,19 +1,33 @@
-"""Floor 8: the display of a pruning run: live progress on a terminal, plain lines elsewhere, a final table."""
+"""Floor 8: the display of a run that prunes or shrinks: live progress, plain lines elsewhere, a final table."""
 
 import time
+from typing import cast
 
 from rich.progress import TextColumn
 from rich.table import Table
 
+from sparseopt.models import Source, StreamedModel, open_model
 from sparseopt.models.errors import listed
-from sparseopt.pruning.reports import BlockRecord, Event, Footprint, LayerRecord, PruneReport, Replay, mean
+from sparseopt.pruning.reports import (
+    BlockRecord,
+    DistillationRecord,
+    Event,
+    Footprint,
+    LayerRecord,
+    PruneReport,
+    RemovalRecord,
+    Replay,
+    ShapeRecord,
+    mean,
+)
 from sparseopt.pruning.texts import part_of_text
+from sparseopt.pruning.token_time import block_parameters, token_seconds
 from sparseopt.shell.console import bytes_by_size, comparison_table, console, counting_bar, packed_line, say
 from sparseopt.system.machine import format_bytes
 
 
 class PruneProgress:
-    """Observer of `prune_model`: a bar with block, layer, error and time left; without a terminal a line per block."""
+    """Observer of `prune_models`: a bar with block, layer, error and time left; without a terminal a line per block."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -47,9 +61,15 @@ class PruneProgress:
                 self._tell_layer(event, done, total)
             case BlockRecord():
                 self._bar.update(self._task, note=f"block {event.block} trained, error {event.last_loss:.4f}")
+            case RemovalRecord():
+                say(f"{self._title}: block {event.block} goes ({done} of {total}), loss {event.rise:+.4f} nats a token")
+            case ShapeRecord():
+                say(f"{self._title}: {kept_line(event)}")
+            case DistillationRecord():
+                self._bar.update(self._task, note=f"distilled, divergence {event.last_loss:.4f}")
 
     def _tell_survey(self, stage: str, done: int, total: int) -> None:
-        self._bar.update(self._task, note=f"{stage} {done}/{total}")
+        self._bar.update(self._task, total=total, completed=done, note=stage)
         if not console.is_terminal and done in (1, total):
             say(f"{self._title}: {stage} {done}/{total}, {time.perf_counter() - self._start:.0f} s")
 
@@ -112,34 +132,86 @@ def memory_line(report: PruneReport) -> str:
     return line
 
 
+def show_report(report: PruneReport) -> None:
+    """Print the table and the figures of a finished run."""
+    if report.layers:
+        console.print(prune_table(report))
+    for line in run_lines(report):
+        say(line)
+    say(f"finished before, in {report.output}" if report.kept else f"wrote {report.output}")
+
+
 def prune_table(report: PruneReport) -> Table:
-    """Mean errors by kind of linear, and the totals."""
+    """Mean errors by kind of linear, and the totals; of a smaller model the fraction of inputs that stay."""
+    smaller = report.shape is not None
     rows = []
     kinds = dict.fromkeys(kind_of(r.layer) for r in report.layers)
     groups = {kind: [r for r in report.layers if kind_of(r.layer) == kind] for kind in kinds}
     for kind, records in (groups | {"all": report.layers}).items():
         shape = "" if kind == "all" else f"{records[0].shape[0]}x{records[0].shape[1]}"
         heldout = mean(r.heldout_error for r in records if r.heldout_error is not None)
+        zeros = sum(r.zeros for r in records) / sum(r.size for r in records)
         rows.append(
             (
                 kind,
                 shape,
-                f"{sum(r.zeros for r in records) / sum(r.size for r in records):.4f}",
+                f"{1 - zeros if smaller else zeros:.4f}",
                 f"{mean(r.relative_error for r in records):.5f}",
                 "-" if heldout is None else f"{heldout:.5f}",
                 f"{mean(r.steps for r in records):.0f}",
                 f"{sum(r.seconds for r in records):.1f}",
             )
         )
-    headings = ("layer", "shape", "sparsity", "rel. error", "held-out", "steps", "seconds")
-    table = comparison_table("Pruned layers, means over blocks", headings, rows)
+    title, share = ("Inputs kept", "kept") if smaller else ("Pruned layers", "sparsity")
+    headings = ("layer", "shape", share, "rel. error", "held-out", "steps", "seconds")
+    table = comparison_table(f"{title}, means over blocks", headings, rows)
     table.rows[-2].end_section = True
     return table
+
+
+def kept_line(shape: ShapeRecord) -> str:
+    """How many of each part a smaller model keeps, where they are fewer."""
+    kept = [
+        f"{new:,} of {old:,} {name}"
+        for new, old, name in zip(
+            (shape.channels, shape.kv_heads, len(shape.blocks), shape.experts),
+            shape.dense,
+            ("channels", "key-value groups", "blocks", "experts"),
+            strict=True,
+        )
+        if new is not None and old is not None and new < old
+    ]
+    without = f", without blocks {', '.join(map(str, shape.removed))}" if shape.removed else ""
+    return f"keeps {', '.join(kept)}{without}"
+
+
+def shape_lines(report: PruneReport, shape: ShapeRecord) -> list[str]:
+    """The size of a smaller model beside the dense one's, and what the removal of blocks costs."""
+    lines = [
+        kept_line(shape),
+        f"{shape.parameters:,} of {shape.dense_parameters:,} parameters "
+        f"({shape.parameters / shape.dense_parameters:.1%}), {report.stored_bytes:,} of {shape.dense_bytes:,} bytes",
+    ]
+    if shape.rises:
+        lines.append(f"removing these blocks alone: loss {shape.rises[-1]:+.4f} nats a calibration token")
+    return lines
 
 
 def kind_of(layer: str) -> str:
     """The last part of a layer's name: `q_proj`, `down_proj`, ..."""
     return layer.rsplit(".", 1)[-1]
+
+
+def token_line(source: Source, report: PruneReport) -> str:
+    """The time of a token in the smaller model beside that in the dense one, measured here and as predicted."""
+    pair = [cast(StreamedModel, open_model(each)).config for each in (source, report.output)]
+    assert report.shape is not None
+    before, after = report.shape.token_seconds or token_seconds(pair)
+    read = [c.num_layers * block_parameters(c) + c.vocab_size * c.hidden_size for c in pair]
+    return (
+        f"a token takes {1000 * after:.3g} ms here, {1000 * before:.3g} ms in the dense model: "
+        f"{before / after:.2f} times as fast, {read[0] / read[1]:.2f} by the weights that it reads"
+    )
 
 
 def run_lines(report: PruneReport) -> list[str]:
@@ -151,6 +223,8 @@ def run_lines(report: PruneReport) -> list[str]:
         f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
         memory_line(report),
     ]
+    if report.shape is not None:
+        lines = [*shape_lines(report, report.shape), *lines]
     calibration = str(report.recipe["calibration"])
     if report.bos is not None:
         lines.append(f"every calibration window started with the model's BOS (token {report.bos})")
@@ -173,6 +247,11 @@ def run_lines(report: PruneReport) -> list[str]:
             f"reconstruction {report.reconstruction_seconds:.1f} s, mean block error {first:.5f} -> {last:.5f}"
             + (f"; {stopped} blocks diverged and kept their best state" if stopped else "")
         )
+    if trained := report.distilled:
+        line = f"distillation {trained.seconds:.1f} s, divergence {trained.first_loss:.5f} -> {trained.last_loss:.5f}"
+        if trained.heldout_first is not None:
+            line = f"{line}, held-out {trained.heldout_first:.5f} -> {trained.heldout_best:.5f}"
+        lines.append(f"{line} nats a token")
     if report.survey_seconds:
         lines.append(f"survey of the dense model {report.survey_seconds:.1f} s")
     if dead:
@@ -189,6 +268,6 @@ def run_lines(report: PruneReport) -> list[str]:
             f"{len(starved)} experts saw {tokens} and were pruned by magnitude: "
             f"{listed(starved, 3)}; give more --samples"
         )
-    if report.recipe["pack"]:
+    if report.recipe.get("pack"):
         lines.append(packed_line(report.dense_bytes, report.stored_bytes))
     return lines

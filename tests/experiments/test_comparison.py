@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from sparseopt.experiments import comparison, plots, runs, task_prune
+from sparseopt.experiments import comparison, plots, runs, task_model, task_prune
 from sparseopt.experiments.config import ConfigError
 from sparseopt.models import encode_text, load_tokenizer, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_model, token_windows
@@ -110,7 +110,7 @@ def test_table_and_picture_are_written_with_what_was_run(settings, finished):
         assert "jax" in line["versions"]
     text = files[1].read_text()
     assert f"* model: {settings['source']}\n" in text
-    assert ", 3 x 32 = 96 tokens, and 64 held out; first windows\n" in text
+    assert ", 3 x 32 = 96 tokens, and 64 held out; spread windows\n" in text
     assert ", 2 x 48 = 96 tokens\n" in text
     assert "* measured on: " in text
     assert "* layer errors: uniform tokens\n" in text
@@ -191,7 +191,7 @@ def test_a_failed_cell_is_a_row_with_its_reason_and_is_tried_again(tmp_path, set
 
 
 def test_a_perplexity_that_is_not_finite_is_said_so(tmp_path, settings, monkeypatch):
-    monkeypatch.setattr(task_prune, "perplexity", lambda *_, **__: float("inf"))
+    monkeypatch.setattr(task_model, "perplexity", lambda *_, **__: float("inf"))
     section, _ = compared(tmp_path / "out", settings, ["magnitude"], [0.5], ["unstructured"])
     assert [row.figures["perplexity"] for row in section.rows] == ["not finite"] * 2
     files = comparison.write(section, section.runs[0].task, tmp_path / "out")

@@ -50,7 +50,7 @@ def test_a_comparison_is_shown_and_written(tmp_path, compare):
     assert f"7 runs, in {tmp_path / 'out' / 'cells'}, 0 finished" in out
     assert out.count("done ") == 7
     assert f"model: {tmp_path / 'source'} calibration: the first half of file:" in out
-    assert ", 3 x 32 = 96 tokens, and 64 held out; first windows evaluation: the second half of file:" in out
+    assert ", 3 x 32 = 96 tokens, and 64 held out; spread windows evaluation: the second half of file:" in out
     assert "measured on: " in out
     rows = [
         "│ dense │ │ 0 │", "│ magnitude │ unstructured │ 0.25 │", "│ magnitude │ unstructured │ 0.5 │",

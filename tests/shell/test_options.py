@@ -1,4 +1,4 @@
-"""The fields of `Recipe` are the options of the commands, the settings of the task and the entries of the reference."""
+"""The fields of a recipe are the options of the commands, the settings of its task and the entries of the reference."""
 
 import inspect
 import re
@@ -13,47 +13,67 @@ import pytest
 import sparseopt as so
 from sparseopt.core.penalty_names import BY_WEIGHT, PENALTIES
 from sparseopt.experiments.config import ConfigError, expand
-from sparseopt.experiments.task_prune import Prune
-from sparseopt.pruning import METHODS, Recipe
+from sparseopt.experiments.task import find_task
+from sparseopt.pruning import METHODS, Recipe, ShrinkRecipe
 from sparseopt.pruning.recipe import OPTIONS
+from sparseopt.pruning.shrinking import CHOOSING, SHRINK_OPTIONS
 from sparseopt.shell.app import app
 from sparseopt.shell.options import completed
 
-FIELDS = [field.name for field in fields(Recipe)]
+RECIPES = {Recipe: OPTIONS, ShrinkRecipe: SHRINK_OPTIONS}
+TASKS = {"prune": Recipe, "shrink": ShrinkRecipe}
+# Values that are not the defaults.
+COMMON = {
+    "method": "wanda", "ridge": 0.2, "weighting": "residual", "output_weights": "gradient", "propagate": 0.5,
+    "reconstruct": 2, "calibration": "file:x", "bos": "yes", "samples": 3, "seqlen": 7, "heldout_samples": 1,
+    "windows": "random", "seed": 5, "dtype": "bfloat16", "min_expert_tokens": 9, "distil": 2,
+}  # fmt: skip
+GIVEN = {
+    "prune": COMMON | {
+        "sparsity": 0.6, "pattern": "per-row", "preset": "paper", "penalty": "mcp", "allocation": "owl",
+        "bounds": "0.3,0.8", "pack": True,
+    },
+    "shrink": COMMON | {
+        "channels": 0.6, "heads": 0.5, "layers": 0.9, "experts": 0.8, "multiple": 8, "block_score": "cosine",
+    },
+}  # fmt: skip
 COMMANDS = {
     command.name or command.callback.__name__.replace("_", "-"): command.callback for command in app.registered_commands
 }
 
 
-@pytest.mark.parametrize("command", ["prune", "compare", "inspect"])
-def test_every_field_of_a_recipe_is_an_option_of_the_command(command):
+def names(recipe):
+    return [field.name for field in fields(recipe)]
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe"), [("prune", Recipe), ("compare", Recipe), ("inspect", Recipe), ("shrink", ShrinkRecipe)]
+)
+def test_every_field_of_a_recipe_is_an_option_of_the_command(command, recipe):
     found = set(inspect.signature(completed(COMMANDS[command])).parameters)
     # `compare` takes several methods, a preset after a colon.
     named = {"method": "methods", "preset": "methods"} if command == "compare" else {}
-    assert [name for name in FIELDS if named.get(name, name) not in found] == []
+    assert [name for name in names(recipe) if named.get(name, name) not in found] == []
 
 
-def test_every_field_of_a_recipe_is_a_setting_of_the_task_and_reaches_its_recipe():
-    assert [name for name in FIELDS if name not in Prune.model_fields] == []
-    given = {
-        "sparsity": 0.6, "pattern": "per-row", "method": "wanda", "preset": "paper", "penalty": "mcp", "ridge": 0.2,
-        "weighting": "residual", "output_weights": "gradient", "allocation": "owl", "bounds": "0.3,0.8",
-        "propagate": 0.5, "reconstruct": 2, "calibration": "file:x", "bos": "yes", "samples": 3, "seqlen": 7,
-        "heldout_samples": 1, "windows": "random", "seed": 5, "dtype": "bfloat16", "pack": True,
-        "min_expert_tokens": 9,
-    }  # fmt: skip
-    assert given.keys() <= set(FIELDS)
-    (run,) = expand({"name": "x", "task": "prune", **given})
-    assert run.task.recipe() == Recipe(**given | {"penalty": so.MCP(1.0), "bounds": (0.3, 0.8)})
-    (plain,) = expand({"name": "x", "task": "prune"})
-    assert plain.task.recipe() == Recipe()
+@pytest.mark.parametrize("name", TASKS)
+def test_every_field_of_a_recipe_is_a_setting_of_the_task_and_reaches_its_recipe(name):
+    recipe, task, given = TASKS[name], find_task(name), GIVEN[name]
+    assert [field for field in names(recipe) if field not in task.model_fields] == []
+    assert given.keys() <= set(names(recipe))
+    (run,) = expand({"name": "x", "task": name, **given})
+    objects = {"penalty": so.MCP(1.0), "bounds": (0.3, 0.8)} if name == "prune" else {}
+    assert run.task.recipe() == recipe(**given | objects)
+    (plain,) = expand({"name": "x", "task": name})
+    assert plain.task.recipe() == recipe()
 
 
-def test_every_field_of_a_recipe_is_explained_in_the_reference():
-    explained = re.findall(r"^        (\w+): [A-Z].*", Recipe.__doc__, re.MULTILINE)
-    assert explained == FIELDS == list(OPTIONS)
+@pytest.mark.parametrize(("recipe", "options"), RECIPES.items())
+def test_every_field_of_a_recipe_is_explained_in_the_reference(recipe, options):
+    explained = re.findall(r"^        (\w+): [A-Z].*", recipe.__doc__, re.MULTILINE)
+    assert explained == names(recipe) == list(options)
     page = Path(__file__).parents[2] / "docs" / "reference" / "pruning.md"
-    assert "automodule:: sparseopt.pruning.recipe" in page.read_text()
+    assert f"automodule:: {recipe.__module__}\n" in page.read_text()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -67,14 +87,29 @@ def test_every_command_shows_its_options_in_80_columns(name, command, monkeypatc
         assert option in out or option.replace("_", "-") in out
 
 
-def test_the_options_of_prune_stand_in_panels(command):
-    _, out, _ = command("prune", "--help")
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        (
+            "prune",
+            ("--output", "--sparsity", "--method", "--samples", "--memory"),
+            (*METHODS, "paper or best", *BY_WEIGHT, "block:4x4", "group:1"),
+        ),
+        (
+            "shrink",
+            ("--dtype", "--channels", "--block-score", "--windows", "--devices"),
+            (*CHOOSING, "loss or cosine", "share one pass"),
+        ),
+    ],
+)
+def test_the_options_of_a_recipe_stand_in_panels(name, options, words, command):
+    _, out, _ = command(name, "--help")
     panels = ("Output", "What to prune", "How to prune", "Calibration", "Machine")
     places = [out.index(f"─ {panel} ") for panel in panels]
     assert places == sorted(places)
-    for option, panel in (("--output", 0), ("--sparsity", 1), ("--method", 2), ("--samples", 3), ("--memory", 4)):
-        assert places[panel] < out.index(option) < [*places, len(out)][panel + 1]
-    for word in (*METHODS, "paper or best", *BY_WEIGHT, "block:4x4"):
+    for option, start, end in zip(options, places, [*places[1:], len(out)], strict=True):
+        assert start < out.index(option) < end
+    for word in words:
         assert word in out
 
 
@@ -107,7 +142,7 @@ def test_the_other_commands_need_nothing_of_the_pruner():
         ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\), given 1.0"),
         ({"ridge": float("nan")}, "ridge must be at least 0, given nan"),
         ({"seqlen": 1}, "seqlen must be at least 2, given 1"),
-        ({"seed": 3}, "seed is for windows 'random', and windows is 'first'; leave the seed out"),
+        ({"seed": 3}, "seed is for windows 'random', and windows is 'spread'; leave the seed out"),
         ({"windows": "spread", "calibration": np.ones((6, 8), int)}, "windows is for text"),
     ],
 )

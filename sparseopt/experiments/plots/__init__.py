@@ -14,7 +14,7 @@ from sparseopt.experiments.plots.curves import (
     plot_path,
     plot_selection,
 )
-from sparseopt.experiments.plots.pruning import plot_comparison, plot_layer_errors, plot_perplexity
+from sparseopt.experiments.plots.pruning import plot_comparison, plot_layer_errors, plot_perplexity, plot_sizes
 from sparseopt.experiments.plots.signals import plot_chain, plot_graph_signal, plot_groups, plot_image, plot_regions
 from sparseopt.experiments.plots.style import COLOURS, save_figure
 
@@ -35,5 +35,6 @@ __all__ = [
     "plot_perplexity",
     "plot_regions",
     "plot_selection",
+    "plot_sizes",
     "save_figure",
 ]

@@ -1,4 +1,4 @@
-"""Floor 7: pictures of pruning: errors by layer, perplexity and time by sparsity."""
+"""Floor 7: pictures of pruning: errors by layer, perplexity and time by sparsity, perplexity by size."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,12 +63,29 @@ def plot_perplexity(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, 
             raise ValueError(
                 f"sparsity is a share of zeros from 0 to 1, given {sparsity[outside][0]:g} in the curve {label!r}"
             )
+    percent = {label: (100 * sparsity, perplexity) for label, (sparsity, perplexity) in lines.items()}
+    return _perplexities(percent, axis, dense, "sparsity (%)")
+
+
+def plot_sizes(curves: Mapping[str, tuple[Any, Any]], axis: Any = None, *, dense: float | None = None) -> Any:
+    """Perplexity, on a log axis, by the number of parameters in millions.
+
+    Args:
+        curves: parameters and perplexity, both `[n]`, by label.
+        axis: to draw on.
+        dense: the perplexity of the dense model, drawn as a dashed line.
+    """
+    lines = checked_curves(curves, logy=True)
+    millions = {label: (parameters / 1e6, perplexity) for label, (parameters, perplexity) in lines.items()}
+    return _perplexities(millions, axis, dense, "parameters (millions)")
+
+
+def _perplexities(curves: Mapping[str, tuple[Any, Any]], axis: Any, dense: float | None, xlabel: str) -> Any:
     axis = style.axis_or_new(axis)
     if dense is not None:
         style.check_positive(np.asarray([dense], float), "the dense perplexity")
         axis.axhline(dense, color=style.INK, linestyle=(0, (4, 3)), linewidth=1.2, label="dense")
-    percent = {label: (100 * sparsity, perplexity) for label, (sparsity, perplexity) in lines.items()}
-    plot_curves(percent, axis, xlabel="sparsity (%)", ylabel="perplexity", logy=True, markers=True)
+    plot_curves(curves, axis, xlabel=xlabel, ylabel="perplexity", logy=True, markers=True)
     _plain_ticks(axis)
     return axis
 
@@ -99,7 +116,7 @@ def plot_comparison(
 
 
 def _plain_ticks(axis: Any) -> None:
-    """A handful of ticks in plain numbers, for a log axis over per cent."""
+    """A handful of ticks in plain numbers, for a log axis over per cent or millions."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_ylim()

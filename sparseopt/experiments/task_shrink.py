@@ -1,0 +1,57 @@
+"""Floor 7: the task `shrink`: make a smaller dense model of a language model, and score it on other text."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from sparseopt.core.types import Observer
+from sparseopt.experiments import plots
+from sparseopt.experiments.task import Record
+from sparseopt.experiments.task_model import MethodConfig, ModelTask, model_path, recipe_settings
+from sparseopt.models import PrunableModel, sizes_of
+from sparseopt.pruning import PruneReport, ShrinkRecipe, shrink_model
+from sparseopt.pruning.recipe import Option
+from sparseopt.pruning.shrinking import BUDGETS, SHARES, SHRINK_OPTIONS, parameters_of
+
+_Settings: Any = recipe_settings("ShrinkSettings", SHRINK_OPTIONS, without=("method",))
+
+
+class Shrink(_Settings, ModelTask):
+    """Make a smaller dense model of a causal language model and measure its perplexity.
+
+    Its further keys are those of `ModelTask` and the fields of `ShrinkRecipe`. `bos` is for the evaluation too.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "parameters", "perplexity", "mean_heldout_error", "solver_seconds", "seconds",
+    )  # fmt: skip
+    options: ClassVar[Mapping[str, Option]] = SHRINK_OPTIONS
+    size: ClassVar[str] = "parameters"
+    plot: ClassVar[Callable[..., Any]] = plots.plot_sizes
+
+    task: Literal["shrink"]
+    method: str | MethodConfig = "best"
+
+    @property
+    def label(self) -> str:
+        """The method and what is reduced: all shares of the same parts are one line in a picture."""
+        name = self.method if isinstance(self.method, str) else self.method.label
+        reduced = [part for part in (*SHARES, *BUDGETS) if getattr(self, part) != SHRINK_OPTIONS[part].default]
+        return name if self.method == "dense" else f"{name} {'+'.join(reduced)}"
+
+    def recipe(self) -> ShrinkRecipe:
+        return ShrinkRecipe(**self.recipe_values())
+
+    def make(self, target: Path, observer: Observer) -> PruneReport:
+        return shrink_model(model_path(self.source), target, self.recipe(), observer=observer, devices=self.devices)
+
+    def figures(self, model: PrunableModel, report: PruneReport | None) -> Record:
+        sizes = sizes_of(model)
+        return {
+            "parameters": parameters_of(model),
+            "channels": sizes.channels,
+            "kv_heads": sizes.kv_heads,
+            "experts": sizes.experts,
+            "blocks": len(sizes.blocks),
+            "removed": list(report.shape.removed) if report is not None and report.shape is not None else [],
+        }
