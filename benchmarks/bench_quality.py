@@ -190,7 +190,12 @@ def pruned_rows(
     """
     samples = bench.windows or WINDOWS
     passes: dict[Any, dict[str, Recipe]] = {}
-    tokens = {"samples": samples, "heldout_samples": min(HELDOUT_WINDOWS, samples), "seqlen": SEQLEN}
+    tokens = {
+        "samples": samples,
+        "heldout_samples": min(HELDOUT_WINDOWS, samples),
+        "seqlen": SEQLEN,
+        "windows": "first",
+    }
     base = SETTINGS[setting] | PLAIN | tokens | {"calibration": bench.data}
     for name, changes in table.items():
         try:

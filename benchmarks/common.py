@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
 import tempfile
@@ -9,13 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparseopt.models import bundled_model, open_source
-from sparseopt.pruning import Recipe, perplexity, prune_models
+from sparseopt.pruning import perplexity, prune_models
+from sparseopt.pruning.recipe import PassRecipe
 from sparseopt.pruning.reports import Event
-from sparseopt.pruning.texts import text_windows
+from sparseopt.pruning.texts import begin_windows, text_windows
 from sparseopt.system.machine import environment
 
 # Seconds between progress messages of a pass.
@@ -129,7 +134,7 @@ class Progress:
 
 
 def prune_and_score(
-    source: Path, recipes: list[Recipe], data: str, windows: tuple[int, int], label: str, folder: Path
+    source: Path, recipes: list[PassRecipe], data: str, windows: tuple[int, int], label: str, folder: Path
 ) -> list[dict[str, Any]]:
     """Prune by several recipes in one pass: the summary of each, with its perplexity on (count, length) test windows.
 
@@ -138,11 +143,36 @@ def prune_and_score(
     outputs = [(recipe, folder / str(index)) for index, recipe in enumerate(recipes)]
     reports = prune_models(source, outputs, observer=Progress(label).told_of)
     ids, bos = text_windows(open_source(source), data, "evaluation", *windows)
-    return [report.summary() | {"perplexity": perplexity(report.output, ids, bos=bos)} for report in reports]
+    rows = []
+    for report in reports:
+        scores: dict[str, float | None] = {"perplexity": perplexity(report.output, ids, bos=bos)}
+        if report.shape is not None:
+            scores["transformers_perplexity"] = transformers_perplexity(report.output, ids, bos)
+        rows.append(report.summary() | scores)
+    return rows
+
+
+def transformers_perplexity(folder: Path, ids: np.ndarray, bos: int | None) -> float | None:
+    """The perplexity by transformers and torch, which read the folder by themselves; None without torch."""
+    if find_spec("torch") is None:
+        return None
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total, count = 0.0, 0
+    for window in begin_windows(ids, bos):
+        tokens = torch.tensor(np.asarray(window, np.int64))[None]
+        with torch.no_grad():
+            logs = torch.log_softmax(model(tokens).logits[0, :-1], dim=-1)
+        # As in our own score, the prediction of the token after a BOS does not count.
+        losses = -logs[torch.arange(len(logs)), tokens[0, 1:]][int(bos is not None) :]
+        total, count = total + float(losses.double().sum()), count + len(losses)
+    return math.exp(total / count)
 
 
 def run_pass(
-    source: Path, recipes: Mapping[str, Recipe], data: str, windows: tuple[int, int], label: str
+    source: Path, recipes: Mapping[str, PassRecipe], data: str, windows: tuple[int, int], label: str
 ) -> Iterator[tuple[str, dict[str, Any] | Exception]]:
     """`prune_and_score` in a separate process and a temporary folder; the result or error of each recipe, by name.
 

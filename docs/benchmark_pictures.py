@@ -3,6 +3,7 @@
 quality.svg: perplexity of each pruning method at each sparsity, with public codes.
 peers.svg: seconds to an accurate answer for each trend-filtering problem, with public solvers.
 memory.svg: peak memory against the size of a model, and of a graph.
+frontier.svg: perplexity against seconds a token and against megabytes, for dense, smaller and pruned models.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from pruning_tables import SETTINGS, by_run
-from records import Record, named, read
+from records import Record, missing, named, read
 
 OURS = "#0072B2"
 PEERS = {
@@ -21,6 +22,15 @@ PEERS = {
     "mAIHT reference": ("#56B4E9", "v"),
     "Wanda": ("#D55E00", "X"),
 }
+# What was done to a model, see `_treatment`.
+TREATMENTS = {
+    "dense": ("#000000", "*"),
+    "shrunk": (OURS, "s"),
+    "pruned": ("#E69F00", "^"),
+    "both": ("#009E73", "D"),
+}
+# Filled markers show the first of these runtimes that is recorded, hollow ones the others.
+FRONTIER_RUNTIMES = ("transformers float32", "llama.cpp Q8_0")
 SOLVERS = {"sparseopt auto": (OURS, "o"), "fastprox": ("#E69F00", "s"), "PIQP": ("#009E73", "^")}
 
 
@@ -109,6 +119,52 @@ def memory(pruning: list[Record], sizes: list[Record]) -> Any:
     return figure
 
 
+def frontier(records: list[Record]) -> Any:
+    """Perplexity over milliseconds a token and over megabytes on disk; points of a runtime are all in one run."""
+    found = [r for r in records if r["figure"].startswith("decode, ") and r["runtime"] in FRONTIER_RUNTIMES]
+    if not found:
+        figure, axis = plt.subplots(figsize=(9, 0.6), layout="constrained")
+        axis.text(0, 0.5, missing("make bench-runtime DATA=folder").strip().replace("`", ""), va="center")
+        axis.set_axis_off()
+        return figure
+    runtimes = [name for name in FRONTIER_RUNTIMES if any(record["runtime"] == name for record in found)]
+    scales = (("milliseconds a token, one thread", "decode_seconds", 1e3), ("MB on disk", "disk_bytes", 1e-6))
+    beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 8}
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True, layout="constrained")
+    for axis, (label, name, unit) in zip(panels, scales, strict=True):
+        for record in found:
+            colour, marker = TREATMENTS[_treatment(record["model"])]
+            place = (record[name] * unit, record["perplexity"])
+            hollow = record["runtime"] != runtimes[0]
+            axis.plot(*place, marker=marker, color=colour, markerfacecolor="none" if hollow else colour, linestyle="")
+            if not hollow:
+                axis.annotate(record["model"], place, (-6, 0), color=colour, **beside)
+        axis.set(xlabel=label, yscale="log", xlim=(0, None))
+        axis.grid(color="#eeeeee")
+    shown = [record["perplexity"] for record in found]
+    _logarithmic(panels[0].yaxis, [30, 40, 50, 70, 100, 200])
+    panels[0].set(ylabel="perplexity", ylim=(0.95 * min(shown), 1.05 * max(shown)))
+    treatments = dict.fromkeys(_treatment(record["model"]) for record in found)
+    handles = [
+        Line2D([], [], color=TREATMENTS[name][0], marker=TREATMENTS[name][1], linestyle="", label=name)
+        for name in TREATMENTS
+        if name in treatments
+    ]
+    handles += [
+        Line2D([], [], color="#666666", marker="o", markerfacecolor=face, linestyle="", label=runtime)
+        for runtime, face in zip(runtimes, ("#666666", "none"), strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def _treatment(model: str) -> str:
+    """What was done to a model by its name: "channels 0.75", "pruned 0.5", "channels 0.75, pruned 0.5"."""
+    if "pruned" not in model:
+        return "dense" if model == "dense" else "shrunk"
+    return "pruned" if model.startswith("pruned") else "both"
+
+
 def _problem(order: int, nodes: int, name: str) -> str:
     """The label of a problem: "grid256_k0" is a picture of 256 x 256 at order 0."""
     kind = name.partition("_")[0]
@@ -132,13 +188,15 @@ def _logarithmic(axis: Any, ticks: list[float]) -> None:
 def write_all(source: Path, target: Path) -> None:
     """Write every picture to `target/NAME.svg`."""
     records = {
-        name: read(source / f"{name}.jsonl") for name in ("quality", "prune", "trend_peers", "memory", "trend_sizes")
+        name: read(source / f"{name}.jsonl")
+        for name in ("quality", "prune", "trend_peers", "memory", "trend_sizes", "runtime")
     }
     dense = named(records["prune"], "dense perplexity")[0]["value"]
     pictures = {
         "quality": quality(records["quality"], dense),
         "peers": peers(records["trend_peers"]),
         "memory": memory(records["memory"], records["trend_sizes"]),
+        "frontier": frontier(records["runtime"]),
     }
     for name, figure in pictures.items():
         figure.savefig(target / f"{name}.svg")

@@ -7,10 +7,12 @@
     trend_selection.jsonl  output of `make bench-trend-selection`
     core.jsonl             output of `make bench-core`
     prune.jsonl            output of `make bench-prune`
+    shrink.jsonl           output of `make bench-shrink`
     memory.jsonl           output of `make bench-memory`
     quality.jsonl          output of `make bench-quality`
     reliability.jsonl      output of `make bench-reliability`
     scaling.jsonl          output of `make bench-scaling`
+    runtime.jsonl          output of `make bench-runtime`
     families.jsonl         output of `make families`
 
 A table without records becomes a sentence that names the command.
@@ -24,7 +26,9 @@ import core_tables
 import family_tables
 import pruning_tables
 import reliability_tables
+import runtime_tables
 import scaling_tables
+import shrink_tables
 import trend_tables
 from records import Record, read
 
@@ -63,6 +67,10 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         pruning_tables.prune_machine,
         pruning_tables.prune_models,
         pruning_tables.prune_layers,
+        shrink_tables.shrink_machine,
+        shrink_tables.shrink_sizes,
+        shrink_tables.shrink_methods,
+        shrink_tables.shrink_windows,
         pruning_tables.memory_machine,
         pruning_tables.memory_blocks,
         pruning_tables.quality_machine,
@@ -80,6 +88,11 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         scaling_tables.scaling_layer,
         scaling_tables.scaling_block,
         scaling_tables.scaling_predicted,
+        runtime_tables.runtime_machine,
+        runtime_tables.runtime_decode,
+        runtime_tables.runtime_prefill,
+        runtime_tables.runtime_sizes,
+        runtime_tables.runtime_skipped,
         family_tables.families_machine,
         family_tables.families_proved,
     )
