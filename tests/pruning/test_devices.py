@@ -149,8 +149,8 @@ def test_the_grams_of_a_block_are_exchanged_once(found):
         assert found["calibration"][kind]["adding"] == []
     plain = found["calibration"]["plain"]
     assert {kind for kind, *_ in plain["summing"]} == {"all-reduce"}
-    # Gram and drift of every input in float32, the sum of the tokens' weights and their number.
-    wanted = sum(2 * 4 * width**2 + 4 + 4 for width in plain["widths"])
+    # Gram, drift and sum of every input in float32, the sum of the tokens' weights and their number.
+    wanted = sum(2 * 4 * width**2 + 4 * width + 4 + 4 for width in plain["widths"])
     assert sum(nbytes for _, nbytes, _ in plain["summing"]) == wanted
 
 
