@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.core.mesh import over, put, whole
+from sparseopt.models import PrunableModel
 from sparseopt.system.files import write_all
 
 # Tokens in a batch: enough for the matrix products to reach their rate, few enough to stay in cache.
@@ -200,6 +201,14 @@ class Stream:
     def on_one_device(self) -> "Stream":
         """The same windows as one device has them, in each process."""
         return Stream(self.calibration.on_one_device(), self.heldout.on_one_device())
+
+
+def embed_windows(model: PrunableModel, kind: Batches, *parts: Int[np.ndarray, "windows T"]) -> list[Batches]:
+    """Windows of token ids before the first block, stored as `kind` is; only their rows of the embedding are read."""
+    rows, ids = np.unique(np.concatenate([part.ravel() for part in parts]), return_inverse=True)
+    embedding, ends = model.embedding(rows), np.cumsum([part.size for part in parts])
+    numbered = np.split(ids.astype(np.int32), ends[:-1])
+    return [kind.embed(embedding, own.reshape(part.shape)) for part, own in zip(parts, numbered, strict=True)]
 
 
 def windows_per_batch(windows: int, time: int) -> int:

@@ -37,7 +37,7 @@ from jaxtyping import Array, Float, Int
 
 from sparseopt.core.types import Observer
 from sparseopt.models import PrunableModel
-from sparseopt.pruning.activations import Batches
+from sparseopt.pruning.activations import Batches, embed_windows
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.evaluation import window_loss
@@ -103,8 +103,7 @@ def trial_of(
 ) -> "Trial":
     """The model and the windows that it is scored on; arguments are those of `removal_order`."""
     chosen = _spread(windows.calibration)
-    rows, ids = np.unique(chosen, return_inverse=True)
-    batches = kind.embed(model.embedding(rows), ids.reshape(chosen.shape).astype(np.int32)).on_one_device()
+    batches = embed_windows(model, kind, chosen)[0].on_one_device()
     return Trial(model, batches, chosen, int(windows.bos is not None), runner, observer)
 
 

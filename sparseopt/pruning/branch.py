@@ -109,10 +109,10 @@ class Branch:
         target = cast(StreamedModel, self.plan.target)  # a plan for others is refused
         stay = range(target.num_blocks) if sizes is None else sizes.blocks
         blocks = [target.block_of(place, self._stored(block_tag(i), place)) for place, i in enumerate(stay)]
-        # Zeros stay.
-        masks = [
-            {n: block.read(f"{n}.weight") != 0 for n in block.linears} if sizes is None else {} for block in blocks
-        ]
+        masks = None
+        if sizes is None:
+            # Zeros stay.
+            masks = [{name: block.read(f"{name}.weight") != 0 for name in block.linears} for block in blocks]
         del self.stream
         record = distil(blocks, target.head(), before, dense_after, settings, observer, masks)
         for place, (index, block) in enumerate(zip(stay, blocks, strict=True)):

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from sparseopt.core.dense import HIGHEST
 from sparseopt.core.mesh import Devices, device_line
 from sparseopt.core.types import Observer
 from sparseopt.models import PrunableModel, Source, TorchModel, open_model
-from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches, Stream
+from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches, Stream, embed_windows
 from sparseopt.pruning.block import DenseBlock, PruningError
 from sparseopt.pruning.branch import Branch, begin
 from sparseopt.pruning.calibration import runner_of
@@ -215,7 +214,7 @@ def _run(
     progress = [Progress.from_dict(each) for each in processes.told(read)]
     on_disk = footprint.activations == "disk"
     kind = SpreadBatches(mesh) if mesh is not None else DiskBatches(plans[0].folder) if on_disk else Batches()
-    stream, before = _embed(model, windows, kind), runner.seconds
+    stream, before = Stream(*embed_windows(model, kind, *windows[:2])), runner.seconds
     plans = survey(model, plans, stream, windows, runner, observer)
     plans = choose_shapes(model, plans, progress, stream, windows, kind, runner, observer)
     for found in progress:
@@ -257,12 +256,3 @@ def _run(
         "seconds": time.perf_counter() - start,
     }
     return [branch.finish(runner.compile_seconds, **figures) for branch in branches]
-
-
-def _embed(model: PrunableModel, windows: CalibrationWindows, kind: Batches) -> Stream:
-    """The stream before the first block, stored as `kind` is; only these tokens' rows of the embedding are read."""
-    calibration, heldout, _ = windows
-    rows, ids = np.unique(np.concatenate([calibration.ravel(), heldout.ravel()]), return_inverse=True)
-    embedding, ids = model.embedding(rows), ids.astype(np.int32)
-    parts = ids[: calibration.size].reshape(calibration.shape), ids[calibration.size :].reshape(heldout.shape)
-    return Stream(*(kind.embed(embedding, part) for part in parts))

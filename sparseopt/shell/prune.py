@@ -15,6 +15,7 @@ from sparseopt.shell import console, options
 
 if TYPE_CHECKING:
     from sparseopt.pruning.recipe import PassRecipe
+    from sparseopt.pruning.reports import PruneReport
 
 # EX_TEMPFAIL of sysexits: a scheduler that sent SIGTERM may start the same command again.
 RESUMABLE = 75
@@ -137,12 +138,17 @@ def run_pass(
         if is_first():
             console.errors.print(f"\n{stopped}")
         return RESUMABLE
+
+    def has_token_time(report: "PruneReport") -> bool:
+        # That of a mixture depends on its experts.
+        return is_first() and report.shape is not None and report.shape.experts is None
+
+    timed = list(filter(has_token_time, reports))
+    lines = iter(show_pruning.token_lines(opened, timed) if timed else [])
     for report in reports:
         show_pruning.show_report(report)
-        shape = report.shape
-        # The time of a token of a mixture depends on its experts.
-        if shape is not None and shape.experts is None and is_first():
-            console.say(show_pruning.token_line(opened, report))
+        if has_token_time(report):
+            console.say(next(lines))
     return 0
 
 

@@ -1,6 +1,8 @@
 """Floor 8: the display of a run that prunes or shrinks: live progress, plain lines elsewhere, a final table."""
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 from rich.progress import TextColumn
@@ -202,16 +204,22 @@ def kind_of(layer: str) -> str:
     return layer.rsplit(".", 1)[-1]
 
 
-def token_line(source: Source, report: PruneReport) -> str:
-    """The time of a token in the smaller model beside that in the dense one, measured here and as predicted."""
-    pair = [cast(StreamedModel, open_model(each)).config for each in (source, report.output)]
-    assert report.shape is not None
-    before, after = report.shape.token_seconds or token_seconds(pair)
-    read = [c.num_layers * block_parameters(c) + c.vocab_size * c.hidden_size for c in pair]
-    return (
-        f"a token takes {1000 * after:.3g} ms here, {1000 * before:.3g} ms in the dense model: "
-        f"{before / after:.2f} times as fast, {read[0] / read[1]:.2f} by the weights that it reads"
-    )
+def token_lines(source: Source, reports: Sequence[PruneReport]) -> list[str]:
+    """For each smaller model the time of a token beside that in the dense one, measured here and as predicted."""
+    models: list[Source | Path] = [source, *(report.output for report in reports)]
+    dense, *small = (cast(StreamedModel, open_model(each)).config for each in models)
+    known = [report.shape.token_seconds if report.shape else None for report in reports]
+    # All are measured together, the dense model once, but those that a budget of latency has measured.
+    whole, *new = token_seconds([dense, *(config for config, pair in zip(small, known, strict=True) if pair is None)])
+    measured, lines = iter(new), []
+    for config, pair in zip(small, known, strict=True):
+        before, after = pair or (whole, next(measured))
+        read = [c.num_layers * block_parameters(c) + c.vocab_size * c.hidden_size for c in (dense, config)]
+        lines.append(
+            f"a token takes {1000 * after:.3g} ms here, {1000 * before:.3g} ms in the dense model: "
+            f"{before / after:.2f} times as fast, {read[0] / read[1]:.2f} by the weights that it reads"
+        )
+    return lines
 
 
 def run_lines(report: PruneReport) -> list[str]:
