@@ -1,5 +1,6 @@
 """Training of a pruned block: decreasing error, fixed zeros, the end of training, refused settings."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,14 +12,14 @@ from flax import nnx
 from sparseopt.models import Block, open_model
 from sparseopt.models.attention import QUERY_CHUNK
 from sparseopt.pruning.activations import Batches, Stream
-from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block, stream_loss
+from sparseopt.pruning.reconstruction import Reconstruction, channel_weights, reconstruct_block, stream_loss
 from sparseopt.pruning.training import TrainingStatus
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 WINDOWS, HELDOUT, TIME = 12, 4, 24
 # Whole blocks at once: an operation at a time, the same takes seconds.
 run = jax.jit(lambda block, x: block(x))
-QUICK = Reconstruction(epochs=6, learning_rate=3e-3, patience=6)
+QUICK = Reconstruction(epochs=6, learning_rate=3e-2, patience=6)
 
 
 @pytest.fixture
@@ -76,9 +77,11 @@ def test_the_loss_falls_and_is_that_of_the_block_that_was_left(task):
     inputs, targets, heldout, heldout_targets = batches
     assert report.last_loss < 0.5 * report.first_loss
     assert report.heldout_best < 0.8 * report.heldout_first
-    left = [stream_loss(run(block, x), y) for x, y in zip(inputs, targets, strict=True)]
+    weights = channel_weights(targets)
+    left = [stream_loss(run(block, x), y, weights) for x, y in zip(inputs, targets, strict=True)]
     assert report.last_loss == pytest.approx(np.mean(left))
-    assert report.heldout_best == pytest.approx(float(stream_loss(run(block, heldout[0]), heldout_targets[0])))
+    judged = stream_loss(run(block, heldout[0]), heldout_targets[0], weights)
+    assert report.heldout_best == pytest.approx(float(judged))
     assert report.status == TrainingStatus.FINISHED.name
     assert report.epochs == QUICK.epochs
     assert report.steps == QUICK.epochs * WINDOWS // QUICK.windows
@@ -88,8 +91,19 @@ def test_the_loss_is_the_mean_relative_error_of_a_token(rng):
     target = rng.normal(size=(2, 5, 8)).astype(np.float32) * np.array([1e3, 1, 1, 1, 0], np.float32)[:, None]
     output = target + rng.normal(size=target.shape).astype(np.float32)
     error, size = ((output - target) ** 2).sum(-1), (target**2).sum(-1)
-    assert float(stream_loss(output, target)) == pytest.approx((error[:, :4] / size[:, :4]).sum() / 10, rel=1e-5)
-    assert float(stream_loss(7 * target, 7 * target)) == 0
+    relative = (error[:, :4] / size[:, :4]).sum() / 10
+    assert float(stream_loss(output, target, np.ones(8))) == pytest.approx(relative, rel=1e-5)
+    assert float(stream_loss(7 * target, 7 * target, np.ones(8))) == 0
+
+
+def test_the_loss_does_not_depend_on_the_scale_of_a_channel(rng):
+    """Where all tokens are equally large: then the share of a channel is its mean square."""
+    target = rng.choice([-1, 1], (2, 5, 8)).astype(np.float32)
+    output = target + rng.normal(size=target.shape).astype(np.float32)
+    scale = np.array([10, 3, 1, 1, 1, 1, 1, 0.3], np.float32)
+    losses = [float(stream_loss(s * output, s * target, channel_weights([s * target]))) for s in (1, scale)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    np.testing.assert_array_equal(channel_weights([0 * target]), np.ones(8))
 
 
 def test_pruned_entries_stay_zero_and_all_others_are_trained(task):
@@ -123,6 +137,24 @@ def test_only_linears_with_a_mask_are_trained_and_norms_if_asked_for(task):
     assert [name for name in before if not np.array_equal(before[name], after[name])] == ["mlp.gate_proj.weight"]
 
 
+def test_a_step_is_relative_to_the_size_of_the_weights(model, task):
+    """The up projection 8 times as large, and what reads it an eighth: the same function, trained to the same."""
+    _, _, *batches = task
+
+    def trained(scale):
+        block = model.block(0)
+        masks = prune(block)
+        scales = {"mlp.up_proj": scale, "mlp.down_proj": 1 / scale}
+        block.write({f"{name}.weight": factor * block.read(f"{name}.weight") for name, factor in scales.items()})
+        settings = dataclasses.replace(QUICK, epochs=2, clip=1e9)
+        return reconstruct_lists(block, masks, *batches, settings)
+
+    plain, scaled = trained(1), trained(8)
+    assert scaled.first_loss == pytest.approx(plain.first_loss, rel=1e-5)
+    assert scaled.last_loss == pytest.approx(plain.last_loss, rel=1e-3)
+    assert plain.last_loss < 0.9 * plain.first_loss
+
+
 def test_a_block_with_nothing_to_mend_keeps_every_bit(model, streams):
     inputs, heldout = streams
     block = model.block(0)
@@ -154,12 +186,13 @@ def test_a_learning_rate_of_a_million_leaves_the_start_and_says_so(task, held_ou
 def test_what_was_won_before_training_diverges_is_kept(task):
     """A warm-up over nearly all steps: the first epochs are calm, then the rate becomes far too large."""
     block, masks, *batches = task
-    settings = Reconstruction(epochs=20, learning_rate=0.3, warmup=0.99, patience=20, divergence=1.5)
+    settings = Reconstruction(epochs=20, learning_rate=1.0, warmup=0.99, patience=20, divergence=1.5)
     report = reconstruct_lists(block, masks, *batches, settings)
     assert report.status == TrainingStatus.DIVERGED.name
     assert 0 < report.best_epoch < report.epochs < 20
     assert report.heldout_best < 0.9 * report.heldout_first
-    assert report.heldout_best == pytest.approx(float(stream_loss(run(block, batches[2][0]), batches[3][0])))
+    judged = stream_loss(run(block, batches[2][0]), batches[3][0], channel_weights(batches[1]))
+    assert report.heldout_best == pytest.approx(float(judged))
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
@@ -238,7 +271,7 @@ def test_the_gradient_through_a_block_is_that_of_finite_differences(model, rng):
 
     @jax.jit
     def loss(params):
-        return stream_loss(nnx.merge(graph, params)(x), target)
+        return stream_loss(nnx.merge(graph, params)(x), target, jnp.ones(x.shape[-1]))
 
     gradient = jax.jit(jax.grad(loss))(start)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
@@ -265,7 +298,7 @@ def test_one_free_linear_ends_at_the_least_squares_optimum(model, streams):
     mask = prune(block, [name])[name]
     targets = [run(target_block, x) for x in inputs]
     settings = Reconstruction(
-        epochs=200, learning_rate=3e-2, windows=6, clip=1e3, patience=200, divergence=math.inf, train_norms=False
+        epochs=200, learning_rate=0.2, windows=6, clip=1e3, patience=200, divergence=math.inf, train_norms=False
     )
     report = reconstruct_lists(block, {name: mask}, inputs, targets, settings=settings)
 
@@ -279,14 +312,15 @@ def test_one_free_linear_ends_at_the_least_squares_optimum(model, streams):
     hidden = hidden.reshape(-1, mask.shape[1])
     weight = np.asarray(block.read(f"{name}.weight"), np.float64)
     tokens = len(hidden)
-    root = 1 / np.sqrt((y.reshape(tokens, -1) ** 2).sum(-1) * tokens)
+    weights = channel_weights(targets)
+    root = 1 / np.sqrt((weights * y.reshape(tokens, -1) ** 2).sum(-1) * tokens)
     rest = (y - output).reshape(tokens, -1) + hidden @ weight.T
     optimum = 0.0
     for row in range(mask.shape[0]):
         chosen = np.asarray(mask[row])
         design, wanted = hidden[:, chosen] * root[:, None], rest[:, row] * root
         best = np.linalg.lstsq(design, wanted, rcond=None)[0]
-        optimum += np.sum((design @ best - wanted) ** 2)
+        optimum += weights[row] * np.sum((design @ best - wanted) ** 2)
     assert optimum < 0.9 * report.first_loss
     assert optimum * (1 - 1e-4) <= report.last_loss <= 1.01 * optimum
 
@@ -318,7 +352,7 @@ def test_what_cannot_be_is_listed_before_any_work(task):
     with pytest.raises(ValueError, match=r"mask of mlp.up_proj must be bool of shape \[64, 32\]"):
         reconstruct_lists(block, {"mlp.up_proj": masks["mlp.up_proj"].T}, inputs, targets)
     with pytest.raises(ValueError, match=r"mlp.up_proj has [\d,]+ non-zero weights off its mask; prune the block"):
-        reconstruct_lists(block, {"mlp.up_proj": jnp.zeros((64, 32), bool)}, inputs, targets)
+        reconstruct_lists(block, {"mlp.up_proj": jnp.eye(64, 32, dtype=bool)}, inputs, targets)
     with pytest.raises(ValueError, match="calibration inputs and targets must be as many batches"):
         reconstruct_lists(block, masks, inputs, targets[:1])
     with pytest.raises(ValueError, match="held-out inputs and targets must be as many batches"):
