@@ -39,9 +39,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import emit, emit_line, model_and_text, names_of, say, text_parser
+from common import emit, emit_line, model_and_text, names_of, say, text_parser, write_dense
 
-from sparseopt.models import ShardedWriter, open_source, unread
+from sparseopt.models import open_source
 from sparseopt.pruning.texts import begin_windows, text_windows
 from sparseopt.system.machine import environment
 
@@ -170,10 +170,7 @@ class Model:
 
 def make_models(source: Path, data: str, place: Path) -> list[Model]:
     """The dense model as a folder, and those made from it."""
-    dense = open_source(source)
-    writer = ShardedWriter(place / DENSE, dense)
-    writer.write("outer", unread(dense, dense.tensors))
-    writer.finish()
+    write_dense(source, place / DENSE)
     models = [Model(DENSE, place / DENSE)]
     for name, (command, *options) in MADE.items():
         if name == FOR_SPARSE and not processor_has("amx_int8"):
@@ -268,7 +265,10 @@ def measure(name: str, models: list[Model], interpreter: Path, tokens: Path, rou
             times: list[list[dict[str, float]]] = []
             for index in range(rounds):
                 say(f"{name}: round {index + 1} of {rounds}")
-                times.append([worker.ask("time") for worker in workers])
+                # Each round starts with another model, so that no model is always the first.
+                turns = [(index + turn) % len(workers) for turn in range(len(workers))]
+                answers = {turn: workers[turn].ask("time") for turn in turns}
+                times.append([answers[i] for i in range(len(workers))])
 
             def scored(worker: Worker) -> float:
                 found = worker.ask("score")["perplexity"]
