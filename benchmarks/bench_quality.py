@@ -3,19 +3,39 @@
     layers      every method on twelve layers, Gram matrices of the dense model: error in float64, seconds
     models      every method on the whole model: perplexity, layer errors, seconds, memory; also published figures
     ablation    changes to the recipe of method best: perplexity and additional seconds
+    draws       every method on the whole model, calibrated on random windows of two texts, scored on both
+    tokens      perplexity and held-out error against the number of calibration tokens, at 50 %
 
-`--only layers,ablation`, `--settings 0.5,2:4` and `--methods best,admm` select. Every line gives the run, machine,
-versions, target, and whether the target was met. A failed row becomes a line with its error, the other rows continue,
-and the exit status is 1. The recipes of a pass run in a separate process, whose peak memory is reported.
+The first three are about SmolLM2; with `--model gemma3-270m` or `--source` only the other two run by default. `--only
+layers,ablation`, `--settings 0.5,2:4`, `--methods best,admm`, `--texts pydoc` and `--draws 0,1` select. `--estimate`
+prints the time of the last two parts and runs nothing. With `--record FILE` lines are also appended to a file, and
+rows that it has are not run again. Every line gives the run, machine, versions, target, and whether the target was
+met. A failed row becomes a line with its error, the other rows continue, and the exit status is 1. The recipes of a
+pass run in a separate process, whose peak memory is reported.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from common import Bench, emit_line, judged, model_and_text, names_of, preset_of, run_pass, say, text_parser
+from common import (
+    HELDOUT_WINDOWS,
+    SEQLEN,
+    SETTINGS,
+    WINDOWS,
+    Bench,
+    judged,
+    model_and_text,
+    names_of,
+    preset_of,
+    run_pass,
+    say,
+    text_parser,
+)
+from quality_draws import DRAWS, METHODS, TEXTS, bench_draws, bench_tokens, read_draws
 
 from sparseopt.models import open_model
 from sparseopt.pruning import Recipe, prune_layer
@@ -23,12 +43,6 @@ from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.texts import begin_windows, text_windows
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "0.5": {"sparsity": 0.5, "pattern": "unstructured"},
-    "0.6": {"sparsity": 0.6, "pattern": "unstructured"},
-    "0.7": {"sparsity": 0.7, "pattern": "unstructured"},
-    "2:4": {"sparsity": None, "pattern": "2:4"},
-}
 BASE = "best"
 # The smallest error of a layer; the first records call it "best".
 THOROUGH = "admm_splice"
@@ -67,7 +81,6 @@ ALPS_ERRORS = {
 MODEL_METHODS = (BASE, "admm", "maiht best", "maiht paper", "sparsegpt", "wanda", "magnitude")
 MODEL_TARGETS = {"0.5": 51.0, "0.6": 87.0, "0.7": 160.0, "2:4": 90.0}
 SOLVER_SECONDS_TARGET = 60.0
-WINDOWS, HELDOUT_WINDOWS, SEQLEN, TEST_WINDOWS, TEST_SEQLEN = 16, 4, 512, 8, 1024
 # Public reference codes in the protocol of the models part; the seconds are of their solvers at 0.5 on one core.
 PUBLISHED = {
     "0.5": {"Wanda": 65.9, "SparseGPT": 59.6, "mAIHT reference": 55.5, "ADMM (Boza)": 51.9, "ALPS": 52.3},
@@ -141,6 +154,11 @@ def bench_layers(bench: Bench, settings: list[str]) -> None:
             heldout: list[float] = []
             for name, weight, gram, test_gram in layers:
                 figure = f"layer error, {method}, {name} at {setting}"
+                if recorded := bench.found(figure, protocol=protocol):
+                    found[name] = recorded["value"]
+                    heldout.append(recorded["heldout_error"])
+                    seconds += recorded["seconds"]
+                    continue
                 try:
                     result = prune_layer(weight, gram, **SETTINGS[setting], **preset_of(method))
                 except Exception as error:
@@ -154,8 +172,13 @@ def bench_layers(bench: Bench, settings: list[str]) -> None:
                     heldout_error=heldout[-1], seconds=result.seconds, steps=result.steps, status=result.status.name,
                     sparsity=result.sparsity, shape=weight.shape, protocol=protocol,
                 )  # fmt: skip
-            if len(found) == len(layers):
+            if len(found) == len(layers) and not bench.found(mean_figure(method, setting, len(layers))):
                 summarise_layers(bench, method, setting, list(found.values()), heldout, seconds)
+
+
+def mean_figure(method: str, setting: str, layers: int) -> str:
+    """The name of the geometric mean of a method."""
+    return f"layer error, geometric mean, {method}, {layers} layers at {setting}"
 
 
 def summarise_layers(
@@ -165,8 +188,8 @@ def summarise_layers(
     mean, heldout_mean = (float(np.exp(np.mean(np.log(values)))) for values in (errors, heldout))
     aimed, run = method == THOROUGH and setting == "0.5", f"{method}, {len(errors)} layers at {setting}"
     bench.emit(
-        f"layer error, geometric mean, {run}", mean, "relative error", judged(mean, MEAN_TARGET if aimed else None),
-        heldout_error=heldout_mean, solver_seconds=seconds,
+        mean_figure(method, setting, len(errors)), mean, "relative error",
+        judged(mean, MEAN_TARGET if aimed else None), heldout_error=heldout_mean, solver_seconds=seconds,
     )  # fmt: skip
     if aimed:
         target = f"at most an eighth of ALPS's {ALPS_SECONDS:g} s, measured on another machine with as many cores"
@@ -176,17 +199,13 @@ def summarise_layers(
         )  # fmt: skip
 
 
-def scoring_windows(bench: Bench) -> tuple[int, int]:
-    """Count and length of the windows for the perplexity."""
-    return min(TEST_WINDOWS, bench.windows or TEST_WINDOWS), TEST_SEQLEN
-
-
 def pruned_rows(
     bench: Bench, setting: str, table: Mapping[str, Mapping[str, Any]], part: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The summary and perplexity of each row of a table of recipe changes; failed rows are emitted here.
+    """The summary and perplexity of each row of a table of recipe changes, unless it is in the record.
 
-    Rows share a pass if they need the same survey of the dense model, so that survey seconds can be attributed to them.
+    Failed rows are emitted here. Rows share a pass if they need the same survey of the dense model, so that survey
+    seconds can be attributed to them.
     """
     samples = bench.windows or WINDOWS
     passes: dict[Any, dict[str, Recipe]] = {}
@@ -198,6 +217,8 @@ def pruned_rows(
     }
     base = SETTINGS[setting] | PLAIN | tokens | {"calibration": bench.data}
     for name, changes in table.items():
+        if bench.found(f"perplexity, {part}, {name} at {setting}"):
+            continue
         try:
             recipe = Recipe(**(base | dict(changes)))
             recipe.check()
@@ -206,40 +227,29 @@ def pruned_rows(
             continue
         passes.setdefault((recipe.output_weighting(), recipe.allocation), {})[name] = recipe
     for rows in passes.values():
-        for name, row in run_pass(bench.source, rows, bench.data, scoring_windows(bench), f"{part} at {setting}"):
+        for name, row in run_pass(bench.source, rows, bench.data, bench.scoring, f"{part} at {setting}"):
             if isinstance(row, Exception):
                 bench.fail(f"perplexity, {part}, {name} at {setting}", row)
             else:
                 yield name, row
 
 
-def emit_run(bench: Bench, figure: str, row: dict[str, Any], bound: float | None, **details: Any) -> None:
-    """The perplexity of a run, with the target `bound` if any; figures of a pass are those of all its recipes."""
-    kept = ("sparsity", "mean_relative_error", "mean_heldout_error", "survey_seconds", "solver_seconds",
-            "reconstruction_seconds", "compile_seconds")  # fmt: skip
-    count, length = scoring_windows(bench)
-    bench.emit(
-        figure, row["perplexity"], "perplexity", judged(row["perplexity"], bound), **details,
-        **{key: row[key] for key in kept}, pass_seconds=row["seconds"], pass_plans=row["plans"],
-        pass_peak_memory_bytes=row["peak_memory_bytes"], recipe=row["recipe"] | {"calibration": "wikitext2"},
-        evaluation=f"first {count} x {length} test tokens",
-    )  # fmt: skip
-
-
 def bench_models(bench: Bench, settings: list[str]) -> None:
     """The whole model by every method."""
     for setting in settings:
-        note = {"source": "published reference, measured elsewhere", "target": "none", "met": None}
+        note = {"source": "published reference, measured elsewhere", "target": "none", "met": None} | bench.about
         for name, value in PUBLISHED[setting].items():
-            emit_line(f"perplexity, models, {name} at {setting}", value=value, unit="perplexity", **note)
+            if bench.found(figure := f"perplexity, models, {name} at {setting}"):
+                continue
+            bench.put(figure, value=value, unit="perplexity", **note)
             if setting == "0.5":
                 seconds = PUBLISHED_SECONDS[name]
-                emit_line(f"solver time, models, {name} at {setting}, one core", value=seconds, unit="s", **note)
+                bench.put(f"solver time, models, {name} at {setting}, one core", value=seconds, unit="s", **note)
         table = {name: preset_of(name) for name in filter(bench.wants, MODEL_METHODS)}
         for name, row in pruned_rows(bench, setting, table, "models"):
             bounds = (MODEL_TARGETS[setting], SOLVER_SECONDS_TARGET) if name == BASE else (None, None)
             run, seconds = f"models, {name} at {setting}", row["solver_seconds"]
-            emit_run(bench, f"perplexity, {run}", row, bounds[0])
+            bench.emit_run(f"perplexity, {run}", row, judged(row["perplexity"], bounds[0]))
             bench.emit(f"solver time, {run}", seconds, "s", judged(seconds, bounds[1]))
 
 
@@ -248,46 +258,60 @@ def bench_ablation(bench: Bench, settings: list[str]) -> None:
     timed = ("survey_seconds", "solver_seconds", "reconstruction_seconds")
     for setting in settings:
         table = {name: {"method": BASE, **changes} for name, changes in ABLATION.items()}
-        base: dict[str, Any] | None = None
+        base = bench.found(f"perplexity, ablation, {BASE} at {setting}")
+        base = base and base | {"perplexity": base["value"]}
         for name, row in pruned_rows(bench, setting, table, "ablation"):
             base = row if name == BASE else base
-            emit_run(
-                bench, f"perplexity, ablation, {name} at {setting}", row, ABLATION_TARGETS.get(name, {}).get(setting),
+            bound = ABLATION_TARGETS.get(name, {}).get(setting)
+            bench.emit_run(
+                f"perplexity, ablation, {name} at {setting}", row, judged(row["perplexity"], bound),
                 difference_to_best=row["perplexity"] - base["perplexity"] if base else None,
                 extra={key: row[key] - base[key] for key in timed} if base else None,
             )  # fmt: skip
 
 
-Part = Callable[[Bench, list[str]], None]
+Part = Callable[..., None]
 PARTS: dict[str, tuple[Part, tuple[str, ...]]] = {
     "layers": (bench_layers, LAYER_SETTINGS),
     "models": (bench_models, tuple(SETTINGS)),
     "ablation": (bench_ablation, ABLATION_SETTINGS),
+    "draws": (bench_draws, tuple(SETTINGS)),
+    "tokens": (bench_tokens, ("0.5",)),
 }
+# The parts for any model. The others have layers and targets of SmolLM2.
+GENERAL = ("draws", "tokens")
 
 
 def main() -> None:
     """Run the selected parts."""
     parser = text_parser(__doc__)
-    parser.add_argument("--only", type=names_of(PARTS), default=list(PARTS), help=f"comma-separated: {','.join(PARTS)}")
+    known = dict.fromkeys((*LAYER_METHODS, *MODEL_METHODS, *METHODS))
+    parser.add_argument("--only", type=names_of(PARTS), help=f"comma-separated: {','.join(PARTS)}")
     parser.add_argument(
         "--settings", type=names_of(SETTINGS), default=list(SETTINGS), help=f"comma-separated: {','.join(SETTINGS)}"
     )
-    known = dict.fromkeys((*LAYER_METHODS, *MODEL_METHODS))
+    parser.add_argument("--methods", type=names_of(known), help=f"not for ablation, comma-separated: {','.join(known)}")
     parser.add_argument(
-        "--methods", type=names_of(known), help=f"for the parts layers and models, comma-separated: {','.join(known)}"
+        "--texts", type=names_of(TEXTS), default=list(TEXTS), help=f"to calibrate draws on: {','.join(TEXTS)}"
     )
+    parser.add_argument("--draws", type=read_draws, default=DRAWS, help="seeds of random windows, such as 0,1,2")
+    parser.add_argument("--record", type=Path, help="file that lines are appended to; its rows are not run again")
+    parser.add_argument("--estimate", action="store_true", help="only print what draws and tokens would take")
     parser.add_argument("--layers", type=int, help="for a trial: number of layers")
     parser.add_argument("--windows", type=int, help="for a trial: largest number of windows")
     arguments = parser.parse_args()
     source, data = model_and_text(arguments, "bench_quality")
-    trial = any(value is not None for value in (arguments.source, arguments.layers, arguments.windows))
-    bench = Bench(source, data, arguments.layers, arguments.windows, trial, arguments.methods)
-    for name in arguments.only:
+    trial = arguments.layers is not None or arguments.windows is not None
+    bench = Bench(source, data, arguments.layers, arguments.windows, trial, arguments.methods, record=arguments.record)
+    other = arguments.model != "smollm2" or arguments.source is not None
+    for name in arguments.only or (GENERAL if other or arguments.estimate else PARTS):
         part, settings = PARTS[name]
+        bench.reduced = trial or (other and name not in GENERAL)
         wanted = [setting for setting in settings if setting in arguments.settings]
         if wanted:
-            part(bench, wanted)
+            own = {"draws": arguments.draws, "estimate": arguments.estimate} if name in GENERAL else {}
+            own |= {"texts": arguments.texts} if name == "draws" else {}
+            part(bench, wanted, **own)
         else:
             say(f"SKIPPED {name}: it runs at {', '.join(settings)}")
     say(f"done, {bench.failures} failed rows")

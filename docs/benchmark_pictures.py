@@ -3,6 +3,7 @@
 quality.svg: perplexity of each pruning method at each sparsity, with public codes.
 peers.svg: seconds to an accurate answer for each trend-filtering problem, with public solvers.
 memory.svg: peak memory against the size of a model, and of a graph.
+tokens.svg: perplexity and held-out error against the number of calibration tokens.
 frontier.svg: perplexity against seconds a token and against megabytes, for dense, smaller and pruned models.
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
-from pruning_tables import SETTINGS, by_run
+from pruning_tables import QUALITY, SETTINGS, by_run, by_tokens
 from records import Record, missing, named, read
 
 OURS = "#0072B2"
@@ -21,6 +22,15 @@ PEERS = {
     "SparseGPT": ("#E69F00", "s"),
     "mAIHT reference": ("#56B4E9", "v"),
     "Wanda": ("#D55E00", "X"),
+}
+# Methods over calibration tokens.
+COLOURS = {
+    "best": (OURS, "o"),
+    "best one shot": ("#56B4E9", "v"),
+    "admm": ("#CC79A7", "^"),
+    "maiht": ("#009E73", "D"),
+    "sparsegpt": ("#E69F00", "s"),
+    "wanda": ("#D55E00", "X"),
 }
 # What was done to a model, see `_treatment`.
 TREATMENTS = {
@@ -119,14 +129,40 @@ def memory(pruning: list[Record], sizes: list[Record]) -> Any:
     return figure
 
 
+def tokens(records: list[Record]) -> Any:
+    """Perplexity and held-out error over the calibration tokens, a row of panels for each model."""
+    models = by_tokens(records)
+    if not models:
+        return _without_records(QUALITY)
+    figure, panels = plt.subplots(len(models), 2, figsize=(9, 3.6 * len(models)), squeeze=False, layout="constrained")
+    for (model, runs), row in zip(models.items(), panels, strict=True):
+        for which, (axis, label) in enumerate(zip(row, ("perplexity", "held-out error of the layers"), strict=True)):
+            for run, (colour, marker) in COLOURS.items():
+                if run in runs:
+                    counts, values = list(runs[run]), [pair[which] for pair in runs[run].values()]
+                    axis.plot(counts, values, color=colour, marker=marker, label=run)
+            axis.set(xscale="log", xlabel="calibration tokens", ylabel=label, title=model)
+            counts = sorted({count for found in runs.values() for count in found})
+            axis.set_xticks(counts, [f"{count:,}" for count in counts], rotation=30)
+            axis.minorticks_off()
+            axis.grid(color="#eeeeee")
+    panels[0, 0].legend(frameon=False)
+    return figure
+
+
+def _without_records(command: str) -> Any:
+    """A line of text in place of a picture."""
+    figure, axis = plt.subplots(figsize=(9, 0.6), layout="constrained")
+    axis.text(0, 0.5, missing(command).strip().replace("`", ""), va="center")
+    axis.set_axis_off()
+    return figure
+
+
 def frontier(records: list[Record]) -> Any:
     """Perplexity over milliseconds a token and over megabytes on disk; points of a runtime are all in one run."""
     found = [r for r in records if r["figure"].startswith("decode, ") and r["runtime"] in FRONTIER_RUNTIMES]
     if not found:
-        figure, axis = plt.subplots(figsize=(9, 0.6), layout="constrained")
-        axis.text(0, 0.5, missing("make bench-runtime DATA=folder").strip().replace("`", ""), va="center")
-        axis.set_axis_off()
-        return figure
+        return _without_records("make bench-runtime DATA=folder")
     runtimes = [name for name in FRONTIER_RUNTIMES if any(record["runtime"] == name for record in found)]
     scales = (("milliseconds a token, one thread", "decode_seconds", 1e3), ("MB on disk", "disk_bytes", 1e-6))
     beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 8}
@@ -196,6 +232,7 @@ def write_all(source: Path, target: Path) -> None:
         "quality": quality(records["quality"], dense),
         "peers": peers(records["trend_peers"]),
         "memory": memory(records["memory"], records["trend_sizes"]),
+        "tokens": tokens(records["quality"]),
         "frontier": frontier(records["runtime"]),
     }
     for name, figure in pictures.items():

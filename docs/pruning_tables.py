@@ -1,6 +1,8 @@
 """Tables of the pruner's records; each function takes the records of its file."""
 
 import re
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +12,13 @@ PRUNE = "make bench-prune DATA=folder"
 QUALITY = "make bench-quality DATA=folder"
 MEMORY = "make bench-memory"
 SETTINGS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
+# Texts by their name in the records of draws, and the fields with the perplexity on each, also by transformers.
+TEXTS = {
+    "wikitext2": ("WikiText-2", "value", "transformers_perplexity"),
+    "pydoc": ("Python's documentation", "perplexity_elsewhere", "transformers_perplexity_elsewhere"),
+}
+# A number of tokens is enough for a method if the perplexity is at most this much above that of its best number.
+ENOUGH = 1.02
 
 
 def prune_machine(records: list[Record]) -> str:
@@ -196,3 +205,91 @@ def quality_ablation(records: list[Record]) -> str:
                 ("additional seconds", _at(found, setting, more)),
             ]
     return table(_runs(found), columns)
+
+
+def quality_draws(records: list[Record]) -> str:
+    """For each model and both texts, calibrated on and scored on: the median over the draws, and their range."""
+    models: dict[str, dict[tuple[str, str], list[Record]]] = {}
+    dense = {record["model"]: record for record in named(records, "perplexity, draws, dense")}
+    for record in _own(records, "draws"):
+        run, _, setting = record["figure"].removeprefix("perplexity, draws, ").rpartition(" at ")
+        models.setdefault(record["model"], {}).setdefault((run, setting), []).append(record)
+    parts = []
+    for model, found in models.items():
+        parts.append(f"**{model}**{_dense(dense.get(model))}\n")
+        for calibrated, (text, *_) in TEXTS.items():
+            for scored, score, _ in TEXTS.values():
+                # A method that reads no text has one row for all.
+                shown = {
+                    key: values
+                    for key, rows in found.items()
+                    if (values := [row[score] for row in rows if row["calibrated"] in (calibrated, None)])
+                }
+                columns: list[Column] = [("method", field("run"))]
+                columns += [
+                    (heading, lambda row, at=setting, of=shown: _median(of.get((row["run"], at))))
+                    for setting, heading in SETTINGS.items()
+                ]
+                if any(row["calibrated"] == calibrated for rows in found.values() for row in rows):
+                    parts.append(f"Calibrated on {text}, scored on {scored}:\n\n{table(_runs(shown), columns)}")
+    return "\n".join(parts) or missing(QUALITY)
+
+
+def _own(records: list[Record], part: str) -> list[Record]:
+    """The rows of a part with draws, without failed ones and the dense model."""
+    start = f"perplexity, {part}, "
+    return [record for record in records if record["figure"].startswith(start) and "calibrated" in record
+            and record["value"] is not None]  # fmt: skip
+
+
+def _median(values: list[float] | None) -> str | None:
+    if not values:
+        return None
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.2f}{spread}"
+
+
+def _dense(record: Record | None) -> str:
+    """The dense model's perplexities, those by transformers in parentheses."""
+    if record is None:
+        return ""
+    shown = []
+    for text, score, peer in TEXTS.values():
+        theirs = f" (transformers: {record[peer]:.3f})" if record[peer] else ""
+        shown.append(f"{record[score]:.3f} on {text}{theirs}")
+    return f", dense {', '.join(shown)}"
+
+
+def by_tokens(records: list[Record]) -> dict[str, dict[str, dict[int, tuple[float, float]]]]:
+    """Perplexity and held-out error, medians over the draws, by model, method, and number of calibration tokens."""
+    rows: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
+    for record in _own(records, "tokens"):
+        run = record["figure"].removeprefix("perplexity, tokens, ").rpartition(" at ")[0]
+        rows[record["model"], run, record["calibration_tokens"]].append(record)
+    found: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
+    for (model, run, tokens), same in sorted(rows.items(), key=lambda item: item[0][2]):
+        pair = tuple(statistics.median(row[name] for row in same) for name in ("value", "mean_heldout_error"))
+        found.setdefault(model, {}).setdefault(run, {})[tokens] = pair
+    return found
+
+
+def quality_tokens(records: list[Record]) -> str:
+    """For each model the perplexity at each number of calibration tokens, and the number that is enough."""
+    parts = []
+    for model, runs in by_tokens(records).items():
+        counts = sorted({tokens for found in runs.values() for tokens in found})
+
+        def at(tokens: int, digits: int, which: int, of: Any = runs) -> Callable[[Record], Any]:
+            return lambda row: f"{of[row['run']][tokens][which]:.{digits}f}" if tokens in of[row["run"]] else None
+
+        def enough(row: Record, of: Any = runs) -> int:
+            scores = {tokens: pair[0] for tokens, pair in of[row["run"]].items()}
+            return min(tokens for tokens, score in scores.items() if score <= ENOUGH * min(scores.values()))
+
+        rows = [{"run": run} for run in runs]
+        method: Column = ("method", field("run"))
+        scored = [method, *((f"{tokens:,}", at(tokens, 2, 0)) for tokens in counts), ("within 2 % from", enough)]
+        errors = [method, *((f"{tokens:,}", at(tokens, 4, 1)) for tokens in counts)]
+        parts.append(f"**{model}**, perplexity:\n\n{table(rows, scored)}\nError of the layers on held-out tokens:\n")
+        parts.append(table(rows, errors))
+    return "\n".join(parts) or missing(QUALITY)

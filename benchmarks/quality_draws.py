@@ -1,0 +1,217 @@
+"""Two parts of `make bench-quality`, for any model: how far a figure depends on the calibration text and its windows.
+
+    draws    every method at every setting, calibrated on random windows of WikiText-2 and of another text, in several
+             draws, and scored on both; the dense model, also by transformers
+    tokens   the same text and draw with 8 to 256 windows, each set part of the next, and the same held-out windows
+
+The other text is Python's documentation, of which CPython holds a part. A pass prunes by one method, at all settings.
+Passes are ordered so that an interrupted run has whole tables: every method on both texts for the first draw, then for
+the next.
+"""
+
+import argparse
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from common import (
+    HELDOUT_WINDOWS,
+    SEQLEN,
+    SETTINGS,
+    WINDOWS,
+    Bench,
+    run_pass,
+    say,
+    transformers_perplexity,
+    write_dense,
+)
+
+from sparseopt.models import open_model, open_source
+from sparseopt.pruning import Recipe, perplexity
+from sparseopt.pruning.cost import PASS_EFFICIENCY, measure_gflops
+from sparseopt.pruning.inspection import inspect_model
+from sparseopt.pruning.texts import begin_windows, text_windows
+
+TEXTS = ("wikitext2", "pydoc")
+ELSEWHERE = TEXTS[1]
+DRAWS = (0, 1, 2)
+METHODS: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in ("magnitude", "wanda", "sparsegpt", "maiht", "admm", "admm_splice")},
+    "best one shot": {"method": "best", "reconstruct": 0},
+    # Last, since its target depends on the others.
+    "best": {"method": "best"},
+}
+# Reads no text, so one run stands for all texts and draws.
+BLIND = "magnitude"
+RIVALS = ("sparsegpt", "admm", "maiht")
+DENSE_TOLERANCE = 1e-3
+
+TOKEN_METHODS = ("wanda", "sparsegpt", "maiht", "admm", "best one shot", "best")
+TOKEN_WINDOWS = (8, 16, 32, 64, 128, 256)
+TOKEN_HELDOUT = 16
+# Of the time that `inspect_model` estimates, what the recipes of a pass share.
+SHARED = ("survey", "compiling")
+
+
+class Row(NamedTuple):
+    """A recipe, the figure of its perplexity, and what distinguishes it from other rows of that figure."""
+
+    figure: str
+    recipe: Recipe
+    details: dict[str, Any]
+
+
+# The rows of each pass, by what is printed of it.
+Passes = Mapping[str, Sequence[Row]]
+
+
+def read_draws(given: str) -> tuple[int, ...]:
+    """Seeds with commas between."""
+    seeds = tuple(dict.fromkeys(int(part) for part in given.split(",") if part.strip().isdecimal()))
+    if len(seeds) != len(given.split(",")):
+        raise argparse.ArgumentTypeError(f"draws must be different whole numbers, such as 0,1,2, given {given!r}")
+    return seeds
+
+
+def bench_draws(bench: Bench, settings: list[str], texts: Sequence[str], draws: Sequence[int], estimate: bool) -> None:
+    """All draws of the texts by all methods."""
+    specifications = {"wikitext2": bench.data, ELSEWHERE: ELSEWHERE}
+    samples = min(WINDOWS, bench.windows or WINDOWS)
+    tokens: dict[str, Any] = {"samples": samples, "heldout_samples": min(HELDOUT_WINDOWS, samples), "seqlen": SEQLEN}
+    passes: dict[str, list[Row]] = defaultdict(list)
+    for draw in draws:
+        for text in texts:
+            for name, changes in METHODS.items():
+                details: dict[str, Any] = {"calibrated": text, "draw": draw}
+                if name == BLIND:
+                    details = dict.fromkeys(details)
+                    if (draw, text) != (draws[0], texts[0]):
+                        continue
+                drawn: dict[str, Any] = {"windows": "random", "seed": draw, "calibration": specifications[text]}
+                for setting in settings:
+                    figure = f"perplexity, draws, {name} at {setting}"
+                    if bench.wants(name) and not bench.found(figure, **details):
+                        recipe = Recipe(**SETTINGS[setting], **changes, **tokens, **drawn)
+                        passes[f"draws, {text}, draw {draw}, {name}"].append(Row(figure, recipe, details))
+    if not estimate:
+        bench_dense(bench, specifications)
+    run_passes(bench, passes, estimate)
+
+
+def bench_dense(bench: Bench, texts: Mapping[str, str]) -> None:
+    """The dense model on both texts, by this package and, from a folder that it wrote, by transformers."""
+    figure = "perplexity, draws, dense"
+    if bench.found(figure):
+        return
+    model = open_model(bench.source)
+    scores: list[float] = []
+    peers: list[float | None] = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "dense"
+        write_dense(bench.source, folder)
+        for specification in texts.values():
+            ids, bos = text_windows(model.source, specification, "evaluation", *bench.scoring)
+            scores.append(perplexity(model, ids, bos=bos))
+            peers.append(transformers_perplexity(folder, ids, bos))
+    off = [abs(score / peer - 1) for score, peer in zip(scores, peers, strict=True) if peer is not None]
+    met = all(each <= DENSE_TOLERANCE for each in off) if off else None
+    bench.emit(
+        figure, scores[0], "perplexity", (f"within {DENSE_TOLERANCE:.1%} of transformers", met), bos=bos,
+        transformers_perplexity=peers[0], elsewhere=ELSEWHERE, perplexity_elsewhere=scores[1],
+        transformers_perplexity_elsewhere=peers[1],
+    )  # fmt: skip
+
+
+def bench_tokens(bench: Bench, settings: list[str], draws: Sequence[int], estimate: bool) -> None:
+    """Growing sets of windows of the first draw."""
+    draw, most = draws[0], bench.windows or TOKEN_WINDOWS[-1]
+    counts = sorted({min(count, most) for count in TOKEN_WINDOWS})
+    held = min(TOKEN_HELDOUT, most)
+    found = text_windows(
+        open_source(bench.source), bench.data, "calibration", held + counts[-1], SEQLEN, choice="random", seed=draw
+    )
+    heldout, windows = np.split(begin_windows(*found), [held])
+    passes: dict[str, list[Row]] = defaultdict(list)
+    for count in counts:
+        ids = np.concatenate([windows[:count], heldout])
+        details = {"calibrated": "wikitext2", "draw": draw, "calibration_tokens": count * SEQLEN}
+        for name in filter(bench.wants, TOKEN_METHODS):
+            for setting in settings:
+                figure = f"perplexity, tokens, {name} at {setting}"
+                if not bench.found(figure, **details):
+                    recipe = Recipe(
+                        **SETTINGS[setting], **METHODS[name],
+                        samples=count, heldout_samples=held, seqlen=SEQLEN, calibration=ids,
+                    )  # fmt: skip
+                    passes[f"tokens, {count * SEQLEN:,}, {name}"].append(Row(figure, recipe, details))
+    run_passes(bench, passes, estimate)
+
+
+def run_passes(bench: Bench, passes: Passes, estimate: bool) -> None:
+    """Say what each pass will take, then run them in turn unless only the estimate is wanted."""
+    expected = estimated_seconds(bench, passes)
+    for label, rows in passes.items():
+        at = ", ".join(row.figure.rpartition(" at ")[2] for row in rows)
+        say(f"{label} at {at}: {minutes(expected.get(label))}")
+    say(
+        f"{len(passes)} passes: {minutes(sum(expected.values()) if expected else None)}" if passes else "nothing to run"
+    )
+    for label, rows in () if estimate else passes.items():
+        by_setting = {row.figure.rpartition(" at ")[2]: row for row in rows}
+        recipes = {setting: row.recipe for setting, row in by_setting.items()}
+        for setting, result in run_pass(bench.source, recipes, bench.data, bench.scoring, label, ELSEWHERE):
+            figure, _, details = by_setting[setting]
+            if isinstance(result, Exception):
+                bench.fail(figure, result, **details)
+                continue
+            bench.emit_run(
+                figure, result, target_of(bench, figure, result, details), details["calibrated"] or "wikitext2",
+                elsewhere=ELSEWHERE, perplexity_elsewhere=result["perplexity_elsewhere"], **details,
+            )  # fmt: skip
+
+
+def target_of(
+    bench: Bench, figure: str, result: Mapping[str, Any], details: Mapping[str, Any]
+) -> tuple[str, bool | None]:
+    """The target of method best in the part draws, and whether it was met; none without the rivals' rows."""
+    start, _, setting = figure.rpartition(" at ")
+    found = [bench.found(f"perplexity, draws, {rival} at {setting}", **details) for rival in RIVALS]
+    rivals = [line for line in found if line is not None]
+    if start != "perplexity, draws, best" or len(rivals) < len(RIVALS):
+        return "none", None
+    own = (result["perplexity"], result["perplexity_elsewhere"])
+    met = all(own[0] < line["value"] and own[1] < line["perplexity_elsewhere"] for line in rivals)
+    return f"below {', '.join(RIVALS)} on both texts", met
+
+
+def estimated_seconds(bench: Bench, passes: Passes) -> dict[str, float]:
+    """The seconds of each pass on this machine, mostly within a half; empty for a family without an estimate."""
+    source = open_source(bench.source)
+    rate = measure_gflops() if passes else 1.0
+    count, length = bench.scoring
+    # Estimates do not depend on the text and the draw.
+    known: dict[tuple[str, int], tuple[dict[str, float], float]] = {}
+    seconds = {}
+    for label, rows in passes.items():
+        parts = []
+        for row in rows:
+            key = (row.figure, row.recipe.window_count)
+            if key not in known:
+                found = inspect_model(source, row.recipe, gflops=rate)
+                if found.estimate is None or found.estimate.seconds_by_part is None:
+                    return {}
+                # Two texts, two operations for each parameter and token.
+                scoring = 4 * found.parameters * count * length / (rate * 1e9 * PASS_EFFICIENCY)
+                known[key] = (found.estimate.seconds_by_part, scoring)
+            parts.append(known[key])
+        own = sum(scoring + sum(t for kind, t in each.items() if kind not in SHARED) for each, scoring in parts)
+        seconds[label] = own + sum(max(each.get(kind, 0.0) for each, _ in parts) for kind in SHARED)
+    return seconds
+
+
+def minutes(seconds: float | None) -> str:
+    """A duration in words."""
+    return "no estimate" if seconds is None else f"about {max(1, round(seconds / 60)):,} minutes"
