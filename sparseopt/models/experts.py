@@ -126,13 +126,16 @@ class MixtureOfExperts(nnx.Module):
         routing = route(self.router(x_MD), self.settings)
         given: Routed = Routed(rows_of_tokens(x_MD, routing.token), routing.expert, routing.token)
         given = tap("mlp.experts.input", given)
-        gate = tap("mlp.experts.gate_proj", self.experts.gate_proj(given))
-        up = tap("mlp.experts.up_proj", self.experts.up_proj(given))
-        hidden = given._replace(rows=ACTIVATIONS[self.activation](gate.rows) * up.rows)
-        hidden = tap("mlp.experts.hidden", hidden)
+        hidden = tap("mlp.experts.hidden", self.hidden(given, tap))
         answers = tap("mlp.experts.down_proj", self.experts.down_proj(hidden)).rows * routing.share[..., None]
         added = jnp.zeros_like(x_MD).at[routing.token].add(answers, mode="drop")
         return added.reshape(x_BTD.shape)
+
+    def hidden(self, given: Routed, tap: Tap = no_tap) -> Routed:
+        """What the experts' `down_proj` read."""
+        gate = tap("mlp.experts.gate_proj", self.experts.gate_proj(given))
+        up = tap("mlp.experts.up_proj", self.experts.up_proj(given))
+        return given._replace(rows=ACTIVATIONS[self.activation](gate.rows) * up.rows)
 
 
 def stacked_name(name: str) -> tuple[str, int | None]:

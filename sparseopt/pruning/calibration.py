@@ -7,43 +7,42 @@ Weighting "uniform" has w = 1. With "residual", a linear that writes into the re
 what matters is an error relative to that size. Some tokens (the first of a text above all) carry a stream that is
 hundreds of times larger than the others'; with w = 1 they decide what is pruned.
 
-The Gram of an expert is that of the tokens routed to it. The Grams of all experts are one array, `[E, in, in]`.
+The Gram of an expert is that of the tokens routed to it, or of all tokens. The Grams of all experts are one array,
+`[E, in, in]`. With all tokens, gate and up of all experts share one Gram. The stream is the routed one in any case.
 
 Over several devices each sums the Grams of its own windows, `[devices, in, in]` cut by device. The devices' sums are
 added once a block, by one all-reduce whatever the number of batches.
 """
 
 import math
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial, reduce
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.core.dense import HIGHEST, product
+from sparseopt.core.dense import HIGHEST
 from sparseopt.core.mesh import AXIS, over
-from sparseopt.models import PrunableBlock, PrunableModel, Routed, TorchModel
+from sparseopt.models import PrunableBlock, Routed
 from sparseopt.models.experts import rows_of_tokens, stacked_name, unstacked_names
-from sparseopt.models.torch_bridge import to_jax, to_torch
-from sparseopt.models.torch_model import TorchBlock
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.compiled import Compiled, Timed, laid_on
 
 Weighting = Literal["uniform", "residual"]
-# Names of linears that read the very same torch tensor.
-Readers = tuple[str, ...]
+ExpertTokens = Literal["routed", "all"]
+# The stacked taps of a mixture: what gate and up of every expert read, and what its `down_proj` reads.
+EXPERTS_INPUT, EXPERTS_HIDDEN = "mlp.experts.input", "mlp.experts.hidden"
 
 
 class Grams(NamedTuple):
     """Sums over tokens of one distinct linear input X~ `[tokens, in]`, with token weights w.
 
-    The drift is None where it was not asked for, and for experts, which other tokens reach in the dense model.
+    The drift is None where it was not asked for, and for experts with routed tokens: others reach them in the dense
+    model.
     """
 
     gram: Array  # `X~ᵀ w X~`, `[in, in]`
@@ -58,23 +57,35 @@ class Grams(NamedTuple):
         mass = jnp.where(self.mass > 0, self.mass, 1)
         return jnp.maximum(jnp.diagonal(self.gram) / mass - (self.total / mass) ** 2, 0)
 
+    def reordered(self, order: Int[np.ndarray, "in"]) -> "Grams":
+        """The same sums with the inputs in another order: which moves to each place."""
+        both = np.ix_(order, order)
+        drift = None if self.drift is None else self.drift[both]
+        return self._replace(gram=self.gram[both], total=self.total[order], drift=drift)
+
 
 class BlockGrams(Mapping[str, Grams]):
-    """The Grams of a block by tap name; those of experts are cut out of `stacked` when asked for."""
+    """The Grams of a block by tap name; those of experts are cut out of `stacked`, or shared, when asked for."""
 
     def __init__(self, stacked: Mapping[str, Grams]) -> None:
         self.stacked = stacked
 
     def __getitem__(self, tap: str) -> Grams:
-        name, expert = (tap, None) if tap in self.stacked else stacked_name(tap)
-        found = self.stacked[name]
+        found, expert = self._place(tap)
         return found if expert is None else jax.tree.map(lambda part: part[expert], found)
 
     def tokens(self, tap: str) -> int:
         # Without a copy of the expert's Gram.
-        name, expert = (tap, None) if tap in self.stacked else stacked_name(tap)
-        found = self.stacked[name].tokens
-        return int(found if expert is None else found[expert])
+        found, expert = self._place(tap)
+        return int(found.tokens if expert is None else found.tokens[expert])
+
+    def _place(self, tap: str) -> tuple[Grams, int | None]:
+        """The Grams that hold those of a tap, and its place among them; None where they are not stacked."""
+        if tap in self.stacked:
+            return self.stacked[tap], None
+        name, expert = stacked_name(tap)
+        found = self.stacked[name]
+        return found, expert if found.mass.ndim else None
 
     def __iter__(self) -> Iterator[str]:
         for name, found in self.stacked.items():
@@ -94,6 +105,7 @@ def gather_grams(
     weighting: Weighting = "uniform",
     dense_x: Float[Array, "B T D"] | None = None,
     counted: Bool[Array, "B"] | None = None,
+    expert_tokens: ExpertTokens = "routed",
 ) -> dict[str, Grams]:
     """The Grams of each distinct linear input of a block, by tap name, those of experts stacked.
 
@@ -102,6 +114,10 @@ def gather_grams(
     """
     inputs, stream = tapped(block, x)
     dense = None if dense_x is None else tapped(block, dense_x)[0]
+    every = expert_tokens == "all" and block.num_experts > 0
+    if every:
+        inputs = _unrouted(inputs, x.shape)
+        dense = None if dense is None else _unrouted(dense, x.shape)
     even = jnp.ones((*x.shape[:2], 1), x.dtype)
     count = jnp.asarray(x.shape[0] * x.shape[1], jnp.int32)
     if counted is not None:
@@ -122,7 +138,45 @@ def gather_grams(
         weighted = value * weights
         drift = None if dense is None else _product(weighted, value - dense[name])
         found[name] = Grams(_product(weighted, value), jnp.sum(weights), count, jnp.sum(weighted, (0, 1)), drift)
+    if every:
+        dense_input = None if dense is None else dense[EXPERTS_INPUT]
+        found[EXPERTS_HIDDEN] = _grams_of_every_token(block, inputs[EXPERTS_INPUT], dense_input, residual, count)
     return found
+
+
+def _unrouted(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+    """The inputs with that of the experts for each token once, `[B, T, D]`, and without what lies inside them."""
+    plain = {name: value for name, value in inputs.items() if name != EXPERTS_HIDDEN}
+    routed: Routed = plain[EXPERTS_INPUT]
+    # All copies of a token are alike.
+    rows = jnp.zeros((math.prod(shape[:-1]), shape[-1])).at[routed.token].set(routed.rows, mode="drop")
+    return plain | {EXPERTS_INPUT: rows.reshape(shape)}
+
+
+def _grams_of_every_token(
+    block: Any,
+    x: Float[Array, "B T D"],
+    dense_x: Float[Array, "B T D"] | None,
+    weights: Float[Array, "B T 1"],
+    count: Array,
+) -> Grams:
+    """The Grams of what the experts' `down_proj` would read if each token were sent to all, `[E, in, in]`."""
+
+    def hidden(x: Array, expert: Array) -> Array:
+        # One tile of all tokens.
+        rows = x.reshape(1, -1, x.shape[-1])
+        return block.mlp.hidden(Routed(rows, expert[None], jnp.arange(rows.shape[1])[None])).rows[0]
+
+    def grams(expert: Array) -> tuple[Array, Array, Array | None]:
+        value = hidden(x, expert)
+        weighted = value * weights.reshape(-1, 1)
+        drift = None if dense_x is None else _product(weighted, value - hidden(dense_x, expert))
+        return _product(weighted, value), jnp.sum(weighted, axis=0), drift
+
+    # One expert at a time: the activations of all would not fit.
+    gram, total, drift = jax.lax.map(grams, jnp.arange(block.num_experts))
+    mass, tokens = (jnp.full(block.num_experts, part) for part in (jnp.sum(weights), count))
+    return Grams(gram, mass, tokens, total, drift)
 
 
 def _grams_of_experts(
@@ -183,11 +237,11 @@ _EACH, _ALL = PartitionSpec(AXIS), PartitionSpec()
 
 # Kept for the process: all blocks of all models of the same shape share a compiled program.
 @cache
-def grams_over(mesh: Mesh | None, weighting: Weighting) -> Compiled:
+def grams_over(mesh: Mesh | None, weighting: Weighting, expert_tokens: ExpertTokens) -> Compiled:
     """Adds the Grams of a batch to the totals; over a mesh each device adds those of its windows to its own totals."""
 
     def add(block: Any, x: Array, dense_x: Array | None, counted: Array | None, totals: Any) -> Any:
-        found = gather_grams(block, x, weighting, dense_x, counted)
+        found = gather_grams(block, x, weighting, dense_x, counted, expert_tokens)
         # Over a mesh each device has its part of the totals, `[1, ...]`.
         return jax.tree.map(lambda total, new: total + new.reshape(total.shape), totals, found)
 
@@ -238,20 +292,27 @@ class BlockRunner:
         self.seconds = self.flops = self.compile_seconds = 0.0
 
     def grams(
-        self, block: PrunableBlock, batches: Batches, weighting: Weighting = "uniform", dense: Batches | None = None
+        self,
+        block: PrunableBlock,
+        batches: Batches,
+        weighting: Weighting = "uniform",
+        dense: Batches | None = None,
+        expert_tokens: ExpertTokens = "routed",
     ) -> BlockGrams:
         """Grams summed over all batches, by tap name; with the dense model's batches also the drifts from them."""
         mesh = batches.mesh
         # The same for every weighting.
-        shapes = jax.eval_shape(gather_grams, block, batches[0], dense_x=None if dense is None else dense[0])
+        gather = partial(gather_grams, expert_tokens=expert_tokens)
+        shapes = jax.eval_shape(gather, block, batches[0], dense_x=None if dense is None else dense[0])
         laid, totals = laid_on(block, mesh), _empty_totals(shapes, mesh)
         for index, x in enumerate(batches):
             dense_x = None if dense is None else dense[index]
-            totals = self.account(grams_over(mesh, weighting)(laid, x, dense_x, batches.counted(index), totals))
+            adding = grams_over(mesh, weighting, expert_tokens)
+            totals = self.account(adding(laid, x, dense_x, batches.counted(index), totals))
             self.flops += forward_flops(block, x.shape, skip_last=weighting == "uniform")
             if dense is not None:
                 self.flops += forward_flops(block, x.shape, skip_last=True)
-            self.flops += _gram_flops(block, x.shape, shapes)
+            self.flops += _gram_flops(block, x.shape, shapes, expert_tokens)
         return BlockGrams(totals if mesh is None else self.account(sum_over(mesh)(totals)))
 
     def run(self, block: PrunableBlock, x: Array, mesh: Mesh | None = None) -> Array:
@@ -283,117 +344,22 @@ def forward_flops(block: Any, shape: tuple[int, ...], *, skip_last: bool = False
     return float(linears + attention)
 
 
-def _gram_flops(block: Any, shape: tuple[int, ...], grams: Mapping[str, Any]) -> float:
+def _gram_flops(
+    block: Any, shape: tuple[int, ...], grams: Mapping[str, Grams], expert_tokens: ExpertTokens = "routed"
+) -> float:
+    every = expert_tokens == "all"
     sizes = [
-        math.prod(part.shape[-2:]) * (_share(block, block_tap) * (len(part) if part.ndim == 3 else 1))
-        for block_tap, found in grams.items()
+        part.size * (1.0 if every else _share(block, tap))
+        for tap, found in grams.items()
         for part in (found.gram, found.drift)
         if part is not None
     ]
+    if every and (found := grams.get(EXPERTS_HIDDEN)):
+        # Gate and up of every expert, in the dense model too.
+        first = [name for name in block.linears if ".experts." in name and not name.endswith("down_proj")]
+        sizes += [math.prod(block.weight_shape(name)) for name in first] * (1 if found.drift is None else 2)
     return 2.0 * shape[0] * shape[1] * sum(sizes)
 
 
 def _share(block: Any, name: str) -> float:
     return block.expert_share if ".experts." in name else 1.0
-
-
-_gram_of_inputs = Compiled(lambda x: (product(x.T, x), jnp.sum(x, axis=0)))
-_drift_of_inputs = Compiled(lambda x, dense_x: product(x.T, x - dense_x))
-
-
-class _Seen(NamedTuple):
-    """One distinct input of linears in one run of a block, and what was made of it."""
-
-    tensor: Any  # kept, since identities are unique only among living objects
-    version: int  # torch's count of writes to it
-    readers: list[str]  # names of the linears that read it
-    found: Any
-
-
-class TorchRunner(BlockRunner):
-    """A `BlockRunner` whose blocks run in torch. Linears that read the very same tensor share one Gram."""
-
-    def grams(
-        self, block: Any, batches: Batches, weighting: Weighting = "uniform", dense: Batches | None = None
-    ) -> BlockGrams:
-        """By the linear's name; a `ModelError` if the block uses a linear in a way that hides its input."""
-        if weighting != "uniform":
-            raise ValueError(f"weighting {weighting!r} is not for blocks that run in torch; say 'uniform'")
-        totals: dict[Readers, Grams] = {}
-        for index, x in enumerate(batches):
-            inputs = {} if dense is None else self._dense_inputs(block, dense[index])
-            for seen in self._watch(block, x, partial(self._grams_of_input, x.shape[0] * x.shape[1], inputs)):
-                readers = tuple(seen.readers)
-                totals[readers] = seen.found if readers not in totals else _sum(totals[readers], seen.found)
-        return BlockGrams({name: _of_linear(block, name, totals) for name in block.linears})
-
-    def run(self, block: Any, x: Array, mesh: Mesh | None = None) -> Array:
-        del mesh
-        start = time.perf_counter()
-        output = block(x)
-        self.seconds += time.perf_counter() - start
-        self.flops += forward_flops(block, x.shape)
-        return output
-
-    def _watch(self, block: TorchBlock, x: Array, make: Callable[[str, Any], Any]) -> list[_Seen]:
-        """Run a block and make something of each distinct input of its linears, before the model may write to it."""
-        inputs: list[_Seen] = []
-        start, inner = time.perf_counter(), self.seconds + self.compile_seconds
-
-        def watch(name: str, value: Any) -> None:
-            for seen in inputs:
-                if seen.tensor is value and seen.version == value._version:
-                    seen.readers.append(name)
-                    return
-            inputs.append(_Seen(value, value._version, [name], make(name, value)))
-
-        block.run(to_torch(x), watch)
-        # What was accounted for inside is not counted twice.
-        self.seconds += time.perf_counter() - start - (self.seconds + self.compile_seconds - inner)
-        self.flops += forward_flops(block, x.shape)
-        return inputs
-
-    def _dense_inputs(self, block: TorchBlock, x: Array) -> dict[str, Array]:
-        """Inputs of the linears `[tokens, in]` on the dense stream, of those that are called once."""
-        # Copied: they outlive the run, in which the model may write to them.
-        seen = self._watch(block, x, lambda _, value: to_jax(_rows(value).clone()))
-        times = Counter(name for each in seen for name in each.readers)
-        return {name: each.found for each in seen for name in each.readers if times[name] == 1}
-
-    def _grams_of_input(self, tokens: int, dense: Mapping[str, Array], name: str, value: Any) -> Grams:
-        rows, other, drift = _rows(value), dense.get(name), None
-        count, width = rows.shape
-        if count != tokens:
-            # An expert gets another number of tokens each time: few heights, so that few programs serve all.
-            import torch
-
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, (1 << max(count - 1, 0).bit_length()) - count))
-        gram, total = self.account(_gram_of_inputs(to_jax(rows)))
-        # Tokens of an expert are others in the dense model.
-        if other is not None and count == tokens == len(other):
-            drift = self.account(_drift_of_inputs(to_jax(rows), other))
-        self.flops += 2.0 * count * width * width * (1 if drift is None else 2)
-        return Grams(gram, jnp.float32(count), jnp.int32(count), total, drift)
-
-
-def _rows(value: Any) -> Any:
-    return value.reshape(-1, value.shape[-1]).float()
-
-
-def _sum(one: Grams, two: Grams) -> Grams:
-    drift = None if one.drift is None or two.drift is None else one.drift + two.drift
-    return Grams(one.gram + two.gram, one.mass + two.mass, one.tokens + two.tokens, one.total + two.total, drift)
-
-
-def _of_linear(block: TorchBlock, name: str, totals: Mapping[Readers, Grams]) -> Grams:
-    found = [grams for readers, grams in totals.items() if name in readers]
-    if not found:
-        # An expert that no token was sent to.
-        width = block.weight_shape(name)[1]
-        return Grams(jnp.zeros((width, width)), jnp.float32(0), jnp.int32(0), jnp.zeros(width))
-    return reduce(_sum, found)
-
-
-def runner_of(model: PrunableModel) -> BlockRunner:
-    """What runs the blocks of a model, in JAX or torch."""
-    return TorchRunner() if isinstance(model, TorchModel) else BlockRunner()

@@ -1,15 +1,17 @@
 """Experts in the pipeline: each pruned with the tokens routed to it, starved ones by magnitude, all reported."""
 
 import json
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseopt.models import load_decoder, open_model
-from sparseopt.pruning import Recipe, audit_sparsity, prune_model
+from sparseopt.models import ModelError, load_decoder, open_model
+from sparseopt.pruning import Recipe, ShrinkRecipe, audit_sparsity, prune_model
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner, tapped
+from sparseopt.pruning.inspection import inspect_model
 from sparseopt.shell.show_pruning import run_lines
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
@@ -39,14 +41,16 @@ def tokens(rng):
     return rng.integers(0, len(VOCAB), (8, 32)).astype(np.int32)
 
 
-def routed_inputs(model, tokens, block=0):
-    """For every expert the inputs of the tokens that the router sends there, computed apart from the mixture."""
-    x = model.embedding()(jnp.asarray(tokens))
-    for index in range(block):
-        x = model.block(index)(x)
-    module = model.block(block)
+def mixture_inputs(model, x):
+    """What the mixture of block 0 reads, `[tokens, in]`, for embedded tokens x."""
+    module = model.block(0)
     normed = np.asarray(module.mlp_norm(x + module.self_attn(module.attention_norm(x))), np.float64)
-    normed = normed.reshape(-1, normed.shape[-1])
+    return normed.reshape(-1, normed.shape[-1])
+
+
+def routed_inputs(model, tokens):
+    """For every expert the inputs of the tokens that the router sends there, computed apart from the mixture."""
+    module, normed = model.block(0), mixture_inputs(model, model.embedding()(jnp.asarray(tokens)))
     logits = normed @ np.asarray(module.mlp.router.weight[...], np.float64).T
     chosen = np.argsort(-logits, axis=1)[:, :2]
     return [normed[(chosen == e).any(axis=1)] for e in range(EXPERTS)]
@@ -69,6 +73,51 @@ def test_the_gram_of_an_expert_is_that_of_its_tokens(source, tokens, weighting):
         _, stream = tapped(block, model.embedding()(jnp.asarray(tokens)))
         masses = sum(float(grams[f"mlp.experts.{e}.hidden"].mass) for e in range(EXPERTS))
         assert masses == pytest.approx(2 * float(jnp.sum(1 / jnp.mean(stream**2, axis=-1))), rel=1e-4)
+
+
+def test_with_all_tokens_the_grams_of_an_expert_are_those_of_every_token(source, tokens):
+    model = open_model(source)
+    block, x = model.block(0), model.embedding()(jnp.asarray(tokens))
+    dense_x = 1.1 * x + 0.1  # another stream, so that there is a drift
+    grams = BlockRunner().grams(block, make_batches(x), "uniform", make_batches(dense_x), "all")
+
+    def hidden(inputs, e):
+        gate, up = (np.asarray(block.read(f"mlp.experts.{e}.{n}_proj.weight"), np.float64) for n in ("gate", "up"))
+        return inputs @ gate.T / (1 + np.exp(-(inputs @ gate.T))) * (inputs @ up.T)
+
+    own, dense = mixture_inputs(model, x), mixture_inputs(model, dense_x)
+    for e in range(EXPERTS):
+        for tap, rows, dense_rows in (("input", own, dense), ("hidden", hidden(own, e), hidden(dense, e))):
+            found = grams[f"mlp.experts.{e}.{tap}"]
+            assert grams.tokens(f"mlp.experts.{e}.{tap}") == int(found.tokens) == float(found.mass) == tokens.size
+            np.testing.assert_allclose(found.gram, rows.T @ rows, rtol=1e-4, atol=2e-3)
+            np.testing.assert_allclose(found.total, rows.sum(axis=0), rtol=1e-4, atol=2e-3)
+            np.testing.assert_allclose(found.drift, rows.T @ (rows - dense_rows), rtol=1e-4, atol=2e-3)
+    # Gate and up of all experts share one Gram.
+    assert grams.stacked["mlp.experts.input"].gram.shape == (32, 32)
+
+
+def test_few_tokens_prune_better_when_every_expert_sees_them_all(tmp_path, source, tokens, rng):
+    # About 16 of 32 tokens reach an expert of 32 inputs.
+    model, few = open_model(source), tokens[:1]
+    fresh = routed_inputs(model, rng.integers(0, len(VOCAB), (16, 32)))
+    keys = [[f"model.layers.0.block_sparse_moe.experts.{e}.{name}.weight" for name in ("w1", "w3")] for e in range(4)]
+    errors = {}
+    for choice in ("routed", "all"):
+        recipe = Recipe(calibration=few, heldout_samples=0, min_expert_tokens=1, expert_tokens=choice, preset="paper")
+        report = prune_model(source, tmp_path / choice, recipe)
+        seen = {record.tokens for record in report.layers if ".experts." in record.layer}
+        assert (seen == {few.size}) == (choice == "all")
+        pruned = open_model(tmp_path / choice)
+        errors[choice] = np.mean(
+            [
+                np.linalg.norm(rows @ (pruned.stored(key) - model.stored(key)).T)
+                / np.linalg.norm(rows @ model.stored(key).T)
+                for rows, own in zip(fresh, keys, strict=True)
+                for key in own
+            ]
+        )
+    assert errors["all"] < 0.95 * errors["routed"]
 
 
 @pytest.mark.parametrize("preset", ["paper", "best"])
@@ -122,6 +171,18 @@ def test_an_expert_without_tokens_is_starved_whatever_the_setting(tmp_path, sour
     # Its error is that of its weights.
     assert all(r.relative_error > 0 for r in without)
     assert any("experts saw no calibration token and were pruned by magnitude" in line for line in run_lines(report))
+    report = prune_model(source, tmp_path / "all", replace(recipe, expert_tokens="all"))
+    assert not report.starved_experts
+
+
+def test_all_tokens_are_refused_where_no_expert_would_see_them(tmp_path, source, tokens, rng):
+    dense = write_folder(tmp_path / "dense", tiny_config(), random_tensors(tiny_config(), rng))
+    recipe = Recipe(calibration=tokens, expert_tokens="all")
+    for run in (lambda: prune_model(dense, tmp_path / "out", recipe), lambda: inspect_model(dense, recipe)):
+        with pytest.raises(ModelError, match=r"'all' is for mixtures .* this llama model is none; leave it out"):
+            run()
+    with pytest.raises(ValueError, match="removed by what they add to the tokens routed to them"):
+        ShrinkRecipe(calibration=tokens, experts=0.5, expert_tokens="all").check()
 
 
 @pytest.mark.parametrize("changes", [{"reconstruct": 2}, {"allocation": "curves"}, {"allocation": "owl"}])
