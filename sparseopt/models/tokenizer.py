@@ -1,5 +1,6 @@
-"""Floor 5: a model's tokenizer, text to token ids, and the token (BOS) that every text begins with, if there is one."""
+"""Floor 5: a model's tokenizer, text to token ids, the token (BOS) that every text begins with, and chats to text."""
 
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Literal, get_args
 
@@ -38,16 +39,51 @@ def load_tokenizer(source: Source) -> Tokenizer:
 
 
 def _convert_slow(source: Source) -> Tokenizer:
+    return guarded(
+        lambda: _read_by_transformers(source).backend_tokenizer,
+        f"{source.path} has no tokenizer.json and transformers cannot make one",
+        "; copy the model's tokenizer files into the folder",
+    )
+
+
+def _read_by_transformers(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     carried_files(source.path)
     # Without a False, transformers asks at the terminal whether to run code of the folder.
-    options = {"local_files_only": True, "trust_remote_code": False}
-    return guarded(
-        lambda: AutoTokenizer.from_pretrained(str(source.path), **options).backend_tokenizer,
-        f"{source.path} has no tokenizer.json and transformers cannot make one",
-        "; copy the model's tokenizer files into the folder",
-    )
+    return AutoTokenizer.from_pretrained(str(source.path), local_files_only=True, trust_remote_code=False)
+
+
+def chat_writer(source: Source) -> Callable[[Sequence[Mapping[str, str]]], str]:
+    """A function that writes the messages of a chat as one text, by the model's own chat template.
+
+    Messages have the texts `role` and `content`. The text contains the special tokens that the template writes.
+
+    Raises:
+        ModelError: for a model without a template; by the function, for a chat that the template refuses.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if isinstance(source, GGUFSource):
+        settings = source.tokenizer_settings()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=source.tokenizer(), **settings)
+    else:
+        what = f"transformers cannot read the tokenizer of {source.path}"
+        tokenizer = guarded(lambda: _read_by_transformers(source), what)
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"{source.name} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), by "
+            "which messages become text; name a column of texts, or copy the template into the model's folder"
+        )
+
+    def write(messages: Sequence[Mapping[str, str]]) -> str:
+        return guarded(
+            lambda: str(tokenizer.apply_chat_template([dict(each) for each in messages], tokenize=False)),
+            f"the chat template of {source.name} refuses the chat {repr(messages)[:200]}",
+            "; leave this chat out",
+        )
+
+    return write
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " tokens"]:

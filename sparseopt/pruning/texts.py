@@ -1,37 +1,28 @@
-"""Floor 6: calibration and evaluation text by a short specification, and its split into token windows.
-
-pydoc              English reference text that is part of CPython; two disjoint halves
-wikitext2:PATH     a folder with WikiText-2 parquet files: calibration from validation, evaluation from test
-file:PATH          your own UTF-8 text file: calibration from its first half, evaluation from the second
-hf:NAME[/CONFIG]   a data set of the Hugging Face hub; needs a network
+"""Floor 6.05: calibration and evaluation text as token windows, packed or one a document.
 
 If the model's tokenizer begins texts with BOS, every window begins with it: `BOS, t_0, ..., t_{T-2}` of the T tokens of
 the window. BOS is never predicted, and the prediction of `t_0`, which no text precedes, does not count: losses start
 with `t_1`.
 """
 
-import re
-from collections.abc import Callable, Iterable
-from glob import escape
-from pathlib import Path
-from typing import Literal, NamedTuple
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Int
 
-from sparseopt.models import Bos, Source, encode_text, load_tokenizer, start_token
-from sparseopt.models.folder import PICKLES
+from sparseopt.models import Bos, Source, chat_writer, encode_text, load_tokenizer, start_token
+from sparseopt.pruning.documents import Part, TextError, load_documents, part_of_text
 
-Split = Literal["calibration", "evaluation"]
-TEXTS = "pydoc, wikitext2:PATH, file:PATH, hf:NAME or hf:NAME/CONFIG"
 WindowChoice = Literal["first", "spread", "random"]
+DocumentChoice = Literal["packed", "separate"]
 
-# The split of a data set for each purpose.
-_HUB_SPLITS: dict[Split, str] = {"calibration": "validation", "evaluation": "test"}
-
-
-class TextError(ValueError):
-    """A text that cannot be read or is too short; the message says what to do."""
+# Documents are read as far as they are needed, and at least so many characters of them.
+_LEAST_READ = 2**22
+# Characters for each token that is asked for, four times as many as it takes in English: windows can be spread.
+_READ_A_TOKEN = 16
 
 
 class Windows(NamedTuple):
@@ -43,157 +34,108 @@ class Windows(NamedTuple):
 
 def text_windows(
     source: Source,
-    specification: str,
-    split: Split,
+    text: Any,
+    part: Part,
     count: int,
     length: int,
     *,
     bos: Bos = "auto",
     choice: WindowChoice = "first",
     seed: int = 0,
+    split: str | None = None,
+    column: str | None = None,
+    documents: DocumentChoice = "packed",
+    least: int | None = None,
 ) -> Windows:
-    """The windows of a text (`load_text`, `token_windows`), in a model's tokens, and its BOS (`models.start_token`).
+    """Windows of a text in a model's tokens, and the model's BOS (`models.start_token`).
+
+    Chats become text by the model's own chat template (`models.chat_writer`). Of a large source only the beginning is
+    read, 16 characters for each token asked for, and at least 4 million.
+
+    Args:
+        source: of the model.
+        text: a specification or a list of documents, as `split`, `column` and `part` see `load_documents`.
+        part: which documents.
+        count: windows wanted.
+        length: tokens a window.
+        bos: whether windows begin with BOS.
+        choice: which windows, see `token_windows`.
+        seed: see there.
+        split: of a data set of the hub.
+        column: of the rows.
+        documents: "packed" cuts windows from all documents joined, texts by blank lines, chats by nothing; "separate"
+            takes one window from the start of each document that is long enough.
+        least: windows that are enough where the text does not have `count`.
 
     Raises:
         TextError: for a text that cannot be read or is too short.
-        ModelError: for a tokenizer that cannot be used, or that has no BOS where `bos` is "yes".
+        ModelError: for a tokenizer that cannot be used, that has no BOS where `bos` is "yes", or no chat template.
     """
+    if documents not in get_args(DocumentChoice):
+        raise TextError(f"documents must be {' or '.join(get_args(DocumentChoice))}, given {documents!r}")
     tokenizer = load_tokenizer(source)
     start = start_token(source, tokenizer, bos)
-    tokens = encode_text(tokenizer, load_text(specification, split))
+    loaded = load_documents(text, part, split=split, column=column)
+    first = next(loaded)
+    is_chat = not isinstance(first, str)
+    texts: Iterator[Any] = itertools.chain([first], loaded)
+    if is_chat:
+        texts = map(chat_writer(source), texts)
+
+    def encoded(written: str) -> np.ndarray:
+        tokens = encode_text(tokenizer, written)
+        # A template may write the BOS that every window begins with anyway.
+        return tokens[1:] if is_chat and len(tokens) and tokens[0] == start else tokens
+
+    separate, found, seen = documents == "separate", [], 0
+    for batch in _batches(texts, max(_LEAST_READ, _READ_A_TOKEN * count * length)):
+        if separate:
+            found += [tokens[:length] for tokens in map(encoded, batch) if len(tokens) >= length]
+        else:
+            found.append(encoded(("" if is_chat else "\n\n").join([""] * bool(found) + batch)))
+        seen += len(batch)
+        available = len(found) if separate else sum(map(len, found)) // length
+        if available >= count:
+            break
+    if least is not None:
+        count = max(least, min(count, available))
     try:
-        return Windows(token_windows(tokens, count, length, choice, seed=seed), start)
+        if separate and available < max(count, 1):
+            raise TextError(
+                f"{count} windows that begin a document need as many documents of {length} tokens or more, and "
+                f"{available} of {seen} have that many; use documents packed, fewer samples or a shorter seqlen"
+            )
+        # Whole windows in a row are cut as they are.
+        return Windows(token_windows(np.concatenate(found), count, length, choice, seed=seed), start)
     except TextError as error:
-        raise TextError(f"{part_of_text(specification, split)}: {error}") from error
+        raise TextError(f"{part_of_text(text, part, split)}: {error}") from error
 
 
-def part_of_text(specification: str, split: Split) -> str:
-    """The specification; for a file also which half of it is read."""
-    half = {"calibration": "first", "evaluation": "second"}[split]
-    return f"the {half} half of {specification}" if specification.startswith("file:") else specification
+def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The texts in lists of at least `size` characters."""
+    batch: list[str] = []
+    held = 0
+    for text in texts:
+        batch.append(text)
+        held += len(text)
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def token_digest(*ids: np.ndarray) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of token ids as little-endian int32, one array after the other."""
+    state = hashlib.sha256()
+    for array in ids:
+        state.update(np.ascontiguousarray(array, "<i4").tobytes())
+    return state.hexdigest()[:16]
 
 
 def begin_windows(ids: Int[np.ndarray, "count length"], bos: int | None) -> Int[np.ndarray, "count length"]:
     """The windows with BOS first and their last token left out; unchanged where `bos` is None."""
     return ids if bos is None else np.concatenate([np.full_like(ids[:, :1], bos), ids[:, :-1]], axis=1)
-
-
-def load_text(specification: str, split: Split) -> str:
-    """The text that `specification` names.
-
-    Raises:
-        TextError: for an unknown kind, a missing path or file, or a data set that cannot be fetched.
-    """
-    kind, _, rest = specification.partition(":")
-    readers: dict[str, Callable[[str, Split], str]] = {
-        "pydoc": _read_pydoc,
-        "wikitext2": _read_parquet_folder,
-        "file": _read_file,
-        "hf": _read_hub,
-    }
-    if kind not in readers:
-        raise TextError(f"unknown text {specification!r}; known are {TEXTS}")
-    if kind != "pydoc" and not rest:
-        raise TextError(f"text {specification!r} names no source; write {kind}:{'NAME' if kind == 'hf' else 'PATH'}")
-    text = readers[kind](rest, split)
-    if not text.strip():
-        raise TextError(f"text {specification!r} is empty in its {split} part")
-    return text
-
-
-def _read_pydoc(_: str, split: Split) -> str:
-    from pydoc_data.topics import topics
-
-    # Topics alternate between the parts, so that both cover the whole language reference. Topics quote each other: a
-    # paragraph is kept only where it occurs first, so that the parts share none.
-    seen: set[str] = set()
-    parts: dict[str, list[str]] = {"calibration": [], "evaluation": []}
-    for index, name in enumerate(sorted(topics)):
-        paragraphs = dict.fromkeys(p.strip("\n") for p in topics[name].split("\n\n"))
-        parts["evaluation" if index % 2 else "calibration"] += [p for p in paragraphs if p not in seen]
-        seen.update(paragraphs)
-    return "\n\n".join(parts[split])
-
-
-def _read_file(path: str, split: Split) -> str:
-    file = Path(path).expanduser()
-    if file.suffix.lower() in PICKLES:
-        raise TextError(
-            f"{path} can hold pickled objects, which can run code when loaded, and is not read; give a text file in "
-            "UTF-8, or a folder of parquet files with a column text (wikitext2:PATH)"
-        )
-    if file.exists() and not file.is_file():
-        raise TextError(f"cannot read the text file {path}: it is a folder or a device; give a text file in UTF-8")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TextError(f"cannot read the text file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"the text file {path} is not UTF-8 (byte {error.start}); convert it first") from error
-    except ValueError as error:
-        raise TextError(f"cannot read the text file {path!r}: {error}") from error
-    # Halves, split at a line end.
-    middle = text.find("\n", len(text) // 2) + 1 or len(text)
-    return text[:middle] if split == "calibration" else text[middle:]
-
-
-def _read_parquet_folder(path: str, split: Split) -> str:
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise TextError(f"the data folder {folder} does not exist; it should hold validation and test parquet files")
-    wanted = _HUB_SPLITS[split]
-    files = sorted(folder.glob(f"{wanted}*.parquet"))
-    if not files:
-        present = ", ".join(sorted(f.name for f in folder.iterdir())) or "nothing"
-        raise TextError(f"the data folder {folder} has no {wanted}*.parquet; it holds {present}")
-    return _join_parquet(files)
-
-
-def _join_parquet(files: Iterable[Path]) -> str:
-    import pyarrow
-    import pyarrow.parquet
-
-    lines: list[str] = []
-    for file in files:
-        try:
-            column = pyarrow.parquet.read_table(file, columns=["text"])["text"]
-            if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
-                raise ValueError(f"the column text holds {column.type}")
-            lines += [text or "" for text in column.to_pylist()]
-        except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
-            raise TextError(f"cannot read a text column from {file}: {error}") from error
-    return "\n\n".join(lines)
-
-
-def _read_hub(name: str, split: Split) -> str:
-    from huggingface_hub import snapshot_download
-
-    wanted = _HUB_SPLITS[split]
-    repository, config = name, ""
-    if name.count("/") == 2:
-        repository, _, config = name.rpartition("/")
-    places = [f"{escape(config)}/", f"*/{escape(config)}/"] if config else ["", "*/"]
-    patterns = [f"{place}{wanted}*.parquet" for place in places]
-    try:
-        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # failures of the network and of the hub have many classes
-        raise TextError(
-            f"cannot fetch the data set {name!r} from the hub ({type(error).__name__}: {error}); "
-            "without network use pydoc, wikitext2:PATH or file:PATH"
-        ) from error
-    # The cache may also hold other configurations, and splits whose names merely begin alike.
-    held: dict[str, list[Path]] = {}
-    for file in sorted(folder.rglob("*.parquet")):
-        if re.fullmatch(rf"{wanted}(-\d+(-of-\d+(-[0-9a-f]+)?)?)?", file.stem):
-            held.setdefault(file.parent.relative_to(folder).as_posix(), []).append(file)
-    found = [place for place in held if not config or place.split("/")[-1] == config]
-    if len(found) != 1:
-        there = ", ".join(sorted(found or held)) or "no such file"
-        raise TextError(
-            f"the data set {name!r} has {len(found)} folders with {wanted}.parquet files, and exactly one is read "
-            f"({'the snapshot holds' if not found else 'these'}: {there}); name one configuration: hf:NAME/CONFIG"
-        )
-    return _join_parquet(held[found[0]])
 
 
 def token_windows(

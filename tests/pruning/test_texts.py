@@ -5,7 +5,8 @@ import pytest
 
 from sparseopt.models import open_source
 from sparseopt.pruning import TextError, load_text, token_windows
-from sparseopt.pruning.texts import begin_windows, part_of_text, text_windows
+from sparseopt.pruning.documents import part_of_text
+from sparseopt.pruning.texts import begin_windows, text_windows
 from tests.models.tiny import tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 
@@ -132,7 +133,7 @@ def test_without_network_the_hub_is_answered_by_what_works_without(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(TextError, match=r"no route\); without network use pydoc, wikitext2:PATH or file:PATH"):
+    with pytest.raises(TextError, match=r"no route\); without network use pydoc or files: file:PATH"):
         load_text("hf:someone/words", "calibration")
 
 

@@ -1,0 +1,373 @@
+"""Floor 6: the documents of a text that a short specification names: texts, or chats as lists of messages.
+
+    pydoc            English reference text that is part of CPython; two disjoint halves
+    file:PATH        a UTF-8 text file, one document: calibration from its first half, evaluation from the second
+    jsonl:PATH       a JSON object a line: a file, a folder of them or a glob such as data/*.json.gz; .gz is unpacked
+    csv:PATH         rows with a heading, in the same way
+    parquet:PATH     rows of Parquet files, in the same way
+    wikitext2:PATH   a folder with WikiText-2 parquet files: calibration from validation, evaluation from test
+    hf:NAME          a data set of the Hugging Face hub, which needs a network: hf:OWNER/NAME, hf:OWNER/NAME/CONFIG, or
+                     one of its files as hf:OWNER/NAME/FILE; calibration from validation, evaluation from test
+
+No document is read both for calibration and for evaluation. Where no split separates rows (your own files, one file of
+the hub, a split that you name), calibration reads the first, third, fifth, ... of them, evaluation the others.
+"""
+
+import contextlib
+import csv
+import gzip
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from glob import escape, glob
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from sparseopt.models.folder import PICKLES
+
+Part = Literal["calibration", "evaluation"]
+# A chat is a list of messages, each with a role and a content.
+Document = str | list[dict[str, str]]
+TEXTS = "pydoc, file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, wikitext2:PATH, hf:NAME or hf:NAME/CONFIG"
+# Where no column is named, the first of these that exists is read.
+COLUMNS = ("text", "messages", "conversations")
+
+# The files of a folder that hold rows.
+_ENDINGS = {
+    "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
+    "csv": (".csv", ".csv.gz"),
+    "parquet": (".parquet",),
+}
+_KINDS = ("pydoc", "file", *_ENDINGS, "wikitext2", "hf")
+_WITH_COLUMN = (*_ENDINGS, "hf")
+_SPLITS: dict[Part, str] = {"calibration": "validation", "evaluation": "test"}
+# Characters; a longer line would fill the memory before it could be refused.
+_LONGEST_LINE = 2**26
+# Those of ShareGPT, as chat templates call them.
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class TextError(ValueError):
+    """A text that cannot be read or is too short; the message says what to do."""
+
+
+def is_text(calibration: Any) -> bool:
+    """Whether a calibration is text, named or as a list of documents, and not token ids."""
+    if isinstance(calibration, str):
+        return True
+    first = calibration[0] if isinstance(calibration, list | tuple) and calibration else None
+    return isinstance(first, str) or (isinstance(first, list | tuple) and bool(first) and isinstance(first[0], dict))
+
+
+def check_text(text: Any, split: str | None = None, column: str | None = None) -> None:
+    """Raise a `TextError` for a specification of an unknown kind, and for options that its kind does not have."""
+    kind, _, rest = text.partition(":") if isinstance(text, str) else ("a list of texts", "", "")
+    if isinstance(text, str):
+        if kind not in _KINDS:
+            raise TextError(f"unknown text {text!r}; known are {TEXTS}")
+        if kind != "pydoc" and not rest:
+            raise TextError(f"text {text!r} names no source; write {kind}:{'NAME' if kind == 'hf' else 'PATH'}")
+    if column is not None and kind not in _WITH_COLUMN:
+        raise TextError(f"column {column!r} is for {', '.join(f'{k}:' for k in _WITH_COLUMN)}, not for {kind}: omit it")
+    if split is not None and kind != "hf":
+        raise TextError(f"split {split!r} is for data sets of the hub (hf:), not for {kind}: leave it out")
+
+
+def part_of_text(text: Any, part: Part, split: str | None = None) -> str:
+    """The specification; where no split separates the parts, also which part of it is read."""
+    if not isinstance(text, str):
+        return f"{len(text)} documents"
+    if text.startswith("file:"):
+        return f"the {'first' if part == 'calibration' else 'second'} half of {text}"
+    if _alternates(text, split):
+        return f"documents {'1, 3, 5' if part == 'calibration' else '2, 4, 6'}, ... of {text}"
+    return text if split is None else f"split {split} of {text}"
+
+
+def load_documents(text: Any, part: Part, *, split: str | None = None, column: str | None = None) -> Iterator[Document]:
+    """The documents of a part of a text, one after the other; files are read only as far as they are asked for.
+
+    Args:
+        text: a specification, or a list of texts or of chats, which are taken whole.
+        part: which documents.
+        split: of a data set of the hub, in place of the part's own.
+        column: of the rows; None for the first of `COLUMNS` that exists.
+
+    Raises:
+        TextError: for an unknown kind, a missing path, file or column, a row that cannot be read, with its number, a
+            data set that cannot be fetched, and a text that is empty.
+    """
+    check_text(text, split, column)
+    kind, _, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
+    found: Iterable[Document]
+    match kind:
+        case "":
+            found = (_document(value, f"document {number}") for number, value in enumerate(text, 1))
+        case "pydoc":
+            found = _read_pydoc(part)
+        case "file":
+            found = [_read_file(rest, part)]
+        case "wikitext2":
+            found = _rows("parquet", _wikitext_files(rest, _SPLITS[part]), "text")
+        case "hf":
+            files = _hub_files(rest, split or _SPLITS[part])
+            found = _rows(next(k for k, ends in _ENDINGS.items() if files[0].name.endswith(ends)), files, column)
+        case _:
+            found = _rows(kind, _row_files(kind, rest), column)
+    if isinstance(text, str) and _alternates(text, split):
+        found = itertools.islice(found, 0 if part == "calibration" else 1, None, 2)
+    first, filled = None, False
+    for document in found:
+        if document == []:
+            continue
+        first = document if first is None else first
+        if isinstance(document, str) != isinstance(first, str):
+            raise TextError(f"{part_of_text(text, part, split)} has both texts and chats; give a column of one kind")
+        filled = filled or not isinstance(document, str) or bool(document.strip())
+        yield document
+    if not filled:
+        raise TextError(f"text {text!r} is empty in its {part} part")
+
+
+def load_text(text: str, part: Part, *, split: str | None = None, column: str | None = None) -> str:
+    """The documents of a part of a text as one text, with blank lines between them; arguments as in `load_documents`.
+
+    Raises:
+        TextError: as there, and for chats, which only a model's template makes text of.
+    """
+    documents = []
+    for document in load_documents(text, part, split=split, column=column):
+        if not isinstance(document, str):
+            raise TextError(f"{text} has chats, which the chat template of a model makes text of; use `text_windows`")
+        documents.append(document)
+    return "\n\n".join(documents)
+
+
+def _alternates(text: str, split: str | None) -> bool:
+    kind, _, rest = text.partition(":")
+    return kind in _ENDINGS or (kind == "hf" and (split is not None or _file_of(rest) is not None))
+
+
+def _read_pydoc(part: Part) -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    # Topics alternate between the parts, so that both cover the whole language reference. Topics quote each other: a
+    # paragraph is kept only where it occurs first, so that the parts share none.
+    seen: set[str] = set()
+    for index, name in enumerate(sorted(topics)):
+        paragraphs = dict.fromkeys(p.strip("\n") for p in topics[name].split("\n\n"))
+        own = [p for p in paragraphs if p not in seen]
+        seen.update(paragraphs)
+        if own and (part == "evaluation") == bool(index % 2):
+            yield "\n\n".join(own)
+
+
+def _read_file(path: str, part: Part) -> str:
+    file = Path(path).expanduser()
+    if file.suffix.lower() in PICKLES:
+        raise TextError(
+            f"{path} can hold pickled objects, which can run code when loaded, and is not read; give a text file in "
+            "UTF-8, or rows of texts (jsonl:PATH, csv:PATH or parquet:PATH)"
+        )
+    if file.exists() and not file.is_file():
+        raise TextError(f"cannot read the text file {path}: it is a folder or a device; give a text file in UTF-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TextError(f"cannot read the text file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TextError(f"the text file {path} is not UTF-8 (byte {error.start}); convert it first") from error
+    except ValueError as error:
+        raise TextError(f"cannot read the text file {path!r}: {error}") from error
+    # Halves, split at a line end.
+    middle = text.find("\n", len(text) // 2) + 1 or len(text)
+    return text[:middle] if part == "calibration" else text[middle:]
+
+
+def _row_files(kind: str, path: str) -> list[Path]:
+    place, endings = Path(path).expanduser(), _ENDINGS[kind]
+    if place.is_dir():
+        found = sorted(file for file in place.iterdir() if file.name.endswith(endings) and file.is_file())
+        if not found:
+            raise TextError(f"the folder {path} has no files that end in {', '.join(endings)}")
+        return found
+    found = (
+        [place] if place.is_file() else sorted(f for f in map(Path, glob(str(place), recursive=True)) if f.is_file())
+    )
+    if not found:
+        raise TextError(f"there is no file {path}; {kind}:PATH takes a file, a folder or a glob such as data/*.json.gz")
+    return found
+
+
+def _wikitext_files(path: str, wanted: str) -> list[Path]:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise TextError(f"the data folder {folder} does not exist; it should hold validation and test parquet files")
+    files = sorted(folder.glob(f"{wanted}*.parquet"))
+    if not files:
+        present = ", ".join(sorted(f.name for f in folder.iterdir())) or "nothing"
+        raise TextError(f"the data folder {folder} has no {wanted}*.parquet; it holds {present}")
+    return files
+
+
+def _file_of(name: str) -> str | None:
+    """The file that OWNER/NAME/FILE names; None where a data set or one of its configurations is meant."""
+    rest = name.split("/", 2)[2:]
+    return rest[0] if rest and rest[0].endswith(tuple(itertools.chain(*_ENDINGS.values()))) else None
+
+
+def _hub_files(name: str, wanted: str) -> list[Path]:
+    from huggingface_hub import snapshot_download
+
+    repository, _, rest = name, "", ""
+    if name.count("/") >= 2:
+        owner, own, rest = name.split("/", 2)
+        repository = f"{owner}/{own}"
+    single = _file_of(name)
+    config = "" if single else rest
+    places = [f"{escape(config)}/", f"*/{escape(config)}/"] if config else ["", "*/"]
+    patterns = [escape(single)] if single else [f"{place}{escape(wanted)}*.parquet" for place in places]
+    try:
+        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
+    except Exception as error:  # failures of the network and of the hub have many classes
+        raise TextError(
+            f"cannot fetch the data set {name!r} from the hub ({type(error).__name__}: {error}); "
+            "without network use pydoc or files: file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, wikitext2:PATH"
+        ) from error
+    if single:
+        if not (folder / single).is_file():
+            raise TextError(f"the data set {repository!r} on the hub has no file {single}; check its page")
+        return [folder / single]
+    # The cache may also hold other configurations, and splits whose names merely begin alike.
+    held: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*.parquet")):
+        if re.fullmatch(rf"{re.escape(wanted)}(-\d+(-of-\d+(-[0-9a-f]+)?)?)?", file.stem):
+            held.setdefault(file.parent.relative_to(folder).as_posix(), []).append(file)
+    found = [place for place in held if not config or place.split("/")[-1] == config]
+    if len(found) != 1:
+        there = ", ".join(sorted(found or held)) or "no such file"
+        raise TextError(
+            f"the data set {name!r} has {len(found)} folders with {wanted}.parquet files, and exactly one is read "
+            f"({'the snapshot holds' if not found else 'these'}: {there}); name one configuration, hf:NAME/CONFIG, "
+            "another split, or one file, hf:NAME/FILE"
+        )
+    return held[found[0]]
+
+
+def _rows(kind: str, files: Sequence[Path], column: str | None) -> Iterator[Document]:
+    """The documents in a column of some files, one after the other."""
+    read = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}[kind]
+    for file in files:
+        with _reading(file):
+            for place, value in read(file, column):
+                yield _document(value, f"{file}, {place}")
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Within, what is wrong with a file becomes a `TextError` that names it."""
+    try:
+        yield
+    except TextError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
+        raise TextError(f"cannot read a text column from {file}: {error}") from error
+
+
+def _column(names: Sequence[str], asked: str | None) -> str:
+    """The column to read; a `ValueError` with those that exist where it is none of them."""
+    for name in COLUMNS if asked is None else (asked,):
+        if name in names:
+            return name
+    wanted = " or ".join(map(repr, COLUMNS)) if asked is None else repr(asked)
+    raise ValueError(f"it has no column {wanted}; its columns are {', '.join(map(str, names)) or 'none'}")
+
+
+def _parquet_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            name = _column(table.schema_arrow.names, column)
+            kind, types = table.schema_arrow.field(name).type, pyarrow.types
+            readable = (types.is_string, types.is_large_string, types.is_list, types.is_large_list)
+            if not any(fits(kind) for fits in readable):
+                raise ValueError(f"the column {name} holds {kind}")
+            batches = (batch.column(name).to_pylist() for batch in table.iter_batches(columns=[name]))
+            for number, value in enumerate(itertools.chain.from_iterable(batches), 1):
+                yield f"row {number}", value
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+
+
+def _json_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    with _opened(file) as stream:
+        for number, line in enumerate(_lines(stream), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} is no JSON ({error}); expected is one object a line") from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"line {number} is {type(row).__name__} where an object with columns is expected, one a line; "
+                    "`jq -c '.[]' FILE` makes such lines of an array"
+                )
+            try:
+                yield f"line {number}", row[_column(list(row), column)]
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+
+
+def _csv_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    # A setting of the whole module; its default is shorter than many documents.
+    before = csv.field_size_limit(_LONGEST_LINE)
+    try:
+        with _opened(file) as stream:
+            rows = csv.DictReader(_lines(stream))
+            name = _column(list(rows.fieldnames or []), column)
+            for row in rows:
+                yield f"line {rows.line_num}", row[name]
+    finally:
+        csv.field_size_limit(before)
+
+
+def _opened(file: Path) -> TextIO:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline="")
+    return file.open(encoding="utf-8-sig", newline="")
+
+
+def _lines(stream: TextIO) -> Iterator[str]:
+    number = 0
+    while line := stream.readline(_LONGEST_LINE):
+        number += 1
+        if len(line) == _LONGEST_LINE:
+            raise ValueError(f"line {number} has more than {_LONGEST_LINE:,} characters")
+        yield line
+
+
+def _document(value: Any, place: str) -> Document:
+    """A value of a column as a document: missing text is empty, messages have a role and a content."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list | tuple):
+        raise TextError(f"{place} holds {type(value).__name__} where a text or a list of messages is expected")
+    return [_message(each, place) for each in value]
+
+
+def _message(given: Any, place: str) -> dict[str, str]:
+    found = given if isinstance(given, dict) else {}
+    role, content = (
+        next((found[name] for name in names if found.get(name) is not None), None)
+        for names in (("role", "from"), ("content", "value"))
+    )
+    if not (isinstance(role, str) and isinstance(content, str)):
+        raise TextError(
+            f"{place}: a message needs the texts role and content, or from and value, given {repr(given)[:80]}"
+        )
+    return {"role": _ROLES.get(role, role), "content": content}

@@ -1,0 +1,226 @@
+"""Sources of calibration text: rows of files, chats, lists; what is read, for which part, and what is refused."""
+
+import csv
+import dataclasses
+import gzip
+import itertools
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from sparseopt.models import ModelError, encode_text, load_tokenizer, open_source
+from sparseopt.pruning import Recipe, TextError, load_text, prune_model, text_windows, texts, token_digest
+from sparseopt.pruning.documents import is_text, load_documents
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder, write_gguf
+from tests.pruning.test_pipeline import TOKENIZER
+
+TEXTS = [f"text {i}, and more of it" for i in range(5)]
+CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
+SHARED = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "there"}]
+TEMPLATE = "{% for m in messages %}<|start|>{{ m['role'] }} {{ m['content'] }}<|stop|>{% endfor %}"
+
+
+def as_lines(rows):
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = write_folder(tmp_path / "m", tiny_config(), {})
+    special = [
+        {"id": i, "content": token, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False}
+        for i, token in enumerate(VOCAB[:3])
+    ]  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(TOKENIZER) | {"added_tokens": special}))
+    return open_source(folder)
+
+
+def settings(source, **values):
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|start|>", **values}
+    (source.path / "tokenizer_config.json").write_text(json.dumps(values))
+
+
+def write_rows(folder, kind):
+    rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    if kind == "jsonl":
+        (folder / "a.jsonl").write_text(as_lines(rows[:3]) + "\n")
+        (folder / "b.json.gz").write_bytes(gzip.compress(as_lines(rows[3:]).encode()))
+    elif kind == "csv":
+        with (folder / "a.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["id", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet", row_group_size=2)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_of_files_alternate_between_the_parts(tmp_path, kind):
+    folder = write_rows(tmp_path, kind)
+    for path in (folder, f"{folder}/*"):
+        assert load_text(f"{kind}:{path}", "calibration") == "\n\n".join(TEXTS[0::2])
+        assert load_text(f"{kind}:{path}", "evaluation") == "\n\n".join(TEXTS[1::2])
+    with pytest.raises(TextError, match="it has no column 'body'; its columns are id, text"):
+        load_text(f"{kind}:{folder}", "calibration", column="body")
+    with pytest.raises(TextError, match=f"there is no file .*; {kind}:PATH takes a file, a folder or a glob"):
+        load_text(f"{kind}:{tmp_path / 'absent'}", "calibration")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TextError, match="has no files that end in"):
+        load_text(f"{kind}:{tmp_path / 'empty'}", "calibration")
+
+
+def test_a_long_row_of_a_table_is_read_and_the_limit_of_csv_stays(tmp_path):
+    before, text = csv.field_size_limit(), "long " * 40_000
+    (tmp_path / "a.txt").write_text(f'text\n"{text}"\n')
+    assert load_text(f"csv:{tmp_path / 'a.txt'}", "calibration") == text
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
+        ('{"text": "a"}\n"b"\n', "line 2 is str where an object with columns is expected"),
+        ('{"text": "a"}\n{"body": "b"}\n', "line 2: it has no column 'text' or .*; its columns are body"),
+        ('{"text": 3}\n', "line 1 holds int where a text or a list of messages is expected"),
+        ('{"text": [{"role": "user"}]}\n', "line 1: a message needs the texts role and content"),
+        ('{"text": "a"}\n\n{"text": "b"}\n{"text": [{"role": "user", "content": "c"}]}\n', "has both texts and chats"),
+        ('{"text": null}\n', "is empty in its evaluation part"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(tmp_path, lines, message):
+    (tmp_path / "a.jsonl").write_text(lines)
+    with pytest.raises(TextError, match=message):
+        _ = [[*load_documents(f"jsonl:{tmp_path / 'a.jsonl'}", part)] for part in ("evaluation", "calibration")]
+
+
+def test_one_file_and_one_split_of_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **given: asked.append(given["allow_patterns"]) or str(tmp_path),
+    )
+    (tmp_path / "en").mkdir()
+    (tmp_path / "en" / "c4-train.0.json.gz").write_bytes(gzip.compress(as_lines({"text": t} for t in TEXTS).encode()))
+    table = pyarrow.table({"prompt": TEXTS, "messages": [CHAT] * 5})
+    pyarrow.parquet.write_table(table, tmp_path / "train_sft-00000-of-00001.parquet")
+    assert load_text("hf:allenai/c4/en/c4-train.0.json.gz", "calibration") == "\n\n".join(TEXTS[::2])
+    assert list(load_documents("hf:a/b", "evaluation", split="train_sft")) == [CHAT] * 2
+    assert asked == [["en/c4-train.0.json.gz"], ["train_sft*.parquet", "*/train_sft*.parquet"]]
+    with pytest.raises(TextError, match=r"'allenai/c4' on the hub has no file en/c5.json"):
+        load_text("hf:allenai/c4/en/c5.json", "calibration")
+
+
+def test_chats_go_through_the_template_of_the_model(tmp_path, source):
+    settings(source, chat_template=TEMPLATE)
+    written = "<|start|>user hello<|stop|><|start|>assistant there<|stop|>"
+    tokens = encode_text(load_tokenizer(source), written)
+    assert [np.sum(tokens == i) for i in (1, 2)] == [2, 2]
+    (tmp_path / "a.jsonl").write_text(as_lines([{"id": 1, "messages": CHAT}]))
+    (tmp_path / "b.jsonl").write_text(as_lines([{"conversations": SHARED}]))
+    lists = ([CHAT] * 4, [SHARED] * 4)
+    for text in (f"jsonl:{tmp_path / 'a.jsonl'}", f"jsonl:{tmp_path / 'b.jsonl'}", *lists):
+        ids, _ = text_windows(source, text, "calibration", 1, len(tokens))
+        np.testing.assert_array_equal(ids[0], tokens)
+    ids, _ = text_windows(source, lists[0], "calibration", 2, len(tokens))
+    np.testing.assert_array_equal(ids, [tokens, tokens])
+    # The BOS that the template writes is not doubled.
+    ids, bos = text_windows(source, lists[0], "calibration", 2, 5, bos="yes", documents="separate")
+    np.testing.assert_array_equal(ids, [tokens[1:6]] * 2)
+    assert bos == tokens[0]
+
+
+def test_a_missing_template_and_a_chat_that_it_refuses_end_before_any_work(tmp_path, source):
+    recipe = Recipe(calibration=[CHAT] * 9, samples=1, seqlen=8, heldout_samples=0)
+    for template, message in ((None, "has no chat template"), ("{{ raise_exception('no system') }}", "no system")):
+        settings(source, chat_template=template)
+        with pytest.raises(ModelError, match=message):
+            text_windows(source, recipe.calibration, "calibration", 1, 8)
+    (tmp_path / "a.jsonl").write_text(as_lines([{"messages": CHAT}]))
+    with pytest.raises(TextError, match="has chats, which the chat template of a model makes text of"):
+        load_text(f"jsonl:{tmp_path / 'a.jsonl'}", "calibration")
+
+
+def test_a_gguf_file_brings_its_template(tmp_path, rng):
+    file = open_source(write_gguf(tmp_path / "m.gguf", tiny_config(), random_tensors(tiny_config(), rng)))
+    written = encode_text(load_tokenizer(file), "<|start|>hello<|stop|><|start|>there<|stop|>")
+    ids, _ = text_windows(file, [CHAT], "calibration", 1, len(written))
+    np.testing.assert_array_equal(ids[0], written)
+
+
+def test_separate_documents_begin_their_windows(source):
+    given = ["short", "the first one is long enough", "no", "and here is the second one", "a third one, the last"]
+    start = [encode_text(load_tokenizer(source), text)[:16] for text in given]
+    ids, _ = text_windows(source, given, "calibration", 3, 16, documents="separate")
+    np.testing.assert_array_equal(ids, [start[1], start[3], start[4]])
+    with pytest.raises(TextError, match=r"5 documents: 4 windows .* of 16 tokens or more, and 3 of 5 have that many"):
+        text_windows(source, given, "calibration", 4, 16, documents="separate")
+    with pytest.raises(TextError, match="documents must be packed or separate, given 'apart'"):
+        text_windows(source, given, "calibration", 4, 16, documents="apart")
+    packed, _ = text_windows(source, given, "calibration", 2, 16)
+    np.testing.assert_array_equal(packed.ravel(), encode_text(load_tokenizer(source), "\n\n".join(given))[:32])
+
+
+def test_no_more_of_a_source_is_read_than_is_needed(source, monkeypatch):
+    monkeypatch.setattr(texts, "_LEAST_READ", 1000)
+    read = itertools.count()
+
+    class Endless(list):
+        def __iter__(self):
+            return (f"{number} and more" for number in read)
+
+    text_windows(source, Endless(["text"]), "calibration", 2, 16)
+    assert next(read) < 100
+
+
+def test_options_that_a_text_does_not_have_are_refused():
+    for fields, message in (
+        ({"column": "body"}, "column 'body' is for jsonl:, csv:, parquet:, hf:, not for pydoc"),
+        ({"split": "train"}, r"split 'train' is for data sets of the hub \(hf:\), not for pydoc"),
+        ({"split": "train", "calibration": ["a"]}, "not for a list of texts"),
+        ({"documents": "apart"}, "unknown documents 'apart'; known are packed, separate"),
+        ({"documents": "separate", "calibration": np.ones((9, 9), int)}, "taken as they are: leave documents out"),
+        ({"calibration": "json:x"}, "unknown text 'json:x'; known are pydoc, file:PATH, jsonl:PATH"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Recipe(**fields).check()
+    assert [is_text(given) for given in ("pydoc", ["a"], [CHAT], [[1, 2]], [], np.ones((2, 2)))] == [True] * 3 + [
+        False
+    ] * 3
+
+
+@pytest.mark.parametrize(("repeats", "windows"), [(30, 32), (10, 20)])
+def test_the_default_number_of_windows_follows_the_widest_linear_and_the_text(tmp_path, rng, source, repeats, windows):
+    """4 tokens for each of its 64 inputs are 32 windows of 8; of a shorter text all are taken."""
+    model = write_folder(source.path, tiny_config(), random_tensors(tiny_config(), rng))
+    given = ["and then the dog"] * repeats
+    recipe = Recipe(method="magnitude", calibration=given, seqlen=8, heldout_samples=2)
+    available = len(encode_text(load_tokenizer(source), "\n\n".join(given))) // 8 - 2
+    report = prune_model(model, tmp_path / "out", recipe)
+    found = report.calibration
+    assert found.samples == report.recipe["samples"] == min(32, available) == windows
+    why = "4 tokens for each of the 64 inputs of the widest linear, in 16 to 128 windows"
+    assert found.why == why + ("; the text has no more" if windows < 32 else "")
+    assert report.recipe["calibration"] == f"{repeats} documents"
+    # The same run, with its windows counted.
+    again = prune_model(model, tmp_path / "out", dataclasses.replace(recipe, samples=windows))
+    assert (again.kept, again.calibration) == (True, found)
+
+
+def test_fewer_tokens_than_inputs_are_warned_of(tmp_path, rng, source):
+    model = write_folder(source.path, tiny_config(), random_tensors(tiny_config(), rng))
+    tokens = rng.integers(0, 40, (7, 9)).astype(np.int32)
+    report = prune_model(model, tmp_path / "out", Recipe(method="magnitude", calibration=tokens, heldout_samples=0))
+    assert report.calibration.warning == (
+        "calibration has 63 tokens and the widest linear 64 inputs: its Gram matrix is singular; "
+        "8 windows of 9 or more would do"
+    )
+    assert report.calibration.digest == token_digest(tokens)
