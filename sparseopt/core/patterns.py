@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.core.thresholds import count_nonzero, infinite_unless, kth_largest, n_of_m_mask, top_k_mask
+from sparseopt.core.thresholds import among, count_nonzero, infinite_unless, kth_largest, n_of_m_mask, top_k_mask
 from sparseopt.core.types import BoolArray, FloatArray, Scalar, pytree, static
 
 
@@ -53,7 +53,8 @@ class TopK(_SparseSet):
 class RowTopK(_SparseSet):
     """Indicator of arrays with at most `k` non-zeros along `axis`, at every position of the other axes.
 
-    For a weight in solver layout `[in, out]` the axis is 0: k inputs for every output row. `k` is a leaf.
+    For a weight in solver layout `[in, out]` the axis is 0: k inputs for every output row. `k` is a leaf: one number,
+    or for a matrix one for each of its lines along the axis.
 
     Example:
         >>> so.RowTopK(1, axis=1).prox(jnp.array([[3.0, -1.0], [2.0, -4.0]]), step=1.0)
@@ -207,12 +208,44 @@ class GroupTopK(_SparseSet):
             )
 
 
-Pattern = TopK | RowTopK | NM | BlockTopK | GroupTopK
+@pytree
+class Within(_SparseSet):
+    """Indicator of the arrays of another pattern that also vanish off a support, such as the zeros of a pruned weight.
+
+    Prox: the pattern's, of x with zeros off the support, which is the projection onto both. The mask lies in the
+    support: where that has fewer entries than the pattern asks for, all of them survive, and the count is smaller.
+
+    Attributes:
+        pattern: any other pattern.
+        support: True where an entry may be non-zero, of the shape of the arrays.
+
+    Example:
+        >>> from sparseopt.core.patterns import Within
+        >>> Within(so.TopK(2), jnp.array([True, True, True, False])).prox(jnp.array([3.0, -1.0, 2.0, -4.0]), step=1.0)
+        Array([3., 0., 2., 0.], dtype=float32)
+    """
+
+    pattern: Any
+    support: Any
+
+    def mask(self, score: FloatArray) -> BoolArray:
+        return self.pattern.mask(among(self.support, score)) & self.support
+
+    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
+        return (self.pattern.value(x) == 0) & (count_nonzero(jnp.where(self.support, 0, x)) == 0)
+
+
+Pattern = TopK | RowTopK | NM | BlockTopK | GroupTopK | Within
+
+
+def without_support(pattern: Pattern) -> tuple[Pattern, BoolArray | None]:
+    """A pattern, and the support that it is `Within`; None for none."""
+    return (pattern.pattern, pattern.support) if isinstance(pattern, Within) else (pattern, None)
 
 
 def _top_k_of_columns(score: Float[Array, "n columns"], k: Int[Array, ""] | int) -> Bool[Array, "n columns"]:
     """`top_k_mask` of every column, with one branch for all: under vmap both branches would run."""
-    threshold = jax.vmap(kth_largest, in_axes=(1, None))(score, k)
+    threshold = jax.vmap(kth_largest, in_axes=(1, 0))(score, jnp.broadcast_to(k, score.shape[1:]))
     above, tied = score > threshold, score == threshold
     number_above = jnp.sum(above, axis=0, dtype=jnp.int32)
     room = jnp.asarray(k) - number_above

@@ -177,6 +177,11 @@ def _first_true(mask: BoolArray, count: Int[Array, ""]) -> BoolArray:
     return (mask & (number < row)) | (last[None] & (number == row))
 
 
+def among(candidates: BoolArray, score: FloatArray) -> FloatArray:
+    """Non-negative scores that rank every candidate, even one of score 0, above all other entries."""
+    return jnp.where(candidates, jnp.maximum(score, jnp.finfo(score.dtype).tiny), 0)
+
+
 def n_of_m_mask(score: FloatArray, n: int, m: int, axis: int = 0) -> BoolArray:
     """True at the `n` largest scores of every `m` consecutive entries along `axis`; on a tie the first win.
 

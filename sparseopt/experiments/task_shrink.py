@@ -10,7 +10,7 @@ from sparseopt.experiments.task import Record
 from sparseopt.experiments.task_model import MethodConfig, ModelTask, model_path, recipe_settings
 from sparseopt.models import PrunableModel, sizes_of
 from sparseopt.pruning import PruneReport, ShrinkRecipe, shrink_model
-from sparseopt.pruning.recipe import Option
+from sparseopt.pruning.options import Option
 from sparseopt.pruning.shrinking import BUDGETS, SHARES, SHRINK_OPTIONS, parameters_of
 
 _Settings: Any = recipe_settings("ShrinkSettings", SHRINK_OPTIONS, without=("method",))

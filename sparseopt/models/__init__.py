@@ -17,12 +17,13 @@ from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.generate import generate
 from sparseopt.models.layers import Linear
 from sparseopt.models.prunable import PrunableBlock, PrunableModel
+from sparseopt.models.reordered import Move, block_moves, reordered_block
 from sparseopt.models.rope import Rope
 from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig, check_window
 from sparseopt.models.shrunk import Kept, Sizes, possible_kv_heads, sizes_of, sliced_block, smaller_model
 from sparseopt.models.source import Source, TensorInfo, bundled_model, open_source
 from sparseopt.models.streaming import StreamedModel, load_decoder, open_model
-from sparseopt.models.tokenizer import Bos, encode_text, load_tokenizer, start_token
+from sparseopt.models.tokenizer import Bos, chat_writer, encode_text, load_tokenizer, start_token
 from sparseopt.models.torch_model import TorchModel
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Kept",
     "Linear",
     "ModelError",
+    "Move",
     "PrunableBlock",
     "PrunableModel",
     "Rope",
@@ -49,8 +51,10 @@ __all__ = [
     "StreamedModel",
     "TensorInfo",
     "TorchModel",
+    "block_moves",
     "block_tag",
     "bundled_model",
+    "chat_writer",
     "check_window",
     "encode_text",
     "find_family",
@@ -61,6 +65,7 @@ __all__ = [
     "open_source",
     "pack_folder",
     "possible_kv_heads",
+    "reordered_block",
     "shard_name",
     "sizes_of",
     "sliced_block",

@@ -157,8 +157,10 @@ class ShardedWriter:
     def stored(self, tag: str) -> dict[str, np.ndarray]:
         return {key: tensor.read() for key, tensor in self._header(shard_name(tag, self._pack)).items()}
 
-    def finish(self) -> None:
+    def finish(self, files: Mapping[str, bytes] | None = None) -> None:
         """Write the other files of the source, the configuration and the index, which complete the model.
+
+        `files`, by name, are written in place of those of the source, except where the folder holds one of that name.
 
         Raises:
             ModelError: if tensors of the model were never written.
@@ -167,8 +169,10 @@ class ShardedWriter:
         missing = [key for key in self._expected if key not in self._places]
         if missing:
             raise ModelError(f"{len(missing)} tensors were not written, the first {missing[0]}; write all, then finish")
-        for name, content in self._source.sidecars().items():
-            self._put_content(name, content)
+        own = files or {}
+        for name, content in {**self._source.sidecars(), **own}.items():
+            if name not in own or not (self.output / name).exists():
+                self._put_content(name, content)
         config = dict(self._source.config)
         sizes: Counter[str] = Counter()
         for key in self._places:

@@ -62,8 +62,12 @@ class GGUFSource:
         files = {"generation_config.json": self._special_ids()}
         if "tokenizer.ggml.tokens" in self._metadata:
             files["tokenizer.json"] = json.loads(self.tokenizer().to_str())
-            files["tokenizer_config.json"] = tokenizer_config(self._metadata)
+            files["tokenizer_config.json"] = self.tokenizer_settings()
         return {name: json.dumps(value, indent=2, ensure_ascii=False).encode() for name, value in files.items()}
+
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json."""
+        return tokenizer_config(self._metadata)
 
     def tokenizer(self) -> Any:
         """The `tokenizers.Tokenizer` that the metadata describe."""

@@ -109,6 +109,10 @@ class PrunableModel(ABC):
     def decoder(self) -> Decoder:
         """Read the whole model as a Flax module."""
 
+    def linear_keys(self) -> list[str]:
+        """The checkpoint names of the weights of all linears, in the model's order."""
+        return [self.weight_key(index, name) for index in range(self.num_blocks) for name in self.block_linears(index)]
+
     def exported_keys(self) -> list[str]:
         """The checkpoint names that an export holds."""
         return list(self.source.tensors)

@@ -2,7 +2,8 @@
 
 from sparseopt.pruning.api import LayerResult, prune_layer
 from sparseopt.pruning.block import PruningError
-from sparseopt.pruning.evaluation import LayerAudit, PatternAudit, audit_pattern, audit_sparsity, perplexity
+from sparseopt.pruning.documents import TextError, load_text
+from sparseopt.pruning.evaluation import LayerAudit, PatternAudit, audit_pattern, audit_sparsity, masks, perplexity
 from sparseopt.pruning.footprint import BudgetError
 from sparseopt.pruning.layer import LayerJob, LayerMethod, LayerReport, Pruned, ScaledLayer, solve_layer
 from sparseopt.pruning.methods import (
@@ -21,7 +22,7 @@ from sparseopt.pruning.pipeline import Stopped, prune_model, prune_models, shrin
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Footprint, LayerRecord, PruneReport
 from sparseopt.pruning.shrinking import ShrinkRecipe
-from sparseopt.pruning.texts import TextError, load_text, token_windows
+from sparseopt.pruning.texts import text_windows, token_digest, token_windows
 
 __all__ = [
     "METHODS",
@@ -54,11 +55,14 @@ __all__ = [
     "audit_sparsity",
     "find_method",
     "load_text",
+    "masks",
     "perplexity",
     "prune_layer",
     "prune_model",
     "prune_models",
     "shrink_model",
     "solve_layer",
+    "text_windows",
+    "token_digest",
     "token_windows",
 ]

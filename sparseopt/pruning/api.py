@@ -54,6 +54,7 @@ def prune_layer(
     test_gram: Any = None,
     output_weights: Any = None,
     input_variances: Any = None,
+    support: Any = None,
 ) -> LayerResult:
     """Prune one linear layer: minimise `||X Vᵀ - X Wᵀ||²` over V in the pattern, given `gram = XᵀX`.
 
@@ -73,6 +74,8 @@ def prune_layer(
         test_gram: Gram of held-out inputs, for a second error.
         output_weights: weight of the squared error at each output, `[out]`, above 0; None for equal ones.
         input_variances: variance of each input over the calibration tokens, `[in]`, for method "flap".
+        support: the weights that may be non-zero, `[out, in]` bool; None for all. The pattern chooses among them, and
+            where fewer are left than it asks for, all stay: a sparsity of 0 fits W on the support.
 
     Raises:
         ValueError: for an impossible sparsity, pattern, penalty, method, shape or non-finite value, before any work.
@@ -100,12 +103,14 @@ def prune_layer(
         input_variances = _one_each("input_variances", input_variances, "in", inputs)
         if input_variances.min() < 0:
             raise ValueError(f"input_variances must be 0 or more, the least given is {input_variances.min():.3g}")
+    if support is not None:
+        support = _check_support(support, weight.shape)
     allowed = parse_pattern(pattern, sparsity, (outputs, inputs))
-    job = LayerJob(weight, gram, test_gram, allowed, output_weights, input_variances)
+    job = LayerJob(weight, gram, test_gram, allowed, output_weights, input_variances, support)
     solver = find_method(method, preset, penalty, pattern=pattern)
     if penalty is not None and not isinstance(job.pattern, TopK):
         raise ValueError(f"a penalty chooses weights anywhere in the layer, which contradicts the pattern {pattern!r}")
-    check_method(solver, job.pattern, weight.shape, input_variances is not None)
+    check_method(solver, job.pattern, weight.shape, input_variances is not None, support is not None)
     solved = solve_within_memory(job, solver)
     report = solved.value
     status = check_answer(report, solver, job.pattern)
@@ -120,6 +125,15 @@ def prune_layer(
         dead_inputs=int(report.dead_inputs),
         output_blocks=report.output_blocks,
     )
+
+
+def _check_support(support: Any, shape: tuple[int, ...]) -> np.ndarray:
+    support = np.asarray(support)
+    if support.shape != shape or support.dtype != np.bool_:
+        raise ValueError(
+            f"support must be bool [out, in] = {list(shape)} as the weight, given {support.dtype} {list(support.shape)}"
+        )
+    return support
 
 
 def _as_given(pruned: np.ndarray, dense: np.ndarray, given: np.ndarray) -> np.ndarray:

@@ -17,13 +17,27 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.mesh import over, put, whole
-from sparseopt.models import Block, Kept, PrunableBlock, PrunableModel, Sizes, StreamedModel, sliced_block
+from sparseopt.core.patterns import NM
+from sparseopt.models import (
+    Block,
+    Kept,
+    Move,
+    PrunableBlock,
+    PrunableModel,
+    Sizes,
+    StreamedModel,
+    block_moves,
+    reordered_block,
+    sliced_block,
+)
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.blocked import Cut
-from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, Weighting, nonfinite_windows
+from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, nonfinite_windows
 from sparseopt.pruning.compiled import Compiled, Timed
 from sparseopt.pruning.layer import LayerJob, check_answer, reads_variances, scaled_gram
+from sparseopt.pruning.permutation import block_orders
 from sparseopt.pruning.plan import Plan
+from sparseopt.pruning.recipe import PassRecipe
 from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
 from sparseopt.pruning.reports import BlockRecord, LayerRecord
 from sparseopt.pruning.side_by_side import LayerTask, agreed, solve_block
@@ -45,21 +59,26 @@ class DenseBlock:
 
     def __init__(self, block: PrunableBlock, index: int, stream: Stream | None, runner: BlockRunner) -> None:
         self.block, self.index, self.stream, self.runner = block, index, stream, runner
-        self._grams: dict[tuple[Stream, Weighting, bool], tuple[BlockGrams, BlockGrams]] = {}
+        self._grams: dict[tuple[Any, ...], tuple[BlockGrams, BlockGrams]] = {}
 
-    def grams(self, stream: Stream, weighting: Weighting, *, drift: bool) -> tuple[BlockGrams, BlockGrams]:
+    def grams(self, stream: Stream, recipe: PassRecipe, *, drift: bool) -> tuple[BlockGrams, BlockGrams]:
         """Grams by tap, of the calibration tokens and of the held-out ones, empty without any.
+
+        Tokens are weighted and sent to experts as the recipe says.
 
         Raises:
             PruningError: naming the tap, if activations are not finite.
         """
-        key = (stream, weighting, drift)
+        weighting, experts = recipe.weighting, recipe.expert_tokens
+        key = (stream, weighting, experts, drift)
         if key not in self._grams:
             # Plans share a stream before the first block only; Grams of other streams are never asked for again.
             self._grams = {known: grams for known, grams in self._grams.items() if known[0] == stream}
             dense = self.stream.calibration if drift and self.stream else None
-            found = self.runner.grams(self.block, stream.calibration, weighting, dense)
-            tests = self.runner.grams(self.block, stream.heldout, weighting) if stream.heldout else BlockGrams({})
+            found = self.runner.grams(self.block, stream.calibration, weighting, dense, experts)
+            tests = BlockGrams({})
+            if stream.heldout:
+                tests = self.runner.grams(self.block, stream.heldout, weighting, expert_tokens=experts)
             self._check(found, "calibration", stream.calibration)
             self._check(tests, "held-out", stream.heldout)
             self._grams[key] = (found, tests)
@@ -113,16 +132,22 @@ def prune_block(
     recipe, keys = plan.recipe, model.block_keys(dense.index)
     tensors = {path: model.stored(key) for path, key in keys.items()}
     dtypes = {path: dtype_of(key) for path, key in plan.target.block_keys(place).items()}
-    if plan.patterns:
-        tensors |= _pruned(plan, dense, stream, keys, tensors, dtypes, told)
+    moves = _moves(plan, dense, stream, keys, tensors) if recipe.permute else {}
+    tensors = reordered_block(tensors, moves)
+    pruned = _pruned(plan, dense, stream, keys, tensors, dtypes, told, moves)
+    tensors |= pruned
     block: PrunableBlock
-    if plan.sizes is None:
+    if recipe.permute:
+        block, tensors = dense.block.copy(), {path: tensors[path].astype(dtype) for path, dtype in dtypes.items()}
+        block.write(tensors)
+    elif plan.sizes is None:
         block = dense.block.copy()
-        block.write({f"{name}.weight": tensors[f"{name}.weight"] for name in block.linears})
+        block.write(pruned)
     else:
         block, tensors = _smaller(plan, dense, place, stream, tensors, dtypes)
-    if recipe.reconstruction is not None:
-        told(_reconstruct(block, dense, stream, recipe.reconstruction, list(dtypes)))
+    if recipe.reconstruction is not None and (pruned or plan.sizes is not None):
+        masks = trained_entries(plan, block, keys)
+        told(_reconstruct(block, masks, dense, stream, recipe.reconstruction, list(dtypes)))
         tensors = {path: np.asarray(block.read(path)).astype(dtype) for path, dtype in dtypes.items()}
         # The block runs with the rounding of what is stored.
         block.write(tensors)
@@ -144,7 +169,7 @@ def masked_blocks(
     tensors = {path: model.stored(keys[path]) for path in paths}
     for plan in plans:
         block = dense.block.copy()
-        block.write(_pruned(plan, dense, stream, keys, tensors, {}, lambda record: None))
+        block.write(_pruned(plan, dense, stream, keys, tensors, {}, lambda record: None, {}))
         yield block
 
 
@@ -156,11 +181,14 @@ def _pruned(
     tensors: Mapping[str, np.ndarray],
     dtypes: Mapping[str, np.dtype],
     told: Callable[[LayerRecord | BlockRecord], None],
+    moves: Mapping[str, Move],
 ) -> dict[str, np.ndarray]:
-    """The new weights of the linears that the plan prunes, by path."""
+    """The new weights of the linears that the plan prunes, by path; the tensors given are moved already."""
     recipe, mesh = plan.recipe, stream.calibration.mesh
     linears = {n: tap for n, tap in dense.block.linears.items() if keys[f"{n}.weight"] in plan.patterns}
-    grams, tests = dense.grams(stream, recipe.weighting, drift=recipe.propagated_share > 0)
+    if not linears:
+        return {}
+    grams, tests = dense.grams(stream, recipe, drift=recipe.propagated_share > 0)
     evidence = {name: _evidence(plan, name, tap, grams, tests) for name, tap in linears.items()}
 
     def task(name: str, tap: str) -> LayerTask:
@@ -169,10 +197,15 @@ def _pruned(
         # An expert that goes has no dtype to be stored in.
         dtype, shape, pattern = dtypes.get(path, dense_weight.dtype), dense_weight.shape, plan.patterns[key]
         _, starved, tested = evidence[name]
+        move = moves.get(name, Move())
         outputs = None if starved else plan.output_weights.get(key)
+        outputs = outputs if outputs is None or move.rows is None else outputs[move.rows]
+
+        def own(found: Grams) -> Grams:
+            return found if move.columns is None else found.reordered(move.columns)
 
         def job() -> Timed:
-            weight, found = dense_weight.astype(dtype, copy=False), grams[tap]
+            weight, found = dense_weight.astype(dtype, copy=False), own(grams[tap])
             target = Timed(weight, 0.0, 0.0)
             if not starved and recipe.propagated_share and found.drift is not None:
                 target = _propagated(weight, found, recipe.propagated_share, mesh)
@@ -181,8 +214,9 @@ def _pruned(
             variances = None
             if reads_variances(plan.method):
                 variances = np.ones(len(gram), np.float32) if starved else whole(found.variances)
-            test_gram = tests[tap].gram if tested else None
-            return target._replace(value=LayerJob(target.value, gram, test_gram, pattern, outputs, variances))
+            test_gram = own(tests[tap]).gram if tested else None
+            support = plan.support(key, dense_weight)
+            return target._replace(value=LayerJob(target.value, gram, test_gram, pattern, outputs, variances, support))
 
         kind = (shape, dtype, tested, outputs is None, jax.tree.structure(pattern))
         return LayerTask(key.removesuffix(".weight"), (shape[0], shape[1]), kind, job)
@@ -197,6 +231,23 @@ def _pruned(
     except MemoryError as error:
         raise PruningError(f"{error}; then start the same command again") from error
     return found
+
+
+def _moves(
+    plan: Plan, dense: DenseBlock, stream: Stream, keys: Mapping[str, str], tensors: Mapping[str, np.ndarray]
+) -> dict[str, Move]:
+    """The channels that move so that the patterns keep more."""
+    block = cast(Block, dense.block)  # a plan for others is refused
+    grams = dense.grams(stream, plan.recipe, drift=plan.recipe.propagated_share > 0)[0]
+    found = {n: plan.patterns.get(keys[f"{n}.weight"]) for n in block.linears}
+    patterns = {name: pattern for name, pattern in found.items() if isinstance(pattern, NM)}
+    losses = {}
+    for name in patterns:
+        key, energy = keys[f"{name}.weight"], whole(jnp.diagonal(grams[block.linears[name]].gram))
+        losses[name] = tensors[f"{name}.weight"].astype(np.float32) ** 2 * energy
+        if key in plan.output_weights:
+            losses[name] *= plan.output_weights[key][:, None]
+    return block_moves(block.config, block.linears, agreed(block_orders(block.config, losses, patterns)))
 
 
 def _smaller(
@@ -217,7 +268,7 @@ def _smaller(
     if block.num_experts:
         count, experts = sizes.experts or block.num_experts, np.arange(block.num_experts)
         if count < len(experts):
-            grams = dense.grams(stream, plan.recipe.weighting, drift=False)[0]
+            grams = dense.grams(stream, plan.recipe, drift=False)[0]
             energy = [_energy(tensors[f"mlp.experts.{e}.down_proj.weight"], grams, e) for e in range(len(experts))]
             experts = _largest(np.array(energy), count)
         kept = width("mlp.experts.0.down_proj")
@@ -316,14 +367,32 @@ def _record(plan: Plan, block: int, key: str, solved: Timed, tokens: int, starve
         tokens=tokens,
         starved=starved,
         output_blocks=report.output_blocks,
+        given_zeros=math.prod(shape) - int(report.supported),
     )
 
 
+def trained_entries(plan: Plan, block: PrunableBlock, keys: Mapping[str, str]) -> dict[str, Array]:
+    """True for the weights that training may change, by linear; `keys` are those of the dense block.
+
+    Zeros stay, also where the pattern would have allowed a weight that was itself zero. Where only zeros are made, a
+    linear that is not pruned stays as it is.
+    """
+    whole = plan.sizes is not None
+    return {
+        name: (block.read(path) != 0) & (whole or keys[path] in plan.patterns)
+        for name in block.linears
+        for path in [f"{name}.weight"]
+    }
+
+
 def _reconstruct(
-    block: PrunableBlock, dense: DenseBlock, stream: Stream, settings: Reconstruction, paths: list[str]
+    block: PrunableBlock,
+    masks: Mapping[str, Array],
+    dense: DenseBlock,
+    stream: Stream,
+    settings: Reconstruction,
+    paths: list[str],
 ) -> BlockRecord:
-    # Zeros stay, also where the pattern would have allowed a weight that was itself zero.
-    masks = {name: block.read(f"{name}.weight") != 0 for name in block.linears}
     flax = cast(Block, block)  # a plan for others is refused
     # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
     before, after = stream.on_one_device(), dense.outputs.on_one_device()

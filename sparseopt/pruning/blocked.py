@@ -126,7 +126,13 @@ def split_job(job: LayerJob, method: LayerMethod, parts: int) -> list[LayerJob]:
         counts = [int(kept[span.start // unit : span.stop // unit].sum()) for span in spans]
         patterns = [dataclasses.replace(pattern, k=count) for count in counts]
     return [
-        dataclasses.replace(job, weight=job.weight[span], pattern=own, output_weights=weight)
+        dataclasses.replace(
+            job,
+            weight=job.weight[span],
+            pattern=own,
+            output_weights=weight,
+            support=None if job.support is None else job.support[span],
+        )
         for span, own, weight in zip(spans, patterns, weights, strict=True)
     ]
 
@@ -172,6 +178,8 @@ def kept_by_row(job: LayerJob, k: int, method: LayerMethod) -> np.ndarray:
         for start in range(0, outputs, step):
             rows = slice(start, start + step)
             center = np.asarray(job.weight[rows], np.float32) * scale * output_scale[rows, None]
+            if job.support is not None:
+                center = np.where(job.support[rows], center, 0)
             if isinstance(job.pattern, BlockTopK):
                 wide, high = job.pattern.shape
                 yield np.sum(center.reshape(-1, high, inputs // wide, wide) ** 2, axis=(1, 3))
@@ -243,7 +251,9 @@ class Cut:
 
 def _solve_cut(weight: Any, job: LayerJob, cut: Cut, method: LayerMethod) -> LayerReport:
     """`solve_layer` of a job whose weight is given separately: the answer takes over its buffer."""
-    job = dataclasses.replace(job, weight=cut.kept(weight), output_weights=cut.kept(job.output_weights))
+    job = dataclasses.replace(
+        job, weight=cut.kept(weight), output_weights=cut.kept(job.output_weights), support=cut.kept(job.support)
+    )
     report = solve_layer(job, method)
     return dataclasses.replace(report, weight=cut.padded(report.weight))
 
@@ -255,14 +265,16 @@ cut_solver = Compiled(_solve_cut, donate_argnums=(0,))
 def solve_over(job: LayerJob, method: LayerMethod, mesh: Mesh) -> Timed:
     """Solve a layer over a mesh; the report's arrays are on the host, the same in every process.
 
-    The job's weight and output weights are on the host, the Grams on one device or over the mesh.
+    The job's weight, output weights and support are on the host, the Grams on one device or over the mesh.
     """
-    weight, weights = np.asarray(job.weight), job.output_weights
+    weight, weights, support = np.asarray(job.weight), job.output_weights, job.support
     cut = Cut(mesh, len(weight))
     if weights is not None:
         weights = put(cut.padded(np.asarray(weights, np.float32)), over(mesh))
+    if support is not None:
+        support = put(cut.padded(np.asarray(support)), over(mesh))
     gram, test_gram, variances = laid_on((job.gram, job.test_gram, job.input_variances), mesh)
-    rest = LayerJob(None, gram, test_gram, job.pattern, weights, variances)
+    rest = LayerJob(None, gram, test_gram, job.pattern, weights, variances, support)
     timed = cut_solver(put(cut.padded(weight), over(mesh)), rest, cut, method)
     report = whole(timed.value)
     return timed._replace(value=dataclasses.replace(report, weight=report.weight[: cut.outputs]))

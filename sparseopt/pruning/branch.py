@@ -1,5 +1,6 @@
 """Floor 6: one plan's part of a pass: its blocks are pruned in turn and stored in its folder."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +20,8 @@ from sparseopt.models import (
     unread,
 )
 from sparseopt.pruning.activations import Stream
-from sparseopt.pruning.block import DenseBlock, PruningError, prune_block
+from sparseopt.pruning.block import DenseBlock, PruningError, prune_block, trained_entries
+from sparseopt.pruning.card import CARD, model_card
 from sparseopt.pruning.distillation import distil
 from sparseopt.pruning.evaluation import audit_stored
 from sparseopt.pruning.plan import Plan
@@ -66,10 +68,11 @@ class Branch:
         tensors = self._stored(tag(dense.index), place)
         if self.plan.sizes is not None:
             return cast(StreamedModel, self.plan.target).block_of(place, tensors)
-        # As in `prune_block`, what was not pruned or trained runs as the source has it, not as it was stored.
-        trained = self.plan.recipe.reconstruction is not None
-        block = dense.block.copy()
-        block.write(tensors if trained else {path: tensors[path] for path in (f"{n}.weight" for n in block.linears)})
+        # As in `prune_block`, what was not pruned, moved or trained runs as the source has it, not as it was stored.
+        block, keys, recipe = dense.block.copy(), self.model.block_keys(dense.index), self.plan.recipe
+        pruned = {path: value for path, value in tensors.items() if keys[path] in self.plan.patterns}
+        changed = recipe.permute or (pruned and recipe.reconstruction is not None)
+        block.write(tensors if changed else pruned)
         return block
 
     def _stored(self, tag: str, place: int) -> dict[str, np.ndarray]:
@@ -111,8 +114,7 @@ class Branch:
         blocks = [target.block_of(place, self._stored(block_tag(i), place)) for place, i in enumerate(stay)]
         masks = None
         if sizes is None:
-            # Zeros stay.
-            masks = [{name: block.read(f"{name}.weight") != 0 for name in block.linears} for block in blocks]
+            masks = [trained_entries(self.plan, b, self.model.block_keys(i)) for i, b in zip(stay, blocks, strict=True)]
         del self.stream
         record = distil(blocks, target.head(), before, dense_after, settings, observer, masks)
         for place, (index, block) in enumerate(zip(stay, blocks, strict=True)):
@@ -127,19 +129,7 @@ class Branch:
         Raises:
             PruningError: if what was stored breaks the pattern.
         """
-        self.writer.finish()
         folder, first = self.plan.folder, processes.is_first()
-        broken: list[str] = []
-        if first and self.plan.sizes is None:
-            broken = [audit.layer for audit in audit_stored(folder, self.plan.patterns) if not audit.fits]
-        elif first:
-            # A smaller model has no pattern; opening it checks its tensors against its configuration.
-            open_model(folder)
-        if broken := processes.told(broken):
-            raise PruningError(
-                f"{len(broken)} linears read back from {folder} break their pattern, "
-                f"{broken[0]} first; was the folder changed while it was written?"
-            )
         layers, blocks = self.progress.layers, self.progress.trained
         report = PruneReport(
             output=folder,
@@ -148,6 +138,7 @@ class Branch:
             recipe=self.plan.recipe.as_dict(),
             layers=layers,
             blocks=blocks,
+            prunable_size=sum(math.prod(self.model.weight_shape(key)) for key in self.model.linear_keys()),
             shape=self.progress.shape,
             distilled=self.progress.distilled,
             solver_seconds=sum(r.seconds for r in layers),
@@ -160,6 +151,19 @@ class Branch:
             resumed_blocks=self.finished,
             **figures,
         )
+        # A card that somebody has put into the folder meanwhile stays.
+        self.writer.finish({CARD: model_card(report, self.model.source).encode()})
+        broken: list[str] = []
+        if first and self.plan.sizes is None:
+            broken = [audit.layer for audit in audit_stored(folder, self.plan.patterns) if not audit.fits]
+        elif first:
+            # A smaller model has no pattern; opening it checks its tensors against its configuration.
+            open_model(folder)
+        if broken := processes.told(broken):
+            raise PruningError(
+                f"{len(broken)} linears read back from {folder} break their pattern, "
+                f"{broken[0]} first; was the folder changed while it was written?"
+            )
         if first:
             write_summary(folder, report.summary())
         processes.barrier("finished")

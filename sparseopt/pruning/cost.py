@@ -7,24 +7,28 @@ with two cores. There, times are mostly within a half of what a run reports, and
 
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
 
 from sparseopt.core.dense import product
+from sparseopt.core.patterns import NM
 from sparseopt.models import PrunableModel, StreamedModel, TensorInfo
 from sparseopt.models.attention import QUERY_CHUNK
+from sparseopt.models.experts import stacked_name
 from sparseopt.models.settings import DecoderConfig
 from sparseopt.pruning.activations import windows_per_batch
+from sparseopt.pruning.calibration import EXPERTS_INPUT
 from sparseopt.pruning.evaluation import LOGIT_ROWS
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import MethodCost, method_cost
-from sparseopt.pruning.plan import GROUPED
-from sparseopt.pruning.recipe import PassRecipe
+from sparseopt.pruning.patterns import parse_pattern
+from sparseopt.pruning.permutation import GROUPS, ROWS
+from sparseopt.pruning.plan import GROUPED, layer_shares
+from sparseopt.pruning.recipe import PassRecipe, Recipe
 from sparseopt.pruning.shrinking import ShrinkRecipe
 from sparseopt.pruning.survey import LEVELS, TOKENS
 
@@ -36,6 +40,8 @@ FLOAT32 = 4
 
 # Products of a layer's shapes reach this fraction of the rate of large square ones; passes with their softmax, less.
 SOLVE_EFFICIENCY, PASS_EFFICIENCY = 0.85, 0.8
+# Searching an order takes as long as this many operations per pair of groups and row, over all rounds.
+EXCHANGES = 10_000
 # Choosing the largest entries of a weight takes as long as this many operations per entry.
 SELECTION = 600
 # An inverse of n x n by `spd_inverse`, in operations over n³.
@@ -91,21 +97,20 @@ class BlockSizes:
     parameters: int
     stored: int  # bytes, in the source's dtypes
     linears: tuple[tuple[int, int, float], ...]  # `(out, in, share)` of each
-    grouped: tuple[tuple[int, int, float], ...]  # of those whose inputs a smaller model chooses
+    solved: tuple[tuple[int, int, float], ...]  # of those that are pruned, for a smaller model all that may have to be
+    grouped: tuple[tuple[int, int], ...]  # `(out, in)` of those whose inputs are channels or values
     taps: tuple[tuple[int, float], ...]  # `(in, share)` of each distinct input of the linears
-
-    def solved(self, recipe: PassRecipe) -> tuple[tuple[int, int, float], ...]:
-        """The linears that a recipe prunes, of those of a smaller model all that it may have to."""
-        return self.grouped if isinstance(recipe, ShrinkRecipe) else self.linears
+    grams: tuple[tuple[int, float], ...]  # the same of each Gram
+    unrouted: float  # operations to run one token through all experts for their Grams, 0 with routed tokens
 
     @property
     def gram_bytes(self) -> int:
-        return FLOAT32 * sum(width**2 for width, _ in self.taps)
+        return FLOAT32 * sum(width**2 for width, _ in self.grams)
 
     @property
     def gram_flops(self) -> float:
         """Adding one token to the Grams."""
-        return sum(2 * width**2 * share for width, share in self.taps)
+        return self.unrouted + sum(2 * width**2 * share for width, share in self.grams)
 
     @property
     def widths(self) -> float:
@@ -113,25 +118,41 @@ class BlockSizes:
         return sum(width * share for width, share in self.taps) + sum(o * share for o, _, share in self.linears)
 
 
-def block_sizes(model: StreamedModel) -> list[BlockSizes]:
-    """The kinds of blocks, in the order of the first of each; headers are enough."""
-    experts = model.config.experts
+def block_sizes(model: StreamedModel, recipe: PassRecipe) -> list[BlockSizes]:
+    """The kinds of blocks, by what they hold and what is pruned, in the order of the first; headers are enough."""
+    experts, every = model.config.experts, recipe.expert_tokens == "all"
     routed = experts.chosen / experts.count if experts else 1.0
+    targeted = layer_shares(model, recipe) if isinstance(recipe, Recipe) else None
+
+    def pruned(index: int) -> tuple[str, ...]:
+        names = model.block_linears(index)
+        if targeted is None:
+            return tuple(name for name in names if name.endswith(GROUPED))
+        return tuple(name for name in names if model.weight_key(index, name) in targeted)
+
+    alike: dict[Any, list[int]] = {}
+    for index, kind in enumerate(model.config.kinds):
+        alike.setdefault((kind, pruned(index)), []).append(index)
     found = []
-    for kind, count in Counter(model.config.kinds).items():
-        index = model.config.kinds.index(kind)
+    for (_, names), (index, *others) in alike.items():
         infos = [model.source.tensors[key] for key in model.block_keys(index).values()]
-        linears, grouped, taps = [], [], {}
+        linears, solved, grouped, taps, grams, unrouted = [], [], [], {}, {}, 0.0
         for name, tap in model.block_linears(index).items():
             outputs, inputs = model.weight_shape(model.weight_key(index, name))
             share = routed if ".experts." in name else 1.0
             linears.append((outputs, inputs, share))
             taps[tap] = (inputs, share)
+            shared = every and stacked_name(tap)[0] == EXPERTS_INPUT
+            grams[EXPERTS_INPUT if shared else tap] = (inputs, 1.0 if every else share)
+            unrouted += 2 * outputs * inputs * shared
+            if name in names:
+                solved.append(linears[-1])
             if name.endswith(GROUPED):
-                grouped.append(linears[-1])
+                grouped.append((outputs, inputs))
         parameters = sum(math.prod(info.shape) for info in infos)
         stored = sum(map(_nbytes, infos))
-        found.append(BlockSizes(count, parameters, stored, tuple(linears), tuple(grouped), tuple(taps.values())))
+        kinds = tuple(linears), tuple(solved), tuple(grouped), tuple(taps.values()), tuple(grams.values())
+        found.append(BlockSizes(1 + len(others), parameters, stored, *kinds, unrouted))
     return found
 
 
@@ -146,16 +167,16 @@ def prune_cost(
 
     Each of the `plans` that share a pass has its own stream of activations.
     """
-    blocks, work = block_sizes(model), method_cost(method)
-    compiling = COMPILE_PASS * len(blocks) * (2 if recipe.heldout_samples else 1)
+    blocks, work, kinds = block_sizes(model, recipe), method_cost(method), len(set(model.config.kinds))
+    compiling = COMPILE_PASS * kinds * (2 if recipe.heldout_samples else 1)
     trained = (recipe.reconstruction is not None) + (recipe.distillation is not None)
-    compiling += COMPILE_GRADIENT * len(blocks) * (recipe.needs_sensitivities + trained)
+    compiling += COMPILE_GRADIENT * kinds * (recipe.needs_sensitivities + trained)
     if work is not None:
-        compiling += work.compile_seconds * len({linear[:2] for block in blocks for linear in block.solved(recipe)})
+        compiling += work.compile_seconds * len({linear[:2] for block in blocks for linear in block.solved})
     stored = sum(map(_nbytes, model.source.tensors.values()))
 
     # Each plan has one stream before a block, all share one after it, and the dense model has both.
-    stream = FLOAT32 * (recipe.samples + recipe.heldout_samples) * recipe.seqlen * model.config.hidden_size
+    stream = FLOAT32 * (recipe.window_count + recipe.heldout_samples) * recipe.seqlen * model.config.hidden_size
     streams = (plans + 1 + (2 if recipe.needs_dense_stream else 0)) * stream
     if isinstance(recipe, ShrinkRecipe) and recipe.has_budget:
         # The dense model's before and after a block, while the one before the first block waits for the pass.
@@ -225,20 +246,20 @@ def _nbytes(info: TensorInfo) -> int:
 
 def _survey_tokens(recipe: PassRecipe) -> int:
     """Tokens on which the dense model's sensitivities are measured."""
-    return min(recipe.samples, max(1, TOKENS // recipe.seqlen)) * recipe.seqlen
+    return min(recipe.window_count, max(1, TOKENS // recipe.seqlen)) * recipe.seqlen
 
 
 def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], work: MethodCost) -> dict[str, float]:
     config, settings = model.config, recipe.reconstruction
-    calibration, heldout = recipe.samples * recipe.seqlen, recipe.heldout_samples * recipe.seqlen
-    surveyed, tokens, trained = _survey_tokens(recipe), calibration + heldout, 0
-    solves = passes = training = 0.0
+    calibration, heldout = recipe.window_count * recipe.seqlen, recipe.heldout_samples * recipe.seqlen
+    surveyed, tokens, rebuilt, trained = _survey_tokens(recipe), calibration + heldout, 0, 0
+    solves = passes = training = orders = 0.0
     if settings is not None:
         # Forward and backward count as three passes in each epoch; then every epoch is judged.
-        trained = 3 * settings.epochs * calibration + (settings.epochs + 1) * (heldout or calibration) + 2 * calibration
+        rebuilt = 3 * settings.epochs * calibration + (settings.epochs + 1) * (heldout or calibration) + 2 * calibration
     if (last := recipe.distillation) is not None:
         # The same, with one more pass forward in each epoch; the head also gives the dense model's logits.
-        trained += 4 * last.epochs * calibration + (last.epochs + 1) * tokens
+        trained = 4 * last.epochs * calibration + (last.epochs + 1) * tokens
         logits = 2.0 * config.vocab_size * config.hidden_size
         training += (4 * last.epochs * calibration + 2 * (last.epochs + 1) * tokens) * logits
     survey = 6.0 * surveyed * config.vocab_size * config.hidden_size if recipe.needs_sensitivities else 0.0
@@ -246,15 +267,16 @@ def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], w
         # Of one token: the linears, and the scores and mixed values of the positions up to the end of its chunk.
         forward = sum(2 * o * i * share for o, i, share in block.linears)
         forward += 2 * (recipe.seqlen + QUERY_CHUNK) * config.num_heads * config.head_dim
-        inverses = sum(INVERSE * i**3 for _, i, _ in block.solved(recipe))
+        grams = block.gram_flops if block.solved else 0
+        inverses = sum(INVERSE * i**3 for _, i, _ in block.solved)
         solves += block.count * work.inverses * inverses
-        for outputs, inputs, _ in block.solved(recipe):
+        for outputs, inputs, _ in block.solved:
             solves += block.count * 2 * (work.products + MEASURING) * inputs**2 * outputs
             solves += block.count * (work.selections * SELECTION + work.updates) * inputs * outputs
         # Before and after pruning; the dense model's; and the Grams of its inputs.
-        passes += block.count * tokens * ((3 if recipe.needs_dense_stream else 2) * forward + block.gram_flops)
+        passes += block.count * tokens * ((3 if recipe.needs_dense_stream else 2) * forward + grams)
         if recipe.propagated_share:
-            passes += block.count * calibration * (forward + block.gram_flops)
+            passes += block.count * calibration * (forward + grams)
         if recipe.allocation == "owl":
             survey += 2 * block.count * calibration * forward
         if recipe.needs_sensitivities:
@@ -262,15 +284,21 @@ def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], w
             survey += 5 * block.count * surveyed * forward
         if recipe.allocation == "curves":
             # Each level has about six products and three selections, on some of the rows.
-            some = [(min(o, 256), i) for o, i, _ in block.linears]
+            some = [(min(o, 256), i) for o, i, _ in block.solved]
             level = sum(12 * i**2 * o + 3 * SELECTION * i * o for o, i in some)
             survey += block.count * (surveyed * block.gram_flops + inverses + len(LEVELS) * level)
-        training += block.count * trained * forward
+        training += block.count * (trained + (rebuilt if block.solved else 0)) * forward
+        if recipe.permute:
+            assert isinstance(recipe, Recipe)
+            for outputs, inputs in block.grouped:
+                groups = inputs / cast(NM, parse_pattern(recipe.pattern, None, (outputs, inputs))).m
+                orders += block.count * EXCHANGES * groups * min(groups, GROUPS) * min(outputs, ROWS)
     return {
         "layer solves": solves / SOLVE_EFFICIENCY,
         "forward passes and Grams": passes / PASS_EFFICIENCY,
         "survey": survey / PASS_EFFICIENCY,
         "training": training / PASS_EFFICIENCY,
+        **({"channel orders": orders} if orders else {}),
     }
 
 
@@ -288,7 +316,7 @@ def _phases(
     A method of your own (`work` is None) is taken for the one of ours with the largest workspace.
     """
     config = model.config
-    batch = windows_per_batch(recipe.samples, recipe.seqlen) * recipe.seqlen
+    batch = windows_per_batch(recipe.window_count, recipe.seqlen) * recipe.seqlen
     # A batch before a block and after it, of the dense model too.
     current = 4 * FLOAT32 * batch * config.hidden_size
     # Of one chunk of queries, before and after the softmax; a gradient keeps those of all chunks.
@@ -296,13 +324,13 @@ def _phases(
     pairs = 2 * FLOAT32 * recipe.seqlen * config.num_heads
     block = max(blocks, key=lambda b: b.parameters)
     weights = FLOAT32 * block.parameters
-    grams = max(b.gram_bytes for b in blocks)
+    grams = max(b.gram_bytes for b in blocks if b.solved)
     sets = 1 + (recipe.heldout_samples > 0) + (recipe.propagated_share > 0)
     square, wide = (work.square, work.wide) if work else (7.5, 10.0)
     spaces = [(square, wide), (5, 3)] if recipe.propagated_share else [(square, wide)]
-    workspace = max(s * i * i + w * i * o for s, w in spaces for b in blocks for o, i, _ in b.solved(recipe))
+    workspace = max(s * i * i + w * i * o for s, w in spaces for b in blocks for o, i, _ in b.solved)
     widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
-    rows = min(config.vocab_size, (recipe.samples + recipe.heldout_samples) * recipe.seqlen)
+    rows = min(config.vocab_size, (recipe.window_count + recipe.heldout_samples) * recipe.seqlen)
     running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS}
     phases: dict[str, dict[str, int]] = {
         "start": {
@@ -333,7 +361,7 @@ def _phases(
             "activations": survey_streams + current + batch * pairs + int(3 * FLOAT32 * batch * block.widths),
         }
     if recipe.reconstruction is not None:
-        window = min(recipe.reconstruction.windows, recipe.samples) * recipe.seqlen
+        window = min(recipe.reconstruction.windows, recipe.window_count) * recipe.seqlen
         seen = window * pairs + scores + int(3 * FLOAT32 * window * block.widths)
         phases["training"] = running | {
             # Dense and pruned, gradient, two moments, the best state, updates.
@@ -343,7 +371,7 @@ def _phases(
         }
     if recipe.distillation is not None:
         # As if nothing went: the smaller model is not known yet.
-        tokens = min(recipe.distillation.windows, recipe.samples) * recipe.seqlen
+        tokens = min(recipe.distillation.windows, recipe.window_count) * recipe.seqlen
         held = distillation_bytes(config, sum(b.count * b.parameters for b in blocks), block.parameters, tokens)
         seen = tokens * pairs // recipe.seqlen + int(3 * FLOAT32 * tokens * block.widths)
         held["activations of a step"] += 2 * start + seen

@@ -6,7 +6,7 @@ over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 whe
 model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from jaxtyping import Array, Float, Int
 from sparseopt.core.types import Observer
 from sparseopt.models import Decoder, Head, PrunableModel, check_window, open_model
 from sparseopt.pruning.activations import PASS_BYTES, windows_per_batch
-from sparseopt.pruning.calibration import BlockRunner, runner_of
+from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, check_pattern, count_groups, parse_pattern
 from sparseopt.pruning.texts import begin_windows, check_vocabulary
+from sparseopt.pruning.torch_runner import runner_of
 
 # Tokens whose logits are in memory at a time: 256 rows of a vocabulary of 50,000 are 50 MB.
 LOGIT_ROWS = 256
@@ -153,11 +154,14 @@ class LayerAudit:
         return self.zeros / self.size
 
 
-def audit_sparsity(model: str | Path | PrunableModel) -> list[LayerAudit]:
-    """Count the exact zeros of every prunable linear in the stored tensors, read back one by one."""
+def audit_sparsity(model: str | Path | PrunableModel, only: Collection[str] | None = None) -> list[LayerAudit]:
+    """Count the exact zeros of every prunable linear in the stored tensors, read back one by one.
+
+    `only` has the keys of the weights to count.
+    """
     return [
         LayerAudit(layer, weight.shape, int(weight.size - np.count_nonzero(weight)), weight.size)
-        for layer, weight in _linears(model)
+        for layer, weight in _linears(model, only)
     ]
 
 
@@ -193,17 +197,22 @@ class PatternAudit:
         return self.least == self.most == self.allowed
 
 
-def audit_pattern(model: str | Path | PrunableModel, pattern: str, sparsity: float | None = None) -> list[PatternAudit]:
+def audit_pattern(
+    model: str | Path | PrunableModel,
+    pattern: str,
+    sparsity: float | None = None,
+    only: Collection[str] | None = None,
+) -> list[PatternAudit]:
     """Count the non-zeros of every prunable linear group by group, in the stored tensors, read back one by one.
 
-    The pattern and its sparsity are given as in `prune_layer`.
+    The pattern and its sparsity are given as in `prune_layer`; `only` has the keys of the weights to count.
 
     Raises:
         ValueError: for an unknown pattern, or one that is impossible in some layer, which is named.
     """
     check_pattern(pattern, sparsity)
     audits = []
-    for layer, weight in _linears(model):
+    for layer, weight in _linears(model, only):
         try:
             audits.append(_audit(layer, weight, parse_pattern(pattern, sparsity, weight.shape)))
         except ValueError as error:
@@ -212,8 +221,8 @@ def audit_pattern(model: str | Path | PrunableModel, pattern: str, sparsity: flo
 
 
 def audit_stored(model: str | Path | PrunableModel, patterns: Mapping[str, Pattern]) -> list[PatternAudit]:
-    """As `audit_pattern`, with each linear's own pattern by the key of its weight."""
-    return [_audit(layer, weight, patterns[f"{layer}.weight"]) for layer, weight in _linears(model)]
+    """As `audit_pattern`, for the linears that have a pattern of their own, by the key of the weight."""
+    return [_audit(layer, weight, patterns[f"{layer}.weight"]) for layer, weight in _linears(model, patterns)]
 
 
 def _audit(layer: str, weight: np.ndarray, pattern: Pattern) -> PatternAudit:
@@ -222,9 +231,28 @@ def _audit(layer: str, weight: np.ndarray, pattern: Pattern) -> PatternAudit:
     return PatternAudit(layer, weight.shape, counts.unit, counts.each.size, counts.allowed, least, most)
 
 
-def _linears(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]:
+def masks(model: str | Path | PrunableModel) -> Iterator[tuple[str, np.ndarray]]:
+    """Which weights of a pruned model are kept, to train it elsewhere without changing its zeros.
+
+    Args:
+        model: a model folder, dense or packed, a GGUF file, a name on the hub, or an opened model.
+
+    Returns:
+        For every prunable linear the name of its weight in the checkpoint, and a bool array in the checkpoint's own
+        layout, True where the weight is not zero. Each is read when its turn comes; `dict(masks(folder))` holds all.
+
+    Raises:
+        ModelError: if the model cannot be used.
+    """
+    opened = open_model(model) if isinstance(model, str | Path) else model
+    return ((key, opened.as_stored(key, opened.stored(key) != 0)) for key in opened.linear_keys())
+
+
+def _linears(
+    model: str | Path | PrunableModel, only: Collection[str] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The linears by name, `only` those with these keys, read one by one."""
     model = open_model(model) if isinstance(model, str | Path) else model
-    for index in range(model.num_blocks):
-        for name in model.block_linears(index):
-            key = model.weight_key(index, name)
+    for key in model.linear_keys():
+        if only is None or key in only:
             yield key.removesuffix(".weight"), model.stored(key)

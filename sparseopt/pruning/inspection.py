@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from sparseopt.models.settings import BlockKind, DecoderConfig
 from sparseopt.pruning.cost import PLACES, output_bytes, prune_cost
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.patterns import pattern_count
-from sparseopt.pruning.plan import layer_patterns
+from sparseopt.pruning.plan import check_expert_tokens, default_windows, layer_patterns, layer_shares
 from sparseopt.pruning.recipe import Recipe
 
 # A tensor of block 3 is called `model.layers.3.…`, `transformer.h.3.…`, ...
@@ -22,7 +22,7 @@ _IN_BLOCK = re.compile(r".*?\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class LinearKind:
-    """Linears of one name and shape.
+    """Linears of one name, shape and sparsity.
 
     Attributes:
         name: inside its block, `*` for the number of an expert.
@@ -30,7 +30,9 @@ class LinearKind:
         inputs: its columns.
         count: over all blocks.
         dtype: as stored; float32 where stored quantised.
-        zeros: in all of them after pruning; None where this package's decoder does not run the model.
+        zeros: in all of them after pruning; None for those that stay as they are, and where this package's decoder does
+            not run the model.
+        blocks: that hold them, counted from 0; empty where this package's decoder does not run the model.
     """
 
     name: str
@@ -39,6 +41,7 @@ class LinearKind:
     count: int
     dtype: str
     zeros: int | None
+    blocks: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -86,7 +89,7 @@ class Inspection:
         revision: the commit on the hub, a sha; None for your own files.
         model_type: of the Hugging Face configuration.
         supported: whether this package's decoder has the family.
-        linears: that pruning takes, in the order of the first block.
+        linears: of the blocks, in the order of the first block.
         dtypes: bytes of the tensors by dtype, as they read.
         file_bytes: of the files with the tensors.
         parameters: of the model in all, a tied head counted once.
@@ -96,7 +99,8 @@ class Inspection:
         recipe: of the pruning run that is estimated, as plain values.
         kinds: of blocks; one where all are alike, none for a family that is not supported.
         unused_parameters: of tensors that the decoder does not have, such as an image encoder's.
-        zeros: in all linears after pruning; None for a family that is not supported, as what follows.
+        targeted_parameters: in linears that are pruned; None for a family that is not supported, as what follows.
+        zeros: in these after pruning.
         dense_bytes: of the output.
         packed_bytes: of the output with the zeros stored as a bitmask.
     """
@@ -119,6 +123,7 @@ class Inspection:
     recipe: dict[str, Any]
     kinds: tuple[Blocks, ...] = ()
     unused_parameters: int = 0
+    targeted_parameters: int | None = None
     zeros: int | None = None
     dense_bytes: int | None = None
     packed_bytes: int | None = None
@@ -132,7 +137,9 @@ class Inspection:
     def from_dict(cls, values: Mapping[str, Any]) -> "Inspection":
         fields = dict(values)
         fields["kinds"] = tuple(Blocks(kind["description"], tuple(kind["indices"])) for kind in fields["kinds"])
-        fields["linears"] = tuple(LinearKind(**linear) for linear in fields["linears"])
+        fields["linears"] = tuple(
+            LinearKind(**linear | {"blocks": tuple(linear["blocks"])}) for linear in fields["linears"]
+        )
         fields["estimate"] = None if fields["estimate"] is None else Estimate(**fields["estimate"])
         return cls(**fields)
 
@@ -149,8 +156,8 @@ def inspect_model(
             None for no estimate of the time.
 
     Raises:
-        ValueError: for a model whose files are unusable, and for a recipe that cannot be used or whose pattern a linear
-            cannot have. A family that this package does not have is not an error.
+        ValueError: for a model whose files are unusable, and for a recipe that cannot be used, whose pattern a linear
+            cannot have, or whose names match no linear. A family that this package does not have is not an error.
     """
     recipe = recipe or Recipe()
     method = recipe.check()
@@ -158,6 +165,9 @@ def inspect_model(
         raise ValueError(f"gflops must be positive and finite, given {gflops}")
     opened = open_source(source) if isinstance(source, str | Path) else source
     supported = opened.config.get("model_type") in FAMILIES
+    model = StreamedModel(opened) if supported else None
+    if model is not None and recipe.samples is None:
+        recipe = replace(recipe, samples=default_windows(model, recipe.seqlen))
     dtypes: Counter[str] = Counter()
     for info in opened.tensors.values():
         dtypes[info.dtype.name] += _size(info) * info.dtype.itemsize
@@ -171,13 +181,15 @@ def inspect_model(
         dtypes=dict(dtypes),
         file_bytes=sum(file.stat().st_size for file in files),
         recipe=recipe.as_dict(),
-        **(_known(StreamedModel(opened), recipe, method, gflops) if supported else _foreign(opened)),
+        **(_foreign(opened) if model is None else _known(model, recipe, method, gflops)),
     )
 
 
 def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, gflops: float | None) -> dict[str, Any]:
+    check_expert_tokens(model, recipe)
     tensors, keys = model.source.tensors, model.family.keys
-    patterns = layer_patterns(model, recipe, method)
+    shares = layer_shares(model, recipe)
+    patterns = layer_patterns(model, recipe, method, shares)
     kept = {key: pattern_count(pattern, model.weight_shape(key)) for key, pattern in patterns.items()}
     expected = model.family.expected_shapes(model.config)
     dense = output_bytes(model, recipe)
@@ -191,12 +203,13 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, gflops: fl
             Blocks(_described(kind, model.config), tuple(i for i, k in enumerate(model.config.kinds) if k == kind))
             for kind in dict.fromkeys(model.config.kinds)
         ),
-        "linears": _linears(model, kept),
+        "linears": _linears(model, shares, kept),
         "parameters": _total(tensors[key] for key in expected),
         "block_parameters": _total(
             tensors[key] for index in range(model.num_blocks) for key in model.block_keys(index).values()
         ),
-        "prunable_parameters": _total(tensors[key] for key in kept),
+        "prunable_parameters": _total(tensors[key] for key in model.linear_keys()),
+        "targeted_parameters": _total(tensors[key] for key in kept),
         "embedding_parameters": _size(tensors[keys.to_key("embed_tokens.weight")]),
         "head_parameters": 0 if model.config.tied else _size(tensors[keys.to_key("head.lm_head.weight")]),
         "unused_parameters": _total(tensors[key] for key in dense if key not in expected),
@@ -257,17 +270,23 @@ def _without_expert(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def _linears(model: StreamedModel, kept: Mapping[str, int]) -> tuple[LinearKind, ...]:
-    counts: Counter[tuple[str, int, int, str]] = Counter()
-    zeros: Counter[tuple[str, int, int, str]] = Counter()
+def _linears(model: StreamedModel, shares: Mapping[str, float], kept: Mapping[str, int]) -> tuple[LinearKind, ...]:
+    # Each kind with its share of zeros, None for those that stay as they are.
+    found: dict[tuple[str, int, int, str, float | None], list[tuple[int, int]]] = {}
     for index in range(model.num_blocks):
         for name in model.block_linears(index):
             key = model.weight_key(index, name)
             info = model.source.tensors[key]
-            kind = (_without_expert(name), *model.weight_shape(key), info.dtype.name)
-            counts[kind] += 1
-            zeros[kind] += _size(info) - kept[key]
-    return tuple(LinearKind(*kind[:3], count, kind[3], zeros[kind]) for kind, count in counts.items())
+            kind = (_without_expert(name), *model.weight_shape(key), info.dtype.name, shares.get(key))
+            found.setdefault(kind, []).append((index, _size(info) - kept.get(key, 0)))
+    return tuple(
+        LinearKind(
+            name, outputs, inputs, len(each), dtype,
+            zeros=None if share is None else sum(zeros for _, zeros in each),
+            blocks=tuple(dict.fromkeys(index for index, _ in each)),
+        )
+        for (name, outputs, inputs, dtype, share), each in found.items()
+    )  # fmt: skip
 
 
 def _described(kind: BlockKind, config: DecoderConfig) -> str:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.constraints import Support
 from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import HIGHEST, Quadratic
+from sparseopt.core.patterns import Within
 from sparseopt.core.problem import Problem, Status
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.types import pytree, static
@@ -39,6 +40,9 @@ KINDS: dict[str, Any] = {"float": jnp.floating, "bool": jnp.bool_, "int": jnp.in
 class LayerJob:
     """What to prune.
 
+    A weight off the support is zero in the answer, whatever it is in `weight`, which may be a target that is not zero
+    there. The pattern chooses among the others: where fewer are left than it asks for, all of them stay.
+
     Attributes:
         weight: dense weight, `[out, in]`, any float dtype; the answer keeps that dtype.
         gram: calibration Gram `XᵀX`, `[in, in]`, float32.
@@ -46,6 +50,7 @@ class LayerJob:
         pattern: which weights may survive.
         output_weights: of the squared error at each output, `[out]`, above 0; None for equal ones.
         input_variances: over the calibration tokens, `[in]`, in any common unit; None where they are not known.
+        support: the weights that may be non-zero, `[out, in]` bool; None for all.
     """
 
     weight: Any
@@ -54,6 +59,7 @@ class LayerJob:
     pattern: Pattern
     output_weights: Any = None
     input_variances: Any = None
+    support: Any = None
 
 
 @pytree
@@ -95,7 +101,10 @@ class LayerMethod(Protocol):
     """
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-        """Values that vanish off a mask with exactly the pattern's count."""
+        """Values that vanish off a mask with exactly the pattern's count.
+
+        Where some weights must stay zero, the pattern is `Within` another, and the mask may have fewer.
+        """
 
 
 class Energies(NamedTuple):
@@ -125,6 +134,7 @@ class LayerReport:
         kept: number of entries that the method's mask keeps.
         fits: whether that mask lies in the pattern.
         stray: number of non-zero values that the method gave off its mask; they are not stored.
+        supported: number of weights that may be non-zero; their total without a support.
         dead_inputs: number of inputs that were zero on every calibration token.
         steps: iterations of the method.
         status: a `Status`.
@@ -138,6 +148,7 @@ class LayerReport:
     kept: Any
     fits: Any
     stray: Any
+    supported: Any
     dead_inputs: Any
     steps: Any
     status: Any
@@ -221,14 +232,15 @@ def energies_of(
 def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
     """Scale, solve, undo the scaling, store, measure what was stored."""
     layer = scale_layer(job.weight, job.gram, job.output_weights, job.input_variances)
-    pruned = method(layer, job.pattern)
+    pattern = job.pattern if job.support is None else Within(job.pattern, job.support.T)
+    pruned = method(layer, pattern)
     dead = (layer.scale == 0)[:, None]
     inverse = jnp.where(dead, 0, 1 / jnp.where(dead, 1, layer.scale[:, None]))
     dense = job.weight.astype(jnp.float32)
     values = pruned.values * inverse / layer.output_scale
     # What a method left unchanged keeps its exact weight, and so does a weight on a dead input that the count forces
-    # us to keep; with nothing to prune, a refit has nothing to correct.
-    untouched = (pruned.values == layer.center) | dead | jnp.all(pruned.mask)
+    # us to keep; where only zeros are pruned, a refit has nothing to correct.
+    untouched = (pruned.values == layer.center) | dead | jnp.all(pruned.mask | (dense.T == 0))
     values = jnp.where(untouched, dense.T, values)
     stored = jnp.where(pruned.mask, values, 0).T.astype(job.weight.dtype)
     change = stored.astype(jnp.float32) - dense
@@ -242,8 +254,9 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
         test_energies=test_energies,
         zeros=jnp.sum(stored == 0, dtype=jnp.int32),
         kept=jnp.sum(pruned.mask, dtype=jnp.int32),
-        fits=job.pattern.value(pruned.mask.astype(jnp.float32)) == 0,
+        fits=pattern.value(pruned.mask.astype(jnp.float32)) == 0,
         stray=jnp.sum((pruned.values != 0) & ~pruned.mask, dtype=jnp.int32),
+        supported=jnp.int32(stored.size) if job.support is None else jnp.sum(job.support, dtype=jnp.int32),
         dead_inputs=jnp.sum(dead, dtype=jnp.int32),
         steps=jnp.asarray(pruned.steps, jnp.int32),
         status=jnp.where(finite, pruned.status, Status.NONFINITE).astype(jnp.int32),
@@ -266,8 +279,12 @@ def _answer(method: LayerMethod, layer: ScaledLayer, pattern: Pattern) -> Pruned
     return jax.tree.map(jnp.asarray, answer)
 
 
-def check_method(method: LayerMethod, pattern: Pattern, shape: tuple[int, ...], variances: bool = False) -> None:
-    """Trace a method on a layer of shape `(out, in)`, whose inputs' variances are known or not, without running it.
+def check_method(
+    method: LayerMethod, pattern: Pattern, shape: tuple[int, ...], variances: bool = False, support: bool = False
+) -> None:
+    """Trace a method on a layer of shape `(out, in)` without running it.
+
+    The variances of its inputs are known or not, and it has a support or not.
 
     Raises:
         ValueError: if the method refuses the pattern, or would not return a `Pruned` of that shape.
@@ -276,6 +293,8 @@ def check_method(method: LayerMethod, pattern: Pattern, shape: tuple[int, ...], 
     name = type(method).__name__
     shapes = ((inputs, inputs), (inputs, outputs), (inputs,), (outputs,), *[(inputs,)] * variances)
     layer = ScaledLayer(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    if support:
+        pattern = Within(pattern, jax.ShapeDtypeStruct((inputs, outputs), jnp.bool_))
     answer = jax.eval_shape(_answer, method, layer, pattern)
     kinds, expected = ("float", "bool", "int", "int"), ((inputs, outputs), (inputs, outputs), (), ())
     wrong = [
@@ -299,12 +318,16 @@ def check_answer(report: LayerReport, method: LayerMethod, pattern: Pattern) -> 
     if status is Status.NONFINITE:
         raise RuntimeError(f"the solve became non-finite: {status.advice}")
     name, expected = type(method).__name__, pattern_count(pattern, report.weight.shape)
-    if int(report.kept) != expected:
+    if int(report.kept) != expected and int(report.supported) == report.weight.size:
         raise RuntimeError(
             f"{name} kept {int(report.kept):,} of {report.weight.size:,} weights, the pattern {pattern} asks for "
             f"{expected:,}; its mask must have exactly the pattern's count, as `pattern.mask(score)` has"
         )
     if not bool(report.fits):
+        if int(report.kept) <= expected and int(report.supported) < report.weight.size:
+            raise RuntimeError(
+                f"{name} does not keep the zeros that are to stay; `pattern.mask(score)` gives a mask that does"
+            )
         counts = count_groups(np.asarray(report.weight), pattern)
         raise RuntimeError(
             f"{name} kept up to {counts.each.max()} {counts.unit}, the pattern {pattern} allows {counts.allowed}; "

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from sparseopt.core.patterns import NM, BlockTopK, GroupTopK, Pattern, RowTopK, TopK
+from sparseopt.core.patterns import NM, BlockTopK, GroupTopK, Pattern, RowTopK, TopK, Within
 
 __all__ = [
     "Counts",
@@ -123,7 +123,7 @@ def parse_pattern(text: str, sparsity: float | None, shape: tuple[int, ...]) -> 
 
 
 def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
-    """The number of surviving weights of a layer `(out, in)`.
+    """The number of surviving weights of a layer `(out, in)`; within a support the most.
 
     Raises:
         ValueError: for groups given by labels, see `group_size`.
@@ -140,6 +140,8 @@ def pattern_count(pattern: Pattern, shape: tuple[int, ...]) -> int:
             return int(k) * wide * high
         case GroupTopK(k):
             return int(k) * group_size(pattern) * outputs
+        case Within(inner):
+            return pattern_count(inner, shape)
 
 
 def group_size(pattern: GroupTopK) -> int:
@@ -191,6 +193,8 @@ def count_groups(weight: np.ndarray, pattern: Pattern) -> Counts:
         case GroupTopK(k):
             groups = alive.any(axis=0).reshape(-1, group_size(pattern)).any(axis=1)
             return Counts(np.array([np.count_nonzero(groups)]), int(k), "groups of inputs in the layer")
+        case Within(inner):
+            return count_groups(weight, inner)
 
 
 def check_cut(pattern: Pattern, shape: tuple[int, int], mesh: Mesh | None) -> None:

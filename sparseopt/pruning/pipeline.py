@@ -15,6 +15,7 @@ Over several devices the calibration windows are spread (`activations`), and so 
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,18 @@ from sparseopt.models import PrunableModel, Source, TorchModel, open_model
 from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches, Stream, embed_windows
 from sparseopt.pruning.block import DenseBlock, PruningError
 from sparseopt.pruning.branch import Branch, begin
-from sparseopt.pruning.calibration import runner_of
 from sparseopt.pruning.footprint import choose_footprint
 from sparseopt.pruning.patterns import check_cut
-from sparseopt.pruning.plan import CalibrationWindows, Plan, calibration_windows, check_same_calibration, make_plan
+from sparseopt.pruning.plan import (
+    CalibrationWindows,
+    Plan,
+    calibration_windows,
+    check_same_calibration,
+    describe_calibration,
+    make_plan,
+)
 from sparseopt.pruning.recipe import PassRecipe, Recipe
-from sparseopt.pruning.reports import Event, Footprint, LayerRecord, PruneReport
+from sparseopt.pruning.reports import Calibration, Event, Footprint, LayerRecord, PruneReport
 from sparseopt.pruning.run_folder import (
     Identity,
     Progress,
@@ -46,6 +53,7 @@ from sparseopt.pruning.run_folder import (
 from sparseopt.pruning.shaping import choose_shapes
 from sparseopt.pruning.shrinking import ShrinkRecipe
 from sparseopt.pruning.survey import survey
+from sparseopt.pruning.torch_runner import runner_of
 from sparseopt.system import processes
 from sparseopt.system.machine import parse_bytes, return_freed_memory
 
@@ -164,10 +172,12 @@ def prune_models(
         for key, pattern in plan.patterns.items():
             check_cut(pattern, model.weight_shape(key), mesh)
     windows = calibration_windows(model, plans[0].recipe)
+    calibration = describe_calibration(model, plans, windows)
+    plans = [replace(plan, recipe=replace(plan.recipe, samples=calibration.samples)) for plan in plans]
     processes.agree(
         {
             "recipes": [recipe_identity(plan.recipe) for plan in plans],
-            "calibration tokens": [windows.calibration.tolist(), windows.heldout.tolist()],
+            "calibration tokens": calibration.digest,
             "model": [model.source.name, model.source.config],
             "output folders": [str(folder) for folder in folders],
         }
@@ -182,7 +192,8 @@ def prune_models(
         if rest:
             footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
             return_freed_memory()
-            made = _run(model, rest, windows, identity, footprint, mesh, observer or (lambda *_: None), stop, start)
+            known = calibration, footprint
+            made = _run(model, rest, windows, identity, known, mesh, observer or (lambda *_: None), stop, start)
         reports = iter(made)
         return [
             read_report(identity, plan) if done else next(reports) for plan, done in zip(plans, finished, strict=True)
@@ -194,13 +205,13 @@ def _run(
     plans: Sequence[Plan],
     windows: CalibrationWindows,
     identity: Identity,
-    footprint: Footprint,
+    known: tuple[Calibration, Footprint],
     mesh: Mesh | None,
     observer: Observer,
     stop: Callable[[], bool] | None,
     start: float,
 ) -> list[PruneReport]:
-    """One pass for plans whose folders are claimed; `start` is when the run began."""
+    """One pass for plans whose folders are claimed; `known` is told at once, `start` is when the run began."""
     done, runner = 0, runner_of(model)
 
     def told(event: Event) -> None:
@@ -209,6 +220,8 @@ def _run(
         # What is pruned may be known only after the choice of sizes.
         observer(event, done, sum(len(plan.patterns) for plan in plans))
 
+    calibration, footprint = known
+    told(calibration)
     told(footprint)
     read = [progress_in(identity, plan).as_dict() for plan in plans] if processes.is_first() else []
     progress = [Progress.from_dict(each) for each in processes.told(read)]
@@ -248,6 +261,7 @@ def _run(
         "survey_seconds": survey_seconds,
         "calibration_seconds": runner.seconds,
         "calibration_gflops": runner.flops / max(runner.seconds, 1e-9) / 1e9,
+        "calibration": calibration,
         "footprint": footprint,
         "devices": 1 if mesh is None else mesh.size,
         "processes": processes.count(),

@@ -1,23 +1,38 @@
 """Floor 6: what the runs of one pass do and which tokens they see, checked against the model before any work."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from sparseopt.models import ModelError, PrunableModel, Sizes, TorchModel, check_window, sizes_of, smaller_model
+from sparseopt.models import (
+    ModelError,
+    PrunableModel,
+    Sizes,
+    StreamedModel,
+    TorchModel,
+    check_window,
+    open_model,
+    sizes_of,
+    smaller_model,
+)
+from sparseopt.pruning.documents import TextError, is_text
 from sparseopt.pruning.layer import LayerMethod, check_method, reads_variances
 from sparseopt.pruning.patterns import GroupTopK, Pattern, parse_pattern
-from sparseopt.pruning.recipe import PassRecipe, Recipe
+from sparseopt.pruning.recipe import LEAST_WINDOWS, MOST_WINDOWS, TOKENS_AN_INPUT, PassRecipe, Recipe
+from sparseopt.pruning.reports import Calibration
 from sparseopt.pruning.shrinking import BUDGET_ROUNDING, ShrinkRecipe, parameters_of, shrunk_sizes, smallest_sizes
-from sparseopt.pruning.texts import TextError, begin_windows, check_vocabulary, text_windows
+from sparseopt.pruning.targets import chosen_linears
+from sparseopt.pruning.texts import begin_windows, check_vocabulary, text_windows, token_digest
 
 # The linears that have fewer inputs in a smaller model: key-value groups, and channels.
 GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
 # Recipes that share a pass must agree in these.
-CALIBRATION_FIELDS = ("samples", "seqlen", "heldout_samples", "windows", "seed", "bos", "calibration")
+CALIBRATION_FIELDS = (
+    "samples", "seqlen", "heldout_samples", "windows", "seed", "bos", "calibration", "split", "column", "documents",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +44,7 @@ class Plan:
         patterns: which weights may survive, by the key of the weight of every linear that is pruned.
         output_weights: of the squared errors at a linear's outputs, `[out]`, by the same keys; empty for equal ones.
         sizes: of a smaller model; None where only zeros are made.
+        masks: a model of the same shape whose zeros become zeros; None for none.
     """
 
     recipe: PassRecipe
@@ -38,6 +54,14 @@ class Plan:
     patterns: Mapping[str, Pattern]
     output_weights: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     sizes: Sizes | None = None
+    masks: PrunableModel | None = None
+
+    def support(self, key: str, weight: np.ndarray) -> np.ndarray | None:
+        """The weights of a linear that may be non-zero, `[out, in]` bool as the dense weight; None for all."""
+        supports = [weight != 0] if self.recipe.keep_zeros else []
+        if self.masks is not None:
+            supports.append(self.masks.stored(key) != 0)
+        return np.logical_and.reduce(supports) if supports else None
 
     def place(self, index: int) -> int | None:
         """The index in the target of a block of the model; None for a block that goes."""
@@ -52,12 +76,13 @@ class Plan:
 
 
 def make_plan(model: PrunableModel, recipe: PassRecipe, folder: Path) -> Plan:
-    """The plan of a recipe for a model, with the recipe's sparsity in every linear, or its shares of groups.
+    """The plan of a recipe for a model, with the recipe's sparsity in every linear it targets, or its shares of groups.
 
     Raises:
-        ValueError: naming what the recipe asks for and the model cannot do, or the layer where the pattern is
-            impossible.
+        ValueError: naming what the recipe asks for and the model cannot do, names of linears that it does not have, or
+            the layer where the pattern is impossible.
     """
+    check_expert_tokens(model, recipe)
     if isinstance(recipe, ShrinkRecipe):
         method = recipe.check()
         plan = shrink_plan(model, Plan(recipe, method, folder, model, {}), shrunk_sizes(model, recipe))
@@ -67,7 +92,31 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, folder: Path) -> Plan:
     assert isinstance(recipe, Recipe)
     recipe = fitting_recipe(model, recipe)
     method = recipe.check()
-    return Plan(recipe, method, folder, model, layer_patterns(model, recipe, method))
+    patterns = layer_patterns(model, recipe, method, layer_shares(model, recipe))
+    return Plan(recipe, method, folder, model, patterns, masks=_model_of_masks(model, recipe, patterns))
+
+
+def _model_of_masks(model: PrunableModel, recipe: Recipe, keys: Collection[str]) -> PrunableModel | None:
+    """The opened model that `recipe.masks` names, None without; also checks that there are zeros to keep.
+
+    Raises:
+        ModelError: for weights that it lacks or that have another shape, and for a model without any zero.
+    """
+    masks = None if recipe.masks is None else open_model(recipe.masks)
+    if masks is not None:
+        found = {key: masks.weight_shape(key) for key in keys if key in masks.source.tensors}
+        shapes = {key: model.weight_shape(key) for key in keys}
+        if wrong := [key for key in keys if found.get(key) != shapes[key]]:
+            other = f"is {list(found[wrong[0]])} there" if wrong[0] in found else "is not there"
+            raise ModelError(
+                f"the masks in {recipe.masks} are not those of this model: {len(wrong)} of {len(shapes)} linears "
+                f"differ; {wrong[0]} {other}, expected {list(shapes[wrong[0]])}; give the same model, pruned"
+            )
+    for option, given in (("keep_zeros", model if recipe.keep_zeros else None), ("masks", masks)):
+        # Of a pruned model this reads one linear.
+        if given is not None and all(np.all(given.stored(key) != 0) for key in keys):
+            raise ModelError(f"{given.source.name} has no zero in any linear: leave {option} out, or prune it first")
+    return masks
 
 
 def shrink_plan(model: PrunableModel, plan: Plan, sizes: Sizes) -> Plan:
@@ -107,6 +156,15 @@ def _check_budget(model: PrunableModel, plan: Plan, recipe: ShrinkRecipe) -> Non
         )
 
 
+def check_expert_tokens(model: PrunableModel, recipe: PassRecipe) -> None:
+    """Raise a `ModelError` where experts are to see all tokens and there are none, or none that run in JAX."""
+    if recipe.expert_tokens == "all" and not (isinstance(model, StreamedModel) and model.config.experts):
+        raise ModelError(
+            "expert_tokens 'all' is for mixtures of experts of the families that run in JAX, and this "
+            f"{model.source.config.get('model_type')} model is none; leave it out"
+        )
+
+
 def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
     """The recipe for a model's blocks: those that run in torch are not trained, and their output errors count alike.
 
@@ -124,6 +182,8 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
         problems.append("reconstruct trains the blocks by their gradients; leave it open or say 0")
     if recipe.distillation is not None:
         problems.append("distil trains the model by its gradients; leave it out or say 0")
+    if recipe.permute:
+        problems.append("permute moves channels of linears that are known to follow each other; leave it out")
     if recipe.weighting == "residual":
         problems.append("weighting='residual' takes linears that are known to write into the stream; say 'uniform'")
     if problems:
@@ -134,27 +194,39 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, output_weights="uniform", reconstruct=0)
 
 
+def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
+    """The share of zeros of every linear that is pruned, in the model's order, by the key of its weight.
+
+    Raises:
+        ValueError: for names and expressions in the recipe that match no linear, or leave none.
+    """
+    keys = model.linear_keys()
+    owners = {key.rpartition(".")[0] for key in model.exported_keys()}
+    names = [key.removesuffix(".weight") for key in keys]
+    chosen = chosen_linears(names, sorted(owners.difference(names)), recipe.targets, recipe.ignore, recipe.sparsities)
+    assert recipe.sparsity is not None
+    return {f"{name}.weight": recipe.sparsity if own is None else own for name, own in chosen.items()}
+
+
 def layer_patterns(
-    model: PrunableModel, recipe: Recipe, method: LayerMethod, shares: Mapping[str, float] | None = None
+    model: PrunableModel, recipe: Recipe, method: LayerMethod, shares: Mapping[str, float]
 ) -> dict[str, Pattern]:
-    """The pattern of every linear, by the key of its weight; `shares` of zeros, by the same keys, replace the recipe's.
+    """The pattern of each linear that has a share of zeros, by the key of its weight.
 
     Raises:
         ValueError: naming the layer, if the pattern is impossible there or the method cannot take it.
     """
     patterns: dict[str, Pattern] = {}
     checked: set[tuple[int, ...]] = set()
-    for index in range(model.num_blocks):
-        for name in model.block_linears(index):
-            key = model.weight_key(index, name)
-            shape = model.weight_shape(key)
-            try:
-                patterns[key] = parse_pattern(recipe.pattern, shares[key] if shares else recipe.sparsity, shape)
-                if shape not in checked:
-                    check_method(method, patterns[key], shape, reads_variances(method))
-            except ValueError as error:
-                raise ValueError(f"{key.removesuffix('.weight')}: {error}") from error
-            checked.add(shape)
+    for key, share in shares.items():
+        shape = model.weight_shape(key)
+        try:
+            patterns[key] = parse_pattern(recipe.pattern, share, shape)
+            if shape not in checked:
+                check_method(method, patterns[key], shape, reads_variances(method), recipe.has_support)
+        except ValueError as error:
+            raise ValueError(f"{key.removesuffix('.weight')}: {error}") from error
+        checked.add(shape)
     return patterns
 
 
@@ -164,7 +236,7 @@ def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
     for recipe in recipes[1:]:
         # A calibration may be an array of token ids.
         pairs = [(name, getattr(recipe, name), getattr(first, name)) for name in CALIBRATION_FIELDS]
-        if differing := [name for name, own, other in pairs if not np.array_equal(own, other)]:
+        if differing := [name for name, own, other in pairs if own is not other and not np.array_equal(own, other)]:
             raise ValueError(
                 f"recipes of one pass must share their calibration tokens; these differ in {', '.join(differing)}: "
                 "prune them one by one"
@@ -179,20 +251,39 @@ class CalibrationWindows(NamedTuple):
     bos: int | None
 
 
+def default_windows(model: PrunableModel, seqlen: int) -> int:
+    """How many calibration windows of `seqlen` tokens a recipe that does not say gets for a model.
+
+    The number depends on the model alone, so that a run resumes with the same one on any machine; activations that do
+    not fit in memory go to disk.
+    """
+    return min(MOST_WINDOWS, max(LEAST_WINDOWS, -(-TOKENS_AN_INPUT * _widest(model) // seqlen)))
+
+
+def _widest(model: PrunableModel, keys: Collection[str] = ()) -> int:
+    """The most inputs of a linear in the model's blocks, or of those that have the keys given, if any."""
+    every = (model.weight_key(i, name) for i in range(model.num_blocks) for name in model.block_linears(i))
+    return max(model.weight_shape(key)[1] for key in keys or every)
+
+
 def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> CalibrationWindows:
     """Calibration and held-out windows; held-out ones follow the calibration's text.
+
+    Of a recipe that does not say how many, there are `default_windows`, or fewer, but at least 16, where the text is
+    too short for them.
 
     Raises:
         TextError: for a text that is too short, or token ids that do not fit.
         ModelError: for windows that are longer than the model is made for, or a BOS that the tokenizer does not have.
     """
-    bos = None
-    if isinstance(recipe.calibration, str):
+    bos, heldout = None, recipe.heldout_samples
+    if is_text(recipe.calibration):
         check_window(recipe.seqlen, model.config.max_positions)
-        count = recipe.samples + recipe.heldout_samples
+        count = recipe.samples or default_windows(model, recipe.seqlen)
         found = text_windows(
-            model.source, recipe.calibration, "calibration", count, recipe.seqlen,
-            bos=recipe.bos, choice=recipe.window_choice, seed=recipe.seed or 0,
+            model.source, recipe.calibration, "calibration", count + heldout, recipe.seqlen,
+            bos=recipe.bos, choice=recipe.window_choice, seed=recipe.seed or 0, split=recipe.split,
+            column=recipe.column, documents=recipe.documents, least=recipe.window_count + heldout,
         )  # fmt: skip
         windows, bos = begin_windows(*found), found.bos
     else:
@@ -202,12 +293,32 @@ def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> Calibration
                 "calibration token ids must be integers of shape [samples, seqlen], given "
                 f"{windows.dtype} of shape {list(windows.shape)}"
             )
-        if len(windows) <= recipe.heldout_samples:
+        if len(windows) <= heldout:
             raise TextError(
                 f"{len(windows)} windows of token ids leave none for calibration after "
-                f"{recipe.heldout_samples} held-out windows; give more or set heldout_samples=0"
+                f"{heldout} held-out windows; give more or set heldout_samples=0"
             )
         check_window(windows.shape[1], model.config.max_positions)
     check_vocabulary(windows, model.config.vocab_size)
-    split = len(windows) - recipe.heldout_samples
+    split = len(windows) - heldout
     return CalibrationWindows(windows[:split].astype(np.int32), windows[split:].astype(np.int32), bos)
+
+
+def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: CalibrationWindows) -> Calibration:
+    """What the reports of a pass say about the tokens that it sees."""
+    (samples, seqlen), recipe = windows.calibration.shape, plans[0].recipe
+    why = warning = None
+    if recipe.samples is None and is_text(recipe.calibration):
+        why = (
+            f"{TOKENS_AN_INPUT} tokens for each of the {_widest(model):,} inputs of the widest linear, in "
+            f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows"
+        )
+        if samples < default_windows(model, seqlen):
+            why += "; the text has no more"
+    inputs = _widest(model, [key for plan in plans for key in plan.patterns])
+    if samples * seqlen < inputs:
+        warning = (
+            f"calibration has {samples * seqlen:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
+            f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would do"
+        )
+    return Calibration(samples, len(windows.heldout), seqlen, token_digest(*windows[:2]), inputs, why, warning)

@@ -1,115 +1,36 @@
 """Floor 6: what to do to a model: one frozen recipe, checked as a whole before any work."""
 
 import re
-import textwrap
-import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from sparseopt.core.arguments import unknown
 from sparseopt.core.penalties import Penalty
 from sparseopt.core.penalty_names import BY_WEIGHT, penalty_of_weight
 from sparseopt.models import Bos
 from sparseopt.pruning.allocation import Allocation, check_allocation
-from sparseopt.pruning.calibration import Weighting
+from sparseopt.pruning.calibration import ExpertTokens, Weighting
 from sparseopt.pruning.distillation import Distillation
+from sparseopt.pruning.documents import TEXTS, check_text, is_text
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import METHODS, find_method
+from sparseopt.pruning.options import CALIBRATION, HOW, OUTPUT, WHAT, attributes, mistakes_of, option, options_of
 from sparseopt.pruning.patterns import KNOWN, check_pattern, implied_sparsity
 from sparseopt.pruning.reconstruction import Reconstruction
-from sparseopt.pruning.texts import TEXTS, WindowChoice
+from sparseopt.pruning.targets import Patterns, Sparsities, check_choice, read_patterns, read_sparsities
+from sparseopt.pruning.texts import DocumentChoice, WindowChoice
 from sparseopt.pruning.training import Training
 
 OutputWeighting = Literal["uniform", "gradient"]
-# The headings that options are shown under.
-WHAT, HOW, CALIBRATION, OUTPUT = "What to prune", "How to prune", "Calibration", "Output"
 # What method "best" does unasked: epochs of reconstruction, and the fraction of upstream error that is corrected.
 BEST_EPOCHS = 4
 BEST_PROPAGATE = 0.25
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option; `options_of` fills in its name, its default, and what follows from the type of its field.
-
-    The shell's options, the settings of the experiment tasks, the checks and the reference are made from the options
-    of the recipes, so a new option is one new field.
-    """
-
-    help: str  # in a sentence or two; `{choices}` stands for its choices
-    panel: str  # the heading that it is shown under
-    type: Any = None  # of the values that a config can hold; given where Python code may give an object instead
-    choices: Collection[str] = ()  # the words that it may be; by default those of a `Literal`
-    read: Callable[[Any], Any] | None = None  # makes the value of a text, where the type does not say how
-    least: float | None = None
-    most: float | None = None
-    below: float | None = None
-    name: str = ""
-    default: Any = None
-    objects: bool = False  # whether Python code may give an object instead
-
-    @property
-    def allows_none(self) -> bool:
-        return type(None) in typing.get_args(self.type)
-
-    def mistake(self, value: Any) -> str | None:
-        """Why a value cannot be used, as far as that shows without the other options; None where it can."""
-        if (value is None and self.allows_none) or (self.objects and not isinstance(value, str | int)):
-            return None
-        if self.choices:
-            return None if value in self.choices else unknown(self.name, value, self.choices)
-        if self.most is not None or self.below is not None:
-            top, end = (self.most, "]") if self.below is None else (self.below, ")")
-            if not (self.least <= value <= top and value != self.below):
-                return f"{self.name} must lie in [{self.least:g}, {top:g}{end}, given {value}"
-        elif self.least is not None and not value >= self.least:
-            return f"{self.name} must be at least {self.least:g}, given {value}"
-        return None
-
-
-def option(default: Any, help: str, panel: str, **details: Any) -> Any:
-    """A field of a dataclass that is an option; `details` are further attributes of `Option`."""
-    return field(default=default, metadata={"option": Option(help, panel, **details)})
-
-
-def options_of(kind: type) -> dict[str, Option]:
-    """The options of a dataclass, by name."""
-    hints, found = typing.get_type_hints(kind), {}
-    for each in fields(kind):
-        given: Option = each.metadata["option"]
-        hint = given.type or hints[each.name]
-        literals = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is typing.Literal]
-        choices = tuple(given.choices or (word for part in literals for word in typing.get_args(part)))
-        text = given.help.format(choices=" or ".join(", ".join(choices).rsplit(", ", 1)))
-        found[each.name] = replace(
-            given, help=text, type=hint, choices=choices, name=each.name, default=each.default, objects=bool(given.type)
-        )
-    return found
-
-
-def attributes(options: Iterable[Option]) -> str:
-    """The "Attributes:" section of a class's docstring."""
-    section = "    Attributes:\n"
-    for each in options:
-        default = "" if each.default is None else f" Default: {each.default}."
-        line = f"{each.name}: {each.help}{default}"
-        section += textwrap.fill(line, 110, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
-    return section
-
-
-def mistakes_of(checks: Iterable[Callable[[], Any]]) -> list[str]:
-    """The texts of the ValueErrors that these checks raise."""
-    found = []
-    for check in checks:
-        try:
-            check()
-        except ValueError as error:
-            found.append(str(error))
-    return found
+# Calibration windows, where their number is not given: as many as give the widest linear so many tokens an input.
+TOKENS_AN_INPUT, LEAST_WINDOWS, MOST_WINDOWS = 4, 16, 128
 
 
 def read_bounds(given: Any) -> Any:
@@ -120,6 +41,11 @@ def read_bounds(given: Any) -> Any:
         return tuple(float(part) for part in given.split(","))
     except ValueError:
         raise ValueError(f"bounds must be two numbers with a comma between, as in 0.3,0.8, given {given!r}") from None
+
+
+def read_pattern(given: Any) -> Any:
+    """The text of a pattern. YAML 1.1 reads an unquoted 2:4 as a number of base 60, and no pattern is a number."""
+    return f"{given // 60}:{given % 60}" if isinstance(given, int) and given >= 60 else given
 
 
 PRESETS = tuple(dict.fromkeys(preset for method in METHODS.values() for preset in method.presets))
@@ -133,8 +59,8 @@ class PassRecipe(ABC):
     """What all recipes say: the method, and the tokens that one pass over the blocks sees.
 
     In Python, `method` may also be a `LayerMethod` of your own, `reconstruct` a whole `Reconstruction`, and
-    `calibration` token ids `[samples, seqlen]`, which are taken as they are: their last `heldout_samples` windows are
-    held out.
+    `calibration` a list of texts or of chats (lists of messages with `role` and `content`), or token ids
+    `[samples, seqlen]`, which are taken as they are: their last `heldout_samples` windows are held out.
 
     On few tokens a larger `ridge` overfits less: 0.1 is best, by held-out error, for 8,192 tokens of SmolLM2. The
     relative errors in a report weight tokens as the Gram matrices do, and outputs equally; with `propagate` they are
@@ -170,20 +96,44 @@ class PassRecipe(ABC):
         HOW, type=int, least=0,
     )  # fmt: skip
     calibration: Any = option(
-        "pydoc", f"Calibration text: {TEXTS}. Of a file the first half is read.", CALIBRATION, type=str
+        "pydoc",
+        f"Calibration text: {TEXTS}. Of a file the first half is read, of rows every other one.",
+        CALIBRATION, type=str,
+    )  # fmt: skip
+    split: str | None = option(
+        None, "Split of a hub data set. Default: validation to calibrate, test to evaluate.", CALIBRATION
+    )
+    column: str | None = option(
+        None,
+        "Column of the rows that has the texts, or chats as lists of messages, for which the model has a template. "
+        "Default: text, else messages, else conversations.",
+        CALIBRATION,
+    )
+    documents: DocumentChoice = option(
+        "packed", "How documents become windows: {choices}; joined and cut, or one document a window.", CALIBRATION
     )
     bos: Bos = option(
         "auto",
         "Begin every window with the BOS token: {choices}; auto does as the model's tokenizer.",
         CALIBRATION,
     )
-    samples: int = option(16, "Calibration windows.", CALIBRATION, least=1)
+    samples: int | None = option(
+        None,
+        f"Calibration windows. Default: {TOKENS_AN_INPUT} tokens for each input of the widest linear, in "
+        f"{LEAST_WINDOWS} to {MOST_WINDOWS} windows.",
+        CALIBRATION, least=1,
+    )  # fmt: skip
     seqlen: int = option(512, "Tokens in a calibration window.", CALIBRATION, least=2)
     heldout_samples: int = option(4, "Further windows, for the held-out error; 0 for none.", CALIBRATION, least=0)
     windows: WindowChoice | None = option(
         None, "Which windows of the text are taken: {choices}. Default: spread, evenly from all of it.", CALIBRATION
     )
     seed: int | None = option(None, "Seed for windows random. Default: 0.", CALIBRATION, least=0)
+    expert_tokens: ExpertTokens = option(
+        "routed",
+        "Which calibration tokens an expert is pruned by: {choices}. The stream stays the routed one.",
+        CALIBRATION,
+    )
     min_expert_tokens: int = option(
         64, "An expert that receives fewer calibration tokens than this is pruned by magnitude.", CALIBRATION, least=0
     )
@@ -200,7 +150,19 @@ class PassRecipe(ABC):
         return None
 
     @property
+    def keep_zeros(self) -> bool:
+        return False
+
+    @property
+    def masks(self) -> str | None:
+        return None
+
+    @property
     def pack(self) -> bool:
+        return False
+
+    @property
+    def permute(self) -> bool:
         return False
 
     @property
@@ -224,10 +186,15 @@ class PassRecipe(ABC):
             *self._checks(),
         ]
         problems = [*wrong.values(), *mistakes_of(check for names, check in checks if not wrong.keys() & set(names))]
-        if self.bos == "yes" and not isinstance(self.calibration, str):
-            problems.append("bos is for text; calibration token ids are taken as they are: put BOS in front of them")
-        if self.windows is not None and not isinstance(self.calibration, str):
-            problems.append("windows is for text; calibration token ids are taken as they are: leave windows out")
+        if is_text(self.calibration):
+            problems += mistakes_of([lambda: check_text(self.calibration, self.split, self.column)])
+        else:
+            ids = "is for text; calibration token ids are taken as they are"
+            if self.bos == "yes":
+                problems.append(f"bos {ids}: put BOS in front of them")
+            given = {"windows": self.windows, "split": self.split, "column": self.column}
+            given |= {"documents": self.documents if self.documents == "separate" else None}
+            problems += [f"{name} {ids}: leave {name} out" for name, value in given.items() if value is not None]
         if self.seed is not None and self.windows != "random":
             problems.append(f"seed is for windows 'random', and windows is {self.window_choice!r}; leave the seed out")
         if problems:
@@ -245,6 +212,11 @@ class PassRecipe(ABC):
     @property
     def window_choice(self) -> WindowChoice:
         return self.windows or "spread"
+
+    @property
+    def window_count(self) -> int:
+        """Calibration windows; the least where a model is still to decide on the default."""
+        return self.samples or LEAST_WINDOWS
 
     def output_weighting(self) -> OutputWeighting:
         return self.output_weights or ("gradient" if self.method == "best" else "uniform")
@@ -282,7 +254,11 @@ class PassRecipe(ABC):
         if self.penalty is not None:
             values["penalty"] = described(self.penalty)
         if not isinstance(self.calibration, str):
-            values["calibration"] = f"token ids of shape {list(np.shape(self.calibration))}"
+            values["calibration"] = (
+                f"{len(self.calibration)} documents"
+                if is_text(self.calibration)
+                else f"token ids of shape {list(np.shape(self.calibration))}"
+            )
         return values
 
 
@@ -291,17 +267,41 @@ class Recipe(PassRecipe):
     """How `prune_model` prunes.
 
     In Python, `penalty` may also be an object as in `prune_layer`. Without `bounds` a layer's sparsity lies in
-    `default_bounds`; the total of an `allocation` is exact.
+    `default_bounds`; the total of an `allocation`, over the linears that are pruned, is exact. Patterns of linears: see
+    `targets`; embeddings and heads are never pruned.
+
+    With `keep_zeros` or `masks` the weights are chosen, and fitted, among the others only. A linear that has as many
+    zeros as are asked for, or more, keeps its mask.
     """
 
     sparsity: float | None = option(
         None,
-        "Fraction of zeros in every linear. Default: 0.5, or that of the n:m pattern.",
+        "Fraction of zeros in every linear. Default: 0.5, that of the n:m pattern, or none beside zeros that stay.",
         WHAT,
         least=0,
         below=1,
     )
-    pattern: str = option("unstructured", f"Which weights may stay: {KNOWN}.", WHAT)
+    pattern: str = option("unstructured", f"Which weights may stay: {KNOWN}.", WHAT, read=read_pattern)
+    keep_zeros: bool = option(False, "Weights that are zero in the model stay zero.", WHAT)
+    masks: str | None = option(
+        None, "A pruned model of the same shape, given as the model is: weights that are zero in it become zero.", WHAT
+    )
+    targets: Patterns | None = option(
+        None,
+        "Which linears, by name (model.layers.0.mlp.down_proj), end of name (down_proj) or regular expression "
+        "(re:.*mlp), with commas between. Default: all in the blocks.",
+        WHAT,
+        read=read_patterns,
+    )
+    ignore: Patterns | None = option(
+        None, "Linears to leave out, given likewise; it wins over targets.", WHAT, read=read_patterns
+    )
+    sparsities: Sparsities | None = option(
+        None,
+        "Other sparsities by linear, as in down_proj=0.6,re:.*self_attn=0.4; 0 leaves a linear as it is. Names win "
+        "over expressions, longer names over shorter ones, the first expression over the next.",
+        WHAT, type=dict[str, float] | None, read=read_sparsities,
+    )  # fmt: skip
     allocation: Allocation = option(
         "uniform", "How the sparsity is distributed over the layers: {choices}. Not for n:m patterns.", WHAT
     )
@@ -315,13 +315,28 @@ class Recipe(PassRecipe):
         "pattern unstructured.",
         HOW, type=str | None, choices=BY_WEIGHT, read=lambda name: penalty_of_weight(name, 1.0),
     )  # fmt: skip
+    permute: bool = option(
+        False,
+        "Reorder channels so that an n:m pattern keeps more; the dense model computes the same in that order.",
+        WHAT,
+    )
     pack: bool = option(False, "Store zeros as a bitmask; `sparseopt unpack` makes what transformers loads.", OUTPUT)
 
     def __post_init__(self) -> None:
+        for name in ("targets", "ignore"):
+            object.__setattr__(self, name, read_patterns(getattr(self, name)))
+        if isinstance(self.sparsities, Mapping):
+            object.__setattr__(self, "sparsities", tuple(self.sparsities.items()))
         if self.sparsity is None:
             implied = implied_sparsity(self.pattern)
             if implied is None or 0 <= implied < 1:
-                object.__setattr__(self, "sparsity", 0.5 if implied is None else implied)
+                default = 0.0 if self.has_support else 0.5
+                object.__setattr__(self, "sparsity", default if implied is None else implied)
+
+    @property
+    def has_support(self) -> bool:
+        """Whether some weights are known to be zero before a linear is solved."""
+        return self.keep_zeros or self.masks is not None
 
     def find_method(self) -> LayerMethod:
         return find_method(self.method, self.preset, self.penalty, self.ridge, self.pattern)
@@ -334,8 +349,26 @@ class Recipe(PassRecipe):
             if self.penalty is not None and self.pattern != "unstructured":
                 raise ValueError(f"a penalty chooses weights anywhere, which contradicts the pattern {self.pattern!r}")
 
+        def by_linear() -> None:
+            fits = partial(check_pattern, self.pattern)
+            check_choice(self.targets, self.ignore, self.sparsities, fits, self.allocation)
+
+        def permuted() -> None:
+            if not self.permute:
+                return
+            if not implied_sparsity(self.pattern):
+                raise ValueError(
+                    f"permute is for n:m patterns with zeros, where the order of the inputs counts, and the pattern is "
+                    f"{self.pattern!r}; leave it out"
+                )
+            others = {name: getattr(self, name) for name in ("keep_zeros", "masks", "targets", "ignore", "sparsities")}
+            if given := [name for name, value in others.items() if value]:
+                raise ValueError(f"permute moves channels of all linears, which contradicts {given[0]}: leave one out")
+
         return (
+            ((), permuted),
             (("sparsity",), lambda: check_pattern(self.pattern, self.sparsity)),
+            (("allocation",), by_linear),
             (("allocation", "sparsity"), allocated),
             ((), anywhere),
         )

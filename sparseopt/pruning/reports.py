@@ -52,6 +52,7 @@ class LayerRecord(_Record):
         tokens: calibration tokens that reached it; of experts, those routed to it.
         starved: an expert with too few of them, pruned by magnitude; its errors are those of the weights then.
         output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
+        given_zeros: weights that had to be zero: those of the source with `keep_zeros`, and those of `masks`.
     """
 
     kind = "layer"
@@ -71,6 +72,7 @@ class LayerRecord(_Record):
     tokens: int
     starved: bool = False
     output_blocks: int = 1
+    given_zeros: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -191,6 +193,21 @@ class ShapeRecord(_Record):
     def sizes(self) -> Sizes:
         return Sizes(self.channels, self.kv_heads, self.blocks, self.experts)
 
+    def kept(self) -> str:
+        """How many of each part stay, where they are fewer."""
+        kept = [
+            f"{new:,} of {old:,} {name}"
+            for new, old, name in zip(
+                (self.channels, self.kv_heads, len(self.blocks), self.experts),
+                self.dense,
+                ("channels", "key-value groups", "blocks", "experts"),
+                strict=True,
+            )
+            if new is not None and old is not None and new < old
+        ]
+        without = f", without blocks {', '.join(map(str, self.removed))}" if self.removed else ""
+        return f"{', '.join(kept)}{without}"
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -217,6 +234,29 @@ class Footprint:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The tokens that a run sees, known before it starts.
+
+    Attributes:
+        samples: calibration windows.
+        heldout_samples: held-out windows.
+        seqlen: tokens in a window.
+        digest: of all windows, calibration before held out, as the model reads them, see `texts.token_digest`.
+        inputs: of the widest linear that is pruned.
+        why: what decided the number of windows; None where it was given.
+        warning: that there are fewer tokens than inputs, and how many windows would do; None where there are not.
+    """
+
+    samples: int
+    heldout_samples: int
+    seqlen: int
+    digest: str
+    inputs: int
+    why: str | None
+    warning: str | None
+
+
+@dataclass(frozen=True)
 class Replay:
     """The records that follow are those of a block, of so many linears, that an earlier run finished."""
 
@@ -224,7 +264,17 @@ class Replay:
 
 
 # A text names what is being measured or trained, a step at a time.
-Event = Footprint | Replay | RemovalRecord | ShapeRecord | LayerRecord | BlockRecord | DistillationRecord | str
+Event = (
+    Calibration
+    | Footprint
+    | Replay
+    | RemovalRecord
+    | ShapeRecord
+    | LayerRecord
+    | BlockRecord
+    | DistillationRecord
+    | str
+)
 
 
 @dataclass(frozen=True)
@@ -239,6 +289,7 @@ class PruneReport:
         route: what ran the blocks: "flax", or "torch" for a family that is not known here.
         layers: a record each, in the model's order.
         blocks: a record of each block that was reconstructed.
+        prunable_size: number of weights in all linears of the model's blocks, those that stay dense included.
         plans: number of recipes that shared the pass over the blocks.
         bos: the token id before every window; None for none.
         solver_seconds: device time of all layer solves, without compilation.
@@ -250,6 +301,7 @@ class PruneReport:
         calibration_gflops: their rate, 10⁹ floating-point operations a second.
         seconds: the whole run.
         peak_memory_bytes: largest resident set of the process so far.
+        calibration: the tokens that the run saw.
         footprint: what the run was expected to take.
         dense_bytes: of the model's tensors in the dtypes written, dense.
         stored_bytes: of the same tensors as stored; fewer only where they were packed.
@@ -270,6 +322,7 @@ class PruneReport:
     route: Literal["flax", "torch"]
     layers: list[LayerRecord] = field(repr=False)
     blocks: list[BlockRecord] = field(repr=False)
+    prunable_size: int
     plans: int
     bos: int | None
     solver_seconds: float
@@ -281,6 +334,7 @@ class PruneReport:
     calibration_gflops: float
     seconds: float
     peak_memory_bytes: int
+    calibration: Calibration
     footprint: Footprint
     dense_bytes: int
     stored_bytes: int
@@ -301,7 +355,8 @@ class PruneReport:
             KeyError, TypeError: if a figure is missing.
         """
         own = _own_fields(cls, summary) | records | {"output": output, "kept": True}
-        return cls(**own | {"footprint": Footprint(**summary["footprint"])})
+        kinds = {"footprint": Footprint, "calibration": Calibration}
+        return cls(**own | {name: kind(**summary[name]) for name, kind in kinds.items()})
 
     @property
     def sparsity(self) -> float:
@@ -311,8 +366,18 @@ class PruneReport:
         return sum(r.zeros for r in self.layers) / sum(r.size for r in self.layers)
 
     @property
+    def total_sparsity(self) -> float:
+        """The share of these zeros in all linears of the blocks; 0 for a smaller dense model."""
+        return 0.0 if self.shape is not None else sum(r.zeros for r in self.layers) / self.prunable_size
+
+    @property
     def starved_experts(self) -> list[str]:
         return sorted({r.layer.rpartition(".")[0] for r in self.layers if r.starved})
+
+    @property
+    def kept_masks(self) -> list[str]:
+        """The layers that had at least the zeros asked for, and so keep the mask that they had."""
+        return [r.layer for r in self.layers if r.given_zeros and r.zeros == r.given_zeros]
 
     @property
     def blocked_layers(self) -> dict[str, int]:
@@ -328,9 +393,12 @@ class PruneReport:
             "layers": len(self.layers),
             "reconstructed_blocks": len(self.blocks),
             "sparsity": self.sparsity,
+            "total_sparsity": self.total_sparsity,
             "mean_relative_error": mean(r.relative_error for r in self.layers),
             "mean_heldout_error": mean(r.heldout_error for r in self.layers if r.heldout_error is not None),
             "dead_inputs": sum(r.dead_inputs for r in self.layers),
+            "given_zeros": sum(r.given_zeros for r in self.layers),
+            "kept_masks": len(self.kept_masks),
             "starved_experts": self.starved_experts,
             "blocked_layers": self.blocked_layers,
             **environment(),

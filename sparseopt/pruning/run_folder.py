@@ -28,13 +28,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.models import OUTER_TAG, ModelError, PrunableModel, TorchModel, block_tag, shard_name, trained_tag
+from sparseopt.models import (
+    OUTER_TAG,
+    ModelError,
+    PrunableModel,
+    TorchModel,
+    block_tag,
+    open_model,
+    shard_name,
+    trained_tag,
+)
 from sparseopt.models.packed import PACKED_INDEX
 from sparseopt.models.prunable import digest
 from sparseopt.models.safetensors_file import read_header
 from sparseopt.pruning.plan import Plan, shrink_plan
 from sparseopt.pruning.recipe import PassRecipe, described
 from sparseopt.pruning.reports import BlockRecord, DistillationRecord, LayerRecord, PruneReport, ShapeRecord
+from sparseopt.pruning.texts import token_digest
 from sparseopt.system import processes, run_folder
 from sparseopt.system.machine import versions
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, differences, read_start
@@ -53,13 +63,18 @@ class Identity:
 
     def __init__(self, model: PrunableModel, calibration: np.ndarray, heldout: np.ndarray) -> None:
         self.model = model
-        tokens = {"calibration": calibration, "held-out": heldout}
-        self._tokens = digest((name, array, [array]) for name, array in tokens.items())
+        self._tokens = token_digest(calibration, heldout)
+        self._masks: dict[str, str] = {}
 
     @cached_property
     def _weights(self) -> str:
         """A digest; the whole source is read for it, once."""
         return self.model.check_finite()
+
+    def _masks_in(self, source: str) -> str:
+        if source not in self._masks:
+            self._masks[source] = open_model(source).check_finite()
+        return self._masks[source]
 
     def of(self, recipe: PassRecipe) -> Fingerprint:
         """What decides the result of a recipe's run, as plain JSON values."""
@@ -74,6 +89,7 @@ class Identity:
                     "weights": self._weights,
                     "tokens": self._tokens,
                     "recipe": recipe_identity(recipe),
+                    **({} if recipe.masks is None else {"masks": self._masks_in(recipe.masks)}),
                     "versions": {name: found[name] for name in decisive if name in found},
                     # The kind of a CPU repeats the platform's name.
                     "device": " ".join(dict.fromkeys((device.platform, device.device_kind, platform.machine()))),

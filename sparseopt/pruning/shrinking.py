@@ -15,7 +15,8 @@ from typing import Any, Literal
 from sparseopt.models import ModelError, PrunableModel, Sizes, possible_kv_heads, sizes_of
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import METHODS, find_method
-from sparseopt.pruning.recipe import HOW, WHAT, Check, PassRecipe, attributes, option, options_of
+from sparseopt.pruning.options import HOW, KEEP, attributes, option, options_of
+from sparseopt.pruning.recipe import Check, PassRecipe
 
 # A share may be rounded by this much of the whole at most.
 ROUNDING = 0.05
@@ -38,23 +39,23 @@ class ShrinkRecipe(PassRecipe):
     """
 
     method: Any = option("best", "How channels and heads are chosen: {choices}.", HOW, type=str, choices=CHOOSING)
-    channels: float = option(1.0, "Fraction of the MLP's channels that stay.", WHAT, least=0, most=1)
+    channels: float = option(1.0, "Fraction of the MLP's channels that stay.", KEEP, least=0, most=1)
     heads: float = option(
-        1.0, "Fraction of the key-value groups that stay, each with its query heads.", WHAT, least=0, most=1
+        1.0, "Fraction of the key-value groups that stay, each with its query heads.", KEEP, least=0, most=1
     )
-    layers: float = option(1.0, "Fraction of the blocks that stay.", WHAT, least=0, most=1)
-    experts: float = option(1.0, "Fraction of the experts that stay, in a mixture.", WHAT, least=0, most=1)
+    layers: float = option(1.0, "Fraction of the blocks that stay.", KEEP, least=0, most=1)
+    experts: float = option(1.0, "Fraction of the experts that stay, in a mixture.", KEEP, least=0, most=1)
     parameters: float | None = option(
         None,
         "Fraction of all parameters that stays, in place of the fractions above, which measured losses then choose.",
-        WHAT, least=0, below=1,
+        KEEP, least=0, below=1,
     )  # fmt: skip
     latency: float | None = option(
         None,
         "The same for the time of a token, measured on this machine. Not for mixtures of experts.",
-        WHAT, least=0, below=1,
+        KEEP, least=0, below=1,
     )  # fmt: skip
-    multiple: int = option(64, "The number of channels is rounded to a multiple of this.", WHAT, least=1)
+    multiple: int = option(64, "The number of channels is rounded to a multiple of this.", KEEP, least=1)
     block_score: BlockScore = option(
         "loss",
         "Which blocks go: {choices}; those whose absence raises the loss least, or that turn the stream least.",
@@ -66,7 +67,7 @@ class ShrinkRecipe(PassRecipe):
         return find_method(self.method, ridge=self.ridge, pattern="group:1")
 
     def _checks(self) -> Sequence[Check]:
-        return (((*SHARES, *BUDGETS), self._check_shares),)
+        return (((*SHARES, *BUDGETS, "expert_tokens"), self._check_shares),)
 
     def _check_shares(self) -> None:
         given = {name: share for name in SHARES if (share := getattr(self, name)) != 1}
@@ -77,6 +78,10 @@ class ShrinkRecipe(PassRecipe):
             raise ValueError("parameters and latency are two budgets: give one of them")
         if budgets and given:
             raise ValueError(f"{next(iter(budgets))} chooses what goes: leave {' and '.join(given)} out")
+        if self.experts < 1 and self.expert_tokens == "all":
+            raise ValueError(
+                "experts are removed by what they add to the tokens routed to them: leave expert_tokens 'all' out"
+            )
         if not budgets and not given:
             raise ValueError("nothing would go: give channels, heads, layers or experts below 1, or a budget")
 

@@ -119,9 +119,9 @@ def _solve_batch(batch: Sequence[LayerTask], method: LayerMethod, mesh: Mesh) ->
 def solve_side_by_side(jobs: Sequence[LayerJob], method: LayerMethod, mesh: Mesh) -> list[Timed]:
     """Solve layers of one shape at the same time, one on each device of a mesh, each at its own number of steps.
 
-    The jobs, at most as many as devices, differ in numbers only: weights and output weights on the host, the Grams on
-    one device or whole on each. Reports are host arrays, the same in every process, each with an even share of the
-    time.
+    The jobs, at most as many as devices, differ in numbers only: weights, output weights and supports on the host, the
+    Grams on one device or whole on each. Reports are host arrays, the same in every process, each with an even share of
+    the time.
 
     Raises:
         MemoryError: in every process, if memory ran out in any.

@@ -91,7 +91,9 @@ def survey(
     The stream is that of the windows before the first block.
     """
     recipes = [plan.recipe for plan in plans]
-    levels = _levels([recipe for recipe in recipes if isinstance(recipe, Recipe) and recipe.allocation == "curves"])
+    by_curves = [plan for plan in plans if plan.recipe.allocation == "curves"]
+    levels = _levels([recipe for plan in by_curves if isinstance(recipe := plan.recipe, Recipe)])
+    curved = {key for plan in by_curves for key in plan.patterns}
     weights: dict[str, np.ndarray] = {}
     curves: dict[str, np.ndarray] = {}
     outliers: list[float] = []
@@ -105,8 +107,9 @@ def survey(
         for site in backward_sweep(model, batches, tokens, runner, told, skipped=skipped):
             keys = {name: model.weight_key(site.index, name) for name in site.sensitivity}
             weights |= {keys[name]: output_weights(value) for name, value in site.sensitivity.items()}
-            if len(levels):
-                curves |= {keys[name]: curve for name, curve in _curves(site, levels, runner).items()}
+            names = [name for name, key in keys.items() if key in curved]
+            if names:
+                curves |= {keys[name]: curve for name, curve in _curves(site, names, levels, runner).items()}
         weights, curves = agreed((weights, curves))
     if any(recipe.allocation == "owl" for recipe in recipes):
         batches = stream.calibration
@@ -119,7 +122,7 @@ def survey(
     for plan in plans:
         recipe, patterns = plan.recipe, plan.patterns
         if isinstance(recipe, Recipe) and recipe.allocation != "uniform" and recipe.sparsity is not None:
-            shares = _shares(model, recipe, levels, curves, outliers)
+            shares = _shares(model, plan, recipe, levels, curves, outliers)
             patterns = layer_patterns(model, recipe, plan.method, shares)
         own_weights = weights if recipe.output_weighting() == "gradient" else {}
         found.append(replace(plan, patterns=patterns, output_weights=own_weights))
@@ -139,15 +142,15 @@ def _bounds(recipe: Recipe) -> tuple[float, float]:
     return recipe.bounds or default_bounds(recipe.sparsity or 0.0)
 
 
-def _curves(site: Site, levels: np.ndarray, runner: BlockRunner) -> dict[str, np.ndarray]:
+def _curves(site: Site, names: Sequence[str], levels: np.ndarray, runner: BlockRunner) -> dict[str, np.ndarray]:
     """Estimated loss at the levels, by linear; token weights as those of method best, at a mean of 1."""
     grams = runner.grams(site.block, site.batches, "residual")
     curves = {}
-    for name, tap in site.block.linears.items():
-        sensitivity = site.sensitivity[name]
+    for name in names:
+        sensitivity, inputs = site.sensitivity[name], grams[site.block.linears[name]]
         arguments: Any = (
             site.block.read(f"{name}.weight"),
-            grams[tap].gram / grams[tap].mass,
+            inputs.gram / inputs.mass,
             sensitivity,
             output_weights(sensitivity),
             jnp.asarray(levels, jnp.float32),
@@ -165,22 +168,23 @@ def _outliers(block: PrunableBlock, batches: Batches, runner: BlockRunner) -> fl
 
 def _shares(
     model: PrunableModel,
+    plan: Plan,
     recipe: Recipe,
     levels: np.ndarray,
     curves: Mapping[str, np.ndarray],
     outliers: Sequence[float],
 ) -> dict[str, float]:
-    sparsity, bounds = recipe.sparsity or 0.0, _bounds(recipe)
-    names = [list(model.block_linears(index)) for index in range(model.num_blocks)]
-    keys = [model.weight_key(index, name) for index, each in enumerate(names) for name in each]
+    """The share of each linear that the plan prunes, by key; the total is over these."""
+    sparsity, bounds, keys = recipe.sparsity or 0.0, _bounds(recipe), list(plan.patterns)
     shapes = [model.weight_shape(key) for key in keys]
     sizes = np.array([np.prod(shape) for shape in shapes])
     if recipe.allocation == "curves":
         shares = allocate_curves(levels, np.stack([curves[key] for key in keys]), sizes, sparsity, bounds)
     else:
-        counts = [len(each) for each in names]
+        counts = np.array([len(plan.layers(model, index)) for index in range(model.num_blocks)])
+        stay, counts = np.flatnonzero(counts), counts[counts > 0]
         blocks = np.add.reduceat(sizes, np.cumsum([0, *counts[:-1]]))
-        shares = np.repeat(allocate_owl(np.array(outliers), blocks, sparsity, bounds), counts)
+        shares = np.repeat(allocate_owl(np.array(outliers)[stay], blocks, sparsity, bounds), counts)
     units = np.array([share_unit(recipe.pattern, shape) for shape in shapes])
     exact = exact_shares(shares, sizes, units, sparsity, bounds)
     return dict(zip(keys, exact.tolist(), strict=True))

@@ -74,20 +74,21 @@ def model_lines(found: "Inspection") -> list[str]:
 
 
 def linear_table(found: "Inspection") -> Table:
-    """The distinct linears that pruning takes."""
+    """The distinct linears of the blocks, and what pruning makes of them."""
     rows = [
         (
             linear.name,
+            ranges(linear.blocks),
             f"{linear.outputs}x{linear.inputs}",
             f"{linear.count:,}",
             linear.dtype,
             f"{linear.size:,}",
-            "-" if linear.zeros is None else f"{linear.zeros / linear.size:.4f}",
+            f"{linear.zeros / linear.size:.4f}" if linear.zeros is not None else "stay" if linear.blocks else "-",
         )
         for linear in found.linears
     ]
     return console.comparison_table(
-        "Linears of the blocks", ("linear", "shape", "count", "dtype", "weights", "zeros"), rows
+        "Linears of the blocks", ("linear", "blocks", "shape", "count", "dtype", "weights", "zeros"), rows
     )
 
 
@@ -102,6 +103,8 @@ def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
         f"{found.zeros / found.prunable_parameters:.2%} of the linears, {found.zeros / found.parameters:.2%} of all",
         f"output {format_bytes(found.dense_bytes)} dense, {format_bytes(found.packed_bytes)} packed",
     ]
+    if stays := found.prunable_parameters - (found.targeted_parameters or 0):
+        lines.insert(0, f"{stays:,} weights of linears are not to be pruned and stay as they are")
     parts = console.bytes_by_size(estimate.memory[estimate.peak_phase])
     lines.append(
         f"estimated memory of `sparseopt prune` with {recipe['samples']} + {recipe['heldout_samples']} windows of "

@@ -8,19 +8,24 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from sparseopt.pruning.recipe import Option
+    from sparseopt.pruning.options import Option
 
+# The option that names a recipe file.
+FILE = "recipe"
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 SOURCE_HELP = (
     "Model folder (safetensors), GGUF file, or name on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION."
 )
-TEXT_HELP = "Text, given as in `sparseopt prune --calibration`; of a file the second half is read."
+TEXT_HELP = "Text, given as in `sparseopt prune --calibration`, which reads another part of it."
+# How a text is read, for commands that evaluate.
+READING = ("bos", "split", "column", "documents")
 
 Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
@@ -69,8 +74,15 @@ class RecipeCommand(TyperCommand):
         """The context of the command with all its options."""
         whole = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         assert self.callback is not None
-        whole.command(self.name)(completed(inspect.unwrap(self.callback)))
-        return typer.main.get_command(whole).make_context(info_name, args, parent, **extra)
+        callback = inspect.unwrap(self.callback)
+        whole.command(self.name)(completed(callback))
+        context = typer.main.get_command(whole).make_context(info_name, args, parent, **extra)
+        if (file := context.params.get(FILE)) is not None:
+            sources = {name: context.get_parameter_source(name) for name in context.params}
+            typed = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+            found = callback.read(file)
+            context.params |= {name: value for name, value in found.items() if name not in typed}
+        return context
 
 
 def prune_options() -> "dict[str, Option]":
@@ -100,6 +112,7 @@ def takes_recipe(
 ) -> Callable[[Callable[..., None]], Callable[[], None]]:
     """Let a command take the options of a table, as they are typed, in place of its keywords `**`.
 
+    Unless it takes `only` some, `--recipe` reads those that are not typed from a file, as plain values.
     `lists` has options that take several values with commas between, and what to add to their help.
     """
 
@@ -107,7 +120,9 @@ def takes_recipe(
         def command() -> None: ...
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.complete = lambda: _complete(function, table(), only, without, lists or {})  # type: ignore[attr-defined]
+        several = lists or {}
+        command.complete = lambda: _complete(function, table(), only, without, several)  # type: ignore[attr-defined]
+        command.read = lambda file: _read_recipe(file, table(), without, several)  # type: ignore[attr-defined]
         return command
 
     return marked
@@ -148,23 +163,43 @@ def _complete(
     lists: Mapping[str, str],
 ) -> Callable[..., None]:
     """The function with these options in place of its `**`, all by keyword and sorted by panel."""
-    from sparseopt.pruning.recipe import CALIBRATION, HOW, OUTPUT, WHAT
+    from sparseopt.pruning.options import CALIBRATION, HOW, KEEP, OUTPUT, WHAT
 
-    panels = [None, OUTPUT, WHAT, HOW, CALIBRATION, "Evaluation", MACHINE]
+    panels = [None, OUTPUT, WHAT, KEEP, HOW, CALIBRATION, "Evaluation", MACHINE]
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     made = [_parameter(table[n], lists.get(n), bool(only)) for n in only or table if n not in without]
+    if not only:
+        text = "YAML file with options of the recipe, as in `samples: 64`. What is typed here wins."
+        info = typer.Option(help=text, rich_help_panel=WHAT)
+        made.insert(0, inspect.Parameter(FILE, KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, info]))
     parameters = sorted(
         [*(parameter.replace(kind=KEYWORD_ONLY) for parameter in own), *made],
         key=lambda each: panels.index(getattr(each.annotation.__metadata__[0], "rich_help_panel", None)),
     )
 
     def command(**given: Any) -> None:
+        given.pop(FILE, None)  # its options are among the others, see `RecipeCommand`
         function(**given)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _read_recipe(
+    file: Path, table: "dict[str, Option]", without: Collection[str], lists: Mapping[str, str]
+) -> dict[str, Any]:
+    """The options in a recipe file; of `lists` as texts.
+
+    Raises:
+        ConfigError: listing all mistakes with their lines.
+    """
+    from sparseopt.experiments.config import load_settings
+    from sparseopt.experiments.task_model import recipe_settings
+
+    found = load_settings(file, recipe_settings("RecipeFile", table, without))
+    return {name: str(value) if name in lists and value is not None else value for name, value in found.items()}
 
 
 def _parameter(option: "Option", of_list: str | None, without_panel: bool) -> inspect.Parameter:

@@ -14,7 +14,7 @@ import typer
 from sparseopt.shell import console, options
 
 if TYPE_CHECKING:
-    from sparseopt.pruning.recipe import PassRecipe
+    from sparseopt.pruning.recipe import PassRecipe, Recipe
     from sparseopt.pruning.reports import PruneReport
 
 # EX_TEMPFAIL of sysexits: a scheduler that sent SIGTERM may start the same command again.
@@ -50,12 +50,26 @@ def prune(
         for each in recipes:
             each.check()
         plans = [(each, output / f"{each.sparsity:g}" if len(recipes) > 1 else output) for each in recipes]
-        title = f"{fields['method']} {', '.join(f'{each.sparsity:.0%}' for each in recipes)}"
+        kept = fields["keep_zeros"] or fields["masks"]
+        asked = [f"{each.sparsity:.0%}" if each.sparsity or not kept else "given zeros" for each in recipes]
+        title = f"{fields['method']} {', '.join(asked)}"
         if (pattern := fields["pattern"]) != "unstructured":
             title = f"{title} {pattern}"
+        for line in default_lines(recipes[0]):
+            console.say(line)
         code = run_pass(source, plans, output, title, memory, chosen)
     if code:
         raise typer.Exit(code)
+
+
+def default_lines(recipe: "Recipe") -> list[str]:
+    """The choices that a recipe leaves to their defaults, with what to know about each."""
+    defaults = {
+        "method": ("maiht", "best prunes better, since it also trains each block, and takes several times as long"),
+        "sparsity": (0.5, "half of the weights of every linear"),
+        "calibration": ("pydoc", "Python's documentation; text of the kind that the model is for is better"),
+    }
+    return [f"default --{n} {value}: {why}" for n, (value, why) in defaults.items() if getattr(recipe, n) == value]
 
 
 @options.takes_recipe(
@@ -166,7 +180,7 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-@options.takes_recipe(only=["bos"])
+@options.takes_recipe(only=[*options.READING, "targets", "ignore"])
 def evaluate(
     model: options.Source,
     text: Annotated[str, typer.Option(help=options.TEXT_HELP)] = "pydoc",
@@ -181,13 +195,20 @@ def evaluate(
 ) -> None:
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
     from sparseopt.models import check_window, open_model
-    from sparseopt.pruning import audit_pattern, audit_sparsity, perplexity
-    from sparseopt.pruning.texts import part_of_text, text_windows
+    from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity
+    from sparseopt.pruning.documents import part_of_text
+    from sparseopt.pruning.plan import layer_shares
+    from sparseopt.pruning.texts import begin_windows, text_windows, token_digest
 
     opened = open_model(model)
+    reading = {name: given.pop(name) for name in options.READING}
+    recipe = Recipe(**options.recipe_fields(given))
+    recipe.check()
+    chosen = layer_shares(opened, recipe)
     check_window(seqlen, opened.config.max_positions)
-    ids, start = text_windows(opened.source, text, "evaluation", windows, seqlen, bos=given["bos"])
-    found = audit_pattern(opened, pattern, sparsity) if pattern else []
+    ids, start = text_windows(opened.source, text, "evaluation", windows, seqlen, **reading)
+    digest = token_digest(begin_windows(ids, start))
+    found = audit_pattern(opened, pattern, sparsity, chosen) if pattern else []
     broken = [a for a in found if not a.fits]
     if broken:
         first = broken[0]
@@ -197,22 +218,25 @@ def evaluate(
         )
     with console.block_progress("perplexity") as progress:
         score = perplexity(opened, ids, bos=start, observer=progress)
-    audits = audit_sparsity(opened)
+    audits = audit_sparsity(opened, chosen)
     zeros, size = sum(a.zeros for a in audits), sum(a.size for a in audits)
     exact = sum(a.exact for a in found)
     if as_json:
         found_pattern = {"pattern": pattern, "exact": exact} if pattern else {}
         figures = {
-            "model": model, "text": text, "windows": windows, "seqlen": seqlen, "bos": start, "perplexity": score,
+            "model": model, "text": text, "windows": windows, "seqlen": seqlen, "bos": start, "digest": digest,
+            "perplexity": score,
             "zeros": zeros, "size": size, "sparsity": zeros / size, "layers": {a.layer: a.zeros for a in audits},
             **found_pattern,
         }  # fmt: skip
         typer.echo(json.dumps(figures))
         return
     least, most = min(audits, key=lambda a: a.sparsity), max(audits, key=lambda a: a.sparsity)
+    read = part_of_text(text, "evaluation", reading["split"])
     console.say(
-        f"perplexity {score:.4f} on {windows} windows of {seqlen} tokens of {part_of_text(text, 'evaluation')}"
+        f"perplexity {score:.4f} on {windows} windows of {seqlen} tokens of {read}"
         + ("" if start is None else f", each starting with BOS (token {start})")
+        + f"; digest {digest}"
     )
     console.say(
         f"sparsity {zeros / size:.6f}: {zeros:,} zeros of {size:,} weights in {len(audits)} linears "

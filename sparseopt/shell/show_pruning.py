@@ -10,8 +10,10 @@ from rich.table import Table
 
 from sparseopt.models import Source, StreamedModel, open_model
 from sparseopt.models.errors import listed
+from sparseopt.pruning.documents import part_of_text
 from sparseopt.pruning.reports import (
     BlockRecord,
+    Calibration,
     DistillationRecord,
     Event,
     Footprint,
@@ -22,7 +24,6 @@ from sparseopt.pruning.reports import (
     ShapeRecord,
     mean,
 )
-from sparseopt.pruning.texts import part_of_text
 from sparseopt.pruning.token_time import block_parameters, token_seconds
 from sparseopt.shell.console import bytes_by_size, comparison_table, console, counting_bar, packed_line, say
 from sparseopt.system.machine import format_bytes
@@ -52,6 +53,9 @@ class PruneProgress:
 
     def __call__(self, event: Event, done: int, total: int) -> None:
         match event:
+            case Calibration():
+                for line in calibration_lines(event):
+                    say(line)
             case Footprint():
                 for line in footprint_lines(event):
                     say(line)
@@ -66,7 +70,7 @@ class PruneProgress:
             case RemovalRecord():
                 say(f"{self._title}: block {event.block} goes ({done} of {total}), loss {event.rise:+.4f} nats a token")
             case ShapeRecord():
-                say(f"{self._title}: {kept_line(event)}")
+                say(f"{self._title}: keeps {event.kept()}")
             case DistillationRecord():
                 self._bar.update(self._task, note=f"distilled, divergence {event.last_loss:.4f}")
 
@@ -103,6 +107,18 @@ class PruneProgress:
         if pruned <= 0:
             return ""
         return f", {(time.perf_counter() - self._worked_from) / pruned * (total - done):.0f} s left"
+
+
+def calibration_lines(calibration: Calibration) -> list[str]:
+    """What a run calibrates on, and why on so much."""
+    given, tokens = calibration, calibration.samples * calibration.seqlen
+    lines = [
+        f"calibration on {given.samples} windows of {given.seqlen} tokens, {tokens:,} in all, and "
+        f"{given.heldout_samples} held out; digest {given.digest}"
+    ]
+    if given.why:
+        lines.append(f"default --samples {given.samples}: {given.why}")
+    return [*lines, *([f"warning: {given.warning}"] if given.warning else [])]
 
 
 def footprint_lines(footprint: Footprint) -> list[str]:
@@ -171,26 +187,10 @@ def prune_table(report: PruneReport) -> Table:
     return table
 
 
-def kept_line(shape: ShapeRecord) -> str:
-    """How many of each part a smaller model keeps, where they are fewer."""
-    kept = [
-        f"{new:,} of {old:,} {name}"
-        for new, old, name in zip(
-            (shape.channels, shape.kv_heads, len(shape.blocks), shape.experts),
-            shape.dense,
-            ("channels", "key-value groups", "blocks", "experts"),
-            strict=True,
-        )
-        if new is not None and old is not None and new < old
-    ]
-    without = f", without blocks {', '.join(map(str, shape.removed))}" if shape.removed else ""
-    return f"keeps {', '.join(kept)}{without}"
-
-
 def shape_lines(report: PruneReport, shape: ShapeRecord) -> list[str]:
     """The size of a smaller model beside the dense one's, and what the removal of blocks costs."""
     lines = [
-        kept_line(shape),
+        f"keeps {shape.kept()}",
         f"{shape.parameters:,} of {shape.dense_parameters:,} parameters "
         f"({shape.parameters / shape.dense_parameters:.1%}), {report.stored_bytes:,} of {shape.dense_bytes:,} bytes",
     ]
@@ -233,11 +233,16 @@ def run_lines(report: PruneReport) -> list[str]:
     ]
     if report.shape is not None:
         lines = [*shape_lines(report, report.shape), *lines]
-    calibration = str(report.recipe["calibration"])
+    elif (stays := report.prunable_size - sum(r.size for r in report.layers)) > 0:
+        lines.append(
+            f"zeros in {report.sparsity:.4f} of the weights of the pruned linears, in {report.total_sparsity:.4f} of "
+            f"those of all linears: {stays:,} weights were not to be pruned"
+        )
+    calibration, split = str(report.recipe["calibration"]), report.recipe["split"]
     if report.bos is not None:
         lines.append(f"every calibration window started with the model's BOS (token {report.bos})")
-    if (read := part_of_text(calibration, "calibration")) != calibration:
-        lines.append(f"calibrated on {read}: its second half is left to `sparseopt eval`")
+    if (read := part_of_text(calibration, "calibration", split)) != calibration:
+        lines.append(f"calibrated on {read}; the rest is left to `sparseopt eval`")
     if report.devices > 1:
         several = f" of {report.processes} processes" if report.processes > 1 else ""
         lines.append(f"{report.devices} devices{several} ({report.platform}) shared the work")
@@ -264,6 +269,14 @@ def run_lines(report: PruneReport) -> list[str]:
         lines.append(f"survey of the dense model {report.survey_seconds:.1f} s")
     if dead:
         lines.append(f"{dead} inputs were zero for all calibration tokens; their weights were pruned first")
+    if given := sum(r.given_zeros for r in report.layers):
+        line = f"{given:,} weights had to be zero ({given / sum(r.size for r in report.layers):.1%})"
+        if kept := report.kept_masks:
+            line += f"; {len(kept)} of {len(report.layers)} linears had as many zeros as asked for and keep their mask"
+            if len(kept) == len(report.layers) and report.recipe["masks"] is None:
+                # The model is its own target, which it meets.
+                line += " and weights; to fit the weights again, give the dense model and --masks"
+        lines.append(line)
     if blocked := report.blocked_layers:
         lines.append(
             f"{len(blocked)} layers did not fit in memory whole and were solved in blocks of outputs, up to "
@@ -274,7 +287,7 @@ def run_lines(report: PruneReport) -> list[str]:
         tokens = f"fewer than {least} calibration tokens" if least > 1 else "no calibration token"
         lines.append(
             f"{len(starved)} experts saw {tokens} and were pruned by magnitude: "
-            f"{listed(starved, 3)}; give more --samples"
+            f"{listed(starved, 3)}; give more --samples, or --expert-tokens all"
         )
     if report.recipe.get("pack"):
         lines.append(packed_line(report.dense_bytes, report.stored_bytes))

@@ -10,6 +10,7 @@ import pytest
 import sparseopt as so
 from sparseopt.core.combined_penalties import stacked
 from sparseopt.core.grouping import row_table
+from sparseopt.core.patterns import Within
 from sparseopt.core.penalties import Norm
 from tests.jitted import Jitted
 
@@ -33,6 +34,8 @@ PENALTIES = {
     "GroupTopK": so.GroupTopK(2, 2),
     "GroupTopK of labels": so.GroupTopK(2, LABELS),
     "Support": so.Support(MASK),
+    "Within": Within(so.TopK(17), MASK),
+    "Within, of lines": Within(so.RowTopK(np.arange(6)), MASK),
     "ElasticNet": so.ElasticNet(0.3, 0.5),
     "LogSum": so.LogSum(0.3, eps=1.0),
     "Nonnegative": so.Nonnegative(0.2),
@@ -147,6 +150,7 @@ def test_a_changed_weight_does_not_retrace(rng):
 def test_indicators_are_infinite_off_their_set(rng):
     x = rng.standard_normal(SHAPE).astype(np.float32)
     patterns = (so.TopK(17), so.NM(2, 4), so.RowTopK(3), so.BlockTopK(3, (2, 3)), so.GroupTopK(2, 2), so.Support(MASK))
+    patterns = (*patterns, Within(so.TopK(17), MASK))
     for indicator in (*patterns, so.Nonnegative(), so.Box(-0.1, 0.2), so.Simplex()):
         assert np.isinf(values(indicator, x[None]))
         assert values(indicator, Jitted(indicator).prox(x, 1.0)[None]) == 0
@@ -155,6 +159,20 @@ def test_indicators_are_infinite_off_their_set(rng):
 def test_l0_threshold_is_the_root_of_twice_step_times_weight():
     x = jnp.array([0.99, 1.01, -1.01])
     assert so.L0(2.0).prox(x, 0.25).tolist() == pytest.approx([0.0, 1.01, -1.01])
+
+
+def test_within_a_support_a_pattern_keeps_the_largest_of_it_and_never_more_than_it_has(rng):
+    x = rng.standard_normal(SHAPE).astype(np.float32)
+    x[0, 1:3] = 0
+    for k in (0, 5, 31, 40):
+        kept = np.asarray(Jitted(Within(so.TopK(k), MASK)).mask(np.abs(x)))
+        assert kept.sum() == min(k, MASK.sum())
+        assert not kept[~MASK].any()
+        left = np.sort(np.abs(x)[MASK])[::-1][: kept.sum()]
+        np.testing.assert_array_equal(np.sort(np.abs(x)[kept])[::-1], left)
+    counts = np.array([0, 1, 2, 3, 4, 8])
+    kept = np.asarray(Jitted(Within(so.RowTopK(counts), MASK)).mask(np.abs(x)))
+    np.testing.assert_array_equal(kept.sum(axis=0), np.minimum(counts, MASK.sum(axis=0)))
 
 
 def test_row_top_k_keeps_the_largest_of_every_row_and_counts_are_exact_among_ties(rng):

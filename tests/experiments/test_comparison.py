@@ -56,9 +56,9 @@ def pruned(monkeypatch):
     return calls
 
 
-def compared(output, settings, methods=METHODS, sparsities=SPARSITIES, patterns=PATTERNS, **changes):
+def compared(output, settings, methods=METHODS, shares=SPARSITIES, patterns=PATTERNS, **changes):
     """The table and the outcomes."""
-    runs = comparison.build(methods=methods, sparsities=sparsities, patterns=patterns, **{**settings, **changes})
+    runs = comparison.build(methods=methods, shares=shares, patterns=patterns, **{**settings, **changes})
     planned = comparison.prepare(runs, output)
     outcomes = comparison.measure(planned, output, lambda cell: lambda text, done, total: None)
     return comparison.tabulate(planned, outcomes, output), outcomes
@@ -97,7 +97,7 @@ def test_the_figures_are_those_of_prune_model_and_perplexity(tmp_path, settings,
 
 def test_table_and_picture_are_written_with_what_was_run(settings, finished):
     output, section = finished
-    runs = comparison.build(methods=METHODS, sparsities=SPARSITIES, patterns=PATTERNS, **settings)
+    runs = comparison.build(methods=METHODS, shares=SPARSITIES, patterns=PATTERNS, **settings)
     files = comparison.write(section, runs[0].task, output)
     assert [file.name for file in files] == ["comparison.csv", "comparison.md", "comparison.png"]
     with files[0].open(newline="") as stream:
@@ -133,7 +133,7 @@ def test_the_table_says_where_windows_begin_with_bos(settings, finished):
 def test_errors_of_different_kinds_are_told_apart(settings, finished):
     _, section = finished
     section.rows[1].figures["errors"] = "residual tokens"
-    runs = comparison.build(methods=METHODS, sparsities=[0.5], patterns=PATTERNS, **settings)
+    runs = comparison.build(methods=METHODS, shares=[0.5], patterns=PATTERNS, **settings)
     head = "\n".join(comparison.head(section, runs[0].task))
     section.rows[1].figures["errors"] = "uniform tokens"
     assert "compare only within one kind (residual tokens: wanda; uniform tokens: wanda, magnitude)" in head
@@ -227,9 +227,9 @@ def test_what_the_model_or_the_texts_cannot_do_is_found_before_any_work(tmp_path
     text = str(caught.value)
     assert "q_proj: pattern '3:7' needs a number of inputs divisible by 7" in text
     assert text.count("pattern '3:7'") == 1
-    assert "calibration text file:" in text
+    assert "calibration text: the first half of file:" in text
     assert "902 windows of 32 tokens need" in text
-    assert "evaluation text file:" in text
+    assert "evaluation text: the second half of file:" in text
     with pytest.raises(ConfigError, match=r"(?s)samples: .*given 0.*did you mean 'wanda'\?.*did you mean 'paper'\?"):
         compared(tmp_path / "out", settings, ["wunda", "maiht:papr"], samples=0)
     assert not (tmp_path / "out").exists()
@@ -237,7 +237,7 @@ def test_what_the_model_or_the_texts_cannot_do_is_found_before_any_work(tmp_path
 
 def test_a_ridge_goes_to_the_methods_that_have_one_and_the_default_preset_is_left_out(settings):
     names, shares, patterns = comparison.read_lists("best,wanda,maiht:best,maiht:paper", "0.5", "2:4")
-    runs = comparison.build(methods=names, sparsities=shares, patterns=patterns, ridge=0.2, **settings)
+    runs = comparison.build(methods=names, shares=shares, patterns=patterns, ridge=0.2, **settings)
     assert [(comparison.method_name(run.task), run.task.ridge) for run in runs] == [
         ("dense", 0.2), ("best", 0.2), ("wanda", None), ("maiht", 0.2), ("maiht:paper", 0.2),
     ]  # fmt: skip

@@ -134,6 +134,21 @@ def test_the_texts_count_in_a_fingerprint(tmp_path, prune, monkeypatch):
     assert marks(calibration="file:/nowhere") != marks(calibration="hf:nobody/nothing")
 
 
+def test_the_evaluation_reads_the_text_of_the_calibration_in_the_same_way(tmp_path, prune):
+    text = f"jsonl:{tmp_path / 'rows.jsonl'}"
+    (tmp_path / "rows.jsonl").write_text('{"body": "the quick brown fox jumps over the lazy dog again"}\n' * 60)
+    fields = {"method": "wanda", "calibration": text, "column": "body", "documents": "separate"}
+    (other,), (same,) = expand({**prune, **fields}), expand({**prune, **fields, "evaluation": text})
+    alike = {"split": None, "column": "body", "documents": "separate"}
+    assert [run.task.reading("evaluation") for run in (other, same)] == [{}, alike]
+    for run in (other, same):
+        run.task.check()
+        assert run.task.inputs().keys() == {"calibration", "evaluation"}
+    (wrong,) = expand({**prune, **fields, "column": "text"})
+    with pytest.raises(ValueError, match=r"calibration text: .*has no column 'text'; its columns are body"):
+        wrong.task.check()
+
+
 def test_what_is_missing_is_found_before_any_run(tmp_path, prune):
     runs = expand({**prune, "sweep": {"grid": {"source": [str(tmp_path / "none"), prune["source"]]}}})
     with pytest.raises(ValueError, match="none"):
@@ -150,8 +165,8 @@ def test_what_the_model_or_the_texts_cannot_do_ends_a_run_before_any_work(tmp_pa
     assert "nothing was run: " in err
     for mistake in (
         "q_proj: pattern '3:7' needs a number of inputs divisible by 7",
-        f"calibration text {prune['calibration']}: a window of 257 tokens is longer than the 256 positions",
-        f"evaluation text {prune['evaluation']}: 900 windows of 32 tokens need",
+        "calibration text: a window of 257 tokens is longer than the 256 positions",
+        f"evaluation text: the second half of {prune['evaluation']}: 900 windows of 32 tokens need",
     ):
         assert err.count(mistake) == 1
     assert not (tmp_path / "runs").exists()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.pruning.texts import load_text
+from sparseopt.pruning.documents import load_text
 from sparseopt.trend.files import read_edges, read_image, read_signal
 from tests.fuzz.making import Make, write
 
@@ -166,5 +166,13 @@ TEXTS = (
         _text_file(_parquet(a=["x"]), "validation.parquet", "wikitext2:{}"),
         "cannot read a text column",
     ),
+    ("rows that are no JSON", _text_file(b'{"text": "a"}\n{', "a.jsonl", "jsonl:{}"), "line 2 is no JSON"),
+    ("rows that are no objects", _text_file(b'["a"]', "a.json", "jsonl:{}"), "line 1 is list"),
+    ("deep JSON", _text_file(b"[" * 10**6, "a.json", "jsonl:{}"), "line 1 is no JSON"),
+    ("a broken archive", _text_file(b"\x1f\x8b\x08x", "a.json.gz", "jsonl:{}"), "cannot read a text column"),
+    ("no archive", _text_file(b"{}", "a.csv.gz", "csv:{}"), "cannot read a text column"),
+    ("CSV without the column", _text_file(b"a,b\n1,2\n", "a.csv", "csv:{}"), "its columns are a, b"),
+    ("no heading", _text_file(b"", "a.csv", "csv:{}"), "its columns are none"),
+    ("a chat without roles", _text_file(b'{"messages": [1]}', "a.jsonl", "jsonl:{}"), "a message needs the texts"),
     ("a column of numbers", _text_file(_parquet(text=[1]), "validation.parquet", "wikitext2:{}"), "holds int64"),
 )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sparseopt.experiments.config import ConfigError
 from sparseopt.models import ModelError
-from sparseopt.pruning.texts import TextError
+from sparseopt.pruning.documents import TextError
 from sparseopt.trend.files import FileError
 from tests.fuzz.bad_configs import DOTTED, YAML
 from tests.fuzz.bad_files import NUMPY, PICTURES, TABLES, TEXTS

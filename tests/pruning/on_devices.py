@@ -66,7 +66,8 @@ def layers():
         rng = np.random.default_rng(3)
         weight, gram, test_gram = make_layer(rng, outputs, INPUTS)
         weights = np.exp(rng.standard_normal(outputs)).astype(np.float32)
-        job = LayerJob(weight, gram, test_gram, parse_pattern(pattern, 0.5, weight.shape), weights)
+        support = rng.random(weight.shape) < 0.7 if method == "wanda" else None
+        job = LayerJob(weight, gram, test_gram, parse_pattern(pattern, 0.5, weight.shape), weights, support=support)
         solver = find_method(method, preset)
         one = layer_solver(job, solver).value
         many = solve_within_memory(job, solver, device_line(devices)).value
@@ -187,7 +188,7 @@ def calibration(folder):
         model = open_model(write_folder(folder / name, config, random_tensors(config, np.random.default_rng(7))))
         block, embedding, runner = model.block(0), model.embedding(), BlockRunner()
         one, many = (kind.embed(embedding, tokens) for kind in (Batches(), SpreadBatches(mesh)))
-        before = len(grams_over(mesh, "residual").texts), len(sum_over(mesh).texts)
+        before = len(grams_over(mesh, "residual", "routed").texts), len(sum_over(mesh).texts)
         drift = (runner.forward(block, one), runner.forward(block, many))
         grams = [runner.grams(block, s, "residual", d).stacked for s, d in zip((one, many), drift, strict=True)]
         apart = {}
@@ -201,7 +202,9 @@ def calibration(folder):
             "grams": apart,
             "stream": float(np.abs(behind[0] - behind[1]).max()),
             "windows": [len(behind[0]), len(behind[1]), len(many), len(many[0])],
-            "adding": [fact for text in grams_over(mesh, "residual").texts[before[0] :] for fact in facts(text)],
+            "adding": [
+                fact for text in grams_over(mesh, "residual", "routed").texts[before[0] :] for fact in facts(text)
+            ],
             "summing": [fact for text in sum_over(mesh).texts[before[1] :] for fact in facts(text)],
             "widths": [g.gram.shape[-1] for g in grams[0].values() if g.drift is not None],
         }

@@ -113,9 +113,13 @@ def test_experts_are_one_row_with_their_number_left_out(tmp_path: Path, rng: np.
     assert counts["mlp.experts.*.up_proj"] == counts["mlp.experts.*.down_proj"] == 3 * 4
     assert found.kinds[0].description.endswith("4 experts, 2 a token")
     assert found.prunable_parameters == 3 * (2 * 32 * 32 + 2 * 16 * 32 + 4 * 3 * 32 * 64)
-    (sizes,) = block_sizes(open_model(path))
+    (sizes,) = block_sizes(open_model(path), recipe())
     assert sizes.gram_bytes == 4 * (2 * 32**2 + 4 * (32**2 + 64**2))
     assert {share for *_, share in sizes.linears} == {1.0, 0.5}
+    # Each token of all experts: one Gram for gate and up together, and every expert runs once.
+    (whole,) = block_sizes(open_model(path), recipe(expert_tokens="all"))
+    assert whole.gram_bytes == 4 * (2 * 32**2 + 32**2 + 4 * 64**2)
+    assert whole.gram_flops == 2 * (2 * 32**2 + 32**2 + 4 * 64**2) + 4 * 2 * (2 * 32 * 64)
 
 
 def test_blocks_that_differ_are_told_apart(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -170,6 +174,9 @@ def test_estimates_add_up_and_grow_with_the_work(tmp_path: Path, rng: np.random.
     assert set(best.memory) - set(plain.memory) == {"survey", "training"}
     assert plain.seconds_by_part["survey"] == plain.seconds_by_part["training"] == 0
     assert best.seconds_by_part["survey"] > 0 < best.seconds_by_part["training"]
+    ordered = estimate(pattern="2:4", sparsity=None, permute=True)
+    assert ordered.seconds_by_part["channel orders"] > 0
+    assert "channel orders" not in plain.seconds_by_part
     twice = estimate(gflops=200.0)
     for name in ("layer solves", "forward passes and Grams"):
         assert 2 * twice.seconds_by_part[name] == pytest.approx(plain.seconds_by_part[name])
@@ -222,7 +229,7 @@ def test_the_command_shows_a_table_or_json(tmp_path: Path, rng: np.random.Genera
         "llama, 3 blocks",
         "all blocks alike: full attention",
         "29,440 parameters: 27,840 in blocks, of which prunable 27,648; embedding 1,568, head tied to the embedding",
-        "│ mlp.down_proj │ 32x64 │ 3 │ float32 │ 6,144 │ 0.2500 │",
+        "│ mlp.down_proj │ 0-2 │ 32x64 │ 3 │ float32 │ 6,144 │ 0.2500 │",
         "6,912 zeros, 25.00% of the linears, 23.48% of all",
         "output 115.0 KiB dense",
         "that does not fit in 256.0 MiB",

@@ -1,5 +1,6 @@
 """A whole tiny model through the pipeline and the command: what is written, reported and refused."""
 
+import hashlib
 import json
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from sparseopt.models.safetensors_file import write_tensors
 from sparseopt.pruning import PruningError, Recipe, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.activations import Batches, make_batches
 from sparseopt.pruning.calibration import BlockRunner, gather_grams
-from sparseopt.pruning.reports import Footprint
+from sparseopt.pruning.reports import Calibration, Footprint
 from sparseopt.system.run_folder import FolderError
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.tiers import often
@@ -134,9 +135,9 @@ def test_another_dtype_is_stored_when_asked_for(tmp_path, source, recipe):
 def test_run_folder_tells_the_whole_story(tmp_path, source, recipe):
     seen = []
     report = prune_model(source, tmp_path / "out", recipe, observer=lambda *told: seen.append(told))
-    assert isinstance(seen[0][0], Footprint)
-    assert [done for _, done, _ in seen] == list(range(22))
-    seen = [(event.layer, total) for event, _, total in seen[1:]]
+    assert [type(event) for event, _, _ in seen[:2]] == [Calibration, Footprint]
+    assert [done for _, done, _ in seen[1:]] == list(range(22))
+    seen = [(event.layer, total) for event, _, total in seen[2:]]
     records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [r["layer"] for r in records] == [layer for layer, _ in seen] == [r.layer for r in report.layers]
@@ -144,6 +145,10 @@ def test_run_folder_tells_the_whole_story(tmp_path, source, recipe):
     assert all(r["sparsity"] == 0.5 and r["status"] == "CONVERGED" for r in records)
     assert summary["sparsity"] == 0.5
     assert summary["recipe"]["calibration"] == "token ids of shape [12, 24]"
+    assert summary["calibration"] == {
+        "samples": 8, "heldout_samples": 4, "seqlen": 24, "inputs": 64, "why": None, "warning": None,
+        "digest": hashlib.sha256(np.asarray(recipe.calibration, "<i4").tobytes()).hexdigest()[:16],
+    }  # fmt: skip
     assert summary["versions"]["sparseopt"] == so.__version__
     assert summary["peak_memory_bytes"] > 0
 

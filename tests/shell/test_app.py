@@ -34,6 +34,10 @@ def test_prune_then_eval(tmp_path, source, command):
     assert status == 0
     assert f"wrote {tmp_path / 'out'}" in out
     assert "reading the model" in out
+    assert "default --method maiht: best prunes better" in out
+    assert "default --calibration" not in out
+    assert "default --samples" not in out
+    assert "calibration on 6 windows of 32 tokens, 192 in all, and 2 held out; digest " in out
     assert "layer 21/21, block 2" in out
     assert "down_proj │ 32x64 │ 0.5000" in out
     assert "peak memory" in out
@@ -42,9 +46,21 @@ def test_prune_then_eval(tmp_path, source, command):
     status, out, _ = command("eval", tmp_path / "out", "--text", text, "--windows", 4, "--seqlen", 64)
     assert status == 0
     assert "on 4 windows of 64 tokens" in out
-    assert "sparsity 0.500000: 13,824 zeros of 27,648 weights in 21 linears" in out
+    assert "sparsity 0.500000: 13,824 zeros of 27,648 weights in 21 linears" in (said := out)
     status, out, _ = command("eval", tmp_path / "out", "--text", text, "--windows", 4, "--seqlen", 64, "--json")
     assert json.loads(out)["zeros"] == 13824
+    assert f"; digest {json.loads(out)['digest']} " in said
+    # The same text as rows, each long enough for a window, of which every other one is read.
+    rows = [{"id": i, "body": TEXT[-len(TEXT) // 2 + 300 * i :][:90]} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    asked = ["eval", tmp_path / "out", "--text", f"jsonl:{tmp_path / 'rows.jsonl'}", "--windows", 4, "--seqlen", 64]
+    _, out, _ = command(*asked, "--column", "body", "--documents", "separate")
+    assert f"on 4 windows of 64 tokens of documents 2, 4, 6, ... of jsonl:{tmp_path}" in out
+    status, _, err = command(*asked)
+    assert (status, "has no column 'text' or 'messages' or 'conversations'; its columns are id, body" in err) == (
+        2,
+        True,
+    )
     # A requeued job: the same command shows the same figures, and others are refused.
     status, out, _ = command(*prune)
     assert status == 0
@@ -70,7 +86,7 @@ def test_calibration_and_evaluation_begin_with_the_bos_of_the_tokenizer(tmp_path
     status, out, _ = command("prune", source, "--output", tmp_path / "out", *few)
     assert status == 0
     assert "every calibration window started with the model's BOS (token 1)" in out
-    assert f"calibrated on the first half of {text}: its second half is left to `sparseopt eval`" in out
+    assert f"calibrated on the first half of {text}; the rest is left to `sparseopt eval`" in out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["bos"], summary["recipe"]["bos"]) == (1, "auto")
     score = ["eval", tmp_path / "out", "--text", text, "--windows", 4, "--seqlen", 64]

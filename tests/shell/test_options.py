@@ -25,13 +25,15 @@ TASKS = {"prune": Recipe, "shrink": ShrinkRecipe}
 # Values that are not the defaults.
 COMMON = {
     "method": "wanda", "ridge": 0.2, "weighting": "residual", "output_weights": "gradient", "propagate": 0.5,
-    "reconstruct": 2, "calibration": "file:x", "bos": "yes", "samples": 3, "seqlen": 7, "heldout_samples": 1,
-    "windows": "random", "seed": 5, "dtype": "bfloat16", "min_expert_tokens": 9, "distil": 2,
+    "reconstruct": 2, "calibration": "hf:x", "bos": "yes", "samples": 3, "seqlen": 7, "heldout_samples": 1,
+    "windows": "random", "seed": 5, "split": "train", "column": "body", "documents": "separate",
+    "dtype": "bfloat16", "min_expert_tokens": 9, "expert_tokens": "all", "distil": 2,
 }  # fmt: skip
 GIVEN = {
     "prune": COMMON | {
         "sparsity": 0.6, "pattern": "per-row", "preset": "paper", "penalty": "mcp", "allocation": "owl",
-        "bounds": "0.3,0.8", "pack": True,
+        "bounds": "0.3,0.8", "permute": True, "pack": True, "keep_zeros": True, "masks": "x",
+        "targets": "re:.*[a,b],q_proj", "ignore": ["k_proj"], "sparsities": {"q_proj": 0.4},
     },
     "shrink": COMMON | {
         "channels": 0.6, "heads": 0.5, "layers": 0.9, "experts": 0.8, "multiple": 8, "block_score": "cosine",
@@ -63,6 +65,8 @@ def test_every_field_of_a_recipe_is_a_setting_of_the_task_and_reaches_its_recipe
     assert given.keys() <= set(names(recipe))
     (run,) = expand({"name": "x", "task": name, **given})
     objects = {"penalty": so.MCP(1.0), "bounds": (0.3, 0.8)} if name == "prune" else {}
+    texts = {"sparsities": "q_proj=0.4", "ignore": "k_proj"} if name == "prune" else {}
+    assert expand({"name": "x", "task": name, **given | texts})[0].task.recipe() == run.task.recipe()
     assert run.task.recipe() == recipe(**given | objects)
     (plain,) = expand({"name": "x", "task": name})
     assert plain.task.recipe() == recipe()
@@ -88,23 +92,25 @@ def test_every_command_shows_its_options_in_80_columns(name, command, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "words"),
+    ("name", "verb", "options", "words"),
     [
         (
+            "prune",
             "prune",
             ("--output", "--sparsity", "--method", "--samples", "--memory"),
             (*METHODS, "paper or best", *BY_WEIGHT, "block:4x4", "group:1"),
         ),
         (
             "shrink",
+            "keep",
             ("--dtype", "--channels", "--block-score", "--windows", "--devices"),
             (*CHOOSING, "loss or cosine", "share one pass"),
         ),
     ],
 )
-def test_the_options_of_a_recipe_stand_in_panels(name, options, words, command):
+def test_the_options_of_a_recipe_stand_in_panels(name, verb, options, words, command):
     _, out, _ = command(name, "--help")
-    panels = ("Output", "What to prune", "How to prune", "Calibration", "Machine")
+    panels = ("Output", f"What to {verb}", "How to prune", "Calibration", "Machine")
     places = [out.index(f"─ {panel} ") for panel in panels]
     assert places == sorted(places)
     for option, start, end in zip(options, places, [*places[1:], len(out)], strict=True):

@@ -26,9 +26,9 @@ from sparseopt.experiments.task_model import BUNDLED, BosChoice, model_path
 from sparseopt.models import Bos, PrunableModel, check_window, load_tokenizer, open_model, start_token
 from sparseopt.pruning import Recipe, load_text
 from sparseopt.pruning.activations import make_batches
-from sparseopt.pruning.calibration import runner_of
 from sparseopt.pruning.layer import ScaledLayer, scale_layer
 from sparseopt.pruning.plan import calibration_windows
+from sparseopt.pruning.torch_runner import runner_of
 
 
 class Descent(Task):

@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.constraints import Support
 from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import safe_step
-from sparseopt.core.patterns import TopK
+from sparseopt.core.patterns import TopK, without_support
 from sparseopt.core.penalties import L0
 from sparseopt.core.problem import Problem
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
-from sparseopt.core.thresholds import count_nonzero, kth_largest, top_k_mask
+from sparseopt.core.thresholds import among, count_nonzero, kth_largest, top_k_mask
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import Pruned, ScaledLayer, refitted
-from sparseopt.pruning.methods.scores import among
 from sparseopt.pruning.patterns import Pattern
 
 
@@ -58,40 +58,67 @@ class MaihtPruning:
         step = safe_step(loss.hessian, self.seed)
         penalty: Any = pattern
         target = None
-        if isinstance(pattern, TopK):
-            sparsity = 1 - pattern.k / layer.center.size
+        plain, support = without_support(pattern)
+        if isinstance(plain, TopK):
+            sparsity = 1 - plain.k / layer.center.size
             undershoot = jnp.where(sparsity > 0.35, *self.undershoot)
             target = sparsity - undershoot
             first = jnp.where(sparsity > 0.35, 0.95, jnp.where(sparsity < 0.15, 0.99, 0.97))
-            if self.penalty is None:
-                penalty = L0(self._first_level(layer, first, step))
-            else:
-                penalty = _at_sparsity(self.penalty, layer.center, step, 1 - first)
+            penalty = self._first_penalty(layer.center, support, first, step)
         solver = Maiht(step, target, self.monitor, "support")
         found = iterate(Problem(loss, penalty), solver, layer.center, tol=self.rest, max_steps=self.max_steps)
-        mask = self._exact_mask(found.value, layer, pattern)
+        mask = _exact_mask(found.value, layer, pattern)
         return refitted(
             loss, found.value, mask, self.refit_steps, done=found.steps, status=found.status,
             solver=ProximalGradient(step) if self.refit == "gradient" else None,
         )  # fmt: skip
 
-    def _first_level(self, layer: ScaledLayer, share: Array, step: Array) -> Array:
-        """The weight at which the threshold keeps this share of the entries of |center|."""
-        kept = (share * layer.center.size).astype(jnp.int32) + 1
-        threshold = kth_largest(jnp.abs(layer.center), kept)
-        return threshold**2 / (2 * step)
+    def _first_penalty(self, center: Array, support: Array | None, share: Array, step: Array) -> Any:
+        """The penalty at the level whose threshold keeps this share of the support's entries of |center|."""
+        kept: Any = center.size
+        if support is not None:
+            center, kept = jnp.where(support, center, 0), jnp.sum(support, dtype=jnp.int32)
+        if self.penalty is None:
+            threshold = kth_largest(jnp.abs(center), (share * kept).astype(jnp.int32) + 1)
+            penalty: Any = L0(threshold**2 / (2 * step))
+        else:
+            penalty = _at_sparsity(self.penalty, center, step, 1 - share * kept / center.size)
+        return penalty if support is None else OnSupport(penalty.weight, penalty, support)
 
-    def _exact_mask(self, x: Array, layer: ScaledLayer, pattern: Pattern) -> Array:
-        """The pattern's exact count: the largest of x; if x is too sparse, also the largest dense weights."""
-        if not isinstance(pattern, TopK):
-            return pattern.mask(jnp.abs(x))
-        alive = jnp.minimum(pattern.k, count_nonzero(x))
-        first = top_k_mask(jnp.abs(x), alive)
-        return jax.lax.cond(
-            alive < pattern.k,
-            lambda: first | top_k_mask(among(x == 0, jnp.abs(layer.center)), pattern.k - alive),
-            lambda: first,
-        )
+
+@pytree
+class OnSupport:
+    """A penalty on the entries of a support; the others must be zero. Its level is `weight`, not the penalty's own."""
+
+    weight: Any
+    penalty: Any
+    support: Any
+
+    def value(self, x: Array) -> Array:
+        on_support = Support(self.support)
+        return self._penalty().value(on_support.prox(x, 1.0)) + on_support.value(x)
+
+    def prox(self, x: Array, step: Array) -> Array:
+        return self._penalty().prox(Support(self.support).prox(x, step), step)
+
+    def _penalty(self) -> Any:
+        return dataclasses.replace(self.penalty, weight=self.weight)
+
+
+def _exact_mask(x: Array, layer: ScaledLayer, pattern: Pattern) -> Array:
+    """The pattern's exact count: the largest of x; if x is too sparse, also the largest dense weights."""
+    plain, support = without_support(pattern)
+    if not isinstance(plain, TopK):
+        return pattern.mask(jnp.abs(x))
+    alive = jnp.minimum(plain.k, count_nonzero(x))
+    first = top_k_mask(jnp.abs(x), alive)
+    others = x == 0 if support is None else (x == 0) & support
+    mask = jax.lax.cond(
+        alive < plain.k,
+        lambda: first | top_k_mask(among(others, jnp.abs(layer.center)), plain.k - alive),
+        lambda: first,
+    )
+    return mask if support is None else mask & support
 
 
 def _at_sparsity(penalty: Any, x: Array, step: Array, sparsity: Array) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparseopt.core.dense import product, spd_inverse
-from sparseopt.core.patterns import GroupTopK
+from sparseopt.core.patterns import GroupTopK, Within
 from sparseopt.core.problem import Status
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import Pruned, ScaledLayer
@@ -55,6 +55,11 @@ class GroupRemoval:
     chunk: int | None = static(default=None)
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
+        if isinstance(pattern, Within):
+            raise ValueError(
+                "osscar updates one inverse for all outputs and cannot keep single weights at zero; methods 'admm', "
+                "'maiht', 'splice' and 'wanda' can"
+            )
         if not isinstance(pattern, GroupTopK):
             raise ValueError(
                 "osscar removes whole groups of inputs and takes the pattern group:C only, not "

@@ -1,11 +1,13 @@
 """Floor 6: methods that rank the weights by a score and keep the dense values, and what they share with SparseGPT."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sparseopt.core.patterns import GroupTopK, RowTopK, TopK
+from sparseopt.core.patterns import GroupTopK, RowTopK, TopK, without_support
 from sparseopt.core.problem import Status
-from sparseopt.core.thresholds import top_k_mask
+from sparseopt.core.thresholds import among, top_k_mask
 from sparseopt.core.types import pytree
 from sparseopt.pruning.layer import DEAD_SCALE, Pruned, ScaledLayer, ranking_scale
 from sparseopt.pruning.patterns import Pattern
@@ -35,10 +37,15 @@ class Wanda:
     """
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
+        plain, support = without_support(pattern)
         score = jnp.abs(layer.center)
-        if not isinstance(pattern, TopK):
+        if not isinstance(plain, TopK):
             return _dense_values(layer, pattern.mask(score))
-        each, left = pattern.k // score.shape[1], pattern.k % score.shape[1]
+        if support is not None:
+            # An output with fewer weights in the support than its share keeps all of them.
+            restricted = dataclasses.replace(layer, center=among(support, score))
+            return _dense_values(layer, self(restricted, plain).mask & support)
+        each, left = plain.k // score.shape[1], plain.k % score.shape[1]
         mask = RowTopK(each).mask(score)
         following = RowTopK(each + 1).mask(score) & ~mask
         extra = top_k_mask(jnp.max(among(following, score), axis=0), left)
@@ -59,10 +66,11 @@ class Flap:
     reads_variances = True
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-        if not isinstance(pattern, GroupTopK):
+        plain, _ = without_support(pattern)
+        if not isinstance(plain, GroupTopK):
             raise ValueError(
                 "flap ranks whole groups of inputs and takes the pattern group:C only, not "
-                f"{type(pattern).__name__}; method 'wanda' takes all"
+                f"{type(plain).__name__}; method 'wanda' takes all"
             )
         if layer.variances is None:
             raise ValueError(
@@ -74,8 +82,3 @@ class Flap:
 
 def _dense_values(layer: ScaledLayer, mask: Array) -> Pruned:
     return Pruned(jnp.where(mask, layer.center, 0), mask, 1, Status.CONVERGED)
-
-
-def among(candidates: Array, score: Array) -> Array:
-    """Scores that rank every candidate, even one of score 0, above all others."""
-    return jnp.where(candidates, jnp.maximum(score, jnp.finfo(score.dtype).tiny), 0)

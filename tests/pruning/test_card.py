@@ -1,0 +1,128 @@
+"""The model card: metadata that parse, facts of the run, nothing of the machine, and never over another card."""
+
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+from sparseopt.models import open_source
+from sparseopt.pruning import LayerRecord, Recipe, ShrinkRecipe, prune_model, shrink_model
+from sparseopt.pruning.card import CARD, metadata_of, model_card, without_folders
+
+OWN = """---
+language:
+- en
+license: apache-2.0
+base_model: lab/base
+tags: [chat]
+extra: 3
+---
+
+# The dense model
+"""
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory, source):
+    folder = tmp_path_factory.mktemp("described") / "tiny"
+    shutil.copytree(source, folder)
+    (folder / CARD).write_text(OWN)
+    (folder / "LICENSE").write_text("terms")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, described, tokens):
+    folder = tmp_path_factory.mktemp("pruned") / "out"
+    return prune_model(described, folder, Recipe(method="wanda", pattern="2:4", calibration=tokens, pack=True))
+
+
+def parts_of(folder):
+    _, head, body = (folder / CARD).read_text().split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_a_card_carries_the_licence_and_says_what_was_done(pruned, described):
+    head, body = parts_of(pruned.output)
+    assert head == {
+        "base_model": "lab/base",
+        "language": ["en"],
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sparseopt", "pruned", "2:4"],
+    }
+    assert "# tiny, pruned" in body
+    assert "The dense model" not in body
+    command = next(line for line in body.splitlines() if line.startswith("sparseopt prune tiny --output FOLDER "))
+    assert "--calibration" not in command
+    assert all(part in command for part in ("--method wanda", "--sparsity 0.5", "--pattern 2:4"))
+    assert f"50.00% of the {sum(r.size for r in pruned.layers):,} weights of 21 linears are zero" in body
+    assert "token ids of shape [7, 24]" in body
+    assert "`sparseopt unpack PACKED --output FOLDER`" in body
+    assert 'AutoTokenizer.from_pretrained("FOLDER")' in body
+    # Folders of this machine are nobody's business.
+    assert str(described.parent) not in body
+    assert (pruned.output / "LICENSE").read_text() == "terms"
+
+
+def test_the_card_of_a_model_pruned_further_names_the_same_base(tmp_path, pruned, tokens):
+    prune_model(
+        pruned.output, tmp_path / "out", Recipe(method="wanda", sparsity=0.6, keep_zeros=True, calibration=tokens)
+    )
+    head, body = parts_of(tmp_path / "out")
+    assert (head["base_model"], head["license"]) == ("lab/base", "apache-2.0")
+    assert "--keep-zeros" in body
+
+
+def test_without_a_licence_the_card_says_so_and_a_smaller_model_tells_its_sizes(tmp_path, source, tokens):
+    shrink_model(
+        source, tmp_path / "out", ShrinkRecipe(method="magnitude", channels=0.5, multiple=8, calibration=tokens)
+    )
+    head, body = parts_of(tmp_path / "out")
+    assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sparseopt", "pruned"]}
+    assert "The source names no licence." in body
+    assert "It keeps 32 of 64 channels." in body
+    assert "sparseopt shrink model" in body
+    assert "--channels 0.5" in body
+
+
+def test_a_licence_file_alone_is_pointed_at(tmp_path, pruned, source):
+    folder = tmp_path / "licensed"
+    shutil.copytree(source, folder)
+    (folder / "LICENSE.txt").write_text("terms")
+    head = metadata_of(model_card(pruned, open_source(folder)).encode())
+    assert (head["license"], head["license_link"]) == ("other", "LICENSE.txt")
+
+
+def test_a_card_that_somebody_put_into_the_folder_stays(tmp_path, source, tokens):
+    def observer(event, done, total):
+        if isinstance(event, LayerRecord):
+            (tmp_path / "out" / CARD).write_text("mine")
+
+    recipe = Recipe(method="wanda", calibration=tokens)
+    prune_model(source, tmp_path / "out", recipe, observer=observer)
+    assert (tmp_path / "out" / CARD).read_text() == "mine"
+    assert prune_model(source, tmp_path / "out", recipe).kept
+    assert (tmp_path / "out" / CARD).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"", b"# no front matter", b"---\nlicense: mit\n", b"---\n- a list\n---\n", b"---\n{[\n---\n", b"\xff\xfe---\n",
+        b"---\nlicense: !!python/object:os.system x\n---\n", b"---\nlicense: 2024-99-99\n---\n",
+        b"---\n" + b"[" * 5000 + b"\n---\n", b"---\nlicense: {a: b}\n---\n",
+    ],
+)  # fmt: skip
+def test_a_damaged_card_has_no_metadata(card):
+    assert "license" not in metadata_of(card)
+
+
+def test_only_last_parts_of_paths_are_told():
+    assert without_folders("wikitext2:/home/someone/wikitext") == "wikitext2:wikitext"
+    assert without_folders("the first half of file:~/notes.txt") == "the first half of file:notes.txt"
+    assert without_folders("hf:lab/data/config") == "hf:lab/data/config"
+    assert without_folders("token ids of shape [7, 24]") == "token ids of shape [7, 24]"
+    assert np.all([without_folders(text) == text for text in ("0.5", "2:4", "block:4x4")])
