@@ -112,7 +112,8 @@ def command_of(report: PruneReport) -> str:
             continue
         parts.append(f"--{name.replace('_', '-')}")
         if isinstance(value, tuple | list):
-            parts.append(",".join(map(str, value)))
+            # Sparsities are pairs.
+            parts.append(",".join("=".join(map(str, e)) if isinstance(e, tuple | list) else str(e) for e in value))
         elif value is not True:
             parts.append(without_folders(json.dumps(value) if isinstance(value, dict) else str(value)))
     return shlex.join(parts)

@@ -68,12 +68,13 @@ def test_a_card_carries_the_licence_and_says_what_was_done(pruned, described):
 
 
 def test_the_card_of_a_model_pruned_further_names_the_same_base(tmp_path, pruned, tokens):
-    prune_model(
-        pruned.output, tmp_path / "out", Recipe(method="wanda", sparsity=0.6, keep_zeros=True, calibration=tokens)
-    )
+    sparsities = {"re:.*self_attn": 0.7, "down_proj": 0.0}
+    recipe = Recipe(method="wanda", sparsity=0.6, sparsities=sparsities, keep_zeros=True, calibration=tokens)
+    prune_model(pruned.output, tmp_path / "out", recipe)
     head, body = parts_of(tmp_path / "out")
     assert (head["base_model"], head["license"]) == ("lab/base", "apache-2.0")
     assert "--keep-zeros" in body
+    assert "--sparsities 're:.*self_attn=0.7,down_proj=0.0'" in body
 
 
 def test_without_a_licence_the_card_says_so_and_a_smaller_model_tells_its_sizes(tmp_path, source, tokens):
