@@ -262,8 +262,7 @@ def default_windows(model: PrunableModel, seqlen: int) -> int:
 
 def _widest(model: PrunableModel, keys: Collection[str] = ()) -> int:
     """The most inputs of a linear in the model's blocks, or of those that have the keys given, if any."""
-    every = (model.weight_key(i, name) for i in range(model.num_blocks) for name in model.block_linears(i))
-    return max(model.weight_shape(key)[1] for key in keys or every)
+    return max(model.weight_shape(key)[1] for key in keys or model.linear_keys())
 
 
 def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> CalibrationWindows:
