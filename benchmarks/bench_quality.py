@@ -3,10 +3,12 @@
     layers      every method on twelve layers, Gram matrices of the dense model: error in float64, seconds
     models      every method on the whole model: perplexity, layer errors, seconds, memory; also published figures
     ablation    changes to the recipe of method best: perplexity and additional seconds
+    complete    method best with all that lowers its perplexity, one-shot and trained, on the first windows and on
+                spread ones
     draws       every method on the whole model, calibrated on random windows of two texts, scored on both
     tokens      perplexity and held-out error against the number of calibration tokens, at 50 %
 
-The first three are about SmolLM2; with `--model gemma3-270m` or `--source` only the other two run by default. `--only
+The first four are about SmolLM2; with `--model gemma3-270m` or `--source` only the other two run by default. `--only
 layers,ablation`, `--settings 0.5,2:4`, `--methods best,admm`, `--texts pydoc` and `--draws 0,1` select. `--estimate`
 prints the time of the last two parts and runs nothing. With `--record FILE` lines are also appended to a file, and
 rows that it has are not run again. Every line gives the run, machine, versions, target, and whether the target was
@@ -14,6 +16,7 @@ met. A failed row becomes a line with its error, the other rows continue, and th
 pass run in a separate process, whose peak memory is reported.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,13 +44,13 @@ from sparseopt.models import open_model
 from sparseopt.pruning import Recipe, prune_layer
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner
-from sparseopt.pruning.texts import begin_windows, text_windows
+from sparseopt.pruning.texts import WindowChoice, begin_windows, text_windows
 
 BASE = "best"
 # The smallest error of a layer; the first records call it "best".
 THOROUGH = "admm_splice"
 # One-shot and uniform, whatever the defaults of a method; rows override this.
-PLAIN: dict[str, Any] = {"allocation": "uniform", "reconstruct": 0}
+PLAIN: dict[str, Any] = {"allocation": "uniform", "reconstruct": 0, "variants": 0}
 # Changes to a plain recipe of method best; those in one row apply together.
 ABLATION: dict[str, dict[str, Any]] = {
     BASE: {},
@@ -57,11 +60,24 @@ ABLATION: dict[str, dict[str, Any]] = {
     "propagate 0": {"propagate": 0},
     "+ allocation owl": {"allocation": "owl"},
     "+ allocation curves": {"allocation": "curves"},
+    "+ variants 3": {"variants": 3},
     "+ reconstruct 4": {"reconstruct": 4},
     "+ allocation curves + reconstruct 4": {"allocation": "curves", "reconstruct": 4},
 }
 ABLATION_SETTINGS = ("0.5", "0.7")
 ABLATION_TARGETS = {"+ allocation curves + reconstruct 4": {"0.5": 46.0, "0.7": 105.0}}
+
+# Zeros go where they cost least: to the linears by curves, in n:m groups by the order of the channels.
+PLACED: dict[str, dict[str, Any]] = {
+    "2:4": {"permute": True},
+    **{setting: {"allocation": "curves"} for setting in ("0.5", "0.6", "0.7")},
+}
+COMPLETE: dict[str, dict[str, Any]] = {"trained": {"distil": 4}, "one shot": {"reconstruct": 0}}
+COMPLETE_TARGETS = {
+    "one shot": {"0.7": 95.0, "2:4": 72.0},
+    "trained": {"0.5": 38.5, "0.6": 50.0, "0.7": 68.0, "2:4": 58.0},
+}
+COMPLETE_SECONDS = 20 * 60
 
 # A preset follows the name. The most thorough method is last, since its target depends on the others.
 LAYER_METHODS = ("magnitude", "wanda", "sparsegpt", "splice", "admm", "maiht paper", "maiht best", BASE, THOROUGH)
@@ -270,11 +286,32 @@ def bench_ablation(bench: Bench, settings: list[str]) -> None:
             )  # fmt: skip
 
 
+def bench_complete(bench: Bench, settings: list[str]) -> None:
+    """The whole model by method best with all its options; each row is a pass of its own, whose seconds count."""
+    samples = bench.windows or WINDOWS
+    tokens: dict[str, Any] = {"samples": samples, "heldout_samples": min(HELDOUT_WINDOWS, samples), "seqlen": SEQLEN}
+    choices: tuple[WindowChoice, ...] = ("spread", "first")
+    for (name, changes), windows, setting in itertools.product(COMPLETE.items(), choices, settings):
+        run = f"complete, {name}, {windows} windows at {setting}"
+        if bench.found(f"perplexity, {run}"):
+            continue
+        options = SETTINGS[setting] | PLACED[setting] | changes | tokens
+        recipe = Recipe(method=BASE, calibration=bench.data, windows=windows, **options)
+        for _, row in run_pass(bench.source, {name: recipe}, bench.data, bench.scoring, run):
+            if isinstance(row, Exception):
+                bench.fail(f"perplexity, {run}", row)
+                continue
+            bound = COMPLETE_TARGETS[name].get(setting)
+            bench.emit_run(f"perplexity, {run}", row, judged(row["perplexity"], bound))
+            bench.emit(f"time, {run}", row["seconds"], "s", judged(row["seconds"], COMPLETE_SECONDS))
+
+
 Part = Callable[..., None]
 PARTS: dict[str, tuple[Part, tuple[str, ...]]] = {
     "layers": (bench_layers, LAYER_SETTINGS),
     "models": (bench_models, tuple(SETTINGS)),
     "ablation": (bench_ablation, ABLATION_SETTINGS),
+    "complete": (bench_complete, tuple(SETTINGS)),
     "draws": (bench_draws, tuple(SETTINGS)),
     "tokens": (bench_tokens, ("0.5",)),
 }

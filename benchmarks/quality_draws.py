@@ -29,9 +29,10 @@ from common import (
     write_dense,
 )
 
+from sparseopt.core.speed import measure_gflops
 from sparseopt.models import open_model, open_source
 from sparseopt.pruning import Recipe, perplexity
-from sparseopt.pruning.cost import PASS_EFFICIENCY, measure_gflops
+from sparseopt.pruning.cost import PASS_EFFICIENCY
 from sparseopt.pruning.inspection import inspect_model
 from sparseopt.pruning.texts import begin_windows, text_windows
 

@@ -78,6 +78,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         pruning_tables.quality_each_layer,
         pruning_tables.quality_models,
         pruning_tables.quality_ablation,
+        pruning_tables.quality_complete,
         pruning_tables.quality_draws,
         pruning_tables.quality_tokens,
         reliability_tables.reliability_machine,

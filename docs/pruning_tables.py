@@ -207,6 +207,19 @@ def quality_ablation(records: list[Record]) -> str:
     return table(_runs(found), columns)
 
 
+def quality_complete(records: list[Record]) -> str:
+    """Method `best` with all its options: perplexity and minutes by setting, a row for each choice of windows."""
+    found, seconds = by_run(records, "perplexity, complete"), by_run(records, "time, complete")
+    if not found:
+        return missing(QUALITY)
+    columns: list[Column] = [("recipe", field("run"))]
+    columns += [(head, _at(found, key, lambda r: f"{r['value']:.2f}")) for key, head in SETTINGS.items()]
+    columns += [
+        (f"minutes, {head}", _at(seconds, key, lambda r: f"{r['value'] / 60:.0f}")) for key, head in SETTINGS.items()
+    ]
+    return table(_runs(found), columns)
+
+
 def quality_draws(records: list[Record]) -> str:
     """For each model and both texts, calibrated on and scored on: the median over the draws, and their range."""
     models: dict[str, dict[tuple[str, str], list[Record]]] = {}

@@ -18,6 +18,7 @@ FLOORS = [
     ("core/thresholds", 1),
     ("core/dense", 1),
     ("core/operators", 1),
+    ("core/speed", 2),
     ("core/slabs", 1.5),  # made of the differences of one device
     ("core/parts", 1.75),
     ("core/grouping", 1.5),  # row tables are linear maps
@@ -117,6 +118,7 @@ FLOORS = [
     ("pruning/card", 6.6),
     ("pruning/plan", 6.6),
     ("pruning/run_folder", 6.65),  # reads plans
+    ("pruning/variants", 6.7),
     ("pruning/survey", 6.7),
     ("pruning/block_removal", 6.7),
     ("pruning/block.", 6.7),

@@ -4,6 +4,8 @@
     owl        fewer zeros in blocks with many outliers
     curves     minimise  sum_l loss_l(s_l)   subject to   sum_l size_l s_l = s sum_l size_l,   low <= s_l <= high
 
+With an n:m pattern a linear has its share of zeros or none, and curves chooses the linears that stay dense.
+
 Losses are known at some levels of sparsity. On the lower convex hulls of these curves the problem is a continuous
 knapsack: its Lagrangian takes the pieces of all hulls in the order of their slope a weight, and the multiplier is
 the slope at which the total is reached.
@@ -18,7 +20,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import brentq, isotonic_regression
 
 from sparseopt.core.constraints import Support
@@ -68,11 +70,19 @@ def check_allocation(name: str, pattern: str, sparsity: float | None, bounds: tu
         if bounds is not None:
             raise ValueError(f"allocation 'uniform' takes no bounds, given {bounds}; leave them out or choose 'curves'")
         return
-    if implied_sparsity(pattern) is not None:
-        raise ValueError(
-            f"pattern {pattern!r} fixes the share of zeros of every linear, which contradicts the allocation {name!r}; "
-            "choose 'uniform' or another pattern"
-        )
+    if (implied := implied_sparsity(pattern)) is not None:
+        if name == "owl" or bounds is not None:
+            raise ValueError(
+                f"pattern {pattern!r} fixes the share of zeros of every linear, which contradicts "
+                f"{'bounds' if name == 'curves' else 'the allocation ' + repr(name)}; leave it out, or choose another "
+                "pattern"
+            )
+        if sparsity is not None and not 0 < sparsity < implied:
+            raise ValueError(
+                f"pattern {pattern!r} with allocation 'curves' leaves some linears dense, so the sparsity must lie "
+                f"between 0 and {implied:g}, given {sparsity:g}; leave the allocation out to prune all of them"
+            )
+        return
     if bounds is None or sparsity is None:
         return
     if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < 1:
@@ -115,6 +125,20 @@ def allocate_curves(
     taken = np.empty_like(width)
     taken[order] = np.clip((sparsity - low) * sizes.sum() - (np.cumsum(width) - width), 0, width)
     return low + taken.reshape(len(sizes), -1).sum(axis=1) / sizes
+
+
+def choose_pruned(
+    losses: Float[np.ndarray, "linears"], sizes: Int[np.ndarray, "linears"], share: float, sparsity: float
+) -> Bool[np.ndarray, "linears"]:
+    """Which linears to prune, each by the same share, for at least `sparsity` of all weights.
+
+    Those of least loss a weight, as few as reach it: the greedy answer to the knapsack.
+    """
+    order = np.argsort(losses / sizes, kind="stable")
+    before = np.cumsum(share * sizes[order]) - share * sizes[order]
+    pruned = np.zeros(len(sizes), bool)
+    pruned[order] = before < sparsity * sizes.sum() - 1e-6
+    return pruned
 
 
 def between(

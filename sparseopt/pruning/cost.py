@@ -6,15 +6,12 @@ with two cores. There, times are mostly within a half of what a run reports, and
 """
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-import jax
 import jax.numpy as jnp
 
-from sparseopt.core.dense import product
 from sparseopt.core.patterns import NM
 from sparseopt.models import PrunableModel, StreamedModel, TensorInfo
 from sparseopt.models.attention import QUERY_CHUNK
@@ -31,6 +28,7 @@ from sparseopt.pruning.plan import GROUPED, layer_shares
 from sparseopt.pruning.recipe import PassRecipe, Recipe
 from sparseopt.pruning.shrinking import ShrinkRecipe
 from sparseopt.pruning.survey import LEVELS, TOKENS
+from sparseopt.pruning.variants import ROUNDS, SHARE
 
 # Where the activations between blocks are kept.
 Activations = Literal["memory", "disk"]
@@ -176,7 +174,7 @@ def prune_cost(
     stored = sum(map(_nbytes, model.source.tensors.values()))
 
     # Each plan has one stream before a block, all share one after it, and the dense model has both.
-    stream = FLOAT32 * (recipe.window_count + recipe.heldout_samples) * recipe.seqlen * model.config.hidden_size
+    stream = FLOAT32 * (recipe.all_windows + recipe.heldout_samples) * recipe.seqlen * model.config.hidden_size
     streams = (plans + 1 + (2 if recipe.needs_dense_stream else 0)) * stream
     if isinstance(recipe, ShrinkRecipe) and recipe.has_budget:
         # The dense model's before and after a block, while the one before the first block waits for the pass.
@@ -227,19 +225,6 @@ def distillation_bytes(config: DecoderConfig, parameters: int, largest: int, tok
     }
 
 
-def measure_gflops(seconds: float = 0.7) -> float:
-    """The rate of large float32 matrix products on JAX's default device, in 10⁹ operations a second."""
-    size = 1024 if jax.default_backend() == "cpu" else 4096
-    matrix = jnp.full((size, size), 1 / size, jnp.float32)
-    multiply = jax.jit(product)
-    jax.block_until_ready(multiply(matrix, matrix))
-    done, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds or not done:
-        jax.block_until_ready(multiply(matrix, matrix))
-        done += 1
-    return 2 * size**3 * done / spent / 1e9
-
-
 def _nbytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * info.dtype.itemsize
 
@@ -251,17 +236,20 @@ def _survey_tokens(recipe: PassRecipe) -> int:
 
 def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], work: MethodCost) -> dict[str, float]:
     config, settings = model.config, recipe.reconstruction
-    calibration, heldout = recipe.window_count * recipe.seqlen, recipe.heldout_samples * recipe.seqlen
+    calibration, heldout = recipe.all_windows * recipe.seqlen, recipe.heldout_samples * recipe.seqlen
+    epoch = recipe.window_count * recipe.seqlen
+    varied = ROUNDS * recipe.variant_count * epoch
     surveyed, tokens, rebuilt, trained = _survey_tokens(recipe), calibration + heldout, 0, 0
-    solves = passes = training = orders = 0.0
+    solves = training = orders = 0.0
+    passes = 2.0 * varied * SHARE * config.vocab_size * config.hidden_size
     if settings is not None:
         # Forward and backward count as three passes in each epoch; then every epoch is judged.
-        rebuilt = 3 * settings.epochs * calibration + (settings.epochs + 1) * (heldout or calibration) + 2 * calibration
+        rebuilt = 3 * settings.epochs * epoch + (settings.epochs + 1) * (heldout or calibration) + 2 * calibration
     if (last := recipe.distillation) is not None:
         # The same, with one more pass forward in each epoch; the head also gives the dense model's logits.
-        trained = 4 * last.epochs * calibration + (last.epochs + 1) * tokens
+        trained = 4 * last.epochs * epoch + (last.epochs + 1) * tokens
         logits = 2.0 * config.vocab_size * config.hidden_size
-        training += (4 * last.epochs * calibration + 2 * (last.epochs + 1) * tokens) * logits
+        training += (4 * last.epochs * epoch + 2 * (last.epochs + 1) * tokens) * logits
     survey = 6.0 * surveyed * config.vocab_size * config.hidden_size if recipe.needs_sensitivities else 0.0
     for block in blocks:
         # Of one token: the linears, and the scores and mixed values of the positions up to the end of its chunk.
@@ -274,6 +262,7 @@ def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], w
             solves += block.count * 2 * (work.products + MEASURING) * inputs**2 * outputs
             solves += block.count * (work.selections * SELECTION + work.updates) * inputs * outputs
         # Before and after pruning; the dense model's; and the Grams of its inputs.
+        passes += block.count * varied * forward
         passes += block.count * tokens * ((3 if recipe.needs_dense_stream else 2) * forward + grams)
         if recipe.propagated_share:
             passes += block.count * calibration * (forward + grams)
@@ -316,7 +305,7 @@ def _phases(
     A method of your own (`work` is None) is taken for the one of ours with the largest workspace.
     """
     config = model.config
-    batch = windows_per_batch(recipe.window_count, recipe.seqlen) * recipe.seqlen
+    batch = windows_per_batch(recipe.all_windows, recipe.seqlen) * recipe.seqlen
     # A batch before a block and after it, of the dense model too.
     current = 4 * FLOAT32 * batch * config.hidden_size
     # Of one chunk of queries, before and after the softmax; a gradient keeps those of all chunks.
@@ -330,7 +319,7 @@ def _phases(
     spaces = [(square, wide), (5, 3)] if recipe.propagated_share else [(square, wide)]
     workspace = max(s * i * i + w * i * o for s, w in spaces for b in blocks for o, i, _ in b.solved)
     widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
-    rows = min(config.vocab_size, (recipe.window_count + recipe.heldout_samples) * recipe.seqlen)
+    rows = min(config.vocab_size, (recipe.all_windows + recipe.heldout_samples) * recipe.seqlen)
     running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS}
     phases: dict[str, dict[str, int]] = {
         "start": {

@@ -166,8 +166,9 @@ def inspect_model(
     opened = open_source(source) if isinstance(source, str | Path) else source
     supported = opened.config.get("model_type") in FAMILIES
     model = StreamedModel(opened) if supported else None
-    if model is not None and recipe.samples is None:
-        recipe = replace(recipe, samples=default_windows(model, recipe.seqlen))
+    if model is not None:
+        samples = recipe.samples or default_windows(model, recipe.seqlen)
+        recipe = replace(recipe, samples=samples, variants=recipe.variant_count)
     dtypes: Counter[str] = Counter()
     for info in opened.tensors.values():
         dtypes[info.dtype.name] += _size(info) * info.dtype.itemsize

@@ -54,6 +54,7 @@ from sparseopt.pruning.shaping import choose_shapes
 from sparseopt.pruning.shrinking import ShrinkRecipe
 from sparseopt.pruning.survey import survey
 from sparseopt.pruning.torch_runner import runner_of
+from sparseopt.pruning.variants import with_variants
 from sparseopt.system import processes
 from sparseopt.system.machine import parse_bytes, return_freed_memory
 
@@ -227,7 +228,8 @@ def _run(
     progress = [Progress.from_dict(each) for each in processes.told(read)]
     on_disk = footprint.activations == "disk"
     kind = SpreadBatches(mesh) if mesh is not None else DiskBatches(plans[0].folder) if on_disk else Batches()
-    stream, before = Stream(*embed_windows(model, kind, *windows[:2])), runner.seconds
+    seen = with_variants(model, windows, plans[0].recipe.variant_count, kind, runner, observer)
+    stream, before = Stream(*embed_windows(model, kind, *seen[:2])), runner.seconds
     plans = survey(model, plans, stream, windows, runner, observer)
     plans = choose_shapes(model, plans, progress, stream, windows, kind, runner, observer)
     for found in progress:

@@ -20,7 +20,7 @@ from sparseopt.models import (
 )
 from sparseopt.pruning.documents import TextError, is_text
 from sparseopt.pruning.layer import LayerMethod, check_method, reads_variances
-from sparseopt.pruning.patterns import GroupTopK, Pattern, parse_pattern
+from sparseopt.pruning.patterns import GroupTopK, Pattern, implied_sparsity, parse_pattern
 from sparseopt.pruning.recipe import LEAST_WINDOWS, MOST_WINDOWS, TOKENS_AN_INPUT, PassRecipe, Recipe
 from sparseopt.pruning.reports import Calibration
 from sparseopt.pruning.shrinking import BUDGET_ROUNDING, ShrinkRecipe, parameters_of, shrunk_sizes, smallest_sizes
@@ -32,6 +32,7 @@ GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
 # Recipes that share a pass must agree in these.
 CALIBRATION_FIELDS = (
     "samples", "seqlen", "heldout_samples", "windows", "seed", "bos", "calibration", "split", "column", "documents",
+    "variant_count",
 )  # fmt: skip
 
 
@@ -218,10 +219,13 @@ def layer_patterns(
     """
     patterns: dict[str, Pattern] = {}
     checked: set[tuple[int, ...]] = set()
+    implied = implied_sparsity(recipe.pattern)
     for key, share in shares.items():
+        if implied is not None and not share:
+            continue
         shape = model.weight_shape(key)
         try:
-            patterns[key] = parse_pattern(recipe.pattern, share, shape)
+            patterns[key] = parse_pattern(recipe.pattern, share if implied is None else implied, shape)
             if shape not in checked:
                 check_method(method, patterns[key], shape, reads_variances(method), recipe.has_support)
         except ValueError as error:
@@ -315,9 +319,11 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
         if samples < default_windows(model, seqlen):
             why += "; the text has no more"
     inputs = _widest(model, [key for plan in plans for key in plan.patterns])
-    if samples * seqlen < inputs:
+    variants = dataclasses.replace(recipe, samples=samples).variant_count
+    if (tokens := samples * (1 + variants) * seqlen) < inputs:
         warning = (
-            f"calibration has {samples * seqlen:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
+            f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
             f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would do"
         )
-    return Calibration(samples, len(windows.heldout), seqlen, token_digest(*windows[:2]), inputs, why, warning)
+    digest = token_digest(*windows[:2])
+    return Calibration(samples, variants, len(windows.heldout), seqlen, digest, inputs, why, warning)

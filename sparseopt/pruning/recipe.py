@@ -3,9 +3,9 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -26,10 +26,13 @@ from sparseopt.pruning.texts import DocumentChoice, WindowChoice
 from sparseopt.pruning.training import Training
 
 OutputWeighting = Literal["uniform", "gradient"]
-# What method "best" does unasked: epochs of reconstruction, and the fraction of upstream error that is corrected.
+# What method "best" does unasked: epochs of reconstruction, the fraction of upstream error that is corrected, and
+# variants of the calibration windows.
 BEST_EPOCHS = 4
 BEST_PROPAGATE = 0.25
-# Calibration windows, where their number is not given: as many as give the widest linear so many tokens an input.
+BEST_VARIANTS = 3
+# Calibration windows, where their number is not given: as many as give the widest linear so many tokens an input. With
+# the variants that are not asked for there are not more of them either.
 TOKENS_AN_INPUT, LEAST_WINDOWS, MOST_WINDOWS = 4, 16, 128
 
 
@@ -50,6 +53,7 @@ def read_pattern(given: Any) -> Any:
 
 PRESETS = tuple(dict.fromkeys(preset for method in METHODS.values() for preset in method.presets))
 
+T = TypeVar("T", bound=Training)
 # A check that raises a ValueError, and the options that must be fine for it.
 Check = tuple[tuple[str, ...], Callable[[], Any]]
 
@@ -128,6 +132,13 @@ class PassRecipe(ABC):
     windows: WindowChoice | None = option(
         None, "Which windows of the text are taken: {choices}. Default: spread, evenly from all of it.", CALIBRATION
     )
+    variants: int | None = option(
+        None,
+        "Variants of each calibration window in which the dense model has drawn some tokens again; an epoch of "
+        f"training sees one of them. Default: {BEST_VARIANTS} when pruning by method best, fewer where there would be "
+        f"more than {MOST_WINDOWS} windows in all, else 0.",
+        CALIBRATION, least=0,
+    )  # fmt: skip
     seed: int | None = option(None, "Seed for windows random. Default: 0.", CALIBRATION, least=0)
     expert_tokens: ExpertTokens = option(
         "routed",
@@ -168,8 +179,8 @@ class PassRecipe(ABC):
     @property
     def distillation(self) -> Distillation | None:
         if isinstance(self.distil, Distillation):
-            return self.distil
-        return Distillation(epochs=self.distil) if self.distil else None
+            return self._by_variants(self.distil)
+        return self._by_variants(Distillation(epochs=self.distil)) if self.distil else None
 
     def check(self) -> LayerMethod:
         """The method asked for, after every field was checked.
@@ -218,6 +229,19 @@ class PassRecipe(ABC):
         """Calibration windows; the least where a model is still to decide on the default."""
         return self.samples or LEAST_WINDOWS
 
+    @property
+    def variant_count(self) -> int:
+        if self.variants is None:
+            # With many windows of text they gain less and cost more.
+            room = MOST_WINDOWS // self.window_count - 1
+            return max(0, min(BEST_VARIANTS, room)) if self.method == "best" else 0
+        return self.variants
+
+    @property
+    def all_windows(self) -> int:
+        """Calibration windows with their variants."""
+        return self.window_count * (1 + self.variant_count)
+
     def output_weighting(self) -> OutputWeighting:
         return self.output_weights or ("gradient" if self.method == "best" else "uniform")
 
@@ -230,10 +254,15 @@ class PassRecipe(ABC):
     @property
     def reconstruction(self) -> Reconstruction | None:
         if isinstance(self.reconstruct, Reconstruction):
-            return self.reconstruct
+            return self._by_variants(self.reconstruct)
         default = BEST_EPOCHS if self.method == "best" else 0
         epochs = default if self.reconstruct is None else self.reconstruct
-        return Reconstruction(epochs=epochs) if epochs else None
+        return self._by_variants(Reconstruction(epochs=epochs)) if epochs else None
+
+    def _by_variants(self, training: T) -> T:
+        """The training with epochs as long as without variants."""
+        alone = not self.variant_count or training.epoch_windows is not None
+        return training if alone else replace(training, epoch_windows=self.window_count)
 
     @property
     def needs_sensitivities(self) -> bool:
@@ -303,7 +332,10 @@ class Recipe(PassRecipe):
         WHAT, type=dict[str, float] | None, read=read_sparsities,
     )  # fmt: skip
     allocation: Allocation = option(
-        "uniform", "How the sparsity is distributed over the layers: {choices}. Not for n:m patterns.", WHAT
+        "uniform",
+        "How the sparsity is distributed over the layers: {choices}. With an n:m pattern and a sparsity below its own, "
+        "curves chooses the linears that stay dense.",
+        WHAT,
     )
     bounds: tuple[float, float] | None = option(
         None, "Least and most sparsity of a layer, as in 0.3,0.8, for owl and curves.", WHAT, read=read_bounds
@@ -365,9 +397,12 @@ class Recipe(PassRecipe):
             if given := [name for name, value in others.items() if value]:
                 raise ValueError(f"permute moves channels of all linears, which contradicts {given[0]}: leave one out")
 
+        # Some linears have the pattern's share and the others none.
+        implied = implied_sparsity(self.pattern)
+        chosen = implied is not None and self.allocation == "curves"
         return (
             ((), permuted),
-            (("sparsity",), lambda: check_pattern(self.pattern, self.sparsity)),
+            (("sparsity",), lambda: check_pattern(self.pattern, implied if chosen else self.sparsity)),
             (("allocation",), by_linear),
             (("allocation", "sparsity"), allocated),
             ((), anywhere),

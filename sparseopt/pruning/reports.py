@@ -238,16 +238,19 @@ class Calibration:
     """The tokens that a run sees, known before it starts.
 
     Attributes:
-        samples: calibration windows.
+        samples: calibration windows of the text.
+        variants: of each of them, see `variants`.
         heldout_samples: held-out windows.
         seqlen: tokens in a window.
-        digest: of all windows, calibration before held out, as the model reads them, see `texts.token_digest`.
+        digest: of all windows of the text, calibration before held out, as the model reads them, see
+            `texts.token_digest`.
         inputs: of the widest linear that is pruned.
         why: what decided the number of windows; None where it was given.
         warning: that there are fewer tokens than inputs, and how many windows would do; None where there are not.
     """
 
     samples: int
+    variants: int
     heldout_samples: int
     seqlen: int
     digest: str

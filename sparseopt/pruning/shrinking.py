@@ -94,6 +94,10 @@ class ShrinkRecipe(PassRecipe):
     def propagated_share(self) -> float:
         return self.propagate or 0.0
 
+    @property
+    def variant_count(self) -> int:
+        return self.variants or 0
+
     def output_weighting(self) -> Any:
         return self.output_weights or "uniform"
 

@@ -44,6 +44,8 @@ from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.allocation import (
     allocate_curves,
     allocate_owl,
+    between,
+    choose_pruned,
     default_bounds,
     exact_shares,
     losses_of_linear,
@@ -52,7 +54,7 @@ from sparseopt.pruning.allocation import (
 from sparseopt.pruning.calibration import BlockRunner, forward_flops
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.evaluation import negative_log_likelihood
-from sparseopt.pruning.patterns import share_unit
+from sparseopt.pruning.patterns import implied_sparsity, share_unit
 from sparseopt.pruning.plan import CalibrationWindows, Plan, layer_patterns
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.side_by_side import agreed
@@ -139,6 +141,8 @@ def _levels(recipes: Sequence[Recipe]) -> np.ndarray:
 
 
 def _bounds(recipe: Recipe) -> tuple[float, float]:
+    if (implied := implied_sparsity(recipe.pattern)) is not None:
+        return implied, implied
     return recipe.bounds or default_bounds(recipe.sparsity or 0.0)
 
 
@@ -178,6 +182,10 @@ def _shares(
     sparsity, bounds, keys = recipe.sparsity or 0.0, _bounds(recipe), list(plan.patterns)
     shapes = [model.weight_shape(key) for key in keys]
     sizes = np.array([np.prod(shape) for shape in shapes])
+    if (implied := implied_sparsity(recipe.pattern)) is not None:
+        found = between(levels, np.stack([curves[key] for key in keys]), np.array([implied]))[:, 0]
+        pruned = choose_pruned(found, sizes, implied, sparsity)
+        return dict(zip(keys, np.where(pruned, implied, 0.0).tolist(), strict=True))
     if recipe.allocation == "curves":
         shares = allocate_curves(levels, np.stack([curves[key] for key in keys]), sizes, sparsity, bounds)
     else:

@@ -46,10 +46,11 @@ class Training:
     """How something is trained.
 
     Attributes:
-        epochs: passes over the calibration tokens, at most.
+        epochs: passes over the calibration windows, at most.
         learning_rate: Adam's largest step; a weight moves by about this share of the root mean square of its tensor.
         warmup: fraction of all steps in which the rate rises linearly; then it falls to zero as a cosine.
         windows: windows of tokens a step, at most; the largest divisor of a batch's windows that is not above it.
+        epoch_windows: windows that an epoch sees, others in the next as long as there are any; None for all.
         clip: largest norm of a block's gradient. Adam ignores a common factor, so a low value does no harm and lets no
             window weigh more than the others.
         patience: epochs without a better judging loss before training stops.
@@ -62,6 +63,7 @@ class Training:
     clip: float
     warmup: float = 0.1
     windows: int = 1
+    epoch_windows: int | None = None
     patience: int = 3
     divergence: float = 2.0
     seed: int = 0
@@ -72,8 +74,9 @@ class Training:
         """Raise a `ValueError` that lists all that is wrong, one line each."""
         problems = [
             f"{name} must be a whole number of {least} or more, given {value!r}"
-            for name, least in (("epochs", 1), ("windows", 1), ("patience", 1), ("seed", 0))
+            for name, least in (("epochs", 1), ("windows", 1), ("epoch_windows", 1), ("patience", 1), ("seed", 0))
             if not isinstance(value := getattr(self, name), int) or value < least
+            if (name, value) != ("epoch_windows", None)
         ]
         for name in ("learning_rate", "clip"):
             if not 0 < (value := getattr(self, name)) < math.inf:
@@ -226,8 +229,7 @@ class Trainer(ABC):
         }
 
     def _run(self, first: float) -> TrainingStatus:
-        settings, rng = self.settings, np.random.default_rng(self.settings.seed)
-        orders = [_draw_order(self.calibration[0], settings.windows, rng) for _ in range(settings.epochs)]
+        settings, orders = self.settings, draw_orders(self.calibration[0], self.settings)
         self.total = sum(map(len, orders))
         rates = settings.rates(self.total).reshape(settings.epochs, -1)
         for order, epoch_rates in zip(orders, rates, strict=True):
@@ -295,13 +297,21 @@ def _check_paired(inputs: Batches, targets: Batches, tokens: str) -> None:
         )
 
 
-def _draw_order(batches: Batches, windows: int, rng: np.random.Generator) -> list[tuple[int, np.ndarray]]:
-    """An epoch in random order: a batch's index and the rows to take of it, every row of every batch once."""
-    size = batches.shapes[0][0]
-    width = next(w for w in range(min(windows, size), 0, -1) if size % w == 0)
-    parts = [
-        (index, rows)
-        for index in range(len(batches))
-        for rows in rng.permutation(size).astype(np.int32).reshape(-1, width)
-    ]
-    return [parts[place] for place in rng.permutation(len(parts))]
+def draw_orders(batches: Batches, settings: Training) -> list[list[tuple[int, np.ndarray]]]:
+    """The steps of each epoch: a batch's index and the rows to take of it, every row of every batch once a pass.
+
+    Passes are in random order and follow one another; epochs cut them into equal parts.
+    """
+    rng, size = np.random.default_rng(settings.seed), batches.shapes[0][0]
+    width = next(w for w in range(min(settings.windows, size), 0, -1) if size % w == 0)
+    a_pass = len(batches) * size // width
+    steps = a_pass if settings.epoch_windows is None else max(1, settings.epoch_windows // width)
+    order: list[tuple[int, np.ndarray]] = []
+    while len(order) < settings.epochs * steps:
+        parts = [
+            (index, rows)
+            for index in range(len(batches))
+            for rows in rng.permutation(size).astype(np.int32).reshape(-1, width)
+        ]
+        order += [parts[place] for place in rng.permutation(len(parts))]
+    return [order[epoch * steps : (epoch + 1) * steps] for epoch in range(settings.epochs)]

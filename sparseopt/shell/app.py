@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sparseopt.shell import experiments, inspect, prune, trend, zero_shot
+from sparseopt.shell.doctor import doctor
 from sparseopt.shell.options import TEXT_HELP, RecipeCommand
 from sparseopt.system.programs import keep_programs
 
@@ -49,6 +50,7 @@ app.command(cls=RecipeCommand)(experiments.compare)
 app.command()(experiments.run)
 app.command()(experiments.report)
 app.command(cls=RecipeCommand)(zero_shot.zero_shot)
+app.command()(doctor)
 
 
 @app.command()

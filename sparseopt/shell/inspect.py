@@ -28,8 +28,8 @@ def inspect(
     **options: Any,
 ) -> None:
     """What a model is, what pruning it would zero, and how much memory and time that takes. Reads headers only."""
+    from sparseopt.core.speed import measure_gflops
     from sparseopt.pruning import Recipe
-    from sparseopt.pruning.cost import measure_gflops
     from sparseopt.pruning.inspection import inspect_model
 
     limit = available_memory_bytes() if memory is None else parse_bytes(memory)
@@ -94,6 +94,8 @@ def linear_table(found: "Inspection") -> Table:
 
 def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
     """What pruning would remove and cost; `memory_bytes` is the memory available."""
+    from sparseopt.pruning.patterns import implied_sparsity
+
     estimate = found.estimate
     if estimate is None or found.zeros is None or found.dense_bytes is None or found.packed_bytes is None:
         return ["no estimate of memory and time for this family"]
@@ -103,13 +105,19 @@ def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
         f"{found.zeros / found.prunable_parameters:.2%} of the linears, {found.zeros / found.parameters:.2%} of all",
         f"output {format_bytes(found.dense_bytes)} dense, {format_bytes(found.packed_bytes)} packed",
     ]
+    if recipe["allocation"] != "uniform":
+        some = implied_sparsity(recipe["pattern"]) is not None
+        lines.append(
+            f"allocation {recipe['allocation']} decides on the zeros of each linear during the run"
+            + f"; some stay dense, and {recipe['sparsity']:.2%} or a little more of the weights become zero" * some
+        )
     if stays := found.prunable_parameters - (found.targeted_parameters or 0):
         lines.insert(0, f"{stays:,} weights of linears are not to be pruned and stay as they are")
-    parts = console.bytes_by_size(estimate.memory[estimate.peak_phase])
+    parts, variants = console.bytes_by_size(estimate.memory[estimate.peak_phase]), recipe["variants"]
+    windows = f"{recipe['samples']} + {recipe['heldout_samples']} windows of {recipe['seqlen']} tokens"
     lines.append(
-        f"estimated memory of `sparseopt prune` with {recipe['samples']} + {recipe['heldout_samples']} windows of "
-        f"{recipe['seqlen']} tokens: {format_bytes(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase} "
-        f"({', '.join(parts)})"
+        f"estimated memory of `sparseopt prune` with {windows}{f' and {variants} variants' * bool(variants)}: "
+        f"{format_bytes(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase} ({', '.join(parts)})"
     )
     lines.append(
         f"with activations on disk ({format_bytes(estimate.scratch_bytes)}): "

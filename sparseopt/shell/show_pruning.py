@@ -113,8 +113,9 @@ def calibration_lines(calibration: Calibration) -> list[str]:
     """What a run calibrates on, and why on so much."""
     given, tokens = calibration, calibration.samples * calibration.seqlen
     lines = [
-        f"calibration on {given.samples} windows of {given.seqlen} tokens, {tokens:,} in all, and "
-        f"{given.heldout_samples} held out; digest {given.digest}"
+        f"calibration on {given.samples} windows of {given.seqlen} tokens, {tokens:,} in all"
+        + f", {given.variants} variants of each" * bool(given.variants)
+        + f", and {given.heldout_samples} held out; digest {given.digest}"
     ]
     if given.why:
         lines.append(f"default --samples {given.samples}: {given.why}")

@@ -228,7 +228,10 @@ def models(folder):
     routed = write_folder(folder / "routed", experts, random_tensors(experts, np.random.default_rng(7)))
     cases = {
         "paper": (source, {"preset": "paper", "weighting": "residual"}),
-        "wanda owl": (source, {"method": "wanda", "allocation": "owl", "propagate": 0.5, "reconstruct": 1}),
+        "wanda owl": (
+            source,
+            {"method": "wanda", "allocation": "owl", "propagate": 0.5, "reconstruct": 1, "variants": 1},
+        ),
         # Some experts see fewer tokens than that.
         "experts": (routed, {"method": "wanda", "min_expert_tokens": 130}),
     }

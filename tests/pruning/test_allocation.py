@@ -6,13 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseopt.pruning import Recipe, audit_sparsity, prune_layer, prune_model
+from sparseopt.models import open_model
+from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, prune_layer, prune_model
 from sparseopt.pruning.allocation import (
     ROWS,
     allocate_curves,
     allocate_owl,
     between,
     check_allocation,
+    choose_pruned,
     default_bounds,
     estimated_losses,
     exact_shares,
@@ -132,7 +134,13 @@ def test_losses_between_levels_are_cubic_where_the_truth_is():
     ("arguments", "message"),
     [
         (("even", "unstructured", 0.5, None), "unknown allocation 'even'; known are uniform, owl, curves"),
-        (("curves", "2:4", None, None), "pattern '2:4' fixes the share of zeros .* choose 'uniform'"),
+        (("owl", "2:4", None, None), "pattern '2:4' fixes the share of zeros .* the allocation 'owl'; leave it out"),
+        (("curves", "2:4", 0.3, (0.1, 0.5)), "pattern '2:4' fixes the share of zeros .* contradicts bounds; leave"),
+        (
+            ("curves", "2:4", 0.5, None),
+            "some linears dense, so the sparsity must lie between 0 and 0.5, given 0.5",
+        ),
+        (("curves", "2:4", 0.0, None), "must lie between 0 and 0.5, given 0; leave the allocation out"),
         (("uniform", "unstructured", 0.5, (0.3, 0.6)), "allocation 'uniform' takes no bounds"),
         (("owl", "unstructured", 0.5, (0.6, 0.3)), "0 <= low <= high < 1, given"),
         (("curves", "unstructured", 0.7, (0.3, 0.6)), "at most 0.6 in every linear .* 0.1 below the 0.7 .* raise"),
@@ -145,6 +153,16 @@ def test_what_cannot_be_is_refused_with_the_bound_at_fault(arguments, message):
     name, pattern, sparsity, bounds = arguments
     with pytest.raises(ValueError, match=message):
         Recipe(allocation=name, pattern=pattern, sparsity=sparsity, bounds=bounds).check()
+
+
+def test_the_linears_that_are_pruned_alike_cost_least_a_weight(rng):
+    losses, sizes = rng.random(12), rng.integers(50, 500, 12)
+    for sparsity in (0.01, 0.2, 0.37, 0.499):
+        pruned = choose_pruned(losses, sizes, 0.5, sparsity)
+        zeros = 0.5 * sizes[pruned]
+        assert zeros.sum() - zeros[np.argmax((losses / sizes)[pruned])] < sparsity * sizes.sum() <= zeros.sum()
+        assert (losses / sizes)[pruned].max() < (losses / sizes)[~pruned].min(initial=np.inf)
+    assert choose_pruned(losses, np.full(12, 8), 0.5, 0.25).sum() == 6
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.7, 0.9, 0.97])
@@ -241,3 +259,14 @@ def test_curves_take_from_linears_that_the_loss_does_not_see(tmp_path, rng):
         for name in ("q_proj", "k_proj", "v_proj"):
             share = shares[f"model.layers.{index}.self_attn.{name}"]
             assert share == pytest.approx(0.8, abs=2e-3) if index == 1 else share < 0.8
+    # With a pattern that fixes the share, they are pruned and what costs more stays dense, to the byte.
+    recipe = Recipe(sparsity=0.2, pattern="2:4", allocation="curves", method="wanda", calibration=tokens)
+    report = prune_model(source, tmp_path / "pattern", recipe)
+    sizes = [record.size for record in report.layers]
+    assert 0 <= 0.5 * sum(sizes) - 0.2 * report.prunable_size < 0.5 * max(sizes)
+    pruned = {record.layer for record in report.layers}
+    assert {f"model.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")} <= pruned
+    before, after = (open_model(folder).source for folder in (source, tmp_path / "pattern"))
+    for key in before.tensors.keys() - {f"{layer}.weight" for layer in pruned}:
+        assert before.read(key).tobytes() == after.read(key).tobytes()
+    assert all(audit.fits for audit in audit_pattern(tmp_path / "pattern", "2:4") if audit.layer in pruned)

@@ -163,7 +163,8 @@ def test_a_model_pruned_on_many_devices_is_that_of_one(found, name, programs):
     assert model["support"]
     assert model["apart"] < 1e-4
     assert model["steps"][0] == model["steps"][1]
-    assert model["tokens"] == [264, 264]
+    # Eleven windows of 24 tokens; "wanda owl" has a variant of each.
+    assert model["tokens"] == [264 * (1 + (name == "wanda owl"))] * 2
     assert model["starved"][0] == model["starved"][1]
     assert any(model["starved"][0]) == (name == "experts")
     assert model["errors"][1] == pytest.approx(model["errors"][0], rel=1e-3)

@@ -146,7 +146,7 @@ def test_run_folder_tells_the_whole_story(tmp_path, source, recipe):
     assert summary["sparsity"] == 0.5
     assert summary["recipe"]["calibration"] == "token ids of shape [12, 24]"
     assert summary["calibration"] == {
-        "samples": 8, "heldout_samples": 4, "seqlen": 24, "inputs": 64, "why": None, "warning": None,
+        "samples": 8, "variants": 0, "heldout_samples": 4, "seqlen": 24, "inputs": 64, "why": None, "warning": None,
         "digest": hashlib.sha256(np.asarray(recipe.calibration, "<i4").tobytes()).hexdigest()[:16],
     }  # fmt: skip
     assert summary["versions"]["sparseopt"] == so.__version__

@@ -148,7 +148,8 @@ def test_the_survey_tells_its_steps(tmp_path, source, tokens):
     events = []
     recipe = Recipe(method="best", calibration=tokens, heldout_samples=0)
     report = prune_model(source, tmp_path / "out", recipe, observer=lambda *told: events.append(told))
-    assert events[2:9] == [("survey, pass", n, 7) for n in range(1, 8)]
-    assert isinstance(events[9][0], LayerRecord)
-    assert events[9][1:] == (1, 21)
+    told = [("variants, block", n, 6) for n in range(1, 7)] + [("survey, pass", n, 7) for n in range(1, 8)]
+    assert events[2:15] == told
+    assert isinstance(events[15][0], LayerRecord)
+    assert events[15][1:] == (1, 21)
     assert report.survey_seconds > 0

@@ -33,7 +33,7 @@ def finished(tmp_path_factory, source, tokens):
 RECIPES = {
     "paper": {"preset": "paper", "dtype": "bfloat16"},
     "packed": {"method": "wanda", "pack": True},
-    "trained": {"preset": "best", "reconstruct": 2, "propagate": 0.5},
+    "trained": {"preset": "best", "reconstruct": 2, "propagate": 0.5, "variants": 1},
     "allocated": {"method": "admm", "allocation": "owl"},
 }
 

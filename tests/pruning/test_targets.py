@@ -242,6 +242,11 @@ def test_a_recipe_file_gives_what_is_not_typed(tmp_path, source, command):
     assert "pruned by magnitude, pattern 2:4: 6,144 zeros" in out
     assert "15,360 weights of linears are not to be pruned and stay as they are" in out
     assert "│ mlp.up_proj │ 0-2 │ 64x32 │ 3 │ float32 │ 6,144 │ stay │" in out
+    allocated = ("--method", "best", "--pattern", "2:4", "--sparsity", 0.3, "--allocation", "curves")
+    status, out, err = command("inspect", source, *allocated, "--gflops", 100, "--samples", 3)
+    assert status == 0, err
+    assert "allocation curves decides on the zeros of each linear during the run; some stay dense, and 30.00% or" in out
+    assert "with 3 + 4 windows of 512 tokens and 3 variants: " in out
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and so on and so on.\n" * 60)
     text = f"file:{tmp_path / 'text.txt'}"
     arguments = (

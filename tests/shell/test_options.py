@@ -86,7 +86,7 @@ def test_every_command_shows_its_options_in_80_columns(name, command, monkeypatc
     status, out, err = command(name, "--help")
     assert status == 0, err
     options = inspect.signature(completed(COMMANDS[name])).parameters
-    assert len(options) > 1
+    assert options
     for option in options.keys() - {"as_json"}:
         assert option in out or option.replace("_", "-") in out
 

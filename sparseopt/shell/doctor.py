@@ -1,0 +1,143 @@
+"""Floor 8: the command `doctor`: what is installed, what the machine has, what runs would use, and how fast it is."""
+
+import json
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import typer
+
+from sparseopt.core.dense import HIGHEST
+from sparseopt.core.speed import measure_gflops, measure_gigabytes
+from sparseopt.shell import console
+from sparseopt.shell.options import AsJson
+from sparseopt.system.machine import available_memory_bytes, format_bytes, versions
+from sparseopt.system.programs import SIZE_LIMIT, SWITCH
+
+# The extras that commands and functions need; the others are for benchmarks and tests.
+EXTRAS = ("prune", "images", "plot", "sklearn", "interior", "torch", "eval")
+# What decides on devices and programs.
+VARIABLES = re.compile(r"JAX_\w+|XLA_\w+|CUDA_VISIBLE_DEVICES|TPU_\w+|LIBTPU_\w+|SPARSEOPT_\w+")
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """What is installed, which devices and how much memory there are, what a run would use, and a test of the speed.
+
+    A report of a bug should have the output.
+    """
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for line in lines_of(found):
+        console.say(line)
+
+
+def examine() -> dict[str, Any]:
+    """All that `doctor` tells. A device that JAX cannot use is no error: `device_error` says why."""
+    devices: list[dict[str, Any]] = []
+    error = None
+    try:
+        devices = [_device(device) for device in jax.local_devices()]
+    except RuntimeError as failure:
+        error = str(failure)
+    folder = getattr(jax.config, "jax_compilation_cache_dir", None)
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_available_bytes": available_memory_bytes(),
+        "versions": versions(),
+        "extras": {extra: _missing(extra) for extra in EXTRAS},
+        "variables": {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},
+        "devices": devices,
+        "device_error": error,
+        "programs": folder and _kept(folder),
+        "precision": HIGHEST.name.lower(),
+        "gflops": measure_gflops(0.3) if devices else None,
+        "gigabytes_a_second": measure_gigabytes(0.2) if devices else None,
+    }
+
+
+def lines_of(found: dict[str, Any]) -> list[str]:
+    """The same for a person."""
+    memory = format_bytes(found["memory_available_bytes"])
+    lines = [
+        f"{found['system']}, {found['processor']}, {found['cores']} cores, {memory} of memory available",
+        ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
+    ]
+    for extra, missing in found["extras"].items():
+        needs = f"not installed ({', '.join(missing)}): pip install 'sparseopt[{extra}]'" if missing else "installed"
+        lines.append(f"extra {extra}: {needs}")
+    lines += [f"{name}={value}" for name, value in found["variables"].items()]
+    for device in found["devices"]:
+        limit, used = device["memory_bytes"], device["memory_used_bytes"]
+        memory = "" if limit is None else f", {format_bytes(limit)} of memory, {format_bytes(used)} of it in use"
+        lines.append(f"device {device['name']}: {device['kind']}{memory}")
+    if found["device_error"]:
+        return [*lines, f"no device: {found['device_error']}", "check JAX_PLATFORMS and how JAX was installed"]
+    if (programs := found["programs"]) is None:
+        lines.append(f"compiled programs are not kept: {SWITCH} is 0, or the cache folder cannot be written")
+    else:
+        lines.append(
+            f"compiled programs: {programs['count']:,}, {format_bytes(programs['bytes'])} of at most "
+            f"{format_bytes(SIZE_LIMIT)}, in {programs['folder']}"
+        )
+    first, many = found["devices"][0]["name"], len(found["devices"])
+    lines.append(
+        f"a run uses {first}"
+        + f", or up to {many} devices with --devices" * (many > 1)
+        + f", with float32 products in precision {found['precision']}"
+    )
+    lines.append(
+        f"speed of {first}: {found['gflops']:,.0f} GFLOP/s in float32 products, "
+        f"{found['gigabytes_a_second']:,.1f} GB/s of memory read and written"
+    )
+    return lines
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return name[1] if name else platform.processor() or "unknown processor"
+
+
+def _device(device: Any) -> dict[str, Any]:
+    """Memory is None where JAX does not know it, as on a CPU."""
+    memory = device.memory_stats() or {}
+    return {
+        "name": str(device),
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "memory_bytes": memory.get("bytes_limit"),
+        "memory_used_bytes": memory.get("bytes_in_use"),
+    }
+
+
+def _missing(extra: str) -> list[str]:
+    """The packages of an extra that are not installed."""
+    of_extra = re.compile(rf"""^([\w.-]+).*extra\s*==\s*['"]{extra}['"]""")
+    names = [match[1] for line in requires("sparseopt") or () if (match := of_extra.match(line))]
+    missing = []
+    for name in names:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    return missing
+
+
+def _kept(folder: str) -> dict[str, Any]:
+    """How many programs a folder has, and their size; another process may remove some meanwhile."""
+    sizes = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                sizes.append(entry.stat().st_size)
+            except OSError:
+                continue
+    return {"folder": folder, "count": len(sizes), "bytes": sum(sizes)}

@@ -1,0 +1,112 @@
+"""Variants of calibration windows: draws from the dense model's own distribution, and what training makes of them."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.models import open_model
+from sparseopt.pruning import Recipe, ShrinkRecipe, prune_model, variants
+from sparseopt.pruning.activations import Batches, DiskBatches, make_batches
+from sparseopt.pruning.calibration import BlockRunner
+from sparseopt.pruning.plan import CalibrationWindows
+from sparseopt.pruning.reconstruction import Reconstruction
+from sparseopt.pruning.training import draw_orders
+from sparseopt.pruning.variants import SHARE, draw, with_variants
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+
+WINDOWS, TIME = 4, 24
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    return write_folder(tmp_path_factory.mktemp("source"), tiny_config(), random_tensors(tiny_config(), rng))
+
+
+@pytest.fixture
+def windows(rng):
+    ids = rng.integers(0, len(VOCAB), (WINDOWS + 1, TIME)).astype(np.int32)
+    return CalibrationWindows(ids[:WINDOWS], ids[WINDOWS:], None)
+
+
+def made(source, windows, count=2, kind=None):
+    told = []
+    found = with_variants(
+        open_model(source), windows, count, kind or Batches(), BlockRunner(), lambda *e: told.append(e)
+    )
+    return found, told
+
+
+def test_a_share_of_the_tokens_is_drawn_again(tmp_path, source, windows):
+    found, told = made(source, windows)
+    assert found.calibration.shape == (3 * WINDOWS, TIME)
+    np.testing.assert_array_equal(found.calibration[:WINDOWS], windows.calibration)
+    np.testing.assert_array_equal(found.heldout, windows.heldout)
+    changed = found.calibration[WINDOWS:].reshape(2, WINDOWS, TIME) != windows.calibration
+    assert not changed[..., 0].any()
+    assert 0.5 * SHARE < changed.mean() <= SHARE
+    assert (changed[0] != changed[1]).any()
+    assert told[-1] == ("variants, block", len(told), len(told))
+    again, on_disk = made(source, windows)[0], made(source, windows, kind=DiskBatches(tmp_path))[0]
+    np.testing.assert_array_equal(again.calibration, found.calibration)
+    np.testing.assert_array_equal(on_disk.calibration, found.calibration)
+
+
+def test_enough_rounds_give_draws_of_one_token_after_the_other(source, windows, monkeypatch):
+    """Jacobi's iteration ends where drawing from left to right does: each token fits those before it."""
+
+    def after(rounds):
+        monkeypatch.setattr(variants, "ROUNDS", rounds)
+        return made(source, windows)[0].calibration
+
+    np.testing.assert_array_equal(after(TIME), after(TIME + 1))
+    assert (after(1) != after(TIME)).any()
+
+
+def test_draws_have_the_probabilities_of_the_logits():
+    logits = jnp.asarray([0.0, 1.0, -1.0, 0.5])
+    rows, keys = jnp.zeros((20_000, 2)), jax.random.split(jax.random.key(1), 20_000)
+    drawn = draw(lambda x: jnp.broadcast_to(logits, (*x.shape[:2], 4)), rows, keys)
+    frequencies = np.bincount(np.asarray(drawn), minlength=4) / len(rows)
+    # Four standard deviations.
+    np.testing.assert_allclose(frequencies, jax.nn.softmax(logits), atol=4 * 0.5 / np.sqrt(len(rows)))
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_epochs_share_the_windows(width):
+    batches = make_batches(jnp.zeros((8, 4, 2)))
+    settings = Reconstruction(epochs=6, windows=width, epoch_windows=2)
+    orders = draw_orders(batches, settings)
+    assert [len(epoch) for epoch in orders] == [2 // width] * 6
+    rows = np.concatenate([part[1] + 8 * part[0] for epoch in orders for part in epoch])
+    assert sorted(rows[:8]) == list(range(8))
+    whole = draw_orders(batches, replace(settings, epochs=2, epoch_windows=None))
+    assert [len(epoch) for epoch in whole] == [8 // width] * 2
+
+
+def test_only_best_has_variants_unasked_and_its_epochs_stay_as_long():
+    assert Recipe().variant_count == 0
+    assert Recipe().all_windows == Recipe().window_count
+    best = Recipe(method="best", samples=5)
+    assert best.variant_count == 3
+    assert best.all_windows == 20
+    counts = [replace(best, samples=count).variant_count for count in (16, 32, 43, 64, 65, 128, 500)]
+    assert counts == [3, 3, 1, 1, 0, 0, 0]
+    assert replace(best, samples=500, variants=2).variant_count == 2
+    assert ShrinkRecipe(channels=0.5).variant_count == 0
+    assert ShrinkRecipe(channels=0.5, variants=1).variant_count == 1
+    assert best.reconstruction.epoch_windows == 5
+    assert replace(best, variants=0).reconstruction.epoch_windows is None
+    assert replace(best, reconstruct=Reconstruction(epoch_windows=7)).reconstruction.epoch_windows == 7
+
+
+def test_a_model_is_pruned_and_trained_with_variants(tmp_path, source, windows):
+    ids = np.concatenate(windows[:2])
+    recipe = Recipe(method="wanda", calibration=ids, heldout_samples=1, variants=2, reconstruct=2)
+    report = prune_model(source, tmp_path / "out", recipe)
+    assert report.calibration.variants == 2
+    assert {record.tokens for record in report.layers} == {3 * WINDOWS * TIME}
+    assert {record.steps for record in report.blocks} <= {WINDOWS, 2 * WINDOWS}
