@@ -167,8 +167,8 @@ def inspect_model(
     supported = opened.config.get("model_type") in FAMILIES
     model = StreamedModel(opened) if supported else None
     if model is not None:
-        samples = recipe.samples or default_windows(model, recipe.seqlen)
-        recipe = replace(recipe, samples=samples, variants=recipe.variant_count)
+        recipe = replace(recipe, samples=recipe.samples or default_windows(model, recipe.seqlen))
+        recipe = replace(recipe, variants=recipe.variant_count)  # their default depends on the windows
     dtypes: Counter[str] = Counter()
     for info in opened.tensors.values():
         dtypes[info.dtype.name] += _size(info) * info.dtype.itemsize

@@ -168,6 +168,9 @@ def test_estimates_add_up_and_grow_with_the_work(tmp_path: Path, rng: np.random.
     assert plain.peak_memory_bytes == sum(plain.memory[plain.peak_phase].values())
     assert set(plain.memory) == {"start", "Grams", "layer solves"}
     more, best = estimate(samples=64, seqlen=128), estimate(method="best", allocation="curves")
+    # Windows of 2 tokens are 128 by default, which leaves no room for variants that nobody asked for.
+    shown = [inspect_model(path, Recipe(method="best", seqlen=seqlen)).recipe for seqlen in (2, 512)]
+    assert [(each["samples"], each["variants"]) for each in shown] == [(128, 0), (16, 3)]
     assert more.seconds_by_part["forward passes and Grams"] > plain.seconds_by_part["forward passes and Grams"]
     assert more.seconds_by_part["layer solves"] == plain.seconds_by_part["layer solves"]
     assert more.peak_memory_bytes > plain.peak_memory_bytes
