@@ -107,6 +107,7 @@ FLOORS = [
     ("pruning/methods/", 6.2),
     ("pruning/allocation", 6.2),
     ("pruning/blocked", 6.3),
+    ("pruning/propagation", 6.4),
     ("pruning/evaluation", 6.3),
     ("pruning/scoring", 6.4),
     ("pruning/side_by_side", 6.4),

@@ -12,11 +12,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from sparseopt.core.dense import product, spd_inverse
-from sparseopt.core.mesh import over, put, whole
+from sparseopt.core.mesh import whole
 from sparseopt.core.patterns import NM
 from sparseopt.models import (
     Block,
@@ -31,20 +29,17 @@ from sparseopt.models import (
     sliced_block,
 )
 from sparseopt.pruning.activations import Batches, Stream
-from sparseopt.pruning.blocked import Cut
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, nonfinite_windows
-from sparseopt.pruning.compiled import Compiled, Timed
-from sparseopt.pruning.layer import LayerJob, check_answer, reads_variances, scaled_gram
+from sparseopt.pruning.compiled import Timed
+from sparseopt.pruning.layer import LayerJob, check_answer, reads_variances
 from sparseopt.pruning.permutation import block_orders
 from sparseopt.pruning.plan import Plan
+from sparseopt.pruning.propagation import propagated
 from sparseopt.pruning.recipe import PassRecipe
 from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
 from sparseopt.pruning.reports import BlockRecord, LayerRecord
 from sparseopt.pruning.side_by_side import LayerTask, agreed, solve_block
 from sparseopt.system import processes
-
-# Relative to each input's own square; a smaller one follows the drift of single tokens.
-PROPAGATION_RIDGE = 0.1
 
 
 class PruningError(RuntimeError):
@@ -208,7 +203,7 @@ def _pruned(
             weight, found = dense_weight.astype(dtype, copy=False), own(grams[tap])
             target = Timed(weight, 0.0, 0.0)
             if not starved and recipe.propagated_share and found.drift is not None:
-                target = _propagated(weight, found, recipe.propagated_share, mesh)
+                target = propagated(weight, found, recipe.propagated_share, mesh)
             # So few tokens do not rank the weights: all inputs count the same.
             gram = jnp.eye(len(found.gram)) if starved else found.gram
             variances = None
@@ -305,42 +300,6 @@ def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGr
     tokens = grams.tokens(tap)
     starved = ".experts." in name and tokens < max(1, plan.recipe.min_expert_tokens)
     return tokens, starved, not starved and bool(tests) and tests.tokens(tap) > 0
-
-
-def _propagated(weight: np.ndarray, grams: Grams, share: float, mesh: Mesh | None) -> Timed:
-    target: Any = weight
-    if mesh is not None:
-        # Each output has its own target: rows of zeros after them change none.
-        target = put(Cut(mesh, len(weight)).padded(weight), over(mesh))
-    found = propagated_target(target, grams.gram, grams.drift, np.float32(share), np.float32(PROPAGATION_RIDGE))
-    return found._replace(value=whole(found.value)[: len(weight)].astype(weight.dtype))
-
-
-def drifted_target(
-    weight: Float[Array, "out in"],
-    gram: Float[Array, "in in"],
-    drift: Float[Array, "in in"],
-    strength: float | Array,
-    ridge: float | Array,
-) -> Float[Array, "out in"]:
-    """Propagated error: the target that corrects what the layers before have lost, float32.
-
-        minimise over W'    1/2 ||X~ W'ᵀ - X Wᵀ||²  +  ridge/2 ||(W' - W) e||²                              [out, in]
-
-    with X~ the inputs in the pruned model, X those in the dense one, e the norms of X~. The minimiser is
-    `W' = W - ((Gram + ridge e²)⁻¹ drift Wᵀ)ᵀ`, with Gram `X~ᵀX~` and drift `X~ᵀ(X~ - X)`; strength is the part of the
-    way from W to it.
-
-    Source: the normal equations of Frantar and Alistarh, "SparseGPT", 2023, with a second input, as in Li, Yin, Lee,
-    Xiao, Panda, "GPTAQ: efficient finetuning-free quantization for asymmetric calibration", 2025.
-    """
-    hessian, _, inverse = scaled_gram(gram)
-    shifted = spd_inverse(hessian + ridge * jnp.eye(len(hessian), dtype=jnp.float32))
-    moved = product(inverse[:, None] * drift, weight.astype(jnp.float32).T)
-    return weight - strength * (inverse[:, None] * product(shifted, moved)).T
-
-
-propagated_target = Compiled(drifted_target)
 
 
 def _record(plan: Plan, block: int, key: str, solved: Timed, tokens: int, starved: bool, tested: bool) -> LayerRecord:

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from sparseopt.models import Source
+from sparseopt.pruning.documents import part_of_text
 from sparseopt.pruning.recipe import OPTIONS
 from sparseopt.pruning.reports import PruneReport, mean
 from sparseopt.pruning.shrinking import SHRINK_OPTIONS
-from sparseopt.pruning.texts import part_of_text
 from sparseopt.system.machine import versions
 
 CARD = "README.md"

@@ -205,8 +205,10 @@ def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
     owners = {key.rpartition(".")[0] for key in model.exported_keys()}
     names = [key.removesuffix(".weight") for key in keys]
     chosen = chosen_linears(names, sorted(owners.difference(names)), recipe.targets, recipe.ignore, recipe.sparsities)
-    assert recipe.sparsity is not None
-    return {f"{name}.weight": recipe.sparsity if own is None else own for name, own in chosen.items()}
+    implied = implied_sparsity(recipe.pattern)
+    share = recipe.sparsity if implied is None else implied
+    assert share is not None
+    return {f"{name}.weight": share if own is None else own for name, own in chosen.items()}
 
 
 def layer_patterns(
@@ -219,13 +221,10 @@ def layer_patterns(
     """
     patterns: dict[str, Pattern] = {}
     checked: set[tuple[int, ...]] = set()
-    implied = implied_sparsity(recipe.pattern)
     for key, share in shares.items():
-        if implied is not None and not share:
-            continue
         shape = model.weight_shape(key)
         try:
-            patterns[key] = parse_pattern(recipe.pattern, share if implied is None else implied, shape)
+            patterns[key] = parse_pattern(recipe.pattern, share, shape)
             if shape not in checked:
                 check_method(method, patterns[key], shape, reads_variances(method), recipe.has_support)
         except ValueError as error:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -178,9 +178,7 @@ class PassRecipe(ABC):
 
     @property
     def distillation(self) -> Distillation | None:
-        if isinstance(self.distil, Distillation):
-            return self._by_variants(self.distil)
-        return self._by_variants(Distillation(epochs=self.distil)) if self.distil else None
+        return self._training(Distillation, self.distil)
 
     def check(self) -> LayerMethod:
         """The method asked for, after every field was checked.
@@ -253,16 +251,17 @@ class PassRecipe(ABC):
 
     @property
     def reconstruction(self) -> Reconstruction | None:
-        if isinstance(self.reconstruct, Reconstruction):
-            return self._by_variants(self.reconstruct)
         default = BEST_EPOCHS if self.method == "best" else 0
-        epochs = default if self.reconstruct is None else self.reconstruct
-        return self._by_variants(Reconstruction(epochs=epochs)) if epochs else None
+        return self._training(Reconstruction, default if self.reconstruct is None else self.reconstruct)
 
-    def _by_variants(self, training: T) -> T:
-        """The training with epochs as long as without variants."""
-        alone = not self.variant_count or training.epoch_windows is not None
-        return training if alone else replace(training, epoch_windows=self.window_count)
+    def _training(self, kind: type[T], given: T | int) -> T | None:
+        """What is given, or this kind for so many epochs, which take as long as without variants; None for 0."""
+        if not given:
+            return None
+        # The kinds have defaults of all settings but this one, and `Training` has not.
+        found: T = given if isinstance(given, kind) else cast(Any, kind)(epochs=given)
+        alone = not self.variant_count or found.epoch_windows is not None
+        return found if alone else replace(found, epoch_windows=self.window_count)
 
     @property
     def needs_sensitivities(self) -> bool:

@@ -185,7 +185,7 @@ def _shares(
     if (implied := implied_sparsity(recipe.pattern)) is not None:
         found = between(levels, np.stack([curves[key] for key in keys]), np.array([implied]))[:, 0]
         pruned = choose_pruned(found, sizes, implied, sparsity)
-        return dict(zip(keys, np.where(pruned, implied, 0.0).tolist(), strict=True))
+        return {key: implied for key, goes in zip(keys, pruned, strict=True) if goes}
     if recipe.allocation == "curves":
         shares = allocate_curves(levels, np.stack([curves[key] for key in keys]), sizes, sparsity, bounds)
     else:

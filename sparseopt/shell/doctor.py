@@ -16,7 +16,7 @@ from sparseopt.core.speed import measure_gflops, measure_gigabytes
 from sparseopt.shell import console
 from sparseopt.shell.options import AsJson
 from sparseopt.system.machine import available_memory_bytes, format_bytes, versions
-from sparseopt.system.programs import SIZE_LIMIT, SWITCH
+from sparseopt.system.programs import SIZE_LIMIT, SWITCH, kept_files
 
 # The extras that commands and functions need; the others are for benchmarks and tests.
 EXTRAS = ("prune", "images", "plot", "sklearn", "interior", "torch", "eval")
@@ -132,12 +132,6 @@ def _missing(extra: str) -> list[str]:
 
 
 def _kept(folder: str) -> dict[str, Any]:
-    """How many programs a folder has, and their size; another process may remove some meanwhile."""
-    sizes = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                sizes.append(entry.stat().st_size)
-            except OSError:
-                continue
+    """How many programs a folder has, and their size."""
+    sizes = [found.st_size for _, found in kept_files(Path(folder))]
     return {"folder": folder, "count": len(sizes), "bytes": sum(sizes)}

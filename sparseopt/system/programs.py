@@ -6,8 +6,10 @@ Only the `sparseopt` command and the tests keep programs; the library itself cha
 import hashlib
 import os
 import platform
+import stat
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,16 +34,20 @@ def programs_folder(kept: Path) -> Path:
     return kept / f"jax{version('jax')}-jaxlib{version('jaxlib')}-{key}"
 
 
-def trim(kept: Path, limit: int) -> None:
-    """Remove the least recently used files beyond `limit` bytes; another process may do the same at that time."""
-    files = []
+def kept_files(kept: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files in a folder with their sizes and times; another process may remove some meanwhile."""
     for entry in kept.rglob("*"):
         try:
-            stat = entry.stat()
+            found = entry.stat()
         except OSError:
             continue
-        if entry.is_file():
-            files.append((max(stat.st_atime, stat.st_mtime), stat.st_size, entry))
+        if stat.S_ISREG(found.st_mode):
+            yield entry, found
+
+
+def trim(kept: Path, limit: int) -> None:
+    """Remove the least recently used files beyond `limit` bytes."""
+    files = [(max(found.st_atime, found.st_mtime), found.st_size, entry) for entry, found in kept_files(kept)]
     room = limit
     for _, size, entry in sorted(files, reverse=True):
         room -= size
