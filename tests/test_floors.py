@@ -21,6 +21,7 @@ FLOORS = [
     ("core/speed", 2),
     ("core/slabs", 1.5),  # made of the differences of one device
     ("core/parts", 1.75),
+    ("core/divided_differences", 1.5),  # built on the operators
     ("core/grouping", 1.5),  # row tables are linear maps
     ("core/matrices", 1.5),  # built on the operators
     ("core/edge_lists", 2),
@@ -44,10 +45,12 @@ FLOORS = [
     ("core/", 4),
     ("trend/graph", 5),
     ("trend/files", 5),
+    ("trend/node_tables", 5.05),
     ("trend/signal", 5.1),
     ("trend/layout", 5.1),
     ("trend/freedom", 5.2),
     ("trend/ground", 5.2),
+    ("trend/pieces", 5.25),
     ("trend/job", 5.3),
     ("trend/plan", 5.4),
     ("trend/methods/__init__", 5.6),  # the choice among the methods
@@ -113,7 +116,8 @@ FLOORS = [
     ("pruning/side_by_side", 6.4),
     ("pruning/api", 6.4),  # one layer; what follows is for whole models
     ("pruning/distillation", 6.45),
-    ("pruning/recipe", 6.5),
+    ("pruning/pass_recipe", 6.5),
+    ("pruning/recipe", 6.55),
     ("pruning/zero_shot", 6.5),
     ("pruning/shrinking", 6.55),
     ("pruning/card", 6.6),

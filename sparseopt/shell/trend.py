@@ -1,5 +1,6 @@
 """Floor 8: the commands `sparseopt denoise` and `sparseopt trend`."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -52,10 +53,20 @@ def denoise(
 
 
 def trend(
-    graph: Annotated[Path, typer.Option(help="Edges: two columns of node numbers from 0, a third of weights.")],
-    signal: Annotated[Path, typer.Option(help="Signal: a row a node, a column a channel.")],
-    output: Annotated[Path, typer.Option(help="File for the fit: .csv, .parquet or .npz.")],
+    signal: Annotated[
+        Path,
+        typer.Option(help="Signal: a row a node, a column a channel; a first column `node` or `id` names the nodes."),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="File for nodes, values and, at order 0, pieces: .csv, .parquet or .npz.")
+    ],
     weight: Annotated[float, typer.Option(help="Penalty level, in units of the signal.")],
+    graph: Annotated[
+        Path | None,
+        typer.Option(help="Edges: two columns of node numbers from 0, or ids; a third of weights. None: a series."),
+    ] = None,
+    times: Annotated[Path | None, typer.Option(help="Times of a series with free ends: one column.")] = None,
+    ends: Annotated[str, typer.Option(help="Ends of a series: graph, or free, which keeps polynomials.")] = "graph",
     order: Annotated[int, typer.Option(help="0: piecewise constant; 1: piecewise linear; 2: quadratic.")] = 0,
     penalty: Annotated[str, typer.Option(help=f"{', '.join(BY_WEIGHT)}; group_l2 couples the channels.")] = "l1",
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "auto",
@@ -66,27 +77,39 @@ def trend(
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
     """Smooth a signal on a graph; files are CSV, Parquet or NPZ."""
-    from sparseopt.trend import files
+    from sparseopt.trend import files, node_tables
 
     chosen = number_of_devices(devices)
     made = penalty_of_weight(penalty, weight)
     summary = Path(f"{output.with_suffix('')}-summary.json")
     files.check_output(output, files.TABLE_KINDS, force)
     files.check_output(summary, None, force)
-    edges, edge_weights = files.read_edges(graph)
-    y = files.read_signal(signal)
-    network = so.Graph.from_edges(edges, len(y), edge_weights, merge=merge)
+    if graph is not None and (times is not None or ends != "graph"):
+        raise ValueError("--times and --ends belong to a series, given --graph too: leave out --graph, or both of them")
+    if graph is None and merge:
+        raise ValueError("--merge belongs to the edges of --graph: leave it out, or give --graph")
+    given = node_tables.read_signal(signal)
+    y = given.values
+    if graph is None:
+        network = so.Graph.chain(len(y), None if times is None else node_tables.read_signal(times).values, ends)
+    else:
+        edges, edge_weights = node_tables.read_edges(graph, given.nodes)
+        network = so.Graph.from_edges(edges, len(y), edge_weights, merge=merge)
     title = f"fitting {signal.name} on {network.num_nodes:,} nodes and {network.num_edges:,} edges, order {order}"
     start = time.perf_counter()
     with console.waiting(title):
         absent: Literal["nan", "error"] = "nan" if missing else "error"
         found = so.trend_filter(y, network, made, order, method, tol, missing=absent, devices=chosen)
     seconds = time.perf_counter() - start
-    files.write_signal(output, np.asarray(found.value))
+    pieces = None if order else found.pieces()
+    node_tables.write_fit(output, dataclasses.replace(given, values=np.asarray(found.value)), pieces)
     figures = {
-        "graph": str(graph), "signal": str(signal), "nodes": network.num_nodes, "edges": network.num_edges,
+        "graph": None if graph is None else str(graph), "ends": network.ends, "signal": str(signal),
+        "nodes": network.num_nodes, "edges": network.num_edges,
         "penalty": penalty, "weight": weight, "order": order,
     }  # fmt: skip
+    if pieces is not None:
+        figures["pieces"] = int(pieces.max()) + 1
     _finish_fit(found, figures, seconds, summary, [output])
 
 

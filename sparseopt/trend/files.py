@@ -1,7 +1,7 @@
-"""Floor 5: images, edge lists and signals as files; all functions here raise a `FileError` for an invalid file.
+"""Floor 5: images and tables of numbers as files; all functions here raise a `FileError` for an invalid file.
 
-image          PNG, TIFF, JPEG, ... grey or colour, 8 or 16 bit
-edges, signal  CSV (with or without a heading), Parquet, NPZ
+image  PNG, TIFF, JPEG, ... grey or colour, 8 or 16 bit
+table  CSV (with or without a heading), Parquet, NPZ
 
 Files may be malicious. Pickled data are refused, and the claimed size of the contents is checked before memory is
 allocated.
@@ -36,7 +36,7 @@ def read_image(path: str | Path) -> np.ndarray:
     """An image of at most `MAX_PIXELS` as `[height, width]` or `[height, width, channels]`, uint8 or uint16."""
     from PIL import Image
 
-    file = _readable(path, "a PNG or TIFF")
+    file = readable(path, "a PNG or TIFF")
     try:
         if _is_deep_colour_png(file):
             return _read_deep_png(file)
@@ -131,14 +131,20 @@ def _checked_image(image: np.ndarray, file: Path) -> np.ndarray:
     return image
 
 
-def read_table(path: str | Path, names: tuple[str, ...] = ()) -> np.ndarray:
-    """A numeric table `[rows, columns]`, float64; of an NPZ file the array with one of the `names`."""
-    file = _readable(path, "a CSV or NPZ")
+def read_table(path: str | Path, names: tuple[str, ...] = (), columns: tuple[int, ...] = ()) -> np.ndarray:
+    """A numeric table `[rows, columns]`, float64; of an NPZ file the array with one of the `names`.
+
+    Of other files only the given `columns`, if any are given.
+    """
+    file = readable(path, "a CSV or NPZ")
     kind = file.suffix.lower()
     if kind not in TABLE_KINDS:
         raise FileError(f"{file} is none of {', '.join(TABLE_KINDS)}")
     try:
-        table = {".csv": _read_csv, ".parquet": _read_parquet}[kind](file) if kind != ".npz" else _read_npz(file, names)
+        if kind == ".npz":
+            table = _read_npz(file, names)
+        else:
+            table = {".csv": _read_csv, ".parquet": _read_parquet}[kind](file, columns)
     except (FileError, ModuleNotFoundError):
         raise
     except Exception as error:  # pyarrow, zipfile and zlib have their own classes of errors
@@ -148,14 +154,10 @@ def read_table(path: str | Path, names: tuple[str, ...] = ()) -> np.ndarray:
     return table.reshape(len(table), -1)
 
 
-def _read_csv(file: Path) -> np.ndarray:
+def _read_csv(file: Path, columns: tuple[int, ...]) -> np.ndarray:
     with file.open(encoding="utf-8") as stream:
         first = stream.readline()
-    try:
-        [float(cell or "nan") for cell in first.strip().split(",")]
-        heading = 0
-    except ValueError:
-        heading = 1
+    heading = int(not is_numbers(first.strip().split(",")))
     with warnings.catch_warnings():
         # The caller reports an empty table.
         warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
@@ -164,12 +166,30 @@ def _read_csv(file: Path) -> np.ndarray:
             delimiter=",",
             skiprows=heading,
             ndmin=2,
+            usecols=columns or None,
+            quotechar='"',
             converters=lambda cell: float(cell or "nan"),
             encoding="utf-8",
         )
 
 
-def _read_parquet(file: Path) -> np.ndarray:
+def is_numbers(cells: list[str]) -> bool:
+    """Whether all cells are numbers or empty."""
+    try:
+        [float(cell or "nan") for cell in cells]
+    except ValueError:
+        return False
+    return True
+
+
+def _read_parquet(file: Path, columns: tuple[int, ...]) -> np.ndarray:
+    table = parquet_table(file)
+    kept = columns or range(table.num_columns)
+    return np.stack([np.asarray(table.column(i).to_numpy(), np.float64) for i in kept], axis=1)
+
+
+def parquet_table(file: Path) -> Any:
+    """A Parquet file as a table, after its claimed size was checked."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -180,8 +200,7 @@ def _read_parquet(file: Path) -> np.ndarray:
         # Not by column: pyarrow aborts the process for some damaged statistics of a single column.
         groups = [found.row_group(index).total_byte_size for index in range(found.num_row_groups)]
         _check_unpacked(sum(max(0, size) for size in groups), file)
-        table = stored.read()
-    return np.stack([np.asarray(column.to_numpy(), np.float64) for column in table.columns], axis=1)
+        return stored.read()
 
 
 def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:
@@ -223,7 +242,8 @@ def _check_unpacked(claimed: int, file: Path) -> None:
         )
 
 
-def _readable(path: str | Path, instead: str) -> Path:
+def readable(path: str | Path, instead: str) -> Path:
+    """The path of a file that exists and is not of a kind that can run code; `instead` is what to write."""
     file = Path(path)
     if not file.is_file():
         raise FileError(f"there is no file {file}")
@@ -233,45 +253,6 @@ def _readable(path: str | Path, instead: str) -> Path:
             f"you trust who made it, load it where it was made and write {instead} file"
         )
     return file
-
-
-def read_edges(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Edges `[m, 2]` int64 and weights `[m]` or None, from columns of node numbers from 0 and perhaps of weights."""
-    table = read_table(path, ("edges",))
-    if table.shape[1] not in (2, 3):
-        raise FileError(f"{path} has {table.shape[1]} columns; an edge is two node numbers and, if any, a weight")
-    pairs = table[:, :2]
-    # Beyond 2^53 not every whole number is a float.
-    whole = np.isfinite(pairs) & (pairs == np.rint(pairs)) & (np.abs(pairs) < 2**53)
-    if not whole.all():
-        row = int(np.argmax(~whole.all(axis=1)))
-        raise FileError(f"{path} names the nodes {pairs[row].tolist()} in row {row}; node numbers are whole, from 0")
-    return pairs.astype(np.int64), table[:, 2] if table.shape[1] == 3 else None
-
-
-def read_signal(path: str | Path) -> np.ndarray:
-    """A signal `[n]`, or `[n, channels]` with a column a channel; row j belongs to node j."""
-    table = read_table(path, ("signal", "y"))
-    return table[:, 0] if table.shape[1] == 1 else table
-
-
-def write_signal(path: str | Path, signal: np.ndarray) -> None:
-    """Write `[n]` or `[n, channels]` in the format of the file's ending."""
-    file = Path(path)
-    kind = file.suffix.lower()
-    columns = signal.reshape(len(signal), -1)
-    if kind == ".csv":
-        np.savetxt(file, columns, delimiter=",", fmt="%.17g")
-    elif kind == ".npz":
-        np.savez_compressed(file, signal=signal)
-    elif kind == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        table: Any = {f"channel_{i}": columns[:, i] for i in range(columns.shape[1])}
-        pyarrow.parquet.write_table(pyarrow.table(table), file)
-    else:
-        raise FileError(f"{file} is none of {', '.join(TABLE_KINDS)}")
 
 
 def check_output(path: str | Path, kinds: tuple[str, ...] | None, force: bool) -> Path:

@@ -11,21 +11,33 @@ Tibshirani, "Adaptive piecewise polynomial estimation via trend filtering", Anna
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.certify import promoted
+from sparseopt.core.fidelity import NodeLoss
 from sparseopt.core.mesh import Devices, at_work, device_line
+from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Solution, Status
+from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.types import precision, wide_types
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.ground import Ground, data_of
 from sparseopt.trend.job import Job, checked_loss, checked_terms, require_local, vanishes
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.losses import fit_loss
 from sparseopt.trend.methods import INTERIOR, PURE, chosen, named
-from sparseopt.trend.plan import known_fit
-from sparseopt.trend.signal import checked_order, checked_signal
+from sparseopt.trend.pieces import TrendSolution, edges_between, labels_of, levelled
+from sparseopt.trend.plan import judged, known_fit
+from sparseopt.trend.signal import as_null_fit, checked_order, checked_signal, graph_at
+
+# Objectives that differ by this many eps are equal up to rounding.
+ROUNDING = 8
 
 
 def trend_filter(
@@ -48,18 +60,19 @@ def trend_filter(
     dtype: Any = None,
     loss: Any = None,
     devices: Devices = None,
-) -> Solution:
+) -> TrendSolution:
     """Fit `b` to a signal `y` on a graph so that few of its differences `Δ^(order+1) b` are not zero.
 
     Args:
         y: `[n]` or `[n, channels]` in the graph's node order; on a grid also `[*shape]` or `[*shape, channels]`.
-            The computation runs in float64 for float64 and integer signals, in float32 for shorter floats.
+            The computation runs in float64 for float64 and integer signals and for free ends, else in float32.
         graph: the graph of the signal.
         penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2` (couples channels), or any object with `value` and `prox`. The
             weight of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Or several penalties by their
             orders, as in `{-1: L1(0.5), 0: L1(2.0)}`: their sum, where order -1 penalises b itself.
         order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals. It must be 0 for
-            several penalties.
+            several penalties. The differences are those of the graph: on a chain, orders of 1 and more penalise a slope
+            at the ends. `Graph.chain(n, ends="free")` leaves polynomials of degree k unchanged, as genlasso does.
         method: "doge", "admm", "fast_admm" (chains), "interior" (L1; needs the extra `interior`), "doge_groups"
             (Doge-ADMM as the paper stores it), or "auto"; `chosen_method` tells which method "auto" takes.
         tol: the relative duality gap to reach; for a penalty that is not a norm, the stationarity residual.
@@ -87,10 +100,12 @@ def trend_filter(
             answer. `.state` stays on the devices.
 
     Returns:
-        A `Solution`. Its `.gap` is `(P - D) / D`, an upper bound on the relative suboptimality of `.value`, or
-        NaN where the penalty has no dual. `.status` is CONVERGED, STATIONARY (converged without a certificate),
-        PRECISION (rounding keeps the gap above tol), MAX_STEPS or NONFINITE; `.check()` raises for the last three.
-        Arrays are NumPy arrays if float64 was used while JAX's 64-bit flag is off.
+        A `TrendSolution`: a `Solution` with `.pieces()` and `.knots()`. At order 0 the nodes of a piece have exactly
+        equal values, unless that would raise the objective of an inexact fit. Its `.gap` is `(P - D) / D`, an upper
+        bound on the relative suboptimality of `.value`, or NaN where the penalty has no dual. `.status` is CONVERGED,
+        STATIONARY (converged without a certificate), PRECISION (rounding keeps the gap above tol), MAX_STEPS or
+        NONFINITE; `.check()` raises for the last three. Arrays are NumPy arrays if float64 was used while JAX's 64-bit
+        flag is off.
 
     Raises:
         ValueError, TypeError: on input that does not fit, saying what was given and what was expected.
@@ -128,7 +143,11 @@ def trend_filter(
     with precision(job.dtype), contextlib.nullcontext() if mesh is None else at_work(mesh):
         found = _fitted(job)
         assert job.signal is not None
-        found = dataclasses.replace(found, value=job.layout.shaped(found.value, job.signal.shape))
+        found = dataclasses.replace(found, nonzero=job.layout.gathered(found.nonzero, job.order + 1))
+        if job.order == 0:
+            found = _levelled(job, found)
+        value = job.layout.shaped(found.value, job.signal.shape)
+        found = dataclasses.replace(found, value=value, graph=job.graph, order=job.order)
         if mesh is not None:
             return job.layout.fetched(found)
         return found if native else jax.device_get(found)
@@ -173,33 +192,100 @@ def checked_job(
     """The checked arguments of `trend_filter`."""
     order = checked_order(order)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
+    if graph.free:
+        keys = penalty if isinstance(penalty, Mapping) else ()
+        graph = graph_at(graph, max(order, *(key for key in keys if isinstance(key, int)), 0), signal)
     layout = layout_of(graph, None if devices is None else device_line(devices))
     channels, kind = signal.values.shape[1:], signal.values.dtype
     terms = checked_terms(penalty, layout, order, channels, kind)
     job = Job(layout, terms, kind, channels, signal.weights is not None, signal, **options)
     if job.several and not (job.block is None and job.loss is None):
         raise ValueError(f"several penalties take neither B nor loss, given B={job.block}, loss={job.loss}")
+    if graph.free and job.loss is not None:
+        raise ValueError(
+            f"free ends take the square loss at order {job.order}, given loss={job.loss}: leave out loss, or ends"
+        )
     if layout.mesh is not None:
         require_local(job.penalty, channels)
     return job
 
 
-def _fitted(job: Job) -> Solution:
+def _fitted(job: Job) -> TrendSolution:
     if job.loss is not None:
         return fit_loss(job)
-    if job.several and job.graph.num_edges == 0:
+    signal, graph = job.signal, job.graph
+    assert signal is not None
+    if job.several and graph.num_edges == 0:
         raise ValueError(
             "the graph has no edges, so only a penalty on the values themselves acts: apply its prox, as in "
             "L1(0.5).prox(y, 1.0)"
         )
-    if not job.several and (job.graph.num_edges == 0 or vanishes(job.penalty)):
-        assert job.signal is not None
-        if job.signal.weights is not None and not job.signal.weights.all():
+    if graph.free and not job.several and (null := as_null_fit(signal, graph, job.order)) is not None:
+        # A polynomial costs nothing: a method would only round it.
+        flat = jnp.zeros((job.layout.count(job.order + 1), *job.channels), job.dtype)
+        if job.rows.value(flat) == 0:
+            return known_fit(job, null, flat=True)
+    if not job.several and (graph.num_edges == 0 or vanishes(job.penalty)):
+        if signal.weights is not None and not signal.weights.all():
             raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
-        return known_fit(job.signal.values)
+        return known_fit(job, signal.values)
     method = chosen(job)
     found = method.plan(job).fitted(job)
     if job.method is None and method is INTERIOR and int(found.status) != Status.CONVERGED:
         # Rounding ended it: for very large weights the other methods get closer.
         found = chosen(job, PURE).plan(job).fitted(job)
     return found
+
+
+def _levelled(job: Job, found: TrendSolution) -> TrendSolution:
+    """The fit with the mean of each piece at its nodes, judged again, unless that raises the objective.
+
+    The means E b are weighted as the loss is. Let P be the objective with the square loss, b* its optimum, and let the
+    pieces be those of b*. If E b jumps in the directions of b*,
+
+        P(E b) = P(b*) + 1/2 ||E (b - b*)||_w²  <=  P(b*) + 1/2 ||b - b*||_w²  <=  P(b)
+
+    so the means lower the objective. The dual point and its bound stay the same.
+    """
+    graph, layout, signal, channels = job.graph, job.layout, job.signal, job.channels
+    assert signal is not None
+    columns = np.asarray(layout.shaped(found.value, signal.shape)).reshape(graph.num_nodes, -1)
+    joined = ~np.asarray(found.nonzero)
+    joined = joined if channels else joined[..., None]
+    if not (joined & edges_between(graph, columns)).any():
+        return found
+    level, labels = np.empty(columns.shape), None
+    for channel, column in enumerate(columns.T.astype(np.float64)):
+        # A penalty that couples channels gives them the same pieces.
+        if labels is None or not np.array_equal(joined[..., channel], joined[..., channel - 1]):
+            labels = labels_of(graph, joined[..., channel])
+        level[:, channel] = levelled(column, labels, signal.mass, job.ground.anchored)
+    value = layout.put(layout.rows(level.astype(job.dtype).reshape(-1, *channels), 0))
+    judge = partial(_judged_at, job.ground, job.loss, job.rows, *job.arrays, found.dual)
+    objective, gap = judge(value)
+    norm = isinstance(job.rows, Norm)
+    # Without a certificate the reported objective is not that of the value alone.
+    before = float(found.objective if norm else judge(found.value)[0])
+    if not float(objective) <= before * (1 + ROUNDING * float(np.finfo(job.dtype).eps)):
+        return found
+    found = dataclasses.replace(found, value=value, objective=objective)
+    if not norm or job.loss is not None:
+        return found  # the gap is still a bound
+    return dataclasses.replace(found, status=promoted(found.status, gap, objective, job.tol), residual=gap, gap=gap)
+
+
+@jax.jit
+def _judged_at(
+    ground: Ground, family: ScalarLoss | None, penalty: Any, y: Any, weights: Any, dual: Any, x: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The objective at x, and the relative duality gap of a norm and the square loss, else NaN."""
+    loss: Any = NodeLoss(family, y, weights)
+    if family is None:
+        data = data_of(ground, y, weights)
+        loss = data.loss
+        if ground.present is not None:
+            x = jnp.where(ground.present, x, data.shift)  # padding costs nothing there
+        if isinstance(penalty, Norm):
+            return judged(ground, loss, penalty, x, dual)
+    objective = loss.value(x) + penalty.value(ground.operator.mv(x))
+    return objective, jnp.full_like(objective, jnp.nan)

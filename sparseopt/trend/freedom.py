@@ -3,7 +3,7 @@
     df = dim { b : (Δ^(k+1) b)_r = 0 for every row r that is zero at the fit }
 
 For L1 its mean over the noise is the degrees of freedom `sum_j cov(fit_j, y_j) / sigma²` on every graph. The closed
-forms for all orders are derived in The mathematics, "Paths of weights".
+forms for all orders, and with free ends, are derived in The mathematics, "Paths of weights".
 
 Source: Tibshirani and Taylor, "Degrees of freedom in lasso problems", Annals of Statistics 40 (2012), for any
 difference matrix; Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016), for graphs.
@@ -20,7 +20,8 @@ from sparseopt.core.arguments import real_array
 from sparseopt.core.grouping import edge_rows
 from sparseopt.core.penalties import Norm
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.signal import checked_graph, checked_order
+from sparseopt.trend.layout import layout_of
+from sparseopt.trend.signal import checked_graph, checked_order, graph_at
 
 
 def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any = None) -> int:
@@ -44,9 +45,10 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
         >>> so.degrees_of_freedom(np.array([False, True, False]), so.Graph.chain(4))  # one jump, two pieces
         2
     """
-    graph, order = checked_graph(graph), checked_order(order)
+    order = checked_order(order)
+    graph = graph_at(checked_graph(graph), order)
     mask = _booleans("nonzero", nonzero)
-    rows = graph.num_nodes if order % 2 else graph.num_edges
+    rows = layout_of(graph).count(order + 1)
     if mask.ndim not in (1, 2) or mask.shape[0] != rows:
         raise ValueError(
             f"the difference of order {order + 1} has {rows} rows, so `nonzero` has the shape [{rows}] or "
@@ -67,7 +69,9 @@ def _booleans(name: str, given: Any) -> np.ndarray:
 
 def _count(mask: np.ndarray, graph: Graph, edges: np.ndarray, order: int, seen: np.ndarray | None) -> int:
     """The sum over the columns of `mask`; rows of even orders follow `edges`."""
-    if order % 2:
+    if graph.free:
+        found = order + 1 + mask.sum(axis=0)
+    elif order % 2:
         counts = np.zeros((graph.num_components, mask.shape[1]))
         np.add.at(counts, graph.components, mask)
         found = np.maximum(counts, 1).sum(axis=0)
@@ -91,7 +95,7 @@ def _pieces(kept: np.ndarray, graph: Graph, edges: np.ndarray, seen: np.ndarray 
 def freedom_of_rows(nonzero: np.ndarray, graph: Graph, order: int, observed: np.ndarray | None, channels: int) -> int:
     """`degrees_of_freedom` of rows in the layout of `graph.base`; a single column counts for every channel."""
     mask = nonzero
-    if order % 2:
+    if order % 2 and not graph.free:
         mask = mask.reshape(graph.num_nodes, -1)
     elif graph.shape is not None:
         mask = edge_rows(mask, graph.shape)

@@ -10,7 +10,8 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from sparseopt.core.arguments import require_memory, whole_number
+from sparseopt.core.arguments import require_memory, unknown, whole_number
+from sparseopt.core.divided_differences import DividedDifference, checked_times, divided_difference
 from sparseopt.core.edge_lists import checked_adjacency, checked_edges, grid_shape, require_positive
 from sparseopt.core.grouping import (
     Sums,
@@ -28,6 +29,7 @@ from sparseopt.core.grouping import (
 from sparseopt.core.operators import EdgeBase, GridBase, edge_base
 
 T = TypeVar("T")
+ENDS = ("graph", "free")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +43,8 @@ class Graph:
             so that `DᵀD` is the weighted Laplacian.
         shape: of a grid, with nodes in row-major order; None for other graphs.
         nodes: node names in the order of the signal, or None for `0..n-1`.
+        times: of the nodes of a chain with free ends, increasing `[n]`, or None for 0, 1, 2, ...
+        ends: "free" for such a chain, see `chain`; else "graph".
 
     Example:
         >>> graph = so.Graph.from_edges([(0, 1), (1, 2), (3, 4)])
@@ -53,6 +57,8 @@ class Graph:
     weights: np.ndarray | None = None
     shape: tuple[int, ...] | None = None
     nodes: tuple[Hashable, ...] | None = None
+    times: np.ndarray | None = None
+    ends: str = "graph"
 
     def __post_init__(self) -> None:
         what = f"one signal on a graph of {self.num_nodes:,} nodes"
@@ -61,6 +67,8 @@ class Graph:
     def __repr__(self) -> str:
         if self.shape is not None:
             return f"Graph.grid({self.shape})"
+        if self.free:
+            return f"Graph.chain({self.num_nodes}{'' if self.times is None else ', times'}, ends='free')"
         return f"<Graph of {self.num_nodes:,} nodes and {self.num_edges:,} edges>"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,14 +94,50 @@ class Graph:
         return cls(math.prod(sizes), None, shape=sizes)
 
     @classmethod
-    def chain(cls, n: int) -> "Graph":
+    def chain(cls, n: int, times: Any = None, ends: str = "graph") -> "Graph":
         """A path of n nodes.
+
+        With the default ends the differences of a trend filter are those of the graph, `Δ^(k+1)`: at orders of 1 and
+        more they penalise a slope at the two ends, and so move a straight line. With `ends="free"` they are the divided
+        differences of the usual trend filter on a line (genlasso, glmgen, l1 trend filtering):
+
+            (D^(1) x)_i = x_i - x_(i+1),        D^(m+1) = D^(1) diag( m / (t_(i+m) - t_i) ) D^(m)
+
+        Order k penalises `D^(k+1) b`, of `n - k - 1` rows. It is 0 for every polynomial in t of degree k, and for no
+        other signal, so those are left unchanged at any weight. At even times of step h it is `h^-k` times the plain
+        differences. Order 0 has plain differences at any times, and the same fits with either ends.
+
+        Args:
+            n: the number of nodes.
+            times: increasing, `[n]`, for free ends; None for 0, 1, 2, ...
+            ends: "graph" or "free".
+
+        Raises:
+            ValueError: for times that are not finite or do not increase, or for times with the ends of the graph, whose
+                edges have weights and no lengths.
+
+        Source: Kim, Koh, Boyd, Gorinevsky, "l1 trend filtering", SIAM Review 51 (2009); Tibshirani, "Adaptive piecewise
+        polynomial estimation via trend filtering", Annals of Statistics 42 (2014); for uneven times Ramdas and
+        Tibshirani, "Fast and flexible ADMM algorithms for trend filtering", 2016.
 
         Example:
             >>> so.Graph.chain(3).edges.tolist()
             [[0, 1], [1, 2]]
+            >>> so.Graph.chain(4, times=[0.0, 1.0, 2.0, 4.0], ends="free").matrix(2).toarray().tolist()
+            [[1.0, -2.0, 1.0, 0.0], [0.0, 1.0, -1.5, 0.5]]
         """
-        return cls.grid((n,))
+        if ends not in ENDS:
+            raise ValueError(unknown("ends", ends, ENDS))
+        if ends == "graph":
+            if times is not None:
+                raise ValueError(
+                    'times need ends="free", whose divided differences take them; with the ends of the graph an edge '
+                    "has a weight, which Graph.from_edges takes"
+                )
+            return cls.grid((n,))
+        size = whole_number("the number of nodes of a chain", n, 1)
+        at = None if times is None else checked_times(times, size)
+        return cls(size, grid_edges((size,)), times=at, ends=ends)
 
     @classmethod
     def from_edges(
@@ -192,6 +236,24 @@ class Graph:
         return cls.from_edges(edges, len(nodes), None if plain else level, merge=merge, nodes=nodes)
 
     @functools.cached_property
+    def free(self) -> bool:
+        """Whether it is a chain with free ends."""
+        return self.ends == "free"
+
+    def unit(self, order: int) -> float:
+        """The size of `Δ^(order)` over that at times of step 1, for the median step; 1 without times."""
+        return 1.0 if self.times is None else float(np.median(np.diff(self.times))) ** (1 - order)
+
+    @functools.cached_property
+    def is_chain(self) -> bool:
+        """Whether it is a chain whose nodes are numbered along it."""
+        return self.free or (self.shape is not None and len(self.shape) == 1)
+
+    def divided(self, order: int, dtype: Any, factor: bool = False) -> DividedDifference:
+        """`Δ^(order)` of a chain with free ends as a linear map, or the factor of the next order."""
+        return divided_difference(self.times, self.num_nodes, order, dtype, factor)
+
+    @functools.cached_property
     def node_shape(self) -> tuple[int, ...]:
         """The shape of an array on the nodes: that of a grid, else `[n]`."""
         return self.shape or (self.num_nodes,)
@@ -262,10 +324,14 @@ class Graph:
     def matrix(self, order: int, from_edges: bool = False) -> sparse.csr_array:
         """`Δ^(order)` (or `Δ^(order-1) Dᵀ`) as a sparse matrix; its rows follow `edges` or the nodes.
 
+        With free ends it is `D^(order)` of `chain`.
+
         Example:
             >>> so.Graph.chain(3).matrix(2).toarray().tolist()  # the Laplacian
             [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
         """
+        if self.free:
+            return self.divided(order, np.float64).matrix()
         require_matrix_memory(self.edges, self.num_nodes, order)
         return difference_matrix(self.edges, self.num_nodes, self.weights, order, from_edges)
 
@@ -279,7 +345,7 @@ class Graph:
                 if order > 2:
                     require_matrix_memory(grid_edges(small), math.prod(small), order)
                 return grid_sums(self.shape, order, from_edges)
-            if order in (1, 2) and not from_edges:
+            if order in (1, 2) and not (from_edges or self.free):
                 return edge_sums(self.edges, self.num_nodes, self.weights, order)
             return matrix_sums(self.matrix(order, from_edges))
 
@@ -304,6 +370,8 @@ class Graph:
             >>> order.tolist(), path.edges.tolist()
             ([2, 1, 3, 0], [[0, 1], [1, 2], [2, 3]])
         """
+        if self.free:
+            return self, np.arange(self.num_nodes)
         order = self.near_order
         place = np.empty(self.num_nodes, np.int64)
         place[order] = np.arange(self.num_nodes)

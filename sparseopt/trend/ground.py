@@ -1,7 +1,7 @@
 """Floor 5: the tables of a graph at some orders that do not depend on the method, and a signal prepared for them.
 
 The signal's mean is subtracted before a solve and added after it, so that differences keep their digits. The means of
-the components are the fit for large weights.
+the components are the fit for large weights; on a chain with free ends it is the polynomial of least squares.
 """
 
 import dataclasses
@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.combined_penalties import stacked
+from sparseopt.core.divided_differences import polynomial_basis
 from sparseopt.core.fidelity import NodeSquares, total
-from sparseopt.core.operators import Difference, Stack
+from sparseopt.core.losses import HIGHEST
+from sparseopt.core.operators import Stack
 from sparseopt.core.solvers.node_solve import cosine_solve
 from sparseopt.core.types import pytree, static
 from sparseopt.trend.layout import Layout
@@ -35,11 +37,12 @@ class Ground:
     """The tables of a graph, in the layout of its arrays."""
 
     operator: Any  # what the penalty acts on: `Δ^(k+1)`, or a stack of several
-    highest: Difference  # `Δ^(k+1)` of the highest order
+    highest: Any  # `Δ^(k+1)` of the highest order
     row_norms: Any  # `||row||_2` of `highest`
     degrees: Any  # the diagonal of the Laplacian, 1 where it is 0
     labels: Any  # the component of every node, `[*nodes]`; None for one component
     present: Any  # False in padded places; None without padding
+    basis: Any  # orthonormal `[n, ...]`, of the polynomials that no penalty sees with free ends; None else
     cosine: Any  # the transform that makes a grid's Laplacian diagonal; None for other graphs
     components: int = static()  # the number of components
     # The entries of arrays on the nodes and on the rows, over those without padding.
@@ -61,20 +64,23 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
         return layout.put(values[..., None] if channels else values, order)
 
     def build() -> Ground:
-        base = layout.base(dtype)
-        maps = tuple(Difference(base, k + 1) for k in orders)
+        maps = tuple(layout.difference(k + 1, dtype) for k in orders)
         norms = np.sqrt(layout.sums(order + 1).row_squares)
         degrees = layout.sums(1).column_squares
         labels = layout.rows(graph.components.astype(np.int32), 0) if graph.num_components > 1 else None
+        basis = None
+        if graph.free and min(orders) > 0:  # a lower order leaves only the mean
+            basis = polynomial_basis(graph.times, graph.num_nodes, min(orders) + 1).astype(dtype)
         padded = layout.padding(0) > 1
         present = layout.rows(np.ones(graph.num_nodes, bool), 0) if padded else None
         ground = Ground(
             operator=maps[0] if orders == (order,) else Stack(maps),
-            highest=Difference(base, order + 1),
+            highest=layout.difference(order + 1, dtype),
             row_norms=put(np.where(norms > 0, norms, 1).astype(dtype), order + 1),
             degrees=put(np.where(degrees > 0, degrees, 1).astype(dtype), 0),
             labels=None if labels is None else layout.put(labels, 0),
             present=None if present is None else put(present, 0),
+            basis=basis,
             cosine=cosine_solve(graph.shape, (1,), dtype) if graph.shape is not None and layout.mesh is None else None,
             components=graph.num_components,
             padding=(layout.padding(0), layout.padding(order + 1)),
@@ -111,7 +117,7 @@ def on_rows(terms: Terms, layout: Layout, kind: Any, channels: bool) -> Any:
         else:
             term = leaves_as(term, kind)
         parts.append(term)
-        sizes.append(int(np.prod(Difference(layout.base(kind), k + 1).out_shape)) if several else 0)
+        sizes.append(int(np.prod(layout.difference(k + 1, kind).out_shape)) if several else 0)
     return stacked(parts, sizes) if several else parts[0]
 
 
@@ -132,7 +138,7 @@ class Data:
     loss: NodeSquares  # on the nodes, `[*nodes]` or `[*nodes, channels]`
     centred: NodeSquares  # the loss of the signal less its overall mean
     shift: Any  # that mean, `[channels]`
-    means: Any  # the mean of every node's component, in the shape of the signal
+    means: Any  # the mean of every node's component, or the polynomial of the basis, in the shape of the signal
     # The deviation of white noise whose differences have the mean size of the signal's; if that is 0, the deviation
     # of the signal itself, or 1.
     noise: Any
@@ -172,6 +178,10 @@ def data_of(ground: Ground, y: Any, weights: Any) -> Data:
         # Clipping keeps a rounded mean within the values: a constant is its own mean.
         shift = jnp.clip(mean(y), low, high)
         means = jnp.broadcast_to(shift, y.shape)
+        if ground.basis is not None:
+            # In two passes, as below.
+            means = means + _polynomial(ground.basis, y - means, counted)
+            means = means + _polynomial(ground.basis, y - means, counted)
         if ground.labels is not None:
             means = _component_means(ground, y, shift, counted)
     if present is not None:
@@ -187,6 +197,15 @@ def data_of(ground: Ground, y: Any, weights: Any) -> Data:
     spread = jnp.sqrt(jnp.mean(centred.center**2) * ground.padding[0])
     noise = jnp.where(noise > 0, noise, jnp.where(spread > 0, spread, 1))
     return Data(loss, centred, shift, means, noise)
+
+
+def _polynomial(basis: Array, y: Array, weights: Any) -> Array:
+    """The fit of weighted least squares by the columns of the basis."""
+    if weights is None:
+        return jnp.matmul(basis, jnp.matmul(basis.T, y, precision=HIGHEST), precision=HIGHEST)
+    gram = jnp.matmul(basis.T, weights.reshape(-1, 1) * basis, precision=HIGHEST)
+    pulled = jnp.matmul(basis.T, weights * y, precision=HIGHEST)
+    return jnp.matmul(basis, jnp.linalg.solve(gram, pulled), precision=HIGHEST)
 
 
 def _component_means(ground: Ground, y: Array, shift: Array, counted: Any) -> Array:
@@ -239,8 +258,10 @@ def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
     """The shortest u with `Δ^(k+1)ᵀ u = pull`, and whether it is accurate.
 
     If u lies in the dual ball, the component means are the fit. With 2m factors in Δ, `u = (L^+)^m pull`, with
-    2m + 1 factors `u = D (L^+)^(m+1) pull`.
+    2m + 1 factors `u = D (L^+)^(m+1) pull`. With free ends there is only one u.
     """
+    if ground.basis is not None:
+        return ground.highest.potential(pull), jnp.ones((), bool)
     halves, odd = divmod(ground.highest.order, 2)
     z, solved = inverse_laplacian(ground, pull, halves + odd)
     return (ground.highest.base.difference(z) if odd else z), solved

@@ -24,7 +24,7 @@ from sparseopt.trend.ground import ground_of, inverse_laplacian
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.methods.admm import ADMM
 from sparseopt.trend.methods.doge import DOGE
-from sparseopt.trend.signal import Signal, checked_order, checked_signal
+from sparseopt.trend.signal import Signal, checked_order, checked_signal, component_means, graph_at, null_fit_values
 
 FIRST_STEPS = 100
 MOST_STEPS = 12_800
@@ -43,7 +43,7 @@ class NullFit(NamedTuple):
 def largest_weight(
     y: Any, graph: Graph, order: int = 0, node_weights: Any = None, tol: float = 1e-6, *, missing: str = "error"
 ) -> float:
-    """The least weight of `L1` at which the fit is the mean of every component.
+    """The least weight of `L1` at which the fit is the mean of every component, or with free ends a polynomial.
 
     Larger weights give the same fit, so a path of weights begins here. The weight is exact up to rounding for odd
     orders and on forests, such as chains. Elsewhere it is the upper end of a certified interval `[lower, upper]` with
@@ -51,6 +51,7 @@ def largest_weight(
 
     The arguments are those of `trend_filter`; `tol` is the relative width of the interval. The result is the largest
     weight over the channels, in the unit of y times that of the node weights; 0 if the signal is its component means.
+    On a chain with free ends the polynomial of least squares takes their place, and the weight is exact at every order.
 
     Raises:
         RuntimeError: if the interval remains wider than `tol`.
@@ -64,7 +65,8 @@ def largest_weight(
     """
     k = checked_order(order)
     tol = positive_number("tol", tol)
-    found = null_fit(checked_signal(y, graph, node_weights, missing, np.float64), graph, k, tol)
+    signal = checked_signal(y, graph, node_weights, missing, np.float64)
+    found = null_fit(signal, graph_at(graph, k, signal), k, tol)
     # The intervals of other channels may be wider, below the largest.
     upper, lower = float(found.weight.max()), float(found.lower.max())
     if upper > (1 + tol) * lower:
@@ -77,13 +79,18 @@ def largest_weight(
 
 def null_fit(signal: Signal, graph: Graph, order: int, tol: float) -> NullFit:
     """The bounds and the certificate; the interval may remain wider than `tol` at the step limit."""
-    pull = _pull(signal, graph)
+    pull = _pull(signal, graph, order)
     channels = pull.shape[1]
     halves = (order + 1) // 2
     rows, lay = layout_of(graph).count(order + 1), layout_of(graph).grid_rows
     if not pull.any():
         nothing = np.zeros(channels)
         return NullFit(nothing, nothing, lay(np.zeros((rows, channels)), order + 1))
+    if graph.free:
+        with precision(np.dtype(np.float64)):
+            u = np.asarray(_potential(graph.divided(order + 1, np.float64), pull))
+        weight = np.abs(u).max(axis=0)
+        return NullFit(weight, weight, u)
     z = _laplacian_solution(graph, pull, halves) if halves else pull
     if order % 2:
         u = z - _midrange(z, graph)
@@ -94,15 +101,16 @@ def null_fit(signal: Signal, graph: Graph, order: int, tol: float) -> NullFit:
     return NullFit(weight, lower, lay(flow, order + 1))
 
 
-def _pull(signal: Signal, graph: Graph) -> np.ndarray:
-    """`W (y - mean)`, `[n, channels]` in float64, exactly 0 if it is at the rounding level."""
+def _pull(signal: Signal, graph: Graph, order: int) -> np.ndarray:
+    """`W (y - null fit)`, `[n, channels]` in float64, exactly 0 if it is at the rounding level."""
     values, weights = signal.columns, signal.mass
-    apart = values - _component_means(values, graph, weights)
+    apart = values - null_fit_values(signal, graph, order)
     seen = weights[:, None] > 0
     size = np.abs(np.where(seen, values, 0)).max(axis=0)
     return np.where(np.abs(np.where(seen, apart, 0)).max(axis=0) <= ROUNDING * size, 0, weights[:, None] * apart)
 
 
+_potential = jax.jit(lambda difference, pull: difference.potential(pull))
 _inverse = jax.jit(inverse_laplacian, static_argnums=2)
 
 
@@ -131,10 +139,8 @@ def _laplacian_solution(graph: Graph, right: np.ndarray, times: int) -> np.ndarr
     return found
 
 
-def _component_means(values: np.ndarray, graph: Graph, weights: np.ndarray | None = None) -> np.ndarray:
-    weights = np.ones(graph.num_nodes) if weights is None else weights
-    sums = np.stack([np.bincount(graph.components, weights * column) for column in values.T], axis=1)
-    return (sums / np.bincount(graph.components, weights)[:, None])[graph.components]
+def _component_means(values: np.ndarray, graph: Graph) -> np.ndarray:
+    return component_means(values, graph, np.ones(graph.num_nodes))
 
 
 def _midrange(values: np.ndarray, graph: Graph) -> np.ndarray:

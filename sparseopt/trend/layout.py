@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sparseopt.core.divided_differences import DividedDifference
 from sparseopt.core.grouping import Sums, edge_grid, grid_edges
 from sparseopt.core.mesh import over, put, whole
+from sparseopt.core.operators import Difference
 from sparseopt.core.parts import Cut, cut_graph, part_base
 from sparseopt.core.slabs import SlabBase
 from sparseopt.trend.graph import Graph
@@ -45,6 +47,14 @@ class Layout:
 
     def base(self, dtype: Any) -> Any:
         return self.graph.base(dtype)
+
+    def difference(self, order: int, dtype: Any) -> Any:
+        """`Δ^(order)` as a linear map."""
+        return Difference(self.base(dtype), order)
+
+    def identity(self, order: int, dtype: Any) -> Any:
+        """The identity on the rows of `Δ^(order)`."""
+        return Difference(self.base(dtype), 0, order % 2 == 1)
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
         return self.graph.sums(order, from_edges)
@@ -87,9 +97,13 @@ class Layout:
         """The number of entries of an array over the number without padding."""
         return 1.0
 
+    def gathered(self, values: Any, order: int) -> Any:
+        """An array on the rows of an order as it is laid out on one device."""
+        return values
+
     def shaped(self, values: Any, shape: tuple[int, ...]) -> Any:
         """An array on the nodes, in the shape of the caller's signal."""
-        return values.reshape(shape)
+        return self.gathered(values, 0).reshape(shape)
 
     def fetched(self, solution: Any) -> Any:
         """A solution as the caller gets it: on several devices all but its state and its dual as host arrays."""
@@ -100,6 +114,22 @@ class Layout:
         if len(found := _devices_of(dual)) > 1:
             raise _elsewhere(found)
         return dual
+
+
+class FreeLayout(Layout):
+    """Arrays of a chain with free ends on one device: nodes `[n]`, rows of order m `[n - m]`."""
+
+    def difference(self, order: int, dtype: Any) -> Any:
+        return self.graph.divided(order, dtype)
+
+    def identity(self, order: int, dtype: Any) -> Any:
+        return DividedDifference((), self.count(order), 0)
+
+    def count(self, order: int) -> int:
+        return self.graph.num_nodes - order
+
+    def grid_rows(self, values: Any, order: int) -> Any:
+        return values
 
 
 class LayoutOver(Layout):
@@ -172,11 +202,11 @@ class LayoutOver(Layout):
         most = self.cut.part_edges if order % 2 else self.cut.part_nodes
         return self.mesh.size * most / self.count(order)
 
-    def shaped(self, values: Any, shape: tuple[int, ...]) -> np.ndarray:
-        found = whole(values)
+    def gathered(self, values: Any, order: int) -> np.ndarray:
+        found, on_edges = whole(values), order % 2
         if self.graph.shape is None:
-            return found[self.cut.nodes].reshape(shape)
-        return np.take(found, range(self.graph.shape[self.axis]), axis=self.axis).reshape(shape)
+            return found[self.cut.edges if on_edges else self.cut.nodes]
+        return np.take(found, range(self.graph.shape[self.axis]), axis=self.axis + on_edges)
 
     def fetched(self, solution: Any) -> Any:
         kept = dataclasses.replace(solution, state=None, dual=None)
@@ -199,9 +229,12 @@ SUMS = [field.name for field in dataclasses.fields(Sums)]
 
 def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
     """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
+    if graph.free and mesh is not None:
+        raise ValueError("several devices take a chain with the ends of the graph: leave out devices, or ends")
     found = graph.tables.get(("layout", mesh))
     if found is None:
-        found = graph.tables["layout", mesh] = Layout(graph) if mesh is None else LayoutOver(graph, mesh)
+        alone = FreeLayout if graph.free else Layout
+        found = graph.tables["layout", mesh] = alone(graph) if mesh is None else LayoutOver(graph, mesh)
     return found
 
 

@@ -24,6 +24,7 @@ from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart, certif
 from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Ground, leaves_as, mean_weight, null_space_dual
 from sparseopt.trend.job import Job, vanishes
 from sparseopt.trend.methods import chosen
+from sparseopt.trend.pieces import TrendSolution, nonzero_at
 from sparseopt.trend.plan import FIRST_RHO, known_fit, to_next_check
 from sparseopt.trend.signal import Signal
 
@@ -40,7 +41,7 @@ class _Data:
     labels: np.ndarray
 
 
-def fit_loss(job: Job) -> Solution:
+def fit_loss(job: Job) -> TrendSolution:
     """The fit of a job with a loss; its dtype must be enabled."""
     signal, graph, kind, channels, tol = job.signal, job.graph, job.dtype, job.channels, job.tol
     assert signal is not None
@@ -55,7 +56,7 @@ def fit_loss(job: Job) -> Solution:
     _require_finite(null, data, loss, nothing)
     alike = _sees_one_value(data)
     if alike.all():
-        return known_fit(null.reshape(signal.values.shape).astype(kind))
+        return known_fit(job, null.reshape(signal.values.shape), flat=True)
 
     def laid_out(values: np.ndarray) -> jax.Array:
         return job.layout.put(job.layout.rows(values.reshape(-1, *channels), 0).astype(kind))
@@ -100,10 +101,12 @@ def fit_loss(job: Job) -> Solution:
     if settled.any():
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
     if not isinstance(penalty, Norm):
-        return dataclasses.replace(found, status=stationary(found.status))
-    value, objective, gap = _finish(problem, found, solver.anchor, x)
+        nonzero = nonzero_at(job.ground, penalty, found.value, None, found.state.copies[1], 1.0)
+        return TrendSolution.of(dataclasses.replace(found, status=stationary(found.status)), nonzero)
+    value, objective, gap, nonzero = _finish(job.ground, problem, found, solver.anchor, x)
     status = promoted(found.status, gap, objective, tol)
-    return dataclasses.replace(found, value=value, status=status, residual=gap, objective=objective, gap=gap)
+    found = dataclasses.replace(found, value=value, status=status, residual=gap, objective=objective, gap=gap)
+    return TrendSolution.of(found, nonzero)
 
 
 def _require_connected(penalty: Any) -> None:
@@ -253,10 +256,16 @@ def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> j
 
 @jax.jit
 def _finish(
-    problem: Problem, found: Solution, anchor: Anchor, null: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The fit, its objective and its gap; the fit is the best constants if they are no worse than the iterate."""
-    points = jnp.stack([found.value, null])
-    objectives, gaps = jax.lax.map(lambda x: certificate(problem, x, found.state.candidate, anchor), points)
+    ground: Ground, problem: Problem, found: Solution, anchor: Anchor, null: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The fit, its objective, its gap and its nonzero rows.
+
+    The fit is the best constants if they are no worse than the iterate.
+    """
+    points, dual = jnp.stack([found.value, null]), found.state.candidate
+    objectives, gaps = jax.lax.map(lambda x: certificate(problem, x, dual, anchor), points)
     place = (objectives[1] <= objectives[0]).astype(int)
-    return points[place], objectives[place], gaps[place]
+    # rho is about this multiple of the weight over the noise of the fit.
+    noise = FIRST_RHO * mean_weight(problem.penalty, ground.padding[1]) / found.state.rho
+    nonzero = nonzero_at(ground, problem.penalty, points[place], dual, None, noise)
+    return points[place], objectives[place], gaps[place], nonzero

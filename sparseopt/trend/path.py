@@ -23,16 +23,17 @@ from sparseopt.core.penalties import L1, MCP, SCAD, Norm
 from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start, balanced_rho
 from sparseopt.core.types import precision
-from sparseopt.trend.freedom import freedom_of_rows, nonzero_rows
+from sparseopt.trend.freedom import freedom_of_rows
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import Data, Ground, data_of, on_rows
+from sparseopt.trend.ground import Data, data_of, on_rows
 from sparseopt.trend.job import MOST_STEPS, Job, checked_penalty, require_representable
 from sparseopt.trend.largest_weight import NullFit, null_fit
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.methods import INTERIOR, chosen_for_path, named
 from sparseopt.trend.methods.interior import Interior
+from sparseopt.trend.pieces import nonzero_at
 from sparseopt.trend.plan import FIRST_RHO, Plan, finished
-from sparseopt.trend.signal import Signal, checked_order, checked_signal, signal_noise
+from sparseopt.trend.signal import Signal, checked_order, checked_signal, graph_at, signal_noise
 
 # The relative accuracy of the first weight of a path: enough there, and ten times cheaper than the default.
 FIRST_WEIGHT_TOL = 1e-2
@@ -166,6 +167,7 @@ def trend_path(
     k = checked_order(order)
     name = named(method)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
+    graph = graph_at(graph, k, signal)
     template = _checked_template(penalty, signal)
     tol, max_steps = positive_number("tol", tol), whole_number("max_steps", max_steps, 1, MOST_STEPS)
     if not (is_positive(ratio) and ratio < 1):
@@ -251,9 +253,8 @@ def _first_fit(signal: Signal, graph: Graph, template: Any, order: int) -> NullF
     if isinstance(template, GroupL2):
         weight = float(np.sqrt(np.sum(first.dual**2, axis=-1)).max())
     if weight == 0:
-        raise ValueError(
-            "the signal is the mean of its component everywhere, so every weight gives the same fit, the signal itself"
-        )
+        null = "a polynomial of this degree" if graph.free else "the mean of its component everywhere"
+        raise ValueError(f"the signal is {null}, so every weight gives the same fit, the signal itself")
     return first._replace(weight=np.array(weight))
 
 
@@ -311,17 +312,11 @@ def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any) -> tuple[
 
 def _by_interior(solver: Interior, penalties: list[Any], proof: Any) -> list[_Level]:
     """The levels by the interior point method, which starts cold but orders its factors only once."""
-    levels = []
+    levels: list[_Level] = []
     for index, penalty in enumerate(penalties):
         fit = solver.null_fit(penalty, proof) if index == 0 and proof is not None else solver.fit(penalty)
-        nonzero = _marked(penalty, solver.job.ground, fit.value, fit.dual, solver.data.noise)
-        levels.append((dataclasses.replace(fit, dual=None), nonzero))
+        levels.append((dataclasses.replace(fit, dual=None, nonzero=None), fit.nonzero))
     return levels
-
-
-@jax.jit
-def _marked(penalty: Any, ground: Ground, value: jax.Array, dual: jax.Array, noise: jax.Array) -> jax.Array:
-    return nonzero_rows(penalty, ground.highest.mv(value), dual, ground.row_norms * (noise / penalty.weight))
 
 
 @partial(jax.jit, static_argnames=("max_steps", "balance"))
@@ -359,10 +354,7 @@ def _solved(
     state = found.state
     dual = plan.row_dual(inner, state.candidate)
     fit = finished(plan.ground, data, penalty, found, dual, tol)
-    if isinstance(penalty, Norm):
-        nonzero = _marked(penalty, plan.ground, fit.value, dual, data.noise)
-    else:
-        nonzero = state.prox != 0
+    nonzero = nonzero_at(plan.ground, penalty, fit.value, dual, state.prox, data.noise, data.means)
     level = dataclasses.replace(fit, state=None, dual=None), nonzero
     wish = jnp.where(fits[0].settled, jnp.sqrt(state.check.motion / state.rho), 1)
     return level, Start(found.value, state.candidate, state.rho * jnp.clip(wish, 1 / LARGEST_WISH, LARGEST_WISH))

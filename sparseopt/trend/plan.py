@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.certify import promoted, relative_gap, stationary
@@ -26,6 +27,8 @@ from sparseopt.core.solvers.node_solve import Cosine
 from sparseopt.core.types import pytree, static
 from sparseopt.trend.ground import Data, Ground, data_of, null_space_dual
 from sparseopt.trend.job import Job
+from sparseopt.trend.pieces import TrendSolution, nonzero_at
+from sparseopt.trend.signal import NULL_EPS
 
 # rho starts at this multiple of the weight over the noise: the balance 3 of admm.py at duals of rms 0.8 weight.
 FIRST_RHO = 2.4
@@ -36,6 +39,8 @@ MIXED_FROM = 500_000
 # Rounds of smoothing, and steps per round; after each round the signal is tried as a proof that the means are not the
 # fit.
 ROUNDS, SMOOTHINGS = 4, 16
+# A dual in the ball up to this share of itself proves that the means are the fit; the gap accounts for the rest.
+ROUNDING = 1e-6
 
 
 @pytree
@@ -46,7 +51,8 @@ class Plan:
     split: Split  # the operator, split as the method needs it
     node_solve: Any  # the x-step
     cadence: int = static()  # steps between two checks
-    exact: bool = static(default=False)  # whether the start is the fit, so that the first check ends the solve
+    # Whether the start is the fit, without node weights: the first check ends the solve.
+    exact: bool = static(default=False)
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         """Why the plan does not fit such a penalty, or a signal with node weights; None if it does."""
@@ -86,6 +92,12 @@ class Plan:
         size = jnp.max(jnp.abs(pull))
         size = jnp.where(size > 0, size, 1)
         pull = pull / size
+
+        if ground.basis is not None:
+            dual = size * null_space_dual(ground, pull)[0]
+            inside = penalty.project_dual(dual)
+            kept = jnp.all(jnp.abs(inside - dual) <= ROUNDING * jnp.abs(dual))
+            return Start(jnp.where(kept, data.means - data.shift, centre), jnp.where(kept, inside, 0))
 
         def rules_out(z: Array) -> Array:
             return penalty.value(ground.highest.mv(z)) < size * jnp.sum(pull * z)
@@ -133,11 +145,13 @@ def to_next_check(max_steps: Any, cadence: int) -> Any:
     return -(-max_steps // cadence) * cadence
 
 
-def known_fit(value: Any) -> Solution:
-    """The solution for a known fit with an objective of 0."""
-    value = jnp.asarray(value)
+def known_fit(job: Job, value: Any, flat: bool = False) -> TrendSolution:
+    """The solution for a known fit `[n]` or `[n, channels]` of objective 0; the differences of a flat one are 0."""
+    value = job.layout.put(job.layout.rows(np.asarray(value, job.dtype), 0))
     zero, none = jnp.zeros((), value.dtype), jnp.zeros((), jnp.int32)
-    return Solution(value, jnp.asarray(Status.CONVERGED, jnp.int32), none, zero, zero, zero, None, None)
+    found = Solution(value, jnp.asarray(Status.CONVERGED, jnp.int32), none, zero, zero, zero, None, None)
+    rows = job.layout.difference(job.order + 1, job.dtype).mv(value)
+    return TrendSolution.of(found, jnp.zeros(rows.shape, bool) if flat else rows != 0)
 
 
 @partial(jax.jit, static_argnames="history")
@@ -153,7 +167,7 @@ def fit(
     rho: Any = None,
     relaxation: Any = 1.7,
     history: int = 0,
-) -> Solution:
+) -> TrendSolution:
     """The fit of a signal, in its units and in the layout of the nodes, with its certificate and its derivatives.
 
     The penalty is on the rows of `plan.ground.operator`. A warm start is a point in the caller's units with the dual of
@@ -168,27 +182,42 @@ def fit(
     if isinstance(penalty, Norm):
         # A signal without a penalty is the fit; its objective is 0, so no relative gap exists.
         free = penalty.value(ground.operator.mv(data.loss.center)) == 0
-        data = dataclasses.replace(data, means=jnp.where(free, data.loss.center, data.means))
+        known = data.loss.center
+        if ground.basis is not None:
+            apart = data.loss.observed(known - data.means)
+            free = free | (jnp.max(jnp.abs(apart)) <= NULL_EPS * jnp.finfo(kind).eps * jnp.max(jnp.abs(known)))
+            known = data.means + apart  # the polynomial where nothing is observed
+        data = dataclasses.replace(data, means=jnp.where(free, known, data.means))
         limit = jnp.where(free, 0, limit)
     usual = (FIRST_RHO * data.strength(ground, penalty)).astype(kind)
     solver = plan.solver(usual if rho is None else jnp.asarray(rho, kind), relaxation)
     inner = plan.taken(penalty)
     if warm_start is None or plan.exact:
         start = plan.start(penalty, data, weights)
+        if ground.basis is not None and isinstance(penalty, Norm):
+            # The dual of the polynomial is exact where it exists; for large weights an iteration could only spoil it.
+            proof = plan.row_dual(inner, start.dual)
+            limit = jnp.where(judged(ground, data.loss, penalty, data.means, proof, null=True)[1] <= tol, 0, limit)
     else:
         dual, last = plan.solver_dual(inner, warm_start.dual.astype(kind)), warm_start.rho
         last = None if rho is not None or last is None else jnp.where(last > 0, last, usual)
         start = Start(warm_start.x.astype(kind) - data.shift, dual, last)
     problem = Problem(data.centred, inner, plan.split)
-    large = kind == jnp.float64 and math.prod(ground.highest.in_shape) >= MIXED_FROM
+    exact = plan.exact and weights is None
+    # An exact start would be lost in float32.
+    large = kind == jnp.float64 and math.prod(ground.highest.in_shape) >= MIXED_FROM and not exact
     if large and isinstance(penalty, Norm) and not history:
         found = solve_mixed(problem, solver, start, tol=tol, max_steps=jnp.asarray(limit, jnp.int32))
     else:
         found = iterate(problem, solver, start, tol=tol, max_steps=history or limit, history=history > 0)
+    if exact:
+        # The start is the answer; after a step the values of a piece differ by rounding.
+        found = dataclasses.replace(found, value=start.x)
     dual = plan.row_dual(inner, found.state.candidate)
     ended = finished(ground, data, penalty, found, dual, tol)
     if ground.anchored and isinstance(penalty, Norm):
         ended = _with_zeros(ground, data, penalty, ended, dual, tol)
+    nonzero = nonzero_at(ground, penalty, ended.value, dual, found.state.prox, data.noise, data.means)
     y, penalty, weights = given
     caller = dataclasses.replace(data.loss, center=_known(y, data, ground, weights), weights=weights)
     step = plan.split.row_scale / found.state.rho
@@ -196,7 +225,8 @@ def fit(
     value, objective = attached(problem, ended.value, ended.objective, Found(None, dual, step))
     # The memory of the acceleration is many times the signal, and no later solve can use it.
     state = dataclasses.replace(found.state, past=None)
-    return dataclasses.replace(ended, value=value, objective=objective, state=state, dual=dual)
+    ended = dataclasses.replace(ended, value=value, objective=objective, state=state, dual=dual)
+    return TrendSolution.of(ended, nonzero)
 
 
 def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
@@ -206,11 +236,16 @@ def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
     return y if ground.present is None else jnp.where(ground.present, y, data.shift)
 
 
-def judged(ground: Ground, data: Data, penalty: Any, x: Array, dual: Array) -> tuple[Array, Array]:
-    """The objective of a point and its relative duality gap for a `Norm`, by a dual point."""
+def judged(ground: Ground, loss: Any, penalty: Any, x: Array, dual: Array, null: bool = False) -> tuple[Array, Array]:
+    """The objective of a point and its relative duality gap for a `Norm`, by a dual point.
+
+    The rows of a polynomial that no penalty sees are 0 up to rounding, and count as 0 where `null` says so.
+    """
     rows = ground.operator.mv(x)
-    objective = data.loss.value(x) + penalty.value(rows)
-    slack = data.loss.slack(x, ground.operator.rmv(dual)) + total(penalty.slack(rows, dual))
+    if null and ground.basis is not None:
+        rows = jnp.zeros_like(rows)
+    objective = loss.value(x) + penalty.value(rows)
+    slack = loss.slack(x, ground.operator.rmv(dual)) + total(penalty.slack(rows, dual))
     # Neither loss nor penalty is ever negative, so an objective of 0 needs no dual.
     return objective, jnp.where(objective == 0, 0, relative_gap(slack, objective))
 
@@ -224,7 +259,8 @@ def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Ar
     x, status = found.value + data.shift, found.status
     if not isinstance(penalty, Norm):
         return dataclasses.replace(found, value=x, status=stationary(status))
-    of_x, of_means = (judged(ground, data, penalty, point, dual) for point in (x, data.means))
+    points = ((x, False), (data.means, True))
+    of_x, of_means = (judged(ground, data.loss, penalty, at, dual, null) for at, null in points)
     take = of_means[0] <= of_x[0]
     objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
     # Adding the mean rounds, and it may overflow where the centred problem did not: the gap accounts for both.
@@ -242,7 +278,7 @@ def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Solution, dual: A
     flat = x.reshape(penalty.sizes[0], *dual.shape[1:])
     kept = first.prox(flat + long * dual[: flat.shape[0]], long) != 0
     value = jnp.where(kept.reshape(x.shape), x, 0)
-    objective, gap = judged(ground, data, penalty, value, dual)
+    objective, gap = judged(ground, data.loss, penalty, value, dual)
     take = gap <= jnp.maximum(fit.gap, tol)
     changed = {"value": value, "residual": gap, "objective": objective, "gap": gap}
     return dataclasses.replace(fit, **{name: jnp.where(take, new, getattr(fit, name)) for name, new in changed.items()})

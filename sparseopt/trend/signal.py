@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.arguments import real_array, require_memory, whole_number
+from sparseopt.core.divided_differences import polynomial_basis
 from sparseopt.core.grouping import edge_rows
 from sparseopt.core.operators import Difference
 from sparseopt.core.types import precision
@@ -24,6 +25,8 @@ PLAIN_COPIES = 6
 # The gap compares squares of residuals with those of the signal, which must be this much above the smallest normal
 # number: otherwise residuals vanish and every fit would count as exact.
 SQUARES_ABOVE_TINY = 1e12
+# A polynomial of the caller's is one up to rounding of its values and of the least-squares fit, in eps of the largest.
+NULL_EPS = 16
 # The median of |x| for a standard normal x.
 NORMAL_MEDIAN = 0.6744897501960817
 
@@ -84,7 +87,8 @@ def checked_signal(
             "sparseopt.trend_solver(graph, order) outside, and call it there"
         )
     y = real_array("a signal", y)
-    kind = compute_dtype(y, dtype)
+    # In float32 differences of order 3 lose all digits over some hundred nodes.
+    kind = compute_dtype(y, np.float64 if dtype is None and graph.free else dtype)
     shape = y.shape
     if graph.shape is not None and y.shape[: len(graph.shape)] == graph.shape and y.ndim <= len(graph.shape) + 1:
         flat = y.reshape(graph.num_nodes, *y.shape[len(graph.shape) :])
@@ -198,6 +202,55 @@ def checked_order(order: Any) -> int:
     return whole_number("order", order, 0, MOST_ORDER, "0: piecewise constant, 1: piecewise linear, ...")
 
 
+def graph_at(graph: Graph, order: int, signal: Signal | None = None) -> Graph:
+    """The graph for the trend filter of an order: with free ends at order 0 the plain chain, which has fast methods.
+
+    A ValueError with free ends, for fewer than `order + 2` nodes, or fewer than `order + 1` observed ones.
+    """
+    n = graph.num_nodes
+    if not graph.free:
+        return graph
+    if order == 0:
+        return graph.cached("plain", lambda: Graph.chain(n))
+    if n < order + 2:
+        raise ValueError(
+            f"order {order} with free ends needs at least {order + 2} nodes, given {n}: with fewer, every signal is a "
+            "polynomial of that degree, and the fit is the signal itself"
+        )
+    seen = n if signal is None else np.count_nonzero(signal.mass)
+    if seen <= order:
+        raise ValueError(
+            f"order {order} with free ends needs at least {order + 1} observed nodes, given {seen}: fewer do not "
+            "determine a polynomial of that degree"
+        )
+    return graph
+
+
+def null_fit_values(signal: Signal, graph: Graph, order: int) -> np.ndarray:
+    """The best fit that costs no penalty, `[n, channels]`: the component means, or the polynomial with free ends."""
+    values, weights = signal.columns, signal.mass
+    if graph.free:
+        root = np.sqrt(weights)[:, None]
+        basis = polynomial_basis(graph.times, graph.num_nodes, order + 1)
+        fit = basis @ np.linalg.lstsq(root * basis, root * values)[0]
+        return fit + basis @ np.linalg.lstsq(root * basis, root * (values - fit))[0]
+    return component_means(values, graph, weights)
+
+
+def component_means(values: np.ndarray, graph: Graph, weights: np.ndarray) -> np.ndarray:
+    """The weighted mean of every node's component, `[n, channels]`."""
+    sums = np.stack([np.bincount(graph.components, weights * column) for column in values.T], axis=1)
+    return (sums / np.bincount(graph.components, weights)[:, None])[graph.components]
+
+
+def as_null_fit(signal: Signal, graph: Graph, order: int) -> np.ndarray | None:
+    """The signal, if it is such a fit up to rounding, with the values of the fit where nothing is observed; or None."""
+    fit, values = null_fit_values(signal, graph, order), signal.columns
+    found = np.where((signal.mass > 0)[:, None], values, fit)
+    rounding = NULL_EPS * np.finfo(signal.values.dtype).eps * np.abs(values).max()
+    return found.reshape(signal.values.shape) if np.abs(found - fit).max() <= rounding else None
+
+
 def noise_level(y: Any, graph: Graph, order: int = 0, node_weights: Any = None, *, missing: str = "error") -> float:
     """The standard deviation of the noise in a signal whose trend has few or small differences.
 
@@ -217,13 +270,14 @@ def noise_level(y: Any, graph: Graph, order: int = 0, node_weights: Any = None, 
         True
     """
     signal = checked_signal(y, graph, node_weights, missing, np.float64, PLAIN_COPIES)
-    return signal_noise(signal, graph, checked_order(order))
+    order = checked_order(order)
+    return signal_noise(signal, graph_at(graph, order), order)
 
 
 def signal_noise(signal: Signal, graph: Graph, order: int) -> float:
     """`noise_level` of a checked signal."""
     values = signal.columns
-    if signal.weights is None:
+    if signal.weights is None and not graph.free:
         with precision(np.dtype(np.float64)):
             on_nodes = jnp.asarray(values.reshape(*graph.node_shape, -1))
             rows = np.asarray(Difference(graph.base(np.float64), order + 1).mv(on_nodes))

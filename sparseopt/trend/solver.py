@@ -20,8 +20,9 @@ from sparseopt.trend.ground import on_rows
 from sparseopt.trend.job import Job, require_penalty
 from sparseopt.trend.layout import Layout, layout_of
 from sparseopt.trend.methods import PURE, chosen, named
+from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import Plan, fit
-from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype
+from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype, graph_at
 
 
 @pytree(eq=False)
@@ -42,7 +43,7 @@ class TrendSolver:
         tol: Any = 1e-6,
         max_steps: Any = 20_000,
         start: Solution | Start | None = None,
-    ) -> Solution:
+    ) -> TrendSolution:
         """Fit a signal.
 
         Args:
@@ -84,7 +85,7 @@ class TrendSolver:
             start = dataclasses.replace(start, x=jnp.asarray(start.x, kind).reshape(nodes))
         terms = on_rows({self.order: penalty}, self.layout, kind, bool(channels))
         found = fit(plan, y.reshape(nodes), terms, node_weights, tol, max_steps, warm_start=start)
-        return dataclasses.replace(found, value=found.value.reshape(y.shape))
+        return dataclasses.replace(found, value=found.value.reshape(y.shape), graph=graph, order=self.order)
 
     def _plan(self, penalty: Any, weighted: bool) -> Plan:
         for plan in self.plans:
@@ -134,6 +135,7 @@ def trend_solver(
         channels = whole_number("channels", channels, 1)
     if graph.num_edges == 0:
         raise ValueError("the graph has no edges, so no difference is penalised: every fit is the signal itself")
+    graph = graph_at(graph, order)
     layout, axes = layout_of(graph), () if channels is None else (channels,)
     with precision(kind):
         plans: list[Plan] = []

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sparseopt.pruning.documents import load_text
-from sparseopt.trend.files import read_edges, read_image, read_signal
+from sparseopt.trend.files import read_image
+from sparseopt.trend.node_tables import read_edges, read_signal
 from tests.fuzz.making import Make, write
 
 # Pictures ---------------------------------------------------------------------------------------------------------

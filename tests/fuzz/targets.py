@@ -22,7 +22,8 @@ from sparseopt.models.gguf_file import read_header as read_gguf_header
 from sparseopt.models.gguf_tokenizer import build_tokenizer, tokenizer_config
 from sparseopt.models.packed import read_packed_header
 from sparseopt.models.safetensors_file import read_header, read_metadata
-from sparseopt.trend.files import FileError, read_edges, read_image, read_signal
+from sparseopt.trend.files import FileError, read_image
+from sparseopt.trend.node_tables import read_edges, read_signal
 from tests.fuzz.choices import Choices, chance, json_bytes, mutated_bytes, mutated_json, pick
 from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
 from tests.models.tiny_gguf import CONFIGS, byte_level_metadata, sentencepiece_metadata, tensors_of, write_architecture

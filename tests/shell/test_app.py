@@ -254,13 +254,56 @@ def test_trend_fits_a_signal_from_files(tmp_path, command):
     assert status == 0, err
     assert "30 nodes and 29 edges" in out
     expected = so.trend_filter(y, so.Graph.from_edges(edges, 30), so.L1(1.0), tol=1e-8).value
-    np.testing.assert_allclose(np.loadtxt(tmp_path / "fit.csv"), expected, atol=0.02)
+    head, *lines = (tmp_path / "fit.csv").read_text().splitlines()
+    assert head == "node,value,piece"
+    nodes, values, pieces = np.array([line.split(",") for line in lines], float).T
+    np.testing.assert_array_equal(nodes, np.arange(30))
+    np.testing.assert_allclose(values, expected, atol=0.02)
+    np.testing.assert_array_equal(pieces, np.cumsum(np.diff(values, prepend=values[0]) != 0))
+    assert json.loads((tmp_path / "fit-summary.json").read_text())["pieces"] == pieces[-1] + 1
     status, out, _ = command(*arguments, "--output", tmp_path / "mcp.npz", "--penalty", "mcp")
     assert status == 0
     assert "no certificate" in out
     status, _, err = command(*arguments, "--output", tmp_path / "x.csv", "--penalty", "ridge")
     assert status == 2
     assert "unknown penalty 'ridge'; known are l1, l0, mcp, scad, group_l2" in err
+
+
+def test_trend_fits_a_series_with_free_ends(tmp_path, command):
+    times = np.cumsum(np.random.default_rng(0).uniform(0.2, 2, 30))
+    np.savetxt(tmp_path / "t.csv", times)
+    np.savetxt(tmp_path / "y.csv", 3 + 2 * times)
+    series = ["trend", "--signal", tmp_path / "y.csv", "--weight", 5.0, "--order", 1, "--times", tmp_path / "t.csv"]
+    status, _, err = command(*series, "--ends", "free", "--output", tmp_path / "fit.csv")
+    assert status == 0, err
+    fit = np.loadtxt(tmp_path / "fit.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(fit, np.stack([np.arange(30), 3 + 2 * times], axis=1), rtol=1e-12)
+    status, _, err = command(*series, "--output", tmp_path / "x.csv")
+    assert status == 2
+    assert 'times need ends="free"' in err
+    status, _, err = command(*series, "--graph", tmp_path / "e.csv", "--output", tmp_path / "x.csv")
+    assert status == 2
+    assert "--times and --ends belong to a series" in err
+    status, _, err = command(*series, "--ends", "free", "--merge", "--output", tmp_path / "x.csv")
+    assert status == 2
+    assert "--merge belongs to the edges" in err
+
+
+def test_a_fit_has_the_ids_and_the_heading_of_its_signal(tmp_path, command):
+    (tmp_path / "roads.csv").write_text("from,to\nChur,Bern\nBern,Genf\nGenf,Lugano\n")
+    (tmp_path / "rain.csv").write_text("id,rain\nLugano,9\nBern,1.1\nChur,0.9\nGenf,9.2\n")
+    arguments = ["trend", "--graph", tmp_path / "roads.csv", "--signal", tmp_path / "rain.csv", "--weight", 0.5]
+    status, _, err = command(*arguments, "--output", tmp_path / "fit.csv")
+    assert status == 0, err
+    rows = [line.split(",") for line in (tmp_path / "fit.csv").read_text().splitlines()]
+    assert rows[0] == ["id", "rain", "piece"]
+    assert [(row[0], row[2]) for row in rows[1:]] == [("Lugano", "0"), ("Bern", "1"), ("Chur", "1"), ("Genf", "0")]
+    np.testing.assert_allclose([float(row[1]) for row in rows[1:]], [8.85, 1.25, 1.25, 8.85], atol=1e-3)
+    # The fit is a signal again; at order 1 it has no pieces.
+    arguments[4] = tmp_path / "fit.csv"
+    status, _, err = command(*arguments, "--order", 1, "--output", tmp_path / "again.csv")
+    assert status == 0, err
+    assert (tmp_path / "again.csv").read_text().startswith("id,rain\nLugano,")
 
 
 def test_a_missing_extra_is_named_with_its_remedy(monkeypatch, command):

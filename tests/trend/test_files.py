@@ -6,13 +6,11 @@ import pytest
 from sparseopt.trend.files import (
     FileError,
     check_output,
-    read_edges,
     read_image,
-    read_signal,
     read_table,
     write_image,
-    write_signal,
 )
+from sparseopt.trend.node_tables import NodeTable, read_edges, read_signal, write_fit
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
@@ -49,11 +47,61 @@ def test_what_is_no_image_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".csv", ".parquet", ".npz"])
-@pytest.mark.parametrize("channels", [(), (3,)])
-def test_signals_read_back_exactly(tmp_path, rng, ending, channels):
-    signal = rng.standard_normal((9, *channels))
-    write_signal(tmp_path / f"signal{ending}", signal)
-    np.testing.assert_array_equal(read_signal(tmp_path / f"signal{ending}"), signal)
+@pytest.mark.parametrize("names", [("rain",), ("rain", "snow, in mm")])
+def test_fits_read_back_exactly_with_their_ids(tmp_path, rng, ending, names):
+    values = rng.standard_normal((9, len(names))).squeeze()
+    ids = ("Bern", "a, b", 'the "old" one', "007", *"efghi")
+    file, pieces = tmp_path / f"fit{ending}", np.repeat(np.arange(3), 3)
+    write_fit(file, NodeTable(values, names, ids, "id"), pieces)
+    found = read_signal(file)
+    np.testing.assert_array_equal(found.values, values)
+    if ending == ".npz":
+        with np.load(file) as stored:
+            assert tuple(stored["node"]) == ids
+            np.testing.assert_array_equal(stored["piece"], pieces)
+    else:
+        assert (found.names, found.nodes, found.nodes_name) == (names, ids, "id")
+    write_fit(file, NodeTable(values, names), None)
+    assert read_signal(file).nodes == (None if ending == ".npz" else tuple("012345678"))
+
+
+def test_a_signal_without_a_heading_has_row_numbers(tmp_path):
+    (tmp_path / "y.csv").write_text("1,2\n3,4\n")
+    found = read_signal(tmp_path / "y.csv")
+    assert (found.names, found.nodes) == (("channel_0", "channel_1"), None)
+    write_fit(tmp_path / "fit.csv", found, np.array([0, 1]))
+    assert (tmp_path / "fit.csv").read_text() == "node,channel_0,channel_1,piece\n0,1.0,2.0,0\n1,3.0,4.0,1\n"
+    np.savetxt(tmp_path / "notes.csv", found.values, delimiter=",", header="made by hand")
+    np.testing.assert_array_equal(read_signal(tmp_path / "notes.csv").values, found.values)
+
+
+def test_edges_name_nodes_by_the_ids_of_the_signal(tmp_path):
+    ids = ("Bern", "12", "Chur")
+    for heading in ("", "from,to,weight\n"):
+        (tmp_path / "e.csv").write_text(heading + "Chur,Bern,0.5\n12, Chur,2\n")
+        edges, weights = read_edges(tmp_path / "e.csv", ids)
+        assert (edges.tolist(), weights.tolist()) == ([[2, 0], [1, 2]], [0.5, 2.0])
+    (tmp_path / "e.csv").write_text("from,to\nBern,Basel\n")
+    with pytest.raises(FileError, match="names the node 'Basel' in its edge 0, and the signal has no such id"):
+        read_edges(tmp_path / "e.csv", ids)
+    (tmp_path / "e.csv").write_text("Bern,Chur,far\n")
+    with pytest.raises(FileError, match="cannot read the weights"):
+        read_edges(tmp_path / "e.csv", ids)
+    (tmp_path / "e.csv").write_text("Bern\nChur\n")
+    with pytest.raises(FileError, match="has 1 columns; an edge is two ids"):
+        read_edges(tmp_path / "e.csv", ids)
+
+
+def test_ids_that_cannot_be_used_are_named(tmp_path):
+    (tmp_path / "y.csv").write_text("node,y\na,1\nb,2\na,3\n")
+    with pytest.raises(FileError, match="names the node 'a' in 2 rows; give a node one row"):
+        read_signal(tmp_path / "y.csv")
+    (tmp_path / "y.csv").write_text("node\na\nb\n")
+    with pytest.raises(FileError, match="has the ids of the nodes but no column of values"):
+        read_signal(tmp_path / "y.csv")
+    (tmp_path / "y.csv").write_text("node,y\na,1\nb,two\n")
+    with pytest.raises(FileError, match="cannot read numbers"):
+        read_signal(tmp_path / "y.csv")
 
 
 def test_tables_with_and_without_heading_and_empty_cells(tmp_path):

@@ -391,6 +391,13 @@ def test_a_start_in_float32_ends_at_the_float64_fit(rng, name, order, method, mo
     np.testing.assert_allclose(large.value / 1e30, exact, atol=1e-3)
 
 
+def test_an_exact_fit_of_a_long_chain_is_not_lost_in_float32(rng, monkeypatch):
+    y = np.cumsum(rng.standard_normal(1500) * (rng.random(1500) < 0.02)) + 0.1 * rng.standard_normal(1500)
+    monkeypatch.setattr(plan_module, "MIXED_FROM", 1)
+    found = so.trend_filter(y, so.Graph.chain(1500), so.L1(0.5), tol=1e-10).check()
+    assert int(found.steps) == 1
+
+
 @pytest.mark.parametrize("name", often(GRAPHS, "cube", "random"))
 def test_float32_is_certified_alike_whatever_the_global_precision(rng, name):
     # XLA was seen to add up float32 stencils of three axes wrongly in float64.

@@ -11,8 +11,8 @@ z = Δ x, dual g, memory m = rho d (d of the scaled form), r for the relaxation 
     x  = (W + rho Δᵀ C Δ)^-1 ( W y + Δᵀ ( C (rho z + (1 - r) m) - Ψᵀ g ) )
     m  = (1 - r) m + rho (z_old - z)
 
-Where Ψ = I (both metrics 1), the state of the iteration is `w = rho z + m - g`, and x is an affine function of it. The
-iteration w <- (1 - r) w + r (rho z - g') is averaged, so `anderson.py` may accelerate it.
+Where Ψ = I (S a number, C = 1 / S), the state of the iteration is `w = (rho z + m) / S - g`, and x is an affine
+function of it. The iteration w <- (1 - r) w + r (rho z / S - g') is averaged, so `anderson.py` may accelerate it.
 
 Source: Boyd, Parikh, Chu, Peleato, Eckstein, "Distributed optimization and statistical learning via ADMM", 2011,
 section 3.4.3; for the diagonal metrics Pock and Chambolle, "Diagonal preconditioning for first order primal-dual
@@ -207,7 +207,9 @@ class Admm(PlainSolver):
         next_change = jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32)
         noise = None
         if isinstance(problem.penalty, Norm):
-            noise = problem.penalty.value(jnp.broadcast_to(split.row_scale, x0.dual.shape).astype(dtype))
+            # Of alternating sign, which differences along a chain amplify.
+            signs = 1 - 2 * (sum(jnp.indices(x0.dual.shape, sparse=True)) % 2)
+            noise = problem.penalty.value((split.row_scale * signs).astype(dtype))
         state = AdmmState(
             x=x0.x,
             inner=None if split.inner.order == 0 else z,
@@ -332,12 +334,12 @@ class Admm(PlainSolver):
 
 
 def _extrapolated(problem: Problem, state: AdmmState) -> AdmmState:
-    """The state from which the next step continues; any dual serves if the memory fits: `w = rho z + m - g`."""
-    inner, rho = problem.operator.inner, state.rho
+    """The state from which the next step continues; any dual serves if the memory fits: `w = (rho z + m) / S - g`."""
+    inner, scale, rho = problem.operator.inner, problem.operator.row_scale, state.rho
     z = state.x if state.inner is None else state.inner
-    past, w, x = extrapolate(state.past, rho * z + state.memory - state.dual, state.x)
+    past, w, x = extrapolate(state.past, (rho * z + state.memory) / scale - state.dual, state.x)
     z = x if state.inner is None else inner.mv(x)
-    memory = w + state.dual - rho * z
+    memory = scale * (w + state.dual) - rho * z
     return dataclasses.replace(state, x=x, inner=None if state.inner is None else z, memory=memory, past=past)
 
 

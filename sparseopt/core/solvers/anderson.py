@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.losses import HIGHEST
+from sparseopt.core.dense import HIGHEST
 from sparseopt.core.types import FloatArray, pytree
 
 # A residual that grew by this factor shows that the extrapolation failed.

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from scipy import sparse
 
+from sparseopt.core.dense import HIGHEST
 from sparseopt.core.fidelity import NodeSquares
-from sparseopt.core.losses import HIGHEST
 from sparseopt.core.operators import Split, spread
 from sparseopt.core.types import FloatArray, pytree, static
 
@@ -142,3 +143,53 @@ class ConjugateGradient:
 
         carry = (guess, residual, direction, first, jnp.zeros((), jnp.int32))
         return jax.lax.while_loop(going, advance, carry)[0]
+
+
+@pytree
+class Banded:
+    """A chain, with C a number: `L D Lᵀ` of the banded matrix, in one sweep along the chain and one back.
+
+    On a CPU a node takes 15 to 100 ns, less than in the fused lasso.
+    """
+
+    columns: Any  # of the lower triangle of ΔᵀΔ: the entry `[j, m]` is that of row j + m and column j
+
+    def solve(self, loss: NodeSquares, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
+        weights = 1 if loss.weights is None else loss.weights.reshape(-1)
+        columns = (rho * split.column_scale * self.columns).at[:, 0].add(weights)
+        width, shape = columns.shape[1] - 1, right.shape[1:]
+
+        def eliminated(carry: tuple[Array, Array], row: tuple[Array, Array]) -> tuple[Any, Any]:
+            # What the eliminated nodes subtract from the next rows of the matrix and of the right-hand side.
+            taken, pulled = carry
+            column, value = row
+            column, value = column - jnp.pad(taken[:, 0], (0, 1)), value - pulled[0]
+            lower = column[1:] / column[0]
+            taken = _next(taken, 2) + column[0] * jnp.outer(lower, lower)
+            pulled = _next(pulled, 1) + spread(lower, pulled) * value
+            return (taken, pulled), (lower, value / column[0])
+
+        def substituted(after: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
+            lower, value = row
+            value = value - jnp.sum(spread(lower, after) * after, axis=0)
+            return jnp.concatenate([value[None], after[:-1]]), value
+
+        nothing = jnp.zeros((width, *shape), right.dtype)
+        start = jnp.zeros((width, width), columns.dtype), nothing
+        _, factors = jax.lax.scan(eliminated, start, (columns, right))
+        return jax.lax.scan(substituted, nothing, factors, reverse=True)[1]
+
+
+def _next(x: Array, axes: int) -> Array:
+    """An array shifted by one along its first axes, with zeros at the end."""
+    inside = x[(slice(1, None),) * axes]
+    return jnp.pad(inside, [(0, long - short) for long, short in zip(x.shape, inside.shape, strict=True)])
+
+
+def banded_solve(gram: sparse.csr_array, dtype: Any) -> Banded:
+    """The tables of `Banded` for ΔᵀΔ, on the host."""
+    entries = sparse.coo_array(sparse.tril(gram))
+    below = entries.row - entries.col
+    columns = np.zeros((gram.shape[0], below.max() + 1), dtype)
+    columns[entries.col, below] = entries.data
+    return Banded(columns)

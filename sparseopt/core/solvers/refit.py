@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.constraints import Support
-from sparseopt.core.losses import HIGHEST
+from sparseopt.core.dense import HIGHEST
 from sparseopt.core.problem import Measure, PlainSolver, Problem, needs
 from sparseopt.core.types import pytree
 

@@ -14,6 +14,7 @@ import numpy as np
 from sparseopt.core.arguments import unknown
 from sparseopt.core.penalties import Norm
 from sparseopt.core.solvers.dual_program import is_available
+from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import Job
 from sparseopt.trend.methods.admm import ADMM
 from sparseopt.trend.methods.doge import DOGE
@@ -51,48 +52,50 @@ PURE = CHOICE[1:]
 METHODS: dict[str, Method] = {method.name: method for method in (DOGE, ADMM, FAST_ADMM, INTERIOR, DOGE_GROUPS)}
 
 
-def strong_from(shape: tuple[int, ...], order: int) -> float:
+def strong_from(graph: Graph, order: int) -> float:
     """The ratio of weight to noise above which an exact x-step saves so many steps that it is faster."""
+    shape, chain = graph.node_shape, graph.is_chain
     if order == 0:
         return np.inf
-    chain = len(shape) == 1
     if order == 1:
         return 2.0 if chain else 10.0
     if order == 2 and chain:
-        return 1.0
+        # With free ends Doge-ADMM may need 100 times as many steps.
+        return 0.0 if graph.free else 1.0
     # On small pictures an exact x-step is cheap; on grids of three axes Doge needs many steps.
     return 0.5 if order == 2 and len(shape) == 2 and min(shape) >= 128 else 0.0
 
 
-def is_strong(job: Job, shape: tuple[int, ...]) -> bool:
+def is_strong(job: Job) -> bool:
     """Whether the weight is above that ratio; the noise is computed only if it can be."""
-    limit = strong_from(shape, job.order)
-    return limit < np.inf and job.strength > limit
+    limit = strong_from(job.graph, job.order)
+    return limit < np.inf and job.strength * job.graph.unit(job.order + 1) > limit
+
+
+def has_exact_step(job: Job) -> bool:
+    """Whether the x-step over the whole graph has an exact solve: by cosines, or by bands with free ends."""
+    return job.graph.free or (job.graph.shape is not None and not job.weighted)
 
 
 def fast_admm_pays(job: Job) -> bool:
     """On chains at order 0, and where smoothing is strong. In float32 it loses its accuracy over long chains."""
-    shape = job.graph.shape
-    if shape is None or len(shape) > 1 or job.several or job.weighted or job.dtype != np.float64:
+    if not (job.graph.is_chain and has_exact_step(job)) or job.several or job.dtype != np.float64:
         return False
-    return job.order == 0 or is_strong(job, shape)
+    return job.order == 0 or is_strong(job)
 
 
 def admm_pays(job: Job) -> bool:
-    """On grids without node weights, where smoothing is strong; for other losses on all grids."""
-    shape = job.graph.shape
-    if shape is None or job.loss is not None:
-        return shape is not None
-    if job.weighted:
-        return False
-    return job.order >= 1 if job.several else is_strong(job, shape)
+    """Where the x-step is exact and smoothing is strong; for other losses on all grids."""
+    if job.loss is not None:
+        return job.graph.shape is not None
+    return has_exact_step(job) and (job.order >= 1 if job.several else is_strong(job))
 
 
 def interior_pays(job: Job) -> bool:
     """On chains from order 1 where smoothing is strong; on narrow graphs where Doge-ADMM needs many steps."""
     graph, order = job.graph, job.order
-    if graph.shape is not None:
-        return len(graph.shape) == 1 and order >= 1 and (fast_admm_pays(job) or admm_pays(job)) and is_available()
+    if graph.is_chain or graph.shape is not None:
+        return graph.is_chain and order >= 1 and (fast_admm_pays(job) or admm_pays(job)) and is_available()
     limits = (VERY_STRONG, STRONG_PER_DIGIT / np.log10(min(job.tol, 0.1)) ** 2, 0.0)
     few = graph.num_nodes <= MOST_NODES and graph.num_edges <= 3 * graph.num_nodes  # as a planar graph has
     return few and is_available() and job.strength > limits[min(order, 2)] and is_narrow(graph)

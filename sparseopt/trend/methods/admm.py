@@ -1,18 +1,19 @@
 """Floor 5: the standard ADMM of the trend filter, whose x-step solves over the whole graph.
 
-The solve is exact and cheap by cosines on grids without node weights, and uses conjugate gradients elsewhere. It pays
-where conditioning decides: where smoothing is strong, and from order 3 on.
+The solve is exact and cheap by cosines on grids without node weights and by bands with free ends, and uses conjugate
+gradients elsewhere. It pays where conditioning decides: where smoothing is strong, and from order 3 on.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.operators import Difference, Identity, Stack
+from sparseopt.core.operators import Identity, Split, Stack
 from sparseopt.core.solvers.admm import standard_split
-from sparseopt.core.solvers.node_solve import ConjugateGradient, cosine_solve
+from sparseopt.core.solvers.node_solve import ConjugateGradient, banded_solve, cosine_solve
 from sparseopt.trend.job import Job
 from sparseopt.trend.plan import Plan
 
@@ -37,22 +38,39 @@ class StandardAdmm:
 
         def build() -> Plan:
             operator, kind = job.ground.operator, job.dtype
-            rows: Any = Difference(job.layout.base(kind), 0, operator.order % 2 == 1)
+            rows: Any = job.layout.identity(job.order + 1, kind)
             if isinstance(operator, Stack):
                 rows = Identity(sum(operator.sizes))
-            solve = node_solve(job, tuple(k + 1 for k in job.terms), np.ones(()), cosines)
-            plan = Plan(job.ground, standard_split(operator, rows, kind), solve, CADENCE)
+            split = standard_split(operator, rows, kind)
+            split = split if job.several else in_unit(split, job)
+            columns = np.asarray(split.column_scale)
+            solve = node_solve(job, tuple(k + 1 for k in job.terms), columns, cosines)
+            plan = Plan(job.ground, split, solve, CADENCE)
             return jax.tree.map(jnp.asarray, plan)
 
         return job.layout.cached(key, build)
 
 
+def in_unit(split: Split, job: Job) -> Split:
+    """The split of a job, with metrics that make rho the same in every unit of the times of a chain."""
+    if job.graph.times is None:
+        return split
+    unit = np.asarray(job.graph.unit(job.order + 1), job.dtype)
+    return dataclasses.replace(split, row_scale=unit, column_scale=1 / unit)
+
+
 def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, cosines: bool) -> Any:
-    """The x-step for inner differences of these orders, with C a number, or one per column of a single difference."""
+    """The x-step for inner differences of these orders, with C a number, or one per column of a single difference.
+
+    With free ends C is a number.
+    """
     graph, kind = job.graph, job.dtype
     if cosines:
         assert graph.shape is not None
         return cosine_solve(graph.shape, orders, kind)
+    if graph.free and kind == np.float64:  # in float32 rounding may leave the matrix indefinite
+        matrices = [graph.matrix(order) for order in orders]
+        return banded_solve(sum(matrix.T @ matrix for matrix in matrices), kind)
     shape = graph.node_shape
     if columns.ndim:
         matrix = graph.matrix(orders[0])
@@ -73,6 +91,8 @@ def refusal(job: Job, name: str, *, single: bool = False, blocks: bool = False) 
         return f"method={name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
     if single and job.several:
         return f"method={name!r} solves single orders; with several penalties use auto, doge, admm"
+    if job.block is not None and job.block <= job.order and job.graph.free:
+        return f"with free ends Doge-ADMM treats all differences row by row, given B={job.block}: leave out B"
     if job.block is not None and not blocks:
         return f"B is the number of differences that Doge-ADMM treats row by row, given B={job.block}: leave out B"
     if job.layout.mesh is not None:

@@ -15,7 +15,7 @@ from sparseopt.core.operators import Difference, Split
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.node_solve import Diagonal
 from sparseopt.trend.job import Job
-from sparseopt.trend.methods.admm import node_solve
+from sparseopt.trend.methods.admm import node_solve, refusal
 from sparseopt.trend.plan import Plan
 from sparseopt.trend.signal import MOST_ORDER
 
@@ -33,7 +33,7 @@ class Doge:
 
     def refuses(self, job: Job) -> str | None:
         if job.layout.mesh is None:
-            return None
+            return None if job.block is None else refusal(job, self.name, blocks=True)
         if job.several:
             return "several devices fit one penalty, given penalties of several orders: leave out devices, or give one"
         if job.loss is not None:
@@ -52,13 +52,13 @@ class Doge:
         key = (self.name, tuple(job.terms), block, cosines, kind.name, bool(job.channels))
 
         def build() -> Plan:
-            base, operator = layout.base(kind), job.ground.operator
+            operator = job.ground.operator
             if job.several:
                 sums = [layout.sums(k + 1) for k in job.terms]
                 rows = np.concatenate([part.row_absolute.reshape(-1) for part in sums])
-                columns = np.sum([part.column_absolute.reshape(base.node_shape) for part in sums], axis=0)
+                columns = np.sum([part.column_absolute.reshape(job.graph.node_shape) for part in sums], axis=0)
                 rows = np.where(rows > 0, rows, 1).astype(kind)
-                split = Split(operator, Difference(base, 0), rows, columns.astype(kind))
+                split = Split(operator, layout.identity(0, kind), rows, columns.astype(kind))
             else:
                 split = split_of(job, block)
             solve: Any = Diagonal()
@@ -74,10 +74,13 @@ class Doge:
 
 def split_of(job: Job, block: int, groups: int | None = None) -> Split:
     """The split with `block` differences treated row by row, as host tables; `groups` as in `doge_split`."""
-    base, order = job.layout.base(job.dtype), job.order + 1
-    on_edges = (order - block) % 2 == 1
+    layout, order = job.layout, job.order + 1
+    if block == order:
+        outer, inner = layout.difference(order, job.dtype), layout.identity(0, job.dtype)
+        return doge_split(outer, inner, layout.sums(order), job.dtype, groups)
+    base, on_edges = layout.base(job.dtype), (order - block) % 2 == 1
     outer, inner = Difference(base, block, on_edges), Difference(base, order - block)
-    return doge_split(outer, inner, job.layout.sums(block, on_edges), job.dtype, groups)
+    return doge_split(outer, inner, layout.sums(block, on_edges), job.dtype, groups)
 
 
 def placed(job: Job, split: Split) -> Split:

@@ -41,6 +41,8 @@ class LiteralDoge:
     keeps_rho_from = 0
 
     def refuses(self, job: Job) -> str | None:
+        if job.graph.free:
+            return f'method="{self.name}" needs the ends of the graph; with free ends use "doge", "admm" or "interior"'
         return refusal(job, self.name, single=True, blocks=True)
 
     def plan(self, job: Job) -> GroupsPlan:

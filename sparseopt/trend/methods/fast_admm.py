@@ -1,6 +1,7 @@
 """Floor 5: the ADMM of Ramdas and Tibshirani on chains: the last difference stays in the penalty, whose prox is exact.
 
-At order 0 that prox is the fit; at higher orders it saves steps where smoothing is strong.
+At order 0 that prox is the fit; at higher orders it saves steps where smoothing is strong. With free ends and any times
+the other factor of `D^(k+1)`, `diag(k / (t_(i+k) - t_i)) D^(k)`, makes the x-step a banded system.
 """
 
 from typing import Any
@@ -10,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.operators import Difference
+from sparseopt.core.operators import Difference, GridBase, padded
 from sparseopt.core.penalties import L1
 from sparseopt.core.solvers.admm import Start, standard_split
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation
-from sparseopt.core.solvers.node_solve import Diagonal
+from sparseopt.core.solvers.node_solve import Diagonal, banded_solve
 from sparseopt.core.types import pytree
 from sparseopt.trend.ground import Data
 from sparseopt.trend.job import Job
-from sparseopt.trend.methods.admm import CADENCE, node_solve, refusal
+from sparseopt.trend.methods.admm import CADENCE, in_unit, node_solve, refusal
 from sparseopt.trend.plan import Plan
 
 
@@ -31,17 +32,22 @@ class ChainPlan(Plan):
 
     def taken(self, penalty: Any) -> ChainTotalVariation:
         """The penalty with the last difference inside."""
-        return ChainTotalVariation(penalty.weight, Difference(self.split.outer.base, 1, self.ground.order % 2 == 1))
+        rows = self.split.outer
+        return ChainTotalVariation(penalty.weight, Difference(rows.base, 1, rows.from_edges))
 
     def row_dual(self, penalty: Any, dual: Array) -> Array:
         """The u for which `Eᵀu` is the solver's dual."""
-        return penalty.potential(dual)
+        found = penalty.potential(dual)
+        return found if self.ground.basis is None else found[0, :-1]
 
     def solver_dual(self, penalty: Any, dual: Array) -> Array:
-        return penalty.last.rmv(dual)
+        return penalty.last.rmv(dual if self.ground.basis is None else padded(dual, 0, 0, 1)[None])
 
     def start(self, penalty: Any, data: Data, weights: Any) -> Start:
         centre = data.centred.center
+        if self.ground.basis is not None:
+            found = super().start(penalty, data, weights)
+            return Start(found.x, self.solver_dual(self.taken(penalty), found.dual))
         if not self.exact:
             return Start(centre, jnp.zeros(self.split.row_shape(centre), centre.dtype))
         answer = self.taken(penalty).prox(centre, 1.0)
@@ -60,7 +66,7 @@ class FastAdmm:
     def refuses(self, job: Job) -> str | None:
         if reason := refusal(job, self.name, single=True):
             return reason
-        if job.graph.shape is None or len(job.graph.shape) != 1:
+        if not job.graph.is_chain:
             return (
                 f'method="{self.name}" needs a chain, where its inner fused lasso is exact; on other graphs use "doge" '
                 'or "admm"'
@@ -71,9 +77,14 @@ class FastAdmm:
         kind, key = job.dtype, (self.name, job.order, job.weighted, job.dtype.name, bool(job.channels))
 
         def build() -> ChainPlan:
+            if job.graph.free:
+                inner = job.graph.divided(job.order, kind, factor=True)
+                matrix = inner.matrix()
+                outer, bands = Difference(GridBase(inner.out_shape), 0), banded_solve(matrix.T @ matrix, kind)
+                split = in_unit(standard_split(inner, outer, kind), job)
+                return jax.tree.map(jnp.asarray, ChainPlan(job.ground, split, bands, CADENCE))
             base = job.layout.base(kind)
-            inner = Difference(base, job.order)
-            split = standard_split(inner, Difference(base, 0, job.order % 2 == 1), kind)
+            split = standard_split(Difference(base, job.order), Difference(base, 0, job.order % 2 == 1), kind)
             exact = job.order == 0 and not job.weighted
             solve = node_solve(job, (job.order,), np.ones(()), not job.weighted) if job.order else Diagonal()
             cadence = 1 if exact else CADENCE

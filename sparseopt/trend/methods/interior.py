@@ -17,6 +17,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
+from sparseopt.core.divided_differences import divided_difference
 from sparseopt.core.grouping import difference_matrix, edge_rows
 from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Solution, Status
@@ -25,6 +26,7 @@ from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Data, Ground, data_of, on_rows
 from sparseopt.trend.job import Job
 from sparseopt.trend.methods.admm import refusal
+from sparseopt.trend.pieces import TrendSolution, nonzero_at
 from sparseopt.trend.plan import finished
 
 # Up to this many edges per node the Hessian is D Dᵀ at order 0.
@@ -48,21 +50,23 @@ class Interior:
         assert job.signal is not None
         self.job = job
         self.columns = job.signal.columns
+        # The program is scaled for times of step 1.
+        self.unit = job.graph.unit(job.order + 1)
         self.program = DualProgram(_factors(job.graph, job.order), job.signal.weights, self._row_weights(job.penalty))
 
     @functools.cached_property
     def data(self) -> Data:
         return _data(self.job.ground, *self.job.arrays)
 
-    def null_fit(self, penalty: L1, dual: Any) -> Solution:
+    def null_fit(self, penalty: L1, dual: Any) -> TrendSolution:
         """The component means, certified by a dual point on the rows."""
         means = np.asarray(self.data.means, np.float64).reshape(self.columns.shape)
         return self._certified(penalty, means, jnp.asarray(dual, self.job.dtype), 0, True)
 
-    def fitted(self, job: Job) -> Solution:
+    def fitted(self, job: Job) -> TrendSolution:
         return self.fit(job.penalty)
 
-    def fit(self, penalty: L1) -> Solution:
+    def fit(self, penalty: L1) -> TrendSolution:
         """The fit for the job's penalty or a multiple, to the job's gap, in the layout of the nodes."""
         weights, tol, max_steps = self._row_weights(penalty), self.job.tol, self.job.max_steps
         weight = float(weights[weights > 0].mean())
@@ -74,7 +78,7 @@ class Interior:
             answers = [self.program.solve(column, weight, wanted, scale, max_steps) for column, scale in pairs]
             fit, dual = (np.stack([answer[i] for answer in answers], axis=1) for i in (0, 1))
             steps, ended = sum(answer[2] for answer in answers), all(answer[3] for answer in answers)
-            rows = dual.reshape(-1, *self.job.channels)
+            rows = dual.reshape(-1, *self.job.channels) / self.unit
             rows = self.job.layout.grid_rows(rows, self.job.order + 1)
             found = self._certified(penalty, fit + means, jnp.asarray(rows, self.job.dtype), steps, ended)
             if not ended or float(found.gap) <= tol:
@@ -84,14 +88,14 @@ class Interior:
         return found
 
     def _row_weights(self, penalty: L1) -> np.ndarray:
-        """The weights `[rows]`, in the order of `graph.row_edges` or of the nodes."""
-        job, weight = self.job, np.asarray(penalty.weight, np.float64)
+        """The weights `[rows]` in the program's unit, in the order of `graph.row_edges` or of the nodes."""
+        job, weight = self.job, self.unit * np.asarray(penalty.weight, np.float64)
         if weight.ndim == 0:
             return np.full(job.layout.count(job.order + 1), weight)
         rows = job.layout.rows(weight, job.order + 1)
         return edge_rows(rows, job.graph.shape) if job.graph.shape and job.order % 2 == 0 else rows.reshape(-1)
 
-    def _certified(self, penalty: L1, fit: np.ndarray, dual: Any, steps: int, ended: bool) -> Solution:
+    def _certified(self, penalty: L1, fit: np.ndarray, dual: Any, steps: int, ended: bool) -> TrendSolution:
         job = self.job
         terms = on_rows({job.order: penalty}, job.layout, job.dtype, bool(job.channels))
         value = job.layout.put(job.layout.rows(fit.reshape(-1, *job.channels), 0))
@@ -106,12 +110,13 @@ _data = jax.jit(data_of)
 @jax.jit
 def _judged(
     ground: Ground, data: Data, penalty: Any, fit: Any, dual: Any, status: Any, steps: Any, tol: Any
-) -> Solution:
+) -> TrendSolution:
     kind = data.shift.dtype
     unknown = jnp.full((), jnp.nan, kind)
     value = (fit - data.shift).astype(kind)
     found = Solution(value, status, steps, unknown, unknown, unknown, None, None, dual)
-    return finished(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
+    found = finished(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
+    return TrendSolution.of(found, nonzero_at(ground, penalty, found.value, dual, None, data.noise, data.means))
 
 
 def _factors(graph: Graph, order: int) -> list[sparse.csr_array]:
@@ -120,6 +125,11 @@ def _factors(graph: Graph, order: int) -> list[sparse.csr_array]:
     def difference(factors: int) -> sparse.csr_array:
         return difference_matrix(graph.row_edges, graph.num_nodes, graph.weights, factors)
 
+    if graph.free:
+        times = None if graph.times is None else graph.times / np.median(np.diff(graph.times))
+        steps = divided_difference(times, graph.num_nodes, order + 1, np.float64).steps()
+        pairs = [sparse.csr_array(second @ first) for first, second in zip(steps[::2], steps[1::2], strict=False)]
+        return steps[2 * len(pairs) :] + pairs[::-1]
     if order == 0:
         # D Dᵀ couples all edges of a node, which is expensive if there are many: then the last factor is the identity.
         apart = graph.num_edges > EDGES_A_NODE * graph.num_nodes

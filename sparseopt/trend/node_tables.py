@@ -1,0 +1,169 @@
+"""Floor 5: edges, signals and fits of the trend filter as CSV, Parquet or NPZ files, with the ids of their nodes.
+
+    node,rain            node,rain,piece
+    Bern,12.5      ->    Bern,12.1,0
+    Chur,11.8            Chur,12.1,0
+
+All functions here raise a `FileError` for an invalid file.
+"""
+
+import collections
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseopt.trend.files import TABLE_KINDS, FileError, is_numbers, parquet_table, read_table, readable
+
+# The first column of a signal holds ids of nodes if it has one of these names; the column of pieces of a fit.
+ID_NAMES, PIECE = ("node", "id"), "piece"
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeTable:
+    """The values of a signal or a fit, and what its file calls nodes and values."""
+
+    values: np.ndarray  # `[n]`, or `[n, channels]`
+    names: tuple[str, ...]  # of the columns of values
+    nodes: tuple[str, ...] | None = None  # the ids of the nodes; None for row numbers from 0
+    nodes_name: str = "node"  # of the column of ids
+
+
+def read_signal(path: str | Path) -> NodeTable:
+    """A signal with a column a channel; row j belongs to node j.
+
+    In a CSV or Parquet file, a first column named `node` or `id` holds the ids of the nodes, numbers or texts; then a
+    last column named `piece`, as `write_fit` adds it, is left out.
+    """
+    file = readable(path, "a CSV or NPZ")
+    heading = _heading(file)
+    named = bool(heading) and heading[0].lower() in ID_NAMES
+    if not named:
+        table = read_table(file, ("signal", "y"))
+        return NodeTable(table[:, 0] if table.shape[1] == 1 else table, _names(heading, table.shape[1]))
+    last = len(heading) - (len(heading) > 2 and heading[-1] == PIECE)
+    if last == 1:
+        raise FileError(f"{file} has the ids of the nodes but no column of values")
+    table, nodes = read_table(file, columns=tuple(range(1, last))), tuple(_texts(file, (0,))[:, 0])
+    if len(nodes) != len(table):
+        raise FileError(f"{file} has {len(nodes)} ids and {len(table)} rows of values; leave out comments and blanks")
+    node, count = collections.Counter(nodes).most_common(1)[0]
+    if count > 1:
+        raise FileError(f"{file} names the node {node!r} in {count} rows; give a node one row")
+    names = _names(heading[1:last], last - 1, heading[0])
+    return NodeTable(table[:, 0] if last == 2 else table, names, nodes, heading[0])
+
+
+def _names(heading: list[str], count: int, nodes_name: str = "node") -> tuple[str, ...]:
+    """The names of the columns of values: those of the file, if all differ."""
+    if len(heading) == count and len({*heading, nodes_name, PIECE}) == count + 2:
+        return tuple(heading)
+    return ("value",) if count == 1 else tuple(f"channel_{i}" for i in range(count))
+
+
+def read_edges(path: str | Path, nodes: tuple[str, ...] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Edges `[m, 2]` int64 and weights `[m]` or None, from two columns of nodes and perhaps one of weights.
+
+    The nodes are numbers from 0, or `nodes`, the ids of a signal.
+    """
+    if nodes is not None and Path(path).suffix.lower() in (".csv", ".parquet"):
+        return _edges_of_ids(readable(path, "a CSV"), nodes)
+    table = read_table(path, ("edges",))
+    if table.shape[1] not in (2, 3):
+        raise FileError(f"{path} has {table.shape[1]} columns; an edge is two node numbers and, if any, a weight")
+    pairs = table[:, :2]
+    # Beyond 2^53 not every whole number is a float.
+    whole = np.isfinite(pairs) & (pairs == np.rint(pairs)) & (np.abs(pairs) < 2**53)
+    if not whole.all():
+        row = int(np.argmax(~whole.all(axis=1)))
+        raise FileError(f"{path} names the nodes {pairs[row].tolist()} in row {row}; node numbers are whole, from 0")
+    return pairs.astype(np.int64), table[:, 2] if table.shape[1] == 3 else None
+
+
+def _edges_of_ids(file: Path, nodes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+    texts = _texts(file, None)
+    if texts.shape[1] not in (2, 3):
+        raise FileError(f"{file} has {texts.shape[1]} columns; an edge is two ids of nodes and, if any, a weight")
+    place = {node: index for index, node in enumerate(nodes)}
+    pairs = np.array([[place.get(node, -1) for node in row] for row in texts[:, :2]], np.int64).reshape(-1, 2)
+    # The first row may be a heading of other names than those of nodes.
+    if file.suffix.lower() == ".csv" and len(pairs) and (pairs[0] < 0).all():
+        texts, pairs = texts[1:], pairs[1:]
+    if (pairs < 0).any():
+        row, end = (int(i) for i in np.argwhere(pairs < 0)[0])
+        raise FileError(
+            f"{file} names the node {texts[row, end]!r} in its edge {row}, and the signal has no such id; edges name "
+            "nodes by the ids of the signal"
+        )
+    try:
+        return pairs, texts[:, 2].astype(np.float64) if texts.shape[1] == 3 else None
+    except ValueError as error:
+        raise FileError(f"cannot read the weights of {file}: {error}") from error
+
+
+def _heading(file: Path) -> list[str]:
+    """The names of the columns; none for an NPZ file, and for a CSV file whose first row is numbers."""
+    try:
+        if file.suffix.lower() == ".parquet":
+            import pyarrow.parquet
+
+            with pyarrow.parquet.ParquetFile(file) as stored:
+                return list(stored.schema_arrow.names)
+        if file.suffix.lower() == ".csv":
+            with file.open(encoding="utf-8-sig", newline="") as stream:
+                cells = [cell.strip() for cell in next(csv.reader([stream.readline()]), [])]
+            return [] if is_numbers(cells) else [cell.removeprefix("#").strip() for cell in cells]
+    except Exception:
+        return []  # reading the table says what is wrong
+    return []
+
+
+def _texts(file: Path, columns: tuple[int, ...] | None) -> np.ndarray:
+    """The cells of a table, `[rows, columns]`; with `columns` only those, without the heading of a CSV file."""
+    try:
+        if file.suffix.lower() == ".parquet":
+            table = parquet_table(file)
+            return np.array(
+                [[str(cell) for cell in table.column(i).to_pylist()] for i in columns or range(table.num_columns)],
+                object,
+            ).T
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            rows = [row for row in csv.reader(stream) if row]
+    except (FileError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        raise FileError(f"cannot read {file}: {str(error)[:300] or type(error).__name__}") from error
+    rows = rows if columns is None else [[row[i] for i in columns] for row in rows[1:]]
+    if len({len(row) for row in rows}) > 1:
+        raise FileError(f"the rows of {file} differ in their number of cells; give all the same columns")
+    return np.array([[cell.strip() for cell in row] for row in rows], object).reshape(len(rows), -1)
+
+
+def write_fit(path: str | Path, fit: NodeTable, pieces: np.ndarray | None) -> None:
+    """Write the ids of the nodes, their values and, unless None, their pieces, in the format of the file's ending."""
+    file = Path(path)
+    kind = file.suffix.lower()
+    nodes: Any = range(len(fit.values)) if fit.nodes is None else fit.nodes
+    columns: dict[str, list[Any]] = {fit.nodes_name: list(nodes)}
+    for name, column in zip(fit.names, fit.values.reshape(len(fit.values), -1).T, strict=True):
+        columns[name] = column.tolist()
+    if pieces is not None:
+        columns[PIECE] = pieces.tolist()
+    if kind == ".csv":
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(columns)
+            # Python writes the shortest digits that give a number back.
+            writer.writerows(zip(*columns.values(), strict=True))
+    elif kind == ".npz":
+        arrays: dict[str, Any] = {"signal": fit.values, "node": np.array(nodes)}
+        np.savez_compressed(file, **(arrays if pieces is None else arrays | {PIECE: pieces}))
+    elif kind == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    else:
+        raise FileError(f"{file} is none of {', '.join(TABLE_KINDS)}")

@@ -1,0 +1,280 @@
+"""The usual trend filter on a line: divided differences at any times, with free ends."""
+
+import clarabel
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import sparse
+
+import sparseopt as so
+from sparseopt.trend.filter import chosen_method
+from sparseopt.trend.layout import layout_of
+
+N = 30
+
+
+def times_of(kind, n=N):
+    """Even times, or uneven ones whose steps differ by a factor of up to ten."""
+    return None if kind == "even" else np.cumsum(np.random.default_rng(5).uniform(0.2, 2.0, n)) + 100
+
+
+def genlasso_matrix(times, n, order):
+    """`D^(order)` as R's genlasso builds it: `D <- D0 %*% (wts * D)` with `wts = i / diff(pos, lag = i)`."""
+    at = np.arange(n, dtype=float) if times is None else times
+    found = np.diff(np.eye(n), axis=0)
+    for i in range(1, order):
+        found = np.diff((i / (at[i:] - at[:-i]))[:, None] * found, axis=0)
+    return found
+
+
+def conic_fit(y, matrix, weight, node_weights=None):
+    """The L1 fit by Clarabel: `min 1/2 sum w (b - y)² + weight sum s` with `-s <= D b <= s`."""
+    rows, n = matrix.shape
+    w = np.ones(n) if node_weights is None else node_weights
+    quadratic = sparse.block_diag([sparse.diags_array(w), sparse.csc_array((rows, rows))], format="csc")
+    linear = np.r_[-w * y, np.full(rows, weight)]
+    eye = np.eye(rows)
+    bounds = sparse.csc_matrix(np.block([[matrix, -eye], [-matrix, -eye]]))
+    settings = clarabel.DefaultSettings()
+    settings.verbose = False
+    settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-12
+    cones = [clarabel.NonnegativeConeT(2 * rows)]
+    solver = clarabel.DefaultSolver(sparse.csc_matrix(quadratic), linear, bounds, np.zeros(2 * rows), cones, settings)
+    return np.array(solver.solve().x)[:n]
+
+
+def noisy(n=N, channels=()):
+    rng = np.random.default_rng(1)
+    return np.abs(np.arange(n) - n / 3).reshape(-1, *(1 for _ in channels)) / 5 + rng.standard_normal((n, *channels))
+
+
+@pytest.mark.parametrize("kind", ["even", "uneven"])
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_the_operator_is_that_of_genlasso(kind, order):
+    times = times_of(kind)
+    graph = so.Graph.chain(N, times=times, ends="free")
+    wanted = (-1) ** (order + 1) * genlasso_matrix(times, N, order + 1)
+    np.testing.assert_allclose(graph.matrix(order + 1).toarray(), wanted, rtol=1e-12, atol=1e-13)
+    x, e = np.random.default_rng(0).standard_normal((2, N, 3))
+    with jax.enable_x64(True):
+        difference = graph.divided(order + 1, np.float64)
+        rows = e[: N - order - 1]
+        np.testing.assert_allclose(difference.mv(jnp.asarray(x)), wanted @ x, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(difference.rmv(jnp.asarray(rows)), wanted.T @ rows, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(difference.potential(jnp.asarray(wanted.T @ rows)), rows, rtol=1e-6, atol=1e-7)
+
+
+CASES = [(kind, "interior", order) for kind in ("even", "uneven") for order in (0, 1, 2, 3)]
+CASES += [("even", "fast_admm", 2), ("uneven", "fast_admm", 1), ("uneven", "fast_admm", 3)]
+CASES += [("uneven", "doge", 1), ("uneven", "admm", 2)]
+
+
+@pytest.mark.parametrize(("kind", "method", "order"), CASES)
+def test_fits_and_knots_agree_with_a_conic_solver(kind, method, order):
+    times, y = times_of(kind), noisy()
+    matrix = genlasso_matrix(times, N, order + 1)
+    found = so.trend_filter(y, so.Graph.chain(N, times, "free"), so.L1(2.0), order, method, tol=1e-13, max_steps=50_000)
+    wanted = conic_fit(y, matrix, 2.0)
+    assert found.gap <= 1e-11
+    np.testing.assert_allclose(found.value, wanted, atol=1e-6)
+    bends = np.flatnonzero(np.abs(matrix @ wanted) > 1e-5)  # row j is of nodes j to j + order + 1
+    np.testing.assert_array_equal(found.knots(), bends + order // 2 + 1)
+    assert 0 < len(bends) < N - order - 1
+
+
+@pytest.mark.parametrize("kind", ["even", "uneven"])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("weight", [1e-3, 1.0, 1e6])
+def test_polynomials_come_back_unchanged(kind, order, weight):
+    times = times_of(kind)
+    at = np.arange(N) if times is None else times
+    graph = so.Graph.chain(N, times=times, ends="free")
+    y = 1e3 + 7 * at - (0.3 * at**2 if order == 2 else 0)
+    for penalty in (so.L1(weight), so.MCP(weight), so.L0(weight)):
+        found = so.trend_filter(y, graph, penalty, order).check()
+        np.testing.assert_array_equal(found.value, y)
+        assert found.knots().size == 0
+    y[[0, 7, N - 1]] = np.nan  # where nothing is observed, the polynomial goes on
+    found = so.trend_filter(y, graph, so.L1(weight), order, missing="nan").check()
+    np.testing.assert_allclose(found.value, 1e3 + 7 * at - (0.3 * at**2 if order == 2 else 0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_solver_keeps_polynomials_and_its_derivative_does(order):
+    graph = so.Graph.chain(N, times=times_of("uneven"), ends="free")
+    line = (times_of("uneven") - 100) / 10
+    with jax.enable_x64(True):
+        solver = so.trend_solver(graph, order)
+
+        @jax.jit
+        def fitted(y):
+            found = solver(y, so.L1(2.0), tol=1e-10)
+            return found.value, found.status
+
+        (value, status), (moved, _) = jax.jvp(fitted, (jnp.asarray(noisy()),), (jnp.asarray(line),))
+        assert so.Status(int(status)) == so.Status.CONVERGED
+        np.testing.assert_allclose(value, conic_fit(noisy(), graph.matrix(order + 1).toarray(), 2.0), atol=1e-4)
+        np.testing.assert_allclose(moved, line, atol=1e-6)
+        value, status = fitted(jnp.asarray(line))
+        assert so.Status(int(status)) == so.Status.CONVERGED
+        np.testing.assert_array_equal(value, line)
+
+
+def test_the_ends_of_the_graph_move_a_line():
+    line = np.linspace(0, 10, 50)
+    assert np.abs(so.trend_filter(line, so.Graph.chain(50), so.L1(5.0), 1, "interior").value - line).max() > 0.02
+
+
+def test_at_order_0_the_ends_make_no_difference():
+    y, graph = noisy(), so.Graph.chain(N, times=times_of("uneven"), ends="free")
+    plain = so.Graph.chain(N)
+    np.testing.assert_array_equal(
+        so.trend_filter(y, graph, so.L1(1.0)).value, so.trend_filter(y, plain, so.L1(1.0)).value
+    )
+    assert chosen_method(y, graph, so.L1(1.0)) == chosen_method(y, plain, so.L1(1.0)) == "fast_admm"
+    assert so.largest_weight(y, graph) == so.largest_weight(y, plain)
+    assert so.noise_level(y, graph) == so.noise_level(y, plain)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_weights_and_missing_nodes_agree_with_a_conic_solver(order):
+    y, rng = noisy(), np.random.default_rng(3)
+    graph = so.Graph.chain(N, times=times_of("uneven"), ends="free")
+    weights = rng.uniform(0.5, 2, N) * (rng.random(N) > 0.3)
+    weights[-2:] = 0
+    found = so.trend_filter(y, graph, so.L1(1.0), order, "interior", tol=1e-12, node_weights=weights)
+    matrix = graph.matrix(order + 1).toarray()
+    np.testing.assert_allclose(found.value, conic_fit(y, matrix, 1.0, weights), atol=1e-5)
+    assert found.gap < 1e-9
+
+
+def test_several_orders_agree_with_a_conic_solver():
+    y, graph = noisy(), so.Graph.chain(N, times=times_of("uneven"), ends="free")
+    found = so.trend_filter(y, graph, {0: so.L1(0.3), 1: so.L1(1.0)}, tol=1e-12, max_steps=100_000)
+    stacked = np.concatenate([0.3 * genlasso_matrix(graph.times, N, 1), genlasso_matrix(graph.times, N, 2)])
+    np.testing.assert_allclose(found.value, conic_fit(y, stacked, 1.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_largest_weight_leaves_the_polynomial(order):
+    y, times = noisy(), times_of("uneven")
+    graph = so.Graph.chain(N, times=times, ends="free")
+    weight = so.largest_weight(y, graph, order)
+    fit = np.polynomial.Polynomial.fit(times, y, order)(times)
+    dual = np.linalg.lstsq(genlasso_matrix(times, N, order + 1).T, y - fit)[0]
+    assert weight == pytest.approx(np.abs(dual).max(), rel=1e-8)
+    above = so.trend_filter(y, graph, so.L1(1.001 * weight), order).check()
+    np.testing.assert_allclose(above.value, fit, atol=1e-9)
+    below = so.trend_filter(y, graph, so.L1(0.9 * weight), order).check()
+    assert np.abs(below.value - fit).max() > 1e-3
+
+
+@pytest.mark.parametrize(("method", "order"), [("interior", 1), ("interior", 2), ("auto", 2)])
+def test_a_path_counts_the_knots_and_the_polynomial(order, method):
+    y, graph = noisy(), so.Graph.chain(N, times=times_of("uneven"), ends="free")
+    path = so.trend_path(y, graph, order=order, num=5, ratio=1e-2, tol=1e-8, method=method).check()
+    matrix = graph.matrix(order + 1).toarray()
+    knots = [np.sum(np.abs(matrix @ conic_fit(y, matrix, weight)) > 1e-5) for weight in path.weights]
+    assert path.degrees_of_freedom.tolist() == [order + 1 + count for count in knots]
+    assert path.degrees_of_freedom[0] == order + 1
+
+
+def test_degrees_of_freedom_are_a_dimension():
+    graph = so.Graph.chain(12, times=times_of("uneven", 12), ends="free")
+    for order in (1, 2):
+        matrix = graph.matrix(order + 1).toarray()
+        nonzero = np.random.default_rng(order).random(len(matrix)) < 0.3
+        wanted = 12 - np.linalg.matrix_rank(matrix[~nonzero])
+        assert so.degrees_of_freedom(nonzero, graph, order) == wanted
+
+
+def test_cross_validation_finds_a_bend():
+    times = times_of("uneven")
+    clean = np.abs(times - times[12])
+    y = clean + 0.5 * np.random.default_rng(0).standard_normal(N)
+    chosen = so.cross_validate(y, so.Graph.chain(N, times=times, ends="free"), order=1, num=6, folds=3)
+    assert np.mean((chosen.value - clean) ** 2) < 0.3 * 0.25
+    assert so.noise_level(y, so.Graph.chain(N, times=times, ends="free"), 1) == pytest.approx(0.5, rel=0.4)
+
+
+@pytest.mark.parametrize("method", ["interior", "doge", "fast_admm"])
+def test_the_unit_of_time_makes_no_difference(method):
+    y, times = noisy(), times_of("uneven")
+    days, seconds = (so.Graph.chain(N, times=unit * times, ends="free") for unit in (1.0, 86400.0))
+    found = so.trend_filter(y, days, so.L1(1.0), 1, method)
+    other = so.trend_filter(y, seconds, so.L1(86400.0), 1, method)
+    np.testing.assert_allclose(other.value, found.value, atol=1e-3)
+    assert abs(int(other.steps) - int(found.steps)) <= 0.1 * int(found.steps) + 10
+
+
+def test_channels_are_fitted_one_by_one():
+    y, graph = noisy(channels=(2,)), so.Graph.chain(N, ends="free")
+    both = so.trend_filter(y, graph, so.L1(1.0), 1, tol=1e-10).check()
+    for channel in range(2):
+        single = so.trend_filter(y[:, channel], graph, so.L1(1.0), 1, tol=1e-10).check()
+        np.testing.assert_allclose(both.value[:, channel], single.value, atol=1e-4)
+
+
+def test_the_graph_stays_itself():
+    graph = so.Graph.chain(4, times=[0, 1, 3, 4], ends="free")
+    assert repr(graph) == "Graph.chain(4, times, ends='free')"
+    assert graph.renumbered()[0] is graph
+    assert graph.edges.tolist() == so.Graph.chain(4).edges.tolist()
+
+
+BAD_CHAINS = {
+    "as many times, \\[3\\], given the shape \\(2,\\)": {"times": [0.0, 1.0], "ends": "free"},
+    "times are finite, given nan at node 1": {"times": [0.0, np.nan, 2.0], "ends": "free"},
+    "increase from node to node, given 2 and then 2 at node 2": {"times": [0.0, 2.0, 2.0], "ends": "free"},
+    "unknown ends 'fre'; known are graph, free; did you mean 'free'": {"ends": "fre"},
+    'times need ends="free"': {"times": [0.0, 1.0, 2.0]},
+    "times must hold real numbers": {"times": ["a", "b", "c"], "ends": "free"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_CHAINS)
+def test_bad_chains_are_refused(message):
+    with pytest.raises(ValueError, match=message):
+        so.Graph.chain(3, **BAD_CHAINS[message])
+
+
+BAD_FITS = {
+    "free ends take the square loss": {"loss": "huber"},
+    "treats all differences row by row, given B=1": {"B": 1},
+    'method="doge_groups" needs the ends of the graph': {"method": "doge_groups"},
+    "at least 2 observed nodes, given 1": {"node_weights": [1, 0, 0, 0]},
+    "order 3 with free ends needs at least 5 nodes, given 4": {"order": 3},
+}
+
+
+@pytest.mark.parametrize("message", BAD_FITS)
+def test_what_free_ends_do_not_take_is_refused(message):
+    options = {"order": 1} | BAD_FITS[message]
+    with pytest.raises(ValueError, match=message):
+        so.trend_filter(np.array([0.0, 2.0, 1.0, 3.0]), so.Graph.chain(4, ends="free"), so.L1(1.0), **options)
+
+
+def test_several_devices_are_refused():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("devices",))
+    with pytest.raises(ValueError, match="several devices take a chain with the ends of the graph"):
+        layout_of(so.Graph.chain(4, ends="free"), mesh)
+
+
+def test_times_beyond_the_precision_are_refused():
+    graph = so.Graph.chain(4, times=1e-30 * np.arange(4), ends="free")
+    with pytest.raises(ValueError, match="squares are beyond float32: divide the times by a typical step"):
+        so.trend_filter(np.array([0.0, 2.0, 1.0, 3.0]), graph, so.L1(1.0), 1, dtype=np.float32)
+
+
+def test_strong_smoothing_of_a_long_series_takes_few_steps():
+    times = np.cumsum(np.random.default_rng(0).uniform(0.2, 2.0, 3000))
+    y = np.sin(times / 200) + np.random.default_rng(1).standard_normal(3000)
+    graph = so.Graph.chain(3000, times=times, ends="free")
+    found = so.trend_filter(y, graph, so.L1(1e-2 * so.largest_weight(y, graph, 2)), 2).check()
+    assert found.steps < 1000
+    assert 0 < len(found.knots()) < 30
+    flat = so.trend_filter(y, graph, so.L1(1e12), 2).check()
+    assert flat.steps == 0
+    assert flat.knots().size == 0
+    np.testing.assert_allclose(flat.value, np.polynomial.Polynomial.fit(times, y, 2)(times), atol=1e-9)
