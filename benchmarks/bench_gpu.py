@@ -21,7 +21,7 @@ import numpy as np
 from common import emit_line, say
 
 import sparseopt as so
-from sparseopt.core.losses import HIGHEST
+from sparseopt.core.dense import HIGHEST
 from sparseopt.pruning.layer import LayerJob, layer_solver
 from sparseopt.pruning.methods import find_method, method_cost
 from sparseopt.pruning.patterns import parse_pattern

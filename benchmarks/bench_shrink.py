@@ -19,7 +19,7 @@ from common import Bench, judged, model_and_text, names_of, run_pass, say, text_
 
 from sparseopt.models import bundled_model, open_model
 from sparseopt.pruning import Recipe, ShrinkRecipe, perplexity
-from sparseopt.pruning.recipe import PassRecipe
+from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.texts import text_windows
 
 KEPT = (

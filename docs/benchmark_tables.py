@@ -14,6 +14,8 @@
     scaling.jsonl          output of `make bench-scaling`
     runtime.jsonl          output of `make bench-runtime`
     families.jsonl         output of `make families`
+    accelerators.jsonl     output of `make bench-accelerators`
+    precision.jsonl        output of `make bench-precision`
 
 A table without records becomes a sentence that names the command.
 """
@@ -22,6 +24,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerator_estimates
+import accelerator_tables
 import core_tables
 import family_tables
 import pruning_tables
@@ -96,6 +100,15 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         runtime_tables.runtime_prefill,
         runtime_tables.runtime_sizes,
         runtime_tables.runtime_skipped,
+        accelerator_tables.accelerators_machine,
+        accelerator_tables.accelerators_layers,
+        accelerator_tables.accelerators_blocks,
+        accelerator_tables.accelerators_trend,
+        accelerator_tables.accelerators_mesh,
+        accelerator_tables.precision_machine,
+        accelerator_tables.precision_models,
+        accelerator_estimates.accelerators_runs,
+        accelerator_estimates.accelerators_smoothing,
         family_tables.families_machine,
         family_tables.families_proved,
     )

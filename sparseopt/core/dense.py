@@ -1,7 +1,11 @@
-"""Floor 1: dense symmetric positive definite matrices by matrix products alone.
+"""Floor 1: the precision of products, and dense symmetric positive definite matrices by matrix products alone.
 
 A LAPACK factorisation on the host, or a triangular solve on an accelerator, runs far below the rate of a product.
 """
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,24 @@ HIGHEST = jax.lax.Precision.HIGHEST
 PANELS = (128, 16, 1)
 # Above this size the matrix is halved once, which saves a quarter of the operations and most of the memory traffic.
 WHOLE = 4 * PANELS[0]
+
+
+Precision = Literal["highest", "high", "default"]
+
+
+def activation_precision() -> str:
+    """The precision of products of activations: JAX's `jax_default_matmul_precision` where it is set, else "highest".
+
+    All other products of this package are in the highest precision whatever JAX's setting is.
+    """
+    return cast(Any, jax.config).jax_default_matmul_precision or "highest"
+
+
+def activations_in(precision: Precision) -> AbstractContextManager[Any]:
+    """A context in which products of activations have this precision; see `activation_precision`."""
+    # Programs traced under another setting are traced again, so it is changed only where it differs.
+    same = precision == activation_precision()
+    return contextlib.nullcontext() if same else jax.default_matmul_precision(precision)
 
 
 def product(a: Array, b: Array) -> Array:

@@ -98,15 +98,16 @@ def _separate(x: FloatArray, k: Count) -> tuple[Array, Int[Array, ""]]:
     taken = np.unravel_index(np.arange(0, bits.size, (bits.size // SAMPLE) | 1), bits.shape or (1,))
     sample = jnp.sort(jnp.atleast_1d(bits)[taken])
     share = 1 - jnp.asarray(k).astype(kind) / bits.size
-    places = jnp.round(sample.size * (share + jnp.arange(-1, 2) / math.sqrt(sample.size)))
+    around = jnp.arange(-1, 2, dtype=kind)
+    places = jnp.round(sample.size * (share + around / math.sqrt(sample.size)))
     # Neighbouring levels where these are equal: a tie is bracketed from both sides.
     guesses = sample[jnp.clip(places, 0, sample.size - 1).astype(jnp.int32)] + jnp.arange(3, dtype=bits.dtype)
 
     def narrow(carry: tuple) -> tuple:
         low, high, at_low, at_high, passes = carry
         width, inside = high - low, (at_low - at_high).astype(kind)
-        aim = (at_low - k + 0.5) / inside + jnp.minimum(1 / 64 + 2 / jnp.sqrt(inside), 0.25) * jnp.arange(-1, 2)
-        parts = jnp.where(passes % 3 == 2, jnp.arange(1, 4) / 4, jnp.clip(aim, 0, 1)).astype(kind)
+        aim = ((at_low - k).astype(kind) + 0.5) / inside + jnp.minimum(1 / 64 + 2 / jnp.sqrt(inside), 0.25) * around
+        parts = jnp.where(passes % 3 == 2, jnp.arange(1, 4, dtype=kind) / 4, jnp.clip(aim, 0, 1))
         steps = jnp.where(passes == 0, guesses, (parts * width.astype(kind)).astype(bits.dtype))
         levels = low + jnp.clip(steps, 1, width - 1)
         counts = jnp.stack(count_each(*(bits >= level for level in levels)))

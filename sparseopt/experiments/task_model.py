@@ -31,8 +31,8 @@ from sparseopt.models import (
 from sparseopt.pruning import METHODS, PruneReport, perplexity
 from sparseopt.pruning.documents import Document, Part, TextError, load_documents
 from sparseopt.pruning.options import Option, mistakes_of
+from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.plan import make_plan
-from sparseopt.pruning.recipe import PassRecipe
 from sparseopt.pruning.reports import Event, LayerRecord, mean
 from sparseopt.pruning.texts import Windows, begin_windows, text_windows, token_digest
 from sparseopt.system import processes

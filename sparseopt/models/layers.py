@@ -1,6 +1,6 @@
 """Floor 5: the small parts of a decoder: linears, norms, activations, and the tap.
 
-Parameters and activations are float32 and products run at the highest precision, whatever the checkpoint holds.
+Parameters and activations are float32, whatever the checkpoint holds; for products see `core.dense`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sparseopt.core.losses import HIGHEST
+from sparseopt.core.dense import activation_precision
 
 # Called with a name and a value, which it may record or change; the value of experts is a `Routed`.
 Tap = Callable[[str, Any], Any]
@@ -46,7 +46,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         # One flat product: XLA's CPU matmul is faster on two axes than on three.
-        flat = jnp.matmul(x.reshape(-1, x.shape[-1]), self.weight[...].T, precision=HIGHEST)
+        flat = jnp.matmul(x.reshape(-1, x.shape[-1]), self.weight[...].T, precision=activation_precision())
         y = flat.reshape(*x.shape[:-1], flat.shape[-1])
         return y if self.bias is None else y + self.bias[...]
 

@@ -32,10 +32,10 @@ from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, Grams, nonfinite_windows
 from sparseopt.pruning.compiled import Timed
 from sparseopt.pruning.layer import LayerJob, check_answer, reads_variances
+from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.permutation import block_orders
 from sparseopt.pruning.plan import Plan
 from sparseopt.pruning.propagation import propagated
-from sparseopt.pruning.recipe import PassRecipe
 from sparseopt.pruning.reconstruction import Reconstruction, reconstruct_block
 from sparseopt.pruning.reports import BlockRecord, LayerRecord
 from sparseopt.pruning.side_by_side import LayerTask, agreed, solve_block

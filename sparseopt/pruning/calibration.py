@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.core.dense import HIGHEST
+from sparseopt.core.dense import activation_precision
 from sparseopt.core.mesh import AXIS, over
 from sparseopt.models import PrunableBlock, Routed
 from sparseopt.models.experts import rows_of_tokens, stacked_name, unstacked_names
@@ -96,7 +96,7 @@ class BlockGrams(Mapping[str, Grams]):
 
 
 def _product(x: Float[Array, "... in"], y: Float[Array, "... in"]) -> Float[Array, "in in"]:
-    return jnp.matmul(x.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]), precision=HIGHEST)
+    return jnp.matmul(x.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]), precision=activation_precision())
 
 
 def gather_grams(
@@ -188,7 +188,7 @@ def _grams_of_experts(
 
     def add(grams: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, None]:
         rows, weight, expert = tile
-        return grams.at[expert].add(jnp.matmul((rows * weight).T, rows, precision=HIGHEST)), None
+        return grams.at[expert].add(jnp.matmul((rows * weight).T, rows, precision=activation_precision())), None
 
     start = jnp.zeros((experts, value.rows.shape[-1], value.rows.shape[-1]), value.rows.dtype)
     gram, _ = jax.lax.scan(add, start, (value.rows, weight_PR1, value.expert))

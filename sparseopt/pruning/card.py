@@ -83,7 +83,9 @@ def result_lines(report: PruneReport) -> list[str]:
         ]
     text = without_folders(part_of_text(str(recipe["calibration"]), "calibration"))
     if not text.startswith(TOKEN_IDS):
-        text = f"{recipe['samples']} windows of {recipe['seqlen']} tokens of {text}"
+        variants = report.calibration.variants
+        varied = f", and {variants} variants of each that the dense model drew" if variants else ""
+        text = f"{recipe['samples']} windows of {recipe['seqlen']} tokens of {text}{varied}"
     lines.append(f"Calibrated on {text}{'' if report.bos is None else f', each beginning with token {report.bos}'}.")
     if report.layers:
         heldout = mean(r.heldout_error for r in report.layers if r.heldout_error is not None)

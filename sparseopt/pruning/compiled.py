@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from sparseopt.core.dense import activation_precision
 from sparseopt.core.mesh import over, put
 
 
@@ -22,6 +23,8 @@ class Timed(NamedTuple):
 class Compiled:
     """A pure function compiled once for every distinct structure, shape, dtype and layout of its arguments.
 
+    And for every precision of products of activations, see `core.dense`.
+
     Where an argument is spread over several devices, those on one device are copied whole to each of them: a program
     runs on all devices or on one. What is used more than once is better copied before, by `laid_on`.
     """
@@ -35,16 +38,20 @@ class Compiled:
         """The optimised programs in the order of their compilation."""
         return [program.as_text() for program in self._programs.values()]
 
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """The program before compilation, for arrays or their `jax.ShapeDtypeStruct`, of any device."""
+        return self._jitted.lower(*arguments)
+
     def __call__(self, *arguments: Any) -> Timed:
         """Run to completion; the result's buffers are ready when this returns."""
         mesh = next((found for leaf in jax.tree.leaves(arguments) if (found := mesh_of(leaf))), None)
         arguments = laid_on(arguments, mesh) if mesh else jax.tree.map(jnp.asarray, arguments)
         leaves, structure = jax.tree.flatten(arguments)
-        key = (structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
+        key = (activation_precision(), structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
         spent = 0.0
         if key not in self._programs:
             start = time.perf_counter()
-            self._programs[key] = self._jitted.lower(*arguments).compile()
+            self._programs[key] = self.lower(*arguments).compile()
             spent = time.perf_counter() - start
         start = time.perf_counter()
         value = jax.block_until_ready(self._programs[key](*arguments))

@@ -22,10 +22,11 @@ from sparseopt.pruning.calibration import EXPERTS_INPUT
 from sparseopt.pruning.evaluation import LOGIT_ROWS
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import MethodCost, method_cost
+from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.patterns import parse_pattern
 from sparseopt.pruning.permutation import GROUPS, ROWS
 from sparseopt.pruning.plan import GROUPED, layer_shares
-from sparseopt.pruning.recipe import PassRecipe, Recipe
+from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.shrinking import ShrinkRecipe
 from sparseopt.pruning.survey import LEVELS, TOKENS
 from sparseopt.pruning.variants import ROUNDS, SHARE

@@ -4,7 +4,8 @@
     estimate with activations on disk <= budget        one file per stream, in the first output folder's file system
     neither                                            an error that says what takes the memory
 
-Without a budget, the memory that the machine has available decides, and nothing is refused.
+Without a budget, the memory that the machine has available decides, and nothing is refused. On an accelerator its own
+memory decides, which cannot be swapped: too little is an error.
 """
 
 import shutil
@@ -17,10 +18,10 @@ import numpy as np
 from sparseopt.models import PrunableModel, StreamedModel
 from sparseopt.pruning.cost import FLOAT32, PLACES, Activations, Cost, output_bytes, prune_cost
 from sparseopt.pruning.layer import LayerMethod
+from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.plan import Plan
-from sparseopt.pruning.recipe import PassRecipe
 from sparseopt.pruning.reports import Footprint
-from sparseopt.system.machine import available_memory_bytes, format_bytes
+from sparseopt.system.machine import device_memory_left, format_bytes, working_memory_bytes
 
 # What reduces the memory of each phase.
 ADVICE = {
@@ -56,7 +57,8 @@ def choose_footprint(
         spread: whether the run uses several devices; activations then stay in their memories, and nothing is estimated.
 
     Raises:
-        BudgetError: if the run does not fit the budget, or output and activations do not fit on the disk.
+        BudgetError: if the run does not fit the budget or, without one, the device; if output and activations do not
+            fit on the disk.
     """
     sizes = {"samples": len(calibration), "seqlen": calibration.shape[1], "heldout_samples": len(heldout)}
     recipes = [(replace(plan.recipe, **sizes), plan.method) for plan in plans]
@@ -79,25 +81,29 @@ def choose_footprint(
 def _choose(
     model: StreamedModel, recipes: Sequence[tuple[PassRecipe, LayerMethod]], budget: int | None
 ) -> tuple[Activations, Cost]:
-    limit = available_memory_bytes() if budget is None else budget
+    limit = working_memory_bytes() if budget is None else budget
     for where in PLACES:
         costs = [prune_cost(model, *recipe, activations=where, plans=len(recipes)) for recipe in recipes]
         largest = max(costs, key=lambda cost: cost.peak_memory_bytes)
         if largest.peak_memory_bytes <= limit:
             return where, largest
     if budget is not None:
-        raise BudgetError(_too_little(largest, budget))
+        raise BudgetError(_too_little(largest, f"a budget of {format_bytes(budget)}", "give at least that"))
+    left = device_memory_left()
+    if left is not None and largest.peak_memory_bytes > left:
+        what, instead = f"the memory left on the device, {format_bytes(left)},", "give memory=... to try nevertheless"
+        raise BudgetError(_too_little(largest, what, instead))
     # The estimate may be wrong, and activations on disk are at least not swapped.
     return where, largest
 
 
-def _too_little(cost: Cost, budget: int) -> str:
+def _too_little(cost: Cost, what: str, instead: str) -> str:
     parts = sorted(cost.phases[cost.peak_phase].items(), key=lambda part: -part[1])
     advice = ADVICE.get(cost.peak_phase)
     return (
-        f"a budget of {format_bytes(budget)} is too little: with activations on disk the run is estimated to take "
+        f"{what} is too little: with activations on disk the run is estimated to take "
         f"{format_bytes(cost.peak_memory_bytes)} in phase {cost.peak_phase} "
-        f"({', '.join(f'{name} {format_bytes(nbytes)}' for name, nbytes in parts if nbytes)}); give at least that"
+        f"({', '.join(f'{name} {format_bytes(nbytes)}' for name, nbytes in parts if nbytes)}); {instead}"
         + (f", or less to do: {advice}" if advice else "")
     )
 

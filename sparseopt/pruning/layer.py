@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.constraints import Support
+from sparseopt.core.dense import HIGHEST
 from sparseopt.core.iterate import iterate
-from sparseopt.core.losses import HIGHEST, Quadratic
+from sparseopt.core.losses import Quadratic
 from sparseopt.core.patterns import Within
 from sparseopt.core.problem import Problem, Status
 from sparseopt.core.solvers.refit import Refit

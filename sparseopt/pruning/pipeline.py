@@ -14,7 +14,7 @@ Over several devices the calibration windows are spread (`activations`), and so 
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sparseopt.core.dense import HIGHEST
+from sparseopt.core.dense import activations_in
 from sparseopt.core.mesh import Devices, device_line
 from sparseopt.core.types import Observer
 from sparseopt.models import PrunableModel, Source, TorchModel, open_model
 from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches, Stream, embed_windows
 from sparseopt.pruning.block import DenseBlock, PruningError
+from sparseopt.pruning.blocked import is_out_of_memory
 from sparseopt.pruning.branch import Branch, begin
 from sparseopt.pruning.footprint import choose_footprint
+from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.patterns import check_cut
 from sparseopt.pruning.plan import (
     CalibrationWindows,
@@ -39,7 +41,7 @@ from sparseopt.pruning.plan import (
     describe_calibration,
     make_plan,
 )
-from sparseopt.pruning.recipe import PassRecipe, Recipe
+from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Calibration, Event, Footprint, LayerRecord, PruneReport
 from sparseopt.pruning.run_folder import (
     Identity,
@@ -101,8 +103,8 @@ def prune_model(
             another run in it, with what differs; a memory budget that the run does not fit in, with what takes the
             memory; a disk with too little room; devices that do not exist, or that the run cannot use.
         Stopped: if `stop` asked for it.
-        PruningError: if activations or a solve become non-finite (finished shards stay), or if what was stored, read
-            back, breaks the pattern.
+        PruningError: if activations or a solve become non-finite or memory runs out (finished shards stay), or if what
+            was stored, read back, breaks the pattern.
     """
     return prune_models(
         source, [(recipe or Recipe(), output)], observer=observer, stop=stop, memory=memory, devices=devices
@@ -168,6 +170,11 @@ def prune_models(
             f"the blocks of a {model.config.model_type} model, whose family is not known here, run in torch, which is "
             f"for one device; given {mesh.size}: leave devices out"
         )
+    if (precision := recipes[0][0].precision) != "highest" and isinstance(model, TorchModel):
+        raise ValueError(
+            f"the blocks of a {model.config.model_type} model, whose family is not known here, run in torch, whose "
+            f"products are float32; given precision {precision}: leave it out"
+        )
     plans = [make_plan(model, recipe, folder) for (recipe, _), folder in zip(recipes, folders, strict=True)]
     for plan in plans:
         for key, pattern in plan.patterns.items():
@@ -194,11 +201,28 @@ def prune_models(
             footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
             return_freed_memory()
             known = calibration, footprint
-            made = _run(model, rest, windows, identity, known, mesh, observer or (lambda *_: None), stop, start)
+            with activations_in(rest[0].recipe.precision), _memory_errors():
+                made = _run(model, rest, windows, identity, known, mesh, observer or (lambda *_: None), stop, start)
         reports = iter(made)
         return [
             read_report(identity, plan) if done else next(reports) for plan, done in zip(plans, finished, strict=True)
         ]
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Says what to do where memory ran out in anything but the solve of a layer, which says it itself."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).partition("\n")[0] or "no more is known"
+        raise PruningError(
+            f"memory ran out ({said}); finished blocks are stored: start the same command again with more memory free, "
+            "or with a smaller budget (memory) than this run took, which keeps activations on disk. A run with a "
+            "shorter seqlen or with reconstruct=0 takes less"
+        ) from error
 
 
 def _run(
@@ -268,7 +292,7 @@ def _run(
         "devices": 1 if mesh is None else mesh.size,
         "processes": processes.count(),
         "platform": jax.devices()[0].platform,
-        "precision": HIGHEST.name.lower(),
+        "precision": plans[0].recipe.precision,
         "seconds": time.perf_counter() - start,
     }
     return [branch.finish(runner.compile_seconds, **figures) for branch in branches]

@@ -20,8 +20,9 @@ from sparseopt.models import (
 )
 from sparseopt.pruning.documents import TextError, is_text
 from sparseopt.pruning.layer import LayerMethod, check_method, reads_variances
+from sparseopt.pruning.pass_recipe import LEAST_WINDOWS, MOST_WINDOWS, TOKENS_AN_INPUT, PassRecipe
 from sparseopt.pruning.patterns import GroupTopK, Pattern, implied_sparsity, parse_pattern
-from sparseopt.pruning.recipe import LEAST_WINDOWS, MOST_WINDOWS, TOKENS_AN_INPUT, PassRecipe, Recipe
+from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Calibration
 from sparseopt.pruning.shrinking import BUDGET_ROUNDING, ShrinkRecipe, parameters_of, shrunk_sizes, smallest_sizes
 from sparseopt.pruning.targets import chosen_linears
@@ -30,9 +31,9 @@ from sparseopt.pruning.texts import begin_windows, check_vocabulary, text_window
 # The linears that have fewer inputs in a smaller model: key-value groups, and channels.
 GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
 # Recipes that share a pass must agree in these.
-CALIBRATION_FIELDS = (
+PASS_FIELDS = (
     "samples", "seqlen", "heldout_samples", "windows", "seed", "bos", "calibration", "split", "column", "documents",
-    "variant_count",
+    "variant_count", "precision",
 )  # fmt: skip
 
 
@@ -234,15 +235,15 @@ def layer_patterns(
 
 
 def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
-    """Raise a `ValueError` that names the differences if recipes of one pass would not see the same tokens."""
+    """Raise a `ValueError` that names the differences if recipes of one pass would not see the same stream."""
     first = recipes[0]
     for recipe in recipes[1:]:
         # A calibration may be an array of token ids.
-        pairs = [(name, getattr(recipe, name), getattr(first, name)) for name in CALIBRATION_FIELDS]
+        pairs = [(name, getattr(recipe, name), getattr(first, name)) for name in PASS_FIELDS]
         if differing := [name for name, own, other in pairs if own is not other and not np.array_equal(own, other)]:
             raise ValueError(
-                f"recipes of one pass must share their calibration tokens; these differ in {', '.join(differing)}: "
-                "prune them one by one"
+                "recipes of one pass must share their calibration tokens and precision; these differ in "
+                f"{', '.join(differing)}: prune them one by one"
             )
 
 

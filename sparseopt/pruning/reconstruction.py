@@ -109,6 +109,18 @@ def channel_weights(targets: Iterable[Float[Array, "B T D"]]) -> Float[np.ndarra
     return mean / np.maximum(shares, FLOOR * mean) if mean > 0 else np.ones_like(shares)
 
 
+def split_block(block: Block, pruned: Iterable[str], settings: Reconstruction) -> tuple[Any, Any, list[Any]]:
+    """A block's structure, the parameters that are trained where these linears are pruned, and the others."""
+    owners = {stacked_name(name)[0] for name in pruned}
+
+    def trained(path: tuple[Any, ...], _: Any) -> bool:
+        owner = ".".join(map(str, path[:-1]))
+        return owner in owners or (settings.train_norms and owner.endswith("norm"))
+
+    graph, params, *frozen = nnx.split(block, trained, ...)
+    return graph, params, frozen
+
+
 class _BlockTrainer(Trainer):
     # A mean square error below this is what float32 leaves of two programs for one block.
     exact = 1e-12
@@ -117,13 +129,8 @@ class _BlockTrainer(Trainer):
         self, block: Block, masks: Mapping[str, Array], stream: Stream, targets: Stream, settings: Reconstruction
     ) -> None:
         super().__init__(stream, targets, settings)
-        pruned = {stacked_name(name)[0] for name, mask in masks.items() if mask.any()}
-
-        def trained(path: tuple[Any, ...], _: Any) -> bool:
-            owner = ".".join(map(str, path[:-1]))
-            return owner in pruned or (settings.train_norms and owner.endswith("norm"))
-
-        graph, self.best_params, *frozen = nnx.split(block, trained, ...)
+        pruned = [name for name, mask in masks.items() if mask.any()]
+        graph, self.best_params, frozen = split_block(block, pruned, settings)
         self.fixed = Fixed(graph, frozen, kept_entries(self.best_params, masks))
         self.state = start_state(self.best_params)
         self.weights = channel_weights(targets.calibration)

@@ -311,7 +311,7 @@ class PruneReport:
         devices: number of devices, of all processes together.
         processes: number of processes; times and memory are those of the first.
         platform: of the devices, as JAX names it: "cpu", "gpu", "tpu".
-        precision: of all products, as JAX names it; "highest" is float32 throughout, on every platform.
+        precision: of products of activations, as JAX names it; "highest" is float32 on every platform.
         resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
         shape: what a smaller model keeps; None where only zeros were made.
         distilled: the training of the whole smaller model at the end; None without.

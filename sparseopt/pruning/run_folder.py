@@ -41,8 +41,8 @@ from sparseopt.models import (
 from sparseopt.models.packed import PACKED_INDEX
 from sparseopt.models.prunable import digest
 from sparseopt.models.safetensors_file import read_header
+from sparseopt.pruning.pass_recipe import PassRecipe, described
 from sparseopt.pruning.plan import Plan, shrink_plan
-from sparseopt.pruning.recipe import PassRecipe, described
 from sparseopt.pruning.reports import BlockRecord, DistillationRecord, LayerRecord, PruneReport, ShapeRecord
 from sparseopt.pruning.texts import token_digest
 from sparseopt.system import processes, run_folder

@@ -16,7 +16,7 @@ from sparseopt.models import ModelError, PrunableModel, Sizes, possible_kv_heads
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import METHODS, find_method
 from sparseopt.pruning.options import HOW, KEEP, attributes, option, options_of
-from sparseopt.pruning.recipe import Check, PassRecipe
+from sparseopt.pruning.pass_recipe import Check, PassRecipe
 
 # A share may be rounded by this much of the whole at most.
 ROUNDING = 0.05

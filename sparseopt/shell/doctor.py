@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import typer
 
-from sparseopt.core.dense import HIGHEST
+from sparseopt.core.dense import activation_precision
 from sparseopt.core.speed import measure_gflops, measure_gigabytes
 from sparseopt.shell import console
 from sparseopt.shell.options import AsJson
@@ -57,7 +57,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "device_error": error,
         "programs": folder and _kept(folder),
-        "precision": HIGHEST.name.lower(),
+        "precision": activation_precision(),
         "gflops": measure_gflops(0.3) if devices else None,
         "gigabytes_a_second": measure_gigabytes(0.2) if devices else None,
     }
@@ -91,7 +91,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     lines.append(
         f"a run uses {first}"
         + f", or up to {many} devices with --devices" * (many > 1)
-        + f", with float32 products in precision {found['precision']}"
+        + f", with products of activations in precision {found['precision']}"
     )
     lines.append(
         f"speed of {first}: {found['gflops']:,.0f} GFLOP/s in float32 products, "

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from sparseopt.shell import console
 from sparseopt.shell.options import AsJson, Source, machine_option, recipe_fields, takes_recipe
-from sparseopt.system.machine import available_memory_bytes, format_bytes, parse_bytes
+from sparseopt.system.machine import format_bytes, parse_bytes, working_memory_bytes
 
 if TYPE_CHECKING:  # its package needs flax
     from sparseopt.pruning.inspection import Inspection
@@ -32,7 +32,7 @@ def inspect(
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.inspection import inspect_model
 
-    limit = available_memory_bytes() if memory is None else parse_bytes(memory)
+    limit = working_memory_bytes() if memory is None else parse_bytes(memory)
     recipe = Recipe(**recipe_fields(options))
     recipe.check()
     rate = measure_gflops() if gflops is None else gflops

@@ -14,7 +14,8 @@ import typer
 from sparseopt.shell import console, options
 
 if TYPE_CHECKING:
-    from sparseopt.pruning.recipe import PassRecipe, Recipe
+    from sparseopt.pruning.pass_recipe import PassRecipe
+    from sparseopt.pruning.recipe import Recipe
     from sparseopt.pruning.reports import PruneReport
 
 # EX_TEMPFAIL of sysexits: a scheduler that sent SIGTERM may start the same command again.

@@ -67,6 +67,20 @@ def available_memory_bytes() -> int:
         return sys.maxsize
 
 
+def device_memory_left() -> int | None:
+    """What JAX can still take of the first device's memory, in bytes; None where it does not say, as on a CPU."""
+    import jax
+
+    known = jax.devices()[0].memory_stats() or {}
+    return known["bytes_limit"] - known.get("bytes_in_use", 0) if "bytes_limit" in known else None
+
+
+def working_memory_bytes() -> int:
+    """What a run can take: the memory available to this process, or what is left of the first device's if less."""
+    left = device_memory_left()
+    return available_memory_bytes() if left is None else min(available_memory_bytes(), left)
+
+
 def _meminfo_available() -> int | None:
     file = Path("/proc/meminfo")
     if not file.is_file():

@@ -4,19 +4,21 @@ import dataclasses
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparseopt.models import open_model, safetensors_file
 from sparseopt.pruning import Recipe, prune_model, prune_models
-from sparseopt.pruning import footprint as footprint_module
 from sparseopt.pruning.activations import Batches, DiskBatches, make_batches
 from sparseopt.pruning.cost import prune_cost
 from sparseopt.pruning.footprint import BudgetError, choose_footprint
 from sparseopt.pruning.plan import make_plan
 from sparseopt.pruning.reports import Footprint
+from sparseopt.system import machine
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 from tests.pruning.test_resumption import Broken, breaking_at, model_bytes
@@ -104,10 +106,21 @@ def test_a_budget_that_is_too_little_is_refused_before_any_work(tmp_path, source
 
 def test_without_a_budget_little_memory_is_no_error(tmp_path, source, tokens, monkeypatch):
     """Only where activations lie follows what is available."""
-    monkeypatch.setattr(footprint_module, "available_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 2**20)
     report = prune_model(source, tmp_path / "out", Recipe(method="wanda", calibration=tokens, heldout_samples=2))
     assert report.footprint.activations == "disk"
     assert report.footprint.budget_bytes is None
+
+
+def test_too_little_memory_on_the_device_is_refused_unless_a_budget_is_given(tmp_path, source, tokens, monkeypatch):
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**24, "bytes_in_use": 2**23})
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=2)
+    model = open_model(source)
+    plans = [make_plan(model, recipe, tmp_path / "out")]
+    with pytest.raises(BudgetError, match=r"memory left on the device, 8\.0 MiB, is too little.*give memory=.*try"):
+        choose_footprint(model, plans, tokens[:6], tokens[6:])
+    assert choose_footprint(model, plans, tokens[:6], tokens[6:], 2**30).activations == "memory"
 
 
 def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source, tokens, monkeypatch):
@@ -233,7 +246,7 @@ def test_the_command_tells_what_it_will_take_and_took(tmp_path, command, monkeyp
     status, out, err = command("prune", source, "--output", tmp_path / "b", *options, "--memory", "1MiB")
     assert status == 2
     assert "a budget of 1.0 MiB is too little" in err
-    monkeypatch.setattr(footprint_module, "available_memory_bytes", lambda: 1)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1)
     status, out, err = command("prune", source, "--output", tmp_path / "b", *options)
     assert status == 0, err
     assert "for activations, until the run ends" in out

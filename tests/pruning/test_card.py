@@ -1,6 +1,7 @@
 """The model card: metadata that parse, facts of the run, nothing of the machine, and never over another card."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import yaml
 
 from sparseopt.models import open_source
 from sparseopt.pruning import LayerRecord, Recipe, ShrinkRecipe, prune_model, shrink_model
-from sparseopt.pruning.card import CARD, metadata_of, model_card, without_folders
+from sparseopt.pruning.card import CARD, metadata_of, model_card, result_lines, without_folders
 
 OWN = """---
 language:
@@ -95,6 +96,14 @@ def test_a_licence_file_alone_is_pointed_at(tmp_path, pruned, source):
     (folder / "LICENSE.txt").write_text("terms")
     head = metadata_of(model_card(pruned, open_source(folder)).encode())
     assert (head["license"], head["license_link"]) == ("other", "LICENSE.txt")
+
+
+def test_the_tokens_that_a_model_was_calibrated_on_are_told_with_their_variants(pruned):
+    recipe = pruned.recipe | {"calibration": "file:/home/someone/notes.txt", "samples": 16, "seqlen": 512}
+    seen = replace(pruned, recipe=recipe, calibration=replace(pruned.calibration, variants=3))
+    (line,) = (line for line in result_lines(seen) if "Calibrated on" in line)
+    assert line.startswith("Calibrated on 16 windows of 512 tokens of ")
+    assert line.endswith("file:notes.txt, and 3 variants of each that the dense model drew.")
 
 
 def test_a_card_that_somebody_put_into_the_folder_stays(tmp_path, source, tokens):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import pytest
 from sparseopt.models import ModelError, open_model
 from sparseopt.pruning import LayerRecord, PruningError, Recipe, activations, prune_model
 from sparseopt.pruning.activations import make_batches
-from sparseopt.pruning.calibration import nonfinite_windows
+from sparseopt.pruning.calibration import BlockRunner, nonfinite_windows
 from sparseopt.shell.prune import RESUMABLE
 from sparseopt.system.files import DiskError
 from sparseopt.system.run_folder import RECORDS, FolderError
@@ -74,6 +75,7 @@ FAULTS = [
     ("non-finite", "NaN in the weights"),
     ("console", "a pager that was closed"),
     *(("console", name) for name in CONSOLES),
+    ("out of memory", "between layers"),
     # In `test_blocked`.
     *(("out of memory", name) for name in ("said by the device", "said by the host", "in every size", "a real limit")),
     # Here and in `test_resumption`.
@@ -332,6 +334,27 @@ def test_one_token_that_overflows_cannot_get_lost_in_a_gram(tmp_path, overflowin
     batches = make_batches(model.embedding()(jnp.asarray(windows)))
     assert len(batches) == 3
     assert nonfinite_windows(model.block(0), batches, "attention_input") == [window]
+
+
+def test_memory_that_runs_out_between_layers_ends_the_run_in_a_sentence_and_it_goes_on(
+    tmp_path, source, recipe, whole, monkeypatch
+):
+    calls, forward = [], BlockRunner.forward
+
+    def short(runner, block, batches):
+        calls.append(1)
+        if len(calls) == 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+        return forward(runner, block, batches)
+
+    monkeypatch.setattr(BlockRunner, "forward", short)
+    said = (
+        r"memory ran out \(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\.\); finished blocks are stored: start"
+    )
+    with pytest.raises(PruningError, match=said):
+        prune_model(source, tmp_path / "out", recipe)
+    assert prune_model(source, tmp_path / "out", recipe).resumed_blocks > 0
+    assert model_bytes(tmp_path / "out") == whole
 
 
 def test_weights_that_overflow_in_a_later_block_leave_the_earlier_blocks_whole(tmp_path, source, recipe, whole):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.core.types import ENABLE_X64
 from sparseopt.pruning import (
     METHODS,
     AdmmPruning,
@@ -20,6 +21,8 @@ from sparseopt.pruning import (
     prune_model,
 )
 from sparseopt.pruning.layer import ScaledLayer
+from sparseopt.pruning.methods import find_method
+from sparseopt.pruning.patterns import parse_pattern
 from tests.pruning.layers import GROUP_METHODS, error_of, make_layer
 
 PATTERNS = ["unstructured", "per-row", "2:4", "block:2x8", "group:4"]
@@ -259,3 +262,14 @@ def test_in_a_model_the_layer_is_named(tmp_path, rng):
     assert not (tmp_path / "out").exists()
     with pytest.raises(PruningError, match=r"model.layers.0.self_attn.q_proj: Own kept"):
         prune_model(source, tmp_path / "out", count)
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"), [("osscar", "group:4"), ("sparsegpt", "per-row"), ("maiht", "unstructured")]
+)
+def test_a_layer_stays_in_float32_where_64_bit_types_are_enabled(method, pattern):
+    shapes = ((64, 64), (64, 48), (64,), (48,))
+    layer = ScaledLayer(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    with ENABLE_X64(True):
+        answer = jax.eval_shape(find_method(method), layer, parse_pattern(pattern, 0.5, (48, 64)))
+    assert answer.values.dtype == jnp.float32

@@ -27,7 +27,7 @@ COMMON = {
     "method": "wanda", "ridge": 0.2, "weighting": "residual", "output_weights": "gradient", "propagate": 0.5,
     "reconstruct": 2, "calibration": "hf:x", "bos": "yes", "samples": 3, "seqlen": 7, "heldout_samples": 1,
     "windows": "random", "seed": 5, "split": "train", "column": "body", "documents": "separate",
-    "dtype": "bfloat16", "min_expert_tokens": 9, "expert_tokens": "all", "distil": 2,
+    "dtype": "bfloat16", "min_expert_tokens": 9, "expert_tokens": "all", "distil": 2, "precision": "high",
 }  # fmt: skip
 GIVEN = {
     "prune": COMMON | {

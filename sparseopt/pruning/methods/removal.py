@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparseopt.core.dense import product, spd_inverse
+from sparseopt.core.dense import HIGHEST, product, spd_inverse
 from sparseopt.core.patterns import GroupTopK, Within
 from sparseopt.core.problem import Status
 from sparseopt.core.types import pytree, static
@@ -91,7 +91,7 @@ def _costs(left: _Remaining, size: int) -> Float[Array, " groups"]:
     places = jnp.arange(left.alive.size)
     squares = left.inverse.reshape(places.size, size, places.size, size)[places, :, places, :]
     values = left.values.reshape(places.size, size, -1)
-    energies = jnp.einsum("gio,gjo->gij", values, values, precision=jax.lax.Precision.HIGHEST)
+    energies = jnp.einsum("gio,gjo->gij", values, values, precision=HIGHEST)
     costs = jnp.sum(jax.vmap(spd_inverse)(squares) * energies, axis=(1, 2))
     # A cost that overflows still comes before those of groups that are gone.
     return jnp.where(left.alive, jnp.minimum(costs, jnp.finfo(costs.dtype).max), jnp.inf)
@@ -102,10 +102,11 @@ def _without(left: _Remaining, chosen: Array, gone: Bool[Array, " chosen"], size
     inputs = (chosen[:, None] * size + jnp.arange(size)).reshape(-1)
     removed = jnp.repeat(gone, size)[:, None]
     rows = jnp.where(removed, left.inverse[inputs], 0)
-    corner = jnp.where(removed & removed.T, rows[:, inputs], jnp.eye(inputs.size))
+    corner = jnp.where(removed & removed.T, rows[:, inputs], jnp.eye(inputs.size, dtype=rows.dtype))
     solved = product(spd_inverse(corner), rows)
     alive = left.alive & ~jnp.any((chosen == jnp.arange(left.alive.size)[:, None]) & gone, axis=1)
     stays = jnp.repeat(alive, size)
-    inverse = jnp.where(stays[:, None] & stays, left.inverse - product(rows.T, solved), jnp.eye(stays.size))
+    identity = jnp.eye(stays.size, dtype=rows.dtype)
+    inverse = jnp.where(stays[:, None] & stays, left.inverse - product(rows.T, solved), identity)
     values = left.values - product(solved.T, left.values[inputs])
     return _Remaining(inverse, jnp.where(stays[:, None], values, 0), alive, left.steps + 1)

@@ -51,7 +51,7 @@ class SparseGpt:
         # Whole blocks: padded inputs are independent of the others and have weight 0.
         padding = -inputs % self.block
         hessian = jnp.pad(layer.ridged(self.ridge).hessian, (0, padding))
-        hessian = hessian + jnp.diag(jnp.where(jnp.arange(inputs + padding) < inputs, 0.0, 1.0))
+        hessian = hessian + jnp.diag((jnp.arange(inputs + padding) >= inputs).astype(hessian.dtype))
         factor = _inverse_factor(hessian)
         values = jnp.pad(layer.center, ((0, padding), (0, 0)))
         # No weight of a padded input may stay.

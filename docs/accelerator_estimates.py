@@ -1,0 +1,155 @@
+"""What a whole run should take on devices that nobody measured: operations and bytes over 60 % of a device's peak."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from records import Column, Record, field, table
+from scaling_model import grid_iteration
+
+from sparseopt.models.streaming import StreamedModel
+from sparseopt.pruning import Recipe
+from sparseopt.pruning.cost import PASS_EFFICIENCY, SOLVE_EFFICIENCY, prune_cost
+
+# The share of a device's peak that is assumed to be reached.
+REACHED = 0.6
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, by its maker's figures.
+
+    Attributes:
+        rates: products in operations per second, by precision.
+        bandwidth: bytes per second from and to its memory.
+        memory: bytes.
+    """
+
+    name: str
+    rates: Mapping[str, float]
+    bandwidth: float
+    memory: float
+
+
+# A TPU multiplies in bfloat16: once for default, three times for high, six times for highest. An H100 has units for
+# float32 (highest) and for TF32, once for default and three times for high.
+DEVICES = (
+    Device("TPU v5e", {"highest": 197e12 / 6, "high": 197e12 / 3, "default": 197e12}, 819e9, 16e9),
+    Device("TPU v6e", {"highest": 918e12 / 6, "high": 918e12 / 3, "default": 918e12}, 1640e9, 32e9),
+    Device("H100", {"highest": 67e12, "high": 495e12 / 3, "default": 495e12}, 3350e9, 80e9),
+)
+# Width, width of the MLP, blocks, heads, key-value heads, size of a head, vocabulary.
+SIZES = {
+    "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49152),
+    "Qwen3-0.6B": (1024, 3072, 28, 16, 8, 128, 151936),
+    "LLaMA-2-7B": (4096, 11008, 32, 32, 32, 128, 32000),
+    "LLaMA-2-70B": (8192, 28672, 80, 64, 8, 128, 32000),
+}
+# One recipe for all: the calibration of the papers, 128 windows of 2,048 tokens.
+TOKENS: dict[str, Any] = {"samples": 128, "seqlen": 2048, "heldout_samples": 0}
+RECIPES = {
+    "maiht": Recipe(method="maiht", **TOKENS),
+    "best one shot": Recipe(method="best", reconstruct=0, variants=0, **TOKENS),
+    "best": Recipe(method="best", **TOKENS),
+}
+KINDS = ("layer solves", "forward passes and Grams", "survey", "training")
+GRIDS = ((4096, 4096), (512, 512, 512))
+# Steps to a gap of 10⁻⁶ on pictures of up to 16.8 million nodes (`make bench-trend-sizes`), by order.
+STEPS = {0: 210, 1: 110}
+BFLOAT16 = jnp.dtype("bfloat16")
+
+
+@dataclass(frozen=True)
+class _Header:
+    shape: tuple[int, ...]
+    dtype: Any = BFLOAT16
+
+
+class Headers:
+    """A Llama without its weights: configuration and shapes of the tensors, which is what estimates read."""
+
+    name = "headers"
+
+    def __init__(self, *sizes: int) -> None:
+        width, wide, blocks, heads, kv_heads, head, vocabulary = sizes
+        self.config = {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": width,
+            "intermediate_size": wide, "num_hidden_layers": blocks, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "head_dim": head, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False, "max_position_embeddings": 4096, "hidden_act": "silu",
+        }  # fmt: skip
+        linears = {
+            "self_attn.q_proj": (heads * head, width), "self_attn.k_proj": (kv_heads * head, width),
+            "self_attn.v_proj": (kv_heads * head, width), "self_attn.o_proj": (width, heads * head),
+            "mlp.gate_proj": (wide, width), "mlp.up_proj": (wide, width), "mlp.down_proj": (width, wide),
+        }  # fmt: skip
+        block = linears | {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
+        shapes = {"model.embed_tokens": (vocabulary, width), "lm_head": (vocabulary, width), "model.norm": (width,)}
+        shapes |= {f"model.layers.{i}.{name}": shape for i in range(blocks) for name, shape in block.items()}
+        self.tensors = {f"{name}.weight": _Header(shape) for name, shape in shapes.items()}
+
+    def read(self, name: str) -> Any:
+        raise NotImplementedError(f"{name} has a shape and no values")
+
+    def sidecars(self) -> dict[str, bytes]:
+        return {}
+
+
+def pruning_rows() -> list[dict[str, Any]]:
+    """Operations by kind, and the bytes of the largest phase, of every model and recipe."""
+    rows = []
+    for name, sizes in SIZES.items():
+        model = StreamedModel(Headers(*sizes))
+        for label, recipe in RECIPES.items():
+            cost = prune_cost(model, recipe, recipe.check(), activations="disk")
+            assert cost.flops is not None
+            # The package's estimate divides by what is reached on a CPU.
+            shares = {kind: SOLVE_EFFICIENCY if kind == KINDS[0] else PASS_EFFICIENCY for kind in KINDS}
+            flops = {kind: cost.flops.get(kind, 0.0) * shares[kind] for kind in KINDS}
+            rows.append({"model": name, "recipe": label, "flops": flops, "memory": cost.peak_memory_bytes})
+    return rows
+
+
+def minutes(flops: Mapping[str, float], device: Device, precision: str) -> float:
+    """Of a run whose products of activations are in this precision, and all others in the highest."""
+    kinds = {kind: device.rates["highest" if kind == KINDS[0] else precision] for kind in flops}
+    return sum(flops[kind] / (REACHED * rate) for kind, rate in kinds.items()) / 60
+
+
+def accelerators_runs(records: list[Record]) -> str:
+    """Whole pruning runs: operations, memory, and minutes on one device."""
+
+    def minutes_on(device: Device) -> Column:
+        def show(row: Any) -> str:
+            return " / ".join(f"{minutes(row['flops'], device, precision):.3g}" for precision in device.rates)
+
+        return f"minutes, {device.name}", show
+
+    columns: list[Column] = [("model", field("model")), ("recipe", field("recipe"))]
+    columns += [(f"{kind}, Pflop", lambda row, kind=kind: row["flops"][kind] / 1e15) for kind in KINDS]
+    columns += [("memory, GB", lambda row: row["memory"] / 1e9), *map(minutes_on, DEVICES)]
+    return table(pruning_rows(), columns)
+
+
+def accelerators_smoothing(records: list[Record]) -> str:
+    """Doge-ADMM on grids in float32: bytes a step, and seconds to a gap of 10⁻⁶."""
+    rows = [
+        {"grid": " x ".join(map(str, shape)), "order": order, "moved": grid_iteration(shape, order, 1).moved}
+        for shape in GRIDS
+        for order in STEPS
+    ]
+
+    def seconds_on(device: Device) -> Column:
+        return f"s, {device.name}", lambda row: STEPS[row["order"]] * row["moved"] / (REACHED * device.bandwidth)
+
+    columns: list[Column] = [
+        ("grid", field("grid")),
+        ("order", field("order")),
+        ("nodes", lambda row: math.prod(map(int, row["grid"].split(" x ")))),
+        ("a step moves, GB", lambda row: row["moved"] / 1e9),
+        ("steps", lambda row: STEPS[row["order"]]),
+        *map(seconds_on, DEVICES),
+    ]
+    return table(rows, columns)

@@ -1,0 +1,304 @@
+"""The programs that the package runs, as data: a name, shapes, and a function that lowers the package's own program.
+
+No array is made but the tables of graphs: arguments are shapes, placed on a target that need not exist.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from scipy.sparse import csr_array
+from scipy.spatial import Delaunay
+
+import sparseopt as so
+from sparseopt.core.mesh import AXIS, at_work
+from sparseopt.models import Block, find_family
+from sparseopt.models.decoder import Embedding, Head
+from sparseopt.models.settings import DecoderConfig
+from sparseopt.pruning.activations import BATCH_TOKENS
+from sparseopt.pruning.blocked import Cut, cut_solver
+from sparseopt.pruning.calibration import _output_over, gather_grams, grams_over, sum_over
+from sparseopt.pruning.evaluation import _loss_of_window
+from sparseopt.pruning.layer import LayerJob, layer_solver, reads_variances
+from sparseopt.pruning.methods import METHODS, find_method
+from sparseopt.pruning.patterns import is_group_pattern, parse_pattern
+from sparseopt.pruning.recipe import Recipe
+from sparseopt.pruning.reconstruction import Reconstruction, _step_of_rows, split_block
+from sparseopt.pruning.side_by_side import side_by_side_solver
+from sparseopt.pruning.training import Fixed, kept_entries, start_state
+from sparseopt.trend.filter import checked_job
+from sparseopt.trend.methods import chosen
+from sparseopt.trend.plan import fit
+from tests.accelerators.targets import MESH, Place
+
+_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 10000.0}
+# What the programs depend on in the models' configurations.
+MODELS: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": _LLAMA
+    | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    | {"num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000.0, "tie_word_embeddings": True},
+    "Qwen3-0.6B": {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072}
+    | {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    | {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1000000.0, "tie_word_embeddings": True},
+    "LLaMA-2-7B": _LLAMA
+    | {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False},
+    "LLaMA-2-70B": _LLAMA
+    | {"vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    | {"num_attention_heads": 64, "num_key_value_heads": 8, "tie_word_embeddings": False},
+}
+PATTERNS = {"unstructured": 0.5, "2:4": None, "per-row": 0.5, "block:4x4": 0.5, "group:64": 0.5}
+GRIDS: dict[str, tuple[int, ...]] = {"512²": (512, 512), "4096²": (4096, 4096), "128³": (128, 128, 128)}
+NODES = 20_000  # of the graph that is no grid
+ORDERS = (0, 1, 2)
+DEFAULTS = Recipe(calibration="wikitext2:")
+
+
+class Program(NamedTuple):
+    """One program: `lower` gives it for a place, which has a mesh if `devices` is more than one."""
+
+    kind: str  # of KINDS
+    name: str
+    shape: str
+    devices: int
+    lower: Callable[[Place], jax.stages.Lowered]
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return self.kind, self.name, self.shape, self.devices
+
+
+@functools.cache
+def config_of(model: str) -> DecoderConfig:
+    fields = MODELS[model]
+    return find_family(fields).configure(fields)
+
+
+@functools.cache
+def part_of(kind: type[nnx.Module], model: str) -> Any:
+    """A part of a model with shapes in place of its parameters."""
+    config = config_of(model)
+    arguments = (config, config.kinds[0]) if kind is Block else (config,)
+    return nnx.eval_shape(lambda: kind(*arguments, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
+
+
+def linear_shapes(model: str) -> list[tuple[int, int]]:
+    """The distinct `(out, in)` of a block's linears, in their order."""
+    block = part_of(Block, model)
+    return list(dict.fromkeys(block.weight_shape(name) for name in block.linears))
+
+
+def method_names(pattern: str) -> list[tuple[str, str | None]]:
+    """The methods with their presets that take a pattern."""
+    groups = is_group_pattern(pattern)
+    refused = set() if groups else {"osscar", "flap"}
+    if groups or pattern.startswith("block"):
+        refused.add("sparsegpt")
+    # A method with presets is one of them.
+    found = [(name, preset) for name, entry in METHODS.items() for preset in entry.presets or (None,)]
+    return [pair for pair in found if pair[0] not in refused]
+
+
+def layer_job(shape: tuple[int, int], method: Any, pattern: str) -> LayerJob:
+    """A layer as a run with default options has it: weights in bfloat16, a held-out Gram, for best output weights."""
+    outputs, inputs = shape
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return LayerJob(
+        weight=jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+        gram=float32((inputs, inputs)),
+        test_gram=float32((inputs, inputs)) if DEFAULTS.heldout_samples else None,
+        pattern=parse_pattern(pattern, PATTERNS[pattern], shape),
+        output_weights=float32((outputs,)) if method == find_method("best", pattern=pattern) else None,
+        input_variances=float32((inputs,)) if reads_variances(method) else None,
+    )
+
+
+def _layer(shape: tuple[int, int], name: str, preset: str | None, pattern: str, place: Place) -> jax.stages.Lowered:
+    method = find_method(name, preset, pattern=pattern)
+    return layer_solver.lower(*place.whole((layer_job(shape, method, pattern), method)))
+
+
+def _layer_cut(shape: tuple[int, int], name: str, preset: str | None, place: Place) -> jax.stages.Lowered:
+    method = find_method(name, preset)
+    job = layer_job(shape, method, "unstructured")
+    outputs = -(-shape[0] // MESH) * MESH
+    weight = jax.ShapeDtypeStruct((outputs, shape[1]), job.weight.dtype)
+    weights = None if job.output_weights is None else place.cut(jax.ShapeDtypeStruct((outputs,), jnp.float32))
+    rest = dataclasses.replace(place.whole(dataclasses.replace(job, weight=None)), output_weights=weights)
+    assert place.mesh is not None
+    return cut_solver.lower(place.cut(weight), rest, Cut(place.mesh, shape[0]), place.whole(method))
+
+
+def _layers_beside(shape: tuple[int, int], name: str, preset: str | None, place: Place) -> jax.stages.Lowered:
+    method = find_method(name, preset)
+    job, mesh = layer_job(shape, method, "unstructured"), place.mesh
+    assert mesh is not None
+    # As `place_side_by_side` has them: arrays concatenated, one part a device, and the pattern's counts in a row.
+    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[None], job.pattern)
+    joined = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((mesh.size * leaf.shape[0], *leaf.shape[1:]), leaf.dtype),
+        dataclasses.replace(job, pattern=rows),
+    )
+    rest = place.cut(dataclasses.replace(joined, weight=None))
+    count, method = place.whole((np.int32(mesh.size), method))
+    return side_by_side_solver(mesh).lower(place.cut(joined.weight), rest, count, method)
+
+
+def _windows(model: str, place: Place) -> Any:
+    """A batch of the stream: as many windows as a device takes at a time, of each device."""
+    count = BATCH_TOKENS // DEFAULTS.seqlen * (place.mesh.size if place.mesh else 1)
+    return jax.ShapeDtypeStruct((count, DEFAULTS.seqlen, config_of(model).hidden_size), jnp.float32)
+
+
+def _grams(model: str, drift: bool, place: Place) -> jax.stages.Lowered:
+    block, x, mesh = part_of(Block, model), _windows(model, place), place.mesh
+    dense = x if drift else None
+    totals = jax.eval_shape(gather_grams, block, x, dense_x=dense)
+    counted = None
+    spread = place.whole
+    if mesh is not None:
+        totals = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype), totals)
+        counted, spread = jax.ShapeDtypeStruct(x.shape[:1], jnp.bool_), place.cut
+    return grams_over(mesh, DEFAULTS.weighting, "routed").lower(
+        place.whole(block), *spread((x, dense, counted, totals))
+    )
+
+
+def _grams_summed(model: str, place: Place) -> jax.stages.Lowered:
+    block, x, mesh = part_of(Block, model), _windows(model, place), place.mesh
+    assert mesh is not None
+    found = jax.eval_shape(gather_grams, block, x, dense_x=x)
+    totals = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype), found)
+    return sum_over(mesh).lower(place.cut(totals))
+
+
+def _forward(model: str, place: Place) -> jax.stages.Lowered:
+    spread = place.whole if place.mesh is None else place.cut
+    return _output_over(place.mesh).lower(place.whole(part_of(Block, model)), spread(_windows(model, place)))
+
+
+def _embedding(model: str, place: Place) -> jax.stages.Lowered:
+    tokens = jax.ShapeDtypeStruct((BATCH_TOKENS // DEFAULTS.seqlen, DEFAULTS.seqlen), jnp.int32)
+    return jax.jit(Embedding.__call__).lower(*place.whole((part_of(Embedding, model), tokens)))
+
+
+def _training_step(model: str, place: Place) -> jax.stages.Lowered:
+    block, settings, x = part_of(Block, model), Reconstruction(), _windows(model, place)
+    masks = {name: jax.ShapeDtypeStruct(block.weight_shape(name), jnp.bool_) for name in block.linears}
+    graph, params, frozen = split_block(block, masks, settings)
+    fixed = Fixed(graph, frozen, jax.eval_shape(kept_entries, params, masks))
+    rows = jax.ShapeDtypeStruct((settings.windows,), jnp.int32)
+    weights, number = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    arguments = (jax.eval_shape(start_state, params), fixed, weights, x, x, rows, number, number)
+    return _step_of_rows.lower(*place.whole(arguments))
+
+
+def _perplexity(model: str, place: Place) -> jax.stages.Lowered:
+    config, time = config_of(model), 2048
+    x, tokens = jax.ShapeDtypeStruct((time, config.hidden_size), jnp.float32), jax.ShapeDtypeStruct((time,), jnp.int32)
+    return _loss_of_window.lower(*place.whole((part_of(Head, model), x, tokens, 1)))
+
+
+@functools.cache
+def _graph_of(shape: tuple[int, ...]) -> so.Graph:
+    """A grid, or for one number a triangulation of so many random points."""
+    if len(shape) > 1:
+        return so.Graph.grid(shape)
+    starts, neighbours = Delaunay(np.random.default_rng(0).random((*shape, 2))).vertex_neighbor_vertices
+    return so.Graph.from_scipy(csr_array((np.ones(neighbours.size), neighbours, starts)))
+
+
+def _trend(shape: tuple[int, ...], order: int, method: str, place: Place) -> jax.stages.Lowered:
+    graph, here = _graph_of(shape), None
+    if place.mesh is not None:
+        here = Mesh(np.asarray(jax.devices()[: place.mesh.size]), (AXIS,))
+    y = np.random.default_rng(0).standard_normal(graph.node_shape).astype(np.float32)
+    job = checked_job(y, graph, so.L1(1.0), order, None, "error", None, here, method=method)
+    with at_work(here):
+        plan = chosen(job).plan(job)
+        arguments = (plan, job.arrays[0], job.rows, None, job.tol, job.max_steps)
+        arguments = place.whole(arguments) if here is None else place.as_laid(_on_mesh(arguments, here, place.mesh))
+    with at_work(place.mesh):
+        return fit.lower(*arguments)
+
+
+def _on_mesh(tree: Any, here: Mesh, there: Mesh | None) -> Any:
+    """A tree whose structure names another mesh; its arrays stay where they are."""
+    if tree is here:
+        return there
+    if isinstance(tree, tuple):
+        return tuple(_on_mesh(part, here, there) for part in tree)
+    if not dataclasses.is_dataclass(tree) or isinstance(tree, type):
+        return tree
+    fields = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
+    return dataclasses.replace(tree, **{name: _on_mesh(value, here, there) for name, value in fields.items()})
+
+
+def _label(name: str, preset: str | None) -> str:
+    return name if preset is None else f"{name} {preset}"
+
+
+def layers(model: str) -> Iterator[Program]:
+    """The layer solves of a model on one device, one for each method, pattern and shape of a linear."""
+    for shape in linear_shapes(model):
+        for pattern in PATTERNS:
+            for name, preset in method_names(pattern):
+                lower = functools.partial(_layer, shape, name, preset, pattern)
+                yield Program("layer", f"{_label(name, preset)}, {pattern}", f"{shape[0]} x {shape[1]}", 1, lower)
+
+
+def blocks(model: str) -> Iterator[Program]:
+    """The programs that run a model's blocks, its embedding and its head, on one device."""
+    yield Program("block", "embedding", model, 1, functools.partial(_embedding, model))
+    yield Program("block", "forward", model, 1, functools.partial(_forward, model))
+    yield Program("block", "Grams", model, 1, functools.partial(_grams, model, False))
+    yield Program("block", "Grams and drift", model, 1, functools.partial(_grams, model, True))
+    yield Program("block", "step of reconstruction", model, 1, functools.partial(_training_step, model))
+    yield Program("block", "perplexity of a window", model, 1, functools.partial(_perplexity, model))
+
+
+def trends() -> Iterator[Program]:
+    """The trend filter on grids and on a triangulation."""
+    for name, shape in {**GRIDS, f"{NODES:,} nodes": (NODES,)}.items():
+        for order in ORDERS:
+            for method in ("doge", "admm"):
+                lower = functools.partial(_trend, shape, order, method)
+                yield Program("trend", f"order {order}, {method}", name, 1, lower)
+
+
+def meshes(model: str) -> Iterator[Program]:
+    """Programs over eight devices: layers cut and side by side, Grams, and the trend filter."""
+    for shape in linear_shapes(model):
+        size = f"{shape[0]} x {shape[1]}"
+        for name, preset in (("maiht", "paper"), ("maiht", "best"), ("best", None), ("wanda", None)):
+            label = _label(name, preset)
+            yield Program("mesh", f"{label}, cut", size, MESH, functools.partial(_layer_cut, shape, name, preset))
+            lower = functools.partial(_layers_beside, shape, name, preset)
+            yield Program("mesh", f"{label}, side by side", size, MESH, lower)
+    yield Program("mesh", "forward", model, MESH, functools.partial(_forward, model))
+    yield Program("mesh", "Grams and drift", model, MESH, functools.partial(_grams, model, True))
+    yield Program("mesh", "sum of Grams", model, MESH, functools.partial(_grams_summed, model))
+
+
+def trend_meshes() -> Iterator[Program]:
+    """The trend filter over eight devices."""
+    for name, shape in {**GRIDS, f"{NODES:,} nodes": (NODES,)}.items():
+        for order in ORDERS:
+            yield Program("mesh", f"order {order}, doge", name, MESH, functools.partial(_trend, shape, order, "doge"))
+
+
+def programs() -> dict[tuple[str, str, str, int], Program]:
+    """All programs, each once: two models may share a shape."""
+    found: dict[tuple[str, str, str, int], Program] = {}
+    for model in MODELS:
+        for program in (*layers(model), *blocks(model), *meshes(model)):
+            found.setdefault(program.key, program)
+    for program in (*trends(), *trend_meshes()):
+        found.setdefault(program.key, program)
+    return found

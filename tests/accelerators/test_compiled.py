@@ -1,0 +1,110 @@
+"""Facts about a few compiled programs. Each is compiled once, or not at all where a record given has it.
+
+`make bench-accelerators` records the others; `SPARSEOPT_ACCELERATOR_RECORD` names the record.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sparseopt.core.mesh import AXIS
+from sparseopt.pruning.methods import find_method, method_cost
+from tests.accelerators.programs import config_of, linear_shapes, programs
+from tests.accelerators.targets import HOST, MESH, TARGETS, Place, facts, missing
+
+pytestmark = pytest.mark.accelerators
+
+PROGRAMS = programs()
+SMALL, WIDE = "576 x 576", "576 x 1536"
+LAYERS = {"wanda, unstructured": ("wanda", None), "maiht best, unstructured": ("maiht", "best")}
+BLOCK = ("Grams and drift", "step of reconstruction")
+# How much more than the estimate a small layer may take: pieces of a few kilobytes that no estimate has.
+SLACK = 1.15
+
+
+@functools.cache
+def recorded():
+    file = os.environ.get("SPARSEOPT_ACCELERATOR_RECORD")
+    lines = map(json.loads, Path(file).read_text(encoding="utf-8").splitlines()) if file else ()
+    return {tuple(line[name] for name in ("target", "kind", "program", "shape", "devices")): line for line in lines}
+
+
+@functools.cache
+def found(target, kind, name, shape, devices=1):
+    if known := recorded().get((target, kind, name, shape, devices)):
+        return known
+    program = PROGRAMS[kind, name, shape, devices]
+    return facts(lambda: program.lower(Place.on(target, devices)))
+
+
+@pytest.fixture(params=["v5e", "h100"])
+def target(request):
+    if reason := missing(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_s_program_does_not_grow_with_the_layer(target, name):
+    small, wide = (found(target, "layer", name, shape) for shape in (SMALL, WIDE))
+    assert small["library_calls"] == wide["library_calls"]
+    assert abs(wide["instructions"] / small["instructions"] - 1) < 0.1
+
+
+@pytest.mark.parametrize("shape", [SMALL, WIDE])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_takes_the_memory_that_inspect_says(target, name, shape):
+    outputs, inputs = map(int, shape.split(" x "))
+    cost = method_cost(find_method(*LAYERS[name]))
+    estimate = 4 * (cost.square * inputs**2 + cost.wide * inputs * outputs)
+    assert found(target, "layer", name, shape)["temporaries"] < SLACK * estimate
+
+
+@pytest.mark.parametrize("name", BLOCK)
+def test_a_block_of_7b_fits_in_one_device(target, name):
+    program = found(target, "block", name, "LLaMA-2-7B")
+    assert program["peak"] < TARGETS[target].memory
+    assert program["host"] == []
+    assert program["doubles"] == 0
+    assert program["collectives"] == {}
+
+
+def test_devices_with_a_linear_each_or_windows_of_their_own_exchange_nothing(target):
+    assert found(target, "mesh", "forward", "SmolLM2-135M", MESH)["collectives"] == {}
+    assert found(target, "mesh", "wanda, side by side", SMALL, MESH)["collectives"] == {}
+
+
+def test_the_grams_of_a_block_are_summed_once(target):
+    adding = found(target, "mesh", "Grams and drift", "SmolLM2-135M", MESH)
+    summing = found(target, "mesh", "sum of Grams", "SmolLM2-135M", MESH)
+    assert adding["collectives"] == {}
+    assert set(summing["collectives"]) == {"all-reduce"}
+    config = config_of("SmolLM2-135M")
+    widths = [config.hidden_size] * 3 + [config.intermediate_size]
+    # Gram, drift and sum of every input, the sum of the tokens' weights and their number.
+    assert summing["collective_bytes"]["all-reduce"] == sum(2 * 4 * w**2 + 4 * w + 4 + 4 for w in widths)
+
+
+def test_an_iteration_of_maiht_on_a_cut_layer_exchanges_48_bytes(target):
+    """As `tests.pruning.test_devices` counts them on the host: ten counts and two losses."""
+    here, there = (found(place, "mesh", "maiht best, cut", SMALL, MESH)["loop_bytes"] for place in (HOST, target))
+    # Outside of the loops the partitioners differ: that for GPUs gathers the masks around the breaking of ties, a byte
+    # a weight and four times a solve.
+    assert {loops: sent for loops, sent in there.items() if loops != "0"} == {"1": here["1"]}
+
+
+def test_a_step_of_the_trend_filter_sends_what_it_sends_on_the_host(target):
+    """`tests.trend.test_devices` has the formula: one row of a neighbour for each factor."""
+    here, there = (found(place, "mesh", "order 1, doge", "512²", MESH) for place in (HOST, target))
+    # In one turn of each loop: a TPU's program does not say how often they turn.
+    assert there["loop_bytes"].keys() == {"0", "1", "2"}
+    assert all(there["loop_bytes"][loops] == here["loop_bytes"][loops] for loops in "12")
+
+
+def test_the_mesh_and_the_shapes_are_those_of_the_models(target):
+    assert Place.on(target, MESH).mesh.shape == {AXIS: MESH}
+    assert linear_shapes("LLaMA-2-7B") == [(4096, 4096), (11008, 4096), (4096, 11008)]
+    assert (8192, 28672) in linear_shapes("LLaMA-2-70B")
