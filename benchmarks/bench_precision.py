@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import HELDOUT_WINDOWS, SEQLEN, WINDOWS, Bench, Progress, model_and_text, names_of, say, text_parser
+from common import WINDOWS, Bench, Progress, calibration_windows, model_and_text, names_of, say, text_parser
 from jax._src.lax.lax import _dot_general_lower
 from jax.interpreters import mlir
 
@@ -78,8 +78,7 @@ def lost_share(kept: Path, other: Path) -> float:
 
 def bench_method(bench: Bench, name: str, rows: list[tuple[str, str]]) -> None:
     """The float32 model of a method, then those of the rows that are not in the record."""
-    samples = bench.windows or WINDOWS
-    tokens: dict[str, Any] = {"samples": samples, "heldout_samples": min(HELDOUT_WINDOWS, samples), "seqlen": SEQLEN}
+    tokens = calibration_windows(bench.windows or WINDOWS)
     recipe = Recipe(sparsity=SPARSITY, calibration=bench.data, **METHODS[name], **tokens)
     figure = f"perplexity, precision, {name}"
     ids, bos = text_windows(open_source(bench.source), bench.data, "evaluation", *bench.scoring)

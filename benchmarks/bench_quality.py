@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from common import (
-    HELDOUT_WINDOWS,
     SEQLEN,
     SETTINGS,
     WINDOWS,
     Bench,
+    calibration_windows,
     judged,
     model_and_text,
     names_of,
@@ -223,14 +223,8 @@ def pruned_rows(
     Failed rows are emitted here. Rows share a pass if they need the same survey of the dense model, so that survey
     seconds can be attributed to them.
     """
-    samples = bench.windows or WINDOWS
     passes: dict[Any, dict[str, Recipe]] = {}
-    tokens = {
-        "samples": samples,
-        "heldout_samples": min(HELDOUT_WINDOWS, samples),
-        "seqlen": SEQLEN,
-        "windows": "first",
-    }
+    tokens = calibration_windows(bench.windows or WINDOWS) | {"windows": "first"}
     base = SETTINGS[setting] | PLAIN | tokens | {"calibration": bench.data}
     for name, changes in table.items():
         if bench.found(f"perplexity, {part}, {name} at {setting}"):
@@ -288,8 +282,7 @@ def bench_ablation(bench: Bench, settings: list[str]) -> None:
 
 def bench_complete(bench: Bench, settings: list[str]) -> None:
     """The whole model by method best with all its options; each row is a pass of its own, whose seconds count."""
-    samples = bench.windows or WINDOWS
-    tokens: dict[str, Any] = {"samples": samples, "heldout_samples": min(HELDOUT_WINDOWS, samples), "seqlen": SEQLEN}
+    tokens = calibration_windows(bench.windows or WINDOWS)
     choices: tuple[WindowChoice, ...] = ("spread", "first")
     for (name, changes), windows, setting in itertools.product(COMPLETE.items(), choices, settings):
         run = f"complete, {name}, {windows} windows at {setting}"

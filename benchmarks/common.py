@@ -37,6 +37,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def calibration_windows(samples: int) -> dict[str, Any]:
+    """The options of a recipe for so many windows; not more are held out."""
+    return {"samples": samples, "heldout_samples": min(HELDOUT_WINDOWS, samples), "seqlen": SEQLEN}
+
+
 def emit_line(figure: str, **fields: Any) -> str:
     """Print one JSON line, and return it."""
     line = json.dumps({"figure": figure, **fields})

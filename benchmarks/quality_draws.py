@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from common import (
-    HELDOUT_WINDOWS,
     SEQLEN,
     SETTINGS,
     WINDOWS,
     Bench,
+    calibration_windows,
     run_pass,
     say,
     transformers_perplexity,
@@ -80,8 +80,7 @@ def read_draws(given: str) -> tuple[int, ...]:
 def bench_draws(bench: Bench, settings: list[str], texts: Sequence[str], draws: Sequence[int], estimate: bool) -> None:
     """All draws of the texts by all methods."""
     specifications = {"wikitext2": bench.data, ELSEWHERE: ELSEWHERE}
-    samples = min(WINDOWS, bench.windows or WINDOWS)
-    tokens: dict[str, Any] = {"samples": samples, "heldout_samples": min(HELDOUT_WINDOWS, samples), "seqlen": SEQLEN}
+    tokens = calibration_windows(min(WINDOWS, bench.windows or WINDOWS))
     passes: dict[str, list[Row]] = defaultdict(list)
     for draw in draws:
         for text in texts:

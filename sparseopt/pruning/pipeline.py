@@ -170,11 +170,6 @@ def prune_models(
             f"the blocks of a {model.config.model_type} model, whose family is not known here, run in torch, which is "
             f"for one device; given {mesh.size}: leave devices out"
         )
-    if (precision := recipes[0][0].precision) != "highest" and isinstance(model, TorchModel):
-        raise ValueError(
-            f"the blocks of a {model.config.model_type} model, whose family is not known here, run in torch, whose "
-            f"products are float32; given precision {precision}: leave it out"
-        )
     plans = [make_plan(model, recipe, folder) for (recipe, _), folder in zip(recipes, folders, strict=True)]
     for plan in plans:
         for key, pattern in plan.patterns.items():

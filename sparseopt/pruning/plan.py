@@ -186,6 +186,8 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
         problems.append("distil trains the model by its gradients; leave it out or say 0")
     if recipe.permute:
         problems.append("permute moves channels of linears that are known to follow each other; leave it out")
+    if recipe.precision != "highest":
+        problems.append(f"precision={recipe.precision!r} is for JAX, and torch multiplies in float32; leave it out")
     if recipe.weighting == "residual":
         problems.append("weighting='residual' takes linears that are known to write into the stream; say 'uniform'")
     if problems:

@@ -104,7 +104,7 @@ def trend(
     pieces = None if order else found.pieces()
     node_tables.write_fit(output, dataclasses.replace(given, values=np.asarray(found.value)), pieces)
     figures = {
-        "graph": None if graph is None else str(graph), "ends": network.ends, "signal": str(signal),
+        "graph": None if graph is None else str(graph), "ends": ends, "signal": str(signal),
         "nodes": network.num_nodes, "edges": network.num_edges,
         "penalty": penalty, "weight": weight, "order": order,
     }  # fmt: skip

@@ -44,7 +44,7 @@ class Graph:
         shape: of a grid, with nodes in row-major order; None for other graphs.
         nodes: node names in the order of the signal, or None for `0..n-1`.
         times: of the nodes of a chain with free ends, increasing `[n]`, or None for 0, 1, 2, ...
-        ends: "free" for such a chain, see `chain`; else "graph".
+        free: whether it is such a chain, see `chain`.
 
     Example:
         >>> graph = so.Graph.from_edges([(0, 1), (1, 2), (3, 4)])
@@ -58,7 +58,7 @@ class Graph:
     shape: tuple[int, ...] | None = None
     nodes: tuple[Hashable, ...] | None = None
     times: np.ndarray | None = None
-    ends: str = "graph"
+    free: bool = False
 
     def __post_init__(self) -> None:
         what = f"one signal on a graph of {self.num_nodes:,} nodes"
@@ -137,7 +137,7 @@ class Graph:
             return cls.grid((n,))
         size = whole_number("the number of nodes of a chain", n, 1)
         at = None if times is None else checked_times(times, size)
-        return cls(size, grid_edges((size,)), times=at, ends=ends)
+        return cls(size, grid_edges((size,)), times=at, free=True)
 
     @classmethod
     def from_edges(
@@ -236,13 +236,13 @@ class Graph:
         return cls.from_edges(edges, len(nodes), None if plain else level, merge=merge, nodes=nodes)
 
     @functools.cached_property
-    def free(self) -> bool:
-        """Whether it is a chain with free ends."""
-        return self.ends == "free"
+    def step(self) -> float:
+        """The median step between times; 1 without times."""
+        return 1.0 if self.times is None else float(np.median(np.diff(self.times)))
 
     def unit(self, order: int) -> float:
-        """The size of `Δ^(order)` over that at times of step 1, for the median step; 1 without times."""
-        return 1.0 if self.times is None else float(np.median(np.diff(self.times))) ** (1 - order)
+        """The size of `Δ^(order)` over that at times of step 1, for the median step."""
+        return self.step ** (1 - order)
 
     @functools.cached_property
     def is_chain(self) -> bool:

@@ -91,5 +91,5 @@ def test_blocks_that_run_in_torch_refuse_it(tmp_path, monkeypatch):
             self.config = SimpleNamespace(model_type="foreign")
 
     monkeypatch.setattr(pipeline, "open_model", lambda _: Foreign())
-    with pytest.raises(ValueError, match=r"foreign model.*run in torch.*given precision high: leave it out"):
+    with pytest.raises(ValueError, match=r"foreign model.*run in torch:\n  precision='high' is for JAX.*leave it out"):
         prune_model("any", tmp_path / "out", Recipe(precision="high"))

@@ -126,7 +126,7 @@ def _factors(graph: Graph, order: int) -> list[sparse.csr_array]:
         return difference_matrix(graph.row_edges, graph.num_nodes, graph.weights, factors)
 
     if graph.free:
-        times = None if graph.times is None else graph.times / np.median(np.diff(graph.times))
+        times = None if graph.times is None else graph.times / graph.step
         steps = divided_difference(times, graph.num_nodes, order + 1, np.float64).steps()
         pairs = [sparse.csr_array(second @ first) for first, second in zip(steps[::2], steps[1::2], strict=False)]
         return steps[2 * len(pairs) :] + pairs[::-1]
