@@ -39,7 +39,7 @@ from sparseopt.trend.total_variation import TotalVariation
 
 if TYPE_CHECKING:
     from sparseopt import models, pruning
-    from sparseopt.trend.estimator import GraphTrendFilter
+    from sparseopt.trend.estimator import GraphTrendClassifier, GraphTrendFilter
 
 __version__ = version("sparseopt")
 
@@ -57,6 +57,7 @@ __all__ = [
     "Conjugate",
     "ElasticNet",
     "Graph",
+    "GraphTrendClassifier",
     "GraphTrendFilter",
     "GroupL2",
     "GroupTopK",
@@ -111,9 +112,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load the pruner, the models and the estimator on first use: the core imports neither flax nor sklearn."""
+    """Load the pruner, the models and the estimators on first use: the core imports neither flax nor sklearn."""
     if name in ("models", "pruning"):
         return importlib.import_module(f"sparseopt.{name}")
-    if name == "GraphTrendFilter":
-        return importlib.import_module("sparseopt.trend.estimator").GraphTrendFilter
+    if name in ("GraphTrendClassifier", "GraphTrendFilter"):
+        return getattr(importlib.import_module("sparseopt.trend.estimator"), name)
     raise AttributeError(f"module 'sparseopt' has no attribute {name!r}; it has {', '.join(__all__)}")

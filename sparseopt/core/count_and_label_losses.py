@@ -97,7 +97,11 @@ class PoissonLoss:
 
 @pytree
 class LogisticLoss:
-    """Labels 0 or 1 with log-odds x: `f = log(1 + e^x) - y x`, half the binomial deviance.
+    """Labels 0 or 1, or proportions y in [0, 1] of ones, with log-odds x: half the binomial deviance.
+
+        f = log(1 + e^x) - y x  +  (y log y + (1 - y) log(1 - y))
+
+    The last term is 0 for labels. m labels of the proportion y have the sum `m f(x; y)`, up to a constant.
 
     Example:
         >>> loss = so.LogisticLoss()
@@ -105,13 +109,15 @@ class LogisticLoss:
         Array([0.5], dtype=float32)
     """
 
-    expected = "labels 0 or 1"
+    expected = "labels 0 or 1 or proportions between them"
     unbounded = "only one of the labels 0 and 1"
     span_holds_fit = False
     smooth = True
 
     def value(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        return y * jax.nn.softplus(-x) + (1 - y) * jax.nn.softplus(x)
+        of_label = jax.nn.softplus(jnp.where(y > 0, -x, x))
+        # The terms of a proportion nearly cancel where the fit is good; those of the divergence do not.
+        return jnp.where((y > 0) & (y < 1), self.slack(x, jnp.zeros_like(x), y), of_label)
 
     def derivative(self, x: FloatArray, y: FloatArray) -> FloatArray:
         return jax.nn.sigmoid(x) - y
@@ -144,7 +150,7 @@ class LogisticLoss:
         return jax.nn.sigmoid(x)
 
     def wrong(self, y: np.ndarray) -> np.ndarray:
-        return ~((y == 0) | (y == 1))
+        return ~((y >= 0) & (y <= 1))
 
     def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
         of_ones, of_zeros = np.bincount(labels, weights * y), np.bincount(labels, weights * (1 - y))
@@ -156,8 +162,10 @@ class LogisticLoss:
         return 1 / (2 + np.exp(fit) + np.exp(-fit))
 
     def span(self, y: np.ndarray) -> tuple[float, float]:
-        """Log-odds of 1 to 100 and of 100 to 1."""
-        return -float(np.log(100)), float(np.log(100))
+        """Log-odds of 1 to 100 and of 100 to 1, or those of a proportion that is further from 1/2."""
+        inner = y[(y > 0) & (y < 1)]
+        odds = np.concatenate([[0.01, 100], inner / (1 - inner)])
+        return float(np.log(odds.min())), float(np.log(odds.max()))
 
 
 @pytree

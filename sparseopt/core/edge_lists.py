@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from sparseopt.core.arguments import real_array, whole_number
+from sparseopt.core.arguments import is_positive, real_array, whole_number
 from sparseopt.core.grouping import grid_edges
 
 # A pair of node numbers is stored as one int64 key.
@@ -99,3 +99,18 @@ def grid_shape(pairs: np.ndarray, count: int) -> tuple[int, ...] | None:
     low_high = np.sort(pairs, axis=1)
     same = np.array_equal(np.sort(low_high @ [count, 1]), np.sort(expected @ [count, 1]))
     return shape if same else None
+
+
+def checked_spacing(spacing: Any, axes: int) -> tuple[float, ...] | None:
+    """The spacing of a grid's axes, None for ones; a ValueError for anything but a positive number for each axis."""
+    if spacing is None:
+        return None
+    if axes == 1:
+        raise ValueError(
+            'a grid of one axis takes no spacing: Graph.chain(n, times=..., ends="free") takes the times of its nodes'
+        )
+    given = tuple(spacing) if np.iterable(spacing) else (spacing,)
+    if len(given) != axes or not all(map(is_positive, given)):
+        raise ValueError(f"the spacing of a grid is one positive number for each of its {axes} axes, given {spacing!r}")
+    sizes = tuple(map(float, given))
+    return None if set(sizes) == {1.0} else sizes

@@ -135,14 +135,23 @@ def grid_sums_side(order: int) -> int:
     return 2 * order + 3
 
 
-def grid_sums(shape: tuple[int, ...], order: int, from_edges: bool = False) -> Sums:
+def grid_weights(shape: tuple[int, ...], spacing: tuple[float, ...]) -> np.ndarray:
+    """The weights `[m]` of the edges of a grid whose axes have a spacing: `1 / h²`."""
+    counts = [math.prod(shape) // n * (n - 1) for n in shape]
+    return np.repeat(np.asarray(spacing, np.float64) ** -2, counts)
+
+
+def grid_sums(
+    shape: tuple[int, ...], order: int, from_edges: bool = False, spacing: tuple[float, ...] | None = None
+) -> Sums:
     """The sums for a grid's Ψ in the layout of `GridBase`, rows without an edge counted with sums of 1.
 
     They depend only on the distance to the borders, so they are computed on a grid of at most `grid_sums_side` nodes a
     side, whose middle is repeated.
     """
     small = tuple(min(n, grid_sums_side(order)) for n in shape)
-    sums = matrix_sums(difference_matrix(grid_edges(small), int(np.prod(small)), None, order, from_edges))
+    weights = None if spacing is None else grid_weights(small, spacing)
+    sums = matrix_sums(difference_matrix(grid_edges(small), int(np.prod(small)), weights, order, from_edges))
     on_edges = (order - from_edges) % 2 == 1
     half = order + 1
 

@@ -56,12 +56,23 @@ def ahead_transpose(e: FloatArray, axis: int) -> FloatArray:
     return padded(kept, axis, 0, 1) - padded(kept, axis, 1, 0)
 
 
+def by_spacing(terms: list[FloatArray], spacing: tuple[float, ...] | None, power: int) -> list[FloatArray]:
+    """A term for each axis of a grid, over a power of the axis's spacing."""
+    return terms if spacing is None else [term * h**-power for term, h in zip(terms, spacing, strict=True)]
+
+
+def summed(terms: list[FloatArray]) -> FloatArray:
+    """The sum of terms in their order: another order rounds differently."""
+    return sum(terms[1:], terms[0])
+
+
 @pytree
 class GridBase:
     """D of a grid of 1 to 3 dimensions as stencils; nodes `[*shape]`, edges `[dimensions, *shape]`.
 
     Edge `(axis, i)` joins node i to its successor along the axis. The last place of each axis has no successor:
-    it is a row of zeros, kept so that all edge arrays are rectangular.
+    it is a row of zeros, kept so that all edge arrays are rectangular. Along an axis of spacing h the rows are
+    `(x_i - x_(i+1)) / h`.
 
     Example:
         >>> from sparseopt.core.operators import GridBase
@@ -71,6 +82,7 @@ class GridBase:
     """
 
     shape: tuple[int, ...] = static()
+    spacing: tuple[float, ...] | None = static(default=None)  # between neighbours along each axis; None for ones
 
     @property
     def node_shape(self) -> tuple[int, ...]:
@@ -87,18 +99,18 @@ class GridBase:
         return jnp.broadcast_to(tails, heads.shape), heads
 
     def difference(self, x: FloatArray) -> FloatArray:
-        return jnp.stack([ahead(x, axis) for axis in range(len(self.shape))])
+        return jnp.stack(by_spacing([ahead(x, axis) for axis in range(len(self.shape))], self.spacing, 1))
 
     def divergence(self, e: FloatArray) -> FloatArray:
         terms = [ahead_transpose(e[axis], axis) for axis in range(len(self.shape))]
-        return sum(terms[1:], terms[0])
+        return summed(by_spacing(terms, self.spacing, 1))
 
     def laplacian(self, x: FloatArray) -> FloatArray:
         """`DᵀD x`, built from differences so that constants vanish exactly."""
 
         def stencil(x: FloatArray) -> FloatArray:
             terms = [ahead_transpose(ahead(x, axis), axis) for axis in range(len(self.shape))]
-            return sum(terms[1:], terms[0])
+            return summed(by_spacing(terms, self.spacing, 2))
 
         # Writing the first row again keeps XLA's CPU compiler from fusing the stencil into what follows and computing
         # it again for every neighbour: two Laplacians took seven times as long.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool
 
 from sparseopt.core.mesh import AXIS
-from sparseopt.core.operators import ahead, ahead_transpose, padded
+from sparseopt.core.operators import ahead, ahead_transpose, by_spacing, padded, summed
 from sparseopt.core.types import FloatArray, pytree, static
 
 
@@ -30,6 +30,7 @@ class SlabBase:
     shape: tuple[int, ...] = static()  # of the grid
     axis: int = static()  # the axis that is cut
     mesh: Mesh = static()  # of one axis, the devices in the order of the slabs
+    spacing: tuple[float, ...] | None = static(default=None)  # as in `GridBase`
 
     @property
     def rows(self) -> int:
@@ -48,6 +49,9 @@ class SlabBase:
             last, after = self._part(x, -1, None), self._from_next(self._part(x, 0, 1))
             border = last - jnp.where(self._joined(last, self.rows - 1), after, last)
             inner = [self._along(x, 0) if i == self.axis else ahead(x, i) for i in range(len(self.shape))]
+            inner = by_spacing(inner, self.spacing, 1)
+            if self.spacing is not None:
+                border = border * self.spacing[self.axis] ** -1
             start = [self.axis, *(self.rows - 1 if i == self.axis else 0 for i in range(x.ndim))]
             return jax.lax.dynamic_update_slice(jnp.stack(inner), border[None], start)
 
@@ -58,18 +62,18 @@ class SlabBase:
             along = e[self.axis]
             first, before = self._part(along, 0, 1), self._from_previous(self._part(along, -1, None))
 
-            def summed(along: FloatArray, stop: int | None) -> FloatArray:
-                return self._summed(along, lambda i: ahead_transpose(self._part(e[i], 0, stop), i))
+            def of(along: FloatArray, stop: int | None) -> FloatArray:
+                return self._summed(along, lambda i: ahead_transpose(self._part(e[i], 0, stop), i), 1)
 
             inner = along - padded(self._part(along, 0, -1), self.axis, 1, 0)
-            return self._with_row(summed(inner, None), summed(first - before, 1), 0)
+            return self._with_row(of(inner, None), of(first - before, 1), 0)
 
         return self._apart(local, 1, 0)(e)
 
     def laplacian(self, x: FloatArray) -> FloatArray:
         def stencil(x: FloatArray, place: int) -> FloatArray:
             along = ahead_transpose(self._along(x, place), self.axis)
-            return self._summed(along, lambda i: ahead_transpose(ahead(x, i), i))
+            return self._summed(along, lambda i: ahead_transpose(ahead(x, i), i), 2)
 
         def local(x: FloatArray) -> FloatArray:
             first, last = self._part(x, 0, 1), self._part(x, -1, None)
@@ -110,10 +114,10 @@ class SlabBase:
             after = jnp.where(self._joined(own, place), after, own)
         return padded(own - after, self.axis, 0, 1)
 
-    def _summed(self, along: FloatArray, across: Callable[[int], FloatArray]) -> FloatArray:
-        """The sum over all axes, in their order: another order rounds differently."""
+    def _summed(self, along: FloatArray, across: Callable[[int], FloatArray], power: int) -> FloatArray:
+        """The sum over all axes."""
         terms = [along if i == self.axis else across(i) for i in range(len(self.shape))]
-        return sum(terms[1:], terms[0])
+        return summed(by_spacing(terms, self.spacing, power))
 
     def _part(self, x: FloatArray, start: int, stop: int | None) -> FloatArray:
         return jax.lax.slice_in_dim(x, start, stop, axis=self.axis)

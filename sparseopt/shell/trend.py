@@ -19,20 +19,32 @@ METHOD_HELP = f"{', '.join((AUTO, *METHODS))}."
 
 
 def denoise(
-    image: Annotated[Path, typer.Argument(help="Image file: grey or colour, 8 or 16 bit.")],
-    output: Annotated[Path, typer.Option(help="Image file to write.")],
+    image: Annotated[
+        Path, typer.Argument(help="Image: grey or colour, 8 or 16 bit. Volume: TIFF stack, NIfTI, NPZ (image, volume).")
+    ],
+    output: Annotated[Path, typer.Option(help="File to write; volumes as TIFF, NPZ or, from NIfTI, NIfTI.")],
     weight: Annotated[
-        float, typer.Option(help="Smoothing level, in grey levels; about half the noise's sigma.")
-    ] = 10.0,
+        float | None, typer.Option(help="Smoothing level, in grey levels; None: of the least estimated error.")
+    ] = None,
     order: Annotated[int, typer.Option(help="0: flat patches with sharp edges; 1: slopes; 2: curves.")] = 0,
+    isotropic: Annotated[
+        bool, typer.Option("--isotropic", help="Order 0: edges in all directions cost the same.")
+    ] = False,
     couple: Annotated[bool, typer.Option(help="Let the colours of a pixel change together.")] = False,
+    spacing: Annotated[
+        str | None, typer.Option(help="Distance of neighbours along each axis, as in 2.5,1,1. None: that in the file.")
+    ] = None,
+    known: Annotated[
+        Path | None, typer.Option(help="Image or volume that is 0 where a pixel is not known and is to be filled in.")
+    ] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="Fill in NaN.")] = False,
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "auto",
     tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-4,
     devices: ManyDevices = None,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
-    """Denoise an image by trend filtering on its pixel grid; writes a before/after picture beside the output."""
-    from sparseopt.trend import files
+    """Denoise an image or a volume by trend filtering on its grid; writes a before/after picture beside the output."""
+    from sparseopt.trend import files, volumes
     from sparseopt.trend.images import before_and_after
     from sparseopt.trend.images import denoise as denoise_array
 
@@ -41,15 +53,38 @@ def denoise(
     picture, summary = Path(f"{stem}-before-after.png"), Path(f"{stem}-summary.json")
     for target in (output, picture, summary):
         files.check_output(target, None, force)
-    pixels = files.read_image(image)
+    scan = volumes.read_scan(image)
+    volumes.check_format(output, scan)
+    pixels, step = scan.values, scan.spacing if spacing is None else _spacing(spacing)
+    mask = None if known is None else volumes.read_known(known, scan)
+    absent: Literal["nan", "error"] = "nan" if missing else "error"
     start = time.perf_counter()
     with console.waiting(f"denoising {image.name}, {' x '.join(map(str, pixels.shape))}, order {order}"):
-        found = denoise_array(pixels, weight, order, couple=couple, method=method, tol=tol, devices=chosen)
+        found = denoise_array(
+            pixels, weight, order, isotropic=isotropic, couple=couple, volume=scan.volume, spacing=step, known=mask,
+            missing=absent, method=method, tol=tol, devices=chosen,
+        )  # fmt: skip
     seconds = time.perf_counter() - start
-    files.write_image(output, found.image)
-    before_and_after(pixels, found.image, picture, (image.name, f"order {order}, weight {weight:g}"))
-    figures = {"image": str(image), "shape": pixels.shape, "dtype": str(pixels.dtype), "weight": weight, "order": order}
+    volumes.write_scan(output, found.image, scan)
+    captions = image.name, f"order {order}, weight {found.weight:.3g}"
+    before = pixels
+    if mask is not None:  # what is not known is black
+        before = pixels * mask.reshape(*mask.shape, *(1 for _ in pixels.shape[mask.ndim :]))
+    before_and_after(scan.shown(before), scan.shown(found.image), picture, captions)
+    if weight is None:
+        console.say(f"weight {found.weight:.3g}, of the least estimated error (Stein, 1981)")
+    figures = {
+        "image": str(image), "shape": pixels.shape, "spacing": step, "dtype": str(pixels.dtype),
+        "weight": found.weight, "order": order, "isotropic": isotropic,
+    }  # fmt: skip
     _finish_fit(found.solution, figures, seconds, summary, [output, picture])
+
+
+def _spacing(given: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in given.split(","))
+    except ValueError:
+        raise ValueError(f"--spacing is a number for each axis, as in 2.5,1,1, given {given!r}") from None
 
 
 def trend(

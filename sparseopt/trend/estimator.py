@@ -1,38 +1,38 @@
-"""Floor 5: the trend filter as a scikit-learn regressor, on a given graph or on the nearest neighbours of points."""
+"""Floor 5: the trend filter as a scikit-learn regressor and classifier, on a given graph or on nearest neighbours."""
 
-import math
 import numbers
-import warnings
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
-from scipy import sparse
+from scipy.special import expit
 
-from sparseopt.core.arguments import real_array
-from sparseopt.core.penalty_names import BY_WEIGHT
-from sparseopt.core.problem import Status
-from sparseopt.trend.filter import trend_filter
+from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
+from sparseopt.core.types import precision
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.signal import require_not_negative
+from sparseopt.trend.job import checked_loss
 
 try:
-    from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.neighbors import NearestNeighbors
+    from sklearn.base import ClassifierMixin, MultiOutputMixin, RegressorMixin
+    from sklearn.metrics import d2_tweedie_score, r2_score
+    from sklearn.utils.multiclass import check_classification_targets, type_of_target
     from sklearn.utils.validation import check_is_fitted, validate_data
+
+    from sparseopt.trend.samples import OnGraph, checked_weights
 except ImportError as error:
     raise ImportError(
-        "GraphTrendFilter needs scikit-learn 1.6 or newer: pip install 'sparseopt[sklearn]'", name=error.name
+        "the estimators of the trend filter need scikit-learn 1.6 or newer: pip install 'sparseopt[sklearn]'",
+        name=error.name,
     ) from error
 
 
-class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
+class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
     """Smooth observations on a graph so that few differences of the fit are not zero.
 
-        minimise over b    1/2 sum_i s_i (y_i - b[node(i)])²  +  penalty(Δ^(order+1) b)
+        minimise over b    sum_i s_i f(b[node(i)]; y_i)  +  penalty(Δ^(order+1) b)
 
-    with the sample weights `s_i` and a penalty of weight `alpha`. It is solved by `trend_filter`, in float64.
+    with the sample weights `s_i`, a loss f, for the square `1/2 (y_i - b[node(i)])²`, and a penalty of weight `alpha`.
+    It is solved by `trend_filter`, in float64. For labels there is `GraphTrendClassifier`.
 
     With `graph=None` a sample is a point, a row of X `[m, features]`. The nodes are the distinct points, in the order
     of their first appearance. Two nodes are joined by an edge of weight 1 if one is among the `n_neighbors` nearest
@@ -41,24 +41,29 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
     With a graph a sample is an observation of one of its nodes: X `[m, 1]` holds node numbers `0..n-1`. Nodes without a
     sample are missing values, and the fit fills them in; cross-validation holds nodes out.
 
-    Several samples of a node count as their weighted mean with the sum of their weights: repeating a sample is the same
-    as doubling its weight.
+    For the square and Poisson several samples of a node count as their weighted mean with the sum of their weights:
+    repeating a sample is the same as doubling its weight. For other losses a mean does not have that property, so the
+    samples of a node must be equal.
 
     Args:
         order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals.
         alpha: the weight of the penalty as in `trend_filter`, in the units of y times those of the sample weights; the
-            loss is not divided by the number of samples. For L1 at order 0, one edge of weight 1 between two plateaus
-            moves a plateau of total sample weight s by `alpha / s` towards the other. 0 returns the data.
+            loss is not divided by the number of samples. For L1 at order 0 with the square or Poisson, one edge of
+            weight 1 between two plateaus moves the prediction of a plateau of total sample weight s by `alpha / s`
+            towards the other. 0 returns the data.
         graph: a `Graph`, or None for the nearest neighbours of the rows of X.
         n_neighbors: the least number of neighbours of a point, for the graph and for `predict`; fewer if there are
             fewer points. Not used with a graph.
         penalty: "l1", "l0", "mcp", "scad", "group_l2" (which couples the outputs), or a function of the weight that
             returns a penalty, such as `so.MCP`.
         tol, max_steps, method: of `trend_filter`.
+        loss: "square", "poisson" (counts), "huber", "absolute", or a `ScalarLoss` such as `so.QuantileLoss(0.9)`.
 
     Attributes:
         graph_: the `Graph` of the fit.
-        fitted_values_: the fit at the nodes of `graph_`, `[n]`, or `[n, outputs]` for such a y.
+        fitted_values_: the fit b at the nodes of `graph_`, `[n]`, or `[n, outputs]` for such a y. For Poisson it is the
+            logarithm of a rate.
+        loss_: the `ScalarLoss` of the fit; None for the square.
         solution_: the `Solution` of `trend_filter` with NumPy arrays.
         gap_: its relative duality gap, an upper bound on the relative suboptimality; NaN without a certificate.
         n_iter_: the number of steps.
@@ -87,15 +92,15 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
         tol: float = 1e-4,
         max_steps: int = 20_000,
         method: str = "auto",
+        loss: Any = "square",
     ) -> None:
-        self.order = order
-        self.alpha = alpha
-        self.graph = graph
-        self.n_neighbors = n_neighbors
-        self.penalty = penalty
-        self.tol = tol
-        self.max_steps = max_steps
-        self.method = method
+        super().__init__(order, alpha, graph, n_neighbors, penalty, tol, max_steps, method)
+        self.loss = loss
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.positive_only = self.loss == "poisson" or isinstance(self.loss, PoissonLoss)
+        return tags
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "GraphTrendFilter":
         """Fit the values of the nodes; returns the estimator.
@@ -106,138 +111,153 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, BaseEstimator):
             sample_weight: `[m]`, finite and not negative; None is 1 each. 0 drops a sample.
 
         Raises:
-            ValueError, TypeError: on parameters or data that do not fit, and for a component of the graph without a
-                sample, where no fit is defined.
+            ValueError, TypeError: on parameters or data that do not fit, and for a component of the graph where no fit
+                is defined: one without a sample or, for Poisson, without a positive count.
             RuntimeError: if the computation overflows.
 
         Warns:
             ConvergenceWarning: if the tolerance was not reached, saying what to try.
         """
-        penalty = self._checked_penalty()
-        X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
-        weights = _checked_weights(sample_weight, len(X))
-        if self.graph is not None:
-            _node_numbers(X, self.graph)
-        seen = weights > 0
-        X, y, weights = X[seen], y[seen].astype(np.float64), weights[seen]
-        if self.graph is None:
-            first, node = _distinct(X)
-            self.positions_ = X[first]
-            self.neighbors_ = NearestNeighbors(n_neighbors=min(self.n_neighbors, len(first))).fit(self.positions_)
-            self.graph_ = _neighbour_graph(self.neighbors_, len(first), self.n_neighbors)
-        else:
-            node = _node_numbers(X, self.graph)
-            self.positions_ = self.neighbors_ = None
-            self.graph_ = self.graph
-        count = self.graph_.num_nodes
-        mass = np.bincount(node, weights, minlength=count)
-        gather = sparse.csr_array((weights, (node, np.arange(len(node)))), shape=(count, len(node)))
-        means = ((gather @ y).T / np.where(mass > 0, mass, 1)).T
-        solution = trend_filter(
-            means, self.graph_, penalty, self.order, self.method, self.tol, self.max_steps, node_weights=mass
-        )
-        self.solution_ = jax.device_get(solution)
-        status = Status(int(self.solution_.status))
-        if status is Status.NONFINITE:
-            self.solution_.check()
-        if status not in (Status.CONVERGED, Status.STATIONARY):
-            warnings.warn(
-                f"GraphTrendFilter stopped ({status.name}) after {int(solution.steps)} steps with residual "
-                f"{float(solution.residual):.3g}: {status.advice}",
-                ConvergenceWarning,
-                stacklevel=2,
+        penalty, loss = self.checked_penalty(), checked_loss(self.loss)
+        if isinstance(loss, LogisticLoss | SquaredHingeLoss):
+            raise ValueError(
+                f"GraphTrendFilter is a regressor, and {type(loss).__name__} is for labels: use GraphTrendClassifier, "
+                "which takes two labels of any kind, without loss="
             )
-        self.fitted_values_ = np.asarray(self.solution_.value)
-        self.gap_ = float(self.solution_.gap)
-        self.n_iter_ = int(self.solution_.steps)
+        X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
+        self.fit_nodes(X, y.astype(np.float64), checked_weights(sample_weight, len(X)), penalty, loss)
+        self.loss_ = loss
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """The fit at nodes `[m, 1]` of the graph, or at points `[m, features]`: `[m]`, or `[m, outputs]`.
+        """The mean of an observation at nodes `[m, 1]` or points `[m, features]`: `[m]`, or `[m, outputs]`.
 
-        Without a graph, a point of the fit gets its fitted value, and any other point the mean of the fitted values at
-        its `n_neighbors` nearest nodes, weighted by 1 / distance. So at every order the prediction stays in the range
-        of its neighbours: it continues a constant but not a slope.
+        The mean is `fitted_values_`, its exponential for Poisson, and `loss.mean(fitted_values_)` in general. Without a
+        graph, a point of the fit gets that of its node, and any other point the average of those of its `n_neighbors`
+        nearest nodes, weighted by 1 / distance. So at every order the prediction stays in the range of its neighbours:
+        it continues a constant but not a slope.
         """
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False, dtype=np.float64)
-        if self.neighbors_ is None:
-            return self.fitted_values_[_node_numbers(X, self.graph_)]
-        # The nodes stand first and differ, so a row that is one of them gets its number.
-        count = len(self.positions_)
-        node = _distinct(np.concatenate([self.positions_, X]))[1][count:]
-        new = node >= count
-        found = self.fitted_values_[np.where(new, 0, node)]
-        if new.any():
-            distances, near = self.neighbors_.kneighbors(X[new])
-            # The distance of distinct points may round to 0.
-            distances = np.maximum(distances, np.finfo(np.float64).tiny)
-            shares = distances[:, :1] / distances
-            shares /= shares.sum(axis=1, keepdims=True)
-            found[new] = np.einsum("mk,mk...->m...", shares, self.fitted_values_[near])
-        return found
+        if self.loss_ is None:
+            return self.at(X, self.fitted_values_)
+        with precision(np.dtype(np.float64)):
+            means = np.asarray(self.loss_.mean(jnp.asarray(self.fitted_values_)))
+        return self.at(X, means)
 
-    def _checked_penalty(self) -> Any:
-        if not (isinstance(self.alpha, numbers.Real) and 0 <= self.alpha < math.inf):
-            raise ValueError(f"alpha is the weight of the penalty, a finite number >= 0, given {self.alpha!r}")
-        if not (isinstance(self.order, numbers.Integral) and self.order >= 0):
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """R², or for Poisson D², the share of the deviance that the prediction explains; averaged over the outputs."""
+        found = self.predict(X)
+        if not isinstance(self.loss_, PoissonLoss):
+            return float(r2_score(y, found, sample_weight=sample_weight))
+        columns = (np.asarray(values).reshape(len(found), -1).T for values in (y, found))
+        pairs = zip(*columns, strict=True)
+        return float(np.mean([d2_tweedie_score(*pair, sample_weight=sample_weight, power=1) for pair in pairs]))
+
+
+class GraphTrendClassifier(ClassifierMixin, OnGraph):
+    """Fit the log-odds of two labels on a graph so that few of their differences are not zero.
+
+        minimise over b    sum_i s_i (log(1 + exp(b[node(i)])) - p_i b[node(i)])  +  penalty(Δ^(order+1) b)
+
+    with the sample weights `s_i` and `p_i = 1 - label_smoothing / 2` for the second label, `label_smoothing / 2` for
+    the first. A sample is a point, or with a graph an observation of one of its nodes, as for `GraphTrendFilter`.
+    Several samples of a node count as the proportion of their labels with the sum of their weights.
+
+    More than two classes: `sklearn.multiclass.OneVsRestClassifier(GraphTrendClassifier(...))`.
+
+    Args:
+        order, graph, n_neighbors, tol, max_steps, method: of `GraphTrendFilter`.
+        alpha: the weight of the penalty, in the units of the sample weights. For L1 at order 0, one edge of weight 1
+            between two plateaus moves the probability of a plateau of total sample weight s by `alpha / s` towards that
+            of the other.
+        penalty: "l1", "l0", "mcp", "scad", or a function of the weight that returns a penalty.
+        label_smoothing: in [0, 1). It keeps the log-odds finite where all samples of a component have the same label,
+            as in separate clusters of points: the fit there is `log(2 / label_smoothing - 1)` in size. With 0 such a
+            component is an error.
+
+    Attributes:
+        classes_: the two labels, sorted.
+        fitted_values_: the log-odds b of the second label at the nodes of `graph_`, `[n]`; all others are as in
+            `GraphTrendFilter`.
+
+    Source: as `GraphTrendFilter`; for label smoothing, Szegedy, Vanhoucke, Ioffe, Shlens, Wojna, "Rethinking the
+    Inception architecture for computer vision", CVPR 2016, section 7.
+
+    Example:
+        >>> X = np.arange(8.0).reshape(-1, 1)
+        >>> model = so.GraphTrendClassifier(alpha=0.5, graph=so.Graph.chain(8), label_smoothing=0, tol=1e-6)
+        >>> model.fit(X, ["no", "yes", "no", "no", "yes", "yes", "no", "yes"]).predict_proba(X)[:, 1].round(3).tolist()
+        [0.375, 0.375, 0.375, 0.375, 0.625, 0.625, 0.625, 0.625]
+    """
+
+    def __init__(
+        self,
+        order: int = 0,
+        alpha: float = 0.1,
+        graph: Graph | None = None,
+        *,
+        n_neighbors: int = 10,
+        penalty: Any = "l1",
+        tol: float = 1e-4,
+        max_steps: int = 20_000,
+        method: str = "auto",
+        label_smoothing: float = 0.01,
+    ) -> None:
+        super().__init__(order, alpha, graph, n_neighbors, penalty, tol, max_steps, method)
+        self.label_smoothing = label_smoothing
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "GraphTrendClassifier":
+        """Fit the log-odds of the nodes; returns the estimator.
+
+        Args:
+            X: points `[m, features]`, or node numbers `[m, 1]`.
+            y: labels `[m]` with two values, numbers or strings.
+            sample_weight: `[m]`, finite and not negative; None is 1 each. 0 drops a sample.
+
+        Raises, warns: as `GraphTrendFilter.fit`; a ValueError also for other than two classes.
+        """
+        penalty, smoothing = self.checked_penalty(), self.label_smoothing
+        if not (isinstance(smoothing, numbers.Real) and 0 <= smoothing < 1):
+            raise ValueError(f"label_smoothing is a number in [0, 1), given {smoothing!r}")
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(y)
+        weights = checked_weights(sample_weight, len(X))
+        classes = np.unique(y[weights > 0])
+        if len(classes) > 2:
             raise ValueError(
-                f"order is an integer >= 0 (0: piecewise constant, 1: piecewise linear, ...), given {self.order!r}"
+                f"Only binary classification is supported. The type of the target is {type_of_target(y)}, with "
+                f"{len(classes)} classes: fit one against the rest by "
+                "sklearn.multiclass.OneVsRestClassifier(GraphTrendClassifier(...))"
             )
-        if not (isinstance(self.n_neighbors, numbers.Integral) and self.n_neighbors >= 1):
-            raise ValueError(f"n_neighbors is an integer >= 1, given {self.n_neighbors!r}")
-        if not (self.graph is None or isinstance(self.graph, Graph)):
-            raise TypeError(
-                f"graph is a sparseopt.Graph or None, given {type(self.graph).__name__}; Graph.from_scipy and "
-                "Graph.from_networkx make one"
-            )
-        make = BY_WEIGHT.get(self.penalty) if isinstance(self.penalty, str) else self.penalty
-        if not callable(make):
+        if len(classes) < 2:
             raise ValueError(
-                f"penalty is one of {', '.join(BY_WEIGHT)}, or a function of the weight such as sparseopt.MCP, given "
-                f"{self.penalty!r}"
+                f"a classifier needs samples of two classes, given one class, {classes[0]!r}, in the samples with a "
+                "positive weight"
             )
-        return make(float(self.alpha))
+        proportions = np.where(y == classes[1], 1 - smoothing / 2, smoothing / 2)
+        self.fit_nodes(X, proportions, weights, penalty, LogisticLoss())
+        self.classes_: np.ndarray = classes
+        return self
 
+    def decision_function(self, X: Any) -> np.ndarray:
+        """The log-odds of `classes_[1]`, `[m]`: those of the probabilities of `predict_proba`."""
+        first, second = np.log(self.predict_proba(X)).T
+        return second - first
 
-def _checked_weights(sample_weight: Any, count: int) -> np.ndarray:
-    if sample_weight is None:
-        return np.ones(count)
-    weights = real_array("sample_weight", sample_weight).astype(np.float64)
-    if weights.shape != (count,):
-        raise ValueError(f"sample_weight has one entry a sample, the shape ({count},), given {weights.shape}")
-    require_not_negative(weights, "sample weights", "in row")
-    if not weights.any():
-        raise ValueError("every sample weight is zero, which drops all samples; give at least one a positive weight")
-    return weights
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The probabilities of `classes_` at nodes or points, `[m, 2]`.
 
+        Points that are not in the fit get an average of probabilities, as in `GraphTrendFilter.predict`.
+        """
+        check_is_fitted(self)
+        return self.at(X, expit(self.fitted_values_[:, None] * [-1, 1]))
 
-def _node_numbers(X: np.ndarray, graph: Graph) -> np.ndarray:
-    if X.shape[1] != 1:
-        raise ValueError(f"with a graph, X is one column of node numbers, [m, 1]; given the shape {X.shape}")
-    column = X[:, 0]
-    wrong = (column != np.rint(column)) | (column < 0) | (column >= graph.num_nodes)
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise ValueError(
-            f"X holds {column[row]:g} in row {row} ({int(wrong.sum())} such rows); the nodes of this graph are the "
-            f"whole numbers 0..{graph.num_nodes - 1}"
-        )
-    return column.astype(np.int64)
-
-
-def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first place of each distinct row, in that order, and for every row the number of its distinct row."""
-    _, first, member = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(order.size)
-    return first[order], rank[member.reshape(-1)]
-
-
-def _neighbour_graph(search: NearestNeighbors, count: int, n_neighbors: int) -> Graph:
-    """An edge wherever one of two points is among the nearest neighbours of the other, itself excluded."""
-    if count == 1:
-        return Graph.from_edges([], 1)
-    nearest = search.kneighbors_graph(n_neighbors=min(n_neighbors, count - 1))
-    return Graph.from_scipy(nearest.maximum(nearest.T))
+    def predict(self, X: Any) -> np.ndarray:
+        """The more probable label, `[m]`; the first if both are equally probable."""
+        first, second = self.predict_proba(X).T
+        return self.classes_[(second > first).astype(int)]

@@ -196,10 +196,10 @@ def parquet_table(file: Path) -> Any:
         raise FileError(f"reading {file} needs pyarrow: pip install pyarrow") from error
     with pyarrow.parquet.ParquetFile(file) as stored:
         found = stored.metadata
-        _check_unpacked(8 * found.num_rows * found.num_columns, file)
+        check_unpacked(8 * found.num_rows * found.num_columns, file)
         # Not by column: pyarrow aborts the process for some damaged statistics of a single column.
         groups = [found.row_group(index).total_byte_size for index in range(found.num_row_groups)]
-        _check_unpacked(sum(max(0, size) for size in groups), file)
+        check_unpacked(sum(max(0, size) for size in groups), file)
         return stored.read()
 
 
@@ -211,13 +211,14 @@ def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:
         if not found:
             raise ValueError(f"it holds {', '.join(arrays.files[:8])}, expected one of {', '.join(names)}")
         member = found[0] if found[0] in arrays.zip.namelist() else f"{found[0]}.npy"
-        _check_npy(arrays.zip, member, file)
+        check_npy(arrays.zip, member, file)
         return np.asarray(arrays[found[0]], np.float64)
 
 
-def _check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:
+def check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:
+    """Raise an error unless the header of an array is one of plain numbers and fits its size."""
     info = archive.getinfo(member)
-    _check_unpacked(info.file_size, file)
+    check_unpacked(info.file_size, file)
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
@@ -233,7 +234,8 @@ def _check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:
         raise ValueError(f"{member} claims the shape {list(shape)[:8]} and has {info.file_size} bytes; write it again")
 
 
-def _check_unpacked(claimed: int, file: Path) -> None:
+def check_unpacked(claimed: int, file: Path) -> None:
+    """A FileError if contents claim to be too large for their file."""
     most = max(FREE_BYTES, MAX_RATIO * file.stat().st_size)
     if claimed > most:
         raise FileError(

@@ -22,7 +22,7 @@ import numpy as np
 from sparseopt.core.certify import promoted
 from sparseopt.core.fidelity import NodeLoss
 from sparseopt.core.mesh import Devices, at_work, device_line
-from sparseopt.core.penalties import Norm
+from sparseopt.core.penalties import L1, Norm
 from sparseopt.core.problem import Solution, Status
 from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.types import precision, wide_types
@@ -31,13 +31,20 @@ from sparseopt.trend.ground import Ground, data_of
 from sparseopt.trend.job import Job, checked_loss, checked_terms, require_local, vanishes
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.losses import fit_loss
-from sparseopt.trend.methods import INTERIOR, PURE, chosen, named
+from sparseopt.trend.methods import DOGE, INTERIOR, PURE, chosen, named
 from sparseopt.trend.pieces import TrendSolution, edges_between, labels_of, levelled
 from sparseopt.trend.plan import judged, known_fit
 from sparseopt.trend.signal import as_null_fit, checked_order, checked_signal, graph_at
 
 # Objectives that differ by this many eps are equal up to rounding.
 ROUNDING = 8
+# Doge-ADMM is bound by memory traffic, and float32 has half of it: from this many nodes on, for tolerances down to that
+# of the order, a signal in float64 is first solved in float32, and certified in float64. Above order 1 float32 may end
+# before such tolerances, above order 0 on other graphs than grids too.
+SHORT_FROM, SHORT_TOLS = 10_000, {0: 1e-6, 1: 1e-5}
+# The means of its pieces lower a gap of EARLY_GAP or less by a factor of ten and more, so such a solve stops at EARLY
+# times the tolerance; at larger gaps the pieces are not yet known, and it stops a little below the tolerance.
+EARLY, EARLY_GAP, BELOW = 3.0, 1e-5, 0.95
 
 
 def trend_filter(
@@ -65,10 +72,13 @@ def trend_filter(
 
     Args:
         y: `[n]` or `[n, channels]` in the graph's node order; on a grid also `[*shape]` or `[*shape, channels]`.
-            The computation runs in float64 for float64 and integer signals and for free ends, else in float32.
+            The computation runs in float64 for float64 and integer signals and for free ends, else in float32. Large
+            signals of low order are first solved in float32; objective and gap are those of float64.
         graph: the graph of the signal.
-        penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2` (couples channels), or any object with `value` and `prox`. The
-            weight of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Or several penalties by their
+        penalty: `L1`, `MCP`, `SCAD`, `L0`, `GroupL2`, or any object with `value` and `prox`. `GroupL2(w)` couples the
+            channels; on a grid at order 0 `GroupL2(w, axis=0)` is isotropic total variation, the sum over the nodes of
+            the length of the gradient, for every channel, and with axis (0, -1) for all channels together. The weight
+            of L1 is a number, or one for each row of `graph.matrix(order + 1)`. Or several penalties by their
             orders, as in `{-1: L1(0.5), 0: L1(2.0)}`: their sum, where order -1 penalises b itself.
         order: k >= 0; 0 fits piecewise constants, 1 piecewise linear, 2 piecewise quadratic signals. It must be 0 for
             several penalties. The differences are those of the graph: on a chain, orders of 1 and more penalise a slope
@@ -90,10 +100,11 @@ def trend_filter(
         dtype: float32 or float64 instead of the signal's dtype. With node weights of 1 a fit with the gap `tol` lies
             within `sqrt(2 tol P)` of the optimum in Euclidean norm, with P the objective; so converged fits in float32
             and float64 differ by at most twice that. The status PRECISION says that float32 was not enough.
-        loss: None for the square, `PoissonLoss()` (counts; b is the log-rate), `LogisticLoss()` (labels 0 and 1; b is
-            the log-odds), `SquaredHingeLoss()` (labels -1 and 1; b is a score), `HuberLoss(delta)`, `AbsoluteLoss()`,
-            `QuantileLoss(level)`, your own `ScalarLoss`, or the name "poisson", "logistic", "squared_hinge", "huber" or
-            "absolute". Not with "fast_admm". See `sparseopt.trend.losses`.
+        loss: None for the square, `PoissonLoss()` (counts; b is the log-rate), `LogisticLoss()` (labels 0 and 1, or
+            proportions of ones; b is the log-odds), `SquaredHingeLoss()` (labels -1 and 1; b is a score),
+            `HuberLoss(delta)`, `AbsoluteLoss()`, `QuantileLoss(level)`, your own `ScalarLoss`, or the name "poisson",
+            "logistic", "squared_hinge", "huber" or "absolute". Not with "fast_admm"; with free ends from order 1 on
+            only those that are smooth. See `sparseopt.trend.losses`.
         devices: the number of devices for the fit, "all", or a `jax.sharding.Mesh` of one axis "devices"; None for one.
             Several devices take one penalty and the square loss by "doge" with B = order + 1; the answer is that of one
             device up to rounding. With several processes each calls this with the same arguments and gets the whole
@@ -141,11 +152,8 @@ def trend_filter(
     native = wide_types() or job.dtype == np.float32
     mesh = job.layout.mesh
     with precision(job.dtype), contextlib.nullcontext() if mesh is None else at_work(mesh):
-        found = _fitted(job)
         assert job.signal is not None
-        found = dataclasses.replace(found, nonzero=job.layout.gathered(found.nonzero, job.order + 1))
-        if job.order == 0:
-            found = _levelled(job, found)
+        found = _solved(job)
         value = job.layout.shaped(found.value, job.signal.shape)
         found = dataclasses.replace(found, value=value, graph=job.graph, order=job.order)
         if mesh is not None:
@@ -199,15 +207,24 @@ def checked_job(
     channels, kind = signal.values.shape[1:], signal.values.dtype
     terms = checked_terms(penalty, layout, order, channels, kind)
     job = Job(layout, terms, kind, channels, signal.weights is not None, signal, **options)
-    if job.several and not (job.block is None and job.loss is None):
-        raise ValueError(f"several penalties take neither B nor loss, given B={job.block}, loss={job.loss}")
-    if graph.free and job.loss is not None:
-        raise ValueError(
-            f"free ends take the square loss at order {job.order}, given loss={job.loss}: leave out loss, or ends"
-        )
     if layout.mesh is not None:
         require_local(job.penalty, channels)
     return job
+
+
+def _solved(job: Job) -> TrendSolution:
+    """The fit of a job, in the layout of the nodes; at order 0 with the means of its pieces."""
+    short = _certified_short(job) if _is_short(job) else None
+    if short is not None:
+        status, steps = int(short.status), int(short.steps)
+        if status in (Status.CONVERGED, Status.MAX_STEPS):
+            return short
+        if status == Status.PRECISION and steps < job.max_steps:
+            job = dataclasses.replace(job, warm_start=short, max_steps=job.max_steps - steps)
+    found = _fitted(job)
+    found = dataclasses.replace(found, nonzero=job.layout.gathered(found.nonzero, job.order + 1))
+    found = found if job.order else _levelled(job, found)
+    return found if short is None else dataclasses.replace(found, steps=found.steps + short.steps)
 
 
 def _fitted(job: Job) -> TrendSolution:
@@ -235,6 +252,39 @@ def _fitted(job: Job) -> TrendSolution:
         # Rounding ended it: for very large weights the other methods get closer.
         found = chosen(job, PURE).plan(job).fitted(job)
     return found
+
+
+def _is_short(job: Job) -> bool:
+    """Whether a job in float64 is solved in float32 first."""
+    signal = job.signal
+    assert signal is not None
+    plain = job.loss is None and not job.several and not job.history and job.layout.mesh is None
+    large = job.graph.num_nodes >= SHORT_FROM and job.graph.num_edges > 0
+    carries = job.tol >= SHORT_TOLS.get(job.order, np.inf) and (job.order == 0 or job.graph.shape is not None)
+    if not (plain and large and carries and job.dtype == np.float64):
+        return False
+    # At missing nodes rounding of the dual costs as much as the whole gap.
+    seen = signal.weights is None or bool(signal.weights.all())
+    return seen and isinstance(job.penalty, Norm) and not vanishes(job.penalty) and chosen(job) is DOGE
+
+
+def _certified_short(job: Job) -> TrendSolution:
+    """The fit of a solve in float32, at order 0 with the means of its pieces, judged in float64."""
+    signal, short = job.signal, np.dtype(np.float32)
+    assert signal is not None
+    weights = None if signal.weights is None else signal.weights.astype(short)
+    with np.errstate(over="ignore"):
+        signal = dataclasses.replace(signal, values=signal.values.astype(short), weights=weights)
+    early = job.order == 0 and isinstance(job.penalty, L1) and EARLY * job.tol <= EARLY_GAP
+    tol = job.tol * (EARLY if early else BELOW)
+    found = _fitted(dataclasses.replace(job, dtype=short, signal=signal, tol=tol, method=DOGE.name))
+    value, dual = found.value.astype(job.dtype), job.rows.project_dual(found.dual.astype(job.dtype))
+    objective, gap = _judged_at(job.ground, None, job.rows, *job.arrays, dual, value)
+    status = promoted(found.status, gap, objective, job.tol)
+    found = dataclasses.replace(
+        found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
+    )
+    return found if job.order else _levelled(job, found)
 
 
 def _levelled(job: Job, found: TrendSolution) -> TrendSolution:

@@ -12,7 +12,13 @@ from scipy.sparse import csgraph
 
 from sparseopt.core.arguments import require_memory, unknown, whole_number
 from sparseopt.core.divided_differences import DividedDifference, checked_times, divided_difference
-from sparseopt.core.edge_lists import checked_adjacency, checked_edges, grid_shape, require_positive
+from sparseopt.core.edge_lists import (
+    checked_adjacency,
+    checked_edges,
+    checked_spacing,
+    grid_shape,
+    require_positive,
+)
 from sparseopt.core.grouping import (
     Sums,
     check_groups,
@@ -23,6 +29,7 @@ from sparseopt.core.grouping import (
     grid_groups,
     grid_sums,
     grid_sums_side,
+    grid_weights,
     matrix_sums,
     require_matrix_memory,
 )
@@ -39,12 +46,12 @@ class Graph:
     Attributes:
         num_nodes: n.
         given_edges: int64 `[m, 2]`, or None for a grid, whose edges are listed only on demand; see `edges`.
-        weights: positive `[m]`, or None for ones. An edge of weight w has the row `sqrt(w) (x_i - x_j)` in D,
-            so that `DᵀD` is the weighted Laplacian.
+        given_weights: positive `[m]`, or None; see `weights`.
         shape: of a grid, with nodes in row-major order; None for other graphs.
         nodes: node names in the order of the signal, or None for `0..n-1`.
         times: of the nodes of a chain with free ends, increasing `[n]`, or None for 0, 1, 2, ...
         free: whether it is such a chain, see `chain`.
+        spacing: of a grid's axes, or None for ones; see `grid`.
 
     Example:
         >>> graph = so.Graph.from_edges([(0, 1), (1, 2), (3, 4)])
@@ -54,11 +61,12 @@ class Graph:
 
     num_nodes: int
     given_edges: np.ndarray | None
-    weights: np.ndarray | None = None
+    given_weights: np.ndarray | None = None
     shape: tuple[int, ...] | None = None
     nodes: tuple[Hashable, ...] | None = None
     times: np.ndarray | None = None
     free: bool = False
+    spacing: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         what = f"one signal on a graph of {self.num_nodes:,} nodes"
@@ -66,7 +74,7 @@ class Graph:
 
     def __repr__(self) -> str:
         if self.shape is not None:
-            return f"Graph.grid({self.shape})"
+            return f"Graph.grid({self.shape}{'' if self.spacing is None else f', spacing={self.spacing}'})"
         if self.free:
             return f"Graph.chain({self.num_nodes}{'' if self.times is None else ', times'}, ends='free')"
         return f"<Graph of {self.num_nodes:,} nodes and {self.num_edges:,} edges>"
@@ -80,18 +88,31 @@ class Graph:
         return self
 
     @classmethod
-    def grid(cls, shape: Sequence[int]) -> "Graph":
+    def grid(cls, shape: Sequence[int], spacing: Sequence[float] | None = None) -> "Graph":
         """A grid of 1, 2 or 3 dimensions: each node joined to its neighbours along the axes.
+
+        Args:
+            shape: the number of nodes along each axis.
+            spacing: the distance h of neighbours along each axis, as of the voxels of a scan; None for ones. The
+                differences along an axis are divided by h, so its edges have the weight `1 / h²`. A penalty's weight
+                has the unit of y times that of the distance, and only ratios of spacings matter. Weights w of axes are
+                the spacing `w^-1/2`. The fast transforms of a grid are kept.
+
+        Raises:
+            ValueError: for other numbers of axes, an axis without nodes, a spacing that is not positive or not one
+                number for each axis, or a spacing of a single axis.
 
         Example:
             >>> so.Graph.grid((2, 2)).edges.tolist()
             [[0, 2], [1, 3], [0, 1], [2, 3]]
+            >>> so.Graph.grid((2, 2), spacing=(1, 2)).weights.tolist()
+            [1.0, 1.0, 0.25, 0.25]
         """
         given = tuple(shape) if np.iterable(shape) else ()
         if not 1 <= len(given) <= 3:
             raise ValueError(f"a grid has 1 to 3 axes of at least one node, as in (480, 640); given {shape!r}")
         sizes = tuple(whole_number(f"axis {i} of a grid of 1 to 3 axes", n, 1) for i, n in enumerate(given))
-        return cls(math.prod(sizes), None, shape=sizes)
+        return cls(math.prod(sizes), None, shape=sizes, spacing=checked_spacing(spacing, len(sizes)))
 
     @classmethod
     def chain(cls, n: int, times: Any = None, ends: str = "graph") -> "Graph":
@@ -273,6 +294,16 @@ class Graph:
         assert self.shape is not None
         return grid_edges(self.shape)
 
+    @functools.cached_property
+    def weights(self) -> np.ndarray | None:
+        """Positive `[m]`, or None for ones.
+
+        An edge of weight w has the row `sqrt(w) (x_i - x_j)` in D, so that `DᵀD` is the weighted Laplacian.
+        """
+        if self.shape is None or self.spacing is None:
+            return self.given_weights
+        return grid_weights(self.shape, self.spacing)
+
     @property
     def row_edges(self) -> np.ndarray:
         """The edges in the order of the rows of `base`: on a grid that of `grid_edges`, also where edges were given."""
@@ -317,7 +348,7 @@ class Graph:
 
     def base(self, dtype: Any) -> GridBase | EdgeBase:
         if self.shape is not None:
-            return GridBase(self.shape)
+            return GridBase(self.shape, self.spacing)
         build = functools.partial(edge_base, self.edges, self.num_nodes, self.weights, dtype)
         return self.cached(("base", np.dtype(dtype).name), build)
 
@@ -344,7 +375,7 @@ class Graph:
                 small = tuple(min(n, side) for n in self.shape)
                 if order > 2:
                     require_matrix_memory(grid_edges(small), math.prod(small), order)
-                return grid_sums(self.shape, order, from_edges)
+                return grid_sums(self.shape, order, from_edges, self.spacing)
             if order in (1, 2) and not (from_edges or self.free):
                 return edge_sums(self.edges, self.num_nodes, self.weights, order)
             return matrix_sums(self.matrix(order, from_edges))

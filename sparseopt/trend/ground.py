@@ -16,6 +16,7 @@ from jaxtyping import Array
 from sparseopt.core.combined_penalties import stacked
 from sparseopt.core.divided_differences import polynomial_basis
 from sparseopt.core.fidelity import NodeSquares, total
+from sparseopt.core.group_penalties import GroupL2, SparseGroup
 from sparseopt.core.losses import HIGHEST
 from sparseopt.core.operators import Stack
 from sparseopt.core.solvers.node_solve import cosine_solve
@@ -71,7 +72,9 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
         basis = None
         if graph.free and min(orders) > 0:  # a lower order leaves only the mean
             basis = polynomial_basis(graph.times, graph.num_nodes, min(orders) + 1).astype(dtype)
-        padded = layout.padding(0) > 1
+        padded, cosine = layout.padding(0) > 1, None
+        if graph.shape is not None and layout.mesh is None:
+            cosine = cosine_solve(graph.shape, (1,), dtype, graph.spacing)
         present = layout.rows(np.ones(graph.num_nodes, bool), 0) if padded else None
         ground = Ground(
             operator=maps[0] if orders == (order,) else Stack(maps),
@@ -81,7 +84,7 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
             labels=None if labels is None else layout.put(labels, 0),
             present=None if present is None else put(present, 0),
             basis=basis,
-            cosine=cosine_solve(graph.shape, (1,), dtype) if graph.shape is not None and layout.mesh is None else None,
+            cosine=cosine,
             components=graph.num_components,
             padding=(layout.padding(0), layout.padding(order + 1)),
             anchored=-1 in orders,
@@ -119,6 +122,11 @@ def on_rows(terms: Terms, layout: Layout, kind: Any, channels: bool) -> Any:
         parts.append(term)
         sizes.append(int(np.prod(layout.difference(k + 1, kind).out_shape)) if several else 0)
     return stacked(parts, sizes) if several else parts[0]
+
+
+def couples_axes(penalty: Any) -> bool:
+    """Whether a penalty couples the differences of a node along the axes of a grid: isotropic total variation."""
+    return isinstance(penalty, GroupL2 | SparseGroup) and 0 in np.atleast_1d(penalty.axis)
 
 
 def mean_weight(penalty: Any, padding: float) -> Array:

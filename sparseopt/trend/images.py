@@ -1,7 +1,8 @@
-"""Floor 5: denoise an image array; its type and range are kept."""
+"""Floor 5: denoise and complete an array of pixels or voxels; its type and range are kept."""
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,12 @@ from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Solution
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.path import trend_path
+from sparseopt.trend.selection import Selection, select
+from sparseopt.trend.signal import noise_level
+
+# Weights over the noise level, among which one is chosen, and how often the range is moved if the best is at its end.
+HIGHEST, RATIO, LEVELS, MOVES = 4.0, 2.0**-0.5, 11, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,45 +27,87 @@ class Denoised:
 
     image: np.ndarray  # of the shape and dtype of the input; integers are rounded and clipped to their range
     solution: Solution  # of the trend filter, in the input's units
+    weight: float  # of the penalty: the given or the chosen one
 
 
 def denoise(
     image: Any,
-    weight: float,
+    weight: float | None = None,
     order: int = 0,
     *,
+    isotropic: bool = False,
     couple: bool = False,
+    volume: bool = False,
+    spacing: Sequence[float] | None = None,
+    known: Any = None,
+    missing: str = "error",
     method: str = "auto",
     tol: float = 1e-4,
     max_steps: int = 20_000,
-    dtype: Any = np.float32,
+    dtype: Any = None,
     devices: Devices = None,
 ) -> Denoised:
-    """Fit a trend of an order to every channel of an image on its pixel grid.
+    """Fit a trend of an order to every channel of an image or a volume on its grid, and fill in what is not known.
 
     Args:
         image: `[height, width]` or `[height, width, channels]`, of 8- or 16-bit integers or floats; an alpha channel
-            (the last of 2 or 4) is kept unchanged.
-        weight: of the penalty, in the image's units (grey levels).
+            (the last of 2 or 4) is kept unchanged. With `volume` `[depth, height, width]` or the same with channels.
+        weight: of the penalty, in the image's units (grey levels); None takes that of the least `sure`, among a dozen
+            about the noise level that are spaced by a factor of `2^(1/2)`.
         order: 0 for flat patches with sharp edges, 1 for slopes.
+        isotropic: at order 0, penalise the length of the gradient (`GroupL2` with axis 0) instead of its entries, so
+            that edges in all directions cost the same.
         couple: let the channels of a pixel change together (`GroupL2`) instead of separately (`L1`).
+        volume: whether the image has three axes besides channels.
+        spacing: the distance of neighbours along each axis; only its ratios matter. None for equal ones.
+        known: booleans `[height, width]` (a volume's `[depth, height, width]`): False where a pixel is not known; the
+            fit fills it in. None for all.
+        missing: "nan" fills in pixels that are NaN as well; "error" raises.
         method: of `trend_filter`.
         tol: relative duality gap; 1e-4 is below one grey level.
         max_steps: step limit.
-        dtype: of the computation.
-        devices: as in `trend_filter`.
+        dtype: of the computation; None takes float32, or float64 where pixels are not known, since rounding of their
+            part of the gap would hide it.
+        devices: as in `trend_filter`; not without a weight.
+
+    Raises:
+        ValueError: for arguments that do not fit, also for a picture without noise if no weight is given.
+
+    Example:
+        >>> from sparseopt.trend.images import denoise
+        >>> steps = np.repeat([[40.0, 200.0]], 8, axis=0).repeat(8, axis=1)
+        >>> noisy = steps + 5 * np.random.default_rng(0).standard_normal(steps.shape)
+        >>> bool(np.abs(denoise(noisy, isotropic=True).image - steps).max() < 5)
+        True
     """
     given = np.asarray(image)
-    if given.ndim not in (2, 3) or given.dtype.kind not in "uif" or min(given.shape) < 1:
+    axes, names = (3, "depth, height, width") if volume else (2, "height, width")
+    if given.ndim not in (axes, axes + 1) or given.dtype.kind not in "uif" or min(given.shape) < 1:
         raise ValueError(
-            f"an image has the shape [height, width] or [height, width, channels] and holds numbers, given "
-            f"{given.shape} of {given.dtype}"
+            f"{'a volume' if volume else 'an image'} has the shape [{names}] or [{names}, channels] and holds numbers, "
+            f"given {given.shape} of {given.dtype}"
         )
-    has_alpha = given.ndim == 3 and given.shape[2] in (2, 4)
+    has_channels = given.ndim > axes
+    has_alpha = has_channels and not volume and given.shape[-1] in (2, 4)
     colours = given[..., :-1] if has_alpha else given
-    penalty = GroupL2(weight) if couple and colours.ndim == 3 else L1(weight)
-    grid = Graph.grid(given.shape[:2])
-    solution = trend_filter(colours, grid, penalty, order, method, tol, max_steps, dtype=dtype, devices=devices)
+    grid = Graph.grid(given.shape[:axes], spacing)
+    if grid.spacing is not None:  # with 1 for the shortest, a weight keeps its meaning
+        grid = Graph.grid(given.shape[:axes], [h / min(grid.spacing) for h in grid.spacing])
+    template = _template(isotropic, couple and has_channels)
+    node_weights = None if known is None else _checked_known(known, given.shape[:axes])
+    if dtype is None:
+        whole = node_weights is None and not (missing == "nan" and np.isnan(colours).any())
+        dtype = np.float32 if whole else np.float64
+    options: dict[str, Any] = {"node_weights": node_weights, "missing": missing, "tol": tol, "max_steps": max_steps}
+    options |= {"method": method, "dtype": dtype}
+    if weight is None:
+        if devices is not None:
+            raise ValueError("a weight is chosen on one device: give weight, or leave out devices")
+        chosen = _of_least_risk(colours, grid, template, order, options)
+        weight, solution = chosen.weight, chosen.path.at(chosen.index)
+    else:
+        penalty = dataclasses.replace(template, weight=weight)
+        solution = trend_filter(colours, grid, penalty, order, devices=devices, **options)
     fitted = np.asarray(solution.value)
     if given.dtype.kind in "ui":
         limits = np.iinfo(given.dtype)
@@ -66,7 +115,40 @@ def denoise(
     fitted = fitted.astype(given.dtype)
     if has_alpha:
         fitted = np.concatenate([fitted, given[..., -1:]], axis=-1)
-    return Denoised(fitted, solution)
+    return Denoised(fitted, solution, float(weight))
+
+
+def _template(isotropic: bool, couple: bool) -> Any:
+    if isotropic:
+        return GroupL2(1.0, axis=(0, -1) if couple else 0)
+    return GroupL2(1.0) if couple else L1(1.0)
+
+
+def _checked_known(known: Any, shape: tuple[int, ...]) -> np.ndarray:
+    mask = np.asarray(known)
+    if mask.shape != shape or mask.dtype.kind != "b":
+        raise ValueError(
+            f"known says for each of {shape} pixels whether it is known, as booleans; given {mask.dtype} of shape "
+            f"{mask.shape}"
+        )
+    return mask.reshape(-1).astype(np.float64)
+
+
+def _of_least_risk(y: np.ndarray, grid: Graph, template: Any, order: int, options: dict[str, Any]) -> Selection:
+    """The fit of the least unbiased estimate of risk among weights about the noise level."""
+    taken = {name: options[name] for name in ("node_weights", "missing")}
+    # Differences of neighbours hold much of what is in a picture, those of order 1 little.
+    noise = noise_level(y, grid, max(order, 1), **taken)
+    if not noise > 0:
+        raise ValueError(f"no weight can be chosen: the noise level of the picture is {noise:g}; give weight")
+    top = HIGHEST * noise
+    for _ in range(MOVES):
+        path = trend_path(y, grid, template, order, weights=top * RATIO ** np.arange(LEVELS), **options)
+        chosen = select(path, "sure", noise)
+        if 0 < chosen.index < LEVELS - 1:
+            break
+        top *= RATIO ** (LEVELS - 2 if chosen.index else 2 - LEVELS)
+    return chosen
 
 
 def psnr(image: np.ndarray, reference: np.ndarray, peak: float = 255.0) -> float:

@@ -12,12 +12,13 @@ import numpy as np
 from sparseopt.core.arguments import is_positive, real_array, require_memory, unknown, whole_number
 from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.core.group_penalties import GroupL2, SparseGroup
+from sparseopt.core.losses import is_smooth
 from sparseopt.core.penalties import L1, MCP, SCAD
 from sparseopt.core.problem import Solution
 from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, ScalarLoss
 from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import Ground, Terms, ground_of, on_rows, strength
+from sparseopt.trend.ground import Ground, Terms, couples_axes, ground_of, on_rows, strength
 from sparseopt.trend.layout import Layout
 from sparseopt.trend.signal import MOST_ORDER, Signal
 
@@ -68,6 +69,13 @@ class Job:
         fill("order", max(0, *self.terms))
         fill("several", len(self.terms) > 1 or -1 in self.terms)
         fill("penalty", next(iter(self.terms.values())))
+        if self.several and not (self.block is None and self.loss is None):
+            raise ValueError(f"several penalties take neither B nor loss, given B={self.block}, loss={self.loss}")
+        if self.graph.free and self.loss is not None and not is_smooth(self.loss):
+            raise ValueError(
+                f"free ends take smooth losses at order {self.order}, given loss={self.loss}: take HuberLoss, or leave "
+                "out ends"
+            )
         relaxed = is_positive(self.relaxation) and self.relaxation < 2
         if not (is_positive(self.tol) and (self.rho is None or is_positive(self.rho)) and relaxed):
             raise ValueError(
@@ -141,10 +149,14 @@ def checked_terms(penalty: Any, layout: Layout, order: int, channels: tuple[int,
 
     def checked(term: Any, k: int) -> Any:
         rows = layout.count(k + 1) if np.ndim(getattr(term, "weight", 0)) else None
-        return checked_penalty(term, channels, kind, rows)
+        return checked_penalty(term, layout.graph, k, channels, kind, rows)
 
     if not isinstance(penalty, Mapping):
         return {order: checked(penalty, order)}
+    if any(couples_axes(term) for term in penalty.values()):
+        raise ValueError(
+            "isotropic total variation, a penalty with axis 0, is taken alone here, given several penalties by orders"
+        )
     if not penalty:
         raise ValueError("several penalties are keyed by their orders, as in {-1: L1(0.5), 0: L1(2.0)}; given none")
     if order:
@@ -189,15 +201,17 @@ def checked_loss(loss: Any) -> ScalarLoss | None:
     return loss
 
 
-def checked_penalty(penalty: Any, channels: tuple[int, ...], kind: np.dtype, rows: int | None = None) -> Any:
+def checked_penalty(
+    penalty: Any, graph: Graph, order: int, channels: tuple[int, ...], kind: np.dtype, rows: int | None = None
+) -> Any:
     """The penalty, after `require_penalty` and `check_parameters`."""
-    require_penalty(penalty, bool(channels))
+    require_penalty(penalty, graph, order, bool(channels))
     check_parameters(penalty, kind, rows)
     return penalty
 
 
-def require_penalty(penalty: Any, channels: bool) -> None:
-    """Raise a TypeError or ValueError unless this is a penalty on differences, with or without channels."""
+def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> None:
+    """Raise a TypeError or ValueError unless this is a penalty on the differences of an order."""
     if isinstance(penalty, type) or not (hasattr(penalty, "value") and hasattr(penalty, "prox")):
         raise TypeError(f"a penalty has `value` and `prox`, such as sparseopt.L1(10.0); given {penalty!r}")
     if any(leaf is penalty for leaf in jax.tree.leaves(penalty)):
@@ -207,8 +221,22 @@ def require_penalty(penalty: Any, channels: bool) -> None:
         name = type(penalty).__name__
         if penalty.groups is not None:
             raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")
-        if not channels:
-            raise ValueError(f"{name} couples the channels of a signal [n, channels]; this one has none: use L1")
+        axes = tuple(np.atleast_1d(penalty.axis).tolist())
+        if axes not in ((-1,), (0,), (0, -1)):
+            raise ValueError(
+                f"{name} couples the channels by axis -1, the differences of a node along the axes of a grid by axis "
+                f"0, and both by axis (0, -1), given {penalty.axis!r}"
+            )
+        if -1 in axes and not channels:
+            raise ValueError(
+                f"{name} with axis {penalty.axis!r} couples the channels of a signal [n, channels]; this one has none: "
+                "use L1, or on a grid axis 0 for isotropic total variation"
+            )
+        if couples_axes(penalty) and (order != 0 or graph.shape is None or len(graph.shape) < 2):
+            raise ValueError(
+                f"{name} with axis {penalty.axis!r}, isotropic total variation, takes order 0 and a grid of 2 or 3 "
+                f"axes, given order {order} on {graph!r}"
+            )
 
 
 def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> None:

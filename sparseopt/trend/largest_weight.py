@@ -1,7 +1,9 @@
 """Floor 5: the least weight of L1 at which a trend filter returns the component means, with a certificate.
 
-It is in closed form for odd orders and on forests, and elsewhere found by Dinkelbach's iteration, between bounds; see
-The mathematics, "Paths of weights".
+With another loss these are the best constants c of the components. The constants are the fit if and only if some u in
+the dual ball has `Δ^(k+1)ᵀ u = -g`, g the gradient of the loss at c, or a subgradient. The least weight is in closed
+form for odd orders and on forests, and elsewhere found by Dinkelbach's iteration, between bounds; see The mathematics,
+"Paths of weights".
 
 Source: Dinkelbach, "On nonlinear fractional programming", Management Science 13 (1967); Strang, "Maximal flow through
 a domain", Mathematical Programming 26 (1983), for flows and level sets; Wang, Sharpnack, Smola, Tibshirani, "Trend
@@ -21,7 +23,9 @@ from sparseopt.core.types import precision
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import ground_of, inverse_laplacian
+from sparseopt.trend.job import Job, checked_loss
 from sparseopt.trend.layout import layout_of
+from sparseopt.trend.losses import null_pull
 from sparseopt.trend.methods.admm import ADMM
 from sparseopt.trend.methods.doge import DOGE
 from sparseopt.trend.signal import Signal, checked_order, checked_signal, component_means, graph_at, null_fit_values
@@ -41,7 +45,14 @@ class NullFit(NamedTuple):
 
 
 def largest_weight(
-    y: Any, graph: Graph, order: int = 0, node_weights: Any = None, tol: float = 1e-6, *, missing: str = "error"
+    y: Any,
+    graph: Graph,
+    order: int = 0,
+    node_weights: Any = None,
+    tol: float = 1e-6,
+    *,
+    missing: str = "error",
+    loss: Any = None,
 ) -> float:
     """The least weight of `L1` at which the fit is the mean of every component, or with free ends a polynomial.
 
@@ -52,6 +63,8 @@ def largest_weight(
     The arguments are those of `trend_filter`; `tol` is the relative width of the interval. The result is the largest
     weight over the channels, in the unit of y times that of the node weights; 0 if the signal is its component means.
     On a chain with free ends the polynomial of least squares takes their place, and the weight is exact at every order.
+    With another loss the best constants take it; for a loss with kinks the weight is large enough, but it may not be
+    the least.
 
     Raises:
         RuntimeError: if the interval remains wider than `tol`.
@@ -66,7 +79,9 @@ def largest_weight(
     k = checked_order(order)
     tol = positive_number("tol", tol)
     signal = checked_signal(y, graph, node_weights, missing, np.float64)
-    found = null_fit(signal, graph_at(graph, k, signal), k, tol)
+    layout, family = layout_of(graph_at(graph, k, signal)), checked_loss(loss)
+    job = Job(layout, {k: L1(1.0)}, signal.values.dtype, signal.values.shape[1:], signal=signal, loss=family)
+    found = null_fit(job, tol)
     # The intervals of other channels may be wider, below the largest.
     upper, lower = float(found.weight.max()), float(found.lower.max())
     if upper > (1 + tol) * lower:
@@ -77,9 +92,11 @@ def largest_weight(
     return upper
 
 
-def null_fit(signal: Signal, graph: Graph, order: int, tol: float) -> NullFit:
+def null_fit(job: Job, tol: float) -> NullFit:
     """The bounds and the certificate; the interval may remain wider than `tol` at the step limit."""
-    pull = _pull(signal, graph, order)
+    graph, order, signal = job.graph, job.order, job.signal
+    assert signal is not None
+    pull = _pull(signal, graph, order) if job.loss is None else null_pull(job)
     channels = pull.shape[1]
     halves = (order + 1) // 2
     rows, lay = layout_of(graph).count(order + 1), layout_of(graph).grid_rows

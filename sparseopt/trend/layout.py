@@ -157,7 +157,7 @@ class LayoutOver(Layout):
 
     def base(self, dtype: Any) -> Any:
         if self.graph.shape is not None:
-            return SlabBase(self.graph.shape, self.axis, self.mesh)
+            return SlabBase(self.graph.shape, self.axis, self.mesh, self.graph.spacing)
         build = functools.partial(part_base, self.cut, self.graph.weights, dtype, self.mesh)
         return self.cached(("base", np.dtype(dtype).name), build)
 

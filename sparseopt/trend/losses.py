@@ -3,11 +3,13 @@
     minimise over b    sum_j w_j f(b_j; y_j)  +  penalty(Δ^(k+1) b)
 
 b is on the scale of the loss: a log-rate for counts, log-odds for labels; `loss.mean(b)` maps it back. A fit exists if
-and only if the best constant of every component is finite, which is checked for every channel.
+and only if the best constant of every component is finite, which is checked for every channel; with free ends, if the
+best polynomial of degree k is.
 """
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.certify import promoted, stationary
+from sparseopt.core.divided_differences import polynomial_basis
 from sparseopt.core.fidelity import NodeLoss
 from sparseopt.core.iterate import iterate
 from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem, Solution
 from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart, certificate
+from sparseopt.core.types import precision
 from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Ground, leaves_as, mean_weight, null_space_dual
 from sparseopt.trend.job import Job, vanishes
 from sparseopt.trend.methods import chosen
@@ -28,6 +32,9 @@ from sparseopt.trend.pieces import TrendSolution, nonzero_at
 from sparseopt.trend.plan import FIRST_RHO, known_fit, to_next_check
 from sparseopt.trend.signal import Signal
 
+# Newton's method for the best polynomial: its steps, the relative decrease of the loss that ends it, and the curvature
+# over that at the start below which the loss has no minimum, only a limit.
+NEWTON_STEPS, DECREASE, FLAT = 200, 1e-15, 1e-8
 # A node without an observation still needs some weight in the x-step: this fraction of the mean.
 LIGHT = 1e-2
 
@@ -41,26 +48,102 @@ class _Data:
     labels: np.ndarray
 
 
-def fit_loss(job: Job) -> TrendSolution:
-    """The fit of a job with a loss; its dtype must be enabled."""
-    signal, graph, kind, channels, tol = job.signal, job.graph, job.dtype, job.channels, job.tol
-    assert signal is not None
-    method = chosen(job)
-    _require_connected(job.penalty)
-    nothing = vanishes(job.penalty)
-    penalty = job.rows
-    loss = leaves_as(job.loss, kind)
-    data = _observations(signal, job, loss, free=nothing or graph.num_edges == 0)
+def node_deviances(loss: ScalarLoss | None, fit: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """`2 f(fit; y)` entry by entry in float64, `(fit - y)²` for the square; where y is missing it means nothing."""
+    if loss is None:
+        return (y - fit) ** 2
+    with precision(np.dtype(np.float64)):
+        return 2 * np.asarray(loss.value(jnp.asarray(fit, jnp.float64), jnp.asarray(y)))
+
+
+def null_pull(job: Job) -> np.ndarray:
+    """Minus a subgradient of the loss at the best constants, `[n, channels]`, with sums of 0 over every component."""
+    with precision(job.dtype):
+        loss, data, null = _best_constants(job)
+        if _sees_one_value(data).all():
+            return np.zeros_like(null)
+        node_loss = NodeLoss(loss, *job.arrays)
+        return -_balanced_gradient(data, node_loss, null, partial(_laid_out, job), _free_basis(job))
+
+
+def _best_constants(job: Job) -> tuple[ScalarLoss, _Data, np.ndarray]:
+    """The loss in the job's dtype, the data, and the best constant of every node's component, `[n, channels]`."""
+    assert job.signal is not None
+    nothing, loss = vanishes(job.penalty), leaves_as(job.loss, job.dtype)
+    data = _observations(job.signal, job, loss, free=nothing or job.graph.num_edges == 0)
     columns = [np.ascontiguousarray(column) for column in data.columns.T]
     null = np.stack([loss.location(column, data.weights, data.labels)[data.labels] for column in columns], axis=1)
     _require_finite(null, data, loss, nothing)
+    if (basis := _free_basis(job)) is not None:
+        fits = zip(columns, null.T, strict=True)
+        null = np.stack([_best_polynomial(loss, basis, y, data.weights, start) for y, start in fits], axis=1)
+    return loss, data, null
+
+
+def _free_basis(job: Job) -> np.ndarray | None:
+    """Orthonormal `[n, k + 1]`, of the polynomials that no penalty sees with free ends; None else."""
+    if not job.graph.free or vanishes(job.penalty):
+        return None
+    return polynomial_basis(job.graph.times, job.graph.num_nodes, job.order + 1)
+
+
+def _best_polynomial(
+    loss: ScalarLoss, basis: np.ndarray, y: np.ndarray, weights: np.ndarray, start: np.ndarray
+) -> np.ndarray:
+    """The polynomial of least loss, `[n]`, by Newton's method from a constant; a ValueError if there is none."""
+    with precision(np.dtype(np.float64)):
+        at = jnp.asarray(np.where(weights > 0, y, loss.mean(jnp.asarray(start))))
+        loss = leaves_as(loss, np.float64)
+
+        @jax.jit
+        def told(fit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            slope, curvature = jax.jvp(lambda x: loss.derivative(x, at), (fit,), (jnp.ones_like(fit),))
+            return jnp.sum(weights * loss.value(fit, at)), weights * slope, weights * curvature
+
+        fit = start.astype(np.float64)
+        value, slope, curvature = (np.asarray(part) for part in told(fit))
+        first = curvature.max()
+        for _ in range(NEWTON_STEPS):
+            hessian = basis.T @ (curvature[:, None] * basis)
+            hessian += max(curvature.max(), first) * 1e-9 * np.eye(len(hessian))
+            move = -basis @ np.linalg.solve(hessian, basis.T @ slope)
+            fall, share = -slope @ move, 1.0
+            while share > 1e-12:
+                after, slope_after, curvature_after = (np.asarray(part) for part in told(fit + share * move))
+                if after <= value - 1e-4 * share * fall:
+                    break
+                share /= 2
+            else:
+                break
+            enough = value - after <= DECREASE * abs(value)
+            fit, value, slope, curvature = fit + share * move, after, slope_after, curvature_after
+            if enough:
+                break
+    least = np.linalg.eigvalsh(basis.T @ (curvature[:, None] * basis))[0]
+    if not loss.span_holds_fit and not least > FLAT * first:
+        raise ValueError(
+            f"with free ends no fit exists at order {basis.shape[1] - 1}: {type(loss).__name__} falls without end "
+            'along a polynomial, as for labels that one polynomial parts; lower the order, or take ends="graph"'
+        )
+    return fit
+
+
+def _laid_out(job: Job, values: np.ndarray) -> jax.Array:
+    """Values `[n, channels]` in the layout of the nodes."""
+    return job.layout.put(job.layout.rows(values.reshape(-1, *job.channels), 0).astype(job.dtype))
+
+
+def fit_loss(job: Job) -> TrendSolution:
+    """The fit of a job with a loss; its dtype must be enabled."""
+    signal, graph, kind, tol = job.signal, job.graph, job.dtype, job.tol
+    assert signal is not None
+    method = chosen(job)
+    _require_connected(job.penalty)
+    loss, data, null = _best_constants(job)
     alike = _sees_one_value(data)
     if alike.all():
         return known_fit(job, null.reshape(signal.values.shape), flat=True)
-
-    def laid_out(values: np.ndarray) -> jax.Array:
-        return job.layout.put(job.layout.rows(values.reshape(-1, *channels), 0).astype(kind))
-
+    penalty, laid_out, columns = job.rows, partial(_laid_out, job), np.ascontiguousarray(data.columns.T)
     y, weights = job.arrays
     low, high = _box(signal, loss, job.order)
     node_loss = NodeLoss(loss, y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
@@ -72,9 +155,10 @@ def fit_loss(job: Job) -> TrendSolution:
     curvatures = np.stack([loss.curvature(y, data.weights, null[:, c]) for c, y in enumerate(columns)], axis=1)
     curvatures = curvatures * data.weights[:, None]
     curvatures = np.maximum(curvatures, LIGHT * curvatures.mean())
-    even = method.one_metric and graph.shape is not None  # cosines need one metric for all nodes
+    # Cosines need one metric for all nodes, bands one for all channels.
+    even = method.one_metric and (graph.shape is not None or (graph.free and bool(job.channels)))
     plan = method.plan(dataclasses.replace(job, weighted=not even))
-    pull = -_balanced_gradient(data, node_loss, null, laid_out)
+    pull = -_balanced_gradient(data, node_loss, null, laid_out, _free_basis(job))
     dual = _null_dual(job.ground, penalty, pull, node_loss, laid_out)
     inside = jnp.zeros_like(dual) if _zero_is_inside(node_loss).all() else dual
     sigma = float(np.mean(curvatures))
@@ -97,6 +181,9 @@ def fit_loss(job: Job) -> TrendSolution:
         start = dataclasses.replace(start, rho=None)
     problem = Problem(node_loss, penalty, plan.split)
     limit = to_next_check(job.max_steps, solver.cadence)
+    if job.graph.free and isinstance(penalty, Norm) and float(_gap_at(problem, x, dual, solver.anchor)) <= tol:
+        # The polynomial is the fit; for a large weight rounding of its rows would spoil an iteration.
+        start, limit = LossStart(x, dual), 0
     found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=job.history)
     if settled.any():
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
@@ -188,10 +275,20 @@ def _box(signal: Signal, loss: ScalarLoss, order: int) -> tuple[np.ndarray, np.n
 
 
 def _balanced_gradient(
-    data: _Data, node_loss: NodeLoss, null: np.ndarray, laid_out: Callable[[np.ndarray], jax.Array]
+    data: _Data,
+    node_loss: NodeLoss,
+    null: np.ndarray,
+    laid_out: Callable[[np.ndarray], jax.Array],
+    basis: np.ndarray | None,
 ) -> np.ndarray:
-    """A subgradient of the loss at the best constants whose sum over every component is 0, `[n, channels]`."""
+    """A subgradient of the loss at the best constants whose sum over every component is 0, `[n, channels]`.
+
+    With a basis, the gradient at the best polynomial, orthogonal to all polynomials.
+    """
     gradient = np.array(node_loss.gradient(laid_out(null)), np.float64).reshape(null.shape)
+    if basis is not None:
+        seen = (data.weights > 0)[:, None] * basis
+        return gradient - seen @ np.linalg.solve(seen.T @ seen, basis.T @ gradient)
     for column in gradient.T:
         # Observations that the constant meets exactly take up the remainder: for the absolute loss their subgradients
         # are free. Without such observations the remainder is rounding.
@@ -248,6 +345,11 @@ def _shortened(penalty: Any, dual: jax.Array) -> jax.Array:
 
 
 @jax.jit
+def _gap_at(problem: Problem, null: jax.Array, dual: jax.Array, anchor: Anchor) -> jax.Array:
+    return certificate(problem, null, dual, anchor, True)[1]
+
+
+@jax.jit
 def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> jax.Array:
     """The weight over the noise, estimated from the differences of the loss's pull."""
     noise = OF_MEAN_SIZE * jnp.mean(jnp.abs(ground.highest.mv(pull)) / ground.row_norms)
@@ -260,12 +362,14 @@ def _finish(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The fit, its objective, its gap and its nonzero rows.
 
-    The fit is the best constants if they are no worse than the iterate.
+    The fit is the best constants if they are no worse than the iterate, up to rounding.
     """
     points, dual = jnp.stack([found.value, null]), found.state.candidate
-    objectives, gaps = jax.lax.map(lambda x: certificate(problem, x, dual, anchor), points)
-    place = (objectives[1] <= objectives[0]).astype(int)
+    of_null = jnp.array([False, True])
+    objectives, gaps = jax.lax.map(lambda at: certificate(problem, at[0], dual, anchor, at[1]), (points, of_null))
+    rounding = 1 + 8 * jnp.finfo(objectives.dtype).eps
+    place = (objectives[1] <= rounding * objectives[0]).astype(int)
     # rho is about this multiple of the weight over the noise of the fit.
     noise = FIRST_RHO * mean_weight(problem.penalty, ground.padding[1]) / found.state.rho
-    nonzero = nonzero_at(ground, problem.penalty, points[place], dual, None, noise)
+    nonzero = nonzero_at(ground, problem.penalty, points[place], dual, None, noise, null)
     return points[place], objectives[place], gaps[place], nonzero

@@ -19,7 +19,7 @@ from sparseopt.core.problem import Solution
 from sparseopt.core.types import pytree, static
 from sparseopt.trend.freedom import nonzero_rows
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import Ground, mean_weight
+from sparseopt.trend.ground import Ground, couples_axes, mean_weight
 
 
 @pytree
@@ -145,7 +145,10 @@ def nonzero_at(
         dual, prox = (None if part is None else part[-size:].reshape(rows.shape) for part in (dual, prox))
     if not isinstance(penalty, Norm):
         return prox != 0
-    return nonzero_rows(penalty, rows, dual, ground.row_norms * (noise / mean_weight(penalty, ground.padding[1])))
+    scale = ground.row_norms * (noise / mean_weight(penalty, ground.padding[1]))
+    if couples_axes(penalty):
+        scale = jnp.max(scale, axis=0, keepdims=True)
+    return nonzero_rows(penalty, rows, dual, scale)
 
 
 def edges_between(graph: Graph, values: np.ndarray) -> np.ndarray:

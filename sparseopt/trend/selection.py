@@ -1,11 +1,14 @@
 """Floor 5: the choice of a level of a path, by criteria that count degrees of freedom, or by cross-validation.
 
-With RSS the weighted sum of squares, N the number of observed values and sigma the noise level:
+With DEV the deviance (for the square the weighted sum of squares), N the number of observed values and sigma the noise
+level:
 
-    gcv    (RSS / N) / (1 - df / N)²,  df <= N / 2           needs no sigma
-    sure   (RSS + 2 sigma² df) / N - sigma²                  an unbiased estimate of the mean squared error (L1)
-    aic    RSS / sigma² + 2 df,       or  N log(RSS / N) + 2 N (df + 1) / (N - df - 2)  if sigma is not known
-    bic    RSS / sigma² + log(N) df,  or  N log(RSS / N) + log(N) df                    if sigma is not known
+    gcv    (DEV / N) / (1 - df / N)²,  df <= N / 2           needs no sigma
+    sure   (DEV + 2 sigma² df) / N - sigma²                  an unbiased estimate of the mean squared error (L1)
+    aic    DEV / sigma² + 2 df,       or  N log(DEV / N) + 2 N (df + 1) / (N - df - 2)  if sigma is not known
+    bic    DEV / sigma² + log(N) df,  or  N log(DEV / N) + log(N) df                    if sigma is not known
+
+For counts and labels sigma² is the dispersion, 1 where their variance is that of a Poisson or binomial distribution.
 
 Source: Golub, Heath and Wahba, Technometrics 21 (1979); Stein, Annals of Statistics 9 (1981); Akaike (1974); Schwarz
 (1978); Hurvich, Simonoff and Tsai, JRSS B 60 (1998), for the corrected aic; Zou, Hastie and Tibshirani, Annals of
@@ -20,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from sparseopt.core.arguments import is_positive, unknown, whole_number
+from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss
 from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Status
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.losses import node_deviances
 from sparseopt.trend.path import TrendPath, trend_path
 from sparseopt.trend.signal import Signal, checked_signal
 
@@ -75,9 +80,12 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
             "sure" or "aic".
         sigma: the standard deviation of the noise (at node weight 1). With None "sure" takes the robust estimate
             `path.noise`, "aic" the corrected form, and "bic" the profiled likelihood, which decreases without bound as
-            RSS goes to 0; on a path that comes close to the signal give "bic" a sigma, such as `path.noise`.
+            the deviance goes to 0; on a path that comes close to the signal give "bic" a sigma, such as `path.noise`.
+            For `PoissonLoss` and `LogisticLoss` None is 1.
 
     Raises:
+        ValueError: also for "sure" with another loss than the square, which it estimates the risk of, and for "gcv" and
+            "aic" with `LogisticLoss`, which chose fits of 47 times the least error in a study of labels.
         RuntimeError: if a level of the path has values that are not finite.
 
     Example:
@@ -91,8 +99,17 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
         raise TypeError(f"select takes a TrendPath, as trend_path returns it, given {type(path).__name__}")
     if criterion not in CRITERIA:
         raise ValueError(unknown("criterion", criterion, CRITERIA))
+    if criterion == "sure" and path.loss is not None:
+        raise ValueError(f"sure estimates a mean squared error, given a path with loss={path.loss}: take aic or gcv")
+    if isinstance(path.loss, LogisticLoss) and criterion in ("gcv", "aic"):
+        raise ValueError(
+            f"{criterion} does not choose among fits of labels, whose deviance is 0 on every piece of one label: take "
+            'cross_validate(..., rule="one_se"), or bic'
+        )
     if sigma is None and criterion == "sure":
         sigma = path.noise
+    if sigma is None and isinstance(path.loss, PoissonLoss | LogisticLoss):
+        sigma = 1.0
     _require_finite(path.statuses, "the path")
     if sigma is not None and not is_positive(sigma):
         raise ValueError(
@@ -101,22 +118,22 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
         )
     if criterion == "gcv":
         sigma = None
-    count, rss = path.observations, path.squares
+    count, deviance = path.observations, path.deviances
     freedom = path.degrees_of_freedom.astype(float)
     price = {"aic": 2.0, "bic": math.log(count)}.get(criterion, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         if criterion == "gcv":
-            curve = np.where(freedom <= count / 2, rss / count / (1 - freedom / count) ** 2, np.inf)
+            curve = np.where(freedom <= count / 2, deviance / count / (1 - freedom / count) ** 2, np.inf)
         elif criterion == "sure":
             assert sigma is not None
-            curve = (rss + 2 * sigma**2 * freedom) / count - sigma**2
+            curve = (deviance + 2 * sigma**2 * freedom) / count - sigma**2
         elif sigma is None and criterion == "aic":
             left = count - freedom - 2
-            curve = np.where(left > 0, count * (np.log(rss / count) + 2 * (freedom + 1) / left), np.inf)
+            curve = np.where(left > 0, count * (np.log(deviance / count) + 2 * (freedom + 1) / left), np.inf)
         elif sigma is None:
-            curve = np.where(freedom < count, count * np.log(rss / count) + price * freedom, np.inf)
+            curve = np.where(freedom < count, count * np.log(deviance / count) + price * freedom, np.inf)
         else:
-            curve = rss / sigma**2 + price * freedom
+            curve = deviance / sigma**2 + price * freedom
     return Selection(path, criterion, curve, int(np.argmin(curve)), sigma)
 
 
@@ -135,7 +152,7 @@ class CrossValidation(_Chosen):
 
     Attributes:
         path: the fits to all observed nodes.
-        fold_errors: the weighted mean squared error of every fold's prediction, `[folds, levels]`.
+        fold_errors: the weighted mean deviance of every fold's prediction, `[folds, levels]`.
         errors: their mean over the folds, `[levels]`.
         standard_errors: the standard deviation over the folds divided by `sqrt(folds)`, `[levels]`.
         folds: the fold in which each node is held out, `[n]`; -1 for missing nodes.
@@ -190,21 +207,23 @@ def cross_validate(
     node_weights: Any = None,
     missing: str = "error",
     dtype: Any = None,
+    loss: Any = None,
     **options: Any,
 ) -> CrossValidation:
     """Choose a weight by K-fold cross-validation over the nodes.
 
-    The nodes of each fold are held out once: the fit fills them in as missing, and the error is the mean squared
-    difference from the observations there, weighted by the node weights. The folds are random, differ in size by at
-    most one node, and are spread evenly over the components, so that every component keeps a node. All folds use the
-    weights of the path of all nodes. A fold has fewer observations, so it smooths slightly more than the same weight
-    does on all nodes.
+    The nodes of each fold are held out once: the fit fills them in as missing, and the error is the mean deviance of
+    the observations there (for the square the mean squared difference), weighted by the node weights. The folds are
+    random, differ in size by at most one node, and are spread evenly over the components, so that every component
+    keeps a node. All folds use the weights of the path of all nodes. A fold has fewer observations, so it smooths
+    slightly more than the same weight does on all nodes.
 
     There are `folds` >= 2 folds, drawn with the `seed`. The `rule` "min" takes the least error, "one_se" the largest
     weight within one standard error of it. All other arguments are those of `trend_path`.
 
     Raises:
-        ValueError: also for a component with only one observed node, which no fold can predict.
+        ValueError: also for a component with only one observed node, which no fold can predict; and with a loss, for
+            one that without a fold has no finite fit, as where all its counts are in that fold.
         RuntimeError: if a fit has values that are not finite.
 
     Example:
@@ -220,12 +239,13 @@ def cross_validate(
     level = signal.mass
     held = random_folds(graph, level > 0, folds, seed)
     folds = int(folds)
-    path = trend_path(y, graph, penalty, order, node_weights=node_weights, missing=missing, dtype=dtype, **options)
-    options = {**options, "weights": path.weights}
+    options |= {"dtype": dtype, "loss": loss}
+    path = trend_path(y, graph, penalty, order, node_weights=node_weights, missing=missing, **options)
+    options["weights"] = path.weights
     errors, statuses = np.empty((folds, len(path))), np.empty((folds, len(path)), np.int32)
     for fold in range(folds):
         kept = np.where(held == fold, 0, level)
-        fit = trend_path(signal.values, graph, penalty, order, node_weights=kept, dtype=dtype, **options)
+        fit = trend_path(signal.values, graph, penalty, order, node_weights=kept, **options)
         errors[fold] = _held_out_errors(fit, signal, level, held == fold)
         statuses[fold] = fit.statuses
     _require_finite(statuses, "the folds (fold, level)")
@@ -237,8 +257,8 @@ def cross_validate(
 
 def _held_out_errors(fit: TrendPath, signal: Signal, weights: np.ndarray, held: np.ndarray) -> np.ndarray:
     columns = signal.columns
-    apart = fit.values.reshape(len(fit), *columns.shape)[:, held] - columns[held]
-    return np.average((apart**2).mean(axis=-1), axis=1, weights=weights[held])
+    found = node_deviances(fit.loss, fit.values.reshape(len(fit), *columns.shape)[:, held], columns[held])
+    return np.average(found.mean(axis=-1), axis=1, weights=weights[held])
 
 
 def random_folds(graph: Graph, observed: np.ndarray, folds: int, seed: int) -> np.ndarray:

@@ -115,8 +115,8 @@ def checked_signal(
     absent = np.isnan(values).reshape(graph.num_nodes, -1)
     if absent.any() and missing == "error":
         raise ValueError(
-            f'the signal has {int(absent.sum())} NaN of {values.size} values; missing="nan" fills them in from '
-            "their neighbours"
+            f'the signal has {int(absent.sum())} NaN of {values.size} values; missing="nan", in the shell --missing, '
+            "fills them in from their neighbours"
         )
     if absent.any():
         partly = absent.any(axis=1) & ~absent.all(axis=1)

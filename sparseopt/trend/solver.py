@@ -64,7 +64,7 @@ class TrendSolver:
         shapes = list(dict.fromkeys([(graph.num_nodes,), graph.node_shape]))
         if y.shape not in (wanted := [shape + channels for shape in shapes]):
             raise ValueError(f"the solver's signals have the shape {' or '.join(map(str, wanted))}, given {y.shape}")
-        require_penalty(penalty, bool(channels))
+        require_penalty(penalty, graph, self.order, bool(channels))
         weight, rows = getattr(penalty, "weight", 0.0), self.layout.count(self.order + 1)
         if np.ndim(weight) and (np.shape(weight) != (rows,) or not isinstance(penalty, L1)):
             raise ValueError(

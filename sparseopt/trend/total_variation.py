@@ -1,6 +1,6 @@
 """Floor 5: total variation on a graph, and its higher orders, as a penalty of the core; its prox is a trend filter.
 
-    value(x) = sum_i w_i |(Δ^(k+1) x)_i|
+    value(x) = sum_i w_i |(Δ^(k+1) x)_i|        isotropic: w sum_j ||(D x)_j||_2 over the differences of every node j
     prox(x, step) = argmin over u    1/2 ||u - x||² + step * value(u)
 
 Source: Rudin, Osher and Fatemi, "Nonlinear total variation based noise removal algorithms", 1992; for proxes that are
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.arguments import positive_number, whole_number
+from sparseopt.core.group_penalties import GroupL2
 from sparseopt.core.operators import Difference
 from sparseopt.core.penalties import L1
 from sparseopt.core.problem import Status
@@ -22,7 +23,7 @@ from sparseopt.core.solvers.admm import Start
 from sparseopt.core.types import FloatArray, Scalar, pytree, static
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import on_rows
-from sparseopt.trend.job import MOST_STEPS, check_parameters
+from sparseopt.trend.job import MOST_STEPS, check_parameters, require_penalty
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.methods import AUTO
 from sparseopt.trend.signal import checked_graph, checked_order
@@ -69,10 +70,10 @@ class Rows:
 class TotalVariation:
     """`sum_i w_i |(Δ^(k+1) x)_i|` of a signal x on a graph: the penalty of the trend filter, on x itself.
 
-    Order 0 is the total variation (for images, the anisotropic one). The prox is the fit of
-    `trend_filter(x, graph, L1(step * weight), order)`, to the relative duality gap `tol`. `prox_from` starts where the
-    last prox ended, with an error of at most a fifth of the last change; its memory tells its accuracy (see
-    `ProxMemory`).
+    Order 0 is the total variation: on a grid the anisotropic one, with `axis=0` the isotropic one, the sum of the
+    lengths of the gradient. The prox is the fit of `trend_filter(x, graph, L1(step * weight), order)`, to the relative
+    duality gap `tol`. `prox_from` starts where the last prox ended, with an error of at most a fifth of the last
+    change; its memory tells its accuracy (see `ProxMemory`).
 
     x has the shape `[n]` in the graph's node order, or `[*shape]` on a grid, or either with trailing channels, which
     are penalised separately. The host work is done once, here. All methods run under `jit` and `vmap`. The prox has
@@ -93,6 +94,8 @@ class TotalVariation:
         method: as in `trend_solver`.
         dtype: of the iterations, float32 or float64; None for JAX's default.
         channels: the length of the last axis of x; None for an x without channels.
+        axis: None for L1; or as of `GroupL2`, for one weight: 0 for isotropic total variation on a grid, -1 to couple
+            the channels, (0, -1) for both.
         solver: that of an earlier TotalVariation, instead of graph, order, method, dtype and channels. JAX and
             `dataclasses.replace` use it.
 
@@ -106,6 +109,7 @@ class TotalVariation:
     tol: Any
     solver: TrendSolver
     max_steps: int = static()
+    axis: int | tuple[int, ...] | None = static()
 
     def __init__(
         self,
@@ -118,12 +122,15 @@ class TotalVariation:
         dtype: Any = None,
         channels: int | None = None,
         *,
+        axis: int | tuple[int, ...] | None = None,
         solver: TrendSolver | None = None,
     ) -> None:
         if solver is None:
-            rows = layout_of(checked_graph(graph)).count(checked_order(order) + 1)
+            graph, order = checked_graph(graph), checked_order(order)
+            require_penalty(_penalty(weight, axis), graph, order, channels is not None)
             if not isinstance(weight, jax.core.Tracer):
-                check_parameters(L1(weight), np.dtype(np.float64), rows)
+                rows = layout_of(graph).count(order + 1)
+                check_parameters(_penalty(weight, axis), np.dtype(np.float64), rows)
             if not isinstance(tol, jax.core.Tracer):
                 positive_number("tol", tol)
             max_steps = whole_number("max_steps", max_steps, 1, MOST_STEPS)
@@ -133,7 +140,8 @@ class TotalVariation:
                 "another graph, order, method, dtype or number of channels needs another plan: make a new "
                 "TotalVariation, without a solver"
             )
-        for name, given in {"weight": weight, "tol": tol, "solver": solver, "max_steps": max_steps}.items():
+        fields = {"weight": weight, "tol": tol, "solver": solver, "max_steps": max_steps, "axis": axis}
+        for name, given in fields.items():
             object.__setattr__(self, name, given)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
@@ -166,7 +174,7 @@ class TotalVariation:
         dual = step * memory.dual
         start = Start(x - rows.rmv(dual), dual, step * memory.rho)
         tol = jnp.minimum(memory.tol, self.tol)
-        found = self.solver(x, L1(step * weight), tol=tol, max_steps=self.max_steps, start=start)
+        found = self.solver(x, _penalty(step * weight, self.axis), tol=tol, max_steps=self.max_steps, start=start)
         u, size = found.value, jnp.where(step > 0, step, 1)
         # A gap of g leaves an error of sqrt(2 g P).
         limits, moved = jnp.finfo(kind), jnp.sum((u - memory.u) ** 2)
@@ -184,8 +192,8 @@ class TotalVariation:
         after = jax.tree.map(lambda new, old: jax.lax.stop_gradient(new).astype(old.dtype), after, memory)
         return u.astype(x.dtype), after
 
-    def parts(self, x: FloatArray) -> tuple[L1, Rows]:
-        """L1 with the weights of the rows, and `Δ^(k+1)` for arrays like x."""
+    def parts(self, x: FloatArray) -> tuple[L1 | GroupL2, Rows]:
+        """The penalty on the rows, and `Δ^(k+1)` for arrays like x."""
         solver, graph = self.solver, self.solver.layout.graph
         channels = () if solver.channels is None else (solver.channels,)
         fitting = {nodes + channels for nodes in (graph.node_shape, (graph.num_nodes,))}
@@ -194,11 +202,15 @@ class TotalVariation:
                 f"this TotalVariation takes an x of shape {' or '.join(map(str, sorted(fitting)))}, given {x.shape}; "
                 "give the number of channels of x when it is made"
             )
-        inner = on_rows({solver.order: L1(self.weight)}, solver.layout, _wide(x), bool(channels))
+        inner = on_rows({solver.order: _penalty(self.weight, self.axis)}, solver.layout, _wide(x), bool(channels))
         return inner, Rows(solver.plans[0].ground.highest, x.shape, channels)
 
     def dual(self, memory: ProxMemory) -> FloatArray:
         return memory.dual
+
+
+def _penalty(weight: Any, axis: int | tuple[int, ...] | None) -> L1 | GroupL2:
+    return L1(weight) if axis is None else GroupL2(weight, axis)
 
 
 def _wide(x: FloatArray) -> Any:

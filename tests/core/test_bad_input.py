@@ -97,7 +97,7 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
     "a label 2": (
         lambda: so.Problem(so.Composed(so.LogisticLoss(), MATRIX, np.r_[LABELS[:-1], 2.0]), so.L1(1.0)),
         {},
-        r"LogisticLoss takes labels 0 or 1, given 2 at target 29 \(1 such\)",
+        r"LogisticLoss takes labels 0 or 1 or proportions between them, given 2 at target 29 \(1 such\)",
     ),
     "a NaN target": (
         lambda: so.Problem(so.LeastSquares(MATRIX, np.r_[np.nan, TARGET[1:]]), so.L1(1.0)),

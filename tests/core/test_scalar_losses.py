@@ -17,7 +17,7 @@ from tests.jitted import Jitted
 DOUBLE = np.dtype(np.float64)
 CASES = {
     "Poisson": (so.PoissonLoss(), [0.0, 1.0, 7.0, 400.0]),
-    "logistic": (so.LogisticLoss(), [0.0, 1.0]),
+    "logistic": (so.LogisticLoss(), [0.0, 0.3, 1.0]),
     "squared hinge": (so.SquaredHingeLoss(), [-1.0, 1.0]),
     "Huber": (so.HuberLoss(0.7), [-2.0, 0.0, 3.0]),
     "wide Huber": (so.HuberLoss(5.0), [-2.0, 0.0, 3.0]),
@@ -185,6 +185,13 @@ def test_host_methods_describe_the_data(case):
     low, high = loss.span(y)
     assert low <= fit[0] <= high
     assert not hasattr(loss.tree, "refuses") or loss.refuses() is None
+
+
+def test_the_loss_of_a_proportion_keeps_its_digits_near_the_best_fit():
+    # In float32 log(1 + e^x) - y x and the entropy agree in all digits there.
+    y = np.array([0.02, 0.3, 0.5, 0.97], np.float32)
+    x = np.log(y / (1 - y)) + np.float32(0.01)
+    np.testing.assert_allclose(Jitted(so.LogisticLoss()).value(x, y), y * (1 - y) * 1e-4 / 2, rtol=0.02)
 
 
 def test_wright_omega_agrees_with_scipy():

@@ -85,4 +85,5 @@ def test_large_arrays_go_back_to_the_system_when_they_are_freed():
         kept.append(np.ones(2**10))
     full = resident()
     freed.clear()
-    assert full - resident() > 300 * 2**20
+    # Of 320 MiB, since threads of earlier tests may allocate meanwhile.
+    assert full - resident() > 200 * 2**20

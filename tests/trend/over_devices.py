@@ -40,7 +40,12 @@ def uneven_graph():
     return so.Graph.from_edges(edges, 60, rng.uniform(0.5, 2.0, len(edges)))
 
 
-GRID, CHAIN, CUBE, UNEVEN = so.Graph.grid((37, 23)), so.Graph.chain(50), so.Graph.grid((4, 5, 11)), uneven_graph()
+GRID, CHAIN, CUBE, UNEVEN = (
+    so.Graph.grid((37, 23)),
+    so.Graph.chain(50),
+    so.Graph.grid((4, 5, 11), (1, 2, 0.5)),
+    uneven_graph(),
+)
 
 
 def products(graph, devices, order):
@@ -130,6 +135,7 @@ def fits():
         ),
         "chain, weight a row, 8": fit(picture((50,)), CHAIN, so.L1(rows), 8, order=3, tol=1e-4, max_steps=400),
         "cube, MCP, 8": fit(picture((4, 5, 11)), CUBE, so.MCP(0.1, 2.0), 8, tol=1e-4),
+        "cube, isotropic, 8": fit(picture((4, 5, 11)), CUBE, so.GroupL2(0.1, axis=0), 8, tol=1e-4),
         "graph, 8": fit(on_graph[:, 0], UNEVEN, so.L1(0.2), 8, order=1, tol=1e-5),
         "graph, the means are the fit, 3": fit(on_graph, UNEVEN, so.GroupL2(1e4), 3, tol=1e-5),
     }

@@ -12,6 +12,7 @@ FITS = (
     "grid, missing, 3",
     "chain, weight a row, 8",
     "cube, MCP, 8",
+    "cube, isotropic, 8",
     "graph, 8",
     "graph, the means are the fit, 3",
 )

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import mean_poisson_deviance
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import sparseopt as so
-from sparseopt.trend.estimator import GraphTrendFilter
+from sparseopt.trend.estimator import GraphTrendClassifier, GraphTrendFilter
 from tests.trend.problems import exact_fit, random_graph
 
 N = 60
@@ -48,6 +50,12 @@ def test_scikit_learn_accepts_it(estimator, check):
     check(estimator)
 
 
+@pytest.mark.thorough
+@parametrize_with_checks([GraphTrendClassifier()])
+def test_scikit_learn_accepts_the_classifier(estimator, check):
+    check(estimator)
+
+
 def test_samples_of_a_node_count_as_their_weighted_mean(rng):
     graph = random_graph(rng, weighted=True)
     nodes = np.concatenate([rng.permutation(14), rng.integers(0, 14, 26)])
@@ -64,6 +72,82 @@ def test_samples_of_a_node_count_as_their_weighted_mean(rng):
     assert model.n_iter_ == int(direct.steps)
     repeated = clone(model).fit(column(nodes.repeat(weights)), y.repeat(weights))
     np.testing.assert_allclose(repeated.fitted_values_, model.fitted_values_, rtol=1e-9)
+
+
+def test_counts_have_rates_and_the_score_is_the_explained_deviance(rng):
+    rates = 3 + STEPS
+    model = GraphTrendFilter(0, 2.0, CHAIN, tol=1e-8, loss="poisson")
+    model.fit(np.tile(NODES, (2, 1)), np.concatenate([rates - 1, rates + 1]))
+    direct = so.trend_filter(rates, CHAIN, so.L1(2.0), tol=1e-8, node_weights=np.full(N, 2.0), loss="poisson")
+    np.testing.assert_allclose(model.fitted_values_, direct.value, rtol=1e-9)
+    found = model.predict(NODES)
+    np.testing.assert_allclose(found, np.exp(model.fitted_values_), rtol=1e-14)
+    # Each end of a plateau of 40 samples moves it by alpha / 40.
+    np.testing.assert_allclose(found, rates + np.repeat([2, -4, 2], 20) / 40, atol=1e-3)
+    held_out, weights = rng.poisson(rates), rng.integers(1, 3, N)
+    null = np.full(N, np.average(held_out, weights=weights))
+    deviances = [mean_poisson_deviance(held_out, means, sample_weight=weights) for means in (found, null)]
+    assert model.score(NODES, held_out, weights) == pytest.approx(1 - deviances[0] / deviances[1])
+
+
+def test_new_points_get_the_mean_of_rates_and_of_probabilities():
+    X, new = column([0, 1, 5]), column([0.25, 0.5, -1.0])
+    rates = GraphTrendFilter(alpha=0, n_neighbors=2, loss="poisson").fit(X, [1, 9, 100])
+    np.testing.assert_allclose(rates.predict(new), [3.0, 5.0, 11 / 3])
+    labels = GraphTrendClassifier(alpha=0, n_neighbors=2, label_smoothing=0.2).fit(X, [7, 9, 7])
+    np.testing.assert_allclose(labels.predict_proba(new)[:, 1], [0.3, 0.5, 0.1 + 0.8 / 3])
+    np.testing.assert_array_equal(labels.predict(np.concatenate([X, new])), [7, 9, 7, 7, 7, 7])
+
+
+def test_a_loss_with_another_mean_takes_equal_samples_of_a_node_alone(noisy):
+    noisy[::10] += 50
+    model = GraphTrendFilter(0, 1.0, CHAIN, loss=so.HuberLoss(0.5)).fit(NODES, noisy, np.full(N, 2.0))
+    direct = so.trend_filter(
+        noisy, CHAIN, so.L1(1.0), 0, tol=1e-4, node_weights=np.full(N, 2.0), loss=so.HuberLoss(0.5)
+    )
+    np.testing.assert_array_equal(model.predict(NODES), direct.value)
+    X, y = np.tile(NODES, (2, 1)), np.tile(noisy, 2)
+    twice = clone(model).fit(X, y)
+    np.testing.assert_array_equal(twice.predict(NODES), model.predict(NODES))
+    y[[3, 4]] = [1.0, 2.0]
+    match = r"with HuberLoss the samples of a node must be equal.*given 1.0 in row 3 and .* in row 63.*\(2 such nodes\)"
+    with pytest.raises(ValueError, match=match):
+        twice.fit(X, y)
+
+
+def test_labels_of_a_node_count_as_a_proportion(rng):
+    graph = random_graph(rng)
+    nodes, weights = np.tile(np.arange(14), 4), rng.integers(1, 4, 56)
+    ones = rng.random(56) < np.where(nodes < 7, 0.2, 0.8)
+    mass = np.bincount(nodes, weights)
+    proportions = np.bincount(nodes, weights * np.where(ones, 0.95, 0.05)) / mass
+    model = GraphTrendClassifier(0, 0.5, graph, tol=1e-8, label_smoothing=0.1)
+    model.fit(column(nodes), np.where(ones, "yes", "no"), weights)
+    assert model.classes_.tolist() == ["no", "yes"]
+    direct = so.trend_filter(proportions, graph, so.L1(0.5), tol=1e-8, node_weights=mass, loss="logistic")
+    np.testing.assert_allclose(model.fitted_values_, direct.value, atol=1e-9)
+    every = column(range(14))
+    np.testing.assert_allclose(model.decision_function(every), model.fitted_values_, atol=1e-12)
+    np.testing.assert_allclose(model.predict_proba(every)[:, 1], 1 / (1 + np.exp(-model.fitted_values_)), rtol=1e-12)
+    np.testing.assert_array_equal(model.predict(every) == "yes", model.decision_function(every) > 0)
+    repeated = clone(model).fit(column(nodes.repeat(weights)), ones.repeat(weights))
+    np.testing.assert_allclose(repeated.fitted_values_, model.fitted_values_, atol=1e-9)
+
+
+def test_a_cluster_of_one_label_has_a_finite_fit_by_label_smoothing(rng):
+    X = np.concatenate([rng.uniform(0, 1, (6, 2)), rng.uniform(50, 51, (6, 2))])
+    model = GraphTrendClassifier(n_neighbors=3).fit(X, np.arange(12) >= 6)
+    np.testing.assert_allclose(model.decision_function(X), np.repeat([-1, 1], 6) * np.log(199), rtol=1e-12)
+    with pytest.raises(ValueError, match="only one of the labels"):
+        model.set_params(label_smoothing=0).fit(X, np.arange(12) >= 6)
+
+
+def test_more_than_two_classes_are_fitted_one_against_the_rest():
+    y = np.repeat(["a", "b", "c"], N // 3)
+    model = GraphTrendClassifier(graph=CHAIN, alpha=0.5)
+    with pytest.raises(ValueError, match=r"Only binary.*multiclass, with 3 classes.*OneVsRestClassifier"):
+        model.fit(NODES, y)
+    np.testing.assert_array_equal(OneVsRestClassifier(model).fit(NODES, y).predict(NODES), y)
 
 
 def test_outputs_are_smoothed_together(rng):
@@ -208,6 +292,10 @@ def test_a_fit_is_judged_by_how_it_was_made(noisy):
         ({"penalty": "group_l2"}, ValueError, "couples the channels"),
         ({"method": "newton"}, ValueError, "unknown method 'newton'"),
         ({"tol": 0.0}, ValueError, "must be positive"),
+        ({"loss": "cauchy"}, ValueError, "unknown loss 'cauchy'"),
+        ({"loss": so.PoissonLoss}, TypeError, "a loss is a name or an object"),
+        ({"loss": "logistic"}, ValueError, "LogisticLoss is for labels: use GraphTrendClassifier"),
+        ({"loss": "squared_hinge"}, ValueError, "SquaredHingeLoss is for labels: use GraphTrendClassifier"),
     ],
 )
 def test_bad_parameters_are_named(parameters, error, match):
@@ -233,6 +321,27 @@ def test_bad_samples_are_named(X, weights, match):
     graph = so.Graph.from_edges([(0, 1), (1, 2), (3, 4), (4, 5)])
     with pytest.raises(ValueError, match=match):
         GraphTrendFilter(graph=graph).fit(column(X), [1.0, 2.0, 3.0], sample_weight=weights)
+
+
+@pytest.mark.parametrize(
+    ("settings", "y", "weights", "match"),
+    [
+        ({"label_smoothing": 1.0}, [0, 1, 1], None, r"label_smoothing is a number in \[0, 1\), given 1.0"),
+        ({"label_smoothing": None}, [0, 1, 1], None, "given None"),
+        ({"alpha": -1.0}, [0, 1, 1], None, "alpha .* given -1.0"),
+        ({}, ["no", "no", "no"], None, "two classes, given one class, .*'no'"),
+        ({}, [0, 1, 1], [0, 1, 1], "one class, .*1.* with a positive weight"),
+        ({}, [0.5, 1.5, 1.7], None, "Unknown label type: continuous"),
+    ],
+)
+def test_bad_labels_are_named(settings, y, weights, match):
+    with pytest.raises(ValueError, match=match):
+        GraphTrendClassifier(**settings).fit(column(range(3)), y, weights)
+
+
+def test_a_count_that_a_mean_would_hide_is_named():
+    with pytest.raises(ValueError, match=r"PoissonLoss takes counts.*given y = -1 in row 2 \(1 such\)"):
+        GraphTrendFilter(loss="poisson").fit(column([0, 1, 1]), [1, 4, -1])
 
 
 def test_node_numbers_are_one_column_at_fit_and_known_at_predict(noisy):

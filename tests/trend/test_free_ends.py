@@ -8,8 +8,11 @@ import pytest
 from scipy import sparse
 
 import sparseopt as so
+from sparseopt.core.types import precision
 from sparseopt.trend.filter import chosen_method
+from sparseopt.trend.job import LOSSES
 from sparseopt.trend.layout import layout_of
+from tests.core import conic
 
 N = 30
 
@@ -240,7 +243,7 @@ def test_bad_chains_are_refused(message):
 
 
 BAD_FITS = {
-    "free ends take the square loss": {"loss": "huber"},
+    "free ends take smooth losses": {"loss": "absolute"},
     "treats all differences row by row, given B=1": {"B": 1},
     'method="doge_groups" needs the ends of the graph': {"method": "doge_groups"},
     "at least 2 observed nodes, given 1": {"node_weights": [1, 0, 0, 0]},
@@ -278,3 +281,51 @@ def test_strong_smoothing_of_a_long_series_takes_few_steps():
     assert flat.steps == 0
     assert flat.knots().size == 0
     np.testing.assert_allclose(flat.value, np.polynomial.Polynomial.fit(times, y, 2)(times), atol=1e-9)
+
+
+RATES = np.abs(np.arange(N) - N / 3) / 8
+OBSERVED = {
+    "poisson": np.random.default_rng(2).poisson(np.exp(RATES)).astype(float),
+    "logistic": (np.random.default_rng(2).random(N) < 1 / (1 + np.exp(1 - 2 * RATES))).astype(float),
+    "huber": noisy(),
+}
+FORMS = {"poisson": conic.poisson, "logistic": conic.logistic, "huber": conic.huber(1.0)}
+
+
+@pytest.mark.parametrize("loss", OBSERVED)
+@pytest.mark.parametrize(
+    ("kind", "order", "method"), [("uneven", 1, "admm"), ("even", 2, "admm"), ("uneven", 1, "doge")]
+)
+def test_other_losses_leave_polynomials_free_and_reach_the_optimum(loss, kind, order, method):
+    times, y, weight = times_of(kind), OBSERVED[loss], 1.5
+    graph, seen = so.Graph.chain(N, times=times, ends="free"), np.ones(N)
+    seen[7:9] = 0
+    program = conic.Conic(N)
+    FORMS[loss](program, sparse.eye_array(N).tocsr()[seen > 0], y[seen > 0], np.ones(N - 2))
+    conic.absolute(program, graph.matrix(order + 1), weight)
+    fit = so.trend_filter(y, graph, so.L1(weight), order, method, 1e-7, node_weights=seen, loss=loss).check()
+    assert float(fit.objective) == pytest.approx(program.least(), rel=2e-6)
+
+    # For a large weight the fit is the polynomial of least loss, whose gradient no polynomial sees.
+    limit = so.trend_filter(y, graph, so.L1(1e8), order, method, node_weights=seen, loss=loss).check()
+    at = np.arange(N) if times is None else times
+    powers = np.vander((at - at.mean()) / np.ptp(at), order + 1)
+    np.testing.assert_allclose(powers @ np.linalg.lstsq(powers, limit.value)[0], limit.value, atol=1e-7)
+    with precision(np.dtype(np.float64)):
+        slope = np.asarray(LOSSES[loss].derivative(jnp.asarray(limit.value), jnp.asarray(y)))
+    np.testing.assert_allclose(powers.T @ (seen * slope), 0, atol=1e-5)
+
+
+def test_a_path_of_counts_with_free_ends_begins_at_the_polynomial():
+    graph = so.Graph.chain(N, ends="free")
+    path = so.trend_path(OBSERVED["poisson"], graph, order=1, num=4, ratio=0.05, loss="poisson").check()
+    assert path.degrees_of_freedom[0] == 2
+    assert np.abs(np.diff(path.values[0], 2)).max() < 1e-6
+    below = so.trend_filter(OBSERVED["poisson"], graph, so.L1(0.9 * path.weights[0]), 1, loss="poisson").check()
+    assert below.knots().size > 0
+
+
+def test_labels_that_a_line_parts_have_no_fit():
+    labels = (np.arange(N) > 11).astype(float)
+    with pytest.raises(ValueError, match="no fit exists at order 1: LogisticLoss falls without end along a polynomial"):
+        so.trend_filter(labels, so.Graph.chain(N, ends="free"), so.L1(1.0), 1, loss="logistic")

@@ -56,3 +56,64 @@ def test_the_answer_is_that_of_the_trend_filter():
     _, noisy, _ = picture(np.float32)
     direct = so.trend_filter(noisy, so.Graph.grid(noisy.shape), so.L1(9.0), 1, tol=1e-4)
     np.testing.assert_array_equal(denoise(noisy, 9.0, 1).image, direct.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"isotropic": True}, {"order": 1}])
+def test_the_chosen_weight_is_nearly_the_best(options):
+    rng = np.random.default_rng(1)
+    rows, columns = np.indices((48, 48)) - 24
+    clean = 60.0 + 100 * (rows**2 + columns**2 < 200) + 50 * (rows > columns)
+    if options.get("order"):
+        clean = 3.0 * np.abs(rows) + 2.0 * columns
+    noisy = clean + 20 * rng.standard_normal(clean.shape)
+    found = denoise(noisy, **options)
+    errors = [
+        np.mean((denoise(noisy, found.weight * factor, **options).image - clean) ** 2)
+        for factor in (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+    ]
+    assert np.mean((found.image - clean) ** 2) <= 1.1 * min(errors)
+    assert float(found.solution.gap) <= 1e-4
+
+
+def test_pixels_that_are_not_known_are_filled_in():
+    rng = np.random.default_rng(1)
+    clean = 60.0 + 100 * (np.arange(30) > 14) * np.ones((24, 1))
+    noisy, known = clean + 5 * rng.standard_normal(clean.shape), rng.random(clean.shape) > 0.4
+    masked = denoise(np.where(known, noisy, 0), isotropic=True, known=known)
+    marked = denoise(np.where(known, noisy, np.nan), isotropic=True, missing="nan")
+    assert masked.weight == marked.weight
+    np.testing.assert_array_equal(masked.image, marked.image)
+    assert np.abs(masked.image - clean)[~known].mean() < 3
+
+
+def test_a_volume_has_spacing_and_channels():
+    rng = np.random.default_rng(1)
+    clean = 60.0 + 100 * (np.indices((6, 10, 9)).sum(axis=0) > 12)
+    noisy = clean + 10 * rng.standard_normal(clean.shape)
+    plain = denoise(noisy, 8.0, volume=True, isotropic=True)
+    same = denoise(noisy, 8.0, volume=True, isotropic=True, spacing=(3.0, 3.0, 3.0))
+    np.testing.assert_array_equal(plain.image, same.image)
+    apart = denoise(noisy, 8.0, volume=True, isotropic=True, spacing=(3.0, 1.0, 1.0))
+    assert np.abs(np.diff(apart.image, axis=0)).sum() > np.abs(np.diff(plain.image, axis=0)).sum()
+    colours = denoise(np.stack([noisy, noisy], -1), 8.0, volume=True, isotropic=True)
+    np.testing.assert_allclose(colours.image[..., 1], plain.image, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"known": np.ones((5, 6), bool)}, r"for each of \(5, 5\) pixels.*given bool of shape \(5, 6\)"),
+        ({"known": np.ones((5, 5))}, "given float64 of shape"),
+        ({"volume": True}, r"a volume has the shape \[depth, height, width\].*given \(5, 5\)"),
+        ({"devices": 2}, "a weight is chosen on one device"),
+        ({"spacing": (1, 2, 3)}, "each of its 2 axes"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        denoise(np.arange(25.0).reshape(5, 5), **options)
+
+
+def test_no_weight_is_chosen_for_a_picture_without_noise():
+    with pytest.raises(ValueError, match="the noise level of the picture is 0; give weight"):
+        denoise(np.full((5, 5), 7.0))

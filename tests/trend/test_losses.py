@@ -34,7 +34,10 @@ def observations(rng, name, n):
     if name in ("logistic", "squared_hinge"):
         y = rng.integers(0, 2, n).astype(float)
         y[:2], y[6:8] = (0, 1), (0, 1)
-        return y if name == "logistic" else 2 * y - 1
+        if name == "squared_hinge":
+            return 2 * y - 1
+        y[2:5] = (0.25, 0.9, 0.004)  # proportions
+        return y
     return 2 * rng.standard_normal(n) + 15 * (rng.random(n) < 0.1)
 
 
@@ -43,7 +46,7 @@ def node_values(name, b, y):
     if name == "poisson":
         return np.exp(b) - y * b + xlogy(y, y) - y, np.exp(b) - y
     if name == "logistic":
-        return np.logaddexp(0, b) - y * b, 1 / (1 + np.exp(-b)) - y
+        return np.logaddexp(0, b) - y * b + xlogy(y, y) + xlogy(1 - y, 1 - y), 1 / (1 + np.exp(-b)) - y
     if name == "squared_hinge":
         lack = np.maximum(1 - y * b, 0)
         return lack**2 / 2, -y * lack
@@ -396,8 +399,8 @@ def test_a_component_without_a_finite_fit_is_named(rng):
     ("y", "loss", "match"),
     [
         ([1.0, 2, -3, -4], "poisson", r"takes counts, finite and not negative, given -3 at node 2 \(2 such\)"),
-        ([0.0, 1, 2, 1], "logistic", r"takes labels 0 or 1, given 2 at node 2 \(1 such\)"),
-        ([0.5, 1, 0, 1], "logistic", "given 0.5 at node 0"),
+        ([0.0, 1, 2, 1], "logistic", r"takes labels 0 or 1 or proportions between them, given 2 at node 2 \(1 such\)"),
+        ([-0.5, 1, 0, 1], "logistic", "given -0.5 at node 0"),
         ([1.0, np.inf, 0, 0], "poisson", "1 infinite values"),
         ([1.0, 0, -1, 1], "squared_hinge", r"takes labels -1 or 1, given 0 at node 1 \(1 such\)"),
         ([1.0, 2, 3, 4], so.QuantileLoss(0.0), "level between 0 and 1, both excluded.*given 0.0"),

@@ -1,9 +1,12 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linprog
 
 import sparseopt as so
 from sparseopt.core.solvers.admm import Admm
+from sparseopt.core.types import precision
+from sparseopt.trend.job import LOSSES
 from sparseopt.trend.largest_weight import largest_weight
 from sparseopt.trend.path import trend_path
 from tests.trend.problems import GRAPHS, exact_fit, objective, two_parts
@@ -111,7 +114,7 @@ def test_every_level_is_within_its_gap_of_the_exact_fit(rng, name, order):
         zeros = np.abs(matrix @ exact) < 1e-8
         rank = np.linalg.matrix_rank(matrix[zeros]) if zeros.any() else 0
         assert path.degrees_of_freedom[index] == graph.num_nodes - rank
-    np.testing.assert_allclose(path.squares, ((path.values - y) ** 2).sum(axis=1))
+    np.testing.assert_allclose(path.deviances, ((path.values - y) ** 2).sum(axis=1))
     np.testing.assert_allclose(path.values[0], component_means(y, graph), rtol=1e-12)
     assert path.degrees_of_freedom[0] == graph.num_components
 
@@ -169,7 +172,7 @@ def test_missing_values_and_node_weights(rng):
         assert objective(path.values[index], y, graph, weight, 0, w) <= best * (1 + 1e-6)
     assert path.observations == 13
     assert path.degrees_of_freedom.max() <= 13
-    np.testing.assert_allclose(path.squares, (w * (path.values - y) ** 2).sum(axis=1))
+    np.testing.assert_allclose(path.deviances, (w * (path.values - y) ** 2).sum(axis=1))
 
 
 def test_channels_share_a_path_and_their_freedom_adds_up(rng):
@@ -188,8 +191,9 @@ def test_coupled_channels_begin_at_their_means_and_jump_together(rng):
     y = 5 * rng.standard_normal((15, 2))
     path = trend_path(y, graph, so.GroupL2, num=5, tol=1e-7).check()
     np.testing.assert_allclose(path.values[0], component_means(y, graph), rtol=1e-12)
-    assert path.degrees_of_freedom[0] == 2
-    assert np.all(path.degrees_of_freedom % 2 == 0)
+    assert abs(path.degrees_of_freedom[0] - 2) < 1  # two means, along 16 times 30 random signs
+    jumps = np.abs(np.diff(path.values, axis=1))
+    assert np.all(jumps.min(axis=-1)[jumps.max(axis=-1) > 1e-2] > 1e-5)
 
 
 def test_a_nonconvex_path_starts_where_l1_does_and_shrinks_less(rng):
@@ -204,7 +208,7 @@ def test_a_nonconvex_path_starts_where_l1_does_and_shrinks_less(rng):
     # Until the two large jumps are free of shrinkage MCP fits the data better with no more pieces.
     both = (path.degrees_of_freedom == 3) & (convex.degrees_of_freedom >= 3)
     assert both.any()
-    assert np.all(path.squares[both] < convex.squares[both] + 1e-9)
+    assert np.all(path.deviances[both] < convex.deviances[both] + 1e-9)
 
 
 def test_float32_stays_float32(rng):
@@ -264,3 +268,56 @@ def test_the_largest_weight_refuses_what_the_filter_refuses():
         largest_weight(Y, CHAIN, node_weights=np.ones(5))
     with pytest.raises(ValueError, match="tol must be positive"):
         largest_weight(Y, CHAIN, tol=0.0)
+
+
+LABELS = (np.arange(15) % 5 > 1).astype(float)
+COUNTS = np.array([0, 1, 0, 2, 1, 4, 6, 5, 3, 7, 0, 1, 1, 0, 2.0])
+OBSERVED = {"poisson": COUNTS, "logistic": LABELS, "huber": 3 * COUNTS, "absolute": COUNTS}
+
+
+@pytest.mark.parametrize("loss", OBSERVED)
+@pytest.mark.parametrize("graph", [so.Graph.chain(15), so.Graph.grid((3, 5))])
+def test_a_path_with_a_loss_begins_at_the_best_constant_and_agrees_with_single_fits(graph, loss):
+    y = OBSERVED[loss]
+    path = trend_path(y, graph, num=4, ratio=0.05, tol=1e-6, loss=loss).check()
+    top = float(path.largest_weight)
+    assert np.ptp(path.values[0]) < 1e-9
+    assert path.degrees_of_freedom[0] == 1
+    assert top >= largest_weight(y, graph, loss=loss) / 1.001
+    if loss in ("poisson", "logistic"):  # with kinks the weight may be larger than needed
+        below = so.trend_filter(y, graph, so.L1(0.95 * top), tol=1e-8, loss=loss).check()
+        assert np.ptp(below.value) > 1e-4
+    assert np.all(np.diff(path.deviances) < 0)
+    family = LOSSES[loss]
+    for level in (1, 3):
+        alone = so.trend_filter(y, graph, so.L1(path.weights[level]), tol=1e-6, loss=loss).check()
+        assert path.objectives[level] == pytest.approx(float(alone.objective), rel=2e-6)
+        with precision(np.dtype(np.float64)):
+            values = np.asarray(family.value(jnp.asarray(path.values[level]), jnp.asarray(y.reshape(15))))
+        assert path.deviances[level] == pytest.approx(2 * values.sum())
+
+
+def test_a_path_with_a_loss_takes_channels_and_missing_counts():
+    y = np.stack([COUNTS, COUNTS[::-1]], axis=-1)
+    seen = (np.arange(15) != 7).astype(float)
+    path = trend_path(y, so.Graph.chain(15), num=3, node_weights=seen, loss="poisson", tol=1e-6).check()
+    means = (seen @ y) / seen.sum()
+    np.testing.assert_allclose(path.values[0], np.broadcast_to(np.log(means), (15, 2)))
+    assert path.observations == 28
+    assert path.degrees_of_freedom[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("y", "options", "text"),
+    [
+        (COUNTS - 1, {"loss": "poisson"}, "PoissonLoss takes counts"),
+        (np.ones(15), {"loss": "logistic"}, "only one of the labels 0 and 1"),
+        (np.full(15, 3.0), {"loss": "poisson"}, "so every weight gives the same fit"),
+        (COUNTS, {"loss": "nearly"}, "unknown loss 'nearly'"),
+    ],
+)
+def test_data_that_do_not_fit_the_loss_are_refused(y, options, text):
+    with pytest.raises(ValueError, match=text):
+        trend_path(y, so.Graph.chain(15), **options)
+    with pytest.raises(ValueError, match="free ends take smooth losses"):
+        trend_path(COUNTS, so.Graph.chain(15, ends="free"), order=1, loss="absolute")

@@ -65,7 +65,7 @@ def path():
 
 
 def test_criteria_are_their_formulas(path):
-    rss, df, n = path.squares, path.degrees_of_freedom, 60
+    rss, df, n = path.deviances, path.degrees_of_freedom, 60
     assert n / 2 < df.max() < n - 2
     expected = {
         ("gcv", None): np.where(df <= n / 2, n * rss / (n - df) ** 2, np.inf),
@@ -227,3 +227,34 @@ def test_pictures_show_the_chosen_levels(path, validated):
     assert plot_fits(path, axis=axis) is axis
     with pytest.raises(ValueError, match=r"nodes 0..59, given 60"):
         plot_fits(path, [60])
+
+
+COUNTS = np.random.default_rng(4).poisson(np.exp(CLEAN / 2)).astype(float)
+
+
+def test_deviances_of_counts_are_chosen_by_their_own_dispersion():
+    path = trend_path(COUNTS, CHAIN, num=12, loss="poisson")
+    deviance, freedom = path.deviances, path.degrees_of_freedom
+    np.testing.assert_allclose(select(path, "aic").curve, deviance + 2 * freedom)
+    np.testing.assert_allclose(select(path, "bic").curve, deviance + np.log(60) * freedom)
+    np.testing.assert_allclose(select(path, "aic", 2.0).curve, deviance / 4 + 2 * freedom)
+    gcv = np.where(freedom <= 30, deviance / 60 / (1 - freedom / 60) ** 2, np.inf)
+    np.testing.assert_allclose(select(path).curve, gcv)
+    with pytest.raises(ValueError, match="sure estimates a mean squared error"):
+        select(path, "sure")
+    labels = trend_path((COUNTS > 1).astype(float), CHAIN, num=3, loss="logistic")
+    with pytest.raises(ValueError, match=r"gcv does not choose among fits of labels.*cross_validate"):
+        select(labels)
+    assert select(labels, "bic").sigma == 1
+    best = select(path)
+    assert np.mean(np.abs(best.value - CLEAN / 2)) < 0.4 < np.mean(np.abs(path.values[0] - CLEAN / 2))
+
+
+def test_held_out_counts_are_judged_by_their_deviance():
+    chosen = cross_validate(COUNTS, CHAIN, num=4, folds=2, loss="poisson")
+    held = chosen.folds == 1
+    kept = np.where(held, 0.0, 1.0)
+    fit = trend_path(COUNTS, CHAIN, weights=chosen.path.weights, node_weights=kept, loss="poisson").values[2]
+    rate, y = np.exp(fit[held]), COUNTS[held]
+    log_part = np.where(y > 0, y * np.log(np.where(y > 0, y, 1) / rate), 0)
+    assert chosen.fold_errors[1, 2] == pytest.approx(np.mean(2 * (log_part - y + rate)), rel=1e-3)

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+import sparseopt.trend.filter as filter_module
+from sparseopt.core.types import precision
+from sparseopt.trend.layout import layout_of
 
 GRID, CHAIN = so.Graph.grid((4, 5)), so.Graph.chain(20)
 SIGNAL = np.random.default_rng(6).standard_normal(20).round(3)
@@ -159,3 +162,39 @@ def test_reweighting_says_whether_it_settled():
     assert (done.settled, done.status) == (True, so.Status.STATIONARY)
     cut = so.reweighted_trend_filter(STEPS, CHAIN, so.MCP(0.3), rounds=1)
     assert (cut.settled, cut.status) == (False, so.Status.MAX_STEPS)
+
+
+def blocks(side=104):
+    """A picture in float64 that is large enough to be solved in float32 first."""
+    rng, clean = np.random.default_rng(3), np.zeros((side, side))
+    clean[20:60, 30:90] = 100
+    clean[50:95, 10:50] += 60
+    return clean + 10 * rng.standard_normal(clean.shape)
+
+
+def test_a_large_signal_is_solved_in_float32_and_certified_in_float64(monkeypatch):
+    y, graph, penalty = blocks(), so.Graph.grid((104, 104)), so.L1(15.0)
+    short = so.trend_filter(y, graph, penalty, tol=1e-6).check()
+    assert short.value.dtype == np.float64
+    with precision(np.dtype(np.float64)):
+        rows = np.asarray(layout_of(graph).base(np.float64).difference(jnp.asarray(short.value)))
+        pull = np.asarray(layout_of(graph).base(np.float64).divergence(jnp.asarray(short.dual)))
+    assert np.abs(short.dual).max() <= 15.0
+    objective = 0.5 * np.sum((y - short.value) ** 2) + 15.0 * np.abs(rows).sum()
+    lower = np.sum(y * pull) - 0.5 * np.sum(pull**2)
+    assert float(short.objective) == pytest.approx(objective, rel=1e-12)
+    assert objective / lower - 1 <= 1.01e-6
+
+    # Where float32 is not enough the solve goes on from there, in float64.
+    monkeypatch.setattr(filter_module, "EARLY_GAP", 1.0)
+    monkeypatch.setattr(filter_module, "EARLY", 1e5)
+    resumed = so.trend_filter(y, graph, penalty, tol=1e-6).check()
+    assert resumed.steps > 0
+    np.testing.assert_allclose(resumed.value, short.value, atol=0.05)
+    stopped = so.trend_filter(y, graph, penalty, tol=1e-6, max_steps=10)
+    assert so.Status(int(stopped.status)) == so.Status.MAX_STEPS
+    assert stopped.steps == 10
+
+    # What overflows float32 does not overflow float64.
+    huge = so.trend_filter(1e30 * y, graph, so.L1(15e30), tol=1e-5).check()
+    np.testing.assert_allclose(huge.value / 1e30, short.value, atol=0.05)

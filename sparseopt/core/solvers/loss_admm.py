@@ -107,13 +107,16 @@ class LossAdmmState:
         return self.now.candidate
 
 
-def certificate(problem: Problem, x: Array, dual: Array, anchor: Anchor) -> tuple[Array, Array]:
+def certificate(
+    problem: Problem, x: Array, dual: Array, anchor: Anchor, null: Array | bool = False
+) -> tuple[Array, Array]:
     """The objective at x and the relative duality gap of a `NodeLoss` and a `Norm` by a dual point in the ball.
 
-    The dual point is moved towards the anchor until it lies in the domain of the loss's conjugate.
+    The dual point is moved towards the anchor until it lies in the domain of the loss's conjugate. `null` says that no
+    penalty sees x: its rows are 0 up to rounding, and count as 0.
     """
     loss, penalty = problem.loss, problem.penalty
-    rows, pulled = problem.operator.mv(x), problem.operator.rmv(dual)
+    rows, pulled = jnp.where(null, 0, problem.operator.mv(x)), problem.operator.rmv(dual)
     share = loss.feasible_share(pulled, anchor.pulled)
     dual = anchor.dual + share * (dual - anchor.dual)
     pulled = anchor.pulled + share * (pulled - anchor.pulled)

@@ -91,11 +91,14 @@ def _unfolded(halves: tuple[Any, Any], spectrum: FloatArray, axis: int) -> Float
 LONGEST_MATRIX = 1024
 
 
-def cosine_solve(shape: tuple[int, ...], powers: tuple[int, ...], dtype: Any) -> Cosine:
-    """The tables of `Cosine`, on the host in float64, then rounded once."""
+def cosine_solve(
+    shape: tuple[int, ...], powers: tuple[int, ...], dtype: Any, spacing: tuple[float, ...] | None = None
+) -> Cosine:
+    """The tables of `Cosine`, on the host in float64, then rounded once; the spacing is that of `GridBase`."""
     eigenvalues, matrices = np.zeros(shape), []
     for axis, n in enumerate(shape):
         line, halves = 2 - 2 * np.cos(np.pi * np.arange(n) / n), None
+        line = line if spacing is None else line / spacing[axis] ** 2
         if n <= LONGEST_MATRIX:
             whole, line = cosine_matrix(n).astype(dtype), np.concatenate([line[::2], line[1::2]])
             halves = whole[::2, : n - n // 2], whole[1::2, : n // 2]

@@ -85,9 +85,9 @@ def fast_admm_pays(job: Job) -> bool:
 
 
 def admm_pays(job: Job) -> bool:
-    """Where the x-step is exact and smoothing is strong; for other losses on all grids."""
+    """Where the x-step is exact and smoothing is strong; for other losses on all grids and with free ends."""
     if job.loss is not None:
-        return job.graph.shape is not None
+        return job.graph.shape is not None or job.graph.free
     return has_exact_step(job) and (job.order >= 1 if job.several else is_strong(job))
 
 

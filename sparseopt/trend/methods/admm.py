@@ -67,7 +67,7 @@ def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, cosines: 
     graph, kind = job.graph, job.dtype
     if cosines:
         assert graph.shape is not None
-        return cosine_solve(graph.shape, orders, kind)
+        return cosine_solve(graph.shape, orders, kind, graph.spacing)
     if graph.free and kind == np.float64:  # in float32 rounding may leave the matrix indefinite
         matrices = [graph.matrix(order) for order in orders]
         return banded_solve(sum(matrix.T @ matrix for matrix in matrices), kind)

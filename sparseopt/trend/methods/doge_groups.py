@@ -17,6 +17,7 @@ from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table
 from sparseopt.core.solvers.node_solve import Diagonal
 from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.ground import couples_axes
 from sparseopt.trend.job import Job
 from sparseopt.trend.methods.admm import node_solve, refusal
 from sparseopt.trend.methods.doge import CADENCE, placed, split_of
@@ -43,6 +44,8 @@ class LiteralDoge:
     def refuses(self, job: Job) -> str | None:
         if job.graph.free:
             return f'method="{self.name}" needs the ends of the graph; with free ends use "doge", "admm" or "interior"'
+        if couples_axes(job.penalty):
+            return f'method="{self.name}" has its rows in separate groups; for isotropic total variation use "doge"'
         return refusal(job, self.name, single=True, blocks=True)
 
     def plan(self, job: Job) -> GroupsPlan:
