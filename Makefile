@@ -37,11 +37,12 @@ $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml
 
 $(VENV)/.installed-docs: $(VENV)/.installed-demo pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[notebooks,docs]'
+	$(BIN)/python -m pip install --quiet --no-deps nilearn libpysal pyshp
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[test]'
-	$(BIN)/python -m pip install --quiet --no-deps bokeh-sampledata pygsp
+	$(BIN)/python -m pip install --quiet --no-deps bokeh-sampledata pygsp nilearn libpysal pyshp
 	@touch $@
 
 $(VENV)/.installed-oracle: $(VENV)/.installed-test
@@ -178,7 +179,7 @@ bench-runtime: $(VENV)/.installed-demo $(VENV)-runtimes/.installed ## Dense and 
 bench-trend: $(VENV)/.installed-demo ## Benchmark of the trend filter; TRUTH=folder with certified problems.
 	$(BIN)/python benchmarks/bench_trend.py $(if $(TRUTH),--truth $(TRUTH))
 
-bench-trend-selection: $(VENV)/.installed-demo ## Errors at the weight that each rule chooses (about 7 minutes).
+bench-trend-selection: $(VENV)/.installed-demo ## Errors at the weight that each rule chooses (about 20 minutes).
 	$(BIN)/python benchmarks/bench_trend_selection.py
 
 bench-trend-sizes: $(VENV)/.installed-demo ## Seconds and bytes up to sixteen million nodes (about 10 minutes, 12 GB).

@@ -220,6 +220,7 @@ for axis, (title, values) in zip(axes, shown.items(), strict=True):
 # ## With scikit-learn
 #
 # `GraphTrendFilter` is a regressor whose samples are nodes, so scikit-learn's searches can choose weights and orders.
+# `GraphTrendClassifier` is the same for labels.
 
 # %%
 nodes = np.arange(graph.num_nodes).reshape(-1, 1)

@@ -64,6 +64,13 @@ PROMISES = {
         r"row weights +gradient .*, relative error \de-(0[6-9]|1\d)",
         r"64 signals together and one by one: largest difference \de-1\d",
     ],
+    "08": [
+        r"slices alone 31\.\d+ dB\nanisotropic  32\.\d+ dB\nisotropic    32\.\d+ dB",
+        r"spacing \(1, 1, 3\) +31\.\d+ dB",
+        r"699 pieces of street, 808 edges, 392 deaths",
+        r"cross-validation weight 1\.\d+, \d+ pieces of equal rate",
+        r"order 1: highest rate \d+\.\d deaths on 20 m, \d+ m from a pump",
+    ],
 }
 
 
@@ -76,7 +83,7 @@ def build():
     return module
 
 
-def test_there_are_seven_and_each_has_its_pair():
+def test_there_are_eight_and_each_has_its_pair():
     assert [source.stem[:2] for source in SOURCES] == list(PROMISES)
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == [source.stem for source in SOURCES]
 

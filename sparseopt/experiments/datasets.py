@@ -1,4 +1,4 @@
-"""Floor 7: pictures and graphs from inside pip packages, read without a download.
+"""Floor 7: pictures, volumes and graphs from inside pip packages, read without a download.
 
 | name | what | package | terms |
 |---|---|---|---|
@@ -9,13 +9,20 @@
 | microaneurysms | medicine: eye ground, green channel | scikit-image | CC0 |
 | immunohistochemistry | medicine: stained colon tissue | scikit-image | no known restrictions |
 | shepp_logan_phantom | medicine: test phantom of a head | scikit-image, BSD-3 | no terms stated |
+| brain | volume: T1-weighted template of the brain, 1 mm | nilearn | copyright notice stays, see below |
 | counties | graph: US counties, unemployment in 2009 | bokeh-sampledata | public domain, see below |
 | minnesota | graph: roads of Minnesota | pygsp | BSD-3; David Gleich, MatlabBGL |
+| soho | graph: streets of Soho, deaths of cholera in 1854 | libpysal | BSD-3; after John Snow's map |
 
 The terms of scikit-image's pictures are in the docstrings of `skimage.data`. Those of the counties are in the
 licence folder of the wheel (`datasets.json`, `geographic-boundaries.txt`): the rates are public domain, from the US
 Bureau of Labor Statistics; the outlines are free to use with acknowledgement, from the US Census Bureau's
 TIGER/Line Shapefiles of about 2009. The package itself is BSD-3.
+
+The brain is the ICBM 152 template, release 2009a, nonlinear, symmetric (Fonov, Evans, McKinstry, Almli, Collins,
+NeuroImage 47, 2009), an average of 152 people. Copyright 1993-2009 Louis Collins, McConnell Brain Imaging Centre,
+Montreal Neurological Institute, McGill University: use, copy, change and distribution without fee are permitted if that
+notice appears in all copies. nilearn itself is BSD-3 and states no terms for the file.
 """
 
 import contextlib
@@ -25,73 +32,100 @@ import gzip
 import importlib.resources
 import importlib.util
 import io
+import itertools
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 from scipy import sparse
+from scipy.spatial import KDTree
 
 from sparseopt.experiments.names import suggest
 from sparseopt.experiments.task import Strict
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.volumes import Scan, read_scan
 
 PICTURES = (
     "camera", "coffee", "chelsea", "astronaut", "hubble_deep_field", "retina", "microaneurysms",
     "immunohistochemistry", "shepp_logan_phantom",
 )  # fmt: skip
+VOLUMES = ("brain",)
 # The files need none of the dependencies of these packages (pandas, shapely and more).
 INSTALL = {
     "skimage": "pip install scikit-image",
     "bokeh_sampledata": "pip install --no-deps bokeh-sampledata",
     "pygsp": "pip install --no-deps pygsp",
+    "nilearn": "pip install --no-deps nilearn",
+    "nibabel": "pip install 'sparseopt[volumes]'",
+    "libpysal": "pip install --no-deps libpysal",
+    "shapefile": "pip install pyshp",
 }
 NOT_CONTIGUOUS = frozenset({"AK", "HI", "PR", "AS", "GU", "MP", "VI"})
 # Boundaries are stored to five decimals of a degree, about a metre.
 PLACES = 1e5
 # A single common point is a corner where four counties meet.
 BORDER_POINTS = 2
+# Metres: of a piece of a street, and between places on streets that meet.
+PIECE, REACH = 20.0, 1.0
+EARTH = 6_378_137.0  # metres, the radius of the Web Mercator projection
 
 
 class Picture(Strict):
-    """A picture, or a part of it, in grey levels 0..255.
+    """A picture or a volume, or a part of it, in grey levels 0..255.
 
     Attributes:
-        name: one of `PICTURES`.
-        crop: first row, first column, height and width of the part to take.
-        size: rows and columns to scale (the part of) the picture to, with smoothing against aliases.
+        name: one of `PICTURES` or `VOLUMES`.
+        crop: the part to take: first row, first column, height and width; of a volume the first place on its three
+            axes (right, ahead, up) and three lengths.
+        size: rows and columns to scale (the part of) the picture to, with smoothing against aliases; not of a volume.
         grey: one channel, by luminance.
     """
 
     name: str = "camera"
-    crop: tuple[int, int, int, int] | None = None
+    crop: tuple[int, int, int, int] | tuple[int, int, int, int, int, int] | None = None
     size: int | tuple[int, int] | None = None
     grey: bool = False
 
     def check(self) -> None:
-        """Raise ValueError if the picture or its package is missing."""
-        if self.name not in PICTURES:
-            raise ValueError(f"there is no picture {self.name!r}: {suggest(self.name, PICTURES)}")
-        require("skimage")
+        """Raise ValueError if the picture or its package is missing, or for a part that it does not have."""
+        if self.name not in (*PICTURES, *VOLUMES):
+            raise ValueError(f"there is no picture {self.name!r}: {suggest(self.name, (*PICTURES, *VOLUMES))}")
+        if self.crop is not None and len(self.crop) != 2 * self.axes:
+            raise ValueError(f"a crop of {self.name} has {2 * self.axes} numbers, given {self.crop}")
+        if self.axes == 3 and self.size is not None:
+            raise ValueError(f"{self.name} is a volume and is not scaled: leave out size={self.size}, and take a crop")
+        for package in ("skimage",) if self.axes == 2 else ("nilearn", "nibabel"):
+            require(package)
+
+    @property
+    def axes(self) -> int:
+        """3 for a volume, 2 for a picture."""
+        return 3 if self.name in VOLUMES else 2
+
+    def shown(self, values: np.ndarray) -> np.ndarray:
+        """What can be drawn of an array like `load()`: of a volume its middle slice from above, the face upwards."""
+        return values if self.axes == 2 else np.rot90(values[:, :, values.shape[2] // 2])
 
     def load(self) -> np.ndarray:
-        """`[height, width]` or `[height, width, channels]`, float64; ValueError as `check`, or for a bad crop."""
+        """`[height, width]`, `[height, width, channels]` or a volume `[right, ahead, up]`, float64.
+
+        Raises:
+            ValueError: as `check`, and for a crop that leaves the picture.
+        """
         self.check()
+        if self.axes == 3:
+            return self._part(np.asarray(_brain().values, np.float64))
         import skimage.data
         from skimage.color import rgb2gray
         from skimage.transform import resize
 
         stored = getattr(skimage.data, self.name)()
         image = np.asarray(stored, np.float64) * (255.0 if stored.dtype.kind == "f" else 1.0)
-        if self.crop is not None:
-            top, left, height, width = self.crop
-            rows, columns = image.shape[:2]
-            if not (0 <= top < top + height <= rows and 0 <= left < left + width <= columns):
-                raise ValueError(f"the crop {self.crop} leaves {self.name}, which is {image.shape[:2]}")
-            image = image[top : top + height, left : left + width]
+        image = self._part(image)
         if self.grey and image.ndim == 3:
             image = rgb2gray(image[..., :3])
         if self.size is not None:
@@ -99,40 +133,54 @@ class Picture(Strict):
             image = resize(image, (*sizes, *image.shape[2:]), order=1, anti_aliasing=True, preserve_range=True)
         return image
 
+    def _part(self, image: np.ndarray) -> np.ndarray:
+        if self.crop is None:
+            return image
+        firsts, lengths, shape = self.crop[: self.axes], self.crop[self.axes :], image.shape[: self.axes]
+        if not all(0 <= first < first + n <= most for first, n, most in zip(firsts, lengths, shape, strict=True)):
+            raise ValueError(f"the crop {self.crop} leaves {self.name}, which is {shape}")
+        return image[tuple(slice(first, first + n) for first, n in zip(firsts, lengths, strict=True))]
+
 
 @dataclasses.dataclass(frozen=True)
 class GraphData:
     """A graph in the plane; everything else is in the order of its nodes."""
 
     graph: Graph
-    positions: np.ndarray  # [n, 2], x and y
+    positions: np.ndarray  # [n, 2], degrees of longitude and latitude
     signal: np.ndarray | None = None  # [n], NaN where nothing was observed; None without a measured signal
     unit: str = ""
     names: tuple[str, ...] = ()
-    polygons: tuple[tuple[np.ndarray, ...], ...] = ()  # the rings of each outline, [points, 2]; empty for points
+    polygons: tuple[tuple[np.ndarray, ...], ...] = ()  # the rings of each outline, [points, 2]; empty for others
+    lines: tuple[np.ndarray, ...] = ()  # the streets, [points, 2]; empty for others
+    marks: np.ndarray | None = None  # [m, 2], places to mark on the map
 
 
 class GraphSource(Strict):
     """A graph by name.
 
     Attributes:
-        name: "counties" or "minnesota".
+        name: "counties", "minnesota" or "soho".
         states: of the counties, postal abbreviations; empty for the 48 contiguous states and the capital.
     """
 
-    name: Literal["counties", "minnesota"] = "counties"
+    name: Literal["counties", "minnesota", "soho"] = "counties"
     states: tuple[str, ...] = Field(default=())
 
     def check(self) -> None:
         """Raise ValueError if the package is missing, or for states of a graph without states."""
         if self.states and self.name != "counties":
             raise ValueError(f"only the counties have states, given {self.states} with {self.name}")
-        require("bokeh_sampledata" if self.name == "counties" else "pygsp")
+        needed = {"counties": ("bokeh_sampledata",), "minnesota": ("pygsp",), "soho": ("libpysal", "shapefile")}
+        for package in needed[self.name]:
+            require(package)
 
     def load(self) -> GraphData:
         """The graph with its data; ValueError as `check` and `load_counties`."""
         self.check()
-        return load_counties(self.states) if self.name == "counties" else load_minnesota()
+        if self.name == "counties":
+            return load_counties(self.states)
+        return load_minnesota() if self.name == "minnesota" else load_soho()
 
 
 def require(package: str) -> Path:
@@ -141,6 +189,11 @@ def require(package: str) -> Path:
     if found is None or found.origin is None:
         raise ValueError(f"the data needs the package {package}: {INSTALL[package]}")
     return Path(found.origin).parent
+
+
+def _brain() -> Scan:
+    file = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+    return read_scan(require("nilearn") / "datasets" / "data" / file)
 
 
 def load_counties(states: tuple[str, ...] = ()) -> GraphData:
@@ -227,7 +280,7 @@ def _centroid(parts: tuple[np.ndarray, ...]) -> np.ndarray:
 def load_minnesota() -> GraphData:
     """2,642 crossings joined by 3,304 roads, one of them added to join the two components.
 
-    Positions are degrees of longitude and latitude; there is no measured signal.
+    There is no measured signal.
     """
     from scipy.io import loadmat
 
@@ -238,3 +291,65 @@ def load_minnesota() -> GraphData:
     # pygsp adds this road too: in the file, two crossings are not joined to the rest.
     edges = np.concatenate([edges, [[348, 354]]])
     return GraphData(Graph.from_edges(edges, len(stored["xy"])), np.asarray(stored["xy"], np.float64))
+
+
+def load_soho() -> GraphData:
+    """Streets of Soho in pieces of about `PIECE` metres, with the deaths of cholera in 1854 nearest to each.
+
+    The public pumps are marked.
+    """
+    folder = require("libpysal") / "examples" / "snow_maps"
+    require("shapefile")
+    import shapefile
+
+    def read(name: str) -> tuple[list[np.ndarray], list[Any]]:
+        with shapefile.Reader(str(folder / f"{name}.shp")) as file:
+            return [np.asarray(shape.points, np.float64) for shape in file.shapes()], file.records()
+
+    streets, (houses, deaths), pumps = read("Soho_Network")[0], read("SohoPeople"), read("SohoWater")[0]
+    # Web Mercator stretches all lengths near a latitude by the same factor.
+    metres = 1 / np.cosh(np.mean(np.concatenate(houses)[:, 1]) / EARTH)
+    pieces = [piece for street in streets for piece in cut(metres * street, PIECE)]
+    graph, nearest = join(pieces, metres * np.concatenate(houses), REACH)
+    counts = np.bincount(nearest, [house["Count"] for house in deaths], len(pieces))
+
+    def degrees(places: np.ndarray) -> np.ndarray:
+        x, y = places.T / (metres * EARTH)
+        return np.rad2deg(np.stack([x, np.arctan(np.sinh(y))], axis=1))
+
+    middles = np.concatenate([_at(piece, _distances(piece)[-1:] / 2) for piece in pieces])
+    lines, marks = tuple(degrees(piece) for piece in pieces), degrees(metres * np.concatenate(pumps))
+    return GraphData(graph, degrees(middles), counts, f"deaths on {PIECE:g} m of street", lines=lines, marks=marks)
+
+
+def cut(line: np.ndarray, length: float) -> list[np.ndarray]:
+    """A line `[points, 2]` in equal pieces of about a length."""
+    along = _distances(line)
+    ends = np.linspace(0, along[-1], max(round(along[-1] / length), 1) + 1)
+    stops = [np.concatenate([[a], along[(along > a) & (along < b)], [b]]) for a, b in itertools.pairwise(ends)]
+    return [_at(line, places) for places in stops]
+
+
+def join(lines: Sequence[np.ndarray], points: np.ndarray, reach: float) -> tuple[Graph, np.ndarray]:
+    """The graph that joins lines which come within a reach of each other, and the line nearest to each point.
+
+    Lines are compared at places at most a reach apart, so that those which cross are found too.
+    """
+    lengths = [_distances(line)[-1] for line in lines]
+    places = [_at(line, np.linspace(0, m, int(m / reach) + 2)) for line, m in zip(lines, lengths, strict=True)]
+    owner = np.repeat(np.arange(len(lines)), [len(part) for part in places])
+    tree = KDTree(np.concatenate(places))
+    pairs = np.sort(owner[tree.query_pairs(reach, output_type="ndarray")], axis=1)
+    edges = np.unique(pairs[pairs[:, 0] < pairs[:, 1]], axis=0)
+    return Graph.from_edges(edges, len(lines)), owner[tree.query(points)[1]]
+
+
+def _distances(line: np.ndarray) -> np.ndarray:
+    """From the first point of a line to each of its points, along the line."""
+    return np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
+
+
+def _at(line: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """The places at these distances from the first point of a line, along the line, `[stops, 2]`."""
+    along = _distances(line)
+    return np.stack([np.interp(stops, along, axis) for axis in line.T], axis=1)

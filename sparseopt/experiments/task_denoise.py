@@ -1,4 +1,4 @@
-"""Floor 7: the task `denoise`: a picture, noise, a trend filter; how long it takes and what it recovers."""
+"""Floor 7: the task `denoise`: a picture or a volume, noise, a trend filter; how long it takes and what it recovers."""
 
 import time
 from abc import abstractmethod
@@ -27,7 +27,7 @@ PICTURES_SHOWN = 6
 
 
 class PictureTask(Task):
-    """A trend filter on the pixel grid of a picture with noise.
+    """A trend filter on the grid of a picture or a volume with noise.
 
     Attributes:
         picture: which, and what of it.
@@ -52,8 +52,8 @@ class PictureTask(Task):
         return clean, clean + self.noise * np.random.default_rng(seed).standard_normal(clean.shape)
 
     def grid(self) -> Graph:
-        """The pixel grid; the tables of a fit are built once for each such object."""
-        return Graph.grid(self.picture.load().shape[:2])
+        """The grid; the tables of a fit are built once for each such object."""
+        return Graph.grid(self.picture.load().shape[: self.picture.axes])
 
     @property
     def subject(self) -> str:
@@ -193,8 +193,9 @@ class Denoise(NoisyPicture):
 
 
 def _draw_pictures(runs: Sequence[FinishedRun]) -> Any:
-    """A row for each problem: the picture, with noise, fitted."""
-    stored = [run.arrays("picture", run.records[0]) for run in runs]
+    """A row for each problem: the picture, with noise, fitted; of a volume its middle slice."""
+    arrays = [(run.task.picture, run.arrays("picture", run.records[0])) for run in runs]
+    stored = [{name: picture.shown(values) for name, values in found.items()} for picture, found in arrays]
     tall = [images["clean"].shape[0] / images["clean"].shape[1] for images in stored]
     size = (10.5, sum(3.42 * ratio + 0.38 for ratio in tall) + 0.35)
     axes = plots.style.axes_or_new(None, 3 * len(runs), 3, size, height_ratios=tall).reshape(-1, 3)
@@ -203,7 +204,8 @@ def _draw_pictures(runs: Sequence[FinishedRun]) -> Any:
         titles = {
             "clean": task.picture.name.replace("_", " "),
             "noisy": f"noise {task.noise:g}: {record['psnr_before']:.1f} dB",
-            "fitted": f"order {task.order}, {task.penalty.label}: {record['psnr_after']:.1f} dB",
+            # No room for the name of the first argument.
+            "fitted": f"order {task.order}, {task.penalty.label.replace('weight=', '')}: {record['psnr_after']:.1f} dB",
         }
         for axis, (name, title) in zip(row, titles.items(), strict=True):
             plots.plot_image(images[name], axis, title=title, limits=(0, 255))

@@ -1,5 +1,6 @@
-"""Floor 7: the task `graph_signal`: a trend filter on a graph in the plane: measured rates, or a truth with noise."""
+"""Floor 7: the task `graph_signal`: a trend filter on a map: measured rates or counts, or a truth with noise."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,9 +20,15 @@ from sparseopt.experiments.task_denoise import timed_fit
 from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.job import checked_loss
+from sparseopt.trend.path import trend_path
+from sparseopt.trend.selection import cross_validate, select
 
 # Neighbours belong to one level if they differ by less than this share of the fit's range.
 LEVEL_SHARE = 1e-4
+FOLDS = 5
+# Seconds of a level of a path, on two cores.
+LEVEL_SECONDS = 0.1
 
 
 class GraphSignal(Task):
@@ -34,6 +41,10 @@ class GraphSignal(Task):
         noise: standard deviation of that noise, where the truth runs from -1 to 1.
         hidden: share of the nodes whose values are hidden from the fit and compared with it afterwards.
         penalty: by name or path.
+        choose: how its weight is chosen from a path of `levels`, by a criterion of `select` or by cross-validation;
+            null keeps the weight.
+        levels: of that path, from the weight of a constant fit down to a hundredth of it.
+        loss: by name, as in `trend_filter`; the fit that is recorded and drawn is then the mean, such as the rate.
         order: k.
         method: of `trend_filter`.
         tol: relative duality gap.
@@ -41,7 +52,7 @@ class GraphSignal(Task):
     """
 
     columns: ClassVar[tuple[str, ...]] = (
-        "levels", "rmse_before", "rmse_after", "rmse_hidden", "rmse_hidden_mean", "steps", "seconds", "gap",
+        "weight", "levels", "rmse_before", "rmse_after", "rmse_hidden", "rmse_hidden_mean", "steps", "seconds", "gap",
     )  # fmt: skip
 
     many_devices: ClassVar[bool] = True
@@ -52,6 +63,9 @@ class GraphSignal(Task):
     noise: float = Field(default=0.3, ge=0)
     hidden: float = Field(default=0.0, ge=0, lt=1)
     penalty: PenaltyConfig = PenaltyConfig.model_validate({"name": "l1", "weight": 1.0})
+    choose: Literal["gcv", "aic", "bic", "cross_validation"] | None = None
+    levels: int = Field(default=20, ge=2)
+    loss: str = "square"
     order: int = Field(default=0, ge=0, le=3)
     method: Literal["auto", "doge", "admm"] = "auto"
     tol: float = Field(default=1e-6, gt=0)
@@ -64,10 +78,13 @@ class GraphSignal(Task):
         self.graph.check()
         if self.signal == "measured" and self.graph.name == "minnesota":
             raise ValueError("the roads of Minnesota carry no measured signal: take signal=plateaus or signal=waves")
+        if checked_loss(self.loss) is not None and self.signal != "measured":
+            raise ValueError(f"{self.signal} have noise of the normal distribution: take loss=square, not {self.loss}")
 
     def estimate(self) -> Estimate:
-        # Compiling and, for the counties, reading and drawing outlines; the fit itself is quick.
-        return Estimate(5.0 if self.graph.name == "counties" else 3.0, 720 * 2**20)
+        # Compiling and, for the counties, reading and drawing outlines; a single fit is quick.
+        fits = {None: 0, "cross_validation": 1 + FOLDS}.get(self.choose, 1) * self.levels
+        return Estimate((5.0 if self.graph.name == "counties" else 3.0) + LEVEL_SECONDS * fits, 720 * 2**20)
 
     def run_unit(self, key: str, folder: Path, observer: Observer) -> Record:
         observer(f"reading {self.graph.name}", 0, 0)
@@ -83,16 +100,19 @@ class GraphSignal(Task):
         may_hide = np.isfinite(observed) & (data.graph.degrees > 0)
         hidden = may_hide & (rng.random(observed.size) < self.hidden)
         seen = np.where(hidden, np.nan, observed)
-        penalty = self.penalty.build()
+        penalty, loss = self.penalty.build(), checked_loss(self.loss)
+        if self.choose is not None:
+            observer(f"choosing a weight from {self.levels}", 0, 0)
+            penalty = dataclasses.replace(penalty, weight=self._chosen_weight(seen, data.graph, penalty))
 
         def fit(max_steps: int) -> Solution:
             return trend_filter(
-                seen, data.graph, penalty, self.order, self.method, self.tol, max_steps, missing="nan",
+                seen, data.graph, penalty, self.order, self.method, self.tol, max_steps, missing="nan", loss=loss,
                 devices=self.devices,
             )  # fmt: skip
 
         solution, measured = timed_fit(fit, self.max_steps, observer, f"fitting {data.graph.num_nodes} nodes")
-        value = np.asarray(solution.value)
+        value = np.asarray(solution.value if loss is None else loss.mean(solution.value))
         extra: dict[str, Any] = {} if truth is None else {"truth": truth}
         if processes.is_first():
             np.savez_compressed(folder / f"signal-{key}.npz", observed=seen, fitted=value, **extra)
@@ -102,6 +122,7 @@ class GraphSignal(Task):
             "missing": int(np.isnan(observed).sum()),
             # Other orders bend everywhere: they have no levels.
             "levels": count_levels(data.graph, value) if self.order == 0 else None,
+            "weight": None if self.choose is None else penalty.weight,
             **measured,
             "apart": _rmse(value, observed),
         }
@@ -113,6 +134,13 @@ class GraphSignal(Task):
             record["rmse_hidden"] = _rmse(value[hidden], wanted)
             record["rmse_hidden_mean"] = _rmse(np.nanmean(seen), wanted)
         return record
+
+    def _chosen_weight(self, y: np.ndarray, graph: Graph, penalty: Any) -> float:
+        options: dict[str, Any] = {"num": self.levels, "ratio": 1e-2, "missing": "nan", "loss": self.loss}
+        if self.choose == "cross_validation":
+            return cross_validate(y, graph, penalty, self.order, folds=FOLDS, seed=self.seed, **options).weight
+        assert self.choose is not None
+        return select(trend_path(y, graph, penalty, self.order, **options), self.choose).weight
 
     @property
     def subject(self) -> str:
@@ -162,8 +190,10 @@ def _draw(runs: Sequence[FinishedRun]) -> Any:
     panels = [] if truth is None else [(f"truth: {first.signal}", truth)]
     panels.append((f"observed: {np.isfinite(observed).sum()} of {data.graph.num_nodes} nodes{noise}", observed))
     for run, arrays in zip(runs, stored, strict=True):
-        levels = f", {run.records[0]['levels']} levels" if run.task.order == 0 else ""
-        panels.append((f"fit: order {run.task.order}, {run.task.penalty.label}{levels}", arrays["fitted"]))
+        task, record = run.task, run.records[0]
+        levels = f", {record['levels']} levels" if task.order == 0 else ""
+        label = task.penalty.label if task.choose is None else f"chosen weight {record['weight']:.3g}"
+        panels.append((f"fit: order {task.order}, {label}{levels}", arrays["fitted"]))
     # One colour scale for all; the tails of the noise would wash the rest out.
     low, high = np.nanpercentile(observed, [1, 99]) if truth is None else (truth.min(), truth.max())
     columns, size = (2, (6.2, 3.5)) if data.polygons else (3 if len(panels) == 3 else 2, (4.8, 4.4))
@@ -182,9 +212,13 @@ def _draw(runs: Sequence[FinishedRun]) -> Any:
 
 
 def _draw_signal(data: GraphData, signal: np.ndarray, axis: Any, limits: tuple[float, float]) -> None:
-    if not data.polygons:
-        plots.plot_graph_signal(data.graph, data.positions, signal, axis, limits=limits)
-    else:
+    if data.polygons:
         plots.plot_regions(data.polygons, signal, axis, limits=limits)
+    elif data.lines:
+        plots.plot_lines(data.lines, signal, axis, limits=limits)
+    else:
+        plots.plot_graph_signal(data.graph, data.positions, signal, axis, limits=limits)
+    if data.marks is not None:
+        axis.plot(*data.marks.T, "^", color=plots.COLOURS[5], markersize=7, markeredgecolor="white")
     # A degree of longitude is shorter than one of latitude.
     axis.set_aspect(1 / np.cos(np.deg2rad(np.mean(data.positions[:, 1]))))

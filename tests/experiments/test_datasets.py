@@ -6,7 +6,16 @@ import sys
 import numpy as np
 import pytest
 
-from sparseopt.experiments.datasets import PICTURES, GraphSource, Picture, load_counties, load_minnesota
+from sparseopt.experiments.datasets import (
+    PICTURES,
+    GraphSource,
+    Picture,
+    cut,
+    join,
+    load_counties,
+    load_minnesota,
+    load_soho,
+)
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -30,6 +39,24 @@ def test_wrong_pictures_are_refused() -> None:
         Picture(name="camara").load()
     with pytest.raises(ValueError, match="leaves camera"):
         Picture(name="camera", crop=(500, 0, 20, 20)).load()
+    with pytest.raises(ValueError, match="crop of brain has 6 numbers"):
+        Picture(name="brain", crop=(0, 0, 8, 8)).check()
+    with pytest.raises(ValueError, match="is a volume and is not scaled"):
+        Picture(name="brain", size=8).check()
+
+
+def test_the_brain_is_a_symmetric_volume_and_its_picture_looks_ahead() -> None:
+    picture = Picture(name="brain", crop=(26, 27, 76, 145, 181, 2))
+    brain = picture.load()
+    assert brain.shape == (145, 181, 2)
+    assert brain.min() == 0
+    assert 200 < brain.max() <= 255
+    assert np.abs(brain - brain[::-1]).mean() < 2  # left and right
+    shown = picture.shown(brain)
+    np.testing.assert_array_equal(shown[0], brain[:, -1, 1])
+    with pytest.raises(ValueError, match="leaves brain"):
+        Picture(name="brain", crop=(26, 27, 180, 4, 4, 20)).load()
+    assert "nilearn" not in sys.modules
 
 
 def test_counties_border_on_their_neighbours() -> None:
@@ -79,7 +106,37 @@ def test_minnesota_is_one_connected_road_network() -> None:
     assert (data.positions.max(axis=0) < [-89, 50]).all()
 
 
-@pytest.mark.parametrize("source", [Picture(), GraphSource(name="counties"), GraphSource(name="minnesota")])
+def test_streets_are_cut_in_equal_pieces_and_joined_where_they_meet_or_cross() -> None:
+    through = np.array([[0.0, 0], [7, 0], [10, 0], [10, 30]])  # 40 long, with a bend at 10
+    pieces = cut(through, 19)
+    assert [len(piece) for piece in pieces] == [4, 2]
+    np.testing.assert_allclose(pieces[0], [[0, 0], [7, 0], [10, 0], [10, 10]])
+    np.testing.assert_allclose(pieces[1], [[10, 10], [10, 30]])
+    ends_at_it = np.array([[5.2, 12], [5.2, 0.1]])
+    crosses_it = np.array([[0.0, 25.3], [30, 20]])
+    apart = np.array([[14.0, 0], [14, 18]])
+    graph, nearest = join([*pieces, ends_at_it, crosses_it, apart], np.array([[6, 5.0], [9, 29], [13, 15], [2, -3]]), 1)
+    assert graph.edges.tolist() == [[0, 1], [0, 2], [1, 3]]
+    assert nearest.tolist() == [2, 1, 4, 0]
+
+
+def test_the_streets_of_soho_hang_together_and_the_deaths_are_at_the_pump_of_broad_street() -> None:
+    data = load_soho()
+    assert data.graph.num_nodes == len(data.lines) == len(data.positions) == 699
+    assert data.graph.num_components == 1
+    assert data.signal is not None
+    assert data.marks is not None
+    assert data.signal.sum() == 392
+    assert (np.abs(data.positions - [-0.1366, 51.5132]) < 0.007).all()
+    worst = data.positions[data.signal.argmax()]
+    assert np.linalg.norm((data.marks - worst) * [0.62, 1], axis=1).min() * 111_000 < 30  # metres
+    assert "libpysal" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "source",
+    [Picture(), Picture(name="brain"), *(GraphSource(name=name) for name in ("counties", "minnesota", "soho"))],
+)
 def test_a_missing_package_is_named_with_its_command(
     source: Picture | GraphSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def test_importing_needs_neither_matplotlib_nor_the_models():
         lambda a: plots.plot_chain([1.0, 2.0], [1.0, 1.5], a),
         lambda a: plots.plot_graph_signal(Graph.chain(3), TRIANGLE, [1.0, 2.0, 3.0], a),
         lambda a: plots.plot_regions([TRIANGLE], [1.0], a),
+        lambda a: plots.plot_lines([TRIANGLE], [1.0], a),
         lambda a: plots.plot_path([1.0, 2.0], np.ones((2, 3)), a),
         lambda a: plots.plot_perplexity({"a": ([0.5], [20.0])}, a),
     ],
@@ -293,6 +294,18 @@ def test_all_outlines_of_a_region_have_its_value():
         plots.plot_regions([], [])
     with pytest.raises(ValueError, match="at least one outline in region 0"):
         plots.plot_regions([[]], [1.0])
+
+
+def test_lines_on_a_map_show_the_high_values_above_the_others():
+    axis = plots.plot_lines([TRIANGLE, TRIANGLE + 2, TRIANGLE[:2]], [5.0, np.nan, 3.0], label="cases")
+    (drawn,) = axis.collections
+    np.testing.assert_array_equal(np.ma.filled(drawn.get_array(), np.nan), [np.nan, 3, 5])
+    np.testing.assert_array_equal(drawn.get_segments()[-1], TRIANGLE)
+    assert colour_bar_of(axis).get_ylabel() == "cases"
+    with pytest.raises(ValueError, match=r"values has the shape \[1\], given \[2\]"):
+        plots.plot_lines([TRIANGLE], [1.0, 2.0])
+    with pytest.raises(ValueError, match="at least one line"):
+        plots.plot_lines([], [])
 
 
 @pytest.mark.parametrize(("block", "panels"), [(1, 4), (2, 5), (3, 16)])

@@ -70,6 +70,39 @@ def test_graph_signal_recovers_levels_and_hidden_rates(tmp_path: Path) -> None:
         assert all(axis.get_title() for axis in axes)
 
 
+def test_a_volume_is_denoised_in_three_dimensions_and_its_slice_drawn(tmp_path: Path) -> None:
+    given = {
+        "name": "tiny", "task": "denoise", "picture": {"name": "brain", "crop": [80, 80, 70, 12, 10, 4]},
+        "penalty": {"name": "group_l2", "weight": 9, "axis": 0}, "dtype": "float32",
+    }  # fmt: skip
+    task = Denoise.model_validate(given)
+    assert task.grid().shape == (12, 10, 4)
+    run = finish(task, tmp_path)
+    assert run.records[0]["psnr_after"] > run.records[0]["psnr_before"]
+    (axes,) = Denoise.draw([run])["pictures"]
+    assert axes[0].images[0].get_array().shape == (10, 12)
+
+
+def test_counts_on_streets_get_rates_and_a_chosen_weight(tmp_path: Path) -> None:
+    task = GraphSignal.model_validate(
+        {
+            "name": "deaths", "task": "graph_signal", "graph": {"name": "soho"}, "loss": "poisson", "choose": "bic",
+            "levels": 3, "tol": 1e-3,
+        }
+    )  # fmt: skip
+    run = finish(task, tmp_path)
+    (record,) = run.records
+    assert record["status"] == "CONVERGED"
+    assert record["weight"] == pytest.approx(2.3, rel=0.1)  # the second of three; the penalty has another
+    with np.load(tmp_path / "signal-fit.npz") as stored:
+        # Rates, not their logarithms; their sum is that of the counts, since a constant is not penalised.
+        assert stored["fitted"].min() > 0
+        assert stored["fitted"].sum() == pytest.approx(392, rel=1e-2)
+    (axes,) = GraphSignal.draw([run]).values()
+    assert f"chosen weight {record['weight']:.3g}" in axes[1].get_title()
+    assert len(axes[1].collections[0].get_segments()) == 699
+
+
 def test_levels_are_connected_parts_of_equal_value() -> None:
     assert count_levels(Graph.chain(6), np.array([1.0, 1.0, 2.0, 2.0, 1.0, 1.0])) == 3
 
@@ -78,6 +111,10 @@ def test_a_road_network_has_no_measured_signal() -> None:
     task = GraphSignal.model_validate({"name": "x", "task": "graph_signal", "graph": {"name": "minnesota"}})
     with pytest.raises(ValueError, match="plateaus"):
         task.check()
+    with pytest.raises(ValueError, match="take loss=square, not poisson"):
+        task.model_copy(update={"signal": "waves", "loss": "poisson"}).check()
+    with pytest.raises(ValueError, match="unknown loss 'poison'"):
+        task.model_copy(update={"signal": "waves", "loss": "poison"}).check()
 
 
 # What makes an experiment small: settings that leave its kind and its comparison with the paper as they are.
@@ -95,8 +132,10 @@ SMALL = {
     "doge-groupings": [],
     "denoise-astronomy": ["picture.crop=[520, 330, 12, 12]", "sweep.list=[{order: 0}]"],
     "denoise-medical": ["sweep.list=[{picture: {name: shepp_logan_phantom, size: 12}}]"],
+    "denoise-volume": ["picture.crop=[80, 80, 70, 12, 10, 4]", "sweep.list=[{penalty: {name: l1, weight: 7}}]"],
     "counties": ["graph.states=[DE]", "tol=1e-3", "sweep.list=[{order: 0}]"],
     "minnesota": ["tol=1e-3", "sweep.list=[{signal: waves, order: 0}]"],
+    "street-counts": ["tol=1e-3", "choose=bic", "levels=3", "sweep.list=[{order: 0}]"],
 }  # fmt: skip
 
 

@@ -15,7 +15,14 @@ from sparseopt.experiments.plots.curves import (
     plot_selection,
 )
 from sparseopt.experiments.plots.pruning import plot_comparison, plot_layer_errors, plot_perplexity, plot_sizes
-from sparseopt.experiments.plots.signals import plot_chain, plot_graph_signal, plot_groups, plot_image, plot_regions
+from sparseopt.experiments.plots.signals import (
+    plot_chain,
+    plot_graph_signal,
+    plot_groups,
+    plot_image,
+    plot_lines,
+    plot_regions,
+)
 from sparseopt.experiments.plots.style import COLOURS, save_figure
 
 __all__ = [
@@ -31,6 +38,7 @@ __all__ = [
     "plot_history",
     "plot_image",
     "plot_layer_errors",
+    "plot_lines",
     "plot_path",
     "plot_perplexity",
     "plot_regions",

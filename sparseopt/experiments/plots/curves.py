@@ -213,7 +213,8 @@ def plot_cross_validation(validation: CrossValidation, axis: Any = None) -> Any:
     axis.errorbar(validation.path.weights, validation.errors, validation.standard_errors, **bars)
     _mark(axis, validation.path, validation.index_min, "least error")
     _mark(axis, validation.path, validation.index_one_se, "within one standard error", style.COLOURS[2], ":")
-    axis.set(ylabel="mean squared error, held-out nodes")
+    error = "mean squared error" if validation.path.loss is None else "mean deviance"
+    axis.set(ylabel=f"{error}, held-out nodes")
     axis.legend(frameon=False)
     return axis
 
@@ -233,5 +234,5 @@ def _draw_lines(axis: Any, weights: np.ndarray, table: np.ndarray, columns: Iter
 
 
 def _mark(axis: Any, path: TrendPath, index: int, label: str, colour: str = style.COLOURS[5], dash: str = "--") -> None:
-    text = f"{label}: {path.weights[index]:.3g}, df {path.degrees_of_freedom[index]}"
+    text = f"{label}: {path.weights[index]:.3g}, df {path.degrees_of_freedom[index]:.0f}"
     axis.axvline(path.weights[index], color=colour, linestyle=dash, linewidth=1.4, label=text)

@@ -1,4 +1,4 @@
-"""Floor 7: signals on images, chains, graphs and regions of a map; and the groups of Doge-ADMM."""
+"""Floor 7: signals on images, chains, graphs, regions and streets of a map; and the groups of Doge-ADMM."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -175,6 +175,44 @@ def plot_regions(
         edgecolors="white",
         linewidths=float(np.clip(8 / np.sqrt(len(parts)), 0.1, 0.8)),
     )
+    axis.add_collection(drawn)
+    axis.autoscale_view()
+    style.bare(axis)
+    style.colour_bar(axis, drawn, level, label)
+    return axis
+
+
+def plot_lines(
+    lines: Sequence[Any],
+    values: Any,
+    axis: Any = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    label: str = "",
+) -> Any:
+    """A map of lines, such as streets, coloured by a value each.
+
+    Args:
+        lines: the points of each, `[m, 2]`.
+        values: one a line; NaN is drawn grey.
+        axis: to draw on.
+        limits: of the colours, or None for the range of the values.
+        label: of the colour bar: what the values are, with their unit.
+    """
+    from matplotlib.collections import LineCollection
+
+    style.check_any(lines, "line")
+    level = style.as_numbers(values, "values", (len(lines),))
+    parts = [_as_places(line, f"line {index}", "m") for index, line in enumerate(lines)]
+    low, high = style.colour_limits(limits, level, "the map")
+    axis = style.axis_or_new(axis, _map_size(np.concatenate(parts)))
+    width = float(np.clip(80 / np.sqrt(len(parts)), 1.5, 6))
+    # Round ends meet at corners. The high values are drawn last, and cover others there.
+    order = np.argsort(np.where(np.isfinite(level), level, -np.inf), kind="stable")
+    drawn = LineCollection(
+        [parts[index] for index in order], array=level[order], cmap=style.value_map(), clim=(low, high),
+        linewidths=width, capstyle="round",
+    )  # fmt: skip
     axis.add_collection(drawn)
     axis.autoscale_view()
     style.bare(axis)
