@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import trend_problems
-from trend_peers import OURS, PEERS, SOLVERS, Answer, Solver
+from trend_peers import OURS, PEERS, SOLVERS, Answer, Solver, able
 from trend_problems import TrendProblem
 
 TARGETS = (1e-3, 1e-4, 1e-6)
@@ -231,7 +231,7 @@ def reference(problem: TrendProblem, course: Course, kept: Path | None) -> Bound
     runs = [("sparseopt auto", [1e-7, SOUGHT]), ("PIQP", [1e-10])]
     # Factorisations are cheap on sparse planar graphs.
     for name, rungs in runs if problem.shape is not None else reversed(runs):
-        if bounds.gap > SOUGHT and SOLVERS[name].can(problem):
+        if bounds.gap > SOUGHT and able(SOLVERS[name], problem):
             course.climb(problem, SOLVERS[name], rungs, enough)
     tell(f"{problem.name}: the optimum is known to a gap of {bounds.gap:.1e}")
     if file is not None and bounds.upper < np.inf:
@@ -250,7 +250,7 @@ def compare(problem: TrendProblem, solvers: Iterable[Solver], course: Course, ke
 
     runs = {}
     for solver in solvers:
-        if solver.can(problem):
+        if able(solver, problem):
             runs[solver.name] = course.climb(problem, solver, solver.ladder(problem), enough)
             if runs[solver.name][0] is None:
                 tell(f"SKIPPED {solver.name}: {runs[solver.name][2] or f'{solver.module} is not installed'}")

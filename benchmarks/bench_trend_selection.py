@@ -7,6 +7,9 @@ network, each with `--repeats` draws of white noise. For every draw one path is 
 and the oracle chooses the one with the smallest mean squared error. A line contains the errors of all draws.
 Cross-validation solves one more path per fold, with missing nodes; it runs at order 0 only, where this is fast.
 
+Counts and labels are drawn from the piecewise constant signal as log-rate or log-odds. Their error is the mean deviance
+of the fitted mean from the true one, twice the Kullback-Leibler divergence.
+
 At order 0 a second line compares L1 with MCP by `reweighted_trend_filter`, each at its best weight: the error, and the
 slope of the fit over the truth, which is below 1 if the fit is shrunk.
 
@@ -23,12 +26,13 @@ from typing import Any
 
 import numpy as np
 from common import emit_line, names_of
-from scipy import sparse
+from scipy import sparse, special
 from scipy.sparse import csgraph
 from scipy.spatial import Delaunay
 
 import sparseopt as so
 from sparseopt.system.machine import environment
+from sparseopt.trend.losses import node_deviances
 from sparseopt.trend.path import TrendPath, trend_path
 from sparseopt.trend.selection import cross_validate, select
 
@@ -101,7 +105,14 @@ PROBLEMS = {
     "road-linear": 1,
     "road-smooth": 1,
     "road-spiky": 1,
+    "grid-constant-poisson": 0,
+    "grid-constant-logistic": 0,
+    "road-constant-poisson": 0,
+    "road-constant-logistic": 0,
 }
+# Level and scale of log-rates and log-odds: rates of about 1 to 10, probabilities of about 0.2 to 0.95.
+SCALES = {"poisson": (1.0, 0.8), "logistic": (0.0, 1.5)}
+MEANS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"poisson": np.exp, "logistic": special.expit}
 # Rules that need one path; cross-validation is added to them.
 RULES: dict[str, Callable[[TrendPath], int]] = {
     "sure": lambda path: select(path, "sure").index,
@@ -112,23 +123,51 @@ RULES: dict[str, Callable[[TrendPath], int]] = {
 }
 
 
+def least_gcv(path: TrendPath) -> int:
+    """As `select`, which refuses labels."""
+    share = path.degrees_of_freedom / path.observations
+    return int(np.argmin(np.where(share <= 0.5, path.deviances / (1 - np.minimum(share, 0.5)) ** 2, np.inf)))
+
+
+# Those that need no noise level.
+LOSS_RULES: dict[str, Callable[[TrendPath], int]] = {
+    "gcv": least_gcv,
+    "aic": lambda path: int(np.argmin(path.deviances + 2 * path.degrees_of_freedom)),
+    "bic": lambda path: select(path, "bic").index,
+}
+
+
+def drawn(truth: np.ndarray, loss: str | None, seed: int) -> np.ndarray:
+    """Observations of a signal, on the scale of the loss."""
+    rng = np.random.default_rng(seed)
+    if loss == "poisson":
+        return rng.poisson(np.exp(truth)).astype(float)
+    if loss == "logistic":
+        return (rng.random(truth.size) < special.expit(truth)).astype(float)
+    return truth + NOISE * rng.standard_normal(truth.size)
+
+
 def standardised(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / values.std()
 
 
 def measure(name: str, repeats: int) -> None:
     """Print the line of one problem."""
-    order, (kind, signal) = PROBLEMS[name], name.split("-")
+    order, (kind, signal, *kinds) = PROBLEMS[name], name.split("-")
+    loss = kinds[0] if kinds else None
     graph, places = GRAPHS[kind]()
-    truth = standardised(SIGNALS[signal](graph, places))
+    level, scale = SCALES[loss] if loss else (0.0, 1.0)
+    truth = level + scale * standardised(SIGNALS[signal](graph, places))
+    means = MEANS[loss](truth) if loss else truth
     # Weights of higher orders span a wider range. Without the cosine transforms of a grid, use many cheap steps.
     options: dict[str, Any] = {"num": 30, "ratio": 1e-3} if order < 2 else {"num": 40, "ratio": 1e-4}
     quick = kind == "grid" or order == 0
     options |= {"tol": 1e-4, "method": "auto"} if quick else {"tol": 1e-3, "method": "doge"}
+    options |= {"loss": loss} if loss else {}
     errors: dict[str, list[float]] = {"oracle": []}
     noise, start = [], time.process_time()
     for repeat in range(repeats):
-        y = truth + NOISE * np.random.default_rng(repeat).standard_normal(truth.size)
+        y = drawn(truth, loss, repeat)
         validation: dict[str, int] = {}
         if order:
             path = trend_path(y, graph, order=order, **options).check()
@@ -136,10 +175,11 @@ def measure(name: str, repeats: int) -> None:
             validated = cross_validate(y, graph, folds=FOLDS, seed=repeat, **options).check()
             path = validated.path
             validation = {"cv": validated.index_min, "cv, one standard error": validated.index_one_se}
-        losses = ((path.values.reshape(len(path), -1) - truth) ** 2).mean(axis=1)
-        taken = {"oracle": int(losses.argmin())} | {rule: take(path) for rule, take in RULES.items()}
+        apart = node_deviances(path.loss, path.values.reshape(len(path), -1), means).mean(axis=1)
+        rules = LOSS_RULES if loss else RULES
+        taken = {"oracle": int(apart.argmin())} | {rule: take(path) for rule, take in rules.items()}
         for rule, index in (taken | validation).items():
-            errors.setdefault(rule, []).append(float(f"{losses[index]:.5g}"))
+            errors.setdefault(rule, []).append(float(f"{apart[index]:.5g}"))
         noise.append(path.noise)
     best = float(np.mean(errors["oracle"]))
     ratios = {rule: float(np.mean(found)) / best for rule, found in errors.items() if rule != "oracle"}
@@ -151,8 +191,8 @@ def measure(name: str, repeats: int) -> None:
         edges=graph.num_edges,
         signal=signal,
         order=order,
-        noise=NOISE,
-        noise_estimate=float(np.mean(noise)),
+        noise=None if loss else NOISE,
+        noise_estimate=None if loss else float(np.mean(noise)),
         repeats=repeats,
         **options,
         folds=None if order else FOLDS,
@@ -222,7 +262,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.only:
         measure(name, arguments.repeats)
-        if PROBLEMS[name] == 0:
+        if PROBLEMS[name] == 0 and name.count("-") == 1:
             concave(name, arguments.repeats)
 
 

@@ -1,6 +1,6 @@
 """Solvers of the trend-filter problem with one interface: sparseopt and public ones. To add one, see `Solver`.
 
-Not included: solvers of isotropic total variation, a different problem; cvxpy, which would call OSQP; exact maximum
+Not included: cvxpy, which would call OSQP; exact maximum
 flow by PyMaxflow, which is GPL (cut pursuit represents graph cuts).
 """
 
@@ -57,8 +57,13 @@ class Solver(Protocol):
         """Whether the first call compiles, which is timed separately."""
         ...
 
+    @property
+    def kinds(self) -> tuple[bool, ...]:
+        """Which values of `problem.isotropic` it takes."""
+        ...
+
     def can(self, problem: TrendProblem) -> bool:
-        """Whether it solves this problem."""
+        """Whether it solves this problem, if it is of one of its kinds."""
         ...
 
     def ladder(self, problem: TrendProblem) -> Sequence[Any]:
@@ -93,6 +98,7 @@ class Sparseopt:
     package: str = "sparseopt"
     module: str = "sparseopt"
     compiles: bool = True
+    kinds: tuple[bool, ...] = (False, True)
 
     @property
     def name(self) -> str:
@@ -130,7 +136,8 @@ class Sparseopt:
     def _fit(self, problem: TrendProblem, graph: Any, tol: float) -> Answer:
         import sparseopt as so
 
-        penalty, steps = so.L1(problem.weight), 500_000
+        penalty: Any = so.GroupL2(problem.weight, axis=0) if problem.isotropic else so.L1(problem.weight)
+        steps = 500_000
         found = so.trend_filter(problem.y, graph, penalty, problem.order, self.method, tol, steps, dtype=self.dtype)
         fit, gap = np.asarray(found.value), float(found.gap)
         lower = float(found.objective) / (1 + gap) if self.dtype is None and np.isfinite(gap) else None
@@ -155,6 +162,7 @@ class Piqp:
     package: str = "piqp"
     module: str = "piqp"
     compiles: bool = False
+    kinds: tuple[bool, ...] = (False,)
 
     def can(self, problem: TrendProblem) -> bool:
         """Whether its factors fit in memory."""
@@ -214,6 +222,7 @@ class Osqp:
     package: str = "osqp"
     module: str = "osqp"
     compiles: bool = False
+    kinds: tuple[bool, ...] = (False,)
 
     def can(self, problem: TrendProblem) -> bool:
         """Whether its factors fit in memory."""
@@ -255,6 +264,7 @@ class ProxTv:
     package: str = "prox_tv"
     module: str = "prox_tv"
     compiles: bool = False
+    kinds: tuple[bool, ...] = (False,)
 
     @property
     def name(self) -> str:
@@ -289,6 +299,7 @@ class FastProx:
     package: str = "fastprox"
     module: str = "fastprox"
     compiles: bool = False
+    kinds: tuple[bool, ...] = (False, True)
 
     def can(self, problem: TrendProblem) -> bool:
         """Order 0 on any graph."""
@@ -308,7 +319,8 @@ class FastProx:
         if problem.shape is not None:
             field = problem.y.reshape(problem.shape)
             axes = len(problem.shape)
-            return lambda: Answer(fastprox.tv_aniso(field, problem.weight, ndim=axes, max_iter=10_000, **options)[0])
+            variation = fastprox.tv_iso if problem.isotropic else fastprox.tv_aniso
+            return lambda: Answer(variation(field, problem.weight, ndim=axes, max_iter=100_000, **options)[0])
         return lambda: Answer(fastprox.graph_tv(problem.y, problem.edges, problem.weight, **options)[0])
 
 
@@ -323,6 +335,7 @@ class CutPursuit:
     package: str = "pycut-pursuit"
     module: str = "pycut_pursuit"
     compiles: bool = False
+    kinds: tuple[bool, ...] = (False,)
 
     def can(self, problem: TrendProblem) -> bool:
         """Order 0."""
@@ -363,6 +376,7 @@ class Pygfl:
     package: str = "pygfl"
     module: str = "libgraphfl"
     compiles: bool = False
+    kinds: tuple[bool, ...] = (False,)
 
     def can(self, problem: TrendProblem) -> bool:
         """Every problem for which ΔΔᵀ fits in memory."""
@@ -409,6 +423,72 @@ class Pygfl:
         return call
 
 
+@dataclasses.dataclass(frozen=True)
+class ScikitImage:
+    """Isotropic total variation of pictures and volumes; the rung is the number of iterations."""
+
+    method: str
+    package: str = "scikit-image"
+    module: str = "skimage"
+    compiles: bool = False
+    kinds: tuple[bool, ...] = (True,)
+
+    @property
+    def name(self) -> str:
+        """With the name of the method."""
+        return f"scikit-image {self.method}"
+
+    def can(self, problem: TrendProblem) -> bool:
+        """Split Bregman takes pictures."""
+        return problem.shape is not None and (self.method == "Chambolle" or len(problem.shape) == 2)
+
+    def ladder(self, problem: TrendProblem) -> Sequence[int]:
+        """Doubling."""
+        del problem
+        return doubled(8, 16384 if self.method == "Chambolle" else 512)
+
+    def solve(self, problem: TrendProblem, rung: int) -> Callable[[], Answer]:
+        """Its own stop never acts."""
+        from skimage import restoration
+
+        assert problem.shape is not None
+        field, weight = problem.y.reshape(problem.shape), problem.weight
+        if self.method == "Chambolle":
+            options: dict[str, Any] = {"eps": 0, "max_num_iter": rung}
+            return lambda: Answer(restoration.denoise_tv_chambolle(field, weight, **options))
+        options = {"eps": 1e-30, "max_num_iter": rung, "isotropic": True}
+        return lambda: Answer(restoration.denoise_tv_bregman(field, 1 / weight, **options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pyunlocbox:
+    """Isotropic total variation of pictures, by FISTA on the dual; the rung is the number of iterations."""
+
+    name: str = "pyunlocbox"
+    package: str = "pyunlocbox"
+    module: str = "pyunlocbox"
+    compiles: bool = False
+    kinds: tuple[bool, ...] = (True,)
+
+    def can(self, problem: TrendProblem) -> bool:
+        """Its norm takes two axes."""
+        return problem.shape is not None and len(problem.shape) == 2
+
+    def ladder(self, problem: TrendProblem) -> Sequence[int]:
+        """Doubling."""
+        del problem
+        return doubled(8, 4096)
+
+    def solve(self, problem: TrendProblem, rung: int) -> Callable[[], Answer]:
+        """Its own stop never acts."""
+        from pyunlocbox import functions
+
+        assert problem.shape is not None
+        field = problem.y.reshape(problem.shape)
+        norm = functions.norm_tv(maxit=rung, tol=0, dim=2, verbosity="NONE")
+        return lambda: Answer(norm.prox(field.copy(), problem.weight))
+
+
 OURS: tuple[Solver, ...] = (
     *(Sparseopt(method) for method in ("auto", "doge", "admm", "fast_admm", "interior")),
     Sparseopt("auto", "float32"),
@@ -417,9 +497,16 @@ PEERS: tuple[Solver, ...] = (
     FastProx(),
     *(ProxTv(method, 2) for method in ("dr", "pd", "kolmogorov", "condat")),
     *(ProxTv(method, 1) for method in ("tautstring", "dp")),
+    *(ScikitImage(method) for method in ("Chambolle", "split Bregman")),
+    Pyunlocbox(),
     CutPursuit(),
     Pygfl(),
     Piqp(),
     Osqp(),
 )
 SOLVERS: dict[str, Solver] = {solver.name: solver for solver in itertools.chain(OURS, PEERS)}
+
+
+def able(solver: Solver, problem: TrendProblem) -> bool:
+    """Whether a solver takes a problem."""
+    return problem.isotropic in solver.kinds and solver.can(problem)

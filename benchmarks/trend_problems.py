@@ -2,6 +2,8 @@
 
     minimise over b    1/2 ||y - b||²  +  weight ||Δ^(order+1) b||_1
 
+or on grids, with the isotropic total variation, `weight sum_j ||(D b)_j||_2` over the differences of every node.
+
 NumPy and SciPy only: the objective is independent of all solvers, and a peer may need a Python without sparseopt.
 """
 
@@ -32,6 +34,7 @@ class TrendProblem:
         order: k.
         weight: of the penalty.
         known: objective and lower bound of a stored optimum.
+        isotropic: whether the penalty is the isotropic total variation.
     """
 
     name: str
@@ -41,6 +44,7 @@ class TrendProblem:
     order: int
     weight: float
     known: tuple[float, float] | None = None
+    isotropic: bool = False
 
     @functools.cached_property
     def incidence(self) -> sparse.csr_array:
@@ -60,7 +64,11 @@ class TrendProblem:
     def objective(self, b: np.ndarray) -> float:
         """The primal objective of a fit `[n]`, in float64."""
         b = np.asarray(b, np.float64).reshape(-1)
-        return float(0.5 * np.sum((self.y - b) ** 2) + self.weight * np.abs(self.matrix @ b).sum())
+        rows = self.matrix @ b
+        if self.isotropic:
+            squares = np.bincount(self.edges.min(axis=1), rows**2, b.size)
+            return float(0.5 * np.sum((self.y - b) ** 2) + self.weight * np.sqrt(squares).sum())
+        return float(0.5 * np.sum((self.y - b) ** 2) + self.weight * np.abs(rows).sum())
 
     def lower_bound(self, u: np.ndarray) -> float:
         """The dual objective of `u`, `[rows]`, clipped to the weight: no fit has a lower objective."""
@@ -72,7 +80,7 @@ class TrendProblem:
     def key(self) -> str:
         """A file name that identifies this problem."""
         content = hashlib.sha256(self.y.tobytes() + np.ascontiguousarray(self.edges).tobytes())
-        content.update(f"{self.shape} {self.order} {self.weight!r}".encode())
+        content.update(f"{self.shape} {self.order} {self.weight!r}{' isotropic' * self.isotropic}".encode())
         return f"{self.name}_{content.hexdigest()[:12]}"
 
 
@@ -87,6 +95,7 @@ def save(problem: TrendProblem, path: Path) -> None:
         grid=np.array(shape, np.int64),
         order=problem.order,
         weight=problem.weight,
+        isotropic=problem.isotropic,
     )
 
 
@@ -94,8 +103,9 @@ def load(path: Path) -> TrendProblem:
     """Read what `save` wrote."""
     with np.load(path) as stored:
         shape = tuple(int(n) for n in stored["grid"]) or None
+        order, weight, isotropic = int(stored["order"]), float(stored["weight"]), bool(stored["isotropic"])
         return TrendProblem(
-            str(stored["name"]), stored["y"], stored["edges"], shape, int(stored["order"]), float(stored["weight"])
+            str(stored["name"]), stored["y"], stored["edges"], shape, order, weight, isotropic=isotropic
         )
 
 
@@ -148,6 +158,10 @@ def _grid(name: str, shape: tuple[int, ...], order: int, weight: float) -> Trend
     return TrendProblem(name, grid_signal(shape), grid_edges(shape), shape, order, weight)
 
 
+def _isotropic(name: str, shape: tuple[int, ...], weight: float) -> TrendProblem:
+    return dataclasses.replace(_grid(name, shape, 0, weight), isotropic=True)
+
+
 @functools.cache
 def _kept_road(n: int) -> tuple[np.ndarray, np.ndarray]:
     return road_like(n)
@@ -196,6 +210,8 @@ def problems(quick: bool, truth: Path | None) -> dict[str, Callable[[], TrendPro
         add(_grid, f"grid{large}", (large, large), order, weight_large)
     for order, weight in ((0, 20.0), (1, 13.0)):
         add(_grid, f"cube{cube}", (cube,) * 3, order, weight)
+    for name, shape in ((f"grid{side}", (side,) * 2), (f"grid{large}", (large,) * 2), (f"cube{cube}", (cube,) * 3)):
+        made[f"{name}_isotropic"] = functools.partial(_isotropic, f"{name}_isotropic", shape, 20.0)
     for order, weight in ((0, 25.0), (1, 40.0), (2, 60.0)):
         add(_road, f"road{road // 1000}k", road, order, weight)
     for order, weight in ((0, 10.0), (1, 10.0), (2, 10.0)):

@@ -79,7 +79,7 @@ nitpick_ignore_regex = [
     # Types of other packages, type variables and aliases have no page here.
     ("py:.*", r"(jax|jaxlib|jaxtyping|numpy|np|scipy|flax|nnx|optax|matplotlib|pydantic|typing|pathlib|enum)(\..*)?"),
     ("py:.*", r"(pydantic_core|collections|sparse|ml_dtypes|tokenizers|annotated_types)\..*"),
-    ("py:.*", r"(abc|re|os|io|contextlib|types)\..*"),
+    ("py:.*", r"(abc|re|os|io|contextlib|types|zipfile)\..*"),
     ("py:.*", r"Array|ndarray|_PydanticGeneralMetadata|sparseopt\.[a-z_.]*\.T"),
 ]
 

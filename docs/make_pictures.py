@@ -36,11 +36,15 @@ METHODS = {
 RULES = {
     "sure": ("SURE", "#0072B2", "o"),
     "gcv": ("GCV", "#E69F00", "s"),
-    "aic, corrected": ("corrected AIC", "#56B4E9", "P"),
+    "aic, corrected": ("AIC", "#56B4E9", "P"),  # uncorrected for counts and labels
     "cv": ("cross-validation", "#009E73", "D"),
     "cv, one standard error": ("one standard error", "#CC79A7", "v"),
     "bic": ("BIC", "#D55E00", "^"),
 }
+
+
+KINDS = {"poisson": "counts", "logistic": "labels"}
+TOP = 3.5  # of the axis
 
 
 def trend_picture() -> None:
@@ -105,16 +109,25 @@ def selection_picture() -> None:
         least = best.mean(axis=1, keepdims=True)
         for index, (rule, (label, colour, marker)) in enumerate(RULES.items()):
             absent = [np.nan] * best.shape[1]  # cross-validation was not run everywhere
-            taken = np.array([record["errors"].get(rule, absent) for record in shown])
+            found = [record["errors"] for record in shown]
+            taken = np.array([each.get(rule, each.get(rule.partition(",")[0], absent)) for each in found])
             ratio = taken.mean(axis=1, keepdims=True) / least
             # Draws of the noise are paired, so the ratio's spread is that of the difference of the errors.
             spread = ((taken - ratio * best) / least).std(axis=1, ddof=1) / np.sqrt(best.shape[1])
             places = np.arange(len(shown)) + 0.14 * (index - 2.5)
+            for place, level in zip(places, ratio[:, 0], strict=True):
+                if level > TOP:  # said instead of drawn
+                    axis.text(
+                        place, 0.86 * TOP, f"{label} {level:.0f}", color=colour, rotation=90, va="top", ha="center"
+                    )
             axis.errorbar(places, ratio[:, 0], 2 * spread, color=colour, marker=marker, linestyle="", label=label)
         axis.axhline(1, color="0.2", linewidth=1)
         axis.axhline(shown[0]["target"], color="0.2", linewidth=1, linestyle="--")
         axis.set(title=f"{graph}, {shown[0]['nodes']:,} nodes", yscale="log")
-        axis.set_xticks(range(len(shown)), [f"{record['signal']}\n(order {record['order']})" for record in shown])
+        kinds = [KINDS.get(record.get("loss"), record["signal"]) for record in shown]
+        ticks = [f"{kind}\n(order {record['order']})" for kind, record in zip(kinds, shown, strict=True)]
+        axis.set_xticks(range(len(shown)), ticks, fontsize=11)
+        axis.set_ylim(0.93, TOP)
         axis.set_yticks([1, 1.1, 1.5, 2, 3], ["1", "1.1", "1.5", "2", "3"])
         axis.minorticks_off()
         axis.grid(axis="y", alpha=0.25)

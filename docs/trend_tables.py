@@ -220,9 +220,10 @@ def selection_errors(records: list[Record]) -> str:
     columns: list[Column] = [
         ("graph", field("graph")),
         ("signal", field("signal")),
+        ("loss", lambda r: r.get("loss") or "square"),
         ("order", field("order")),
         ("error of the oracle", lambda r: f"{r['oracle_error']:.4f}"),
-        ("noise, estimated", lambda r: f"{r['noise_estimate']:.3f}"),
+        ("noise, estimated", lambda r: f"{r['noise_estimate']:.3f}" if r["noise_estimate"] else None),
         *((rule, ratio(rule)) for rule in rules),
     ]
     return table(records, columns) if records else missing(SELECTION)

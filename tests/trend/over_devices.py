@@ -40,12 +40,8 @@ def uneven_graph():
     return so.Graph.from_edges(edges, 60, rng.uniform(0.5, 2.0, len(edges)))
 
 
-GRID, CHAIN, CUBE, UNEVEN = (
-    so.Graph.grid((37, 23)),
-    so.Graph.chain(50),
-    so.Graph.grid((4, 5, 11), (1, 2, 0.5)),
-    uneven_graph(),
-)
+GRID, CHAIN, UNEVEN = so.Graph.grid((37, 23)), so.Graph.chain(50), uneven_graph()
+CUBE, SPACED = so.Graph.grid((4, 5, 11)), so.Graph.grid((4, 5, 11), (1, 2, 0.5))
 
 
 def products(graph, devices, order):
@@ -176,7 +172,7 @@ def warm_starts():
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    graphs = {"chain": CHAIN, "grid": GRID, "one row": so.Graph.grid((3, 8)), "cube": CUBE, "graph": UNEVEN}
+    graphs = {"chain": CHAIN, "grid": GRID, "one row": so.Graph.grid((3, 8)), "cube": SPACED, "graph": UNEVEN}
     found = {
         "products": {
             name: products(graph, devices, order)
