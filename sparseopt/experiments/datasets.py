@@ -47,7 +47,7 @@ from scipy.spatial import KDTree
 from sparseopt.experiments.names import suggest
 from sparseopt.experiments.task import Strict
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.volumes import Scan, read_scan
+from sparseopt.trend.volumes import Scan, from_above, read_scan
 
 PICTURES = (
     "camera", "coffee", "chelsea", "astronaut", "hubble_deep_field", "retina", "microaneurysms",
@@ -108,7 +108,7 @@ class Picture(Strict):
 
     def shown(self, values: np.ndarray) -> np.ndarray:
         """What can be drawn of an array like `load()`: of a volume its middle slice from above, the face upwards."""
-        return values if self.axes == 2 else np.rot90(values[:, :, values.shape[2] // 2])
+        return values if self.axes == 2 else from_above(values)
 
     def load(self) -> np.ndarray:
         """`[height, width]`, `[height, width, channels]` or a volume `[right, ahead, up]`, float64.

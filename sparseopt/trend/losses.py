@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.certify import promoted, stationary
-from sparseopt.core.divided_differences import polynomial_basis
 from sparseopt.core.fidelity import NodeLoss
 from sparseopt.core.iterate import iterate
 from sparseopt.core.penalties import Norm
@@ -82,9 +81,8 @@ def _best_constants(job: Job) -> tuple[ScalarLoss, _Data, np.ndarray]:
 
 def _free_basis(job: Job) -> np.ndarray | None:
     """Orthonormal `[n, k + 1]`, of the polynomials that no penalty sees with free ends; None else."""
-    if not job.graph.free or vanishes(job.penalty):
-        return None
-    return polynomial_basis(job.graph.times, job.graph.num_nodes, job.order + 1)
+    basis = job.ground.basis
+    return None if basis is None or vanishes(job.penalty) else np.asarray(basis, np.float64)
 
 
 def _best_polynomial(
@@ -93,14 +91,7 @@ def _best_polynomial(
     """The polynomial of least loss, `[n]`, by Newton's method from a constant; a ValueError if there is none."""
     with precision(np.dtype(np.float64)):
         at = jnp.asarray(np.where(weights > 0, y, loss.mean(jnp.asarray(start))))
-        loss = leaves_as(loss, np.float64)
-
-        @jax.jit
-        def told(fit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            slope, curvature = jax.jvp(lambda x: loss.derivative(x, at), (fit,), (jnp.ones_like(fit),))
-            return jnp.sum(weights * loss.value(fit, at)), weights * slope, weights * curvature
-
-        fit = start.astype(np.float64)
+        told, fit = partial(_expanded, leaves_as(loss, np.float64), at, weights), start.astype(np.float64)
         value, slope, curvature = (np.asarray(part) for part in told(fit))
         first = curvature.max()
         for _ in range(NEWTON_STEPS):
@@ -272,6 +263,13 @@ def _box(signal: Signal, loss: ScalarLoss, order: int) -> tuple[np.ndarray, np.n
     low, high = np.array(spans).T.reshape(2, *signal.values.shape[1:])
     wider = 0 if order == 0 and loss.span_holds_fit else BOX_RANGES * (high - low)
     return low - wider, high + wider
+
+
+@jax.jit
+def _expanded(loss: ScalarLoss, y: Any, weights: Any, fit: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The loss of a fit, and node by node its slope and its curvature."""
+    slope, curvature = jax.jvp(lambda x: loss.derivative(x, y), (fit,), (jnp.ones_like(fit),))
+    return jnp.sum(weights * loss.value(fit, y)), weights * slope, weights * curvature
 
 
 def _balanced_gradient(

@@ -200,7 +200,6 @@ def trend_path(
     seen = None if signal.weights is None else signal.weights > 0
     columns, mass = signal.columns, signal.mass[:, None]
     channels = columns.shape[1]
-    fits = [np.asarray(fit.value).reshape(columns.shape) for fit, _ in found]
 
     def stacked(name: str) -> np.ndarray:
         return np.stack([getattr(fit, name) for fit, _ in found])
@@ -219,7 +218,7 @@ def trend_path(
         steps=stacked("steps"),
         statuses=stacked("status"),
         degrees_of_freedom=freedom,
-        deviances=np.array([np.sum(mass * node_deviances(family, fit, columns)) for fit in fits]),
+        deviances=np.array([np.sum(mass * node_deviances(family, x.reshape(columns.shape), columns)) for x in values]),
         observations=channels * (graph.num_nodes if seen is None else int(seen.sum())),
         channels=channels,
         noise=noise,

@@ -85,7 +85,7 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
 
     Raises:
         ValueError: also for "sure" with another loss than the square, which it estimates the risk of, and for "gcv" and
-            "aic" with `LogisticLoss`, which chose fits of 47 times the least error in a study of labels.
+            "aic" with `LogisticLoss`, which chose fits of up to 49 times the least error in a study.
         RuntimeError: if a level of the path has values that are not finite.
 
     Example:

@@ -34,9 +34,12 @@ class Scan:
         """What a picture can show of an array of this shape: of a volume the middle slice."""
         if not self.volume:
             return values
-        if self.source is not None:  # its axes point right, ahead and up
-            return np.rot90(values[:, :, values.shape[2] // 2])
-        return values[values.shape[0] // 2]
+        return values[values.shape[0] // 2] if self.source is None else from_above(values)
+
+
+def from_above(values: np.ndarray) -> np.ndarray:
+    """The middle slice of a NIfTI volume, whose axes point right, ahead and up, with ahead upwards."""
+    return np.rot90(values[:, :, values.shape[2] // 2])
 
 
 def read_scan(path: str | Path) -> Scan:
@@ -120,13 +123,14 @@ def _read_npz(file: Path) -> Scan:
         found = [name for name in ("volume", "image") if name in arrays]
         if not found:
             raise ValueError(f"it holds {', '.join(arrays.files[:8])}; name the array image or volume")
-        for name in (found[0], *(name for name in ("spacing",) if name in arrays)):
-            check_npy(arrays.zip, f"{name}.npy", file)
+        check_npy(arrays.zip, f"{found[0]}.npy", file)
         values, volume = arrays[found[0]], found[0] == "volume"
         if values.ndim not in (range(3, 5) if volume else range(2, 4)) or values.size == 0:
             raise ValueError(f"its array {found[0]} has the shape {values.shape}")
-        spacing = tuple(map(float, arrays["spacing"].reshape(-1))) if volume and "spacing" in arrays else None
-        return Scan(values, volume, spacing)
+        if not (volume and "spacing" in arrays):
+            return Scan(values, volume)
+        check_npy(arrays.zip, "spacing.npy", file)
+        return Scan(values, volume, tuple(map(float, arrays["spacing"].reshape(-1))))
 
 
 def _read_stack(file: Path) -> Scan | None:
