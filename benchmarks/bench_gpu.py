@@ -1,18 +1,22 @@
 """Speed of the two solvers on an accelerator, compared with its speed in plain matrix products and copies.
 
-    python benchmarks/bench_gpu.py [--layers 4096x4096 11008x4096 4096x11008] [--sides 1024 2048 4096 8192] [--any]
+    python benchmarks/bench_gpu.py [--layers 4096x4096 11008x4096 4096x11008] [--sides 1024 2048 4096 8192]
+                                   [--runs maiht best] [--record FILE] [--any]
 
-Prints one JSON line per measurement: the matmul rates and bandwidth of the device; layer solves in the shapes of a 7B
-Llama, with the fraction of the float32 rate that they reach; steps of Doge-ADMM on grids, with the fraction of the
-bandwidth, relative to the minimum number of bytes that a step must move. It is skipped without an accelerator, with a
-message; --any runs it on the CPU, where only small sizes are useful.
+Prints one JSON line per measurement, and appends it to the record: the matmul rates and bandwidth of the device; layer
+solves in the shapes of a 7B Llama, and whole runs on SmolLM2, with the operations that the package's estimate counts;
+steps of Doge-ADMM on grids, with the least number of bytes that a step must move. The operations over the rate and the
+bytes over the bandwidth are what the page "On accelerators" estimates with. It is skipped without an accelerator, with
+a message; --any runs it on the CPU, where only small sizes are useful.
 """
 
 import argparse
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +26,9 @@ from common import emit_line, say
 
 import sparseopt as so
 from sparseopt.core.dense import HIGHEST
+from sparseopt.models import StreamedModel, bundled_model, open_source
+from sparseopt.pruning import Recipe, prune_model
+from sparseopt.pruning.cost import INVERSE, PASS_EFFICIENCY, SOLVE_EFFICIENCY, prune_cost
 from sparseopt.pruning.layer import LayerJob, layer_solver
 from sparseopt.pruning.methods import find_method, method_cost
 from sparseopt.pruning.patterns import parse_pattern
@@ -32,6 +39,19 @@ STEPS = 200
 # Arrays that a step of Doge-ADMM on a grid must read or write at least once. Nodes: x and the memory m, read and
 # written, and y, read. Edges, two per node: the dual and its prox point, read, written, and read by the divergence.
 NODE_PASSES, EDGE_PASSES = 5, 3
+TOKENS: dict[str, Any] = {"calibration": "pydoc", "samples": 16, "seqlen": 512, "heldout_samples": 0}
+RUNS = {
+    "maiht": Recipe(method="maiht", **TOKENS),
+    "best one shot": Recipe(method="best", reconstruct=0, variants=0, **TOKENS),
+    "best": Recipe(method="best", **TOKENS),
+}
+# Kinds of work of an estimate: the share of the rate that it allows for on a CPU, and the seconds in a report.
+KINDS = {
+    "layer solves": (SOLVE_EFFICIENCY, "solver_seconds"),
+    "forward passes and Grams": (PASS_EFFICIENCY, "calibration_seconds"),
+    "survey": (PASS_EFFICIENCY, "survey_seconds"),
+    "training": (PASS_EFFICIENCY, "reconstruction_seconds"),
+}
 
 
 def main() -> None:
@@ -40,21 +60,36 @@ def main() -> None:
     parser.add_argument("--layers", nargs="*", default=["4096x4096", "11008x4096", "4096x11008"], help="out x in")
     parser.add_argument("--sides", nargs="*", type=int, default=[1024, 2048, 4096, 8192], help="of square grids")
     parser.add_argument("--square", type=int, default=8192, help="side of the matrices for the matmul rate")
+    parser.add_argument("--runs", nargs="*", choices=RUNS, default=["maiht", "best one shot"], help="on SmolLM2")
+    parser.add_argument("--record", type=Path, help="lines are added to this file")
     parser.add_argument("--any", action="store_true", help="run on a CPU, too")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     if device.platform == "cpu" and not arguments.any:
         sys.exit("SKIPPED: bench-gpu needs a GPU or TPU, and JAX finds none (pip install 'jax[cuda13]')")
-    emit_line("device", kind=device.device_kind, platform=device.platform, **environment())
-    rates = measure_rates(arguments.square)
-    bandwidth = measure_bandwidth(arguments.square**2 * 2)
+
+    def emit(figure: str, **fields: Any) -> None:
+        line = emit_line(figure, **fields)
+        if arguments.record:
+            with arguments.record.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    emit("device", kind=device.device_kind, platform=device.platform, **environment())
+    rates = {}
+    for fields in measure_rates(arguments.square):
+        rates[fields["dtype"]] = 1e12 * fields["tflops"]
+        emit("matmul", **fields)
+    rate, bandwidth = rates["float32 highest"], measure_bandwidth(arguments.square**2 * 2)
+    emit("bandwidth", gigabytes_per_second=bandwidth / 1e9)
     for shape in arguments.layers:
         outputs, inputs = map(int, shape.split("x"))
         for method, preset in METHODS:
-            measure_layer(outputs, inputs, method, preset, rates["float32 highest"])
+            emit("layer", **measure_layer(outputs, inputs, method, preset), rate=rate)
     for side in arguments.sides:
         for order in (0, 1):
-            measure_grid(side, order, bandwidth)
+            emit("grid", **measure_grid(side, order), bandwidth=bandwidth)
+    for name in arguments.runs:
+        emit("run", **measure_run(name), rate=rate)
 
 
 def seconds_of(run: Callable[[], Any], repeats: int = 3) -> float:
@@ -68,9 +103,8 @@ def seconds_of(run: Callable[[], Any], repeats: int = 3) -> float:
     return min(found)
 
 
-def measure_rates(side: int) -> dict[str, float]:
-    """Operations per second of square matrix products, by dtype and precision."""
-    rates = {}
+def measure_rates(side: int) -> Iterator[dict[str, Any]]:
+    """The rates of square matrix products, by dtype and precision."""
     precisions: tuple[tuple[str, Any, Any], ...] = (
         ("bfloat16", jnp.bfloat16, None),
         ("float32 default", jnp.float32, None),
@@ -79,21 +113,17 @@ def measure_rates(side: int) -> dict[str, float]:
     for name, dtype, precision in precisions:
         a = jnp.full((side, side), 0.5, dtype)
         product = jax.jit(partial(jnp.matmul, precision=precision))
-        rates[name] = 2 * side**3 / seconds_of(partial(product, a, a))
-        emit_line("matmul", dtype=name, side=side, tflops=rates[name] / 1e12)
-    return rates
+        yield {"dtype": name, "side": side, "tflops": 2 * side**3 / seconds_of(partial(product, a, a)) / 1e12}
 
 
 def measure_bandwidth(size: int) -> float:
     """Bytes per second, read and written, of adding a number to a float32 array."""
     values = jnp.zeros(size, jnp.float32)
     add = jax.jit(lambda x: x + 1)
-    rate = 8 * size / seconds_of(lambda: add(values))
-    emit_line("bandwidth", bytes=8 * size, gigabytes_per_second=rate / 1e9)
-    return rate
+    return 8 * size / seconds_of(lambda: add(values))
 
 
-def measure_layer(outputs: int, inputs: int, method: str, preset: str | None, rate: float) -> None:
+def measure_layer(outputs: int, inputs: int, method: str, preset: str | None) -> dict[str, Any]:
     """One layer at 50 %: a weight in bfloat16, a Gram matrix in float32 on the device."""
     say(f"layer {outputs} x {inputs}, {method} {preset or ''}")
     keys = jax.random.split(jax.random.key(0), 3)
@@ -105,23 +135,22 @@ def measure_layer(outputs: int, inputs: int, method: str, preset: str | None, ra
     del tokens
     job = LayerJob(weight, gram, None, parse_pattern("unstructured", 0.5, (outputs, inputs)))
     solver = find_method(method, preset)
+    about = {"outputs": outputs, "inputs": inputs, "method": method, "preset": preset}
     try:
         first, second = layer_solver(job, solver), layer_solver(job, solver)
     except (RuntimeError, ValueError) as error:
-        emit_line("layer", outputs=outputs, inputs=inputs, method=method, preset=preset, failed=str(error)[:200])
-        return
+        return about | {"failed": str(error)[:200]}
     cost = method_cost(solver)
-    flops = 0.0 if cost is None else cost.products * 2.0 * inputs**2 * outputs
-    seconds = min(first.seconds, second.seconds)
-    emit_line(
-        "layer", outputs=outputs, inputs=inputs, method=method, preset=preset, seconds=seconds,
-        compile_seconds=first.compile_seconds, steps=int(first.value.steps),
-        relative_error=float(first.value.relative_error), products_tflops=flops / seconds / 1e12,
-        share_of_rate=flops / seconds / rate, peak_bytes=peak_bytes(),
-    )  # fmt: skip
+    assert cost is not None
+    return about | {
+        "seconds": min(first.seconds, second.seconds), "compile_seconds": first.compile_seconds,
+        "steps": int(first.value.steps), "relative_error": float(first.value.relative_error),
+        "flops": cost.products * 2.0 * inputs**2 * outputs + cost.inverses * INVERSE * inputs**3,
+        "peak_bytes": peak_bytes(),
+    }  # fmt: skip
 
 
-def measure_grid(side: int, order: int, bandwidth: float) -> None:
+def measure_grid(side: int, order: int) -> dict[str, Any]:
     """`STEPS` steps of Doge-ADMM in float32 on a square grid, certificates included."""
     say(f"grid {side} x {side}, order {order}")
     rng = np.random.default_rng(0)
@@ -140,16 +169,29 @@ def measure_grid(side: int, order: int, bandwidth: float) -> None:
         # The difference excludes the fixed cost of a fit: copies to the device and the start.
         (short, _), (long, found) = run(10), run(10 + STEPS)
     except (RuntimeError, ValueError) as error:
-        emit_line("grid", side=side, order=order, failed=str(error)[:200])
-        return
+        return {"side": side, "order": order, "failed": str(error)[:200]}
     each = (long - short) / (int(found.steps) - 10)
     rows = 2 if order == 0 else 1
-    floor = 4 * side**2 * (NODE_PASSES + EDGE_PASSES * rows)
-    emit_line(
-        "grid", side=side, order=order, steps=int(found.steps), seconds_per_step=each, seconds_fit=long,
-        nodes_per_second=side**2 / each, floor_bytes=floor, share_of_bandwidth=floor / each / bandwidth,
-        gap=float(found.gap), peak_bytes=peak_bytes(),
-    )  # fmt: skip
+    return {
+        "side": side, "order": order, "steps": int(found.steps), "seconds_per_step": each, "seconds_fit": long,
+        "moved": 4 * side**2 * (NODE_PASSES + EDGE_PASSES * rows), "gap": float(found.gap), "peak_bytes": peak_bytes(),
+    }  # fmt: skip
+
+
+def measure_run(name: str) -> dict[str, Any]:
+    """A whole run on SmolLM2-135M: estimated operations and seconds by kind of work, without compilation."""
+    say(f"run, {name}")
+    recipe, source = RUNS[name], bundled_model()
+    cost = prune_cost(StreamedModel(open_source(source)), recipe, recipe.check())
+    assert cost.flops is not None
+    with tempfile.TemporaryDirectory() as folder:
+        report = prune_model(source, Path(folder) / "out", recipe)
+    return {
+        "recipe": name, "windows": f"{recipe.samples} x {recipe.seqlen}",
+        "flops": {kind: cost.flops[kind] * share for kind, (share, _) in KINDS.items()},
+        "seconds": {kind: getattr(report, field) for kind, (_, field) in KINDS.items()},
+        "whole_seconds": report.seconds, "compile_seconds": report.compile_seconds, "peak_bytes": peak_bytes(),
+    }  # fmt: skip
 
 
 def peak_bytes() -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from records import Column, Record, field, table
+from records import Column, Record, field, machine, missing, named, table
 from scaling_model import grid_iteration
 
 from sparseopt.models.streaming import StreamedModel
@@ -15,6 +15,7 @@ from sparseopt.pruning.cost import PASS_EFFICIENCY, SOLVE_EFFICIENCY, prune_cost
 
 # The share of a device's peak that is assumed to be reached.
 REACHED = 0.6
+MEASURED = "make bench-gpu RECORD=file"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Headers:
 
 
 def pruning_rows() -> list[dict[str, Any]]:
-    """Operations by kind, and the bytes of the largest phase, of every model and recipe."""
+    """Operations by kind, bytes of the largest phase, and by device with its layers cut, of every model and recipe."""
     rows = []
     for name, sizes in SIZES.items():
         model = StreamedModel(Headers(*sizes))
@@ -108,7 +109,15 @@ def pruning_rows() -> list[dict[str, Any]]:
             # The package's estimate divides by what is reached on a CPU.
             shares = {kind: SOLVE_EFFICIENCY if kind == KINDS[0] else PASS_EFFICIENCY for kind in KINDS}
             flops = {kind: cost.flops.get(kind, 0.0) * shares[kind] for kind in KINDS}
-            rows.append({"model": name, "recipe": label, "flops": flops, "memory": cost.peak_memory_bytes})
+            needed = {
+                device.name: prune_cost(
+                    model, recipe, recipe.check(), activations="disk", room=int(device.memory)
+                ).peak_memory_bytes
+                for device in DEVICES
+            }
+            rows.append(
+                {"model": name, "recipe": label, "flops": flops, "memory": cost.peak_memory_bytes, "needed": needed}
+            )
     return rows
 
 
@@ -119,10 +128,12 @@ def minutes(flops: Mapping[str, float], device: Device, precision: str) -> float
 
 
 def accelerators_runs(records: list[Record]) -> str:
-    """Whole pruning runs: operations, memory, and minutes on one device."""
+    """Whole pruning runs: operations, memory, and minutes on one device, or what it needs where that does not fit."""
 
     def minutes_on(device: Device) -> Column:
         def show(row: Any) -> str:
+            if row["needed"][device.name] > device.memory:
+                return f"needs {row['needed'][device.name] / 1e9:.3g} GB"
             return " / ".join(f"{minutes(row['flops'], device, precision):.3g}" for precision in device.rates)
 
         return f"minutes, {device.name}", show
@@ -131,6 +142,43 @@ def accelerators_runs(records: list[Record]) -> str:
     columns += [(f"{kind}, Pflop", lambda row, kind=kind: row["flops"][kind] / 1e15) for kind in KINDS]
     columns += [("memory, GB", lambda row: row["memory"] / 1e9), *map(minutes_on, DEVICES)]
     return table(pruning_rows(), columns)
+
+
+def device_machine(records: list[Record]) -> str:
+    """Where the estimates were tried, and the rates there."""
+    if not records:
+        return missing(MEASURED)
+    (device,), (memory,) = named(records, "device"), named(records, "bandwidth")
+    rates = ", ".join(f"{r['dtype']} {1e3 * r['tflops']:,.0f}" for r in named(records, "matmul"))
+    moved = f"{memory['gigabytes_per_second']:.3g}"
+    return f"{machine(device)}\nProducts in Gflop a second: {rates}. Memory: {moved} GB a second, read and written.\n"
+
+
+def device_estimates(records: list[Record]) -> str:
+    """The same estimates with the rates of a device at hand, beside measured seconds."""
+    rows = []
+    for record in (r for r in records if "failed" not in r):
+        if record["figure"] == "layer":
+            name = f"{record['method']} {record['preset'] or ''}".strip()
+            what = f"layer {record['outputs']} x {record['inputs']}, {name}"
+            rows.append((what, record["flops"] / record["rate"], record["seconds"]))
+        elif record["figure"] == "grid":
+            what = f"a step on {record['side']}², order {record['order']}"
+            rows.append((what, record["moved"] / record["bandwidth"], record["seconds_per_step"]))
+        elif record["figure"] == "run":
+            for kind, flops in record["flops"].items():
+                if flops:
+                    what = f"SmolLM2, {record['recipe']}: {kind}"
+                    rows.append((what, flops / record["rate"], record["seconds"][kind]))
+    if not rows:
+        return missing(MEASURED)
+    columns: list[Column] = [
+        ("what", lambda row: row[0]),
+        ("estimate, s", lambda row: row[1] / REACHED),
+        ("measured, s", lambda row: row[2]),
+        ("measured / estimate", lambda row: row[2] * REACHED / row[1]),
+    ]
+    return table(rows, columns)
 
 
 def accelerators_smoothing(records: list[Record]) -> str:

@@ -16,6 +16,7 @@
     families.jsonl         output of `make families`
     accelerators.jsonl     output of `make bench-accelerators`
     precision.jsonl        output of `make bench-precision`
+    device.jsonl           output of `make bench-gpu`, of a CPU by `python benchmarks/bench_gpu.py --any`
 
 A table without records becomes a sentence that names the command.
 """
@@ -50,6 +51,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     for function in (
         trend_tables.trend_machine,
         trend_tables.trend_steps,
+        trend_tables.trend_paths,
         trend_tables.trend_scaling,
         trend_tables.trend_truth,
         trend_tables.trend_reach,
@@ -57,6 +59,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         trend_tables.sizes_growth,
         trend_tables.peers_machine,
         trend_tables.peers_times,
+        trend_tables.peers_built_machine,
+        trend_tables.peers_built,
         trend_tables.batch_machine,
         trend_tables.batch_gradients,
         trend_tables.batch_pictures,
@@ -109,6 +113,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         accelerator_tables.precision_models,
         accelerator_estimates.accelerators_runs,
         accelerator_estimates.accelerators_smoothing,
+        accelerator_estimates.device_machine,
+        accelerator_estimates.device_estimates,
         family_tables.families_machine,
         family_tables.families_proved,
     )

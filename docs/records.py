@@ -1,6 +1,7 @@
 """Committed benchmark records, and MyST tables of them."""
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ def _shown(value: Any) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits."""
+    """Three digits; ∞ for a gap without a bound."""
     if value != value:
         return "–"
+    if math.isinf(value):
+        return "∞"
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e6):
         mantissa, exponent = f"{value:.1e}".split("e")

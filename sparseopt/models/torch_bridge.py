@@ -5,6 +5,7 @@ torch is imported on first use only, and never for a model whose family is known
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import jax
@@ -17,10 +18,20 @@ from sparseopt.models.errors import ModelError
 Watch = Callable[[str, Any], None]
 
 
+@cache
+def torch_device() -> Any:
+    """Where torch runs: on JAX's default device if torch can use it, a GPU that both are built for; else on the CPU."""
+    import torch
+
+    device = jax.devices()[0]
+    shared = device.platform == "gpu" and torch.cuda.is_available()
+    return torch.device("cuda", device.local_hardware_id) if shared else torch.device("cpu")
+
+
 def to_jax(tensor: Any) -> Array:
     """A torch tensor as a JAX array on the default device.
 
-    A contiguous tensor is not copied where that device is the CPU; torch must not write into it afterwards.
+    A contiguous tensor is not copied where torch runs on that device; torch must not write into it afterwards.
     """
     array = jax.dlpack.from_dlpack(tensor.detach().contiguous())
     device = jax.devices()[0]
@@ -28,27 +39,28 @@ def to_jax(tensor: Any) -> Array:
 
 
 def to_torch(array: Array) -> Any:
-    """A JAX array as a torch tensor in CPU memory, not copied if it is there already. It must not be written to.
+    """A JAX array as a torch tensor where torch runs, not copied if it is there already. It must not be written to.
 
     Waits until JAX has computed the values.
     """
     import torch
 
-    return torch.from_dlpack(jax.block_until_ready(jax.device_put(array, jax.devices("cpu")[0])))
+    kind = "cpu" if torch_device().type == "cpu" else None  # JAX's default
+    return torch.from_dlpack(jax.block_until_ready(jax.device_put(array, jax.devices(kind)[0])))
 
 
 def to_tensor(value: np.ndarray) -> Any:
-    """A torch tensor with a copy of a stored array's values; floats become float32.
+    """A torch tensor with a copy of a stored array's values, where torch runs; floats become float32.
 
     torch aligns its memory so that JAX can share it; NumPy does not.
     """
     import torch
 
     if np.issubdtype(value.dtype, np.integer) or value.dtype == np.bool_:
-        return torch.from_numpy(value.copy())
+        return torch.from_numpy(value.copy()).to(torch_device())
     tensor = torch.empty(value.shape, dtype=torch.float32)
     tensor.numpy()[...] = value
-    return tensor
+    return tensor.to(torch_device())
 
 
 def linears_of(module: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from sparseopt.models.torch_bridge import (
     to_jax,
     to_tensor,
     to_torch,
+    torch_device,
     watched,
     with_stream,
 )
@@ -170,7 +171,7 @@ class TorchModel(PrunableModel):
             def visit(index: int, stream: Any, call: Call) -> Any:
                 return with_stream(output, final if index == last else stream)
 
-            tokens = torch.zeros(final.shape[:2], dtype=torch.long)
+            tokens = torch.zeros(final.shape[:2], dtype=torch.long, device=torch_device())
             return to_jax(self._skeleton.run(outer, tokens, visit))
 
         return project
@@ -192,7 +193,8 @@ class TorchModel(PrunableModel):
                 raise Ended
             return with_stream(self._findings.output, stream)
 
-        self._skeleton.run(self._frame, torch.zeros((batch, time), dtype=torch.long), visit)
+        tokens = torch.zeros((batch, time), dtype=torch.long, device=torch_device())
+        self._skeleton.run(self._frame, tokens, visit)
         return calls
 
     def block_keys(self, index: int) -> dict[str, str]:
@@ -248,7 +250,7 @@ class TorchModel(PrunableModel):
             shape = self._skeleton.shapes[name]
             if blank and len(shape) == 2 and shape[0] == self.config.vocab_size:
                 # Zeros that take no memory.
-                tensors |= dict.fromkeys(group, torch.zeros(()).expand(shape))
+                tensors |= dict.fromkeys(group, torch.zeros((), device=torch_device()).expand(shape))
                 continue
             for each in held:
                 tensors[each] = to_tensor(self.source.read(self._keys[each]))

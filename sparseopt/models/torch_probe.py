@@ -8,7 +8,7 @@ does not see later ones. Each is tested, and what fails is refused by name: a wr
 from typing import Any, NamedTuple, NoReturn
 
 from sparseopt.models.errors import ModelError, guarded
-from sparseopt.models.torch_bridge import linears_of, stream_of, watched, with_stream
+from sparseopt.models.torch_bridge import linears_of, stream_of, torch_device, watched, with_stream
 from sparseopt.models.torch_skeleton import Call, Skeleton, Tensors
 
 # Relative to the largest value; runs on other tokens round differently.
@@ -43,7 +43,7 @@ def _test(skeleton: Skeleton, outer: Tensors, first: Tensors) -> Findings:
     import torch
 
     # Two windows that differ in their last token only.
-    tokens = torch.tensor([[1, 2, 3], [1, 2, 4]]) % skeleton.config.vocab_size
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 4]], device=torch_device()) % skeleton.config.vocab_size
     # Kept now: during a run the blocks' forward functions are replaced.
     forward, linears = skeleton.blocks[0].forward, linears_of(skeleton.blocks[0])
     calls: list[Call] = []

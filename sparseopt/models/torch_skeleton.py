@@ -17,6 +17,7 @@ from sparseopt.models.fields import refuse_unless
 from sparseopt.models.prunable import check_count
 from sparseopt.models.rope import max_positions
 from sparseopt.models.source import Source
+from sparseopt.models.torch_bridge import torch_device
 
 # Tensors by their names in the module.
 Tensors = dict[str, Any]
@@ -165,7 +166,7 @@ def _build_module(source: Source) -> tuple[Any, TorchConfig]:
         sizes = read.get_text_config()
         check_count(source, sizes.num_hidden_layers, "blocks")
         # Buffers are computed now: position tables and the like are in no checkpoint.
-        with accelerate.init_empty_weights(include_buffers=False):
+        with torch_device(), accelerate.init_empty_weights(include_buffers=False):
             module = transformers.AutoModelForCausalLM.from_config(read, dtype=torch.float32)
         module.tie_weights()
         return module.eval(), _read_sizes(model_type, sizes)

@@ -5,7 +5,8 @@
 Outputs are coupled by the pattern alone. Per-row and n:m patterns have a count for every output, so a block of outputs
 is its own problem. A count over the whole layer is first divided among the blocks: each gets as many as it has among
 the layer's largest by Wanda's score, `|W_ij| ||X_j||`, and the total stays exact. Whole groups of inputs are chosen for
-all outputs together: such a layer is not split.
+all outputs together: such a layer is not split. On a device that tells its memory the first attempt has as many blocks
+as its method's workspace asks for; on others it is the whole layer, and memory that runs out is the sign.
 
 Over several devices a layer or block is cut by outputs over all of them, and its Gram is whole on each. Products
 with the Gram stay on their device; devices exchange counts, sums and the sample that starts a selection. Several
@@ -37,8 +38,10 @@ from sparseopt.pruning.layer import (
     relative_scale,
     solve_layer,
 )
+from sparseopt.pruning.methods import Workspace, method_cost
 from sparseopt.pruning.methods.scores import Magnitude, Wanda
 from sparseopt.system import processes
+from sparseopt.system.machine import device_memory_left
 
 # With fewer outputs than this share of the inputs, the hessian `[in, in]` decides the memory: smaller blocks save none.
 LEAST_SHARE = 1 / 32
@@ -54,7 +57,7 @@ Scores = Callable[[], Iterator[np.ndarray]]
 
 
 def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = None) -> Timed:
-    """Solve a layer whole, or where memory runs out by 2, 4, 8, ... blocks of its outputs.
+    """Solve a layer whole, or where memory is too short by 2, 4, 8, ... blocks of its outputs.
 
     Over a mesh the job's weight is on the host. The value returned is the whole layer's `LayerReport`, and times leave
     out failed attempts.
@@ -65,6 +68,10 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
     """
     outputs, inputs = job.weight.shape
     parts = 1
+    if processes.count() == 1 and not isinstance(job.pattern, GroupTopK):
+        cost = method_cost(method)
+        share = (-(-outputs // (1 if mesh is None else mesh.size)), inputs)
+        parts = fewest_blocks(share, None if cost is None else cost.workspace, device_memory_left(), _unit(job))
     while True:
         try:
             return _solve_parts(job, method, parts, mesh)
@@ -86,12 +93,30 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
                 "method 'wanda'"
             )
         tried, parts = parts, 2 * parts
-        if parts > outputs // _unit(job) or outputs / parts < inputs * LEAST_SHARE:
+        if not _splits((outputs, inputs), parts, _unit(job)):
             raise MemoryError(
                 f"the solve of a layer [out={outputs}, in={inputs}] does not fit in memory, not even by blocks of "
                 f"{-(-outputs // tried)} outputs, below which its Gram of {4 * inputs**2:,} bytes decides ({said}); "
                 "use a device with more memory, or method 'wanda'"
             )
+
+
+def fewest_blocks(shape: tuple[int, int], workspace: Workspace | None, room: int | None, unit: int = 1) -> int:
+    """The fewest blocks of outputs, a power of two, of which each is estimated to fit in `room` bytes.
+
+    As many as there may be, if none fits; 1 where room or workspace is not known. `unit` outputs stay together.
+    """
+    outputs, inputs = shape
+    parts = 1
+    if workspace is not None and room is not None:
+        while workspace.nbytes(-(-outputs // parts), inputs) > room and _splits(shape, 2 * parts, unit):
+            parts *= 2
+    return parts
+
+
+def _splits(shape: tuple[int, int], parts: int, unit: int) -> bool:
+    outputs, inputs = shape
+    return parts <= outputs // unit and outputs / parts >= inputs * LEAST_SHARE
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,12 +18,13 @@ from sparseopt.models.attention import QUERY_CHUNK
 from sparseopt.models.experts import stacked_name
 from sparseopt.models.settings import DecoderConfig
 from sparseopt.pruning.activations import windows_per_batch
+from sparseopt.pruning.blocked import fewest_blocks
 from sparseopt.pruning.calibration import EXPERTS_INPUT
 from sparseopt.pruning.evaluation import LOGIT_ROWS
 from sparseopt.pruning.layer import LayerMethod
-from sparseopt.pruning.methods import MethodCost, method_cost
+from sparseopt.pruning.methods import MethodCost, Workspace, method_cost
 from sparseopt.pruning.pass_recipe import PassRecipe
-from sparseopt.pruning.patterns import parse_pattern
+from sparseopt.pruning.patterns import is_group_pattern, parse_pattern
 from sparseopt.pruning.permutation import GROUPS, ROWS
 from sparseopt.pruning.plan import GROUPED, layer_shares
 from sparseopt.pruning.recipe import Recipe
@@ -39,6 +40,8 @@ FLOAT32 = 4
 
 # Products of a layer's shapes reach this fraction of the rate of large square ones; passes with their softmax, less.
 SOLVE_EFFICIENCY, PASS_EFFICIENCY = 0.85, 0.8
+# Of a method of your own, as large as the largest of ours; of finding a target with propagated errors.
+LARGEST, PROPAGATION = Workspace(7.5, 10.0), Workspace(5, 3)
 # Searching an order takes as long as this many operations per pair of groups and row, over all rounds.
 EXCHANGES = 10_000
 # Choosing the largest entries of a weight takes as long as this many operations per entry.
@@ -161,10 +164,12 @@ def prune_cost(
     method: LayerMethod,
     activations: Activations = "memory",
     plans: int = 1,
+    room: int | None = None,
 ) -> Cost:
     """The estimate for a model, of which the headers are enough, and a checked recipe with its method.
 
-    Each of the `plans` that share a pass has its own stream of activations.
+    Each of the `plans` that share a pass has its own stream of activations. Layers whose solves would take more than
+    is left of `room` bytes are taken by blocks of their outputs, as `blocked` does on a device.
     """
     blocks, work, kinds = block_sizes(model, recipe), method_cost(method), len(set(model.config.kinds))
     compiling = COMPILE_PASS * kinds * (2 if recipe.heldout_samples else 1)
@@ -186,7 +191,7 @@ def prune_cost(
     on_disk = activations == "disk"
     kept = (0, 0, gradient) if on_disk else (stream, streams, survey_streams)
     return Cost(
-        phases=_phases(model, recipe, blocks, work, *kept),
+        phases=_phases(model, recipe, blocks, work, *kept, room),
         flops=None if work is None else _flops(model, recipe, blocks, work),
         compile_seconds=compiling,
         # Every tensor is looked through once, read once more, and written.
@@ -300,8 +305,9 @@ def _phases(
     start: int,
     streams: int,
     survey_streams: int,
+    room: int | None,
 ) -> dict[str, dict[str, int]]:
-    """Bytes by phase and part; the last three are the activations kept in memory at the start, then, and in the survey.
+    """Bytes by phase and part; the three before the room are the activations kept at the start, then, in the survey.
 
     A method of your own (`work` is None) is taken for the one of ours with the largest workspace.
     """
@@ -316,9 +322,8 @@ def _phases(
     weights = FLOAT32 * block.parameters
     grams = max(b.gram_bytes for b in blocks if b.solved)
     sets = 1 + (recipe.heldout_samples > 0) + (recipe.propagated_share > 0)
-    square, wide = (work.square, work.wide) if work else (7.5, 10.0)
-    spaces = [(square, wide), (5, 3)] if recipe.propagated_share else [(square, wide)]
-    workspace = max(s * i * i + w * i * o for s, w in spaces for b in blocks for o, i, _ in b.solved)
+    workspace = work.workspace if work else LARGEST
+    shapes = {(outputs, inputs) for b in blocks for outputs, inputs, _ in b.solved}
     widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
     rows = min(config.vocab_size, (recipe.all_windows + recipe.heldout_samples) * recipe.seqlen)
     running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS}
@@ -339,9 +344,16 @@ def _phases(
             "block": 2 * weights + 2 * block.stored,
             "Grams": sets * grams,
             "activations": streams + current,
-            "workspace": int(FLOAT32 * workspace),
         },
     }
+    solves = phases["layer solves"]
+    left = None
+    if room is not None and isinstance(recipe, Recipe) and not is_group_pattern(recipe.pattern):
+        left = max(0, room - sum(solves.values()))
+    workspaces = [workspace.nbytes(-(-shape[0] // fewest_blocks(shape, workspace, left)), shape[1]) for shape in shapes]
+    if recipe.propagated_share:
+        workspaces += [PROPAGATION.nbytes(*shape) for shape in shapes]
+    solves["workspace"] = max(workspaces)
     if recipe.needs_sensitivities:
         # Logits of a slice of rows, with their softmax and gradient.
         logits = 3 * FLOAT32 * LOGIT_ROWS * config.vocab_size

@@ -81,15 +81,14 @@ def choose_footprint(
 def _choose(
     model: StreamedModel, recipes: Sequence[tuple[PassRecipe, LayerMethod]], budget: int | None
 ) -> tuple[Activations, Cost]:
-    limit = working_memory_bytes() if budget is None else budget
+    limit, left = working_memory_bytes() if budget is None else budget, device_memory_left()
     for where in PLACES:
-        costs = [prune_cost(model, *recipe, activations=where, plans=len(recipes)) for recipe in recipes]
+        costs = [prune_cost(model, *recipe, activations=where, plans=len(recipes), room=left) for recipe in recipes]
         largest = max(costs, key=lambda cost: cost.peak_memory_bytes)
         if largest.peak_memory_bytes <= limit:
             return where, largest
     if budget is not None:
         raise BudgetError(_too_little(largest, f"a budget of {format_bytes(budget)}", "give at least that"))
-    left = device_memory_left()
     if left is not None and largest.peak_memory_bytes > left:
         what, instead = f"the memory left on the device, {format_bytes(left)},", "give memory=... to try nevertheless"
         raise BudgetError(_too_little(largest, what, instead))

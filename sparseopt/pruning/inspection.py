@@ -15,6 +15,7 @@ from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.patterns import pattern_count
 from sparseopt.pruning.plan import check_expert_tokens, default_windows, layer_patterns, layer_shares
 from sparseopt.pruning.recipe import Recipe
+from sparseopt.system.machine import device_memory_left
 
 # A tensor of block 3 is called `model.layers.3.…`, `transformer.h.3.…`, ...
 _IN_BLOCK = re.compile(r".*?\.(\d+)\.(.+)")
@@ -196,7 +197,8 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, gflops: fl
     dense = output_bytes(model, recipe)
     # A bit for each weight, and the weights kept; what would not get smaller stays dense.
     packed = {k: min(dense[k], -(-_size(tensors[k]) // 8) + n * dense[k] // _size(tensors[k])) for k, n in kept.items()}
-    cost, on_disk = (prune_cost(model, recipe, method, where) for where in PLACES)
+    room = device_memory_left()
+    cost, on_disk = (prune_cost(model, recipe, method, where, room=room) for where in PLACES)
     seconds = None if gflops is None else cost.seconds(gflops)
     return {
         "num_blocks": model.num_blocks,

@@ -59,7 +59,7 @@ def test_a_layer_s_program_does_not_grow_with_the_layer(target, name):
 def test_a_layer_takes_the_memory_that_inspect_says(target, name, shape):
     outputs, inputs = map(int, shape.split(" x "))
     cost = method_cost(find_method(*LAYERS[name]))
-    estimate = 4 * (cost.square * inputs**2 + cost.wide * inputs * outputs)
+    estimate = cost.workspace.nbytes(outputs, inputs)
     assert found(target, "layer", name, shape)["temporaries"] < SLACK * estimate
 
 

@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 
 from sparseopt.pruning import LayerJob, LayerRecord, PruningError, Recipe, blocked, prune_layer, prune_model
-from sparseopt.pruning.blocked import join_reports, kept_by_row, largest_by_row, solve_within_memory, split_job
+from sparseopt.pruning.blocked import (
+    fewest_blocks,
+    join_reports,
+    kept_by_row,
+    largest_by_row,
+    solve_within_memory,
+    split_job,
+)
 from sparseopt.pruning.layer import check_answer, layer_solver
-from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, Wanda
+from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, Wanda, method_cost
 from sparseopt.pruning.patterns import count_groups, parse_pattern
 from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.run_folder import RECORDS
@@ -41,6 +48,18 @@ def running_out(monkeypatch, outputs, failure="device"):
 
     monkeypatch.setattr(blocked, "layer_solver", solve)
     return tried
+
+
+def test_a_device_that_tells_its_memory_gets_the_blocks_of_the_estimate_at_once(layer, monkeypatch):
+    job, method = make_job(layer, "unstructured"), SparseGpt()
+    outputs, inputs = job.weight.shape
+    workspace = method_cost(method).workspace
+    tried = running_out(monkeypatch, outputs)
+    for room, blocks in ((workspace.nbytes(outputs, inputs), 1), (workspace.nbytes(outputs // 4, inputs), 4), (1, 16)):
+        monkeypatch.setattr(blocked, "device_memory_left", lambda room=room: room)
+        assert solve_within_memory(job, method).value.output_blocks == blocks
+        assert fewest_blocks((outputs, inputs), workspace, room) == blocks
+    assert tried == [outputs, *[outputs // 4] * 4, *[outputs // 16] * 16]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from sparseopt.pruning import Recipe, prune_model, prune_models
 from sparseopt.pruning.activations import Batches, DiskBatches, make_batches
 from sparseopt.pruning.cost import prune_cost
 from sparseopt.pruning.footprint import BudgetError, choose_footprint
+from sparseopt.pruning.methods import find_method, method_cost
 from sparseopt.pruning.plan import make_plan
 from sparseopt.pruning.reports import Footprint
 from sparseopt.system import machine
@@ -121,6 +122,22 @@ def test_too_little_memory_on_the_device_is_refused_unless_a_budget_is_given(tmp
     with pytest.raises(BudgetError, match=r"memory left on the device, 8\.0 MiB, is too little.*give memory=.*try"):
         choose_footprint(model, plans, tokens[:6], tokens[6:])
     assert choose_footprint(model, plans, tokens[:6], tokens[6:], 2**30).activations == "memory"
+
+
+def test_the_estimate_takes_a_layer_by_blocks_where_the_device_has_too_little_room(source, tokens):
+    model = open_model(source)
+
+    def workspace(pattern, room):
+        recipe = Recipe(method="sparsegpt", calibration=tokens, samples=5, seqlen=24, pattern=pattern)
+        return prune_cost(model, recipe, recipe.check(), room=room).phases["layer solves"]["workspace"]
+
+    square, wide = method_cost(find_method("sparsegpt")).workspace
+    # The largest is that of the linear [32, 64], of which 16 blocks have two outputs each.
+    whole, least = (4 * (square * 64**2 + wide * 64 * outputs) for outputs in (32, 2))
+    assert workspace("unstructured", None) == workspace("unstructured", 2**40) == whole
+    assert workspace("unstructured", 1) == least
+    # Groups of inputs are chosen for all outputs together.
+    assert workspace("group:1", 1) == workspace("group:1", None)
 
 
 def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source, tokens, monkeypatch):

@@ -26,6 +26,7 @@ __all__ = [
     "SparseGpt",
     "SplicePruning",
     "Wanda",
+    "Workspace",
     "find_method",
     "method_cost",
 ]
@@ -148,6 +149,16 @@ def _with_ridge(method: Any, ridge: float) -> LayerMethod:
     return method
 
 
+class Workspace(NamedTuple):
+    """What a solve of a layer `[out, in]` holds at once besides its job, in float32 arrays of two shapes."""
+
+    square: float  # `[in, in]`
+    wide: float  # `[in, out]`
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        return int(4 * (self.square * inputs**2 + self.wide * inputs * outputs))
+
+
 @dataclasses.dataclass(frozen=True)
 class MethodCost:
     """What a method computes on one layer `[out, in]`."""
@@ -157,8 +168,7 @@ class MethodCost:
     selections: float  # of the largest entries of the weight
     sums: float  # over all devices, where the layer is cut over several
     updates: float  # further operations per weight
-    square: float  # workspace in float32 arrays `[in, in]`
-    wide: float  # workspace in float32 arrays `[in, out]`
+    workspace: Workspace
     compile_seconds: float  # for each shape, on the machine that `cost` describes
 
 
@@ -166,26 +176,26 @@ def method_cost(method: LayerMethod) -> MethodCost | None:
     """The cost of a method of this package; None for any other."""
     match method:
         case Magnitude() | Flap():
-            return MethodCost(0, 0, 1, SELECTION_SUMS, 0, 0, 3.5, 0.7)
+            return MethodCost(0, 0, 1, SELECTION_SUMS, 0, Workspace(0, 3.5), 0.7)
         case Wanda():
-            return MethodCost(0, 0, 3, 3 * SELECTION_SUMS, 0, 0, 4, 1.0)
+            return MethodCost(0, 0, 3, 3 * SELECTION_SUMS, 0, Workspace(0, 4), 1.0)
         case GroupRemoval():
             # Where half of the groups go: the updates of the inverse take as long as half an inverse, those of the
             # values as half a product, and every step reads all values for the costs.
             steps = STEPS / 2
-            return MethodCost(0.5, 1.5, 1, steps, 8 * steps, 3.5, 4, 1.6)
+            return MethodCost(0.5, 1.5, 1, steps, 8 * steps, Workspace(3.5, 4), 1.6)
         case SparseGpt():
-            return MethodCost(1, 2, 1, SELECTION_SUMS, method.block * COMPENSATION, 2, 4, 1.5)
+            return MethodCost(1, 2, 1, SELECTION_SUMS, method.block * COMPENSATION, Workspace(2, 4), 1.5)
         case MaihtPruning():
             steps = method.max_steps * (RESTED if method.rest >= 0 else 1.0)
             # The monitor takes a product too, though seldom one of its own.
             each = 1.5 if method.monitor == "always" else 1.1
             sums = steps * MAIHT_SUMS + method.refit_steps * REFIT_SUMS + 2 * SELECTION_SUMS
-            return MethodCost(steps * each + method.refit_steps + 2, 0, 2, sums, 0, 1, 10, 1.6)
+            return MethodCost(steps * each + method.refit_steps + 2, 0, 2, sums, 0, Workspace(1, 10), 1.6)
         case AdmmPruning():
             steps = method.levels * method.period * (RESTED if method.rest >= 0 else 1.0)
             sums = (steps + 1) * SELECTION_SUMS + method.refit_steps * REFIT_SUMS
-            return MethodCost(steps + method.refit_steps + 1, method.levels, steps + 1, sums, 0, 7.5, 4, 2.6)
+            return MethodCost(steps + method.refit_steps + 1, method.levels, steps + 1, sums, 0, Workspace(7.5, 4), 2.6)
         case SplicePruning():
             first, rounds = method_cost(method.first), method.rounds * RESTED
             if first is None:
@@ -196,8 +206,7 @@ def method_cost(method: LayerMethod) -> MethodCost | None:
                 selections=first.selections + rounds,
                 sums=first.sums + rounds * (method.inner_steps * REFIT_SUMS + SELECTION_SUMS),
                 updates=first.updates,
-                square=max(first.square, 2.5),
-                wide=max(first.wide, 5.5),
+                workspace=Workspace(max(first.workspace.square, 2.5), max(first.workspace.wide, 5.5)),
                 compile_seconds=first.compile_seconds + 4.5,
             )
     return None
