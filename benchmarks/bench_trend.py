@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from common import emit_line
+from trend_problems import grid_signal
 
 import sparseopt as so
 from sparseopt.system.machine import environment
@@ -154,6 +155,30 @@ def steps_and_times() -> None:
                 )
 
 
+def paths() -> None:
+    """A path of 50 levels against one solve of its middle level, in seconds and steps."""
+    graphs = [so.Graph.chain(n) for n in (1_000, 100_000, 1_000_000)] + [so.Graph.grid((n, n)) for n in (128, 256)]
+    for graph in graphs:
+        y = grid_signal(graph.node_shape)
+        for _ in range(2):
+            start = time.perf_counter()
+            path = so.trend_path(y, graph)
+            seconds = time.perf_counter() - start
+        middle = so.L1(path.weights[len(path) // 2])
+        solution, single, _ = timed(partial(so.trend_filter, y, graph, middle, tol=1e-4))
+        emit_line(
+            "path of 50 levels, order 0, tol 1e-4",
+            shape=graph.shape,
+            seconds=seconds,
+            middle_seconds=single,
+            middle_solves=seconds / single,
+            middle_solves_target=5 if graph.is_chain else 12,
+            steps=int(path.steps.sum()),
+            middle_steps=int(solution.steps),
+            gap=float(path.gaps.max()),
+        )
+
+
 def one_size(side: int, order: int) -> None:
     """Run in its own process: seconds per step, and the largest resident set."""
     graph, image = so.Graph.grid((side, side)), picture(side)
@@ -208,6 +233,7 @@ def main() -> None:
         return
     emit_line("environment", **environment())
     steps_and_times()
+    paths()
     scaling([int(side) for side in arguments.sides.split(",")])
     if arguments.truth is None or not arguments.truth.is_dir():
         emit_line("SKIPPED truth problems", reason=f"no folder at {arguments.truth}")

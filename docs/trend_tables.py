@@ -51,6 +51,20 @@ def trend_scaling(records: list[Record]) -> str:
     return table(found, columns) if found else missing(TREND)
 
 
+def trend_paths(records: list[Record]) -> str:
+    """A path of fifty levels against one solve of its middle level."""
+    found = named(records, "path of 50 levels, order 0, tol 1e-4")
+    columns: list[Column] = [
+        ("graph", lambda r: " x ".join(f"{n:,}" for n in r["shape"])),
+        ("seconds", field("seconds")),
+        ("seconds of the middle level", field("middle_seconds")),
+        ("solves of it", field("middle_solves")),
+        ("steps over its steps", lambda r: r["steps"] / r["middle_steps"] if len(r["shape"]) > 1 else None),
+        ("largest gap", field("gap")),
+    ]
+    return table(found, columns) if found else missing(TREND)
+
+
 def trend_truth(records: list[Record]) -> str:
     """Reported gap and true suboptimality, orders 0 and 1."""
     found = named(records, "truth at tol 1e-5")
@@ -139,6 +153,45 @@ def peers_times(records: list[Record]) -> str:
         ("auto is faster", field("met")),
     ]
     return table(found, columns) if found else missing(PEERS)
+
+
+def peers_built_machine(records: list[Record]) -> str:
+    """Versions and machine of the later run of the peers that are built from sources."""
+    found = named(records, "environment, same run")
+    return machine(found[0]) if found else ""
+
+
+def peers_built(records: list[Record]) -> str:
+    """Seconds of the peers that are built from sources, with auto and fastprox of the same run."""
+    times: dict[tuple[str, float], dict[str, Record]] = {}
+    # A later record replaces an earlier one: those of the same run come last.
+    for record in named(records, "time to target") + named(records, "time to target, same run"):
+        times.setdefault((record["problem"], record["target"]), {})[record["solver"]] = record
+
+    def fastest(name: str) -> Callable[[dict[str, Record]], str | None]:
+        def show(found: dict[str, Record]) -> str | None:
+            runs = [(r["seconds"], key) for key, r in found.items() if key.startswith(name) and r["seconds"]]
+            if not runs:
+                return None
+            seconds, key = min(runs)
+            return f"{number(seconds)} {key.removeprefix(name).strip()}".strip()
+
+        return show
+
+    columns: list[Column] = [
+        ("problem", lambda found: next(iter(found.values()))["problem"]),
+        ("target", lambda found: next(iter(found.values()))["target"]),
+        *(
+            (name.removeprefix("sparseopt "), fastest(name))
+            for name in ("sparseopt auto", "fastprox", "proxTV", "cut pursuit", "pygfl")
+        ),
+    ]
+    rows = [
+        {name: r for name, r in found.items() if name != "sparseopt auto float32"}
+        for (_, target), found in times.items()
+        if target < 1e-3 and "pygfl" in found and next(iter(found.values()))["order"] == 0
+    ]
+    return table(rows, columns) if rows else missing(PEERS)
 
 
 def batch_machine(records: list[Record]) -> str:

@@ -43,6 +43,7 @@ def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: An
     return jnp.where((bound > 0) | (slack <= floor), gap, jnp.inf)
 
 
+@jax.jit
 def promoted(status: Array, gap: Array, objective: Array, tol: Any) -> Array:
     """The status of a solve whose gap was computed again, in another precision or in other units.
 

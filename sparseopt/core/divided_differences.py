@@ -1,4 +1,4 @@
-"""Floor 1.5: divided differences on a chain with free ends, at times that need not be even.
+"""Floor 1.5: divided differences with free ends: on a chain, at times that need not be even, and along a grid's axes.
 
     (D^(1) x)_i = x_i - x_(i+1),        D^(m+1) = D^(1) diag( m / (t_(i+m) - t_i) ) D^(m)
 
@@ -8,11 +8,15 @@ operator of R's genlasso and glmgen (their `pos` or `x` is t) up to the sign `(-
 
 Source: Kim, Koh, Boyd, Gorinevsky, "l1 trend filtering", SIAM Review 51 (2009), for even times; Tibshirani, "Adaptive
 piecewise polynomial estimation via trend filtering", Annals of Statistics 42 (2014), section 6, and Ramdas and
-Tibshirani, "Fast and flexible ADMM algorithms for trend filtering", 2016, for any times.
+Tibshirani, "Fast and flexible ADMM algorithms for trend filtering", 2016, for any times; Sadhanala, Wang, Hu,
+Tibshirani, "Multivariate trend filtering for lattice data", 2021, for grids.
 """
 
+import itertools
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
@@ -20,6 +24,11 @@ from scipy import sparse
 from sparseopt.core.arguments import real_array
 from sparseopt.core.operators import padded, spread
 from sparseopt.core.types import FloatArray, pytree, static
+
+
+def _ahead(x: FloatArray, axis: int) -> FloatArray:
+    """`x[i] - x[i + 1]` along an axis, one entry less than x."""
+    return jax.lax.slice_in_dim(x, 0, -1, axis=axis) - jax.lax.slice_in_dim(x, 1, None, axis=axis)
 
 
 @pytree
@@ -56,7 +65,7 @@ class DividedDifference:
 
     def mv(self, x: FloatArray) -> FloatArray:
         for taken in range(1, self.order + 1):
-            x = x[:-1] - x[1:]
+            x = _ahead(x, 0)
             x = x * self._scale(x, taken)
         return x
 
@@ -89,6 +98,72 @@ class DividedDifference:
         found = sparse.csr_array(sparse.eye_array(self.size))
         for step in self.steps():
             found = sparse.csr_array(step @ found)
+        found.sort_indices()
+        return found
+
+
+@pytree
+class AxisDifferences:
+    """The plain differences of an order along every axis of a grid, over that power of the axis's spacing.
+
+    It maps `[*shape]` to `[rows]`: axis by axis the differences of all its lines, in row-major order. An axis of at
+    most `order` nodes has none. It vanishes on the sums of products of polynomials of degree below `order` in each
+    axis, and on nothing else.
+
+    Example:
+        >>> from sparseopt.core.divided_differences import AxisDifferences
+        >>> bends = AxisDifferences((3, 3), order=2)
+        >>> bends.mv(jnp.outer(jnp.arange(3.0), jnp.array([0.0, 1.0, 4.0])))  # lines down, parabolas across
+        Array([0., 0., 0., 0., 2., 4.], dtype=float32)
+    """
+
+    shape: tuple[int, ...] = static()
+    order: int = static()  # at least 1
+    spacing: tuple[float, ...] | None = static(default=None)  # of the axes; None for ones
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (sum(math.prod(sizes) for _, _, sizes in self._axes()),)
+
+    def _axes(self) -> list[tuple[int, float, tuple[int, ...]]]:
+        """Every axis with differences, what divides them, and the shape of their array."""
+        kept = [axis for axis, n in enumerate(self.shape) if n > self.order]
+        units = [1.0 if self.spacing is None else self.spacing[axis] ** self.order for axis in kept]
+        sizes = [tuple(n - self.order * (i == axis) for i, n in enumerate(self.shape)) for axis in kept]
+        return list(zip(kept, units, sizes, strict=True))
+
+    def mv(self, x: FloatArray) -> FloatArray:
+        parts, channels = [], x.shape[len(self.shape) :]
+        for axis, unit, _ in self._axes():
+            rows = x
+            for _ in range(self.order):
+                rows = _ahead(rows, axis)
+            parts.append((rows / unit).reshape(-1, *channels))
+        return jnp.concatenate(parts)
+
+    def rmv(self, e: FloatArray) -> FloatArray:
+        images, axes = [], self._axes()
+        places = list(itertools.accumulate(math.prod(sizes) for _, _, sizes in axes))[:-1]
+        for (axis, unit, sizes), rows in zip(axes, jnp.split(e, places), strict=True):
+            # The transpose of a difference is minus the difference of the array between two zeros.
+            image = padded(rows.reshape(*sizes, *e.shape[1:]), axis, self.order, self.order)
+            for _ in range(self.order):
+                image = _ahead(image, axis)
+            images.append(image / ((-1) ** self.order * unit))
+        return sum(images[1:], images[0])
+
+    def matrix(self) -> sparse.csr_array:
+        """The map on the host, in float64."""
+        blocks = []
+        for axis, unit, _ in self._axes():
+            line = divided_difference(None, self.shape[axis], self.order, np.float64).matrix() / unit
+            before, after = (math.prod(part) for part in (self.shape[:axis], self.shape[axis + 1 :]))
+            blocks.append(sparse.kron(sparse.kron(sparse.eye_array(before), line), sparse.eye_array(after)))
+        found = sparse.csr_array(sparse.vstack(blocks))
         found.sort_indices()
         return found
 
@@ -134,7 +209,9 @@ def checked_times(times: Any, n: int) -> np.ndarray:
 
 
 def polynomial_basis(times: np.ndarray | None, n: int, count: int) -> np.ndarray:
-    """Orthonormal columns `[n, count]` that span the polynomials in t of degree below `count`."""
+    """Orthonormal columns `[n, count]` that span the polynomials in t of degree below `count <= n`."""
+    if n == 1:
+        return np.ones((1, 1))
     times = np.arange(n, dtype=np.float64) if times is None else times
     # Legendre polynomials on [-1, 1] keep the columns far from parallel.
     centred = 2 * (times - times[0]) / (times[-1] - times[0]) - 1

@@ -125,7 +125,7 @@ def edge_rows(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of `edge_grid`: values `[dimensions, *shape, ...]` as `[m, ...]`, in the order of `grid_edges`."""
     parts = []
     for axis in range(len(shape)):
-        along = values[axis].take(np.arange(shape[axis] - 1), axis=axis)
+        along = values[axis][*(slice(None),) * axis, : shape[axis] - 1]
         parts.append(along.reshape(-1, *values.shape[len(shape) + 1 :]))
     return np.concatenate(parts)
 

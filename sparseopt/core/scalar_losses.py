@@ -189,7 +189,7 @@ class HuberLoss(_LossOfResiduals):
         return np.full(y.shape, float(self.delta) / max(apart, float(self.delta)))
 
 
-class _LossOfTwoSlopes(_LossOfResiduals):
+class LossOfTwoSlopes(_LossOfResiduals):
     """`f = scale max(level (y - x), (level - 1) (y - x))`: the fit is a quantile."""
 
     smooth = False
@@ -234,7 +234,7 @@ class _LossOfTwoSlopes(_LossOfResiduals):
 
 
 @pytree
-class AbsoluteLoss(_LossOfTwoSlopes):
+class AbsoluteLoss(LossOfTwoSlopes):
     """`f = |x - y|`: the fit is a median where that of the square is a mean, and tolerates outliers of any size.
 
     Example:
@@ -247,7 +247,7 @@ class AbsoluteLoss(_LossOfTwoSlopes):
 
 
 @pytree
-class QuantileLoss(_LossOfTwoSlopes):
+class QuantileLoss(LossOfTwoSlopes):
     """`f = max(level (y - x), (level - 1) (y - x))`, 0 < level < 1: the fit is a quantile of that level.
 
     About the fraction `level` of the observations lies below the fit. Level 1/2 is half of `AbsoluteLoss`.

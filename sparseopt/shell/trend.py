@@ -34,6 +34,9 @@ def denoise(
     spacing: Annotated[
         str | None, typer.Option(help="Distance of neighbours along each axis, as in 2.5,1,1. None: that in the file.")
     ] = None,
+    ends: Annotated[
+        str, typer.Option(help="Borders: graph, or free, which keeps slopes from order 1 on (Kronecker trend filter).")
+    ] = "graph",
     known: Annotated[
         Path | None, typer.Option(help="Image or volume that is 0 where a pixel is not known and is to be filled in.")
     ] = None,
@@ -61,8 +64,8 @@ def denoise(
     start = time.perf_counter()
     with console.waiting(f"denoising {image.name}, {' x '.join(map(str, pixels.shape))}, order {order}"):
         found = denoise_array(
-            pixels, weight, order, isotropic=isotropic, couple=couple, volume=scan.volume, spacing=step, known=mask,
-            missing=absent, method=method, tol=tol, devices=chosen,
+            pixels, weight, order, isotropic=isotropic, couple=couple, volume=scan.volume, spacing=step, ends=ends,
+            known=mask, missing=absent, method=method, tol=tol, devices=chosen,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     volumes.write_scan(output, found.image, scan)
@@ -75,7 +78,7 @@ def denoise(
         console.say(f"weight {found.weight:.3g}, of the least estimated error (Stein, 1981)")
     figures = {
         "image": str(image), "shape": pixels.shape, "spacing": step, "dtype": str(pixels.dtype),
-        "weight": found.weight, "order": order, "isotropic": isotropic,
+        "weight": found.weight, "order": order, "ends": ends, "isotropic": isotropic,
     }  # fmt: skip
     _finish_fit(found.solution, figures, seconds, summary, [output, picture])
 

@@ -103,8 +103,9 @@ def trend_filter(
         loss: None for the square, `PoissonLoss()` (counts; b is the log-rate), `LogisticLoss()` (labels 0 and 1, or
             proportions of ones; b is the log-odds), `SquaredHingeLoss()` (labels -1 and 1; b is a score),
             `HuberLoss(delta)`, `AbsoluteLoss()`, `QuantileLoss(level)`, your own `ScalarLoss`, or the name "poisson",
-            "logistic", "squared_hinge", "huber" or "absolute". Not with "fast_admm"; with free ends from order 1 on
-            only those that are smooth. See `sparseopt.trend.losses`.
+            "logistic", "squared_hinge", "huber" or "absolute". Not with "fast_admm". With free ends from order 1 on
+            a loss of your own is smooth; for L1 with an absolute or quantile loss "auto" takes linear programming,
+            whose fits count no steps. See `sparseopt.trend.losses`.
         devices: the number of devices for the fit, "all", or a `jax.sharding.Mesh` of one axis "devices"; None for one.
             Several devices take one penalty and the square loss by "doge" with B = order + 1; the answer is that of one
             device up to rounding. With several processes each calls this with the same arguments and gets the whole
@@ -214,7 +215,7 @@ def checked_job(
 
 def _solved(job: Job) -> TrendSolution:
     """The fit of a job, in the layout of the nodes; at order 0 with the means of its pieces."""
-    short = _certified_short(job) if _is_short(job) else None
+    short = _certified_short(job) if is_short(job) else None
     if short is not None:
         status, steps = int(short.status), int(short.steps)
         if status in (Status.CONVERGED, Status.MAX_STEPS):
@@ -223,7 +224,7 @@ def _solved(job: Job) -> TrendSolution:
             job = dataclasses.replace(job, warm_start=short, max_steps=job.max_steps - steps)
     found = _fitted(job)
     found = dataclasses.replace(found, nonzero=job.layout.gathered(found.nonzero, job.order + 1))
-    found = found if job.order else _levelled(job, found)
+    found = found if job.order else levelled_fit(job, found)
     return found if short is None else dataclasses.replace(found, steps=found.steps + short.steps)
 
 
@@ -254,40 +255,51 @@ def _fitted(job: Job) -> TrendSolution:
     return found
 
 
-def _is_short(job: Job) -> bool:
-    """Whether a job in float64 is solved in float32 first."""
+def is_short(job: Job, method: Any = None) -> bool:
+    """Whether a job in float64 is solved in float32 first, by its method if none is given."""
     signal = job.signal
     assert signal is not None
     plain = job.loss is None and not job.several and not job.history and job.layout.mesh is None
     large = job.graph.num_nodes >= SHORT_FROM and job.graph.num_edges > 0
-    carries = job.tol >= SHORT_TOLS.get(job.order, np.inf) and (job.order == 0 or job.graph.shape is not None)
+    carries = job.tol >= SHORT_TOLS.get(job.order, np.inf) and (
+        job.order == 0 or not (job.graph.free or job.graph.shape is None)
+    )
     if not (plain and large and carries and job.dtype == np.float64):
         return False
     # At missing nodes rounding of the dual costs as much as the whole gap.
     seen = signal.weights is None or bool(signal.weights.all())
-    return seen and isinstance(job.penalty, Norm) and not vanishes(job.penalty) and chosen(job) is DOGE
+    return seen and isinstance(job.penalty, Norm) and not vanishes(job.penalty) and (method or chosen(job)) is DOGE
 
 
 def _certified_short(job: Job) -> TrendSolution:
     """The fit of a solve in float32, at order 0 with the means of its pieces, judged in float64."""
+    early = job.order == 0 and isinstance(job.penalty, L1) and EARLY * job.tol <= EARLY_GAP
+    tol = job.tol * (EARLY if early else BELOW)
+    return certified(job, _fitted(dataclasses.replace(in_float32(job), tol=tol, method=DOGE.name)))
+
+
+def in_float32(job: Job) -> Job:
+    """The job in float32."""
     signal, short = job.signal, np.dtype(np.float32)
     assert signal is not None
     weights = None if signal.weights is None else signal.weights.astype(short)
     with np.errstate(over="ignore"):
         signal = dataclasses.replace(signal, values=signal.values.astype(short), weights=weights)
-    early = job.order == 0 and isinstance(job.penalty, L1) and EARLY * job.tol <= EARLY_GAP
-    tol = job.tol * (EARLY if early else BELOW)
-    found = _fitted(dataclasses.replace(job, dtype=short, signal=signal, tol=tol, method=DOGE.name))
+    return dataclasses.replace(job, dtype=short, signal=signal)
+
+
+def certified(job: Job, found: TrendSolution) -> TrendSolution:
+    """A fit in another precision as one of the job: judged there, at order 0 with the means of its pieces."""
     value, dual = found.value.astype(job.dtype), job.rows.project_dual(found.dual.astype(job.dtype))
     objective, gap = _judged_at(job.ground, None, job.rows, *job.arrays, dual, value)
     status = promoted(found.status, gap, objective, job.tol)
     found = dataclasses.replace(
         found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
     )
-    return found if job.order else _levelled(job, found)
+    return found if job.order else levelled_fit(job, found)
 
 
-def _levelled(job: Job, found: TrendSolution) -> TrendSolution:
+def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
     """The fit with the mean of each piece at its nodes, judged again, unless that raises the objective.
 
     The means E b are weighted as the loss is. Let P be the objective with the square loss, b* its optimum, and let the

@@ -3,12 +3,14 @@
     df = dim { b : (Δ^(k+1) b)_r = 0 for every row r that is zero at the fit }
 
 For L1 its mean over the noise is the degrees of freedom `sum_j cov(fit_j, y_j) / sigma²` on every graph. The closed
-forms for all orders, and with free ends, are derived in The mathematics, "Paths of weights".
+forms for all orders, and on chains with free ends, are derived in The mathematics, "Paths of weights". On grids with
+free ends there is none: the rank of a matrix gives it on small ones.
 
 Source: Tibshirani and Taylor, "Degrees of freedom in lasso problems", Annals of Statistics 40 (2012), for any
 difference matrix; Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016), for graphs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +25,9 @@ from sparseopt.trend.graph import Graph
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.signal import checked_graph, checked_order, graph_at
 
+# The rank of a dense matrix of so many columns takes about a second.
+MOST_RANKED = 1024
+
 
 def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any = None) -> int:
     """The degrees of freedom of a fit whose non-zero differences are known.
@@ -36,6 +41,9 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
             orders the count is at most the number of observations; below that it is assumed that the observations
             determine the fit.
 
+    Raises:
+        ValueError: for arguments that do not fit, and for a grid with free ends of more than 1,024 nodes.
+
     Returns:
         A whole number, the sum over the channels. For L1 it is an unbiased estimate, given the exact zeros; for other
         penalties (MCP, SCAD, L0, GroupL2) it is the dimension of the fitted model, without the cost of choosing the
@@ -47,6 +55,11 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
     """
     order = checked_order(order)
     graph = graph_at(checked_graph(graph), order)
+    if not is_countable(graph):
+        raise ValueError(
+            f"on a grid with free ends the degrees of freedom are the rank of a matrix, which is found for at most "
+            f"{MOST_RANKED:,} nodes, given {graph.num_nodes:,}: sparseopt.trend_path estimates them"
+        )
     mask = _booleans("nonzero", nonzero)
     rows = layout_of(graph).count(order + 1)
     if mask.ndim not in (1, 2) or mask.shape[0] != rows:
@@ -57,7 +70,12 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
     seen = None if observed is None else _booleans("observed", observed)
     if seen is not None and seen.shape != (graph.num_nodes,):
         raise ValueError(f"`observed` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
-    return _count(mask[:, None] if mask.ndim == 1 else mask, graph, graph.edges, order, seen)
+    return _count(mask[:, None] if mask.ndim == 1 else mask, graph, lambda: graph.edges, order, seen)
+
+
+def is_countable(graph: Graph) -> bool:
+    """Whether `degrees_of_freedom` can count on a graph of an order."""
+    return not graph.free or graph.is_chain or graph.num_nodes <= MOST_RANKED
 
 
 def _booleans(name: str, given: Any) -> np.ndarray:
@@ -67,9 +85,12 @@ def _booleans(name: str, given: Any) -> np.ndarray:
     return array.astype(bool)
 
 
-def _count(mask: np.ndarray, graph: Graph, edges: np.ndarray, order: int, seen: np.ndarray | None) -> int:
-    """The sum over the columns of `mask`; rows of even orders follow `edges`."""
-    if graph.free:
+def _count(mask: np.ndarray, graph: Graph, edges: Callable[[], np.ndarray], order: int, seen: np.ndarray | None) -> int:
+    """The sum over the columns of `mask`; rows of even orders follow `edges()`."""
+    if graph.free and not graph.is_chain:
+        rows, n = graph.matrix(order + 1).toarray(), graph.num_nodes
+        found = np.array([n - np.linalg.matrix_rank(rows[~column]) for column in mask.T])
+    elif graph.free:
         found = order + 1 + mask.sum(axis=0)
     elif order % 2:
         counts = np.zeros((graph.num_components, mask.shape[1]))
@@ -81,12 +102,12 @@ def _count(mask: np.ndarray, graph: Graph, edges: np.ndarray, order: int, seen: 
     return int(np.minimum(found, limit).sum())
 
 
-def _pieces(kept: np.ndarray, graph: Graph, edges: np.ndarray, seen: np.ndarray | None) -> int:
+def _pieces(kept: np.ndarray, graph: Graph, edges: Callable[[], np.ndarray], seen: np.ndarray | None) -> int:
     """The components of the graph with the kept edges only; with `seen`, those that hold a seen node."""
     n = graph.num_nodes
     if seen is None and graph.num_edges == n - graph.num_components:
         return n - int(kept.sum())  # a forest: each edge joins two pieces
-    tails, heads = edges[kept].T
+    tails, heads = edges()[kept].T
     adjacency = sparse.coo_array((np.ones(tails.size, np.int8), (tails, heads)), shape=(n, n))
     count, labels = csgraph.connected_components(adjacency, directed=False)
     return count if seen is None else np.unique(labels[seen]).size
@@ -97,10 +118,10 @@ def freedom_of_rows(nonzero: np.ndarray, graph: Graph, order: int, observed: np.
     mask = nonzero
     if order % 2 and not graph.free:
         mask = mask.reshape(graph.num_nodes, -1)
-    elif graph.shape is not None:
+    elif graph.shape is not None and not graph.free:
         mask = edge_rows(mask, graph.shape)
     mask = mask.reshape(mask.shape[0], -1)
-    return _count(np.broadcast_to(mask, (mask.shape[0], channels)), graph, graph.row_edges, order, observed)
+    return _count(np.broadcast_to(mask, (mask.shape[0], channels)), graph, lambda: graph.row_edges, order, observed)
 
 
 def nonzero_rows(penalty: Any, rows: jax.Array, dual: jax.Array, scale: jax.Array) -> jax.Array:

@@ -11,7 +11,13 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from sparseopt.core.arguments import require_memory, unknown, whole_number
-from sparseopt.core.divided_differences import DividedDifference, checked_times, divided_difference
+from sparseopt.core.divided_differences import (
+    AxisDifferences,
+    DividedDifference,
+    checked_times,
+    divided_difference,
+    polynomial_basis,
+)
 from sparseopt.core.edge_lists import (
     checked_adjacency,
     checked_edges,
@@ -50,7 +56,7 @@ class Graph:
         shape: of a grid, with nodes in row-major order; None for other graphs.
         nodes: node names in the order of the signal, or None for `0..n-1`.
         times: of the nodes of a chain with free ends, increasing `[n]`, or None for 0, 1, 2, ...
-        free: whether it is such a chain, see `chain`.
+        free: whether the ends of a chain or a grid are free, see `chain` and `grid`.
         spacing: of a grid's axes, or None for ones; see `grid`.
 
     Example:
@@ -73,10 +79,11 @@ class Graph:
         require_memory(8 * self.num_nodes, what, "take a smaller graph, or a part of it")
 
     def __repr__(self) -> str:
+        ends = ", ends='free'" if self.free else ""
         if self.shape is not None:
-            return f"Graph.grid({self.shape}{'' if self.spacing is None else f', spacing={self.spacing}'})"
+            return f"Graph.grid({self.shape}{'' if self.spacing is None else f', spacing={self.spacing}'}{ends})"
         if self.free:
-            return f"Graph.chain({self.num_nodes}{'' if self.times is None else ', times'}, ends='free')"
+            return f"Graph.chain({self.num_nodes}{'' if self.times is None else ', times'}{ends})"
         return f"<Graph of {self.num_nodes:,} nodes and {self.num_edges:,} edges>"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,31 +95,49 @@ class Graph:
         return self
 
     @classmethod
-    def grid(cls, shape: Sequence[int], spacing: Sequence[float] | None = None) -> "Graph":
+    def grid(cls, shape: Sequence[int], spacing: Sequence[float] | None = None, ends: str = "graph") -> "Graph":
         """A grid of 1, 2 or 3 dimensions: each node joined to its neighbours along the axes.
+
+        With the default ends the differences of a trend filter are those of the graph: order 1 penalises the Laplacian,
+        which adds up the bends along all axes, and at the borders a slope. With `ends="free"` they are those of the
+        Kronecker trend filter, along each axis separately: order k penalises the differences of order k + 1 of all
+        lines of the grid, as `chain` does of one line. They are 0 for the sums of products of polynomials of degree k
+        in each axis, and for no other signal, so those are left unchanged at any weight. Order 0 has the same fits with
+        either ends.
 
         Args:
             shape: the number of nodes along each axis.
             spacing: the distance h of neighbours along each axis, as of the voxels of a scan; None for ones. The
                 differences along an axis are divided by h, so its edges have the weight `1 / h²`. A penalty's weight
                 has the unit of y times that of the distance, and only ratios of spacings matter. Weights w of axes are
-                the spacing `w^-1/2`. The fast transforms of a grid are kept.
+                the spacing `w^-1/2`. The fast transforms of a grid are kept. With free ends the differences of order
+                m are divided by `h^m`.
+            ends: "graph" or "free".
 
         Raises:
             ValueError: for other numbers of axes, an axis without nodes, a spacing that is not positive or not one
-                number for each axis, or a spacing of a single axis.
+                number for each axis, a spacing of a single axis, or unknown ends.
+
+        Source: Sadhanala, Wang, Hu, Tibshirani, "Multivariate trend filtering for lattice data", 2021, for free ends.
 
         Example:
             >>> so.Graph.grid((2, 2)).edges.tolist()
             [[0, 2], [1, 3], [0, 1], [2, 3]]
             >>> so.Graph.grid((2, 2), spacing=(1, 2)).weights.tolist()
             [1.0, 1.0, 0.25, 0.25]
+            >>> so.Graph.grid((3, 2), ends="free").matrix(2).toarray().tolist()  # down the two columns
+            [[1.0, 0.0, -2.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, -2.0, 0.0, 1.0]]
         """
+        if ends not in ENDS:
+            raise ValueError(unknown("ends", ends, ENDS))
         given = tuple(shape) if np.iterable(shape) else ()
         if not 1 <= len(given) <= 3:
             raise ValueError(f"a grid has 1 to 3 axes of at least one node, as in (480, 640); given {shape!r}")
         sizes = tuple(whole_number(f"axis {i} of a grid of 1 to 3 axes", n, 1) for i, n in enumerate(given))
-        return cls(math.prod(sizes), None, shape=sizes, spacing=checked_spacing(spacing, len(sizes)))
+        step = checked_spacing(spacing, len(sizes))
+        if ends == "free" and len(sizes) == 1:
+            return cls.chain(*sizes, ends=ends)
+        return cls(math.prod(sizes), None, shape=sizes, spacing=step, free=ends == "free")
 
     @classmethod
     def chain(cls, n: int, times: Any = None, ends: str = "graph") -> "Graph":
@@ -258,21 +283,34 @@ class Graph:
 
     @functools.cached_property
     def step(self) -> float:
-        """The median step between times; 1 without times."""
+        """The median step between times, or with free ends the least spacing of a grid; 1 without them."""
+        if self.free and self.spacing is not None:
+            return min(self.spacing)
         return 1.0 if self.times is None else float(np.median(np.diff(self.times)))
 
     def unit(self, order: int) -> float:
-        """The size of `Δ^(order)` over that at times of step 1, for the median step."""
-        return self.step ** (1 - order)
+        """The size of `Δ^(order)` with free ends over that at steps of 1, for the typical step."""
+        return self.step ** (int(self.is_chain) - order)
 
     @functools.cached_property
     def is_chain(self) -> bool:
         """Whether it is a chain whose nodes are numbered along it."""
-        return self.free or (self.shape is not None and len(self.shape) == 1)
+        return self.free if self.shape is None else len(self.shape) == 1
 
-    def divided(self, order: int, dtype: Any, factor: bool = False) -> DividedDifference:
-        """`Δ^(order)` of a chain with free ends as a linear map, or the factor of the next order."""
-        return divided_difference(self.times, self.num_nodes, order, dtype, factor)
+    def divided(self, order: int, dtype: Any) -> DividedDifference | AxisDifferences:
+        """`Δ^(order)` with free ends as a linear map, of an order of at least 1."""
+        if self.shape is not None:
+            return AxisDifferences(self.shape, order, self.spacing)
+        return divided_difference(self.times, self.num_nodes, order, dtype)
+
+    def polynomials(self, order: int) -> np.ndarray:
+        """Orthonormal columns `[n, count]` that span the signals that a trend filter of free ends does not penalise."""
+        if self.shape is None:
+            return polynomial_basis(self.times, self.num_nodes, order + 1)
+        count = math.prod(min(n, order + 1) for n in self.shape)
+        what = f"the {count:,} products of polynomials that order {order} with free ends does not penalise"
+        require_memory(8 * count * self.num_nodes, what, 'lower the order, or take ends="graph"')
+        return functools.reduce(np.kron, [polynomial_basis(None, n, min(n, order + 1)) for n in self.shape])
 
     @functools.cached_property
     def node_shape(self) -> tuple[int, ...]:
@@ -355,14 +393,19 @@ class Graph:
     def matrix(self, order: int, from_edges: bool = False) -> sparse.csr_array:
         """`Δ^(order)` (or `Δ^(order-1) Dᵀ`) as a sparse matrix; its rows follow `edges` or the nodes.
 
-        With free ends it is `D^(order)` of `chain`.
+        With free ends it is `D^(order)` of `chain`, on a grid of the lines along the first axis, then of those along
+        the next.
 
         Example:
             >>> so.Graph.chain(3).matrix(2).toarray().tolist()  # the Laplacian
             [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
         """
         if self.free:
-            return self.divided(order, np.float64).matrix()
+            return (
+                self.divided(order, np.float64).matrix()
+                if order
+                else sparse.csr_array(sparse.eye_array(self.num_nodes))
+            )
         require_matrix_memory(self.edges, self.num_nodes, order)
         return difference_matrix(self.edges, self.num_nodes, self.weights, order, from_edges)
 
@@ -370,7 +413,7 @@ class Graph:
         """Row and column sums of that matrix in the layout of `base`."""
 
         def build() -> Sums:
-            if self.shape is not None:
+            if self.shape is not None and not self.free:
                 side = grid_sums_side(order)
                 small = tuple(min(n, side) for n in self.shape)
                 if order > 2:
@@ -423,7 +466,7 @@ class Graph:
         """
         matrix = self.matrix(block, from_edges)
         # The formula does not hold for the given order of edges, even if they are those of a grid.
-        formula = self.shape if self.given_edges is None else None
+        formula = self.shape if self.given_edges is None and not self.free else None
         labels = None if formula is None else grid_groups(formula, block, from_edges)
         labels = colour_rows(matrix) if labels is None else labels
         check_groups(matrix, labels)

@@ -1,7 +1,7 @@
 """Floor 5: the tables of a graph at some orders that do not depend on the method, and a signal prepared for them.
 
 The signal's mean is subtracted before a solve and added after it, so that differences keep their digits. The means of
-the components are the fit for large weights; on a chain with free ends it is the polynomial of least squares.
+the components are the fit for large weights; with free ends it is the polynomial of least squares.
 """
 
 import dataclasses
@@ -14,12 +14,11 @@ import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.combined_penalties import stacked
-from sparseopt.core.divided_differences import polynomial_basis
 from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.group_penalties import GroupL2, SparseGroup
 from sparseopt.core.losses import HIGHEST
 from sparseopt.core.operators import Stack
-from sparseopt.core.solvers.node_solve import cosine_solve
+from sparseopt.core.solvers.node_solve import cosine_solve, free_solve
 from sparseopt.core.types import pytree, static
 from sparseopt.trend.layout import Layout
 
@@ -31,6 +30,7 @@ BOX_RANGES = 10.0
 OF_MEAN_SIZE = 1.2533
 CG_STEPS = 1000
 CG_TOLERANCE = 1e-12
+REFINEMENTS, DUAL_ROUNDING = 2, 1e-4
 
 
 @pytree
@@ -44,7 +44,8 @@ class Ground:
     labels: Any  # the component of every node, `[*nodes]`; None for one component
     present: Any  # False in padded places; None without padding
     basis: Any  # orthonormal `[n, ...]`, of the polynomials that no penalty sees with free ends; None else
-    cosine: Any  # the transform that makes a grid's Laplacian diagonal; None for other graphs
+    # The transform that makes a grid's Laplacian diagonal, with free ends `ΔᵀΔ` of `highest`; None for other graphs.
+    transform: Any
     components: int = static()  # the number of components
     # The entries of arrays on the nodes and on the rows, over those without padding.
     padding: tuple[float, float] = static()
@@ -71,10 +72,11 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
         labels = layout.rows(graph.components.astype(np.int32), 0) if graph.num_components > 1 else None
         basis = None
         if graph.free and min(orders) > 0:  # a lower order leaves only the mean
-            basis = polynomial_basis(graph.times, graph.num_nodes, min(orders) + 1).astype(dtype)
-        padded, cosine = layout.padding(0) > 1, None
+            basis = graph.polynomials(min(orders)).astype(dtype)
+        padded, transform = layout.padding(0) > 1, None
         if graph.shape is not None and layout.mesh is None:
-            cosine = cosine_solve(graph.shape, (1,), dtype, graph.spacing)
+            solve, power = (free_solve, order + 1) if graph.free else (cosine_solve, 1)
+            transform = solve(graph.shape, (power,), dtype, graph.spacing)
         present = layout.rows(np.ones(graph.num_nodes, bool), 0) if padded else None
         ground = Ground(
             operator=maps[0] if orders == (order,) else Stack(maps),
@@ -84,7 +86,7 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
             labels=None if labels is None else layout.put(labels, 0),
             present=None if present is None else put(present, 0),
             basis=basis,
-            cosine=cosine,
+            transform=transform,
             components=graph.num_components,
             padding=(layout.padding(0), layout.padding(order + 1)),
             anchored=-1 in orders,
@@ -209,11 +211,11 @@ def data_of(ground: Ground, y: Any, weights: Any) -> Data:
 
 def _polynomial(basis: Array, y: Array, weights: Any) -> Array:
     """The fit of weighted least squares by the columns of the basis."""
-    if weights is None:
-        return jnp.matmul(basis, jnp.matmul(basis.T, y, precision=HIGHEST), precision=HIGHEST)
-    gram = jnp.matmul(basis.T, weights.reshape(-1, 1) * basis, precision=HIGHEST)
-    pulled = jnp.matmul(basis.T, weights * y, precision=HIGHEST)
-    return jnp.matmul(basis, jnp.linalg.solve(gram, pulled), precision=HIGHEST)
+    pulled = jnp.matmul(basis.T, (y if weights is None else weights * y).reshape(len(basis), -1), precision=HIGHEST)
+    if weights is not None:
+        gram = jnp.matmul(basis.T, weights.reshape(-1, 1) * basis, precision=HIGHEST)
+        pulled = jnp.linalg.solve(gram, pulled)
+    return jnp.matmul(basis, pulled, precision=HIGHEST).reshape(y.shape)
 
 
 def _component_means(ground: Ground, y: Array, shift: Array, counted: Any) -> Array:
@@ -235,11 +237,13 @@ def _component_means(ground: Ground, y: Array, shift: Array, counted: Any) -> Ar
 def inverse_laplacian(ground: Ground, right: Array, times: int) -> tuple[Array, Array]:
     """`(L^+)^times right` for a right-hand side whose sums over every component are 0, and whether it is accurate.
 
-    By cosines on grids; by conjugate gradients elsewhere, which may not converge in 1,000 steps.
+    By a transform on grids, with free ends for `ΔᵀΔ` in place of L and a right-hand side without polynomials; by
+    conjugate gradients elsewhere, which may not converge in 1,000 steps.
     """
-    base, nothing = ground.highest.base, jnp.zeros((), bool)
-    if ground.cosine is not None:
-        return ground.cosine.filtered(right, lambda level: jnp.where(level > 0, level, jnp.inf) ** -times), ~nothing
+    nothing = jnp.zeros((), bool)
+    if ground.transform is not None:
+        return ground.transform.filtered(right, lambda level: jnp.where(level > 0, level, jnp.inf) ** -times), ~nothing
+    base = ground.highest.base
     limit = max(CG_TOLERANCE, 2 * float(jnp.finfo(right.dtype).eps))
 
     def balanced(x: Array) -> Array:
@@ -266,10 +270,22 @@ def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
     """The shortest u with `Δ^(k+1)ᵀ u = pull`, and whether it is accurate.
 
     If u lies in the dual ball, the component means are the fit. With 2m factors in Δ, `u = (L^+)^m pull`, with
-    2m + 1 factors `u = D (L^+)^(m+1) pull`. With free ends there is only one u.
+    2m + 1 factors `u = D (L^+)^(m+1) pull`. On a chain with free ends there is only one u, on a grid with free ends
+    `u = Δ (ΔᵀΔ)^+ pull`, refined since the condition number of `ΔᵀΔ` is the square of that of Δ.
     """
-    if ground.basis is not None:
+    if ground.basis is not None and ground.transform is None:
         return ground.highest.potential(pull), jnp.ones((), bool)
+    if ground.basis is not None:
+
+        def shortest(pull: Array) -> Array:
+            return ground.highest.mv(inverse_laplacian(ground, pull, 1)[0])
+
+        def refined(_: Any, dual: Array) -> Array:
+            return dual + shortest(pull - ground.highest.rmv(dual))
+
+        dual = jax.lax.fori_loop(0, REFINEMENTS, refined, shortest(pull))
+        left = jnp.linalg.norm(pull - ground.highest.rmv(dual))
+        return dual, left <= DUAL_ROUNDING * jnp.linalg.norm(pull)
     halves, odd = divmod(ground.highest.order, 2)
     z, solved = inverse_laplacian(ground, pull, halves + odd)
     return (ground.highest.base.difference(z) if odd else z), solved

@@ -39,6 +39,7 @@ def denoise(
     couple: bool = False,
     volume: bool = False,
     spacing: Sequence[float] | None = None,
+    ends: str = "graph",
     known: Any = None,
     missing: str = "error",
     method: str = "auto",
@@ -60,14 +61,15 @@ def denoise(
         couple: let the channels of a pixel change together (`GroupL2`) instead of separately (`L1`).
         volume: whether the image has three axes besides channels.
         spacing: the distance of neighbours along each axis; only its ratios matter. None for equal ones.
+        ends: of `Graph.grid`: "free" leaves slopes unchanged at order 1, also at the borders.
         known: booleans `[height, width]` (a volume's `[depth, height, width]`): False where a pixel is not known; the
             fit fills it in. None for all.
         missing: "nan" fills in pixels that are NaN as well; "error" raises.
         method: of `trend_filter`.
         tol: relative duality gap; 1e-4 is below one grey level.
         max_steps: step limit.
-        dtype: of the computation; None takes float32, or float64 where pixels are not known, since rounding of their
-            part of the gap would hide it.
+        dtype: of the computation; None takes float32, or float64 with free ends or where pixels are not known, since
+            rounding of their part of the gap would hide it.
         devices: as in `trend_filter`; not without a weight.
 
     Raises:
@@ -90,14 +92,14 @@ def denoise(
     has_channels = given.ndim > axes
     has_alpha = has_channels and not volume and given.shape[-1] in (2, 4)
     colours = given[..., :-1] if has_alpha else given
-    grid = Graph.grid(given.shape[:axes], spacing)
+    grid = Graph.grid(given.shape[:axes], spacing, ends)
     if grid.spacing is not None:  # with 1 for the shortest, a weight keeps its meaning
-        grid = Graph.grid(given.shape[:axes], [h / min(grid.spacing) for h in grid.spacing])
+        grid = Graph.grid(given.shape[:axes], [h / min(grid.spacing) for h in grid.spacing], ends)
     template = _template(isotropic, couple and has_channels)
     node_weights = None if known is None else _checked_known(known, given.shape[:axes])
     if dtype is None:
         whole = node_weights is None and not (missing == "nan" and np.isnan(colours).any())
-        dtype = np.float32 if whole else np.float64
+        dtype = np.float32 if whole and not grid.free else np.float64
     options: dict[str, Any] = {"node_weights": node_weights, "missing": missing, "tol": tol, "max_steps": max_steps}
     options |= {"method": method, "dtype": dtype}
     if weight is None:

@@ -12,10 +12,9 @@ import numpy as np
 from sparseopt.core.arguments import is_positive, real_array, require_memory, unknown, whole_number
 from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.core.group_penalties import GroupL2, SparseGroup
-from sparseopt.core.losses import is_smooth
 from sparseopt.core.penalties import L1, MCP, SCAD
 from sparseopt.core.problem import Solution
-from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, ScalarLoss
+from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LossOfTwoSlopes, ScalarLoss
 from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Ground, Terms, couples_axes, ground_of, on_rows, strength
@@ -71,10 +70,11 @@ class Job:
         fill("penalty", next(iter(self.terms.values())))
         if self.several and not (self.block is None and self.loss is None):
             raise ValueError(f"several penalties take neither B nor loss, given B={self.block}, loss={self.loss}")
-        if self.graph.free and self.loss is not None and not is_smooth(self.loss):
+        smooth = self.loss is None or getattr(self.loss, "smooth", False)
+        if self.graph.free and not (smooth or (self.graph.is_chain and isinstance(self.loss, LossOfTwoSlopes))):
             raise ValueError(
-                f"free ends take smooth losses at order {self.order}, given loss={self.loss}: take HuberLoss, or leave "
-                "out ends"
+                f"free ends at order {self.order} take smooth losses, and on a chain AbsoluteLoss and QuantileLoss, "
+                f"given {type(self.loss).__name__}: take HuberLoss, or leave out ends"
             )
         relaxed = is_positive(self.relaxation) and self.relaxation < 2
         if not (is_positive(self.tol) and (self.rho is None or is_positive(self.rho)) and relaxed):

@@ -3,7 +3,8 @@
 With another loss these are the best constants c of the components. The constants are the fit if and only if some u in
 the dual ball has `Δ^(k+1)ᵀ u = -g`, g the gradient of the loss at c, or a subgradient. The least weight is in closed
 form for odd orders and on forests, and elsewhere found by Dinkelbach's iteration, between bounds; see The mathematics,
-"Paths of weights".
+"Paths of weights". With free ends a polynomial takes the place of the means, and on grids the iteration that of the
+closed form.
 
 Source: Dinkelbach, "On nonlinear fractional programming", Management Science 13 (1967); Strang, "Maximal flow through
 a domain", Mathematical Programming 26 (1983), for flows and level sets; Wang, Sharpnack, Smola, Tibshirani, "Trend
@@ -19,6 +20,7 @@ from scipy.sparse import linalg
 from sparseopt.core.arguments import positive_number
 from sparseopt.core.grouping import difference_matrix, edge_rows
 from sparseopt.core.penalties import L1
+from sparseopt.core.solvers.dual_program import is_available
 from sparseopt.core.types import precision
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
@@ -28,12 +30,17 @@ from sparseopt.trend.layout import layout_of
 from sparseopt.trend.losses import null_pull
 from sparseopt.trend.methods.admm import ADMM
 from sparseopt.trend.methods.doge import DOGE
+from sparseopt.trend.methods.interior import INTERIOR, is_narrow
 from sparseopt.trend.signal import Signal, checked_order, checked_signal, component_means, graph_at, null_fit_values
 
 FIRST_STEPS = 100
 MOST_STEPS = 12_800
+# From this tolerance on Doge-ADMM in float32 is the fastest, and on narrow graphs an interior point method.
+COARSE = 1e-3
 # A signal this close to its means, relative to itself, differs from them by rounding.
 ROUNDING = 1e-12
+# A flow that misses the demand by this share is no certificate.
+LEFT = 1e-6
 
 
 class NullFit(NamedTuple):
@@ -62,12 +69,12 @@ def largest_weight(
 
     The arguments are those of `trend_filter`; `tol` is the relative width of the interval. The result is the largest
     weight over the channels, in the unit of y times that of the node weights; 0 if the signal is its component means.
-    On a chain with free ends the polynomial of least squares takes their place, and the weight is exact at every order.
+    With free ends the polynomial of least squares takes their place, and the weight is exact on a chain at every order.
     With another loss the best constants take it; for a loss with kinks the weight is large enough, but it may not be
-    the least.
+    the least. With free ends the best polynomial takes it, and the weight is exact for every loss.
 
     Raises:
-        RuntimeError: if the interval remains wider than `tol`.
+        RuntimeError: if the interval remains wider than `tol`, or for a high order on a large grid with free ends.
 
     Example:
         >>> y = np.array([0.0, 0.0, 3.0, 3.0])
@@ -103,17 +110,17 @@ def null_fit(job: Job, tol: float) -> NullFit:
     if not pull.any():
         nothing = np.zeros(channels)
         return NullFit(nothing, nothing, lay(np.zeros((rows, channels)), order + 1))
-    if graph.free:
+    if graph.free and graph.is_chain:
         with precision(np.dtype(np.float64)):
             u = np.asarray(_potential(graph.divided(order + 1, np.float64), pull))
         weight = np.abs(u).max(axis=0)
         return NullFit(weight, weight, u)
-    z = _laplacian_solution(graph, pull, halves) if halves else pull
-    if order % 2:
+    z = _inverse_times(graph, pull, halves) if halves and not graph.free else pull
+    if order % 2 and not graph.free:
         u = z - _midrange(z, graph)
         weight = np.abs(u).max(axis=0)
         return NullFit(weight, weight, lay(u, order + 1))
-    found = [_least_congested(graph, column, tol) for column in z.T]
+    found = [_least_congested(graph, order, column, tol) for column in z.T]
     weight, lower, flow = (np.stack(part, axis=-1) for part in zip(*found, strict=True))
     return NullFit(weight, lower, lay(flow, order + 1))
 
@@ -131,12 +138,12 @@ _potential = jax.jit(lambda difference, pull: difference.potential(pull))
 _inverse = jax.jit(inverse_laplacian, static_argnums=2)
 
 
-def _laplacian_solution(graph: Graph, right: np.ndarray, times: int) -> np.ndarray:
-    """`(L^+)^times right` for columns whose sums over every component are 0."""
+def _inverse_times(graph: Graph, right: np.ndarray, times: int, order: int = 0) -> np.ndarray:
+    """`inverse_laplacian` of columns, with free ends of an order."""
     kind = np.dtype(np.float64)
     with precision(kind):
         layout = layout_of(graph)
-        solution, solved = _inverse(ground_of(layout, (0,), kind, True), layout.rows(right, 0), times)
+        solution, solved = _inverse(ground_of(layout, (order,), kind, True), layout.rows(right, 0), times)
     if solved:
         return np.asarray(solution).reshape(right.shape)
     # Conjugate gradients take too long on long and thin graphs, whose factors have little fill.
@@ -182,39 +189,63 @@ def _best_cut(graph: Graph, b: np.ndarray, demand: np.ndarray) -> float:
     return float(np.max(inside[proper] / cuts[proper], initial=0))
 
 
-def _least_congested(graph: Graph, demand: np.ndarray, tol: float) -> tuple[float, float, np.ndarray]:
-    """An upper and a lower bound of the least `max |u|` with `Dᵀ u = demand`, and the u of the upper bound.
+def _least_congested(graph: Graph, order: int, demand: np.ndarray, tol: float) -> tuple[float, float, np.ndarray]:
+    """An upper and a lower bound of the least `max |u|` with `Δᵀ u = demand`, and the u of the upper bound.
 
-    u follows `graph.row_edges`.
+    Δ is D, and u follows `graph.row_edges`; on a grid with free ends Δ is that of the order.
     """
-    difference = difference_matrix(graph.row_edges, graph.num_nodes, graph.weights, 1)
+    if graph.free:
+        difference, basis = graph.matrix(order + 1), graph.polynomials(order)
+        unseen = basis.shape[1]
+    else:
+        difference, order = difference_matrix(graph.row_edges, graph.num_nodes, graph.weights, 1), 0
+        unseen = graph.num_components
 
     def potential(demand: np.ndarray) -> np.ndarray:
-        """`L^+ demand`."""
-        balanced = demand[:, None] - _component_means(demand[:, None], graph)
-        return _laplacian_solution(graph, balanced, 1)[:, 0]
+        """`(ΔᵀΔ)^+ demand`."""
+        column = demand[:, None]
+        null = basis @ (basis.T @ column) if graph.free else _component_means(column, graph)
+        return _inverse_times(graph, column - null, 1, order)[:, 0]
+
+    def ratio(b: np.ndarray) -> float:
+        """A lower bound by b."""
+        if not graph.free:
+            return _best_cut(graph, b, demand)
+        size = np.abs(difference @ b).sum()
+        return float(demand @ b / size) if size > 0 else 0.0
 
     height = potential(demand)
     flow = difference @ height
     upper = float(np.abs(flow).max(initial=0))
-    if upper == 0 or graph.num_edges == graph.num_nodes - graph.num_components:
+    if graph.free and np.abs(difference.T @ flow - demand).max() > LEFT * np.abs(demand).max():
+        raise RuntimeError(
+            f"rounding hides the largest weight at order {order} on {graph!r}: lower the order, or give a path its "
+            "weights"
+        )
+    if upper == 0 or difference.shape[0] == graph.num_nodes - unseen:
         return upper, upper, flow
-    lower = max(_best_cut(graph, b, demand) for b in (height, demand))
+    lower = max(map(ratio, (height, demand)))
     fit, steps = None, FIRST_STEPS
-    method = DOGE.name if graph.shape is None else ADMM.name
+    method: Any = ADMM if graph.shape is not None else DOGE
+    kind: Any = np.float64
+    accuracy = 1e-14
+    if tol >= COARSE and not graph.free:
+        method, kind = DOGE, np.float32
+        if graph.shape is None and is_available() and is_narrow(graph):
+            method, accuracy = INTERIOR, 1e-3 * tol
     while upper > (1 + tol) * lower and steps <= MOST_STEPS:
         # At lower = lam_max the flow needs a little more room.
-        level = L1(lower * (1 + tol / 2))
+        level, start = L1(lower * (1 + tol / 2)), None if method is INTERIOR else fit
         fit = trend_filter(
-            demand, graph, level, 0, method, tol=1e-14, max_steps=steps, warm_start=fit, dtype=np.float64
+            demand, graph, level, order, method.name, tol=accuracy, max_steps=steps, warm_start=start, dtype=kind
         )
-        part = np.asarray(fit.dual)
-        part = part if graph.shape is None else edge_rows(part, graph.shape)
+        part = np.asarray(fit.dual, np.float64)
+        part = part if graph.shape is None or graph.free else edge_rows(part, graph.shape)
         left = demand - difference.T @ part
         height = potential(left)
         whole = part + difference @ height
         if np.abs(whole).max() < upper:
             upper, flow = float(np.abs(whole).max()), whole
-        lower = max(lower, *(_best_cut(graph, b, demand) for b in (left, height, np.asarray(fit.value).reshape(-1))))
+        lower = max(lower, *map(ratio, (left, height, np.asarray(fit.value).reshape(-1))))
         steps *= 2
     return upper, lower, flow

@@ -7,6 +7,7 @@ their k + 1 factors. A check takes two more products, and sums of single numbers
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -15,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sparseopt.core.divided_differences import DividedDifference
 from sparseopt.core.grouping import Sums, edge_grid, grid_edges
 from sparseopt.core.mesh import over, put, whole
-from sparseopt.core.operators import Difference
+from sparseopt.core.operators import Difference, GridBase
 from sparseopt.core.parts import Cut, cut_graph, part_base
 from sparseopt.core.slabs import SlabBase
 from sparseopt.trend.graph import Graph
@@ -117,19 +117,24 @@ class Layout:
 
 
 class FreeLayout(Layout):
-    """Arrays of a chain with free ends on one device: nodes `[n]`, rows of order m `[n - m]`."""
+    """Arrays of a chain or a grid with free ends on one device: nodes `[*node_shape]`, differences `[rows]`."""
 
     def difference(self, order: int, dtype: Any) -> Any:
-        return self.graph.divided(order, dtype)
+        return self.graph.divided(order, dtype) if order else self.identity(order, dtype)
 
     def identity(self, order: int, dtype: Any) -> Any:
-        return DividedDifference((), self.count(order), 0)
+        return Difference(GridBase((self.count(order),) if order else self.graph.node_shape), 0)
+
+    def sums(self, order: int, from_edges: bool = False) -> Sums:
+        found = super().sums(order)
+        columns = (x.reshape(self.graph.node_shape) for x in (found.column_absolute, found.column_squares))
+        return Sums(found.row_absolute, found.row_squares, *columns)
 
     def count(self, order: int) -> int:
-        return self.graph.num_nodes - order
+        return math.prod(self.graph.divided(order, np.float64).out_shape) if order else self.graph.num_nodes
 
     def grid_rows(self, values: Any, order: int) -> Any:
-        return values
+        return values if order else super().grid_rows(values, order)
 
 
 class LayoutOver(Layout):
@@ -230,7 +235,7 @@ SUMS = [field.name for field in dataclasses.fields(Sums)]
 def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
     """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
     if graph.free and mesh is not None:
-        raise ValueError("several devices take a chain with the ends of the graph: leave out devices, or ends")
+        raise ValueError("several devices take the ends of the graph: leave out devices, or ends")
     found = graph.tables.get(("layout", mesh))
     if found is None:
         alone = FreeLayout if graph.free else Layout

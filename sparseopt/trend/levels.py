@@ -13,51 +13,67 @@ import numpy as np
 
 from sparseopt.core.fidelity import total
 from sparseopt.core.iterate import iterate
-from sparseopt.core.penalties import Norm
+from sparseopt.core.penalties import L1, Norm
 from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start, balanced_rho
-from sparseopt.trend.ground import Data, data_of, on_rows
+from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_pieces
+from sparseopt.trend.filter import certified, in_float32, is_short, levelled_fit
+from sparseopt.trend.ground import Data, Ground, data_of, on_rows
 from sparseopt.trend.job import Job
 from sparseopt.trend.largest_weight import NullFit
-from sparseopt.trend.losses import fit_loss
-from sparseopt.trend.methods import INTERIOR, chosen_for_path
-from sparseopt.trend.methods.interior import Interior
-from sparseopt.trend.pieces import nonzero_at
-from sparseopt.trend.plan import FIRST_RHO, Plan, finished
+from sparseopt.trend.losses import best_constants, fit_loss
+from sparseopt.trend.methods import DOGE, FAST_ADMM, INTERIOR, chosen_for_path
+from sparseopt.trend.pieces import TrendSolution, nonzero_at
+from sparseopt.trend.plan import FIRST_RHO, Plan, finished, judged
 
 # The rho from Doge's start is accepted within this factor of the rho from the noise.
 RHO_RANGE = 1e4
 # Levels of few steps do not adapt rho. With exact x-steps, a level takes the rho of the previous level, moved towards
 # the rho that its last step suggests by the root of the ratio, by at most this factor.
 LARGEST_WISH = 2.0
+# Down to this ratio of weight to noise the interior point method is faster than Doge-ADMM with its warm starts.
+STRONG_LEVEL = 100.0
+# The tables of merged chains become smaller down to this size.
+SMALLEST_TABLE = 4096
+# The means of the pieces of an iterate have a far smaller gap than the iterate, whose small differences cost much at
+# strong smoothing: a level first stops at a gap of EARLY times its tolerance, and by LESS_EARLY less while that is not
+# enough.
+EARLY, LESS_EARLY = 30.0, 2.0
 # A fit without state and dual, and which of its differences are not zero, in the layout of `graph.base`.
 Level = tuple[Solution, Any]
 
 
-def descend(job: Job, template: Any, weights: np.ndarray, first: NullFit | None) -> list[Level]:
-    """The fits at descending weights, as device arrays; the job's dtype must be enabled.
+def descend(job: Job, template: Any, weights: np.ndarray, first: NullFit | None) -> Level:
+    """The fits at descending weights, stacked, as NumPy arrays; the job's dtype must be enabled.
 
     The job has the penalty of the first weight, and `tol` and `max_steps` of each level. `first` is the proof that the
     means are the fit at the first weight, or None. Fit and dual are piecewise linear functions of the weight, so a
-    level starts from the line through the last two fits. All levels share one compiled program, and nothing returns to
-    the host in between.
+    level starts from the line through the last two fits. All levels share one compiled program.
     """
-    kind, order, max_steps = job.dtype, job.order, job.max_steps
+    if job.loss is None and _merges(job):
+        return _by_merging(job, weights)
+    by = _by_solver if job.loss is None else _by_loss
+    levels = jax.device_get(by(job, template, weights, first))
+    return jax.tree.map(lambda *parts: np.stack(parts), *levels)
+
+
+def _by_solver(job: Job, template: Any, weights: np.ndarray, first: NullFit | None) -> list[Level]:
+    """The levels of the square loss, one after another, each started from the last two."""
+    order, max_steps = job.order, job.max_steps
+    method = chosen_for_path(job)
+    proof = None if first is None else first.dual if job.channels else first.dual[..., 0]
+    if method is INTERIOR:
+        return _by_interior(job, template, weights, proof)
+    by_pieces = order == 0 and isinstance(template, L1)
+    working = in_float32(job) if by_pieces and is_short(job, method) else job
+    kind, plan = working.dtype, method.plan(working)
+    tol = jnp.asarray(job.tol, kind)
 
     def penalty_at(weight: float) -> Any:
         penalty = dataclasses.replace(template, weight=weight)
         return on_rows({order: penalty}, job.layout, kind, bool(job.channels))
 
-    if job.loss is not None:
-        return _by_loss(job, template, weights)
-    method = chosen_for_path(job)
-    plan = method.plan(job)
-    proof = None if first is None else first.dual if job.channels else first.dual[..., 0]
-    if method is INTERIOR:
-        return _by_interior(plan, [penalty_at(weight) for weight in weights], proof)
-    y, node_weights = job.arrays
-    tol = jnp.asarray(job.tol, kind)
-    data, start = _first(plan, penalty_at(weights[0]), y, node_weights, proof)
+    data, start = _first(plan, penalty_at(weights[0]), *working.arrays, proof, working.start())
     older, found = start, list[Level]()
     for index, weight in enumerate(weights):
         penalty = penalty_at(weight)
@@ -67,61 +83,163 @@ def descend(job: Job, template: Any, weights: np.ndarray, first: NullFit | None)
         if index == 0 and first is not None and not isinstance(penalty, Norm):
             found.append(_null_level(plan, data, start, tol))
             continue
-        settled = order >= method.keeps_rho_from and index >= 2 and isinstance(penalty, Norm)
-        fits = (dataclasses.replace(start, settled=jnp.asarray(settled)), older)
-        balance = method.balances_rho and index > 0
-        level, following = _solved(plan, data, penalty, fits, move, tol, max_steps=max_steps, balance=balance)
-        start, older = following, start
-        found.append(level)
+        settled = jnp.asarray(order >= method.keeps_rho_from and index >= 2 and isinstance(penalty, Norm))
+        fits = (dataclasses.replace(start, settled=settled), older)
+        state = _begun(plan, data, penalty, fits, move, balance=method.balances_rho and index > 0)
+        if by_pieces:
+            here = dataclasses.replace(job, terms={order: dataclasses.replace(template, weight=float(weight))})
+            level, following = _by_pieces(here, plan, data, penalty, state)
+        else:
+            level, _, following = _solved(plan, data, penalty, state, tol, settled, max_steps)
+        older, start = start, following
+        found.append((dataclasses.replace(level, state=None, dual=None, nonzero=None), level.nonzero))
     return found
 
 
+def _by_pieces(job: Job, plan: Plan, data: Data, penalty: Any, state: Any) -> tuple[TrendSolution, Start]:
+    """A level of order 0 with the means of its pieces, and the start for the next one.
+
+    The means have a far smaller gap than the iterate, whose small differences within the pieces cost the more, the
+    stronger the penalty: at strong levels the dual was solved to 1e-6 after a quarter of the steps. So the iteration
+    stops early, and goes on while the means are not good enough.
+    """
+    steps, early, never = 0, EARLY, jnp.zeros((), bool)
+    while True:
+        tol = jnp.asarray(early * job.tol, plan.split.row_scale.dtype)
+        level, state, following = _solved(plan, data, penalty, state, tol, never, job.max_steps - steps)
+        steps += int(level.steps)
+        stuck = early < 1 or int(level.status) == Status.PRECISION
+        level = dataclasses.replace(certified(job, level), steps=steps)
+        if float(level.gap) <= job.tol or steps >= job.max_steps:
+            return level, following
+        if stuck and data.shift.dtype == job.dtype:
+            return level, following
+        if stuck:
+            again = DOGE.plan(job).fitted(dataclasses.replace(job, warm_start=level, max_steps=job.max_steps - steps))
+            return dataclasses.replace(levelled_fit(job, again), steps=steps + again.steps), following
+        early /= LESS_EARLY
+
+
 @jax.jit
-def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any) -> tuple[Data, Start]:
-    """The prepared signal, and the start of the first level: the means, if there is a proof for them."""
+def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any, last: Any) -> tuple[Data, Start]:
+    """The prepared signal, and the start of the first level: the means, if there is a proof for them, or `last`."""
     data, inner = data_of(plan.ground, y, weights), plan.taken(penalty)
     rho = (FIRST_RHO * data.strength(plan.ground, penalty)).astype(y.dtype)
-    if proof is None:
+    if last is not None:
+        dual = inner.project_dual(plan.solver_dual(inner, last.dual.astype(y.dtype)))
+        start = Start(last.x.astype(y.dtype) - data.shift, dual)
+    elif proof is None:
         start = plan.start(penalty, data, weights)
     else:
-        start = Start(data.means - data.shift, plan.solver_dual(inner, proof.astype(y.dtype)))
+        start = Start(data.means - data.shift, plan.solver_dual(inner, jnp.asarray(proof, y.dtype)))
     return data, dataclasses.replace(start, rho=rho)
 
 
-def _by_loss(job: Job, template: Any, weights: np.ndarray) -> list[Level]:
+def _by_loss(job: Job, template: Any, weights: np.ndarray, _: Any) -> list[Level]:
     """The levels with a loss, each started at the last one; the best constants are tried as the fit of each."""
-    levels, last = list[Level](), None
+    levels, last, best = list[Level](), None, best_constants(job)
     for weight in weights:
         terms = {job.order: dataclasses.replace(template, weight=float(weight))}
-        fit = fit_loss(dataclasses.replace(job, terms=terms, warm_start=last))
+        fit = fit_loss(dataclasses.replace(job, terms=terms, warm_start=last), best)
         levels.append((dataclasses.replace(fit, state=None, dual=None, nonzero=None), fit.nonzero))
         # A known fit, as without any difference in the data, has no dual to start from.
         last = fit if fit.dual is not None else None
     return levels
 
 
-def _by_interior(solver: Interior, penalties: list[Any], proof: Any) -> list[Level]:
-    """The levels by the interior point method, which starts cold but orders its factors only once."""
-    levels: list[Level] = []
-    for index, penalty in enumerate(penalties):
+def _merges(job: Job) -> bool:
+    """Whether the pieces of the fits only merge as the weight grows, and the exact fits are wanted."""
+    # A chain with a spacing weighs its differences.
+    plain = job.graph.is_chain and job.graph.spacing is None and job.order == 0 and isinstance(job.penalty, L1)
+    return plain and job.dtype == np.float64 and job.method in (None, FAST_ADMM.name)
+
+
+def _by_merging(job: Job, weights: np.ndarray) -> Level:
+    """The exact levels of a chain at order 0, from the last weight to the first.
+
+    As the weight grows, the pieces of a fit only merge, also with node weights. So every level is the fused lasso of
+    the means of the pieces before it, which soon are few. Missing nodes lie on the line between their
+    neighbours, which costs nothing.
+
+    Source: Friedman, Hastie, Höfling and Tibshirani, "Pathwise coordinate optimization", Annals of Applied Statistics 1
+    (2007), section 4.1.
+    """
+    signal = job.signal
+    assert signal is not None
+    columns, mass = signal.columns, signal.mass
+    n, channels = columns.shape
+    fits = np.empty((len(weights), n, channels))
+    seen = np.flatnonzero(mass)
+    for channel, column in enumerate(columns.T):
+        shift = float(np.average(column, weights=mass))
+        values, masses, starts = column[seen] - shift, mass[seen], np.arange(seen.size)
+        for index in reversed(range(len(weights))):
+            count = len(values)
+            table = np.zeros((2, _padded_size(count, n)))
+            table[:, :count] = values, masses
+            found = np.asarray(fused_pieces(*table, weights[index], count))[:count]
+            first = np.flatnonzero(np.append(True, found[1:] != found[:-1]))
+            pulled, masses = np.add.reduceat(masses * values, first), np.add.reduceat(masses, first)
+            values, starts = pulled / masses, starts[first]
+            level = np.repeat(found[first] + shift, np.append(starts[1:], seen.size) - starts)
+            fits[index, :, channel] = level if seen.size == n else np.interp(np.arange(n), seen, level)
+    y, node_weights = job.arrays
+    fits = fits.reshape(len(weights), n, *job.channels)
+    tol = jnp.asarray(job.tol, job.dtype)
+    found = _merged(job.ground, y, node_weights, weights, fits, tol)
+    statuses, objectives, gaps, nonzero = jax.device_get(found)
+    steps = np.ones(len(weights), np.int32)
+    return Solution(fits, statuses, steps, gaps, objectives, gaps, None, None), nonzero
+
+
+def _padded_size(count: int, n: int) -> int:
+    """A size of at least `count`, one of few, so that few programs are compiled."""
+    size = n
+    while size > SMALLEST_TABLE and size // 8 >= count:
+        size //= 8
+    return size
+
+
+@jax.jit
+def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, tol: Any) -> Any:
+    """Status, objective, gap and non-zero differences of exact fits, whose duals are sums along the chain."""
+    data = data_of(ground, y, node_weights)
+
+    def judged_at(level: tuple[Any, Any]) -> Any:
+        weight, x = level
+        penalty = L1(weight)
+        dual = ChainTotalVariation(weight, ground.highest).potential(-data.loss.gradient(x))
+        objective, gap = judged(ground, data.loss, penalty, x, dual)
+        status = jnp.where(gap <= tol, Status.CONVERGED, Status.PRECISION).astype(jnp.int32)
+        return status, objective, gap, ground.highest.mv(x) != 0
+
+    return jax.lax.map(judged_at, (weights, fits))
+
+
+def _by_interior(job: Job, template: Any, weights: np.ndarray, proof: Any) -> list[Level]:
+    """The levels by the interior point method, which starts cold but orders its factors only once.
+
+    At order 0 Doge-ADMM, started from the last of them, is faster for the weaker levels.
+    """
+    solver, strong, levels = INTERIOR.plan(job), weights, list[Level]()
+    if job.order == 0 and job.method is None:
+        strong = weights[weights * job.strength > STRONG_LEVEL * weights[0]]
+    for index, weight in enumerate(strong):
+        terms = {job.order: dataclasses.replace(template, weight=float(weight))}
+        penalty = on_rows(terms, job.layout, job.dtype, bool(job.channels))
         fit = solver.null_fit(penalty, proof) if index == 0 and proof is not None else solver.fit(penalty)
         levels.append((dataclasses.replace(fit, dual=None, nonzero=None), fit.nonzero))
+    if strong.size < weights.size:
+        rest = dataclasses.replace(job, method=DOGE.name, warm_start=fit if levels else None)
+        levels += _by_solver(rest, template, weights[strong.size :], None)
     return levels
 
 
-@partial(jax.jit, static_argnames=("max_steps", "balance"))
-def _solved(
-    plan: Plan,
-    data: Data,
-    penalty: Any,
-    fits: tuple[Start, Start],
-    move: tuple[Any, Any],
-    tol: Any,
-    *,
-    max_steps: int,
-    balance: bool,
-) -> tuple[Level, Start]:
-    """One level, and the start for the next.
+@partial(jax.jit, static_argnames="balance")
+def _begun(
+    plan: Plan, data: Data, penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any], *, balance: bool
+) -> Any:
+    """The state in which a level begins.
 
     `fits` are the ends of the last two levels (for the first level the start), `move` is the weight over the previous
     one (1 for the first level) and how far to follow the line through the last two fits. With `balance` rho is computed
@@ -139,15 +257,23 @@ def _solved(
         usual = FIRST_RHO * penalty.weight / data.noise
         rho = jnp.clip(balanced_rho(split, centred, start.x, start.dual), usual / RHO_RANGE, usual * RHO_RANGE)
     start = Start(start.x, start.dual, rho, fits[0].settled)
-    solver = plan.solver(fits[0].rho)
-    found = iterate(Problem(centred, inner, split), solver, start, tol=tol, max_steps=max_steps)
+    return plan.solver(rho).init(Problem(centred, inner, split), start)
+
+
+@jax.jit
+def _solved(
+    plan: Plan, data: Data, penalty: Any, state: Any, tol: Any, settled: Any, max_steps: Any
+) -> tuple[TrendSolution, Any, Start]:
+    """One level from its first state, its last state, and the start for the next level."""
+    inner, solver = plan.taken(penalty), plan.solver(state.rho)
+    found = iterate(Problem(data.centred, inner, plan.split), solver, state, tol=tol, max_steps=max_steps)
     state = found.state
     dual = plan.row_dual(inner, state.candidate)
     fit = finished(plan.ground, data, penalty, found, dual, tol)
     nonzero = nonzero_at(plan.ground, penalty, fit.value, dual, state.prox, data.noise, data.means)
-    level = dataclasses.replace(fit, state=None, dual=None), nonzero
-    wish = jnp.where(fits[0].settled, jnp.sqrt(state.check.motion / state.rho), 1)
-    return level, Start(found.value, state.candidate, state.rho * jnp.clip(wish, 1 / LARGEST_WISH, LARGEST_WISH))
+    level = TrendSolution.of(dataclasses.replace(fit, state=None, dual=dual), nonzero)
+    wish = jnp.where(settled, jnp.sqrt(state.check.motion / state.rho), 1)
+    return level, state, Start(found.value, state.candidate, state.rho * jnp.clip(wish, 1 / LARGEST_WISH, LARGEST_WISH))
 
 
 @jax.jit
@@ -164,7 +290,8 @@ def _null_level(plan: Plan, data: Data, start: Start, tol: Any) -> Level:
     none = jnp.zeros(start.dual.shape, bool)
     objective = data.loss.value(data.means)
     nothing, steps = jnp.full_like(objective, jnp.nan), jnp.zeros((), jnp.int32)
-    return Solution(data.means, status, steps, residual, objective, nothing, None, None), none
+    found = Solution(data.means, status, steps, residual, objective, nothing, None, None)
+    return TrendSolution.of(found, None), none
 
 
 def _predicted(penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any]) -> Start:

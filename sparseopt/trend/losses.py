@@ -19,9 +19,9 @@ import numpy as np
 from sparseopt.core.certify import promoted, stationary
 from sparseopt.core.fidelity import NodeLoss
 from sparseopt.core.iterate import iterate
-from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Problem, Solution
-from sparseopt.core.scalar_losses import ScalarLoss
+from sparseopt.core.penalties import L1, Norm
+from sparseopt.core.problem import Problem, Solution, Status
+from sparseopt.core.scalar_losses import LossOfTwoSlopes, ScalarLoss
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart, certificate
 from sparseopt.core.types import precision
 from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Ground, leaves_as, mean_weight, null_space_dual
@@ -29,17 +29,17 @@ from sparseopt.trend.job import Job, vanishes
 from sparseopt.trend.methods import chosen
 from sparseopt.trend.pieces import TrendSolution, nonzero_at
 from sparseopt.trend.plan import FIRST_RHO, known_fit, to_next_check
-from sparseopt.trend.signal import Signal
+from sparseopt.trend.polynomials import best_polynomials, linear_fits
+from sparseopt.trend.signal import NULL_EPS, Signal
 
-# Newton's method for the best polynomial: its steps, the relative decrease of the loss that ends it, and the curvature
-# over that at the start below which the loss has no minimum, only a limit.
-NEWTON_STEPS, DECREASE, FLAT = 200, 1e-15, 1e-8
 # A node without an observation still needs some weight in the x-step: this fraction of the mean.
 LIGHT = 1e-2
+# A polynomial, or a linear programme's answer, with this gap, in eps, is the fit: steps could only add to the rounding.
+NULL_GAP_EPS = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class _Data:
+class Observations:
     """The observations on the host, in float64: `[n, channels]`, weights `[n]`, component labels `[n]`."""
 
     columns: np.ndarray
@@ -56,67 +56,42 @@ def node_deviances(loss: ScalarLoss | None, fit: np.ndarray, y: np.ndarray) -> n
 
 
 def null_pull(job: Job) -> np.ndarray:
-    """Minus a subgradient of the loss at the best constants, `[n, channels]`, with sums of 0 over every component."""
+    """Minus a subgradient of the loss at the best constants, `[n, channels]`, with sums of 0 over every component.
+
+    With free ends, at the best polynomials, orthogonal to all polynomials.
+    """
     with precision(job.dtype):
-        loss, data, null = _best_constants(job)
-        if _sees_one_value(data).all():
-            return np.zeros_like(null)
-        node_loss = NodeLoss(loss, *job.arrays)
-        return -_balanced_gradient(data, node_loss, null, partial(_laid_out, job), _free_basis(job))
+        best = best_constants(job)
+        return np.zeros_like(best.pull) if best.exact.all() else best.pull
 
 
-def _best_constants(job: Job) -> tuple[ScalarLoss, _Data, np.ndarray]:
-    """The loss in the job's dtype, the data, and the best constant of every node's component, `[n, channels]`."""
+@dataclasses.dataclass(frozen=True)
+class BestConstants:
+    """The best constants of the components, or with free ends the best polynomials; arrays are `[n, channels]`."""
+
+    loss: ScalarLoss  # in the job's dtype
+    data: Observations
+    fit: np.ndarray
+    pull: np.ndarray  # minus a subgradient of the loss there that no constant, or polynomial, sees
+    exact: np.ndarray  # whether the fit is all that the node's component has observed
+
+
+def best_constants(job: Job) -> BestConstants:
+    """Those of a job with a loss; its dtype must be enabled."""
     assert job.signal is not None
     nothing, loss = vanishes(job.penalty), leaves_as(job.loss, job.dtype)
     data = _observations(job.signal, job, loss, free=nothing or job.graph.num_edges == 0)
     columns = [np.ascontiguousarray(column) for column in data.columns.T]
-    null = np.stack([loss.location(column, data.weights, data.labels)[data.labels] for column in columns], axis=1)
-    _require_finite(null, data, loss, nothing)
-    if (basis := _free_basis(job)) is not None:
-        fits = zip(columns, null.T, strict=True)
-        null = np.stack([_best_polynomial(loss, basis, y, data.weights, start) for y, start in fits], axis=1)
-    return loss, data, null
-
-
-def _free_basis(job: Job) -> np.ndarray | None:
-    """Orthonormal `[n, k + 1]`, of the polynomials that no penalty sees with free ends; None else."""
-    basis = job.ground.basis
-    return None if basis is None or vanishes(job.penalty) else np.asarray(basis, np.float64)
-
-
-def _best_polynomial(
-    loss: ScalarLoss, basis: np.ndarray, y: np.ndarray, weights: np.ndarray, start: np.ndarray
-) -> np.ndarray:
-    """The polynomial of least loss, `[n]`, by Newton's method from a constant; a ValueError if there is none."""
-    with precision(np.dtype(np.float64)):
-        at = jnp.asarray(np.where(weights > 0, y, loss.mean(jnp.asarray(start))))
-        told, fit = partial(_expanded, leaves_as(loss, np.float64), at, weights), start.astype(np.float64)
-        value, slope, curvature = (np.asarray(part) for part in told(fit))
-        first = curvature.max()
-        for _ in range(NEWTON_STEPS):
-            hessian = basis.T @ (curvature[:, None] * basis)
-            hessian += max(curvature.max(), first) * 1e-9 * np.eye(len(hessian))
-            move = -basis @ np.linalg.solve(hessian, basis.T @ slope)
-            fall, share = -slope @ move, 1.0
-            while share > 1e-12:
-                after, slope_after, curvature_after = (np.asarray(part) for part in told(fit + share * move))
-                if after <= value - 1e-4 * share * fall:
-                    break
-                share /= 2
-            else:
-                break
-            enough = value - after <= DECREASE * abs(value)
-            fit, value, slope, curvature = fit + share * move, after, slope_after, curvature_after
-            if enough:
-                break
-    least = np.linalg.eigvalsh(basis.T @ (curvature[:, None] * basis))[0]
-    if not loss.span_holds_fit and not least > FLAT * first:
-        raise ValueError(
-            f"with free ends no fit exists at order {basis.shape[1] - 1}: {type(loss).__name__} falls without end "
-            'along a polynomial, as for labels that one polynomial parts; lower the order, or take ends="graph"'
-        )
-    return fit
+    fit = np.stack([loss.location(column, data.weights, data.labels)[data.labels] for column in columns], axis=1)
+    _require_finite(fit, data, loss, nothing)
+    if not job.graph.free or nothing:
+        pull = -_balanced_gradient(data, NodeLoss(loss, *job.arrays), fit, partial(_laid_out, job))
+        return BestConstants(loss, data, fit, pull, _sees_one_value(data))
+    fit, gradient = best_polynomials(loss, job.graph, job.order, data.columns, data.weights, fit)
+    seen = (data.weights > 0)[:, None]
+    apart = np.abs(np.where(seen, np.asarray(loss.mean(jnp.asarray(fit))) - data.columns, 0)).max(axis=0)
+    exact = apart <= NULL_EPS * np.finfo(job.dtype).eps * np.abs(np.where(seen, data.columns, 0)).max(axis=0)
+    return BestConstants(loss, data, fit, -gradient, np.broadcast_to(exact, fit.shape))
 
 
 def _laid_out(job: Job, values: np.ndarray) -> jax.Array:
@@ -124,14 +99,14 @@ def _laid_out(job: Job, values: np.ndarray) -> jax.Array:
     return job.layout.put(job.layout.rows(values.reshape(-1, *job.channels), 0).astype(job.dtype))
 
 
-def fit_loss(job: Job) -> TrendSolution:
-    """The fit of a job with a loss; its dtype must be enabled."""
+def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
+    """The fit of a job with a loss, whose dtype must be enabled; `best` are its best constants, if they are known."""
     signal, graph, kind, tol = job.signal, job.graph, job.dtype, job.tol
     assert signal is not None
     method = chosen(job)
     _require_connected(job.penalty)
-    loss, data, null = _best_constants(job)
-    alike = _sees_one_value(data)
+    best = best_constants(job) if best is None else best
+    loss, data, null, alike = best.loss, best.data, best.fit, best.exact
     if alike.all():
         return known_fit(job, null.reshape(signal.values.shape), flat=True)
     penalty, laid_out, columns = job.rows, partial(_laid_out, job), np.ascontiguousarray(data.columns.T)
@@ -149,14 +124,13 @@ def fit_loss(job: Job) -> TrendSolution:
     # Cosines need one metric for all nodes, bands one for all channels.
     even = method.one_metric and (graph.shape is not None or (graph.free and bool(job.channels)))
     plan = method.plan(dataclasses.replace(job, weighted=not even))
-    pull = -_balanced_gradient(data, node_loss, null, laid_out, _free_basis(job))
-    dual = _null_dual(job.ground, penalty, pull, node_loss, laid_out)
+    dual = _null_dual(job.ground, penalty, best.pull, node_loss, laid_out)
     inside = jnp.zeros_like(dual) if _zero_is_inside(node_loss).all() else dual
     sigma = float(np.mean(curvatures))
     solver = LossAdmm(
         plan.node_solve,
         Anchor(inside, job.ground.operator.rmv(inside)) if isinstance(penalty, Norm) else None,
-        jnp.asarray(_first_rho(job.ground, penalty, laid_out(pull), sigma) if job.rho is None else job.rho, kind),
+        jnp.asarray(_first_rho(job.ground, penalty, laid_out(best.pull), sigma) if job.rho is None else job.rho, kind),
         jnp.asarray(sigma, kind),
         None if even else laid_out(curvatures / sigma),
         relaxation=kind.type(job.relaxation),
@@ -172,9 +146,18 @@ def fit_loss(job: Job) -> TrendSolution:
         start = dataclasses.replace(start, rho=None)
     problem = Problem(node_loss, penalty, plan.split)
     limit = to_next_check(job.max_steps, solver.cadence)
-    if job.graph.free and isinstance(penalty, Norm) and float(_gap_at(problem, x, dual, solver.anchor)) <= tol:
+    enough = max(tol, NULL_GAP_EPS * float(jnp.finfo(kind).eps))
+    known = job.graph.free and isinstance(penalty, Norm)
+    known = known and float(_gap_at(problem, x, dual, solver.anchor, True)) <= enough
+    if known:
         # The polynomial is the fit; for a large weight rounding of its rows would spoil an iteration.
         start, limit = LossStart(x, dual), 0
+    elif job.graph.free and job.method is None and isinstance(job.penalty, L1) and isinstance(loss, LossOfTwoSlopes):
+        # Of a long series the iteration would take many thousands of steps.
+        fit, rows = linear_fits(loss, job.graph, job.order, job.penalty.weight, data.columns, data.weights, null)
+        start = LossStart(laid_out(fit), jnp.asarray(rows.reshape(dual.shape), kind))
+        known = float(_gap_at(problem, start.x, start.dual, solver.anchor, False)) <= enough
+        limit = 0 if known else limit
     found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=job.history)
     if settled.any():
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
@@ -182,7 +165,8 @@ def fit_loss(job: Job) -> TrendSolution:
         nonzero = nonzero_at(job.ground, penalty, found.value, None, found.state.copies[1], 1.0)
         return TrendSolution.of(dataclasses.replace(found, status=stationary(found.status)), nonzero)
     value, objective, gap, nonzero = _finish(job.ground, problem, found, solver.anchor, x)
-    status = promoted(found.status, gap, objective, tol)
+    ended = jnp.asarray(Status.PRECISION, jnp.int32) if known else found.status
+    status = promoted(ended, gap, objective, tol)
     found = dataclasses.replace(found, value=value, status=status, residual=gap, objective=objective, gap=gap)
     return TrendSolution.of(found, nonzero)
 
@@ -198,7 +182,7 @@ def _require_connected(penalty: Any) -> None:
         )
 
 
-def _observations(signal: Signal, job: Job, loss: ScalarLoss, free: bool) -> _Data:
+def _observations(signal: Signal, job: Job, loss: ScalarLoss, free: bool) -> Observations:
     """The data, checked to lie in the loss's domain; without a penalty every node is a component."""
     graph, columns, weights = job.graph, signal.columns, signal.mass
     wrong = loss.wrong(columns) & (weights > 0)[:, None]
@@ -215,10 +199,10 @@ def _observations(signal: Signal, job: Job, loss: ScalarLoss, free: bool) -> _Da
         )
     if free and not weights.all():
         raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
-    return _Data(columns, weights, np.arange(graph.num_nodes) if free else graph.components)
+    return Observations(columns, weights, np.arange(graph.num_nodes) if free else graph.components)
 
 
-def _require_finite(null: np.ndarray, data: _Data, loss: ScalarLoss, unpenalised: bool) -> None:
+def _require_finite(null: np.ndarray, data: Observations, loss: ScalarLoss, unpenalised: bool) -> None:
     endless = ~np.isfinite(null)
     if not endless.any():
         return
@@ -238,7 +222,7 @@ def _require_finite(null: np.ndarray, data: _Data, loss: ScalarLoss, unpenalised
     )
 
 
-def _holding(data: _Data, marked: np.ndarray) -> np.ndarray:
+def _holding(data: Observations, marked: np.ndarray) -> np.ndarray:
     """Whether the node's component has a marked observation in that channel, `[n, channels]`."""
     nodes, channels = np.nonzero(marked & (data.weights > 0)[:, None])
     found = np.zeros((int(data.labels.max()) + 1, marked.shape[1]), bool)
@@ -246,7 +230,7 @@ def _holding(data: _Data, marked: np.ndarray) -> np.ndarray:
     return found[data.labels]
 
 
-def _sees_one_value(data: _Data) -> np.ndarray:
+def _sees_one_value(data: Observations) -> np.ndarray:
     """Whether the node's component has only one value in that channel: its best constant is then the fit."""
     seen = np.flatnonzero(data.weights > 0)[::-1]
     first = np.zeros(int(data.labels.max()) + 1, np.int64)
@@ -265,28 +249,11 @@ def _box(signal: Signal, loss: ScalarLoss, order: int) -> tuple[np.ndarray, np.n
     return low - wider, high + wider
 
 
-@jax.jit
-def _expanded(loss: ScalarLoss, y: Any, weights: Any, fit: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The loss of a fit, and node by node its slope and its curvature."""
-    slope, curvature = jax.jvp(lambda x: loss.derivative(x, y), (fit,), (jnp.ones_like(fit),))
-    return jnp.sum(weights * loss.value(fit, y)), weights * slope, weights * curvature
-
-
 def _balanced_gradient(
-    data: _Data,
-    node_loss: NodeLoss,
-    null: np.ndarray,
-    laid_out: Callable[[np.ndarray], jax.Array],
-    basis: np.ndarray | None,
+    data: Observations, node_loss: NodeLoss, null: np.ndarray, laid_out: Callable[[np.ndarray], jax.Array]
 ) -> np.ndarray:
-    """A subgradient of the loss at the best constants whose sum over every component is 0, `[n, channels]`.
-
-    With a basis, the gradient at the best polynomial, orthogonal to all polynomials.
-    """
+    """A subgradient of the loss at the best constants whose sum over every component is 0, `[n, channels]`."""
     gradient = np.array(node_loss.gradient(laid_out(null)), np.float64).reshape(null.shape)
-    if basis is not None:
-        seen = (data.weights > 0)[:, None] * basis
-        return gradient - seen @ np.linalg.solve(seen.T @ seen, basis.T @ gradient)
     for column in gradient.T:
         # Observations that the constant meets exactly take up the remainder: for the absolute loss their subgradients
         # are free. Without such observations the remainder is rounding.
@@ -343,8 +310,8 @@ def _shortened(penalty: Any, dual: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _gap_at(problem: Problem, null: jax.Array, dual: jax.Array, anchor: Anchor) -> jax.Array:
-    return certificate(problem, null, dual, anchor, True)[1]
+def _gap_at(problem: Problem, x: jax.Array, dual: jax.Array, anchor: Anchor, null: bool) -> jax.Array:
+    return certificate(problem, x, dual, anchor, null)[1]
 
 
 @jax.jit

@@ -12,7 +12,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
 from sparseopt.core.arguments import is_positive, positive_number, real_array, require_memory, whole_number
@@ -21,7 +20,7 @@ from sparseopt.core.penalties import L1, MCP, SCAD
 from sparseopt.core.problem import Solution, Status
 from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.types import precision
-from sparseopt.trend.freedom import freedom_of_rows
+from sparseopt.trend.freedom import MOST_RANKED, freedom_of_rows, is_countable
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import MOST_STEPS, Job, checked_loss, checked_penalty, require_representable
 from sparseopt.trend.largest_weight import NullFit, null_fit
@@ -175,6 +174,11 @@ def trend_path(
     # The fits from the device, and as one array.
     needed, what = 2 * num * signal.values.nbytes, f"a path of {num:,} fits of {signal.values.size:,} values"
     require_memory(needed, what, "take fewer weights, or single fits")
+    if family is not None and not is_countable(graph):
+        raise ValueError(
+            f"a path with a loss takes a grid with free ends of at most {MOST_RANKED:,} nodes, whose degrees of "
+            f'freedom can be counted, given {graph.num_nodes:,}: take ends="graph", or single fits'
+        )
     if graph.num_edges == 0:
         raise ValueError("the graph has no edges, so every weight gives the same fit, the signal itself")
     job = Job(
@@ -196,27 +200,24 @@ def trend_path(
     job = dataclasses.replace(job, terms={k: dataclasses.replace(template, weight=float(given[0]))})
     noise = signal_noise(signal, graph, k) if family is None else math.nan
     with precision(job.dtype):
-        found = jax.device_get(descend(job, template, given, first))
+        fits, rows = descend(job, template, given, first)
     seen = None if signal.weights is None else signal.weights > 0
     columns, mass = signal.columns, signal.mass[:, None]
     channels = columns.shape[1]
 
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([getattr(fit, name) for fit, _ in found])
-
-    values = stacked("value").reshape(len(given), *signal.shape)
-    if isinstance(template, GroupL2) and family is None:
+    values = fits.value.reshape(len(given), *signal.shape)
+    if family is None and (isinstance(template, GroupL2) or not is_countable(graph)):
         freedom = _divergences(job, template, given, values, noise)
     else:
-        freedom = np.array([freedom_of_rows(rows, graph, k, seen, channels) for _, rows in found])
+        freedom = np.array([freedom_of_rows(nonzero, graph, k, seen, channels) for nonzero in rows])
     return TrendPath(
         weights=given,
         values=values,
-        objectives=stacked("objective"),
-        gaps=stacked("gap"),
-        residuals=stacked("residual"),
-        steps=stacked("steps"),
-        statuses=stacked("status"),
+        objectives=fits.objective,
+        gaps=fits.gap,
+        residuals=fits.residual,
+        steps=fits.steps,
+        statuses=fits.status,
         degrees_of_freedom=freedom,
         deviances=np.array([np.sum(mass * node_deviances(family, x.reshape(columns.shape), columns)) for x in values]),
         observations=channels * (graph.num_nodes if seen is None else int(seen.sum())),
@@ -244,8 +245,8 @@ def _divergences(job: Job, template: Any, weights: np.ndarray, values: np.ndarra
         signs = rng.choice([-1.0, 1.0], given.shape)
         moved = dataclasses.replace(signal, values=(given + step * signs).astype(given.dtype))
         with precision(job.dtype):
-            levels = jax.device_get(descend(dataclasses.replace(job, signal=moved), template, weights, None))
-        apart = np.stack([fit.value for fit, _ in levels]).reshape(flat) - values.reshape(flat)
+            fits, _ = descend(dataclasses.replace(job, signal=moved), template, weights, None)
+        apart = fits.value.reshape(flat) - values.reshape(flat)
         found.append(np.sum((seen * signs * apart).reshape(len(values), -1), axis=1) / step)
     return np.maximum(np.mean(found, axis=0), 0)
 

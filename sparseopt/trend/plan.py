@@ -23,7 +23,7 @@ from sparseopt.core.operators import Split, Stack
 from sparseopt.core.penalties import Norm
 from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Admm, Start, solve_mixed
-from sparseopt.core.solvers.node_solve import Cosine
+from sparseopt.core.solvers.node_solve import AxisTransform
 from sparseopt.core.types import pytree, static
 from sparseopt.trend.ground import Data, Ground, data_of, null_space_dual
 from sparseopt.trend.job import Job
@@ -56,8 +56,8 @@ class Plan:
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         """Why the plan does not fit such a penalty, or a signal with node weights; None if it does."""
-        if weighted and isinstance(self.node_solve, Cosine):
-            return "cosine transforms solve for nodes of one weight alone"
+        if weighted and isinstance(self.node_solve, AxisTransform):
+            return "transforms along the axes solve for nodes of one weight alone"
         return None
 
     def taken(self, penalty: Any) -> Any:
@@ -121,7 +121,7 @@ class Plan:
 
         return jax.lax.cond(ruled_out, lambda: Start(centre, nothing), means)
 
-    def fitted(self, job: Job) -> Solution:
+    def fitted(self, job: Job) -> TrendSolution:
         """The fit of a job's signal, in the layout of the nodes."""
         cadence = self.cadence if job.cadence is None or self.exact else job.cadence
         plan = dataclasses.replace(self, cadence=min(cadence, job.max_steps))

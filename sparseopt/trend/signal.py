@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.arguments import real_array, require_memory, whole_number
-from sparseopt.core.divided_differences import polynomial_basis
 from sparseopt.core.grouping import edge_rows
 from sparseopt.core.operators import Difference
+from sparseopt.core.solvers.node_solve import LONGEST_FREE_AXIS
 from sparseopt.core.types import precision
 from sparseopt.trend.graph import Graph
 
@@ -203,25 +203,38 @@ def checked_order(order: Any) -> int:
 
 
 def graph_at(graph: Graph, order: int, signal: Signal | None = None) -> Graph:
-    """The graph for the trend filter of an order: with free ends at order 0 the plain chain, which has fast methods.
+    """The graph for the trend filter of an order: with free ends at order 0 the plain one, which has fast methods.
 
-    A ValueError with free ends, for fewer than `order + 2` nodes, or fewer than `order + 1` observed ones.
+    A ValueError with free ends, for fewer than `order + 2` nodes along every axis, for a grid with a very long axis, or
+    for observed nodes that do not determine a polynomial.
     """
-    n = graph.num_nodes
     if not graph.free:
         return graph
     if order == 0:
-        return graph.cached("plain", lambda: Graph.chain(n))
-    if n < order + 2:
+        return graph.cached("plain", lambda: Graph.grid(graph.node_shape, graph.spacing))
+    longest, along = max(graph.node_shape), "" if graph.is_chain else " along an axis"
+    if longest < order + 2:
         raise ValueError(
-            f"order {order} with free ends needs at least {order + 2} nodes, given {n}: with fewer, every signal is a "
-            "polynomial of that degree, and the fit is the signal itself"
+            f"order {order} with free ends needs at least {order + 2} nodes{along}, given {longest}: with fewer, every "
+            "signal is a polynomial of that degree, and the fit is the signal itself"
         )
-    seen = n if signal is None else np.count_nonzero(signal.mass)
-    if seen <= order:
+    if longest > LONGEST_FREE_AXIS and not graph.is_chain:
         raise ValueError(
-            f"order {order} with free ends needs at least {order + 1} observed nodes, given {seen}: fewer do not "
-            "determine a polynomial of that degree"
+            f"order {order} with free ends takes a grid of at most {LONGEST_FREE_AXIS:,} nodes along an axis, given "
+            f'{longest:,}: divide the grid, or take ends="graph"'
+        )
+    if signal is None or signal.weights is None or signal.weights.all():
+        return graph
+    seen = signal.mass > 0
+    count, determined = order + 1, np.count_nonzero(seen)
+    if not graph.is_chain:
+        basis = graph.polynomials(order)
+        count, determined = basis.shape[1], np.linalg.matrix_rank(basis[seen])
+    if determined < count:
+        raise ValueError(
+            f"order {order} with free ends needs at least {count} observed nodes, given "
+            f"{np.count_nonzero(seen)}, and they must determine a polynomial of that degree"
+            f"{'' if graph.is_chain else ' in each axis'}"
         )
     return graph
 
@@ -231,7 +244,7 @@ def null_fit_values(signal: Signal, graph: Graph, order: int) -> np.ndarray:
     values, weights = signal.columns, signal.mass
     if graph.free:
         root = np.sqrt(weights)[:, None]
-        basis = polynomial_basis(graph.times, graph.num_nodes, order + 1)
+        basis = graph.polynomials(order)
         fit = basis @ np.linalg.lstsq(root * basis, root * values)[0]
         return fit + basis @ np.linalg.lstsq(root * basis, root * (values - fit))[0]
     return component_means(values, graph, weights)

@@ -238,8 +238,10 @@ def test_denoise_writes_image_picture_and_summary(tmp_path, grey, command):
     status, _, err = command("denoise", tmp_path / "noisy.png", "--output", out_file)
     assert status == 2
     assert "exists already; name another, or give --force" in err
-    status, _, err = command("denoise", tmp_path / "noisy.png", "--weight", 20, "--output", out_file, "--force")
+    free = ["--weight", 20, "--order", 1, "--ends", "free", "--output", out_file, "--force"]
+    status, _, err = command("denoise", tmp_path / "noisy.png", *free)
     assert status == 0, err
+    assert json.loads((tmp_path / "calm-summary.json").read_text())["ends"] == "free"
 
 
 def test_trend_fits_a_signal_from_files(tmp_path, command):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.optimize import linprog
 
 import sparseopt as so
 from sparseopt.core.types import precision
@@ -242,8 +243,13 @@ def test_bad_chains_are_refused(message):
         so.Graph.chain(3, **BAD_CHAINS[message])
 
 
+@so.pytree
+class Kinked(so.HuberLoss):
+    smooth = False
+
+
 BAD_FITS = {
-    "free ends take smooth losses": {"loss": "absolute"},
+    "free ends at order 1 take smooth losses, and on a chain AbsoluteLoss and .*, given Kinked": {"loss": Kinked()},
     "treats all differences row by row, given B=1": {"B": 1},
     'method="doge_groups" needs the ends of the graph': {"method": "doge_groups"},
     "at least 2 observed nodes, given 1": {"node_weights": [1, 0, 0, 0]},
@@ -260,7 +266,7 @@ def test_what_free_ends_do_not_take_is_refused(message):
 
 def test_several_devices_are_refused():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("devices",))
-    with pytest.raises(ValueError, match="several devices take a chain with the ends of the graph"):
+    with pytest.raises(ValueError, match="several devices take the ends of the graph"):
         layout_of(so.Graph.chain(4, ends="free"), mesh)
 
 
@@ -329,3 +335,80 @@ def test_labels_that_a_line_parts_have_no_fit():
     labels = (np.arange(N) > 11).astype(float)
     with pytest.raises(ValueError, match="no fit exists at order 1: LogisticLoss falls without end along a polynomial"):
         so.trend_filter(labels, so.Graph.chain(N, ends="free"), so.L1(1.0), 1, loss="logistic")
+
+
+SEEN = (~np.isin(np.arange(N), (7, 8))).astype(float)
+KINKED = [("absolute", (-1, 1), 1), (so.QuantileLoss(0.8), (-0.8, 0.2), 2)]
+
+
+def linear_optimum(y, matrix, weight, slopes):
+    """The least objective by linear programming: `|matrix b| <= s` and `slopes (b - y) <= t` at the nodes SEEN."""
+    rows, seen = matrix.shape[0], np.flatnonzero(SEEN)
+    nodes, none = sparse.eye_array(N).tocsr()[seen], sparse.csr_array((rows, seen.size))
+    loss = [[slope * nodes, -sparse.eye_array(seen.size), none.T] for slope in slopes]
+    penalty = [[sign * matrix, none, -sparse.eye_array(rows)] for sign in (1, -1)]
+    limit = np.r_[slopes[0] * y[seen], slopes[1] * y[seen], np.zeros(2 * rows)]
+    cost = np.r_[np.zeros(N), SEEN[seen], np.full(rows, weight)]
+    return linprog(cost, sparse.block_array(loss + penalty, format="csc"), limit, bounds=(None, None)).fun
+
+
+@pytest.mark.parametrize(("loss", "slopes", "order"), KINKED)
+def test_losses_with_kinks_reach_the_optimum_and_leave_the_polynomial_below_the_largest_weight(loss, slopes, order):
+    times, y = times_of("uneven"), noisy() + 20 * (np.arange(N) % 9 == 4)
+    graph = so.Graph.chain(N, times=times, ends="free")
+    matrix, largest = graph.matrix(order + 1), so.largest_weight(y, graph, order, SEEN, loss=loss)
+
+    def fit(weight, **options):
+        return so.trend_filter(y, graph, so.L1(weight), order, node_weights=SEEN, loss=loss, **options)
+
+    for share, method in ((0.01, "auto"), (0.2, "admm"), (0.2, "auto")):
+        found = fit(share * largest, method=method, tol=1e-7).check()
+        assert (found.steps == 0) == (method == "auto")
+        assert float(found.objective) == pytest.approx(linear_optimum(y, matrix, share * largest, slopes), rel=1e-6)
+    above = fit(1.0001 * largest).check()
+    assert (int(above.steps), above.knots().size) == (0, 0)
+    assert float(above.objective) == pytest.approx(linear_optimum(y, matrix, 1.0001 * largest, slopes), rel=1e-12)
+    powers = np.vander((times - times.mean()) / np.ptp(times), order + 1)
+    np.testing.assert_allclose(powers @ np.linalg.lstsq(powers, above.value)[0], above.value, atol=1e-10)
+    below = fit(0.9 * largest, tol=1e-8).check()
+    assert below.knots().size > 0
+    assert float(below.objective) < float(above.objective) * (1 - 1e-7)
+
+
+def test_outliers_do_not_move_a_line_that_other_observations_meet():
+    times, y = times_of("uneven"), 1e3 + 7 * times_of("uneven")
+    graph, line = so.Graph.chain(N, times=times, ends="free"), y.copy()
+    y[[4, 13, 22]] += (50, 4e3, -80)
+    matrix, largest = graph.matrix(2), so.largest_weight(y, graph, 1, SEEN, loss="absolute")
+    # Many subgradients prove the line; the one that needs the least weight counts.
+    assert linear_optimum(y, matrix, 1.001 * largest, (-1, 1)) == pytest.approx(4130, rel=1e-9)
+    assert linear_optimum(y, matrix, 0.999 * largest, (-1, 1)) < 4130 * (1 - 1e-6)
+    for weight in (1.001 * largest, 1e6):
+        found = so.trend_filter(y, graph, so.L1(weight), 1, node_weights=SEEN, loss="absolute").check()
+        np.testing.assert_allclose(found.value, line, rtol=1e-14)
+        assert (int(found.steps), found.knots().size) == (0, 0)
+    for loss in ("absolute", "huber"):
+        exact = so.trend_filter(line, graph, so.L1(1e6), 1, node_weights=SEEN, loss=loss).check()
+        np.testing.assert_allclose(exact.value, line, rtol=1e-14)
+        assert float(exact.objective) == 0
+    with pytest.raises(ValueError, match="the signal is a polynomial of this degree"):
+        so.trend_path(line, graph, order=1, loss="absolute")
+
+
+def test_a_median_with_free_ends_is_chosen_by_cross_validation_whatever_the_outliers():
+    times = times_of("uneven")
+    clean, rng = np.abs(times - times[12]), np.random.default_rng(0)
+    y = clean + 0.3 * rng.standard_normal(N) + 1e3 * (np.arange(N) % 9 == 4)
+    graph = so.Graph.chain(N, times=times, ends="free")
+    path = so.trend_path(y, graph, order=1, num=4, node_weights=SEEN, loss="absolute").check()
+    assert path.degrees_of_freedom[0] == 2
+    assert np.all(np.diff(path.degrees_of_freedom) >= 0)
+    chosen = so.cross_validate(y, graph, order=1, num=5, folds=3, loss="absolute")
+    assert np.mean(np.abs(chosen.value - clean)) < 0.5
+
+
+def test_channels_of_medians_are_fitted_one_by_one():
+    y, graph = noisy(channels=(2,)), so.Graph.chain(N, times=times_of("uneven"), ends="free")
+    both = so.trend_filter(y, graph, so.L1(1.0), 1, tol=1e-7, node_weights=SEEN, loss="absolute").check()
+    least = sum(linear_optimum(column, graph.matrix(2), 1.0, (-1, 1)) for column in y.T)
+    assert float(both.objective) == pytest.approx(least, rel=1e-6)

@@ -139,7 +139,7 @@ def test_degrees_of_freedom_of_a_path_are_the_divergence_along_random_signs():
         slopes = jax.vmap(lambda along: jax.jvp(fit, (jnp.asarray(y),), (along,))[1])(jnp.asarray(signs))
     of_means, middle, all_free = path.degrees_of_freedom
     assert of_means == pytest.approx(np.mean(signs.sum(axis=(1, 2)) ** 2) / 144, abs=1e-6)
-    assert middle == pytest.approx(float(np.sum(signs * slopes)) / 14, rel=0.05)
+    assert middle == pytest.approx(float(np.sum(signs * np.asarray(slopes))) / 14, rel=0.05)
     assert all_free == pytest.approx(144, rel=0.02)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.types import precision
-from sparseopt.trend.filter import _levelled, checked_job
+from sparseopt.trend.filter import checked_job, levelled_fit
 from sparseopt.trend.methods import chosen
 from sparseopt.trend.pieces import labels_of
 from tests.trend.problems import GRAPHS, exact_fit, objective, random_graph
@@ -50,7 +50,7 @@ def test_equal_values_never_raise_the_objective(rng, penalty, tol):
     job = checked_job(y, graph, penalty, 0, weights, "error", None, tol=tol)
     with precision(job.dtype):
         before = chosen(job).plan(job).fitted(job)
-        after = _levelled(job, before)
+        after = levelled_fit(job, before)
         values = np.asarray(before.value), np.asarray(after.value)
         rows = [graph.matrix(1) @ value.reshape(-1) for value in values]
         costs = [

@@ -183,7 +183,10 @@ def test_cross_validation_predicts_held_out_nodes(validated):
     held, index = validated.folds == 2, 6
     weight = float(validated.path.weights[index])
     blind = so.trend_filter(y, CHAIN, so.L1(weight), tol=1e-8, node_weights=(~held).astype(float))
-    error = np.mean((np.asarray(blind.value) - y)[held] ** 2)
+    # Between its neighbours any value of a missing node is optimal; a path of a chain takes the line.
+    nodes = np.arange(60)
+    line = np.interp(nodes, nodes[~held], np.asarray(blind.value)[~held])
+    error = np.mean((line - y)[held] ** 2)
     assert validated.fold_errors[2, index] == pytest.approx(error, rel=1e-2)
     np.testing.assert_allclose(validated.errors, validated.fold_errors.mean(axis=0))
     np.testing.assert_allclose(validated.standard_errors, validated.fold_errors.std(axis=0, ddof=1) / np.sqrt(5))

@@ -3,6 +3,7 @@
 Each class has `solve(loss, split, right, rho, guess)`; rho may be traced.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Array
 from scipy import sparse
 
 from sparseopt.core.dense import HIGHEST
+from sparseopt.core.divided_differences import divided_difference
 from sparseopt.core.fidelity import NodeSquares
 from sparseopt.core.operators import Split, spread
 from sparseopt.core.types import FloatArray, pytree, static
@@ -35,17 +37,21 @@ def cosine_matrix(n: int) -> np.ndarray:
 
 
 @pytree
-class Cosine:
-    """W = I and C constant on a grid: `ΔᵀΔ`, a sum of powers of L, is diagonal under the DCT-II; exact.
+class AxisTransform:
+    """W = I and C constant on a grid: `ΔᵀΔ` is diagonal under an orthonormal transform along each axis; exact.
 
-    The transform is a product with cosine matrices along each axis, which on a CPU is faster than the FFT up to a
-    thousand points per axis; longer axes use the FFT. Cosines are even or odd about the middle of an axis: products
-    with half matrices of both kinds halve the work, and the spectrum has the even ones first.
+    For the ends of the graph it is a sum of powers of L, and the transform the DCT-II. For free ends it is a sum over
+    the axes, and the transform of an axis consists of the right singular vectors of its differences.
+
+    The transform is a product with matrices along each axis. Their rows are even or odd about the middle of an axis:
+    products with half matrices of both kinds halve the work, and the spectrum has the even ones first. On a CPU that is
+    faster than the FFT up to a thousand points per axis, if there are at least half as many lines as points in them;
+    otherwise reading the matrix decides, and cosines go by the FFT.
     """
 
     matrices: tuple[Any, ...]  # of each axis, even [ceil(n / 2)]² and odd [n // 2]²; None for the FFT
-    eigenvalues: Any  # of L, [*shape], in the order of the spectrum
-    powers: tuple[int, ...] = static()
+    eigenvalues: Any  # of L or of ΔᵀΔ, [*shape], in the order of the spectrum
+    powers: tuple[int, ...] = static(default=(1,))  # those of the eigenvalues whose sum is ΔᵀΔ
 
     def _transform(self, x: FloatArray, inverse: bool) -> FloatArray:
         for axis, halves in enumerate(self.matrices):
@@ -57,7 +63,7 @@ class Cosine:
         return x
 
     def filtered(self, x: FloatArray, factor: Callable[[Any], Any]) -> FloatArray:
-        """`factor(L) x` for a function of the eigenvalues of L."""
+        """`factor(L) x`, or `factor(ΔᵀΔ) x`, for a function of the eigenvalues."""
         spectrum = spread(factor(self.eigenvalues), x)
         return self._transform(spectrum * self._transform(x, inverse=False), inverse=True)
 
@@ -88,45 +94,95 @@ def _unfolded(halves: tuple[Any, Any], spectrum: FloatArray, axis: int) -> Float
     return jnp.concatenate([even + odd, middle, jnp.flip(even - odd, axis)], axis)
 
 
-LONGEST_MATRIX = 1024
+LONGEST_MATRIX, ALWAYS_MATRIX = 1024, 128
+# The singular vectors of a longer axis would take minutes.
+LONGEST_FREE_AXIS = 4096
 
 
 def cosine_solve(
     shape: tuple[int, ...], powers: tuple[int, ...], dtype: Any, spacing: tuple[float, ...] | None = None
-) -> Cosine:
-    """The tables of `Cosine`, on the host in float64, then rounded once; the spacing is that of `GridBase`."""
+) -> AxisTransform:
+    """The tables for the ends of the graph, on the host in float64, then rounded once; the spacing as in `GridBase`."""
     eigenvalues, matrices = np.zeros(shape), []
     for axis, n in enumerate(shape):
         line, halves = 2 - 2 * np.cos(np.pi * np.arange(n) / n), None
         line = line if spacing is None else line / spacing[axis] ** 2
-        if n <= LONGEST_MATRIX:
+        if n <= max(ALWAYS_MATRIX, min(LONGEST_MATRIX, 2 * math.prod(shape) // n)):
             whole, line = cosine_matrix(n).astype(dtype), np.concatenate([line[::2], line[1::2]])
             halves = whole[::2, : n - n // 2], whole[1::2, : n // 2]
         eigenvalues = eigenvalues + line.reshape([-1 if i == axis else 1 for i in range(len(shape))])
         matrices.append(halves)
-    return Cosine(tuple(matrices), eigenvalues.astype(dtype), powers)
+    return AxisTransform(tuple(matrices), eigenvalues.astype(dtype), powers)
+
+
+def free_solve(
+    shape: tuple[int, ...], orders: tuple[int, ...], dtype: Any, spacing: tuple[float, ...] | None = None
+) -> AxisTransform:
+    """The tables for a sum over the orders of `AxisDifferences`, of which order 0 is the identity, on the host."""
+
+    def modes(n: int, unit: float) -> tuple[list[np.ndarray], np.ndarray]:
+        taken = [m for m in orders if 0 < m < n]
+        rows = [divided_difference(None, n, m, np.float64).matrix().toarray() / unit**m for m in taken]
+        return _free_modes(np.concatenate([np.zeros((0, n)), *rows]), min([n, *taken]))
+
+    axes = list(zip(shape, spacing or (1.0 for _ in shape), strict=True))
+    found = {line: modes(*line) for line in set(axes)}
+    eigenvalues = np.full(shape, float(orders.count(0)))
+    for axis, line in enumerate(axes):
+        eigenvalues += found[line][1].reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    matrices = tuple(tuple(half.astype(dtype) for half in found[line][0]) for line in axes)
+    return AxisTransform(matrices, eigenvalues.astype(dtype))
+
+
+def _free_modes(rows: np.ndarray, null: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The right singular vectors of differences of a line, as half matrices, and their squared singular values.
+
+    The differences vanish on the polynomials of degree below `null`. A reversed line has the same ones up to sign and
+    order, so the vectors are even or odd. Singular values keep digits that eigenvalues of `rowsᵀ rows` would lose.
+    """
+    n = rows.shape[1]
+    half, root = n // 2, np.sqrt(0.5)
+    first, middle, last = rows[:, :half], rows[:, half : n - half], rows[:, n - half :][:, ::-1]
+    parts = np.concatenate([root * (first + last), middle], axis=1), root * (first - last)
+    halves, levels = [], []
+    for part, free in zip(parts, ((null + 1) // 2, null // 2), strict=True):
+        size = part.shape[1]
+        _, values, vectors = np.linalg.svd(np.linalg.qr(part, mode="r"), full_matrices=True)
+        level = np.zeros(size)
+        level[: size - free] = values[: size - free] ** 2
+        halves.append(vectors * np.where(np.arange(size) < half, root, 1))
+        levels.append(level)
+    return halves, np.concatenate(levels)
 
 
 @pytree
 class ConjugateGradient:
-    """Any graph and weights: CG from the last x, preconditioned by `w + rho diag(ΔᵀCΔ)`.
+    """Any graph and weights: CG from the last x, preconditioned by `w + rho diag(ΔᵀCΔ)`, or by a transform.
+
+    An `AxisTransform` solves exactly for the mean weight at every node.
 
     It stops at `tolerance` times the residual of the guess, so that the inner error shrinks with the outer one.
     """
 
-    diagonal: Any  # of Δᵀ C Δ, at the nodes
+    diagonal: Any  # of Δᵀ C Δ, at the nodes; unused with a transform
     tolerance: Any = 1e-2
+    transform: Any = None
     max_steps: int = static(default=200)
 
     def solve(self, loss: NodeSquares, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
         weights = 1 if loss.weights is None else loss.weights
-        scale = weights + rho * self.diagonal
+
+        def scaled(residual: FloatArray) -> FloatArray:
+            if self.transform is None:
+                return residual / (weights + rho * self.diagonal)
+            mean = jnp.mean(jnp.asarray(weights, residual.dtype))
+            return self.transform.solve(loss, split, residual / mean, rho / mean, residual)
 
         def product(x: FloatArray) -> FloatArray:
             return loss.weigh(x) + rho * split.inner.rmv(split.column_scale * split.inner.mv(x))
 
         residual = right - product(guess)
-        direction = residual / scale
+        direction = scaled(residual)
         first = jnp.sum(residual * direction)
         target = self.tolerance**2 * first
 
@@ -139,9 +195,9 @@ class ConjugateGradient:
             image = product(direction)
             length = inner / jnp.sum(direction * image)
             x, residual = x + length * direction, residual - length * image
-            scaled = residual / scale
-            following = jnp.sum(residual * scaled)
-            direction = scaled + following / inner * direction
+            towards = scaled(residual)
+            following = jnp.sum(residual * towards)
+            direction = towards + following / inner * direction
             return x, residual, direction, following, step + 1
 
         carry = (guess, residual, direction, first, jnp.zeros((), jnp.int32))

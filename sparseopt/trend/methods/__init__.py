@@ -28,6 +28,8 @@ AUTO = "auto"
 VERY_STRONG, STRONG_PER_DIGIT = 20.0, 40.0
 # Factors of larger graphs are slow and large.
 MOST_NODES = 1_000_000
+# On a grid the factors fill up more: at order 1 this many nodes take a minute.
+MOST_GRID_NODES = 100_000
 
 
 class Method(Protocol):
@@ -57,6 +59,8 @@ def strong_from(graph: Graph, order: int) -> float:
     shape, chain = graph.node_shape, graph.is_chain
     if order == 0:
         return np.inf
+    if graph.free and not chain:
+        return {1: 1.0, 2: 0.3}.get(order, 0.0)
     if order == 1:
         return 2.0 if chain else 10.0
     if order == 2 and chain:
@@ -73,7 +77,7 @@ def is_strong(job: Job) -> bool:
 
 
 def has_exact_step(job: Job) -> bool:
-    """Whether the x-step over the whole graph has an exact solve: by cosines, or by bands with free ends."""
+    """Whether the x-step over the whole graph has an exact solve, or a nearly exact one: on a grid with free ends."""
     return job.graph.free or (job.graph.shape is not None and not job.weighted)
 
 
@@ -92,8 +96,13 @@ def admm_pays(job: Job) -> bool:
 
 
 def interior_pays(job: Job) -> bool:
-    """On chains from order 1 where smoothing is strong; on narrow graphs where Doge-ADMM needs many steps."""
+    """On chains from order 1 where smoothing is strong; on narrow graphs where Doge-ADMM needs many steps; and on grids
+    with free ends with node weights.
+    """
     graph, order = job.graph, job.order
+    if graph.free and not graph.is_chain:
+        # At missing nodes the certificates of the other methods get better slowly.
+        return job.weighted and graph.num_nodes <= MOST_GRID_NODES and is_available()
     if graph.is_chain or graph.shape is not None:
         return graph.is_chain and order >= 1 and (fast_admm_pays(job) or admm_pays(job)) and is_available()
     limits = (VERY_STRONG, STRONG_PER_DIGIT / np.log10(min(job.tol, 0.1)) ** 2, 0.0)
@@ -131,10 +140,9 @@ def chosen(job: Job, among: tuple[Method, ...] = CHOICE) -> Method:
 def chosen_for_path(job: Job) -> Method:
     """The method for the levels of a path, as `chosen`.
 
-    Most steps of a path are spent where smoothing is strong, so conditioning decides. At order 0 levels are fast with a
-    warm start.
+    Most steps of a path are spent where smoothing is strong, so conditioning decides.
     """
     if job.method is not None or not isinstance(job.penalty, Norm):
         return chosen(job)
-    method = chosen(dataclasses.replace(job, assumed=math.inf if job.order else 0.0))
+    method = chosen(dataclasses.replace(job, assumed=math.inf))
     return ADMM if method is DOGE and job.order else method

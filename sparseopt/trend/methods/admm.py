@@ -1,7 +1,7 @@
 """Floor 5: the standard ADMM of the trend filter, whose x-step solves over the whole graph.
 
-The solve is exact and cheap by cosines on grids without node weights and by bands with free ends, and uses conjugate
-gradients elsewhere. It pays where conditioning decides: where smoothing is strong, and from order 3 on.
+The solve is exact and cheap by transforms on grids without node weights and by bands on chains with free ends, and uses
+conjugate gradients elsewhere. It pays where conditioning decides: where smoothing is strong, and from order 3 on.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 
 from sparseopt.core.operators import Identity, Split, Stack
 from sparseopt.core.solvers.admm import standard_split
-from sparseopt.core.solvers.node_solve import ConjugateGradient, banded_solve, cosine_solve
+from sparseopt.core.solvers.node_solve import ConjugateGradient, banded_solve, cosine_solve, free_solve
 from sparseopt.trend.job import Job
 from sparseopt.trend.plan import Plan
 
@@ -33,8 +33,8 @@ class StandardAdmm:
         return refusal(job, self.name)
 
     def plan(self, job: Job) -> Plan:
-        cosines = job.graph.shape is not None and not job.weighted
-        key = (self.name, tuple(job.terms), cosines, job.dtype.name, bool(job.channels))
+        even = job.graph.shape is not None and not job.weighted
+        key = (self.name, tuple(job.terms), even, job.dtype.name, bool(job.channels))
 
         def build() -> Plan:
             operator, kind = job.ground.operator, job.dtype
@@ -44,7 +44,7 @@ class StandardAdmm:
             split = standard_split(operator, rows, kind)
             split = split if job.several else in_unit(split, job)
             columns = np.asarray(split.column_scale)
-            solve = node_solve(job, tuple(k + 1 for k in job.terms), columns, cosines)
+            solve = node_solve(job, tuple(k + 1 for k in job.terms), columns, even)
             plan = Plan(job.ground, split, solve, CADENCE)
             return jax.tree.map(jnp.asarray, plan)
 
@@ -52,20 +52,24 @@ class StandardAdmm:
 
 
 def in_unit(split: Split, job: Job) -> Split:
-    """The split of a job, with metrics that make rho the same in every unit of the times of a chain."""
-    if job.graph.times is None:
-        return split
+    """The split of a job, with metrics that make rho the same in every unit of the times or the spacing."""
     unit = np.asarray(job.graph.unit(job.order + 1), job.dtype)
+    if unit == 1:
+        return split
     return dataclasses.replace(split, row_scale=unit, column_scale=1 / unit)
 
 
-def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, cosines: bool) -> Any:
+def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, even: bool) -> Any:
     """The x-step for inner differences of these orders, with C a number, or one per column of a single difference.
 
-    With free ends C is a number.
+    With free ends C is a number. `even` says that the graph is a grid whose nodes have one weight.
     """
     graph, kind = job.graph, job.dtype
-    if cosines:
+    if graph.free and graph.shape is not None:
+        single = orders == (job.order + 1,)
+        transform = job.ground.transform if single else free_solve(graph.shape, orders, kind, graph.spacing)
+        return transform if even else ConjugateGradient(None, jnp.asarray(1e-2, kind), transform)
+    if even:
         assert graph.shape is not None
         return cosine_solve(graph.shape, orders, kind, graph.spacing)
     if graph.free and kind == np.float64:  # in float32 rounding may leave the matrix indefinite

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sparseopt.core.divided_differences import divided_difference
 from sparseopt.core.operators import Difference, GridBase, padded
 from sparseopt.core.penalties import L1
 from sparseopt.core.solvers.admm import Start, standard_split
@@ -78,7 +79,7 @@ class FastAdmm:
 
         def build() -> ChainPlan:
             if job.graph.free:
-                inner = job.graph.divided(job.order, kind, factor=True)
+                inner = divided_difference(job.graph.times, job.graph.num_nodes, job.order, kind, factor=True)
                 matrix = inner.matrix()
                 outer, bands = Difference(GridBase(inner.out_shape), 0), banded_solve(matrix.T @ matrix, kind)
                 split = in_unit(standard_split(inner, outer, kind), job)

@@ -93,7 +93,8 @@ class Interior:
         if weight.ndim == 0:
             return np.full(job.layout.count(job.order + 1), weight)
         rows = job.layout.rows(weight, job.order + 1)
-        return edge_rows(rows, job.graph.shape) if job.graph.shape and job.order % 2 == 0 else rows.reshape(-1)
+        shape = None if job.graph.free or job.order % 2 else job.graph.shape
+        return rows.reshape(-1) if shape is None else edge_rows(rows, shape)
 
     def _certified(self, penalty: L1, fit: np.ndarray, dual: Any, steps: int, ended: bool) -> TrendSolution:
         job = self.job
@@ -125,6 +126,10 @@ def _factors(graph: Graph, order: int) -> list[sparse.csr_array]:
     def difference(factors: int) -> sparse.csr_array:
         return difference_matrix(graph.row_edges, graph.num_nodes, graph.weights, factors)
 
+    if graph.free and not graph.is_chain:
+        # The rows of a node along all axes couple many rows: D Dᵀ has more fill than the last factor, the identity.
+        rows = sparse.csr_array(graph.matrix(order + 1) / graph.unit(order + 1))
+        return [rows, sparse.csr_array(sparse.eye_array(graph.num_nodes))]
     if graph.free:
         times = None if graph.times is None else graph.times / graph.step
         steps = divided_difference(times, graph.num_nodes, order + 1, np.float64).steps()
