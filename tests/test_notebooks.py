@@ -67,6 +67,8 @@ PROMISES = {
     "08": [
         r"slices alone 31\.\d+ dB\nanisotropic  32\.\d+ dB\nisotropic    32\.\d+ dB",
         r"spacing \(1, 1, 3\) +31\.\d+ dB",
+        r"noise: true 0\.58, estimated 0\.5\d; weight 0\.\d+\nerror 0\.17\d, .*",
+        r"error of quadratic smoothing at the best of four weights 0\.(18|19)\d",
         r"699 pieces of street, 808 edges, 392 deaths",
         r"cross-validation weight 1\.\d+, \d+ pieces of equal rate",
         r"order 1: highest rate \d+\.\d deaths on 20 m, \d+ m from a pump",
