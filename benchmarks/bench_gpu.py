@@ -28,7 +28,7 @@ import sparseopt as so
 from sparseopt.core.dense import HIGHEST
 from sparseopt.models import StreamedModel, bundled_model, open_source
 from sparseopt.pruning import Recipe, prune_model
-from sparseopt.pruning.cost import INVERSE, PASS_EFFICIENCY, SOLVE_EFFICIENCY, prune_cost
+from sparseopt.pruning.cost import EFFICIENCY, INVERSE, prune_cost
 from sparseopt.pruning.layer import LayerJob, layer_solver
 from sparseopt.pruning.methods import find_method, method_cost
 from sparseopt.pruning.patterns import parse_pattern
@@ -45,12 +45,12 @@ RUNS = {
     "best one shot": Recipe(method="best", reconstruct=0, variants=0, **TOKENS),
     "best": Recipe(method="best", **TOKENS),
 }
-# Kinds of work of an estimate: the share of the rate that it allows for on a CPU, and the seconds in a report.
+# The seconds in a report, by the kind of work of an estimate.
 KINDS = {
-    "layer solves": (SOLVE_EFFICIENCY, "solver_seconds"),
-    "forward passes and Grams": (PASS_EFFICIENCY, "calibration_seconds"),
-    "survey": (PASS_EFFICIENCY, "survey_seconds"),
-    "training": (PASS_EFFICIENCY, "reconstruction_seconds"),
+    "layer solves": "solver_seconds",
+    "forward passes and Grams": "calibration_seconds",
+    "survey": "survey_seconds",
+    "training": "reconstruction_seconds",
 }
 
 
@@ -188,8 +188,8 @@ def measure_run(name: str) -> dict[str, Any]:
         report = prune_model(source, Path(folder) / "out", recipe)
     return {
         "recipe": name, "windows": f"{recipe.samples} x {recipe.seqlen}",
-        "flops": {kind: cost.flops[kind] * share for kind, (share, _) in KINDS.items()},
-        "seconds": {kind: getattr(report, field) for kind, (_, field) in KINDS.items()},
+        "flops": {kind: cost.flops[kind] * EFFICIENCY[kind] for kind in KINDS},
+        "seconds": {kind: getattr(report, field) for kind, field in KINDS.items()},
         "whole_seconds": report.seconds, "compile_seconds": report.compile_seconds, "peak_bytes": peak_bytes(),
     }  # fmt: skip
 

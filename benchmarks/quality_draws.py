@@ -32,7 +32,7 @@ from common import (
 from sparseopt.core.speed import measure_gflops
 from sparseopt.models import open_model, open_source
 from sparseopt.pruning import Recipe, perplexity
-from sparseopt.pruning.cost import PASS_EFFICIENCY
+from sparseopt.pruning.cost import EFFICIENCY
 from sparseopt.pruning.inspection import inspect_model
 from sparseopt.pruning.texts import begin_windows, text_windows
 
@@ -204,7 +204,7 @@ def estimated_seconds(bench: Bench, passes: Passes) -> dict[str, float]:
                 if found.estimate is None or found.estimate.seconds_by_part is None:
                     return {}
                 # Two texts, two operations for each parameter and token.
-                scoring = 4 * found.parameters * count * length / (rate * 1e9 * PASS_EFFICIENCY)
+                scoring = 4 * found.parameters * count * length / (rate * 1e9 * EFFICIENCY["forward passes and Grams"])
                 known[key] = (found.estimate.seconds_by_part, scoring)
             parts.append(known[key])
         own = sum(scoring + sum(t for kind, t in each.items() if kind not in SHARED) for each, scoring in parts)

@@ -11,7 +11,7 @@ from scaling_model import grid_iteration
 
 from sparseopt.models.streaming import StreamedModel
 from sparseopt.pruning import Recipe
-from sparseopt.pruning.cost import PASS_EFFICIENCY, SOLVE_EFFICIENCY, prune_cost
+from sparseopt.pruning.cost import EFFICIENCY, prune_cost
 
 # The share of a device's peak that is assumed to be reached.
 REACHED = 0.6
@@ -55,7 +55,7 @@ RECIPES = {
     "best one shot": Recipe(method="best", reconstruct=0, variants=0, **TOKENS),
     "best": Recipe(method="best", **TOKENS),
 }
-KINDS = ("layer solves", "forward passes and Grams", "survey", "training")
+KINDS = tuple(EFFICIENCY)
 GRIDS = ((4096, 4096), (512, 512, 512))
 # Steps to a gap of 10⁻⁶ on pictures of up to 16.8 million nodes (`make bench-trend-sizes`), by order.
 STEPS = {0: 210, 1: 110}
@@ -107,8 +107,7 @@ def pruning_rows() -> list[dict[str, Any]]:
             cost = prune_cost(model, recipe, recipe.check(), activations="disk")
             assert cost.flops is not None
             # The package's estimate divides by what is reached on a CPU.
-            shares = {kind: SOLVE_EFFICIENCY if kind == KINDS[0] else PASS_EFFICIENCY for kind in KINDS}
-            flops = {kind: cost.flops.get(kind, 0.0) * shares[kind] for kind in KINDS}
+            flops = {kind: cost.flops[kind] * share for kind, share in EFFICIENCY.items()}
             needed = {
                 device.name: prune_cost(
                     model, recipe, recipe.check(), activations="disk", room=int(device.memory)

@@ -38,8 +38,9 @@ PLACES: tuple[Activations, ...] = get_args(Activations)
 
 FLOAT32 = 4
 
-# Products of a layer's shapes reach this fraction of the rate of large square ones; passes with their softmax, less.
-SOLVE_EFFICIENCY, PASS_EFFICIENCY = 0.85, 0.8
+# The fraction of the rate of large square products that a kind of work reaches: a layer's shapes, and passes with their
+# softmax.
+EFFICIENCY = {"layer solves": 0.85, "forward passes and Grams": 0.8, "survey": 0.8, "training": 0.8}
 # Of a method of your own, as large as the largest of ours; of finding a target with propagated errors.
 LARGEST, PROPAGATION = Workspace(7.5, 10.0), Workspace(5, 3)
 # Searching an order takes as long as this many operations per pair of groups and row, over all rounds.
@@ -288,13 +289,9 @@ def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], w
             for outputs, inputs in block.grouped:
                 groups = inputs / cast(NM, parse_pattern(recipe.pattern, None, (outputs, inputs))).m
                 orders += block.count * EXCHANGES * groups * min(groups, GROUPS) * min(outputs, ROWS)
-    return {
-        "layer solves": solves / SOLVE_EFFICIENCY,
-        "forward passes and Grams": passes / PASS_EFFICIENCY,
-        "survey": survey / PASS_EFFICIENCY,
-        "training": training / PASS_EFFICIENCY,
-        **({"channel orders": orders} if orders else {}),
-    }
+    counted = zip(EFFICIENCY, (solves, passes, survey, training), strict=True)
+    found = {kind: flops / EFFICIENCY[kind] for kind, flops in counted}
+    return found | ({"channel orders": orders} if orders else {})
 
 
 def _phases(

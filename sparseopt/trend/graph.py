@@ -305,6 +305,9 @@ class Graph:
 
     def polynomials(self, order: int) -> np.ndarray:
         """Orthonormal columns `[n, count]` that span the signals that a trend filter of free ends does not penalise."""
+        return self.cached(("polynomials", order), lambda: self._polynomials(order))
+
+    def _polynomials(self, order: int) -> np.ndarray:
         if self.shape is None:
             return polynomial_basis(self.times, self.num_nodes, order + 1)
         count = math.prod(min(n, order + 1) for n in self.shape)
@@ -400,12 +403,8 @@ class Graph:
             >>> so.Graph.chain(3).matrix(2).toarray().tolist()  # the Laplacian
             [[1.0, -1.0, 0.0], [-1.0, 2.0, -1.0], [0.0, -1.0, 1.0]]
         """
-        if self.free:
-            return (
-                self.divided(order, np.float64).matrix()
-                if order
-                else sparse.csr_array(sparse.eye_array(self.num_nodes))
-            )
+        if self.free and order:
+            return self.divided(order, np.float64).matrix()
         require_matrix_memory(self.edges, self.num_nodes, order)
         return difference_matrix(self.edges, self.num_nodes, self.weights, order, from_edges)
 

@@ -175,11 +175,7 @@ def plot_regions(
         edgecolors="white",
         linewidths=float(np.clip(8 / np.sqrt(len(parts)), 0.1, 0.8)),
     )
-    axis.add_collection(drawn)
-    axis.autoscale_view()
-    style.bare(axis)
-    style.colour_bar(axis, drawn, level, label)
-    return axis
+    return _with_map(axis, drawn, level, label)
 
 
 def plot_lines(
@@ -213,6 +209,11 @@ def plot_lines(
         [parts[index] for index in order], array=level[order], cmap=style.value_map(), clim=(low, high),
         linewidths=width, capstyle="round",
     )  # fmt: skip
+    return _with_map(axis, drawn, level, label)
+
+
+def _with_map(axis: Any, drawn: Any, level: np.ndarray, label: str) -> Any:
+    """The axis with the coloured parts of a map and their colour bar."""
     axis.add_collection(drawn)
     axis.autoscale_view()
     style.bare(axis)
