@@ -59,6 +59,7 @@ FLOORS = [
     ("trend/polynomials", 5.6),
     ("trend/losses", 5.7),
     ("trend/solver", 5.7),
+    ("trend/levelling", 5.75),
     ("trend/filter", 5.8),
     ("trend/total_variation", 5.8),
     ("trend/samples", 5.85),

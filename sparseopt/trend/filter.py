@@ -12,39 +12,24 @@ Tibshirani, "Adaptive piecewise polynomial estimation via trend filtering", Anna
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.certify import promoted
-from sparseopt.core.fidelity import NodeLoss
 from sparseopt.core.mesh import Devices, at_work, device_line
-from sparseopt.core.penalties import L1, Norm
 from sparseopt.core.problem import Solution, Status
-from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.types import precision, wide_types
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.ground import Ground, data_of
 from sparseopt.trend.job import Job, checked_loss, checked_terms, require_local, vanishes
 from sparseopt.trend.layout import layout_of
+from sparseopt.trend.levelling import is_short, levelled_fit, short_fit
 from sparseopt.trend.losses import fit_loss
-from sparseopt.trend.methods import DOGE, INTERIOR, PURE, chosen, named
-from sparseopt.trend.pieces import TrendSolution, edges_between, labels_of, levelled
-from sparseopt.trend.plan import judged, known_fit
+from sparseopt.trend.methods import INTERIOR, PURE, chosen, named
+from sparseopt.trend.pieces import TrendSolution
+from sparseopt.trend.plan import known_fit
 from sparseopt.trend.signal import as_null_fit, checked_order, checked_signal, graph_at
-
-# Objectives that differ by this many eps are equal up to rounding.
-ROUNDING = 8
-# Doge-ADMM is bound by memory traffic, and float32 has half of it: from this many nodes on, for tolerances down to that
-# of the order, a signal in float64 is first solved in float32, and certified in float64. Above order 1 float32 may end
-# before such tolerances, above order 0 on other graphs than grids too.
-SHORT_FROM, SHORT_TOLS = 10_000, {0: 1e-6, 1: 1e-5}
-# The means of its pieces lower a gap of EARLY_GAP or less by a factor of ten and more, so such a solve stops at EARLY
-# times the tolerance; at larger gaps the pieces are not yet known, and it stops a little below the tolerance.
-EARLY, EARLY_GAP, BELOW = 3.0, 1e-5, 0.95
 
 
 def trend_filter(
@@ -215,17 +200,11 @@ def checked_job(
 
 def _solved(job: Job) -> TrendSolution:
     """The fit of a job, in the layout of the nodes; at order 0 with the means of its pieces."""
-    short = _certified_short(job) if is_short(job) else None
-    if short is not None:
-        status, steps = int(short.status), int(short.steps)
-        if status in (Status.CONVERGED, Status.MAX_STEPS):
-            return short
-        if status == Status.PRECISION and steps < job.max_steps:
-            job = dataclasses.replace(job, warm_start=short, max_steps=job.max_steps - steps)
+    if is_short(job):
+        return short_fit(job)
     found = _fitted(job)
     found = dataclasses.replace(found, nonzero=job.layout.gathered(found.nonzero, job.order + 1))
-    found = found if job.order else levelled_fit(job, found)
-    return found if short is None else dataclasses.replace(found, steps=found.steps + short.steps)
+    return found if job.order else levelled_fit(job, found)
 
 
 def _fitted(job: Job) -> TrendSolution:
@@ -253,101 +232,3 @@ def _fitted(job: Job) -> TrendSolution:
         # Rounding ended it: for very large weights the other methods get closer.
         found = chosen(job, PURE).plan(job).fitted(job)
     return found
-
-
-def is_short(job: Job, method: Any = None) -> bool:
-    """Whether a job in float64 is solved in float32 first, by its method if none is given."""
-    signal = job.signal
-    assert signal is not None
-    plain = job.loss is None and not job.several and not job.history and job.layout.mesh is None
-    large = job.graph.num_nodes >= SHORT_FROM and job.graph.num_edges > 0
-    carries = job.tol >= SHORT_TOLS.get(job.order, np.inf) and (
-        job.order == 0 or not (job.graph.free or job.graph.shape is None)
-    )
-    if not (plain and large and carries and job.dtype == np.float64):
-        return False
-    # At missing nodes rounding of the dual costs as much as the whole gap.
-    seen = signal.weights is None or bool(signal.weights.all())
-    return seen and isinstance(job.penalty, Norm) and not vanishes(job.penalty) and (method or chosen(job)) is DOGE
-
-
-def _certified_short(job: Job) -> TrendSolution:
-    """The fit of a solve in float32, at order 0 with the means of its pieces, judged in float64."""
-    early = job.order == 0 and isinstance(job.penalty, L1) and EARLY * job.tol <= EARLY_GAP
-    tol = job.tol * (EARLY if early else BELOW)
-    return certified(job, _fitted(dataclasses.replace(in_float32(job), tol=tol, method=DOGE.name)))
-
-
-def in_float32(job: Job) -> Job:
-    """The job in float32."""
-    signal, short = job.signal, np.dtype(np.float32)
-    assert signal is not None
-    weights = None if signal.weights is None else signal.weights.astype(short)
-    with np.errstate(over="ignore"):
-        signal = dataclasses.replace(signal, values=signal.values.astype(short), weights=weights)
-    return dataclasses.replace(job, dtype=short, signal=signal)
-
-
-def certified(job: Job, found: TrendSolution) -> TrendSolution:
-    """A fit in another precision as one of the job: judged there, at order 0 with the means of its pieces."""
-    value, dual = found.value.astype(job.dtype), job.rows.project_dual(found.dual.astype(job.dtype))
-    objective, gap = _judged_at(job.ground, None, job.rows, *job.arrays, dual, value)
-    status = promoted(found.status, gap, objective, job.tol)
-    found = dataclasses.replace(
-        found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
-    )
-    return found if job.order else levelled_fit(job, found)
-
-
-def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
-    """The fit with the mean of each piece at its nodes, judged again, unless that raises the objective.
-
-    The means E b are weighted as the loss is. Let P be the objective with the square loss, b* its optimum, and let the
-    pieces be those of b*. If E b jumps in the directions of b*,
-
-        P(E b) = P(b*) + 1/2 ||E (b - b*)||_w²  <=  P(b*) + 1/2 ||b - b*||_w²  <=  P(b)
-
-    so the means lower the objective. The dual point and its bound stay the same.
-    """
-    graph, layout, signal, channels = job.graph, job.layout, job.signal, job.channels
-    assert signal is not None
-    columns = np.asarray(layout.shaped(found.value, signal.shape)).reshape(graph.num_nodes, -1)
-    joined = ~np.asarray(found.nonzero)
-    joined = joined if channels else joined[..., None]
-    if not (joined & edges_between(graph, columns)).any():
-        return found
-    level, labels = np.empty(columns.shape), None
-    for channel, column in enumerate(columns.T.astype(np.float64)):
-        # A penalty that couples channels gives them the same pieces.
-        if labels is None or not np.array_equal(joined[..., channel], joined[..., channel - 1]):
-            labels = labels_of(graph, joined[..., channel])
-        level[:, channel] = levelled(column, labels, signal.mass, job.ground.anchored)
-    value = layout.put(layout.rows(level.astype(job.dtype).reshape(-1, *channels), 0))
-    judge = partial(_judged_at, job.ground, job.loss, job.rows, *job.arrays, found.dual)
-    objective, gap = judge(value)
-    norm = isinstance(job.rows, Norm)
-    # Without a certificate the reported objective is not that of the value alone.
-    before = float(found.objective if norm else judge(found.value)[0])
-    if not float(objective) <= before * (1 + ROUNDING * float(np.finfo(job.dtype).eps)):
-        return found
-    found = dataclasses.replace(found, value=value, objective=objective)
-    if not norm or job.loss is not None:
-        return found  # the gap is still a bound
-    return dataclasses.replace(found, status=promoted(found.status, gap, objective, job.tol), residual=gap, gap=gap)
-
-
-@jax.jit
-def _judged_at(
-    ground: Ground, family: ScalarLoss | None, penalty: Any, y: Any, weights: Any, dual: Any, x: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The objective at x, and the relative duality gap of a norm and the square loss, else NaN."""
-    loss: Any = NodeLoss(family, y, weights)
-    if family is None:
-        data = data_of(ground, y, weights)
-        loss = data.loss
-        if ground.present is not None:
-            x = jnp.where(ground.present, x, data.shift)  # padding costs nothing there
-        if isinstance(penalty, Norm):
-            return judged(ground, loss, penalty, x, dual)
-    objective = loss.value(x) + penalty.value(ground.operator.mv(x))
-    return objective, jnp.full_like(objective, jnp.nan)

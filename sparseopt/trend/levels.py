@@ -12,33 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.fidelity import total
-from sparseopt.core.iterate import iterate
 from sparseopt.core.penalties import L1, Norm
 from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start, balanced_rho
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_pieces
-from sparseopt.trend.filter import certified, in_float32, is_short, levelled_fit
 from sparseopt.trend.ground import Data, Ground, data_of, on_rows
 from sparseopt.trend.job import Job
 from sparseopt.trend.largest_weight import NullFit
+from sparseopt.trend.levelling import has_means, in_float32, is_short, stopped_early
 from sparseopt.trend.losses import best_constants, fit_loss
 from sparseopt.trend.methods import DOGE, FAST_ADMM, INTERIOR, chosen_for_path
-from sparseopt.trend.pieces import TrendSolution, nonzero_at
-from sparseopt.trend.plan import FIRST_RHO, Plan, finished, judged
+from sparseopt.trend.pieces import TrendSolution
+from sparseopt.trend.plan import FIRST_RHO, Plan, judged, resumed
 
 # The rho from Doge's start is accepted within this factor of the rho from the noise.
 RHO_RANGE = 1e4
-# Levels of few steps do not adapt rho. With exact x-steps, a level takes the rho of the previous level, moved towards
-# the rho that its last step suggests by the root of the ratio, by at most this factor.
-LARGEST_WISH = 2.0
 # Down to this ratio of weight to noise the interior point method is faster than Doge-ADMM with its warm starts.
 STRONG_LEVEL = 100.0
 # The tables of merged chains become smaller down to this size.
 SMALLEST_TABLE = 4096
-# The means of the pieces of an iterate have a far smaller gap than the iterate, whose small differences cost much at
-# strong smoothing: a level first stops at a gap of EARLY times its tolerance, and by LESS_EARLY less while that is not
-# enough.
-EARLY, LESS_EARLY = 30.0, 2.0
+# The first level stops first at a gap of so many times its tolerance, since at strong smoothing the means of the pieces
+# were good enough at 30 to 70 times; a later level takes what the one before it needed.
+FIRST_STOP = 30.0
 # A fit without state and dual, and which of its differences are not zero, in the layout of `graph.base`.
 Level = tuple[Solution, Any]
 
@@ -64,8 +59,8 @@ def _by_solver(job: Job, template: Any, weights: np.ndarray, first: NullFit | No
     proof = None if first is None else first.dual if job.channels else first.dual[..., 0]
     if method is INTERIOR:
         return _by_interior(job, template, weights, proof)
-    by_pieces = order == 0 and isinstance(template, L1)
-    working = in_float32(job) if by_pieces and is_short(job, method) else job
+    early, means = FIRST_STOP, has_means(job)
+    working = in_float32(job) if means and is_short(job, method) else job
     kind, plan = working.dtype, method.plan(working)
     tol = jnp.asarray(job.tol, kind)
 
@@ -86,38 +81,21 @@ def _by_solver(job: Job, template: Any, weights: np.ndarray, first: NullFit | No
         settled = jnp.asarray(order >= method.keeps_rho_from and index >= 2 and isinstance(penalty, Norm))
         fits = (dataclasses.replace(start, settled=settled), older)
         state = _begun(plan, data, penalty, fits, move, balance=method.balances_rho and index > 0)
-        if by_pieces:
+        older = start
+        if means:
             here = dataclasses.replace(job, terms={order: dataclasses.replace(template, weight=float(weight))})
-            level, following = _by_pieces(here, plan, data, penalty, state)
+
+            def solve(tol: float, max_steps: int, penalty: Any = penalty) -> TrendSolution:
+                nonlocal state, start
+                level, start = resumed(plan, data, penalty, state, tol, max_steps)
+                state = level.state
+                return level
+
+            level, early = stopped_early(here, solve, early)
         else:
-            level, _, following = _solved(plan, data, penalty, state, tol, settled, max_steps)
-        older, start = start, following
+            level, start = resumed(plan, data, penalty, state, tol, max_steps, settled=settled)
         found.append((dataclasses.replace(level, state=None, dual=None, nonzero=None), level.nonzero))
     return found
-
-
-def _by_pieces(job: Job, plan: Plan, data: Data, penalty: Any, state: Any) -> tuple[TrendSolution, Start]:
-    """A level of order 0 with the means of its pieces, and the start for the next one.
-
-    The means have a far smaller gap than the iterate, whose small differences within the pieces cost the more, the
-    stronger the penalty: at strong levels the dual was solved to 1e-6 after a quarter of the steps. So the iteration
-    stops early, and goes on while the means are not good enough.
-    """
-    steps, early, never = 0, EARLY, jnp.zeros((), bool)
-    while True:
-        tol = jnp.asarray(early * job.tol, plan.split.row_scale.dtype)
-        level, state, following = _solved(plan, data, penalty, state, tol, never, job.max_steps - steps)
-        steps += int(level.steps)
-        stuck = early < 1 or int(level.status) == Status.PRECISION
-        level = dataclasses.replace(certified(job, level), steps=steps)
-        if float(level.gap) <= job.tol or steps >= job.max_steps:
-            return level, following
-        if stuck and data.shift.dtype == job.dtype:
-            return level, following
-        if stuck:
-            again = DOGE.plan(job).fitted(dataclasses.replace(job, warm_start=level, max_steps=job.max_steps - steps))
-            return dataclasses.replace(levelled_fit(job, again), steps=steps + again.steps), following
-        early /= LESS_EARLY
 
 
 @jax.jit
@@ -258,22 +236,6 @@ def _begun(
         rho = jnp.clip(balanced_rho(split, centred, start.x, start.dual), usual / RHO_RANGE, usual * RHO_RANGE)
     start = Start(start.x, start.dual, rho, fits[0].settled)
     return plan.solver(rho).init(Problem(centred, inner, split), start)
-
-
-@jax.jit
-def _solved(
-    plan: Plan, data: Data, penalty: Any, state: Any, tol: Any, settled: Any, max_steps: Any
-) -> tuple[TrendSolution, Any, Start]:
-    """One level from its first state, its last state, and the start for the next level."""
-    inner, solver = plan.taken(penalty), plan.solver(state.rho)
-    found = iterate(Problem(data.centred, inner, plan.split), solver, state, tol=tol, max_steps=max_steps)
-    state = found.state
-    dual = plan.row_dual(inner, state.candidate)
-    fit = finished(plan.ground, data, penalty, found, dual, tol)
-    nonzero = nonzero_at(plan.ground, penalty, fit.value, dual, state.prox, data.noise, data.means)
-    level = TrendSolution.of(dataclasses.replace(fit, state=None, dual=dual), nonzero)
-    wish = jnp.where(settled, jnp.sqrt(state.check.motion / state.rho), 1)
-    return level, state, Start(found.value, state.candidate, state.rho * jnp.clip(wish, 1 / LARGEST_WISH, LARGEST_WISH))
 
 
 @jax.jit

@@ -39,6 +39,9 @@ MIXED_FROM = 500_000
 # Rounds of smoothing, and steps per round; after each round the signal is tried as a proof that the means are not the
 # fit.
 ROUNDS, SMOOTHINGS = 4, 16
+# The next of two similar fits takes the rho of the last one, moved towards the rho that its last step asks for by the
+# root of the ratio, by at most this factor.
+LARGEST_WISH = 2.0
 # A dual in the ball up to this share of itself proves that the means are the fit; the gap accounts for the rest.
 ROUNDING = 1e-6
 
@@ -121,10 +124,14 @@ class Plan:
 
         return jax.lax.cond(ruled_out, lambda: Start(centre, nothing), means)
 
+    def paced(self, job: Job) -> "Plan":
+        """The plan with the cadence of a job."""
+        cadence = self.cadence if job.cadence is None or self.exact else job.cadence
+        return dataclasses.replace(self, cadence=min(cadence, job.max_steps))
+
     def fitted(self, job: Job) -> TrendSolution:
         """The fit of a job's signal, in the layout of the nodes."""
-        cadence = self.cadence if job.cadence is None or self.exact else job.cadence
-        plan = dataclasses.replace(self, cadence=min(cadence, job.max_steps))
+        plan = self.paced(job)
         history = to_next_check(job.max_steps, plan.cadence) if job.history else 0
         return fit(
             plan,
@@ -227,6 +234,34 @@ def fit(
     state = dataclasses.replace(found.state, past=None)
     ended = dataclasses.replace(ended, value=value, objective=objective, state=state, dual=dual)
     return TrendSolution.of(ended, nonzero)
+
+
+@jax.jit
+def resumed(
+    plan: Plan,
+    data: Data,
+    penalty: Any,
+    state: Any,
+    tol: Any,
+    max_steps: Any,
+    relaxation: Any = 1.7,
+    settled: Any = False,
+) -> tuple[TrendSolution, Start]:
+    """A fit of prepared data from a state of the solver, and the start of a similar fit; arguments as of `fit`.
+
+    After a `settled` rho the next one moves towards the rho that the last step asks for.
+    """
+    kind, inner = state.x.dtype, plan.taken(penalty)
+    solver, tol = plan.solver(state.rho, jnp.asarray(relaxation, kind)), jnp.asarray(tol, kind)
+    limit = to_next_check(max_steps, plan.cadence)
+    found = iterate(Problem(data.centred, inner, plan.split), solver, state, tol=tol, max_steps=limit)
+    state = found.state
+    dual = plan.row_dual(inner, state.candidate)
+    ended = finished(plan.ground, data, penalty, found, dual, tol)
+    nonzero = nonzero_at(plan.ground, penalty, ended.value, dual, state.prox, data.noise, data.means)
+    wish = jnp.where(settled, jnp.sqrt(state.check.motion / state.rho), 1)
+    following = Start(found.value, state.candidate, state.rho * jnp.clip(wish, 1 / LARGEST_WISH, LARGEST_WISH))
+    return TrendSolution.of(dataclasses.replace(ended, dual=dual), nonzero), following
 
 
 def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:

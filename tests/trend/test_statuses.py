@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-import sparseopt.trend.filter as filter_module
 from sparseopt.core.types import precision
+from sparseopt.trend import levelling
 from sparseopt.trend.layout import layout_of
 
 GRID, CHAIN = so.Graph.grid((4, 5)), so.Graph.chain(20)
@@ -186,8 +186,7 @@ def test_a_large_signal_is_solved_in_float32_and_certified_in_float64(monkeypatc
     assert objective / lower - 1 <= 1.01e-6
 
     # Where float32 is not enough the solve goes on from there, in float64.
-    monkeypatch.setattr(filter_module, "EARLY_GAP", 1.0)
-    monkeypatch.setattr(filter_module, "EARLY", 1e5)
+    monkeypatch.setattr(levelling, "BELOW", 1e5)
     resumed = so.trend_filter(y, graph, penalty, tol=1e-6).check()
     assert resumed.steps > 0
     np.testing.assert_allclose(resumed.value, short.value, atol=0.05)

@@ -1,0 +1,195 @@
+"""Floor 5: fits of order 0 with the mean of each piece at its nodes, and the early stops and short floats they allow.
+
+large float64 signal -> a float32 solve to a loose gap -> means of its pieces -> judged in float64 -> on, if need be
+
+The iterate keeps small differences inside the pieces, which cost the more, the stronger the penalty; the means have a
+gap of about its square. So a solve stops early, and goes on while the means are not good enough.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparseopt.core.certify import promoted
+from sparseopt.core.fidelity import NodeLoss
+from sparseopt.core.penalties import L1, Norm
+from sparseopt.core.problem import Status
+from sparseopt.core.scalar_losses import ScalarLoss
+from sparseopt.trend.ground import Ground, data_of
+from sparseopt.trend.job import Job, vanishes
+from sparseopt.trend.methods import DOGE, chosen
+from sparseopt.trend.pieces import TrendSolution, edges_between, labels_of, levelled
+from sparseopt.trend.plan import judged, resumed
+
+# Objectives that differ by this many eps are equal up to rounding.
+ROUNDING = 8
+# Doge-ADMM is bound by memory traffic, and float32 has half of it: from this many nodes on, for tolerances down to that
+# of the order, a signal in float64 is first solved in float32, and certified in float64. Above order 1 float32 may end
+# before such tolerances, above order 0 on other graphs than grids too.
+SHORT_FROM, SHORT_TOLS = 10_000, {0: 1e-6, 1: 1e-5}
+# The means are first tried at a gap of EARLY times the root of the tolerance; a solve without means, and the last of
+# one with means, stops at BELOW times the tolerance, since float64 may see a slightly larger gap.
+EARLY, BELOW = 0.01, 0.95
+# The next stop is chosen for means of a gap of AIM times the tolerance, as if it were in proportion to that of the
+# iterate, but by a factor of at most MOST: one false piece may cost a hundred times the rest, and is soon mended.
+AIM, MOST = 0.7, 3.0
+
+
+_data = jax.jit(data_of)
+
+
+def is_short(job: Job, method: Any = None) -> bool:
+    """Whether a job in float64 is solved in float32 first, by its method if none is given."""
+    signal = job.signal
+    assert signal is not None
+    plain = job.loss is None and not job.several and not job.history and job.layout.mesh is None
+    large = job.graph.num_nodes >= SHORT_FROM and job.graph.num_edges > 0
+    carries = job.tol >= SHORT_TOLS.get(job.order, np.inf) and (
+        job.order == 0 or not (job.graph.free or job.graph.shape is None)
+    )
+    if not (plain and large and carries and job.dtype == np.float64):
+        return False
+    # At missing nodes rounding of the dual costs as much as the whole gap.
+    seen = signal.weights is None or bool(signal.weights.all())
+    return seen and isinstance(job.penalty, Norm) and not vanishes(job.penalty) and (method or chosen(job)) is DOGE
+
+
+def short_fit(job: Job) -> TrendSolution:
+    """The fit of a job by Doge-ADMM that begins in float32."""
+    working = dataclasses.replace(in_float32(job), method=DOGE.name)
+    plan, data, found = DOGE.plan(working).paced(working), _data(working.ground, *working.arrays), None
+
+    def solve(tol: float, max_steps: int) -> TrendSolution:
+        nonlocal found
+        if found is None:
+            found = plan.fitted(dataclasses.replace(working, tol=tol, max_steps=max_steps))
+        else:
+            found, _ = resumed(plan, data, working.rows, found.state, tol, max_steps, working.relaxation)
+        return found
+
+    return stopped_early(job, solve)[0]
+
+
+def first_stop(job: Job) -> float:
+    """The multiple of the tolerance at which the means of the pieces are first tried; BELOW where there are none."""
+    return max(EARLY / math.sqrt(job.tol), BELOW) if has_means(job) else BELOW
+
+
+def has_means(job: Job) -> bool:
+    """Whether the means of pieces lower the gap of a fit."""
+    return job.order == 0 and isinstance(job.penalty, L1)
+
+
+def stopped_early(
+    job: Job, solve: Callable[[float, int], TrendSolution], early: float | None = None
+) -> tuple[TrendSolution, float]:
+    """The fit of a job by `solve(tol, max_steps)`, which goes on where it stopped, and a first stop for similar jobs.
+
+    `early` is the multiple of the tolerance at which it stops first. Where a solve in float32 ends before the
+    tolerance, it goes on in float64.
+    """
+    early, steps = first_stop(job) if early is None else max(early, BELOW), 0
+    while True:
+        found = solve(early * job.tol, job.max_steps - steps)
+        steps += int(found.steps)
+        reached, fit = float(found.gap) / job.tol, certified(job, found)
+        missed, left = float(fit.gap) / job.tol, job.max_steps - steps
+        if missed <= 1 or left <= 0 or early <= BELOW or int(found.status) != Status.CONVERGED:
+            break
+        early = max(next_stop(min(early, reached), missed), BELOW)
+    if not missed <= 1 and left > 0 and found.value.dtype != job.dtype:
+        # What overflows in float32 is no start.
+        start = None if int(fit.status) == Status.NONFINITE else fit
+        rest = dataclasses.replace(job, method=DOGE.name, warm_start=start, max_steps=left)
+        fit = DOGE.plan(rest).fitted(rest)
+        fit = fit if job.order else levelled_fit(job, fit)
+        steps += int(fit.steps)
+    elif not missed <= 1 and left <= 0:
+        fit = dataclasses.replace(fit, status=jnp.asarray(Status.MAX_STEPS, jnp.int32))
+    return dataclasses.replace(fit, steps=steps), next_stop(early, missed)
+
+
+def next_stop(early: float, missed: float) -> float:
+    """A stop for later, after one at which the gap of the means was `missed` times the tolerance."""
+    return early * min(max(AIM / max(missed, AIM / MOST), 1 / MOST), MOST)
+
+
+def in_float32(job: Job) -> Job:
+    """The job in float32."""
+    signal, short = job.signal, np.dtype(np.float32)
+    assert signal is not None
+    weights = None if signal.weights is None else signal.weights.astype(short)
+    with np.errstate(over="ignore"):
+        signal = dataclasses.replace(signal, values=signal.values.astype(short), weights=weights)
+    return dataclasses.replace(job, dtype=short, signal=signal)
+
+
+def certified(job: Job, found: TrendSolution) -> TrendSolution:
+    """A fit in another precision as one of the job: judged there, at order 0 with the means of its pieces."""
+    value, dual = found.value.astype(job.dtype), job.rows.project_dual(found.dual.astype(job.dtype))
+    objective, gap = _judged_at(job.ground, None, job.rows, *job.arrays, dual, value)
+    status = promoted(found.status, gap, objective, job.tol)
+    found = dataclasses.replace(
+        found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
+    )
+    return found if job.order else levelled_fit(job, found)
+
+
+def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
+    """The fit with the mean of each piece at its nodes, judged again, unless that raises the objective.
+
+    The means E b are weighted as the loss is. Let P be the objective with the square loss, b* its optimum, and let the
+    pieces be those of b*. If E b jumps in the directions of b*,
+
+        P(E b) = P(b*) + 1/2 ||E (b - b*)||_w²  <=  P(b*) + 1/2 ||b - b*||_w²  <=  P(b)
+
+    so the means lower the objective. The dual point and its bound stay the same.
+    """
+    graph, layout, signal, channels = job.graph, job.layout, job.signal, job.channels
+    assert signal is not None
+    columns = np.asarray(layout.shaped(found.value, signal.shape)).reshape(graph.num_nodes, -1)
+    joined = ~np.asarray(found.nonzero)
+    joined = joined if channels else joined[..., None]
+    if not (joined & edges_between(graph, columns)).any():
+        return found
+    level, labels = np.empty(columns.shape), None
+    for channel, column in enumerate(columns.T.astype(np.float64)):
+        # A penalty that couples channels gives them the same pieces.
+        if labels is None or not np.array_equal(joined[..., channel], joined[..., channel - 1]):
+            labels = labels_of(graph, joined[..., channel])
+        level[:, channel] = levelled(column, labels, signal.mass, job.ground.anchored)
+    value = layout.put(layout.rows(level.astype(job.dtype).reshape(-1, *channels), 0))
+    judge = partial(_judged_at, job.ground, job.loss, job.rows, *job.arrays, found.dual)
+    objective, gap = judge(value)
+    norm = isinstance(job.rows, Norm)
+    # Without a certificate the reported objective is not that of the value alone.
+    before = float(found.objective if norm else judge(found.value)[0])
+    if not float(objective) <= before * (1 + ROUNDING * float(np.finfo(job.dtype).eps)):
+        return found
+    found = dataclasses.replace(found, value=value, objective=objective)
+    if not norm or job.loss is not None:
+        return found  # the gap is still a bound
+    return dataclasses.replace(found, status=promoted(found.status, gap, objective, job.tol), residual=gap, gap=gap)
+
+
+@jax.jit
+def _judged_at(
+    ground: Ground, family: ScalarLoss | None, penalty: Any, y: Any, weights: Any, dual: Any, x: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The objective at x, and the relative duality gap of a norm and the square loss, else NaN."""
+    loss: Any = NodeLoss(family, y, weights)
+    if family is None:
+        data = data_of(ground, y, weights)
+        loss = data.loss
+        if ground.present is not None:
+            x = jnp.where(ground.present, x, data.shift)  # padding costs nothing there
+        if isinstance(penalty, Norm):
+            return judged(ground, loss, penalty, x, dual)
+    objective = loss.value(x) + penalty.value(ground.operator.mv(x))
+    return objective, jnp.full_like(objective, jnp.nan)
