@@ -34,6 +34,8 @@ from sparseopt.experiments.yaml_file import (
 # Of one experiment: runs, and settings of all runs together. More is a mistake, and would fill the memory.
 MAX_RUNS = 5_000
 MAX_SETTINGS = 1_000_000
+# The id of a run for an item of a sweep that varies nothing.
+UNCHANGED = "unchanged"
 # Bytes in the name of a run's folder, of which file systems take 255.
 MAX_NAME = 240
 
@@ -62,7 +64,8 @@ class Run:
     """One resolved run of an experiment.
 
     Attributes:
-        id: the settings that the sweep varies, as `key=value` joined by commas; empty without a sweep.
+        id: the settings that the sweep varies, as `key=value` joined by commas; "unchanged" where one of several runs
+            varies none; empty for a run alone.
         settings: those settings.
         task: the typed config.
     """
@@ -162,6 +165,9 @@ def expand(
         identity = _identity(settings)
         if identities[identity] > 1:
             identity = _identity(settings, whole=True)
+        if not identity and len(combinations) > 1:
+            # The folder of the others would be that of this run.
+            identity = UNCHANGED
         try:
             task = _task_of(task_class, values, settings, allow_code)
         except ValidationError as error:

@@ -38,7 +38,7 @@ from sparseopt.pruning.layer import (
     relative_scale,
     solve_layer,
 )
-from sparseopt.pruning.methods import Workspace, method_cost
+from sparseopt.pruning.methods import Workspace, workspace_of
 from sparseopt.pruning.methods.scores import Magnitude, Wanda
 from sparseopt.system import processes
 from sparseopt.system.machine import device_memory_left
@@ -69,9 +69,8 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
     outputs, inputs = job.weight.shape
     parts = 1
     if processes.count() == 1 and not isinstance(job.pattern, GroupTopK):
-        cost = method_cost(method)
         share = (-(-outputs // (1 if mesh is None else mesh.size)), inputs)
-        parts = fewest_blocks(share, None if cost is None else cost.workspace, device_memory_left(), _unit(job))
+        parts = fewest_blocks(share, workspace_of(method), device_memory_left(), _unit(job))
     while True:
         try:
             return _solve_parts(job, method, parts, mesh)
@@ -101,14 +100,14 @@ def solve_within_memory(job: LayerJob, method: LayerMethod, mesh: Mesh | None = 
             )
 
 
-def fewest_blocks(shape: tuple[int, int], workspace: Workspace | None, room: int | None, unit: int = 1) -> int:
+def fewest_blocks(shape: tuple[int, int], workspace: Workspace, room: int | None, unit: int = 1) -> int:
     """The fewest blocks of outputs, a power of two, of which each is estimated to fit in `room` bytes.
 
-    As many as there may be, if none fits; 1 where room or workspace is not known. `unit` outputs stay together.
+    As many as there may be, if none fits; 1 where room is not known. `unit` outputs stay together.
     """
     outputs, inputs = shape
     parts = 1
-    if workspace is not None and room is not None:
+    if room is not None:
         while workspace.nbytes(-(-outputs // parts), inputs) > room and _splits(shape, 2 * parts, unit):
             parts *= 2
     return parts

@@ -22,7 +22,7 @@ from sparseopt.pruning.blocked import fewest_blocks
 from sparseopt.pruning.calibration import EXPERTS_INPUT
 from sparseopt.pruning.evaluation import LOGIT_ROWS
 from sparseopt.pruning.layer import LayerMethod
-from sparseopt.pruning.methods import MethodCost, Workspace, method_cost
+from sparseopt.pruning.methods import MethodCost, Workspace, method_cost, workspace_of
 from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.patterns import is_group_pattern, parse_pattern
 from sparseopt.pruning.permutation import GROUPS, ROWS
@@ -41,8 +41,8 @@ FLOAT32 = 4
 # The fraction of the rate of large square products that a kind of work reaches: a layer's shapes, and passes with their
 # softmax.
 EFFICIENCY = {"layer solves": 0.85, "forward passes and Grams": 0.8, "survey": 0.8, "training": 0.8}
-# Of a method of your own, as large as the largest of ours; of finding a target with propagated errors.
-LARGEST, PROPAGATION = Workspace(7.5, 10.0), Workspace(5, 3)
+# Of finding a target with propagated errors.
+PROPAGATION = Workspace(5, 3)
 # Searching an order takes as long as this many operations per pair of groups and row, over all rounds.
 EXCHANGES = 10_000
 # Choosing the largest entries of a weight takes as long as this many operations per entry.
@@ -192,7 +192,7 @@ def prune_cost(
     on_disk = activations == "disk"
     kept = (0, 0, gradient) if on_disk else (stream, streams, survey_streams)
     return Cost(
-        phases=_phases(model, recipe, blocks, work, *kept, room),
+        phases=_phases(model, recipe, blocks, workspace_of(method), *kept, room),
         flops=None if work is None else _flops(model, recipe, blocks, work),
         compile_seconds=compiling,
         # Every tensor is looked through once, read once more, and written.
@@ -298,7 +298,7 @@ def _phases(
     model: StreamedModel,
     recipe: PassRecipe,
     blocks: list[BlockSizes],
-    work: MethodCost | None,
+    workspace: Workspace,
     start: int,
     streams: int,
     survey_streams: int,
@@ -306,7 +306,7 @@ def _phases(
 ) -> dict[str, dict[str, int]]:
     """Bytes by phase and part; the three before the room are the activations kept at the start, then, in the survey.
 
-    A method of your own (`work` is None) is taken for the one of ours with the largest workspace.
+    The workspace is that of the solve of a layer.
     """
     config = model.config
     batch = windows_per_batch(recipe.all_windows, recipe.seqlen) * recipe.seqlen
@@ -319,7 +319,6 @@ def _phases(
     weights = FLOAT32 * block.parameters
     grams = max(b.gram_bytes for b in blocks if b.solved)
     sets = 1 + (recipe.heldout_samples > 0) + (recipe.propagated_share > 0)
-    workspace = work.workspace if work else LARGEST
     shapes = {(outputs, inputs) for b in blocks for outputs, inputs, _ in b.solved}
     widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
     rows = min(config.vocab_size, (recipe.all_windows + recipe.heldout_samples) * recipe.seqlen)

@@ -140,17 +140,17 @@ def recipe_fields(options: Mapping[str, Any], table: Table = prune_options) -> d
     return {name: given if given is None else readers[name](given) for name, given in options.items()}
 
 
-def numbers(text: str, option: str) -> list[float]:
+def numbers(text: str, option: str, *, repeat: bool = False) -> list[float]:
     """The numbers of an option that takes several with commas between.
 
     Raises:
-        ValueError: for anything else, or a number that is named twice.
+        ValueError: for anything else, or a number that is named twice where none may `repeat`.
     """
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} takes numbers separated by commas, as in 0.5,0.7, given {text!r}") from None
-    if len(set(found)) < len(found):
+    if not repeat and len(set(found)) < len(found):
         raise ValueError(f"{option} names a number twice: {text!r}")
     return found
 

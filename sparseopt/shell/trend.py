@@ -12,7 +12,7 @@ import typer
 import sparseopt as so
 from sparseopt.core.penalty_names import BY_WEIGHT, penalty_of_weight
 from sparseopt.shell import console
-from sparseopt.shell.options import ManyDevices, number_of_devices
+from sparseopt.shell.options import ManyDevices, number_of_devices, numbers
 from sparseopt.trend.methods import AUTO, METHODS
 
 METHOD_HELP = f"{', '.join((AUTO, *METHODS))}."
@@ -58,7 +58,7 @@ def denoise(
         files.check_output(target, None, force)
     scan = volumes.read_scan(image)
     volumes.check_format(output, scan)
-    pixels, step = scan.values, scan.spacing if spacing is None else _spacing(spacing)
+    pixels, step = scan.values, scan.spacing if spacing is None else tuple(numbers(spacing, "--spacing", repeat=True))
     mask = None if known is None else volumes.read_known(known, scan)
     absent: Literal["nan", "error"] = "nan" if missing else "error"
     start = time.perf_counter()
@@ -81,13 +81,6 @@ def denoise(
         "weight": found.weight, "order": order, "ends": ends, "isotropic": isotropic,
     }  # fmt: skip
     _finish_fit(found.solution, figures, seconds, summary, [output, picture])
-
-
-def _spacing(given: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in given.split(","))
-    except ValueError:
-        raise ValueError(f"--spacing is a number for each axis, as in 2.5,1,1, given {given!r}") from None
 
 
 def trend(

@@ -204,15 +204,20 @@ def parquet_table(file: Path) -> Any:
 
 
 def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:
-    if not zipfile.is_zipfile(file):
-        raise ValueError("it is no NPZ archive; write it with numpy.savez(FILE, signal=y)")
-    with np.load(file, allow_pickle=False) as arrays:
+    with opened_npz(file, "signal=y") as arrays:
         found = [name for name in names if name in arrays] or ([arrays.files[0]] if len(arrays.files) == 1 else [])
         if not found:
             raise ValueError(f"it holds {', '.join(arrays.files[:8])}, expected one of {', '.join(names)}")
         member = found[0] if found[0] in arrays.zip.namelist() else f"{found[0]}.npy"
         check_npy(arrays.zip, member, file)
         return np.asarray(arrays[found[0]], np.float64)
+
+
+def opened_npz(file: Path, example: str) -> Any:
+    """The arrays of an archive, unread; `example` says in an error how one is written."""
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"it is no NPZ archive; write it with numpy.savez(FILE, {example})")
+    return np.load(file, allow_pickle=False)
 
 
 def check_npy(archive: zipfile.ZipFile, member: str, file: Path) -> None:

@@ -5,13 +5,12 @@ NIfTI (.nii, .nii.gz; the extra `volumes`), or an array `volume` of an NPZ file,
 """
 
 import dataclasses
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparseopt.trend.files import FileError, check_npy, check_unpacked, read_image, readable, write_image
+from sparseopt.trend.files import FileError, check_npy, check_unpacked, opened_npz, read_image, readable, write_image
 
 NIFTI, NPZ, TIFF = (".nii", ".nii.gz"), (".npz",), (".tif", ".tiff")
 
@@ -117,9 +116,7 @@ def _read_nifti(file: Path) -> Scan:
 
 
 def _read_npz(file: Path) -> Scan:
-    if not zipfile.is_zipfile(file):
-        raise ValueError("it is no NPZ archive; write it with numpy.savez(FILE, volume=v)")
-    with np.load(file, allow_pickle=False) as arrays:
+    with opened_npz(file, "volume=v") as arrays:
         found = [name for name in ("volume", "image") if name in arrays]
         if not found:
             raise ValueError(f"it holds {', '.join(arrays.files[:8])}; name the array image or volume")

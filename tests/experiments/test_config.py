@@ -129,6 +129,11 @@ def test_runs_that_differ_only_inside_a_named_block_have_names_of_their_own():
     assert [run.id for run in runs] == ["penalty=l1+weight_1", "penalty=l1+weight_10", "penalty=l0"]
 
 
+def test_an_item_that_varies_nothing_has_a_folder_beside_the_others():
+    runs = expand({"name": "x", "task": TOY, "sweep": {"list": [{}, {"seed": 1}]}}, allow_code=True)
+    assert [str(run.subfolder) for run in runs] == ["x/unchanged", "x/seed=1"]
+
+
 def test_a_sweep_without_lists_is_one_run_in_the_experiments_own_folder():
     (run,) = expand({"name": "x", "task": TOY}, allow_code=True)
     assert str(run.subfolder) == "x"

@@ -20,7 +20,7 @@ from sparseopt.pruning.blocked import (
     split_job,
 )
 from sparseopt.pruning.layer import check_answer, layer_solver
-from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, Wanda, method_cost
+from sparseopt.pruning.methods import AdmmPruning, Magnitude, MaihtPruning, SparseGpt, Wanda, workspace_of
 from sparseopt.pruning.patterns import count_groups, parse_pattern
 from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.run_folder import RECORDS
@@ -53,7 +53,7 @@ def running_out(monkeypatch, outputs, failure="device"):
 def test_a_device_that_tells_its_memory_gets_the_blocks_of_the_estimate_at_once(layer, monkeypatch):
     job, method = make_job(layer, "unstructured"), SparseGpt()
     outputs, inputs = job.weight.shape
-    workspace = method_cost(method).workspace
+    workspace = workspace_of(method)
     tried = running_out(monkeypatch, outputs)
     for room, blocks in ((workspace.nbytes(outputs, inputs), 1), (workspace.nbytes(outputs // 4, inputs), 4), (1, 16)):
         monkeypatch.setattr(blocked, "device_memory_left", lambda room=room: room)

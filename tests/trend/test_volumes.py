@@ -150,7 +150,7 @@ def test_the_command_denoises_a_scan_with_holes(tmp_path, command):
     ("options", "text"),
     [
         (("--spacing", "1,2"), "one positive number for each of its 3 axes"),
-        (("--spacing", "wide"), "--spacing is a number for each axis"),
+        (("--spacing", "wide"), "--spacing takes numbers separated by commas"),
         (("--isotropic", "--order", 1), "takes order 0 and a grid of 2 or 3 axes, given order 1"),
     ],
 )

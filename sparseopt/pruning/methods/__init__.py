@@ -29,6 +29,7 @@ __all__ = [
     "Workspace",
     "find_method",
     "method_cost",
+    "workspace_of",
 ]
 
 # Operations per weight for one input of SparseGPT's inner loop, which runs over vectors.
@@ -159,6 +160,10 @@ class Workspace(NamedTuple):
         return int(4 * (self.square * inputs**2 + self.wide * inputs * outputs))
 
 
+# As much as any method of this package holds.
+LARGEST = Workspace(7.5, 10.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class MethodCost:
     """What a method computes on one layer `[out, in]`."""
@@ -170,6 +175,12 @@ class MethodCost:
     updates: float  # further operations per weight
     workspace: Workspace
     compile_seconds: float  # for each shape, on the machine that `cost` describes
+
+
+def workspace_of(method: LayerMethod) -> Workspace:
+    """The workspace of a method; of one of your own LARGEST."""
+    cost = method_cost(method)
+    return LARGEST if cost is None else cost.workspace
 
 
 def method_cost(method: LayerMethod) -> MethodCost | None:
