@@ -123,6 +123,9 @@ RULES: dict[str, Callable[[TrendPath], int]] = {
 }
 
 
+CV_RULES = {"cv": "min", "cv, half a standard error": "half_se", "cv, one standard error": "one_se"}
+
+
 def least_gcv(path: TrendPath) -> int:
     """As `select`, which refuses labels."""
     share = path.degrees_of_freedom / path.observations
@@ -174,7 +177,7 @@ def measure(name: str, repeats: int) -> None:
         else:
             validated = cross_validate(y, graph, folds=FOLDS, seed=repeat, **options).check()
             path = validated.path
-            validation = {"cv": validated.index_min, "cv, one standard error": validated.index_one_se}
+            validation = {label: validated.index_by(rule) for label, rule in CV_RULES.items()}
         apart = node_deviances(path.loss, path.values.reshape(len(path), -1), means).mean(axis=1)
         rules = LOSS_RULES if loss else RULES
         taken = {"oracle": int(apart.argmin())} | {rule: take(path) for rule, take in rules.items()}

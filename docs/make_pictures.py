@@ -38,6 +38,7 @@ RULES = {
     "gcv": ("GCV", "#E69F00", "s"),
     "aic, corrected": ("AIC", "#56B4E9", "P"),  # uncorrected for counts and labels
     "cv": ("cross-validation", "#009E73", "D"),
+    "cv, half a standard error": ("half a standard error", "#F0E442", "d"),
     "cv, one standard error": ("one standard error", "#CC79A7", "v"),
     "bic": ("BIC", "#D55E00", "^"),
 }
@@ -114,7 +115,7 @@ def selection_picture() -> None:
             ratio = taken.mean(axis=1, keepdims=True) / least
             # Draws of the noise are paired, so the ratio's spread is that of the difference of the errors.
             spread = ((taken - ratio * best) / least).std(axis=1, ddof=1) / np.sqrt(best.shape[1])
-            places = np.arange(len(shown)) + 0.14 * (index - 2.5)
+            places = np.arange(len(shown)) + 0.12 * (index - 3)
             for place, level in zip(places, ratio[:, 0], strict=True):
                 if level > TOP:  # said instead of drawn
                     axis.text(

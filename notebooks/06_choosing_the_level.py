@@ -181,12 +181,14 @@ assert path.degrees_of_freedom[chosen["BIC"].index] < path.degrees_of_freedom[ch
 validated = cross_validate(y, graph, order=0, weights=path.weights, folds=5, seed=0).check()
 figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
 plots.plot_cross_validation(validated, axis)
-simple = path.values[validated.index_one_se]
+simple = path.values[validated.index_by("one_se")]
 print(f"smallest error: weight {validated.weight:.3g}, {loss(validated.value) / losses.min():.2f} times the oracle's")
-print(f"one standard error: weight {path.weights[validated.index_one_se]:.3g}, {loss(simple) / losses.min():.2f} times")
+print(
+    f"one standard error: weight {path.weights[validated.index_by('one_se')]:.3g}, {loss(simple) / losses.min():.2f} times"
+)
 assert loss(validated.value) < 1.5 * losses.min()
-assert path.weights[validated.index_one_se] >= validated.weight
-assert path.degrees_of_freedom[validated.index_one_se] <= path.degrees_of_freedom[validated.index_min]
+assert path.weights[validated.index_by("one_se")] >= validated.weight
+assert path.degrees_of_freedom[validated.index_by("one_se")] <= path.degrees_of_freedom[validated.index_by("min")]
 
 # %% [markdown]
 # ## Choosing the order

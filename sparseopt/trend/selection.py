@@ -13,7 +13,7 @@ For counts and labels sigma² is the dispersion, 1 where their variance is that 
 Source: Golub, Heath and Wahba, Technometrics 21 (1979); Stein, Annals of Statistics 9 (1981); Akaike (1974); Schwarz
 (1978); Hurvich, Simonoff and Tsai, JRSS B 60 (1998), for the corrected aic; Zou, Hastie and Tibshirani, Annals of
 Statistics 35 (2007), for their use with a count of dimensions; Hastie, Tibshirani and Friedman, "The Elements of
-Statistical Learning", section 7.10, for the rule of one standard error.
+Statistical Learning", section 7.10, for rules by the standard error.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ from sparseopt.trend.path import TrendPath, trend_path
 from sparseopt.trend.signal import Signal, checked_signal
 
 CRITERIA = ("gcv", "sure", "aic", "bic")
-RULES = ("min", "one_se")
+# How many standard errors above the least error a rule allows.
+RULES = {"min": 0.0, "half_se": 0.5, "one_se": 1.0}
 
 
 class _Chosen:
@@ -104,7 +105,7 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
     if isinstance(path.loss, LogisticLoss) and criterion in ("gcv", "aic"):
         raise ValueError(
             f"{criterion} does not choose among fits of labels, whose deviance is 0 on every piece of one label: take "
-            'cross_validate(..., rule="one_se"), or bic'
+            "cross_validate, or bic"
         )
     if sigma is None and criterion == "sure":
         sigma = path.noise
@@ -156,9 +157,7 @@ class CrossValidation(_Chosen):
         errors: their mean over the folds, `[levels]`.
         standard_errors: the standard deviation over the folds divided by `sqrt(folds)`, `[levels]`.
         folds: the fold in which each node is held out, `[n]`; -1 for missing nodes.
-        rule: "min" or "one_se".
-        index_min: the level of the least error.
-        index_one_se: the level of the largest weight whose error is at most one standard error above the least.
+        rule: "min", "half_se" or "one_se".
         statuses: the `Status` of the folds' levels, `[folds, levels]`.
     """
 
@@ -168,8 +167,6 @@ class CrossValidation(_Chosen):
     standard_errors: np.ndarray
     folds: np.ndarray
     rule: str
-    index_min: int
-    index_one_se: int
     statuses: np.ndarray
 
     def check(self) -> "CrossValidation":
@@ -192,7 +189,14 @@ class CrossValidation(_Chosen):
     @property
     def index(self) -> int:
         """The level chosen by the rule."""
-        return self.index_min if self.rule == "min" else self.index_one_se
+        return self.index_by(self.rule)
+
+    def index_by(self, rule: str) -> int:
+        """The level chosen by a rule; a ValueError for an unknown one."""
+        if rule not in RULES:
+            raise ValueError(unknown("rule", rule, tuple(RULES)))
+        best = int(np.argmin(self.errors))
+        return int(np.argmax(self.errors <= self.errors[best] + RULES[rule] * self.standard_errors[best]))
 
 
 def cross_validate(
@@ -203,7 +207,7 @@ def cross_validate(
     *,
     folds: int = 5,
     seed: int = 0,
-    rule: str = "min",
+    rule: str | None = None,
     node_weights: Any = None,
     missing: str = "error",
     dtype: Any = None,
@@ -218,8 +222,9 @@ def cross_validate(
     keeps a node. All folds use the weights of the path of all nodes. A fold has fewer observations, so it smooths
     slightly more than the same weight does on all nodes.
 
-    There are `folds` >= 2 folds, drawn with the `seed`. The `rule` "min" takes the least error, "one_se" the largest
-    weight within one standard error of it. All other arguments are those of `trend_path`.
+    There are `folds` >= 2 folds, drawn with the `seed`. The `rule` "min" takes the least error, "half_se" and "one_se"
+    the largest weight within half a standard error and one of it; None is "half_se" for `LogisticLoss`, since it came
+    closest to the best fits of labels in a study, and "min" for others. All other arguments are those of `trend_path`.
 
     Raises:
         ValueError: also for a component with only one observed node, which no fold can predict; and with a loss, for
@@ -233,8 +238,8 @@ def cross_validate(
         >>> bool(np.mean((chosen.value - clean) ** 2) < 0.2)
         True
     """
-    if rule not in RULES:
-        raise ValueError(unknown("rule", rule, RULES))
+    if rule not in (None, *RULES):
+        raise ValueError(unknown("rule", rule, tuple(RULES)))
     signal = checked_signal(y, graph, node_weights, missing, dtype)
     level = signal.mass
     held = random_folds(graph, level > 0, folds, seed)
@@ -250,9 +255,8 @@ def cross_validate(
         statuses[fold] = fit.statuses
     _require_finite(statuses, "the folds (fold, level)")
     mean, spread = errors.mean(axis=0), errors.std(axis=0, ddof=1) / math.sqrt(folds)
-    best = int(np.argmin(mean))
-    simplest = int(np.argmax(mean <= mean[best] + spread[best]))
-    return CrossValidation(path, errors, mean, spread, held, rule, best, simplest, statuses)
+    rule = rule or ("half_se" if isinstance(path.loss, LogisticLoss) else "min")
+    return CrossValidation(path, errors, mean, spread, held, rule, statuses)
 
 
 def _held_out_errors(fit: TrendPath, signal: Signal, weights: np.ndarray, held: np.ndarray) -> np.ndarray:

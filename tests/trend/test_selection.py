@@ -164,7 +164,7 @@ def test_impossible_folds_are_named(rng):
         cross_validate(CLEAN, CHAIN, folds=1)
     with pytest.raises(ValueError, match=r"1 components have one observed node only \(one of them is node 10\)"):
         cross_validate(rng.standard_normal(11), two_parts(rng))
-    with pytest.raises(ValueError, match="unknown rule 'max'; known are min, one_se"):
+    with pytest.raises(ValueError, match="unknown rule 'max'; known are min, half_se, one_se"):
         cross_validate(CLEAN, CHAIN, rule="max")
 
 
@@ -196,11 +196,13 @@ def test_cross_validation_comes_near_the_oracle_and_the_rule_is_kept(validated):
     losses = ((validated.path.values - CLEAN) ** 2).mean(axis=1)
     assert losses[validated.index] <= 1.5 * losses.min()
     assert losses[validated.index] < 0.3 * min(losses[0], losses[-1])
-    best, simple = validated.index_min, validated.index_one_se
-    limit = validated.errors[best] + validated.standard_errors[best]
-    assert simple <= best
-    assert validated.errors[simple] <= limit
-    assert np.all(validated.errors[:simple] > limit)
+    best = validated.index_by("min")
+    for rule, share in (("one_se", 1.0), ("half_se", 0.5)):
+        limit = validated.errors[best] + share * validated.standard_errors[best]
+        simple = validated.index_by(rule)
+        assert simple <= best
+        assert validated.errors[simple] <= limit
+        assert np.all(validated.errors[:simple] > limit)
     assert validated.weight == validated.path.weights[best]
     np.testing.assert_array_equal(validated.value, validated.path.values[best])
 
@@ -212,7 +214,7 @@ def test_cross_validation_weighs_the_held_out_nodes(rng):
     found = cross_validate(y, CHAIN, weights=[4.0, 2.0], node_weights=w, rule="one_se")
     plain = cross_validate(y, CHAIN, weights=[4.0, 2.0])
     assert np.all(found.errors < 0.5 * plain.errors)
-    assert found.index == found.index_one_se
+    assert found.index == found.index_by("one_se")
 
 
 def test_pictures_show_the_chosen_levels(path, validated):
@@ -223,7 +225,10 @@ def test_pictures_show_the_chosen_levels(path, validated):
     assert [line.get_xdata()[0] for line in axis.lines if "least" in line.get_label()] == [best.weight]
     axis = plot_cross_validation(validated)
     marks = {line.get_xdata()[0] for line in axis.lines if "df" in str(line.get_label())}
-    assert marks == {validated.path.weights[validated.index_min], validated.path.weights[validated.index_one_se]}
+    assert marks == {
+        validated.path.weights[validated.index_by("min")],
+        validated.path.weights[validated.index_by("one_se")],
+    }
     np.testing.assert_array_equal(plot_degrees_of_freedom(path).lines[0].get_ydata(), path.degrees_of_freedom)
     axis = plot_fits(path, [3, 50])
     np.testing.assert_array_equal(axis.lines[1].get_ydata(), path.values[:, 50])
@@ -249,6 +254,7 @@ def test_deviances_of_counts_are_chosen_by_their_own_dispersion():
     with pytest.raises(ValueError, match=r"gcv does not choose among fits of labels.*cross_validate"):
         select(labels)
     assert select(labels, "bic").sigma == 1
+    assert cross_validate((COUNTS > 1).astype(float), CHAIN, num=3, folds=2, loss="logistic").rule == "half_se"
     best = select(path)
     assert np.mean(np.abs(best.value - CLEAN / 2)) < 0.4 < np.mean(np.abs(path.values[0] - CLEAN / 2))
 

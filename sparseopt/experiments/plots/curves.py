@@ -207,12 +207,12 @@ def plot_selection(selection: Selection, axis: Any = None) -> Any:
 
 
 def plot_cross_validation(validation: CrossValidation, axis: Any = None) -> Any:
-    """The error of the held-out nodes over the weights, with bars of one standard error, and both rules' levels."""
+    """The error of the held-out nodes over the weights, with bars of one standard error, and two rules' levels."""
     axis = _log_axis(axis)
     bars = {"color": style.COLOURS[0], "linewidth": 1.8, "elinewidth": 0.9, "capsize": 2, "label": "_errors"}
     axis.errorbar(validation.path.weights, validation.errors, validation.standard_errors, **bars)
-    _mark(axis, validation.path, validation.index_min, "least error")
-    _mark(axis, validation.path, validation.index_one_se, "within one standard error", style.COLOURS[2], ":")
+    _mark(axis, validation.path, validation.index_by("min"), "least error")
+    _mark(axis, validation.path, validation.index_by("one_se"), "within one standard error", style.COLOURS[2], ":")
     error = "mean squared error" if validation.path.loss is None else "mean deviance"
     axis.set(ylabel=f"{error}, held-out nodes")
     axis.legend(frameon=False)
