@@ -1,4 +1,4 @@
-"""Methods of a pytree, with every call as one compiled program that returns NumPy arrays.
+"""Methods of a pytree, and modules, with every call as one compiled program.
 
 Eagerly, every operation on every shape would be a separate program, and take most of the time of a test.
 """
@@ -15,7 +15,7 @@ def _call(tree: Any, name: str, arguments: tuple) -> Any:
 
 
 class Jitted:
-    """`Jitted(penalty).prox(x, step)` is `penalty.prox(x, step)`; the methods named in `host` run as they are."""
+    """`Jitted(penalty).prox(x, step)` is `penalty.prox(x, step)` as NumPy arrays; those named in `host` run as is."""
 
     def __init__(self, tree: Any, host: tuple[str, ...] = ()) -> None:
         self.tree, self.host = tree, host
@@ -25,3 +25,9 @@ class Jitted:
         if not callable(member) or name in self.host:
             return member
         return lambda *arguments: jax.device_get(_call(self.tree, name, arguments))
+
+
+@jax.jit
+def run(module: Any, *arguments: Any) -> Any:
+    """What a module returns; operation by operation it would take a hundred programs."""
+    return module(*arguments)

@@ -2,7 +2,8 @@
 
 Programs are cached in the user's cache folder, separately for each version and processor; the least recently used are
 removed first. They are compiled without the optimisation of LLVM and by the emitters that produce less code: a quarter
-of the time, with the same HLO passes. `SPARSEOPT_TEST_COMPILE=full` compiles as for a user; `make test-all` does so.
+of the time, with the same HLO passes. A program stays one module for LLVM: several, compiled side by side, cost more in
+all, and both cores are busy anyway. `SPARSEOPT_TEST_COMPILE=full` compiles as for a user; `make test-all` does so.
 """
 
 import os
@@ -16,7 +17,11 @@ from sparseopt.system.programs import cache_folder, programs_folder
 
 FULL = os.environ.get("SPARSEOPT_TEST_COMPILE", "quick") == "full"
 # Tried one after the other: XLA ends a process that names a flag it does not know.
-QUICK = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+QUICK = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 SIZE_LIMIT = 2 << 30  # bytes of all kept programs
 KEPT = cache_folder() / "test-programs"
 

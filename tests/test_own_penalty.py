@@ -16,6 +16,7 @@ from sparseopt.experiments.config import load_config
 from sparseopt.experiments.runs import execute
 from tests.experiments.toy import CappedL1
 from tests.pruning.layers import make_layer
+from tests.tiers import often
 
 
 def test_it_is_short():
@@ -32,7 +33,7 @@ def test_its_prox_is_one():
 
 
 @pytest.mark.parametrize("graph", [so.Graph.grid((12, 9)), so.Graph.from_networkx(nx.cycle_graph(100))], ids=str)
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", often([0, 1], 1))
 def test_in_a_trend_filter_on_a_grid_and_on_a_graph(rng, graph, order):
     y = np.where(np.arange(graph.num_nodes) < graph.num_nodes / 2, 0.0, 8.0) + rng.standard_normal(graph.num_nodes)
     penalty, differences = CappedL1(1.0, cap=2.0), graph.matrix(order + 1)
@@ -73,6 +74,7 @@ def test_in_an_optax_chain(rng):
     np.testing.assert_allclose(x, truth, atol=1e-3)  # no shrinkage beyond the cap
 
 
+@pytest.mark.thorough
 def test_by_its_path_in_a_config(tmp_path):
     config = tmp_path / "own.yaml"
     config.write_text(

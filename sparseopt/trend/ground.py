@@ -91,7 +91,7 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
             padding=(layout.padding(0), layout.padding(order + 1)),
             anchored=-1 in orders,
         )
-        return jax.tree.map(jnp.asarray, ground)
+        return jax.device_put(ground)
 
     return layout.cached(("ground", orders, np.dtype(dtype).name, channels), build)
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -91,7 +90,7 @@ class Layout:
 
     def put(self, values: Any, order: int = 0) -> jax.Array:
         """The result of `rows(..., order)`, or a number, on the devices."""
-        return jnp.asarray(values)
+        return jax.device_put(values)  # `asarray` would compile a program for each shape
 
     def padding(self, order: int) -> float:
         """The number of entries of an array over the number without padding."""

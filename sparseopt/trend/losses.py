@@ -115,7 +115,7 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     node_loss = NodeLoss(loss, y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
     # If a component has only one value and the domain of the conjugate ends at 0, its dual, 0, has no room for
     # rounding. Its fit is known and its loss 0: its nodes count as missing, and the fit is inserted at the end.
-    settled = _holding(data, alike & ~_zero_is_inside(node_loss).reshape(alike.shape))
+    settled = _holding(data, alike & ~np.asarray(_zero_is_inside(node_loss)).reshape(alike.shape))
     if settled.any():
         node_loss = dataclasses.replace(node_loss, weights=laid_out(data.weights[:, None] * ~settled))
     curvatures = np.stack([loss.curvature(y, data.weights, null[:, c]) for c, y in enumerate(columns)], axis=1)
@@ -125,11 +125,11 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     even = method.one_metric and (graph.shape is not None or (graph.free and bool(job.channels)))
     plan = method.plan(dataclasses.replace(job, weighted=not even))
     dual = _null_dual(job.ground, penalty, best.pull, node_loss, laid_out)
-    inside = jnp.zeros_like(dual) if _zero_is_inside(node_loss).all() else dual
+    inside = jnp.zeros_like(dual) if np.asarray(_zero_is_inside(node_loss)).all() else dual
     sigma = float(np.mean(curvatures))
     solver = LossAdmm(
         plan.node_solve,
-        Anchor(inside, job.ground.operator.rmv(inside)) if isinstance(penalty, Norm) else None,
+        Anchor(inside, _pull_of(job.ground.operator, inside)) if isinstance(penalty, Norm) else None,
         jnp.asarray(_first_rho(job.ground, penalty, laid_out(best.pull), sigma) if job.rho is None else job.rho, kind),
         jnp.asarray(sigma, kind),
         None if even else laid_out(curvatures / sigma),
@@ -274,27 +274,35 @@ def _null_dual(
     where the dual 0 may be on the boundary.
     """
     on_nodes = laid_out(pull)
-    rows = ground.operator.mv(on_nodes)
-    nothing = jnp.zeros_like(rows)
+    nothing, cost = _penalty_of(ground, penalty, on_nodes)
     if not isinstance(penalty, Norm):
         return nothing
-    strong = float(penalty.value(rows)) >= np.sum(pull**2)
-    if not strong and _zero_is_inside(node_loss).all():
+    strong = float(cost) >= np.sum(pull**2)
+    if not strong and np.asarray(_zero_is_inside(node_loss)).all():
         return nothing
     dual, solved = _of_means(ground, on_nodes)
     return _shortened(penalty, dual) if solved else nothing
 
 
 _of_means = jax.jit(null_space_dual)
+_pull_of = jax.jit(lambda operator, dual: operator.rmv(dual))
 
 
-def _zero_is_inside(node_loss: NodeLoss) -> np.ndarray:
+@jax.jit
+def _penalty_of(ground: Ground, penalty: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Zeros on the rows, and what the rows of x cost."""
+    rows = ground.operator.mv(x)
+    return jnp.zeros_like(rows), penalty.value(rows)
+
+
+@jax.jit
+def _zero_is_inside(node_loss: NodeLoss) -> jax.Array:
     """Whether the dual 0 lies inside the domain of the loss's conjugate, entry by entry; True at missing nodes."""
     low, high = node_loss.family.dual_range(node_loss.signal)
     inside = (low < 0) & (high > 0)
     if node_loss.weights is not None:
         inside = inside | (node_loss.weights == 0)
-    return np.broadcast_to(inside, node_loss.signal.shape)
+    return jnp.broadcast_to(inside, node_loss.signal.shape)
 
 
 @jax.jit

@@ -313,7 +313,14 @@ def assert_solved(kind, solver=None):
         assert np.all(found.gap[inside] >= (reached - least)[inside] / least[inside] - 1e-9)
 
 
-RARE = ["quadratic, L1 of differences", "quantile, elastic net", "least squares, L1 of edges"]
+RARE = [
+    "quadratic, L1 of differences",
+    "quantile, elastic net",
+    "least squares, L1 of edges",
+    "least squares, groups of channels",
+    "logistic, groups of edges",
+    "poisson, L1 of edges",
+]
 
 
 @pytest.mark.parametrize("kind", often(KINDS, *(kind for kind in KINDS if kind not in RARE)))
@@ -325,7 +332,6 @@ OTHERS = [(kind, solver) for kind, given in KINDS.items() for solver in given.so
 KEPT = [
     ("wide sparse least squares, L1, intercept", ADMM),
     ("poisson, L1 of edges", PD),
-    ("quadratic, labelled groups", PD),
 ]
 
 

@@ -157,7 +157,9 @@ def test_the_scaled_prox_is_the_entrywise_prox_at_every_entrys_own_step(rng):
         np.testing.assert_allclose(together, alone, rtol=1e-6)
 
 
-@pytest.mark.parametrize("penalty", [so.TopK(3), so.NM(1, 2)], ids=["TopK", "NM"])
+@pytest.mark.parametrize(
+    "penalty", [pytest.param(so.TopK(3), marks=pytest.mark.thorough), so.NM(1, 2)], ids=["TopK", "NM"]
+)
 def test_the_scaled_projection_beats_every_other_support(penalty, rng):
     supports = np.array(list(itertools.product([0, 1], repeat=6)))
     allowed = supports[np.asarray(jax.vmap(penalty.value)(jnp.float32(supports))) == 0]

@@ -8,6 +8,7 @@ import pytest
 import sparseopt as so
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm, solve_rising
 from tests.core.test_solvers import make_problem
+from tests.tiers import often
 
 
 def objective(problem, x):
@@ -25,7 +26,10 @@ def test_with_l1_it_reaches_the_optimum_that_monotone_fista_reaches(rng):
     np.testing.assert_allclose(ours.state.dual, -problem.loss.gradient(ours.value), atol=2e-3)
 
 
-@pytest.mark.parametrize("penalty", [so.TopK(150), so.RowTopK(13), so.NM(2, 4), so.BlockTopK(17, (4, 3))], ids=repr)
+PATTERNS = [so.TopK(150), so.RowTopK(13), so.NM(2, 4), so.BlockTopK(17, (4, 3))]
+
+
+@pytest.mark.parametrize("penalty", often(PATTERNS, PATTERNS[0], PATTERNS[2]), ids=repr)
 def test_every_answer_lies_in_the_sparse_set_and_has_its_exact_count(rng, penalty):
     problem = so.Problem(make_problem(rng).loss, penalty)
     center = problem.loss.center

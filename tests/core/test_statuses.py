@@ -1,6 +1,7 @@
 """No solver accepts a NaN, results are reproducible, and float32 and float64 agree."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from sparseopt.core.types import precision
 from sparseopt.trend.job import Job
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.methods import METHODS
+from tests.tiers import often
 
 N = 12
 
@@ -104,6 +106,8 @@ SOLVERS = {
     "fast admm": lambda kind: on_chain("fast_admm", 1, kind),
     "loss admm": outliers,
 }
+# They run the code of others but for one branch.
+ONCE_MORE = ("maiht, always", "quadratic admm, unwatched", "fast admm")
 # Functions that call `solve` more than once.
 OTHERS = {
     "rising": lambda kind, penalty: solve_rising(
@@ -206,13 +210,18 @@ NARROW = [name for name in SOLVERS if name not in ("maiht, always", "quadratic a
 
 @pytest.fixture(scope="module")
 def runs():
-    """Every solver once, the mixed one in float64, which it needs."""
-    return {name: run(name, np.float64 if name == "mixed" else np.float32) for name in [*SOLVERS, *OTHERS]}
+    """A solver's run, each made once; the mixed one in float64, which it needs."""
+    return functools.cache(lambda name: run(name, np.float64 if name == "mixed" else np.float32))
 
 
 # The others differ from these in what a NaN does not meet: another monitor, a watch, the penalty.
 @pytest.mark.parametrize(
-    "name", [name for name in SOLVERS if name not in ("maiht, always", "quadratic admm", "fast admm")]
+    "name",
+    often(
+        [name for name in SOLVERS if name not in ("maiht, always", "quadratic admm", "fast admm")],
+        *[name for name in SOLVERS if name not in (*ONCE_MORE, "splice", "split admm", "quadratic admm")],
+        "quadratic admm, unwatched",
+    ),
 )
 def test_a_loss_that_turns_nan_in_the_seventh_step_is_named(name):
     problem, solver, start = SOLVERS[name](np.float32)
@@ -235,7 +244,7 @@ def test_a_penalty_that_turns_nan_in_the_seventh_step_is_named(name):
 @pytest.mark.parametrize("name", ["maiht", "proximal gradient"])
 def test_a_prox_that_returns_nan_on_the_way_is_named(runs, name):
     problem, solver, start = SOLVERS[name](np.float32)
-    whole = runs[name].check()
+    whole = runs(name).check()
     bound = 0.9 * float(jnp.max(jnp.abs(whole.value)))
     found = so.solve(so.Problem(problem.loss, Fragile(0.1, bound)), solver, start, tol=1e-6, max_steps=2000)
     assert status(found) is so.Status.NONFINITE
@@ -250,7 +259,7 @@ def test_a_nan_in_one_of_several_solves_is_named():
 
 
 def test_a_lane_that_turns_nan_leaves_the_others_alone(runs):
-    problem, whole = dense(None, np.float32), runs["maiht"]
+    problem, whole = dense(None, np.float32), runs("maiht")
     bounds = jnp.asarray([np.inf, 0.9 * float(jnp.max(jnp.abs(whole.value)))])
     found = jax.vmap(
         lambda bound: so.solve(
@@ -268,20 +277,22 @@ def assert_alike(one, other):
     assert all(jax.tree.leaves(alike))
 
 
-@pytest.mark.parametrize("name", [*SOLVERS, *OTHERS])
+@pytest.mark.parametrize(
+    "name", often([*SOLVERS, *OTHERS], *(name for name in [*SOLVERS, *OTHERS] if name not in ONCE_MORE))
+)
 def test_two_runs_agree_to_the_last_bit(runs, name):
-    assert_alike(runs[name], run(name, np.float64 if name == "mixed" else np.float32))
+    assert_alike(runs(name), run(name, np.float64 if name == "mixed" else np.float32))
     cut = name in ("rising", "quadratic admm, unwatched")  # a fixed number of steps
-    assert status(runs[name]) is (so.Status.MAX_STEPS if cut else so.Status.CONVERGED)
+    assert status(runs(name)) is (so.Status.MAX_STEPS if cut else so.Status.CONVERGED)
 
 
 def test_runs_of_two_compilations_agree_to_the_last_bit(runs, compiled_afresh):
-    assert_alike(runs["maiht"], compiled_afresh(run, "maiht"))
+    assert_alike(runs("maiht"), compiled_afresh(run, "maiht"))
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", often(NARROW, "maiht", "accelerated", "admm", "quadratic admm", "splice"))
 def test_float32_and_float64_agree(runs, name):
-    short, wide = runs[name], run(name, np.float64)
+    short, wide = runs(name), run(name, np.float64)
     assert short.value.dtype == np.float32
     assert wide.value.dtype == np.float64
     np.testing.assert_allclose(short.value, wide.value, atol=1e-4 * np.abs(wide.value).max())

@@ -13,6 +13,7 @@ from sparseopt.experiments.task import FinishedRun, Task
 from sparseopt.experiments.task_denoise import Denoise
 from sparseopt.experiments.task_graph import GraphSignal, count_levels
 from sparseopt.trend.graph import Graph
+from tests.tiers import often
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = {"name": "camera", "size": 16}
@@ -38,6 +39,7 @@ def test_denoise_recovers_a_picture_in_the_precision_asked_for(tmp_path: Path) -
     assert np.shape(Denoise.draw([run])["pictures"]) == (1, 3)
 
 
+@pytest.mark.thorough
 def test_graph_signal_recovers_levels_and_hidden_rates(tmp_path: Path) -> None:
     roads = GraphSignal.model_validate(
         {
@@ -70,6 +72,7 @@ def test_graph_signal_recovers_levels_and_hidden_rates(tmp_path: Path) -> None:
         assert all(axis.get_title() for axis in axes)
 
 
+@pytest.mark.thorough
 def test_a_volume_is_denoised_in_three_dimensions_and_its_slice_drawn(tmp_path: Path) -> None:
     given = {
         "name": "tiny", "task": "denoise", "picture": {"name": "brain", "crop": [80, 80, 70, 12, 10, 4]},
@@ -137,6 +140,7 @@ SMALL = {
     "minnesota": ["tol=1e-3", "sweep.list=[{signal: waves, order: 0}]"],
     "street-counts": ["tol=1e-3", "choose=bic", "levels=3", "sweep.list=[{order: 0}]"],
 }  # fmt: skip
+ONE_OF_EACH_KIND = ["doge-table1-order1", "doge-groupings", "denoise-medical", "denoise-volume", "minnesota"]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -150,7 +154,7 @@ def test_shipped_configs_can_run(name: str) -> None:
         assert (run.task.estimate().seconds or 0) > 0
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", often(SMALL, *ONE_OF_EACH_KIND))
 def test_shipped_configs_run_to_a_report_when_cut_down(name: str, tmp_path: Path) -> None:
     planned = plan(load_config(CONFIGS / f"{name}.yaml", SMALL[name]), tmp_path / "runs")
     check_all(planned, again=False)

@@ -27,6 +27,7 @@ from sparseopt.models import (
 )
 from sparseopt.models.attention import QUERY_CHUNK, causal_attention, rotate
 from sparseopt.models.rope import Llama3
+from tests.jitted import run
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.oracle.make_golden import CASES
 
@@ -42,12 +43,6 @@ SMALL = DecoderConfig(
     kinds=(BlockKind(Rope(10000.0)),) * 3,
     tied=False,
 )
-
-
-@jax.jit
-def run(module: nnx.Module, x: jax.Array) -> jax.Array:
-    """A module as one program; operation by operation it would be a hundred."""
-    return module(x)
 
 
 def write_golden(file: Path, folder: Path) -> dict[str, np.ndarray]:

@@ -8,6 +8,8 @@ from flax import nnx
 
 from sparseopt.models import Block, BlockKind, DecoderConfig, ExpertsConfig, Routed
 from sparseopt.models.experts import MixtureOfExperts, route, stacked_name, unstacked_names
+from tests.jitted import run
+from tests.tiers import often
 
 EXPERTS = ExpertsConfig(count=5, chosen=2, intermediate_size=6, normalise=True)
 CONFIG = DecoderConfig(
@@ -53,18 +55,18 @@ def plain_mixture(module: MixtureOfExperts, x: np.ndarray, normalise: bool = Tru
     return np.reshape(answers, x.shape)
 
 
-@pytest.mark.parametrize("time", [1, 3, 40, 300])
+@pytest.mark.parametrize("time", often([1, 3, 40, 300], 3, 300))
 @pytest.mark.parametrize("normalise", [True, False])
 def test_the_mixture_equals_the_plain_formula(mixture, rng, time, normalise):
     mixture.settings = ExpertsConfig(**(vars(EXPERTS) | {"normalise": normalise}))
     x = rng.normal(size=(2, time, 8)).astype(np.float32)
-    np.testing.assert_allclose(mixture(jnp.asarray(x)), plain_mixture(mixture, x, normalise), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(mixture, x), plain_mixture(mixture, x, normalise), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 400])
 def test_every_choice_has_one_row_in_a_tile_of_its_expert(rng, tokens):
     logits = jnp.asarray(rng.normal(size=(tokens, 5)) + np.array([4, 0, 0, 0, -9]), jnp.float32)
-    routing = route(logits, EXPERTS)
+    routing = jax.jit(route, static_argnums=1)(logits, EXPERTS)
     found = {
         (int(token), int(expert))
         for row, expert in zip(np.asarray(routing.token), np.asarray(routing.expert), strict=True)
@@ -117,7 +119,7 @@ def test_a_gradient_passes_through_the_mixture(mixture, rng):
     def loss(state, x):
         return jnp.sum(nnx.merge(graph, state)(x) ** 2)
 
-    gradient = jax.grad(loss)(state, x)
+    gradient, loss = jax.jit(jax.grad(loss))(state, x), jax.jit(loss)
     direction = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), state)
     step = 1e-3
     moved = [jax.tree.map(lambda p, d, s=s: p + s * d, state, direction) for s in (step, -step)]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import Decoder, generate, load_decoder
+from tests.jitted import run
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
 
@@ -21,7 +22,7 @@ PROMPT = np.array([5, 9, 30])
 def test_greedy_tokens_are_the_likeliest_of_the_whole_text_so_far(decoder: Decoder) -> None:
     new = generate(decoder, PROMPT, 6)
     # Attention is causal, so that one pass over the whole text gives the choice at each of its tokens.
-    choices = np.argmax(decoder(np.concatenate([PROMPT, new])[None])[0], axis=-1)
+    choices = np.argmax(run(decoder, np.concatenate([PROMPT, new])[None])[0], axis=-1)
     np.testing.assert_array_equal(new, choices[len(PROMPT) - 1 : -1])
     assert new.shape == (6,)
     assert new.dtype == np.int32

@@ -12,6 +12,7 @@ from sparseopt.models import ModelError, load_decoder, open_model, open_source
 from sparseopt.models.gguf_architectures import llama3_scaling, unpair_heads
 from sparseopt.models.gguf_file import read_header
 from sparseopt.models.rope import Llama3, plain_frequencies
+from tests.jitted import run
 from tests.models.tiny import pair_heads, random_tensors, tiny_config, write_folder, write_gguf
 
 Kind = gguf.GGMLQuantizationType
@@ -55,7 +56,7 @@ def test_a_gguf_file_is_the_model_of_its_folder(tmp_path: Path, rng: np.random.G
     made = open_source(file).config
     assert {key: made[key] for key in config} == config
     tokens = rng.integers(0, 49, (2, 9))
-    np.testing.assert_array_equal(load_decoder(file)(tokens), load_decoder(folder)(tokens))
+    np.testing.assert_array_equal(*(run(load_decoder(path), tokens) for path in (file, folder)))
 
 
 def test_row_order_is_undone(rng: np.random.Generator) -> None:

@@ -35,6 +35,7 @@ from sparseopt.models.packed import (
     unpack_array,
 )
 from sparseopt.models.safetensors_file import read_metadata, write_tensors
+from tests.jitted import run
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
 DTYPES = [np.dtype(d) for d in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.uint8)]
@@ -292,7 +293,7 @@ def test_pack_and_unpack_give_the_files_back(tmp_path: Path, half: Path) -> None
 def test_a_packed_model_computes_the_same(tmp_path: Path, half: Path, rng: np.random.Generator) -> None:
     pack_folder(half, tmp_path / "packed")
     tokens = rng.integers(0, 30, (2, 12)).astype(np.int32)
-    dense, packed = (np.asarray(load_decoder(folder)(tokens)) for folder in (half, tmp_path / "packed"))
+    dense, packed = (np.asarray(run(load_decoder(folder), tokens)) for folder in (half, tmp_path / "packed"))
     assert dense.tobytes() == packed.tobytes()
 
 

@@ -17,6 +17,7 @@ from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.plan import CalibrationWindows
 from sparseopt.pruning.reports import RemovalRecord
 from sparseopt.pruning.texts import begin_windows
+from tests.jitted import run
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.whole_models import predicted, without
 
@@ -125,7 +126,7 @@ def test_lazy_removal_measures_a_part_of_the_candidates_and_finds_the_same_block
 def test_the_cosine_score_is_that_of_each_blocks_input_and_output(model, windows):
     x, scores = model.embedding()(jnp.asarray(windows.calibration)), []
     for index in range(BLOCKS):
-        y = model.block(index)(x)
+        y = run(model.block(index), x)
         one, other = np.asarray(x, np.float64), np.asarray(y, np.float64)
         sizes = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
         scores.append(np.mean(1 - np.sum(one * other, axis=-1) / sizes))

@@ -27,6 +27,7 @@ from sparseopt.system.run_folder import RECORDS
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import error_of, make_layer
 from tests.pruning.test_resumption import Broken, breaking_at, model_bytes
+from tests.tiers import often
 
 # What XLA says on a device, and what Python says on the host.
 FAILURES = {
@@ -75,9 +76,12 @@ def make_job(layer, pattern, sparsity=0.6, output_weights=None):
     return LayerJob(weight, gram, test_gram, parse_pattern(pattern, sparsity, weight.shape), output_weights)
 
 
+WITHIN = [(Wanda(), 0), (Magnitude(), 0), (SparseGpt(), 0.03), (MaihtPruning(), 0.03), (SHORT_ADMM, 0.03)]
+
+
 @pytest.mark.parametrize(
     ("method", "within"),
-    [(Wanda(), 0), (Magnitude(), 0), (SparseGpt(), 0.03), (MaihtPruning(), 0.03), (SHORT_ADMM, 0.03)],
+    often(WITHIN, *WITHIN[:4]),
     ids=lambda value: type(value).__name__,
 )
 def test_a_count_over_the_layer_stays_exact_and_the_error_nearly_the_same(layer, monkeypatch, method, within):
@@ -99,7 +103,9 @@ def test_a_count_over_the_layer_stays_exact_and_the_error_nearly_the_same(layer,
         np.testing.assert_array_equal(parts.value.weight, whole.value.weight)
 
 
-@pytest.mark.parametrize(("pattern", "method"), [("per-row", SparseGpt()), ("2:4", SHORT_ADMM)])
+@pytest.mark.parametrize(
+    ("pattern", "method"), often([("per-row", SparseGpt()), ("2:4", SHORT_ADMM)], ("per-row", SparseGpt()))
+)
 def test_patterns_that_count_by_output_give_the_same_weights(layer, rng, pattern, method):
     """Also with weights of the outputs, whose mean another block does not have."""
     outputs = np.exp(rng.standard_normal(48)).astype(np.float32)

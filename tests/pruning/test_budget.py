@@ -23,6 +23,7 @@ from sparseopt.system import machine
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 from tests.pruning.test_resumption import Broken, breaking_at, model_bytes
+from tests.tiers import often
 
 RECIPES = {
     "paper": {"preset": "paper", "dtype": "bfloat16"},
@@ -42,7 +43,7 @@ def tight(source, recipe):
     return costs[1].peak_memory_bytes
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", often(RECIPES, "trained", "owl"))
 def test_activations_on_disk_change_no_bit(tmp_path, source, tokens, name, monkeypatch):
     monkeypatch.setattr("sparseopt.pruning.activations.BATCH_TOKENS", 48)
     recipe = Recipe(calibration=tokens, **{"heldout_samples": 2, **RECIPES[name]})

@@ -68,6 +68,7 @@ def test_a_card_carries_the_licence_and_says_what_was_done(pruned, described):
     assert (pruned.output / "LICENSE").read_text() == "terms"
 
 
+@pytest.mark.thorough
 def test_the_card_of_a_model_pruned_further_names_the_same_base(tmp_path, pruned, tokens):
     sparsities = {"re:.*self_attn": 0.7, "down_proj": 0.0}
     recipe = Recipe(method="wanda", sparsity=0.6, sparsities=sparsities, keep_zeros=True, calibration=tokens)

@@ -16,14 +16,13 @@ from sparseopt.pruning.activations import Batches, DiskBatches, Stream
 from sparseopt.pruning.cost import distillation_bytes
 from sparseopt.pruning.distillation import Distillation, distil
 from sparseopt.pruning.training import LEAST_SIZE, TrainingStatus
+from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 WINDOWS, HELDOUT, TIME = 8, 4, 24
 # Whole batches a step: the forward programs of training and judging are then the same.
 QUICK = Distillation(epochs=12, learning_rate=2e-2, windows=4, patience=12)
 STEPS = QUICK.epochs * WINDOWS // QUICK.windows
-# Whole blocks at once: an operation at a time, the same takes seconds.
-run = jax.jit(lambda block, x: block(x))
 
 
 @pytest.fixture(autouse=True)

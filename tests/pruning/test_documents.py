@@ -16,6 +16,7 @@ from sparseopt.pruning import Recipe, TextError, load_text, prune_model, text_wi
 from sparseopt.pruning.documents import is_text, load_documents
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder, write_gguf
 from tests.pruning.test_pipeline import TOKENIZER
+from tests.tiers import often
 
 TEXTS = [f"text {i}, and more of it" for i in range(5)]
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
@@ -197,7 +198,7 @@ def test_options_that_a_text_does_not_have_are_refused():
     ] * 3
 
 
-@pytest.mark.parametrize(("repeats", "windows"), [(30, 32), (10, 20)])
+@pytest.mark.parametrize(("repeats", "windows"), often([(30, 32), (10, 20)], (10, 20)))
 def test_the_default_number_of_windows_follows_the_widest_linear_and_the_text(tmp_path, rng, source, repeats, windows):
     """4 tokens for each of its 64 inputs are 32 windows of 8; of a shorter text all are taken."""
     model = write_folder(source.path, tiny_config(), random_tensors(tiny_config(), rng))

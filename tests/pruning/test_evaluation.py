@@ -1,12 +1,12 @@
 """Perplexity with BOS, in bounded memory, and without compiling twice."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import activations, evaluation, perplexity
+from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 
@@ -23,7 +23,7 @@ def tokens(rng):
 def test_bos_stands_in_front_of_every_window_and_is_no_context_that_counts(folder, tokens):
     bos = 1
     begun = np.concatenate([np.full((5, 1), bos), tokens[:, :-1]], axis=1)
-    logits = np.asarray(load_decoder(folder)(jnp.asarray(begun)), np.float64)
+    logits = np.asarray(run(load_decoder(folder), begun), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     counted = np.take_along_axis(log_p[:, 1:-1], begun[:, 2:, None], axis=2)
     assert counted.shape == (5, 28, 1)  # of 30 places BOS and the token after it are not counted

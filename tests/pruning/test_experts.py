@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner, tapped
 from sparseopt.pruning.inspection import inspect_model
 from sparseopt.shell.show_pruning import run_lines
+from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+from tests.tiers import often
 
 EXPERTS = 4
 
@@ -44,7 +47,8 @@ def tokens(rng):
 def mixture_inputs(model, x):
     """What the mixture of block 0 reads, `[tokens, in]`, for embedded tokens x."""
     module = model.block(0)
-    normed = np.asarray(module.mlp_norm(x + module.self_attn(module.attention_norm(x))), np.float64)
+    before = jax.jit(lambda module, x: module.mlp_norm(x + module.self_attn(module.attention_norm(x))))
+    normed = np.asarray(before(module, x), np.float64)
     return normed.reshape(-1, normed.shape[-1])
 
 
@@ -56,7 +60,7 @@ def routed_inputs(model, tokens):
     return [normed[(chosen == e).any(axis=1)] for e in range(EXPERTS)]
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "residual"])
+@pytest.mark.parametrize("weighting", often(["uniform", "residual"], "residual"))
 def test_the_gram_of_an_expert_is_that_of_its_tokens(source, tokens, weighting):
     model = open_model(source)
     block = model.block(0)
@@ -70,7 +74,7 @@ def test_the_gram_of_an_expert_is_that_of_its_tokens(source, tokens, weighting):
         np.testing.assert_allclose(found.total, rows.sum(axis=0), rtol=1e-4, atol=1e-3)
     assert sum(int(grams[f"mlp.experts.{e}.hidden"].tokens) for e in range(EXPERTS)) == 2 * tokens.size
     if weighting == "residual":
-        _, stream = tapped(block, model.embedding()(jnp.asarray(tokens)))
+        _, stream = jax.jit(tapped)(block, model.embedding()(jnp.asarray(tokens)))
         masses = sum(float(grams[f"mlp.experts.{e}.hidden"].mass) for e in range(EXPERTS))
         assert masses == pytest.approx(2 * float(jnp.sum(1 / jnp.mean(stream**2, axis=-1))), rel=1e-4)
 
@@ -97,6 +101,7 @@ def test_with_all_tokens_the_grams_of_an_expert_are_those_of_every_token(source,
     assert grams.stacked["mlp.experts.input"].gram.shape == (32, 32)
 
 
+@pytest.mark.thorough
 def test_few_tokens_prune_better_when_every_expert_sees_them_all(tmp_path, source, tokens, rng):
     # About 16 of 32 tokens reach an expert of 32 inputs.
     model, few = open_model(source), tokens[:1]
@@ -120,7 +125,7 @@ def test_few_tokens_prune_better_when_every_expert_sees_them_all(tmp_path, sourc
     assert errors["all"] < 0.95 * errors["routed"]
 
 
-@pytest.mark.parametrize("preset", ["paper", "best"])
+@pytest.mark.parametrize("preset", often(["paper", "best"], "paper"))
 def test_every_expert_is_pruned_exactly_and_runs(tmp_path, source, tokens, preset):
     report = prune_model(source, tmp_path / "out", Recipe(preset=preset, calibration=tokens, min_expert_tokens=1))
     linears = 2 * (4 + 3 * EXPERTS)
@@ -129,8 +134,8 @@ def test_every_expert_is_pruned_exactly_and_runs(tmp_path, source, tokens, prese
     assert len(audits) == linears
     assert all(audit.zeros == audit.size // 2 for audit in audits)
     assert any(audit.layer == "model.layers.1.block_sparse_moe.experts.3.w2" for audit in audits)
-    logits = np.asarray(load_decoder(tmp_path / "out")(tokens[:1]))
-    dense = np.asarray(load_decoder(source)(tokens[:1]))
+    logits = np.asarray(run(load_decoder(tmp_path / "out"), tokens[:1]))
+    dense = np.asarray(run(load_decoder(source), tokens[:1]))
     assert np.isfinite(logits).all()
     assert 0 < np.mean((logits - dense) ** 2) < np.mean(dense**2)
     assert not report.starved_experts
@@ -178,14 +183,17 @@ def test_an_expert_without_tokens_is_starved_whatever_the_setting(tmp_path, sour
 def test_all_tokens_are_refused_where_no_expert_would_see_them(tmp_path, source, tokens, rng):
     dense = write_folder(tmp_path / "dense", tiny_config(), random_tensors(tiny_config(), rng))
     recipe = Recipe(calibration=tokens, expert_tokens="all")
-    for run in (lambda: prune_model(dense, tmp_path / "out", recipe), lambda: inspect_model(dense, recipe)):
+    for work in (lambda: prune_model(dense, tmp_path / "out", recipe), lambda: inspect_model(dense, recipe)):
         with pytest.raises(ModelError, match=r"'all' is for mixtures .* this llama model is none; leave it out"):
-            run()
+            work()
     with pytest.raises(ValueError, match="removed by what they add to the tokens routed to them"):
         ShrinkRecipe(calibration=tokens, experts=0.5, expert_tokens="all").check()
 
 
-@pytest.mark.parametrize("changes", [{"reconstruct": 2}, {"allocation": "curves"}, {"allocation": "owl"}])
+@pytest.mark.parametrize(
+    "changes",
+    often([{"reconstruct": 2}, {"allocation": "curves"}, {"allocation": "owl"}], {"reconstruct": 2}),
+)
 def test_reconstruction_and_allocation_work_with_experts(tmp_path, source, tokens, changes):
     recipe = Recipe(calibration=tokens, min_expert_tokens=1, heldout_samples=2, sparsity=0.5, **changes)
     report = prune_model(source, tmp_path / "out", recipe)

@@ -18,6 +18,7 @@ from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.run_folder import FolderError
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.layers import error_of, make_layer
+from tests.tiers import often
 
 SHORT_ADMM = AdmmPruning(levels=2, period=3)
 
@@ -45,11 +46,15 @@ def weights_of(folder):
 
 @pytest.mark.parametrize(
     ("method", "pattern"),
-    [
-        ("magnitude", "unstructured"), ("wanda", "unstructured"), ("wanda", "2:4"), ("maiht", "unstructured"),
-        ("sparsegpt", "unstructured"), ("sparsegpt", "per-row"), ("sparsegpt", "2:4"), (SHORT_ADMM, "unstructured"),
-        ("splice", "2:4"), ("admm", "block:2x8"), ("flap", "group:4"),
-    ],
+    often(
+        [
+            ("magnitude", "unstructured"), ("wanda", "unstructured"), ("wanda", "2:4"), ("maiht", "unstructured"),
+            ("sparsegpt", "unstructured"), ("sparsegpt", "per-row"), ("sparsegpt", "2:4"), (SHORT_ADMM, "unstructured"),
+            ("splice", "2:4"), ("admm", "block:2x8"), ("flap", "group:4"),
+        ],
+        ("magnitude", "unstructured"), ("wanda", "2:4"), ("maiht", "unstructured"), ("sparsegpt", "per-row"),
+        (SHORT_ADMM, "unstructured"), ("splice", "2:4"), ("flap", "group:4"),
+    ),
 )  # fmt: skip
 def test_every_method_chooses_within_the_support(layer, method, pattern):
     weight, gram, support = layer
@@ -72,7 +77,7 @@ def test_every_method_chooses_within_the_support(layer, method, pattern):
         assert kept.sum() == pytest.approx(0.75 * support.sum(), rel=0.1)
 
 
-@pytest.mark.parametrize("penalty", [None, so.L1(1.0)], ids=["l0", "l1"])
+@pytest.mark.parametrize("penalty", [None, pytest.param(so.L1(1.0), marks=pytest.mark.thorough)], ids=["l0", "l1"])
 def test_a_support_of_all_weights_changes_nothing_for_maiht(layer, penalty):
     """Also within a support the level is adapted, rather than the pattern projected onto."""
     weight, gram, support = layer
@@ -144,7 +149,7 @@ def test_what_cannot_keep_zeros_is_refused(layer, tmp_path, source, tokens):
 
 def test_a_pruned_model_is_pruned_further(tmp_path, pruned, tokens):
     before = weights_of(pruned)
-    settings = {"method": SHORT_ADMM, "propagate": 0.25, "reconstruct": 1, "keep_zeros": True}
+    settings = {"method": "sparsegpt", "propagate": 0.25, "reconstruct": 1, "keep_zeros": True}
     report = prune_model(pruned, tmp_path / "out", Recipe(sparsity=0.7, calibration=tokens, **settings))
     for key, weight in weights_of(tmp_path / "out").items():
         assert not weight[before[key] == 0].any(), key

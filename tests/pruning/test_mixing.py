@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_curves_are_the_losses_of_whole_models_pruned_alike(tmp_path, model, ten
     calibration, heldout = ids[:-HELD], ids[-HELD:]
     grams, x = {}, model.embedding()(jnp.asarray(calibration))
     for index in BLOCKS:
-        inputs, x = tapped(model.block(index), x)
+        inputs, x = jax.jit(tapped)(model.block(index), x)
         for name, tap in (("self_attn.o_proj", "attention_output"), ("mlp.down_proj", "mlp_hidden")):
             rows = np.asarray(inputs[tap]).reshape(-1, inputs[tap].shape[-1])
             grams[f"model.layers.{index}.{name}.weight"] = rows.T @ rows

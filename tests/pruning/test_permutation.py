@@ -12,6 +12,7 @@ from sparseopt.models import block_moves, load_decoder, open_model
 from sparseopt.pruning import Recipe, prune_model, prune_models
 from sparseopt.pruning.permutation import best_order, block_orders
 from sparseopt.pruning.pipeline import Stopped
+from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 TWO_OF_FOUR = NM(2, 4)
@@ -92,11 +93,12 @@ def test_a_pruned_model_in_the_right_order_computes_the_dense_function(tmp_path,
     assert max(layer.relative_error for layer in ordered.layers) < 1e-10
     lossy = {layer.layer.rpartition(".")[2] for layer in plain.layers if layer.relative_error > 0.01}
     assert lossy == {"o_proj", "down_proj"}
-    dense, pruned, unordered = (np.asarray(load_decoder(folder)(tokens)) for folder in (planted, *outputs))
+    dense, pruned, unordered = (np.asarray(run(load_decoder(folder), tokens)) for folder in (planted, *outputs))
     np.testing.assert_allclose(pruned, dense, rtol=1e-5, atol=1e-5)
     assert np.abs(unordered - dense).max() > 0.01
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_moves_the_same_channels(tmp_path, planted, rng):
     tokens = rng.integers(0, len(VOCAB), (6, 32)).astype(np.int32)
     recipe = Recipe(pattern="2:4", calibration=tokens, permute=True, dtype="bfloat16", propagate=0.5)

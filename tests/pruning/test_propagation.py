@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from sparseopt.models import load_decoder, open_model
 from sparseopt.pruning import Recipe, prune_model
 from sparseopt.pruning.calibration import gather_grams, tapped
 from sparseopt.pruning.propagation import drifted_target
+from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 
@@ -24,8 +26,7 @@ def test_the_drift_is_that_of_the_two_streams(source, rng):
     dense = model.embedding()(jnp.asarray(rng.integers(0, len(VOCAB), (3, 10))))
     pruned = dense + 0.3 * jnp.asarray(rng.standard_normal(dense.shape), jnp.float32)
     found = gather_grams(block, pruned, "uniform", dense)
-    ours, _ = tapped(block, pruned)
-    theirs, _ = tapped(block, dense)
+    (ours, _), (theirs, _) = (jax.jit(tapped)(block, stream) for stream in (pruned, dense))
     for name, grams in found.items():
         x, y = (np.asarray(part[name], np.float64).reshape(30, -1) for part in (ours, theirs))
         assert grams.tokens == 30
@@ -81,9 +82,9 @@ def test_the_pruned_stream_comes_nearer_to_the_dense_one(tmp_path, source, rng):
         streams = []
         for path in (source, folder):
             decoder = load_decoder(path)
-            x = decoder.embed_tokens(phrases)
+            x = run(decoder.embed_tokens, phrases)
             for block in decoder.layers:
-                x = block(x)
+                x = run(block, x)
             streams.append(np.asarray(x, np.float64))
         distance[propagate] = np.linalg.norm(streams[1] - streams[0]) / np.linalg.norm(streams[0])
     assert distance[0.5] < 0.98 * distance[0.0]

@@ -14,11 +14,10 @@ from sparseopt.models.attention import QUERY_CHUNK
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.reconstruction import Reconstruction, channel_weights, reconstruct_block, stream_loss
 from sparseopt.pruning.training import TrainingStatus
+from tests.jitted import run
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 
 WINDOWS, HELDOUT, TIME = 12, 4, 24
-# Whole blocks at once: an operation at a time, the same takes seconds.
-run = jax.jit(lambda block, x: block(x))
 QUICK = Reconstruction(epochs=6, learning_rate=3e-2, patience=6)
 
 

@@ -21,6 +21,7 @@ from sparseopt.shell.prune import RESUMABLE, stop_asked
 from sparseopt.system.files import temporary_of
 from sparseopt.system.run_folder import LOCK, RECORDS, RUN, FolderError, write_start
 from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.tiers import often
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def model_bytes(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in accounts}
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("name", often(RECIPES, "packed", "trained"))
 def test_a_run_interrupted_anywhere_gives_the_same_bytes(tmp_path, source, tokens, name):
     recipe = Recipe(calibration=tokens, heldout_samples=2, **RECIPES[name])
     whole = prune_model(source, tmp_path / "whole", recipe)

@@ -14,6 +14,7 @@ from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.survey import FLOOR, POWER, backward_sweep, output_weights
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import GROUP_METHODS, error_of, make_layer
+from tests.tiers import often
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_it_is_the_mean_squared_gradient_of_the_whole_models_loss(source, tokens
             logs = jax.nn.log_softmax(decoder.head(x)[:, :-1])
             return -jnp.sum(jnp.take_along_axis(logs, tokens[:, 1:, None], axis=-1)[:, skipped:])
 
-        gradient = jax.grad(loss)(jnp.zeros((*tokens.shape, width)))
+        gradient = jax.jit(jax.grad(loss))(jnp.zeros((*tokens.shape, width)))
         expected = np.mean(np.asarray(gradient, np.float64) ** 2, axis=(0, 1))
         np.testing.assert_allclose(found[f"model.layers.{index}.{name}.weight"], expected, rtol=1e-3)
 
@@ -81,18 +82,19 @@ def test_weights_are_above_zero_and_even_where_the_loss_does_not_look(tmp_path, 
     np.testing.assert_allclose(weights, np.array([4 * FLOOR, 1, 4, 11]) ** POWER, rtol=1e-6)
 
 
-def test_a_weighted_output_keeps_more_weights_and_errs_less(rng):
+@pytest.mark.parametrize("method", often(["maiht", "admm_splice"], "maiht"))
+def test_a_weighted_output_keeps_more_weights_and_errs_less(rng, method):
     weight, gram, _ = make_layer(rng)
     weights = np.ones(len(weight), np.float32)
     weights[:8] = 100
-    plain = prune_layer(weight, gram, 0.5, method="admm_splice").weight
-    weighted = prune_layer(weight, gram, 0.5, method="admm_splice", output_weights=weights).weight
+    plain = prune_layer(weight, gram, 0.5, method=method).weight
+    weighted = prune_layer(weight, gram, 0.5, method=method, output_weights=weights).weight
     assert np.count_nonzero(weighted) == np.count_nonzero(plain) == weight.size // 2
     assert np.count_nonzero(weighted[:8]) > 1.3 * np.count_nonzero(plain[:8])
     assert error_of(weighted[:8], weight[:8], gram) < 0.5 * error_of(plain[:8], weight[:8], gram)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", often(METHODS, "maiht", "wanda", "sparsegpt"))
 def test_only_the_ratios_of_the_weights_matter(rng, method):
     """Powers of two, so that not even a rounding differs."""
     weight, gram, _ = make_layer(rng, outputs=16, inputs=32)
@@ -130,14 +132,14 @@ def test_weights_that_cannot_be_are_refused(rng, weights, message):
 def test_best_weighs_outputs_on_whole_models_and_the_others_when_asked(tmp_path, source, tokens):
     assert Recipe(method="best").output_weighting() == "gradient"
     assert {Recipe(method=name).output_weighting() for name in METHODS.keys() - {"best"}} == {"uniform"}
-    recipe = Recipe(calibration=tokens, heldout_samples=0, method="admm", output_weights="gradient")
+    recipe = Recipe(calibration=tokens, heldout_samples=0, method="sparsegpt", output_weights="gradient")
     prune_model(source, tmp_path / "weighted", recipe)
     model = open_model(source)
     x = model.embedding()(jnp.asarray(tokens))
     gram = BlockRunner().grams(model.block(0), make_batches(x))["attention_input"].gram
     key = "model.layers.0.self_attn.q_proj.weight"
     weights = output_weights(measured(source, tokens)[key])
-    expected = prune_layer(model.source.read(key), gram, 0.5, method="admm", output_weights=weights).weight
+    expected = prune_layer(model.source.read(key), gram, 0.5, method="sparsegpt", output_weights=weights).weight
     stored = open_model(tmp_path / "weighted").source.read(key)
     np.testing.assert_array_equal(stored != 0, expected != 0)
     np.testing.assert_allclose(stored, expected, rtol=1e-4, atol=1e-5)

@@ -34,6 +34,7 @@ from tests.models.test_shrunk import FOLDER
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_experts import EXPERTS, routed_inputs
 from tests.pruning.test_resumption import Broken, breaking_at, model_bytes
+from tests.tiers import often
 
 # Of the tiny model: 48 of 64 channels, 1 of 2 key-value groups, 2 of 3 blocks.
 CHANNELS, HEADS, LAYERS = 0.75, 0.5, 0.67
@@ -74,7 +75,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", often(FAMILIES, "gpt2"))
 def test_a_folder_of_the_sizes_asked_for_is_written_and_runs(tmp_path, tokens, name):
     shares, wanted = FAMILIES[name]
     write_golden(FOLDER / f"{name}.npz", tmp_path / "source")

@@ -17,6 +17,7 @@ from sparseopt.system.run_folder import FolderError
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_inspection import MIXTRAL
 from tests.pruning.test_pipeline import TOKENIZER
+from tests.tiers import often
 
 PARTS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
 NAMES = [f"model.layers.{index}.{part}" for index in range(11) for part in PARTS]
@@ -145,6 +146,7 @@ def test_linears_left_out_keep_every_byte_through_all_training(tmp_path, biased,
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["total_sparsity"] == report.total_sparsity
 
 
+@pytest.mark.thorough
 def test_single_experts_can_be_left_out_of_pruning_and_training(tmp_path, tokens):
     config = tiny_config(**MIXTRAL | {"num_hidden_layers": 1})
     source = write_folder(tmp_path / "source", config, random_tensors(config, np.random.default_rng(4)))
@@ -157,7 +159,7 @@ def test_single_experts_can_be_left_out_of_pruning_and_training(tmp_path, tokens
     assert sum("experts" in key for key in changed) == 3 * 3
 
 
-@pytest.mark.parametrize("allocation", ["owl", "curves"])
+@pytest.mark.parametrize("allocation", often(["owl", "curves"], "owl"))
 def test_an_allocation_is_over_the_linears_that_are_pruned(tmp_path, source, tokens, allocation):
     recipe = Recipe(method="wanda", calibration=tokens, allocation=allocation, ignore=["re:.*layers.1", "down_proj"])
     report = prune_model(source, tmp_path / "out", recipe)
@@ -176,6 +178,7 @@ def test_a_pattern_holds_in_the_linears_that_have_it(tmp_path, source, tokens):
     }
 
 
+@pytest.mark.thorough
 def test_a_block_without_pruned_linears_needs_no_grams(tmp_path, source, tokens, monkeypatch):
     seen, grams = [], BlockRunner.grams
     monkeypatch.setattr(BlockRunner, "grams", lambda *arguments: seen.append(1) or grams(*arguments))
@@ -189,6 +192,7 @@ def test_a_block_without_pruned_linears_needs_no_grams(tmp_path, source, tokens,
     assert len(seen) == 2
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_resumes_and_other_targets_are_another_run(tmp_path, biased, tokens):
     recipe = Recipe(
         method="wanda", calibration=tokens, dtype="bfloat16", reconstruct=1, ignore=["re:.*layers.0", "v_proj"]

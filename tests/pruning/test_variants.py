@@ -103,6 +103,7 @@ def test_only_best_has_variants_unasked_and_its_epochs_stay_as_long():
     assert replace(best, reconstruct=Reconstruction(epoch_windows=7)).reconstruction.epoch_windows == 7
 
 
+@pytest.mark.thorough
 def test_a_model_is_pruned_and_trained_with_variants(tmp_path, source, windows):
     ids = np.concatenate(windows[:2])
     recipe = Recipe(method="wanda", calibration=ids, heldout_samples=1, variants=2, reconstruct=2)

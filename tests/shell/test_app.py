@@ -108,12 +108,12 @@ def test_a_bos_that_the_tokenizer_lacks_is_refused_before_any_work(tmp_path, sou
 
 def test_several_sparsities_with_all_that_surrounds_a_method(tmp_path, source, command):
     status, out, _ = command(
-        "prune", source, "--output", tmp_path / "out", "--sparsity", "0.4,0.6", "--method", "best",
+        "prune", source, "--output", tmp_path / "out", "--sparsity", "0.4,0.6", "--method", "sparsegpt",
         "--allocation", "curves", "--bounds", "0.3,0.8", "--propagate", 0.2, "--reconstruct", 1,
         "--calibration", f"file:{tmp_path / 'text.txt'}", "--samples", 6, "--seqlen", 32, "--heldout-samples", 2,
     )  # fmt: skip
     assert status == 0
-    assert "best 40%, 60%: survey, pass 7/7" in out
+    assert "sparsegpt 40%, 60%: survey, pass 7/7" in out
     assert "layer 42/42" in out
     assert out.count("reconstruction") == out.count("survey of the dense model") == 2
     for share, zeros in (("0.4", 11_059), ("0.6", 16_589)):

@@ -12,6 +12,7 @@ from sparseopt.models.safetensors_file import write_tensors
 from sparseopt.pruning import audit_sparsity
 from tests.models.tiny import random_tensors, tiny_config
 from tests.pruning.test_pipeline import TOKENIZER
+from tests.tiers import often
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then the dog tells the fox all about it.\n" * 60
 
@@ -54,7 +55,7 @@ def linear_bytes(folder):
     return sum(t.bitmask.shape[0] + 2 * t.values.shape[0] for t in tensors.values() if isinstance(t, PackedTensor))
 
 
-@pytest.mark.parametrize("method", ["maiht", "admm", "wanda"])
+@pytest.mark.parametrize("method", often(["maiht", "admm", "wanda"], "wanda"))
 def test_prune_packed_then_eval_then_unpack(tmp_path, prune, command, method):
     assert "bytes packed" not in prune("dense", "--method", method)
     out = prune("packed", "--method", method, "--pack")
@@ -91,6 +92,7 @@ def test_pack_makes_of_a_dense_folder_what_prune_writes(tmp_path, prune, command
     assert model_files(tmp_path / "repacked") == model_files(tmp_path / "packed")
 
 
+@pytest.mark.thorough
 def test_a_packed_model_is_pruned_again(tmp_path, prune, command):
     prune("half", "--method", "magnitude", "--pack")
     status, _, err = command(

@@ -73,6 +73,7 @@ def test_without_fewer_channels_or_heads_the_blocks_are_counted_and_there_is_no_
     assert f"wrote {tmp_path / 'out'}" in out
 
 
+@pytest.mark.thorough
 def test_several_shares_share_a_pass_and_get_folders_of_what_varies(tmp_path, call):
     few = ["--multiple", 16, "--method", "wanda"]
     status, out, err = call("--channels", "0.75,0.5", "--layers", "1,0.67", "--heads", 0.5, *few)

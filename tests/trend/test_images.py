@@ -3,6 +3,7 @@ import pytest
 
 import sparseopt as so
 from sparseopt.trend.images import before_and_after, denoise, psnr
+from tests.tiers import often
 
 
 def picture(kind, channels=()):
@@ -58,7 +59,7 @@ def test_the_answer_is_that_of_the_trend_filter():
     np.testing.assert_array_equal(denoise(noisy, 9.0, 1).image, direct.value)
 
 
-@pytest.mark.parametrize("options", [{}, {"isotropic": True}, {"order": 1}])
+@pytest.mark.parametrize("options", often([{}, {"isotropic": True}, {"order": 1}], {}))
 def test_the_chosen_weight_is_nearly_the_best(options):
     rng = np.random.default_rng(1)
     rows, columns = np.indices((48, 48)) - 24
@@ -86,6 +87,7 @@ def test_pixels_that_are_not_known_are_filled_in():
     assert np.abs(masked.image - clean)[~known].mean() < 3
 
 
+@pytest.mark.thorough
 def test_a_volume_has_spacing_and_channels():
     rng = np.random.default_rng(1)
     clean = 60.0 + 100 * (np.indices((6, 10, 9)).sum(axis=0) > 12)

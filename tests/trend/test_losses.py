@@ -116,7 +116,7 @@ CASES = [
     ("absolute", GRAPHS["random"], 1, "doge", 2),
     ("quantile", GRAPHS["chain"], 0, "admm", None),
 ]
-QUICK = [CASES[i] for i in (0, 2, 4, 5, 7, 8)]
+QUICK = [CASES[i] for i in (0, 2, 4, 6, 8)]
 
 
 @pytest.mark.parametrize(("name", "kind", "order", "method", "block"), often(CASES, *QUICK))
@@ -205,7 +205,7 @@ ON_GRID = [
 ]
 
 
-@pytest.mark.parametrize(("name", "order", "method"), ON_GRID)
+@pytest.mark.parametrize(("name", "order", "method"), often(ON_GRID, ON_GRID[0], ON_GRID[2]))
 def test_missing_nodes_have_no_say(rng, name, order, method):
     graph, weight = so.Graph.grid((4, 5)), WEIGHTS[name]
     y, w = observations(rng, name, 20), rng.uniform(0.5, 2, 20)
@@ -288,6 +288,7 @@ def test_a_part_of_one_label_is_fitted_at_margin_1_and_has_no_say(rng):
     np.testing.assert_array_equal(grid.value[:, 0], 1)
 
 
+@pytest.mark.thorough
 def test_relabelling_the_nodes_relabels_the_answer(rng):
     ring = np.arange(20)
     edges = np.concatenate([np.stack([ring, (ring + reach) % 20], axis=1) for reach in (1, 3)])
@@ -300,6 +301,7 @@ def test_relabelling_the_nodes_relabels_the_answer(rng):
     np.testing.assert_allclose(second[place], first, atol=1e-3)
 
 
+@pytest.mark.thorough
 def test_channels_are_solved_together_and_apart(rng):
     graph = so.Graph.grid((4, 5))
     y = np.stack([observations(rng, "poisson", 20) for _ in range(3)], axis=1)
@@ -338,6 +340,7 @@ def test_nonconvex_penalties_end_at_a_stationary_point_without_a_certificate(rng
     assert np.all(abs(flow) <= WEIGHTS[name] + 1e-3)
 
 
+@pytest.mark.thorough
 def test_a_warm_start_is_quicker_and_the_history_shows_every_check(rng):
     graph, y = so.Graph.grid((8, 8)), rng.poisson(3.0, 64)
 

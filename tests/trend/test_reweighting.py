@@ -9,6 +9,7 @@ import pytest
 
 import sparseopt as so
 from sparseopt.trend.reweighting import reweighted_trend_filter
+from tests.tiers import often
 from tests.trend.problems import random_graph
 
 LEVELS = np.repeat([0.0, 6.0, 2.0, 9.0], 15)
@@ -36,7 +37,7 @@ def objective(b, y, graph, penalty, order):
 
 
 @pytest.mark.parametrize("penalty", [so.MCP(1.5, 4.0), so.SCAD(1.5), Log(2.0, 1.0)], ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", often([0, 1], 1))
 def test_the_objective_falls_to_a_fixed_point(rng, penalty, order):
     graph = random_graph(rng, n=30, extra=10)
     y = 3 * rng.standard_normal(30)
@@ -53,6 +54,7 @@ def test_the_objective_falls_to_a_fixed_point(rng, penalty, order):
     np.testing.assert_allclose(same.value, found.value, atol=2e-2)
 
 
+@pytest.mark.thorough
 def test_steps_keep_their_size(rng):
     y = LEVELS + 0.2 * rng.standard_normal(60)
     flat = so.trend_filter(y, CHAIN, so.L1(4.0)).check().value

@@ -259,6 +259,7 @@ def test_deviances_of_counts_are_chosen_by_their_own_dispersion():
     assert np.mean(np.abs(best.value - CLEAN / 2)) < 0.4 < np.mean(np.abs(path.values[0] - CLEAN / 2))
 
 
+@pytest.mark.thorough
 def test_held_out_counts_are_judged_by_their_deviance():
     chosen = cross_validate(COUNTS, CHAIN, num=4, folds=2, loss="poisson")
     held = chosen.folds == 1

@@ -16,6 +16,7 @@ from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.types import precision
 from sparseopt.trend import plan as plan_module
 from sparseopt.trend.methods import AUTO, METHODS
+from tests.tiers import often
 from tests.trend.problems import random_graph
 
 DOUBLE = np.dtype(np.float64)
@@ -25,17 +26,13 @@ GRAPHS = {
     "grid": so.Graph.grid((4, 6)),
     "graph": random_graph(np.random.default_rng(5), n=N, extra=6),
 }
-CASES = [("chain", 0), ("graph", 1), ("grid", 2)]
-OTHERS = [(name, order) for order in (0, 1, 2) for name in GRAPHS if (name, order) not in CASES]
 
 
 def signal(rng):
     return np.repeat(rng.normal(size=6), 4) * 3 + 0.3 * rng.normal(size=N)
 
 
-@pytest.mark.parametrize(
-    ("name", "order"), [*CASES, *(pytest.param(*case, marks=pytest.mark.thorough) for case in OTHERS)]
-)
+@pytest.mark.parametrize(("name", "order"), often(itertools.product(GRAPHS, (0, 1, 2)), ("chain", 0), ("graph", 1)))
 def test_derivatives_are_those_of_central_differences(rng, name, order):
     graph = GRAPHS[name]
     rows = graph.num_nodes if order % 2 else graph.num_edges
@@ -70,7 +67,7 @@ def test_the_jacobian_in_y_is_the_mean_of_every_piece_at_order_0(rng):
         np.testing.assert_allclose(jax.jit(jax.jacrev(fit))(y), same / same.sum(axis=1), atol=1e-9)
 
 
-@pytest.mark.parametrize(("name", "order"), [("chain", 0), ("grid", 1)])
+@pytest.mark.parametrize(("name", "order"), often([("chain", 0), ("grid", 1)], ("grid", 1)))
 def test_vmap_over_signals_weights_and_node_weights_is_as_many_calls(rng, name, order):
     with precision(DOUBLE):
         solver = so.trend_solver(GRAPHS[name], order)
@@ -150,6 +147,7 @@ def test_what_does_not_fit_is_said(call, text, monkeypatch):
     assert text in str(caught.value)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("order", [0, 1])
 def test_the_literal_form_is_found_by_its_name_and_ends_where_the_fused_form_does(rng, order):
     for graph in (GRAPHS["grid"], GRAPHS["graph"]):

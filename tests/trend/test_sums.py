@@ -46,7 +46,7 @@ def value(b, y, graph, weights, node_weights=1.0):
             ("weighted", (0, 1)),
             ("grid", (-1,)),
         ],
-        *[("cube", (-1, 0)), ("chain", (0, 1)), ("grid", (-1, 1, 2))],
+        ("grid", (-1, 1, 2)),
     ),
     ids=str,
 )
@@ -79,7 +79,7 @@ def test_a_large_weight_on_the_values_gives_zero():
     np.testing.assert_array_equal(found.value, 0)
 
 
-@pytest.mark.parametrize("orders", [(0, 1), (-1, 0)], ids=str)
+@pytest.mark.parametrize("orders", [(0, 1), pytest.param((-1, 0), marks=pytest.mark.thorough)], ids=str)
 def test_node_weights_missing_values_and_channels(rng, orders):
     graph = GRAPHS["random"](rng)
     w = rng.uniform(0.5, 2.0, graph.num_nodes)
@@ -122,7 +122,7 @@ def test_a_warm_start_is_quicker():
     ("name", "order"),
     often(
         [("chain", 0), ("grid", 1), ("cube", 2), ("weighted", 0), ("random", 2)],
-        *[("chain", 0), ("grid", 1), ("random", 2)],
+        *[("chain", 0), ("grid", 1)],
     ),
 )
 def test_row_weights_have_the_exact_answer(rng, name, order):
@@ -136,6 +136,7 @@ def test_row_weights_have_the_exact_answer(rng, name, order):
         np.testing.assert_allclose(found.value, expected, atol=2e-3, err_msg=method)
 
 
+@pytest.mark.thorough
 def test_row_weights_follow_the_edges_as_they_were_given(rng):
     grid = so.Graph.grid((3, 4))
     shuffled = rng.permutation(grid.num_edges)
@@ -153,6 +154,7 @@ def test_row_weights_follow_the_edges_as_they_were_given(rng):
     np.testing.assert_allclose(many.value, so.trend_filter(y, given, so.L1(0.3), tol=1e-10).value, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_row_weights_serve_other_losses(rng):
     counts = rng.poisson(np.repeat([2.0, 9.0], 10)).astype(float)
     graph = so.Graph.chain(20)

@@ -1,6 +1,7 @@
 """Total variation as a penalty: its prox is the trend filter, and solvers carry the state of the last prox."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import sparseopt as so
 from sparseopt.core.types import precision
 from sparseopt.trend.total_variation import Rows
+from tests.tiers import often
 from tests.trend.problems import random_graph
 
 GRID = so.Graph.grid((5, 6))
@@ -53,8 +55,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    often(
+        itertools.product([np.float32, np.float64], CASES),
+        *[(np.float32, "chain"), (np.float32, "grid, channels"), (np.float64, "weighted edges, order 1")],
+    ),
+)
 def test_the_prox_is_the_trend_filter(case, kind, rng):
     make, order, channels = CASES[case]
     graph, step = make(rng), 0.4
@@ -101,6 +108,7 @@ def test_the_memory_says_how_exact_a_prox_was_and_the_next_one_starts_there(rng,
     assert jax.tree.map(jnp.result_type, memory) == jax.tree.map(jnp.result_type, penalty.memory(x))
 
 
+@pytest.mark.thorough
 def test_a_blurred_picture_is_restored_as_by_the_primal_dual_method(rng, wide):
     blurred = picture(rng)
     graph, loss = so.Graph.grid(blurred.shape), so.LeastSquares(Blur(), blurred)
@@ -180,6 +188,7 @@ def test_a_chain_of_optax_lands_on_the_prox_and_remembers(rng):
     assert state[1].memories["field"].steps < memory.steps
 
 
+@pytest.mark.thorough
 def test_derivatives_of_the_prox_and_of_a_solution_are_those_of_central_differences(rng, wide):
     x, weight = rng.standard_normal(GRID.shape), rng.uniform(0.1, 0.4, GRID.num_edges)
     plan = so.TotalVariation(GRID, weight, tol=1e-13)

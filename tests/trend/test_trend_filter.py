@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def status(solution):
     often(
         [("chain", 0), ("chain", 1), ("chain", 2), ("grid", 1), ("grid", 2), ("weighted", 0), ("parts", 1)]
         + [("random", order) for order in range(4)],
-        *[("chain", 1), ("grid", 2), ("weighted", 0), ("random", 1)],
+        *[("chain", 1), ("weighted", 0)],
     ),
 )
 def test_every_method_and_block_finds_the_exact_answer(rng, name, order):
@@ -42,8 +43,10 @@ def test_every_method_and_block_finds_the_exact_answer(rng, name, order):
         np.testing.assert_allclose(found.value, expected, atol=2e-3, err_msg=f"{method} {block}")
 
 
-@pytest.mark.parametrize("order", [0, 1])
-@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    often(itertools.product([np.float32, np.float64], [0, 1]), (np.float32, 0)),
+)
 def test_the_gap_is_never_below_the_true_suboptimality(rng, order, kind):
     graph = random_graph(rng, n=30, extra=20)
     y = (100 + 5 * rng.standard_normal(30)).astype(kind)
@@ -55,6 +58,7 @@ def test_the_gap_is_never_below_the_true_suboptimality(rng, order, kind):
         assert float(found.objective) == pytest.approx(objective(found.value, y, graph, 2.0, order), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_the_gap_comes_down_with_the_suboptimality(rng):
     graph = so.Graph.grid((12, 12))
     y = 50 * rng.standard_normal(144)
@@ -64,7 +68,7 @@ def test_the_gap_comes_down_with_the_suboptimality(rng):
     assert true <= float(early.gap) <= 3 * true
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", often([0, 1, 2], 0))
 def test_node_weights_and_missing_values(rng, order):
     graph = so.Graph.grid((5, 6))
     y = 5 * rng.standard_normal(30)
@@ -85,7 +89,10 @@ def test_node_weights_and_missing_values(rng, order):
         assert np.nanmin(y) <= found.value[3] <= np.nanmax(y)
 
 
-@pytest.mark.parametrize(("order", "method"), [(0, "doge"), (1, "doge"), (2, "doge"), (3, "doge"), (1, "admm")])
+@pytest.mark.parametrize(
+    ("order", "method"),
+    often([(0, "doge"), (1, "doge"), (2, "doge"), (3, "doge"), (1, "admm")], (0, "doge"), (1, "admm")),
+)
 def test_a_large_weight_gives_component_means_exactly(rng, order, method):
     graph = two_parts(rng)
     y = rng.standard_normal(11)
@@ -122,7 +129,7 @@ def test_a_line_stays_a_line_between_its_ends():
     np.testing.assert_allclose(np.diff(found.value)[3:-3], 3.0, atol=1e-4)
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", often([0, 1], 1))
 def test_a_symmetric_image_gets_a_symmetric_answer(rng, order):
     image = rng.standard_normal((8, 8))
     image = image + image[::-1] + image[:, ::-1] + image[::-1, ::-1]
@@ -132,7 +139,7 @@ def test_a_symmetric_image_gets_a_symmetric_answer(rng, order):
         np.testing.assert_allclose(value, other, atol=1e-6)
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", often([0, 1], 1))
 def test_relabelling_the_nodes_relabels_the_answer(rng, order):
     graph = random_graph(rng, n=25, extra=15, weighted=True)
     y = 4 * rng.standard_normal(25)
@@ -177,8 +184,10 @@ def test_nonconvex_penalties_end_at_a_stationary_point_without_a_certificate(rng
     assert np.mean(b.reshape(8, 8)[:, 4:]) - np.mean(b.reshape(8, 8)[:, :4]) == pytest.approx(20, abs=0.7)
 
 
-@pytest.mark.parametrize("penalty", [so.MCP, so.SCAD])
-@pytest.mark.parametrize("method", ["doge", "admm"])
+@pytest.mark.parametrize(
+    ("method", "penalty"),
+    often(itertools.product(["doge", "admm"], [so.MCP, so.SCAD]), ("doge", so.MCP), ("admm", so.SCAD)),
+)
 def test_a_nonconvex_penalty_of_a_large_weight_ends_at_the_mean(rng, penalty, method):
     # All differences are 0 there, so they cannot be the measure of the residual.
     graph = so.Graph.grid((6, 6))
@@ -205,7 +214,10 @@ def test_the_memory_of_the_acceleration_does_not_come_back(rng):
 
 @pytest.mark.parametrize(
     ("name", "order", "weight"),
-    [("chain", 0, 0.1), ("chain", 2, 1.0), ("grid", 0, 0.1), ("grid", 1, 50.0), ("random", 2, 1.0)],
+    often(
+        [("chain", 0, 0.1), ("chain", 2, 1.0), ("grid", 0, 0.1), ("grid", 1, 50.0), ("random", 2, 1.0)],
+        *[("chain", 0, 0.1), ("grid", 0, 0.1), ("grid", 1, 50.0)],
+    ),
 )
 def test_the_chosen_method_is_the_one_that_auto_takes(rng, name, order, weight):
     graph = GRAPHS[name](rng)
@@ -259,7 +271,7 @@ def test_a_users_penalty_is_ten_lines(rng):
     np.testing.assert_allclose(found.value - y + 2.0 * graph.matrix(1).T @ np.clip(rows, -1, 1), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["doge", "admm", "fast_admm"])
+@pytest.mark.parametrize("method", often(["doge", "admm", "fast_admm"], "doge"))
 def test_a_warm_start_is_quicker(rng, method):
     graph = so.Graph.chain(200)
     y = rng.standard_normal(200).cumsum()
@@ -294,6 +306,7 @@ def test_history_shows_gap_and_rho_at_every_check(rng):
     assert np.all(rho[np.isfinite(gaps[:steps])] > 0)
 
 
+@pytest.mark.thorough
 def test_rho_stops_changing(rng):
     y = 10 * rng.standard_normal(400)
     found = so.trend_filter(
@@ -305,7 +318,9 @@ def test_rho_stops_changing(rng):
     assert np.all(rho[2560 // 5 :] == rho[-1])
 
 
-def test_one_compile_for_each_shape_dtype_order_and_method(rng, monkeypatch):
+@pytest.fixture
+def traces(monkeypatch):
+    """An entry for each trace of a step, from none on."""
     traces = []
     step = Admm.step
 
@@ -316,11 +331,20 @@ def test_one_compile_for_each_shape_dtype_order_and_method(rng, monkeypatch):
     monkeypatch.setattr(Admm, "step", counted)
     iterate_module._iterate.clear_cache()
     plan_module.fit.clear_cache()
-    graph, path = so.Graph.grid((7, 9)), random_graph(rng, n=63, extra=10)
+    return traces
+
+
+def test_one_compile_for_all_signals_weights_and_tolerances(traces):
+    graph = so.Graph.grid((7, 9))
     for seed in range(3):
         y = np.random.default_rng(seed).standard_normal(63)
         so.trend_filter(y, graph, so.L1(0.1 + seed), tol=10.0 ** -(3 + seed), max_steps=50 + seed)
     assert len(traces) == 1
+
+
+@pytest.mark.thorough
+def test_one_compile_for_each_shape_dtype_order_and_method(rng, traces):
+    graph, path = so.Graph.grid((7, 9)), random_graph(rng, n=63, extra=10)
     for kind, order, method, where in (
         (np.float32, 0, "doge", graph),
         (np.float64, 1, "doge", graph),
@@ -358,7 +382,7 @@ def test_integer_images_are_solved_in_float64(rng, kind):
     )
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", often([0, 1], 1))
 def test_paper_sized_grid_needs_few_steps(order):
     # A stand-in for the 256 x 256 image: weight 10, noise 20, at a quarter of the side.
     rng = np.random.default_rng(7)
@@ -371,7 +395,8 @@ def test_paper_sized_grid_needs_few_steps(order):
 
 
 @pytest.mark.parametrize(
-    ("name", "order", "method"), [("grid", 0, "doge"), ("cube", 1, "admm"), ("weighted", 1, "doge")]
+    ("name", "order", "method"),
+    often([("grid", 0, "doge"), ("cube", 1, "admm"), ("weighted", 1, "doge")], ("grid", 0, "doge")),
 )
 def test_a_start_in_float32_ends_at_the_float64_fit(rng, name, order, method, monkeypatch):
     graph = GRAPHS[name](rng)
@@ -398,7 +423,7 @@ def test_an_exact_fit_of_a_long_chain_is_not_lost_in_float32(rng, monkeypatch):
     assert int(found.steps) == 1
 
 
-@pytest.mark.parametrize("name", often(GRAPHS, "cube", "random"))
+@pytest.mark.parametrize("name", often(GRAPHS, "cube"))
 def test_float32_is_certified_alike_whatever_the_global_precision(rng, name):
     # XLA was seen to add up float32 stencils of three axes wrongly in float64.
     graph = GRAPHS[name](rng)
