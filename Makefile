@@ -90,7 +90,7 @@ $(VENV)/.installed-fuzz: $(VENV)/.installed-test pyproject.toml
 demo: $(VENV)/.installed-demo ## Prune a real language model and show what it costs (about 6 minutes on two cores).
 	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
-test: $(VENV)/.installed-test lint ## Lint, types and fast tests (about 10 minutes on two cores, 4 when repeated).
+test: $(VENV)/.installed-test lint ## Lint, types and fast tests (about 8 minutes on two cores, 5 when repeated).
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not thorough and not processes and not $(OTHERS)'
 
 test-all: test test-thorough test-oracle test-notebooks test-package ## All tests except those that need DATA and TRUTH (about an hour).

@@ -117,10 +117,9 @@ def selection_picture() -> None:
             spread = ((taken - ratio * best) / least).std(axis=1, ddof=1) / np.sqrt(best.shape[1])
             places = np.arange(len(shown)) + 0.12 * (index - 3)
             for place, level in zip(places, ratio[:, 0], strict=True):
-                if level > TOP:  # said instead of drawn
-                    axis.text(
-                        place, 0.86 * TOP, f"{label} {level:.0f}", color=colour, rotation=90, va="top", ha="center"
-                    )
+                if level > TOP:  # said instead of drawn, one of two neighbours below the other
+                    high = TOP * (0.95, 0.7)[index % 2]
+                    axis.text(place, high, f"{label} {level:.0f}", color=colour, rotation=90, va="top", ha="center")
             axis.errorbar(places, ratio[:, 0], 2 * spread, color=colour, marker=marker, linestyle="", label=label)
         axis.axhline(1, color="0.2", linewidth=1)
         axis.axhline(shown[0]["target"], color="0.2", linewidth=1, linestyle="--")

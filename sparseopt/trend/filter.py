@@ -24,9 +24,9 @@ from sparseopt.core.types import precision, wide_types
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import Job, checked_loss, checked_terms, require_local, vanishes
 from sparseopt.trend.layout import layout_of
-from sparseopt.trend.levelling import is_short, levelled_fit, short_fit
+from sparseopt.trend.levelling import levelled_fit, short_fit
 from sparseopt.trend.losses import fit_loss
-from sparseopt.trend.methods import INTERIOR, PURE, chosen, named
+from sparseopt.trend.methods import INTERIOR, PURE, chosen, is_short, named
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import known_fit
 from sparseopt.trend.signal import as_null_fit, checked_order, checked_signal, graph_at

@@ -22,17 +22,13 @@ from sparseopt.core.penalties import L1, Norm
 from sparseopt.core.problem import Status
 from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.trend.ground import Ground, data_of
-from sparseopt.trend.job import Job, vanishes
-from sparseopt.trend.methods import DOGE, chosen
+from sparseopt.trend.job import Job
+from sparseopt.trend.methods import DOGE
 from sparseopt.trend.pieces import TrendSolution, edges_between, labels_of, levelled
 from sparseopt.trend.plan import judged, resumed
 
 # Objectives that differ by this many eps are equal up to rounding.
 ROUNDING = 8
-# Doge-ADMM is bound by memory traffic, and float32 has half of it: from this many nodes on, for tolerances down to that
-# of the order, a signal in float64 is first solved in float32, and certified in float64. Above order 1 float32 may end
-# before such tolerances, above order 0 on other graphs than grids too.
-SHORT_FROM, SHORT_TOLS = 10_000, {0: 1e-6, 1: 1e-5}
 # The means are first tried at a gap of EARLY times the root of the tolerance; a solve without means, and the last of
 # one with means, stops at BELOW times the tolerance, since float64 may see a slightly larger gap.
 EARLY, BELOW = 0.01, 0.95
@@ -42,22 +38,6 @@ AIM, MOST = 0.7, 3.0
 
 
 _data = jax.jit(data_of)
-
-
-def is_short(job: Job, method: Any = None) -> bool:
-    """Whether a job in float64 is solved in float32 first, by its method if none is given."""
-    signal = job.signal
-    assert signal is not None
-    plain = job.loss is None and not job.several and not job.history and job.layout.mesh is None
-    large = job.graph.num_nodes >= SHORT_FROM and job.graph.num_edges > 0
-    carries = job.tol >= SHORT_TOLS.get(job.order, np.inf) and (
-        job.order == 0 or not (job.graph.free or job.graph.shape is None)
-    )
-    if not (plain and large and carries and job.dtype == np.float64):
-        return False
-    # At missing nodes rounding of the dual costs as much as the whole gap.
-    seen = signal.weights is None or bool(signal.weights.all())
-    return seen and isinstance(job.penalty, Norm) and not vanishes(job.penalty) and (method or chosen(job)) is DOGE
 
 
 def short_fit(job: Job) -> TrendSolution:

@@ -19,9 +19,9 @@ from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_pieces
 from sparseopt.trend.ground import Data, Ground, data_of, on_rows
 from sparseopt.trend.job import Job
 from sparseopt.trend.largest_weight import NullFit
-from sparseopt.trend.levelling import has_means, in_float32, is_short, stopped_early
+from sparseopt.trend.levelling import has_means, in_float32, stopped_early
 from sparseopt.trend.losses import best_constants, fit_loss
-from sparseopt.trend.methods import DOGE, FAST_ADMM, INTERIOR, chosen_for_path
+from sparseopt.trend.methods import DOGE, FAST_ADMM, INTERIOR, chosen_for_path, is_short
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import FIRST_RHO, Plan, judged, resumed
 

@@ -34,6 +34,7 @@ def stored(folder):
     return {key: source.read(key) for key in source.tensors}
 
 
+@pytest.mark.thorough
 def test_one_pass_gives_what_a_pass_for_each_gives(tmp_path, source, tokens):
     """Bit for bit, recipes of all kinds side by side."""
     base = Recipe(method="sparsegpt", calibration=tokens, heldout_samples=2)

@@ -15,7 +15,7 @@ from sparseopt.core.arguments import unknown
 from sparseopt.core.penalties import Norm
 from sparseopt.core.solvers.dual_program import is_available
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import Job
+from sparseopt.trend.job import Job, vanishes
 from sparseopt.trend.methods.admm import ADMM
 from sparseopt.trend.methods.doge import DOGE
 from sparseopt.trend.methods.doge_groups import DOGE_GROUPS
@@ -30,6 +30,10 @@ VERY_STRONG, STRONG_PER_DIGIT = 20.0, 40.0
 MOST_NODES = 1_000_000
 # On a grid the factors fill up more: at order 1 this many nodes take a minute.
 MOST_GRID_NODES = 100_000
+# Doge-ADMM is bound by memory traffic, and float32 has half of it: from this many nodes on, for tolerances down to that
+# of the order, a signal in float64 is first solved in float32, and certified in float64. Above order 1 float32 may end
+# before such tolerances, above order 0 on other graphs than grids too.
+SHORT_FROM, SHORT_TOLS = 10_000, {0: 1e-6, 1: 1e-5}
 
 
 class Method(Protocol):
@@ -135,6 +139,22 @@ def chosen(job: Job, among: tuple[Method, ...] = CHOICE) -> Method:
     if reason := method.refuses(job):
         raise ValueError(reason)
     return method
+
+
+def is_short(job: Job, method: Method | None = None) -> bool:
+    """Whether a job in float64 is solved in float32 first, by its method if none is given."""
+    signal = job.signal
+    assert signal is not None
+    plain = job.loss is None and not job.several and not job.history and job.layout.mesh is None
+    large = job.graph.num_nodes >= SHORT_FROM and job.graph.num_edges > 0
+    carries = job.tol >= SHORT_TOLS.get(job.order, np.inf) and (
+        job.order == 0 or not (job.graph.free or job.graph.shape is None)
+    )
+    if not (plain and large and carries and job.dtype == np.float64):
+        return False
+    # At missing nodes rounding of the dual costs as much as the whole gap.
+    seen = signal.weights is None or bool(signal.weights.all())
+    return seen and isinstance(job.penalty, Norm) and not vanishes(job.penalty) and (method or chosen(job)) is DOGE
 
 
 def chosen_for_path(job: Job) -> Method:
