@@ -62,6 +62,18 @@ def _programs_leave_maps_to_others():
 
 
 @pytest.fixture
+def traces_of(monkeypatch):
+    """`traces_of(Admm)`: a list that grows by one whenever the solver's step is traced."""
+
+    def watch(solver):
+        seen, step = [], solver.step
+        monkeypatch.setattr(solver, "step", lambda *arguments: (seen.append(1), step(*arguments))[1])
+        return seen
+
+    return watch
+
+
+@pytest.fixture
 def compiled_afresh():
     """Call a function with every program compiled anew, which neither memory nor the folder of programs hands back."""
     seen = []

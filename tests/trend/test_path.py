@@ -164,19 +164,12 @@ def test_a_path_costs_fewer_steps_than_its_levels_alone(rng):
     assert path.steps.sum() < 0.8 * sum(alone)
 
 
-def test_one_program_serves_all_levels(rng, monkeypatch):
-    traces = []
-    step = Admm.step
-
-    def counted(self, problem, state):
-        traces.append(1)
-        return step(self, problem, state)
-
-    monkeypatch.setattr(Admm, "step", counted)
+def test_one_program_serves_all_levels(rng, traces_of):
+    seen = traces_of(Admm)
     graph = so.Graph.chain(17)  # a shape that no other test has compiled
     for scale, num in ((1.0, 5), (7.0, 9)):
         trend_path(scale * rng.standard_normal(17), graph, num=num, tol=10.0**-num, method="doge")
-    assert len(traces) == 1
+    assert len(seen) == 1
 
 
 def test_missing_values_and_node_weights(rng):

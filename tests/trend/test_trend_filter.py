@@ -319,19 +319,11 @@ def test_rho_stops_changing(rng):
 
 
 @pytest.fixture
-def traces(monkeypatch):
+def traces(traces_of):
     """An entry for each trace of a step, from none on."""
-    traces = []
-    step = Admm.step
-
-    def counted(self, problem, state):
-        traces.append(1)
-        return step(self, problem, state)
-
-    monkeypatch.setattr(Admm, "step", counted)
     iterate_module._iterate.clear_cache()
     plan_module.fit.clear_cache()
-    return traces
+    return traces_of(Admm)
 
 
 def test_one_compile_for_all_signals_weights_and_tolerances(traces):
