@@ -43,22 +43,18 @@ _data = jax.jit(data_of)
 def short_fit(job: Job) -> TrendSolution:
     """The fit of a job by Doge-ADMM that begins in float32."""
     working = dataclasses.replace(in_float32(job), method=DOGE.name)
-    plan, data, found = DOGE.plan(working).paced(working), _data(working.ground, *working.arrays), None
+    plan, found = DOGE.plan(working).paced(working), None
 
     def solve(tol: float, max_steps: int) -> TrendSolution:
         nonlocal found
         if found is None:
             found = plan.fitted(dataclasses.replace(working, tol=tol, max_steps=max_steps))
         else:
+            data = _data(working.ground, *working.arrays)
             found, _ = resumed(plan, data, working.rows, found.state, tol, max_steps, working.relaxation)
         return found
 
-    return stopped_early(job, solve)[0]
-
-
-def first_stop(job: Job) -> float:
-    """The multiple of the tolerance at which the means of the pieces are first tried; BELOW where there are none."""
-    return max(EARLY / math.sqrt(job.tol), BELOW) if has_means(job) else BELOW
+    return stopped_early(job, solve, EARLY / math.sqrt(job.tol) if has_means(job) else BELOW)[0]
 
 
 def has_means(job: Job) -> bool:
@@ -66,15 +62,13 @@ def has_means(job: Job) -> bool:
     return job.order == 0 and isinstance(job.penalty, L1)
 
 
-def stopped_early(
-    job: Job, solve: Callable[[float, int], TrendSolution], early: float | None = None
-) -> tuple[TrendSolution, float]:
+def stopped_early(job: Job, solve: Callable[[float, int], TrendSolution], early: float) -> tuple[TrendSolution, float]:
     """The fit of a job by `solve(tol, max_steps)`, which goes on where it stopped, and a first stop for similar jobs.
 
     `early` is the multiple of the tolerance at which it stops first. Where a solve in float32 ends before the
     tolerance, it goes on in float64.
     """
-    early, steps = first_stop(job) if early is None else max(early, BELOW), 0
+    early, steps = max(early, BELOW), 0
     while True:
         found = solve(early * job.tol, job.max_steps - steps)
         steps += int(found.steps)
