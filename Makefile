@@ -96,8 +96,8 @@ test: $(VENV)/.installed-test lint ## Lint, types and fast tests (about 8 minute
 test-all: test test-thorough test-oracle test-notebooks test-package ## All tests except those that need DATA and TRUTH (about an hour).
 
 # Fully compiled, as for a user; `make test` compiles quickly, without most optimisation of LLVM.
-test-thorough: $(VENV)/.installed-test ## The fast tests with full optimisation, and those that compile a lot or start processes.
-	SPARSEOPT_TEST_COMPILE=full $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not $(OTHERS)'
+test-thorough: $(VENV)/.installed-test ## Tests that compile a lot or start processes, fully optimised.
+	SPARSEOPT_TEST_COMPILE=full $(BIN)/python -m pytest -n 2 --dist loadfile -m '(thorough or processes) and not $(OTHERS)'
 
 lint: $(VENV)/.installed-test ## ruff and mypy.
 	$(BIN)/ruff check .

@@ -59,6 +59,7 @@ def _programs_leave_maps_to_others():
             if isinstance(held, Compiled):
                 held._programs.clear()
         jax.clear_caches()
+        gc.collect()  # programs are in cycles, which the thresholds above leave alone for very long
 
 
 @pytest.fixture

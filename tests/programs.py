@@ -3,7 +3,7 @@
 Programs are cached in the user's cache folder, separately for each version and processor; the least recently used are
 removed first. They are compiled without the optimisation of LLVM and by the emitters that produce less code: a quarter
 of the time, with the same HLO passes. A program stays one module for LLVM: several, compiled side by side, cost more in
-all, and both cores are busy anyway. `SPARSEOPT_TEST_COMPILE=full` compiles as for a user; `make test-all` does so.
+all, and both cores are busy anyway. `SPARSEOPT_TEST_COMPILE=full` compiles as for a user; `make test-thorough` does so.
 """
 
 import os

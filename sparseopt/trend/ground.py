@@ -91,7 +91,8 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
             padding=(layout.padding(0), layout.padding(order + 1)),
             anchored=-1 in orders,
         )
-        return jax.device_put(ground)
+        # An array over the devices of several processes cannot be put anywhere else.
+        return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), ground)
 
     return layout.cached(("ground", orders, np.dtype(dtype).name, channels), build)
 
