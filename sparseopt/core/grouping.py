@@ -4,6 +4,7 @@ Everything but `RowTable` runs on the host, once per graph, without loops over n
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -150,8 +151,7 @@ def grid_sums(
     side, whose middle is repeated.
     """
     small = tuple(min(n, grid_sums_side(order)) for n in shape)
-    weights = None if spacing is None else grid_weights(small, spacing)
-    sums = matrix_sums(difference_matrix(grid_edges(small), int(np.prod(small)), weights, order, from_edges))
+    sums = _small_grid_sums(small, order, from_edges, spacing)
     on_edges = (order - from_edges) % 2 == 1
     half = order + 1
 
@@ -167,6 +167,13 @@ def grid_sums(
 
     rows, columns = (sums.row_absolute, sums.row_squares), (sums.column_absolute, sums.column_squares)
     return Sums(*(grow(values, on_edges) for values in rows), *(grow(values, from_edges) for values in columns))
+
+
+@functools.lru_cache(maxsize=64)
+def _small_grid_sums(shape: tuple[int, ...], order: int, from_edges: bool, spacing: tuple[float, ...] | None) -> Sums:
+    """The sums of the matrix itself; kept, since most of the set-up for a short chain would be theirs."""
+    weights = None if spacing is None else grid_weights(shape, spacing)
+    return matrix_sums(difference_matrix(grid_edges(shape), math.prod(shape), weights, order, from_edges))
 
 
 def _positions(shape: tuple[int, ...], axis: int | None) -> np.ndarray:

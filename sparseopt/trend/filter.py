@@ -144,7 +144,8 @@ def trend_filter(
         found = dataclasses.replace(found, value=value, graph=job.graph, order=job.order)
         if mesh is not None:
             return job.layout.fetched(found)
-        return found if native else jax.device_get(found)
+        # A third of the time of `device_get`, which matters for small fits.
+        return found if native else jax.tree.map(np.asarray, found)
 
 
 def chosen_method(

@@ -166,7 +166,7 @@ def _by_merging(job: Job, weights: np.ndarray) -> Level:
     tol = jnp.asarray(job.tol, job.dtype)
     found = _merged(job.ground, y, node_weights, weights, fits, tol)
     statuses, objectives, gaps, nonzero = jax.device_get(found)
-    steps = np.ones(len(weights), np.int32)
+    steps = np.zeros(len(weights), np.int32)
     return Solution(fits, statuses, steps, gaps, objectives, gaps, None, None), nonzero
 
 

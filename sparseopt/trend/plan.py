@@ -216,10 +216,12 @@ def fit(
     if large and isinstance(penalty, Norm) and not history:
         found = solve_mixed(problem, solver, start, tol=tol, max_steps=jnp.asarray(limit, jnp.int32))
     else:
+        limit = 0 if exact else limit
         found = iterate(problem, solver, start, tol=tol, max_steps=history or limit, history=history > 0)
     if exact:
-        # The start is the answer; after a step the values of a piece differ by rounding.
-        found = dataclasses.replace(found, value=start.x)
+        # The start is the answer, also of a history's steps, after which the values of a piece differ by rounding.
+        status = jnp.where(found.status == Status.NONFINITE, found.status, Status.CONVERGED)
+        found = dataclasses.replace(found, value=start.x, status=status)
     dual = plan.row_dual(inner, found.state.candidate)
     ended = finished(ground, data, penalty, found, dual, tol)
     if ground.anchored and isinstance(penalty, Norm):

@@ -412,7 +412,9 @@ def test_an_exact_fit_of_a_long_chain_is_not_lost_in_float32(rng, monkeypatch):
     y = np.cumsum(rng.standard_normal(1500) * (rng.random(1500) < 0.02)) + 0.1 * rng.standard_normal(1500)
     monkeypatch.setattr(plan_module, "MIXED_FROM", 1)
     found = so.trend_filter(y, so.Graph.chain(1500), so.L1(0.5), tol=1e-10).check()
-    assert int(found.steps) == 1
+    assert int(found.steps) == 0
+    beyond = so.trend_filter(y, so.Graph.chain(1500), so.L1(0.5), tol=1e-18)
+    assert (int(beyond.steps), so.Status(int(beyond.status))) == (0, so.Status.PRECISION)
 
 
 @pytest.mark.parametrize("name", often(GRAPHS, "cube"))

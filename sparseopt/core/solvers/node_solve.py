@@ -28,12 +28,18 @@ class Diagonal:
         return right / ((1 if loss.weights is None else loss.weights) + rho * split.column_scale)
 
 
-def cosine_matrix(n: int) -> np.ndarray:
-    """The orthonormal DCT-II matrix `[n, n]`: rows are the eigenvectors of the path's Laplacian."""
-    frequency, place = np.arange(n)[:, None], np.arange(n)[None, :]
-    matrix = np.sqrt(2 / n) * np.cos(np.pi * frequency * (2 * place + 1) / (2 * n))
-    matrix[0] /= np.sqrt(2)
-    return matrix
+def cosine_halves(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first half of the even rows of the orthonormal DCT-II matrix, and of the odd ones.
+
+    The rows are the eigenvectors of the path's Laplacian. The other halves are the same, backwards, up to sign.
+    """
+
+    def rows(first: int, places: int) -> np.ndarray:
+        return np.sqrt(2 / n) * np.cos(np.pi / (2 * n) * np.arange(first, n, 2)[:, None] * np.arange(1, 2 * places, 2))
+
+    even = rows(0, n - n // 2)
+    even[0] /= np.sqrt(2)
+    return even, rows(1, n // 2)
 
 
 @pytree
@@ -103,13 +109,14 @@ def cosine_solve(
     shape: tuple[int, ...], powers: tuple[int, ...], dtype: Any, spacing: tuple[float, ...] | None = None
 ) -> AxisTransform:
     """The tables for the ends of the graph, on the host in float64, then rounded once; the spacing as in `GridBase`."""
-    eigenvalues, matrices = np.zeros(shape), []
+    eigenvalues, matrices, found = np.zeros(shape), [], dict[int, tuple[np.ndarray, ...]]()
     for axis, n in enumerate(shape):
         line, halves = 2 - 2 * np.cos(np.pi * np.arange(n) / n), None
         line = line if spacing is None else line / spacing[axis] ** 2
         if n <= max(ALWAYS_MATRIX, min(LONGEST_MATRIX, 2 * math.prod(shape) // n)):
-            whole, line = cosine_matrix(n).astype(dtype), np.concatenate([line[::2], line[1::2]])
-            halves = whole[::2, : n - n // 2], whole[1::2, : n // 2]
+            if n not in found:
+                found[n] = tuple(half.astype(dtype) for half in cosine_halves(n))
+            halves, line = found[n], np.concatenate([line[::2], line[1::2]])
         eigenvalues = eigenvalues + line.reshape([-1 if i == axis else 1 for i in range(len(shape))])
         matrices.append(halves)
     return AxisTransform(tuple(matrices), eigenvalues.astype(dtype), powers)
