@@ -40,6 +40,8 @@ SOUGHT = 1e-9
 # Every call is made twice, since "auto" may change its method between rungs and compile again; if both together take
 # less than this, once more. The fastest counts.
 REPEAT_BELOW, LEAST, REPEATS = 1.0, 2, 3
+# The least limit of a run that seeks the optimum.
+SEEKING = 120.0
 # Seconds for imports, layout and compilation on top of a limit.
 STARTING = 60.0
 
@@ -223,7 +225,7 @@ def reference(problem: TrendProblem, course: Course, kept: Path | None) -> Bound
     if file is not None and file.is_file():
         with np.load(file) as stored:
             return Bounds(float(stored["upper"]), float(stored["lower"]))
-    bounds = Bounds()
+    bounds, course = Bounds(), dataclasses.replace(course, limit=max(course.limit, SEEKING))
 
     def enough(record: dict[str, Any]) -> bool:
         bounds.learn(record["objective"], record["lower"])

@@ -35,15 +35,15 @@ pygfl() {
 
 # Compiled against the NumPy that is installed, and the proximal operator alone: the rest takes long.
 cut_pursuit() {
+    source=$folder/pycut-pursuit-0.1.3
     install setuptools wheel &&
         "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: --dest "$folder" \
             pycut-pursuit==0.1.3 &&
-        tar -xf "$folder/pycut-pursuit-0.1.3.tar.gz" -C "$folder" &&
-        cd "$folder/pycut-pursuit-0.1.3" &&
+        tar -xf "$source.tar.gz" -C "$folder" &&
         # A returned Split_info is copied, and its buffer freed twice: move it.
-        sed -i "s/^ *~Split_info();/& Split_info(Split_info\&\& o) : $moved/" include/cut_pursuit.hpp &&
-        sed -i 's/ext_modules=.*/ext_modules=[mod_cp_prox_tv]/' setup.py &&
-        install --no-deps --no-build-isolation .
+        sed -i "s/^ *~Split_info();/& Split_info(Split_info\&\& o) : $moved/" "$source/include/cut_pursuit.hpp" &&
+        sed -i 's/ext_modules=.*/ext_modules=[mod_cp_prox_tv]/' "$source/setup.py" &&
+        install --no-deps --no-build-isolation "$source"
 }
 
 attempt proxTV 'g++ and liblapack-dev' prox_tv

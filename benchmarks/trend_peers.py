@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from trend_peers_dual import Osqp, Piqp
+from trend_peers_dual import Clarabel, Osqp, Piqp
 from trend_peers_fused import CutPursuit, FastProx, ProxTv, Pygfl
 from trend_peers_isotropic import Pyunlocbox, ScikitImage
 from trend_problems import TrendProblem
@@ -89,6 +89,7 @@ PEERS: tuple[Solver, ...] = (
     CutPursuit(),
     Pygfl(),
     Piqp(),
+    Clarabel(),
     Osqp(),
 )
 SOLVERS: dict[str, Solver] = {solver.name: solver for solver in itertools.chain(OURS, PEERS)}

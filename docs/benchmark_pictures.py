@@ -203,7 +203,7 @@ def _treatment(model: str) -> str:
 
 def _problem(order: int, nodes: int, name: str) -> str:
     """The label of a problem: "grid256_k0" is a picture of 256 x 256 at order 0."""
-    kind = name.partition("_")[0]
+    kind, _, rest = name.partition("_")
     graph = {
         "grid": "picture {0} x {0}",
         "cube": "cube {0}³",
@@ -211,7 +211,8 @@ def _problem(order: int, nodes: int, name: str) -> str:
         "chain": "chain, {1:,} nodes",
     }
     word = kind.rstrip("0123456789k")
-    return f"{graph[word].format(kind.removeprefix(word), nodes)}, order {order}"
+    penalty = rest if rest == "isotropic" else f"order {order}"
+    return f"{graph[word].format(kind.removeprefix(word), nodes)}, {penalty}"
 
 
 def _logarithmic(axis: Any, ticks: list[float]) -> None:

@@ -9,6 +9,7 @@ TREND = "make bench-trend TRUTH=folder"
 SIZES = "make bench-trend-sizes"
 SELECTION = "make bench-trend-selection"
 PEERS = "make bench-trend-peers TRUTH=folder REFERENCES=folder"
+EACH = ("fastprox", "PIQP", "Clarabel", "OSQP", "proxTV", "cut pursuit", "pygfl", "scikit-image", "pyunlocbox")
 BATCH = "make bench-trend-batch"
 
 
@@ -155,42 +156,28 @@ def peers_times(records: list[Record]) -> str:
     return table(found, columns) if found else missing(PEERS)
 
 
-def peers_built_machine(records: list[Record]) -> str:
-    """Versions and machine of the later run of the peers that are built from sources."""
-    found = named(records, "environment, same run")
-    return machine(found[0]) if found else ""
-
-
-def peers_built(records: list[Record]) -> str:
-    """Seconds of the peers that are built from sources, with auto and fastprox of the same run."""
+def peers_each(records: list[Record]) -> str:
+    """Seconds of every peer, of the fastest of its methods, on the problems that it takes."""
     times: dict[tuple[str, float], dict[str, Record]] = {}
-    # A later record replaces an earlier one: those of the same run come last.
-    for record in named(records, "time to target") + named(records, "time to target, same run"):
+    for record in named(records, "time to target"):
         times.setdefault((record["problem"], record["target"]), {})[record["solver"]] = record
 
-    def fastest(name: str) -> Callable[[dict[str, Record]], str | None]:
-        def show(found: dict[str, Record]) -> str | None:
-            runs = [(r["seconds"], key) for key, r in found.items() if key.startswith(name) and r["seconds"]]
-            if not runs:
-                return None
-            seconds, key = min(runs)
-            return f"{number(seconds)} {key.removeprefix(name).strip()}".strip()
+    def fastest(name: str) -> Callable[[dict[str, Record]], str]:
+        def show(found: dict[str, Record]) -> str:
+            tried = [record for key, record in found.items() if key.startswith(name)]
+            if not tried:
+                return ""
+            reached = [record["seconds"] for record in tried if record["seconds"]]
+            return number(min(reached)) if reached else "not reached"
 
         return show
 
     columns: list[Column] = [
-        ("problem", lambda found: next(iter(found.values()))["problem"]),
-        ("target", lambda found: next(iter(found.values()))["target"]),
-        *(
-            (name.removeprefix("sparseopt "), fastest(name))
-            for name in ("sparseopt auto", "fastprox", "proxTV", "cut pursuit", "pygfl")
-        ),
+        ("problem", lambda found: found["sparseopt auto"]["problem"]),
+        ("target", lambda found: found["sparseopt auto"]["target"]),
+        *((name, fastest(name)) for name in EACH),
     ]
-    rows = [
-        {name: r for name, r in found.items() if name != "sparseopt auto float32"}
-        for (_, target), found in times.items()
-        if target < 1e-3 and "pygfl" in found and next(iter(found.values()))["order"] == 0
-    ]
+    rows = [found for (_, target), found in times.items() if target < 1e-3]
     return table(rows, columns) if rows else missing(PEERS)
 
 
