@@ -100,10 +100,11 @@ class Clarabel(Factoring):
         import clarabel
 
         hessian, linear, equations, right = _program(problem)
-        rows, none = problem.matrix.shape[0], np.empty(0)
+        rows, upper = problem.matrix.shape[0], sparse.triu(hessian, format="csc")
         bounded = sparse.eye_array(rows, linear.size)
-        constraints = sparse.csc_matrix(sparse.vstack([*([] if equations is None else [equations]), bounded, -bounded]))
-        limits = np.r_[none if right is None else right, np.full(2 * rows, problem.weight)]
+        blocks = [bounded, -bounded] if equations is None else [equations, bounded, -bounded]
+        constraints = sparse.csc_matrix(sparse.vstack(blocks))
+        limits = np.r_[() if right is None else right, np.full(2 * rows, problem.weight)]
         cones = [clarabel.ZeroConeT(limits.size - 2 * rows), clarabel.NonnegativeConeT(2 * rows)]
 
         def call() -> Answer:
@@ -111,7 +112,6 @@ class Clarabel(Factoring):
             settings.verbose = False
             settings.max_threads = 1
             settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = rung
-            upper = sparse.triu(hessian, format="csc")
             found = clarabel.DefaultSolver(upper, linear, constraints, limits, cones, settings).solve()
             answer = _dual_answer(problem, np.asarray(found.x)[:rows])
             return dataclasses.replace(answer, details={"steps": int(found.iterations)})
