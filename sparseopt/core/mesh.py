@@ -53,6 +53,14 @@ def over(mesh: Mesh, axis: int | None = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS))
 
 
+def on_device(tree: Any) -> Any:
+    """A tree with its host arrays and numbers on the default device; arrays of JAX stay where they are.
+
+    A copy and no more: `jnp.asarray` compiles a program for every shape.
+    """
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)
+
+
 def put(values: Any, layout: NamedSharding) -> jax.Array:
     """A host array, the same in every process, distributed over a mesh; each process copies its own parts only."""
     values = np.asarray(values)

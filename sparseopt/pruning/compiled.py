@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from sparseopt.core.dense import activation_precision
-from sparseopt.core.mesh import over, put
+from sparseopt.core.mesh import on_device, over, put
 
 
 class Timed(NamedTuple):
@@ -45,7 +44,7 @@ class Compiled:
     def __call__(self, *arguments: Any) -> Timed:
         """Run to completion; the result's buffers are ready when this returns."""
         mesh = next((found for leaf in jax.tree.leaves(arguments) if (found := mesh_of(leaf))), None)
-        arguments = laid_on(arguments, mesh) if mesh else jax.tree.map(jnp.asarray, arguments)
+        arguments = laid_on(arguments, mesh) if mesh else on_device(arguments)
         leaves, structure = jax.tree.flatten(arguments)
         key = (activation_precision(), structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
         spent = 0.0

@@ -26,6 +26,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from sparseopt.core.mesh import on_device
 from sparseopt.core.types import Observer
 from sparseopt.models import Block, Head
 from sparseopt.pruning.activations import Batches, Stream
@@ -104,7 +105,7 @@ def distil(
         # All processes continue with the first one's blocks.
         for block in blocks:
             values = agreed(jax.tree.map(np.asarray, nnx.state(block)))
-            nnx.update(block, jax.tree.map(jnp.asarray, values))
+            nnx.update(block, on_device(values))
     return record
 
 

@@ -17,6 +17,7 @@ from sparseopt.core.combined_penalties import stacked
 from sparseopt.core.fidelity import NodeSquares, total
 from sparseopt.core.group_penalties import GroupL2, SparseGroup
 from sparseopt.core.losses import HIGHEST
+from sparseopt.core.mesh import on_device
 from sparseopt.core.operators import Stack
 from sparseopt.core.solvers.node_solve import cosine_solve, free_solve
 from sparseopt.core.types import pytree, static
@@ -91,8 +92,7 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
             padding=(layout.padding(0), layout.padding(order + 1)),
             anchored=-1 in orders,
         )
-        # An array over the devices of several processes cannot be put anywhere else.
-        return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), ground)
+        return on_device(ground)
 
     return layout.cached(("ground", orders, np.dtype(dtype).name, channels), build)
 

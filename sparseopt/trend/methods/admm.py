@@ -7,10 +7,10 @@ conjugate gradients elsewhere. It pays where conditioning decides: where smoothi
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.mesh import on_device
 from sparseopt.core.operators import Identity, Split, Stack
 from sparseopt.core.solvers.admm import standard_split
 from sparseopt.core.solvers.node_solve import ConjugateGradient, banded_solve, cosine_solve, free_solve
@@ -46,7 +46,7 @@ class StandardAdmm:
             columns = np.asarray(split.column_scale)
             solve = node_solve(job, tuple(k + 1 for k in job.terms), columns, even)
             plan = Plan(job.ground, split, solve, CADENCE)
-            return jax.tree.map(jnp.asarray, plan)
+            return on_device(plan)
 
         return job.layout.cached(key, build)
 

@@ -8,9 +8,9 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.mesh import on_device
 from sparseopt.core.operators import Difference, Split
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.core.solvers.node_solve import Diagonal
@@ -67,7 +67,7 @@ class Doge:
                     split = dataclasses.replace(split, column_scale=split.column_scale.max())
                 solve = node_solve(job, (split.inner.order,), split.column_scale, cosines)
             plan = Plan(job.ground, placed(job, split), solve, CADENCE)
-            return jax.tree.map(jnp.asarray, plan)
+            return on_device(plan)
 
         return layout.cached(key, build)
 

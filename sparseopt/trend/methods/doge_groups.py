@@ -7,12 +7,11 @@ comparisons, for trying another prox of a group. For fits use "doge".
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.arguments import require_memory
 from sparseopt.core.grouping import table_shape
+from sparseopt.core.mesh import on_device
 from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table
 from sparseopt.core.solvers.node_solve import Diagonal
 from sparseopt.core.types import pytree
@@ -70,7 +69,7 @@ class LiteralDoge:
                 solve = node_solve(job, (split.inner.order,), np.asarray(split.column_scale), cosines)
             table = doge_groups_table(split.outer, matrix, labels, kind)
             plan = GroupsPlan(job.ground, placed(job, split), solve, CADENCE, table=table)
-            return jax.tree.map(jnp.asarray, plan)
+            return on_device(plan)
 
         return job.layout.cached(key, build)
 

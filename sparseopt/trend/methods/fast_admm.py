@@ -6,12 +6,12 @@ the other factor of `D^(k+1)`, `diag(k / (t_(i+k) - t_i)) D^(k)`, makes the x-st
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.divided_differences import divided_difference
+from sparseopt.core.mesh import on_device
 from sparseopt.core.operators import Difference, GridBase, padded
 from sparseopt.core.penalties import L1
 from sparseopt.core.solvers.admm import Start, standard_split
@@ -83,14 +83,14 @@ class FastAdmm:
                 matrix = inner.matrix()
                 outer, bands = Difference(GridBase(inner.out_shape), 0), banded_solve(matrix.T @ matrix, kind)
                 split = in_unit(standard_split(inner, outer, kind), job)
-                return jax.tree.map(jnp.asarray, ChainPlan(job.ground, split, bands, CADENCE))
+                return on_device(ChainPlan(job.ground, split, bands, CADENCE))
             base = job.layout.base(kind)
             split = standard_split(Difference(base, job.order), Difference(base, 0, job.order % 2 == 1), kind)
             exact = job.order == 0 and not job.weighted
             solve = node_solve(job, (job.order,), np.ones(()), not job.weighted) if job.order else Diagonal()
             cadence = 1 if exact else CADENCE
             plan = ChainPlan(job.ground, split, solve, cadence, exact)
-            return jax.tree.map(jnp.asarray, plan)
+            return on_device(plan)
 
         return job.layout.cached(key, build)
 
