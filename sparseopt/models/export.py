@@ -56,7 +56,7 @@ def shard_name(tag: str, pack: bool) -> str:
 def unread(source: Source, keys: Iterable[str]) -> dict[str, UnreadTensor]:
     """Tensors of a source, each to be read when it is written."""
     infos = source.tensors
-    return {key: UnreadTensor(infos[key].shape, infos[key].dtype, partial(source.read, key)) for key in keys}
+    return {key: UnreadTensor(infos[key].shape, infos[key].dtype, partial(source.pieces, key)) for key in keys}
 
 
 class ShardedWriter:
@@ -232,7 +232,7 @@ class ShardedWriter:
         if value.shape != self._expected[key]:
             raise ModelError(f"{key} has the shape {list(value.shape)}, expected {list(self._expected[key])}")
         if isinstance(value, UnreadTensor):
-            return UnreadTensor(value.shape, self.dtype_of(key), lambda: self._cast(key, value.read()))
+            return UnreadTensor(value.shape, self.dtype_of(key), lambda: (self._cast(key, p) for p in value.pieces()))
         return self._cast(key, value)
 
     def _cast(self, key: str, value: np.ndarray) -> np.ndarray:

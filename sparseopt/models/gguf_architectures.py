@@ -136,9 +136,20 @@ class Architecture:
         """The tensor of a Hugging Face name in the layout of Hugging Face and its own dtype."""
         if self.shifted_norms and name.endswith("norm.weight"):
             return (tensor.astype(np.float32) - 1).astype(tensor.dtype)
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-        owner = name.rpartition(".")[0].rpartition(".")[2]
-        return unpair_heads(tensor, config[heads[owner]]) if self.paired_heads and owner in heads else tensor
+        return unpair_heads(tensor, config[_HEADS[_owner(name)]]) if self.moves_rows(name) else tensor
+
+    def moves_rows(self, name: str) -> bool:
+        """Whether `undo` changes the order of a tensor's rows."""
+        return self.paired_heads and _owner(name) in _HEADS
+
+
+# The number of heads of the linears that have them in pairs, by its name in a configuration.
+_HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+
+
+def _owner(name: str) -> str:
+    """The module that a tensor belongs to, without those around it."""
+    return name.rpartition(".")[0].rpartition(".")[2]
 
 
 def unpair_heads(tensor: np.ndarray, heads: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 
 from sparseopt.models.errors import ModelError
 from sparseopt.models.fields import shown
-from sparseopt.models.safetensors_file import is_shape, read_part
+from sparseopt.models.safetensors_file import is_shape, read_part, slices
 
 # Metadata value types 0 to 12; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -54,14 +54,19 @@ class GGUFTensor:
         return math.prod(self.shape) // block * block_bytes
 
     def read(self) -> np.ndarray:
-        """The tensor; a quantised one as float32."""
-        raw = read_part(self.file, np.dtype(np.uint8), self.nbytes, self.start)
+        """The tensor; a quantised one as float32, piece by piece, since dequantising takes several times its memory."""
         if self.kind in _PLAIN:
-            return raw.view(self.dtype).reshape(self.shape)
-        try:
-            return dequantize(raw, self.kind).astype(np.float32, copy=False).reshape(self.shape)
-        except NotImplementedError as error:
-            raise ModelError(f"{self.file} has a tensor of type {self.kind.name}, which is not supported") from error
+            return read_part(self.file, self.dtype, math.prod(self.shape), self.start).reshape(self.shape)
+        found, first = np.empty(self.shape, self.dtype), 0
+        for piece in slices(self):
+            raw = read_part(self.file, np.dtype(np.uint8), piece.nbytes, piece.start)
+            try:
+                found[first : first + piece.shape[0]] = dequantize(raw, self.kind).reshape(piece.shape)
+            except NotImplementedError as error:
+                kind = self.kind.name
+                raise ModelError(f"{self.file} has a tensor of type {kind}, which is not supported") from error
+            first += piece.shape[0]
+        return found
 
 
 class GGUFHeader(NamedTuple):

@@ -1,6 +1,7 @@
 """Floor 5: a GGUF file seen as a Hugging Face model: names, layout, configuration, sidecar files."""
 
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from sparseopt.models.errors import ModelError
 from sparseopt.models.gguf_architectures import ARCHITECTURES, ROPE_FACTORS, Fields
 from sparseopt.models.gguf_file import GGUFTensor, read_header
 from sparseopt.models.gguf_tokenizer import build_tokenizer, tokenizer_config
+from sparseopt.models.safetensors_file import slices
 
 _MOST_BLOCKS = 10_000
 
@@ -40,6 +42,12 @@ class GGUFSource:
 
     def read(self, name: str) -> np.ndarray:
         return self._architecture.undo(name, self.tensors[name].read(), self.config)
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        tensor, architecture = self.tensors[name], self._architecture
+        # Where rows change places all are read at once.
+        for piece in [tensor] if architecture.moves_rows(name) else slices(tensor):
+            yield architecture.undo(name, piece.read(), self.config)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from sparseopt.models.decoder import Decoder
 from sparseopt.models.errors import ModelError
-from sparseopt.models.safetensors_file import StoredTensor
 from sparseopt.models.source import Source, TensorInfo
 
 
@@ -149,9 +148,8 @@ class PrunableModel(ABC):
         return self.exported_keys()
 
     def _checked_pieces(self, key: str) -> Iterator[np.ndarray]:
-        """A tensor in pieces along its first axis; in one piece where it is not stored plainly."""
-        tensor = self.source.tensors[key]
-        for piece in tensor.slices() if isinstance(tensor, StoredTensor) else [self.source.read(key)]:
+        """The `pieces` of a tensor in its source."""
+        for piece in self.source.pieces(key):
             self._check_values(key, piece)
             yield piece
 

@@ -6,8 +6,8 @@ Files are not memory-mapped: one that shrinks while it is read is an error, not 
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,23 @@ _MAX_AXES = 64
 # The format's own limit on a header, in bytes.
 _MAX_HEADER = 100_000_000
 
-# Bytes of a tensor that are in memory at once while it is only checked.
+# Bytes of a tensor that are in memory at once while it is only checked, and while it is dequantised.
 SLICE = 2**26
+
+
+def slices(tensor: Any) -> Iterator[Any]:
+    """A tensor on file, cut along its first axis into others of about `SLICE` bytes once they are read.
+
+    It is a dataclass with `start`, `shape`, `dtype` and `nbytes`.
+    """
+    rows = tensor.shape[0] if tensor.shape else 1
+    step = max(1, SLICE // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+    if rows <= step:
+        yield tensor
+        return
+    for first in range(0, rows, step):
+        start, shape = tensor.start + first * (tensor.nbytes // rows), (min(step, rows - first), *tensor.shape[1:])
+        yield replace(tensor, start=start, shape=shape)
 
 
 @dataclass(frozen=True)
@@ -59,30 +74,21 @@ class StoredTensor:
     def read(self) -> np.ndarray:
         return read_part(self.file, self.dtype, math.prod(self.shape), self.start).reshape(self.shape)
 
-    def slices(self) -> Iterator[np.ndarray]:
-        """The tensor in pieces of whole rows along its first axis, about `SLICE` bytes each."""
-        rows = self.shape[0] if self.shape else 1
-        row = max(1, self.nbytes // max(rows, 1))
-        step = max(1, SLICE // row)
-        if rows <= step:
-            yield self.read()
-            return
-        for start in range(0, rows, step):
-            shape = (min(step, rows - start), *self.shape[1:])
-            yield StoredTensor(self.file, self.start + start * row, shape, self.dtype).read()
-
 
 @dataclass(frozen=True)
 class UnreadTensor:
-    """A tensor that is read only when it is written."""
+    """A tensor that is read only when it is written, in pieces along its first axis."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    pieces: Callable[[], Iterable[np.ndarray]]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        return np.concatenate([np.atleast_1d(piece) for piece in self.pieces()]).reshape(self.shape)
 
 
 def read_part(file: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray:
@@ -202,6 +208,5 @@ def write_tensors(
     with file.open("wb") as stream:
         stream.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in ordered.values():
-            if isinstance(tensor, UnreadTensor):
-                tensor = tensor.read()
-            stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+            for piece in tensor.pieces() if isinstance(tensor, UnreadTensor) else [tensor]:
+                stream.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)

@@ -4,7 +4,7 @@ A smaller model has fewer channels in every MLP, fewer KV groups in every attent
 its query heads), fewer experts or fewer blocks. All blocks keep equally many, so it is a plain Hugging Face model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -84,9 +84,15 @@ class Outline:
         self._source, self._inner = source, inner
 
     def read(self, name: str) -> np.ndarray:
+        return self._source_of(name).read(name)
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        return self._source_of(name).pieces(name)
+
+    def _source_of(self, name: str) -> Source:
         if name in self._inner:
             raise ModelError(f"{name} belongs to a block of a smaller model of {self.path} that is not written yet")
-        return self._source.read(name)
+        return self._source
 
     def sidecars(self) -> dict[str, bytes]:
         return self._source.sidecars()

@@ -4,7 +4,7 @@ A source knows its configuration and the name, shape and dtype of each tensor; a
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from sparseopt.models.folder import (
 from sparseopt.models.gguf_source import GGUFSource
 from sparseopt.models.hub import fetch, parse_hub_name
 from sparseopt.models.packed import PACKED_INDEX, PACKED_PREFIX, PackedTensor, is_packed, read_packed_header
-from sparseopt.models.safetensors_file import StoredTensor, read_header
+from sparseopt.models.safetensors_file import StoredTensor, read_header, slices
 
 # A tensor of a folder, as it is stored.
 FileTensor = StoredTensor | PackedTensor
@@ -66,6 +66,9 @@ class Source(Protocol):
     def read(self, name: str) -> np.ndarray:
         """One tensor, in its stored dtype (bfloat16 as `ml_dtypes.bfloat16`)."""
 
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The same tensor cut along its first axis, in pieces of about 64 MiB where its storage allows that."""
+
     def sidecars(self) -> dict[str, bytes]:
         """By name, the files besides configuration and weights that an export copies, such as a tokenizer's."""
 
@@ -87,6 +90,10 @@ class FolderSource:
 
     def read(self, name: str) -> np.ndarray:
         return self.tensors[name].read()
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        tensor = self.tensors[name]
+        return (piece.read() for piece in (slices(tensor) if isinstance(tensor, StoredTensor) else [tensor]))
 
     def sidecars(self) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in carried_files(self.path)}

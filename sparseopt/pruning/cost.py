@@ -16,6 +16,7 @@ from sparseopt.core.patterns import NM
 from sparseopt.models import PrunableModel, StreamedModel, TensorInfo
 from sparseopt.models.attention import QUERY_CHUNK
 from sparseopt.models.experts import stacked_name
+from sparseopt.models.safetensors_file import SLICE
 from sparseopt.models.settings import DecoderConfig
 from sparseopt.pruning.activations import windows_per_batch
 from sparseopt.pruning.blocked import fewest_blocks
@@ -60,7 +61,7 @@ COMPILE_GFLOPS = 180.0
 
 # Resident bytes of the interpreter with its libraries, and what compiled programs and the allocator add to that.
 LIBRARIES, PROGRAMS = 300 * 2**20, 450 * 2**20
-# The allocator keeps this fraction of the arrays besides, of those freed before; large ones go back to the system.
+# The allocator keeps this fraction of the arrays besides, of those freed since it last returned all to the system.
 FREED = 0.05
 
 
@@ -321,12 +322,14 @@ def _phases(
     sets = 1 + (recipe.heldout_samples > 0) + (recipe.propagated_share > 0)
     shapes = {(outputs, inputs) for b in blocks for outputs, inputs, _ in b.solved}
     widest = max(_nbytes(model.source.tensors[key]) for key in model.outer_keys())
+    # Packed at once, else copied in pieces, which are read, dequantised and converted.
+    copied = 2 * widest if recipe.pack else 4 * min(widest, SLICE)
     rows = min(config.vocab_size, (recipe.all_windows + recipe.heldout_samples) * recipe.seqlen)
     running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS}
     phases: dict[str, dict[str, int]] = {
         "start": {
             "libraries": LIBRARIES,
-            "embedding and head": max(2 * widest, 2 * FLOAT32 * rows * config.hidden_size),
+            "embedding and head": max(copied, 2 * FLOAT32 * rows * config.hidden_size),
             "activations": start + current,
         },
         "Grams": running

@@ -9,8 +9,9 @@ import pytest
 from gguf import MODEL_TENSOR, GGMLQuantizationType, Keys
 from transformers import AutoConfig
 
-from sparseopt.models import ModelError, open_model, open_source
+from sparseopt.models import ModelError, open_model, open_source, safetensors_file, unread
 from sparseopt.models.gguf_architectures import ARCHITECTURES
+from sparseopt.models.safetensors_file import write_tensors
 from tests.jitted import run
 from tests.models.tiny import write_folder
 from tests.models.tiny_gguf import CONFIGS, tensors_of, write_architecture
@@ -52,6 +53,27 @@ def test_tensors_come_back(tmp_path: Path, rng: np.random.Generator, architectur
         else:
             # Gemma's norms have been through + 1 and - 1 in float32.
             np.testing.assert_allclose(got, expected, atol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_pieces_are_the_tensor(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, architecture: str, kind: Kind
+) -> None:
+    """Read and dequantised in many pieces or at once, also where rows change places; so is a copy."""
+    config = CONFIGS[architecture]
+    source = open_source(
+        write_architecture(tmp_path / "m.gguf", architecture, config, tensors_of(architecture, config, rng), kind)
+    )
+    whole = {name: source.read(name) for name in source.tensors}
+    write_tensors(tmp_path / "whole", unread(source, whole))
+    monkeypatch.setattr(safetensors_file, "SLICE", 3 * 32 * 4)
+    assert len(list(source.pieces("model.embed_tokens.weight"))) > 3
+    for name, expected in whole.items():
+        np.testing.assert_array_equal(np.concatenate(list(source.pieces(name))), expected, err_msg=name)
+        np.testing.assert_array_equal(source.read(name), expected, err_msg=name)
+    write_tensors(tmp_path / "pieces", unread(source, whole))
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

@@ -148,7 +148,9 @@ def test_tensors_that_torch_does_not_use_count():
     def digest(value):
         model = object.__new__(TorchModel)
         tensors = {"used": np.ones(2, np.float32), IMAGES: np.full(2, value, np.float32)}
-        model.source = SimpleNamespace(config={}, path="model", tensors=tensors, read=tensors.get)
+        model.source = SimpleNamespace(
+            config={}, path="model", tensors=tensors, pieces=lambda key: iter([tensors[key]])
+        )
         model.__dict__["_findings"] = None
         return model.check_finite()
 
