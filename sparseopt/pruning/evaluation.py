@@ -24,6 +24,7 @@ from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, check_pattern, count_groups, parse_pattern
 from sparseopt.pruning.texts import begin_windows, check_vocabulary
 from sparseopt.pruning.torch_runner import runner_of
+from sparseopt.system.machine import freed_memory_kept
 
 # Tokens whose logits are in memory at a time: 256 rows of a vocabulary of 50,000 are 50 MB.
 LOGIT_ROWS = 256
@@ -56,6 +57,7 @@ def negative_log_likelihood(
     return jnp.sum(jax.lax.map(slice_loss, pieces))
 
 
+@freed_memory_kept()
 def perplexity(
     model: str | Path | PrunableModel | Decoder,
     token_ids: Any,

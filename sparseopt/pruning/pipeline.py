@@ -58,7 +58,7 @@ from sparseopt.pruning.survey import survey
 from sparseopt.pruning.torch_runner import runner_of
 from sparseopt.pruning.variants import with_variants
 from sparseopt.system import processes
-from sparseopt.system.machine import parse_bytes, return_freed_memory
+from sparseopt.system.machine import freed_memory_kept, parse_bytes, return_freed_memory
 
 
 class Stopped(PruningError):
@@ -130,6 +130,7 @@ def shrink_model(source: str | Path | Source, output: str | Path, recipe: Shrink
     return prune_models(source, [(recipe, output)], **options)[0]
 
 
+@freed_memory_kept()
 def prune_models(
     source: str | Path | Source,
     recipes: Sequence[tuple[PassRecipe, str | Path]],
@@ -194,7 +195,6 @@ def prune_models(
         made: list[PruneReport] = []
         if rest:
             footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
-            return_freed_memory()
             known = calibration, footprint
             with activations_in(rest[0].recipe.precision), _memory_errors():
                 made = _run(model, rest, windows, identity, known, mesh, observer or (lambda *_: None), stop, start)
@@ -248,6 +248,7 @@ def _run(
     on_disk = footprint.activations == "disk"
     kind = SpreadBatches(mesh) if mesh is not None else DiskBatches(plans[0].folder) if on_disk else Batches()
     seen = with_variants(model, windows, plans[0].recipe.variant_count, kind, runner, observer)
+    return_freed_memory()
     stream, before = Stream(*embed_windows(model, kind, *seen[:2])), runner.seconds
     plans = survey(model, plans, stream, windows, runner, observer)
     plans = choose_shapes(model, plans, progress, stream, windows, kind, runner, observer)
@@ -262,6 +263,7 @@ def _run(
     # Only the branches hold their streams, so one is freed when all of them have passed the block.
     del stream
     for index in range(model.num_blocks):
+        return_freed_memory()
         block, last = DenseBlock(model.block(index), index, dense, runner), index + 1 == model.num_blocks
         for branch in branches:
             branch.advance(block, told)

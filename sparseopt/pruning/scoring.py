@@ -20,6 +20,7 @@ from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.evaluation import LOGIT_ROWS, log_probabilities
 from sparseopt.pruning.texts import check_vocabulary
+from sparseopt.system.machine import freed_memory_kept
 
 Ids = Sequence[int]
 
@@ -38,6 +39,7 @@ class _Batch(NamedTuple):
     inputs: list[int]  # the index of each row's input
 
 
+@freed_memory_kept()
 def score_continuations(
     model: PrunableModel,
     pairs: Sequence[tuple[Ids, Ids]],

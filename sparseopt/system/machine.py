@@ -1,11 +1,13 @@
 """Floor 0: the machine: versions and devices for records, available and used memory, amounts of memory as text."""
 
+import contextlib
 import ctypes
 import os
 import platform
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -109,17 +111,41 @@ def _control_group_left() -> int | None:
     return None
 
 
-# glibc's number of the option, and the size from which on freed arrays are returned to the system.
-_M_MMAP_THRESHOLD, _LARGE = -3, 2**20
+# glibc's numbers of its options; with the second values it keeps as much as it ever does by itself.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+_KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _ARENA_MAX: 1}
+_BY_ITSELF = {_MMAP_MAX: 2**16, _TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25}
 
 
-def return_freed_memory() -> bool:
-    """Have the C library return large arrays to the system as soon as they are freed; False if it has no such option.
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[bool]:
+    """Within it the C library keeps what is freed for what is asked for next, until `return_freed_memory` or the end.
 
-    By default glibc keeps freed arrays of up to 32 MiB, and the resident set grows by the gaps.
+    The arrays within a compiled program are one piece of memory, freed when it ends. Left to itself, glibc returns
+    large pieces at once, and the system clears every page again for the next program: a quarter of the time of pruning
+    a small model on a CPU. Kept for long, what is free lies between what is not, and the resident set grows: return it
+    now and then. From the first time on new threads share one heap, so that they share what is kept: the context is
+    best entered before they start. Gives False, and does nothing, where the C library has no such options.
     """
+    kept = all(_in_library("mallopt", *option) for option in _KEEPING.items())
     try:
-        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE))
+        yield kept
+    finally:
+        if kept:
+            for option in _BY_ITSELF.items():
+                _in_library("mallopt", *option)
+            return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Have the C library return all free memory to the system, if it can."""
+    _in_library("malloc_trim", 0)
+
+
+def _in_library(function: str, *arguments: int) -> bool:
+    """Whether the C library has such a function, and the call succeeded."""
+    try:
+        return bool(getattr(ctypes.CDLL(None), function)(*arguments))
     except (AttributeError, OSError, TypeError):
         return False
 
