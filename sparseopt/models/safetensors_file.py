@@ -88,7 +88,8 @@ class UnreadTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        return np.concatenate([np.atleast_1d(piece) for piece in self.pieces()]).reshape(self.shape)
+        pieces = list(self.pieces())
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def read_part(file: Path, dtype: np.dtype, count: int, start: int) -> np.ndarray:

@@ -72,6 +72,7 @@ def test_pieces_are_the_tensor(
     for name, expected in whole.items():
         np.testing.assert_array_equal(np.concatenate(list(source.pieces(name))), expected, err_msg=name)
         np.testing.assert_array_equal(source.read(name), expected, err_msg=name)
+        np.testing.assert_array_equal(unread(source, [name])[name].read(), expected, err_msg=name)
     write_tensors(tmp_path / "pieces", unread(source, whole))
     assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
 
