@@ -5,6 +5,7 @@ Each process holds the parts of its own devices only, and every process runs the
 
 import contextlib
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -56,9 +57,20 @@ def over(mesh: Mesh, axis: int | None = 0) -> NamedSharding:
 def on_device(tree: Any) -> Any:
     """A tree with its host arrays and numbers on the default device; arrays of JAX stay where they are.
 
-    A copy and no more: `jnp.asarray` compiles a program for every shape.
+    A copy and no more: `jnp.asarray` compiles a program for every shape, and makes two.
     """
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)
+
+
+def unfilled(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """A host array to fill, of which `on_device` makes no copy on a CPU; do not change it after that.
+
+    JAX takes over memory that begins at a multiple of 64 bytes. NumPy's begins at 16 bytes after one.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def put(values: Any, layout: NamedSharding) -> jax.Array:

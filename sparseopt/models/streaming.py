@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
+from sparseopt.core.mesh import on_device, unfilled
 from sparseopt.models.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.experts import unstacked_names
 from sparseopt.models.families import FAMILIES, find_family
@@ -114,10 +115,16 @@ class StreamedModel(PrunableModel):
         """The parameter at a module path, float32 on the device, checked to be finite."""
         if self.config.tied and path == "head.lm_head.weight":
             path = "embed_tokens.weight"
-        key = self.family.keys.to_key(path)
-        value = self.source.read(key).astype(np.float32)
-        self._check_values(key, value)
-        return jnp.asarray(value.T if self.family.keys.transposes(path) else value)
+        key, transposed = self.family.keys.to_key(path), self.family.keys.transposes(path)
+        shape, first = self.source.tensors[key].shape, 0
+        value = unfilled(shape[::-1] if transposed else shape)
+        stored = value.T if transposed else value
+        for piece in self.source.pieces(key):
+            part = stored[first : first + len(piece)]
+            part[...] = piece
+            self._check_values(key, part)
+            first += len(piece)
+        return on_device(value)
 
     def _reader(self, part: str) -> Callable[[str, tuple[int, ...]], jax.Array]:
         def read(path: str, shape: tuple[int, ...]) -> jax.Array:
@@ -130,12 +137,12 @@ class StreamedModel(PrunableModel):
 
     def _read_rows(self, path: str, rows: Int[np.ndarray, "rows"]) -> jax.Array:
         key, start = self.family.keys.to_key(path), 0
-        taken = []
+        value = unfilled((len(rows), *self.source.tensors[key].shape[1:]))
         for piece in self._checked_pieces(key):
             low, high = np.searchsorted(rows, [start, start + len(piece)])
-            taken.append(piece[rows[low:high] - start].astype(np.float32))
+            value[low:high] = piece[rows[low:high] - start]
             start += len(piece)
-        return jnp.asarray(np.concatenate(taken))
+        return on_device(value)
 
     def _keys_to_check(self) -> Collection[str]:
         return dict.fromkeys((*self._expected, *self.exported_keys()))

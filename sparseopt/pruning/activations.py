@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.core.mesh import over, put, whole
+from sparseopt.core.mesh import on_device, over, put, whole
 from sparseopt.models import PrunableModel
 from sparseopt.system.files import write_all
 
@@ -127,7 +127,7 @@ class DiskBatches(Batches):
         values = np.fromfile(self._file, self._dtype, size)
         if len(values) < size:
             raise OSError(f"activations in {self._folder} became shorter; start the same run again")
-        return jnp.asarray(values.reshape(self._shape))
+        return on_device(values.reshape(self._shape))
 
     @property
     def shapes(self) -> list[list[int]]:

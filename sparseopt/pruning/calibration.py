@@ -26,7 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.core.dense import activation_precision
-from sparseopt.core.mesh import AXIS, over
+from sparseopt.core.mesh import AXIS, on_device, over
 from sparseopt.models import PrunableBlock, Routed
 from sparseopt.models.experts import rows_of_tokens, stacked_name, unstacked_names
 from sparseopt.pruning.activations import Batches, Stream
@@ -275,7 +275,7 @@ def _output_over(mesh: Mesh | None) -> Compiled:
 def _empty_totals(shapes: Any, mesh: Mesh | None) -> Any:
     def zeros(shape: Any) -> Array:
         if mesh is None:
-            return jnp.asarray(np.zeros(shape.shape, shape.dtype))
+            return on_device(np.zeros(shape.shape, shape.dtype))
         whole = (mesh.size, *shape.shape)
         return jax.make_array_from_callback(whole, over(mesh), lambda part: np.zeros((1, *shape.shape), shape.dtype))
 

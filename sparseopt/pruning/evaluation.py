@@ -24,7 +24,7 @@ from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, check_pattern, count_groups, parse_pattern
 from sparseopt.pruning.texts import begin_windows, check_vocabulary
 from sparseopt.pruning.torch_runner import runner_of
-from sparseopt.system.machine import freed_memory_kept
+from sparseopt.system.machine import freed_memory_kept, return_freed_memory
 
 # Tokens whose logits are in memory at a time: 256 rows of a vocabulary of 50,000 are 50 MB.
 LOGIT_ROWS = 256
@@ -109,6 +109,7 @@ def perplexity(
             block = opened.layers[index] if whole else opened.block(index)
             for i, x in enumerate(activations):
                 activations[i] = runner.run(block, x)
+            return_freed_memory()
             done += 1
             if observer:
                 observer("block", done, steps)

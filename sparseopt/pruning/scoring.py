@@ -20,7 +20,7 @@ from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.evaluation import LOGIT_ROWS, log_probabilities
 from sparseopt.pruning.texts import check_vocabulary
-from sparseopt.system.machine import freed_memory_kept
+from sparseopt.system.machine import freed_memory_kept, return_freed_memory
 
 Ids = Sequence[int]
 
@@ -85,6 +85,7 @@ def score_continuations(
                 done += 1
                 if observer:
                     observer("log-likelihoods", done, total)
+            return_freed_memory()
         for batch, x in zip(part, activations, strict=True):
             places = [
                 (row, len(pairs[member][0]) - 1 + step, token, member)

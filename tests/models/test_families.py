@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from sparseopt.models import FAMILIES, ModelError, find_family, generate, load_decoder, open_model
+from sparseopt.models import FAMILIES, ModelError, find_family, generate, load_decoder, open_model, safetensors_file
 from sparseopt.models.rope import max_positions
 from sparseopt.models.safetensors_file import read_header
 from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
@@ -86,6 +87,17 @@ def test_fused_and_transposed_matrices_are_pruned_as_they_lie_on_disk(tmp_path: 
     phi3 = open_model(write_golden_folder("phi3", tmp_path / "phi3"))
     assert [*phi3.block_linears(0)] == ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
     assert phi3.weight_shape("model.layers.0.self_attn.qkv_proj.weight") == (32, 16)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_parameters_that_are_read_in_pieces_are_those_read_at_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(write_golden_folder(name, tmp_path / name))
+    whole = jax.tree.leaves((model.embedding(), model.block(0), model.head()))
+    monkeypatch.setattr(safetensors_file, "SLICE", 200)
+    for one, other in zip(whole, jax.tree.leaves((model.embedding(), model.block(0), model.head())), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def write_golden_folder(name: str, folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """Reading: folders and shards, and all kinds of damage."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sparseopt.models import ModelError, ShardedWriter, open_model, open_source
+from sparseopt.core.mesh import on_device, unfilled
+from sparseopt.models import ModelError, ShardedWriter, open_model, open_source, safetensors_file
 from sparseopt.models.safetensors_file import read_header, write_tensors
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
@@ -39,6 +41,25 @@ def test_stored_dtypes_stay_and_parts_are_float32(tmp_path: Path, rng: np.random
     weight = model.block(1).mlp.up_proj.weight[...]
     assert weight.dtype == jnp.float32
     np.testing.assert_array_equal(weight, tensors[name].astype(np.float32))
+
+
+def test_a_large_matrix_is_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX takes over what NumPy has read, piece by piece, and cast."""
+    config = tiny_config(vocab_size=20_000)
+    model = open_model(write_folder(tmp_path, config, random_tensors(config, np.random.default_rng(0), np.float16)))
+    monkeypatch.setattr(safetensors_file, "SLICE", 2**16)
+    tracemalloc.start()
+    weight = model.embedding().weight[...]
+    most, size = tracemalloc.get_traced_memory()[1], 4 * 20_000 * 32
+    tracemalloc.stop()
+    assert weight.nbytes == size <= most < 1.2 * size
+
+
+def test_memory_that_begins_well_is_taken_over() -> None:
+    values = unfilled((3, 5))
+    values[...] = 7
+    assert on_device(values).unsafe_buffer_pointer() == values.ctypes.data
+    assert unfilled((0, 4), np.int8).shape == (0, 4)
 
 
 def test_our_files_are_those_of_the_safetensors_package(tmp_path: Path, rng: np.random.Generator) -> None:
