@@ -55,6 +55,12 @@ def test_a_share_of_the_tokens_is_drawn_again(tmp_path, source, windows):
     np.testing.assert_array_equal(on_disk.calibration, found.calibration)
 
 
+def test_draws_do_not_depend_on_the_slices(source, windows, monkeypatch):
+    whole = made(source, windows)[0].calibration
+    monkeypatch.setattr(variants, "LOGIT_BYTES", 5 * 4 * len(VOCAB))
+    np.testing.assert_array_equal(made(source, windows)[0].calibration, whole)
+
+
 def test_enough_rounds_give_draws_of_one_token_after_the_other(source, windows, monkeypatch):
     """Jacobi's iteration ends where drawing from left to right does: each token fits those before it."""
 
