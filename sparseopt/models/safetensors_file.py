@@ -39,7 +39,7 @@ _MAX_AXES = 64
 # The format's own limit on a header, in bytes.
 _MAX_HEADER = 100_000_000
 
-# Bytes of a tensor that are in memory at once while it is only checked, and while it is dequantised.
+# Bytes of a tensor that are in memory at once besides what is made of it.
 SLICE = 2**26
 
 
