@@ -6,7 +6,7 @@ over non-overlapping windows; a window of n tokens predicts n - 1, and n - 2 whe
 model is streamed block by block over as many windows as fit in `PASS_BYTES`, then again over the next ones.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def perplexity(
     passes = [batches[start : start + held] for start in range(0, len(batches), held)]
     done, steps, total = 0, len(passes) * blocks, 0.0
     for part in passes:
-        activations = [opened.embed_tokens(jnp.asarray(ids)) for ids in part] if whole else _embedded(opened, part)
+        activations = [opened.embed_tokens(jnp.asarray(ids)) for ids in part] if whole else embedded(opened, part)
         for index in range(blocks):
             block = opened.layers[index] if whole else opened.block(index)
             for i, x in enumerate(activations):
@@ -134,13 +134,15 @@ def window_loss(head: Any, x_TD: Array, tokens_T: Int[np.ndarray, "T"], skipped:
     return total
 
 
-def _embedded(model: PrunableModel, batches: Int[np.ndarray, "batches B T"]) -> list[Array]:
-    used = np.unique(batches)
-    # Padded to a number of rows that depends on the shape alone, so that other texts reuse the compiled program.
-    spare = np.setdiff1d(np.arange(model.config.vocab_size), used)[: max(0, batches.size - len(used))]
+def embedded(model: PrunableModel, batches: Iterable[Int[np.ndarray, "B T"]]) -> list[Array]:
+    """Token ids before the first block; as many rows of the embedding are read as there are tokens, at most."""
+    ids = list(batches)
+    used = np.unique(np.concatenate([batch.ravel() for batch in ids]))
+    # Padded to a number of rows that depends on the shapes alone, so that other texts reuse the compiled programs.
+    spare = np.setdiff1d(np.arange(model.config.vocab_size), used)[: sum(batch.size for batch in ids) - len(used)]
     rows = np.union1d(used, spare)
     embedding = model.embedding(rows)
-    return [embedding(jnp.asarray(ids, jnp.int32)) for ids in np.searchsorted(rows, batches)]
+    return [embedding(jnp.asarray(np.searchsorted(rows, batch), jnp.int32)) for batch in ids]
 
 
 @dataclass(frozen=True)

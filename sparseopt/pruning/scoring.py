@@ -18,7 +18,7 @@ from sparseopt.models import Head, PrunableModel, check_window
 from sparseopt.pruning.activations import BATCH_TOKENS, PASS_BYTES
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
-from sparseopt.pruning.evaluation import LOGIT_ROWS, log_probabilities
+from sparseopt.pruning.evaluation import LOGIT_ROWS, embedded, log_probabilities
 from sparseopt.pruning.texts import check_vocabulary
 from sparseopt.system.machine import freed_memory_kept, return_freed_memory
 
@@ -73,11 +73,10 @@ def score_continuations(
 
     batches = _make_batches(inputs, list(members), longest)
     passes = _split_passes(batches, model.config.hidden_size)
-    embedding, head, runner = model.embedding(), model.head(), BlockRunner()
-    done, total = 0, len(batches) * model.num_blocks
+    runner, done, total = BlockRunner(), 0, len(batches) * model.num_blocks
     log_p, likeliest = [np.zeros(0)] * len(pairs), [False] * len(pairs)
     for part in passes:
-        activations = [embedding(jnp.asarray(batch.tokens)) for batch in part]
+        activations = embedded(model, (batch.tokens for batch in part))
         for index in range(model.num_blocks):
             block = model.block(index)
             for i, x in enumerate(activations):
@@ -86,6 +85,7 @@ def score_continuations(
                 if observer:
                     observer("log-likelihoods", done, total)
             return_freed_memory()
+        head = model.head()
         for batch, x in zip(part, activations, strict=True):
             places = [
                 (row, len(pairs[member][0]) - 1 + step, token, member)

@@ -107,12 +107,22 @@ class TrainState(NamedTuple):
     moments: Any
 
 
+class Kept(NamedTuple):
+    """The entries of a parameter that are trained: the mask, of its shape or one True for all, and their number.
+
+    At least one is counted, since it is divided by.
+    """
+
+    mask: Array
+    number: Array
+
+
 class Fixed(NamedTuple):
     """What a step does not change: a block's structure, the parameters that are not trained, the entries kept."""
 
     graph: Any
     frozen: Any
-    kept: Any  # see `kept_entries`
+    kept: list[Kept]  # see `kept_entries`
 
     def module(self, params: Any) -> Block:
         return nnx.merge(self.graph, params, *self.frozen)
@@ -128,8 +138,8 @@ def start_state(params: Any) -> TrainState:
     return TrainState(params, _adam.init(params))
 
 
-def kept_entries(params: Any, masks: Mapping[str, Array]) -> list[Array]:
-    """True for the entries that are trained, by leaf of `params`; one True for all of a leaf without a mask.
+def kept_entries(params: Any, masks: Mapping[str, Array]) -> list[Kept]:
+    """The entries that are trained, by leaf of `params`: all of a leaf without a mask.
 
     The bias of a linear whose mask has no True is not trained either.
     """
@@ -142,27 +152,30 @@ def kept_entries(params: Any, masks: Mapping[str, Array]) -> list[Array]:
         for name, by_expert in parts.items()
     }
     found |= {f"{name.removesuffix('.weight')}.bias": jnp.any(mask) for name, mask in found.items()}
-    return [found.get(".".join(map(str, path)), jnp.asarray(True)) for path, _ in nnx.to_flat_state(params)]
+    kept = []
+    for path, param in nnx.to_flat_state(params):
+        mask = found.get(".".join(map(str, path)), jnp.asarray(True))
+        kept.append(Kept(mask, jnp.maximum(jnp.sum(jnp.broadcast_to(mask, param.shape)), 1)))
+    return kept
 
 
 def updated(
-    state: TrainState, gradient: Any, kept: list[Array], rate: Float[Array, ""], clip: Float[Array, ""]
+    state: TrainState, gradient: Any, kept: list[Kept], rate: Float[Array, ""], clip: Float[Array, ""]
 ) -> tuple[TrainState, Float[Array, ""]]:
     """One step of Adam, and the gradient's norm before it is clipped."""
     kept = jax.tree.unflatten(jax.tree.structure(gradient), kept)
-    gradient = jax.tree.map(lambda kept, g: jnp.where(kept, g, 0), kept, gradient)
+    gradient = jax.tree.map(lambda g, kept: jnp.where(kept.mask, g, 0), gradient, kept)
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
     gradient = jax.tree.map(lambda g: g * (clip / jnp.maximum(norm, clip)), gradient)
     updates, moments = _adam.update(gradient, state.moments)
 
-    def moved(kept: Array, p: Array, u: Array) -> Array:
-        count = jnp.maximum(jnp.sum(jnp.broadcast_to(kept, p.shape)), 1)
-        size = jnp.maximum(jnp.sqrt(jnp.sum(jnp.where(kept, p * p, 0)) / count), LEAST_SIZE)
+    def moved(p: Array, u: Array, kept: Kept) -> Array:
+        size = jnp.maximum(jnp.sqrt(jnp.sum(jnp.where(kept.mask, p * p, 0)) / kept.number), LEAST_SIZE)
         # Masked again: not even a non-finite gradient, whose state is discarded, may change an entry that is not
         # trained.
-        return jnp.where(kept, p - rate * size * u, p)
+        return jnp.where(kept.mask, p - rate * size * u, p)
 
-    return TrainState(jax.tree.map(moved, kept, state.params, updates), moments), norm
+    return TrainState(jax.tree.map(moved, state.params, updates, kept), moments), norm
 
 
 class Trainer(ABC):
