@@ -83,5 +83,5 @@ def _text(text: str | None) -> str:
 
 
 def _options_as_code(text: str) -> str:
-    """Names of options in backticks; in plain text their two hyphens would become a dash."""
-    return re.sub(r"(?<![\w`-])--[a-z][a-z-]*", r"`\g<0>`", text)
+    """Names of options in backticks, unless they are; in plain text their two hyphens would become a dash."""
+    return re.sub(r"`[^`]*`|(?<![\w-])--[a-z][a-z-]*", lambda m: m[0] if m[0].startswith("`") else f"`{m[0]}`", text)

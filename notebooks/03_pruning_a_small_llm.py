@@ -86,7 +86,7 @@ print(f"block {middle}, {name}: weight {weight.shape}, Gram {gram.shape} from {w
 # * `magnitude` keeps the largest $|W_{ij}|$; it does not look at the inputs.
 # * `wanda` keeps the largest $|W_{ij}|\,\|X_j\|$ in every row; it uses the strength of each input.
 # * `maiht` minimises the problem above: accelerated hard thresholding on the whole layer, then a refit of the kept
-#   weights. `preset="paper"` has the published settings, `preset="best"` spends fewer products and refits better.
+#   weights. `preset="paper"` has the published settings, `preset="best"` refits better.
 #
 # The error is $\|X(V - W)^\top\|^2 / \|XW^\top\|^2$: the fraction of the output's energy that is lost.
 

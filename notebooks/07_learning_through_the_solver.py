@@ -236,7 +236,7 @@ alone, with_gradient = seconds(lambda: forward(*given)), seconds(lambda: both(*g
 print(f"{batch} fits: {1e3 * alone:.0f} ms, with the gradient {1e3 * with_gradient:.0f} ms")
 
 # %% [markdown]
-# These fits take a few dozen cheap steps each, so the linear solve takes longer than the fit.
+# The gradient takes one linear solve for each fit.
 
 # %% [markdown]
 # ## Held-out pictures

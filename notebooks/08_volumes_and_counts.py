@@ -137,7 +137,7 @@ assert best["spacing (1, 1, 3)"] > best["equal spacing"] + 0.7
 #
 # The cortex is a folded sheet. FreeSurfer's average brain, in nilearn (fsaverage5; Fischl, Sereno, Tootell, Dale, Human
 # Brain Mapping 8, 1999), has its left half as a mesh of 10,242 points and 20,480 triangles, and at each point the depth of
-# the folds. The edges of the triangles are a graph. Here is the depth with as much noise as it varies itself.
+# the folds. The edges of the triangles are a graph. We add noise with the standard deviation of the depth itself.
 
 # %%
 folder = require("nilearn") / "datasets" / "data" / "fsaverage5"

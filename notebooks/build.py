@@ -84,6 +84,8 @@ def small_png(encoded: str) -> str:
     """A picture in 256 colours, in base64 as notebooks have it: it looks the same and takes a third of the bytes."""
     small = io.BytesIO()
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+        if picture.mode == "P":
+            return encoded
         picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return min(encoded, base64.b64encode(small.getvalue()).decode(), key=len)
 
@@ -97,7 +99,9 @@ def take_over_text() -> int:
             failed += 1
             continue
         made, target = notebook(source), source.with_suffix(".ipynb")
-        for cell, executed in zip(_code(made), _code(nbformat.read(target, as_version=4)), strict=True):
+        done = nbformat.read(target, as_version=4)
+        made["metadata"] = done.metadata
+        for cell, executed in zip(_code(made), _code(done), strict=True):
             cell["outputs"], cell["execution_count"] = executed.outputs, executed.execution_count
         write(made, target)
     return failed

@@ -73,7 +73,7 @@ class Status(enum.IntEnum):
             "try another method",
             Status.NONFINITE: "a value became infinite or NaN: check the input for non-finite or huge values, "
             "or use a smaller step size",
-            Status.PRECISION: "rounding limits the answer before the tolerance: the measure no longer falls; "
+            Status.PRECISION: "rounding keeps the residual above the tolerance, and it no longer falls; "
             "use float64, or raise tol",
             Status.STATIONARY: "the stationarity residual reached the tolerance; the problem is not known to be "
             "convex, so this is no certificate of optimality",

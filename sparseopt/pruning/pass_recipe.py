@@ -85,7 +85,7 @@ class PassRecipe(ABC):
     precision: Precision = option(
         "highest",
         "Precision of products of activations (forward passes, Gram matrices, training) on a GPU or TPU: {choices}. "
-        "A CPU computes in float32, and so does everywhere what is solved for a layer.",
+        "A CPU always computes in float32, and so do layer solves on every device.",
         HOW,
     )
     calibration: Any = option(

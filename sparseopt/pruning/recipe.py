@@ -47,7 +47,7 @@ class Recipe(PassRecipe):
 
     sparsity: float | None = option(
         None,
-        "Fraction of zeros in every linear. Default: 0.5, that of the n:m pattern, or none beside zeros that stay.",
+        "Fraction of zeros in every linear. Default: 0.5, or that of an n:m pattern; no further zeros if some stay.",
         WHAT,
         least=0,
         below=1,

@@ -314,7 +314,7 @@ class PruneReport:
         precision: of products of activations, as JAX names it; "highest" is float32 on every platform.
         resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
         shape: what a smaller model keeps; None where only zeros were made.
-        distilled: the training of the whole smaller model at the end; None without.
+        distilled: the training of the whole model at the end; None without.
         kept: whether an earlier call had finished the run; the report is then that call's.
     """
 

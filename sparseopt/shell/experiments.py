@@ -21,8 +21,8 @@ AllowAll = Annotated[
     bool,
     typer.Option(
         "--allow-code",
-        help="Import whatever classes configs name by their path, also from here and from beside the config: runs "
-        "their modules. For configs that you trust.",
+        help="Import any class that a config names by path, also from the current folder and the config's folder. "
+        "This runs the code of its module: only for configs that you trust.",
     ),
 ]
 AllowPackages = Annotated[
@@ -170,7 +170,7 @@ def compare(
 ) -> None:
     """Prune by several methods at several sparsities, and compare perplexity, errors, time and memory.
 
-    Writes one table and one picture. Started again, it does what is missing; new methods and sparsities join the table.
+    Writes one table and one picture. Run again, it computes the missing cells; new methods and sparsities are added.
     """
     from sparseopt.experiments import comparison
     from sparseopt.experiments.task_prune import Prune
