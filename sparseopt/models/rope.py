@@ -258,14 +258,22 @@ def _rope_fields(config: Config, part: str | None) -> dict[str, Any]:
     """The fields of `rope_scaling` and `rope_parameters`, of one layer type, and the configuration's lengths."""
     lengths = ("max_position_embeddings", "original_max_position_embeddings")
     fields = {name: config[name] for name in lengths if config.get(name) is not None}
+    tables: list[dict[str, Any]] = []
     for name in ("rope_scaling", "rope_parameters"):
         table = config.get(name) or {}
         if part is not None and isinstance(table, Mapping):
             table = table.get(part, {} if name == "rope_parameters" else table)
         if not isinstance(table or {}, Mapping):
             raise ModelError(f"the model configuration's {name} must be a table, given {table!r}")
-        fields |= {key: value for key, value in (table or {}).items() if value is not None}
-    return fields
+        tables.append({key: value for key, value in (table or {}).items() if value is not None})
+    older, newer = tables
+    if newer and (differing := [key for key in older if older[key] != newer.get(key)]):
+        # transformers would take `rope_scaling` alone, and its own default of what is missing there.
+        raise ModelError(
+            "the model configuration has rope_scaling beside rope_parameters, and they differ in "
+            f"{', '.join(differing)}; put what is to count into rope_parameters and remove rope_scaling"
+        )
+    return fields | older | newer
 
 
 def read_rope(config: Config, theta: float = 10000.0, share: float = 1.0, part: str | None = None) -> Rope:

@@ -112,7 +112,7 @@ def open_source(path: str | Path) -> Source:
     asked, path = str(path), Path(path).expanduser()
     if path.is_dir():
         return FolderSource(path)
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix.lower() == ".gguf" and path.is_file():
         return GGUFSource(path)
     if path.is_file():
         if path.suffix.lower() in PICKLES:
@@ -161,10 +161,11 @@ def _find_tensors(folder: Path) -> dict[str, FileTensor]:
         if index.is_file() or single.is_file():
             raise ModelError(f"{folder} holds a packed model and a dense one; move one of them to another folder")
         return _read_shards(folder, PACKED_INDEX, read_packed_header)
-    if index.is_file():
-        return _read_shards(folder, index.name, read_header)
+    # In the order of transformers.
     if single.is_file():
         return dict(read_header(single))
+    if index.is_file():
+        return _read_shards(folder, index.name, read_header)
     if any(folder.glob(f"{PACKED_PREFIX}*.safetensors")):
         raise ModelError(
             f"{folder} has packed shards and no {PACKED_INDEX}: writing it was interrupted, or the index was not "

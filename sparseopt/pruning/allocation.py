@@ -15,6 +15,7 @@ multiple-choice knapsack problem", 1979, for hulls and multipliers.
 """
 
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import jax
@@ -58,6 +59,10 @@ def default_bounds(sparsity: float) -> tuple[float, float]:
     return max(0.0, sparsity - BELOW), max(sparsity, min(MOST, sparsity + ABOVE))
 
 
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(each, Real) for each in given)
+
+
 def check_allocation(name: str, pattern: str, sparsity: float | None, bounds: tuple[float, float] | None) -> None:
     """Refuse an allocation that is not possible, before any work.
 
@@ -85,7 +90,7 @@ def check_allocation(name: str, pattern: str, sparsity: float | None, bounds: tu
         return
     if bounds is None or sparsity is None:
         return
-    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < 1:
+    if not (_is_pair(bounds) and 0 <= bounds[0] <= bounds[1] < 1):
         raise ValueError(f"bounds must be two shares of zeros, 0 <= low <= high < 1, given {bounds}")
     low, high = bounds
     if sparsity > high:

@@ -1,6 +1,7 @@
 """Floor 6: the model card of a finished run, README.md: metadata for the Hugging Face hub, and what was done."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,9 @@ CARRIED = ("language", "license", "license_name", "license_link")
 # Metadata are read up to this size; published ones have a hundredth of it.
 MOST = 64 * 1024
 # How a recipe's record begins that calibrated on arrays.
+# What recipes write for calibrations that no command line can hold.
 TOKEN_IDS = "token ids of shape"
+_OBJECTS = re.compile(rf"{TOKEN_IDS}|\d+ documents$")
 PACKAGES = ("sparseopt", "jax", "transformers")
 
 # The same for dense and packed folders, which `sparseopt pack` and `unpack` make of each other.
@@ -110,7 +113,7 @@ def command_of(report: PruneReport) -> str:
     parts = ["sparseopt", "shrink" if smaller else "prune", source_name(report), "--output", "FOLDER"]
     for name, option in (SHRINK_OPTIONS if smaller else OPTIONS).items():
         value = report.recipe[name]
-        if value == option.default or name == "pack" or str(value).startswith(TOKEN_IDS):
+        if value == option.default or name == "pack" or _OBJECTS.match(str(value)):
             continue
         parts.append(f"--{name.replace('_', '-')}")
         if isinstance(value, tuple | list):

@@ -354,7 +354,7 @@ def _lines(stream: TextIO) -> Iterator[str]:
 def _document(value: Any, place: str) -> Document:
     """A value of a column as a document: missing text is empty, messages have a role and a content."""
     if value is None or isinstance(value, str):
-        return value or ""
+        return _characters(value or "", place)
     if not isinstance(value, list | tuple):
         raise TextError(f"{place} holds {type(value).__name__} where a text or a list of messages is expected")
     return [_message(each, place) for each in value]
@@ -370,4 +370,16 @@ def _message(given: Any, place: str) -> dict[str, str]:
         raise TextError(
             f"{place}: a message needs the texts role and content, or from and value, given {repr(given)[:80]}"
         )
-    return {"role": _ROLES.get(role, role), "content": content}
+    return {"role": _ROLES.get(role, role), "content": _characters(content, place)}
+
+
+def _characters(text: str, place: str) -> str:
+    """The text itself; a `TextError` for half a surrogate pair, which JSON can hold and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"{place}: character {error.start + 1} is {text[error.start]!a}, half of a surrogate pair, as a cut "
+            "emoji leaves it; remove it"
+        ) from None
+    return text

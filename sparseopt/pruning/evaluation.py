@@ -22,7 +22,7 @@ from sparseopt.pruning.activations import PASS_BYTES, windows_per_batch
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, check_pattern, count_groups, parse_pattern
-from sparseopt.pruning.texts import begin_windows, check_vocabulary
+from sparseopt.pruning.texts import begin_windows, check_vocabulary, token_array
 from sparseopt.pruning.torch_runner import runner_of
 from sparseopt.system.machine import freed_memory_kept, return_freed_memory
 
@@ -84,11 +84,13 @@ def perplexity(
     whole = isinstance(opened, Decoder)
     config, blocks = (opened.embed_tokens.config, len(opened.layers)) if whole else (opened.config, opened.num_blocks)
     runner = BlockRunner() if whole else runner_of(opened)
-    ids = np.asarray(token_ids)
+    ids = token_array(token_ids)
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
         raise ValueError(f"token_ids must be integers [n] or [windows, seqlen], given {ids.dtype} {list(ids.shape)}")
     if ids.ndim == 1:
-        if len(ids) < seqlen or seqlen < 2:
+        if seqlen < 2:
+            raise ValueError(f"a window needs 2 tokens or more to predict one, given seqlen {seqlen}")
+        if len(ids) < seqlen:
             raise ValueError(f"{len(ids)} tokens are fewer than one window of {seqlen}; give more or a shorter seqlen")
         ids = ids[: len(ids) // seqlen * seqlen].reshape(-1, seqlen)
     if not ids.shape[0] or ids.shape[1] < (2 if bos is None else 3):

@@ -101,7 +101,7 @@ class Inspection:
         kinds: of blocks; one where all are alike, none for a family that is not supported.
         unused_parameters: of tensors that the decoder does not have, such as an image encoder's.
         targeted_parameters: in linears that are pruned; None for a family that is not supported, as what follows.
-        zeros: in these after pruning.
+        zeros: that pruning makes in these; those that the model or `masks` has may come on top of them.
         dense_bytes: of the output.
         packed_bytes: of the output with the zeros stored as a bitmask.
     """
@@ -197,6 +197,11 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, gflops: fl
     dense = output_bytes(model, recipe)
     # A bit for each weight, and the weights kept; what would not get smaller stays dense.
     packed = {k: min(dense[k], -(-_size(tensors[k]) // 8) + n * dense[k] // _size(tensors[k])) for k, n in kept.items()}
+    zeros, saved = sum(_size(tensors[k]) - n for k, n in kept.items()), sum(dense[k] - n for k, n in packed.items())
+    if recipe.chooses_linears and recipe.sparsity is not None:
+        # As many linears have the pattern as make the sparsity.
+        share = recipe.sparsity * _total(tensors[k] for k in kept) / zeros
+        zeros, saved = round(share * zeros), round(share * saved)
     room = device_memory_left()
     cost, on_disk = (prune_cost(model, recipe, method, where, room=room) for where in PLACES)
     seconds = None if gflops is None else cost.seconds(gflops)
@@ -217,9 +222,9 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, gflops: fl
         "head_parameters": 0 if model.config.tied else _size(tensors[keys.to_key("head.lm_head.weight")]),
         "unused_parameters": _total(tensors[key] for key in dense if key not in expected),
         "tied": model.config.tied,
-        "zeros": sum(_size(tensors[key]) - count for key, count in kept.items()),
+        "zeros": zeros,
         "dense_bytes": sum(dense.values()),
-        "packed_bytes": sum((dense | packed).values()),
+        "packed_bytes": sum(dense.values()) - saved,
         "estimate": Estimate(
             memory={phase: dict(parts) for phase, parts in cost.phases.items()},
             peak_memory_bytes=cost.peak_memory_bytes,

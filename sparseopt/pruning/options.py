@@ -4,12 +4,21 @@ import textwrap
 import typing
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any
 
 from sparseopt.core.arguments import unknown
 
 # The headings that options are shown under.
 WHAT, KEEP, HOW, CALIBRATION, OUTPUT = "What to prune", "What to keep", "How to prune", "Calibration", "Output"
+
+# What the values of a field's type are, and how an error calls them; true and false are no numbers.
+_KINDS: dict[Any, tuple[type, str]] = {
+    int: (int, "a whole number"),
+    float: (Real, "a number"),
+    bool: (bool, "true or false"),
+    str: (str, "a text"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,10 @@ class Option:
             return None
         if self.choices:
             return None if value in self.choices else unknown(self.name, value, self.choices)
+        for kind in (self.type, *typing.get_args(self.type)):
+            expected, name = _KINDS.get(kind, (object, ""))
+            if not isinstance(value, expected) or (isinstance(value, bool) and kind in (int, float)):
+                return f"{self.name} must be {name}, given {value!r}"
         if self.most is not None or self.below is not None:
             top, end = (self.most, "]") if self.below is None else (self.below, ")")
             if not (self.least <= value <= top and value != self.below):

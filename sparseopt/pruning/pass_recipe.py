@@ -3,6 +3,7 @@
 `recipe` has that of `prune_model` and `shrinking` that of `shrink_model`.
 """
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -141,9 +142,18 @@ class PassRecipe(ABC):
         None, "Data type to store: {choices}. Default: the source's.", OUTPUT
     )
 
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, _plain(getattr(self, each.name)))
+
     @property
     def allocation(self) -> Allocation:
         return "uniform"
+
+    @property
+    def chooses_linears(self) -> bool:
+        """Whether it turns out during the run which linears are pruned."""
+        return False
 
     @property
     def penalty(self) -> Penalty | None:
@@ -179,7 +189,7 @@ class PassRecipe(ABC):
         wrong = {name: text for name, each in options.items() if (text := each.mistake(getattr(self, name)))}
         trainings = {"reconstruct": self.reconstruction, "distil": self.distillation}
         checks: list[Check] = [
-            (("method", "preset", "ridge"), self.find_method),
+            (("method", "preset", "ridge", "pattern"), self.find_method),
             *(((name,), training.check) for name, training in trainings.items() if training is not None),
             *self._checks(),
         ]
@@ -277,6 +287,15 @@ class PassRecipe(ABC):
                 else f"token ids of shape {list(np.shape(self.calibration))}"
             )
         return values
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, and paths as text: what a record can hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return tuple(map(_plain, value)) if type(value) is tuple else value
 
 
 def described(value: Any) -> str:

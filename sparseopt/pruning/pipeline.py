@@ -15,7 +15,6 @@ Over several devices the calibration windows are spread (`activations`), and so 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from sparseopt.pruning.plan import (
     check_same_calibration,
     describe_calibration,
     make_plan,
+    with_windows,
 )
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Calibration, Event, Footprint, LayerRecord, PruneReport
@@ -177,7 +177,7 @@ def prune_models(
             check_cut(pattern, model.weight_shape(key), mesh)
     windows = calibration_windows(model, plans[0].recipe)
     calibration = describe_calibration(model, plans, windows)
-    plans = [replace(plan, recipe=replace(plan.recipe, samples=calibration.samples)) for plan in plans]
+    plans = with_windows(plans, calibration.samples)
     processes.agree(
         {
             "recipes": [recipe_identity(plan.recipe) for plan in plans],

@@ -26,14 +26,14 @@ from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Calibration
 from sparseopt.pruning.shrinking import BUDGET_ROUNDING, ShrinkRecipe, parameters_of, shrunk_sizes, smallest_sizes
 from sparseopt.pruning.targets import chosen_linears
-from sparseopt.pruning.texts import begin_windows, check_vocabulary, text_windows, token_digest
+from sparseopt.pruning.texts import begin_windows, check_vocabulary, text_windows, token_array, token_digest
 
 # The linears that have fewer inputs in a smaller model: key-value groups, and channels.
 GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
 # Recipes that share a pass must agree in these.
 PASS_FIELDS = (
     "samples", "seqlen", "heldout_samples", "windows", "seed", "bos", "calibration", "split", "column", "documents",
-    "variant_count", "precision",
+    "precision",
 )  # fmt: skip
 
 
@@ -249,6 +249,23 @@ def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
             )
 
 
+def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
+    """The plans of a pass with the number of windows, and of variants, that their recipes may leave open.
+
+    Raises:
+        ValueError: for plans that would see other variants.
+    """
+    recipes = [dataclasses.replace(plan.recipe, samples=samples) for plan in plans]
+    counts = [recipe.variant_count for recipe in recipes]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            "recipes of one pass must see the same variants of their windows, and by their methods these have "
+            f"{', '.join(map(str, counts))}: give all the same variants, or prune one by one"
+        )
+    pairs = zip(plans, recipes, strict=True)
+    return [dataclasses.replace(plan, recipe=dataclasses.replace(recipe, variants=counts[0])) for plan, recipe in pairs]
+
+
 class CalibrationWindows(NamedTuple):
     """The token ids that a pass reads, `[windows, seqlen]` int32, and the BOS that begins each window, None without."""
 
@@ -291,8 +308,10 @@ def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> Calibration
             column=recipe.column, documents=recipe.documents, least=recipe.window_count + heldout,
         )  # fmt: skip
         windows, bos = begin_windows(*found), found.bos
+        if bos is not None and recipe.seqlen < 3:
+            raise TextError(f"windows of {recipe.seqlen} tokens predict nothing after BOS; give a longer seqlen")
     else:
-        windows = np.asarray(recipe.calibration)
+        windows = token_array(recipe.calibration)
         if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or windows.shape[1] < 2:
             raise TextError(
                 "calibration token ids must be integers of shape [samples, seqlen], given "

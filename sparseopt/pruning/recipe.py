@@ -101,7 +101,8 @@ class Recipe(PassRecipe):
             object.__setattr__(self, name, read_patterns(getattr(self, name)))
         if isinstance(self.sparsities, Mapping):
             object.__setattr__(self, "sparsities", tuple(self.sparsities.items()))
-        if self.sparsity is None:
+        super().__post_init__()
+        if self.sparsity is None and isinstance(self.pattern, str):
             implied = implied_sparsity(self.pattern)
             if implied is None or 0 <= implied < 1:
                 default = 0.0 if self.has_support else 0.5
@@ -111,6 +112,11 @@ class Recipe(PassRecipe):
     def has_support(self) -> bool:
         """Whether some weights are known to be zero before a linear is solved."""
         return self.keep_zeros or self.masks is not None
+
+    @property
+    def chooses_linears(self) -> bool:
+        """Whether curves choose the linears that have the n:m pattern; the others stay dense."""
+        return self.allocation == "curves" and implied_sparsity(self.pattern) is not None
 
     def find_method(self) -> LayerMethod:
         return find_method(self.method, self.preset, self.penalty, self.ridge, self.pattern)
@@ -139,14 +145,22 @@ class Recipe(PassRecipe):
             if given := [name for name, value in others.items() if value]:
                 raise ValueError(f"permute moves channels of all linears, which contradicts {given[0]}: leave one out")
 
-        # Some linears have the pattern's share and the others none.
-        implied = implied_sparsity(self.pattern)
-        chosen = implied is not None and self.allocation == "curves"
+        def masked() -> None:
+            if self.masks is not None and self.chooses_linears:
+                raise ValueError(
+                    f"masks has zeros for every linear, and with pattern {self.pattern!r} allocation 'curves' leaves "
+                    "some dense: leave one of the two out"
+                )
+
+        def shared() -> None:
+            check_pattern(self.pattern, implied_sparsity(self.pattern) if self.chooses_linears else self.sparsity)
+
         return (
-            ((), permuted),
-            (("sparsity",), lambda: check_pattern(self.pattern, implied if chosen else self.sparsity)),
-            (("allocation",), by_linear),
-            (("allocation", "sparsity"), allocated),
+            (("pattern",), permuted),
+            (("pattern",), masked),
+            (("pattern", "sparsity"), shared),
+            (("pattern", "allocation"), by_linear),
+            (("pattern", "allocation", "sparsity"), allocated),
             ((), anywhere),
         )
 

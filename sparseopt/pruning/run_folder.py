@@ -325,7 +325,10 @@ def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
         own = [record for record in records if getattr(record, "block", None) == index]
         if index in stays:
             pruned = sorted(record.layer for record in own if isinstance(record, LayerRecord))
-            if pruned != sorted(plan.layers(model, index)) or not stored(tag):
+            wanted = sorted(plan.layers(model, index))
+            # Before its survey a plan that chooses the linears has all of them.
+            whole = set(pruned) <= set(wanted) if plan.recipe.chooses_linears else pruned == wanted
+            if not whole or not stored(tag):
                 break
             found.tags.append(tag)
         found.blocks = index + 1

@@ -157,6 +157,8 @@ def token_windows(
     """
     if count < 1 or length < 2:
         raise TextError(f"need at least 1 window of at least 2 tokens, given {count} windows of {length}")
+    if choice not in get_args(WindowChoice):
+        raise TextError(f"windows must be one of {', '.join(get_args(WindowChoice))}, given {choice!r}")
     available = len(tokens) // length
     if available < count:
         raise TextError(
@@ -171,6 +173,14 @@ def token_windows(
         ranks = np.argsort(np.argsort(np.arange(count) * (1 + 5**0.5) / 2 % 1))
         return windows[ranks * available // count]
     return windows[:count]
+
+
+def token_array(given: Any) -> np.ndarray:
+    """Token ids as an array; a `TextError` where windows have different lengths."""
+    try:
+        return np.asarray(given)
+    except ValueError:
+        raise TextError("all windows of token ids must have the same number of tokens") from None
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int) -> None:

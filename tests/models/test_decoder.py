@@ -196,6 +196,10 @@ def test_llama3_scaling_keeps_high_frequencies_and_slows_low_ones() -> None:
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor must be a positive float"),
         ({"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor must be in"),
         ({"rope_scaling": 2.0}, "rope_scaling must be a table"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            "they differ in rope_type, factor",
+        ),
     ],
 )
 def test_what_the_decoder_does_not_do_is_refused_by_name(changes: dict, named: str) -> None:

@@ -212,6 +212,13 @@ def test_shards_stay_in_the_folder(tmp_path: Path, tensors: dict, name: str) -> 
         open_source(tmp_path)
 
 
+def test_of_one_file_and_shards_the_one_file_is_read_as_transformers_does(tmp_path: Path, tensors: dict) -> None:
+    write_folder(tmp_path, tiny_config(), {name: np.zeros_like(value) for name, value in tensors.items()}, 2)
+    write_folder(tmp_path, tiny_config(), tensors)
+    source = open_source(tmp_path)
+    assert all(source.read(name).tobytes() == tensors[name].tobytes() for name in source.tensors)
+
+
 def test_a_bad_index(tmp_path: Path, tensors: dict) -> None:
     write_folder(tmp_path, tiny_config(), tensors, 3)
     index = tmp_path / "model.safetensors.index.json"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import open_model
-from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, prune_layer, prune_model
+from sparseopt.pruning import Recipe, Stopped, audit_pattern, audit_sparsity, prune_layer, prune_model
 from sparseopt.pruning.allocation import (
     ROWS,
     allocate_curves,
@@ -21,6 +21,7 @@ from sparseopt.pruning.allocation import (
     losses_of_linear,
     outlier_share,
 )
+from sparseopt.pruning.inspection import inspect_model
 from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
 from tests.pruning.layers import make_layer
 from tests.tiers import often
@@ -265,6 +266,14 @@ def test_curves_take_from_linears_that_the_loss_does_not_see(tmp_path, rng):
     sizes = [record.size for record in report.layers]
     assert 0 <= 0.5 * sum(sizes) - 0.2 * report.prunable_size < 0.5 * max(sizes)
     pruned = {record.layer for record in report.layers}
+    # What the run chose is known from its records: it is finished, and one that was stopped goes on.
+    assert {record.layer for record in prune_model(source, tmp_path / "pattern", recipe).layers} == pruned
+    with pytest.raises(Stopped):
+        prune_model(source, tmp_path / "stopped", recipe, stop=lambda: True)
+    resumed = prune_model(source, tmp_path / "stopped", recipe)
+    assert (resumed.resumed_blocks, {record.layer for record in resumed.layers}) == (1, pruned)
+    found = inspect_model(source, recipe)
+    assert found.zeros == pytest.approx(0.2 * found.prunable_parameters, abs=1)
     assert {f"model.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")} <= pruned
     before, after = (open_model(folder).source for folder in (source, tmp_path / "pattern"))
     for key in before.tensors.keys() - {f"{layer}.weight" for layer in pruned}:

@@ -9,7 +9,7 @@ import yaml
 
 from sparseopt.models import open_source
 from sparseopt.pruning import LayerRecord, Recipe, ShrinkRecipe, prune_model, shrink_model
-from sparseopt.pruning.card import CARD, metadata_of, model_card, result_lines, without_folders
+from sparseopt.pruning.card import CARD, command_of, metadata_of, model_card, result_lines, without_folders
 
 OWN = """---
 language:
@@ -129,6 +129,11 @@ def test_a_card_that_somebody_put_into_the_folder_stays(tmp_path, source, tokens
 )  # fmt: skip
 def test_a_damaged_card_has_no_metadata(card):
     assert "license" not in metadata_of(card)
+
+
+def test_the_command_leaves_out_what_no_command_can_hold(pruned):
+    recipe = pruned.recipe | {"calibration": "3 documents"}
+    assert "--calibration" not in command_of(replace(pruned, recipe=recipe))
 
 
 def test_only_last_parts_of_paths_are_told():

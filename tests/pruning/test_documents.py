@@ -92,6 +92,7 @@ def test_a_long_row_of_a_table_is_read_and_the_limit_of_csv_stays(tmp_path):
         ('{"text": [{"role": "user"}]}\n', "line 1: a message needs the texts role and content"),
         ('{"text": "a"}\n\n{"text": "b"}\n{"text": [{"role": "user", "content": "c"}]}\n', "has both texts and chats"),
         ('{"text": null}\n', "is empty in its evaluation part"),
+        ('{"text": "a\\ud83d"}\n', r"line 1: character 2 is '\\ud83d', half of a surrogate pair"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named(tmp_path, lines, message):

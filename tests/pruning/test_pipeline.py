@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +13,7 @@ import pytest
 import sparseopt as so
 from sparseopt.models import ModelError, load_decoder, open_model
 from sparseopt.models.safetensors_file import write_tensors
-from sparseopt.pruning import PruningError, Recipe, audit_sparsity, perplexity, prune_model
+from sparseopt.pruning import PruningError, Recipe, Wanda, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.activations import Batches, make_batches
 from sparseopt.pruning.calibration import BlockRunner, gather_grams
 from sparseopt.pruning.reports import Calibration, Footprint
@@ -201,6 +202,10 @@ def test_bad_tokens_are_refused(source):
         perplexity(source, np.array([[0, 9999]]))
     with pytest.raises(ValueError, match="must be integers"):
         perplexity(source, np.ones((2, 8)))
+    with pytest.raises(ValueError, match="must have the same number of tokens"):
+        perplexity(source, [[1, 2, 3], [1, 2]])
+    with pytest.raises(ValueError, match="2 tokens or more to predict one, given seqlen 1"):
+        perplexity(source, np.arange(10), seqlen=1)
 
 
 BAD_RECIPES = {
@@ -214,6 +219,20 @@ BAD_RECIPES = {
     "seqlen": ({"seqlen": 1}, "seqlen must be at least 2, given 1"),
     "too few windows": ({"heldout_samples": 12}, "leave none for calibration"),
     "vocabulary": ({"calibration": np.full((6, 8), 999)}, "made with another tokenizer"),
+    "no number": ({"sparsity": "0.5"}, "sparsity must be a number, given '0.5'"),
+    "no whole number": ({"seqlen": 2.5}, "seqlen must be a whole number, given 2.5"),
+    "no text": ({"pattern": 124}, "pattern must be a text, given 124"),
+    "bounds": ({"bounds": 0.5, "allocation": "owl"}, "bounds must be two shares of zeros, .* given 0.5"),
+    "class": ({"method": Wanda}, r"must be an object of a frozen dataclass .* such as Wanda\(\), given <class"),
+    "masks": (
+        {"masks": "pruned", "pattern": "2:4", "sparsity": 0.2, "allocation": "curves"},
+        "masks has zeros for every linear, and with pattern '2:4' allocation 'curves' leaves some dense",
+    ),
+    "nothing after BOS": (
+        {"calibration": ["the " * 99], "seqlen": 2, "bos": "yes", "samples": 1},
+        "windows of 2 tokens predict nothing after BOS; give a longer seqlen",
+    ),
+    "ragged tokens": ({"calibration": [[1, 2, 3], [1, 2]]}, "must have the same number of tokens"),
     "float tokens": ({"calibration": np.ones((6, 8))}, r"integers of shape \[samples, seqlen\]"),
     "unknown text": ({"calibration": "wiki", "seqlen": 24}, "unknown text 'wiki'"),
 }
@@ -225,6 +244,14 @@ def test_a_bad_recipe_ends_before_any_work(tmp_path, source, recipe, changes, me
     with pytest.raises(ValueError, match=message):
         prune_model(source, tmp_path / "out", dataclasses.replace(recipe, **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_numpy_and_paths_are_as_good_as_pythons_own():
+    given = Recipe(
+        sparsity=np.float32(0.5), seqlen=np.int64(8), sparsities={"o_proj": np.float64(0.25)}, masks=Path("a")
+    )
+    plain = Recipe(sparsity=0.5, seqlen=8, sparsities={"o_proj": 0.25}, masks="a")
+    assert json.dumps(given.as_dict()) == json.dumps(plain.as_dict())
 
 
 def test_all_mistakes_of_a_recipe_are_listed_together():

@@ -79,12 +79,23 @@ def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens):
         ({"bos": "no", "calibration": np.ones((4, 4), np.int32)}, "these differ in bos, calibration"),
         ({"windows": "random", "seed": 1, "calibration": "pydoc"}, "these differ in windows, seed, calibration"),
         ({"calibration": "pydoc"}, "these differ in calibration"),
+        ({"variants": 1}, "must see the same variants of their windows, and by their methods these have 0, 1"),
     ],
 )
 def test_recipes_of_one_pass_share_their_tokens(tmp_path, source, tokens, changes, message):
     recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
     plans = [(recipe, tmp_path / "a"), (dataclasses.replace(recipe, **changes), tmp_path / "b")]
     with pytest.raises(ValueError, match=message):
+        prune_models(source, plans)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_variants_of_a_pass_follow_from_its_windows(tmp_path, source, rng):
+    """Method best has no variants of 100 windows, whatever it shares a pass with."""
+    ids = rng.integers(0, len(VOCAB), (100, 4)).astype(np.int32)
+    recipe = Recipe(method="wanda", calibration=ids, heldout_samples=0, variants=3)
+    plans = [(recipe, tmp_path / "a"), (dataclasses.replace(recipe, method="best", variants=None), tmp_path / "b")]
+    with pytest.raises(ValueError, match="these have 3, 0: give all the same variants"):
         prune_models(source, plans)
     assert not (tmp_path / "a").exists()
 

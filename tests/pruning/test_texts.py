@@ -87,6 +87,8 @@ def test_too_short_a_text_names_the_figures():
         token_windows(np.arange(10), 1, 32)
     with pytest.raises(TextError, match="given 0 windows of 32"):
         token_windows(np.arange(100), 0, 32)
+    with pytest.raises(TextError, match="windows must be one of first, spread, random, given 'sprad'"):
+        token_windows(np.arange(100), 1, 32, "sprad")
 
 
 def test_a_hub_data_set_is_read_from_its_parquet_files(tmp_path, monkeypatch):

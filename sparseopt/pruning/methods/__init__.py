@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from sparseopt.core.penalties import Penalty
@@ -127,6 +128,11 @@ def find_method(
 def _named(method: str | LayerMethod, preset: str | None, pattern: str) -> LayerMethod:
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
+    if isinstance(method, type | FunctionType):
+        raise ValueError(
+            "a method of your own must be an object of a frozen dataclass made by sparseopt.pytree, such as "
+            f"Wanda(), given {method!r}"
+        )
     found = METHODS[method] if isinstance(method, str) else NamedMethod("", method)
     if preset is None:
         return found.groups if found.groups is not None and is_group_pattern(pattern) else found.method
