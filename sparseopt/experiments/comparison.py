@@ -37,7 +37,7 @@ from sparseopt.experiments.task_prune import Prune
 from sparseopt.pruning import METHODS
 from sparseopt.pruning.documents import part_of_text
 from sparseopt.pruning.patterns import implied_sparsity
-from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, differences, read_start
+from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, contents, differences, read_start
 
 CELLS = "cells"
 # Seconds of the method itself; forward passes and compilation are common to all.
@@ -143,6 +143,8 @@ def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give --output a folder that is new or holds this comparison")
+    if contents(output) and not (output / CELLS).is_dir():
+        raise ValueError(f"{output} holds no comparison and is not empty; give another --output or empty it")
     planned = plan(runs, output)
     _check_folder(planned, output)
     check_all(planned, again=False)

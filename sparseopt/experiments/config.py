@@ -102,6 +102,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, allow_code: AllowC
             _set_by_path(values, key, value)
         except ValueError as error:
             raise ConfigError(f"override {override!r}: {error}") from None
+        if swept := next((name for name in _swept(values.get("sweep")) if f"{key}.".startswith(f"{name}.")), None):
+            raise ConfigError(f"override {override!r}: the sweep sets {swept} for every run; change it there")
     return expand(values, lines, str(path), allow_code=allow_code)
 
 
@@ -140,6 +142,8 @@ def expand(
         sweep = Sweep() if given is None else Sweep.model_validate(given)
     except ValidationError as error:
         mistakes |= {(("sweep", *place), text): None for place, text in _explain(error, Sweep)}
+    for key in sweep.grid.keys() & {key for item in sweep.list for key in item}:
+        mistakes[("sweep",), f"{key} is varied by grid and by list; leave it out of one"] = None
     count = len(sweep.list) * math.prod(map(len, sweep.grid.values()))
     if count > MAX_RUNS:
         mistakes[("sweep",), f"asks for {count:,} runs, at most {MAX_RUNS:,} are possible; split it"] = None
@@ -187,6 +191,12 @@ def expand(
     if mistakes:
         raise report(mistakes)
     return list(runs.values())
+
+
+def _swept(sweep: Any) -> list[str]:
+    """The keys that a sweep varies, as far as it is one."""
+    parts = [sweep.get("grid"), *(sweep.get("list") or [])] if isinstance(sweep, dict) else []
+    return [key for part in parts if isinstance(part, dict) for key in part]
 
 
 def _task_of(task_class: type[Task], values: Settings, settings: Settings, allow_code: AllowCode) -> Task:

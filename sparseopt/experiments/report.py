@@ -7,13 +7,13 @@ import base64
 import csv
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparseopt.experiments.config import get_by_path
 from sparseopt.experiments.names import AllowCode
-from sparseopt.experiments.runs import draw, load_run, summarise
+from sparseopt.experiments.runs import CONFIG, draw, load_run, summarise
 from sparseopt.experiments.task import FinishedRun, Paper
 from sparseopt.system.run_folder import RUN, SUMMARY
 
@@ -68,9 +68,8 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
-        started = {file.parent for file in folder.rglob(RUN)}
-        # A model that a run keeps has its own run folder inside that of the run.
-        runs = sorted(run for run in started if started.isdisjoint(run.parents))
+        # The folder of a model has a `run.json` too.
+        runs = sorted(file.parent for file in folder.rglob(RUN) if (file.parent / CONFIG).is_file())
         finished = [run.resolve() for run in runs if (run / SUMMARY).is_file()]
         if not finished:
             hint = f"; {len(runs)} unfinished, start the same command again" if runs else ""
@@ -92,10 +91,33 @@ def gather(folders: Iterable[Path], allow_code: AllowCode = False) -> list[Secti
     sections = []
     for name, members in runs.items():
         first = members[0].task
-        rows = [row for run in members for row in _rows(run)]
+        rows = _told_apart(members, [_rows(run) for run in members])
         columns = tuple(dict.fromkeys(column for run in members for column in run.task.columns))
         sections.append(Section(name, first.title or name, columns, rows, first.paper, members))
     return sections
+
+
+def _told_apart(members: Sequence[FinishedRun], rows: Sequence[Sequence[Row]]) -> list[Row]:
+    """The rows of several runs; where some have the same labels, with all settings in which the runs differ."""
+    found = [row for own in rows for row in own]
+    if len({repr(row.labels) for row in found}) == len(found):
+        return found
+    settings = [_flat(run.task.model_dump(mode="json", exclude={"title", "paper", "name", "task"})) for run in members]
+    names = dict.fromkeys(name for each in settings for name in each)
+    differing = [name for name in names if len({repr(each.get(name)) for each in settings}) > 1]
+    return [
+        replace(row, labels={name: each.get(name) for name in differing} | row.labels)
+        for each, own in zip(settings, rows, strict=True)
+        for row in own
+    ]
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return found
 
 
 def _rows(finished: FinishedRun) -> list[Row]:

@@ -35,11 +35,11 @@ from sparseopt.experiments.yaml_file import read_yaml
 from sparseopt.system import processes, run_folder
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import environment, peak_memory_bytes, versions
-from sparseopt.system.run_folder import LOCK, RECORDS, RUN, SUMMARY, Fingerprint, FolderError
+from sparseopt.system.run_folder import RECORDS, RUN, SUMMARY, Fingerprint, FolderError
 
 CONFIG, FAILURE = "config.yaml", "error.txt"
-# What to do about a folder that a run may not use.
-ADVICE = "give another --output, or --again to replace what is there"
+# What a run writes besides its `run.json`; `model` is that of `task_model`.
+WRITTEN = (SUMMARY, RECORDS, CONFIG, FAILURE, "*.png", "*.npz", "model")
 
 
 class State(Enum):
@@ -86,11 +86,10 @@ def code_digest() -> str:
 
 
 def fingerprint(task: Task) -> Fingerprint:
-    """What a result depends on: the settings, the code, the files of classes named by path, and texts.
+    """What a result depends on: settings, code, the files of classes named by path, models and texts.
 
     Left out are the title and the published figures, and the number of devices, which changes a result by rounding
-    only. So are the versions of other packages, which `run.json` records, and the contents of models and signals
-    that are named by a path.
+    only. So are the versions of other packages, which `run.json` records.
     """
     found = {
         "settings": task.model_dump(mode="json", exclude={"title", "paper", "name", "devices"}),
@@ -116,12 +115,25 @@ def state_of(folder: Path, wanted: Fingerprint) -> tuple[State, str]:
             return State.NEW, ""
         different = run_folder.differences(run_folder.read_start(folder)["fingerprint"], wanted)
     except FolderError as error:
+        if not _is_run(folder) and any(folder.glob(f"*/{RUN}")):
+            return State.OTHER, f"{folder} holds the runs of a sweep, and this is a single run"
         return State.OTHER, str(error)
     if different:
         why = f"{folder} holds the results of other settings or another version ({'; '.join(different)})"
         return State.OTHER, why
     whole = (folder / SUMMARY).is_file() and not records_in(folder)[1]
     return (State.FINISHED if whole else State.UNFINISHED), ""
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RUN).is_file()
+
+
+def _refusal(folder: Path, why: str, again: bool) -> str | None:
+    """What is said of a folder of another run, and what to do; None where it may be replaced."""
+    if not _is_run(folder):
+        return f"{why}; give another --output, or empty it"
+    return None if again else f"{why}; give another --output, or --again to replace what is there"
 
 
 def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
@@ -150,7 +162,8 @@ def check_all(planned: Sequence[Planned], *, again: bool) -> None:
     Raises:
         ValueError: listing every folder that holds something else, and everything that a task lacks.
     """
-    mistakes = dict.fromkeys(f"{p.why}; {ADVICE}" for p in planned if p.state is State.OTHER and not again)
+    refusals = (_refusal(p.folder, p.why, again) for p in planned if p.state is State.OTHER)
+    mistakes = dict.fromkeys(text for text in refusals if text)
     for p in planned:
         if p.state is State.FINISHED and not again:
             continue
@@ -172,7 +185,7 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
     """Finish one run: all of it, what is missing, or nothing if it is finished.
 
     It works in `output / run.subfolder` and tells the observer how many units are done, of how many, and what is being
-    done. With `again`, what the folder holds is removed first.
+    done. With `again`, what a run left in the folder is removed first.
 
     Raises:
         FolderError: if another process works in the folder, it has links, or it holds something else and `again` is
@@ -187,8 +200,8 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
     wanted = fingerprint(run.task)
     with run_folder.claimed(folder):
         state, why = state_of(folder, wanted)
-        if state is State.OTHER and not again:
-            raise FolderError(f"{why}; {ADVICE}")
+        if state is State.OTHER and (refusal := _refusal(folder, why, again)):
+            raise FolderError(refusal)
         if state is State.FINISHED and not again:
             processes.told([])
             return Outcome(folder, 0)
@@ -345,12 +358,11 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _clear(folder: Path) -> None:
-    """Empty a folder but for the lock; the summary goes first, because a folder that has one counts as finished."""
-    (folder / SUMMARY).unlink(missing_ok=True)
-    for entry in folder.iterdir():
+    """Remove what a run wrote; the summary goes first, because a folder that has one counts as finished."""
+    for entry in [entry for pattern in WRITTEN for entry in folder.glob(pattern)]:
         if entry.is_dir():
             shutil.rmtree(entry)
-        elif entry.name != LOCK:
+        else:
             entry.unlink()
 
 

@@ -36,7 +36,7 @@ Record = dict[str, Any]
 class Strict(BaseModel):
     """A config block: unknown keys are errors, all values are checked, nothing changes afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class PaperFigure(Strict):

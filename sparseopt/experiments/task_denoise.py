@@ -20,6 +20,7 @@ from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.images import psnr
+from sparseopt.trend.job import check_parameters
 
 # Seconds of a fit for each value, on two cores in float64 at a gap of 1e-4.
 FIT_SECONDS = 2.5e-6
@@ -45,6 +46,7 @@ class PictureTask(Task):
 
     def check(self) -> None:
         self.picture.load()
+        check_parameters(self.penalty.build(), np.dtype(float))
 
     def pair(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The picture, and the picture with noise."""

@@ -20,7 +20,7 @@ from sparseopt.experiments.task_denoise import timed_fit
 from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import checked_loss
+from sparseopt.trend.job import check_parameters, checked_loss
 from sparseopt.trend.path import trend_path
 from sparseopt.trend.selection import cross_validate, select
 
@@ -76,6 +76,7 @@ class GraphSignal(Task):
 
     def check(self) -> None:
         self.graph.check()
+        check_parameters(self.penalty.build(), np.dtype(float))
         if self.signal == "measured" and self.graph.name == "minnesota":
             raise ValueError("the roads of Minnesota carry no measured signal: take signal=plateaus or signal=waves")
         if checked_loss(self.loss) is not None and self.signal != "measured":

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -38,7 +37,7 @@ from sparseopt.pruning.texts import Windows, begin_windows, text_windows, token_
 from sparseopt.system import processes
 
 BUNDLED = "bundled:smollm2-135m"
-# Bytes of documents after which a text is taken to be the one that it was.
+# Bytes of documents after which a text is taken to be the one that it was, and of a file that is read whole.
 MARKED = 2**26
 
 
@@ -169,9 +168,13 @@ class ModelTask(Task):
             raise ValueError("\n  ".join(mistakes))
 
     def inputs(self) -> dict[str, str]:
-        """Of the texts, which change with their files, and "pydoc" with Python's version."""
+        """Of models on this machine, and of the texts, where "pydoc" changes with Python's version."""
         parts: tuple[Part, ...] = ("evaluation",) if self.method == "dense" else ("calibration", "evaluation")
         found: dict[str, str] = {}
+        for name in ("source", "masks"):
+            if (model := getattr(self, name, None)) is not None:
+                with contextlib.suppress(ValueError, OSError):
+                    found[name] = _mark_model(model_path(model))
         for part in parts:
             text = getattr(self, part)
             with contextlib.suppress(TextError):
@@ -206,24 +209,20 @@ class ModelTask(Task):
 
         if self.method == "dense":
             return {"label": "dense", **self.figures(model, None), **judged, "perplexity": scored(model)}
-        kept = folder / "model"
-        # Several processes share the run's folder only.
-        inside = self.keep_model or processes.count() > 1
-        with tempfile.TemporaryDirectory(prefix="sparseopt-") as temporary:
-            target = kept if inside else Path(temporary) / "model"
+        target = folder / "model"
 
-            def making(event: Event, done: int, total: int) -> None:
-                if isinstance(event, LayerRecord):
-                    observer(f"{event.layer}, block", event.block + 1, model.num_blocks)
-                elif isinstance(event, str):
-                    observer(event, done, total)
+        def making(event: Event, done: int, total: int) -> None:
+            if isinstance(event, LayerRecord):
+                observer(f"{event.layer}, block", event.block + 1, model.num_blocks)
+            elif isinstance(event, str):
+                observer(event, done, total)
 
-            report = self.make(target, making)
-            score = scored(target)
-            figures = self.figures(open_model(target), report)
+        report = self.make(target, making)
+        score = scored(target)
+        figures = self.figures(open_model(target), report)
         processes.barrier("model scored")
         if not self.keep_model and processes.is_first():
-            shutil.rmtree(kept, ignore_errors=True)
+            shutil.rmtree(target, ignore_errors=True)
         layers = report.layers
         return {
             "label": self.label,
@@ -248,7 +247,8 @@ class ModelTask(Task):
             errors = {r["label"]: [LayerRecord.from_dict(line) for line in r["layers"]] for r in made if r["layers"]}
             return {"layer-errors": plots.plot_layer_errors(errors)} if errors else {}
         curves: dict[str, list[tuple[float, float]]] = {}
-        for record in made:
+        # Null is a perplexity that was not finite.
+        for record in [record for record in made if record["perplexity"] is not None]:
             curves.setdefault(record["label"], []).append((record[cls.size], record["perplexity"]))
         if not curves:
             return {}
@@ -270,6 +270,26 @@ def _check_text(source: Path, text: str, part: Part, count: int, length: int, **
 def _windows(source: Path, *windows: Any, **reading: Any) -> Windows:
     # Kept, because every run of a sweep is checked, mostly with the same texts.
     return text_windows(open_model(source).source, *windows, bos="no", **reading)
+
+
+def _mark_model(path: Path) -> str:
+    """A digest of a folder's tensors or of a GGUF file; of large files 4 KiB of every MiB count."""
+    mark = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        state = file.stat()
+        mark.update(_mark_file(file, state.st_size, state.st_mtime_ns))
+    return mark.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _mark_file(file: Path, size: int, changed: int) -> bytes:
+    # Kept, because the runs of a sweep mostly have the same model.
+    mark, piece = hashlib.sha256(f"{file.name} {size}".encode()), 2**20 if size <= MARKED else 2**12
+    with file.open("rb") as stream:
+        for start in range(0, size, 2**20):
+            stream.seek(start)
+            mark.update(stream.read(piece))
+    return mark.digest()
 
 
 def _mark(documents: Iterable[Document]) -> str:

@@ -23,6 +23,8 @@ MAX_MISTAKES = 100
 
 _CORE = "tag:yaml.org,2002:"
 _KEYS = {f"{_CORE}str", f"{_CORE}merge"}
+# What YAML 1.1 reads otherwise.
+_OLDER = {f"{_CORE}{kind}" for kind in ("int", "float", "timestamp")}
 _PLAIN = {f"{_CORE}{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
 
 
@@ -31,7 +33,7 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML of bounded size where 1e-6 is a number, unlike in YAML 1.1, and a date is text.
+    """Safe YAML of bounded size with the numbers of YAML 1.2: 1e-6 is one, 2:4 and a date are text, 010 is 10.
 
     Attributes:
         lines: the line of every key.
@@ -86,13 +88,18 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
-_Loader.add_implicit_resolver(
-    f"{_CORE}float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{_CORE}timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OLDER]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
+_DIGITS = list("-+.0123456789")
+_Loader.add_implicit_resolver(f"{_CORE}int", re.compile(r"^[-+]?\d+$"), _DIGITS)
+_Loader.add_implicit_resolver(
+    f"{_CORE}float",
+    re.compile(r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"),
+    _DIGITS,
+)
+_Loader.add_constructor(f"{_CORE}int", lambda _, node: int(node.value))
 
 
 def _parse(text: str, source: str) -> tuple[Any, dict[Location, int]]:

@@ -28,11 +28,6 @@ def read_bounds(given: Any) -> Any:
         raise ValueError(f"bounds must be two numbers with a comma between, as in 0.3,0.8, given {given!r}") from None
 
 
-def read_pattern(given: Any) -> Any:
-    """The text of a pattern. YAML 1.1 reads an unquoted 2:4 as a number of base 60, and no pattern is a number."""
-    return f"{given // 60}:{given % 60}" if isinstance(given, int) and given >= 60 else given
-
-
 @dataclass(frozen=True)
 class Recipe(PassRecipe):
     """How `prune_model` prunes.
@@ -52,7 +47,7 @@ class Recipe(PassRecipe):
         least=0,
         below=1,
     )
-    pattern: str = option("unstructured", f"Which weights may stay: {KNOWN}.", WHAT, read=read_pattern)
+    pattern: str = option("unstructured", f"Which weights may stay: {KNOWN}.", WHAT)
     keep_zeros: bool = option(False, "Weights that are zero in the model stay zero.", WHAT)
     masks: str | None = option(
         None, "A pruned model of the same shape, given as the model is: weights that are zero in it become zero.", WHAT

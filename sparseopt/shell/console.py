@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, TextIO, cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -138,8 +139,8 @@ def duration(seconds: float) -> str:
 def counting_bar(place: Console, *more: ProgressColumn) -> Progress:
     """Progress bars with counts, the time and further columns; nothing if the place is not a terminal."""
     return Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-        *more, console=place, disable=not place.is_terminal,
+        TextColumn("{task.description}", "bold", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TimeElapsedColumn(), *more, console=place, disable=not place.is_terminal,
     )  # fmt: skip
 
 
@@ -153,9 +154,9 @@ def block_progress(title: str) -> Iterator:
 
 def comparison_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A plain table: names in the first column, numbers in the others."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right")
+        table.add_column(escape(heading), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table

@@ -68,7 +68,7 @@ def run(
     allowed = permitted(allow_code, allow_package, Path.cwd(), config.resolve().parent)
     with options.cooperating(distributed, coordinator, processes, process_id):
         from sparseopt.experiments.config import load_config
-        from sparseopt.experiments.runs import check_all, plan, run_all, take_shard
+        from sparseopt.experiments.runs import FAILURE, check_all, plan, run_all, take_shard
         from sparseopt.shell import show_experiments as shown
         from sparseopt.system.processes import is_first
 
@@ -78,16 +78,18 @@ def run(
         planned = plan(runs, output)
         if dry_run:
             console.print(shown.plan_table(planned))
-            say(shown.plan_line(planned))
-            return
+            say(shown.plan_line(planned, again))
         check_all(planned, again=again)
-        say(shown.plan_line(planned) + ("" if shard == "1/1" else f" (shard {shard})"))
+        if dry_run:
+            return
+        say(shown.plan_line(planned, again) + ("" if shard == "1/1" else f" (shard {shard})"))
         outcomes = _executed(planned, partial(run_all, planned, output, again=again))
         failed = [outcome for outcome in outcomes if outcome.error]
         if failed:
+            told = ", ".join(str(outcome.folder) for outcome in failed if (outcome.folder / FAILURE).is_file())
             raise RuntimeError(
-                f"{len(failed)} of {len(outcomes)} runs failed; the others are finished. See error.txt in "
-                + ", ".join(str(outcome.folder) for outcome in failed)
+                f"{len(failed)} of {len(outcomes)} runs failed; the others are finished"
+                + (f". See {FAILURE} in {told}" if told else "")
             )
         if planned and is_first():
             _show([p.folder for p in planned], allowed)

@@ -201,6 +201,8 @@ def evaluate(
     from sparseopt.pruning.plan import layer_shares
     from sparseopt.pruning.texts import begin_windows, text_windows, token_digest
 
+    if sparsity is not None and pattern is None:
+        raise ValueError("--sparsity is that of a pattern to check: give --pattern too, as in --pattern unstructured")
     opened = open_model(model)
     reading = {name: given.pop(name) for name in options.READING}
     recipe = Recipe(**options.recipe_fields(given))

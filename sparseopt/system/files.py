@@ -37,9 +37,9 @@ def temporary_of(file: Path) -> Path:
     return file.with_name(f".{file.name}.tmp")
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str | bytes) -> None:
     """Replace a file so that a crash leaves the old one or the new one; a `DiskError` leaves the old one."""
-    temporary, content = temporary_of(file), text.encode()
+    temporary, content = temporary_of(file), text.encode() if isinstance(text, str) else text
     try:
         with temporary.open("wb") as stream:
             stream.write(content)

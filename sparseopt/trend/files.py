@@ -7,15 +7,20 @@ Files may be malicious. Pickled data are refused, and the claimed size of the co
 allocated.
 """
 
+import io
+import itertools
 import math
 import os
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sparseopt.system.files import write_whole
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Formats that are only data: Pillow's reader of PostScript, for example, starts a program.
@@ -23,6 +28,8 @@ IMAGE_FORMATS = ("PNG", "TIFF", "JPEG", "WEBP", "BMP", "GIF", "PPM")
 # Pillow's own limit for decompression bombs.
 MAX_PIXELS = 89_478_485
 TABLE_KINDS = (".csv", ".parquet", ".npz")
+# How programs write a missing value; no heading of a table has such a name.
+NOT_THERE = ("na", "n/a", "null", "none", "?", "-")
 PICKLES = (".npy", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 # The largest size of an unpacked table: this many bytes, or this many times the size of the file.
 FREE_BYTES, MAX_RATIO = 2**28, 100
@@ -58,12 +65,15 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write uint8 or uint16 pixels in the format of the file's ending."""
+    """Write uint8 or uint16 pixels in the format of the file's ending, the whole file or nothing."""
+    write_whole(Path(path), encoded_image(Path(path), image))
+
+
+def encoded_image(file: Path, image: np.ndarray) -> bytes:
+    """What `write_image` writes; a FileError where the format cannot hold such pixels."""
     from PIL import Image
 
-    file = Path(path)
-    deep = image.dtype == np.uint16
-    kind = file.suffix.lower()
+    deep, kind, stream = image.dtype == np.uint16, file.suffix.lower(), io.BytesIO()
     if deep and kind not in (".png", ".tif", ".tiff"):
         raise FileError(f"{file} cannot hold 16-bit pixels; name a .png or .tif file")
     if deep and image.ndim == 3 and kind == ".png":
@@ -71,17 +81,18 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 
         height, width, channels = image.shape
         writer = png.Writer(width, height, greyscale=channels < 3, alpha=channels in (2, 4), bitdepth=16)
-        with file.open("wb") as stream:
-            writer.write(stream, image.reshape(height, width * channels))
+        writer.write(stream, image.reshape(height, width * channels))
     elif deep and image.ndim == 3:
         import tifffile
 
-        tifffile.imwrite(file, image)
+        tifffile.imwrite(stream, image)
     else:
         try:
-            Image.fromarray(image).save(file)
-        except (ValueError, OSError) as error:
-            raise FileError(f"cannot write {file}: {error}; name a .png file") from error
+            Image.fromarray(image).save(stream, Image.registered_extensions()[kind])
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            why = f"unknown file extension: {kind}" if isinstance(error, KeyError) else error
+            raise FileError(f"cannot write {file}: {why}; name a .png file") from error
+    return stream.getvalue()
 
 
 def _is_deep_colour_png(file: Path) -> bool:
@@ -155,22 +166,37 @@ def read_table(path: str | Path, names: tuple[str, ...] = (), columns: tuple[int
 
 
 def _read_csv(file: Path, columns: tuple[int, ...]) -> np.ndarray:
-    with file.open(encoding="utf-8") as stream:
-        first = stream.readline()
-    heading = int(not is_numbers(first.strip().split(",")))
-    with warnings.catch_warnings():
-        # The caller reports an empty table.
-        warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
-        return np.loadtxt(
-            file,
-            delimiter=",",
-            skiprows=heading,
-            ndmin=2,
-            usecols=columns or None,
-            quotechar='"',
-            converters=lambda cell: float(cell or "nan"),
-            encoding="utf-8",
-        )
+    with file.open(encoding="utf-8-sig") as stream:
+        first = stream.readline().strip().split(",")
+        heading = not is_numbers(first)
+        if heading and any(cell.strip().lower() in NOT_THERE for cell in first):
+            raise FileError(f"{file} has {first} in its first row; leave a cell empty where a value is missing")
+        stream.seek(0)
+        with warnings.catch_warnings():
+            # The caller reports an empty table.
+            warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
+            return np.loadtxt(
+                _with_blanks(stream) if len(first) == 1 else file,
+                delimiter=",",
+                skiprows=int(heading),
+                ndmin=2,
+                usecols=columns or None,
+                quotechar='"',
+                converters=lambda cell: float(cell or "nan"),
+                encoding="utf-8-sig",
+            )
+
+
+def _with_blanks(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a table; between those of a single column, a blank one is an empty cell."""
+    blank = 0
+    for line in lines:
+        if not line.strip():
+            blank += 1
+            continue
+        yield from itertools.repeat('""', blank if "," not in line else 0)
+        yield line
+        blank = 0
 
 
 def is_numbers(cells: list[str]) -> bool:

@@ -88,8 +88,8 @@ def _edges_of_ids(file: Path, nodes: tuple[str, ...]) -> tuple[np.ndarray, np.nd
         raise FileError(f"{file} has {texts.shape[1]} columns; an edge is two ids of nodes and, if any, a weight")
     place = {node: index for index, node in enumerate(nodes)}
     pairs = np.array([[place.get(node, -1) for node in row] for row in texts[:, :2]], np.int64).reshape(-1, 2)
-    # The first row may be a heading of other names than those of nodes.
-    if file.suffix.lower() == ".csv" and len(pairs) and (pairs[0] < 0).all():
+    # The first row may be a heading, of other names than those of nodes and of no number.
+    if file.suffix.lower() == ".csv" and len(pairs) and (pairs[0] < 0).all() and not any(map(_is_number, texts[0])):
         texts, pairs = texts[1:], pairs[1:]
     if (pairs < 0).any():
         row, end = (int(i) for i in np.argwhere(pairs < 0)[0])
@@ -101,6 +101,10 @@ def _edges_of_ids(file: Path, nodes: tuple[str, ...]) -> tuple[np.ndarray, np.nd
         return pairs, texts[:, 2].astype(np.float64) if texts.shape[1] == 3 else None
     except ValueError as error:
         raise FileError(f"cannot read the weights of {file}: {error}") from error
+
+
+def _is_number(cell: str) -> bool:
+    return is_numbers([cell])
 
 
 def _heading(file: Path) -> list[str]:

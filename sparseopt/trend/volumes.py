@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.trend.files import FileError, check_npy, check_unpacked, opened_npz, read_image, readable, write_image
+from sparseopt.trend.files import (
+    FileError,
+    check_npy,
+    check_unpacked,
+    encoded_image,
+    opened_npz,
+    read_image,
+    readable,
+    write_image,
+)
 
 NIFTI, NPZ, TIFF = (".nii", ".nii.gz"), (".npz",), (".tif", ".tiff")
 
@@ -65,6 +74,8 @@ def check_format(path: Path, scan: Scan) -> None:
     if (scan.volume or scan.values.dtype.kind == "f") and not path.name.lower().endswith(kinds):
         what = "a volume" if scan.volume else f"a picture of {scan.values.dtype}"
         raise FileError(f"{path} cannot hold {what}; name a file that ends in one of {', '.join(kinds)}")
+    if not (scan.volume or scan.values.dtype.kind == "f" or path.name.lower().endswith(NIFTI + NPZ)):
+        encoded_image(path, scan.values[:1, :1])
 
 
 def write_scan(path: Path, values: np.ndarray, like: Scan) -> None:

@@ -221,6 +221,23 @@ def test_another_folder_is_refused_with_what_differs(tmp_path, settings, finishe
         compared(copied, settings)
 
 
+def test_a_folder_with_other_files_is_left_alone(tmp_path, settings):
+    (tmp_path / "comparison.md").write_text("my notes")
+    with pytest.raises(ValueError, match="holds no comparison and is not empty; give another --output or empty it"):
+        compared(tmp_path, settings)
+    assert (tmp_path / "comparison.md").read_text() == "my notes"
+
+
+def test_a_model_that_has_changed_is_not_compared_with_the_old_one(tmp_path, settings):
+    shutil.copytree(settings["source"], tmp_path / "source")
+    changed = settings | {"source": str(tmp_path / "source")}
+    compared(tmp_path / "out", changed, ["magnitude"], [0.5], ["unstructured"])
+    config = tiny_config(num_hidden_layers=1, intermediate_size=32, num_key_value_heads=4)
+    write_folder(tmp_path / "source", config, random_tensors(config, np.random.default_rng(4)))
+    with pytest.raises(ValueError, match=r"(?s)inputs\.source: .* there, .* here.*remove these folders"):
+        compared(tmp_path / "out", changed, ["magnitude"], [0.5], ["unstructured"])
+
+
 def test_what_the_model_or_the_texts_cannot_do_is_found_before_any_work(tmp_path, settings):
     with pytest.raises(ValueError, match="nothing was run") as caught:
         compared(tmp_path / "out", settings, patterns=["3:7"], samples=900, evaluation_windows=901)

@@ -2,12 +2,14 @@
 
 import textwrap
 
+import numpy as np
 import pytest
 from pydantic import ValidationError, model_validator
 
 import sparseopt as so
 from sparseopt.experiments.config import ConfigError, expand, load_config
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig
+from sparseopt.experiments.yaml_file import parse_yaml
 from tests.experiments.toy import CappedL1, Toy
 
 TOY = "tests.experiments.toy.Toy"
@@ -70,6 +72,7 @@ def test_five_mistakes_make_one_message_of_five_lines_each_with_its_place_and_a_
         ("name: x\ntask: groups\nsweep: {gird: {seed: [0]}}", "sweep.gird: no such key; did you mean 'grid'?"),
         ("name: x\ntask: groups\nsweep: {grid: {seed: 0}}", "sweep.grid.seed: input should be a valid list, given 0"),
         ("name: x\ntask: groups\nsweep: {list: [{seed: 1}, {seed: 1}]}", "the run seed=1 appears twice"),
+        ("name: x\ntask: groups\nsweep: {grid: {seed: [1]}, list: [{seed: 2}]}", "seed is varied by grid and by list"),
         ("name: x\ntask: groups\nsweep: {grid: {seed: [0, -1]}}", "sweep.grid.seed: input should be greater"),
         ("name: a/b\ntask: groups", "name: string should match pattern"),
         ("name: x\ntask: tests.experiments.toy.Tyo", "did you mean 'Toy'?"),
@@ -98,12 +101,32 @@ def test_a_missing_file_and_a_broken_override_are_named(write, tmp_path):
         load_config(path, ["seed"])
     with pytest.raises(ConfigError, match=r"cannot set seed\.deep: seed is 3 and not a block"):
         load_config(path, ["seed=3", "seed.deep=1"])
+    for sweep, key in (("{grid: {seed: [0, 1]}}", "seed"), ("{list: [{penalty: {name: l1}}]}", "penalty.weight")):
+        path = write(f"name: x\ntask: groups\nsweep: {sweep}")
+        with pytest.raises(ConfigError, match=r"the sweep sets .* for every run; change it there"):
+            load_config(path, [f"{key}=3"])
 
 
 def test_overrides_reach_blocks_and_read_yaml_values(write):
     path = write(f"name: x\ntask: {TOY}\ncount: 2")
     (run,) = load_config(path, ["count=5", "pause=1e-3", "title=a b"], allow_code=True)
     assert (run.task.count, run.task.pause, run.task.title) == (5, 1e-3, "a b")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2:4", "2:4"),
+        ("010", 10),
+        ("1e-6", 1e-6),
+        (".5", 0.5),
+        ("-3", -3),
+        ("2026-11-29", "2026-11-29"),
+        ("-.inf", -np.inf),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(text, value):
+    assert parse_yaml(text, "a test") == value
 
 
 def test_numbers_without_a_point_are_numbers(write):

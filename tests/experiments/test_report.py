@@ -40,6 +40,15 @@ def test_rows_hold_settings_means_spreads_and_the_papers_figures(runs):
     assert cells == [["1", "1.5 ± 1.1", ""], ["2", "3 ± 2.2", "7.5"]]
 
 
+def test_runs_of_one_name_are_told_apart_by_what_differs(runs, tmp_path):
+    values = {"name": "toy", "task": TOY, "count": 2, "sweep": {"grid": {"scale": [1.0, 2.0]}}}
+    planned = plan(expand(values, allow_code=True), tmp_path / "more")
+    run_all(planned, tmp_path / "more", lambda p: lambda *_: None)
+    (section,) = gather([runs, tmp_path / "more"], ["tests"])
+    labels = [tuple(row.labels.items()) for row in section.rows]
+    assert labels == [(("count", n), ("scale", scale)) for n in (4, 2) for scale in (1.0, 2.0)]
+
+
 def test_every_format_tells_the_same(runs, tmp_path):
     sections = gather([runs], ["tests"])
     files = {file.name: file for file in write_report(sections, tmp_path / "report")}

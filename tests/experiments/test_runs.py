@@ -92,7 +92,27 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path):
     assert (state, why) == (State.OTHER, f"{tmp_path / 'toy'} holds no run: it has no run.json")
     with pytest.raises(ValueError, match="nothing was run"):
         check_all(plan([run], tmp_path), again=False)
+    with pytest.raises(ValueError, match=r"it has no run\.json; give another --output, or empty it"):
+        check_all(plan([run], tmp_path), again=True)
+    with pytest.raises(ValueError, match="or empty it"):
+        execute(run, tmp_path, quiet, again=True)
     assert (tmp_path / "toy" / "thesis.tex").read_text() == "years"
+
+
+def test_what_a_run_did_not_write_stays_when_it_is_repeated(tmp_path):
+    execute(toy(), tmp_path, quiet)
+    (tmp_path / "toy" / "notes").mkdir()
+    (tmp_path / "toy" / "notes" / "thesis.tex").write_text("years")
+    assert execute(toy(scale=2.0), tmp_path, quiet, again=True).done == 4
+    assert (tmp_path / "toy" / "notes" / "thesis.tex").read_text() == "years"
+
+
+def test_the_runs_of_a_sweep_are_not_replaced_by_a_single_run(tmp_path):
+    sweep = expand({"name": "toy", "task": TOY, "sweep": {"grid": {"scale": [1.0, 2.0]}}}, allow_code=True)
+    run_all(plan(sweep, tmp_path), tmp_path, lambda planned: quiet)
+    with pytest.raises(ValueError, match="holds the runs of a sweep, and this is a single run; give another --output"):
+        execute(toy(), tmp_path, quiet, again=True)
+    assert all(state_of(tmp_path / run.subfolder, fingerprint(run.task))[0] is State.FINISHED for run in sweep)
 
 
 def in_the_layout_of_version_0_1_0(folder):

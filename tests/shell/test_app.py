@@ -235,6 +235,8 @@ def test_denoise_writes_image_picture_and_summary(tmp_path, grey, command):
     summary = json.loads((tmp_path / "calm-summary.json").read_text())
     assert summary["status"] == "CONVERGED"
     assert summary["relative_duality_gap"] <= 1e-4
+    status, _, err = command("denoise", tmp_path / "noisy.png", "--weight", 20, "--output", tmp_path / "other.foo")
+    assert (status, "unknown file extension: .foo" in err) == (2, True)
     status, _, err = command("denoise", tmp_path / "noisy.png", "--output", out_file)
     assert status == 2
     assert "exists already; name another, or give --force" in err

@@ -11,6 +11,7 @@ from sparseopt.trend.files import (
     write_image,
 )
 from sparseopt.trend.node_tables import NodeTable, read_edges, read_signal, write_fit
+from sparseopt.trend.volumes import Scan, check_format
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
@@ -109,6 +110,31 @@ def test_tables_with_and_without_heading_and_empty_cells(tmp_path):
     (tmp_path / "b.csv").write_text("0,1\n2,\n")
     for name in ("a", "b"):
         np.testing.assert_array_equal(read_table(tmp_path / f"{name}.csv"), [[0, 1], [2, np.nan]])
+
+
+def test_no_row_of_an_ordinary_table_is_lost(tmp_path):
+    """The mark that spreadsheets put before UTF-8 makes no heading, and a blank line of one column is a node."""
+    for text in ("1\n\n3\n4\n\n", "y\n1\n\n3\n4\n", "\ufeff1\n\n3\n4\n"):
+        (tmp_path / "y.csv").write_text(text, encoding="utf-8")
+        np.testing.assert_array_equal(read_signal(tmp_path / "y.csv").values, [1, np.nan, 3, 4])
+    (tmp_path / "e.csv").write_text("\ufeff0,1\n\n1,2\n", encoding="utf-8")
+    assert read_edges(tmp_path / "e.csv")[0].tolist() == [[0, 1], [1, 2]]
+    (tmp_path / "y.csv").write_text("NA\n2\n3\n")
+    with pytest.raises(FileError, match="in its first row; leave a cell empty where a value is missing"):
+        read_signal(tmp_path / "y.csv")
+    (tmp_path / "e.csv").write_text("10,20\n1,2\n")
+    with pytest.raises(FileError, match="names the node '10' in its edge 0"):
+        read_edges(tmp_path / "e.csv", ("1", "2"))
+
+
+def test_an_image_that_a_format_cannot_hold_leaves_the_old_file(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"old")
+    with pytest.raises(FileError, match=r"cannot write .*RGBA"):
+        write_image(tmp_path / "a.jpg", np.zeros((2, 2, 4), np.uint8))
+    assert (tmp_path / "a.jpg").read_bytes() == b"old"
+    for name in ("a.foo", "a"):
+        with pytest.raises(FileError, match="unknown file extension"):
+            check_format(tmp_path / name, Scan(np.zeros((2, 2), np.uint8)))
 
 
 def test_edges_may_carry_weights(tmp_path):
