@@ -29,8 +29,10 @@ class _Grouped:
     def __post_init__(self) -> None:
         if isinstance(self.axis, list):  # of a config
             object.__setattr__(self, "axis", tuple(self.axis))
-        # Trees that JAX rebuilds have their number already; their leaves are not checked.
-        if self.groups is None or self.num_groups is not None:
+        # Trees that JAX rebuilds have their number already, and leaves of any kind, which are not checked.
+        plain = isinstance(self.groups, list | tuple | np.ndarray) and np.ndim(self.groups) == 1
+        rebuilt = self.num_groups is not None and not plain
+        if self.groups is None or rebuilt:
             return
         name = type(self).__name__
         if isinstance(self.groups, jax.core.Tracer):
@@ -41,8 +43,11 @@ class _Grouped:
                 f"{name} takes one label for every row, an integer from 0 on, given groups of shape {labels.shape}, "
                 f"{labels.dtype}" + (f", from {labels.min()}" if labels.size else "")
             )
+        count = int(labels.max(initial=-1)) + 1
+        if self.num_groups is not None and count > self.num_groups:
+            raise ValueError(f"{name} has num_groups={self.num_groups} and a label {count - 1}; labels count from 0")
         object.__setattr__(self, "groups", self.groups if isinstance(self.groups, jax.Array) else labels)
-        object.__setattr__(self, "num_groups", int(labels.max(initial=-1)) + 1)
+        object.__setattr__(self, "num_groups", count if self.num_groups is None else self.num_groups)
 
     def _sums(self, x: FloatArray) -> FloatArray:
         if self.groups is None:

@@ -29,7 +29,9 @@ def iterate(
         raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
     if reason := refusal(solver, problem):
         raise ValueError(reason)
-    return _iterate(problem, solver, x0, tol, max_steps, int(max_steps) if history else 0)
+    # A step makes `stride` iterations, so the last one may end beyond the limit.
+    length = int(max_steps) + -int(max_steps) % getattr(solver, "stride", 1) if history else 0
+    return _iterate(problem, solver, x0, tol, max_steps, length)
 
 
 @partial(jax.jit, static_argnums=(5,))

@@ -43,6 +43,8 @@ class MatrixLoss:
     def rows(self) -> NodeLoss:
         """The loss as a function of `z = A x`: `sum_i w_i f(z_i; b_i)`."""
         weights, target = self.weights, jnp.asarray(self.target)
+        if target.dtype == bool:
+            target = target.astype(jnp.result_type(float))
         if weights is not None:
             weights = jnp.reshape(weights, jnp.shape(weights) + (1,) * (target.ndim - jnp.ndim(weights)))
         # Where a weight is 0 so is the dual, and the box [0, 0] loses nothing.

@@ -109,8 +109,9 @@ def solve(
         solver: how; None for `chosen_solver(problem)`.
         x0: the start, of the answer's shape and dtype, or None for zeros.
         tol: bound on the solver's residual: the relative duality gap `(P - D) / D` where there is a certificate. With a
-            negative one the solver runs exactly `max_steps` steps.
-        max_steps: step limit, 0 or more; an integer if a history is requested.
+            negative one the solver runs `max_steps` steps.
+        max_steps: step limit, 0 or more; a solver whose steps make `stride` iterations rounds it up to whole steps. An
+            integer if a history is requested.
         history: record residual, objective and gap after every step. If a step of the solver makes `stride` iterations,
             the history has one entry per iteration, and those between steps are NaN.
 
@@ -146,8 +147,10 @@ def solve(
                 "have a method start() that returns zeros of x)"
             )
         x0 = problem.loss.start()
-    if isinstance(x0, np.ndarray | jax.Array) and (reason := _refuses_shapes(problem, x0)):
-        raise ValueError(reason)
+    if isinstance(x0, np.ndarray | jax.Array):
+        if reason := _refuses_shapes(problem, x0):
+            raise ValueError(reason)
+        x0 = jnp.asarray(x0, _dtype(problem, x0))
     return iterate(problem, solver, x0, tol=tol, max_steps=max_steps, history=history)
 
 
@@ -156,7 +159,22 @@ def _refuses_data(problem: Problem) -> str | None:
         return f"solve needs a sparseopt.Problem(loss, penalty, operator=None), given {type(problem).__name__}"
     if reason := refuses_map("operator", problem.operator):
         return reason
+    if isinstance(problem.penalty, type):
+        return f"a penalty is an object such as sparseopt.L1(10.0), given the class {problem.penalty.__name__}"
+    for name in ("weight", "group_weight", "ridge"):
+        weight: Any = getattr(problem.penalty, name, None)
+        known = isinstance(weight, int | float | np.ndarray | jax.Array) and not isinstance(weight, jax.core.Tracer)
+        if known and np.min(weight, initial=0) < 0:
+            return f"the penalty's {name} must not be negative, given {np.min(weight)}"
     return problem.loss.refuses() if isinstance(problem.loss, MatrixLoss) else None
+
+
+def _dtype(problem: Problem, x0: Any) -> Any:
+    """A float that holds the entries of x0 and of every array in the problem."""
+    arrays = [leaf for leaf in jax.tree.leaves(problem) if np.ndim(leaf) and hasattr(leaf, "dtype")]
+    kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in (x0, *arrays)]
+    floats = [kind for kind in kinds if jnp.issubdtype(kind, jnp.inexact)]
+    return jnp.result_type(*floats) if floats else jnp.float32
 
 
 def _refuses_shapes(problem: Problem, x0: Any) -> str | None:
@@ -164,6 +182,10 @@ def _refuses_shapes(problem: Problem, x0: Any) -> str | None:
         wanted = problem.loss.start_shape()
         if jnp.shape(x0) != wanted:
             return f"x0 needs the shape {wanted} of the loss's x, given {jnp.shape(x0)}"
+    if isinstance(problem.loss, Quadratic):
+        size, given = wanted[:1], jnp.shape(problem.loss.hessian)
+        if len(given) != 2 or given != size * 2:
+            return f"a Quadratic with a center of shape {wanted} needs a hessian of shape {size * 2}, given {given}"
     maps = {"operator": problem.operator}
     if isinstance(problem.loss, MatrixLoss):
         maps[f"matrix of {type(problem.loss).__name__}"] = problem.loss.matrix

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, dataclass_transform, overload
@@ -52,7 +53,7 @@ def pytree(cls: Any = None, *, eq: bool = True) -> Any:
     """Make a class a frozen dataclass and a JAX pytree: plain fields are leaves, `static()` fields are structure.
 
     `dataclasses.replace` makes a changed copy. Changing a leaf between calls of a jitted function needs no new trace;
-    changing a static field does.
+    changing a static field does. A class with a `prox` is a penalty, and its `value` and `prox` get integers as floats.
     """
 
     def wrap(cls: Any) -> Any:
@@ -61,9 +62,23 @@ def pytree(cls: Any = None, *, eq: bool = True) -> Any:
         meta = tuple(f.name for f in fields if f.metadata.get("static"))
         data = tuple(f.name for f in fields if not f.metadata.get("static"))
         _register(cls, data, meta)
+        for name in ("value", "prox") if hasattr(cls, "prox") else ():
+            setattr(cls, name, _of_floats(getattr(cls, name)))
         return cls
 
     return wrap if cls is None else wrap(cls)
+
+
+def _of_floats(method: Any) -> Any:
+    """A method of x that is not called with an array of integers: thresholds would be rounded to its dtype."""
+
+    @functools.wraps(method)
+    def called(self: Any, x: Any, *args: Any, **more: Any) -> Any:
+        if isinstance(x, np.ndarray | jax.Array) and x.dtype.kind in "biu":
+            x = jnp.asarray(x, jnp.result_type(float))
+        return method(self, x, *args, **more)
+
+    return called
 
 
 def _register(cls: type, data: tuple[str, ...], meta: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from sparseopt.core.mesh import Devices, at_work, device_line
 from sparseopt.core.problem import Solution, Status
 from sparseopt.core.types import precision, wide_types
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import Job, checked_loss, checked_terms, require_local, vanishes
+from sparseopt.trend.job import SIGNLESS, Job, checked_loss, checked_terms, graph_for, require_local, vanishes
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levelling import levelled_fit, short_fit
 from sparseopt.trend.losses import fit_loss
@@ -187,6 +187,8 @@ def checked_job(
     """The checked arguments of `trend_filter`."""
     order = checked_order(order)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
+    if not isinstance(penalty, SIGNLESS):
+        graph = graph_for(graph, penalty)
     if graph.free:
         keys = penalty if isinstance(penalty, Mapping) else ()
         graph = graph_at(graph, max(order, *(key for key in keys if isinstance(key, int)), 0), signal)

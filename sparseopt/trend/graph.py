@@ -346,6 +346,15 @@ class Graph:
         return grid_weights(self.shape, self.spacing)
 
     @property
+    def turned(self) -> bool:
+        """Whether edges in which a grid was recognised point the other way than its rows do."""
+        return self.given_edges is not None and self.shape is not None and bool(np.any(np.diff(self.given_edges) < 0))
+
+    def as_edges(self) -> "Graph":
+        """The same graph, whose rows are those of its edges, even if it is a grid."""
+        return Graph(self.num_nodes, self.edges, self.weights, nodes=self.nodes)
+
+    @property
     def row_edges(self) -> np.ndarray:
         """The edges in the order of the rows of `base`: on a grid that of `grid_edges`, also where edges were given."""
         return self.edges if self.shape is None else grid_edges(self.shape)
@@ -441,18 +450,19 @@ class Graph:
             >>> ring = so.Graph.from_edges([(0, 3), (3, 1), (1, 2)])
             >>> path, order = ring.renumbered()
             >>> order.tolist(), path.edges.tolist()
-            ([2, 1, 3, 0], [[0, 1], [1, 2], [2, 3]])
+            ([2, 1, 3, 0], [[1, 0], [2, 1], [3, 2]])
         """
         if self.free:
             return self, np.arange(self.num_nodes)
         order = self.near_order
         place = np.empty(self.num_nodes, np.int64)
         place[order] = np.arange(self.num_nodes)
-        ends = np.sort(place[self.edges], axis=1)
+        pairs = place[self.edges]
+        ends = np.sort(pairs, axis=1)
         rows = np.lexsort((ends[:, 1], ends[:, 0]))
         weights = None if self.weights is None else self.weights[rows]
         names = None if self.nodes is None else [self.nodes[i] for i in order]
-        return Graph.from_edges(ends[rows], self.num_nodes, weights, nodes=names), order
+        return Graph.from_edges(pairs[rows], self.num_nodes, weights, nodes=names), order
 
     def groups(self, block: int, from_edges: bool = False) -> np.ndarray:
         """The group of every row of `matrix(block, from_edges)`: rows of a group share no column.

@@ -1,5 +1,6 @@
 """Floor 5: the `Job`: the caller's arguments of the trend filter, checked on the host before any work."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -10,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.arguments import is_positive, real_array, require_memory, unknown, whole_number
+from sparseopt.core.constraints import Box, Simplex
 from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
-from sparseopt.core.group_penalties import GroupL2, SparseGroup
-from sparseopt.core.penalties import L1, MCP, SCAD
+from sparseopt.core.group_penalties import GroupL2, NuclearNorm, SparseGroup
+from sparseopt.core.patterns import RowTopK, TopK
+from sparseopt.core.penalties import L0, L1, MCP, SCAD, ElasticNet, LogSum
 from sparseopt.core.problem import Solution
 from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LossOfTwoSlopes, ScalarLoss
 from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Ground, Terms, couples_axes, ground_of, on_rows, strength
 from sparseopt.trend.layout import Layout
-from sparseopt.trend.signal import MOST_ORDER, Signal
+from sparseopt.trend.signal import MOST_ORDER, UNKNOWN, Signal
 
 # Steps are counted in int32, and the last check may be one cadence later.
 MOST_STEPS = 10**9
@@ -32,6 +35,10 @@ LOSSES: dict[str, ScalarLoss] = {
     "huber": HuberLoss(),
     "absolute": AbsoluteLoss(),
 }
+
+
+# Penalties that are the same for rows of the other sign, and 0 for rows of zeros.
+SIGNLESS = (L0, L1, ElasticNet, MCP, SCAD, LogSum, GroupL2, SparseGroup, NuclearNorm, TopK, RowTopK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +141,12 @@ class Job:
             )
         dual, state = solution.dual, solution.state
         wanted = tuple(jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape)
-        dual = None if dual is None else layout.dual(dual, self.order + 1)
+        # Fits that are known without an iteration, and those of a path, have no dual.
+        if dual is None:
+            dual = layout.put(np.zeros(wanted, self.dtype))
+        else:
+            with contextlib.suppress(IndexError):  # of another order
+                dual = layout.dual(dual, self.order + 1)
         if getattr(dual, "shape", None) != wanted:
             raise ValueError(
                 "warm_start needs a solution of the same graph and order whose dual has the shape "
@@ -142,6 +154,25 @@ class Job:
             )
         x = layout.put(layout.rows(value.reshape(signal.values.shape), 0))
         return Start(x, dual, getattr(state, "rho", None))
+
+
+def graph_for(graph: Graph, penalty: Any) -> Graph:
+    """The graph for penalties that are not `SIGNLESS`, by its edges where the rows of its grid would not do.
+
+    The direction of these is not that of the edges given, which only a penalty tells apart that is not the same for
+    rows of the other sign; and rows that fill their array are 0, which is to cost nothing.
+    """
+    terms = penalty.values() if isinstance(penalty, Mapping) else [penalty]
+    signed = [term for term in terms if not isinstance(term, SIGNLESS)]
+    if graph.shape is None or graph.free or not signed:
+        return graph
+    return graph.as_edges() if graph.turned or any(map(_excludes_zero, signed)) else graph
+
+
+def _excludes_zero(penalty: Any) -> bool:
+    if isinstance(penalty, Box) and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(penalty)):
+        return bool(np.any(np.asarray(penalty.low) > 0) or np.any(np.asarray(penalty.high) < 0))
+    return isinstance(penalty, Simplex)
 
 
 def checked_terms(penalty: Any, layout: Layout, order: int, channels: tuple[int, ...], kind: np.dtype) -> Terms:
@@ -245,8 +276,13 @@ def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> N
     The weight of L1 may be one for each of `rows` rows; None allows only a number.
     """
     for leaf in jax.tree.leaves(penalty):
-        number = np.asarray(leaf).dtype.kind in "biuf"
-        if number and not np.all(np.isfinite(np.asarray(leaf))):
+        if isinstance(leaf, jax.core.Tracer):
+            raise TypeError(f"trend_filter checks a penalty's numbers, {UNKNOWN}")
+        value, wrong = np.asarray(leaf), False
+        if value.dtype.kind in "biuf":
+            # The bounds of a box may be infinite.
+            wrong = bool(np.any(np.isnan(value) if isinstance(penalty, Box) else ~np.isfinite(value)))
+        if wrong:
             raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
     if isinstance(penalty, MCP) and not np.all(real_array("the gamma of MCP", penalty.gamma) > 0):
         raise ValueError(f"MCP flattens out at gamma times its weight: gamma is positive, given {penalty}")

@@ -239,7 +239,7 @@ def _divergences(job: Job, template: Any, weights: np.ndarray, values: np.ndarra
     signal, rng, found = job.signal, np.random.default_rng(0), []
     assert signal is not None
     given, flat = signal.values, (len(values), *signal.values.shape)
-    step = MOVE * (noise if noise > 0 else float(np.std(given)))
+    step = MOVE * next((size for size in (noise, float(np.std(given))) if size > 0), 1.0)
     seen = 1 if signal.weights is None else signal.mass.reshape(-1, *(1 for _ in job.channels)) > 0
     for _ in range(min(MOST_MOVES, -(-LARGE // len(given)))):
         signs = rng.choice([-1.0, 1.0], given.shape)

@@ -23,7 +23,11 @@ from sparseopt.core.types import precision
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import check_parameters
+from sparseopt.trend.methods import INTERIOR
 from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype
+
+# With a loss, the least weight of a row, as a share of its first.
+LEAST = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,8 @@ def reweighted_trend_filter(
         order: k.
         rounds: the most fits, the L1 fit included; two are the one-step estimate of Zou and Li.
         tol: the relative duality gap of each fit, and the relative decrease of the objective that ends the rounds.
-        **options: of `trend_filter`, such as `method`, `node_weights`, `missing`, `dtype`, `loss` or `max_steps`.
+        **options: of `trend_filter`, such as `method`, `node_weights`, `missing`, `dtype`, `loss` or `max_steps`. With
+            a loss, rows keep a ten-thousandth of their first weight: a part that is cut off may have no finite fit.
 
     Raises:
         RuntimeError: if a round does not converge, see `Solution.check`.
@@ -98,20 +103,22 @@ def reweighted_trend_filter(
         with precision(kind):
             return np.asarray(penalty.slope(jnp.asarray(rows, kind)), np.float64)
 
-    weights = slope_of(np.zeros(matrix.shape[0]))
+    first = slope_of(np.zeros(matrix.shape[0]))
+    # With a loss, a part that no penalty ties to the rest may have no finite fit.
+    least = 0.0 if options.get("loss") is None else LEAST * first
+    weights = first
     solution: Solution | None = None
     objectives: list[float] = []
     settled = False
     while len(objectives) < rounds and not settled:
-        solution = trend_filter(
-            y, graph, L1(weights), k, tol=tol, **(options | {"warm_start": solution} if solution else options)
-        ).check()
+        warm = {"warm_start": solution} if solution and options.get("method") != INTERIOR.name else {}
+        solution = trend_filter(y, graph, L1(weights), k, tol=tol, **options | warm).check()
         used, rows = weights, matrix @ np.asarray(solution.value, np.float64).reshape(-1)
         # Subtracting the weighted L1 penalty gives the loss, whichever it is.
         loss = float(solution.objective) - float(np.sum(used * np.abs(rows)))
         with precision(kind):
             objectives.append(loss + float(penalty.value(jnp.asarray(rows, kind))))
         settled = len(objectives) > 1 and objectives[-2] - objectives[-1] <= tol * abs(objectives[-1])
-        weights = slope_of(rows)
+        weights = np.maximum(slope_of(rows), least)
     assert solution is not None
     return Reweighted(solution, used, np.array(objectives), settled)

@@ -15,6 +15,11 @@ from sparseopt.core.solvers.node_solve import LONGEST_FREE_AXIS
 from sparseopt.core.types import precision
 from sparseopt.trend.graph import Graph
 
+# What is said of values that are traced.
+UNKNOWN = (
+    "which are not known under jit, vmap and grad: make a solver by sparseopt.trend_solver(graph, order) outside, and "
+    "call it there"
+)
 # On a graph with a long enough path the entries of Δ^(order+1) reach binomial(order + 1, half of it); from the next
 # order on they are no longer exact in float64.
 MOST_ORDER = 55
@@ -82,10 +87,7 @@ def checked_signal(
     """
     graph = checked_graph(graph)
     if isinstance(y, jax.core.Tracer):
-        raise TypeError(
-            "trend_filter checks a signal's values, which are not known under jit, vmap and grad: make a solver by "
-            "sparseopt.trend_solver(graph, order) outside, and call it there"
-        )
+        raise TypeError(f"trend_filter checks a signal's values, {UNKNOWN}")
     y = real_array("a signal", y)
     # In float32 differences of order 3 lose all digits over some hundred nodes.
     kind = compute_dtype(y, np.float64 if dtype is None and graph.free else dtype)

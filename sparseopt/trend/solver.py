@@ -8,8 +8,10 @@ the Jacobian in y is the projection onto the signals with the same zero differen
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from sparseopt.core.arguments import whole_number
 from sparseopt.core.penalties import L1
@@ -17,7 +19,7 @@ from sparseopt.core.problem import Solution
 from sparseopt.core.solvers.admm import Start
 from sparseopt.core.types import precision, pytree, static, wide_types
 from sparseopt.trend.ground import on_rows
-from sparseopt.trend.job import Job, require_penalty
+from sparseopt.trend.job import Job, graph_for, require_penalty
 from sparseopt.trend.layout import Layout, layout_of
 from sparseopt.trend.methods import PURE, chosen, named
 from sparseopt.trend.pieces import TrendSolution
@@ -65,6 +67,11 @@ class TrendSolver:
         if y.shape not in (wanted := [shape + channels for shape in shapes]):
             raise ValueError(f"the solver's signals have the shape {' or '.join(map(str, wanted))}, given {y.shape}")
         require_penalty(penalty, graph, self.order, bool(channels))
+        if graph_for(graph, penalty) is not graph:
+            raise ValueError(
+                f"a solver on {graph!r} has the rows of the grid that its edges are, in which {type(penalty).__name__} "
+                "does not act: plan one on graph.as_edges()"
+            )
         weight, rows = getattr(penalty, "weight", 0.0), self.layout.count(self.order + 1)
         if np.ndim(weight) and (np.shape(weight) != (rows,) or not isinstance(penalty, L1)):
             raise ValueError(
@@ -80,12 +87,17 @@ class TrendSolver:
             node_weights = node_weights.reshape(graph.node_shape + (1,) * len(channels))
         plan, nodes = self._plan(penalty, node_weights is not None), graph.node_shape + channels
         if isinstance(start, Solution):
-            start = Start(start.value, start.dual, start.state.rho)
+            # Fits that are known without an iteration, and those of a path, have neither dual nor state.
+            dual = jnp.zeros(self._rows_of(plan, y.reshape(nodes)), kind) if start.dual is None else start.dual
+            start = Start(start.value, dual, getattr(start.state, "rho", None))
         if start is not None:
             start = dataclasses.replace(start, x=jnp.asarray(start.x, kind).reshape(nodes))
         terms = on_rows({self.order: penalty}, self.layout, kind, bool(channels))
         found = fit(plan, y.reshape(nodes), terms, node_weights, tol, max_steps, warm_start=start)
         return dataclasses.replace(found, value=found.value.reshape(y.shape), graph=graph, order=self.order)
+
+    def _rows_of(self, plan: Plan, y: Array) -> tuple[int, ...]:
+        return tuple(jax.eval_shape(plan.ground.operator.mv, y).shape)
 
     def _plan(self, penalty: Any, weighted: bool) -> Plan:
         for plan in self.plans:

@@ -265,3 +265,20 @@ def test_the_count_of_a_pattern_is_a_leaf(rng):
         assert np.count_nonzero(prox(so.BlockTopK(k, (4, 2)), x)) == 8 * k
         assert np.count_nonzero(prox(so.GroupTopK(k, [0, 1, 2, 3] * 2), x)) == 12 * k
     assert len(traces) == 3
+
+
+@pytest.mark.parametrize("penalty", [so.L1(0.5), so.LogSum(0.5, 0.5), so.Box(-0.5, 0.5), so.GroupL2(0.5), so.TopK(1)])
+def test_integers_are_floats_to_a_penalty(penalty):
+    x = jnp.array([-3, 0, 2])
+    np.testing.assert_array_equal(penalty.prox(x, 1.0), penalty.prox(x.astype(float), 1.0))
+    np.testing.assert_array_equal(penalty.value(x), penalty.value(x.astype(float)))
+
+
+def test_labels_are_checked_beside_their_number_too():
+    x = jnp.array([3.0, -1.0, 2.0, -4.0])
+    by_list = so.GroupL2(1.0, groups=[0, 1, 2, 2], num_groups=3).prox(x, 1.0)
+    np.testing.assert_array_equal(by_list, so.GroupL2(1.0, groups=np.array([0, 1, 2, 2])).prox(x, 1.0))
+    with pytest.raises(ValueError, match="num_groups=2 and a label 2"):
+        so.GroupL2(1.0, groups=np.array([0, 1, 2, 2]), num_groups=2)
+    with pytest.raises(ValueError, match=r"an integer from 0 on, .* from -1"):
+        so.GroupL2(1.0, groups=np.array([0, -1]), num_groups=2)

@@ -63,6 +63,55 @@ def test_negative_tolerance_runs_exactly_max_steps(rng):
     assert so.Status(int(answer.status)) is so.Status.MAX_STEPS
 
 
+def test_a_history_holds_the_last_step_also_beyond_the_limit(rng):
+    problem = so.Problem(so.LeastSquares(rng.standard_normal((8, 5)), rng.standard_normal(8)), so.L1(0.1))
+    solution = so.solve(problem, tol=-1, max_steps=5, history=True)
+    assert int(solution.steps) == solution.history.residual.shape[0] == 10
+    assert float(solution.history.objective[-1]) == float(solution.objective)
+
+
+def test_arrays_of_other_kinds_of_numbers_are_solved_in_one_that_holds_all(rng):
+    center = np.array([3, 1, -2])
+    wanted = so.solve(so.Problem(so.Quadratic(jnp.eye(3), center.astype(float)), so.L1(0.5))).value
+    for problem, start in (
+        (so.Problem(so.Quadratic(jnp.eye(3), jnp.asarray(center)), so.L1(0.5)), None),
+        (so.Problem(so.LeastSquares(np.eye(3), center), so.L1(np.full(3, 0.5))), np.zeros(3, int)),
+    ):
+        np.testing.assert_allclose(so.solve(problem, x0=start).value, wanted, atol=1e-6)
+    labels, matrix = rng.integers(0, 2, 8), rng.standard_normal((8, 2))
+    fits = [
+        so.solve(so.Problem(so.Composed(so.LogisticLoss(), matrix, labels.astype(kind)), so.L1(0.1))).value
+        for kind in (bool, int, float)
+    ]
+    np.testing.assert_allclose(fits, [fits[-1]] * 3, atol=1e-5)
+    with precision(np.dtype(np.float64)):
+        narrow = so.LeastSquares(np.eye(3, dtype=np.float32), center.astype(np.float32))
+        for problem in (
+            so.Problem(so.LeastSquares(narrow.matrix, narrow.target, np.ones(3)), so.L1(0.5)),
+            so.Problem(narrow, so.L1(np.full(3, 0.5))),
+            so.Problem(so.Quadratic(np.eye(3), center.astype(np.float32)), so.L1(0.5)),
+        ):
+            found = so.solve(problem).value
+            assert found.dtype == np.float64
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: so.Problem(so.Quadratic(jnp.eye(2), jnp.ones(2)), so.L1), "a penalty is an object .* the class L1"),
+        (
+            lambda: so.Problem(so.Quadratic(jnp.eye(2), jnp.ones(2)), so.L1(-1.0)),
+            "must not be negative, given -1",
+        ),
+        (lambda: so.Problem(so.Quadratic(jnp.eye(3), jnp.ones(2)), so.L1(1.0)), r"a hessian of shape \(2, 2\), given"),
+    ],
+)
+def test_what_is_no_problem_is_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        so.solve(make())
+
+
 def test_check_says_how_it_ended_and_what_to_try(rng):
     problem = make_problem(rng)
     short = so.solve(problem, so.Maiht(), problem.loss.center, tol=1e-9, max_steps=3)

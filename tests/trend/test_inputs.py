@@ -1,6 +1,7 @@
 import copy
 import pickle
 
+import jax
 import networkx as nx
 import numpy as np
 import pytest
@@ -155,6 +156,42 @@ def test_importing_the_package_stays_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("turned", [slice(None), slice(2)])
+def test_the_direction_of_edges_counts_where_the_sign_does(turned):
+    """A chain is recognised by its edges, whose signs only other penalties than norms see."""
+    edges = np.stack([np.arange(5), np.arange(1, 6)], axis=1)
+    edges[turned] = edges[turned, ::-1]
+    graph, y = so.Graph.from_edges(edges), np.array([0.1, 0.9, 2.1, 2.9, 4.2, 5.0])
+    other = so.Graph.from_edges(edges, weights=np.full(5, 1 + 1e-9))  # no chain
+    assert (graph.shape, other.shape) == ((6,), None)
+    for penalty in (so.Nonnegative(), so.Box(-0.5, 0.25), so.Box(-np.inf, 0.0), so.Box(0.125, 9.0), so.L1(0.25)):
+        fits = [so.trend_filter(y, each, penalty, tol=1e-9).value for each in (graph, other)]
+        np.testing.assert_allclose(*fits, atol=1e-4)
+    so.trend_solver(graph, 0)(y, so.L1(0.25))
+    with pytest.raises(ValueError, match=r"Nonnegative does not act: plan one on graph\.as_edges\(\)"):
+        so.trend_solver(graph, 0)(y, so.Nonnegative())
+    fit = so.trend_solver(graph.as_edges(), 0)(y, so.Nonnegative()).value
+    np.testing.assert_allclose(fit, so.trend_filter(y, other, so.Nonnegative()).value, atol=1e-4)
+
+
+def test_solutions_without_a_dual_are_starts_too(rng):
+    y = rng.standard_normal(6)
+    wanted = so.trend_filter(y, CHAIN, so.L1(0.2), tol=1e-9).value
+    without = so.trend_filter(y, CHAIN, so.L1(0.0))
+    for start in (without, so.trend_path(y, CHAIN, num=3).at(1)):
+        found = so.trend_filter(y, CHAIN, so.L1(0.2), tol=1e-9, warm_start=start)
+        np.testing.assert_allclose(found.value, wanted, atol=1e-4)
+    solver = so.trend_solver(CHAIN, 0)
+    np.testing.assert_allclose(solver(y, so.L1(0.2), tol=1e-9, start=without).value, wanted, atol=1e-3)
+    with pytest.raises(ValueError, match="a solution of the same graph and order"):
+        so.trend_filter(y, CHAIN, so.L1(0.2), warm_start=so.trend_filter(y, CHAIN, so.L1(0.2), order=1))
+
+
+def test_a_traced_penalty_is_told_of_the_solver():
+    with pytest.raises(TypeError, match=r"a penalty's numbers, .* make a solver by sparseopt\.trend_solver"):
+        jax.jit(lambda weight: so.trend_filter(Y, CHAIN, so.L1(weight)).value)(1.0)
 
 
 def test_a_renumbered_graph_has_the_same_fit(rng):

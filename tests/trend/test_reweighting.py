@@ -86,6 +86,16 @@ def test_the_slope_is_the_derivative_of_the_value(penalty):
     np.testing.assert_allclose(penalty.slope(-x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("penalty", "loss"), [(so.MCP(2.0), "huber"), (so.SCAD(2.0), "absolute")])
+def test_a_step_that_costs_no_more_keeps_its_size_under_other_losses(rng, penalty, loss):
+    """The weight of its row is 0 for the square loss; here it stays a little above, and the fit is finite."""
+    y = np.repeat([2.0, 20.0, 5.0], 20) + 0.1 * rng.standard_normal(60)
+    y[10] = 100
+    found = so.reweighted_trend_filter(y, so.Graph.chain(60), penalty, loss=loss)
+    assert found.settled
+    np.testing.assert_allclose(found.solution.value[[5, 30, 50]], [2, 20, 5], atol=0.2)
+
+
 def test_pictures_other_losses_and_missing_values(rng):
     graph = so.Graph.grid((8, 9))
     y = np.where(np.arange(9) > 4, 5.0, 0.0) + 0.3 * rng.standard_normal((8, 9))

@@ -108,6 +108,14 @@ def test_no_sigma_is_needed_on_a_path_that_ends_at_the_noise(criterion):
         assert losses[select(path, criterion).index] < 1.5 * losses.min()
 
 
+def test_no_level_is_best_where_all_use_up_the_data(rng):
+    pairs = so.Graph.from_edges([(2 * i, 2 * i + 1) for i in range(5)], 12)
+    path = so.trend_path(rng.standard_normal(12), pairs, num=3)
+    with pytest.raises(ValueError, match=r"gcv calls no level best: .* \(7 or more of 12 values\); give sigma"):
+        so.select(path)
+    assert np.isfinite(so.select(path, "sure", sigma=1.0).curve).all()
+
+
 def test_bad_criteria_are_named(path):
     with pytest.raises(ValueError, match="unknown criterion 'cp'; known are gcv, sure, aic, bic"):
         select(path, "cp")
