@@ -238,14 +238,15 @@ def _chosen(mask: Mask, params: Any) -> Any:
 
 def _schedule(penalty: Any, step: Scalar | Schedule, name: str, step_name: str) -> Schedule:
     """The step as a schedule, once penalty and step are checked."""
-    if not isinstance(penalty, Penalty):
+    if isinstance(penalty, type) or not isinstance(penalty, Penalty):
         raise ValueError(
             f"{name} needs a penalty with the methods value(x) and prox(x, step) as its first argument, such as "
             f"sparseopt.L1(0.01), given {type(penalty).__name__}"
         )
     if callable(step):
         return step
-    if isinstance(step, int | float) and not step >= 0:
+    number = isinstance(step, int | float | np.number | np.ndarray | jax.Array) and np.ndim(step) == 0
+    if not isinstance(step, jax.core.Tracer) and not (number and step >= 0):
         raise ValueError(f"{name}(penalty, {step_name}) needs a step size of 0 or more, or a schedule, given {step}")
     return lambda count: step
 

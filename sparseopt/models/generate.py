@@ -1,5 +1,6 @@
 """Floor 5: text generated token by token. For samples, not for speed: each token runs the whole window."""
 
+import math
 from collections.abc import Collection
 from functools import partial
 from typing import Any
@@ -51,8 +52,12 @@ def generate(
         ValueError: if the prompt is empty, a number is negative, or the model does not support a window of prompt and
             new tokens.
     """
-    prompt = np.asarray(prompt_ids, np.int32).reshape(-1)
-    if not prompt.size or max_new_tokens < 0 or temperature < 0:
+    prompt, vocabulary = np.asarray(prompt_ids).reshape(-1), decoder.embed_tokens.config.vocab_size
+    if prompt.size and (prompt.dtype.kind not in "iu" or prompt.min() < 0 or prompt.max() >= vocabulary):
+        raise ValueError(
+            f"token ids are whole numbers in 0..{vocabulary - 1}, given {prompt.dtype} {prompt[:8].tolist()}"
+        )
+    if not prompt.size or max_new_tokens < 0 or not 0 <= temperature < math.inf:
         raise ValueError(
             f"need a prompt of 1 token or more, max_new_tokens and temperature of 0 or more; given "
             f"{prompt.size} tokens, {max_new_tokens=}, {temperature=}"

@@ -70,10 +70,13 @@ class DecoderLM(TemplateLM):
         self.tokenizer = load_tokenizer(self.model.source)
         self.bos = start_token(self.model.source, self.tokenizer, bos)
         config = self.model.source.config
-        longest = self.model.config.max_positions if max_length is None else max_length
+        most = self.model.config.max_positions
+        longest = most if max_length is None else max_length
         if type(longest) is not int or longest < 2:
             where = "" if max_length is not None else "; the model's configuration has no longest window: give one"
             raise ValueError(f"max_length must be a whole number of 2 or more, given {longest!r}{where}")
+        if most is not None and longest > most:
+            raise ValueError(f"max_length is at most the {most} tokens that the model is made for, given {longest}")
         self.max_length: int = longest
         self.cut = 0
         self._observer = observer
@@ -139,6 +142,15 @@ class DecoderLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
+    def checked_generation(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """How a task generates; a ValueError for sampling, or for more tokens than the model reads."""
+        found = normalize_gen_kwargs(wanted, _NEW_TOKENS)
+        if found["do_sample"] and found.get("temperature") != 0:
+            raise ValueError("a task asks for sampling (do_sample, temperature), only greedy generation is possible")
+        if not 0 < (limit := found["max_gen_toks"]) < self.max_length:
+            raise ValueError(f"a task asks for {limit} new tokens; the model reads {self.max_length} at most")
+        return found
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """The greedy continuation of each context up to a stop string, the end token, or `max_gen_toks` tokens.
 
@@ -149,14 +161,8 @@ class DecoderLM(TemplateLM):
         answers = []
         for done, request in enumerate(requests):
             context, wanted = request.args
-            wanted = normalize_gen_kwargs(wanted, _NEW_TOKENS)
+            wanted = self.checked_generation(wanted)
             limit = wanted["max_gen_toks"]
-            if wanted["do_sample"] and wanted.get("temperature") != 0:
-                raise ValueError(
-                    "a task asks for sampling (do_sample, temperature), only greedy generation is possible"
-                )
-            if not 0 < limit < self.max_length:
-                raise ValueError(f"a task asks for {limit} new tokens; the model reads {self.max_length} at most")
             prompt = self.tok_encode(context) or [self.prefix_token_id]
             prompt = self._last(prompt, self.max_length - limit)
             answer = self._continue(prompt, limit, [s for s in wanted["until"] if s])
@@ -236,8 +242,8 @@ def zero_shot(
     """
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks must be a list of one name or more, given {tasks!r}")
-    if (limit is not None and limit < 1) or shots < 0:
-        raise ValueError(f"limit must be 1 or more and shots 0 or more, given {limit=}, {shots=}")
+    if (limit is not None and (type(limit) is not int or limit < 1)) or type(shots) is not int or shots < 0:
+        raise ValueError(f"limit and shots are whole numbers, of 1 or more and of 0 or more; given {limit=}, {shots=}")
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path must be a folder of task files, given {include_path}")
     manager = _find_tasks(tasks, include_path)
@@ -247,6 +253,8 @@ def zero_shot(
         if task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(FEWSHOT_SEED)
+        if task.get_config("output_type") == "generate_until":
+            lm.checked_generation(dict(task.get_config("generation_kwargs") or {}))
     found = evaluate(lm, loaded, limit=limit, log_samples=False)
     return {
         "model": str(lm.model.source.path),

@@ -68,8 +68,8 @@ def denoise(
         method: of `trend_filter`.
         tol: relative duality gap; 1e-4 is below one grey level.
         max_steps: step limit.
-        dtype: of the computation; None takes float32, or float64 with free ends or where pixels are not known, since
-            rounding of their part of the gap would hide it.
+        dtype: of the computation; None takes float32, or float64 for integers of 32 bits, with free ends, and where
+            pixels are not known, since rounding of their part of the gap would hide it.
         devices: as in `trend_filter`; not without a weight.
 
     Raises:
@@ -84,11 +84,15 @@ def denoise(
     """
     given = np.asarray(image)
     axes, names = (3, "depth, height, width") if volume else (2, "height, width")
-    if given.ndim not in (axes, axes + 1) or given.dtype.kind not in "uif" or min(given.shape) < 1:
+    whole_numbers = given.dtype.kind in "ui"
+    held = given.dtype.kind == "f" or (whole_numbers and given.dtype.itemsize <= 4)
+    if given.ndim not in (axes, axes + 1) or not held or min(given.shape) < 1:
         raise ValueError(
-            f"{'a volume' if volume else 'an image'} has the shape [{names}] or [{names}, channels] and holds numbers, "
-            f"given {given.shape} of {given.dtype}"
+            f"{'a volume' if volume else 'an image'} has the shape [{names}] or [{names}, channels] and holds floats "
+            f"or integers of 8, 16 or 32 bits, given {given.shape} of {given.dtype}"
         )
+    if not (weight is None or np.ndim(weight) == 0):
+        raise ValueError(f"weight is one number, given an array of shape {np.shape(weight)}")
     has_channels = given.ndim > axes
     has_alpha = has_channels and not volume and given.shape[-1] in (2, 4)
     colours = given[..., :-1] if has_alpha else given
@@ -99,7 +103,8 @@ def denoise(
     node_weights = None if known is None else _checked_known(known, given.shape[:axes])
     if dtype is None:
         whole = node_weights is None and not (missing == "nan" and np.isnan(colours).any())
-        dtype = np.float32 if whole and not grid.free else np.float64
+        narrow = not whole_numbers or given.dtype.itemsize <= 2
+        dtype = np.float32 if whole and narrow and not grid.free else np.float64
     options: dict[str, Any] = {"node_weights": node_weights, "missing": missing, "tol": tol, "max_steps": max_steps}
     options |= {"method": method, "dtype": dtype}
     if weight is None:
@@ -111,9 +116,9 @@ def denoise(
         penalty = dataclasses.replace(template, weight=weight)
         solution = trend_filter(colours, grid, penalty, order, devices=devices, **options)
     fitted = np.asarray(solution.value)
-    if given.dtype.kind in "ui":
+    if whole_numbers:
         limits = np.iinfo(given.dtype)
-        fitted = np.clip(np.rint(fitted), limits.min, limits.max)
+        fitted = np.clip(np.rint(fitted.astype(np.float64)), limits.min, limits.max)
     fitted = fitted.astype(given.dtype)
     if has_alpha:
         fitted = np.concatenate([fitted, given[..., -1:]], axis=-1)
@@ -159,6 +164,13 @@ def psnr(image: np.ndarray, reference: np.ndarray, peak: float = 255.0) -> float
     return float(10 * np.log10(peak**2 / np.mean(apart**2)))
 
 
+def _drawable(image: np.ndarray) -> np.ndarray:
+    """What a figure can show: grey, or three colours, without opacity and further channels."""
+    if image.ndim < 3:
+        return image
+    return image[..., :3] if image.shape[-1] > 2 else image[..., 0]
+
+
 def before_and_after(
     noisy: np.ndarray, denoised: np.ndarray, path: str | pathlib.Path, captions: tuple[str, str] = ("before", "after")
 ) -> None:
@@ -169,7 +181,7 @@ def before_and_after(
     figure = Figure(figsize=(10, 5.4 * height / width + 0.4), layout="constrained")
     top = float(np.iinfo(noisy.dtype).max) if noisy.dtype.kind in "ui" else max(float(noisy.max()), 1e-12)
     for axes, image, caption in zip(figure.subplots(1, 2), (noisy, denoised), captions, strict=True):
-        shown = np.clip(np.asarray(image, np.float64) / top, 0, 1)
+        shown = np.clip(np.asarray(_drawable(image), np.float64) / top, 0, 1)
         axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(caption)
         axes.set_axis_off()

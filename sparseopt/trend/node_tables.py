@@ -163,7 +163,8 @@ def write_fit(path: str | Path, fit: NodeTable, pieces: np.ndarray | None) -> No
             writer.writerows(zip(*columns.values(), strict=True))
     elif kind == ".npz":
         arrays: dict[str, Any] = {"signal": fit.values, "node": np.array(nodes)}
-        np.savez_compressed(file, **(arrays if pieces is None else arrays | {PIECE: pieces}))
+        with file.open("wb") as stream:  # to a name, NumPy would add its own ending
+            np.savez_compressed(stream, **(arrays if pieces is None else arrays | {PIECE: pieces}))
     elif kind == ".parquet":
         import pyarrow
         import pyarrow.parquet

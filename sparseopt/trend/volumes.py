@@ -74,8 +74,13 @@ def check_format(path: Path, scan: Scan) -> None:
     if (scan.volume or scan.values.dtype.kind == "f") and not path.name.lower().endswith(kinds):
         what = "a volume" if scan.volume else f"a picture of {scan.values.dtype}"
         raise FileError(f"{path} cannot hold {what}; name a file that ends in one of {', '.join(kinds)}")
-    if not (scan.volume or scan.values.dtype.kind == "f" or path.name.lower().endswith(NIFTI + NPZ)):
+    channels = scan.values.shape[len(scan.shape) :]
+    if path.name.lower().endswith(NIFTI + NPZ):
+        return
+    if not (scan.volume or scan.values.dtype.kind == "f"):
         encoded_image(path, scan.values[:1, :1])
+    elif channels and channels[0] not in (3, 4):
+        raise FileError(f"{path} cannot hold {channels[0]} channels of this kind; name a file that ends in .npz")
 
 
 def write_scan(path: Path, values: np.ndarray, like: Scan) -> None:
@@ -90,7 +95,8 @@ def write_scan(path: Path, values: np.ndarray, like: Scan) -> None:
         nibabel.save(nibabel.Nifti1Image(values, like.source.affine, header), path)
     elif name.endswith(NPZ):
         more: dict[str, Any] = {} if like.spacing is None else {"spacing": np.asarray(like.spacing)}
-        np.savez_compressed(path, allow_pickle=False, **{"volume" if like.volume else "image": values, **more})
+        with path.open("wb") as stream:  # to a name, NumPy would add its own ending
+            np.savez_compressed(stream, allow_pickle=False, **{"volume" if like.volume else "image": values, **more})
     elif like.volume or values.dtype.kind == "f":
         import tifffile
 

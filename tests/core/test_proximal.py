@@ -393,6 +393,11 @@ def test_errors_say_what_to_do(make):
         make(0.1, so.L1(1.0))
     with pytest.raises(ValueError, match=r"0 or more, or a schedule, given -0\.1"):
         make(so.L1(1.0), -0.1)
+    for step in (np.float32(-1), jnp.float32(-1), "a", None, jnp.nan):
+        with pytest.raises(ValueError, match="0 or more, or a schedule, given"):
+            make(so.L1(1.0), step)
+    with pytest.raises(ValueError, match=r"such as sparseopt\.L1\(0\.01\), given"):
+        make(so.L1, 0.1)
     x = jnp.ones(3)
     tx = make(so.L1(1.0), 0.1)
     with pytest.raises(ValueError, match=r"call update\(updates, state, params\)"):

@@ -48,3 +48,9 @@ def test_draws_follow_the_seed_and_the_temperature(decoder: Decoder) -> None:
 def test_bad_requests(decoder: Decoder, arguments: tuple) -> None:
     with pytest.raises(ValueError, match="need a prompt of 1 token or more"):
         generate(decoder, *arguments)
+
+
+@pytest.mark.parametrize("prompt", [[5, 9999], [5, -3], [5.7, 3.2]])
+def test_ids_that_are_no_tokens_are_refused(decoder: Decoder, prompt: list) -> None:
+    with pytest.raises(ValueError, match=r"token ids are whole numbers in 0\.\."):
+        generate(decoder, np.array(prompt), 3)

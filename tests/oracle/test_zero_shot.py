@@ -239,8 +239,18 @@ def test_mistakes_are_named(tmp_path, model, command):
     status, _, err = command("zero-shot", model, "--tasks", "hens", "--include-path", tmp_path / "nothing")
     assert status == 2
     assert "include_path must be a folder" in err
-    with pytest.raises(ValueError, match="limit must be 1 or more"):
-        zero_shot(model, ["hens"], include_path=folder, limit=0)
+    for wrong in ({"limit": 0}, {"limit": 1.5}, {"shots": 1.5}):
+        with pytest.raises(ValueError, match="limit and shots are whole numbers"):
+            zero_shot(model, ["hens"], include_path=folder, **wrong)
+    with pytest.raises(ValueError, match=r"max_length is at most the .* tokens that the model is made for, given 9999"):
+        DecoderLM(model, max_length=9999)
+    drawn = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "{{text}}"}
+    drawn |= {"generation_kwargs": {"do_sample": True, "max_gen_toks": 2, "until": ["."]}}
+    write_task(folder, "drawn", [{"text": "he"}], **drawn, metric_list=[{"metric": "exact_match"}])
+    seen = []
+    with pytest.raises(ValueError, match="only greedy generation"):
+        zero_shot(model, ["hens", "drawn"], include_path=folder, observer=lambda *step: seen.append(step))
+    assert not seen  # before any work
     (folder / "hens.jsonl").unlink()
     status, _, err = command("zero-shot", model, "--tasks", "hens", "--include-path", folder)
     assert status == 1

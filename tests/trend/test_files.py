@@ -11,7 +11,7 @@ from sparseopt.trend.files import (
     write_image,
 )
 from sparseopt.trend.node_tables import NodeTable, read_edges, read_signal, write_fit
-from sparseopt.trend.volumes import Scan, check_format
+from sparseopt.trend.volumes import Scan, check_format, write_scan
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
@@ -125,6 +125,15 @@ def test_no_row_of_an_ordinary_table_is_lost(tmp_path):
     (tmp_path / "e.csv").write_text("10,20\n1,2\n")
     with pytest.raises(FileError, match="names the node '10' in its edge 0"):
         read_edges(tmp_path / "e.csv", ("1", "2"))
+
+
+def test_an_archive_has_the_name_that_was_given(tmp_path, rng):
+    values = rng.standard_normal((4, 4, 2))
+    write_scan(tmp_path / "a.NPZ", values, Scan(values))
+    write_fit(tmp_path / "b.NPZ", NodeTable(values[:, 0, 0], ("y",)), None)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.NPZ", "b.NPZ"]
+    with pytest.raises(FileError, match=r"cannot hold 2 channels of this kind; name a file that ends in \.npz"):
+        check_format(tmp_path / "a.tif", Scan(values))
 
 
 def test_an_image_that_a_format_cannot_hold_leaves_the_old_file(tmp_path):

@@ -119,3 +119,19 @@ def test_arguments_that_do_not_fit_are_refused(options, text):
 def test_no_weight_is_chosen_for_a_picture_without_noise():
     with pytest.raises(ValueError, match="the noise level of the picture is 0; give weight"):
         denoise(np.full((5, 5), 7.0))
+
+
+def test_integers_of_32_bits_keep_their_digits_and_wider_ones_are_refused():
+    for kind, value in ((np.uint32, 2**32 - 1), (np.int32, 2**31 - 1), (np.int32, -(2**31))):
+        assert (denoise(np.full((6, 6), value, kind), 10.0).image == value).all()
+    with pytest.raises(ValueError, match=r"integers of 8, 16 or 32 bits, given \(6, 6\) of int64"):
+        denoise(np.zeros((6, 6), np.int64), 10.0)
+    with pytest.raises(ValueError, match=r"weight is one number, given an array of shape \(2,\)"):
+        denoise(np.zeros((6, 6)), np.ones(2))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_a_picture_of_any_number_of_channels_is_drawn(tmp_path, rng, channels):
+    image = rng.integers(0, 255, (8, 8, channels), dtype=np.uint8)
+    before_and_after(image, image, tmp_path / "shown.png")
+    assert (tmp_path / "shown.png").stat().st_size > 0
