@@ -30,7 +30,9 @@ class _Grouped:
         if isinstance(self.axis, list):  # of a config
             object.__setattr__(self, "axis", tuple(self.axis))
         # Trees that JAX rebuilds have their number already, and leaves of any kind, which are not checked.
-        plain = isinstance(self.groups, list | tuple | np.ndarray) and np.ndim(self.groups) == 1
+        given = self.groups
+        whole = isinstance(given, np.ndarray) and given.dtype.kind in "iu" and given.ndim == 1
+        plain = isinstance(given, list | tuple) or whole
         rebuilt = self.num_groups is not None and not plain
         if self.groups is None or rebuilt:
             return

@@ -10,10 +10,12 @@ import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.certify import is_convex
+from sparseopt.core.group_penalties import GroupL2, NuclearNorm, SparseGroup
 from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.matrices import refuses_map, refuses_transpose
 from sparseopt.core.matrix_losses import MatrixLoss
+from sparseopt.core.penalties import L0, L1, MCP, SCAD, ElasticNet, LogSum
 from sparseopt.core.problem import Problem, Solution, Solver, refusal
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
@@ -88,6 +90,10 @@ def chosen_solver(problem: Problem) -> Choice:
     raise ValueError("no solver takes this problem:\n" + "\n".join(f"  {reason}" for reason in reasons))
 
 
+# With a negative weight none of these is what it is called, nor convex.
+RISING = (L0, L1, ElasticNet, MCP, SCAD, LogSum, GroupL2, SparseGroup, NuclearNorm)
+
+
 def solve(
     problem: Problem,
     solver: Solver | None = None,
@@ -150,7 +156,8 @@ def solve(
     if isinstance(x0, np.ndarray | jax.Array):
         if reason := _refuses_shapes(problem, x0):
             raise ValueError(reason)
-        x0 = jnp.asarray(x0, _dtype(problem, x0))
+        if not jnp.issubdtype(x0.dtype, jnp.complexfloating):
+            x0 = jnp.asarray(x0, _dtype(problem, x0))
     return iterate(problem, solver, x0, tol=tol, max_steps=max_steps, history=history)
 
 
@@ -161,7 +168,7 @@ def _refuses_data(problem: Problem) -> str | None:
         return reason
     if isinstance(problem.penalty, type):
         return f"a penalty is an object such as sparseopt.L1(10.0), given the class {problem.penalty.__name__}"
-    for name in ("weight", "group_weight", "ridge"):
+    for name in ("weight", "group_weight", "ridge") if isinstance(problem.penalty, RISING) else ():
         weight: Any = getattr(problem.penalty, name, None)
         known = isinstance(weight, int | float | np.ndarray | jax.Array) and not isinstance(weight, jax.core.Tracer)
         if known and np.min(weight, initial=0) < 0:
@@ -171,10 +178,9 @@ def _refuses_data(problem: Problem) -> str | None:
 
 def _dtype(problem: Problem, x0: Any) -> Any:
     """A float that holds the entries of x0 and of every array in the problem."""
-    arrays = [leaf for leaf in jax.tree.leaves(problem) if np.ndim(leaf) and hasattr(leaf, "dtype")]
-    kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in (x0, *arrays)]
-    floats = [kind for kind in kinds if jnp.issubdtype(kind, jnp.inexact)]
-    return jnp.result_type(*floats) if floats else jnp.float32
+    arrays = [leaf for leaf in (x0, *jax.tree.leaves(problem)) if np.ndim(leaf) and hasattr(leaf, "dtype")]
+    floats = [leaf.dtype for leaf in arrays if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.result_type(*map(jax.dtypes.canonicalize_dtype, floats)) if floats else jnp.float32
 
 
 def _refuses_shapes(problem: Problem, x0: Any) -> str | None:

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, dataclass_transform, overload
 
@@ -63,7 +65,9 @@ def pytree(cls: Any = None, *, eq: bool = True) -> Any:
         data = tuple(f.name for f in fields if not f.metadata.get("static"))
         _register(cls, data, meta)
         for name in ("value", "prox") if hasattr(cls, "prox") else ():
-            setattr(cls, name, _of_floats(getattr(cls, name)))
+            method = inspect.getattr_static(cls, name, None)
+            if isinstance(method, types.FunctionType) and not hasattr(method, "__wrapped__"):
+                setattr(cls, name, _of_floats(method))
         return cls
 
     return wrap if cls is None else wrap(cls)
@@ -73,10 +77,10 @@ def _of_floats(method: Any) -> Any:
     """A method of x that is not called with an array of integers: thresholds would be rounded to its dtype."""
 
     @functools.wraps(method)
-    def called(self: Any, x: Any, *args: Any, **more: Any) -> Any:
-        if isinstance(x, np.ndarray | jax.Array) and x.dtype.kind in "biu":
-            x = jnp.asarray(x, jnp.result_type(float))
-        return method(self, x, *args, **more)
+    def called(self: Any, *given: Any, **named: Any) -> Any:
+        if given and isinstance(given[0], np.ndarray | jax.Array) and given[0].dtype.kind in "biu":
+            given = (jnp.asarray(given[0], jnp.result_type(float)), *given[1:])
+        return method(self, *given, **named)
 
     return called
 

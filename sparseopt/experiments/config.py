@@ -194,9 +194,11 @@ def expand(
 
 
 def _swept(sweep: Any) -> list[str]:
-    """The keys that a sweep varies, as far as it is one."""
-    parts = [sweep.get("grid"), *(sweep.get("list") or [])] if isinstance(sweep, dict) else []
-    return [key for part in parts if isinstance(part, dict) for key in part]
+    """The keys that a sweep sets in every run, as far as it is one."""
+    parts = sweep if isinstance(sweep, dict) else {}
+    grid, items = parts.get("grid"), parts.get("list")
+    keys = [set(item) if isinstance(item, dict) else set() for item in items] if isinstance(items, list) else []
+    return [*(grid if isinstance(grid, dict) else ()), *sorted(map(str, set.intersection(*keys) if keys else ()))]
 
 
 def _task_of(task_class: type[Task], values: Settings, settings: Settings, allow_code: AllowCode) -> Task:

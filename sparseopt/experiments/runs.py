@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from pydantic import BaseModel
 from pydantic_core import to_json
 
@@ -31,7 +30,7 @@ from sparseopt.experiments.config import Run
 from sparseopt.experiments.names import AllowCode, Named, file_digest
 from sparseopt.experiments.plots import save_figure
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, find_task
-from sparseopt.experiments.yaml_file import read_yaml
+from sparseopt.experiments.yaml_file import read_yaml, write_yaml
 from sparseopt.system import processes, run_folder
 from sparseopt.system.files import write_whole
 from sparseopt.system.machine import environment, peak_memory_bytes, versions
@@ -215,7 +214,7 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
             )  # fmt: skip
         if not (folder / CONFIG).is_file():
             values = run.task.model_dump(mode="json", exclude_none=True)
-            write_whole(folder / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+            write_whole(folder / CONFIG, write_yaml(values))
         return _run_units(run, folder, observer)
 
 

@@ -76,7 +76,9 @@ class GraphSignal(Task):
 
     def check(self) -> None:
         self.graph.check()
-        check_parameters(self.penalty.build(), np.dtype(float))
+        penalty = self.penalty.build()
+        if np.ndim(getattr(penalty, "weight", 0.0)) == 0:  # one for each difference is known to the graph
+            check_parameters(penalty, np.dtype(float))
         if self.signal == "measured" and self.graph.name == "minnesota":
             raise ValueError("the roads of Minnesota carry no measured signal: take signal=plateaus or signal=waves")
         if checked_loss(self.loss) is not None and self.signal != "measured":

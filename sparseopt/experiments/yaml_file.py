@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML of bounded size with the numbers of YAML 1.2: 1e-6 is one, 2:4 and a date are text, 010 is 10.
+    """Safe YAML of bounded size with the numbers of YAML 1.2: 1e-6 is one, and 2:4, 010 and a date are text.
 
     Attributes:
         lines: the line of every key.
@@ -93,13 +93,24 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
 _DIGITS = list("-+.0123456789")
-_Loader.add_implicit_resolver(f"{_CORE}int", re.compile(r"^[-+]?\d+$"), _DIGITS)
+_Loader.add_implicit_resolver(f"{_CORE}int", re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[\da-fA-F]+|0o[0-7]+)$"), _DIGITS)
 _Loader.add_implicit_resolver(
     f"{_CORE}float",
     re.compile(r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"),
     _DIGITS,
 )
-_Loader.add_constructor(f"{_CORE}int", lambda _, node: int(node.value))
+_Loader.add_constructor(f"{_CORE}int", lambda _, node: int(node.value, 0))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would not read as text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def write_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML that `read_yaml` reads."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _parse(text: str, source: str) -> tuple[Any, dict[Location, int]]:

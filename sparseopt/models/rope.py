@@ -265,7 +265,10 @@ def _rope_fields(config: Config, part: str | None) -> dict[str, Any]:
             table = table.get(part, {} if name == "rope_parameters" else table)
         if not isinstance(table or {}, Mapping):
             raise ModelError(f"the model configuration's {name} must be a table, given {table!r}")
-        tables.append({key: value for key, value in (table or {}).items() if value is not None})
+        table = {key: value for key, value in (table or {}).items() if value is not None}
+        if "type" in table:  # the older name
+            table = {"rope_type": table["type"], **{key: table[key] for key in table if key != "type"}}
+        tables.append(table)
     older, newer = tables
     if newer and (differing := [key for key in older if older[key] != newer.get(key)]):
         # transformers would take `rope_scaling` alone, and its own default of what is missing there.

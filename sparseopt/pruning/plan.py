@@ -250,20 +250,19 @@ def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
 
 
 def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
-    """The plans of a pass with the number of windows, and of variants, that their recipes may leave open.
+    """The plans of a pass with the number of windows, which their recipes may leave open.
 
     Raises:
-        ValueError: for plans that would see other variants.
+        ValueError: for plans that would see other variants of them.
     """
-    recipes = [dataclasses.replace(plan.recipe, samples=samples) for plan in plans]
-    counts = [recipe.variant_count for recipe in recipes]
+    found = [dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, samples=samples)) for plan in plans]
+    counts = [plan.recipe.variant_count for plan in found]
     if len(set(counts)) > 1:
         raise ValueError(
             "recipes of one pass must see the same variants of their windows, and by their methods these have "
             f"{', '.join(map(str, counts))}: give all the same variants, or prune one by one"
         )
-    pairs = zip(plans, recipes, strict=True)
-    return [dataclasses.replace(plan, recipe=dataclasses.replace(recipe, variants=counts[0])) for plan, recipe in pairs]
+    return found
 
 
 class CalibrationWindows(NamedTuple):

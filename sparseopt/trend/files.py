@@ -28,7 +28,7 @@ IMAGE_FORMATS = ("PNG", "TIFF", "JPEG", "WEBP", "BMP", "GIF", "PPM")
 # Pillow's own limit for decompression bombs.
 MAX_PIXELS = 89_478_485
 TABLE_KINDS = (".csv", ".parquet", ".npz")
-# How programs write a missing value; no heading of a table has such a name.
+# How programs write a missing value.
 NOT_THERE = ("na", "n/a", "null", "none", "?", "-")
 PICKLES = (".npy", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 # The largest size of an unpacked table: this many bytes, or this many times the size of the file.
@@ -169,14 +169,16 @@ def _read_csv(file: Path, columns: tuple[int, ...]) -> np.ndarray:
     with file.open(encoding="utf-8-sig") as stream:
         first = stream.readline().strip().split(",")
         heading = not is_numbers(first)
-        if heading and any(cell.strip().lower() in NOT_THERE for cell in first):
+        absent = [cell.strip().lower() in NOT_THERE for cell in first]
+        numbers = [cell.strip() != "" and is_numbers([cell]) for cell in first]
+        if heading and any(absent) and (all(absent) or any(numbers)):
             raise FileError(f"{file} has {first} in its first row; leave a cell empty where a value is missing")
         stream.seek(0)
         with warnings.catch_warnings():
             # The caller reports an empty table.
             warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
             return np.loadtxt(
-                _with_blanks(stream) if len(first) == 1 else file,
+                _with_blanks(stream, heading) if len(first) == 1 else file,
                 delimiter=",",
                 skiprows=int(heading),
                 ndmin=2,
@@ -187,16 +189,17 @@ def _read_csv(file: Path, columns: tuple[int, ...]) -> np.ndarray:
             )
 
 
-def _with_blanks(lines: Iterable[str]) -> Iterator[str]:
-    """The lines of a table; between those of a single column, a blank one is an empty cell."""
-    blank = 0
-    for line in lines:
+def _with_blanks(lines: Iterable[str], heading: bool) -> Iterator[str]:
+    """The lines of a table; a blank one between two cells of a single column is an empty cell."""
+    blank, inside = 0, False
+    for number, line in enumerate(lines):
         if not line.strip():
             blank += 1
             continue
-        yield from itertools.repeat('""', blank if "," not in line else 0)
+        cell = "," not in line and not line.lstrip().startswith("#") and not (heading and number == 0)
+        yield from itertools.repeat('""', blank if inside and cell else 0)
         yield line
-        blank = 0
+        blank, inside = 0, cell
 
 
 def is_numbers(cells: list[str]) -> bool:

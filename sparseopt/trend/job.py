@@ -141,8 +141,8 @@ class Job:
             )
         dual, state = solution.dual, solution.state
         wanted = tuple(jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape)
-        # Fits that are known without an iteration, and those of a path, have no dual.
-        if dual is None:
+        # Fits that are known without an iteration and those of a path have no dual, and others none of these rows.
+        if dual is None or self._has_other_rows(solution):
             dual = layout.put(np.zeros(wanted, self.dtype))
         else:
             with contextlib.suppress(IndexError):  # of another order
@@ -155,6 +155,13 @@ class Job:
         x = layout.put(layout.rows(value.reshape(signal.values.shape), 0))
         return Start(x, dual, getattr(state, "rho", None))
 
+    def _has_other_rows(self, solution: Any) -> bool:
+        """Whether a solution is of the same graph, by edges where this job has a grid or the reverse: `graph_for`."""
+        graph, own = getattr(solution, "graph", None), self.graph
+        if graph is None or solution.order != self.order or (graph.shape is None) == (own.shape is None):
+            return False
+        return (graph.num_nodes, graph.num_edges) == (own.num_nodes, own.num_edges)
+
 
 def graph_for(graph: Graph, penalty: Any) -> Graph:
     """The graph for penalties that are not `SIGNLESS`, by its edges where the rows of its grid would not do.
@@ -163,14 +170,33 @@ def graph_for(graph: Graph, penalty: Any) -> Graph:
     rows of the other sign; and rows that fill their array are 0, which is to cost nothing.
     """
     terms = penalty.values() if isinstance(penalty, Mapping) else [penalty]
-    signed = [term for term in terms if not isinstance(term, SIGNLESS)]
+    signed = [term for term in terms if not _is_signless(term)]
     if graph.shape is None or graph.free or not signed:
         return graph
     return graph.as_edges() if graph.turned or any(map(_excludes_zero, signed)) else graph
 
 
+def _is_signless(penalty: Any) -> bool:
+    """Whether a penalty is the same for rows of the other sign; one of your own is tried, with ones for tracers."""
+    if isinstance(penalty, SIGNLESS):
+        return True
+    if isinstance(penalty, type) or not hasattr(penalty, "prox"):
+        return False
+    with jax.ensure_compile_time_eval():
+        known = jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf)) if _is_traced(leaf) else leaf, penalty)
+        x = jnp.array([-2.0, -0.5, 0.25, 1.0, 3.0])
+        try:
+            return bool(jnp.array_equal(known.prox(-x, 0.5), -known.prox(x, 0.5)))
+        except (TypeError, ValueError):  # it takes arrays of other shapes
+            return False
+
+
+def _is_traced(leaf: Any) -> bool:
+    return isinstance(leaf, jax.core.Tracer)
+
+
 def _excludes_zero(penalty: Any) -> bool:
-    if isinstance(penalty, Box) and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(penalty)):
+    if isinstance(penalty, Box) and not any(map(_is_traced, jax.tree.leaves(penalty))):
         return bool(np.any(np.asarray(penalty.low) > 0) or np.any(np.asarray(penalty.high) < 0))
     return isinstance(penalty, Simplex)
 

@@ -22,7 +22,7 @@ from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.types import precision
 from sparseopt.trend.freedom import MOST_RANKED, freedom_of_rows, is_countable
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import MOST_STEPS, Job, checked_loss, checked_penalty, require_representable
+from sparseopt.trend.job import MOST_STEPS, Job, checked_loss, checked_penalty, graph_for, require_representable
 from sparseopt.trend.largest_weight import NullFit, null_fit
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levels import descend
@@ -164,7 +164,7 @@ def trend_path(
     k = checked_order(order)
     name = named(method)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
-    graph = graph_at(graph, k, signal)
+    graph = graph_at(graph_for(graph, penalty), k, signal)
     template, family = _checked_template(penalty, signal, graph, k), checked_loss(loss)
     tol, max_steps = positive_number("tol", tol), whole_number("max_steps", max_steps, 1, MOST_STEPS)
     if not (is_positive(ratio) and ratio < 1):

@@ -70,7 +70,7 @@ class TrendSolver:
         if graph_for(graph, penalty) is not graph:
             raise ValueError(
                 f"a solver on {graph!r} has the rows of the grid that its edges are, in which {type(penalty).__name__} "
-                "does not act: plan one on graph.as_edges()"
+                "does not act: plan one on graph.as_edges(), for signals of the shape [n]"
             )
         weight, rows = getattr(penalty, "weight", 0.0), self.layout.count(self.order + 1)
         if np.ndim(weight) and (np.shape(weight) != (rows,) or not isinstance(penalty, L1)):

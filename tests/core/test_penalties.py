@@ -282,3 +282,40 @@ def test_labels_are_checked_beside_their_number_too():
         so.GroupL2(1.0, groups=np.array([0, 1, 2, 2]), num_groups=2)
     with pytest.raises(ValueError, match=r"an integer from 0 on, .* from -1"):
         so.GroupL2(1.0, groups=np.array([0, -1]), num_groups=2)
+
+
+def test_classes_of_ones_own_with_a_prox_stay_as_they_are():
+    @so.pytree
+    class NoValue:
+        weight: object
+
+        @staticmethod
+        def prox(x, step):
+            return x * step
+
+    @so.pytree
+    class Named:
+        weight: object
+
+        def value(self, x):
+            return jnp.sum(x)
+
+        def prox(self, v, t):
+            return v - t * self.weight
+
+    x = jnp.array([1, 2])
+    np.testing.assert_array_equal(NoValue(1.0).prox(x, 2), [2, 4])
+    np.testing.assert_array_equal(Named(0.5).prox(v=x.astype(float), t=1.0), [0.5, 1.5])
+    np.testing.assert_array_equal(Named(0.5).prox(x, 1.0), [0.5, 1.5])
+
+
+def test_a_problem_with_labels_has_derivatives_in_every_leaf(rng):
+    loss = so.LeastSquares(rng.standard_normal((6, 3)), np.ones(6))
+    problem = so.Problem(loss, so.GroupL2(0.5, groups=np.array([0, 0, 1])))
+    found = jax.grad(lambda each: so.solve(each).value.sum(), allow_int=True)(problem).penalty.weight
+    step = 1e-2
+    near = [
+        so.solve(so.Problem(loss, so.GroupL2(0.5 + move, groups=problem.penalty.groups)), tol=1e-8)
+        for move in (step, -step)
+    ]
+    assert float(found) == pytest.approx(float((near[0].value - near[1].value).sum()) / (2 * step), rel=0.05)

@@ -9,7 +9,7 @@ from pydantic import ValidationError, model_validator
 import sparseopt as so
 from sparseopt.experiments.config import ConfigError, expand, load_config
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig
-from sparseopt.experiments.yaml_file import parse_yaml
+from sparseopt.experiments.yaml_file import parse_yaml, write_yaml
 from tests.experiments.toy import CappedL1, Toy
 
 TOY = "tests.experiments.toy.Toy"
@@ -105,6 +105,10 @@ def test_a_missing_file_and_a_broken_override_are_named(write, tmp_path):
         path = write(f"name: x\ntask: groups\nsweep: {sweep}")
         with pytest.raises(ConfigError, match=r"the sweep sets .* for every run; change it there"):
             load_config(path, [f"{key}=3"])
+    path = write(f"name: x\ntask: {TOY}\nsweep: {{list: [{{count: 2}}, {{count: 3, scale: 2.0}}]}}")
+    assert [run.task.scale for run in load_config(path, ["scale=5.0"], allow_code=True)] == [5.0, 2.0]
+    with pytest.raises(ConfigError, match=r"sweep\.list: input should be a valid list"):
+        load_config(write("name: x\ntask: groups\nsweep: {list: 5}"), ["seed=3"])
 
 
 def test_overrides_reach_blocks_and_read_yaml_values(write):
@@ -117,7 +121,9 @@ def test_overrides_reach_blocks_and_read_yaml_values(write):
     ("text", "value"),
     [
         ("2:4", "2:4"),
-        ("010", 10),
+        ("010", "010"),
+        ("0x10", 16),
+        ("1_000", 1000),
         ("1e-6", 1e-6),
         (".5", 0.5),
         ("-3", -3),
@@ -127,6 +133,14 @@ def test_overrides_reach_blocks_and_read_yaml_values(write):
 )
 def test_numbers_are_those_of_yaml_1_2(text, value):
     assert parse_yaml(text, "a test") == value
+
+
+def test_what_is_written_is_read_again():
+    values = {
+        "texts": ["08", "2:4", "1e3", "0x10", "1_000", "yes", "null", "2026-11-29"],
+        "numbers": [8, 1e-6, -np.inf],
+    }
+    assert parse_yaml(write_yaml(values), "a test") == values
 
 
 def test_numbers_without_a_point_are_numbers(write):

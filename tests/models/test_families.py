@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import FAMILIES, ModelError, find_family, generate, load_decoder, open_model, safetensors_file
-from sparseopt.models.rope import max_positions
+from sparseopt.models.rope import max_positions, read_rope
 from sparseopt.models.safetensors_file import read_header
 from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.scoring import score_continuations
@@ -182,6 +182,11 @@ def test_a_window_beyond_the_positions_of_a_model_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
     # The window grows in steps, and not beyond what the model reads.
     assert generate(decoder, ids[0, :-2], 1).shape == (1,)
+
+
+def test_two_names_of_one_rope_are_no_contradiction() -> None:
+    old, new = {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    assert read_rope({"rope_scaling": old, "rope_parameters": new}) == read_rope({"rope_parameters": new})
 
 
 @pytest.mark.parametrize(

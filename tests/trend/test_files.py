@@ -117,6 +117,12 @@ def test_no_row_of_an_ordinary_table_is_lost(tmp_path):
     for text in ("1\n\n3\n4\n\n", "y\n1\n\n3\n4\n", "\ufeff1\n\n3\n4\n"):
         (tmp_path / "y.csv").write_text(text, encoding="utf-8")
         np.testing.assert_array_equal(read_signal(tmp_path / "y.csv").values, [1, np.nan, 3, 4])
+    for text in ("# made by x\n\n1\n2\n", "v\n\n1\n2\n", "\n1\n2\n", "1\n# a note\n\n2\n"):
+        (tmp_path / "y.csv").write_text(text)
+        np.testing.assert_array_equal(read_signal(tmp_path / "y.csv").values, [1, 2])
+    for text in ("Na,K\n1,2\n", "x,-\n1,2\n"):
+        (tmp_path / "y.csv").write_text(text)
+        np.testing.assert_array_equal(read_signal(tmp_path / "y.csv").values, [[1, 2]])
     (tmp_path / "e.csv").write_text("\ufeff0,1\n\n1,2\n", encoding="utf-8")
     assert read_edges(tmp_path / "e.csv")[0].tolist() == [[0, 1], [1, 2]]
     (tmp_path / "y.csv").write_text("NA\n2\n3\n")

@@ -2,6 +2,7 @@ import copy
 import pickle
 
 import jax
+import jax.numpy as jnp
 import networkx as nx
 import numpy as np
 import pytest
@@ -174,6 +175,47 @@ def test_the_direction_of_edges_counts_where_the_sign_does(turned):
         so.trend_solver(graph, 0)(y, so.Nonnegative())
     fit = so.trend_solver(graph.as_edges(), 0)(y, so.Nonnegative()).value
     np.testing.assert_allclose(fit, so.trend_filter(y, other, so.Nonnegative()).value, atol=1e-4)
+
+
+@so.pytree
+class Uneven:
+    """`weight * (2 sum of rises + 1/2 sum of falls)`."""
+
+    weight: object
+
+    def value(self, x):
+        return self.weight * jnp.sum(jnp.where(x > 0, 2 * x, -x / 2))
+
+    def prox(self, x, step):
+        level = step * self.weight
+        return jnp.where(x > 2 * level, x - 2 * level, jnp.where(x < -level / 2, x + level / 2, 0))
+
+
+@so.pytree
+class OwnL1:
+    weight: object
+
+    def value(self, x):
+        return self.weight * jnp.sum(jnp.abs(x))
+
+    def prox(self, x, step):
+        return jnp.sign(x) * jnp.maximum(jnp.abs(x) - step * self.weight, 0)
+
+
+def test_paths_and_starts_know_the_direction_of_edges_too(rng):
+    edges = np.array(so.Graph.grid((3, 4)).row_edges)
+    edges[[2, 9]] = edges[[2, 9], ::-1]
+    graph, y = so.Graph.from_edges(edges, 12), rng.standard_normal((3, 4))
+    fit = so.trend_filter(y, graph, Uneven(0.3), tol=1e-8)
+    np.testing.assert_allclose(
+        so.trend_path(y, graph, Uneven(1.0), weights=[0.3], tol=1e-8).values[0], fit.value, atol=1e-4
+    )
+    so.trend_filter(y, graph, so.L1(0.3), warm_start=fit).check()
+    # A penalty of one's own that is the same for both signs has the rows of the grid, also under jit.
+    solver = so.trend_solver(graph, 0)
+    wanted = so.trend_filter(y, graph, so.L1(0.3), tol=1e-9).value
+    for fitted in (solver(y, OwnL1(0.3)), jax.jit(lambda weight: solver(y, OwnL1(weight)))(0.3)):
+        np.testing.assert_allclose(fitted.value, wanted, atol=1e-3)
 
 
 def test_solutions_without_a_dual_are_starts_too(rng):
