@@ -246,7 +246,7 @@ def _schedule(penalty: Any, step: Scalar | Schedule, name: str, step_name: str) 
     if callable(step):
         return step
     number = isinstance(step, int | float | np.number | np.ndarray | jax.Array) and np.ndim(step) == 0
-    if not isinstance(step, jax.core.Tracer) and not (number and step >= 0):
+    if not isinstance(step, jax.core.Tracer) and not (number and np.asarray(step) >= 0):
         raise ValueError(f"{name}(penalty, {step_name}) needs a step size of 0 or more, or a schedule, given {step}")
     return lambda count: step
 

@@ -171,8 +171,9 @@ def _refuses_data(problem: Problem) -> str | None:
     for name in ("weight", "group_weight", "ridge") if isinstance(problem.penalty, RISING) else ():
         weight: Any = getattr(problem.penalty, name, None)
         known = isinstance(weight, int | float | np.ndarray | jax.Array) and not isinstance(weight, jax.core.Tracer)
-        if known and np.min(weight, initial=0) < 0:
-            return f"the penalty's {name} must not be negative, given {np.min(weight)}"
+        # By NumPy: under jit, JAX would trace even what is known.
+        if known and (least := np.min(np.asarray(weight), initial=0)) < 0:
+            return f"the penalty's {name} must not be negative, given {least}"
     return problem.loss.refuses() if isinstance(problem.loss, MatrixLoss) else None
 
 

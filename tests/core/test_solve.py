@@ -112,6 +112,16 @@ def test_what_is_no_problem_is_refused(make, text):
         so.solve(make())
 
 
+def test_known_weights_may_be_arrays_of_jax_under_jit():
+    weight, rate = jnp.asarray(0.5), jnp.asarray(0.1)
+    fit = jax.jit(lambda c: so.solve(so.Problem(so.Quadratic(jnp.eye(2), c), so.L1(weight))).value)
+    np.testing.assert_allclose(fit(jnp.array([2.0, 0.1])), [1.5, 0.0], atol=1e-6)
+    step = jax.jit(
+        lambda x: so.proximal(so.L1(weight), rate).update(-x, so.proximal(so.L1(weight), rate).init(x), x)[0]
+    )
+    assert np.isfinite(step(jnp.ones(2))).all()
+
+
 def test_check_says_how_it_ended_and_what_to_try(rng):
     problem = make_problem(rng)
     short = so.solve(problem, so.Maiht(), problem.loss.center, tol=1e-9, max_steps=3)
