@@ -32,9 +32,7 @@ class _Grouped:
         # Trees that JAX rebuilds have their number already, and leaves of any kind, which are not checked.
         given = self.groups
         whole = isinstance(given, np.ndarray) and given.dtype.kind in "iu" and given.ndim == 1
-        plain = isinstance(given, list | tuple) or whole
-        rebuilt = self.num_groups is not None and not plain
-        if self.groups is None or rebuilt:
+        if given is None or not (self.num_groups is None or isinstance(given, list | tuple) or whole):
             return
         name = type(self).__name__
         if isinstance(self.groups, jax.core.Tracer):

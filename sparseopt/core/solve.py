@@ -10,12 +10,11 @@ import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.certify import is_convex
-from sparseopt.core.group_penalties import GroupL2, NuclearNorm, SparseGroup
 from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.matrices import refuses_map, refuses_transpose
 from sparseopt.core.matrix_losses import MatrixLoss
-from sparseopt.core.penalties import L0, L1, MCP, SCAD, ElasticNet, LogSum
+from sparseopt.core.penalty_names import RISING
 from sparseopt.core.problem import Problem, Solution, Solver, refusal
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
@@ -88,10 +87,6 @@ def chosen_solver(problem: Problem) -> Choice:
             return Choice(solver, why)
         reasons += [reason] if reason else []
     raise ValueError("no solver takes this problem:\n" + "\n".join(f"  {reason}" for reason in reasons))
-
-
-# With a negative weight none of these is what it is called, nor convex.
-RISING = (L0, L1, ElasticNet, MCP, SCAD, LogSum, GroupL2, SparseGroup, NuclearNorm)
 
 
 def solve(

@@ -46,9 +46,7 @@ class PictureTask(Task):
 
     def check(self) -> None:
         self.picture.load()
-        penalty = self.penalty.build()
-        if np.ndim(getattr(penalty, "weight", 0.0)) == 0:  # one for each difference is known to the graph
-            check_parameters(penalty, np.dtype(float))
+        check_penalty(self.penalty)
 
     def pair(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The picture, and the picture with noise."""
@@ -63,6 +61,13 @@ class PictureTask(Task):
     def subject(self) -> str:
         """The problem: runs with the same subject have the same answer."""
         return f"{self.picture.name}, noise {self.noise:g}, {self.penalty.label}, order {self.order}"
+
+
+def check_penalty(config: PenaltyConfig) -> None:
+    """Raise a ValueError for numbers that a penalty cannot have."""
+    penalty = config.build()
+    if np.ndim(getattr(penalty, "weight", 0.0)) == 0:  # one for each difference is known to the graph
+        check_parameters(penalty, np.dtype(float))
 
 
 def timed_fit(

@@ -16,11 +16,11 @@ from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import GraphData, GraphSource
 from sparseopt.experiments.names import PenaltyConfig
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
-from sparseopt.experiments.task_denoise import timed_fit
+from sparseopt.experiments.task_denoise import check_penalty, timed_fit
 from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import check_parameters, checked_loss
+from sparseopt.trend.job import checked_loss
 from sparseopt.trend.path import trend_path
 from sparseopt.trend.selection import cross_validate, select
 
@@ -76,9 +76,7 @@ class GraphSignal(Task):
 
     def check(self) -> None:
         self.graph.check()
-        penalty = self.penalty.build()
-        if np.ndim(getattr(penalty, "weight", 0.0)) == 0:  # one for each difference is known to the graph
-            check_parameters(penalty, np.dtype(float))
+        check_penalty(self.penalty)
         if self.signal == "measured" and self.graph.name == "minnesota":
             raise ValueError("the roads of Minnesota carry no measured signal: take signal=plateaus or signal=waves")
         if checked_loss(self.loss) is not None and self.signal != "measured":

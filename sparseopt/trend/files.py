@@ -170,8 +170,7 @@ def _read_csv(file: Path, columns: tuple[int, ...]) -> np.ndarray:
         first = stream.readline().strip().split(",")
         heading = not is_numbers(first)
         absent = [cell.strip().lower() in NOT_THERE for cell in first]
-        numbers = [cell.strip() != "" and is_numbers([cell]) for cell in first]
-        if heading and any(absent) and (all(absent) or any(numbers)):
+        if heading and any(absent) and (all(absent) or any(map(is_number, first))):
             raise FileError(f"{file} has {first} in its first row; leave a cell empty where a value is missing")
         stream.seek(0)
         with warnings.catch_warnings():
@@ -204,11 +203,22 @@ def _with_blanks(lines: Iterable[str], heading: bool) -> Iterator[str]:
 
 def is_numbers(cells: list[str]) -> bool:
     """Whether all cells are numbers or empty."""
+    return all(not cell or is_number(cell) for cell in cells)
+
+
+def is_number(cell: str) -> bool:
+    """Whether a cell is a number and not empty."""
     try:
-        [float(cell or "nan") for cell in cells]
+        float(cell)
     except ValueError:
         return False
     return True
+
+
+def write_npz(file: Path, arrays: dict[str, Any]) -> None:
+    """Write an archive by exactly this name, to which NumPy would add an ending of its own."""
+    with file.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 
 def _read_parquet(file: Path, columns: tuple[int, ...]) -> np.ndarray:

@@ -345,7 +345,7 @@ class Graph:
             return self.given_weights
         return grid_weights(self.shape, self.spacing)
 
-    @property
+    @functools.cached_property
     def turned(self) -> bool:
         """Whether edges in which a grid was recognised point the other way than its rows do."""
         return self.given_edges is not None and self.shape is not None and bool(np.any(np.diff(self.given_edges) < 0))

@@ -13,9 +13,10 @@ import numpy as np
 from sparseopt.core.arguments import is_positive, real_array, require_memory, unknown, whole_number
 from sparseopt.core.constraints import Box, Simplex
 from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
-from sparseopt.core.group_penalties import GroupL2, NuclearNorm, SparseGroup
+from sparseopt.core.group_penalties import GroupL2, SparseGroup
 from sparseopt.core.patterns import RowTopK, TopK
-from sparseopt.core.penalties import L0, L1, MCP, SCAD, ElasticNet, LogSum
+from sparseopt.core.penalties import L1, MCP, SCAD
+from sparseopt.core.penalty_names import RISING
 from sparseopt.core.problem import Solution
 from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LossOfTwoSlopes, ScalarLoss
 from sparseopt.core.solvers.admm import Start
@@ -38,7 +39,7 @@ LOSSES: dict[str, ScalarLoss] = {
 
 
 # Penalties that are the same for rows of the other sign, and 0 for rows of zeros.
-SIGNLESS = (L0, L1, ElasticNet, MCP, SCAD, LogSum, GroupL2, SparseGroup, NuclearNorm, TopK, RowTopK)
+SIGNLESS = (*RISING, TopK, RowTopK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +170,11 @@ def graph_for(graph: Graph, penalty: Any) -> Graph:
     The direction of these is not that of the edges given, which only a penalty tells apart that is not the same for
     rows of the other sign; and rows that fill their array are 0, which is to cost nothing.
     """
-    terms = penalty.values() if isinstance(penalty, Mapping) else [penalty]
-    signed = [term for term in terms if not _is_signless(term)]
-    if graph.shape is None or graph.free or not signed:
+    if graph.shape is None or graph.free:
         return graph
-    return graph.as_edges() if graph.turned or any(map(_excludes_zero, signed)) else graph
+    terms = list(penalty.values()) if isinstance(penalty, Mapping) else [penalty]
+    by_edges = any(map(_excludes_zero, terms)) or (graph.turned and not all(map(_is_signless, terms)))
+    return graph.as_edges() if by_edges else graph
 
 
 def _is_signless(penalty: Any) -> bool:
@@ -304,12 +305,12 @@ def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> N
     for leaf in jax.tree.leaves(penalty):
         if isinstance(leaf, jax.core.Tracer):
             raise TypeError(f"trend_filter checks a penalty's numbers, {UNKNOWN}")
-        value, wrong = np.asarray(leaf), False
+        value = np.asarray(leaf)
         if value.dtype.kind in "biuf":
             # The bounds of a box may be infinite.
-            wrong = bool(np.any(np.isnan(value) if isinstance(penalty, Box) else ~np.isfinite(value)))
-        if wrong:
-            raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
+            wrong = np.isnan(value) if isinstance(penalty, Box) else ~np.isfinite(value)
+            if np.any(wrong):
+                raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
     if isinstance(penalty, MCP) and not np.all(real_array("the gamma of MCP", penalty.gamma) > 0):
         raise ValueError(f"MCP flattens out at gamma times its weight: gamma is positive, given {penalty}")
     if isinstance(penalty, SCAD) and not np.all(real_array("the a of SCAD", penalty.a) > 2):

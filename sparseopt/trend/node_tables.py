@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.trend.files import TABLE_KINDS, FileError, is_numbers, parquet_table, read_table, readable
+from sparseopt.trend.files import (
+    TABLE_KINDS,
+    FileError,
+    is_number,
+    is_numbers,
+    parquet_table,
+    read_table,
+    readable,
+    write_npz,
+)
 
 # The first column of a signal holds ids of nodes if it has one of these names; the column of pieces of a fit.
 ID_NAMES, PIECE = ("node", "id"), "piece"
@@ -89,7 +98,7 @@ def _edges_of_ids(file: Path, nodes: tuple[str, ...]) -> tuple[np.ndarray, np.nd
     place = {node: index for index, node in enumerate(nodes)}
     pairs = np.array([[place.get(node, -1) for node in row] for row in texts[:, :2]], np.int64).reshape(-1, 2)
     # The first row may be a heading, of other names than those of nodes and of no number.
-    if file.suffix.lower() == ".csv" and len(pairs) and (pairs[0] < 0).all() and not any(map(_is_number, texts[0])):
+    if file.suffix.lower() == ".csv" and len(pairs) and (pairs[0] < 0).all() and not any(map(is_number, texts[0])):
         texts, pairs = texts[1:], pairs[1:]
     if (pairs < 0).any():
         row, end = (int(i) for i in np.argwhere(pairs < 0)[0])
@@ -101,10 +110,6 @@ def _edges_of_ids(file: Path, nodes: tuple[str, ...]) -> tuple[np.ndarray, np.nd
         return pairs, texts[:, 2].astype(np.float64) if texts.shape[1] == 3 else None
     except ValueError as error:
         raise FileError(f"cannot read the weights of {file}: {error}") from error
-
-
-def _is_number(cell: str) -> bool:
-    return is_numbers([cell])
 
 
 def _heading(file: Path) -> list[str]:
@@ -163,8 +168,7 @@ def write_fit(path: str | Path, fit: NodeTable, pieces: np.ndarray | None) -> No
             writer.writerows(zip(*columns.values(), strict=True))
     elif kind == ".npz":
         arrays: dict[str, Any] = {"signal": fit.values, "node": np.array(nodes)}
-        with file.open("wb") as stream:  # to a name, NumPy would add its own ending
-            np.savez_compressed(stream, **(arrays if pieces is None else arrays | {PIECE: pieces}))
+        write_npz(file, arrays if pieces is None else arrays | {PIECE: pieces})
     elif kind == ".parquet":
         import pyarrow
         import pyarrow.parquet

@@ -19,6 +19,7 @@ from sparseopt.trend.files import (
     read_image,
     readable,
     write_image,
+    write_npz,
 )
 
 NIFTI, NPZ, TIFF = (".nii", ".nii.gz"), (".npz",), (".tif", ".tiff")
@@ -95,8 +96,7 @@ def write_scan(path: Path, values: np.ndarray, like: Scan) -> None:
         nibabel.save(nibabel.Nifti1Image(values, like.source.affine, header), path)
     elif name.endswith(NPZ):
         more: dict[str, Any] = {} if like.spacing is None else {"spacing": np.asarray(like.spacing)}
-        with path.open("wb") as stream:  # to a name, NumPy would add its own ending
-            np.savez_compressed(stream, allow_pickle=False, **{"volume" if like.volume else "image": values, **more})
+        write_npz(path, {"volume" if like.volume else "image": values, **more})
     elif like.volume or values.dtype.kind == "f":
         import tifffile
 
