@@ -122,8 +122,9 @@ def solve(
 
     Raises:
         ValueError: before any work, for a problem that the solver cannot solve (with the text of its `refuses`), for
-            shapes that do not fit, an `rmv` that is not the transpose of `mv`, data outside a loss's domain, or a
-            negative `max_steps`. The values of tracers are not checked.
+            shapes that do not fit, an `rmv` that is not the transpose of `mv`, a Hessian (of 256 rows or fewer) that is
+            not positive semidefinite, data outside a loss's domain, or a negative `max_steps`. The values of tracers
+            are not checked.
 
     Example:
         >>> problem = so.Problem(so.Quadratic(jnp.eye(3), jnp.array([3.0, 0.1, -2.0])), so.L1(1.0))
@@ -179,6 +180,25 @@ def _dtype(problem: Problem, x0: Any) -> Any:
     return jnp.result_type(*map(jax.dtypes.canonicalize_dtype, floats)) if floats else jnp.float32
 
 
+def _refuses_hessian(hessian: Any) -> str | None:
+    """For up to `FEW` unknowns; for many the check would take as long as some solves."""
+    if isinstance(hessian, jax.core.Tracer) or len(hessian) > FEW or not np.all(np.isfinite(hessian)):
+        return None
+    given = np.asarray(hessian)
+    matrix = given.astype(np.float64)
+    # What a sum over many rows in this precision rounds.
+    precision = float(jnp.finfo(jnp.result_type(given.dtype, jnp.float32)).eps)
+    rounding = 10 * precision * len(matrix) * np.max(np.abs(matrix), initial=0)
+    if np.max(np.abs(matrix - matrix.T), initial=0) > rounding:
+        return "a Quadratic needs a symmetric hessian, given one that is not; LeastSquares takes any matrix"
+    if (least := np.min(np.linalg.eigvalsh(matrix), initial=0)) < -rounding:
+        return (
+            f"a Quadratic needs a positive semidefinite hessian, given one with the eigenvalue {least:.3g}: such a "
+            "problem may have no minimum"
+        )
+    return None
+
+
 def _refuses_shapes(problem: Problem, x0: Any) -> str | None:
     if isinstance(problem.loss, MatrixLoss | Quadratic):
         wanted = problem.loss.start_shape()
@@ -188,6 +208,8 @@ def _refuses_shapes(problem: Problem, x0: Any) -> str | None:
         size, given = wanted[:1], jnp.shape(problem.loss.hessian)
         if len(given) != 2 or given != size * 2:
             return f"a Quadratic with a center of shape {wanted} needs a hessian of shape {size * 2}, given {given}"
+        if reason := _refuses_hessian(problem.loss.hessian):
+            return reason
     maps = {"operator": problem.operator}
     if isinstance(problem.loss, MatrixLoss):
         maps[f"matrix of {type(problem.loss).__name__}"] = problem.loss.matrix

@@ -3,10 +3,13 @@
     log p(continuation | context) = sum_t log softmax(logits)[token_t],  t over the continuation's tokens
 
 The model reads `context + continuation[:-1]`. An input that another one begins with shares its pass: attention is
-causal, so later tokens do not change it. One-token answers to one question thus cost one forward pass.
+causal, so later tokens do not change it. One-token answers to one question thus cost one forward pass. Where the rotary
+frequencies depend on the length, inputs share a pass, and are padded, only as long as the frequencies stay the same.
 """
 
-from collections.abc import Sequence
+import functools
+import sys
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.core.types import Observer
-from sparseopt.models import Head, PrunableModel, check_window
+from sparseopt.models import DecoderConfig, Head, PrunableModel, check_window
 from sparseopt.pruning.activations import BATCH_TOKENS, PASS_BYTES
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
@@ -67,11 +70,22 @@ def score_continuations(
     longest = model.config.max_positions
     check_window(max(map(len, inputs)), longest)
     check_vocabulary(np.concatenate([np.asarray((*c, *t)) for c, t in pairs]), model.config.vocab_size)
-    members: dict[int, list[int]] = {}
-    for index, host in enumerate(find_hosts(inputs)):
-        members.setdefault(host, []).append(index)
+    rotations = _rotations(model.config)
+    alike: dict[bytes, list[int]] = {}
+    for index, ids in enumerate(inputs):
+        alike.setdefault(rotations(len(ids)), []).append(index)
 
-    batches = _make_batches(inputs, list(members), longest)
+    def padded(length: int) -> int:
+        time = min(padded_length(length), longest or sys.maxsize)
+        return time if rotations(time) == rotations(length) else length
+
+    members: dict[int, list[int]] = {}
+    batches: list[_Batch] = []
+    for group in alike.values():
+        hosts = [group[host] for host in find_hosts([inputs[index] for index in group])]
+        for index, host in zip(group, hosts, strict=True):
+            members.setdefault(host, []).append(index)
+        batches += _make_batches(inputs, list(dict.fromkeys(hosts)), padded)
     passes = _split_passes(batches, model.config.hidden_size)
     runner, done, total = BlockRunner(), 0, len(batches) * model.num_blocks
     log_p, likeliest = [np.zeros(0)] * len(pairs), [False] * len(pairs)
@@ -108,6 +122,12 @@ def score_continuations(
     return [Score(value, greedy) for value, greedy in zip(totals, likeliest, strict=True)]
 
 
+def _rotations(config: DecoderConfig) -> Callable[[int], bytes]:
+    """The rotary frequencies of a window, by its length."""
+    ropes = [kind.rope for kind in dict.fromkeys(config.kinds) if kind.rope is not None]
+    return functools.cache(lambda time: b"".join(rope.frequencies(config.head_dim, time).tobytes() for rope in ropes))
+
+
 def find_hosts(inputs: Sequence[tuple[int, ...]]) -> list[int]:
     """For each input the index of one that begins with it; its own where no other does.
 
@@ -127,7 +147,7 @@ def padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
-def _make_batches(inputs: Sequence[tuple[int, ...]], chosen: list[int], longest: int | None) -> list[_Batch]:
+def _make_batches(inputs: Sequence[tuple[int, ...]], chosen: list[int], padded: Callable[[int], int]) -> list[_Batch]:
     """Longest first, so that neighbours have similar lengths. Each length has one number of rows.
 
     Only the last batch may have fewer rows, a power of two.
@@ -135,8 +155,7 @@ def _make_batches(inputs: Sequence[tuple[int, ...]], chosen: list[int], longest:
     left = sorted(chosen, key=lambda i: -len(inputs[i]))
     batches = []
     while left:
-        time = padded_length(len(inputs[left[0]]))
-        time = time if longest is None else min(time, longest)
+        time = padded(len(inputs[left[0]]))
         rows = min(max(1, BATCH_TOKENS // time), 2 ** (len(left) - 1).bit_length())
         taken, left = left[:rows], left[rows:]
         tokens = np.zeros((rows, time), np.int32)

@@ -253,6 +253,12 @@ def zero_shot(
         if task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(FEWSHOT_SEED)
+        # One more is drawn, in case the question itself is among them.
+        if task.get_config("num_fewshot") and (most := len(task.fewshot_docs()) - 1) < shots:
+            raise ValueError(
+                f"{task.get_config('task')} has examples for at most {most} shots, given {shots}: lower them, or "
+                "leave the task out"
+            )
         if task.get_config("output_type") == "generate_until":
             lm.checked_generation(dict(task.get_config("generation_kwargs") or {}))
     found = evaluate(lm, loaded, limit=limit, log_samples=False)

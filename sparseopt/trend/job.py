@@ -15,7 +15,7 @@ from sparseopt.core.constraints import Box, Simplex
 from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.core.group_penalties import GroupL2, SparseGroup
 from sparseopt.core.patterns import RowTopK, TopK
-from sparseopt.core.penalties import L1, MCP, SCAD
+from sparseopt.core.penalties import L1, MCP, SCAD, Composite
 from sparseopt.core.penalty_names import RISING
 from sparseopt.core.problem import Solution
 from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LossOfTwoSlopes, ScalarLoss
@@ -275,8 +275,13 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
     if any(leaf is penalty for leaf in jax.tree.leaves(penalty)):
         # No program can be compiled for it.
         raise TypeError(f"a penalty is a pytree, made so by the decorator sparseopt.pytree; given {penalty!r}")
+    name = type(penalty).__name__
+    if isinstance(penalty, Composite):
+        raise TypeError(
+            f"{name} has differences of its own, and the penalty here acts on those of the graph, as L1(0.5) does; "
+            f"for {name} itself call its prox, or `sparseopt.solve`"
+        )
     if isinstance(penalty, GroupL2 | SparseGroup):
-        name = type(penalty).__name__
         if penalty.groups is not None:
             raise ValueError(f"{name} couples channels here; labelled groups of differences are not supported")
         axes = tuple(np.atleast_1d(penalty.axis).tolist())

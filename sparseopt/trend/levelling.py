@@ -144,7 +144,8 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
     norm = isinstance(job.rows, Norm)
     # Without a certificate the reported objective is not that of the value alone.
     before = float(found.objective if norm else judge(found.value)[0])
-    if not float(objective) <= before * (1 + ROUNDING * float(np.finfo(job.dtype).eps)):
+    # Of a value that violates a constraint by rounding it is infinite.
+    if not (math.isfinite(objective) and float(objective) <= before * (1 + ROUNDING * float(np.finfo(job.dtype).eps))):
         return found
     found = dataclasses.replace(found, value=value, objective=objective)
     if not norm or job.loss is not None:

@@ -133,18 +133,21 @@ def nonzero_at(
     """Which rows `Δ^(k+1) x` of the highest order are not zero at a fit.
 
     `dual` is that of the rows of `ground.operator`; `prox` the solver's last prox on them, which a penalty that is no
-    norm needs; `means` the polynomial that no penalty sees, whose rows are zero up to rounding.
+    norm needs; `means` those of the components, or the polynomial that no penalty sees, whose rows are zero up to
+    rounding.
     """
     rows, operator = ground.highest.mv(x), ground.operator
-    if ground.basis is not None:
-        rows = jnp.where(jnp.all(x == means), 0, rows)
+    flat: Any = False
+    if means is not None and (ground.basis is not None or not isinstance(penalty, Norm)):
+        flat = jnp.all(x == means)
+        rows = jnp.where(flat, 0, rows)
     if isinstance(operator, Stack):
         if operator.maps[-1].order != ground.highest.order:
             return rows != 0  # the values alone are penalised
         penalty, size = penalty.penalties[-1], penalty.sizes[-1]
         dual, prox = (None if part is None else part[-size:].reshape(rows.shape) for part in (dual, prox))
     if not isinstance(penalty, Norm):
-        return prox != 0
+        return jnp.where(flat, False, prox != 0)
     scale = ground.row_norms * (noise / mean_weight(penalty, ground.padding[1]))
     if couples_axes(penalty):
         scale = jnp.max(scale, axis=0, keepdims=True)

@@ -226,6 +226,7 @@ def fit(
     ended = finished(ground, data, penalty, found, dual, tol)
     if ground.anchored and isinstance(penalty, Norm):
         ended = _with_zeros(ground, data, penalty, ended, dual, tol)
+    dual = ended.dual
     nonzero = nonzero_at(ground, penalty, ended.value, dual, found.state.prox, data.noise, data.means)
     y, penalty, weights = given
     caller = dataclasses.replace(data.loss, center=_known(y, data, ground, weights), weights=weights)
@@ -234,7 +235,7 @@ def fit(
     value, objective = attached(problem, ended.value, ended.objective, Found(None, dual, step))
     # The memory of the acceleration is many times the signal, and no later solve can use it.
     state = dataclasses.replace(found.state, past=None)
-    ended = dataclasses.replace(ended, value=value, objective=objective, state=state, dual=dual)
+    ended = dataclasses.replace(ended, value=value, objective=objective, state=state)
     return TrendSolution.of(ended, nonzero)
 
 
@@ -260,10 +261,10 @@ def resumed(
     state = found.state
     dual = plan.row_dual(inner, state.candidate)
     ended = finished(plan.ground, data, penalty, found, dual, tol)
-    nonzero = nonzero_at(plan.ground, penalty, ended.value, dual, state.prox, data.noise, data.means)
+    nonzero = nonzero_at(plan.ground, penalty, ended.value, ended.dual, state.prox, data.noise, data.means)
     wish = jnp.where(settled, jnp.sqrt(state.check.motion / state.rho), 1)
     following = Start(found.value, state.candidate, state.rho * jnp.clip(wish, 1 / LARGEST_WISH, LARGEST_WISH))
-    return TrendSolution.of(dataclasses.replace(ended, dual=dual), nonzero), following
+    return TrendSolution.of(ended, nonzero), following
 
 
 def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
@@ -291,18 +292,24 @@ def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Ar
     """The solution `found` of the centred problem with the dual of its rows, in the caller's units, judged there.
 
     The component means are the limit for large weights; where they are no worse than the iterate, they are the answer,
-    and its differences are exactly zero.
+    and its differences are exactly zero. L0 may be stuck far above them.
     """
     x, status = found.value + data.shift, found.status
     if not isinstance(penalty, Norm):
-        return dataclasses.replace(found, value=x, status=stationary(status))
+        of_means = data.loss.value(data.means) + penalty.value(jnp.zeros_like(dual))
+        take = of_means < found.objective
+        # With a dual of 0 the derivatives are those of the means.
+        value, dual = jnp.where(take, data.means, x), jnp.where(take, 0, dual)
+        objective = jnp.where(take, of_means, found.objective)
+        return dataclasses.replace(found, value=value, dual=dual, status=stationary(status), objective=objective)
     points = ((x, False), (data.means, True))
     of_x, of_means = (judged(ground, data.loss, penalty, at, dual, null) for at, null in points)
     take = of_means[0] <= of_x[0]
     objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
     # Adding the mean rounds, and it may overflow where the centred problem did not: the gap accounts for both.
     status, value = promoted(status, gap, objective, tol), jnp.where(take, data.means, x)
-    return dataclasses.replace(found, value=value, status=status, residual=gap, objective=objective, gap=gap)
+    changed = {"value": value, "dual": dual, "status": status, "objective": objective}
+    return dataclasses.replace(found, **changed, residual=gap, gap=gap)
 
 
 def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Solution, dual: Array, tol: Array) -> Solution:

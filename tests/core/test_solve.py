@@ -105,6 +105,8 @@ def test_arrays_of_other_kinds_of_numbers_are_solved_in_one_that_holds_all(rng):
             "must not be negative, given -1",
         ),
         (lambda: so.Problem(so.Quadratic(jnp.eye(3), jnp.ones(2)), so.L1(1.0)), r"a hessian of shape \(2, 2\), given"),
+        (lambda: so.Problem(so.Quadratic(np.diag([1.0, -1.1]), np.ones(2)), so.L1(1.0)), "eigenvalue -1.1"),
+        (lambda: so.Problem(so.Quadratic(np.triu(np.ones((2, 2))), np.ones(2)), so.L1(1.0)), "a symmetric hessian"),
     ],
 )
 def test_what_is_no_problem_is_refused(make, text):

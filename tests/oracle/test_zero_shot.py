@@ -251,6 +251,8 @@ def test_mistakes_are_named(tmp_path, model, command):
     with pytest.raises(ValueError, match="only greedy generation"):
         zero_shot(model, ["hens", "drawn"], include_path=folder, observer=lambda *step: seen.append(step))
     assert not seen  # before any work
+    with pytest.raises(ValueError, match=r"hens has examples for at most .* shots, given 1000"):
+        zero_shot(model, ["hens"], include_path=folder, shots=1000)
     (folder / "hens.jsonl").unlink()
     status, _, err = command("zero-shot", model, "--tasks", "hens", "--include-path", folder)
     assert status == 1

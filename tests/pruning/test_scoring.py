@@ -1,6 +1,5 @@
 """Log-likelihoods of continuations: against the whole decoder, independent of batches, shared inputs and passes."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,7 +25,7 @@ def random_pairs(rng, count):
 
 def independent_scores(decoder, texts, starts):
     """The definition, on texts of one length: no padding and nothing shared."""
-    logits = np.asarray(decoder(jnp.asarray(texts)), np.float64)
+    logits = np.asarray(run(decoder, texts[:, :-1]), np.float64)
     log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     for rows, text, start in zip(log_p, texts, starts, strict=True):
         places = range(start, len(text))
@@ -75,6 +74,20 @@ def test_batches_passes_and_order_change_nothing(folder, rng, monkeypatch):
     np.testing.assert_allclose([s.log_likelihood for s in split], whole, rtol=1e-5)
     assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
     assert steps[0][1] > 3 * 5
+
+
+def test_lengths_that_change_the_rotations_are_scored_as_if_alone(tmp_path, rng):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    config = tiny_config(max_position_embeddings=16, rope_parameters=rope)
+    folder = write_folder(tmp_path / "dynamic", config, random_tensors(config, rng))
+    context = rng.integers(0, len(VOCAB), 30).tolist()
+    # One that begins another, but has the rotations of up to 16 tokens, and one of nearly the other's length.
+    pairs = [(context[:8], context[8:10]), (context, [3]), (context[2:], [4])]
+    decoder = load_decoder(folder)
+    for (context, continuation), score in zip(pairs, score_continuations(open_model(folder), pairs), strict=True):
+        text = np.array([[*context, *continuation]])
+        expected, _ = next(independent_scores(decoder, text, [len(context)]))
+        assert score.log_likelihood == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_text_scored_token_by_token_has_the_perplexity_of_its_window(folder, rng):

@@ -155,6 +155,7 @@ bad("penalty", "gamma is positive", ["trend_filter", "trend_path"], {"MCP 0": so
 bad("penalty", "gamma is positive", ["trend_filter", "reweighted"], {"MCP -1": so.MCP(1.0, -1.0)}, "penalty")
 bad("penalty", "a > 2", ["trend_filter", "trend_path", "reweighted"], {"SCAD 2": so.SCAD(1.0, 2.0)}, "penalty")
 bad("penalty", "must be finite", ["trend_filter", "reweighted"], {"MCP NaN": so.MCP(1.0, NAN)}, "penalty")
+bad("penalty", "of its own", ["trend_filter"], {"TotalVariation": so.TotalVariation(CHAIN, 0.5)}, "penalty")
 bad("penalty", "couples the channels", ["trend_filter"], {"GroupL2": so.GroupL2(1.0)}, "penalty")
 bad("penalty", "replaces the penalty's `weight`", ["trend_path"], {"TopK": so.TopK(2), "NM": so.NM}, "penalty")
 bad("penalty", "is not known: give its weights", ["trend_path"], {"L0": so.L0}, "penalty")

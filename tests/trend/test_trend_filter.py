@@ -197,6 +197,28 @@ def test_a_nonconvex_penalty_of_a_large_weight_ends_at_the_mean(rng, penalty, me
     np.testing.assert_allclose(found.value, y.mean(), atol=1e-6)
 
 
+def test_l0_of_a_large_weight_ends_at_the_means_and_moves_with_them(rng):
+    # The iteration itself is stuck at several pieces, whose edges cost far more than the means.
+    graph, y = so.Graph.grid((6, 6)), rng.standard_normal((6, 6)).astype(np.float32)
+    solver = so.trend_solver(graph, 0, "doge", jnp.float32)
+    found = solver(y, so.L0(30.0))
+    np.testing.assert_allclose(found.value, y.mean(), rtol=1e-6)
+    assert float(found.objective) == pytest.approx(0.5 * np.sum((y - y.mean()) ** 2), rel=1e-5)
+    assert not np.any(found.nonzero)
+    turned = jax.grad(lambda y: solver(y, so.L0(30.0)).value[3, 3])(y)
+    np.testing.assert_allclose(turned, np.full((6, 6), 1 / 36), rtol=1e-4)
+
+
+def test_a_fit_of_a_constraint_has_a_finite_objective(rng):
+    # At the fit itself, which violates the constraint by rounding, the indicator is infinite.
+    found = so.trend_filter(rng.standard_normal(20), so.Graph.chain(20), so.Simplex(), 0)
+    assert status(found) is so.Status.STATIONARY
+    rows = so.Graph.chain(20).matrix(1) @ np.asarray(found.value)
+    assert rows.sum() == pytest.approx(1, abs=1e-5)
+    assert rows.min() > -1e-5
+    assert np.isfinite(found.objective)
+
+
 @pytest.mark.parametrize(("kind", "size"), [(np.float64, 1e150), (np.float32, 1e15), (np.float32, 1e-12)])
 def test_a_signal_of_any_size_whose_squares_have_room_is_solved(rng, kind, size):
     # RuntimeWarnings of the package are errors in tests.
