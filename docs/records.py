@@ -75,7 +75,9 @@ def machine(record: Record) -> str:
     }
     host = record.get("machine", "")
     if isinstance(host, dict):
-        place = f"{host['system']}, {host['cores']} cores, {', '.join(host['devices'])}"
+        # Older records do not name the processor.
+        parts = [host["system"], host.get("processor"), f"{host['cores']} cores", *host["devices"]]
+        place = ", ".join(filter(None, parts))
     else:
         place = ", ".join(filter(None, [host, record.get("device", "")]))
     if record.get("note"):

@@ -15,7 +15,7 @@ from sparseopt.core.dense import activation_precision
 from sparseopt.core.speed import measure_gflops, measure_gigabytes
 from sparseopt.shell import console
 from sparseopt.shell.options import AsJson
-from sparseopt.system.machine import available_memory_bytes, format_bytes, versions
+from sparseopt.system.machine import available_memory_bytes, format_bytes, processor, versions
 from sparseopt.system.programs import SIZE_LIMIT, SWITCH, kept_files
 
 # The extras that commands and functions need; the others are for benchmarks and tests.
@@ -48,7 +48,7 @@ def examine() -> dict[str, Any]:
     folder = getattr(jax.config, "jax_compilation_cache_dir", None)
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_available_bytes": available_memory_bytes(),
         "versions": versions(),
@@ -98,12 +98,6 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         f"{found['gigabytes_a_second']:,.1f} GB/s of memory read and written"
     )
     return lines
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    name = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
-    return name[1] if name else platform.processor() or "unknown processor"
 
 
 def _device(device: Any) -> dict[str, Any]:

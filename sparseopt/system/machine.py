@@ -27,6 +27,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def processor() -> str:
+    """The name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return name[1] if name else platform.processor() or "unknown processor"
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for records."""
     import jax
@@ -35,6 +42,7 @@ def environment() -> dict[str, Any]:
         "versions": versions(),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
+            "processor": processor(),
             "cores": os.cpu_count(),
             "devices": [str(d) for d in jax.devices()],
         },

@@ -52,6 +52,7 @@ def test_a_run_leaves_config_header_records_and_summary(tmp_path):
     assert header["seed"] == 3
     assert "jax" in header["versions"]
     assert header["machine"]["cores"] == os.cpu_count()
+    assert header["machine"]["processor"]
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     assert [r["unit"] for r in records] == ["unit-0", "unit-1", "unit-2", "unit-3"]
     assert records[2]["value"] == 2
