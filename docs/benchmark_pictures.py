@@ -146,7 +146,8 @@ def tokens(records: list[Record]) -> Any:
             axis.set_xticks(counts, [f"{count:,}" for count in counts], rotation=30)
             axis.minorticks_off()
             axis.grid(color="#eeeeee")
-    panels[0, 0].legend(frameon=False)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 
