@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from sparseopt.models.decoder import Decoder
-from sparseopt.models.settings import check_window
+from sparseopt.models.settings import DecoderConfig, check_window
 
-# The window grows in these steps, so that few distinct lengths are compiled.
+# Windows have multiples of this many tokens, so that few distinct lengths are compiled.
 _WINDOW_STEP = 64
 
 
@@ -52,7 +52,8 @@ def generate(
         ValueError: if the prompt is empty, a number is negative, or the model does not support a window of prompt and
             new tokens.
     """
-    prompt, vocabulary = np.asarray(prompt_ids).reshape(-1), decoder.embed_tokens.config.vocab_size
+    config, prompt = decoder.embed_tokens.config, np.asarray(prompt_ids).reshape(-1)
+    vocabulary = config.vocab_size
     if prompt.size and (prompt.dtype.kind not in "iu" or prompt.min() < 0 or prompt.max() >= vocabulary):
         raise ValueError(
             f"token ids are whole numbers in 0..{vocabulary - 1}, given {prompt.dtype} {prompt[:8].tolist()}"
@@ -62,17 +63,15 @@ def generate(
             f"need a prompt of 1 token or more, max_new_tokens and temperature of 0 or more; given "
             f"{prompt.size} tokens, {max_new_tokens=}, {temperature=}"
         )
-    longest = decoder.embed_tokens.config.max_positions
-    check_window(prompt.size + max_new_tokens, longest)
+    whole = prompt.size + max_new_tokens
+    check_window(whole, config.max_positions)
     parts = [nnx.split(part) for part in (decoder.embed_tokens, *decoder.layers)]
     head = nnx.split(decoder.head)
-    window = -(-(prompt.size + max_new_tokens) // _WINDOW_STEP) * _WINDOW_STEP
-    window = window if longest is None else min(window, longest)
-    tokens = np.zeros((1, window), np.int32)
+    tokens = np.zeros((1, _padded(whole, config)), np.int32)
     tokens[0, : prompt.size] = prompt
     keys = jax.random.split(jax.random.key(seed), max(max_new_tokens, 1))
-    for length in range(prompt.size, prompt.size + max_new_tokens):
-        x: Array = jnp.asarray(tokens)
+    for length in range(prompt.size, whole):
+        x: Array = jnp.asarray(tokens[:, : _window(length, whole, config)])
         for graphdef, state in parts:
             x = _run(graphdef, state, x)
         # Attention is causal: tokens from `length` on do not change the logits before them.
@@ -81,4 +80,16 @@ def generate(
         if token in stop_ids:
             return tokens[0, prompt.size : length].copy()
         tokens[0, length] = token
-    return tokens[0, prompt.size : prompt.size + max_new_tokens].copy()
+    return tokens[0, prompt.size : whole].copy()
+
+
+def _padded(length: int, config: DecoderConfig) -> int:
+    time = -(-length // _WINDOW_STEP) * _WINDOW_STEP
+    return time if config.max_positions is None else min(time, config.max_positions)
+
+
+def _window(length: int, whole: int, config: DecoderConfig) -> int:
+    """The longest window whose rotations are those of the tokens so far; one window for nearly all models."""
+    rotations = config.rotations(length)
+    windows = (_padded(whole, config), _padded(length, config), length)
+    return next(time for time in windows if config.rotations(time) == rotations)

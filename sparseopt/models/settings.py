@@ -109,6 +109,11 @@ class DecoderConfig:
     def num_layers(self) -> int:
         return len(self.kinds)
 
+    def rotations(self, time: int) -> bytes:
+        """The rotary frequencies of a window of `time` tokens: windows of the same ones may stand for each other."""
+        ropes = [kind.rope for kind in dict.fromkeys(self.kinds) if kind.rope is not None]
+        return b"".join(rope.frequencies(self.head_dim, time).tobytes() for rope in ropes)
+
 
 def check_window(tokens: int, max_positions: int | None) -> None:
     """Raise a `ModelError` for a window of more tokens than the model's `max_positions`; None allows any."""

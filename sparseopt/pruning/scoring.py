@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.core.types import Observer
-from sparseopt.models import DecoderConfig, Head, PrunableModel, check_window
+from sparseopt.models import Head, PrunableModel, check_window
 from sparseopt.pruning.activations import BATCH_TOKENS, PASS_BYTES
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.compiled import Compiled
@@ -70,7 +70,7 @@ def score_continuations(
     longest = model.config.max_positions
     check_window(max(map(len, inputs)), longest)
     check_vocabulary(np.concatenate([np.asarray((*c, *t)) for c, t in pairs]), model.config.vocab_size)
-    rotations = _rotations(model.config)
+    rotations = functools.cache(model.config.rotations)
     alike: dict[bytes, list[int]] = {}
     for index, ids in enumerate(inputs):
         alike.setdefault(rotations(len(ids)), []).append(index)
@@ -120,12 +120,6 @@ def score_continuations(
             "check the model with `sparseopt eval`"
         )
     return [Score(value, greedy) for value, greedy in zip(totals, likeliest, strict=True)]
-
-
-def _rotations(config: DecoderConfig) -> Callable[[int], bytes]:
-    """The rotary frequencies of a window, by its length."""
-    ropes = [kind.rope for kind in dict.fromkeys(config.kinds) if kind.rope is not None]
-    return functools.cache(lambda time: b"".join(rope.frequencies(config.head_dim, time).tobytes() for rope in ropes))
 
 
 def find_hosts(inputs: Sequence[tuple[int, ...]]) -> list[int]:

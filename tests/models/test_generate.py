@@ -28,6 +28,27 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_text_so_far(decoder: Decod
     assert new.dtype == np.int32
 
 
+@pytest.mark.parametrize(
+    ("longest", "rope"),
+    [
+        (32, {"rope_type": "dynamic", "factor": 4.0}),
+        (128, {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [0.1] * 4}),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_rotations_are_those_of_the_tokens_so_far(
+    longest: int, rope: dict, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    # Frequencies change beyond 32 tokens: in the middle of what is generated, and within one padded window.
+    lengths = {"max_position_embeddings": longest, "original_max_position_embeddings": 32}
+    config = tiny_config(**lengths, rope_parameters={"rope_theta": 100.0, **rope})
+    decoder = load_decoder(write_folder(tmp_path, config, random_tensors(config, rng)))
+    text = list(rng.integers(0, 40, 30))
+    for token in generate(decoder, np.array(text), 4):
+        assert token == np.argmax(run(decoder, np.array([text]))[0, -1])
+        text.append(token)
+
+
 def test_a_stop_token_ends_it(decoder: Decoder) -> None:
     new = generate(decoder, PROMPT, 6)
     stop = new[3]
