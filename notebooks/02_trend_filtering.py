@@ -85,9 +85,10 @@ for order, axis in enumerate(axes):
 # $$\text{gap} = \frac{P(b) - D(u)}{D(u)} \le \text{tol},$$
 #
 # so `solution.gap` bounds the relative distance of the objective $P(b)$ to the true minimum. No reference solution is
-# needed. `method="auto"` chooses the solver by graph, order and weight: on chains an ADMM around an exact fused
-# lasso when smoothing is strong, as here; on images and other graphs mostly Doge-ADMM, which treats the differences in
-# groups that share no node.
+# needed. `method="auto"` chooses the solver by graph, order and weight: on chains the exact fused
+# lasso at order 0 and the interior point method at higher orders when smoothing is strong (without PIQP, or with a
+# history as below, an ADMM around the fused lasso); on images and other graphs mostly Doge-ADMM, which treats the
+# differences in groups that share no node.
 
 # %%
 histories = {
@@ -127,8 +128,8 @@ for axis, (label, solution) in zip(axes, compared.items(), strict=True):
 # ## Choosing the weight: a path
 #
 # A small weight follows the noise, a large one flattens the signal. Solve for a sequence of weights, each started from
-# the previous solution (`warm_start`), and compare. The method is named here, because a start contains the dual of its
-# method and "auto" may change the method from weight to weight.
+# the previous solution (`warm_start`), and compare. The method is named here because the
+# interior point method, which "auto" may choose, takes no start.
 
 # %%
 path_weights = np.geomspace(0.1, 60, 16)

@@ -30,7 +30,7 @@ from sparseopt.models.folder import PICKLES
 Part = Literal["calibration", "evaluation"]
 # A chat is a list of messages, each with a role and a content.
 Document = str | list[dict[str, str]]
-TEXTS = "pydoc, file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, wikitext2:PATH, hf:NAME or hf:NAME/CONFIG"
+TEXTS = "pydoc, file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, wikitext2:PATH, hf:NAME, hf:NAME/CONFIG or hf:NAME/FILE"
 # Where no column is named, the first of these that exists is read.
 COLUMNS = ("text", "messages", "conversations")
 

@@ -132,7 +132,7 @@ class PassRecipe(ABC):
     seed: int | None = option(None, "Seed for windows random. Default: 0.", CALIBRATION, least=0)
     expert_tokens: ExpertTokens = option(
         "routed",
-        "Which calibration tokens an expert is pruned by: {choices}. The stream stays the routed one.",
+        "Which calibration tokens an expert is pruned by: {choices}. Forward passes still route every token.",
         CALIBRATION,
     )
     min_expert_tokens: int = option(

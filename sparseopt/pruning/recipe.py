@@ -42,7 +42,8 @@ class Recipe(PassRecipe):
 
     sparsity: float | None = option(
         None,
-        "Fraction of zeros in every linear. Default: 0.5, or that of an n:m pattern; no further zeros if some stay.",
+        "Fraction of zeros in every linear. Default: 0.5, or that of an n:m pattern; none further with keep-zeros or "
+        "masks.",
         WHAT,
         least=0,
         below=1,
@@ -50,7 +51,9 @@ class Recipe(PassRecipe):
     pattern: str = option("unstructured", f"Which weights may stay: {KNOWN}.", WHAT)
     keep_zeros: bool = option(False, "Weights that are zero in the model stay zero.", WHAT)
     masks: str | None = option(
-        None, "A pruned model of the same shape, given as the model is: weights that are zero in it become zero.", WHAT
+        None,
+        "A pruned model of the same shape, a folder, GGUF file or hub name: weights that are zero in it become zero.",
+        WHAT,
     )
     targets: Patterns | None = option(
         None,
@@ -60,7 +63,7 @@ class Recipe(PassRecipe):
         read=read_patterns,
     )
     ignore: Patterns | None = option(
-        None, "Linears to leave out, given likewise; it wins over targets.", WHAT, read=read_patterns
+        None, "Linears to leave out, written as for targets; ignore wins over targets.", WHAT, read=read_patterns
     )
     sparsities: Sparsities | None = option(
         None,
@@ -80,8 +83,8 @@ class Recipe(PassRecipe):
     preset: str | None = option(None, "Settings of method maiht: {choices}. Default: best.", HOW, choices=PRESETS)
     penalty: Penalty | None = option(
         None,
-        "Chooses the weights that stay in place of l0: {choices}. The sparsity sets its level. For method maiht and "
-        "pattern unstructured.",
+        "Penalty that chooses the weights to keep, instead of l0: {choices}. The sparsity sets its level. For method "
+        "maiht and pattern unstructured.",
         HOW, type=str | None, choices=BY_WEIGHT, read=lambda name: penalty_of_weight(name, 1.0),
     )  # fmt: skip
     permute: bool = option(
@@ -89,7 +92,9 @@ class Recipe(PassRecipe):
         "Reorder channels so that an n:m pattern keeps more; the dense model computes the same in that order.",
         WHAT,
     )
-    pack: bool = option(False, "Store zeros as a bitmask; `sparseopt unpack` makes what transformers loads.", OUTPUT)
+    pack: bool = option(
+        False, "Store zeros as a bitmask; `sparseopt unpack` writes the folder that transformers loads.", OUTPUT
+    )
 
     def __post_init__(self) -> None:
         for name in ("targets", "ignore"):

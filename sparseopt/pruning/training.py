@@ -3,9 +3,9 @@
 The trainers say what is minimised and what a step does: `reconstruction` for one block, `distillation` for a whole
 model. Adam (Kingma and Ba, 2015) with the gradient's norm clipped, a linear warm-up and a cosine to zero. A step is
 relative to the root mean square of its tensor (Shazeer and Stern, "Adafactor", 2018, section 8): linears have 0.2 in
-SmolLM2 and 0.04 in Gemma 3, whose norms reach 340. The answer is the best of the start and the states after each epoch
-by the judging loss: the loss on held-out tokens, or on the calibration tokens without any. So it is never worse there
-than the start.
+SmolLM2 and 0.04 in Gemma 3, whose norm weights reach 340. The answer is the best of the start and the states after each
+epoch by the judging loss: the loss on held-out tokens, or on the calibration tokens without any. So it is never worse
+there than the start.
 """
 
 import enum

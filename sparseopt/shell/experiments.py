@@ -165,7 +165,9 @@ def compare(
     eval_windows: Annotated[
         int, typer.Option(help="Windows from the start of the evaluation text.", rich_help_panel=EVALUATION)
     ] = 8,
-    eval_seqlen: Annotated[int, typer.Option(help="Tokens an evaluation window.", rich_help_panel=EVALUATION)] = 1024,
+    eval_seqlen: Annotated[
+        int, typer.Option(help="Tokens in an evaluation window.", rich_help_panel=EVALUATION)
+    ] = 1024,
     allow_code: AllowAll = False,
     allow_package: AllowPackages = None,
     **given: Any,

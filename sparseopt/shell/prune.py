@@ -68,7 +68,7 @@ def default_lines(recipe: "Recipe") -> list[str]:
     defaults = {
         "method": ("maiht", "best prunes better, since it also trains each block, and takes several times as long"),
         "sparsity": (0.5, "half of the weights of every linear"),
-        "calibration": ("pydoc", "Python's documentation; text of the kind that the model is for is better"),
+        "calibration": ("pydoc", "Python's documentation; text like that which the model will see is better"),
     }
     return [f"default --{n} {value}: {why}" for n, (value, why) in defaults.items() if getattr(recipe, n) == value]
 
@@ -186,7 +186,7 @@ def evaluate(
     model: options.Source,
     text: Annotated[str, typer.Option(help=options.TEXT_HELP)] = "pydoc",
     windows: Annotated[int, typer.Option(help="Windows from the start of the evaluation text.")] = 8,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     pattern: Annotated[
         str | None, typer.Option(help="Also check that every linear has this pattern, as in `sparseopt prune`.")
     ] = None,

@@ -24,7 +24,7 @@ def denoise(
     ],
     output: Annotated[Path, typer.Option(help="File to write; volumes as TIFF, NPZ or, from NIfTI, NIfTI.")],
     weight: Annotated[
-        float | None, typer.Option(help="Smoothing level, in grey levels; None: of the least estimated error.")
+        float | None, typer.Option(help="Smoothing level, in grey levels. Default: that of the least estimated error.")
     ] = None,
     order: Annotated[int, typer.Option(help="0: flat patches with sharp edges; 1: slopes; 2: curves.")] = 0,
     isotropic: Annotated[
@@ -32,7 +32,8 @@ def denoise(
     ] = False,
     couple: Annotated[bool, typer.Option(help="Let the colours of a pixel change together.")] = False,
     spacing: Annotated[
-        str | None, typer.Option(help="Distance of neighbours along each axis, as in 2.5,1,1. None: that in the file.")
+        str | None,
+        typer.Option(help="Distance of neighbours along each axis, as in 2.5,1,1. Default: that in the file."),
     ] = None,
     ends: Annotated[
         str, typer.Option(help="Borders: graph, or free, which keeps slopes from order 1 on (Kronecker trend filter).")
@@ -86,7 +87,9 @@ def denoise(
 def trend(
     signal: Annotated[
         Path,
-        typer.Option(help="Signal: a row a node, a column a channel; a first column `node` or `id` names the nodes."),
+        typer.Option(
+            help="Signal: one row per node, one column per channel; a first column `node` or `id` names the nodes."
+        ),
     ],
     output: Annotated[
         Path, typer.Option(help="File for nodes, values and, at order 0, pieces: .csv, .parquet or .npz.")
@@ -94,7 +97,10 @@ def trend(
     weight: Annotated[float, typer.Option(help="Penalty level, in units of the signal.")],
     graph: Annotated[
         Path | None,
-        typer.Option(help="Edges: two columns of node numbers from 0, or ids; a third of weights. None: a series."),
+        typer.Option(
+            help="Edges: two columns of node numbers from 0, or ids; a third of weights w, which scale differences by "
+            "sqrt(w). Default: a series."
+        ),
     ] = None,
     times: Annotated[Path | None, typer.Option(help="Times of a series with free ends: one column.")] = None,
     ends: Annotated[str, typer.Option(help="Ends of a series: graph, or free, which keeps polynomials.")] = "graph",

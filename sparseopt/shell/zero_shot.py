@@ -19,7 +19,7 @@ def zero_shot(
     model: Source,
     tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks or groups, with commas between.")],
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own task files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples a task at most, from the start.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many examples of each task, from the start.")] = None,
     shots: Annotated[int, typer.Option(help="Solved examples in each prompt.")] = 0,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens that the model reads at most; default: its own limit.")

@@ -109,9 +109,9 @@ class Graph:
             shape: the number of nodes along each axis.
             spacing: the distance h of neighbours along each axis, as of the voxels of a scan; None for ones. The
                 differences along an axis are divided by h, so its edges have the weight `1 / h²`. A penalty's weight
-                has the unit of y times that of the distance, and only ratios of spacings matter. Weights w of axes are
-                the spacing `w^-1/2`. The fast transforms of a grid are kept. With free ends the differences of order
-                m are divided by `h^m`.
+                has the unit of y times that of the distance, so scaling all spacings scales it. Edge weights w of axes
+                are the spacing `w^-1/2`. The fast transforms of a grid are kept. With free ends the differences of
+                order m are divided by `h^m`.
             ends: "graph" or "free".
 
         Raises:
@@ -200,7 +200,8 @@ class Graph:
         Args:
             edges: integers `[m, 2]`.
             num_nodes: n, at least 1; None takes the largest number plus one. Nodes without an edge are kept.
-            weights: positive `[m]`, or None for ones.
+            weights: positive `[m]`, or None for ones. The difference along an edge of weight w is
+                `sqrt(w) (x_i - x_j)`: give `c²` for a penalty of `c |x_i - x_j|`.
             merge: drop self-loops and add up the weights of duplicates (1 each without weights) instead of raising a
                 ValueError.
             nodes: names in node order.
@@ -240,7 +241,8 @@ class Graph:
 
     @classmethod
     def from_scipy(cls, adjacency: Any, *, merge: bool = False) -> "Graph":
-        """A graph from a symmetric sparse (or dense) adjacency matrix; its entries are the weights.
+        """A graph from a symmetric sparse (or dense) adjacency matrix; its entries are the weights, as in
+        `from_edges`.
 
         `merge` drops the diagonal (self-loops) instead of raising a ValueError.
 

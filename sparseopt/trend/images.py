@@ -51,9 +51,10 @@ def denoise(
     """Fit a trend of an order to every channel of an image or a volume on its grid, and fill in what is not known.
 
     Args:
-        image: `[height, width]` or `[height, width, channels]`, of 8- or 16-bit integers or floats; an alpha channel
-            (the last of 2 or 4) is kept unchanged. With `volume` `[depth, height, width]` or the same with channels.
-        weight: of the penalty, in the image's units (grey levels); None takes that of the least `sure`, among a dozen
+        image: `[height, width]` or `[height, width, channels]`, of integers of 8, 16 or 32 bits or floats; an alpha
+            channel (the last of 2 or 4) is kept unchanged. With `volume` `[depth, height, width]` or the same with
+            channels.
+        weight: of the penalty, in the image's units (grey levels); None takes that of the least `sure`, among eleven
             about the noise level that are spaced by a factor of `2^(1/2)`.
         order: 0 for flat patches with sharp edges, 1 for slopes.
         isotropic: at order 0, penalise the length of the gradient (`GroupL2` with axis 0) instead of its entries, so
