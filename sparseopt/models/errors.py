@@ -16,6 +16,12 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
+def bulleted(problems: Sequence[str], most: int = 20) -> str:
+    """The first problems, one a line, and the number of others."""
+    shown = [*problems[:most], f"and {len(problems) - most} more"] if len(problems) > most else problems
+    return "".join(f"\n  {problem}" for problem in shown)
+
+
 def guarded(build: Callable[[], T], what: str, advice: str = "; download it again") -> T:
     """The result of a call into another package, whose exceptions of any class become a `ModelError`.
 

@@ -96,9 +96,7 @@ class ShardedWriter:
         self._replaced: list[str] = []
         self._source = source
         self._pack, self._writes = pack, writes
-        self._dtype = None if dtype is None else np.dtype(dtype)
-        if self._dtype is not None and self._dtype not in WRITABLE:
-            raise ModelError(f"cannot write dtype {self._dtype}; choose one of {', '.join(map(str, WRITABLE))}")
+        self._dtype = None if dtype is None else _writable(dtype)
         self._expected = {key: info.shape for key, info in source.tensors.items() if keys is None or key in keys}
         self._places: dict[str, str] = {}
         if writes:
@@ -140,9 +138,8 @@ class ShardedWriter:
         name = shard_name(tag, self._pack)
         if not re.fullmatch(r"[A-Za-z0-9-]+", tag) or name in self.shards:
             raise ModelError(f"shard tag {tag!r} is taken or not made of letters, digits and hyphens")
-        if instead is not None:
-            self._replace(shard_name(instead, self._pack))
-        converted = {key: self._convert(key, value) for key, value in tensors.items()}
+        replaced = None if instead is None else shard_name(instead, self._pack)
+        converted = {key: self._convert(key, value, replaced) for key, value in tensors.items()}
         stored: Mapping[str, np.ndarray | UnreadTensor] = converted
         metadata = None
         if self._pack:
@@ -150,6 +147,8 @@ class ShardedWriter:
             stored, metadata = pack_tensors(whole)
         nbytes = sum(value.nbytes for value in stored.values())
         self._put(name, nbytes, lambda file: write_tensors(file, stored, metadata))
+        if replaced is not None:
+            self._replace(replaced)
         self._stored[name] = nbytes
         self._places |= dict.fromkeys(converted, name)
         return name
@@ -177,7 +176,8 @@ class ShardedWriter:
         sizes: Counter[str] = Counter()
         for key in self._places:
             sizes[self.dtype_of(key).name] += self._nbytes(key)
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = sizes.most_common(1)[0][0]
+        for name in [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]:
+            config[name] = sizes.most_common(1)[0][0]
         self._put_content("config.json", _to_json(config))
         metadata: dict[str, Any] = {"total_size": self.stored_bytes}
         if self._pack:
@@ -226,8 +226,10 @@ class ShardedWriter:
                 f"{self.output} has {free:,} bytes free, the model needs {needed:,}; make room or choose another"
             )
 
-    def _convert(self, key: str, value: np.ndarray | UnreadTensor) -> np.ndarray | UnreadTensor:
-        if key not in self._expected or key in self._places:
+    def _convert(
+        self, key: str, value: np.ndarray | UnreadTensor, replaced: str | None
+    ) -> np.ndarray | UnreadTensor:
+        if key not in self._expected or self._places.get(key, replaced) != replaced:
             raise ModelError(f"{key} is no tensor of this model, or was written already")
         if value.shape != self._expected[key]:
             raise ModelError(f"{key} has the shape {list(value.shape)}, expected {list(self._expected[key])}")
@@ -259,6 +261,14 @@ class ShardedWriter:
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+
+def _writable(dtype: Any) -> np.dtype:
+    with contextlib.suppress(TypeError):
+        dtype = np.dtype(dtype)
+        if dtype in WRITABLE:
+            return dtype
+    raise ModelError(f"cannot write dtype {dtype}; choose one of {', '.join(map(str, WRITABLE))}")
 
 
 def _sync(path: Path) -> None:
@@ -298,7 +308,8 @@ def pack_folder(source: str | Path, output: str | Path, *, observer: Observer | 
 def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer | None = None) -> ShardedWriter:
     """Rewrite a packed model folder as a dense one that transformers loads; the reverse of `pack_folder`.
 
-    Its tensors are identical to those of the model that was packed. All files that are no weights are copied.
+    Its tensors are identical to those of the model that was packed. The other files of the folder are copied, those of a
+    pruning run, hidden files and folders left out.
 
     Raises:
         ModelError: before any work, if the source is not packed or corrupt or the output cannot be used; later if

@@ -49,7 +49,7 @@ class KeyTable:
 
     outer: Pairs = OUTER_NAMES
     block: Pairs = BLOCK_NAMES
-    base: str = ""
+    base: str = "model."
     ignored: tuple[str, ...] = (STORED_FREQUENCIES,)
     transposed: tuple[str, ...] = ()
 
@@ -64,6 +64,10 @@ class KeyTable:
     def covers(self, key: str) -> bool:
         """Whether a checkpoint name lies in one of the decoder's parts."""
         return _swap(key, self.outer) is not None
+
+    def ignores(self, key: str) -> bool:
+        """Whether a checkpoint name holds no weight."""
+        return any(re.fullmatch(pattern, key) for pattern in self.ignored)
 
     def transposes(self, path: str) -> bool:
         """Whether the matrix at a module path is stored `[in, out]`."""
@@ -159,9 +163,9 @@ class Family:
         return guarded(lambda: self.read_config(config), what, "; compare it with the published one")
 
     def fitting(self, names: Collection[str]) -> "Family":
-        """This family with the names that a checkpoint uses: without `base` where none begins with it."""
+        """This family with the names that a checkpoint uses: without `base` where all lack it."""
         base = self.keys.base
-        if not base or any(name.startswith(base) for name in names):
+        if not base or not names or any(name.startswith(base) for name in names):
             return self
         outer = tuple((old.removeprefix(base), new) for old, new in self.keys.outer)
         return replace(self, keys=replace(self.keys, outer=outer, base=""))
@@ -186,9 +190,8 @@ class Family:
         Tensors of parts that the decoder does not have, such as an image encoder, are allowed and pass through.
         Unknown tensors within the decoder's parts are not: they would change what the model computes.
         """
-        ignored = any(re.fullmatch(pattern, key) for pattern in self.keys.ignored)
         spare = config.tied and key == self.keys.to_key("head.lm_head.weight")
-        return ignored or spare or not self.keys.covers(key)
+        return self.keys.ignores(key) or spare or not self.keys.covers(key)
 
 
 @lru_cache(maxsize=256)

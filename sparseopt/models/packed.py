@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparseopt.models.errors import ModelError
+from sparseopt.models.errors import ModelError, bulleted
 from sparseopt.models.folder import file_in, parse_json
 from sparseopt.models.safetensors_file import StoredTensor, is_shape, read_header, read_metadata
 
@@ -132,8 +132,8 @@ def read_packed_header(file: Path) -> dict[str, StoredTensor | PackedTensor]:
         tensors.setdefault(name, entry)
     if problems:
         raise ModelError(
-            f"{file} is corrupt ({len(problems)} problems); copy it again or pack the model again:\n  "
-            + "\n  ".join(problems)
+            f"{file} is corrupt ({len(problems)} problems); copy it again or pack the model again:"
+            + bulleted(problems)
         )
     return tensors
 

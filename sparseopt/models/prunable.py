@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparseopt.models.decoder import Decoder
-from sparseopt.models.errors import ModelError
+from sparseopt.models.errors import ModelError, bulleted
 from sparseopt.models.source import Source, TensorInfo
 
 
@@ -209,5 +209,5 @@ def check_tensors(
     if problems:
         raise ModelError(
             f"{source.path} does not hold {model} ({len(problems)} problems); check that configuration and weights "
-            "belong together:\n  " + "\n  ".join(problems)
+            "belong together:" + bulleted(problems)
         )

@@ -150,6 +150,8 @@ class Rope:
     def check(self, head_dim: int) -> None:
         """Raise a `ModelError` unless this embedding fits heads of `head_dim` features."""
         size = self.size(head_dim)
+        if isinstance(self.scaling, Dynamic) and size == 2:
+            raise ModelError("a dynamic rope needs four rotated features of a head or more, given 2")
         if size % 2:
             raise ModelError(f"rotary positions rotate pairs of a head's features, given {size} of head_dim={head_dim}")
         for name in ("short", "long") if isinstance(self.scaling, LongRope) else ():
@@ -249,6 +251,10 @@ def max_positions(config: Config) -> int | None:
     return max(longest, min(reaches))
 
 
+# Scalings that know the length before them.
+_EXTENDED = ("llama3", "yarn", "longrope")
+
+
 def _kind(fields: Config) -> str:
     kind = fields.get("rope_type") or fields.get("type") or "default"
     return "longrope" if kind == "su" else kind
@@ -276,7 +282,11 @@ def _rope_fields(config: Config, part: str | None) -> dict[str, Any]:
             "the model configuration has rope_scaling beside rope_parameters, and they differ in "
             f"{', '.join(differing)}; put what is to count into rope_parameters and remove rope_scaling"
         )
-    return fields | older | newer
+    found = fields | older | newer
+    outside = fields.get("original_max_position_embeddings")
+    if outside is not None and _kind(found) in _EXTENDED:
+        found["original_max_position_embeddings"] = outside  # as in transformers, because of Phi-3
+    return found
 
 
 def read_rope(config: Config, theta: float = 10000.0, share: float = 1.0, part: str | None = None) -> Rope:
@@ -296,7 +306,7 @@ def read_rope(config: Config, theta: float = 10000.0, share: float = 1.0, part: 
     kind = _kind(fields)
     if kind not in _SCALINGS:
         raise ModelError(f"the model configuration's rope_type={kind!r} is unknown; known are {', '.join(_SCALINGS)}")
-    if kind in ("llama3", "yarn", "longrope"):
+    if kind in _EXTENDED:
         fields.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings"))
     refuse_unless(fields, {"mrope_section": (None,), "mrope_interleaved": (None, False)})
     share = require(fields, "partial_rotary_factor", float)

@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from sparseopt.core.mesh import on_device, unfilled
 from sparseopt.models.decoder import Block, Decoder, Embedding, Head
+from sparseopt.models.errors import ModelError
 from sparseopt.models.experts import unstacked_names
 from sparseopt.models.families import FAMILIES, find_family
 from sparseopt.models.family import Family, Shapes, block_linears, build_part, part_shapes
@@ -48,6 +49,7 @@ class StreamedModel(PrunableModel):
             [f"{key} {list(shape)}" for key, shape in self._expected.items() if key not in source.tensors],
             lambda key: self.family.allows(key, self.config),
         )
+        self._check_tied_head()
 
     def embedding(self, rows: Int[np.ndarray, "rows"] | None = None) -> Embedding:
         whole = self._reader("embed_tokens")
@@ -87,9 +89,10 @@ class StreamedModel(PrunableModel):
         return self.family.keys.to_key(f"layers.{index}.{name}.weight")
 
     def exported_keys(self) -> list[str]:
-        """All checkpoint names but that of a second copy of a tied head."""
-        spare = self.family.keys.to_key("head.lm_head.weight") if self.config.tied else None
-        return [key for key in self.source.tensors if key != spare]
+        """All checkpoint names but those of a second copy of a tied head and of buffers, which hold no weight."""
+        keys = self.family.keys
+        spare = keys.to_key("head.lm_head.weight") if self.config.tied else None
+        return [key for key in self.source.tensors if key != spare and not keys.ignores(key)]
 
     def is_transposed(self, key: str) -> bool:
         keys = self.family.keys
@@ -143,6 +146,19 @@ class StreamedModel(PrunableModel):
             value[low:high] = piece[rows[low:high] - start]
             start += len(piece)
         return on_device(value)
+
+    def _check_tied_head(self) -> None:
+        """Refuse a head that is stored, and tied, but not equal to the embedding: transformers would not tie it."""
+        head, embedding = map(self.family.keys.to_key, ("head.lm_head.weight", "embed_tokens.weight"))
+        if not self.config.tied or head not in self.source.tensors:
+            return
+        kinds = {(info.shape, info.dtype) for info in map(self.source.tensors.__getitem__, (head, embedding))}
+        pairs = zip(self.source.pieces(head), self.source.pieces(embedding), strict=False)
+        if len(kinds) > 1 or not all(np.array_equal(*pair) for pair in pairs):
+            raise ModelError(
+                f"{self.source.path} stores {head} and {embedding}, which differ, but its configuration ties them: set "
+                "tie_word_embeddings to false in config.json if the head was trained by itself, else remove the head"
+            )
 
     def _keys_to_check(self) -> Collection[str]:
         return dict.fromkeys((*self._expected, *self.exported_keys()))

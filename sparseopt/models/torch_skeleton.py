@@ -4,6 +4,7 @@ What happens before the blocks is left to the model: positions, rotary tables, m
 function in place of every block, which sees how the block is called.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -162,7 +163,7 @@ def _build_module(source: Source) -> tuple[Any, TorchConfig]:
         )
 
     def build() -> tuple[Any, TorchConfig]:
-        read = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
+        read = transformers.CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))
         sizes = read.get_text_config()
         check_count(source, sizes.num_hidden_layers, "blocks")
         # Buffers are computed now: position tables and the like are in no checkpoint.

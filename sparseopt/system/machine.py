@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 PACKAGES = ("sparseopt", "jax", "jaxlib", "numpy", "scipy", "optax", "flax", "transformers", "torch")
 
 
@@ -100,15 +101,28 @@ def _meminfo_available() -> int | None:
 
 
 def _control_group_left() -> int | None:
-    """What the limit of a container leaves, with its page cache counted as free; None without a limit."""
+    """What the limits of a container or a scheduler leave, page cache counted as free; None without a limit.
+
+    Each group lies in another, up to the root that the process sees, and the tightest limit of these holds.
+    """
+    bounds = []
+    with contextlib.suppress(OSError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers in ("", "memory"):
+                root = CONTROL_GROUPS / controllers
+                own = root / group.lstrip("/")
+                bounds += [_group_left(folder) for folder in (own, *own.parents) if folder.is_relative_to(root)]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _group_left(folder: Path) -> int | None:
     for limit, used, cache in (
         ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        files = [CONTROL_GROUPS / name for name in (limit, used)]
         try:
-            most, taken = (file.read_text().strip() for file in files)
-            statistics = (files[0].parent / "memory.stat").read_text()
+            most, taken, statistics = ((folder / name).read_text().strip() for name in (limit, used, "memory.stat"))
         except OSError:
             continue
         # Version 1 writes a number near 2**63 for "no limit".

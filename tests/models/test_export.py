@@ -79,15 +79,15 @@ def test_one_shard_a_block_and_only_the_files_that_belong(tmp_path: Path, model:
     assert index["metadata"]["total_size"] == sum(model.source.read(key).nbytes for key in model.source.tensors)
 
 
-@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
-def test_another_dtype_is_named_in_the_configuration(tmp_path: Path, rng: np.random.Generator, field: str) -> None:
+@pytest.mark.parametrize("named", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype")])
+def test_another_dtype_is_named_in_the_configuration(tmp_path: Path, rng: np.random.Generator, named: tuple) -> None:
     config = tiny_config()
     del config["dtype"]
-    config[field] = "float32"
+    config |= dict.fromkeys(named, "float32")
     model = open_model(write_folder(tmp_path / "source", config, random_tensors(config, rng)))
     copy_model(model, ShardedWriter(tmp_path / "out", model.source, dtype=ml_dtypes.bfloat16))
     copy = open_model(tmp_path / "out")
-    assert copy.source.config == config | {field: "bfloat16"}
+    assert copy.source.config == config | dict.fromkeys(named, "bfloat16")
     assert {info.dtype.name for info in copy.source.tensors.values()} == {"bfloat16"}
 
 
@@ -196,5 +196,16 @@ def test_overflow_in_a_narrow_dtype_is_named(tmp_path: Path, model: StreamedMode
     writer = ShardedWriter(tmp_path / "out", model.source, dtype=np.float16)
     with pytest.raises(ModelError, match="NaN or infinity as float16"):
         writer.write("a", {"model.norm.weight": np.full(32, 1e6, np.float32)})
-    with pytest.raises(ModelError, match="cannot write dtype int8"):
-        ShardedWriter(tmp_path / "other", model.source, dtype=np.int8)
+    for dtype, name in ((np.int8, "int8"), ("bf16", "bf16")):
+        with pytest.raises(ModelError, match=f"cannot write dtype {name}"):
+            ShardedWriter(tmp_path / "other", model.source, dtype=dtype)
+
+
+def test_a_shard_that_could_not_be_replaced_stays(tmp_path: Path, model: StreamedModel) -> None:
+    writer = ShardedWriter(tmp_path / "out", model.source)
+    first = writer.write("a", {"model.norm.weight": np.ones(32, np.float32)})
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        writer.write("b", {"model.norm.weight": np.full(32, np.nan, np.float32)}, instead="a")
+    assert writer.shards == [first]
+    second = writer.write("b", {"model.norm.weight": np.zeros(32, np.float32)}, instead="a")
+    assert writer.shards == [second]

@@ -43,10 +43,10 @@ def test_names_go_to_module_paths_and_back(name: str) -> None:
     assert [family.keys.to_key(family.keys.to_path(key)) for key in expected] == list(expected)
 
 
-@pytest.mark.parametrize("name", often(["gpt2", "opt", "gpt_neox"], "gpt2"))
+@pytest.mark.parametrize("name", often(["gpt2", "opt", "gpt_neox", "tied_grouped"], "gpt2"))
 def test_checkpoints_of_the_bare_model_are_read_and_exported_by_their_own_names(name: str, tmp_path: Path) -> None:
     golden = write_golden(FOLDER / f"{name}.npz", tmp_path / "whole")
-    base = FAMILIES[name].keys.base
+    base = FAMILIES[golden_config(name)["model_type"]].keys.base
     bare = {key.replace("weight/" + base, "weight/"): value for key, value in golden.items()}
     np.savez(tmp_path / "bare.npz", **bare)
     write_golden(tmp_path / "bare.npz", tmp_path / "bare")
@@ -182,6 +182,29 @@ def test_a_window_beyond_the_positions_of_a_model_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
     # The window grows in steps, and not beyond what the model reads.
     assert generate(decoder, ids[0, :-2], 1).shape == (1,)
+
+
+def test_gemma_3_has_the_defaults_of_its_class_and_its_own_base_for_local_blocks() -> None:
+    # What the published configurations of the 4B model state.
+    published = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    scaled = published | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    read = FAMILIES["gemma3"].configure({"text_config": scaled})
+    assert (read.vocab_size, read.num_heads, read.num_kv_heads, read.head_dim) == (262_208, 8, 4, 256)
+    assert (read.num_layers, read.max_positions) == (34, 8 * 131_072)
+    ropes = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "default"}}
+    own = published | {"rope_theta": 1e6, "rope_local_base_freq": 5e3, "rope_parameters": ropes}
+    read = FAMILIES["gemma3_text"].configure(own)
+    assert {kind.rope.theta: kind.window for kind in read.kinds if kind.rope} == {5e3: 1024, 1e6: None}
+    with pytest.raises(ModelError, match="attn_logit_softcapping"):
+        FAMILIES["gemma3_text"].configure({"attn_logit_softcapping": 50.0})
+
+
+def test_a_length_beside_the_rope_counts_as_in_transformers() -> None:
+    factors = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
+    rope = {"rope_type": "llama3", "original_max_position_embeddings": 64, **factors}
+    inside, both = {"rope_parameters": rope}, {"rope_parameters": rope, "original_max_position_embeddings": 128}
+    outside = {"rope_parameters": {**rope, "original_max_position_embeddings": 128}}
+    assert read_rope(both) == read_rope(outside) != read_rope(inside)
 
 
 def test_two_names_of_one_rope_are_no_contradiction() -> None:

@@ -95,14 +95,14 @@ def test_missing_extra_misshapen_and_integer_keys_come_in_one_error(tmp_path: Pa
 def test_a_second_copy_of_a_tied_head_is_left_and_what_the_decoder_lacks_passes_through(
     tmp_path: Path, tensors: dict
 ) -> None:
-    tensors["lm_head.weight"] = np.zeros_like(tensors["model.embed_tokens.weight"])
-    frequencies = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    tensors[frequencies] = np.zeros(4, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    # A buffer of old files, which may hold anything.
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.full(4, -np.inf, np.float32)
     tensors["vision_tower.position_ids"] = np.arange(3)
     model = open_model(write_folder(tmp_path, tiny_config(), tensors))
     np.testing.assert_array_equal(model.head().lm_head.weight[...], tensors["model.embed_tokens.weight"])
-    outer = {"model.embed_tokens.weight", "model.norm.weight", frequencies, "vision_tower.position_ids"}
-    assert set(model.outer_keys()) == outer
+    assert set(model.outer_keys()) == {"model.embed_tokens.weight", "model.norm.weight", "vision_tower.position_ids"}
+    model.check_finite()
     writer = ShardedWriter(tmp_path / "out", model.source, np.float16, keys=model.exported_keys())
     writer.write("all", {key: model.source.read(key) for key in model.exported_keys()})
     writer.finish()
@@ -110,6 +110,21 @@ def test_a_second_copy_of_a_tied_head_is_left_and_what_the_decoder_lacks_passes_
     assert copied.tensors["vision_tower.position_ids"].dtype == np.int64
     assert copied.read("vision_tower.position_ids").tolist() == [0, 1, 2]
     assert copied.tensors["model.norm.weight"].dtype == np.float16
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path, tensors: dict) -> None:
+    """transformers would use the stored head."""
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    with pytest.raises(ModelError, match=r"stores lm_head.weight and model.embed_tokens.weight, which differ, .* false"):
+        open_model(write_folder(tmp_path, tiny_config(), tensors))
+
+
+def test_of_many_problems_the_first_are_told(tmp_path: Path, tensors: dict) -> None:
+    extra = {f"model.layers.{index}.mlp.up_proj.weight": np.zeros((2, 2), np.float32) for index in range(3, 30)}
+    with pytest.raises(ModelError, match="27 problems") as caught:
+        open_model(write_folder(tmp_path, tiny_config(), tensors | extra))
+    assert str(caught.value).splitlines()[-1] == "  and 7 more"
+    assert len(str(caught.value).splitlines()) == 22
 
 
 def test_an_untied_head_must_be_there(tmp_path: Path, tensors: dict) -> None:

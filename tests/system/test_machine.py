@@ -63,7 +63,18 @@ def test_what_a_control_group_leaves(tmp_path, monkeypatch):
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 250\n")
     monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "groups")
+    (tmp_path / "groups").write_text("3:cpuset:/\n0::/job/step\n")
     assert machine._control_group_left() == 550
+    # The group of a scheduler's job, within which that of its step has no limit.
+    inner = tmp_path / "job" / "step"
+    inner.mkdir(parents=True)
+    for folder, limit in ((inner.parent, "900"), (inner, "max")):
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text("600")
+        (folder / "memory.stat").write_text("inactive_file 0")
+    assert machine._control_group_left() == 300
+    (inner.parent / "memory.max").write_text("max")
     (tmp_path / "memory.max").write_text("max\n")
     assert machine._control_group_left() is None
     (tmp_path / "memory.max").unlink()
