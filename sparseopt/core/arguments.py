@@ -3,9 +3,10 @@
 import difflib
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from sparseopt.system.machine import available_memory_bytes, format_bytes
@@ -69,3 +70,31 @@ def unknown(kind: str, given: Any, known: Iterable[str]) -> str:
     names = list(known)
     near = difflib.get_close_matches(given, names, n=1) if isinstance(given, str) else []
     return f"unknown {kind} {given!r}; known are {', '.join(names)}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+# Parameters of the package's penalties that must not be below, or must be above, a number.
+_LEAST = {"weight": 0, "group_weight": 0, "ridge": 0}
+_ABOVE = {"gamma": 0, "eps": 0, "radius": 0, "a": 2}
+
+
+def refuses_parameters(penalty: Any) -> str | None:
+    """Why a penalty of the package means nothing with its parameters, as far as these are known outside jit."""
+    known = dict(_known_numbers(penalty))
+    for name, least in _LEAST.items():
+        if name in known and (smallest := np.min(known[name], initial=least)) < least:
+            return f"the penalty's {name} must not be negative, given {smallest}"
+    for name, bound in _ABOVE.items():
+        if name in known and not np.all(np.isnan(known[name]) | (known[name] > bound)):
+            return f"the {name} of {type(penalty).__name__} must be above {bound}, given {np.min(known[name])}"
+    if {"low", "high"} <= known.keys() and np.any(known["low"] > known["high"]):
+        return f"the bounds of {type(penalty).__name__} must be low <= high, given {penalty}"
+    return None
+
+
+def _known_numbers(penalty: Any) -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in vars(penalty).items():
+        # By NumPy: under jit, JAX would trace even what is known.
+        if isinstance(value, int | float | np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
+            number = np.asarray(value)
+            if number.dtype.kind in "biuf":
+                yield name, number

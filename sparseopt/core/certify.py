@@ -88,8 +88,11 @@ def certificate(
     precondition: Any = None,
     due: Any = True,
     most_steps: Any = CG_STEPS,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """The objective at x and the relative duality gap by the dual pair, moved and scaled until it is feasible.
+
+    Behind them D, and the length of what the pair's equation lacks even so: at any x the optimum is at least D less
+    twice this length times that of x.
 
     Args:
         problem: its loss is a `MatrixLoss`, its penalty has a conjugate.
@@ -134,10 +137,10 @@ def certificate(
     # The domain of f* is convex and contains 0, so that a share of s lies in it too.
     share = 1 / jnp.maximum(gauge(penalty, jnp.where(fixed, 0, dual)), 1)
     objective = rows.value(image) + penalty.value(y)
-    slack = rows.slack(image, -share * loss_dual) + total(penalty.slack(y, share * dual))
-    # The remaining violation shifts the bound by at most its length times the distance to the answer, at most 2 ||x||.
-    slack = jnp.maximum(slack, 0) + 2 * left * length
-    return objective, relative_gap(slack, objective, limits.eps * rows.value(jnp.zeros_like(image)))
+    slack = jnp.maximum(rows.slack(image, -share * loss_dual) + total(penalty.slack(y, share * dual)), 0)
+    # What is missing shifts the bound by at most its length times the distance to the answer, at most 2 ||x||.
+    gap = relative_gap(slack + 2 * left * length, objective, limits.eps * rows.value(jnp.zeros_like(image)))
+    return objective, gap, objective - slack, left
 
 
 def proximal_gap(

@@ -33,7 +33,8 @@ class Support:
 class Nonnegative:
     """Indicator of `x >= 0`, plus `weight * sum x`; prox: `max(x - step * weight, 0)`.
 
-    The weight may be an array that broadcasts to x. The conjugate is 0 for `u <= weight`, +inf elsewhere.
+    The weight, not negative, may be an array that broadcasts to x. The conjugate is 0 for `u <= weight`, +inf
+    elsewhere.
 
     Example:
         >>> so.Nonnegative().prox(jnp.array([-3.0, 0.5, 2.0]), step=1.0)

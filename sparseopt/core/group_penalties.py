@@ -78,8 +78,8 @@ class _Grouped:
                 f"labelled groups take one step and one weight a group, given thresholds of shape {threshold.shape}"
             )
         length = self._lengths(x)
-        kept = length > threshold
-        scale = 1 - threshold / jnp.where(kept, length, 1)
+        kept = (length > threshold) | (threshold <= 0)
+        scale = 1 - threshold / jnp.where(length > 0, length, 1)
         return jnp.where(self._spread(kept, x), x * self._spread(scale, x), 0)
 
 

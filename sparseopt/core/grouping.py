@@ -157,7 +157,7 @@ def grid_sums(
 
     def grow(values: np.ndarray, edges: bool) -> np.ndarray:
         table = edge_grid(values, small, 1.0) if edges else values.reshape(small)
-        table = table.astype(np.float32)  # small integers: exact
+        table = table.astype(np.float32 if spacing is None else np.float64)  # exact, or far from the limits of float32
         for axis, (n, few) in enumerate(zip(shape, small, strict=True)):
             take = np.arange(n)
             if n > few:

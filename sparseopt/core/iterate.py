@@ -1,5 +1,6 @@
 """Floor 3.5: `iterate`, the package's only outer loop: the stopping rule, the history and the status."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -85,6 +86,9 @@ def _iterate(
     status = jnp.where(sound(last, steps) & finite, status, Status.NONFINITE).astype(jnp.int32)
     step = solver.prox_step(problem, state) if hasattr(solver, "prox_step") else getattr(state, "step_size", None)
     found = Found(loss_dual, dual, step)
+    if getattr(solver, "target_sparsity", None) is not None:
+        # The answer is a fixed point at the level that the solver chose, not at the problem's.
+        given = dataclasses.replace(given, penalty=jax.lax.stop_gradient(state.penalty))
     if (memory := getattr(state, "prox_memory", None)) is not None and isinstance(problem.penalty, Composite):
         dual = problem.penalty.dual(memory)
         given, found = unfolded(given, value), found._replace(dual=dual, step_size=None)

@@ -114,6 +114,8 @@ def largest_eigenvalue_bound(matrix: Float[Array, "n n"], key: jax.Array) -> Flo
 
     Source: Zhou and Li, "Bounding the spectrum of large Hermitian matrices", 2011, section 2.
     """
+    if not jnp.issubdtype(matrix.dtype, jnp.inexact):
+        matrix = matrix.astype(jnp.result_type(float))
     size = matrix.shape[0]
     steps = min(LANCZOS_STEPS, size)
     start = jax.random.normal(key, (size,), matrix.dtype)

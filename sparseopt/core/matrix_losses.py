@@ -43,7 +43,7 @@ class MatrixLoss:
     def rows(self) -> NodeLoss:
         """The loss as a function of `z = A x`: `sum_i w_i f(z_i; b_i)`."""
         weights, target = self.weights, jnp.asarray(self.target)
-        if target.dtype == bool:
+        if not jnp.issubdtype(target.dtype, jnp.inexact):
             target = target.astype(jnp.result_type(float))
         if weights is not None:
             weights = jnp.reshape(weights, jnp.shape(weights) + (1,) * (target.ndim - jnp.ndim(weights)))

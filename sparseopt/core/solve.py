@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sparseopt.core.arguments import refuses_parameters
 from sparseopt.core.certify import is_convex
 from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.matrices import refuses_map, refuses_transpose
 from sparseopt.core.matrix_losses import MatrixLoss
-from sparseopt.core.penalty_names import RISING
+from sparseopt.core.penalties import L0
+from sparseopt.core.penalty_names import KNOWN
 from sparseopt.core.problem import Problem, Solution, Solver, refusal
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
@@ -164,12 +166,10 @@ def _refuses_data(problem: Problem) -> str | None:
         return reason
     if isinstance(problem.penalty, type):
         return f"a penalty is an object such as sparseopt.L1(10.0), given the class {problem.penalty.__name__}"
-    for name in ("weight", "group_weight", "ridge") if isinstance(problem.penalty, RISING) else ():
-        weight: Any = getattr(problem.penalty, name, None)
-        known = isinstance(weight, int | float | np.ndarray | jax.Array) and not isinstance(weight, jax.core.Tracer)
-        # By NumPy: under jit, JAX would trace even what is known.
-        if known and (least := np.min(np.asarray(weight), initial=0)) < 0:
-            return f"the penalty's {name} must not be negative, given {least}"
+    if isinstance(problem.penalty, KNOWN) and (reason := refuses_parameters(problem.penalty)):
+        return reason
+    if isinstance(problem.penalty, L0) and jnp.ndim(problem.penalty.weight):
+        return f"the weight of L0 is one number, given the shape {jnp.shape(problem.penalty.weight)}"
     return problem.loss.refuses() if isinstance(problem.loss, MatrixLoss) else None
 
 

@@ -36,8 +36,8 @@ def soft_threshold(x: FloatArray, threshold: Numbers) -> FloatArray:
 
     Source: Donoho and Johnstone, "Ideal spatial adaptation by wavelet shrinkage", 1994.
     """
-    # Not `x - clip(x)`, whose tie at a threshold of 0 changes the derivative in an entry.
-    return jnp.where(jnp.abs(x) <= threshold, 0, x - jnp.sign(x) * threshold)
+    # A threshold of 0 leaves x as it is, with a derivative of 1 also at 0.
+    return jnp.where((jnp.abs(x) <= threshold) & (jnp.asarray(threshold) > 0), 0, x - jnp.sign(x) * threshold)
 
 
 def infinite_unless(inside: BoolArray, x: FloatArray) -> FloatArray:

@@ -203,7 +203,8 @@ def _swept(sweep: Any) -> list[str]:
 
 def _task_of(task_class: type[Task], values: Settings, settings: Settings, allow_code: AllowCode) -> Task:
     resolved = copy.deepcopy(values)
-    for key, value in settings.items():
+    # A block before what is set inside it.
+    for key, value in sorted(settings.items(), key=lambda item: item[0].count(".")):
         _set_by_path(resolved, key, copy.deepcopy(value))
     return task_class.model_validate(resolved, context={"allow_code": allow_code})
 

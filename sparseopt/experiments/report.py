@@ -50,7 +50,10 @@ class Section:
         for name in self.columns:
             words = name.replace("_", " ")
             for heading, values in (
-                (words, [row.figures.get(name) for row in self.rows]),
+                (
+                    f"{words} (measured)" if words in self.labels() else words,
+                    [row.figures.get(name) for row in self.rows],
+                ),
                 (f"{words} (paper)", [row.paper.get(name) for row in self.rows]),
             ):
                 if any(value is not None for value in values):
@@ -192,10 +195,11 @@ def flat_rows(sections: Sequence[Section]) -> list[dict[str, Any]]:
         for row in section.rows:
             line: dict[str, Any] = {"experiment": section.name, **row.labels, "repeats": row.repeats}
             for name, value in row.figures.items():
+                column = f"{name}_measured" if name in row.labels else name
                 if isinstance(value, tuple):
-                    line[name], line[f"{name}_std"] = value
+                    line[column], line[f"{column}_std"] = value
                 elif isinstance(value, str | int | float | bool):
-                    line[name] = value
+                    line[column] = value
             line |= {f"{name}_paper": value for name, value in row.paper.items()}
             flat.append({**line, "folder": str(row.folder)})
     names = dict.fromkeys(name for line in flat for name in line)

@@ -226,9 +226,7 @@ class ShardedWriter:
                 f"{self.output} has {free:,} bytes free, the model needs {needed:,}; make room or choose another"
             )
 
-    def _convert(
-        self, key: str, value: np.ndarray | UnreadTensor, replaced: str | None
-    ) -> np.ndarray | UnreadTensor:
+    def _convert(self, key: str, value: np.ndarray | UnreadTensor, replaced: str | None) -> np.ndarray | UnreadTensor:
         if key not in self._expected or self._places.get(key, replaced) != replaced:
             raise ModelError(f"{key} is no tensor of this model, or was written already")
         if value.shape != self._expected[key]:
@@ -308,8 +306,8 @@ def pack_folder(source: str | Path, output: str | Path, *, observer: Observer | 
 def unpack_folder(source: str | Path, output: str | Path, *, observer: Observer | None = None) -> ShardedWriter:
     """Rewrite a packed model folder as a dense one that transformers loads; the reverse of `pack_folder`.
 
-    Its tensors are identical to those of the model that was packed. The other files of the folder are copied, those of a
-    pruning run, hidden files and folders left out.
+    Its tensors are identical to those of the model that was packed. The other files of the folder are copied; those of
+    a pruning run, hidden files and folders are left out.
 
     Raises:
         ModelError: before any work, if the source is not packed or corrupt or the output cannot be used; later if

@@ -132,8 +132,7 @@ def read_packed_header(file: Path) -> dict[str, StoredTensor | PackedTensor]:
         tensors.setdefault(name, entry)
     if problems:
         raise ModelError(
-            f"{file} is corrupt ({len(problems)} problems); copy it again or pack the model again:"
-            + bulleted(problems)
+            f"{file} is corrupt ({len(problems)} problems); copy it again or pack the model again:" + bulleted(problems)
         )
     return tensors
 

@@ -21,7 +21,8 @@ CARD = "README.md"
 CARRIED = ("language", "license", "license_name", "license_link")
 # Metadata are read up to this size; published ones have a hundredth of it.
 MOST = 64 * 1024
-# How a recipe's record begins that calibrated on arrays.
+# A text on this machine, as a recipe or a report names it.
+_LOCAL_TEXT = re.compile(r"\b(?:file|jsonl|csv|parquet|wikitext2):(.+)$")
 # What recipes write for calibrations that no command line can hold.
 TOKEN_IDS = "token ids of shape"
 _OBJECTS = re.compile(rf"{TOKEN_IDS}|\d+ documents$")
@@ -120,7 +121,9 @@ def command_of(report: PruneReport) -> str:
             # Sparsities are pairs.
             parts.append(",".join("=".join(map(str, e)) if isinstance(e, tuple | list) else str(e) for e in value))
         elif value is not True:
-            parts.append(without_folders(json.dumps(value) if isinstance(value, dict) else str(value)))
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            local = name == "masks" and Path(text).expanduser().exists()
+            parts.append(Path(text).name if local else without_folders(text))
     return shlex.join(parts)
 
 
@@ -131,8 +134,9 @@ def source_name(report: PruneReport) -> str:
 
 def without_folders(text: str) -> str:
     """A text such as `wikitext2:/data/text` with the last part of its path only; names and `file:a.txt` unchanged."""
-    kind, colon, path = text.rpartition(":")
-    return f"{kind}{colon}{Path(path).name}" if path.startswith(("/", "~", ".")) else text
+    if found := _LOCAL_TEXT.search(text):
+        return text[: found.start(1)] + Path(found[1]).name
+    return Path(text).name if text.startswith(("/", "~", ".")) else text
 
 
 def metadata_of(card: bytes) -> Mapping[str, str | list[str]]:

@@ -73,7 +73,7 @@ def choose_footprint(
         # What torch holds is not known; activations do not add to it.
         where = "disk"
         scratch = (len(plans) + 3) * FLOAT32 * (calibration.size + heldout.size) * model.config.hidden_size
-    output = [sum(output_bytes(plan.target, plan.recipe).values()) for plan in plans]
+    output = [_disk_bytes(plan) for plan in plans]
     _check_disks([plan.folder for plan in plans], output, scratch)
     return Footprint(where, memory, dict(parts), phase, budget, sum(output), scratch)
 
@@ -94,6 +94,14 @@ def _choose(
         raise BudgetError(_too_little(largest, what, instead))
     # The estimate may be wrong, and activations on disk are at least not swapped.
     return where, largest
+
+
+def _disk_bytes(plan: Plan) -> int:
+    """Of the output; the blocks that distillation trains lie beside those that they replace until the end."""
+    sizes = output_bytes(plan.target, plan.recipe)
+    outer = sum(sizes[key] for key in plan.target.outer_keys())
+    total = sum(sizes.values())
+    return total if plan.recipe.distillation is None else 2 * total - outer
 
 
 def _too_little(cost: Cost, what: str, instead: str) -> str:

@@ -22,7 +22,7 @@ from sparseopt.core.constraints import Support
 from sparseopt.core.dense import HIGHEST
 from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import Quadratic
-from sparseopt.core.patterns import Within
+from sparseopt.core.patterns import TopK, Within
 from sparseopt.core.problem import Problem, Status
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.types import pytree, static
@@ -248,7 +248,9 @@ def solve_layer(job: LayerJob, method: LayerMethod) -> LayerReport:
     energies = energies_of(change, dense, job.gram)
     nothing = Energies(jnp.float32(jnp.nan), jnp.float32(jnp.nan))
     test_energies = nothing if job.test_gram is None else energies_of(change, dense, job.test_gram)
-    finite = jnp.isfinite(energies.ratio) & jnp.all(jnp.isfinite(stored))
+    # Scores of NaN keep every weight, and these would be taken as they were.
+    solved = jnp.where(pruned.mask, pruned.values, 0)
+    finite = jnp.isfinite(energies.ratio) & jnp.all(jnp.isfinite(stored)) & jnp.all(jnp.isfinite(solved))
     return LayerReport(
         weight=stored,
         energies=energies,
@@ -317,9 +319,13 @@ def check_answer(report: LayerReport, method: LayerMethod, pattern: Pattern) -> 
     """
     status = Status(int(report.status))
     if status is Status.NONFINITE:
-        raise RuntimeError(f"the solve became non-finite: {status.advice}")
+        raise RuntimeError(
+            f"the solve became non-finite: {status.advice}; where inputs are linearly dependent, give a larger ridge"
+        )
     name, expected = type(method).__name__, pattern_count(pattern, report.weight.shape)
-    if int(report.kept) != expected and int(report.supported) == report.weight.size:
+    if isinstance(pattern, TopK):
+        expected = min(expected, int(report.supported))
+    if int(report.kept) != expected and (isinstance(pattern, TopK) or int(report.supported) == report.weight.size):
         raise RuntimeError(
             f"{name} kept {int(report.kept):,} of {report.weight.size:,} weights, the pattern {pattern} asks for "
             f"{expected:,}; its mask must have exactly the pattern's count, as `pattern.mask(score)` has"

@@ -277,6 +277,8 @@ def _mix(model: PrunableModel, search: Search, curves: Curves, order: list[Remov
     left = [[len(dense.blocks) - count, min(each.rise, LARGEST_RISE)] for count, each in enumerate(order, 1)]
     curves = curves | {"blocks": [*left[::-1], *curves["blocks"]]}
     best = best_mix(search, curves, [record.block for record in order])
+    if not math.isfinite(best.rise):
+        raise ModelError("no choice of channels, heads and blocks meets the budget: give a larger one")
     gone = order[: best.removed]
     blocks = tuple(block for block in dense.blocks if block not in {record.block for record in gone})
     sizes = replace(dense, channels=best.channels, kv_heads=best.groups, blocks=blocks)

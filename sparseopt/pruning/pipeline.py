@@ -251,7 +251,7 @@ def _run(
     seen = with_variants(model, windows, plans[0].recipe.variant_count, kind, runner, observer)
     return_freed_memory()
     stream, before = Stream(*embed_windows(model, kind, *seen[:2])), runner.seconds
-    plans = survey(model, plans, stream, windows, runner, observer)
+    plans = survey(model, plans, progress, stream, windows, runner, observer)
     plans = choose_shapes(model, plans, progress, stream, windows, kind, runner, observer)
     for found in progress:
         if found.shape is not None:

@@ -135,7 +135,12 @@ def shrink_plan(model: PrunableModel, plan: Plan, sizes: Sizes) -> Plan:
             shape = model.weight_shape(key)
             if name.endswith(HEADS) and sizes.kv_heads < dense.kv_heads:
                 patterns[key] = GroupTopK(sizes.kv_heads, shape[1] // dense.kv_heads)
-            elif name.endswith(CHANNELS) and sizes.channels < dense.channels == shape[1]:
+            # In a mixture the channels are those of the experts; blocks without any keep theirs.
+            elif (
+                name.endswith(CHANNELS)
+                and sizes.channels < dense.channels
+                and (dense.experts is None or ".experts." in name)
+            ):
                 patterns[key] = GroupTopK(sizes.channels)
     for shape, pattern in {model.weight_shape(key): pattern for key, pattern in patterns.items()}.items():
         check_method(plan.method, pattern, shape, reads_variances(plan.method))
@@ -340,7 +345,7 @@ def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: C
             why += "; the text has no more"
     inputs = _widest(model, [key for plan in plans for key in plan.patterns])
     variants = dataclasses.replace(recipe, samples=samples).variant_count
-    if (tokens := samples * (1 + variants) * seqlen) < inputs:
+    if (tokens := samples * (1 + variants) * seqlen) < inputs and any(plan.patterns for plan in plans):
         warning = (
             f"calibration has {tokens:,} tokens and the widest linear {inputs:,} inputs: its Gram matrix is "
             f"singular; {-(-inputs // seqlen)} windows of {seqlen} or more would do"

@@ -49,7 +49,7 @@ class LayerRecord(_Record):
         seconds: device time of the solve.
         compile_seconds: time compiling for it, 0 when the program was available.
         dead_inputs: inputs that were zero on every calibration token.
-        tokens: calibration tokens that reached it; of experts, those routed to it.
+        tokens: calibration tokens that it was pruned by; of experts usually those routed to it.
         starved: an expert with too few of them, pruned by magnitude; its errors are those of the weights then.
         output_blocks: into how many blocks of outputs the solve was split to fit in memory; 1 when it fitted whole.
         given_zeros: weights that had to be zero: those of the source with `keep_zeros`, and those of `masks`.
@@ -150,6 +150,19 @@ class RemovalRecord(_Record):
     loss: float
     rise: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class AllocationRecord(_Record):
+    """How a sparsity was distributed, known before the first block is pruned.
+
+    Attributes:
+        shares: the fraction of zeros of each linear that is pruned, by the name of its weight in the checkpoint.
+    """
+
+    kind = "allocation"
+
+    shares: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -43,14 +43,21 @@ from sparseopt.models.prunable import digest
 from sparseopt.models.safetensors_file import read_header
 from sparseopt.pruning.pass_recipe import PassRecipe, described
 from sparseopt.pruning.plan import Plan, shrink_plan
-from sparseopt.pruning.reports import BlockRecord, DistillationRecord, LayerRecord, PruneReport, ShapeRecord
+from sparseopt.pruning.reports import (
+    AllocationRecord,
+    BlockRecord,
+    DistillationRecord,
+    LayerRecord,
+    PruneReport,
+    ShapeRecord,
+)
 from sparseopt.pruning.texts import token_digest
 from sparseopt.system import processes, run_folder
 from sparseopt.system.machine import versions
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, differences, read_start
 
 # Another version may round differently, and a resumed run must give the result of an uninterrupted one, bit for bit.
-DECISIVE = ("sparseopt", "jax", "jaxlib", "numpy")
+DECISIVE = ("sparseopt", "jax", "jaxlib", "numpy", "scipy")
 # The packages that run the blocks, by the kind of model.
 FLAX_ROUTE, TORCH_ROUTE = ("flax",), ("torch", "transformers")
 TRAINING = ("optax",)
@@ -91,6 +98,7 @@ class Identity:
                     "recipe": recipe_identity(recipe),
                     **({} if recipe.masks is None else {"masks": self._masks_in(recipe.masks)}),
                     "versions": {name: found[name] for name in decisive if name in found},
+                    **({"x64": True} if jax.config.read("jax_enable_x64") else {}),
                     # The kind of a CPU repeats the platform's name.
                     "device": " ".join(dict.fromkeys((device.platform, device.device_kind, platform.machine()))),
                 }
@@ -173,7 +181,7 @@ def _holds_a_model(folder: Path, why: str = "") -> FolderError:
     return FolderError(f"the output folder {folder} is not empty (it holds a model); choose another or empty it{why}")
 
 
-Finished = ShapeRecord | LayerRecord | BlockRecord | DistillationRecord
+Finished = AllocationRecord | ShapeRecord | LayerRecord | BlockRecord | DistillationRecord
 KINDS: dict[str, type] = {each.kind: each for each in get_args(Finished)}
 
 
@@ -185,6 +193,7 @@ class Progress:
         blocks: of the model, those that are finished, from the first.
         layers: the records of their linears.
         trained: those of blocks that were trained.
+        allocation: of the zeros over the linears, once it is chosen.
         shape: the record of a smaller model's sizes, once they are chosen.
         distilled: that of the distillation, once it is finished.
         tags: of the shards that stay.
@@ -193,6 +202,7 @@ class Progress:
     blocks: int = 0
     layers: list[LayerRecord] = field(default_factory=list)
     trained: list[BlockRecord] = field(default_factory=list)
+    allocation: AllocationRecord | None = None
     shape: ShapeRecord | None = None
     distilled: DistillationRecord | None = None
     tags: list[str] = field(default_factory=list)
@@ -203,6 +213,8 @@ class Progress:
                 self.layers.append(record)
             case BlockRecord():
                 self.trained.append(record)
+            case AllocationRecord():
+                self.allocation = record
             case ShapeRecord():
                 self.shape = record
             case DistillationRecord():
@@ -215,6 +227,7 @@ class Progress:
     @property
     def records(self) -> list[Finished]:
         return [
+            *([self.allocation] if self.allocation else []),
             *([self.shape] if self.shape else []),
             *self.layers,
             *self.trained,
@@ -308,7 +321,7 @@ def _read_progress(model: PrunableModel, plan: Plan) -> Progress:
         return Progress()
     records, found = run_folder.read_records(plan.folder, _record_of)[0], Progress()
     for record in records:
-        if isinstance(record, ShapeRecord):
+        if isinstance(record, AllocationRecord | ShapeRecord):
             found.add(record)
     if not stored(OUTER_TAG) or (plan.sizes is not None and found.shape is None):
         return found

@@ -57,6 +57,8 @@ from sparseopt.pruning.evaluation import negative_log_likelihood
 from sparseopt.pruning.patterns import implied_sparsity, share_unit
 from sparseopt.pruning.plan import CalibrationWindows, Plan, layer_patterns
 from sparseopt.pruning.recipe import Recipe
+from sparseopt.pruning.reports import AllocationRecord
+from sparseopt.pruning.run_folder import Progress, keep_record
 from sparseopt.pruning.side_by_side import agreed
 
 # Calibration tokens taken at most for sensitivities and curves, and at least one window: both are means over tokens.
@@ -83,6 +85,7 @@ class Site:
 def survey(
     model: PrunableModel,
     plans: Sequence[Plan],
+    progress: Sequence[Progress],
     stream: Stream,
     windows: CalibrationWindows,
     runner: BlockRunner,
@@ -90,10 +93,12 @@ def survey(
 ) -> list[Plan]:
     """Measure what the recipes of one pass ask for, and return the plans with the patterns and output weights for it.
 
-    The stream is that of the windows before the first block.
+    An allocation is kept in the progress of its plan and in its folder: what it was chosen by may be other levels, or
+    other devices, when the run is resumed. The stream is that of the windows before the first block.
     """
     recipes = [plan.recipe for plan in plans]
-    by_curves = [plan for plan in plans if plan.recipe.allocation == "curves"]
+    open_plans = [plan for plan, found in zip(plans, progress, strict=True) if found.allocation is None]
+    by_curves = [plan for plan in open_plans if plan.recipe.allocation == "curves"]
     levels = _levels([recipe for plan in by_curves if isinstance(recipe := plan.recipe, Recipe)])
     curved = {key for plan in by_curves for key in plan.patterns}
     weights: dict[str, np.ndarray] = {}
@@ -113,7 +118,7 @@ def survey(
             if names:
                 curves |= {keys[name]: curve for name, curve in _curves(site, names, levels, runner).items()}
         weights, curves = agreed((weights, curves))
-    if any(recipe.allocation == "owl" for recipe in recipes):
+    if any(plan.recipe.allocation == "owl" for plan in open_plans):
         batches = stream.calibration
         for index in range(model.num_blocks):
             block = model.block(index)
@@ -121,11 +126,14 @@ def survey(
             batches = runner.forward(block, batches)
             told(index + 1, model.num_blocks)
     found = []
-    for plan in plans:
+    for plan, own in zip(plans, progress, strict=True):
         recipe, patterns = plan.recipe, plan.patterns
         if isinstance(recipe, Recipe) and recipe.allocation != "uniform" and recipe.sparsity is not None:
-            shares = _shares(model, plan, recipe, levels, curves, outliers)
-            patterns = layer_patterns(model, recipe, plan.method, shares)
+            if own.allocation is None:
+                shares = _shares(model, plan, recipe, levels, curves, outliers)
+                keep_record(plan.folder, own, AllocationRecord(shares))
+            assert own.allocation is not None
+            patterns = layer_patterns(model, recipe, plan.method, own.allocation.shares)
         own_weights = weights if recipe.output_weighting() == "gradient" else {}
         found.append(replace(plan, patterns=patterns, output_weights=own_weights))
     return found
@@ -154,7 +162,7 @@ def _curves(site: Site, names: Sequence[str], levels: np.ndarray, runner: BlockR
         sensitivity, inputs = site.sensitivity[name], grams[site.block.linears[name]]
         arguments: Any = (
             site.block.read(f"{name}.weight"),
-            inputs.gram / inputs.mass,
+            inputs.gram / jnp.where(inputs.mass > 0, inputs.mass, 1),  # of an expert that no token reaches 0
             sensitivity,
             output_weights(sensitivity),
             jnp.asarray(levels, jnp.float32),

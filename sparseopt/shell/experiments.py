@@ -181,7 +181,8 @@ def compare(
     from sparseopt.shell import show_experiments as shown
 
     allowed = permitted(allow_code, allow_package, Path.cwd())
-    names, shares, patterns = comparison.read_lists(methods, given.pop("sparsity") or "0.5", given.pop("pattern"))
+    usual = "0" if given["keep_zeros"] or given["masks"] else "0.5"
+    names, shares, patterns = comparison.read_lists(methods, given.pop("sparsity") or usual, given.pop("pattern"))
     runs = comparison.build(
         source,
         names,

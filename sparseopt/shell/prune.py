@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -56,20 +57,24 @@ def prune(
         title = f"{fields['method']} {', '.join(asked)}"
         if (pattern := fields["pattern"]) != "unstructured":
             title = f"{title} {pattern}"
-        for line in default_lines(recipes[0]):
+        for line in default_lines(recipes[0], asked=several is not None):
             console.say(line)
         code = run_pass(source, plans, output, title, memory, chosen)
     if code:
         raise typer.Exit(code)
 
 
-def default_lines(recipe: "Recipe") -> list[str]:
-    """The choices that a recipe leaves to their defaults, with what to know about each."""
+def default_lines(recipe: "Recipe", asked: bool) -> list[str]:
+    """The choices that a recipe leaves to their defaults, with what to know about each; `asked` for a sparsity."""
+    from sparseopt.pruning.patterns import implied_sparsity
+
     defaults = {
         "method": ("maiht", "best prunes better, since it also trains each block, and takes several times as long"),
         "sparsity": (0.5, "half of the weights of every linear"),
         "calibration": ("pydoc", "Python's documentation; text like that which the model will see is better"),
     }
+    if asked or implied_sparsity(recipe.pattern) is not None:
+        del defaults["sparsity"]
     return [f"default --{n} {value}: {why}" for n, (value, why) in defaults.items() if getattr(recipe, n) == value]
 
 
@@ -232,7 +237,8 @@ def evaluate(
             "zeros": zeros, "size": size, "sparsity": zeros / size, "layers": {a.layer: a.zeros for a in audits},
             **found_pattern,
         }  # fmt: skip
-        typer.echo(json.dumps(figures))
+        # JSON has no NaN and no infinity.
+        typer.echo(json.dumps({**figures, "perplexity": score if math.isfinite(score) else None}))
         return
     least, most = min(audits, key=lambda a: a.sparsity), max(audits, key=lambda a: a.sparsity)
     read = part_of_text(text, "evaluation", reading["split"])

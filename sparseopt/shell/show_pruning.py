@@ -196,7 +196,7 @@ def shape_lines(report: PruneReport, shape: ShapeRecord) -> list[str]:
         f"({shape.parameters / shape.dense_parameters:.1%}), {report.stored_bytes:,} of {shape.dense_bytes:,} bytes",
     ]
     if shape.rises:
-        lines.append(f"removing these blocks alone: loss {shape.rises[-1]:+.4f} nats a calibration token")
+        lines.append(f"removing these blocks alone: loss {shape.rises[-1]:+.4f} nats a token")
     return lines
 
 
@@ -269,7 +269,10 @@ def run_lines(report: PruneReport) -> list[str]:
     if report.survey_seconds:
         lines.append(f"survey of the dense model {report.survey_seconds:.1f} s")
     if dead:
-        lines.append(f"{dead} inputs were zero for all calibration tokens; their weights were pruned first")
+        lines.append(
+            f"{dead} inputs (a tap counts once for each linear) were zero for all calibration tokens; their weights "
+            "were pruned first"
+        )
     if given := sum(r.given_zeros for r in report.layers):
         line = f"{given:,} weights had to be zero ({given / sum(r.size for r in report.layers):.1%})"
         if kept := report.kept_masks:

@@ -180,7 +180,7 @@ def before_and_after(
 
     height, width = noisy.shape[:2]
     figure = Figure(figsize=(10, 5.4 * height / width + 0.4), layout="constrained")
-    top = float(np.iinfo(noisy.dtype).max) if noisy.dtype.kind in "ui" else max(float(noisy.max()), 1e-12)
+    top = float(np.iinfo(noisy.dtype).max) if noisy.dtype.kind in "ui" else max(float(np.nanmax(noisy)), 1e-12)
     for axes, image, caption in zip(figure.subplots(1, 2), (noisy, denoised), captions, strict=True):
         shown = np.clip(np.asarray(_drawable(image), np.float64) / top, 0, 1)
         axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.arguments import is_positive, real_array, require_memory, unknown, whole_number
+from sparseopt.core.arguments import is_positive, real_array, refuses_parameters, require_memory, unknown, whole_number
 from sparseopt.core.constraints import Box, Simplex
 from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.core.group_penalties import GroupL2, SparseGroup
 from sparseopt.core.patterns import RowTopK, TopK
-from sparseopt.core.penalties import L1, MCP, SCAD, Composite
-from sparseopt.core.penalty_names import RISING
+from sparseopt.core.penalties import L1, Composite
+from sparseopt.core.penalty_names import KNOWN, RISING
 from sparseopt.core.problem import Solution
 from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LossOfTwoSlopes, ScalarLoss
 from sparseopt.core.solvers.admm import Start
@@ -316,10 +316,8 @@ def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> N
             wrong = np.isnan(value) if isinstance(penalty, Box) else ~np.isfinite(value)
             if np.any(wrong):
                 raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
-    if isinstance(penalty, MCP) and not np.all(real_array("the gamma of MCP", penalty.gamma) > 0):
-        raise ValueError(f"MCP flattens out at gamma times its weight: gamma is positive, given {penalty}")
-    if isinstance(penalty, SCAD) and not np.all(real_array("the a of SCAD", penalty.a) > 2):
-        raise ValueError(f"SCAD is defined for a > 2, given {penalty}")
+    if isinstance(penalty, KNOWN) and (reason := refuses_parameters(penalty)):
+        raise ValueError(reason)
     if not hasattr(penalty, "weight"):
         return
     weight = np.asarray(real_array("the penalty's weight", penalty.weight), np.float64)
@@ -333,7 +331,7 @@ def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> N
             f"the weight of L1 is one number, or one for each of the {rows} rows of graph.matrix(order + 1), "
             f"given the shape {weight.shape}"
         )
-    if weight.min(initial=0) < 0:
+    if weight.min(initial=0) < 0:  # of a penalty of the user's
         raise ValueError(f"the penalty's weight must not be negative, given {weight.min()}")
     require_representable(weight, kind)
 

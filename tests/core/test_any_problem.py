@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.optimize import linprog
 
 import sparseopt as so
 from sparseopt.core.certify import certificate
@@ -43,6 +44,37 @@ LABELS = (TARGET > 0).astype(float)
 def behind(solver, penalty=None):
     """A problem for the solver: with an operator where it takes one."""
     return dataclasses.replace(LASSO if solver is APG else FUSED, **({"penalty": penalty} if penalty else {}))
+
+
+def test_a_gap_found_far_from_the_answer_is_no_bound_later():
+    """Where x is still far too short, what a dual point lacks of its equation is charged too little for what follows.
+
+    An ill-conditioned matrix, against a linear program.
+    """
+    rng, (rows, columns), weight = np.random.default_rng(5), (64, 48), 30.0
+    left = np.linalg.qr(rng.standard_normal((rows, columns)))[0]
+    right = np.linalg.qr(rng.standard_normal((columns, columns)))[0]
+    matrix = (left * 10.0 ** np.linspace(0, -6, columns)) @ right.T
+    target = matrix @ np.repeat(rng.standard_normal(6) * 50, 8) + 1e-3 * rng.standard_normal(rows)
+    differences = np.diff(np.eye(columns), axis=0)
+    # Over x, and bounds on the absolute residuals and on the absolute differences.
+    residual, difference = -np.eye(rows), -np.eye(columns - 1)
+    no_residual, no_difference = np.zeros((columns - 1, rows)), np.zeros((rows, columns - 1))
+    stacked = np.block(
+        [
+            *([sign * matrix, residual, no_difference] for sign in (1, -1)),
+            *([sign * differences, no_residual, difference] for sign in (1, -1)),
+        ]
+    )
+    sides = np.r_[target, -target, np.zeros(2 * (columns - 1))]
+    costs = np.r_[np.zeros(columns), np.ones(rows), np.full(columns - 1, weight)]
+    free = [(None, None)] * columns + [(0, None)] * (rows + columns - 1)
+    optimum = linprog(costs, stacked, sides, bounds=free).fun
+    problem = so.Problem(so.Composed(so.AbsoluteLoss(), matrix, target), so.L1(weight), differences)
+    found = so.solve(problem, PD, tol=1e-4, max_steps=1000)
+    above = float(found.objective) / optimum - 1
+    assert above > 1e-2
+    assert not float(found.gap) < above
 
 
 @pytest.mark.parametrize("solver", often([APG, ADMM, PD], APG), ids=lambda solver: type(solver).__name__)
@@ -262,5 +294,5 @@ def test_a_dual_just_outside_its_domain_costs_no_more_than_its_rounding_error():
     assert jnp.sum(dual == 0) > 10
     outside = jnp.where(dual == 0, 1e-18 * problem.loss.target, dual)
     for s in (dual, outside):
-        _, gap = jax.jit(certificate)(problem, x, image, s, -problem.loss.pull(s))
+        gap = jax.jit(certificate)(problem, x, image, s, -problem.loss.pull(s))[1]
         assert 0 <= gap <= 1e-11

@@ -383,6 +383,18 @@ def gradient(name, kind=np.float64, tol=0.0, alone=False):
     return jax.device_get(jax.jit(jax.grad(total))(numbers)), covector
 
 
+def test_where_the_solver_moves_the_level_the_derivative_is_that_at_its_last_one():
+    """The two largest entries stay, and only they follow the centre."""
+    center, hessian = jnp.array([3.0, 0.4, -2.0, 0.3]), jnp.diag(jnp.array([1.0, 2.0, 1.5, 1.0]))
+
+    def value(center):
+        problem = so.Problem(so.Quadratic(hessian, center), so.L0(1e-4))
+        return so.solve(problem, so.Maiht(target_sparsity=0.5), center, tol=-1, max_steps=60).value
+
+    np.testing.assert_allclose(value(center), [3, 0, -2, 0], atol=1e-5)
+    np.testing.assert_allclose(jax.jacfwd(value)(center), np.diag([1.0, 0, 1, 0]), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", often(KINDS, *KEPT_BACKWARD))
 def test_backward_derivatives_are_the_transposes_of_forward_ones(name):
     at, (leaves, covector) = found(name), gradient(name)

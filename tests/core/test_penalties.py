@@ -118,6 +118,14 @@ def test_the_prox_has_finite_gradients_at_zero_entries_and_slices(penalty, rng):
             assert all(np.isfinite(gradient).all() for gradient in gradients(point, step))
 
 
+@pytest.mark.parametrize("penalty", [so.L1(0.0), so.GroupL2(0.0), so.SparseGroup(0.0, 0.0)], ids=repr)
+def test_without_a_weight_the_prox_is_the_identity_with_its_derivative_also_at_zero(penalty):
+    point = jnp.array([[0.0, 0.0], [3.0, 0.0]])
+    np.testing.assert_array_equal(penalty.prox(point, 1.0), point)
+    jacobian = jax.jacfwd(lambda x: penalty.prox(x, 1.0))(point)
+    np.testing.assert_array_equal(jacobian.reshape(4, 4), np.eye(4))
+
+
 def test_prox_keeps_shape_and_dtype(penalty, rng):
     for dtype in (jnp.float32, jnp.bfloat16):
         answer = Jitted(penalty).prox(rng.standard_normal(SHAPE).astype(dtype), 0.5)

@@ -76,6 +76,7 @@ def test_arrays_of_other_kinds_of_numbers_are_solved_in_one_that_holds_all(rng):
     for problem, start in (
         (so.Problem(so.Quadratic(jnp.eye(3), jnp.asarray(center)), so.L1(0.5)), None),
         (so.Problem(so.LeastSquares(np.eye(3), center), so.L1(np.full(3, 0.5))), np.zeros(3, int)),
+        (so.Problem(so.Quadratic(np.eye(3, dtype=int), center), so.L1(0.5)), None),
     ):
         np.testing.assert_allclose(so.solve(problem, x0=start).value, wanted, atol=1e-6)
     labels, matrix = rng.integers(0, 2, 8), rng.standard_normal((8, 2))
@@ -104,6 +105,19 @@ def test_arrays_of_other_kinds_of_numbers_are_solved_in_one_that_holds_all(rng):
             lambda: so.Problem(so.Quadratic(jnp.eye(2), jnp.ones(2)), so.L1(-1.0)),
             "must not be negative, given -1",
         ),
+        *(
+            (lambda penalty=penalty: so.Problem(so.Quadratic(jnp.eye(2), jnp.ones(2)), penalty), text)
+            for penalty, text in (
+                (so.Nonnegative(-5.0), "weight must not be negative, given -5"),
+                (so.ElasticNet(0.3, -0.5), "ridge must not be negative, given -0.5"),
+                (so.MCP(0.3, -1.0), "the gamma of MCP must be above 0, given -1"),
+                (so.SCAD(0.3, 1.0), "the a of SCAD must be above 2, given 1"),
+                (so.LogSum(0.3, 0.0), "the eps of LogSum must be above 0"),
+                (so.Simplex(-1.0), "the radius of Simplex must be above 0"),
+                (so.Box(2.0, np.array([3.0, -1.0])), "the bounds of Box must be low <= high"),
+                (so.L0(np.ones(2)), r"the weight of L0 is one number, given the shape \(2,\)"),
+            )
+        ),
         (lambda: so.Problem(so.Quadratic(jnp.eye(3), jnp.ones(2)), so.L1(1.0)), r"a hessian of shape \(2, 2\), given"),
         (lambda: so.Problem(so.Quadratic(np.diag([1.0, -1.1]), np.ones(2)), so.L1(1.0)), "eigenvalue -1.1"),
         (lambda: so.Problem(so.Quadratic(np.triu(np.ones((2, 2))), np.ones(2)), so.L1(1.0)), "a symmetric hessian"),
@@ -112,6 +126,26 @@ def test_arrays_of_other_kinds_of_numbers_are_solved_in_one_that_holds_all(rng):
 def test_what_is_no_problem_is_refused(make, text):
     with pytest.raises(ValueError, match=text):
         so.solve(make())
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        (so.AbsoluteLoss(), np.int32),
+        (so.HuberLoss(0.5), np.int32),
+        (so.LogisticLoss(), np.uint8),
+        (so.PoissonLoss(), np.uint8),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_targets_of_whole_numbers_are_those_of_floats(rng, loss, kind):
+    matrix, counts = rng.standard_normal((12, 3)).astype(np.float32), rng.integers(0, 2, 12)
+    whole, floats = (
+        so.solve(so.Problem(so.Composed(loss, matrix, counts.astype(k)), so.L1(0.3)), tol=1e-4)
+        for k in (kind, np.float32)
+    )
+    assert so.Status(int(whole.status)) is so.Status.CONVERGED
+    np.testing.assert_array_equal(whole.value, floats.value)
 
 
 def test_known_weights_may_be_arrays_of_jax_under_jit():

@@ -159,6 +159,13 @@ def test_a_grid_takes_all_combinations_and_a_list_those_given(write):
     assert all(len(run.subfolder.parts) == 2 for run in runs)
 
 
+def test_a_block_is_set_before_what_is_set_inside_it():
+    """In whatever order a sweep names them."""
+    grid = {"penalty.weight": [1, 2], "penalty": [{"name": "mcp", "weight": 5}]}
+    runs = expand({"name": "x", "task": "denoise", "picture": {"name": "camera", "size": 32}, "sweep": {"grid": grid}})
+    assert [run.task.penalty.build() for run in runs] == [so.MCP(1), so.MCP(2)]
+
+
 def test_runs_that_differ_only_inside_a_named_block_have_names_of_their_own():
     scales = [{"penalty": {"name": "l1", "weight": weight}} for weight in (1, 10)]
     config = {"name": "x", "task": "denoise", "sweep": {"list": [*scales, {"penalty": {"name": "l0", "weight": 1}}]}}

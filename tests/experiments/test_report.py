@@ -1,6 +1,7 @@
 """Reports: rows with their spread, the paper's figures and ours, the same numbers in every format."""
 
 import csv
+import dataclasses
 
 import pyarrow.parquet as pq
 import pytest
@@ -38,6 +39,16 @@ def test_rows_hold_settings_means_spreads_and_the_papers_figures(runs):
     headings, cells = section.table()
     assert headings == ["scale", "value", "value (paper)"]
     assert cells == [["1", "1.5 ± 1.1", ""], ["2", "3 ± 2.2", "7.5"]]
+
+
+def test_a_figure_with_the_name_of_a_setting_stands_beside_it(runs):
+    (section,) = gather([runs], ["tests"])
+    rows = [dataclasses.replace(row, labels={"value": 10.0 * i}) for i, row in enumerate(section.rows)]
+    section = dataclasses.replace(section, rows=rows)
+    headings, cells = section.table()
+    assert headings == ["value", "value (measured)", "value (paper)"]
+    assert [line[0] for line in cells] == ["0", "10"]
+    assert [(line["value"], line["value_measured"]) for line in flat_rows([section])] == [(0.0, 1.5), (10.0, 3.0)]
 
 
 def test_runs_of_one_name_are_told_apart_by_what_differs(runs, tmp_path):

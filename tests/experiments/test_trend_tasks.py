@@ -2,16 +2,21 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from sparseopt.core.iterate import iterate
+from sparseopt.core.penalties import L1
 from sparseopt.experiments.config import load_config
 from sparseopt.experiments.report import gather, write_report
 from sparseopt.experiments.runs import check_all, plan, run_all
 from sparseopt.experiments.task import FinishedRun, Task
-from sparseopt.experiments.task_denoise import Denoise
+from sparseopt.experiments.task_denoise import Denoise, timed_fit
 from sparseopt.experiments.task_graph import GraphSignal, count_levels
+from sparseopt.trend import plan as plan_module
+from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from tests.tiers import often
 
@@ -27,6 +32,20 @@ def finish(task: Task, folder: Path) -> FinishedRun:
     assert len(set(units)) == len(units)
     records = [{"unit": key, **task.run_unit(key, folder, lambda *_: None)} for key in units]
     return FinishedRun(folder, task, records)
+
+
+def test_what_runs_before_the_clock_has_the_program_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, graph, traces = np.random.default_rng(0).normal(size=(9, 11)), Graph.grid((9, 11)), []
+
+    def traced(*arguments: Any, **options: Any) -> Any:
+        traces.append(1)
+        return iterate(*arguments, **options)
+
+    monkeypatch.setattr(plan_module, "iterate", traced)
+    timed_fit(
+        lambda limit: trend_filter(y, graph, L1(1.0), 0, "doge", tol=1e-9, max_steps=limit), 500, lambda *_: None, "fit"
+    )
+    assert len(traces) == 1
 
 
 def test_denoise_recovers_a_picture_in_the_precision_asked_for(tmp_path: Path) -> None:

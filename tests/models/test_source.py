@@ -115,7 +115,9 @@ def test_a_second_copy_of_a_tied_head_is_left_and_what_the_decoder_lacks_passes_
 def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path, tensors: dict) -> None:
     """transformers would use the stored head."""
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
-    with pytest.raises(ModelError, match=r"stores lm_head.weight and model.embed_tokens.weight, which differ, .* false"):
+    with pytest.raises(
+        ModelError, match=r"stores lm_head.weight and model.embed_tokens.weight, which differ, .* false"
+    ):
         open_model(write_folder(tmp_path, tiny_config(), tensors))
 
 

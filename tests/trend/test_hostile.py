@@ -151,9 +151,15 @@ LEVELS = {"0": [0.0], "-1": [-1.0], "NaN": [NAN], "inf": [INF], "none": [], "a n
 bad("penalty weight", "weights are", ["trend_path", "cross_validate"], LEVELS, "weights")
 bad("penalty weight", "real numbers", ["trend_path"], {"text": ["1"], "complex": [1j]}, "weights")
 bad("penalty", "`value` and `prox`", ["trend_filter"], {"a number": 10.0, "None": None, "a class": so.L1}, "penalty")
-bad("penalty", "gamma is positive", ["trend_filter", "trend_path"], {"MCP 0": so.MCP(1.0, 0.0)}, "penalty")
-bad("penalty", "gamma is positive", ["trend_filter", "reweighted"], {"MCP -1": so.MCP(1.0, -1.0)}, "penalty")
-bad("penalty", "a > 2", ["trend_filter", "trend_path", "reweighted"], {"SCAD 2": so.SCAD(1.0, 2.0)}, "penalty")
+bad("penalty", "gamma of MCP must be above 0", ["trend_filter", "trend_path"], {"MCP 0": so.MCP(1.0, 0.0)}, "penalty")
+bad("penalty", "gamma of MCP must be above 0", ["trend_filter", "reweighted"], {"MCP -1": so.MCP(1.0, -1.0)}, "penalty")
+bad(
+    "penalty",
+    "the a of SCAD must be above 2",
+    ["trend_filter", "trend_path", "reweighted"],
+    {"SCAD 2": so.SCAD(1.0, 2.0)},
+    "penalty",
+)
 bad("penalty", "must be finite", ["trend_filter", "reweighted"], {"MCP NaN": so.MCP(1.0, NAN)}, "penalty")
 bad("penalty", "of its own", ["trend_filter"], {"TotalVariation": so.TotalVariation(CHAIN, 0.5)}, "penalty")
 bad("penalty", "couples the channels", ["trend_filter"], {"GroupL2": so.GroupL2(1.0)}, "penalty")

@@ -1,3 +1,4 @@
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -135,3 +136,11 @@ def test_a_picture_of_any_number_of_channels_is_drawn(tmp_path, rng, channels):
     image = rng.integers(0, 255, (8, 8, channels), dtype=np.uint8)
     before_and_after(image, image, tmp_path / "shown.png")
     assert (tmp_path / "shown.png").stat().st_size > 0
+
+
+def test_a_pixel_that_is_not_known_leaves_the_others_on_the_picture(tmp_path, rng):
+    image = rng.uniform(0, 255, (8, 8))
+    image[0, 0] = np.nan
+    before_and_after(image, image, tmp_path / "shown.png")
+    shown = matplotlib.image.imread(tmp_path / "shown.png")[..., :3]
+    assert np.mean(shown.min(axis=2) < 0.99) > 0.5

@@ -224,3 +224,9 @@ def test_what_needs_more_memory_than_there_is_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="a history of max_steps=1,000,000 steps takes"):
         so.trend_filter(y, graph, so.L1(1.0), history=True, max_steps=10**6)
     assert so.noise_level(y, graph) > 0
+
+
+def test_the_unit_of_the_spacing_does_not_matter(rng):
+    y = rng.standard_normal((12, 10))
+    levels = [so.noise_level(y, so.Graph.grid(y.shape, spacing=(h, 2 * h)), order=3) for h in (1e-7, 1.0, 1e7)]
+    np.testing.assert_allclose(levels, levels[1], rtol=1e-9)

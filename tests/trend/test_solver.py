@@ -1,6 +1,7 @@
 """`so.trend_solver`: plan once, call often, under jit, vmap and grad."""
 
 import ast
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -148,11 +149,20 @@ def test_what_does_not_fit_is_said(call, text, monkeypatch):
 @pytest.mark.thorough
 @pytest.mark.parametrize("order", [0, 1])
 def test_the_literal_form_is_found_by_its_name_and_ends_where_the_fused_form_does(rng, order):
-    for graph in (GRAPHS["grid"], GRAPHS["graph"]):
+    for graph in (GRAPHS["grid"], GRAPHS["graph"], dataclasses.replace(GRAPHS["grid"], spacing=(1.0, 3.0))):
         y = signal(rng)
         one, other = (so.trend_filter(y, graph, so.L1(0.5), order, name, tol=1e-9) for name in ("doge", "doge_groups"))
         np.testing.assert_allclose(one.value, other.value, atol=1e-3)
         assert other.gap <= 1e-9
+
+
+def test_a_start_of_a_larger_weight_is_no_certificate_by_itself():
+    """Its dual lies outside the ball of the smaller weight, and no step brings it inside."""
+    solver, y = so.trend_solver(so.Graph.chain(6), order=0, method="doge"), np.r_[0.1, -0.1, 0, 5.1, 4.9, 5]
+    found = solver(y, so.L1(0.05), max_steps=0, start=solver(y, so.L1(3.0)))
+    optimum = float(solver(y, so.L1(0.05), tol=1e-6).objective)
+    assert int(found.steps) == 0
+    assert float(found.gap) >= float(found.objective) / optimum - 1 > 1
 
 
 def test_the_walk_from_a_call_to_its_loop_is_short(rng, monkeypatch):

@@ -113,7 +113,8 @@ class PrimalDualState:
     residual: Any
     objective: Any
     gap: Any
-    bound: Any  # the best lower bound on the optimum so far
+    bound: Any  # the best D so far
+    missing: Any  # the length of what its dual pair's equation lacks
     next_certificate: Any
     progress: Any
 
@@ -193,6 +194,7 @@ class PrimalDual:
             objective=objective.astype(x.dtype),
             gap=far * jnp.nan,
             bound=-far,
+            missing=jnp.zeros_like(far),
             next_certificate=jnp.zeros((), x.dtype),
             progress=Progress(far, zero),
         )
@@ -255,8 +257,9 @@ class PrimalDual:
         limits = jnp.finfo(x.dtype)
         due = state.steps >= state.next_certificate
         gap = objective = jnp.full_like(state.residual, jnp.inf)
+        found = missing = gap * jnp.nan
         if has_conjugate(penalty):
-            objective, gap = certificate(
+            objective, gap, found, missing = certificate(
                 problem,
                 x,
                 loss.image(x) if plain else at.images[0],
@@ -266,9 +269,12 @@ class PrimalDual:
                 due=due,
                 most_steps=LEAST_SOLVE + state.steps // SOLVE_SHARE,
             )
-        # A bound on the optimum holds for every x, but the difference of two numbers is known less accurately.
-        found = jnp.where(due & jnp.isfinite(gap), objective / (1 + gap), -jnp.inf)
-        bound = jnp.maximum(state.bound, found)
+        # An earlier D counts too, less what its pair lacks times the length of this x: early ones are far too short.
+        reach = 2 * jnp.sqrt(total(x * x))
+        better = due & (found - reach * missing > state.bound - reach * state.missing)
+        found, missing = jnp.where(better, found, state.bound), jnp.where(better, missing, state.missing)
+        bound = found - reach * missing
+        # The difference of two numbers is known less accurately than a slack.
         slack = jnp.maximum(objective - bound, 4 * limits.eps * objective)
         earlier = jnp.where(bound > 0, slack / jnp.maximum(bound, limits.tiny), jnp.inf)
         residual = jnp.where(due, jnp.minimum(gap, earlier), earlier)
@@ -288,7 +294,8 @@ class PrimalDual:
         return dataclasses.replace(
             state,
             next_certificate=jnp.where(due, CERTIFICATE_GROWTH * state.steps, state.next_certificate),
-            bound=bound,
+            bound=found,
+            missing=missing,
             residual=residual,
             gap=gap,
             objective=jnp.minimum(objective, limits.max),

@@ -64,7 +64,7 @@ class MaihtPruning:
             undershoot = jnp.where(sparsity > 0.35, *self.undershoot)
             target = sparsity - undershoot
             first = jnp.where(sparsity > 0.35, 0.95, jnp.where(sparsity < 0.15, 0.99, 0.97))
-            penalty = self._first_penalty(layer.center, support, first, step)
+            penalty = self._first_penalty(layer, support, first, step)
         solver = Maiht(step, target, self.monitor, "support")
         found = iterate(Problem(loss, penalty), solver, layer.center, tol=self.rest, max_steps=self.max_steps)
         mask = _exact_mask(found.value, layer, pattern)
@@ -73,11 +73,14 @@ class MaihtPruning:
             solver=ProximalGradient(step) if self.refit == "gradient" else None,
         )  # fmt: skip
 
-    def _first_penalty(self, center: Array, support: Array | None, share: Array, step: Array) -> Any:
-        """The penalty at the level whose threshold keeps this share of the support's entries of |center|."""
-        kept: Any = center.size
-        if support is not None:
-            center, kept = jnp.where(support, center, 0), jnp.sum(support, dtype=jnp.int32)
+    def _first_penalty(self, layer: ScaledLayer, support: Array | None, share: Array, step: Array) -> Any:
+        """The penalty at the level whose threshold keeps this share of |center|.
+
+        Zeros, dead inputs and what is off the support do not count: a level of 0 would stay 0.
+        """
+        usable = (layer.center != 0) & (layer.scale[:, None] > 0)
+        usable = usable if support is None else usable & support
+        center, kept = jnp.where(usable, layer.center, 0), count_nonzero(usable)
         if self.penalty is None:
             threshold = kth_largest(jnp.abs(center), (share * kept).astype(jnp.int32) + 1)
             penalty: Any = L0(threshold**2 / (2 * step))

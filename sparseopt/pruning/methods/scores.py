@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from sparseopt.core.patterns import GroupTopK, RowTopK, TopK, without_support
 from sparseopt.core.problem import Status
-from sparseopt.core.thresholds import among, top_k_mask
+from sparseopt.core.thresholds import among, count_nonzero, top_k_mask
 from sparseopt.core.types import pytree
 from sparseopt.pruning.layer import DEAD_SCALE, Pruned, ScaledLayer, ranking_scale
 from sparseopt.pruning.patterns import Pattern
@@ -42,9 +42,12 @@ class Wanda:
         if not isinstance(plain, TopK):
             return _dense_values(layer, pattern.mask(score))
         if support is not None:
-            # An output with fewer weights in the support than its share keeps all of them.
+            # An output with fewer weights in the support than its share keeps all of them; the rest of its share goes
+            # to the best others.
             restricted = dataclasses.replace(layer, center=among(support, score))
-            return _dense_values(layer, self(restricted, plain).mask & support)
+            mask = self(restricted, plain).mask & support
+            more = top_k_mask(among(support & ~mask, score), plain.k - count_nonzero(mask))
+            return _dense_values(layer, (mask | more) & support)
         each, left = plain.k // score.shape[1], plain.k % score.shape[1]
         mask = RowTopK(each).mask(score)
         following = RowTopK(each + 1).mask(score) & ~mask

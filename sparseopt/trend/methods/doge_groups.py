@@ -50,7 +50,7 @@ class LiteralDoge:
     def plan(self, job: Job) -> GroupsPlan:
         """The groups of rows as padded tables, if these and the copies fit in memory: a hub makes them wide."""
         # Given edges that are those of a grid have the layout of the grid.
-        graph = job.graph if job.graph.shape is None else Graph.grid(job.graph.shape)
+        graph = job.graph if job.graph.shape is None else Graph.grid(job.graph.shape, job.graph.spacing)
         kind, block = job.dtype, job.order + 1 if job.block is None else job.block
         cosines = graph.shape is not None and not job.weighted and block <= job.order
         key = (self.name, job.order, block, cosines, kind.name, bool(job.channels))
