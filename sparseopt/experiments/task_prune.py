@@ -14,7 +14,6 @@ from sparseopt.experiments.task_model import BUNDLED, MethodConfig, ModelTask, m
 from sparseopt.models import PrunableModel
 from sparseopt.pruning import PruneReport, Recipe, audit_sparsity, prune_model
 from sparseopt.pruning.options import Option
-from sparseopt.pruning.patterns import check_pattern
 from sparseopt.pruning.recipe import OPTIONS
 
 # Of a whole SmolLM2-135M at 50 %, on two cores, with survey and reconstruction; other methods take a few seconds.
@@ -52,7 +51,7 @@ class Prune(_Settings, ModelTask):
     @model_validator(mode="after")
     def _pattern_is_possible(self) -> "Prune":
         try:
-            check_pattern(self.pattern, self.recipe().sparsity)
+            self.recipe().check_pattern()
         except ValueError as error:
             raise Mistakes([("pattern", str(error))]) from error
         return self

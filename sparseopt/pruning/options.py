@@ -1,5 +1,6 @@
 """Floor 6: options: fields of a frozen dataclass that know their help, their values and what is wrong with one."""
 
+import math
 import textwrap
 import typing
 from collections.abc import Callable, Collection, Iterable
@@ -47,7 +48,9 @@ class Option:
 
     def mistake(self, value: Any) -> str | None:
         """Why a value cannot be used, as far as that shows without the other options; None where it can."""
-        if (value is None and self.allows_none) or (self.objects and not isinstance(value, str | int)):
+        if value is None and self.allows_none:
+            return None
+        if self.objects and not isinstance(value, str | int | None):
             return None
         if self.choices:
             return None if value in self.choices else unknown(self.name, value, self.choices)
@@ -55,6 +58,8 @@ class Option:
             expected, name = _KINDS.get(kind, (object, ""))
             if not isinstance(value, expected) or (isinstance(value, bool) and kind in (int, float)):
                 return f"{self.name} must be {name}, given {value!r}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{self.name} must be finite, given {value}"
         if self.most is not None or self.below is not None:
             top, end = (self.most, "]") if self.below is None else (self.below, ")")
             if not (self.least <= value <= top and value != self.below):

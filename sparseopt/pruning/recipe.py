@@ -118,6 +118,10 @@ class Recipe(PassRecipe):
         """Whether curves choose the linears that have the n:m pattern; the others stay dense."""
         return self.allocation == "curves" and implied_sparsity(self.pattern) is not None
 
+    def check_pattern(self) -> None:
+        """Raise a ValueError for an unknown pattern, or one that contradicts the sparsity."""
+        check_pattern(self.pattern, implied_sparsity(self.pattern) if self.chooses_linears else self.sparsity)
+
     def find_method(self) -> LayerMethod:
         return find_method(self.method, self.preset, self.penalty, self.ridge, self.pattern)
 
@@ -153,7 +157,7 @@ class Recipe(PassRecipe):
                 )
 
         def shared() -> None:
-            check_pattern(self.pattern, implied_sparsity(self.pattern) if self.chooses_linears else self.sparsity)
+            self.check_pattern()
 
         return (
             (("pattern",), permuted),

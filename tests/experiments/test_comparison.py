@@ -283,6 +283,11 @@ def test_mistakes_in_the_lists_are_named_together(lists, expected):
         comparison.build("elsewhere", *comparison.read_lists(*lists))
 
 
+def test_with_curves_an_n_m_pattern_has_a_cell_for_each_sparsity():
+    runs = comparison.build("elsewhere", ["wanda"], [0.3, 0.4], ["2:4"], allocation="curves")
+    assert [run.settings.get("sparsity") for run in runs] == [None, 0.3, 0.4]
+
+
 def test_the_peak_of_memory_begins_anew_with_each_cell():
     ballast = np.ones(50_000_000)
     before = peak_memory_bytes()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import open_model
-from sparseopt.pruning import Recipe, Stopped, audit_pattern, audit_sparsity, prune_layer, prune_model
+from sparseopt.pruning import Recipe, Stopped, audit_pattern, audit_sparsity, prune_layer, prune_model, prune_models
 from sparseopt.pruning.allocation import (
     ROWS,
     allocate_curves,
@@ -245,6 +245,21 @@ def test_a_whole_model_has_the_total_and_every_linear_its_bounds(tmp_path, rng, 
     if allocation == "owl":
         blocks = np.array([a.sparsity for a in audits]).reshape(3, 7)
         assert np.ptp(blocks, axis=1).max() < 0.05
+
+
+def test_a_pass_of_several_recipes_goes_on_one_by_one_with_what_was_allocated(tmp_path, rng):
+    """Levels of sparsity are those of all recipes of a pass, so curves of one alone are slightly different."""
+    source = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
+    tokens = rng.integers(0, len(VOCAB), (8, 12)).astype(np.int32)
+    recipes = [Recipe(sparsity=s, allocation="curves", method="wanda", calibration=tokens) for s in (0.4, 0.75)]
+    folders = [(recipe, tmp_path / f"{recipe.sparsity}") for recipe in recipes]
+    with pytest.raises(Stopped):
+        prune_models(source, folders, stop=lambda: True)
+    resumed = [prune_model(source, folder, recipe) for recipe, folder in folders]
+    together = prune_models(source, [(recipe, tmp_path / f"whole {recipe.sparsity}") for recipe in recipes])
+    for one, other in zip(resumed, together, strict=True):
+        assert one.resumed_blocks == 1
+        assert [record.zeros for record in one.layers] == [record.zeros for record in other.layers]
 
 
 def test_curves_take_from_linears_that_the_loss_does_not_see(tmp_path, rng):

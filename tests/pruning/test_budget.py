@@ -151,6 +151,11 @@ def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source
     assert whole.output_bytes == 2 * sum(
         info.dtype.itemsize * np.prod(info.shape) for info in model.source.tensors.values()
     )
+    # What is trained at the end lies beside what it replaces.
+    trained = make_plan(model, dataclasses.replace(recipe, distil=1), tmp_path / "trained")
+    found = choose_footprint(model, [trained], tokens[:5], tokens[5:]).output_bytes
+    outer = [model.source.tensors[key] for key in model.outer_keys()]
+    assert found == whole.output_bytes - sum(info.dtype.itemsize * np.prod(info.shape) for info in outer)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=whole.output_bytes - 1))
     with pytest.raises(BudgetError, match=r"the disk of .* has .* free, the run needs .*make room"):
         prune_models(source, plans)

@@ -136,9 +136,16 @@ def test_the_command_leaves_out_what_no_command_can_hold(pruned):
     assert "--calibration" not in command_of(replace(pruned, recipe=recipe))
 
 
-def test_only_last_parts_of_paths_are_told():
+def test_only_last_parts_of_paths_are_told(pruned, tmp_path):
+    assert "--masks pruned-before" not in command_of(
+        replace(pruned, recipe=pruned.recipe | {"masks": "lab/pruned-before"})
+    )
+    (tmp_path / "pruned-before").mkdir()
+    recipe = pruned.recipe | {"masks": str(tmp_path / "pruned-before")}
+    assert "--masks pruned-before" in command_of(replace(pruned, recipe=recipe))
     assert without_folders("wikitext2:/home/someone/wikitext") == "wikitext2:wikitext"
     assert without_folders("the first half of file:~/notes.txt") == "the first half of file:notes.txt"
+    assert without_folders("jsonl:customers/of/a:b/x.jsonl") == "jsonl:x.jsonl"
     assert without_folders("hf:lab/data/config") == "hf:lab/data/config"
     assert without_folders("token ids of shape [7, 24]") == "token ids of shape [7, 24]"
     assert np.all([without_folders(text) == text for text in ("0.5", "2:4", "block:4x4")])

@@ -180,6 +180,20 @@ def test_an_expert_without_tokens_is_starved_whatever_the_setting(tmp_path, sour
     assert not report.starved_experts
 
 
+@pytest.mark.thorough
+def test_curves_take_most_from_experts_without_tokens(tmp_path, source, tokens):
+    """Nothing that the loss sees changes with them, and without tokens there is no mean over tokens."""
+    alike = np.full_like(tokens, tokens[0, 0])
+    recipe = Recipe(method="magnitude", calibration=alike, sparsity=0.5, allocation="curves", bounds=(0.3, 0.65))
+    report = prune_model(source, tmp_path / "out", recipe)
+    shares = {".experts." in r.layer and not r.tokens: [] for r in report.layers}
+    for r in report.layers:
+        shares[".experts." in r.layer and not r.tokens].append(r.zeros / r.size)
+    assert shares[True]
+    np.testing.assert_allclose(shares[True], 0.65, atol=0.01)
+    assert min(shares[False]) < 0.6
+
+
 def test_all_tokens_are_refused_where_no_expert_would_see_them(tmp_path, source, tokens, rng):
     dense = write_folder(tmp_path / "dense", tiny_config(), random_tensors(tiny_config(), rng))
     recipe = Recipe(calibration=tokens, expert_tokens="all")

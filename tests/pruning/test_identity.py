@@ -184,7 +184,7 @@ def test_the_versions_of_what_computes_count_and_no_others(model, tokens, monkey
         monkeypatch.setattr(run_folder, "versions", lambda name=name: found | {name: "2.0"})
         if asked.of(recipe) != before:
             counted.add(name)
-    assert counted == {"sparseopt", "jax", "jaxlib", "numpy"} | decisive
+    assert counted == {"sparseopt", "jax", "jaxlib", "numpy", "scipy"} | decisive
 
 
 def test_the_kind_of_gpu_counts(model, tokens, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.pruning import LayerJob, MaihtPruning, Pruned, prune_layer, solve_layer
+from sparseopt.pruning import LayerJob, MaihtPruning, Pruned, SparseGpt, prune_layer, solve_layer
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import parse_pattern
 from tests.experiments.toy import CappedL1
@@ -161,6 +161,22 @@ def test_unchanged_weights_keep_their_value_where_the_dtype_is_wider_than_the_so
     np.testing.assert_array_equal(found, np.where(found == 0, 0, weight))
     with pytest.raises(ValueError, match="must be of a float dtype, given complex128"):
         prune_layer(weight.astype(complex), gram, 0.5)
+
+
+def test_exact_zeros_among_the_weights_do_not_stop_maiht(rng):
+    """As in a model that was quantised or pruned before: close to zero they give the same answer."""
+    weight, gram, _ = make_layer(rng)
+    zero = rng.random(weight.shape) < 0.12
+    exact = prune_layer(np.where(zero, 0, weight), gram, 0.5)
+    nearly = prune_layer(np.where(zero, 1e-4 * weight, weight), gram, 0.5)
+    assert int(exact.steps) > 5
+    assert float(exact.relative_error) < 1.02 * float(nearly.relative_error)
+
+
+def test_a_solve_that_a_singular_gram_made_nan_is_told_as_that(rng):
+    weight, gram, _ = make_layer(rng)
+    with pytest.raises(RuntimeError, match=r"non-finite.*a larger ridge"):
+        prune_layer(weight, np.ones_like(gram), 0.5, method=SparseGpt(ridge=0.0))
 
 
 def test_one_compile_a_shape_whatever_the_values_and_the_sparsity(rng):

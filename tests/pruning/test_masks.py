@@ -77,6 +77,15 @@ def test_every_method_chooses_within_the_support(layer, method, pattern):
         assert kept.sum() == pytest.approx(0.75 * support.sum(), rel=0.1)
 
 
+def test_wanda_spends_what_outputs_with_little_support_leave(layer):
+    weight, gram, _ = layer
+    rng = np.random.default_rng(1)
+    support = rng.random(weight.shape) < np.linspace(0.15, 1, len(weight))[:, None]
+    for sparsity in (0.5, 0.3):
+        kept = np.count_nonzero(prune_layer(weight, gram, sparsity, method="wanda", support=support).weight)
+        assert kept == min(round((1 - sparsity) * weight.size), support.sum())
+
+
 @pytest.mark.parametrize("penalty", [None, pytest.param(so.L1(1.0), marks=pytest.mark.thorough)], ids=["l0", "l1"])
 def test_a_support_of_all_weights_changes_nothing_for_maiht(layer, penalty):
     """Also within a support the level is adapted, rather than the pattern projected onto."""

@@ -20,7 +20,7 @@ from sparseopt.pruning import (
     token_time,
 )
 from sparseopt.pruning.calibration import tapped
-from sparseopt.pruning.mixing import Costs, Search, best_mix, interpolated, parameter_costs
+from sparseopt.pruning.mixing import Costs, Search, _mix, best_mix, interpolated, parameter_costs
 from sparseopt.pruning.shrinking import parameters_of
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_resumption import Broken, breaking_at
@@ -151,6 +151,14 @@ def test_the_best_mix_is_that_of_all_which_fit():
         assert tuple(found[1:]) == min(sums, key=sums.get)
         assert found.rise == pytest.approx(min(sums.values()))
     assert best_mix(dataclasses.replace(search, budget=10.0), curves, order).rise == np.inf
+
+
+def test_a_budget_that_no_choice_meets_is_told(model):
+    costs = Costs(50.0, np.full(3, 10.0), np.ones(3), np.ones(3))
+    search = Search(None, ShrinkRecipe(parameters=0.5), costs, 10.0, [32, 64], [1, 2], 0)
+    curves = {"channels": [[32, 1.0], [64, 0.0]], "heads": [[1, 1.0], [2, 0.0]], "blocks": [[3, 0.0]]}
+    with pytest.raises(ModelError, match="no choice of channels, heads and blocks meets the budget"):
+        _mix(model, search, curves, [])
 
 
 def test_a_curve_passes_through_what_was_measured_and_falls_between():

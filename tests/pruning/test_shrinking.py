@@ -327,6 +327,17 @@ def test_what_cannot_be_is_refused_before_any_work(tmp_path, source, tokens, fie
     assert not (tmp_path / "out").exists()
 
 
+def test_blocks_without_experts_keep_their_width_also_where_it_is_that_of_an_expert(tmp_path, rng, tokens):
+    config = tiny_config(
+        model_type="qwen3_moe", num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+        intermediate_size=64, mlp_only_layers=[0], decoder_sparse_step=1, norm_topk_prob=True, head_dim=8,
+    )  # fmt: skip
+    model = open_model(write_folder(tmp_path, config, random_tensors(config, rng)))
+    plan = make_plan(model, recipe(tokens, channels=0.5), Path("out"))
+    assert {key.split(".")[2] for key in plan.patterns} == {"1"}
+    assert plan.target.weight_shape("model.layers.0.mlp.down_proj.weight") == (32, 64)
+
+
 def test_shares_that_a_family_or_torch_cannot_have_are_refused(tmp_path, source, tokens):
     write_golden(FOLDER / "olmo2.npz", tmp_path / "olmo2")
     with pytest.raises(ModelError, match=r"heads 0.5 would keep 1 of 2 key-value groups; give 1 for 2"):

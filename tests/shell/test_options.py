@@ -146,7 +146,7 @@ def test_the_other_commands_need_nothing_of_the_pruner():
         ({"bos": None}, "unknown bos None; known are auto, yes, no"),
         ({"propagate": 1.5}, r"propagate must lie in \[0, 1\], given 1.5"),
         ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\), given 1.0"),
-        ({"ridge": float("nan")}, "ridge must be at least 0, given nan"),
+        ({"ridge": float("nan")}, "ridge must be finite, given nan"),
         ({"seqlen": 1}, "seqlen must be at least 2, given 1"),
         ({"seed": 3}, "seed is for windows 'random', and windows is 'spread'; leave the seed out"),
         ({"windows": "spread", "calibration": np.ones((6, 8), int)}, "windows is for text"),
