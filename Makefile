@@ -21,6 +21,9 @@ OTHERS := slow and not oracle and not package and not notebooks and not accelera
 
 .PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core clean
 
+# Two installations in one environment at the same time would break it.
+.NOTPARALLEL:
+
 help: ## Show this list. Benchmarks (bench-...) print JSON lines.
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -105,7 +108,7 @@ lint: $(VENV)/.installed-test ## ruff and mypy.
 	$(BIN)/mypy
 
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-demo ## Slow tests, and those that need DATA and TRUTH folders.
-	SPARSEOPT_WIKITEXT2=$(DATA) SPARSEOPT_TRUTH=$(TRUTH) $(BIN)/python -m pytest -m slow -rs
+	SPARSEOPT_WIKITEXT2='$(DATA)' SPARSEOPT_TRUTH='$(TRUTH)' $(BIN)/python -m pytest -m slow -rs
 
 test-oracle: $(VENV)/.installed-oracle ## Comparisons with torch and transformers (installs torch).
 	$(BIN)/python -m pytest -n 2 -m oracle
@@ -118,7 +121,7 @@ test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty envi
 
 # Fully compiled for the accelerators, and never from a cache: a kept program says neither its time nor its memory.
 test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H100 that need not be there, and check the programs (an hour); RECORD=file of what is compiled already.
-	$(if $(RECORD),SPARSEOPT_ACCELERATOR_RECORD=$(abspath $(RECORD))) JAX_PLATFORMS=cpu SPARSEOPT_TEST_COMPILE=full JAX_ENABLE_COMPILATION_CACHE=false \
+	$(if $(RECORD),SPARSEOPT_ACCELERATOR_RECORD='$(abspath $(RECORD))') JAX_PLATFORMS=cpu SPARSEOPT_TEST_COMPILE=full JAX_ENABLE_COMPILATION_CACHE=false \
 		XLA_FLAGS=--xla_force_host_platform_device_count=8 \
 		$(VENV)-accelerators/bin/python -m pytest -n 0 -m accelerators -rs tests/accelerators
 
@@ -145,7 +148,7 @@ golden: $(VENV)/.installed-oracle ## Recreate the golden files with torch and tr
 	$(BIN)/python -m tests.oracle.make_golden
 
 bench-prune: $(VENV)/.installed-demo ## Benchmark of pruning; DATA=folder with WikiText-2 parquet files.
-	$(BIN)/python benchmarks/bench_prune.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/bench_prune.py $(if $(DATA),--data '$(DATA)')
 
 bench-memory: $(VENV)/.installed-test ## Peak memory of pruning against the number of blocks.
 	$(BIN)/python benchmarks/bench_memory.py
@@ -154,32 +157,32 @@ bench-scaling: $(VENV)/.installed-demo ## Both solvers on several processes and 
 	$(BIN)/python benchmarks/bench_scaling.py $(if $(ONLY),--only $(ONLY))
 
 bench-gpu: $(VENV)/.installed-demo ## Both solvers on a GPU or TPU; skipped if JAX finds none; RECORD=file.
-	$(BIN)/python benchmarks/bench_gpu.py $(if $(RECORD),--record $(RECORD))
+	$(BIN)/python benchmarks/bench_gpu.py $(if $(RECORD),--record '$(RECORD)')
 
 bench-accelerators: $(VENV)-accelerators/.installed ## The table of programs for accelerators that need not be there (days for all); ONLY='text ...', RECORD=file.
-	$(VENV)-accelerators/bin/python benchmarks/bench_accelerators.py $(if $(ONLY),--only $(ONLY)) $(if $(RECORD),--record $(RECORD))
+	$(VENV)-accelerators/bin/python benchmarks/bench_accelerators.py $(if $(ONLY),--only $(ONLY)) $(if $(RECORD),--record '$(RECORD)')
 
 bench-reliability: $(VENV)/.installed-fuzz ## Killed runs, a memory budget, bad inputs, fuzzing (about an hour); ONLY=kills,budget,inputs,fuzz.
 	$(BIN)/python benchmarks/bench_reliability.py $(if $(ONLY),--only $(ONLY))
 
 bench-quality: $(VENV)/.installed-oracle $(if $(filter gemma3-270m,$(MODEL)),$(VENV)/.installed-gemma) ## All methods and recipe changes (hours; installs torch); DATA=folder, MODEL=smollm2|gemma3-270m, ONLY, METHODS, SETTINGS, TEXTS, DRAWS, RECORD=file.
-	$(BIN)/python benchmarks/bench_quality.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) \
-		$(if $(ONLY),--only $(ONLY)) $(if $(METHODS),--methods '$(METHODS)') $(if $(SETTINGS),--settings $(SETTINGS)) \
-		$(if $(TEXTS),--texts $(TEXTS)) $(if $(DRAWS),--draws $(DRAWS)) $(if $(RECORD),--record $(RECORD))
+	$(BIN)/python benchmarks/bench_quality.py $(if $(DATA),--data '$(DATA)') $(if $(MODEL),--model '$(MODEL)') \
+		$(if $(ONLY),--only $(ONLY)) $(if $(METHODS),--methods '$(METHODS)') $(if $(SETTINGS),--settings '$(SETTINGS)') \
+		$(if $(TEXTS),--texts '$(TEXTS)') $(if $(DRAWS),--draws '$(DRAWS)') $(if $(RECORD),--record '$(RECORD)')
 
 bench-precision: $(VENV)/.installed-demo ## What products of fewer bits cost, emulated; DATA=folder, METHODS=..., RECORD=file.
-	$(BIN)/python benchmarks/bench_precision.py $(if $(DATA),--data $(DATA)) $(if $(METHODS),--methods '$(METHODS)') \
-		$(if $(RECORD),--record $(RECORD))
+	$(BIN)/python benchmarks/bench_precision.py $(if $(DATA),--data '$(DATA)') $(if $(METHODS),--methods '$(METHODS)') \
+		$(if $(RECORD),--record '$(RECORD)')
 
 bench-shrink: $(VENV)/.installed-demo ## Smaller dense models (an hour); DATA=folder, ONLY=sizes,methods,windows.
-	$(BIN)/python benchmarks/bench_shrink.py $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python benchmarks/bench_shrink.py $(if $(DATA),--data '$(DATA)') $(if $(ONLY),--only $(ONLY))
 
 bench-runtime: $(VENV)/.installed-demo $(VENV)-runtimes/.installed ## Dense and smaller models in torch, OpenVINO, ONNX Runtime, llama.cpp; DATA=folder, ONLY=a runtime,..., MODELS=NAME=FOLDER ...
 	$(BIN)/python benchmarks/bench_runtime.py --python $(VENV)-runtimes/bin/python \
-		$(if $(DATA),--data $(DATA)) $(if $(ONLY),--only '$(ONLY)') $(MODELS:%=--model %)
+		$(if $(DATA),--data '$(DATA)') $(if $(ONLY),--only '$(ONLY)') $(MODELS:%=--made '%')
 
 bench-trend: $(VENV)/.installed-demo ## Benchmark of the trend filter; TRUTH=folder with certified problems.
-	$(BIN)/python benchmarks/bench_trend.py $(if $(TRUTH),--truth $(TRUTH))
+	$(BIN)/python benchmarks/bench_trend.py $(if $(TRUTH),--truth '$(TRUTH)')
 
 bench-trend-selection: $(VENV)/.installed-demo ## Errors at the weight that each rule chooses (about 20 minutes).
 	$(BIN)/python benchmarks/bench_trend_selection.py
@@ -189,10 +192,10 @@ bench-trend-sizes: $(VENV)/.installed-demo ## Seconds and bytes up to sixteen mi
 
 bench-trend-peers: $(VENV)/.installed-peers ## The trend filter and public solvers (hours); TRUTH, REFERENCES, ONLY.
 	$(BIN)/python benchmarks/bench_trend_peers.py \
-		$(if $(TRUTH),--truth $(TRUTH)) $(if $(REFERENCES),--references $(REFERENCES)) $(if $(ONLY),--only $(ONLY))
+		$(if $(TRUTH),--truth '$(TRUTH)') $(if $(REFERENCES),--references '$(REFERENCES)') $(if $(ONLY),--only $(ONLY))
 
 bench-trend-batch: $(VENV)/.installed-peers ## Gradients, batches and calls of a planned trend filter (about 3 minutes); ONLY, PEER_PYTHON=a Python with fastprox.
-	$(BIN)/python benchmarks/bench_trend_batch.py $(if $(ONLY),--only $(ONLY)) $(if $(PEER_PYTHON),--python $(PEER_PYTHON))
+	$(BIN)/python benchmarks/bench_trend_batch.py $(if $(ONLY),--only $(ONLY)) $(if $(PEER_PYTHON),--python '$(PEER_PYTHON)')
 
 bench-core: $(VENV)/.installed-core-peers ## The core and public solvers, one core (about an hour); ONLY=lasso-dense,tv-deblurring,...
 	$(BIN)/python benchmarks/bench_core.py $(if $(ONLY),--only $(ONLY))

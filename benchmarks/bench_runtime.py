@@ -326,7 +326,10 @@ def main() -> None:
         "--python", type=Path, default=Path(sys.executable), help="interpreter with the extra runtimes; default: this"
     )
     parser.add_argument(
-        "--model", type=named_folder, action="append", help="NAME=FOLDER; repeat for more models, the first is dense"
+        "--made",
+        type=named_folder,
+        action="append",
+        help="NAME=FOLDER of a model in place of those made here; repeat for more, the first is dense",
     )
     parser.add_argument("--only", type=names_of(KINDS), default=list(KINDS), help=f"comma-separated: {','.join(KINDS)}")
     parser.add_argument("--rounds", type=int, default=3)
@@ -338,8 +341,8 @@ def main() -> None:
     source, data = model_and_text(options, "bench_runtime")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        if options.model:
-            models = [Model(name, given) for name, given in options.model]
+        if options.made:
+            models = [Model(name, given) for name, given in options.made]
         else:
             models = make_models(source, data, place)
         dense = open_source(models[0].folder)

@@ -94,11 +94,13 @@ def killed_runs(place: Path, kills: int, seed: int = 0) -> dict[str, Any]:
         try:
             process.wait(rng.uniform(0.1, 1.0) * seconds * max(left, 0.4))
         except subprocess.TimeoutExpired:
+            # The pass begins when the run holds its folder.
+            lock = broken / "run.lock"
+            within += lock.is_file() and f"process {process.pid} " in lock.read_text()
             process.send_signal(signal.SIGKILL)
             process.wait()
             done += 1
             after = finished_blocks(broken)
-            within += bool(after)
             lost += not before <= after
             if not (broken / "summary.json").is_file():
                 continue

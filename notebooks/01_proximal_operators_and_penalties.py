@@ -338,9 +338,8 @@ print(f"tomography: {so.Status(int(fit.status)).name} after {int(fit.steps)} ste
 assert fit.gap <= 1e-3
 
 # %% [markdown]
-# The matrices are SciPy's. We name the solver: `so.PrimalDual` needs only products with the two matrices, which is
-# faster here than the inverse used by the solver that would be chosen. The **gap** is a certificate: no picture has an
-# objective that is lower by more than this fraction.
+# The matrices are SciPy's. `so.chosen_solver` takes `so.PrimalDual` here, which needs only products with the two
+# matrices. The **gap** is a certificate: no picture has an objective that is lower by more than this fraction.
 #
 # ### Choose the weight by its gradient
 #

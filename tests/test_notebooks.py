@@ -21,6 +21,7 @@ PROMISES = {
     "01": [
         r"no grid point beats the prox: L1, L0, MCP, γ = 3, SCAD",
         r"from lasso +objective .*, 12 of 12 true ones",
+        r"chosen: PrimalDual",
         r"tomography: CONVERGED after \d+ steps, gap \de-0[4-9]",
     ],
     "02": [

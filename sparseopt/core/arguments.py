@@ -92,9 +92,11 @@ def refuses_parameters(penalty: Any) -> str | None:
 
 
 def _known_numbers(penalty: Any) -> Iterator[tuple[str, np.ndarray]]:
-    for name, value in vars(penalty).items():
-        # By NumPy: under jit, JAX would trace even what is known.
-        if isinstance(value, int | float | np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
+    for name in (*_LEAST, *_ABOVE, "low", "high"):
+        value = getattr(penalty, name, None)
+        known = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+        if known and not isinstance(value, jax.core.Tracer):
+            # By NumPy: under jit, JAX would trace even what is known.
             number = np.asarray(value)
-            if number.dtype.kind in "biuf":
-                yield name, number
+            if jax.numpy.issubdtype(number.dtype, jax.numpy.number):
+                yield name, number.astype(np.float64)

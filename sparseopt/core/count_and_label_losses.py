@@ -91,8 +91,9 @@ class PoissonLoss:
         return (y + np.exp(fit)) / 2
 
     def span(self, y: np.ndarray) -> tuple[float, float]:
-        """The logarithms of the counts, with 1/2 for 0."""
-        return float(np.log(max(y.min(), 0.5))), float(np.log(max(y.max(), 0.5)))
+        """The logarithms of the counts or rates, with half the smallest other one for 0, or 1/2 if there is none."""
+        seen = y[y > 0] if (y > 0).any() else np.ones(1)
+        return float(np.log(seen.min() / (1 if y.min() > 0 else 2))), float(np.log(seen.max()))
 
 
 @pytree

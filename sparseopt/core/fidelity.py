@@ -56,10 +56,14 @@ class _AtNodes:
         return x if self.weights is None else self.weights * x
 
     def _total_slack(self, slack: FloatArray, x: FloatArray, q: FloatArray) -> Float[Array, ""]:
-        """The sum of `slack`, with `q x - min(q low, q high)` at missing nodes, where the conjugate is the box's."""
+        """The sum of `slack`, with `q x - min(q low, q high)` at missing nodes, where the conjugate is the box's.
+
+        Where x lies outside the box, the box reaches to it: no term may be negative and cancel others.
+        """
         if self.weights is None:
             return total(slack)
-        return total(jnp.where(self.weights > 0, slack, q * x - jnp.minimum(q * self.low, q * self.high)))
+        low, high = jnp.minimum(self.low, x), jnp.maximum(self.high, x)
+        return total(jnp.where(self.weights > 0, slack, q * x - jnp.minimum(q * low, q * high)))
 
 
 @pytree

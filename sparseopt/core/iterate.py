@@ -87,8 +87,11 @@ def _iterate(
     step = solver.prox_step(problem, state) if hasattr(solver, "prox_step") else getattr(state, "step_size", None)
     found = Found(loss_dual, dual, step)
     if getattr(solver, "target_sparsity", None) is not None:
-        # The answer is a fixed point at the level that the solver chose, not at the problem's.
-        given = dataclasses.replace(given, penalty=jax.lax.stop_gradient(state.penalty))
+        # The answer is a fixed point at the level that the solver chose: the problem's times a factor that stays.
+        weight = jnp.asarray(problem.penalty.weight)
+        factor = jnp.where(weight == 0, 1, state.penalty.weight / jnp.where(weight == 0, 1, weight))
+        level = dataclasses.replace(given.penalty, weight=given.penalty.weight * jax.lax.stop_gradient(factor))
+        given = dataclasses.replace(given, penalty=level)
     if (memory := getattr(state, "prox_memory", None)) is not None and isinstance(problem.penalty, Composite):
         dual = problem.penalty.dual(memory)
         given, found = unfolded(given, value), found._replace(dual=dual, step_size=None)

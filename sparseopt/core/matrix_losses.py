@@ -44,7 +44,9 @@ class MatrixLoss:
         """The loss as a function of `z = A x`: `sum_i w_i f(z_i; b_i)`."""
         weights, target = self.weights, jnp.asarray(self.target)
         if not jnp.issubdtype(target.dtype, jnp.inexact):
-            target = target.astype(jnp.result_type(float))
+            # Not wider than x, whose dtype is that of the arrays of floats.
+            floats = [leaf.dtype for leaf in jax.tree.leaves(self.matrix) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+            target = target.astype(jnp.result_type(*floats) if floats else jnp.float32)
         if weights is not None:
             weights = jnp.reshape(weights, jnp.shape(weights) + (1,) * (target.ndim - jnp.ndim(weights)))
         # Where a weight is 0 so is the dual, and the box [0, 0] loses nothing.

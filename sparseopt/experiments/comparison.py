@@ -93,8 +93,8 @@ def build(
     """The runs of a comparison: the dense model, then every method with every pattern and share, in this order.
 
     A method is a name in `METHODS`, `maiht:paper` for a preset, or the path of your own. An n:m pattern has its own
-    sparsity and makes one cell. `common` are settings of the task `prune` that all cells share; a ridge goes to the
-    methods that have one.
+    sparsity and makes one cell, unless `allocation` is "curves". `common` are settings of the task `prune` that all
+    cells share; a ridge goes to the methods that have one.
 
     Raises:
         ConfigError: listing all settings that cannot be used, with the nearest known name.
@@ -153,14 +153,21 @@ def prepare(runs: Sequence[Run], output: Path) -> list[Planned]:
 
 
 def _check_folder(planned: Sequence[Planned], output: Path) -> None:
-    wanted = fingerprint(planned[0].run.task)
+    # The dense model, which comes first, reads no calibration text.
+    wanted = fingerprint(planned[min(1, len(planned) - 1)].run.task)
     mistakes: dict[str, None] = {}
     for folder in cell_folders(output):
         found = read_start(folder)["fingerprint"]
         here = _common(wanted)
+        # The others are those of the dense cell, which is in every comparison.
+        read = {"calibration", "masks"} & found["inputs"].keys() & wanted["inputs"].keys()
         if not _takes_ridge(found["settings"]["method"]):
             here["ridge"] = None
-        mistakes |= dict.fromkeys(differences(_common(found), here))
+        there, here = (
+            common | {f"inputs.{name}": own["inputs"][name] for name in read}
+            for common, own in ((_common(found), found), (here, wanted))
+        )
+        mistakes |= dict.fromkeys(differences(there, here))
     if mistakes:
         raise ValueError(
             "\n  ".join((
@@ -218,7 +225,15 @@ def tabulate(
             task, figures = tasks[folder], {"error": " ".join(errors[folder].split())}
             sparsity = task.recipe().sparsity
         else:
-            finished = load_run(folder, allow_code)
+            try:
+                finished = load_run(folder, allow_code)
+            except ValueError as error:
+                if folder in tasks:
+                    raise
+                # Of an earlier call: what this one has computed is told all the same.
+                unknown = {"method": folder.name, "pattern": None, "sparsity": None}
+                rows.append(Row(unknown, {"error": " ".join(str(error).split())}, {}, 1, folder))
+                continue
             runs.append(finished)
             task, figures = finished.task, _figures(finished)
             sparsity = finished.records[0]["sparsity"]

@@ -245,7 +245,14 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
         run_folder.append_record(folder, records[key])
         observer(key, len(records), len(keys))
     finished = FinishedRun(folder, task, [records[key] for key in keys])
-    draw(type(task), [finished], folder, task.title or task.name)
+    try:
+        draw(type(task), [finished], folder, task.title or task.name)
+    except Exception as error:
+        if processes.count() > 1:
+            raise
+        text = f"drawing: {type(error).__name__}: {error}"
+        write_whole(folder / FAILURE, text + "\n")
+        return Outcome(folder, len(missing), text, tuple(torn))
     summary = {
         "name": task.name,
         "id": run.id,

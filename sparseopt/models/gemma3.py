@@ -34,7 +34,9 @@ def _read_kinds(config: Config) -> tuple[BlockKind, ...]:
 def read_text_config(config: Config) -> DecoderConfig:
     """The configuration of a text model, also of one beside an image encoder."""
     config = _DEFAULTS | dict(config)
-    refuse_unless(config, {"attn_logit_softcapping": (None,)})  # transformers reads it and does not use it
+    # transformers does not cap the scores of Gemma 3, whatever the field says; other programs do.
+    refuse_unless(config, {"attn_logit_softcapping": (None,)})
+
     return read_gemma(config, _read_kinds(config), None, None, qk_norm="head")
 
 

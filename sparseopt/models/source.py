@@ -109,8 +109,13 @@ def open_source(path: str | Path) -> Source:
     Raises:
         ModelError: if there is no usable model, saying what was found and what to do, or a file is corrupt.
     """
-    asked, path = str(path), Path(path).expanduser()
-    if path.is_dir():
+    asked, path = str(path), Path(path)
+    try:
+        path = path.expanduser()
+        found = path.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"no model at {asked[:200]}: {error}") from error
+    if found:
         return FolderSource(path)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return GGUFSource(path)

@@ -49,7 +49,6 @@ class StreamedModel(PrunableModel):
             [f"{key} {list(shape)}" for key, shape in self._expected.items() if key not in source.tensors],
             lambda key: self.family.allows(key, self.config),
         )
-        self._check_tied_head()
 
     def embedding(self, rows: Int[np.ndarray, "rows"] | None = None) -> Embedding:
         whole = self._reader("embed_tokens")
@@ -76,6 +75,7 @@ class StreamedModel(PrunableModel):
 
     def head(self) -> Head:
         """Read the final norm and the projection to logits; a tied head reads the embedding's matrix."""
+        self._check_tied_head()
         return build_part(Head, self.config, read=self._reader("head"))
 
     def block_keys(self, index: int) -> dict[str, str]:
@@ -99,6 +99,7 @@ class StreamedModel(PrunableModel):
         return bool(keys.transposed) and key in self._expected and keys.transposes(keys.to_path(key))
 
     def decoder(self) -> Decoder:
+        self._check_tied_head()
         embedding, stored = self.embedding(), self._reader("head")
 
         def read(path: str, shape: tuple[int, ...]) -> jax.Array:
@@ -147,6 +148,10 @@ class StreamedModel(PrunableModel):
             start += len(piece)
         return on_device(value)
 
+    def check_finite(self) -> str:
+        self._check_tied_head()
+        return super().check_finite()
+
     def _check_tied_head(self) -> None:
         """Refuse a head that is stored, and tied, but not equal to the embedding: transformers would not tie it."""
         head, embedding = map(self.family.keys.to_key, ("head.lm_head.weight", "embed_tokens.weight"))
@@ -154,7 +159,7 @@ class StreamedModel(PrunableModel):
             return
         kinds = {(info.shape, info.dtype) for info in map(self.source.tensors.__getitem__, (head, embedding))}
         pairs = zip(self.source.pieces(head), self.source.pieces(embedding), strict=False)
-        if len(kinds) > 1 or not all(np.array_equal(*pair) for pair in pairs):
+        if len(kinds) > 1 or not all(one.tobytes() == other.tobytes() for one, other in pairs):
             raise ModelError(
                 f"{self.source.path} stores {head} and {embedding}, which differ, but its configuration ties them: set "
                 "tie_word_embeddings to false in config.json if the head was trained by itself, else remove the head"

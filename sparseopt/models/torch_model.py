@@ -138,6 +138,10 @@ class TorchModel(PrunableModel):
     def writes_input(self) -> bool:
         return self._findings.writes_input
 
+    def exported_keys(self) -> list[str]:
+        """All checkpoint names but those of buffers, which hold no weight."""
+        return [key for key in self.source.tensors if key in self._names or not self._skeleton.computes(key)]
+
     def embedding(self, rows: Int[np.ndarray, "rows"] | None = None) -> Callable[[Array], Array]:
         outer = self._outer()
 

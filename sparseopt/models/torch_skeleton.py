@@ -20,6 +20,8 @@ from sparseopt.models.rope import max_positions
 from sparseopt.models.source import Source
 from sparseopt.models.torch_bridge import torch_device
 
+# What attention hid scores with, which old checkpoints of GPT-J and GPT-Neo hold: -1e9, beyond float16.
+OLD_MASKS = r".*\.attn\.(attention\.)?masked_bias"
 # Tensors by their names in the module.
 Tensors = dict[str, Any]
 
@@ -109,10 +111,14 @@ class Skeleton:
 
     def ignores(self, key: str) -> bool:
         """Whether the model reads no such tensor: it computes it itself, or transformers lists it as ignored."""
+        patterns = self.module._keys_to_ignore_on_load_unexpected or ()
+        return self.computes(key) or any(re.search(pattern, key) for pattern in patterns)
+
+    def computes(self, key: str) -> bool:
+        """Whether a tensor holds no weight: the model computes it itself, or did in older versions."""
         computed = {name for name, _ in self.module.named_buffers()}
-        patterns = (STORED_FREQUENCIES, *(self.module._keys_to_ignore_on_load_unexpected or ()))
         own = {key, f"{self.module.base_model_prefix}.{key}"}
-        return bool(own & computed) or any(re.search(pattern, key) for pattern in patterns)
+        return bool(own & computed) or any(re.fullmatch(pattern, key) for pattern in (STORED_FREQUENCIES, OLD_MASKS))
 
     def run(self, tensors: Tensors, tokens: Any, visit: Visit) -> Any:
         """Logits of token ids `[B, T]` with `visit` in place of every block; None where it raised `Ended`."""

@@ -19,6 +19,7 @@ from sparseopt.core.patterns import NM
 from sparseopt.models import (
     Block,
     Kept,
+    ModelError,
     Move,
     PrunableBlock,
     PrunableModel,
@@ -200,7 +201,11 @@ def _pruned(
             return found if move.columns is None else found.reordered(move.columns)
 
         def job() -> Timed:
-            weight, found = dense_weight.astype(dtype, copy=False), own(grams[tap])
+            with np.errstate(over="ignore"):
+                weight, found = dense_weight.astype(dtype, copy=False), own(grams[tap])
+            if weight is not dense_weight and not np.isfinite(weight.astype(np.float32)).all():
+                most = np.max(np.abs(dense_weight.astype(np.float32)))
+                raise ModelError(f"{key} has values up to {most:g}, which {dtype} cannot hold: choose dtype bfloat16")
             target = Timed(weight, 0.0, 0.0)
             if not starved and recipe.propagated_share and found.drift is not None:
                 target = propagated(weight, found, recipe.propagated_share, mesh)

@@ -207,12 +207,28 @@ def kept_by_row(job: LayerJob, k: int, method: LayerMethod) -> np.ndarray:
             if isinstance(job.pattern, BlockTopK):
                 wide, high = job.pattern.shape
                 yield np.sum(center.reshape(-1, high, inputs // wide, wide) ** 2, axis=(1, 3))
-            else:
+            elif job.support is None:
                 yield np.abs(center)
+            else:
+                # A zero in the support ranks above all that is off it.
+                yield np.where(job.support[rows], np.maximum(np.abs(center), np.finfo(np.float32).tiny), 0)
 
-    if isinstance(method, Wanda) and isinstance(job.pattern, TopK):
-        return _even_by_row(scores, outputs, k)
-    return largest_by_row(scores, k)
+    if not (isinstance(method, Wanda) and isinstance(job.pattern, TopK)):
+        return largest_by_row(scores, k)
+    kept = _even_by_row(scores, outputs, k)
+    if job.support is None:
+        return kept
+    kept = np.minimum(kept, np.sum(job.support, axis=1))
+
+    def others() -> Iterator[np.ndarray]:
+        start = 0
+        for part in scores():
+            ranks = np.argsort(np.argsort(-part, axis=1, kind="stable"), axis=1)
+            yield np.where(ranks < kept[start : start + len(part), None], 0, part).astype(np.float32)
+            start += len(part)
+
+    # What outputs with little support leave goes to the best others.
+    return kept + largest_by_row(others, int(min(k, np.sum(job.support)) - kept.sum()))
 
 
 def _even_by_row(scores: Scores, rows: int, k: int) -> np.ndarray:

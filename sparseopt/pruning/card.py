@@ -85,7 +85,7 @@ def result_lines(report: PruneReport) -> list[str]:
             f"It keeps {shape.kept()}.",
             f"{shape.parameters:,} of {shape.dense_parameters:,} parameters ({share:.1%}).",
         ]
-    text = without_folders(part_of_text(str(recipe["calibration"]), "calibration"))
+    text = without_folders(part_of_text(str(recipe["calibration"]), "calibration", recipe.get("split")))
     if not text.startswith(TOKEN_IDS):
         variants = report.calibration.variants
         varied = f", and {variants} variants of each that the dense model drew" if variants else ""

@@ -101,7 +101,7 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
     """
     check_text(text, split, column)
     kind, _, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
-    found: Iterable[Document]
+    found: Iterable[Document | None]
     match kind:
         case "":
             found = (_document(value, f"document {number}") for number, value in enumerate(text, 1))
@@ -120,7 +120,7 @@ def load_documents(text: Any, part: Part, *, split: str | None = None, column: s
         found = itertools.islice(found, 0 if part == "calibration" else 1, None, 2)
     first, filled = None, False
     for document in found:
-        if document == []:
+        if document is None or document == []:
             continue
         first = document if first is None else first
         if isinstance(document, str) != isinstance(first, str):
@@ -164,8 +164,15 @@ def _read_pydoc(part: Part) -> Iterator[str]:
             yield "\n\n".join(own)
 
 
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise TextError(f"cannot find {text}: {error}") from error
+
+
 def _read_file(path: str, part: Part) -> str:
-    file = Path(path).expanduser()
+    file = _path(path)
     if file.suffix.lower() in PICKLES:
         raise TextError(
             f"{path} can hold pickled objects, which can run code when loaded, and is not read; give a text file in "
@@ -174,7 +181,7 @@ def _read_file(path: str, part: Part) -> str:
     if file.exists() and not file.is_file():
         raise TextError(f"cannot read the text file {path}: it is a folder or a device; give a text file in UTF-8")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise TextError(f"cannot read the text file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -187,22 +194,29 @@ def _read_file(path: str, part: Part) -> str:
 
 
 def _row_files(kind: str, path: str) -> list[Path]:
-    place, endings = Path(path).expanduser(), _ENDINGS[kind]
+    place, endings = _path(path), _ENDINGS[kind]
     if place.is_dir():
         found = sorted(file for file in place.iterdir() if file.name.endswith(endings) and file.is_file())
         if not found:
             raise TextError(f"the folder {path} has no files that end in {', '.join(endings)}")
-        return found
+        return _once(found)
     found = (
         [place] if place.is_file() else sorted(f for f in map(Path, glob(str(place), recursive=True)) if f.is_file())
     )
     if not found:
         raise TextError(f"there is no file {path}; {kind}:PATH takes a file, a folder or a glob such as data/*.json.gz")
-    return found
+    return _once(found)
+
+
+def _once(files: list[Path]) -> list[Path]:
+    """The files; a `TextError` where one stands beside its unpacked self, whose documents would be read twice."""
+    if twice := [file for file in files if file.suffix == ".gz" and file.with_suffix("") in files]:
+        raise TextError(f"{twice[0]} and {twice[0].with_suffix('')} hold the same documents; remove one of the two")
+    return files
 
 
 def _wikitext_files(path: str, wanted: str) -> list[Path]:
-    folder = Path(path).expanduser()
+    folder = _path(path)
     if not folder.is_dir():
         raise TextError(f"the data folder {folder} does not exist; it should hold validation and test parquet files")
     files = sorted(folder.glob(f"{wanted}*.parquet"))
@@ -256,7 +270,7 @@ def _hub_files(name: str, wanted: str) -> list[Path]:
     return held[found[0]]
 
 
-def _rows(kind: str, files: Sequence[Path], column: str | None) -> Iterator[Document]:
+def _rows(kind: str, files: Sequence[Path], column: str | None) -> Iterator[Document | None]:
     """The documents in a column of some files, one after the other."""
     read = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}[kind]
     for file in files:
@@ -296,7 +310,8 @@ def _parquet_rows(file: Path, column: str | None) -> Iterator[tuple[str, Any]]:
             readable = (types.is_string, types.is_large_string, types.is_list, types.is_large_list)
             if not any(fits(kind) for fits in readable):
                 raise ValueError(f"the column {name} holds {kind}")
-            batches = (batch.column(name).to_pylist() for batch in table.iter_batches(columns=[name]))
+            # Few rows at a time: a batch may span groups of rows, and documents may be books.
+            batches = (batch.column(name).to_pylist() for batch in table.iter_batches(256, columns=[name]))
             for number, value in enumerate(itertools.chain.from_iterable(batches), 1):
                 yield f"row {number}", value
     except pyarrow.ArrowException as error:
@@ -351,10 +366,12 @@ def _lines(stream: TextIO) -> Iterator[str]:
         yield line
 
 
-def _document(value: Any, place: str) -> Document:
-    """A value of a column as a document: missing text is empty, messages have a role and a content."""
-    if value is None or isinstance(value, str):
-        return _characters(value or "", place)
+def _document(value: Any, place: str) -> Document | None:
+    """A value of a column as a document, None for a missing one; messages have a role and a content."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _characters(value, place)
     if not isinstance(value, list | tuple):
         raise TextError(f"{place} holds {type(value).__name__} where a text or a list of messages is expected")
     return [_message(each, place) for each in value]

@@ -73,8 +73,8 @@ def choose_footprint(
         # What torch holds is not known; activations do not add to it.
         where = "disk"
         scratch = (len(plans) + 3) * FLOAT32 * (calibration.size + heldout.size) * model.config.hidden_size
-    output = [_disk_bytes(plan) for plan in plans]
-    _check_disks([plan.folder for plan in plans], output, scratch)
+    output = [sum(output_bytes(plan.target, plan.recipe).values()) for plan in plans]
+    _check_disks([plan.folder for plan in plans], [_disk_bytes(plan) for plan in plans], scratch)
     return Footprint(where, memory, dict(parts), phase, budget, sum(output), scratch)
 
 
@@ -97,11 +97,10 @@ def _choose(
 
 
 def _disk_bytes(plan: Plan) -> int:
-    """Of the output; the blocks that distillation trains lie beside those that they replace until the end."""
+    """What the output takes at most: blocks that distillation trains lie beside those that they replace."""
     sizes = output_bytes(plan.target, plan.recipe)
-    outer = sum(sizes[key] for key in plan.target.outer_keys())
-    total = sum(sizes.values())
-    return total if plan.recipe.distillation is None else 2 * total - outer
+    twice = () if plan.recipe.distillation is None else sizes.keys() - set(plan.target.outer_keys())
+    return sum(sizes.values()) + sum(sizes[key] for key in twice)
 
 
 def _too_little(cost: Cost, what: str, instead: str) -> str:

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparseopt.models import FAMILIES, Source, StreamedModel, TensorInfo, open_source
 from sparseopt.models.settings import BlockKind, DecoderConfig
 from sparseopt.pruning.cost import PLACES, output_bytes, prune_cost
+from sparseopt.pruning.documents import is_text
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.patterns import pattern_count
 from sparseopt.pruning.plan import check_expert_tokens, default_windows, layer_patterns, layer_shares
@@ -167,6 +170,9 @@ def inspect_model(
     opened = open_source(source) if isinstance(source, str | Path) else source
     supported = opened.config.get("model_type") in FAMILIES
     model = StreamedModel(opened) if supported else None
+    if not is_text(recipe.calibration):
+        count, seqlen = np.shape(recipe.calibration)
+        recipe = replace(recipe, samples=count - recipe.heldout_samples, seqlen=seqlen)
     if model is not None:
         recipe = replace(recipe, samples=recipe.samples or default_windows(model, recipe.seqlen))
         recipe = replace(recipe, variants=recipe.variant_count)  # their default depends on the windows

@@ -203,6 +203,9 @@ class PassRecipe(ABC):
             given = {"windows": self.windows, "split": self.split, "column": self.column}
             given |= {"documents": self.documents if self.documents == "separate" else None}
             problems += [f"{name} {ids}: leave {name} out" for name, value in given.items() if value is not None]
+            found = len(self.calibration) - self.heldout_samples
+            if self.samples not in (None, found):
+                problems.append(f"samples {ids}: there are {found} beside the held-out ones, given {self.samples}")
         if self.seed is not None and self.windows != "random":
             problems.append(f"seed is for windows 'random', and windows is {self.window_choice!r}; leave the seed out")
         if problems:

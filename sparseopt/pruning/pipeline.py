@@ -89,8 +89,8 @@ def prune_model(
         stop: asked after every block; True ends the run there, and the same call resumes it.
         memory: what the run may take, device and host together, in bytes or as in "8GiB". Activations between blocks
             are kept on the output folder's disk where the estimate asks for it; the result is identical. None: the
-            memory that the machine has available decides where they are kept; only a GPU or TPU that tells that its own
-            is too little refuses the run.
+            memory that the machine has available decides where they are kept; a run that does not fit in the memory
+            that a GPU or TPU reports is refused.
         devices: to work on, a number or "all", see `core.mesh`; None for one, and in several processes for all of
             them. Results agree to rounding whatever the number, and a run may be resumed on another. Several processes
             make the same call, see the output folder and the source under the same names, and return together.

@@ -108,7 +108,7 @@ def survey(
     def told(done: int, total: int) -> None:
         observer("survey, pass", done, total)
 
-    if any(recipe.needs_sensitivities for recipe in recipes):
+    if by_curves or any(recipe.output_weighting() == "gradient" for recipe in recipes):
         tokens = windows.calibration[: max(1, TOKENS // windows.calibration.shape[1])]
         batches, skipped = stream.calibration.first(len(tokens)), int(windows.bos is not None)
         for site in backward_sweep(model, batches, tokens, runner, told, skipped=skipped):

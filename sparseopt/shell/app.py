@@ -1,5 +1,7 @@
 """Floor 8: the `sparseopt` command. It reads arguments, calls the library, and shows what came of it."""
 
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -72,9 +74,15 @@ def demo(
     run_demo(output, source, calibration, sparsity)
 
 
+def _at_home(option: re.Match[str]) -> str:
+    return option[1] + os.path.expanduser(option[2])
+
+
 def main() -> None:
     """Entry point: input errors end in one clear sentence and exit status 2, failed runs in status 1."""
     keep_programs()
+    # A shell leaves `--output=~/x` as it is; nobody means a folder called "~".
+    sys.argv[1:] = [re.sub(r"^(--[a-z-]+=)(~.*)", _at_home, word) for word in sys.argv[1:]]
     try:
         app()
     except KeyboardInterrupt:

@@ -108,8 +108,8 @@ def say(text: str) -> None:
 def waiting(title: str) -> Iterator[None]:
     """Show that a long call is running: a spinner and the time on a terminal, one line elsewhere."""
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True,
-        disable=not console.is_terminal,
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=console,
+        transient=True, disable=not console.is_terminal,
     ) as bar:  # fmt: skip
         bar.add_task(title, total=None)
         if not console.is_terminal:
@@ -147,7 +147,7 @@ def counting_bar(place: Console, *more: ProgressColumn) -> Progress:
 @contextmanager
 def block_progress(title: str) -> Iterator:
     """An observer for `perplexity`."""
-    with counting_bar(console) as bar:
+    with counting_bar(errors) as bar:
         task = bar.add_task(title, total=None)
         yield lambda _, done, total: bar.update(task, completed=done, total=total)
 

@@ -19,7 +19,7 @@ from sparseopt.system.machine import available_memory_bytes, format_bytes, proce
 from sparseopt.system.programs import SIZE_LIMIT, SWITCH, kept_files
 
 # The extras that commands and functions need; the others are for benchmarks and tests.
-EXTRAS = ("prune", "images", "plot", "sklearn", "interior", "torch", "eval")
+EXTRAS = ("prune", "images", "volumes", "plot", "sklearn", "interior", "torch", "eval")
 # What decides on devices and programs.
 VARIABLES = re.compile(r"JAX_\w+|XLA_\w+|CUDA_VISIBLE_DEVICES|TPU_\w+|LIBTPU_\w+|SPARSEOPT_\w+")
 

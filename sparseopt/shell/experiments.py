@@ -73,7 +73,8 @@ def run(
         from sparseopt.system.processes import is_first
 
         runs = take_shard(load_config(config, overrides or [], allow_code=allowed), shard)
-        if (chosen := options.number_of_devices("all" if distributed else devices)) is not None:
+        asked = "all" if devices is None and distributed else devices
+        if (chosen := options.number_of_devices(asked)) is not None:
             runs = [replace(run, task=run.task.model_copy(update={"devices": chosen})) for run in runs]
         planned = plan(runs, output)
         if dry_run:

@@ -148,15 +148,18 @@ def run_pass(
     except KeyboardInterrupt:
         if count() > 1:
             raise
+        output = output.expanduser()
         shards = sorted(output.rglob("*.safetensors")) if output.is_dir() else []
         console.errors.print(
             f"\nstopped: {len(shards)} finished shards in {output} are whole and stay there. "
-            f"Run the same command again to resume after them"
+            f"Run the same command again to resume after them",
+            markup=False,
+            soft_wrap=True,
         )
         return 130
     except Stopped as stopped:
         if is_first():
-            console.errors.print(f"\n{stopped}")
+            console.errors.print(f"\n{stopped}", markup=False, soft_wrap=True)
         return RESUMABLE
 
     def has_token_time(report: "PruneReport") -> bool:

@@ -270,8 +270,8 @@ def run_lines(report: PruneReport) -> list[str]:
         lines.append(f"survey of the dense model {report.survey_seconds:.1f} s")
     if dead:
         lines.append(
-            f"{dead} inputs (a tap counts once for each linear) were zero for all calibration tokens; their weights "
-            "were pruned first"
+            f"{dead} inputs (one shared by several linears counts for each) were zero for all calibration tokens; "
+            "their weights were pruned first"
         )
     if given := sum(r.given_zeros for r in report.layers):
         line = f"{given:,} weights had to be zero ({given / sum(r.size for r in report.layers):.1%})"

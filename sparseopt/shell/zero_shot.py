@@ -19,7 +19,7 @@ def zero_shot(
     model: Source,
     tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks or groups, with commas between.")],
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own task files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many examples of each task, from the start.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of examples of each task, from its start.")] = None,
     shots: Annotated[int, typer.Option(help="Solved examples in each prompt.")] = 0,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens that the model reads at most; default: its own limit.")
@@ -84,7 +84,8 @@ def task_progress() -> Iterator[Observer]:
         if not console.errors.is_terminal and 10 * done // total > tenth:
             tenth, spent = 10 * done // total, time.perf_counter() - start
             left = spent / done * (total - done)
-            console.errors.print(f"{title}: {100 * done // total} %, {spent:.0f} s, {left:.0f} s left", soft_wrap=True)
+            line = f"{title}: {100 * done // total} %, {spent:.0f} s, {left:.0f} s left"
+            console.errors.print(line, soft_wrap=True, markup=False)
 
     try:
         yield observe

@@ -82,6 +82,8 @@ def encoded_image(file: Path, image: np.ndarray) -> bytes:
         height, width, channels = image.shape
         writer = png.Writer(width, height, greyscale=channels < 3, alpha=channels in (2, 4), bitdepth=16)
         writer.write(stream, image.reshape(height, width * channels))
+    elif deep and image.ndim == 3 and image.shape[-1] == 2:
+        raise FileError(f"{file} cannot hold 16-bit grey with opacity; name a .png file")
     elif deep and image.ndim == 3:
         import tifffile
 
@@ -126,7 +128,8 @@ def _read_colour_tiff(file: Path) -> np.ndarray:
         series = tiff.series[0]
         # tifffile may read another size than Pillow; the channels may be the first or the last axis.
         _check_pixels((math.prod(series.shape) // 4, 1), file)
-        return _checked_image(series.asarray(), file)
+        values = series.asarray()
+        return _checked_image(np.moveaxis(values, 0, -1) if series.axes.startswith("S") else values, file)
 
 
 def _check_pixels(size: tuple[int, ...], file: Path) -> None:
@@ -137,6 +140,7 @@ def _check_pixels(size: tuple[int, ...], file: Path) -> None:
 
 
 def _checked_image(image: np.ndarray, file: Path) -> np.ndarray:
+    image = image.astype(image.dtype.newbyteorder("="), copy=False)
     if image.ndim not in (2, 3) or image.size == 0 or image.dtype not in (np.uint8, np.uint16):
         raise FileError(f"{file} holds {image.dtype} of shape {list(image.shape)}; give 8- or 16-bit grey or colour")
     return image
@@ -182,6 +186,7 @@ def _read_csv(file: Path, columns: tuple[int, ...]) -> np.ndarray:
                 skiprows=int(heading),
                 ndmin=2,
                 usecols=columns or None,
+                comments=None if columns else "#",  # an id may have one
                 quotechar='"',
                 converters=lambda cell: float(cell or "nan"),
                 encoding="utf-8-sig",

@@ -111,7 +111,7 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
         return known_fit(job, null.reshape(signal.values.shape), flat=True)
     penalty, laid_out, columns = job.rows, partial(_laid_out, job), np.ascontiguousarray(data.columns.T)
     y, weights = job.arrays
-    low, high = _box(signal, loss, job.order)
+    low, high = _box(signal, loss, job.order, null)
     node_loss = NodeLoss(loss, y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
     # If a component has only one value and the domain of the conjugate ends at 0, its dual, 0, has no room for
     # rounding. Its fit is known and its loss 0: its nodes count as missing, and the fit is inserted at the end.
@@ -238,13 +238,14 @@ def _sees_one_value(data: Observations) -> np.ndarray:
     return ~_holding(data, data.columns != data.columns[first[data.labels]])
 
 
-def _box(signal: Signal, loss: ScalarLoss, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds for the fit at missing nodes, one per channel, on the scale of the fit.
+def _box(signal: Signal, loss: ScalarLoss, order: int, null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds for the fit at missing nodes, one per channel, on the scale of the fit, around the best constants `null`.
 
     At order 0 the range of the data is an exact bound, if the loss has one.
     """
-    spans = [loss.span(column) for column in signal.columns[signal.mass > 0].T]
-    low, high = np.array(spans).T.reshape(2, *signal.values.shape[1:])
+    low, high = np.array([loss.span(column) for column in signal.columns[signal.mass > 0].T]).T
+    ends = np.minimum(low, null.min(axis=0)), np.maximum(high, null.max(axis=0))
+    low, high = np.reshape(ends, (2, *signal.values.shape[1:]))
     wider = 0 if order == 0 and loss.span_holds_fit else BOX_RANGES * (high - low)
     return low - wider, high + wider
 

@@ -257,6 +257,11 @@ def _checked_template(penalty: Any, signal: Signal, graph: Graph, order: int) ->
         raise TypeError(
             f"a path replaces the penalty's `weight`, a field of a dataclass as in sparseopt.L1(1.0); given {penalty!r}"
         )
+    if np.ndim(getattr(penalty, "weight", 0.0)):
+        raise ValueError(
+            f"a path replaces the penalty's weight by one number for all rows, given one of shape "
+            f"{np.shape(penalty.weight)}; fit with weights of rows by `trend_filter`, or give them as weights of edges"
+        )
     template = penalty(1.0) if isinstance(penalty, type) else dataclasses.replace(penalty, weight=1.0)
     return checked_penalty(template, graph, order, signal.values.shape[1:], signal.values.dtype)
 

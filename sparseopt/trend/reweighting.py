@@ -71,7 +71,8 @@ def reweighted_trend_filter(
         rounds: the most fits, the L1 fit included; two are the one-step estimate of Zou and Li.
         tol: the relative duality gap of each fit, and the relative decrease of the objective that ends the rounds.
         **options: of `trend_filter`, such as `method`, `node_weights`, `missing`, `dtype`, `loss` or `max_steps`. With
-            a loss, rows keep a ten-thousandth of their first weight: a part that is cut off may have no finite fit.
+            a loss, or where nodes are missing, rows keep a ten-thousandth of their first weight: a part that is cut off
+            may have no fit.
 
     Raises:
         RuntimeError: if a round does not converge, see `Solution.check`.
@@ -104,8 +105,10 @@ def reweighted_trend_filter(
             return np.asarray(penalty.slope(jnp.asarray(rows, kind)), np.float64)
 
     first = slope_of(np.zeros(matrix.shape[0]))
-    # With a loss, a part that no penalty ties to the rest may have no finite fit.
-    least = 0.0 if options.get("loss") is None else LEAST * first
+    # With a loss, or without an observation, a part that no penalty ties to the rest may have no fit.
+    weighed = options.get("node_weights")
+    gaps = np.isnan(y).any() or (weighed is not None and not np.all(weighed))
+    least = LEAST * first if options.get("loss") is not None or gaps else 0.0
     weights = first
     solution: Solution | None = None
     objectives: list[float] = []

@@ -111,7 +111,10 @@ def read_known(path: Path, scan: Scan) -> np.ndarray:
     mask = read_scan(path)
     if mask.shape != scan.shape:
         raise FileError(f"{path} has the shape {mask.shape}, and the scan that it belongs to {scan.shape}")
-    known = np.nan_to_num(mask.values) != 0
+    values = mask.values
+    if not scan.volume and values.ndim == 3 and values.shape[-1] in (2, 4):
+        values = values[..., :-1]  # without the opacity
+    known = np.nan_to_num(values) != 0
     return known.any(axis=-1) if known.ndim > len(scan.shape) else known
 
 
@@ -148,13 +151,13 @@ def _read_npz(file: Path) -> Scan:
 
 
 def _read_stack(file: Path) -> Scan | None:
-    """A TIFF of several pages; None for a single picture."""
+    """A TIFF of a volume, in several pages or in one; None for a single picture."""
     import tifffile
 
     with tifffile.TiffFile(file) as tiff:
-        if len(tiff.series) != 1 or len(tiff.pages) < 2:
-            return None
         series = tiff.series[0]
+        if len(tiff.series) != 1 or (len(tiff.pages) < 2 and len(series.shape) - ("S" in series.axes) < 3):
+            return None
         colours = series.axes.endswith("S")
         if len(series.shape) != 3 + colours or "S" in series.axes[:-1]:
             raise FileError(f"{file} has the shape {series.shape}, axes {series.axes}; give a stack of pictures")

@@ -395,6 +395,25 @@ def test_where_the_solver_moves_the_level_the_derivative_is_that_at_its_last_one
     np.testing.assert_allclose(jax.jacfwd(value)(center), np.diag([1.0, 0, 1, 0]), atol=1e-5)
 
 
+def test_with_a_level_that_the_solver_moves_the_answer_follows_the_parameters_of_the_penalty():
+    center, hessian = np.array([3.0, 0.4, -2.0, 0.3]), np.diag([1.0, 2.0, 1.5, 1.0])
+
+    def value(parameters, kind):
+        problem = so.Problem(so.Quadratic(hessian, center), kind(*parameters))
+        return so.solve(problem, so.Maiht(target_sparsity=0.5), center, tol=-1, max_steps=60).value
+
+    with precision(np.dtype(np.float64)):
+        for kind, parameters in ((so.L1, (0.01,)), (so.MCP, (0.01, 40.0))):
+            for at in range(len(parameters)):
+                move = np.eye(len(parameters))[at] * 1e-6 * parameters[at]
+                near = [value(tuple(parameters + sign * move), kind) for sign in (1, -1)]
+                difference = (near[0] - near[1]) / (2 * move[at])
+                slope = jax.jacfwd(
+                    lambda p, at=at, kind=kind, rest=parameters: value((*rest[:at], p, *rest[at + 1 :]), kind)
+                )
+                np.testing.assert_allclose(slope(parameters[at]), difference, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", often(KINDS, *KEPT_BACKWARD))
 def test_backward_derivatives_are_the_transposes_of_forward_ones(name):
     at, (leaves, covector) = found(name), gradient(name)

@@ -110,6 +110,9 @@ def test_arrays_of_other_kinds_of_numbers_are_solved_in_one_that_holds_all(rng):
             for penalty, text in (
                 (so.Nonnegative(-5.0), "weight must not be negative, given -5"),
                 (so.ElasticNet(0.3, -0.5), "ridge must not be negative, given -0.5"),
+                (so.L1(np.float32(-1)), "weight must not be negative, given -1"),
+                (so.L1(jnp.bfloat16(-1)), "weight must not be negative, given -1"),
+                (so.MCP(0.3, np.int64(-1)), "the gamma of MCP must be above 0, given -1"),
                 (so.MCP(0.3, -1.0), "the gamma of MCP must be above 0, given -1"),
                 (so.SCAD(0.3, 1.0), "the a of SCAD must be above 2, given 1"),
                 (so.LogSum(0.3, 0.0), "the eps of LogSum must be above 0"),

@@ -238,6 +238,16 @@ def test_a_model_that_has_changed_is_not_compared_with_the_old_one(tmp_path, set
         compared(tmp_path / "out", changed, ["magnitude"], [0.5], ["unstructured"])
 
 
+def test_cells_calibrated_on_another_text_of_the_same_name_are_not_compared(tmp_path, settings):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    changed = settings | {"calibration": f"file:{text}"}
+    compared(tmp_path / "out", changed, ["magnitude"], [0.5], ["unstructured"])
+    text.write_text(TEXT.replace("fox", "wolf"))
+    with pytest.raises(ValueError, match=r"(?s)other settings:.*inputs\.calibration: .* there, .* here"):
+        compared(tmp_path / "out", changed, ["wanda"], [0.5], ["unstructured"])
+
+
 def test_what_the_model_or_the_texts_cannot_do_is_found_before_any_work(tmp_path, settings):
     with pytest.raises(ValueError, match="nothing was run") as caught:
         compared(tmp_path / "out", settings, patterns=["3:7"], samples=900, evaluation_windows=901)

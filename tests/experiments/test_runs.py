@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sparseopt.experiments import runs as runs_module
 from sparseopt.experiments.config import expand
 from sparseopt.experiments.runs import (
     State,
@@ -148,6 +149,24 @@ def test_a_failed_run_keeps_its_records_and_the_others_go_on(tmp_path):
     assert len(records_in(outcomes[0].folder)[0]) == 2
     assert outcomes[1].error is None
     assert state_of(outcomes[0].folder, fingerprint(runs[0].task)) == (State.UNFINISHED, "")
+
+
+def test_a_picture_that_cannot_be_drawn_fails_its_run_alone_and_is_drawn_later(tmp_path, monkeypatch):
+    runs = expand({"name": "toy", "task": TOY, "sweep": {"grid": {"scale": [1.0, 2.0]}}}, allow_code=True)
+    draw = runs_module.draw
+
+    def broken(kind, finished, *rest):
+        if finished[0].task.scale == 1:
+            raise ValueError("no axis")
+        return draw(kind, finished, *rest)
+
+    monkeypatch.setattr(runs_module, "draw", broken)
+    outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda planned: quiet)
+    assert [outcome.error for outcome in outcomes] == ["drawing: ValueError: no axis", None]
+    assert (outcomes[0].folder / "error.txt").read_text() == "drawing: ValueError: no axis\n"
+    monkeypatch.setattr(runs_module, "draw", draw)
+    outcomes = run_all(plan(runs, tmp_path), tmp_path, lambda planned: quiet)
+    assert [(outcome.error, outcome.done) for outcome in outcomes] == [(None, 0), (None, 0)]
 
 
 def test_a_line_cut_in_the_middle_is_done_again_and_a_doubled_one_counts_once(tmp_path):

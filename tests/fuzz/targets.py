@@ -137,15 +137,15 @@ def run_safetensors(content: bytes) -> None:
     with folder_of({"model.safetensors": content}) as folder:
         file = folder / "model.safetensors"
         errors = []
-        for read in (read_metadata, read_packed_header, read_header):
+        # A dense file is no packed one.
+        for read in (read_packed_header, read_header):
             try:
-                found = read(file)
-                if read is not read_metadata:
-                    for tensor in found.values():
-                        assert tensor.read().shape == tensor.shape
+                for tensor in read(file).values():
+                    assert tensor.read().shape == tensor.shape
             except ModelError as error:
                 errors.append(error)
-        if errors:
+        read_metadata(file)
+        if len(errors) == 2:
             raise errors[0]
 
 
@@ -179,7 +179,7 @@ def seed_gguf() -> tuple[bytes, ...]:
     rng, found = np.random.default_rng(2), []
     with folder_of({}) as folder:
         for architecture, config in CONFIGS.items():
-            small = {**config, "num_hidden_layers": 1, "vocab_size": 300, "layer_types": ["full_attention"]}
+            small = {**config, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
             tensors = tensors_of(architecture, small, rng)
             found.append(write_architecture(folder / "m.gguf", architecture, small, tensors).read_bytes())
         config = tiny_config(num_hidden_layers=1)

@@ -115,10 +115,10 @@ def test_a_second_copy_of_a_tied_head_is_left_and_what_the_decoder_lacks_passes_
 def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path, tensors: dict) -> None:
     """transformers would use the stored head."""
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
-    with pytest.raises(
-        ModelError, match=r"stores lm_head.weight and model.embed_tokens.weight, which differ, .* false"
-    ):
-        open_model(write_folder(tmp_path, tiny_config(), tensors))
+    model = open_model(write_folder(tmp_path, tiny_config(), tensors))
+    for use in (model.head, model.decoder, model.check_finite):
+        with pytest.raises(ModelError, match=r"lm_head.weight and model.embed_tokens.weight, which differ, .* false"):
+            use()
 
 
 def test_of_many_problems_the_first_are_told(tmp_path: Path, tensors: dict) -> None:
@@ -127,6 +127,12 @@ def test_of_many_problems_the_first_are_told(tmp_path: Path, tensors: dict) -> N
         open_model(write_folder(tmp_path, tiny_config(), tensors | extra))
     assert str(caught.value).splitlines()[-1] == "  and 7 more"
     assert len(str(caught.value).splitlines()) == 22
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/model", "x" * 300])
+def test_a_path_that_the_system_refuses_is_no_model(path: str) -> None:
+    with pytest.raises(ModelError, match="no model at"):
+        open_model(path)
 
 
 def test_an_untied_head_must_be_there(tmp_path: Path, tensors: dict) -> None:

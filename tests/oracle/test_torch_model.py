@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sparseopt.models import FAMILIES, ModelError, TorchModel, load_decoder, open_model
 from sparseopt.models.torch_bridge import to_jax, to_tensor, to_torch
@@ -307,6 +308,22 @@ def test_a_checkpoint_without_the_first_part_of_its_names(tmp_path: Path, rng: n
     save_file({key.removeprefix("transformer."): value for key, value in load_file(file).items()}, file)
     assert open_model(tmp_path).weight_key(1, "mlp.dense_h_to_4h") == "h.1.mlp.dense_h_to_4h.weight"
     assert perplexity(tmp_path, tokens) == expected
+
+
+def test_masks_of_old_checkpoints_are_no_weights(tmp_path: Path) -> None:
+    """-1e9 would be an infinity in float16."""
+    from transformers import AutoModelForCausalLM, GPTJConfig
+
+    config = GPTJConfig(
+        vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=64, rotary_dim=4, bos_token_id=0, eos_token_id=1
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    masks = {"transformer.h.0.attn.masked_bias": np.array(-1e9, np.float32)}
+    save_file(load_file(file) | masks, file, metadata={"format": "pt"})
+    tokens = np.random.default_rng(0).integers(0, 40, (6, 16))
+    prune_model(tmp_path / "source", tmp_path / "out", Recipe(method="magnitude", calibration=tokens, dtype="float16"))
+    assert "transformer.h.0.attn.masked_bias" not in open_model(tmp_path / "out").source.tensors
 
 
 def test_models_that_nobody_knows_and_code_beside_the_weights(tmp_path: Path) -> None:

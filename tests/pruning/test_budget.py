@@ -129,7 +129,9 @@ def test_the_estimate_takes_a_layer_by_blocks_where_the_device_has_too_little_ro
     model = open_model(source)
 
     def workspace(pattern, room):
-        recipe = Recipe(method="sparsegpt", calibration=tokens, samples=5, seqlen=24, pattern=pattern)
+        recipe = Recipe(
+            method="sparsegpt", calibration=tokens, samples=5, seqlen=24, heldout_samples=2, pattern=pattern
+        )
         return prune_cost(model, recipe, recipe.check(), room=room).phases["layer solves"]["workspace"]
 
     square, wide = method_cost(find_method("sparsegpt")).workspace
@@ -151,11 +153,6 @@ def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source
     assert whole.output_bytes == 2 * sum(
         info.dtype.itemsize * np.prod(info.shape) for info in model.source.tensors.values()
     )
-    # What is trained at the end lies beside what it replaces.
-    trained = make_plan(model, dataclasses.replace(recipe, distil=1), tmp_path / "trained")
-    found = choose_footprint(model, [trained], tokens[:5], tokens[5:]).output_bytes
-    outer = [model.source.tensors[key] for key in model.outer_keys()]
-    assert found == whole.output_bytes - sum(info.dtype.itemsize * np.prod(info.shape) for info in outer)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=whole.output_bytes - 1))
     with pytest.raises(BudgetError, match=r"the disk of .* has .* free, the run needs .*make room"):
         prune_models(source, plans)
@@ -163,6 +160,9 @@ def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=whole.output_bytes))
     with pytest.raises(BudgetError, match="KiB of it activations"):
         prune_models(source, plans, memory=tight(source, recipe))
+    # What is trained at the end lies beside what it replaces: one such model takes as much as two, but for its ends.
+    with pytest.raises(BudgetError, match="the run needs"):
+        prune_models(source, [(dataclasses.replace(recipe, distil=1), tmp_path / "trained"), plans[0]])
 
 
 def test_plans_that_share_a_pass_have_a_stream_each(source, tokens):

@@ -15,7 +15,7 @@ import pytest
 from sparseopt.models import TorchModel
 from sparseopt.pruning import LayerRecord, pipeline, prune_model
 from sparseopt.pruning.patterns import check_cut, parse_pattern
-from sparseopt.pruning.reports import BlockRecord, DistillationRecord, ShapeRecord
+from sparseopt.pruning.reports import AllocationRecord, BlockRecord, DistillationRecord, ShapeRecord
 from sparseopt.pruning.run_folder import Progress
 from tests.pruning.on_devices import LAYERS
 
@@ -200,7 +200,8 @@ def test_what_one_process_knows_of_an_earlier_run_is_what_it_tells_the_others():
     layer = LayerRecord(0, "a.q_proj", (4, 8), 32, 16, 0.1, None, 20, "CONVERGED", 1.0, 0.5, 0, 64, output_blocks=2)
     shape = ShapeRecord(4, 1, None, (0, 2), (1,), (0.2,), (8, 2, 3, None), 80, 160, 640, 0.5)
     distilled = DistillationRecord(0.2, 0.1, 0.3, 0.2, 4, "FINISHED", 1.0, 0.5, 3, 96)
-    known = Progress(1, [layer], [trained], shape, distilled, ["outer", "block-0000"])
+    allocation = AllocationRecord({"a.q_proj.weight": 0.1 + 0.2})
+    known = Progress(1, [layer], [trained], allocation, shape, distilled, ["outer", "block-0000"])
     assert Progress.from_dict(json.loads(json.dumps(known.as_dict()))) == known
 
 

@@ -101,6 +101,33 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, lines, message):
         _ = [[*load_documents(f"jsonl:{tmp_path / 'a.jsonl'}", part)] for part in ("evaluation", "calibration")]
 
 
+def test_a_missing_chat_is_passed_over(tmp_path):
+    line = '{"messages": [{"role": "user", "content": "hi"}]}\n'
+    for missing in (0, 2):
+        lines = [line] * 6
+        lines[missing] = '{"messages": null}\n'
+        (tmp_path / "a.jsonl").write_text("".join(lines))
+        found = [[*load_documents(f"jsonl:{tmp_path / 'a.jsonl'}", part)] for part in ("calibration", "evaluation")]
+        assert [len(part) for part in found] == [2, 3]
+
+
+def test_a_file_beside_its_packed_copy_is_refused(tmp_path):
+    """Its documents would be in both parts."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    for path in (tmp_path, f"{tmp_path}/*"):
+        with pytest.raises(TextError, match="hold the same documents; remove one of the two"):
+            [*load_documents(f"jsonl:{path}", "calibration")]
+
+
+def test_a_byte_order_mark_is_no_character_and_an_unknown_home_no_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"some text\n" * 50)
+    assert load_text(f"file:{tmp_path / 'a.txt'}", "calibration").startswith("some text")
+    for text in ("file:~nobody-of-this-name/a.txt", "jsonl:~nobody-of-this-name/a.jsonl"):
+        with pytest.raises(TextError, match="cannot find ~nobody"):
+            load_text(text, "calibration")
+
+
 def test_one_file_and_one_split_of_the_hub(tmp_path, monkeypatch):
     import huggingface_hub
 

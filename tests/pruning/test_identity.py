@@ -151,7 +151,7 @@ def test_tensors_that_torch_does_not_use_count():
         model.source = SimpleNamespace(
             config={}, path="model", tensors=tensors, pieces=lambda key: iter([tensors[key]])
         )
-        model.__dict__["_findings"] = None
+        model.__dict__ |= {"_findings": None, "_names": dict.fromkeys(tensors)}
         return model.check_finite()
 
     assert digest(1.0) == digest(1.0) != digest(2.0)

@@ -248,3 +248,12 @@ def test_the_command_shows_a_table_or_json(tmp_path: Path, rng: np.random.Genera
     status, _, err = command("inspect", path, "--memory", "8")
     assert status == 2
     assert "written like 8GiB, 1.5GB or 800M, given '8'" in err
+
+
+def test_token_ids_are_estimated_by_their_own_number(tmp_path: Path, rng: np.random.Generator) -> None:
+    source = write_folder(tmp_path, tiny_config(), random_tensors(tiny_config(), rng))
+    recipe = Recipe(method="wanda", calibration=np.zeros((28, 20), np.int32))
+    found = inspect_model(source, recipe).recipe
+    assert (found["samples"], found["seqlen"]) == (24, 20)
+    with pytest.raises(ValueError, match=r"samples is for text; .* there are 24 beside the held-out ones, given 1"):
+        dataclasses.replace(recipe, samples=1).check()

@@ -11,7 +11,7 @@ import pytest
 import sparseopt as so
 from sparseopt.models import ModelError, open_model, pack_folder
 from sparseopt.pruning import LayerJob, Recipe, audit_pattern, masks, prune_layer, prune_model
-from sparseopt.pruning.blocked import solve_within_memory, split_job
+from sparseopt.pruning.blocked import _solve_parts, solve_within_memory, split_job
 from sparseopt.pruning.layer import check_answer
 from sparseopt.pruning.methods import AdmmPruning, Magnitude, SparseGpt, Wanda
 from sparseopt.shell.show_pruning import run_lines
@@ -82,8 +82,13 @@ def test_wanda_spends_what_outputs_with_little_support_leave(layer):
     rng = np.random.default_rng(1)
     support = rng.random(weight.shape) < np.linspace(0.15, 1, len(weight))[:, None]
     for sparsity in (0.5, 0.3):
-        kept = np.count_nonzero(prune_layer(weight, gram, sparsity, method="wanda", support=support).weight)
-        assert kept == min(round((1 - sparsity) * weight.size), support.sum())
+        whole = prune_layer(weight, gram, sparsity, method="wanda", support=support).weight
+        assert np.count_nonzero(whole) == min(round((1 - sparsity) * weight.size), support.sum())
+        pattern = so.TopK(round((1 - sparsity) * weight.size))
+        job = LayerJob(weight, gram, None, pattern, support=support)
+        parts = _solve_parts(job, Wanda(), 4, None).value
+        check_answer(parts, Wanda(), pattern)
+        assert np.count_nonzero(parts.weight) == np.count_nonzero(whole)
 
 
 @pytest.mark.parametrize("penalty", [None, pytest.param(so.L1(1.0), marks=pytest.mark.thorough)], ids=["l0", "l1"])

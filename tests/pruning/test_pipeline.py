@@ -315,3 +315,12 @@ TOKENIZER = json.dumps(
         },
     }
 )
+
+
+def test_a_weight_beyond_the_dtype_asked_for_is_told_as_that(tmp_path, rng):
+    tensors = random_tensors(tiny_config(), rng)
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = 7e4
+    source = write_folder(tmp_path / "source", tiny_config(), tensors)
+    tokens = rng.integers(0, 40, (6, 16)).astype(np.int32)
+    with pytest.raises(ModelError, match=r"layers.1.mlp.down_proj.* values up to 70000, which float16 cannot hold"):
+        prune_model(source, tmp_path / "out", Recipe(method="magnitude", calibration=tokens, dtype="float16"))

@@ -75,7 +75,7 @@ def test_what_the_models_see_alike_is_computed_once(tmp_path, source, tokens):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 3}, "these differ in samples"),
+        ({"samples": 8}, "these differ in samples"),
         ({"bos": "no", "calibration": np.ones((4, 4), np.int32)}, "these differ in bos, calibration"),
         ({"windows": "random", "seed": 1, "calibration": "pydoc"}, "these differ in windows, seed, calibration"),
         ({"calibration": "pydoc"}, "these differ in calibration"),

@@ -1,6 +1,7 @@
 """The commands and their output."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -143,6 +144,23 @@ def test_a_mistake_is_answered_by_one_sentence_and_status_2(tmp_path, source, co
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_json_line_stands_alone_also_where_colours_are_forced(tmp_path, source):
+    call = [sys.executable, "-m", "sparseopt", "eval", str(source), "--text", f"file:{tmp_path / 'text.txt'}"]
+    options = ["--windows", "2", "--seqlen", "32", "--json"]
+    environment = {**os.environ, "FORCE_COLOR": "1"}
+    done = subprocess.run([*call, *options], capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(done.stdout)["perplexity"] > 1
+
+
+def test_a_home_in_an_option_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["sparseopt", "denoise", "absent.png", "--output=~/x.png"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert sys.argv[-1] == f"--output={tmp_path}/x.png"
+    assert "absent.png" in capsys.readouterr().err
 
 
 def test_a_source_that_is_no_model_is_named(tmp_path, command):

@@ -1,7 +1,10 @@
 """Files: round trips, and errors that name what cannot be read."""
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import tifffile
 
 from sparseopt.trend.files import (
     FileError,
@@ -23,6 +26,16 @@ def test_images_keep_depth_and_channels(tmp_path, rng, kind, channels, ending):
     back = read_image(tmp_path / f"image{ending}")
     assert back.dtype == kind
     np.testing.assert_array_equal(back, image)
+
+
+def test_tiffs_of_other_programs_have_their_axes_and_byte_order(tmp_path, rng):
+    colour, grey = rng.integers(0, 255, (6, 7, 3), dtype=np.uint8), rng.integers(0, 2**16, (6, 7), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "planes.tif", np.moveaxis(colour, -1, 0), photometric="rgb", planarconfig="separate")
+    tifffile.imwrite(tmp_path / "big.tif", grey.astype(">u2"), byteorder=">")
+    np.testing.assert_array_equal(read_image(tmp_path / "planes.tif"), colour)
+    np.testing.assert_array_equal(read_image(tmp_path / "big.tif"), grey)
+    with pytest.raises(FileError, match=r"cannot hold 16-bit grey with opacity; name a \.png"):
+        write_image(tmp_path / "opacity.tif", np.ones((6, 7, 2), np.uint16))
 
 
 def test_a_palette_image_becomes_colour(tmp_path):
@@ -103,6 +116,20 @@ def test_ids_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "y.csv").write_text("node,y\na,1\nb,two\n")
     with pytest.raises(FileError, match="cannot read numbers"):
         read_signal(tmp_path / "y.csv")
+
+
+def test_the_index_of_pandas_is_no_channel(tmp_path):
+    (tmp_path / "index.csv").write_text(",rain\n0,1.5\n1,2.5\n2,3.5\n")
+    # As pandas writes a frame whose rows were chosen, and one whose index has a name.
+    for file, index in (("filtered", "__index_level_0__"), ("named", "node")):
+        table = pyarrow.table({"rain": [1.5, 2.5, 3.5], index: [0, 2, 1]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{file}.parquet")
+    for file in ("index.csv", "filtered.parquet", "named.parquet"):
+        with pytest.raises(FileError, match="the ids of the nodes stand in the first one"):
+            read_signal(tmp_path / file)
+    (tmp_path / "named.csv").write_text("node,rain\na,1.5\nb#,2.5\nc,3.5\n")
+    found = read_signal(tmp_path / "named.csv")
+    assert (found.nodes, found.names, found.values.tolist()) == (("a", "b#", "c"), ("rain",), [1.5, 2.5, 3.5])
 
 
 def test_tables_with_and_without_heading_and_empty_cells(tmp_path):

@@ -420,3 +420,14 @@ def test_channels_of_medians_are_fitted_one_by_one():
     both = so.trend_filter(y, graph, so.L1(1.0), 1, tol=1e-7, node_weights=SEEN, loss="absolute").check()
     least = sum(linear_optimum(column, graph.matrix(2), 1.0, (-1, 1)) for column in y.T)
     assert float(both.objective) == pytest.approx(least, rel=1e-6)
+
+
+def test_a_gap_is_never_negative_where_the_line_leaves_the_range_of_the_data():
+    """Ten observations of a slope, and 290 nodes beyond: the fit of the ten, continued, is the answer."""
+    y = np.full(300, np.nan)
+    y[:10] = np.arange(10) + 0.5 * np.random.default_rng(0).standard_normal(10)
+    ends = {"ends": "free"}
+    optimum = so.trend_filter(y[:10], so.Graph.chain(10, **ends), so.L1(0.3), 1, tol=1e-9).objective
+    for tol in (1e-2, 1e-4):
+        found = so.trend_filter(y, so.Graph.chain(300, **ends), so.L1(0.3), 1, tol=tol, missing="nan")
+        assert float(found.gap) >= max(float(found.objective / optimum) - 1, 0) - 1e-8

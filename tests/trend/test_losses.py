@@ -220,6 +220,18 @@ def test_missing_nodes_have_no_say(rng, name, order, method):
     assert best * (1 - 2e-5) <= reached <= best * (1 + 1.01e-6)
 
 
+def test_rates_far_below_one_have_their_own_range_at_missing_nodes():
+    """On a chain at order 0 a missing node only joins its neighbours, so leaving it out is the same problem."""
+    rng = np.random.default_rng(0)
+    rate, exposure = np.where(np.arange(60) < 30, 2e-3, 6e-3), rng.integers(500, 3000, 60).astype(float)
+    y, seen = rng.poisson(rate * exposure) / exposure, rng.random(60) >= 0.4
+    options = {"loss": "poisson", "tol": 1e-8}
+    whole = so.trend_filter(y, so.Graph.chain(60), so.L1(2.0), node_weights=exposure * seen, **options)
+    left = so.trend_filter(y[seen], so.Graph.chain(seen.sum()), so.L1(2.0), node_weights=exposure[seen], **options)
+    assert 0 <= float(whole.gap) <= 1e-8
+    assert float(whole.objective) == pytest.approx(float(left.objective), rel=1e-7)
+
+
 @pytest.mark.parametrize("name", ["huber", "absolute"])
 def test_a_shift_of_the_data_shifts_the_fit_and_a_far_outlier_may_move_further(rng, name):
     graph, w = so.Graph.grid((4, 5)), rng.uniform(0.5, 2, 20)

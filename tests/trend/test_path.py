@@ -276,6 +276,12 @@ def test_a_penalty_without_a_weight_has_no_path(penalty):
         trend_path(Y, CHAIN, penalty)
 
 
+def test_weights_of_rows_have_no_path():
+    penalty = so.L1(np.r_[np.ones(10), np.full(9, 100.0)])
+    with pytest.raises(ValueError, match=r"one number for all rows, given one of shape \(19,\)"):
+        trend_path(np.arange(20.0), so.Graph.chain(20), penalty, num=3)
+
+
 def test_the_largest_weight_refuses_what_the_filter_refuses():
     with pytest.raises(ValueError, match=r"6 nodes need as many node weights, .* given 5"):
         largest_weight(Y, CHAIN, node_weights=np.ones(5))

@@ -96,6 +96,12 @@ def test_a_step_that_costs_no_more_keeps_its_size_under_other_losses(rng, penalt
     np.testing.assert_allclose(found.solution.value[[5, 30, 50]], [2, 20, 5], atol=0.2)
 
 
+def test_a_missing_node_that_every_jump_cuts_off_stays_between_its_neighbours():
+    fit = np.asarray(reweighted_trend_filter([0, np.nan, 4.0], so.Graph.chain(3), so.MCP(0.5), missing="nan").value)
+    np.testing.assert_allclose(fit[[0, 2]], [0, 4], atol=1e-3)
+    assert 0 <= fit[1] <= 4
+
+
 def test_pictures_other_losses_and_missing_values(rng):
     graph = so.Graph.grid((8, 9))
     y = np.where(np.arange(9) > 4, 5.0, 0.0) + 0.3 * rng.standard_normal((8, 9))

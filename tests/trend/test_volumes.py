@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from sparseopt.trend.files import FileError
-from sparseopt.trend.volumes import check_format, read_known, read_scan, write_scan
+from sparseopt.trend.files import FileError, write_image
+from sparseopt.trend.volumes import Scan, check_format, read_known, read_scan, write_scan
 
 nibabel = pytest.importorskip("nibabel", reason='NIfTI needs nibabel: pip install "sparseopt[volumes]"')
 tifffile = pytest.importorskip("tifffile", reason='TIFF stacks need tifffile: pip install "sparseopt[images]"')
@@ -121,6 +121,22 @@ def test_a_mask_has_the_shape_of_its_scan(tmp_path):
     np.savez(tmp_path / "other.npz", volume=known[1:])
     with pytest.raises(FileError, match=r"has the shape \(5, 12, 10\), and the scan that it belongs to \(6, 12, 10\)"):
         read_known(tmp_path / "other.npz", scan)
+
+
+def test_the_opacity_of_a_mask_says_nothing(tmp_path):
+    mask = np.zeros((6, 7, 4), np.uint8)
+    mask[..., 3], mask[:3, :, :3] = 255, 255
+    write_image(tmp_path / "mask.png", mask)
+    known = read_known(tmp_path / "mask.png", Scan(np.zeros((6, 7), np.uint8)))
+    np.testing.assert_array_equal(known, mask[..., 0] > 0)
+
+
+def test_a_volume_may_lie_in_one_page(tmp_path, rng):
+    volume = rng.integers(0, 2**16, (4, 16, 16), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "volume.tif", volume, volumetric=True, photometric="minisblack")
+    found = read_scan(tmp_path / "volume.tif")
+    assert found.volume
+    np.testing.assert_array_equal(found.values, volume)
 
 
 def test_the_command_denoises_a_scan_with_holes(tmp_path, command):
