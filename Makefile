@@ -90,7 +90,7 @@ $(VENV)/.installed-fuzz: $(VENV)/.installed-test pyproject.toml
 	$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=2.3' || echo 'SKIPPED atheris: no matching wheel' >&2
 	@touch $@
 
-demo: $(VENV)/.installed-demo ## Prune a real language model and show what it costs (about 6 minutes on two cores).
+demo: $(VENV)/.installed-demo ## Prune a real language model and show what it costs (about 3 minutes on two cores).
 	$(BIN)/sparseopt demo --calibration $(CALIBRATION)
 
 test: $(VENV)/.installed-test lint ## Lint, types and fast tests (about 8 minutes on two cores, 5 when repeated).

@@ -13,7 +13,7 @@ Source: Rockafellar, "Convex analysis", 1970, section 31; the scaling is that of
 duality gap", ICML 2015.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,23 @@ def unpenalised(penalty: Any, like: FloatArray) -> Array:
     return penalty.project_dual(jnp.ones_like(like)) == 0
 
 
+class Certificate(NamedTuple):
+    """What a dual pair proves at x.
+
+    Attributes:
+        objective: at x.
+        gap: the relative duality gap.
+        bound: D.
+        missing: the length of what the pair's equation lacks: at any x the optimum is at least D less twice this
+            length times that of x.
+    """
+
+    objective: Float[Array, ""]
+    gap: Float[Array, ""]
+    bound: Float[Array, ""]
+    missing: Float[Array, ""]
+
+
 def certificate(
     problem: Any,
     x: FloatArray,
@@ -88,11 +105,8 @@ def certificate(
     precondition: Any = None,
     due: Any = True,
     most_steps: Any = CG_STEPS,
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+) -> Certificate:
     """The objective at x and the relative duality gap by the dual pair, moved and scaled until it is feasible.
-
-    Behind them D, and the length of what the pair's equation lacks even so: at any x the optimum is at least D less
-    twice this length times that of x.
 
     Args:
         problem: its loss is a `MatrixLoss`, its penalty has a conjugate.
@@ -140,7 +154,7 @@ def certificate(
     slack = jnp.maximum(rows.slack(image, -share * loss_dual) + total(penalty.slack(y, share * dual)), 0)
     # What is missing shifts the bound by at most its length times the distance to the answer, at most 2 ||x||.
     gap = relative_gap(slack + 2 * left * length, objective, limits.eps * rows.value(jnp.zeros_like(image)))
-    return objective, gap, objective - slack, left
+    return Certificate(objective, gap, objective - slack, left)
 
 
 def proximal_gap(
@@ -160,4 +174,4 @@ def composite_gap(
     problem = unfolded(problem, x)
     size = norm_estimate(problem.operator.mv, problem.operator.rmv, x, 10)
     scales = (1 / curvature, PENALTY_MOVE / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)
-    return certificate(problem, x, image, problem.loss.rows.gradient(image), dual, scales=scales)[1]
+    return certificate(problem, x, image, problem.loss.rows.gradient(image), dual, scales=scales).gap

@@ -8,7 +8,7 @@ The cells of a folder differ only in method, pattern and sparsity, so their figu
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -158,16 +158,12 @@ def _check_folder(planned: Sequence[Planned], output: Path) -> None:
     mistakes: dict[str, None] = {}
     for folder in cell_folders(output):
         found = read_start(folder)["fingerprint"]
-        here = _common(wanted)
         # The others are those of the dense cell, which is in every comparison.
         read = {"calibration", "masks"} & found["inputs"].keys() & wanted["inputs"].keys()
+        here = _common(wanted, read)
         if not _takes_ridge(found["settings"]["method"]):
             here["ridge"] = None
-        there, here = (
-            common | {f"inputs.{name}": own["inputs"][name] for name in read}
-            for common, own in ((_common(found), found), (here, wanted))
-        )
-        mistakes |= dict.fromkeys(differences(there, here))
+        mistakes |= dict.fromkeys(differences(_common(found, read), here))
     if mistakes:
         raise ValueError(
             "\n  ".join((
@@ -179,9 +175,10 @@ def _check_folder(planned: Sequence[Planned], output: Path) -> None:
         raise ValueError("\n  ".join((*others, "remove these folders or give another --output")))
 
 
-def _common(found: Fingerprint) -> Fingerprint:
+def _common(found: Fingerprint, read: Collection[str]) -> Fingerprint:
+    """What the cells of a comparison share; `read` names the inputs among it."""
     settings = {name: value for name, value in found["settings"].items() if name not in OWN_SETTINGS}
-    return {**settings, "code": found["code"]}
+    return {**settings, "code": found["code"], **{f"inputs.{name}": found["inputs"][name] for name in read}}
 
 
 def measure(

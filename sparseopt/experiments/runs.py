@@ -236,11 +236,7 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
         try:
             record = task.run_unit(key, folder, inside)
         except Exception as error:
-            if processes.count() > 1:
-                raise  # the others may be waiting inside the unit, or one of them was lost
-            text = f"{key}: {type(error).__name__}: {error}"
-            write_whole(folder / FAILURE, text + "\n")
-            return Outcome(folder, done, text, tuple(torn))
+            return _failed(key, error, folder, done, torn)
         records[key] = _plain({"unit": key, **record, "unit_seconds": time.perf_counter() - began})
         run_folder.append_record(folder, records[key])
         observer(key, len(records), len(keys))
@@ -248,11 +244,7 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
     try:
         draw(type(task), [finished], folder, task.title or task.name)
     except Exception as error:
-        if processes.count() > 1:
-            raise
-        text = f"drawing: {type(error).__name__}: {error}"
-        write_whole(folder / FAILURE, text + "\n")
-        return Outcome(folder, len(missing), text, tuple(torn))
+        return _failed("drawing", error, folder, len(missing), torn)
     summary = {
         "name": task.name,
         "id": run.id,
@@ -264,6 +256,15 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
     }
     run_folder.write_summary(folder, _plain(summary))
     return Outcome(folder, len(missing), lost=tuple(torn))
+
+
+def _failed(what: str, error: Exception, folder: Path, done: int, torn: Sequence[int]) -> Outcome:
+    """The outcome of a run whose unit or drawing failed; of several processes all end with the error."""
+    if processes.count() > 1:
+        raise error  # the others may be waiting inside the unit, or one of them was lost
+    text = f"{what}: {type(error).__name__}: {error}"
+    write_whole(folder / FAILURE, text + "\n")
+    return Outcome(folder, done, text, tuple(torn))
 
 
 def run_all(

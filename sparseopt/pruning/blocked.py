@@ -207,11 +207,11 @@ def kept_by_row(job: LayerJob, k: int, method: LayerMethod) -> np.ndarray:
             if isinstance(job.pattern, BlockTopK):
                 wide, high = job.pattern.shape
                 yield np.sum(center.reshape(-1, high, inputs // wide, wide) ** 2, axis=(1, 3))
-            elif job.support is None:
-                yield np.abs(center)
-            else:
+                continue
+            if job.support is not None:
                 # A zero in the support ranks above all that is off it.
-                yield np.where(job.support[rows], np.maximum(np.abs(center), np.finfo(np.float32).tiny), 0)
+                center = np.where(job.support[rows], np.maximum(np.abs(center), np.finfo(np.float32).tiny), 0)
+            yield np.abs(center)
 
     if not (isinstance(method, Wanda) and isinstance(job.pattern, TopK)):
         return largest_by_row(scores, k)

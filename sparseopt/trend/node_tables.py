@@ -49,8 +49,8 @@ def read_signal(path: str | Path) -> NodeTable:
     file = readable(path, "a CSV or NPZ")
     heading = _heading(file)
     named = bool(heading) and heading[0].lower() in ID_NAMES
-    misplaced = [name for name in heading[1:] if name.lower() in ID_NAMES or name.startswith("__index_level_")]
-    if heading and (misplaced or not heading[0] or heading[0].startswith("__index_level_")):
+    misplaced = any(name.lower() in ID_NAMES for name in heading[1:])
+    if misplaced or "" in heading[:1] or any(name.startswith("__index_level_") for name in heading):
         raise FileError(
             f"{file} has the columns {heading[:8]}: the ids of the nodes stand in the first one, called node or id. "
             "pandas writes its index too: name it node and put it first, or use index=False"

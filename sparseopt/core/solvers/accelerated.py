@@ -195,7 +195,7 @@ class AcceleratedProximalGradient(PlainSolver):
         if has_conjugate(penalty) and isinstance(loss, MatrixLoss):
             fixed = unpenalised(penalty, x)
             dual = jnp.where(fixed, 0, -gradient)
-            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), dual)[1]
+            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), dual).gap
         elif isinstance(penalty, Composite) and isinstance(loss, MatrixLoss):
             gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
         elif has_conjugate(penalty) and hasattr(loss, "scaled_slack"):
