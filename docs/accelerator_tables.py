@@ -6,8 +6,6 @@ from records import Column, Record, field, machine, missing, named, table
 
 ACCELERATORS = "make bench-accelerators"
 PRECISION = "make bench-precision DATA=folder"
-# Marks that a compiler leaves in a program's text besides the library functions that it calls.
-MARKS = ("AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "AllocateBuffer", "Sharding")
 
 
 def accelerators_machine(records: list[Record]) -> str:
@@ -97,7 +95,6 @@ def _libraries(record: Record) -> str:
 
 def _listed(name: str) -> Callable[[Record], str]:
     def listed(record: Record) -> str:
-        calls = record.get(name, {})
-        return ", ".join(f"{count} {call}" for call, count in calls.items() if call not in MARKS)
+        return ", ".join(f"{count} {call}" for call, count in record.get(name, {}).items())
 
     return listed

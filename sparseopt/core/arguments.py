@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparseopt.system.machine import available_memory_bytes, format_bytes
+from sparseopt.system.machine import available_memory_bytes, device_memory_left, format_bytes
 
 # A need below this does not ask the machine.
 ALWAYS_FREE = 2**26
@@ -59,10 +59,18 @@ def real_array(name: str, given: Any) -> np.ndarray:
     return array
 
 
-def require_memory(needed: int, what: str, advice: str) -> None:
-    """Raise a ValueError unless `needed` bytes, a lower bound on the need of `what`, are free; `advice` ends it."""
+def require_memory(needed: int, what: str, advice: str, on_device: int = 0) -> None:
+    """Raise a ValueError unless `needed` bytes, a lower bound on the need of `what`, are free; `advice` ends it.
+
+    `on_device` is what it takes at least of the first device's memory, which counts where JAX knows it.
+    """
     if needed > ALWAYS_FREE and needed > (free := available_memory_bytes()):
         raise ValueError(f"{what} takes at least {format_bytes(needed)}, and {format_bytes(free)} are free: {advice}")
+    if on_device > ALWAYS_FREE and (left := device_memory_left()) is not None and on_device > left:
+        raise ValueError(
+            f"{what} takes at least {format_bytes(on_device)} of the device, and {format_bytes(left)} are free there: "
+            f"{advice}, more devices, or the CPU (JAX_PLATFORMS=cpu)"
+        )
 
 
 def unknown(kind: str, given: Any, known: Iterable[str]) -> str:

@@ -33,9 +33,9 @@ def to_jax(tensor: Any) -> Array:
 
     A contiguous tensor is not copied where torch runs on that device; torch must not write into it afterwards.
     """
-    array = jax.dlpack.from_dlpack(tensor.detach().contiguous())
-    device = jax.devices()[0]
-    return array if device in array.devices() else jax.device_put(array, device)
+    if _is_host_of_jax(tensor.device):
+        return jax.device_put(tensor.detach().numpy())
+    return jax.dlpack.from_dlpack(tensor.detach().contiguous())
 
 
 def to_torch(array: Array) -> Any:
@@ -45,8 +45,14 @@ def to_torch(array: Array) -> Any:
     """
     import torch
 
-    kind = "cpu" if torch_device().type == "cpu" else None  # JAX's default
-    return torch.from_dlpack(jax.block_until_ready(jax.device_put(array, jax.devices(kind)[0])))
+    if _is_host_of_jax(torch_device()):
+        return torch.from_numpy(np.array(array))
+    return torch.from_dlpack(jax.block_until_ready(jax.device_put(array, jax.devices()[0])))
+
+
+def _is_host_of_jax(device: Any) -> bool:
+    """Whether torch is on the CPU and JAX is not, and may not even be able to use it (JAX_PLATFORMS)."""
+    return device.type == "cpu" and jax.devices()[0].platform != "cpu"
 
 
 def to_tensor(value: np.ndarray) -> Any:

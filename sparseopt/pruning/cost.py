@@ -73,6 +73,7 @@ class Cost:
     flops: Mapping[str, float] | None  # by kind of work, at the rate of large products; None for a method of your own
     compile_seconds: float  # on a machine of `COMPILE_GFLOPS` or more
     file_seconds: float  # to start, read and write
+    solve_blocks: int  # of its outputs, by which a layer is solved, at most
     scratch_bytes: int  # of activations on disk
 
     @property
@@ -192,12 +193,14 @@ def prune_cost(
     survey_streams = stream + (2 * math.isqrt(model.config.num_layers) + 3) * gradient
     on_disk = activations == "disk"
     kept = (0, 0, gradient) if on_disk else (stream, streams, survey_streams)
+    phases, solve_blocks = _phases(model, recipe, blocks, workspace_of(method), *kept, room)
     return Cost(
-        phases=_phases(model, recipe, blocks, workspace_of(method), *kept, room),
+        phases=phases,
         flops=None if work is None else _flops(model, recipe, blocks, work),
         compile_seconds=compiling,
         # Every tensor is looked through once, read once more, and written.
         file_seconds=START + 3 * stored * SECONDS_A_BYTE,
+        solve_blocks=solve_blocks,
         scratch_bytes=max(streams, survey_streams) if on_disk else 0,
     )
 
@@ -304,10 +307,11 @@ def _phases(
     streams: int,
     survey_streams: int,
     room: int | None,
-) -> dict[str, dict[str, int]]:
-    """Bytes by phase and part; the three before the room are the activations kept at the start, then, in the survey.
+) -> tuple[dict[str, dict[str, int]], int]:
+    """Bytes by phase and part, and the most blocks of outputs by which a layer is solved.
 
-    The workspace is that of the solve of a layer.
+    The workspace is that of the solve of a layer; the three before the room are the activations kept at the start,
+    then, in the survey.
     """
     config = model.config
     batch = windows_per_batch(recipe.all_windows, recipe.seqlen) * recipe.seqlen
@@ -349,7 +353,8 @@ def _phases(
     left = None
     if room is not None and isinstance(recipe, Recipe) and not is_group_pattern(recipe.pattern):
         left = max(0, room - sum(solves.values()))
-    workspaces = [workspace.nbytes(-(-shape[0] // fewest_blocks(shape, workspace, left)), shape[1]) for shape in shapes]
+    parts = {shape: fewest_blocks(shape, workspace, left) for shape in shapes}
+    workspaces = [workspace.nbytes(-(-outputs // parts[outputs, inputs]), inputs) for outputs, inputs in shapes]
     if recipe.propagated_share:
         workspaces += [PROPAGATION.nbytes(*shape) for shape in shapes]
     solves["workspace"] = max(workspaces)
@@ -377,7 +382,7 @@ def _phases(
         seen = tokens * pairs // recipe.seqlen + int(3 * FLOAT32 * tokens * block.widths)
         held["activations of a step"] += 2 * start + seen
         phases["distillation"] = running | held
-    for parts in phases.values():
-        arrays = sum(nbytes for part, nbytes in parts.items() if part not in running)
-        parts["freed, not returned"] = int(FREED * arrays)
-    return phases
+    for held in phases.values():
+        arrays = sum(nbytes for part, nbytes in held.items() if part not in running)
+        held["freed, not returned"] = int(FREED * arrays)
+    return phases, max(parts.values())

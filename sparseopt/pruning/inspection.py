@@ -68,6 +68,7 @@ class Estimate:
         memory: bytes by phase and by what they hold, device and host together.
         disk_peak_memory_bytes: peak with the activations on disk.
         scratch_bytes: what those take there.
+        solve_blocks: by how many blocks of its outputs a layer is solved at most, so that it fits the device.
         gflops: rate of matrix products that the time is for, 10⁹ operations a second; None without one.
         seconds_by_part: seconds by kind of work; None without a rate, or for a method of your own.
         seconds: their sum.
@@ -78,6 +79,7 @@ class Estimate:
     peak_phase: str
     disk_peak_memory_bytes: int
     scratch_bytes: int
+    solve_blocks: int
     gflops: float | None
     seconds_by_part: dict[str, float] | None
     seconds: float | None
@@ -149,7 +151,11 @@ class Inspection:
 
 
 def inspect_model(
-    source: str | Path | Source, recipe: Recipe | None = None, *, gflops: float | None = None
+    source: str | Path | Source,
+    recipe: Recipe | None = None,
+    *,
+    gflops: float | None = None,
+    device_memory: int | None = None,
 ) -> Inspection:
     """Say what a model is, and estimate what pruning it by a recipe would take.
 
@@ -158,6 +164,8 @@ def inspect_model(
         recipe: of the pruning run; default: that of `prune_model`. Its calibration text is not read.
         gflops: rate of float32 matrix products of the machine, 10⁹ operations a second, as `measure_gflops` gives;
             None for no estimate of the time.
+        device_memory: bytes of the device, for which large layers are solved by blocks of their outputs; None for what
+            is left on this machine's, and where that is not known, as on a CPU, layers are taken whole.
 
     Raises:
         ValueError: for a model whose files are unusable, and for a recipe that cannot be used, whose pattern a linear
@@ -189,11 +197,13 @@ def inspect_model(
         dtypes=dict(dtypes),
         file_bytes=sum(file.stat().st_size for file in files),
         recipe=recipe.as_dict(),
-        **(_foreign(opened) if model is None else _known(model, recipe, method, gflops)),
+        **(_foreign(opened) if model is None else _known(model, recipe, method, gflops, device_memory)),
     )
 
 
-def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, gflops: float | None) -> dict[str, Any]:
+def _known(
+    model: StreamedModel, recipe: Recipe, method: LayerMethod, gflops: float | None, device_memory: int | None
+) -> dict[str, Any]:
     check_expert_tokens(model, recipe)
     tensors, keys = model.source.tensors, model.family.keys
     shares = layer_shares(model, recipe)
@@ -208,7 +218,7 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, gflops: fl
         # As many linears have the pattern as make the sparsity.
         share = recipe.sparsity * _total(tensors[k] for k in kept) / zeros
         zeros, saved = round(share * zeros), round(share * saved)
-    room = device_memory_left()
+    room = device_memory_left() if device_memory is None else device_memory
     cost, on_disk = (prune_cost(model, recipe, method, where, room=room) for where in PLACES)
     seconds = None if gflops is None else cost.seconds(gflops)
     return {
@@ -237,6 +247,7 @@ def _known(model: StreamedModel, recipe: Recipe, method: LayerMethod, gflops: fl
             peak_phase=cost.peak_phase,
             disk_peak_memory_bytes=on_disk.peak_memory_bytes,
             scratch_bytes=on_disk.scratch_bytes,
+            solve_blocks=cost.solve_blocks,
             gflops=gflops,
             seconds_by_part=seconds,
             seconds=None if seconds is None else sum(seconds.values()),

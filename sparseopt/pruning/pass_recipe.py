@@ -187,16 +187,16 @@ class PassRecipe(ABC):
         """
         options = options_of(type(self))
         wrong = {name: text for name, each in options.items() if (text := each.mistake(getattr(self, name)))}
-        trainings = {"reconstruct": self.reconstruction, "distil": self.distillation}
         checks: list[Check] = [
             (("method", "preset", "ridge", "pattern"), self.find_method),
-            *(((name,), training.check) for name, training in trainings.items() if training is not None),
+            (("reconstruct", "samples", "variants"), lambda: self.reconstruction and self.reconstruction.check()),
+            (("distil",), lambda: self.distillation and self.distillation.check()),
             *self._checks(),
         ]
         problems = [*wrong.values(), *mistakes_of(check for names, check in checks if not wrong.keys() & set(names))]
         if is_text(self.calibration):
             problems += mistakes_of([lambda: check_text(self.calibration, self.split, self.column)])
-        else:
+        elif not wrong.keys() & {"calibration", "heldout_samples"}:
             ids = "is for text; calibration token ids are taken as they are"
             if self.bos == "yes":
                 problems.append(f"bos {ids}: put BOS in front of them")
@@ -205,7 +205,7 @@ class PassRecipe(ABC):
             problems += [f"{name} {ids}: leave {name} out" for name, value in given.items() if value is not None]
             found = len(self.calibration) - self.heldout_samples
             if self.samples not in (None, found):
-                problems.append(f"samples {ids}: there are {found} beside the held-out ones, given {self.samples}")
+                problems.append(f"samples {ids}: there are {found} besides the held-out ones, given {self.samples}")
         if self.seed is not None and self.windows != "random":
             problems.append(f"seed is for windows 'random', and windows is {self.window_choice!r}; leave the seed out")
         if problems:

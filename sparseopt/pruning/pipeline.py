@@ -210,8 +210,8 @@ def _memory_errors() -> Iterator[None]:
     """Says what to do where memory ran out in anything but the solve of a layer, which says it itself."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:  # JAX and torch raise their own kinds of RuntimeError
+        if isinstance(error, PruningError) or not is_out_of_memory(error):
             raise
         said = str(error).partition("\n")[0] or "no more is known"
         raise PruningError(

@@ -156,13 +156,10 @@ class Recipe(PassRecipe):
                     "some dense: leave one of the two out"
                 )
 
-        def shared() -> None:
-            self.check_pattern()
-
         return (
             (("pattern",), permuted),
             (("pattern",), masked),
-            (("pattern", "sparsity"), shared),
+            (("pattern", "sparsity"), self.check_pattern),
             (("pattern", "allocation"), by_linear),
             (("pattern", "allocation", "sparsity"), allocated),
             ((), anywhere),

@@ -85,9 +85,6 @@ def main() -> None:
     sys.argv[1:] = [re.sub(r"^(--[a-z-]+=)(~.*)", _at_home, word) for word in sys.argv[1:]]
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        sys.exit(130)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)

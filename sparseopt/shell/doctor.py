@@ -58,8 +58,7 @@ def examine() -> dict[str, Any]:
         "device_error": error,
         "programs": folder and _kept(folder),
         "precision": activation_precision(),
-        "gflops": measure_gflops(0.3) if devices else None,
-        "gigabytes_a_second": measure_gigabytes(0.2) if devices else None,
+        **(_speed() if devices else dict.fromkeys(("gflops", "gigabytes_a_second", "speed_error"))),
     }
 
 
@@ -88,16 +87,25 @@ def lines_of(found: dict[str, Any]) -> list[str]:
             f"{format_bytes(SIZE_LIMIT)}, in {programs['folder']}"
         )
     first, many = found["devices"][0]["name"], len(found["devices"])
-    lines.append(
-        f"a run uses {first}"
-        + f", or up to {many} devices with --devices" * (many > 1)
-        + f", with products of activations in precision {found['precision']}"
-    )
+    lines.append(f"a run uses {first}" + f", or up to {many} devices with --devices" * (many > 1))
+    if found["precision"] != "highest":
+        lines.append(f"JAX is set to products in precision {found['precision']}; pruning takes what --precision says")
+    if found["speed_error"]:
+        return [*lines, f"speed of {first} not measured: {found['speed_error']}"]
     lines.append(
         f"speed of {first}: {found['gflops']:,.0f} GFLOP/s in float32 products, "
         f"{found['gigabytes_a_second']:,.1f} GB/s of memory read and written"
     )
     return lines
+
+
+def _speed() -> dict[str, Any]:
+    """Of the first device; another program may have taken all of its memory."""
+    try:
+        return {"gflops": measure_gflops(0.3), "gigabytes_a_second": measure_gigabytes(0.2), "speed_error": None}
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        return {"gflops": None, "gigabytes_a_second": None, "speed_error": said}
 
 
 def _device(device: Any) -> dict[str, Any]:

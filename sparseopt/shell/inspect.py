@@ -22,7 +22,7 @@ def inspect(
         float | None, machine_option("Rate of float32 matrix products, 10^9 operations a second. Default: measured.")
     ] = None,
     memory: Annotated[
-        str | None, machine_option("Memory to compare with, as in 16GiB. Default: this machine's.")
+        str | None, machine_option("Memory of another device, as in 16GiB. Default: this machine's.")
     ] = None,
     as_json: AsJson = False,
     **options: Any,
@@ -32,18 +32,18 @@ def inspect(
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.inspection import inspect_model
 
-    limit = working_memory_bytes() if memory is None else parse_bytes(memory)
+    given = None if memory is None else parse_bytes(memory)
     recipe = Recipe(**recipe_fields(options))
     recipe.check()
     rate = measure_gflops() if gflops is None else gflops
-    found = inspect_model(source, recipe, gflops=rate)
+    found = inspect_model(source, recipe, gflops=rate, device_memory=given)
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
     for line in model_lines(found):
         console.say(line)
     console.console.print(linear_table(found))
-    for line in prune_lines(found, limit):
+    for line in prune_lines(found, working_memory_bytes() if given is None else given):
         console.say(line)
 
 
@@ -119,6 +119,8 @@ def prune_lines(found: "Inspection", memory_bytes: int) -> list[str]:
         f"estimated memory of `sparseopt prune` with {windows}{f' and {variants} variants' * bool(variants)}: "
         f"{format_bytes(estimate.peak_memory_bytes)}, in phase {estimate.peak_phase} ({', '.join(parts)})"
     )
+    if estimate.solve_blocks > 1:
+        lines.append(f"its largest layers are solved by up to {estimate.solve_blocks} blocks of their outputs")
     lines.append(
         f"with activations on disk ({format_bytes(estimate.scratch_bytes)}): "
         f"{format_bytes(estimate.disk_peak_memory_bytes)}"

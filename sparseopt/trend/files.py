@@ -223,7 +223,7 @@ def is_number(cell: str) -> bool:
 def write_npz(file: Path, arrays: dict[str, Any]) -> None:
     """Write an archive by exactly this name, to which NumPy would add an ending of its own."""
     with file.open("wb") as stream:
-        np.savez_compressed(stream, allow_pickle=False, **arrays)
+        np.savez_compressed(stream, **arrays)
 
 
 def _read_parquet(file: Path, columns: tuple[int, ...]) -> np.ndarray:

@@ -186,13 +186,14 @@ def checked_job(
 ) -> Job:
     """The checked arguments of `trend_filter`."""
     order = checked_order(order)
-    signal = checked_signal(y, graph, node_weights, missing, dtype)
+    mesh = None if devices is None else device_line(devices)
+    signal = checked_signal(y, graph, node_weights, missing, dtype, devices=1 if mesh is None else mesh.size)
     if not isinstance(penalty, SIGNLESS):
         graph = graph_for(graph, penalty)
     if graph.free:
         keys = penalty if isinstance(penalty, Mapping) else ()
         graph = graph_at(graph, max(order, *(key for key in keys if isinstance(key, int)), 0), signal)
-    layout = layout_of(graph, None if devices is None else device_line(devices))
+    layout = layout_of(graph, mesh)
     channels, kind = signal.values.shape[1:], signal.values.dtype
     terms = checked_terms(penalty, layout, order, channels, kind)
     job = Job(layout, terms, kind, channels, signal.weights is not None, signal, **options)

@@ -150,6 +150,8 @@ def _texts(file: Path, columns: tuple[int, ...] | None) -> np.ndarray:
         raise
     except Exception as error:
         raise FileError(f"cannot read {file}: {str(error)[:300] or type(error).__name__}") from error
+    if not rows:
+        raise FileError(f"{file} is empty")
     rows = rows if columns is None else [[row[i] for i in columns] for row in rows[1:]]
     if len({len(row) for row in rows}) > 1:
         raise FileError(f"the rows of {file} differ in their number of cells; give all the same columns")

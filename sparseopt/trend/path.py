@@ -10,6 +10,8 @@ Source: Tibshirani and Taylor, "The solution path of the generalized lasso", Ann
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,14 @@ from sparseopt.core.scalar_losses import ScalarLoss
 from sparseopt.core.types import precision
 from sparseopt.trend.freedom import MOST_RANKED, freedom_of_rows, is_countable
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import MOST_STEPS, Job, checked_loss, checked_penalty, graph_for, require_representable
+from sparseopt.trend.job import (
+    MOST_STEPS,
+    Job,
+    checked_loss,
+    checked_penalty,
+    graph_for,
+    require_representable,
+)
 from sparseopt.trend.largest_weight import NullFit, null_fit
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levels import descend
@@ -50,8 +59,6 @@ class TrendPath:
         residuals: of the stopping rule, `[levels]`: the gap, or the stationarity residual.
         steps: `[levels]`.
         statuses: the `Status` of each level, `[levels]`.
-        degrees_of_freedom: of every fit, `[levels]`; see `degrees_of_freedom`. For GroupL2 and the square, where zeros
-            do not tell them, `sum_j d fit_j / d y_j` along a random direction, by a second path.
         deviances: `sum_j w_j 2 f(fit_j; y_j)` over observed nodes and channels, `[levels]`; for the square the weighted
             sum of squares.
         observations: the number of observed values.
@@ -69,17 +76,26 @@ class TrendPath:
     residuals: np.ndarray
     steps: np.ndarray
     statuses: np.ndarray
-    degrees_of_freedom: np.ndarray
     deviances: np.ndarray
     observations: int
     channels: int
     noise: float
     largest_weight: float | None
     penalty: Any
-    loss: ScalarLoss | None = None
+    loss: ScalarLoss | None
+    _freedom: Callable[[], np.ndarray] = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    @cached_property
+    def degrees_of_freedom(self) -> np.ndarray:
+        """The degrees of freedom of every fit, `[levels]`, found when they are first asked for.
+
+        They are those of `sparseopt.degrees_of_freedom`. For GroupL2 and the square, where zeros do not tell them,
+        they are `sum_j d fit_j / d y_j` along random directions, by up to 16 more paths.
+        """
+        return self._freedom()
 
     def check(self) -> "TrendPath":
         """Return self if every level converged, with a certificate or to a stationary point.
@@ -207,9 +223,9 @@ def trend_path(
 
     values = fits.value.reshape(len(given), *signal.shape)
     if family is None and (isinstance(template, GroupL2) or not is_countable(graph)):
-        freedom = _divergences(job, template, given, values, noise)
+        freedom = partial(_divergences, job, template, given, values, noise)
     else:
-        freedom = np.array([freedom_of_rows(nonzero, graph, k, seen, channels) for nonzero in rows])
+        freedom = partial(_dimensions, rows, graph, k, seen, channels)
     return TrendPath(
         weights=given,
         values=values,
@@ -218,7 +234,6 @@ def trend_path(
         residuals=fits.residual,
         steps=fits.steps,
         statuses=fits.status,
-        degrees_of_freedom=freedom,
         deviances=np.array([np.sum(mass * node_deviances(family, x.reshape(columns.shape), columns)) for x in values]),
         observations=channels * (graph.num_nodes if seen is None else int(seen.sum())),
         channels=channels,
@@ -226,7 +241,12 @@ def trend_path(
         largest_weight=None if first is None else float(given[0]),
         penalty=template,
         loss=family,
+        _freedom=freedom,
     )
+
+
+def _dimensions(rows: np.ndarray, graph: Graph, order: int, seen: np.ndarray | None, channels: int) -> np.ndarray:
+    return np.array([freedom_of_rows(nonzero, graph, order, seen, channels) for nonzero in rows])
 
 
 def _divergences(job: Job, template: Any, weights: np.ndarray, values: np.ndarray, noise: float) -> np.ndarray:

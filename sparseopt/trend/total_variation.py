@@ -140,7 +140,8 @@ class TotalVariation:
                 "another graph, order, method, dtype or number of channels needs another plan: make a new "
                 "TotalVariation, without a solver"
             )
-        fields = {"weight": weight, "tol": tol, "solver": solver, "max_steps": max_steps, "axis": axis}
+        fields = {"weight": weight, "tol": tol, "solver": solver, "max_steps": max_steps}
+        fields["axis"] = None if axis is None else GroupL2(1.0, axis).axis
         for name, given in fields.items():
             object.__setattr__(self, name, given)
 

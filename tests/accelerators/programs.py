@@ -82,10 +82,16 @@ def config_of(model: str) -> DecoderConfig:
 
 @functools.cache
 def part_of(kind: type[nnx.Module], model: str) -> Any:
-    """A part of a model with shapes in place of its parameters."""
+    """A part of a model with shapes in place of its parameters, in float32 as they are once they are read."""
     config = config_of(model)
     arguments = (config, config.kinds[0]) if kind is Block else (config,)
-    return nnx.eval_shape(lambda: kind(*arguments, rngs=nnx.Rngs(0)))  # type: ignore[call-arg]
+
+    def made() -> nnx.Module:
+        part = kind(*arguments, rngs=nnx.Rngs(0))  # type: ignore[call-arg]
+        nnx.update(part, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(part, nnx.Param)))
+        return part
+
+    return nnx.eval_shape(made)
 
 
 def linear_shapes(model: str) -> list[tuple[int, int]]:

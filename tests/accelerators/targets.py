@@ -145,6 +145,8 @@ def shaped(tree: Any, layout: Any) -> Any:
 
 
 _TARGET_OF_CALL = re.compile(r'custom_call_target="([^"]+)"')
+# Marks that a compiler leaves in a program's text besides the library functions that it calls.
+MARKS = {"AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "AllocateBuffer", "Sharding"}
 # What a program needs to call Python, or to wait for its host.
 WAITING = ("callback", "infeed", "outfeed", "send-to-host", "recv-from-host", "is_host_transfer=true")
 
@@ -167,7 +169,7 @@ def facts(lower: Callable[[], jax.stages.Lowered]) -> dict[str, Any]:
     end = time.perf_counter()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     cost: Any = compiled.cost_analysis() or {}
-    exchanged = collectives(text)
+    exchanged, called = collectives(text), _TARGET_OF_CALL.findall(text)
     sent: Counter[str] = Counter()
     each: Counter[str] = Counter()
     for one in exchanged:
@@ -185,7 +187,7 @@ def facts(lower: Callable[[], jax.stages.Lowered]) -> dict[str, Any]:
         "peak": kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         "flops": cost.get("flops"),
         "bytes_moved": cost.get("bytes accessed"),
-        "library_calls": dict(sorted(Counter(_TARGET_OF_CALL.findall(text)).items())),
+        "library_calls": dict(sorted(Counter(name for name in called if name not in MARKS).items())),
         "collectives": dict(sorted(Counter(one.kind for one in exchanged).items())),
         "collective_bytes": dict(sorted(sent.items())),
         "loop_bytes": dict(sorted(each.items())),

@@ -20,10 +20,12 @@ OTHERS = [
     if (key[0] == "block" and key[2] == "SmolLM2-135M")
     or (key[0] == "trend" and key[2] in ("512²", "128³", "20,000 nodes"))
 ]
+# Operations of the padding that some sizes need: the largest program has 4,000.
+PADDING = 10
 OPERATION = re.compile(r"(?:stablehlo|chlo|func|mhlo|sdy)\.[a-z_]+")
 
 
-@pytest.fixture(params=["v5e", "h100"])
+@pytest.fixture(params=TARGETS)
 def target(request):
     if reason := missing(request.param):
         pytest.skip(reason)
@@ -56,8 +58,7 @@ def test_no_program_calls_python_or_has_an_array_in_float64(target, key):
 @pytest.mark.parametrize("key", LAYERS, ids=named)
 def test_a_layer_s_program_does_not_grow_with_the_layer(target, key):
     sizes = [sum(operations(text_of(target, (key[0], key[1], shape, key[3]))).values()) for shape in (LARGE, WIDE)]
-    # Padding, which some sizes need, is a few operations.
-    assert abs(sizes[1] / sizes[0] - 1) < 0.01
+    assert abs(sizes[1] - sizes[0]) <= PADDING
 
 
 def test_every_pattern_and_model_is_in_the_list():

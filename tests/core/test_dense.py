@@ -1,4 +1,4 @@
-"""The inverse by products is correct at every size, on both sides of the panel borders."""
+"""Inverse and inverse factor by products are correct at every size, on both sides of the panel borders."""
 
 import re
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseopt.core.dense import WHOLE, spd_inverse
+from sparseopt.core.dense import WHOLE, spd_inverse, spd_inverse_factor
 from sparseopt.core.types import ENABLE_X64
 from tests.tiers import often
 
 SIZES = [1, 17, 100, 129, WHOLE, WHOLE + 1, 576]
 # One program a size and dtype.
-inverse_of = jax.jit(spd_inverse)
+inverse_of, factor_of = jax.jit(spd_inverse), jax.jit(spd_inverse_factor)
 
 
 def make_matrix(rng, size, condition):
@@ -43,6 +43,16 @@ def test_the_error_in_float32_is_a_small_multiple_of_eps_times_the_condition_num
     np.testing.assert_array_equal(inverse, inverse.T)
 
 
+@pytest.mark.parametrize("size", often(SIZES, 17, 129, WHOLE + 1))
+def test_the_factor_is_that_of_a_matrix_that_differs_by_rounding_alone(rng, size):
+    matrix = make_matrix(rng, size, 1e6).astype(np.float32)
+    factor = np.asarray(factor_of(jnp.asarray(matrix)), np.float64)
+    np.testing.assert_array_equal(factor, np.triu(factor))
+    assert (np.diagonal(factor) > 0).all()
+    root = np.linalg.inv(factor)
+    assert np.linalg.norm(root @ root.T - matrix.astype(np.float64), 2) <= 20 * np.finfo(np.float32).eps
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_the_identity_is_its_own_inverse_to_the_last_bit(size):
     np.testing.assert_array_equal(inverse_of(jnp.eye(size)), np.eye(size))
@@ -52,16 +62,18 @@ def test_the_identity_is_its_own_inverse_to_the_last_bit(size):
 def test_a_matrix_that_is_not_definite_has_no_silent_answer(last):
     matrix = jnp.eye(WHOLE).at[-1, -1].set(last)
     assert not np.isfinite(inverse_of(matrix)).any()
+    assert not np.isfinite(factor_of(matrix)[:, -1]).any()
 
 
-def program_of(size):
+def program_of(found, size):
     """The program, without its numbers, and how many calls of a library it makes."""
-    text = inverse_of.lower(jax.ShapeDtypeStruct((size, size), jnp.float32)).as_text()
+    text = found.lower(jax.ShapeDtypeStruct((size, size), jnp.float32)).as_text()
     return re.sub(r"\d+", "", text), text.count("custom_call")
 
 
-def test_the_program_of_large_matrices_does_not_grow_with_them_and_calls_no_library():
-    few, many = program_of(2 * WHOLE), program_of(32 * WHOLE)
+@pytest.mark.parametrize("found", [inverse_of, factor_of], ids=["inverse", "factor"])
+def test_the_program_of_large_matrices_does_not_grow_with_them_and_calls_no_library(found):
+    few, many = program_of(found, 2 * WHOLE), program_of(found, 32 * WHOLE)
     assert few == many
     assert few[1] == 0
 

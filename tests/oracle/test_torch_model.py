@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sparseopt.models import FAMILIES, ModelError, TorchModel, load_decoder, open_model
+from sparseopt.models import FAMILIES, ModelError, TorchModel, load_decoder, open_model, torch_bridge
 from sparseopt.models.torch_bridge import to_jax, to_tensor, to_torch
 from sparseopt.models.torch_model import TorchBlock
 from sparseopt.models.torch_skeleton import Call
@@ -350,6 +350,14 @@ def test_tensors_move_without_copies() -> None:
     own = jnp.ones((5, 7)) * 3
     assert to_torch(own).data_ptr() == own.unsafe_buffer_pointer()
     np.testing.assert_array_equal(to_jax(tensor.T), np.arange(12).reshape(3, 4).T)
+
+
+def test_tensors_move_by_way_of_numpy_where_jax_alone_has_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_bridge, "_is_host_of_jax", lambda device: True)
+    tensor = to_tensor(np.arange(12, dtype=np.float16).reshape(3, 4))
+    array = to_jax(tensor.T)
+    np.testing.assert_array_equal(array, np.arange(12).reshape(3, 4).T)
+    np.testing.assert_array_equal(to_torch(array).numpy(), array)
 
 
 def test_the_shell_prunes_and_scores(tmp_path: Path, command: Any) -> None:

@@ -132,13 +132,14 @@ def test_the_estimate_takes_a_layer_by_blocks_where_the_device_has_too_little_ro
         recipe = Recipe(
             method="sparsegpt", calibration=tokens, samples=5, seqlen=24, heldout_samples=2, pattern=pattern
         )
-        return prune_cost(model, recipe, recipe.check(), room=room).phases["layer solves"]["workspace"]
+        cost = prune_cost(model, recipe, recipe.check(), room=room)
+        return cost.phases["layer solves"]["workspace"], cost.solve_blocks
 
     square, wide = method_cost(find_method("sparsegpt")).workspace
     # The largest is that of the linear [32, 64], of which 16 blocks have two outputs each.
     whole, least = (4 * (square * 64**2 + wide * 64 * outputs) for outputs in (32, 2))
-    assert workspace("unstructured", None) == workspace("unstructured", 2**40) == whole
-    assert workspace("unstructured", 1) == least
+    assert workspace("unstructured", None) == workspace("unstructured", 2**40) == (whole, 1)
+    assert workspace("unstructured", 1) == (least, 64)
     # Groups of inputs are chosen for all outputs together.
     assert workspace("group:1", 1) == workspace("group:1", None)
 

@@ -255,5 +255,5 @@ def test_token_ids_are_estimated_by_their_own_number(tmp_path: Path, rng: np.ran
     recipe = Recipe(method="wanda", calibration=np.zeros((28, 20), np.int32))
     found = inspect_model(source, recipe).recipe
     assert (found["samples"], found["seqlen"]) == (24, 20)
-    with pytest.raises(ValueError, match=r"samples is for text; .* there are 24 beside the held-out ones, given 1"):
+    with pytest.raises(ValueError, match=r"samples is for text; .* there are 24 besides the held-out ones, given 1"):
         dataclasses.replace(recipe, samples=1).check()

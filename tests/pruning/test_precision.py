@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.dense import activations_in
+from sparseopt.core.dense import activations_in, precision_on
 from sparseopt.models import Block, TorchModel, open_model
 from sparseopt.pruning import Recipe, pipeline, prune_model, prune_models
 from sparseopt.pruning.calibration import BlockRunner, gather_grams
@@ -61,6 +61,13 @@ def test_what_is_solved_for_a_layer_stays_in_the_highest(method):
     layer = ScaledLayer(**{name: jnp.ones(shape) for name, shape in shapes.items()})
     with activations_in("default"):
         assert list(products(lambda layer: find_method(method)(layer, so.RowTopK(8)), layer)) == ["highest"]
+
+
+def test_high_is_more_than_default_on_an_nvidia_gpu():
+    # JAX's own "high" and "default" are both one product in TF32 there.
+    assert precision_on("NVIDIA H100 80GB HBM3", "high") == "TF32_TF32_F32_X3"
+    assert precision_on("NVIDIA H100 80GB HBM3", "default") == "default"
+    assert precision_on("TPU v5 lite", "high") == "high"
 
 
 def test_it_holds_for_the_pass_alone_and_stands_in_the_report(tmp_path, source, rng, monkeypatch):

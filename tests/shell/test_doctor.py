@@ -57,6 +57,18 @@ def test_a_device_that_jax_cannot_use_is_told_and_not_raised(command, monkeypatc
     assert json.loads(command("doctor", "--json")[1])["gflops"] is None
 
 
+def test_a_device_that_is_full_and_a_lower_precision_are_told(command, monkeypatch):
+    def full(seconds):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nlong")
+
+    monkeypatch.setattr(doctor, "measure_gflops", full)
+    with jax.default_matmul_precision("high"):
+        status, out, err = command("doctor")
+    assert status == 0, err
+    assert out.rstrip().endswith("not measured: RESOURCE_EXHAUSTED: out of memory")
+    assert "JAX is set to products in precision high; pruning takes what --precision says" in out
+
+
 def test_programs_that_are_kept_are_counted(tmp_path):
     (tmp_path / "a").write_bytes(bytes(10))
     (tmp_path / "b").write_bytes(bytes(32))

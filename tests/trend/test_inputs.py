@@ -231,6 +231,16 @@ def test_solutions_without_a_dual_are_starts_too(rng):
         so.trend_filter(y, CHAIN, so.L1(0.2), warm_start=so.trend_filter(y, CHAIN, so.L1(0.2), order=1))
 
 
+def test_a_signal_that_a_device_cannot_hold_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("sparseopt.core.arguments.device_memory_left", lambda: 2**20)
+    signal, graph = np.zeros(2**20), so.Graph.chain(2**20)
+    for fit in (lambda: so.trend_filter(signal, graph, so.L1(1.0)), lambda: so.trend_path(signal, graph)):
+        with pytest.raises(
+            ValueError, match=r"takes at least 128\.0 MiB of the device, and 1\.0 MiB are free there: .*CPU"
+        ):
+            fit()
+
+
 def test_a_traced_penalty_is_told_of_the_solver():
     with pytest.raises(TypeError, match=r"a penalty's numbers, .* make a solver by sparseopt\.trend_solver"):
         jax.jit(lambda weight: so.trend_filter(Y, CHAIN, so.L1(weight)).value)(1.0)

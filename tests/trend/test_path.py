@@ -1,3 +1,5 @@
+from unittest import mock
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.types import precision
 from sparseopt.trend.job import LOSSES
 from sparseopt.trend.largest_weight import largest_weight
+from sparseopt.trend.levels import descend
 from sparseopt.trend.path import trend_path
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, objective, two_parts
@@ -199,12 +202,17 @@ def test_channels_share_a_path_and_their_freedom_adds_up(rng):
         np.testing.assert_allclose(path.values[:, :, channel], part.values, atol=2e-2)
 
 
-def test_coupled_channels_begin_at_their_means_and_jump_together(rng):
+def test_coupled_channels_begin_at_their_means_and_jump_together(rng, monkeypatch):
     graph = so.Graph.chain(15)
     y = 5 * rng.standard_normal((15, 2))
+    descents = mock.Mock(side_effect=descend)
+    monkeypatch.setattr("sparseopt.trend.path.descend", descents)
     path = trend_path(y, graph, so.GroupL2, num=5, tol=1e-7).check()
+    assert descents.call_count == 1  # a cross-validation asks for nothing more
     np.testing.assert_allclose(path.values[0], component_means(y, graph), rtol=1e-12)
     assert abs(path.degrees_of_freedom[0] - 2) < 1  # two means, along 16 times 30 random signs
+    assert path.degrees_of_freedom is path.degrees_of_freedom
+    assert descents.call_count == 1 + 16
     jumps = np.abs(np.diff(path.values, axis=1))
     assert np.all(jumps.min(axis=-1)[jumps.max(axis=-1) > 1e-2] > 1e-5)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
+from sparseopt.core.arguments import unknown
 from sparseopt.core.penalties import Penalty
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods.admm import AdmmPruning
@@ -127,8 +128,8 @@ def find_method(
 
 def _named(method: str | LayerMethod, preset: str | None, pattern: str) -> LayerMethod:
     if isinstance(method, str) and method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
-    if isinstance(method, type | FunctionType):
+        raise ValueError(unknown("method", method, METHODS))
+    if isinstance(method, type | FunctionType) or not (isinstance(method, str) or callable(method)):
         raise ValueError(
             "a method of your own must be an object of a frozen dataclass made by sparseopt.pytree, such as "
             f"Wanda(), given {method!r}"
@@ -139,7 +140,7 @@ def _named(method: str | LayerMethod, preset: str | None, pattern: str) -> Layer
     if not found.presets:
         raise ValueError(f"method {method!r} has no presets, given preset {preset!r}; leave the preset out")
     if preset not in found.presets:
-        raise ValueError(f"unknown preset {preset!r}; known are {', '.join(found.presets)}")
+        raise ValueError(unknown("preset", preset, found.presets))
     return found.presets[preset]
 
 
@@ -202,7 +203,7 @@ def method_cost(method: LayerMethod) -> MethodCost | None:
             steps = STEPS / 2
             return MethodCost(0.5, 1.5, 1, steps, 8 * steps, Workspace(3.5, 4), 1.6)
         case SparseGpt():
-            return MethodCost(1, 2, 1, SELECTION_SUMS, method.block * COMPENSATION, Workspace(2, 4), 1.5)
+            return MethodCost(1, 1, 1, SELECTION_SUMS, method.block * COMPENSATION, Workspace(2, 4), 1.5)
         case MaihtPruning():
             steps = method.max_steps * (RESTED if method.rest >= 0 else 1.0)
             # The monitor takes a product too, though seldom one of its own.

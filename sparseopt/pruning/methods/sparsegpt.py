@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparseopt.core.dense import product
+from sparseopt.core.dense import product, spd_inverse_factor
 from sparseopt.core.patterns import NM, RowTopK, TopK, Within, without_support
 from sparseopt.core.problem import Status
 from sparseopt.core.types import pytree, static
@@ -52,7 +52,7 @@ class SparseGpt:
         padding = -inputs % self.block
         hessian = jnp.pad(layer.ridged(self.ridge).hessian, (0, padding))
         hessian = hessian + jnp.diag((jnp.arange(inputs + padding) >= inputs).astype(hessian.dtype))
-        factor = _inverse_factor(hessian)
+        factor = spd_inverse_factor(hessian)
         values = jnp.pad(layer.center, ((0, padding), (0, 0)))
         # No weight of a padded input may stay.
         candidates = jnp.ones((inputs, 1), jnp.bool_) if support is None else support
@@ -90,16 +90,6 @@ class SparseGpt:
         (values, _), kept = jax.lax.scan(one_block, (values, jnp.zeros_like(room[0])), places)
         mask = kept.reshape(inputs + padding, outputs)[:inputs]
         return Pruned(jnp.where(mask, values[:inputs], 0), mask, values.shape[0] // self.block, Status.CONVERGED)
-
-
-def _inverse_factor(hessian: Float[Array, "in in"]) -> Float[Array, "in in"]:
-    """The upper U with `Uᵀ U = H⁻¹`, from the upper R with `R Rᵀ = H` as `R⁻¹`.
-
-    The inverse itself is never formed: its error grows with the condition number of H, that of `R⁻¹` with the root.
-    """
-    reversed_factor = jnp.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    identity = jnp.eye(hessian.shape[0], dtype=hessian.dtype)
-    return jax.scipy.linalg.solve_triangular(reversed_factor, identity, lower=False)
 
 
 def _share(k: Array, done: Array, seen: Array, room: Array, total: Array) -> Array:
