@@ -3,7 +3,7 @@
     python benchmarks/bench_accelerators.py [--record FILE] [--target v5e h100] [--only TEXT ...] [--minutes N] [--list]
 
 One JSON line per program and target. Nothing is run: the figures are those of the compilers. All programs of `programs`
-would take days; `--only` names those whose "kind, name, shape" contains a text, and a program whose line is in the
+would take hours; `--only` names those whose "kind, name, shape" contains a text, and a program whose line is in the
 record is not compiled again.
 """
 

@@ -11,7 +11,7 @@ from scaling_model import grid_iteration
 
 from sparseopt.models.streaming import StreamedModel
 from sparseopt.pruning import Recipe
-from sparseopt.pruning.cost import EFFICIENCY, prune_cost
+from sparseopt.pruning.cost import EFFICIENCY, block_sizes, forward_flops, prune_cost
 
 # The share of a device's peak that is assumed to be reached.
 REACHED = 0.6
@@ -57,8 +57,10 @@ RECIPES = {
 }
 KINDS = tuple(EFFICIENCY)
 GRIDS = ((4096, 4096), (512, 512, 512))
-# Steps to a gap of 10⁻⁶ on pictures of up to 16.8 million nodes (`make bench-trend-sizes`), by order.
+# Steps to a gap of 10⁻⁴ on a picture of 4096² (`make bench-trend-sizes`), by order.
 STEPS = {0: 210, 1: 110}
+# Of the programs of `make bench-accelerators`.
+WINDOWS, SEQLEN = 4, 512
 BFLOAT16 = jnp.dtype("bfloat16")
 
 
@@ -143,6 +145,31 @@ def accelerators_runs(records: list[Record]) -> str:
     return table(pruning_rows(), columns)
 
 
+def accelerators_counts(records: list[Record]) -> str:
+    """Operations of a block's programs as a compiler counts them, beside those of the package's estimates."""
+    rows = []
+    for record in named(records, "program"):
+        if record["program"] not in ("forward", "Grams") or record["devices"] > 1 or record.get("flops") is None:
+            continue
+        model = StreamedModel(Headers(*SIZES[record["shape"]]))
+        (block,) = block_sizes(model, RECIPES["maiht"])
+        flops = forward_flops(block, model.config, SEQLEN)
+        if record["program"] == "Grams":
+            # The last linear's output is not needed.
+            outputs, inputs, _ = block.linears[-1]
+            flops += block.gram_flops - 2 * outputs * inputs
+        rows.append(record | {"counted": WINDOWS * SEQLEN * flops})
+    columns: list[Column] = [
+        ("program", field("program")),
+        ("model", field("shape")),
+        ("target", field("target")),
+        ("compiler, Gflop", lambda row: row["flops"] / 1e9),
+        ("estimate, Gflop", lambda row: row["counted"] / 1e9),
+        ("compiler / estimate", lambda row: row["flops"] / row["counted"]),
+    ]
+    return table(rows, columns) if rows else missing("make bench-accelerators")
+
+
 def device_machine(records: list[Record]) -> str:
     """Where the estimates were tried, and the rates there."""
     if not records:
@@ -181,22 +208,36 @@ def device_estimates(records: list[Record]) -> str:
 
 
 def accelerators_smoothing(records: list[Record]) -> str:
-    """Doge-ADMM on grids in float32: bytes a step, and seconds to a gap of 10⁻⁶."""
+    """Doge-ADMM on grids in float32: bytes and time of a step, time of a fit where its steps are known, and memory."""
     rows = [
-        {"grid": " x ".join(map(str, shape)), "order": order, "moved": grid_iteration(shape, order, 1).moved}
+        {"shape": shape, "order": order, "moved": grid_iteration(shape, order, 1).moved}
         for shape in GRIDS
         for order in STEPS
     ]
+    peaks = {
+        (record["shape"], record["program"]): record["peak"] / 1e9
+        for record in named(records, "program")
+        if record["target"] == "h100" and record["devices"] == 1 and "peak" in record
+    }
 
-    def seconds_on(device: Device) -> Column:
-        return f"s, {device.name}", lambda row: STEPS[row["order"]] * row["moved"] / (REACHED * device.bandwidth)
+    def memory(row: Any) -> float | None:
+        name = f"{row['shape'][0]}{'²³'[len(row['shape']) - 2]}"
+        return peaks.get((name, f"order {row['order']}, doge"))
+
+    def times_on(device: Device) -> Column:
+        def show(row: Any) -> str:
+            step = row["moved"] / (REACHED * device.bandwidth)
+            whole = f"{STEPS[row['order']] * step:.2g} s" if len(row["shape"]) == 2 else "–"
+            return f"{1000 * step:.2g} ms / {whole}"
+
+        return f"a step / a fit, {device.name}", show
 
     columns: list[Column] = [
-        ("grid", field("grid")),
+        ("grid", lambda row: " x ".join(map(str, row["shape"]))),
         ("order", field("order")),
-        ("nodes", lambda row: math.prod(map(int, row["grid"].split(" x ")))),
+        ("nodes", lambda row: math.prod(row["shape"])),
         ("a step moves, GB", lambda row: row["moved"] / 1e9),
-        ("steps", lambda row: STEPS[row["order"]]),
-        *map(seconds_on, DEVICES),
+        ("memory, GB", memory),
+        *map(times_on, DEVICES),
     ]
     return table(rows, columns)

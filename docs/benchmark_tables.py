@@ -112,6 +112,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
         accelerator_tables.precision_models,
         accelerator_estimates.accelerators_runs,
         accelerator_estimates.accelerators_smoothing,
+        accelerator_estimates.accelerators_counts,
         accelerator_estimates.device_machine,
         accelerator_estimates.device_estimates,
         family_tables.families_machine,

@@ -70,7 +70,7 @@ def is_convex(penalty: Any) -> bool:
     return has_conjugate(penalty) or isinstance(penalty, Composite)
 
 
-def unpenalised(penalty: Any, like: FloatArray) -> Array:
+def _unpenalised(penalty: Any, like: FloatArray) -> Array:
     """Where a norm has weight 0, so that its dual ball is flat; nowhere for another penalty."""
     if not isinstance(penalty, Norm):
         return jnp.zeros(like.shape, bool)
@@ -84,8 +84,7 @@ class Certificate(NamedTuple):
         objective: at x.
         gap: the relative duality gap.
         bound: D.
-        missing: the length of what the pair's equation lacks: at any x the optimum is at least D less twice this
-            length times that of x.
+        missing: the norm of `Aᵀ s + Kᵀ u`: at any x the optimum is at least `bound - 2 missing ||x||`.
     """
 
     objective: Float[Array, ""]
@@ -128,7 +127,8 @@ def certificate(
     slope = rows.slope(-loss_dual)
     loose = (slope > low) & (slope < high) | ((low < 0) & (high > 0))
     loose = jnp.broadcast_to(loose & (True if rows.weights is None else rows.weights > 0), loss_dual.shape)
-    fixed = unpenalised(penalty, y)
+    fixed = _unpenalised(penalty, y)
+    dual = jnp.where(fixed, 0, dual)
 
     def moved(z: FloatArray) -> tuple[FloatArray, FloatArray]:
         return scales[0] * jnp.where(loose, loss.image(z), 0), scales[1] * jnp.where(fixed, 0, maps.mv(z))
@@ -140,7 +140,7 @@ def certificate(
     slack = rows.slack(image, -loss_dual) + total(penalty.slack(y, dual))
     length = jnp.sqrt(total(x * x))
     apart = loss.pull(loss_dual) + maps.rmv(dual)
-    # The equation need hold only so well that what is missing adds a twentieth to the gap.
+    # What is missing may add a twentieth to the gap at most.
     enough = jnp.where(due, 0.025 * jnp.abs(slack) / jnp.maximum(length, limits.tiny), jnp.inf)
     enough = jnp.maximum(enough, 4 * limits.eps * jnp.sqrt(total(loss.pull(loss_dual) ** 2)))
     z, _ = jax.scipy.sparse.linalg.cg(normal, apart, tol=0.0, atol=enough, maxiter=most_steps, M=precondition)

@@ -12,7 +12,7 @@ from sparseopt.core.dense import product
 from sparseopt.core.thresholds import largest_ratio, soft_threshold
 from sparseopt.core.types import FloatArray, Scalar, pytree, static
 
-# The axes of a grid.
+# An axis as short as those of a grid is summed slice by slice.
 FEW = 3
 
 
@@ -29,7 +29,7 @@ class _Grouped:
     def __post_init__(self) -> None:
         if isinstance(self.axis, list):  # of a config
             object.__setattr__(self, "axis", tuple(self.axis))
-        # Trees that JAX rebuilds have their number already, and leaves of any kind, which are not checked.
+        # In trees that JAX rebuilds `num_groups` is set, and leaves may be anything: they are not checked.
         given = self.groups
         whole = isinstance(given, np.ndarray) and given.dtype.kind in "iu" and given.ndim == 1
         if given is None or not (self.num_groups is None or isinstance(given, list | tuple) or whole):

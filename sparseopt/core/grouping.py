@@ -1,4 +1,4 @@
-"""Floor 1: the rows of a graph difference as tables, their sums, and groups of rows that share no column.
+"""Floor 1.5: the rows of a graph difference as tables, their sums, and groups of rows that share no column.
 
 Everything but `RowTable` runs on the host, once per graph, without loops over nodes, rows or edges.
 """

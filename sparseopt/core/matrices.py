@@ -1,4 +1,4 @@
-"""Floor 1: matrices as linear maps, and checks of any linear map.
+"""Floor 1.5: matrices as linear maps, and checks of any linear map.
 
 `linear_map` makes a `LinearMap` from a dense array or a SciPy sparse matrix. Sparse matrices are held as coordinates:
 on a CPU a product takes about twice as long as SciPy's own, but it runs under jit, vmap and grad.

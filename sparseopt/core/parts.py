@@ -1,4 +1,4 @@
-"""Floor 1.5: D of any graph that is cut into parts, one part per device.
+"""Floor 1.75: D of any graph that is cut into parts, one part per device.
 
 An edge belongs to the first of the parts of its ends. If its other end lies in another part, the edge reads it from a
 ghost, a copy that its owner sends: D needs the values of the ghosts, and Dᵀ sends back their sums. Everything that goes

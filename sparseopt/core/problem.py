@@ -10,6 +10,7 @@ import enum
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.matrices import linear_map
@@ -224,7 +225,7 @@ class Solution:
         Raises:
             RuntimeError: otherwise, saying how the worst lane ended and what to try.
         """
-        ended = {Status(int(status)) for status in jnp.ravel(self.status)}
+        ended = set(np.unique(self.status))
         order = (Status.NONFINITE, Status.MAX_STEPS, Status.PRECISION, Status.STATIONARY, Status.CONVERGED)
         worst = next(status for status in order if status in ended)
         if worst not in (Status.CONVERGED, Status.STATIONARY):

@@ -74,7 +74,7 @@ def pytree(cls: Any = None, *, eq: bool = True) -> Any:
 
 
 def _of_floats(method: Any) -> Any:
-    """A method of x that is not called with an array of integers: thresholds would be rounded to its dtype."""
+    """The method for floats: arrays of integers, whose dtype would round thresholds, are converted."""
 
     @functools.wraps(method)
     def called(self: Any, *given: Any, **named: Any) -> Any:

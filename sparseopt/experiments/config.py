@@ -170,7 +170,7 @@ def expand(
         if identities[identity] > 1:
             identity = _identity(settings, whole=True)
         if not identity and len(combinations) > 1:
-            # The folder of the others would be that of this run.
+            # Without a name its folder would hold those of the other runs.
             identity = UNCHANGED
         try:
             task = _task_of(task_class, values, settings, allow_code)

@@ -194,7 +194,7 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
     if not processes.is_first():
         missing = processes.told(None)
         for key in missing:
-            run.task.run_unit(key, folder, lambda done, total, text: None)
+            run.task.run_unit(key, folder, lambda *_: None)
         return Outcome(folder, len(missing))
     wanted = fingerprint(run.task)
     with run_folder.claimed(folder):

@@ -32,7 +32,7 @@ from sparseopt.pruning.documents import Document, Part, TextError, load_document
 from sparseopt.pruning.options import Option, mistakes_of
 from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.plan import make_plan
-from sparseopt.pruning.reports import Event, LayerRecord, mean
+from sparseopt.pruning.reports import Event, LayerRecord, mean_errors
 from sparseopt.pruning.texts import Windows, begin_windows, text_windows, token_digest
 from sparseopt.system import processes
 
@@ -155,14 +155,15 @@ class ModelTask(Task):
         if made:
             recipe.check()
         model = open_model(source)
+        most = model.config.max_positions
         checks: list[Callable[[], Any]] = [lambda: start_token(model.source, load_tokenizer(model.source), recipe.bos)]
         if made:
-            windows = (recipe.window_count + recipe.heldout_samples, recipe.seqlen)
+            windows = (recipe.window_count + recipe.heldout_samples, recipe.seqlen, most)
             checks += [
                 lambda: make_plan(model, recipe, Path()),
                 lambda: _check_text(source, recipe.calibration, "calibration", *windows, **self.reading("calibration")),
             ]
-        judged = (self.evaluation_windows, self.evaluation_seqlen)
+        judged = (self.evaluation_windows, self.evaluation_seqlen, most)
         checks.append(lambda: _check_text(source, self.evaluation, "evaluation", *judged, **self.reading("evaluation")))
         if mistakes := mistakes_of(checks):
             raise ValueError("\n  ".join(mistakes))
@@ -231,8 +232,7 @@ class ModelTask(Task):
             "samples": report.calibration.samples,
             "calibration_digest": report.calibration.digest,
             "perplexity": score,
-            "mean_relative_error": mean(r.relative_error for r in layers),
-            "mean_heldout_error": mean(r.heldout_error for r in layers if r.heldout_error is not None),
+            **dict(zip(("mean_relative_error", "mean_heldout_error"), mean_errors(layers), strict=True)),
             **{name: getattr(report, name) for name in REPORTED},
             "unconverged": sum(r.status != Status.CONVERGED.name for r in layers),
             "layers": [r.as_dict() for r in layers],
@@ -257,10 +257,10 @@ class ModelTask(Task):
         return {"perplexity": cls.plot(lines, dense=dense[0] if dense else None)}
 
 
-def _check_text(source: Path, text: str, part: Part, count: int, length: int, **reading: Any) -> None:
+def _check_text(source: Path, text: str, part: Part, count: int, length: int, most: int | None, **reading: Any) -> None:
     """Refuse a text that cannot give so many windows of this length."""
     try:
-        check_window(length, open_model(source).config.max_positions)
+        check_window(length, most)
         _windows(source, text, part, count, length, **reading)
     except ValueError as error:
         raise ValueError(f"{part} text: {error}") from error

@@ -6,7 +6,6 @@ Every file is written under a temporary name, forced to disk and renamed: a file
 import contextlib
 import json
 import math
-import os
 import re
 import shutil
 from collections import Counter
@@ -32,10 +31,9 @@ from sparseopt.models.packed import (
 from sparseopt.models.safetensors_file import WRITABLE, UnreadTensor, read_header, write_tensors
 from sparseopt.models.source import FileTensor, FolderSource, Source
 from sparseopt.models.streaming import open_model
-from sparseopt.system.files import refused
+from sparseopt.system.files import replacing
 
 OUTER_TAG = "outer"
-_PARTIAL = ".partial"
 
 
 def block_tag(index: int) -> str:
@@ -245,20 +243,9 @@ class ShardedWriter:
     def _put(self, name: str, nbytes: int, write: Callable[[Path], Any]) -> None:
         if not self._writes:
             return
-        partial = self.output / (name + _PARTIAL)
-        try:
-            # The file might be a link, which would be written through.
-            partial.unlink(missing_ok=True)
-            write(partial)
-            _sync(partial)
-            os.replace(partial, self.output / name)
-            _sync(self.output)
-        except OSError as error:
-            safe = "; finished and safe are: " + (", ".join(self.shards) or "none yet")
-            raise refused(self.output / name, nbytes, error, safe) from error
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+        safe = "; finished and safe are: " + (", ".join(self.shards) or "none yet")
+        with replacing(self.output / name, nbytes, safe) as temporary:
+            write(temporary)
 
 
 def _writable(dtype: Any) -> np.dtype:
@@ -267,15 +254,6 @@ def _writable(dtype: Any) -> np.dtype:
         if dtype in WRITABLE:
             return dtype
     raise ModelError(f"cannot write dtype {dtype}; choose one of {', '.join(map(str, WRITABLE))}")
-
-
-def _sync(path: Path) -> None:
-    """Force a file's content, or a folder's names, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _to_json(value: Any) -> bytes:

@@ -20,7 +20,7 @@ from sparseopt.models.rope import max_positions
 from sparseopt.models.source import Source
 from sparseopt.models.torch_bridge import torch_device
 
-# What attention hid scores with, which old checkpoints of GPT-J and GPT-Neo hold: -1e9, beyond float16.
+# Old checkpoints of GPT-J and GPT-Neo store the value that hides a score: -1e9, beyond float16.
 OLD_MASKS = r".*\.attn\.(attention\.)?masked_bias"
 # Tensors by their names in the module.
 Tensors = dict[str, Any]

@@ -1,7 +1,7 @@
 """Floor 6: activations between blocks: equal batches `[windows, T, D]`, in memory, on disk, or over several devices.
 
-`Batches` is the interface and keeps its batches in memory; how else they are stored is said in this file alone. What a
-block gives for some batches is stored as these are, see `Batches.empty`.
+`Batches` is the interface and keeps its batches in memory; no other file knows how else they are stored. A block's
+outputs are stored like its inputs, see `Batches.empty`.
 """
 
 import math

@@ -237,7 +237,7 @@ def _moves(
     plan: Plan, dense: DenseBlock, stream: Stream, keys: Mapping[str, str], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, Move]:
     """The channels that move so that the patterns keep more."""
-    block = cast(Block, dense.block)  # a plan for others is refused
+    block = cast(Block, dense.block)  # the plan refuses torch models
     grams = dense.grams(stream, plan.recipe, drift=plan.recipe.propagated_share > 0)[0]
     found = {n: plan.patterns.get(keys[f"{n}.weight"]) for n in block.linears}
     patterns = {name: pattern for name, pattern in found.items() if isinstance(pattern, NM)}
@@ -341,9 +341,9 @@ def trained_entries(plan: Plan, block: PrunableBlock, keys: Mapping[str, str]) -
     Zeros stay, also where the pattern would have allowed a weight that was itself zero. Where only zeros are made, a
     linear that is not pruned stays as it is.
     """
-    whole = plan.sizes is not None
+    smaller = plan.sizes is not None
     return {
-        name: (block.read(path) != 0) & (whole or keys[path] in plan.patterns)
+        name: (block.read(path) != 0) & (smaller or keys[path] in plan.patterns)
         for name in block.linears
         for path in [f"{name}.weight"]
     }
@@ -357,7 +357,7 @@ def _reconstruct(
     settings: Reconstruction,
     paths: list[str],
 ) -> BlockRecord:
-    flax = cast(Block, block)  # a plan for others is refused
+    flax = cast(Block, block)  # the plan refuses torch models
     # A step sees one window or a few, in turn, so devices have nothing to share: one trains in each process.
     before, after = stream.on_one_device(), dense.outputs.on_one_device()
     record = reconstruct_block(flax, masks, before, after, settings, dense.index)

@@ -55,39 +55,26 @@ SLACK = 0.2
 
 
 def removal_order(
-    model: PrunableModel,
-    windows: CalibrationWindows,
-    count: int,
-    runner: BlockRunner,
-    observer: Observer,
-    *,
-    kind: Batches,
-    score: BlockScore = "loss",
-    most: float = math.inf,
+    trial: "Trial", count: int, *, score: BlockScore = "loss", most: float = math.inf
 ) -> list[RemovalRecord]:
     """The first `count` blocks of a model to leave out, fewer than it has, with the loss after each removal.
 
     Runs on one device in each process; all continue with what the first process found.
 
     Args:
-        model: the dense model.
-        windows: of the calibration windows, some at equal distances are scored, with `TOKENS` tokens at most.
+        trial: the dense model. Its observer is called with a text and blocks done of a pass, blocks in all; and with
+            each `RemovalRecord`, the number of blocks chosen, `count`.
         count: number of blocks.
-        runner: runs the blocks.
-        observer: called with a text and blocks done of a pass, blocks in all; and with each `RemovalRecord`, the number
-            of blocks chosen, `count`.
-        kind: batches stored where activations between blocks are to be stored, see `Batches.empty`.
         score: "loss" or "cosine", see above.
         most: a removal after which the loss has risen by more than this is the last one.
 
     Raises:
         RuntimeError: if the loss of the dense model is not finite.
     """
-    trial = trial_of(model, windows, runner, observer, kind=kind)
     records: list[RemovalRecord] = []
     for record in (greedy_removal if score == "loss" else cosine_removal)(trial, count):
         records.append(record)
-        observer(record, len(records), count)
+        trial.observer(record, len(records), count)
         if record.rise > most:
             break
     return [RemovalRecord.from_dict(found) for found in processes.told([record.as_dict() for record in records])]
@@ -101,7 +88,11 @@ def trial_of(
     *,
     kind: Batches,
 ) -> "Trial":
-    """The model and the windows that it is scored on; arguments are those of `removal_order`."""
+    """The dense model and the windows that it is scored on.
+
+    Of the calibration windows some at equal distances are scored, with `TOKENS` tokens at most. `kind` are batches
+    stored where activations between blocks are to be stored, see `Batches.empty`.
+    """
     chosen = _spread(windows.calibration)
     batches = embed_windows(model, kind, chosen)[0].on_one_device()
     return Trial(model, batches, chosen, int(windows.bos is not None), runner, observer)
@@ -120,6 +111,7 @@ class Trial:
         batches: the windows, embedded.
         tokens: the same as token ids.
         skipped: how many predictions at the start of each window do not count.
+        dense: the loss with all blocks, if it is known.
     """
 
     model: PrunableModel
@@ -128,6 +120,7 @@ class Trial:
     skipped: int
     runner: BlockRunner
     observer: Observer
+    dense: float | None = None
 
     def losses(self, removed: Sequence[frozenset[int]], stage: str) -> list[float]:
         """The loss of the model without each of these sets of blocks; infinite where it overflows."""
@@ -159,16 +152,15 @@ class Trial:
 
     def dense_loss(self) -> float:
         """The loss with all blocks; a RuntimeError if it is not finite."""
-        loss = self.losses([frozenset()], "loss of the dense model, block")[0]
-        self.check_dense(loss)
-        return loss
-
-    def check_dense(self, loss: float) -> None:
+        loss = self.dense
+        if loss is None:
+            loss = self.losses([frozenset()], "loss of the dense model, block")[0]
         if not math.isfinite(loss):
             raise RuntimeError(
                 f"the loss of {self.model.source.name} on the tokens it is scored on is not finite: activations "
                 "overflow; check the model with `sparseopt eval`"
             )
+        return loss
 
 
 def greedy_removal(trial: Trial, count: int) -> Iterator[RemovalRecord]:

@@ -5,8 +5,8 @@
 Outputs are coupled by the pattern alone. Per-row and n:m patterns have a count for every output, so a block of outputs
 is its own problem. A count over the whole layer is first divided among the blocks: each gets as many as it has among
 the layer's largest by Wanda's score, `|W_ij| ||X_j||`, and the total stays exact. Whole groups of inputs are chosen for
-all outputs together: such a layer is not split. On a device that tells its memory the first attempt has as many blocks
-as its method's workspace asks for; on others it is the whole layer, and memory that runs out is the sign.
+all outputs together: such a layer is not split. Where JAX knows the device's memory, the method's workspace says how
+many blocks are tried first; elsewhere the whole layer is tried, and split when memory runs out.
 
 Over several devices a layer or block is cut by outputs over all of them, and its Gram is whole on each. Products
 with the Gram stay on their device; devices exchange counts, sums and the sample that starts a selection. Several

@@ -109,7 +109,7 @@ class Branch:
             return
         assert before is not None
         assert dense_after is not None
-        target = cast(StreamedModel, self.plan.target)  # a plan for others is refused
+        target = cast(StreamedModel, self.plan.target)  # the plan refuses torch models
         stay = range(target.num_blocks) if sizes is None else sizes.blocks
         blocks = [target.block_of(place, self._stored(block_tag(i), place)) for place, i in enumerate(stay)]
         masks = None

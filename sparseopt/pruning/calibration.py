@@ -221,7 +221,7 @@ def nonfinite_windows(block: Any, batches: Batches, name: str) -> list[int]:
         rows = np.asarray(value.rows if isinstance(value, Routed) else value, np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             # A product of two of a token's entries is at most the sum of their squares.
-            bad = ~np.isfinite(np.sum(rows.astype(np.float32) ** 2, axis=-1))
+            bad = ~np.isfinite(np.sum(rows**2, axis=-1))
         if isinstance(value, Routed):
             tokens = np.asarray(value.token)[bad]
             windows = np.unique(tokens[tokens < x.shape[0] * x.shape[1]] // x.shape[1])
@@ -250,6 +250,12 @@ def grams_over(mesh: Mesh | None, weighting: Weighting, expert_tokens: ExpertTok
     specs = (_ALL, _EACH, _EACH, _EACH, _EACH)
     # Counts of tiles and the like begin as constants that all devices share: their types are left unchecked.
     return Compiled(jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=_EACH, check_vma=False), (4,))
+
+
+@cache
+def _gathering(expert_tokens: ExpertTokens) -> Any:
+    """For the shapes, which are those of every weighting; one function, so that blocks alike are traced once."""
+    return partial(gather_grams, expert_tokens=expert_tokens)
 
 
 @cache
@@ -301,13 +307,12 @@ class BlockRunner:
     ) -> BlockGrams:
         """Grams summed over all batches, by tap name; with the dense model's batches also the drifts from them."""
         mesh = batches.mesh
-        # The same for every weighting.
-        gather = partial(gather_grams, expert_tokens=expert_tokens)
-        shapes = jax.eval_shape(gather, block, batches[0], dense_x=None if dense is None else dense[0])
+        dense_x = None if dense is None else dense[0]
+        shapes = jax.eval_shape(_gathering(expert_tokens), block, batches[0], dense_x=dense_x)
         laid, totals = laid_on(block, mesh), _empty_totals(shapes, mesh)
+        adding = grams_over(mesh, weighting, expert_tokens)
         for index, x in enumerate(batches):
             dense_x = None if dense is None else dense[index]
-            adding = grams_over(mesh, weighting, expert_tokens)
             totals = self.account(adding(laid, x, dense_x, batches.counted(index), totals))
             self.flops += forward_flops(block, x.shape, skip_last=weighting == "uniform")
             if dense is not None:

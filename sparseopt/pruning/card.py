@@ -12,7 +12,7 @@ import yaml
 from sparseopt.models import Source
 from sparseopt.pruning.documents import part_of_text
 from sparseopt.pruning.recipe import OPTIONS
-from sparseopt.pruning.reports import PruneReport, mean
+from sparseopt.pruning.reports import PruneReport, mean_errors
 from sparseopt.pruning.shrinking import SHRINK_OPTIONS
 from sparseopt.system.machine import versions
 
@@ -92,14 +92,13 @@ def result_lines(report: PruneReport) -> list[str]:
         text = f"{recipe['samples']} windows of {recipe['seqlen']} tokens of {text}{varied}"
     lines.append(f"Calibrated on {text}{'' if report.bos is None else f', each beginning with token {report.bos}'}.")
     if report.layers:
-        heldout = mean(r.heldout_error for r in report.layers if r.heldout_error is not None)
+        error, heldout = mean_errors(report.layers)
         other = "" if heldout is None else f", {heldout:.5f} on held-out tokens"
         lines.append(
-            f"Relative squared error of the linears' outputs, mean: {mean(r.relative_error for r in report.layers):.5f}"
-            f" on the calibration tokens{other}."
+            f"Relative squared error of the linears' outputs, mean: {error:.5f} on the calibration tokens{other}."
         )
     if report.blocks:
-        first, last = (mean(getattr(b, name) for b in report.blocks) for name in ("first_loss", "last_loss"))
+        first, last = report.block_losses
         lines.append(f"{len(report.blocks)} blocks were trained: mean relative error {first:.5f} -> {last:.5f}.")
     if trained := report.distilled:
         lines.append(

@@ -20,9 +20,9 @@ class Timed(NamedTuple):
 
 
 class Compiled:
-    """A pure function compiled once for every distinct structure, shape, dtype and layout of its arguments.
+    """A pure function compiled once for each structure, shape, dtype and layout of its arguments and each precision.
 
-    And for every precision of products of activations, see `core.dense`.
+    The precision is that of products of activations, see `core.dense`.
 
     Where an argument is spread over several devices, those on one device are copied whole to each of them: a program
     runs on all devices or on one. What is used more than once is better copied before, by `laid_on`.

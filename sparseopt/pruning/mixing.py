@@ -141,7 +141,8 @@ def choose_mixes(
         _trial_plan(model, search.plan, sizes) for search, own in zip(searches, levels, strict=True) for sizes in own
     ]
     dense, *losses = masked_losses(trial, trials, stream)
-    trial.check_dense(dense)
+    trial = replace(trial, dense=dense)
+    trial.dense_loss()
     rises = iter(min(loss - dense, LARGEST_RISE) for loss in losses)
     curves = [_curves(model, [(sizes, next(rises)) for sizes in own]) for own in levels]
     orders: dict[BlockScore, list[RemovalRecord]] = {}
@@ -149,7 +150,7 @@ def choose_mixes(
         own = [(s, c) for s, c in zip(searches, curves, strict=True) if s.recipe.block_score == score]
         if count := max(search.removals for search, _ in own):
             most = max(best_mix(search, curve, []).rise for search, curve in own)
-            orders[score] = removal_order(model, scored, count, runner, observer, kind=kind, score=score, most=most)
+            orders[score] = removal_order(trial, count, score=score, most=most)
     return [
         _mix(model, search, own, orders.get(search.recipe.block_score, [])[: search.removals])
         for search, own in zip(searches, curves, strict=True)

@@ -187,10 +187,19 @@ class PassRecipe(ABC):
         """
         options = options_of(type(self))
         wrong = {name: text for name, each in options.items() if (text := each.mistake(getattr(self, name)))}
+
+        def reconstructs() -> None:
+            if self.reconstruction is not None:
+                self.reconstruction.check()
+
+        def distils() -> None:
+            if self.distillation is not None:
+                self.distillation.check()
+
         checks: list[Check] = [
             (("method", "preset", "ridge", "pattern"), self.find_method),
-            (("reconstruct", "samples", "variants"), lambda: self.reconstruction and self.reconstruction.check()),
-            (("distil",), lambda: self.distillation and self.distillation.check()),
+            (("reconstruct", "samples", "variants"), reconstructs),
+            (("distil",), distils),
             *self._checks(),
         ]
         problems = [*wrong.values(), *mistakes_of(check for names, check in checks if not wrong.keys() & set(names))]

@@ -26,7 +26,7 @@ GROUPS = 512
 ROWS = 4096
 
 
-def best_order(score: Float[np.ndarray, "in rows"], pattern: NM, seed: int = 0) -> Int[np.ndarray, "in"]:
+def best_order(score: Float[np.ndarray, "in rows"], pattern: NM) -> Int[np.ndarray, "in"]:
     """Which input to move to each place, so that the pattern keeps a large sum of scores; never less than now.
 
     The inputs of largest sums are dealt out over the groups first. Then one input is taken out of every group, and a
@@ -35,7 +35,6 @@ def best_order(score: Float[np.ndarray, "in rows"], pattern: NM, seed: int = 0) 
     Args:
         score: non-negative, in solver layout.
         pattern: n:m along the inputs.
-        seed: of the choice of the inputs that are taken out.
 
     Source: channel allocation and assignment as in Zhang, Bai, Lin, Zhao, Hou, Cannistraci, "Plug-and-play: an
     efficient post-training pruning method for large language models", ICLR 2024 (RIA); the objective is that of Pool
@@ -47,7 +46,7 @@ def best_order(score: Float[np.ndarray, "in rows"], pattern: NM, seed: int = 0) 
     unmoved = np.arange(inputs)
     dealt = np.argsort(-rows.sum(axis=1), kind="stable").reshape(m, -1).T.reshape(-1)
     kept, order = max(((_kept(scores, each, pattern), each) for each in (dealt, unmoved)), key=lambda pair: pair[0])
-    groups, rng, idle = order.reshape(-1, m).copy(), np.random.default_rng(seed), 0
+    groups, rng, idle = order.reshape(-1, m).copy(), np.random.default_rng(0), 0
     for _ in range(ROUNDS):
         gain = 0.0
         for part in np.array_split(rng.permutation(len(groups)), -(-len(groups) // GROUPS)):

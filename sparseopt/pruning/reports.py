@@ -1,6 +1,6 @@
 """Floor 6: what a pruning run tells: records of what it did, as JSON lines, and one report, as a summary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -400,6 +400,11 @@ class PruneReport:
         """Into how many blocks of outputs each layer was split whose solve did not fit in memory whole."""
         return {r.layer: r.output_blocks for r in self.layers if r.output_blocks > 1}
 
+    @property
+    def block_losses(self) -> tuple[float | None, float | None]:
+        """The mean error of the trained blocks before and after their training."""
+        return mean(b.first_loss for b in self.blocks), mean(b.last_loss for b in self.blocks)
+
     def summary(self) -> dict[str, Any]:
         """For `summary.json`."""
         figures = {k: v for k, v in asdict(self).items() if k not in ("layers", "blocks", "kept")}
@@ -410,8 +415,7 @@ class PruneReport:
             "reconstructed_blocks": len(self.blocks),
             "sparsity": self.sparsity,
             "total_sparsity": self.total_sparsity,
-            "mean_relative_error": mean(r.relative_error for r in self.layers),
-            "mean_heldout_error": mean(r.heldout_error for r in self.layers if r.heldout_error is not None),
+            **dict(zip(("mean_relative_error", "mean_heldout_error"), mean_errors(self.layers), strict=True)),
             "dead_inputs": sum(r.dead_inputs for r in self.layers),
             "given_zeros": sum(r.given_zeros for r in self.layers),
             "kept_masks": len(self.kept_masks),
@@ -425,3 +429,9 @@ def mean(values: Any) -> float | None:
     """The arithmetic mean; None of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else None
+
+
+def mean_errors(layers: Sequence[LayerRecord]) -> tuple[float | None, float | None]:
+    """The mean relative errors of layers on the calibration tokens and on held-out ones; None without any."""
+    heldout = mean(r.heldout_error for r in layers if r.heldout_error is not None)
+    return mean(r.relative_error for r in layers), heldout

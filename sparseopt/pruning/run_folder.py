@@ -307,7 +307,7 @@ def progress_in(identity: Identity, plan: Plan) -> Progress:
     found = _read_progress(identity.model, plan)
     kept = {shard_name(tag, plan.recipe.pack) for tag in found.tags}
     for entry in folder.iterdir():
-        if entry.suffix in (".partial", ".tmp", ".safetensors") and entry.name not in kept:
+        if entry.suffix in (".tmp", ".safetensors") and entry.name not in kept:
             entry.unlink()
     run_folder.write_records(folder, (record.as_dict() for record in found.records))
     return found

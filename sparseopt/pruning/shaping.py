@@ -13,7 +13,7 @@ from typing import cast
 from sparseopt.core.types import Observer
 from sparseopt.models import PrunableModel, sizes_of
 from sparseopt.pruning.activations import Batches, Stream
-from sparseopt.pruning.block_removal import removal_order
+from sparseopt.pruning.block_removal import removal_order, trial_of
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.mixing import Mix, choose_mixes
 from sparseopt.pruning.plan import CalibrationWindows, Plan, shrink_plan
@@ -49,10 +49,10 @@ def choose_shapes(
     for plan, recipe, _ in new:
         if removed := _removed(model, plan):
             counts[recipe.block_score] = max(removed, counts.get(recipe.block_score, 0))
-    orders = {
-        score: removal_order(model, windows, count, runner, observer, kind=kind, score=score)
-        for score, count in counts.items()
-    }
+    orders: dict[BlockScore, list[RemovalRecord]] = {}
+    if counts:
+        trial = trial_of(model, windows, runner, observer, kind=kind)
+        orders = {score: removal_order(trial, count, score=score) for score, count in counts.items()}
     budgets = [plan for plan, recipe, _ in new if recipe.has_budget]
     mixes = iter(choose_mixes(model, budgets, stream, windows, kind, runner, observer) if budgets else [])
     seconds = time.perf_counter() - start

@@ -58,7 +58,8 @@ class ShrinkRecipe(PassRecipe):
     multiple: int = option(64, "The number of channels is rounded to a multiple of this.", KEEP, least=1)
     block_score: BlockScore = option(
         "loss",
-        "Which blocks go: {choices}; those whose absence raises the loss least, or that turn the stream least.",
+        "How blocks to remove are chosen: {choices}; by the rise of the loss without them, or by how little they turn "
+        "the residual stream.",
         HOW,
     )
 

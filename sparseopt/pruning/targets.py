@@ -76,8 +76,8 @@ def check_choice(
     """Check what can be checked without a model; `check_share` refuses a sparsity above 0.
 
     Raises:
-        ValueError: for what are no names or expressions, a sparsity that is not possible, or sparsities beside another
-            allocation than the uniform one.
+        ValueError: for what are no names or expressions, a sparsity that is not possible, or sparsities together
+            with an allocation that is not uniform.
     """
     for option, patterns in (("targets", targets), ("ignore", ignore)):
         if patterns is not None:

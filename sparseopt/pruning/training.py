@@ -107,7 +107,7 @@ class TrainState(NamedTuple):
     moments: Any
 
 
-class Kept(NamedTuple):
+class TrainedEntries(NamedTuple):
     """The entries of a parameter that are trained: the mask, of its shape or one True for all, and their number.
 
     At least one is counted, since it is divided by.
@@ -122,7 +122,7 @@ class Fixed(NamedTuple):
 
     graph: Any
     frozen: Any
-    kept: list[Kept]  # see `kept_entries`
+    kept: list[TrainedEntries]  # see `kept_entries`
 
     def module(self, params: Any) -> Block:
         return nnx.merge(self.graph, params, *self.frozen)
@@ -138,7 +138,7 @@ def start_state(params: Any) -> TrainState:
     return TrainState(params, _adam.init(params))
 
 
-def kept_entries(params: Any, masks: Mapping[str, Array]) -> list[Kept]:
+def kept_entries(params: Any, masks: Mapping[str, Array]) -> list[TrainedEntries]:
     """The entries that are trained, by leaf of `params`: all of a leaf without a mask.
 
     The bias of a linear whose mask has no True is not trained either.
@@ -155,12 +155,12 @@ def kept_entries(params: Any, masks: Mapping[str, Array]) -> list[Kept]:
     kept = []
     for path, param in nnx.to_flat_state(params):
         mask = found.get(".".join(map(str, path)), jnp.asarray(True))
-        kept.append(Kept(mask, jnp.maximum(jnp.sum(jnp.broadcast_to(mask, param.shape)), 1)))
+        kept.append(TrainedEntries(mask, jnp.maximum(jnp.sum(jnp.broadcast_to(mask, param.shape)), 1)))
     return kept
 
 
 def updated(
-    state: TrainState, gradient: Any, kept: list[Kept], rate: Float[Array, ""], clip: Float[Array, ""]
+    state: TrainState, gradient: Any, kept: list[TrainedEntries], rate: Float[Array, ""], clip: Float[Array, ""]
 ) -> tuple[TrainState, Float[Array, ""]]:
     """One step of Adam, and the gradient's norm before it is clipped."""
     kept = jax.tree.unflatten(jax.tree.structure(gradient), kept)
@@ -169,7 +169,7 @@ def updated(
     gradient = jax.tree.map(lambda g: g * (clip / jnp.maximum(norm, clip)), gradient)
     updates, moments = _adam.update(gradient, state.moments)
 
-    def moved(p: Array, u: Array, kept: Kept) -> Array:
+    def moved(p: Array, u: Array, kept: TrainedEntries) -> Array:
         size = jnp.maximum(jnp.sqrt(jnp.sum(jnp.where(kept.mask, p * p, 0)) / kept.number), LEAST_SIZE)
         # Masked again: not even a non-finite gradient, whose state is discarded, may change an entry that is not
         # trained.

@@ -2,8 +2,8 @@
 
     token_t  ~  p( . | the tokens before t in the window)        for a random share of the positions t
 
-Answers fitted to few tokens are worse on others, and the tokens that a user has are often few. The dense model is asked
-anyway what it gives for a window; so it may be asked about other windows like it.
+What is fitted to few tokens generalises badly, and users often have few. The dense model is the target in any case, so
+windows that it draws itself can be added.
 
 All positions are drawn at once, so a round is one forward pass. The next round draws them again with the same noise,
 from the windows of the round before: a position is right as soon as those before it no longer change (Jacobi's

@@ -14,7 +14,7 @@ import numpy as np
 from sparseopt.experiments.plots import plot_layer_errors, save_figure
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
 from sparseopt.pruning import PruneReport, Recipe, perplexity, prune_model
-from sparseopt.pruning.reports import mean
+from sparseopt.pruning.reports import mean_errors
 from sparseopt.pruning.texts import text_windows
 from sparseopt.shell import console, show_pruning
 from sparseopt.system.machine import environment, peak_memory_bytes
@@ -106,12 +106,12 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
     name, perplexity, report = outcome.label, f"{outcome.perplexity:.2f}", outcome.report
     if report is None:
         return (name, perplexity, "-", "-", "-", "-")
-    heldout = mean(r.heldout_error for r in report.layers if r.heldout_error is not None)
+    error, heldout = mean_errors(report.layers)
     return (
         name,
         perplexity,
         f"{report.sparsity:.4f}",
-        f"{mean(r.relative_error for r in report.layers):.5f}",
+        f"{error:.5f}",
         "-" if heldout is None else f"{heldout:.5f}",
         f"{report.solver_seconds:.1f}",
     )

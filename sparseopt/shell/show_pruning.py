@@ -23,6 +23,7 @@ from sparseopt.pruning.reports import (
     Replay,
     ShapeRecord,
     mean,
+    mean_errors,
 )
 from sparseopt.pruning.token_time import block_parameters, token_seconds
 from sparseopt.shell.console import bytes_by_size, comparison_table, console, counting_bar, packed_line, say
@@ -163,19 +164,19 @@ def show_report(report: PruneReport) -> None:
 def prune_table(report: PruneReport) -> Table:
     """Mean errors by kind of linear, and the totals; of a smaller model the fraction of inputs that stay."""
     smaller = report.shape is not None
-    rows = []
-    kinds = dict.fromkeys(kind_of(r.layer) for r in report.layers)
-    groups = {kind: [r for r in report.layers if kind_of(r.layer) == kind] for kind in kinds}
+    rows, groups = [], dict[str, list[LayerRecord]]()
+    for record in report.layers:
+        groups.setdefault(record.layer.rpartition(".")[2], []).append(record)
     for kind, records in (groups | {"all": report.layers}).items():
         shape = "" if kind == "all" else f"{records[0].shape[0]}x{records[0].shape[1]}"
-        heldout = mean(r.heldout_error for r in records if r.heldout_error is not None)
+        error, heldout = mean_errors(records)
         zeros = sum(r.zeros for r in records) / sum(r.size for r in records)
         rows.append(
             (
                 kind,
                 shape,
                 f"{1 - zeros if smaller else zeros:.4f}",
-                f"{mean(r.relative_error for r in records):.5f}",
+                f"{error:.5f}",
                 "-" if heldout is None else f"{heldout:.5f}",
                 f"{mean(r.steps for r in records):.0f}",
                 f"{sum(r.seconds for r in records):.1f}",
@@ -198,11 +199,6 @@ def shape_lines(report: PruneReport, shape: ShapeRecord) -> list[str]:
     if shape.rises:
         lines.append(f"removing these blocks alone: loss {shape.rises[-1]:+.4f} nats a token")
     return lines
-
-
-def kind_of(layer: str) -> str:
-    """The last part of a layer's name: `q_proj`, `down_proj`, ..."""
-    return layer.rsplit(".", 1)[-1]
 
 
 def token_lines(source: Source, reports: Sequence[PruneReport]) -> list[str]:
@@ -255,7 +251,7 @@ def run_lines(report: PruneReport) -> list[str]:
             "and blocks are not trained"
         )
     if report.blocks:
-        first, last = (mean(getattr(b, name) for b in report.blocks) for name in ("first_loss", "last_loss"))
+        first, last = report.block_losses
         stopped = sum(b.status in ("DIVERGED", "NONFINITE") for b in report.blocks)
         lines.append(
             f"reconstruction {report.reconstruction_seconds:.1f} s, mean block error {first:.5f} -> {last:.5f}"

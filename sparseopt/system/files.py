@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from io import RawIOBase
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def refused(file: Path, nbytes: int, error: OSError, kept: str = "") -> DiskErro
     try:
         free = f"{shutil.disk_usage(file.parent).free:,} bytes are free there"
     except OSError:
-        free = "how much is free is not known"
+        free = "free space unknown"
     return DiskError(
         f"could not write {file}: {error.strerror or error} ({nbytes:,} bytes were to be written, {free}){kept}; "
         f"{REMEDIES.get(error.errno or 0, 'check the disk')} and start the same command again"
@@ -33,23 +34,46 @@ def refused(file: Path, nbytes: int, error: OSError, kept: str = "") -> DiskErro
 
 
 def temporary_of(file: Path) -> Path:
-    """The name under which `write_whole` writes; a crash may leave it behind."""
+    """The name under which `replacing` writes; a crash may leave it behind."""
     return file.with_name(f".{file.name}.tmp")
 
 
-def write_whole(file: Path, text: str | bytes) -> None:
-    """Replace a file so that a crash leaves the old one or the new one; a `DiskError` leaves the old one."""
-    temporary, content = temporary_of(file), text.encode() if isinstance(text, str) else text
+@contextlib.contextmanager
+def replacing(file: Path, nbytes: int, kept: str = "") -> Iterator[Path]:
+    """Give a path to write `nbytes` to, which then replace a file: a crash leaves the old one or the new one.
+
+    Raises:
+        DiskError: if the disk refuses; the old file stays, and `kept` says what else is safe.
+    """
+    temporary = temporary_of(file)
     try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        # It might be a link, which would be written through.
+        temporary.unlink(missing_ok=True)
+        yield temporary
+        _sync(temporary)
         temporary.replace(file)
+        _sync(file.parent)
     except OSError as error:
+        raise refused(file, nbytes, error, kept) from error
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise refused(file, len(content), error) from error
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file's content, or a folder's names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(file: Path, text: str | bytes) -> None:
+    """Replace a file by its new content, see `replacing`."""
+    content = text.encode() if isinstance(text, str) else text
+    with replacing(file, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def append_line(file: Path, text: str) -> None:

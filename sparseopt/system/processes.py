@@ -187,7 +187,7 @@ class _Bond:
         """End all processes for an error in this one; returns only if it cannot be reported."""
         time.sleep(GRACE_SECONDS)
         code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ValueError) else 1
-        code = getattr(error, "exit_code", code)  # of the command line's own way to end
+        code = getattr(error, "exit_code", code)  # `typer.Exit` has its own
         message = "stopped" if code == 130 else str(error) or type(error).__name__
         verdict = {"text": f"process {self._index} of {self._count}: {message}", "code": code}
         with contextlib.suppress(OSError):

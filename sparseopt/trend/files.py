@@ -154,7 +154,7 @@ def read_table(path: str | Path, names: tuple[str, ...] = (), columns: tuple[int
     file = readable(path, "a CSV or NPZ")
     kind = file.suffix.lower()
     if kind not in TABLE_KINDS:
-        raise FileError(f"{file} is none of {', '.join(TABLE_KINDS)}")
+        raise FileError(f"{file} must end in one of {', '.join(TABLE_KINDS)}")
     try:
         if kind == ".npz":
             table = _read_npz(file, names)
@@ -260,7 +260,7 @@ def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:
 def opened_npz(file: Path, example: str) -> Any:
     """The arrays of an archive, unread; `example` says in an error how one is written."""
     if not zipfile.is_zipfile(file):
-        raise ValueError(f"it is no NPZ archive; write it with numpy.savez(FILE, {example})")
+        raise ValueError(f"it is not an NPZ archive; write it with numpy.savez(FILE, {example})")
     return np.load(file, allow_pickle=False)
 
 

@@ -9,7 +9,6 @@ Tibshirani, Saunders, Rosset, Zhu, Knight, "Sparsity and smoothness via the fuse
 Tibshirani, "Adaptive piecewise polynomial estimation via trend filtering", Annals of Statistics 42 (2014), section 7.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -137,7 +136,7 @@ def trend_filter(
     )
     native = wide_types() or job.dtype == np.float32
     mesh = job.layout.mesh
-    with precision(job.dtype), contextlib.nullcontext() if mesh is None else at_work(mesh):
+    with precision(job.dtype), at_work(mesh):
         assert job.signal is not None
         found = _solved(job)
         value = job.layout.shaped(found.value, job.signal.shape)
@@ -208,7 +207,7 @@ def _solved(job: Job) -> TrendSolution:
         return short_fit(job)
     found = _fitted(job)
     found = dataclasses.replace(found, nonzero=job.layout.gathered(found.nonzero, job.order + 1))
-    return found if job.order else levelled_fit(job, found)
+    return levelled_fit(job, found)
 
 
 def _fitted(job: Job) -> TrendSolution:

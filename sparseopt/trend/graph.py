@@ -356,7 +356,7 @@ class Graph:
         """The same graph, whose rows are those of its edges, even if it is a grid."""
         return Graph(self.num_nodes, self.edges, self.weights, nodes=self.nodes)
 
-    @property
+    @functools.cached_property
     def row_edges(self) -> np.ndarray:
         """The edges in the order of the rows of `base`: on a grid that of `grid_edges`, also where edges were given."""
         return self.edges if self.shape is None else grid_edges(self.shape)
@@ -373,7 +373,7 @@ class Graph:
             return np.zeros(self.num_nodes, np.int32)
         return csgraph.connected_components(self.adjacency, directed=False)[1]
 
-    @property
+    @functools.cached_property
     def num_components(self) -> int:
         """The number of components, isolated nodes included."""
         return int(self.components.max(initial=-1)) + 1

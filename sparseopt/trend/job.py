@@ -105,6 +105,10 @@ class Job:
         if start is not None and not np.all(np.isfinite(np.asarray(start.value))):
             raise ValueError("warm_start holds values that are not finite; start without it")
 
+    def at(self, weight: float) -> "Job":
+        """The job with another weight of its penalty."""
+        return dataclasses.replace(self, terms={self.order: dataclasses.replace(self.penalty, weight=float(weight))})
+
     @functools.cached_property
     def ground(self) -> Ground:
         return ground_of(self.layout, tuple(self.terms), self.dtype, bool(self.channels))
@@ -165,10 +169,10 @@ class Job:
 
 
 def graph_for(graph: Graph, penalty: Any) -> Graph:
-    """The graph for penalties that are not `SIGNLESS`, by its edges where the rows of its grid would not do.
+    """The graph for a penalty, by its edges where the rows of a grid would not do.
 
-    The direction of these is not that of the edges given, which only a penalty tells apart that is not the same for
-    rows of the other sign; and rows that fill their array are 0, which is to cost nothing.
+    A grid that was found in edges has its rows in the order and direction of a grid, padded with zeros. A penalty that
+    is not even needs the directions given, and one that zeros cost something cannot take the padding.
     """
     if graph.shape is None or graph.free:
         return graph

@@ -82,7 +82,7 @@ def stopped_early(job: Job, solve: Callable[[float, int], TrendSolution], early:
         start = None if int(fit.status) == Status.NONFINITE else fit
         rest = dataclasses.replace(job, method=DOGE.name, warm_start=start, max_steps=left)
         fit = DOGE.plan(rest).fitted(rest)
-        fit = fit if job.order else levelled_fit(job, fit)
+        fit = levelled_fit(job, fit)
         steps += int(fit.steps)
     elif not missed <= 1 and left <= 0:
         fit = dataclasses.replace(fit, status=jnp.asarray(Status.MAX_STEPS, jnp.int32))
@@ -112,11 +112,11 @@ def certified(job: Job, found: TrendSolution) -> TrendSolution:
     found = dataclasses.replace(
         found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
     )
-    return found if job.order else levelled_fit(job, found)
+    return levelled_fit(job, found)
 
 
 def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
-    """The fit with the mean of each piece at its nodes, judged again, unless that raises the objective.
+    """A fit of order 0 with the mean of each piece at its nodes, judged again, unless that raises the objective.
 
     The means E b are weighted as the loss is. Let P be the objective with the square loss, b* its optimum, and let the
     pieces be those of b*. If E b jumps in the directions of b*,
@@ -125,6 +125,8 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
 
     so the means lower the objective. The dual point and its bound stay the same.
     """
+    if job.order:
+        return found
     graph, layout, signal, channels = job.graph, job.layout, job.signal, job.channels
     assert signal is not None
     columns = np.asarray(layout.shaped(found.value, signal.shape)).reshape(graph.num_nodes, -1)

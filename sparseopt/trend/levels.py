@@ -16,7 +16,7 @@ from sparseopt.core.penalties import L1, Norm
 from sparseopt.core.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start, balanced_rho
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_pieces
-from sparseopt.trend.ground import Data, Ground, data_of, on_rows
+from sparseopt.trend.ground import Data, Ground, data_of
 from sparseopt.trend.job import Job
 from sparseopt.trend.largest_weight import NullFit
 from sparseopt.trend.levelling import has_means, in_float32, stopped_early
@@ -38,7 +38,7 @@ FIRST_STOP = 30.0
 Level = tuple[Solution, Any]
 
 
-def descend(job: Job, template: Any, weights: np.ndarray, first: NullFit | None) -> Level:
+def descend(job: Job, weights: np.ndarray, first: NullFit | None) -> Level:
     """The fits at descending weights, stacked, as NumPy arrays; the job's dtype must be enabled.
 
     The job has the penalty of the first weight, and `tol` and `max_steps` of each level. `first` is the proof that the
@@ -48,30 +48,26 @@ def descend(job: Job, template: Any, weights: np.ndarray, first: NullFit | None)
     if job.loss is None and _merges(job):
         return _by_merging(job, weights)
     by = _by_solver if job.loss is None else _by_loss
-    levels = jax.device_get(by(job, template, weights, first))
+    levels = jax.device_get(by(job, weights, first))
     return jax.tree.map(lambda *parts: np.stack(parts), *levels)
 
 
-def _by_solver(job: Job, template: Any, weights: np.ndarray, first: NullFit | None) -> list[Level]:
+def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Level]:
     """The levels of the square loss, one after another, each started from the last two."""
     order, max_steps = job.order, job.max_steps
     method = chosen_for_path(job)
     proof = None if first is None else first.dual if job.channels else first.dual[..., 0]
     if method is INTERIOR:
-        return _by_interior(job, template, weights, proof)
+        return _by_interior(job, weights, proof)
     early, means = FIRST_STOP, has_means(job)
     working = in_float32(job) if means and is_short(job, method) else job
     kind, plan = working.dtype, method.plan(working)
     tol = jnp.asarray(job.tol, kind)
 
-    def penalty_at(weight: float) -> Any:
-        penalty = dataclasses.replace(template, weight=weight)
-        return on_rows({order: penalty}, job.layout, kind, bool(job.channels))
-
-    data, start = _first(plan, penalty_at(weights[0]), *working.arrays, proof, working.start())
+    data, start = _first(plan, working.at(weights[0]).rows, *working.arrays, proof, working.start())
     older, found = start, list[Level]()
     for index, weight in enumerate(weights):
-        penalty = penalty_at(weight)
+        penalty = working.at(weight).rows
         last, before = weights[max(index - 1, 0)], weights[max(index - 2, 0)]
         ahead = min((last - weight) / (before - last), 1.0) if before > last else 0.0
         move = (jnp.asarray(weight / last, kind), jnp.asarray(ahead, kind))
@@ -83,7 +79,7 @@ def _by_solver(job: Job, template: Any, weights: np.ndarray, first: NullFit | No
         state = _begun(plan, data, penalty, fits, move, balance=method.balances_rho and index > 0)
         older = start
         if means:
-            here = dataclasses.replace(job, terms={order: dataclasses.replace(template, weight=float(weight))})
+            here = job.at(weight)
 
             def solve(tol: float, max_steps: int, penalty: Any = penalty) -> TrendSolution:
                 nonlocal state, start
@@ -113,12 +109,11 @@ def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any, last: Any
     return data, dataclasses.replace(start, rho=rho)
 
 
-def _by_loss(job: Job, template: Any, weights: np.ndarray, _: Any) -> list[Level]:
+def _by_loss(job: Job, weights: np.ndarray, _: Any) -> list[Level]:
     """The levels with a loss, each started at the last one; the best constants are tried as the fit of each."""
     levels, last, best = list[Level](), None, best_constants(job)
     for weight in weights:
-        terms = {job.order: dataclasses.replace(template, weight=float(weight))}
-        fit = fit_loss(dataclasses.replace(job, terms=terms, warm_start=last), best)
+        fit = fit_loss(dataclasses.replace(job.at(weight), warm_start=last), best)
         levels.append((dataclasses.replace(fit, state=None, dual=None, nonzero=None), fit.nonzero))
         # A known fit, as without any difference in the data, has no dual to start from.
         last = fit if fit.dual is not None else None
@@ -194,7 +189,7 @@ def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, 
     return jax.lax.map(judged_at, (weights, fits))
 
 
-def _by_interior(job: Job, template: Any, weights: np.ndarray, proof: Any) -> list[Level]:
+def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[Level]:
     """The levels by the interior point method, which starts cold but orders its factors only once.
 
     At order 0 Doge-ADMM, started from the last of them, is faster for the weaker levels.
@@ -203,13 +198,12 @@ def _by_interior(job: Job, template: Any, weights: np.ndarray, proof: Any) -> li
     if job.order == 0 and job.method is None:
         strong = weights[weights * job.strength > STRONG_LEVEL * weights[0]]
     for index, weight in enumerate(strong):
-        terms = {job.order: dataclasses.replace(template, weight=float(weight))}
-        penalty = on_rows(terms, job.layout, job.dtype, bool(job.channels))
+        penalty = job.at(weight).rows
         fit = solver.null_fit(penalty, proof) if index == 0 and proof is not None else solver.fit(penalty)
         levels.append((dataclasses.replace(fit, dual=None, nonzero=None), fit.nonzero))
     if strong.size < weights.size:
         rest = dataclasses.replace(job, method=DOGE.name, warm_start=fit if levels else None)
-        levels += _by_solver(rest, template, weights[strong.size :], None)
+        levels += _by_solver(rest, weights[strong.size :], None)
     return levels
 
 

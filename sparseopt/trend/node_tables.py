@@ -183,4 +183,4 @@ def write_fit(path: str | Path, fit: NodeTable, pieces: np.ndarray | None) -> No
 
         pyarrow.parquet.write_table(pyarrow.table(columns), file)
     else:
-        raise FileError(f"{file} is none of {', '.join(TABLE_KINDS)}")
+        raise FileError(f"{file} must end in one of {', '.join(TABLE_KINDS)}")

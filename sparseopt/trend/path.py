@@ -213,17 +213,17 @@ def trend_path(
     if given is None:
         first = _first_fit(job)
         given = float(first.weight.max()) * np.geomspace(1, ratio, num)
-    job = dataclasses.replace(job, terms={k: dataclasses.replace(template, weight=float(given[0]))})
+    job = job.at(given[0])
     noise = signal_noise(signal, graph, k) if family is None else math.nan
     with precision(job.dtype):
-        fits, rows = descend(job, template, given, first)
+        fits, rows = descend(job, given, first)
     seen = None if signal.weights is None else signal.weights > 0
     columns, mass = signal.columns, signal.mass[:, None]
     channels = columns.shape[1]
 
     values = fits.value.reshape(len(given), *signal.shape)
     if family is None and (isinstance(template, GroupL2) or not is_countable(graph)):
-        freedom = partial(_divergences, job, template, given, values, noise)
+        freedom = partial(_divergences, job, given, values, noise)
     else:
         freedom = partial(_dimensions, rows, graph, k, seen, channels)
     return TrendPath(
@@ -249,7 +249,7 @@ def _dimensions(rows: np.ndarray, graph: Graph, order: int, seen: np.ndarray | N
     return np.array([freedom_of_rows(nonzero, graph, order, seen, channels) for nonzero in rows])
 
 
-def _divergences(job: Job, template: Any, weights: np.ndarray, values: np.ndarray, noise: float) -> np.ndarray:
+def _divergences(job: Job, weights: np.ndarray, values: np.ndarray, noise: float) -> np.ndarray:
     """`sum_j d fit_j / d y_j` of every fit, `[levels]`, by the fits of a signal that is moved along random signs.
 
     The standard deviation is about that of a mean of n such numbers. Source: Ramani, Blu and Unser, "Monte-Carlo SURE:
@@ -265,7 +265,7 @@ def _divergences(job: Job, template: Any, weights: np.ndarray, values: np.ndarra
         signs = rng.choice([-1.0, 1.0], given.shape)
         moved = dataclasses.replace(signal, values=(given + step * signs).astype(given.dtype))
         with precision(job.dtype):
-            fits, _ = descend(dataclasses.replace(job, signal=moved), template, weights, None)
+            fits, _ = descend(dataclasses.replace(job, signal=moved), weights, None)
         apart = fits.value.reshape(flat) - values.reshape(flat)
         found.append(np.sum((seen * signs * apart).reshape(len(values), -1), axis=1) / step)
     return np.maximum(np.mean(found, axis=0), 0)

@@ -98,7 +98,7 @@ class TrendSolution(Solution):
         graph = self._graph()
         if not graph.is_chain:
             raise ValueError(
-                f"knots are ordered along a chain, and {graph!r} is none: at order 0 `pieces()` gives its pieces"
+                f"knots are ordered along a chain, and {graph!r} is not a chain: at order 0 `pieces()` gives its pieces"
             )
         if self.order == 0:
             return np.flatnonzero(np.diff(self.pieces())) + 1

@@ -32,7 +32,7 @@ DEVICE_COPIES = 16
 # The gap compares squares of residuals with those of the signal, which must be this much above the smallest normal
 # number: otherwise residuals vanish and every fit would count as exact.
 SQUARES_ABOVE_TINY = 1e12
-# A polynomial of the caller's is one up to rounding of its values and of the least-squares fit, in eps of the largest.
+# A signal counts as a polynomial if it differs from its fit by at most so many eps of its largest value.
 NULL_EPS = 16
 # The median of |x| for a standard normal x.
 NORMAL_MEDIAN = 0.6744897501960817

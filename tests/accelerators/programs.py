@@ -54,7 +54,12 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 64, "num_key_value_heads": 8, "tie_word_embeddings": False},
 }
 PATTERNS = {"unstructured": 0.5, "2:4": None, "per-row": 0.5, "block:4x4": 0.5, "group:64": 0.5}
-GRIDS: dict[str, tuple[int, ...]] = {"512²": (512, 512), "4096²": (4096, 4096), "128³": (128, 128, 128)}
+GRIDS: dict[str, tuple[int, ...]] = {
+    "512²": (512, 512),
+    "4096²": (4096, 4096),
+    "128³": (128, 128, 128),
+    "512³": (512, 512, 512),
+}
 NODES = 20_000  # of the graph that is no grid
 ORDERS = (0, 1, 2)
 DEFAULTS = Recipe(calibration="wikitext2:")

@@ -8,8 +8,10 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
+from sparseopt.core.dense import precision_on
 from sparseopt.core.mesh import AXIS
 from sparseopt.pruning.methods import find_method, method_cost
 from tests.accelerators.programs import config_of, linear_shapes, programs
@@ -75,6 +77,14 @@ def test_a_block_of_7b_fits_in_one_device(target, name):
     assert program["host"] == []
     assert program["doubles"] == 0
     assert program["collectives"] == {}
+
+
+def test_high_is_three_products_in_tf32_on_an_h100():
+    if reason := missing("h100"):
+        pytest.skip(reason)
+    with jax.default_matmul_precision(precision_on("NVIDIA H100 80GB HBM3", "high")):
+        lowered = PROGRAMS["block", "forward", "SmolLM2-135M", 1].lower(Place.on("h100", 1))
+    assert "algorithm=dot_tf32_tf32_f32_x3" in lowered.compile().as_text()
 
 
 def test_devices_with_a_linear_each_or_windows_of_their_own_exchange_nothing(target):

@@ -47,12 +47,14 @@ def named(key):
 
 
 @pytest.mark.parametrize("key", LAYERS + OTHERS, ids=named)
-def test_no_program_calls_python_or_has_an_array_in_float64(target, key):
+def test_no_program_calls_python_or_has_an_array_in_float64_and_all_sum_products_in_float32(target, key):
     # With 64-bit types enabled an array that is silently promoted shows; settings are numbers in float64 then.
     with ENABLE_X64(True):
         text = text_of(target, key)
     assert "callback" not in text
     assert not re.findall(r"tensor<(?:\d+x)+f64>", text)
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert all(line.endswith(("f32>", "f32> loc(#loc)")) for line in products)
 
 
 @pytest.mark.parametrize("key", LAYERS, ids=named)

@@ -96,14 +96,14 @@ NUMPY = (
     ("a pickle by its name", _table(pickle.dumps([1]), "a.pkl"), "pickled objects"),
     ("an array file", _table(b"\x93NUMPY", "a.npy"), "pickled objects"),
     ("a file of torch", _table(b"PK", "a.pt"), "pickled objects"),
-    ("a pickle called an archive", _table(pickle.dumps([1.0]), "a.npz"), "no NPZ archive"),
-    ("an array called an archive", _table(b"\x93NUMPY\x01\x00" + bytes(100), "a.npz"), "no NPZ archive"),
+    ("a pickle called an archive", _table(pickle.dumps([1.0]), "a.npz"), "not an NPZ archive"),
+    ("an array called an archive", _table(b"\x93NUMPY\x01\x00" + bytes(100), "a.npz"), "not an NPZ archive"),
     ("a terabyte claimed", _table(_npz_with(_header("(1000000000000,)"), b""), "a.npz"), "claims the shape"),
     ("a negative size", _table(_npz_with(_header("(-1,)"), bytes(8)), "a.npz"), "cannot read numbers"),
     ("a header that is code", _table(_npz_with("__import__('os').getcwd()", b""), "a.npz"), "cannot read numbers"),
     ("a zip bomb", _table(_npz(signal=np.zeros(2**26)), "a.npz"), "would unpack to"),
     ("no array of that name", _table(_npz(a=np.zeros(2), b=np.zeros(2)), "a.npz"), "it holds a, b, expected one of"),
-    ("an archive that is cut", _table(_npz(signal=np.zeros(9))[:-30], "a.npz"), "no NPZ archive"),
+    ("an archive that is cut", _table(_npz(signal=np.zeros(9))[:-30], "a.npz"), "not an NPZ archive"),
 )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def _parquet(**columns: Any) -> bytes:
 
 TABLES = (
     ("no file", lambda folder: lambda: read_signal(folder / "a.csv"), "there is no file"),
-    ("another kind", _table(b"1", "a.txt"), "is none of .csv"),
+    ("another kind", _table(b"1", "a.txt"), "must end in one of .csv"),
     ("nothing", _table(b"", "a.csv"), "holds no rows"),
     ("a heading alone", _table(b"u,v\n", "a.csv"), "holds no rows"),
     ("words", _table(b"a,b\nc,d\n", "a.csv"), "cannot read numbers"),

@@ -95,7 +95,7 @@ def test_an_export_writes_through_no_link(tmp_path: Path, rng: np.random.Generat
     output.mkdir()
     for name in ("model-all.safetensors", "config.json"):
         (output / name).symlink_to(secret)
-        (output / f"{name}.partial").symlink_to(secret)
+        (output / f".{name}.tmp").symlink_to(secret)
     writer = ShardedWriter(output, source, keep=())
     writer.write("all", tensors)
     writer.finish()

@@ -12,7 +12,7 @@ from sparseopt.core.mesh import AXIS
 from sparseopt.models import open_model
 from sparseopt.pruning import block_removal, perplexity
 from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches
-from sparseopt.pruning.block_removal import greedy_removal, removal_order
+from sparseopt.pruning.block_removal import greedy_removal, removal_order, trial_of
 from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.plan import CalibrationWindows
 from sparseopt.pruning.reports import RemovalRecord
@@ -51,7 +51,8 @@ def windows(model, tokens):
 
 
 def order(model, windows, count, told=lambda *_: None, *, kind=None, **settings):
-    return removal_order(model, windows, count, BlockRunner(), told, kind=kind or Batches(), **settings)
+    trial = trial_of(model, windows, BlockRunner(), told, kind=kind or Batches())
+    return removal_order(trial, count, **settings)
 
 
 def chosen(records):

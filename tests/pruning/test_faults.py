@@ -35,15 +35,15 @@ from tests.pruning.test_resumption import model_bytes
 WRITES = {
     "lock": ("run.lock", 1),
     "fingerprint": (".run.json.tmp", 1),
-    "tensors outside the blocks": ("model-outer.safetensors.partial", 2),
+    "tensors outside the blocks": (".model-outer.safetensors.tmp", 2),
     "first record": ("records.jsonl", 1),
     "record in the second block": ("records.jsonl", 11),
-    "header of a shard": ("model-block-0001.safetensors.partial", 1),
-    "middle of a shard": ("model-block-0001.safetensors.partial", 4),
-    "last tensor of the last shard": ("model-block-0002.safetensors.partial", 10),
-    "tokenizer": ("tokenizer.json.partial", 1),
-    "configuration": ("config.json.partial", 1),
-    "index": ("model.safetensors.index.json.partial", 1),
+    "header of a shard": (".model-block-0001.safetensors.tmp", 1),
+    "middle of a shard": (".model-block-0001.safetensors.tmp", 4),
+    "last tensor of the last shard": (".model-block-0002.safetensors.tmp", 10),
+    "tokenizer": (".tokenizer.json.tmp", 1),
+    "configuration": (".config.json.tmp", 1),
+    "index": (".model.safetensors.index.json.tmp", 1),
     "summary": (".summary.json.tmp", 1),
 }
 # Which read of a tensor fails: of 29 tensors read once to check them, then outside the blocks, then block by block.
@@ -167,13 +167,13 @@ def test_a_disk_that_becomes_full_ends_the_run_in_a_sentence_and_it_goes_on(
     text = str(caught.value)
     assert "No space left on device" in text
     if name != "lock":
-        final = file.removeprefix(".").removesuffix(".tmp").removesuffix(".partial")
+        final = file.removeprefix(".").removesuffix(".tmp")
         assert f"could not write {tmp_path / 'out' / final}: " in text
         assert re.search(r"\([\d,]+ bytes were to be written, [\d,]+ bytes are free there\)", text)
         assert text.endswith("make room on the disk and start the same command again")
     # A run that had written nothing leaves no folder.
     left = [entry.name for entry in (tmp_path / "out").glob("*")]
-    assert not [entry for entry in left if entry.endswith((".partial", ".tmp"))]
+    assert not [entry for entry in left if entry.endswith(".tmp")]
     if RECORDS in left:
         assert all(json.loads(line) for line in (tmp_path / "out" / RECORDS).read_text().splitlines())
     prune_model(source, tmp_path / "out", recipe)

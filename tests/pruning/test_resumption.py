@@ -93,7 +93,7 @@ def test_half_a_record_and_a_shard_without_records_are_made_again(tmp_path, sour
         prune_model(source, folder, recipe, observer=breaking_at(15))
     records = (folder / RECORDS).read_text().splitlines(keepends=True)
     (folder / RECORDS).write_text("".join(records[:13]) + records[13][:40])
-    (folder / "model-block-0007.safetensors.partial").write_bytes(b"half")
+    (folder / ".model-block-0007.safetensors.tmp").write_bytes(b"half")
     report = prune_model(source, folder, recipe)
     assert report.resumed_blocks == 1
     assert model_bytes(folder) == model_bytes(tmp_path / "whole")

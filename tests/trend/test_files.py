@@ -204,7 +204,7 @@ def test_bad_tables_are_named(tmp_path):
     np.savez(tmp_path / "o.npz", signal=np.array([{}], object))
     with pytest.raises(FileError, match="cannot read numbers"):
         read_signal(tmp_path / "o.npz")
-    with pytest.raises(FileError, match=r"is none of .csv, .parquet, .npz"):
+    with pytest.raises(FileError, match=r"must end in one of .csv, .parquet, .npz"):
         read_table(tmp_path / "e.csv.gz") if (tmp_path / "e.csv.gz").write_bytes(b"") == 0 else None
 
 

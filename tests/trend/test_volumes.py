@@ -90,7 +90,7 @@ def broken(tmp_path):
         "other.npz": "it holds signal; name the array image or volume",
         "flat.npz": "its array volume has the shape (3, 4)",
         "object.npz": "pickled",
-        "text.npz": "it is no NPZ archive",
+        "text.npz": "it is not an NPZ archive",
         "absent.nii": "there is no file",
     }
 

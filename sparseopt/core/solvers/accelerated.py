@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import certificate, composite_gap, has_conjugate, is_convex, proximal_gap, unpenalised
+from sparseopt.core.certify import certificate, composite_gap, has_conjugate, is_convex, proximal_gap
 from sparseopt.core.losses import PlainLoss, is_smooth, with_image
 from sparseopt.core.matrix_losses import MatrixLoss
 from sparseopt.core.penalties import Composite, cold_memory, prox_from
@@ -193,9 +193,7 @@ class AcceleratedProximalGradient(PlainSolver):
         residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
         gap = jnp.full_like(residual, jnp.nan)
         if has_conjugate(penalty) and isinstance(loss, MatrixLoss):
-            fixed = unpenalised(penalty, x)
-            dual = jnp.where(fixed, 0, -gradient)
-            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), dual).gap
+            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), -gradient).gap
         elif isinstance(penalty, Composite) and isinstance(loss, MatrixLoss):
             gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
         elif has_conjugate(penalty) and hasattr(loss, "scaled_slack"):

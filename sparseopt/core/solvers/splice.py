@@ -5,7 +5,7 @@
 With x the minimiser on its support and g = H (x - c), removing entry i costs about `1/2 h_i x_i²` and adding entry j
 gains about `1/2 g_j² / h_j`. The curvature h lies between `1 / [H⁻¹]_ii` (all other entries free) and `H_ii` (none
 free); their geometric mean is taken. One step takes the set's mask of these costs and damped gains, refits by conjugate
-gradients, and keeps the new support only if the loss fell; otherwise the damping grows.
+gradients, and keeps the new support only if the loss fell; otherwise the gains are damped more.
 
 Source: Zhu, Wen, Zhu, Zhang, Wang, "A polynomial algorithm for best-subset selection problem", PNAS 2020, with
 curvatures of the inverse as in Hassibi and Stork, "Optimal brain surgeon", 1993.

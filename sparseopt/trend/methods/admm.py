@@ -13,7 +13,7 @@ import numpy as np
 from sparseopt.core.mesh import on_device
 from sparseopt.core.operators import Identity, Split, Stack
 from sparseopt.core.solvers.admm import standard_split
-from sparseopt.core.solvers.node_solve import ConjugateGradient, banded_solve, cosine_solve, free_solve
+from sparseopt.core.solvers.node_solve import ConjugateGradient, banded_solve, free_solve
 from sparseopt.trend.job import Job
 from sparseopt.trend.plan import Plan
 
@@ -70,8 +70,7 @@ def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, even: boo
         transform = job.ground.transform if single else free_solve(graph.shape, orders, kind, graph.spacing)
         return transform if even else ConjugateGradient(None, jnp.asarray(1e-2, kind), transform)
     if even:
-        assert graph.shape is not None
-        return cosine_solve(graph.shape, orders, kind, graph.spacing)
+        return dataclasses.replace(job.ground.transform, powers=orders)
     if graph.free and kind == np.float64:  # in float32 rounding may leave the matrix indefinite
         matrices = [graph.matrix(order) for order in orders]
         return banded_solve(sum(matrix.T @ matrix for matrix in matrices), kind)
@@ -86,9 +85,9 @@ def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, even: boo
 
 
 def refusal(job: Job, name: str, *, single: bool = False, blocks: bool = False) -> str | None:
-    """Why a method other than Doge-ADMM refuses a job, or None.
+    """Why a method that takes no mesh refuses a job, or None.
 
-    No such method takes several devices. One that is `single` takes only one penalty and the square loss, and only one
+    One that is `single` takes only one penalty and the square loss, and only one
     with `blocks` takes B.
     """
     if single and job.loss is not None:
