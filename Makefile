@@ -120,7 +120,7 @@ test-package: $(VENV)/.installed-test ## Install wheel and sdist into empty envi
 	$(BIN)/python -m pytest -m package
 
 # Fully compiled for the accelerators, and never from a cache: a kept program says neither its time nor its memory.
-test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H100 that need not be there, and check the programs (a quarter of an hour); RECORD=file of what is compiled already.
+test-accelerators: $(VENV)-accelerators/.installed ## Compile for TPUs and an H100 that need not be there, and check the programs (half an hour); RECORD=file of what is compiled already.
 	$(if $(RECORD),SPARSEOPT_ACCELERATOR_RECORD='$(abspath $(RECORD))') JAX_PLATFORMS=cpu SPARSEOPT_TEST_COMPILE=full JAX_ENABLE_COMPILATION_CACHE=false \
 		XLA_FLAGS=--xla_force_host_platform_device_count=8 \
 		$(VENV)-accelerators/bin/python -m pytest -n 0 -m accelerators -rs tests/accelerators

@@ -149,7 +149,8 @@ def accelerators_counts(records: list[Record]) -> str:
     """Operations of a block's programs as a compiler counts them, beside those of the package's estimates."""
     rows = []
     for record in named(records, "program"):
-        if record["program"] not in ("forward", "Grams") or record["devices"] > 1 or record.get("flops") is None:
+        whole = record["program"] in ("forward", "Grams") and record["devices"] == 1 and record.get("flops") is not None
+        if not whole or record["shape"] not in SIZES:
             continue
         model = StreamedModel(Headers(*SIZES[record["shape"]]))
         (block,) = block_sizes(model, RECIPES["maiht"])

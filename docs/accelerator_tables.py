@@ -4,8 +4,11 @@ from collections.abc import Callable
 
 from records import Column, Record, field, machine, missing, named, table
 
+from sparseopt.pruning.methods import find_method, workspace_of
+
 ACCELERATORS = "make bench-accelerators"
 PRECISION = "make bench-precision DATA=folder"
+SLOW = 30  # seconds
 
 
 def accelerators_machine(records: list[Record]) -> str:
@@ -16,17 +19,25 @@ def accelerators_machine(records: list[Record]) -> str:
     compilers = sorted({record["compiler"] for record in found})
     used, host = found[0]["versions"], found[0]["machine"]
     versions = ", ".join(f"{name} {used[name]}" for name in ("python", "sparseopt", "jax", "jaxlib"))
-    return f"Compiled by {', '.join(compilers)} with {versions}, on {host['system']} with {host['cores']} cores.\n"
+    by_target = []
+    for target in dict.fromkeys(record["target"] for record in found):
+        seconds = [record["compile_seconds"] for record in found if record["target"] == target]
+        slow = sum(each > SLOW for each in seconds)
+        by_target.append(f"{target} {slow} of {len(seconds)}, at most {max(seconds):.0f} s")
+    return (
+        f"Compiled by {', '.join(compilers)} with {versions}, on {host['system']} with {host['cores']} cores. Programs "
+        f"that took more than {SLOW} s to compile: {'; '.join(by_target)}.\n"
+    )
 
 
 def accelerators_layers(records: list[Record]) -> str:
     """Layer solves on one device."""
-    return _table(records, "layer", ("method and pattern", "out x in"), [("per Gram", _per_gram)])
+    return _table(records, "layer", ("method and pattern", "out x in"), [("of the estimate", _of_estimate)])
 
 
 def accelerators_blocks(records: list[Record]) -> str:
-    """Blocks, embedding and head on one device."""
-    return _table(records, "block", ("program", "model"), [])
+    """Blocks, embedding and head on one device, and what is computed of a linear besides its solve."""
+    return _table(records, "block linear", ("program", "of"), [])
 
 
 def accelerators_trend(records: list[Record]) -> str:
@@ -60,8 +71,8 @@ def precision_models(records: list[Record]) -> str:
     return table([record for record in records if record["value"] is not None], columns)
 
 
-def _table(records: list[Record], kind: str, names: tuple[str, str], more: list[Column]) -> str:
-    found = [record for record in named(records, "program") if record["kind"] == kind]
+def _table(records: list[Record], kinds: str, names: tuple[str, str], more: list[Column]) -> str:
+    found = [record for record in named(records, "program") if record["kind"] in kinds.split()]
     if not found:
         return missing(ACCELERATORS)
     columns: list[Column] = [
@@ -82,9 +93,13 @@ def _megabytes(name: str) -> Callable[[Record], float | None]:
     return lambda record: record[name] / 1e6 if name in record else None
 
 
-def _per_gram(record: Record) -> float | None:
-    inputs = int(record["shape"].split(" x ")[1])
-    return record["temporaries"] / (4 * inputs**2) if "temporaries" in record else None
+def _of_estimate(record: Record) -> float | None:
+    """The temporaries over what `sparseopt inspect` estimates for the solve."""
+    label, _, pattern = record["program"].partition(", ")
+    name, _, preset = label.partition(" ")
+    outputs, inputs = map(int, record["shape"].split(" x "))
+    workspace = workspace_of(find_method(name, preset or None, pattern=pattern))
+    return record["temporaries"] / workspace.nbytes(outputs, inputs) if "temporaries" in record else None
 
 
 def _libraries(record: Record) -> str:

@@ -20,8 +20,10 @@ PANELS = (128, 16, 1)
 WHOLE = 4 * PANELS[0]
 
 Precision = Literal["highest", "high", "default"]
-# "high" on an NVIDIA GPU, where JAX's own HIGH is its DEFAULT, one product in TF32: three, float32 to about 21 bits.
-HIGH_ON_NVIDIA = "TF32_TF32_F32_X3"
+# "high" on an NVIDIA GPU with TF32, where JAX's own HIGH is its DEFAULT, one such product: three, which have 21 bits.
+HIGH_BY_TF32 = "TF32_TF32_F32_X3"
+# The first generation of GPUs, Ampere, that has TF32.
+LEAST_CAPABILITY = 8
 
 
 def activation_precision() -> str:
@@ -37,12 +39,14 @@ def activations_in(precision: Precision) -> AbstractContextManager[Any]:
     # Programs traced under another setting are traced again, so it is changed only where it differs.
     if precision == activation_precision():
         return contextlib.nullcontext()
-    return jax.default_matmul_precision(precision_on(jax.devices()[0].device_kind, precision))
+    return jax.default_matmul_precision(precision_on(jax.devices()[0], precision))
 
 
-def precision_on(device_kind: str, precision: Precision) -> str:
-    """JAX's name of a precision on a kind of device."""
-    return HIGH_ON_NVIDIA if precision == "high" and device_kind.startswith("NVIDIA") else precision
+def precision_on(device: Any, precision: Precision) -> str:
+    """JAX's name of a precision on a device."""
+    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # of NVIDIA's, a number
+    has_tf32 = generation.isdigit() and int(generation) >= LEAST_CAPABILITY
+    return HIGH_BY_TF32 if precision == "high" and has_tf32 else precision
 
 
 def product(a: Array, b: Array) -> Array:

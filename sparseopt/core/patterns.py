@@ -113,14 +113,18 @@ class BlockTopK(_SparseSet):
     k: Any
     shape: tuple[int, int] = static()
 
-    def _tiles(self, x: Array) -> Array:
-        """The blocks, `[block rows, rows, block columns, columns]`."""
+    def _sums(self, x: Array) -> Array:
+        """The sum over every block, `[block rows, block columns]`.
+
+        In parts, since a TPU stores an array with a last axis of a few columns as if there were 128.
+        """
         rows, columns = self.shape
         if x.ndim != 2 or x.shape[0] % rows or x.shape[1] % columns:
             raise ValueError(
                 f"blocks of {rows} x {columns} tile matrices of such multiples only, given an array of shape {x.shape}"
             )
-        return x.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
+        of_rows = jnp.sum(x.reshape(-1, rows, x.shape[1]), axis=1)
+        return sum((of_rows[:, column::columns] for column in range(1, columns)), of_rows[:, ::columns])
 
     def mask(self, score: Float[Array, "rows columns"]) -> Bool[Array, "rows columns"]:
         """True in exactly the k blocks whose scores have the largest sums of squares; on a tie the first win.
@@ -128,13 +132,14 @@ class BlockTopK(_SparseSet):
         Raises:
             ValueError: if the blocks do not tile the array.
         """
+        rows, columns = self.shape
         wide = jnp.promote_types(score.dtype, jnp.float32)
-        energy = jnp.sum(self._tiles(score).astype(wide) ** 2, axis=(1, 3))
-        kept = top_k_mask(energy, self.k)
-        return jnp.broadcast_to(kept[:, None, :, None], self._tiles(score).shape).reshape(score.shape)
+        kept = top_k_mask(self._sums(score.astype(wide) ** 2), self.k)
+        kept = kept[:, jnp.arange(score.shape[1]) // columns]
+        return jnp.broadcast_to(kept[:, None], (len(kept), rows, score.shape[1])).reshape(score.shape)
 
     def _holds(self, x: Float[Array, "rows columns"]) -> Bool[Array, ""]:
-        return jnp.sum(jnp.any(self._tiles(x != 0), axis=(1, 3)), dtype=jnp.int32) <= self.k
+        return count_nonzero(self._sums((x != 0).astype(jnp.float32))) <= self.k
 
 
 @pytree

@@ -64,7 +64,7 @@ def route(logits_ME: Float[Array, "M E"], config: ExpertsConfig) -> Routing:
     # Every expert leaves less than one tile empty.
     tiles = chosen_Mk.size // rows + experts
     token = jnp.full(tiles * rows, tokens).at[place].set(order // config.chosen)
-    share = jnp.zeros(tiles * rows).at[place].set(shares_Mk.reshape(-1)[order])
+    share = jnp.zeros(tiles * rows, shares_Mk.dtype).at[place].set(shares_Mk.reshape(-1)[order])
     expert_P = jnp.searchsorted(jnp.cumsum(tiles_E), jnp.arange(tiles), side="right")
     expert_P = jnp.minimum(expert_P, experts - 1)
     return Routing(expert_P, token.reshape(tiles, rows), share.reshape(tiles, rows))

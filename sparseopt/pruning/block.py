@@ -210,7 +210,7 @@ def _pruned(
             if not starved and recipe.propagated_share and found.drift is not None:
                 target = propagated(weight, found, recipe.propagated_share, mesh)
             # So few tokens do not rank the weights: all inputs count the same.
-            gram = jnp.eye(len(found.gram)) if starved else found.gram
+            gram = jnp.eye(len(found.gram), dtype=jnp.float32) if starved else found.gram
             variances = None
             if reads_variances(plan.method):
                 variances = np.ones(len(gram), np.float32) if starved else whole(found.variances)

@@ -18,7 +18,6 @@ from sparseopt.models.attention import QUERY_CHUNK
 from sparseopt.models.experts import stacked_name
 from sparseopt.models.safetensors_file import SLICE
 from sparseopt.models.settings import DecoderConfig
-from sparseopt.pruning import permutation, survey, variants
 from sparseopt.pruning.activations import windows_per_batch
 from sparseopt.pruning.blocked import fewest_blocks
 from sparseopt.pruning.calibration import EXPERTS_INPUT
@@ -27,9 +26,12 @@ from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import MethodCost, Workspace, method_cost, workspace_of
 from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.patterns import is_group_pattern, parse_pattern
+from sparseopt.pruning.permutation import GROUPS, ROWS
 from sparseopt.pruning.plan import GROUPED, layer_shares
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.shrinking import ShrinkRecipe
+from sparseopt.pruning.survey import LEVELS, TOKENS
+from sparseopt.pruning.variants import ROUNDS, SHARE
 
 # Where the activations between blocks are kept.
 Activations = Literal["memory", "disk"]
@@ -246,17 +248,17 @@ def forward_flops(block: BlockSizes, config: DecoderConfig, seqlen: int) -> floa
 
 def _survey_tokens(recipe: PassRecipe) -> int:
     """Tokens on which the dense model's sensitivities are measured."""
-    return min(recipe.window_count, max(1, survey.TOKENS // recipe.seqlen)) * recipe.seqlen
+    return min(recipe.window_count, max(1, TOKENS // recipe.seqlen)) * recipe.seqlen
 
 
 def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], work: MethodCost) -> dict[str, float]:
     config, settings = model.config, recipe.reconstruction
     calibration, heldout = recipe.all_windows * recipe.seqlen, recipe.heldout_samples * recipe.seqlen
     epoch = recipe.window_count * recipe.seqlen
-    varied = variants.ROUNDS * recipe.variant_count * epoch
+    varied = ROUNDS * recipe.variant_count * epoch
     surveyed, tokens, rebuilt, trained = _survey_tokens(recipe), calibration + heldout, 0, 0
     solves = training = orders = 0.0
-    passes = 2.0 * varied * variants.SHARE * config.vocab_size * config.hidden_size
+    passes = 2.0 * varied * SHARE * config.vocab_size * config.hidden_size
     if settings is not None:
         # Forward and backward count as three passes in each epoch; then every epoch is judged.
         rebuilt = 3 * settings.epochs * epoch + (settings.epochs + 1) * (heldout or calibration) + 2 * calibration
@@ -265,7 +267,7 @@ def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], w
         trained = 4 * last.epochs * epoch + (last.epochs + 1) * tokens
         logits = 2.0 * config.vocab_size * config.hidden_size
         training += (4 * last.epochs * epoch + 2 * (last.epochs + 1) * tokens) * logits
-    measured = 6.0 * surveyed * config.vocab_size * config.hidden_size if recipe.needs_sensitivities else 0.0
+    survey = 6.0 * surveyed * config.vocab_size * config.hidden_size if recipe.needs_sensitivities else 0.0
     for block in blocks:
         forward = forward_flops(block, config, recipe.seqlen)
         grams = block.gram_flops if block.solved else 0
@@ -280,24 +282,22 @@ def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], w
         if recipe.propagated_share:
             passes += block.count * calibration * (forward + grams)
         if recipe.allocation == "owl":
-            measured += 2 * block.count * calibration * forward
+            survey += 2 * block.count * calibration * forward
         if recipe.needs_sensitivities:
             # Twice forward, and backward, which counts as three.
-            measured += 5 * block.count * surveyed * forward
+            survey += 5 * block.count * surveyed * forward
         if recipe.allocation == "curves":
             # Each level has about six products and three selections, on some of the rows.
             some = [(min(o, 256), i) for o, i, _ in block.solved]
             level = sum(12 * i**2 * o + 3 * SELECTION * i * o for o, i in some)
-            measured += block.count * (surveyed * block.gram_flops + inverses + len(survey.LEVELS) * level)
+            survey += block.count * (surveyed * block.gram_flops + inverses + len(LEVELS) * level)
         training += block.count * (trained + (rebuilt if block.solved else 0)) * forward
         if recipe.permute:
             assert isinstance(recipe, Recipe)
             for outputs, inputs in block.grouped:
                 groups = inputs / cast(NM, parse_pattern(recipe.pattern, None, (outputs, inputs))).m
-                orders += (
-                    block.count * EXCHANGES * groups * min(groups, permutation.GROUPS) * min(outputs, permutation.ROWS)
-                )
-    counted = zip(EFFICIENCY, (solves, passes, measured, training), strict=True)
+                orders += block.count * EXCHANGES * groups * min(groups, GROUPS) * min(outputs, ROWS)
+    counted = zip(EFFICIENCY, (solves, passes, survey, training), strict=True)
     found = {kind: flops / EFFICIENCY[kind] for kind, flops in counted}
     return found | ({"channel orders": orders} if orders else {})
 

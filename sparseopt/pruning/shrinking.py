@@ -58,8 +58,8 @@ class ShrinkRecipe(PassRecipe):
     multiple: int = option(64, "The number of channels is rounded to a multiple of this.", KEEP, least=1)
     block_score: BlockScore = option(
         "loss",
-        "How blocks to remove are chosen: {choices}; by the rise of the loss without them, or by how little they turn "
-        "the residual stream.",
+        "What the blocks to remove are chosen by, {choices}: the rise of the loss without them, or how little they "
+        "turn the residual stream.",
         HOW,
     )
 

@@ -22,7 +22,13 @@ def inspect(
         float | None, machine_option("Rate of float32 matrix products, 10^9 operations a second. Default: measured.")
     ] = None,
     memory: Annotated[
-        str | None, machine_option("Memory of another device, as in 16GiB. Default: this machine's.")
+        str | None, machine_option("Memory to compare with, as in 16GiB. Default: this machine's.")
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        machine_option(
+            "Memory of a GPU or TPU that is not here, as in 80GiB: layers too large for it are solved by blocks."
+        ),
     ] = None,
     as_json: AsJson = False,
     **options: Any,
@@ -32,18 +38,19 @@ def inspect(
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.inspection import inspect_model
 
-    given = None if memory is None else parse_bytes(memory)
+    device = None if device_memory is None else parse_bytes(device_memory)
+    limit = (device or working_memory_bytes()) if memory is None else parse_bytes(memory)
     recipe = Recipe(**recipe_fields(options))
     recipe.check()
     rate = measure_gflops() if gflops is None else gflops
-    found = inspect_model(source, recipe, gflops=rate, device_memory=given)
+    found = inspect_model(source, recipe, gflops=rate, device_memory=device)
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
     for line in model_lines(found):
         console.say(line)
     console.console.print(linear_table(found))
-    for line in prune_lines(found, working_memory_bytes() if given is None else given):
+    for line in prune_lines(found, limit):
         console.say(line)
 
 

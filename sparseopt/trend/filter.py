@@ -9,6 +9,7 @@ Tibshirani, Saunders, Rosset, Zhu, Knight, "Sparsity and smoothness via the fuse
 Tibshirani, "Adaptive piecewise polynomial estimation via trend filtering", Annals of Statistics 42 (2014), section 7.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -136,7 +137,7 @@ def trend_filter(
     )
     native = wide_types() or job.dtype == np.float32
     mesh = job.layout.mesh
-    with precision(job.dtype), at_work(mesh):
+    with precision(job.dtype), contextlib.nullcontext() if mesh is None else at_work(mesh):
         assert job.signal is not None
         found = _solved(job)
         value = job.layout.shaped(found.value, job.signal.shape)

@@ -235,8 +235,11 @@ def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
     """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
     if graph.free and mesh is not None:
         raise ValueError("several devices take the ends of the graph: leave out devices, or ends")
-    alone = FreeLayout if graph.free else Layout
-    return graph.cached(("layout", mesh), lambda: alone(graph) if mesh is None else LayoutOver(graph, mesh))
+    found = graph.tables.get(("layout", mesh))
+    if found is None:
+        alone = FreeLayout if graph.free else Layout
+        found = graph.tables["layout", mesh] = alone(graph) if mesh is None else LayoutOver(graph, mesh)
+    return found
 
 
 def _elsewhere(found: set[jax.Device]) -> ValueError:

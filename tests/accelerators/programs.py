@@ -21,13 +21,16 @@ from sparseopt.core.mesh import AXIS, at_work
 from sparseopt.models import Block, find_family
 from sparseopt.models.decoder import Embedding, Head
 from sparseopt.models.settings import DecoderConfig
+from sparseopt.pruning import distillation, survey
 from sparseopt.pruning.activations import BATCH_TOKENS
+from sparseopt.pruning.allocation import losses_of_linear
 from sparseopt.pruning.blocked import Cut, cut_solver
 from sparseopt.pruning.calibration import _output_over, gather_grams, grams_over, sum_over
 from sparseopt.pruning.evaluation import _loss_of_window
 from sparseopt.pruning.layer import LayerJob, layer_solver, reads_variances
 from sparseopt.pruning.methods import METHODS, find_method
 from sparseopt.pruning.patterns import is_group_pattern, parse_pattern
+from sparseopt.pruning.propagation import propagated_target
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reconstruction import Reconstruction, _step_of_rows, split_block
 from sparseopt.pruning.side_by_side import side_by_side_solver
@@ -49,6 +52,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "LLaMA-2-7B": _LLAMA
     | {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False},
+    "Qwen3-30B-A3B": {"model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144}
+    | {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+    | {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1000000.0, "tie_word_embeddings": False},
     "LLaMA-2-70B": _LLAMA
     | {"vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     | {"num_attention_heads": 64, "num_key_value_heads": 8, "tie_word_embeddings": False},
@@ -167,6 +174,17 @@ def _windows(model: str, place: Place) -> Any:
     return jax.ShapeDtypeStruct((count, DEFAULTS.seqlen, config_of(model).hidden_size), jnp.float32)
 
 
+def _window(model: str) -> Any:
+    return jax.ShapeDtypeStruct((1, DEFAULTS.seqlen, config_of(model).hidden_size), jnp.float32)
+
+
+def _linear(shape: tuple[int, int]) -> tuple[Any, ...]:
+    """A weight in float32, two matrices of its inputs and a number for each output."""
+    outputs, inputs = shape
+    shapes = (shape, (inputs, inputs), (inputs, inputs), (outputs,))
+    return tuple(jax.ShapeDtypeStruct(each, jnp.float32) for each in shapes)
+
+
 def _grams(model: str, drift: bool, place: Place) -> jax.stages.Lowered:
     block, x, mesh = part_of(Block, model), _windows(model, place), place.mesh
     dense = x if drift else None
@@ -199,15 +217,52 @@ def _embedding(model: str, place: Place) -> jax.stages.Lowered:
     return jax.jit(Embedding.__call__).lower(*place.whole((part_of(Embedding, model), tokens)))
 
 
-def _training_step(model: str, place: Place) -> jax.stages.Lowered:
-    block, settings, x = part_of(Block, model), Reconstruction(), _windows(model, place)
+def _training(model: str) -> tuple[Any, Any, Reconstruction]:
+    block, settings = part_of(Block, model), Reconstruction()
     masks = {name: jax.ShapeDtypeStruct(block.weight_shape(name), jnp.bool_) for name in block.linears}
     graph, params, frozen = split_block(block, masks, settings)
     fixed = Fixed(graph, frozen, jax.eval_shape(kept_entries, params, masks))
+    return jax.eval_shape(start_state, params), fixed, settings
+
+
+def _training_step(model: str, place: Place) -> jax.stages.Lowered:
+    (state, fixed, settings), x = _training(model), _windows(model, place)
     rows = jax.ShapeDtypeStruct((settings.windows,), jnp.int32)
     weights, number = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    arguments = (jax.eval_shape(start_state, params), fixed, weights, x, x, rows, number, number)
-    return _step_of_rows.lower(*place.whole(arguments))
+    return _step_of_rows.lower(*place.whole((state, fixed, weights, x, x, rows, number, number)))
+
+
+def _distillation_step(model: str, place: Place) -> jax.stages.Lowered:
+    state, fixed, _ = _training(model)
+    x, number = _window(model), jax.ShapeDtypeStruct((), jnp.float32)
+    return distillation._step_of_block.lower(*place.whole((state, fixed, x, x, number, number)))
+
+
+def _divergence_gradient(model: str, place: Place) -> jax.stages.Lowered:
+    x = _window(model)
+    return distillation._gradient_after_blocks.lower(*place.whole((part_of(Head, model), x, x)))
+
+
+def _loss_gradient(model: str, place: Place) -> jax.stages.Lowered:
+    x = _windows(model, place)
+    arguments = (part_of(Head, model), x, jax.ShapeDtypeStruct(x.shape[:2], jnp.int32), np.int32(0))
+    return survey._gradient_after_blocks.lower(*place.whole(arguments))
+
+
+def _gradient_through(model: str, place: Place) -> jax.stages.Lowered:
+    x = _windows(model, place)
+    return survey._gradient_through_block.lower(*place.whole((part_of(Block, model), x, x)))
+
+
+def _curve(shape: tuple[int, int], place: Place) -> jax.stages.Lowered:
+    weight, gram, _, outputs = _linear(shape)
+    levels = jax.ShapeDtypeStruct(survey.LEVELS.shape, jnp.float32)
+    return losses_of_linear.lower(*place.whole((weight, gram, outputs, outputs, levels)))
+
+
+def _propagated(shape: tuple[int, int], place: Place) -> jax.stages.Lowered:
+    weight, gram, drift, _ = _linear(shape)
+    return propagated_target.lower(*place.whole((weight, gram, drift, np.float32(1), np.float32(1))))
 
 
 def _perplexity(model: str, place: Place) -> jax.stages.Lowered:
@@ -264,6 +319,13 @@ def layers(model: str) -> Iterator[Program]:
                 yield Program("layer", f"{_label(name, preset)}, {pattern}", f"{shape[0]} x {shape[1]}", 1, lower)
 
 
+def linears(model: str) -> Iterator[Program]:
+    """What is computed of a linear besides its solve, on one device."""
+    for shape in linear_shapes(model):
+        for name, lower in (("curve of sparsities", _curve), ("propagated target", _propagated)):
+            yield Program("linear", name, f"{shape[0]} x {shape[1]}", 1, functools.partial(lower, shape))
+
+
 def blocks(model: str) -> Iterator[Program]:
     """The programs that run a model's blocks, its embedding and its head, on one device."""
     yield Program("block", "embedding", model, 1, functools.partial(_embedding, model))
@@ -271,6 +333,10 @@ def blocks(model: str) -> Iterator[Program]:
     yield Program("block", "Grams", model, 1, functools.partial(_grams, model, False))
     yield Program("block", "Grams and drift", model, 1, functools.partial(_grams, model, True))
     yield Program("block", "step of reconstruction", model, 1, functools.partial(_training_step, model))
+    yield Program("block", "gradient of the loss", model, 1, functools.partial(_loss_gradient, model))
+    yield Program("block", "gradient through the block", model, 1, functools.partial(_gradient_through, model))
+    yield Program("block", "gradient of the divergence", model, 1, functools.partial(_divergence_gradient, model))
+    yield Program("block", "step of distillation", model, 1, functools.partial(_distillation_step, model))
     yield Program("block", "perplexity of a window", model, 1, functools.partial(_perplexity, model))
 
 
@@ -308,7 +374,7 @@ def programs() -> dict[tuple[str, str, str, int], Program]:
     """All programs, each once: two models may share a shape."""
     found: dict[tuple[str, str, str, int], Program] = {}
     for model in MODELS:
-        for program in (*layers(model), *blocks(model), *meshes(model)):
+        for program in (*layers(model), *linears(model), *blocks(model), *meshes(model)):
             found.setdefault(program.key, program)
     for program in (*trends(), *trend_meshes()):
         found.setdefault(program.key, program)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from sparseopt.core.dense import precision_on
+from sparseopt.core.dense import HIGH_BY_TF32
 from sparseopt.core.mesh import AXIS
 from sparseopt.pruning.methods import find_method, method_cost
 from tests.accelerators.programs import config_of, linear_shapes, programs
@@ -82,7 +82,7 @@ def test_a_block_of_7b_fits_in_one_device(target, name):
 def test_high_is_three_products_in_tf32_on_an_h100():
     if reason := missing("h100"):
         pytest.skip(reason)
-    with jax.default_matmul_precision(precision_on("NVIDIA H100 80GB HBM3", "high")):
+    with jax.default_matmul_precision(HIGH_BY_TF32):
         lowered = PROGRAMS["block", "forward", "SmolLM2-135M", 1].lower(Place.on("h100", 1))
     assert "algorithm=dot_tf32_tf32_f32_x3" in lowered.compile().as_text()
 

@@ -17,7 +17,8 @@ LAYERS = [key for key in PROGRAMS if key[0] == "layer" and key[2] == SMALL]
 OTHERS = [
     key
     for key in PROGRAMS
-    if (key[0] == "block" and key[2] == "SmolLM2-135M")
+    if (key[0] == "block" and key[2] in ("SmolLM2-135M", "Qwen3-30B-A3B"))
+    or (key[0] == "linear" and key[2] == SMALL)
     or (key[0] == "trend" and key[2] in ("512²", "128³", "20,000 nodes"))
 ]
 # Operations of the padding that some sizes need: the largest program has 4,000.
@@ -68,6 +69,7 @@ def test_every_pattern_and_model_is_in_the_list():
     assert {key[2] for key in PROGRAMS if key[1] == "Grams"} == {
         "SmolLM2-135M",
         "Qwen3-0.6B",
+        "Qwen3-30B-A3B",
         "LLaMA-2-7B",
         "LLaMA-2-70B",
     }

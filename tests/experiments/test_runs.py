@@ -216,7 +216,11 @@ def test_a_torn_line_among_others_is_named_and_its_unit_alone_run_again(tmp_path
     [(0, {".run.json.tmp"}, State.NEW), (1, {"run.json", ".config.yaml.tmp"}, State.UNFINISHED)],
 )
 def test_a_start_killed_before_its_first_unit_is_made_good(tmp_path, monkeypatch, whole_files, left, state):
-    replace, done = Path.replace, []
+    replace, unlink, done = Path.replace, Path.unlink, []
+
+    def kept(file, missing_ok=False):
+        if file.suffix != ".tmp":  # who is killed clears nothing away
+            unlink(file, missing_ok)
 
     def killed(file, target):
         if len(done) == whole_files:
@@ -227,6 +231,7 @@ def test_a_start_killed_before_its_first_unit_is_made_good(tmp_path, monkeypatch
     run, folder = toy(), tmp_path / "toy"
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
+        patch.setattr(Path, "unlink", kept)
         with pytest.raises(KeyboardInterrupt):
             execute(run, tmp_path, quiet)
     assert {file.name for file in folder.iterdir()} == left

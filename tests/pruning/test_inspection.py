@@ -237,6 +237,10 @@ def test_the_command_shows_a_table_or_json(tmp_path: Path, rng: np.random.Genera
         "estimates come from shapes alone",
     ):
         assert text in out
+    status, out, err = command("inspect", path, "--gflops", 100, "--device-memory", "8KiB")
+    assert status == 0, err
+    assert "its largest layers are solved by up to 64 blocks of their outputs" in out
+    assert "that does not fit in 8.0 KiB" in out
     status, out, _ = command("inspect", path, "--gflops", 100, "--json")
     assert status == 0
     assert Inspection.from_dict(json.loads(out)) == inspect_model(path, Recipe(), gflops=100.0)

@@ -224,6 +224,7 @@ BAD_RECIPES = {
     "no text": ({"pattern": 124}, "pattern must be a text, given 124"),
     "bounds": ({"bounds": 0.5, "allocation": "owl"}, "bounds must be two shares of zeros, .* given 0.5"),
     "class": ({"method": Wanda}, r"must be an object of a frozen dataclass .* such as Wanda\(\), given <class"),
+    "precision": ({"precision": "float8"}, "unknown precision 'float8'; known are highest, high, default"),
     "no method": ({"method": 3.5}, "must be an object of a frozen dataclass .* given 3.5"),
     "no calibration": ({"calibration": None}, "calibration must be a text, given None"),
     "text for windows": ({"method": "best", "samples": "8"}, "samples must be a whole number, given '8'"),

@@ -1,6 +1,7 @@
 """The precision of products of activations: which products it reaches, and who refuses it."""
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.dense import activations_in, precision_on
+from sparseopt.core.types import ENABLE_X64
 from sparseopt.models import Block, TorchModel, open_model
 from sparseopt.pruning import Recipe, pipeline, prune_model, prune_models
 from sparseopt.pruning.calibration import BlockRunner, gather_grams
@@ -55,6 +57,16 @@ def test_it_reaches_every_product_of_a_block(tmp_path, rng, changes, run):
             assert products(run, block, x) == {precision: usual["highest"]}
 
 
+@pytest.mark.parametrize("changes", [{}, MIXTURE], ids=["dense", "mixture"])
+def test_no_array_of_a_block_grows_to_float64_where_jax_has_64_bit_types(tmp_path, rng, changes):
+    block = open_model(folder_of(tmp_path, rng, **changes)).block(0)
+    x = jnp.ones((1, 16, block.config.hidden_size))
+    for tokens in ("routed", "all"):
+        with ENABLE_X64(True):
+            text = jax.jit(partial(gather_grams, expert_tokens=tokens)).lower(block, x, dense_x=x).as_text()
+        assert not re.findall(r"tensor<(?:\d+x)+f64>", text)
+
+
 @pytest.mark.parametrize("method", ["maiht", "admm_splice", "sparsegpt"])
 def test_what_is_solved_for_a_layer_stays_in_the_highest(method):
     shapes = {"hessian": (16, 16), "center": (16, 8), "scale": (16,), "output_scale": (8,)}
@@ -65,9 +77,10 @@ def test_what_is_solved_for_a_layer_stays_in_the_highest(method):
 
 def test_high_is_more_than_default_on_an_nvidia_gpu():
     # JAX's own "high" and "default" are both one product in TF32 there.
-    assert precision_on("NVIDIA H100 80GB HBM3", "high") == "TF32_TF32_F32_X3"
-    assert precision_on("NVIDIA H100 80GB HBM3", "default") == "default"
-    assert precision_on("TPU v5 lite", "high") == "high"
+    hopper, turing, amd = (SimpleNamespace(compute_capability=each) for each in ("9.0", "7.5", "gfx942"))
+    assert precision_on(hopper, "high") == "TF32_TF32_F32_X3"
+    assert precision_on(hopper, "default") == "default"
+    assert {precision_on(device, "high") for device in (turing, amd, jax.devices("cpu")[0])} == {"high"}
 
 
 def test_it_holds_for_the_pass_alone_and_stands_in_the_report(tmp_path, source, rng, monkeypatch):

@@ -154,6 +154,18 @@ def test_a_json_line_stands_alone_also_where_colours_are_forced(tmp_path, source
     assert json.loads(done.stdout)["perplexity"] > 1
 
 
+@pytest.mark.processes
+def test_a_platform_that_is_not_there_ends_in_a_sentence_before_any_work(tmp_path, source):
+    call = [sys.executable, "-m", "sparseopt", "prune", str(source), "--output", str(tmp_path / "out")]
+    options = ["--calibration", f"file:{tmp_path / 'text.txt'}", "--samples", "4", "--seqlen", "32"]
+    environment = {**os.environ, "JAX_PLATFORMS": "abacus"}
+    done = subprocess.run([*call, *options], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert "error: Unable to initialize backend 'abacus'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_home_in_an_option_is_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["sparseopt", "denoise", "absent.png", "--output=~/x.png"])

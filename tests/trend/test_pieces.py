@@ -149,7 +149,7 @@ def test_breakpoints_are_knots_of_order_zero():
     assert still.pieces().max() == 0
     alone = so.trend_filter(y, so.Graph.chain(30), so.L1(0.0))
     np.testing.assert_array_equal(alone.pieces(), np.repeat([0, 1, 2], 10))
-    with pytest.raises(ValueError, match=r"knots are ordered along a chain, and Graph.grid\(\(5, 6\)\) is none"):
+    with pytest.raises(ValueError, match=r"knots are ordered along a chain, and Graph.grid\(\(5, 6\)\) is not"):
         so.trend_filter(y, so.Graph.grid((5, 6)), so.L1(0.1)).knots()
 
 

@@ -224,7 +224,7 @@ def method_cost(method: LayerMethod) -> MethodCost | None:
                 selections=first.selections + rounds,
                 sums=first.sums + rounds * (method.inner_steps * REFIT_SUMS + SELECTION_SUMS),
                 updates=first.updates,
-                workspace=Workspace(max(first.workspace.square, 2.5), max(first.workspace.wide, 5.5)),
+                workspace=Workspace(max(first.workspace.square, 2.5), max(first.workspace.wide, 7.5)),
                 compile_seconds=first.compile_seconds + 4.5,
             )
     return None
