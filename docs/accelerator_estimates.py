@@ -11,7 +11,7 @@ from scaling_model import grid_iteration
 
 from sparseopt.models.streaming import StreamedModel
 from sparseopt.pruning import Recipe
-from sparseopt.pruning.cost import EFFICIENCY, block_sizes, forward_flops, prune_cost
+from sparseopt.pruning.cost import EFFICIENCY, block_sizes, prune_cost, token_flops
 
 # The share of a device's peak that is assumed to be reached.
 REACHED = 0.6
@@ -154,7 +154,7 @@ def accelerators_counts(records: list[Record]) -> str:
             continue
         model = StreamedModel(Headers(*SIZES[record["shape"]]))
         (block,) = block_sizes(model, RECIPES["maiht"])
-        flops = forward_flops(block, model.config, SEQLEN)
+        flops = token_flops(block, model.config, SEQLEN)
         if record["program"] == "Grams":
             # The last linear's output is not needed.
             outputs, inputs, _ = block.linears[-1]

@@ -232,7 +232,7 @@ class ModelTask(Task):
             "samples": report.calibration.samples,
             "calibration_digest": report.calibration.digest,
             "perplexity": score,
-            **dict(zip(("mean_relative_error", "mean_heldout_error"), mean_errors(layers), strict=True)),
+            **mean_errors(layers)._asdict(),
             **{name: getattr(report, name) for name in REPORTED},
             "unconverged": sum(r.status != Status.CONVERGED.name for r in layers),
             "layers": [r.as_dict() for r in layers],

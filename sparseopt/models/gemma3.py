@@ -36,7 +36,6 @@ def read_text_config(config: Config) -> DecoderConfig:
     config = _DEFAULTS | dict(config)
     # transformers does not cap the scores of Gemma 3, whatever the field says; other programs do.
     refuse_unless(config, {"attn_logit_softcapping": (None,)})
-
     return read_gemma(config, _read_kinds(config), None, None, qk_norm="head")
 
 

@@ -149,9 +149,8 @@ def _unrouted(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, An
     plain = {name: value for name, value in inputs.items() if name != EXPERTS_HIDDEN}
     routed: Routed = plain[EXPERTS_INPUT]
     # All copies of a token are alike.
-    rows = (
-        jnp.zeros((math.prod(shape[:-1]), shape[-1]), routed.rows.dtype).at[routed.token].set(routed.rows, mode="drop")
-    )
+    empty = jnp.zeros((math.prod(shape[:-1]), shape[-1]), routed.rows.dtype)
+    rows = empty.at[routed.token].set(routed.rows, mode="drop")
     return plain | {EXPERTS_INPUT: rows.reshape(shape)}
 
 

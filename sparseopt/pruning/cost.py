@@ -240,7 +240,7 @@ def _nbytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * info.dtype.itemsize
 
 
-def forward_flops(block: BlockSizes, config: DecoderConfig, seqlen: int) -> float:
+def token_flops(block: BlockSizes, config: DecoderConfig, seqlen: int) -> float:
     """Of one token: the linears, and the scores and mixed values of the positions up to the end of its chunk."""
     linears = sum(2 * outputs * inputs * share for outputs, inputs, share in block.linears)
     return linears + 2 * (seqlen + QUERY_CHUNK) * config.num_heads * config.head_dim
@@ -269,7 +269,7 @@ def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], w
         training += (4 * last.epochs * epoch + 2 * (last.epochs + 1) * tokens) * logits
     survey = 6.0 * surveyed * config.vocab_size * config.hidden_size if recipe.needs_sensitivities else 0.0
     for block in blocks:
-        forward = forward_flops(block, config, recipe.seqlen)
+        forward = token_flops(block, config, recipe.seqlen)
         grams = block.gram_flops if block.solved else 0
         inverses = sum(INVERSE * i**3 for _, i, _ in block.solved)
         solves += block.count * work.inverses * inverses

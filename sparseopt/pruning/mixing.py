@@ -142,7 +142,7 @@ def choose_mixes(
     ]
     dense, *losses = masked_losses(trial, trials, stream)
     trial = replace(trial, dense=dense)
-    trial.dense_loss()
+    trial.dense_loss()  # refuses one that is not finite
     rises = iter(min(loss - dense, LARGEST_RISE) for loss in losses)
     curves = [_curves(model, [(sizes, next(rises)) for sizes in own]) for own in levels]
     orders: dict[BlockScore, list[RemovalRecord]] = {}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from sparseopt.models import Sizes
 from sparseopt.system.machine import environment
@@ -415,7 +415,7 @@ class PruneReport:
             "reconstructed_blocks": len(self.blocks),
             "sparsity": self.sparsity,
             "total_sparsity": self.total_sparsity,
-            **dict(zip(("mean_relative_error", "mean_heldout_error"), mean_errors(self.layers), strict=True)),
+            **mean_errors(self.layers)._asdict(),
             "dead_inputs": sum(r.dead_inputs for r in self.layers),
             "given_zeros": sum(r.given_zeros for r in self.layers),
             "kept_masks": len(self.kept_masks),
@@ -431,7 +431,14 @@ def mean(values: Any) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def mean_errors(layers: Sequence[LayerRecord]) -> tuple[float | None, float | None]:
+class MeanErrors(NamedTuple):
     """The mean relative errors of layers on the calibration tokens and on held-out ones; None without any."""
+
+    mean_relative_error: float | None
+    mean_heldout_error: float | None
+
+
+def mean_errors(layers: Sequence[LayerRecord]) -> MeanErrors:
+    """Those of the records of some layers."""
     heldout = mean(r.heldout_error for r in layers if r.heldout_error is not None)
-    return mean(r.relative_error for r in layers), heldout
+    return MeanErrors(mean(r.relative_error for r in layers), heldout)

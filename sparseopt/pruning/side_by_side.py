@@ -5,8 +5,8 @@
 
 d linears of one shape take d times a d-th of one linear's time when they are cut, and one linear's time, without the
 sums, side by side. So on two devices query and output run side by side, and gate and up; experts do on any number. A
-linear that is left over is cut, unless `quicker_side_by_side` says that the other devices should rather be
-idle. Side by side each device needs the memory for a whole linear; where that is too much, the linear is cut.
+linear that is left over is cut, unless `quicker_side_by_side` says that the other devices should rather be idle. Side
+by side each device needs the memory for a whole linear; where that is too much, the linear is cut.
 """
 
 import contextlib

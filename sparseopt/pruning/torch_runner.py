@@ -121,9 +121,8 @@ def _of_linear(block: TorchBlock, name: str, totals: Mapping[Readers, Grams]) ->
     if not found:
         # An expert that no token was sent to.
         width = block.weight_shape(name)[1]
-        return Grams(
-            jnp.zeros((width, width), jnp.float32), jnp.float32(0), jnp.int32(0), jnp.zeros(width, jnp.float32)
-        )
+        gram, total = jnp.zeros((width, width), jnp.float32), jnp.zeros(width, jnp.float32)
+        return Grams(gram, jnp.float32(0), jnp.int32(0), total)
     return reduce(_sum, found)
 
 
