@@ -5,6 +5,7 @@ S keys seen, R = G C.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,10 +24,20 @@ from sparseopt.models.settings import BlockKind, DecoderConfig
 QUERY_CHUNK = 128
 
 
-def rotate(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (i, i + R/2) of every head by position times frequency; features from R on are unchanged."""
+# The mixed values of all heads, of queries, keys and values that are not yet rotated; see `Attention`.
+Attend = Callable[["Attention", Array, Array, Array], Array]
+
+
+def rotate(
+    x_BTNH: Float[Array, "B T N H"], rope: Rope, first: Array | int = 0, window: int | None = None
+) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (i, i + R/2) of every head by position times frequency; features from R on are unchanged.
+
+    The positions are `first`, `first + 1`, ...; the frequencies are those of a window of that many tokens, None for T.
+    """
     time, head_dim = x_BTNH.shape[1], x_BTNH.shape[3]
-    angles_T1F = np.outer(np.arange(time, dtype=np.float32), rope.frequencies(head_dim, time))[:, None, :]
+    frequencies = rope.frequencies(head_dim, window or time)
+    angles_T1F = ((first + np.arange(time)).astype(np.float32)[:, None] * frequencies)[:, None, :]
     cos, sin = jnp.cos(angles_T1F), jnp.sin(angles_T1F)
     if rope.magnitude != 1:
         cos, sin = cos * rope.magnitude, sin * rope.magnitude
@@ -85,7 +96,10 @@ def causal_attention(
 
 
 class Attention(nnx.Module):
-    """Projections to queries, keys and values, attention, and the output projection."""
+    """Projections to queries, keys and values, attention, and the output projection.
+
+    A caller that keeps earlier keys and values mixes the values itself, by `attend`.
+    """
 
     def __init__(self, config: DecoderConfig, kind: BlockKind, *, rngs: nnx.Rngs) -> None:
         c = config
@@ -108,14 +122,19 @@ class Attention(nnx.Module):
         names = ("q_proj", "k_proj", "v_proj") if self.config.qkv == "separate" else ("qkv_proj",)
         return {f"self_attn.{name}": "attention_input" for name in names} | {"self_attn.o_proj": "attention_output"}
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], tap: Tap = no_tap) -> Float[Array, "B T D"]:
-        c, kind = self.config, self.kind
-        q_BTNH, k_BTKH, v_BTKH = self._queries_keys_values(tap("attention_input", x_BTD), tap)
-        if kind.rope is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, kind.rope), rotate(k_BTKH, kind.rope)
-        mixed_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.score_scale, kind.window, c.score_cap)
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], tap: Tap = no_tap, attend: Attend | None = None
+    ) -> Float[Array, "B T D"]:
+        projected = self._queries_keys_values(tap("attention_input", x_BTD), tap)
+        mixed_BTNH = (attend or Attention._attend)(self, *projected)
         mixed_BTD = tap("attention_output", mixed_BTNH.reshape(*x_BTD.shape[:2], -1))
         return tap("self_attn.o_proj", self.o_proj(mixed_BTD))
+
+    def _attend(self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Array:
+        c, kind = self.config, self.kind
+        if kind.rope is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, kind.rope), rotate(k_BTKH, kind.rope)
+        return causal_attention(q_BTNH, k_BTKH, v_BTKH, c.score_scale, kind.window, c.score_cap)
 
     def _queries_keys_values(self, x_BTD: Array, tap: Tap) -> tuple[Array, Array, Array]:
         c = self.config

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparseopt.models.attention import Attention
+from sparseopt.models.attention import Attend, Attention
 from sparseopt.models.experts import MixtureOfExperts, stacked_name
 from sparseopt.models.layers import ACTIVATIONS, Linear, Tap, make_norm, no_tap
 from sparseopt.models.settings import BlockKind, DecoderConfig, check_window
@@ -74,8 +74,11 @@ class Block(nnx.Module):
     def linears(self) -> dict[str, str]:
         return self.self_attn.linears | self.mlp.linears
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], tap: Tap = no_tap) -> Float[Array, "B T D"]:
-        mixed_BTD = self._norm("attention_post_norm")(self.self_attn(self._norm("attention_norm")(x_BTD), tap))
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], tap: Tap = no_tap, attend: Attend | None = None
+    ) -> Float[Array, "B T D"]:
+        mixed_BTD = self.self_attn(self._norm("attention_norm")(x_BTD), tap, attend)
+        mixed_BTD = self._norm("attention_post_norm")(mixed_BTD)
         seen_BTD = x_BTD if self.config.parallel else x_BTD + mixed_BTD
         acted_BTD = self._norm("mlp_post_norm")(self.mlp(self._norm("mlp_norm")(seen_BTD), tap))
         return x_BTD + mixed_BTD + acted_BTD
@@ -146,7 +149,8 @@ class Embedding(nnx.Module):
             self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), places))
         self.config = config
 
-    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(self, tokens_BT: Int[Array, "B T"], first: Array | int = 0) -> Float[Array, "B T D"]:
+        """Of tokens at the positions `first`, `first + 1`, ..."""
         c = self.config
         check_window(tokens_BT.shape[1], c.max_positions)
         x_BTD = jnp.take(self.weight[...], tokens_BT, axis=0, mode="fill", fill_value=jnp.nan)
@@ -154,7 +158,8 @@ class Embedding(nnx.Module):
             x_BTD = x_BTD * c.embedding_scale
         if not c.learned_positions:
             return x_BTD
-        return x_BTD + self.positions[...][c.position_offset :][: tokens_BT.shape[1]]
+        start = c.position_offset + first
+        return x_BTD + jax.lax.dynamic_slice_in_dim(self.positions[...], start, tokens_BT.shape[1])
 
 
 class Head(nnx.Module):
