@@ -310,6 +310,7 @@ def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGr
 def _record(plan: Plan, block: int, key: str, solved: Timed, tokens: int, starved: bool, tested: bool) -> LayerRecord:
     """The record of a solved linear; a PruningError if its answer is not finite or breaks the pattern."""
     report, name = solved.value, key.removesuffix(".weight")
+    heldout = float(report.test_error) if tested else math.inf
     try:
         status = check_answer(report, plan.method, plan.patterns[key])
     except RuntimeError as error:
@@ -322,7 +323,7 @@ def _record(plan: Plan, block: int, key: str, solved: Timed, tokens: int, starve
         size=math.prod(shape),
         zeros=int(report.zeros),
         relative_error=float(report.relative_error),
-        heldout_error=float(report.test_error) if tested else None,
+        heldout_error=heldout if math.isfinite(heldout) else None,
         steps=int(report.steps),
         status=status.name,
         seconds=solved.seconds,
