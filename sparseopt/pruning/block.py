@@ -42,7 +42,6 @@ from sparseopt.pruning.reports import BlockRecord, LayerRecord
 from sparseopt.pruning.side_by_side import LayerTask, agreed, solve_block
 from sparseopt.system import processes
 
-
 # Of a linear's weights, those that the dtype to store may make zero: of any model a few lie that near to zero, and they
 # are the first to be pruned.
 MOST_LOST = 1e-3
