@@ -170,9 +170,10 @@ def test_chats_go_through_the_template_of_the_model(tmp_path, source):
 def test_parts_and_tool_calls_reach_the_template(tmp_path, source):
     template = (
         "{% for m in messages %}<|start|>{{ m['role'] }} "
-        "{% if m['tool_calls'] %}{{ m['tool_calls'][0]['function']['name'] }}{% elif m['content'] is string %}{{ m['content'] }}"
-        "{% else %}{% for part in m['content'] if 'image' not in part %}{{ part['text'] }}{% endfor %}{% endif %}<|stop|>"
-        "{% endfor %}"
+        "{% if m['tool_calls'] %}{{ m['tool_calls'][0]['function']['name'] }}"
+        "{% elif m['content'] is string %}{{ m['content'] }}"
+        "{% else %}{% for part in m['content'] if 'image' not in part %}{{ part['text'] }}{% endfor %}{% endif %}"
+        "<|stop|>{% endfor %}"
     )
     parts = [{"type": "text", "text": "hello "}, {"type": "text", "text": "all"}]
     asked = {"role": "user", "content": parts}
@@ -183,12 +184,8 @@ def test_parts_and_tool_calls_reach_the_template(tmp_path, source):
     tokens = encode_text(load_tokenizer(source), written)
     (tmp_path / "a.jsonl").write_text(as_lines([{"messages": chat} for chat in chats]))
     # Rows of one type have a null wherever others have a value.
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist(
-            [{"messages": [asked]}, {"messages": [{"role": "user", "content": [{"image": "a"}]}]}]
-        ),
-        tmp_path / "b.parquet",
-    )
+    rows = [{"messages": [asked]}, {"messages": [{"role": "user", "content": [{"image": "a"}]}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
     for text in (f"jsonl:{tmp_path / 'a.jsonl'}", chats):
         ids, _ = text_windows(source, text, "calibration", 1, len(tokens))
         np.testing.assert_array_equal(ids[0], tokens)
