@@ -220,7 +220,7 @@ def tabulate(
     for folder in [*tasks, *others]:
         if folder in errors:
             task, figures = tasks[folder], {"error": " ".join(errors[folder].split())}
-            sparsity = task.recipe().sparsity
+            sparsity = task.recipe().asked_sparsity
         else:
             try:
                 finished = load_run(folder, allow_code)

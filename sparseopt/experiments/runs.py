@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
-from pydantic_core import to_json
 
 from sparseopt.core.types import Observer
 from sparseopt.experiments.config import Run
@@ -209,7 +208,7 @@ def execute(run: Run, output: Path, observer: Observer, *, again: bool = False) 
             started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             devices = 1 if run.task.devices is None else run.task.devices
             run_folder.write_start(
-                folder, wanted, id=run.id, settings=_plain(run.settings), seed=run.task.seed, started=started,
+                folder, wanted, id=run.id, settings=run.settings, seed=run.task.seed, started=started,
                 devices=devices, processes=processes.count(), **environment(),
             )  # fmt: skip
         if not (folder / CONFIG).is_file():
@@ -237,7 +236,7 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
             record = task.run_unit(key, folder, inside)
         except Exception as error:
             return _failed(key, error, folder, done, torn)
-        records[key] = _plain({"unit": key, **record, "unit_seconds": time.perf_counter() - began})
+        records[key] = run_folder.plain({"unit": key, **record, "unit_seconds": time.perf_counter() - began})
         run_folder.append_record(folder, records[key])
         observer(key, len(records), len(keys))
     finished = FinishedRun(folder, task, [records[key] for key in keys])
@@ -254,7 +253,7 @@ def _run_units(run: Run, folder: Path, observer: Observer) -> Outcome:
         "seconds_this_start": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    run_folder.write_summary(folder, _plain(summary))
+    run_folder.write_summary(folder, summary)
     return Outcome(folder, len(missing), lost=tuple(torn))
 
 
@@ -371,12 +370,3 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _plain(value: Any) -> Any:
-    """JSON values; NaN and infinities become null."""
-
-    def other(inner: Any) -> Any:
-        return inner.item() if isinstance(inner, np.generic) else str(inner)
-
-    return json.loads(to_json(value, inf_nan_mode="null", fallback=other))

@@ -54,13 +54,15 @@ def _read_by_transformers(source: Source) -> Any:
     return AutoTokenizer.from_pretrained(str(source.path), local_files_only=True, trust_remote_code=False)
 
 
-def chat_writer(source: Source) -> Callable[[Sequence[Mapping[str, str]]], str]:
+def chat_writer(source: Source) -> Callable[[Sequence[Mapping[str, Any]]], str]:
     """A function that writes the messages of a chat as one text, by the model's own chat template.
 
-    Messages have the texts `role` and `content`. The text contains the special tokens that the template writes.
+    Messages have `role` and `content`, and whatever else the template knows, such as `tool_calls`; a content may also
+    be None or a list of parts. The text contains the special tokens that the template writes.
 
     Raises:
-        ModelError: for a model without a template; by the function, for a chat that the template refuses.
+        ModelError: for a model without a template; by the function, for a chat that the template refuses, or whose
+            parts it does not know.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -76,12 +78,19 @@ def chat_writer(source: Source) -> Callable[[Sequence[Mapping[str, str]]], str]:
             "which messages become text; name a column of texts, or copy the template into the model's folder"
         )
 
-    def write(messages: Sequence[Mapping[str, str]]) -> str:
-        return guarded(
+    def write(messages: Sequence[Mapping[str, Any]]) -> str:
+        written = guarded(
             lambda: str(tokenizer.apply_chat_template([dict(each) for each in messages], tokenize=False)),
             f"the chat template of {source.name} refuses the chat {repr(messages)[:200]}",
             "; leave this chat out",
         )
+        contents = [each.get("content") for each in messages]
+        if any(str(content) in written for content in contents if isinstance(content, list)):
+            raise ModelError(
+                f"the chat template of {source.name} writes a list of parts as it is given, since it knows texts only: "
+                f"{repr(messages)[:200]}; make one text of the parts, or leave this chat out"
+            )
+        return written
 
     return write
 

@@ -42,6 +42,10 @@ from sparseopt.pruning.reports import BlockRecord, LayerRecord
 from sparseopt.pruning.side_by_side import LayerTask, agreed, solve_block
 from sparseopt.system import processes
 
+# Of a linear's weights, those that the dtype to store may make zero: of any model a few lie that near to zero, and they
+# are the first to be pruned.
+MOST_LOST = 1e-3
+
 
 class PruningError(RuntimeError):
     """A run that had to stop; the message names the layer and what to do."""
@@ -201,11 +205,7 @@ def _pruned(
             return found if move.columns is None else found.reordered(move.columns)
 
         def job() -> Timed:
-            with np.errstate(over="ignore"):
-                weight, found = dense_weight.astype(dtype, copy=False), own(grams[tap])
-            if weight is not dense_weight and not np.isfinite(weight.astype(np.float32)).all():
-                most = np.max(np.abs(dense_weight.astype(np.float32)))
-                raise ModelError(f"{key} has values up to {most:g}, which {dtype} cannot hold: choose dtype bfloat16")
+            weight, found = _stored_as(key, dense_weight, dtype), own(grams[tap])
             target = Timed(weight, 0.0, 0.0)
             if not starved and recipe.propagated_share and found.drift is not None:
                 target = propagated(weight, found, recipe.propagated_share, mesh)
@@ -231,6 +231,24 @@ def _pruned(
     except MemoryError as error:
         raise PruningError(f"{error}; then start the same command again") from error
     return found
+
+
+def _stored_as(key: str, dense: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A linear's weight in the dtype to store; a ModelError if the dtype cannot hold it."""
+    with np.errstate(over="ignore"):
+        weight = dense.astype(dtype, copy=False)
+    if weight is dense:
+        return weight
+    if not np.isfinite(weight.astype(np.float32)).all():
+        most = np.max(np.abs(dense.astype(np.float32)))
+        raise ModelError(f"{key} has values up to {most:g}, which {dtype} cannot hold: choose dtype bfloat16")
+    lost = dense[(weight == 0) & (dense != 0)]
+    if len(lost) > MOST_LOST * dense.size:
+        least = np.min(np.abs(lost.astype(np.float32)))
+        raise ModelError(
+            f"{key} has {len(lost):,} values as small as {least:g}, which {dtype} makes 0: choose dtype bfloat16"
+        )
+    return weight
 
 
 def _moves(
@@ -310,6 +328,7 @@ def _evidence(plan: Plan, name: str, tap: str, grams: BlockGrams, tests: BlockGr
 def _record(plan: Plan, block: int, key: str, solved: Timed, tokens: int, starved: bool, tested: bool) -> LayerRecord:
     """The record of a solved linear; a PruningError if its answer is not finite or breaks the pattern."""
     report, name = solved.value, key.removesuffix(".weight")
+    heldout = float(report.test_error) if tested else math.inf
     try:
         status = check_answer(report, plan.method, plan.patterns[key])
     except RuntimeError as error:
@@ -322,7 +341,7 @@ def _record(plan: Plan, block: int, key: str, solved: Timed, tokens: int, starve
         size=math.prod(shape),
         zeros=int(report.zeros),
         relative_error=float(report.relative_error),
-        heldout_error=float(report.test_error) if tested else None,
+        heldout_error=heldout if math.isfinite(heldout) else None,
         steps=int(report.steps),
         status=status.name,
         seconds=solved.seconds,

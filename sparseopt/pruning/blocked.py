@@ -29,7 +29,6 @@ from sparseopt.core.problem import Status
 from sparseopt.core.types import pytree, static
 from sparseopt.pruning.compiled import Compiled, Timed, laid_on
 from sparseopt.pruning.layer import (
-    DEAD_SCALE,
     LayerJob,
     LayerMethod,
     LayerReport,
@@ -188,14 +187,12 @@ def _unit(job: LayerJob) -> int:
 def kept_by_row(job: LayerJob, k: int, method: LayerMethod) -> np.ndarray:
     """How many of the layer's k every output gets, `[out]`; of k blocks every row of blocks, `[out / R]`."""
     unit = _unit(job)
-    norms = jnp.sqrt(jnp.diagonal(job.gram))
-    scale = np.asarray(ranking_scale(norms), np.float32)
-    output_scale = np.ones(len(job.weight), np.float32)
-    if isinstance(method, Magnitude):
-        scale = np.where(np.asarray(norms) > 0, 1, DEAD_SCALE).astype(np.float32)
-    elif job.output_weights is not None:
-        output_scale = np.asarray(relative_scale(jnp.asarray(job.output_weights, jnp.float32)))
     outputs, inputs = job.weight.shape
+    scale, output_scale = np.ones(inputs, np.float32), np.ones(outputs, np.float32)
+    if not isinstance(method, Magnitude):
+        scale = np.asarray(ranking_scale(jnp.sqrt(jnp.diagonal(job.gram))), np.float32)
+        if job.output_weights is not None:
+            output_scale = np.asarray(relative_scale(jnp.asarray(job.output_weights, jnp.float32)))
     step = max(1, CHUNK // (inputs * unit)) * unit
 
     def scores() -> Iterator[np.ndarray]:

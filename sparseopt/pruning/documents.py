@@ -28,8 +28,8 @@ from typing import Any, Literal, TextIO
 from sparseopt.models.folder import PICKLES
 
 Part = Literal["calibration", "evaluation"]
-# A chat is a list of messages, each with a role and a content.
-Document = str | list[dict[str, str]]
+# A chat is a list of messages, each with a role, a content and what else a chat template reads.
+Document = str | list[dict[str, Any]]
 TEXTS = "pydoc, file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, wikitext2:PATH, hf:NAME, hf:NAME/CONFIG or hf:NAME/FILE"
 # Where no column is named, the first of these that exists is read.
 COLUMNS = ("text", "messages", "conversations")
@@ -377,17 +377,31 @@ def _document(value: Any, place: str) -> Document | None:
     return [_message(each, place) for each in value]
 
 
-def _message(given: Any, place: str) -> dict[str, str]:
-    found = given if isinstance(given, dict) else {}
+def _message(given: Any, place: str) -> dict[str, Any]:
+    """A message as chat templates know it: a content may be null beside tool calls, or a list of parts."""
+    found = _known(given) if isinstance(given, dict) else {}
     role, content = (
-        next((found[name] for name in names if found.get(name) is not None), None)
+        next((found.pop(name) for name in names if name in found), None)
         for names in (("role", "from"), ("content", "value"))
     )
-    if not (isinstance(role, str) and isinstance(content, str)):
+    if isinstance(content, list):
+        content = [_known(part) if isinstance(part, dict) else part for part in content]
+    elif not (isinstance(content, str) or (content is None and "tool_calls" in found)):
+        role = None
+    if not isinstance(role, str):
         raise TextError(
-            f"{place}: a message needs the texts role and content, or from and value, given {repr(given)[:80]}"
+            f"{place}: a message needs a role and a content, or from and value, given {repr(given)[:80]}; a content is "
+            "a text, a list of parts, or null beside tool_calls"
         )
-    return {"role": _ROLES.get(role, role), "content": _characters(content, place)}
+    message = {"role": _ROLES.get(role, role), "content": content, **found}
+    _characters(content if isinstance(content, str) else "", place)
+    _characters(json.dumps(message, ensure_ascii=False, default=str), place)
+    return message
+
+
+def _known(given: dict[str, Any]) -> dict[str, Any]:
+    """Without the nulls that rows of one type have wherever other rows have a value."""
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _characters(text: str, place: str) -> str:

@@ -214,9 +214,9 @@ def _known(
     # A bit for each weight, and the weights kept; what would not get smaller stays dense.
     packed = {k: min(dense[k], -(-_size(tensors[k]) // 8) + n * dense[k] // _size(tensors[k])) for k, n in kept.items()}
     zeros, saved = sum(_size(tensors[k]) - n for k, n in kept.items()), sum(dense[k] - n for k, n in packed.items())
-    if recipe.chooses_linears and recipe.sparsity is not None:
+    if recipe.chooses_linears:
         # As many linears have the pattern as make the sparsity.
-        share = recipe.sparsity * _total(tensors[k] for k in kept) / zeros
+        share = recipe.asked_sparsity * _total(tensors[k] for k in kept) / zeros
         zeros, saved = round(share * zeros), round(share * saved)
     room = device_memory_left() if device_memory is None else device_memory
     cost, on_disk = (prune_cost(model, recipe, method, where, room=room) for where in PLACES)

@@ -69,6 +69,7 @@ class ScaledLayer:
 
     Attributes:
         hessian: `[in, in]`, unit diagonal except at dead inputs, where row and column are zero.
+        weight: the dense weight, `[in, out]`.
         center: the scaled dense weight, `[in, out]`; at dead inputs by `ranking_scale`.
         scale: `e`, `[in]`, the norm of each input over the calibration tokens; 0 at dead inputs.
         output_scale: `[out]`, above 0, the root of the outputs' weights over its geometric mean; ones without any.
@@ -76,6 +77,7 @@ class ScaledLayer:
     """
 
     hessian: Any
+    weight: Any
     center: Any
     scale: Any
     output_scale: Any
@@ -173,11 +175,12 @@ def scale_layer(
     """Scaled coordinates of a layer; an all-zero input has scale 0 and never causes a division by zero."""
     hessian, scale, inverse = scaled_gram(gram)
     output_scale = jnp.ones(weight.shape[0], jnp.float32) if output_weights is None else relative_scale(output_weights)
-    center = (weight.astype(jnp.float32) * ranking_scale(scale)[None, :]).T * output_scale
+    dense = weight.astype(jnp.float32).T
+    center = dense * ranking_scale(scale)[:, None] * output_scale
     variances = None
     if input_variances is not None:
         variances = jnp.where(scale > 0, jnp.maximum(input_variances * inverse**2, LEAST_VARIANCE), 1)
-    return ScaledLayer(hessian, center, scale, output_scale, variances)
+    return ScaledLayer(hessian, dense, center, scale, output_scale, variances)
 
 
 def refitted(
@@ -294,7 +297,7 @@ def check_method(
     """
     outputs, inputs = shape
     name = type(method).__name__
-    shapes = ((inputs, inputs), (inputs, outputs), (inputs,), (outputs,), *[(inputs,)] * variances)
+    shapes = ((inputs, inputs), *[(inputs, outputs)] * 2, (inputs,), (outputs,), *[(inputs,)] * variances)
     layer = ScaledLayer(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     if support:
         pattern = Within(pattern, jax.ShapeDtypeStruct((inputs, outputs), jnp.bool_))

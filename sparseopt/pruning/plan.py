@@ -214,8 +214,7 @@ def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
     names = [key.removesuffix(".weight") for key in keys]
     chosen = chosen_linears(names, sorted(owners.difference(names)), recipe.targets, recipe.ignore, recipe.sparsities)
     implied = implied_sparsity(recipe.pattern)
-    share = recipe.sparsity if implied is None else implied
-    assert share is not None
+    share = recipe.asked_sparsity if implied is None else implied
     return {f"{name}.weight": share if own is None else own for name, own in chosen.items()}
 
 

@@ -102,11 +102,14 @@ class Recipe(PassRecipe):
         if isinstance(self.sparsities, Mapping):
             object.__setattr__(self, "sparsities", tuple(self.sparsities.items()))
         super().__post_init__()
-        if self.sparsity is None and isinstance(self.pattern, str):
-            implied = implied_sparsity(self.pattern)
-            if implied is None or 0 <= implied < 1:
-                default = 0.0 if self.has_support else 0.5
-                object.__setattr__(self, "sparsity", default if implied is None else implied)
+
+    @property
+    def asked_sparsity(self) -> float:
+        """The sparsity given, or its default."""
+        if self.sparsity is not None:
+            return self.sparsity
+        implied = implied_sparsity(self.pattern)
+        return (0.0 if self.has_support else 0.5) if implied is None else implied
 
     @property
     def has_support(self) -> bool:
@@ -120,14 +123,18 @@ class Recipe(PassRecipe):
 
     def check_pattern(self) -> None:
         """Raise a ValueError for an unknown pattern, or one that contradicts the sparsity."""
-        check_pattern(self.pattern, implied_sparsity(self.pattern) if self.chooses_linears else self.sparsity)
+        sparsity = self.sparsity if implied_sparsity(self.pattern) is not None else self.asked_sparsity
+        check_pattern(self.pattern, None if self.chooses_linears else sparsity)
 
     def find_method(self) -> LayerMethod:
         return find_method(self.method, self.preset, self.penalty, self.ridge, self.pattern)
 
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {"sparsity": self.asked_sparsity}
+
     def _checks(self) -> Sequence[Check]:
         def allocated() -> None:
-            check_allocation(self.allocation, self.pattern, self.sparsity, self.bounds)
+            check_allocation(self.allocation, self.pattern, self.asked_sparsity, self.bounds)
 
         def anywhere() -> None:
             if self.penalty is not None and self.pattern != "unstructured":

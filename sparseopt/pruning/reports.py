@@ -1,5 +1,6 @@
 """Floor 6: what a pruning run tells: records of what it did, as JSON lines, and one report, as a summary."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,12 +25,13 @@ class _Record:
 
 
 def _own_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    # JSON has no tuples.
-    return {
-        own.name: tuple(value) if isinstance(value := values[own.name], list) else value
-        for own in fields(kind)
-        if own.name in values
-    }
+    def read(value: Any, expected: Any) -> Any:
+        # JSON has neither tuples nor NaN.
+        if value is None and expected is float:
+            return math.nan
+        return tuple(value) if isinstance(value, list) else value
+
+    return {own.name: read(values[own.name], own.type) for own in fields(kind) if own.name in values}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class LayerRecord(_Record):
         size: number of weights.
         zeros: zero weights as stored.
         relative_error: `||X (V - W)ᵀ||² / ||X Wᵀ||²` on the calibration tokens.
-        heldout_error: the same on held-out tokens; None without any.
+        heldout_error: the same on held-out tokens; None without any, and if the dense outputs are zero on all of them.
         steps: iterations of the method.
         status: how the solve ended, a `Status` name.
         seconds: device time of the solve.

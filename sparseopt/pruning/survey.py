@@ -128,7 +128,7 @@ def survey(
     found = []
     for plan, own in zip(plans, progress, strict=True):
         recipe, patterns = plan.recipe, plan.patterns
-        if isinstance(recipe, Recipe) and recipe.allocation != "uniform" and recipe.sparsity is not None:
+        if isinstance(recipe, Recipe) and recipe.allocation != "uniform":
             if own.allocation is None:
                 shares = _shares(model, plan, recipe, levels, curves, outliers)
                 keep_record(plan.folder, own, AllocationRecord(shares))
@@ -151,7 +151,7 @@ def _levels(recipes: Sequence[Recipe]) -> np.ndarray:
 def _bounds(recipe: Recipe) -> tuple[float, float]:
     if (implied := implied_sparsity(recipe.pattern)) is not None:
         return implied, implied
-    return recipe.bounds or default_bounds(recipe.sparsity or 0.0)
+    return recipe.bounds or default_bounds(recipe.asked_sparsity)
 
 
 def _curves(site: Site, names: Sequence[str], levels: np.ndarray, runner: BlockRunner) -> dict[str, np.ndarray]:
@@ -187,7 +187,7 @@ def _shares(
     outliers: Sequence[float],
 ) -> dict[str, float]:
     """The share of each linear that the plan prunes, by key; the total is over these."""
-    sparsity, bounds, keys = recipe.sparsity or 0.0, _bounds(recipe), list(plan.patterns)
+    sparsity, bounds, keys = recipe.asked_sparsity, _bounds(recipe), list(plan.patterns)
     shapes = [model.weight_shape(key) for key in keys]
     sizes = np.array([np.prod(shape) for shape in shapes])
     if (implied := implied_sparsity(recipe.pattern)) is not None:

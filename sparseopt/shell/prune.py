@@ -51,9 +51,9 @@ def prune(
         recipes = [Recipe(sparsity=share, **fields) for share in shares]
         for each in recipes:
             each.check()
-        plans = [(each, output / f"{each.sparsity:g}" if len(recipes) > 1 else output) for each in recipes]
+        plans = [(each, output / f"{each.asked_sparsity:g}" if len(recipes) > 1 else output) for each in recipes]
         kept = fields["keep_zeros"] or fields["masks"]
-        asked = [f"{each.sparsity:.0%}" if each.sparsity or not kept else "given zeros" for each in recipes]
+        asked = [f"{each.asked_sparsity:.0%}" if each.asked_sparsity or not kept else "given zeros" for each in recipes]
         title = f"{fields['method']} {', '.join(asked)}"
         if (pattern := fields["pattern"]) != "unstructured":
             title = f"{title} {pattern}"

@@ -2,7 +2,7 @@
 
     run.lock        held by the process that writes; the system releases it when that process ends, however it ends
     run.json        the format, the fingerprint (all that decides the result) and facts about the start; written first
-    records.jsonl   one JSON line for each finished piece of work
+    records.jsonl   one JSON line for each finished piece of work; NaN and infinities, which JSON lacks, are null
     summary.json    written last: a folder that has one holds a finished run
 
 A run with the same fingerprint resumes, one with another is refused and told what differs. Every write raises
@@ -18,6 +18,9 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+from pydantic_core import to_json
 
 from sparseopt.system.files import append_line, temporary_of, write_whole
 
@@ -114,7 +117,7 @@ def contents(folder: Path) -> set[str]:
 
 
 def write_start(folder: Path, fingerprint: Fingerprint, **facts: Any) -> None:
-    """Write `run.json`; all values are plain JSON."""
+    """Write `run.json`."""
     _write_json(folder / RUN, {"format": FORMAT, "fingerprint": fingerprint, **facts})
 
 
@@ -150,7 +153,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Add a line to `records.jsonl` and force it to the disk."""
-    append_line(folder / RECORDS, json.dumps(record))
+    append_line(folder / RECORDS, _text(record))
 
 
 def read_records(folder: Path, parse: Callable[[Any], T]) -> tuple[list[T], list[int]]:
@@ -173,7 +176,7 @@ def read_records(folder: Path, parse: Callable[[Any], T]) -> tuple[list[T], list
 
 def write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Replace `records.jsonl`; a crash leaves the old records or these."""
-    write_whole(folder / RECORDS, "".join(json.dumps(record) + "\n" for record in records))
+    write_whole(folder / RECORDS, "".join(f"{_text(record)}\n" for record in records))
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -182,7 +185,19 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    write_whole(file, json.dumps(value, indent=2) + "\n")
+    write_whole(file, f"{_text(value, indent=2)}\n")
+
+
+def plain(value: Any) -> Any:
+    """The JSON value that the files of a run have for a value: null for NaN and infinities, text for other objects."""
+    return json.loads(_text(value))
+
+
+def _text(value: Any, indent: int | None = None) -> str:
+    def other(inner: Any) -> Any:
+        return inner.item() if isinstance(inner, np.generic) else str(inner)
+
+    return to_json(value, indent=indent, inf_nan_mode="null", fallback=other).decode()
 
 
 def read_json(file: Path) -> dict[str, Any]:

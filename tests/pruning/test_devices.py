@@ -4,9 +4,11 @@ One process with eight virtual devices computes everything (`on_devices`); the t
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from sparseopt.pruning import LayerRecord, pipeline, prune_model
 from sparseopt.pruning.patterns import check_cut, parse_pattern
 from sparseopt.pruning.reports import AllocationRecord, BlockRecord, DistillationRecord, ShapeRecord
 from sparseopt.pruning.run_folder import Progress
+from sparseopt.system import run_folder
 from tests.pruning.on_devices import LAYERS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -203,6 +206,11 @@ def test_what_one_process_knows_of_an_earlier_run_is_what_it_tells_the_others():
     allocation = AllocationRecord({"a.q_proj.weight": 0.1 + 0.2})
     known = Progress(1, [layer], [trained], allocation, shape, distilled, ["outer", "block-0000"])
     assert Progress.from_dict(json.loads(json.dumps(known.as_dict()))) == known
+    lost = replace(trained, first_loss=math.nan, last_loss=math.inf, status="NONFINITE")
+    read = BlockRecord.from_dict(run_folder.plain(lost.as_dict()))
+    assert math.isnan(read.first_loss)
+    assert math.isnan(read.last_loss)
+    assert replace(read, first_loss=0.2, last_loss=0.1, status="FINISHED") == trained
 
 
 @pytest.mark.parametrize("text", ["0", "some", "-1"])

@@ -89,7 +89,7 @@ def test_a_long_row_of_a_table_is_read_and_the_limit_of_csv_stays(tmp_path):
         ('{"text": "a"}\n"b"\n', "line 2 is str where an object with columns is expected"),
         ('{"text": "a"}\n{"body": "b"}\n', "line 2: it has no column 'text' or .*; its columns are body"),
         ('{"text": 3}\n', "line 1 holds int where a text or a list of messages is expected"),
-        ('{"text": [{"role": "user"}]}\n', "line 1: a message needs the texts role and content"),
+        ('{"text": [{"role": "user"}]}\n', "line 1: a message needs a role and a content"),
         ('{"text": "a"}\n\n{"text": "b"}\n{"text": [{"role": "user", "content": "c"}]}\n', "has both texts and chats"),
         ('{"text": null}\n', "is empty in its evaluation part"),
         ('{"text": "a\\ud83d"}\n', r"line 1: character 2 is '\\ud83d', half of a surrogate pair"),
@@ -165,6 +165,36 @@ def test_chats_go_through_the_template_of_the_model(tmp_path, source):
     ids, bos = text_windows(source, lists[0], "calibration", 2, 5, bos="yes", documents="separate")
     np.testing.assert_array_equal(ids, [tokens[1:6]] * 2)
     assert bos == tokens[0]
+
+
+def test_parts_and_tool_calls_reach_the_template(tmp_path, source):
+    template = (
+        "{% for m in messages %}<|start|>{{ m['role'] }} "
+        "{% if m['tool_calls'] %}{{ m['tool_calls'][0]['function']['name'] }}"
+        "{% elif m['content'] is string %}{{ m['content'] }}"
+        "{% else %}{% for part in m['content'] if 'image' not in part %}{{ part['text'] }}{% endfor %}{% endif %}"
+        "<|stop|>{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "hello "}, {"type": "text", "text": "all"}]
+    asked = {"role": "user", "content": parts}
+    called = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "find"}}]}
+    chats = [[asked, called | null, {"role": "tool", "content": "there"}] for null in ({}, {"content": None})]
+    settings(source, chat_template=template)
+    written = "<|start|>user hello all<|stop|><|start|>assistant find<|stop|><|start|>tool there<|stop|>"
+    tokens = encode_text(load_tokenizer(source), written)
+    (tmp_path / "a.jsonl").write_text(as_lines([{"messages": chat} for chat in chats]))
+    # Rows of one type have a null wherever others have a value.
+    rows = [{"messages": [asked]}, {"messages": [{"role": "user", "content": [{"image": "a"}]}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    for text in (f"jsonl:{tmp_path / 'a.jsonl'}", chats):
+        ids, _ = text_windows(source, text, "calibration", 1, len(tokens))
+        np.testing.assert_array_equal(ids[0], tokens)
+    length = len(encode_text(load_tokenizer(source), "<|start|>user hello all<|stop|>"))
+    ids, _ = text_windows(source, f"parquet:{tmp_path / 'b.parquet'}", "calibration", 1, length)
+    np.testing.assert_array_equal(ids[0], tokens[:length])
+    settings(source, chat_template=TEMPLATE)
+    with pytest.raises(ModelError, match=r"chat template of .* writes a list of parts as it is given"):
+        text_windows(source, chats, "calibration", 1, 8)
 
 
 def test_a_missing_template_and_a_chat_that_it_refuses_end_before_any_work(tmp_path, source):

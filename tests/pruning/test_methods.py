@@ -77,10 +77,10 @@ def prune(layer, method, pattern):
 
 def program_of(method, pattern, inputs, outputs=48):
     """The program that prunes a layer, without its numbers; nothing is compiled."""
-    shapes = {"hessian": (inputs, inputs), "center": (inputs, outputs), "scale": (inputs,), "output_scale": (outputs,)}
-    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    solve = jax.jit(lambda arrays: method(ScaledLayer(**arrays), pattern))
-    return re.sub(r"\d+", "", solve.lower(arrays).as_text())
+    shapes = ((inputs, inputs), (inputs, outputs), (inputs, outputs), (inputs,), (outputs,))
+    layer = ScaledLayer(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    solve = jax.jit(lambda layer: method(layer, pattern))
+    return re.sub(r"\d+", "", solve.lower(layer).as_text())
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_in_a_model_the_layer_is_named(tmp_path, rng):
     ("method", "pattern"), [("osscar", "group:4"), ("sparsegpt", "per-row"), ("maiht", "unstructured")]
 )
 def test_a_layer_stays_in_float32_where_64_bit_types_are_enabled(method, pattern):
-    shapes = ((64, 64), (64, 48), (64,), (48,))
+    shapes = ((64, 64), (64, 48), (64, 48), (64,), (48,))
     layer = ScaledLayer(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     with ENABLE_X64(True):
         answer = jax.eval_shape(find_method(method), layer, parse_pattern(pattern, 0.5, (48, 64)))

@@ -1,6 +1,7 @@
 """Patterns from their names to the stored model: parsed, refused, kept through a whole model, audited, shown."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,10 +111,26 @@ def test_an_impossible_pattern_names_the_layer_before_any_work(tmp_path, rng, so
 def test_a_recipe_lists_what_is_wrong_with_its_pattern():
     with pytest.raises(ValueError, match=r"(?s)samples.*'1:4' has sparsity 0.75, which contradicts the sparsity 0.5"):
         Recipe(pattern="1:4", sparsity=0.5, samples=0).check()
-    assert [Recipe(pattern=pattern).sparsity for pattern in ("per-row", "1:4")] == [0.5, 0.75]
     with pytest.raises(ValueError, match="which contradicts the pattern 'per-row'"):
         Recipe(pattern="per-row", penalty=so.L1(1.0)).check()
     Recipe(pattern="1:4").check()
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "sparsity"),
+    [
+        ({}, {"pattern": "per-row"}, 0.5),
+        ({}, {"keep_zeros": True}, 0.0),
+        ({"keep_zeros": True}, {"keep_zeros": False}, 0.5),
+        ({"pattern": "2:4"}, {"pattern": "1:4"}, 0.75),
+        ({"pattern": "2:4"}, {"pattern": "unstructured", "sparsity": 0.7}, 0.7),
+    ],
+)
+def test_a_changed_copy_of_a_recipe_keeps_only_what_was_given(first, then, sparsity):
+    copied, made = replace(Recipe(**first), **then), Recipe(**(first | then))
+    copied.check()
+    assert copied == made
+    assert copied.asked_sparsity == copied.as_dict()["sparsity"] == sparsity
 
 
 def test_on_the_shell_a_pattern_is_pruned_and_checked(tmp_path, source, command):

@@ -322,10 +322,21 @@ TOKENIZER = json.dumps(
 )
 
 
-def test_a_weight_beyond_the_dtype_asked_for_is_told_as_that(tmp_path, rng):
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (7e4, r"values up to 70000, which float16 cannot hold: choose dtype bfloat16"),
+        (1e-7, r"2,019 values as small as .*e-.*, which float16 makes 0: choose dtype bfloat16"),
+    ],
+)
+def test_weights_beyond_the_dtype_asked_for_are_told_as_that(tmp_path, rng, factor, message):
     tensors = random_tensors(tiny_config(), rng)
-    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = 7e4
+    weight = tensors["model.layers.1.mlp.down_proj.weight"]
+    if factor < 1:
+        weight *= factor
+    else:
+        weight[0, 0] = factor
     source = write_folder(tmp_path / "source", tiny_config(), tensors)
     tokens = rng.integers(0, 40, (6, 16)).astype(np.int32)
-    with pytest.raises(ModelError, match=r"layers.1.mlp.down_proj.* values up to 70000, which float16 cannot hold"):
+    with pytest.raises(ModelError, match=rf"layers.1.mlp.down_proj.* {message}"):
         prune_model(source, tmp_path / "out", Recipe(method="magnitude", calibration=tokens, dtype="float16"))

@@ -69,8 +69,7 @@ def test_no_array_of_a_block_grows_to_float64_where_jax_has_64_bit_types(tmp_pat
 
 @pytest.mark.parametrize("method", ["maiht", "admm_splice", "sparsegpt"])
 def test_what_is_solved_for_a_layer_stays_in_the_highest(method):
-    shapes = {"hessian": (16, 16), "center": (16, 8), "scale": (16,), "output_scale": (8,)}
-    layer = ScaledLayer(**{name: jnp.ones(shape) for name, shape in shapes.items()})
+    layer = ScaledLayer(*(jnp.ones(shape) for shape in ((16, 16), (16, 8), (16, 8), (16,), (8,))))
     with activations_in("default"):
         assert list(products(lambda layer: find_method(method)(layer, so.RowTopK(8)), layer)) == ["highest"]
 

@@ -3,14 +3,17 @@
 import errno
 import fcntl
 import json
+import math
 import os
 
+import numpy as np
 import pytest
 
 from sparseopt.system.run_folder import (
     FORMAT,
     LOCK,
     RECORDS,
+    SUMMARY,
     FolderError,
     FolderInUse,
     append_record,
@@ -22,6 +25,7 @@ from sparseopt.system.run_folder import (
     read_start,
     write_records,
     write_start,
+    write_summary,
 )
 
 
@@ -127,3 +131,20 @@ def test_torn_lines_are_numbered_and_the_records_around_them_kept(tmp_path):
         assert read_records(tmp_path, unit) == (["a", "c"], [2, 4])
     write_records(tmp_path, map(json.loads, lines[:2]))
     assert read_records(tmp_path, unit) == (["a", "b"], [])
+
+
+def test_every_file_of_a_run_is_json_where_figures_are_not_finite(tmp_path):
+    figures = {
+        "loss": math.nan,
+        "errors": (1.5, -math.inf),
+        "inner": {"score": np.float32("inf"), "count": np.int64(3)},
+    }
+    found = {"loss": None, "errors": [1.5, None], "inner": {"score": None, "count": 3}}
+    write_start(tmp_path, {}, figures=figures)
+    write_summary(tmp_path, figures)
+    append_record(tmp_path, figures)
+    texts = [(tmp_path / name).read_text() for name in (SUMMARY, RECORDS)]
+    write_records(tmp_path, [figures])
+    texts.append((tmp_path / RECORDS).read_text())
+    assert [json.loads(text, parse_constant=pytest.fail) for text in texts] == [found] * 3
+    assert read_start(tmp_path)["figures"] == found

@@ -9,21 +9,19 @@ from sparseopt.core.patterns import GroupTopK, RowTopK, TopK, without_support
 from sparseopt.core.problem import Status
 from sparseopt.core.thresholds import among, count_nonzero, top_k_mask
 from sparseopt.core.types import pytree
-from sparseopt.pruning.layer import DEAD_SCALE, Pruned, ScaledLayer, ranking_scale
+from sparseopt.pruning.layer import Pruned, ScaledLayer
 from sparseopt.pruning.patterns import Pattern
 
 
 @pytree
 class Magnitude:
-    """Keep the largest `|W_ij|` in the pattern; the calibration data only say which inputs are dead.
+    """Keep the largest `|W_ij|` in the pattern, whatever the inputs are; of equal ones those of the first inputs.
 
     Source: Han, Pool, Tran, Dally, "Learning both weights and connections", 2015.
     """
 
     def __call__(self, layer: ScaledLayer, pattern: Pattern) -> Pruned:
-        size = jnp.abs(layer.center) / (ranking_scale(layer.scale)[:, None] * layer.output_scale)
-        # As in every method, the weights of dead inputs are pruned first.
-        return _dense_values(layer, pattern.mask(jnp.where(layer.scale[:, None] > 0, size, DEAD_SCALE * size)))
+        return _dense_values(layer, pattern.mask(jnp.abs(layer.weight)))
 
 
 @pytree
