@@ -2,16 +2,15 @@
 
 import html
 import re
+from typing import Any
 from xml.etree import ElementTree
 
-from docutils import nodes
 from latex2mathml.converter import convert_to_element
-from sphinx.application import Sphinx
-from sphinx.errors import SphinxError
-from sphinx.writers.html import HTMLTranslator
 
 # Operators whose index is below them in a displayed formula.
 LIMITS = {"min", "max", "inf", "sup", "lim", "argmin", "argmax"}
+# What latex2mathml leaves as it stands behind `\bigl` and its like.
+DELIMITERS = {r"\|": "‖", r"\{": "{", r"\}": "}"}
 # No space around norms and absolute values.
 BARS = {"|", "‖"}
 UNDER = {"msub": "munder", "msup": "mover", "msubsup": "munderover"}
@@ -21,37 +20,40 @@ def mathml(tex: str, display: bool) -> str:
     """A formula as a `<math>` element.
 
     Raises:
-        SphinxError: naming the formula, if a command is unknown.
+        ValueError: naming the formula, if a command or an environment is unknown.
     """
-    tex = tex.replace(r"\arg\min", r"\operatorname{argmin}")  # \arg is unknown to latex2mathml
+    # Both are unknown to latex2mathml.
+    tex = tex.replace(r"\arg\min", r"\operatorname{argmin}").replace("{aligned}", "{split}")
     try:
         # A line break or an alignment outside an environment needs one.
         if (r"\\" in tex or "&" in tex) and r"\begin" not in tex:
-            tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
+            tex = rf"\begin{{split}}{tex}\end{{split}}"
         math = convert_to_element(tex, display="block" if display else "inline")
     except Exception as error:
-        raise SphinxError(f"cannot convert the formula {tex!r} to MathML: {error!r}") from error
+        raise ValueError(f"cannot convert the formula {tex!r} to MathML: {error!r}") from error
     for element in math.iter():
-        element.text = html.unescape(element.text or "")
+        text = html.unescape(element.text or "")
+        element.text = DELIMITERS.get(text, text)
         if element.text in BARS and element.tag == "mo":
             element.attrib |= {"lspace": "0", "rspace": "0"}
         if display and element.tag in UNDER and "".join(element[0].itertext()) in LIMITS:
             element.tag = UNDER[element.tag]
-        if unknown := re.search(r"\\[A-Za-z]+", element.text):
-            raise SphinxError(f"the formula {tex!r} has the unknown command {unknown[0]}")
+        # A line break is no row, and browsers show none.
+        if unknown := re.search(r"^&$|\\.*", r"\\" if "linebreak" in element.attrib else element.text):
+            raise ValueError(f"the formula {tex!r} has {unknown[0]!r}, which latex2mathml does not know there")
     return ElementTree.tostring(math, encoding="unicode")
 
 
-def _inline(self: HTMLTranslator, node: nodes.math) -> None:
-    self.body.append(mathml(node.astext(), display=False))
-    raise nodes.SkipNode
-
-
-def _displayed(self: HTMLTranslator, node: nodes.math_block) -> None:
-    self.body.append(f'<div class="math">{mathml(node.astext(), display=True)}</div>\n')
-    raise nodes.SkipNode
-
-
-def setup(app: Sphinx) -> None:
+def setup(app: Any) -> None:
     """Use this renderer for formulas."""
-    app.add_html_math_renderer("mathml", (_inline, None), (_displayed, None))
+    from docutils.nodes import SkipNode
+
+    def inline(self: Any, node: Any) -> None:
+        self.body.append(mathml(node.astext(), display=False))
+        raise SkipNode
+
+    def displayed(self: Any, node: Any) -> None:
+        self.body.append(f'<div class="math">{mathml(node.astext(), display=True)}</div>\n')
+        raise SkipNode
+
+    app.add_html_math_renderer("mathml", (inline, None), (displayed, None))

@@ -6,6 +6,7 @@ Each process holds the parts of its own devices only, and every process runs the
 import contextlib
 import functools
 import math
+import numbers
 from typing import Any, Literal
 
 import jax
@@ -37,7 +38,7 @@ def device_line(devices: Devices) -> Mesh | None:
     present = jax.devices()
     if devices == "all":
         devices = len(present)
-    if isinstance(devices, bool) or not isinstance(devices, int) or not 1 <= devices <= len(present):
+    if isinstance(devices, bool) or not isinstance(devices, numbers.Integral) or not 1 <= devices <= len(present):
         raise ValueError(
             f'devices must be a number from 1 to {len(present)}, what JAX sees here, or "all"; given {devices!r}. '
             "On a CPU the environment variable XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight"

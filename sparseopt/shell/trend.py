@@ -15,6 +15,8 @@ from sparseopt.shell import console
 from sparseopt.shell.options import ManyDevices, number_of_devices, numbers
 from sparseopt.trend.methods import AUTO, METHODS
 
+# Steps of times that differ by less than this fraction are equal.
+EVEN = 1e-6
 METHOD_HELP = f"{', '.join((AUTO, *METHODS))}."
 
 
@@ -88,7 +90,8 @@ def trend(
     signal: Annotated[
         Path,
         typer.Option(
-            help="Signal: one row per node, one column per channel; a first column `node` or `id` names the nodes."
+            help="Signal: one row per node, one column per channel; a first column `node` or `id` names the nodes. In "
+            "a series an increasing column `time`, `date`, `t` or `index` has the times."
         ),
     ],
     output: Annotated[
@@ -125,10 +128,11 @@ def trend(
         raise ValueError("--times and --ends belong to a series, given --graph too: leave out --graph, or both of them")
     if graph is None and merge:
         raise ValueError("--merge belongs to the edges of --graph: leave it out, or give --graph")
-    given = node_tables.read_signal(signal)
-    y = given.values
+    given = node_tables.read_signal(signal, series=graph is None)
+    y, count = given.values, len(given.names)
+    console.say(f"{count} channel{'s' * (count > 1)}: {', '.join(given.names)}")
     if graph is None:
-        network = so.Graph.chain(len(y), None if times is None else node_tables.read_signal(times).values, ends)
+        network = _series(given, None if times is None else node_tables.read_signal(times).values, ends, order)
     else:
         edges, edge_weights = node_tables.read_edges(graph, given.nodes)
         network = so.Graph.from_edges(edges, len(y), edge_weights, merge=merge)
@@ -142,12 +146,28 @@ def trend(
     node_tables.write_fit(output, dataclasses.replace(given, values=np.asarray(found.value)), pieces)
     figures = {
         "graph": None if graph is None else str(graph), "ends": ends, "signal": str(signal),
-        "nodes": network.num_nodes, "edges": network.num_edges,
+        "channels": given.names, "nodes": network.num_nodes, "edges": network.num_edges,
         "penalty": penalty, "weight": weight, "order": order,
     }  # fmt: skip
     if pieces is not None:
         figures["pieces"] = int(pieces.max()) + 1
     _finish_fit(found, figures, seconds, summary, [output])
+
+
+def _series(given: Any, times: np.ndarray | None, ends: str, order: int) -> so.Graph:
+    """The chain of a series, at the times of an option or of a column of its file."""
+    if given.times is None:
+        return so.Graph.chain(len(given.values), times, ends)
+    if times is not None:
+        raise ValueError(f"the signal has its times in the column {given.times_name!r}: leave out --times")
+    console.say(f"times: the column {given.times_name}")
+    steps = np.diff(given.times)
+    if ends == "graph" and order and np.ptp(steps) > EVEN * steps.max():
+        raise ValueError(
+            f"the times of the column {given.times_name!r} are uneven: give --ends free, which counts them, or leave "
+            "the column out"
+        )
+    return so.Graph.chain(len(given.values), given.times if ends == "free" else None, ends)
 
 
 def _finish_fit(found: Any, figures: dict[str, Any], seconds: float, summary: Path, written: list[Path]) -> None:

@@ -22,7 +22,16 @@ from sparseopt.core.mesh import Devices, at_work, device_line
 from sparseopt.core.problem import Solution, Status
 from sparseopt.core.types import precision, wide_types
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import SIGNLESS, Job, checked_loss, checked_terms, graph_for, require_local, vanishes
+from sparseopt.trend.job import (
+    SIGNLESS,
+    Job,
+    by_order,
+    checked_loss,
+    checked_terms,
+    graph_for,
+    require_local,
+    vanishes,
+)
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levelling import levelled_fit, short_fit
 from sparseopt.trend.losses import fit_loss
@@ -190,9 +199,10 @@ def checked_job(
     signal = checked_signal(y, graph, node_weights, missing, dtype, devices=1 if mesh is None else mesh.size)
     if not isinstance(penalty, SIGNLESS):
         graph = graph_for(graph, penalty)
+    if isinstance(penalty, Mapping):
+        penalty = by_order(penalty)
     if graph.free:
-        keys = penalty if isinstance(penalty, Mapping) else ()
-        graph = graph_at(graph, max(order, *(key for key in keys if isinstance(key, int)), 0), signal)
+        graph = graph_at(graph, max(order, *(penalty if isinstance(penalty, Mapping) else ()), 0), signal)
     layout = layout_of(graph, mesh)
     channels, kind = signal.values.shape[1:], signal.values.dtype
     terms = checked_terms(penalty, layout, order, channels, kind)

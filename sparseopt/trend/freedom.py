@@ -10,6 +10,7 @@ Source: Tibshirani and Taylor, "Degrees of freedom in lasso problems", Annals of
 difference matrix; Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016), for graphs.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,8 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
 
     Args:
         nonzero: booleans `[rows]` or `[rows, channels]`: which rows of `graph.matrix(order + 1)` are not zero at the
-            fit. Differences of a solution with a finite tolerance are rarely exactly zero; `trend_path` counts for you.
+            fit; or the `nonzero` of a fit on this graph, whose layout may be that of a grid. Differences of a solution
+            with a finite tolerance are rarely exactly zero; `trend_path` counts for you.
         graph: the graph.
         order: k.
         observed: booleans `[n]`, or None for all. At order 0 a piece without an observation does not count. At higher
@@ -62,14 +64,21 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
         )
     mask = _booleans("nonzero", nonzero)
     rows = layout_of(graph).count(order + 1)
-    if mask.ndim not in (1, 2) or mask.shape[0] != rows:
+    by_rows, laid_out = mask.ndim in (1, 2) and mask.shape[0] == rows, False
+    if graph.shape is not None and not graph.free:
+        shape = graph.shape if order % 2 else (len(graph.shape), *graph.shape)
+        laid_out = mask.shape[: len(shape)] == shape and mask.ndim <= len(shape) + 1
+    # [1, 2] on a chain of two nodes: one row of two channels, or one fit.
+    if by_rows is laid_out and (not by_rows or mask.shape == (1, 2)):
         raise ValueError(
             f"the difference of order {order + 1} has {rows} rows, so `nonzero` has the shape [{rows}] or "
-            f"[{rows}, channels], given {mask.shape}"
+            f"[{rows}, channels], or on a grid that of a fit's `nonzero`, given {mask.shape}"
         )
     seen = None if observed is None else _booleans("observed", observed)
     if seen is not None and seen.shape != (graph.num_nodes,):
         raise ValueError(f"`observed` has one entry for each of {graph.num_nodes} nodes, given {seen.shape}")
+    if laid_out:
+        return freedom_of_rows(mask, graph, order, seen, mask.size // math.prod(shape))
     return _count(mask[:, None] if mask.ndim == 1 else mask, graph, lambda: graph.edges, order, seen)
 
 

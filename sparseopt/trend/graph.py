@@ -232,8 +232,8 @@ class Graph:
             kept = ~loops[first_place]
             pairs, level = pairs[first_place][kept], merged[kept]
             require_positive(level)  # a sum of finite weights may be infinite
-            if np.all(level == 1):
-                level = None
+        if level is not None and np.all(level == 1):
+            level = None
         if nodes is not None and len(nodes) != count:
             raise ValueError(f"{count} nodes need as many names, given {len(nodes)}")
         shape = None if level is not None else grid_shape(pairs, count)
@@ -260,8 +260,7 @@ class Graph:
                 f"{int(matrix.row[diagonal][0])}; merge=True drops them"
             )
         edges = np.stack([matrix.row[upper], matrix.col[upper]], axis=1)
-        level = matrix.data[upper]
-        return cls.from_edges(edges, matrix.shape[0], None if np.all(level == 1) else level)
+        return cls.from_edges(edges, matrix.shape[0], matrix.data[upper])
 
     @classmethod
     def from_networkx(cls, graph: Any, weight: str | None = "weight", *, merge: bool = False) -> "Graph":
@@ -279,9 +278,8 @@ class Graph:
         nodes = list(graph.nodes)
         place = {node: index for index, node in enumerate(nodes)}
         edges = np.array([(place[tail], place[head]) for tail, head in graph.edges()], np.int64).reshape(-1, 2)
-        level = [value for *_, value in graph.edges(data=weight, default=1)] if weight else []
-        plain = all(value == 1 for value in level)
-        return cls.from_edges(edges, len(nodes), None if plain else level, merge=merge, nodes=nodes)
+        level = [value for *_, value in graph.edges(data=weight, default=1)] if weight else None
+        return cls.from_edges(edges, len(nodes), level, merge=merge, nodes=nodes)
 
     @functools.cached_property
     def step(self) -> float:

@@ -10,10 +10,10 @@ import numpy as np
 from sparseopt.core.group_penalties import GroupL2
 from sparseopt.core.mesh import Devices
 from sparseopt.core.penalties import L1
-from sparseopt.core.problem import Solution
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.path import trend_path
+from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.selection import Selection, select
 from sparseopt.trend.signal import noise_level
 
@@ -26,7 +26,7 @@ class Denoised:
     """A denoised image."""
 
     image: np.ndarray  # of the shape and dtype of the input; integers are rounded and clipped to their range
-    solution: Solution  # of the trend filter, in the input's units
+    solution: TrendSolution  # of the trend filter, in the input's units
     weight: float  # of the penalty: the given or the chosen one
 
 

@@ -206,8 +206,14 @@ def _excludes_zero(penalty: Any) -> bool:
     return isinstance(penalty, Simplex)
 
 
+def by_order(penalties: Mapping[Any, Any]) -> dict[int, Any]:
+    """Several penalties by their orders as whole numbers, also where these were floats or integers of NumPy."""
+    what = "the order of each of several penalties"
+    return {whole_number(what, key, -1, MOST_ORDER, "-1: b itself"): term for key, term in penalties.items()}
+
+
 def checked_terms(penalty: Any, layout: Layout, order: int, channels: tuple[int, ...], kind: np.dtype) -> Terms:
-    """Checked penalties by order, ascending, without those of weight 0 unless all are."""
+    """Checked penalties by order, ascending, without those of weight 0 unless all are; several as of `by_order`."""
 
     def checked(term: Any, k: int) -> Any:
         rows = layout.count(k + 1) if np.ndim(getattr(term, "weight", 0)) else None
@@ -225,11 +231,7 @@ def checked_terms(penalty: Any, layout: Layout, order: int, channels: tuple[int,
         raise ValueError(
             f"where penalties are keyed by their orders {list(penalty)}, leave order out; given order={order}"
         )
-    terms = {}
-    for key, term in penalty.items():
-        k = whole_number("the order of each of several penalties", key, -1, MOST_ORDER, "-1: b itself")
-        terms[k] = checked(term, k)
-    terms = dict(sorted(terms.items()))
+    terms = {k: checked(term, k) for k, term in sorted(penalty.items())}
     # Without edges there are no differences.
     edges = layout.graph.num_edges
     strong = {k: term for k, term in terms.items() if not vanishes(term) and (edges or k == -1)}

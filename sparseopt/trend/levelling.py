@@ -86,7 +86,7 @@ def stopped_early(job: Job, solve: Callable[[float, int], TrendSolution], early:
         steps += int(fit.steps)
     elif not missed <= 1 and left <= 0:
         fit = dataclasses.replace(fit, status=jnp.asarray(Status.MAX_STEPS, jnp.int32))
-    return dataclasses.replace(fit, steps=steps), next_stop(early, missed)
+    return dataclasses.replace(fit, steps=jnp.asarray(steps, jnp.int32)), next_stop(early, missed)
 
 
 def next_stop(early: float, missed: float) -> float:
@@ -130,9 +130,12 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
     graph, layout, signal, channels = job.graph, job.layout, job.signal, job.channels
     assert signal is not None
     columns = np.asarray(layout.shaped(found.value, signal.shape)).reshape(graph.num_nodes, -1)
-    joined = ~np.asarray(found.nonzero)
+    joined, between = ~np.asarray(found.nonzero), edges_between(graph, columns)
+    if found.dual is None:
+        # A fit that was known without an iteration is level. XLA reads its smallest differences as 0.
+        return dataclasses.replace(found, nonzero=found.nonzero | between.reshape(joined.shape))
     joined = joined if channels else joined[..., None]
-    if not (joined & edges_between(graph, columns)).any():
+    if not (joined & between).any():
         return found
     level, labels = np.empty(columns.shape), None
     for channel, column in enumerate(columns.T.astype(np.float64)):

@@ -61,7 +61,7 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Lev
         return _by_interior(job, weights, proof)
     early, means = FIRST_STOP, has_means(job)
     working = in_float32(job) if means and is_short(job, method) else job
-    kind, plan = working.dtype, method.plan(working)
+    kind, plan = working.dtype, method.plan(working).paced(working)
     tol = jnp.asarray(job.tol, kind)
 
     data, start = _first(plan, working.at(weights[0]).rows, *working.arrays, proof, working.start())

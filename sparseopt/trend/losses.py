@@ -108,7 +108,7 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     best = best_constants(job) if best is None else best
     loss, data, null, alike = best.loss, best.data, best.fit, best.exact
     if alike.all():
-        return known_fit(job, null.reshape(signal.values.shape), flat=True)
+        return known_fit(job, null.reshape(signal.values.shape), flat=not vanishes(job.penalty))
     penalty, laid_out, columns = job.rows, partial(_laid_out, job), np.ascontiguousarray(data.columns.T)
     y, weights = job.arrays
     low, high = _box(signal, loss, job.order, null)

@@ -28,6 +28,8 @@ from sparseopt.trend.files import (
 
 # The first column of a signal holds ids of nodes if it has one of these names; the column of pieces of a fit.
 ID_NAMES, PIECE = ("node", "id"), "piece"
+# A column of a series beside others holds its times if it has one of these names, and increases.
+TIME_NAMES = ("time", "date", "t", "index")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +40,15 @@ class NodeTable:
     names: tuple[str, ...]  # of the columns of values
     nodes: tuple[str, ...] | None = None  # the ids of the nodes; None for row numbers from 0
     nodes_name: str = "node"  # of the column of ids
+    times: np.ndarray | None = None  # of the nodes of a series, `[n]`; None where the file has none
+    times_name: str = ""  # of their column
 
 
-def read_signal(path: str | Path) -> NodeTable:
+def read_signal(path: str | Path, series: bool = False) -> NodeTable:
     """A signal with a column a channel; row j belongs to node j.
 
     In a CSV or Parquet file, a first column named `node` or `id` holds the ids of the nodes, numbers or texts; then a
-    last column named `piece`, as `write_fit` adds it, is left out.
+    last column named `piece`, as `write_fit` adds it, is left out. Of a `series` a column of `TIME_NAMES` holds times.
     """
     file = readable(path, "a CSV or NPZ")
     heading = _heading(file)
@@ -56,8 +60,7 @@ def read_signal(path: str | Path) -> NodeTable:
             "pandas writes its index too: name it node and put it first, or use index=False"
         )
     if not named:
-        table = read_table(file, ("signal", "y"))
-        return NodeTable(table[:, 0] if table.shape[1] == 1 else table, _names(heading, table.shape[1]))
+        return _with_names(read_table(file, ("signal", "y")), heading, series)
     last = len(heading) - (len(heading) > 2 and heading[-1] == PIECE)
     if last == 1:
         raise FileError(f"{file} has the ids of the nodes but no column of values")
@@ -67,15 +70,24 @@ def read_signal(path: str | Path) -> NodeTable:
     node, count = collections.Counter(nodes).most_common(1)[0]
     if count > 1:
         raise FileError(f"{file} names the node {node!r} in {count} rows; give a node one row")
-    names = _names(heading[1:last], last - 1, heading[0])
-    return NodeTable(table[:, 0] if last == 2 else table, names, nodes, heading[0])
+    return _with_names(table, heading[1:last], series, nodes, heading[0])
 
 
-def _names(heading: list[str], count: int, nodes_name: str = "node") -> tuple[str, ...]:
-    """The names of the columns of values: those of the file, if all differ."""
-    if len(heading) == count and len({*heading, nodes_name, PIECE}) == count + 2:
-        return tuple(heading)
-    return ("value",) if count == 1 else tuple(f"channel_{i}" for i in range(count))
+def _with_names(
+    table: np.ndarray, heading: list[str], series: bool, nodes: tuple[str, ...] | None = None, nodes_name: str = "node"
+) -> NodeTable:
+    """A table with the names of its columns: those of the file, if all differ."""
+    count, times, times_name = table.shape[1], None, ""
+    if len(heading) != count or len({*heading, nodes_name, PIECE}) != count + 2:
+        names = ("value",) if count == 1 else tuple(f"channel_{i}" for i in range(count))
+        return NodeTable(table[:, 0] if count == 1 else table, names, nodes, nodes_name)
+    for place, name in enumerate(heading):
+        if series and count > 1 and name.lower() in TIME_NAMES and np.all(np.diff(table[:, place]) > 0):
+            times, times_name = table[:, place], name
+            table, heading = np.delete(table, place, axis=1), [*heading[:place], *heading[place + 1 :]]
+            break
+    values = table[:, 0] if table.shape[1] == 1 else table
+    return NodeTable(values, tuple(heading), nodes, nodes_name, times, times_name)
 
 
 def read_edges(path: str | Path, nodes: tuple[str, ...] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -159,11 +171,13 @@ def _texts(file: Path, columns: tuple[int, ...] | None) -> np.ndarray:
 
 
 def write_fit(path: str | Path, fit: NodeTable, pieces: np.ndarray | None) -> None:
-    """Write the ids of the nodes, their values and, unless None, their pieces, in the format of the file's ending."""
+    """Write the ids of the nodes, their times, values and, unless None, pieces, in the format of the file's ending."""
     file = Path(path)
     kind = file.suffix.lower()
     nodes: Any = range(len(fit.values)) if fit.nodes is None else fit.nodes
     columns: dict[str, list[Any]] = {fit.nodes_name: list(nodes)}
+    if fit.times is not None:
+        columns[fit.times_name] = fit.times.tolist()
     for name, column in zip(fit.names, fit.values.reshape(len(fit.values), -1).T, strict=True):
         columns[name] = column.tolist()
     if pieces is not None:
@@ -176,6 +190,7 @@ def write_fit(path: str | Path, fit: NodeTable, pieces: np.ndarray | None) -> No
             writer.writerows(zip(*columns.values(), strict=True))
     elif kind == ".npz":
         arrays: dict[str, Any] = {"signal": fit.values, "node": np.array(nodes)}
+        arrays |= {} if fit.times is None else {"times": fit.times}
         write_npz(file, arrays if pieces is None else arrays | {PIECE: pieces})
     elif kind == ".parquet":
         import pyarrow

@@ -37,7 +37,8 @@ from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levels import descend
 from sparseopt.trend.losses import node_deviances
 from sparseopt.trend.methods import named
-from sparseopt.trend.signal import Signal, checked_order, checked_signal, graph_at, signal_noise
+from sparseopt.trend.pieces import TrendSolution
+from sparseopt.trend.signal import checked_order, checked_signal, graph_at, signal_noise
 
 # The relative accuracy of the first weight of a path: enough there, and ten times cheaper than the default.
 FIRST_WEIGHT_TOL = 1e-2
@@ -67,6 +68,8 @@ class TrendPath:
         largest_weight: the least weight known to give the component means; None if the weights were given.
         penalty: the penalty, without the weights of the levels.
         loss: None for the square.
+        graph: the graph of the fits.
+        order: k.
     """
 
     weights: np.ndarray
@@ -83,6 +86,9 @@ class TrendPath:
     largest_weight: float | None
     penalty: Any
     loss: ScalarLoss | None
+    graph: Graph
+    order: int
+    _nonzero: np.ndarray = dataclasses.field(repr=False)
     _freedom: Callable[[], np.ndarray] = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
@@ -117,13 +123,14 @@ class TrendPath:
             f"{Status(int(self.statuses[levels[0]])).advice}"
         )
 
-    def at(self, index: int) -> Solution:
-        """One level as a `Solution` without a state."""
+    def at(self, index: int) -> TrendSolution:
+        """One level as a `TrendSolution` without a state and a dual."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
         fields = (self.values, self.statuses, self.steps, self.residuals, self.objectives, self.gaps)
         value, status, steps, residual, objective, gap = (field[index] for field in fields)
-        return Solution(value, status, steps, residual, objective, gap, None, None)
+        found = Solution(value, status, steps, residual, objective, gap, None, None)
+        return dataclasses.replace(TrendSolution.of(found, self._nonzero[index]), graph=self.graph, order=self.order)
 
 
 def trend_path(
@@ -180,8 +187,9 @@ def trend_path(
     k = checked_order(order)
     name = named(method)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
-    graph = graph_at(graph_for(graph, penalty), k, signal)
-    template, family = _checked_template(penalty, signal, graph, k), checked_loss(loss)
+    template, family = _template(penalty), checked_loss(loss)
+    graph = graph_at(graph_for(graph, template), k, signal)
+    checked_penalty(template, graph, k, signal.values.shape[1:], signal.values.dtype)
     tol, max_steps = positive_number("tol", tol), whole_number("max_steps", max_steps, 1, MOST_STEPS)
     if not (is_positive(ratio) and ratio < 1):
         raise ValueError(f"ratio, the last weight over the first, lies in (0, 1), given {ratio!r}")
@@ -241,6 +249,9 @@ def trend_path(
         largest_weight=None if first is None else float(given[0]),
         penalty=template,
         loss=family,
+        graph=graph,
+        order=k,
+        _nonzero=rows,
         _freedom=freedom,
     )
 
@@ -271,7 +282,7 @@ def _divergences(job: Job, weights: np.ndarray, values: np.ndarray, noise: float
     return np.maximum(np.mean(found, axis=0), 0)
 
 
-def _checked_template(penalty: Any, signal: Signal, graph: Graph, order: int) -> Any:
+def _template(penalty: Any) -> Any:
     fields: Any = dataclasses.fields(penalty) if dataclasses.is_dataclass(penalty) else ()
     if "weight" not in [field.name for field in fields]:
         raise TypeError(
@@ -282,8 +293,7 @@ def _checked_template(penalty: Any, signal: Signal, graph: Graph, order: int) ->
             f"a path replaces the penalty's weight by one number for all rows, given one of shape "
             f"{np.shape(penalty.weight)}; fit with weights of rows by `trend_filter`, or give them as weights of edges"
         )
-    template = penalty(1.0) if isinstance(penalty, type) else dataclasses.replace(penalty, weight=1.0)
-    return checked_penalty(template, graph, order, signal.values.shape[1:], signal.values.dtype)
+    return penalty(1.0) if isinstance(penalty, type) else dataclasses.replace(penalty, weight=1.0)
 
 
 def _checked_levels(weights: Any, kind: np.dtype) -> np.ndarray:

@@ -58,7 +58,7 @@ class TrendSolver:
 
         Returns:
             As `trend_filter`, in the shape of y; under vmap with one status per lane. Values are not checked: for a
-            signal that is not finite the status is NONFINITE.
+            signal that is not finite, and for a negative weight under jit, the status is NONFINITE.
         """
         graph, kind = self.layout.graph, np.dtype(self.dtype)
         channels = () if self.channels is None else (self.channels,)
@@ -73,6 +73,10 @@ class TrendSolver:
                 "does not act: plan one on graph.as_edges(), for signals of the shape [n]"
             )
         weight, rows = getattr(penalty, "weight", 0.0), self.layout.count(self.order + 1)
+        if isinstance(weight, jax.core.Tracer):
+            y = jnp.where(jnp.any(weight < 0), jnp.nan, y)
+        elif np.any(np.asarray(weight) < 0):
+            raise ValueError(f"the penalty's weight must not be negative, given {np.min(weight)}")
         if np.ndim(weight) and (np.shape(weight) != (rows,) or not isinstance(penalty, L1)):
             raise ValueError(
                 f"a penalty's weight is one number, or for L1 one for each of {rows} rows of graph.matrix(order + 1); "
@@ -108,7 +112,7 @@ class TrendSolver:
 
 def trend_solver(
     graph: Any,
-    order: int = 1,
+    order: int = 0,
     method: str = "auto",
     dtype: Any = None,
     channels: int | None = None,
@@ -121,7 +125,7 @@ def trend_solver(
 
     Args:
         graph: the graph of the signals, with at least one edge.
-        order: k >= 0.
+        order: k >= 0, as in `trend_filter`.
         method: as in `trend_filter`, except "interior", which works on the host; "auto" takes the method that is
             expected to be the fastest for a weight about the size of the noise.
         dtype: float32 or float64; None for JAX's default. float64 needs 64-bit types to be enabled.
@@ -130,7 +134,7 @@ def trend_solver(
 
     Example:
         >>> y = jnp.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0])
-        >>> solver = so.trend_solver(so.Graph.chain(6), order=0)
+        >>> solver = so.trend_solver(so.Graph.chain(6))
         >>> solver(y, so.L1(0.3)).value.round(3)
         Array([0.1, 0.1, 0.1, 4.9, 4.9, 4.9], dtype=float32)
         >>> jax.grad(lambda weight: solver(y, so.L1(weight)).value[0])(0.3).round(3)  # a third of the step's pull

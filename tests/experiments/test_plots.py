@@ -115,6 +115,23 @@ def test_curves_refuse_what_they_cannot_draw(curves, options, message):
     assert not plt.get_fignums()
 
 
+def test_a_curve_of_one_point_is_a_marker():
+    axis = plots.plot_curves({"exact": ([1.0], [1e-15]), "others": ([1.0, 2.0], [1.0, 0.5])}, logy=True)
+    assert [line.get_marker() for line in axis.lines] == ["o", "None"]
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_legend_below_panels_is_not_wider_than_their_figure(count):
+    axes = plots.style.axes_or_new(None, 1, 1, (8, 4.7))
+    plots.plot_curves({f"{i}{'x' * count}": ([1.0, 2.0], [i, i + 1.0]) for i in range(7)}, axes[0])
+    plots.style.legend_below(axes)
+    (legend,) = axes[0].figure.legends
+    axes[0].figure.draw_without_rendering()
+    assert legend.get_window_extent().width <= axes[0].figure.bbox.width
+    assert len(legend.get_texts()) == 7
+    assert legend._ncols == (3 if count == 1 else 2)
+
+
 def test_history_draws_the_objective_up_to_the_last_step():
     axis = plots.plot_history({"a": solution([5.0, 4.0, 3.5]), "b": solution([5.0, -1.0])})
     x, y = drawn(axis.lines, "a")

@@ -323,6 +323,33 @@ def test_trend_fits_a_series_with_free_ends(tmp_path, command):
     assert "--merge belongs to the edges" in err
 
 
+def test_a_column_of_times_is_no_channel(tmp_path, command):
+    times = np.cumsum(np.random.default_rng(0).uniform(0.2, 2, 30))
+    table = np.stack([times, 3 + 2 * times, -times], axis=1)
+    series = ["trend", "--signal", tmp_path / "y.csv", "--weight", 5.0, "--order", 1]
+    for heading, kept in (("Time,up,down", [1, 2]), ("time,up", [1])):
+        np.savetxt(tmp_path / "y.csv", table[:, [0, *kept]], delimiter=",", header=heading, comments="")
+        status, out, err = command(*series, "--ends", "free", "--output", tmp_path / "fit.csv", "--force")
+        assert status == 0, err
+        fit = np.loadtxt(tmp_path / "fit.csv", delimiter=",", skiprows=1)
+        np.testing.assert_allclose(fit[:, 1:], table[:, [0, *kept]], rtol=1e-12)
+        assert (tmp_path / "fit.csv").read_text().startswith(f"node,{heading}\n")
+        assert {1: "1 channel: up", 2: "2 channels: up, down"}[len(kept)] in out
+        assert json.loads((tmp_path / "fit-summary.json").read_text())["channels"] == heading.split(",")[1:]
+    np.savetxt(tmp_path / "t.csv", times)
+    for options, text in (
+        ([], "times of the column 'time' are uneven: give --ends free"),
+        (["--times", tmp_path / "t.csv"], "has its times in the column 'time': leave out --times"),
+    ):
+        status, _, err = command(*series, *options, "--output", tmp_path / "x.csv")
+        assert status == 2
+        assert text in err
+    # What does not increase, and a column of a graph, is a channel; it is named.
+    np.savetxt(tmp_path / "y.csv", table[::-1], delimiter=",", header="time,up,down", comments="")
+    status, out, err = command(*series, "--output", tmp_path / "falling.csv")
+    assert (status, "3 channels: time, up, down" in out) == (0, True), err
+
+
 def test_a_fit_has_the_ids_and_the_heading_of_its_signal(tmp_path, command):
     (tmp_path / "roads.csv").write_text("from,to\nChur,Bern\nBern,Genf\nGenf,Lugano\n")
     (tmp_path / "rain.csv").write_text("id,rain\nLugano,9\nBern,1.1\nChur,0.9\nGenf,9.2\n")

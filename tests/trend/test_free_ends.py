@@ -54,6 +54,13 @@ def noisy(n=N, channels=()):
     return np.abs(np.arange(n) - n / 3).reshape(-1, *(1 for _ in channels)) / 5 + rng.standard_normal((n, *channels))
 
 
+@pytest.mark.parametrize("key", [1, np.int64(1), 1.0])
+def test_a_penalty_has_the_ends_of_the_graph_whatever_the_type_of_its_key(key):
+    line = np.linspace(0, 10, N)
+    fit = so.trend_filter(line, so.Graph.chain(N, ends="free"), {key: so.L1(50.0)})
+    np.testing.assert_array_equal(fit.value, line)
+
+
 @pytest.mark.parametrize("kind", ["even", "uneven"])
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_the_operator_is_that_of_genlasso(kind, order):

@@ -75,6 +75,8 @@ def test_the_chosen_weight_is_nearly_the_best(options):
     ]
     assert np.mean((found.image - clean) ** 2) <= 1.1 * min(errors)
     assert float(found.solution.gap) <= 1e-4
+    if not options.get("order"):
+        assert found.solution.pieces().shape == (48 * 48,)
 
 
 def test_pixels_that_are_not_known_are_filled_in():

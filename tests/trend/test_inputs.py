@@ -54,6 +54,10 @@ def test_bad_input_is_an_error_that_names_it(arguments, match):
         so.trend_filter(**call)
 
 
+def test_an_integer_of_numpy_is_a_number_of_devices():
+    np.testing.assert_array_equal(so.trend_filter(Y, CHAIN, so.L1(0.0), devices=np.int64(1)).value, Y)
+
+
 def test_a_number_is_no_penalty():
     with pytest.raises(TypeError, match=r"such as sparseopt\.L1"):
         so.trend_filter(Y, CHAIN, 10.0)
@@ -131,7 +135,8 @@ def test_components_and_isolated_nodes():
 def test_grids_given_by_edges_are_recognised(rng, shape):
     grid = so.Graph.grid(shape)
     order = rng.permutation(grid.num_edges)
-    assert so.Graph.from_edges(grid.edges[order][:, ::-1], grid.num_nodes).shape == shape
+    for weights in (None, np.ones(grid.num_edges)):
+        assert so.Graph.from_edges(grid.edges[order][:, ::-1], grid.num_nodes, weights).shape == shape
     assert so.Graph.from_edges(grid.edges[1:], grid.num_nodes).shape is None
 
 
@@ -211,6 +216,11 @@ def test_paths_and_starts_know_the_direction_of_edges_too(rng):
         so.trend_path(y, graph, Uneven(1.0), weights=[0.3], tol=1e-8).values[0], fit.value, atol=1e-4
     )
     so.trend_filter(y, graph, so.L1(0.3), warm_start=fit).check()
+    # L1 does not see it, also as the class that is the default: the path of a chain is merged, without steps.
+    turned, line = so.Graph.from_edges(np.array(CHAIN.edges)[:, ::-1]), rng.standard_normal(6)
+    paths = [so.trend_path(line, each, num=3) for each in (turned, CHAIN)]
+    np.testing.assert_array_equal(paths[0].values, paths[1].values)
+    assert paths[0].steps.tolist() == [0, 0, 0]
     # A penalty of one's own that is the same for both signs has the rows of the grid, also under jit.
     solver = so.trend_solver(graph, 0)
     wanted = so.trend_filter(y, graph, so.L1(0.3), tol=1e-9).value

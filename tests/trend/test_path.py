@@ -140,6 +140,8 @@ def test_a_path_of_a_chain_is_exact_and_its_pieces_only_merge(rng):
 def test_levels_of_a_picture_take_the_means_of_their_pieces(rng):
     path = trend_path(5 * rng.standard_normal((4, 5)), so.Graph.grid((4, 5)), num=6, tol=1e-6).check()
     assert [len(np.unique(value)) for value in path.values] == path.degrees_of_freedom.tolist()
+    # The pieces of a level, which are those of the fit alone.
+    assert [path.at(i).pieces().max() + 1 for i in range(6)] == path.degrees_of_freedom.tolist()
 
 
 def test_a_warm_level_is_the_cold_solve(rng):
@@ -245,8 +247,15 @@ def test_check_names_the_levels_that_did_not_converge(rng):
     path = trend_path(5 * rng.standard_normal((4, 5)), so.Graph.grid((4, 5)), order=1, num=6, tol=1e-12, max_steps=5)
     with pytest.raises(RuntimeError, match=r"5 of 6 levels did not converge: level 1 \(weight .*MAX_STEPS.*raise"):
         path.check()
+    assert path.steps.max() == 5
     with pytest.raises(IndexError, match=r"levels 0..5, given 6"):
         path.at(6)
+
+
+@pytest.mark.parametrize("method", ["doge", "admm"])
+def test_a_level_takes_no_more_steps_than_the_limit(rng, method):
+    y = 5 * rng.standard_normal((4, 5))
+    assert trend_path(y, so.Graph.grid((4, 5)), order=1, num=3, method=method, max_steps=2).steps.max() == 2
 
 
 Y = np.arange(6.0)

@@ -133,10 +133,19 @@ def test_traced_once_for_all_signals_weights_and_gradients(rng, traces_of):
         (lambda: so.trend_solver((3, 4)), "sparseopt.Graph"),
         (lambda: jax.jit(lambda y: so.trend_filter(y, GRAPHS["chain"], so.L1(1.0)))(np.zeros(N)), "make a solver by"),
         (lambda: so.trend_solver(GRAPHS["chain"])(np.zeros(5), so.L1(1.0)), "have the shape (24,)"),
-        (lambda: so.trend_solver(GRAPHS["chain"])(np.zeros(N), so.L1(np.ones(5))), "each of 24 rows"),
+        (lambda: so.trend_solver(GRAPHS["chain"])(np.zeros(N), so.L1(np.ones(5))), "each of 23 rows"),
         (lambda: so.trend_solver(GRAPHS["chain"])(np.zeros(N), so.L1(1.0), np.ones(3)), "24 nodes need as many"),
         (lambda: so.trend_solver(GRAPHS["chain"], 0, "fast_admm")(np.zeros(N), so.MCP(1.0)), "solves the L1 penalty"),
         (lambda: so.trend_solver(GRAPHS["grid"], 1, "admm")(np.zeros(N), 5.0), "`value` and `prox`"),
+        (lambda: so.trend_solver(GRAPHS["chain"])(np.zeros(N), so.L1(-1.0)), "weight must not be negative, given -1.0"),
+        (
+            lambda: so.trend_solver(GRAPHS["chain"])(np.zeros(N), Doubled(-1.0)),
+            "weight must not be negative, given -1.0",
+        ),
+        (
+            lambda: so.trend_solver(GRAPHS["grid"], 0, "doge_groups")(np.zeros(N), so.GroupL2(0.5, axis=0)),
+            'for isotropic total variation use "doge"',
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(call, text, monkeypatch):
@@ -163,6 +172,27 @@ def test_a_start_of_a_larger_weight_is_no_certificate_by_itself():
     optimum = float(solver(y, so.L1(0.05), tol=1e-6).objective)
     assert int(found.steps) == 0
     assert float(found.gap) >= float(found.objective) / optimum - 1 > 1
+
+
+def test_a_negative_weight_under_jit_is_no_answer():
+    """Where it is known it is an error; see above."""
+    solver, y = so.trend_solver(so.Graph.chain(6), method="doge"), np.r_[0.1, -0.1, 0, 5.1, 4.9, 5]
+    found = jax.jit(lambda weight: solver(y, so.L1(weight)))(-1.0)
+    assert Status(int(found.status)) is Status.NONFINITE
+    assert np.isnan(found.value).all()
+
+
+@so.pytree
+class Doubled:
+    """A penalty of a user's own."""
+
+    weight: object
+
+    def value(self, x):
+        return self.weight * jnp.sum(jnp.abs(x))
+
+    def prox(self, x, step):
+        return so.L1(self.weight).prox(x, step)
 
 
 def test_the_walk_from_a_call_to_its_loop_is_short(rng, monkeypatch):

@@ -182,6 +182,7 @@ def test_a_large_signal_is_solved_in_float32_and_certified_in_float64(monkeypatc
     y, graph, penalty = blocks(), so.Graph.grid((104, 104)), so.L1(15.0)
     short = so.trend_filter(y, graph, penalty, tol=1e-6).check()
     assert short.value.dtype == np.float64
+    assert short.steps.dtype == np.int32
     with precision(np.dtype(np.float64)):
         rows = np.asarray(layout_of(graph).base(np.float64).difference(jnp.asarray(short.value)))
         pull = np.asarray(layout_of(graph).base(np.float64).divergence(jnp.asarray(short.dual)))

@@ -194,11 +194,11 @@ def _draw(problems: dict[str, list[FinishedRun]]) -> Any:
         _draw_losses(runs, kind, axis)
         axis.set_title(subject, fontsize=10)
     # One legend serves panels with the same lines, and covers none of them.
-    handles, labels = axes[0].get_legend_handles_labels()
+    labels = axes[0].get_legend_handles_labels()[1]
     if all(axis.get_legend_handles_labels()[1] == labels for axis in axes):
         for axis in axes:
             axis.get_legend().remove()
-        axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, handlelength=2.8)
+        plots.style.legend_below(axes)
     return axes
 
 

@@ -37,12 +37,13 @@ def plot_curves(
         ylabel: what y is, with its unit.
         logx: logarithmic x.
         logy: logarithmic y.
-        markers: a marker at every point.
+        markers: a marker at every point; a curve of one point always has one.
     """
     lines = checked_curves(curves, logx, logy)
     axis = style.axis_or_new(axis)
     for index, (label, (x, y)) in enumerate(lines.items()):
-        axis.plot(x, y, label=label, **style.line_style(index, markers))
+        # A line through one point is invisible.
+        axis.plot(x, y, label=label, **style.line_style(index, markers or x.size == 1))
     axis.set(xlabel=xlabel, ylabel=ylabel)
     if logx:
         axis.set_xscale("log")

@@ -29,6 +29,9 @@ class GroupsPlan(Plan):
 
     table: Any = None
 
+    def refuses(self, penalty: Any, weighted: bool) -> str | None:
+        return _refuses(penalty) or super().refuses(penalty, weighted)
+
     def solver(self, rho: Any, relaxation: Any = 1.7) -> DogeGroups:
         return DogeGroups(self.node_solve, rho, relaxation, self.cadence, table=self.table)
 
@@ -43,9 +46,7 @@ class LiteralDoge:
     def refuses(self, job: Job) -> str | None:
         if job.graph.free:
             return f'method="{self.name}" needs the ends of the graph; with free ends use "doge", "admm" or "interior"'
-        if couples_axes(job.penalty):
-            return f'method="{self.name}" has its rows in separate groups; for isotropic total variation use "doge"'
-        return refusal(job, self.name, single=True, blocks=True)
+        return _refuses(job.penalty) or refusal(job, self.name, single=True, blocks=True)
 
     def plan(self, job: Job) -> GroupsPlan:
         """The groups of rows as padded tables, if these and the copies fit in memory: a hub makes them wide."""
@@ -72,6 +73,12 @@ class LiteralDoge:
             return on_device(plan)
 
         return job.layout.cached(key, build)
+
+
+def _refuses(penalty: Any) -> str | None:
+    if couples_axes(penalty):
+        return 'method="doge_groups" has its rows in separate groups; for isotropic total variation use "doge"'
+    return None
 
 
 DOGE_GROUPS = LiteralDoge()
