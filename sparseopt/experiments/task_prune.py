@@ -10,7 +10,7 @@ from sparseopt.core.types import Observer
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import Mistakes, PenaltyConfig
 from sparseopt.experiments.task import Estimate, Record
-from sparseopt.experiments.task_model import BUNDLED, MethodConfig, ModelTask, model_path, recipe_settings
+from sparseopt.experiments.task_model import BUNDLED, ModelTask, model_path, recipe_settings
 from sparseopt.models import PrunableModel
 from sparseopt.pruning import PruneReport, Recipe, audit_sparsity, prune_model
 from sparseopt.pruning.options import Option
@@ -19,7 +19,7 @@ from sparseopt.pruning.recipe import OPTIONS
 # Of a whole SmolLM2-135M at 50 %, on two cores, with survey and reconstruction; other methods take a few seconds.
 SOLVER_SECONDS = {"best": 250, "maiht": 55, "admm": 60, "admm_splice": 150, "splice": 170, "sparsegpt": 30}
 
-_Settings: Any = recipe_settings("RecipeSettings", OPTIONS, without=("method", "penalty"))
+_Settings: Any = recipe_settings("RecipeSettings", OPTIONS, without=("method", "penalty", "score"))
 
 
 class Prune(_Settings, ModelTask):
@@ -39,7 +39,6 @@ class Prune(_Settings, ModelTask):
     plot: ClassVar[Callable[..., Any]] = plots.plot_perplexity
 
     task: Literal["prune"]
-    method: str | MethodConfig = "maiht"
     penalty: PenaltyConfig | None = None
 
     @field_validator("penalty", mode="before")
@@ -58,10 +57,9 @@ class Prune(_Settings, ModelTask):
 
     @property
     def label(self) -> str:
-        if not isinstance(self.method, str):
-            label = self.method.label
-        else:
-            label = f"{self.method} {self.preset or 'best'}" if self.method == "maiht" else self.method
+        label = self.method_label
+        if isinstance(self.method, str):
+            label = f"{label} {self.preset or 'best'}" if self.method == "maiht" else label
             label = f"{label} {self.penalty.label}" if self.penalty else label
         return label if self.pattern == "unstructured" or self.method == "dense" else f"{label} {self.pattern}"
 

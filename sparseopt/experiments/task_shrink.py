@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Literal
 from sparseopt.core.types import Observer
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import Record
-from sparseopt.experiments.task_model import MethodConfig, ModelTask, model_path, recipe_settings
+from sparseopt.experiments.task_model import ModelTask, model_path, recipe_settings
 from sparseopt.models import PrunableModel, sizes_of
 from sparseopt.pruning import PruneReport, ShrinkRecipe, shrink_model
 from sparseopt.pruning.options import Option
 from sparseopt.pruning.shrinking import BUDGETS, SHARES, SHRINK_OPTIONS, parameters_of
 
-_Settings: Any = recipe_settings("ShrinkSettings", SHRINK_OPTIONS, without=("method",))
+_Settings: Any = recipe_settings("ShrinkSettings", SHRINK_OPTIONS, without=("method", "score"))
 
 
 class Shrink(_Settings, ModelTask):
@@ -30,14 +30,12 @@ class Shrink(_Settings, ModelTask):
     plot: ClassVar[Callable[..., Any]] = plots.plot_sizes
 
     task: Literal["shrink"]
-    method: str | MethodConfig = "best"
 
     @property
     def label(self) -> str:
         """The method and what is reduced: all shares of the same parts are one line in a picture."""
-        name = self.method if isinstance(self.method, str) else self.method.label
         reduced = [part for part in (*SHARES, *BUDGETS) if getattr(self, part) != SHRINK_OPTIONS[part].default]
-        return name if self.method == "dense" else f"{name} {'+'.join(reduced)}"
+        return "dense" if self.method == "dense" else f"{self.method_label} {'+'.join(reduced)}"
 
     def recipe(self) -> ShrinkRecipe:
         return ShrinkRecipe(**self.recipe_values())

@@ -154,6 +154,12 @@ def _written(
         yield tokens
 
 
+def kept_bytes(config: DecoderConfig, count: int, length: int) -> int:
+    """Bytes of the keys and values of so many windows, and of the logits of one token of each."""
+    kept = 2 * config.num_layers * _padded(length, config) * config.num_kv_heads * config.head_dim
+    return 4 * count * (kept + 3 * config.vocab_size)
+
+
 def draw_windows(
     decoder: Decoder,
     count: int,

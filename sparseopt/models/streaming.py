@@ -4,6 +4,7 @@ Memory holds the parts in use and never the whole model. All blocks of a kind sh
 jitted function of a block is traced once.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -97,6 +98,10 @@ class StreamedModel(PrunableModel):
     def is_transposed(self, key: str) -> bool:
         keys = self.family.keys
         return bool(keys.transposed) and key in self._expected and keys.transposes(keys.to_path(key))
+
+    def decoder_bytes(self) -> int:
+        """Of the parameters of `decoder`, float32."""
+        return 4 * sum(map(math.prod, self._expected.values()))
 
     def decoder(self) -> Decoder:
         self._check_tied_head()

@@ -132,12 +132,12 @@ def prune_block(
     recipe, keys = plan.recipe, model.block_keys(dense.index)
     tensors = {path: model.stored(key) for path, key in keys.items()}
     dtypes = {path: dtype_of(key) for path, key in plan.target.block_keys(place).items()}
-    moves = _moves(plan, dense, stream, keys, tensors) if recipe.permute else {}
+    moves = _moves(plan, dense, stream, keys, tensors) if recipe.permutes else {}
     tensors = reordered_block(tensors, moves)
     pruned = _pruned(plan, dense, stream, keys, tensors, dtypes, told, moves)
     tensors |= pruned
     block: PrunableBlock
-    if recipe.permute:
+    if recipe.permutes:
         block, tensors = dense.block.copy(), {path: tensors[path].astype(dtype) for path, dtype in dtypes.items()}
         block.write(tensors)
     elif plan.sizes is None:

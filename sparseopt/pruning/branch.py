@@ -1,8 +1,10 @@
 """Floor 6: one plan's part of a pass: its blocks are pruned in turn and stored in its folder."""
 
 import math
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -25,9 +27,10 @@ from sparseopt.pruning.card import CARD, model_card
 from sparseopt.pruning.distillation import distil
 from sparseopt.pruning.evaluation import audit_stored
 from sparseopt.pruning.plan import Plan
-from sparseopt.pruning.reports import BlockRecord, Event, LayerRecord, PruneReport, Replay
+from sparseopt.pruning.reports import BlockRecord, Event, LayerRecord, PruneReport, Replay, Score
 from sparseopt.pruning.run_folder import Progress, keep_record
 from sparseopt.system import processes
+from sparseopt.system.files import write_whole
 from sparseopt.system.machine import peak_memory_bytes
 from sparseopt.system.run_folder import write_summary
 
@@ -71,7 +74,7 @@ class Branch:
         # As in `prune_block`, what was not pruned, moved or trained runs as the source has it, not as it was stored.
         block, keys, recipe = dense.block.copy(), self.model.block_keys(dense.index), self.plan.recipe
         pruned = {path: value for path, value in tensors.items() if keys[path] in self.plan.patterns}
-        changed = recipe.permute or (pruned and recipe.reconstruction is not None)
+        changed = recipe.permutes or (pruned and recipe.reconstruction is not None)
         block.write(tensors if changed else pruned)
         return block
 
@@ -123,8 +126,16 @@ class Branch:
         keep_record(self.plan.folder, self.progress, record)
         told(record)
 
-    def finish(self, compile_seconds: float, **figures: Any) -> PruneReport:
-        """Complete the folder, read it back, report; `figures` of the whole pass are fields of the report.
+    def finish(
+        self, compile_seconds: float, start: float, scoring: Callable[[Path], tuple[Score, ...]], **figures: Any
+    ) -> PruneReport:
+        """Complete the folder, read it back, score it, report.
+
+        Args:
+            compile_seconds: of the pass.
+            start: when it began, by `time.perf_counter`.
+            scoring: gives the scores of the model in a folder.
+            figures: of the whole pass, fields of the report.
 
         Raises:
             PruningError: if what was stored breaks the pattern.
@@ -149,10 +160,12 @@ class Branch:
             stored_bytes=self.writer.stored_bytes,
             peak_memory_bytes=peak_memory_bytes(),
             resumed_blocks=self.finished,
+            seconds=0.0,
             **figures,
         )
         # A card that somebody has put into the folder meanwhile stays.
-        self.writer.finish({CARD: model_card(report, self.model.source).encode()})
+        card = model_card(report, self.model.source).encode()
+        self.writer.finish({CARD: card})
         broken: list[str] = []
         if first and self.plan.sizes is None:
             broken = [audit.layer for audit in audit_stored(folder, self.plan.patterns) if not audit.fits]
@@ -164,7 +177,11 @@ class Branch:
                 f"{len(broken)} linears read back from {folder} break their pattern, "
                 f"{broken[0]} first; was the folder changed while it was written?"
             )
+        scores = scoring(folder)
+        report = replace(report, scores=scores, seconds=time.perf_counter() - start)
         if first:
+            if (folder / CARD).read_bytes() == card:
+                write_whole(folder / CARD, model_card(report, self.model.source))
             write_summary(folder, report.summary())
         processes.barrier("finished")
         return report

@@ -11,6 +11,7 @@ import yaml
 
 from sparseopt.models import Source
 from sparseopt.pruning.documents import part_of_text
+from sparseopt.pruning.effort import prune_defaults, shrink_defaults
 from sparseopt.pruning.recipe import OPTIONS
 from sparseopt.pruning.reports import PruneReport, mean_errors
 from sparseopt.pruning.shrinking import SHRINK_OPTIONS
@@ -104,16 +105,21 @@ def result_lines(report: PruneReport) -> list[str]:
         lines.append(
             f"Distilled from the dense model: {trained.first_loss:.5f} -> {trained.last_loss:.5f} nats a token."
         )
-    return lines
+    return [*lines, *(f"{score.line[0].upper()}{score.line[1:]}." for score in report.scores)]
 
 
 def command_of(report: PruneReport) -> str:
     """The command of the run, with the options that are not the defaults; objects as Python shows them."""
     smaller = report.shape is not None
     parts = ["sparseopt", "shrink" if smaller else "prune", source_name(report), "--output", "FOLDER"]
-    for name, option in (SHRINK_OPTIONS if smaller else OPTIONS).items():
-        value = report.recipe[name]
-        if value == option.default or name == "pack" or _OBJECTS.match(str(value)):
+    recipe, effort = report.recipe, report.recipe["effort"]
+    options, defaults = (SHRINK_OPTIONS, shrink_defaults) if smaller else (OPTIONS, prune_defaults)
+    usual = {name: option.default for name, option in options.items()} | {"effort": "good" if effort else None}
+    # What the record says of fields that were left open is what the effort, or the method alone, says.
+    usual |= defaults(recipe)
+    for name in options:
+        value = recipe[name]
+        if value == usual[name] or name == "pack" or _OBJECTS.match(str(value)):
             continue
         parts.append(f"--{name.replace('_', '-')}")
         if isinstance(value, tuple | list):

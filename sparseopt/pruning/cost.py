@@ -281,18 +281,18 @@ def _flops(model: StreamedModel, recipe: PassRecipe, blocks: list[BlockSizes], w
         passes += block.count * tokens * ((3 if recipe.needs_dense_stream else 2) * forward + grams)
         if recipe.propagated_share:
             passes += block.count * calibration * (forward + grams)
-        if recipe.allocation == "owl":
+        if recipe.chosen_allocation == "owl":
             survey += 2 * block.count * calibration * forward
         if recipe.needs_sensitivities:
             # Twice forward, and backward, which counts as three.
             survey += 5 * block.count * surveyed * forward
-        if recipe.allocation == "curves":
+        if recipe.chosen_allocation == "curves":
             # Each level has about six products and three selections, on some of the rows.
             some = [(min(o, 256), i) for o, i, _ in block.solved]
             level = sum(12 * i**2 * o + 3 * SELECTION * i * o for o, i in some)
             survey += block.count * (surveyed * block.gram_flops + inverses + len(LEVELS) * level)
         training += block.count * (trained + (rebuilt if block.solved else 0)) * forward
-        if recipe.permute:
+        if recipe.permutes:
             assert isinstance(recipe, Recipe)
             for outputs, inputs in block.grouped:
                 groups = inputs / cast(NM, parse_pattern(recipe.pattern, None, (outputs, inputs))).m

@@ -1,5 +1,6 @@
 """Floor 6: the documents of a text that a short specification names: texts, or chats as lists of messages.
 
+    self             calibration only: text that the model draws, see `drawn`
     pydoc            English reference text that is part of CPython; two disjoint halves
     file:PATH        a UTF-8 text file, one document: calibration from its first half, evaluation from the second
     jsonl:PATH       a JSON object a line: a file, a folder of them or a glob such as data/*.json.gz; .gz is unpacked
@@ -30,6 +31,7 @@ from sparseopt.models.folder import PICKLES
 Part = Literal["calibration", "evaluation"]
 # A chat is a list of messages, each with a role, a content and what else a chat template reads.
 Document = str | list[dict[str, Any]]
+SELF = "self"
 TEXTS = "pydoc, file:PATH, jsonl:PATH, csv:PATH, parquet:PATH, wikitext2:PATH, hf:NAME, hf:NAME/CONFIG or hf:NAME/FILE"
 # Where no column is named, the first of these that exists is read.
 COLUMNS = ("text", "messages", "conversations")
@@ -65,8 +67,10 @@ def check_text(text: Any, split: str | None = None, column: str | None = None) -
     """Raise a `TextError` for a specification of an unknown kind, and for options that its kind does not have."""
     kind, _, rest = text.partition(":") if isinstance(text, str) else ("a list of texts", "", "")
     if isinstance(text, str):
+        if text == SELF:
+            raise TextError(f"text {SELF!r} is drawn by the model, to calibrate on it; known here are {TEXTS}")
         if kind not in _KINDS:
-            raise TextError(f"unknown text {text!r}; known are {TEXTS}")
+            raise TextError(f"unknown text {text!r}; known are {SELF} to calibrate on, and {TEXTS}")
         if kind != "pydoc" and not rest:
             raise TextError(f"text {text!r} names no source; write {kind}:{'NAME' if kind == 'hf' else 'PATH'}")
     if column is not None and kind not in _WITH_COLUMN:
@@ -79,6 +83,8 @@ def part_of_text(text: Any, part: Part, split: str | None = None) -> str:
     """The specification; where no split separates the parts, also which part of it is read."""
     if not isinstance(text, str):
         return f"{len(text)} documents"
+    if text == SELF:
+        return "text that the model drew itself"
     if text.startswith("file:"):
         return f"the {'first' if part == 'calibration' else 'second'} half of {text}"
     if _alternates(text, split):

@@ -6,7 +6,7 @@
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast
 
@@ -18,7 +18,8 @@ from sparseopt.models import Bos
 from sparseopt.pruning.allocation import Allocation
 from sparseopt.pruning.calibration import ExpertTokens, Weighting
 from sparseopt.pruning.distillation import Distillation
-from sparseopt.pruning.documents import TEXTS, check_text, is_text
+from sparseopt.pruning.documents import SELF, TEXTS, check_text, is_text
+from sparseopt.pruning.effort import BEST, PRUNE, SUMMARIES, Effort, effort_of
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import METHODS
 from sparseopt.pruning.options import CALIBRATION, HOW, OUTPUT, mistakes_of, option, options_of
@@ -27,11 +28,8 @@ from sparseopt.pruning.texts import DocumentChoice, WindowChoice
 from sparseopt.pruning.training import Training
 
 OutputWeighting = Literal["uniform", "gradient"]
-# What method "best" does unasked: epochs of reconstruction, the fraction of upstream error that is corrected, and
-# variants of the calibration windows.
-BEST_EPOCHS = 4
-BEST_PROPAGATE = 0.25
-BEST_VARIANTS = 3
+# Windows whose perplexity is measured before and after, as a fraction of those of the calibration.
+SCORED = 0.25
 # Calibration windows, where their number is not given: as many as give the widest linear so many tokens an input. With
 # the variants that are not asked for there are not more of them either.
 TOKENS_AN_INPUT, LEAST_WINDOWS, MOST_WINDOWS = 4, 16, 128
@@ -55,7 +53,16 @@ class PassRecipe(ABC):
     relative to the corrected target. An expert that receives no token is always pruned by magnitude.
     """
 
-    method: str | LayerMethod = option("maiht", "Pruning method: {choices}.", HOW, type=str, choices=METHODS)
+    effort: Effort | None = option(
+        None,
+        "How much is done in all that is left open: {choices}. fast is "
+        + "; ".join(f"{name}, {text}" for name, text in SUMMARIES.items()).removeprefix("fast, ")
+        + ". Default: good; with a method and no effort, that method alone.",
+        HOW,
+    )
+    method: str | LayerMethod | None = option(
+        None, "Pruning method: {choices}. Default: that of the effort.", HOW, type=str | None, choices=METHODS
+    )
     ridge: float | None = option(
         None, "Added to the unit diagonal of every scaled Gram matrix. Default: the method's.", HOW, least=0
     )
@@ -64,24 +71,27 @@ class PassRecipe(ABC):
     )
     output_weights: OutputWeighting | None = option(
         None,
-        "How output errors are weighted: {choices}. Default: gradient when pruning by method best, else uniform.",
+        "How output errors are weighted: {choices}. Default: gradient with effort good and most and with method best, "
+        "else uniform.",
         HOW,
     )
     propagate: float | None = option(
         None,
-        f"Fraction of the upstream error that each layer corrects. Default: {BEST_PROPAGATE} when pruning by method "
-        "best, else 0.",
+        f"Fraction of the upstream error that each layer corrects. Default: {BEST['propagate']} with effort good and "
+        "most and with method best, else 0.",
         HOW, least=0, most=1,
     )  # fmt: skip
     reconstruct: int | Reconstruction | None = option(
         None,
-        f"Epochs of training for each pruned block, 0 for none. Default: {BEST_EPOCHS} for method best, else 0.",
+        f"Epochs of training for each pruned block, 0 for none. Default: {BEST['reconstruct']} with effort most and "
+        "with method best, else 0.",
         HOW, type=int | None, least=0,
     )  # fmt: skip
-    distil: int | Distillation = option(
-        0,
-        "Epochs of training all kept weights together on the dense model's logits at the end, 0 for none.",
-        HOW, type=int, least=0,
+    distil: int | Distillation | None = option(
+        None,
+        "Epochs of training all kept weights together on the dense model's logits at the end, 0 for none. Default: "
+        f"{PRUNE['most']['distil']} with effort most, else 0.",
+        HOW, type=int | None, least=0,
     )  # fmt: skip
     precision: Precision = option(
         "highest",
@@ -90,10 +100,17 @@ class PassRecipe(ABC):
         HOW,
     )
     calibration: Any = option(
-        "pydoc",
-        f"Calibration text: {TEXTS}. Of a file the first half is read, of rows every other one.",
+        SELF,
+        f"Calibration text: {SELF}, which the model draws, or {TEXTS}. Of a file the first half is read, of rows every "
+        "other one.",
         CALIBRATION, type=str,
     )  # fmt: skip
+    score: str | None = option(
+        None,
+        "Text for the perplexity before and after, given as for calibration, or none. Default: what calibration left "
+        f"of its text; after calibration {SELF}, further windows that the model draws, and pydoc.",
+        OUTPUT,
+    )
     split: str | None = option(
         None, "Split of a hub data set. Default: validation to calibrate, test to evaluate.", CALIBRATION
     )
@@ -125,11 +142,13 @@ class PassRecipe(ABC):
     variants: int | None = option(
         None,
         "Variants of each calibration window in which the dense model has drawn some tokens again; an epoch of "
-        f"training sees one of them. Default: {BEST_VARIANTS} when pruning by method best, fewer where there would be "
-        f"more than {MOST_WINDOWS} windows in all, else 0.",
+        f"training sees one of them. Default: {BEST['variants']} with effort most and with method best, fewer where "
+        f"there would be more than {MOST_WINDOWS} windows in all, else 0.",
         CALIBRATION, least=0,
     )  # fmt: skip
-    seed: int | None = option(None, "Seed for windows random. Default: 0.", CALIBRATION, least=0)
+    seed: int | None = option(
+        None, f"Seed for windows random, and for those of calibration {SELF}. Default: 0.", CALIBRATION, least=0
+    )
     expert_tokens: ExpertTokens = option(
         "routed",
         "Which calibration tokens an expert is pruned by: {choices}. Forward passes still route every token.",
@@ -147,8 +166,27 @@ class PassRecipe(ABC):
             object.__setattr__(self, each.name, _plain(getattr(self, each.name)))
 
     @property
-    def allocation(self) -> Allocation:
+    @abstractmethod
+    def defaults(self) -> Mapping[str, Any]:
+        """What the effort says of fields that are left open, by name."""
+
+    def chosen(self, name: str) -> Any:
+        """The value of a field, or its default."""
+        given = getattr(self, name)
+        return self.defaults.get(name) if given is None else given
+
+    @property
+    def chosen_method(self) -> str | LayerMethod:
+        return self.chosen("method")
+
+    @property
+    def chosen_allocation(self) -> Allocation:
         return "uniform"
+
+    @property
+    def draws(self) -> bool:
+        """Whether the model draws its calibration windows."""
+        return isinstance(self.calibration, str) and self.calibration == SELF
 
     @property
     def chooses_linears(self) -> bool:
@@ -172,12 +210,12 @@ class PassRecipe(ABC):
         return False
 
     @property
-    def permute(self) -> bool:
+    def permutes(self) -> bool:
         return False
 
     @property
     def distillation(self) -> Distillation | None:
-        return self._training(Distillation, self.distil)
+        return self._training(Distillation, self.chosen("distil"))
 
     def check(self) -> LayerMethod:
         """The method asked for, after every field was checked.
@@ -197,13 +235,20 @@ class PassRecipe(ABC):
                 self.distillation.check()
 
         checks: list[Check] = [
-            (("method", "preset", "ridge", "pattern"), self.find_method),
+            (("effort", "method", "preset", "ridge", "pattern"), self.find_method),
             (("reconstruct", "samples", "variants"), reconstructs),
             (("distil",), distils),
             *self._checks(),
         ]
         problems = [*wrong.values(), *mistakes_of(check for names, check in checks if not wrong.keys() & set(names))]
-        if is_text(self.calibration):
+        if self.draws:
+            given = {"windows": self.windows, "split": self.split, "column": self.column}
+            given |= {"documents": self.documents if self.documents == "separate" else None}
+            problems += [
+                f"{name} is for a text, and calibration {SELF!r} has none: leave {name} out, or give a text"
+                for name, value in given.items() if value is not None
+            ]  # fmt: skip
+        elif is_text(self.calibration):
             problems += mistakes_of([lambda: check_text(self.calibration, self.split, self.column)])
         elif not wrong.keys() & {"calibration", "heldout_samples"}:
             ids = "is for text; calibration token ids are taken as they are"
@@ -215,7 +260,9 @@ class PassRecipe(ABC):
             found = len(self.calibration) - self.heldout_samples
             if self.samples not in (None, found):
                 problems.append(f"samples {ids}: there are {found} besides the held-out ones, given {self.samples}")
-        if self.seed is not None and self.windows != "random":
+        if self.score not in (None, "none"):
+            problems += mistakes_of([lambda: check_text(self.score)])
+        if self.seed is not None and self.windows != "random" and not self.draws:
             problems.append(f"seed is for windows 'random', and windows is {self.window_choice!r}; leave the seed out")
         if problems:
             raise ValueError("the recipe cannot be used:\n  " + "\n  ".join(problems))
@@ -243,7 +290,7 @@ class PassRecipe(ABC):
         if self.variants is None:
             # With many windows of text they gain less and cost more.
             room = MOST_WINDOWS // self.window_count - 1
-            return max(0, min(BEST_VARIANTS, room)) if self.method == "best" else 0
+            return max(0, min(self.defaults["variants"], room))
         return self.variants
 
     @property
@@ -252,18 +299,15 @@ class PassRecipe(ABC):
         return self.window_count * (1 + self.variant_count)
 
     def output_weighting(self) -> OutputWeighting:
-        return self.output_weights or ("gradient" if self.method == "best" else "uniform")
+        return self.chosen("output_weights")
 
     @property
     def propagated_share(self) -> float:
-        if self.propagate is None:
-            return BEST_PROPAGATE if self.method == "best" else 0.0
-        return self.propagate
+        return self.chosen("propagate")
 
     @property
     def reconstruction(self) -> Reconstruction | None:
-        default = BEST_EPOCHS if self.method == "best" else 0
-        return self._training(Reconstruction, default if self.reconstruct is None else self.reconstruct)
+        return self._training(Reconstruction, self.chosen("reconstruct"))
 
     def _training(self, kind: type[T], given: T | int) -> T | None:
         """What is given, or this kind for so many epochs, which take as long as without variants; None for 0."""
@@ -277,7 +321,7 @@ class PassRecipe(ABC):
     @property
     def needs_sensitivities(self) -> bool:
         """Whether the gradient of the dense model's loss is asked for."""
-        return self.output_weighting() == "gradient" or self.allocation == "curves"
+        return self.output_weighting() == "gradient" or self.chosen_allocation == "curves"
 
     @property
     def needs_dense_stream(self) -> bool:
@@ -285,10 +329,14 @@ class PassRecipe(ABC):
         return self.propagated_share > 0 or self.reconstruction is not None or self.distillation is not None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for a JSON record; arrays of tokens appear by their shape, methods by their name."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        """Plain values for a JSON record, those of open fields included.
+
+        Arrays of tokens appear by their shape, methods by their name.
+        """
+        values = {each.name: self.chosen(each.name) for each in fields(self)}
+        values |= {"effort": effort_of(vars(self)), "variants": self.variant_count}
         values |= {name: asdict(value) for name, value in values.items() if isinstance(value, Training)}
-        if not isinstance(self.method, str):
+        if not isinstance(self.chosen_method, str):
             values["method"] = described(self.method)
         if self.penalty is not None:
             values["penalty"] = described(self.penalty)
@@ -299,6 +347,11 @@ class PassRecipe(ABC):
                 else f"token ids of shape {list(np.shape(self.calibration))}"
             )
         return values
+
+
+def scored_windows(recipe: PassRecipe) -> int:
+    """How many windows of a text the perplexity before and after is measured on."""
+    return max(2, round(SCORED * recipe.window_count))
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches, S
 from sparseopt.pruning.block import DenseBlock, PruningError
 from sparseopt.pruning.blocked import is_out_of_memory
 from sparseopt.pruning.branch import Branch, begin
+from sparseopt.pruning.drawn import drawn_windows, keep_drawn
 from sparseopt.pruning.footprint import choose_footprint
 from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.patterns import check_cut
@@ -37,10 +38,12 @@ from sparseopt.pruning.plan import (
     Plan,
     calibration_windows,
     check_same_calibration,
+    default_windows,
     describe_calibration,
     make_plan,
     with_windows,
 )
+from sparseopt.pruning.quality import Scoring, samples_to_score
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.pruning.reports import Calibration, Event, Footprint, LayerRecord, PruneReport
 from sparseopt.pruning.run_folder import (
@@ -83,7 +86,7 @@ def prune_model(
         output: a folder that does not exist yet or is empty. If the same run was interrupted there, it resumes after
             the last finished block, and the result is identical to that of an uninterrupted run. If the same run is
             finished there, nothing is done and its report is returned.
-        recipe: what to do; default: mAIHT, 50 %.
+        recipe: what to do; default: half of the weights, with effort good, calibrated on text that the model draws.
         observer: called with an `Event`, how many layers are done, and how many there are in all. For a text, which
             names what is being measured or trained, and for the record of a block that goes, the numbers count steps.
         stop: asked after every block; True ends the run there, and the same call resumes it.
@@ -176,20 +179,27 @@ def prune_models(
     for plan in plans:
         for key, pattern in plan.patterns.items():
             check_cut(pattern, model.weight_shape(key), mesh)
-    windows = calibration_windows(model, plans[0].recipe)
-    calibration = describe_calibration(model, plans, windows)
-    plans = with_windows(plans, calibration.samples)
-    processes.agree(
-        {
-            "recipes": [recipe_identity(plan.recipe) for plan in plans],
-            "calibration tokens": calibration.digest,
-            "model": [model.source.name, model.source.config],
-            "output folders": [str(folder) for folder in folders],
-        }
-    )
-    identity, first = Identity(model, windows.calibration, windows.heldout), processes.is_first()
+    identity, first, told = Identity(model), processes.is_first(), observer or (lambda *_: None)
     # One process holds the folders for all.
     with claimed(folders) if first else contextlib.nullcontext():
+        recipe, drawing = plans[0].recipe, time.perf_counter()
+        if recipe.draws:
+            sized = with_windows(plans, recipe.samples or default_windows(model, recipe.seqlen))
+            windows = drawn_windows(model, sized, identity, budget, told)
+        else:
+            windows = calibration_windows(model, recipe)
+        drawing = time.perf_counter() - drawing if recipe.draws else 0.0
+        calibration = describe_calibration(model, plans, windows)
+        plans, identity.tokens = with_windows(plans, calibration.samples), calibration.digest
+        scoring = Scoring(model, samples_to_score(model, plans[0].recipe, windows), told)
+        processes.agree(
+            {
+                "recipes": [recipe_identity(plan.recipe) for plan in plans],
+                "calibration tokens": calibration.digest,
+                "model": [model.source.name, model.source.config],
+                "output folders": [str(folder) for folder in folders],
+            }
+        )
         found = [is_finished(identity, plan) for plan in plans] if first else []
         finished = processes.told(found)
         rest = [plan for plan, done in zip(plans, finished, strict=True) if not done]
@@ -198,7 +208,9 @@ def prune_models(
             footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
             known = calibration, footprint
             with activations_in(rest[0].recipe.precision), _memory_errors():
-                made = _run(model, rest, windows, identity, known, mesh, observer or (lambda *_: None), stop, start)
+                branches, figures = _run(model, rest, windows, identity, known, mesh, told, stop)
+                figures |= {"start": start, "scoring": scoring, "draw_seconds": drawing}
+                made = [branch.finish(**figures) for branch in branches]
         reports = iter(made)
         return [
             read_report(identity, plan) if done else next(reports) for plan, done in zip(plans, finished, strict=True)
@@ -230,9 +242,8 @@ def _run(
     mesh: Mesh | None,
     observer: Observer,
     stop: Callable[[], bool] | None,
-    start: float,
-) -> list[PruneReport]:
-    """One pass for plans whose folders are claimed; `known` is told at once, `start` is when the run began."""
+) -> tuple[list[Branch], dict[str, Any]]:
+    """One pass for plans whose folders are claimed, to be finished with these figures; `known` is told at once."""
     done, runner = 0, runner_of(model)
 
     def told(event: Event) -> None:
@@ -246,6 +257,9 @@ def _run(
     told(footprint)
     read = [progress_in(identity, plan).as_dict() for plan in plans] if processes.is_first() else []
     progress = [Progress.from_dict(each) for each in processes.told(read)]
+    if plans[0].recipe.draws:
+        for plan in plans:
+            keep_drawn(plan, windows)
     on_disk = footprint.activations == "disk"
     kind = SpreadBatches(mesh) if mesh is not None else DiskBatches(plans[0].folder) if on_disk else Batches()
     seen = with_variants(model, windows, plans[0].recipe.variant_count, kind, runner, observer)
@@ -278,7 +292,8 @@ def _run(
             raise Stopped(f"stopped after block {index + 1} of {model.num_blocks}; the same call resumes there")
     for branch in branches:
         branch.distil(embedded, dense, told, observer)
-    figures = {
+    return branches, {
+        "compile_seconds": runner.compile_seconds,
         "route": "torch" if isinstance(model, TorchModel) else "flax",
         "plans": len(plans),
         "bos": windows.bos,
@@ -291,6 +306,4 @@ def _run(
         "processes": processes.count(),
         "platform": jax.devices()[0].platform,
         "precision": plans[0].recipe.precision,
-        "seconds": time.perf_counter() - start,
     }
-    return [branch.finish(runner.compile_seconds, **figures) for branch in branches]

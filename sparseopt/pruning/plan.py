@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,7 @@ GROUPED = HEADS, CHANNELS = "o_proj", "down_proj"
 # Recipes that share a pass must agree in these.
 PASS_FIELDS = (
     "samples", "seqlen", "heldout_samples", "windows", "seed", "bos", "calibration", "split", "column", "documents",
-    "precision",
+    "precision", "score",
 )  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
         problems.append("allocation='curves' takes the gradient of the loss; say 'uniform' or 'owl'")
     if recipe.reconstruct:
         problems.append("reconstruct trains the blocks by their gradients; leave it open or say 0")
-    if recipe.distillation is not None:
+    if recipe.distil:
         problems.append("distil trains the model by its gradients; leave it out or say 0")
     if recipe.permute:
         problems.append("permute moves channels of linears that are known to follow each other; leave it out")
@@ -200,7 +200,9 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
             f"the recipe cannot be used on a {model.config.model_type} model, whose family is not known here and whose "
             "blocks run in torch:\n  " + "\n  ".join(problems)
         )
-    return dataclasses.replace(recipe, output_weights="uniform", reconstruct=0)
+        allocation: Any = recipe.allocation or "uniform"
+    left = {"output_weights": "uniform", "reconstruct": 0, "distil": 0, "permute": False, "allocation": allocation}
+    return dataclasses.replace(recipe, **left)
 
 
 def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
@@ -248,7 +250,7 @@ def check_same_calibration(recipes: Sequence[PassRecipe]) -> None:
         pairs = [(name, getattr(recipe, name), getattr(first, name)) for name in PASS_FIELDS]
         if differing := [name for name, own, other in pairs if own is not other and not np.array_equal(own, other)]:
             raise ValueError(
-                "recipes of one pass must share their calibration tokens and precision; these differ in "
+                "recipes of one pass must share their calibration tokens, precision and score; these differ in "
                 f"{', '.join(differing)}: prune them one by one"
             )
 
@@ -270,10 +272,18 @@ def with_windows(plans: Sequence[Plan], samples: int) -> list[Plan]:
 
 
 class CalibrationWindows(NamedTuple):
-    """The token ids that a pass reads, `[windows, seqlen]` int32, and the BOS that begins each window, None without."""
+    """The token ids that a pass reads, `[windows, seqlen]` int32.
+
+    Attributes:
+        calibration: what it prunes by.
+        heldout: for the held-out error, and where a training ends.
+        scored: further windows that the model drew, for its perplexity; none of a text.
+        bos: begins each window; None without.
+    """
 
     calibration: np.ndarray
     heldout: np.ndarray
+    scored: np.ndarray
     bos: int | None
 
 
@@ -292,7 +302,7 @@ def _widest(model: PrunableModel, keys: Collection[str] = ()) -> int:
 
 
 def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> CalibrationWindows:
-    """Calibration and held-out windows; held-out ones follow the calibration's text.
+    """Calibration and held-out windows of a text or of token ids; held-out ones follow the calibration's text.
 
     Of a recipe that does not say how many, there are `default_windows`, or fewer, but at least 16, where the text is
     too short for them.
@@ -328,7 +338,8 @@ def calibration_windows(model: PrunableModel, recipe: PassRecipe) -> Calibration
         check_window(windows.shape[1], model.config.max_positions)
     check_vocabulary(windows, model.config.vocab_size)
     split = len(windows) - heldout
-    return CalibrationWindows(windows[:split].astype(np.int32), windows[split:].astype(np.int32), bos)
+    windows = windows.astype(np.int32)
+    return CalibrationWindows(windows[:split], windows[split:], windows[:0], bos)
 
 
 def describe_calibration(model: PrunableModel, plans: Sequence[Plan], windows: CalibrationWindows) -> Calibration:

@@ -8,6 +8,7 @@ from typing import Any
 from sparseopt.core.penalties import Penalty
 from sparseopt.core.penalty_names import BY_WEIGHT, penalty_of_weight
 from sparseopt.pruning.allocation import Allocation, check_allocation
+from sparseopt.pruning.effort import prune_defaults
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import METHODS, find_method
 from sparseopt.pruning.options import HOW, OUTPUT, WHAT, attributes, option, options_of
@@ -71,10 +72,11 @@ class Recipe(PassRecipe):
         "over expressions, longer names over shorter ones, the first expression over the next.",
         WHAT, type=dict[str, float] | None, read=read_sparsities,
     )  # fmt: skip
-    allocation: Allocation = option(
-        "uniform",
+    allocation: Allocation | None = option(
+        None,
         "How the sparsity is distributed over the layers: {choices}. With an n:m pattern and a sparsity below its own, "
-        "curves chooses the linears that stay dense.",
+        "curves chooses the linears that stay dense. Default: curves with effort most and no n:m pattern, else "
+        "uniform.",
         WHAT,
     )
     bounds: tuple[float, float] | None = option(
@@ -87,9 +89,10 @@ class Recipe(PassRecipe):
         "maiht and pattern unstructured.",
         HOW, type=str | None, choices=BY_WEIGHT, read=lambda name: penalty_of_weight(name, 1.0),
     )  # fmt: skip
-    permute: bool = option(
-        False,
-        "Reorder channels so that an n:m pattern keeps more; the dense model computes the same in that order.",
+    permute: bool | None = option(
+        None,
+        "Reorder channels so that an n:m pattern keeps more; the dense model computes the same in that order. Default: "
+        "with effort most and an n:m pattern.",
         WHAT,
     )
     pack: bool = option(
@@ -102,6 +105,18 @@ class Recipe(PassRecipe):
         if isinstance(self.sparsities, Mapping):
             object.__setattr__(self, "sparsities", tuple(self.sparsities.items()))
         super().__post_init__()
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        return prune_defaults(vars(self))
+
+    @property
+    def chosen_allocation(self) -> Allocation:
+        return self.chosen("allocation")
+
+    @property
+    def permutes(self) -> bool:
+        return self.chosen("permute")
 
     @property
     def asked_sparsity(self) -> float:
@@ -119,7 +134,7 @@ class Recipe(PassRecipe):
     @property
     def chooses_linears(self) -> bool:
         """Whether curves choose the linears that have the n:m pattern; the others stay dense."""
-        return self.allocation == "curves" and implied_sparsity(self.pattern) is not None
+        return self.chosen_allocation == "curves" and implied_sparsity(self.pattern) is not None
 
     def check_pattern(self) -> None:
         """Raise a ValueError for an unknown pattern, or one that contradicts the sparsity."""
@@ -127,14 +142,14 @@ class Recipe(PassRecipe):
         check_pattern(self.pattern, None if self.chooses_linears else sparsity)
 
     def find_method(self) -> LayerMethod:
-        return find_method(self.method, self.preset, self.penalty, self.ridge, self.pattern)
+        return find_method(self.chosen_method, self.preset, self.penalty, self.chosen("ridge"), self.pattern)
 
     def as_dict(self) -> dict[str, Any]:
         return super().as_dict() | {"sparsity": self.asked_sparsity}
 
     def _checks(self) -> Sequence[Check]:
         def allocated() -> None:
-            check_allocation(self.allocation, self.pattern, self.asked_sparsity, self.bounds)
+            check_allocation(self.chosen_allocation, self.pattern, self.asked_sparsity, self.bounds)
 
         def anywhere() -> None:
             if self.penalty is not None and self.pattern != "unstructured":
@@ -142,10 +157,10 @@ class Recipe(PassRecipe):
 
         def by_linear() -> None:
             fits = partial(check_pattern, self.pattern)
-            check_choice(self.targets, self.ignore, self.sparsities, fits, self.allocation)
+            check_choice(self.targets, self.ignore, self.sparsities, fits, self.chosen_allocation)
 
         def permuted() -> None:
-            if not self.permute:
+            if not self.permutes:
                 return
             if not implied_sparsity(self.pattern):
                 raise ValueError(

@@ -275,6 +275,34 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Score:
+    """A perplexity before and after.
+
+    Attributes:
+        text: what was scored.
+        windows: of it.
+        seqlen: tokens in a window.
+        before: of the dense model.
+        after: of the model as stored.
+    """
+
+    text: str
+    windows: int
+    seqlen: int
+    before: float
+    after: float
+
+    @property
+    def line(self) -> str:
+        """For tables and cards."""
+        change = 100 * (self.after / self.before - 1) if self.before else math.nan
+        tokens = f"{self.windows} windows of {self.seqlen} tokens"
+        return (
+            f"perplexity on {self.text}: {self.before:.2f} before, {self.after:.2f} after ({change:+.1f} %); {tokens}"
+        )
+
+
+@dataclass(frozen=True)
 class Replay:
     """The records that follow are those of a block, of so many linears, that an earlier run finished."""
 
@@ -330,6 +358,8 @@ class PruneReport:
         resumed_blocks: blocks that an earlier run into the folder had finished; their records are that run's.
         shape: what a smaller model keeps; None where only zeros were made.
         distilled: the training of the whole model at the end; None without.
+        scores: perplexities before and after; none of a recipe with `score` "none".
+        draw_seconds: wall-clock time of drawing the calibration windows; 0 where they were given or kept.
         kept: whether an earlier call had finished the run; the report is then that call's.
     """
 
@@ -362,6 +392,8 @@ class PruneReport:
     precision: str
     shape: ShapeRecord | None = None
     distilled: DistillationRecord | None = None
+    scores: tuple[Score, ...] = ()
+    draw_seconds: float = 0.0
     resumed_blocks: int = 0
     kept: bool = False
 
@@ -373,6 +405,7 @@ class PruneReport:
             KeyError, TypeError: if a figure is missing.
         """
         own = _own_fields(cls, summary) | records | {"output": output, "kept": True}
+        own["scores"] = tuple(Score(**score) for score in summary.get("scores", ()))
         kinds = {"footprint": Footprint, "calibration": Calibration}
         return cls(**own | {name: kind(**summary[name]) for name, kind in kinds.items()})
 

@@ -51,7 +51,6 @@ from sparseopt.pruning.reports import (
     PruneReport,
     ShapeRecord,
 )
-from sparseopt.pruning.texts import token_digest
 from sparseopt.system import processes, run_folder
 from sparseopt.system.machine import versions
 from sparseopt.system.run_folder import RUN, SUMMARY, Fingerprint, FolderError, differences, read_start
@@ -66,15 +65,20 @@ INDEXES = ("model.safetensors.index.json", PACKED_INDEX)
 
 
 class Identity:
-    """The fingerprints of the runs that share one pass over a model."""
+    """The fingerprints of the runs that share one pass over a model.
 
-    def __init__(self, model: PrunableModel, calibration: np.ndarray, heldout: np.ndarray) -> None:
+    Attributes:
+        model: the dense model.
+        tokens: a digest of the windows that it sees; None as long as they are not known.
+    """
+
+    def __init__(self, model: PrunableModel) -> None:
         self.model = model
-        self._tokens = token_digest(calibration, heldout)
+        self.tokens: str | None = None
         self._masks: dict[str, str] = {}
 
     @cached_property
-    def _weights(self) -> str:
+    def weights(self) -> str:
         """A digest; the whole source is read for it, once."""
         return self.model.check_finite()
 
@@ -93,8 +97,8 @@ class Identity:
         return json.loads(
             json.dumps(
                 {
-                    "weights": self._weights,
-                    "tokens": self._tokens,
+                    "weights": self.weights,
+                    "tokens": self.tokens,
                     "recipe": recipe_identity(recipe),
                     **({} if recipe.masks is None else {"masks": self._masks_in(recipe.masks)}),
                     "versions": {name: found[name] for name in decisive if name in found},
@@ -107,13 +111,14 @@ class Identity:
 
 
 def recipe_identity(recipe: PassRecipe) -> dict[str, Any]:
-    """The recipe as plain values, with digests of what its text omits: the arrays and the code of your own objects."""
+    """What a recipe decides of the result, as plain values, with digests of the arrays and code of your own objects."""
     own = (None if isinstance(recipe.method, str) else recipe.method, recipe.penalty)
     leaves = [(path, _array(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(own)]
     arrays = digest((jax.tree_util.keystr(path), leaf, [leaf]) for path, leaf in leaves)
     sources = {f"{part.__module__}.{part.__qualname__}": _source(part) for part in _own_code(own)}
     code = {name: hashlib.sha256(source.encode()).hexdigest()[:16] for name, source in sources.items()}
-    return {**recipe.as_dict(), "arrays": arrays if leaves else None, "code": code}
+    values = {name: value for name, value in recipe.as_dict().items() if name != "score"}
+    return {**values, "arrays": arrays if leaves else None, "code": code}
 
 
 def _array(leaf: Any) -> np.ndarray:
@@ -263,14 +268,37 @@ def is_finished(identity: Identity, plan: Plan) -> bool:
     Raises:
         FolderError: if another run is finished there, listing every difference, or if files of it are missing.
     """
-    folder = plan.folder
-    # The summary comes last: a run that was killed between index and summary is finished once more.
-    if not (folder / SUMMARY).is_file() or not any((folder / index).is_file() for index in INDEXES):
+    if not _ended(plan.folder):
         return False
-    if different := differences(read_start(folder)["fingerprint"], identity.of(plan.recipe)):
-        raise _holds_a_model(folder, "\n  ".join([". It is the result of another run, these differ:", *different]))
+    check_same_run(identity, plan)
     read_report(identity, plan)
     return True
+
+
+def _ended(folder: Path) -> bool:
+    # The summary comes last: a run that was killed between index and summary is finished once more.
+    return (folder / SUMMARY).is_file() and any((folder / index).is_file() for index in INDEXES)
+
+
+def check_same_run(identity: Identity, plan: Plan) -> None:
+    """Raise a FolderError if the claimed folder of a plan holds another run, listing every difference.
+
+    As long as the identity has no tokens, any will do.
+    """
+    folder = plan.folder
+    there, wanted = read_start(folder)["fingerprint"], identity.of(plan.recipe)
+    if identity.tokens is None:
+        wanted["tokens"] = there.get("tokens")
+    different = differences(there, wanted)
+    if not different:
+        return
+    if _ended(folder):
+        raise _holds_a_model(folder, "\n  ".join([". It is the result of another run, these differ:", *different]))
+    text = (
+        f"another run was started in {folder}; choose another folder, empty this one, or use the same recipe, "
+        "model and versions to resume it. These differ:"
+    )
+    raise FolderError("\n  ".join([text, *different]))
 
 
 def read_report(identity: Identity, plan: Plan) -> PruneReport:
@@ -294,16 +322,11 @@ def progress_in(identity: Identity, plan: Plan) -> Progress:
     Raises:
         FolderError: if another run was started there, listing every difference.
     """
-    folder, wanted = plan.folder, identity.of(plan.recipe)
+    folder = plan.folder
     if not (folder / RUN).is_file():
-        run_folder.write_start(folder, wanted)
+        run_folder.write_start(folder, identity.of(plan.recipe))
         return Progress()
-    if different := differences(read_start(folder)["fingerprint"], wanted):
-        text = (
-            f"another run was started in {folder}; choose another folder, empty this one, or use the same recipe, "
-            "model and versions to resume it. These differ:"
-        )
-        raise FolderError("\n  ".join([text, *different]))
+    check_same_run(identity, plan)
     found = _read_progress(identity.model, plan)
     kept = {shard_name(tag, plan.recipe.pack) for tag in found.tags}
     for entry in folder.iterdir():

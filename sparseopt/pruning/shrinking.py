@@ -8,11 +8,12 @@ Every block keeps the same numbers, so that the configuration of the smaller mod
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparseopt.models import ModelError, PrunableModel, Sizes, possible_kv_heads, sizes_of
+from sparseopt.pruning.effort import shrink_defaults
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import METHODS, find_method
 from sparseopt.pruning.options import HOW, KEEP, attributes, option, options_of
@@ -38,7 +39,11 @@ class ShrinkRecipe(PassRecipe):
     ranks.
     """
 
-    method: Any = option("best", "How channels and heads are chosen: {choices}.", HOW, type=str, choices=CHOOSING)
+    method: Any = option(
+        None,
+        "How channels and heads are chosen: {choices}. Default: best.",
+        HOW, type=str | None, choices=CHOOSING,
+    )  # fmt: skip
     channels: float = option(1.0, "Fraction of the MLP's channels that stay.", KEEP, least=0, most=1)
     heads: float = option(
         1.0, "Fraction of the key-value groups that stay, each with its query heads.", KEEP, least=0, most=1
@@ -63,9 +68,13 @@ class ShrinkRecipe(PassRecipe):
         HOW,
     )
 
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        return shrink_defaults(vars(self))
+
     def find_method(self) -> LayerMethod:
         # Channels are groups of one input; the method is the same for larger ones.
-        return find_method(self.method, ridge=self.ridge, pattern="group:1")
+        return find_method(self.chosen_method, ridge=self.chosen("ridge"), pattern="group:1")
 
     def _checks(self) -> Sequence[Check]:
         return (((*SHARES, *BUDGETS, "expert_tokens"), self._check_shares),)
@@ -90,17 +99,6 @@ class ShrinkRecipe(PassRecipe):
     def has_budget(self) -> bool:
         """Whether measured losses choose the shares."""
         return self.parameters is not None or self.latency is not None
-
-    @property
-    def propagated_share(self) -> float:
-        return self.propagate or 0.0
-
-    @property
-    def variant_count(self) -> int:
-        return self.variants or 0
-
-    def output_weighting(self) -> Any:
-        return self.output_weights or "uniform"
 
 
 SHRINK_OPTIONS = options_of(ShrinkRecipe)

@@ -98,7 +98,7 @@ def survey(
     """
     recipes = [plan.recipe for plan in plans]
     open_plans = [plan for plan, found in zip(plans, progress, strict=True) if found.allocation is None]
-    by_curves = [plan for plan in open_plans if plan.recipe.allocation == "curves"]
+    by_curves = [plan for plan in open_plans if plan.recipe.chosen_allocation == "curves"]
     levels = _levels([recipe for plan in by_curves if isinstance(recipe := plan.recipe, Recipe)])
     curved = {key for plan in by_curves for key in plan.patterns}
     weights: dict[str, np.ndarray] = {}
@@ -118,7 +118,7 @@ def survey(
             if names:
                 curves |= {keys[name]: curve for name, curve in _curves(site, names, levels, runner).items()}
         weights, curves = agreed((weights, curves))
-    if any(plan.recipe.allocation == "owl" for plan in open_plans):
+    if any(plan.recipe.chosen_allocation == "owl" for plan in open_plans):
         batches = stream.calibration
         for index in range(model.num_blocks):
             block = model.block(index)
@@ -128,7 +128,7 @@ def survey(
     found = []
     for plan, own in zip(plans, progress, strict=True):
         recipe, patterns = plan.recipe, plan.patterns
-        if isinstance(recipe, Recipe) and recipe.allocation != "uniform":
+        if isinstance(recipe, Recipe) and recipe.chosen_allocation != "uniform":
             if own.allocation is None:
                 shares = _shares(model, plan, recipe, levels, curves, outliers)
                 keep_record(plan.folder, own, AllocationRecord(shares))
@@ -194,7 +194,7 @@ def _shares(
         found = between(levels, np.stack([curves[key] for key in keys]), np.array([implied]))[:, 0]
         pruned = choose_pruned(found, sizes, implied, sparsity)
         return {key: implied for key, goes in zip(keys, pruned, strict=True) if goes}
-    if recipe.allocation == "curves":
+    if recipe.chosen_allocation == "curves":
         shares = allocate_curves(levels, np.stack([curves[key] for key in keys]), sizes, sparsity, bounds)
     else:
         counts = np.array([len(plan.layers(model, index)) for index in range(model.num_blocks)])

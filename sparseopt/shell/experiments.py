@@ -143,7 +143,7 @@ def _show(folders: list[Path], allowed: bool | list[str]) -> "list[Section]":
 
 
 @options.takes_recipe(
-    without=["method", "preset"],
+    without=["effort", "method", "preset", "score"],
     lists={"sparsity": "Several with commas between: 0.5,0.6.", "pattern": "Several with commas between."},
 )
 def compare(
@@ -158,10 +158,10 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="Methods as in `sparseopt prune`, with commas between; a preset follows a colon.",
+            help="Efforts and methods as in `sparseopt prune`, with commas between; a preset follows a colon.",
             rich_help_panel="How to prune",
         ),
-    ] = "best,maiht,wanda",
+    ] = "good,fast,wanda",
     text: Annotated[str, typer.Option(help=options.TEXT_HELP, rich_help_panel=EVALUATION)] = "pydoc",
     eval_windows: Annotated[
         int, typer.Option(help="Windows from the start of the evaluation text.", rich_help_panel=EVALUATION)

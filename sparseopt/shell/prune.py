@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,6 @@ from sparseopt.shell import console, options
 
 if TYPE_CHECKING:
     from sparseopt.pruning.pass_recipe import PassRecipe
-    from sparseopt.pruning.recipe import Recipe
     from sparseopt.pruning.reports import PruneReport
 
 # EX_TEMPFAIL of sysexits: a scheduler that sent SIGTERM may start the same command again.
@@ -54,28 +53,43 @@ def prune(
         plans = [(each, output / f"{each.asked_sparsity:g}" if len(recipes) > 1 else output) for each in recipes]
         kept = fields["keep_zeros"] or fields["masks"]
         asked = [f"{each.asked_sparsity:.0%}" if each.asked_sparsity or not kept else "given zeros" for each in recipes]
-        title = f"{fields['method']} {', '.join(asked)}"
+        title = f"{' '.join(name_of(recipes[0]))} {', '.join(asked)}"
         if (pattern := fields["pattern"]) != "unstructured":
             title = f"{title} {pattern}"
-        for line in default_lines(recipes[0], asked=several is not None):
+        for line in choice_lines(recipes[0], fields | {"sparsity": several}):
             console.say(line)
         code = run_pass(source, plans, output, title, memory, chosen)
     if code:
         raise typer.Exit(code)
 
 
-def default_lines(recipe: "Recipe", asked: bool) -> list[str]:
-    """The choices that a recipe leaves to their defaults, with what to know about each; `asked` for a sparsity."""
+def name_of(recipe: "PassRecipe") -> list[str]:
+    """The effort and the method of a recipe as far as they are named; "good" where neither is."""
+    from sparseopt.pruning.effort import effort_of
+
+    return [str(name) for name in (effort_of(vars(recipe)), recipe.method) if name is not None]
+
+
+def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
+    """What a recipe takes where nothing was `typed`, with its cost, a choice a line."""
+    from sparseopt.pruning import Recipe
+    from sparseopt.pruning.effort import COSTS, SUMMARIES, effort_of
     from sparseopt.pruning.patterns import implied_sparsity
 
-    defaults = {
-        "method": ("maiht", "best prunes better, since it also trains each block, and takes several times as long"),
-        "sparsity": (0.5, "half of the weights of every linear"),
-        "calibration": ("pydoc", "Python's documentation; text like that which the model will see is better"),
-    }
-    if asked or implied_sparsity(recipe.pattern) is not None:
-        del defaults["sparsity"]
-    return [f"default --{n} {value}: {why}" for n, (value, why) in defaults.items() if getattr(recipe, n) == value]
+    lines = []
+    if (effort := effort_of(vars(recipe))) is not None:
+        costs = ", ".join(f"{name} {cost:g}" for name, cost in COSTS.items())
+        usual = "default " if typed["effort"] is None else ""
+        lines.append(f"{usual}--effort {effort}: {SUMMARIES[effort]}; about as long: {costs}")
+    if isinstance(recipe, Recipe) and typed["sparsity"] is None and implied_sparsity(recipe.pattern) is None:
+        lines.append(f"default --sparsity {recipe.asked_sparsity:g}: that fraction of the weights of every linear")
+    if recipe.draws:
+        usual = "default " if typed["calibration"] in (None, recipe.calibration) else ""
+        lines.append(
+            f"{usual}--calibration self: text that the model draws, which needs no data; text like that which the "
+            "model will see does better, --calibration file:PATH or hf:OWNER/NAME"
+        )
+    return lines
 
 
 @options.takes_recipe(
@@ -117,7 +131,9 @@ def shrink(
             recipe = ShrinkRecipe(**kept, **fields)
             recipe.check()
             plans.append((recipe, output / "-".join(f"{name}-{kept[name]:g}" for name in several)))
-        code = run_pass(source, plans, output, "shrink", memory, chosen)
+        for line in choice_lines(recipe, fields):
+            console.say(line)
+        code = run_pass(source, plans, output, f"shrink {' '.join(name_of(recipe))}", memory, chosen)
     if code:
         raise typer.Exit(code)
 

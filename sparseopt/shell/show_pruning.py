@@ -223,6 +223,7 @@ def run_lines(report: PruneReport) -> list[str]:
     """The figures of a run that are not a layer's."""
     dead = sum(r.dead_inputs for r in report.layers)
     lines = [
+        *(score.line for score in report.scores),
         f"solver {report.solver_seconds:.1f} s, compiling {report.compile_seconds:.1f} s "
         f"({report.layer_compilations} layer programs), forward passes {report.calibration_seconds:.1f} s "
         f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",

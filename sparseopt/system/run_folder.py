@@ -24,7 +24,7 @@ from pydantic_core import to_json
 
 from sparseopt.system.files import append_line, temporary_of, write_whole
 
-RUN_FILES = LOCK, RUN, RECORDS, SUMMARY = "run.lock", "run.json", "records.jsonl", "summary.json"
+RUN_FILES = LOCK, RUN, DRAWN, RECORDS, SUMMARY = "run.lock", "run.json", "drawn.json", "records.jsonl", "summary.json"
 # Of the layout above. Version 0.1.0 wrote no number.
 FORMAT = 2
 

@@ -1,0 +1,64 @@
+"""Floor 6: efforts: what a recipe does in all that it leaves open, from one solve a layer to training the whole model.
+
+effort, no method      the fields of the effort, below; effort good where nothing is named
+method alone           that method on every layer and nothing else; "best" with what it does besides
+effort and method      the fields of the effort, by that method
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sparseopt.pruning.patterns import implied_sparsity
+
+Effort = Literal["fast", "good", "most"]
+Fields = dict[str, Any]
+
+# What nobody asked for.
+NOTHING: Fields = {"output_weights": "uniform", "propagate": 0.0, "reconstruct": 0, "variants": 0, "distil": 0}
+# What method "best" does besides its choice of weights, where it is named alone.
+BEST: Fields = {"output_weights": "gradient", "propagate": 0.25, "reconstruct": 4, "variants": 3}
+PRUNE: dict[str, Fields] = {
+    "fast": {"method": "admm", "ridge": 0.1},
+    "good": BEST | {"method": "best", "reconstruct": 0, "variants": 0},
+    "most": BEST | {"method": "best", "distil": 4},
+}
+SHRINK: dict[str, Fields] = {
+    "fast": {"method": "best", "reconstruct": 0},
+    "good": {"method": "best", "reconstruct": 4},
+    "most": {"method": "best", "reconstruct": 4, "distil": 4},
+}
+# What each effort is, for help and cards, and its time over that of fast, as measured on SmolLM2-135M and Gemma 3 270M.
+SUMMARIES = {
+    "fast": "one solve a layer",
+    "good": "one solve a layer, with weights for output errors and a correction of upstream errors",
+    "most": "also trains each block and then the whole model, and chooses where the zeros go",
+}
+COSTS = {"fast": 1, "good": 3, "most": 15}
+# With these the order of the channels is fixed, or which linears have which zeros.
+_FIXED = ("keep_zeros", "masks", "targets", "ignore", "sparsities")
+
+
+def effort_of(fields: Mapping[str, Any]) -> str | None:
+    """The effort of a recipe with these fields; None for a method that is named alone."""
+    return fields["effort"] or ("good" if fields["method"] is None else None)
+
+
+def prune_defaults(fields: Mapping[str, Any]) -> Fields:
+    """What `Recipe` takes for fields that are None, by its other fields."""
+    effort = effort_of(fields)
+    found = NOTHING | {"allocation": "uniform", "permute": False}
+    if effort is None:
+        return found | (BEST if fields["method"] == "best" else {})
+    found |= PRUNE.get(effort, {})
+    if effort == "most" and not any(fields[name] for name in _FIXED):
+        implied = implied_sparsity(fields["pattern"])
+        found |= {"allocation": "curves"} if implied is None else {"permute": implied > 0}
+    return found
+
+
+def shrink_defaults(fields: Mapping[str, Any]) -> Fields:
+    """The same of `ShrinkRecipe`."""
+    effort = effort_of(fields)
+    if effort is None:
+        return NOTHING | ({"reconstruct": BEST["reconstruct"]} if fields["method"] == "best" else {})
+    return NOTHING | SHRINK.get(effort, {})
