@@ -121,6 +121,7 @@ FLOORS = [
     ("pruning/side_by_side", 6.4),
     ("pruning/api", 6.4),  # one layer; what follows is for whole models
     ("pruning/distillation", 6.45),
+    ("pruning/effort", 6.45),
     ("pruning/pass_recipe", 6.5),
     ("pruning/recipe", 6.55),
     ("pruning/zero_shot", 6.5),
@@ -128,6 +129,8 @@ FLOORS = [
     ("pruning/card", 6.6),
     ("pruning/plan", 6.6),
     ("pruning/run_folder", 6.65),  # reads plans
+    ("pruning/drawn", 6.7),
+    ("pruning/quality", 6.7),
     ("pruning/variants", 6.7),
     ("pruning/survey", 6.7),
     ("pruning/block_removal", 6.7),

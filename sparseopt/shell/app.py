@@ -66,7 +66,7 @@ def demo(
     calibration: Annotated[str, typer.Option(help=TEXT_HELP)] = "pydoc",
     sparsity: Annotated[float, typer.Option(help="Fraction of zeros, in [0, 1).")] = 0.5,
 ) -> None:
-    """Denoise a photograph, then prune a real language model with mAIHT and with Wanda and compare."""
+    """Denoise a photograph, then prune a real language model with effort fast and with Wanda, and compare."""
     from sparseopt.shell.demo import run_demo
 
     if output is not None and output.exists():

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from sparseopt.models import Decoder, generate, load_decoder
+from sparseopt.models.generate import _drawn
 from tests.jitted import run
+from tests.models.test_decoder import GOLDEN, write_golden
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
 
@@ -47,6 +50,36 @@ def test_rotations_are_those_of_the_tokens_so_far(
     for token in generate(decoder, np.array(text), 4):
         assert token == np.argmax(run(decoder, np.array([text]))[0, -1])
         text.append(token)
+
+
+# Windows, capped scores, learned positions, experts; the others in `make test-thorough`.
+QUICK = ("gemma2", "gpt2", "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=[] if f.stem in QUICK else pytest.mark.thorough, id=f.stem) for f in GOLDEN]
+)
+def test_kept_keys_and_values_give_the_logits_of_the_whole_text(file: Path, tmp_path: Path) -> None:
+    write_golden(file, tmp_path)
+    decoder = load_decoder(tmp_path)
+    # After one token, and after several at once.
+    for prompt in (PROMPT[:1], PROMPT):
+        new = generate(decoder, prompt, 12 - len(prompt))
+        choices = np.argmax(run(decoder, np.concatenate([prompt, new])[None])[0], axis=-1)
+        np.testing.assert_array_equal(new, choices[len(prompt) - 1 : -1])
+
+
+def test_draws_have_the_frequencies_of_the_softmax() -> None:
+    # More tokens than one part of the sums, and tokens of probability 0 at the ends of parts.
+    odds = np.zeros(600)
+    odds[[0, 254, 256, 511, 590]] = 1, 2, 3, 4, 10
+    with np.errstate(divide="ignore"):
+        logits = np.log(odds, dtype=np.float32)[None]
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = jax.jit(jax.vmap(lambda key: _drawn(logits, key)[0]))(keys)
+    counts = np.bincount(drawn, minlength=600)
+    assert set(np.flatnonzero(counts)) == set(np.flatnonzero(odds))
+    np.testing.assert_allclose(counts / 20_000, odds / 20, atol=4 * np.sqrt(0.25 / 20_000))
 
 
 def test_a_stop_token_ends_it(decoder: Decoder) -> None:

@@ -1,0 +1,122 @@
+"""Calibration by the model itself: what it draws, where the tokens are kept, and what is refused before any work."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from sparseopt.models import ModelError, load_decoder, open_model
+from sparseopt.models.generate import draw_windows, kept_bytes
+from sparseopt.pruning import Recipe, drawn, pipeline, prune_model
+from sparseopt.system.run_folder import DRAWN, FolderError, read_start
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.pruning.test_pipeline import TOKENIZER
+
+RECIPE = Recipe(method="wanda", samples=4, seqlen=16, heldout_samples=2, score="none")
+
+
+@pytest.fixture
+def source(tmp_path, rng, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_folder(tmp_path / "source", tiny_config(), random_tensors(tiny_config(), rng))
+    (folder / "tokenizer.json").write_text(TOKENIZER)
+    return folder
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """A list that grows by one whenever a model draws."""
+    seen = []
+    monkeypatch.setattr(drawn, "draw_windows", lambda *given, **more: (seen.append(1), draw_windows(*given, **more))[1])
+    return seen
+
+
+def test_a_run_calibrates_on_windows_that_are_drawn_once_and_kept(tmp_path, source, draws):
+    told = []
+    report = prune_model(source, tmp_path / "a", RECIPE, observer=lambda event, done, total: told.append((event, done)))
+    kept = np.array(json.loads((tmp_path / "a" / DRAWN).read_text()))
+    assert kept.shape == (4 + 2 + 2, 16)
+    assert 0 <= kept.min() < kept.max() < tiny_config()["vocab_size"]
+    assert ("drawing text, token", 16) in told
+    assert report.draw_seconds > 0
+    assert read_start(tmp_path / "a")["fingerprint"]["tokens"] == report.calibration.digest
+    # The same weights as from the same tokens, given.
+    given = dataclasses.replace(RECIPE, calibration=kept[:6], samples=None, seqlen=512)
+    prune_model(source, tmp_path / "given", given)
+    shard = "model-block-0002.safetensors"
+    assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "given" / shard).read_bytes()
+    # Other runs by the same draw read it from the cache, a finished one from its folder.
+    prune_model(source, tmp_path / "b", dataclasses.replace(RECIPE, method="magnitude"))
+    assert (tmp_path / "b" / DRAWN).read_text() == (tmp_path / "a" / DRAWN).read_text()
+    (entry,) = (tmp_path / "cache" / "sparseopt" / "drawn").iterdir()
+    entry.unlink()
+    assert prune_model(source, tmp_path / "a", RECIPE).kept
+    assert len(draws) == 1
+    # Another seed is another draw, and another run.
+    with pytest.raises(FolderError, match=r"recipe\.seed: None there, 1 here"):
+        prune_model(source, tmp_path / "a", dataclasses.replace(RECIPE, seed=1))
+    assert len(draws) == 1
+
+
+def test_a_stopped_run_resumes_on_the_tokens_in_its_folder(tmp_path, source, draws):
+    with pytest.raises(pipeline.Stopped):
+        prune_model(source, tmp_path / "a", RECIPE, stop=lambda: True)
+    file, (entry,) = tmp_path / "a" / DRAWN, (tmp_path / "cache" / "sparseopt" / "drawn").iterdir()
+    entry.unlink()
+    digest = read_start(tmp_path / "a")["fingerprint"]["tokens"]
+    assert prune_model(source, tmp_path / "a", RECIPE).calibration.digest == digest
+    assert len(draws) == 1
+    # Tokens that were changed are another run's.
+    ids = json.loads(file.read_text())
+    ids[0][0] = (ids[0][0] + 1) % 40
+    file.write_text(json.dumps(ids))
+    with pytest.raises(FolderError, match=r"these differ:\n  tokens: "):
+        prune_model(source, tmp_path / "a", RECIPE)
+
+
+def test_text_that_the_model_draws_is_likely_to_it(source):
+    decoder = load_decoder(source)
+    ids = draw_windows(decoder, 64, 48, 1, seed=3)
+    assert ids.shape == (64, 48)
+    np.testing.assert_array_equal(ids, draw_windows(decoder, 64, 48, 1, seed=3))
+    assert not np.array_equal(ids, draw_windows(decoder, 64, 48, 1, seed=4))
+    # After the first tokens, which are hotter: - mean log p is the entropy, as for text drawn by the model itself.
+    logits = np.asarray(decoder(np.concatenate([np.full((64, 1), 1), ids], axis=1))[:, :-1], np.float64)[:, 8:]
+    logp = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    surprise = -np.take_along_axis(logp, ids[:, 8:, None], axis=-1)[..., 0]
+    spread = surprise - -np.sum(np.exp(logp) * logp, axis=-1)
+    assert abs(spread.mean()) < 4 * spread.std() / np.sqrt(spread.size)
+
+
+def test_what_cannot_draw_is_refused_before_any_work(tmp_path, source, draws):
+    with pytest.raises(ModelError, match=r"takes all of it in memory, .* give a text to calibrate on.* or more memory"):
+        prune_model(source, tmp_path / "out", RECIPE, memory=100_000)
+    assert not (tmp_path / "out").exists()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": None}))
+    with pytest.raises(ModelError, match="neither a BOS nor an end token"):
+        prune_model(source, tmp_path / "out", RECIPE)
+    assert not draws
+
+
+def test_the_memory_that_drawing_takes_is_that_of_its_arrays(source):
+    model = open_model(source)
+    assert model.decoder_bytes() == 4 * sum(np.prod(info.shape) for info in model.source.tensors.values())
+    # Keys and values of three blocks with two heads of width 8, for two windows of 64 tokens.
+    assert kept_bytes(model.config, 2, 64) == 4 * 2 * (2 * 3 * 64 * 2 * 8 + 3 * model.config.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"windows": "random"}, "windows is for a text, and calibration 'self' has none"),
+        ({"split": "train"}, "split is for a text"),
+        ({"documents": "separate"}, "documents is for a text"),
+        ({"score": "self"}, "text 'self' is drawn by the model"),
+        ({"effort": "best"}, "unknown effort 'best'"),
+    ],
+)
+def test_options_of_texts_are_refused_without_a_text(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(RECIPE, **changes).check()
