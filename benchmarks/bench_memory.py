@@ -66,7 +66,7 @@ import numpy as np
 from sparseopt.pruning import Recipe, prune_model
 source, output, preset, samples, seqlen, vocab = sys.argv[1:]
 tokens = np.random.default_rng(0).integers(0, int(vocab), (int(samples), int(seqlen))).astype(np.int32)
-prune_model(source, output, Recipe(preset=preset, calibration=tokens, heldout_samples=2))
+prune_model(source, output, Recipe(method="maiht", preset=preset, calibration=tokens, heldout_samples=2))
 """
 
 

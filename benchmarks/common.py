@@ -39,7 +39,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def calibration_windows(samples: int) -> dict[str, Any]:
     """The options of a recipe for so many windows; not more are held out."""
-    return {"samples": samples, "heldout_samples": min(HELDOUT_WINDOWS, samples), "seqlen": SEQLEN}
+    heldout = min(HELDOUT_WINDOWS, samples)
+    return {"samples": samples, "heldout_samples": heldout, "seqlen": SEQLEN, "score": "none"}
 
 
 def emit_line(figure: str, **fields: Any) -> str:

@@ -1,7 +1,7 @@
 """Two parts of `make bench-quality`, for any model: how far a figure depends on the calibration text and its windows.
 
-    draws    every method at every setting, calibrated on random windows of WikiText-2 and of another text, in several
-             draws, and scored on both; the dense model, also by transformers
+    draws    every method at every setting, calibrated on random windows of WikiText-2, of another text, and of text
+             that the model draws, in several draws, and scored on both texts; the dense model, also by transformers
     tokens   the same text and draw with 8 to 256 windows, each set part of the next, and the same held-out windows
 
 The other text is Python's documentation, of which CPython holds a part. A pass prunes by one method, at all settings.
@@ -36,12 +36,14 @@ from sparseopt.pruning.cost import EFFICIENCY
 from sparseopt.pruning.inspection import inspect_model
 from sparseopt.pruning.texts import begin_windows, text_windows
 
-TEXTS = ("wikitext2", "pydoc")
+TEXTS = ("wikitext2", "pydoc", "self")
 ELSEWHERE = TEXTS[1]
 DRAWS = (0, 1, 2)
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in ("magnitude", "wanda", "sparsegpt", "maiht", "admm", "admm_splice")},
+    "admm ridge 0.1": {"method": "admm", "ridge": 0.1},
     "best one shot": {"method": "best", "reconstruct": 0},
+    **{f"effort {name}": {"effort": name} for name in ("fast", "good", "most")},
     # Last, since its target depends on the others.
     "best": {"method": "best"},
 }
@@ -80,6 +82,7 @@ def read_draws(given: str) -> tuple[int, ...]:
 def bench_draws(bench: Bench, settings: list[str], texts: Sequence[str], draws: Sequence[int], estimate: bool) -> None:
     """All draws of the texts by all methods."""
     specifications = {"wikitext2": bench.data, ELSEWHERE: ELSEWHERE}
+    own: dict[str, Any] = {"windows": None, "calibration": "self"}
     tokens = calibration_windows(min(WINDOWS, bench.windows or WINDOWS))
     passes: dict[str, list[Row]] = defaultdict(list)
     for draw in draws:
@@ -90,7 +93,8 @@ def bench_draws(bench: Bench, settings: list[str], texts: Sequence[str], draws: 
                     details = dict.fromkeys(details)
                     if (draw, text) != (draws[0], texts[0]):
                         continue
-                drawn: dict[str, Any] = {"windows": "random", "seed": draw, "calibration": specifications[text]}
+                named = {"windows": "random", "calibration": specifications.get(text)}
+                drawn: dict[str, Any] = {"seed": draw, "score": "none", **(own if text == "self" else named)}
                 for setting in settings:
                     figure = f"perplexity, draws, {name} at {setting}"
                     if bench.wants(name) and not bench.found(figure, **details):

@@ -221,7 +221,7 @@ def quality_complete(records: list[Record]) -> str:
 
 
 def quality_draws(records: list[Record]) -> str:
-    """For each model and both texts, calibrated on and scored on: the median over the draws, and their range."""
+    """For each model and text that it was calibrated on, scored on both texts: the median over the draws, and their range."""
     models: dict[str, dict[tuple[str, str], list[Record]]] = {}
     dense = {record["model"]: record for record in named(records, "perplexity, draws, dense")}
     for record in _own(records, "draws"):
@@ -230,7 +230,7 @@ def quality_draws(records: list[Record]) -> str:
     parts = []
     for model, found in models.items():
         parts.append(f"**{model}**{_dense(dense.get(model))}\n")
-        for calibrated, (text, *_) in TEXTS.items():
+        for calibrated, (text, *_) in (TEXTS | {"self": ("text that the model draws",)}).items():
             for scored, score, _ in TEXTS.values():
                 # A method that reads no text has one row for all.
                 shown = {
