@@ -243,8 +243,11 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[L
             for _, text in _explain(inner, model):
                 yield place, text
         elif found["type"] == "extra_forbidden":
-            block = _model_at(model, place[:-1])
-            yield place, f"no such key; {suggest(str(place[-1]), block.model_fields if block else ())}"
+            block, key = _model_at(model, place[:-1]), str(place[-1])
+            hint = suggest(key, block.model_fields if block else ())
+            if key.endswith(("_stage", "_modifiers")):
+                hint = "it is one of llm-compressor's recipes, see docs/how-to/coming-from-pruners.md"
+            yield place, f"no such key; {hint}"
         elif found["type"] == "missing":
             yield place, "this key is missing"
         elif found["type"] in ("literal_error", "enum") and isinstance(found["input"], str):

@@ -4,6 +4,7 @@ For models whose family is not known here (extra `torch`). Tensors are read from
 `streaming`. transformers knows how the parts are put together; `torch_probe` tests this before it is relied on.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -106,17 +107,26 @@ class TorchModel(PrunableModel):
         self.source = source
         skeleton = self._skeleton = Skeleton(source)
         self.config: TorchConfig = skeleton.config
-        self._names = skeleton.names_of(source.tensors)
-        self._keys = {name: key for key, name in self._names.items()}
         self._linears = [linears_of(block) for block in skeleton.blocks]
-        _check_blocks(skeleton, self._linears)
+        if not any(self._linears):
+            raise ModelError(
+                f"the blocks of a {skeleton.model_type} model have no linears, so there is nothing to prune"
+            )
+        held = set(skeleton.names_of(source.tensors, skeleton.shapes).values())
+        # Experts that the checkpoint holds apart and the module does not.
+        self._stacks = {name: parts for name in skeleton.stacked - held if any(parts := skeleton.parts_of(name))}
+        shapes = {name: shape for name, shape in skeleton.shapes.items() if name not in self._stacks}
+        for name, experts in self._stacks.items():
+            shapes |= dict.fromkeys((part for parts in experts for part in parts), skeleton.part_shape(name))
+        self._names = skeleton.names_of(source.tensors, shapes)
+        self._keys = {name: key for key, name in self._names.items()}
         check_tensors(
             source,
             f"the {skeleton.model_type} model that transformers makes of its configuration",
-            {key: skeleton.shapes[name] for key, name in self._names.items()},
+            {key: shapes[name] for key, name in self._names.items()},
             [
                 f"{name} {list(shape)}"
-                for name, shape in skeleton.shapes.items()
+                for name, shape in shapes.items()
                 if name not in skeleton.optional and self._keys.keys().isdisjoint(skeleton.tied.get(name, (name,)))
             ],
             skeleton.ignores,
@@ -137,6 +147,11 @@ class TorchModel(PrunableModel):
     @property
     def writes_input(self) -> bool:
         return self._findings.writes_input
+
+    @property
+    def stacked_weights(self) -> int:
+        """The number of weights of experts that are stacked, which are no linears and stay as they are."""
+        return sum(math.prod(self._skeleton.shapes[name]) for name in self._skeleton.stacked)
 
     def exported_keys(self) -> list[str]:
         """All checkpoint names but those of buffers, which hold no weight."""
@@ -161,8 +176,7 @@ class TorchModel(PrunableModel):
         return embed
 
     def block(self, index: int) -> TorchBlock:
-        tensors = {path: to_tensor(self.source.read(key)) for path, key in self.block_keys(index).items()}
-        return TorchBlock(self._skeleton.blocks[index], index, tensors, self)
+        return TorchBlock(self._skeleton.blocks[index], index, self._block_tensors(index), self)
 
     def head(self) -> Callable[[Array], Array]:
         outer, output, last = self._outer(), self._findings.output, self._skeleton.last
@@ -230,9 +244,20 @@ class TorchModel(PrunableModel):
 
     @cached_property
     def _findings(self) -> Findings:
-        prefix = self._prefix(0)
-        first = {f"{prefix}{path}": to_tensor(self.source.read(key)) for path, key in self.block_keys(0).items()}
+        first = {f"{self._prefix(0)}{path}": tensor for path, tensor in self._block_tensors(0).items()}
         return probe(self._skeleton, self._outer(), first)
+
+    def _block_tensors(self, index: int) -> Tensors:
+        """The tensors of a block by their names in its module."""
+        import torch
+
+        prefix = self._prefix(index)
+        tensors = {path: to_tensor(self.source.read(key)) for path, key in self.block_keys(index).items()}
+        for name, experts in self._stacks.items():
+            if name.startswith(prefix):
+                parts = [torch.cat([tensors.pop(part.removeprefix(prefix)) for part in each]) for each in experts]
+                tensors[name.removeprefix(prefix)] = torch.stack(parts)
+        return tensors
 
     @cached_property
     def _frame(self) -> Tensors:
@@ -264,26 +289,3 @@ class TorchModel(PrunableModel):
     def _prefix(self, index: int) -> str:
         self._check_index(index)
         return self._skeleton.prefixes[index]
-
-
-def _check_blocks(skeleton: Skeleton, linears: list[dict[str, Any]]) -> None:
-    """Refuse blocks without linears, and blocks that keep experts in parameters that are no linears of their own."""
-    import torch
-
-    plain = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
-    fused = {
-        f"{prefix}{owner}.{name}": list(parameter.shape)
-        for prefix, block in zip(skeleton.prefixes, skeleton.blocks, strict=True)
-        for owner, part in block.named_modules()
-        if not isinstance(part, plain)
-        for name, parameter in part.named_parameters(recurse=False)
-        if (parameter.ndim == 3 and parameter.shape[0] > 1) or (parameter.ndim > 1 and "expert" in owner)
-    }
-    if fused:
-        name, shape = next(iter(fused.items()))
-        raise ModelError(
-            f"a {skeleton.model_type} model keeps experts in {len(fused)} stacked parameters, which are no linears and "
-            f"are not pruned through torch: {name} {shape} is the first"
-        )
-    if not any(linears):
-        raise ModelError(f"the blocks of a {skeleton.model_type} model have no linears, so there is nothing to prune")

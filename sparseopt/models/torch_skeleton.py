@@ -7,7 +7,7 @@ function in place of every block, which sees how the block is called.
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,9 @@ from sparseopt.models.torch_bridge import torch_device
 
 # Old checkpoints of GPT-J and GPT-Neo store the value that hides a score: -1e9, beyond float16.
 OLD_MASKS = r".*\.attn\.(attention\.)?masked_bias"
+# Parameters `[experts, ...]` that transformers stacks if a checkpoint holds the experts apart: the linears of each,
+# one below the other.
+STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # Tensors by their names in the module.
 Tensors = dict[str, Any]
 
@@ -70,6 +73,7 @@ class Skeleton:
         shapes: of all parameters and stored buffers, by name.
         optional: the names of stored buffers, which a file may lack.
         tied: the names that share one parameter, by each of these names.
+        stacked: by name, the parameters in which experts are stacked.
     """
 
     def __init__(self, source: Source) -> None:
@@ -84,6 +88,7 @@ class Skeleton:
         self.shapes = {name: tuple(value.shape) for name, value in (parameters | buffers).items()}
         self.optional = frozenset(buffers)
         self.tied = _find_tied(parameters)
+        self.stacked = self._find_stacked()
         for name, group in self.tied.items():
             if self.is_inner(name):
                 raise ModelError(
@@ -103,11 +108,35 @@ class Skeleton:
         """Whether a tensor belongs to a block."""
         return name.startswith(self.prefixes)
 
-    def names_of(self, keys: Mapping[str, Any]) -> dict[str, str]:
-        """The module's name of every known key of a checkpoint; some checkpoints leave out the first part."""
+    def names_of(self, keys: Iterable[str], known: Collection[str]) -> dict[str, str]:
+        """The module's name of every key of a checkpoint that is known; some checkpoints leave out the first part."""
         base = f"{self.module.base_model_prefix}."
-        found = {key: key if key in self.shapes else base + key for key in keys}
-        return {key: name for key, name in found.items() if name in self.shapes}
+        found = {key: key if key in known else base + key for key in keys}
+        return {key: name for key, name in found.items() if name in known}
+
+    def parts_of(self, name: str) -> list[list[str]]:
+        """The names of what a stacked parameter is made of, a list an expert, if a checkpoint holds experts apart."""
+        owner, _, kind = name.rpartition(".")
+        count = self.shapes[name][0]
+        return [[f"{owner}.{expert}.{part}.weight" for part in STACKED.get(kind, ())] for expert in range(count)]
+
+    def part_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of each of these parts."""
+        _, rows, columns = self.shapes[name]
+        return rows // len(STACKED[name.rpartition(".")[2]]), columns
+
+    def _find_stacked(self) -> frozenset[str]:
+        import torch
+
+        plain = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+        return frozenset(
+            f"{prefix}{owner}.{name}"
+            for prefix, block in zip(self.prefixes, self.blocks, strict=True)
+            for owner, part in block.named_modules()
+            if not isinstance(part, plain)
+            for name, parameter in part.named_parameters(recurse=False)
+            if (parameter.ndim == 3 and parameter.shape[0] > 1) or (parameter.ndim > 1 and "expert" in owner)
+        )
 
     def ignores(self, key: str) -> bool:
         """Whether the model reads no such tensor: it computes it itself, or transformers lists it as ignored."""

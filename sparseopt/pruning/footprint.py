@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparseopt.models import PrunableModel, StreamedModel
+from sparseopt.models import PrunableModel, StreamedModel, TorchModel
 from sparseopt.pruning.cost import FLOAT32, PLACES, Activations, Cost, output_bytes, prune_cost
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.pass_recipe import PassRecipe
@@ -72,10 +72,12 @@ def choose_footprint(
     elif budget and not spread:
         # What torch holds is not known; activations do not add to it.
         where = "disk"
-        scratch = (len(plans) + 3) * FLOAT32 * (calibration.size + heldout.size) * model.config.hidden_size
+        tokens = calibration.size * (1 + plans[0].recipe.variant_count) + heldout.size
+        scratch = (len(plans) + 3) * FLOAT32 * tokens * model.config.hidden_size
     output = [sum(output_bytes(plan.target, plan.recipe).values()) for plan in plans]
     _check_disks([plan.folder for plan in plans], [_disk_bytes(plan) for plan in plans], scratch)
-    return Footprint(where, memory, dict(parts), phase, budget, sum(output), scratch)
+    stacked = model.stacked_weights if isinstance(model, TorchModel) else 0
+    return Footprint(where, memory, dict(parts), phase, budget, sum(output), scratch, stacked)
 
 
 def _choose(

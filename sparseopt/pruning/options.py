@@ -63,7 +63,8 @@ class Option:
         if self.most is not None or self.below is not None:
             top, end = (self.most, "]") if self.below is None else (self.below, ")")
             if not (self.least <= value <= top and value != self.below):
-                return f"{self.name} must lie in [{self.least:g}, {top:g}{end}, given {value}"
+                hint = f"; {value:g} % is {value / 100:g}" if top == 1 and 2 <= value <= 100 else ""
+                return f"{self.name} must lie in [{self.least:g}, {top:g}{end}, given {value}{hint}"
         elif self.least is not None and not value >= self.least:
             return f"{self.name} must be at least {self.least:g}, given {value}"
         return None

@@ -237,6 +237,7 @@ class Footprint:
         budget_bytes: the budget given; None for what the machine has available.
         output_bytes: of all folders, dense.
         scratch_bytes: largest size of activations on disk, gone when the run ends.
+        stacked_weights: of experts that transformers stacks and that therefore stay as they are; 0 outside torch.
     """
 
     activations: Literal["memory", "disk"]
@@ -246,6 +247,7 @@ class Footprint:
     budget_bytes: int | None
     output_bytes: int
     scratch_bytes: int
+    stacked_weights: int = 0
 
 
 @dataclass(frozen=True)

@@ -70,14 +70,14 @@ def plan_line(planned: Sequence[Planned], again: bool = False) -> str:
     """The plan in one line; `again` repeats finished runs."""
     left = [p for p in planned if again or p.state is not State.FINISHED]
     known = [p.estimate.seconds for p in left if p.estimate.seconds is not None]
-    time = f"about {duration(sum(known))}" if known else "time unknown"
+    time = f"about {duration(sum(known))} on two cores" if known else "time unknown"
     more = f", and {len(left) - len(known)} of unknown time" if known and len(known) < len(left) else ""
     count = f"{len(planned)} run{'s' if len(planned) != 1 else ''}"
     if not left:
         return f"{count}, finished before" if planned else "no runs"
     where = {p.folder.parent if p.run.id else p.folder for p in planned}
     place = f", in {where.pop()}" if len(where) == 1 else ""
-    return f"{count}{place}, {len(planned) - len(left)} finished; {time} on two cores{more}"
+    return f"{count}{place}, {len(planned) - len(left)} finished; {time}{more}"
 
 
 def section_tables(section: Section, width: int) -> list[Table]:

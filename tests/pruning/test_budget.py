@@ -144,6 +144,15 @@ def test_the_estimate_takes_a_layer_by_blocks_where_the_device_has_too_little_ro
     assert workspace("group:1", 1) == workspace("group:1", None)
 
 
+def test_activations_of_blocks_in_torch_are_counted_with_their_variants(tmp_path, source, tokens):
+    model = open_model(source)
+    plans = [make_plan(model, Recipe(method="wanda", calibration=tokens, variants=3), tmp_path / "out")]
+    foreign = SimpleNamespace(config=model.config)
+    found = choose_footprint(foreign, plans, tokens[:5], tokens[5:], 2**30)
+    streams = 1 + 3
+    assert found.scratch_bytes == streams * 4 * (tokens[:5].size * (1 + 3) + tokens[5:].size) * model.config.hidden_size
+
+
 def test_a_disk_with_too_little_room_is_refused_before_any_work(tmp_path, source, tokens, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=2)

@@ -210,6 +210,7 @@ def test_bad_tokens_are_refused(source):
 
 BAD_RECIPES = {
     "sparsity": ({"sparsity": 1.2}, r"sparsity must lie in \[0, 1\), given 1.2"),
+    "per cent": ({"sparsity": 50}, r"sparsity must lie in \[0, 1\), given 50; 50 % is 0.5"),
     "method": ({"method": "alps"}, "unknown method 'alps'; known are best, maiht, admm"),
     "preset": ({"preset": "quick"}, "unknown preset 'quick'"),
     "dtype": ({"dtype": "int8"}, "unknown dtype 'int8'; known are float32, float16, bfloat16"),

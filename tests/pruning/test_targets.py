@@ -279,6 +279,7 @@ def test_a_recipe_file_gives_what_is_not_typed(tmp_path, source, command):
     ("text", "message"),
     [
         ("method: magnitude\nsample: 4", "line 2: sample: no such key; did you mean 'samples'?"),
+        ("sparsity_stage: {}", "it is one of llm-compressor's recipes, see docs/how-to/coming-from-pruners.md"),
         ("sparsities:\n  q_proj: half", "line 2: sparsities.q_proj: input should be a valid number"),
         ("ignore: ['re:(']", "ignore: 're:(' is not a regular expression"),
         ("- a", "must hold a mapping of settings"),
