@@ -40,6 +40,7 @@ FLOORS = [
     ("core/certify", 3.25),
     ("core/differentiate", 3.375),  # asks what has a conjugate
     ("core/iterate", 3.5),
+    ("core/padding", 4),
     ("core/solvers/", 4),
     ("core/solve.", 4.5),  # chooses among the solvers
     ("core/", 4),

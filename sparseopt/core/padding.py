@@ -1,0 +1,72 @@
+"""Floor 4: problems of many sizes as problems of few, so that they share compiled programs.
+
+A matrix gets rows and columns of zeros; the entries of x that multiply these columns start at 0 and stay there. This is
+done only where a class says that it changes nothing but the rounding of sums: the loss by a method `padded`, the
+penalty by `keeps_zeros = True`, the solver by `ignores_zeros = True`. And only for known arrays on the default device:
+a tracer belongs to a program that is compiled for its shapes anyway.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparseopt.core.problem import Problem, Solution
+
+# Sizes are rounded up to a geometric sequence: of the first ratio for matrices of up to FEW entries, whose products
+# take less time than the rest of an iteration, else of the second. From MANY unknowns on compilation is a small part.
+COARSE, FINE = 1.25, 1.0625
+FEW, MANY = 2**14, 100_000
+
+
+def rounded_up(size: int, ratio: float) -> int:
+    """The next member of a sequence of integers that grow by at most `ratio`, or by 1."""
+    member = 1
+    while member < size:
+        member = max(member + 1, int(member * ratio))
+    return member
+
+
+def padded_problem(problem: Problem, solver: Any, x0: Any) -> tuple[Problem, Any] | None:
+    """The problem and its start with zeros appended, or None where nothing is or may be appended."""
+    loss, penalty = problem.loss, problem.penalty
+    told = hasattr(loss, "padded") and getattr(penalty, "keeps_zeros", False)
+    if not (told and getattr(solver, "ignores_zeros", False)) or problem.operator is not None:
+        return None
+    if np.ndim(x0) != 1 or np.ndim(loss.target) != 1 or not all(map(_is_known, jax.tree.leaves((problem, solver, x0)))):
+        return None
+    rows, columns = np.size(loss.target), np.size(x0)
+    ratio = COARSE if rows * columns <= FEW else FINE
+    more_rows, more_columns = (rounded_up(size, ratio) - size for size in (rows, columns))
+    # Different lengths tell arrays on the rows from arrays on the columns.
+    more_rows += rows != columns and rows + more_rows == columns + more_columns
+    if columns >= MANY or not (more_rows or more_columns) or (loss := loss.padded(more_rows, more_columns)) is None:
+        return None
+
+    def longer(leaf: Any) -> Any:
+        """A parameter, one number or one per entry."""
+        return np.pad(leaf, (0, more_columns), mode="edge") if np.shape(leaf) == (columns,) else leaf
+
+    penalty = jax.tree.map(longer, penalty)
+    return Problem(loss, penalty), np.pad(np.asarray(x0), (0, more_columns))
+
+
+def _is_known(leaf: Any) -> bool:
+    if isinstance(leaf, jax.Array):
+        return not isinstance(leaf, jax.core.Tracer) and leaf.devices() == jax.device_put(0).devices()
+    return isinstance(leaf, np.ndarray | np.generic | int | float)
+
+
+def cut(found: Solution, problem: Problem, padded: Problem, x0: Any) -> Solution:
+    """A solution of a padded problem as one of the problem."""
+    lengths = {np.shape(padded.loss.target): np.size(problem.loss.target)}
+    lengths[np.shape(found.value)] = np.size(x0)
+
+    def shorter(leaf: Any) -> Any:
+        # By NumPy, since a slice by JAX is a program for every length.
+        length = lengths.get(np.shape(leaf))
+        return leaf if length is None else jax.device_put(np.asarray(leaf)[:length])
+
+    parts = {name: jax.tree.map(shorter, getattr(found, name)) for name in ("value", "dual", "state")}
+    return dataclasses.replace(found, **parts)
