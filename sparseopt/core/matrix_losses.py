@@ -106,11 +106,12 @@ class MatrixLoss:
         plain = weights is None and isinstance(self.family, SquaredLoss)
         if not plain:
             kind = jnp.result_type(self.matrix.matrix, jnp.float32)
-            weights = np.pad(np.ones(target.shape, kind) if weights is None else np.asarray(weights), (0, rows))
-        matrix = Dense(np.pad(np.asarray(self.matrix.matrix), ((0, rows), (0, columns))))
+            weights = np.append(np.ones(len(target), kind) if weights is None else weights, np.zeros(rows, kind))
+        matrix = np.zeros((len(target) + rows, self.matrix.in_shape[0] + columns), self.matrix.matrix.dtype)
+        matrix[: len(target), : self.matrix.in_shape[0]] = self.matrix.matrix
         # The last target is one that the loss accepts.
-        target = np.pad(target, (0, rows)) if plain else np.pad(target, (0, rows), mode="edge")
-        return dataclasses.replace(self, matrix=matrix, target=target, weights=weights)
+        target = np.append(target, np.repeat(0 * target[-1:] if plain else target[-1:], rows))
+        return dataclasses.replace(self, matrix=Dense(matrix), target=target, weights=weights)
 
     def refuses(self) -> str | None:
         """Why the data cannot be used (shapes, or values outside the domain), or None; tracers are not checked."""
