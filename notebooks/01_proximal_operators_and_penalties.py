@@ -30,6 +30,8 @@ from scipy import sparse
 import sparseopt as so
 from sparseopt.experiments import plots
 
+_ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
+
 # %% [markdown]
 # ## A prox is a small minimisation
 #

@@ -38,6 +38,7 @@ import sparseopt as so
 from sparseopt.experiments import plots
 from sparseopt.trend.images import psnr
 
+_ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
 rng = np.random.default_rng(1)
 
 

@@ -27,12 +27,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+import sparseopt as so
 from sparseopt.experiments import plots
 from sparseopt.models import bundled_model, encode_text, generate, load_decoder, load_tokenizer, open_model
 from sparseopt.pruning import Recipe, audit_sparsity, load_text, perplexity, prune_layer, prune_model, token_windows
 from sparseopt.pruning.activations import make_batches
 from sparseopt.pruning.calibration import BlockRunner
 
+_ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
 named = os.environ.get("SPARSEOPT_MODEL")
 path = Path(named) if named else bundled_model()
 model = open_model(path)

@@ -44,6 +44,8 @@ import jax.numpy as jnp
 
 import sparseopt as so
 
+_ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
+
 
 @so.pytree
 class LogSum:

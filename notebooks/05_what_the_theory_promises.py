@@ -30,6 +30,7 @@ from sparseopt.core.fidelity import NodeSquares
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.experiments import plots
 
+_ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
 jax.config.update("jax_enable_x64", True)
 rng = np.random.default_rng(3)
 

@@ -32,6 +32,7 @@ from sparseopt.trend.path import trend_path
 from sparseopt.trend.selection import cross_validate, select
 from sparseopt.trend.signal import noise_level
 
+_ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
 rng = np.random.default_rng(6)
 SIGMA = 0.6
 

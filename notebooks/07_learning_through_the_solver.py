@@ -39,6 +39,8 @@ from skimage.color import rgb2gray
 import sparseopt as so
 from sparseopt.experiments import plots
 
+_ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
+
 # %% [markdown]
 # ## Pictures
 #

@@ -33,6 +33,7 @@ from sparseopt.experiments.datasets import Picture, load_soho, require
 from sparseopt.trend.images import denoise, psnr
 from sparseopt.trend.signal import noise_level
 
+_ = so.keep_programs()  # on disk, since compilation takes most of the time of a first run
 rng = np.random.default_rng(8)
 SIGMA = 15.0
 

@@ -26,6 +26,7 @@ from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.core.types import pytree, static
+from sparseopt.system.programs import keep_programs
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.freedom import degrees_of_freedom
 from sparseopt.trend.graph import Graph
@@ -93,6 +94,7 @@ __all__ = [
     "chosen_solver",
     "cross_validate",
     "degrees_of_freedom",
+    "keep_programs",
     "largest_weight",
     "lift",
     "models",

@@ -43,6 +43,7 @@ class Nonnegative:
 
     weight: Any = 0.0
     separable = True
+    keeps_zeros = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.sum(self.weight * x) + infinite_unless(jnp.all(x >= 0), x)

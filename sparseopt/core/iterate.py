@@ -32,12 +32,20 @@ def iterate(
         raise ValueError(reason)
     # A step makes `stride` iterations, so the last one may end beyond the limit.
     length = int(max_steps) + -int(max_steps) % getattr(solver, "stride", 1) if history else 0
-    return _iterate(problem, solver, x0, tol, max_steps, length)
+    # Without steps there is no loop to compile.
+    moves = not (isinstance(max_steps, int) and max_steps == 0)
+    return _iterate(problem, solver, x0, tol, max_steps, length, moves)
 
 
-@partial(jax.jit, static_argnums=(5,))
+@partial(jax.jit, static_argnums=(5, 6))
 def _iterate(
-    problem: Problem, solver: Solver, x0: Any, tol: float | Array, max_steps: int | Array, history_length: int
+    problem: Problem,
+    solver: Solver,
+    x0: Any,
+    tol: float | Array,
+    max_steps: int | Array,
+    history_length: int,
+    moves: bool,
 ) -> Solution:
     given = problem
     # The loop is not differentiated: derivatives are attached to its answer.
@@ -74,7 +82,7 @@ def _iterate(
     kept = first._replace(stalled=None, stationary=None)
     record = jax.tree.map(lambda v: jnp.full((history_length,), jnp.nan, v.dtype), kept)
     carry = (state, jnp.zeros((), jnp.int32), first, record)
-    state, steps, last, record = jax.lax.while_loop(going, advance, carry)
+    state, steps, last, record = jax.lax.while_loop(going, advance, carry) if moves else carry
 
     value = solver.extract(problem, state)
     loss_dual, dual = solver.duals(problem, state) if hasattr(solver, "duals") else (None, None)

@@ -41,6 +41,10 @@ class Quadratic:
     def image(self, x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         return self.gradient(x)
 
+    def image_of_zero(self, zero: Array, like: Array) -> Array:
+        """The image of 0, at the price of what is not known; `like` is any image."""
+        return self.gradient(zero)
+
     def value_at(self, x: Float[Array, "n ..."], gradient: Float[Array, "n ..."]) -> Float[Array, ""]:
         """The loss at x from its gradient there: no product."""
         return 0.5 * jnp.sum((x - self.center) * gradient)
@@ -74,6 +78,9 @@ class PlainLoss:
 
     def image(self, x: Array) -> tuple[Array, Array]:
         return self.loss.value(x), self.loss.gradient(x)
+
+    def image_of_zero(self, zero: Array, like: tuple[Array, Array]) -> tuple[Array, Array]:
+        return self.image(zero)
 
     def value_at(self, x: Array, image: tuple[Array, Array]) -> Array:
         return image[0]

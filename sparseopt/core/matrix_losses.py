@@ -8,6 +8,7 @@ the Bregman divergence, computed without cancellation,
 with `||x' - x||² / (2 t)`.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -59,6 +60,9 @@ class MatrixLoss:
         """`A x`, affine in x; value, gradient and divergence follow from it."""
         return self.maps(x).mv(x)
 
+    def image_of_zero(self, zero: FloatArray, like: FloatArray) -> FloatArray:
+        return jnp.zeros_like(like)
+
     def pull(self, e: FloatArray) -> FloatArray:
         return self.maps(e).rmv(e)
 
@@ -78,11 +82,11 @@ class MatrixLoss:
         return self.rows.slack(image, -self.rows.gradient(image_old))
 
     def start(self) -> FloatArray:
-        target = jnp.asarray(self.target)
         kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in jax.tree.leaves(self.matrix)]
         floats = [kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)]
-        kind = jnp.result_type(target, jnp.float32, *floats)
-        return jnp.zeros(self.start_shape(), kind)
+        kind = jnp.result_type(self.target, jnp.float32, *floats)
+        # Not by `jnp.zeros`, which is a program for every shape.
+        return jax.device_put(np.zeros(self.start_shape(), kind))
 
     def start_shape(self) -> tuple[int, ...]:
         """The shape of x, found without computing."""
@@ -90,6 +94,24 @@ class MatrixLoss:
         if isinstance(self.matrix, Dense | SparseMatrix):
             return self.matrix.in_shape + target[1:]
         return jax.eval_shape(self.pull, jax.ShapeDtypeStruct(target, jnp.result_type(float))).shape
+
+    def padded(self, rows: int, columns: int) -> Any:
+        """The loss with so many rows and columns of zeros appended; None if its matrix is not dense.
+
+        The new rows cost nothing: those of least squares have the target 0, those of other losses the weight 0.
+        """
+        weights, target = self.weights, np.asarray(self.target)
+        if not isinstance(self.matrix, Dense) or np.ndim(weights) > 1 or not target.size:
+            return None
+        plain = weights is None and isinstance(self.family, SquaredLoss)
+        if not plain:
+            kind = jnp.result_type(self.matrix.matrix, jnp.float32)
+            weights = np.append(np.ones(len(target), kind) if weights is None else weights, np.zeros(rows, kind))
+        matrix = np.zeros((len(target) + rows, self.matrix.in_shape[0] + columns), self.matrix.matrix.dtype)
+        matrix[: len(target), : self.matrix.in_shape[0]] = self.matrix.matrix
+        # The last target is one that the loss accepts.
+        target = np.append(target, np.repeat(0 * target[-1:] if plain else target[-1:], rows))
+        return dataclasses.replace(self, matrix=Dense(matrix), target=target, weights=weights)
 
     def refuses(self) -> str | None:
         """Why the data cannot be used (shapes, or values outside the domain), or None; tracers are not checked."""
@@ -109,11 +131,13 @@ class MatrixLoss:
             return None
         if weights is not None and not np.all(np.isfinite(weights) & (np.asarray(weights) >= 0)):
             return f"the weights of {name} must be finite and not negative"
-        rows = self.rows
-        family, target = rows.family, np.asarray(self.target)
+        family, target = self.family, np.asarray(self.target)
         if reason := getattr(family, "refuses", lambda: None)():
             return reason
-        wrong = family.wrong(target) & (True if rows.weights is None else np.asarray(rows.weights) > 0)
+        seen = True
+        if weights is not None:
+            seen = np.reshape(weights, np.shape(weights) + (1,) * (target.ndim - np.ndim(weights))) > 0
+        wrong = family.wrong(target) & seen
         if not wrong.any():
             return None
         place = tuple(int(i) for i in np.argwhere(wrong)[0])

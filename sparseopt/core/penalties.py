@@ -23,7 +23,8 @@ class Penalty(Protocol):
 
     A penalty whose value is a sum over entries may say so with a class attribute `separable = True`: it then promises
     that `prox` takes an array of steps, one per entry. `proximal_adam` needs it; without the attribute a penalty counts
-    as coupled.
+    as coupled. One that moreover costs nothing at 0 and has the prox 0 of 0 may say `keeps_zeros = True`: then small
+    problems of similar sizes share a compiled program, see `sparseopt.core.padding`.
     """
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
@@ -150,6 +151,7 @@ class L0:
 
     weight: Any
     separable = True
+    keeps_zeros = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return self.weight * count_nonzero(x).astype(x.dtype)
@@ -169,6 +171,7 @@ class L1:
 
     weight: Any
     separable = True
+    keeps_zeros = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.sum(self.weight * jnp.abs(x))
@@ -203,6 +206,7 @@ class ElasticNet:
     weight: Any
     ridge: Any
     separable = True
+    keeps_zeros = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.sum(self.weight * jnp.abs(x) + 0.5 * self.ridge * x * x)
@@ -235,6 +239,7 @@ class MCP:
     weight: Any
     gamma: Any = 3.0
     separable = True
+    keeps_zeros = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         size = jnp.minimum(jnp.abs(x), jnp.asarray(self.gamma * self.weight, x.dtype))
@@ -272,6 +277,7 @@ class SCAD:
     weight: Any
     a: Any = 3.7
     separable = True
+    keeps_zeros = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.sum(_scad_terms(x, self.weight, self.a))
@@ -322,6 +328,7 @@ class LogSum:
     weight: Any
     eps: Any
     separable = True
+    keeps_zeros = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.sum(self.weight * jnp.log1p(jnp.abs(x) / self.eps))

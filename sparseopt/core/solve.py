@@ -15,6 +15,7 @@ from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import Quadratic
 from sparseopt.core.matrices import refuses_map, refuses_transpose
 from sparseopt.core.matrix_losses import MatrixLoss
+from sparseopt.core.padding import cut, padded_problem
 from sparseopt.core.penalties import L0
 from sparseopt.core.penalty_names import KNOWN
 from sparseopt.core.problem import Problem, Solution, Solver, refusal
@@ -156,7 +157,10 @@ def solve(
             raise ValueError(reason)
         if not jnp.issubdtype(x0.dtype, jnp.complexfloating):
             x0 = jnp.asarray(x0, _dtype(problem, x0))
-    return iterate(problem, solver, x0, tol=tol, max_steps=max_steps, history=history)
+    limits: dict[str, Any] = {"tol": tol, "max_steps": max_steps, "history": history}
+    if shared := padded_problem(problem, solver, x0):
+        return cut(iterate(shared[0], solver, shared[1], **limits), problem, shared[0], x0)
+    return iterate(problem, solver, x0, **limits)
 
 
 def _refuses_data(problem: Problem) -> str | None:

@@ -1,6 +1,6 @@
 """Floor 0: compiled programs on disk, so that a second process need not compile them again.
 
-Only the `sparseopt` command and the tests keep programs; the library itself changes no setting of JAX.
+Only `keep_programs` changes settings of JAX, and only the `sparseopt` command calls it unasked.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 SWITCH = "SPARSEOPT_KEEP_PROGRAMS"
-SIZE_LIMIT = 1 << 30  # bytes of all programs of the command
+SIZE_LIMIT = 1 << 30  # bytes of all kept programs
 
 
 def cache_folder() -> Path:
@@ -56,10 +56,16 @@ def trim(kept: Path, limit: int) -> None:
 
 
 def keep_programs() -> Path | None:
-    """Have JAX keep compiled programs in the user's cache folder; returns the folder, or None where nothing is kept.
+    """Have JAX keep compiled programs in the user's cache folder, so that a later process need not compile them again.
 
-    Nothing is kept if the variable SPARSEOPT_KEEP_PROGRAMS is 0, if JAX was told of a folder already
-    (JAX_COMPILATION_CACHE_DIR), or if the folder cannot be written.
+    Most of the time of a first call is compilation. Call this once, before the first solve, in a script or notebook
+    that runs more than once. The folder, of at most 1 GiB, is separate for each version of JAX and each processor. All
+    programs of the process are kept, also those that have nothing to do with this package. The `sparseopt` command
+    calls this itself; importing the package does not.
+
+    Returns:
+        The folder, or None where nothing is kept. Nothing is kept if the variable SPARSEOPT_KEEP_PROGRAMS is 0, if
+        JAX was told of a folder already (JAX_COMPILATION_CACHE_DIR), or if the folder cannot be written.
     """
     if os.environ.get(SWITCH) == "0" or getattr(jax.config, "jax_compilation_cache_dir", None):
         return None

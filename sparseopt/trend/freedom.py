@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 from scipy import sparse
-from scipy.sparse import csgraph
 
 from sparseopt.core.arguments import real_array
 from sparseopt.core.grouping import edge_rows
@@ -117,6 +116,8 @@ def _pieces(kept: np.ndarray, graph: Graph, edges: Callable[[], np.ndarray], see
     if seen is None and graph.num_edges == n - graph.num_components:
         return n - int(kept.sum())  # a forest: each edge joins two pieces
     tails, heads = edges()[kept].T
+    from scipy.sparse import csgraph
+
     adjacency = sparse.coo_array((np.ones(tails.size, np.int8), (tails, heads)), shape=(n, n))
     count, labels = csgraph.connected_components(adjacency, directed=False)
     return count if seen is None else np.unique(labels[seen]).size

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from scipy import sparse
-from scipy.sparse import csgraph
 
 from sparseopt.core.arguments import require_memory, unknown, whole_number
 from sparseopt.core.divided_differences import (
@@ -369,6 +368,8 @@ class Graph:
         """The component number of every node, `[n]`."""
         if self.shape is not None:
             return np.zeros(self.num_nodes, np.int32)
+        from scipy.sparse import csgraph
+
         return csgraph.connected_components(self.adjacency, directed=False)[1]
 
     @functools.cached_property
@@ -436,6 +437,8 @@ class Graph:
     @functools.cached_property
     def near_order(self) -> np.ndarray:
         """The nodes `[n]` in an order that keeps neighbours close: Cuthill and McKee, 1969, reversed."""
+        from scipy.sparse import csgraph
+
         both = sparse.csr_array(self.adjacency + self.adjacency.T)
         return csgraph.reverse_cuthill_mckee(both, symmetric_mode=True)
 

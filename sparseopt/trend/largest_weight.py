@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.sparse import linalg
 
 from sparseopt.core.arguments import positive_number
 from sparseopt.core.grouping import difference_matrix, edge_rows
@@ -151,9 +150,11 @@ def _inverse_times(graph: Graph, right: np.ndarray, times: int, order: int = 0) 
     kept = np.delete(np.arange(graph.num_nodes), grounded)
 
     def factor() -> Any:
+        from scipy.sparse.linalg import splu
+
         inner = graph.matrix(2)[kept][:, kept].tocsc()
         symmetric = {"SymmetricMode": True}
-        return linalg.splu(inner, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=symmetric)
+        return splu(inner, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=symmetric)
 
     solver, found = graph.cached(("laplacian factor",), factor), right
     for _ in range(times):

@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import ndimage, sparse
-from scipy.sparse import csgraph
+from scipy import sparse
 
 from sparseopt.core.operators import Stack
 from sparseopt.core.penalties import Norm
@@ -175,9 +174,15 @@ def labels_of(graph: Graph, joined: np.ndarray) -> np.ndarray:
     """
     shape, n = graph.shape, graph.num_nodes
     if shape is None:
+        from scipy.sparse import csgraph
+
         tails, heads = graph.edges[joined].T
         edges = sparse.coo_array((np.ones(tails.size, bool), (tails, heads)), shape=(n, n))
         return csgraph.connected_components(edges, directed=False)[1]
+    if len(shape) == 1:
+        return np.cumsum(np.append(False, ~joined[0][:-1]))
+    from scipy import ndimage
+
     # A picture with a pixel for each node and each edge: its regions are found in a fraction of the time.
     pixels = np.zeros([2 * size - 1 for size in shape], bool)
     nodes = (slice(None, None, 2),) * len(shape)

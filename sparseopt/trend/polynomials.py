@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
-from scipy.optimize import linprog
 
 from sparseopt.core.scalar_losses import LossOfTwoSlopes, ScalarLoss
 from sparseopt.core.types import precision
@@ -187,6 +186,8 @@ def _scaled(apart: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _optimum(cost: np.ndarray, bounds: np.ndarray, method: str = "highs-ds", **constraints: Any) -> Any:
+    from scipy.optimize import linprog
+
     options = {"dual_feasibility_tolerance": LINEAR_TOL, "primal_feasibility_tolerance": LINEAR_TOL}
     found = linprog(cost, bounds=bounds, method=method, options=options, **constraints)
     if found.x is None:

@@ -10,7 +10,6 @@ from sparseopt.system.programs import SWITCH, cache_folder, keep_programs, progr
 
 FIT = """
 import jax, numpy as np, sparseopt as so
-from sparseopt.system.programs import keep_programs
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
 folder = {keep}
@@ -19,7 +18,7 @@ print(folder, hits.count("/jax/compilation_cache/cache_hits"), jax.config.jax_co
 """
 
 
-def fit(home, keep="keep_programs()", **variables):
+def fit(home, keep="so.keep_programs()", **variables):
     """What a process said that fitted a signal: its folder of programs, how many it found there, JAX's own folder."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_"))}
     environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")} | variables

@@ -77,6 +77,8 @@ class AcceleratedProximalGradient(PlainSolver):
 
     step_size: Any = None
     cadence: int = static(default=10)
+    # Rows and columns of zeros in the matrix of a loss change nothing but the rounding of sums.
+    ignores_zeros = True
 
     def refuses(self, problem: Problem) -> str | None:
         if (reason := needs(self, problem, loss="value gradient")) or is_smooth(problem.loss):
@@ -92,7 +94,8 @@ class AcceleratedProximalGradient(PlainSolver):
         loss = with_image(problem.loss)
         x0 = jnp.asarray(x0)
         image = loss.image(x0)
-        at_zero = problem.loss.gradient(jnp.zeros_like(x0))
+        zero = jnp.zeros_like(x0)
+        at_zero = loss.gradient_at(zero, loss.image_of_zero(zero, image))
         if self.step_size is None:
             here = loss.gradient_at(x0, image)
             # A first guess at L from below: one step of the power method along the gradient, by a finite difference.
@@ -135,6 +138,7 @@ class AcceleratedProximalGradient(PlainSolver):
             image_y = state.image + state.momentum * (state.image - state.image_old)
         gradient = loss.gradient_at(y, image_y)
         eps = jnp.finfo(y.dtype).eps
+        attempts = 1 if self.step_size is not None else 1 + MOST_BACKTRACKS
 
         def attempt(curvature: Array, memory: Any) -> tuple[Array, Any, Array, Array, Any]:
             z, memory = prox_from(penalty, y - gradient / curvature, 1 / curvature, memory)
@@ -147,17 +151,17 @@ class AcceleratedProximalGradient(PlainSolver):
 
         def failing(carry: tuple) -> Array:
             _, (_, _, holds, _, _), count = carry
-            return ~holds & (count < MOST_BACKTRACKS)
+            return ~holds & (count < attempts)
 
-        def shorter(carry: tuple) -> tuple:
+        def attempted(carry: tuple) -> tuple:
             curvature, (*_, memory), count = carry
-            curvature = GROWTH * curvature
+            curvature = jnp.where(count > 0, GROWTH * curvature, curvature)
             return curvature, attempt(curvature, memory), count + 1
 
-        carry = (state.curvature, attempt(state.curvature, state.prox_memory), jnp.zeros((), jnp.int32))
-        if self.step_size is None:
-            carry = jax.lax.while_loop(failing, shorter, carry)
-        curvature, (z, image, _, lost, memory), _ = carry
+        # The loop makes the first attempt too: traced twice, it would be compiled twice.
+        no = jnp.zeros((), bool)
+        carry = (state.curvature, (y, image_y, no, no, state.prox_memory), jnp.zeros((), jnp.int32))
+        curvature, (z, image, _, lost, memory), _ = jax.lax.while_loop(failing, attempted, carry)
         objective = loss.value_at(z, image) + penalty.value(z)
         # From a start outside a constraint's set, at +inf, every step is taken; so is a NaN, which ends the solve.
         taken = ~(objective > state.objective + 8 * eps * jnp.abs(state.objective))

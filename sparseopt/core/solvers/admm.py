@@ -198,7 +198,7 @@ class Admm(PlainSolver):
     def init(self, problem: Problem, x0: Start | AdmmState) -> AdmmState:
         """Start with d = 0 and g the start's dual, or continue from a state of another precision, cast to this one."""
         if isinstance(x0, AdmmState):
-            return self._judged(problem, x0)
+            return self._first(problem, x0)
         dtype = x0.x.dtype
         split = problem.operator
         far = jnp.full((), jnp.inf, dtype)
@@ -224,11 +224,14 @@ class Admm(PlainSolver):
             unit_noise=noise,
             past=empty_memory(z, x0.x, self.acceleration) if self._accelerates(problem) else None,
         )
-        return self._judged(problem, state)
+        return self._first(problem, state)
 
-    def _judged(self, problem: Problem, state: AdmmState) -> AdmmState:
-        """The state with a check, as if it were the first."""
-        residual, objective, gap, floor = self._certify(problem, state)
+    def _first(self, problem: Problem, state: AdmmState) -> AdmmState:
+        """The state with a check, as if it were the first; that of a norm is not computed, since every step brings one."""
+        far = jnp.full((), jnp.inf, state.x.dtype)
+        residual, objective, gap, floor = far, far, far, jnp.zeros_like(far)
+        if not isinstance(problem.penalty, Norm):
+            residual, objective, gap, floor = self._certify(problem, state)
         progress = Progress(jnp.full_like(residual, jnp.inf), jnp.zeros((), jnp.int32))
         check = Check(residual, objective, gap, progress, floor, state.check.motion)
         return dataclasses.replace(state, check=check)

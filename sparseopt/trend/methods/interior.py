@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
-from scipy.sparse import csgraph
 
 from sparseopt.core.divided_differences import divided_difference
 from sparseopt.core.grouping import difference_matrix, edge_rows
@@ -171,6 +170,8 @@ def is_narrow(graph: Graph) -> bool:
     """Whether factors on the graph stay sparse, judged by the layers of a breadth-first search."""
 
     def build() -> bool:
+        from scipy.sparse import csgraph
+
         # The largest component, searched from an end of it.
         inside = np.flatnonzero(graph.components == np.argmax(np.bincount(graph.components)))
         start = inside[0]

@@ -1,0 +1,110 @@
+"""Problems of similar sizes share one compiled program, and nothing of that shows in a solution."""
+
+import jax
+import numpy as np
+import pytest
+
+import sparseopt as so
+from sparseopt.core.iterate import iterate
+from sparseopt.core.padding import COARSE, FINE, padded_problem, rounded_up
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+TRACED = "/jax/core/compile/jaxpr_trace_duration"
+
+
+def counted(call):
+    """The programs that a call compiles, or takes from the folder of the tests, and what it traces."""
+    seen = []
+
+    def listen(event, _duration, **_):
+        seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.block_until_ready(call())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return seen.count(COMPILED), seen.count(TRACED)
+
+
+def draw(rows, columns, seed=0):
+    rng = np.random.default_rng(seed)
+    matrix = rng.standard_normal((rows, columns)).astype(np.float32)
+    return matrix, (matrix[:, :3].sum(1) + rng.standard_normal(rows)).astype(np.float32)
+
+
+def lasso(rows, columns):
+    return so.Problem(so.LeastSquares(*draw(rows, columns)), so.L1(2.0))
+
+
+def test_a_first_solve_is_one_program_and_the_next_size_none():
+    jax.clear_caches()
+    assert counted(lambda: so.solve(lasso(45, 19)))[0] == 1
+    for rows, columns in ((46, 19), (44, 20), (43, 21)):
+        assert counted(lambda shape=(rows, columns): so.solve(lasso(*shape))) == (0, 0)
+
+
+def test_sizes_grow_by_a_quarter_at_most():
+    for ratio in (COARSE, FINE):
+        for size in (*range(1, 3000), 99_999):
+            assert size <= rounded_up(size, ratio) <= max(size * ratio, size + 1) or size < 2
+
+
+def weighted(loss, seed=1):
+    matrix, target = draw(45, 19)
+    return loss(matrix, target, np.random.default_rng(seed).uniform(0.5, 2, 45).astype(np.float32))
+
+
+def logistic():
+    matrix, target = draw(45, 19)
+    return so.Composed(so.LogisticLoss(), matrix, (target > 0).astype(np.float32))
+
+
+WEIGHTS = np.linspace(0.5, 3, 19).astype(np.float32)
+PROBLEMS = {
+    "lasso": lasso(45, 19),
+    "a weight per entry": so.Problem(so.LeastSquares(*draw(45, 19)), so.L1(WEIGHTS)),
+    "free entries": so.Problem(so.LeastSquares(*draw(45, 19)), so.L1(np.where(WEIGHTS < 1, 0, WEIGHTS))),
+    "weighted rows": so.Problem(weighted(so.LeastSquares), so.ElasticNet(2.0, 1.0)),
+    "logistic": so.Problem(logistic(), so.Nonnegative(0.5)),
+    "MCP": so.Problem(so.LeastSquares(*draw(45, 19)), so.MCP(2.0, 30.0)),
+    "square": so.Problem(so.LeastSquares(*draw(19, 19)), so.L1(2.0)),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_padded_solution_is_the_solution(name):
+    problem = PROBLEMS[name]
+    x0 = np.linspace(-1, 1, 19).astype(np.float32) * (name == "lasso")
+    solver = so.chosen_solver(problem).solver
+    assert padded_problem(problem, solver, x0) is not None
+    limits = {"tol": 1e-5, "max_steps": 200, "history": True}
+    found, wanted = so.solve(problem, x0=x0, **limits), iterate(problem, solver, x0, **limits)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), path
+    assert int(found.status) == int(wanted.status)
+    assert abs(int(found.steps) - int(wanted.steps)) <= 10
+    np.testing.assert_allclose(found.value, wanted.value, atol=2e-4)
+    np.testing.assert_allclose(found.objective, wanted.objective, rtol=1e-5)
+    first = np.s_[9:20:10]  # later ones are differences of nearly equal numbers
+    np.testing.assert_allclose(found.history.objective[first], wanted.history.objective[first], rtol=1e-4)
+
+
+def test_what_does_not_say_so_is_not_padded():
+    plain, steps = lasso(45, 19), so.AcceleratedProximalGradient()
+    start = np.zeros(19, np.float32)
+    others = {
+        "a group": so.Problem(plain.loss, so.GroupL2(1.0)),
+        "an operator": so.Problem(plain.loss, so.L1(1.0), np.diff(np.eye(19, dtype=np.float32), axis=0)),
+        "a loss of one's own": so.Problem(so.Quadratic(np.eye(19, dtype=np.float32), start), so.L1(1.0)),
+        "channels": so.Problem(so.LeastSquares(plain.loss.matrix, plain.loss.target[:, None]), so.L1(1.0)),
+    }
+    for name, problem in others.items():
+        assert padded_problem(problem, steps, problem.loss.start()) is None, name
+    assert padded_problem(plain, so.PrimalDual(), start) is None
+
+    def traced(weight):
+        assert padded_problem(so.Problem(plain.loss, so.L1(weight)), steps, start) is None
+        return weight
+
+    jax.jit(traced)(1.0)
