@@ -5,19 +5,27 @@ locally constant, which is almost everywhere, the optimality conditions are smoo
 one-sided derivative; where the solution is not unique, it is that of the shortest change.
 
 Without an operator, with `T = prox(x - t gradient(x), t)`, `J` the Jacobian of the prox, `H` the Hessian of the loss
-and `p` the movement of the prox with its own parameters, `dx = T'(x) dx + ...` becomes the symmetric system
+and `p` the movement of the prox with its own parameters, the derivative of `x = T(x)` is
 
-    (J - J² + t J H J) z = J (p - t H p - t dgradient),        dx = p + J z
+    dx - J (dx - t H dx) = r = p - t J dgradient
 
-With an operator K, dual u, `v = K x + t u` and `N = I - J`,
+With an operator K, dual u, and `K x = prox(K x + t u, t)`, `N = I - J`,
 
-    H dx + (1/t) Kᵀ N s = -dgradient - dKᵀ u + (1/t) Kᵀ p
-    (1/t) N K dx - (1/t) N J s = (1/t) N (p - dK x)
+    H dx + Kᵀ du = r = -dgradient - dKᵀ u
+    N K dx - t J du = q = p - N dK x
 
-A loss that is not smooth adds one more such block. Where H is the identity, dx is eliminated, and conjugate gradients
-take a tenth of the time; with r the first right-hand side,
+A loss that is not smooth adds one more such block, for its dual. Derivatives of these derivatives are those of the
+linear systems, at an x and a u that move with the problem. Both systems are solved through symmetric ones,
 
-    (N K Kᵀ N + t N J) s = N (K r + dK x - p),        dx = r - Kᵀ N s
+    (J - J² + t J H J) z = J (r + N r - t H N r),        dx = N r + J z
+
+    H dx + (1/t) Kᵀ N s = r + (1/t) Kᵀ q
+    (1/t) N K dx - (1/t) N J s = (1/t) N q,        du = (N s - q) / t
+
+and so are their transposes. Where H is the identity, dx is eliminated, and conjugate gradients take a tenth of the
+time; with r the first right-hand side,
+
+    (N K Kᵀ N + t N J) s = N (K r - q),        dx = r - Kᵀ N s
 
 Where K is the first difference of a graph, J a mask and H diagonal, x is constant on the pieces that zero rows join,
 and on each dx is the sum of r over the sum of H.
@@ -35,7 +43,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from sparseopt.core.certify import has_conjugate
 from sparseopt.core.fidelity import NodeLoss, NodeSquares
@@ -62,16 +70,22 @@ class Found(NamedTuple):
 
 
 @jax.custom_jvp
-def attached(problem: Any, value: FloatArray, objective: Array, found: Found) -> tuple[FloatArray, Array]:
-    """`value` and `objective` with the derivatives of the solution in the leaves of the problem."""
-    return value, objective
+def attached(problem: Any, value: FloatArray, objective: Array, found: Found) -> tuple[FloatArray, Array, Found]:
+    """`value`, `objective` and the duals in `found` with the derivatives of the solution in the problem's leaves.
+
+    Only derivatives that need the duals have theirs.
+    """
+    return value, objective, found
 
 
 @attached.defjvp
 def _attached_jvp(primals: tuple, tangents: tuple) -> tuple:
-    problem, x, objective, found = primals
+    problem, *answer = primals
     moved = tangents[0]
+    # A derivative of this derivative sees the answer as the function of the problem that it is.
+    x, objective, found = attached(problem, *answer)
     smooth = is_smooth(problem.loss)
+    still = jax.tree.map(jnp.zeros_like, found)
     if problem.operator is None and smooth:
         tangent, change = _fixed_point_tangent(problem, moved, x, found.step_size)
     else:
@@ -80,8 +94,9 @@ def _attached_jvp(primals: tuple, tangents: tuple) -> tuple:
                 "this solver returns no dual point, which derivatives of a solution with an operator or with a loss "
                 "that is not smooth need; solve with PrimalDual or SplitAdmm"
             )
-        tangent, change = _dual_tangent(problem, moved, x, found)
-    return (x, objective), (tangent.astype(x.dtype), change.astype(objective.dtype))
+        tangent, change, turned = _dual_tangent(problem, moved, x, found)
+        still = still._replace(**{name: turn.astype(getattr(found, name).dtype) for name, turn in turned.items()})
+    return (x, objective, found), (tangent.astype(x.dtype), change.astype(objective.dtype), still)
 
 
 def _along(function: Callable[[Any], Any], tree: Any, moved: Any) -> Any:
@@ -96,16 +111,27 @@ def _fixed_point_tangent(problem: Any, moved: Any, x: FloatArray, step: Any) -> 
     if step is None:
         # Any step will do for a convex penalty; for others it must be short enough.
         step = 0.9 / jnp.maximum(norm_estimate(hessian, lambda e: e, x) ** 2, jnp.finfo(x.dtype).tiny)
+        step = jax.lax.stop_gradient(step)
     point = x - step * gradient
     _, jacobian = jax.linearize(lambda point: penalty.prox(point, step), point)
     pushed = _along(lambda penalty: penalty.prox(point, step), penalty, moved.penalty)
 
-    def system(z: FloatArray) -> FloatArray:
+    def system(dx: FloatArray) -> FloatArray:
+        return dx - jacobian(dx - step * hessian(dx))
+
+    def symmetric(z: FloatArray) -> FloatArray:
         on_support = jacobian(z)
         return on_support - jacobian(on_support) + step * jacobian(hessian(on_support))
 
-    z = _solved(system, jacobian(pushed - step * hessian(pushed) - step * turned))
-    dx = pushed + jacobian(z)
+    def solve(_: Any, right: FloatArray) -> FloatArray:
+        free = right - jacobian(right)
+        return free + jacobian(_minres(symmetric, jacobian(right + free - step * hessian(free))))
+
+    def solve_transposed(_: Any, right: FloatArray) -> FloatArray:
+        on_support = jacobian(_minres(symmetric, jacobian(right)))
+        return right + on_support - step * hessian(on_support)
+
+    dx = jax.lax.custom_linear_solve(system, pushed - step * jacobian(turned), solve, solve_transposed)
     return dx, _value_along(loss, moved.loss, x, dx) + _value_along(penalty, moved.penalty, x, dx)
 
 
@@ -126,6 +152,11 @@ class _Term(NamedTuple):
     rows_moved: Any  # dK x
     pulled_moved: Any  # dKᵀ u
 
+    @property
+    def wanted(self) -> FloatArray:
+        """`p - N dK x`, the right-hand side of this term's equation."""
+        return self.pushed - self.free(self.rows_moved)
+
     def free(self, e: FloatArray) -> FloatArray:
         """`N e`."""
         return e - self.jacobian(e)
@@ -137,7 +168,8 @@ def _linearised(given: Any, given_moved: Any, term: Any, term_moved: Any, x: Flo
     rows, tiny = maps.mv(x), jnp.finfo(x.dtype).tiny
     if step is None:
         step = jnp.sqrt(jnp.maximum(jnp.sum(rows**2), tiny) / jnp.maximum(jnp.sum(dual**2), tiny))
-        step = jnp.clip(step, 1e-6, 1e6)
+        # The derivatives do not depend on it.
+        step = jax.lax.stop_gradient(jnp.clip(step, 1e-6, 1e6))
     point = rows + step * dual
     copy, jacobian = jax.linearize(lambda point: term.prox(point, step), point)
     if getattr(term, "separable", False):
@@ -155,7 +187,8 @@ def _linearised(given: Any, given_moved: Any, term: Any, term_moved: Any, x: Flo
     )
 
 
-def _dual_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tuple[FloatArray, Array]:
+def _dual_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tuple[FloatArray, Array, dict[str, Any]]:
+    """The derivatives of x, of the objective, and of the duals by their names."""
     loss, penalty = problem.loss, problem.penalty
     convex = has_conjugate(penalty)
     # Any step will do for a convex penalty.
@@ -163,27 +196,30 @@ def _dual_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tupl
     penalised = _linearised(problem.operator, moved.operator, penalty, moved.penalty, x, found.dual, step)
     if is_smooth(loss):
         _, hessian = jax.linearize(loss.gradient, x)
-        right = _pulled(-_along(lambda loss: loss.gradient(x), loss, moved.loss), penalised)
+        right = -_along(lambda loss: loss.gradient(x), loss, moved.loss) - penalised.pulled_moved
         if _has_pieces(problem):
-            dx = _constant_on_pieces(problem.operator, hessian, right, penalised)
-        elif convex and isinstance(loss, NodeSquares | LeastSquares) and loss.weights is None and _is_diagonal(loss):
-            # Half the squared distance to a point, whose Hessian is the identity.
-            dx = _eliminated(right, penalised)
+            dx = _constant_on_pieces(problem.operator, hessian, right + _pull(penalised), penalised)
+            # The dual moves by the shortest way that balances this.
+            _, dual = _solution(None, right - hessian(dx), (penalised,))
         else:
-            curvature = norm_estimate(hessian, lambda e: e, x) ** 2
-            dx = _saddle_solution(hessian, right, (penalised,), curvature)
+            # Half the squared distance to a point has the identity as its Hessian.
+            square = isinstance(loss, NodeSquares | LeastSquares) and loss.weights is None and _is_diagonal(loss)
+            dx, dual = _solution(None if convex and square else hessian, right, (penalised,))
+        turned = {"dual": dual}
         changed = _value_along(loss, moved.loss, x, dx)
     else:
         rows, along_rows = jax.jvp(lambda loss: loss.rows, (loss,), (moved.loss,))
         data = _linearised(loss.matrix, moved.loss.matrix, rows, along_rows, x, found.loss_dual, None)
-        right = _pulled(_pulled(jnp.zeros_like(x), penalised), data)
-        dx = _saddle_solution(jnp.zeros_like, right, (penalised, data), 1.0)
+        right = -penalised.pulled_moved - data.pulled_moved
+        dx, dual, loss_dual = _solution(jnp.zeros_like, right, (penalised, data))
+        turned = {"dual": dual, "loss_dual": loss_dual}
         changed = _value_along(rows, along_rows, data.copy, data.mv(dx) + data.rows_moved)
-    return dx, changed + _value_along(penalty, moved.penalty, penalised.copy, penalised.mv(dx) + penalised.rows_moved)
+    changed += _value_along(penalty, moved.penalty, penalised.copy, penalised.mv(dx) + penalised.rows_moved)
+    return dx, changed, turned
 
 
-def _pulled(right: FloatArray, term: _Term) -> FloatArray:
-    return right - term.pulled_moved + term.rmv(term.pushed / term.step)
+def _pull(term: _Term) -> FloatArray:
+    return term.rmv(term.wanted / term.step)
 
 
 def _is_diagonal(loss: Any) -> bool:
@@ -208,46 +244,76 @@ def _constant_on_pieces(operator: Any, hessian: Any, right: FloatArray, term: _T
     return jax.vmap(piece_means, 1, 1)(right.reshape(shape), curvature, labels).reshape(right.shape)
 
 
-def _eliminated(right: FloatArray, term: _Term) -> FloatArray:
-    """The solution where H is the identity and the penalty is convex."""
+def _solution(hessian: Any, right: FloatArray, terms: tuple[_Term, ...]) -> tuple[FloatArray, ...]:
+    """The changes dx, and du of every term; None for H is the identity, with one term whose penalty is convex.
+
+    The system is the one whose matrix and right-hand side have the solution's own derivatives; it is not symmetric, and
+    it and its transpose are solved by way of a symmetric one.
+    """
+    curved = (lambda dx: dx) if hessian is None else hessian
+    find = partial(_eliminated, terms[0]) if hessian is None else partial(_saddle_solution, hessian, terms)
+
+    def system(unknowns: tuple) -> tuple:
+        dx, *turns = unknowns
+        parts = list(zip(terms, turns, strict=True))
+        top = sum((term.rmv(du) for term, du in parts), start=curved(dx))
+        return (top, *(term.free(term.mv(dx)) - term.step * term.jacobian(du) for term, du in parts))
+
+    def solve(_: Any, right: tuple) -> tuple:
+        top, *wanted = right
+        parts = list(zip(terms, wanted, strict=True))
+        dx, *moves = find(sum((term.rmv(w / term.step) for term, w in parts), start=top), wanted)
+        return (dx, *((move - w) / term.step for (term, w), move in zip(parts, moves, strict=True)))
+
+    def solve_transposed(_: Any, right: tuple) -> tuple:
+        top, *wanted = right
+        dx, *moves = find(top, wanted)
+        return (dx, *((term.mv(dx) - w + move) / term.step for term, w, move in zip(terms, wanted, moves, strict=True)))
+
+    # As one vector: JAX has no rule for a right-hand side of which only a part moves.
+    flat, unravel = ravel_pytree((right, *(term.wanted for term in terms)))
+
+    def of_vectors(function: Callable[..., tuple]) -> Callable[..., Array]:
+        return lambda *given: ravel_pytree(function(*given[:-1], unravel(given[-1])))[0]
+
+    ways = of_vectors(solve), of_vectors(solve_transposed)
+    return unravel(jax.lax.custom_linear_solve(of_vectors(system), flat, *ways))
+
+
+def _eliminated(term: _Term, top: FloatArray, wanted: list[FloatArray]) -> tuple[FloatArray, FloatArray]:
+    """`_saddle_solution` where H is the identity and the penalty is convex."""
 
     def system(s: FloatArray) -> FloatArray:
         return term.free(term.mv(term.rmv(term.free(s))) + term.step * term.jacobian(s))
 
-    wanted = term.free(term.mv(right) + term.rows_moved - term.pushed)
-    s = jax.lax.custom_linear_solve(system, wanted, solve=_conjugate_gradients, symmetric=True)
-    return right - term.rmv(term.free(s))
+    s = term.free(_conjugate_gradients(system, term.free(term.mv(top) - wanted[0])))
+    return top - term.rmv(s), term.step * s
 
 
-def _saddle_solution(hessian: Any, right: FloatArray, terms: tuple[_Term, ...], curvature: Any) -> FloatArray:
-    """The solution of the whole system, its unknowns scaled so that the blocks are about as large as the curvature."""
-    tiny = jnp.finfo(right.dtype).tiny
-    sizes = [jnp.maximum(norm_estimate(term.mv, term.rmv, right, 10), tiny) for term in terms]
+def _saddle_solution(
+    hessian: Any, terms: tuple[_Term, ...], top: FloatArray, wanted: list[FloatArray]
+) -> tuple[FloatArray, ...]:
+    """The changes dx, and N s of every term, by the symmetric system for these right-hand sides.
+
+    Its unknowns are scaled so that the blocks are about as large as the curvature.
+    """
+    tiny = jnp.finfo(top.dtype).tiny
+    curvature = norm_estimate(hessian, lambda e: e, top) ** 2 if hessian is not jnp.zeros_like else 1.0
+    sizes = [jnp.maximum(norm_estimate(term.mv, term.rmv, top, 10), tiny) for term in terms]
     scales = [jnp.mean(term.step) * curvature / size for term, size in zip(terms, sizes, strict=True)]
 
     def system(unknowns: tuple) -> tuple:
         dx, *parts = unknowns
-        top, rest = hessian(dx), []
+        image, rest = hessian(dx), []
         for term, scale, s in zip(terms, scales, parts, strict=True):
             weight = scale / term.step
-            top = top + term.rmv(weight * term.free(s))
+            image = image + term.rmv(weight * term.free(s))
             rest.append(weight * term.free(term.mv(dx) - scale * term.jacobian(s)))
-        return (top, *rest)
+        return (image, *rest)
 
-    wanted = [
-        scale / term.step * term.free(term.pushed - term.rows_moved) for term, scale in zip(terms, scales, strict=True)
-    ]
-    return _solved(system, (right, *wanted))[0]
-
-
-def _solved(system: Callable[[Any], Any], right: Any) -> Any:
-    """The solution of a symmetric linear system on pytrees, itself linear and transposable in `right`."""
-    flat, unravel = ravel_pytree(right)
-
-    def matvec(v: Array) -> Array:
-        return ravel_pytree(system(unravel(v)))[0]
-
-    return unravel(jax.lax.custom_linear_solve(matvec, flat, solve=_minres, symmetric=True))
+    scaled = [scale / term.step * term.free(w) for term, scale, w in zip(terms, scales, wanted, strict=True)]
+    dx, *parts = _minres(system, (top, *scaled))
+    return (dx, *(scale * term.free(s) for term, scale, s in zip(terms, scales, parts, strict=True)))
 
 
 def _most_steps(size: int) -> int:
@@ -259,11 +325,16 @@ def _conjugate_gradients(system: Callable[[Array], Array], b: FloatArray) -> Flo
     return jax.scipy.sparse.linalg.cg(system, b, tol=enough, maxiter=_most_steps(b.size))[0]
 
 
-def _minres(matvec: Callable[[Array], Array], b: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Paige and Saunders' MINRES for symmetric, possibly singular and indefinite, consistent systems.
+def _minres(system: Callable[[Any], Any], right: Any) -> Any:
+    """Paige and Saunders' MINRES for symmetric, possibly singular and indefinite, consistent systems of pytrees.
 
     It stops at a residual of a few eps times the length of the right-hand side, or at the step limit.
     """
+    b, unravel = ravel_pytree(right)
+
+    def matvec(v: Array) -> Array:
+        return ravel_pytree(system(unravel(v)))[0]
+
     limits = jnp.finfo(b.dtype)
     length = jnp.linalg.norm(b)
 
@@ -319,4 +390,4 @@ def _minres(matvec: Callable[[Array], Array], b: Float[Array, " n"]) -> Float[Ar
     nothing, zero = jnp.zeros_like(b), jnp.zeros((), b.dtype)
     v, steps = b / jnp.maximum(length, limits.tiny), jnp.zeros((), jnp.int32)
     start = Turn(nothing, nothing, v, nothing, nothing, zero, length, zero - 1, zero, zero, zero, zero, steps)
-    return jax.lax.while_loop(going, turn, start).x
+    return unravel(jax.lax.while_loop(going, turn, start).x)

@@ -103,7 +103,7 @@ def _iterate(
     if (memory := getattr(state, "prox_memory", None)) is not None and isinstance(problem.penalty, Composite):
         dual = problem.penalty.dual(memory)
         given, found = unfolded(given, value), found._replace(dual=dual, step_size=None)
-    value, objective = attached(given, value, last.objective, found)
+    value, objective, _ = attached(given, value, last.objective, found)
     return Solution(
         value=value,
         status=status,

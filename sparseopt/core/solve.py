@@ -104,9 +104,9 @@ def solve(
     """Solve a problem; under `jit`, `vmap` and `grad` as well.
 
     The answer has derivatives (`jax.grad`, `jax.jvp`) in every leaf of the problem, in `value` and `objective`, by the
-    implicit function theorem: one linear solve, whatever the number of iterations. They are exact where the active set
-    (the zeros of x or of `operator x`, the kept entries of a pattern) is locally constant, which is almost everywhere;
-    at a tie they are one-sided. Everything else in a `Solution` has derivatives of 0.
+    implicit function theorem: one linear solve, whatever the number of iterations. So have its derivatives. They are
+    exact where the active set (the zeros of x or of `operator x`, the kept entries of a pattern) is locally constant,
+    which is almost everywhere; at a tie they are one-sided. Everything else in a `Solution` has derivatives of 0.
 
     Args:
         problem: what to minimise.

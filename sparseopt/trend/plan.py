@@ -235,7 +235,7 @@ def fit(
     caller = dataclasses.replace(data.loss, center=_known(y, data, ground, weights), weights=weights)
     step = plan.split.row_scale / found.state.rho
     problem = Problem(caller, penalty, ground.operator)
-    value, objective = attached(problem, ended.value, ended.objective, Found(None, dual, step))
+    value, objective, _ = attached(problem, ended.value, ended.objective, Found(None, dual, step))
     # The memory of the acceleration is many times the signal, and no later solve can use it.
     state = dataclasses.replace(found.state, past=None)
     ended = dataclasses.replace(ended, value=value, objective=objective, state=state)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
@@ -255,6 +256,7 @@ KEPT = [
     "least squares, nuclear norm",
     "weighted distance, L1 of the differences of a grid",
 ]
+KEPT_TWICE = ["distance, groups of the second differences of a graph"]
 KEPT_BACKWARD = ["huber, box", "least squares, nuclear norm"]
 
 
@@ -412,6 +414,103 @@ def test_with_a_level_that_the_solver_moves_the_answer_follows_the_parameters_of
                     lambda p, at=at, kind=kind, rest=parameters: value((*rest[:at], p, *rest[at + 1 :]), kind)
                 )
                 np.testing.assert_allclose(slope(parameters[at]), difference, rtol=1e-4, atol=1e-4)
+
+
+def together(name):
+    """The numbers, the problem as a function of them, and a direction that moves them all, small where they are."""
+    numbers, rebuilt = apart(KINDS[name].problem)
+    return numbers, rebuilt, [move[i] for i, move in enumerate(directions(name))]
+
+
+@pytest.mark.parametrize("name", often(KINDS, *KEPT_TWICE))
+def test_the_second_derivatives_are_those_of_central_differences(name):
+    """Along one direction, in which all leaves move, of the answer and of the objective."""
+    numbers, rebuilt, move = together(name)
+    solved = solver_of(name, rebuilt)
+
+    def along(numbers):
+        return jax.jvp(solved, (numbers,), (move,))[1]
+
+    def all_of_it(place):
+        at = [leaf + place * step for leaf, step in zip(numbers, move, strict=True)]
+        return KINDS[name].active(rebuilt(at), solved(at)[0]), *jax.jvp(along, (at,), (move,))
+
+    active, first, second = jax.device_get(jax.jit(jax.vmap(all_of_it))(np.array([STEP, -STEP, 0])))
+    for pattern in jax.tree.leaves(active):
+        np.testing.assert_array_equal(pattern, np.broadcast_to(pattern[-1], pattern.shape))
+    for near, exact in zip(first, second, strict=True):
+        difference = (near[0] - near[1]) / (2 * STEP)
+        np.testing.assert_allclose(exact[2], difference, atol=2e-5 * max(np.max(np.abs(difference)), 1e-2))
+
+
+def test_the_second_derivative_of_ridge_regression_in_the_ridge_is_its_closed_form():
+    matrix, target, _ = regression()
+
+    def total(ridge):
+        problem = so.Problem(so.LeastSquares(matrix, target), so.ElasticNet(0.0, ridge))
+        return so.solve(problem, tol=1e-14).value.sum()
+
+    inverse = np.linalg.inv(matrix.T @ matrix + 0.3 * np.eye(COLUMNS))
+    exact = 2 * np.sum(inverse @ inverse @ inverse @ matrix.T @ target)
+    for second in (jax.hessian(total), jax.grad(jax.grad(total))):
+        assert second(0.3) == pytest.approx(exact, rel=1e-9)
+
+
+def test_the_hessian_of_a_held_out_error_of_the_lasso_is_its_closed_form():
+    """On the active set S the answer is affine in the weight: its slope is `-(A_Sᵀ A_S)^-1 sign`."""
+    matrix, target, _ = regression()
+    held_out, wanted, _ = regression(1)
+
+    def error(weight):
+        value = so.solve(so.Problem(so.LeastSquares(matrix, target), so.L1(weight)), tol=1e-14).value
+        return jnp.mean((held_out @ value - wanted) ** 2), value
+
+    second, value = jax.hessian(error, has_aux=True)(12.0)
+    active = np.asarray(value) != 0
+    assert 0 < active.sum() < COLUMNS
+    kept = matrix[:, active]
+    slope = -np.linalg.solve(kept.T @ kept, np.sign(value[active]))
+    assert second == pytest.approx(2 * np.mean((held_out[:, active] @ slope) ** 2), rel=1e-9)
+
+
+def test_the_second_derivatives_of_a_trend_filter_are_those_of_means():
+    """Of a chain in two pieces: each is its weighted mean, moved by the weight over the weights of the piece."""
+    y, weights = np.array([0.0, 0.2, 0.1, 3.1, 3.0, 3.2]), np.array([1.0, 2.0, 1.0, 1.0, 1.0, 2.0])
+    solver = so.trend_solver(so.Graph.chain(6), order=0)
+
+    def value(numbers):
+        return solver(y, so.L1(numbers[0]), node_weights=numbers[1:], tol=1e-12).value
+
+    def of_means(numbers):
+        pieces = numbers[1:].reshape(2, 3)
+        sums = jnp.sum(pieces * y.reshape(2, 3), axis=1) + numbers[0] * jnp.array([1, -1])
+        return jnp.repeat(sums / jnp.sum(pieces, axis=1), 3)
+
+    numbers = jnp.array([0.5, *weights])
+    np.testing.assert_allclose(value(numbers), of_means(numbers), atol=1e-9)
+    np.testing.assert_allclose(jax.hessian(value)(numbers), jax.hessian(of_means)(numbers), atol=1e-9)
+
+
+def test_a_first_derivative_takes_one_linear_solve():
+    def solves(jaxpr):
+        """Not those that a linear solve makes within it."""
+        here = [eqn.primitive.name == "custom_linear_solve" for eqn in jaxpr.eqns]
+        rest = [eqn.params for eqn, it in zip(jaxpr.eqns, here, strict=True) if not it]
+        return sum(here) + sum(solves(inner) for params in rest for inner in jaxprs_in_params(params))
+
+    matrix, target, _ = regression()
+    for loss, operator in (
+        (so.LeastSquares(matrix, target), None),
+        (so.LeastSquares(matrix, target), DIFFERENCES),
+        (so.LeastSquares(None, target[:COLUMNS]), DIFFERENCES),
+        (so.Composed(so.AbsoluteLoss(), matrix, target), DIFFERENCES),
+    ):
+
+        def total(weight, loss=loss, operator=operator):
+            return so.solve(so.Problem(loss, so.L1(weight), operator)).value.sum()
+
+        plain, moved = (jax.make_jaxpr(f)(1.0).jaxpr for f in (total, lambda w, f=total: jax.jvp(f, (w,), (w,))))
+        assert solves(moved) == solves(plain) + 1
 
 
 @pytest.mark.parametrize("name", often(KINDS, *KEPT_BACKWARD))
