@@ -221,7 +221,7 @@ def quality_complete(records: list[Record]) -> str:
 
 
 def quality_draws(records: list[Record]) -> str:
-    """For each model and text that it was calibrated on, scored on both texts: the median over the draws, and their range."""
+    """For each model and text that it was calibrated on, scored on both texts: the median over the draws, and range."""
     models: dict[str, dict[tuple[str, str], list[Record]]] = {}
     dense = {record["model"]: record for record in named(records, "perplexity, draws, dense")}
     for record in _own(records, "draws"):

@@ -2,6 +2,7 @@
 
 effort, no method      the fields of the effort, below; effort good where nothing is named
 method alone           that method on every layer and nothing else; "best" with what it does besides
+    preset, penalty        the same of maiht, whose settings these are
 effort and method      the fields of the effort, by that method
 """
 
@@ -34,13 +35,16 @@ SUMMARIES = {
     "most": "also trains each block and then the whole model, and chooses where the zeros go",
 }
 COSTS = {"fast": 1, "good": 3, "most": 15}
+# Settings of one method.
+_MAIHT = ("preset", "penalty")
 # With these the order of the channels is fixed, or which linears have which zeros.
 _FIXED = ("keep_zeros", "masks", "targets", "ignore", "sparsities")
 
 
 def effort_of(fields: Mapping[str, Any]) -> str | None:
     """The effort of a recipe with these fields; None for a method that is named alone."""
-    return fields["effort"] or ("good" if fields["method"] is None else None)
+    named = any(fields.get(name) is not None for name in ("method", *_MAIHT))
+    return fields["effort"] or (None if named else "good")
 
 
 def prune_defaults(fields: Mapping[str, Any]) -> Fields:
@@ -48,7 +52,7 @@ def prune_defaults(fields: Mapping[str, Any]) -> Fields:
     effort = effort_of(fields)
     found = NOTHING | {"allocation": "uniform", "permute": False}
     if effort is None:
-        return found | (BEST if fields["method"] == "best" else {})
+        return found | (BEST if fields["method"] == "best" else {"method": "maiht"})
     found |= PRUNE.get(effort, {})
     if effort == "most" and not any(fields[name] for name in _FIXED):
         implied = implied_sparsity(fields["pattern"])

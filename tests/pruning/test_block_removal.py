@@ -47,7 +47,7 @@ def model(tmp_path_factory, tensors):
 @pytest.fixture(scope="module")
 def windows(model, tokens):
     ids = predicted(model.source.path, begin_windows(tokens, BOS), start=1)
-    return CalibrationWindows(ids, ids[:0], BOS)
+    return CalibrationWindows(ids, ids[:0], ids[:0], BOS)
 
 
 def order(model, windows, count, told=lambda *_: None, *, kind=None, **settings):

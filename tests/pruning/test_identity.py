@@ -15,6 +15,7 @@ from sparseopt.models import ModelError, TorchModel, open_model
 from sparseopt.pruning import Recipe, run_folder
 from sparseopt.pruning.methods import MaihtPruning, SplicePruning, Wanda
 from sparseopt.pruning.run_folder import Identity, recipe_identity
+from sparseopt.pruning.texts import token_digest
 from sparseopt.system.machine import PACKAGES
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 
@@ -175,7 +176,7 @@ def model(source):
 def test_the_versions_of_what_computes_count_and_no_others(model, tokens, monkeypatch, route, recipe, decisive):
     if route == "torch":
         monkeypatch.setattr(run_folder, "TorchModel", type(model))
-    asked = Identity(model, tokens, tokens[:0])
+    asked = Identity(model)
     found = dict.fromkeys((*PACKAGES, "python"), "1.0")
     counted = set()
     for name in found:
@@ -188,7 +189,7 @@ def test_the_versions_of_what_computes_count_and_no_others(model, tokens, monkey
 
 
 def test_the_kind_of_gpu_counts(model, tokens, monkeypatch):
-    asked, kinds = Identity(model, tokens, tokens[:0]), ("NVIDIA A100", "NVIDIA H100", "NVIDIA A100")
+    asked, kinds = Identity(model), ("NVIDIA A100", "NVIDIA H100", "NVIDIA A100")
     marks = []
     assert asked.of(Recipe())["device"].startswith("cpu ")
     for kind in kinds:
@@ -199,8 +200,15 @@ def test_the_kind_of_gpu_counts(model, tokens, monkeypatch):
 
 
 def test_calibration_and_held_out_tokens_count(model, tokens):
-    marks = [Identity(model, one, other).of(Recipe()) for one, other in ((tokens, tokens[:2]), (tokens, tokens[1:3]))]
+    marks, asked = [], Identity(model)
+    for heldout in (tokens[:2], tokens[1:3]):
+        asked.tokens = token_digest(tokens, heldout)
+        marks.append(asked.of(Recipe()))
     assert differing(*marks) == ["tokens"]
+    # What is scored decides nothing.
+    assert asked.of(Recipe(score="pydoc")) == asked.of(Recipe())
+    # Two ways to say the same are the same run.
+    assert asked.of(Recipe(effort="good", reconstruct=0)) == asked.of(Recipe())
     assert (
         dataclasses.replace(Recipe(), calibration=tokens.tolist()).as_dict()["calibration"]
         == "token ids of shape [7, 24]"

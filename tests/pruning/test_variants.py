@@ -29,7 +29,7 @@ def source(tmp_path_factory):
 @pytest.fixture
 def windows(rng):
     ids = rng.integers(0, len(VOCAB), (WINDOWS + 1, TIME)).astype(np.int32)
-    return CalibrationWindows(ids[:WINDOWS], ids[WINDOWS:], None)
+    return CalibrationWindows(ids[:WINDOWS], ids[WINDOWS:], ids[:0], None)
 
 
 def made(source, windows, count=2, kind=None):
@@ -93,8 +93,9 @@ def test_epochs_share_the_windows(width):
     assert [len(epoch) for epoch in whole] == [8 // width] * 2
 
 
-def test_only_best_has_variants_unasked_and_its_epochs_stay_as_long():
+def test_only_what_trains_has_variants_unasked_and_its_epochs_stay_as_long():
     assert Recipe().variant_count == 0
+    assert Recipe(effort="most").variant_count == 3
     assert Recipe().all_windows == Recipe().window_count
     best = Recipe(method="best", samples=5)
     assert best.variant_count == 3

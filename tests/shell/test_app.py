@@ -35,8 +35,12 @@ def test_prune_then_eval(tmp_path, source, command):
     assert status == 0
     assert f"wrote {tmp_path / 'out'}" in out
     assert "reading the model" in out
-    assert "default --method maiht: best prunes better" in out
+    # What was typed is no default.
+    assert "--effort" not in out
+    assert "default --sparsity" not in out
     assert "default --calibration" not in out
+    # On the half of the text that was not calibrated on.
+    assert f"perplexity on the second half of {text}: " in " ".join(out.split())
     assert "default --samples" not in out
     assert "calibration on 6 windows of 32 tokens, 192 in all, and 2 held out; digest " in out
     assert "layer 21/21, block 2" in out
@@ -215,7 +219,7 @@ def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path,
     calibration = f"file:{tmp_path / 'text.txt'}"
     status, out, err = command("demo", "--source", source, "--calibration", calibration)
     assert status == 0, err
-    for label in ("dense", "mAIHT", "Wanda"):
+    for label in ("dense", "fast", "Wanda"):
         assert f"│ {label} │" in out
     assert "noise sigma 20, PSNR 22.1" in out
     for order in (0, 1):
@@ -223,8 +227,8 @@ def test_demo_shows_a_comparison_and_writes_picture_samples_and_models(tmp_path,
     rows = json.loads((tmp_path / "demo-output" / "summary.json").read_text())["photograph"]
     assert all(row["psnr"] > 28 and row["relative_duality_gap"] <= 1e-4 for row in rows)
     assert (tmp_path / "demo-output" / "layer-errors.png").read_bytes().startswith(b"\x89PNG")
-    assert "mAIHT:\nThe ocean" in (tmp_path / "demo-output" / "samples.txt").read_text()
-    for method in ("maiht", "wanda"):
+    assert "fast:\nThe ocean" in (tmp_path / "demo-output" / "samples.txt").read_text()
+    for method in ("fast", "wanda"):
         assert open_model(tmp_path / "demo-output" / method).num_blocks == 3
     assert demo.free_folder(tmp_path / "demo-output").name == "demo-output-2"
     status, _, err = command("demo", "--output", tmp_path / "demo-output")

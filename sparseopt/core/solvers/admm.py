@@ -227,7 +227,7 @@ class Admm(PlainSolver):
         return self._first(problem, state)
 
     def _first(self, problem: Problem, state: AdmmState) -> AdmmState:
-        """The state with a check, as if it were the first; that of a norm is not computed, since every step brings one."""
+        """The state with a check, as if it were the first; of a norm none is computed, since every step brings one."""
         far = jnp.full((), jnp.inf, state.x.dtype)
         residual, objective, gap, floor = far, far, far, jnp.zeros_like(far)
         if not isinstance(problem.penalty, Norm):
