@@ -25,6 +25,7 @@ from sparseopt.models import (
     check_window,
     load_tokenizer,
     open_model,
+    open_source,
     start_token,
 )
 from sparseopt.pruning import METHODS, PruneReport, perplexity
@@ -39,6 +40,8 @@ from sparseopt.system import processes
 BUNDLED = "bundled:smollm2-135m"
 # Bytes of documents after which a text is taken to be the one that it was, and of a file that is read whole.
 MARKED = 2**26
+# The files of a model's folder that its figures depend on, besides its tensors.
+BESIDES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def _word(given: Any) -> Any:
@@ -181,13 +184,14 @@ class ModelTask(Task):
             raise ValueError("\n  ".join(mistakes))
 
     def inputs(self) -> dict[str, str]:
-        """Of models on this machine, and of the texts, where "pydoc" changes with Python's version."""
+        """Of models, on the hub their commits, and of the texts, where "pydoc" changes with Python's version."""
         parts: tuple[Part, ...] = ("evaluation",) if self.method == "dense" else ("calibration", "evaluation")
         found: dict[str, str] = {}
         for name in ("source", "masks"):
             if (model := getattr(self, name, None)) is not None:
                 with contextlib.suppress(ValueError, OSError):
-                    found[name] = _mark_model(model_path(model))
+                    path = model_path(model)
+                    found[name] = _mark_model(path) if path.exists() else str(open_source(path).revision)
         for part in parts:
             text = getattr(self, part)
             with contextlib.suppress(TextError):
@@ -285,9 +289,11 @@ def _windows(source: Path, *windows: Any, **reading: Any) -> Windows:
 
 
 def _mark_model(path: Path) -> str:
-    """A digest of a folder's tensors or of a GGUF file; of large files 4 KiB of every MiB count."""
-    mark = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+    """A digest of a model's folder or GGUF file; of large files 4 KiB of every MiB count."""
+    mark, files = hashlib.sha256(), [path]
+    if path.is_dir():
+        files = [*sorted(path.glob("*.safetensors")), *filter(Path.is_file, (path / name for name in BESIDES))]
+    for file in files:
         state = file.stat()
         mark.update(_mark_file(file, state.st_size, state.st_mtime_ns))
     return mark.hexdigest()

@@ -51,6 +51,15 @@ def shard_name(tag: str, pack: bool) -> str:
     return f"{PACKED_PREFIX if pack else 'model-'}{tag}.safetensors"
 
 
+def check_output(source: Source, output: Path) -> None:
+    """Refuse, with a `ModelError`, an output folder in the source's folder, which holds a model and nothing else."""
+    if source.path.resolve() in output.expanduser().resolve().parents:
+        raise ModelError(
+            f"the output folder {output} lies in the model's folder {source.path}, which would then hold two models; "
+            "choose another"
+        )
+
+
 def unread(source: Source, keys: Iterable[str]) -> dict[str, UnreadTensor]:
     """Tensors of a source, each to be read when it is written."""
     infos = source.tensors
@@ -307,6 +316,7 @@ def _folder(source: str | Path) -> Path:
 
 def _rewrite(folder: Path, output: str | Path, *, pack: bool, observer: Observer | None) -> ShardedWriter:
     model = open_model(FolderSource(folder))
+    check_output(model.source, Path(output))
     # The shards are those that pruning writes, not those of the folder: memory holds one block at a time.
     shards = {OUTER_TAG: model.outer_keys()} | {
         block_tag(index): list(model.block_keys(index).values()) for index in range(model.num_blocks)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from sparseopt.core.dense import activations_in
 from sparseopt.core.mesh import Devices, device_line
 from sparseopt.core.types import Observer
-from sparseopt.models import PrunableModel, Source, TorchModel, open_model
+from sparseopt.models import PrunableModel, Source, TorchModel, check_output, open_model
 from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches, Stream, embed_windows
 from sparseopt.pruning.block import DenseBlock, PruningError
 from sparseopt.pruning.blocked import is_out_of_memory
@@ -170,6 +170,8 @@ def prune_models(
             f"a budget of memory is for one device, given {memory} and {mesh.size} devices: leave one of the two out"
         )
     model = open_model(source)
+    for folder in folders:
+        check_output(model.source, folder)
     if mesh is not None and isinstance(model, TorchModel):
         raise ValueError(
             f"the blocks of a {model.config.model_type} model, whose family is not known here, run in torch, which is "

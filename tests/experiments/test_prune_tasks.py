@@ -1,14 +1,20 @@
 """The task `prune` end to end on a tiny model, with a custom penalty and a custom method."""
 
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from sparseopt.experiments.config import ConfigError, expand
 from sparseopt.experiments.report import gather
 from sparseopt.experiments.runs import check_all, execute, fingerprint, plan, run_all
 from sparseopt.pruning import audit_pattern, audit_sparsity
+from tests.models.test_hub import store
+from tests.models.tiny import random_tensors, tiny_config
 
 
 @pytest.fixture
@@ -131,6 +137,28 @@ def test_the_texts_count_in_a_fingerprint(tmp_path, prune, monkeypatch):
     assert marks(**fields[2]) != before[2]
     # What cannot be read is said by `check`; a data set on the hub is not fetched to see what is planned.
     assert marks(calibration="file:/nowhere") != marks(calibration="hf:nobody/nothing")
+
+
+def test_a_model_that_changed_is_another_input(tmp_path, prune, monkeypatch):
+    def marks(source):
+        (run,) = expand({**prune, "source": str(source)})
+        return run.task.inputs()["source"]
+
+    folder = Path(shutil.copytree(prune["source"], tmp_path / "mine"))
+    before = marks(folder)
+    assert marks(folder) == before
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert marks(folder) != before
+    # On the hub a model is its commit.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    tensors = random_tensors(tiny_config(), np.random.default_rng(0))
+    for sha in ("a" * 40, "b" * 40):
+        store(tmp_path / "cache", tensors, sha=sha)
+        assert marks("lab/tiny") == sha
+    assert marks(f"lab/tiny@{'a' * 40}") == "a" * 40
 
 
 def test_the_evaluation_reads_the_text_of_the_calibration_in_the_same_way(tmp_path, prune):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from sparseopt.models import ModelError, pack_folder
 from sparseopt.pruning import LayerRecord, Recipe, Stopped, footprint, prune_model, prune_models
 from sparseopt.pruning.reports import Replay
 from sparseopt.shell import show_pruning
@@ -233,6 +234,17 @@ def test_a_folder_in_use_is_refused_and_a_stale_lock_is_not(tmp_path, source, to
     assert (folder / LOCK).exists()
     assert prune_model(source, folder, recipe).sparsity == 0.5
     assert not (folder / LOCK).exists()
+
+
+def test_no_output_lies_in_the_folder_of_the_model(tmp_path, source, tokens):
+    (tmp_path / "link").symlink_to(source)
+    before = sorted(source.rglob("*"))
+    for output in (source / "out", tmp_path / "link" / "deep" / "out"):
+        with pytest.raises(ModelError, match=r"the output folder .*out lies in the model's folder .*; choose another"):
+            prune_model(source, output, Recipe(method="magnitude", calibration=tokens))
+        with pytest.raises(ModelError, match="lies in the model's folder"):
+            pack_folder(source, output)
+    assert sorted(source.rglob("*")) == before
 
 
 def test_a_refused_run_leaves_no_folder_behind(tmp_path, source, tokens):
