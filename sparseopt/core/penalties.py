@@ -23,7 +23,8 @@ class Penalty(Protocol):
 
     A penalty whose value is a sum over entries may say so with a class attribute `separable = True`: it then promises
     that `prox` takes an array of steps, one per entry. `proximal_adam` needs it; without the attribute a penalty counts
-    as coupled.
+    as coupled. One without a conjugate that is convex may say so with `convex = True`: a solve then ends as `CONVERGED`
+    instead of `STATIONARY`.
     """
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
@@ -256,6 +257,10 @@ class MCP:
         """The derivative of the value in `|x|`: `weight - |x| / gamma`, 0 from `gamma weight` on."""
         return jnp.maximum(self.weight - jnp.abs(x) / self.gamma, 0)
 
+    def curved(self, factor: Scalar) -> "MCP":
+        """The penalty of the same slope at 0 whose concavity there is `factor` times this one's."""
+        return MCP(self.weight, self.gamma / factor)
+
 
 @pytree
 class SCAD:
@@ -298,6 +303,10 @@ class SCAD:
     def slope(self, x: FloatArray) -> FloatArray:
         """The derivative of the value in `|x|`: `weight`, falling from `|x| = weight` to 0 at `a weight`."""
         return jnp.clip((self.a * self.weight - jnp.abs(x)) / (self.a - 1), 0, self.weight)
+
+    def curved(self, factor: Scalar) -> "SCAD":
+        """The penalty of the same slope at 0 whose concavity there is `factor` times this one's."""
+        return SCAD(self.weight, 1 + (self.a - 1) / factor)
 
 
 def _scad_terms(x: FloatArray, weight: Any, a: Any) -> FloatArray:
@@ -347,3 +356,7 @@ class LogSum:
     def slope(self, x: FloatArray) -> FloatArray:
         """The derivative of the value in `|x|`: `weight / (eps + |x|)`."""
         return self.weight / (self.eps + jnp.abs(x))
+
+    def curved(self, factor: Scalar) -> "LogSum":
+        """The penalty of the same slope at 0 whose concavity there is `factor` times this one's."""
+        return LogSum(self.weight / factor, self.eps / factor)
