@@ -66,8 +66,8 @@ def has_conjugate(penalty: Any) -> bool:
 
 
 def is_convex(penalty: Any) -> bool:
-    """Whether a penalty is known to be convex."""
-    return has_conjugate(penalty) or isinstance(penalty, Composite)
+    """Whether a penalty is known to be convex, by what it has or because it says so."""
+    return has_conjugate(penalty) or isinstance(penalty, Composite) or getattr(penalty, "convex", False)
 
 
 def _unpenalised(penalty: Any, like: FloatArray) -> Array:

@@ -21,6 +21,7 @@ class Support:
 
     mask: Any
     separable = True
+    convex = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return infinite_unless(count_nonzero(jnp.where(self.mask, 0, x)) == 0, x)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.certify import is_convex
 from sparseopt.core.differentiate import Found, attached
 from sparseopt.core.penalties import Composite
 from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status, refusal, unfolded
@@ -53,7 +54,7 @@ def _iterate(
 
     def measured(state: Any) -> Measure:
         now = solver.measure(problem, state)
-        return now._replace(stalled=jnp.asarray(now.stalled, bool), stationary=jnp.asarray(now.stationary, bool))
+        return now._replace(stalled=jnp.asarray(now.stalled, bool))
 
     def sound(now: Measure, steps: Array) -> Array:
         # A start outside the set of an indicator costs +inf; after a step, +inf is an overflow.
@@ -67,7 +68,7 @@ def _iterate(
         state = solver.step(problem, state)
         now, steps = measured(state), steps + stride
         if history_length:
-            kept = now._replace(stalled=None, stationary=None)
+            kept = now._replace(stalled=None)
             record = jax.tree.map(lambda rows, value: rows.at[steps - 1].set(value), record, kept)
         return state, steps, now, record
 
@@ -79,7 +80,7 @@ def _iterate(
     first = measured(state)
     # The residual before any step says nothing (no change has been seen): always take one step.
     first = first._replace(residual=jnp.full_like(first.residual, jnp.inf), stalled=jnp.zeros((), bool))
-    kept = first._replace(stalled=None, stationary=None)
+    kept = first._replace(stalled=None)
     record = jax.tree.map(lambda v: jnp.full((history_length,), jnp.nan, v.dtype), kept)
     carry = (state, jnp.zeros((), jnp.int32), first, record)
     state, steps, last, record = jax.lax.while_loop(going, advance, carry) if moves else carry
@@ -89,7 +90,8 @@ def _iterate(
     # A NaN in the answer may not show in the solver's measure.
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(value)]))
     status = jnp.where(last.stalled, Status.PRECISION, Status.MAX_STEPS)
-    reached = jnp.where(last.stationary, Status.STATIONARY, Status.CONVERGED)
+    # Without convexity a small residual says no more.
+    reached = Status.CONVERGED if is_convex(problem.penalty) else Status.STATIONARY
     status = jnp.where(last.residual <= tol, reached, status)
     status = jnp.where(sound(last, steps) & finite, status, Status.NONFINITE).astype(jnp.int32)
     step = solver.prox_step(problem, state) if hasattr(solver, "prox_step") else getattr(state, "step_size", None)

@@ -24,7 +24,8 @@ class Penalty(Protocol):
     A penalty whose value is a sum over entries may say so with a class attribute `separable = True`: it then promises
     that `prox` takes an array of steps, one per entry. `proximal_adam` needs it; without the attribute a penalty counts
     as coupled. One that moreover costs nothing at 0 and has the prox 0 of 0 may say `keeps_zeros = True`: then small
-    problems of similar sizes share a compiled program, see `sparseopt.core.padding`.
+    problems of similar sizes share a compiled program, see `sparseopt.core.padding`. One without a conjugate that is
+    convex may say so with `convex = True`: a solve then ends as `CONVERGED` instead of `STATIONARY`.
     """
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
@@ -261,6 +262,10 @@ class MCP:
         """The derivative of the value in `|x|`: `weight - |x| / gamma`, 0 from `gamma weight` on."""
         return jnp.maximum(self.weight - jnp.abs(x) / self.gamma, 0)
 
+    def curved(self, factor: Scalar) -> "MCP":
+        """The penalty of the same slope at 0 whose concavity there is `factor` times this one's."""
+        return MCP(self.weight, self.gamma / factor)
+
 
 @pytree
 class SCAD:
@@ -304,6 +309,10 @@ class SCAD:
     def slope(self, x: FloatArray) -> FloatArray:
         """The derivative of the value in `|x|`: `weight`, falling from `|x| = weight` to 0 at `a weight`."""
         return jnp.clip((self.a * self.weight - jnp.abs(x)) / (self.a - 1), 0, self.weight)
+
+    def curved(self, factor: Scalar) -> "SCAD":
+        """The penalty of the same slope at 0 whose concavity there is `factor` times this one's."""
+        return SCAD(self.weight, 1 + (self.a - 1) / factor)
 
 
 def _scad_terms(x: FloatArray, weight: Any, a: Any) -> FloatArray:
@@ -354,3 +363,7 @@ class LogSum:
     def slope(self, x: FloatArray) -> FloatArray:
         """The derivative of the value in `|x|`: `weight / (eps + |x|)`."""
         return self.weight / (self.eps + jnp.abs(x))
+
+    def curved(self, factor: Scalar) -> "LogSum":
+        """The penalty of the same slope at 0 whose concavity there is `factor` times this one's."""
+        return LogSum(self.weight / factor, self.eps / factor)

@@ -90,8 +90,6 @@ class Measure(NamedTuple):
         gap: a relative duality gap or NaN.
         extra: any other scalars for the history, as a pytree.
         stalled: True ends the solve with `Status.PRECISION`: rounding keeps the residual from falling further.
-        stationary: True if the residual is one of stationarity and the problem is not known to be convex: a converged
-            solve then has the status `Status.STATIONARY`.
     """
 
     residual: Float[Array, ""]
@@ -99,7 +97,6 @@ class Measure(NamedTuple):
     gap: Float[Array, ""]
     extra: Any = None
     stalled: Any = False
-    stationary: Any = False
 
 
 class Progress(NamedTuple):

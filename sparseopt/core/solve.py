@@ -19,7 +19,7 @@ from sparseopt.core.padding import cut, padded_problem
 from sparseopt.core.penalties import L0
 from sparseopt.core.penalty_names import KNOWN
 from sparseopt.core.problem import Problem, Solution, Solver, refusal
-from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
+from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient, GraduatedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.refit import Refit
@@ -111,7 +111,9 @@ def solve(
     Args:
         problem: what to minimise.
         solver: how; None for `chosen_solver(problem)`.
-        x0: the start, of the answer's shape and dtype, or None for zeros.
+        x0: the start, of the answer's shape and dtype, or None for zeros. With None, `AcceleratedProximalGradient` and
+            a concave penalty (`MCP`, `SCAD`, `LogSum`) the first 200 iterations follow paths of such penalties to a
+            better start (`GraduatedProximalGradient`).
         tol: bound on the solver's residual: the relative duality gap `(P - D) / D` where there is a certificate. With a
             negative one the solver runs `max_steps` steps.
         max_steps: step limit, 0 or more; a solver whose steps make `stride` iterations rounds it up to whole steps. An
@@ -152,6 +154,8 @@ def solve(
                 "have a method start() that returns zeros of x)"
             )
         x0 = problem.loss.start()
+        if type(solver) is AcceleratedProximalGradient and hasattr(problem.penalty, "curved"):
+            solver = GraduatedProximalGradient(solver.step_size, solver.cadence)
     if isinstance(x0, np.ndarray | jax.Array):
         if reason := _refuses_shapes(problem, x0):
             raise ValueError(reason)

@@ -250,7 +250,7 @@ class ModelTask(Task):
             "perplexity": score,
             **mean_errors(layers)._asdict(),
             **{name: getattr(report, name) for name in REPORTED},
-            "unconverged": sum(r.status != Status.CONVERGED.name for r in layers),
+            "unconverged": sum(r.status not in (Status.CONVERGED.name, Status.STATIONARY.name) for r in layers),
             "layers": [r.as_dict() for r in layers],
         }
 

@@ -12,6 +12,8 @@ from scipy.optimize import linprog
 
 import sparseopt as so
 from sparseopt.core.certify import certificate
+from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
+from sparseopt.core.solvers.splice import Splice
 from sparseopt.core.types import precision
 from tests.tiers import often
 
@@ -131,7 +133,7 @@ PENALTIES = {"L1": so.L1(5.0), "MCP": so.MCP(5.0, 3.0), "L0": so.L0(3.0), "log-s
 def test_accelerated_steps_never_raise_the_objective(name):
     problem = so.Problem(SQUARES, PENALTIES[name])
     solver = so.AcceleratedProximalGradient(cadence=1)
-    found = so.solve(problem, solver, tol=1e-9, max_steps=300, history=True)
+    found = so.solve(problem, solver, np.zeros(COLUMNS), tol=1e-9, max_steps=300, history=True)
     objective = np.asarray(found.history.objective)[: int(found.steps)]
     assert len(objective) > 8
     assert objective[0] > objective[-1]
@@ -296,3 +298,80 @@ def test_a_dual_just_outside_its_domain_costs_no_more_than_its_rounding_error():
     for s in (dual, outside):
         gap = jax.jit(certificate)(problem, x, image, s, -problem.loss.pull(s)).gap
         assert 0 <= gap <= 1e-11
+
+
+def correlated(scaled):
+    """100 rows of 200 columns with correlations `0.6 ** |i - j|`, 40 of which explain 90 % of the target's square."""
+    draws = np.random.RandomState(0)
+    column, columns = draws.randn(100), []
+    for place in range(200):
+        column = 0.6 * column + 0.8 * draws.randn(100) if place else column
+        columns.append(column)
+    matrix, truth = np.stack(columns, axis=1), np.zeros(200)
+    active = draws.choice(200, 40, replace=False)
+    truth[active] = draws.randn(40)
+    target, noise = matrix @ truth, draws.randn(100)
+    target = target + noise / np.linalg.norm(noise) * np.linalg.norm(target) / 3
+    return matrix / (np.linalg.norm(matrix, axis=0) / 10 if scaled else 1), target
+
+
+# Of the problem and data of benchopt's benchmark_mcp: the objectives of skglm 0.5, MCPRegression with tol=1e-12 and
+# 1,000 iterations, at .5, .1 and .01 of the largest weight.
+OF_SKGLM = {
+    False: (27.8017331636, 6.61586737084, 0.190184076077),
+    True: (27.1852499983, 6.35576769029, 0.182965840005),
+}
+
+
+@jax.jit
+def graduated(matrix, target, share, x0=None):
+    weight = share * jnp.max(jnp.abs(matrix.T @ target)) / target.size
+    loss = so.LeastSquares(matrix, target, jnp.full(target.size, 1 / target.size))
+    return so.solve(so.Problem(loss, so.MCP(weight, 3.0)), x0=x0)
+
+
+@pytest.mark.parametrize("scaled", OF_SKGLM)
+def test_mcp_ends_no_higher_than_coordinate_descent(scaled):
+    found = [graduated(*correlated(scaled), share) for share in (0.5, 0.1, 0.01)]
+    for ours, theirs in zip(found, OF_SKGLM[scaled], strict=True):
+        assert so.Status(int(ours.status)) is so.Status.STATIONARY
+        assert ours.objective <= theirs * (1 + 1e-9)
+    # From a given start there are no paths: here the answer is far above.
+    plain = graduated(*correlated(scaled), 0.01, np.zeros(200))
+    assert plain.objective > 1.5 * found[-1].objective
+    assert plain.steps <= 200 < found[-1].steps
+
+
+@pytest.mark.parametrize("penalty", often([so.MCP(2.0), so.SCAD(2.0), so.LogSum(2.0, 0.5)], so.SCAD(2.0)))
+def test_the_paths_of_a_concave_penalty_run_under_jit_vmap_and_grad(penalty):
+    traced = []
+
+    def solved(weight):
+        traced.append(weight)
+        return so.solve(so.Problem(SQUARES, dataclasses.replace(penalty, weight=weight)), tol=1e-12)
+
+    weights = np.array([0.5, 3.0, 3.0 + 1e-5, 3.0 - 1e-5, 1e3])
+    together, slopes = jax.jit(jax.vmap(lambda w: (solved(w), jax.grad(lambda w: solved(w).objective)(w))))(weights)
+    assert len(traced) == 2
+    np.testing.assert_array_equal(together.status, so.Status.STATIONARY)
+    assert not together.value[-1].any()
+    np.testing.assert_allclose(slopes[1], (together.objective[2] - together.objective[3]) / 2e-5, rtol=1e-6)
+    alone = solved(weights[0])
+    np.testing.assert_allclose(together.value[0], alone.value, atol=1e-9)
+    assert alone.state.x.shape == (COLUMNS,)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "solver", "ended"),
+    [
+        (so.L0(0.5), None, "STATIONARY"),
+        (so.L1(0.5), so.Maiht(), "CONVERGED"),
+        (so.L0(0.5), so.ProximalGradient(), "STATIONARY"),
+        (so.TopK(2), QuadraticAdmm(), "STATIONARY"),
+        (so.TopK(2), Splice(), "STATIONARY"),
+        (so.Support(np.array([[True], [False], [True], [True]])), None, "CONVERGED"),
+    ],
+)
+def test_only_where_the_penalty_is_known_to_be_convex_a_solve_converges(penalty, solver, ended):
+    problem = so.Problem(so.Quadratic(np.eye(4), np.array([3.0, 0.1, -2.0, 0.7])[:, None]), penalty)
+    assert so.Status(int(so.solve(problem, solver).status)).name == ended

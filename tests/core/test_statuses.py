@@ -266,7 +266,7 @@ def test_a_lane_that_turns_nan_leaves_the_others_alone(runs):
             so.Problem(problem.loss, Fragile(0.1, bound)), so.Maiht(), jnp.zeros((N, 2)), tol=1e-6, max_steps=2000
         )
     )(bounds)
-    assert [so.Status(int(s)) for s in found.status] == [so.Status.CONVERGED, so.Status.NONFINITE]
+    assert [so.Status(int(s)) for s in found.status] == [so.Status.STATIONARY, so.Status.NONFINITE]
     np.testing.assert_allclose(found.value[0], whole.value, atol=1e-4)
     with pytest.raises(RuntimeError, match="NONFINITE"):
         found.check()
@@ -282,8 +282,12 @@ def assert_alike(one, other):
 )
 def test_two_runs_agree_to_the_last_bit(runs, name):
     assert_alike(runs(name), run(name, np.float64 if name == "mixed" else np.float32))
-    cut = name in ("rising", "quadratic admm, unwatched")  # a fixed number of steps
-    assert status(runs(name)) is (so.Status.MAX_STEPS if cut else so.Status.CONVERGED)
+    ended = so.Status.CONVERGED
+    if name in ("rising", "quadratic admm, unwatched"):  # a fixed number of steps
+        ended = so.Status.MAX_STEPS
+    elif name in ("maiht, always", "splice", "quadratic admm"):
+        ended = so.Status.STATIONARY
+    assert status(runs(name)) is ended
 
 
 def test_runs_of_two_compilations_agree_to_the_last_bit(runs, compiled_afresh):

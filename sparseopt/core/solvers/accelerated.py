@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import certificate, composite_gap, has_conjugate, is_convex, proximal_gap
+from sparseopt.core.certify import certificate, composite_gap, has_conjugate, proximal_gap
 from sparseopt.core.losses import PlainLoss, is_smooth, with_image
 from sparseopt.core.matrix_losses import MatrixLoss
 from sparseopt.core.penalties import Composite, cold_memory, prox_from
@@ -211,5 +211,70 @@ class AcceleratedProximalGradient(PlainSolver):
         # An iterative prox has a gap near eps, so its error, and the residual, is near the root of eps.
         level = None if state.prox_memory is None else float(jnp.finfo(state.residual.dtype).eps) ** 0.5
         stalled = state.progress.stalled(state.residual, PATIENCE, level)
-        nonconvex = not is_convex(problem.penalty)
-        return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled, nonconvex)
+        return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled)
+
+
+# The factors of the concavity at the first level of both paths, and the levels of a path.
+NEARLY_CONVEX, VERY_CONCAVE, LEVELS = 1 / 30, 10.0, 10
+
+
+@pytree
+class GraduatedState(AcceleratedState):
+    """The state of `GraduatedProximalGradient`."""
+
+    first: Any  # the start of both paths
+    end: Any  # of the first path
+    end_objective: Any
+    level: Any  # the number of steps so far
+
+
+@pytree
+class GraduatedProximalGradient(AcceleratedProximalGradient):
+    """`AcceleratedProximalGradient` for a concave penalty, whose answer depends less on where it starts.
+
+    The penalty needs `curved(factor)`: itself, with the same slope at 0 and with its concavity times the factor. Two
+    paths lead from the start to the problem's own penalty, one from a penalty that is nearly convex and one from a very
+    concave one, one step at each level. The better of their ends is where the solve then starts. Until then the
+    residual is +inf.
+
+    Source: Blake and Zisserman, "Visual reconstruction", 1987, for graduated concavity; Mazumder, Friedman and Hastie,
+    "SparseNet: coordinate descent with nonconvex penalties", 2011, for paths from L1 to MCP.
+    """
+
+    def init(self, problem: Problem, x0: Float[Array, "..."]) -> GraduatedState:
+        state = super().init(problem, x0)
+        level = jnp.zeros((), jnp.int32)
+        return GraduatedState(**vars(state), first=state.x, end=state.x, end_objective=state.objective, level=level)
+
+    def step(self, problem: Problem, state: GraduatedState) -> GraduatedState:
+        level, kind = state.level, state.x.dtype
+        left = 1 - (level % LEVELS + 1).astype(kind) / LEVELS
+        factor = jnp.where(level < LEVELS, NEARLY_CONVEX, VERY_CONCAVE).astype(kind) ** left
+        graduating = level < 2 * LEVELS
+        penalty = problem.penalty.curved(jnp.where(graduating, factor, 1))
+        # The first path has ended: it starts again. The second has: the better end is the start.
+        again, ended = level == LEVELS, level == 2 * LEVELS
+        better = again | (ended & (state.objective < state.end_objective))
+        end = jnp.where(better, state.x, state.end)
+        state = dataclasses.replace(
+            state, end=end, end_objective=jnp.where(better, state.objective, state.end_objective)
+        )
+        start = jnp.where(again, state.first, end)
+        plain = {field.name: getattr(state, field.name) for field in dataclasses.fields(AcceleratedState)}
+        plain = jax.lax.cond(
+            again | ended, lambda: vars(AcceleratedProximalGradient.init(self, problem, start)), lambda: plain
+        )
+        # At a new level the objective of the last one says nothing.
+        plain["objective"] = jnp.where(graduating, jnp.inf, plain["objective"])
+        state = dataclasses.replace(state, **plain, level=level + 1)
+        return super().step(dataclasses.replace(problem, penalty=penalty), state)
+
+    def measure(self, problem: Problem, state: GraduatedState) -> Measure:
+        graduating = state.level <= 2 * LEVELS
+        objective = with_image(problem.loss).value_at(state.x, state.image) + problem.penalty.value(state.x)
+        now = super().measure(problem, state)
+        return now._replace(
+            residual=jnp.where(graduating, jnp.inf, now.residual),
+            objective=jnp.where(graduating, objective, now.objective),
+            stalled=now.stalled & ~graduating,
+        )

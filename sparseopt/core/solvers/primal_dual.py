@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import PENALTY_MOVE, certificate, has_conjugate, is_convex
+from sparseopt.core.certify import PENALTY_MOVE, certificate, has_conjugate
 from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.fidelity import total
 from sparseopt.core.losses import Quadratic, is_smooth
@@ -348,8 +348,7 @@ class PrimalDual:
 
     def measure(self, problem: Problem, state: PrimalDualState) -> Measure:
         stalled = state.progress.stalled(state.residual, PATIENCE)
-        nonconvex = not is_convex(problem.penalty)
-        return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled, nonconvex)
+        return Measure(state.residual, state.objective, state.gap, {"omega": state.omega}, stalled)
 
     def duals(self, problem: Problem, state: PrimalDualState) -> tuple[Array, Array]:
         return state.mapped.duals
