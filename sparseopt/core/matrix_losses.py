@@ -111,7 +111,8 @@ class MatrixLoss:
         matrix[: len(target), : self.matrix.in_shape[0]] = self.matrix.matrix
         # The last target is one that the loss accepts.
         target = np.append(target, np.repeat(0 * target[-1:] if plain else target[-1:], rows))
-        return dataclasses.replace(self, matrix=Dense(matrix), target=target, weights=weights)
+        found: Any = self
+        return dataclasses.replace(found, matrix=Dense(matrix), target=target, weights=weights)
 
     def refuses(self) -> str | None:
         """Why the data cannot be used (shapes, or values outside the domain), or None; tracers are not checked."""
@@ -134,7 +135,7 @@ class MatrixLoss:
         family, target = self.family, np.asarray(self.target)
         if reason := getattr(family, "refuses", lambda: None)():
             return reason
-        seen = True
+        seen: Any = True
         if weights is not None:
             seen = np.reshape(weights, np.shape(weights) + (1,) * (target.ndim - np.ndim(weights))) > 0
         wrong = family.wrong(target) & seen

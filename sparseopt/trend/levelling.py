@@ -9,7 +9,6 @@ gap of about its square. So a solve stops early, and goes on while the means are
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -107,8 +106,7 @@ def in_float32(job: Job) -> Job:
 def certified(job: Job, found: TrendSolution) -> TrendSolution:
     """A fit in another precision as one of the job: judged there, at order 0 with the means of its pieces."""
     value, dual = found.value.astype(job.dtype), job.rows.project_dual(found.dual.astype(job.dtype))
-    objective, gap = _judged_at(job.ground, None, job.rows, *job.arrays, dual, value)
-    status = promoted(found.status, gap, objective, job.tol)
+    objective, gap, status = _judged_at(job.ground, None, job.rows, *job.arrays, dual, value, found.status, job.tol)
     found = dataclasses.replace(
         found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
     )
@@ -144,8 +142,11 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
             labels = labels_of(graph, joined[..., channel])
         level[:, channel] = levelled(column, labels, signal.mass, job.ground.anchored)
     value = layout.put(layout.rows(level.astype(job.dtype).reshape(-1, *channels), 0))
-    judge = partial(_judged_at, job.ground, job.loss, job.rows, *job.arrays, found.dual)
-    objective, gap = judge(value)
+
+    def judge(at: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _judged_at(job.ground, job.loss, job.rows, *job.arrays, found.dual, at, found.status, job.tol)
+
+    objective, gap, status = judge(value)
     norm = isinstance(job.rows, Norm)
     # Without a certificate the reported objective is not that of the value alone.
     before = float(found.objective if norm else judge(found.value)[0])
@@ -155,14 +156,22 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
     found = dataclasses.replace(found, value=value, objective=objective)
     if not norm or job.loss is not None:
         return found  # the gap is still a bound
-    return dataclasses.replace(found, status=promoted(found.status, gap, objective, job.tol), residual=gap, gap=gap)
+    return dataclasses.replace(found, status=status, residual=gap, gap=gap)
 
 
 @jax.jit
 def _judged_at(
-    ground: Ground, family: ScalarLoss | None, penalty: Any, y: Any, weights: Any, dual: Any, x: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The objective at x, and the relative duality gap of a norm and the square loss, else NaN."""
+    ground: Ground,
+    family: ScalarLoss | None,
+    penalty: Any,
+    y: Any,
+    weights: Any,
+    dual: Any,
+    x: Any,
+    status: jax.Array,
+    tol: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The objective at x, the relative duality gap of a norm and the square loss, else NaN, and the status then."""
     loss: Any = NodeLoss(family, y, weights)
     if family is None:
         data = data_of(ground, y, weights)
@@ -170,6 +179,7 @@ def _judged_at(
         if ground.present is not None:
             x = jnp.where(ground.present, x, data.shift)  # padding costs nothing there
         if isinstance(penalty, Norm):
-            return judged(ground, loss, penalty, x, dual)
+            objective, gap = judged(ground, loss, penalty, x, dual)
+            return objective, gap, promoted(status, gap, objective, tol)
     objective = loss.value(x) + penalty.value(ground.operator.mv(x))
-    return objective, jnp.full_like(objective, jnp.nan)
+    return objective, jnp.full_like(objective, jnp.nan), status

@@ -109,11 +109,13 @@ class Plan:
             """`z` after some steps of a lazy random walk."""
             laplacian = ground.highest.base.laplacian
             z, rounds, _ = carry
-            z = jax.lax.fori_loop(0, SMOOTHINGS, lambda _, last: last - laplacian(last) / (2 * ground.degrees), z)
+            # The pull itself first: tested in the loop alone, the test is compiled once.
+            steps = jnp.where(rounds > 0, SMOOTHINGS, 0)
+            z = jax.lax.fori_loop(0, steps, lambda _, last: last - laplacian(last) / (2 * ground.degrees), z)
             return z, rounds + 1, rules_out(z)
 
-        first = (pull, jnp.zeros((), jnp.int32), rules_out(pull))
-        *_, ruled_out = jax.lax.while_loop(lambda carry: ~carry[2] & (carry[1] < ROUNDS), smoothed, first)
+        first = (pull, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+        *_, ruled_out = jax.lax.while_loop(lambda carry: ~carry[2] & (carry[1] <= ROUNDS), smoothed, first)
 
         def means() -> Start:
             # A batch runs this branch for every lane: where the means are ruled out there is nothing to solve.

@@ -8,24 +8,6 @@ import sparseopt as so
 from sparseopt.core.iterate import iterate
 from sparseopt.core.padding import COARSE, FINE, padded_problem, rounded_up
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
-TRACED = "/jax/core/compile/jaxpr_trace_duration"
-
-
-def counted(call):
-    """The programs that a call compiles, or takes from the folder of the tests, and what it traces."""
-    seen = []
-
-    def listen(event, _duration, **_):
-        seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        jax.block_until_ready(call())
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    return seen.count(COMPILED), seen.count(TRACED)
-
 
 def draw(rows, columns, seed=0):
     rng = np.random.default_rng(seed)
@@ -35,13 +17,6 @@ def draw(rows, columns, seed=0):
 
 def lasso(rows, columns):
     return so.Problem(so.LeastSquares(*draw(rows, columns)), so.L1(2.0))
-
-
-def test_a_first_solve_is_one_program_and_the_next_size_none():
-    jax.clear_caches()
-    assert counted(lambda: so.solve(lasso(45, 19)))[0] == 1
-    for rows, columns in ((46, 19), (44, 20), (43, 21)):
-        assert counted(lambda shape=(rows, columns): so.solve(lasso(*shape))) == (0, 0)
 
 
 def test_sizes_grow_by_a_quarter_at_most():

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.certify import relative_gap
@@ -227,7 +228,7 @@ class Admm(PlainSolver):
         return self._first(problem, state)
 
     def _first(self, problem: Problem, state: AdmmState) -> AdmmState:
-        """The state with a check, as if it were the first; of a norm none is computed, since every step brings one."""
+        """The state with a check, as if it were the first; of a norm without a certificate, which every step brings."""
         far = jnp.full((), jnp.inf, state.x.dtype)
         residual, objective, gap, floor = far, far, far, jnp.zeros_like(far)
         if not isinstance(problem.penalty, Norm):
@@ -348,7 +349,7 @@ def _extrapolated(problem: Problem, state: AdmmState) -> AdmmState:
 
 def standard_split(inner: Any, outer: Any, dtype: Any) -> Split:
     """The split of the standard ADMM: `outer` the identity, both metrics 1."""
-    one = jnp.ones((), dtype)
+    one = np.ones((), dtype)
     return Split(outer, inner, one, one)
 
 
