@@ -59,6 +59,21 @@ def real_array(name: str, given: Any) -> np.ndarray:
     return array
 
 
+def refuses_leaves(name: str, given: Any) -> str | None:
+    """Why a pytree cannot be computed with: it is none, or a leaf holds no real numbers. Tracers are not checked."""
+    for leaf in jax.tree.leaves(given):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex | str):
+            what = f"the class {leaf.__name__}" if isinstance(leaf, type) else f"an object of {type(leaf).__name__}"
+            return f"the {name} must be a pytree of numbers, given {what}: decorate a class of your own with @so.pytree"
+        kind = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if jax.numpy.issubdtype(kind, np.complexfloating):
+            return f"the {name} must hold real numbers, given {kind}: stack the real and the imaginary parts"
+        if isinstance(kind, np.dtype) and kind.kind in "OUSMm":
+            what = repr(leaf) if isinstance(leaf, str) else f"an array of dtype {kind}"
+            return f"the {name} must hold numbers, given {what}: convert it to floats"
+    return None
+
+
 def require_memory(needed: int, what: str, advice: str, on_device: int = 0) -> None:
     """Raise a ValueError unless `needed` bytes, a lower bound on the need of `what`, are free; `advice` ends it.
 

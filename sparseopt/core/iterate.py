@@ -27,7 +27,7 @@ def iterate(
 
     `x0` is a start as the solver takes it.
     """
-    if isinstance(max_steps, int) and max_steps < 0:
+    if not isinstance(max_steps, jax.core.Tracer) and max_steps < 0:
         raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
     if reason := refusal(solver, problem):
         raise ValueError(reason)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from scipy import sparse
+from scipy.sparse.linalg import LinearOperator
 
 from sparseopt.core.dense import product
 from sparseopt.core.operators import Difference, Identity, LinearMap, Split, Stack, spread
@@ -95,10 +96,18 @@ def refuses_map(name: str, given: Any) -> str | None:
     """Why an object cannot serve as a linear map; None if it can, or is None, the identity."""
     if given is None or isinstance(given, LinearMap):
         return None
-    what = f"an array of shape {given.shape}" if hasattr(given, "shape") else type(given).__name__
+    what, advice = type(given).__name__, ""
+    if isinstance(given, np.ndarray | jax.Array):
+        what = f"an array of shape {given.shape}"
+    elif isinstance(given, LinearOperator):
+        advice = "; JAX cannot trace the NumPy code of its matvec: write mv and rmv in jax.numpy, or give the matrix"
+    elif hasattr(given, "todense"):
+        advice = (
+            "; convert it to a SciPy sparse matrix, such as scipy.sparse.coo_array((values, (rows, columns)), shape)"
+        )
     return (
         f"the {name} must be None, a dense matrix [rows, columns], a SciPy sparse matrix, or an object with mv(x) and "
-        f"rmv(e), given {what}"
+        f"rmv(e), given {what}{advice}"
     )
 
 

@@ -45,13 +45,18 @@ class MatrixLoss:
         """The loss as a function of `z = A x`: `sum_i w_i f(z_i; b_i)`."""
         weights, target = self.weights, jnp.asarray(self.target)
         if not jnp.issubdtype(target.dtype, jnp.inexact):
-            # Not wider than x, whose dtype is that of the arrays of floats.
-            floats = [leaf.dtype for leaf in jax.tree.leaves(self.matrix) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-            target = target.astype(jnp.result_type(*floats) if floats else jnp.float32)
+            target = target.astype(self.dtype)
         if weights is not None:
             weights = jnp.reshape(weights, jnp.shape(weights) + (1,) * (target.ndim - jnp.ndim(weights)))
         # Where a weight is 0 so is the dual, and the box [0, 0] loses nothing.
         return NodeLoss(self.family, target, weights, 0.0, 0.0)
+
+    @property
+    def dtype(self) -> Any:
+        """That of the floats in matrix and target; for data of integers alone the widest float."""
+        kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in (*jax.tree.leaves(self.matrix), self.target)]
+        floats = [kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)]
+        return jnp.result_type(*floats) if floats else jnp.result_type(float)
 
     def maps(self, x: FloatArray) -> Any:
         return or_identity(self.matrix, x)
@@ -82,11 +87,8 @@ class MatrixLoss:
         return self.rows.slack(image, -self.rows.gradient(image_old))
 
     def start(self) -> FloatArray:
-        kinds = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in jax.tree.leaves(self.matrix)]
-        floats = [kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)]
-        kind = jnp.result_type(self.target, jnp.float32, *floats)
         # Not by `jnp.zeros`, which is a program for every shape.
-        return jax.device_put(np.zeros(self.start_shape(), kind))
+        return jax.device_put(np.zeros(self.start_shape(), jnp.result_type(jnp.float32, self.dtype)))
 
     def start_shape(self) -> tuple[int, ...]:
         """The shape of x, found without computing."""
@@ -117,6 +119,8 @@ class MatrixLoss:
     def refuses(self) -> str | None:
         """Why the data cannot be used (shapes, or values outside the domain), or None; tracers are not checked."""
         name = type(self).__name__
+        if isinstance(self.family, type):
+            return f"{name} takes a scalar loss, given the class {self.family.__name__}: write {self.family.__name__}()"
         if reason := refuses_map(f"matrix of {name}", self.matrix):
             return reason
         given, weights = jnp.shape(self.target), self.weights

@@ -4,6 +4,7 @@ A pattern has also `mask(score)`, True where an entry survives, with exactly the
 non-negative and has the unit of a magnitude: the mask keeps the largest sum of squared scores that the set allows.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ class _SparseSet:
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         """The projection, whatever the step: `x` on `mask(|x|)`, exactly zero elsewhere."""
-        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype))
+        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype)) if x.size else x
 
 
 @pytree
@@ -94,7 +95,7 @@ class NM(_SparseSet):
 
     def _holds(self, x: FloatArray) -> Bool[Array, ""]:
         moved = jnp.moveaxis(x != 0, self.axis, 0)
-        groups = moved.reshape(moved.shape[0] // self.m, self.m, -1)
+        groups = moved.reshape(moved.shape[0] // self.m, self.m, math.prod(moved.shape[1:]))
         return jnp.all(jnp.sum(groups, axis=1, dtype=jnp.int32) <= self.n)
 
 

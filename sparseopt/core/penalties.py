@@ -350,12 +350,15 @@ class LogSum:
         """
         weight, eps = jnp.asarray(self.weight, x.dtype), jnp.asarray(self.eps, x.dtype)
         level, size = jnp.asarray(step, x.dtype) * weight, jnp.abs(x)
-        square = (size + eps) ** 2 - 4 * level
-        real = square > 0
-        root = jnp.sqrt(jnp.where(real, square, 1))
+        # Of `(size + eps)² - 4 level`, which may overflow.
+        share = 1 - 4 * level / (size + eps) / (size + eps)
+        real = share > 0
+        root = (size + eps) * jnp.sqrt(jnp.where(real, share, 1))
         # Each form where it does not cancel.
         small = size < eps
-        u = jnp.where(small, 2 * (size * eps - level) / jnp.where(small, eps - size + root, 1), (size - eps + root) / 2)
+        u = jnp.where(
+            small, 2 * (size * eps - level) / jnp.where(small, eps - size + root, 1), (size - eps) / 2 + root / 2
+        )
         cheaper = 0.5 * u * (u - 2 * size) + level * jnp.log1p(jnp.abs(u) / eps) < 0
         wins = real & (u > 0) & jnp.where(level <= eps * eps, size * eps > level, cheaper)
         return jnp.where(wins, jnp.sign(x) * u, 0)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.matrices import linear_map
+from sparseopt.core.penalties import L1
 from sparseopt.core.types import FloatArray, pytree
 
 # A residual within this multiple of eps may be as low as the precision allows.
@@ -26,7 +27,7 @@ class Problem:
 
     Attributes:
         loss: `value(x)` and `gradient(x)`, and what the chosen solver needs besides.
-        penalty: `value(z)` and `prox(z, step)` for z = operator x.
+        penalty: `value(z)` and `prox(z, step)` for z = operator x. None is no penalty, and kept as `L1(0.0)`.
         operator: None, a dense matrix `[rows, columns]`, a SciPy sparse matrix, or an object with `mv(x)` and its
             transpose `rmv(e)`. A matrix is kept as a linear map.
 
@@ -43,6 +44,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operator", linear_map(self.operator))
+        if self.penalty is None:
+            object.__setattr__(self, "penalty", L1(0.0))
 
 
 def unfolded(problem: Problem, x: FloatArray) -> Problem:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.arguments import refuses_parameters
+from sparseopt.core.arguments import refuses_leaves, refuses_parameters
 from sparseopt.core.certify import is_convex
 from sparseopt.core.iterate import iterate
 from sparseopt.core.losses import Quadratic
@@ -145,8 +145,11 @@ def solve(
         raise ValueError(reason)
     if solver is None:
         solver = chosen_solver(problem).solver
-    elif reason := refusal(solver, problem):
+    elif reason := _refuses_solver(solver) or refusal(solver, problem):
         raise ValueError(reason)
+    for name in ("loss", "penalty", "operator"):
+        if reason := refuses_leaves(name, getattr(problem, name)):
+            raise ValueError(reason)
     if x0 is None:
         if not hasattr(problem.loss, "start"):
             raise ValueError(
@@ -156,20 +159,31 @@ def solve(
         x0 = problem.loss.start()
         if type(solver) is AcceleratedProximalGradient and hasattr(problem.penalty, "curved"):
             solver = GraduatedProximalGradient(solver.step_size, solver.cadence)
+    if type(x0) in (list, tuple, int, float, complex):
+        x0 = np.asarray(x0)
     if isinstance(x0, np.ndarray | jax.Array):
-        if reason := _refuses_shapes(problem, x0):
+        if reason := refuses_leaves("start x0", x0) or _refuses_shapes(problem, x0):
             raise ValueError(reason)
-        if not jnp.issubdtype(x0.dtype, jnp.complexfloating):
-            x0 = jnp.asarray(x0, _dtype(problem, x0))
+        x0 = jnp.asarray(x0, _dtype(problem, x0))
     limits: dict[str, Any] = {"tol": tol, "max_steps": max_steps, "history": history}
     if shared := padded_problem(problem, solver, x0):
         return cut(iterate(shared[0], solver, shared[1], **limits), problem, shared[0], x0)
     return iterate(problem, solver, x0, **limits)
 
 
+def _refuses_solver(solver: Any) -> str | None:
+    if not isinstance(solver, type) and all(hasattr(solver, name) for name in ("init", "step", "measure", "extract")):
+        return None
+    given = f"the class {solver.__name__}" if isinstance(solver, type) else repr(solver)
+    advice = "a tolerance is the keyword tol" if isinstance(solver, float | int) else "or None, which chooses one"
+    return f"the solver is an object such as sparseopt.PrimalDual(), given {given}; {advice}"
+
+
 def _refuses_data(problem: Problem) -> str | None:
     if not isinstance(problem, Problem):
         return f"solve needs a sparseopt.Problem(loss, penalty, operator=None), given {type(problem).__name__}"
+    if isinstance(problem.loss, type):
+        return f"a loss is an object such as sparseopt.LeastSquares(A, b), given the class {problem.loss.__name__}"
     if reason := refuses_map("operator", problem.operator):
         return reason
     if isinstance(problem.penalty, type):
@@ -185,7 +199,8 @@ def _dtype(problem: Problem, x0: Any) -> Any:
     """A float that holds the entries of x0 and of every array in the problem."""
     arrays = [leaf for leaf in (x0, *jax.tree.leaves(problem)) if np.ndim(leaf) and hasattr(leaf, "dtype")]
     floats = [leaf.dtype for leaf in arrays if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.result_type(*map(jax.dtypes.canonicalize_dtype, floats)) if floats else jnp.float32
+    floats += [problem.loss.dtype] if isinstance(problem.loss, MatrixLoss) else []
+    return jnp.result_type(*map(jax.dtypes.canonicalize_dtype, floats)) if floats else jnp.result_type(float)
 
 
 def _refuses_hessian(hessian: Any) -> str | None:

@@ -243,7 +243,7 @@ def vanishes(penalty: Any) -> bool:
     if np.any(np.asarray(getattr(penalty, "weight", 1.0))):
         return False
     x = np.array([[-2.0, 1.0], [0.5, 3.0]], np.float32)
-    probe = dataclasses.replace(penalty, weight=0.0)
+    probe = dataclasses.replace(penalty, weight=0.0) if dataclasses.is_dataclass(penalty) else penalty
     return bool(np.all(np.asarray(probe.prox(jnp.asarray(x), 1.0)) == x))
 
 

@@ -323,7 +323,8 @@ def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Solution, dual: A
     See `nonzero_rows` in `freedom.py` for why the dual decides, and not the size of an entry.
     """
     first, x = penalty.penalties[0], fit.value
-    long = (data.noise / jnp.where(first.weight == 0, 1, jnp.mean(first.weight))).astype(x.dtype)
+    weight = jnp.asarray(getattr(first, "weight", 1.0))
+    long = (data.noise / jnp.where(weight == 0, 1, jnp.mean(weight))).astype(x.dtype)
     flat = x.reshape(penalty.sizes[0], *dual.shape[1:])
     kept = first.prox(flat + long * dual[: flat.shape[0]], long) != 0
     value = jnp.where(kept.reshape(x.shape), x, 0)

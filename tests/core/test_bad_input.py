@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.sparse import BCOO
+from scipy import sparse
+from scipy.sparse.linalg import aslinearoperator
 
 import sparseopt as so
+from sparseopt.core.types import precision
 from tests.core.test_any_problem import (
     ABSOLUTE,
     ADMM,
@@ -37,6 +41,18 @@ class NoTranspose(ImageGradient):
 class ValueOnly:
     def value(self, x):
         return jnp.sum(x)
+
+
+class PlainPenalty(ValueOnly):
+    def prox(self, x, step):
+        return x - step
+
+
+class PlainMap:
+    def mv(self, x):
+        return x
+
+    rmv = mv
 
 
 IMAGE = so.LeastSquares(None, np.zeros((4, 3)))
@@ -140,6 +156,62 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
         {},
         "the quantile loss needs a level between 0 and 1",
     ),
+    "a tolerance as solver": (
+        lambda: LASSO,
+        {"solver": 1e-3},
+        r"the solver is an object such as sparseopt.PrimalDual\(\), given 0.001; a tolerance is the keyword tol",
+    ),
+    "a class as solver": (lambda: LASSO, {"solver": so.PrimalDual}, "given the class PrimalDual; or None"),
+    "a name as solver": (lambda: LASSO, {"solver": "PrimalDual"}, "given 'PrimalDual'; or None, which chooses one"),
+    "a class as scalar loss": (
+        lambda: so.Problem(so.Composed(so.LogisticLoss, MATRIX, LABELS), so.L1(1.0)),
+        {},
+        r"Composed takes a scalar loss, given the class LogisticLoss: write LogisticLoss\(\)",
+    ),
+    "a class as loss": (lambda: so.Problem(so.LeastSquares, so.L1(1.0)), {}, "given the class LeastSquares"),
+    "a penalty that is no pytree": (
+        lambda: so.Problem(SQUARES, PlainPenalty()),
+        {},
+        "the penalty must be a pytree of numbers, given an object of PlainPenalty: decorate .* @so.pytree",
+    ),
+    "an operator that is no pytree": (
+        lambda: so.Problem(SQUARES, so.L1(1.0), PlainMap()),
+        {},
+        "the operator must be a pytree of numbers, given an object of PlainMap: decorate .* @so.pytree",
+    ),
+    "a sparse matrix of JAX": (
+        lambda: so.Problem(SQUARES, so.L1(1.0), BCOO.fromdense(jnp.eye(COLUMNS))),
+        {},
+        "given BCOO; convert it to a SciPy sparse matrix",
+    ),
+    "a linear operator of SciPy": (
+        lambda: so.Problem(so.LeastSquares(aslinearoperator(MATRIX), TARGET), so.L1(1.0)),
+        {},
+        "given MatrixLinearOperator; JAX cannot trace .* write mv and rmv in jax.numpy, or give the matrix",
+    ),
+    "a weight that is a text": (
+        lambda: so.Problem(SQUARES, so.L1("a")),
+        {},
+        "the penalty must hold numbers, given 'a'",
+    ),
+    "an array of objects": (
+        lambda: so.Problem(SQUARES, so.L1(np.array([1.0] * COLUMNS, object))),
+        {},
+        "the penalty must hold numbers, given an array of dtype object",
+    ),
+    "a complex sparse operator": (
+        lambda: so.Problem(SQUARES, so.L1(1.0), sparse.csr_array(1j * np.eye(COLUMNS))),
+        {},
+        "the operator must hold real numbers, given complex128: stack the real and the imaginary parts",
+    ),
+    "a complex matrix": (
+        lambda: so.Problem(so.LeastSquares(MATRIX * 1j, TARGET), so.L1(1.0)),
+        {},
+        "the loss must hold real numbers, given complex128",
+    ),
+    "a complex start": (lambda: LASSO, {"x0": np.zeros(COLUMNS) * 1j}, "the start x0 must hold real numbers"),
+    "a number as start": (lambda: LASSO, {"x0": 0.0}, r"x0 needs the shape \(12,\) of the loss's x, given \(\)"),
+    "a short list as start": (lambda: LASSO, {"x0": [0.0, 0.0]}, r"x0 needs the shape \(12,\) .* given \(2,\)"),
     "a Huber loss of delta 0": (
         lambda: so.Problem(so.Composed(so.HuberLoss(0.0), MATRIX, TARGET), so.L1(1.0)),
         {},
@@ -176,3 +248,28 @@ def test_shapes_are_looked_at_under_jit_too(name):
 def test_a_start_is_looked_at_under_jit_too():
     with pytest.raises(ValueError, match="x0 needs the shape"):
         jax.eval_shape(lambda x0: so.solve(LASSO, x0=x0).value, np.zeros(3))
+
+
+@pytest.mark.parametrize("most", [-1, np.int64(-1), jnp.asarray(-1)])
+def test_a_negative_number_of_steps_is_refused_whatever_its_type(most):
+    with pytest.raises(ValueError, match="max_steps must be 0 or more, given -1"):
+        so.solve(LASSO, max_steps=most)
+
+
+def test_none_is_no_penalty():
+    wanted = np.linalg.lstsq(MATRIX, TARGET)[0]
+    np.testing.assert_allclose(so.solve(so.Problem(SQUARES, None), tol=1e-6).check().value, wanted, atol=1e-3)
+
+
+def test_a_start_may_be_a_list():
+    np.testing.assert_array_equal(so.solve(LASSO, x0=[0.0] * COLUMNS).value, so.solve(LASSO, APG).value)
+
+
+def test_data_of_integers_are_solved_in_the_widest_float():
+    with precision(np.dtype(np.float64)):
+        loss = so.LeastSquares(np.eye(2, dtype=int), np.array([2**24 + 1, 5]))
+        found = so.solve(so.Problem(loss, so.L1(0.0)), tol=1e-14)
+        assert found.value.dtype == np.float64
+        np.testing.assert_allclose(found.value, [2**24 + 1, 5], rtol=1e-14)
+        squares = so.solve(so.Problem(so.Quadratic(np.eye(2, dtype=int), np.array([2**24 + 1, 5])), so.L1(0.0)))
+        assert squares.value.dtype == np.float64

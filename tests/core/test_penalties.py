@@ -275,6 +275,18 @@ def test_the_count_of_a_pattern_is_a_leaf(rng):
     assert len(traces) == 3
 
 
+def test_the_prox_of_a_log_sum_keeps_what_its_square_would_overflow():
+    x = jnp.array([3e19, -3e38, 1e30, 0.0], jnp.float32)
+    np.testing.assert_allclose(so.LogSum(1.0, 1.0).prox(x, 1.0), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [so.TopK(2), so.RowTopK(2), so.NM(2, 4)])
+def test_an_array_without_entries_lies_in_every_pattern(penalty):
+    x = jnp.zeros((0, 3))
+    assert penalty.prox(x, 1.0).shape == (0, 3)
+    assert penalty.value(x) == 0
+
+
 @pytest.mark.parametrize("penalty", [so.L1(0.5), so.LogSum(0.5, 0.5), so.Box(-0.5, 0.5), so.GroupL2(0.5), so.TopK(1)])
 def test_integers_are_floats_to_a_penalty(penalty):
     x = jnp.array([-3, 0, 2])

@@ -228,6 +228,51 @@ def test_paths_and_starts_know_the_direction_of_edges_too(rng):
         np.testing.assert_allclose(fitted.value, wanted, atol=1e-3)
 
 
+class Registered:
+    """A penalty that is a pytree and no dataclass."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    value, prox = OwnL1.value, OwnL1.prox
+
+
+jax.tree_util.register_pytree_node(
+    Registered, lambda each: ((each.weight,), None), lambda _, leaves: Registered(*leaves)
+)
+
+
+@so.pytree
+class Unweighted:
+    """A norm that names its weight otherwise."""
+
+    size: object
+
+    def value(self, x):
+        return so.L1(self.size).value(x)
+
+    def prox(self, x, step):
+        return so.L1(self.size).prox(x, step)
+
+    def project_dual(self, dual):
+        return so.L1(self.size).project_dual(dual)
+
+    def slack(self, x, dual):
+        return so.L1(self.size).slack(x, dual)
+
+
+def test_a_penalty_of_your_own_needs_neither_a_dataclass_nor_a_weight(rng):
+    y = rng.standard_normal(6)
+    np.testing.assert_array_equal(
+        so.trend_filter(y, CHAIN, Registered(0.0)).value, so.trend_filter(y, CHAIN, so.L1(0.0)).value
+    )
+    for penalty in (Registered(0.3), Unweighted(0.3)):
+        fit = so.trend_filter(y, CHAIN, penalty, tol=1e-7)
+        np.testing.assert_allclose(fit.value, so.trend_filter(y, CHAIN, so.L1(0.3), tol=1e-7).value, atol=1e-4)
+    fits = [so.trend_filter(y, CHAIN, {-1: first, 0: so.L1(0.3)}, tol=1e-7) for first in (Unweighted(0.2), so.L1(0.2))]
+    np.testing.assert_allclose(fits[0].value, fits[1].value, atol=1e-4)
+
+
 def test_solutions_without_a_dual_are_starts_too(rng):
     y = rng.standard_normal(6)
     wanted = so.trend_filter(y, CHAIN, so.L1(0.2), tol=1e-9).value
