@@ -19,11 +19,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import sparse
+from scipy import ndimage, sparse
 
 from sparseopt.core.arguments import real_array
 from sparseopt.core.operators import padded, spread
 from sparseopt.core.types import FloatArray, pytree, static
+
+# Nearly equal times make nearly parallel rows that are so many times their neighbours; a solve loses the square in
+# digits. On chains of 24 nodes with two or three near times, at orders 1 to 3 and weights of 0.5, 5 and 50 % of the
+# largest, "auto" certified 21 of 39 fits in float64 up to this ratio, 5 of 21 up to ten times it and 0 of 48 beyond; in
+# float32 45 of 66 up to it and 0 of 24 beyond.
+LARGEST_RATIO = {"float32": 5e4, "float64": 5e5}
 
 
 def _ahead(x: FloatArray, axis: int) -> FloatArray:
@@ -173,7 +179,7 @@ def divided_difference(
 ) -> DividedDifference:
     """The map for checked times, of host arrays, or `diag(.) D^(order)`, the factor of the next order.
 
-    A ValueError if squares of its rows overflow or vanish.
+    A ValueError if squares of its rows overflow or vanish, or if times are nearly equal; see `LARGEST_RATIO`.
     """
     count = order if factor else order - 1
     if times is None or count < 1:
@@ -187,7 +193,25 @@ def divided_difference(
             f"divided differences of order {order} at these times reach from 1e{low:.0f} to 1e{high:.0f}, whose "
             f"squares are beyond {limits.dtype}: divide the times by a typical step"
         )
+    _require_apart(times, scales, order, limits)
     return DividedDifference(tuple(scale.astype(dtype) for scale in scales), n, order)
+
+
+def _require_apart(times: np.ndarray, scales: list[np.ndarray], order: int, limits: Any) -> None:
+    """Raise a ValueError if rows are too large beside their neighbours."""
+    size = np.zeros(len(times))
+    for scale in scales:
+        size = np.maximum(size[:-1], size[1:]) + np.log10(scale)
+    excess = size - ndimage.minimum_filter1d(size, 2 * order + 1)
+    row = int(np.argmax(excess))
+    if excess[row] > np.log10(LARGEST_RATIO[limits.dtype.name]):
+        steps = np.diff(times[row : row + len(scales) + 1])
+        first = row + int(np.argmin(steps))
+        raise ValueError(
+            f"the times of the nodes {first} and {first + 1} are {steps.min():.3g} apart, too little beside their "
+            f"neighbours for divided differences of order {order} in {limits.dtype}: take one node in their place, "
+            "with the mean of their values and the sum of their weights"
+        )
 
 
 def checked_times(times: Any, n: int) -> np.ndarray:

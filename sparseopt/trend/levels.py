@@ -181,7 +181,7 @@ def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, 
     def judged_at(level: tuple[Any, Any]) -> Any:
         weight, x = level
         penalty = L1(weight)
-        dual = ChainTotalVariation(weight, ground.highest).potential(-data.loss.gradient(x))
+        dual = ChainTotalVariation(weight, ground.highest).dual_at(x, -data.loss.gradient(x))
         objective, gap = judged(ground, data.loss, penalty, x, dual)
         status = jnp.where(gap <= tol, Status.CONVERGED, Status.PRECISION).astype(jnp.int32)
         return status, objective, gap, ground.highest.mv(x) != 0

@@ -225,7 +225,9 @@ def fit(
         status = jnp.where(found.status == Status.NONFINITE, found.status, Status.CONVERGED)
         found = dataclasses.replace(found, value=start.x, status=status)
     dual = plan.row_dual(inner, found.state.candidate)
-    if isinstance(penalty, Norm):
+    if exact:
+        dual = inner.dual_at(found.value, found.state.candidate)
+    elif isinstance(penalty, Norm):
         # Without a step it is that of the start, which may be one of a larger weight.
         dual = jnp.where(found.steps > 0, dual, penalty.project_dual(dual))
     ended = finished(ground, data, penalty, found, dual, tol)

@@ -61,6 +61,26 @@ def test_a_penalty_has_the_ends_of_the_graph_whatever_the_type_of_its_key(key):
     np.testing.assert_array_equal(fit.value, line)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(("dtype", "apart"), [(np.float64, 1e-6), (np.float64, 1e-12), (np.float32, 1e-5)])
+def test_nearly_equal_times_are_an_error_that_names_them(dtype, apart, order):
+    """As equal times are; solves with their differences lose all digits."""
+    times = np.arange(float(N))
+    times[10] = times[9] + apart
+    graph = so.Graph.chain(N, times=times, ends="free")
+    text = rf"the times of the nodes 9 and 10 are {apart:.3g} apart, .*order {order + 1} in {np.dtype(dtype)}: take one"
+    for fit in (
+        lambda: so.trend_filter(noisy(), graph, so.L1(1.0), order, dtype=dtype),
+        lambda: so.trend_path(noisy(), graph, order=order, dtype=dtype),
+    ):
+        with pytest.raises(ValueError, match=text):
+            fit()
+    # Steps that change from node to node are none, however large the range, nor are times that are less near.
+    times[10] = times[9] + 1e-3
+    for taken in (times, np.geomspace(1e-3, 1e3, N)):
+        so.Graph.chain(N, times=taken, ends="free").divided(order + 1, dtype)
+
+
 @pytest.mark.parametrize("kind", ["even", "uneven"])
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_the_operator_is_that_of_genlasso(kind, order):

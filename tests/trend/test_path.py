@@ -133,6 +133,9 @@ def test_a_path_of_a_chain_is_exact_and_its_pieces_only_merge(rng):
         jumps = np.diff(path.values, axis=1) != 0
         assert np.all(jumps[1:] | ~jumps[:-1])  # a jump at a weight is one at every smaller weight
         np.testing.assert_array_equal(path.degrees_of_freedom, jumps.sum(axis=1) + 1)
+    # Also where the pull of the penalty is below the rounding of the signal.
+    assert trend_path(y, graph, weights=[1e-16]).gaps[0] <= 1e-12
+    assert so.trend_filter(y, graph, so.L1(1e-16)).check().gap <= 1e-12
     alone = so.trend_filter(y, graph, so.L1(path.weights[5]))
     np.testing.assert_allclose(trend_path(y, graph, weights=path.weights[5:6]).values[0], alone.value, rtol=1e-12)
 

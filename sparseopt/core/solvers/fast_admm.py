@@ -155,6 +155,11 @@ class ChainTotalVariation:
         weight = jnp.asarray(self.weight, dual.dtype)
         return jnp.clip(self._potential(dual), -weight, weight)
 
+    def dual_at(self, x: FloatArray, dual: FloatArray) -> FloatArray:
+        """U of an exact fit x with `Eᵀu = dual`: known where E x is not 0, also if the dual is lost to rounding."""
+        apart = self.last.mv(x)
+        return jnp.where(apart == 0, self.potential(dual), jnp.asarray(self.weight, x.dtype) * jnp.sign(apart))
+
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return self.weight * total(jnp.abs(self.last.mv(x)))
 
