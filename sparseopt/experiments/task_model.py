@@ -33,7 +33,7 @@ from sparseopt.pruning.documents import Document, Part, TextError, load_document
 from sparseopt.pruning.options import Option, mistakes_of
 from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.plan import make_plan
-from sparseopt.pruning.reports import Event, LayerRecord, mean_errors
+from sparseopt.pruning.reports import Event, LayerRecord, Passed, mean_errors
 from sparseopt.pruning.texts import Windows, begin_windows, text_windows, token_digest
 from sparseopt.system import processes
 
@@ -231,6 +231,8 @@ class ModelTask(Task):
         def making(event: Event, done: int, total: int) -> None:
             if isinstance(event, LayerRecord):
                 observer(f"{event.layer}, block", event.block + 1, model.num_blocks)
+            elif isinstance(event, Passed):
+                observer("block", event.block + 1, event.blocks)
             elif isinstance(event, str):
                 observer(event, done, total)
 

@@ -45,7 +45,7 @@ from sparseopt.pruning.plan import (
 )
 from sparseopt.pruning.quality import Scoring, samples_to_score
 from sparseopt.pruning.recipe import Recipe
-from sparseopt.pruning.reports import Calibration, Event, Footprint, LayerRecord, PruneReport
+from sparseopt.pruning.reports import Calibration, Event, Footprint, LayerRecord, Passed, PruneReport
 from sparseopt.pruning.run_folder import (
     Identity,
     Progress,
@@ -284,9 +284,7 @@ def _run(
         block, last = DenseBlock(model.block(index), index, dense, runner), index + 1 == model.num_blocks
         for branch in branches:
             branch.advance(block, told)
-        if not any(plan.patterns for plan in plans):
-            # No linear is pruned: nothing else says how far the pass is.
-            observer("block", index + 1, model.num_blocks)
+        told(Passed(index, model.num_blocks))
         dense = block.outputs if dense and (embedded or not last) else None
         # The next block is read when this one and its Grams are gone.
         del block

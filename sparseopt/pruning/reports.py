@@ -311,11 +311,25 @@ class Replay:
     layers: int
 
 
+@dataclass(frozen=True)
+class Passed:
+    """A block that all runs of the pass have finished: what is stored of it is on disk.
+
+    Attributes:
+        block: its index in the dense model.
+        blocks: of that model.
+    """
+
+    block: int
+    blocks: int
+
+
 # A text names what is being measured or trained, a step at a time.
 Event = (
     Calibration
     | Footprint
     | Replay
+    | Passed
     | RemovalRecord
     | ShapeRecord
     | LayerRecord

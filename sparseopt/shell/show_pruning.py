@@ -1,5 +1,6 @@
 """Floor 8: the display of a run that prunes or shrinks: live progress, plain lines elsewhere, a final table."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from sparseopt.pruning.reports import (
     Event,
     Footprint,
     LayerRecord,
+    Passed,
     PruneReport,
     RemovalRecord,
     Replay,
@@ -37,8 +39,9 @@ class PruneProgress:
         self._title = title
         self._start = time.perf_counter()
         self._block: list[LayerRecord] = []
-        self._replayed = 0
-        self._worked_from = self._start
+        self._replayed = self._pruned_blocks = self._blocks_left = 0
+        self._worked_from = self._passed = self._start
+        self._untouched: list[float] = []  # seconds of each block that had no layer to prune
         self._bar = counting_bar(console, TextColumn("{task.fields[note]}"))
         # The first record comes only after reading, tokenising and compiling.
         self._task = self._bar.add_task(title, total=None, note="reading the model")
@@ -66,6 +69,8 @@ class PruneProgress:
                 self._replayed += layers
             case LayerRecord():
                 self._tell_layer(event, done, total)
+            case Passed(block, blocks):
+                self._tell_block(block, blocks, done, total)
             case BlockRecord():
                 self._bar.update(self._task, note=f"block {event.block} trained, error {event.last_loss:.4f}")
             case RemovalRecord():
@@ -86,28 +91,39 @@ class PruneProgress:
         layer = record.layer.split(".", 3)[-1]
         note = f"block {record.block} {layer} error {record.relative_error:.4f}{self._left(done, total)}"
         self._bar.update(self._task, total=total, completed=done, note=note)
-        if self._block and self._block[-1].block != record.block:
-            self._tell_block(done - 1, total)
-            self._block = []
         self._block.append(record)
-        if done == total:
-            self._tell_block(total, total)
 
-    def _tell_block(self, done: int, total: int) -> None:
-        if console.is_terminal:
-            return
-        say(
-            f"{self._title}: layer {done}/{total}, block {self._block[-1].block}, mean relative error "
-            f"{mean(r.relative_error for r in self._block):.5f}, {time.perf_counter() - self._start:.0f} s"
-            f"{self._left(done, total)}"
-        )
+    def _tell_block(self, block: int, blocks: int, done: int, total: int) -> None:
+        now = time.perf_counter()
+        self._pruned_blocks += bool(self._block)
+        if not self._block and done > self._replayed:
+            self._untouched.append(now - self._passed)
+        self._passed, self._blocks_left = now, blocks - block - 1
+        what = f"block {block} has no layer to prune"
+        if self._block:
+            error = mean(record.relative_error for record in self._block)
+            what = f"layer {done}/{total}, block {block}, mean relative error {error:.5f}"
+        self._block = []
+        if not total:
+            self._bar.update(self._task, total=blocks, completed=block + 1, note=what)
+        if not console.is_terminal:
+            say(f"{self._title}: {what}, {now - self._start:.0f} s{self._left(done, total)}")
 
     def _left(self, done: int, total: int) -> str:
-        """The time left, estimated from the layers that this run has pruned; empty before the first."""
+        """The time left, estimated from the layers that this run has pruned; empty before the first.
+
+        Blocks that are not pruned are run and stored all the same. Before the first one they count as the others do.
+        """
         pruned = done - self._replayed
         if pruned <= 0:
             return ""
-        return f", {(time.perf_counter() - self._worked_from) / pruned * (total - done):.0f} s left"
+        spent = time.perf_counter() - self._worked_from - sum(self._untouched)
+        seconds = spent / pruned * (total - done)
+        if self._pruned_blocks:
+            layers = done / self._pruned_blocks
+            untouched = max(0, self._blocks_left - math.ceil((total - done) / layers))
+            seconds += untouched * (mean(self._untouched) or spent / pruned * layers)
+        return f", {seconds:.0f} s left"
 
 
 def calibration_lines(calibration: Calibration) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 
 from sparseopt.models import ModelError, pack_folder
 from sparseopt.pruning import LayerRecord, Recipe, Stopped, footprint, prune_model, prune_models
-from sparseopt.pruning.reports import Replay
+from sparseopt.pruning.reports import Passed, Replay
 from sparseopt.shell import show_pruning
 from sparseopt.shell.prune import RESUMABLE, stop_asked
 from sparseopt.system.files import temporary_of
@@ -293,7 +293,7 @@ prune_model(source, output, Recipe(method="wanda", calibration=np.load(tokens), 
 @pytest.mark.processes
 def test_a_killed_process_loses_only_the_current_block(tmp_path, source, tokens):
     np.save(tmp_path / "tokens.npy", tokens)
-    arguments = [source, tmp_path / "out", tmp_path / "tokens.npy", 17]
+    arguments = [source, tmp_path / "out", tmp_path / "tokens.npy", 19]
     killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     recipe = Recipe(method="wanda", calibration=tokens, heldout_samples=0)
@@ -307,14 +307,20 @@ def test_the_time_left_of_a_resumed_run_counts_the_layers_that_it_prunes_itself(
     monkeypatch.setattr(show_pruning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     names = [(block, f"model.layers.{block}.{part}") for block in range(4) for part in ("up", "down")]
     records = [LayerRecord(b, name, (2, 2), 4, 2, 0.1, None, 1, "CONVERGED", 1.0, 0.0, 0, 9) for b, name in names]
+    done = 0
     with show_pruning.PruneProgress("half") as progress:
-        for event in (Replay(2), *records[:2], Replay(2), *records[2:]):
-            now[0] += 10 if event in records[4:] else 1
-            progress(event, 1 + records.index(event) if event in records else 0, len(records))
-    # Two blocks come again in 6 s. The line of a block is shown with the first layer of the next, and at the end.
+        for block in range(6):
+            events = [*([Replay(2)] if block < 2 else []), *records[2 * block : 2 * block + 2], Passed(block, 6)]
+            for event in events:
+                now[0] += 10 if event in records[4:] else 1
+                done += event in records
+                progress(event, done, len(records))
+    # Two blocks come again in 8 s; the last two are not pruned, and take a second each.
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "half: layer 2/8, block 0, mean relative error 0.10000, 5 s",
-        "half: layer 4/8, block 1, mean relative error 0.10000, 16 s",
-        "half: layer 6/8, block 2, mean relative error 0.10000, 36 s, 30 s left",
-        "half: layer 8/8, block 3, mean relative error 0.10000, 46 s, 0 s left",
+        "half: layer 2/8, block 0, mean relative error 0.10000, 4 s",
+        "half: layer 4/8, block 1, mean relative error 0.10000, 8 s",
+        "half: layer 6/8, block 2, mean relative error 0.10000, 29 s, 66 s left",
+        "half: layer 8/8, block 3, mean relative error 0.10000, 50 s, 43 s left",
+        "half: block 4 has no layer to prune, 51 s, 1 s left",
+        "half: block 5 has no layer to prune, 52 s, 0 s left",
     ]

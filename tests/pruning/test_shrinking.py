@@ -25,7 +25,7 @@ from sparseopt.pruning.calibration import BlockRunner
 from sparseopt.pruning.distillation import Distillation
 from sparseopt.pruning.plan import make_plan
 from sparseopt.pruning.reconstruction import Reconstruction
-from sparseopt.pruning.reports import BlockRecord, DistillationRecord, LayerRecord, RemovalRecord, ShapeRecord
+from sparseopt.pruning.reports import BlockRecord, DistillationRecord, LayerRecord, Passed, RemovalRecord, ShapeRecord
 from sparseopt.pruning.run_folder import recipe_identity
 from sparseopt.pruning.shrinking import parameters_of
 from sparseopt.system.run_folder import RECORDS, FolderError
@@ -132,7 +132,7 @@ def test_blocks_go_and_the_others_stay_as_they_are(tmp_path, source, tokens):
     assert [(event.block, *count) for event, *count in removals] == [(*shape.removed, 1, 1)]
     assert shape.rises == (removals[0][0].rise,)
     # No linear is pruned: the blocks tell how far the pass is.
-    assert [count for event, *count in told if event == "block"] == [[1, 3], [2, 3], [3, 3]]
+    assert [event for event, *_ in told if isinstance(event, Passed)] == [Passed(index, 3) for index in range(3)]
     assert report.layers == []
     dense, made = open_model(source), open_model(tmp_path / "out")
     for place, index in enumerate(shape.blocks):
