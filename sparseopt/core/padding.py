@@ -66,7 +66,7 @@ def _are_known(leaves: list[Any]) -> bool:
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
         return False
-    default: Any = jax.config.jax_default_device or jax.local_devices()[0]
+    default = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
     rest = (leaf for leaf in leaves if not isinstance(leaf, np.ndarray | np.generic | int | float))
     return all(isinstance(leaf, jax.Array) and leaf.devices() == {default} for leaf in rest)
 
