@@ -19,7 +19,7 @@ PEER_PYTHON ?=
 FUZZ_SECONDS ?= 60
 OTHERS := slow and not oracle and not package and not notebooks and not accelerators and not device
 
-.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-core clean
+.PHONY: help demo test test-all test-thorough lint test-slow test-oracle test-notebooks test-package test-accelerators test-gpu fuzz families golden notebooks docs bench-prune bench-memory bench-reliability bench-scaling bench-accelerators bench-gpu bench-quality bench-precision bench-shrink bench-runtime bench-trend bench-trend-selection bench-trend-sizes bench-trend-peers bench-trend-batch bench-first-calls bench-core clean
 
 # Two installations in one environment at the same time would break it.
 .NOTPARALLEL:
@@ -196,6 +196,9 @@ bench-trend-peers: $(VENV)/.installed-peers ## The trend filter and public solve
 
 bench-trend-batch: $(VENV)/.installed-peers ## Gradients, batches and calls of a planned trend filter (about 3 minutes); ONLY, PEER_PYTHON=a Python with fastprox.
 	$(BIN)/python benchmarks/bench_trend_batch.py $(if $(ONLY),--only $(ONLY)) $(if $(PEER_PYTHON),--python '$(PEER_PYTHON)')
+
+bench-first-calls: $(VENV)/.installed-demo ## CPU seconds and programs of first calls (3 minutes); ONLY=lasso,chain,..., PACKAGE=folder with another version.
+	$(BIN)/python benchmarks/bench_first_calls.py $(if $(ONLY),--only '$(ONLY)') $(if $(PACKAGE),--package '$(PACKAGE)')
 
 bench-core: $(VENV)/.installed-core-peers ## The core and public solvers, one core (about an hour); ONLY=lasso-dense,tv-deblurring,...
 	$(BIN)/python benchmarks/bench_core.py $(if $(ONLY),--only $(ONLY))

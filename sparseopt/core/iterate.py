@@ -46,7 +46,7 @@ def _iterate(
     tol: float | Array,
     max_steps: int | Array,
     history_length: int,
-    moves: bool,
+    moves: bool = True,
 ) -> Solution:
     given = problem
     # The loop is not differentiated: derivatives are attached to its answer.

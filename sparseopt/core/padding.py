@@ -18,7 +18,7 @@ from sparseopt.core.problem import Problem, Solution
 # take less time than the rest of an iteration, else of the second. From MANY entries on the copies and the longer
 # products would cost too much.
 COARSE, FINE = 1.25, 1.0625
-FEW, MANY = 2**14, 2**18
+FEW, MANY = 2**14, 2**16
 
 
 def rounded_up(size: int, ratio: float) -> int:
@@ -66,9 +66,9 @@ def _are_known(leaves: list[Any]) -> bool:
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
         return False
-    device = jax.device_put(0).devices() if arrays else None
+    default = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
     rest = (leaf for leaf in leaves if not isinstance(leaf, np.ndarray | np.generic | int | float))
-    return all(isinstance(leaf, jax.Array) and leaf.devices() == device for leaf in rest)
+    return all(isinstance(leaf, jax.Array) and leaf.devices() == {default} for leaf in rest)
 
 
 def cut(found: Solution, problem: Problem, padded: Problem, x0: Any) -> Solution:
