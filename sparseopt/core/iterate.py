@@ -27,7 +27,8 @@ def iterate(
 
     `x0` is a start as the solver takes it.
     """
-    if not isinstance(max_steps, jax.core.Tracer) and max_steps < 0:
+    # By Python: under jit, JAX would trace even what is known.
+    if not isinstance(max_steps, jax.core.Tracer) and float(max_steps) < 0:
         raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
     if reason := refusal(solver, problem):
         raise ValueError(reason)

@@ -243,7 +243,8 @@ def vanishes(penalty: Any) -> bool:
     if np.any(np.asarray(getattr(penalty, "weight", 1.0))):
         return False
     x = np.array([[-2.0, 1.0], [0.5, 3.0]], np.float32)
-    probe = dataclasses.replace(penalty, weight=0.0) if dataclasses.is_dataclass(penalty) else penalty
+    plain = isinstance(penalty, type) or not dataclasses.is_dataclass(penalty)
+    probe: Any = penalty if plain else dataclasses.replace(penalty, weight=0.0)
     return bool(np.all(np.asarray(probe.prox(jnp.asarray(x), 1.0)) == x))
 
 

@@ -246,7 +246,7 @@ class GraduatedProximalGradient(AcceleratedProximalGradient):
         level = jnp.zeros((), jnp.int32)
         return GraduatedState(**vars(state), first=state.x, end=state.x, end_objective=state.objective, level=level)
 
-    def step(self, problem: Problem, state: GraduatedState) -> GraduatedState:
+    def step(self, problem: Problem, state: Any) -> Any:
         level, kind = state.level, state.x.dtype
         left = 1 - (level % LEVELS + 1).astype(kind) / LEVELS
         factor = jnp.where(level < LEVELS, NEARLY_CONVEX, VERY_CONCAVE).astype(kind) ** left
@@ -269,7 +269,7 @@ class GraduatedProximalGradient(AcceleratedProximalGradient):
         state = dataclasses.replace(state, **plain, level=level + 1)
         return super().step(dataclasses.replace(problem, penalty=penalty), state)
 
-    def measure(self, problem: Problem, state: GraduatedState) -> Measure:
+    def measure(self, problem: Problem, state: Any) -> Measure:
         graduating = state.level <= 2 * LEVELS
         objective = with_image(problem.loss).value_at(state.x, state.image) + problem.penalty.value(state.x)
         now = super().measure(problem, state)
