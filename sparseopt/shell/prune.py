@@ -70,6 +70,14 @@ def name_of(recipe: "PassRecipe") -> list[str]:
     return [str(name) for name in (effort_of(vars(recipe)), recipe.method) if name is not None]
 
 
+def fast_share(recipe: "PassRecipe") -> float | None:
+    """The time of effort fast as a fraction of that of a recipe's effort; None where it is not less."""
+    from sparseopt.pruning.effort import COSTS, effort_of
+
+    cost = COSTS.get(effort_of(vars(recipe)) or "fast", 1)
+    return COSTS["fast"] / cost if cost > COSTS["fast"] else None
+
+
 def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
     """What a recipe takes where nothing was `typed`, with its cost, a choice a line."""
     from sparseopt.pruning import Recipe
@@ -159,7 +167,7 @@ def run_pass(
     # Opened before the bar starts, because a download shows its own.
     opened = open_source(source)
     try:
-        with stop_asked() as stop, show_pruning.PruneProgress(title) as progress:
+        with stop_asked() as stop, show_pruning.PruneProgress(title, fast_share(plans[0][0])) as progress:
             reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
     except KeyboardInterrupt:
         if count() > 1:

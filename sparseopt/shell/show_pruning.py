@@ -28,15 +28,19 @@ from sparseopt.pruning.reports import (
     mean_errors,
 )
 from sparseopt.pruning.token_time import block_parameters, token_seconds
-from sparseopt.shell.console import bytes_by_size, comparison_table, console, counting_bar, packed_line, say
+from sparseopt.shell.console import bytes_by_size, comparison_table, console, counting_bar, duration, packed_line, say
 from sparseopt.system.machine import format_bytes
+
+# Seconds left from which a run says after its first block how long a faster one would take.
+LONG = 1800
 
 
 class PruneProgress:
     """Observer of `prune_models`: a bar with block, layer, error and time left; without a terminal a line per block."""
 
-    def __init__(self, title: str) -> None:
-        self._title = title
+    def __init__(self, title: str, fast: float | None = None) -> None:
+        """Take the title of the run, and the time that effort fast needs as a fraction of this run's, if it is less."""
+        self._title, self._fast = title, fast
         self._start = time.perf_counter()
         self._block: list[LayerRecord] = []
         self._replayed = self._pruned_blocks = self._blocks_left = 0
@@ -108,22 +112,32 @@ class PruneProgress:
             self._bar.update(self._task, total=blocks, completed=block + 1, note=what)
         if not console.is_terminal:
             say(f"{self._title}: {what}, {now - self._start:.0f} s{self._left(done, total)}")
+        left = self._seconds_left(done, total)
+        if self._fast and self._pruned_blocks == 1 and left is not None and left > LONG:
+            # Said once, after the first block.
+            fast = duration(self._fast * (now - self._start + left))
+            say(f"{self._title}: about {duration(left)} left; --effort fast would take about {fast} in all")
+            self._fast = None
 
     def _left(self, done: int, total: int) -> str:
-        """The time left, estimated from the layers that this run has pruned; empty before the first.
+        seconds = self._seconds_left(done, total)
+        return "" if seconds is None else f", {seconds:.0f} s left"
+
+    def _seconds_left(self, done: int, total: int) -> float | None:
+        """The time left, estimated from the layers that this run has pruned; None before the first.
 
         Blocks that are not pruned are run and stored all the same. Before the first one they count as the others do.
         """
         pruned = done - self._replayed
         if pruned <= 0:
-            return ""
+            return None
         spent = time.perf_counter() - self._worked_from - sum(self._untouched)
         seconds = spent / pruned * (total - done)
         if self._pruned_blocks:
             layers = done / self._pruned_blocks
             untouched = max(0, self._blocks_left - math.ceil((total - done) / layers))
             seconds += untouched * (mean(self._untouched) or spent / pruned * layers)
-        return f", {seconds:.0f} s left"
+        return seconds
 
 
 def calibration_lines(calibration: Calibration) -> list[str]:
