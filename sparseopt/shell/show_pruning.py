@@ -113,11 +113,13 @@ class PruneProgress:
         if not console.is_terminal:
             say(f"{self._title}: {what}, {now - self._start:.0f} s{self._left(done, total)}")
         left = self._seconds_left(done, total)
-        if self._fast and self._pruned_blocks == 1 and left is not None and left > LONG:
-            # Said once, after the first block.
+        if left is None or self._fast is None:
+            return
+        # Once, after the first block that this run has pruned.
+        if left > LONG:
             fast = duration(self._fast * (now - self._start + left))
             say(f"{self._title}: about {duration(left)} left; --effort fast would take about {fast} in all")
-            self._fast = None
+        self._fast = None
 
     def _left(self, done: int, total: int) -> str:
         seconds = self._seconds_left(done, total)

@@ -308,7 +308,8 @@ def test_the_time_left_of_a_resumed_run_counts_the_layers_that_it_prunes_itself(
     names = [(block, f"model.layers.{block}.{part}") for block in range(4) for part in ("up", "down")]
     records = [LayerRecord(b, name, (2, 2), 4, 2, 0.1, None, 1, "CONVERGED", 1.0, 0.0, 0, 9) for b, name in names]
     done = 0
-    with show_pruning.PruneProgress("half") as progress:
+    monkeypatch.setattr(show_pruning, "LONG", 60)
+    with show_pruning.PruneProgress("half", fast=0.25) as progress:
         for block in range(6):
             events = [*([Replay(2)] if block < 2 else []), *records[2 * block : 2 * block + 2], Passed(block, 6)]
             for event in events:
@@ -320,6 +321,7 @@ def test_the_time_left_of_a_resumed_run_counts_the_layers_that_it_prunes_itself(
         "half: layer 2/8, block 0, mean relative error 0.10000, 4 s",
         "half: layer 4/8, block 1, mean relative error 0.10000, 8 s",
         "half: layer 6/8, block 2, mean relative error 0.10000, 29 s, 66 s left",
+        "half: about 66 s left; --effort fast would take about 24 s in all",
         "half: layer 8/8, block 3, mean relative error 0.10000, 50 s, 43 s left",
         "half: block 4 has no layer to prune, 51 s, 1 s left",
         "half: block 5 has no layer to prune, 52 s, 0 s left",
