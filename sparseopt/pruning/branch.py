@@ -28,7 +28,6 @@ from sparseopt.pruning.plan import Plan
 from sparseopt.pruning.reports import BlockRecord, Event, LayerRecord, PruneReport, Replay
 from sparseopt.pruning.run_folder import Progress, keep_record
 from sparseopt.system import processes
-from sparseopt.system.machine import peak_memory_bytes
 from sparseopt.system.run_folder import write_summary
 
 
@@ -147,7 +146,6 @@ class Branch:
             layer_compilations=sum(r.compile_seconds > 0 for r in layers),
             dense_bytes=self.writer.dense_bytes,
             stored_bytes=self.writer.stored_bytes,
-            peak_memory_bytes=peak_memory_bytes(),
             resumed_blocks=self.finished,
             **figures,
         )

@@ -58,7 +58,7 @@ from sparseopt.pruning.survey import survey
 from sparseopt.pruning.torch_runner import runner_of
 from sparseopt.pruning.variants import with_variants
 from sparseopt.system import processes
-from sparseopt.system.machine import freed_memory_kept, parse_bytes, return_freed_memory
+from sparseopt.system.machine import freed_memory_kept, parse_bytes, peak_from_now, return_freed_memory
 
 
 class Stopped(PruningError):
@@ -151,7 +151,7 @@ def prune_models(
         A report for each recipe, in their order; times of forward passes are those of the whole pass. Recipes that are
         finished in their folders take no part in it.
     """
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), peak_from_now()
     budget = None if memory is None else parse_bytes(memory)
     if not recipes:
         raise ValueError("nothing to do: give at least one recipe and its output folder")
@@ -200,7 +200,9 @@ def prune_models(
             footprint = choose_footprint(model, rest, *windows[:2], budget, spread=mesh is not None)
             known = calibration, footprint
             with activations_in(rest[0].recipe.precision), _memory_errors():
-                made = _run(model, rest, windows, identity, known, mesh, observer or (lambda *_: None), stop, start)
+                made = _run(
+                    model, rest, windows, identity, known, mesh, observer or (lambda *_: None), stop, start, peak
+                )
         reports = iter(made)
         return [
             read_report(identity, plan) if done else next(reports) for plan, done in zip(plans, finished, strict=True)
@@ -233,6 +235,7 @@ def _run(
     observer: Observer,
     stop: Callable[[], bool] | None,
     start: float,
+    peak: Callable[[], int],
 ) -> list[PruneReport]:
     """One pass for plans whose folders are claimed; `known` is told at once, `start` is when the run began."""
     done, runner = 0, runner_of(model)
@@ -292,5 +295,6 @@ def _run(
         "platform": jax.devices()[0].platform,
         "precision": plans[0].recipe.precision,
         "seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak(),
     }
     return [branch.finish(runner.compile_seconds, **figures) for branch in branches]
