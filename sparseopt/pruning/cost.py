@@ -2,7 +2,7 @@
 
 Time is the number of floating-point operations, two per multiply-add, over a measured rate of matrix products. Memory
 is what a phase of the run holds at once; the peak is that of the largest phase. The constants were measured on a CPU
-with two cores. There, times are mostly within a half of what a run reports, and memory is mostly a fifth above it.
+with two cores. There, times are mostly within a half of what a run reports, and memory within a tenth.
 """
 
 import math
