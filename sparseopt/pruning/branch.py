@@ -150,7 +150,7 @@ class Branch:
             **figures,
         )
         # A card that somebody has put into the folder meanwhile stays.
-        self.writer.finish({CARD: model_card(report, self.model.source).encode()})
+        self.writer.finish({CARD: model_card(report, self.writer.files).encode()})
         broken: list[str] = []
         if first and self.plan.sizes is None:
             broken = [audit.layer for audit in audit_stored(folder, self.plan.patterns) if not audit.fits]
