@@ -71,6 +71,7 @@ class ShardedWriter:
 
     Attributes:
         output: the folder.
+        files: of the source, by name, besides configuration and weights.
     """
 
     def __init__(
@@ -106,8 +107,9 @@ class ShardedWriter:
         self._dtype = None if dtype is None else _writable(dtype)
         self._expected = {key: info.shape for key, info in source.tensors.items() if keys is None or key in keys}
         self._places: dict[str, str] = {}
+        # Read now: what cannot be copied is refused before the work.
+        self.files = source.sidecars() if writes else {}
         if writes:
-            source.sidecars()  # refuses what cannot be copied now, not after the last block
             self._prepare(keep)
         for tag in keep or ():
             self._adopt(shard_name(tag, pack))
@@ -176,7 +178,7 @@ class ShardedWriter:
         if missing:
             raise ModelError(f"{len(missing)} tensors were not written, the first {missing[0]}; write all, then finish")
         own = files or {}
-        for name, content in {**self._source.sidecars(), **own}.items():
+        for name, content in {**self.files, **own}.items():
             if name not in own or not (self.output / name).exists():
                 self._put_content(name, content)
         config = dict(self._source.config)

@@ -31,7 +31,6 @@ from sparseopt.pruning.reports import BlockRecord, Event, LayerRecord, PruneRepo
 from sparseopt.pruning.run_folder import Progress, keep_record
 from sparseopt.system import processes
 from sparseopt.system.files import write_whole
-from sparseopt.system.machine import peak_memory_bytes
 from sparseopt.system.run_folder import write_summary
 
 
@@ -158,13 +157,12 @@ class Branch:
             layer_compilations=sum(r.compile_seconds > 0 for r in layers),
             dense_bytes=self.writer.dense_bytes,
             stored_bytes=self.writer.stored_bytes,
-            peak_memory_bytes=peak_memory_bytes(),
             resumed_blocks=self.finished,
             seconds=0.0,
             **figures,
         )
         # A card that somebody has put into the folder meanwhile stays.
-        card = model_card(report, self.model.source).encode()
+        card = model_card(report, self.writer.files).encode()
         self.writer.finish({CARD: card})
         broken: list[str] = []
         if first and self.plan.sizes is None:
@@ -181,7 +179,7 @@ class Branch:
         report = replace(report, scores=scores, seconds=time.perf_counter() - start)
         if first:
             if (folder / CARD).read_bytes() == card:
-                write_whole(folder / CARD, model_card(report, self.model.source))
+                write_whole(folder / CARD, model_card(report, self.writer.files))
             write_summary(folder, report.summary())
         processes.barrier("finished")
         return report

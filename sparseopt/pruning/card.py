@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from sparseopt.models import Source
 from sparseopt.pruning.documents import part_of_text
 from sparseopt.pruning.effort import prune_defaults, shrink_defaults
 from sparseopt.pruning.recipe import OPTIONS
@@ -41,12 +40,11 @@ If its files are called `packed-*.safetensors`, write the dense model first: `sp
 `sparseopt eval FOLDER` measures its perplexity."""
 
 
-def model_card(report: PruneReport, source: Source) -> str:
-    """The text of the card, made of the run's report and of the source's own card and licence.
+def model_card(report: PruneReport, files: Mapping[str, bytes]) -> str:
+    """The text of the card, made of the run's report and of the card and licence among the source's files.
 
     Cards are published with their models, so of local paths it holds the last part only.
     """
-    files = source.sidecars()
     front = metadata_of(files.get(CARD, b""))
     kept = {name: front[name] for name in CARRIED if name in front}
     base = report.source.partition("@")[0] if report.revision else front.get("base_model")

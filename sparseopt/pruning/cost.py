@@ -2,7 +2,7 @@
 
 Time is the number of floating-point operations, two per multiply-add, over a measured rate of matrix products. Memory
 is what a phase of the run holds at once; the peak is that of the largest phase. The constants were measured on a CPU
-with two cores. There, times are mostly within a half of what a run reports, and memory is mostly a fifth above it.
+with two cores. There, times are mostly within a half of what a run reports, and memory within a tenth.
 """
 
 import math
@@ -59,8 +59,11 @@ START, SECONDS_A_BYTE = 3.0, 2e-9
 COMPILE_PASS, COMPILE_GRADIENT = 1.5, 4.0
 COMPILE_GFLOPS = 180.0
 
-# Resident bytes of the interpreter with its libraries, and what compiled programs and the allocator add to that.
-LIBRARIES, PROGRAMS = 300 * 2**20, 450 * 2**20
+# Resident bytes of the interpreter with its libraries, of the programs of a pass, and of those of the layer solves for
+# each second that they take to compile, which grows as they do.
+LIBRARIES, PROGRAMS, SOLVE_PROGRAMS = 300 * 2**20, 50 * 2**20, 40 * 2**20
+# That a method of your own takes to compile for each shape.
+OWN_COMPILE = 2.6
 # The allocator keeps this fraction of the arrays besides, of those freed since it last returned all to the system.
 FREED = 0.05
 
@@ -178,8 +181,10 @@ def prune_cost(
     compiling = COMPILE_PASS * kinds * (2 if recipe.heldout_samples else 1)
     trained = (recipe.reconstruction is not None) + (recipe.distillation is not None)
     compiling += COMPILE_GRADIENT * kinds * (recipe.needs_sensitivities + trained)
+    shapes = len({linear[:2] for block in blocks for linear in block.solved})
+    solving = (OWN_COMPILE if work is None else work.compile_seconds) * shapes
     if work is not None:
-        compiling += work.compile_seconds * len({linear[:2] for block in blocks for linear in block.solved})
+        compiling += solving
     stored = sum(map(_nbytes, model.source.tensors.values()))
 
     # Each plan has one stream before a block, all share one after it, and the dense model has both.
@@ -193,7 +198,8 @@ def prune_cost(
     survey_streams = stream + (2 * math.isqrt(model.config.num_layers) + 3) * gradient
     on_disk = activations == "disk"
     kept = (0, 0, gradient) if on_disk else (stream, streams, survey_streams)
-    phases, solve_blocks = _phases(model, recipe, blocks, workspace_of(method), *kept, room)
+    running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS + int(SOLVE_PROGRAMS * solving)}
+    phases, solve_blocks = _phases(model, recipe, blocks, workspace_of(method), running, *kept, room)
     return Cost(
         phases=phases,
         flops=None if work is None else _flops(model, recipe, blocks, work),
@@ -307,6 +313,7 @@ def _phases(
     recipe: PassRecipe,
     blocks: list[BlockSizes],
     workspace: Workspace,
+    running: dict[str, int],
     start: int,
     streams: int,
     survey_streams: int,
@@ -314,8 +321,8 @@ def _phases(
 ) -> tuple[dict[str, dict[str, int]], int]:
     """Bytes by phase and part, and the most blocks of outputs by which a layer is solved.
 
-    The workspace is that of the solve of a layer; the three before the room are the activations kept at the start,
-    then, in the survey.
+    The workspace is that of the solve of a layer, `running` what the process holds besides arrays; the three before the
+    room are the activations kept at the start, then, in the survey.
     """
     config = model.config
     batch = windows_per_batch(recipe.all_windows, recipe.seqlen) * recipe.seqlen
@@ -333,10 +340,9 @@ def _phases(
     # Packed at once, else copied in pieces, which are read, dequantised and converted.
     copied = 2 * widest if recipe.pack else 4 * min(widest, SLICE)
     rows = min(config.vocab_size, (recipe.all_windows + recipe.heldout_samples) * recipe.seqlen)
-    running = {"libraries": LIBRARIES, "compiled programs": PROGRAMS}
     phases: dict[str, dict[str, int]] = {
         "start": {
-            "libraries": LIBRARIES,
+            "libraries": running["libraries"],
             "embedding and head": max(copied, 2 * FLOAT32 * rows * config.hidden_size),
             "activations": start + current,
         },
@@ -365,7 +371,9 @@ def _phases(
     if recipe.needs_sensitivities:
         # Logits of a slice of rows, with their softmax and gradient.
         logits = 3 * FLOAT32 * LOGIT_ROWS * config.vocab_size
+        # Nothing was solved before.
         phases["survey"] = running | {
+            "compiled programs": PROGRAMS,
             "block": 3 * weights,
             "embedding and head": FLOAT32 * config.vocab_size * config.hidden_size + logits,
             "activations": survey_streams + current + batch * pairs + int(3 * FLOAT32 * batch * block.widths),

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from sparseopt.models import PrunableModel, StreamedModel, TorchModel
-from sparseopt.pruning.cost import FLOAT32, PLACES, Activations, Cost, output_bytes, prune_cost
+from sparseopt.pruning.cost import FLOAT32, LIBRARIES, PLACES, Activations, Cost, output_bytes, prune_cost
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.plan import Plan
 from sparseopt.pruning.reports import Footprint
-from sparseopt.system.machine import device_memory_left, format_bytes, working_memory_bytes
+from sparseopt.system.machine import device_memory_left, format_bytes, resident_bytes, working_memory_bytes
 
 # What reduces the memory of each phase.
 ADVICE = {
@@ -67,8 +67,12 @@ def choose_footprint(
     memory, phase, scratch = None, "", 0
     if isinstance(model, StreamedModel) and not spread:
         where, cost = _choose(model, recipes, budget)
-        memory, phase, scratch = cost.peak_memory_bytes, cost.peak_phase, cost.scratch_bytes
-        parts = cost.phases[phase]
+        phase, scratch = cost.peak_phase, cost.scratch_bytes
+        parts, held = cost.phases[phase], resident_bytes() - LIBRARIES
+        if budget is None and held > 0:
+            # Of earlier work in this process: no part of the run, but of the peak that is measured.
+            parts = {**parts, "held before the run": held}
+        memory = sum(parts.values())
     elif budget and not spread:
         # What torch holds is not known; activations do not add to it.
         where = "disk"

@@ -61,7 +61,7 @@ from sparseopt.pruning.survey import survey
 from sparseopt.pruning.torch_runner import runner_of
 from sparseopt.pruning.variants import with_variants
 from sparseopt.system import processes
-from sparseopt.system.machine import freed_memory_kept, parse_bytes, return_freed_memory
+from sparseopt.system.machine import freed_memory_kept, parse_bytes, peak_from_now, return_freed_memory
 
 
 class Stopped(PruningError):
@@ -154,7 +154,7 @@ def prune_models(
         A report for each recipe, in their order; times of forward passes are those of the whole pass. Recipes that are
         finished in their folders take no part in it.
     """
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), peak_from_now()
     budget = None if memory is None else parse_bytes(memory)
     if not recipes:
         raise ValueError("nothing to do: give at least one recipe and its output folder")
@@ -211,7 +211,7 @@ def prune_models(
             known = calibration, footprint
             with activations_in(rest[0].recipe.precision), _memory_errors():
                 branches, figures = _run(model, rest, windows, identity, known, mesh, told, stop)
-                figures |= {"start": start, "scoring": scoring, "draw_seconds": drawing}
+                figures |= {"start": start, "scoring": scoring, "draw_seconds": drawing, "peak_memory_bytes": peak()}
                 made = [branch.finish(**figures) for branch in branches]
         reports = iter(made)
         return [

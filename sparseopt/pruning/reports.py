@@ -362,7 +362,7 @@ class PruneReport:
         calibration_seconds: device time of all forward passes, those of the pass's other recipes included.
         calibration_gflops: their rate, 10⁹ floating-point operations a second.
         seconds: the whole run.
-        peak_memory_bytes: largest resident set of the process so far.
+        peak_memory_bytes: largest resident set of the process during the run; so far, if the system cannot tell.
         calibration: the tokens that the run saw.
         footprint: what the run was expected to take.
         dense_bytes: of the model's tensors in the dtypes written, dense.

@@ -9,19 +9,11 @@ from typing import Annotated
 import typer
 
 from sparseopt.shell import experiments, inspect, prune, trend, zero_shot
-from sparseopt.shell.doctor import doctor
+from sparseopt.shell.doctor import EXTRAS, doctor
 from sparseopt.shell.options import TEXT_HELP, RecipeCommand
 from sparseopt.system.programs import keep_programs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-# The packages that only some commands need, by the extra that brings them.
-EXTRAS = {
-    "prune": ("flax", "transformers", "tokenizers", "safetensors", "gguf", "pyarrow", "huggingface_hub"),
-    "images": ("PIL", "png", "tifffile", "skimage"),
-    "plot": ("matplotlib",),
-    "eval": ("lm_eval", "datasets", "evaluate"),
-}
 
 
 def version(value: bool) -> None:

@@ -18,8 +18,17 @@ from sparseopt.shell.options import AsJson
 from sparseopt.system.machine import available_memory_bytes, format_bytes, processor, versions
 from sparseopt.system.programs import SIZE_LIMIT, SWITCH, kept_files
 
-# The extras that commands and functions need; the others are for benchmarks and tests.
-EXTRAS = ("prune", "images", "volumes", "plot", "sklearn", "interior", "torch", "eval")
+# The extras that commands and functions need, with the modules that they bring; the others are for benchmarks and tests.
+EXTRAS = {
+    "prune": ("flax", "transformers", "tokenizers", "safetensors", "gguf", "pyarrow", "huggingface_hub"),
+    "images": ("PIL", "png", "tifffile", "skimage"),
+    "volumes": ("nibabel",),
+    "plot": ("matplotlib",),
+    "sklearn": ("sklearn",),
+    "interior": ("piqp",),
+    "torch": ("torch", "accelerate"),
+    "eval": ("lm_eval", "datasets", "evaluate"),
+}
 # What decides on devices and programs.
 VARIABLES = re.compile(r"JAX_\w+|XLA_\w+|CUDA_VISIBLE_DEVICES|TPU_\w+|LIBTPU_\w+|SPARSEOPT_\w+")
 

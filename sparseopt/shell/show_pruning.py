@@ -103,7 +103,7 @@ class PruneProgress:
         if not self._block and done > self._replayed:
             self._untouched.append(now - self._passed)
         self._passed, self._blocks_left = now, blocks - block - 1
-        what = f"block {block} has no layer to prune"
+        what = f"block {block} has no layer to prune" if total else f"block {block + 1}/{blocks}"
         if self._block:
             error = mean(record.relative_error for record in self._block)
             what = f"layer {done}/{total}, block {block}, mean relative error {error:.5f}"
@@ -174,8 +174,7 @@ def footprint_lines(footprint: Footprint) -> list[str]:
 
 def memory_line(report: PruneReport) -> str:
     """The peak memory of a run beside its estimate."""
-    # The peak of the whole process: a notebook or the demo may have reached it before the run.
-    line = f"peak memory of the process {format_bytes(report.peak_memory_bytes)}"
+    line = f"peak memory {format_bytes(report.peak_memory_bytes)}"
     asked, estimated = report.footprint.budget_bytes, report.footprint.memory_bytes
     if estimated is not None:
         line += f", estimated {format_bytes(estimated)}"

@@ -7,7 +7,7 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,41 @@ def environment() -> dict[str, Any]:
     }
 
 
+# The largest peaks of this process that the kernel has forgotten since.
+_forgotten: list[int] = []
+
+
 def peak_memory_bytes() -> int:
     """The largest resident set of this process so far."""
+    return max([_peak_bytes(), *_forgotten])
+
+
+def peak_from_now() -> Callable[[], int]:
+    """A function that gives the largest resident set since this call; since the start, where the system cannot tell."""
+    before = peak_memory_bytes()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        _forgotten[:] = [before]
+    return _peak_bytes
+
+
+def resident_bytes() -> int:
+    """The resident set of this process; 0 if it is not known."""
+    return _memory_status("VmRSS") or 0
+
+
+def _peak_bytes() -> int:
     # On Linux getrusage counts the parent's pages until exec in a child's peak; the kernel's own mark does not.
-    status = Path("/proc/self/status")
-    if status.is_file():
-        marks = [line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        if marks:
-            return int(marks[0][1]) * 1024
+    if (mark := _memory_status("VmHWM")) is not None:
+        return mark
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _memory_status(name: str) -> int | None:
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def available_memory_bytes() -> int:

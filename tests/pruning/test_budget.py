@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import open_model, safetensors_file
-from sparseopt.pruning import Recipe, prune_model, prune_models
+from sparseopt.pruning import Recipe, footprint, prune_model, prune_models
 from sparseopt.pruning.activations import Batches, DiskBatches, make_batches
 from sparseopt.pruning.cost import prune_cost
 from sparseopt.pruning.footprint import BudgetError, choose_footprint
@@ -99,8 +99,8 @@ def test_a_budget_that_is_too_little_is_refused_before_any_work(tmp_path, source
     recipe = Recipe(calibration=tokens, heldout_samples=2, preset="paper")
     with pytest.raises(BudgetError, match=r"a budget of 100\.0 MiB is too little: .*(libraries 300\.0 MiB).*at least"):
         prune_model(source, tmp_path / "out", recipe, memory="100MiB")
-    with pytest.raises(BudgetError, match=r"in phase survey .*do without the survey"):
-        prune_model(source, tmp_path / "out", dataclasses.replace(recipe, output_weights="gradient"), memory="100MiB")
+    with pytest.raises(BudgetError, match=r"in phase Grams .*less to do: heldout_samples=0 .* one set of Grams only"):
+        prune_model(source, tmp_path / "out", recipe, memory="100MiB")
     with pytest.raises(ValueError, match="given '8'"):
         prune_model(source, tmp_path / "out", recipe, memory="8")
     assert not (tmp_path / "out").exists()
@@ -270,16 +270,18 @@ def test_the_command_tells_what_it_will_take_and_took(tmp_path, command, monkeyp
     options = ("--calibration", f"file:{tmp_path / 't.txt'}", "--samples", 4, "--seqlen", 24, "--method", "wanda")
     status, out, err = command("prune", source, "--output", tmp_path / "a", *options, "--memory", "64GiB")
     assert status == 0, err
-    assert "memory 750." in out or "memory 751." in out
+    assert "memory 510." in out or "memory 511." in out
     assert "of 64.00 GiB asked for, estimated, in phase" in out
-    assert "compiled programs 450.0 MiB + libraries 300.0 MiB" in out
+    assert "libraries 300.0 MiB + compiled programs 210.0 MiB" in out
     assert "disk 115.0 KiB for the model " in out
-    assert ", estimated 75" in out
+    assert ", estimated 51" in out
     assert "asked for 64.00 GiB" in out
     status, out, err = command("prune", source, "--output", tmp_path / "b", *options, "--memory", "1MiB")
     assert status == 2
     assert "a budget of 1.0 MiB is too little" in err
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1)
+    monkeypatch.setattr(footprint, "resident_bytes", lambda: 800 * 2**20)
     status, out, err = command("prune", source, "--output", tmp_path / "b", *options)
     assert status == 0, err
+    assert "estimated, in phase Grams: held before the run 500.0 MiB + libraries 300.0 MiB" in out
     assert "for activations, until the run ends" in out

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from sparseopt.models import open_source
+from sparseopt.models.source import FolderSource
 from sparseopt.pruning import LayerRecord, Recipe, ShrinkRecipe, prune_model, shrink_model
 from sparseopt.pruning.card import CARD, command_of, metadata_of, model_card, result_lines, without_folders
 
@@ -95,7 +96,7 @@ def test_a_licence_file_alone_is_pointed_at(tmp_path, pruned, source):
     folder = tmp_path / "licensed"
     shutil.copytree(source, folder)
     (folder / "LICENSE.txt").write_text("terms")
-    head = metadata_of(model_card(pruned, open_source(folder)).encode())
+    head = metadata_of(model_card(pruned, open_source(folder).sidecars()).encode())
     assert (head["license"], head["license_link"]) == ("other", "LICENSE.txt")
 
 
@@ -105,6 +106,13 @@ def test_the_tokens_that_a_model_was_calibrated_on_are_told_with_their_variants(
     (line,) = (line for line in result_lines(seen) if "Calibrated on" in line)
     assert line.startswith("Calibrated on 16 windows of 512 tokens of ")
     assert line.endswith("file:notes.txt, and 3 variants of each that the dense model drew.")
+
+
+def test_the_files_besides_the_weights_are_read_once(tmp_path, source, tokens, monkeypatch):
+    read, calls = FolderSource.sidecars, []
+    monkeypatch.setattr(FolderSource, "sidecars", lambda source: calls.append(source) or read(source))
+    prune_model(source, tmp_path / "out", Recipe(method="magnitude", calibration=tokens))
+    assert len(calls) == 1
 
 
 def test_a_card_that_somebody_put_into_the_folder_stays(tmp_path, source, tokens):

@@ -81,6 +81,20 @@ def test_what_a_control_group_leaves(tmp_path, monkeypatch):
     assert machine._control_group_left() is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="SKIPPED: only Linux forgets a peak")
+def test_the_peak_of_a_part_of_a_process_is_its_own():
+    held = np.ones(2**27, np.uint8)
+    del held
+    machine.return_freed_memory()
+    before, peak = machine.peak_memory_bytes(), machine.peak_from_now()
+    first = peak()
+    assert first < before - 2**26
+    assert abs(first - machine.resident_bytes()) < 2**25
+    held = np.ones(2**26, np.uint8)
+    assert peak() >= first + len(held) // 2
+    assert machine.peak_memory_bytes() >= before
+
+
 def test_freed_memory_is_kept_for_what_comes_next_and_given_back_at_the_end():
     """On glibc: 256 MiB that are freed stay resident, serve the next array without a page fault, and go at last."""
 
