@@ -6,8 +6,10 @@ their terms is negative, so nothing cancels:
 
     P(x) - D = [f(A x) + f*(s) - <s, A x>] + [penalty(K x) + penalty*(u) - <u, K x>]
 
-A pair (s, u) that violates the equation is first moved, by the shortest change that restores it; one outside the
-domains is scaled by the largest factor that brings it inside.
+A pair (s, u) that violates the equation is first moved, by a short change that restores it; one outside the domains is
+scaled by the largest factor that brings it inside. The equation must hold up to the rounding of its sums, in units in
+which the columns of A are equally long: what it lacks shifts the bound by its product with the answer, whose length is
+not known. Otherwise nothing is claimed.
 
 Source: Rockafellar, "Convex analysis", 1970, section 31; the scaling is that of Fercoq, Gramfort and Salmon, "Mind the
 duality gap", ICML 2015.
@@ -20,27 +22,37 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import total
-from sparseopt.core.matrices import norm_estimate
+from sparseopt.core.matrices import column_norms, norm_estimate
 from sparseopt.core.operators import or_identity
-from sparseopt.core.penalties import Composite, Conjugate, Norm, gauge
+from sparseopt.core.penalties import Composite, Conjugate, Norm, dual_step, gauge
 from sparseopt.core.problem import Status, unfolded
 from sparseopt.core.types import FloatArray
 
-# Steps of the linear solve for the shortest change.
+# Steps of a linear solve for a change.
 CG_STEPS = 500
-# A certificate moves u this much less than s: the bound loses the square of a move of s, but a move of u scales both.
+# A certificate first moves u this much less than s: the bound loses the square of a move of s, but a move of u scales
+# both. What that leaves is small, and moves both alike, which takes fewer steps.
 PENALTY_MOVE = 1e-3
+# The moves; what the equation may lack in the end, in eps of the lengths of its columns times that of the dual.
+ROUNDS, ROUNDING = 3, 8
+# More than what a one-sided domain asks for, so that a rounded move meets it.
+MARGIN = 1.1
+# The step at which the dual step is the projection on the domain of a conjugate, a power of two.
+SHORT = 2.0**-60
 
 
 def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: Any = None) -> Float[Array, ""]:
     """`(P - D) / D` from the slack `P - D` and the objective P; +inf where D is not positive.
 
-    It is an upper bound on `(P - P*) / P*`. `least` is a floor for D, so that a problem of optimum 0 can converge.
+    It is an upper bound on `(P - P*) / P*`. A problem of optimum 0 is measured otherwise: a slack of at most `least`,
+    the rounding error of a loss, counts as one of eps at most.
     """
-    floor = jnp.finfo(objective.dtype).tiny if least is None else least
+    limits = jnp.finfo(objective.dtype)
     bound = objective - slack
-    gap = slack / jnp.maximum(bound, floor)
-    return jnp.where((bound > 0) | (slack <= floor), gap, jnp.inf)
+    gap = jnp.where(bound > 0, slack / jnp.maximum(bound, limits.tiny), jnp.inf)
+    if least is None:
+        return jnp.where(slack <= limits.tiny, 0, gap)
+    return jnp.where(slack <= least, jnp.minimum(gap, limits.eps), gap)
 
 
 @jax.jit
@@ -70,11 +82,42 @@ def is_convex(penalty: Any) -> bool:
     return has_conjugate(penalty) or isinstance(penalty, Composite)
 
 
-def _unpenalised(penalty: Any, like: FloatArray) -> Array:
-    """Where a norm has weight 0, so that its dual ball is flat; nowhere for another penalty."""
-    if not isinstance(penalty, Norm):
-        return jnp.zeros(like.shape, bool)
-    return penalty.project_dual(jnp.ones_like(like)) == 0
+def _at_zero_end(penalty: Any, dual: FloatArray) -> Array:
+    """Which entries lie beyond an end of the conjugate's domain that is 0, where scaling does not help."""
+    norm = isinstance(penalty, Norm)
+    inside = penalty.project_dual(dual) if norm else dual_step(penalty, dual, SHORT)[0]
+    return (inside == 0) & (dual != 0)
+
+
+class Units(NamedTuple):
+    """Units of x in which the columns of A, and of an operator, are about equally long.
+
+    Attributes:
+        of: like x: the unit of every entry.
+        size: the length of the columns of A then.
+    """
+
+    of: Array
+    size: Float[Array, ""]
+
+
+def units_of(problem: Any, x: FloatArray) -> Units:
+    """The units of a problem with a `MatrixLoss`; a map whose entries are not known says nothing of them."""
+    rows = problem.loss.rows
+    seen = jnp.ones_like(rows.signal) if rows.weights is None else jnp.ones_like(rows.signal) * (rows.weights > 0)
+    lengths, size = _levelled(column_norms(problem.loss.maps(x), x, seen))
+    if problem.operator is not None:
+        out = jax.eval_shape(problem.operator.mv, x)
+        others, _ = _levelled(column_norms(problem.operator, x, jnp.ones(out.shape, out.dtype)))
+        lengths = jnp.hypot(lengths, others)
+    return Units(1 / jnp.where(lengths > 0, lengths, 1), size)
+
+
+def _levelled(lengths: Array) -> tuple[Array, Array]:
+    """Lengths over their geometric mean, and this; entries of 0 stay 0."""
+    mean = jnp.exp(jnp.mean(jnp.log(jnp.where(lengths > 0, lengths, 1)), where=lengths > 0))
+    mean = jnp.where(mean > 0, mean, 1)
+    return lengths / mean, mean
 
 
 class Certificate(NamedTuple):
@@ -82,15 +125,13 @@ class Certificate(NamedTuple):
 
     Attributes:
         objective: at x.
-        gap: the relative duality gap.
-        bound: D.
-        missing: the norm of `Aᵀ s + Kᵀ u`: at any x the optimum is at least `bound - 2 missing ||x||`.
+        gap: the relative duality gap, +inf if the pair is not feasible or D is not positive.
+        bound: D, a lower bound on the optimum; -inf if the pair is not feasible.
     """
 
     objective: Float[Array, ""]
     gap: Float[Array, ""]
     bound: Float[Array, ""]
-    missing: Float[Array, ""]
 
 
 def certificate(
@@ -98,9 +139,10 @@ def certificate(
     x: FloatArray,
     image: FloatArray,
     loss_dual: FloatArray,
-    dual: FloatArray,
+    dual: FloatArray | None = None,
     *,
-    scales: tuple[Any, Any] = (1.0, 1.0),
+    units: Units | None = None,
+    scales: tuple[Any, Any] | None = None,
     precondition: Any = None,
     due: Any = True,
     most_steps: Any = CG_STEPS,
@@ -112,49 +154,110 @@ def certificate(
         x: the point.
         image: `A x`.
         loss_dual: s, in the domain of f*, of the shape of `A x`.
-        dual: u, in the domain of the penalty's conjugate, of the shape of `K x`.
-        scales: how easily s and u move: the changes, divided by the roots of these, are as short as possible.
-        precondition: an approximate inverse of the scaled sum of `Aᵀ A` and `Kᵀ K`, or None.
+        dual: u, in the domain of the penalty's conjugate, of the shape of `K x`; None for `-Aᵀ s`, without an operator.
+        units: those of x.
+        scales: one over the squared norms of A and of K in these units: how easily s and u move.
+        precondition: an approximate inverse of the scaled sum of `Aᵀ A` and `Kᵀ K` in these units, or None.
         due: False leaves the pair unchanged, for a gap that is not used.
-        most_steps: of the linear solve; its residual is added to the gap.
+        most_steps: of each linear solve.
     """
-    loss, penalty = problem.loss, problem.penalty
+    loss, penalty, plain = problem.loss, problem.penalty, problem.operator is None
     maps = or_identity(problem.operator, x)
     rows, y = loss.rows, maps.mv(x)
     limits = jnp.finfo(x.dtype)
-    # An entry of s may move where it lies inside the domain, or where the domain reaches beyond 0 on either side.
+    units = units_of(problem, x) if units is None else units
+    scales = (1 / units.size**2, 1.0) if scales is None else scales
     low, high = rows.family.dual_range(rows.signal)
+    seen = True if rows.weights is None else rows.weights > 0
+    above, below = (_at_zero_end(penalty, sign * jnp.ones_like(y)) for sign in (1, -1))
+
+    def settled(s: FloatArray, u: Any) -> tuple[FloatArray, FloatArray, Array]:
+        """The pair within the ends that are 0; the equation decides u where it can. And which entries of u are cut."""
+        slope = jnp.clip(rows.slope(-s), jnp.where(low < 0, -jnp.inf, low), jnp.where(high > 0, jnp.inf, high))
+        s = rows.weigh(slope)
+        u = -loss.pull(s) if plain else u
+        cut = _at_zero_end(penalty, u)
+        return s, jnp.where(cut, 0, u), cut
+
+    def lacking(s: FloatArray, u: FloatArray) -> FloatArray:
+        return units.of * (loss.pull(s) + maps.rmv(u))
+
+    def allowed(s: FloatArray, u: FloatArray) -> Array:
+        length = jnp.sqrt(total(s * s) / scales[0])
+        return ROUNDING * limits.eps * (length if plain else length + jnp.sqrt(total(u * u / scales[1])))
+
+    def shifted(s: FloatArray, u: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """For domains with one end at 0: s plus a multiple of the image of positive x, which for A >= 0 meets them."""
+        way = loss.image(units.of * (above.astype(x.dtype) - below))
+        gains, beyond = -loss.pull(way), -loss.pull(s) - u
+        ratio = jnp.where(beyond != 0, -beyond / jnp.where(gains != 0, gains, 1), 0)
+        short = jnp.max(ratio)
+        works = jnp.all((beyond == 0) | (ratio > 0)) & (short > 0)
+        return settled(s + jnp.where(works, MARGIN * short, 0) * way, u)[:2]
+
+    def moved(index: Array, pair: tuple[FloatArray, FloatArray, Array]) -> tuple[FloatArray, FloatArray, Array]:
+        s, u, held = pair
+        first = index == 0
+        if plain and not isinstance(penalty, Norm):
+            s, u = jax.lax.cond(first | ~jnp.any(lacking(s, u) != 0), lambda s, u: (s, u), shifted, s, u)
+        slope = rows.slope(-s)
+        loose = seen & ((slope > low) & (slope < high) | (low < 0) & (high > 0))
+        # Without an operator u follows from s, but where it is held.
+        kept = first | held | (not plain)
+        of_u = scales[1] * jnp.where(first, PENALTY_MOVE, 0.0 if plain else 1.0)
+
+        def changes(z: FloatArray) -> tuple[FloatArray, FloatArray]:
+            z = units.of * jnp.where(kept, z, 0) if plain else units.of * z
+            return scales[0] * jnp.where(loose, loss.image(z), 0), of_u * jnp.where(held, 0, maps.mv(z))
+
+        def normal(z: FloatArray) -> FloatArray:
+            e, v = changes(z)
+            back = units.of * (loss.pull(e) + maps.rmv(v))
+            return jnp.where(kept, back, 0) if plain else back
+
+        def inverse(z: FloatArray) -> FloatArray:
+            return jnp.where(kept, precondition(jnp.where(kept, z, 0)), 0) if plain else precondition(z)
+
+        apart = lacking(s, u)
+        if plain:
+            apart = jnp.where(first | (above & below), apart, MARGIN * apart)
+        slack = rows.slack(image, -s) + total(penalty.slack(y, u))
+        # The first move need not be exact.
+        enough = 0.025 * jnp.abs(slack) / jnp.maximum(jnp.sqrt(total((x / units.of) ** 2)), limits.tiny)
+        enough = jnp.maximum(jnp.where(first, enough, 0), 0.25 * allowed(s, u))
+        z, _ = jax.scipy.sparse.linalg.cg(
+            normal, apart, tol=0.0, atol=enough, maxiter=most_steps, M=None if precondition is None else inverse
+        )
+        e, v = changes(z)
+        s, u, cut = settled(s - e, u - v)
+        return s, u, held | cut
+
+    def repaired(s: FloatArray, u: FloatArray) -> tuple[FloatArray, FloatArray]:
+        return jax.lax.fori_loop(start, ROUNDS, moved, (s, u, held))[:2]
+
+    start, held = 0, above & below
+    if dual is None:
+        loss_dual, dual, cut = settled(loss_dual, None)
+        start, held = 1, held | cut
+    else:
+        dual = jnp.where(held, 0, dual)
+    lacks = jnp.sqrt(total(lacking(loss_dual, dual) ** 2)) > allowed(loss_dual, dual)
+    loss_dual, dual = jax.lax.cond(due & lacks, repaired, lambda s, u: (s, u), loss_dual, dual)
+    left = jnp.sqrt(total(lacking(loss_dual, dual) ** 2))
+    feasible = left <= allowed(loss_dual, dual)
+    # The domains are convex and contain 0, so that a share of the pair lies in them too.
     slope = rows.slope(-loss_dual)
-    loose = (slope > low) & (slope < high) | ((low < 0) & (high > 0))
-    loose = jnp.broadcast_to(loose & (True if rows.weights is None else rows.weights > 0), loss_dual.shape)
-    fixed = _unpenalised(penalty, y)
-    dual = jnp.where(fixed, 0, dual)
-
-    def moved(z: FloatArray) -> tuple[FloatArray, FloatArray]:
-        return scales[0] * jnp.where(loose, loss.image(z), 0), scales[1] * jnp.where(fixed, 0, maps.mv(z))
-
-    def normal(z: FloatArray) -> FloatArray:
-        e, v = moved(z)
-        return loss.pull(e) + maps.rmv(v)
-
-    slack = rows.slack(image, -loss_dual) + total(penalty.slack(y, dual))
-    length = jnp.sqrt(total(x * x))
-    apart = loss.pull(loss_dual) + maps.rmv(dual)
-    # What is missing may add a twentieth to the gap at most.
-    enough = jnp.where(due, 0.025 * jnp.abs(slack) / jnp.maximum(length, limits.tiny), jnp.inf)
-    enough = jnp.maximum(enough, 4 * limits.eps * jnp.sqrt(total(loss.pull(loss_dual) ** 2)))
-    z, _ = jax.scipy.sparse.linalg.cg(normal, apart, tol=0.0, atol=enough, maxiter=most_steps, M=precondition)
-    e, v = moved(z)
-    # Back into the domain: s can leave it by little, where it lies at an end.
-    loss_dual, dual = rows.weigh(jnp.clip(rows.slope(e - loss_dual), low, high)), dual - v
-    left = jnp.sqrt(total((loss.pull(loss_dual) + maps.rmv(dual)) ** 2))
-    # The domain of f* is convex and contains 0, so that a share of s lies in it too.
-    share = 1 / jnp.maximum(gauge(penalty, jnp.where(fixed, 0, dual)), 1)
+    beyond = jnp.maximum(slope / jnp.where(high > 0, high, jnp.inf), slope / jnp.where(low < 0, low, -jnp.inf))
+    share = 1 / jnp.maximum(jnp.maximum(gauge(penalty, dual), jnp.max(beyond, initial=0)), 1)
+    loss_dual, dual = rows.weigh(jnp.clip(share * slope, low, high)), share * dual
     objective = rows.value(image) + penalty.value(y)
-    slack = jnp.maximum(rows.slack(image, -share * loss_dual) + total(penalty.slack(y, share * dual)), 0)
-    # What is missing shifts the bound by at most its length times the distance to the answer, at most 2 ||x||.
-    gap = relative_gap(slack + 2 * left * length, objective, limits.eps * rows.value(jnp.zeros_like(image)))
-    return Certificate(objective, gap, objective - slack, left)
+    slack = jnp.maximum(rows.slack(image, -loss_dual) + total(penalty.slack(y, dual)), 0)
+    # What rounding leaves of the equation, for an answer up to twice as long as x.
+    slack = slack + 2 * left * jnp.sqrt(total((x / units.of) ** 2))
+    gap = relative_gap(slack, objective, limits.eps * rows.value(jnp.zeros_like(image)))
+    return Certificate(
+        objective, jnp.where(feasible, gap, jnp.inf), jnp.where(feasible, objective - slack, -jnp.inf)
+    )
 
 
 def proximal_gap(
@@ -173,5 +276,6 @@ def composite_gap(
     """The relative gap of a `MatrixLoss` and a `Composite` penalty by the subgradient `dual` of a prox near x."""
     problem = unfolded(problem, x)
     size = norm_estimate(problem.operator.mv, problem.operator.rmv, x, 10)
-    scales = (1 / curvature, PENALTY_MOVE / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)
-    return certificate(problem, x, image, problem.loss.rows.gradient(image), dual, scales=scales).gap
+    scales = (1 / curvature, 1 / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)
+    units = Units(jnp.ones_like(x), jnp.sqrt(curvature))
+    return certificate(problem, x, image, problem.loss.rows.gradient(image), dual, units=units, scales=scales).gap

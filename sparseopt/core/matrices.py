@@ -4,6 +4,7 @@
 on a CPU a product takes about twice as long as SciPy's own, but it runs under jit, vmap and grad.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -134,6 +135,26 @@ def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
         f"the rmv of the {name} is not the transpose of its mv: <A u, v> = {forth:.6g} and <u, Aᵀ v> = {across:.6g} "
         "for random u and v"
     )
+
+
+def squared(given: Any) -> Any | None:
+    """The map whose matrix has the squares of the entries; None where they are not known, as for a user's own map."""
+    if isinstance(given, Dense):
+        return Dense(jnp.asarray(given.matrix) ** 2)
+    if isinstance(given, SparseMatrix):
+        return dataclasses.replace(given, values=jnp.asarray(given.values) ** 2)
+    return given if isinstance(given, Identity) else None
+
+
+def column_norms(given: Any, like: FloatArray, rows: FloatArray) -> FloatArray:
+    """The norms of the columns of a map of arrays like `like`, each row times the root of `rows`.
+
+    The columns of a map whose entries are not known are taken to be equally long.
+    """
+    squares = squared(given)
+    if squares is None:
+        return jnp.full_like(like, norm_estimate(given.mv, given.rmv, like) / like.size**0.5)
+    return jnp.sqrt(jnp.broadcast_to(squares.rmv(rows), like.shape)).astype(like.dtype)
 
 
 def norm_estimate(mv: Any, rmv: Any, like: FloatArray, steps: int = 20) -> Float[Array, ""]:
