@@ -157,6 +157,17 @@ def column_norms(given: Any, like: FloatArray, rows: FloatArray) -> FloatArray:
     return jnp.sqrt(jnp.broadcast_to(squares.rmv(rows), like.shape)).astype(like.dtype)
 
 
+def geometric_mean(lengths: FloatArray) -> Float[Array, ""]:
+    """The geometric mean of those that are not 0; 1 if there are none."""
+    return jnp.exp(jnp.sum(jnp.log(jnp.where(lengths > 0, lengths, 1))) / jnp.maximum(jnp.sum(lengths > 0), 1))
+
+
+def levels(lengths: FloatArray) -> FloatArray:
+    """Lengths over their geometric mean, rounded to powers of two, by which nothing is rounded; 1 for those of 0."""
+    ratio = jnp.where(lengths > 0, lengths / geometric_mean(lengths), 1)
+    return jnp.ldexp(jnp.ones_like(ratio), jnp.round(jnp.log2(ratio)).astype(jnp.int32))
+
+
 def norm_estimate(mv: Any, rmv: Any, like: FloatArray, steps: int = 20) -> Float[Array, ""]:
     """The spectral norm of a linear map by the power method: from below, within a few percent after 20 steps.
 

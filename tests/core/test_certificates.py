@@ -81,33 +81,42 @@ LOSSES = {
 }
 
 
+class Rows(NamedTuple):
+    """The penalty on `lengths * (matrix @ x)`; the rows of the matrix are of length 1."""
+
+    matrix: Any
+    lengths: np.ndarray
+
+
+def absolute(form, rows, at):
+    conic.absolute(form, rows.matrix, at.weight * rows.lengths)
+
+
 def elastic(form, rows, at):
-    conic.absolute(form, rows, at.weight)
-    conic.ridge(form, rows, 0.5 * at.weight)
+    absolute(form, rows, at)
+    conic.ridge(form, rows.matrix, 0.5 * at.weight * rows.lengths**2)
 
 
 def boxed(form, rows, at):
-    conic.absolute(form, rows, at.weight)
-    for bound, low, high in ((at.low, at.low, np.inf), (at.high, -np.inf, at.high)):
-        ends = np.isfinite(bound)
-        conic.between(form, rows[ends], np.broadcast_to(low, ends.shape)[ends], np.broadcast_to(high, ends.shape)[ends])
+    absolute(form, rows, at)
+    for bound, low, high in ((at.low, True, False), (at.high, False, True)):
+        ends, bound = np.isfinite(bound), bound / rows.lengths
+        conic.between(form, rows.matrix[ends], bound[ends] if low else -np.inf, bound[ends] if high else np.inf)
 
 
 def positive(form, rows, at):
-    conic.between(form, rows, 0.0, np.inf)
-    scaled = form.new(rows.shape[0])
-    conic_zero = np.zeros(rows.shape[0])
-    form.inside("zero", conic_zero, (rows, form.x), (-1.0, scaled))
-    form.cost(scaled, at.weight)
+    conic.between(form, rows.matrix, 0.0, np.inf)
+    absolute(form, rows, at)
+
+
+def grouped(form, rows, at):
+    conic.lengths(form, rows.matrix, (at.weight * rows.lengths)[::2], BY_LABEL)
 
 
 PENALTIES = {
-    "L1": (lambda at: so.L1(at.weight), lambda form, rows, at: conic.absolute(form, rows, at.weight)),
+    "L1": (lambda at: so.L1(at.weight), absolute),
     "elastic net": (lambda at: so.ElasticNet(at.weight, 0.5 * at.weight), elastic),
-    "groups": (
-        lambda at: so.GroupL2(at.weight[:: at.weight.size // 4][:4], groups=LABELS),
-        lambda form, rows, at: conic.lengths(form, rows, at.weight[:: at.weight.size // 4][:4], BY_LABEL),
-    ),
+    "groups": (lambda at: so.GroupL2(at.weight[::2], groups=LABELS), grouped),
     "box": (lambda at: so.Box(at.low, at.high, at.weight), boxed),
     "nonnegative": (lambda at: so.Nonnegative(at.weight), positive),
 }
@@ -177,12 +186,9 @@ def drawn(rng, kind, dtype):
     wide = Instance(*(part.astype(np.float64) for part in at))
     form = Conic(COLUMNS)
     loss.term(form, sparse.csr_array(wide.matrix / scale), wide.target, wide.weights)
-    rows = sparse.csr_array(wide.operator / scale)
-    if kind.operator:
-        PENALTIES[kind.penalty][1](form, rows, wide)
-    else:
-        # Penalised in the units of Clarabel: each row is one number times an entry.
-        PENALTIES[kind.penalty][1](form, rows, wide)
+    rows = wide.operator / scale
+    lengths = np.linalg.norm(rows, axis=1)
+    PENALTIES[kind.penalty][1](form, Rows(sparse.csr_array(rows / lengths[:, None]), lengths), wide)
     return at, form.least()
 
 

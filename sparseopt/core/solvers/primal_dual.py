@@ -39,7 +39,7 @@ from sparseopt.core.certify import Units, certificate, has_conjugate, is_convex,
 from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.fidelity import total
 from sparseopt.core.losses import Quadratic, is_smooth
-from sparseopt.core.matrices import norm_estimate, squared
+from sparseopt.core.matrices import levels, norm_estimate, squared
 from sparseopt.core.matrix_losses import MatrixLoss, as_least_squares
 from sparseopt.core.operators import or_identity
 from sparseopt.core.penalties import Norm, dual_step
@@ -389,8 +389,7 @@ def _scales(problem: Problem, maps: Maps, units: Array) -> tuple[Array, Array]:
     tiny = jnp.finfo(units.dtype).tiny ** 0.25
     squares, rows = squared(maps.operator), jnp.ones((), units.dtype)
     if squares is not None and getattr(problem.penalty, "separable", False):
-        lengths = squares.mv(units**2)
-        rows = 1 / jnp.where(lengths > 0, lengths, 1)
+        rows = 1 / levels(jnp.sqrt(squares.mv(units**2))) ** 2
     norms = [
         norm_estimate(lambda z: maps.data.mv(units * z), lambda e: units * maps.data.rmv(e), units),
         norm_estimate(
