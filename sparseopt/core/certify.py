@@ -34,7 +34,7 @@ CG_STEPS = 500
 # both. What that leaves is small, and moves both alike, which takes fewer steps.
 PENALTY_MOVE = 1e-3
 # The moves; what the equation may lack in the end, in eps of the lengths of its columns times that of the dual.
-ROUNDS, ROUNDING = 3, 8
+ROUNDS, ROUNDING = 6, 8
 # The later moves are made where the slack is at most this share of the objective. They take some steps more than the
 # first one, whose use is limited.
 PROMISING, MORE_STEPS = 0.1, 50
@@ -47,14 +47,12 @@ SHORT = 2.0**-60
 def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: Any = None) -> Float[Array, ""]:
     """`(P - D) / D` from the slack `P - D` and the objective P; +inf where D is not positive.
 
-    It is an upper bound on `(P - P*) / P*`. Where P is at most `least`, the rounding error of a loss, the optimum is 0
-    as far as it is known, and a slack of `least` counts as a gap of eps.
+    It is an upper bound on `(P - P*) / P*`. `least` is a floor for D, so that a problem of optimum 0 can converge.
     """
-    limits = jnp.finfo(objective.dtype)
+    floor = jnp.finfo(objective.dtype).tiny if least is None else least
     bound = objective - slack
-    gap = jnp.where(bound > 0, slack / jnp.maximum(bound, limits.tiny), jnp.inf)
-    floor = jnp.maximum(0 if least is None else least, limits.tiny)
-    return jnp.where(jnp.maximum(objective, slack) <= floor, jnp.minimum(gap, limits.eps * slack / floor), gap)
+    gap = slack / jnp.maximum(bound, floor)
+    return jnp.where((bound > 0) | (slack <= floor), gap, jnp.inf)
 
 
 @jax.jit
@@ -162,7 +160,7 @@ def certificate(
     units = units_of(problem, x) if units is None else units
     scales = (1 / units.size**2, 1.0) if scales is None else scales
     objective = rows.value(image) + penalty.value(y)
-    least = limits.eps * rows.value(jnp.zeros_like(image))
+    length = jnp.sqrt(total((x / units.of) ** 2))
     low, high = rows.family.dual_range(rows.signal)
     seen = True if rows.weights is None else rows.weights > 0
     above, below = (_at_zero_end(penalty, sign * jnp.ones_like(y)) for sign in (1, -1))
@@ -182,20 +180,37 @@ def certificate(
         length = jnp.sqrt(total(s * s) / scales[0])
         return ROUNDING * limits.eps * (length if plain else length + jnp.sqrt(total(u * u / scales[1])))
 
-    def shifted(s: FloatArray, u: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def rounded(s: FloatArray) -> Array:
+        """What the objective is known to: the rounding error of `<s, A x>`, and the penalty of that of `K x`."""
+        error = ROUNDING * limits.eps * jnp.max(jnp.abs(x / units.of), initial=0) / jnp.sqrt(scales[1])
+        of_penalty = penalty.value(jnp.broadcast_to(error, y.shape).astype(y.dtype))
+        of_loss = ROUNDING * limits.eps * length * jnp.sqrt(total(s * s) / scales[0])
+        return 16 * of_loss + jnp.where(plain | ~jnp.isfinite(of_penalty), 0, of_penalty)
+
+    def shifted(s: FloatArray, u: FloatArray) -> tuple[FloatArray, FloatArray, Array]:
         """For domains with one end at 0: s plus a multiple of the image of positive x, which for A >= 0 meets them."""
         way = loss.image(units.of * (above.astype(x.dtype) - below))
         gains, beyond = -loss.pull(way), -loss.pull(s) - u
         ratio = jnp.where(beyond != 0, -beyond / jnp.where(gains != 0, gains, 1), 0)
         short = jnp.max(ratio)
         works = jnp.all((beyond == 0) | (ratio > 0)) & (short > 0)
-        return settled(s + jnp.where(works, MARGIN * short, 0) * way, u)[:2]
+        return settled(s + jnp.where(works, MARGIN * short, 0) * way, u)
 
-    def moved(index: Array, pair: tuple[FloatArray, FloatArray, Array]) -> tuple[FloatArray, FloatArray, Array]:
-        s, u, held = pair
+    def distance(s: FloatArray, u: FloatArray) -> Array:
+        return jnp.abs(rows.slack(image, -s) + total(penalty.slack(y, u)))
+
+    def going(carry: tuple[Array, FloatArray, FloatArray, Array]) -> Array:
+        index, s, u, _ = carry
+        lacks = jnp.sqrt(total(lacking(s, u) ** 2)) > allowed(s, u)
+        promising = distance(s, u) <= jnp.maximum(PROMISING * objective, rounded(s))
+        return due & lacks & (index < ROUNDS) & ((index == 0) | promising)
+
+    def moved(carry: tuple[Array, FloatArray, FloatArray, Array]) -> tuple[Array, FloatArray, FloatArray, Array]:
+        index, s, u, held = carry
         first = index == 0
         if plain and not isinstance(penalty, Norm):
-            s, u = jax.lax.cond(first | ~jnp.any(lacking(s, u) != 0), lambda s, u: (s, u), shifted, s, u)
+            s, u, cut = jax.lax.cond(first, lambda s, u: (s, u, held), shifted, s, u)
+            held = held | cut
         slope = rows.slope(-s)
         loose = seen & ((slope > low) & (slope < high) | (low < 0) & (high > 0))
         # Without an operator u follows from s, but where it is held.
@@ -217,21 +232,16 @@ def certificate(
         apart = lacking(s, u)
         if plain:
             apart = jnp.where(first | (above & below), apart, MARGIN * apart)
-        slack = rows.slack(image, -s) + total(penalty.slack(y, u))
         # The first move need not be exact.
-        enough = 0.025 * jnp.abs(slack) / jnp.maximum(jnp.sqrt(total((x / units.of) ** 2)), limits.tiny)
-        later = jnp.where(jnp.abs(slack) <= jnp.maximum(PROMISING * objective, least), 0, jnp.inf)
-        enough = jnp.maximum(jnp.where(first, enough, later), 0.25 * allowed(s, u))
+        enough = 0.025 * distance(s, u) / jnp.maximum(length, limits.tiny)
+        enough = jnp.maximum(jnp.where(first, enough, 0), 0.25 * allowed(s, u))
         steps = jnp.where(first, most_steps // 4, most_steps + MORE_STEPS)
         z, _ = jax.scipy.sparse.linalg.cg(
             normal, apart, tol=0.0, atol=enough, maxiter=steps, M=None if precondition is None else inverse
         )
         e, v = changes(z)
         s, u, cut = settled(s - e, u - v)
-        return s, u, held | cut
-
-    def repaired(s: FloatArray, u: FloatArray) -> tuple[FloatArray, FloatArray]:
-        return jax.lax.fori_loop(start, ROUNDS, moved, (s, u, held))[:2]
+        return index + 1, s, u, held | cut
 
     start, held = 0, above & below
     if dual is None:
@@ -239,8 +249,7 @@ def certificate(
         start, held = 1, held | cut
     else:
         dual = jnp.where(held, 0, dual)
-    lacks = jnp.sqrt(total(lacking(loss_dual, dual) ** 2)) > allowed(loss_dual, dual)
-    loss_dual, dual = jax.lax.cond(due & lacks, repaired, lambda s, u: (s, u), loss_dual, dual)
+    _, loss_dual, dual, _ = jax.lax.while_loop(going, moved, (jnp.asarray(start), loss_dual, dual, held))
     left = jnp.sqrt(total(lacking(loss_dual, dual) ** 2))
     feasible = left <= allowed(loss_dual, dual)
     # The domains are convex and contain 0, so that a share of the pair lies in them too.
@@ -250,8 +259,11 @@ def certificate(
     loss_dual, dual = rows.weigh(jnp.clip(share * slope, low, high)), share * dual
     slack = jnp.maximum(rows.slack(image, -loss_dual) + total(penalty.slack(y, dual)), 0)
     # What rounding leaves of the equation, for an answer up to twice as long as x.
-    slack = slack + 2 * left * jnp.sqrt(total((x / units.of) ** 2))
-    gap = relative_gap(slack, objective, least)
+    slack = slack + 2 * left * length
+    gap = relative_gap(slack, objective)
+    # Where P is its own rounding error, the optimum is 0 as far as it is known.
+    nothing = jnp.maximum(objective, slack) <= rounded(loss_dual)
+    gap = jnp.where(nothing, jnp.minimum(gap, limits.eps), gap)
     return Certificate(jnp.where(feasible, gap, jnp.inf), jnp.where(feasible, objective - slack, -jnp.inf))
 
 

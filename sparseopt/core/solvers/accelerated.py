@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.certify import Units, certificate, composite_gap, has_conjugate, is_convex, proximal_gap, units_of
-from sparseopt.core.losses import PlainLoss, is_smooth, with_image
+from sparseopt.core.losses import PlainLoss, is_indefinite, is_smooth, with_image
 from sparseopt.core.matrix_losses import MatrixLoss
 from sparseopt.core.penalties import Composite, cold_memory, prox_from
 from sparseopt.core.problem import Measure, PlainSolver, Problem, Progress, needs
@@ -46,6 +46,7 @@ class AcceleratedState:
     image_old: Any
     momentum: Any  # (t_old - 1) / t, the share of x - x_old that is added
     t: Any
+    indefinite: Any  # whether a `Quadratic` is known not to be convex
     units: Any  # those of x in which L is one number, and the length of the columns then
     curvature: Any  # L
     objective: Any
@@ -114,6 +115,7 @@ class AcceleratedProximalGradient(PlainSolver):
             image_old=image,
             momentum=0 * one,
             t=one,
+            indefinite=is_indefinite(problem.loss.hessian) if self._has_quadratic_gap(problem) else jnp.asarray(False),
             units=units,
             curvature=curvature.astype(x0.dtype),
             objective=(loss.value_at(x0, image) + problem.penalty.value(x0)).astype(x0.dtype),
@@ -134,6 +136,9 @@ class AcceleratedProximalGradient(PlainSolver):
             # The columns as they are, of which the longest counts.
             return Units(jnp.ones_like(x), found.size / jnp.min(found.of))
         return Units(jnp.ones_like(x), jnp.ones((), x.dtype))
+
+    def _has_quadratic_gap(self, problem: Problem) -> bool:
+        return has_conjugate(problem.penalty) and hasattr(problem.loss, "scaled_slack")
 
     def step(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
         problem = dataclasses.replace(problem, loss=with_image(problem.loss))
@@ -211,8 +216,12 @@ class AcceleratedProximalGradient(PlainSolver):
             gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), units=state.units).gap
         elif isinstance(penalty, Composite) and isinstance(loss, MatrixLoss):
             gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
-        elif has_conjugate(penalty) and hasattr(loss, "scaled_slack"):
+        elif self._has_quadratic_gap(problem):
             gap = proximal_gap(loss, penalty, x, state.image, gradient, state.objective)
+            # The conjugate of a loss that is not convex is infinite.
+            gap, residual = (
+                jnp.where(state.indefinite, bad, now) for bad, now in ((jnp.nan, gap), (jnp.inf, residual))
+            )
         gap = jnp.where(jnp.isfinite(gap), gap, jnp.nan)
         residual = jnp.where(jnp.isnan(gap), residual, gap)
         progress = state.progress.after(residual)

@@ -28,7 +28,6 @@ Eckstein and Bertsekas, "On the Douglas-Rachford splitting method", 1992, for th
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
