@@ -6,8 +6,10 @@ their terms is negative, so nothing cancels:
 
     P(x) - D = [f(A x) + f*(s) - <s, A x>] + [penalty(K x) + penalty*(u) - <u, K x>]
 
-A pair (s, u) that violates the equation is first moved, by the shortest change that restores it; one outside the
-domains is scaled by the largest factor that brings it inside.
+A pair (s, u) that violates the equation is first moved, by a short change that restores it; one outside the domains is
+scaled by the largest factor that brings it inside. The equation must hold up to the rounding of its sums, in units in
+which the columns of A are equally long: what it lacks shifts the bound by its product with the answer, whose length is
+not known. Otherwise nothing is claimed.
 
 Source: Rockafellar, "Convex analysis", 1970, section 31; the scaling is that of Fercoq, Gramfort and Salmon, "Mind the
 duality gap", ICML 2015.
@@ -20,16 +22,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import total
-from sparseopt.core.matrices import norm_estimate
+from sparseopt.core.matrices import column_norms, geometric_mean, levels, norm_estimate
 from sparseopt.core.operators import or_identity
-from sparseopt.core.penalties import Composite, Conjugate, Norm, gauge
+from sparseopt.core.penalties import Composite, Conjugate, Norm, dual_step, gauge
 from sparseopt.core.problem import Status, unfolded
 from sparseopt.core.types import FloatArray
 
-# Steps of the linear solve for the shortest change.
+# Steps of a linear solve for a change.
 CG_STEPS = 500
-# A certificate moves u this much less than s: the bound loses the square of a move of s, but a move of u scales both.
+# A certificate first moves u this much less than s: the bound loses the square of a move of s, but a move of u scales
+# both. What that leaves is small, and moves both alike, which takes fewer steps.
 PENALTY_MOVE = 1e-3
+# The moves; what the equation may lack in the end, in eps of the lengths of its columns times that of the dual.
+ROUNDS, ROUNDING = 6, 8
+# The later moves are made where the slack is at most this share of the objective. They take some steps more than the
+# first one, whose use is limited.
+PROMISING, MORE_STEPS = 0.1, 50
+# More than what a one-sided domain asks for, so that a rounded move meets it.
+MARGIN = 1.1
+# The step at which the dual step is the projection on the domain of a conjugate, a power of two.
+SHORT = 2.0**-60
 
 
 def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: Any = None) -> Float[Array, ""]:
@@ -70,27 +82,48 @@ def is_convex(penalty: Any) -> bool:
     return has_conjugate(penalty) or isinstance(penalty, Composite) or getattr(penalty, "convex", False)
 
 
-def _unpenalised(penalty: Any, like: FloatArray) -> Array:
-    """Where a norm has weight 0, so that its dual ball is flat; nowhere for another penalty."""
-    if not isinstance(penalty, Norm):
-        return jnp.zeros(like.shape, bool)
-    return penalty.project_dual(jnp.ones_like(like)) == 0
+def _at_zero_end(penalty: Any, dual: FloatArray) -> Array:
+    """Which entries lie beyond an end of the conjugate's domain that is 0, where scaling does not help."""
+    norm = isinstance(penalty, Norm)
+    inside = penalty.project_dual(dual) if norm else dual_step(penalty, dual, SHORT)[0]
+    return (inside == 0) & (dual != 0)
+
+
+class Units(NamedTuple):
+    """Units of x in which the columns of A, and of an operator, are about equally long.
+
+    Attributes:
+        of: like x: the unit of every entry, a power of two, 1 where columns differ by little.
+        size: the length of the columns of A then.
+    """
+
+    of: Array
+    size: Float[Array, ""]
+
+
+def units_of(problem: Any, x: FloatArray) -> Units:
+    """The units of a problem with a `MatrixLoss`; a map whose entries are not known says nothing of them."""
+    rows = problem.loss.rows
+    seen = jnp.ones_like(rows.signal) if rows.weights is None else jnp.ones_like(rows.signal) * (rows.weights > 0)
+    lengths = column_norms(problem.loss.maps(x), x, seen)
+    size = geometric_mean(lengths)
+    if problem.operator is not None:
+        out = jax.eval_shape(problem.operator.mv, x)
+        others = column_norms(problem.operator, x, jnp.ones(out.shape, out.dtype))
+        lengths = jnp.hypot(lengths / size, others / geometric_mean(others))
+    return Units(1 / levels(lengths), size)
 
 
 class Certificate(NamedTuple):
     """What a dual pair proves at x.
 
     Attributes:
-        objective: at x.
-        gap: the relative duality gap.
-        bound: D.
-        missing: the norm of `Aᵀ s + Kᵀ u`: at any x the optimum is at least `bound - 2 missing ||x||`.
+        gap: the relative duality gap, +inf if the pair is not feasible or D is not positive.
+        bound: D, a lower bound on the optimum; -inf if the pair is not feasible.
     """
 
-    objective: Float[Array, ""]
     gap: Float[Array, ""]
     bound: Float[Array, ""]
-    missing: Float[Array, ""]
 
 
 def certificate(
@@ -98,63 +131,140 @@ def certificate(
     x: FloatArray,
     image: FloatArray,
     loss_dual: FloatArray,
-    dual: FloatArray,
+    dual: FloatArray | None = None,
     *,
-    scales: tuple[Any, Any] = (1.0, 1.0),
+    units: Units | None = None,
+    scales: tuple[Any, Any] | None = None,
     precondition: Any = None,
     due: Any = True,
     most_steps: Any = CG_STEPS,
 ) -> Certificate:
-    """The objective at x and the relative duality gap by the dual pair, moved and scaled until it is feasible.
+    """The relative duality gap at x by the dual pair, moved and scaled until it is feasible.
 
     Args:
         problem: its loss is a `MatrixLoss`, its penalty has a conjugate.
         x: the point.
         image: `A x`.
         loss_dual: s, in the domain of f*, of the shape of `A x`.
-        dual: u, in the domain of the penalty's conjugate, of the shape of `K x`.
-        scales: how easily s and u move: the changes, divided by the roots of these, are as short as possible.
-        precondition: an approximate inverse of the scaled sum of `Aᵀ A` and `Kᵀ K`, or None.
+        dual: u, in the domain of the penalty's conjugate, of the shape of `K x`; None for `-Aᵀ s`, without an operator.
+        units: those of x.
+        scales: one over the squared norms of A and of K in these units: how easily s and u move.
+        precondition: an approximate inverse of the scaled sum of `Aᵀ A` and `Kᵀ K` in these units, or None.
         due: False leaves the pair unchanged, for a gap that is not used.
-        most_steps: of the linear solve; its residual is added to the gap.
+        most_steps: of each linear solve.
     """
-    loss, penalty = problem.loss, problem.penalty
+    loss, penalty, plain = problem.loss, problem.penalty, problem.operator is None
     maps = or_identity(problem.operator, x)
     rows, y = loss.rows, maps.mv(x)
     limits = jnp.finfo(x.dtype)
-    # An entry of s may move where it lies inside the domain, or where the domain reaches beyond 0 on either side.
-    low, high = rows.family.dual_range(rows.signal)
-    slope = rows.slope(-loss_dual)
-    loose = (slope > low) & (slope < high) | ((low < 0) & (high > 0))
-    loose = jnp.broadcast_to(loose & (True if rows.weights is None else rows.weights > 0), loss_dual.shape)
-    fixed = _unpenalised(penalty, y)
-    dual = jnp.where(fixed, 0, dual)
-
-    def moved(z: FloatArray) -> tuple[FloatArray, FloatArray]:
-        return scales[0] * jnp.where(loose, loss.image(z), 0), scales[1] * jnp.where(fixed, 0, maps.mv(z))
-
-    def normal(z: FloatArray) -> FloatArray:
-        e, v = moved(z)
-        return loss.pull(e) + maps.rmv(v)
-
-    slack = rows.slack(image, -loss_dual) + total(penalty.slack(y, dual))
-    length = jnp.sqrt(total(x * x))
-    apart = loss.pull(loss_dual) + maps.rmv(dual)
-    # What is missing may add a twentieth to the gap at most.
-    enough = jnp.where(due, 0.025 * jnp.abs(slack) / jnp.maximum(length, limits.tiny), jnp.inf)
-    enough = jnp.maximum(enough, 4 * limits.eps * jnp.sqrt(total(loss.pull(loss_dual) ** 2)))
-    z, _ = jax.scipy.sparse.linalg.cg(normal, apart, tol=0.0, atol=enough, maxiter=most_steps, M=precondition)
-    e, v = moved(z)
-    # Back into the domain: s can leave it by little, where it lies at an end.
-    loss_dual, dual = rows.weigh(jnp.clip(rows.slope(e - loss_dual), low, high)), dual - v
-    left = jnp.sqrt(total((loss.pull(loss_dual) + maps.rmv(dual)) ** 2))
-    # The domain of f* is convex and contains 0, so that a share of s lies in it too.
-    share = 1 / jnp.maximum(gauge(penalty, jnp.where(fixed, 0, dual)), 1)
+    units = units_of(problem, x) if units is None else units
+    scales = (1 / units.size**2, 1.0) if scales is None else scales
     objective = rows.value(image) + penalty.value(y)
-    slack = jnp.maximum(rows.slack(image, -share * loss_dual) + total(penalty.slack(y, share * dual)), 0)
-    # What is missing shifts the bound by at most its length times the distance to the answer, at most 2 ||x||.
-    gap = relative_gap(slack + 2 * left * length, objective, limits.eps * rows.value(jnp.zeros_like(image)))
-    return Certificate(objective, gap, objective - slack, left)
+    length = jnp.sqrt(total((x / units.of) ** 2))
+    low, high = rows.family.dual_range(rows.signal)
+    seen = True if rows.weights is None else rows.weights > 0
+    above, below = (_at_zero_end(penalty, sign * jnp.ones_like(y)) for sign in (1, -1))
+
+    def settled(s: FloatArray, u: Any) -> tuple[FloatArray, FloatArray, Array]:
+        """The pair within the ends that are 0; the equation decides u where it can. And which entries of u are cut."""
+        slope = jnp.clip(rows.slope(-s), jnp.where(low < 0, -jnp.inf, low), jnp.where(high > 0, jnp.inf, high))
+        s = rows.weigh(slope)
+        u = -loss.pull(s) if plain else u
+        cut = _at_zero_end(penalty, u)
+        return s, jnp.where(cut, 0, u), cut
+
+    def lacking(s: FloatArray, u: FloatArray) -> FloatArray:
+        return units.of * (loss.pull(s) + maps.rmv(u))
+
+    def allowed(s: FloatArray, u: FloatArray) -> Array:
+        length = jnp.sqrt(total(s * s) / scales[0])
+        return ROUNDING * limits.eps * (length if plain else length + jnp.sqrt(total(u * u / scales[1])))
+
+    def rounded(s: FloatArray) -> Array:
+        """What the objective is known to: the rounding error of `<s, A x>`, and the penalty of that of `K x`."""
+        error = ROUNDING * limits.eps * jnp.max(jnp.abs(x / units.of), initial=0) / jnp.sqrt(scales[1])
+        of_penalty = penalty.value(jnp.broadcast_to(error, y.shape).astype(y.dtype))
+        of_loss = ROUNDING * limits.eps * length * jnp.sqrt(total(s * s) / scales[0])
+        return 16 * of_loss + jnp.where(plain | ~jnp.isfinite(of_penalty), 0, of_penalty)
+
+    def shifted(s: FloatArray, u: FloatArray) -> tuple[FloatArray, FloatArray, Array]:
+        """For domains with one end at 0: s plus a multiple of the image of positive x, which for A >= 0 meets them."""
+        way = loss.image(units.of * (above.astype(x.dtype) - below))
+        gains, beyond = -loss.pull(way), -loss.pull(s) - u
+        ratio = jnp.where(beyond != 0, -beyond / jnp.where(gains != 0, gains, 1), 0)
+        short = jnp.max(ratio)
+        works = jnp.all((beyond == 0) | (ratio > 0)) & (short > 0)
+        return settled(s + jnp.where(works, MARGIN * short, 0) * way, u)
+
+    def distance(s: FloatArray, u: FloatArray) -> Array:
+        return jnp.abs(rows.slack(image, -s) + total(penalty.slack(y, u)))
+
+    def going(carry: tuple[Array, FloatArray, FloatArray, Array]) -> Array:
+        index, s, u, _ = carry
+        lacks = jnp.sqrt(total(lacking(s, u) ** 2)) > allowed(s, u)
+        promising = distance(s, u) <= jnp.maximum(PROMISING * objective, rounded(s))
+        return due & lacks & (index < ROUNDS) & ((index == 0) | promising)
+
+    def moved(carry: tuple[Array, FloatArray, FloatArray, Array]) -> tuple[Array, FloatArray, FloatArray, Array]:
+        index, s, u, held = carry
+        first = index == 0
+        if plain and not isinstance(penalty, Norm):
+            s, u, cut = jax.lax.cond(first, lambda s, u: (s, u, held), shifted, s, u)
+            held = held | cut
+        slope = rows.slope(-s)
+        loose = seen & ((slope > low) & (slope < high) | (low < 0) & (high > 0))
+        # Without an operator u follows from s, but where it is held.
+        kept = first | held | (not plain)
+        of_u = scales[1] * jnp.where(first, PENALTY_MOVE, 0.0 if plain else 1.0)
+
+        def changes(z: FloatArray) -> tuple[FloatArray, FloatArray]:
+            z = units.of * jnp.where(kept, z, 0) if plain else units.of * z
+            return scales[0] * jnp.where(loose, loss.image(z), 0), of_u * jnp.where(held, 0, maps.mv(z))
+
+        def normal(z: FloatArray) -> FloatArray:
+            e, v = changes(z)
+            back = units.of * (loss.pull(e) + maps.rmv(v))
+            return jnp.where(kept, back, 0) if plain else back
+
+        def inverse(z: FloatArray) -> FloatArray:
+            return jnp.where(kept, precondition(jnp.where(kept, z, 0)), 0) if plain else precondition(z)
+
+        apart = lacking(s, u)
+        if plain:
+            apart = jnp.where(first | (above & below), apart, MARGIN * apart)
+        # The first move need not be exact.
+        enough = 0.025 * distance(s, u) / jnp.maximum(length, limits.tiny)
+        enough = jnp.maximum(jnp.where(first, enough, 0), 0.25 * allowed(s, u))
+        steps = jnp.where(first, most_steps // 4, most_steps + MORE_STEPS)
+        z, _ = jax.scipy.sparse.linalg.cg(
+            normal, apart, tol=0.0, atol=enough, maxiter=steps, M=None if precondition is None else inverse
+        )
+        e, v = changes(z)
+        s, u, cut = settled(s - e, u - v)
+        return index + 1, s, u, held | cut
+
+    start, held = 0, above & below
+    if dual is None:
+        loss_dual, dual, cut = settled(loss_dual, None)
+        start, held = 1, held | cut
+    else:
+        dual = jnp.where(held, 0, dual)
+    _, loss_dual, dual, _ = jax.lax.while_loop(going, moved, (jnp.asarray(start), loss_dual, dual, held))
+    left = jnp.sqrt(total(lacking(loss_dual, dual) ** 2))
+    feasible = left <= allowed(loss_dual, dual)
+    # The domains are convex and contain 0, so that a share of the pair lies in them too.
+    slope = rows.slope(-loss_dual)
+    beyond = jnp.maximum(slope / jnp.where(high > 0, high, jnp.inf), slope / jnp.where(low < 0, low, -jnp.inf))
+    share = 1 / jnp.maximum(jnp.maximum(gauge(penalty, dual), jnp.max(beyond, initial=0)), 1)
+    loss_dual, dual = rows.weigh(jnp.clip(share * slope, low, high)), share * dual
+    slack = jnp.maximum(rows.slack(image, -loss_dual) + total(penalty.slack(y, dual)), 0)
+    # What rounding leaves of the equation, for an answer up to twice as long as x.
+    slack = slack + 2 * left * length
+    gap = relative_gap(slack, objective)
+    # Where P is its own rounding error, the optimum is 0 as far as it is known.
+    nothing = jnp.maximum(objective, slack) <= rounded(loss_dual)
+    gap = jnp.where(nothing, jnp.minimum(gap, limits.eps), gap)
+    return Certificate(jnp.where(feasible, gap, jnp.inf), jnp.where(feasible, objective - slack, -jnp.inf))
 
 
 def proximal_gap(
@@ -173,5 +283,6 @@ def composite_gap(
     """The relative gap of a `MatrixLoss` and a `Composite` penalty by the subgradient `dual` of a prox near x."""
     problem = unfolded(problem, x)
     size = norm_estimate(problem.operator.mv, problem.operator.rmv, x, 10)
-    scales = (1 / curvature, PENALTY_MOVE / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)
-    return certificate(problem, x, image, problem.loss.rows.gradient(image), dual, scales=scales).gap
+    scales = (1 / curvature, 1 / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)
+    units = Units(jnp.ones_like(x), jnp.sqrt(curvature))
+    return certificate(problem, x, image, problem.loss.rows.gradient(image), dual, units=units, scales=scales).gap

@@ -121,6 +121,18 @@ def largest_eigenvalue_bound(matrix: Float[Array, "n n"], key: jax.Array) -> Flo
 
     Source: Zhou and Li, "Bounding the spectrum of large Hermitian matrices", 2011, section 2.
     """
+    value, residual = _largest_ritz(matrix, key)
+    return jnp.minimum(value + residual, jnp.max(jnp.sum(jnp.abs(matrix), axis=1)))
+
+
+def is_indefinite(matrix: Float[Array, "n n"]) -> Array:
+    """Whether some steps of the Lanczos recurrence find a direction of negative curvature, beyond rounding."""
+    value, _ = _largest_ritz(-matrix, jax.random.key(0))
+    return value > 10 * jnp.finfo(matrix.dtype).eps * matrix.shape[0] * jnp.max(jnp.abs(matrix))
+
+
+def _largest_ritz(matrix: Float[Array, "n n"], key: jax.Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The largest Ritz value of a Lanczos recurrence, which is below the largest eigenvalue, and its residual norm."""
     if not jnp.issubdtype(matrix.dtype, jnp.inexact):
         matrix = matrix.astype(jnp.result_type(float))
     size = matrix.shape[0]
@@ -145,6 +157,4 @@ def largest_eigenvalue_bound(matrix: Float[Array, "n n"], key: jax.Array) -> Flo
     _, (alphas, betas) = jax.lax.scan(step, (basis, start / jnp.linalg.norm(start)), jnp.arange(steps))
     tridiagonal = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
     ritz_values, ritz_vectors = jnp.linalg.eigh(tridiagonal)
-    residual = betas[-1] * jnp.abs(ritz_vectors[-1, -1])
-    gershgorin = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
-    return jnp.minimum(ritz_values[-1] + residual, gershgorin)
+    return ritz_values[-1], betas[-1] * jnp.abs(ritz_vectors[-1, -1])

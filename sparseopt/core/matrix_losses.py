@@ -177,8 +177,10 @@ class LeastSquares(MatrixLoss):
 
 
 def as_least_squares(loss: Quadratic) -> LeastSquares:
-    """`1/2 <x - c, H (x - c)>` as `1/2 ||A x - A c||²` with `Aᵀ A = H`."""
+    """`1/2 <x - c, H (x - c)>` as `1/2 ||A x - A c||²` with `Aᵀ A = H`; NaN if H is not positive semidefinite."""
     values, vectors = jnp.linalg.eigh(loss.hessian)
+    rounding = 10 * jnp.finfo(values.dtype).eps * values.size * jnp.max(jnp.abs(values), initial=0)
+    values = jnp.where(jnp.min(values, initial=0) < -rounding, jnp.nan, values)
     matrix = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T
     return LeastSquares(matrix, product(matrix, loss.center))
 

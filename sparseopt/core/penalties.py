@@ -196,7 +196,7 @@ class ElasticNet:
     """`weight * ||x||_1 + ridge / 2 * ||x||²`; prox: soft threshold at `step * weight`, over `1 + step * ridge`.
 
     Weight and ridge may be arrays that broadcast to x. The conjugate is `||soft(u, weight)||² / (2 ridge)`, finite
-    everywhere: `slack` and `dual_norm` need a positive ridge. Source: Zou and Hastie, "Regularization and variable
+    where the ridge is positive; where it is 0 it is that of L1. Source: Zou and Hastie, "Regularization and variable
     selection via the elastic net", 2005.
 
     Example:
@@ -219,10 +219,12 @@ class ElasticNet:
         """`weight |x| - a x + ridge / 2 (x - b / ridge)²` with `a = clip(dual, ±weight)` and `b = dual - a`."""
         weight, ridge = jnp.asarray(self.weight, x.dtype), jnp.asarray(self.ridge, x.dtype)
         inside = jnp.clip(dual, -weight, weight)
-        return weight * jnp.abs(x) - inside * x + 0.5 * ridge * (x - (dual - inside) / ridge) ** 2
+        beyond = (dual - inside) / jnp.where(ridge > 0, ridge, 1)
+        return weight * jnp.abs(x) - inside * x + 0.5 * ridge * (x - beyond) ** 2
 
     def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        return jnp.zeros((), dual.dtype)
+        """0 for positive ridges; the largest `|dual| / weight` of entries without one."""
+        return largest_ratio(jnp.where(jnp.asarray(self.ridge) > 0, 0, jnp.abs(dual)), self.weight)
 
 
 @pytree

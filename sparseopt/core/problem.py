@@ -74,7 +74,7 @@ class Status(enum.IntEnum):
         return {
             Status.CONVERGED: "the residual reached the tolerance",
             Status.MAX_STEPS: "the step limit was reached before the tolerance: raise max_steps, raise tol, or "
-            "try another method",
+            "try another method; if the problem has constraints, check that some x meets all of them",
             Status.NONFINITE: "a value became infinite or NaN: check the input for non-finite or huge values, "
             "or use a smaller step size",
             Status.PRECISION: "rounding keeps the residual above the tolerance, and it no longer falls; "

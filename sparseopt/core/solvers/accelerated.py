@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import certificate, composite_gap, has_conjugate, proximal_gap
-from sparseopt.core.losses import PlainLoss, is_smooth, with_image
+from sparseopt.core.certify import Units, certificate, composite_gap, has_conjugate, proximal_gap, units_of
+from sparseopt.core.losses import PlainLoss, is_indefinite, is_smooth, with_image
 from sparseopt.core.matrix_losses import MatrixLoss
 from sparseopt.core.penalties import Composite, cold_memory, prox_from
 from sparseopt.core.problem import Measure, PlainSolver, Problem, Progress, needs
@@ -46,6 +46,8 @@ class AcceleratedState:
     image_old: Any
     momentum: Any  # (t_old - 1) / t, the share of x - x_old that is added
     t: Any
+    indefinite: Any  # whether a `Quadratic` is known not to be convex
+    units: Any  # those of x in which L is one number, and the length of the columns then
     curvature: Any  # L
     objective: Any
     scale: Any  # the length of the gradient at 0, for the stationarity residual
@@ -57,7 +59,7 @@ class AcceleratedState:
     @property
     def step_size(self) -> Array:
         """A step for which the answer is a fixed point of the proximal gradient step."""
-        return 1 / self.curvature
+        return jnp.min(self.units.of) ** 2 / self.curvature
 
 
 @pytree
@@ -94,13 +96,13 @@ class AcceleratedProximalGradient(PlainSolver):
         loss = with_image(problem.loss)
         x0 = jnp.asarray(x0)
         image = loss.image(x0)
-        zero = jnp.zeros_like(x0)
-        at_zero = loss.gradient_at(zero, loss.image_of_zero(zero, image))
+        units, zero = self._units(problem, x0), jnp.zeros_like(x0)
+        at_zero = units.of * loss.gradient_at(zero, loss.image_of_zero(zero, image))
         if self.step_size is None:
-            here = loss.gradient_at(x0, image)
+            here = units.of * loss.gradient_at(x0, image)
             # A first guess at L from below: one step of the power method along the gradient, by a finite difference.
             size = jnp.linalg.norm(here.reshape(-1))
-            probe = here / jnp.where(size > 0, size, 1)
+            probe = units.of * here / jnp.where(size > 0, size, 1)
             moved = x0 - probe
             curvature = 2 * loss.divergence(moved, loss.image(moved), x0, image)
             curvature = jnp.where(jnp.isfinite(curvature) & (curvature > 0), curvature, 1)
@@ -115,6 +117,8 @@ class AcceleratedProximalGradient(PlainSolver):
             image_old=image,
             momentum=0 * one,
             t=one,
+            indefinite=is_indefinite(problem.loss.hessian) if self._has_quadratic_gap(problem) else jnp.asarray(False),
+            units=units,
             curvature=curvature.astype(x0.dtype),
             objective=(loss.value_at(x0, image) + problem.penalty.value(x0)).astype(x0.dtype),
             scale=jnp.linalg.norm(at_zero.reshape(-1)),
@@ -123,6 +127,20 @@ class AcceleratedProximalGradient(PlainSolver):
             progress=Progress(far, jnp.zeros((), jnp.int32)),
             prox_memory=cold_memory(problem.penalty, x0),
         )
+
+    def _units(self, problem: Problem, x: Array) -> Units:
+        """Steps of each entry's own length need a penalty that takes them, and find another answer if it has many."""
+        loss, penalty = problem.loss, problem.penalty
+        if isinstance(loss, MatrixLoss) and has_conjugate(penalty):
+            found = units_of(problem, x)
+            if self.step_size is None and getattr(penalty, "separable", False):
+                return found
+            # The columns as they are, of which the longest counts.
+            return Units(jnp.ones_like(x), found.size / jnp.min(found.of))
+        return Units(jnp.ones_like(x), jnp.ones((), x.dtype))
+
+    def _has_quadratic_gap(self, problem: Problem) -> bool:
+        return has_conjugate(problem.penalty) and hasattr(problem.loss, "scaled_slack")
 
     def step(self, problem: Problem, state: AcceleratedState) -> AcceleratedState:
         problem = dataclasses.replace(problem, loss=with_image(problem.loss))
@@ -137,15 +155,16 @@ class AcceleratedProximalGradient(PlainSolver):
         else:
             image_y = state.image + state.momentum * (state.image - state.image_old)
         gradient = loss.gradient_at(y, image_y)
+        unit, squares = state.units.of, state.units.of**2
         eps = jnp.finfo(y.dtype).eps
         attempts = 1 if self.step_size is not None else 1 + MOST_BACKTRACKS
 
         def attempt(curvature: Array, memory: Any) -> tuple[Array, Any, Array, Array, Any]:
-            z, memory = prox_from(penalty, y - gradient / curvature, 1 / curvature, memory)
+            z, memory = _stepped(problem, y, gradient, squares / curvature, memory)
             image = loss.image(z)
-            length = jnp.sum((z - y) ** 2)
+            length = jnp.sum(((z - y) / unit) ** 2)
             # A step near the rounding error of y says nothing about the curvature.
-            lost = length <= (100 * eps) ** 2 * jnp.sum(y**2)
+            lost = length <= (100 * eps) ** 2 * jnp.sum((y / unit) ** 2)
             modelled = 0.5 * curvature * length * (1 + 1e3 * eps)
             return z, image, lost | (loss.divergence(z, image, y, image_y) <= modelled), lost, memory
 
@@ -165,7 +184,7 @@ class AcceleratedProximalGradient(PlainSolver):
         objective = loss.value_at(z, image) + penalty.value(z)
         # From a start outside a constraint's set, at +inf, every step is taken; so is a NaN, which ends the solve.
         taken = ~(objective > state.objective + 8 * eps * jnp.abs(state.objective))
-        uphill = jnp.sum((y - z) * (z - state.x)) > 0
+        uphill = jnp.sum((y - z) * (z - state.x) / squares) > 0
         again = ~taken | uphill
         following = 1.0 if self.step_size is not None else jnp.where(lost, 1, SHRINKAGE)
         t = (1 + jnp.sqrt(1 + 4 * following * state.t**2)) / 2
@@ -191,17 +210,21 @@ class AcceleratedProximalGradient(PlainSolver):
         loss, penalty, x = problem.loss, problem.penalty, state.x
         gradient = loss.gradient_at(x, state.image)
         curvature = state.curvature
-        close, memory = prox_from(penalty, x - gradient / curvature, 1 / curvature, state.prox_memory)
-        apart = x - close
+        close, memory = _stepped(problem, x, gradient, state.units.of**2 / curvature, state.prox_memory)
+        apart = (x - close) / state.units.of
         tiny = jnp.finfo(x.dtype).tiny
         residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
         gap = jnp.full_like(residual, jnp.nan)
         if has_conjugate(penalty) and isinstance(loss, MatrixLoss):
-            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), -gradient).gap
+            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), units=state.units).gap
         elif isinstance(penalty, Composite) and isinstance(loss, MatrixLoss):
             gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
-        elif has_conjugate(penalty) and hasattr(loss, "scaled_slack"):
+        elif self._has_quadratic_gap(problem):
             gap = proximal_gap(loss, penalty, x, state.image, gradient, state.objective)
+            # The conjugate of a loss that is not convex is infinite.
+            gap, residual = (
+                jnp.where(state.indefinite, bad, now) for bad, now in ((jnp.nan, gap), (jnp.inf, residual))
+            )
         gap = jnp.where(jnp.isfinite(gap), gap, jnp.nan)
         residual = jnp.where(jnp.isnan(gap), residual, gap)
         progress = state.progress.after(residual)
@@ -212,6 +235,12 @@ class AcceleratedProximalGradient(PlainSolver):
         level = None if state.prox_memory is None else float(jnp.finfo(state.residual.dtype).eps) ** 0.5
         stalled = state.progress.stalled(state.residual, PATIENCE, level)
         return Measure(state.residual, state.objective, state.gap, {"curvature": state.curvature}, stalled)
+
+
+def _stepped(problem: Problem, x: Array, gradient: Array, steps: Array, memory: Any) -> tuple[Array, Any]:
+    """The proximal gradient step; a penalty whose entries are coupled takes one number."""
+    step = steps if getattr(problem.penalty, "separable", False) else jnp.max(steps)
+    return prox_from(problem.penalty, x - steps * gradient, step, memory)
 
 
 # The factors of the concavity at the first level of both paths, and the levels of a path.

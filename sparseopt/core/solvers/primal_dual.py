@@ -28,18 +28,17 @@ Eckstein and Bertsekas, "On the Douglas-Rachford splitting method", 1992, for th
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import PENALTY_MOVE, certificate, has_conjugate
+from sparseopt.core.certify import Units, certificate, has_conjugate, units_of
 from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.fidelity import total
 from sparseopt.core.losses import Quadratic, is_smooth
-from sparseopt.core.matrices import norm_estimate
+from sparseopt.core.matrices import levels, norm_estimate, squared
 from sparseopt.core.matrix_losses import MatrixLoss, as_least_squares
 from sparseopt.core.operators import or_identity
 from sparseopt.core.penalties import Norm, dual_step
@@ -59,6 +58,8 @@ PATIENCE = 8
 # The iteration number of a certificate over that of the previous one; its linear solve takes at most so many steps,
 # plus the iterations so far divided by so many.
 CERTIFICATE_GROWTH, LEAST_SOLVE, SOLVE_SHARE = 1.3, 10, 10
+# An objective below a bound by this multiple of eps refutes it.
+ROUNDING = 64
 # `SplitAdmm` takes up to this many unknowns.
 CHEAP = 3000
 
@@ -77,7 +78,7 @@ class Maps(NamedTuple):
 
     def normal(self, scales: tuple[Array, Array], x: Array) -> Array:
         """`K~ᵀ S K~ x`."""
-        return scales[0] * self.data.rmv(self.data.mv(x)) + scales[1] * self.operator.rmv(self.operator.mv(x))
+        return scales[0] * self.data.rmv(self.data.mv(x)) + self.operator.rmv(scales[1] * self.operator.mv(x))
 
 
 def _maps(problem: Problem, x: Array) -> Maps:
@@ -101,8 +102,9 @@ class PrimalDualState:
     mapped: Point  # T of the previous z
     copies: tuple[Any, Any]  # the last y
     first: Point  # where the iteration was restarted
-    metric: Any  # M: a number, or the inverse of the matrix
-    scales: tuple[Any, Any]  # S, a number per block
+    units: Units  # those of x, in which columns are about equally long
+    metric: Any  # M in these units: a number, or the inverse of the matrix
+    scales: tuple[Any, Any]  # S, a number per block, or one per row of K
     omega: Any
     count: Any  # iterations since the restart
     steps: Any
@@ -114,7 +116,6 @@ class PrimalDualState:
     objective: Any
     gap: Any
     bound: Any  # the best D so far
-    missing: Any  # the length of what its dual pair's equation lacks
     next_certificate: Any
     progress: Any
 
@@ -150,17 +151,17 @@ class PrimalDual:
     def stride(self) -> int:
         return self.cadence
 
-    def _metric(self, problem: Problem, x: Array, scales: tuple[Array, Array]) -> Array:
-        # The power method on `K~ᵀ S K~`, which is its own transpose.
-        return norm_estimate(partial(_maps(problem, x).normal, scales), lambda e: e, x, NORM_STEPS) ** 2 / MARGIN
+    def _metric(self, normal: Any, x: Array) -> Array:
+        # The power method on a matrix that is its own transpose.
+        return norm_estimate(normal, lambda e: e, x, NORM_STEPS) ** 2 / MARGIN
 
     def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
         """`M^-1 K~ᵀ w`."""
-        return pulled / state.metric
+        return state.units.of**2 * pulled / state.metric
 
     def _length(self, state: PrimalDualState, apart: Point) -> Array:
         """`<dx, M dx>`."""
-        return state.metric * total(apart.x**2)
+        return state.metric * total((apart.x / state.units.of) ** 2)
 
     def init(self, problem: Problem, x0: Float[Array, "..."]) -> PrimalDualState:
         factor = as_least_squares(problem.loss) if isinstance(problem.loss, Quadratic) else None
@@ -169,8 +170,13 @@ class PrimalDual:
         maps = _maps(problem, x)
         limits = jnp.finfo(x.dtype)
         images = maps.mv(x)
-        sizes = [jnp.maximum(norm_estimate(part.mv, part.rmv, x), limits.tiny**0.25) for part in maps]
-        scales = ((1 / sizes[0] ** 2).astype(x.dtype), (1 / sizes[1] ** 2).astype(x.dtype))
+        units = units_of(problem, x)
+        scales = _scales(problem, maps, units.of)
+
+        def normal(z: Array) -> Array:
+            """`K~ᵀ S K~` in the units of x."""
+            return units.of * maps.normal(scales, units.of * z)
+
         duals = (problem.loss.rows.gradient(images[0]).astype(x.dtype), jnp.zeros_like(images[1]))
         pulled = maps.data.rmv(duals[0])
         start = Point(x, duals, images, pulled)
@@ -181,7 +187,8 @@ class PrimalDual:
             mapped=start,
             copies=images,
             first=start,
-            metric=self._metric(problem, x, scales),
+            units=units,
+            metric=self._metric(normal, x),
             scales=scales,
             omega=jnp.ones((), x.dtype),
             count=zero,
@@ -194,16 +201,16 @@ class PrimalDual:
             objective=objective.astype(x.dtype),
             gap=far * jnp.nan,
             bound=-far,
-            missing=jnp.zeros_like(far),
             next_certificate=jnp.zeros((), x.dtype),
             progress=Progress(far, zero),
         )
         if self.omega is not None:
             return dataclasses.replace(state, omega=jnp.asarray(self.omega, x.dtype))
         # The length of the dual over that of its steepest descent step.
-        along = maps.mv(pulled)
-        descent = total(pulled**2) / jnp.maximum(total(along[0] ** 2), limits.tiny)
-        apart = Point(descent * pulled, duals, (descent * along[0], descent * along[1]), pulled)
+        way = units.of**2 * pulled
+        along = maps.mv(way)
+        descent = total(pulled * way) / jnp.maximum(total(along[0] ** 2), limits.tiny)
+        apart = Point(descent * way, duals, (descent * along[0], descent * along[1]), pulled)
         return dataclasses.replace(state, omega=self._ratio(state, apart))
 
     def _ratio(self, state: PrimalDualState, apart: Point) -> Array:
@@ -256,29 +263,29 @@ class PrimalDual:
         x = state.copies[1] if plain else at.x
         limits = jnp.finfo(x.dtype)
         due = state.steps >= state.next_certificate
-        gap = objective = jnp.full_like(state.residual, jnp.inf)
-        found = missing = gap * jnp.nan
+        image = loss.image(x) if plain else at.images[0]
+        objective = loss.rows.value(image) + penalty.value(x if plain else at.images[1])
+        gap, bound = jnp.full_like(state.residual, jnp.inf), state.bound
         if has_conjugate(penalty):
-            objective, gap, found, missing = certificate(
+            found = certificate(
                 problem,
                 x,
-                loss.image(x) if plain else at.images[0],
+                image,
                 *at.duals,
-                scales=(state.scales[0], PENALTY_MOVE * state.scales[1]),
-                precondition=partial(self._moved, state) if jnp.ndim(state.metric) else None,
+                units=state.units,
+                scales=state.scales,
+                precondition=self._inverse(state),
                 due=due,
                 most_steps=LEAST_SOLVE + state.steps // SOLVE_SHARE,
             )
-        # An earlier D counts too, less what its pair lacks times the length of this x: early ones are far too short.
-        reach = 2 * jnp.sqrt(total(x * x))
-        better = due & (found - reach * missing > state.bound - reach * state.missing)
-        found, missing = jnp.where(better, found, state.bound), jnp.where(better, missing, state.missing)
-        bound = found - reach * missing
-        # The difference of two numbers is known less accurately than a slack.
-        slack = jnp.maximum(objective - bound, 4 * limits.eps * objective)
-        earlier = jnp.where(bound > 0, slack / jnp.maximum(bound, limits.tiny), jnp.inf)
-        residual = jnp.where(due, jnp.minimum(gap, earlier), earlier)
-        gap = jnp.where(jnp.isfinite(residual), residual, jnp.nan)
+            # Rounding alone does not take an objective below a bound.
+            refuted = bound - objective > ROUNDING * limits.eps * jnp.abs(objective)
+            bound = jnp.where(due & (refuted | (found.bound > bound)), found.bound, bound)
+            # The difference of two numbers is known less accurately than a slack.
+            slack = jnp.maximum(objective - bound, 4 * limits.eps * objective)
+            earlier = jnp.where((bound > 0) & ~refuted, slack / jnp.maximum(bound, limits.tiny), jnp.inf)
+            gap = jnp.where(due, jnp.minimum(found.gap, earlier), earlier)
+        residual, gap = gap, jnp.where(jnp.isfinite(gap), gap, jnp.nan)
         if not isinstance(penalty, Norm):
             # Outside the set of a constraint the objective is infinite.
             pairs = list(zip(at.images, state.copies, strict=True))
@@ -288,19 +295,22 @@ class PrimalDual:
             largest = jnp.maximum(total(force**2), total((at.pulled - force) ** 2))
             dual = total(at.pulled**2) / jnp.maximum(largest, limits.tiny)
             stationarity = jnp.sqrt(jnp.maximum(primal, dual))
-            known = jnp.isfinite(objective) & jnp.isfinite(residual)
-            residual = jnp.where(known, residual, stationarity)
-            objective = jnp.where(known, objective, loss.rows.value(at.images[0]) + penalty.value(state.copies[1]))
+            inside = jnp.isfinite(objective)
+            residual = jnp.where(inside & jnp.isfinite(residual), residual, stationarity)
+            objective = jnp.where(inside, objective, loss.rows.value(image) + penalty.value(state.copies[1]))
         return dataclasses.replace(
             state,
             next_certificate=jnp.where(due, CERTIFICATE_GROWTH * state.steps, state.next_certificate),
-            bound=found,
-            missing=missing,
+            bound=bound,
             residual=residual,
             gap=gap,
             objective=jnp.minimum(objective, limits.max),
             progress=state.progress.after(residual, due),
         )
+
+    def _inverse(self, state: PrimalDualState) -> Any:
+        """M^-1 in the units of x, where it helps a linear solve."""
+        return None
 
     def _restarted(self, state: PrimalDualState) -> PrimalDualState:
         """The state, restarted if a restart is due."""
@@ -366,7 +376,28 @@ def _chosen(condition: Array, yes: Point, no: Point) -> Point:
 
 
 def _dual_length(state: PrimalDualState, apart: Point) -> Array:
-    return total(apart.duals[0] ** 2) / state.scales[0] + total(apart.duals[1] ** 2) / state.scales[1]
+    return total(apart.duals[0] ** 2) / state.scales[0] + total(apart.duals[1] ** 2 / state.scales[1])
+
+
+def _scales(problem: Problem, maps: Maps, units: Array) -> tuple[Array, Array]:
+    """S: one over the squared norms of A and K in the units of x, of K after its rows are made equally long.
+
+    Rows of K have steps of their own only where the penalty takes them.
+    """
+    tiny = jnp.finfo(units.dtype).tiny ** 0.25
+    squares, rows = squared(maps.operator), jnp.ones((), units.dtype)
+    if squares is not None and getattr(problem.penalty, "separable", False):
+        rows = 1 / levels(jnp.sqrt(squares.mv(units**2))) ** 2
+    norms = [
+        norm_estimate(lambda z: maps.data.mv(units * z), lambda e: units * maps.data.rmv(e), units),
+        norm_estimate(
+            lambda z: jnp.sqrt(rows) * maps.operator.mv(units * z),
+            lambda e: units * maps.operator.rmv(jnp.sqrt(rows) * e),
+            units,
+        ),
+    ]
+    of_data, of_operator = (1 / jnp.maximum(norm, tiny) ** 2 for norm in norms)
+    return of_data.astype(units.dtype), (of_operator * rows).astype(units.dtype)
 
 
 @pytree
@@ -387,19 +418,21 @@ class SplitAdmm(PrimalDual):
             "whose steps are products with the operator"
         )
 
-    def _metric(self, problem: Problem, x: Array, scales: tuple[Array, Array]) -> Array:
-        """The inverse of `K~ᵀ S K~`, with a ridge at the rounding level."""
-        maps = _maps(problem, x)
+    def _metric(self, normal: Any, x: Array) -> Array:
+        """The inverse of a matrix, with a ridge at the rounding level."""
 
         def column(unit: Array) -> Array:
-            return maps.normal(scales, unit.reshape(x.shape)).reshape(-1)
+            return normal(unit.reshape(x.shape)).reshape(-1)
 
         gram = jax.vmap(column)(jnp.eye(x.size, dtype=x.dtype))
         ridge = 10 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(jnp.diag(gram))) * x.size**0.5
         return spd_inverse((gram + gram.T) / 2 + ridge * jnp.eye(x.size, dtype=x.dtype))
 
+    def _inverse(self, state: PrimalDualState) -> Any:
+        return lambda z: product(state.metric, z.reshape(-1)).reshape(z.shape)
+
     def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
-        return product(state.metric, pulled.reshape(-1)).reshape(pulled.shape)
+        return state.units.of * self._inverse(state)(state.units.of * pulled)
 
     def _length(self, state: PrimalDualState, apart: Point) -> Array:
-        return state.scales[0] * total(apart.images[0] ** 2) + state.scales[1] * total(apart.images[1] ** 2)
+        return state.scales[0] * total(apart.images[0] ** 2) + total(state.scales[1] * apart.images[1] ** 2)
