@@ -155,8 +155,8 @@ class Graph:
 
         Args:
             n: the number of nodes.
-            times: increasing, `[n]`, for free ends; None for 0, 1, 2, ... From order 1 on nearly equal ones are an error
-                of the fit, since its solves would lose their digits.
+            times: increasing, `[n]`, for free ends; None for 0, 1, 2, ... From order 1 on nearly equal ones are an
+                error of the fit, since its solves would lose their digits.
             ends: "graph" or "free".
 
         Raises:
