@@ -82,8 +82,9 @@ class TotalVariation:
     `AcceleratedProximalGradient` certifies its answer by a duality gap if the loss is `LeastSquares` or `Composed`: the
     dual point of the last prox is one of the whole problem. In float32 that gap ends near 1e-4 or 1e-5. For other
     losses CONVERGED means that the optimality conditions hold to the tolerance. The penalty is convex, but not a
-    `Norm`, since projecting onto its dual ball is expensive; nor is it separable. For a loss with kinks use `L1` with
-    the operator `graph.matrix(order + 1)`.
+    `Norm`, since projecting onto its dual ball is expensive; nor is it separable. For a loss with kinks, and for one
+    that is cheap (a product costs less than about 20 iterations of a prox), use `L1` with the operator
+    `graph.matrix(order + 1)`: in a deblurring it took a fifth of the time.
 
     Args:
         graph: the graph of x, with at least one edge.

@@ -17,7 +17,7 @@ from sparseopt.pruning import METHODS, Recipe, prune_model
 from sparseopt.pruning.cost import block_sizes
 from sparseopt.pruning.inspection import Blocks, Inspection, inspect_model
 from sparseopt.pruning.methods import find_method, method_cost
-from sparseopt.shell.inspect import model_lines
+from sparseopt.shell.inspect import linear_table, model_lines
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 
@@ -62,6 +62,7 @@ def test_the_facts_of_a_tiny_model(tmp_path: Path, rng: np.random.Generator) -> 
     assert all(
         (linear.count, linear.dtype, linear.zeros) == (3, "float32", linear.size / 2) for linear in found.linears
     )
+    assert linear_table(found).columns[-1].header == "to prune"
     assert found.prunable_parameters == 3 * LINEARS == 27_648
     assert found.block_parameters == 3 * (LINEARS + NORMS)
     assert (found.embedding_parameters, found.head_parameters, found.unused_parameters) == (49 * 32, 0, 0)
