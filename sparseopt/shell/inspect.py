@@ -77,6 +77,8 @@ def model_lines(found: "Inspection") -> list[str]:
         lines.append(f"another {found.unused_parameters:,} parameters of other parts are copied unchanged")
     stored = ", ".join(f"{dtype} {format_bytes(nbytes)}" for dtype, nbytes in found.dtypes.items())
     lines.append(f"tensors as they read: {stored}; files: {format_bytes(found.file_bytes)}")
+    if found.no_text:
+        lines.append(f"`sparseopt prune` and `eval` refuse it: {found.no_text}")
     return lines
 
 
