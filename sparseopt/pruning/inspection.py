@@ -17,7 +17,7 @@ from sparseopt.pruning.cost import PLACES, output_bytes, prune_cost
 from sparseopt.pruning.documents import is_text
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.patterns import pattern_count
-from sparseopt.pruning.plan import check_expert_tokens, default_windows, layer_patterns, layer_shares
+from sparseopt.pruning.plan import check_expert_tokens, default_windows, layer_patterns, layer_shares, with_dtype
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.system.machine import device_memory_left
 
@@ -185,6 +185,7 @@ def inspect_model(
     if not is_text(recipe.calibration):
         count, seqlen = np.shape(recipe.calibration)
         recipe = replace(recipe, samples=count - recipe.heldout_samples, seqlen=seqlen)
+    recipe = with_dtype(opened, recipe)
     if model is not None:
         recipe = replace(recipe, samples=recipe.samples or default_windows(model, recipe.seqlen))
         recipe = replace(recipe, variants=recipe.variant_count)  # their default depends on the windows
