@@ -1,7 +1,8 @@
 """Floor 5: the files of a model's folder, which may be untrusted: names that stay in the folder, valid JSON.
 
 A file may be a link within the folder, or one into the blobs of the same repository in the Hugging Face cache, which
-keeps `snapshots/COMMIT/NAME` as links to `blobs/HASH`. Other links could lead anywhere and are refused.
+keeps `snapshots/COMMIT/NAME` as links to `blobs/HASH`. Other links could lead anywhere and are refused, unless they are
+to be followed.
 """
 
 import json
@@ -39,12 +40,15 @@ def is_plain_name(name: str) -> bool:
     return not apart and name.isprintable() and len(name.encode()) <= 255
 
 
-def file_in(folder: Path, name: str) -> Path:
-    """The path of a file in a folder, which need not exist; refuses a name or a link that leads out of the folder."""
+def file_in(folder: Path, name: str, follow_links: bool = False) -> Path:
+    """The path of a file in a folder, which need not exist; refuses a name or a link that leads out of the folder.
+
+    Links are followed wherever they lead if asked for.
+    """
     if not is_plain_name(name):
         raise ModelError(f"{folder} asks for {name[:200]!r}, which is no file in the folder; do not trust it")
     file = folder / name
-    if file.is_symlink():
+    if file.is_symlink() and not follow_links:
         _check_link(folder, file)
     return file
 
@@ -61,9 +65,10 @@ def is_carried(name: str) -> bool:
     return is_plain_name(name) and not own and not name.endswith(".index.json") and not WEIGHTS & endings
 
 
-def carried_files(folder: Path) -> list[Path]:
+def carried_files(folder: Path, follow_links: bool = False) -> list[Path]:
     """The files of a model's folder that an export copies, by name; refuses links out of it and very large files."""
-    files = [file_in(folder, entry.name) for entry in folder.iterdir() if is_carried(entry.name) and entry.is_file()]
+    names = [entry.name for entry in folder.iterdir() if is_carried(entry.name) and entry.is_file()]
+    files = [file_in(folder, name, follow_links) for name in names]
     for file in files:
         size = file.stat().st_size
         if size > MAX_FILE:
@@ -86,7 +91,8 @@ def _check_link(folder: Path, link: Path) -> None:
     if not any(target.is_relative_to(place) for place in allowed):
         raise ModelError(
             f"{link} is a link to {target}, outside its folder, and is not followed: a folder from elsewhere could "
-            "have any file read through it. Copy the file itself into the folder"
+            "have any file read through it. Copy the file itself into the folder, or follow the links of a folder that "
+            "you trust (--follow-links, open_source(..., follow_links=True))"
         )
 
 

@@ -155,12 +155,12 @@ def _written(
 
 
 def kept_bytes(config: DecoderConfig, count: int, length: int) -> int:
-    """Bytes of the keys and values of so many windows, and of the logits of one token of each."""
+    """Bytes of the keys and values of so many texts, and of the logits of one token of each."""
     kept = 2 * config.num_layers * _padded(length, config) * config.num_kv_heads * config.head_dim
     return 4 * count * (kept + 3 * config.vocab_size)
 
 
-def draw_windows(
+def draw_texts(
     decoder: Decoder,
     count: int,
     length: int,
@@ -169,23 +169,23 @@ def draw_windows(
     seed: int = 0,
     observer: Observer | None = None,
 ) -> Int[np.ndarray, "count length"]:
-    """Windows of text of the model's own, int32: `length` tokens each after the token `start`, which is left out.
+    """Texts of the model's own, int32: `length` tokens each after the token `start`, which is left out.
 
-    Tokens are drawn at temperature 1, the first few of a window hotter, so that windows differ. A model that ends its
+    Tokens are drawn at temperature 1, the first few of a text hotter, so that texts differ. A model that ends its
     text goes on with another one, as in the packed text that it was trained on.
 
     Source: Williams, Chrysostomou, Aletras, "Self-calibration for language model quantization and pruning", 2025.
 
     Args:
         decoder: the model.
-        count: of windows.
-        length: tokens in a window.
+        count: of texts.
+        length: tokens in a text.
         start: id of the token before all others, BOS or what ends a text.
         seed: of the draws.
-        observer: called with ("tokens of each window", tokens drawn, tokens in all).
+        observer: called with ("tokens of each text", tokens drawn, tokens in all).
 
     Raises:
-        ModelError: for windows longer than the model supports.
+        ModelError: for texts longer than the model supports.
     """
     check_window(length, decoder.embed_tokens.config.max_positions)
 
@@ -196,7 +196,7 @@ def draw_windows(
     for done, tokens in enumerate(_written(decoder, np.full((count, 1), start), length + 1, heat, seed), 1):
         if observer is not None and (done % _TOLD == 0 or done == length):
             jax.block_until_ready(tokens)
-            observer("tokens of each window", done, length)
+            observer("tokens of each text", done, length)
     return np.asarray(tokens)[:, 1 : length + 1]
 
 

@@ -45,6 +45,10 @@ class GGUFTensor:
     kind: GGMLQuantizationType
 
     @property
+    def quantised(self) -> bool:
+        return self.kind not in _PLAIN
+
+    @property
     def dtype(self) -> np.dtype:
         return _PLAIN.get(self.kind, np.dtype(np.float32))
 

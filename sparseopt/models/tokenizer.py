@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from sparseopt.models.errors import ModelError, guarded
 from sparseopt.models.folder import MAX_FILE, carried_files, file_in, read_json
 from sparseopt.models.gguf_source import GGUFSource
-from sparseopt.models.source import Source
+from sparseopt.models.source import FolderSource, Source
 
 # Whether text begins with the tokenizer's BOS: as the tokenizer itself does, always, or never.
 Bos = Literal["auto", "yes", "no"]
@@ -26,7 +26,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
     """
     if isinstance(source, GGUFSource):
         return source.tokenizer()
-    file = file_in(source.path, "tokenizer.json")
+    file = file_in(source.path, "tokenizer.json", _follows(source))
     if not file.is_file():
         return _convert_slow(source)
     if file.stat().st_size > MAX_FILE:
@@ -49,7 +49,7 @@ def _convert_slow(source: Source) -> Tokenizer:
 def _read_by_transformers(source: Source) -> Any:
     from transformers import AutoTokenizer
 
-    carried_files(source.path)
+    carried_files(source.path, _follows(source))
     # Without a False, transformers asks at the terminal whether to run code of the folder.
     return AutoTokenizer.from_pretrained(str(source.path), local_files_only=True, trust_remote_code=False)
 
@@ -131,11 +131,15 @@ def start_token(source: Source, tokenizer: Tokenizer, bos: Bos = "auto") -> int 
     return start if adds else None
 
 
+def _follows(source: Source) -> bool:
+    return isinstance(source, FolderSource) and source.follow_links
+
+
 def _settings(source: Source) -> dict[str, Any]:
     """The content of tokenizer_config.json, empty where there is none."""
     if isinstance(source, GGUFSource):
         return {}
-    file = file_in(source.path, "tokenizer_config.json")
+    file = file_in(source.path, "tokenizer_config.json", _follows(source))
     return read_json(file) if file.is_file() else {}
 
 

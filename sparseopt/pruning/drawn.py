@@ -15,7 +15,7 @@ import numpy as np
 
 from sparseopt.core.types import Observer
 from sparseopt.models import ModelError, PrunableModel, StreamedModel, check_window, load_tokenizer, start_token
-from sparseopt.models.generate import COOLING, HOTTEST, draw_windows, kept_bytes
+from sparseopt.models.generate import COOLING, HOTTEST, draw_texts, kept_bytes
 from sparseopt.pruning.pass_recipe import PassRecipe, scored_windows
 from sparseopt.pruning.plan import CalibrationWindows, Plan
 from sparseopt.pruning.run_folder import Identity, check_same_run
@@ -26,7 +26,10 @@ from sparseopt.system.machine import format_bytes, working_memory_bytes
 from sparseopt.system.programs import cache_folder, trim
 from sparseopt.system.run_folder import DRAWN, RUN
 
-# Windows that are drawn at a time: of fewer the products are slow, of more the keys and values take room.
+# A window is made of texts of about so many tokens: more texts differ more, and short ones take less time. SmolLM2 at
+# 50 % with effort good, 16 windows of 512 tokens, on WikiText-2: 53.6 with whole windows, 50.8 with two texts in each.
+TEXT = 256
+# Texts that are drawn at a time: of fewer the products are slow, of more the keys and values take room.
 BATCH = 64
 SIZE_LIMIT = 2**26  # bytes of all draws in the cache
 
@@ -41,7 +44,7 @@ def drawn_windows(
         plans: of the pass, whose folders are claimed and whose recipes say how many windows there are.
         identity: of the model.
         budget: bytes of memory that the run may take; None for what the machine has available.
-        observer: called with ("drawing text, token", tokens of each window drawn, tokens of each window).
+        observer: called with ("drawing text, token", tokens of each text drawn, tokens of each text).
 
     Raises:
         ModelError: before any work, for a model without a decoder here or that memory cannot hold.
@@ -90,21 +93,24 @@ def _cached(
 ) -> np.ndarray:
     """The windows from the user's cache, drawn if they are not there yet."""
     start, cache = _first_token(model, bos), cache_folder() / "drawn"
-    decided = {**identity.of(recipe), "recipe": None, "draw": [recipe.seed or 0, *shape, start, HOTTEST, COOLING]}
+    parts = max(1, round(shape[1] / TEXT))
+    count, length = shape[0] * parts, -(-shape[1] // parts)
+    draw = [recipe.seed or 0, *shape, length, start, HOTTEST, COOLING]
+    decided = {**identity.of(recipe), "recipe": None, "draw": draw}
     file = cache / f"{hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:32]}.json"
     if (ids := _read(file, shape)) is not None:
         return ids
-    _check_memory(model, min(shape[0], BATCH), shape[1], budget)
+    _check_memory(model, min(count, BATCH), length, budget)
     decoder, drawn = model.decoder(), list[np.ndarray]()
-    batches = np.array_split(np.arange(shape[0]), -(-shape[0] // BATCH))
+    batches = np.array_split(np.arange(count), -(-count // BATCH))
 
     def told(stage: str, done: int, total: int) -> None:
         observer("drawing text, token", len(drawn) * total + done, len(batches) * total)
 
     for number, batch in enumerate(batches):
         seed = (recipe.seed or 0) * 1_000_003 + number
-        drawn.append(draw_windows(decoder, len(batch), shape[1], start, seed=seed, observer=told))
-    ids = np.concatenate(drawn)
+        drawn.append(draw_texts(decoder, len(batch), length, start, seed=seed, observer=told))
+    ids = np.concatenate(drawn).reshape(shape[0], -1)[:, : shape[1]]
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _write(file, ids)
@@ -129,7 +135,7 @@ def _first_token(model: PrunableModel, bos: int | None) -> int:
     return int(start)
 
 
-def _check_memory(model: PrunableModel, windows: int, seqlen: int, budget: int | None) -> None:
+def _check_memory(model: PrunableModel, texts: int, length: int, budget: int | None) -> None:
     """Refuse to draw with a model that has no decoder here or that memory cannot hold."""
     other = "give a text to calibrate on, as in calibration='file:PATH' or 'hf:OWNER/NAME' ('pydoc' is always at hand)"
     if not isinstance(model, StreamedModel):
@@ -137,7 +143,7 @@ def _check_memory(model: PrunableModel, windows: int, seqlen: int, budget: int |
             f"calibration 'self' is text that the model draws, and a {model.config.model_type} model, whose family is "
             f"not known here, cannot draw any: {other}"
         )
-    needed = model.decoder_bytes() + kept_bytes(model.config, windows, seqlen)
+    needed = model.decoder_bytes() + kept_bytes(model.config, texts, length)
     limit = working_memory_bytes() if budget is None else budget
     if needed > limit:
         raise ModelError(

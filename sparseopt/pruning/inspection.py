@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.models import FAMILIES, Source, StreamedModel, TensorInfo, open_source
+from sparseopt.models import FAMILIES, ModelError, Source, StreamedModel, TensorInfo, open_source
+from sparseopt.models.gguf_source import GGUFSource
 from sparseopt.models.settings import BlockKind, DecoderConfig
 from sparseopt.pruning.cost import PLACES, output_bytes, prune_cost
 from sparseopt.pruning.documents import is_text
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.patterns import pattern_count
-from sparseopt.pruning.plan import check_expert_tokens, default_windows, layer_patterns, layer_shares
+from sparseopt.pruning.plan import check_expert_tokens, default_windows, layer_patterns, layer_shares, with_dtype
 from sparseopt.pruning.recipe import Recipe
 from sparseopt.system.machine import device_memory_left
 
@@ -109,6 +110,8 @@ class Inspection:
         zeros: that pruning makes in these; those that the model or `masks` has may come on top of them.
         dense_bytes: of the output.
         packed_bytes: of the output with the zeros stored as a bitmask.
+        no_text: why a GGUF file's tokenizer cannot be used, so that no text can be read; None where it can. A folder's
+            may need transformers and is not tried.
     """
 
     source: str
@@ -134,6 +137,7 @@ class Inspection:
     dense_bytes: int | None = None
     packed_bytes: int | None = None
     estimate: Estimate | None = None
+    no_text: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the way back."""
@@ -181,6 +185,7 @@ def inspect_model(
     if not is_text(recipe.calibration):
         count, seqlen = np.shape(recipe.calibration)
         recipe = replace(recipe, samples=count - recipe.heldout_samples, seqlen=seqlen)
+    recipe = with_dtype(opened, recipe)
     if model is not None:
         recipe = replace(recipe, samples=recipe.samples or default_windows(model, recipe.seqlen))
         recipe = replace(recipe, variants=recipe.variant_count)  # their default depends on the windows
@@ -197,8 +202,18 @@ def inspect_model(
         dtypes=dict(dtypes),
         file_bytes=sum(file.stat().st_size for file in files),
         recipe=recipe.as_dict(),
+        no_text=_why_no_text(opened),
         **(_foreign(opened) if model is None else _known(model, recipe, method, gflops, device_memory)),
     )
+
+
+def _why_no_text(source: Source) -> str | None:
+    try:
+        if isinstance(source, GGUFSource):
+            source.tokenizer()
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def _known(

@@ -158,7 +158,7 @@ class PassRecipe(ABC):
         64, "An expert that receives fewer calibration tokens than this is pruned by magnitude.", CALIBRATION, least=0
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = option(
-        None, "Data type to store: {choices}. Default: the source's.", OUTPUT
+        None, "Data type to store: {choices}. Default: the source's; for quantised weights, bfloat16.", OUTPUT
     )
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from sparseopt.models import (
     ModelError,
     PrunableModel,
     Sizes,
+    Source,
     StreamedModel,
     TorchModel,
     check_window,
@@ -18,6 +19,7 @@ from sparseopt.models import (
     sizes_of,
     smaller_model,
 )
+from sparseopt.models.gguf_source import GGUFSource
 from sparseopt.pruning.documents import TextError, is_text
 from sparseopt.pruning.layer import LayerMethod, check_method, reads_variances
 from sparseopt.pruning.pass_recipe import LEAST_WINDOWS, MOST_WINDOWS, TOKENS_AN_INPUT, PassRecipe
@@ -35,6 +37,8 @@ PASS_FIELDS = (
     "samples", "seqlen", "heldout_samples", "windows", "seed", "bos", "calibration", "split", "column", "documents",
     "precision", "score",
 )  # fmt: skip
+
+R = TypeVar("R", bound=PassRecipe)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +89,7 @@ def make_plan(model: PrunableModel, recipe: PassRecipe, folder: Path) -> Plan:
             the layer where the pattern is impossible.
     """
     check_expert_tokens(model, recipe)
+    recipe = with_dtype(model.source, recipe)
     if isinstance(recipe, ShrinkRecipe):
         method = recipe.check()
         plan = shrink_plan(model, Plan(recipe, method, folder, model, {}), shrunk_sizes(model, recipe))
@@ -170,6 +175,12 @@ def check_expert_tokens(model: PrunableModel, recipe: PassRecipe) -> None:
             "expert_tokens 'all' is for mixtures of experts of the families that run in JAX, and this "
             f"{model.source.config.get('model_type')} model is none; leave it out"
         )
+
+
+def with_dtype(source: Source, recipe: R) -> R:
+    """The recipe with a dtype for a source that is stored quantised, which float32 would make far larger."""
+    quantised = isinstance(source, GGUFSource) and any(tensor.quantised for tensor in source.tensors.values())
+    return dataclasses.replace(recipe, dtype="bfloat16") if quantised and recipe.dtype is None else recipe
 
 
 def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:

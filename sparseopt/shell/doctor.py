@@ -18,7 +18,7 @@ from sparseopt.shell.options import AsJson
 from sparseopt.system.machine import available_memory_bytes, format_bytes, processor, versions
 from sparseopt.system.programs import SIZE_LIMIT, SWITCH, kept_files
 
-# The extras that commands and functions need, with the modules that they bring; others are for benchmarks and tests.
+# The extras that commands and functions need, with their modules; the others are for benchmarks and tests.
 EXTRAS = {
     "prune": ("flax", "transformers", "tokenizers", "safetensors", "gguf", "pyarrow", "huggingface_hub"),
     "images": ("PIL", "png", "tifffile", "skimage"),

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from sparseopt.shell import console
-from sparseopt.shell.options import AsJson, Source, machine_option, recipe_fields, takes_recipe
+from sparseopt.shell.options import AsJson, FollowLinks, Source, machine_option, recipe_fields, takes_recipe
 from sparseopt.system.machine import format_bytes, parse_bytes, working_memory_bytes
 
 if TYPE_CHECKING:  # its package needs flax
@@ -30,11 +30,13 @@ def inspect(
             "Memory of a GPU or TPU that is not here, as in 80GiB: layers too large for it are solved by blocks."
         ),
     ] = None,
+    follow_links: FollowLinks = False,
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
     """What a model is, what pruning it would zero, and how much memory and time that takes. Reads headers only."""
     from sparseopt.core.speed import measure_gflops
+    from sparseopt.models import open_source
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.inspection import inspect_model
 
@@ -43,7 +45,8 @@ def inspect(
     recipe = Recipe(**recipe_fields(options))
     recipe.check()
     rate = measure_gflops() if gflops is None else gflops
-    found = inspect_model(source, recipe, gflops=rate, device_memory=device)
+    opened = open_source(source, follow_links=follow_links)
+    found = inspect_model(opened, recipe, gflops=rate, device_memory=device)
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
@@ -77,6 +80,8 @@ def model_lines(found: "Inspection") -> list[str]:
         lines.append(f"another {found.unused_parameters:,} parameters of other parts are copied unchanged")
     stored = ", ".join(f"{dtype} {format_bytes(nbytes)}" for dtype, nbytes in found.dtypes.items())
     lines.append(f"tensors as they read: {stored}; files: {format_bytes(found.file_bytes)}")
+    if found.no_text:
+        lines.append(f"`sparseopt prune` and `eval` refuse it: {found.no_text}")
     return lines
 
 

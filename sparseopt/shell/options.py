@@ -28,6 +28,10 @@ TEXT_HELP = "Text, given as in `sparseopt prune --calibration`, which reads anot
 READING = ("bos", "split", "column", "documents")
 
 Source = Annotated[str, typer.Argument(help=SOURCE_HELP)]
+FollowLinks = Annotated[
+    bool,
+    typer.Option("--follow-links", help="Read files of the model's folder that link elsewhere, if you trust it."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
 MACHINE = "Machine"
 

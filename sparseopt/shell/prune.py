@@ -38,6 +38,7 @@ def prune(
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
     process_id: options.ProcessId = None,
+    follow_links: options.FollowLinks = False,
     **given: Any,
 ) -> None:
     """Prune a causal language model layer by layer and write a folder that transformers loads."""
@@ -58,7 +59,7 @@ def prune(
             title = f"{title} {pattern}"
         for line in choice_lines(recipes[0], fields | {"sparsity": several}):
             console.say(line)
-        code = run_pass(source, plans, output, title, memory, chosen)
+        code = run_pass(source, plans, output, title, memory, chosen, follow_links)
     if code:
         raise typer.Exit(code)
 
@@ -120,6 +121,7 @@ def shrink(
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
     process_id: options.ProcessId = None,
+    follow_links: options.FollowLinks = False,
     **given: Any,
 ) -> None:
     """Make a smaller dense model of a causal language model: fewer channels, key-value groups, blocks or experts.
@@ -141,7 +143,7 @@ def shrink(
             plans.append((recipe, output / "-".join(f"{name}-{kept[name]:g}" for name in several)))
         for line in choice_lines(recipe, fields):
             console.say(line)
-        code = run_pass(source, plans, output, f"shrink {' '.join(name_of(recipe))}", memory, chosen)
+        code = run_pass(source, plans, output, f"shrink {' '.join(name_of(recipe))}", memory, chosen, follow_links)
     if code:
         raise typer.Exit(code)
 
@@ -153,6 +155,7 @@ def run_pass(
     title: str,
     memory: str | None,
     devices: int | Literal["all"] | None,
+    follow_links: bool = False,
 ) -> int:
     """Make the models of one pass, in folders at or below `output`, and show its progress and their figures.
 
@@ -165,7 +168,7 @@ def run_pass(
     from sparseopt.system.processes import count, is_first
 
     # Opened before the bar starts, because a download shows its own.
-    opened = open_source(source)
+    opened = open_source(source, follow_links=follow_links)
     try:
         with stop_asked() as stop, show_pruning.PruneProgress(title, fast_share(plans[0][0])) as progress:
             reports = prune_models(opened, plans, observer=progress, stop=stop, memory=memory, devices=devices)
@@ -223,11 +226,12 @@ def evaluate(
         str | None, typer.Option(help="Also check that every linear has this pattern, as in `sparseopt prune`.")
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="The pattern's fraction of zeros; n:m has its own.")] = None,
+    follow_links: options.FollowLinks = False,
     as_json: options.AsJson = False,
     **given: Any,
 ) -> None:
     """Token-level perplexity of a model, and the exact sparsity of its linears."""
-    from sparseopt.models import check_window, open_model
+    from sparseopt.models import check_window, open_model, open_source
     from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity
     from sparseopt.pruning.documents import part_of_text
     from sparseopt.pruning.plan import layer_shares
@@ -235,7 +239,7 @@ def evaluate(
 
     if sparsity is not None and pattern is None:
         raise ValueError("--sparsity is that of a pattern to check: give --pattern too, as in --pattern unstructured")
-    opened = open_model(model)
+    opened = open_model(open_source(model, follow_links=follow_links))
     reading = {name: given.pop(name) for name in options.READING}
     recipe = Recipe(**options.recipe_fields(given))
     recipe.check()

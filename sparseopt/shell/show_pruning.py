@@ -262,6 +262,8 @@ def run_lines(report: PruneReport) -> list[str]:
         f"at {report.calibration_gflops:.0f} GFLOP/s, {report.seconds:.1f} s in all",
         memory_line(report),
     ]
+    if report.source.endswith(".gguf") and report.recipe["dtype"] == "bfloat16":
+        lines.append("stored in bfloat16, which rounds the file's quantised weights; --dtype float32 keeps them exact")
     if report.shape is not None:
         lines = [*shape_lines(report, report.shape), *lines]
     elif (stays := report.prunable_size - sum(r.size for r in report.layers)) > 0:

@@ -11,7 +11,7 @@ import typer
 
 from sparseopt.core.types import Observer
 from sparseopt.shell import console
-from sparseopt.shell.options import AsJson, Source, takes_recipe
+from sparseopt.shell.options import AsJson, FollowLinks, Source, takes_recipe
 
 
 @takes_recipe(only=["bos"])
@@ -24,16 +24,18 @@ def zero_shot(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens that the model reads at most; default: its own limit.")
     ] = None,
+    follow_links: FollowLinks = False,
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
     """Accuracy on tasks of lm-eval, whose data come from the Hugging Face hub or from your own files."""
+    from sparseopt.models import open_model, open_source
     from sparseopt.pruning.zero_shot import zero_shot as run_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with task_progress() as progress:
         found = run_tasks(
-            model,
+            open_model(open_source(model, follow_links=follow_links)),
             names,
             limit=limit,
             include_path=include_path,

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from sparseopt.models import ModelError, ShardedWriter, load_tokenizer, open_model, open_source
 from sparseopt.models.folder import file_in, is_plain_name, parse_json, read_json
 from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.pruning.test_pipeline import TOKENIZER
 
 
 @pytest.fixture
@@ -60,6 +62,31 @@ def test_blobs_that_are_a_link_are_no_way_out(tmp_path: Path) -> None:
     (snapshot / "config.json").symlink_to("../../blobs/0")
     with pytest.raises(ModelError, match="is not followed"):
         open_source(snapshot)
+
+
+def test_links_to_elsewhere_are_followed_if_asked_for(tmp_path: Path, rng: np.random.Generator, command: Any) -> None:
+    elsewhere = write_folder(tmp_path / "disk", tiny_config(), random_tensors(tiny_config(), rng), 2)
+    (elsewhere / "tokenizer.json").write_text(TOKENIZER)
+    (linked := tmp_path / "linked").mkdir()
+    for file in elsewhere.iterdir():
+        (linked / file.name).symlink_to(file)
+    with pytest.raises(ModelError, match=r"is not followed.*--follow-links"):
+        open_source(linked)
+    source = open_source(linked, follow_links=True)
+    assert source.sidecars().keys() == {"tokenizer.json"}
+    assert load_tokenizer(source).get_vocab_size() > 0
+    (tmp_path / "text.txt").write_text("hello there,\n" * 300)
+    text = f"file:{tmp_path / 'text.txt'}"
+    options = ("--calibration", text, "--samples", 4, "--seqlen", 24, "--method", "magnitude")
+    status, _, err = command("prune", linked, "--output", tmp_path / "out", *options)
+    assert status == 2
+    assert "is not followed" in err
+    status, _, err = command("prune", linked, "--output", tmp_path / "out", *options, "--follow-links")
+    assert status == 0, err
+    judged = ("--text", text, "--seqlen", 24, "--windows", 1)
+    status, _, err = command("eval", linked, *judged, "--follow-links")
+    assert status == 0, err
+    assert command("inspect", linked, "--gflops", 100, "--follow-links")[0] == 0
 
 
 def test_links_within_a_folder_are_followed_and_chains_out_of_it_are_not(tmp_path: Path) -> None:

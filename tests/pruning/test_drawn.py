@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import ModelError, load_decoder, open_model
-from sparseopt.models.generate import draw_windows, kept_bytes
+from sparseopt.models.generate import draw_texts, kept_bytes
 from sparseopt.pruning import Recipe, drawn, pipeline, prune_model
 from sparseopt.system.run_folder import DRAWN, FolderError, read_start
 from tests.models.tiny import random_tensors, tiny_config, write_folder
@@ -28,7 +28,7 @@ def source(tmp_path, rng, monkeypatch):
 def draws(monkeypatch):
     """A list that grows by one whenever a model draws."""
     seen = []
-    monkeypatch.setattr(drawn, "draw_windows", lambda *given, **more: (seen.append(1), draw_windows(*given, **more))[1])
+    monkeypatch.setattr(drawn, "draw_texts", lambda *given, **more: (seen.append(1), draw_texts(*given, **more))[1])
     return seen
 
 
@@ -77,10 +77,10 @@ def test_a_stopped_run_resumes_on_the_tokens_in_its_folder(tmp_path, source, dra
 
 def test_text_that_the_model_draws_is_likely_to_it(source):
     decoder = load_decoder(source)
-    ids = draw_windows(decoder, 64, 48, 1, seed=3)
+    ids = draw_texts(decoder, 64, 48, 1, seed=3)
     assert ids.shape == (64, 48)
-    np.testing.assert_array_equal(ids, draw_windows(decoder, 64, 48, 1, seed=3))
-    assert not np.array_equal(ids, draw_windows(decoder, 64, 48, 1, seed=4))
+    np.testing.assert_array_equal(ids, draw_texts(decoder, 64, 48, 1, seed=3))
+    assert not np.array_equal(ids, draw_texts(decoder, 64, 48, 1, seed=4))
     # After the first tokens, which are hotter: - mean log p is the entropy, as for text drawn by the model itself.
     logits = np.asarray(decoder(np.concatenate([np.full((64, 1), 1), ids], axis=1))[:, :-1], np.float64)[:, 8:]
     logp = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))

@@ -18,7 +18,7 @@ from sparseopt.pruning.cost import block_sizes
 from sparseopt.pruning.inspection import Blocks, Inspection, inspect_model
 from sparseopt.pruning.methods import find_method, method_cost
 from sparseopt.shell.inspect import linear_table, model_lines
-from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
 from tests.pruning.test_pipeline import TOKENIZER
 
 MIXTRAL = {
@@ -219,6 +219,20 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path, rng: np.random.Genera
         inspect_model(path, recipe(pattern="3:5", sparsity=None))
     with pytest.raises(ValueError, match="gflops must be positive and finite, given 0"):
         inspect_model(path, recipe(), gflops=0)
+
+
+def test_a_tokenizer_that_is_refused_is_told(tmp_path: Path, rng: np.random.Generator, command: Any) -> None:
+    tensors = random_tensors(tiny_config(), rng)
+    known = write_gguf(tmp_path / "known.gguf", tiny_config(), tensors)
+    assert inspect_model(known).no_text is None
+    odd = write_gguf(tmp_path / "odd.gguf", tiny_config(), tensors, pre="odd")
+    status, out, _ = command("inspect", odd, "--gflops", 100)
+    assert status == 0
+    assert "`sparseopt prune` and `eval` refuse it" in out
+    assert "splits words by 'odd' (tokenizer.ggml.pre)" in out
+    status, _, err = command("eval", odd, "--seqlen", 32)
+    assert status == 2
+    assert "splits words by 'odd' (tokenizer.ggml.pre)" in err
 
 
 def test_the_command_shows_a_table_or_json(tmp_path: Path, rng: np.random.Generator, command: Any) -> None:

@@ -9,17 +9,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 import sparseopt as so
-from sparseopt.models import ModelError, load_decoder, open_model
+from sparseopt.models import ModelError, load_decoder, open_model, open_source
 from sparseopt.models.safetensors_file import write_tensors
 from sparseopt.pruning import PruningError, Recipe, Wanda, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.activations import Batches, make_batches
 from sparseopt.pruning.calibration import BlockRunner, gather_grams
+from sparseopt.pruning.inspection import inspect_model
 from sparseopt.pruning.reports import Calibration, Footprint
+from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.run_folder import FolderError
 from tests.jitted import run
-from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder
+from tests.models.tiny import VOCAB, random_tensors, tiny_config, write_folder, write_gguf
 from tests.tiers import often
 
 
@@ -321,6 +324,24 @@ TOKENIZER = json.dumps(
         },
     }
 )
+
+
+def test_a_quantised_file_leaves_in_bfloat16_unless_a_dtype_is_given(tmp_path, rng):
+    tensors, tokens = random_tensors(tiny_config(), rng), rng.integers(0, 40, (6, 16)).astype(np.int32)
+    source = open_source(write_gguf(tmp_path / "m.gguf", tiny_config(), tensors, GGMLQuantizationType.Q8_0))
+    key = "model.layers.0.mlp.up_proj.weight"
+    recipe = Recipe(method="magnitude", calibration=tokens, ignore="up_proj")
+    for dtype, stored in ((None, "bfloat16"), ("float32", "float32")):
+        report = prune_model(source, tmp_path / stored, dataclasses.replace(recipe, dtype=dtype))
+        found = open_source(tmp_path / stored)
+        assert {info.dtype.name for info in found.tensors.values()} == {found.config["dtype"]} == {stored}
+        assert report.recipe["dtype"] == stored
+        assert any("rounds the file's quantised weights" in line for line in run_lines(report)) == (dtype is None)
+        np.testing.assert_array_equal(found.read(key), source.read(key).astype(stored))
+        assert inspect_model(source, dataclasses.replace(recipe, dtype=dtype)).dense_bytes == report.dense_bytes
+    # What is not quantised keeps its dtype.
+    plain = open_source(write_gguf(tmp_path / "plain.gguf", tiny_config(), tensors))
+    assert prune_model(plain, tmp_path / "plain", recipe).recipe["dtype"] is None
 
 
 @pytest.mark.parametrize(
