@@ -10,6 +10,7 @@ from sparseopt.models import ModelError, load_decoder, open_model
 from sparseopt.models.generate import draw_texts, kept_bytes
 from sparseopt.pruning import Recipe, drawn, pipeline, prune_model
 from sparseopt.system.run_folder import DRAWN, FolderError, read_start
+from tests.jitted import run
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_pipeline import TOKENIZER
 
@@ -82,7 +83,7 @@ def test_text_that_the_model_draws_is_likely_to_it(source):
     np.testing.assert_array_equal(ids, draw_texts(decoder, 64, 48, 1, seed=3))
     assert not np.array_equal(ids, draw_texts(decoder, 64, 48, 1, seed=4))
     # After the first tokens, which are hotter: - mean log p is the entropy, as for text drawn by the model itself.
-    logits = np.asarray(decoder(np.concatenate([np.full((64, 1), 1), ids], axis=1))[:, :-1], np.float64)[:, 8:]
+    logits = np.asarray(run(decoder, np.concatenate([np.full((64, 1), 1), ids], axis=1)), np.float64)[:, 8:-1]
     logp = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     surprise = -np.take_along_axis(logp, ids[:, 8:, None], axis=-1)[..., 0]
     spread = surprise - -np.sum(np.exp(logp) * logp, axis=-1)
