@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.fidelity import total
-from sparseopt.core.matrices import column_norms, geometric_mean, levels, norm_estimate
+from sparseopt.core.matrices import norm_estimate
 from sparseopt.core.operators import or_identity
 from sparseopt.core.penalties import Composite, Conjugate, Norm, dual_step, gauge
 from sparseopt.core.problem import Status, unfolded
 from sparseopt.core.types import FloatArray
+from sparseopt.core.units import Units, units_of
 
 # Steps of a linear solve for a change.
 CG_STEPS = 500
@@ -87,31 +88,6 @@ def _at_zero_end(penalty: Any, dual: FloatArray) -> Array:
     norm = isinstance(penalty, Norm)
     inside = penalty.project_dual(dual) if norm else dual_step(penalty, dual, SHORT)[0]
     return (inside == 0) & (dual != 0)
-
-
-class Units(NamedTuple):
-    """Units of x in which the columns of A, and of an operator, are about equally long.
-
-    Attributes:
-        of: like x: the unit of every entry, a power of two, 1 where columns differ by little.
-        size: the length of the columns of A then.
-    """
-
-    of: Array
-    size: Float[Array, ""]
-
-
-def units_of(problem: Any, x: FloatArray) -> Units:
-    """The units of a problem with a `MatrixLoss`; a map whose entries are not known says nothing of them."""
-    rows = problem.loss.rows
-    seen = jnp.ones_like(rows.signal) if rows.weights is None else jnp.ones_like(rows.signal) * (rows.weights > 0)
-    lengths = column_norms(problem.loss.maps(x), x, seen)
-    size = geometric_mean(lengths)
-    if problem.operator is not None:
-        out = jax.eval_shape(problem.operator.mv, x)
-        others = column_norms(problem.operator, x, jnp.ones(out.shape, out.dtype))
-        lengths = jnp.hypot(lengths / size, others / geometric_mean(others))
-    return Units(1 / levels(lengths), size)
 
 
 class Certificate(NamedTuple):

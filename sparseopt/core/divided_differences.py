@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import ndimage, sparse
+from scipy import sparse
 
 from sparseopt.core.arguments import real_array
 from sparseopt.core.operators import padded, spread
@@ -199,6 +199,8 @@ def divided_difference(
 
 def _require_apart(times: np.ndarray, scales: list[np.ndarray], order: int, limits: Any) -> None:
     """Raise a ValueError if rows are too large beside their neighbours."""
+    from scipy import ndimage
+
     size = np.zeros(len(times))
     for scale in scales:
         size = np.maximum(size[:-1], size[1:]) + np.log10(scale)

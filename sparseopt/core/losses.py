@@ -127,6 +127,7 @@ def largest_eigenvalue_bound(matrix: Float[Array, "n n"], key: jax.Array) -> Flo
 
 def is_indefinite(matrix: Float[Array, "n n"]) -> Array:
     """Whether some steps of the Lanczos recurrence find a direction of negative curvature, beyond rounding."""
+    matrix = matrix.astype(jnp.result_type(matrix, jnp.float32))
     value, _ = _largest_ritz(-matrix, jax.random.key(0))
     return value > 10 * jnp.finfo(matrix.dtype).eps * matrix.shape[0] * jnp.max(jnp.abs(matrix))
 

@@ -4,7 +4,6 @@
 on a CPU a product takes about twice as long as SciPy's own, but it runs under jit, vmap and grad.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from scipy import sparse
-from scipy.sparse.linalg import LinearOperator
 
 from sparseopt.core.dense import product
 from sparseopt.core.operators import Difference, Identity, LinearMap, Split, Stack, spread
@@ -100,7 +98,7 @@ def refuses_map(name: str, given: Any) -> str | None:
     what, advice = type(given).__name__, ""
     if isinstance(given, np.ndarray | jax.Array):
         what = f"an array of shape {given.shape}"
-    elif isinstance(given, LinearOperator):
+    elif hasattr(given, "rmatvec"):  # a LinearOperator of SciPy
         advice = "; JAX cannot trace the NumPy code of its matvec: write mv and rmv in jax.numpy, or give the matrix"
     elif hasattr(given, "todense"):
         advice = (
@@ -144,37 +142,6 @@ def refuses_transpose(name: str, given: Any, x: Any) -> str | None:
         f"the rmv of the {name} is not the transpose of its mv: <A u, v> = {forth:.6g} and <u, Aᵀ v> = {across:.6g} "
         "for random u and v"
     )
-
-
-def squared(given: Any) -> Any | None:
-    """The map whose matrix has the squares of the entries; None where they are not known, as for a user's own map."""
-    if isinstance(given, Dense):
-        return Dense(jnp.asarray(given.matrix) ** 2)
-    if isinstance(given, SparseMatrix):
-        return dataclasses.replace(given, values=jnp.asarray(given.values) ** 2)
-    return given if isinstance(given, Identity) else None
-
-
-def column_norms(given: Any, like: FloatArray, rows: FloatArray) -> FloatArray:
-    """The norms of the columns of a map of arrays like `like`, each row times the root of `rows`.
-
-    The columns of a map whose entries are not known are taken to be equally long.
-    """
-    squares = squared(given)
-    if squares is None:
-        return jnp.full_like(like, norm_estimate(given.mv, given.rmv, like) / like.size**0.5)
-    return jnp.sqrt(jnp.broadcast_to(squares.rmv(rows), like.shape)).astype(like.dtype)
-
-
-def geometric_mean(lengths: FloatArray) -> Float[Array, ""]:
-    """The geometric mean of those that are not 0; 1 if there are none."""
-    return jnp.exp(jnp.sum(jnp.log(jnp.where(lengths > 0, lengths, 1))) / jnp.maximum(jnp.sum(lengths > 0), 1))
-
-
-def levels(lengths: FloatArray) -> FloatArray:
-    """Lengths over their geometric mean, rounded to powers of two, by which nothing is rounded; 1 for those of 0."""
-    ratio = jnp.where(lengths > 0, lengths / geometric_mean(lengths), 1)
-    return jnp.ldexp(jnp.ones_like(ratio), jnp.round(jnp.log2(ratio)).astype(jnp.int32))
 
 
 def norm_estimate(mv: Any, rmv: Any, like: FloatArray, steps: int = 20) -> Float[Array, ""]:

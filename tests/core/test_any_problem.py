@@ -87,7 +87,7 @@ def test_many_problems_at_once_are_solved_as_one_by_one(solver):
 
     def solved(target, weight):
         loss = dataclasses.replace(SQUARES, target=target)
-        return so.solve(dataclasses.replace(problem, loss=loss, penalty=so.L1(weight)), solver, tol=1e-8)
+        return so.solve(dataclasses.replace(problem, loss=loss, penalty=so.L1(weight)), solver, tol=1e-12)
 
     together = jax.device_get(jax.jit(jax.vmap(solved))(targets, weights))
     alone = [jax.device_get(solved(*pair)) for pair in zip(targets, weights, strict=True)]

@@ -22,12 +22,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import Units, certificate, composite_gap, has_conjugate, proximal_gap, units_of
+from sparseopt.core.certify import certificate, composite_gap, has_conjugate, proximal_gap
 from sparseopt.core.losses import PlainLoss, is_indefinite, is_smooth, with_image
 from sparseopt.core.matrix_losses import MatrixLoss
 from sparseopt.core.penalties import Composite, cold_memory, prox_from
 from sparseopt.core.problem import Measure, PlainSolver, Problem, Progress, needs
 from sparseopt.core.types import pytree, static
+from sparseopt.core.units import Units, units_of
 
 # The factors of L where its quadratic model fails, and after every iteration.
 GROWTH, SHRINKAGE = 1.5, 0.97

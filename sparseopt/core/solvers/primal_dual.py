@@ -28,22 +28,24 @@ Eckstein and Bertsekas, "On the Douglas-Rachford splitting method", 1992, for th
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import Units, certificate, has_conjugate, units_of
+from sparseopt.core.certify import ROUNDING, certificate, has_conjugate
 from sparseopt.core.dense import product, spd_inverse
 from sparseopt.core.fidelity import total
 from sparseopt.core.losses import Quadratic, is_smooth
-from sparseopt.core.matrices import levels, norm_estimate, squared
+from sparseopt.core.matrices import norm_estimate
 from sparseopt.core.matrix_losses import MatrixLoss, as_least_squares
 from sparseopt.core.operators import or_identity
 from sparseopt.core.penalties import Norm, dual_step
 from sparseopt.core.problem import Measure, Problem, Progress, needs
 from sparseopt.core.types import pytree, static
+from sparseopt.core.units import Units, scales_of, units_of
 
 # The square of the step is this fraction of what the norm allows, since the norm is estimated from below.
 MARGIN = 0.95
@@ -58,8 +60,6 @@ PATIENCE = 8
 # The iteration number of a certificate over that of the previous one; its linear solve takes at most so many steps,
 # plus the iterations so far divided by so many.
 CERTIFICATE_GROWTH, LEAST_SOLVE, SOLVE_SHARE = 1.3, 10, 10
-# An objective below a bound by this multiple of eps refutes it.
-ROUNDING = 64
 # `SplitAdmm` takes up to this many unknowns.
 CHEAP = 3000
 
@@ -75,10 +75,6 @@ class Maps(NamedTuple):
 
     def rmv(self, duals: tuple[Array, Array]) -> Array:
         return self.data.rmv(duals[0]) + self.operator.rmv(duals[1])
-
-    def normal(self, scales: tuple[Array, Array], x: Array) -> Array:
-        """`K~ᵀ S K~ x`."""
-        return scales[0] * self.data.rmv(self.data.mv(x)) + self.operator.rmv(scales[1] * self.operator.mv(x))
 
 
 def _maps(problem: Problem, x: Array) -> Maps:
@@ -128,7 +124,8 @@ class PrimalDual:
     scaled until it is feasible, by a linear solve that is done less and less often; the best bound so far is used in
     between. Otherwise, and where the objective is infinite, the residual is the larger of `||K~ x - y|| / ||K~ x||` and
     `||Aᵀ s + Kᵀ u|| / ||Aᵀ s||`, and the gap is NaN; without convexity nothing more is known of the answer. Without an
-    operator the answer has the penalty's exact zeros.
+    operator the answer has the penalty's exact zeros. Columns of different lengths are solved for in units in which
+    they are alike; those of your own `mv` and `rmv`, which are not known, are taken to be so.
 
     Attributes:
         omega: the first ratio of dual and primal steps; None computes it from the data.
@@ -155,9 +152,9 @@ class PrimalDual:
         # The power method on a matrix that is its own transpose.
         return norm_estimate(normal, lambda e: e, x, NORM_STEPS) ** 2 / MARGIN
 
-    def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
-        """`M^-1 K~ᵀ w`."""
-        return state.units.of**2 * pulled / state.metric
+    def _inverse(self, state: PrimalDualState, z: Array) -> Array:
+        """The inverse of M in the units of x."""
+        return z / state.metric
 
     def _length(self, state: PrimalDualState, apart: Point) -> Array:
         """`<dx, M dx>`."""
@@ -171,11 +168,12 @@ class PrimalDual:
         limits = jnp.finfo(x.dtype)
         images = maps.mv(x)
         units = units_of(problem, x)
-        scales = _scales(problem, maps, units.of)
+        scales = scales_of(problem, x, units.of)
 
         def normal(z: Array) -> Array:
             """`K~ᵀ S K~` in the units of x."""
-            return units.of * maps.normal(scales, units.of * z)
+            along = maps.mv(units.of * z)
+            return units.of * maps.rmv((scales[0] * along[0], scales[1] * along[1]))
 
         duals = (problem.loss.rows.gradient(images[0]).astype(x.dtype), jnp.zeros_like(images[1]))
         pulled = maps.data.rmv(duals[0])
@@ -232,7 +230,8 @@ class PrimalDual:
 
     def _advanced(self, problem: Problem, state: PrimalDualState) -> PrimalDualState:
         now, maps = state.now, _maps(problem, state.now.x)
-        x = now.x - self._moved(state, now.pulled) / state.omega
+        unit = state.units.of
+        x = now.x - unit * self._inverse(state, unit * now.pulled) / state.omega
         images = maps.mv(x)
         sigmas = [state.omega * scale for scale in state.scales]
         ahead = [2 * new - old for new, old in zip(images, now.images, strict=True)]
@@ -274,12 +273,12 @@ class PrimalDual:
                 *at.duals,
                 units=state.units,
                 scales=state.scales,
-                precondition=self._inverse(state),
+                precondition=partial(self._inverse, state) if jnp.ndim(state.metric) else None,
                 due=due,
                 most_steps=LEAST_SOLVE + state.steps // SOLVE_SHARE,
             )
             # Rounding alone does not take an objective below a bound.
-            refuted = bound - objective > ROUNDING * limits.eps * jnp.abs(objective)
+            refuted = bound - objective > 8 * ROUNDING * limits.eps * jnp.abs(objective)
             bound = jnp.where(due & (refuted | (found.bound > bound)), found.bound, bound)
             # The difference of two numbers is known less accurately than a slack.
             slack = jnp.maximum(objective - bound, 4 * limits.eps * objective)
@@ -307,10 +306,6 @@ class PrimalDual:
             objective=jnp.minimum(objective, limits.max),
             progress=state.progress.after(residual, due),
         )
-
-    def _inverse(self, state: PrimalDualState) -> Any:
-        """M^-1 in the units of x, where it helps a linear solve."""
-        return None
 
     def _restarted(self, state: PrimalDualState) -> PrimalDualState:
         """The state, restarted if a restart is due."""
@@ -379,27 +374,6 @@ def _dual_length(state: PrimalDualState, apart: Point) -> Array:
     return total(apart.duals[0] ** 2) / state.scales[0] + total(apart.duals[1] ** 2 / state.scales[1])
 
 
-def _scales(problem: Problem, maps: Maps, units: Array) -> tuple[Array, Array]:
-    """S: one over the squared norms of A and K in the units of x, of K after its rows are made equally long.
-
-    Rows of K have steps of their own only where the penalty takes them.
-    """
-    tiny = jnp.finfo(units.dtype).tiny ** 0.25
-    squares, rows = squared(maps.operator), jnp.ones((), units.dtype)
-    if squares is not None and getattr(problem.penalty, "separable", False):
-        rows = 1 / levels(jnp.sqrt(squares.mv(units**2))) ** 2
-    norms = [
-        norm_estimate(lambda z: maps.data.mv(units * z), lambda e: units * maps.data.rmv(e), units),
-        norm_estimate(
-            lambda z: jnp.sqrt(rows) * maps.operator.mv(units * z),
-            lambda e: units * maps.operator.rmv(jnp.sqrt(rows) * e),
-            units,
-        ),
-    ]
-    of_data, of_operator = (1 / jnp.maximum(norm, tiny) ** 2 for norm in norms)
-    return of_data.astype(units.dtype), (of_operator * rows).astype(units.dtype)
-
-
 @pytree
 class SplitAdmm(PrimalDual):
     """The split ADMM for `solve`: `PrimalDual` with the exact x-step, for problems of up to 3,000 unknowns.
@@ -428,11 +402,8 @@ class SplitAdmm(PrimalDual):
         ridge = 10 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(jnp.diag(gram))) * x.size**0.5
         return spd_inverse((gram + gram.T) / 2 + ridge * jnp.eye(x.size, dtype=x.dtype))
 
-    def _inverse(self, state: PrimalDualState) -> Any:
-        return lambda z: product(state.metric, z.reshape(-1)).reshape(z.shape)
-
-    def _moved(self, state: PrimalDualState, pulled: Array) -> Array:
-        return state.units.of * self._inverse(state)(state.units.of * pulled)
+    def _inverse(self, state: PrimalDualState, z: Array) -> Array:
+        return product(state.metric, z.reshape(-1)).reshape(z.shape)
 
     def _length(self, state: PrimalDualState, apart: Point) -> Array:
         return state.scales[0] * total(apart.images[0] ** 2) + total(state.scales[1] * apart.images[1] ** 2)
