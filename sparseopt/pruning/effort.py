@@ -1,9 +1,12 @@
 """Floor 6: efforts: what a recipe does in all that it leaves open, from one solve a layer to training the whole model.
 
-effort, no method      the fields of the effort, below; effort good where nothing is named
-method alone           that method on every layer and nothing else; "best" with what it does besides
-    preset, penalty        the same of maiht, whose settings these are
-effort and method      the fields of the effort, by that method
+| named | what open fields are |
+|---|---|
+| nothing | those of effort good |
+| an effort | those of the effort, below |
+| a method | nothing besides that method on every layer; for "best" what it does besides |
+| a preset or a penalty | the same for maiht, whose settings these are |
+| both | those of the effort, by that method |
 """
 
 from collections.abc import Mapping
@@ -19,7 +22,7 @@ NOTHING: Fields = {"output_weights": "uniform", "propagate": 0.0, "reconstruct":
 # What method "best" does besides its choice of weights, where it is named alone.
 BEST: Fields = {"output_weights": "gradient", "propagate": 0.25, "reconstruct": 4, "variants": 3}
 PRUNE: dict[str, Fields] = {
-    "fast": {"method": "admm", "ridge": 0.1},
+    "fast": {"method": "maiht"},
     "good": BEST | {"method": "best", "reconstruct": 0, "variants": 0},
     "most": BEST | {"method": "best", "distil": 4},
 }
@@ -28,17 +31,32 @@ SHRINK: dict[str, Fields] = {
     "good": {"method": "best", "reconstruct": 4},
     "most": {"method": "best", "reconstruct": 4, "distil": 4},
 }
-# What each effort is, for help and cards, and its time over that of fast, as measured on SmolLM2-135M and Gemma 3 270M.
-SUMMARIES = {
+# What each effort is, for help and cards.
+PRUNES = {
     "fast": "one solve a layer",
     "good": "one solve a layer, with weights for output errors and a correction of upstream errors",
     "most": "also trains each block and then the whole model, and chooses where the zeros go",
 }
-COSTS = {"fast": 1, "good": 3, "most": 15}
+SHRINKS = {
+    "fast": "what stays is fitted again",
+    "good": "each block is trained too",
+    "most": "the whole model is trained at the end too",
+}
+# The time of a pruning run over that with effort fast, as measured on SmolLM2-135M.
+COSTS = {"fast": 1, "good": 2, "most": 12}
 # Settings of one method.
 _MAIHT = ("preset", "penalty")
 # With these the order of the channels is fixed, or which linears have which zeros.
 _FIXED = ("keep_zeros", "masks", "targets", "ignore", "sparsities")
+
+
+def effort_help(summaries: Mapping[str, str]) -> str:
+    """The help of the option."""
+    listed = "; ".join(f"{name}, {text}" for name, text in summaries.items())
+    return (
+        f"How much is done in all that is left open: {{choices}} ({listed}). Default: good; with a method and no effort, "
+        "that method alone."
+    )
 
 
 def effort_of(fields: Mapping[str, Any]) -> str | None:

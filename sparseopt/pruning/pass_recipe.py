@@ -19,7 +19,7 @@ from sparseopt.pruning.allocation import Allocation
 from sparseopt.pruning.calibration import ExpertTokens, Weighting
 from sparseopt.pruning.distillation import Distillation
 from sparseopt.pruning.documents import SELF, TEXTS, check_text, is_text
-from sparseopt.pruning.effort import BEST, PRUNE, SUMMARIES, Effort, effort_of
+from sparseopt.pruning.effort import BEST, PRUNE, PRUNES, Effort, effort_help, effort_of
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import METHODS
 from sparseopt.pruning.options import CALIBRATION, HOW, OUTPUT, mistakes_of, option, options_of
@@ -53,13 +53,7 @@ class PassRecipe(ABC):
     relative to the corrected target. An expert that receives no token is always pruned by magnitude.
     """
 
-    effort: Effort | None = option(
-        None,
-        "How much is done in all that is left open: {choices}. fast is "
-        + "; ".join(f"{name}, {text}" for name, text in SUMMARIES.items()).removeprefix("fast, ")
-        + ". Default: good; with a method and no effort, that method alone.",
-        HOW,
-    )
+    effort: Effort | None = option(None, effort_help(PRUNES), HOW)
     method: str | LayerMethod | None = option(
         None, "Pruning method: {choices}. Default: that of the effort.", HOW, type=str | None, choices=METHODS
     )

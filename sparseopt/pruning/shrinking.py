@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparseopt.models import ModelError, PrunableModel, Sizes, possible_kv_heads, sizes_of
-from sparseopt.pruning.effort import shrink_defaults
+from sparseopt.pruning.effort import SHRINKS, Effort, effort_help, shrink_defaults
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods import METHODS, find_method
 from sparseopt.pruning.options import HOW, KEEP, attributes, option, options_of
@@ -39,6 +39,7 @@ class ShrinkRecipe(PassRecipe):
     ranks.
     """
 
+    effort: Effort | None = option(None, effort_help(SHRINKS), HOW)
     method: Any = option(
         None,
         "How channels and heads are chosen: {choices}. Default: best.",

@@ -73,23 +73,24 @@ def name_of(recipe: "PassRecipe") -> list[str]:
 
 def fast_share(recipe: "PassRecipe") -> float | None:
     """The time of effort fast as a fraction of that of a recipe's effort; None where it is not less."""
+    from sparseopt.pruning import Recipe
     from sparseopt.pruning.effort import COSTS, effort_of
 
-    cost = COSTS.get(effort_of(vars(recipe)) or "fast", 1)
-    return COSTS["fast"] / cost if cost > COSTS["fast"] else None
+    effort = effort_of(vars(recipe)) if isinstance(recipe, Recipe) else None
+    return None if effort in (None, "fast") else COSTS["fast"] / COSTS[effort]
 
 
 def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
     """What a recipe takes where nothing was `typed`, with its cost, a choice a line."""
     from sparseopt.pruning import Recipe
-    from sparseopt.pruning.effort import COSTS, SUMMARIES, effort_of
+    from sparseopt.pruning.effort import COSTS, PRUNES, SHRINKS, effort_of
     from sparseopt.pruning.patterns import implied_sparsity
 
-    lines = []
+    lines, prunes = [], isinstance(recipe, Recipe)
     if (effort := effort_of(vars(recipe))) is not None:
-        costs = ", ".join(f"{name} {cost:g}" for name, cost in COSTS.items())
         usual = "default " if typed["effort"] is None else ""
-        lines.append(f"{usual}--effort {effort}: {SUMMARIES[effort]}; about as long: {costs}")
+        costs = "; its time beside others: " + ", ".join(f"{name} {cost:g}" for name, cost in COSTS.items())
+        lines.append(f"{usual}--effort {effort}: {(PRUNES if prunes else SHRINKS)[effort]}{costs * prunes}")
     if isinstance(recipe, Recipe) and typed["sparsity"] is None and implied_sparsity(recipe.pattern) is None:
         lines.append(f"default --sparsity {recipe.asked_sparsity:g}: that fraction of the weights of every linear")
     if recipe.draws:
