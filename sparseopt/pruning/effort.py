@@ -54,8 +54,8 @@ def effort_help(summaries: Mapping[str, str]) -> str:
     """The help of the option."""
     listed = "; ".join(f"{name}, {text}" for name, text in summaries.items())
     return (
-        f"How much is done in all that is left open: {{choices}} ({listed}). Default: good; with a method and no effort, "
-        "that method alone."
+        f"How much is done in all that is left open: {{choices}} ({listed}). Default: good; with a method and no "
+        "effort, that method alone."
     )
 
 

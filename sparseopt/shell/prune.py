@@ -77,7 +77,7 @@ def fast_share(recipe: "PassRecipe") -> float | None:
     from sparseopt.pruning.effort import COSTS, effort_of
 
     effort = effort_of(vars(recipe)) if isinstance(recipe, Recipe) else None
-    return None if effort in (None, "fast") else COSTS["fast"] / COSTS[effort]
+    return None if effort is None or effort == "fast" else COSTS["fast"] / COSTS[effort]
 
 
 def choice_lines(recipe: "PassRecipe", typed: Mapping[str, Any]) -> list[str]:
