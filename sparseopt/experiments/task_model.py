@@ -30,6 +30,7 @@ from sparseopt.models import (
 )
 from sparseopt.pruning import METHODS, PruneReport, perplexity
 from sparseopt.pruning.documents import Document, Part, TextError, load_documents
+from sparseopt.pruning.effort import effort_of
 from sparseopt.pruning.options import Option, mistakes_of
 from sparseopt.pruning.pass_recipe import PassRecipe
 from sparseopt.pruning.plan import make_plan
@@ -130,9 +131,12 @@ class ModelTask(Task):
     @property
     def method_label(self) -> str:
         """The effort and the method, as far as they are named; "good" where neither is."""
-        named = self.method.label if isinstance(self.method, MethodConfig) else self.method
-        effort = self.recipe().as_dict()["effort"] if self.method != "dense" else None
-        return " ".join(filter(None, (effort, named)))
+        if isinstance(self.method, MethodConfig) or self.method == "dense":
+            named = self.method if isinstance(self.method, str) else self.method.label
+            return " ".join(filter(None, (getattr(self, "effort", None), named)))
+        recipe = self.recipe()
+        effort = effort_of(vars(recipe))
+        return " ".join(filter(None, (effort, self.method if effort else str(recipe.chosen_method))))
 
     @property
     @abstractmethod

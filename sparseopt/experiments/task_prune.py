@@ -10,7 +10,7 @@ from sparseopt.core.types import Observer
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import Mistakes, PenaltyConfig
 from sparseopt.experiments.task import Estimate, Record
-from sparseopt.experiments.task_model import BUNDLED, ModelTask, model_path, recipe_settings
+from sparseopt.experiments.task_model import BUNDLED, MethodConfig, ModelTask, model_path, recipe_settings
 from sparseopt.models import PrunableModel
 from sparseopt.pruning import PruneReport, Recipe, audit_sparsity, prune_model
 from sparseopt.pruning.options import Option
@@ -58,8 +58,8 @@ class Prune(_Settings, ModelTask):
     @property
     def label(self) -> str:
         label = self.method_label
-        if isinstance(self.method, str):
-            label = f"{label} {self.preset or 'best'}" if self.method == "maiht" else label
+        if not isinstance(self.method, MethodConfig):
+            label = f"{label} {self.preset or 'best'}" if label == "maiht" else label
             label = f"{label} {self.penalty.label}" if self.penalty else label
         return label if self.pattern == "unstructured" or self.method == "dense" else f"{label} {self.pattern}"
 

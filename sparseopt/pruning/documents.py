@@ -70,7 +70,7 @@ def check_text(text: Any, split: str | None = None, column: str | None = None) -
         if text == SELF:
             raise TextError(f"text {SELF!r} is drawn by the model, to calibrate on it; known here are {TEXTS}")
         if kind not in _KINDS:
-            raise TextError(f"unknown text {text!r}; known are {SELF} to calibrate on, and {TEXTS}")
+            raise TextError(f"unknown text {text!r}; known are {TEXTS}, and to calibrate on {SELF}")
         if kind != "pydoc" and not rest:
             raise TextError(f"text {text!r} names no source; write {kind}:{'NAME' if kind == 'hf' else 'PATH'}")
     if column is not None and kind not in _WITH_COLUMN:

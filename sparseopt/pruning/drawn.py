@@ -51,8 +51,8 @@ def drawn_windows(
         FolderError: if a folder holds another run.
     """
     recipe = plans[0].recipe
-    bos = start_token(model.source, load_tokenizer(model.source), recipe.bos)
     check_window(recipe.seqlen, model.config.max_positions)
+    bos = start_token(model.source, load_tokenizer(model.source), recipe.bos)
     sizes = recipe.window_count, recipe.heldout_samples, scored_windows(recipe)
     shape = sum(sizes), recipe.seqlen
     ids = None

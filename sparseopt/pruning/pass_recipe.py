@@ -53,10 +53,10 @@ class PassRecipe(ABC):
     relative to the corrected target. An expert that receives no token is always pruned by magnitude.
     """
 
-    effort: Effort | None = option(None, effort_help(PRUNES), HOW)
     method: str | LayerMethod | None = option(
         None, "Pruning method: {choices}. Default: that of the effort.", HOW, type=str | None, choices=METHODS
     )
+    effort: Effort | None = option(None, effort_help(PRUNES), HOW)
     ridge: float | None = option(
         None, "Added to the unit diagonal of every scaled Gram matrix. Default: the method's.", HOW, least=0
     )

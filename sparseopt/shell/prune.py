@@ -144,7 +144,7 @@ def shrink(
             plans.append((recipe, output / "-".join(f"{name}-{kept[name]:g}" for name in several)))
         for line in choice_lines(recipe, fields):
             console.say(line)
-        code = run_pass(source, plans, output, f"shrink {' '.join(name_of(recipe))}", memory, chosen, follow_links)
+        code = run_pass(source, plans, output, "shrink", memory, chosen, follow_links)
     if code:
         raise typer.Exit(code)
 

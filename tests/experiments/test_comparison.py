@@ -275,7 +275,7 @@ def test_a_ridge_goes_to_the_methods_that_have_one_and_the_default_preset_is_lef
 @pytest.mark.parametrize(
     ("lists", "expected"),
     [
-        (("", "0.5", "2:4"), r"--methods: an empty place in \[''\]; expected a comma-separated list such as best"),
+        (("", "0.5", "2:4"), r"--methods: an empty place in \[''\]; expected a comma-separated list such as good"),
         (("wanda,,best", "0.5", "2:4"), r"--methods: an empty place in \['wanda', '', 'best'\]"),
         (("maiht,best,maiht:best", "0.5", "2:4"), "the run method=maiht,pattern=2_4 appears twice"),
         (("wanda,dense", "0.5", "2:4"), "dense is always measured, as the first row; leave it out"),

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparseopt.models import TorchModel
+from sparseopt.models import TorchModel, open_source
 from sparseopt.pruning import LayerRecord, pipeline, prune_model
 from sparseopt.pruning.patterns import check_cut, parse_pattern
 from sparseopt.pruning.reports import AllocationRecord, BlockRecord, DistillationRecord, ShapeRecord
@@ -187,10 +187,11 @@ def test_a_budget_is_for_one_device(found):
     )
 
 
-def test_blocks_that_run_in_torch_are_for_one_device(tmp_path, monkeypatch):
+def test_blocks_that_run_in_torch_are_for_one_device(tmp_path, source, monkeypatch):
     class Foreign(TorchModel):
         def __init__(self):
             self.config = SimpleNamespace(model_type="foreign")
+            self.source = open_source(source)
 
     monkeypatch.setattr(pipeline, "open_model", lambda _: Foreign())
     monkeypatch.setattr(pipeline, "device_line", lambda _: SimpleNamespace(size=2))

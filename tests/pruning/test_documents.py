@@ -242,8 +242,11 @@ def test_no_more_of_a_source_is_read_than_is_needed(source, monkeypatch):
 
 def test_options_that_a_text_does_not_have_are_refused():
     for fields, message in (
-        ({"column": "body"}, "column 'body' is for jsonl:, csv:, parquet:, hf:, not for pydoc"),
-        ({"split": "train"}, r"split 'train' is for data sets of the hub \(hf:\), not for pydoc"),
+        ({"column": "body", "calibration": "pydoc"}, "column 'body' is for jsonl:, csv:, parquet:, hf:, not for pydoc"),
+        (
+            {"split": "train", "calibration": "pydoc"},
+            r"split 'train' is for data sets of the hub .*not for pydoc",
+        ),
         ({"split": "train", "calibration": ["a"]}, "not for a list of texts"),
         ({"documents": "apart"}, "unknown documents 'apart'; known are packed, separate"),
         ({"documents": "separate", "calibration": np.ones((9, 9), int)}, "taken as they are: leave documents out"),

@@ -41,7 +41,7 @@ def folder(path: Path, rng: np.random.Generator, dtype: Any = np.float32, **chan
 
 
 def recipe(**changes: Any) -> Recipe:
-    return Recipe(**{"samples": 4, "seqlen": 32, "heldout_samples": 2} | changes)
+    return Recipe(**{"method": "maiht", "samples": 4, "seqlen": 32, "heldout_samples": 2} | changes)
 
 
 def test_the_facts_of_a_tiny_model(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -28,6 +28,7 @@ COMMON = {
     "reconstruct": 2, "calibration": "hf:x", "bos": "yes", "samples": 3, "seqlen": 7, "heldout_samples": 1,
     "windows": "random", "seed": 5, "split": "train", "column": "body", "documents": "separate",
     "dtype": "bfloat16", "min_expert_tokens": 9, "expert_tokens": "all", "distil": 2, "precision": "high",
+    "effort": "most",
 }  # fmt: skip
 GIVEN = {
     "prune": COMMON | {
@@ -54,22 +55,24 @@ def names(recipe):
 def test_every_field_of_a_recipe_is_an_option_of_the_command(command, recipe):
     found = set(inspect.signature(completed(COMMANDS[command])).parameters)
     # `compare` takes several methods, a preset after a colon.
-    named = {"method": "methods", "preset": "methods"} if command == "compare" else {}
+    # and scores its cells itself.
+    named = dict.fromkeys(("method", "preset", "effort", "score"), "methods") if command == "compare" else {}
     assert [name for name in names(recipe) if named.get(name, name) not in found] == []
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_field_of_a_recipe_is_a_setting_of_the_task_and_reaches_its_recipe(name):
     recipe, task, given = TASKS[name], find_task(name), GIVEN[name]
-    assert [field for field in names(recipe) if field not in task.model_fields] == []
+    # A task scores its models itself.
+    assert [field for field in names(recipe) if field not in task.model_fields] == ["score"]
     assert given.keys() <= set(names(recipe))
     (run,) = expand({"name": "x", "task": name, **given})
     objects = {"penalty": so.MCP(1.0), "bounds": (0.3, 0.8)} if name == "prune" else {}
     texts = {"sparsities": "q_proj=0.4", "ignore": "k_proj"} if name == "prune" else {}
     assert expand({"name": "x", "task": name, **given | texts})[0].task.recipe() == run.task.recipe()
-    assert run.task.recipe() == recipe(**given | objects)
+    assert run.task.recipe() == recipe(**given | objects, score="none")
     (plain,) = expand({"name": "x", "task": name})
-    assert plain.task.recipe() == recipe()
+    assert plain.task.recipe() == recipe(score="none")
 
 
 @pytest.mark.parametrize(("recipe", "options"), RECIPES.items())
@@ -148,7 +151,10 @@ def test_the_other_commands_need_nothing_of_the_pruner():
         ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\), given 1.0"),
         ({"ridge": float("nan")}, "ridge must be finite, given nan"),
         ({"seqlen": 1}, "seqlen must be at least 2, given 1"),
-        ({"seed": 3}, "seed is for windows 'random', and windows is 'spread'; leave the seed out"),
+        (
+            {"seed": 3, "calibration": "pydoc"},
+            "seed is for windows 'random', and windows is 'spread'; leave the seed out",
+        ),
         ({"windows": "spread", "calibration": np.ones((6, 8), int)}, "windows is for text"),
     ],
 )
