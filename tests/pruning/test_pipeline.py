@@ -18,7 +18,7 @@ from sparseopt.pruning import PruningError, Recipe, Wanda, audit_sparsity, perpl
 from sparseopt.pruning.activations import Batches, make_batches
 from sparseopt.pruning.calibration import BlockRunner, gather_grams
 from sparseopt.pruning.inspection import inspect_model
-from sparseopt.pruning.reports import Calibration, Footprint
+from sparseopt.pruning.reports import Calibration, Footprint, Passed
 from sparseopt.shell.show_pruning import run_lines
 from sparseopt.system.run_folder import FolderError
 from tests.jitted import run
@@ -145,6 +145,8 @@ def test_run_folder_tells_the_whole_story(tmp_path, source, recipe):
     seen = []
     report = prune_model(source, tmp_path / "out", recipe, observer=lambda *told: seen.append(told))
     assert [type(event) for event, _, _ in seen[:2]] == [Calibration, Footprint]
+    assert [event for event, _, _ in seen if isinstance(event, Passed)] == [Passed(block, 3) for block in range(3)]
+    seen = [told for told in seen if not isinstance(told[0], Passed)]
     assert [done for _, done, _ in seen[1:]] == list(range(22))
     seen = [(event.layer, total) for event, _, total in seen[2:]]
     records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
