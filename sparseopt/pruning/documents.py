@@ -399,10 +399,10 @@ def _message(given: Any, place: str) -> dict[str, Any]:
             f"{place}: a message needs a role and a content, or from and value, given {repr(given)[:80]}; a content is "
             "a text, a list of parts, or null beside tool_calls"
         )
-    message = {"role": _ROLES.get(role, role), "content": content, **found}
-    _characters(content if isinstance(content, str) else "", place)
-    _characters(json.dumps(message, ensure_ascii=False, default=str), place)
-    return message
+    if isinstance(content, str):
+        _characters(content, place)
+    _characters(json.dumps([content, found], ensure_ascii=False, default=str), place)
+    return {"role": _ROLES.get(role, role), "content": content, **found}
 
 
 def _known(given: dict[str, Any]) -> dict[str, Any]:
