@@ -32,6 +32,7 @@ FLOORS = [
     ("core/combined_penalties", 2.5),  # made of other penalties
     ("core/penalty_names", 2.5),
     ("core/losses", 2),
+    ("core/units", 2),
     ("core/fidelity", 2),
     ("core/scalar_losses", 2),
     ("core/count_and_label_losses", 2),

@@ -129,7 +129,7 @@ def is_indefinite(matrix: Float[Array, "n n"]) -> Array:
     """Whether some steps of the Lanczos recurrence find a direction of negative curvature, beyond rounding."""
     matrix = matrix.astype(jnp.result_type(matrix, jnp.float32))
     value, _ = _largest_ritz(-matrix, jax.random.key(0))
-    return value > 10 * jnp.finfo(matrix.dtype).eps * matrix.shape[0] * jnp.max(jnp.abs(matrix))
+    return value > 10 * jnp.finfo(value.dtype).eps * matrix.shape[0] * jnp.max(jnp.abs(matrix))
 
 
 def _largest_ritz(matrix: Float[Array, "n n"], key: jax.Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
