@@ -38,7 +38,6 @@ FLOORS = [
     ("core/count_and_label_losses", 2),
     ("core/matrix_losses", 2.75),
     ("core/problem", 3),
-    ("core/units", 2.875),
     ("core/certify", 3.25),
     ("core/differentiate", 3.375),  # asks what has a conjugate
     ("core/iterate", 3.5),
