@@ -167,7 +167,8 @@ assert (np.count_nonzero(pruned.reshape(len(pruned), -1, 4), axis=2) <= 2).all()
 temporary = tempfile.TemporaryDirectory(prefix="sparseopt-notebook-")
 reports = {}
 for label, method in (("mAIHT", "maiht"), ("Wanda", "wanda")):
-    recipe = Recipe(sparsity=0.5, method=method, samples=SAMPLES, seqlen=SEQLEN, heldout_samples=HELD_OUT)
+    text = {"calibration": "pydoc", "samples": SAMPLES, "seqlen": SEQLEN, "heldout_samples": HELD_OUT, "score": "none"}
+    recipe = Recipe(sparsity=0.5, method=method, **text)
     reports[label] = prune_model(path, Path(temporary.name) / method, recipe)
     report = reports[label]
     print(f"{label}: {report.seconds:.0f} s, of which {report.solver_seconds:.0f} s in the layer solver")

@@ -69,7 +69,7 @@ GRIDS: dict[str, tuple[int, ...]] = {
 }
 NODES = 20_000  # of the graph that is no grid
 ORDERS = (0, 1, 2)
-DEFAULTS = Recipe(calibration="wikitext2:")
+DEFAULTS = Recipe(method="maiht", calibration="wikitext2:")
 
 
 class Program(NamedTuple):

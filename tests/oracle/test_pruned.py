@@ -30,7 +30,7 @@ def test_a_real_model_pruned_by_maiht_gives_the_reference_logits(tmp_path: Path)
     from transformers import AutoModelForCausalLM
 
     model = open_model(bundled_model())
-    recipe = Recipe(preset="paper", samples=2, seqlen=256, heldout_samples=0)
+    recipe = Recipe(preset="paper", calibration="pydoc", samples=2, seqlen=256, heldout_samples=0, score="none")
     prune_model(bundled_model(), tmp_path / "out", recipe)
     tokens = encode_text(load_tokenizer(model.source), TEXT)[None]
     ours = np.asarray(load_decoder(tmp_path / "out")(tokens))

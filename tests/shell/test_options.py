@@ -185,3 +185,57 @@ def test_only_methods_with_several_settings_have_presets():
 def test_a_penalty_has_one_name():
     assert {PENALTIES[name] for name in BY_WEIGHT} == {so.L1, so.L0, so.MCP, so.SCAD, so.GroupL2}
     assert len(set(PENALTIES.values())) == len(PENALTIES)
+
+
+PLAIN = {
+    "method": "wanda", "ridge": None, "output_weights": "uniform", "propagate": 0.0, "reconstruct": 0, "variants": 0,
+    "distil": 0, "allocation": "uniform", "permute": False,
+}  # fmt: skip
+GOOD = PLAIN | {"method": "best", "output_weights": "gradient", "propagate": 0.25}
+BEST = GOOD | {"reconstruct": 4, "variants": 3}
+MOST = BEST | {"distil": 4}
+
+
+@pytest.mark.parametrize(
+    ("given", "effort", "found"),
+    [
+        ({}, "good", GOOD),
+        ({"effort": "fast"}, "fast", PLAIN | {"method": "maiht"}),
+        ({"effort": "most"}, "most", MOST | {"allocation": "curves"}),
+        ({"effort": "most", "pattern": "2:4"}, "most", MOST | {"permute": True}),
+        # What fixes places of zeros, or the order of channels, keeps them.
+        ({"effort": "most", "keep_zeros": True}, "most", MOST),
+        ({"effort": "most", "reconstruct": 0, "permute": False, "pattern": "2:4"}, "most", MOST | {"reconstruct": 0}),
+        # A method alone is that method alone, and best is what it was before there were efforts.
+        ({"method": "wanda"}, None, PLAIN),
+        ({"method": "best"}, None, BEST),
+        ({"preset": "paper"}, None, PLAIN | {"method": "maiht"}),
+        ({"method": "wanda", "effort": "good"}, "good", GOOD | {"method": "wanda"}),
+        ({"propagate": 0.0}, "good", GOOD | {"propagate": 0.0}),
+    ],
+)
+def test_an_effort_says_what_is_left_open_and_what_is_given_wins(given, effort, found):
+    recipe = Recipe(**given)
+    recipe.check()
+    values = recipe.as_dict()
+    assert values["effort"] == effort
+    assert {name: values[name] for name in found} == found
+    # What is used is what is recorded.
+    assert (recipe.chosen_method, recipe.chosen_allocation, recipe.permutes) == (
+        found["method"], found["allocation"], found["permute"],
+    )  # fmt: skip
+    assert (recipe.output_weighting(), recipe.propagated_share) == (found["output_weights"], found["propagate"])
+    trained = (recipe.reconstruction, recipe.distillation)
+    assert [each.epochs if each else 0 for each in trained] == [found["reconstruct"], found["distil"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "trained"), [({}, (4, 0)), ({"effort": "fast"}, (0, 0)), ({"effort": "most"}, (4, 4)),
+                           ({"method": "best"}, (4, 0)), ({"method": "osscar"}, (0, 0))],
+)  # fmt: skip
+def test_efforts_of_shrinking_differ_in_what_they_train(given, trained):
+    recipe = ShrinkRecipe(channels=0.5, **given)
+    recipe.check()
+    values = recipe.as_dict()
+    assert (values["reconstruct"], values["distil"]) == trained
+    assert (values["propagate"], values["variants"], values["output_weights"]) == (0.0, 0, "uniform")
