@@ -1,12 +1,12 @@
 """Floor 6: efforts: what a recipe does in all that it leaves open, from one solve a layer to training the whole model.
 
-| named | what open fields are |
-|---|---|
-| nothing | those of effort good |
-| an effort | those of the effort, below |
-| a method | nothing besides that method on every layer; for "best" what it does besides |
-| a preset or a penalty | the same for maiht, whose settings these are |
-| both | those of the effort, by that method |
+    nothing named          the fields of effort good
+    an effort              its fields, below
+    a method               that method on every layer and nothing besides; for "best" what it does besides
+    a preset, a penalty    the same for maiht, whose settings these are
+    effort and method      the fields of the effort, by that method
+
+Whatever a recipe gives wins over its effort.
 """
 
 from collections.abc import Mapping
