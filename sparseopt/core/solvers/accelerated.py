@@ -49,6 +49,7 @@ class AcceleratedState:
     t: Any
     indefinite: Any  # whether a `Quadratic` is known not to be convex
     units: Any  # those of x in which L is one number, and the length of the columns then
+    columns: Any  # units in which the columns are about equally long, for the certificate
     curvature: Any  # L
     objective: Any
     scale: Any  # the length of the gradient at 0, for the stationarity residual
@@ -97,7 +98,8 @@ class AcceleratedProximalGradient(PlainSolver):
         loss = with_image(problem.loss)
         x0 = jnp.asarray(x0)
         image = loss.image(x0)
-        units, zero = self._units(problem, x0), jnp.zeros_like(x0)
+        columns, zero = self._columns(problem, x0), jnp.zeros_like(x0)
+        units = self._units(problem, columns)
         at_zero = units.of * loss.gradient_at(zero, loss.image_of_zero(zero, image))
         if self.step_size is None:
             here = units.of * loss.gradient_at(x0, image)
@@ -120,6 +122,7 @@ class AcceleratedProximalGradient(PlainSolver):
             t=one,
             indefinite=is_indefinite(problem.loss.hessian) if self._has_quadratic_gap(problem) else jnp.asarray(False),
             units=units,
+            columns=columns,
             curvature=curvature.astype(x0.dtype),
             objective=(loss.value_at(x0, image) + problem.penalty.value(x0)).astype(x0.dtype),
             scale=jnp.linalg.norm(at_zero.reshape(-1)),
@@ -129,16 +132,18 @@ class AcceleratedProximalGradient(PlainSolver):
             prox_memory=cold_memory(problem.penalty, x0),
         )
 
-    def _units(self, problem: Problem, x: Array) -> Units:
-        """Steps of each entry's own length need a penalty that takes them, and find another answer if it has many."""
-        loss, penalty = problem.loss, problem.penalty
-        if isinstance(loss, MatrixLoss) and has_conjugate(penalty):
-            found = units_of(problem, x)
-            if self.step_size is None and getattr(penalty, "separable", False):
-                return found
-            # The columns as they are, of which the longest counts.
-            return Units(jnp.ones_like(x), found.size / jnp.min(found.of))
+    def _columns(self, problem: Problem, x: Array) -> Units:
+        """The units of a problem that has a certificate."""
+        if isinstance(problem.loss, MatrixLoss) and has_conjugate(problem.penalty):
+            return units_of(problem, x)
         return Units(jnp.ones_like(x), jnp.ones((), x.dtype))
+
+    def _units(self, problem: Problem, columns: Units) -> Units:
+        """Steps of each entry's own length need a penalty that takes them, and find another answer if it has many."""
+        if self.step_size is None and getattr(problem.penalty, "separable", False):
+            return columns
+        # The columns as they are, of which the longest counts.
+        return Units(jnp.ones_like(columns.of), columns.size / jnp.min(columns.of))
 
     def _has_quadratic_gap(self, problem: Problem) -> bool:
         return has_conjugate(problem.penalty) and hasattr(problem.loss, "scaled_slack")
@@ -217,7 +222,7 @@ class AcceleratedProximalGradient(PlainSolver):
         residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
         gap = jnp.full_like(residual, jnp.nan)
         if has_conjugate(penalty) and isinstance(loss, MatrixLoss):
-            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), units=state.units).gap
+            gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), units=state.columns).gap
         elif isinstance(penalty, Composite) and isinstance(loss, MatrixLoss):
             gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
         elif self._has_quadratic_gap(problem):
