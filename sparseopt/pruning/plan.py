@@ -211,9 +211,8 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
             f"the recipe cannot be used on a {model.config.model_type} model, whose family is not known here and whose "
             "blocks run in torch:\n  " + "\n  ".join(problems)
         )
-        allocation: Any = recipe.allocation or "uniform"
-    left = {"output_weights": "uniform", "reconstruct": 0, "distil": 0, "permute": False, "allocation": allocation}
-    return dataclasses.replace(recipe, **left)
+        left: dict[str, Any] = {"output_weights": "uniform", "reconstruct": 0, "distil": 0, "permute": False}
+    return dataclasses.replace(recipe, allocation=recipe.allocation or "uniform", **left)
 
 
 def layer_shares(model: PrunableModel, recipe: Recipe) -> dict[str, float]:
