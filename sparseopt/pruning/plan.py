@@ -38,7 +38,7 @@ PASS_FIELDS = (
     "precision", "score",
 )  # fmt: skip
 
-R = TypeVar("R", bound=PassRecipe)
+T = TypeVar("T", bound=PassRecipe)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ def check_expert_tokens(model: PrunableModel, recipe: PassRecipe) -> None:
         )
 
 
-def with_dtype(source: Source, recipe: R) -> R:
+def with_dtype(source: Source, recipe: T) -> T:
     """The recipe with a dtype for a source that is stored quantised, which float32 would make far larger."""
     quantised = isinstance(source, GGUFSource) and any(tensor.quantised for tensor in source.tensors.values())
     return dataclasses.replace(recipe, dtype="bfloat16") if quantised and recipe.dtype is None else recipe
@@ -211,7 +211,7 @@ def fitting_recipe(model: PrunableModel, recipe: Recipe) -> Recipe:
             f"the recipe cannot be used on a {model.config.model_type} model, whose family is not known here and whose "
             "blocks run in torch:\n  " + "\n  ".join(problems)
         )
-        left: dict[str, Any] = {"output_weights": "uniform", "reconstruct": 0, "distil": 0, "permute": False}
+    left: dict[str, Any] = {"output_weights": "uniform", "reconstruct": 0, "distil": 0, "permute": False}
     return dataclasses.replace(recipe, allocation=recipe.allocation or "uniform", **left)
 
 
