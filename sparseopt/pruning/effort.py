@@ -42,7 +42,7 @@ SHRINKS = {
     "good": "each block is trained too",
     "most": "the whole model is trained at the end too",
 }
-# The time of a pruning run over that with effort fast, as measured on SmolLM2-135M.
+# The time of a pruning run over that with effort fast, roughly: from single runs of SmolLM2-135M on busy cores.
 COSTS = {"fast": 1, "good": 2, "most": 12}
 # Settings of one method.
 _MAIHT = ("preset", "penalty")
