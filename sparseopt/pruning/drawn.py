@@ -61,8 +61,7 @@ def drawn_windows(
         if ids is None:
             ids = _cached(model, recipe, shape, bos, identity, budget, observer)
     told = processes.told(None if ids is None else ids.tolist())
-    windows = begin_windows(np.asarray(told, np.int32), bos)
-    calibration, heldout, scored = np.split(windows, np.cumsum(sizes)[:2])
+    calibration, heldout, scored = np.split(np.asarray(told, np.int32), np.cumsum(sizes)[:2])
     return CalibrationWindows(calibration, heldout, scored, bos)
 
 
@@ -95,7 +94,7 @@ def _cached(
     start, cache = _first_token(model, bos), cache_folder() / "drawn"
     parts = max(1, round(shape[1] / TEXT))
     count, length = shape[0] * parts, -(-shape[1] // parts)
-    draw = [recipe.seed or 0, *shape, length, start, HOTTEST, COOLING]
+    draw = [recipe.seed or 0, *shape, length, start, bos, HOTTEST, COOLING]
     decided = {**identity.of(recipe), "recipe": None, "draw": draw}
     file = cache / f"{hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:32]}.json"
     if (ids := _read(file, shape)) is not None:
@@ -110,7 +109,8 @@ def _cached(
     for number, batch in enumerate(batches):
         seed = (recipe.seed or 0) * 1_000_003 + number
         drawn.append(draw_texts(decoder, len(batch), length, start, seed=seed, observer=told))
-    ids = np.concatenate(drawn).reshape(shape[0], -1)[:, : shape[1]]
+    # Kept as the model reads them: what is kept once must not begin with BOS twice.
+    ids = begin_windows(np.concatenate(drawn).reshape(shape[0], -1)[:, : shape[1]], bos)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _write(file, ids)

@@ -60,20 +60,22 @@ def test_a_run_calibrates_on_windows_that_are_drawn_once_and_kept(tmp_path, sour
     assert len(draws) == 1
 
 
-def test_a_stopped_run_resumes_on_the_tokens_in_its_folder(tmp_path, source, draws):
+@pytest.mark.parametrize("bos", ["no", "yes"])
+def test_a_stopped_run_resumes_on_the_tokens_in_its_folder(tmp_path, source, draws, bos):
+    recipe = dataclasses.replace(RECIPE, bos=bos)
     with pytest.raises(pipeline.Stopped):
-        prune_model(source, tmp_path / "a", RECIPE, stop=lambda: True)
+        prune_model(source, tmp_path / "a", recipe, stop=lambda: True)
     file, (entry,) = tmp_path / "a" / DRAWN, (tmp_path / "cache" / "sparseopt" / "drawn").iterdir()
     entry.unlink()
     digest = read_start(tmp_path / "a")["fingerprint"]["tokens"]
-    assert prune_model(source, tmp_path / "a", RECIPE).calibration.digest == digest
+    assert prune_model(source, tmp_path / "a", recipe).calibration.digest == digest
     assert len(draws) == 1
     # Tokens that were changed are another run's.
     ids = json.loads(file.read_text())
     ids[0][0] = (ids[0][0] + 1) % 40
     file.write_text(json.dumps(ids))
     with pytest.raises(FolderError, match=r"these differ:\n  tokens: "):
-        prune_model(source, tmp_path / "a", RECIPE)
+        prune_model(source, tmp_path / "a", recipe)
 
 
 def test_text_that_the_model_draws_is_likely_to_it(source):
