@@ -1,6 +1,7 @@
 """Comparisons: the figures of the table equal those of separate runs; cells are kept, added, refused."""
 
 import csv
+import mmap
 import shutil
 from dataclasses import replace
 from pathlib import Path
