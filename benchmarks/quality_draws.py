@@ -94,7 +94,7 @@ def bench_draws(bench: Bench, settings: list[str], texts: Sequence[str], draws: 
                     if (draw, text) != (draws[0], texts[0]):
                         continue
                 named = {"windows": "random", "calibration": specifications.get(text)}
-                drawn: dict[str, Any] = {"seed": draw, "score": "none", **(own if text == "self" else named)}
+                drawn: dict[str, Any] = {"seed": draw, **(own if text == "self" else named)}
                 for setting in settings:
                     figure = f"perplexity, draws, {name} at {setting}"
                     if bench.wants(name) and not bench.found(figure, **details):
