@@ -34,6 +34,9 @@ CG_STEPS = 500
 # A certificate first moves u this much less than s: the bound loses the square of a move of s, but a move of u scales
 # both. What that leaves is small, and moves both alike, which takes fewer steps.
 PENALTY_MOVE = 1e-3
+# A pair whose slack is at most this share of the objective first moves u within its ball, some times, since the whole
+# pair is scaled by the entry or group that is furthest out. Entries so near the surface lie on it.
+CLOSE, ALONG, SURFACE = 1e-5, 3, 1e-4
 # The moves; what the equation may lack in the end, in eps of the lengths of its columns times that of the dual.
 ROUNDS, ROUNDING = 6, 8
 # The later moves are made where the slack is at most this share of the objective. They take some steps more than the
@@ -193,9 +196,18 @@ def certificate(
         kept = first | held | (not plain)
         of_u = scales[1] * jnp.where(first, PENALTY_MOVE, 0.0 if plain else 1.0)
 
+        apart, off = lacking(s, u), distance(s, u)
+        along = (index < ALONG) & (off <= CLOSE * objective)
+
+        def within(v: FloatArray) -> FloatArray:
+            """What of a move of u stays in a norm's dual ball to first order: none out of it at its surface."""
+            if plain or not isinstance(penalty, Norm):
+                return v
+            return jnp.where(along, jax.jvp(penalty.project_dual, ((1 + SURFACE) * u,), (v,))[1], v)
+
         def changes(z: FloatArray) -> tuple[FloatArray, FloatArray]:
             z = units.of * jnp.where(kept, z, 0) if plain else units.of * z
-            return scales[0] * jnp.where(loose, loss.image(z), 0), of_u * jnp.where(held, 0, maps.mv(z))
+            return scales[0] * jnp.where(loose, loss.image(z), 0), of_u * jnp.where(held, 0, within(maps.mv(z)))
 
         def normal(z: FloatArray) -> FloatArray:
             e, v = changes(z)
@@ -205,19 +217,21 @@ def certificate(
         def inverse(z: FloatArray) -> FloatArray:
             return jnp.where(kept, precondition(jnp.where(kept, z, 0)), 0) if plain else precondition(z)
 
-        apart = lacking(s, u)
         if plain:
             apart = jnp.where(first | (above & below), apart, MARGIN * apart)
         # The first move need not be exact.
-        enough = 0.025 * distance(s, u) / jnp.maximum(length, limits.tiny)
+        enough = 0.025 * off / jnp.maximum(length, limits.tiny)
         enough = jnp.maximum(jnp.where(first, enough, 0), 0.25 * allowed(s, u))
         steps = jnp.where(first, most_steps // 4, most_steps + MORE_STEPS)
         z, _ = jax.scipy.sparse.linalg.cg(
             normal, apart, tol=0.0, atol=enough, maxiter=steps, M=None if precondition is None else inverse
         )
         e, v = changes(z)
-        s, u, cut = settled(s - e, u - v)
-        return index + 1, s, u, held | cut
+        new_s, new_u, cut = settled(s - e, u - v)
+        # The projection on a ball with corners, such as that of singular values, has not everywhere a derivative.
+        fine = ~along | jnp.isfinite(total(new_s) + total(new_u))
+        s, u = jnp.where(fine, new_s, s), jnp.where(fine, new_u, u)
+        return jnp.where(fine, index + 1, ALONG), s, u, held | fine & cut
 
     start, held = 0, above & below
     if dual is None:

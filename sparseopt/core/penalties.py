@@ -44,7 +44,7 @@ class Norm(Penalty, Protocol):
     """
 
     def project_dual(self, dual: FloatArray) -> FloatArray:
-        """The nearest point of the dual ball."""
+        """The nearest point of the dual ball; certificates of problems with an operator use its `jax.jvp`."""
 
     def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
         """Terms, none negative for a dual in the ball, that add up to `value(x) - <dual, x>`."""
