@@ -256,7 +256,7 @@ KEPT = [
     "least squares, nuclear norm",
     "weighted distance, L1 of the differences of a grid",
 ]
-KEPT_TWICE = ["distance, groups of the second differences of a graph"]
+KEPT_TWICE = ["quadratic, groups"]
 KEPT_BACKWARD = ["huber, box", "least squares, nuclear norm"]
 
 
