@@ -25,7 +25,7 @@ import numpy as np
 from common import emit_line, say
 
 import sparseopt as so
-from sparseopt.core.dense import HIGHEST
+from sparseopt.core.base.dense import HIGHEST
 from sparseopt.models import StreamedModel, bundled_model, open_source
 from sparseopt.pruning import Recipe, prune_model
 from sparseopt.pruning.cost import EFFICIENCY, INVERSE, prune_cost

@@ -28,7 +28,7 @@ from common import WINDOWS, Bench, Progress, calibration_windows, model_and_text
 from jax._src.lax.lax import _dot_general_lower
 from jax.interpreters import mlir
 
-from sparseopt.core.dense import HIGHEST
+from sparseopt.core.base.dense import HIGHEST
 from sparseopt.models import open_source
 from sparseopt.pruning import Recipe, masks, perplexity, prune_model
 from sparseopt.pruning.texts import text_windows

@@ -148,7 +148,7 @@ def layer(task: dict[str, Any]) -> dict[str, float]:
     """Seconds of a layer solve at 50 %."""
     import numpy as np
 
-    from sparseopt.core.mesh import device_line
+    from sparseopt.core.base.mesh import device_line
     from sparseopt.pruning.blocked import solve_within_memory
     from sparseopt.pruning.layer import LayerJob
     from sparseopt.pruning.methods import find_method
@@ -173,7 +173,7 @@ def block(task: dict[str, Any]) -> dict[str, float]:
     """Seconds of solving the seven linears of a Llama block at 50 %, with their steps and errors."""
     import numpy as np
 
-    from sparseopt.core.mesh import device_line, over, put
+    from sparseopt.core.base.mesh import device_line, over, put
     from sparseopt.pruning.compiled import Timed
     from sparseopt.pruning.layer import LayerJob
     from sparseopt.pruning.methods import find_method
@@ -219,7 +219,7 @@ def machine(task: dict[str, Any]) -> dict[str, float]:
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
 
-    from sparseopt.core.mesh import AXIS, device_line, over, put
+    from sparseopt.core.base.mesh import AXIS, device_line, over, put
     from sparseopt.system import processes
 
     def quickest(run: Callable[[], Any]) -> float:

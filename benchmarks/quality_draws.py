@@ -29,7 +29,7 @@ from common import (
     write_dense,
 )
 
-from sparseopt.core.speed import measure_gflops
+from sparseopt.core.base.speed import measure_gflops
 from sparseopt.models import open_model, open_source
 from sparseopt.pruning import Recipe, perplexity
 from sparseopt.pruning.cost import EFFICIENCY

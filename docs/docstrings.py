@@ -5,7 +5,6 @@ an indented block              -> literal block
 lines with aligned columns     -> literal block
 a Markdown table               -> a list table
 stray |, * and name_           -> escaped
-"Floor 3: the problem ..."     -> "The problem ..."
 """
 
 import importlib
@@ -14,7 +13,6 @@ from functools import cache
 from typing import Any
 
 SECTIONS = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Example|Examples|Note):$")
-FLOOR = re.compile(r"^Floor [\d.]+: (.)")
 CODE = re.compile(r"`+([^`]+)`+")
 # A sentence of one letter would be the marker of a list.
 LETTER = re.compile(r"(^\s*|: )([A-Za-z])\.(?=\s|$)")
@@ -37,8 +35,6 @@ def public_names() -> dict[str, str]:
 
 def process(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """The `autodoc-process-docstring` hook; it runs before napoleon."""
-    if what == "module" and lines:
-        lines[0] = FLOOR.sub(lambda match: match[1].upper(), lines[0])
     lines[:] = convert(lines, own=name)
     if what in ("property", "attribute", "data"):
         lines.insert(0, "\\ ")  # or napoleon takes the words before the first colon for a type

@@ -54,4 +54,4 @@ def _summary(model_type: str) -> str:
     """The first sentence of the family's file."""
     module = importlib.import_module(FAMILIES[model_type].read_config.__module__)
     line = (module.__doc__ or "").partition("\n")[0]
-    return line.removeprefix("Floor 5: ").removesuffix(".")
+    return line.removesuffix(".")

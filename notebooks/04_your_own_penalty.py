@@ -166,7 +166,7 @@ assert psnr(pictures["LogSum"], clean) > psnr(pictures["L1"], clean) + 2
 #
 # The status is STATIONARY, not CONVERGED: the iteration has settled, but the problem is not convex, so no duality gap
 # certifies the answer. (Your own penalty gets a gap by two more methods if it *is* a norm, see
-# `sparseopt.core.penalties.Norm`.)
+# `sparseopt.core.penalties.protocols.Norm`.)
 #
 # ### On any other graph
 #

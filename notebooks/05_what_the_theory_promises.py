@@ -26,7 +26,7 @@ import numpy as np
 from skimage.data import camera
 
 import sparseopt as so
-from sparseopt.core.fidelity import NodeSquares
+from sparseopt.core.losses.nodes import NodeSquares
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.experiments import plots
 

@@ -8,24 +8,25 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from sparseopt.core.combined_penalties import lift
-from sparseopt.core.constraints import Box, Nonnegative, Simplex, Support
-from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
-from sparseopt.core.group_penalties import GroupL2, NuclearNorm, SparseGroup
-from sparseopt.core.losses import Quadratic
-from sparseopt.core.matrix_losses import Composed, LeastSquares
-from sparseopt.core.patterns import NM, BlockTopK, GroupTopK, RowTopK, TopK
-from sparseopt.core.penalties import L0, L1, MCP, SCAD, Conjugate, ElasticNet, LogSum, Penalty
-from sparseopt.core.problem import Measure, Problem, Solution, Solver, Status
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.counts_and_labels import LogisticLoss, PoissonLoss, SquaredHingeLoss
+from sparseopt.core.losses.data import Composed, LeastSquares
+from sparseopt.core.losses.quadratic import Quadratic
+from sparseopt.core.losses.scalar import AbsoluteLoss, HuberLoss, QuantileLoss
+from sparseopt.core.penalties.entries import L0, L1, MCP, SCAD, ElasticNet, LogSum
+from sparseopt.core.penalties.groups import GroupL2, NuclearNorm, SparseGroup
+from sparseopt.core.penalties.patterns import NM, BlockTopK, GroupTopK, RowTopK, TopK
+from sparseopt.core.penalties.protocols import Conjugate, Penalty
+from sparseopt.core.penalties.sets import Box, Nonnegative, Simplex, Support
+from sparseopt.core.penalties.sums import lift
+from sparseopt.core.problem.problem import Measure, Problem, Solution, Solver, Status
 from sparseopt.core.proximal import proximal, proximal_adam
-from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, QuantileLoss
 from sparseopt.core.solve import chosen_solver, solve
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
-from sparseopt.core.types import pytree, static
 from sparseopt.system.programs import keep_programs
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.freedom import degrees_of_freedom

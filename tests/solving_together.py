@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 import sparseopt as so
-from sparseopt.core.mesh import device_line
+from sparseopt.core.base.mesh import device_line
 from sparseopt.pruning.blocked import solve_within_memory
 from sparseopt.pruning.layer import LayerJob
 from sparseopt.pruning.methods import find_method

@@ -1,1 +1,4 @@
-"""The solver core, floors 0 to 4: types; thresholds; penalties and losses; solve; solvers."""
+"""The solver core, folder by folder from the lowest: base, operators, penalties, losses, problem, solvers.
+
+Above them `solve` chooses a solver and checks, and `proximal` puts penalties into an optax chain.
+"""

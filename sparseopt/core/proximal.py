@@ -1,4 +1,4 @@
-"""Floor 4: penalties in an optax chain, so that training ends at exact zeros.
+"""Penalties in an optax chain, so that training ends at exact zeros.
 
 minimise over p    loss(p) + sum over leaves of penalty.value(leaf)
 """
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.patterns import Pattern
-from sparseopt.core.penalties import IterativeProx, Penalty, prox_from
-from sparseopt.core.types import FloatArray, Scalar
+from sparseopt.core.base.types import FloatArray, Scalar
+from sparseopt.core.penalties.patterns import Pattern
+from sparseopt.core.penalties.protocols import IterativeProx, Penalty, prox_from
 
 if TYPE_CHECKING:
     import optax

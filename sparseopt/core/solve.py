@@ -1,4 +1,4 @@
-"""Floor 4.5: `solve`, the front door of the core: checks on the host, the choice of a solver, the start."""
+"""`solve`, the front door of the core: checks on the host, the choice of a solver, the start."""
 
 import math
 from collections.abc import Callable
@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.arguments import refuses_leaves, refuses_parameters
-from sparseopt.core.certify import is_convex
-from sparseopt.core.iterate import iterate
-from sparseopt.core.losses import Quadratic
-from sparseopt.core.matrices import refuses_map, refuses_transpose
-from sparseopt.core.matrix_losses import MatrixLoss
-from sparseopt.core.padding import cut, padded_problem
-from sparseopt.core.penalties import L0
-from sparseopt.core.penalty_names import KNOWN
-from sparseopt.core.problem import Problem, Solution, Solver, refusal
+from sparseopt.core.base.arguments import refuses_leaves, refuses_parameters
+from sparseopt.core.losses.data import MatrixLoss
+from sparseopt.core.losses.quadratic import Quadratic
+from sparseopt.core.operators.matrices import refuses_map, refuses_transpose
+from sparseopt.core.penalties.entries import L0
+from sparseopt.core.penalties.names import KNOWN
+from sparseopt.core.problem.certify import is_convex
+from sparseopt.core.problem.iterate import iterate
+from sparseopt.core.problem.padding import cut, padded_problem
+from sparseopt.core.problem.problem import Problem, Solution, Solver, refusal
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient, GraduatedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm

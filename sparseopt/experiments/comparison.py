@@ -1,4 +1,4 @@
-"""Floor 7: a comparison of pruning methods: cells of method, pattern and sparsity, each a run of the task `prune`.
+"""A comparison of pruning methods: cells of method, pattern and sparsity, each a run of the task `prune`.
 
     OUTPUT/cells/method=dense/                 the dense model, always measured, first
     OUTPUT/cells/method=wanda,pattern=2_4/     one run folder for each cell, see `runs`
@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.experiments import plots
 from sparseopt.experiments.config import Run, expand
 from sparseopt.experiments.names import AllowCode

@@ -1,4 +1,4 @@
-"""Floor 7: from a YAML file and `key=value` overrides to resolved runs, with every mistake named at once.
+"""From a YAML file and `key=value` overrides to resolved runs, with every mistake named at once.
 
     YAML text -> plain values with line numbers -> overrides -> sweep expanded -> typed tasks
 

@@ -1,4 +1,4 @@
-"""Floor 7: pictures, volumes and graphs from inside pip packages, read without a download.
+"""Pictures, volumes and graphs from inside pip packages, read without a download.
 
 | name | what | package | terms |
 |---|---|---|---|
@@ -45,9 +45,9 @@ from scipy import sparse
 from scipy.spatial import KDTree
 
 from sparseopt.experiments.names import suggest
+from sparseopt.experiments.read.volumes import Scan, from_above, read_scan
 from sparseopt.experiments.task import Strict
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.volumes import Scan, from_above, read_scan
 
 PICTURES = (
     "camera", "coffee", "chelsea", "astronaut", "hubble_deep_field", "retina", "microaneurysms",

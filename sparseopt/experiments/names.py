@@ -1,4 +1,4 @@
-"""Floor 7: penalties, solvers and pruning methods in a config, by short name or by the path of your own class.
+"""Penalties, solvers and pruning methods in a config, by short name or by the path of your own class.
 
 penalty: {name: l1, weight: 10}
 penalty: {name: my_package.penalties.CappedL1, weight: 10, cap: 60}
@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
 
 import sparseopt as so
-from sparseopt.core.penalty_names import PENALTIES
+from sparseopt.core.penalties.names import PENALTIES
 
 # Whether paths outside this package may be imported: all, none, or those of the packages listed.
 AllowCode = bool | Collection[str]

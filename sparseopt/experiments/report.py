@@ -1,4 +1,4 @@
-"""Floor 7: tables of finished runs (terminal, Markdown, CSV, Parquet) and one page with their plots (HTML).
+"""Tables of finished runs (terminal, Markdown, CSV, Parquet) and one page with their plots (HTML).
 
 folders -> finished runs -> rows (settings, figures with their spread, the paper's figures) -> tables and pictures
 """

@@ -1,4 +1,4 @@
-"""Floor 7: the runs of an experiment. Besides the files of `system.run_folder`, the folder of each run holds
+"""The runs of an experiment. Besides the files of `system.run_folder`, the folder of each run holds
 
     config.yaml     the resolved config; `sparseopt run` takes it again
     *.png           pictures
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.experiments.config import Run
 from sparseopt.experiments.names import AllowCode, Named, file_digest
 from sparseopt.experiments.plots import save_figure

@@ -1,4 +1,4 @@
-"""Floor 7: what an experiment is. A task is a typed config that knows its units of work, their records and pictures.
+"""What an experiment is. A task is a typed config that knows its units of work, their records and pictures.
 
 A run executes the units of one resolved config and writes a record for each; a unit with a record is not repeated.
 A report groups finished runs by task, and the task's `draw` compares them.
@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.experiments.names import AllowCode, find_class, shortened, suggest
 
 # The tasks that a config can name. Each is imported on use, because it may need the packages of an extra.

@@ -1,4 +1,4 @@
-"""Floor 7: the task `denoise`: a picture or a volume, noise, a trend filter; how long it takes and what it recovers."""
+"""The task `denoise`: a picture or a volume, noise, a trend filter; how long it takes and what it recovers."""
 
 import time
 from abc import abstractmethod
@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from pydantic import Field
 
-from sparseopt.core.problem import Solution, Status
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
+from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import Picture
 from sparseopt.experiments.names import PenaltyConfig

@@ -1,4 +1,4 @@
-"""Floor 7: the task `graph_signal`: a trend filter on a map: measured rates or counts, or a truth with noise."""
+"""The task `graph_signal`: a trend filter on a map: measured rates or counts, or a truth with noise."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from pydantic import Field
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from sparseopt.core.problem import Solution
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
+from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import GraphData, GraphSource
 from sparseopt.experiments.names import PenaltyConfig

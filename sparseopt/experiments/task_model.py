@@ -1,4 +1,4 @@
-"""Floor 7: what `prune` and `shrink` share: a model is made by a recipe, and scored on text that it was not made on."""
+"""What `prune` and `shrink` share: a model is made by a recipe, and scored on text that it was not made on."""
 
 import contextlib
 import hashlib
@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field, ValidationInfo, create_model, field_validator
 
-from sparseopt.core.problem import Status
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
+from sparseopt.core.problem.problem import Status
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import Named, suggest
 from sparseopt.experiments.task import FinishedRun, Record, Strict, Task

@@ -1,4 +1,4 @@
-"""Floor 7: the task `prune`: prune a language model, and score what is left on text that the pruner did not see."""
+"""The task `prune`: prune a language model, and score what is left on text that the pruner did not see."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import Mistakes, PenaltyConfig
 from sparseopt.experiments.task import Estimate, Record

@@ -1,10 +1,10 @@
-"""Floor 7: the task `shrink`: make a smaller dense model of a language model, and score it on other text."""
+"""The task `shrink`: make a smaller dense model of a language model, and score it on other text."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import Record
 from sparseopt.experiments.task_model import ModelTask, model_path, recipe_settings

@@ -1,4 +1,4 @@
-"""Floor 7: a YAML file as plain values with the line of every key, safe for files from strangers.
+"""A YAML file as plain values with the line of every key, safe for files from strangers.
 
 The safe loader makes no Python objects. What remains is size: an alias stands for a whole block, and a block of aliases
 of such blocks for exponentially more ("billion laughs"), so values are counted as if they were written out. Values are

@@ -1,4 +1,4 @@
-"""Floor 5: causal self-attention: grouped queries, rotary positions, windows, capped scores.
+"""Causal self-attention: grouped queries, rotary positions, windows, capped scores.
 
 Shape letters: B batch, T time, D model, N heads, K key-value heads, G = N / K, H head dim; also C queries of a chunk,
 S keys seen, R = G C.
@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sparseopt.core.dense import activation_precision
+from sparseopt.core.base.dense import activation_precision
 from sparseopt.models.layers import Linear, Tap, make_norm, no_tap
 from sparseopt.models.rope import Rope
 from sparseopt.models.settings import BlockKind, DecoderConfig

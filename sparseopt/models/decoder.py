@@ -1,4 +1,4 @@
-"""Floor 5: a decoder-only language model as Flax NNX modules, whole and readable.
+"""A decoder-only language model as Flax NNX modules, whole and readable.
 
     x      = embedding(tokens)
     x     += attention(norm(x)) ;  x += mlp(norm(x))        for each block

@@ -1,4 +1,4 @@
-"""Floor 5: the one error class of reading, running and writing models, and helpers for its texts."""
+"""The one error class of reading, running and writing models, and helpers for its texts."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar

@@ -1,4 +1,4 @@
-"""Floor 5: a mixture of experts: a router sends every token to a few of E MLPs, whose outputs are added with weights.
+"""A mixture of experts: a router sends every token to a few of E MLPs, whose outputs are added with weights.
 
     shares = softmax(router(x)) ;  y = sum over the k experts of largest share of  share_e * expert_e(x)
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparseopt.core.dense import activation_precision
+from sparseopt.core.base.dense import activation_precision
 from sparseopt.models.layers import ACTIVATIONS, Linear, Tap, no_tap
 from sparseopt.models.settings import DecoderConfig, ExpertsConfig
 

@@ -1,4 +1,4 @@
-"""Floor 5: a model written out, one safetensors shard at a time, as a folder that transformers loads.
+"""A model written out, one safetensors shard at a time, as a folder that transformers loads.
 
 Every file is written under a temporary name, forced to disk and renamed: a file under its final name is whole.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models.errors import ModelError, listed
 from sparseopt.models.packed import (
     FORMAT,

@@ -1,4 +1,4 @@
-"""Floor 5: the known model families by `model_type`. A new one is one file and one line here."""
+"""The known model families by `model_type`. A new one is one file and one line here."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Floor 5: what a model family is: a configuration reader and a reversible table of checkpoint names.
+"""What a model family is: a configuration reader and a reversible table of checkpoint names.
 
 A family is one small file that makes a `Family`; `read_decoder` here reads the fields that families share. All readers
 raise a `ModelError` that names the field that is missing, inconsistent or not supported.

@@ -1,4 +1,4 @@
-"""Floor 5: fields of a Hugging Face configuration, read with checks: a `ModelError` names the field."""
+"""Fields of a Hugging Face configuration, read with checks: a `ModelError` names the field."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Floor 5: the files of a model's folder, which may be untrusted: names that stay in the folder, valid JSON.
+"""The files of a model's folder, which may be untrusted: names that stay in the folder, valid JSON.
 
 A file may be a link within the folder, or one into the blobs of the same repository in the Hugging Face cache, which
 keeps `snapshots/COMMIT/NAME` as links to `blobs/HASH`. Other links could lead anywhere and are refused, unless they are

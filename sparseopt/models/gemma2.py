@@ -1,4 +1,4 @@
-"""Floor 5: the Gemma 2 family: norms before and after each part, capped scores and logits, every other block local."""
+"""The Gemma 2 family: norms before and after each part, capped scores and logits, every other block local."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Floor 5: the text models of Gemma 3: Gemma 2 with norms on queries and keys and a rotary base for local blocks."""
+"""The text models of Gemma 3: Gemma 2 with norms on queries and keys and a rotary base for local blocks."""
 
 from sparseopt.models.family import Family, KeyTable, SizeFields, read_windows, refuses_undivided_width
 from sparseopt.models.fields import Config, refuse_unless, require

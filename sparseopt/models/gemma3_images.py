@@ -1,4 +1,4 @@
-"""Floor 5: Gemma 3 with an image encoder: its text model; the encoder's tensors pass through unchanged."""
+"""Gemma 3 with an image encoder: its text model; the encoder's tensors pass through unchanged."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Floor 5: text that a decoder writes token by token, each with the keys and values of those before it.
+"""Text that a decoder writes token by token, each with the keys and values of those before it.
 
     token_t  ~  softmax(logits_t / temperature_t)
 
@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparseopt.core.dense import activation_precision
-from sparseopt.core.types import Observer
+from sparseopt.core.base.dense import activation_precision
+from sparseopt.core.base.types import Observer
 from sparseopt.models.attention import Attention, causal_attention, rotate
 from sparseopt.models.decoder import Decoder
 from sparseopt.models.settings import DecoderConfig, check_window

@@ -1,4 +1,4 @@
-"""Floor 5: the supported GGUF architectures: tensor names, layout and configuration of each in Hugging Face.
+"""The supported GGUF architectures: tensor names, layout and configuration of each in Hugging Face.
 
 Some constants are not in GGUF files, because the programs that run them know the architecture; they are given here. A
 new architecture is one function and one entry of `ARCHITECTURES`.

@@ -1,4 +1,4 @@
-"""Floor 5: GGUF files: header, metadata and tensor table, every length checked against the file's size.
+"""GGUF files: header, metadata and tensor table, every length checked against the file's size.
 
 Layout (version 2 and 3, little-endian): magic, version, counts; metadata as (key, type, value); the tensor table as
 (name, sizes fastest axis first, type, offset); the data, aligned. The `gguf` package decodes quantised blocks.

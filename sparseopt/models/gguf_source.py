@@ -1,4 +1,4 @@
-"""Floor 5: a GGUF file seen as a Hugging Face model: names, layout, configuration, sidecar files."""
+"""A GGUF file seen as a Hugging Face model: names, layout, configuration, sidecar files."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Floor 5: the tokenizer that a GGUF file's metadata describe, built with the `tokenizers` package."""
+"""The tokenizer that a GGUF file's metadata describe, built with the `tokenizers` package."""
 
 import math
 from collections.abc import Callable, Mapping

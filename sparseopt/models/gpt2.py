@@ -1,4 +1,4 @@
-"""Floor 5: the GPT-2 family: layer norms, learned positions, fused projections; its matrices are stored `[in, out]`."""
+"""The GPT-2 family: layer norms, learned positions, fused projections; its matrices are stored `[in, out]`."""
 
 from sparseopt.models.family import Family, KeyTable, SizeFields, read_decoder, ungrouped
 from sparseopt.models.fields import Config, refuse_unless, require

@@ -1,4 +1,4 @@
-"""Floor 5: the GPT-NeoX family (Pythia): attention and MLP side by side, q, k, v interleaved, partly rotated heads."""
+"""The GPT-NeoX family (Pythia): attention and MLP side by side, q, k, v interleaved, partly rotated heads."""
 
 from sparseopt.models.family import Family, KeyTable, read_decoder, ungrouped
 from sparseopt.models.fields import Config, require

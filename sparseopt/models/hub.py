@@ -1,4 +1,4 @@
-"""Floor 5: models by their names on the Hugging Face hub, fetched once and pinned to a commit.
+"""Models by their names on the Hugging Face hub, fetched once and pinned to a commit.
 
     OWNER/NAME            the repository's main branch
     OWNER/NAME@REVISION   a branch, a tag or a commit of it

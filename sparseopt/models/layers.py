@@ -1,4 +1,4 @@
-"""Floor 5: the small parts of a decoder: linears, norms, activations, and the tap.
+"""The small parts of a decoder: linears, norms, activations, and the tap.
 
 Parameters and activations are float32, whatever the checkpoint holds; for products see `core.dense`.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sparseopt.core.dense import activation_precision
+from sparseopt.core.base.dense import activation_precision
 
 # Called with a name and a value, which it may record or change; the value of experts is a `Routed`.
 Tap = Callable[[str, Any], Any]

@@ -1,4 +1,4 @@
-"""Floor 5: the Llama family (Llama 1 to 3, SmolLM, TinyLlama and others with model_type "llama")."""
+"""The Llama family (Llama 1 to 3, SmolLM, TinyLlama and others with model_type "llama")."""
 
 from sparseopt.models.family import Family, read_decoder, refuses_undivided_width
 from sparseopt.models.fields import Config, refuse_unless

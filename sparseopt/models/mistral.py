@@ -1,4 +1,4 @@
-"""Floor 5: the Mistral family: Llama with a sliding window."""
+"""The Mistral family: Llama with a sliding window."""
 
 from sparseopt.models.family import Family, read_decoder
 from sparseopt.models.fields import Config, optional, refuse_unless

@@ -1,4 +1,4 @@
-"""Floor 5: the Mixtral family: Mistral with a mixture of experts in every block."""
+"""The Mixtral family: Mistral with a mixture of experts in every block."""
 
 from sparseopt.models.family import BLOCK_NAMES, Family, KeyTable, SizeFields, read_decoder, read_experts
 from sparseopt.models.fields import Config, optional

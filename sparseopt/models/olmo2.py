@@ -1,4 +1,4 @@
-"""Floor 5: the OLMo 2 family: norms after each part only, and on the queries and keys of all heads together."""
+"""The OLMo 2 family: norms after each part only, and on the queries and keys of all heads together."""
 
 from sparseopt.models.family import Family, KeyTable, read_decoder
 from sparseopt.models.fields import Config

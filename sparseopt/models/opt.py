@@ -1,4 +1,4 @@
-"""Floor 5: the OPT family: layer norms, biases everywhere, learned positions, a ReLU between two linears."""
+"""The OPT family: layer norms, biases everywhere, learned positions, a ReLU between two linears."""
 
 from sparseopt.models.family import Family, KeyTable, SizeFields, read_decoder, ungrouped
 from sparseopt.models.fields import Config, refuse_unless, require

@@ -1,4 +1,4 @@
-"""Floor 5: tensors with many zeros stored without loss as a bitmask and the values that are kept.
+"""Tensors with many zeros stored without loss as a bitmask and the values that are kept.
 
     bitmask  uint8 [ceil(n / 8)]   bit i, the highest of a byte first: whether entry i of the tensor in C order is kept
     values   [number kept]         the kept entries in that order, in the tensor's dtype

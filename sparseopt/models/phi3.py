@@ -1,4 +1,4 @@
-"""Floor 5: the Phi-3 family: Llama with fused projections and, for long contexts, LongRoPE."""
+"""The Phi-3 family: Llama with fused projections and, for long contexts, LongRoPE."""
 
 from sparseopt.models.family import Family, read_decoder
 from sparseopt.models.fields import Config, optional

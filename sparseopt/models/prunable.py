@@ -1,4 +1,4 @@
-"""Floor 5: what a model must offer to be pruned: its parts, read when asked for, and the names of its tensors.
+"""What a model must offer to be pruned: its parts, read when asked for, and the names of its tensors.
 
 `StreamedModel` has blocks that are Flax modules; the blocks of `TorchModel` run in torch.
 """

@@ -1,4 +1,4 @@
-"""Floor 5: the Qwen2 and Qwen2.5 family: Llama with biases on queries, keys and values."""
+"""The Qwen2 and Qwen2.5 family: Llama with biases on queries, keys and values."""
 
 from sparseopt.models.family import Family, SizeFields, read_decoder, read_windows
 from sparseopt.models.fields import Config, optional

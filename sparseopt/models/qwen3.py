@@ -1,4 +1,4 @@
-"""Floor 5: the Qwen3 family: Llama with norms on the queries and keys of every head."""
+"""The Qwen3 family: Llama with norms on the queries and keys of every head."""
 
 from sparseopt.models.family import Family, read_decoder
 from sparseopt.models.fields import Config

@@ -1,4 +1,4 @@
-"""Floor 5: the Qwen3-MoE family: Qwen3 with many small experts in most blocks."""
+"""The Qwen3-MoE family: Qwen3 with many small experts in most blocks."""
 
 from sparseopt.models.family import BLOCK_NAMES, Family, KeyTable, SizeFields, read_decoder, read_experts
 from sparseopt.models.fields import Config, refuse_unless, require

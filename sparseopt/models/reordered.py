@@ -1,4 +1,4 @@
-"""Floor 5: a block with its inner channels in another order, which computes the same function.
+"""A block with its inner channels in another order, which computes the same function.
 
     down(act(gate(x)) * up(x))     columns of down, and rows of gate and up
     o(attention(q, k, v))          columns of o, and rows of v, within each head

@@ -1,4 +1,4 @@
-"""Floor 5: rotary position embedding: frequencies in radians per token, and how models scale them.
+"""Rotary position embedding: frequencies in radians per token, and how models scale them.
 
     pair i of the first `share` of a head's features is rotated by  position * frequency_i,  frequency_i = theta^(-2i/R)
 

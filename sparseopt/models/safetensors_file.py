@@ -1,4 +1,4 @@
-"""Floor 5: safetensors files: a header checked against the file's size, tensors read one by one, safe writes.
+"""Safetensors files: a header checked against the file's size, tensors read one by one, safe writes.
 
 Layout: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, the data.
 Files are not memory-mapped: one that shrinks while it is read is an error, not a signal that ends the process.

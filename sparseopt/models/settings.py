@@ -1,4 +1,4 @@
-"""Floor 5: the sizes and switches of a decoder, as every family's reader fills them in."""
+"""The sizes and switches of a decoder, as every family's reader fills them in."""
 
 from dataclasses import dataclass
 from typing import Literal

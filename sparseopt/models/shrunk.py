@@ -1,4 +1,4 @@
-"""Floor 5: smaller dense models: the outline of one before its tensors exist, and what a block of it keeps.
+"""Smaller dense models: the outline of one before its tensors exist, and what a block of it keeps.
 
 A smaller model has fewer channels in every MLP, fewer KV groups in every attention (a group is a key-value head with
 its query heads), fewer experts or fewer blocks. All blocks keep equally many, so it is a plain Hugging Face model.

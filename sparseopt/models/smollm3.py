@@ -1,4 +1,4 @@
-"""Floor 5: the SmolLM3 family: Llama in which some blocks have no position embedding."""
+"""The SmolLM3 family: Llama in which some blocks have no position embedding."""
 
 from sparseopt.models.errors import ModelError
 from sparseopt.models.family import Family, SizeFields, read_decoder, read_windows

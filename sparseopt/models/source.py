@@ -1,4 +1,4 @@
-"""Floor 5: where a model comes from: a Hugging Face folder with safetensors, a name on the hub, or one GGUF file.
+"""Where a model comes from: a Hugging Face folder with safetensors, a name on the hub, or one GGUF file.
 
 A source knows its configuration and the name, shape and dtype of each tensor; a tensor is read when asked for.
 """

@@ -1,4 +1,4 @@
-"""Floor 5: a model opened in parts: the embedding, one block, the head, each read when asked for.
+"""A model opened in parts: the embedding, one block, the head, each read when asked for.
 
 Memory holds the parts in use and never the whole model. All blocks of a kind share one graph definition, so that a
 jitted function of a block is traced once.
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from sparseopt.core.mesh import on_device, unfilled
+from sparseopt.core.base.mesh import on_device, unfilled
 from sparseopt.models.decoder import Block, Decoder, Embedding, Head
 from sparseopt.models.errors import ModelError
 from sparseopt.models.experts import unstacked_names

@@ -1,4 +1,4 @@
-"""Floor 5: a model's tokenizer, text to token ids, the token (BOS) that every text begins with, and chats to text."""
+"""A model's tokenizer, text to token ids, the token (BOS) that every text begins with, and chats to text."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile

@@ -1,4 +1,4 @@
-"""Floor 5: the way between torch and JAX: tensors by dlpack, and what a block's linears are given.
+"""The way between torch and JAX: tensors by dlpack, and what a block's linears are given.
 
 torch is imported on first use only, and never for a model whose family is known here.
 """

@@ -1,4 +1,4 @@
-"""Floor 5: a model of any architecture that transformers has, opened in parts; its blocks run in torch.
+"""A model of any architecture that transformers has, opened in parts; its blocks run in torch.
 
 For models whose family is not known here (extra `torch`). Tensors are read from the source block by block, as in
 `streaming`. transformers knows how the parts are put together; `torch_probe` tests this before it is relied on.

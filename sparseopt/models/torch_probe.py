@@ -1,4 +1,4 @@
-"""Floor 5: how a torch model's parts go together, tested on a few tokens before it is relied on.
+"""How a torch model's parts go together, tested on a few tokens before it is relied on.
 
 Blocks can run one by one only if a block returns one stream, which the next block takes unchanged; if the other
 arguments of a block depend on the shape of the tokens alone; if the head reads the last stream alone; and if a token

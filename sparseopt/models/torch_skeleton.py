@@ -1,4 +1,4 @@
-"""Floor 5: a causal language model as transformers builds it, without weights.
+"""A causal language model as transformers builds it, without weights.
 
 What happens before the blocks is left to the model: positions, rotary tables, masks. The skeleton runs the model with a
 function in place of every block, which sees how the block is called.

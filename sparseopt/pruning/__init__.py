@@ -1,4 +1,4 @@
-"""Floor 6: pruning of language models, from one layer (`prune_layer`) to a whole model (`prune_model`)."""
+"""Pruning of language models, from one layer (`prune_layer`) to a whole model (`prune_model`)."""
 
 from sparseopt.pruning.api import LayerResult, prune_layer
 from sparseopt.pruning.block import PruningError

@@ -1,4 +1,4 @@
-"""Floor 6: activations between blocks: equal batches `[windows, T, D]`, in memory, on disk, or over several devices.
+"""Activations between blocks: equal batches `[windows, T, D]`, in memory, on disk, or over several devices.
 
 `Batches` is the interface and keeps its batches in memory; no other file knows how else they are stored. A block's
 outputs are stored like its inputs, see `Batches.empty`.
@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.core.mesh import on_device, over, put, whole
+from sparseopt.core.base.mesh import on_device, over, put, whole
 from sparseopt.models import PrunableModel
 from sparseopt.system.files import write_all
 

@@ -1,4 +1,4 @@
-"""Floor 6: how a model's zeros are divided among its linears at a fixed total, and what is measured for that.
+"""How a model's zeros are divided among its linears at a fixed total, and what is measured for that.
 
     uniform    the same share everywhere
     owl        fewer zeros in blocks with many outliers
@@ -24,10 +24,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import brentq, isotonic_regression
 
-from sparseopt.core.constraints import Support
-from sparseopt.core.dense import product
-from sparseopt.core.patterns import TopK
-from sparseopt.core.problem import Problem
+from sparseopt.core.base.dense import product
+from sparseopt.core.penalties.patterns import TopK
+from sparseopt.core.penalties.sets import Support
+from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.pruning.compiled import Compiled

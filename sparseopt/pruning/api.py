@@ -1,4 +1,4 @@
-"""Floor 6: `prune_layer`, one weight and one Gram from a notebook: checks on the host, then the jitted solve."""
+"""`prune_layer`, one weight and one Gram from a notebook: checks on the host, then the jitted solve."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.patterns import TopK
-from sparseopt.core.penalties import Penalty
-from sparseopt.core.problem import Status
+from sparseopt.core.penalties.patterns import TopK
+from sparseopt.core.penalties.protocols import Penalty
+from sparseopt.core.problem.problem import Status
 from sparseopt.pruning.blocked import solve_within_memory
 from sparseopt.pruning.layer import LayerJob, LayerMethod, check_answer, check_method
 from sparseopt.pruning.methods import find_method

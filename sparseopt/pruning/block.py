@@ -1,4 +1,4 @@
-"""Floor 6: one block pruned; what comes out is returned, and nothing is stored.
+"""One block pruned; what comes out is returned, and nothing is stored.
 
 stream before the block -> Grams -[propagate]-> targets -[method]-> pruned linears -[reconstruct]-> new tensors
                                                   a smaller model: pruned groups -[slice]-^
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.mesh import whole
-from sparseopt.core.patterns import NM
+from sparseopt.core.base.mesh import whole
+from sparseopt.core.penalties.patterns import NM
 from sparseopt.models import (
     Block,
     Kept,

@@ -1,4 +1,4 @@
-"""Floor 6: which whole blocks of the dense model may go, and in what order.
+"""Which whole blocks of the dense model may go, and in what order.
 
     increase of block j  =  loss of the model without the removed blocks and j  -  loss without the removed blocks
 
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models import PrunableModel
 from sparseopt.pruning.activations import Batches, embed_windows
 from sparseopt.pruning.calibration import BlockRunner

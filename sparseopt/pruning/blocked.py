@@ -1,4 +1,4 @@
-"""Floor 6: one layer solved: whole, by blocks of its outputs where memory is short, and cut over several devices.
+"""One layer solved: whole, by blocks of its outputs where memory is short, and cut over several devices.
 
     minimise over V    1/2 ||X Vᵀ - X Wᵀ||² = sum over outputs i of 1/2 ||X (v_i - w_i)||²,   V in the pattern
 
@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sparseopt.core.mesh import over, put, whole
-from sparseopt.core.patterns import BlockTopK, GroupTopK, TopK
-from sparseopt.core.problem import Status
-from sparseopt.core.types import pytree, static
+from sparseopt.core.base.mesh import over, put, whole
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.penalties.patterns import BlockTopK, GroupTopK, TopK
+from sparseopt.core.problem.problem import Status
 from sparseopt.pruning.compiled import Compiled, Timed, laid_on
 from sparseopt.pruning.layer import (
     LayerJob,

@@ -1,4 +1,4 @@
-"""Floor 6: one plan's part of a pass: its blocks are pruned in turn and stored in its folder."""
+"""One plan's part of a pass: its blocks are pruned in turn and stored in its folder."""
 
 import math
 import time
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models import (
     OUTER_TAG,
     PrunableBlock,

@@ -1,4 +1,4 @@
-"""Floor 6: activations through one block: Grams of its linears' inputs, and its outputs for the next block.
+"""Activations through one block: Grams of its linears' inputs, and its outputs for the next block.
 
 Gram of an input = sum over tokens t of w_t x_t x_tᵀ, [in, in], float32, accumulated on the device
 
@@ -25,8 +25,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.core.dense import activation_precision
-from sparseopt.core.mesh import AXIS, on_device, over
+from sparseopt.core.base.dense import activation_precision
+from sparseopt.core.base.mesh import AXIS, on_device, over
 from sparseopt.models import PrunableBlock, Routed
 from sparseopt.models.experts import rows_of_tokens, stacked_name, unstacked_names
 from sparseopt.pruning.activations import Batches, Stream

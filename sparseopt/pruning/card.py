@@ -1,4 +1,4 @@
-"""Floor 6: the model card of a finished run, README.md: metadata for the Hugging Face hub, and what was done."""
+"""The model card of a finished run, README.md: metadata for the Hugging Face hub, and what was done."""
 
 import json
 import re

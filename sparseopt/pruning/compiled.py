@@ -1,4 +1,4 @@
-"""Floor 6: programs compiled ahead of time, so that compiling and running are timed separately."""
+"""Programs compiled ahead of time, so that compiling and running are timed separately."""
 
 import time
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from sparseopt.core.dense import activation_precision
-from sparseopt.core.mesh import on_device, over, put
+from sparseopt.core.base.dense import activation_precision
+from sparseopt.core.base.mesh import on_device, over, put
 
 
 class Timed(NamedTuple):

@@ -1,4 +1,4 @@
-"""Floor 6: what a run will take of time, memory and disk, estimated from shapes alone; no tensor is read.
+"""What a run will take of time, memory and disk, estimated from shapes alone; no tensor is read.
 
 Time is the number of floating-point operations, two per multiply-add, over a measured rate of matrix products. Memory
 is what a phase of the run holds at once; the peak is that of the largest phase. The constants were measured on a CPU
@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, get_args
 
 import jax.numpy as jnp
 
-from sparseopt.core.patterns import NM
+from sparseopt.core.penalties.patterns import NM
 from sparseopt.models import PrunableModel, StreamedModel, TensorInfo
 from sparseopt.models.attention import QUERY_CHUNK
 from sparseopt.models.experts import stacked_name

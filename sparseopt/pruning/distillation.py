@@ -1,4 +1,4 @@
-"""Floor 6: distillation: all blocks of a smaller or pruned model are trained together on the dense model's logits.
+"""Distillation: all blocks of a smaller or pruned model are trained together on the dense model's logits.
 
     minimise over the blocks' weights    mean over tokens t of    KL( softmax(h(y_t)) || softmax(h(x_t)) )
 
@@ -26,8 +26,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from sparseopt.core.mesh import on_device
-from sparseopt.core.types import Observer
+from sparseopt.core.base.mesh import on_device
+from sparseopt.core.base.types import Observer
 from sparseopt.models import Block, Head
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.compiled import Compiled

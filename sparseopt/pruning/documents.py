@@ -1,4 +1,4 @@
-"""Floor 6: the documents of a text that a short specification names: texts, or chats as lists of messages.
+"""The documents of a text that a short specification names: texts, or chats as lists of messages.
 
     self             calibration only: text that the model draws, see `drawn`
     pydoc            English reference text that is part of CPython; two disjoint halves

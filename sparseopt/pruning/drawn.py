@@ -1,4 +1,4 @@
-"""Floor 6: calibration by the model itself: windows of text that the dense model draws.
+"""Calibration by the model itself: windows of text that the dense model draws.
 
 They need no data, and are in every language that the model writes. What a model draws depends on the machine, so the
 tokens are kept: in the run's folder, from which it resumes, and in the user's cache for further runs by the same draw.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models import ModelError, PrunableModel, StreamedModel, check_window, load_tokenizer, start_token
 from sparseopt.models.generate import COOLING, HOTTEST, draw_texts, kept_bytes
 from sparseopt.pruning.pass_recipe import PassRecipe, scored_windows

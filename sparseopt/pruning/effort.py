@@ -1,4 +1,4 @@
-"""Floor 6: efforts: what a recipe does in all that it leaves open, from one solve a layer to training the whole model.
+"""Efforts: what a recipe does in all that it leaves open, from one solve a layer to training the whole model.
 
     nothing named          the fields of effort good
     an effort              its fields, below

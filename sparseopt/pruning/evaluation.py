@@ -1,4 +1,4 @@
-"""Floor 6: evaluation of a model: token-level perplexity, and an audit of the zeros and patterns of its stored weights.
+"""Evaluation of a model: token-level perplexity, and an audit of the zeros and patterns of its stored weights.
 
     perplexity = exp( - sum log p(token_t | tokens before it in its window) / number of predicted tokens )
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models import Decoder, Head, PrunableModel, check_window, open_model
 from sparseopt.pruning.activations import PASS_BYTES, windows_per_batch
 from sparseopt.pruning.calibration import BlockRunner

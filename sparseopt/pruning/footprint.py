@@ -1,4 +1,4 @@
-"""Floor 6: where the activations of a pass are kept, so that it fits a budget of memory.
+"""Where the activations of a pass are kept, so that it fits a budget of memory.
 
     estimate with activations in memory <= budget      they stay there
     estimate with activations on disk <= budget        one file per stream, in the first output folder's file system

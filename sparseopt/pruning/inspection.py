@@ -1,4 +1,4 @@
-"""Floor 6: what a model is and what pruning it would take, from its headers alone: no tensor is read."""
+"""What a model is and what pruning it would take, from its headers alone: no tensor is read."""
 
 import math
 import re

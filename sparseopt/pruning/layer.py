@@ -1,4 +1,4 @@
-"""Floor 6: one layer. Job in, report out, pure and jitted; one compile for every distinct shape and method.
+"""One layer. Job in, report out, pure and jitted; one compile for every distinct shape and method.
 
     minimise over V    1/2 ||X Vᵀ - X Wᵀ||²    subject to V in the pattern          W, V [out, in],  Gram = XᵀX
 
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.constraints import Support
-from sparseopt.core.dense import HIGHEST
-from sparseopt.core.iterate import iterate
-from sparseopt.core.losses import Quadratic
-from sparseopt.core.patterns import TopK, Within
-from sparseopt.core.problem import Problem, Status
+from sparseopt.core.base.dense import HIGHEST
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.quadratic import Quadratic
+from sparseopt.core.penalties.patterns import TopK, Within
+from sparseopt.core.penalties.sets import Support
+from sparseopt.core.problem.iterate import iterate
+from sparseopt.core.problem.problem import Problem, Status
 from sparseopt.core.solvers.refit import Refit
-from sparseopt.core.types import pytree, static
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.patterns import Pattern, count_groups, pattern_count
 

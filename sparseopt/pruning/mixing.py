@@ -1,4 +1,4 @@
-"""Floor 6: how many channels, key-value groups and blocks stay, so that a model meets a budget at the least loss.
+"""How many channels, key-value groups and blocks stay, so that a model meets a budget at the least loss.
 
     minimise over c, k, n    rise(c channels) + rise(k groups) + rise(n blocks)    subject to cost(c, k, n) <= budget
 
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models import ModelError, PrunableModel, Sizes, sizes_of, smaller_model
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.block import DenseBlock, masked_blocks

@@ -1,4 +1,4 @@
-"""Floor 6: options: fields of a frozen dataclass that know their help, their values and what is wrong with one."""
+"""Options: fields of a frozen dataclass that know their help, their values and what is wrong with one."""
 
 import math
 import textwrap
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
-from sparseopt.core.arguments import unknown
+from sparseopt.core.base.arguments import unknown
 
 # The headings that options are shown under.
 WHAT, KEEP, HOW, CALIBRATION, OUTPUT = "What to prune", "What to keep", "How to prune", "Calibration", "Output"

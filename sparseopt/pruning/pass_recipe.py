@@ -1,4 +1,4 @@
-"""Floor 6: what every recipe says: the method, the tokens, and what is trained.
+"""What every recipe says: the method, the tokens, and what is trained.
 
 `recipe` has that of `prune_model` and `shrinking` that of `shrink_model`.
 """
@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
-from sparseopt.core.dense import Precision
-from sparseopt.core.penalties import Penalty
+from sparseopt.core.base.dense import Precision
+from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.models import Bos
 from sparseopt.pruning.allocation import Allocation
 from sparseopt.pruning.calibration import ExpertTokens, Weighting

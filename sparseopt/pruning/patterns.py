@@ -1,4 +1,4 @@
-"""Floor 6: patterns of surviving weights by name, and the counts that prove them.
+"""Patterns of surviving weights by name, and the counts that prove them.
 
 A name refers to a weight `[out, in]`; the pattern acts on the layer in solver layout `[in, out]`, where axis 0 runs
 along the inputs of one output.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from sparseopt.core.patterns import NM, BlockTopK, GroupTopK, Pattern, RowTopK, TopK, Within
+from sparseopt.core.penalties.patterns import NM, BlockTopK, GroupTopK, Pattern, RowTopK, TopK, Within
 
 __all__ = [
     "Counts",

@@ -1,4 +1,4 @@
-"""Floor 6: the order of a layer's inputs that lets an n:m pattern keep the most.
+"""The order of a layer's inputs that lets an n:m pattern keep the most.
 
     maximise over orders of the inputs    sum over rows and groups of m inputs of the n largest scores of the group
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from sparseopt.core.patterns import NM
+from sparseopt.core.penalties.patterns import NM
 from sparseopt.models import DecoderConfig
 
 # Rounds of exchanges, and how many without a gain of at least this fraction end them.

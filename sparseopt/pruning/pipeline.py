@@ -1,4 +1,4 @@
-"""Floor 6: the pass, a plain loop over the blocks of a model.
+"""The pass, a plain loop over the blocks of a model.
 
     source -[embedding]-> activations
     for each block:   read it; for each plan: prune its linears, store the shard, run it   (see `branch`, `block`)
@@ -21,9 +21,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sparseopt.core.dense import activations_in
-from sparseopt.core.mesh import Devices, device_line
-from sparseopt.core.types import Observer
+from sparseopt.core.base.dense import activations_in
+from sparseopt.core.base.mesh import Devices, device_line
+from sparseopt.core.base.types import Observer
 from sparseopt.models import PrunableModel, Source, TorchModel, check_output, open_model
 from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches, Stream, embed_windows
 from sparseopt.pruning.block import DenseBlock, PruningError

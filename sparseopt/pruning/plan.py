@@ -1,4 +1,4 @@
-"""Floor 6: what the runs of one pass do and which tokens they see, checked against the model before any work."""
+"""What the runs of one pass do and which tokens they see, checked against the model before any work."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Floor 6: propagated error: what a linear should give so that it corrects what the layers before it have lost."""
+"""Propagated error: what a linear should give so that it corrects what the layers before it have lost."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from sparseopt.core.dense import product, spd_inverse
-from sparseopt.core.mesh import over, put, whole
+from sparseopt.core.base.dense import product, spd_inverse
+from sparseopt.core.base.mesh import over, put, whole
 from sparseopt.pruning.blocked import Cut
 from sparseopt.pruning.calibration import Grams
 from sparseopt.pruning.compiled import Compiled, Timed

@@ -1,4 +1,4 @@
-"""Floor 6: what a run did to the model: its perplexity before and after, on text that it was not made on."""
+"""What a run did to the model: its perplexity before and after, on text that it was not made on."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models import PrunableModel
 from sparseopt.pruning.documents import TextError, part_of_text
 from sparseopt.pruning.evaluation import perplexity

@@ -1,12 +1,12 @@
-"""Floor 6: what to do to a model: one frozen recipe, checked as a whole before any work."""
+"""What to do to a model: one frozen recipe, checked as a whole before any work."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sparseopt.core.penalties import Penalty
-from sparseopt.core.penalty_names import BY_WEIGHT, penalty_of_weight
+from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
+from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.pruning.allocation import Allocation, check_allocation
 from sparseopt.pruning.effort import prune_defaults
 from sparseopt.pruning.layer import LayerMethod

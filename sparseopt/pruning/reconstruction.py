@@ -1,4 +1,4 @@
-"""Floor 6: block reconstruction: the kept weights of a pruned block are trained to give the dense block's outputs.
+"""Block reconstruction: the kept weights of a pruned block are trained to give the dense block's outputs.
 
     minimise over the kept weights    mean_t  sum_d w_d (block(x)_td - y_td)² / sum_d w_d y_td²
                                       1 / w_d = mean_t  y_td² / sum_e y_te²

@@ -1,4 +1,4 @@
-"""Floor 6: what a pruning run tells: records of what it did, as JSON lines, and one report, as a summary."""
+"""What a pruning run tells: records of what it did, as JSON lines, and one report, as a summary."""
 
 import math
 from collections.abc import Mapping, Sequence

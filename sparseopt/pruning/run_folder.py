@@ -1,4 +1,4 @@
-"""Floor 6: the run folder of pruning, a `system.run_folder` with a model in it, and the fingerprint of its run.
+"""The run folder of pruning, a `system.run_folder` with a model in it, and the fingerprint of its run.
 
     *.safetensors   a block is finished when its shard and the records of all its linears are there
 

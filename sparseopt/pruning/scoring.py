@@ -1,4 +1,4 @@
-"""Floor 6: log-likelihoods of continuations, many at a time, with the model streamed block by block.
+"""Log-likelihoods of continuations, many at a time, with the model streamed block by block.
 
     log p(continuation | context) = sum_t log softmax(logits)[token_t],  t over the continuation's tokens
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models import Head, PrunableModel, check_window
 from sparseopt.pruning.activations import BATCH_TOKENS, PASS_BYTES
 from sparseopt.pruning.calibration import BlockRunner

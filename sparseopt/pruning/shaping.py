@@ -1,4 +1,4 @@
-"""Floor 6: what the smaller models of one pass keep, chosen before the first block is pruned.
+"""What the smaller models of one pass keep, chosen before the first block is pruned.
 
 How much stays follows from the recipe's shares, or is chosen for its budget (see `mixing`). Which blocks stay is
 measured once for all plans of a pass. Both are written to the plans' folders, where an interrupted run finds them.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models import PrunableModel, sizes_of
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.block_removal import removal_order, trial_of

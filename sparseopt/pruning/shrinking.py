@@ -1,4 +1,4 @@
-"""Floor 6: a smaller dense model: what `shrink_model` keeps, as shares and as whole numbers.
+"""A smaller dense model: what `shrink_model` keeps, as shares and as whole numbers.
 
     --channels 0.75 --heads 0.67 --layers 0.9   ->   Sizes(channels=1152, kv_heads=2, blocks=(0, 1, 3, ...))
     --parameters 0.8                            ->   sizes that fit, chosen by measured losses, see `mixing`

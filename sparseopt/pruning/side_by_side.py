@@ -1,4 +1,4 @@
-"""Floor 6: the linears of a block, in turn on one device; over several, each cut or several side by side.
+"""The linears of a block, in turn on one device; over several, each cut or several side by side.
 
     cut             each device holds a share of a linear's outputs; all of them sum a dozen numbers at each iteration
     side by side    each device solves its own linear, all of one shape, and exchanges nothing
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from sparseopt.core.mesh import AXIS, over, whole
+from sparseopt.core.base.mesh import AXIS, over, whole
 from sparseopt.pruning.blocked import is_out_of_memory, solve_within_memory
 from sparseopt.pruning.compiled import Compiled, Timed
 from sparseopt.pruning.layer import LayerJob, LayerMethod, LayerReport, solve_layer

@@ -1,4 +1,4 @@
-"""Floor 6: what is measured on the dense model before any block is pruned, once for all plans of a pass.
+"""What is measured on the dense model before any block is pruned, once for all plans of a pass.
 
 | asked for | measured |
 |---|---|
@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models import Block, Head, PrunableBlock, PrunableModel, Routed
 from sparseopt.models.experts import stacked_name, unstacked_names
 from sparseopt.pruning.activations import Batches, Stream

@@ -1,4 +1,4 @@
-"""Floor 6: which linears are pruned, and at which sparsity, by names and patterns.
+"""Which linears are pruned, and at which sparsity, by names and patterns.
 
 | pattern | linears |
 |---|---|

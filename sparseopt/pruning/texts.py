@@ -1,4 +1,4 @@
-"""Floor 6.05: calibration and evaluation text as token windows, packed or one a document.
+"""Calibration and evaluation text as token windows, packed or one a document.
 
 If the model's tokenizer begins texts with BOS, every window begins with it: `BOS, t_0, ..., t_{T-2}` of the T tokens of
 the window. BOS is never predicted, and the prediction of `t_0`, which no text precedes, does not count: losses start

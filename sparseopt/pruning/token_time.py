@@ -1,4 +1,4 @@
-"""Floor 6: the time that models take for one token, measured here on parts of their shapes.
+"""The time that models take for one token, measured here on parts of their shapes.
 
 Decoding reads every weight once a token, and that takes most of the time. In a whole model no weight stays in a cache
 until the next token. So the time of a block is measured on several equal blocks in turn, which together do not fit in

@@ -1,4 +1,4 @@
-"""Floor 6: the Grams of blocks that run in torch, whose linears tell what they read only while they run."""
+"""The Grams of blocks that run in torch, whose linears tell what they read only while they run."""
 
 import time
 from collections import Counter
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from sparseopt.core.dense import product
+from sparseopt.core.base.dense import product
 from sparseopt.models import PrunableModel, TorchModel
 from sparseopt.models.torch_bridge import to_jax, to_torch
 from sparseopt.models.torch_model import TorchBlock

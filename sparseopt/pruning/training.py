@@ -1,4 +1,4 @@
-"""Floor 6: training on stored activations: settings, one Adam update, the loop over epochs and the choice of the state.
+"""Training on stored activations: settings, one Adam update, the loop over epochs and the choice of the state.
 
 The trainers say what is minimised and what a step does: `reconstruction` for one block, `distillation` for a whole
 model. Adam (Kingma and Ba, 2015) with the gradient's norm clipped, a linear warm-up and a cosine to zero. A step is

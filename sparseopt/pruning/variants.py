@@ -1,4 +1,4 @@
-"""Floor 6: variants of the calibration windows, in which the dense model has drawn some of the tokens again.
+"""Variants of the calibration windows, in which the dense model has drawn some of the tokens again.
 
     token_t  ~  p( . | the tokens before t in the window)        for a random share of the positions t
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models import Head, PrunableModel
 from sparseopt.pruning.activations import Batches, embed_windows
 from sparseopt.pruning.calibration import BlockRunner

@@ -1,4 +1,4 @@
-"""Floor 6: zero-shot tasks of `lm-eval` (extra `eval`), run on our own decoder.
+"""Zero-shot tasks of `lm-eval` (extra `eval`), run on our own decoder.
 
 `lm-eval` makes the prompts and scores the answers. This file computes what it asks of a model: the log-likelihood of a
 continuation, that of a whole text, and a greedy continuation.
@@ -18,7 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.models import (
     FAMILIES,
     Bos,

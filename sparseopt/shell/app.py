@@ -1,4 +1,4 @@
-"""Floor 8: the `sparseopt` command. It reads arguments, calls the library, and shows what came of it."""
+"""The `sparseopt` command. It reads arguments, calls the library, and shows what came of it."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Floor 8: output in the shell: lines, a clock, progress bars, plain tables.
+"""Output in the shell: lines, a clock, progress bars, plain tables.
 
 Output failures never end a run: a closed pager, a full disk for `> FILE`, a lost terminal, or one without the
 letters.

@@ -1,4 +1,4 @@
-"""Floor 8: the demo: a photograph denoised, then a real language model pruned with effort fast and by Wanda.
+"""The demo: a photograph denoised, then a real language model pruned with effort fast and by Wanda.
 
 noisy photograph -> fits of order 0 and 1 -> table, before/after pictures
 dense model -> prune with each method -> perplexity on held-out text -> table, bar chart, samples

@@ -1,4 +1,4 @@
-"""Floor 8: the command `doctor`: what is installed, what the machine has, what runs would use, and how fast it is."""
+"""The command `doctor`: what is installed, what the machine has, what runs would use, and how fast it is."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import typer
 
-from sparseopt.core.dense import activation_precision
-from sparseopt.core.speed import measure_gflops, measure_gigabytes
+from sparseopt.core.base.dense import activation_precision
+from sparseopt.core.base.speed import measure_gflops, measure_gigabytes
 from sparseopt.shell import console
 from sparseopt.shell.options import AsJson
 from sparseopt.system.machine import available_memory_bytes, format_bytes, processor, versions

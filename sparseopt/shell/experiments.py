@@ -1,4 +1,4 @@
-"""Floor 8: the commands `run`, `report` and `compare`."""
+"""The commands `run`, `report` and `compare`."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Floor 8: the command `inspect`, and what a person sees of an inspection."""
+"""The command `inspect`, and what a person sees of an inspection."""
 
 import json
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def inspect(
     **options: Any,
 ) -> None:
     """What a model is, what pruning it would zero, and how much memory and time that takes. Reads headers only."""
-    from sparseopt.core.speed import measure_gflops
+    from sparseopt.core.base.speed import measure_gflops
     from sparseopt.models import open_source
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.inspection import inspect_model

@@ -1,4 +1,4 @@
-"""Floor 8: options that several commands share: the fields of a recipe, devices, processes that work together.
+"""Options that several commands share: the fields of a recipe, devices, processes that work together.
 
 The fields of a recipe are read when a command is called: they need the extra `prune`, which `sparseopt --help` and the
 other commands do not.

@@ -1,4 +1,4 @@
-"""Floor 8: the commands `prune`, `shrink`, `eval`, `pack` and `unpack`."""
+"""The commands `prune`, `shrink`, `eval`, `pack` and `unpack`."""
 
 import contextlib
 import itertools

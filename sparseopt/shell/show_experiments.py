@@ -1,11 +1,11 @@
-"""Floor 8: what a person sees of experiments: the plan, the progress of a sweep, and the tables of its results."""
+"""What a person sees of experiments: the plan, the progress of a sweep, and the tables of its results."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.experiments.report import Section
 from sparseopt.experiments.runs import Outcome, Planned, State
 from sparseopt.shell.console import comparison_table, console, counting_bar, duration, say

@@ -1,4 +1,4 @@
-"""Floor 8: the display of a run that prunes or shrinks: live progress, plain lines elsewhere, a final table."""
+"""The display of a run that prunes or shrinks: live progress, plain lines elsewhere, a final table."""
 
 import math
 import time

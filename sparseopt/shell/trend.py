@@ -1,4 +1,4 @@
-"""Floor 8: the commands `sparseopt denoise` and `sparseopt trend`."""
+"""The commands `sparseopt denoise` and `sparseopt trend`."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 import sparseopt as so
-from sparseopt.core.penalty_names import BY_WEIGHT, penalty_of_weight
+from sparseopt.core.penalties.names import BY_WEIGHT, penalty_of_weight
 from sparseopt.shell import console
 from sparseopt.shell.options import ManyDevices, number_of_devices, numbers
 from sparseopt.trend.methods import AUTO, METHODS
@@ -50,7 +50,7 @@ def denoise(
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
     """Denoise an image or a volume by trend filtering on its grid; writes a before/after picture beside the output."""
-    from sparseopt.trend import files, volumes
+    from sparseopt.experiments.read import files, volumes
     from sparseopt.trend.images import before_and_after
     from sparseopt.trend.images import denoise as denoise_array
 
@@ -117,12 +117,12 @@ def trend(
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
 ) -> None:
     """Smooth a signal on a graph; files are CSV, Parquet or NPZ."""
-    from sparseopt.trend import files, node_tables
+    from sparseopt.experiments.read import files, node_tables, tables
 
     chosen = number_of_devices(devices)
     made = penalty_of_weight(penalty, weight)
     summary = Path(f"{output.with_suffix('')}-summary.json")
-    files.check_output(output, files.TABLE_KINDS, force)
+    files.check_output(output, tables.TABLE_KINDS, force)
     files.check_output(summary, None, force)
     if graph is not None and (times is not None or ends != "graph"):
         raise ValueError("--times and --ends belong to a series, given --graph too: leave out --graph, or both of them")

@@ -1,4 +1,4 @@
-"""Floor 8: the command `zero-shot`."""
+"""The command `zero-shot`."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
 from sparseopt.shell import console
 from sparseopt.shell.options import AsJson, FollowLinks, Source, takes_recipe
 

@@ -1,4 +1,4 @@
-"""Floor 0: files that a crash leaves whole."""
+"""Files that a crash leaves whole."""
 
 import contextlib
 import errno

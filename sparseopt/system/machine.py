@@ -1,4 +1,4 @@
-"""Floor 0: the machine: versions and devices for records, available and used memory, amounts of memory as text."""
+"""The machine: versions and devices for records, available and used memory, amounts of memory as text."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""Floor 0: several processes that run one program together, on one machine or on many, and end together.
+"""Several processes that run one program together, on one machine or on many, and end together.
 
 JAX joins them (`jax.distributed`) and exchanges their data. But if one process raises, the others wait forever, and if
 one is killed, each prints an error of its network library. So every process holds one connection to process 0, which

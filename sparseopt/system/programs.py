@@ -1,4 +1,4 @@
-"""Floor 0: compiled programs on disk, so that a second process need not compile them again.
+"""Compiled programs on disk, so that a second process need not compile them again.
 
 Only `keep_programs` changes settings of JAX, and only the `sparseopt` command calls it unasked.
 """

@@ -1,4 +1,4 @@
-"""Floor 0: the folder of a run, of pruning and of experiments alike; it is whole at every moment.
+"""The folder of a run, of pruning and of experiments alike; it is whole at every moment.
 
     run.lock        held by the process that writes; the system releases it when that process ends, however it ends
     run.json        the format, the fingerprint (all that decides the result) and facts about the start; written first

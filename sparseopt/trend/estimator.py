@@ -1,4 +1,4 @@
-"""Floor 5: the trend filter as a scikit-learn regressor and classifier, on a given graph or on nearest neighbours."""
+"""The trend filter as a scikit-learn regressor and classifier, on a given graph or on nearest neighbours."""
 
 import numbers
 from typing import Any
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import expit
 
-from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
+from sparseopt.core.losses.counts_and_labels import LogisticLoss, PoissonLoss, SquaredHingeLoss
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import checked_loss
 

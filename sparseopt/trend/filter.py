@@ -1,4 +1,4 @@
-"""Floor 5: `trend_filter`, from a signal on a graph to a fit with a certificate.
+"""`trend_filter`, from a signal on a graph to a fit with a certificate.
 
     minimise over b    1/2 sum_j w_j (y_j - b_j)²  +  penalty(Δ^(k+1) b)
 
@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.mesh import Devices, at_work, device_line
-from sparseopt.core.problem import Solution, Status
-from sparseopt.core.types import precision, wide_types
+from sparseopt.core.base.mesh import Devices, at_work, device_line
+from sparseopt.core.base.types import precision, wide_types
+from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import (
     SIGNLESS,

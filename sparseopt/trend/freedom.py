@@ -1,4 +1,4 @@
-"""Floor 5: the degrees of freedom of a trend-filter fit: the dimension of the signals with the same zero differences.
+"""The degrees of freedom of a trend-filter fit: the dimension of the signals with the same zero differences.
 
     df = dim { b : (Δ^(k+1) b)_r = 0 for every row r that is zero at the fit }
 
@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from scipy import sparse
 
-from sparseopt.core.arguments import real_array
-from sparseopt.core.grouping import edge_rows
-from sparseopt.core.penalties import Norm
+from sparseopt.core.base.arguments import real_array
+from sparseopt.core.operators.row_tables import edge_rows
+from sparseopt.core.penalties.protocols import Norm
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.signal import checked_graph, checked_order, graph_at

@@ -1,4 +1,4 @@
-"""Floor 5: graphs as the trend filter takes them, checked on the host before any work."""
+"""Graphs as the trend filter takes them, checked on the host before any work."""
 
 import dataclasses
 import functools
@@ -9,22 +9,23 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy import sparse
 
-from sparseopt.core.arguments import require_memory, unknown, whole_number
-from sparseopt.core.divided_differences import (
+from sparseopt.core.base.arguments import require_memory, unknown, whole_number
+from sparseopt.core.operators.differences import EdgeBase, GridBase, edge_base
+from sparseopt.core.operators.divided_differences import (
     AxisDifferences,
     DividedDifference,
     checked_times,
     divided_difference,
     polynomial_basis,
 )
-from sparseopt.core.edge_lists import (
+from sparseopt.core.operators.edge_lists import (
     checked_adjacency,
     checked_edges,
     checked_spacing,
     grid_shape,
     require_positive,
 )
-from sparseopt.core.grouping import (
+from sparseopt.core.operators.row_tables import (
     Sums,
     check_groups,
     colour_rows,
@@ -38,7 +39,6 @@ from sparseopt.core.grouping import (
     matrix_sums,
     require_matrix_memory,
 )
-from sparseopt.core.operators import EdgeBase, GridBase, edge_base
 
 T = TypeVar("T")
 ENDS = ("graph", "free")

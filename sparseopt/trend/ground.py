@@ -1,4 +1,4 @@
-"""Floor 5: the tables of a graph at some orders that do not depend on the method, and a signal prepared for them.
+"""The tables of a graph at some orders that do not depend on the method, and a signal prepared for them.
 
 The signal's mean is subtracted before a solve and added after it, so that differences keep their digits. The means of
 the components are the fit for large weights; with free ends it is the polynomial of least squares.
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.combined_penalties import stacked
-from sparseopt.core.fidelity import NodeSquares, total
-from sparseopt.core.group_penalties import GroupL2, SparseGroup
-from sparseopt.core.losses import HIGHEST
-from sparseopt.core.mesh import on_device
-from sparseopt.core.operators import Stack
-from sparseopt.core.solvers.node_solve import cosine_solve, free_solve
-from sparseopt.core.types import pytree, static
+from sparseopt.core.base.mesh import on_device
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.nodes import NodeSquares, total
+from sparseopt.core.losses.quadratic import HIGHEST
+from sparseopt.core.operators.maps import Stack
+from sparseopt.core.operators.normal_solves import cosine_solve, free_solve
+from sparseopt.core.penalties.groups import GroupL2, SparseGroup
+from sparseopt.core.penalties.sums import stacked
 from sparseopt.trend.layout import Layout
 
 Terms = dict[int, Any]

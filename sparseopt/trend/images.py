@@ -1,4 +1,4 @@
-"""Floor 5: denoise and complete an array of pixels or voxels; its type and range are kept."""
+"""Denoise and complete an array of pixels or voxels; its type and range are kept."""
 
 import dataclasses
 import pathlib
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.core.group_penalties import GroupL2
-from sparseopt.core.mesh import Devices
-from sparseopt.core.penalties import L1
+from sparseopt.core.base.mesh import Devices
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.path import trend_path

@@ -1,4 +1,4 @@
-"""Floor 5: the `Job`: the caller's arguments of the trend filter, checked on the host before any work."""
+"""The `Job`: the caller's arguments of the trend filter, checked on the host before any work."""
 
 import contextlib
 import dataclasses
@@ -10,15 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.arguments import is_positive, real_array, refuses_parameters, require_memory, unknown, whole_number
-from sparseopt.core.constraints import Box, Simplex
-from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss, SquaredHingeLoss
-from sparseopt.core.group_penalties import GroupL2, SparseGroup
-from sparseopt.core.patterns import RowTopK, TopK
-from sparseopt.core.penalties import L1, Composite
-from sparseopt.core.penalty_names import KNOWN, RISING
-from sparseopt.core.problem import Solution
-from sparseopt.core.scalar_losses import AbsoluteLoss, HuberLoss, LossOfTwoSlopes, ScalarLoss
+from sparseopt.core.base.arguments import (
+    is_positive,
+    real_array,
+    refuses_parameters,
+    require_memory,
+    unknown,
+    whole_number,
+)
+from sparseopt.core.losses.counts_and_labels import LogisticLoss, PoissonLoss, SquaredHingeLoss
+from sparseopt.core.losses.scalar import AbsoluteLoss, HuberLoss, LossOfTwoSlopes, ScalarLoss
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.groups import GroupL2, SparseGroup
+from sparseopt.core.penalties.names import KNOWN, RISING
+from sparseopt.core.penalties.patterns import RowTopK, TopK
+from sparseopt.core.penalties.protocols import Composite
+from sparseopt.core.penalties.sets import Box, Simplex
+from sparseopt.core.problem.problem import Solution
 from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Ground, Terms, couples_axes, ground_of, on_rows, strength

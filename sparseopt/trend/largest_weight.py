@@ -1,4 +1,4 @@
-"""Floor 5: the least weight of L1 at which a trend filter returns the component means, with a certificate.
+"""The least weight of L1 at which a trend filter returns the component means, with a certificate.
 
 With another loss these are the best constants c of the components. The constants are the fit if and only if some u in
 the dual ball has `Δ^(k+1)ᵀ u = -g`, g the gradient of the loss at c, or a subgradient. The least weight is in closed
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sparseopt.core.arguments import positive_number
-from sparseopt.core.grouping import difference_matrix, edge_rows
-from sparseopt.core.penalties import L1
+from sparseopt.core.base.arguments import positive_number
+from sparseopt.core.base.types import precision
+from sparseopt.core.operators.row_tables import difference_matrix, edge_rows
+from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.dual_program import is_available
-from sparseopt.core.types import precision
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import ground_of, inverse_laplacian

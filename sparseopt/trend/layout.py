@@ -1,4 +1,4 @@
-"""Floor 5: the layout of arrays on the nodes, edges and rows of a graph: on one device, or over several.
+"""The layout of arrays on the nodes, edges and rows of a graph: on one device, or over several.
 
 Over several devices a grid is cut into slabs along its longest axis, any other graph into parts of near nodes. In an
 iteration of Doge-ADMM only the products with Ψ and Ψᵀ, Ψ = Δ^(k+1), exchange data: once with the neighbours for each of
@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sparseopt.core.grouping import Sums, edge_grid, grid_edges
-from sparseopt.core.mesh import over, put, whole
-from sparseopt.core.operators import Difference, GridBase
-from sparseopt.core.parts import Cut, cut_graph, part_base
-from sparseopt.core.slabs import SlabBase
+from sparseopt.core.base.mesh import over, put, whole
+from sparseopt.core.operators.differences import Difference, GridBase
+from sparseopt.core.operators.parts import Cut, cut_graph, part_base
+from sparseopt.core.operators.row_tables import Sums, edge_grid, grid_edges
+from sparseopt.core.operators.slabs import SlabBase
 from sparseopt.trend.graph import Graph
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Floor 5: fits of order 0 with the mean of each piece at its nodes, and the early stops and short floats they allow.
+"""Fits of order 0 with the mean of each piece at its nodes, and the early stops and short floats they allow.
 
 large float64 signal -> a float32 solve to a loose gap -> means of its pieces -> judged in float64 -> on, if need be
 
@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.certify import promoted
-from sparseopt.core.fidelity import NodeLoss
-from sparseopt.core.penalties import L1, Norm
-from sparseopt.core.problem import Status
-from sparseopt.core.scalar_losses import ScalarLoss
+from sparseopt.core.losses.nodes import NodeLoss
+from sparseopt.core.losses.scalar import ScalarLoss
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.problem.certify import promoted
+from sparseopt.core.problem.problem import Status
 from sparseopt.trend.ground import Ground, data_of
 from sparseopt.trend.job import Job
 from sparseopt.trend.methods import DOGE

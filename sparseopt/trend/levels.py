@@ -1,4 +1,4 @@
-"""Floor 5: the fits of a path of weights, each started from the fits before it.
+"""The fits of a path of weights, each started from the fits before it.
 
 The first level is the one whose answer is known: the component means, or for a loss the best constants.
 """
@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.fidelity import total
-from sparseopt.core.penalties import L1, Norm
-from sparseopt.core.problem import Problem, Solution, Status
+from sparseopt.core.losses.nodes import total
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start, balanced_rho
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_pieces
 from sparseopt.trend.ground import Data, Ground, data_of

@@ -1,4 +1,4 @@
-"""Floor 5: the trend filter of counts, labels and signals with outliers, with the losses of `scalar_losses.py`.
+"""The trend filter of counts, labels and signals with outliers, with the losses of `scalar.py`.
 
     minimise over b    sum_j w_j f(b_j; y_j)  +  penalty(Δ^(k+1) b)
 
@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.certify import promoted, stationary
-from sparseopt.core.fidelity import NodeLoss
-from sparseopt.core.iterate import iterate
-from sparseopt.core.penalties import L1, Norm
-from sparseopt.core.problem import Problem, Solution, Status
-from sparseopt.core.scalar_losses import LossOfTwoSlopes, ScalarLoss
+from sparseopt.core.base.types import precision
+from sparseopt.core.losses.nodes import NodeLoss
+from sparseopt.core.losses.scalar import LossOfTwoSlopes, ScalarLoss
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.problem.certify import promoted, stationary
+from sparseopt.core.problem.iterate import iterate
+from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart, certificate
-from sparseopt.core.types import precision
 from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Ground, leaves_as, mean_weight, null_space_dual
 from sparseopt.trend.job import Job, vanishes
 from sparseopt.trend.methods import chosen

@@ -1,4 +1,4 @@
-"""Floor 5: the regularisation path of the trend filter, from the component means down to nearly the signal.
+"""The regularisation path of the trend filter, from the component means down to nearly the signal.
 
     minimise over b    sum_j w_j f(b_j; y_j)  +  penalty_weight(Δ^(k+1) b)        for weight_1 > weight_2 > ...
 
@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.core.arguments import is_positive, positive_number, real_array, require_memory, whole_number
-from sparseopt.core.group_penalties import GroupL2
-from sparseopt.core.penalties import L1, MCP, SCAD
-from sparseopt.core.problem import Solution, Status
-from sparseopt.core.scalar_losses import ScalarLoss
-from sparseopt.core.types import precision
+from sparseopt.core.base.arguments import is_positive, positive_number, real_array, require_memory, whole_number
+from sparseopt.core.base.types import precision
+from sparseopt.core.losses.scalar import ScalarLoss
+from sparseopt.core.penalties.entries import L1, MCP, SCAD
+from sparseopt.core.penalties.groups import GroupL2
+from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.freedom import MOST_RANKED, freedom_of_rows, is_countable
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import (

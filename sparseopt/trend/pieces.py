@@ -1,4 +1,4 @@
-"""Floor 5: the pieces of a fit: which differences are zero, the parts of the graph that they join, and knots.
+"""The pieces of a fit: which differences are zero, the parts of the graph that they join, and knots.
 
 A difference is zero at the fit where the penalty's prox makes it zero, for L1 where `|u| < weight`; see `nonzero_rows`
 in `freedom.py`. At order 0 the components of the edges with a zero difference are the pieces.
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from sparseopt.core.operators import Stack
-from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Solution
-from sparseopt.core.types import pytree, static
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.operators.maps import Stack
+from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.problem.problem import Solution
 from sparseopt.trend.freedom import nonzero_rows
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Ground, couples_axes, mean_weight

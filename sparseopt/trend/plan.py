@@ -1,4 +1,4 @@
-"""Floor 5: a `Plan`, the host work of a method on a graph, and the fit of a signal with it, one pure program.
+"""A `Plan`, the host work of a method on a graph, and the fit of a signal with it, one pure program.
 
     minimise over b    1/2 sum_j w_j (y_j - b_j)²  +  sum_k penalty_k(Δ^(k+1) b)
 
@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.certify import promoted, relative_gap, stationary
-from sparseopt.core.differentiate import Found, attached
-from sparseopt.core.fidelity import total
-from sparseopt.core.iterate import iterate
-from sparseopt.core.operators import Split, Stack
-from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Problem, Solution, Status
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.nodes import total
+from sparseopt.core.operators.maps import Split, Stack
+from sparseopt.core.operators.normal_solves import AxisTransform
+from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.problem.certify import promoted, relative_gap, stationary
+from sparseopt.core.problem.differentiate import Found, attached
+from sparseopt.core.problem.iterate import iterate
+from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Admm, Start, solve_mixed
-from sparseopt.core.solvers.node_solve import AxisTransform
-from sparseopt.core.types import pytree, static
 from sparseopt.trend.ground import Data, Ground, data_of, null_space_dual
 from sparseopt.trend.job import Job
 from sparseopt.trend.pieces import TrendSolution, nonzero_at

@@ -1,4 +1,4 @@
-"""Floor 5: with free ends, the polynomial of least loss and its proof, and on a chain L1 fits by linear programmes.
+"""With free ends, the polynomial of least loss and its proof, and on a chain L1 fits by linear programmes.
 
     minimise over c    sum_j w_j f((B c)_j; y_j)        with orthonormal polynomials in the columns of B
 
@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from sparseopt.core.scalar_losses import LossOfTwoSlopes, ScalarLoss
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
+from sparseopt.core.losses.scalar import LossOfTwoSlopes, ScalarLoss
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import leaves_as
 

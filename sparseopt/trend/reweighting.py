@@ -1,4 +1,4 @@
-"""Floor 5: concave penalties by a sequence of convex ones: large differences keep their size, every step is certified.
+"""Concave penalties by a sequence of convex ones: large differences keep their size, every step is certified.
 
     minimise over b    loss(b) + sum_r p(|(Δ^(k+1) b)_r|),        p rising and concave: MCP, SCAD, or your own
 
@@ -16,10 +16,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.arguments import positive_number, real_array, whole_number
-from sparseopt.core.penalties import L1
-from sparseopt.core.problem import Solution, Status
-from sparseopt.core.types import precision
+from sparseopt.core.base.arguments import positive_number, real_array, whole_number
+from sparseopt.core.base.types import precision
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import check_parameters

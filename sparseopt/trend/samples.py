@@ -1,4 +1,4 @@
-"""Floor 5: samples at nodes of a graph or at points: what the scikit-learn estimators of the trend filter share."""
+"""Samples at nodes of a graph or at points: what the scikit-learn estimators of the trend filter share."""
 
 import math
 import numbers
@@ -13,11 +13,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.validation import validate_data
 
-from sparseopt.core.arguments import real_array
-from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss
-from sparseopt.core.penalty_names import BY_WEIGHT
-from sparseopt.core.problem import Status
-from sparseopt.core.scalar_losses import ScalarLoss
+from sparseopt.core.base.arguments import real_array
+from sparseopt.core.losses.counts_and_labels import LogisticLoss, PoissonLoss
+from sparseopt.core.losses.scalar import ScalarLoss
+from sparseopt.core.penalties.names import BY_WEIGHT
+from sparseopt.core.problem.problem import Status
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.signal import require_not_negative

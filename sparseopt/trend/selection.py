@@ -1,4 +1,4 @@
-"""Floor 5: the choice of a level of a path, by criteria that count degrees of freedom, or by cross-validation.
+"""The choice of a level of a path, by criteria that count degrees of freedom, or by cross-validation.
 
 With DEV the deviance (for the square the weighted sum of squares), N the number of observed values and sigma the noise
 level:
@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.core.arguments import is_positive, unknown, whole_number
-from sparseopt.core.count_and_label_losses import LogisticLoss, PoissonLoss
-from sparseopt.core.penalties import L1
-from sparseopt.core.problem import Status
+from sparseopt.core.base.arguments import is_positive, unknown, whole_number
+from sparseopt.core.losses.counts_and_labels import LogisticLoss, PoissonLoss
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.problem.problem import Status
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.losses import node_deviances
 from sparseopt.trend.path import TrendPath, trend_path

@@ -1,4 +1,4 @@
-"""Floor 5: the caller's signal on a graph, checked on the host before any work, and its noise level."""
+"""The caller's signal on a graph, checked on the host before any work, and its noise level."""
 
 import dataclasses
 import math
@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.arguments import real_array, require_memory, whole_number
-from sparseopt.core.grouping import edge_rows
-from sparseopt.core.operators import Difference
-from sparseopt.core.solvers.node_solve import LONGEST_FREE_AXIS
-from sparseopt.core.types import precision
+from sparseopt.core.base.arguments import real_array, require_memory, whole_number
+from sparseopt.core.base.types import precision
+from sparseopt.core.operators.differences import Difference
+from sparseopt.core.operators.normal_solves import LONGEST_FREE_AXIS
+from sparseopt.core.operators.row_tables import edge_rows
 from sparseopt.trend.graph import Graph
 
 # What is said of values that are traced.

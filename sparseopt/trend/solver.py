@@ -1,4 +1,4 @@
-"""Floor 5: plan once, fit many: a solver for all signals on a graph, pure under jit, vmap and grad.
+"""Plan once, fit many: a solver for all signals on a graph, pure under jit, vmap and grad.
 
 All host work (tables, factors, the choice of a method) is done when the solver is made. A call is one compiled program;
 its derivatives in the signal, the penalty's weights and the node weights are implicit: no iteration is unrolled. For L1
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.arguments import whole_number
-from sparseopt.core.penalties import L1
-from sparseopt.core.problem import Solution
+from sparseopt.core.base.arguments import whole_number
+from sparseopt.core.base.types import precision, pytree, static, wide_types
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.problem.problem import Solution
 from sparseopt.core.solvers.admm import Start
-from sparseopt.core.types import precision, pytree, static, wide_types
 from sparseopt.trend.ground import on_rows
 from sparseopt.trend.job import Job, graph_for, require_penalty
 from sparseopt.trend.layout import Layout, layout_of

@@ -1,4 +1,4 @@
-"""Floor 5: total variation on a graph, and its higher orders, as a penalty of the core; its prox is a trend filter.
+"""Total variation on a graph, and its higher orders, as a penalty of the core; its prox is a trend filter.
 
     value(x) = sum_i w_i |(Δ^(k+1) x)_i|        isotropic: w sum_j ||(D x)_j||_2 over the differences of every node j
     prox(x, step) = argmin over u    1/2 ||u - x||² + step * value(u)
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.arguments import positive_number, whole_number
-from sparseopt.core.group_penalties import GroupL2
-from sparseopt.core.operators import Difference
-from sparseopt.core.penalties import L1
-from sparseopt.core.problem import Status
+from sparseopt.core.base.arguments import positive_number, whole_number
+from sparseopt.core.base.types import FloatArray, Scalar, pytree, static
+from sparseopt.core.operators.differences import Difference
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.groups import GroupL2
+from sparseopt.core.problem.problem import Status
 from sparseopt.core.solvers.admm import Start
-from sparseopt.core.types import FloatArray, Scalar, pytree, static
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import on_rows
 from sparseopt.trend.job import MOST_STEPS, check_parameters, require_penalty

@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from scipy.spatial import Delaunay
 
 import sparseopt as so
-from sparseopt.core.mesh import AXIS, at_work
+from sparseopt.core.base.mesh import AXIS, at_work
 from sparseopt.models import Block, find_family
 from sparseopt.models.decoder import Embedding, Head
 from sparseopt.models.settings import DecoderConfig

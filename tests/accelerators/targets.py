@@ -35,7 +35,7 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
-from sparseopt.core.mesh import AXIS, over  # noqa: E402
+from sparseopt.core.base.mesh import AXIS, over  # noqa: E402
 from tests.collectives import collectives, times  # noqa: E402
 
 # OpenXLA keeps such a description of each card under xla/backends/gpu/target_config/specs.

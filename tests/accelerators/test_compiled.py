@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from sparseopt.core.dense import HIGH_BY_TF32
-from sparseopt.core.mesh import AXIS
+from sparseopt.core.base.dense import HIGH_BY_TF32
+from sparseopt.core.base.mesh import AXIS
 from sparseopt.pruning.methods import find_method, method_cost
 from tests.accelerators.programs import config_of, linear_shapes, programs
 from tests.accelerators.targets import HOST, MESH, TARGETS, Place, facts, missing

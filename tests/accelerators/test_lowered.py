@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from sparseopt.core.types import ENABLE_X64
+from sparseopt.core.base.types import ENABLE_X64
 from tests.accelerators.programs import PATTERNS, programs
 from tests.accelerators.targets import TARGETS, Place, missing
 

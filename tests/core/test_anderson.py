@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.fidelity import NodeSquares
-from sparseopt.core.operators import Difference
-from sparseopt.core.problem import Problem
+from sparseopt.core.base.types import precision
+from sparseopt.core.losses.nodes import NodeSquares
+from sparseopt.core.operators.differences import Difference
+from sparseopt.core.operators.normal_solves import cosine_solve
+from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solve import solve
 from sparseopt.core.solvers.admm import Admm, Start, standard_split
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
-from sparseopt.core.solvers.node_solve import cosine_solve
-from sparseopt.core.types import precision
 from tests.tiers import often
 from tests.trend.problems import exact_fit, objective
 

@@ -11,10 +11,10 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 import sparseopt as so
-from sparseopt.core.certify import certificate
+from sparseopt.core.base.types import precision
+from sparseopt.core.problem.certify import certificate
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.splice import Splice
-from sparseopt.core.types import precision
 from tests.tiers import often
 
 ROWS, COLUMNS = 30, 12

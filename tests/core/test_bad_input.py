@@ -12,7 +12,7 @@ from scipy import sparse
 from scipy.sparse.linalg import aslinearoperator
 
 import sparseopt as so
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
 from tests.core.test_any_problem import (
     ABSOLUTE,
     ADMM,

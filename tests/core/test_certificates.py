@@ -13,8 +13,8 @@ import pytest
 from scipy import sparse
 
 import sparseopt as so
-from sparseopt.core.operators import Difference, GridBase
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
+from sparseopt.core.operators.differences import Difference, GridBase
 from tests.core import conic
 from tests.core.conic import Conic
 from tests.tiers import often

@@ -7,10 +7,10 @@ import pytest
 from scipy.optimize import brentq
 
 import sparseopt as so
-from sparseopt.core.combined_penalties import stacked
-from sparseopt.core.group_penalties import threshold_singular_values
-from sparseopt.core.penalties import Norm
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
+from sparseopt.core.penalties.groups import threshold_singular_values
+from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.penalties.sums import stacked
 from tests.core.test_penalties import LABELS, SHAPE
 from tests.jitted import Jitted
 

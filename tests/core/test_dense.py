@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseopt.core.dense import WHOLE, spd_inverse, spd_inverse_factor
-from sparseopt.core.types import ENABLE_X64
+from sparseopt.core.base.dense import WHOLE, spd_inverse, spd_inverse_factor
+from sparseopt.core.base.types import ENABLE_X64
 from tests.tiers import often
 
 SIZES = [1, 17, 100, 129, WHOLE, WHOLE + 1, 576]

@@ -17,13 +17,14 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 import sparseopt as so
-from sparseopt.core.fidelity import NodeLoss, NodeSquares
-from sparseopt.core.operators import Difference, GridBase, Split, edge_base
+from sparseopt.core.base.types import precision
+from sparseopt.core.losses.nodes import NodeLoss, NodeSquares
+from sparseopt.core.operators.differences import Difference, GridBase, edge_base
+from sparseopt.core.operators.maps import Split
+from sparseopt.core.operators.normal_solves import ConjugateGradient, cosine_solve
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart
-from sparseopt.core.solvers.node_solve import ConjugateGradient, cosine_solve
-from sparseopt.core.types import precision
 from tests.tiers import often
 
 ROWS, COLUMNS, CHANNELS = 24, 10, 4

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.fidelity import NodeSquares, total
-from sparseopt.core.grouping import row_table
-from sparseopt.core.operators import Difference, GridBase
-from sparseopt.core.problem import Problem
+from sparseopt.core.base.types import precision
+from sparseopt.core.losses.nodes import NodeSquares, total
+from sparseopt.core.operators.differences import Difference, GridBase
+from sparseopt.core.operators.normal_solves import ConjugateGradient, Diagonal, cosine_solve
+from sparseopt.core.operators.row_tables import row_table
+from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table, doge_split
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_lasso
-from sparseopt.core.solvers.node_solve import ConjugateGradient, Diagonal, cosine_solve
-from sparseopt.core.types import precision
 from sparseopt.trend.layout import layout_of
 from tests.jitted import Jitted
 from tests.tiers import often

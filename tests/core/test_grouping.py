@@ -6,7 +6,8 @@ import pytest
 from scipy import sparse
 
 import sparseopt as so
-from sparseopt.core.grouping import (
+from sparseopt.core.operators.differences import Difference
+from sparseopt.core.operators.row_tables import (
     check_groups,
     colour_rows,
     difference_matrix,
@@ -18,7 +19,6 @@ from sparseopt.core.grouping import (
     matrix_sums,
     table_shape,
 )
-from sparseopt.core.operators import Difference
 from sparseopt.core.solvers.doge import doge_groups_table
 from sparseopt.trend.layout import layout_of
 from tests.trend.problems import GRAPHS, random_graph

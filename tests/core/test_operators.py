@@ -3,10 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseopt.core.fidelity import total
-from sparseopt.core.grouping import edge_grid
-from sparseopt.core.operators import Difference, GridBase, Stack, edge_base
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
+from sparseopt.core.losses.nodes import total
+from sparseopt.core.operators.differences import Difference, GridBase, edge_base
+from sparseopt.core.operators.maps import Stack
+from sparseopt.core.operators.row_tables import edge_grid
 from tests.jitted import Jitted
 from tests.trend.problems import GRAPHS
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.iterate import iterate
-from sparseopt.core.padding import COARSE, FINE, padded_problem, rounded_up
+from sparseopt.core.problem.iterate import iterate
+from sparseopt.core.problem.padding import COARSE, FINE, padded_problem, rounded_up
 
 
 def draw(rows, columns, seed=0):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.combined_penalties import stacked
-from sparseopt.core.grouping import row_table
-from sparseopt.core.patterns import Within
-from sparseopt.core.penalties import Norm
+from sparseopt.core.operators.row_tables import row_table
+from sparseopt.core.penalties.patterns import Within
+from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.penalties.sums import stacked
 from tests.jitted import Jitted
 
 SHAPE = (8, 6)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import sparseopt as so
-from sparseopt.core.grouping import RowTable
+from sparseopt.core.operators.row_tables import RowTable
 from tests.jitted import Jitted
 
 WEIGHT = 0.1

@@ -8,10 +8,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import wrightomega
 
 import sparseopt as so
-from sparseopt.core.count_and_label_losses import wright_omega
-from sparseopt.core.fidelity import NodeLoss
-from sparseopt.core.scalar_losses import ScalarLoss, weighted_quantiles
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
+from sparseopt.core.losses.counts_and_labels import wright_omega
+from sparseopt.core.losses.nodes import NodeLoss
+from sparseopt.core.losses.scalar import ScalarLoss, weighted_quantiles
 from tests.jitted import Jitted
 
 DOUBLE = np.dtype(np.float64)

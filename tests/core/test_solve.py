@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.operators import Difference, GridBase, Split
+from sparseopt.core.base.types import precision
+from sparseopt.core.operators.differences import Difference, GridBase
+from sparseopt.core.operators.maps import Split
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.splice import Splice
-from sparseopt.core.types import precision
 from tests.core.test_solvers import make_problem
 
 

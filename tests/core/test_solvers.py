@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.losses import largest_eigenvalue_bound
+from sparseopt.core.losses.quadratic import largest_eigenvalue_bound
 from tests.tiers import often
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.fidelity import NodeLoss, NodeSquares
+from sparseopt.core.base.types import precision
+from sparseopt.core.losses.nodes import NodeLoss, NodeSquares
 from sparseopt.core.solvers.admm import Admm, Start, solve_mixed
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm, solve_rising
 from sparseopt.core.solvers.splice import Splice
-from sparseopt.core.types import precision
 from sparseopt.trend.job import Job
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.methods import METHODS

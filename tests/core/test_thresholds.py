@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sparseopt.core import thresholds
-from sparseopt.core.thresholds import hard_threshold, n_of_m_mask, soft_threshold
+from sparseopt.core.base import thresholds
+from sparseopt.core.base.thresholds import hard_threshold, n_of_m_mask, soft_threshold
 
 # Compiled once for every size: what is tested is one program for every count.
 kth_largest, top_k_mask = jax.jit(thresholds.kth_largest), jax.jit(thresholds.top_k_mask)

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import sparseopt as so
-from sparseopt.core.types import pytree, static
+from sparseopt.core.base.types import pytree, static
 from sparseopt.pruning.methods import Magnitude, Wanda
 
 

@@ -107,7 +107,7 @@ def test_which_paths_a_permission_covers():
 
 def test_classes_of_ours_always_go_by_their_path_and_nothing_else_of_ours_does():
     assert find_class("sparseopt.L1", {}, "penalty") is so.L1
-    assert find_class("sparseopt.core.penalties.L1", {}, "penalty") is so.L1
+    assert find_class("sparseopt.core.penalties.entries.L1", {}, "penalty") is so.L1
     for path in ("sparseopt.system.files.Path", "sparseopt.pruning.prune_model", "sparseopt.experiments.runs.execute"):
         with pytest.raises(ValueError, match="is no class of sparseopt"):
             find_class(path, {}, "penalty")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparseopt.core.iterate import iterate
-from sparseopt.core.penalties import L1
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.problem.iterate import iterate
 from sparseopt.experiments.config import load_config
 from sparseopt.experiments.report import gather, write_report
 from sparseopt.experiments.runs import check_all, plan, run_all

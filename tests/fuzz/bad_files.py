@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from sparseopt.experiments.read.images import read_image
+from sparseopt.experiments.read.node_tables import read_edges, read_signal
 from sparseopt.pruning.documents import load_text
-from sparseopt.trend.files import read_image
-from sparseopt.trend.node_tables import read_edges, read_signal
 from tests.fuzz.making import Make, write
 
 # Pictures ---------------------------------------------------------------------------------------------------------

@@ -16,14 +16,15 @@ import yaml
 
 import sparseopt as so
 from sparseopt.experiments.config import ConfigError, load_config
+from sparseopt.experiments.read.files import FileError
+from sparseopt.experiments.read.images import read_image
+from sparseopt.experiments.read.node_tables import read_edges, read_signal
 from sparseopt.models import ModelError, load_tokenizer, open_model, open_source
 from sparseopt.models.export import ShardedWriter
 from sparseopt.models.gguf_file import read_header as read_gguf_header
 from sparseopt.models.gguf_tokenizer import build_tokenizer, tokenizer_config
 from sparseopt.models.packed import read_packed_header
 from sparseopt.models.safetensors_file import read_header, read_metadata
-from sparseopt.trend.files import FileError, read_image
-from sparseopt.trend.node_tables import read_edges, read_signal
 from tests.fuzz.choices import Choices, chance, json_bytes, mutated_bytes, mutated_json, pick
 from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
 from tests.models.tiny_gguf import CONFIGS, byte_level_metadata, sentencepiece_metadata, tensors_of, write_architecture
@@ -242,7 +243,11 @@ SEED_CONFIGS = (
     },
     {"name": "a", "task": "graph_signal", "graph": {"name": "minnesota"}, "paper": {"source": "x", "differs": ["y"]}},
     {"name": "a", "task": "tests.fuzz.canary.Canary", "method": {"name": "tests.fuzz.canary.Canary", "weight": 1}},
-    {"name": "a", "task": "descent", "penalty": {"name": "sparseopt.core.penalties.MCP", "weight": 1, "gamma": 2}},
+    {
+        "name": "a",
+        "task": "descent",
+        "penalty": {"name": "sparseopt.core.penalties.entries.MCP", "weight": 1, "gamma": 2},
+    },
     {"name": "a", "task": "groups", "sweep": {"list": [{"penalty": {"name": "l0", "weight": w}} for w in (1, 2)]}},
 )
 YAML_PIECES = (
@@ -311,7 +316,7 @@ def run_table(given: tuple[str, bytes]) -> None:
 def seed_images() -> tuple[bytes, ...]:
     from PIL import Image
 
-    from sparseopt.trend.files import write_image
+    from sparseopt.experiments.read.images import write_image
 
     rng, found = np.random.default_rng(4), []
     with folder_of({}) as folder:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from sparseopt.experiments.config import ConfigError, load_config
+from sparseopt.experiments.read.files import FileError
+from sparseopt.experiments.read.images import read_image
+from sparseopt.experiments.read.node_tables import read_signal
 from sparseopt.models import ModelError, load_tokenizer, open_model, open_source
 from sparseopt.models.gguf_tokenizer import build_tokenizer
 from sparseopt.models.safetensors_file import read_header
-from sparseopt.trend.files import FileError, read_image
-from sparseopt.trend.node_tables import read_signal
 from tests.fuzz.targets import FAMILY_CONFIGS, seed_folders, seed_tokenizer, with_header
 from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
 from tests.models.tiny_gguf import byte_level_metadata
@@ -151,8 +152,8 @@ def test_pictures(tmp_path, content):
 
 DAMAGE = """
 import io, sys, pathlib, numpy, pyarrow, pyarrow.parquet
-from sparseopt.trend.files import FileError
-from sparseopt.trend.node_tables import read_signal
+from sparseopt.experiments.read.files import FileError
+from sparseopt.experiments.read.node_tables import read_signal
 stream, file, refused = io.BytesIO(), pathlib.Path(sys.argv[1]), 0
 pyarrow.parquet.write_table(pyarrow.table({"u": [0, 1], "v": [1, 2]}), stream)
 whole = stream.getvalue()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sparseopt.core.mesh import on_device, unfilled
+from sparseopt.core.base.mesh import on_device, unfilled
 from sparseopt.models import ModelError, ShardedWriter, open_model, open_source, safetensors_file
 from sparseopt.models.safetensors_file import read_header, write_tensors
 from tests.models.tiny import random_tensors, tiny_config, write_folder

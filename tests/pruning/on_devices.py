@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.constraints import Support
-from sparseopt.core.losses import Quadratic
-from sparseopt.core.mesh import device_line, over, put, whole
-from sparseopt.core.patterns import NM, RowTopK, TopK
-from sparseopt.core.penalties import L0
-from sparseopt.core.problem import Problem
+from sparseopt.core.base.mesh import device_line, over, put, whole
+from sparseopt.core.base.thresholds import kth_largest, top_k_mask
+from sparseopt.core.losses.quadratic import Quadratic
+from sparseopt.core.penalties.entries import L0
+from sparseopt.core.penalties.patterns import NM, RowTopK, TopK
+from sparseopt.core.penalties.sets import Support
+from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solve import solve
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm
 from sparseopt.core.solvers.refit import Refit
-from sparseopt.core.thresholds import kth_largest, top_k_mask
 from sparseopt.models import open_model
 from sparseopt.pruning import LayerJob, Recipe, Stopped, blocked, find_method, prune_model, side_by_side
 from sparseopt.pruning.activations import Batches, SpreadBatches

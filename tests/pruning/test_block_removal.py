@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from sparseopt.core.mesh import AXIS
+from sparseopt.core.base.mesh import AXIS
 from sparseopt.models import open_model
 from sparseopt.pruning import block_removal, perplexity
 from sparseopt.pruning.activations import Batches, DiskBatches, SpreadBatches

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from sparseopt.core.types import pytree, static
+from sparseopt.core.base.types import pytree, static
 from sparseopt.models import ModelError, TorchModel, open_model
 from sparseopt.pruning import Recipe, run_folder
 from sparseopt.pruning.methods import MaihtPruning, SplicePruning, Wanda
@@ -68,7 +68,7 @@ def test_a_method_by_name_has_no_arrays_and_a_random_key_is_one():
 
 
 SOURCE = """
-from sparseopt.core.types import pytree, static
+from sparseopt.core.base.types import pytree, static
 from typing import Any
 
 def scored(x):

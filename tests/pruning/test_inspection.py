@@ -197,7 +197,7 @@ def test_every_method_has_a_cost(method: str, preset: str | None) -> None:
 
 
 def test_a_method_of_ones_own_has_memory_and_no_time(tmp_path: Path, rng: np.random.Generator) -> None:
-    from sparseopt.core.types import pytree
+    from sparseopt.core.base.types import pytree
     from sparseopt.pruning import Magnitude
 
     @pytree

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.types import ENABLE_X64
+from sparseopt.core.base.types import ENABLE_X64
 from sparseopt.pruning import (
     METHODS,
     AdmmPruning,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseopt.core.patterns import NM
+from sparseopt.core.penalties.patterns import NM
 from sparseopt.models import block_moves, load_decoder, open_model
 from sparseopt.pruning import Recipe, prune_model, prune_models
 from sparseopt.pruning.permutation import best_order, block_orders

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.dense import activations_in, precision_on
-from sparseopt.core.types import ENABLE_X64
+from sparseopt.core.base.dense import activations_in, precision_on
+from sparseopt.core.base.types import ENABLE_X64
 from sparseopt.models import Block, TorchModel, open_model, open_source
 from sparseopt.pruning import Recipe, pipeline, prune_model, prune_models
 from sparseopt.pruning.calibration import BlockRunner, gather_grams

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparseopt.core.patterns import TopK
+from sparseopt.core.penalties.patterns import TopK
 from sparseopt.pruning import find_method
 from sparseopt.pruning.compiled import Timed
 from sparseopt.pruning.layer import LayerJob

@@ -249,7 +249,7 @@ def test_version_and_help_need_no_heavy_import():
 
 @pytest.fixture
 def grey(tmp_path):
-    from sparseopt.trend.files import write_image
+    from sparseopt.experiments.read.images import write_image
 
     clean = np.where(np.arange(32) < 16, 60, 190) * np.ones((24, 1))
     noisy = np.clip(clean + np.random.default_rng(0).normal(0, 15, clean.shape), 0, 255).astype(np.uint8)
@@ -258,7 +258,7 @@ def grey(tmp_path):
 
 
 def test_denoise_writes_image_picture_and_summary(tmp_path, grey, command):
-    from sparseopt.trend.files import read_image
+    from sparseopt.experiments.read.images import read_image
 
     out_file = tmp_path / "calm.png"
     status, out, err = command("denoise", tmp_path / "noisy.png", "--weight", 20, "--output", out_file)

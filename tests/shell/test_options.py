@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.penalty_names import BY_WEIGHT, PENALTIES
+from sparseopt.core.penalties.names import BY_WEIGHT, PENALTIES
 from sparseopt.experiments.config import ConfigError, expand
 from sparseopt.experiments.task import find_task
 from sparseopt.pruning import METHODS, Recipe, ShrinkRecipe

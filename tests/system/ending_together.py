@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.mesh import device_line, over, put, whole
+from sparseopt.core.base.mesh import device_line, over, put, whole
 from sparseopt.system import processes
 
 how, who = sys.argv[1], int(sys.argv[2])

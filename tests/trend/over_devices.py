@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparseopt as so
-from sparseopt.core.iterate import _iterate
-from sparseopt.core.mesh import at_work, device_line, whole
-from sparseopt.core.problem import Problem
-from sparseopt.core.slabs import SlabBase
+from sparseopt.core.base.mesh import at_work, device_line, whole
+from sparseopt.core.operators.slabs import SlabBase
+from sparseopt.core.problem.iterate import _iterate
+from sparseopt.core.problem.problem import Problem
 from sparseopt.trend.filter import checked_job
 from sparseopt.trend.ground import data_of
 from sparseopt.trend.layout import layout_of

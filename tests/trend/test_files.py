@@ -6,15 +6,11 @@ import pyarrow.parquet
 import pytest
 import tifffile
 
-from sparseopt.trend.files import (
-    FileError,
-    check_output,
-    read_image,
-    read_table,
-    write_image,
-)
-from sparseopt.trend.node_tables import NodeTable, read_edges, read_signal, write_fit
-from sparseopt.trend.volumes import Scan, check_format, write_scan
+from sparseopt.experiments.read.files import FileError, check_output
+from sparseopt.experiments.read.images import read_image, write_image
+from sparseopt.experiments.read.node_tables import NodeTable, read_edges, read_signal, write_fit
+from sparseopt.experiments.read.tables import read_table
+from sparseopt.experiments.read.volumes import Scan, check_format, write_scan
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])

@@ -9,7 +9,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 import sparseopt as so
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
 from sparseopt.trend.filter import chosen_method
 from sparseopt.trend.job import LOSSES
 from sparseopt.trend.layout import layout_of

@@ -323,7 +323,7 @@ BAD_INPUTS += [(kind, *case) for kind, cases in OTHERS.items() for case in cases
     ("call", "fragment"), [case[2:] for case in BAD_INPUTS], ids=[f"{case[0]}, {case[1]}" for case in BAD_INPUTS]
 )
 def test_bad_input_ends_in_an_error_that_says_what_was_given(call, fragment, monkeypatch):
-    monkeypatch.setattr("sparseopt.core.iterate._iterate", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr("sparseopt.core.problem.iterate._iterate", lambda *_, **__: pytest.fail("work began"))
     pattern = fragment if any(sign in fragment for sign in ("\\", ".*")) else None
     with pytest.raises((ValueError, TypeError), match=pattern) as caught:
         call()

@@ -287,7 +287,7 @@ def test_solutions_without_a_dual_are_starts_too(rng):
 
 
 def test_a_signal_that_a_device_cannot_hold_is_refused_before_any_work(monkeypatch):
-    monkeypatch.setattr("sparseopt.core.arguments.device_memory_left", lambda: 2**20)
+    monkeypatch.setattr("sparseopt.core.base.arguments.device_memory_left", lambda: 2**20)
     signal, graph = np.zeros(2**20), so.Graph.chain(2**20)
     for fit in (lambda: so.trend_filter(signal, graph, so.L1(1.0)), lambda: so.trend_path(signal, graph)):
         with pytest.raises(

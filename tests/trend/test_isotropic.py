@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 
 import sparseopt as so
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
 from sparseopt.trend.layout import layout_of
 from tests.core import conic
 from tests.tiers import often

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core import arguments, grouping
+from sparseopt.core.base import arguments
+from sparseopt.core.operators import row_tables as grouping
 from sparseopt.trend import signal
 from tests.tiers import often
 from tests.trend.problems import random_graph, two_parts

@@ -7,7 +7,7 @@ import pytest
 from scipy import optimize, sparse
 
 import sparseopt as so
-from sparseopt.core.solvers.node_solve import free_solve
+from sparseopt.core.operators.normal_solves import free_solve
 from sparseopt.trend.filter import chosen_method
 from sparseopt.trend.images import denoise
 from sparseopt.trend.layout import layout_of

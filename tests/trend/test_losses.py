@@ -10,8 +10,8 @@ from scipy.optimize import linprog, minimize
 from scipy.special import xlogy
 
 import sparseopt as so
-from sparseopt.core import iterate as iterate_module
-from sparseopt.core.scalar_losses import HuberLoss
+from sparseopt.core.losses.scalar import HuberLoss
+from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, two_parts

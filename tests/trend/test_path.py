@@ -6,8 +6,8 @@ import pytest
 from scipy.optimize import linprog
 
 import sparseopt as so
+from sparseopt.core.base.types import precision
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.core.types import precision
 from sparseopt.trend.job import LOSSES
 from sparseopt.trend.largest_weight import largest_weight
 from sparseopt.trend.levels import descend

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
 from sparseopt.trend.filter import checked_job
 from sparseopt.trend.levelling import levelled_fit
 from sparseopt.trend.methods import chosen

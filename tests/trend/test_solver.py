@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.problem import Status
+from sparseopt.core.base.types import precision
+from sparseopt.core.problem.problem import Status
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.core.types import precision
 from sparseopt.trend import plan as plan_module
 from sparseopt.trend.methods import AUTO, METHODS
 from tests.tiers import often

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
 from sparseopt.trend import levelling
 from sparseopt.trend.layout import layout_of
 from tests.tiers import often

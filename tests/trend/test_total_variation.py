@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import sparseopt as so
-from sparseopt.core.types import precision
+from sparseopt.core.base.types import precision
 from sparseopt.trend.total_variation import Rows
 from tests.tiers import often
 from tests.trend.problems import random_graph

@@ -8,9 +8,9 @@ import pytest
 from scipy.optimize import isotonic_regression
 
 import sparseopt as so
-from sparseopt.core import iterate as iterate_module
+from sparseopt.core.base.types import precision
+from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.core.types import precision
 from sparseopt.trend import plan as plan_module
 from sparseopt.trend.filter import chosen_method
 from tests.tiers import often

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from sparseopt.trend.files import FileError, write_image
-from sparseopt.trend.volumes import Scan, check_format, read_known, read_scan, write_scan
+from sparseopt.experiments.read.files import FileError
+from sparseopt.experiments.read.images import write_image
+from sparseopt.experiments.read.volumes import Scan, check_format, read_known, read_scan, write_scan
 
 nibabel = pytest.importorskip("nibabel", reason='NIfTI needs nibabel: pip install "sparseopt[volumes]"')
 tifffile = pytest.importorskip("tifffile", reason='TIFF stacks need tifffile: pip install "sparseopt[images]"')

@@ -1,1 +1,1 @@
-"""Floor 4: one algorithm a file. Each file holds a state and a solver for `sparseopt.core.iterate.iterate`."""
+"""One algorithm a file. Each file holds a state and a solver for `sparseopt.core.problem.iterate.iterate`."""

@@ -1,4 +1,4 @@
-"""Floor 4: the monotone accelerated proximal gradient method, with backtracking and restarts.
+"""The monotone accelerated proximal gradient method, with backtracking and restarts.
 
     minimise over x    F(x) = loss(x) + penalty(x)
 
@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import certificate, composite_gap, has_conjugate, proximal_gap
-from sparseopt.core.losses import PlainLoss, is_indefinite, is_smooth, with_image
-from sparseopt.core.matrix_losses import MatrixLoss
-from sparseopt.core.penalties import Composite, cold_memory, prox_from
-from sparseopt.core.problem import Measure, PlainSolver, Problem, Progress, needs
-from sparseopt.core.types import pytree, static
-from sparseopt.core.units import Units, units_of
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.data import MatrixLoss
+from sparseopt.core.losses.quadratic import PlainLoss, is_indefinite, is_smooth, with_image
+from sparseopt.core.penalties.protocols import Composite, cold_memory, prox_from
+from sparseopt.core.problem.certify import certificate, composite_gap, has_conjugate, proximal_gap
+from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, needs
+from sparseopt.core.problem.units import Units, units_of
 
 # The factors of L where its quadratic model fails, and after every iteration.
 GROWTH, SHRINKAGE = 1.5, 0.97

@@ -1,4 +1,4 @@
-"""Floor 4: the split ADMM of a fidelity and a penalty of a product of two linear maps.
+"""The split ADMM of a fidelity and a penalty of a product of two linear maps.
 
     minimise over x    loss(x) + penalty(Ψ Δ x),        loss(x) = 1/2 sum_j w_j (x_j - y_j)²
 
@@ -28,14 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.certify import relative_gap
-from sparseopt.core.fidelity import total
-from sparseopt.core.iterate import iterate
-from sparseopt.core.operators import Split
-from sparseopt.core.penalties import Norm, dual_step
-from sparseopt.core.problem import Measure, PlainSolver, Problem, Progress, Solution, Status, needs
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.nodes import total
+from sparseopt.core.operators.maps import Split
+from sparseopt.core.penalties.protocols import Norm, dual_step
+from sparseopt.core.problem.certify import relative_gap
+from sparseopt.core.problem.iterate import iterate
+from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, Solution, Status, needs
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
-from sparseopt.core.types import pytree, static
 
 # The best rho lies near this multiple of rms(dual) / rms(y - x): measured on grids, chains and road graphs.
 BALANCE = 3.0

@@ -1,4 +1,4 @@
-"""Floor 4: mAIHT, monotone accelerated iterative hard thresholding.
+"""mAIHT, monotone accelerated iterative hard thresholding.
 
     minimise over x    F(x) = 1/2 <x - c, H (x - c)> + penalty(x)
 
@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.losses import safe_step
-from sparseopt.core.problem import PlainSolver, Problem, needs
-from sparseopt.core.thresholds import count_nonzero, support_change
-from sparseopt.core.types import pytree, static
+from sparseopt.core.base.thresholds import count_nonzero, support_change
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.quadratic import safe_step
+from sparseopt.core.problem.problem import PlainSolver, Problem, needs
 
 
 @pytree

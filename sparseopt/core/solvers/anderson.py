@@ -1,4 +1,4 @@
-"""Floor 4: Anderson acceleration of a fixed-point iteration `point <- T(point)`, with a safeguard.
+"""Anderson acceleration of a fixed-point iteration `point <- T(point)`, with a safeguard.
 
 With residuals `f_k = T(p_k) - p_k` and the differences `dF_j`, `dT_j` of the last residuals and images:
 
@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.dense import HIGHEST
-from sparseopt.core.types import FloatArray, pytree
+from sparseopt.core.base.dense import HIGHEST
+from sparseopt.core.base.types import FloatArray, pytree
 
 # A residual that grew by this factor shows that the extrapolation failed.
 GROWTH = 2.0

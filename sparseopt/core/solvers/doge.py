@@ -1,9 +1,9 @@
-"""Floor 4: Doge-ADMM, the split ADMM whose penalty step is closed form row by row, in parallel.
+"""Doge-ADMM, the split ADMM whose penalty step is closed form row by row, in parallel.
 
     minimise over x    1/2 sum_j w_j (x_j - y_j)²  +  penalty(Ψ Δ x)
 
-The rows of Ψ are put into groups that share no column (`grouping.py`), so every row is a separate problem. Group i gets
-a copy `alpha_i` of the columns and a scaled dual `theta_i`. With z = Δ x, C the number of groups and relaxation r:
+The rows of Ψ are put into groups that share no column (`row_tables.py`), so every row is a separate problem. Group i
+gets a copy `alpha_i` of the columns and a scaled dual `theta_i`. With z = Δ x, C the number of groups, relaxation r:
 
     alpha_i <- argmin 1/2 ||alpha_i - (z - theta_i)||² + penalty(Ψ_i alpha_i) / rho        # lift(penalty, groups)
     x       <- (W + rho C ΔᵀΔ)^-1 ( W y + rho Δᵀ sum_i (theta_i + r alpha_i + (1 - r) z) )
@@ -33,13 +33,14 @@ import numpy as np
 from jaxtyping import Array
 from scipy import sparse
 
-from sparseopt.core.combined_penalties import by_group, lift
-from sparseopt.core.grouping import RowTable, Sums, edge_places, row_table
-from sparseopt.core.operators import Difference, GridBase, Split
-from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Problem
+from sparseopt.core.base.types import pytree
+from sparseopt.core.operators.differences import Difference, GridBase
+from sparseopt.core.operators.maps import Split
+from sparseopt.core.operators.row_tables import RowTable, Sums, edge_places, row_table
+from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.penalties.sums import by_group, lift
+from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.admm import Admm, AdmmState, Moving, Start
-from sparseopt.core.types import pytree
 
 
 def doge_split(outer: Difference, inner: Difference, sums: Sums, dtype: Any, groups: int | None = None) -> Split:
@@ -85,11 +86,11 @@ class DogeGroups(Admm):
     acceleration. `table` has the rows of Ψ by groups. A start with a dual g has `theta_i = -Ψ_iᵀ g_i / rho`.
 
     Example:
-        >>> from sparseopt.core.fidelity import NodeSquares
-        >>> from sparseopt.core.operators import Difference, GridBase
+        >>> from sparseopt.core.losses.nodes import NodeSquares
+        >>> from sparseopt.core.operators.differences import Difference, GridBase
         >>> from sparseopt.core.solvers.admm import Start
         >>> from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table, doge_split
-        >>> from sparseopt.core.solvers.node_solve import Diagonal
+        >>> from sparseopt.core.operators.normal_solves import Diagonal
         >>> chain, base = so.Graph.chain(4), GridBase((4,))
         >>> split = doge_split(Difference(base, 1), Difference(base, 0), chain.sums(1), np.float32, groups=2)
         >>> table = doge_groups_table(split.outer, chain.matrix(1), chain.groups(1), np.float32)

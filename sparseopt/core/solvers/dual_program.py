@@ -1,4 +1,4 @@
-"""Floor 4: L1 of a product of sparse matrices, by an interior point method on the dual, on the host.
+"""L1 of a product of sparse matrices, by an interior point method on the dual, on the host.
 
     minimise over x    1/2 sum_j w_j (x_j - y_j)²  +  sum_r c_r |(Δ x)_r|,        Δ = F_1 ... F_m
 

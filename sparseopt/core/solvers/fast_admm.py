@@ -1,4 +1,4 @@
-"""Floor 4: the exact fused lasso on a chain, the penalty step in the ADMM of Ramdas and Tibshirani.
+"""The exact fused lasso on a chain, the penalty step in the ADMM of Ramdas and Tibshirani.
 
 Their ADMM splits Δ^(k) off and keeps the last difference E, D (k even) or Dᵀ (k odd), in the penalty `weight ||E z||_1`
 of z = Δ^(k) x: it is `Admm` with Ψ = I and the penalty `ChainTotalVariation`, whose prox is exact in O(n).
@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.fidelity import total
-from sparseopt.core.operators import Difference, piece_means
-from sparseopt.core.thresholds import largest_ratio
-from sparseopt.core.types import FloatArray, pytree
+from sparseopt.core.base.thresholds import largest_ratio
+from sparseopt.core.base.types import FloatArray, pytree
+from sparseopt.core.losses.nodes import total
+from sparseopt.core.operators.components import piece_means
+from sparseopt.core.operators.differences import Difference
 
 # Replaces a row in place under XLA; `.at[row].set` is a scatter, which copies the table on a CPU.
 _replaced = partial(jax.lax.dynamic_update_index_in_dim, axis=0)

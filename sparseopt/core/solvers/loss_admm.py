@@ -1,4 +1,4 @@
-"""Floor 4: the split ADMM for any convex loss of the nodes, with a second copy of x.
+"""The split ADMM for any convex loss of the nodes, with a second copy of x.
 
     minimise over x    loss(x) + penalty(Ψ Δ x),        loss(x) = sum_j w_j f(x_j; y_j)
 
@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import relative_gap
-from sparseopt.core.fidelity import NodeSquares, total
-from sparseopt.core.penalties import Norm, dual_step
-from sparseopt.core.problem import Measure, Problem, Progress
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.nodes import NodeSquares, total
+from sparseopt.core.penalties.protocols import Norm, dual_step
+from sparseopt.core.problem.certify import relative_gap
+from sparseopt.core.problem.problem import Measure, Problem, Progress
 from sparseopt.core.solvers.admm import (
     BALANCE,
     FIRST_CHANGE,
@@ -43,7 +44,6 @@ from sparseopt.core.solvers.admm import (
     rms,
     scheduled,
 )
-from sparseopt.core.types import pytree, static
 
 MOST_CHANGES = 9
 # The iteration restarts at this fraction of the gap at the last restart, or this fraction of all steps after it.

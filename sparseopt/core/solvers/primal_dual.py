@@ -1,4 +1,4 @@
-"""Floor 4: the primal-dual hybrid gradient method with adaptive steps, and its exact form, the split ADMM.
+"""The primal-dual hybrid gradient method with adaptive steps, and its exact form, the split ADMM.
 
     minimise over x    f(A x) + penalty(K x)
 
@@ -35,17 +35,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.certify import ROUNDING, certificate, has_conjugate
-from sparseopt.core.dense import product, spd_inverse
-from sparseopt.core.fidelity import total
-from sparseopt.core.losses import Quadratic, is_smooth
-from sparseopt.core.matrices import norm_estimate
-from sparseopt.core.matrix_losses import MatrixLoss, as_least_squares
-from sparseopt.core.operators import or_identity
-from sparseopt.core.penalties import Norm, dual_step
-from sparseopt.core.problem import Measure, Problem, Progress, needs
-from sparseopt.core.types import pytree, static
-from sparseopt.core.units import Units, scales_of, units_of
+from sparseopt.core.base.dense import product, spd_inverse
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.data import MatrixLoss, as_least_squares
+from sparseopt.core.losses.nodes import total
+from sparseopt.core.losses.quadratic import Quadratic, is_smooth
+from sparseopt.core.operators.maps import or_identity
+from sparseopt.core.operators.matrices import norm_estimate
+from sparseopt.core.penalties.protocols import Norm, dual_step
+from sparseopt.core.problem.certify import ROUNDING, certificate, has_conjugate
+from sparseopt.core.problem.problem import Measure, Problem, Progress, needs
+from sparseopt.core.problem.units import Units, scales_of, units_of
 
 # The square of the step is this fraction of what the norm allows, since the norm is estimated from below.
 MARGIN = 0.95

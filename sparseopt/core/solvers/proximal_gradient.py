@@ -1,4 +1,4 @@
-"""Floor 4: the plain proximal gradient step, `x <- prox(x - step * gradient(x))`.
+"""The plain proximal gradient step, `x <- prox(x - step * gradient(x))`.
 
 With L0 it is iterative hard thresholding (Blumensath and Davies, 2008), with L1 ISTA, with `Support` the
 projected gradient refit of the mAIHT paper.
@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.losses import safe_step
-from sparseopt.core.penalties import cold_memory, prox_from
-from sparseopt.core.problem import PlainSolver, Problem, needs
-from sparseopt.core.types import pytree, static
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.quadratic import safe_step
+from sparseopt.core.penalties.protocols import cold_memory, prox_from
+from sparseopt.core.problem.problem import PlainSolver, Problem, needs
 
 
 @pytree

@@ -1,4 +1,4 @@
-"""Floor 4: ADMM for a dense quadratic loss and any penalty with a prox, at one rho or a rising one.
+"""ADMM for a dense quadratic loss and any penalty with a prox, at one rho or a rising one.
 
     minimise over x    1/2 <x - c, H (x - c)> + penalty(x)
 
@@ -20,12 +20,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.dense import product, spd_inverse
-from sparseopt.core.iterate import iterate
-from sparseopt.core.problem import PlainSolver, Problem, Solution, needs
+from sparseopt.core.base.dense import product, spd_inverse
+from sparseopt.core.base.thresholds import support_change
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.problem.iterate import iterate
+from sparseopt.core.problem.problem import PlainSolver, Problem, Solution, needs
 from sparseopt.core.solvers.admm import Start
-from sparseopt.core.thresholds import support_change
-from sparseopt.core.types import pytree, static
 
 
 @pytree

@@ -1,4 +1,4 @@
-"""Floor 4: conjugate gradients on a fixed support.
+"""Conjugate gradients on a fixed support.
 
     minimise over x    1/2 <x - c, H (x - c)>    subject to x = 0 off the mask of `Support(mask)`
 
@@ -12,10 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.constraints import Support
-from sparseopt.core.dense import HIGHEST
-from sparseopt.core.problem import Measure, PlainSolver, Problem, needs
-from sparseopt.core.types import pytree
+from sparseopt.core.base.dense import HIGHEST
+from sparseopt.core.base.types import pytree
+from sparseopt.core.penalties.sets import Support
+from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, needs
 
 
 @pytree

@@ -1,4 +1,4 @@
-"""Floor 4: splicing, the exchange of kept entries for pruned ones where the loss predicts a gain.
+"""Splicing, the exchange of kept entries for pruned ones where the loss predicts a gain.
 
     minimise over x    1/2 <x - c, H (x - c)>    subject to x in a sparse set with a mask (TopK, NM, ...)
 
@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.constraints import Support
-from sparseopt.core.dense import spd_inverse
-from sparseopt.core.problem import Measure, PlainSolver, Problem, needs
+from sparseopt.core.base.dense import spd_inverse
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.penalties.sets import Support
+from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, needs
 from sparseopt.core.solvers.refit import Refit
-from sparseopt.core.types import pytree, static
 
 # Damping of the gains after a rejected step.
 DAMPING = 0.7

@@ -1,1 +1,1 @@
-"""Floor 7: what reproduces the figures of the Doge-ADMM and mAIHT papers: their rival methods, settings and tasks."""
+"""What reproduces the figures of the Doge-ADMM and mAIHT papers: their rival methods, settings and tasks."""

@@ -1,4 +1,4 @@
-"""Floor 7: the methods that Doge-ADMM is compared with, all on the core's one ADMM.
+"""The methods that Doge-ADMM is compared with, all on the core's one ADMM.
 
     minimise over b    1/2 ||y - b||²  +  weight ||Δ^(k+1) b||_1
 
@@ -29,15 +29,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.fidelity import NodeSquares, total
-from sparseopt.core.operators import Difference, Split
-from sparseopt.core.penalties import L1
-from sparseopt.core.problem import Measure, Problem, Solution
+from sparseopt.core.base.types import precision, pytree, static
+from sparseopt.core.losses.nodes import NodeSquares, total
+from sparseopt.core.operators.differences import Difference
+from sparseopt.core.operators.maps import Split
+from sparseopt.core.operators.normal_solves import Diagonal
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.problem.problem import Measure, Problem, Solution
 from sparseopt.core.solve import solve
 from sparseopt.core.solvers.admm import Admm, AdmmState, Moving, Start, standard_split
 from sparseopt.core.solvers.doge import doge_split
-from sparseopt.core.solvers.node_solve import Diagonal
-from sparseopt.core.types import precision, pytree, static
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import leaves_as

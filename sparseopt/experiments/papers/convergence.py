@@ -1,4 +1,4 @@
-"""Floor 7: the task `convergence`: how far above the optimum each method is, after steps and after seconds.
+"""The task `convergence`: how far above the optimum each method is, after steps and after seconds.
 
     loss of a step = (P(b_t) - P*) / P*,    P* from a solve with a relative duality gap of 1e-9 in float64
 
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from sparseopt.core.penalties import Norm
-from sparseopt.core.problem import Problem
+from sparseopt.core.base.types import Observer, precision
+from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solve import solve
-from sparseopt.core.types import Observer, precision
 from sparseopt.experiments import plots
 from sparseopt.experiments.papers.baselines import CADENCE, DOUBLE, Method, NestedAdmm, Settings, assemble, method_label
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Strict, grouped

@@ -1,4 +1,4 @@
-"""Floor 7: the task `descent`: the objective of one layer against iterations, for solvers side by side.
+"""The task `descent`: the objective of one layer against iterations, for solvers side by side.
 
 The objective is `1/2 ||X (V - W)ᵀ||² + ridge + level`, with the level fixed, so that the monotone descent can be seen.
 """
@@ -16,9 +16,9 @@ import numpy as np
 from pydantic import Field
 
 import sparseopt as so
-from sparseopt.core.losses import safe_step
-from sparseopt.core.thresholds import kth_largest
-from sparseopt.core.types import Observer
+from sparseopt.core.base.thresholds import kth_largest
+from sparseopt.core.base.types import Observer
+from sparseopt.core.losses.quadratic import safe_step
 from sparseopt.experiments import plots
 from sparseopt.experiments.names import PenaltyConfig, SolverConfig, suggest
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task

@@ -1,4 +1,4 @@
-"""Floor 7: the task `groups`: the groups of rows that Doge-ADMM treats in parallel on a grid, counted and drawn.
+"""The task `groups`: the groups of rows that Doge-ADMM treats in parallel on a grid, counted and drawn.
 
 Source: Bu, Wu, Zuo, "Doge-ADMM", section 2.3 and figures 2 to 4.
 """
@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from sparseopt.core.grouping import check_groups
-from sparseopt.core.types import Observer
+from sparseopt.core.base.types import Observer
+from sparseopt.core.operators.row_tables import check_groups
 from sparseopt.experiments import plots
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task
 from sparseopt.trend.graph import Graph

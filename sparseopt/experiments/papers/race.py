@@ -1,4 +1,4 @@
-"""Floor 7: the task `race`: the time that the methods of the Doge-ADMM paper take on one picture.
+"""The task `race`: the time that the methods of the Doge-ADMM paper take on one picture.
 
 Source of the comparison: Bu, Wu, Zuo, "Doge-ADMM", section 3.1 and table 1.
 """
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from sparseopt.core.problem import Solution
+from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.papers.baselines import METHOD_NAMES, Method, Settings, Stop, algorithm_of, fit, method_label
 from sparseopt.experiments.task import FinishedRun, Record, grouped

@@ -1,4 +1,4 @@
-"""Floor 7: pictures (extra `[plot]`).
+"""Pictures (extra `[plot]`).
 
 Every function draws on the matplotlib axes that it is given, or on those of a new figure, and returns them. What cannot
 be drawn is a ValueError that says what was given. matplotlib is imported when something is drawn, and nothing here

@@ -1,11 +1,11 @@
-"""Floor 7: lines: any curves, histories of solves, and paths over the penalty weight with the level chosen."""
+"""Lines: any curves, histories of solves, and paths over the penalty weight with the level chosen."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from sparseopt.core.problem import Solution
+from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments.plots import style
 from sparseopt.trend.path import TrendPath
 from sparseopt.trend.selection import CrossValidation, Selection

@@ -1,4 +1,4 @@
-"""Floor 7: pictures of pruning: errors by layer, perplexity and time by sparsity, perplexity by size."""
+"""Pictures of pruning: errors by layer, perplexity and time by sparsity, perplexity by size."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Floor 7: signals on images, chains, graphs, regions and streets of a map; and the groups of Doge-ADMM."""
+"""Signals on images, chains, graphs, regions and streets of a map; and the groups of Doge-ADMM."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Floor 7: what all pictures share: colours and line styles, checks of what is drawn, helpers for axes."""
+"""What all pictures share: colours and line styles, checks of what is drawn, helpers for axes."""
 
 import textwrap
 from collections.abc import Collection

@@ -1,12 +1,12 @@
-"""Floor 6: the pruning methods by name. A method is called with a layer and a pattern: `method(layer, pattern)`."""
+"""The pruning methods by name. A method is called with a layer and a pattern: `method(layer, pattern)`."""
 
 import dataclasses
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from sparseopt.core.arguments import unknown
-from sparseopt.core.penalties import Penalty
+from sparseopt.core.base.arguments import unknown
+from sparseopt.core.penalties.protocols import Penalty
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.methods.admm import AdmmPruning
 from sparseopt.pruning.methods.maiht import MaihtPruning

@@ -1,12 +1,12 @@
-"""Floor 6: ADMM with a rising rho as a pruning method."""
+"""ADMM with a rising rho as a pruning method."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
-from sparseopt.core.problem import Problem
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.quadratic_admm import solve_rising
-from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import Pruned, ScaledLayer, refitted
 from sparseopt.pruning.patterns import Pattern
 

@@ -1,4 +1,4 @@
-"""Floor 6: mAIHT as a pruning method; the defaults are the settings of the paper."""
+"""mAIHT as a pruning method; the defaults are the settings of the paper."""
 
 import dataclasses
 from typing import Any, Literal
@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sparseopt.core.constraints import Support
-from sparseopt.core.iterate import iterate
-from sparseopt.core.losses import safe_step
-from sparseopt.core.patterns import TopK, without_support
-from sparseopt.core.penalties import L0
-from sparseopt.core.problem import Problem
+from sparseopt.core.base.thresholds import among, count_nonzero, kth_largest, top_k_mask
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.losses.quadratic import safe_step
+from sparseopt.core.penalties.entries import L0
+from sparseopt.core.penalties.patterns import TopK, without_support
+from sparseopt.core.penalties.sets import Support
+from sparseopt.core.problem.iterate import iterate
+from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.proximal_gradient import ProximalGradient
-from sparseopt.core.thresholds import among, count_nonzero, kth_largest, top_k_mask
-from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import Pruned, ScaledLayer, refitted
 from sparseopt.pruning.patterns import Pattern
 

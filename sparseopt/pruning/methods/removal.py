@@ -1,4 +1,4 @@
-"""Floor 6: greedy removal of whole groups of inputs, with exact updates of the weights that stay."""
+"""Greedy removal of whole groups of inputs, with exact updates of the weights that stay."""
 
 from typing import Any, NamedTuple
 
@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparseopt.core.dense import HIGHEST, product, spd_inverse
-from sparseopt.core.patterns import GroupTopK, Within
-from sparseopt.core.problem import Status
-from sparseopt.core.types import pytree, static
+from sparseopt.core.base.dense import HIGHEST, product, spd_inverse
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.penalties.patterns import GroupTopK, Within
+from sparseopt.core.problem.problem import Status
 from sparseopt.pruning.layer import Pruned, ScaledLayer
 from sparseopt.pruning.patterns import Pattern, group_size
 

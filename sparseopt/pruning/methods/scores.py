@@ -1,14 +1,14 @@
-"""Floor 6: methods that rank the weights by a score and keep the dense values, and what they share with SparseGPT."""
+"""Methods that rank the weights by a score and keep the dense values, and what they share with SparseGPT."""
 
 import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sparseopt.core.patterns import GroupTopK, RowTopK, TopK, without_support
-from sparseopt.core.problem import Status
-from sparseopt.core.thresholds import among, count_nonzero, top_k_mask
-from sparseopt.core.types import pytree
+from sparseopt.core.base.thresholds import among, count_nonzero, top_k_mask
+from sparseopt.core.base.types import pytree
+from sparseopt.core.penalties.patterns import GroupTopK, RowTopK, TopK, without_support
+from sparseopt.core.problem.problem import Status
 from sparseopt.pruning.layer import Pruned, ScaledLayer
 from sparseopt.pruning.patterns import Pattern
 

@@ -1,4 +1,4 @@
-"""Floor 6: SparseGPT, one pass over the inputs with exact compensation, for comparison."""
+"""SparseGPT, one pass over the inputs with exact compensation, for comparison."""
 
 import dataclasses
 from functools import partial
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparseopt.core.dense import product, spd_inverse_factor
-from sparseopt.core.patterns import NM, RowTopK, TopK, Within, without_support
-from sparseopt.core.problem import Status
-from sparseopt.core.types import pytree, static
+from sparseopt.core.base.dense import product, spd_inverse_factor
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.penalties.patterns import NM, RowTopK, TopK, Within, without_support
+from sparseopt.core.problem.problem import Status
 from sparseopt.pruning.layer import Pruned, ScaledLayer
 from sparseopt.pruning.patterns import Pattern
 

@@ -1,13 +1,13 @@
-"""Floor 6: splicing as a pruning method, from any other method's support."""
+"""Splicing as a pruning method, from any other method's support."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
-from sparseopt.core.iterate import iterate
-from sparseopt.core.problem import Problem, Status
+from sparseopt.core.base.types import pytree, static
+from sparseopt.core.problem.iterate import iterate
+from sparseopt.core.problem.problem import Problem, Status
 from sparseopt.core.solvers.splice import Splice
-from sparseopt.core.types import pytree, static
 from sparseopt.pruning.layer import Pruned, ScaledLayer, refitted
 from sparseopt.pruning.methods.scores import Wanda
 from sparseopt.pruning.patterns import Pattern

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sparseopt.core.arguments import unknown
-from sparseopt.core.penalties import Norm
+from sparseopt.core.base.arguments import unknown
+from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.solvers.dual_program import is_available
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import Job, vanishes

@@ -1,4 +1,4 @@
-"""Floor 5: the standard ADMM of the trend filter, whose x-step solves over the whole graph.
+"""The standard ADMM of the trend filter, whose x-step solves over the whole graph.
 
 The solve is exact and cheap by transforms on grids without node weights and by bands on chains with free ends, and uses
 conjugate gradients elsewhere. It pays where conditioning decides: where smoothing is strong, and from order 3 on.
@@ -10,10 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt.core.mesh import on_device
-from sparseopt.core.operators import Identity, Split, Stack
+from sparseopt.core.base.mesh import on_device
+from sparseopt.core.operators.maps import Identity, Split, Stack
+from sparseopt.core.operators.normal_solves import ConjugateGradient, banded_solve, free_solve
 from sparseopt.core.solvers.admm import standard_split
-from sparseopt.core.solvers.node_solve import ConjugateGradient, banded_solve, free_solve
 from sparseopt.trend.job import Job
 from sparseopt.trend.plan import Plan
 

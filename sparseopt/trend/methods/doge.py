@@ -1,4 +1,4 @@
-"""Floor 5: Doge-ADMM in its fused form, the method for every graph, penalty and loss.
+"""Doge-ADMM in its fused form, the method for every graph, penalty and loss.
 
 A step costs two sparse products, at most a tenth of a cosine transform. It is the fastest method at order 0 on every
 graph but a chain, and at orders 1 and 2 unless smoothing is strong.
@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparseopt.core.mesh import on_device
-from sparseopt.core.operators import Difference, Split
+from sparseopt.core.base.mesh import on_device
+from sparseopt.core.operators.differences import Difference
+from sparseopt.core.operators.maps import Split
+from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.solvers.doge import doge_split
-from sparseopt.core.solvers.node_solve import Diagonal
 from sparseopt.trend.job import Job
 from sparseopt.trend.methods.admm import node_solve, refusal
 from sparseopt.trend.plan import Plan

@@ -1,4 +1,4 @@
-"""Floor 5: Doge-ADMM as the paper stores it: a copy of the signal and a dual for every group of rows.
+"""Doge-ADMM as the paper stores it: a copy of the signal and a dual for every group of rows.
 
 It has the iterates of `doge.py` with the paper's metric, at the cost of its copies: for studying the method, for
 comparisons, for trying another prox of a group. For fits use "doge".
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.core.arguments import require_memory
-from sparseopt.core.grouping import table_shape
-from sparseopt.core.mesh import on_device
+from sparseopt.core.base.arguments import require_memory
+from sparseopt.core.base.mesh import on_device
+from sparseopt.core.base.types import pytree
+from sparseopt.core.operators.normal_solves import Diagonal
+from sparseopt.core.operators.row_tables import table_shape
 from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table
-from sparseopt.core.solvers.node_solve import Diagonal
-from sparseopt.core.types import pytree
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import couples_axes
 from sparseopt.trend.job import Job

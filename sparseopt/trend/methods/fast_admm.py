@@ -1,4 +1,4 @@
-"""Floor 5: the ADMM of Ramdas and Tibshirani on chains: the last difference stays in the penalty, whose prox is exact.
+"""The ADMM of Ramdas and Tibshirani on chains: the last difference stays in the penalty, whose prox is exact.
 
 At order 0 that prox is the fit; at higher orders it saves steps where smoothing is strong. With free ends and any times
 the other factor of `D^(k+1)`, `diag(k / (t_(i+k) - t_i)) D^(k)`, makes the x-step a banded system.
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.divided_differences import divided_difference
-from sparseopt.core.mesh import on_device
-from sparseopt.core.operators import Difference, GridBase, padded
-from sparseopt.core.penalties import L1
+from sparseopt.core.base.mesh import on_device
+from sparseopt.core.base.types import pytree
+from sparseopt.core.operators.differences import Difference, GridBase, padded
+from sparseopt.core.operators.divided_differences import divided_difference
+from sparseopt.core.operators.normal_solves import Diagonal, banded_solve
+from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.admm import Start, standard_split
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation
-from sparseopt.core.solvers.node_solve import Diagonal, banded_solve
-from sparseopt.core.types import pytree
 from sparseopt.trend.ground import Data
 from sparseopt.trend.job import Job
 from sparseopt.trend.methods.admm import CADENCE, in_unit, node_solve, refusal

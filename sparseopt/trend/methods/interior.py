@@ -1,4 +1,4 @@
-"""Floor 5: the L1 trend filter by an interior point method, for graphs with small separators, such as roads and maps.
+"""The L1 trend filter by an interior point method, for graphs with small separators, such as roads and maps.
 
 Each of its ten to twenty steps factorises a sparse matrix, so it does not suffer from the conditioning of Δ, which
 makes first-order methods slow at orders >= 1. The fill is small on planar and other narrow graphs but huge on dense
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from sparseopt.core.divided_differences import divided_difference
-from sparseopt.core.grouping import difference_matrix, edge_rows
-from sparseopt.core.penalties import L1
-from sparseopt.core.problem import Solution, Status
+from sparseopt.core.operators.divided_differences import divided_difference
+from sparseopt.core.operators.row_tables import difference_matrix, edge_rows
+from sparseopt.core.penalties.entries import L1
+from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.core.solvers.dual_program import MOST_STEPS, DualProgram, is_available
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Data, Ground, data_of, on_rows

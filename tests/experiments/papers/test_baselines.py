@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.core.base.types import precision
 from sparseopt.core.solve import solve
-from sparseopt.core.types import precision
 from sparseopt.experiments.papers.baselines import Method, algorithm_of, assemble, fit
 from tests.tiers import often
 

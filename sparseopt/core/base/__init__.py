@@ -1,0 +1,1 @@
+"""What everything stands on: pytrees and types, checks of arguments, thresholds, dense products, a line of devices."""

@@ -1,0 +1,125 @@
+"""Checks of single arguments. An error names the argument, what it should be, and what was given."""
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparseopt.system.machine import available_memory_bytes, device_memory_left, format_bytes
+
+# A need below this does not ask the machine.
+ALWAYS_FREE = 2**26
+
+
+def whole_number(name: str, given: Any, least: int, most: int | None = None, meaning: str = "") -> int:
+    """`given`, also a float, as an int if it is a whole number in `[least, most]`; else a ValueError with `meaning`."""
+    value = _plain(given)
+    whole = isinstance(value, numbers.Real) and math.isfinite(value) and value == math.floor(value)
+    if not (whole and least <= value and (most is None or value <= most)):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is a whole number {limits}{meaning and f' ({meaning})'}, given {given!r}")
+    return int(value)
+
+
+def is_positive(given: Any) -> bool:
+    """Whether `given` is a finite real number above 0."""
+    value = _plain(given)
+    return isinstance(value, numbers.Real) and math.isfinite(value) and float(value) > 0
+
+
+def positive_number(name: str, given: Any) -> float:
+    """`given` as a float if it is positive and finite; else a ValueError."""
+    if not is_positive(given):
+        raise ValueError(f"{name} must be positive and finite, given {given!r}")
+    return float(_plain(given))
+
+
+def _plain(given: Any) -> Any:
+    """A zero-dimensional array as its number; anything else unchanged."""
+    return given.item() if getattr(given, "shape", None) == () else given
+
+
+def real_array(name: str, given: Any) -> np.ndarray:
+    """`given` as an array of real numbers, masked entries as NaN; a ValueError for ragged rows and other dtypes."""
+    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given) and given.dtype.kind in "biuf":
+        wide: Any = given.astype(given.dtype if given.dtype.kind == "f" else np.float64)
+        given = wide.filled(np.nan)
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is not an array of real numbers: {error}") from error
+    # An empty list has no numbers of a wrong kind. bfloat16 is not one of NumPy's own kinds.
+    if array.size and array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        advice = "; if it holds numbers, convert it by .astype(float)" if array.dtype.kind in "OUS" else ""
+        raise ValueError(f"{name} must hold real numbers, given dtype {array.dtype}{advice}")
+    return array
+
+
+def refuses_leaves(name: str, given: Any) -> str | None:
+    """Why a pytree cannot be computed with: it is none, or a leaf holds no real numbers. Tracers are not checked."""
+    for leaf in jax.tree.leaves(given):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex | str):
+            what = f"the class {leaf.__name__}" if isinstance(leaf, type) else f"an object of {type(leaf).__name__}"
+            return f"the {name} must be a pytree of numbers, given {what}: decorate a class of your own with @so.pytree"
+        kind = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if jax.numpy.issubdtype(kind, np.complexfloating):
+            return f"the {name} must hold real numbers, given {kind}: stack the real and the imaginary parts"
+        if isinstance(kind, np.dtype) and kind.kind in "OUSMm":
+            what = repr(leaf) if isinstance(leaf, str) else f"an array of dtype {kind}"
+            return f"the {name} must hold numbers, given {what}: convert it to floats"
+    return None
+
+
+def require_memory(needed: int, what: str, advice: str, on_device: int = 0) -> None:
+    """Raise a ValueError unless `needed` bytes, a lower bound on the need of `what`, are free; `advice` ends it.
+
+    `on_device` is what it takes at least of the first device's memory, which counts where JAX knows it.
+    """
+    if needed > ALWAYS_FREE and needed > (free := available_memory_bytes()):
+        raise ValueError(f"{what} takes at least {format_bytes(needed)}, and {format_bytes(free)} are free: {advice}")
+    if on_device > ALWAYS_FREE and (left := device_memory_left()) is not None and on_device > left:
+        raise ValueError(
+            f"{what} takes at least {format_bytes(on_device)} of the device, and {format_bytes(left)} are free there: "
+            f"{advice}, more devices, or the CPU (JAX_PLATFORMS=cpu)"
+        )
+
+
+def unknown(kind: str, given: Any, known: Iterable[str]) -> str:
+    """The sentence for a name that is not known: it lists those that are, and the nearest."""
+    names = list(known)
+    near = difflib.get_close_matches(given, names, n=1) if isinstance(given, str) else []
+    return f"unknown {kind} {given!r}; known are {', '.join(names)}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+# Parameters of the package's penalties that must not be below, or must be above, a number.
+_LEAST = {"weight": 0, "group_weight": 0, "ridge": 0}
+_ABOVE = {"gamma": 0, "eps": 0, "radius": 0, "a": 2}
+
+
+def refuses_parameters(penalty: Any) -> str | None:
+    """Why a penalty of the package means nothing with its parameters, as far as these are known outside jit."""
+    known = dict(_known_numbers(penalty))
+    for name, least in _LEAST.items():
+        if name in known and (smallest := np.min(known[name], initial=least)) < least:
+            return f"the penalty's {name} must not be negative, given {smallest}"
+    for name, bound in _ABOVE.items():
+        if name in known and not np.all(np.isnan(known[name]) | (known[name] > bound)):
+            return f"the {name} of {type(penalty).__name__} must be above {bound}, given {np.min(known[name])}"
+    if {"low", "high"} <= known.keys() and np.any(known["low"] > known["high"]):
+        return f"the bounds of {type(penalty).__name__} must be low <= high, given {penalty}"
+    return None
+
+
+def _known_numbers(penalty: Any) -> Iterator[tuple[str, np.ndarray]]:
+    for name in (*_LEAST, *_ABOVE, "low", "high"):
+        value = getattr(penalty, name, None)
+        known = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+        if known and not isinstance(value, jax.core.Tracer):
+            # By NumPy: under jit, JAX would trace even what is known.
+            number = np.asarray(value)
+            if jax.numpy.issubdtype(number.dtype, jax.numpy.number):
+                yield name, number.astype(np.float64)

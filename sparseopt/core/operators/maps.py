@@ -1,0 +1,109 @@
+"""Linear maps that know `mv` and `rmv`: the protocol, the identity, stacks, and the split map of an ADMM.
+
+All arrays may carry trailing channel axes; the shapes that maps name, such as `in_shape`, leave them out.
+"""
+
+import itertools
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+
+from sparseopt.core.base.types import FloatArray, pytree, static
+
+
+@runtime_checkable
+class LinearMap(Protocol):
+    """A linear map between arrays of two shapes, and its transpose."""
+
+    def mv(self, x: FloatArray) -> FloatArray:
+        """The image of x."""
+
+    def rmv(self, e: FloatArray) -> FloatArray:
+        """The image of e under the transpose: `<e, A x> = <Aᵀ e, x>`."""
+
+
+@pytree
+class Stack:
+    """Several differences of one signal, stacked: `[rows]`, the rows of each flattened.
+
+    Example:
+        >>> from sparseopt.core.operators.differences import Difference, GridBase
+        >>> from sparseopt.core.operators.maps import Stack
+        >>> chain = GridBase((3,))
+        >>> both = Stack((Difference(chain, 0), Difference(chain, 2)))
+        >>> both.mv(jnp.array([0.0, 1.0, 4.0]))  # the signal, then its Laplacian
+        Array([ 0.,  1.,  4., -1., -2.,  3.], dtype=float32)
+    """
+
+    maps: tuple[Any, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(part.out_shape) for part in self.maps)
+
+    @property
+    def order(self) -> int:
+        """The highest, but at least 1: 0 would mean that rows are laid out like nodes."""
+        return max(1, *(part.order for part in self.maps))
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.maps[0].in_shape
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (sum(self.sizes),)
+
+    def mv(self, x: FloatArray) -> FloatArray:
+        channels = x.shape[len(self.in_shape) :]
+        return jnp.concatenate([part.mv(x).reshape(-1, *channels) for part in self.maps])
+
+    def rmv(self, e: FloatArray) -> FloatArray:
+        places = list(itertools.accumulate(self.sizes))[:-1]
+        parts = zip(self.maps, jnp.split(e, places), strict=True)
+        images = [part.rmv(rows.reshape(*part.out_shape, *e.shape[1:])) for part, rows in parts]
+        return sum(images[1:], images[0])
+
+
+@pytree
+class Identity:
+    """The identity on `[size]`."""
+
+    size: int = static()
+    order = 0
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (self.size,)
+
+    def mv(self, x: FloatArray) -> FloatArray:
+        return x
+
+    def rmv(self, e: FloatArray) -> FloatArray:
+        return e
+
+
+def or_identity(given: Any, x: FloatArray) -> Any:
+    """A linear map of arrays like x, for which None is the identity."""
+    return Identity(x.shape[0]) if given is None else given
+
+
+@pytree
+class Split:
+    """The map `outer inner` of a split penalty, with the diagonal metrics that make its dual step safe."""
+
+    outer: Any  # Ψ, acting on `z = inner x`
+    inner: Any  # Δ
+    row_scale: Any  # `S_r`, one per row of Ψ, or a scalar for all
+    column_scale: Any  # `C_j`, one per column of Ψ, or a scalar for all, with `Ψᵀ S^-1 Ψ <= C`
+
+    def mv(self, x: FloatArray) -> FloatArray:
+        return self.outer.mv(self.inner.mv(x))
+
+    def rmv(self, e: FloatArray) -> FloatArray:
+        return self.inner.rmv(self.outer.rmv(e))
+
+    def row_shape(self, x: FloatArray) -> tuple[int, ...]:
+        """The shape of `mv(x)`, channels included."""
+        return (*self.outer.out_shape, *x.shape[len(self.inner.in_shape) :])

@@ -1,0 +1,154 @@
+"""D of any graph that is cut into parts, one part per device.
+
+An edge belongs to the first of the parts of its ends. If its other end lies in another part, the edge reads it from a
+ghost, a copy that its owner sends: D needs the values of the ghosts, and Dᵀ sends back their sums. Everything that goes
+from part p + s to part p, for all p at once, is one message.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from sparseopt.core.base.mesh import AXIS, over, put
+from sparseopt.core.base.types import FloatArray, pytree, static
+from sparseopt.core.operators.differences import EdgeBase
+from sparseopt.core.operators.row_tables import places_within
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A graph cut into parts, as host tables."""
+
+    parts: int  # the number of parts
+    nodes: np.ndarray  # the place of every node, `[n]`, in arrays of `parts * part_nodes`
+    edges: np.ndarray  # the place of every edge, `[m]`, in arrays of `parts * part_edges`
+    part_nodes: int  # the largest number of nodes of a part
+    part_edges: int  # the largest number of edges of a part
+    tails: np.ndarray  # int32 `[parts * part_edges]`, within the part, ghosts after the nodes; padding is loops
+    heads: np.ndarray  # the same for the other ends
+    shifts: tuple[int, ...]  # s of every message
+    pairs: tuple[tuple[tuple[int, int], ...], ...]  # for every message, which parts send to which
+    # For every message, int32 `[parts * width]`, the nodes that a part sends, padded with its first node.
+    sent: tuple[np.ndarray, ...]
+
+
+def cut_graph(edges: np.ndarray, order: np.ndarray, parts: int) -> Cut:
+    """Cut a graph without loops into parts of about equal work.
+
+    Each part is a run of `order`, which lists the nodes `[n]` with neighbours close to each other.
+    """
+    num_nodes = order.size
+    place = np.empty(num_nodes, np.int64)
+    place[order] = np.arange(num_nodes)
+    # The work of an edge counts in the part of its first end.
+    work = 1 + np.bincount(place[edges].min(axis=1), minlength=num_nodes)
+    middle = np.cumsum(work) - work / 2
+    part = np.minimum(middle * parts / work.sum(), parts - 1).astype(np.int64)[place]
+    ends = part[edges]
+    owner = ends.min(axis=1)
+    node_place, part_nodes = places_within(part, parts)
+    edge_place, part_edges = places_within(owner, parts)
+    local = np.where(ends == owner[:, None], node_place[edges], -1)
+
+    crossing = np.flatnonzero(ends[:, 0] != ends[:, 1])
+    far = edges[crossing, ends[crossing].argmax(axis=1)]
+    ghost, of_edge = np.unique(owner[crossing] * num_nodes + far, return_inverse=True)
+    reader, node = np.divmod(ghost, num_nodes)
+    shift = part[node] - reader
+    slots = np.empty(ghost.size, np.int64)
+    pairs, sent, start = [], [], part_nodes
+    shifts = tuple(int(s) for s in np.unique(shift))
+    for step in shifts:
+        chosen = np.flatnonzero(shift == step)
+        within, width = places_within(reader[chosen], parts)
+        slots[chosen] = start + within
+        start += width
+        table = np.zeros((parts, width), np.int32)
+        table[part[node[chosen]], within] = node_place[node[chosen]]
+        sent.append(table.reshape(-1))
+        pairs.append(tuple((int(p) + step, int(p)) for p in np.unique(reader[chosen])))
+    local[crossing] = np.where(local[crossing] < 0, slots[of_edge][:, None], local[crossing])
+
+    places = owner * part_edges + edge_place
+    tables = np.zeros((2, parts * part_edges), np.int32)
+    tables[:, places] = local.T
+    return Cut(
+        parts,
+        part * part_nodes + node_place,
+        places,
+        part_nodes,
+        part_edges,
+        tables[0],
+        tables[1],
+        shifts,
+        tuple(pairs),
+        tuple(sent),
+    )
+
+
+@pytree
+class PartBase:
+    """D of a graph over several devices; nodes `[parts * part_nodes]`, edges `[parts * part_edges]`, see `Cut`.
+
+    Padded places are 0 in its inputs and outputs.
+    """
+
+    edges: EdgeBase  # of every part, cut like the edges; its nodes are those of one part, then its ghosts
+    sent: tuple[Any, ...]
+    pairs: tuple[tuple[tuple[int, int], ...], ...] = static()
+    part_nodes: int = static()
+    mesh: Mesh = static()
+
+    @property
+    def node_shape(self) -> tuple[int, ...]:
+        return (self.part_nodes * self.mesh.size,)
+
+    @property
+    def edge_shape(self) -> tuple[int, ...]:
+        return self.edges.edge_shape
+
+    def difference(self, x: FloatArray) -> FloatArray:
+        return self._apart(PartBase._local_difference)(self, x)
+
+    def divergence(self, e: FloatArray) -> FloatArray:
+        return self._apart(PartBase._local_divergence)(self, e)
+
+    def laplacian(self, x: FloatArray) -> FloatArray:
+        return self.divergence(self.difference(x))
+
+    def _apart(self, local: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of one part as a function of all."""
+        each = PartitionSpec(AXIS)
+        # The initial zeros of sums are the same in all parts, which the check of varying types does not accept.
+        return jax.shard_map(local, mesh=self.mesh, in_specs=each, out_specs=each, check_vma=False)
+
+    def _local_difference(self, x: FloatArray) -> FloatArray:
+        ghosts = [jax.lax.ppermute(x[table], AXIS, pairs) for table, pairs in zip(self.sent, self.pairs, strict=True)]
+        return self.edges.difference(jnp.concatenate([x, *ghosts]))
+
+    def _local_divergence(self, e: FloatArray) -> FloatArray:
+        sums = self.edges.divergence(e)
+        nodes, start = sums[: self.part_nodes], self.part_nodes
+        for table, pairs in zip(self.sent, self.pairs, strict=True):
+            stop = start + table.shape[0]
+            returned = jax.lax.ppermute(sums[start:stop], AXIS, [(to, by) for by, to in pairs])
+            nodes = nodes.at[table].add(returned, mode="promise_in_bounds")
+            start = stop
+        return nodes
+
+
+def part_base(cut: Cut, weights: np.ndarray | None, dtype: Any, mesh: Mesh) -> PartBase:
+    """The `PartBase` of a cut graph and its weights `[m]` or None, over a mesh with one device per part."""
+    root = None
+    if weights is not None:
+        padded = np.zeros(cut.parts * cut.part_edges, dtype)
+        padded[cut.edges] = np.sqrt(weights)
+        root = put(padded, over(mesh))
+    tails, heads, *sent = (put(table, over(mesh)) for table in (cut.tails, cut.heads, *cut.sent))
+    local_nodes = cut.part_nodes + sum(table.size for table in cut.sent) // cut.parts
+    return PartBase(EdgeBase(tails, heads, root, local_nodes), tuple(sent), cut.pairs, cut.part_nodes, mesh)

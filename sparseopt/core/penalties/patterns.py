@@ -1,0 +1,263 @@
+"""Patterns, the indicator penalties of sparse sets that can also turn scores into a mask.
+
+A pattern has also `mask(score)`, True where an entry survives, with exactly the pattern's count. A score is
+non-negative and has the unit of a magnitude: the mask keeps the largest sum of squared scores that the set allows.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sparseopt.core.base.thresholds import among, count_nonzero, infinite_unless, kth_largest, n_of_m_mask, top_k_mask
+from sparseopt.core.base.types import BoolArray, FloatArray, Scalar, pytree, static
+
+
+class _SparseSet:
+    """The penalty of a pattern with `mask(score)` and `_holds(x)`, whether x lies in the set."""
+
+    mask: Any
+    _holds: Any
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        return infinite_unless(self._holds(x), x)
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """The projection, whatever the step: `x` on `mask(|x|)`, exactly zero elsewhere."""
+        return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype)) if x.size else x
+
+
+@pytree
+class TopK(_SparseSet):
+    """Indicator of arrays with at most `k` non-zero entries in all; prox: keep the k largest magnitudes.
+
+    `k` is a leaf: one compiled program works for every count.
+
+    Example:
+        >>> so.TopK(2).prox(jnp.array([3.0, -1.0, 2.0, -4.0]), step=1.0)
+        Array([ 3.,  0.,  0., -4.], dtype=float32)
+    """
+
+    k: Any
+
+    def mask(self, score: FloatArray) -> BoolArray:
+        return top_k_mask(score, self.k)
+
+    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
+        return count_nonzero(x) <= self.k
+
+
+@pytree
+class RowTopK(_SparseSet):
+    """Indicator of arrays with at most `k` non-zeros along `axis`, at every position of the other axes.
+
+    For a weight in solver layout `[in, out]` the axis is 0: k inputs for every output row. `k` is a leaf: one number,
+    or for a matrix one for each of its lines along the axis.
+
+    Example:
+        >>> so.RowTopK(1, axis=1).prox(jnp.array([[3.0, -1.0], [2.0, -4.0]]), step=1.0)
+        Array([[ 3.,  0.],
+               [ 0., -4.]], dtype=float32)
+    """
+
+    k: Any
+    axis: int = static(default=0)
+
+    def mask(self, score: FloatArray) -> BoolArray:
+        moved = jnp.moveaxis(score, self.axis, 0)
+        mask = _top_k_of_columns(moved.reshape(moved.shape[0], -1), self.k)
+        return jnp.moveaxis(mask.reshape(moved.shape), 0, self.axis)
+
+    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
+        return jnp.all(jnp.sum(x != 0, axis=self.axis, dtype=jnp.int32) <= self.k)
+
+
+@pytree
+class NM(_SparseSet):
+    """Indicator of the n:m pattern: at most `n` non-zeros in every `m` consecutive entries along `axis`.
+
+    For a weight in solver layout `[in, out]` the axis is 0, so the groups run along the inputs of one output.
+
+    Example:
+        >>> so.NM(2, 4).prox(jnp.array([3.0, -1.0, 2.0, -4.0]), step=1.0)
+        Array([ 3.,  0.,  0., -4.], dtype=float32)
+    """
+
+    n: int = static()
+    m: int = static()
+    axis: int = static(default=0)
+
+    def mask(self, score: FloatArray) -> BoolArray:
+        return n_of_m_mask(score, self.n, self.m, self.axis)
+
+    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
+        moved = jnp.moveaxis(x != 0, self.axis, 0)
+        groups = moved.reshape(moved.shape[0] // self.m, self.m, math.prod(moved.shape[1:]))
+        return jnp.all(jnp.sum(groups, axis=1, dtype=jnp.int32) <= self.n)
+
+
+@pytree
+class BlockTopK(_SparseSet):
+    """Indicator of matrices that vanish outside `k` of the blocks of `shape` (rows, columns) that tile them.
+
+    Prox: keep the k blocks of largest energy, the sum of squares. `k` is a leaf, the shape is static.
+
+    Example:
+        >>> so.BlockTopK(1, (1, 2)).prox(jnp.array([[3.0, -1.0], [2.0, -4.0]]), step=1.0)
+        Array([[ 0.,  0.],
+               [ 2., -4.]], dtype=float32)
+    """
+
+    k: Any
+    shape: tuple[int, int] = static()
+
+    def _sums(self, x: Array) -> Array:
+        """The sum over every block, `[block rows, block columns]`.
+
+        In parts, since a TPU stores an array with a last axis of a few columns as if there were 128.
+        """
+        rows, columns = self.shape
+        if x.ndim != 2 or x.shape[0] % rows or x.shape[1] % columns:
+            raise ValueError(
+                f"blocks of {rows} x {columns} tile matrices of such multiples only, given an array of shape {x.shape}"
+            )
+        of_rows = jnp.sum(x.reshape(-1, rows, x.shape[1]), axis=1)
+        return sum((of_rows[:, column::columns] for column in range(1, columns)), of_rows[:, ::columns])
+
+    def mask(self, score: Float[Array, "rows columns"]) -> Bool[Array, "rows columns"]:
+        """True in exactly the k blocks whose scores have the largest sums of squares; on a tie the first win.
+
+        Raises:
+            ValueError: if the blocks do not tile the array.
+        """
+        rows, columns = self.shape
+        wide = jnp.promote_types(score.dtype, jnp.float32)
+        kept = top_k_mask(self._sums(score.astype(wide) ** 2), self.k)
+        kept = kept[:, jnp.arange(score.shape[1]) // columns]
+        return jnp.broadcast_to(kept[:, None], (len(kept), rows, score.shape[1])).reshape(score.shape)
+
+    def _holds(self, x: Float[Array, "rows columns"]) -> Bool[Array, ""]:
+        return count_nonzero(self._sums((x != 0).astype(jnp.float32))) <= self.k
+
+
+@pytree
+class GroupTopK(_SparseSet):
+    """Indicator of matrices (or vectors) that vanish outside `k` of the groups of their rows, all columns together.
+
+    Prox: keep the k groups of largest energy, the sum of squares. For a weight in solver layout `[in, out]` a group of
+    rows is a group of inputs, such as one channel of an MLP or the channels of one attention head.
+
+    Attributes:
+        k: groups that survive; a leaf.
+        groups: the number of rows in each of consecutive groups, or the label of every row's group: integers 0 to
+            G - 1. Static.
+
+    Example:
+        >>> so.GroupTopK(1).prox(jnp.array([[3.0, -1.0], [2.0, -4.0]]), step=1.0)
+        Array([[ 0.,  0.],
+               [ 2., -4.]], dtype=float32)
+        >>> so.GroupTopK(1, groups=[0, 1, 0]).prox(jnp.array([3.0, -4.0, 3.0]), step=1.0)
+        Array([3., 0., 3.], dtype=float32)
+    """
+
+    k: Any
+    groups: Any = static(default=1)
+
+    def __post_init__(self) -> None:
+        # Static fields must be hashable: labels are kept as a tuple.
+        if not isinstance(self.groups, int | tuple):
+            as_given = np.asarray(self.groups).tolist()
+            object.__setattr__(self, "groups", as_given if isinstance(as_given, int) else tuple(as_given))
+
+    def mask(self, score: FloatArray) -> BoolArray:
+        """True in exactly the k groups whose scores have the largest sums of squares; on a tie the first win.
+
+        Raises:
+            ValueError: if the groups do not fit the rows.
+        """
+        wide = jnp.promote_types(score.dtype, jnp.float32)
+        kept = self._of_rows(top_k_mask(self._sums(score.astype(wide) ** 2), self.k))
+        return jnp.broadcast_to(kept.reshape(-1, *[1] * (score.ndim - 1)), score.shape)
+
+    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
+        return count_nonzero(self._sums((x != 0).astype(jnp.float32))) <= self.k
+
+    def _sums(self, x: Float[Array, "rows ..."]) -> Float[Array, " groups"]:
+        """The sum of each group's entries."""
+        self._check(x)
+        of_rows = jnp.sum(x, axis=tuple(range(1, x.ndim)))
+        if isinstance(self.groups, int):
+            return jnp.sum(of_rows.reshape(-1, self.groups), axis=1)
+        return jax.ops.segment_sum(of_rows, np.asarray(self.groups), max(self.groups) + 1)
+
+    def _of_rows(self, of_groups: Array) -> Array:
+        """For each row the entry of its group."""
+        if isinstance(self.groups, int):
+            return jnp.repeat(of_groups, self.groups)
+        return of_groups[np.asarray(self.groups)]
+
+    def _check(self, x: Array) -> None:
+        if isinstance(self.groups, int):
+            if x.ndim and self.groups >= 1 and x.shape[0] % self.groups == 0:
+                return
+            raise ValueError(
+                f"groups of {self.groups} rows need a number of rows that is a multiple, given an array of shape "
+                f"{x.shape}; choose a size that divides the rows, or label every row"
+            )
+        if x.shape[:1] != (len(self.groups),) or set(self.groups) != set(range(len(set(self.groups)))):
+            raise ValueError(
+                f"groups takes one label for every row, the integers 0 to G - 1, each at least once; given "
+                f"{len(self.groups)} labels, {len(set(self.groups))} of them distinct, for an array of shape {x.shape}"
+            )
+
+
+@pytree
+class Within(_SparseSet):
+    """Indicator of the arrays of another pattern that also vanish off a support, such as the zeros of a pruned weight.
+
+    Prox: the pattern's, of x with zeros off the support, which is the projection onto both. The mask lies in the
+    support: where that has fewer entries than the pattern asks for, all of them survive, and the count is smaller.
+
+    Attributes:
+        pattern: any other pattern.
+        support: True where an entry may be non-zero, of the shape of the arrays.
+
+    Example:
+        >>> from sparseopt.core.penalties.patterns import Within
+        >>> Within(so.TopK(2), jnp.array([True, True, True, False])).prox(jnp.array([3.0, -1.0, 2.0, -4.0]), step=1.0)
+        Array([3., 0., 2., 0.], dtype=float32)
+    """
+
+    pattern: Any
+    support: Any
+
+    def mask(self, score: FloatArray) -> BoolArray:
+        return self.pattern.mask(among(self.support, score)) & self.support
+
+    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
+        return (self.pattern.value(x) == 0) & (count_nonzero(jnp.where(self.support, 0, x)) == 0)
+
+
+Pattern = TopK | RowTopK | NM | BlockTopK | GroupTopK | Within
+
+
+def without_support(pattern: Pattern) -> tuple[Pattern, BoolArray | None]:
+    """A pattern, and the support that it is `Within`; None for none."""
+    return (pattern.pattern, pattern.support) if isinstance(pattern, Within) else (pattern, None)
+
+
+def _top_k_of_columns(score: Float[Array, "n columns"], k: Int[Array, ""] | int) -> Bool[Array, "n columns"]:
+    """`top_k_mask` of every column, with one branch for all: under vmap both branches would run."""
+    threshold = jax.vmap(kth_largest, in_axes=(1, 0))(score, jnp.broadcast_to(k, score.shape[1:]))
+    above, tied = score > threshold, score == threshold
+    number_above = jnp.sum(above, axis=0, dtype=jnp.int32)
+    room = jnp.asarray(k) - number_above
+
+    def first_of_tied() -> BoolArray:
+        return above | (tied & (jnp.cumsum(tied, axis=0, dtype=jnp.int32) <= room))
+
+    crowded = jnp.any(jnp.sum(tied, axis=0, dtype=jnp.int32) > room)
+    return jax.lax.cond(crowded, first_of_tied, lambda: above | tied)

@@ -1,0 +1,140 @@
+"""What a solver asks of a penalty. A penalty is a frozen pytree with a `value` and a `prox`; nothing else is required.
+
+`prox(x, step)` returns the minimiser over u of
+
+    1/2 ||u - x||² + step * value(u)
+
+and `value(x)` is a scalar that includes the weight.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.base.types import FloatArray, Scalar
+
+
+@runtime_checkable
+class Penalty(Protocol):
+    """What a solver needs of a penalty. Write your own as a frozen pytree with these two methods.
+
+    A penalty whose value is a sum over entries may say so with a class attribute `separable = True`: it then promises
+    that `prox` takes an array of steps, one per entry. `proximal_adam` needs it; without the attribute a penalty counts
+    as coupled. One that moreover costs nothing at 0 and has the prox 0 of 0 may say `keeps_zeros = True`: then small
+    problems of similar sizes share a compiled program, see `sparseopt.core.problem.padding`. One without a conjugate
+    that is convex may say so with `convex = True`: a solve then ends as `CONVERGED` instead of `STATIONARY`.
+    """
+
+    def value(self, x: FloatArray) -> Float[Array, ""]:
+        """The penalty of `x`, its weight included: a scalar, 0 at x = 0 for a penalty on size."""
+
+    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
+        """The minimiser over u of `1/2 ||u - x||² + step * value(u)`, of the shape and dtype of `x`."""
+
+
+@runtime_checkable
+class Norm(Penalty, Protocol):
+    """A convex penalty with `value(t x) = |t| value(x)`: it has a dual ball, and so a duality gap.
+
+    For every `dual` in the ball, `<dual, x> <= value(x)`. A class whose `project_dual` may not return the nearest point
+    of the ball says so with a class attribute `nearest = False`.
+    """
+
+    def project_dual(self, dual: FloatArray) -> FloatArray:
+        """The nearest point of the dual ball; certificates of problems with an operator use its `jax.jvp`."""
+
+    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
+        """Terms, none negative for a dual in the ball, that add up to `value(x) - <dual, x>`."""
+
+
+@runtime_checkable
+class Conjugate(Penalty, Protocol):
+    """A convex penalty whose Fenchel conjugate `f*(u) = max over x of <u, x> - value(x)` is known.
+
+    It has a duality gap. The conjugate of a norm is 0 in the dual ball and +inf outside, and its slack is that of
+    `Norm`.
+    """
+
+    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
+        """Terms that add up to `value(x) + f*(dual) - <dual, x>`, none negative for a dual in the domain of `f*`."""
+
+    def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
+        """The least `t >= 0` for which `dual / t` lies in the domain of `f*`; 0 where `f*` is finite everywhere.
+
+        For a norm this is its dual norm, the weight included; 0 / 0 counts as 0, and a nonzero entry of weight 0 makes
+        it +inf.
+        """
+
+
+@runtime_checkable
+class IterativeProx(Penalty, Protocol):
+    """A penalty whose prox is itself a solve, which ends sooner if it starts from the last one.
+
+    `AcceleratedProximalGradient`, `ProximalGradient` and `proximal` carry the memory from one prox to the next, and so
+    can any caller; `prox` starts cold.
+    """
+
+    def memory(self, x: FloatArray) -> Any:
+        """What the first prox of an array like `x` starts from: a pytree."""
+
+    def prox_from(self, x: FloatArray, step: Scalar, memory: Any) -> tuple[FloatArray, Any]:
+        """The prox of `x`, and a memory of the same structure, shapes and dtypes for the next one."""
+
+
+@runtime_checkable
+class Composite(IterativeProx, Protocol):
+    """`value(x) = inner(K x)`: a convex penalty whose prox also finds a subgradient of `inner`.
+
+    With it `AcceleratedProximalGradient` has a duality gap, and a solution has derivatives that do not pass through the
+    iterations of the prox: both are those of the problem with the operator K.
+    """
+
+    def parts(self, x: FloatArray) -> tuple[Any, Any]:
+        """`inner`, which has a conjugate, and K as a linear map of arrays like `x`."""
+
+    def dual(self, memory: Any) -> FloatArray:
+        """The subgradient of `inner` at `K u` for the last prox u, in the domain of its conjugate."""
+
+
+def cold_memory(penalty: Any, x: FloatArray) -> Any:
+    """The memory for the first prox of an array like x; None for a penalty without one."""
+    return penalty.memory(x) if isinstance(penalty, IterativeProx) else None
+
+
+def prox_from(penalty: Any, x: FloatArray, step: Scalar, memory: Any) -> tuple[FloatArray, Any]:
+    """The prox, and the memory for the next one."""
+    return (penalty.prox(x, step), None) if memory is None else penalty.prox_from(x, step, memory)
+
+
+def dual_step(term: Any, v: FloatArray, step: Any) -> tuple[FloatArray, FloatArray]:
+    """`v - step * u`, for a norm in its dual ball, and `u = prox(v / step, 1 / step)`; term is a penalty or a loss."""
+    if isinstance(term, Norm) and getattr(term, "nearest", True):
+        # By Moreau's identity, without the rounding error of a long step.
+        dual = term.project_dual(v)
+        return dual, (v - dual) / step
+    u = term.prox(v / step, 1 / step)
+    dual = v - step * u
+    return term.project_dual(dual) if isinstance(term, Norm) else dual, u
+
+
+def gauge(penalty: Any, dual: FloatArray) -> Float[Array, ""]:
+    """The least t >= 0 for which `dual / t` lies in the domain of the penalty's conjugate."""
+    if isinstance(penalty, Conjugate):
+        return jnp.asarray(penalty.dual_norm(dual), dual.dtype)
+    # A user's norm without `dual_norm`: bisect for the largest multiple that the projection leaves unchanged.
+    size = jnp.max(jnp.abs(dual))
+
+    def inside(share: Array) -> Array:
+        point = share * dual
+        return jnp.all(jnp.abs(penalty.project_dual(point) - point) <= 4 * jnp.finfo(dual.dtype).eps * share * size)
+
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = jnp.sqrt(low * high)
+        return jnp.where(inside(middle), middle, low), jnp.where(inside(middle), high, middle)
+
+    one = jnp.ones((), dual.dtype)
+    low, _ = jax.lax.fori_loop(0, 50, halve, (1e-12 * one, one))
+    return jnp.where(inside(one), 1, 1 / low)

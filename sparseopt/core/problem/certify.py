@@ -1,0 +1,278 @@
+"""The duality gap, for every solver and front-end.
+
+For any s in the domain of f* and u in that of penalty*, with `Aᵀ s + Kᵀ u = 0`, weak duality bounds the optimum P* of
+`f(A x) + penalty(K x)` from below by `D = -f*(s) - penalty*(u)`. The gap P - D is a sum of two Fenchel slacks. None of
+their terms is negative, so nothing cancels:
+
+    P(x) - D = [f(A x) + f*(s) - <s, A x>] + [penalty(K x) + penalty*(u) - <u, K x>]
+
+A pair (s, u) that violates the equation is first moved, by a short change that restores it; one outside the domains is
+scaled by the largest factor that brings it inside. The equation must hold up to the rounding of its sums, in units in
+which the columns of A are equally long: what it lacks shifts the bound by its product with the answer, whose length is
+not known. Otherwise nothing is claimed.
+
+Source: Rockafellar, "Convex analysis", 1970, section 31; the scaling is that of Fercoq, Gramfort and Salmon, "Mind the
+duality gap", ICML 2015.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparseopt.core.base.types import FloatArray
+from sparseopt.core.losses.nodes import total
+from sparseopt.core.operators.maps import or_identity
+from sparseopt.core.operators.matrices import norm_estimate
+from sparseopt.core.penalties.protocols import Composite, Conjugate, Norm, dual_step, gauge
+from sparseopt.core.problem.problem import Status, unfolded
+from sparseopt.core.problem.units import Units, units_of
+
+# Steps of a linear solve for a change.
+CG_STEPS = 500
+# A certificate first moves u this much less than s: the bound loses the square of a move of s, but a move of u scales
+# both. What that leaves is small, and moves both alike, which takes fewer steps.
+PENALTY_MOVE = 1e-3
+# A pair whose slack is at most this share of the objective first moves u within its ball, some times, since the whole
+# pair is scaled by the entry or group that is furthest out. Entries so near the surface lie on it.
+CLOSE, ALONG, SURFACE = 1e-5, 3, 1e-4
+# The moves; what the equation may lack in the end, in eps of the lengths of its columns times that of the dual.
+ROUNDS, ROUNDING = 6, 8
+# The later moves are made where the slack is at most this share of the objective. They take some steps more than the
+# first one, whose use is limited.
+PROMISING, MORE_STEPS = 0.1, 50
+# More than what a one-sided domain asks for, so that a rounded move meets it.
+MARGIN = 1.1
+# The step at which the dual step is the projection on the domain of a conjugate, a power of two.
+SHORT = 2.0**-60
+
+
+def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: Any = None) -> Float[Array, ""]:
+    """`(P - D) / D` from the slack `P - D` and the objective P; +inf where D is not positive.
+
+    It is an upper bound on `(P - P*) / P*`. `least` is a floor for D, so that a problem of optimum 0 can converge.
+    """
+    floor = jnp.finfo(objective.dtype).tiny if least is None else least
+    bound = objective - slack
+    gap = slack / jnp.maximum(bound, floor)
+    return jnp.where((bound > 0) | (slack <= floor), gap, jnp.inf)
+
+
+@jax.jit
+def promoted(status: Array, gap: Array, objective: Array, tol: Any) -> Array:
+    """The status of a solve whose gap was computed again, in another precision or in other units.
+
+    A gap within the tolerance counts as convergence, however the solve ended. A larger gap after convergence is a limit
+    of the precision. A NaN is a failure.
+    """
+    status = jnp.where((status == Status.CONVERGED) & ~(gap <= tol), Status.PRECISION, status)
+    status = jnp.where((status != Status.NONFINITE) & (gap <= tol), Status.CONVERGED, status)
+    return jnp.where(jnp.isnan(gap) | ~jnp.isfinite(objective), Status.NONFINITE, status).astype(jnp.int32)
+
+
+def stationary(status: Array) -> Array:
+    """The status of a solve without a certificate: convergence means a stationary point."""
+    return jnp.where(status == Status.CONVERGED, Status.STATIONARY, status).astype(jnp.int32)
+
+
+def has_conjugate(penalty: Any) -> bool:
+    """Whether a penalty has what a duality gap needs."""
+    return isinstance(penalty, Conjugate | Norm)
+
+
+def is_convex(penalty: Any) -> bool:
+    """Whether a penalty is known to be convex, by what it has or because it says so."""
+    return has_conjugate(penalty) or isinstance(penalty, Composite) or getattr(penalty, "convex", False)
+
+
+def _at_zero_end(penalty: Any, dual: FloatArray) -> Array:
+    """Which entries lie beyond an end of the conjugate's domain that is 0, where scaling does not help."""
+    norm = isinstance(penalty, Norm)
+    inside = penalty.project_dual(dual) if norm else dual_step(penalty, dual, SHORT)[0]
+    return (inside == 0) & (dual != 0)
+
+
+class Certificate(NamedTuple):
+    """What a dual pair proves at x.
+
+    Attributes:
+        gap: the relative duality gap, +inf if the pair is not feasible or D is not positive.
+        bound: D, a lower bound on the optimum; -inf if the pair is not feasible.
+    """
+
+    gap: Float[Array, ""]
+    bound: Float[Array, ""]
+
+
+def certificate(
+    problem: Any,
+    x: FloatArray,
+    image: FloatArray,
+    loss_dual: FloatArray,
+    dual: FloatArray | None = None,
+    *,
+    units: Units | None = None,
+    scales: tuple[Any, Any] | None = None,
+    precondition: Any = None,
+    due: Any = True,
+    most_steps: Any = CG_STEPS,
+) -> Certificate:
+    """The relative duality gap at x by the dual pair, moved and scaled until it is feasible.
+
+    Args:
+        problem: its loss is a `MatrixLoss`, its penalty has a conjugate.
+        x: the point.
+        image: `A x`.
+        loss_dual: s, in the domain of f*, of the shape of `A x`.
+        dual: u, in the domain of the penalty's conjugate, of the shape of `K x`; None for `-Aᵀ s`, without an operator.
+        units: those of x.
+        scales: one over the squared norms of A and of K in these units: how easily s and u move.
+        precondition: an approximate inverse of the scaled sum of `Aᵀ A` and `Kᵀ K` in these units, or None.
+        due: False leaves the pair unchanged, for a gap that is not used.
+        most_steps: of each linear solve.
+    """
+    loss, penalty, plain = problem.loss, problem.penalty, problem.operator is None
+    maps = or_identity(problem.operator, x)
+    rows, y = loss.rows, maps.mv(x)
+    limits = jnp.finfo(x.dtype)
+    units = units_of(problem, x) if units is None else units
+    scales = (1 / units.size**2, 1.0) if scales is None else scales
+    objective = rows.value(image) + penalty.value(y)
+    length = jnp.sqrt(total((x / units.of) ** 2))
+    low, high = rows.family.dual_range(rows.signal)
+    seen = True if rows.weights is None else rows.weights > 0
+    above, below = (_at_zero_end(penalty, sign * jnp.ones_like(y)) for sign in (1, -1))
+
+    def settled(s: FloatArray, u: Any) -> tuple[FloatArray, FloatArray, Array]:
+        """The pair within the ends that are 0; the equation decides u where it can. And which entries of u are cut."""
+        slope = jnp.clip(rows.slope(-s), jnp.where(low < 0, -jnp.inf, low), jnp.where(high > 0, jnp.inf, high))
+        s = rows.weigh(slope)
+        u = -loss.pull(s) if plain else u
+        cut = _at_zero_end(penalty, u)
+        return s, jnp.where(cut, 0, u), cut
+
+    def lacking(s: FloatArray, u: FloatArray) -> FloatArray:
+        return units.of * (loss.pull(s) + maps.rmv(u))
+
+    def allowed(s: FloatArray, u: FloatArray) -> Array:
+        length = jnp.sqrt(total(s * s) / scales[0])
+        return ROUNDING * limits.eps * (length if plain else length + jnp.sqrt(total(u * u / scales[1])))
+
+    def rounded(s: FloatArray) -> Array:
+        """What the objective is known to: the rounding error of `<s, A x>`, and the penalty of that of `K x`."""
+        error = ROUNDING * limits.eps * jnp.max(jnp.abs(x / units.of), initial=0) / jnp.sqrt(scales[1])
+        of_penalty = penalty.value(jnp.broadcast_to(error, y.shape).astype(y.dtype))
+        of_loss = ROUNDING * limits.eps * length * jnp.sqrt(total(s * s) / scales[0])
+        return 16 * of_loss + jnp.where(plain | ~jnp.isfinite(of_penalty), 0, of_penalty)
+
+    def shifted(s: FloatArray, u: FloatArray) -> tuple[FloatArray, FloatArray, Array]:
+        """For domains with one end at 0: s plus a multiple of the image of positive x, which for A >= 0 meets them."""
+        way = loss.image(units.of * (above.astype(x.dtype) - below))
+        gains, beyond = -loss.pull(way), -loss.pull(s) - u
+        ratio = jnp.where(beyond != 0, -beyond / jnp.where(gains != 0, gains, 1), 0)
+        short = jnp.max(ratio)
+        works = jnp.all((beyond == 0) | (ratio > 0)) & (short > 0)
+        return settled(s + jnp.where(works, MARGIN * short, 0) * way, u)
+
+    def distance(s: FloatArray, u: FloatArray) -> Array:
+        return jnp.abs(rows.slack(image, -s) + total(penalty.slack(y, u)))
+
+    def going(carry: tuple[Array, FloatArray, FloatArray, Array]) -> Array:
+        index, s, u, _ = carry
+        lacks = jnp.sqrt(total(lacking(s, u) ** 2)) > allowed(s, u)
+        promising = distance(s, u) <= jnp.maximum(PROMISING * objective, rounded(s))
+        return due & lacks & (index < ROUNDS) & ((index == 0) | promising)
+
+    def moved(carry: tuple[Array, FloatArray, FloatArray, Array]) -> tuple[Array, FloatArray, FloatArray, Array]:
+        index, s, u, held = carry
+        first = index == 0
+        if plain and not isinstance(penalty, Norm):
+            s, u, cut = jax.lax.cond(first, lambda s, u: (s, u, held), shifted, s, u)
+            held = held | cut
+        slope = rows.slope(-s)
+        loose = seen & ((slope > low) & (slope < high) | (low < 0) & (high > 0))
+        # Without an operator u follows from s, but where it is held.
+        kept = first | held | (not plain)
+        of_u = scales[1] * jnp.where(first, PENALTY_MOVE, 0.0 if plain else 1.0)
+
+        apart, off = lacking(s, u), distance(s, u)
+        along = (index < ALONG) & (off <= CLOSE * objective)
+
+        def within(v: FloatArray) -> FloatArray:
+            """What of a move of u stays in a norm's dual ball to first order: none out of it at its surface."""
+            if plain or not isinstance(penalty, Norm):
+                return v
+            return jnp.where(along, jax.jvp(penalty.project_dual, ((1 + SURFACE) * u,), (v,))[1], v)
+
+        def changes(z: FloatArray) -> tuple[FloatArray, FloatArray]:
+            z = units.of * jnp.where(kept, z, 0) if plain else units.of * z
+            return scales[0] * jnp.where(loose, loss.image(z), 0), of_u * jnp.where(held, 0, within(maps.mv(z)))
+
+        def normal(z: FloatArray) -> FloatArray:
+            e, v = changes(z)
+            back = units.of * (loss.pull(e) + maps.rmv(v))
+            return jnp.where(kept, back, 0) if plain else back
+
+        def inverse(z: FloatArray) -> FloatArray:
+            return jnp.where(kept, precondition(jnp.where(kept, z, 0)), 0) if plain else precondition(z)
+
+        if plain:
+            apart = jnp.where(first | (above & below), apart, MARGIN * apart)
+        # The first move need not be exact.
+        enough = 0.025 * off / jnp.maximum(length, limits.tiny)
+        enough = jnp.maximum(jnp.where(first, enough, 0), 0.25 * allowed(s, u))
+        steps = jnp.where(first, most_steps // 4, most_steps + MORE_STEPS)
+        z, _ = jax.scipy.sparse.linalg.cg(
+            normal, apart, tol=0.0, atol=enough, maxiter=steps, M=None if precondition is None else inverse
+        )
+        e, v = changes(z)
+        new_s, new_u, cut = settled(s - e, u - v)
+        # The projection on a ball with corners, such as that of singular values, has not everywhere a derivative.
+        fine = ~along | jnp.isfinite(total(new_s) + total(new_u))
+        s, u = jnp.where(fine, new_s, s), jnp.where(fine, new_u, u)
+        return jnp.where(fine, index + 1, ALONG), s, u, held | fine & cut
+
+    start, held = 0, above & below
+    if dual is None:
+        loss_dual, dual, cut = settled(loss_dual, None)
+        start, held = 1, held | cut
+    else:
+        dual = jnp.where(held, 0, dual)
+    _, loss_dual, dual, _ = jax.lax.while_loop(going, moved, (jnp.asarray(start), loss_dual, dual, held))
+    left = jnp.sqrt(total(lacking(loss_dual, dual) ** 2))
+    feasible = left <= allowed(loss_dual, dual)
+    # The domains are convex and contain 0, so that a share of the pair lies in them too.
+    slope = rows.slope(-loss_dual)
+    beyond = jnp.maximum(slope / jnp.where(high > 0, high, jnp.inf), slope / jnp.where(low < 0, low, -jnp.inf))
+    share = 1 / jnp.maximum(jnp.maximum(gauge(penalty, dual), jnp.max(beyond, initial=0)), 1)
+    loss_dual, dual = rows.weigh(jnp.clip(share * slope, low, high)), share * dual
+    slack = jnp.maximum(rows.slack(image, -loss_dual) + total(penalty.slack(y, dual)), 0)
+    # What rounding leaves of the equation, for an answer up to twice as long as x.
+    slack = slack + 2 * left * length
+    gap = relative_gap(slack, objective)
+    # Where P is its own rounding error, the optimum is 0 as far as it is known.
+    nothing = jnp.maximum(objective, slack) <= rounded(loss_dual)
+    gap = jnp.where(nothing, jnp.minimum(gap, limits.eps), gap)
+    return Certificate(jnp.where(feasible, gap, jnp.inf), jnp.where(feasible, objective - slack, -jnp.inf))
+
+
+def proximal_gap(
+    loss: Any, penalty: Any, x: FloatArray, image: FloatArray, gradient: FloatArray, objective: Float[Array, ""]
+) -> Float[Array, ""]:
+    """The relative gap at x of a problem without an operator, by the scaled gradient of a loss with `scaled_slack`."""
+    share = 1 / jnp.maximum(gauge(penalty, -gradient), 1)
+    slack = loss.scaled_slack(x, image, share) + total(penalty.slack(x, -share * gradient))
+    least = jnp.finfo(x.dtype).eps * loss.value(jnp.zeros_like(x))
+    return relative_gap(jnp.maximum(slack, 0), objective, least)
+
+
+def composite_gap(
+    problem: Any, x: FloatArray, image: FloatArray, dual: FloatArray, curvature: Float[Array, ""]
+) -> Float[Array, ""]:
+    """The relative gap of a `MatrixLoss` and a `Composite` penalty by the subgradient `dual` of a prox near x."""
+    problem = unfolded(problem, x)
+    size = norm_estimate(problem.operator.mv, problem.operator.rmv, x, 10)
+    scales = (1 / curvature, 1 / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)
+    units = Units(jnp.ones_like(x), jnp.sqrt(curvature))
+    return certificate(problem, x, image, problem.loss.rows.gradient(image), dual, units=units, scales=scales).gap

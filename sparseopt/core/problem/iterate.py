@@ -1,0 +1,120 @@
+"""`iterate`, the package's only outer loop: the stopping rule, the history and the status."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sparseopt.core.penalties.protocols import Composite
+from sparseopt.core.problem.certify import is_convex
+from sparseopt.core.problem.differentiate import Found, attached
+from sparseopt.core.problem.problem import Measure, Problem, Solution, Solver, Status, refusal, unfolded
+
+
+def iterate(
+    problem: Problem,
+    solver: Solver,
+    x0: Any,
+    *,
+    tol: float | Array = 1e-6,
+    max_steps: int | Array = 1000,
+    history: bool = False,
+) -> Solution:
+    """Iterate `solver` on `problem` until its residual is at most `tol`; arguments and errors as in `sparseopt.solve`.
+
+    `x0` is a start as the solver takes it.
+    """
+    # By Python: under jit, JAX would trace even what is known.
+    if not isinstance(max_steps, jax.core.Tracer) and float(max_steps) < 0:
+        raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
+    if reason := refusal(solver, problem):
+        raise ValueError(reason)
+    # A step makes `stride` iterations, so the last one may end beyond the limit.
+    length = int(max_steps) + -int(max_steps) % getattr(solver, "stride", 1) if history else 0
+    # Without steps there is no loop to compile.
+    moves = not (isinstance(max_steps, int) and max_steps == 0)
+    return _iterate(problem, solver, x0, tol, max_steps, length, moves)
+
+
+@partial(jax.jit, static_argnums=(5, 6))
+def _iterate(
+    problem: Problem,
+    solver: Solver,
+    x0: Any,
+    tol: float | Array,
+    max_steps: int | Array,
+    history_length: int,
+    moves: bool = True,
+) -> Solution:
+    given = problem
+    # The loop is not differentiated: derivatives are attached to its answer.
+    problem, solver, x0 = jax.lax.stop_gradient((problem, solver, x0))
+
+    def measured(state: Any) -> Measure:
+        now = solver.measure(problem, state)
+        return now._replace(stalled=jnp.asarray(now.stalled, bool))
+
+    def sound(now: Measure, steps: Array) -> Array:
+        # A start outside the set of an indicator costs +inf; after a step, +inf is an overflow.
+        infeasible_start = (steps == 0) & jnp.isposinf(now.objective)
+        return (jnp.isfinite(now.objective) | infeasible_start) & ~jnp.isnan(now.residual)
+
+    stride = getattr(solver, "stride", 1)
+
+    def advance(carry: tuple) -> tuple:
+        state, steps, _, record = carry
+        state = solver.step(problem, state)
+        now, steps = measured(state), steps + stride
+        if history_length:
+            kept = now._replace(stalled=None)
+            record = jax.tree.map(lambda rows, value: rows.at[steps - 1].set(value), record, kept)
+        return state, steps, now, record
+
+    def going(carry: tuple) -> Array:
+        _, steps, now, _ = carry
+        return (steps < max_steps) & ~(now.residual <= tol) & sound(now, steps) & ~now.stalled
+
+    state = solver.init(problem, x0)
+    first = measured(state)
+    # The residual before any step says nothing (no change has been seen): always take one step.
+    first = first._replace(residual=jnp.full_like(first.residual, jnp.inf), stalled=jnp.zeros((), bool))
+    kept = first._replace(stalled=None)
+    record = jax.tree.map(lambda v: jnp.full((history_length,), jnp.nan, v.dtype), kept)
+    carry = (state, jnp.zeros((), jnp.int32), first, record)
+    state, steps, last, record = jax.lax.while_loop(going, advance, carry) if moves else carry
+
+    value = solver.extract(problem, state)
+    loss_dual, dual = solver.duals(problem, state) if hasattr(solver, "duals") else (None, None)
+    # A NaN in the answer may not show in the solver's measure.
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(value)]))
+    status = jnp.where(last.stalled, Status.PRECISION, Status.MAX_STEPS)
+    # Without convexity a small residual says no more.
+    reached = Status.CONVERGED if is_convex(problem.penalty) else Status.STATIONARY
+    status = jnp.where(last.residual <= tol, reached, status)
+    status = jnp.where(sound(last, steps) & finite, status, Status.NONFINITE).astype(jnp.int32)
+    step = solver.prox_step(problem, state) if hasattr(solver, "prox_step") else getattr(state, "step_size", None)
+    found = Found(loss_dual, dual, step)
+    if getattr(solver, "target_sparsity", None) is not None:
+        # The answer is a fixed point at the level that the solver chose: the problem's times a factor that stays.
+        weight = jnp.asarray(problem.penalty.weight)
+        factor = jnp.where(weight == 0, 1, state.penalty.weight / jnp.where(weight == 0, 1, weight))
+        level = dataclasses.replace(given.penalty, weight=given.penalty.weight * jax.lax.stop_gradient(factor))
+        given = dataclasses.replace(given, penalty=level)
+    if (memory := getattr(state, "prox_memory", None)) is not None and isinstance(problem.penalty, Composite):
+        dual = problem.penalty.dual(memory)
+        given, found = unfolded(given, value), found._replace(dual=dual, step_size=None)
+    value, objective, _ = attached(given, value, last.objective, found)
+    return Solution(
+        value=value,
+        status=status,
+        steps=steps,
+        residual=last.residual,
+        objective=objective,
+        gap=last.gap,
+        history=record if history_length else None,
+        state=state,
+        dual=dual,
+    )

@@ -1,0 +1,85 @@
+"""Problems of many sizes as problems of few, so that they share compiled programs.
+
+A matrix gets rows and columns of zeros; the entries of x that multiply these columns start at 0 and stay there. This is
+done only where a class says that it changes nothing but the rounding of sums: the loss by a method `padded`, the
+penalty by `keeps_zeros = True`, the solver by `ignores_zeros = True`. And only for known arrays on the default device:
+a tracer belongs to a program that is compiled for its shapes anyway.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparseopt.core.problem.problem import Problem, Solution
+
+# Sizes are rounded up to a geometric sequence: of the first ratio for matrices of up to FEW entries, whose products
+# take less time than the rest of an iteration, else of the second. From MANY entries on the copies and the longer
+# products would cost too much.
+COARSE, FINE = 1.25, 1.0625
+FEW, MANY = 2**14, 2**16
+
+
+def rounded_up(size: int, ratio: float) -> int:
+    """The next member of a sequence of integers that grow by at most `ratio`, or by 1."""
+    member = 1
+    while member < size:
+        member = max(member + 1, int(member * ratio))
+    return member
+
+
+def extended(array: Any, *more: int) -> np.ndarray:
+    """An array with so many zeros appended to each axis."""
+    given = np.asarray(array)
+    made = np.zeros([size + extra for size, extra in zip(given.shape, more, strict=True)], given.dtype)
+    made[tuple(map(slice, given.shape))] = given
+    return made
+
+
+def padded_problem(problem: Problem, solver: Any, x0: Any) -> tuple[Problem, Any] | None:
+    """The problem and its start with zeros appended, or None where nothing is or may be appended."""
+    loss, penalty = problem.loss, problem.penalty
+    told = hasattr(loss, "padded") and getattr(penalty, "keeps_zeros", False)
+    if not (told and getattr(solver, "ignores_zeros", False)) or problem.operator is not None:
+        return None
+    if np.ndim(x0) != 1 or np.ndim(loss.target) != 1 or not _are_known(jax.tree.leaves((problem, solver, x0))):
+        return None
+    rows, columns = np.size(loss.target), np.size(x0)
+    if rows * columns > MANY:
+        return None
+    ratio = COARSE if rows * columns <= FEW else FINE
+    more_rows, more_columns = (rounded_up(size, ratio) - size for size in (rows, columns))
+    # Different lengths tell arrays on the rows from arrays on the columns.
+    more_rows += rows != columns and rows + more_rows == columns + more_columns
+    if not (more_rows or more_columns) or (loss := loss.padded(more_rows, more_columns)) is None:
+        return None
+
+    def longer(leaf: Any) -> Any:
+        """A parameter, one number or one per entry."""
+        return np.append(leaf, np.repeat(leaf[-1:], more_columns)) if np.shape(leaf) == (columns,) else leaf
+
+    return Problem(loss, jax.tree.map(longer, penalty)), extended(x0, more_columns)
+
+
+def _are_known(leaves: list[Any]) -> bool:
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
+        return False
+    default = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
+    rest = (leaf for leaf in leaves if not isinstance(leaf, np.ndarray | np.generic | int | float))
+    return all(isinstance(leaf, jax.Array) and leaf.devices() == {default} for leaf in rest)
+
+
+def cut(found: Solution, problem: Problem, padded: Problem, x0: Any) -> Solution:
+    """A solution of a padded problem as one of the problem."""
+    lengths = {np.shape(padded.loss.target): np.size(problem.loss.target)}
+    lengths[np.shape(found.value)] = np.size(x0)
+    leaves, tree = jax.tree.flatten((found.value, found.dual, found.state))
+    long = {place: leaf for place, leaf in enumerate(leaves) if leaf.shape in lengths}
+    # By NumPy, since a slice by JAX is a program for every length.
+    short = jax.device_put([np.asarray(leaf)[: lengths[leaf.shape]] for leaf in long.values()])
+    for place, leaf in zip(long, short, strict=True):
+        leaves[place] = leaf
+    value, dual, state = jax.tree.unflatten(tree, leaves)
+    return dataclasses.replace(found, value=value, dual=dual, state=state)

@@ -1,0 +1,153 @@
+"""Edges, signals and fits of the trend filter as CSV, Parquet or NPZ files, with the ids of their nodes.
+
+    node,rain            node,rain,piece
+    Bern,12.5      ->    Bern,12.1,0
+    Chur,11.8            Chur,12.1,0
+
+All functions here raise a `FileError` for an invalid file.
+"""
+
+import collections
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseopt.experiments.read.files import FileError, readable, write_npz
+from sparseopt.experiments.read.tables import TABLE_KINDS, heading_of, is_number, read_table, read_texts
+
+# The first column of a signal holds ids of nodes if it has one of these names; the column of pieces of a fit.
+ID_NAMES, PIECE = ("node", "id"), "piece"
+# A column of a series beside others holds its times if it has one of these names, and increases.
+TIME_NAMES = ("time", "date", "t", "index")
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeTable:
+    """The values of a signal or a fit, and what its file calls nodes and values."""
+
+    values: np.ndarray  # `[n]`, or `[n, channels]`
+    names: tuple[str, ...]  # of the columns of values
+    nodes: tuple[str, ...] | None = None  # the ids of the nodes; None for row numbers from 0
+    nodes_name: str = "node"  # of the column of ids
+    times: np.ndarray | None = None  # of the nodes of a series, `[n]`; None where the file has none
+    times_name: str = ""  # of their column
+
+
+def read_signal(path: str | Path, series: bool = False) -> NodeTable:
+    """A signal with a column a channel; row j belongs to node j.
+
+    In a CSV or Parquet file, a first column named `node` or `id` holds the ids of the nodes, numbers or texts; then a
+    last column named `piece`, as `write_fit` adds it, is left out. Of a `series` a column of `TIME_NAMES` holds times.
+    """
+    file = readable(path, "a CSV or NPZ")
+    heading = heading_of(file)
+    named = bool(heading) and heading[0].lower() in ID_NAMES
+    misplaced = any(name.lower() in ID_NAMES for name in heading[1:])
+    if misplaced or "" in heading[:1] or any(name.startswith("__index_level_") for name in heading):
+        raise FileError(
+            f"{file} has the columns {heading[:8]}: the ids of the nodes stand in the first one, called node or id. "
+            "pandas writes its index too: name it node and put it first, or use index=False"
+        )
+    if not named:
+        return _with_names(read_table(file, ("signal", "y")), heading, series)
+    last = len(heading) - (len(heading) > 2 and heading[-1] == PIECE)
+    if last == 1:
+        raise FileError(f"{file} has the ids of the nodes but no column of values")
+    table, nodes = read_table(file, columns=tuple(range(1, last))), tuple(read_texts(file, (0,))[:, 0])
+    if len(nodes) != len(table):
+        raise FileError(f"{file} has {len(nodes)} ids and {len(table)} rows of values; leave out comments and blanks")
+    node, count = collections.Counter(nodes).most_common(1)[0]
+    if count > 1:
+        raise FileError(f"{file} names the node {node!r} in {count} rows; give a node one row")
+    return _with_names(table, heading[1:last], series, nodes, heading[0])
+
+
+def _with_names(
+    table: np.ndarray, heading: list[str], series: bool, nodes: tuple[str, ...] | None = None, nodes_name: str = "node"
+) -> NodeTable:
+    """A table with the names of its columns: those of the file, if all differ."""
+    count, times, times_name = table.shape[1], None, ""
+    if len(heading) != count or len({*heading, nodes_name, PIECE}) != count + 2:
+        names = ("value",) if count == 1 else tuple(f"channel_{i}" for i in range(count))
+        return NodeTable(table[:, 0] if count == 1 else table, names, nodes, nodes_name)
+    for place, name in enumerate(heading):
+        if series and count > 1 and name.lower() in TIME_NAMES and np.all(np.diff(table[:, place]) > 0):
+            times, times_name = table[:, place], name
+            table, heading = np.delete(table, place, axis=1), [*heading[:place], *heading[place + 1 :]]
+            break
+    values = table[:, 0] if table.shape[1] == 1 else table
+    return NodeTable(values, tuple(heading), nodes, nodes_name, times, times_name)
+
+
+def read_edges(path: str | Path, nodes: tuple[str, ...] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Edges `[m, 2]` int64 and weights `[m]` or None, from two columns of nodes and perhaps one of weights.
+
+    The nodes are numbers from 0, or `nodes`, the ids of a signal.
+    """
+    if nodes is not None and Path(path).suffix.lower() in (".csv", ".parquet"):
+        return _edges_of_ids(readable(path, "a CSV"), nodes)
+    table = read_table(path, ("edges",))
+    if table.shape[1] not in (2, 3):
+        raise FileError(f"{path} has {table.shape[1]} columns; an edge is two node numbers and, if any, a weight")
+    pairs = table[:, :2]
+    # Beyond 2^53 not every whole number is a float.
+    whole = np.isfinite(pairs) & (pairs == np.rint(pairs)) & (np.abs(pairs) < 2**53)
+    if not whole.all():
+        row = int(np.argmax(~whole.all(axis=1)))
+        raise FileError(f"{path} names the nodes {pairs[row].tolist()} in row {row}; node numbers are whole, from 0")
+    return pairs.astype(np.int64), table[:, 2] if table.shape[1] == 3 else None
+
+
+def _edges_of_ids(file: Path, nodes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+    texts = read_texts(file, None)
+    if texts.shape[1] not in (2, 3):
+        raise FileError(f"{file} has {texts.shape[1]} columns; an edge is two ids of nodes and, if any, a weight")
+    place = {node: index for index, node in enumerate(nodes)}
+    pairs = np.array([[place.get(node, -1) for node in row] for row in texts[:, :2]], np.int64).reshape(-1, 2)
+    # The first row may be a heading, of other names than those of nodes and of no number.
+    if file.suffix.lower() == ".csv" and len(pairs) and (pairs[0] < 0).all() and not any(map(is_number, texts[0])):
+        texts, pairs = texts[1:], pairs[1:]
+    if (pairs < 0).any():
+        row, end = (int(i) for i in np.argwhere(pairs < 0)[0])
+        raise FileError(
+            f"{file} names the node {texts[row, end]!r} in its edge {row}, and the signal has no such id; edges name "
+            "nodes by the ids of the signal"
+        )
+    try:
+        return pairs, texts[:, 2].astype(np.float64) if texts.shape[1] == 3 else None
+    except ValueError as error:
+        raise FileError(f"cannot read the weights of {file}: {error}") from error
+
+
+def write_fit(path: str | Path, fit: NodeTable, pieces: np.ndarray | None) -> None:
+    """Write the ids of the nodes, their times, values and, unless None, pieces, in the format of the file's ending."""
+    file = Path(path)
+    kind = file.suffix.lower()
+    nodes: Any = range(len(fit.values)) if fit.nodes is None else fit.nodes
+    columns: dict[str, list[Any]] = {fit.nodes_name: list(nodes)}
+    if fit.times is not None:
+        columns[fit.times_name] = fit.times.tolist()
+    for name, column in zip(fit.names, fit.values.reshape(len(fit.values), -1).T, strict=True):
+        columns[name] = column.tolist()
+    if pieces is not None:
+        columns[PIECE] = pieces.tolist()
+    if kind == ".csv":
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(columns)
+            # Python writes the shortest digits that give a number back.
+            writer.writerows(zip(*columns.values(), strict=True))
+    elif kind == ".npz":
+        arrays: dict[str, Any] = {"signal": fit.values, "node": np.array(nodes)}
+        arrays |= {} if fit.times is None else {"times": fit.times}
+        write_npz(file, arrays if pieces is None else arrays | {PIECE: pieces})
+    elif kind == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    else:
+        raise FileError(f"{file} must end in one of {', '.join(TABLE_KINDS)}")

@@ -1,0 +1,161 @@
+"""Tables of numbers or texts as files: CSV with or without a heading, Parquet, NPZ. Invalid files are a `FileError`."""
+
+import csv
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseopt.experiments.read.files import FileError, check_npy, check_unpacked, opened_npz, readable
+
+TABLE_KINDS = (".csv", ".parquet", ".npz")
+# How programs write a missing value.
+NOT_THERE = ("na", "n/a", "null", "none", "?", "-")
+
+
+def read_table(path: str | Path, names: tuple[str, ...] = (), columns: tuple[int, ...] = ()) -> np.ndarray:
+    """A numeric table `[rows, columns]`, float64; of an NPZ file the array with one of the `names`.
+
+    Of other files only the given `columns`, if any are given.
+    """
+    file = readable(path, "a CSV or NPZ")
+    kind = file.suffix.lower()
+    if kind not in TABLE_KINDS:
+        raise FileError(f"{file} must end in one of {', '.join(TABLE_KINDS)}")
+    try:
+        if kind == ".npz":
+            table = _read_npz(file, names)
+        else:
+            table = {".csv": _read_csv, ".parquet": _read_parquet}[kind](file, columns)
+    except (FileError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # pyarrow, zipfile and zlib have their own classes of errors
+        raise FileError(f"cannot read numbers from {file}: {str(error)[:300] or type(error).__name__}") from error
+    if table.size == 0 or table.ndim == 0:
+        raise FileError(f"{file} holds no rows of numbers; give one row a node or an edge")
+    return table.reshape(len(table), -1)
+
+
+def _read_csv(file: Path, columns: tuple[int, ...]) -> np.ndarray:
+    with file.open(encoding="utf-8-sig") as stream:
+        first = stream.readline().strip().split(",")
+        heading = not is_numbers(first)
+        absent = [cell.strip().lower() in NOT_THERE for cell in first]
+        if heading and any(absent) and (all(absent) or any(map(is_number, first))):
+            raise FileError(f"{file} has {first} in its first row; leave a cell empty where a value is missing")
+        stream.seek(0)
+        with warnings.catch_warnings():
+            # The caller reports an empty table.
+            warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
+            return np.loadtxt(
+                _with_blanks(stream, heading) if len(first) == 1 else file,
+                delimiter=",",
+                skiprows=int(heading),
+                ndmin=2,
+                usecols=columns or None,
+                comments=None if columns else "#",  # an id may have one
+                quotechar='"',
+                converters=lambda cell: float(cell or "nan"),
+                encoding="utf-8-sig",
+            )
+
+
+def _with_blanks(lines: Iterable[str], heading: bool) -> Iterator[str]:
+    """The lines of a table; a blank one between two cells of a single column is an empty cell."""
+    blank, inside = 0, False
+    for number, line in enumerate(lines):
+        if not line.strip():
+            blank += 1
+            continue
+        cell = "," not in line and not line.lstrip().startswith("#") and not (heading and number == 0)
+        yield from itertools.repeat('""', blank if inside and cell else 0)
+        yield line
+        blank, inside = 0, cell
+
+
+def is_numbers(cells: list[str]) -> bool:
+    """Whether all cells are numbers or empty."""
+    return all(not cell or is_number(cell) for cell in cells)
+
+
+def is_number(cell: str) -> bool:
+    """Whether a cell is a number and not empty."""
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_parquet(file: Path, columns: tuple[int, ...]) -> np.ndarray:
+    table = parquet_table(file)
+    kept = columns or range(table.num_columns)
+    return np.stack([np.asarray(table.column(i).to_numpy(), np.float64) for i in kept], axis=1)
+
+
+def parquet_table(file: Path) -> Any:
+    """A Parquet file as a table, after its claimed size was checked."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise FileError(f"reading {file} needs pyarrow: pip install pyarrow") from error
+    with pyarrow.parquet.ParquetFile(file) as stored:
+        found = stored.metadata
+        check_unpacked(8 * found.num_rows * found.num_columns, file)
+        # Not by column: pyarrow aborts the process for some damaged statistics of a single column.
+        groups = [found.row_group(index).total_byte_size for index in range(found.num_row_groups)]
+        check_unpacked(sum(max(0, size) for size in groups), file)
+        return stored.read()
+
+
+def _read_npz(file: Path, names: tuple[str, ...]) -> np.ndarray:
+    with opened_npz(file, "signal=y") as arrays:
+        found = [name for name in names if name in arrays] or ([arrays.files[0]] if len(arrays.files) == 1 else [])
+        if not found:
+            raise ValueError(f"it holds {', '.join(arrays.files[:8])}, expected one of {', '.join(names)}")
+        member = found[0] if found[0] in arrays.zip.namelist() else f"{found[0]}.npy"
+        check_npy(arrays.zip, member, file)
+        return np.asarray(arrays[found[0]], np.float64)
+
+
+def heading_of(file: Path) -> list[str]:
+    """The names of the columns; none for an NPZ file, and for a CSV file whose first row is numbers."""
+    try:
+        if file.suffix.lower() == ".parquet":
+            import pyarrow.parquet
+
+            with pyarrow.parquet.ParquetFile(file) as stored:
+                return list(stored.schema_arrow.names)
+        if file.suffix.lower() == ".csv":
+            with file.open(encoding="utf-8-sig", newline="") as stream:
+                cells = [cell.strip() for cell in next(csv.reader([stream.readline()]), [])]
+            return [] if is_numbers(cells) else [cell.removeprefix("#").strip() for cell in cells]
+    except Exception:
+        return []  # reading the table says what is wrong
+    return []
+
+
+def read_texts(file: Path, columns: tuple[int, ...] | None) -> np.ndarray:
+    """The cells of a table, `[rows, columns]`; with `columns` only those, without the heading of a CSV file."""
+    try:
+        if file.suffix.lower() == ".parquet":
+            table = parquet_table(file)
+            return np.array(
+                [[str(cell) for cell in table.column(i).to_pylist()] for i in columns or range(table.num_columns)],
+                object,
+            ).T
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            rows = [row for row in csv.reader(stream) if row]
+    except (FileError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        raise FileError(f"cannot read {file}: {str(error)[:300] or type(error).__name__}") from error
+    if not rows:
+        raise FileError(f"{file} is empty")
+    rows = rows if columns is None else [[row[i] for i in columns] for row in rows[1:]]
+    if len({len(row) for row in rows}) > 1:
+        raise FileError(f"the rows of {file} differ in their number of cells; give all the same columns")
+    return np.array([[cell.strip() for cell in row] for row in rows], object).reshape(len(rows), -1)
