@@ -7,7 +7,7 @@ with two cores. There, times are mostly within a half of what a run reports, and
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ FLOAT32 = 4
 # The fraction of the rate of large square products that a kind of work reaches: a layer's shapes, and passes with their
 # softmax.
 EFFICIENCY = {"layer solves": 0.85, "forward passes and Grams": 0.8, "survey": 0.8, "training": 0.8}
+# The same of drawing text, a token of each text at a time.
+DRAWING = 0.4
 # Of finding a target with propagated errors.
 PROPAGATION = Workspace(5, 3)
 # Searching an order takes as long as this many operations per pair of groups and row, over all rounds.
@@ -209,6 +211,13 @@ def prune_cost(
         solve_blocks=solve_blocks,
         scratch_bytes=max(streams, survey_streams) if on_disk else 0,
     )
+
+
+def with_drawing(cost: Cost, held: Mapping[str, int], flops: float) -> Cost:
+    """The cost of a run that first draws its text, which holds so much and takes so many operations."""
+    phases = {"drawing text": {"libraries": LIBRARIES, **held}, **cost.phases}
+    work = None if cost.flops is None else {"drawing text": flops / DRAWING, **cost.flops}
+    return replace(cost, phases=phases, flops=work)
 
 
 def output_bytes(model: PrunableModel, recipe: PassRecipe) -> dict[str, int]:

@@ -92,8 +92,7 @@ def _cached(
 ) -> np.ndarray:
     """The windows from the user's cache, drawn if they are not there yet."""
     start, cache = _first_token(model, bos), cache_folder() / "drawn"
-    parts = max(1, round(shape[1] / TEXT))
-    count, length = shape[0] * parts, -(-shape[1] // parts)
+    count, length = _texts(shape)
     draw = [recipe.seed or 0, *shape, length, start, bos, HOTTEST, COOLING]
     decided = {**identity.of(recipe), "recipe": None, "draw": draw}
     file = cache / f"{hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:32]}.json"
@@ -119,6 +118,20 @@ def _cached(
         # The folder of the run has them too.
         pass
     return ids
+
+
+def drawing_cost(model: StreamedModel, recipe: PassRecipe) -> tuple[dict[str, int], float]:
+    """Bytes while the windows of a recipe are drawn, by what they hold, and the operations that it takes."""
+    windows = recipe.window_count + recipe.heldout_samples + scored_windows(recipe)
+    count, length = _texts((windows, recipe.seqlen))
+    held = {"model": model.decoder_bytes(), "keys and values": kept_bytes(model.config, min(count, BATCH), length)}
+    return held, count * length * model.decoder_bytes() / 2
+
+
+def _texts(shape: tuple[int, int]) -> tuple[int, int]:
+    """How many texts make so many windows of this length, and how long each is."""
+    parts = max(1, round(shape[1] / TEXT))
+    return shape[0] * parts, -(-shape[1] // parts)
 
 
 def _first_token(model: PrunableModel, bos: int | None) -> int:

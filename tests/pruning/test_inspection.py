@@ -162,13 +162,17 @@ def test_estimates_add_up_and_grow_with_the_work(tmp_path: Path, rng: np.random.
     path = folder(tmp_path, rng)
 
     def estimate(gflops: float = 100.0, **changes: Any) -> Any:
-        return inspect_model(path, recipe(**changes), gflops=gflops).estimate
+        return inspect_model(path, recipe(**{"calibration": "pydoc"} | changes), gflops=gflops).estimate
 
     plain = estimate()
     assert plain.seconds == pytest.approx(sum(plain.seconds_by_part.values()))
     assert plain.peak_memory_bytes == max(sum(parts.values()) for parts in plain.memory.values())
     assert plain.peak_memory_bytes == sum(plain.memory[plain.peak_phase].values())
     assert set(plain.memory) == {"start", "Grams", "layer solves"}
+    drawn = estimate(calibration="self")
+    assert set(drawn.memory) == {"drawing text", *plain.memory}
+    assert drawn.memory["drawing text"]["model"] == 4 * inspect_model(path, recipe()).parameters
+    assert drawn.seconds_by_part.keys() - plain.seconds_by_part.keys() == {"drawing text"}
     more, best = estimate(samples=64, seqlen=128), estimate(method="best", allocation="curves")
     # Windows of 2 tokens are 128 by default, which leaves no room for variants that nobody asked for.
     shown = [inspect_model(path, Recipe(method="best", seqlen=seqlen)).recipe for seqlen in (2, 512)]
