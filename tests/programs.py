@@ -52,3 +52,9 @@ def set_up() -> None:
     # JAX reads its variables when it is imported, which a plugin of pytest may have done already.
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def forget(jitted) -> None:
+    """Have a `Jitted` function traced anew."""
+    jitted.usual.clear_cache()
+    jitted.quick.clear_cache()

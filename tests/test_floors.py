@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "sparseopt"
 # before its own, and in its own from entries of earlier lines; files that one entry names may import each other.
 HOUSE = {
     "system": ["*"],
-    "core/base": ["types mesh", "arguments thresholds dense", "speed"],
+    "core/base": ["types mesh compile", "arguments thresholds dense", "speed"],
     "core/operators": [
         "maps differences components",
         "divided_differences matrices row_tables slabs",

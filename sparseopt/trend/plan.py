@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.nodes import total
 from sparseopt.core.operators.maps import Split, Stack
@@ -163,7 +164,7 @@ def known_fit(job: Job, value: Any, flat: bool = False) -> TrendSolution:
     return TrendSolution.of(found, jnp.zeros(rows.shape, bool) if flat else rows != 0)
 
 
-@partial(jax.jit, static_argnames="history")
+@partial(Jitted, static_argnames="history")
 def fit(
     plan: Plan,
     y: Array,

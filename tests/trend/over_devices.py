@@ -75,7 +75,7 @@ def loop(y, graph, penalty, devices, order, missing="error", dtype=None, **optio
         problem = Problem(data.centred, job.rows, plan.split)
         solver = plan.solver(jnp.ones((), job.dtype))
         limit = job.max_steps if job.history else 0
-        return _iterate.lower(problem, solver, start, job.tol, job.max_steps, limit).compile().as_text()
+        return _iterate.usual.lower(problem, solver, start, job.tol, job.max_steps, limit).compile().as_text()
 
 
 def told(solution):

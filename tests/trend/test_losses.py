@@ -13,6 +13,7 @@ import sparseopt as so
 from sparseopt.core.losses.scalar import HuberLoss
 from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.solvers.loss_admm import LossAdmm
+from tests.programs import forget
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, two_parts
 
@@ -459,7 +460,7 @@ def test_float32_reaches_a_tolerance_of_its_own(rng):
 
 def test_one_compile_for_all_data_weights_and_deltas(traces_of):
     seen = traces_of(LossAdmm)
-    iterate_module._iterate.clear_cache()
+    forget(iterate_module._iterate)
     graph = so.Graph.grid((7, 9))
     for loss in ("poisson", so.HuberLoss(0.5)):
         before = len(seen)

@@ -17,6 +17,7 @@ from sparseopt.core.problem.problem import Status
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend import plan as plan_module
 from sparseopt.trend.methods import AUTO, METHODS
+from tests.programs import forget
 from tests.tiers import often
 from tests.trend.problems import random_graph
 
@@ -108,7 +109,7 @@ def test_channels_and_pictures_keep_their_shape(rng):
 
 def test_traced_once_for_all_signals_weights_and_gradients(rng, traces_of):
     traces = traces_of(Admm)
-    plan_module.fit.clear_cache()
+    forget(plan_module.fit)
     solver = so.trend_solver(so.Graph.grid((3, 5)), 0)
     loss = jax.jit(jax.grad(lambda y, weight: jnp.sum(solver(y, so.L1(weight)).value ** 2)))
     for _ in range(3):

@@ -13,6 +13,7 @@ from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend import plan as plan_module
 from sparseopt.trend.filter import chosen_method
+from tests.programs import forget
 from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, objective, random_graph, two_parts
 
@@ -343,8 +344,8 @@ def test_rho_stops_changing(rng):
 @pytest.fixture
 def traces(traces_of):
     """An entry for each trace of a step, from none on."""
-    iterate_module._iterate.clear_cache()
-    plan_module.fit.clear_cache()
+    forget(iterate_module._iterate)
+    forget(plan_module.fit)
     return traces_of(Admm)
 
 
@@ -417,7 +418,7 @@ def test_a_start_in_float32_ends_at_the_float64_fit(rng, name, order, method, mo
     y = 50 + 10 * rng.standard_normal(graph.num_nodes)
     exact = exact_fit(y, graph, 3.0, order)
     monkeypatch.setattr(plan_module, "MIXED_FROM", 1)
-    plan_module.fit.clear_cache()
+    forget(plan_module.fit)
     found = so.trend_filter(y, graph, so.L1(3.0), order, method, tol=1e-10).check()
     np.testing.assert_allclose(found.value, exact, atol=1e-3)
     assert found.gap <= 1e-10

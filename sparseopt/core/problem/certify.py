@@ -135,6 +135,8 @@ def certificate(
     loss, penalty, plain = problem.loss, problem.penalty, problem.operator is None
     maps = or_identity(problem.operator, x)
     rows, y = loss.rows, maps.mv(x)
+    # Whether u has a ball in which it can move.
+    bounded = not plain and isinstance(penalty, Norm)
     limits = jnp.finfo(x.dtype)
     units = units_of(problem, x) if units is None else units
     scales = (1 / units.size**2, 1.0) if scales is None else scales
@@ -197,11 +199,11 @@ def certificate(
         of_u = scales[1] * jnp.where(first, PENALTY_MOVE, 0.0 if plain else 1.0)
 
         apart, off = lacking(s, u), distance(s, u)
-        along = (index < ALONG) & (off <= CLOSE * objective)
+        along = (index < ALONG) & (off <= CLOSE * objective) if bounded else None
 
         def within(v: FloatArray) -> FloatArray:
             """What of a move of u stays in a norm's dual ball to first order: none out of it at its surface."""
-            if plain or not isinstance(penalty, Norm):
+            if along is None:
                 return v
             return jnp.where(along, jax.jvp(penalty.project_dual, ((1 + SURFACE) * u,), (v,))[1], v)
 
@@ -227,11 +229,13 @@ def certificate(
             normal, apart, tol=0.0, atol=enough, maxiter=steps, M=None if precondition is None else inverse
         )
         e, v = changes(z)
-        new_s, new_u, cut = settled(s - e, u - v)
-        # The projection on a ball with corners, such as that of singular values, has not everywhere a derivative.
-        fine = ~along | jnp.isfinite(total(new_s) + total(new_u))
-        s, u = jnp.where(fine, new_s, s), jnp.where(fine, new_u, u)
-        return jnp.where(fine, index + 1, ALONG), s, u, held | fine & cut
+        if along is not None:
+            # The projection on a ball with corners, such as that of singular values, has not everywhere a derivative.
+            fine = jnp.isfinite(total(e) + total(v))
+            e, v = jnp.where(fine, e, 0), jnp.where(fine, v, 0)
+            index = jnp.where(fine, index, ALONG - 1)
+        s, u, cut = settled(s - e, u - v)
+        return index + 1, s, u, held | cut
 
     start, held = 0, above & below
     if dual is None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.base.compile import Jitted
 from sparseopt.core.penalties.protocols import Composite
 from sparseopt.core.problem.certify import is_convex
 from sparseopt.core.problem.differentiate import Found, attached
@@ -39,7 +40,7 @@ def iterate(
     return _iterate(problem, solver, x0, tol, max_steps, length, moves)
 
 
-@partial(jax.jit, static_argnums=(5, 6))
+@partial(Jitted, static_argnums=(5, 6))
 def _iterate(
     problem: Problem,
     solver: Solver,

@@ -1,0 +1,56 @@
+"""Small problems compile quickly, and nothing else about a call changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.core.base import compile as compile_module
+from sparseopt.core.base.compile import SMALL, Jitted
+
+
+def counted():
+    traces = []
+
+    def function(x, power):
+        traces.append(x.shape)
+        return (x**power).sum()
+
+    return Jitted(function, static_argnums=1), traces
+
+
+def test_a_call_under_every_transformation_gives_what_it_gives_alone():
+    call, _ = counted()
+    x = jnp.arange(1.0, 5.0)
+    wanted = float(call(x, 3))
+    assert wanted == 100
+    # Known arguments inside a traced function: its program is part of the one around it.
+    assert jax.jit(lambda: call(x, 3))() == jax.jit(call, static_argnums=1)(x, 3) == wanted
+    np.testing.assert_array_equal(jax.vmap(lambda a: call(a, 3))(jnp.stack([x, 2 * x])), [wanted, 8 * wanted])
+    np.testing.assert_array_equal(jax.grad(lambda a: call(a, 3))(x), 3 * x**2)
+    assert jax.vmap(lambda scale: scale * call(x, 3))(jnp.ones(2)).tolist() == [wanted, wanted]
+
+
+@pytest.mark.parametrize("size", [3, SMALL + 1])
+def test_a_shape_is_traced_once(size):
+    call, traces = counted()
+    for _ in range(3):
+        call(jnp.ones(size), 2)
+    assert traces == [(size,)]
+
+
+@pytest.mark.parametrize(("size", "quick"), [(3, True), (SMALL, True), (SMALL + 1, False)])
+def test_only_few_entries_take_the_quick_program(monkeypatch, size, quick):
+    call, taken = Jitted(lambda x: x), []
+    monkeypatch.setattr(compile_module, "_knows_quick", lambda: True)
+    for name in ("usual", "quick"):
+        monkeypatch.setattr(call, name, lambda x, name=name: taken.append(name))
+    call(np.ones(size, np.float32))
+    jax.jit(call)(np.ones(size, np.float32))
+    assert taken == ["quick" if quick else "usual", "usual"]
+
+
+def test_a_jaxlib_that_does_not_know_the_options_compiles_as_usual(monkeypatch):
+    assert compile_module._knows_quick.__wrapped__()
+    monkeypatch.setattr(compile_module, "QUICK", {"xla_no_such_option": 1})
+    assert not compile_module._knows_quick.__wrapped__()
