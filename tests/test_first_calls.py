@@ -26,7 +26,7 @@ def counted(call):
 
 
 def test_a_first_solve_is_one_program_and_the_next_size_none():
-    so.solve(lasso(4, 3))  # asks once whether jaxlib knows the options of quick programs, and makes a zero
+    so.solve(lasso(4, 3))  # asks once whether jaxlib knows the options of quick programs
     jax.clear_caches()
     assert counted(lambda: so.solve(lasso(45, 19)))[0] == 1
     for rows, columns in ((46, 19), (44, 20), (43, 21)):
