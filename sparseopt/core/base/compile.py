@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -42,7 +41,7 @@ def _is_small(arguments: Any) -> bool:
     if sum(np.size(leaf) for leaf in leaves if hasattr(leaf, "dtype")) > SMALL:
         return False
     # Inside a traced function even what is known is part of the program around it, whose options count.
-    here = jnp.asarray(np.float32(0))
+    here = jax.device_put(np.float32(0))
     if isinstance(here, jax.core.Tracer) or next(iter(here.devices())).platform != "cpu":
         return False
     return all(len(leaf.devices()) == 1 for leaf in leaves if isinstance(leaf, jax.Array))
