@@ -56,5 +56,5 @@ def set_up() -> None:
 
 def forget(jitted) -> None:
     """Have a `Jitted` function traced anew."""
-    jitted.usual.clear_cache()
-    jitted.quick.clear_cache()
+    for program in (jitted.usual, *jitted.quick):
+        program.clear_cache()

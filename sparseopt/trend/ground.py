@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.mesh import on_device
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.nodes import NodeSquares, total
@@ -292,7 +293,7 @@ def null_space_dual(ground: Ground, pull: Array) -> tuple[Array, Array]:
     return (ground.highest.base.difference(z) if odd else z), solved
 
 
-@jax.jit
+@Jitted
 def strength(ground: Ground, y: Any, weights: Any, penalty: Any) -> Array:
     """The penalty's weight over the noise of the signal, as one program."""
     return data_of(ground, y, weights).strength(ground, penalty)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.base.compile import Jitted
 from sparseopt.core.losses.nodes import NodeLoss
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
@@ -37,7 +38,7 @@ EARLY, BELOW = 0.01, 0.95
 AIM, MOST = 0.7, 3.0
 
 
-_data = jax.jit(data_of)
+_data = Jitted(data_of)
 
 
 def short_fit(job: Job) -> TrendSolution:
@@ -160,7 +161,7 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
     return dataclasses.replace(found, status=status, residual=gap, gap=gap)
 
 
-@jax.jit
+@Jitted
 def _judged_at(
     ground: Ground,
     family: ScalarLoss | None,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.base.compile import Jitted
 from sparseopt.core.losses.nodes import total
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import Norm
@@ -95,7 +96,7 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Lev
     return found
 
 
-@jax.jit
+@Jitted
 def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any, last: Any) -> tuple[Data, Start]:
     """The prepared signal, and the start of the first level: the means, if there is a proof for them, or `last`."""
     data, inner = data_of(plan.ground, y, weights), plan.taken(penalty)
@@ -174,7 +175,7 @@ def _padded_size(count: int, n: int) -> int:
     return size
 
 
-@jax.jit
+@Jitted
 def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, tol: Any) -> Any:
     """Status, objective, gap and non-zero differences of exact fits, whose duals are sums along the chain."""
     data = data_of(ground, y, node_weights)
@@ -208,7 +209,7 @@ def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[Level]:
     return levels
 
 
-@partial(jax.jit, static_argnames="balance")
+@partial(Jitted, static_argnames="balance")
 def _begun(
     plan: Plan, data: Data, penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any], *, balance: bool
 ) -> Any:
@@ -233,7 +234,7 @@ def _begun(
     return plan.solver(rho).init(Problem(centred, inner, split), start)
 
 
-@jax.jit
+@Jitted
 def _null_level(plan: Plan, data: Data, start: Start, tol: Any) -> Level:
     """The component means for a penalty that is not a norm: stationary by their dual, without a step.
 

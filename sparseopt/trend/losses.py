@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.nodes import NodeLoss
 from sparseopt.core.losses.scalar import LossOfTwoSlopes, ScalarLoss
@@ -286,18 +287,18 @@ def _null_dual(
     return _shortened(penalty, dual) if solved else nothing
 
 
-_of_means = jax.jit(null_space_dual)
-_pull_of = jax.jit(lambda operator, dual: operator.rmv(dual))
+_of_means = Jitted(null_space_dual)
+_pull_of = Jitted(lambda operator, dual: operator.rmv(dual))
 
 
-@jax.jit
+@Jitted
 def _penalty_of(ground: Ground, penalty: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Zeros on the rows, and what the rows of x cost."""
     rows = ground.operator.mv(x)
     return jnp.zeros_like(rows), penalty.value(rows)
 
 
-@jax.jit
+@Jitted
 def _zero_is_inside(node_loss: NodeLoss) -> jax.Array:
     """Whether the dual 0 lies inside the domain of the loss's conjugate, entry by entry; True at missing nodes."""
     low, high = node_loss.family.dual_range(node_loss.signal)
@@ -307,7 +308,7 @@ def _zero_is_inside(node_loss: NodeLoss) -> jax.Array:
     return jnp.broadcast_to(inside, node_loss.signal.shape)
 
 
-@jax.jit
+@Jitted
 def _shortened(penalty: Any, dual: jax.Array) -> jax.Array:
     """`dual` halved until it lies in the penalty's ball."""
 
@@ -319,19 +320,19 @@ def _shortened(penalty: Any, dual: jax.Array) -> jax.Array:
     return penalty.project_dual(jnp.where(share > 1e-12, share, 0) * dual)
 
 
-@jax.jit
+@Jitted
 def _gap_at(problem: Problem, x: jax.Array, dual: jax.Array, anchor: Anchor, null: bool) -> jax.Array:
     return certificate(problem, x, dual, anchor, null)[1]
 
 
-@jax.jit
+@Jitted
 def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> jax.Array:
     """The weight over the noise, estimated from the differences of the loss's pull."""
     noise = OF_MEAN_SIZE * jnp.mean(jnp.abs(ground.highest.mv(pull)) / ground.row_norms)
     return FIRST_RHO * sigma * mean_weight(penalty, 1.0) / jnp.where(noise > 0, noise, 1)
 
 
-@jax.jit
+@Jitted
 def _finish(
     ground: Ground, problem: Problem, found: Solution, anchor: Anchor, null: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -247,7 +247,7 @@ def fit(
     return TrendSolution.of(ended, nonzero)
 
 
-@jax.jit
+@Jitted
 def resumed(
     plan: Plan,
     data: Data,

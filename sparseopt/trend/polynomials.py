@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
+from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.scalar import LossOfTwoSlopes, ScalarLoss
 from sparseopt.trend.graph import Graph
@@ -92,7 +93,7 @@ def _by_newton(
     return fit, _balanced(basis, slope, (weights > 0).astype(np.float64))
 
 
-@jax.jit
+@Jitted
 def _expanded(loss: ScalarLoss, y: Any, weights: Any, fit: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The loss of a fit, and node by node its slope and its curvature."""
     slope, curvature = jax.jvp(lambda x: loss.derivative(x, y), (fit,), (jnp.ones_like(fit),))

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from sparseopt.core.base import compile as compile_module
-from sparseopt.core.base.compile import SMALL, Jitted
+from sparseopt.core.base.compile import QUICK, Jitted
+
+FIRST, SECOND = (most for most, _ in QUICK)
 
 
 def counted():
@@ -31,7 +33,7 @@ def test_a_call_under_every_transformation_gives_what_it_gives_alone():
     assert jax.vmap(lambda scale: scale * call(x, 3))(jnp.ones(2)).tolist() == [wanted, wanted]
 
 
-@pytest.mark.parametrize("size", [3, SMALL + 1])
+@pytest.mark.parametrize("size", [3, SECOND, SECOND + 1])
 def test_a_shape_is_traced_once(size):
     call, traces = counted()
     for _ in range(3):
@@ -39,18 +41,21 @@ def test_a_shape_is_traced_once(size):
     assert traces == [(size,)]
 
 
-@pytest.mark.parametrize(("size", "quick"), [(3, True), (SMALL, True), (SMALL + 1, False)])
-def test_only_few_entries_take_the_quick_program(monkeypatch, size, quick):
+@pytest.mark.parametrize(
+    ("size", "program"),
+    [(3, "first"), (FIRST, "first"), (FIRST + 1, "second"), (SECOND, "second"), (SECOND + 1, "usual")],
+)
+def test_only_few_entries_take_a_quick_program(monkeypatch, size, program):
     call, taken = Jitted(lambda x: x), []
     monkeypatch.setattr(compile_module, "_knows_quick", lambda: True)
-    for name in ("usual", "quick"):
-        monkeypatch.setattr(call, name, lambda x, name=name: taken.append(name))
+    monkeypatch.setattr(call, "usual", lambda x: taken.append("usual"))
+    monkeypatch.setattr(call, "quick", [lambda x, name=name: taken.append(name) for name in ("first", "second")])
     call(np.ones(size, np.float32))
     jax.jit(call)(np.ones(size, np.float32))
-    assert taken == ["quick" if quick else "usual", "usual"]
+    assert taken == [program, "usual"]
 
 
 def test_a_jaxlib_that_does_not_know_the_options_compiles_as_usual(monkeypatch):
     assert compile_module._knows_quick.__wrapped__()
-    monkeypatch.setattr(compile_module, "QUICK", {"xla_no_such_option": 1})
+    monkeypatch.setattr(compile_module, "QUICK", [(9, {"xla_no_such_option": 1})])
     assert not compile_module._knows_quick.__wrapped__()

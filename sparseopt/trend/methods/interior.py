@@ -11,11 +11,11 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
+from sparseopt.core.base.compile import Jitted
 from sparseopt.core.operators.divided_differences import divided_difference
 from sparseopt.core.operators.row_tables import difference_matrix, edge_rows
 from sparseopt.core.penalties.entries import L1
@@ -104,10 +104,10 @@ class Interior:
         return _judged(job.ground, self.data, terms, value, dual, status, count, job.tol)
 
 
-_data = jax.jit(data_of)
+_data = Jitted(data_of)
 
 
-@jax.jit
+@Jitted
 def _judged(
     ground: Ground, data: Data, penalty: Any, fit: Any, dual: Any, status: Any, steps: Any, tol: Any
 ) -> TrendSolution:
