@@ -231,7 +231,7 @@ def certificate(
         e, v = changes(z)
         if along is not None:
             # The projection on a ball with corners, such as that of singular values, has not everywhere a derivative.
-            fine = jnp.isfinite(total(e) + total(v))
+            fine = ~along | jnp.isfinite(total(e) + total(v))
             e, v = jnp.where(fine, e, 0), jnp.where(fine, v, 0)
             index = jnp.where(fine, index, ALONG - 1)
         s, u, cut = settled(s - e, u - v)
