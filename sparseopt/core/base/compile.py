@@ -51,9 +51,10 @@ def _known_size(arguments: Any) -> float:
         return np.inf
     # Inside a traced function even what is known is part of the program around it, whose options count.
     here = jax.device_put(np.float32(0))
-    if isinstance(here, jax.core.Tracer) or next(iter(here.devices())).platform != "cpu":
+    if isinstance(here, jax.core.Tracer):
         return np.inf
-    return size if all(len(leaf.devices()) == 1 for leaf in leaves if isinstance(leaf, jax.Array)) else np.inf
+    places = [leaf.devices() for leaf in (here, *leaves) if isinstance(leaf, jax.Array)]
+    return size if all([device.platform for device in place] == ["cpu"] for place in places) else np.inf
 
 
 @functools.cache
