@@ -49,7 +49,7 @@ class Conic:
         self.cones.append(CONES[cone](offset.size))
 
     def least(self):
-        """The optimal objective."""
+        """The optimal objective; `answer` is then the x that has it."""
         hessian, linear = np.zeros(self.count), np.zeros(self.count)
         for variables, numbers in self.quadratic:
             np.add.at(hessian, variables, numbers)
@@ -76,6 +76,7 @@ class Conic:
         )
         answer = solver.solve()
         assert str(answer.status) == "Solved", answer.status
+        self.answer = np.asarray(answer.x)[self.x]
         return answer.obj_val + self.constant
 
     def exponentials(self, exponent, bound):

@@ -129,7 +129,7 @@ def test_a_blurred_picture_is_restored_as_by_the_primal_dual_method(rng, wide):
     # As many steps with every prox from a cold start, to the tolerance that was reached here.
     cold = Cold(dataclasses.replace(penalty, tol=memory.gap))
     cold = so.solve(so.Problem(loss, cold), tol=-1, max_steps=int(found.steps))
-    assert memory.all_steps < 0.5 * cold.state.prox_memory.all_steps
+    assert memory.all_steps < 0.7 * cold.state.prox_memory.all_steps
 
 
 @so.pytree
