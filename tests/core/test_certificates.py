@@ -22,7 +22,7 @@ from tests.tiers import often
 ROWS, COLUMNS, EDGES = 30, 8, 9
 LABELS = np.arange(COLUMNS) // 2
 BY_LABEL = [np.flatnonzero(g == LABELS) for g in range(LABELS.max() + 1)]
-# The rounding of an objective's sums; how far Clarabel's value, which meets its cones up to 1e-10, may be from ours there.
+# The rounding of an objective's sums; how far Clarabel's value, which meets its cones up to 1e-10, may be from ours.
 ALLOWED, ORACLE = 1e-11, 1e-6
 TOL = {np.float32: 1e-3, np.float64: 1e-6}
 APG, PD, ADMM = so.AcceleratedProximalGradient(), so.PrimalDual(), so.SplitAdmm()
