@@ -57,7 +57,6 @@ def negative_log_likelihood(
     return jnp.sum(jax.lax.map(slice_loss, pieces))
 
 
-@freed_memory_kept()
 def perplexity(
     model: str | Path | PrunableModel | Decoder,
     token_ids: Any,
@@ -66,7 +65,20 @@ def perplexity(
     bos: int | None = None,
     observer: Observer | None = None,
 ) -> float:
-    """Perplexity of a model on token ids in non-overlapping windows.
+    """Perplexity of a model on token ids in non-overlapping windows; arguments and errors as of `window_losses`."""
+    return float(np.exp(window_losses(model, token_ids, seqlen, bos=bos, observer=observer).mean()))
+
+
+@freed_memory_kept()
+def window_losses(
+    model: str | Path | PrunableModel | Decoder,
+    token_ids: Any,
+    seqlen: int = 1024,
+    *,
+    bos: int | None = None,
+    observer: Observer | None = None,
+) -> Float[np.ndarray, "windows"]:
+    """The mean negative log-likelihood of the predicted tokens of each window, in nats.
 
     Args:
         model: a model folder, a GGUF file, a name on the hub, an opened model, or a whole decoder in memory.
@@ -104,7 +116,7 @@ def perplexity(
     batches = ids.astype(np.int32).reshape(-1, windows_per_batch(count, length), length)
     held = max(1, PASS_BYTES // (4 * batches[0].size * config.hidden_size))
     passes = [batches[start : start + held] for start in range(0, len(batches), held)]
-    done, steps, total = 0, len(passes) * blocks, 0.0
+    done, steps, found = 0, len(passes) * blocks, list[float]()
     for part in passes:
         activations = [opened.embed_tokens(jnp.asarray(ids)) for ids in part] if whole else embedded(opened, part)
         for index in range(blocks):
@@ -117,8 +129,8 @@ def perplexity(
                 observer("block", done, steps)
         head = opened.head if whole else opened.head()
         for batch, x_BTD in zip(part, activations, strict=True):
-            total += sum(window_loss(head, x, row, skipped) for x, row in zip(x_BTD, batch, strict=True))
-    return float(np.exp(total / (count * (length - 1 - skipped))))
+            found += [window_loss(head, x, row, skipped) for x, row in zip(x_BTD, batch, strict=True)]
+    return np.asarray(found) / (length - 1 - skipped)
 
 
 _loss_of_window = Compiled(negative_log_likelihood)

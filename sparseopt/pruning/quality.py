@@ -1,6 +1,8 @@
 """What a run did to the model: its perplexity before and after, on text that it was not made on."""
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +11,7 @@ import numpy as np
 from sparseopt.core.base.types import Observer
 from sparseopt.models import PrunableModel
 from sparseopt.pruning.documents import TextError, part_of_text
-from sparseopt.pruning.evaluation import perplexity
+from sparseopt.pruning.evaluation import window_losses
 from sparseopt.pruning.pass_recipe import PassRecipe, scored_windows
 from sparseopt.pruning.plan import CalibrationWindows
 from sparseopt.pruning.reports import Score
@@ -73,10 +75,16 @@ class Scoring:
         return tuple(Score(each.text, len(each.ids), each.ids.shape[1], old, new) for each, old, new in pairs)
 
     def _perplexities(self, model: PrunableModel | Path, when: str) -> list[float]:
-        def told(text: str) -> Callable[[str, int, int], None]:
-            return lambda _, done, total: self._observer(f"perplexity {when} on {text}, block", done, total)
+        """Of windows of one length, and of one BOS, together: the model is read once."""
 
-        found = []
+        def told(_: str, done: int, total: int) -> None:
+            self._observer(f"perplexity {when}, block", done, total)
+
+        losses = list[float]()
         if processes.is_first():
-            found = [perplexity(model, ids, bos=bos, observer=told(text)) for text, ids, bos in self._samples]
-        return processes.told(found)
+            for bos, group in itertools.groupby(self._samples, lambda sample: sample.bos):
+                parts = [sample.ids for sample in group]
+                found = window_losses(model, np.concatenate(parts), bos=bos, observer=told)
+                cuts = np.cumsum([len(ids) for ids in parts])[:-1]
+                losses += [float(part.mean()) for part in np.split(found, cuts)]
+        return processes.told([math.exp(loss) for loss in losses])
