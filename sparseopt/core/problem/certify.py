@@ -146,16 +146,18 @@ def certificate(
     seen = True if rows.weights is None else rows.weights > 0
     above, below = (_at_zero_end(penalty, sign * jnp.ones_like(y)) for sign in (1, -1))
 
-    def settled(s: FloatArray, u: Any) -> tuple[FloatArray, FloatArray, Array]:
-        """The pair within the ends that are 0; the equation decides u where it can. And which entries of u are cut."""
+    def settled(s: FloatArray, u: Any) -> tuple[FloatArray, FloatArray, Array, FloatArray]:
+        """The pair within the ends that are 0; the equation decides u where it can. And the cut entries; what it lacks.
+
+        Products with A cost most, so what the equation lacks is kept.
+        """
         slope = jnp.clip(rows.slope(-s), jnp.where(low < 0, -jnp.inf, low), jnp.where(high > 0, jnp.inf, high))
         s = rows.weigh(slope)
-        u = -loss.pull(s) if plain else u
+        pulled = loss.pull(s)
+        u = -pulled if plain else u
         cut = _at_zero_end(penalty, u)
-        return s, jnp.where(cut, 0, u), cut
-
-    def lacking(s: FloatArray, u: FloatArray) -> FloatArray:
-        return units.of * (loss.pull(s) + maps.rmv(u))
+        u = jnp.where(cut, 0, u)
+        return s, u, cut, units.of * (pulled + maps.rmv(u))
 
     def allowed(s: FloatArray, u: FloatArray) -> Array:
         length = jnp.sqrt(total(s * s) / scales[0])
@@ -168,7 +170,7 @@ def certificate(
         of_loss = ROUNDING * limits.eps * length * jnp.sqrt(total(s * s) / scales[0])
         return 16 * of_loss + jnp.where(plain | ~jnp.isfinite(of_penalty), 0, of_penalty)
 
-    def shifted(s: FloatArray, u: FloatArray) -> tuple[FloatArray, FloatArray, Array]:
+    def shifted(s: FloatArray, u: FloatArray) -> tuple[FloatArray, FloatArray, Array, FloatArray]:
         """For domains with one end at 0: s plus a multiple of the image of positive x, which for A >= 0 meets them."""
         way = loss.image(units.of * (above.astype(x.dtype) - below))
         gains, beyond = -loss.pull(way), -loss.pull(s) - u
@@ -180,17 +182,17 @@ def certificate(
     def distance(s: FloatArray, u: FloatArray) -> Array:
         return jnp.abs(rows.slack(image, -s) + total(penalty.slack(y, u)))
 
-    def going(carry: tuple[Array, FloatArray, FloatArray, Array]) -> Array:
-        index, s, u, _ = carry
-        lacks = jnp.sqrt(total(lacking(s, u) ** 2)) > allowed(s, u)
+    def going(carry: tuple[Array, FloatArray, FloatArray, Array, FloatArray]) -> Array:
+        index, s, u, _, apart = carry
+        lacks = jnp.sqrt(total(apart**2)) > allowed(s, u)
         promising = distance(s, u) <= jnp.maximum(PROMISING * objective, rounded(s))
         return due & lacks & (index < ROUNDS) & ((index == 0) | promising)
 
-    def moved(carry: tuple[Array, FloatArray, FloatArray, Array]) -> tuple[Array, FloatArray, FloatArray, Array]:
-        index, s, u, held = carry
+    def moved(carry: tuple[Array, FloatArray, FloatArray, Array, FloatArray]) -> tuple:
+        index, s, u, held, apart = carry
         first = index == 0
         if plain and not isinstance(penalty, Norm):
-            s, u, cut = jax.lax.cond(first, lambda s, u: (s, u, held), shifted, s, u)
+            s, u, cut, apart = jax.lax.cond(first, lambda s, u: (s, u, held, apart), shifted, s, u)
             held = held | cut
         slope = rows.slope(-s)
         loose = seen & ((slope > low) & (slope < high) | (low < 0) & (high > 0))
@@ -198,7 +200,7 @@ def certificate(
         kept = first | held | (not plain)
         of_u = scales[1] * jnp.where(first, PENALTY_MOVE, 0.0 if plain else 1.0)
 
-        apart, off = lacking(s, u), distance(s, u)
+        off = distance(s, u)
         along = (index < ALONG) & (off <= CLOSE * objective) if bounded else None
 
         def within(v: FloatArray) -> FloatArray:
@@ -234,17 +236,19 @@ def certificate(
             fine = ~along | jnp.isfinite(total(e) + total(v))
             e, v = jnp.where(fine, e, 0), jnp.where(fine, v, 0)
             index = jnp.where(fine, index, ALONG - 1)
-        s, u, cut = settled(s - e, u - v)
-        return index + 1, s, u, held | cut
+        s, u, cut, apart = settled(s - e, u - v)
+        return index + 1, s, u, held | cut, apart
 
     start, held = 0, above & below
     if dual is None:
-        loss_dual, dual, cut = settled(loss_dual, None)
+        loss_dual, dual, cut, apart = settled(loss_dual, None)
         start, held = 1, held | cut
     else:
         dual = jnp.where(held, 0, dual)
-    _, loss_dual, dual, _ = jax.lax.while_loop(going, moved, (jnp.asarray(start), loss_dual, dual, held))
-    left = jnp.sqrt(total(lacking(loss_dual, dual) ** 2))
+        apart = units.of * (loss.pull(loss_dual) + maps.rmv(dual))
+    carry = jnp.asarray(start), loss_dual, dual, held, apart
+    _, loss_dual, dual, _, apart = jax.lax.while_loop(going, moved, carry)
+    left = jnp.sqrt(total(apart**2))
     feasible = left <= allowed(loss_dual, dual)
     # The domains are convex and contain 0, so that a share of the pair lies in them too.
     slope = rows.slope(-loss_dual)
