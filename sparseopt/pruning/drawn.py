@@ -8,6 +8,7 @@ Source: Williams, Chrysostomou, Aletras, "Self-calibration for language model qu
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def drawn_windows(
     recipe = plans[0].recipe
     check_window(recipe.seqlen, model.config.max_positions)
     bos = start_token(model.source, load_tokenizer(model.source), recipe.bos)
-    sizes = recipe.window_count, recipe.heldout_samples, scored_windows(recipe)
+    sizes = _sizes(recipe)
     shape = sum(sizes), recipe.seqlen
     ids = None
     if processes.is_first():
@@ -98,7 +99,7 @@ def _cached(
     file = cache / f"{hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:32]}.json"
     if (ids := _read(file, shape)) is not None:
         return ids
-    _check_memory(model, min(count, BATCH), length, budget)
+    _check_memory(model, shape, budget)
     decoder, drawn = model.decoder(), list[np.ndarray]()
     batches = np.array_split(np.arange(count), -(-count // BATCH))
 
@@ -122,10 +123,20 @@ def _cached(
 
 def drawing_cost(model: StreamedModel, recipe: PassRecipe) -> tuple[dict[str, int], float]:
     """Bytes while the windows of a recipe are drawn, by what they hold, and the operations that it takes."""
-    windows = recipe.window_count + recipe.heldout_samples + scored_windows(recipe)
-    count, length = _texts((windows, recipe.seqlen))
-    held = {"model": model.decoder_bytes(), "keys and values": kept_bytes(model.config, min(count, BATCH), length)}
-    return held, count * length * model.decoder_bytes() / 2
+    shape = sum(_sizes(recipe)), recipe.seqlen
+    # Two operations for each parameter, of four bytes, and token.
+    return _held(model, shape), math.prod(_texts(shape)) * model.decoder_bytes() / 2
+
+
+def _sizes(recipe: PassRecipe) -> tuple[int, int, int]:
+    """The windows to calibrate on, those held out, and those to score."""
+    return recipe.window_count, recipe.heldout_samples, scored_windows(recipe)
+
+
+def _held(model: StreamedModel, shape: tuple[int, int]) -> dict[str, int]:
+    """Bytes while windows of a shape are drawn, by what they hold."""
+    count, length = _texts(shape)
+    return {"model": model.decoder_bytes(), "keys and values": kept_bytes(model.config, min(count, BATCH), length)}
 
 
 def _texts(shape: tuple[int, int]) -> tuple[int, int]:
@@ -148,7 +159,7 @@ def _first_token(model: PrunableModel, bos: int | None) -> int:
     return int(start)
 
 
-def _check_memory(model: PrunableModel, texts: int, length: int, budget: int | None) -> None:
+def _check_memory(model: PrunableModel, shape: tuple[int, int], budget: int | None) -> None:
     """Refuse to draw with a model that has no decoder here or that memory cannot hold."""
     other = "give a text to calibrate on, as in calibration='file:PATH' or 'hf:OWNER/NAME' ('pydoc' is always at hand)"
     if not isinstance(model, StreamedModel):
@@ -156,7 +167,7 @@ def _check_memory(model: PrunableModel, texts: int, length: int, budget: int | N
             f"calibration 'self' is text that the model draws, and a {model.config.model_type} model, whose family is "
             f"not known here, cannot draw any: {other}"
         )
-    needed = model.decoder_bytes() + kept_bytes(model.config, texts, length)
+    needed = sum(_held(model, shape).values())
     limit = working_memory_bytes() if budget is None else budget
     if needed > limit:
         raise ModelError(

@@ -65,20 +65,7 @@ def perplexity(
     bos: int | None = None,
     observer: Observer | None = None,
 ) -> float:
-    """Perplexity of a model on token ids in non-overlapping windows; arguments and errors as of `window_losses`."""
-    return float(np.exp(window_losses(model, token_ids, seqlen, bos=bos, observer=observer).mean()))
-
-
-@freed_memory_kept()
-def window_losses(
-    model: str | Path | PrunableModel | Decoder,
-    token_ids: Any,
-    seqlen: int = 1024,
-    *,
-    bos: int | None = None,
-    observer: Observer | None = None,
-) -> Float[np.ndarray, "windows"]:
-    """The mean negative log-likelihood of the predicted tokens of each window, in nats.
+    """Perplexity of a model on token ids in non-overlapping windows.
 
     Args:
         model: a model folder, a GGUF file, a name on the hub, an opened model, or a whole decoder in memory.
@@ -92,6 +79,19 @@ def window_losses(
         ValueError: for ids outside the vocabulary, fewer tokens than one window, and windows that predict nothing or
             are longer than the model supports.
     """
+    return float(np.exp(window_losses(model, token_ids, seqlen, bos=bos, observer=observer).mean()))
+
+
+@freed_memory_kept()
+def window_losses(
+    model: str | Path | PrunableModel | Decoder,
+    token_ids: Any,
+    seqlen: int = 1024,
+    *,
+    bos: int | None = None,
+    observer: Observer | None = None,
+) -> Float[np.ndarray, "windows"]:
+    """The mean negative log-likelihood of the predictions of each window, in nats; arguments as of `perplexity`."""
     opened: Any = open_model(model) if isinstance(model, str | Path) else model
     whole = isinstance(opened, Decoder)
     config, blocks = (opened.embed_tokens.config, len(opened.layers)) if whole else (opened.config, opened.num_blocks)

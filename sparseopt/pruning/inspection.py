@@ -14,7 +14,7 @@ from sparseopt.models import FAMILIES, ModelError, Source, StreamedModel, Tensor
 from sparseopt.models.gguf_source import GGUFSource
 from sparseopt.models.settings import BlockKind, DecoderConfig
 from sparseopt.pruning.cost import PLACES, output_bytes, prune_cost, with_drawing
-from sparseopt.pruning.documents import SELF, is_text
+from sparseopt.pruning.documents import is_text
 from sparseopt.pruning.drawn import drawing_cost
 from sparseopt.pruning.layer import LayerMethod
 from sparseopt.pruning.patterns import pattern_count
@@ -236,7 +236,7 @@ def _known(
         zeros, saved = round(share * zeros), round(share * saved)
     room = device_memory_left() if device_memory is None else device_memory
     cost, on_disk = (prune_cost(model, recipe, method, where, room=room) for where in PLACES)
-    if isinstance(recipe.calibration, str) and recipe.calibration == SELF:
+    if recipe.draws:
         cost, on_disk = (with_drawing(each, *drawing_cost(model, recipe)) for each in (cost, on_disk))
     seconds = None if gflops is None else cost.seconds(gflops)
     return {

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-# Up to so many entries of all arrays together, these options. CPU seconds of a first call, then
-# milliseconds of the next ones: a lasso of 100 x 20 takes 0.60 and 1.5 with the first, 1.20 and 1.2 with the second,
-# 2.11 and 1.3 with neither; a grid of 20 x 20 0.66 and 5.2, 1.35 and 3.1, 2.57 and 3.7. On a grid of 256 x 256 the
-# second would take 1.4 times the time of neither.
+# Up to so many entries of all arrays together, these options. CPU seconds of a first call, then milliseconds of the
+# next ones: a lasso of 100 x 20 takes 0.60 and 1.5 with the first, 1.20 and 1.2 with the second, 2.11 and 1.3 with
+# neither; a grid of 20 x 20 0.66 and 5.2, 1.35 and 3.1, 2.57 and 3.7. On a grid of 256 x 256 the second would take 1.4
+# times the time of neither.
 QUICK: tuple[tuple[int, dict[str, Any]], ...] = (
     (2**12, {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}),
     (2**14, {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}),
