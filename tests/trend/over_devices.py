@@ -47,7 +47,7 @@ CUBE, SPACED = so.Graph.grid((4, 5, 11)), so.Graph.grid((4, 5, 11), (1, 2, 0.5))
 def products(graph, devices, order):
     """Both products with `Δ^(order)`: how far from those of one device, and whether one is the other's transpose."""
     here, over = layout_of(graph), layout_of(graph, device_line(devices))
-    one, several = (so.core.operators.Difference(layout.base(np.float64), order) for layout in (here, over))
+    one, several = (so.core.operators.differences.Difference(layout.base(np.float64), order) for layout in (here, over))
     rows = here.rows(rng.normal(size=here.count(order)), order)
     nodes = rng.normal(size=(graph.num_nodes, 2))
     rows = np.stack([rows, 2 * rows], -1)
