@@ -45,7 +45,7 @@ def core_problem(problem: Regression) -> so.Problem:
     """The problem for sparseopt, with its arrays on the device."""
     loss: Any = so.LeastSquares(problem.matrix, problem.target)
     if problem.logistic:
-        loss = so.Composed(so.LogisticLoss(), problem.matrix, problem.target)
+        loss = so.LogisticLoss(problem.matrix, problem.target)
     penalty: Any = so.L1(problem.weight)
     if problem.group > 1:
         penalty = so.GroupL2(problem.weight, groups=np.arange(problem.matrix.shape[1]) // problem.group)

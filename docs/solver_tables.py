@@ -37,22 +37,22 @@ def problems() -> dict[str, so.Problem]:
     matrix, target, labels = np.ones((4, 3), np.float32), np.ones(4, np.float32), np.ones(4, np.float32)
     quadratic = so.Quadratic(np.eye(3, dtype=np.float32), np.ones(3, np.float32))
     squares = so.LeastSquares(matrix, target)
-    logistic = so.Composed(so.LogisticLoss(), matrix, labels)
-    quantile = so.Composed(so.QuantileLoss(0.9), matrix, target)
+    logistic = so.LogisticLoss(matrix, labels)
+    quantile = so.DataLoss(so.scalar.Quantile(0.9), matrix, target)
     own, differences = OwnLoss(np.ones(3, np.float32)), so.Graph.chain(3).matrix(1)
     many = so.LeastSquares(None, np.ones(4000, np.float32))
     return {
         "`LeastSquares`, convex penalty": so.Problem(squares, so.L1(1.0)),
         "`LeastSquares`, other penalty": so.Problem(squares, so.MCP(1.0)),
-        "`Composed`, smooth, such as logistic": so.Problem(logistic, so.L1(1.0)),
-        "`Composed`, with kinks, such as quantiles": so.Problem(quantile, so.L1(1.0)),
+        "other losses of data, smooth, such as logistic": so.Problem(logistic, so.L1(1.0)),
+        "other losses of data, with kinks, such as quantiles": so.Problem(quantile, so.L1(1.0)),
         "`Quadratic`, convex penalty": so.Problem(quadratic, so.L1(1.0)),
         "`Quadratic`, other penalty": so.Problem(quadratic, so.L0(1.0)),
         "`Quadratic`, fixed support": so.Problem(quadratic, so.Support(np.ones(3, bool))),
         "own loss: `value`, `gradient`": so.Problem(own, so.L1(1.0)),
         "`LeastSquares`, operator": so.Problem(squares, so.L1(1.0), differences),
         "`LeastSquares`, operator, 4,000 unknowns": so.Problem(many, so.L1(1.0), so.Graph.chain(4000).matrix(1)),
-        "`Composed`, operator": so.Problem(quantile, so.L1(1.0), differences),
+        "other losses of data, operator": so.Problem(quantile, so.L1(1.0), differences),
         "`Quadratic`, operator": so.Problem(quadratic, so.L1(1.0), differences),
         "own loss, operator": so.Problem(own, so.L1(1.0), differences),
     }

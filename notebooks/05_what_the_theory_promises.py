@@ -26,7 +26,6 @@ import numpy as np
 from skimage.data import camera
 
 import sparseopt as so
-from sparseopt.core.losses.nodes import NodeSquares
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.experiments import plots
 
@@ -255,7 +254,7 @@ small_grid = so.Graph.grid(small.shape)
 literal = so.trend_solver(small_grid, order=1, method="doge_groups").plans[0]
 shape = literal.table.columns.shape
 print(f"{shape[0]} groups, padded to a table of the shape [groups, rows, width] = {list(shape)}")
-problem = so.Problem(NodeSquares(jnp.asarray(small)), so.L1(jnp.asarray(12.0)), literal.split)
+problem = so.Problem(so.LeastSquares(None, jnp.asarray(small)), so.L1(jnp.asarray(12.0)), literal.split)
 start = Start(problem.loss.center, jnp.zeros(literal.split.row_shape(problem.loss.center)))
 forms = {"literal": literal.solver(1.0), "fused": Admm(literal.node_solve, 1.0, cadence=literal.cadence)}
 for count in (10, 50, 250):
@@ -303,7 +302,7 @@ rhos = jnp.geomspace(0.1, 20, 10)
 figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True, layout="constrained")
 for order, axis in enumerate(axes):
     plan = so.trend_solver(small_grid, order, method="doge").plans[0]
-    problem = so.Problem(NodeSquares(jnp.asarray(small)), so.L1(jnp.asarray(12.0)), plan.split)
+    problem = so.Problem(so.LeastSquares(None, jnp.asarray(small)), so.L1(jnp.asarray(12.0)), plan.split)
     start = Start(problem.loss.center, jnp.zeros(plan.split.row_shape(problem.loss.center)))
 
     @jax.jit

@@ -9,10 +9,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.losses.counts_and_labels import LogisticLoss, PoissonLoss, SquaredHingeLoss
-from sparseopt.core.losses.data import Composed, LeastSquares
+from sparseopt.core.losses import scalar
+from sparseopt.core.losses.data import (
+    AbsoluteLoss,
+    DataLoss,
+    HuberLoss,
+    LeastSquares,
+    LogisticLoss,
+    PoissonLoss,
+    QuantileLoss,
+    SquaredHingeLoss,
+)
 from sparseopt.core.losses.quadratic import Quadratic
-from sparseopt.core.losses.scalar import AbsoluteLoss, HuberLoss, QuantileLoss
 from sparseopt.core.penalties.entries import L0, L1, MCP, SCAD, ElasticNet, LogSum
 from sparseopt.core.penalties.groups import GroupL2, NuclearNorm, SparseGroup
 from sparseopt.core.penalties.patterns import NM, BlockTopK, GroupTopK, RowTopK, TopK
@@ -55,8 +63,8 @@ __all__ = [
     "AcceleratedProximalGradient",
     "BlockTopK",
     "Box",
-    "Composed",
     "Conjugate",
+    "DataLoss",
     "ElasticNet",
     "Graph",
     "GraphTrendClassifier",
@@ -105,6 +113,7 @@ __all__ = [
     "pruning",
     "pytree",
     "reweighted_trend_filter",
+    "scalar",
     "select",
     "solve",
     "static",

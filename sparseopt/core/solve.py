@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.base.arguments import refuses_leaves, refuses_parameters
-from sparseopt.core.losses.data import MatrixLoss
+from sparseopt.core.base.arguments import refuses_leaves
+from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import Quadratic
+from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.operators.matrices import refuses_map, refuses_transpose
 from sparseopt.core.penalties.entries import L0
-from sparseopt.core.penalties.names import KNOWN
 from sparseopt.core.problem.certify import is_convex
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.padding import cut, padded_problem
@@ -182,24 +183,31 @@ def _refuses_solver(solver: Any) -> str | None:
 def _refuses_data(problem: Problem) -> str | None:
     if not isinstance(problem, Problem):
         return f"solve needs a sparseopt.Problem(loss, penalty, operator=None), given {type(problem).__name__}"
-    if isinstance(problem.loss, type):
-        return f"a loss is an object such as sparseopt.LeastSquares(A, b), given the class {problem.loss.__name__}"
+    if isinstance(problem.loss, type | FunctionType):
+        kind = "class" if isinstance(problem.loss, type) else "function"
+        return f"a loss is an object such as sparseopt.LeastSquares(A, b), given the {kind} {problem.loss.__name__}"
+    if isinstance(problem.loss, ScalarLoss):
+        name = type(problem.loss).__name__
+        return (
+            "a loss here is one of data, such as sparseopt.LogisticLoss(A, y), given one of a single observation: "
+            f"write DataLoss(so.scalar.{name}(), matrix, target)"
+        )
     if reason := refuses_map("operator", problem.operator):
         return reason
     if isinstance(problem.penalty, type):
         return f"a penalty is an object such as sparseopt.L1(10.0), given the class {problem.penalty.__name__}"
-    if isinstance(problem.penalty, KNOWN) and (reason := refuses_parameters(problem.penalty)):
+    if reason := getattr(problem.penalty, "refuses", lambda: None)():
         return reason
     if isinstance(problem.penalty, L0) and jnp.ndim(problem.penalty.weight):
         return f"the weight of L0 is one number, given the shape {jnp.shape(problem.penalty.weight)}"
-    return problem.loss.refuses() if isinstance(problem.loss, MatrixLoss) else None
+    return problem.loss.refuses() if isinstance(problem.loss, DataLoss) else None
 
 
 def _dtype(problem: Problem, x0: Any) -> Any:
     """A float that holds the entries of x0 and of every array in the problem."""
     arrays = [leaf for leaf in (x0, *jax.tree.leaves(problem)) if np.ndim(leaf) and hasattr(leaf, "dtype")]
     floats = [leaf.dtype for leaf in arrays if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    floats += [problem.loss.dtype] if isinstance(problem.loss, MatrixLoss) else []
+    floats += [problem.loss.dtype] if isinstance(problem.loss, DataLoss) else []
     return jnp.result_type(*map(jax.dtypes.canonicalize_dtype, floats)) if floats else jnp.result_type(float)
 
 
@@ -223,7 +231,7 @@ def _refuses_hessian(hessian: Any) -> str | None:
 
 
 def _refuses_shapes(problem: Problem, x0: Any) -> str | None:
-    if isinstance(problem.loss, MatrixLoss | Quadratic):
+    if isinstance(problem.loss, DataLoss | Quadratic):
         wanted = problem.loss.start_shape()
         if jnp.shape(x0) != wanted:
             return f"x0 needs the shape {wanted} of the loss's x, given {jnp.shape(x0)}"
@@ -234,7 +242,7 @@ def _refuses_shapes(problem: Problem, x0: Any) -> str | None:
         if reason := _refuses_hessian(problem.loss.hessian):
             return reason
     maps = {"operator": problem.operator}
-    if isinstance(problem.loss, MatrixLoss):
+    if isinstance(problem.loss, DataLoss):
         maps[f"matrix of {type(problem.loss).__name__}"] = problem.loss.matrix
     reasons = (refuses_transpose(name, given, x0) for name, given in maps.items() if given is not None)
     return next((reason for reason in reasons if reason), None)

@@ -11,6 +11,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from sparseopt.core.base.types import Observer
+from sparseopt.core.losses.scalar import Squared, checked_scalar
 from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import GraphData, GraphSource
@@ -20,7 +21,6 @@ from sparseopt.experiments.task_denoise import check_penalty, timed_fit
 from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import checked_loss
 from sparseopt.trend.path import trend_path
 from sparseopt.trend.selection import cross_validate, select
 
@@ -79,7 +79,7 @@ class GraphSignal(Task):
         check_penalty(self.penalty)
         if self.signal == "measured" and self.graph.name == "minnesota":
             raise ValueError("the roads of Minnesota carry no measured signal: take signal=plateaus or signal=waves")
-        if checked_loss(self.loss) is not None and self.signal != "measured":
+        if not isinstance(checked_scalar(self.loss), Squared) and self.signal != "measured":
             raise ValueError(f"{self.signal} have noise of the normal distribution: take loss=square, not {self.loss}")
 
     def estimate(self) -> Estimate:
@@ -101,7 +101,7 @@ class GraphSignal(Task):
         may_hide = np.isfinite(observed) & (data.graph.degrees > 0)
         hidden = may_hide & (rng.random(observed.size) < self.hidden)
         seen = np.where(hidden, np.nan, observed)
-        penalty, loss = self.penalty.build(), checked_loss(self.loss)
+        penalty, loss = self.penalty.build(), checked_scalar(self.loss)
         if self.choose is not None:
             observer(f"choosing a weight from {self.levels}", 0, 0)
             penalty = dataclasses.replace(penalty, weight=self._chosen_weight(seen, data.graph, penalty))
@@ -113,7 +113,7 @@ class GraphSignal(Task):
             )  # fmt: skip
 
         solution, measured = timed_fit(fit, self.max_steps, observer, f"fitting {data.graph.num_nodes} nodes")
-        value = np.asarray(solution.value if loss is None else loss.mean(solution.value))
+        value = np.asarray(loss.mean(solution.value))
         extra: dict[str, Any] = {} if truth is None else {"truth": truth}
         if processes.is_first():
             np.savez_compressed(folder / f"signal-{key}.npz", observed=seen, fitted=value, **extra)

@@ -8,9 +8,8 @@ import numpy as np
 from scipy.special import expit
 
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.counts_and_labels import LogisticLoss, PoissonLoss, SquaredHingeLoss
+from sparseopt.core.losses.scalar import Logistic, Poisson, SquaredHinge, checked_scalar
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import checked_loss
 
 try:
     from sklearn.base import ClassifierMixin, MultiOutputMixin, RegressorMixin
@@ -57,13 +56,13 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
         penalty: "l1", "l0", "mcp", "scad", "group_l2" (which couples the outputs), or a function of the weight that
             returns a penalty, such as `so.MCP`.
         tol, max_steps, method: of `trend_filter`.
-        loss: "square", "poisson" (counts), "huber", "absolute", or a `ScalarLoss` such as `so.QuantileLoss(0.9)`.
+        loss: "square", "poisson" (counts), "huber", "absolute", or a `ScalarLoss` such as `so.scalar.Quantile(0.9)`.
 
     Attributes:
         graph_: the `Graph` of the fit.
         fitted_values_: the fit b at the nodes of `graph_`, `[n]`, or `[n, outputs]` for such a y. For Poisson it is the
             logarithm of a rate.
-        loss_: the `ScalarLoss` of the fit; None for the square.
+        loss_: the `ScalarLoss` of the fit.
         solution_: the `Solution` of `trend_filter` with NumPy arrays.
         gap_: its relative duality gap, an upper bound on the relative suboptimality; NaN without a certificate.
         n_iter_: the number of steps.
@@ -99,7 +98,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.target_tags.positive_only = self.loss == "poisson" or isinstance(self.loss, PoissonLoss)
+        tags.target_tags.positive_only = self.loss == "poisson" or isinstance(self.loss, Poisson)
         return tags
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "GraphTrendFilter":
@@ -118,8 +117,8 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
         Warns:
             ConvergenceWarning: if the tolerance was not reached, saying what to try.
         """
-        penalty, loss = self.checked_penalty(), checked_loss(self.loss)
-        if isinstance(loss, LogisticLoss | SquaredHingeLoss):
+        penalty, loss = self.checked_penalty(), checked_scalar(self.loss)
+        if isinstance(loss, Logistic | SquaredHinge):
             raise ValueError(
                 f"GraphTrendFilter is a regressor, and {type(loss).__name__} is for labels: use GraphTrendClassifier, "
                 "which takes two labels of any kind, without loss="
@@ -138,8 +137,6 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
         it continues a constant but not a slope.
         """
         check_is_fitted(self)
-        if self.loss_ is None:
-            return self.at(X, self.fitted_values_)
         with precision(np.dtype(np.float64)):
             means = np.asarray(self.loss_.mean(jnp.asarray(self.fitted_values_)))
         return self.at(X, means)
@@ -147,7 +144,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """R², or for Poisson D², the share of the deviance that the prediction explains; averaged over the outputs."""
         found = self.predict(X)
-        if not isinstance(self.loss_, PoissonLoss):
+        if not isinstance(self.loss_, Poisson):
             return float(r2_score(y, found, sample_weight=sample_weight))
         columns = (np.asarray(values).reshape(len(found), -1).T for values in (y, found))
         pairs = zip(*columns, strict=True)
@@ -240,7 +237,7 @@ class GraphTrendClassifier(ClassifierMixin, OnGraph):
                 "positive weight"
             )
         proportions = np.where(y == classes[1], 1 - smoothing / 2, smoothing / 2)
-        self.fit_nodes(X, proportions, weights, penalty, LogisticLoss())
+        self.fit_nodes(X, proportions, weights, penalty, Logistic())
         self.classes_: np.ndarray = classes
         return self
 

@@ -20,13 +20,12 @@ import numpy as np
 
 from sparseopt.core.base.mesh import Devices, at_work, device_line
 from sparseopt.core.base.types import precision, wide_types
+from sparseopt.core.losses.scalar import checked_scalar
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import (
-    SIGNLESS,
     Job,
     by_order,
-    checked_loss,
     checked_terms,
     graph_for,
     require_local,
@@ -59,7 +58,7 @@ def trend_filter(
     history: bool = False,
     cadence: int | None = None,
     dtype: Any = None,
-    loss: Any = None,
+    loss: Any = "square",
     devices: Devices = None,
 ) -> TrendSolution:
     """Fit `b` to a signal `y` on a graph so that few of its differences `Δ^(order+1) b` are not zero.
@@ -94,12 +93,11 @@ def trend_filter(
         dtype: float32 or float64 instead of the signal's dtype. With node weights of 1 a fit with the gap `tol` lies
             within `sqrt(2 tol P)` of the optimum in Euclidean norm, with P the objective; so converged fits in float32
             and float64 differ by at most twice that. The status PRECISION says that float32 was not enough.
-        loss: None for the square, `PoissonLoss()` (counts; b is the log-rate), `LogisticLoss()` (labels 0 and 1, or
-            proportions of ones; b is the log-odds), `SquaredHingeLoss()` (labels -1 and 1; b is a score),
-            `HuberLoss(delta)`, `AbsoluteLoss()`, `QuantileLoss(level)`, your own `ScalarLoss`, or the name "poisson",
-            "logistic", "squared_hinge", "huber" or "absolute". Not with "fast_admm". With free ends from order 1 on
-            a loss of your own is smooth; for L1 with an absolute or quantile loss "auto" takes linear programming,
-            whose fits count no steps. See `sparseopt.trend.losses`.
+        loss: "square", "poisson" (counts; b is the log-rate), "logistic" (labels 0 and 1, or proportions of ones; b is
+            the log-odds), "squared_hinge" (labels -1 and 1; b is a score), "huber", "absolute", or an object of
+            `so.scalar` such as `so.scalar.Huber(delta)` or `so.scalar.Quantile(level)`, or your own `ScalarLoss`. Not
+            with "fast_admm". With free ends from order 1 on a loss of your own is smooth; for L1 with an absolute or
+            quantile loss "auto" takes linear programming, whose fits count no steps. See `sparseopt.trend.losses`.
         devices: the number of devices for the fit, "all", or a `jax.sharding.Mesh` of one axis "devices"; None for one.
             Several devices take one penalty and the square loss by "doge" with B = order + 1; the answer is that of one
             device up to rounding. With several processes each calls this with the same arguments and gets the whole
@@ -133,7 +131,7 @@ def trend_filter(
         missing,
         dtype,
         devices,
-        loss=checked_loss(loss),
+        loss=checked_scalar(loss),
         method=named(method),
         block=B,
         tol=tol,
@@ -197,8 +195,7 @@ def checked_job(
     order = checked_order(order)
     mesh = None if devices is None else device_line(devices)
     signal = checked_signal(y, graph, node_weights, missing, dtype, devices=1 if mesh is None else mesh.size)
-    if not isinstance(penalty, SIGNLESS):
-        graph = graph_for(graph, penalty)
+    graph = graph_for(graph, penalty)
     if isinstance(penalty, Mapping):
         penalty = by_order(penalty)
     if graph.free:
@@ -222,7 +219,7 @@ def _solved(job: Job) -> TrendSolution:
 
 
 def _fitted(job: Job) -> TrendSolution:
-    if job.loss is not None:
+    if not job.square:
         return fit_loss(job)
     signal, graph = job.signal, job.graph
     assert signal is not None

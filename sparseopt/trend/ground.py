@@ -15,9 +15,11 @@ from jaxtyping import Array
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.mesh import on_device
+from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.losses.nodes import NodeSquares, total
+from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import HIGHEST
+from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.operators.maps import Stack
 from sparseopt.core.operators.normal_solves import cosine_solve, free_solve
 from sparseopt.core.penalties.groups import GroupL2, SparseGroup
@@ -147,8 +149,8 @@ def mean_weight(penalty: Any, padding: float) -> Array:
 class Data:
     """A signal prepared for a solve."""
 
-    loss: NodeSquares  # on the nodes, `[*nodes]` or `[*nodes, channels]`
-    centred: NodeSquares  # the loss of the signal less its overall mean
+    loss: DataLoss  # on the nodes, `[*nodes]` or `[*nodes, channels]`
+    centred: DataLoss  # the loss of the signal less its overall mean
     shift: Any  # that mean, `[channels]`
     means: Any  # the mean of every node's component, or the polynomial of the basis, in the shape of the signal
     # The deviation of white noise whose differences have the mean size of the signal's; if that is 0, the deviation
@@ -199,14 +201,13 @@ def data_of(ground: Ground, y: Any, weights: Any) -> Data:
     if present is not None:
         y, means = jnp.where(present, y, shift), jnp.where(present, means, shift)
     wider = BOX_RANGES * (high - low) if ground.order else jnp.zeros_like(low)
-    padding = None if ground.padding[0] == 1 else jnp.asarray(ground.padding[0], y.dtype)
     box: Any = (None, None) if weights is None else (low - wider, high + wider)
-    loss = NodeSquares(y, weights, box[0], box[1], padding)
+    loss = DataLoss(Squared(), None, y, weights, *box)
     box = (None, None) if weights is None else (box[0] - shift, box[1] - shift)
-    centred = NodeSquares(loss.observed(y - shift), weights, box[0], box[1], padding)
-    rows = jnp.abs(ground.highest.mv(centred.center)) / ground.row_norms
+    centred = DataLoss(Squared(), None, loss.observed(y - shift), weights, *box)
+    rows = jnp.abs(ground.highest.mv(centred.target)) / ground.row_norms
     noise = OF_MEAN_SIZE * jnp.mean(rows) * ground.padding[1]
-    spread = jnp.sqrt(jnp.mean(centred.center**2) * ground.padding[0])
+    spread = jnp.sqrt(jnp.mean(centred.target**2) * ground.padding[0])
     noise = jnp.where(noise > 0, noise, jnp.where(spread > 0, spread, 1))
     return Data(loss, centred, shift, means, noise)
 

@@ -13,19 +13,15 @@ import numpy as np
 from sparseopt.core.base.arguments import (
     is_positive,
     real_array,
-    refuses_parameters,
     require_memory,
-    unknown,
     whole_number,
 )
-from sparseopt.core.losses.counts_and_labels import LogisticLoss, PoissonLoss, SquaredHingeLoss
-from sparseopt.core.losses.scalar import AbsoluteLoss, HuberLoss, LossOfTwoSlopes, ScalarLoss
+from sparseopt.core.losses.residuals import LossOfTwoSlopes, Squared
+from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.groups import GroupL2, SparseGroup
-from sparseopt.core.penalties.names import KNOWN, RISING
-from sparseopt.core.penalties.patterns import RowTopK, TopK
 from sparseopt.core.penalties.protocols import Composite
-from sparseopt.core.penalties.sets import Box, Simplex
+from sparseopt.core.penalties.sets import Box
 from sparseopt.core.problem.problem import Solution
 from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.graph import Graph
@@ -37,17 +33,6 @@ from sparseopt.trend.signal import MOST_ORDER, UNKNOWN, Signal
 MOST_STEPS = 10**9
 # Residual, objective, gap and rho per step of a history.
 STEP_BYTES = 4 * 8
-LOSSES: dict[str, ScalarLoss] = {
-    "poisson": PoissonLoss(),
-    "logistic": LogisticLoss(),
-    "squared_hinge": SquaredHingeLoss(),
-    "huber": HuberLoss(),
-    "absolute": AbsoluteLoss(),
-}
-
-
-# Penalties that are the same for rows of the other sign, and 0 for rows of zeros.
-SIGNLESS = (*RISING, TopK, RowTopK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +45,7 @@ class Job:
     channels: tuple[int, ...] = ()  # () or the number of channels
     weighted: bool = False  # whether nodes have weights or miss values
     signal: Signal | None = None  # checked; None if it is not known yet
-    loss: ScalarLoss | None = None  # None for the square
+    loss: ScalarLoss = dataclasses.field(default_factory=Squared)
     method: str | None = None  # the name of a method; None for the one that is expected to be the fastest
     block: int | None = None  # B, or None
     tol: float = 1e-6
@@ -75,6 +60,7 @@ class Job:
     order: int = dataclasses.field(init=False)  # the highest penalised order, at least 0
     several: bool = dataclasses.field(init=False)  # whether there are several penalties, or one on b itself
     penalty: Any = dataclasses.field(init=False)  # the penalty, if there is only one
+    square: bool = dataclasses.field(init=False)  # whether the loss is the square
 
     def __post_init__(self) -> None:
         def fill(name: str, value: Any) -> None:
@@ -84,13 +70,14 @@ class Job:
         fill("order", max(0, *self.terms))
         fill("several", len(self.terms) > 1 or -1 in self.terms)
         fill("penalty", next(iter(self.terms.values())))
-        if self.several and not (self.block is None and self.loss is None):
+        fill("square", isinstance(self.loss, Squared))
+        if self.several and not (self.block is None and self.square):
             raise ValueError(f"several penalties take neither B nor loss, given B={self.block}, loss={self.loss}")
-        smooth = self.loss is None or getattr(self.loss, "smooth", False)
+        smooth = getattr(self.loss, "smooth", False)
         if self.graph.free and not (smooth or (self.graph.is_chain and isinstance(self.loss, LossOfTwoSlopes))):
             raise ValueError(
-                f"free ends at order {self.order} take smooth losses, and on a chain AbsoluteLoss and QuantileLoss, "
-                f"given {type(self.loss).__name__}: take HuberLoss, or leave out ends"
+                f"free ends at order {self.order} take smooth losses, and on a chain Absolute and Quantile, "
+                f"given {type(self.loss).__name__}: take Huber, or leave out ends"
             )
         relaxed = is_positive(self.relaxation) and self.relaxation < 2
         if not (is_positive(self.tol) and (self.rho is None or is_positive(self.rho)) and relaxed):
@@ -185,33 +172,9 @@ def graph_for(graph: Graph, penalty: Any) -> Graph:
     if graph.shape is None or graph.free:
         return graph
     terms = list(penalty.values()) if isinstance(penalty, Mapping) else [penalty]
-    by_edges = any(map(_excludes_zero, terms)) or (graph.turned and not all(map(_is_signless, terms)))
-    return graph.as_edges() if by_edges else graph
-
-
-def _is_signless(penalty: Any) -> bool:
-    """Whether a penalty is the same for rows of the other sign; one of your own is tried, with ones for tracers."""
-    if isinstance(penalty, SIGNLESS):
-        return True
-    if isinstance(penalty, type) or not hasattr(penalty, "prox"):
-        return False
-    with jax.ensure_compile_time_eval():
-        known = jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf)) if _is_traced(leaf) else leaf, penalty)
-        x = jnp.array([-2.0, -0.5, 0.25, 1.0, 3.0])
-        try:
-            return bool(jnp.array_equal(known.prox(-x, 0.5), -known.prox(x, 0.5)))
-        except (TypeError, ValueError):  # it takes arrays of other shapes
-            return False
-
-
-def _is_traced(leaf: Any) -> bool:
-    return isinstance(leaf, jax.core.Tracer)
-
-
-def _excludes_zero(penalty: Any) -> bool:
-    if isinstance(penalty, Box) and not any(map(_is_traced, jax.tree.leaves(penalty))):
-        return bool(np.any(np.asarray(penalty.low) > 0) or np.any(np.asarray(penalty.high) < 0))
-    return isinstance(penalty, Simplex)
+    padded = not any(getattr(term, "excludes_zero", False) is True for term in terms)
+    turned = graph.turned and not all(getattr(term, "even", False) for term in terms)
+    return graph if padded and not turned else graph.as_edges()
 
 
 def by_order(penalties: Mapping[Any, Any]) -> dict[int, Any]:
@@ -254,24 +217,6 @@ def vanishes(penalty: Any) -> bool:
     plain = isinstance(penalty, type) or not dataclasses.is_dataclass(penalty)
     probe: Any = penalty if plain else dataclasses.replace(penalty, weight=0.0)
     return bool(np.all(np.asarray(probe.prox(jnp.asarray(x), 1.0)) == x))
-
-
-def checked_loss(loss: Any) -> ScalarLoss | None:
-    """The loss, by object or name; None for the square. A ValueError or TypeError for what is not a valid loss."""
-    if loss is None or (isinstance(loss, str) and loss == "square"):
-        return None
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise ValueError(unknown("loss", loss, ("square", *LOSSES)))
-        return LOSSES[loss]
-    if isinstance(loss, type) or not isinstance(loss, ScalarLoss):
-        raise TypeError(
-            f"a loss is a name or an object with the methods of `ScalarLoss`, such as sparseopt.PoissonLoss(); "
-            f"given {loss!r}"
-        )
-    if reason := getattr(loss, "refuses", lambda: None)():
-        raise ValueError(reason)
-    return loss
 
 
 def checked_penalty(
@@ -331,7 +276,7 @@ def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> N
             wrong = np.isnan(value) if isinstance(penalty, Box) else ~np.isfinite(value)
             if np.any(wrong):
                 raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
-    if isinstance(penalty, KNOWN) and (reason := refuses_parameters(penalty)):
+    if reason := getattr(penalty, "refuses", lambda: None)():
         raise ValueError(reason)
     if not hasattr(penalty, "weight"):
         return

@@ -18,13 +18,14 @@ import numpy as np
 
 from sparseopt.core.base.arguments import positive_number
 from sparseopt.core.base.types import precision
+from sparseopt.core.losses.scalar import checked_scalar
 from sparseopt.core.operators.row_tables import difference_matrix, edge_rows
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.dual_program import is_available
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import ground_of, inverse_laplacian
-from sparseopt.trend.job import Job, checked_loss
+from sparseopt.trend.job import Job
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.losses import null_pull
 from sparseopt.trend.methods.admm import ADMM
@@ -58,7 +59,7 @@ def largest_weight(
     tol: float = 1e-6,
     *,
     missing: str = "error",
-    loss: Any = None,
+    loss: Any = "square",
 ) -> float:
     """The least weight of `L1` at which the fit is the mean of every component, or with free ends a polynomial.
 
@@ -85,7 +86,7 @@ def largest_weight(
     k = checked_order(order)
     tol = positive_number("tol", tol)
     signal = checked_signal(y, graph, node_weights, missing, np.float64)
-    layout, family = layout_of(graph_at(graph, k, signal)), checked_loss(loss)
+    layout, family = layout_of(graph_at(graph, k, signal)), checked_scalar(loss)
     job = Job(layout, {k: L1(1.0)}, signal.values.dtype, signal.values.shape[1:], signal=signal, loss=family)
     found = null_fit(job, tol)
     # The intervals of other channels may be wider, below the largest.
@@ -102,7 +103,7 @@ def null_fit(job: Job, tol: float) -> NullFit:
     """The bounds and the certificate; the interval may remain wider than `tol` at the step limit."""
     graph, order, signal = job.graph, job.order, job.signal
     assert signal is not None
-    pull = _pull(signal, graph, order) if job.loss is None else null_pull(job)
+    pull = _pull(signal, graph, order) if job.square else null_pull(job)
     channels = pull.shape[1]
     halves = (order + 1) // 2
     rows, lay = layout_of(graph).count(order + 1), layout_of(graph).grid_rows

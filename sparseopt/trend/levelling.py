@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.compile import Jitted
-from sparseopt.core.losses.nodes import NodeLoss
-from sparseopt.core.losses.scalar import ScalarLoss
+from sparseopt.core.losses.data import DataLoss
+from sparseopt.core.losses.scalar import ScalarLoss, Squared
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.problem.certify import promoted
@@ -108,7 +108,7 @@ def in_float32(job: Job) -> Job:
 def certified(job: Job, found: TrendSolution) -> TrendSolution:
     """A fit in another precision as one of the job: judged there, at order 0 with the means of its pieces."""
     value, dual = found.value.astype(job.dtype), job.rows.project_dual(found.dual.astype(job.dtype))
-    objective, gap, status = _judged_at(job.ground, None, job.rows, *job.arrays, dual, value, found.status, job.tol)
+    objective, gap, status = _judged_at(job.ground, job.loss, job.rows, *job.arrays, dual, value, found.status, job.tol)
     found = dataclasses.replace(
         found, value=value, dual=dual, objective=objective, gap=gap, residual=gap, status=status
     )
@@ -156,7 +156,7 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
     if not (math.isfinite(objective) and float(objective) <= before * (1 + ROUNDING * float(np.finfo(job.dtype).eps))):
         return found
     found = dataclasses.replace(found, value=value, objective=objective)
-    if not norm or job.loss is not None:
+    if not (norm and job.square):
         return found  # the gap is still a bound
     return dataclasses.replace(found, status=status, residual=gap, gap=gap)
 
@@ -164,7 +164,7 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
 @Jitted
 def _judged_at(
     ground: Ground,
-    family: ScalarLoss | None,
+    family: ScalarLoss,
     penalty: Any,
     y: Any,
     weights: Any,
@@ -174,8 +174,8 @@ def _judged_at(
     tol: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The objective at x, the relative duality gap of a norm and the square loss, else NaN, and the status then."""
-    loss: Any = NodeLoss(family, y, weights)
-    if family is None:
+    loss: Any = DataLoss(family, None, y, weights)
+    if isinstance(family, Squared):
         data = data_of(ground, y, weights)
         loss = data.loss
         if ground.present is not None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.compile import Jitted
-from sparseopt.core.losses.nodes import total
+from sparseopt.core.base.sums import total
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.problem.problem import Problem, Solution, Status
@@ -47,9 +47,9 @@ def descend(job: Job, weights: np.ndarray, first: NullFit | None) -> Level:
     means are the fit at the first weight, or None. Fit and dual are piecewise linear functions of the weight, so a
     level starts from the line through the last two fits. All levels share one compiled program.
     """
-    if job.loss is None and _merges(job):
+    if job.square and _merges(job):
         return _by_merging(job, weights)
-    by = _by_solver if job.loss is None else _by_loss
+    by = _by_solver if job.square else _by_loss
     levels = jax.device_get(by(job, weights, first))
     return jax.tree.map(lambda *parts: np.stack(parts), *levels)
 
@@ -242,7 +242,7 @@ def _null_level(plan: Plan, data: Data, start: Start, tol: Any) -> Level:
     """
     centred = data.centred
     left = centred.gradient(start.x) + plan.split.rmv(start.dual)
-    whole = centred.weigh(centred.center)
+    whole = centred.weigh(centred.target)
     residual = jnp.sqrt(total(left * left) / jnp.maximum(total(whole * whole), jnp.finfo(left.dtype).tiny))
     status = jnp.where(residual <= tol, Status.STATIONARY, Status.PRECISION).astype(jnp.int32)
     none = jnp.zeros(start.dual.shape, bool)

@@ -18,8 +18,9 @@ import numpy as np
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.nodes import NodeLoss
-from sparseopt.core.losses.scalar import LossOfTwoSlopes, ScalarLoss
+from sparseopt.core.losses.data import DataLoss
+from sparseopt.core.losses.residuals import LossOfTwoSlopes
+from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.problem.certify import promoted, stationary
@@ -49,10 +50,8 @@ class Observations:
     labels: np.ndarray
 
 
-def node_deviances(loss: ScalarLoss | None, fit: np.ndarray, y: np.ndarray) -> np.ndarray:
+def node_deviances(loss: ScalarLoss, fit: np.ndarray, y: np.ndarray) -> np.ndarray:
     """`2 f(fit; y)` entry by entry in float64, `(fit - y)²` for the square; where y is missing it means nothing."""
-    if loss is None:
-        return (y - fit) ** 2
     with precision(np.dtype(np.float64)):
         return 2 * np.asarray(loss.value(jnp.asarray(fit, jnp.float64), jnp.asarray(y)))
 
@@ -87,7 +86,7 @@ def best_constants(job: Job) -> BestConstants:
     fit = np.stack([loss.location(column, data.weights, data.labels)[data.labels] for column in columns], axis=1)
     _require_finite(fit, data, loss, nothing)
     if not job.graph.free or nothing:
-        pull = -_balanced_gradient(data, NodeLoss(loss, *job.arrays), fit, partial(_laid_out, job))
+        pull = -_balanced_gradient(data, DataLoss(loss, None, *job.arrays), fit, partial(_laid_out, job))
         return BestConstants(loss, data, fit, pull, _sees_one_value(data))
     fit, gradient = best_polynomials(loss, job.graph, job.order, data.columns, data.weights, fit)
     seen = (data.weights > 0)[:, None]
@@ -114,7 +113,7 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     penalty, laid_out, columns = job.rows, partial(_laid_out, job), np.ascontiguousarray(data.columns.T)
     y, weights = job.arrays
     low, high = _box(signal, loss, job.order, null)
-    node_loss = NodeLoss(loss, y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
+    node_loss = DataLoss(loss, None, y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
     # If a component has only one value and the domain of the conjugate ends at 0, its dual, 0, has no room for
     # rounding. Its fit is known and its loss 0: its nodes count as missing, and the fit is inserted at the end.
     settled = _holding(data, alike & ~np.asarray(_zero_is_inside(node_loss)).reshape(alike.shape))
@@ -253,7 +252,7 @@ def _box(signal: Signal, loss: ScalarLoss, order: int, null: np.ndarray) -> tupl
 
 
 def _balanced_gradient(
-    data: Observations, node_loss: NodeLoss, null: np.ndarray, laid_out: Callable[[np.ndarray], jax.Array]
+    data: Observations, node_loss: DataLoss, null: np.ndarray, laid_out: Callable[[np.ndarray], jax.Array]
 ) -> np.ndarray:
     """A subgradient of the loss at the best constants whose sum over every component is 0, `[n, channels]`."""
     gradient = np.array(node_loss.gradient(laid_out(null)), np.float64).reshape(null.shape)
@@ -269,7 +268,7 @@ def _balanced_gradient(
 
 
 def _null_dual(
-    ground: Ground, penalty: Any, pull: np.ndarray, node_loss: NodeLoss, laid_out: Callable[[np.ndarray], jax.Array]
+    ground: Ground, penalty: Any, pull: np.ndarray, node_loss: DataLoss, laid_out: Callable[[np.ndarray], jax.Array]
 ) -> jax.Array:
     """The dual of the best constants, shortened until it lies in the penalty's ball; 0 where it is not needed.
 
@@ -299,13 +298,13 @@ def _penalty_of(ground: Ground, penalty: Any, x: jax.Array) -> tuple[jax.Array, 
 
 
 @Jitted
-def _zero_is_inside(node_loss: NodeLoss) -> jax.Array:
+def _zero_is_inside(node_loss: DataLoss) -> jax.Array:
     """Whether the dual 0 lies inside the domain of the loss's conjugate, entry by entry; True at missing nodes."""
-    low, high = node_loss.family.dual_range(node_loss.signal)
+    low, high = node_loss.scalar.dual_range(node_loss.target)
     inside = (low < 0) & (high > 0)
     if node_loss.weights is not None:
         inside = inside | (node_loss.weights == 0)
-    return jnp.broadcast_to(inside, node_loss.signal.shape)
+    return jnp.broadcast_to(inside, node_loss.target.shape)
 
 
 @Jitted

@@ -18,7 +18,7 @@ import numpy as np
 
 from sparseopt.core.base.arguments import is_positive, positive_number, real_array, require_memory, whole_number
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.scalar import ScalarLoss
+from sparseopt.core.losses.scalar import ScalarLoss, Squared, checked_scalar
 from sparseopt.core.penalties.entries import L1, MCP, SCAD
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.problem.problem import Solution, Status
@@ -27,7 +27,6 @@ from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import (
     MOST_STEPS,
     Job,
-    checked_loss,
     checked_penalty,
     graph_for,
     require_representable,
@@ -67,7 +66,7 @@ class TrendPath:
         noise: the signal's `noise_level`; NaN for a loss, or if no difference is left to tell it.
         largest_weight: the least weight known to give the component means; None if the weights were given.
         penalty: the penalty, without the weights of the levels.
-        loss: None for the square.
+        loss: that of the fits.
         graph: the graph of the fits.
         order: k.
     """
@@ -85,7 +84,7 @@ class TrendPath:
     noise: float
     largest_weight: float | None
     penalty: Any
-    loss: ScalarLoss | None
+    loss: ScalarLoss
     graph: Graph
     order: int
     _nonzero: np.ndarray = dataclasses.field(repr=False)
@@ -148,7 +147,7 @@ def trend_path(
     node_weights: Any = None,
     missing: str = "error",
     dtype: Any = None,
-    loss: Any = None,
+    loss: Any = "square",
 ) -> TrendPath:
     """Fits of a trend filter from the weight that leaves only the component means down to nearly the signal.
 
@@ -187,7 +186,8 @@ def trend_path(
     k = checked_order(order)
     name = named(method)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
-    template, family = _template(penalty), checked_loss(loss)
+    template, family = _template(penalty), checked_scalar(loss)
+    square = isinstance(family, Squared)
     graph = graph_at(graph_for(graph, template), k, signal)
     checked_penalty(template, graph, k, signal.values.shape[1:], signal.values.dtype)
     tol, max_steps = positive_number("tol", tol), whole_number("max_steps", max_steps, 1, MOST_STEPS)
@@ -198,7 +198,7 @@ def trend_path(
     # The fits from the device, and as one array.
     needed, what = 2 * num * signal.values.nbytes, f"a path of {num:,} fits of {signal.values.size:,} values"
     require_memory(needed, what, "take fewer weights, or single fits")
-    if family is not None and not is_countable(graph):
+    if not square and not is_countable(graph):
         raise ValueError(
             f"a path with a loss takes a grid with free ends of at most {MOST_RANKED:,} nodes, whose degrees of "
             f'freedom can be counted, given {graph.num_nodes:,}: take ends="graph", or single fits'
@@ -222,7 +222,7 @@ def trend_path(
         first = _first_fit(job)
         given = float(first.weight.max()) * np.geomspace(1, ratio, num)
     job = job.at(given[0])
-    noise = signal_noise(signal, graph, k) if family is None else math.nan
+    noise = signal_noise(signal, graph, k) if square else math.nan
     with precision(job.dtype):
         fits, rows = descend(job, given, first)
     seen = None if signal.weights is None else signal.weights > 0
@@ -230,7 +230,7 @@ def trend_path(
     channels = columns.shape[1]
 
     values = fits.value.reshape(len(given), *signal.shape)
-    if family is None and (isinstance(template, GroupL2) or not is_countable(graph)):
+    if square and (isinstance(template, GroupL2) or not is_countable(graph)):
         freedom = partial(_divergences, job, given, values, noise)
     else:
         freedom = partial(_dimensions, rows, graph, k, seen, channels)

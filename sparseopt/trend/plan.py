@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.base.compile import Jitted
+from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.losses.nodes import total
 from sparseopt.core.operators.maps import Split, Stack
 from sparseopt.core.operators.normal_solves import AxisTransform
 from sparseopt.core.penalties.protocols import Norm
@@ -86,11 +86,11 @@ class Plan:
         The means are the fit only if `penalty(Δ z) >= <pull, z>` for all z. One z usually disproves that: the pull
         itself where smoothing is weak, else the smoothed pull.
         """
-        ground, centre = self.ground, data.centred.center
+        ground, centre = self.ground, data.centred.target
         nothing = jnp.zeros(self.split.row_shape(centre), centre.dtype)
         if not isinstance(penalty, Norm) or isinstance(ground.operator, Stack):
             return Start(centre, nothing)
-        apart = data.loss.center - data.means
+        apart = data.loss.target - data.means
         pull = apart if weights is None else weights * apart
         # Scaled to size 1, so that no square overflows: both sides of the comparison are homogeneous.
         size = jnp.max(jnp.abs(pull))
@@ -191,8 +191,8 @@ def fit(
     data, limit = data_of(ground, y, weights), to_next_check(max_steps, plan.cadence)
     if isinstance(penalty, Norm):
         # A signal without a penalty is the fit; its objective is 0, so no relative gap exists.
-        free = penalty.value(ground.operator.mv(data.loss.center)) == 0
-        known = data.loss.center
+        free = penalty.value(ground.operator.mv(data.loss.target)) == 0
+        known = data.loss.target
         if ground.basis is not None:
             apart = data.loss.observed(known - data.means)
             free = free | (jnp.max(jnp.abs(apart)) <= NULL_EPS * jnp.finfo(kind).eps * jnp.max(jnp.abs(known)))
@@ -237,7 +237,7 @@ def fit(
     dual = ended.dual
     nonzero = nonzero_at(ground, penalty, ended.value, dual, found.state.prox, data.noise, data.means)
     y, penalty, weights = given
-    caller = dataclasses.replace(data.loss, center=_known(y, data, ground, weights), weights=weights)
+    caller = dataclasses.replace(data.loss, target=_known(y, data, ground, weights), weights=weights)
     step = plan.split.row_scale / found.state.rho
     problem = Problem(caller, penalty, ground.operator)
     value, objective, _ = attached(problem, ended.value, ended.objective, Found(None, dual, step))

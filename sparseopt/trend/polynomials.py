@@ -27,7 +27,8 @@ from scipy import sparse
 
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.scalar import LossOfTwoSlopes, ScalarLoss
+from sparseopt.core.losses.residuals import LossOfTwoSlopes
+from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import leaves_as
 

@@ -14,8 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.validation import validate_data
 
 from sparseopt.core.base.arguments import real_array
-from sparseopt.core.losses.counts_and_labels import LogisticLoss, PoissonLoss
-from sparseopt.core.losses.scalar import ScalarLoss
+from sparseopt.core.losses.scalar import Logistic, Poisson, ScalarLoss, Squared
 from sparseopt.core.penalties.names import BY_WEIGHT
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.filter import trend_filter
@@ -64,7 +63,7 @@ class OnGraph(BaseEstimator):
             self.graph_ = self.graph
         count = self.graph_.num_nodes
         mass = np.bincount(node, weights, minlength=count)
-        if loss is None or isinstance(loss, PoissonLoss | LogisticLoss):
+        if isinstance(loss, Squared | Poisson | Logistic):
             # Exact: up to a constant these losses are linear in y, so those of a node's samples add up to the loss of
             # their weighted mean with the sum of their weights.
             gather = sparse.csr_array((weights, (node, np.arange(len(node)))), shape=(count, len(node)))
@@ -142,9 +141,9 @@ class OnGraph(BaseEstimator):
         return make(float(self.alpha))
 
 
-def _require_domain(y: np.ndarray, rows: np.ndarray, loss: ScalarLoss | None) -> None:
+def _require_domain(y: np.ndarray, rows: np.ndarray, loss: ScalarLoss) -> None:
     """Raise a ValueError for an observation that the loss does not take; a mean of several might hide it."""
-    if loss is None or not (wrong := loss.wrong(y)).any():
+    if not (wrong := loss.wrong(y)).any():
         return
     place = tuple(np.argwhere(wrong)[0])
     raise ValueError(

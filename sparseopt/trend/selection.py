@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.core.base.arguments import is_positive, unknown, whole_number
-from sparseopt.core.losses.counts_and_labels import LogisticLoss, PoissonLoss
+from sparseopt.core.losses.scalar import Logistic, Poisson, Squared
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.graph import Graph
@@ -82,11 +82,11 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
         sigma: the standard deviation of the noise (at node weight 1). With None "sure" takes the robust estimate
             `path.noise`, "aic" the corrected form, and "bic" the profiled likelihood, which decreases without bound as
             the deviance goes to 0; on a path that comes close to the signal give "bic" a sigma, such as `path.noise`.
-            For `PoissonLoss` and `LogisticLoss` None is 1.
+            For Poisson and logistic losses None is 1.
 
     Raises:
         ValueError: also for "sure" with another loss than the square, which it estimates the risk of, and for "gcv" and
-            "aic" with `LogisticLoss`, which chose fits of up to 49 times the least error in a study.
+            "aic" with the logistic loss, which chose fits of up to 49 times the least error in a study.
         RuntimeError: if a level of the path has values that are not finite.
 
     Example:
@@ -100,16 +100,16 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
         raise TypeError(f"select takes a TrendPath, as trend_path returns it, given {type(path).__name__}")
     if criterion not in CRITERIA:
         raise ValueError(unknown("criterion", criterion, CRITERIA))
-    if criterion == "sure" and path.loss is not None:
+    if criterion == "sure" and not isinstance(path.loss, Squared):
         raise ValueError(f"sure estimates a mean squared error, given a path with loss={path.loss}: take aic or gcv")
-    if isinstance(path.loss, LogisticLoss) and criterion in ("gcv", "aic"):
+    if isinstance(path.loss, Logistic) and criterion in ("gcv", "aic"):
         raise ValueError(
             f"{criterion} does not choose among fits of labels, whose deviance is 0 on every piece of one label: take "
             "cross_validate, or bic"
         )
     if sigma is None and criterion == "sure":
         sigma = path.noise
-    if sigma is None and isinstance(path.loss, PoissonLoss | LogisticLoss):
+    if sigma is None and isinstance(path.loss, Poisson | Logistic):
         sigma = 1.0
     _require_finite(path.statuses, "the path")
     if sigma is not None and not is_positive(sigma):
@@ -216,7 +216,7 @@ def cross_validate(
     node_weights: Any = None,
     missing: str = "error",
     dtype: Any = None,
-    loss: Any = None,
+    loss: Any = "square",
     **options: Any,
 ) -> CrossValidation:
     """Choose a weight by K-fold cross-validation over the nodes.
@@ -228,8 +228,9 @@ def cross_validate(
     slightly more than the same weight does on all nodes.
 
     There are `folds` >= 2 folds, drawn with the `seed`. The `rule` "min" takes the least error, "half_se" and "one_se"
-    the largest weight within half a standard error and one of it; None is "half_se" for `LogisticLoss`, since it came
-    closest to the best fits of labels in a study, and "min" for others. All other arguments are those of `trend_path`.
+    the largest weight within half a standard error and one of it; None is "half_se" for the logistic loss, since it
+    came closest to the best fits of labels in a study, and "min" for others. All other arguments are those of
+    `trend_path`.
 
     Raises:
         ValueError: also for a component with only one observed node, which no fold can predict; and with a loss, for
@@ -260,7 +261,7 @@ def cross_validate(
         statuses[fold] = fit.statuses
     _require_finite(statuses, "the folds (fold, level)")
     mean, spread = errors.mean(axis=0), errors.std(axis=0, ddof=1) / math.sqrt(folds)
-    rule = rule or ("half_se" if isinstance(path.loss, LogisticLoss) else "min")
+    rule = rule or ("half_se" if isinstance(path.loss, Logistic) else "min")
     return CrossValidation(path, errors, mean, spread, held, rule, statuses)
 
 

@@ -79,7 +79,7 @@ class TotalVariation:
     are penalised separately. The host work is done once, here. All methods run under `jit` and `vmap`. The prox has
     derivatives in x, step and weight, by the optimality conditions of the fit.
 
-    `AcceleratedProximalGradient` certifies its answer by a duality gap if the loss is `LeastSquares` or `Composed`: the
+    `AcceleratedProximalGradient` certifies its answer by a duality gap if the loss is one of data: the
     dual point of the last prox is one of the whole problem. In float32 that gap ends near 1e-4 or 1e-5. For other
     losses CONVERGED means that the optimality conditions hold to the tolerance. The penalty is convex, but not a
     `Norm`, since projecting onto its dual ball is expensive; nor is it separable. For a loss with kinks, and for one

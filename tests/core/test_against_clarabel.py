@@ -133,7 +133,7 @@ def logistic_sparse_group(rng):
     form = program(COLUMNS, conic.logistic, at.matrix, target, at.weights)
     conic.absolute(form, EYE, 0.7)
     conic.lengths(form, EYE, 1.0, BY_LABEL)
-    loss = so.Composed(so.LogisticLoss(), at.matrix, target, at.weights)
+    loss = so.LogisticLoss(at.matrix, target, at.weights)
     return so.Problem(loss, so.SparseGroup(0.7, 1.0, groups=LABELS)), form
 
 
@@ -144,7 +144,7 @@ def logistic_groups_of_edges(rng):
     wide, over = (sparse.kron(m, sparse.eye_array(CHANNELS)).tocsr() for m in (at.matrix, edges))
     form = program(COLUMNS * CHANNELS, conic.logistic, wide, target.reshape(-1))
     conic.lengths(form, over, 0.3, by_rows(edges.shape[0]))
-    return so.Problem(so.Composed(so.LogisticLoss(), at.matrix, target), so.GroupL2(0.3), edges), form
+    return so.Problem(so.LogisticLoss(at.matrix, target), so.GroupL2(0.3), edges), form
 
 
 def poisson_elastic_net(rng):
@@ -154,7 +154,7 @@ def poisson_elastic_net(rng):
     form = program(COLUMNS, conic.poisson, matrix, target)
     conic.absolute(form, EYE, 1.0)
     conic.ridge(form, EYE, 0.5)
-    return so.Problem(so.Composed(so.PoissonLoss(), matrix, target), so.ElasticNet(1.0, 0.5)), form
+    return so.Problem(so.PoissonLoss(matrix, target), so.ElasticNet(1.0, 0.5)), form
 
 
 def poisson_edges(rng):
@@ -163,7 +163,7 @@ def poisson_edges(rng):
     edges = incidence(rng, COLUMNS)
     form = program(COLUMNS, conic.poisson, EYE, target)
     conic.absolute(form, edges, 0.5)
-    return so.Problem(so.Composed(so.PoissonLoss(), None, target), so.L1(0.5), edges), form
+    return so.Problem(so.PoissonLoss(None, target), so.L1(0.5), edges), form
 
 
 def huber_differences(rng):
@@ -171,7 +171,7 @@ def huber_differences(rng):
     target = at.clean + 3 * at.noise
     form = program(COLUMNS, conic.huber(0.8), at.matrix, target, at.weights)
     conic.absolute(form, DIFFERENCES, 1.0)
-    loss = so.Composed(so.HuberLoss(0.8), at.matrix, target, at.weights)
+    loss = so.DataLoss(so.scalar.Huber(0.8), at.matrix, target, at.weights)
     return so.Problem(loss, so.L1(1.0), DIFFERENCES), form
 
 
@@ -180,7 +180,7 @@ def absolute_l1(rng):
     target = at.clean + at.noise
     form = program(COLUMNS, conic.slopes(-1.0, 1.0), at.matrix, target, at.weights)
     conic.absolute(form, EYE, 2.0)
-    return so.Problem(so.Composed(so.AbsoluteLoss(), at.matrix, target, at.weights), so.L1(2.0)), form
+    return so.Problem(so.AbsoluteLoss(at.matrix, target, at.weights), so.L1(2.0)), form
 
 
 def quantile_edges(rng):
@@ -189,7 +189,7 @@ def quantile_edges(rng):
     edges = incidence(rng, COLUMNS)
     form = program(COLUMNS, conic.slopes(-0.3, 0.7), at.matrix, target)
     conic.absolute(form, edges, 0.4)
-    return so.Problem(so.Composed(so.QuantileLoss(0.3), at.matrix, target), so.L1(0.4), edges), form
+    return so.Problem(so.DataLoss(so.scalar.Quantile(0.3), at.matrix, target), so.L1(0.4), edges), form
 
 
 def quantile_elastic_net(rng):
@@ -198,7 +198,7 @@ def quantile_elastic_net(rng):
     form = program(COLUMNS, conic.slopes(-0.8, 0.2), at.matrix, target)
     conic.absolute(form, EYE, 0.5)
     conic.ridge(form, EYE, 0.3)
-    return so.Problem(so.Composed(so.QuantileLoss(0.8), at.matrix, target), so.ElasticNet(0.5, 0.3)), form
+    return so.Problem(so.DataLoss(so.scalar.Quantile(0.8), at.matrix, target), so.ElasticNet(0.5, 0.3)), form
 
 
 def hinge_with_intercept(rng):
@@ -208,7 +208,7 @@ def hinge_with_intercept(rng):
     weight = np.r_[np.full(COLUMNS - 1, 2.0), 0.0]
     form = program(COLUMNS, conic.squared_hinge, matrix, target)
     conic.absolute(form, EYE, weight)
-    return so.Problem(so.Composed(so.SquaredHingeLoss(), matrix, target), so.L1(weight)), form
+    return so.Problem(so.SquaredHingeLoss(matrix, target), so.L1(weight)), form
 
 
 def nonnegative(rng):

@@ -7,7 +7,6 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.nodes import NodeSquares
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.normal_solves import cosine_solve
 from sparseopt.core.problem.problem import Problem
@@ -138,7 +137,7 @@ def strong_problem(rng, side, weight, order=1, penalty=so.L1):
     split = standard_split(Difference(base, order + 1), Difference(base, 0, order % 2 == 0), np.float64)
     node_solve = jax.tree.map(jnp.asarray, cosine_solve((side, side), (order + 1,), np.float64))
     start = Start(jnp.asarray(y), jnp.zeros(split.row_shape(jnp.asarray(y))))
-    return graph, y, Problem(NodeSquares(jnp.asarray(y)), penalty(weight), split), node_solve, start
+    return graph, y, Problem(so.LeastSquares(None, jnp.asarray(y)), penalty(weight), split), node_solve, start
 
 
 @pytest.mark.parametrize("order", often([0, 1, 2], 1))

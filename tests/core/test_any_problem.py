@@ -72,7 +72,7 @@ def test_a_gap_found_far_from_the_answer_is_no_bound_later():
     costs = np.r_[np.zeros(columns), np.ones(rows), np.full(columns - 1, weight)]
     free = [(None, None)] * columns + [(0, None)] * (rows + columns - 1)
     optimum = linprog(costs, stacked, sides, bounds=free).fun
-    problem = so.Problem(so.Composed(so.AbsoluteLoss(), matrix, target), so.L1(weight), differences)
+    problem = so.Problem(so.AbsoluteLoss(matrix, target), so.L1(weight), differences)
     found = so.solve(problem, PD, tol=1e-4, max_steps=1000)
     above = float(found.objective) / optimum - 1
     assert above > 1e-2
@@ -149,7 +149,7 @@ def test_a_start_at_the_answer_ends_at_the_first_check():
 
 
 QUADRATIC = so.Quadratic(MATRIX.T @ MATRIX, TARGET[:COLUMNS])
-ABSOLUTE = so.Composed(so.AbsoluteLoss(), MATRIX, TARGET)
+ABSOLUTE = so.AbsoluteLoss(MATRIX, TARGET)
 LARGE = so.LeastSquares(None, np.zeros(4000))
 CHOICES = {
     "smooth": (LASSO, so.AcceleratedProximalGradient),
@@ -268,15 +268,15 @@ def many_labels():
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((60, 20))
     sides = matrix @ rng.standard_normal(20) + rng.standard_normal(60)
-    return so.Composed(so.SquaredHingeLoss(), matrix, np.where(sides > 0, 1, -1))
+    return so.SquaredHingeLoss(matrix, np.where(sides > 0, 1, -1))
 
 
 ROUNDED = {
     "squares": SQUARES,
-    "huber": so.Composed(so.HuberLoss(0.8), MATRIX, TARGET),
+    "huber": so.DataLoss(so.scalar.Huber(0.8), MATRIX, TARGET),
     "squared hinge": many_labels(),
-    "poisson": so.Composed(so.PoissonLoss(), MATRIX / 4, np.round(np.exp(TARGET / 4))),
-    "logistic": so.Composed(so.LogisticLoss(), MATRIX / 4, LABELS),
+    "poisson": so.PoissonLoss(MATRIX / 4, np.round(np.exp(TARGET / 4))),
+    "logistic": so.LogisticLoss(MATRIX / 4, LABELS),
 }
 
 

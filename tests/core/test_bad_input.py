@@ -81,7 +81,7 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
     "a matrix that is none": (
         lambda: so.Problem(so.LeastSquares([1.0, 2.0], TARGET), so.L1(1.0)),
         {},
-        "the matrix of LeastSquares must be None, a dense matrix .* given list",
+        "the matrix of least squares must be None, a dense matrix .* given list",
     ),
     "a loss of its own for a primal-dual method": (
         lambda: so.Problem(OwnSquares(MATRIX, TARGET), so.L1(1.0)),
@@ -96,7 +96,7 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
     "a loss with kinks": (
         lambda: so.Problem(ABSOLUTE, so.L1(1.0)),
         {"solver": APG},
-        "needs a smooth loss, given AbsoluteLoss, which has kinks; use PrimalDual",
+        "needs a smooth loss, given Absolute, which has kinks; use PrimalDual",
     ),
     "a penalty without a prox": (
         lambda: so.Problem(SQUARES, ValueOnly()),
@@ -106,14 +106,14 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
     "an operator for a method without": (lambda: FUSED, {"solver": APG}, "without an operator.* use PrimalDual"),
     "nothing that fits": (lambda: so.Problem(ValueOnly(), ValueOnly()), {}, "no solver takes this problem"),
     "a negative count": (
-        lambda: so.Problem(so.Composed(so.PoissonLoss(), MATRIX, -np.ones(ROWS)), so.L1(1.0)),
+        lambda: so.Problem(so.PoissonLoss(MATRIX, -np.ones(ROWS)), so.L1(1.0)),
         {},
-        r"PoissonLoss takes counts, finite and not negative, given -1 at target 0 \(30 such\)",
+        r"the loss Poisson takes counts, finite and not negative, given -1 at target 0 \(30 such\)",
     ),
     "a label 2": (
-        lambda: so.Problem(so.Composed(so.LogisticLoss(), MATRIX, np.r_[LABELS[:-1], 2.0]), so.L1(1.0)),
+        lambda: so.Problem(so.LogisticLoss(MATRIX, np.r_[LABELS[:-1], 2.0]), so.L1(1.0)),
         {},
-        r"LogisticLoss takes labels 0 or 1 or proportions between them, given 2 at target 29 \(1 such\)",
+        r"the loss Logistic takes labels 0 or 1 or proportions between them, given 2 at target 29 \(1 such\)",
     ),
     "a NaN target": (
         lambda: so.Problem(so.LeastSquares(MATRIX, np.r_[np.nan, TARGET[1:]]), so.L1(1.0)),
@@ -123,7 +123,7 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
     "negative weights": (
         lambda: so.Problem(so.LeastSquares(MATRIX, TARGET, -np.ones(ROWS)), so.L1(1.0)),
         {},
-        "the weights of LeastSquares must be finite and not negative",
+        "the weights of least squares must be finite and not negative",
     ),
     "weights of another length": (
         lambda: so.Problem(so.LeastSquares(MATRIX, TARGET, np.ones(3)), so.L1(1.0)),
@@ -150,9 +150,9 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
         {"solver": ADMM},
         "takes up to 3,000, given 4,000; use PrimalDual",
     ),
-    "no problem": (lambda: SQUARES, {}, "solve needs a sparseopt.Problem.*, given LeastSquares"),
+    "no problem": (lambda: SQUARES, {}, "solve needs a sparseopt.Problem.*, given DataLoss"),
     "a quantile of level 2": (
-        lambda: so.Problem(so.Composed(so.QuantileLoss(2.0), MATRIX, TARGET), so.L1(1.0)),
+        lambda: so.Problem(so.DataLoss(so.scalar.Quantile(2.0), MATRIX, TARGET), so.L1(1.0)),
         {},
         "the quantile loss needs a level between 0 and 1",
     ),
@@ -164,11 +164,17 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
     "a class as solver": (lambda: LASSO, {"solver": so.PrimalDual}, "given the class PrimalDual; or None"),
     "a name as solver": (lambda: LASSO, {"solver": "PrimalDual"}, "given 'PrimalDual'; or None, which chooses one"),
     "a class as scalar loss": (
-        lambda: so.Problem(so.Composed(so.LogisticLoss, MATRIX, LABELS), so.L1(1.0)),
+        lambda: so.Problem(so.DataLoss(so.scalar.Logistic, MATRIX, LABELS), so.L1(1.0)),
         {},
-        r"Composed takes a scalar loss, given the class LogisticLoss: write LogisticLoss\(\)",
+        r"a loss of data takes the loss of one observation, given the class Logistic: write Logistic\(\)",
     ),
-    "a class as loss": (lambda: so.Problem(so.LeastSquares, so.L1(1.0)), {}, "given the class LeastSquares"),
+    "a class as loss": (lambda: so.Problem(so.Quadratic, so.L1(1.0)), {}, "given the class Quadratic"),
+    "a function as loss": (lambda: so.Problem(so.LeastSquares, so.L1(1.0)), {}, "given the function LeastSquares"),
+    "a loss without its data": (
+        lambda: so.Problem(so.scalar.Logistic(), so.L1(1.0)),
+        {},
+        r"given one of a single observation: write DataLoss\(so.scalar.Logistic\(\), matrix, target\)",
+    ),
     "a penalty that is no pytree": (
         lambda: so.Problem(SQUARES, PlainPenalty()),
         {},
@@ -213,7 +219,7 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
     "a number as start": (lambda: LASSO, {"x0": 0.0}, r"x0 needs the shape \(12,\) of the loss's x, given \(\)"),
     "a short list as start": (lambda: LASSO, {"x0": [0.0, 0.0]}, r"x0 needs the shape \(12,\) .* given \(2,\)"),
     "a Huber loss of delta 0": (
-        lambda: so.Problem(so.Composed(so.HuberLoss(0.0), MATRIX, TARGET), so.L1(1.0)),
+        lambda: so.Problem(so.DataLoss(so.scalar.Huber(0.0), MATRIX, TARGET), so.L1(1.0)),
         {},
         "needs a positive, finite delta",
     ),

@@ -61,18 +61,18 @@ def labels(rng, clean):
 
 
 def composed(scalar):
-    return lambda at: so.Composed(scalar, at.matrix, at.target, at.weights)
+    return lambda at: so.DataLoss(scalar, at.matrix, at.target, at.weights)
 
 
 LOSSES = {
     "squares": Loss(lambda at: so.LeastSquares(at.matrix, at.target, at.weights), conic.squares, numbers),
-    "absolute": Loss(composed(so.AbsoluteLoss()), conic.slopes(-1.0, 1.0), numbers),
-    "quantile": Loss(composed(so.QuantileLoss(0.9)), conic.slopes(-0.9, 0.1), numbers),
-    "huber": Loss(composed(so.HuberLoss(0.8)), conic.huber(0.8), numbers),
-    "poisson": Loss(composed(so.PoissonLoss()), conic.poisson, counts),
-    "logistic": Loss(composed(so.LogisticLoss()), conic.logistic, labels),
+    "absolute": Loss(composed(so.scalar.Absolute()), conic.slopes(-1.0, 1.0), numbers),
+    "quantile": Loss(composed(so.scalar.Quantile(0.9)), conic.slopes(-0.9, 0.1), numbers),
+    "huber": Loss(composed(so.scalar.Huber(0.8)), conic.huber(0.8), numbers),
+    "poisson": Loss(composed(so.scalar.Poisson()), conic.poisson, counts),
+    "logistic": Loss(composed(so.scalar.Logistic()), conic.logistic, labels),
     "squared hinge": Loss(
-        composed(so.SquaredHingeLoss()), conic.squared_hinge, lambda rng, clean: 2 * labels(rng, clean) - 1
+        composed(so.scalar.SquaredHinge()), conic.squared_hinge, lambda rng, clean: 2 * labels(rng, clean) - 1
     ),
 }
 
@@ -283,7 +283,7 @@ def test_another_unit_of_a_feature_without_a_penalty_changes_no_answer():
     costs = 1 + 0.5 * hours + (0.2 + 0.2 * hours) * rng.standard_normal(200)
     for unit in (1.0, 5e-3, 1e-3, 1e-8):
         line = np.column_stack([np.ones(200), unit * (hours - hours.mean())])
-        found = so.solve(so.Problem(so.Composed(so.QuantileLoss(0.9), line, costs), so.L1(0.0))).check()
+        found = so.solve(so.Problem(so.DataLoss(so.scalar.Quantile(0.9), line, costs), so.L1(0.0))).check()
         assert float(found.gap) <= 1e-6
         assert float(found.objective) == pytest.approx(50.857288279, rel=1e-6)
 
@@ -302,7 +302,7 @@ def test_a_loss_without_a_minimum_is_not_certified(least):
 BENDS, LINE = np.diff(np.eye(20), n=2, axis=0), np.arange(20.0)
 FREE = {
     "squares": so.LeastSquares(None, LINE),
-    "absolute": so.Composed(so.AbsoluteLoss(), None, LINE / 3),
+    "absolute": so.AbsoluteLoss(None, LINE / 3),
     "quadratic": so.Quadratic(np.eye(20) + 0.5, LINE),
     "no rows": so.LeastSquares(np.eye(20), np.sin(LINE), np.zeros(20)),
 }
@@ -356,7 +356,7 @@ def test_the_dual_of_a_blurred_picture_reaches_the_equation_along_its_ball():
 @pytest.mark.usefixtures("_float64")
 def test_the_objective_is_that_of_the_answer_before_convergence():
     rng = np.random.default_rng(2)
-    loss = so.Composed(so.QuantileLoss(0.3), rng.standard_normal((ROWS, COLUMNS)), 3 * rng.standard_normal(ROWS))
+    loss = so.DataLoss(so.scalar.Quantile(0.3), rng.standard_normal((ROWS, COLUMNS)), 3 * rng.standard_normal(ROWS))
     problem = so.Problem(loss, so.Box(-0.2, 0.2))
     for steps in (10, 20, 400):
         found = so.solve(problem, tol=1e-14, max_steps=steps)

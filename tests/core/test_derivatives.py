@@ -18,7 +18,6 @@ from scipy.sparse.csgraph import connected_components
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.nodes import NodeLoss, NodeSquares
 from sparseopt.core.operators.differences import Difference, GridBase, edge_base
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.operators.normal_solves import ConjugateGradient, cosine_solve
@@ -173,33 +172,29 @@ KINDS = {
     "quadratic, L1 of differences": Kind(so.Problem(quadratic(3), so.L1(1.5), DIFFERENCES), of_rows),
     "logistic, labelled groups": Kind(
         so.Problem(
-            so.Composed(so.LogisticLoss(), *labels(3, 0)),
+            so.LogisticLoss(*labels(3, 0)),
             so.GroupL2(1.0, groups=LABELS),
         ),
         of_groups,
     ),
-    "poisson, elastic net": Kind(
-        so.Problem(so.Composed(so.PoissonLoss(), *counts()), so.ElasticNet(2.0, 0.5)), of_entries
-    ),
+    "poisson, elastic net": Kind(so.Problem(so.PoissonLoss(*counts()), so.ElasticNet(2.0, 0.5)), of_entries),
     "huber, box": Kind(
         so.Problem(
-            so.Composed(so.HuberLoss(0.8), MATRIX, TARGET, WEIGHTS),
+            so.DataLoss(so.scalar.Huber(0.8), MATRIX, TARGET, WEIGHTS),
             so.Box(np.full(COLUMNS, -0.6), np.full(COLUMNS, 0.9), 4.0),
         ),
         and_residuals(of_box, (-0.8, 0.8)),
     ),
     "huber, L1 of differences": Kind(
-        so.Problem(so.Composed(so.HuberLoss(0.8), MATRIX, TARGET, WEIGHTS), so.L1(3.0), DIFFERENCES),
+        so.Problem(so.DataLoss(so.scalar.Huber(0.8), MATRIX, TARGET, WEIGHTS), so.L1(3.0), DIFFERENCES),
         and_residuals(of_rows, (-0.8, 0.8)),
     ),
-    "absolute, L1": Kind(
-        so.Problem(so.Composed(so.AbsoluteLoss(), MATRIX, TARGET, WEIGHTS), so.L1(8.0)), and_residuals(of_entries)
-    ),
+    "absolute, L1": Kind(so.Problem(so.AbsoluteLoss(MATRIX, TARGET, WEIGHTS), so.L1(8.0)), and_residuals(of_entries)),
     "quantile, elastic net": Kind(
-        so.Problem(so.Composed(so.QuantileLoss(0.3), MATRIX, TARGET, WEIGHTS), so.ElasticNet(2.0, 3.0)),
+        so.Problem(so.DataLoss(so.scalar.Quantile(0.3), MATRIX, TARGET, WEIGHTS), so.ElasticNet(2.0, 3.0)),
         and_residuals(of_entries),
     ),
-    "squared hinge, L1": Kind(so.Problem(so.Composed(so.SquaredHingeLoss(), *labels(5, -1)), so.L1(1.0)), and_margins),
+    "squared hinge, L1": Kind(so.Problem(so.SquaredHingeLoss(*labels(5, -1)), so.L1(1.0)), and_margins),
     "least squares, top k": Kind(so.Problem(so.LeastSquares(MATRIX, TARGET, WEIGHTS), so.TopK(5)), of_entries),
     "quadratic, L0": Kind(so.Problem(quadratic(6, (COLUMNS, 2)), so.L0(0.5)), of_entries),
     "least squares, nuclear norm": Kind(
@@ -220,21 +215,23 @@ KINDS = {
         of_channels,
     ),
     "distance by Admm, MCP of differences": Kind(
-        so.Problem(NodeSquares(TARGET), so.MCP(0.5, 6.0), split(CHAIN, 1)),
+        so.Problem(so.LeastSquares(None, TARGET), so.MCP(0.5, 6.0), split(CHAIN, 1)),
         of_pieces,
         Admm(cosine_solve((ROWS,), (1,), np.float64), 1.0),
         Start(np.zeros(ROWS), np.zeros((1, ROWS))),
     ),
     "missing nodes by Admm, L1 of second differences": Kind(
         so.Problem(
-            NodeSquares(TARGET.reshape(4, 6), missing(WEIGHTS.reshape(4, 6)), -50, 50), so.L1(0.4), split(GRID, 2)
+            so.DataLoss(so.scalar.Squared(), None, TARGET.reshape(4, 6), missing(WEIGHTS.reshape(4, 6)), -50, 50),
+            so.L1(0.4),
+            split(GRID, 2),
         ),
         of_rows,
         Admm(ConjugateGradient(np.full((4, 6), 12.0)), 1.0),
         Start(np.zeros((4, 6)), np.zeros((4, 6))),
     ),
     "quantile loss of nodes by LossAdmm, L1 of differences": Kind(
-        so.Problem(NodeLoss(so.QuantileLoss(0.3), TARGET), so.L1(0.25), split(CHAIN, 1)),
+        so.Problem(so.QuantileLoss(None, TARGET, 0.3), so.L1(0.25), split(CHAIN, 1)),
         of_rows,
         LossAdmm(
             cosine_solve((ROWS,), (1,), np.float64), Anchor(np.zeros((1, ROWS)), np.zeros(ROWS)), 1.0, 1.0, cadence=10
@@ -242,7 +239,9 @@ KINDS = {
         LossStart(np.zeros(ROWS), np.zeros((1, ROWS))),
     ),
     "distance by Admm, kinks of a chain": Kind(
-        so.Problem(NodeSquares(TARGET), ChainTotalVariation(0.8, Difference(CHAIN, 1, True)), split(CHAIN, 1)),
+        so.Problem(
+            so.LeastSquares(None, TARGET), ChainTotalVariation(0.8, Difference(CHAIN, 1, True)), split(CHAIN, 1)
+        ),
         of_kinks,
         Admm(cosine_solve((ROWS,), (1,), np.float64), 1.0),
         Start(np.zeros(ROWS), np.zeros((1, ROWS))),
@@ -503,7 +502,7 @@ def test_a_first_derivative_takes_one_linear_solve():
         (so.LeastSquares(matrix, target), None),
         (so.LeastSquares(matrix, target), DIFFERENCES),
         (so.LeastSquares(None, target[:COLUMNS]), DIFFERENCES),
-        (so.Composed(so.AbsoluteLoss(), matrix, target), DIFFERENCES),
+        (so.AbsoluteLoss(matrix, target), DIFFERENCES),
     ):
 
         def total(weight, loss=loss, operator=operator):

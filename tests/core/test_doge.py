@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import sparseopt as so
+from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.nodes import NodeSquares, total
+from sparseopt.core.losses.data import DataLoss
+from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.operators.differences import Difference, GridBase
 from sparseopt.core.operators.normal_solves import ConjugateGradient, Diagonal, cosine_solve
 from sparseopt.core.operators.row_tables import row_table
@@ -71,7 +73,7 @@ def doge_problem(graph, order, block, loss, penalty):
     matrix, labels = graph.matrix(block, on_edges), graph.groups(block, on_edges)
     split = doge_split(outer, inner, graph.sums(block, on_edges), np.float64, int(labels.max()) + 1)
     table = doge_groups_table(outer, matrix, labels, np.float64)
-    if loss.center.ndim > len(inner.in_shape):
+    if loss.target.ndim > len(inner.in_shape):
         split = dataclasses.replace(split, row_scale=split.row_scale[..., None])
     node_solve = Diagonal()
     if inner.order and graph.shape is not None:
@@ -87,9 +89,9 @@ def test_the_solver_with_copies_is_the_iteration_of_the_paper(rng):
     with precision(DOUBLE):
         graph = random_graph(rng, n=16, extra=8)
         y, rho, relaxation, level = rng.standard_normal(16), 0.8, 1.6, 0.7
-        problem, node_solve, table = doge_problem(graph, 1, 2, NodeSquares(jnp.asarray(y)), so.L1(level))
+        problem, node_solve, table = doge_problem(graph, 1, 2, so.LeastSquares(None, jnp.asarray(y)), so.L1(level))
         solver = DogeGroups(node_solve, rho, relaxation=relaxation, cadence=1, changes=0, table=table)
-        state = solver.init(problem, Start(problem.loss.center, jnp.zeros(16)))
+        state = solver.init(problem, Start(problem.loss.target, jnp.zeros(16)))
         step = jax.jit(solver.step)
 
         matrix, labels = graph.matrix(2).toarray(), graph.groups(2)
@@ -134,7 +136,7 @@ def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, blo
             penalty = so.L1(jnp.asarray(layout_of(graph).rows(levels, order + 1)))
             if block == order + 1:  # with missing nodes, where the x-step needs no cosines
                 weights = rng.uniform(0.5, 2, nodes) * (rng.uniform(size=nodes) > 0.2)
-        loss = NodeSquares(y, weights, -20.0, 20.0)
+        loss = DataLoss(Squared(), None, y, weights, -20.0, 20.0)
         problem, node_solve, table = doge_problem(graph, order, block, loss, penalty)
         fused, literal = Admm(node_solve, 0.8), DogeGroups(node_solve, 0.8, table=table)
         some = problem.operator.outer.mv(jnp.asarray(rng.standard_normal(problem.operator.inner.mv(y).shape)))
@@ -153,7 +155,7 @@ def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, blo
 
 
 def test_the_solver_with_copies_refuses_tables_of_another_operator():
-    chain, loss = so.Graph.chain(5), NodeSquares(jnp.zeros(5))
+    chain, loss = so.Graph.chain(5), so.LeastSquares(None, jnp.zeros(5))
     problem, node_solve, table = doge_problem(chain, 0, 1, loss, so.L1(1.0))
     other = doge_problem(so.Graph.chain(6), 0, 1, loss, so.L1(1.0))[2]
     weighted = doge_split(problem.operator.outer, problem.operator.inner, chain.sums(1), np.float64)
@@ -163,7 +165,7 @@ def test_the_solver_with_copies_refuses_tables_of_another_operator():
         (dataclasses.replace(problem, operator=weighted), table, r"number of groups, .* of shape \(5,\)"),
     ):
         with pytest.raises(ValueError, match=text):
-            so.solve(given, DogeGroups(node_solve, 1.0, table=wrong), Start(loss.center, jnp.zeros((1, 5))))
+            so.solve(given, DogeGroups(node_solve, 1.0, table=wrong), Start(loss.target, jnp.zeros((1, 5))))
 
 
 @pytest.mark.parametrize("ends", [0.0, 0.3, 2.0])
@@ -239,14 +241,13 @@ def test_cosines_and_conjugate_gradients_solve_the_x_step(rng, shape, power):
         split = doge_split(Difference(graph.base(np.float64), 0), inner, graph.sums(power), np.float64)
         split = dataclasses.replace(split, row_scale=jnp.asarray(1.0), column_scale=jnp.asarray(2.0))
         right = rng.standard_normal((*shape, 2))
-        loss = NodeSquares(jnp.zeros(right.shape))
         matrix = graph.matrix(power).toarray()
         system = np.eye(graph.num_nodes) + 0.7 * 2.0 * matrix.T @ matrix
         expected = np.linalg.solve(system, right.reshape(-1, 2)).reshape(right.shape)
-        exact = Jitted(cosine_solve(shape, (power,), np.float64)).solve(loss, split, right, 0.7, 0 * right)
+        exact = Jitted(cosine_solve(shape, (power,), np.float64)).solve(None, split, right, 0.7, 0 * right)
         np.testing.assert_allclose(exact, expected, atol=1e-9)
         diagonal = jnp.asarray(2.0 * graph.sums(power).column_squares.reshape(*shape, 1))
-        close = Jitted(ConjugateGradient(diagonal, 1e-10)).solve(loss, split, right, 0.7, 0 * right)
+        close = Jitted(ConjugateGradient(diagonal, 1e-10)).solve(None, split, right, 0.7, 0 * right)
         np.testing.assert_allclose(close, expected, atol=1e-7)
 
 

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.nodes import total
 from sparseopt.core.operators.differences import Difference, GridBase, edge_base
 from sparseopt.core.operators.maps import Stack
 from sparseopt.core.operators.row_tables import edge_grid

@@ -32,7 +32,7 @@ def weighted(loss, seed=1):
 
 def logistic():
     matrix, target = draw(45, 19)
-    return so.Composed(so.LogisticLoss(), matrix, (target > 0).astype(np.float32))
+    return so.LogisticLoss(matrix, (target > 0).astype(np.float32))
 
 
 WEIGHTS = np.linspace(0.5, 3, 19).astype(np.float32)

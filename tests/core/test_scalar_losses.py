@@ -10,19 +10,20 @@ from scipy.special import wrightomega
 import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.losses.counts_and_labels import wright_omega
-from sparseopt.core.losses.nodes import NodeLoss
-from sparseopt.core.losses.scalar import ScalarLoss, weighted_quantiles
+from sparseopt.core.losses.data import DataLoss
+from sparseopt.core.losses.residuals import weighted_quantiles
+from sparseopt.core.losses.scalar import ScalarLoss
 from tests.jitted import Jitted
 
 DOUBLE = np.dtype(np.float64)
 CASES = {
-    "Poisson": (so.PoissonLoss(), [0.0, 1.0, 7.0, 400.0]),
-    "logistic": (so.LogisticLoss(), [0.0, 0.3, 1.0]),
-    "squared hinge": (so.SquaredHingeLoss(), [-1.0, 1.0]),
-    "Huber": (so.HuberLoss(0.7), [-2.0, 0.0, 3.0]),
-    "wide Huber": (so.HuberLoss(5.0), [-2.0, 0.0, 3.0]),
-    "absolute": (so.AbsoluteLoss(), [-2.0, 0.0, 3.0]),
-    "quantile": (so.QuantileLoss(0.9), [-2.0, 0.0, 3.0]),
+    "Poisson": (so.scalar.Poisson(), [0.0, 1.0, 7.0, 400.0]),
+    "logistic": (so.scalar.Logistic(), [0.0, 0.3, 1.0]),
+    "squared hinge": (so.scalar.SquaredHinge(), [-1.0, 1.0]),
+    "Huber": (so.scalar.Huber(0.7), [-2.0, 0.0, 3.0]),
+    "wide Huber": (so.scalar.Huber(5.0), [-2.0, 0.0, 3.0]),
+    "absolute": (so.scalar.Absolute(), [-2.0, 0.0, 3.0]),
+    "quantile": (so.scalar.Quantile(0.9), [-2.0, 0.0, 3.0]),
 }
 STEPS = [1e-8, 1.0, 1e6]
 
@@ -191,7 +192,7 @@ def test_the_loss_of_a_proportion_keeps_its_digits_near_the_best_fit():
     # In float32 log(1 + e^x) - y x and the entropy agree in all digits there.
     y = np.array([0.02, 0.3, 0.5, 0.97], np.float32)
     x = np.log(y / (1 - y)) + np.float32(0.01)
-    np.testing.assert_allclose(Jitted(so.LogisticLoss()).value(x, y), y * (1 - y) * 1e-4 / 2, rtol=0.02)
+    np.testing.assert_allclose(Jitted(so.scalar.Logistic()).value(x, y), y * (1 - y) * 1e-4 / 2, rtol=0.02)
 
 
 def test_wright_omega_agrees_with_scipy():
@@ -210,7 +211,7 @@ def test_weighted_quantiles_divide_the_weights(rng, level):
 
 
 def test_half_the_absolute_loss_is_the_quantile_loss_of_the_median(rng):
-    half, absolute = Jitted(so.QuantileLoss(0.5)), Jitted(so.AbsoluteLoss())
+    half, absolute = Jitted(so.scalar.Quantile(0.5)), Jitted(so.scalar.Absolute())
     x, y = rng.standard_normal((2, 50))
     x[:5] = y[:5]
     np.testing.assert_allclose(half.value(x, y), absolute.value(x, y) / 2, rtol=1e-15)
@@ -222,14 +223,14 @@ def test_half_the_absolute_loss_is_the_quantile_loss_of_the_median(rng):
 def test_a_component_of_one_label_has_a_fit_of_margin_1():
     y, labels = np.array([1.0, 1, -1, -1, -1, 1]), np.array([0, 0, 1, 1, 2, 2])
     weights = np.array([1.0, 2, 1, 2, 1, 3])
-    np.testing.assert_array_equal(so.SquaredHingeLoss().location(y, weights, labels), [1, -1, 0.5])
+    np.testing.assert_array_equal(so.scalar.SquaredHinge().location(y, weights, labels), [1, -1, 0.5])
 
 
 def test_the_feasible_share_is_the_largest(rng, case):
     loss, observations = case
     y = rng.choice(observations, 50)
     weights = np.where(np.arange(50) == 7, 0, rng.uniform(0.5, 2, 50))
-    node_loss = Jitted(NodeLoss(loss.tree, *map(jnp.asarray, (y, weights, -9.0, 9.0))))
+    node_loss = Jitted(DataLoss(loss.tree, None, *map(jnp.asarray, (y, weights, -9.0, 9.0))))
     low, high = loss.dual_range(y)
     anchor = -weights * np.mean(finite_range(loss, y, 2), axis=0)
     for size in (1e-3, 1.0, 100.0):

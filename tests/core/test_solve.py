@@ -82,7 +82,7 @@ def test_arrays_of_other_kinds_of_numbers_are_solved_in_one_that_holds_all(rng):
         np.testing.assert_allclose(so.solve(problem, x0=start).value, wanted, atol=1e-6)
     labels, matrix = rng.integers(0, 2, 8), rng.standard_normal((8, 2))
     fits = [
-        so.solve(so.Problem(so.Composed(so.LogisticLoss(), matrix, labels.astype(kind)), so.L1(0.1))).value
+        so.solve(so.Problem(so.LogisticLoss(matrix, labels.astype(kind)), so.L1(0.1))).value
         for kind in (bool, int, float)
     ]
     np.testing.assert_allclose(fits, [fits[-1]] * 3, atol=1e-5)
@@ -135,17 +135,17 @@ def test_what_is_no_problem_is_refused(make, text):
 @pytest.mark.parametrize(
     ("loss", "kind"),
     [
-        (so.AbsoluteLoss(), np.int32),
-        (so.HuberLoss(0.5), np.int32),
-        (so.LogisticLoss(), np.uint8),
-        (so.PoissonLoss(), np.uint8),
+        (so.scalar.Absolute(), np.int32),
+        (so.scalar.Huber(0.5), np.int32),
+        (so.scalar.Logistic(), np.uint8),
+        (so.scalar.Poisson(), np.uint8),
     ],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_targets_of_whole_numbers_are_those_of_floats(rng, loss, kind):
     matrix, counts = rng.standard_normal((12, 3)).astype(np.float32), rng.integers(0, 2, 12)
     whole, floats = (
-        so.solve(so.Problem(so.Composed(loss, matrix, counts.astype(k)), so.L1(0.3)), tol=1e-4)
+        so.solve(so.Problem(so.DataLoss(loss, matrix, counts.astype(k)), so.L1(0.3)), tol=1e-4)
         for k in (kind, np.float32)
     )
     assert so.Status(int(whole.status)) is so.Status.CONVERGED
@@ -197,7 +197,7 @@ REFUSED = {
     "split ADMM of another loss": (
         Admm(None, 1.0),
         {"operator": TAKEN_APART},
-        "given Quadratic without weigh, observed",
+        "given Quadratic without target, weigh, observed",
     ),
     "a loss without a gradient": (
         so.ProximalGradient(),

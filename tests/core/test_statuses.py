@@ -11,7 +11,6 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.nodes import NodeLoss, NodeSquares
 from sparseopt.core.solvers.admm import Admm, Start, solve_mixed
 from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm, solve_rising
@@ -40,7 +39,7 @@ def on_chain(method, order, kind):
     ready = METHODS[method].plan(Job(layout_of(graph), {order: penalty}, np.dtype(kind)))
     penalty = ready.taken(penalty)
     start = Start(jnp.asarray(y), jnp.zeros(ready.split.row_shape(jnp.asarray(y)), kind))
-    problem = so.Problem(NodeSquares(jnp.asarray(y)), penalty, ready.split)
+    problem = so.Problem(so.LeastSquares(None, jnp.asarray(y)), penalty, ready.split)
     return problem, Admm(ready.node_solve, kind(1.0)), start
 
 
@@ -80,7 +79,7 @@ def from_centre(solver, penalty):
 
 def outliers(kind):
     squares, solver, start = on_chain("doge", 0, kind)
-    loss = NodeLoss(so.HuberLoss(kind(0.5)), squares.loss.center, None, kind(-9), kind(9))
+    loss = so.HuberLoss(None, squares.loss.target, kind(0.5))
     anchor = Anchor(start.dual, squares.operator.rmv(start.dual))
     return (
         dataclasses.replace(squares, loss=loss),

@@ -20,7 +20,7 @@ REFUSALS = {
     "more": 'devices must be a number from 1 to 8, what JAX sees here, or "all"; given 9',
     "method": "several devices work by method=\"doge\", given method='admm'",
     "B": "several devices take B = order + 1 = 3, which needs no solve over the whole graph, given B=1",
-    "loss": "several devices fit the square loss, given HuberLoss",
+    "loss": "several devices fit the square loss, given Huber",
     "several": "several devices fit one penalty, given penalties of several orders",
     "rows": "the weight of L1 may be one per row; given the shape (5,) in MCP",
     "axes": 'the mesh must have one axis, "devices"',

@@ -102,16 +102,16 @@ def test_new_points_get_the_mean_of_rates_and_of_probabilities():
 
 def test_a_loss_with_another_mean_takes_equal_samples_of_a_node_alone(noisy):
     noisy[::10] += 50
-    model = GraphTrendFilter(0, 1.0, CHAIN, loss=so.HuberLoss(0.5)).fit(NODES, noisy, np.full(N, 2.0))
+    model = GraphTrendFilter(0, 1.0, CHAIN, loss=so.scalar.Huber(0.5)).fit(NODES, noisy, np.full(N, 2.0))
     direct = so.trend_filter(
-        noisy, CHAIN, so.L1(1.0), 0, tol=1e-4, node_weights=np.full(N, 2.0), loss=so.HuberLoss(0.5)
+        noisy, CHAIN, so.L1(1.0), 0, tol=1e-4, node_weights=np.full(N, 2.0), loss=so.scalar.Huber(0.5)
     )
     np.testing.assert_array_equal(model.predict(NODES), direct.value)
     X, y = np.tile(NODES, (2, 1)), np.tile(noisy, 2)
     twice = clone(model).fit(X, y)
     np.testing.assert_array_equal(twice.predict(NODES), model.predict(NODES))
     y[[3, 4]] = [1.0, 2.0]
-    match = r"with HuberLoss the samples of a node must be equal.*given 1.0 in row 3 and .* in row 63.*\(2 such nodes\)"
+    match = r"with Huber the samples of a node must be equal.*given 1.0 in row 3 and .* in row 63.*\(2 such nodes\)"
     with pytest.raises(ValueError, match=match):
         twice.fit(X, y)
 
@@ -294,9 +294,9 @@ def test_a_fit_is_judged_by_how_it_was_made(noisy):
         ({"method": "newton"}, ValueError, "unknown method 'newton'"),
         ({"tol": 0.0}, ValueError, "must be positive"),
         ({"loss": "cauchy"}, ValueError, "unknown loss 'cauchy'"),
-        ({"loss": so.PoissonLoss}, TypeError, "a loss is a name or an object"),
-        ({"loss": "logistic"}, ValueError, "LogisticLoss is for labels: use GraphTrendClassifier"),
-        ({"loss": "squared_hinge"}, ValueError, "SquaredHingeLoss is for labels: use GraphTrendClassifier"),
+        ({"loss": so.scalar.Poisson}, TypeError, "a loss is a name or an object"),
+        ({"loss": "logistic"}, ValueError, "Logistic is for labels: use GraphTrendClassifier"),
+        ({"loss": "squared_hinge"}, ValueError, "SquaredHinge is for labels: use GraphTrendClassifier"),
     ],
 )
 def test_bad_parameters_are_named(parameters, error, match):
@@ -341,7 +341,7 @@ def test_bad_labels_are_named(settings, y, weights, match):
 
 
 def test_a_count_that_a_mean_would_hide_is_named():
-    with pytest.raises(ValueError, match=r"PoissonLoss takes counts.*given y = -1 in row 2 \(1 such\)"):
+    with pytest.raises(ValueError, match=r"Poisson takes counts.*given y = -1 in row 2 \(1 such\)"):
         GraphTrendFilter(loss="poisson").fit(column([0, 1, 1]), [1, 4, -1])
 
 

@@ -10,8 +10,8 @@ from scipy.optimize import linprog
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
+from sparseopt.core.losses.scalar import LOSSES
 from sparseopt.trend.filter import chosen_method
-from sparseopt.trend.job import LOSSES
 from sparseopt.trend.layout import layout_of
 from tests.core import conic
 from tests.tiers import often
@@ -272,12 +272,12 @@ def test_bad_chains_are_refused(message):
 
 
 @so.pytree
-class Kinked(so.HuberLoss):
+class Kinked(so.scalar.Huber):
     smooth = False
 
 
 BAD_FITS = {
-    "free ends at order 1 take smooth losses, and on a chain AbsoluteLoss and .*, given Kinked": {"loss": Kinked()},
+    "free ends at order 1 take smooth losses, and on a chain Absolute and .*, given Kinked": {"loss": Kinked()},
     "treats all differences row by row, given B=1": {"B": 1},
     'method="doge_groups" needs the ends of the graph': {"method": "doge_groups"},
     "at least 2 observed nodes, given 1": {"node_weights": [1, 0, 0, 0]},
@@ -367,12 +367,12 @@ def test_a_path_of_counts_with_free_ends_begins_at_the_polynomial():
 
 def test_labels_that_a_line_parts_have_no_fit():
     labels = (np.arange(N) > 11).astype(float)
-    with pytest.raises(ValueError, match="no fit exists at order 1: LogisticLoss falls without end along a polynomial"):
+    with pytest.raises(ValueError, match="no fit exists at order 1: Logistic falls without end along a polynomial"):
         so.trend_filter(labels, so.Graph.chain(N, ends="free"), so.L1(1.0), 1, loss="logistic")
 
 
 SEEN = (~np.isin(np.arange(N), (7, 8))).astype(float)
-KINKED = [("absolute", (-1, 1), 1), (so.QuantileLoss(0.8), (-0.8, 0.2), 2)]
+KINKED = [("absolute", (-1, 1), 1), (so.scalar.Quantile(0.8), (-0.8, 0.2), 2)]
 
 
 def linear_optimum(y, matrix, weight, slopes):

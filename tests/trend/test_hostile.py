@@ -182,7 +182,7 @@ SETTINGS = {
     "missing": {"drop": "drop", "True": True, "None": None},
     "dtype": {"float16": np.float16, "int": int, "text": "foo"},
     "warm_start": {"5": 5, "an array": Y},
-    "loss": {"text": "cubic", "5": 5, "delta 0": so.HuberLoss(0.0), "a class": so.PoissonLoss},
+    "loss": {"text": "cubic", "5": 5, "delta 0": so.scalar.Huber(0.0), "a class": so.scalar.Poisson},
 }
 for argument, cases in SETTINGS.items():
     bad("setting", argument, ["trend_filter"], cases, argument)

@@ -199,6 +199,7 @@ class Uneven:
 @so.pytree
 class OwnL1:
     weight: object
+    even = True
 
     def value(self, x):
         return self.weight * jnp.sum(jnp.abs(x))
@@ -221,7 +222,7 @@ def test_paths_and_starts_know_the_direction_of_edges_too(rng):
     paths = [so.trend_path(line, each, num=3) for each in (turned, CHAIN)]
     np.testing.assert_array_equal(paths[0].values, paths[1].values)
     assert paths[0].steps.tolist() == [0, 0, 0]
-    # A penalty of one's own that is the same for both signs has the rows of the grid, also under jit.
+    # A penalty of one's own that says that it is the same for both signs has the rows of the grid, also under jit.
     solver = so.trend_solver(graph, 0)
     wanted = so.trend_filter(y, graph, so.L1(0.3), tol=1e-9).value
     for fitted in (solver(y, OwnL1(0.3)), jax.jit(lambda weight: solver(y, OwnL1(weight)))(0.3)):

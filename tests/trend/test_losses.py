@@ -10,7 +10,6 @@ from scipy.optimize import linprog, minimize
 from scipy.special import xlogy
 
 import sparseopt as so
-from sparseopt.core.losses.scalar import HuberLoss
 from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from tests.programs import forget
@@ -18,12 +17,12 @@ from tests.tiers import often
 from tests.trend.problems import GRAPHS, exact_fit, two_parts
 
 LOSSES = {
-    "poisson": so.PoissonLoss(),
-    "logistic": so.LogisticLoss(),
-    "squared_hinge": so.SquaredHingeLoss(),
-    "huber": so.HuberLoss(0.8),
-    "absolute": so.AbsoluteLoss(),
-    "quantile": so.QuantileLoss(0.9),
+    "poisson": so.scalar.Poisson(),
+    "logistic": so.scalar.Logistic(),
+    "squared_hinge": so.scalar.SquaredHinge(),
+    "huber": so.scalar.Huber(0.8),
+    "absolute": so.scalar.Absolute(),
+    "quantile": so.scalar.Quantile(0.9),
 }
 WEIGHTS = {"poisson": 0.8, "logistic": 0.15, "squared_hinge": 0.3, "huber": 0.4, "absolute": 0.3, "quantile": 0.1}
 
@@ -156,7 +155,7 @@ def test_fits_agree_with_an_independent_solver_and_the_gap_bounds_what_they_lack
 
 
 @so.pytree
-class SquareLoss(HuberLoss):
+class SquareLoss(so.scalar.Huber):
     """A loss of one's own: the square, which the trend filter otherwise solves by itself."""
 
     def value(self, x, y):
@@ -183,7 +182,7 @@ def test_the_square_by_the_general_solver_is_the_trend_filters_own(rng):
     y, w = 5 * rng.standard_normal(20), rng.uniform(0.5, 2, 20)
     general, own, wide = (
         so.trend_filter(y, graph, so.L1(0.7), 1, tol=1e-10, node_weights=w, loss=loss)
-        for loss in (SquareLoss(), "square", so.HuberLoss(1e3))
+        for loss in (SquareLoss(), "square", so.scalar.Huber(1e3))
     )
     np.testing.assert_allclose(general.value, exact_fit(y, graph, 0.7, 1, w), atol=1e-3)
     assert float(general.objective) == pytest.approx(float(own.objective), rel=3e-10)
@@ -192,7 +191,8 @@ def test_the_square_by_the_general_solver_is_the_trend_filters_own(rng):
 
 def test_the_default_loss_is_the_square(rng):
     y, graph = rng.standard_normal(30), so.Graph.grid((5, 6))
-    plain, named = (so.trend_filter(y, graph, so.L1(0.3), 1, loss=loss) for loss in (None, "square"))
+    plain = so.trend_filter(y, graph, so.L1(0.3), 1)
+    named = so.trend_filter(y, graph, so.L1(0.3), 1, loss=so.scalar.Squared())
     np.testing.assert_array_equal(plain.value, named.value)
     assert int(plain.steps) == int(named.steps)
 
@@ -266,7 +266,7 @@ def test_swapping_the_labels_swaps_the_sign(rng):
 
 def test_a_quantile_leaves_its_share_of_the_observations_below_the_fit(rng):
     graph, y = so.Graph.chain(40), rng.standard_normal(40)
-    loss = so.QuantileLoss(0.9)
+    loss = so.scalar.Quantile(0.9)
     constant = so.trend_filter(y, graph, so.L1(1e4), 0, "admm", tol=1e-8, loss=loss)
     assert status(constant) is so.Status.CONVERGED
     assert np.ptp(constant.value) == 0
@@ -419,12 +419,12 @@ def test_a_component_without_a_finite_fit_is_named(rng):
         ([-0.5, 1, 0, 1], "logistic", "given -0.5 at node 0"),
         ([1.0, np.inf, 0, 0], "poisson", "1 infinite values"),
         ([1.0, 0, -1, 1], "squared_hinge", r"takes labels -1 or 1, given 0 at node 1 \(1 such\)"),
-        ([1.0, 2, 3, 4], so.QuantileLoss(0.0), "level between 0 and 1, both excluded.*given 0.0"),
-        ([1.0, 2, 3, 4], so.QuantileLoss(1.0), "level between 0 and 1"),
-        ([1.0, 2, 3, 4], so.QuantileLoss(np.nan), "level between 0 and 1"),
-        ([1.0, 2, 3, 4], so.HuberLoss(0.0), "positive, finite delta.*given 0.0"),
-        ([1.0, 2, 3, 4], so.HuberLoss(-1.0), "positive, finite delta"),
-        ([1.0, 2, 3, 4], so.HuberLoss(np.nan), "positive, finite delta"),
+        ([1.0, 2, 3, 4], so.scalar.Quantile(0.0), "level between 0 and 1, both excluded.*given 0.0"),
+        ([1.0, 2, 3, 4], so.scalar.Quantile(1.0), "level between 0 and 1"),
+        ([1.0, 2, 3, 4], so.scalar.Quantile(np.nan), "level between 0 and 1"),
+        ([1.0, 2, 3, 4], so.scalar.Huber(0.0), "positive, finite delta.*given 0.0"),
+        ([1.0, 2, 3, 4], so.scalar.Huber(-1.0), "positive, finite delta"),
+        ([1.0, 2, 3, 4], so.scalar.Huber(np.nan), "positive, finite delta"),
         ([1.0, 2, 3, 4], "cauchy", "unknown loss 'cauchy'; known are square, poisson, logistic, squared_hinge, huber"),
     ],
 )
@@ -439,7 +439,7 @@ def test_bad_input_is_named_in_pictures_and_other_arguments():
     with pytest.raises(ValueError, match=r"given -1 at node 5, pixel \(1, 2\), channel 1"):
         so.trend_filter(picture, so.Graph.grid((2, 3)), so.L1(1.0), loss="poisson")
     with pytest.raises(TypeError, match="a loss is a name or an object"):
-        so.trend_filter(np.ones(4), so.Graph.chain(4), so.L1(1.0), loss=so.PoissonLoss)
+        so.trend_filter(np.ones(4), so.Graph.chain(4), so.L1(1.0), loss=so.scalar.Poisson)
     with pytest.raises(ValueError, match="solves the square loss only"):
         so.trend_filter(np.arange(4.0), so.Graph.chain(4), so.L1(1.0), method="fast_admm", loss="huber")
     with pytest.raises(ValueError, match="not defined at missing nodes"):
@@ -462,10 +462,10 @@ def test_one_compile_for_all_data_weights_and_deltas(traces_of):
     seen = traces_of(LossAdmm)
     forget(iterate_module._iterate)
     graph = so.Graph.grid((7, 9))
-    for loss in ("poisson", so.HuberLoss(0.5)):
+    for loss in ("poisson", so.scalar.Huber(0.5)):
         before = len(seen)
         for seed in range(3):
             y = np.random.default_rng(seed).poisson(3.0, 63)
-            loss = so.HuberLoss(0.5 + seed) if isinstance(loss, so.HuberLoss) else loss
+            loss = so.scalar.Huber(0.5 + seed) if isinstance(loss, so.scalar.Huber) else loss
             so.trend_filter(y, graph, so.L1(0.5 + seed), 1, "doge", tol=1e-3, max_steps=50 + seed, loss=loss)
         assert len(seen) == before + 1

@@ -7,8 +7,8 @@ from scipy.optimize import linprog
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
+from sparseopt.core.losses.scalar import LOSSES
 from sparseopt.core.solvers.admm import Admm
-from sparseopt.trend.job import LOSSES
 from sparseopt.trend.largest_weight import largest_weight
 from sparseopt.trend.levels import descend
 from sparseopt.trend.path import trend_path
@@ -350,7 +350,7 @@ def test_a_path_with_a_loss_takes_channels_and_missing_counts():
 @pytest.mark.parametrize(
     ("y", "options", "text"),
     [
-        (COUNTS - 1, {"loss": "poisson"}, "PoissonLoss takes counts"),
+        (COUNTS - 1, {"loss": "poisson"}, "Poisson takes counts"),
         (np.ones(15), {"loss": "logistic"}, "only one of the labels 0 and 1"),
         (np.full(15, 3.0), {"loss": "poisson"}, "so every weight gives the same fit"),
         (COUNTS, {"loss": "nearly"}, "unknown loss 'nearly'"),

@@ -3,8 +3,9 @@
 import difflib
 import math
 import numbers
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -95,31 +96,31 @@ def unknown(kind: str, given: Any, known: Iterable[str]) -> str:
     return f"unknown {kind} {given!r}; known are {', '.join(names)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-# Parameters of the package's penalties that must not be below, or must be above, a number.
-_LEAST = {"weight": 0, "group_weight": 0, "ridge": 0}
-_ABOVE = {"gamma": 0, "eps": 0, "radius": 0, "a": 2}
+def known_numbers(given: Any, name: str) -> np.ndarray:
+    """An attribute in float64; NaN for one that is traced or holds no numbers."""
+    value = getattr(given, name)
+    known = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    if known and not isinstance(value, jax.core.Tracer):
+        # By NumPy: under jit, JAX would trace even what is known.
+        number = np.asarray(value)
+        if jax.numpy.issubdtype(number.dtype, jax.numpy.number):
+            return number.astype(np.float64)
+    return np.full((), np.nan)
 
 
-def refuses_parameters(penalty: Any) -> str | None:
-    """Why a penalty of the package means nothing with its parameters, as far as these are known outside jit."""
-    known = dict(_known_numbers(penalty))
-    for name, least in _LEAST.items():
-        if name in known and (smallest := np.min(known[name], initial=least)) < least:
-            return f"the penalty's {name} must not be negative, given {smallest}"
-    for name, bound in _ABOVE.items():
-        if name in known and not np.all(np.isnan(known[name]) | (known[name] > bound)):
-            return f"the {name} of {type(penalty).__name__} must be above {bound}, given {np.min(known[name])}"
-    if {"low", "high"} <= known.keys() and np.any(known["low"] > known["high"]):
-        return f"the bounds of {type(penalty).__name__} must be low <= high, given {penalty}"
-    return None
+class Limited:
+    """The numbers of a penalty that must not be below 0, and those that must be above a number, for `refuses`."""
 
+    least: ClassVar[tuple[str, ...]] = ("weight",)
+    above: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
-def _known_numbers(penalty: Any) -> Iterator[tuple[str, np.ndarray]]:
-    for name in (*_LEAST, *_ABOVE, "low", "high"):
-        value = getattr(penalty, name, None)
-        known = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
-        if known and not isinstance(value, jax.core.Tracer):
-            # By NumPy: under jit, JAX would trace even what is known.
-            number = np.asarray(value)
-            if jax.numpy.issubdtype(number.dtype, jax.numpy.number):
-                yield name, number.astype(np.float64)
+    def refuses(self) -> str | None:
+        """Why its numbers mean nothing, as far as these are known outside jit, or None."""
+        for name in self.least:
+            if (smallest := np.min(known_numbers(self, name), initial=0)) < 0:
+                return f"the penalty's {name} must not be negative, given {smallest}"
+        for name, bound in self.above.items():
+            numbers = known_numbers(self, name)
+            if not np.all(np.isnan(numbers) | (numbers > bound)):
+                return f"the {name} of {type(self).__name__} must be above {bound}, given {np.min(numbers)}"
+        return None

@@ -7,10 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.types import FloatArray, pytree
-
-
-def _means(y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.bincount(labels, weights * y) / np.bincount(labels, weights)
+from sparseopt.core.losses.residuals import weighted_means
 
 
 def wright_omega(z: FloatArray) -> FloatArray:
@@ -38,11 +35,11 @@ def _poisson_slack(mean: FloatArray, x: FloatArray) -> FloatArray:
 
 
 @pytree
-class PoissonLoss:
+class Poisson:
     """Counts with log-rate x: `f = e^x - y x + (y log y - y)`, half the Poisson deviance.
 
     Example:
-        >>> loss = so.PoissonLoss()
+        >>> loss = so.scalar.Poisson()
         >>> loss.mean(jnp.log(jnp.array([3.0])))
         Array([3.], dtype=float32)
     """
@@ -84,7 +81,7 @@ class PoissonLoss:
 
     def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore"):
-            return np.log(_means(y, weights, labels))
+            return np.log(weighted_means(y, weights, labels))
 
     def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
         """The mean of the observed and of the constant rate."""
@@ -97,7 +94,7 @@ class PoissonLoss:
 
 
 @pytree
-class LogisticLoss:
+class Logistic:
     """Labels 0 or 1, or proportions y in [0, 1] of ones, with log-odds x: half the binomial deviance.
 
         f = log(1 + e^x) - y x  +  (y log y + (1 - y) log(1 - y))
@@ -105,7 +102,7 @@ class LogisticLoss:
     The last term is 0 for labels. m labels of the proportion y have the sum `m f(x; y)`, up to a constant.
 
     Example:
-        >>> loss = so.LogisticLoss()
+        >>> loss = so.scalar.Logistic()
         >>> loss.mean(jnp.array([0.0]))
         Array([0.5], dtype=float32)
     """
@@ -170,10 +167,10 @@ class LogisticLoss:
 
 
 @pytree
-class SquaredHingeLoss:
+class SquaredHinge:
     """Labels -1 or 1 with score x: `f = max(0, 1 - y x)² / 2`.
 
-    Unlike with `LogisticLoss`, a label whose margin `y x` is at least 1 has no pull, so the fit is finite even where
+    Unlike with `Logistic`, a label whose margin `y x` is at least 1 has no pull, so the fit is finite even where
     all labels are equal.
 
     Source: Cortes and Vapnik, "Support-vector networks", Machine Learning 20 (1995), with the power 2; Zhang,
@@ -181,7 +178,7 @@ class SquaredHingeLoss:
     Statistics 32 (2004), for the probabilities.
 
     Example:
-        >>> so.SquaredHingeLoss().value(jnp.array([-1.0, 0.0, 3.0]), 1.0)
+        >>> so.scalar.SquaredHinge().value(jnp.array([-1.0, 0.0, 3.0]), 1.0)
         Array([2. , 0.5, 0. ], dtype=float32)
     """
 
@@ -220,7 +217,7 @@ class SquaredHingeLoss:
 
     def location(self, y: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The mean: in [-1, 1] the loss is half the square of `x - y`."""
-        return _means(y, weights, labels)
+        return weighted_means(y, weights, labels)
 
     def curvature(self, y: np.ndarray, weights: np.ndarray, fit: np.ndarray) -> np.ndarray:
         return np.ones(y.shape)

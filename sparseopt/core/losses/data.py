@@ -1,11 +1,11 @@
-"""Losses of data with a matrix, `sum_i w_i f((A x)_i; b_i)`: least squares, and any scalar loss.
+"""Losses of data, `sum_i w_i f((A x)_i; b_i)`: least squares, and any loss f of one observation.
 
-`MatrixLoss` has what solvers need besides `value` and `gradient`. With `z = A x`, a proximal gradient step compares
-the Bregman divergence, computed without cancellation,
+`DataLoss` has what solvers need besides `value` and `gradient`. With `z = A x`, a proximal gradient step compares the
+Bregman divergence, computed without cancellation,
 
     D(z', z) = sum_i w_i ( f(z'_i) + f*(f'(z_i)) - f'(z_i) z'_i )
 
-with `||x' - x||² / (2 t)`.
+with `||x' - x||² / (2 t)`. Methods that solve for z, or for x where A is the identity, take `rows`, the loss of z.
 """
 
 import dataclasses
@@ -17,39 +17,62 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.dense import product
+from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import FloatArray, pytree
-from sparseopt.core.losses.nodes import NodeLoss
 from sparseopt.core.losses.quadratic import Quadratic
-from sparseopt.core.losses.scalar import SquaredLoss
+from sparseopt.core.losses.scalar import Absolute, Huber, Logistic, Poisson, Quantile, Squared, SquaredHinge
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import Dense, SparseMatrix, linear_map, refuses_map
 
 
-class MatrixLoss:
-    """The methods of a loss `f(A x)`; a subclass names the fields, and the scalar loss `family`."""
+@pytree
+class DataLoss:
+    """`value(x) = sum_i w_i f((A x)_i; b_i)` for the loss f of one observation, such as `so.scalar.Logistic()`.
 
-    family: Any
+    `LeastSquares`, `LogisticLoss` and the others make it for the losses of the package.
+
+    Attributes:
+        scalar: f, a `ScalarLoss`.
+        matrix: A: a dense or SciPy sparse matrix `[rows, columns]`, a linear map, or None for the identity. It may have
+            more columns than rows.
+        target: b, `[rows]`, or `[rows, channels]` for an x of `[columns, channels]`, in the domain of f.
+        weights: w, `[rows]`, not negative; None for ones. Where it is 0, b is not observed.
+        low, high: of a loss without a matrix, the ends of the box that holds, or is assumed to hold, x where it is not
+            observed, `[channels]` or a number; None for 0.
+
+    Example:
+        >>> loss = so.DataLoss(so.scalar.Logistic(), jnp.array([[1.0], [-1.0], [2.0]]), jnp.array([1.0, 0.0, 0.0]))
+        >>> loss.gradient(jnp.zeros(1))
+        Array([0.], dtype=float32)
+    """
+
+    scalar: Any
     matrix: Any
     target: Any
-    weights: Any
+    weights: Any = None
+    low: Any = None
+    high: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "matrix", linear_map(self.matrix))
 
     @property
     def smooth(self) -> bool:
-        return getattr(self.family, "smooth", False)
+        return getattr(self.scalar, "smooth", False)
 
     @property
-    def rows(self) -> NodeLoss:
+    def is_square(self) -> bool:
+        return isinstance(self.scalar, Squared)
+
+    @property
+    def rows(self) -> "DataLoss":
         """The loss as a function of `z = A x`: `sum_i w_i f(z_i; b_i)`."""
         weights, target = self.weights, jnp.asarray(self.target)
         if not jnp.issubdtype(target.dtype, jnp.inexact):
             target = target.astype(self.dtype)
         if weights is not None:
             weights = jnp.reshape(weights, jnp.shape(weights) + (1,) * (target.ndim - jnp.ndim(weights)))
-        # Where a weight is 0 so is the dual, and the box [0, 0] loses nothing.
-        return NodeLoss(self.family, target, weights, 0.0, 0.0)
+        return dataclasses.replace(self, matrix=None, target=target, weights=weights)
 
     @property
     def dtype(self) -> Any:
@@ -72,19 +95,70 @@ class MatrixLoss:
         return self.maps(e).rmv(e)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        return self.rows.value(self.image(x))
+        return self.value_at(x, self.image(x))
 
     def gradient(self, x: FloatArray) -> FloatArray:
-        return self.pull(self.rows.gradient(self.image(x)))
+        return self.gradient_at(x, self.image(x))
 
     def value_at(self, x: FloatArray, image: FloatArray) -> Float[Array, ""]:
-        return self.rows.value(image)
+        rows = self.rows
+        return total(rows.weigh(rows.scalar.value(image, rows.target)))
 
     def gradient_at(self, x: FloatArray, image: FloatArray) -> FloatArray:
-        return self.pull(self.rows.gradient(image))
+        rows = self.rows
+        return self.pull(rows.weigh(rows.scalar.derivative(image, rows.target)))
 
     def divergence(self, x: FloatArray, image: FloatArray, x_old: FloatArray, image_old: FloatArray) -> Array:
-        return self.rows.slack(image, -self.rows.gradient(image_old))
+        rows = self.rows
+        return rows.slack(image, -rows.gradient(image_old))
+
+    # Of `rows` alone, in which A is the identity.
+    def weigh(self, x: FloatArray) -> FloatArray:
+        return x if self.weights is None else self.weights * x
+
+    def observed(self, x: FloatArray) -> FloatArray:
+        """`x` where it is observed, 0 elsewhere."""
+        return x if self.weights is None else jnp.where(self.weights > 0, x, 0)
+
+    def prox(self, x: FloatArray, step: Any) -> FloatArray:
+        """`argmin_u 1/2 ||u - x||² + step value(u)`; step is one number, or one per entry."""
+        return self.scalar.prox(x, self.target, self.weigh(jnp.broadcast_to(step, x.shape)))
+
+    def slope(self, q: FloatArray) -> FloatArray:
+        """`-q / w`, 0 where nothing is observed."""
+        if self.weights is None:
+            return -q
+        seen = self.weights > 0
+        return jnp.where(seen, -q / jnp.where(seen, self.weights, 1), 0)
+
+    def feasible_share(self, q: FloatArray, anchor: FloatArray) -> Float[Array, ""]:
+        """The largest share s in [0, 1] with `anchor + s (q - anchor)` in the domain of the conjugate of -q.
+
+        The domain is convex, so it holds every smaller share too. `anchor` must lie in it. Entries without an
+        observation do not limit the share: their conjugate is that of the box.
+        """
+        slope, safe = self.slope(q), self.slope(anchor)
+        low, high = self.scalar.dual_range(self.target)
+        outside = (slope < low) | (slope > high)
+        end = jnp.where(slope > high, high, low)
+        apart = jnp.where(outside, slope - safe, 1)
+        share = jnp.clip(jnp.where(outside, (end - safe) / apart, 1), 0, 1)
+        least = jnp.min(share)
+        # A share on the boundary is pulled inside by its rounding error.
+        return jnp.where(least < 1, least * (1 - 4 * jnp.finfo(q.dtype).eps), 1)
+
+    def slack(self, x: FloatArray, q: FloatArray) -> Float[Array, ""]:
+        """`value(x) + conjugate(-q) + <q, x>` for q in the domain, by terms that are not negative.
+
+        Where nothing is observed the conjugate is that of the box, and the term `q x - min(q low, q high)`. Where x
+        lies outside the box, the box reaches to it: no term may be negative and cancel others.
+        """
+        slack = self.weigh(self.scalar.slack(x, self.slope(q), self.target))
+        if self.weights is None:
+            return total(slack)
+        low, high = (0.0 if end is None else end for end in (self.low, self.high))
+        low, high = jnp.minimum(low, x), jnp.maximum(high, x)
+        return total(jnp.where(self.weights > 0, slack, q * x - jnp.minimum(q * low, q * high)))
 
     def start(self) -> FloatArray:
         # Not by `jnp.zeros`, which is a program for every shape.
@@ -105,7 +179,7 @@ class MatrixLoss:
         weights, target = self.weights, np.asarray(self.target)
         if not isinstance(self.matrix, Dense) or np.ndim(weights) > 1 or not target.size:
             return None
-        plain = weights is None and isinstance(self.family, SquaredLoss)
+        plain = weights is None and self.is_square
         if not plain:
             kind = jnp.result_type(self.matrix.matrix, jnp.float32)
             weights = np.append(np.ones(len(target), kind) if weights is None else weights, np.zeros(rows, kind))
@@ -113,14 +187,14 @@ class MatrixLoss:
         matrix[: len(target), : self.matrix.in_shape[0]] = self.matrix.matrix
         # The last target is one that the loss accepts.
         target = np.append(target, np.repeat(0 * target[-1:] if plain else target[-1:], rows))
-        found: Any = self
-        return dataclasses.replace(found, matrix=Dense(matrix), target=target, weights=weights)
+        return dataclasses.replace(self, matrix=Dense(matrix), target=target, weights=weights)
 
     def refuses(self) -> str | None:
         """Why the data cannot be used (shapes, or values outside the domain), or None; tracers are not checked."""
-        name = type(self).__name__
-        if isinstance(self.family, type):
-            return f"{name} takes a scalar loss, given the class {self.family.__name__}: write {self.family.__name__}()"
+        if isinstance(self.scalar, type):
+            name = self.scalar.__name__
+            return f"a loss of data takes the loss of one observation, given the class {name}: write {name}()"
+        name = self.name
         if reason := refuses_map(f"matrix of {name}", self.matrix):
             return reason
         given, weights = jnp.shape(self.target), self.weights
@@ -136,31 +210,29 @@ class MatrixLoss:
             return None
         if weights is not None and not np.all(np.isfinite(weights) & (np.asarray(weights) >= 0)):
             return f"the weights of {name} must be finite and not negative"
-        family, target = self.family, np.asarray(self.target)
-        if reason := getattr(family, "refuses", lambda: None)():
+        scalar, target = self.scalar, np.asarray(self.target)
+        if reason := getattr(scalar, "refuses", lambda: None)():
             return reason
         seen: Any = True
         if weights is not None:
             seen = np.reshape(weights, np.shape(weights) + (1,) * (target.ndim - np.ndim(weights))) > 0
-        wrong = family.wrong(target) & seen
+        wrong = scalar.wrong(target) & seen
         if not wrong.any():
             return None
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
         return (
-            f"{type(family).__name__} takes {family.expected}, given {target[place]:g} at target "
+            f"{name} takes {scalar.expected}, given {target[place]:g} at target "
             f"{place[0] if len(place) == 1 else place} ({int(wrong.sum())} such)"
         )
 
+    @property
+    def name(self) -> str:
+        """For error texts."""
+        return "least squares" if self.is_square else f"the loss {type(self.scalar).__name__}"
 
-@pytree
-class LeastSquares(MatrixLoss):
-    """`value(x) = 1/2 sum_i w_i ((A x)_i - b_i)²`.
 
-    Attributes:
-        matrix: A: a dense or SciPy sparse matrix `[rows, columns]`, a linear map, or None for the identity. It may have
-            more columns than rows.
-        target: b, `[rows]`, or `[rows, channels]` for an x of `[columns, channels]`.
-        weights: w, `[rows]`, not negative; None for ones.
+def LeastSquares(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
+    """`value(x) = 1/2 sum_i w_i ((A x)_i - b_i)²`; the arguments are those of `DataLoss`.
 
     Example:
         >>> loss = so.LeastSquares(jnp.array([[1.0, 1.0], [0.0, 2.0]]), jnp.array([3.0, 2.0]))
@@ -169,43 +241,49 @@ class LeastSquares(MatrixLoss):
         >>> np.asarray(so.solve(so.Problem(loss, so.L1(0.5)), tol=1e-5).check().value).round(2)
         array([1.5, 1. ], dtype=float32)
     """
-
-    matrix: Any
-    target: Any
-    weights: Any = None
-    family = SquaredLoss()
+    return DataLoss(Squared(), matrix, target, weights)
 
 
-def as_least_squares(loss: Quadratic) -> LeastSquares:
+def LogisticLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
+    """Logistic regression on labels 0 and 1, or proportions of ones: `so.scalar.Logistic` of the log-odds `A x`.
+
+    Example:
+        >>> loss = so.LogisticLoss(np.array([[1.0], [-1.0], [2.0]]), np.array([1.0, 0.0, 1.0]))
+        >>> so.solve(so.Problem(loss, so.L1(1.0))).check().value.round(2)
+        Array([0.56], dtype=float32)
+    """
+    return DataLoss(Logistic(), matrix, target, weights)
+
+
+def PoissonLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
+    """Poisson regression of counts: `so.scalar.Poisson` of the log-rates `A x`."""
+    return DataLoss(Poisson(), matrix, target, weights)
+
+
+def SquaredHingeLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
+    """A support vector machine on labels -1 and 1: `so.scalar.SquaredHinge` of the scores `A x`."""
+    return DataLoss(SquaredHinge(), matrix, target, weights)
+
+
+def HuberLoss(matrix: Any, target: Any, delta: Any = 1.0, weights: Any = None) -> DataLoss:
+    """Regression with outliers: `so.scalar.Huber(delta)` of the residuals `A x - b`."""
+    return DataLoss(Huber(delta), matrix, target, weights)
+
+
+def AbsoluteLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
+    """Median regression: the sum of the absolute residuals `|A x - b|`, `so.scalar.Absolute`."""
+    return DataLoss(Absolute(), matrix, target, weights)
+
+
+def QuantileLoss(matrix: Any, target: Any, level: Any, weights: Any = None) -> DataLoss:
+    """Quantile regression at a level between 0 and 1: `so.scalar.Quantile(level)` of the residuals `A x - b`."""
+    return DataLoss(Quantile(level), matrix, target, weights)
+
+
+def as_least_squares(loss: Quadratic) -> DataLoss:
     """`1/2 <x - c, H (x - c)>` as `1/2 ||A x - A c||²` with `Aᵀ A = H`; NaN if H is not positive semidefinite."""
     values, vectors = jnp.linalg.eigh(loss.hessian)
     rounding = 10 * jnp.finfo(values.dtype).eps * values.size * jnp.max(jnp.abs(values), initial=0)
     values = jnp.where(jnp.min(values, initial=0) < -rounding, jnp.nan, values)
     matrix = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T
     return LeastSquares(matrix, product(matrix, loss.center))
-
-
-@pytree
-class Composed(MatrixLoss):
-    """`value(x) = sum_i w_i f((A x)_i; b_i)` for a scalar loss f: logistic, Poisson, Huber, quantile regression, ...
-
-    Attributes:
-        loss: f, a `ScalarLoss` such as `so.LogisticLoss()`.
-        matrix: A, as in `LeastSquares`.
-        target: b, in the loss's domain.
-        weights: w; None for ones.
-
-    Example:
-        >>> loss = so.Composed(so.LogisticLoss(), jnp.array([[1.0], [-1.0], [2.0]]), jnp.array([1.0, 0.0, 0.0]))
-        >>> loss.gradient(jnp.zeros(1))
-        Array([0.], dtype=float32)
-    """
-
-    loss: Any
-    matrix: Any
-    target: Any
-    weights: Any = None
-
-    @property
-    def family(self) -> Any:
-        return self.loss

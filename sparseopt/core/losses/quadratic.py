@@ -37,7 +37,7 @@ class Quadratic:
         """`hessian @ (x - center)`; the loss's only product with the Hessian."""
         return jnp.matmul(self.hessian, x - self.center, precision=HIGHEST)
 
-    # The methods of `MatrixLoss`: the image of x is the gradient, affine in x.
+    # The methods of `DataLoss`: the image of x is the gradient, affine in x.
     def image(self, x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         return self.gradient(x)
 

@@ -1,6 +1,6 @@
 """The x-step of the split ADMM, `(W + rho Δᵀ C Δ) x = right`.
 
-Each class has `solve(loss, split, right, rho, guess)`; rho may be traced.
+Each class has `solve(weights, split, right, rho, guess)`, for weights that may be None for ones; rho may be traced.
 """
 
 import math
@@ -24,8 +24,8 @@ from sparseopt.core.operators.maps import Split
 class Diagonal:
     """Δ = I: a division."""
 
-    def solve(self, loss: Any, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
-        return right / ((1 if loss.weights is None else loss.weights) + rho * split.column_scale)
+    def solve(self, weights: Any, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
+        return right / ((1 if weights is None else weights) + rho * split.column_scale)
 
 
 def cosine_halves(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +73,7 @@ class AxisTransform:
         spectrum = spread(factor(self.eigenvalues), x)
         return self._transform(spectrum * self._transform(x, inverse=False), inverse=True)
 
-    def solve(self, loss: Any, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
+    def solve(self, weights: Any, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
         scale = rho * split.column_scale
         return self.filtered(right, lambda level: 1 / (1 + scale * sum(level**power for power in self.powers)))
 
@@ -176,17 +176,17 @@ class ConjugateGradient:
     transform: Any = None
     max_steps: int = static(default=200)
 
-    def solve(self, loss: Any, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
-        weights = 1 if loss.weights is None else loss.weights
+    def solve(self, weights: Any, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
+        weights = 1 if weights is None else weights
 
         def scaled(residual: FloatArray) -> FloatArray:
             if self.transform is None:
                 return residual / (weights + rho * self.diagonal)
             mean = jnp.mean(jnp.asarray(weights, residual.dtype))
-            return self.transform.solve(loss, split, residual / mean, rho / mean, residual)
+            return self.transform.solve(None, split, residual / mean, rho / mean, residual)
 
         def product(x: FloatArray) -> FloatArray:
-            return loss.weigh(x) + rho * split.inner.rmv(split.column_scale * split.inner.mv(x))
+            return weights * x + rho * split.inner.rmv(split.column_scale * split.inner.mv(x))
 
         residual = right - product(guess)
         direction = scaled(residual)
@@ -220,8 +220,8 @@ class Banded:
 
     columns: Any  # of the lower triangle of ΔᵀΔ: the entry `[j, m]` is that of row j + m and column j
 
-    def solve(self, loss: Any, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
-        weights = 1 if loss.weights is None else loss.weights.reshape(-1)
+    def solve(self, weights: Any, split: Split, right: FloatArray, rho: Any, guess: FloatArray) -> FloatArray:
+        weights = 1 if weights is None else weights.reshape(-1)
         columns = (rho * split.column_scale * self.columns).at[:, 0].add(weights)
         width, shape = columns.shape[1] - 1, right.shape[1:]
 

@@ -1,16 +1,18 @@
 """Penalties on single entries: L0, L1, the elastic net, MCP, SCAD and the log sum."""
 
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.base.arguments import Limited
 from sparseopt.core.base.thresholds import count_nonzero, hard_threshold, largest_ratio, soft_threshold
 from sparseopt.core.base.types import FloatArray, Scalar, pytree
 
 
 @pytree
-class L0:
+class L0(Limited):
     """`weight * ||x||_0`, the number of non-zeros; prox: hard threshold at `sqrt(2 * step * weight)`.
 
     Example:
@@ -21,6 +23,7 @@ class L0:
     weight: Any
     separable = True
     keeps_zeros = True
+    even = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return self.weight * count_nonzero(x).astype(x.dtype)
@@ -30,7 +33,7 @@ class L0:
 
 
 @pytree
-class L1:
+class L1(Limited):
     """`weight * ||x||_1`; prox: soft threshold at `step * weight`. The weight may be an array that broadcasts to x.
 
     Example:
@@ -41,6 +44,7 @@ class L1:
     weight: Any
     separable = True
     keeps_zeros = True
+    even = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.sum(self.weight * jnp.abs(x))
@@ -60,7 +64,7 @@ class L1:
 
 
 @pytree
-class ElasticNet:
+class ElasticNet(Limited):
     """`weight * ||x||_1 + ridge / 2 * ||x||²`; prox: soft threshold at `step * weight`, over `1 + step * ridge`.
 
     Weight and ridge may be arrays that broadcast to x. The conjugate is `||soft(u, weight)||² / (2 ridge)`, finite
@@ -76,6 +80,8 @@ class ElasticNet:
     ridge: Any
     separable = True
     keeps_zeros = True
+    even = True
+    least = ("weight", "ridge")
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.sum(self.weight * jnp.abs(x) + 0.5 * self.ridge * x * x)
@@ -96,7 +102,7 @@ class ElasticNet:
 
 
 @pytree
-class MCP:
+class MCP(Limited):
     """Minimax concave penalty: `weight |x| - x² / (2 gamma)` up to `|x| = gamma weight`, constant beyond.
 
     The prox is a global minimiser for every step, and continuous for `step < gamma`; as gamma grows it becomes that of
@@ -111,6 +117,8 @@ class MCP:
     gamma: Any = 3.0
     separable = True
     keeps_zeros = True
+    even = True
+    above = MappingProxyType({"gamma": 0})
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         size = jnp.minimum(jnp.abs(x), jnp.asarray(self.gamma * self.weight, x.dtype))
@@ -138,7 +146,7 @@ class MCP:
 
 
 @pytree
-class SCAD:
+class SCAD(Limited):
     """Smoothly clipped absolute deviation: slope `weight` to `|x| = weight`, falling to 0 at `a weight`.
 
     Needs `a > 2`. The prox is a global minimiser for every step, and continuous for `step < a - 1`. Source: Fan and Li,
@@ -153,6 +161,8 @@ class SCAD:
     a: Any = 3.7
     separable = True
     keeps_zeros = True
+    even = True
+    above = MappingProxyType({"a": 2})
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.sum(_scad_terms(x, self.weight, self.a))
@@ -193,7 +203,7 @@ def _scad_terms(x: FloatArray, weight: Any, a: Any) -> FloatArray:
 
 
 @pytree
-class LogSum:
+class LogSum(Limited):
     """`weight * sum of log(1 + |x| / eps)`, between L1 of weight `weight / eps` near zero and L0 far out.
 
     The prox is a global minimiser for every step, and continuous for `step * weight <= eps²`. Source: Candès, Wakin and
@@ -208,6 +218,8 @@ class LogSum:
     eps: Any
     separable = True
     keeps_zeros = True
+    even = True
+    above = MappingProxyType({"eps": 0})
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.sum(self.weight * jnp.log1p(jnp.abs(x) / self.eps))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparseopt.core.base.arguments import Limited
 from sparseopt.core.base.dense import product
 from sparseopt.core.base.thresholds import largest_ratio, soft_threshold
 from sparseopt.core.base.types import FloatArray, Scalar, pytree, static
@@ -16,7 +17,7 @@ from sparseopt.core.base.types import FloatArray, Scalar, pytree, static
 FEW = 3
 
 
-class _Grouped:
+class _Grouped(Limited):
     """How an array falls into groups: the slices of `axis` (one or several), or with `groups` the rows of one label.
 
     A number for every group has the shape of the array with `axis` of length 1, or `[num_groups]`.
@@ -25,6 +26,7 @@ class _Grouped:
     axis: int | tuple[int, ...]
     groups: Any
     num_groups: int | None
+    even = True
 
     def __post_init__(self) -> None:
         if isinstance(self.axis, list):  # of a config
@@ -162,6 +164,7 @@ class SparseGroup(_Grouped):
     axis: int | tuple[int, ...] = static(default=-1)
     groups: Any = None
     num_groups: int | None = static(default=None)
+    least = ("weight", "group_weight")
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.sum(self.weight * jnp.abs(x)) + jnp.sum(self.group_weight * self._lengths(x))
@@ -201,7 +204,7 @@ class SparseGroup(_Grouped):
 
 
 @pytree
-class NuclearNorm:
+class NuclearNorm(Limited):
     """`weight * sum of the singular values` of a matrix `[m, n]`; prox: soft threshold of the singular values.
 
     16-bit floats are decomposed in 32 bits; an array of other shapes is a ValueError. Source: Cai, Candès and Shen,
@@ -214,6 +217,7 @@ class NuclearNorm:
     """
 
     weight: Any
+    even = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.asarray(self.weight * jnp.sum(jnp.linalg.svd(_wide(x), compute_uv=False)), x.dtype)

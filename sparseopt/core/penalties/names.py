@@ -25,10 +25,6 @@ PENALTIES: Mapping[str, Callable[..., Any]] = {
     "top_k": TopK,
     "n_of_m": NM,
 }
-# Those that rise with the size of x, whatever its sign, as long as their weights are not negative.
-RISING = (L0, L1, ElasticNet, MCP, SCAD, LogSum, GroupL2, SparseGroup, NuclearNorm)
-# Those whose parameters `arguments.refuses_parameters` knows.
-KNOWN = (*RISING, Nonnegative, Box, Simplex)
 # Those that need a weight and nothing else, and that every front end takes.
 BY_WEIGHT: Mapping[str, Callable[[Any], Any]] = {
     name: PENALTIES[name] for name in ("l1", "l0", "mcp", "scad", "group_l2")

@@ -42,6 +42,7 @@ class TopK(_SparseSet):
     """
 
     k: Any
+    even = True
 
     def mask(self, score: FloatArray) -> BoolArray:
         return top_k_mask(score, self.k)
@@ -65,6 +66,7 @@ class RowTopK(_SparseSet):
 
     k: Any
     axis: int = static(default=0)
+    even = True
 
     def mask(self, score: FloatArray) -> BoolArray:
         moved = jnp.moveaxis(score, self.axis, 0)

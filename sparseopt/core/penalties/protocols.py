@@ -1,4 +1,5 @@
 """What a solver asks of a penalty. A penalty is a frozen pytree with a `value` and a `prox`; nothing else is required.
+What else others may ask, a penalty says about itself, see `Penalty`.
 
 `prox(x, step)` returns the minimiser over u of
 
@@ -20,11 +21,18 @@ from sparseopt.core.base.types import FloatArray, Scalar
 class Penalty(Protocol):
     """What a solver needs of a penalty. Write your own as a frozen pytree with these two methods.
 
-    A penalty whose value is a sum over entries may say so with a class attribute `separable = True`: it then promises
-    that `prox` takes an array of steps, one per entry. `proximal_adam` needs it; without the attribute a penalty counts
-    as coupled. One that moreover costs nothing at 0 and has the prox 0 of 0 may say `keeps_zeros = True`: then small
-    problems of similar sizes share a compiled program, see `sparseopt.core.problem.padding`. One without a conjugate
-    that is convex may say so with `convex = True`: a solve then ends as `CONVERGED` instead of `STATIONARY`.
+    What it does not say by a class attribute counts as false:
+
+    - `separable = True`: the value is a sum over entries, and `prox` takes an array of steps, one per entry.
+      `proximal_adam` needs it.
+    - `keeps_zeros = True`: separable, costs nothing at 0, and the prox of 0 is 0. Small problems of similar sizes then
+      share a compiled program, see `sparseopt.core.problem.padding`.
+    - `convex = True`, of one without a conjugate: a solve ends as `CONVERGED` instead of `STATIONARY`.
+    - `even = True`: the same if rows change their order or their sign, and if rows of zeros are added. A trend filter
+      may then store the edges of a graph that is a grid as a grid.
+    - `excludes_zero = True`: 0 costs something.
+
+    A method `refuses()` says on the host why the numbers of the penalty mean nothing, or None.
     """
 
     def value(self, x: FloatArray) -> Float[Array, ""]:

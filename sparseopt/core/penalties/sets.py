@@ -1,11 +1,14 @@
 """Constraints, the indicators of simple sets: value 0 on the set, +inf off it; the prox projects."""
 
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from sparseopt.core.base.arguments import Limited, known_numbers
 from sparseopt.core.base.thresholds import count_nonzero, infinite_unless, largest_ratio, soft_threshold
 from sparseopt.core.base.types import FloatArray, Scalar, pytree
 
@@ -31,7 +34,7 @@ class Support:
 
 
 @pytree
-class Nonnegative:
+class Nonnegative(Limited):
     """Indicator of `x >= 0`, plus `weight * sum x`; prox: `max(x - step * weight, 0)`.
 
     The weight, not negative, may be an array that broadcasts to x. The conjugate is 0 for `u <= weight`, +inf
@@ -60,7 +63,7 @@ class Nonnegative:
 
 
 @pytree
-class Box:
+class Box(Limited):
     """Indicator of `low <= x <= high`, plus `weight * ||x||_1`; prox: soft threshold, then clip.
 
     All three may be arrays that broadcast to x. Needs `low <= high`; a bound may be infinite. The conjugate is the
@@ -76,6 +79,15 @@ class Box:
     high: Any
     weight: Any = 0.0
     separable = True
+
+    @property
+    def excludes_zero(self) -> bool:
+        return bool(np.any(known_numbers(self, "low") > 0) or np.any(known_numbers(self, "high") < 0))
+
+    def refuses(self) -> str | None:
+        if np.any(known_numbers(self, "low") > known_numbers(self, "high")):
+            return f"the bounds of {type(self).__name__} must be low <= high, given {self}"
+        return super().refuses()
 
     def _bounds(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         return jnp.asarray(self.low, x.dtype), jnp.asarray(self.high, x.dtype)
@@ -107,7 +119,7 @@ class Box:
 
 
 @pytree
-class Simplex:
+class Simplex(Limited):
     """Indicator of `{x >= 0, sum x = radius}`, over all entries together; prox: `max(x - level, 0)`.
 
     The level that makes the sum right is `max over j of ((sum of the j largest) - radius) / j`, found by sorting. The
@@ -120,6 +132,9 @@ class Simplex:
     """
 
     radius: Any = 1.0
+    least = ()
+    above = MappingProxyType({"radius": 0})
+    excludes_zero = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         """0 where no entry is negative and the sum is the radius up to `8 eps sqrt(x.size)` of it, +inf elsewhere."""

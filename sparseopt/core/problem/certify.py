@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import FloatArray
-from sparseopt.core.losses.nodes import total
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
 from sparseopt.core.penalties.protocols import Composite, Conjugate, Norm, dual_step, gauge
@@ -121,7 +121,7 @@ def certificate(
     """The relative duality gap at x by the dual pair, moved and scaled until it is feasible.
 
     Args:
-        problem: its loss is a `MatrixLoss`, its penalty has a conjugate.
+        problem: its loss is a `DataLoss`, its penalty has a conjugate.
         x: the point.
         image: `A x`.
         loss_dual: s, in the domain of f*, of the shape of `A x`.
@@ -142,7 +142,7 @@ def certificate(
     scales = (1 / units.size**2, 1.0) if scales is None else scales
     objective = rows.value(image) + penalty.value(y)
     length = jnp.sqrt(total((x / units.of) ** 2))
-    low, high = rows.family.dual_range(rows.signal)
+    low, high = rows.scalar.dual_range(rows.target)
     seen = True if rows.weights is None else rows.weights > 0
     above, below = (_at_zero_end(penalty, sign * jnp.ones_like(y)) for sign in (1, -1))
 
@@ -278,7 +278,7 @@ def proximal_gap(
 def composite_gap(
     problem: Any, x: FloatArray, image: FloatArray, dual: FloatArray, curvature: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """The relative gap of a `MatrixLoss` and a `Composite` penalty by the subgradient `dual` of a prox near x."""
+    """The relative gap of a `DataLoss` and a `Composite` penalty by the subgradient `dual` of a prox near x."""
     problem = unfolded(problem, x)
     size = norm_estimate(problem.operator.mv, problem.operator.rmv, x, 10)
     scales = (1 / curvature, 1 / jnp.maximum(size, jnp.finfo(x.dtype).tiny) ** 2)

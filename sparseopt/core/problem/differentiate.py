@@ -46,8 +46,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from sparseopt.core.base.types import FloatArray
-from sparseopt.core.losses.data import LeastSquares, MatrixLoss
-from sparseopt.core.losses.nodes import NodeLoss, NodeSquares
+from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import is_smooth
 from sparseopt.core.operators.components import piece_labels, piece_means
 from sparseopt.core.operators.differences import Difference
@@ -205,7 +204,7 @@ def _dual_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tupl
             _, dual = _solution(None, right - hessian(dx), (penalised,))
         else:
             # Half the squared distance to a point has the identity as its Hessian.
-            square = isinstance(loss, NodeSquares | LeastSquares) and loss.weights is None and _is_diagonal(loss)
+            square = _is_diagonal(loss) and loss.is_square and loss.weights is None
             dx, dual = _solution(None if convex and square else hessian, right, (penalised,))
         turned = {"dual": dual}
         changed = _value_along(loss, moved.loss, x, dx)
@@ -225,7 +224,7 @@ def _pull(term: _Term) -> FloatArray:
 
 
 def _is_diagonal(loss: Any) -> bool:
-    return isinstance(loss, NodeSquares) or (isinstance(loss, NodeLoss | MatrixLoss) and loss.matrix is None)
+    return isinstance(loss, DataLoss) and loss.matrix is None
 
 
 def _has_pieces(problem: Any) -> bool:

@@ -25,9 +25,9 @@ class Units(NamedTuple):
 
 
 def units_of(problem: Any, x: FloatArray) -> Units:
-    """The units of a problem with a `MatrixLoss`; a map whose entries are not known says nothing of them."""
+    """The units of a problem with a `DataLoss`; a map whose entries are not known says nothing of them."""
     rows = problem.loss.rows
-    seen = jnp.ones_like(rows.signal) if rows.weights is None else jnp.ones_like(rows.signal) * (rows.weights > 0)
+    seen = jnp.ones_like(rows.target) if rows.weights is None else jnp.ones_like(rows.target) * (rows.weights > 0)
     lengths = column_norms(problem.loss.maps(x), x, seen)
     size = geometric_mean(lengths)
     if problem.operator is not None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.losses.data import MatrixLoss
+from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import PlainLoss, is_indefinite, is_smooth, with_image
 from sparseopt.core.penalties.protocols import Composite, cold_memory, prox_from
 from sparseopt.core.problem.certify import certificate, composite_gap, has_conjugate, proximal_gap
@@ -87,7 +87,7 @@ class AcceleratedProximalGradient(PlainSolver):
     def refuses(self, problem: Problem) -> str | None:
         if (reason := needs(self, problem, loss="value gradient")) or is_smooth(problem.loss):
             return reason
-        inner = type(getattr(problem.loss, "loss", problem.loss)).__name__
+        inner = type(getattr(problem.loss, "scalar", problem.loss)).__name__
         return f"AcceleratedProximalGradient needs a smooth loss, given {inner}, which has kinks; use PrimalDual"
 
     @property
@@ -134,7 +134,7 @@ class AcceleratedProximalGradient(PlainSolver):
 
     def _columns(self, problem: Problem, x: Array) -> Units:
         """The units of a problem that has a certificate."""
-        if isinstance(problem.loss, MatrixLoss) and has_conjugate(problem.penalty):
+        if isinstance(problem.loss, DataLoss) and has_conjugate(problem.penalty):
             return units_of(problem, x)
         return Units(jnp.ones_like(x), jnp.ones((), x.dtype))
 
@@ -221,9 +221,9 @@ class AcceleratedProximalGradient(PlainSolver):
         tiny = jnp.finfo(x.dtype).tiny
         residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
         gap = jnp.full_like(residual, jnp.nan)
-        if has_conjugate(penalty) and isinstance(loss, MatrixLoss):
+        if has_conjugate(penalty) and isinstance(loss, DataLoss):
             gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), units=state.columns).gap
-        elif isinstance(penalty, Composite) and isinstance(loss, MatrixLoss):
+        elif isinstance(penalty, Composite) and isinstance(loss, DataLoss):
             gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
         elif self._has_quadratic_gap(problem):
             gap = proximal_gap(loss, penalty, x, state.image, gradient, state.objective)

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.losses.nodes import total
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.penalties.protocols import Norm, dual_step
 from sparseopt.core.problem.certify import relative_gap
@@ -122,7 +122,7 @@ def relative(a: Array, *others: Array) -> Array:
 def balanced_rho(split: Split, loss: Any, x: Array, dual: Array) -> Array:
     """`3 rms(dual) / rms(y - x)` in the metrics of the split: near the best rho once x and the dual have their size."""
     on_nodes = split.column_scale if split.inner.order == 0 else jnp.ones((), x.dtype)
-    return BALANCE * rms(split.row_scale, dual) / rms(on_nodes, loss.observed(loss.center - x))
+    return BALANCE * rms(split.row_scale, dual) / rms(on_nodes, loss.observed(loss.target - x))
 
 
 def limited(factor: Array, later: Array, penalty: Any) -> Array:
@@ -142,6 +142,8 @@ def scheduled(count: Array, next_change: Array, changes: int) -> tuple[Array, Ar
 def refuses_unsplit(solver: Any, problem: Problem, loss: str) -> str | None:
     """Why a split ADMM refuses a problem: its operator is not a `Split`, or its loss lacks one of these methods."""
     if isinstance(problem.operator, Split):
+        if getattr(problem.loss, "matrix", None) is not None:
+            return f"{type(solver).__name__} needs a loss of x itself, given one with a matrix: take PrimalDual"
         return needs(solver, problem, operator=True, loss=loss)
     given = "none" if problem.operator is None else type(problem.operator).__name__
     return (
@@ -152,7 +154,7 @@ def refuses_unsplit(solver: Any, problem: Problem, loss: str) -> str | None:
 
 @pytree
 class Admm(PlainSolver):
-    """The split ADMM as a solver for `solve`; `problem.operator` is a `Split`, `problem.loss` a `NodeSquares`.
+    """The split ADMM as a solver for `solve`; `problem.operator` is a `Split`, `problem.loss` a `DataLoss`.
 
     For a `Norm` the residual is the relative duality gap `(P(x) - D(g')) / D(g')`, never below the relative
     suboptimality `(P(x) - P*) / P*` (+inf while D is not positive). For any other penalty it is a stationarity
@@ -194,7 +196,9 @@ class Admm(PlainSolver):
         return self.acceleration > 0 and isinstance(problem.penalty, Norm) and problem.operator.outer.order == 0
 
     def refuses(self, problem: Problem) -> str | None:
-        return refuses_unsplit(self, problem, "center weigh observed slack gradient value")
+        if not getattr(problem.loss, "is_square", True):
+            return f"{type(self).__name__} solves the square loss, given {problem.loss.name}"
+        return refuses_unsplit(self, problem, "target weigh observed slack gradient value")
 
     def init(self, problem: Problem, x0: Start | AdmmState) -> AdmmState:
         """Start with d = 0 and g the start's dual, or continue from a state of another precision, cast to this one."""
@@ -262,7 +266,7 @@ class Admm(PlainSolver):
         prox = None if now.prox is None else found
         dual = keep * now.dual + (1 - keep) * candidate
         pulled = split.column_scale * (rho * z + keep * m) - split.outer.rmv(dual)
-        x = self.node_solve.solve(loss, split, loss.weigh(loss.center) + split.inner.rmv(pulled), rho, now.x)
+        x = self.node_solve.solve(loss.weights, split, loss.weigh(loss.target) + split.inner.rmv(pulled), rho, now.x)
         inner = None if now.inner is None else split.inner.mv(x)
         moved = z - (x if inner is None else inner)
         return Moving(x, inner, keep * m + rho * moved, dual, candidate, prox)
@@ -297,12 +301,12 @@ class Admm(PlainSolver):
             slack = loss.slack(x, pulled) + total(penalty.slack(rows, g))
             gap = relative_gap(slack, objective)
             # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
-            noise = state.unit_noise * jnp.sqrt(loss.mean_square(x))
+            noise = state.unit_noise * jnp.sqrt(total(x * x) / x.size)
             return gap, objective, gap, eps * (1 + noise / scale)
 
         objective = loss.value(x) + penalty.value(state.prox)
-        balance = relative(loss.gradient(x) + pulled, loss.weigh(loss.center))
-        of_signal = problem.operator.mv(loss.observed(loss.center))
+        balance = relative(loss.gradient(x) + pulled, loss.weigh(loss.target))
+        of_signal = problem.operator.mv(loss.observed(loss.target))
         residual = jnp.maximum(balance, relative(rows - state.prox, rows, of_signal))
         return residual, objective, jnp.full_like(objective, jnp.nan), jnp.full_like(objective, eps)
 

@@ -86,7 +86,6 @@ class DogeGroups(Admm):
     acceleration. `table` has the rows of Ψ by groups. A start with a dual g has `theta_i = -Ψ_iᵀ g_i / rho`.
 
     Example:
-        >>> from sparseopt.core.losses.nodes import NodeSquares
         >>> from sparseopt.core.operators.differences import Difference, GridBase
         >>> from sparseopt.core.solvers.admm import Start
         >>> from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table, doge_split
@@ -95,7 +94,7 @@ class DogeGroups(Admm):
         >>> split = doge_split(Difference(base, 1), Difference(base, 0), chain.sums(1), np.float32, groups=2)
         >>> table = doge_groups_table(split.outer, chain.matrix(1), chain.groups(1), np.float32)
         >>> y = jnp.array([0.0, 0.2, 3.0, 3.1])
-        >>> problem = so.Problem(NodeSquares(y), so.L1(0.5), jax.tree.map(jnp.asarray, split))
+        >>> problem = so.Problem(so.LeastSquares(None, y), so.L1(0.5), jax.tree.map(jnp.asarray, split))
         >>> start = Start(y, jnp.zeros((1, 4)))  # a dual for every edge, and an empty place at the end
         >>> so.solve(problem, DogeGroups(Diagonal(), 1.0, table=table), start).check().value.round(2)
         Array([0.35, 0.35, 2.8 , 2.8 ], dtype=float32)
@@ -159,7 +158,7 @@ class DogeGroups(Admm):
 
         relaxed = theta + (1 - keep) * alpha + keep * z
         pulled = rho * jnp.sum(relaxed, axis=0)
-        x = self.node_solve.solve(loss, split, loss.weigh(loss.center) + split.inner.rmv(pulled), rho, now.x)
+        x = self.node_solve.solve(loss.weights, split, loss.weigh(loss.target) + split.inner.rmv(pulled), rho, now.x)
         inner = None if now.inner is None else split.inner.mv(x)
         theta = relaxed - (x if inner is None else inner)
         return Moving(x, inner, Copies(alpha, theta), dual, candidate, prox)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.base.sums import total
 from sparseopt.core.base.thresholds import largest_ratio
 from sparseopt.core.base.types import FloatArray, pytree
-from sparseopt.core.losses.nodes import total
 from sparseopt.core.operators.components import piece_means
 from sparseopt.core.operators.differences import Difference
 

@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.losses.nodes import NodeSquares, total
 from sparseopt.core.penalties.protocols import Norm, dual_step
 from sparseopt.core.problem.certify import relative_gap
 from sparseopt.core.problem.problem import Measure, Problem, Progress
@@ -110,7 +110,7 @@ class LossAdmmState:
 def certificate(
     problem: Problem, x: Array, dual: Array, anchor: Anchor, null: Array | bool = False
 ) -> tuple[Array, Array]:
-    """The objective at x and the relative duality gap of a `NodeLoss` and a `Norm` by a dual point in the ball.
+    """The objective at x and the relative duality gap of a `DataLoss` and a `Norm` by a dual point in the ball.
 
     The dual point is moved towards the anchor until it lies in the domain of the loss's conjugate. `null` says that no
     penalty sees x: its rows are 0 up to rounding, and count as 0.
@@ -128,7 +128,7 @@ def certificate(
 
 @pytree
 class LossAdmm:
-    """The split ADMM for a `NodeLoss`, as a solver for `solve`; `problem.operator` is a `Split`.
+    """The split ADMM for a `DataLoss`, as a solver for `solve`; `problem.operator` is a `Split`.
 
     For a `Norm` the residual is the relative duality gap, never below the relative suboptimality
     `(P(x) - P*) / P*`. For any other penalty it is a stationarity residual, the largest of
@@ -205,7 +205,7 @@ class LossAdmm:
 
         pulled = rho * split.column_scale * (z + keep * d) - split.outer.rmv(dual)
         right = loss_step * (x + keep * c) - loss_dual + split.inner.rmv(pulled)
-        x_new = self.node_solve.solve(NodeSquares(None, self.metric), split, right / sigma, rho / sigma, x)
+        x_new = self.node_solve.solve(self.metric, split, right / sigma, rho / sigma, x)
         z_new = x_new if now.inner is None else split.inner.mv(x_new)
         moved = (dual - now.dual, z_new - z, loss_dual - now.loss_dual, x_new - x)
         now = Iterate(

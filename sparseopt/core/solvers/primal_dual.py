@@ -36,9 +36,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.dense import product, spd_inverse
+from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.losses.data import MatrixLoss, as_least_squares
-from sparseopt.core.losses.nodes import total
+from sparseopt.core.losses.data import DataLoss, as_least_squares
 from sparseopt.core.losses.quadratic import Quadratic, is_smooth
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
@@ -107,7 +107,7 @@ class PrimalDualState:
     next_change: Any
     fixed_point: Any  # the fixed-point residual at the last check, and at the last restart
     fixed_point_first: Any
-    loss: Any  # the loss as a `MatrixLoss` if it is a `Quadratic`
+    loss: Any  # the loss as a `DataLoss` if it is a `Quadratic`
     residual: Any
     objective: Any
     gap: Any
@@ -136,11 +136,11 @@ class PrimalDual:
     cadence: int = static(default=10)
 
     def refuses(self, problem: Problem) -> str | None:
-        if isinstance(problem.loss, MatrixLoss | Quadratic):
+        if isinstance(problem.loss, DataLoss | Quadratic):
             return needs(self, problem, operator=True)
         return (
-            f"{type(self).__name__} needs the prox of the loss and takes LeastSquares, Composed and Quadratic, given "
-            f"{type(problem.loss).__name__}; write the loss as Composed(scalar loss, matrix, target), or without an "
+            f"{type(self).__name__} needs the prox of the loss and takes losses of data and Quadratic, given "
+            f"{type(problem.loss).__name__}; write the loss as DataLoss(scalar loss, matrix, target), or without an "
             "operator use AcceleratedProximalGradient"
         )
 

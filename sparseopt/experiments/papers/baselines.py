@@ -29,8 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import precision, pytree, static
-from sparseopt.core.losses.nodes import NodeSquares, total
+from sparseopt.core.losses.data import LeastSquares
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.operators.normal_solves import Diagonal
@@ -142,7 +143,7 @@ class NestedAdmm(Admm):
         nested, level = now.memory, problem.penalty.weight / rho
         v = (now.x if now.inner is None else now.inner) + (now.dual - nested.memory) / rho
         found = solve(
-            Problem(NodeSquares(v), L1(level), self.split),
+            Problem(LeastSquares(None, v), L1(level), self.split),
             Admm(Diagonal(), nested.rho, self.relaxation, CADENCE),
             Start(nested.guess, jnp.clip(nested.potential / rho, -level, level), nested.rho),
             tol=self.inner_tol,
@@ -256,7 +257,7 @@ def assemble(
         if algorithm == "doge" and not tuned:
             split = graph.cached(("published", order), lambda: _copies_everywhere(job))
     start = Start(centre, jnp.zeros(split.row_shape(centre), DOUBLE))
-    return Assembled(Problem(NodeSquares(centre), penalty, split), solver, start, algorithm)
+    return Assembled(Problem(LeastSquares(None, centre), penalty, split), solver, start, algorithm)
 
 
 def _copies_everywhere(job: Job) -> Split:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments.plots import style
 from sparseopt.trend.path import TrendPath
@@ -214,7 +215,7 @@ def plot_cross_validation(validation: CrossValidation, axis: Any = None) -> Any:
     axis.errorbar(validation.path.weights, validation.errors, validation.standard_errors, **bars)
     _mark(axis, validation.path, validation.index_by("min"), "least error")
     _mark(axis, validation.path, validation.index_by("one_se"), "within one standard error", style.COLOURS[2], ":")
-    error = "mean squared error" if validation.path.loss is None else "mean deviance"
+    error = "mean squared error" if isinstance(validation.path.loss, Squared) else "mean deviance"
     axis.set(ylabel=f"{error}, held-out nodes")
     axis.legend(frameon=False)
     return axis

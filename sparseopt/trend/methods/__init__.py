@@ -94,7 +94,7 @@ def fast_admm_pays(job: Job) -> bool:
 
 def admm_pays(job: Job) -> bool:
     """Where the x-step is exact and smoothing is strong; for other losses on all grids and with free ends."""
-    if job.loss is not None:
+    if not job.square:
         return job.graph.shape is not None or job.graph.free
     return has_exact_step(job) and (job.order >= 1 if job.several else is_strong(job))
 
@@ -145,7 +145,7 @@ def is_short(job: Job, method: Method | None = None) -> bool:
     """Whether a job in float64 is solved in float32 first, by its method if none is given."""
     signal = job.signal
     assert signal is not None
-    plain = job.loss is None and not job.several and not job.history and job.layout.mesh is None
+    plain = job.square and not job.several and not job.history and job.layout.mesh is None
     large = job.graph.num_nodes >= SHORT_FROM and job.graph.num_edges > 0
     carries = job.tol >= SHORT_TOLS.get(job.order, np.inf) and (
         job.order == 0 or not (job.graph.free or job.graph.shape is None)

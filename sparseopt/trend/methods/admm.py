@@ -90,7 +90,7 @@ def refusal(job: Job, name: str, *, single: bool = False, blocks: bool = False) 
     One that is `single` takes only one penalty and the square loss, and only one
     with `blocks` takes B.
     """
-    if single and job.loss is not None:
+    if single and not job.square:
         return f"method={name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
     if single and job.several:
         return f"method={name!r} solves single orders; with several penalties use auto, doge, admm"

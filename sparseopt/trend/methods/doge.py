@@ -37,7 +37,7 @@ class Doge:
             return None if job.block is None else refusal(job, self.name, blocks=True)
         if job.several:
             return "several devices fit one penalty, given penalties of several orders: leave out devices, or give one"
-        if job.loss is not None:
+        if not job.square:
             return f"several devices fit the square loss, given {job.loss}: leave out devices, or leave out loss"
         if job.block not in (None, job.order + 1):
             return (

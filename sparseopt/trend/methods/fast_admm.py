@@ -45,7 +45,7 @@ class ChainPlan(Plan):
         return penalty.last.rmv(dual if self.ground.basis is None else padded(dual, 0, 0, 1)[None])
 
     def start(self, penalty: Any, data: Data, weights: Any) -> Start:
-        centre = data.centred.center
+        centre = data.centred.target
         if self.ground.basis is not None:
             found = super().start(penalty, data, weights)
             return Start(found.x, self.solver_dual(self.taken(penalty), found.dual))
