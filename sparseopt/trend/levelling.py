@@ -19,14 +19,14 @@ from sparseopt.core.base.compile import Jitted
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.scalar import ScalarLoss, Squared
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.penalties.protocols import Norm
-from sparseopt.core.problem.certify import promoted
-from sparseopt.core.problem.problem import Status
+from sparseopt.core.penalties.protocols import has_conjugate
+from sparseopt.core.problem.certify import judge, promoted
+from sparseopt.core.problem.problem import Problem, Status
 from sparseopt.trend.ground import Ground, data_of
 from sparseopt.trend.job import Job
 from sparseopt.trend.methods import DOGE
 from sparseopt.trend.pieces import TrendSolution, edges_between, labels_of, levelled
-from sparseopt.trend.plan import judged, resumed
+from sparseopt.trend.plan import resumed
 
 # Objectives that differ by this many eps are equal up to rounding.
 ROUNDING = 8
@@ -145,18 +145,18 @@ def levelled_fit(job: Job, found: TrendSolution) -> TrendSolution:
         level[:, channel] = levelled(column, labels, signal.mass, job.ground.anchored)
     value = layout.put(layout.rows(level.astype(job.dtype).reshape(-1, *channels), 0))
 
-    def judge(at: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def judge_at(at: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         return _judged_at(job.ground, job.loss, job.rows, *job.arrays, found.dual, at, found.status, job.tol)
 
-    objective, gap, status = judge(value)
-    norm = isinstance(job.rows, Norm)
+    objective, gap, status = judge_at(value)
+    certified = has_conjugate(job.rows)
     # Without a certificate the reported objective is not that of the value alone.
-    before = float(found.objective if norm else judge(found.value)[0])
+    before = float(found.objective if certified else judge_at(found.value)[0])
     # Of a value that violates a constraint by rounding it is infinite.
     if not (math.isfinite(objective) and float(objective) <= before * (1 + ROUNDING * float(np.finfo(job.dtype).eps))):
         return found
     found = dataclasses.replace(found, value=value, objective=objective)
-    if not (norm and job.square):
+    if not (certified and job.square):
         return found  # the gap is still a bound
     return dataclasses.replace(found, status=status, residual=gap, gap=gap)
 
@@ -173,15 +173,15 @@ def _judged_at(
     status: jax.Array,
     tol: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The objective at x, the relative duality gap of a norm and the square loss, else NaN, and the status then."""
+    """The objective at x, the relative duality gap for the square loss, else NaN, and the status then."""
     loss: Any = DataLoss(family, None, y, weights)
     if isinstance(family, Squared):
         data = data_of(ground, y, weights)
         loss = data.loss
         if ground.present is not None:
             x = jnp.where(ground.present, x, data.shift)  # padding costs nothing there
-        if isinstance(penalty, Norm):
-            objective, gap = judged(ground, loss, penalty, x, dual)
+        if has_conjugate(penalty):
+            objective, gap = judge(Problem(loss, penalty, ground.operator), x, dual)
             return objective, gap, promoted(status, gap, objective, tol)
     objective = loss.value(x) + penalty.value(ground.operator.mv(x))
     return objective, jnp.full_like(objective, jnp.nan), status

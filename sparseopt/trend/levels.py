@@ -14,7 +14,8 @@ import numpy as np
 from sparseopt.core.base.compile import Jitted
 from sparseopt.core.base.sums import total
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.penalties.protocols import Norm
+from sparseopt.core.penalties.protocols import feasible, has_conjugate
+from sparseopt.core.problem.certify import judge
 from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start, balanced_rho
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_pieces
@@ -25,7 +26,7 @@ from sparseopt.trend.levelling import has_means, in_float32, stopped_early
 from sparseopt.trend.losses import best_constants, fit_loss
 from sparseopt.trend.methods import DOGE, FAST_ADMM, INTERIOR, chosen_for_path, is_short
 from sparseopt.trend.pieces import TrendSolution
-from sparseopt.trend.plan import FIRST_RHO, Plan, judged, resumed
+from sparseopt.trend.plan import FIRST_RHO, Plan, resumed
 
 # The rho from Doge's start is accepted within this factor of the rho from the noise.
 RHO_RANGE = 1e4
@@ -73,10 +74,10 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Lev
         last, before = weights[max(index - 1, 0)], weights[max(index - 2, 0)]
         ahead = min((last - weight) / (before - last), 1.0) if before > last else 0.0
         move = (jnp.asarray(weight / last, kind), jnp.asarray(ahead, kind))
-        if index == 0 and first is not None and not isinstance(penalty, Norm):
+        if index == 0 and first is not None and not has_conjugate(penalty):
             found.append(_null_level(plan, data, start, tol))
             continue
-        settled = jnp.asarray(order >= method.keeps_rho_from and index >= 2 and isinstance(penalty, Norm))
+        settled = jnp.asarray(order >= method.keeps_rho_from and index >= 2 and has_conjugate(penalty))
         fits = (dataclasses.replace(start, settled=settled), older)
         state = _begun(plan, data, penalty, fits, move, balance=method.balances_rho and index > 0)
         older = start
@@ -102,7 +103,7 @@ def _first(plan: Plan, penalty: Any, y: Any, weights: Any, proof: Any, last: Any
     data, inner = data_of(plan.ground, y, weights), plan.taken(penalty)
     rho = (FIRST_RHO * data.strength(plan.ground, penalty)).astype(y.dtype)
     if last is not None:
-        dual = inner.project_dual(plan.solver_dual(inner, last.dual.astype(y.dtype)))
+        dual = feasible(inner, plan.solver_dual(inner, last.dual.astype(y.dtype)))
         start = Start(last.x.astype(y.dtype) - data.shift, dual)
     elif proof is None:
         start = plan.start(penalty, data, weights)
@@ -184,7 +185,7 @@ def _merged(ground: Ground, y: Any, node_weights: Any, weights: Any, fits: Any, 
         weight, x = level
         penalty = L1(weight)
         dual = ChainTotalVariation(weight, ground.highest).dual_at(x, -data.loss.gradient(x))
-        objective, gap = judged(ground, data.loss, penalty, x, dual)
+        objective, gap = judge(Problem(data.loss, penalty, ground.operator), x, dual)
         status = jnp.where(gap <= tol, Status.CONVERGED, Status.PRECISION).astype(jnp.int32)
         return status, objective, gap, ground.highest.mv(x) != 0
 
@@ -223,7 +224,7 @@ def _begun(
     split, centred, start = plan.split, data.centred, fits[0]
     if plan.exact:
         start = plan.start(penalty, data, None)
-    elif isinstance(penalty, Norm):
+    elif has_conjugate(penalty):
         start = _predicted(inner, fits, move)
     rho = fits[0].rho * move[0]
     if balance:
@@ -256,5 +257,5 @@ def _predicted(penalty: Any, fits: tuple[Start, Start], move: tuple[Any, Any]) -
     """The predicted fit: extrapolated from the last two; with only one, its dual is scaled."""
     (last, before), (ratio, ahead) = fits, move
     scaled = jnp.where(ahead > 0, 1, ratio) * last.dual
-    dual = penalty.project_dual(scaled + ahead * (last.dual - before.dual))
+    dual = feasible(penalty, scaled + ahead * (last.dual - before.dual))
     return Start(last.x + ahead * (last.x - before.x), dual)

@@ -22,11 +22,11 @@ from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.residuals import LossOfTwoSlopes
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
-from sparseopt.core.penalties.protocols import Norm
-from sparseopt.core.problem.certify import promoted, stationary
+from sparseopt.core.penalties.protocols import Norm, has_conjugate
+from sparseopt.core.problem.certify import Anchor, judge, promoted, stationary
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Status
-from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart, certificate
+from sparseopt.core.solvers.loss_admm import LossAdmm, LossStart
 from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Ground, leaves_as, mean_weight, null_space_dual
 from sparseopt.trend.job import Job, vanishes
 from sparseopt.trend.methods import chosen
@@ -130,7 +130,7 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     sigma = float(np.mean(curvatures))
     solver = LossAdmm(
         plan.node_solve,
-        Anchor(inside, _pull_of(job.ground.operator, inside)) if isinstance(penalty, Norm) else None,
+        Anchor(inside, _pull_of(job.ground.operator, inside)) if has_conjugate(penalty) else None,
         jnp.asarray(_first_rho(job.ground, penalty, laid_out(best.pull), sigma) if job.rho is None else job.rho, kind),
         jnp.asarray(sigma, kind),
         None if even else laid_out(curvatures / sigma),
@@ -162,7 +162,7 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=job.history)
     if settled.any():
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
-    if not isinstance(penalty, Norm):
+    if not has_conjugate(penalty):
         nonzero = nonzero_at(job.ground, penalty, found.value, None, found.state.copies[1], 1.0)
         return TrendSolution.of(dataclasses.replace(found, status=stationary(found.status)), nonzero)
     value, objective, gap, nonzero = _finish(job.ground, problem, found, solver.anchor, x)
@@ -321,7 +321,7 @@ def _shortened(penalty: Any, dual: jax.Array) -> jax.Array:
 
 @Jitted
 def _gap_at(problem: Problem, x: jax.Array, dual: jax.Array, anchor: Anchor, null: bool) -> jax.Array:
-    return certificate(problem, x, dual, anchor, null)[1]
+    return judge(problem, x, dual, anchor, null)[1]
 
 
 @Jitted
@@ -341,10 +341,11 @@ def _finish(
     """
     points, dual = jnp.stack([found.value, null]), found.state.candidate
     of_null = jnp.array([False, True])
-    objectives, gaps = jax.lax.map(lambda at: certificate(problem, at[0], dual, anchor, at[1]), (points, of_null))
+    objectives, gaps = jax.lax.map(lambda at: judge(problem, at[0], dual, anchor, at[1]), (points, of_null))
     rounding = 1 + 8 * jnp.finfo(objectives.dtype).eps
     place = (objectives[1] <= rounding * objectives[0]).astype(int)
     # rho is about this multiple of the weight over the noise of the fit.
     noise = FIRST_RHO * mean_weight(problem.penalty, ground.padding[1]) / found.state.rho
-    nonzero = nonzero_at(ground, problem.penalty, points[place], dual, None, noise, null)
+    prox = None if found.state.copies is None else found.state.copies[1]
+    nonzero = nonzero_at(ground, problem.penalty, points[place], dual, prox, noise, null)
     return points[place], objectives[place], gaps[place], nonzero

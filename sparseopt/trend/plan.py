@@ -16,12 +16,11 @@ import numpy as np
 from jaxtyping import Array
 
 from sparseopt.core.base.compile import Jitted
-from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split, Stack
 from sparseopt.core.operators.normal_solves import AxisTransform
-from sparseopt.core.penalties.protocols import Norm
-from sparseopt.core.problem.certify import promoted, relative_gap, stationary
+from sparseopt.core.penalties.protocols import Norm, feasible, has_conjugate
+from sparseopt.core.problem.certify import judge, promoted, stationary
 from sparseopt.core.problem.differentiate import Found, attached
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Status
@@ -189,7 +188,8 @@ def fit(
     kind, ground = y.dtype, plan.ground
     tol, relaxation = jnp.asarray(tol, kind), jnp.asarray(relaxation, kind)
     data, limit = data_of(ground, y, weights), to_next_check(max_steps, plan.cadence)
-    if isinstance(penalty, Norm):
+    certified = has_conjugate(penalty)
+    if certified:
         # A signal without a penalty is the fit; its objective is 0, so no relative gap exists.
         free = penalty.value(ground.operator.mv(data.loss.target)) == 0
         known = data.loss.target
@@ -207,7 +207,8 @@ def fit(
         if ground.basis is not None and isinstance(penalty, Norm):
             # The dual of the polynomial is exact where it exists; for large weights an iteration could only spoil it.
             proof = plan.row_dual(inner, start.dual)
-            limit = jnp.where(judged(ground, data.loss, penalty, data.means, proof, null=True)[1] <= tol, 0, limit)
+            whole = Problem(data.loss, penalty, ground.operator)
+            limit = jnp.where(judge(whole, data.means, proof, null=True)[1] <= tol, 0, limit)
     else:
         dual, last = plan.solver_dual(inner, warm_start.dual.astype(kind)), warm_start.rho
         last = None if rho is not None or last is None else jnp.where(last > 0, last, usual)
@@ -228,11 +229,11 @@ def fit(
     dual = plan.row_dual(inner, found.state.candidate)
     if exact:
         dual = inner.dual_at(found.value, found.state.candidate)
-    elif isinstance(penalty, Norm):
+    elif certified:
         # Without a step it is that of the start, which may be one of a larger weight.
-        dual = jnp.where(found.steps > 0, dual, penalty.project_dual(dual))
+        dual = jnp.where(found.steps > 0, dual, feasible(penalty, dual))
     ended = finished(ground, data, penalty, found, dual, tol)
-    if ground.anchored and isinstance(penalty, Norm):
+    if ground.anchored and certified:
         ended = _with_zeros(ground, data, penalty, ended, dual, tol)
     dual = ended.dual
     nonzero = nonzero_at(ground, penalty, ended.value, dual, found.state.prox, data.noise, data.means)
@@ -282,20 +283,6 @@ def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
     return y if ground.present is None else jnp.where(ground.present, y, data.shift)
 
 
-def judged(ground: Ground, loss: Any, penalty: Any, x: Array, dual: Array, null: bool = False) -> tuple[Array, Array]:
-    """The objective of a point and its relative duality gap for a `Norm`, by a dual point.
-
-    The rows of a polynomial that no penalty sees are 0 up to rounding, and count as 0 where `null` says so.
-    """
-    rows = ground.operator.mv(x)
-    if null and ground.basis is not None:
-        rows = jnp.zeros_like(rows)
-    objective = loss.value(x) + penalty.value(rows)
-    slack = loss.slack(x, ground.operator.rmv(dual)) + total(penalty.slack(rows, dual))
-    # Neither loss nor penalty is ever negative, so an objective of 0 needs no dual.
-    return objective, jnp.where(objective == 0, 0, relative_gap(slack, objective))
-
-
 def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Array, tol: Any) -> Solution:
     """The solution `found` of the centred problem with the dual of its rows, in the caller's units, judged there.
 
@@ -303,21 +290,24 @@ def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Ar
     and its differences are exactly zero. L0 may be stuck far above them.
     """
     x, status = found.value + data.shift, found.status
-    if not isinstance(penalty, Norm):
+    if not has_conjugate(penalty):
         of_means = data.loss.value(data.means) + penalty.value(jnp.zeros_like(dual))
         take = of_means < found.objective
         # With a dual of 0 the derivatives are those of the means.
         value, dual = jnp.where(take, data.means, x), jnp.where(take, 0, dual)
         objective = jnp.where(take, of_means, found.objective)
         return dataclasses.replace(found, value=value, dual=dual, status=stationary(status), objective=objective)
-    points = ((x, False), (data.means, True))
-    of_x, of_means = (judged(ground, data.loss, penalty, at, dual, null) for at, null in points)
-    take = of_means[0] <= of_x[0]
+    problem, null = Problem(data.loss, penalty, ground.operator), ground.basis is not None
+    of_x, of_means = judge(problem, x, dual), judge(problem, data.means, dual, null=null)
+    # The rows of x may lie outside a set, by little: then the solver's copies tell the objective, and there is no gap.
+    outside = ~jnp.isfinite(of_x[0]) & (not isinstance(penalty, Norm))
+    take = of_means[0] <= jnp.where(outside, found.objective, of_x[0])
     objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
     # Adding the mean rounds, and it may overflow where the centred problem did not: the gap accounts for both.
-    status, value = promoted(status, gap, objective, tol), jnp.where(take, data.means, x)
-    changed = {"value": value, "dual": dual, "status": status, "objective": objective}
-    return dataclasses.replace(found, **changed, residual=gap, gap=gap)
+    value, ended = jnp.where(take, data.means, x), promoted(status, gap, objective, tol)
+    known = dataclasses.replace(found, value=value, dual=dual, status=ended, objective=objective, residual=gap, gap=gap)
+    copied = dataclasses.replace(found, value=x, dual=dual, status=stationary(status), gap=jnp.full_like(gap, jnp.nan))
+    return jax.tree.map(lambda a, b: jnp.where(outside & ~take, b, a), known, copied)
 
 
 def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Solution, dual: Array, tol: Array) -> Solution:
@@ -331,7 +321,7 @@ def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Solution, dual: A
     flat = x.reshape(penalty.sizes[0], *dual.shape[1:])
     kept = first.prox(flat + long * dual[: flat.shape[0]], long) != 0
     value = jnp.where(kept.reshape(x.shape), x, 0)
-    objective, gap = judged(ground, data.loss, penalty, value, dual)
+    objective, gap = judge(Problem(data.loss, penalty, ground.operator), value, dual)
     take = gap <= jnp.maximum(fit.gap, tol)
     changed = {"value": value, "residual": gap, "objective": objective, "gap": gap}
     return dataclasses.replace(fit, **{name: jnp.where(take, new, getattr(fit, name)) for name, new in changed.items()})

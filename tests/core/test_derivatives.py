@@ -21,9 +21,10 @@ from sparseopt.core.base.types import precision
 from sparseopt.core.operators.differences import Difference, GridBase, edge_base
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.operators.normal_solves import ConjugateGradient, cosine_solve
+from sparseopt.core.problem.certify import Anchor
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation
-from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart
+from sparseopt.core.solvers.loss_admm import LossAdmm, LossStart
 from tests.tiers import often
 
 ROWS, COLUMNS, CHANNELS = 24, 10, 4

@@ -11,8 +11,9 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
+from sparseopt.core.problem.certify import Anchor
 from sparseopt.core.solvers.admm import Admm, Start, solve_mixed
-from sparseopt.core.solvers.loss_admm import Anchor, LossAdmm, LossStart
+from sparseopt.core.solvers.loss_admm import LossAdmm, LossStart
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm, solve_rising
 from sparseopt.core.solvers.splice import Splice
 from sparseopt.trend.job import Job

@@ -37,8 +37,9 @@ class DataLoss:
             more columns than rows.
         target: b, `[rows]`, or `[rows, channels]` for an x of `[columns, channels]`, in the domain of f.
         weights: w, `[rows]`, not negative; None for ones. Where it is 0, b is not observed.
-        low, high: of a loss without a matrix, the ends of the box that holds, or is assumed to hold, x where it is not
+        low: of a loss without a matrix, the lower end of the box that holds, or is assumed to hold, x where it is not
             observed, `[channels]` or a number; None for 0.
+        high: its upper end.
 
     Example:
         >>> loss = so.DataLoss(so.scalar.Logistic(), jnp.array([[1.0], [-1.0], [2.0]]), jnp.array([1.0, 0.0, 0.0]))

@@ -106,6 +106,10 @@ class Composite(IterativeProx, Protocol):
         """The subgradient of `inner` at `K u` for the last prox u, in the domain of its conjugate."""
 
 
+# The step at which the dual step is the projection on the domain of a conjugate, a power of two.
+SHORT = 2.0**-60
+
+
 def cold_memory(penalty: Any, x: FloatArray) -> Any:
     """The memory for the first prox of an array like x; None for a penalty without one."""
     return penalty.memory(x) if isinstance(penalty, IterativeProx) else None
@@ -125,6 +129,16 @@ def dual_step(term: Any, v: FloatArray, step: Any) -> tuple[FloatArray, FloatArr
     u = term.prox(v / step, 1 / step)
     dual = v - step * u
     return term.project_dual(dual) if isinstance(term, Norm) else dual, u
+
+
+def has_conjugate(penalty: Any) -> bool:
+    """Whether a penalty has what a duality gap needs."""
+    return isinstance(penalty, Conjugate | Norm)
+
+
+def feasible(penalty: Any, dual: FloatArray) -> FloatArray:
+    """The dual, projected on the domain of the penalty's conjugate."""
+    return penalty.project_dual(dual) if isinstance(penalty, Norm) else dual_step(penalty, dual, SHORT)[0]
 
 
 def gauge(penalty: Any, dual: FloatArray) -> Float[Array, ""]:

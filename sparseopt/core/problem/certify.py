@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.sums import total
-from sparseopt.core.base.types import FloatArray
+from sparseopt.core.base.types import FloatArray, pytree
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
-from sparseopt.core.penalties.protocols import Composite, Conjugate, Norm, dual_step, gauge
+from sparseopt.core.penalties.protocols import Composite, Norm, feasible, gauge, has_conjugate
 from sparseopt.core.problem.problem import Status, unfolded
 from sparseopt.core.problem.units import Units, units_of
 
@@ -44,8 +44,6 @@ ROUNDS, ROUNDING = 6, 8
 PROMISING, MORE_STEPS = 0.1, 50
 # More than what a one-sided domain asks for, so that a rounded move meets it.
 MARGIN = 1.1
-# The step at which the dual step is the projection on the domain of a conjugate, a power of two.
-SHORT = 2.0**-60
 
 
 def relative_gap(slack: Float[Array, ""], objective: Float[Array, ""], least: Any = None) -> Float[Array, ""]:
@@ -76,21 +74,50 @@ def stationary(status: Array) -> Array:
     return jnp.where(status == Status.CONVERGED, Status.STATIONARY, status).astype(jnp.int32)
 
 
-def has_conjugate(penalty: Any) -> bool:
-    """Whether a penalty has what a duality gap needs."""
-    return isinstance(penalty, Conjugate | Norm)
-
-
 def is_convex(penalty: Any) -> bool:
     """Whether a penalty is known to be convex, by what it has or because it says so."""
     return has_conjugate(penalty) or isinstance(penalty, Composite) or getattr(penalty, "convex", False)
 
 
+@pytree
+class Anchor:
+    """A dual point u in the domain of the penalty's conjugate, and its image `Kᵀ u`, inside that of the loss's."""
+
+    dual: Any
+    pulled: Any
+
+
+def judge(
+    problem: Any, x: FloatArray, dual: FloatArray, anchor: Anchor | None = None, null: Any = False
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The objective at x, and its relative duality gap by a dual point, for a loss of x itself: there `s = -Kᵀ u`.
+
+    Args:
+        problem: its loss is a `DataLoss` without a matrix, its penalty has a conjugate.
+        x: the point.
+        dual: u, in the domain of the penalty's conjugate up to rounding.
+        anchor: where u is moved to until it lies in the domain of the loss's conjugate; None where that has no ends.
+        null: whether no penalty sees x: its rows are 0 up to rounding, and count as 0.
+    """
+    loss, penalty, operator = problem.loss, problem.penalty, problem.operator
+    if not isinstance(penalty, Norm):
+        dual = feasible(penalty, dual)
+    # Without the barrier XLA would repeat a product in each sum that reads it.
+    rows, pulled = jax.lax.optimization_barrier((operator.mv(x), operator.rmv(dual)))
+    rows = jnp.where(null, 0, rows)
+    if anchor is not None:
+        share = loss.feasible_share(pulled, anchor.pulled)
+        dual = anchor.dual + share * (dual - anchor.dual)
+        pulled = anchor.pulled + share * (pulled - anchor.pulled)
+    objective = loss.value(x) + penalty.value(rows)
+    slack = loss.slack(x, pulled) + total(penalty.slack(rows, dual))
+    # Neither loss nor penalty is ever negative, so an objective of 0 needs no dual.
+    return objective, jnp.where(objective == 0, 0, relative_gap(slack, objective))
+
+
 def _at_zero_end(penalty: Any, dual: FloatArray) -> Array:
     """Which entries lie beyond an end of the conjugate's domain that is 0, where scaling does not help."""
-    norm = isinstance(penalty, Norm)
-    inside = penalty.project_dual(dual) if norm else dual_step(penalty, dual, SHORT)[0]
-    return (inside == 0) & (dual != 0)
+    return (feasible(penalty, dual) == 0) & (dual != 0)
 
 
 class Certificate(NamedTuple):

@@ -52,8 +52,7 @@ from sparseopt.core.operators.components import piece_labels, piece_means
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
-from sparseopt.core.penalties.protocols import Norm
-from sparseopt.core.problem.certify import has_conjugate
+from sparseopt.core.penalties.protocols import Norm, has_conjugate
 
 # The most steps of a linear solve, per unknown and in all.
 PER_UNKNOWN, MOST_STEPS = 8, 20_000

@@ -25,8 +25,8 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import PlainLoss, is_indefinite, is_smooth, with_image
-from sparseopt.core.penalties.protocols import Composite, cold_memory, prox_from
-from sparseopt.core.problem.certify import certificate, composite_gap, has_conjugate, proximal_gap
+from sparseopt.core.penalties.protocols import Composite, cold_memory, has_conjugate, prox_from
+from sparseopt.core.problem.certify import certificate, composite_gap, proximal_gap
 from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, needs
 from sparseopt.core.problem.units import Units, units_of
 

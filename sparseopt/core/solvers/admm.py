@@ -31,8 +31,8 @@ from jaxtyping import Array
 from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split
-from sparseopt.core.penalties.protocols import Norm, dual_step
-from sparseopt.core.problem.certify import relative_gap
+from sparseopt.core.penalties.protocols import Norm, dual_step, has_conjugate
+from sparseopt.core.problem.certify import judge
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, Solution, Status, needs
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
@@ -87,7 +87,7 @@ class AdmmState:
     count: Any
     next_change: Any
     check: Any
-    unit_noise: Any  # the norm of a signal that is rounding noise of 1; None for other penalties
+    unit_noise: Any  # what the rows of a signal that is rounding noise of 1 cost; 0 without a conjugate
     past: Any  # the `Memory` of the acceleration, or None
 
 
@@ -127,7 +127,7 @@ def balanced_rho(split: Split, loss: Any, x: Array, dual: Array) -> Array:
 
 def limited(factor: Array, later: Array, penalty: Any) -> Array:
     """A factor of rho within its limits; `later` says that rho follows the last step."""
-    gentle = later & (not isinstance(penalty, Norm))
+    gentle = later & (not has_conjugate(penalty))
     least = jnp.where(gentle, 1.0, 1 / LARGEST_FACTOR)
     return jnp.clip(factor, least, jnp.where(gentle, GENTLE_FACTOR, LARGEST_FACTOR))
 
@@ -156,7 +156,7 @@ def refuses_unsplit(solver: Any, problem: Problem, loss: str) -> str | None:
 class Admm(PlainSolver):
     """The split ADMM as a solver for `solve`; `problem.operator` is a `Split`, `problem.loss` a `DataLoss`.
 
-    For a `Norm` the residual is the relative duality gap `(P(x) - D(g')) / D(g')`, never below the relative
+    With a conjugate the residual is the relative duality gap `(P(x) - D(g')) / D(g')`, never below the relative
     suboptimality `(P(x) - P*) / P*` (+inf while D is not positive). For any other penalty it is a stationarity
     residual, the larger of `||W (x - y) + ΔᵀΨᵀ g'|| / ||W y||` and `||Ψ Δ x - prox||` over the larger of
     `||Ψ Δ x||`, which may be 0, and `||Ψ Δ y||` of the observed y; the gap is NaN. Both are found at every
@@ -167,8 +167,8 @@ class Admm(PlainSolver):
     `3 rms(g') / rms(y - x)`, later ones to the ratio of the last dual and primal steps in their metrics. For a penalty
     that is not a norm the later ones only raise it, by at most a half.
 
-    The acceleration extrapolates after every check, only for a `Norm` and Ψ = I: without convexity an extrapolation may
-    jump to a worse minimum, and with another Ψ it was measured to gain little.
+    The acceleration extrapolates after every check, only with a conjugate and Ψ = I: without convexity an extrapolation
+    may jump to a worse minimum, and with another Ψ it was measured to gain little.
 
     Attributes:
         node_solve: solves the x-step for a given rho.
@@ -193,7 +193,7 @@ class Admm(PlainSolver):
     acceleration: int = static(default=0)
 
     def _accelerates(self, problem: Problem) -> bool:
-        return self.acceleration > 0 and isinstance(problem.penalty, Norm) and problem.operator.outer.order == 0
+        return self.acceleration > 0 and has_conjugate(problem.penalty) and problem.operator.outer.order == 0
 
     def refuses(self, problem: Problem) -> str | None:
         if not getattr(problem.loss, "is_square", True):
@@ -210,11 +210,12 @@ class Admm(PlainSolver):
         z = x0.x if split.inner.order == 0 else split.inner.mv(x0.x)
         rho = jnp.asarray(self.rho if x0.rho is None else x0.rho, dtype)
         next_change = jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32)
-        noise = None
-        if isinstance(problem.penalty, Norm):
+        noise = jnp.zeros((), dtype)
+        if has_conjugate(problem.penalty):
             # Of alternating sign, which differences along a chain amplify.
             signs = 1 - 2 * (sum(jnp.indices(x0.dual.shape, sparse=True)) % 2)
             noise = problem.penalty.value((split.row_scale * signs).astype(dtype))
+            noise = jnp.where(jnp.isfinite(noise), noise, 0)  # that of a set may be +inf
         state = AdmmState(
             x=x0.x,
             inner=None if split.inner.order == 0 else z,
@@ -235,7 +236,7 @@ class Admm(PlainSolver):
         """The state with a check, as if it were the first; of a norm without a certificate, which every step brings."""
         far = jnp.full((), jnp.inf, state.x.dtype)
         residual, objective, gap, floor = far, far, far, jnp.zeros_like(far)
-        if not isinstance(problem.penalty, Norm):
+        if not has_conjugate(problem.penalty):
             residual, objective, gap, floor = self._certify(problem, state)
         progress = Progress(jnp.full_like(residual, jnp.inf), jnp.zeros((), jnp.int32))
         check = Check(residual, objective, gap, progress, floor, state.check.motion)
@@ -292,31 +293,29 @@ class Admm(PlainSolver):
         """Residual, objective, gap, and the rounding error to expect in the residual."""
         loss, penalty = problem.loss, problem.penalty
         x, g = state.x, state.candidate
-        # Without the barrier XLA would repeat a product in each sum that reads it.
-        rows, pulled = jax.lax.optimization_barrier((problem.operator.mv(x), problem.operator.rmv(g)))
-        tiny, eps = jnp.finfo(x.dtype).tiny, jnp.finfo(x.dtype).eps
-        if isinstance(penalty, Norm):
-            objective = loss.value(x) + penalty.value(rows)
-            scale = jnp.maximum(objective, tiny)
-            slack = loss.slack(x, pulled) + total(penalty.slack(rows, g))
-            gap = relative_gap(slack, objective)
-            # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
-            noise = state.unit_noise * jnp.sqrt(total(x * x) / x.size)
-            return gap, objective, gap, eps * (1 + noise / scale)
-
-        objective = loss.value(x) + penalty.value(state.prox)
-        balance = relative(loss.gradient(x) + pulled, loss.weigh(loss.target))
-        of_signal = problem.operator.mv(loss.observed(loss.target))
-        residual = jnp.maximum(balance, relative(rows - state.prox, rows, of_signal))
-        return residual, objective, jnp.full_like(objective, jnp.nan), jnp.full_like(objective, eps)
+        limits, unknown = jnp.finfo(x.dtype), jnp.full((), jnp.nan, x.dtype)
+        objective, gap = judge(problem, x, g) if has_conjugate(penalty) else (unknown, unknown)
+        residual = gap
+        if not isinstance(penalty, Norm):
+            rows, pulled = jax.lax.optimization_barrier((problem.operator.mv(x), problem.operator.rmv(g)))
+            balance = relative(loss.gradient(x) + pulled, loss.weigh(loss.target))
+            of_signal = problem.operator.mv(loss.observed(loss.target))
+            stationarity = jnp.maximum(balance, relative(rows - state.prox, rows, of_signal))
+            # The rows of x may lie outside a set, by little.
+            inside = jnp.isfinite(objective)
+            residual, gap = jnp.where(inside, gap, stationarity), jnp.where(inside, gap, unknown)
+            objective = jnp.where(inside, objective, loss.value(x) + penalty.value(state.prox))
+        # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
+        noise = state.unit_noise * jnp.sqrt(total(x * x) / x.size)
+        return residual, objective, gap, limits.eps * (1 + noise / jnp.maximum(objective, limits.tiny))
 
     def _wanted(self, problem: Problem, state: AdmmState, before: Moving) -> tuple[Array, Array]:
         """What to multiply rho with, and the rho that the last iteration asks for."""
         split = problem.operator
         # The candidate, unlike the relaxed dual, forgets an extrapolation at once. Without convexity there is none, and
         # the relaxed dual moves less, so that rho grows more gently.
-        norm = isinstance(problem.penalty, Norm)
-        turned = state.candidate - before.candidate if norm else state.dual - before.dual
+        convex = has_conjugate(problem.penalty)
+        turned = state.candidate - before.candidate if convex else state.dual - before.dual
         shifted = state.x - before.x if state.inner is None else state.inner - before.inner
         tiny = jnp.finfo(state.x.dtype).tiny
         distance = balanced_rho(split, problem.loss, state.x, state.candidate)

@@ -12,9 +12,9 @@ x-step is that of the square loss. With z = Δ x, duals p of the loss and g of t
     x  = (T + rho Δᵀ C Δ)^-1 ( t (x + (1 - r) c) - p + Δᵀ ( rho C (z + (1 - r) d) - Ψᵀ g ) )
     c  = (1 - r) c + x_old - x,    d  = (1 - r) d + z_old - z
 
-For a norm the iteration restarts from its own average, when the better of average and iterate has a fifth of the gap at
-the last restart, or after a third of all steps. For absolute losses, whose iterates otherwise spiral around the answer,
-this saves two thirds of the steps or more.
+With a conjugate the iteration restarts from its own average, when the better of average and iterate has a fifth of the
+gap at the last restart, or after a third of all steps. For absolute losses, whose iterates otherwise spiral around the
+answer, this saves two thirds of the steps or more.
 
 Source: as `admm.py`; for the restarts Applegate, Hinder, Lu and Lubin, "Faster first-order primal-dual methods for
 linear programming using restarts and sharpness", 2023.
@@ -29,8 +29,8 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.penalties.protocols import Norm, dual_step
-from sparseopt.core.problem.certify import relative_gap
+from sparseopt.core.penalties.protocols import Norm, dual_step, has_conjugate
+from sparseopt.core.problem.certify import judge
 from sparseopt.core.problem.problem import Measure, Problem, Progress
 from sparseopt.core.solvers.admm import (
     BALANCE,
@@ -65,14 +65,6 @@ class LossStart:
     sigma: Any = None
 
 
-@pytree
-class Anchor:
-    """A dual point in the ball (row shape) whose image `ΔᵀΨᵀ dual` lies inside the domain of the loss's conjugate."""
-
-    dual: Any
-    pulled: Any
-
-
 class Iterate(NamedTuple):
     """An iterate, or an average of iterates."""
 
@@ -92,7 +84,7 @@ class LossAdmmState:
 
     now: Iterate
     copies: Any  # the last proxes of loss and penalty; None for a norm, which does not need them
-    sums: Any  # the sum of iterates since the last restart; None unless the penalty is a norm
+    sums: Any  # the sum of iterates since the last restart; None without a conjugate
     length: Any  # their number
     restart_gap: Any  # the gap at the last restart
     sigma: Any
@@ -107,30 +99,11 @@ class LossAdmmState:
         return self.now.candidate
 
 
-def certificate(
-    problem: Problem, x: Array, dual: Array, anchor: Anchor, null: Array | bool = False
-) -> tuple[Array, Array]:
-    """The objective at x and the relative duality gap of a `DataLoss` and a `Norm` by a dual point in the ball.
-
-    The dual point is moved towards the anchor until it lies in the domain of the loss's conjugate. `null` says that no
-    penalty sees x: its rows are 0 up to rounding, and count as 0.
-    """
-    loss, penalty = problem.loss, problem.penalty
-    rows, pulled = jnp.where(null, 0, problem.operator.mv(x)), problem.operator.rmv(dual)
-    share = loss.feasible_share(pulled, anchor.pulled)
-    dual = anchor.dual + share * (dual - anchor.dual)
-    pulled = anchor.pulled + share * (pulled - anchor.pulled)
-    objective = loss.value(x) + penalty.value(rows)
-    slack = loss.slack(x, pulled) + total(penalty.slack(rows, dual))
-    # e^x may overflow early in a solve, far from the answer; that is no failure.
-    return jnp.minimum(objective, jnp.finfo(x.dtype).max), relative_gap(slack, objective)
-
-
 @pytree
 class LossAdmm:
     """The split ADMM for a `DataLoss`, as a solver for `solve`; `problem.operator` is a `Split`.
 
-    For a `Norm` the residual is the relative duality gap, never below the relative suboptimality
+    With a conjugate the residual is the relative duality gap, never below the relative suboptimality
     `(P(x) - P*) / P*`. For any other penalty it is a stationarity residual, the largest of
     `||p' + ΔᵀΨᵀ g'|| / ||p'||`, `||x - copy|| / ||x||` and `||Ψ Δ x - prox|| / ||Ψ Δ x||`; the gap is NaN. Both are
     computed every `cadence` iterations, at the end of a step.
@@ -139,7 +112,7 @@ class LossAdmm:
     """
 
     node_solve: Any  # solves `(M + rho / sigma Δᵀ C Δ) x = right`
-    anchor: Any  # for a norm; None otherwise
+    anchor: Any  # an `Anchor` for a penalty with a conjugate; None otherwise
     rho: Any  # the start value, unless the `LossStart` has one
     sigma: Any  # the same; about the mean curvature of the loss
     metric: Any = None  # M, `[*nodes]` or with channels, of mean 1; None for ones, which the cosine x-step needs
@@ -154,7 +127,7 @@ class LossAdmm:
         split = problem.operator
         far = jnp.full((), jnp.inf, dtype)
         z = x0.x if split.inner.order == 0 else split.inner.mv(x0.x)
-        convex = isinstance(problem.penalty, Norm)
+        convex, norm = has_conjugate(problem.penalty), isinstance(problem.penalty, Norm)
         loss_dual = -split.rmv(x0.dual)
         now = Iterate(
             x=x0.x,
@@ -170,7 +143,7 @@ class LossAdmm:
         objective = jnp.minimum(objective, jnp.finfo(dtype).max).astype(dtype)
         return LossAdmmState(
             now=now,
-            copies=None if convex else (x0.x, split.outer.mv(z)),
+            copies=None if norm else (x0.x, split.outer.mv(z)),
             sums=jax.tree.map(jnp.zeros_like, now) if convex else None,
             length=jnp.zeros((), jnp.int32),
             restart_gap=far,
@@ -237,6 +210,12 @@ class LossAdmm:
         else:
             state, objective, residual, floor = self._restarted(problem, state)
             gap = residual
+            if state.copies is not None:
+                # The rows of x may lie outside a set, by little.
+                stationarity, at_copies = self._stationarity(problem, state)
+                inside = jnp.isfinite(gap) | (objective < jnp.finfo(gap.dtype).max)
+                residual, objective = jnp.where(inside, gap, stationarity), jnp.where(inside, objective, at_copies)
+                gap = jnp.where(inside, gap, jnp.nan)
         due, next_change = scheduled(state.count, state.next_change, MOST_CHANGES)
         rho_factor, sigma_factor = jnp.where(due, rho_factor, 1), jnp.where(due, sigma_factor, 1)
         # rho d and sigma c are dual quantities, which a change keeps. The sums belong to the old iteration.
@@ -258,13 +237,14 @@ class LossAdmm:
         now, mean = state.now, jax.tree.map(lambda s: s / state.length, state.sums)
         # A loop: the program is compiled once, and holds one set of rows at a time.
         objectives, gaps = jax.lax.map(
-            lambda point: certificate(problem, point[0], point[1], self.anchor),
+            lambda point: judge(problem, point[0], point[1], self.anchor),
             (jnp.stack([now.x, mean.x]), jnp.stack([now.candidate, mean.candidate])),
         )
         least = jnp.min(gaps)
         due = (least <= RESTART_GAP * state.restart_gap) | (state.length >= RESTART_LENGTH * state.count)
         take = due & (gaps[1] < gaps[0])
-        objective = jnp.where(take, objectives[1], objectives[0])
+        # e^x may overflow early in a solve, far from the answer; that is no failure.
+        objective = jnp.minimum(jnp.where(take, objectives[1], objectives[0]), jnp.finfo(now.x.dtype).max)
         # Rows of x are known to eps |x|, and so is their penalty: no answer in this precision is better.
         size = problem.operator.row_scale * jnp.sqrt(total(now.x * now.x) / now.x.size)
         noise = problem.penalty.value(jnp.broadcast_to(size, now.candidate.shape))

@@ -42,8 +42,8 @@ from sparseopt.core.losses.data import DataLoss, as_least_squares
 from sparseopt.core.losses.quadratic import Quadratic, is_smooth
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import norm_estimate
-from sparseopt.core.penalties.protocols import Norm, dual_step
-from sparseopt.core.problem.certify import ROUNDING, certificate, has_conjugate
+from sparseopt.core.penalties.protocols import Norm, dual_step, has_conjugate
+from sparseopt.core.problem.certify import ROUNDING, certificate
 from sparseopt.core.problem.problem import Measure, Problem, Progress, needs
 from sparseopt.core.problem.units import Units, scales_of, units_of
 
