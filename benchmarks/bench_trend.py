@@ -65,10 +65,9 @@ def true_suboptimality(solution: so.Solution, data: dict[str, Any], graph: so.Gr
 
 
 def reached(name: str, data: dict[str, Any], graph: so.Graph, method: str, **keywords: Any) -> dict[str, Any]:
+    given = method if method in ("auto", "interior") else {"name": method, "cadence": 5}
     solution, seconds, first = timed(
-        lambda: so.trend_filter(
-            data["y"].reshape(-1), graph, so.L1(data["lam"]), data["k"], method, cadence=5, **keywords
-        )
+        lambda: so.trend_filter(data["y"].reshape(-1), graph, so.L1(data["lam"]), data["k"], given, **keywords)
     )
     true = true_suboptimality(solution, data, graph)
     return {
@@ -94,13 +93,13 @@ def truth(folder: pathlib.Path, seconds: float) -> None:
             for method in ("auto", "doge") if small else ("auto",):
                 emit_line("truth at tol 1e-5", target=1e-5, **reached(name, data, graph, method, tol=1e-5))
             continue
-        choices: list[tuple[str, int | None]] = [("auto", None), ("admm", None)]
-        choices += [("doge", block) for block in range(1, data["k"] + 2)]
+        choices: list[tuple[Any, int | None]] = [("auto", None), ("admm", None)]
+        choices += [(so.trend.Doge(B=block), block) for block in range(1, data["k"] + 2)]
         if graph.shape is not None and len(graph.shape) == 1:
             choices.append(("fast_admm", None))
         for method, block in choices:
             y, penalty = data["y"].reshape(-1), so.L1(data["lam"])
-            limited = partial(so.trend_filter, y, graph, penalty, data["k"], method, tol=1e-9, B=block)
+            limited = partial(so.trend_filter, y, graph, penalty, data["k"], method, tol=1e-9)
             # Measure the cost of a call and of a step, then run as many steps as fit into the time.
             _, short, _ = timed(partial(limited, max_steps=10))
             _, longer, _ = timed(partial(limited, max_steps=60))
@@ -111,7 +110,7 @@ def truth(folder: pathlib.Path, seconds: float) -> None:
             emit_line(
                 "reach in time",
                 problem=name,
-                method=method,
+                method=getattr(method, "name", method),
                 B=block,
                 order=data["k"],
                 nodes=graph.num_nodes,
@@ -162,7 +161,7 @@ def paths() -> None:
         y = grid_signal(graph.node_shape)
         for _ in range(2):
             start = time.perf_counter()
-            path = so.trend_path(y, graph)
+            path = so.trend.trend_path(y, graph)
             seconds = time.perf_counter() - start
         middle = so.L1(path.weights[len(path) // 2])
         solution, single, _ = timed(partial(so.trend_filter, y, graph, middle, tol=1e-4))
@@ -184,7 +183,7 @@ def one_size(side: int, order: int) -> None:
     graph, image = so.Graph.grid((side, side)), picture(side)
 
     def call(steps: int) -> so.Solution:
-        return so.trend_filter(image, graph, so.L1(10.0), order, "doge", tol=1e-12, max_steps=steps, cadence=5)
+        return so.trend_filter(image, graph, so.L1(10.0), order, so.trend.Doge(cadence=5), tol=1e-12, max_steps=steps)
 
     jax.block_until_ready(call(5).value)
     spent = []

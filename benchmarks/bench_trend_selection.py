@@ -10,7 +10,7 @@ Cross-validation solves one more path per fold, with missing nodes; it runs at o
 Counts and labels are drawn from the piecewise constant signal as log-rate or log-odds. Their error is the mean deviance
 of the fitted mean from the true one, twice the Kullback-Leibler divergence.
 
-At order 0 a second line compares L1 with MCP by `reweighted_trend_filter`, each at its best weight: the error, and the
+At order 0 a second line compares L1 with MCP by `reweighted`, each at its best weight: the error, and the
 slope of the fit over the truth, which is below 1 if the fit is shrunk.
 
 Source: Wang, Sharpnack, Smola, Tibshirani, "Trend filtering on graphs", JMLR 17 (2016), for the kinds of signal and for
@@ -226,14 +226,14 @@ def concave(name: str, repeats: int) -> None:
     rounds, start = [], time.process_time()
     for repeat in range(repeats):
         y = truth + NOISE * np.random.default_rng(repeat).standard_normal(truth.size)
-        weights = so.largest_weight(y, graph, order) * np.geomspace(0.3, 3e-3, LEVELS)
+        weights = so.trend.largest_weight(y, graph, order) * np.geomspace(0.3, 3e-3, LEVELS)
         for penalty, make in penalties.items():
             fits = []
             for weight in weights:
                 if penalty == "L1":
                     fits.append(np.asarray(so.trend_filter(y, graph, so.L1(weight), order, tol=1e-5).check().value))
                 else:
-                    fit = so.reweighted_trend_filter(y, graph, make(weight), order, tol=1e-5)
+                    fit = so.trend.reweighted(y, graph, make(weight), order, tol=1e-5)
                     rounds.append(len(fit.objectives))
                     fits.append(fit.value)
             errors = [((fit.reshape(-1) - truth) ** 2).mean() for fit in fits]

@@ -62,7 +62,7 @@ def one(kind: str, side: int, order: int, tol: float) -> dict[str, Any]:
         "order": order,
         "weight": WEIGHTS[order],
         "tol": tol,
-        "method": chosen_method(y, graph, so.L1(WEIGHTS[order]), order, tol),
+        "method": chosen_method(y, graph, so.L1(WEIGHTS[order]), order, tol=tol),
         "status": so.Status(int(found.status)).name,
         "steps": int(found.steps),
         "gap": float(found.gap),

@@ -52,7 +52,7 @@ def core_problem(problem: Regression) -> so.Problem:
     return jax.tree.map(jnp.asarray, so.Problem(loss, penalty))
 
 
-def ours(problem: Regression, solver: so.Solver | None = None) -> Solve:
+def ours(problem: Regression, solver: so.core.Solver | None = None) -> Solve:
     """`so.solve`, with the chosen solver or another."""
     given = core_problem(problem)
 
@@ -68,8 +68,8 @@ def ours_path(problem: Regression, warm: bool) -> Solve:
     given = core_problem(problem)
     weights = jnp.asarray(problem.weight)
 
-    def at(weight: Any, x0: Any, given: so.Problem, tol: float) -> tuple[Any, Any]:
-        found = so.solve(so.Problem(given.loss, so.L1(weight)), x0=x0, tol=tol, max_steps=MANY)
+    def at(weight: Any, start: Any, given: so.Problem, tol: float) -> tuple[Any, Any]:
+        found = so.solve(so.Problem(given.loss, so.L1(weight)), start=start, tol=tol, max_steps=MANY)
         return found.value, found.steps
 
     @jax.jit

@@ -70,7 +70,9 @@ class Sparseopt:
 
         penalty: Any = so.GroupL2(problem.weight, axis=0) if problem.isotropic else so.L1(problem.weight)
         steps = 500_000
-        found = so.trend_filter(problem.y, graph, penalty, problem.order, self.method, tol, steps, dtype=self.dtype)
+        found = so.trend_filter(
+            problem.y, graph, penalty, problem.order, self.method, tol=tol, max_steps=steps, dtype=self.dtype
+        )
         fit, gap = np.asarray(found.value), float(found.gap)
         lower = float(found.objective) / (1 + gap) if self.dtype is None and np.isfinite(gap) else None
         return Answer(fit, lower, {"steps": int(found.steps), "gap": gap})

@@ -93,7 +93,9 @@ for order, axis in enumerate(axes):
 
 # %%
 histories = {
-    f"order {order}": so.trend_filter(y, chain, so.L1(weight), order, tol=1e-9, history=True, cadence=1)
+    f"order {order}": so.trend_filter(
+        y, chain, so.L1(weight), order, so.trend.FastAdmm(cadence=1), tol=1e-9, history=True
+    )
     for order, (y, weight) in enumerate(zip(observed, weights, strict=True))
 }
 figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
@@ -129,14 +131,14 @@ for axis, (label, solution) in zip(axes, compared.items(), strict=True):
 # ## Choosing the weight: a path
 #
 # A small weight follows the noise, a large one flattens the signal. Solve for a sequence of weights, each started from
-# the previous solution (`warm_start`), and compare. The method is named here because the
+# the previous solution (`start`), and compare. The method is named here because the
 # interior point method, which "auto" may choose, takes no start.
 
 # %%
 path_weights = np.geomspace(0.1, 60, 16)
 path, solution = [], None
 for weight in path_weights:
-    solution = so.trend_filter(noisy, chain, so.L1(weight), method="doge", tol=1e-6, warm_start=solution).check()
+    solution = so.trend_filter(noisy, chain, so.L1(weight), method="doge", tol=1e-6, start=solution).check()
     path.append(np.asarray(solution.value))
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), sharey=True, layout="constrained")
 for axis, index, words in zip(axes, (3, 8, 14), ("too small", "about right", "too large"), strict=True):
@@ -185,7 +187,7 @@ image_weights = np.geomspace(3, 40, 9)
 held_out, true_error, solution = [], [], None
 for weight in image_weights:
     solution = so.trend_filter(
-        image, grid, so.L1(weight), tol=1e-3, node_weights=1.0 - hidden.reshape(-1), warm_start=solution
+        image, grid, so.L1(weight), tol=1e-3, node_weights=1.0 - hidden.reshape(-1), start=solution
     ).check()
     fit = np.asarray(solution.value)
     held_out.append(rmse(fit[hidden], image[hidden]))

@@ -220,7 +220,7 @@ grid = so.Graph.grid(y.shape)
 figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True, layout="constrained")
 for order, axis in enumerate(axes):
     best = so.trend_filter(y, grid, so.L1(12.0), order, method="admm", tol=1e-12, max_steps=50_000).check()
-    doge = so.trend_filter(y, grid, so.L1(12.0), order, method="doge", tol=1e-9, cadence=1, history=True).check()
+    doge = so.trend_filter(y, grid, so.L1(12.0), order, so.trend.Doge(cadence=1), tol=1e-9, history=True).check()
     steps = int(doge.steps)
     objective, gap = (np.asarray(part)[:steps] for part in (doge.history.objective, doge.history.gap))
     suboptimality = objective / float(best.objective) - 1

@@ -8,6 +8,7 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from sparseopt import core, trend
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses import scalar
 from sparseopt.core.losses.data import (
@@ -24,10 +25,8 @@ from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.penalties.entries import L0, L1, MCP, SCAD, ElasticNet, LogSum
 from sparseopt.core.penalties.groups import GroupL2, NuclearNorm, SparseGroup
 from sparseopt.core.penalties.patterns import NM, BlockTopK, GroupTopK, RowTopK, TopK
-from sparseopt.core.penalties.protocols import Conjugate, Penalty
 from sparseopt.core.penalties.sets import Box, Nonnegative, Simplex, Support
-from sparseopt.core.penalties.sums import lift
-from sparseopt.core.problem.problem import Measure, Problem, Solution, Solver, Status
+from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.proximal import proximal, proximal_adam
 from sparseopt.core.solve import chosen_solver, solve
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient
@@ -37,14 +36,8 @@ from sparseopt.core.solvers.proximal_gradient import ProximalGradient
 from sparseopt.core.solvers.refit import Refit
 from sparseopt.system.programs import keep_programs
 from sparseopt.trend.filter import trend_filter
-from sparseopt.trend.freedom import degrees_of_freedom
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.largest_weight import largest_weight
-from sparseopt.trend.path import TrendPath, trend_path
-from sparseopt.trend.reweighting import reweighted_trend_filter
-from sparseopt.trend.selection import cross_validate, select
-from sparseopt.trend.signal import noise_level
-from sparseopt.trend.solver import TrendSolver, trend_solver
+from sparseopt.trend.solver import trend_solver
 from sparseopt.trend.total_variation import TotalVariation
 
 if TYPE_CHECKING:
@@ -63,7 +56,6 @@ __all__ = [
     "AcceleratedProximalGradient",
     "BlockTopK",
     "Box",
-    "Conjugate",
     "DataLoss",
     "ElasticNet",
     "Graph",
@@ -76,10 +68,8 @@ __all__ = [
     "LogSum",
     "LogisticLoss",
     "Maiht",
-    "Measure",
     "Nonnegative",
     "NuclearNorm",
-    "Penalty",
     "PoissonLoss",
     "PrimalDual",
     "Problem",
@@ -90,7 +80,6 @@ __all__ = [
     "RowTopK",
     "Simplex",
     "Solution",
-    "Solver",
     "SparseGroup",
     "SplitAdmm",
     "SquaredHingeLoss",
@@ -98,29 +87,41 @@ __all__ = [
     "Support",
     "TopK",
     "TotalVariation",
-    "TrendPath",
-    "TrendSolver",
     "chosen_solver",
-    "cross_validate",
-    "degrees_of_freedom",
+    "core",
     "keep_programs",
-    "largest_weight",
-    "lift",
     "models",
-    "noise_level",
     "proximal",
     "proximal_adam",
     "pruning",
     "pytree",
-    "reweighted_trend_filter",
     "scalar",
-    "select",
     "solve",
     "static",
+    "trend",
     "trend_filter",
-    "trend_path",
     "trend_solver",
 ]
+
+
+# Where the public names of 0.2 are.
+MOVED = {
+    "Composed": "so.DataLoss, or so.LogisticLoss(A, y) and its kin",
+    "Conjugate": "so.core.Conjugate",
+    "Measure": "so.core.Measure",
+    "Penalty": "so.core.Penalty",
+    "Solver": "so.core.Solver",
+    "TrendPath": "so.trend.TrendPath",
+    "TrendSolver": "so.trend.TrendSolver",
+    "cross_validate": "so.trend.cross_validate",
+    "degrees_of_freedom": "so.trend.degrees_of_freedom",
+    "largest_weight": "so.trend.largest_weight",
+    "lift": "sparseopt.core.penalties.sums.lift",
+    "noise_level": "so.trend.noise_level",
+    "reweighted_trend_filter": "so.trend.reweighted",
+    "select": "so.trend.select",
+    "trend_path": "so.trend.trend_path",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -129,4 +130,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"sparseopt.{name}")
     if name in ("GraphTrendClassifier", "GraphTrendFilter"):
         return getattr(importlib.import_module("sparseopt.trend.estimator"), name)
+    if name in MOVED:
+        raise AttributeError(f"sparseopt.{name} is {MOVED[name]} since 0.3")
     raise AttributeError(f"module 'sparseopt' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -26,7 +26,7 @@ HOUSE = {
     "core/solvers": ["*"],
     "core": ["solve", "proximal"],
     "trend": [
-        "graph __init__",
+        "graph",
         "layout signal",
         "freedom ground",
         "pieces",
@@ -43,6 +43,7 @@ HOUSE = {
         "path",
         "selection",
         "images",
+        "__init__",
     ],
     "models": [
         "errors",

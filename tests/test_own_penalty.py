@@ -21,7 +21,7 @@ from tests.tiers import often
 
 def test_it_is_short():
     assert len(inspect.getsource(CappedL1).splitlines()) <= 20
-    assert isinstance(CappedL1(1.0), so.Penalty)
+    assert isinstance(CappedL1(1.0), so.core.Penalty)
 
 
 def test_its_prox_is_one():

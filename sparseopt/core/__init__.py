@@ -1,4 +1,12 @@
-"""The solver core, folder by folder from the lowest: base, operators, penalties, losses, problem, solvers.
+"""The optimisation core, `minimise loss(x) + penalty(K x)`: base, operators, penalties, losses, problem and solvers.
 
-Above them `solve` chooses a solver and checks, and `proximal` puts penalties into an optax chain.
+`so.solve` and its kin are handed out at the top; this module hands out what a loss, a penalty, an operator or a solver
+of your own is: the protocols.
 """
+
+from sparseopt.core.losses.scalar import ScalarLoss
+from sparseopt.core.operators.maps import LinearMap
+from sparseopt.core.penalties.protocols import Composite, Conjugate, IterativeProx, Norm, Penalty
+from sparseopt.core.problem.problem import Measure, Solver
+
+__all__ = ["Composite", "Conjugate", "IterativeProx", "LinearMap", "Measure", "Norm", "Penalty", "ScalarLoss", "Solver"]

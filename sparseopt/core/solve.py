@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.base.arguments import refuses_leaves
+from sparseopt.core.base.arguments import refuses_leaves, renames
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.losses.scalar import ScalarLoss
@@ -93,10 +93,11 @@ def chosen_solver(problem: Problem) -> Choice:
     raise ValueError("no solver takes this problem:\n" + "\n".join(f"  {reason}" for reason in reasons))
 
 
+@renames(x0="start")
 def solve(
     problem: Problem,
     solver: Solver | None = None,
-    x0: Any = None,
+    start: Any = None,
     *,
     tol: float | Array = 1e-6,
     max_steps: int | Array = 10_000,
@@ -112,9 +113,9 @@ def solve(
     Args:
         problem: what to minimise.
         solver: how; None for `chosen_solver(problem)`.
-        x0: the start, of the answer's shape and dtype, or None for zeros. With None, `AcceleratedProximalGradient` and
-            a concave penalty (`MCP`, `SCAD`, `LogSum`) the first 200 iterations follow paths of such penalties to a
-            better start (`GraduatedProximalGradient`).
+        start: where to begin, of the answer's shape and dtype, or None for zeros. With None,
+            `AcceleratedProximalGradient` and a concave penalty (`MCP`, `SCAD`, `LogSum`) the first 200 iterations
+            follow paths of such penalties to a better start (`GraduatedProximalGradient`).
         tol: bound on the solver's residual: the relative duality gap `(P - D) / D` where there is a certificate. With a
             negative one the solver runs `max_steps` steps.
         max_steps: step limit, 0 or more; a solver whose steps make `stride` iterations rounds it up to whole steps. An
@@ -151,25 +152,25 @@ def solve(
     for name in ("loss", "penalty", "operator"):
         if reason := refuses_leaves(name, getattr(problem, name)):
             raise ValueError(reason)
-    if x0 is None:
+    if start is None:
         if not hasattr(problem.loss, "start"):
             raise ValueError(
-                f"give a start x0: the shape of x does not follow from a {type(problem.loss).__name__} (a loss may "
+                f"give a start: the shape of x does not follow from a {type(problem.loss).__name__} (a loss may "
                 "have a method start() that returns zeros of x)"
             )
-        x0 = problem.loss.start()
+        start = problem.loss.start()
         if type(solver) is AcceleratedProximalGradient and hasattr(problem.penalty, "curved"):
             solver = GraduatedProximalGradient(solver.step_size, solver.cadence)
-    if type(x0) in (list, tuple, int, float, complex):
-        x0 = np.asarray(x0)
-    if isinstance(x0, np.ndarray | jax.Array):
-        if reason := refuses_leaves("start x0", x0) or _refuses_shapes(problem, x0):
+    if type(start) in (list, tuple, int, float, complex):
+        start = np.asarray(start)
+    if isinstance(start, np.ndarray | jax.Array):
+        if reason := refuses_leaves("start", start) or _refuses_shapes(problem, start):
             raise ValueError(reason)
-        x0 = jnp.asarray(x0, _dtype(problem, x0))
+        start = jnp.asarray(start, _dtype(problem, start))
     limits: dict[str, Any] = {"tol": tol, "max_steps": max_steps, "history": history}
-    if shared := padded_problem(problem, solver, x0):
-        return cut(iterate(shared[0], solver, shared[1], **limits), problem, shared[0], x0)
-    return iterate(problem, solver, x0, **limits)
+    if shared := padded_problem(problem, solver, start):
+        return cut(iterate(shared[0], solver, shared[1], **limits), problem, shared[0], start)
+    return iterate(problem, solver, start, **limits)
 
 
 def _refuses_solver(solver: Any) -> str | None:
@@ -203,9 +204,9 @@ def _refuses_data(problem: Problem) -> str | None:
     return problem.loss.refuses() if isinstance(problem.loss, DataLoss) else None
 
 
-def _dtype(problem: Problem, x0: Any) -> Any:
-    """A float that holds the entries of x0 and of every array in the problem."""
-    arrays = [leaf for leaf in (x0, *jax.tree.leaves(problem)) if np.ndim(leaf) and hasattr(leaf, "dtype")]
+def _dtype(problem: Problem, start: Any) -> Any:
+    """A float that holds the entries of start and of every array in the problem."""
+    arrays = [leaf for leaf in (start, *jax.tree.leaves(problem)) if np.ndim(leaf) and hasattr(leaf, "dtype")]
     floats = [leaf.dtype for leaf in arrays if jnp.issubdtype(leaf.dtype, jnp.floating)]
     floats += [problem.loss.dtype] if isinstance(problem.loss, DataLoss) else []
     return jnp.result_type(*map(jax.dtypes.canonicalize_dtype, floats)) if floats else jnp.result_type(float)
@@ -230,11 +231,11 @@ def _refuses_hessian(hessian: Any) -> str | None:
     return None
 
 
-def _refuses_shapes(problem: Problem, x0: Any) -> str | None:
+def _refuses_shapes(problem: Problem, start: Any) -> str | None:
     if isinstance(problem.loss, DataLoss | Quadratic):
         wanted = problem.loss.start_shape()
-        if jnp.shape(x0) != wanted:
-            return f"x0 needs the shape {wanted} of the loss's x, given {jnp.shape(x0)}"
+        if jnp.shape(start) != wanted:
+            return f"start needs the shape {wanted} of the loss's x, given {jnp.shape(start)}"
     if isinstance(problem.loss, Quadratic):
         size, given = wanted[:1], jnp.shape(problem.loss.hessian)
         if len(given) != 2 or given != size * 2:
@@ -244,5 +245,5 @@ def _refuses_shapes(problem: Problem, x0: Any) -> str | None:
     maps = {"operator": problem.operator}
     if isinstance(problem.loss, DataLoss):
         maps[f"matrix of {type(problem.loss).__name__}"] = problem.loss.matrix
-    reasons = (refuses_transpose(name, given, x0) for name, given in maps.items() if given is not None)
+    reasons = (refuses_transpose(name, given, start) for name, given in maps.items() if given is not None)
     return next((reason for reason in reasons if reason), None)

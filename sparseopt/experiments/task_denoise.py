@@ -198,8 +198,8 @@ class Denoise(NoisyPicture):
 
     def fit(self, y: np.ndarray, graph: Graph, max_steps: int) -> Solution:
         return trend_filter(
-            y, graph, self.penalty.build(), self.order, self.method, self.tol, max_steps, dtype=self.dtype,
-            devices=self.devices,
+            y, graph, self.penalty.build(), self.order, self.method, tol=self.tol, max_steps=max_steps,
+            dtype=self.dtype, devices=self.devices,
         )  # fmt: skip
 
 

@@ -108,8 +108,8 @@ class GraphSignal(Task):
 
         def fit(max_steps: int) -> Solution:
             return trend_filter(
-                seen, data.graph, penalty, self.order, self.method, self.tol, max_steps, missing="nan", loss=loss,
-                devices=self.devices,
+                seen, data.graph, penalty, self.order, self.method, tol=self.tol, max_steps=max_steps, missing="nan",
+                loss=loss, devices=self.devices,
             )  # fmt: skip
 
         solution, measured = timed_fit(fit, self.max_steps, observer, f"fitting {data.graph.num_nodes} nodes")

@@ -140,7 +140,7 @@ def trend(
     start = time.perf_counter()
     with console.waiting(title):
         absent: Literal["nan", "error"] = "nan" if missing else "error"
-        found = so.trend_filter(y, network, made, order, method, tol, missing=absent, devices=chosen)
+        found = so.trend_filter(y, network, made, order, method, tol=tol, missing=absent, devices=chosen)
     seconds = time.perf_counter() - start
     pieces = None if order else found.pieces()
     node_tables.write_fit(output, dataclasses.replace(given, values=np.asarray(found.value)), pieces)

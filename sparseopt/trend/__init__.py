@@ -1,1 +1,39 @@
-"""Trend filtering of signals on graphs, with a certificate."""
+"""Trend filtering on graphs: signals whose differences along the edges are mostly zero.
+
+`so.trend_filter` fits one signal, `so.trend_solver` makes a pure function for many; this module hands out the rest:
+paths of weights and the choice among them, images, concave penalties, and the methods with their settings.
+"""
+
+from sparseopt.trend.filter import chosen_method, trend_filter
+from sparseopt.trend.freedom import degrees_of_freedom
+from sparseopt.trend.images import denoise
+from sparseopt.trend.largest_weight import largest_weight
+from sparseopt.trend.methods import Admm, Doge, DogeGroups, FastAdmm, Interior
+from sparseopt.trend.path import TrendPath, trend_path
+from sparseopt.trend.pieces import TrendSolution
+from sparseopt.trend.reweighting import reweighted
+from sparseopt.trend.selection import cross_validate, select
+from sparseopt.trend.signal import noise_level
+from sparseopt.trend.solver import TrendSolver, trend_solver
+
+__all__ = [
+    "Admm",
+    "Doge",
+    "DogeGroups",
+    "FastAdmm",
+    "Interior",
+    "TrendPath",
+    "TrendSolution",
+    "TrendSolver",
+    "chosen_method",
+    "cross_validate",
+    "degrees_of_freedom",
+    "denoise",
+    "largest_weight",
+    "noise_level",
+    "reweighted",
+    "select",
+    "trend_filter",
+    "trend_path",
+    "trend_solver",
+]

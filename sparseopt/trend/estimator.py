@@ -90,7 +90,7 @@ class GraphTrendFilter(MultiOutputMixin, RegressorMixin, OnGraph):
         penalty: Any = "l1",
         tol: float = 1e-4,
         max_steps: int = 20_000,
-        method: str = "auto",
+        method: Any = "auto",
         loss: Any = "square",
     ) -> None:
         super().__init__(order, alpha, graph, n_neighbors, penalty, tol, max_steps, method)
@@ -197,7 +197,7 @@ class GraphTrendClassifier(ClassifierMixin, OnGraph):
         penalty: Any = "l1",
         tol: float = 1e-4,
         max_steps: int = 20_000,
-        method: str = "auto",
+        method: Any = "auto",
         label_smoothing: float = 0.01,
     ) -> None:
         super().__init__(order, alpha, graph, n_neighbors, penalty, tol, max_steps, method)

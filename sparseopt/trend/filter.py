@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.base.arguments import renames
 from sparseopt.core.base.mesh import Devices, at_work, device_line
 from sparseopt.core.base.types import precision, wide_types
 from sparseopt.core.losses.scalar import checked_scalar
@@ -34,29 +35,30 @@ from sparseopt.trend.job import (
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levelling import levelled_fit, short_fit
 from sparseopt.trend.losses import fit_loss
-from sparseopt.trend.methods import INTERIOR, PURE, chosen, is_short, named
+from sparseopt.trend.methods import PURE, Interior, checked_method, chosen, is_short
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import known_fit
 from sparseopt.trend.signal import as_null_fit, checked_order, checked_signal, graph_at
 
 
+@renames(
+    warm_start="start",
+    B="method=sparseopt.trend.Doge(B=...)",
+    **dict.fromkeys(("rho", "relaxation", "cadence"), "it to the method, as in method=sparseopt.trend.Doge(rho=1.0)"),
+)
 def trend_filter(
     y: Any,
     graph: Graph,
     penalty: Any,
     order: int = 0,
-    method: str = "auto",
+    method: Any = "auto",
+    start: Solution | None = None,
+    *,
     tol: float = 1e-6,
     max_steps: int = 20_000,
     node_weights: Any = None,
-    *,
-    B: int | None = None,
     missing: str = "error",
-    warm_start: Solution | None = None,
-    rho: float | None = None,
-    relaxation: float = 1.7,
     history: bool = False,
-    cadence: int | None = None,
     dtype: Any = None,
     loss: Any = "square",
     devices: Devices = None,
@@ -77,19 +79,15 @@ def trend_filter(
             several penalties. The differences are those of the graph: on a chain, orders of 1 and more penalise a slope
             at the ends. `Graph.chain(n, ends="free")` leaves polynomials of degree k unchanged, as genlasso does.
         method: "doge", "admm", "fast_admm" (chains), "interior" (L1; needs the extra `interior`), "doge_groups"
-            (Doge-ADMM as the paper stores it), or "auto"; `chosen_method` tells which method "auto" takes.
+            (Doge-ADMM as the paper stores it), or an object with settings such as `so.trend.Doge(B=2, rho=1.0)`; or
+            "auto", of which `so.trend.chosen_method` tells which method it takes.
+        start: an earlier solution on the same graph at the same order, of any method with the same B.
         tol: the relative duality gap to reach; for a penalty that is not a norm, the stationarity residual.
         max_steps: step limit.
         node_weights: w >= 0, `[n]`; 0 marks a missing observation. At orders >= 1 with missing nodes the gap
             bounds the suboptimality among fits within ten data ranges of the data.
-        B: the number of difference factors that Doge-ADMM treats row by row, 1..order+1; None is order + 1.
         missing: "nan" treats NaN as missing; "error" raises.
-        warm_start: an earlier solution on the same graph at the same order, of any method with the same B.
-        rho: the first ADMM parameter; None chooses it from the data.
-        relaxation: over-relaxation in (0, 2).
         history: record residual, objective, gap and rho of every check.
-        cadence: steps between two checks; None takes 10 for Doge, whose steps are cheap, and 5 for other methods. A
-            start that is the fit itself is checked after one step.
         dtype: float32 or float64 instead of the signal's dtype. With node weights of 1 a fit with the gap `tol` lies
             within `sqrt(2 tol P)` of the optimum in Euclidean norm, with P the objective; so converged fits in float32
             and float64 differ by at most twice that. The status PRECISION says that float32 was not enough.
@@ -132,15 +130,11 @@ def trend_filter(
         dtype,
         devices,
         loss=checked_scalar(loss),
-        method=named(method),
-        block=B,
+        method=checked_method(method),
         tol=tol,
         max_steps=max_steps,
-        warm_start=warm_start,
-        rho=rho,
-        relaxation=relaxation,
+        start=start,
         history=history,
-        cadence=cadence,
     )
     native = wide_types() or job.dtype == np.float32
     mesh = job.layout.mesh
@@ -160,19 +154,18 @@ def chosen_method(
     graph: Graph,
     penalty: Any,
     order: int = 0,
-    tol: float = 1e-6,
     *,
+    tol: float = 1e-6,
     node_weights: Any = None,
     missing: str = "error",
     dtype: Any = None,
 ) -> str:
     """The method that `trend_filter(..., method="auto")` takes for the square loss, with the same arguments.
 
-    "interior" has neither warm starts nor a history: where they are requested, another method is taken.
+    "interior" takes no start and keeps no history: where they are requested, another method is taken.
 
     Example:
-        >>> from sparseopt.trend.filter import chosen_method
-        >>> chosen_method(np.arange(6.0) % 2, so.Graph.grid((2, 3)), so.L1(0.3), order=2)
+        >>> so.trend.chosen_method(np.arange(6.0) % 2, so.Graph.grid((2, 3)), so.L1(0.3), order=2)
         'admm'
     """
     job = checked_job(y, graph, penalty, order, node_weights, missing, dtype, tol=tol)
@@ -239,7 +232,7 @@ def _fitted(job: Job) -> TrendSolution:
         return known_fit(job, signal.values)
     method = chosen(job)
     found = method.plan(job).fitted(job)
-    if job.method is None and method is INTERIOR and int(found.status) != Status.CONVERGED:
+    if job.method is None and isinstance(method, Interior) and int(found.status) != Status.CONVERGED:
         # Rounding ended it: for very large weights the other methods get closer.
         found = chosen(job, PURE).plan(job).fitted(job)
     return found

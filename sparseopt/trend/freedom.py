@@ -51,7 +51,7 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
         zeros.
 
     Example:
-        >>> so.degrees_of_freedom(np.array([False, True, False]), so.Graph.chain(4))  # one jump, two pieces
+        >>> so.trend.degrees_of_freedom(np.array([False, True, False]), so.Graph.chain(4))  # one jump, two pieces
         2
     """
     order = checked_order(order)
@@ -59,7 +59,7 @@ def degrees_of_freedom(nonzero: Any, graph: Graph, order: int = 0, observed: Any
     if not is_countable(graph):
         raise ValueError(
             f"on a grid with free ends the degrees of freedom are the rank of a matrix, which is found for at most "
-            f"{MOST_RANKED:,} nodes, given {graph.num_nodes:,}: sparseopt.trend_path estimates them"
+            f"{MOST_RANKED:,} nodes, given {graph.num_nodes:,}: sparseopt.trend.trend_path estimates them"
         )
     mask = _booleans("nonzero", nonzero)
     rows = layout_of(graph).count(order + 1)

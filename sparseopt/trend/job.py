@@ -12,6 +12,7 @@ import numpy as np
 
 from sparseopt.core.base.arguments import (
     is_positive,
+    positive_number,
     real_array,
     require_memory,
     whole_number,
@@ -36,6 +37,35 @@ STEP_BYTES = 4 * 8
 
 
 @dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every splitting method lets one set.
+
+    Args:
+        rho: the first ADMM parameter; None chooses it from the data.
+        relaxation: over-relaxation in (0, 2).
+        cadence: steps between two checks; None takes 10 for Doge, whose steps are cheap, and 5 for other methods. A
+            start that is the fit itself is checked after one step.
+    """
+
+    rho: float | None = None
+    relaxation: float = 1.7
+    cadence: int | None = None
+
+    def __post_init__(self) -> None:
+        relaxed = is_positive(self.relaxation) and self.relaxation < 2
+        if not (relaxed and (self.rho is None or is_positive(self.rho))):
+            raise ValueError(
+                f"rho must be positive and finite and relaxation in (0, 2), given rho={self.rho!r}, "
+                f"relaxation={self.relaxation!r}"
+            )
+        if self.cadence is not None:
+            object.__setattr__(self, "cadence", whole_number("cadence", self.cadence, 1, MOST_STEPS))
+
+
+DEFAULTS = Settings()
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """A requested fit. Fields without a comment are arguments of `trend_filter`, checked here."""
 
@@ -46,21 +76,18 @@ class Job:
     weighted: bool = False  # whether nodes have weights or miss values
     signal: Signal | None = None  # checked; None if it is not known yet
     loss: ScalarLoss = dataclasses.field(default_factory=Squared)
-    method: str | None = None  # the name of a method; None for the one that is expected to be the fastest
-    block: int | None = None  # B, or None
+    method: Any = None  # one of `methods`; None for the one that is expected to be the fastest
     tol: float = 1e-6
     max_steps: int = 20_000
-    warm_start: Solution | None = None
-    rho: float | None = None
-    relaxation: float = 1.7
+    start: Solution | None = None
     history: bool = False
-    cadence: int | None = None
     assumed: float | None = None  # the strength by which a method is chosen; None computes it
     graph: Graph = dataclasses.field(init=False)  # of the layout
     order: int = dataclasses.field(init=False)  # the highest penalised order, at least 0
     several: bool = dataclasses.field(init=False)  # whether there are several penalties, or one on b itself
     penalty: Any = dataclasses.field(init=False)  # the penalty, if there is only one
     square: bool = dataclasses.field(init=False)  # whether the loss is the square
+    settings: Settings = dataclasses.field(init=False)  # of the method
 
     def __post_init__(self) -> None:
         def fill(name: str, value: Any) -> None:
@@ -71,34 +98,25 @@ class Job:
         fill("several", len(self.terms) > 1 or -1 in self.terms)
         fill("penalty", next(iter(self.terms.values())))
         fill("square", isinstance(self.loss, Squared))
-        if self.several and not (self.block is None and self.square):
-            raise ValueError(f"several penalties take neither B nor loss, given B={self.block}, loss={self.loss}")
+        fill("settings", self.method if isinstance(self.method, Settings) else DEFAULTS)
+        if self.several and not self.square:
+            raise ValueError(f"several penalties take the square loss, given loss={self.loss}")
         smooth = getattr(self.loss, "smooth", False)
         if self.graph.free and not (smooth or (self.graph.is_chain and isinstance(self.loss, LossOfTwoSlopes))):
             raise ValueError(
                 f"free ends at order {self.order} take smooth losses, and on a chain Absolute and Quantile, "
                 f"given {type(self.loss).__name__}: take Huber, or leave out ends"
             )
-        relaxed = is_positive(self.relaxation) and self.relaxation < 2
-        if not (is_positive(self.tol) and (self.rho is None or is_positive(self.rho)) and relaxed):
-            raise ValueError(
-                "tol and rho must be positive and finite and relaxation in (0, 2), given "
-                f"tol={self.tol!r}, rho={self.rho!r}, relaxation={self.relaxation!r}"
-            )
-        for name in ("max_steps", "cadence"):
-            if getattr(self, name) is not None or name == "max_steps":
-                fill(name, whole_number(name, getattr(self, name), 1, MOST_STEPS))
-        if self.block is not None:
-            text = "up to order + 1; B = 0 is the standard ADMM"
-            fill("block", whole_number("B", self.block, 1, self.order + 1, text))
+        positive_number("tol", self.tol)
+        fill("max_steps", whole_number("max_steps", self.max_steps, 1, MOST_STEPS))
         if self.history:
             what = f"a history of max_steps={self.max_steps:,} steps"
             require_memory(STEP_BYTES * self.max_steps, what, "lower max_steps")
-        start: Any = self.warm_start
+        start: Any = self.start
         if start is not None and not isinstance(start, Solution):
-            raise TypeError(f"warm_start is a Solution of trend_filter, given {type(start).__name__}")
+            raise TypeError(f"start is a Solution of trend_filter, given {start!r:.100}; tol is a keyword")
         if start is not None and not np.all(np.isfinite(np.asarray(start.value))):
-            raise ValueError("warm_start holds values that are not finite; start without it")
+            raise ValueError("start holds values that are not finite; start without it")
 
     def at(self, weight: float) -> "Job":
         """The job with another weight of its penalty."""
@@ -129,15 +147,15 @@ class Job:
     def rows(self) -> Any:
         return on_rows(self.terms, self.layout, self.dtype, bool(self.channels))
 
-    def start(self) -> Start | None:
-        """The point of `warm_start` and the dual of its rows in the layout; None without one."""
-        solution, signal, layout = self.warm_start, self.signal, self.layout
+    def first(self) -> Start | None:
+        """The point of `start` and the dual of its rows in the layout; None without one."""
+        solution, signal, layout = self.start, self.signal, self.layout
         if solution is None or signal is None:
             return None
         value = np.asarray(solution.value)
         if value.size != signal.values.size:
             raise ValueError(
-                f"warm_start needs a solution for a signal of the shape {signal.shape}, given one for {value.shape}"
+                f"start needs a solution for a signal of the shape {signal.shape}, given one for {value.shape}"
             )
         dual, state = solution.dual, solution.state
         wanted = tuple(jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape)
@@ -149,7 +167,7 @@ class Job:
                 dual = layout.dual(dual, self.order + 1)
         if getattr(dual, "shape", None) != wanted:
             raise ValueError(
-                "warm_start needs a solution of the same graph and order whose dual has the shape "
+                "start needs a solution of the same graph and order whose dual has the shape "
                 f"{wanted}, given {getattr(dual, 'shape', None)}"
             )
         x = layout.put(layout.rows(value.reshape(signal.values.shape), 0))

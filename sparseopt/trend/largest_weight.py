@@ -28,9 +28,9 @@ from sparseopt.trend.ground import ground_of, inverse_laplacian
 from sparseopt.trend.job import Job
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.losses import null_pull
-from sparseopt.trend.methods.admm import ADMM
-from sparseopt.trend.methods.doge import DOGE
-from sparseopt.trend.methods.interior import INTERIOR, is_narrow
+from sparseopt.trend.methods.admm import Admm
+from sparseopt.trend.methods.doge import Doge
+from sparseopt.trend.methods.interior import Interior, is_narrow
 from sparseopt.trend.signal import Signal, checked_order, checked_signal, component_means, graph_at, null_fit_values
 
 FIRST_STEPS = 100
@@ -78,7 +78,7 @@ def largest_weight(
 
     Example:
         >>> y = np.array([0.0, 0.0, 3.0, 3.0])
-        >>> round(so.largest_weight(y, so.Graph.chain(4)), 6)  # 1.5 above the mean, two nodes a side, one edge between
+        >>> round(so.trend.largest_weight(y, so.Graph.chain(4)), 6)  # 1.5 above the mean, two nodes a side
         3.0
         >>> so.trend_filter(y, so.Graph.chain(4), so.L1(3.001)).value.tolist()
         [1.5, 1.5, 1.5, 1.5]
@@ -228,19 +228,17 @@ def _least_congested(graph: Graph, order: int, demand: np.ndarray, tol: float) -
         return upper, upper, flow
     lower = max(map(ratio, (height, demand)))
     fit, steps = None, FIRST_STEPS
-    method: Any = ADMM if graph.shape is not None else DOGE
+    method: Any = Admm() if graph.shape is not None else Doge()
     kind: Any = np.float64
     accuracy = 1e-14
     if tol >= COARSE and not graph.free:
-        method, kind = DOGE, np.float32
+        method, kind = Doge(), np.float32
         if graph.shape is None and is_available() and is_narrow(graph):
-            method, accuracy = INTERIOR, 1e-3 * tol
+            method, accuracy = Interior(), 1e-3 * tol
     while upper > (1 + tol) * lower and steps <= MOST_STEPS:
         # At lower = lam_max the flow needs a little more room.
-        level, start = L1(lower * (1 + tol / 2)), None if method is INTERIOR else fit
-        fit = trend_filter(
-            demand, graph, level, order, method.name, tol=accuracy, max_steps=steps, warm_start=start, dtype=kind
-        )
+        level, start = L1(lower * (1 + tol / 2)), None if isinstance(method, Interior) else fit
+        fit = trend_filter(demand, graph, level, order, method, tol=accuracy, max_steps=steps, start=start, dtype=kind)
         part = np.asarray(fit.dual, np.float64)
         part = part if graph.shape is None or graph.free else edge_rows(part, graph.shape)
         left = demand - difference.T @ part

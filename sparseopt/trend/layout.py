@@ -243,9 +243,7 @@ def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
 
 
 def _elsewhere(found: set[jax.Device]) -> ValueError:
-    return ValueError(
-        f"warm_start was found by {len(found)} devices, and its state lies on them: give devices={len(found)}"
-    )
+    return ValueError(f"start was found by {len(found)} devices, and its state lies on them: give devices={len(found)}")
 
 
 def _devices_of(array: Any) -> set[jax.Device]:

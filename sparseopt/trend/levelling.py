@@ -24,7 +24,7 @@ from sparseopt.core.problem.certify import judge, promoted
 from sparseopt.core.problem.problem import Problem, Status
 from sparseopt.trend.ground import Ground, data_of
 from sparseopt.trend.job import Job
-from sparseopt.trend.methods import DOGE
+from sparseopt.trend.methods.doge import Doge
 from sparseopt.trend.pieces import TrendSolution, edges_between, labels_of, levelled
 from sparseopt.trend.plan import resumed
 
@@ -43,8 +43,8 @@ _data = Jitted(data_of)
 
 def short_fit(job: Job) -> TrendSolution:
     """The fit of a job by Doge-ADMM that begins in float32."""
-    working = dataclasses.replace(in_float32(job), method=DOGE.name)
-    plan, found = DOGE.plan(working).paced(working), None
+    working, method = in_float32(job), job.method or Doge()
+    plan, found = method.plan(working).paced(working), None
 
     def solve(tol: float, max_steps: int) -> TrendSolution:
         nonlocal found
@@ -52,7 +52,7 @@ def short_fit(job: Job) -> TrendSolution:
             found = plan.fitted(dataclasses.replace(working, tol=tol, max_steps=max_steps))
         else:
             data = _data(working.ground, *working.arrays)
-            found, _ = resumed(plan, data, working.rows, found.state, tol, max_steps, working.relaxation)
+            found, _ = resumed(plan, data, working.rows, found.state, tol, max_steps, working.settings.relaxation)
         return found
 
     return stopped_early(job, solve, EARLY / math.sqrt(job.tol) if has_means(job) else BELOW)[0]
@@ -81,8 +81,8 @@ def stopped_early(job: Job, solve: Callable[[float, int], TrendSolution], early:
     if not missed <= 1 and left > 0 and found.value.dtype != job.dtype:
         # What overflows in float32 is no start.
         start = None if int(fit.status) == Status.NONFINITE else fit
-        rest = dataclasses.replace(job, method=DOGE.name, warm_start=start, max_steps=left)
-        fit = DOGE.plan(rest).fitted(rest)
+        rest = dataclasses.replace(job, method=job.method or Doge(), start=start, max_steps=left)
+        fit = rest.method.plan(rest).fitted(rest)
         fit = levelled_fit(job, fit)
         steps += int(fit.steps)
     elif not missed <= 1 and left <= 0:

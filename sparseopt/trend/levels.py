@@ -24,7 +24,7 @@ from sparseopt.trend.job import Job
 from sparseopt.trend.largest_weight import NullFit
 from sparseopt.trend.levelling import has_means, in_float32, stopped_early
 from sparseopt.trend.losses import best_constants, fit_loss
-from sparseopt.trend.methods import DOGE, FAST_ADMM, INTERIOR, chosen_for_path, is_short
+from sparseopt.trend.methods import Doge, FastAdmm, Interior, chosen_for_path, is_short
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import FIRST_RHO, Plan, resumed
 
@@ -60,14 +60,14 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Lev
     order, max_steps = job.order, job.max_steps
     method = chosen_for_path(job)
     proof = None if first is None else first.dual if job.channels else first.dual[..., 0]
-    if method is INTERIOR:
+    if isinstance(method, Interior):
         return _by_interior(job, weights, proof)
     early, means = FIRST_STOP, has_means(job)
     working = in_float32(job) if means and is_short(job, method) else job
     kind, plan = working.dtype, method.plan(working).paced(working)
     tol = jnp.asarray(job.tol, kind)
 
-    data, start = _first(plan, working.at(weights[0]).rows, *working.arrays, proof, working.start())
+    data, start = _first(plan, working.at(weights[0]).rows, *working.arrays, proof, working.first())
     older, found = start, list[Level]()
     for index, weight in enumerate(weights):
         penalty = working.at(weight).rows
@@ -116,7 +116,7 @@ def _by_loss(job: Job, weights: np.ndarray, _: Any) -> list[Level]:
     """The levels with a loss, each started at the last one; the best constants are tried as the fit of each."""
     levels, last, best = list[Level](), None, best_constants(job)
     for weight in weights:
-        fit = fit_loss(dataclasses.replace(job.at(weight), warm_start=last), best)
+        fit = fit_loss(dataclasses.replace(job.at(weight), start=last), best)
         levels.append((dataclasses.replace(fit, state=None, dual=None, nonzero=None), fit.nonzero))
         # A known fit, as without any difference in the data, has no dual to start from.
         last = fit if fit.dual is not None else None
@@ -127,7 +127,7 @@ def _merges(job: Job) -> bool:
     """Whether the pieces of the fits only merge as the weight grows, and the exact fits are wanted."""
     # A chain with a spacing weighs its differences.
     plain = job.graph.is_chain and job.graph.spacing is None and job.order == 0 and isinstance(job.penalty, L1)
-    return plain and job.dtype == np.float64 and job.method in (None, FAST_ADMM.name)
+    return plain and job.dtype == np.float64 and (job.method is None or isinstance(job.method, FastAdmm))
 
 
 def _by_merging(job: Job, weights: np.ndarray) -> Level:
@@ -197,7 +197,7 @@ def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[Level]:
 
     At order 0 Doge-ADMM, started from the last of them, is faster for the weaker levels.
     """
-    solver, strong, levels = INTERIOR.plan(job), weights, list[Level]()
+    solver, strong, levels = Interior().plan(job), weights, list[Level]()
     if job.order == 0 and job.method is None:
         strong = weights[weights * job.strength > STRONG_LEVEL * weights[0]]
     for index, weight in enumerate(strong):
@@ -205,7 +205,7 @@ def _by_interior(job: Job, weights: np.ndarray, proof: Any) -> list[Level]:
         fit = solver.null_fit(penalty, proof) if index == 0 and proof is not None else solver.fit(penalty)
         levels.append((dataclasses.replace(fit, dual=None, nonzero=None), fit.nonzero))
     if strong.size < weights.size:
-        rest = dataclasses.replace(job, method=DOGE.name, warm_start=fit if levels else None)
+        rest = dataclasses.replace(job, method=Doge(), start=fit if levels else None)
         levels += _by_solver(rest, weights[strong.size :], None)
     return levels
 

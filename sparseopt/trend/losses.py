@@ -104,7 +104,7 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     """The fit of a job with a loss, whose dtype must be enabled; `best` are its best constants, if they are known."""
     signal, graph, kind, tol = job.signal, job.graph, job.dtype, job.tol
     assert signal is not None
-    method = chosen(job)
+    method, settings = chosen(job), job.settings
     _require_connected(job.penalty)
     best = best_constants(job) if best is None else best
     loss, data, null, alike = best.loss, best.data, best.fit, best.exact
@@ -131,19 +131,19 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     solver = LossAdmm(
         plan.node_solve,
         Anchor(inside, _pull_of(job.ground.operator, inside)) if has_conjugate(penalty) else None,
-        jnp.asarray(_first_rho(job.ground, penalty, laid_out(best.pull), sigma) if job.rho is None else job.rho, kind),
+        jnp.asarray(settings.rho or _first_rho(job.ground, penalty, laid_out(best.pull), sigma), kind),
         jnp.asarray(sigma, kind),
         None if even else laid_out(curvatures / sigma),
-        relaxation=kind.type(job.relaxation),
-        cadence=min(job.cadence or plan.cadence, job.max_steps),
+        relaxation=kind.type(settings.relaxation),
+        cadence=min(settings.cadence or plan.cadence, job.max_steps),
     )
     x = laid_out(null)
-    start, warm = LossStart(x, dual), job.start()
+    start, warm = LossStart(x, dual), job.first()
     if warm is not None:
-        last = getattr(getattr(job.warm_start, "state", None), "sigma", None)
+        last = getattr(getattr(job.start, "state", None), "sigma", None)
         # The rho of the square loss's solver does not apply here.
         start = LossStart(warm.x, warm.dual, None if last is None else warm.rho, last)
-    if job.rho is not None:
+    if settings.rho is not None:
         start = dataclasses.replace(start, rho=None)
     problem = Problem(node_loss, penalty, plan.split)
     limit = to_next_check(job.max_steps, solver.cadence)

@@ -35,7 +35,7 @@ from sparseopt.trend.largest_weight import NullFit, null_fit
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levels import descend
 from sparseopt.trend.losses import node_deviances
-from sparseopt.trend.methods import named
+from sparseopt.trend.methods import checked_method
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.signal import checked_order, checked_signal, graph_at, signal_noise
 
@@ -97,7 +97,7 @@ class TrendPath:
     def degrees_of_freedom(self) -> np.ndarray:
         """The degrees of freedom of every fit, `[levels]`, found when they are first asked for.
 
-        They are those of `sparseopt.degrees_of_freedom`. For GroupL2 and the square, where zeros do not tell them,
+        They are those of `so.trend.degrees_of_freedom`. For GroupL2 and the square, where zeros do not tell them,
         they are `sum_j d fit_j / d y_j` along random directions, by up to 16 more paths.
         """
         return self._freedom()
@@ -175,7 +175,7 @@ def trend_path(
 
     Example:
         >>> y = np.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0])
-        >>> path = so.trend_path(y, so.Graph.chain(6), num=4, ratio=2e-2).check()
+        >>> path = so.trend.trend_path(y, so.Graph.chain(6), num=4, ratio=2e-2).check()
         >>> path.weights.round(3).tolist()
         [7.5, 2.036, 0.553, 0.15]
         >>> path.degrees_of_freedom.tolist()
@@ -184,7 +184,7 @@ def trend_path(
         [0.18, 0.18, 0.18, 4.82, 4.82, 4.82]
     """
     k = checked_order(order)
-    name = named(method)
+    name = checked_method(method)
     signal = checked_signal(y, graph, node_weights, missing, dtype)
     template, family = _template(penalty), checked_scalar(loss)
     square = isinstance(family, Squared)

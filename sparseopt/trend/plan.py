@@ -128,7 +128,8 @@ class Plan:
 
     def paced(self, job: Job) -> "Plan":
         """The plan with the cadence of a job."""
-        cadence = self.cadence if job.cadence is None or self.exact else job.cadence
+        given = job.settings.cadence
+        cadence = self.cadence if given is None or self.exact else given
         return dataclasses.replace(self, cadence=min(cadence, job.max_steps))
 
     def fitted(self, job: Job) -> TrendSolution:
@@ -142,9 +143,9 @@ class Plan:
             job.arrays[1],
             job.tol,
             job.max_steps,
-            warm_start=job.start(),
-            rho=job.rho,
-            relaxation=job.relaxation,
+            start=job.first(),
+            rho=job.settings.rho,
+            relaxation=job.settings.relaxation,
             history=history,
         )
 
@@ -172,19 +173,19 @@ def fit(
     tol: Any,
     max_steps: Any,
     *,
-    warm_start: Start | None = None,
+    start: Start | None = None,
     rho: Any = None,
     relaxation: Any = 1.7,
     history: int = 0,
 ) -> TrendSolution:
     """The fit of a signal, in its units and in the layout of the nodes, with its certificate and its derivatives.
 
-    The penalty is on the rows of `plan.ground.operator`. A warm start is a point in the caller's units with the dual of
-    its rows. If rho is None, or that of the warm start 0, it is chosen from the data. `history` is the number of steps
+    The penalty is on the rows of `plan.ground.operator`. A start is a point in the caller's units with the dual of
+    its rows. If rho is None, or that of the start 0, it is chosen from the data. `history` is the number of steps
     in the history, 0 for none.
     """
     given = y, penalty, weights
-    plan, y, penalty, weights, warm_start = jax.lax.stop_gradient((plan, y, penalty, weights, warm_start))
+    plan, y, penalty, weights, start = jax.lax.stop_gradient((plan, y, penalty, weights, start))
     kind, ground = y.dtype, plan.ground
     tol, relaxation = jnp.asarray(tol, kind), jnp.asarray(relaxation, kind)
     data, limit = data_of(ground, y, weights), to_next_check(max_steps, plan.cadence)
@@ -202,30 +203,30 @@ def fit(
     usual = (FIRST_RHO * data.strength(ground, penalty)).astype(kind)
     solver = plan.solver(usual if rho is None else jnp.asarray(rho, kind), relaxation)
     inner = plan.taken(penalty)
-    if warm_start is None or plan.exact:
-        start = plan.start(penalty, data, weights)
+    if start is None or plan.exact:
+        first = plan.start(penalty, data, weights)
         if ground.basis is not None and isinstance(penalty, Norm):
             # The dual of the polynomial is exact where it exists; for large weights an iteration could only spoil it.
-            proof = plan.row_dual(inner, start.dual)
+            proof = plan.row_dual(inner, first.dual)
             whole = Problem(data.loss, penalty, ground.operator)
             limit = jnp.where(judge(whole, data.means, proof, null=True)[1] <= tol, 0, limit)
     else:
-        dual, last = plan.solver_dual(inner, warm_start.dual.astype(kind)), warm_start.rho
+        dual, last = plan.solver_dual(inner, start.dual.astype(kind)), start.rho
         last = None if rho is not None or last is None else jnp.where(last > 0, last, usual)
-        start = Start(warm_start.x.astype(kind) - data.shift, dual, last)
+        first = Start(start.x.astype(kind) - data.shift, dual, last)
     problem = Problem(data.centred, inner, plan.split)
     exact = plan.exact and weights is None
     # An exact start would be lost in float32.
     large = kind == jnp.float64 and math.prod(ground.highest.in_shape) >= MIXED_FROM and not exact
     if large and isinstance(penalty, Norm) and not history:
-        found = solve_mixed(problem, solver, start, tol=tol, max_steps=jnp.asarray(limit, jnp.int32))
+        found = solve_mixed(problem, solver, first, tol=tol, max_steps=jnp.asarray(limit, jnp.int32))
     else:
         limit = 0 if exact else limit
-        found = iterate(problem, solver, start, tol=tol, max_steps=history or limit, history=history > 0)
+        found = iterate(problem, solver, first, tol=tol, max_steps=history or limit, history=history > 0)
     if exact:
         # The start is the answer, also of a history's steps, after which the values of a piece differ by rounding.
         status = jnp.where(found.status == Status.NONFINITE, found.status, Status.CONVERGED)
-        found = dataclasses.replace(found, value=start.x, status=status)
+        found = dataclasses.replace(found, value=first.x, status=status)
     dual = plan.row_dual(inner, found.state.candidate)
     if exact:
         dual = inner.dual_at(found.value, found.state.candidate)

@@ -18,12 +18,13 @@ import numpy as np
 
 from sparseopt.core.base.arguments import positive_number, real_array, whole_number
 from sparseopt.core.base.types import precision
+from sparseopt.core.losses.scalar import Squared, checked_scalar
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import check_parameters
-from sparseopt.trend.methods import INTERIOR
+from sparseopt.trend.methods import Interior, checked_method
 from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype
 
 # With a loss, the least weight of a row, as a share of its first.
@@ -57,7 +58,7 @@ class Reweighted:
         return np.asarray(self.solution.value)
 
 
-def reweighted_trend_filter(
+def reweighted(
     y: Any, graph: Graph, penalty: Any, order: int = 0, *, rounds: int = 10, tol: float = 1e-6, **options: Any
 ) -> Reweighted:
     """Fit a signal under a concave penalty by weighted L1 penalties, starting from the L1 fit.
@@ -81,7 +82,7 @@ def reweighted_trend_filter(
         >>> y = np.array([1.1, 0.9, 1.0, 5.1, 4.9, 5.0])
         >>> so.trend_filter(y, so.Graph.chain(6), so.L1(0.9)).value.round(2).tolist()  # L1 flattens the step
         [1.3, 1.3, 1.3, 4.7, 4.7, 4.7]
-        >>> so.reweighted_trend_filter(y, so.Graph.chain(6), so.MCP(0.9)).value.round(2).tolist()
+        >>> so.trend.reweighted(y, so.Graph.chain(6), so.MCP(0.9)).value.round(2).tolist()
         [1.0, 1.0, 1.0, 5.0, 5.0, 5.0]
     """
     k, graph, y = checked_order(order), checked_graph(graph), real_array("a signal", y)
@@ -108,13 +109,14 @@ def reweighted_trend_filter(
     # With a loss, or without an observation, a part that no penalty ties to the rest may have no fit.
     weighed = options.get("node_weights")
     gaps = np.isnan(y).any() or (weighed is not None and not np.all(weighed))
-    least = LEAST * first if options.get("loss") is not None or gaps else 0.0
+    least = LEAST * first if not isinstance(checked_scalar(options.get("loss", "square")), Squared) or gaps else 0.0
     weights = first
     solution: Solution | None = None
     objectives: list[float] = []
+    takes_start = not isinstance(checked_method(options.get("method", "auto")), Interior)
     settled = False
     while len(objectives) < rounds and not settled:
-        warm = {"warm_start": solution} if solution and options.get("method") != INTERIOR.name else {}
+        warm = {"start": solution} if solution and takes_start else {}
         solution = trend_filter(y, graph, L1(weights), k, tol=tol, **options | warm).check()
         used, rows = weights, matrix @ np.asarray(solution.value, np.float64).reshape(-1)
         # Subtracting the weighted L1 penalty gives the loss, whichever it is.

@@ -1,5 +1,6 @@
 """Samples at nodes of a graph or at points: what the scikit-learn estimators of the trend filter share."""
 
+import dataclasses
 import math
 import numbers
 import warnings
@@ -19,6 +20,7 @@ from sparseopt.core.penalties.names import BY_WEIGHT
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
+from sparseopt.trend.methods import checked_method
 from sparseopt.trend.signal import require_not_negative
 
 
@@ -34,7 +36,7 @@ class OnGraph(BaseEstimator):
         penalty: Any,
         tol: float,
         max_steps: int,
-        method: str,
+        method: Any,
     ) -> None:
         self.order = order
         self.alpha = alpha
@@ -44,6 +46,25 @@ class OnGraph(BaseEstimator):
         self.tol = tol
         self.max_steps = max_steps
         self.method = method
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """As of scikit-learn; settings of a method are `method__B`, `method__rho`, ..."""
+        found = super().get_params(deep)
+        settings = {} if isinstance(self.method, str) or not deep else dataclasses.asdict(self.method)
+        return found | {f"method__{name}": value for name, value in settings.items()}
+
+    def set_params(self, **params: Any) -> Any:
+        """As of scikit-learn; `method__B=2` changes a setting of the method, which may be given by its name."""
+        own = {name: value for name, value in params.items() if not name.startswith("method__")}
+        super().set_params(**own)
+        if settings := {name.removeprefix("method__"): params[name] for name in params.keys() - own.keys()}:
+            method = (
+                {"name": self.method}
+                if isinstance(self.method, str)
+                else {"name": self.method.name, **dataclasses.asdict(self.method)}
+            )
+            self.method = checked_method(method | settings)
+        return self
 
     def fit_nodes(self, X: np.ndarray, y: np.ndarray, weights: np.ndarray, penalty: Any, loss: Any) -> None:
         """Set the graph, the points of its nodes and the fit from checked samples; called by `fit`, for the warning."""
@@ -78,8 +99,8 @@ class OnGraph(BaseEstimator):
             penalty,
             self.order,
             self.method,
-            self.tol,
-            self.max_steps,
+            tol=self.tol,
+            max_steps=self.max_steps,
             node_weights=mass,
             loss=loss,
         )

@@ -92,7 +92,7 @@ def select(path: TrendPath, criterion: str = "gcv", sigma: float | None = None) 
     Example:
         >>> clean = np.repeat([0.0, 5.0, 2.0], 40)
         >>> y = clean + np.random.default_rng(0).standard_normal(120)
-        >>> best = so.select(so.trend_path(y, so.Graph.chain(120)), "gcv")
+        >>> best = so.trend.select(so.trend.trend_path(y, so.Graph.chain(120)), "gcv")
         >>> bool(np.mean((best.value - clean) ** 2) < 0.2)
         True
     """
@@ -240,7 +240,7 @@ def cross_validate(
     Example:
         >>> clean = np.repeat([0.0, 5.0, 2.0], 40)
         >>> y = clean + np.random.default_rng(0).standard_normal(120)
-        >>> chosen = so.cross_validate(y, so.Graph.chain(120), num=20)
+        >>> chosen = so.trend.cross_validate(y, so.Graph.chain(120), num=20)
         >>> bool(np.mean((chosen.value - clean) ** 2) < 0.2)
         True
     """

@@ -284,7 +284,7 @@ def noise_level(y: Any, graph: Graph, order: int = 0, node_weights: Any = None, 
 
     Example:
         >>> y = np.repeat([0.0, 50.0], 500) + 2.0 * np.random.default_rng(0).standard_normal(1000)
-        >>> bool(abs(so.noise_level(y, so.Graph.chain(1000)) - 2.0) < 0.2)
+        >>> bool(abs(so.trend.noise_level(y, so.Graph.chain(1000)) - 2.0) < 0.2)
         True
     """
     signal = checked_signal(y, graph, node_weights, missing, np.float64, PLAIN_COPIES)

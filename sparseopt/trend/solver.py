@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.base.arguments import whole_number
+from sparseopt.core.base.arguments import renames, whole_number
 from sparseopt.core.base.types import precision, pytree, static, wide_types
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution
@@ -21,7 +21,7 @@ from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.ground import on_rows
 from sparseopt.trend.job import Job, graph_for, require_penalty
 from sparseopt.trend.layout import Layout, layout_of
-from sparseopt.trend.methods import PURE, chosen, named
+from sparseopt.trend.methods import PURE, checked_method, chosen
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import Plan, fit
 from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype, graph_at
@@ -97,7 +97,7 @@ class TrendSolver:
         if start is not None:
             start = dataclasses.replace(start, x=jnp.asarray(start.x, kind).reshape(nodes))
         terms = on_rows({self.order: penalty}, self.layout, kind, bool(channels))
-        found = fit(plan, y.reshape(nodes), terms, node_weights, tol, max_steps, warm_start=start)
+        found = fit(plan, y.reshape(nodes), terms, node_weights, tol, max_steps, start=start)
         return dataclasses.replace(found, value=found.value.reshape(y.shape), graph=graph, order=self.order)
 
     def _rows_of(self, plan: Plan, y: Array) -> tuple[int, ...]:
@@ -110,14 +110,13 @@ class TrendSolver:
         raise ValueError(reason)
 
 
+@renames(B="method=sparseopt.trend.Doge(B=...)")
 def trend_solver(
     graph: Any,
     order: int = 0,
-    method: str = "auto",
+    method: Any = "auto",
     dtype: Any = None,
     channels: int | None = None,
-    *,
-    B: int | None = None,
 ) -> TrendSolver:
     """A solver for signals on a graph, with all host work done: call it under `jit`, `vmap` and `grad`.
 
@@ -130,7 +129,6 @@ def trend_solver(
             expected to be the fastest for a weight about the size of the noise.
         dtype: float32 or float64; None for JAX's default. float64 needs 64-bit types to be enabled.
         channels: the length of the signals' last axis; None for signals without channels.
-        B: as in `trend_filter`.
 
     Example:
         >>> y = jnp.array([0.1, -0.1, 0.0, 5.1, 4.9, 5.0])
@@ -140,7 +138,7 @@ def trend_solver(
         >>> jax.grad(lambda weight: solver(y, so.L1(weight)).value[0])(0.3).round(3)  # a third of the step's pull
         Array(0.333, dtype=float32, weak_type=True)
     """
-    graph, order, name = checked_graph(graph), checked_order(order), named(method)
+    graph, order, given = checked_graph(graph), checked_order(order), checked_method(method)
     kind = np.dtype(jnp.result_type(float)) if dtype is None else compute_dtype(np.zeros(1), dtype)
     if kind == np.float64 and not wide_types():
         raise ValueError(
@@ -156,7 +154,7 @@ def trend_solver(
     with precision(kind):
         plans: list[Plan] = []
         for penalty, weighted in ((L1(1.0), False), (None, False), (None, True)):
-            job = Job(layout, {order: penalty}, kind, axes, weighted, method=name, block=B)
+            job = Job(layout, {order: penalty}, kind, axes, weighted, method=given)
             plan = chosen(job, PURE).plan(job)
             if all(plan is not other for other in plans):
                 plans.append(plan)

@@ -195,7 +195,7 @@ class OwnSquares:
 
 
 def test_a_loss_of_your_own_needs_value_and_gradient_alone():
-    found = so.solve(so.Problem(OwnSquares(MATRIX, TARGET), so.L1(5.0)), x0=np.zeros(COLUMNS), tol=1e-9)
+    found = so.solve(so.Problem(OwnSquares(MATRIX, TARGET), so.L1(5.0)), start=np.zeros(COLUMNS), tol=1e-9)
     assert so.Status(int(found.status)) is so.Status.CONVERGED
     np.testing.assert_allclose(found.value, so.solve(LASSO, tol=1e-12).value, atol=1e-7)
 
@@ -254,7 +254,7 @@ def test_scipy_matrices_of_every_form_are_taken(form):
 )
 def test_no_start_is_a_start_at_zero_and_jit_changes_nothing(problem):
     without = so.solve(problem)
-    given = so.solve(problem, x0=np.zeros(COLUMNS))
+    given = so.solve(problem, start=np.zeros(COLUMNS))
     inside = jax.jit(so.solve)(problem)
     # Another program rounds otherwise.
     for other in (given, inside):
@@ -324,10 +324,10 @@ OF_SKGLM = {
 
 
 @jax.jit
-def graduated(matrix, target, share, x0=None):
+def graduated(matrix, target, share, start=None):
     weight = share * jnp.max(jnp.abs(matrix.T @ target)) / target.size
     loss = so.LeastSquares(matrix, target, jnp.full(target.size, 1 / target.size))
-    return so.solve(so.Problem(loss, so.MCP(weight, 3.0)), x0=x0)
+    return so.solve(so.Problem(loss, so.MCP(weight, 3.0)), start=start)
 
 
 @pytest.mark.parametrize("scaled", OF_SKGLM)

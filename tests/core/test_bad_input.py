@@ -85,12 +85,12 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
     ),
     "a loss of its own for a primal-dual method": (
         lambda: so.Problem(OwnSquares(MATRIX, TARGET), so.L1(1.0)),
-        {"solver": PD, "x0": np.zeros(COLUMNS)},
+        {"solver": PD, "start": np.zeros(COLUMNS)},
         "PrimalDual needs the prox of the loss .* given OwnSquares",
     ),
     "a loss without a gradient": (
         lambda: so.Problem(ValueOnly(), so.L1(1.0)),
-        {"solver": APG, "x0": np.zeros(COLUMNS)},
+        {"solver": APG, "start": np.zeros(COLUMNS)},
         "needs a loss with value, gradient, given ValueOnly without gradient",
     ),
     "a loss with kinks": (
@@ -137,13 +137,13 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
     ),
     "a start of another shape": (
         lambda: LASSO,
-        {"x0": np.zeros(3)},
-        r"x0 needs the shape \(12,\) of the loss's x, given \(3,\)",
+        {"start": np.zeros(3)},
+        r"start needs the shape \(12,\) of the loss's x, given \(3,\)",
     ),
     "no start for a loss of its own": (
         lambda: so.Problem(OwnSquares(MATRIX, TARGET), so.L1(1.0)),
         {},
-        "give a start x0: the shape of x does not follow from a OwnSquares",
+        "give a start: the shape of x does not follow from a OwnSquares",
     ),
     "an inverse of many unknowns": (
         lambda: so.Problem(LARGE, so.L1(1.0)),
@@ -215,9 +215,9 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
         {},
         "the loss must hold real numbers, given complex128",
     ),
-    "a complex start": (lambda: LASSO, {"x0": np.zeros(COLUMNS) * 1j}, "the start x0 must hold real numbers"),
-    "a number as start": (lambda: LASSO, {"x0": 0.0}, r"x0 needs the shape \(12,\) of the loss's x, given \(\)"),
-    "a short list as start": (lambda: LASSO, {"x0": [0.0, 0.0]}, r"x0 needs the shape \(12,\) .* given \(2,\)"),
+    "a complex start": (lambda: LASSO, {"start": np.zeros(COLUMNS) * 1j}, "the start must hold real numbers"),
+    "a number as start": (lambda: LASSO, {"start": 0.0}, r"start needs the shape \(12,\) of the loss's x, given \(\)"),
+    "a short list as start": (lambda: LASSO, {"start": [0.0, 0.0]}, r"start needs the shape \(12,\) .* given \(2,\)"),
     "a Huber loss of delta 0": (
         lambda: so.Problem(so.DataLoss(so.scalar.Huber(0.0), MATRIX, TARGET), so.L1(1.0)),
         {},
@@ -231,7 +231,7 @@ def test_bad_input_is_refused_in_a_sentence_before_any_work(monkeypatch, problem
     for kind in (so.AcceleratedProximalGradient, so.PrimalDual, so.SplitAdmm):
         monkeypatch.setattr(kind, "init", lambda *_: pytest.fail("it began"))
     with pytest.raises(ValueError, match=text) as error:
-        so.solve(problem(), how.get("solver"), how.get("x0"))
+        so.solve(problem(), how.get("solver"), how.get("start"))
     sentence = str(error.value)
     assert "\n" not in sentence or sentence.startswith("no solver takes this problem")
 
@@ -252,8 +252,8 @@ def test_shapes_are_looked_at_under_jit_too(name):
 
 
 def test_a_start_is_looked_at_under_jit_too():
-    with pytest.raises(ValueError, match="x0 needs the shape"):
-        jax.eval_shape(lambda x0: so.solve(LASSO, x0=x0).value, np.zeros(3))
+    with pytest.raises(ValueError, match="start needs the shape"):
+        jax.eval_shape(lambda start: so.solve(LASSO, start=start).value, np.zeros(3))
 
 
 @pytest.mark.parametrize("most", [-1, np.int64(-1), jnp.asarray(-1)])
@@ -268,7 +268,7 @@ def test_none_is_no_penalty():
 
 
 def test_a_start_may_be_a_list():
-    np.testing.assert_array_equal(so.solve(LASSO, x0=[0.0] * COLUMNS).value, so.solve(LASSO, APG).value)
+    np.testing.assert_array_equal(so.solve(LASSO, start=[0.0] * COLUMNS).value, so.solve(LASSO, APG).value)
 
 
 def test_data_of_integers_are_solved_in_the_widest_float():

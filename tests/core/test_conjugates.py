@@ -47,7 +47,7 @@ def norm(request):
 
 
 def test_slack_is_never_negative_and_differs_between_points_as_the_gap_does(penalty, rng):
-    assert isinstance(penalty, so.Conjugate)
+    assert isinstance(penalty, so.core.Conjugate)
     jitted = Jitted(penalty)
     for _ in range(5):
         x, y = (jitted.prox(v, 1.0) for v in 2 * rng.standard_normal((2, *SHAPE)).astype(np.float32))
@@ -97,7 +97,7 @@ def test_the_projection_of_a_norm_is_onto_the_dual_ball(norm, rng):
 def test_what_is_no_norm_does_not_pass_for_one():
     for name in CONJUGATES.keys() - NORMS.keys():
         assert not isinstance(CONJUGATES[name], Norm), name
-    assert not isinstance(so.LogSum(1.0, 1.0), so.Conjugate)
+    assert not isinstance(so.LogSum(1.0, 1.0), so.core.Conjugate)
 
 
 def test_a_zero_needs_no_weight_and_a_nonzero_dual_without_one_is_outside_every_ball():

@@ -13,6 +13,7 @@ from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.operators.differences import Difference, GridBase
 from sparseopt.core.operators.normal_solves import ConjugateGradient, Diagonal, cosine_solve
 from sparseopt.core.operators.row_tables import row_table
+from sparseopt.core.penalties.sums import lift
 from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table, doge_split
@@ -53,7 +54,7 @@ def test_no_perturbation_beats_the_lifted_prox(rng, penalty):
         for block in (1, 2):
             matrix, labels = graph.matrix(block), graph.groups(block)
             table = jax.tree.map(lambda leaf: leaf[0], row_table(matrix, labels, np.float64))
-            lifted = so.lift(penalty, table)
+            lifted = lift(penalty, table)
             x = 2 * rng.standard_normal((20, *channels))
             best = Jitted(lifted).prox(x, 0.6)
             # A value of exactly zero is judged as such: rounding in the product turns it into noise.
@@ -225,7 +226,7 @@ def test_the_chain_penalty_is_a_norm(rng, pinned):
         slack = penalty.slack(x, dual)
         assert slack.min() >= -1e-15  # a product and a sum may be rounded as one
         assert slack.sum() == pytest.approx(penalty.value(x) - np.vdot(dual, x), abs=1e-10)
-        assert isinstance(penalty.tree, so.Conjugate)
+        assert isinstance(penalty.tree, so.core.Conjugate)
         size = penalty.dual_norm(dual)
         assert size == pytest.approx(1, abs=1e-12)  # a difference of the prox is not zero
         assert penalty.dual_norm(0.3 * dual) == pytest.approx(0.3 * size, rel=1e-12)

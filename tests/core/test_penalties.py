@@ -11,7 +11,7 @@ import sparseopt as so
 from sparseopt.core.operators.row_tables import row_table
 from sparseopt.core.penalties.patterns import Within
 from sparseopt.core.penalties.protocols import Norm
-from sparseopt.core.penalties.sums import stacked
+from sparseopt.core.penalties.sums import lift, stacked
 from tests.jitted import Jitted
 
 SHAPE = (8, 6)
@@ -104,7 +104,7 @@ WITH_GRADIENTS = PENALTIES | {
     "GroupL2": so.GroupL2(0.3),
     "GroupL2 along columns": so.GroupL2(0.3, axis=0),
     "NormSum": stacked([so.L1(0.5), so.GroupL2(0.7)], [3, 5]),
-    "Lifted": so.lift(so.GroupL2(0.3), jax.tree.map(lambda leaf: leaf[0], PAIRS)),
+    "Lifted": lift(so.GroupL2(0.3), jax.tree.map(lambda leaf: leaf[0], PAIRS)),
 }
 
 
@@ -134,7 +134,7 @@ def test_prox_keeps_shape_and_dtype(penalty, rng):
 
 
 def test_penalty_is_a_pytree_that_vmaps_and_satisfies_the_protocol(penalty, rng):
-    assert isinstance(penalty, so.Penalty)
+    assert isinstance(penalty, so.core.Penalty)
     batch = rng.standard_normal((3, *SHAPE)).astype(np.float32)
     together = jax.jit(jax.vmap(lambda x: penalty.prox(x, 0.5)))(batch)
     # A batch may be multiplied and summed in another order.

@@ -12,6 +12,7 @@ from flax import nnx
 
 import sparseopt as so
 from sparseopt.core.operators.row_tables import RowTable
+from sparseopt.core.penalties.sums import lift
 from tests.jitted import Jitted
 
 WEIGHT = 0.1
@@ -384,7 +385,7 @@ def test_adam_refuses_a_penalty_not_known_to_be_separable(penalty):
 def test_adam_refuses_a_lifted_penalty():
     rows = RowTable(np.array([[0, 1], [2, 3]]), np.array([[1.0, -1.0], [1.0, -1.0]]), np.array([0, 1]), 2, 4)
     with pytest.raises(ValueError, match="given Lifted"):
-        so.proximal_adam(so.lift(so.L1(1.0), rows), 0.1)
+        so.proximal_adam(lift(so.L1(1.0), rows), 0.1)
 
 
 @pytest.mark.parametrize("make", [so.proximal, so.proximal_adam], ids=["proximal", "proximal_adam"])

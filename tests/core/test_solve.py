@@ -79,7 +79,7 @@ def test_arrays_of_other_kinds_of_numbers_are_solved_in_one_that_holds_all(rng):
         (so.Problem(so.LeastSquares(np.eye(3), center), so.L1(np.full(3, 0.5))), np.zeros(3, int)),
         (so.Problem(so.Quadratic(np.eye(3, dtype=int), center), so.L1(0.5)), None),
     ):
-        np.testing.assert_allclose(so.solve(problem, x0=start).value, wanted, atol=1e-6)
+        np.testing.assert_allclose(so.solve(problem, start=start).value, wanted, atol=1e-6)
     labels, matrix = rng.integers(0, 2, 8), rng.standard_normal((8, 2))
     fits = [
         so.solve(so.Problem(so.LogisticLoss(matrix, labels.astype(kind)), so.L1(0.1))).value

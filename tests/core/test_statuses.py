@@ -185,8 +185,8 @@ class Broken:
     def stride(self):
         return getattr(self.solver, "stride", 1)
 
-    def init(self, problem, x0):
-        return self.solver.init(problem, x0), jnp.zeros((), jnp.int32)
+    def init(self, problem, start):
+        return self.solver.init(problem, start), jnp.zeros((), jnp.int32)
 
     def step(self, problem, state):
         inner, count = state

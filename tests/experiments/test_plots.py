@@ -8,7 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from sparseopt import L1, Graph, Measure, Solution, trend_filter
+from sparseopt import L1, Graph, Solution, trend_filter
+from sparseopt.core import Measure
 from sparseopt.experiments import plots
 
 TRIANGLE = np.array([[0, 0], [1, 0], [0, 1]])
@@ -143,7 +144,9 @@ def test_history_draws_the_objective_up_to_the_last_step():
 
 def test_history_of_the_trend_filter_has_the_gaps_that_were_measured(rng):
     y = rng.normal(size=30).astype(np.float32)
-    found = trend_filter(y, Graph.chain(30), L1(1.0), 1, "doge", 1e-3, 100, history=True, cadence=5)
+    found = trend_filter(
+        y, Graph.chain(30), L1(1.0), 1, {"name": "doge", "cadence": 5}, tol=1e-3, max_steps=100, history=True
+    )
     steps, gaps = int(found.steps), np.asarray(found.history.gap)
     kept = np.flatnonzero(np.isfinite(gaps[:steps]) & (gaps[:steps] > 0))
     axis = plots.plot_history({"doge": found}, "gap")

@@ -60,18 +60,16 @@ def make_trend(choices: Choices) -> dict[str, Any]:
         "order": maybe(choices, pick(choices, (0, 1))),
         "max_steps": maybe(choices, 20),
     }
+    settings = {"name": "doge", "B": maybe(choices, 1), "rho": maybe(choices, 1.0)}
+    settings |= {"relaxation": maybe(choices, 1.5), "cadence": maybe(choices, 5)}
     more = {
-        "method": pick(choices, ("auto", "doge", "admm", "x", "fast_admm")),
+        "method": pick(choices, ("auto", "doge", "admm", "x", "fast_admm", settings)),
         "tol": maybe(choices, 1e-3, 2),
         "node_weights": any_array(choices, (4,)),
-        "B": maybe(choices, 1),
         "missing": pick(choices, ("nan", "error", "x", None, 3)),
-        "rho": maybe(choices, 1.0),
-        "relaxation": maybe(choices, 1.5),
-        "cadence": maybe(choices, 5),
         "dtype": pick(choices, ("float32", "f8", "int", "x", None, 3, np.complex64)),
         "loss": pick(choices, ("poisson", "logistic", "squared_hinge", "huber", "absolute", "x", 3, None)),
-        "warm_start": maybe(choices, None),
+        "start": maybe(choices, None),
     }
     names = [name for name in more if chance(choices, 6)]
     return arguments | {name: more[name] for name in names}

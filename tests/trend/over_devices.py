@@ -143,13 +143,13 @@ def refusals():
     cases = {
         "more": {"devices": 9},
         "method": {"devices": 2, "method": "admm"},
-        "B": {"devices": 2, "order": 2, "B": 1},
+        "B": {"devices": 2, "order": 2, "method": so.trend.Doge(B=1)},
         "loss": {"devices": 2, "loss": "huber"},
         "several": {"devices": 2, "penalty": {0: so.L1(1.0), 1: so.L1(1.0)}},
         "rows": {"devices": 2, "penalty": so.MCP(0.1, rng.uniform(2, 3, 5))},
         "axes": {"devices": jax.sharding.Mesh(np.array(jax.devices()), ("x",))},
-        "warm start": {"warm_start": single},
-        "other warm start": {"devices": 3, "warm_start": single},
+        "warm start": {"start": single},
+        "other warm start": {"devices": 3, "start": single},
         "short": {"devices": 8, "y": np.zeros((5, 5)), "graph": so.Graph.grid((5, 5))},
         "few": {"devices": 8, "y": np.arange(3.0), "graph": so.Graph.from_edges([(0, 1), (1, 2), (0, 2)])},
     }
@@ -167,7 +167,7 @@ def warm_starts():
     y = picture((37, 23))
     one, two = (so.trend_filter(y, GRID, so.L1(0.1), method="doge", tol=1e-3, devices=d) for d in (None, 2))
     starts = (None, one, two)
-    return [int(so.trend_filter(y, GRID, so.L1(0.1), tol=1e-6, devices=2, warm_start=s).steps) for s in starts]
+    return [int(so.trend_filter(y, GRID, so.L1(0.1), tol=1e-6, devices=2, start=s).steps) for s in starts]
 
 
 if __name__ == "__main__":

@@ -45,3 +45,8 @@ def objective(b, y, graph, weight, order, node_weights=None):
     w = 1.0 if node_weights is None else node_weights
     b, y = np.asarray(b, float), np.asarray(y, float)
     return 0.5 * np.sum(w * (y - b) ** 2) + weight * np.abs(graph.matrix(order + 1) @ b).sum()
+
+
+def of_block(method, block):
+    """A method with B of the differences row by row, or by its name."""
+    return method if block is None else {"name": method, "B": block}

@@ -24,8 +24,8 @@ REFUSALS = {
     "several": "several devices fit one penalty, given penalties of several orders",
     "rows": "the weight of L1 may be one per row; given the shape (5,) in MCP",
     "axes": 'the mesh must have one axis, "devices"',
-    "warm start": "warm_start was found by 2 devices, and its state lies on them: give devices=2",
-    "other warm start": "warm_start was found by 2 devices, and its state lies on them: give devices=2",
+    "warm start": "start was found by 2 devices, and its state lies on them: give devices=2",
+    "other warm start": "start was found by 2 devices, and its state lies on them: give devices=2",
     "short": "that of (5, 5) has 5 nodes for 8 devices",
     "few": "3 nodes are too few for 8 devices",
 }

@@ -71,7 +71,7 @@ def test_nearly_equal_times_are_an_error_that_names_them(dtype, apart, order):
     text = rf"the times of the nodes 9 and 10 are {apart:.3g} apart, .*order {order + 1} in {np.dtype(dtype)}: take one"
     for fit in (
         lambda: so.trend_filter(noisy(), graph, so.L1(1.0), order, dtype=dtype),
-        lambda: so.trend_path(noisy(), graph, order=order, dtype=dtype),
+        lambda: so.trend.trend_path(noisy(), graph, order=order, dtype=dtype),
     ):
         with pytest.raises(ValueError, match=text):
             fit()
@@ -165,8 +165,8 @@ def test_at_order_0_the_ends_make_no_difference():
         so.trend_filter(y, graph, so.L1(1.0)).value, so.trend_filter(y, plain, so.L1(1.0)).value
     )
     assert chosen_method(y, graph, so.L1(1.0)) == chosen_method(y, plain, so.L1(1.0)) == "fast_admm"
-    assert so.largest_weight(y, graph) == so.largest_weight(y, plain)
-    assert so.noise_level(y, graph) == so.noise_level(y, plain)
+    assert so.trend.largest_weight(y, graph) == so.trend.largest_weight(y, plain)
+    assert so.trend.noise_level(y, graph) == so.trend.noise_level(y, plain)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -192,7 +192,7 @@ def test_several_orders_agree_with_a_conic_solver():
 def test_the_largest_weight_leaves_the_polynomial(order):
     y, times = noisy(), times_of("uneven")
     graph = so.Graph.chain(N, times=times, ends="free")
-    weight = so.largest_weight(y, graph, order)
+    weight = so.trend.largest_weight(y, graph, order)
     fit = np.polynomial.Polynomial.fit(times, y, order)(times)
     dual = np.linalg.lstsq(genlasso_matrix(times, N, order + 1).T, y - fit)[0]
     assert weight == pytest.approx(np.abs(dual).max(), rel=1e-8)
@@ -205,7 +205,7 @@ def test_the_largest_weight_leaves_the_polynomial(order):
 @pytest.mark.parametrize(("method", "order"), [("interior", 1), ("interior", 2), ("auto", 2)])
 def test_a_path_counts_the_knots_and_the_polynomial(order, method):
     y, graph = noisy(), so.Graph.chain(N, times=times_of("uneven"), ends="free")
-    path = so.trend_path(y, graph, order=order, num=5, ratio=1e-2, tol=1e-8, method=method).check()
+    path = so.trend.trend_path(y, graph, order=order, num=5, ratio=1e-2, tol=1e-8, method=method).check()
     matrix = graph.matrix(order + 1).toarray()
     knots = [np.sum(np.abs(matrix @ conic_fit(y, matrix, weight)) > 1e-5) for weight in path.weights]
     assert path.degrees_of_freedom.tolist() == [order + 1 + count for count in knots]
@@ -218,16 +218,16 @@ def test_degrees_of_freedom_are_a_dimension():
         matrix = graph.matrix(order + 1).toarray()
         nonzero = np.random.default_rng(order).random(len(matrix)) < 0.3
         wanted = 12 - np.linalg.matrix_rank(matrix[~nonzero])
-        assert so.degrees_of_freedom(nonzero, graph, order) == wanted
+        assert so.trend.degrees_of_freedom(nonzero, graph, order) == wanted
 
 
 def test_cross_validation_finds_a_bend():
     times = times_of("uneven")
     clean = np.abs(times - times[12])
     y = clean + 0.5 * np.random.default_rng(0).standard_normal(N)
-    chosen = so.cross_validate(y, so.Graph.chain(N, times=times, ends="free"), order=1, num=6, folds=3)
+    chosen = so.trend.cross_validate(y, so.Graph.chain(N, times=times, ends="free"), order=1, num=6, folds=3)
     assert np.mean((chosen.value - clean) ** 2) < 0.3 * 0.25
-    assert so.noise_level(y, so.Graph.chain(N, times=times, ends="free"), 1) == pytest.approx(0.5, rel=0.4)
+    assert so.trend.noise_level(y, so.Graph.chain(N, times=times, ends="free"), 1) == pytest.approx(0.5, rel=0.4)
 
 
 @pytest.mark.parametrize("method", ["interior", "doge", "fast_admm"])
@@ -278,7 +278,7 @@ class Kinked(so.scalar.Huber):
 
 BAD_FITS = {
     "free ends at order 1 take smooth losses, and on a chain Absolute and .*, given Kinked": {"loss": Kinked()},
-    "treats all differences row by row, given B=1": {"B": 1},
+    "treats all differences row by row, given B=1": {"method": so.trend.Doge(B=1)},
     'method="doge_groups" needs the ends of the graph': {"method": "doge_groups"},
     "at least 2 observed nodes, given 1": {"node_weights": [1, 0, 0, 0]},
     "order 3 with free ends needs at least 5 nodes, given 4": {"order": 3},
@@ -309,7 +309,7 @@ def test_strong_smoothing_of_a_long_series_takes_few_steps():
     times = np.cumsum(np.random.default_rng(0).uniform(0.2, 2.0, 3000))
     y = np.sin(times / 200) + np.random.default_rng(1).standard_normal(3000)
     graph = so.Graph.chain(3000, times=times, ends="free")
-    found = so.trend_filter(y, graph, so.L1(1e-2 * so.largest_weight(y, graph, 2)), 2).check()
+    found = so.trend_filter(y, graph, so.L1(1e-2 * so.trend.largest_weight(y, graph, 2)), 2).check()
     assert found.steps < 1000
     assert 0 < len(found.knots()) < 30
     flat = so.trend_filter(y, graph, so.L1(1e12), 2).check()
@@ -342,7 +342,7 @@ def test_other_losses_leave_polynomials_free_and_reach_the_optimum(loss, kind, o
     program = conic.Conic(N)
     FORMS[loss](program, sparse.eye_array(N).tocsr()[seen > 0], y[seen > 0], np.ones(N - 2))
     conic.absolute(program, graph.matrix(order + 1), weight)
-    fit = so.trend_filter(y, graph, so.L1(weight), order, method, 1e-7, node_weights=seen, loss=loss).check()
+    fit = so.trend_filter(y, graph, so.L1(weight), order, method, tol=1e-7, node_weights=seen, loss=loss).check()
     assert float(fit.objective) == pytest.approx(program.least(), rel=2e-6)
 
     # For a large weight the fit is the polynomial of least loss, whose gradient no polynomial sees.
@@ -358,7 +358,7 @@ def test_other_losses_leave_polynomials_free_and_reach_the_optimum(loss, kind, o
 @pytest.mark.thorough
 def test_a_path_of_counts_with_free_ends_begins_at_the_polynomial():
     graph = so.Graph.chain(N, ends="free")
-    path = so.trend_path(OBSERVED["poisson"], graph, order=1, num=4, ratio=0.05, loss="poisson").check()
+    path = so.trend.trend_path(OBSERVED["poisson"], graph, order=1, num=4, ratio=0.05, loss="poisson").check()
     assert path.degrees_of_freedom[0] == 2
     assert np.abs(np.diff(path.values[0], 2)).max() < 1e-6
     below = so.trend_filter(OBSERVED["poisson"], graph, so.L1(0.9 * path.weights[0]), 1, loss="poisson").check()
@@ -390,7 +390,7 @@ def linear_optimum(y, matrix, weight, slopes):
 def test_losses_with_kinks_reach_the_optimum_and_leave_the_polynomial_below_the_largest_weight(loss, slopes, order):
     times, y = times_of("uneven"), noisy() + 20 * (np.arange(N) % 9 == 4)
     graph = so.Graph.chain(N, times=times, ends="free")
-    matrix, largest = graph.matrix(order + 1), so.largest_weight(y, graph, order, SEEN, loss=loss)
+    matrix, largest = graph.matrix(order + 1), so.trend.largest_weight(y, graph, order, SEEN, loss=loss)
 
     def fit(weight, **options):
         return so.trend_filter(y, graph, so.L1(weight), order, node_weights=SEEN, loss=loss, **options)
@@ -413,7 +413,7 @@ def test_outliers_do_not_move_a_line_that_other_observations_meet():
     times, y = times_of("uneven"), 1e3 + 7 * times_of("uneven")
     graph, line = so.Graph.chain(N, times=times, ends="free"), y.copy()
     y[[4, 13, 22]] += (50, 4e3, -80)
-    matrix, largest = graph.matrix(2), so.largest_weight(y, graph, 1, SEEN, loss="absolute")
+    matrix, largest = graph.matrix(2), so.trend.largest_weight(y, graph, 1, SEEN, loss="absolute")
     # Many subgradients prove the line; the one that needs the least weight counts.
     assert linear_optimum(y, matrix, 1.001 * largest, (-1, 1)) == pytest.approx(4130, rel=1e-9)
     assert linear_optimum(y, matrix, 0.999 * largest, (-1, 1)) < 4130 * (1 - 1e-6)
@@ -426,7 +426,7 @@ def test_outliers_do_not_move_a_line_that_other_observations_meet():
         np.testing.assert_allclose(exact.value, line, rtol=1e-14)
         assert float(exact.objective) == 0
     with pytest.raises(ValueError, match="the signal is a polynomial of this degree"):
-        so.trend_path(line, graph, order=1, loss="absolute")
+        so.trend.trend_path(line, graph, order=1, loss="absolute")
 
 
 @pytest.mark.thorough
@@ -435,10 +435,10 @@ def test_a_median_with_free_ends_is_chosen_by_cross_validation_whatever_the_outl
     clean, rng = np.abs(times - times[12]), np.random.default_rng(0)
     y = clean + 0.3 * rng.standard_normal(N) + 1e3 * (np.arange(N) % 9 == 4)
     graph = so.Graph.chain(N, times=times, ends="free")
-    path = so.trend_path(y, graph, order=1, num=4, node_weights=SEEN, loss="absolute").check()
+    path = so.trend.trend_path(y, graph, order=1, num=4, node_weights=SEEN, loss="absolute").check()
     assert path.degrees_of_freedom[0] == 2
     assert np.all(np.diff(path.degrees_of_freedom) >= 0)
-    chosen = so.cross_validate(y, graph, order=1, num=5, folds=3, loss="absolute")
+    chosen = so.trend.cross_validate(y, graph, order=1, num=5, folds=3, loss="absolute")
     assert np.mean(np.abs(chosen.value - clean)) < 0.5
 
 

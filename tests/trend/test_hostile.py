@@ -29,13 +29,13 @@ def estimate(y=Y, graph=CHAIN, node_weights=None, X=NODES, **settings):
 ENTRIES = {
     "trend_filter": fit,
     "chosen_method": lambda **changes: chosen_method(**{"y": Y, "graph": CHAIN, "penalty": so.L1(1.0), **changes}),
-    "trend_path": lambda **changes: so.trend_path(**{"y": Y, "graph": CHAIN, "num": 3, **changes}),
-    "cross_validate": lambda **changes: so.cross_validate(**{"y": Y, "graph": CHAIN, "folds": 2, "num": 3, **changes}),
-    "largest_weight": lambda **changes: so.largest_weight(**{"y": Y, "graph": CHAIN, **changes}),
-    "noise_level": lambda **changes: so.noise_level(**{"y": Y, "graph": CHAIN, **changes}),
-    "reweighted": lambda **changes: so.reweighted_trend_filter(
-        **{"y": Y, "graph": CHAIN, "penalty": so.MCP(1.0), **changes}
+    "trend_path": lambda **changes: so.trend.trend_path(**{"y": Y, "graph": CHAIN, "num": 3, **changes}),
+    "cross_validate": lambda **changes: so.trend.cross_validate(
+        **{"y": Y, "graph": CHAIN, "folds": 2, "num": 3, **changes}
     ),
+    "largest_weight": lambda **changes: so.trend.largest_weight(**{"y": Y, "graph": CHAIN, **changes}),
+    "noise_level": lambda **changes: so.trend.noise_level(**{"y": Y, "graph": CHAIN, **changes}),
+    "reweighted": lambda **changes: so.trend.reweighted(**{"y": Y, "graph": CHAIN, "penalty": so.MCP(1.0), **changes}),
     "estimator": estimate,
 }
 # Of the estimator scikit-learn checks X and y, in its own words.
@@ -174,18 +174,30 @@ bad("penalty", "`value` and `prox`", ["trend_filter"], {"a sum with a number": {
 SETTINGS = {
     "tol": {"0": 0.0, "-1": -1, "NaN": NAN, "inf": INF, "text": "a", "None": None, "complex": 1j},
     "max_steps": {"0": 0, "-1": -1, "1.5": 1.5, "NaN": NAN, "inf": INF, "text": "a", "None": None, "2**40": 2**40},
-    "rho": {"0": 0, "-1": -1, "NaN": NAN, "inf": INF, "text": "a"},
-    "relaxation": {"0": 0, "2": 2, "NaN": NAN, "text": "a", "None": None},
-    "cadence": {"0": 0, "-1": -1, "1.5": 1.5, "text": "a"},
-    "B": {"0": 0, "2": 2, "0.5": 0.5, "text": "a"},
-    "method": {"newton": "newton", "None": None, "5": 5},
+    "method": {
+        "newton": "newton",
+        "None": None,
+        "5": 5,
+        "a class": so.trend.Doge,
+        "a mapping": {"name": "a"},
+    },
     "missing": {"drop": "drop", "True": True, "None": None},
     "dtype": {"float16": np.float16, "int": int, "text": "foo"},
-    "warm_start": {"5": 5, "an array": Y},
+    "start": {"5": 5, "an array": Y},
     "loss": {"text": "cubic", "5": 5, "delta 0": so.scalar.Huber(0.0), "a class": so.scalar.Poisson},
 }
 for argument, cases in SETTINGS.items():
     bad("setting", argument, ["trend_filter"], cases, argument)
+# Those of a method.
+OF_METHOD = {
+    "rho": (0, -1, NAN, INF, "a"),
+    "relaxation": (0, 2, NAN, "a", None),
+    "cadence": (0, -1, 1.5, "a"),
+    "B": (0, 2, 0.5, "a"),
+}
+for setting, values in OF_METHOD.items():
+    cases = {f"of {setting} {value}": {"name": "doge", setting: value} for value in values}
+    bad("setting", setting, ["trend_filter"], cases, "method")
 for argument in ("tol", "max_steps", "method", "missing", "dtype"):
     bad("setting", argument, ["trend_path"], SETTINGS[argument], argument)
 bad("setting", "num is", ["trend_path"], {"0": 0, "1.5": 1.5, "NaN": NAN, "text": "a"}, "num")
@@ -288,23 +300,23 @@ OTHERS = {
         ("10**27 nodes", lambda: so.Graph.grid((10**9,) * 3), "are free"),
         ("10**15 nodes", lambda: so.Graph.chain(10**15), "are free"),
         ("10**12 channels", lambda: fit(y=WIDE), "shape (6, 1000000000000), 6,000,000,000,000 values"),
-        ("10**12 channels of noise", lambda: so.noise_level(WIDE, CHAIN), "are free"),
-        ("10**13 levels", lambda: so.trend_path(Y, CHAIN, num=10**13), "10,000,000,000,000 fits"),
+        ("10**12 channels of noise", lambda: so.trend.noise_level(WIDE, CHAIN), "are free"),
+        ("10**13 levels", lambda: so.trend.trend_path(Y, CHAIN, num=10**13), "10,000,000,000,000 fits"),
     ],
     "component": [
         ("nothing observed", lambda: fit(y=np.full(6, NAN), missing="nan"), "no observed node"),
         ("one channel missing", lambda: fit(y=np.c_[Y, HOLES], missing="nan"), "miss some channels"),
-        ("one observation", lambda: so.cross_validate([1.0, 2.0], APART, folds=2), "one observed node"),
-        ("no edge, a path", lambda: so.trend_path([1.0, 2.0], APART), "no edges"),
+        ("one observation", lambda: so.trend.cross_validate([1.0, 2.0], APART, folds=2), "one observed node"),
+        ("no edge, a path", lambda: so.trend.trend_path([1.0, 2.0], APART), "no edges"),
         ("no edge, b itself", lambda: so.trend_filter([1.0], ONE, {-1: so.L1(1.0)}), "apply its prox"),
-        ("a constant, a path", lambda: so.trend_path(np.ones(6), CHAIN), "every weight gives the same fit"),
+        ("a constant, a path", lambda: so.trend.trend_path(np.ones(6), CHAIN), "every weight gives the same fit"),
     ],
     "setting": [
-        ("select: no path", lambda: so.select(5), "TrendPath"),
-        ("degrees_of_freedom: rows", lambda: so.degrees_of_freedom(np.ones(4, bool), CHAIN), "5 rows"),
-        ("degrees_of_freedom: NaN", lambda: so.degrees_of_freedom(np.full(5, NAN), CHAIN), "true or false"),
-        ("degrees_of_freedom: text", lambda: so.degrees_of_freedom(list("abcde"), CHAIN), "real numbers"),
-        ("degrees_of_freedom: graph", lambda: so.degrees_of_freedom(np.ones(5, bool), None), "sparseopt.Graph"),
+        ("select: no path", lambda: so.trend.select(5), "TrendPath"),
+        ("degrees_of_freedom: rows", lambda: so.trend.degrees_of_freedom(np.ones(4, bool), CHAIN), "5 rows"),
+        ("degrees_of_freedom: NaN", lambda: so.trend.degrees_of_freedom(np.full(5, NAN), CHAIN), "true or false"),
+        ("degrees_of_freedom: text", lambda: so.trend.degrees_of_freedom(list("abcde"), CHAIN), "real numbers"),
+        ("degrees_of_freedom: graph", lambda: so.trend.degrees_of_freedom(np.ones(5, bool), None), "sparseopt.Graph"),
         ("random_folds: one node", lambda: random_folds(CHAIN, Y > 5, 2, 0), "two observed nodes"),
     ],
 }

@@ -33,12 +33,12 @@ CHAIN = so.Graph.chain(6)
         ({"order": -1}, "order is a whole number from 0 .*given -1"),
         ({"order": 0.5}, "given 0.5"),
         ({"method": "newton"}, "unknown method 'newton'; known are auto, doge, admm, fast_admm, interior"),
-        ({"B": 0}, r"B is a whole number from 1 to 2 .*given 0"),
-        ({"B": 3}, "1 to 2 .*given 3"),
+        ({"method": {"name": "doge", "B": 0}}, r"B is a whole number from 1 to 2 .*given 0"),
+        ({"method": so.trend.Doge(B=3)}, "1 to 2 .*given 3"),
         ({"tol": 0.0}, "must be positive"),
         ({"max_steps": 0}, "max_steps is a whole number from 1 .*given 0"),
-        ({"relaxation": 2.0}, r"relaxation in \(0, 2\)"),
-        ({"rho": -1.0}, "must be positive"),
+        ({"method": {"name": "doge", "relaxation": 2.0}}, r"relaxation in \(0, 2\)"),
+        ({"method": {"name": "admm", "rho": -1.0}}, "must be positive"),
         ({"node_weights": np.ones(5)}, r"6 nodes need as many node weights, \[6\] or \(6,\), given 5"),
         ({"node_weights": -Y}, "not negative, given -1.0 at node 1"),
         ({"node_weights": np.zeros(6)}, "1 components have no observed node"),
@@ -214,12 +214,12 @@ def test_paths_and_starts_know_the_direction_of_edges_too(rng):
     graph, y = so.Graph.from_edges(edges, 12), rng.standard_normal((3, 4))
     fit = so.trend_filter(y, graph, Uneven(0.3), tol=1e-8)
     np.testing.assert_allclose(
-        so.trend_path(y, graph, Uneven(1.0), weights=[0.3], tol=1e-8).values[0], fit.value, atol=1e-4
+        so.trend.trend_path(y, graph, Uneven(1.0), weights=[0.3], tol=1e-8).values[0], fit.value, atol=1e-4
     )
-    so.trend_filter(y, graph, so.L1(0.3), warm_start=fit).check()
+    so.trend_filter(y, graph, so.L1(0.3), start=fit).check()
     # L1 does not see it, also as the class that is the default: the path of a chain is merged, without steps.
     turned, line = so.Graph.from_edges(np.array(CHAIN.edges)[:, ::-1]), rng.standard_normal(6)
-    paths = [so.trend_path(line, each, num=3) for each in (turned, CHAIN)]
+    paths = [so.trend.trend_path(line, each, num=3) for each in (turned, CHAIN)]
     np.testing.assert_array_equal(paths[0].values, paths[1].values)
     assert paths[0].steps.tolist() == [0, 0, 0]
     # A penalty of one's own that says that it is the same for both signs has the rows of the grid, also under jit.
@@ -278,19 +278,19 @@ def test_solutions_without_a_dual_are_starts_too(rng):
     y = rng.standard_normal(6)
     wanted = so.trend_filter(y, CHAIN, so.L1(0.2), tol=1e-9).value
     without = so.trend_filter(y, CHAIN, so.L1(0.0))
-    for start in (without, so.trend_path(y, CHAIN, num=3).at(1)):
-        found = so.trend_filter(y, CHAIN, so.L1(0.2), tol=1e-9, warm_start=start)
+    for start in (without, so.trend.trend_path(y, CHAIN, num=3).at(1)):
+        found = so.trend_filter(y, CHAIN, so.L1(0.2), tol=1e-9, start=start)
         np.testing.assert_allclose(found.value, wanted, atol=1e-4)
     solver = so.trend_solver(CHAIN, 0)
     np.testing.assert_allclose(solver(y, so.L1(0.2), tol=1e-9, start=without).value, wanted, atol=1e-3)
     with pytest.raises(ValueError, match="a solution of the same graph and order"):
-        so.trend_filter(y, CHAIN, so.L1(0.2), warm_start=so.trend_filter(y, CHAIN, so.L1(0.2), order=1))
+        so.trend_filter(y, CHAIN, so.L1(0.2), start=so.trend_filter(y, CHAIN, so.L1(0.2), order=1))
 
 
 def test_a_signal_that_a_device_cannot_hold_is_refused_before_any_work(monkeypatch):
     monkeypatch.setattr("sparseopt.core.base.arguments.device_memory_left", lambda: 2**20)
     signal, graph = np.zeros(2**20), so.Graph.chain(2**20)
-    for fit in (lambda: so.trend_filter(signal, graph, so.L1(1.0)), lambda: so.trend_path(signal, graph)):
+    for fit in (lambda: so.trend_filter(signal, graph, so.L1(1.0)), lambda: so.trend.trend_path(signal, graph)):
         with pytest.raises(
             ValueError, match=r"takes at least 128\.0 MiB of the device, and 1\.0 MiB are free there: .*CPU"
         ):

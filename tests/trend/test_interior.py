@@ -61,13 +61,13 @@ def test_a_large_weight_gives_the_means_and_the_dual_starts_other_methods(rng):
     means = [y[:6].mean(), y[6:10].mean(), y[10]]
     np.testing.assert_allclose(found.value, np.repeat(means, [6, 4, 1]), atol=1e-12)
     first = so.trend_filter(y, graph, so.L1(0.3), 0, "interior", tol=1e-9)
-    assert int(so.trend_filter(y, graph, so.L1(0.3), 0, "doge", tol=1e-6, warm_start=first).steps) <= 10
+    assert int(so.trend_filter(y, graph, so.L1(0.3), 0, "doge", tol=1e-6, start=first).steps) <= 10
 
 
 def test_it_says_where_it_stopped(rng):
     graph = random_graph(rng, n=40, extra=20)
     y = rng.standard_normal(40)
-    assert so.Status(int(so.trend_filter(y, graph, so.L1(0.5), 1, "interior", max_steps=2, cadence=1).status)) is (
+    assert so.Status(int(so.trend_filter(y, graph, so.L1(0.5), 1, "interior", max_steps=2).status)) is (
         so.Status.MAX_STEPS
     )
     single = so.trend_filter(y.astype(np.float32), graph, so.L1(0.5), 1, "interior", tol=1e-5).check()
@@ -79,8 +79,8 @@ def test_it_says_where_it_stopped(rng):
 def test_auto_takes_it_on_narrow_graphs_alone(rng, monkeypatch):
     road, y = so.Graph.from_edges(so.Graph.grid((30, 40)).edges[1:], 1200), rng.standard_normal(1200)
     assert chosen_method(y, road, so.L1(3.0), 1) == "interior"
-    assert chosen_method(y, road, so.L1(2.0), 1, 1e-6) == "interior"
-    assert chosen_method(y, road, so.L1(2.0), 1, 1e-4) == "doge"
+    assert chosen_method(y, road, so.L1(2.0), 1, tol=1e-6) == "interior"
+    assert chosen_method(y, road, so.L1(2.0), 1, tol=1e-4) == "doge"
     assert chosen_method(y, road, so.L1(0.1), 2) == "interior"
     tangle = so.Graph.from_edges(rng.integers(0, 600, (3000, 2)), 600, merge=True)
     assert chosen_method(rng.standard_normal(600), tangle, so.L1(3.0), 1) == "doge"
@@ -93,7 +93,7 @@ def test_auto_takes_it_on_narrow_graphs_alone(rng, monkeypatch):
     # A warm start is what it cannot use.
     first = so.trend_filter(y, road, so.L1(3.0), 1)
     assert first.state is None  # that of the others has a rho
-    second = so.trend_filter(y, road, so.L1(3.0), 1, warm_start=first)
+    second = so.trend_filter(y, road, so.L1(3.0), 1, start=first)
     assert second.state is not None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert chosen_method(y, road, so.L1(3.0), 1) == "doge"
@@ -105,14 +105,14 @@ def test_auto_takes_it_on_narrow_graphs_alone(rng, monkeypatch):
 def test_paths_are_those_of_the_other_methods(rng, order):
     graph = random_graph(rng, n=60, extra=20)
     y = np.cumsum(rng.standard_normal((60, 2)), axis=0)
-    path = so.trend_path(y, graph, order=order, num=12, ratio=1e-2, tol=1e-7, method="interior").check()
-    other = so.trend_path(y, graph, order=order, num=12, ratio=1e-2, tol=1e-7, method="doge").check()
+    path = so.trend.trend_path(y, graph, order=order, num=12, ratio=1e-2, tol=1e-7, method="interior").check()
+    other = so.trend.trend_path(y, graph, order=order, num=12, ratio=1e-2, tol=1e-7, method="doge").check()
     np.testing.assert_allclose(path.weights, other.weights)
     np.testing.assert_allclose(path.values, other.values, atol=0.02)
     # Which rows are zero is known to the tolerance: a row more or less.
     np.testing.assert_allclose(path.degrees_of_freedom, other.degrees_of_freedom, atol=1)
     # Both single fits and paths take it by themselves.
-    auto = so.trend_path(y, graph, order=order, num=12, ratio=1e-2, tol=1e-7)
+    auto = so.trend.trend_path(y, graph, order=order, num=12, ratio=1e-2, tol=1e-7)
     np.testing.assert_array_equal(auto.values, path.values)
 
 
@@ -120,7 +120,7 @@ def test_paths_are_those_of_the_other_methods(rng, order):
     ("arguments", "match"),
     [
         ({"penalty": so.MCP(1.0)}, "solves the L1 penalty, given MCP"),
-        ({"history": True}, "no warm_start and keeps no history"),
+        ({"history": True}, "no start and keeps no history"),
         ({"loss": "huber"}, "solves the square loss only"),
         ({"penalty": {0: so.L1(1.0), 1: so.L1(1.0)}}, "solves single orders"),
     ],

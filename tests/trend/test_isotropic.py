@@ -63,7 +63,7 @@ def test_the_optimum_is_that_of_an_independent_conic_solver(shape, spacing, chan
     weights = None if known is None else known.astype(float)
     penalty = so.GroupL2(WEIGHT, axis)
     tol = 1e-7 if holes else 1e-9
-    fit = so.trend_filter(y, graph, penalty, 0, method, tol, node_weights=weights).check()
+    fit = so.trend_filter(y, graph, penalty, 0, method, tol=tol, node_weights=weights).check()
     wanted = conic_objective(y, graph, axis != 0, known)
     assert float(fit.objective) == pytest.approx(wanted, rel=10 * tol)
     assert fit.value.shape == y.shape
@@ -143,7 +143,7 @@ def test_total_variation_takes_it():
 @pytest.mark.thorough
 def test_degrees_of_freedom_of_a_path_are_the_divergence_along_random_signs():
     graph, y = so.Graph.grid((12, 12)), steps((12, 12))
-    path = so.trend_path(y, graph, so.GroupL2(1.0, axis=0), weights=[100.0, 1.0, 1e-3], tol=1e-9)
+    path = so.trend.trend_path(y, graph, so.GroupL2(1.0, axis=0), weights=[100.0, 1.0, 1e-3], tol=1e-9)
     rng = np.random.default_rng(0)
     signs = np.stack([rng.choice([-1.0, 1.0], (144,)) for _ in range(14)]).reshape(14, 12, 12)
     with precision(np.dtype(np.float64)):

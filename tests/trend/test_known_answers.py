@@ -33,13 +33,13 @@ def test_without_edges_the_fit_is_the_signal(rng, graph, order):
         np.testing.assert_array_equal(so.trend_filter(y, graph, so.L1(1.0), order, method).value, y)
     both = so.trend_filter(y, graph, {0: so.L1(1.0), 1: so.L1(1.0)})
     np.testing.assert_array_equal(both.value, y)
-    again = so.reweighted_trend_filter(y[:, 0], graph, so.MCP(1.0), order)
+    again = so.trend.reweighted(y[:, 0], graph, so.MCP(1.0), order)
     np.testing.assert_array_equal(again.value, y[:, 0])
     assert again.status is so.Status.STATIONARY
-    assert so.largest_weight(y, graph, order) == 0
-    assert np.isnan(so.noise_level(y, graph, order))
+    assert so.trend.largest_weight(y, graph, order) == 0
+    assert np.isnan(so.trend.noise_level(y, graph, order))
     rows = graph.num_nodes if order % 2 else 0
-    assert so.degrees_of_freedom(np.zeros(rows, bool), graph, order) == graph.num_nodes
+    assert so.trend.degrees_of_freedom(np.zeros(rows, bool), graph, order) == graph.num_nodes
 
 
 @pytest.mark.parametrize(("order", "method"), [(0, "doge"), (2, "interior")])
@@ -98,7 +98,7 @@ LARGE = {
 def test_from_the_largest_weight_on_the_fit_is_the_mean(rng, name, order):
     graph = LARGE[name](rng)
     y = 10 + 3 * rng.standard_normal(graph.num_nodes)
-    largest = so.largest_weight(y, graph, order)
+    largest = so.trend.largest_weight(y, graph, order)
     for factor in (1.01, 100.0, 1e8):
         found = so.trend_filter(y, graph, so.L1(factor * largest), order, "doge", tol=1e-10)
         assert status(found) is so.Status.CONVERGED, factor
@@ -138,8 +138,8 @@ def test_numbers_of_every_kind_give_the_fit_of_their_values(rng, name):
     expected = so.trend_filter(plain, TREE, so.L1(1.0), 1, "doge", tol=1e-4, dtype=kind)
     np.testing.assert_array_equal(found.value, expected.value)
     np.testing.assert_array_equal(np.array(given, np.float64), plain)  # what the caller holds is left alone
-    assert so.largest_weight(given, TREE, 1) == so.largest_weight(plain, TREE, 1)
-    assert so.noise_level(given, TREE) == so.noise_level(plain, TREE)
+    assert so.trend.largest_weight(given, TREE, 1) == so.trend.largest_weight(plain, TREE, 1)
+    assert so.trend.noise_level(given, TREE) == so.trend.noise_level(plain, TREE)
 
 
 def test_layouts_in_memory_do_not_matter(rng):
@@ -176,7 +176,7 @@ def test_masked_entries_and_nan_and_weights_of_0_are_the_same_missing_values(rng
     masked = so.trend_filter(np.ma.array(y, mask=absent), graph, so.L1(0.3), missing="nan").value
     np.testing.assert_array_equal(holes, expected)
     np.testing.assert_array_equal(masked, expected)
-    assert so.largest_weight(np.ma.array(np.arange(12), mask=False), graph, 1) == so.largest_weight(
+    assert so.trend.largest_weight(np.ma.array(np.arange(12), mask=False), graph, 1) == so.trend.largest_weight(
         np.arange(12), graph, 1
     )
 
@@ -218,16 +218,16 @@ def test_what_needs_more_memory_than_there_is_is_refused(monkeypatch):
     needed = signal.FIT_COPIES * y.nbytes
     monkeypatch.setattr(arguments, "ALWAYS_FREE", 0)
     monkeypatch.setattr(arguments, "available_memory_bytes", lambda: needed - 1)
-    for call in (so.trend_filter, so.trend_path):
+    for call in (so.trend_filter, so.trend.trend_path):
         with pytest.raises(ValueError, match=r"10,000 values, takes at least 1\.8 MiB, and 1\.8 MiB are free"):
             call(y, graph, so.L1(1.0))
     monkeypatch.setattr(arguments, "available_memory_bytes", lambda: needed)
     with pytest.raises(ValueError, match="a history of max_steps=1,000,000 steps takes"):
         so.trend_filter(y, graph, so.L1(1.0), history=True, max_steps=10**6)
-    assert so.noise_level(y, graph) > 0
+    assert so.trend.noise_level(y, graph) > 0
 
 
 def test_the_unit_of_the_spacing_does_not_matter(rng):
     y = rng.standard_normal((12, 10))
-    levels = [so.noise_level(y, so.Graph.grid(y.shape, spacing=(h, 2 * h)), order=3) for h in (1e-7, 1.0, 1e7)]
+    levels = [so.trend.noise_level(y, so.Graph.grid(y.shape, spacing=(h, 2 * h)), order=3) for h in (1e-7, 1.0, 1e7)]
     np.testing.assert_allclose(levels, levels[1], rtol=1e-9)

@@ -107,7 +107,7 @@ def test_one_axis_is_the_chain_and_order_0_the_graph():
     plain = so.Graph.grid(SHAPE, SPACING)
     for penalty in (so.L1(0.5), so.GroupL2(0.5, axis=0)):
         np.testing.assert_array_equal(so.trend_filter(Y, GRID, penalty).value, so.trend_filter(Y, plain, penalty).value)
-    assert so.largest_weight(Y, GRID) == so.largest_weight(Y, plain)
+    assert so.trend.largest_weight(Y, GRID) == so.trend.largest_weight(Y, plain)
 
 
 def test_an_axis_that_is_too_short_is_not_penalised():
@@ -131,17 +131,17 @@ def test_the_largest_weight_is_that_of_a_linear_program(order):
         b_eq=pull,
         bounds=[(None, None)] * (rows + 1),
     ).fun
-    assert so.largest_weight(Y, GRID, order, tol=1e-5) == pytest.approx(wanted, rel=1e-5)
+    assert so.trend.largest_weight(Y, GRID, order, tol=1e-5) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_path_counts_a_dimension():
-    path = so.trend_path(Y, GRID, order=1, num=4, ratio=0.03, tol=1e-8).check()
+    path = so.trend.trend_path(Y, GRID, order=1, num=4, ratio=0.03, tol=1e-8).check()
     matrix = kronecker_matrix(SHAPE, 2, SPACING)
     zeros = [np.abs(matrix @ conic_fit(Y.reshape(-1), matrix, weight)) < 1e-5 for weight in path.weights]
     wanted = [30 - np.linalg.matrix_rank(matrix[zero]) for zero in zeros]
     assert path.degrees_of_freedom.tolist() == wanted
     assert wanted[0] == 4  # 1, i, j and i j
-    assert so.degrees_of_freedom(~zeros[1], GRID, 1) == wanted[1]
+    assert so.trend.degrees_of_freedom(~zeros[1], GRID, 1) == wanted[1]
 
 
 def test_a_solver_has_the_derivative_of_the_projection():
@@ -171,7 +171,7 @@ def test_smooth_losses_reach_the_optimum_and_leave_products_free(loss):
     assert float(fit.objective) == pytest.approx(program.least(), rel=2e-6)
     limit = so.trend_filter(y, GRID, so.L1(1e8), 1, loss=loss).check()
     assert np.abs(GRID.matrix(2) @ limit.value.reshape(-1)).max() < 1e-6
-    assert so.trend_path(y, GRID, order=1, num=2, ratio=0.5, loss=loss, tol=1e-3).degrees_of_freedom[0] == 4
+    assert so.trend.trend_path(y, GRID, order=1, num=2, ratio=0.5, loss=loss, tol=1e-3).degrees_of_freedom[0] == 4
 
 
 @pytest.mark.thorough
@@ -187,9 +187,9 @@ def test_pictures_cross_validation_and_noise():
     ramp = 20.0 * ROW + 30.0 * COLUMN
     found = denoise(ramp, 5.0, order=1, ends="free")
     np.testing.assert_array_equal(found.image, ramp)
-    chosen = so.cross_validate(Y, GRID, order=1, num=3, folds=2, ratio=0.1, tol=1e-3)
+    chosen = so.trend.cross_validate(Y, GRID, order=1, num=3, folds=2, ratio=0.1, tol=1e-3)
     assert chosen.value.shape == SHAPE
-    assert so.noise_level(Y, GRID, 1) == pytest.approx(1.0, rel=0.5)
+    assert so.trend.noise_level(Y, GRID, 1) == pytest.approx(1.0, rel=0.5)
     assert chosen_method(Y, GRID, so.L1(50.0), 1) == "admm"
     assert chosen_method(Y, GRID, so.L1(0.1), 1) == "doge"
     assert repr(GRID) == "Graph.grid((6, 5), spacing=(1.0, 1.5), ends='free')"
@@ -219,7 +219,7 @@ def test_what_free_ends_do_not_take_is_refused():
         so.trend_filter(Y, GRID, so.L1(1.0), 1).knots()
     for options, message in (
         ({"loss": "absolute"}, "free ends at order 1 take smooth losses"),
-        ({"B": 1}, "treats all differences row by row, given B=1"),
+        ({"method": so.trend.Doge(B=1)}, "treats all differences row by row, given B=1"),
         ({"method": "doge_groups"}, "needs the ends of the graph"),
         ({"method": "fast_admm"}, "needs a chain"),
     ):
@@ -230,6 +230,6 @@ def test_what_free_ends_do_not_take_is_refused():
         layout_of(GRID, mesh)
     large = so.Graph.grid((40, 40), ends="free")
     with pytest.raises(ValueError, match="the rank of a matrix, which is found for at most 1,024 nodes, given 1,600"):
-        so.degrees_of_freedom(np.zeros(2 * 38 * 40, bool), large, 1)
+        so.trend.degrees_of_freedom(np.zeros(2 * 38 * 40, bool), large, 1)
     with pytest.raises(ValueError, match="a path with a loss takes a grid with free ends of at most 1,024 nodes"):
         trend_path(np.ones((40, 40)), large, order=1, loss="poisson")

@@ -14,7 +14,7 @@ from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.solvers.loss_admm import LossAdmm
 from tests.programs import forget
 from tests.tiers import often
-from tests.trend.problems import GRAPHS, exact_fit, two_parts
+from tests.trend.problems import GRAPHS, exact_fit, of_block, two_parts
 
 LOSSES = {
     "poisson": so.scalar.Poisson(),
@@ -126,7 +126,9 @@ def test_fits_agree_with_an_independent_solver_and_the_gap_bounds_what_they_lack
     best = independent(name, y, graph, weight, order, w)
 
     def fit(level, **keywords):
-        return so.trend_filter(y, graph, so.L1(level), order, method, B=block, node_weights=w, loss=loss, **keywords)
+        return so.trend_filter(
+            y, graph, so.L1(level), order, of_block(method, block), node_weights=w, loss=loss, **keywords
+        )
 
     found = fit(weight, tol=1e-7)
     assert status(found) is so.Status.CONVERGED
@@ -289,7 +291,7 @@ def test_a_part_of_one_label_is_fitted_at_margin_1_and_has_no_say(rng):
         )
 
     apart = fit(mixed)
-    for found in (fit(pure), fit(pure, warm_start=apart)):
+    for found in (fit(pure), fit(pure, start=apart)):
         assert status(found) is so.Status.CONVERGED
         np.testing.assert_array_equal(found.value[10:], 1)
         assert float(found.objective) == pytest.approx(
@@ -363,7 +365,7 @@ def test_a_warm_start_is_quicker_and_the_history_shows_every_check(rng):
         )
 
     cold = fit()
-    assert int(fit(warm_start=cold).steps) < int(cold.steps) / 2
+    assert int(fit(start=cold).steps) < int(cold.steps) / 2
     steps = int(cold.steps)
     assert np.all(np.isfinite(np.asarray(cold.history.gap)[4:steps:5]))
     for name in ("rho", "sigma"):
@@ -375,7 +377,7 @@ def test_a_warm_start_is_quicker_and_the_history_shows_every_check(rng):
             so.L1(0.9),
             1,
             loss="poisson",
-            warm_start=dataclasses.replace(cold, value=cold.value[:8]),
+            start=dataclasses.replace(cold, value=cold.value[:8]),
         )
 
 

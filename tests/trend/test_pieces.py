@@ -100,9 +100,9 @@ def test_channels_agree_within_a_piece(rng):
     alone = [fit.pieces() for fit in fits]
     assert apart.pieces().max() + 1 >= len(set(zip(*alone, strict=True)))
     # The differences of a fit in the layout of a grid can be counted.
-    counts = [so.degrees_of_freedom(fit.nonzero, graph) for fit in fits]
+    counts = [so.trend.degrees_of_freedom(fit.nonzero, graph) for fit in fits]
     assert counts == [labels.max() + 1 for labels in alone]
-    assert so.degrees_of_freedom(apart.nonzero, graph) == sum(counts)
+    assert so.trend.degrees_of_freedom(apart.nonzero, graph) == sum(counts)
 
 
 def test_a_sparse_fit_keeps_its_zeros(rng):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.trend.reweighting import reweighted_trend_filter
+from sparseopt.trend.reweighting import reweighted
 from tests.tiers import often
 from tests.trend.problems import random_graph
 
@@ -41,7 +41,7 @@ def objective(b, y, graph, penalty, order):
 def test_the_objective_falls_to_a_fixed_point(rng, penalty, order):
     graph = random_graph(rng, n=30, extra=10)
     y = 3 * rng.standard_normal(30)
-    found = reweighted_trend_filter(y, graph, penalty, order, rounds=60, tol=1e-9)
+    found = reweighted(y, graph, penalty, order, rounds=60, tol=1e-9)
     assert found.settled
     assert np.all(np.diff(found.objectives) <= 1e-8 * found.objectives[:-1])
     assert found.objectives[-1] == pytest.approx(objective(found.value, y, graph, penalty, order), rel=1e-9)
@@ -58,7 +58,7 @@ def test_the_objective_falls_to_a_fixed_point(rng, penalty, order):
 def test_steps_keep_their_size(rng):
     y = LEVELS + 0.2 * rng.standard_normal(60)
     flat = so.trend_filter(y, CHAIN, so.L1(4.0)).check().value
-    kept = reweighted_trend_filter(y, CHAIN, so.MCP(4.0, 0.9)).value
+    kept = reweighted(y, CHAIN, so.MCP(4.0, 0.9)).value
     means = np.repeat([part.mean() for part in np.split(y, 4)], 15)
     np.testing.assert_allclose(kept, means, atol=1e-3)
     # L1 takes 2 weight / length from a peak, weight / length from an end.
@@ -72,7 +72,7 @@ def test_two_rounds_are_the_one_step_estimate(rng):
     first = so.trend_filter(y, CHAIN, so.L1(1.0), tol=1e-9)
     slopes = np.asarray(penalty.slope(jnp.asarray(CHAIN.matrix(1) @ first.value)), float)
     second = so.trend_filter(y, CHAIN, so.L1(slopes), tol=1e-9)
-    found = reweighted_trend_filter(y, CHAIN, penalty, rounds=2, tol=1e-9)
+    found = reweighted(y, CHAIN, penalty, rounds=2, tol=1e-9)
     assert len(found.objectives) == 2
     np.testing.assert_allclose(found.value, second.value, atol=1e-3)
     np.testing.assert_allclose(found.weights, slopes, atol=1e-4)
@@ -91,13 +91,13 @@ def test_a_step_that_costs_no_more_keeps_its_size_under_other_losses(rng, penalt
     """The weight of its row is 0 for the square loss; here it stays a little above, and the fit is finite."""
     y = np.repeat([2.0, 20.0, 5.0], 20) + 0.1 * rng.standard_normal(60)
     y[10] = 100
-    found = so.reweighted_trend_filter(y, so.Graph.chain(60), penalty, loss=loss)
+    found = so.trend.reweighted(y, so.Graph.chain(60), penalty, loss=loss)
     assert found.settled
     np.testing.assert_allclose(found.solution.value[[5, 30, 50]], [2, 20, 5], atol=0.2)
 
 
 def test_a_missing_node_that_every_jump_cuts_off_stays_between_its_neighbours():
-    fit = np.asarray(reweighted_trend_filter([0, np.nan, 4.0], so.Graph.chain(3), so.MCP(0.5), missing="nan").value)
+    fit = np.asarray(reweighted([0, np.nan, 4.0], so.Graph.chain(3), so.MCP(0.5), missing="nan").value)
     np.testing.assert_allclose(fit[[0, 2]], [0, 4], atol=1e-3)
     assert 0 <= fit[1] <= 4
 
@@ -106,11 +106,11 @@ def test_pictures_other_losses_and_missing_values(rng):
     graph = so.Graph.grid((8, 9))
     y = np.where(np.arange(9) > 4, 5.0, 0.0) + 0.3 * rng.standard_normal((8, 9))
     y[2, 3] = np.nan
-    found = reweighted_trend_filter(y, graph, so.MCP(1.0), missing="nan", tol=1e-5)
+    found = reweighted(y, graph, so.MCP(1.0), missing="nan", tol=1e-5)
     assert found.value.shape == (8, 9)
     assert abs(found.value[2, 3]) < 0.2
     counts = rng.poisson(np.exp(np.repeat([0.5, 2.5], 30))).astype(float)
-    rates = reweighted_trend_filter(counts, CHAIN, Log(2.0, 1.0), loss="poisson", tol=1e-5)
+    rates = reweighted(counts, CHAIN, Log(2.0, 1.0), loss="poisson", tol=1e-5)
     flat = so.trend_filter(counts, CHAIN, so.L1(2.0), loss="poisson", tol=1e-5)
     assert np.ptp(rates.value) > np.ptp(flat.value)
 
@@ -123,11 +123,9 @@ def test_pictures_other_losses_and_missing_values(rng):
         ({"rounds": 0}, ValueError, "rounds is a whole number of at least 1, given 0"),
         ({"tol": 0.0}, ValueError, "tol must be positive and finite, given 0.0"),
         ({"penalty": so.MCP(-1.0)}, ValueError, "must not be negative, given -1.0"),
-        ({"max_steps": 5, "rho": 1e-6}, RuntimeError, "MAX_STEPS"),
+        ({"max_steps": 5, "method": so.trend.Doge(rho=1e-6)}, RuntimeError, "MAX_STEPS"),
     ],
 )
 def test_bad_input_is_an_error_that_names_it(arguments, error, match):
     with pytest.raises(error, match=match):
-        reweighted_trend_filter(
-            **{"y": LEVELS + np.arange(60) % 2, "graph": CHAIN, "penalty": so.MCP(1.0), **arguments}
-        )
+        reweighted(**{"y": LEVELS + np.arange(60) % 2, "graph": CHAIN, "penalty": so.MCP(1.0), **arguments})

@@ -37,14 +37,14 @@ FITS = {
 }
 # What returns something else: how it ended, and numbers to compare.
 OTHERS = {
-    "path": lambda kind: so.trend_path(SIGNAL.astype(kind), GRID, order=1, num=4, ratio=0.1, tol=TOL),
-    "cross_validate": lambda kind: so.cross_validate(
+    "path": lambda kind: so.trend.trend_path(SIGNAL.astype(kind), GRID, order=1, num=4, ratio=0.1, tol=TOL),
+    "cross_validate": lambda kind: so.trend.cross_validate(
         SIGNAL.astype(kind), CHAIN, weights=[1.0, 0.3], folds=2, tol=TOL, method="interior"
     ),
     # One unit in the last place of a step of 5 costs its penalty 1e-5 of this small objective in float32.
-    "reweighted": lambda kind: so.reweighted_trend_filter(STEPS.astype(kind), CHAIN, so.MCP(0.3), tol=5 * TOL),
-    "largest_weight": lambda kind: so.largest_weight(SIGNAL.astype(kind), GRID, 1),
-    "noise_level": lambda kind: so.noise_level(SIGNAL.astype(kind), GRID),
+    "reweighted": lambda kind: so.trend.reweighted(STEPS.astype(kind), CHAIN, so.MCP(0.3), tol=5 * TOL),
+    "largest_weight": lambda kind: so.trend.largest_weight(SIGNAL.astype(kind), GRID, 1),
+    "noise_level": lambda kind: so.trend.noise_level(SIGNAL.astype(kind), GRID),
     "estimator": lambda kind: so.GraphTrendFilter(1, 0.3, GRID, tol=TOL, method="doge").fit(
         np.arange(20)[:, None], SIGNAL.astype(kind)
     ),
@@ -139,7 +139,7 @@ class Fragile:
 
 
 def test_a_users_prox_that_returns_nan_on_the_way_is_named():
-    found = so.trend_filter(SIGNAL, GRID, Fragile(0.3), 0, "admm", rho=1.0)
+    found = so.trend_filter(SIGNAL, GRID, Fragile(0.3), 0, so.trend.Admm(rho=1.0))
     assert so.Status(int(found.status)) is so.Status.NONFINITE
     assert 10 <= int(found.steps) <= 20  # rho changes at step 10
     with pytest.raises(RuntimeError, match="NONFINITE"):
@@ -147,14 +147,14 @@ def test_a_users_prox_that_returns_nan_on_the_way_is_named():
 
 
 def test_a_path_through_nan_says_so_and_nothing_is_chosen_from_it():
-    path = so.trend_path(SIGNAL, GRID, Fragile(1.0), weights=[1.0, 0.5], method="admm")
+    path = so.trend.trend_path(SIGNAL, GRID, Fragile(1.0), weights=[1.0, 0.5], method="admm")
     assert set(path.statuses) == {int(so.Status.NONFINITE)}
     with pytest.raises(RuntimeError, match="NONFINITE"):
         path.check()
     with pytest.raises(RuntimeError, match="2 levels of the path ended in values that are not finite, the first at"):
-        so.select(path, "gcv")
+        so.trend.select(path, "gcv")
     with pytest.raises(RuntimeError, match="levels of the folds"):
-        so.cross_validate(SIGNAL, GRID, Fragile(1.0), weights=[1.0, 0.5], method="admm", folds=2)
+        so.trend.cross_validate(SIGNAL, GRID, Fragile(1.0), weights=[1.0, 0.5], method="admm", folds=2)
 
 
 def test_an_estimator_raises_where_the_fit_is_not_finite():
@@ -164,9 +164,9 @@ def test_an_estimator_raises_where_the_fit_is_not_finite():
 
 
 def test_reweighting_says_whether_it_settled():
-    done = so.reweighted_trend_filter(STEPS, CHAIN, so.MCP(0.3))
+    done = so.trend.reweighted(STEPS, CHAIN, so.MCP(0.3))
     assert (done.settled, done.status) == (True, so.Status.STATIONARY)
-    cut = so.reweighted_trend_filter(STEPS, CHAIN, so.MCP(0.3), rounds=1)
+    cut = so.trend.reweighted(STEPS, CHAIN, so.MCP(0.3), rounds=1)
     assert (cut.settled, cut.status) == (False, so.Status.MAX_STEPS)
 
 

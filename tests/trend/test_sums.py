@@ -114,7 +114,7 @@ def test_zero_terms_are_left_out_and_one_term_is_the_ordinary_filter():
 def test_a_warm_start_is_quicker():
     penalty = {-1: so.L1(0.1), 0: so.L1(0.5)}
     cold = so.trend_filter(Y, CHAIN, penalty, tol=1e-9)
-    warm = so.trend_filter(Y, CHAIN, penalty, tol=1e-9, warm_start=cold)
+    warm = so.trend_filter(Y, CHAIN, penalty, tol=1e-9, start=cold)
     assert int(warm.steps) < int(cold.steps)
 
 
@@ -180,8 +180,8 @@ BOTH = {-1: so.L1(1.0), 0: so.L1(1.0)}
         ({"penalty": {}}, "keyed by their orders.*given none"),
         ({"penalty": {-2: so.L1(1.0)}}, "the order of each .* whole number from -1 .*given -2"),
         ({"penalty": BOTH, "order": 1}, r"keyed by their orders \[-1, 0\], leave order out; given order=1"),
-        ({"penalty": BOTH, "B": 1}, "neither B nor loss, given B=1"),
-        ({"penalty": BOTH, "loss": "poisson"}, "neither B nor loss"),
+        ({"penalty": BOTH, "method": so.trend.Doge(B=1)}, "leave out B"),
+        ({"penalty": BOTH, "loss": "poisson"}, "several penalties take the square loss"),
         ({"penalty": BOTH, "graph": so.Graph.from_edges([], 12)}, "no edges.*apply its prox"),
         ({"penalty": BOTH, "method": "fast_admm"}, "solves single orders.*doge, admm"),
         ({"penalty": {0: so.L1(1.0), 1: so.L1(-1.0)}}, "must not be negative, given -1.0"),

@@ -15,7 +15,7 @@ from sparseopt.trend import plan as plan_module
 from sparseopt.trend.filter import chosen_method
 from tests.programs import forget
 from tests.tiers import often
-from tests.trend.problems import GRAPHS, exact_fit, objective, random_graph, two_parts
+from tests.trend.problems import GRAPHS, exact_fit, objective, of_block, random_graph, two_parts
 
 
 def status(solution):
@@ -38,7 +38,7 @@ def test_every_method_and_block_finds_the_exact_answer(rng, name, order):
     methods = [("doge", block) for block in range(1, order + 2)] + [("admm", None), ("auto", None)]
     methods += [("fast_admm", None)] if name == "chain" else [("interior", None)]
     for method, block in methods:
-        found = so.trend_filter(y, graph, so.L1(weight), order, method, tol=1e-9, B=block)
+        found = so.trend_filter(y, graph, so.L1(weight), order, of_block(method, block), tol=1e-9)
         assert status(found) is so.Status.CONVERGED, (method, block)
         assert objective(found.value, y, graph, weight, order) / best - 1 <= 1.1e-9, (method, block)
         np.testing.assert_allclose(found.value, expected, atol=2e-3, err_msg=f"{method} {block}")
@@ -326,9 +326,9 @@ def test_a_warm_start_is_quicker(rng, method):
     graph = so.Graph.chain(200)
     y = rng.standard_normal(200).cumsum()
     cold = so.trend_filter(y, graph, so.L1(1.0), 1, method, tol=1e-8)
-    warm = so.trend_filter(y, graph, so.L1(1.0), 1, method, tol=1e-8, warm_start=cold)
+    warm = so.trend_filter(y, graph, so.L1(1.0), 1, method, tol=1e-8, start=cold)
     assert int(warm.steps) <= 10 < int(cold.steps)
-    nearby = so.trend_filter(y + 3, graph, so.L1(1.01), 1, method, tol=1e-6, warm_start=cold)
+    nearby = so.trend_filter(y + 3, graph, so.L1(1.01), 1, method, tol=1e-6, start=cold)
     afresh = so.trend_filter(y + 3, graph, so.L1(1.01), 1, method, tol=1e-6)
     assert int(nearby.steps) < int(afresh.steps)
     with pytest.raises(ValueError, match="whose dual has the shape"):
@@ -338,14 +338,14 @@ def test_a_warm_start_is_quicker(rng, method):
             so.L1(1.0),
             1,
             method,
-            warm_start=dataclasses.replace(cold, value=cold.value[:50]),
+            start=dataclasses.replace(cold, value=cold.value[:50]),
         )
 
 
 def test_history_shows_gap_and_rho_at_every_check(rng):
     y = 10 * rng.standard_normal(100)
     found = so.trend_filter(
-        y, so.Graph.chain(100), so.L1(2.0), 0, "doge", tol=1e-6, history=True, max_steps=500, cadence=5
+        y, so.Graph.chain(100), so.L1(2.0), 0, so.trend.Doge(cadence=5), tol=1e-6, history=True, max_steps=500
     )
     steps = int(found.steps)
     gaps = np.asarray(found.history.gap)
@@ -360,7 +360,7 @@ def test_history_shows_gap_and_rho_at_every_check(rng):
 def test_rho_stops_changing(rng):
     y = 10 * rng.standard_normal(400)
     found = so.trend_filter(
-        y, so.Graph.chain(400), so.L1(500.0), 1, "doge", tol=1e-14, history=True, max_steps=4000, cadence=5
+        y, so.Graph.chain(400), so.L1(500.0), 1, so.trend.Doge(cadence=5), tol=1e-14, history=True, max_steps=4000
     )
     rho = np.asarray(found.history.extra["rho"])[4 : int(found.steps) : 5]  # of every check
     changes = 5 * (2 + np.flatnonzero(np.diff(rho)))

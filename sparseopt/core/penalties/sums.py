@@ -54,9 +54,10 @@ def lift(penalty: Penalty, group: Any) -> Lifted:
 
     Example:
         >>> from sparseopt.core.operators.row_tables import row_table
+        >>> from sparseopt.core.penalties.sums import lift
         >>> chain = so.Graph.chain(4)
         >>> table = row_table(chain.matrix(1), chain.groups(1), jnp.float32)  # the edges 0-1 and 2-3; the edge 1-2
-        >>> jax.vmap(lambda group: so.lift(so.L1(1.0), group).prox(jnp.array([0.0, 1.0, 5.0, 9.0]), step=1.0))(table)
+        >>> jax.vmap(lambda group: lift(so.L1(1.0), group).prox(jnp.array([0.0, 1.0, 5.0, 9.0]), step=1.0))(table)
         Array([[0.5, 0.5, 6. , 8. ],
                [0. , 2. , 4. , 9. ]], dtype=float32)
     """

@@ -18,7 +18,7 @@ from sparseopt.core.problem.problem import Measure, Problem, Solution, Solver, S
 def iterate(
     problem: Problem,
     solver: Solver,
-    x0: Any,
+    start: Any,
     *,
     tol: float | Array = 1e-6,
     max_steps: int | Array = 1000,
@@ -26,7 +26,7 @@ def iterate(
 ) -> Solution:
     """Iterate `solver` on `problem` until its residual is at most `tol`; arguments and errors as in `sparseopt.solve`.
 
-    `x0` is a start as the solver takes it.
+    `start` is one as the solver takes it.
     """
     # By Python: under jit, JAX would trace even what is known.
     if not isinstance(max_steps, jax.core.Tracer) and float(max_steps) < 0:
@@ -37,14 +37,14 @@ def iterate(
     length = int(max_steps) + -int(max_steps) % getattr(solver, "stride", 1) if history else 0
     # Without steps there is no loop to compile.
     moves = not (isinstance(max_steps, int) and max_steps == 0)
-    return _iterate(problem, solver, x0, tol, max_steps, length, moves)
+    return _iterate(problem, solver, start, tol, max_steps, length, moves)
 
 
 @partial(Jitted, static_argnums=(5, 6))
 def _iterate(
     problem: Problem,
     solver: Solver,
-    x0: Any,
+    start: Any,
     tol: float | Array,
     max_steps: int | Array,
     history_length: int,
@@ -52,7 +52,7 @@ def _iterate(
 ) -> Solution:
     given = problem
     # The loop is not differentiated: derivatives are attached to its answer.
-    problem, solver, x0 = jax.lax.stop_gradient((problem, solver, x0))
+    problem, solver, start = jax.lax.stop_gradient((problem, solver, start))
 
     def measured(state: Any) -> Measure:
         now = solver.measure(problem, state)
@@ -78,7 +78,7 @@ def _iterate(
         _, steps, now, _ = carry
         return (steps < max_steps) & ~(now.residual <= tol) & sound(now, steps) & ~now.stalled
 
-    state = solver.init(problem, x0)
+    state = solver.init(problem, start)
     first = measured(state)
     # The residual before any step says nothing (no change has been seen): always take one step.
     first = first._replace(residual=jnp.full_like(first.residual, jnp.inf), stalled=jnp.zeros((), bool))

@@ -37,15 +37,15 @@ def extended(array: Any, *more: int) -> np.ndarray:
     return made
 
 
-def padded_problem(problem: Problem, solver: Any, x0: Any) -> tuple[Problem, Any] | None:
+def padded_problem(problem: Problem, solver: Any, start: Any) -> tuple[Problem, Any] | None:
     """The problem and its start with zeros appended, or None where nothing is or may be appended."""
     loss, penalty = problem.loss, problem.penalty
     told = hasattr(loss, "padded") and getattr(penalty, "keeps_zeros", False)
     if not (told and getattr(solver, "ignores_zeros", False)) or problem.operator is not None:
         return None
-    if np.ndim(x0) != 1 or np.ndim(loss.target) != 1 or not _are_known(jax.tree.leaves((problem, solver, x0))):
+    if np.ndim(start) != 1 or np.ndim(loss.target) != 1 or not _are_known(jax.tree.leaves((problem, solver, start))):
         return None
-    rows, columns = np.size(loss.target), np.size(x0)
+    rows, columns = np.size(loss.target), np.size(start)
     if rows * columns > MANY:
         return None
     ratio = COARSE if rows * columns <= FEW else FINE
@@ -59,7 +59,7 @@ def padded_problem(problem: Problem, solver: Any, x0: Any) -> tuple[Problem, Any
         """A parameter, one number or one per entry."""
         return np.append(leaf, np.repeat(leaf[-1:], more_columns)) if np.shape(leaf) == (columns,) else leaf
 
-    return Problem(loss, jax.tree.map(longer, penalty)), extended(x0, more_columns)
+    return Problem(loss, jax.tree.map(longer, penalty)), extended(start, more_columns)
 
 
 def _are_known(leaves: list[Any]) -> bool:
@@ -71,10 +71,10 @@ def _are_known(leaves: list[Any]) -> bool:
     return all(isinstance(leaf, jax.Array) and leaf.devices() == {default} for leaf in rest)
 
 
-def cut(found: Solution, problem: Problem, padded: Problem, x0: Any) -> Solution:
+def cut(found: Solution, problem: Problem, padded: Problem, start: Any) -> Solution:
     """A solution of a padded problem as one of the problem."""
     lengths = {np.shape(padded.loss.target): np.size(problem.loss.target)}
-    lengths[np.shape(found.value)] = np.size(x0)
+    lengths[np.shape(found.value)] = np.size(start)
     leaves, tree = jax.tree.flatten((found.value, found.dual, found.state))
     long = {place: leaf for place, leaf in enumerate(leaves) if leaf.shape in lengths}
     # By NumPy, since a slice by JAX is a program for every length.

@@ -140,7 +140,7 @@ class Solver(Protocol):
       or one per entry. Derivatives for a penalty that is not convex need it.
     """
 
-    def init(self, problem: Problem, x0: Any) -> Any:
+    def init(self, problem: Problem, start: Any) -> Any:
         """The state before the first step: a pytree of fixed structure, shapes and dtypes."""
 
     def step(self, problem: Problem, state: Any) -> Any:

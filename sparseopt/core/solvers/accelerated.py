@@ -94,42 +94,42 @@ class AcceleratedProximalGradient(PlainSolver):
     def stride(self) -> int:
         return self.cadence
 
-    def init(self, problem: Problem, x0: Float[Array, "..."]) -> AcceleratedState:
+    def init(self, problem: Problem, start: Float[Array, "..."]) -> AcceleratedState:
         loss = with_image(problem.loss)
-        x0 = jnp.asarray(x0)
-        image = loss.image(x0)
-        columns, zero = self._columns(problem, x0), jnp.zeros_like(x0)
+        start = jnp.asarray(start)
+        image = loss.image(start)
+        columns, zero = self._columns(problem, start), jnp.zeros_like(start)
         units = self._units(problem, columns)
         at_zero = units.of * loss.gradient_at(zero, loss.image_of_zero(zero, image))
         if self.step_size is None:
-            here = units.of * loss.gradient_at(x0, image)
+            here = units.of * loss.gradient_at(start, image)
             # A first guess at L from below: one step of the power method along the gradient, by a finite difference.
             size = jnp.linalg.norm(here.reshape(-1))
             probe = units.of * here / jnp.where(size > 0, size, 1)
-            moved = x0 - probe
-            curvature = 2 * loss.divergence(moved, loss.image(moved), x0, image)
+            moved = start - probe
+            curvature = 2 * loss.divergence(moved, loss.image(moved), start, image)
             curvature = jnp.where(jnp.isfinite(curvature) & (curvature > 0), curvature, 1)
         else:
-            curvature = 1 / jnp.asarray(self.step_size, x0.dtype)
-        far = jnp.full((), jnp.inf, x0.dtype)
-        one = jnp.ones((), x0.dtype)
+            curvature = 1 / jnp.asarray(self.step_size, start.dtype)
+        far = jnp.full((), jnp.inf, start.dtype)
+        one = jnp.ones((), start.dtype)
         return AcceleratedState(
-            x=x0,
+            x=start,
             image=image,
-            x_old=x0,
+            x_old=start,
             image_old=image,
             momentum=0 * one,
             t=one,
             indefinite=is_indefinite(problem.loss.hessian) if self._has_quadratic_gap(problem) else jnp.asarray(False),
             units=units,
             columns=columns,
-            curvature=curvature.astype(x0.dtype),
-            objective=(loss.value_at(x0, image) + problem.penalty.value(x0)).astype(x0.dtype),
+            curvature=curvature.astype(start.dtype),
+            objective=(loss.value_at(start, image) + problem.penalty.value(start)).astype(start.dtype),
             scale=jnp.linalg.norm(at_zero.reshape(-1)),
             residual=far,
             gap=far * jnp.nan,
             progress=Progress(far, jnp.zeros((), jnp.int32)),
-            prox_memory=cold_memory(problem.penalty, x0),
+            prox_memory=cold_memory(problem.penalty, start),
         )
 
     def _columns(self, problem: Problem, x: Array) -> Units:
@@ -276,8 +276,8 @@ class GraduatedProximalGradient(AcceleratedProximalGradient):
     "SparseNet: coordinate descent with nonconvex penalties", 2011, for paths from L1 to MCP.
     """
 
-    def init(self, problem: Problem, x0: Float[Array, "..."]) -> GraduatedState:
-        state = super().init(problem, x0)
+    def init(self, problem: Problem, start: Float[Array, "..."]) -> GraduatedState:
+        state = super().init(problem, start)
         level = jnp.zeros((), jnp.int32)
         return GraduatedState(**vars(state), first=state.x, end=state.x, end_objective=state.objective, level=level)
 

@@ -200,35 +200,35 @@ class Admm(PlainSolver):
             return f"{type(self).__name__} solves the square loss, given {problem.loss.name}"
         return refuses_unsplit(self, problem, "target weigh observed slack gradient value")
 
-    def init(self, problem: Problem, x0: Start | AdmmState) -> AdmmState:
+    def init(self, problem: Problem, start: Start | AdmmState) -> AdmmState:
         """Start with d = 0 and g the start's dual, or continue from a state of another precision, cast to this one."""
-        if isinstance(x0, AdmmState):
-            return self._first(problem, x0)
-        dtype = x0.x.dtype
+        if isinstance(start, AdmmState):
+            return self._first(problem, start)
+        dtype = start.x.dtype
         split = problem.operator
         far = jnp.full((), jnp.inf, dtype)
-        z = x0.x if split.inner.order == 0 else split.inner.mv(x0.x)
-        rho = jnp.asarray(self.rho if x0.rho is None else x0.rho, dtype)
+        z = start.x if split.inner.order == 0 else split.inner.mv(start.x)
+        rho = jnp.asarray(self.rho if start.rho is None else start.rho, dtype)
         next_change = jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32)
         noise = jnp.zeros((), dtype)
         if has_conjugate(problem.penalty):
             # Of alternating sign, which differences along a chain amplify.
-            signs = 1 - 2 * (sum(jnp.indices(x0.dual.shape, sparse=True)) % 2)
+            signs = 1 - 2 * (sum(jnp.indices(start.dual.shape, sparse=True)) % 2)
             noise = problem.penalty.value((split.row_scale * signs).astype(dtype))
             noise = jnp.where(jnp.isfinite(noise), noise, 0)  # that of a set may be +inf
         state = AdmmState(
-            x=x0.x,
+            x=start.x,
             inner=None if split.inner.order == 0 else z,
             memory=jnp.zeros_like(z),
-            dual=x0.dual,
-            candidate=x0.dual,
+            dual=start.dual,
+            candidate=start.dual,
             prox=None if isinstance(problem.penalty, Norm) else split.outer.mv(z),
             rho=rho,
             count=jnp.zeros((), jnp.int32),
-            next_change=next_change if x0.settled is None else jnp.where(x0.settled, -1, next_change),
+            next_change=next_change if start.settled is None else jnp.where(start.settled, -1, next_change),
             check=Check(far, 0 * far, far, Progress(far, jnp.zeros((), jnp.int32)), 0 * far, rho),
             unit_noise=noise,
-            past=empty_memory(z, x0.x, self.acceleration) if self._accelerates(problem) else None,
+            past=empty_memory(z, start.x, self.acceleration) if self._accelerates(problem) else None,
         )
         return self._first(problem, state)
 

@@ -71,19 +71,19 @@ class Maiht(PlainSolver):
         level = "" if self.target_sparsity is None else " weight"
         return needs(self, problem, loss="hessian center gradient value_at", penalty="value prox" + level)
 
-    def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> MaihtState:
+    def init(self, problem: Problem, start: Float[Array, "n ..."]) -> MaihtState:
         loss = problem.loss
         step = safe_step(loss.hessian, self.seed) if self.step_size is None else self.step_size
-        step = jnp.asarray(step, x0.dtype)
+        step = jnp.asarray(step, start.dtype)
         # The usual start is the minimiser of the loss, where the product is zero.
-        at_center = jnp.all(x0 == loss.center)
-        gradient = jax.lax.cond(at_center, lambda: jnp.zeros_like(x0), lambda: loss.gradient(x0))
-        value = loss.value_at(x0, gradient)
-        u = x0 - step * gradient
-        one = jnp.ones((), x0.dtype)
+        at_center = jnp.all(start == loss.center)
+        gradient = jax.lax.cond(at_center, lambda: jnp.zeros_like(start), lambda: loss.gradient(start))
+        value = loss.value_at(start, gradient)
+        u = start - step * gradient
+        one = jnp.ones((), start.dtype)
         penalty = jax.tree.map(jnp.asarray, problem.penalty)
         return MaihtState(
-            x=x0,
+            x=start,
             u_previous=u,
             u_current=u,
             u_candidate=u,
@@ -92,8 +92,8 @@ class Maiht(PlainSolver):
             step_size=step,
             momentum_previous=0 * one,
             momentum=one,
-            objective=value + penalty.value(x0),
-            residual=jnp.full((), jnp.inf, x0.dtype),
+            objective=value + penalty.value(start),
+            residual=jnp.full((), jnp.inf, start.dtype),
         )
 
     def _level(self, state: MaihtState) -> Any:

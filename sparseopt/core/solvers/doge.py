@@ -122,9 +122,9 @@ class DogeGroups(Admm):
             )
         return None
 
-    def init(self, problem: Problem, x0: Start | AdmmState) -> AdmmState:
-        state = super().init(problem, x0)
-        if isinstance(x0, AdmmState):
+    def init(self, problem: Problem, start: Start | AdmmState) -> AdmmState:
+        state = super().init(problem, start)
+        if isinstance(start, AdmmState):
             return state
         z = state.x if state.inner is None else state.inner
         split, table = problem.operator, self.table

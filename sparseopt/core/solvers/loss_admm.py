@@ -122,33 +122,33 @@ class LossAdmm:
     def refuses(self, problem: Problem) -> str | None:
         return refuses_unsplit(self, problem, "value prox")
 
-    def init(self, problem: Problem, x0: LossStart) -> LossAdmmState:
-        dtype = x0.x.dtype
+    def init(self, problem: Problem, start: LossStart) -> LossAdmmState:
+        dtype = start.x.dtype
         split = problem.operator
         far = jnp.full((), jnp.inf, dtype)
-        z = x0.x if split.inner.order == 0 else split.inner.mv(x0.x)
+        z = start.x if split.inner.order == 0 else split.inner.mv(start.x)
         convex, norm = has_conjugate(problem.penalty), isinstance(problem.penalty, Norm)
-        loss_dual = -split.rmv(x0.dual)
+        loss_dual = -split.rmv(start.dual)
         now = Iterate(
-            x=x0.x,
+            x=start.x,
             inner=None if split.inner.order == 0 else z,
-            loss_memory=jnp.zeros_like(x0.x),
+            loss_memory=jnp.zeros_like(start.x),
             memory=jnp.zeros_like(z),
             loss_dual=loss_dual,
-            dual=x0.dual,
+            dual=start.dual,
             loss_candidate=loss_dual,
-            candidate=x0.dual,
+            candidate=start.dual,
         )
-        objective = problem.loss.value(x0.x) + problem.penalty.value(split.outer.mv(z))
+        objective = problem.loss.value(start.x) + problem.penalty.value(split.outer.mv(z))
         objective = jnp.minimum(objective, jnp.finfo(dtype).max).astype(dtype)
         return LossAdmmState(
             now=now,
-            copies=None if norm else (x0.x, split.outer.mv(z)),
+            copies=None if norm else (start.x, split.outer.mv(z)),
             sums=jax.tree.map(jnp.zeros_like, now) if convex else None,
             length=jnp.zeros((), jnp.int32),
             restart_gap=far,
-            sigma=jnp.asarray(self.sigma if x0.sigma is None else x0.sigma, dtype),
-            rho=jnp.asarray(self.rho if x0.rho is None else x0.rho, dtype),
+            sigma=jnp.asarray(self.sigma if start.sigma is None else start.sigma, dtype),
+            rho=jnp.asarray(self.rho if start.rho is None else start.rho, dtype),
             count=jnp.zeros((), jnp.int32),
             next_change=jnp.full((), FIRST_CHANGE, jnp.int32),
             check=Check(far, objective, far, Progress(far, jnp.zeros((), jnp.int32)), 0 * far),

@@ -160,10 +160,10 @@ class PrimalDual:
         """`<dx, M dx>`."""
         return state.metric * total((apart.x / state.units.of) ** 2)
 
-    def init(self, problem: Problem, x0: Float[Array, "..."]) -> PrimalDualState:
+    def init(self, problem: Problem, start: Float[Array, "..."]) -> PrimalDualState:
         factor = as_least_squares(problem.loss) if isinstance(problem.loss, Quadratic) else None
         problem = problem if factor is None else dataclasses.replace(problem, loss=factor)
-        x = jnp.asarray(x0)
+        x = jnp.asarray(start)
         maps = _maps(problem, x)
         limits = jnp.finfo(x.dtype)
         images = maps.mv(x)
@@ -177,14 +177,14 @@ class PrimalDual:
 
         duals = (problem.loss.rows.gradient(images[0]).astype(x.dtype), jnp.zeros_like(images[1]))
         pulled = maps.data.rmv(duals[0])
-        start = Point(x, duals, images, pulled)
+        first = Point(x, duals, images, pulled)
         far, zero = jnp.full((), jnp.inf, x.dtype), jnp.zeros((), jnp.int32)
         objective = problem.loss.rows.value(images[0]) + problem.penalty.value(images[1])
         state = PrimalDualState(
-            now=start,
-            mapped=start,
+            now=first,
+            mapped=first,
             copies=images,
-            first=start,
+            first=first,
             units=units,
             metric=self._metric(normal, x),
             scales=scales,

@@ -45,10 +45,10 @@ class ProximalGradient(PlainSolver):
     def refuses(self, problem: Problem) -> str | None:
         return needs(self, problem, loss="gradient value_at" + (" hessian" if self.step_size is None else ""))
 
-    def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> ProximalGradientState:
+    def init(self, problem: Problem, start: Float[Array, "n ..."]) -> ProximalGradientState:
         step = safe_step(problem.loss.hessian, self.seed) if self.step_size is None else self.step_size
-        memory = cold_memory(problem.penalty, x0)
-        return self._at(problem, x0, jnp.asarray(step, x0.dtype), jnp.full((), jnp.inf, x0.dtype), memory)
+        memory = cold_memory(problem.penalty, start)
+        return self._at(problem, start, jnp.asarray(step, start.dtype), jnp.full((), jnp.inf, start.dtype), memory)
 
     def step(self, problem: Problem, state: ProximalGradientState) -> ProximalGradientState:
         x, memory = prox_from(problem.penalty, state.u, state.step_size, state.prox_memory)

@@ -64,10 +64,10 @@ class QuadraticAdmm(PlainSolver):
     def refuses(self, problem: Problem) -> str | None:
         return needs(self, problem, loss="hessian center value")
 
-    def init(self, problem: Problem, x0: Float[Array, "n ..."] | Start) -> QuadraticAdmmState:
-        x = x0.x if isinstance(x0, Start) else x0
+    def init(self, problem: Problem, start: Float[Array, "n ..."] | Start) -> QuadraticAdmmState:
+        x = start.x if isinstance(start, Start) else start
         rho, hessian = jnp.asarray(self.rho, x.dtype), problem.loss.hessian
-        point = x + x0.dual / rho if isinstance(x0, Start) else x
+        point = x + start.dual / rho if isinstance(start, Start) else x
         inverse = spd_inverse(hessian + rho * jnp.eye(hessian.shape[0], dtype=hessian.dtype))
         objective = problem.loss.value(x) + problem.penalty.value(x) if self.watch else jnp.zeros((), x.dtype)
         return QuadraticAdmmState(x, point, rho, inverse, objective, jnp.full((), jnp.inf, x.dtype))
@@ -88,7 +88,7 @@ class QuadraticAdmm(PlainSolver):
 
 def solve_rising(
     problem: Problem,
-    x0: Float[Array, "n ..."],
+    start: Float[Array, "n ..."],
     *,
     rho: Float[Array, ""] | float,
     growth: Float[Array, ""] | float,
@@ -109,10 +109,10 @@ def solve_rising(
         >>> np.float64(found.value).round(3).tolist()
         [3.0, 0.0, -2.0]
     """
-    start: Any = x0
+    first: Any = start
     steps = jnp.zeros((), jnp.int32)
     for level in range(levels):
         solver = QuadraticAdmm(rho * growth**level, watch=rest >= 0)
-        found = iterate(problem, solver, start, tol=rest, max_steps=period)
-        start, steps = Start(found.state.x, found.state.dual), steps + found.steps
+        found = iterate(problem, solver, first, tol=rest, max_steps=period)
+        first, steps = Start(found.state.x, found.state.dual), steps + found.steps
     return dataclasses.replace(found, steps=steps)

@@ -47,8 +47,8 @@ class Refit(PlainSolver):
             "penalty"
         )
 
-    def init(self, problem: Problem, x0: Float[Array, "n ..."]) -> RefitState:
-        x = problem.penalty.prox(x0, 1.0)
+    def init(self, problem: Problem, start: Float[Array, "n ..."]) -> RefitState:
+        x = problem.penalty.prox(start, 1.0)
         gradient = problem.loss.gradient(x)
         residual = problem.penalty.prox(-gradient, 1.0)
         squares = jnp.sum(residual**2, axis=0)

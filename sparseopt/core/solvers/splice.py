@@ -66,13 +66,13 @@ class Splice(PlainSolver):
             f"{type(problem.penalty).__name__}; use Maiht or ProximalGradient for a penalty with a prox"
         )
 
-    def init(self, problem: Problem, x0: Float[Array, "n columns"]) -> SpliceState:
-        """The support of x0, or its largest entries where it has too many, refitted."""
+    def init(self, problem: Problem, start: Float[Array, "n columns"]) -> SpliceState:
+        """The support of start, or its largest entries where it has too many, refitted."""
         hessian = problem.loss.hessian
         free = 1 / jnp.diagonal(spd_inverse(hessian))
         curvature = jnp.sqrt(jnp.maximum(free, 0) * jnp.diagonal(hessian))[:, None]
-        mask = problem.penalty.mask(jnp.abs(x0))
-        x, loss = self._refit(problem, x0, mask)
+        mask = problem.penalty.mask(jnp.abs(start))
+        x, loss = self._refit(problem, start, mask)
         zero = jnp.zeros((), x.dtype)
         return SpliceState(x, mask, curvature, jnp.asarray(self.damping, x.dtype), loss, zero, jnp.zeros((), jnp.int32))
 

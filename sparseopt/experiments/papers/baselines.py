@@ -133,10 +133,10 @@ class NestedAdmm(Admm):
     inner_tol: Any = dataclasses.field(kw_only=True)
     inner_limit: int = static(default=2000)
 
-    def init(self, problem: Problem, x0: Any) -> AdmmState:
-        z = problem.operator.inner.mv(x0.x)
+    def init(self, problem: Problem, start: Any) -> AdmmState:
+        z = problem.operator.inner.mv(start.x)
         nested = Nested(jnp.zeros_like(z), z, jnp.zeros_like(self.split.mv(z)), None, jnp.zeros((), jnp.int32))
-        state = super().init(_with_potential(problem, nested), x0)
+        state = super().init(_with_potential(problem, nested), start)
         return dataclasses.replace(state, memory=nested._replace(rho=state.rho))
 
     def _advanced(self, problem: Problem, rho: Array, now: Moving) -> Moving:
@@ -178,8 +178,8 @@ class UntilChange:
 
     solver: Any
 
-    def init(self, problem: Problem, x0: Any) -> ChangeState:
-        state = self.solver.init(problem, x0)
+    def init(self, problem: Problem, start: Any) -> ChangeState:
+        state = self.solver.init(problem, start)
         return ChangeState(state, self.solver.extract(problem, state))
 
     def step(self, problem: Problem, state: ChangeState) -> ChangeState:
@@ -300,7 +300,7 @@ def fit(
     """
     algorithm = algorithm_of(method, order)
     if settings == "tuned" and stop == "gap" and algorithm != "fast_admm":
-        return trend_filter(y, graph, penalty, order, algorithm, tol, max_steps)
+        return trend_filter(y, graph, penalty, order, algorithm, tol=tol, max_steps=max_steps)
     if np.size(y) != graph.num_nodes:
         raise ValueError(f"a baseline takes one channel, given shape {np.shape(y)} on {graph.num_nodes} nodes")
     inner = tol / 10 if inner_tol is None else inner_tol

@@ -1,13 +1,13 @@
 """The methods of the trend filter, one per file, and the choice among them.
 
-A method is an object with a `name`, `refuses(job)` and `plan(job)`. "auto" takes the method that is expected to be the
-fastest: the numbers below are measured.
+A method is an object with its settings, a `name`, `refuses(job)` and `plan(job)`. "auto" takes the method that is
+expected to be the fastest: the numbers below are measured.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,11 +16,11 @@ from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.solvers.dual_program import is_available
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.job import Job, vanishes
-from sparseopt.trend.methods.admm import ADMM
-from sparseopt.trend.methods.doge import DOGE
-from sparseopt.trend.methods.doge_groups import DOGE_GROUPS
-from sparseopt.trend.methods.fast_admm import FAST_ADMM
-from sparseopt.trend.methods.interior import INTERIOR, is_narrow
+from sparseopt.trend.methods.admm import Admm
+from sparseopt.trend.methods.doge import Doge
+from sparseopt.trend.methods.doge_groups import DogeGroups
+from sparseopt.trend.methods.fast_admm import FastAdmm
+from sparseopt.trend.methods.interior import Interior, is_narrow
 
 AUTO = "auto"
 # Above these ratios of weight to noise the interior point method beats Doge-ADMM on narrow graphs: at order 0; and at
@@ -36,8 +36,9 @@ MOST_GRID_NODES = 100_000
 SHORT_FROM, SHORT_TOLS = 10_000, {0: 1e-6, 1: 1e-5}
 
 
+@runtime_checkable
 class Method(Protocol):
-    """A method."""
+    """A method with its settings."""
 
     name: str  # for callers
     one_metric: bool  # whether its x-step may need one metric for all nodes
@@ -52,10 +53,10 @@ class Method(Protocol):
 
 
 # In the order of preference; the last one can do every job.
-CHOICE: tuple[Method, ...] = (INTERIOR, FAST_ADMM, ADMM, DOGE)
+CHOICE: tuple[Method, ...] = (Interior(), FastAdmm(), Admm(), Doge())
 # Those whose fits are pure JAX.
 PURE = CHOICE[1:]
-METHODS: dict[str, Method] = {method.name: method for method in (DOGE, ADMM, FAST_ADMM, INTERIOR, DOGE_GROUPS)}
+METHODS: dict[str, Any] = {method.name: method for method in (Doge(), Admm(), FastAdmm(), Interior(), DogeGroups())}
 
 
 def strong_from(graph: Graph, order: int) -> float:
@@ -115,30 +116,43 @@ def interior_pays(job: Job) -> bool:
 
 
 PAYS: dict[str, Callable[[Job], bool]] = {
-    INTERIOR.name: interior_pays,
-    FAST_ADMM.name: fast_admm_pays,
-    ADMM.name: admm_pays,
-    DOGE.name: lambda job: True,
+    Interior.name: interior_pays,
+    FastAdmm.name: fast_admm_pays,
+    Admm.name: admm_pays,
+    Doge.name: lambda job: True,
 }
 
 
-def named(name: Any) -> str | None:
-    """The name of a method; None for "auto", a ValueError for an unknown name."""
-    if not (isinstance(name, str) and name in (AUTO, *METHODS)):
-        raise ValueError(unknown("method", name, (AUTO, *METHODS)))
-    return None if name == AUTO else name
+def checked_method(given: Any) -> Method | None:
+    """A method, by itself, by the name of its defaults, or by name and settings as in `{"name": "doge", "B": 2}`.
+
+    None for "auto", and a ValueError for anything else.
+    """
+    if isinstance(given, Mapping) and given.get("name") in METHODS:
+        settings = {key: value for key, value in given.items() if key != "name"}
+        known = [field.name for field in dataclasses.fields(METHODS[given["name"]])]
+        for key in settings.keys() - set(known):
+            raise ValueError(unknown(f"setting of {given['name']}", key, known))
+        return dataclasses.replace(METHODS[given["name"]], **settings)
+    if isinstance(given, Method) and not isinstance(given, type):
+        return given
+    if isinstance(given, type) and given in map(type, METHODS.values()):
+        raise ValueError(f"a method is a name or an object, given the class {given.__name__}: write {given.__name__}()")
+    if not (isinstance(given, str) and given in (AUTO, *METHODS)):
+        raise ValueError(unknown("method", given, (AUTO, *METHODS)))
+    return None if given == AUTO else METHODS[given]
 
 
 def chosen(job: Job, among: tuple[Method, ...] = CHOICE) -> Method:
-    """The method that a job names (a ValueError if it cannot do it); else the first that can do it and pays."""
+    """The method of a job (a ValueError if it cannot do it); without one the first that can do it and pays."""
     if job.method is None:
         for method in among:
             if PAYS[method.name](job) and method.refuses(job) is None:
                 return method
-    method = among[-1] if job.method is None else METHODS[job.method]
-    if reason := method.refuses(job):
+    named: Method = among[-1] if job.method is None else job.method
+    if reason := named.refuses(job):
         raise ValueError(reason)
-    return method
+    return named
 
 
 def is_short(job: Job, method: Method | None = None) -> bool:
@@ -154,7 +168,8 @@ def is_short(job: Job, method: Method | None = None) -> bool:
         return False
     # At missing nodes rounding of the dual costs as much as the whole gap.
     seen = signal.weights is None or bool(signal.weights.all())
-    return seen and isinstance(job.penalty, Norm) and not vanishes(job.penalty) and (method or chosen(job)) is DOGE
+    seen = seen and isinstance(job.penalty, Norm) and not vanishes(job.penalty)
+    return seen and isinstance(method or chosen(job), Doge)
 
 
 def chosen_for_path(job: Job) -> Method:
@@ -165,4 +180,4 @@ def chosen_for_path(job: Job) -> Method:
     if job.method is not None or not isinstance(job.penalty, Norm):
         return chosen(job)
     method = chosen(dataclasses.replace(job, assumed=math.inf))
-    return ADMM if method is DOGE and job.order else method
+    return Admm() if isinstance(method, Doge) and job.order else method

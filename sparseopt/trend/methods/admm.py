@@ -14,15 +14,16 @@ from sparseopt.core.base.mesh import on_device
 from sparseopt.core.operators.maps import Identity, Split, Stack
 from sparseopt.core.operators.normal_solves import ConjugateGradient, banded_solve, free_solve
 from sparseopt.core.solvers.admm import standard_split
-from sparseopt.trend.job import Job
+from sparseopt.trend.job import Job, Settings
 from sparseopt.trend.plan import Plan
 
 # With an exact x-step a check is cheap.
 CADENCE = 5
 
 
-class StandardAdmm:
-    """The split `z = Δ^(k+1) b`."""
+@dataclasses.dataclass(frozen=True)
+class Admm(Settings):
+    """The standard ADMM, with the split `z = Δ^(k+1) b`; it solves over the whole graph in every step."""
 
     name = "admm"
     one_metric = True
@@ -84,26 +85,14 @@ def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, even: boo
     return ConjugateGradient(diagonal.astype(kind), jnp.asarray(1e-2, kind))
 
 
-def refusal(job: Job, name: str, *, single: bool = False, blocks: bool = False) -> str | None:
-    """Why a method that takes no mesh refuses a job, or None.
-
-    One that is `single` takes only one penalty and the square loss, and only one
-    with `blocks` takes B.
-    """
+def refusal(job: Job, name: str, *, single: bool = False) -> str | None:
+    """Why a method that takes no mesh refuses a job, or None; a `single` one takes one penalty and the square loss."""
     if single and not job.square:
         return f"method={name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
     if single and job.several:
         return f"method={name!r} solves single orders; with several penalties use auto, doge, admm"
-    if job.block is not None and job.block <= job.order and job.graph.free:
-        return f"with free ends Doge-ADMM treats all differences row by row, given B={job.block}: leave out B"
-    if job.block is not None and not blocks:
-        return f"B is the number of differences that Doge-ADMM treats row by row, given B={job.block}: leave out B"
     if job.layout.mesh is not None:
         return (
-            f'several devices work by method="doge", given method={job.method!r}: leave out devices, or take "doge" or '
-            '"auto"'
+            f'several devices work by method="doge", given method="{name}": leave out devices, or take "doge" or "auto"'
         )
     return None
-
-
-ADMM = StandardAdmm()

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from sparseopt.core.base.arguments import whole_number
 from sparseopt.core.base.mesh import on_device
 from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.solvers.doge import doge_split
-from sparseopt.trend.job import Job
-from sparseopt.trend.methods.admm import node_solve, refusal
+from sparseopt.trend.job import Job, Settings
+from sparseopt.trend.methods.admm import node_solve
 from sparseopt.trend.plan import Plan
 from sparseopt.trend.signal import MOST_ORDER
 
@@ -24,31 +25,40 @@ from sparseopt.trend.signal import MOST_ORDER
 CADENCE = 10
 
 
-class Doge:
-    """Doge-ADMM with B of the k + 1 differences row by row, by default all of them."""
+@dataclasses.dataclass(frozen=True)
+class Doge(Settings):
+    """Doge-ADMM, which treats rows of differences separately.
 
+    Args:
+        B: the number of the k + 1 difference factors that it treats row by row, `1..k+1`; None for all. A smaller B
+            solves over the whole graph for the others.
+    """
+
+    B: int | None = None
     name = "doge"
     one_metric = False
     balances_rho = True
     keeps_rho_from = MOST_ORDER + 1
 
     def refuses(self, job: Job) -> str | None:
+        if reason := refuses_block(self.B, job):
+            return reason
         if job.layout.mesh is None:
-            return None if job.block is None else refusal(job, self.name, blocks=True)
+            return None
         if job.several:
             return "several devices fit one penalty, given penalties of several orders: leave out devices, or give one"
         if not job.square:
             return f"several devices fit the square loss, given {job.loss}: leave out devices, or leave out loss"
-        if job.block not in (None, job.order + 1):
+        if self.B not in (None, job.order + 1):
             return (
                 f"several devices take B = order + 1 = {job.order + 1}, which needs no solve over the whole graph, "
-                f"given B={job.block}: leave out devices, or leave out B"
+                f"given B={self.B}: leave out devices, or leave out B"
             )
         return None
 
     def plan(self, job: Job) -> Plan:
         layout, kind = job.layout, job.dtype
-        block = job.order + 1 if job.block is None else job.block
+        block = job.order + 1 if self.B is None else self.B
         cosines = job.graph.shape is not None and not job.weighted and block <= job.order
         key = (self.name, tuple(job.terms), block, cosines, kind.name, bool(job.channels))
 
@@ -71,6 +81,18 @@ class Doge:
             return on_device(plan)
 
         return layout.cached(key, build)
+
+
+def refuses_block(block: int | None, job: Job) -> str | None:
+    """Why a number of differences that are treated row by row does not suit a job, or None."""
+    if block is None:
+        return None
+    whole_number("B", block, 1, job.order + 1, "up to order + 1; B = 0 is the standard ADMM")
+    if job.several:
+        return f"several penalties have all their differences treated row by row, given B={block}: leave out B"
+    if job.graph.free and block <= job.order:
+        return f"with free ends Doge-ADMM treats all differences row by row, given B={block}: leave out B"
+    return None
 
 
 def split_of(job: Job, block: int, groups: int | None = None) -> Split:
@@ -98,6 +120,3 @@ def placed(job: Job, split: Split) -> Split:
 
     rows, columns = put(split.row_scale, job.order + 1), put(split.column_scale, split.inner.order)
     return dataclasses.replace(split, row_scale=rows, column_scale=columns)
-
-
-DOGE = Doge()

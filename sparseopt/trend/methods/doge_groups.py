@@ -4,6 +4,7 @@ It has the iterates of `doge.py` with the paper's metric, at the cost of its cop
 comparisons, for trying another prox of a group. For fits use "doge".
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,12 +15,12 @@ from sparseopt.core.base.mesh import on_device
 from sparseopt.core.base.types import pytree
 from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.operators.row_tables import table_shape
-from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table
+from sparseopt.core.solvers import doge
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import couples_axes
-from sparseopt.trend.job import Job
+from sparseopt.trend.job import Job, Settings
 from sparseopt.trend.methods.admm import node_solve, refusal
-from sparseopt.trend.methods.doge import CADENCE, placed, split_of
+from sparseopt.trend.methods.doge import CADENCE, placed, refuses_block, split_of
 from sparseopt.trend.plan import Plan
 
 
@@ -32,13 +33,15 @@ class GroupsPlan(Plan):
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         return _refuses(penalty) or super().refuses(penalty, weighted)
 
-    def solver(self, rho: Any, relaxation: Any = 1.7) -> DogeGroups:
-        return DogeGroups(self.node_solve, rho, relaxation, self.cadence, table=self.table)
+    def solver(self, rho: Any, relaxation: Any = 1.7) -> doge.DogeGroups:
+        return doge.DogeGroups(self.node_solve, rho, relaxation, self.cadence, table=self.table)
 
 
-class LiteralDoge:
-    """Doge-ADMM with its copies."""
+@dataclasses.dataclass(frozen=True)
+class DogeGroups(Settings):
+    """Doge-ADMM with its copies; B as of `Doge`."""
 
+    B: int | None = None
     name = "doge_groups"
     one_metric = balances_rho = False
     keeps_rho_from = 0
@@ -46,13 +49,13 @@ class LiteralDoge:
     def refuses(self, job: Job) -> str | None:
         if job.graph.free:
             return f'method="{self.name}" needs the ends of the graph; with free ends use "doge", "admm" or "interior"'
-        return _refuses(job.penalty) or refusal(job, self.name, single=True, blocks=True)
+        return _refuses(job.penalty) or refusal(job, self.name, single=True) or refuses_block(self.B, job)
 
     def plan(self, job: Job) -> GroupsPlan:
         """The groups of rows as padded tables, if these and the copies fit in memory: a hub makes them wide."""
         # Given edges that are those of a grid have the layout of the grid.
         graph = job.graph if job.graph.shape is None else Graph.grid(job.graph.shape, job.graph.spacing)
-        kind, block = job.dtype, job.order + 1 if job.block is None else job.block
+        kind, block = job.dtype, job.order + 1 if self.B is None else self.B
         cosines = graph.shape is not None and not job.weighted and block <= job.order
         key = (self.name, job.order, block, cosines, kind.name, bool(job.channels))
 
@@ -68,7 +71,7 @@ class LiteralDoge:
             solve: Any = Diagonal()
             if split.inner.order:
                 solve = node_solve(job, (split.inner.order,), np.asarray(split.column_scale), cosines)
-            table = doge_groups_table(split.outer, matrix, labels, kind)
+            table = doge.doge_groups_table(split.outer, matrix, labels, kind)
             plan = GroupsPlan(job.ground, placed(job, split), solve, CADENCE, table=table)
             return on_device(plan)
 
@@ -79,6 +82,3 @@ def _refuses(penalty: Any) -> str | None:
     if couples_axes(penalty):
         return 'method="doge_groups" has its rows in separate groups; for isotropic total variation use "doge"'
     return None
-
-
-DOGE_GROUPS = LiteralDoge()

@@ -4,6 +4,7 @@ At order 0 that prox is the fit; at higher orders it saves steps where smoothing
 the other factor of `D^(k+1)`, `diag(k / (t_(i+k) - t_i)) D^(k)`, makes the x-step a banded system.
 """
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.admm import Start, standard_split
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation
 from sparseopt.trend.ground import Data
-from sparseopt.trend.job import Job
+from sparseopt.trend.job import Job, Settings
 from sparseopt.trend.methods.admm import CADENCE, in_unit, node_solve, refusal
 from sparseopt.trend.plan import Plan
 
@@ -55,8 +56,9 @@ class ChainPlan(Plan):
         return Start(answer, centre - answer)
 
 
-class FastAdmm:
-    """ADMM with the exact fused lasso."""
+@dataclasses.dataclass(frozen=True)
+class FastAdmm(Settings):
+    """ADMM with the exact fused lasso, for L1 on chains."""
 
     name = "fast_admm"
     one_metric = True
@@ -101,6 +103,3 @@ def _refuses(penalty: Any) -> str | None:
     if penalty is not None and np.ndim(penalty.weight) != 0:
         return 'method="fast_admm" takes one weight for all differences; use "doge" or "admm"'
     return None
-
-
-FAST_ADMM = FastAdmm()

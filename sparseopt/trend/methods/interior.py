@@ -37,7 +37,7 @@ CUT, ATTEMPTS = 0.03, 3
 WIDEST_LAYER = 8.0
 
 
-class Interior:
+class InteriorPlan:
     """The interior point method on one job with a signal and the penalty `L1`; the job's dtype must be enabled.
 
     Later fits, as on a path, reuse the ordering of the factors. Needs PIQP, else an ImportError.
@@ -141,8 +141,9 @@ def _factors(graph: Graph, order: int) -> list[sparse.csr_array]:
     return [difference(1)] * (order % 2 == 0) + [difference(2)] * ((order + 1) // 2)
 
 
-class InteriorPoint:
-    """The interior point method, on the host."""
+@dataclasses.dataclass(frozen=True)
+class Interior:
+    """The interior point method for L1, on the host; needs the extra `interior`."""
 
     name = "interior"
     one_metric = balances_rho = False
@@ -151,8 +152,8 @@ class InteriorPoint:
     def refuses(self, job: Job) -> str | None:
         if reason := refusal(job, self.name, single=True):
             return reason
-        if job.warm_start is not None or job.history:
-            return f'method="{self.name}" takes no warm_start and keeps no history; use "doge" or "admm"'
+        if job.start is not None or job.history:
+            return f'method="{self.name}" takes no start and keeps no history; use "doge" or "admm"'
         if job.signal is None:
             return (
                 f'method="{self.name}" works on the host, where nothing is traced: take another for a solver that runs '
@@ -162,8 +163,8 @@ class InteriorPoint:
             return f'method="{self.name}" solves the L1 penalty, given {job.penalty}; use "doge" or "admm"'
         return None
 
-    def plan(self, job: Job) -> Interior:
-        return Interior(job)
+    def plan(self, job: Job) -> InteriorPlan:
+        return InteriorPlan(job)
 
 
 def is_narrow(graph: Graph) -> bool:
@@ -182,6 +183,3 @@ def is_narrow(graph: Graph) -> bool:
         return bool(widest <= WIDEST_LAYER * np.sqrt(graph.num_nodes))
 
     return graph.cached("narrow", build)
-
-
-INTERIOR = InteriorPoint()
