@@ -20,7 +20,7 @@ from sparseopt.core.penalties.names import BY_WEIGHT
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.methods import checked_method
+from sparseopt.trend.methods import Method, checked_method
 from sparseopt.trend.signal import require_not_negative
 
 
@@ -50,7 +50,8 @@ class OnGraph(BaseEstimator):
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """As of scikit-learn; settings of a method are `method__B`, `method__rho`, ..."""
         found = super().get_params(deep)
-        settings = {} if isinstance(self.method, str) or not deep else dataclasses.asdict(self.method)
+        method: Any = self.method
+        settings = dataclasses.asdict(method) if deep and isinstance(method, Method) else {}
         return found | {f"method__{name}": value for name, value in settings.items()}
 
     def set_params(self, **params: Any) -> Any:

@@ -276,6 +276,15 @@ def test_a_fit_is_judged_by_how_it_was_made(noisy):
     np.testing.assert_array_equal(model.predict(NODES), noisy)
 
 
+def test_a_setting_of_the_method_is_a_parameter():
+    model = GraphTrendFilter(1, 1.0, CHAIN, method="doge").set_params(method__B=1, alpha=2.0)
+    assert (model.method, model.alpha) == (so.trend.Doge(B=1), 2.0)
+    assert model.get_params()["method__B"] == 1
+    assert model.set_params(method__rho=3.0).method == so.trend.Doge(rho=3.0, B=1)
+    with pytest.raises(ValueError, match="unknown setting of doge 'b'; known are rho, relaxation, cadence, B"):
+        model.set_params(method__b=1)
+
+
 @pytest.mark.parametrize(
     ("parameters", "error", "match"),
     [
