@@ -20,7 +20,8 @@ from sparseopt.core.penalties.names import BY_WEIGHT
 from sparseopt.core.problem.problem import Status
 from sparseopt.trend.filter import trend_filter
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.methods import Method, checked_method
+from sparseopt.trend.job import Settings
+from sparseopt.trend.methods import checked_method
 from sparseopt.trend.signal import require_not_negative
 
 
@@ -51,7 +52,7 @@ class OnGraph(BaseEstimator):
         """As of scikit-learn; settings of a method are `method__B`, `method__rho`, ..."""
         found = super().get_params(deep)
         method: Any = self.method
-        settings = dataclasses.asdict(method) if deep and isinstance(method, Method) else {}
+        settings = dataclasses.asdict(method) if deep and isinstance(method, Settings) else {}
         return found | {f"method__{name}": value for name, value in settings.items()}
 
     def set_params(self, **params: Any) -> Any:
