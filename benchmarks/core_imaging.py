@@ -216,7 +216,7 @@ def peers(picture: Picture) -> dict[str, Callable[[float, Callable], Any]]:
         return run
 
     def inner(ratio: float, watch: Callable) -> Any:
-        term = pyproximal.L2(Op=data, b=picture.target, niter=INNER, warm=True, solver="cg", start=start())
+        term = pyproximal.L2(Op=data, b=picture.target, niter=INNER, warm=True, solver="cg", x0=start())
         tau, mu = 0.99 * ratio / of_gradient**0.5, 0.99 / ratio / of_gradient**0.5
         return PrimalDual(term, lengths, gradient, start(), tau, mu, niter=MOST_ITERATIONS, callback=watch)
 

@@ -259,7 +259,7 @@ FEATURES, HIDDEN, STEPS, NOISE = 12, 32, 6000, 0.3
 
 
 def examples(count):
-    """Inputs and noisy targets: sin(2 start) + x1 x2 / 1.5."""
+    """Inputs and noisy targets: sin(2 x0) + x1 x2 / 1.5."""
     x = rng.uniform(-2, 2, (count, FEATURES))
     y = np.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2] / 1.5 + NOISE * rng.normal(size=count)
     return jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)

@@ -15,12 +15,13 @@ import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
 
 import sparseopt as so
 from sparseopt.core.penalties.names import PENALTIES
+from sparseopt.trend.methods import METHODS, checked_method
 
 # Whether paths outside this package may be imported: all, none, or those of the packages listed.
 AllowCode = bool | Collection[str]
@@ -192,6 +193,23 @@ class PenaltyConfig(Named):
     kind: ClassVar[str] = "penalty"
     known: ClassVar[Mapping[str, Callable[..., Any]]] = PENALTIES
     methods: ClassVar[tuple[str, ...]] = ("value", "prox")
+
+
+class TrendMethod(Named):
+    """A method of the trend filter with its settings, as in `{name: doge, B: 2}`."""
+
+    kind: ClassVar[str] = "method"
+    known: ClassVar[Mapping[str, Callable[..., Any]]] = {name: type(method) for name, method in METHODS.items()}
+    methods: ClassVar[tuple[str, ...]] = ("refuses", "plan")
+
+
+def _known_method(given: str | TrendMethod) -> str | TrendMethod:
+    checked_method(given if isinstance(given, str) else given.build())
+    return given
+
+
+# By the name of its defaults, or with settings.
+AnyTrendMethod = Annotated[str | TrendMethod, AfterValidator(_known_method)]
 
 
 class SolverConfig(Named):

@@ -14,7 +14,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import Picture
-from sparseopt.experiments.names import PenaltyConfig
+from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
 from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
@@ -182,23 +182,24 @@ class Denoise(NoisyPicture):
     """Add noise to a picture and fit a trend, several times with fresh noise.
 
     Attributes:
-        method: of `trend_filter`, which stops at a relative duality gap of `tol`.
+        method: of `trend_filter`, by name or as in `{name: doge, B: 2}`; it stops at a relative duality gap of `tol`.
         dtype: of the computation.
     """
 
     many_devices: ClassVar[bool] = True
 
     task: Literal["denoise"]
-    method: Literal["auto", "doge", "admm", "doge_groups"] = "auto"
+    method: AnyTrendMethod = "auto"
     dtype: Literal["float64", "float32"] = "float64"
 
     @property
     def label(self) -> str:
-        return self.method
+        return self.method if isinstance(self.method, str) else self.method.label
 
     def fit(self, y: np.ndarray, graph: Graph, max_steps: int) -> Solution:
+        method = self.method if isinstance(self.method, str) else self.method.build()
         return trend_filter(
-            y, graph, self.penalty.build(), self.order, self.method, tol=self.tol, max_steps=max_steps,
+            y, graph, self.penalty.build(), self.order, method, tol=self.tol, max_steps=max_steps,
             dtype=self.dtype, devices=self.devices,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from sparseopt.core.losses.scalar import Squared, checked_scalar
 from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import GraphData, GraphSource
-from sparseopt.experiments.names import PenaltyConfig
+from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
 from sparseopt.experiments.task_denoise import check_penalty, timed_fit
 from sparseopt.system import processes
@@ -46,7 +46,7 @@ class GraphSignal(Task):
         levels: of that path, from the weight of a constant fit down to a hundredth of it.
         loss: by name, as in `trend_filter`; the fit that is recorded and drawn is then the mean, such as the rate.
         order: k.
-        method: of `trend_filter`.
+        method: of `trend_filter`, by name or as in `{name: doge, B: 2}`.
         tol: relative duality gap.
         max_steps: step limit.
     """
@@ -67,7 +67,7 @@ class GraphSignal(Task):
     levels: int = Field(default=20, ge=2)
     loss: str = "square"
     order: int = Field(default=0, ge=0, le=3)
-    method: Literal["auto", "doge", "admm"] = "auto"
+    method: AnyTrendMethod = "auto"
     tol: float = Field(default=1e-6, gt=0)
     max_steps: int = Field(default=50_000, ge=1)
 
@@ -102,13 +102,14 @@ class GraphSignal(Task):
         hidden = may_hide & (rng.random(observed.size) < self.hidden)
         seen = np.where(hidden, np.nan, observed)
         penalty, loss = self.penalty.build(), checked_scalar(self.loss)
+        method = self.method if isinstance(self.method, str) else self.method.build()
         if self.choose is not None:
             observer(f"choosing a weight from {self.levels}", 0, 0)
             penalty = dataclasses.replace(penalty, weight=self._chosen_weight(seen, data.graph, penalty))
 
         def fit(max_steps: int) -> Solution:
             return trend_filter(
-                seen, data.graph, penalty, self.order, self.method, tol=self.tol, max_steps=max_steps, missing="nan",
+                seen, data.graph, penalty, self.order, method, tol=self.tol, max_steps=max_steps, missing="nan",
                 loss=loss, devices=self.devices,
             )  # fmt: skip
 

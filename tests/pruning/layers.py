@@ -43,12 +43,12 @@ def paper_procedure(weight, gram, sparsity, iterations=20, refit=30, ridge=0.1):
         moved = v - alpha * (h @ (v - b))
         return moved * (np.abs(moved) >= np.sqrt(2 * level * alpha))
 
-    start, x1, z, t0, t1 = b, b, b, 0.0, 1.0
+    x0, x1, z, t0, t1 = b, b, b, 0.0, 1.0
     for _ in range(iterations):
         level *= 1 + sparsity - delta - np.mean(x1 == 0)
-        y = x1 + (t0 - 1) / t1 * (x1 - start) + t0 / t1 * (z - x1)
+        y = x1 + (t0 - 1) / t1 * (x1 - x0) + t0 / t1 * (z - x1)
         z, v = step(y), step(x1)
-        start, x1 = x1, z if f(z) <= f(v) else v
+        x0, x1 = x1, z if f(z) <= f(v) else v
         t0, t1 = t1, (np.sqrt(4 * t1**2 + 1) + 1) / 2
     kept = round((1 - sparsity) * b.size)
     mask = np.zeros(b.size, bool)
