@@ -9,17 +9,15 @@ Tibshirani, Saunders, Rosset, Zhu, Knight, "Sparsity and smoothness via the fuse
 Tibshirani, "Adaptive piecewise polynomial estimation via trend filtering", Annals of Statistics 42 (2014), section 7.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.arguments import renames
-from sparseopt.core.base.mesh import Devices, at_work, device_line
+from sparseopt.core.base.mesh import Devices, device_line
 from sparseopt.core.base.types import precision, wide_types
 from sparseopt.core.losses.scalar import checked_scalar
 from sparseopt.core.problem.problem import Solution, Status
@@ -29,7 +27,6 @@ from sparseopt.trend.job import (
     by_order,
     checked_terms,
     graph_for,
-    require_local,
     vanishes,
 )
 from sparseopt.trend.layout import layout_of
@@ -137,16 +134,12 @@ def trend_filter(
         history=history,
     )
     native = wide_types() or job.dtype == np.float32
-    mesh = job.layout.mesh
-    with precision(job.dtype), contextlib.nullcontext() if mesh is None else at_work(mesh):
+    with precision(job.dtype), job.layout.working():
         assert job.signal is not None
         found = _solved(job)
         value = job.layout.shaped(found.value, job.signal.shape)
         found = dataclasses.replace(found, value=value, graph=job.graph, order=job.order)
-        if mesh is not None:
-            return job.layout.fetched(found)
-        # A third of the time of `device_get`, which matters for small fits.
-        return found if native else jax.tree.map(np.asarray, found)
+        return job.layout.fetched(found, native)
 
 
 def chosen_method(
@@ -197,8 +190,7 @@ def checked_job(
     channels, kind = signal.values.shape[1:], signal.values.dtype
     terms = checked_terms(penalty, layout, order, channels, kind)
     job = Job(layout, terms, kind, channels, signal.weights is not None, signal, **options)
-    if layout.mesh is not None:
-        require_local(job.penalty, channels)
+    layout.require_penalty(job.penalty, channels)
     return job
 
 

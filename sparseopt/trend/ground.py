@@ -21,7 +21,6 @@ from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import HIGHEST
 from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.operators.maps import Stack
-from sparseopt.core.operators.normal_solves import cosine_solve, free_solve
 from sparseopt.core.penalties.groups import GroupL2, SparseGroup
 from sparseopt.core.penalties.sums import stacked
 from sparseopt.trend.layout import Layout
@@ -77,11 +76,7 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
         basis = None
         if graph.free and min(orders) > 0:  # a lower order leaves only the mean
             basis = graph.polynomials(min(orders)).astype(dtype)
-        padded, transform = layout.padding(0) > 1, None
-        if graph.shape is not None and layout.mesh is None:
-            solve, power = (free_solve, order + 1) if graph.free else (cosine_solve, 1)
-            transform = solve(graph.shape, (power,), dtype, graph.spacing)
-        present = layout.rows(np.ones(graph.num_nodes, bool), 0) if padded else None
+        present = layout.rows(np.ones(graph.num_nodes, bool), 0) if layout.padding(0) > 1 else None
         ground = Ground(
             operator=maps[0] if orders == (order,) else Stack(maps),
             highest=layout.difference(order + 1, dtype),
@@ -90,7 +85,7 @@ def ground_of(layout: Layout, orders: tuple[int, ...], dtype: np.dtype, channels
             labels=None if labels is None else layout.put(labels, 0),
             present=None if present is None else put(present, 0),
             basis=basis,
-            transform=transform,
+            transform=layout.transform(order + 1, dtype),
             components=graph.num_components,
             padding=(layout.padding(0), layout.padding(order + 1)),
             anchored=-1 in orders,

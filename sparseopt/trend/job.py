@@ -323,20 +323,3 @@ def require_representable(weight: np.ndarray, kind: np.dtype) -> None:
             f"the penalty's weight is 0 or from {limits.tiny:.3g} to {limits.max:.3g} in {kind}, given "
             f"{float(weight[wrong].flat[0]):.3g}"
         )
-
-
-def require_local(penalty: Any, channels: tuple[int, ...]) -> None:
-    """Raise a ValueError unless a penalty acts on every row separately, and rows of padding cost nothing and stay 0."""
-    numbers = dataclasses.replace(penalty, weight=0.0) if isinstance(penalty, L1) else penalty
-    for leaf in jax.tree.leaves(numbers):
-        if np.ndim(leaf) and np.shape(leaf) != channels:
-            raise ValueError(
-                "over several devices a penalty's parameters are numbers, and the weight of L1 may be one per row; "
-                f"given the shape {np.shape(leaf)} in {type(penalty).__name__}: leave out devices, or take L1"
-            )
-    zero = jnp.zeros((2, *channels), jnp.float32)
-    if numbers.value(zero) != 0 or np.any(numbers.prox(zero, 1.0) != 0):
-        raise ValueError(
-            f"over several devices a penalty costs nothing at 0 and leaves 0 as it is, unlike {penalty}: leave out "
-            "devices"
-        )

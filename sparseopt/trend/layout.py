@@ -5,6 +5,7 @@ iteration of Doge-ADMM only the products with Ψ and Ψᵀ, Ψ = Δ^(k+1), excha
 their k + 1 factors. A check takes two more products, and sums of single numbers over all devices.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,14 +13,17 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sparseopt.core.base.mesh import over, put, whole
+from sparseopt.core.base.mesh import at_work, over, put, whole
 from sparseopt.core.operators.differences import Difference, GridBase
+from sparseopt.core.operators.normal_solves import cosine_solve, free_solve
 from sparseopt.core.operators.parts import Cut, cut_graph, part_base
 from sparseopt.core.operators.row_tables import Sums, edge_grid, grid_edges
 from sparseopt.core.operators.slabs import SlabBase
+from sparseopt.core.penalties.entries import L1
 from sparseopt.trend.graph import Graph
 
 T = TypeVar("T")
@@ -33,11 +37,30 @@ class Layout:
     Arrays of an order are on the rows of `graph.matrix(order)`: on nodes for an even order, on edges for an odd one.
     """
 
-    mesh: Mesh | None = None
+    several_devices = False
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.tables: dict[Any, Any] = {}
+
+    def working(self) -> contextlib.AbstractContextManager[Any]:
+        """A context for programs that work on these arrays."""
+        return contextlib.nullcontext()
+
+    def refuses(self, job: Any, method: Any) -> str | None:
+        """Why a method cannot fit a job in this layout, or None."""
+        return None
+
+    def require_penalty(self, penalty: Any, channels: tuple[int, ...]) -> None:
+        """Raise a ValueError for a penalty that cannot act on rows in this layout."""
+
+    def transform(self, order: int, dtype: Any) -> Any:
+        """The transform that makes a grid's Laplacian diagonal, with free ends `ΔᵀΔ`; None for other graphs."""
+        graph = self.graph
+        if graph.shape is None:
+            return None
+        solve, power = (free_solve, order) if graph.free else (cosine_solve, 1)
+        return solve(graph.shape, (power,), dtype, graph.spacing)
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         if key not in self.tables:
@@ -104,9 +127,13 @@ class Layout:
         """An array on the nodes, in the shape of the caller's signal."""
         return self.gathered(values, 0).reshape(shape)
 
-    def fetched(self, solution: Any) -> Any:
-        """A solution as the caller gets it: on several devices all but its state and its dual as host arrays."""
-        return solution
+    def fetched(self, solution: Any, native: bool) -> Any:
+        """A solution as the caller gets it: as it is, or as host arrays where JAX's types of today are shorter.
+
+        On several devices all but its state and its dual are host arrays.
+        """
+        # A third of the time of `device_get`, which matters for small fits.
+        return solution if native else jax.tree.map(np.asarray, solution)
 
     def dual(self, dual: Any, order: int) -> Any:
         """The dual of an earlier solution at the rows of an order in this layout; a ValueError for other devices."""
@@ -139,7 +166,7 @@ class FreeLayout(Layout):
 class LayoutOver(Layout):
     """Arrays over the devices of a mesh of one axis, in equal parts, filled up by padding."""
 
-    mesh: Mesh
+    several_devices = True
 
     def __init__(self, graph: Graph, mesh: Mesh) -> None:
         if graph.shape is not None and max(graph.shape) < mesh.size:
@@ -154,6 +181,45 @@ class LayoutOver(Layout):
         super().__init__(graph)
         self.mesh = mesh
         self.axis = 0 if graph.shape is None else int(np.argmax(graph.shape))
+
+    def working(self) -> contextlib.AbstractContextManager[Any]:
+        return at_work(self.mesh)
+
+    def refuses(self, job: Any, method: Any) -> str | None:
+        if not method.over_devices:
+            return (
+                f'several devices work by method="doge", given method="{method.name}": leave out devices, or take '
+                '"doge" or "auto"'
+            )
+        if job.several:
+            return "several devices fit one penalty, given penalties of several orders: leave out devices, or give one"
+        if not job.square:
+            return f"several devices fit the square loss, given {job.loss}: leave out devices, or leave out loss"
+        if method.B not in (None, job.order + 1):
+            return (
+                f"several devices take B = order + 1 = {job.order + 1}, which needs no solve over the whole graph, "
+                f"given B={method.B}: leave out devices, or leave out B"
+            )
+        return None
+
+    def require_penalty(self, penalty: Any, channels: tuple[int, ...]) -> None:
+        """Every row is penalised separately, and rows of padding cost nothing and stay 0."""
+        numbers = dataclasses.replace(penalty, weight=0.0) if isinstance(penalty, L1) else penalty
+        for leaf in jax.tree.leaves(numbers):
+            if np.ndim(leaf) and np.shape(leaf) != channels:
+                raise ValueError(
+                    "over several devices a penalty's parameters are numbers, and the weight of L1 may be one per row; "
+                    f"given the shape {np.shape(leaf)} in {type(penalty).__name__}: leave out devices, or take L1"
+                )
+        zero = jnp.zeros((2, *channels), jnp.float32)
+        if numbers.value(zero) != 0 or np.any(numbers.prox(zero, 1.0) != 0):
+            raise ValueError(
+                f"over several devices a penalty costs nothing at 0 and leaves 0 as it is, unlike {penalty}: leave out "
+                "devices"
+            )
+
+    def transform(self, order: int, dtype: Any) -> Any:
+        return None
 
     @functools.cached_property
     def cut(self) -> Cut:
@@ -212,7 +278,7 @@ class LayoutOver(Layout):
             return found[self.cut.edges if on_edges else self.cut.nodes]
         return np.take(found, range(self.graph.shape[self.axis]), axis=self.axis + on_edges)
 
-    def fetched(self, solution: Any) -> Any:
+    def fetched(self, solution: Any, native: bool) -> Any:
         kept = dataclasses.replace(solution, state=None, dual=None)
         here = jax.tree.map(lambda leaf: whole(leaf) if isinstance(leaf, jax.Array) else leaf, kept)
         return dataclasses.replace(here, state=solution.state, dual=solution.dual)

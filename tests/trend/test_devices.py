@@ -18,7 +18,7 @@ FITS = (
 )
 REFUSALS = {
     "more": 'devices must be a number from 1 to 8, what JAX sees here, or "all"; given 9',
-    "method": "several devices work by method=\"doge\", given method='admm'",
+    "method": 'several devices work by method="doge", given method="admm"',
     "B": "several devices take B = order + 1 = 3, which needs no solve over the whole graph, given B=1",
     "loss": "several devices fit the square loss, given Huber",
     "several": "several devices fit one penalty, given penalties of several orders",

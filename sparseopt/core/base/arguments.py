@@ -6,29 +6,29 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
+from sparseopt.core.base.types import T
 from sparseopt.system.machine import available_memory_bytes, device_memory_left, format_bytes
 
-Call = TypeVar("Call", bound=Callable[..., Any])
 # A need below this does not ask the machine.
 ALWAYS_FREE = 2**26
 
 
-def renames(**names: str) -> Callable[[Call], Call]:
+def renames(**names: str) -> Callable[[T], T]:
     """A decorator: an argument by one of these old names is a TypeError that says what to write now."""
 
-    def wrap(function: Call) -> Call:
+    def wrap(function: Any) -> Any:
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
             for old in names.keys() & kwargs.keys():
                 raise TypeError(f"{function.__name__} takes no {old} since 0.3: give {names[old]}")
             return function(*args, **kwargs)
 
-        return cast(Call, called)
+        return called
 
     return wrap
 

@@ -43,6 +43,7 @@ class Method(Protocol):
     name: str  # for callers
     one_metric: bool  # whether its x-step may need one metric for all nodes
     balances_rho: bool  # whether it computes rho again at every level of a path, from the start
+    over_devices: bool  # whether it works over several devices
     keeps_rho_from: int  # from this order on it keeps the rho of the previous level of a path, for a norm
 
     def refuses(self, job: Job) -> str | None:
@@ -159,7 +160,7 @@ def is_short(job: Job, method: Method | None = None) -> bool:
     """Whether a job in float64 is solved in float32 first, by its method if none is given."""
     signal = job.signal
     assert signal is not None
-    plain = job.square and not job.several and not job.history and job.layout.mesh is None
+    plain = job.square and not job.several and not job.history and not job.layout.several_devices
     large = job.graph.num_nodes >= SHORT_FROM and job.graph.num_edges > 0
     carries = job.tol >= SHORT_TOLS.get(job.order, np.inf) and (
         job.order == 0 or not (job.graph.free or job.graph.shape is None)

@@ -27,11 +27,11 @@ class Admm(Settings):
 
     name = "admm"
     one_metric = True
-    balances_rho = False
+    balances_rho = over_devices = False
     keeps_rho_from = 0
 
     def refuses(self, job: Job) -> str | None:
-        return refusal(job, self.name)
+        return refusal(job, self)
 
     def plan(self, job: Job) -> Plan:
         even = job.graph.shape is not None and not job.weighted
@@ -85,14 +85,10 @@ def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, even: boo
     return ConjugateGradient(diagonal.astype(kind), jnp.asarray(1e-2, kind))
 
 
-def refusal(job: Job, name: str, *, single: bool = False) -> str | None:
-    """Why a method that takes no mesh refuses a job, or None; a `single` one takes one penalty and the square loss."""
+def refusal(job: Job, method: Any, *, single: bool = False) -> str | None:
+    """Why a method refuses a job, or None; a `single` one takes one penalty and the square loss."""
     if single and not job.square:
-        return f"method={name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
+        return f"method={method.name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
     if single and job.several:
-        return f"method={name!r} solves single orders; with several penalties use auto, doge, admm"
-    if job.layout.mesh is not None:
-        return (
-            f'several devices work by method="doge", given method="{name}": leave out devices, or take "doge" or "auto"'
-        )
-    return None
+        return f"method={method.name!r} solves single orders; with several penalties use auto, doge, admm"
+    return job.layout.refuses(job, method)

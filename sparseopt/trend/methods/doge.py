@@ -37,24 +37,11 @@ class Doge(Settings):
     B: int | None = None
     name = "doge"
     one_metric = False
-    balances_rho = True
+    balances_rho = over_devices = True
     keeps_rho_from = MOST_ORDER + 1
 
     def refuses(self, job: Job) -> str | None:
-        if reason := refuses_block(self.B, job):
-            return reason
-        if job.layout.mesh is None:
-            return None
-        if job.several:
-            return "several devices fit one penalty, given penalties of several orders: leave out devices, or give one"
-        if not job.square:
-            return f"several devices fit the square loss, given {job.loss}: leave out devices, or leave out loss"
-        if self.B not in (None, job.order + 1):
-            return (
-                f"several devices take B = order + 1 = {job.order + 1}, which needs no solve over the whole graph, "
-                f"given B={self.B}: leave out devices, or leave out B"
-            )
-        return None
+        return refuses_block(self.B, job) or job.layout.refuses(job, self)
 
     def plan(self, job: Job) -> Plan:
         layout, kind = job.layout, job.dtype

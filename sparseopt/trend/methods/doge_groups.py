@@ -43,13 +43,13 @@ class DogeGroups(Settings):
 
     B: int | None = None
     name = "doge_groups"
-    one_metric = balances_rho = False
+    one_metric = balances_rho = over_devices = False
     keeps_rho_from = 0
 
     def refuses(self, job: Job) -> str | None:
         if job.graph.free:
             return f'method="{self.name}" needs the ends of the graph; with free ends use "doge", "admm" or "interior"'
-        return _refuses(job.penalty) or refusal(job, self.name, single=True) or refuses_block(self.B, job)
+        return _refuses(job.penalty) or refusal(job, self, single=True) or refuses_block(self.B, job)
 
     def plan(self, job: Job) -> GroupsPlan:
         """The groups of rows as padded tables, if these and the copies fit in memory: a hub makes them wide."""

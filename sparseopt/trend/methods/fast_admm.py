@@ -62,12 +62,12 @@ class FastAdmm(Settings):
 
     name = "fast_admm"
     one_metric = True
-    balances_rho = False
+    balances_rho = over_devices = False
     # Below this order it was faster to adapt rho at every level of a path.
     keeps_rho_from = 2
 
     def refuses(self, job: Job) -> str | None:
-        if reason := refusal(job, self.name, single=True):
+        if reason := refusal(job, self, single=True):
             return reason
         if not job.graph.is_chain:
             return (

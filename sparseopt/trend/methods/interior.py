@@ -146,11 +146,11 @@ class Interior:
     """The interior point method for L1, on the host; needs the extra `interior`."""
 
     name = "interior"
-    one_metric = balances_rho = False
+    one_metric = balances_rho = over_devices = False
     keeps_rho_from = 0
 
     def refuses(self, job: Job) -> str | None:
-        if reason := refusal(job, self.name, single=True):
+        if reason := refusal(job, self, single=True):
             return reason
         if job.start is not None or job.history:
             return f'method="{self.name}" takes no start and keeps no history; use "doge" or "admm"'
