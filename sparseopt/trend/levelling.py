@@ -24,7 +24,7 @@ from sparseopt.core.problem.certify import judge, promoted
 from sparseopt.core.problem.problem import Problem, Status
 from sparseopt.trend.ground import Ground, data_of
 from sparseopt.trend.job import Job
-from sparseopt.trend.methods.doge import Doge
+from sparseopt.trend.methods import chosen
 from sparseopt.trend.pieces import TrendSolution, edges_between, labels_of, levelled
 from sparseopt.trend.plan import resumed
 
@@ -42,9 +42,10 @@ _data = Jitted(data_of)
 
 
 def short_fit(job: Job) -> TrendSolution:
-    """The fit of a job by Doge-ADMM that begins in float32."""
-    working, method = in_float32(job), job.method or Doge()
-    plan, found = method.plan(working).paced(working), None
+    """The fit of a job by its method, which begins in float32."""
+    job = dataclasses.replace(job, method=chosen(job))
+    working, found = in_float32(job), None
+    plan = job.method.plan(working).paced(working)
 
     def solve(tol: float, max_steps: int) -> TrendSolution:
         nonlocal found
@@ -81,8 +82,8 @@ def stopped_early(job: Job, solve: Callable[[float, int], TrendSolution], early:
     if not missed <= 1 and left > 0 and found.value.dtype != job.dtype:
         # What overflows in float32 is no start.
         start = None if int(fit.status) == Status.NONFINITE else fit
-        rest = dataclasses.replace(job, method=job.method or Doge(), start=start, max_steps=left)
-        fit = rest.method.plan(rest).fitted(rest)
+        rest = dataclasses.replace(job, start=start, max_steps=left)
+        fit = chosen(rest).plan(rest).fitted(rest)
         fit = levelled_fit(job, fit)
         steps += int(fit.steps)
     elif not missed <= 1 and left <= 0:

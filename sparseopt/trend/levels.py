@@ -82,7 +82,7 @@ def _by_solver(job: Job, weights: np.ndarray, first: NullFit | None) -> list[Lev
         state = _begun(plan, data, penalty, fits, move, balance=method.balances_rho and index > 0)
         older = start
         if means:
-            here = job.at(weight)
+            here = dataclasses.replace(job.at(weight), method=method)
 
             def solve(tol: float, max_steps: int, penalty: Any = penalty) -> TrendSolution:
                 nonlocal state, start

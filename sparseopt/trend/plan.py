@@ -6,7 +6,6 @@ signal -> centred data -> start -> the solver's loop -> the caller's units, cert
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ from sparseopt.core.problem.certify import judge, promoted, stationary
 from sparseopt.core.problem.differentiate import Found, attached
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Status
-from sparseopt.core.solvers.admm import Admm, Start, solve_mixed
+from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.trend.ground import Data, Ground, data_of, null_space_dual
 from sparseopt.trend.job import Job
 from sparseopt.trend.pieces import TrendSolution, nonzero_at
@@ -34,8 +33,6 @@ from sparseopt.trend.signal import NULL_EPS
 FIRST_RHO = 2.4
 # The memory of Anderson acceleration of the standard ADMM; fifteen were hardly better.
 ACCELERATION = 10
-# From this many nodes on a start in float32 saves more than the compilation of a second program costs.
-MIXED_FROM = 500_000
 # Rounds of smoothing, and steps per round; after each round the signal is tried as a proof that the means are not the
 # fit.
 ROUNDS, SMOOTHINGS = 4, 16
@@ -216,13 +213,8 @@ def fit(
         first = Start(start.x.astype(kind) - data.shift, dual, last)
     problem = Problem(data.centred, inner, plan.split)
     exact = plan.exact and weights is None
-    # An exact start would be lost in float32.
-    large = kind == jnp.float64 and math.prod(ground.highest.in_shape) >= MIXED_FROM and not exact
-    if large and isinstance(penalty, Norm) and not history:
-        found = solve_mixed(problem, solver, first, tol=tol, max_steps=jnp.asarray(limit, jnp.int32))
-    else:
-        limit = 0 if exact else limit
-        found = iterate(problem, solver, first, tol=tol, max_steps=history or limit, history=history > 0)
+    limit = 0 if exact else limit
+    found = iterate(problem, solver, first, tol=tol, max_steps=history or limit, history=history > 0)
     if exact:
         # The start is the answer, also of a history's steps, after which the values of a piece differ by rounding.
         status = jnp.where(found.status == Status.NONFINITE, found.status, Status.CONVERGED)

@@ -12,7 +12,7 @@ import pytest
 import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.problem.certify import Anchor
-from sparseopt.core.solvers.admm import Admm, Start, solve_mixed
+from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.loss_admm import LossAdmm, LossStart
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm, solve_rising
 from sparseopt.core.solvers.splice import Splice
@@ -113,20 +113,13 @@ OTHERS = {
     "rising": lambda kind, penalty: solve_rising(
         dense(penalty, kind), dense(penalty, kind).loss.center, rho=0.1, growth=3.0, levels=3, period=4
     ),
-    "mixed": lambda kind, penalty: mixed(kind, penalty),
 }
-
-
-def mixed(kind, penalty):
-    problem, solver, start = on_chain("doge", 0, kind)
-    problem = dataclasses.replace(problem, penalty=penalty)
-    return solve_mixed(problem, solver, start, tol=jnp.asarray(1e-8), max_steps=jnp.asarray(3000, jnp.int32))
 
 
 def run(name, kind=np.float32):
     with precision(np.dtype(kind)):
         if name in OTHERS:
-            found = OTHERS[name](kind, {"rising": so.TopK(10), "mixed": so.L1(0.3)}[name])
+            found = OTHERS[name](kind, so.TopK(10))
         else:
             problem, solver, start = SOLVERS[name](kind)
             found = so.solve(problem, solver, start, tol=3e-6, max_steps=2000 if "unwatched" not in name else 20)
@@ -152,17 +145,6 @@ class Fragile:
 
     def prox(self, x, step):
         return self.broken(x, so.L1(self.weight).prox(x, step))
-
-
-@so.pytree
-class FragileNorm(Fragile):
-    """The same as a norm."""
-
-    def project_dual(self, dual):
-        return self.broken(dual, so.L1(self.weight).project_dual(dual))
-
-    def slack(self, x, dual):
-        return so.L1(self.weight).slack(x, dual)
 
 
 @so.pytree
@@ -210,8 +192,8 @@ NARROW = [name for name in SOLVERS if name not in ("maiht, always", "quadratic a
 
 @pytest.fixture(scope="module")
 def runs():
-    """A solver's run, each made once; the mixed one in float64, which it needs."""
-    return functools.cache(lambda name: run(name, np.float64 if name == "mixed" else np.float32))
+    """A solver's run, each made once."""
+    return functools.cache(run)
 
 
 # The others differ from these in what a NaN does not meet: another monitor, a watch, the penalty.
@@ -253,9 +235,6 @@ def test_a_prox_that_returns_nan_on_the_way_is_named(runs, name):
 
 def test_a_nan_in_one_of_several_solves_is_named():
     assert status(OTHERS["rising"](np.float32, FragileCount(10))) is so.Status.NONFINITE
-    with precision(np.dtype(np.float64)):
-        found = OTHERS["mixed"](np.float64, FragileNorm(0.3, 0.5))
-        assert status(found) is so.Status.NONFINITE
 
 
 def test_a_lane_that_turns_nan_leaves_the_others_alone(runs):
@@ -281,7 +260,7 @@ def assert_alike(one, other):
     "name", often([*SOLVERS, *OTHERS], *(name for name in [*SOLVERS, *OTHERS] if name not in ONCE_MORE))
 )
 def test_two_runs_agree_to_the_last_bit(runs, name):
-    assert_alike(runs(name), run(name, np.float64 if name == "mixed" else np.float32))
+    assert_alike(runs(name), run(name))
     ended = so.Status.CONVERGED
     if name in ("rising", "quadratic admm, unwatched"):  # a fixed number of steps
         ended = so.Status.MAX_STEPS

@@ -11,6 +11,7 @@ import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.solvers.admm import Admm
+from sparseopt.trend import methods
 from sparseopt.trend import plan as plan_module
 from sparseopt.trend.filter import chosen_method
 from tests.programs import forget
@@ -444,12 +445,11 @@ def test_a_start_in_float32_ends_at_the_float64_fit(rng, name, order, method, mo
     graph = GRAPHS[name](rng)
     y = 50 + 10 * rng.standard_normal(graph.num_nodes)
     exact = exact_fit(y, graph, 3.0, order)
-    monkeypatch.setattr(plan_module, "MIXED_FROM", 1)
-    forget(plan_module.fit)
+    monkeypatch.setattr(methods, "ALWAYS_SHORT", 1)
     found = so.trend_filter(y, graph, so.L1(3.0), order, method, tol=1e-10).check()
     np.testing.assert_allclose(found.value, exact, atol=1e-3)
     assert found.gap <= 1e-10
-    assert found.state.candidate.dtype == np.float64
+    assert found.dual.dtype == np.float64
     limited = so.trend_filter(y, graph, so.L1(3.0), order, method, tol=1e-13, max_steps=20)
     assert int(limited.steps) == 20
     assert so.Status(int(limited.status)) is so.Status.MAX_STEPS
@@ -460,7 +460,7 @@ def test_a_start_in_float32_ends_at_the_float64_fit(rng, name, order, method, mo
 
 def test_an_exact_fit_of_a_long_chain_is_not_lost_in_float32(rng, monkeypatch):
     y = np.cumsum(rng.standard_normal(1500) * (rng.random(1500) < 0.02)) + 0.1 * rng.standard_normal(1500)
-    monkeypatch.setattr(plan_module, "MIXED_FROM", 1)
+    monkeypatch.setattr(methods, "ALWAYS_SHORT", 1)
     found = so.trend_filter(y, so.Graph.chain(1500), so.L1(0.5), tol=1e-10).check()
     assert int(found.steps) == 0
     beyond = so.trend_filter(y, so.Graph.chain(1500), so.L1(0.5), tol=1e-18)

@@ -20,7 +20,6 @@ algorithms", 2011.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +32,7 @@ from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.penalties.protocols import Norm, dual_step, has_conjugate
 from sparseopt.core.problem.certify import judge
-from sparseopt.core.problem.iterate import iterate
-from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, Solution, Status, needs
+from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, needs
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 
 # The best rho lies near this multiple of rms(dual) / rms(y - x): measured on grids, chains and road graphs.
@@ -46,10 +44,10 @@ LARGEST_FACTOR = 4.0
 # Without convexity rho first finds its scale, then grows slowly: a falling rho lets the iterates wander between local
 # minima, a large rise freezes them in a poor one.
 GENTLE_FACTOR = 1.5
-# The float32 gap follows the float64 gap down to about its estimated rounding error: this multiple of it ends the first
-# solve, and so do this many steps without progress.
-HANDOVER = 1.5
-HANDOVER_PATIENCE = 50
+# The solve ends after this many iterations in which the residual did not fall by a tenth and is within this multiple of
+# its estimated rounding error.
+PATIENCE = 100
+ROUNDING_MARGIN = 30.0
 
 
 @pytree
@@ -176,9 +174,6 @@ class Admm(PlainSolver):
         relaxation: in (0, 2).
         cadence: steps between two checks; a check costs one product with the operator and one with its transpose.
         changes: how often rho may change; 0 keeps it.
-        patience: near the rounding level, so many steps without a residual lower by a tenth end the solve.
-        margin: a residual within this multiple of its estimated rounding error is near that level.
-        enough: a residual within this multiple of the rounding level ends the solve at once.
         acceleration: how many differences of checked steps Anderson acceleration remembers; 0 for none.
     """
 
@@ -187,9 +182,6 @@ class Admm(PlainSolver):
     relaxation: Any = 1.7
     cadence: int = static(default=5)
     changes: int = static(default=9)
-    patience: int = static(default=100)
-    margin: float = static(default=30.0)
-    enough: float = static(default=0.0)
     acceleration: int = static(default=0)
 
     def _accelerates(self, problem: Problem) -> bool:
@@ -329,8 +321,7 @@ class Admm(PlainSolver):
     def measure(self, problem: Problem, state: AdmmState) -> Measure:
         check = state.check
         best, waited = check.progress
-        waited = (best <= self.margin * check.floor) & (waited >= self.patience)
-        stalled = waited | (best <= self.enough * check.floor)
+        stalled = (best <= ROUNDING_MARGIN * check.floor) & (waited >= PATIENCE)
         return Measure(check.residual, check.objective, check.gap, {"rho": state.rho}, stalled)
 
     def duals(self, problem: Problem, state: AdmmState) -> tuple[None, Array]:
@@ -354,31 +345,3 @@ def standard_split(inner: Any, outer: Any, dtype: Any) -> Split:
     """The split of the standard ADMM: `outer` the identity, both metrics 1."""
     one = np.ones((), dtype)
     return Split(outer, inner, one, one)
-
-
-def _short(tree: Any) -> Any:
-    """Every float64 array of a pytree in float32."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf, tree)
-
-
-def _long(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, tree)
-
-
-def solve_mixed(problem: Problem, solver: Admm, start: Start, *, tol: Array, max_steps: Array) -> Solution:
-    """As `solve`, in float32 as far as rounding allows, then in float64; the steps of both solves count.
-
-    For a problem larger than the caches the time of a step is that of moving its bytes, so float32 takes half the time.
-    The certificate is that of the float64 state.
-    """
-    problem, solver, start = jax.tree.map(jnp.asarray, (problem, solver, start))
-    brief = dataclasses.replace(solver, patience=HANDOVER_PATIENCE, margin=math.inf, enough=HANDOVER)
-    first = iterate(_short(problem), _short(brief), _short(start), tol=tol.astype(jnp.float32), max_steps=max_steps)
-    # The squares of a signal of 1e30 overflow in float32.
-    state = jax.lax.cond(
-        first.status == Status.NONFINITE,
-        lambda: solver.init(problem, start),
-        lambda: solver.init(problem, _long(first.state)),
-    )
-    found = iterate(problem, solver, state, tol=tol, max_steps=jnp.maximum(max_steps - first.steps, 0))
-    return dataclasses.replace(found, steps=first.steps + found.steps)

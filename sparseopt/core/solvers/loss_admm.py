@@ -37,6 +37,8 @@ from sparseopt.core.solvers.admm import (
     FIRST_CHANGE,
     LARGEST_FACTOR,
     MOVING,
+    PATIENCE,
+    ROUNDING_MARGIN,
     Check,
     limited,
     refuses_unsplit,
@@ -49,10 +51,6 @@ MOST_CHANGES = 9
 # The iteration restarts at this fraction of the gap at the last restart, or this fraction of all steps after it.
 RESTART_GAP = 0.2
 RESTART_LENGTH = 0.36
-# The solve ends after this many iterations in which the residual did not fall by a tenth and is within this multiple of
-# its estimated rounding error.
-PATIENCE = 100
-ROUNDING_MARGIN = 30.0
 
 
 @pytree

@@ -34,6 +34,8 @@ MOST_GRID_NODES = 100_000
 # of the order, a signal in float64 is first solved in float32, and certified in float64. Above order 1 float32 may end
 # before such tolerances, above order 0 on other graphs than grids too.
 SHORT_FROM, SHORT_TOLS = 10_000, {0: 1e-6, 1: 1e-5}
+# From so many nodes on it pays for every tolerance, and for the standard ADMM too.
+ALWAYS_SHORT = 500_000
 
 
 @runtime_checkable
@@ -158,19 +160,18 @@ def chosen(job: Job, among: tuple[Method, ...] = CHOICE) -> Method:
 
 def is_short(job: Job, method: Method | None = None) -> bool:
     """Whether a job in float64 is solved in float32 first, by its method if none is given."""
-    signal = job.signal
+    signal, graph, nodes = job.signal, job.graph, job.graph.num_nodes
     assert signal is not None
-    plain = job.square and not job.several and not job.history and not job.layout.several_devices
-    large = job.graph.num_nodes >= SHORT_FROM and job.graph.num_edges > 0
-    carries = job.tol >= SHORT_TOLS.get(job.order, np.inf) and (
-        job.order == 0 or not (job.graph.free or job.graph.shape is None)
-    )
-    if not (plain and large and carries and job.dtype == np.float64):
-        return False
+    plain = job.square and not (job.several or job.history or job.layout.several_devices)
+    carries = job.tol >= SHORT_TOLS.get(job.order, np.inf)
+    always = nodes >= ALWAYS_SHORT
+    large = always or (nodes >= SHORT_FROM and carries and (job.order == 0 or graph.shape is not None))
+    known = isinstance(job.penalty, Norm) and graph.num_edges > 0 and not (graph.free and job.order)
     # At missing nodes rounding of the dual costs as much as the whole gap.
     seen = signal.weights is None or bool(signal.weights.all())
-    seen = seen and isinstance(job.penalty, Norm) and not vanishes(job.penalty)
-    return seen and isinstance(method or chosen(job), Doge)
+    if not (plain and large and known and seen and job.dtype == np.float64) or vanishes(job.penalty):
+        return False
+    return isinstance(method or chosen(job), Doge | Admm if always else Doge)
 
 
 def chosen_for_path(job: Job) -> Method:
