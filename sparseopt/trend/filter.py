@@ -79,7 +79,7 @@ def trend_filter(
             (Doge-ADMM as the paper stores it), or an object with settings such as `so.trend.Doge(B=2, rho=1.0)`; or
             "auto", of which `so.trend.chosen_method` tells which method it takes.
         start: an earlier solution on the same graph at the same order, of any method with the same B.
-        tol: the relative duality gap to reach; for a penalty that is not a norm, the stationarity residual.
+        tol: the relative duality gap to reach; for a penalty without a conjugate, the stationarity residual.
         max_steps: step limit.
         node_weights: w >= 0, `[n]`; 0 marks a missing observation. At orders >= 1 with missing nodes the gap
             bounds the suboptimality among fits within ten data ranges of the data.
