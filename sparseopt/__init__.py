@@ -124,6 +124,10 @@ MOVED = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
 def __getattr__(name: str) -> Any:
     """Load the pruner, the models and the estimators on first use: the core imports neither flax nor sklearn."""
     if name in ("models", "pruning"):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.arguments import (
+    Limited,
     is_positive,
     positive_number,
     real_array,
@@ -32,6 +33,8 @@ from sparseopt.trend.signal import MOST_ORDER, UNKNOWN, Signal
 
 # Steps are counted in int32, and the last check may be one cadence later.
 MOST_STEPS = 10**9
+# A number whose square is finite in float32, and large beside what a constraint or a ridge can bear.
+FAR = 1e18
 # Residual, objective, gap and rho per step of a history.
 STEP_BYTES = 4 * 8
 
@@ -190,7 +193,7 @@ def graph_for(graph: Graph, penalty: Any) -> Graph:
     if graph.shape is None or graph.free:
         return graph
     terms = list(penalty.values()) if isinstance(penalty, Mapping) else [penalty]
-    padded = not any(getattr(term, "excludes_zero", False) is True for term in terms)
+    padded = not any(map(_excludes_zero, terms))
     turned = graph.turned and not all(getattr(term, "even", False) for term in terms)
     return graph if padded and not turned else graph.as_edges()
 
@@ -228,13 +231,31 @@ def checked_terms(penalty: Any, layout: Layout, order: int, channels: tuple[int,
 
 
 def vanishes(penalty: Any) -> bool:
-    """Whether the penalty is 0 everywhere: its weight is 0, and its prox the identity."""
+    """Whether the penalty is 0 everywhere: its weight is 0, and numbers of any size cost nothing."""
     if np.any(np.asarray(getattr(penalty, "weight", 1.0))):
         return False
-    x = np.array([[-2.0, 1.0], [0.5, 3.0]], np.float32)
     plain = isinstance(penalty, type) or not dataclasses.is_dataclass(penalty)
     probe: Any = penalty if plain else dataclasses.replace(penalty, weight=0.0)
-    return bool(np.all(np.asarray(probe.prox(jnp.asarray(x), 1.0)) == x))
+    return _costs_nothing(probe, jnp.asarray([[-FAR, 1.0], [-1.0, FAR]], jnp.float32))
+
+
+def _costs_nothing(penalty: Any, x: jax.Array) -> bool:
+    """Whether x costs nothing; False for a penalty of arrays of another shape."""
+    with contextlib.suppress(TypeError, ValueError):
+        return bool(penalty.value(x) == 0)
+    return False
+
+
+def _excludes_zero(penalty: Any) -> bool:
+    """Whether 0 costs something; a penalty that does not say so is asked for its value, if its numbers are known."""
+    said = getattr(penalty, "excludes_zero", None)
+    if said is not None or isinstance(penalty, Limited | type) or not hasattr(penalty, "value"):
+        return bool(said() if callable(said) else said)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(penalty)):
+        return False
+    with jax.ensure_compile_time_eval(), contextlib.suppress(TypeError, ValueError):
+        return bool(penalty.value(jnp.zeros((3, 1), jnp.float32)) != 0)
+    return False
 
 
 def checked_penalty(
@@ -243,6 +264,14 @@ def checked_penalty(
     """The penalty, after `require_penalty` and `check_parameters`."""
     require_penalty(penalty, graph, order, bool(channels))
     check_parameters(penalty, kind, rows)
+    if isinstance(penalty, Limited):
+        for name in (*penalty.least, *penalty.above, *penalty.bounds):
+            shape = np.shape(getattr(penalty, name))
+            if shape not in ((), channels) and not (name == "weight" and isinstance(penalty, L1)):
+                raise ValueError(
+                    f"the {name} of {type(penalty).__name__} is one number here, given the shape {shape}; L1 in "
+                    "`trend_filter` takes a weight for every difference"
+                )
     return penalty
 
 

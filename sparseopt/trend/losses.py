@@ -108,9 +108,10 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     _require_connected(job.penalty)
     best = best_constants(job) if best is None else best
     loss, data, null, alike = best.loss, best.data, best.fit, best.exact
-    if alike.all():
-        return known_fit(job, null.reshape(signal.values.shape), flat=not vanishes(job.penalty))
     penalty, laid_out, columns = job.rows, partial(_laid_out, job), np.ascontiguousarray(data.columns.T)
+    nothing = vanishes(job.penalty)
+    if alike.all() and (nothing or float(_penalty_of(job.ground, penalty, laid_out(0 * null))[1]) == 0):
+        return known_fit(job, null.reshape(signal.values.shape), flat=not nothing)
     y, weights = job.arrays
     low, high = _box(signal, loss, job.order, null)
     node_loss = DataLoss(loss, None, y, weights, jnp.asarray(low, kind), jnp.asarray(high, kind))
@@ -165,7 +166,9 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     if not has_conjugate(penalty):
         nonzero = nonzero_at(job.ground, penalty, found.value, None, found.state.copies[1], 1.0)
         return TrendSolution.of(dataclasses.replace(found, status=stationary(found.status)), nonzero)
-    value, objective, gap, nonzero = _finish(job.ground, problem, found, solver.anchor, x)
+    value, objective, gap, nonzero, outside = _finish(job.ground, problem, found, solver.anchor, x)
+    if outside:
+        return TrendSolution.of(dataclasses.replace(found, status=stationary(found.status)), nonzero)
     ended = jnp.asarray(Status.PRECISION, jnp.int32) if known else found.status
     status = promoted(ended, gap, objective, tol)
     found = dataclasses.replace(found, value=value, status=status, residual=gap, objective=objective, gap=gap)
@@ -334,8 +337,8 @@ def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> j
 @Jitted
 def _finish(
     ground: Ground, problem: Problem, found: Solution, anchor: Anchor, null: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The fit, its objective, its gap and its nonzero rows.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The fit, its objective, its gap, its nonzero rows, and whether it lies outside a set, by little.
 
     The fit is the best constants if they are no worse than the iterate, up to rounding.
     """
@@ -343,9 +346,11 @@ def _finish(
     of_null = jnp.array([False, True])
     objectives, gaps = jax.lax.map(lambda at: judge(problem, at[0], dual, anchor, at[1]), (points, of_null))
     rounding = 1 + 8 * jnp.finfo(objectives.dtype).eps
-    place = (objectives[1] <= rounding * objectives[0]).astype(int)
+    beyond = ~jnp.isfinite(objectives[0]) & (not isinstance(problem.penalty, Norm))
+    # The rows of the iterate may lie outside a set: then its copies tell the objective.
+    place = (objectives[1] <= rounding * jnp.where(beyond, found.objective, objectives[0])).astype(int)
     # rho is about this multiple of the weight over the noise of the fit.
     noise = FIRST_RHO * mean_weight(problem.penalty, ground.padding[1]) / found.state.rho
     prox = None if found.state.copies is None else found.state.copies[1]
     nonzero = nonzero_at(ground, problem.penalty, points[place], dual, prox, noise, null)
-    return points[place], objectives[place], gaps[place], nonzero
+    return points[place], objectives[place], gaps[place], nonzero, beyond & (place == 0)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -60,12 +61,10 @@ class OnGraph(BaseEstimator):
         own = {name: value for name, value in params.items() if not name.startswith("method__")}
         super().set_params(**own)
         if settings := {name.removeprefix("method__"): params[name] for name in params.keys() - own.keys()}:
-            method = (
-                {"name": self.method}
-                if isinstance(self.method, str)
-                else {"name": self.method.name, **dataclasses.asdict(self.method)}
-            )
-            self.method = checked_method(method | settings)
+            method: Any = {"name": self.method} if isinstance(self.method, str) else self.method
+            if not isinstance(method, Mapping):
+                method = {"name": method.name, **dataclasses.asdict(method)}
+            self.method = checked_method({**method, **settings})
         return self
 
     def fit_nodes(self, X: np.ndarray, y: np.ndarray, weights: np.ndarray, penalty: Any, loss: Any) -> None:

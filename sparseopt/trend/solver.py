@@ -67,6 +67,8 @@ class TrendSolver:
         if y.shape not in (wanted := [shape + channels for shape in shapes]):
             raise ValueError(f"the solver's signals have the shape {' or '.join(map(str, wanted))}, given {y.shape}")
         require_penalty(penalty, graph, self.order, bool(channels))
+        if reason := getattr(penalty, "refuses", lambda: None)():
+            raise ValueError(reason)
         if graph_for(graph, penalty) is not graph:
             raise ValueError(
                 f"a solver on {graph!r} has the rows of the grid that its edges are, in which {type(penalty).__name__} "
@@ -90,11 +92,21 @@ class TrendSolver:
                 )
             node_weights = node_weights.reshape(graph.node_shape + (1,) * len(channels))
         plan, nodes = self._plan(penalty, node_weights is not None), graph.node_shape + channels
+        if not isinstance(start, Solution | Start | None):
+            raise TypeError(
+                f"start is a solution on this graph, or a Start of a point and a dual, given {start!r:.100}"
+            )
         if isinstance(start, Solution):
             # Fits that are known without an iteration, and those of a path, have neither dual nor state.
             dual = jnp.zeros(self._rows_of(plan, y.reshape(nodes)), kind) if start.dual is None else start.dual
             start = Start(start.value, dual, getattr(start.state, "rho", None))
         if start is not None:
+            shape = self._rows_of(plan, y.reshape(nodes))
+            if np.size(start.x) != y.size or np.shape(start.dual) != shape:
+                raise ValueError(
+                    f"start needs a fit of the same graph and order, of {y.size} values and a dual of shape {shape}, "
+                    f"given {np.size(start.x)} and {np.shape(start.dual)}"
+                )
             start = dataclasses.replace(start, x=jnp.asarray(start.x, kind).reshape(nodes))
         terms = on_rows({self.order: penalty}, self.layout, kind, bool(channels))
         found = fit(plan, y.reshape(nodes), terms, node_weights, tol, max_steps, start=start)

@@ -166,9 +166,29 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
     "a class as scalar loss": (
         lambda: so.Problem(so.DataLoss(so.scalar.Logistic, MATRIX, LABELS), so.L1(1.0)),
         {},
-        r"a loss of data takes the loss of one observation, given the class Logistic: write Logistic\(\)",
+        r"a loss of data takes the loss of one observation, .* given the class Logistic: write Logistic\(\)",
     ),
     "a class as loss": (lambda: so.Problem(so.Quadratic, so.L1(1.0)), {}, "given the class Quadratic"),
+    "a name as scalar loss": (
+        lambda: so.Problem(so.DataLoss("huber", MATRIX, TARGET), so.L1(1.0)),
+        {},
+        r"the loss of one observation, such as so.scalar.Logistic\(\), given 'huber'",
+    ),
+    "text as weights": (
+        lambda: so.Problem(so.LeastSquares(MATRIX, TARGET, ["a"] * ROWS), so.L1(1.0)),
+        {},
+        "the weights of least squares must hold numbers",
+    ),
+    "no weight": (
+        lambda: so.Problem(SQUARES, so.L1(None)),
+        {},
+        "the penalty's weight must hold real numbers, given None",
+    ),
+    "a text as delta": (
+        lambda: so.Problem(so.HuberLoss(MATRIX, TARGET, "a"), so.L1(1.0)),
+        {},
+        "positive, finite delta",
+    ),
     "a function as loss": (lambda: so.Problem(so.LeastSquares, so.L1(1.0)), {}, "given the function LeastSquares"),
     "a loss without its data": (
         lambda: so.Problem(so.scalar.Logistic(), so.L1(1.0)),
@@ -198,7 +218,7 @@ BAD: dict[str, tuple[Callable[[], so.Problem], dict[str, Any], str]] = {
     "a weight that is a text": (
         lambda: so.Problem(SQUARES, so.L1("a")),
         {},
-        "the penalty must hold numbers, given 'a'",
+        "the penalty's weight must hold real numbers, given 'a'",
     ),
     "an array of objects": (
         lambda: so.Problem(SQUARES, so.L1(np.array([1.0] * COLUMNS, object))),

@@ -127,6 +127,8 @@ def test_traced_once_for_all_signals_weights_and_gradients(rng, traces_of):
         (lambda: so.trend_solver(GRAPHS["grid"], method="fast_admm"), "needs a chain"),
         (lambda: so.trend_solver(GRAPHS["chain"], method=so.trend.Doge(B=2)), "B is a whole number from 1 to 1"),
         (lambda: so.trend_solver(GRAPHS["chain"], -1), "order is a whole number from 0"),
+        (lambda: so.trend_solver(GRAPHS["chain"])(np.ones(N), so.ElasticNet(1.0, -1.0)), "ridge must not be negative"),
+        (lambda: so.trend_solver(GRAPHS["chain"])(np.ones(N), so.Box(2.0, 1.0)), "must be low <= high"),
         (lambda: so.trend_solver(GRAPHS["chain"], channels=0), "channels is a whole number of at least 1"),
         (lambda: so.trend_solver(GRAPHS["chain"], dtype=np.float64), "needs 64-bit types"),
         (lambda: so.trend_solver(GRAPHS["chain"], dtype=np.float16), "float32 or float64"),

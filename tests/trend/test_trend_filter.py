@@ -197,6 +197,52 @@ def test_rows_in_a_set_are_certified_where_they_lie_inside(rng):
     assert np.abs(np.diff(np.asarray(found.value))).max() <= 0.5 + 1e-5
 
 
+def test_a_constraint_of_weight_0_is_no_missing_penalty():
+    chain = so.Graph.chain(2)
+    found = so.trend_filter(np.array([0.0, 100.0]), chain, so.Box(-5.0, 5.0)).check()
+    np.testing.assert_allclose(found.value, [47.5, 52.5], atol=1e-2)
+    both = so.trend_filter(
+        np.array([1.0, 98.0, 51.0]), so.Graph.chain(3), {-1: so.Box(-5.0, 5.0), 0: so.L1(0.1)}
+    ).check()
+    assert np.abs(np.asarray(both.value)).max() <= 5.001
+    y = 1e6 * np.array([0.0, 3, 1, 5, 2, 4])
+    ridge = so.trend_filter(y, so.Graph.chain(6), so.ElasticNet(0.0, 1e-8))
+    assert float(ridge.objective) == pytest.approx(0.5e-8 * np.sum(np.diff(y) ** 2), rel=1e-3)
+
+
+@pytest.mark.parametrize("penalty", [so.Box(-0.5, 0.5), so.Nonnegative(0.3)])
+def test_a_constraint_with_another_loss_ends_at_the_fit(penalty):
+    y, chain = np.array([0.0, 3, 1, 5, 2, 4]), so.Graph.chain(6)
+    found = so.trend_filter(y, chain, penalty, tol=1e-7, loss="huber").check()
+    with precision(np.dtype(np.float64)):
+        problem = so.Problem(so.HuberLoss(None, y), penalty, chain.matrix(1))
+        wanted = so.solve(problem, tol=1e-8, max_steps=50_000).check()
+    np.testing.assert_allclose(float(found.objective), float(wanted.objective), rtol=1e-4)
+
+
+def test_a_constant_is_no_fit_where_zeros_are_excluded():
+    found = so.trend_filter(np.ones(4), so.Graph.chain(4), so.Box(1.0, 2.0), tol=1e-7, loss="huber").check()
+    assert float(found.objective) > 1
+    np.testing.assert_allclose(-np.diff(np.asarray(found.value)), 1, atol=1e-3)
+
+
+@so.pytree
+class AroundOne:
+    weight: object
+
+    def value(self, x):
+        return self.weight * jnp.sum(jnp.abs(x - 1))
+
+    def prox(self, x, step):
+        return 1 + jnp.sign(x - 1) * jnp.maximum(jnp.abs(x - 1) - step * self.weight, 0)
+
+
+def test_rows_of_padding_do_not_count_where_zero_costs_something(rng):
+    y, graph = rng.standard_normal(6), so.Graph.grid((2, 3))
+    fits = [so.trend_filter(y, at, AroundOne(0.4), tol=1e-8) for at in (graph, graph.as_edges())]
+    assert float(fits[0].objective) == pytest.approx(float(fits[1].objective), rel=1e-5)
+
+
 @pytest.mark.parametrize("penalty", [so.MCP(2.0, 3.0), so.SCAD(2.0, 3.7), so.L0(8.0)], ids=lambda p: type(p).__name__)
 def test_nonconvex_penalties_end_at_a_stationary_point_without_a_certificate(rng, penalty):
     graph = so.Graph.grid((8, 8))

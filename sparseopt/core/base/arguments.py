@@ -126,13 +126,17 @@ def known_numbers(given: Any, name: str) -> np.ndarray:
 
 
 class Limited:
-    """The numbers of a penalty that must not be below 0, and those that must be above a number, for `refuses`."""
+    """The numbers of a penalty: those that must not be below 0, those that must be above a number, and others."""
 
     least: ClassVar[tuple[str, ...]] = ("weight",)
     above: ClassVar[Mapping[str, float]] = MappingProxyType({})
+    bounds: ClassVar[tuple[str, ...]] = ()  # other numbers
 
     def refuses(self) -> str | None:
         """Why its numbers mean nothing, as far as these are known outside jit, or None."""
+        for name in (*self.least, *self.above, *self.bounds):
+            if (given := getattr(self, name)) is None or isinstance(given, str | list | tuple):
+                return f"the penalty's {name} must hold real numbers, given {given!r}"
         for name in self.least:
             if (smallest := np.min(known_numbers(self, name), initial=0)) < 0:
                 return f"the penalty's {name} must not be negative, given {smallest}"

@@ -16,11 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparseopt.core.base.arguments import refuses_leaves
 from sparseopt.core.base.dense import product
 from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import FloatArray, pytree
 from sparseopt.core.losses.quadratic import Quadratic
-from sparseopt.core.losses.scalar import Absolute, Huber, Logistic, Poisson, Quantile, Squared, SquaredHinge
+from sparseopt.core.losses.scalar import (
+    Absolute,
+    Huber,
+    Logistic,
+    Poisson,
+    Quantile,
+    ScalarLoss,
+    Squared,
+    SquaredHinge,
+)
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import Dense, SparseMatrix, linear_map, refuses_map
 
@@ -56,6 +66,9 @@ class DataLoss:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "matrix", linear_map(self.matrix))
+        for name in ("target", "weights"):
+            if isinstance(getattr(self, name), list | tuple):
+                object.__setattr__(self, name, np.asarray(getattr(self, name)))
 
     @property
     def smooth(self) -> bool:
@@ -192,10 +205,14 @@ class DataLoss:
 
     def refuses(self) -> str | None:
         """Why the data cannot be used (shapes, or values outside the domain), or None; tracers are not checked."""
-        if isinstance(self.scalar, type):
-            name = self.scalar.__name__
-            return f"a loss of data takes the loss of one observation, given the class {name}: write {name}()"
+        if isinstance(self.scalar, type) or not isinstance(self.scalar, ScalarLoss):
+            kind = self.scalar.__name__ if isinstance(self.scalar, type) else None
+            said = f"{self.scalar!r:.100}" if kind is None else f"the class {kind}: write {kind}()"
+            return f"a loss of data takes the loss of one observation, such as so.scalar.Logistic(), given {said}"
         name = self.name
+        for what, leaf in (("target", self.target), ("weights", self.weights)):
+            if reason := refuses_leaves(f"{what} of {name}", leaf):
+                return reason
         if reason := refuses_map(f"matrix of {name}", self.matrix):
             return reason
         given, weights = jnp.shape(self.target), self.weights

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sparseopt.core.base.arguments import is_positive
 from sparseopt.core.base.types import FloatArray, pytree
 
 HOST_STEPS = 100
@@ -95,7 +96,7 @@ class Huber(_LossOfResiduals):
     smooth = True
 
     def refuses(self) -> str | None:
-        if np.ndim(self.delta) == 0 and 0 < float(self.delta) < np.inf:
+        if is_positive(self.delta):
             return None
         return (
             "the Huber loss needs a positive, finite delta, the distance beyond which outliers count less; given "
@@ -227,7 +228,7 @@ class Quantile(LossOfTwoSlopes):
     scale = 1.0
 
     def refuses(self) -> str | None:
-        if np.ndim(self.level) == 0 and 0 < float(self.level) < 1:
+        if is_positive(self.level) and self.level < 1:
             return None
         return (
             "the quantile loss needs a level between 0 and 1, both excluded, the share of the observations below the "

@@ -77,10 +77,10 @@ def checked_scalar(loss: Any) -> ScalarLoss:
         if loss not in LOSSES:
             raise ValueError(unknown("loss", loss, LOSSES))
         return LOSSES[loss]
-    if hasattr(loss, "scalar"):
+    if isinstance(getattr(loss, "scalar", None), ScalarLoss):
         raise TypeError(
             "a loss here is that of one observation, given one of data, which are the signal: write "
-            f"sparseopt.scalar.{type(loss.scalar).__name__}() or its name"
+            f"sparseopt.scalar.{loss.scalar}"
         )
     if isinstance(loss, type) or not isinstance(loss, ScalarLoss):
         raise TypeError(

@@ -79,15 +79,18 @@ class Box(Limited):
     high: Any
     weight: Any = 0.0
     separable = True
+    bounds = ("low", "high")
 
     @property
     def excludes_zero(self) -> bool:
         return bool(np.any(known_numbers(self, "low") > 0) or np.any(known_numbers(self, "high") < 0))
 
     def refuses(self) -> str | None:
+        if reason := super().refuses():
+            return reason
         if np.any(known_numbers(self, "low") > known_numbers(self, "high")):
             return f"the bounds of {type(self).__name__} must be low <= high, given {self}"
-        return super().refuses()
+        return None
 
     def _bounds(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         return jnp.asarray(self.low, x.dtype), jnp.asarray(self.high, x.dtype)

@@ -79,8 +79,8 @@ class Status(enum.IntEnum):
             "or use a smaller step size",
             Status.PRECISION: "rounding keeps the residual above the tolerance, and it no longer falls; "
             "use float64, or raise tol",
-            Status.STATIONARY: "the stationarity residual reached the tolerance; the problem is not known to be "
-            "convex, so this is no certificate of optimality",
+            Status.STATIONARY: "the stationarity residual reached the tolerance; there is no certificate: "
+            "the problem is not known to be convex, or the answer meets a constraint only up to rounding",
         }[self]
 
 

@@ -131,12 +131,20 @@ def checked_method(given: Any) -> Method | None:
 
     None for "auto", and a ValueError for anything else.
     """
-    if isinstance(given, Mapping) and given.get("name") in METHODS:
+    if isinstance(given, Mapping):
         settings = {key: value for key, value in given.items() if key != "name"}
-        known = [field.name for field in dataclasses.fields(METHODS[given["name"]])]
+        if not settings:
+            return checked_method(given.get("name"))
+        named: Any = METHODS.get(str(given.get("name")))
+        known = [] if named is None else [field.name for field in dataclasses.fields(named)]
+        if not known:
+            raise ValueError(
+                f"{given.get('name')!r} takes no settings, given {settings}: name one of "
+                f"{', '.join(name for name in METHODS if dataclasses.fields(METHODS[name]))}"
+            )
         for key in settings.keys() - set(known):
             raise ValueError(unknown(f"setting of {given['name']}", key, known))
-        return dataclasses.replace(METHODS[given["name"]], **settings)
+        return dataclasses.replace(named, **settings)
     if isinstance(given, Method) and not isinstance(given, type):
         return given
     if isinstance(given, type) and given in map(type, METHODS.values()):

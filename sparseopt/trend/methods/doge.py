@@ -45,7 +45,7 @@ class Doge(Settings):
 
     def plan(self, job: Job) -> Plan:
         layout, kind = job.layout, job.dtype
-        block = job.order + 1 if self.B is None else self.B
+        block = job.order + 1 if self.B is None else int(self.B)
         cosines = job.graph.shape is not None and not job.weighted and block <= job.order
         key = (self.name, tuple(job.terms), block, cosines, kind.name, bool(job.channels))
 

@@ -55,7 +55,7 @@ class DogeGroups(Settings):
         """The groups of rows as padded tables, if these and the copies fit in memory: a hub makes them wide."""
         # Given edges that are those of a grid have the layout of the grid.
         graph = job.graph if job.graph.shape is None else Graph.grid(job.graph.shape, job.graph.spacing)
-        kind, block = job.dtype, job.order + 1 if self.B is None else self.B
+        kind, block = job.dtype, job.order + 1 if self.B is None else int(self.B)
         cosines = graph.shape is not None and not job.weighted and block <= job.order
         key = (self.name, job.order, block, cosines, kind.name, bool(job.channels))
 
