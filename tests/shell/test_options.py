@@ -200,7 +200,9 @@ MOST = BEST | {"distil": 4}
     ("given", "effort", "found"),
     [
         ({}, "good", GOOD),
-        ({"effort": "fast"}, "fast", PLAIN | {"method": "maiht"}),
+        ({"effort": "fast"}, "fast", PLAIN | {"method": "admm", "ridge": 0.1}),
+        ({"effort": "fast", "preset": "paper"}, "fast", PLAIN | {"method": "maiht", "ridge": None}),
+        ({"effort": "fast", "method": "wanda"}, "fast", PLAIN | {"ridge": None}),
         ({"effort": "most"}, "most", MOST | {"allocation": "curves"}),
         ({"effort": "most", "pattern": "2:4"}, "most", MOST | {"permute": True}),
         # What fixes places of zeros, or the order of channels, keeps them.
