@@ -85,6 +85,9 @@ class PruneProgress:
                 self._bar.update(self._task, note=f"distilled, divergence {event.last_loss:.4f}")
 
     def _tell_survey(self, stage: str, done: int, total: int) -> None:
+        if not (self._block or self._pruned_blocks):
+            # What comes before the blocks says nothing of the time that they take.
+            self._worked_from = time.perf_counter()
         self._bar.update(self._task, total=total, completed=done, note=stage)
         if not console.is_terminal and done in (1, total):
             say(f"{self._title}: {stage} {done}/{total}, {time.perf_counter() - self._start:.0f} s")

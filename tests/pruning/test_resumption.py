@@ -302,6 +302,23 @@ def test_a_killed_process_loses_only_the_current_block(tmp_path, source, tokens)
     assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
 
 
+def test_the_time_left_does_not_count_what_came_before_the_blocks(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(show_pruning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    records = [
+        LayerRecord(b, f"layers.{b}.up", (2, 2), 4, 2, 0.1, None, 1, "CONVERGED", 1.0, 0.0, 0, 9) for b in (0, 1)
+    ]
+    with show_pruning.PruneProgress("whole", fast=0.5) as progress:
+        now[0] += 5000
+        progress("survey", 1, 1)
+        now[0] += 3
+        progress(records[0], 1, 2)
+        progress(Passed(0, 2), 1, 2)
+    said = capsys.readouterr().out
+    assert "layer 1/2, block 0, mean relative error 0.10000, 5003 s, 3 s left" in said
+    assert "effort fast" not in said
+
+
 def test_the_time_left_of_a_resumed_run_counts_the_layers_that_it_prunes_itself(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(show_pruning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
