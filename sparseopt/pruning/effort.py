@@ -43,8 +43,8 @@ SHRINKS = {
     "good": "each block is trained too",
     "most": "the whole model is trained at the end too",
 }
-# The time of a pruning run over that with effort fast: SmolLM2-135M at 50 % on two idle cores took 126 s, with good 204 s,
-# both without drawing a text (55 s, once); most took 7 times the time of good on busy cores.
+# The time of a pruning run over that with effort fast. SmolLM2-135M at 50 % on two idle cores took 126 s, with good
+# 204 s, both without drawing a text (55 s, once); most took 7 times the time of good on busy cores.
 COSTS = {"fast": 1, "good": 1.6, "most": 11}
 # Settings of one method.
 _MAIHT = ("preset", "penalty")
