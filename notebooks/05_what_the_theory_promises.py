@@ -255,7 +255,7 @@ literal = so.trend_solver(small_grid, order=1, method="doge_groups").plans[0]
 shape = literal.table.columns.shape
 print(f"{shape[0]} groups, padded to a table of the shape [groups, rows, width] = {list(shape)}")
 problem = so.Problem(so.LeastSquares(None, jnp.asarray(small)), so.L1(jnp.asarray(12.0)), literal.split)
-start = Start(problem.loss.center, jnp.zeros(literal.split.row_shape(problem.loss.center)))
+start = Start(problem.loss.target, jnp.zeros(literal.split.row_shape(problem.loss.target)))
 forms = {"literal": literal.solver(1.0), "fused": Admm(literal.node_solve, 1.0, cadence=literal.cadence)}
 for count in (10, 50, 250):
     ends = {name: so.solve(problem, solver, start, tol=1e-15, max_steps=count) for name, solver in forms.items()}
@@ -303,7 +303,7 @@ figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True, layout="constr
 for order, axis in enumerate(axes):
     plan = so.trend_solver(small_grid, order, method="doge").plans[0]
     problem = so.Problem(so.LeastSquares(None, jnp.asarray(small)), so.L1(jnp.asarray(12.0)), plan.split)
-    start = Start(problem.loss.center, jnp.zeros(plan.split.row_shape(problem.loss.center)))
+    start = Start(problem.loss.target, jnp.zeros(plan.split.row_shape(problem.loss.target)))
 
     @jax.jit
     def steps_needed(rhos, relaxation, problem=problem, plan=plan, start=start):
