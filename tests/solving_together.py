@@ -41,7 +41,7 @@ def solved(devices: str | None) -> dict[str, np.ndarray]:
     network = so.Graph.from_edges(ends[ends[:, 0] < ends[:, 1]], nodes)
     for name, graph in (("grid", so.Graph.grid((18, 7))), ("graph", network)):
         y = np.repeat(rng.standard_normal(graph.num_nodes // 6), 6) * 3 + rng.standard_normal(graph.num_nodes)
-        fit = so.trend_filter(y, graph, so.L1(0.7), 1, "doge", 1e-8, devices=devices)
+        fit = so.trend_filter(y, graph, so.L1(0.7), 1, "doge", tol=1e-8, devices=devices)
         found |= {name: np.asarray(fit.value), f"{name} steps": np.asarray(int(fit.steps))}
         found |= {f"{name} gap": np.asarray(float(fit.gap)), f"{name} objective": np.asarray(float(fit.objective))}
     return found

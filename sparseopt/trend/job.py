@@ -264,12 +264,12 @@ def checked_penalty(
     """The penalty, after `require_penalty` and `check_parameters`."""
     require_penalty(penalty, graph, order, bool(channels))
     check_parameters(penalty, kind, rows)
-    if isinstance(penalty, Limited):
+    if isinstance(penalty, Limited) and graph.shape is not None:  # whose rows are no list
         for name in (*penalty.least, *penalty.above, *penalty.bounds):
             shape = np.shape(getattr(penalty, name))
             if shape not in ((), channels) and not (name == "weight" and isinstance(penalty, L1)):
                 raise ValueError(
-                    f"the {name} of {type(penalty).__name__} is one number here, given the shape {shape}; L1 in "
+                    f"the {name} of {type(penalty).__name__} is one number on a grid, given the shape {shape}; L1 in "
                     "`trend_filter` takes a weight for every difference"
                 )
     return penalty

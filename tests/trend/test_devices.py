@@ -22,7 +22,7 @@ REFUSALS = {
     "B": "several devices take B = order + 1 = 3, which needs no solve over the whole graph, given B=1",
     "loss": "several devices fit the square loss, given Huber",
     "several": "several devices fit one penalty, given penalties of several orders",
-    "rows": "the weight of L1 may be one per row; given the shape (5,) in MCP",
+    "rows": "the gamma of MCP is one number on a grid, given the shape (5,)",
     "axes": 'the mesh must have one axis, "devices"',
     "warm start": "start was found by 2 devices, and its state lies on them: give devices=2",
     "other warm start": "start was found by 2 devices, and its state lies on them: give devices=2",
