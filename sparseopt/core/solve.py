@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.base.arguments import refuses_leaves, renames
+from sparseopt.core.base.arguments import own_refusal, refuses_leaves, renames
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.losses.scalar import ScalarLoss
@@ -197,7 +197,7 @@ def _refuses_data(problem: Problem) -> str | None:
         return reason
     if isinstance(problem.penalty, type):
         return f"a penalty is an object such as sparseopt.L1(10.0), given the class {problem.penalty.__name__}"
-    if reason := getattr(problem.penalty, "refuses", lambda: None)():
+    if reason := own_refusal(problem.penalty):
         return reason
     if isinstance(problem.penalty, L0) and jnp.ndim(problem.penalty.weight):
         return f"the weight of L0 is one number, given the shape {jnp.shape(problem.penalty.weight)}"

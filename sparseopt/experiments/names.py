@@ -203,8 +203,13 @@ class TrendMethod(Named):
     methods: ClassVar[tuple[str, ...]] = ("refuses", "plan")
 
 
+def trend_method(given: str | TrendMethod) -> Any:
+    """The method of a config as `trend_filter` takes it."""
+    return given if isinstance(given, str) else given.build()
+
+
 def _known_method(given: str | TrendMethod) -> str | TrendMethod:
-    checked_method(given if isinstance(given, str) else given.build())
+    checked_method(trend_method(given))
     return given
 
 

@@ -14,7 +14,7 @@ from sparseopt.core.base.types import Observer
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import Picture
-from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig
+from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig, trend_method
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
 from sparseopt.system import processes
 from sparseopt.trend.filter import trend_filter
@@ -197,7 +197,7 @@ class Denoise(NoisyPicture):
         return self.method if isinstance(self.method, str) else self.method.label
 
     def fit(self, y: np.ndarray, graph: Graph, max_steps: int) -> Solution:
-        method = self.method if isinstance(self.method, str) else self.method.build()
+        method = trend_method(self.method)
         return trend_filter(
             y, graph, self.penalty.build(), self.order, method, tol=self.tol, max_steps=max_steps,
             dtype=self.dtype, devices=self.devices,

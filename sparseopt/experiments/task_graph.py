@@ -15,7 +15,7 @@ from sparseopt.core.losses.scalar import Squared, checked_scalar
 from sparseopt.core.problem.problem import Solution
 from sparseopt.experiments import plots
 from sparseopt.experiments.datasets import GraphData, GraphSource
-from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig
+from sparseopt.experiments.names import AnyTrendMethod, PenaltyConfig, trend_method
 from sparseopt.experiments.task import Estimate, FinishedRun, Record, Task, grouped
 from sparseopt.experiments.task_denoise import check_penalty, timed_fit
 from sparseopt.system import processes
@@ -102,7 +102,7 @@ class GraphSignal(Task):
         hidden = may_hide & (rng.random(observed.size) < self.hidden)
         seen = np.where(hidden, np.nan, observed)
         penalty, loss = self.penalty.build(), checked_scalar(self.loss)
-        method = self.method if isinstance(self.method, str) else self.method.build()
+        method = trend_method(self.method)
         if self.choose is not None:
             observer(f"choosing a weight from {self.levels}", 0, 0)
             penalty = dataclasses.replace(penalty, weight=self._chosen_weight(seen, data.graph, penalty))

@@ -13,6 +13,7 @@ import numpy as np
 from sparseopt.core.base.arguments import (
     Limited,
     is_positive,
+    own_refusal,
     positive_number,
     real_array,
     require_memory,
@@ -323,7 +324,7 @@ def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> N
             wrong = np.isnan(value) if isinstance(penalty, Box) else ~np.isfinite(value)
             if np.any(wrong):
                 raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
-    if reason := getattr(penalty, "refuses", lambda: None)():
+    if reason := own_refusal(penalty):
         raise ValueError(reason)
     if not hasattr(penalty, "weight"):
         return

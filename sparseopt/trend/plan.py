@@ -298,9 +298,13 @@ def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Ar
     objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
     # Adding the mean rounds, and it may overflow where the centred problem did not: the gap accounts for both.
     value, ended = jnp.where(take, data.means, x), promoted(status, gap, objective, tol)
-    known = dataclasses.replace(found, value=value, dual=dual, status=ended, objective=objective, residual=gap, gap=gap)
-    copied = dataclasses.replace(found, value=x, dual=dual, status=stationary(status), gap=jnp.full_like(gap, jnp.nan))
-    return jax.tree.map(lambda a, b: jnp.where(outside & ~take, b, a), known, copied)
+    told: tuple[Any, ...] = ended, objective, gap, gap
+    if not isinstance(penalty, Norm):
+        of_copies = stationary(status), found.objective, found.residual, jnp.full_like(gap, jnp.nan)
+        told = tuple(jnp.where(outside & ~take, *pair) for pair in zip(of_copies, told, strict=True))
+    ended, objective, residual, gap = told
+    changed = {"value": value, "dual": dual, "status": ended, "objective": objective}
+    return dataclasses.replace(found, **changed, residual=residual, gap=gap)
 
 
 def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Solution, dual: Array, tol: Array) -> Solution:

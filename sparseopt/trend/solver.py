@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.base.arguments import renames, whole_number
+from sparseopt.core.base.arguments import own_refusal, renames, whole_number
 from sparseopt.core.base.types import precision, pytree, static, wide_types
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution
@@ -67,7 +67,7 @@ class TrendSolver:
         if y.shape not in (wanted := [shape + channels for shape in shapes]):
             raise ValueError(f"the solver's signals have the shape {' or '.join(map(str, wanted))}, given {y.shape}")
         require_penalty(penalty, graph, self.order, bool(channels))
-        if reason := getattr(penalty, "refuses", lambda: None)():
+        if reason := own_refusal(penalty):
             raise ValueError(reason)
         if graph_for(graph, penalty) is not graph:
             raise ValueError(

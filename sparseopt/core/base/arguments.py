@@ -92,6 +92,11 @@ def refuses_leaves(name: str, given: Any) -> str | None:
     return None
 
 
+def own_refusal(given: Any) -> str | None:
+    """What the method `refuses` of a penalty or a loss says on the host; None for one without it."""
+    return given.refuses() if hasattr(given, "refuses") else None
+
+
 def require_memory(needed: int, what: str, advice: str, on_device: int = 0) -> None:
     """Raise a ValueError unless `needed` bytes, a lower bound on the need of `what`, are free; `advice` ends it.
 

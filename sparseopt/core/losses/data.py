@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.arguments import refuses_leaves
+from sparseopt.core.base.arguments import own_refusal, refuses_leaves
 from sparseopt.core.base.dense import product
 from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import FloatArray, pytree
@@ -229,7 +229,7 @@ class DataLoss:
         if weights is not None and not np.all(np.isfinite(weights) & (np.asarray(weights) >= 0)):
             return f"the weights of {name} must be finite and not negative"
         scalar, target = self.scalar, np.asarray(self.target)
-        if reason := getattr(scalar, "refuses", lambda: None)():
+        if reason := own_refusal(scalar):
             return reason
         seen: Any = True
         if weights is not None:

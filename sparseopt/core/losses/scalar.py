@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from sparseopt.core.base.arguments import unknown
+from sparseopt.core.base.arguments import own_refusal, unknown
 from sparseopt.core.base.types import FloatArray
 from sparseopt.core.losses.counts_and_labels import Logistic, Poisson, SquaredHinge
 from sparseopt.core.losses.residuals import Absolute, Huber, Quantile, Squared
@@ -87,6 +87,6 @@ def checked_scalar(loss: Any) -> ScalarLoss:
             f"a loss is a name or an object with the methods of `ScalarLoss`, such as sparseopt.scalar.Poisson(); the "
             f'square is "square"; given {loss!r}'
         )
-    if reason := getattr(loss, "refuses", lambda: None)():
+    if reason := own_refusal(loss):
         raise ValueError(reason)
     return loss
