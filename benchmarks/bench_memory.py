@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from sparseopt.models import find_family
-from sparseopt.models.safetensors_file import write_tensors
+from sparseopt.models.files.safetensors import write_tensors
 from sparseopt.system.machine import environment
 
 VOCAB = 8192

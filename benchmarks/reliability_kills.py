@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparseopt.models import find_family
-from sparseopt.models.safetensors_file import write_tensors
+from sparseopt.models.files.safetensors import write_tensors
 
 CONFIG = {
     "model_type": "llama",

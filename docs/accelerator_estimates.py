@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from records import Column, Record, field, machine, missing, named, table
 from scaling_model import grid_iteration
 
-from sparseopt.models.streaming import StreamedModel
+from sparseopt.models.streaming.streamed import StreamedModel
 from sparseopt.pruning import Recipe
 from sparseopt.pruning.cost import EFFICIENCY, block_sizes, prune_cost, token_flops
 

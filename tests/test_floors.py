@@ -45,22 +45,20 @@ HOUSE = {
         "images",
         "__init__",
     ],
-    "models": [
-        "errors",
-        "fields folder",
-        "layers rope safetensors_file",
-        "packed settings",
-        "attention experts gguf_* hub",
+    "models/base": ["errors", "fields", "rope"],
+    "models/files": [
+        "folder",
+        "safetensors",
+        "gguf/* packed",
+        "hub",
         "source",
-        "decoder",
-        "family generate prunable tokenizer",
-        "*",  # a family, one file each
-        "families",
-        "torch_*",
-        "streaming",
-        "export reordered shrunk",
-        "__init__",
     ],
+    "models/decoder": ["layers", "settings", "attention experts", "decoder", "generate tokenizer"],
+    # A family, one file each, below the table of all.
+    "models/families": ["family", "*", "__init__"],
+    "models/streaming": ["prunable", "torch_*", "streamed"],
+    "models/reshape": ["*"],
+    "models": ["export", "__init__"],
     "pruning": [
         "activations compiled documents options patterns permutation reports targets",
         "texts calibration layer token_time",
@@ -92,14 +90,15 @@ APART = ({"trend", "models"}, {"trend", "pruning"})
 def place_of(name):
     """The room, the line and the entry of a file or, with a slash at its end, a folder; None where it has none.
 
-    An `__init__.py` that its room does not list lies below the room: it imports nothing of it.
+    An `__init__.py`, of a room or of a folder in it, that the room does not list lies below the room: it imports
+    nothing of it.
     """
     path = (name + "__init__.py" if name.endswith("/") else name).removesuffix(".py")
     room = max((room for room in ROOMS if f"{path}/".startswith(f"{room}/")), key=len)
     inside = path.removeprefix(room).lstrip("/") or "__init__"
     entries = [(line, entry) for line, text in enumerate(HOUSE[room]) for entry in text.split()]
     fitting = [place for place in entries if fnmatch.fnmatch(inside, place[1].replace("*", "[!_]*"))]
-    if inside == "__init__":
+    if inside.endswith("__init__"):
         fitting = fitting or [(-1, "")]
     # The longest entry, so that * comes last.
     return (ROOMS.index(room), *max(fitting, key=lambda place: len(place[1]))) if fitting else None

@@ -1,8 +1,13 @@
 """Decoder-only language models in Flax NNX: read from Hugging Face folders or GGUF files, run, exported."""
 
-from sparseopt.models.decoder import Block, Decoder, Embedding, Head
-from sparseopt.models.errors import ModelError
-from sparseopt.models.experts import Routed
+from sparseopt.models.base.errors import ModelError
+from sparseopt.models.base.rope import Rope
+from sparseopt.models.decoder.decoder import Block, Decoder, Embedding, Head
+from sparseopt.models.decoder.experts import Routed
+from sparseopt.models.decoder.generate import generate
+from sparseopt.models.decoder.layers import Linear
+from sparseopt.models.decoder.settings import BlockKind, DecoderConfig, ExpertsConfig, check_window
+from sparseopt.models.decoder.tokenizer import Bos, chat_writer, encode_text, load_tokenizer, start_token
 from sparseopt.models.export import (
     OUTER_TAG,
     ShardedWriter,
@@ -15,17 +20,12 @@ from sparseopt.models.export import (
     unread,
 )
 from sparseopt.models.families import FAMILIES, find_family
-from sparseopt.models.generate import generate
-from sparseopt.models.layers import Linear
-from sparseopt.models.prunable import PrunableBlock, PrunableModel
-from sparseopt.models.reordered import Move, block_moves, reordered_block
-from sparseopt.models.rope import Rope
-from sparseopt.models.settings import BlockKind, DecoderConfig, ExpertsConfig, check_window
-from sparseopt.models.shrunk import Kept, Sizes, possible_kv_heads, sizes_of, sliced_block, smaller_model
-from sparseopt.models.source import Source, TensorInfo, bundled_model, open_source
-from sparseopt.models.streaming import StreamedModel, load_decoder, open_model
-from sparseopt.models.tokenizer import Bos, chat_writer, encode_text, load_tokenizer, start_token
-from sparseopt.models.torch_model import TorchModel
+from sparseopt.models.files.source import Source, TensorInfo, bundled_model, open_source
+from sparseopt.models.reshape.reordered import Move, block_moves, reordered_block
+from sparseopt.models.reshape.shrunk import Kept, Sizes, possible_kv_heads, sizes_of, sliced_block, smaller_model
+from sparseopt.models.streaming.prunable import PrunableBlock, PrunableModel
+from sparseopt.models.streaming.streamed import StreamedModel, load_decoder, open_model
+from sparseopt.models.streaming.torch_model import TorchModel
 
 __all__ = [
     "FAMILIES",

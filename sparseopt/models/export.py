@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.types import Observer
-from sparseopt.models.errors import ModelError, listed
-from sparseopt.models.packed import (
+from sparseopt.models.base.errors import ModelError, listed
+from sparseopt.models.files.packed import (
     FORMAT,
     PACKED_INDEX,
     PACKED_PREFIX,
@@ -28,9 +28,9 @@ from sparseopt.models.packed import (
     pack_tensors,
     read_packed_header,
 )
-from sparseopt.models.safetensors_file import WRITABLE, UnreadTensor, read_header, write_tensors
-from sparseopt.models.source import FileTensor, FolderSource, Source
-from sparseopt.models.streaming import open_model
+from sparseopt.models.files.safetensors import WRITABLE, UnreadTensor, read_header, write_tensors
+from sparseopt.models.files.source import FileTensor, FolderSource, Source
+from sparseopt.models.streaming.streamed import open_model
 from sparseopt.system.files import replacing
 
 OUTER_TAG = "outer"

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparseopt.core.base.dense import activation_precision
 from sparseopt.core.base.mesh import AXIS, on_device, over
 from sparseopt.models import PrunableBlock, Routed
-from sparseopt.models.experts import rows_of_tokens, stacked_name, unstacked_names
+from sparseopt.models.decoder.experts import rows_of_tokens, stacked_name, unstacked_names
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.compiled import Compiled, Timed, laid_on
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from sparseopt.core.penalties.patterns import NM
 from sparseopt.models import PrunableModel, StreamedModel, TensorInfo
-from sparseopt.models.attention import QUERY_CHUNK
-from sparseopt.models.experts import stacked_name
-from sparseopt.models.safetensors_file import SLICE
-from sparseopt.models.settings import DecoderConfig
+from sparseopt.models.decoder.attention import QUERY_CHUNK
+from sparseopt.models.decoder.experts import stacked_name
+from sparseopt.models.decoder.settings import DecoderConfig
+from sparseopt.models.files.safetensors import SLICE
 from sparseopt.pruning.activations import windows_per_batch
 from sparseopt.pruning.blocked import fewest_blocks
 from sparseopt.pruning.calibration import EXPERTS_INPUT

@@ -26,7 +26,7 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from sparseopt.models.folder import PICKLES
+from sparseopt.models.files.folder import PICKLES
 
 Part = Literal["calibration", "evaluation"]
 # A chat is a list of messages, each with a role, a content and what else a chat template reads.

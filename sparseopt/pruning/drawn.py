@@ -16,7 +16,7 @@ import numpy as np
 
 from sparseopt.core.base.types import Observer
 from sparseopt.models import ModelError, PrunableModel, StreamedModel, check_window, load_tokenizer, start_token
-from sparseopt.models.generate import COOLING, HOTTEST, draw_texts, kept_bytes
+from sparseopt.models.decoder.generate import COOLING, HOTTEST, draw_texts, kept_bytes
 from sparseopt.pruning.pass_recipe import PassRecipe, scored_windows
 from sparseopt.pruning.plan import CalibrationWindows, Plan
 from sparseopt.pruning.run_folder import Identity, check_same_run

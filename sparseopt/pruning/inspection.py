@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from sparseopt.models import FAMILIES, ModelError, Source, StreamedModel, TensorInfo, open_source
-from sparseopt.models.gguf_source import GGUFSource
-from sparseopt.models.settings import BlockKind, DecoderConfig
+from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
+from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.pruning.cost import PLACES, output_bytes, prune_cost, with_drawing
 from sparseopt.pruning.documents import is_text
 from sparseopt.pruning.drawn import drawing_cost

@@ -19,7 +19,7 @@ from sparseopt.models import (
     sizes_of,
     smaller_model,
 )
-from sparseopt.models.gguf_source import GGUFSource
+from sparseopt.models.files.gguf.source import GGUFSource
 from sparseopt.pruning.documents import TextError, is_text
 from sparseopt.pruning.layer import LayerMethod, check_method, reads_variances
 from sparseopt.pruning.pass_recipe import LEAST_WINDOWS, MOST_WINDOWS, TOKENS_AN_INPUT, PassRecipe

@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparseopt.models import Block
-from sparseopt.models.experts import stacked_name
+from sparseopt.models.decoder.experts import stacked_name
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.compiled import Compiled
 from sparseopt.pruning.reports import BlockRecord

@@ -38,9 +38,9 @@ from sparseopt.models import (
     shard_name,
     trained_tag,
 )
-from sparseopt.models.packed import PACKED_INDEX
-from sparseopt.models.prunable import digest
-from sparseopt.models.safetensors_file import read_header
+from sparseopt.models.files.packed import PACKED_INDEX
+from sparseopt.models.files.safetensors import read_header
+from sparseopt.models.streaming.prunable import digest
 from sparseopt.pruning.pass_recipe import PassRecipe, described
 from sparseopt.pruning.plan import Plan, shrink_plan
 from sparseopt.pruning.reports import (

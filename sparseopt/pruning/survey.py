@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, Int
 
 from sparseopt.core.base.types import Observer
 from sparseopt.models import Block, Head, PrunableBlock, PrunableModel, Routed
-from sparseopt.models.experts import stacked_name, unstacked_names
+from sparseopt.models.decoder.experts import stacked_name, unstacked_names
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.allocation import (
     allocate_curves,

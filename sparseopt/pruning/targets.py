@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
-from sparseopt.models.errors import listed
+from sparseopt.models.base.errors import listed
 
 EXPRESSION = "re:"
 HEAD = "lm_head"

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from sparseopt.models import Block, Head
-from sparseopt.models.family import build_part, part_shapes
-from sparseopt.models.settings import DecoderConfig
+from sparseopt.models.decoder.settings import DecoderConfig
+from sparseopt.models.families.family import build_part, part_shapes
 
 # More than the caches of processors hold.
 CACHE_BYTES = 2**27

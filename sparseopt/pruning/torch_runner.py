@@ -12,8 +12,8 @@ from jaxtyping import Array
 
 from sparseopt.core.base.dense import product
 from sparseopt.models import PrunableModel, TorchModel
-from sparseopt.models.torch_bridge import to_jax, to_torch
-from sparseopt.models.torch_model import TorchBlock
+from sparseopt.models.streaming.torch_bridge import to_jax, to_torch
+from sparseopt.models.streaming.torch_model import TorchBlock
 from sparseopt.pruning.activations import Batches
 from sparseopt.pruning.calibration import BlockGrams, BlockRunner, ExpertTokens, Grams, Weighting, forward_flops
 from sparseopt.pruning.compiled import Compiled

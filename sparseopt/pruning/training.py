@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparseopt.models import Block
-from sparseopt.models.experts import stacked_name
+from sparseopt.models.decoder.experts import stacked_name
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.calibration import BlockRunner
 

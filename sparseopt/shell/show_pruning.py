@@ -10,7 +10,7 @@ from rich.progress import TextColumn
 from rich.table import Table
 
 from sparseopt.models import Source, StreamedModel, open_model
-from sparseopt.models.errors import listed
+from sparseopt.models.base.errors import listed
 from sparseopt.pruning.documents import part_of_text
 from sparseopt.pruning.reports import (
     BlockRecord,

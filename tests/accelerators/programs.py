@@ -19,8 +19,8 @@ from scipy.spatial import Delaunay
 import sparseopt as so
 from sparseopt.core.base.mesh import AXIS, at_work
 from sparseopt.models import Block, find_family
-from sparseopt.models.decoder import Embedding, Head
-from sparseopt.models.settings import DecoderConfig
+from sparseopt.models.decoder.decoder import Embedding, Head
+from sparseopt.models.decoder.settings import DecoderConfig
 from sparseopt.pruning import distillation, survey
 from sparseopt.pruning.activations import BATCH_TOKENS
 from sparseopt.pruning.allocation import losses_of_linear

@@ -110,7 +110,7 @@ def test_memory_that_runs_out_ends_in_a_sentence_and_the_run_goes_on(tmp_path: A
 
 def test_blocks_in_torch_share_the_devices_memory(tmp_path: Any, rng: np.random.Generator) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from sparseopt.models.torch_bridge import to_jax, to_torch, torch_device
+    from sparseopt.models.streaming.torch_bridge import to_jax, to_torch, torch_device
 
     if jax.default_backend() != "cpu" and torch_device().type == "cpu":
         pytest.skip("SKIPPED: torch is not built for this device; its blocks run on the CPU")

@@ -13,7 +13,7 @@ from sparseopt.experiments.config import ConfigError, expand
 from sparseopt.experiments.report import gather
 from sparseopt.experiments.runs import check_all, execute, fingerprint, plan, run_all
 from sparseopt.pruning import audit_pattern, audit_sparsity
-from tests.models.test_hub import store
+from tests.models.files.test_hub import store
 from tests.models.tiny import random_tensors, tiny_config
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseopt.models import load_tokenizer, open_model, open_source
-from sparseopt.models.safetensors_file import read_header
+from sparseopt.models.files.safetensors import read_header
 from tests.fuzz.making import Make, write
 from tests.fuzz.targets import FAMILY_CONFIGS, seed_folders, with_header
 

@@ -21,10 +21,10 @@ from sparseopt.experiments.read.images import read_image
 from sparseopt.experiments.read.node_tables import read_edges, read_signal
 from sparseopt.models import ModelError, load_tokenizer, open_model, open_source
 from sparseopt.models.export import ShardedWriter
-from sparseopt.models.gguf_file import read_header as read_gguf_header
-from sparseopt.models.gguf_tokenizer import build_tokenizer, tokenizer_config
-from sparseopt.models.packed import read_packed_header
-from sparseopt.models.safetensors_file import read_header, read_metadata
+from sparseopt.models.files.gguf.header import read_header as read_gguf_header
+from sparseopt.models.files.gguf.tokenizer import build_tokenizer, tokenizer_config
+from sparseopt.models.files.packed import read_packed_header
+from sparseopt.models.files.safetensors import read_header, read_metadata
 from tests.fuzz.choices import Choices, chance, json_bytes, mutated_bytes, mutated_json, pick
 from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
 from tests.models.tiny_gguf import CONFIGS, byte_level_metadata, sentencepiece_metadata, tensors_of, write_architecture

@@ -14,8 +14,8 @@ from sparseopt.experiments.read.files import FileError
 from sparseopt.experiments.read.images import read_image
 from sparseopt.experiments.read.node_tables import read_signal
 from sparseopt.models import ModelError, load_tokenizer, open_model, open_source
-from sparseopt.models.gguf_tokenizer import build_tokenizer
-from sparseopt.models.safetensors_file import read_header
+from sparseopt.models.files.gguf.tokenizer import build_tokenizer
+from sparseopt.models.files.safetensors import read_header
 from tests.fuzz.targets import FAMILY_CONFIGS, seed_folders, seed_tokenizer, with_header
 from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
 from tests.models.tiny_gguf import byte_level_metadata

@@ -11,8 +11,8 @@ import pytest
 
 from sparseopt.models import OUTER_TAG, ModelError, ShardedWriter, StreamedModel, block_tag, open_model
 from sparseopt.models import export as export_module
-from sparseopt.models.folder import MAX_FILE
-from sparseopt.models.safetensors_file import write_tensors
+from sparseopt.models.files.folder import MAX_FILE
+from sparseopt.models.files.safetensors import write_tensors
 from sparseopt.system.files import DiskError
 from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
 

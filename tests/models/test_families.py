@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from sparseopt.models import FAMILIES, ModelError, find_family, generate, load_decoder, open_model, safetensors_file
-from sparseopt.models.rope import max_positions, read_rope
-from sparseopt.models.safetensors_file import read_header
+from sparseopt.models import FAMILIES, ModelError, find_family, generate, load_decoder, open_model
+from sparseopt.models.base.rope import max_positions, read_rope
+from sparseopt.models.files import safetensors
+from sparseopt.models.files.safetensors import read_header
 from sparseopt.pruning import Recipe, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.scoring import score_continuations
 from tests.jitted import run
-from tests.models.test_decoder import GOLDEN, write_golden
+from tests.models.decoder.test_decoder import GOLDEN, write_golden
 from tests.oracle.make_golden import CASES
 from tests.tiers import often
 
@@ -95,7 +96,7 @@ def test_parameters_that_are_read_in_pieces_are_those_read_at_once(
 ) -> None:
     model = open_model(write_golden_folder(name, tmp_path / name))
     whole = jax.tree.leaves((model.embedding(), model.block(0), model.head()))
-    monkeypatch.setattr(safetensors_file, "SLICE", 200)
+    monkeypatch.setattr(safetensors, "SLICE", 200)
     for one, other in zip(whole, jax.tree.leaves((model.embedding(), model.block(0), model.head())), strict=True):
         np.testing.assert_array_equal(one, other)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import load_decoder, open_model
-from sparseopt.models.safetensors_file import read_header
+from sparseopt.models.files.safetensors import read_header
 from sparseopt.pruning import Recipe, audit_sparsity, prune_model
 from tests.oracle.conftest import Proof
 from tests.oracle.make_golden import CASES, build_model, run_layers

@@ -9,8 +9,8 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from sparseopt.models import Source, load_tokenizer, open_source
-from sparseopt.models.safetensors_file import write_tensors
-from tests.models.test_tokenizer import TRICKY
+from sparseopt.models.files.safetensors import write_tensors
+from tests.models.decoder.test_tokenizer import TRICKY
 from tests.models.tiny_gguf import CONFIGS, sentencepiece_metadata, tensors_of, write_architecture
 from tests.oracle.conftest import Proof
 

@@ -17,7 +17,7 @@ from sparseopt.models import (
     load_tokenizer,
     open_model,
 )
-from sparseopt.models.safetensors_file import write_tensors
+from sparseopt.models.files.safetensors import write_tensors
 from tests.models.tiny import random_tensors, tiny_config, write_folder, write_gguf
 from tests.oracle.make_golden import CASES, FOLDER, compute_case
 

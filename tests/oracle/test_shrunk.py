@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import load_decoder, open_model, possible_kv_heads, sizes_of
-from tests.models.test_shrunk import opened, reduced, write_smaller
+from tests.models.reshape.test_shrunk import opened, reduced, write_smaller
 from tests.oracle.make_golden import CASES, build_model
 from tests.oracle.test_families import TOKENS, reference
 

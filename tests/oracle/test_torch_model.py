@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sparseopt.models import FAMILIES, ModelError, TorchModel, load_decoder, open_model, torch_bridge
-from sparseopt.models.torch_bridge import to_jax, to_tensor, to_torch
-from sparseopt.models.torch_model import TorchBlock
-from sparseopt.models.torch_skeleton import Call
+from sparseopt.models import FAMILIES, ModelError, TorchModel, load_decoder, open_model
+from sparseopt.models.streaming import torch_bridge
+from sparseopt.models.streaming.torch_bridge import to_jax, to_tensor, to_torch
+from sparseopt.models.streaming.torch_model import TorchBlock
+from sparseopt.models.streaming.torch_skeleton import Call
 from sparseopt.pruning import Recipe, audit_pattern, audit_sparsity, perplexity, prune_model, prune_models
 from sparseopt.pruning.activations import Batches, make_batches
 from sparseopt.pruning.torch_runner import TorchRunner, runner_of

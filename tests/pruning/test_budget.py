@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseopt.models import open_model, safetensors_file
+from sparseopt.models import open_model
+from sparseopt.models.files import safetensors
 from sparseopt.pruning import Recipe, footprint, prune_model, prune_models
 from sparseopt.pruning.activations import Batches, DiskBatches, make_batches
 from sparseopt.pruning.cost import prune_cost
@@ -238,7 +239,7 @@ def test_batches_that_became_shorter_are_an_error(tmp_path):
 
 def test_rows_of_an_embedding_are_the_embedding(source, tokens, monkeypatch):
     """Also where the matrix comes in many pieces."""
-    monkeypatch.setattr(safetensors_file, "SLICE", 5 * 32 * 4)
+    monkeypatch.setattr(safetensors, "SLICE", 5 * 32 * 4)
     model = open_model(source)
     rows, ids = np.unique(tokens, return_inverse=True)
     whole = make_batches(model.embedding()(jnp.asarray(tokens)))
@@ -250,12 +251,12 @@ def test_rows_of_an_embedding_are_the_embedding(source, tokens, monkeypatch):
 
 def test_a_digest_does_not_depend_on_the_pieces(source, monkeypatch):
     whole = open_model(source).check_finite()
-    monkeypatch.setattr(safetensors_file, "SLICE", 300)
+    monkeypatch.setattr(safetensors, "SLICE", 300)
     assert open_model(source).check_finite() == whole
 
 
 def test_a_bad_value_in_a_late_piece_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_file, "SLICE", 300)
+    monkeypatch.setattr(safetensors, "SLICE", 300)
     tensors = random_tensors(tiny_config(), np.random.default_rng(0))
     tensors["model.layers.2.mlp.down_proj.weight"][-1, -1] = np.nan
     write_folder(tmp_path / "m", tiny_config(), tensors)

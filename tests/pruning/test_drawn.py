@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparseopt.models import ModelError, load_decoder, open_model
-from sparseopt.models.generate import draw_texts, kept_bytes
+from sparseopt.models.decoder.generate import draw_texts, kept_bytes
 from sparseopt.pruning import Recipe, drawn, pipeline, prune_model
 from sparseopt.system.run_folder import DRAWN, FolderError, read_start
 from tests.jitted import run

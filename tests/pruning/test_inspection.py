@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from sparseopt.models import open_model
-from sparseopt.models.safetensors_file import StoredTensor, write_tensors
+from sparseopt.models.files.safetensors import StoredTensor, write_tensors
 from sparseopt.pruning import METHODS, Recipe, prune_model
 from sparseopt.pruning.cost import block_sizes
 from sparseopt.pruning.inspection import Blocks, Inspection, inspect_model

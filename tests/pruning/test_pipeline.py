@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 
 import sparseopt as so
 from sparseopt.models import ModelError, load_decoder, open_model, open_source
-from sparseopt.models.safetensors_file import write_tensors
+from sparseopt.models.files.safetensors import write_tensors
 from sparseopt.pruning import PruningError, Recipe, Wanda, audit_sparsity, perplexity, prune_model
 from sparseopt.pruning.activations import Batches, make_batches
 from sparseopt.pruning.calibration import BlockRunner, gather_grams

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from sparseopt.models import Block, open_model
-from sparseopt.models.attention import QUERY_CHUNK
+from sparseopt.models.decoder.attention import QUERY_CHUNK
 from sparseopt.pruning.activations import Batches, Stream
 from sparseopt.pruning.reconstruction import Reconstruction, channel_weights, reconstruct_block, stream_loss
 from sparseopt.pruning.training import TrainingStatus

@@ -29,8 +29,8 @@ from sparseopt.pruning.reports import BlockRecord, DistillationRecord, LayerReco
 from sparseopt.pruning.run_folder import recipe_identity
 from sparseopt.pruning.shrinking import parameters_of
 from sparseopt.system.run_folder import RECORDS, FolderError
-from tests.models.test_decoder import write_golden
-from tests.models.test_shrunk import FOLDER
+from tests.models.decoder.test_decoder import write_golden
+from tests.models.reshape.test_shrunk import FOLDER
 from tests.models.tiny import random_tensors, tiny_config, write_folder
 from tests.pruning.test_experts import EXPERTS, routed_inputs
 from tests.pruning.test_resumption import Broken, breaking_at, model_bytes

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sparseopt.models import open_source
-from sparseopt.models.packed import PACKED_INDEX, PackedTensor
-from sparseopt.models.safetensors_file import write_tensors
+from sparseopt.models.files.packed import PACKED_INDEX, PackedTensor
+from sparseopt.models.files.safetensors import write_tensors
 from sparseopt.pruning import audit_sparsity
 from tests.models.tiny import random_tensors, tiny_config
 from tests.pruning.test_pipeline import TOKENIZER

@@ -1,0 +1,50 @@
+"""Fields of a Hugging Face configuration, read with checks: a `ModelError` names the field."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sparseopt.models.base.errors import ModelError
+
+# A Hugging Face configuration, or a table in it.
+Config = Mapping[str, Any]
+
+# Upper bound of a size or count. Real ones are far smaller, and a product of two still fits in 64 bits.
+_LARGEST = 2**31 - 1
+
+
+def require(config: Config, name: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
+    """A positive, finite number of that type from a configuration, or the default where the field is absent."""
+    value: Any = config.get(name, default)
+    if kind is float and type(value) is int and abs(value) < 2**1000:
+        value = float(value)
+    if type(value) is not kind or not 0 < value < math.inf:
+        raise ModelError(f"the model configuration's {name} must be a positive {kind.__name__}, given {shown(value)}")
+    if kind is int and value > _LARGEST:
+        raise ModelError(f"the model configuration's {name} is {shown(value)}, at most {_LARGEST} is possible")
+    return value
+
+
+def optional(config: Config, name: str, kind: type[int] | type[float] = int, default: float | None = None) -> Any:
+    """As `require`, but None where the value is None."""
+    value = config.get(name, default)
+    return None if value is None else require({name: value}, name, kind)
+
+
+def shown(value: Any) -> str:
+    """A value of a configuration as a message shows it."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value) if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
+    return text if len(text) < 100 else f"{text[:100]}..."
+
+
+def refuse_unless(config: Config, allowed: Mapping[str, tuple]) -> None:
+    """Refuse switches that the decoder does not have: each named field must be absent or one of its allowed values."""
+    wrong = [
+        f"{name}={shown(config[name])} (supported: {', '.join(map(repr, values))})"
+        for name, values in allowed.items()
+        if name in config and config[name] not in values
+    ]
+    if wrong:
+        raise ModelError(f"the model configuration asks for what this decoder does not support: {'; '.join(wrong)}")

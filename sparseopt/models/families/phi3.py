@@ -1,0 +1,26 @@
+"""The Phi-3 family: Llama with fused projections and, for long contexts, LongRoPE."""
+
+from sparseopt.models.base.fields import Config, optional
+from sparseopt.models.base.rope import LongRope, read_rope
+from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
+from sparseopt.models.families.family import Family, read_decoder
+
+
+def _read_config(config: Config) -> DecoderConfig:
+    rope = read_rope({"original_max_position_embeddings": 4096, **config})
+    kind = BlockKind(rope, optional(config, "sliding_window"))
+    return read_decoder({"rms_norm_eps": 1e-5, **config}, kind, qkv="fused", gate="fused")
+
+
+def _refuses(config: DecoderConfig) -> str | None:
+    # transformers expects as many LongRoPE factors as hidden_size / num_attention_heads says, whatever head_dim is.
+    ropes = {kind.rope for kind in config.kinds if kind.rope and isinstance(kind.rope.scaling, LongRope)}
+    width = config.hidden_size // config.num_heads
+    if all(rope.size(width) // 2 == rope.size(config.head_dim) // 2 for rope in ropes):
+        return None
+    return (
+        f"transformers expects rope factors for heads of {width} features with num_attention_heads={config.num_heads}"
+    )
+
+
+PHI3 = Family("phi3", _read_config, refuses=_refuses)

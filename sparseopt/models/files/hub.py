@@ -1,0 +1,219 @@
+"""Models by their names on the Hugging Face hub, fetched once and pinned to a commit.
+
+    OWNER/NAME            the repository's main branch
+    OWNER/NAME@REVISION   a branch, a tag or a commit of it
+
+Only what is needed is fetched: the configuration, the safetensors weights that the index names, and the files that an
+export copies, such as the tokenizer and the licence. They are kept in huggingface_hub's cache, so a second call fetches
+nothing, and a machine without a network uses the cache.
+"""
+
+import contextlib
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from sparseopt.models.base.errors import ModelError, listed
+from sparseopt.models.files.folder import (
+    MAX_FILE,
+    MAX_INDEX,
+    PICKLES,
+    TO_SAFETENSORS,
+    is_carried,
+    is_plain_name,
+    read_json,
+)
+from sparseopt.models.files.packed import PACKED_INDEX
+
+logger = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# Either kind of index; a model in one file needs none.
+INDICES = (INDEX, PACKED_INDEX)
+
+# Seconds to wait for the hub's first answer; downloads have their own limits.
+TIMEOUT = 10.0
+
+_LIKE_A_NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+(@.*)?", re.ASCII)
+_PART = r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9_])?"
+_REPOSITORY = re.compile(rf"{_PART}/{_PART}", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9]([\w./+-]*[\w+-])?", re.ASCII)
+_LONGEST = 96
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository `OWNER/NAME` on the hub and a revision; None for the main branch."""
+
+    repository: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+
+
+def parse_hub_name(text: str) -> HubName | None:
+    """`text` as a name, or None where it can only be a path: absolute, from `.` or `~`, deeper, a GGUF file.
+
+    Raises:
+        ModelError: for a text that has the form of a name but breaks the hub's rules.
+    """
+    if not _LIKE_A_NAME.fullmatch(text) or text.endswith(".gguf"):
+        return None
+    repository, at, revision = text.partition("@")
+    wrong = ""
+    if not _REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository or repository.endswith(".git"):
+        wrong = "owner and name are letters, digits and single . _ - between them"
+    elif len(repository) > _LONGEST:
+        wrong = f"a name has at most {_LONGEST} characters, this one {len(repository)}"
+    elif at and (not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
+        wrong = f"the @ must be followed by a branch, a tag or a commit, given {revision!r}"
+    if wrong:
+        raise ModelError(
+            f"there is no path {text}, and it is no name on the Hugging Face hub ({wrong}); give OWNER/NAME, "
+            "OWNER/NAME@REVISION, or a folder or .gguf file on this machine"
+        )
+    return HubName(repository, revision if at else None)
+
+
+def fetch(name: HubName) -> tuple[Path, str]:
+    """The folder of a repository in huggingface_hub's cache and its commit, fetched where needed.
+
+    A bar on standard error shows the progress. Where the hub cannot be reached, a complete copy in the cache is used,
+    and a warning of this module's logger says so.
+
+    Raises:
+        ModelError: if the repository or its revision is unknown, its owner must grant access, it has no safetensors, or
+            the hub cannot be reached and the cache has no complete copy; says what to do.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, RevisionNotFoundError
+
+    # Where the network, the hub or the disk fails. The HTTP client and its errors depend on the library's version.
+    failures = (HTTPError, OSError)
+    try:
+        info = HfApi().model_info(name.repository, revision=name.revision, timeout=TIMEOUT, files_metadata=True)
+    except failures as error:
+        if not isinstance(error, RevisionNotFoundError):
+            with contextlib.suppress(*failures):
+                folder, commit = _download(name, (), only_cached=True)
+                logger.warning(
+                    "%s: not fetched again (%s); using the copy in the cache, commit %s", name, _short(error), commit
+                )
+                return folder, commit
+        raise ModelError(_explain(error, name)) from error
+    files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    _check_files(set(files), name)
+    small = [file for file, size in files.items() if is_carried(file) and size <= MAX_FILE]
+    if large := [file for file, size in files.items() if is_carried(file) and size > MAX_FILE]:
+        logger.warning("%s: not fetched because of their size: %s", name, ", ".join(large))
+    try:
+        return _download(name, small, only_cached=False)
+    except failures as error:
+        raise ModelError(_explain(error, name)) from error
+
+
+def _check_files(files: set[str], name: HubName) -> None:
+    has_weights = bool(files & {WEIGHTS, *INDICES})
+    if has_weights and CONFIG in files:
+        return
+    if not has_weights and any(file.endswith(".gguf") for file in files):
+        hint = (
+            "it has GGUF files: fetch one with "
+            f"`hf download {name.repository} FILE.gguf --local-dir FOLDER` and give the path of the file"
+        )
+    elif not has_weights and any(file.endswith(PICKLES) for file in files):
+        hint = f"its {TO_SAFETENSORS.replace('IN', repr(name.repository))}"
+    else:
+        hint = f"it holds {listed(sorted(files)) or 'nothing'}; name the repository of a causal language model"
+    missing = CONFIG if has_weights else WEIGHTS
+    raise ModelError(f"{name} on the hub has no {missing}, expected are {CONFIG} and safetensors weights: {hint}")
+
+
+def _download(name: HubName, small: Sequence[str], *, only_cached: bool) -> tuple[Path, str]:
+    """Folder and commit. First the small files are fetched, then the weights that the index names."""
+    from huggingface_hub import snapshot_download
+
+    def get(revision: str | None, files: Sequence[str]) -> Path:
+        # The library reads these as patterns: brackets in a file's name must be escaped.
+        patterns = [escape(file) for file in files]
+        folder = snapshot_download(
+            name.repository, revision=revision, allow_patterns=patterns, local_files_only=only_cached
+        )
+        return Path(folder)
+
+    folder = get(name.revision, (CONFIG, *INDICES, *small))
+    commit = folder.name
+    weights = _weight_files(folder)
+    folder = get(commit, weights)
+    missing = [file for file in (CONFIG, *weights) if not (folder / file).is_file()]
+    # Files that the hub itself lacks are reported when the folder is read.
+    if missing and only_cached:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+    return folder, commit
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The weight files of a fetched folder; a corrupt index is reported when the folder is read."""
+    indices = [folder / index for index in INDICES if (folder / index).is_file()]
+    if not indices:
+        return [WEIGHTS]
+    try:
+        named = [file for index in indices for file in read_json(index, MAX_INDEX)["weight_map"].values()]
+        return sorted({file for file in named if is_plain_name(file)})
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return []
+
+
+def _explain(error: Exception, name: HubName) -> str:
+    from huggingface_hub import constants, errors
+
+    repository = name.repository
+    given = f"no path {name} exists on this machine, and "
+    revision = "" if name.revision is None else f" --revision {name.revision}"
+    command = f"hf download {repository}{revision} --local-dir FOLDER"
+    by_hand = f"fetch it where there is a network with `{command}` and give the folder"
+    match error:
+        # A gated repository is, to the library, a kind of unknown one.
+        case errors.GatedRepoError():
+            return (
+                f"the owner of {repository} grants access on request: ask at https://huggingface.co/{repository}, then "
+                "run `hf auth login` on this machine and start again"
+            )
+        case errors.RepositoryNotFoundError():
+            return (
+                f"{given}the Hugging Face hub has no model repository {repository}, or it is private; check the "
+                "spelling, give a folder or .gguf file on this machine, or run `hf auth login` for a private one"
+            )
+        case errors.RevisionNotFoundError():
+            return (
+                f"{repository} on the hub has no revision {name.revision or 'main'}; give a branch, a tag or a commit "
+                f"of it, or {repository} alone for its main branch"
+            )
+        case errors.HfHubHTTPError() if not isinstance(error, errors.EntryNotFoundError):
+            return (
+                f"{given}the Hugging Face hub refused {name} ({_short(error)}); try again later, check `hf auth "
+                f"whoami`, or {by_hand}"
+            )
+        case errors.OfflineModeIsEnabled() | errors.EntryNotFoundError() | errors.HTTPError():
+            return (
+                f"{given}the Hugging Face hub cannot be reached to fetch it ({_short(error)}), and the cache "
+                f"{constants.HF_HUB_CACHE} holds no complete copy; {by_hand}"
+            )
+        case _:
+            return (
+                f"{name} could not be written to the cache {constants.HF_HUB_CACHE} ({_short(error)}); make room, or "
+                "set HF_HUB_CACHE to a folder on another disk, and start again: finished files are not fetched twice"
+            )
+
+
+def _short(error: Any) -> str:
+    """The kind of an error and the first line of its text."""
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return "HF_HUB_OFFLINE is set"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip().rstrip('.')}" if lines else type(error).__name__

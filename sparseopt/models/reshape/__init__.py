@@ -1,0 +1,1 @@
+"""Blocks and models in another shape: `reordered` moves inner channels, `shrunk` makes smaller dense models."""

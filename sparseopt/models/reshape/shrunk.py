@@ -1,0 +1,356 @@
+"""Smaller dense models: the outline of one before its tensors exist, and what a block of it keeps.
+
+A smaller model has fewer channels in every MLP, fewer KV groups in every attention (a group is a key-value head with
+its query heads), fewer experts or fewer blocks. All blocks keep equally many, so it is a plain Hugging Face model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from sparseopt.models.base.errors import ModelError
+from sparseopt.models.decoder.decoder import Block
+from sparseopt.models.decoder.experts import stacked_name
+from sparseopt.models.decoder.settings import BlockKind, DecoderConfig, ExpertsConfig
+from sparseopt.models.families.family import part_shapes
+from sparseopt.models.files.source import Source, TensorInfo
+from sparseopt.models.streaming.prunable import PrunableModel
+from sparseopt.models.streaming.streamed import StreamedModel
+
+# The width of an expert is a multiple of this: transformers multiplies all experts at once, with torch's
+# `grouped_mm`, which requires rows of a multiple of 16 bytes.
+EXPERT_STEP = 8
+# The configuration fields that say the kind of each block, as functions of the kinds.
+_BY_BLOCK: dict[str, Callable[[tuple[BlockKind, ...]], Any]] = {
+    "layer_types": lambda kinds: ["full_attention" if kind.window is None else "sliding_attention" for kind in kinds],
+    "max_window_layers": lambda kinds: next((i for i, k in enumerate(kinds) if k.window is not None), len(kinds)),
+    "no_rope_layers": lambda kinds: [int(kind.rope is not None) for kind in kinds],
+    "mlp_only_layers": lambda kinds: [index for index, kind in enumerate(kinds) if not kind.experts],
+    "decoder_sparse_step": lambda kinds: 1,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a smaller model keeps.
+
+    Attributes:
+        channels: F of the MLP. In a mixture F of each expert: that of the dense model or a multiple of `EXPERT_STEP`;
+            blocks without experts then keep their own width.
+        kv_heads: KV groups, that is key-value heads; each has its query heads with it.
+        blocks: the blocks of the dense model that stay, ascending.
+        experts: of each mixture, at least as many as a token is sent to; None without a mixture.
+    """
+
+    channels: int
+    kv_heads: int
+    blocks: tuple[int, ...]
+    experts: int | None = None
+
+
+class Kept(NamedTuple):
+    """What a smaller model keeps of one block: ascending indices.
+
+    Attributes:
+        channels: `[F']` of the MLP, or `[E', F']` by kept expert.
+        groups: `[K']` KV groups.
+        experts: `[E']`; None for all of them, and without a mixture.
+    """
+
+    channels: Int[np.ndarray, "..."]
+    groups: Int[np.ndarray, "groups"]
+    experts: Int[np.ndarray, "experts"] | None = None
+
+
+class NewTensor(NamedTuple):
+    """A tensor of a smaller model that has no values yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Outline:
+    """A `Source` of a smaller model whose blocks are not written yet; what lies outside them is the dense model's."""
+
+    def __init__(
+        self, source: Source, config: dict[str, Any], outer: Mapping[str, TensorInfo], inner: Mapping[str, NewTensor]
+    ) -> None:
+        self.path, self.name, self.revision = source.path, source.name, source.revision
+        self.config = config
+        self.tensors: dict[str, TensorInfo] = {**outer, **inner}
+        self._source, self._inner = source, inner
+
+    def read(self, name: str) -> np.ndarray:
+        return self._source_of(name).read(name)
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        return self._source_of(name).pieces(name)
+
+    def _source_of(self, name: str) -> Source:
+        if name in self._inner:
+            raise ModelError(f"{name} belongs to a block of a smaller model of {self.path} that is not written yet")
+        return self._source
+
+    def sidecars(self) -> dict[str, bytes]:
+        return self._source.sidecars()
+
+
+def sizes_of(model: PrunableModel) -> Sizes:
+    """The sizes of a dense model, which keep all of it; a `ModelError` for a model that runs in torch."""
+    dense = _known(model).config
+    mixture = _mixture(dense)
+    channels, experts = (mixture.intermediate_size, mixture.count) if mixture else (dense.intermediate_size, None)
+    return Sizes(channels, dense.num_kv_heads, tuple(range(dense.num_layers)), experts)
+
+
+def possible_kv_heads(model: PrunableModel) -> tuple[int, ...]:
+    """The numbers of KV groups that a smaller model may keep, ascending; the last is that of the dense model.
+
+    Not every number is possible: the configuration of some families (GPT-2, OPT, GPT-NeoX) has no field for the head
+    size, a norm over all heads (OLMo 2) changes with their number, and transformers requires of some (Llama, Gemma)
+    that the number of query heads divides the hidden size, and derives LongRoPE's factors (Phi-3) from that number.
+    """
+    model = _known(model)
+    every = sizes_of(model)
+    *fewer, whole = range(1, every.kv_heads + 1)
+    return (*(k for k in fewer if _objection(model, replace(every, kv_heads=k)) is None), whole)
+
+
+def smaller_model(model: PrunableModel, sizes: Sizes) -> StreamedModel:
+    """A smaller model without values in its blocks: its configuration, and the names, shapes and dtypes of its tensors.
+
+    Its source is an `Outline`, which a `ShardedWriter` takes as it takes any source: write the tensors outside the
+    blocks unchanged, and `sliced_block` of each block that stays. Blocks and experts are renumbered. Parts that the
+    decoder does not have, such as an image encoder, pass through; stored buffers that hold no weights are left out.
+
+    Raises:
+        ModelError: if the model runs in torch, the sizes keep nothing or more than there is, or its family's
+            configuration cannot describe the result, saying what is possible.
+    """
+    model = _known(model)
+    problems = _problems(model, sizes)
+    if problems:
+        raise ModelError(f"no smaller model of {model.source.path} has these sizes: {'; '.join(problems)}")
+    objection = _objection(model, sizes)
+    if objection is not None:
+        possible = ", ".join(map(str, possible_kv_heads(model)))
+        raise ModelError(
+            f"{model.source.path} cannot become a smaller {model.family.model_type} model with "
+            f"kv_heads={sizes.kv_heads}: {objection}; possible for kv_heads: {possible}"
+        )
+    dense, wanted = model.config, _wanted(model, sizes)
+    keys, stored, shapes = model.family.keys, model.source.tensors, model.family.expected_shapes(wanted)
+    inner = {
+        keys.to_key(f"layers.{new}.{path}"): stored[keys.to_key(f"layers.{old}.{path}")].dtype
+        for new, old in enumerate(sizes.blocks)
+        for path in part_shapes(Block, wanted, dense.kinds[old])
+    }
+    outer = {
+        key: stored[key]
+        for key in model.exported_keys()
+        if key not in inner and (key in shapes or not keys.covers(key))
+    }
+    new_tensors = {key: NewTensor(shapes[key], dtype) for key, dtype in inner.items()}
+    return StreamedModel(Outline(model.source, _written(model, wanted), outer, new_tensors))
+
+
+def _known(model: PrunableModel) -> StreamedModel:
+    if not isinstance(model, StreamedModel):
+        raise ModelError(
+            f"{model.source.path} has the model_type {model.source.config.get('model_type')!r}, which runs in torch: "
+            "smaller models are made of the families that run in JAX; prune it instead, or shrink one of those"
+        )
+    return model
+
+
+def _mixture(config: DecoderConfig) -> ExpertsConfig | None:
+    return config.experts if any(kind.experts for kind in config.kinds) else None
+
+
+def _problems(model: StreamedModel, sizes: Sizes) -> list[str]:
+    """What sizes ask for that no model of this family can have."""
+    whole, mixture = sizes_of(model), _mixture(model.config)
+    ranges = {"channels": (1, whole.channels), "kv_heads": (1, whole.kv_heads)}
+    if mixture:
+        ranges["experts"] = (mixture.chosen, mixture.count)
+    problems = [
+        f"{name}={getattr(sizes, name)!r}, expected a whole number from {least} to {most}"
+        for name, (least, most) in ranges.items()
+        if type(value := getattr(sizes, name)) is not int or not least <= value <= most
+    ]
+    if mixture and not problems and sizes.channels % EXPERT_STEP and sizes.channels != whole.channels:
+        problems.append(
+            f"channels={sizes.channels}, expected a multiple of {EXPERT_STEP} in experts, which transformers requires"
+        )
+    if sizes.experts is not None and not mixture:
+        problems.append(f"experts={sizes.experts!r}, expected None: the model has no mixture of experts")
+    blocks = list(sizes.blocks)
+    if not blocks or blocks != sorted(set(blocks) & set(whole.blocks)):
+        problems.append(f"blocks={tuple(blocks)}, expected at least one, ascending, of 0 to {model.num_blocks - 1}")
+    return problems
+
+
+def _wanted(model: StreamedModel, sizes: Sizes) -> DecoderConfig:
+    """The settings of the smaller model."""
+    dense, names = model.config, model.family.sizes
+    inner, mixture, experts = sizes.channels, _mixture(dense), dense.experts
+    if mixture:
+        assert sizes.experts is not None
+        experts = replace(mixture, count=sizes.experts, intermediate_size=sizes.channels)
+        # Mixtral has one field for the width of experts and of plain blocks, and no plain blocks.
+        inner = sizes.channels if names.expert_channels == names.channels else dense.intermediate_size
+    return replace(
+        dense,
+        intermediate_size=inner,
+        num_heads=dense.num_heads // dense.num_kv_heads * sizes.kv_heads,
+        num_kv_heads=sizes.kv_heads,
+        kinds=tuple(dense.kinds[index] for index in sizes.blocks),
+        experts=experts,
+    )
+
+
+def _written(model: StreamedModel, wanted: DecoderConfig) -> dict[str, Any]:
+    """The Hugging Face configuration of the smaller model; other fields are those of the dense model."""
+    dense, names, config = model.config, model.family.sizes, model.source.config
+    text = config if names.table is None else config[names.table]
+    resized = [
+        (names.blocks, dense.num_layers, wanted.num_layers),
+        (names.channels, dense.intermediate_size, wanted.intermediate_size),
+    ]
+    if dense.experts and wanted.experts:
+        resized += [
+            (names.experts, dense.experts.count, wanted.experts.count),
+            (names.expert_channels, dense.experts.intermediate_size, wanted.experts.intermediate_size),
+        ]
+    changes: dict[str, Any] = {}
+    for known, old, new in resized:
+        if new != old:
+            changes |= dict.fromkeys([name for name in known if name in text] or known[:1], new)
+    if wanted.num_kv_heads != dense.num_kv_heads:
+        held = [name for name in names.heads if name in text] or names.heads[:1]
+        changes |= dict.fromkeys(held, wanted.num_heads)
+        # The head size is written even where it was derived: it no longer is hidden_size / heads.
+        changes |= {"num_key_value_heads": wanted.num_kv_heads, "head_dim": wanted.head_dim}
+    if wanted.num_layers != dense.num_layers:
+        by_block = (name for name in _BY_BLOCK if name in names.by_block or name in text)
+        changes |= {name: _BY_BLOCK[name](wanted.kinds) for name in by_block}
+    return {**config, **changes} if names.table is None else {**config, names.table: {**text, **changes}}
+
+
+def _objection(model: StreamedModel, sizes: Sizes) -> str | None:
+    """Why the family's configuration cannot describe a smaller model; None where it can."""
+    wanted = _wanted(model, sizes)
+    fewer_heads = wanted.num_kv_heads != model.config.num_kv_heads
+    if fewer_heads and wanted.qk_norm == "width":
+        return "its norms of queries and keys run over all heads together"
+    try:
+        read = model.family.configure(_written(model, wanted))
+    except ModelError as error:
+        return f"its configuration cannot say so ({error})"
+    wrong = [f.name for f in fields(wanted) if getattr(read, f.name) != getattr(wanted, f.name)]
+    if wrong:
+        shown = ", ".join(f"{name}={getattr(read, name)} for {getattr(wanted, name)}" for name in wrong)
+        return f"its configuration cannot say so (it would be read with {shown})"
+    return model.family.refuses(wanted) if fewer_heads else None
+
+
+# Of one linear: its name in the smaller block, and the rows and columns that stay; None for all.
+_Slice = tuple[str, np.ndarray | None, np.ndarray | None]
+
+
+def sliced_block(
+    config: DecoderConfig, kind: BlockKind, tensors: Mapping[str, np.ndarray], kept: Kept
+) -> dict[str, np.ndarray]:
+    """The parameters of a smaller block: what is kept of those of a dense block.
+
+    A channel takes its rows of gate and up and its column of down with it, a KV group its rows of q, k and v (of all
+    its query heads) and its columns of the output projection, an expert its row of the router. Biases follow their
+    rows. Norms stay as they are.
+
+    Args:
+        config: of the dense model.
+        kind: of the block.
+        tensors: all parameters of the dense block by path in the block, linears as `[out, in]`, experts one by one
+            (`mlp.experts.3.up_proj.weight`), in any dtype.
+        kept: for a block without experts in a model that has some, `channels` are all of its own.
+
+    Returns:
+        The parameters by path in the smaller block, in their dtypes; experts are renumbered.
+
+    Raises:
+        ModelError: if indices are not ascending or out of range, or the channels are not those of the kept experts.
+    """
+    plan = _attention_plan(config, _checked("groups", kept.groups, config.num_kv_heads))
+    if kind.experts:
+        assert config.experts is not None
+        plan |= _experts_plan(config.experts, kept)
+    else:
+        inner = config.intermediate_size
+        plan |= _mlp_plan("mlp", "mlp", _checked("channels", kept.channels, inner), inner)
+    sliced = {}
+    for path, value in tensors.items():
+        linear, _, leaf = path.rpartition(".")
+        if linear not in plan:
+            if stacked_name(path)[1] is None:
+                sliced[path] = value
+            continue
+        name, rows, columns = plan[linear]
+        part = _taken(value, rows, 0)
+        sliced[f"{name}.{leaf}"] = _taken(part, columns, 1) if leaf == "weight" else part
+    return sliced
+
+
+def _attention_plan(config: DecoderConfig, groups: np.ndarray) -> dict[str, _Slice]:
+    size, heads = config.head_dim, config.num_heads // config.num_kv_heads
+    queries, pairs = _spans(groups, heads * size), _spans(groups, size)
+    all_queries, all_pairs = config.num_heads * size, config.num_kv_heads * size
+    rows = {
+        "q_proj": queries,
+        "k_proj": pairs,
+        "v_proj": pairs,
+        # Interleaved heads each have their own key and value, hence one head in a group.
+        "qkv_proj": _spans(groups, 3 * size)
+        if config.qkv == "interleaved"
+        else np.concatenate([queries, all_queries + pairs, all_queries + all_pairs + pairs]),
+    }
+    plan: dict[str, _Slice] = {f"self_attn.{name}": (f"self_attn.{name}", own, None) for name, own in rows.items()}
+    return plan | {"self_attn.o_proj": ("self_attn.o_proj", None, queries)}
+
+
+def _experts_plan(mixture: ExpertsConfig, kept: Kept) -> dict[str, _Slice]:
+    experts = _checked("experts", np.arange(mixture.count) if kept.experts is None else kept.experts, mixture.count)
+    if len(kept.channels) != len(experts):
+        raise ModelError(f"channels of {len(kept.channels)} experts were given for {len(experts)} that are kept")
+    plan: dict[str, _Slice] = {"mlp.router": ("mlp.router", experts, None)}
+    inner = mixture.intermediate_size
+    for new, (old, channels) in enumerate(zip(experts, kept.channels, strict=True)):
+        checked = _checked(f"channels of expert {old}", channels, inner)
+        plan |= _mlp_plan(f"mlp.experts.{old}", f"mlp.experts.{new}", checked, inner)
+    return plan
+
+
+def _mlp_plan(old: str, new: str, channels: np.ndarray, inner: int) -> dict[str, _Slice]:
+    rows = {"gate_proj": channels, "up_proj": channels, "gate_up_proj": np.concatenate([channels, inner + channels])}
+    plan: dict[str, _Slice] = {f"{old}.{name}": (f"{new}.{name}", own, None) for name, own in rows.items()}
+    return plan | {f"{old}.down_proj": (f"{new}.down_proj", None, channels)}
+
+
+def _checked(what: str, indices: np.ndarray, count: int) -> np.ndarray:
+    found = np.asarray(indices)
+    numbers = found.ndim == 1 and found.size and np.issubdtype(found.dtype, np.integer)
+    if not numbers or found[0] < 0 or found[-1] >= count or (np.diff(found) <= 0).any():
+        raise ModelError(f"kept {what} must be ascending numbers from 0 to {count - 1}, at least one, given {found}")
+    return found
+
+
+def _spans(starts: np.ndarray, size: int) -> np.ndarray:
+    """The rows of spans of `size` rows each, by the spans' numbers."""
+    return (starts[:, None] * size + np.arange(size)).reshape(-1)
+
+
+def _taken(value: np.ndarray, indices: np.ndarray | None, axis: int) -> np.ndarray:
+    # As many ascending indices as there are rows are all of them.
+    return value if indices is None or len(indices) == value.shape[axis] else np.take(value, indices, axis)

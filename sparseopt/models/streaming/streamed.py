@@ -1,0 +1,204 @@
+"""A model opened in parts: the embedding, one block, the head, each read when asked for.
+
+Memory holds the parts in use and never the whole model. All blocks of a kind share one graph definition, so that a
+jitted function of a block is traced once.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from sparseopt.core.base.mesh import on_device, unfilled
+from sparseopt.models.base.errors import ModelError
+from sparseopt.models.decoder.decoder import Block, Decoder, Embedding, Head
+from sparseopt.models.decoder.experts import unstacked_names
+from sparseopt.models.decoder.settings import BlockKind, DecoderConfig
+from sparseopt.models.families import FAMILIES, find_family
+from sparseopt.models.families.family import Family, Shapes, block_linears, build_part, part_shapes
+from sparseopt.models.files.source import Source, open_source
+from sparseopt.models.streaming.prunable import PrunableModel, check_count, check_tensors
+from sparseopt.models.streaming.torch_model import TorchModel
+
+
+class StreamedModel(PrunableModel):
+    """A checked source whose parts are read as float32 modules; `family` has the names that the files use."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.family: Family = find_family(source.config, source.tensors)
+        text = source.config.get("text_config")
+        fields = {**source.config, **(text if isinstance(text, dict) else {})}
+        for name in ("num_hidden_layers", "n_layer"):
+            if isinstance(count := fields.get(name), int):
+                check_count(source, count, f"blocks ({name}) of several each")
+        self.config: DecoderConfig = self.family.configure(source.config)
+        if experts := self.config.experts:
+            mixtures = sum(kind.experts for kind in self.config.kinds)
+            check_count(source, mixtures * experts.count, "experts in all blocks")
+        check_tensors(
+            source,
+            f"the {self.family.model_type} model that its configuration describes",
+            self._expected,
+            [f"{key} {list(shape)}" for key, shape in self._expected.items() if key not in source.tensors],
+            lambda key: self.family.allows(key, self.config),
+        )
+
+    def embedding(self, rows: Int[np.ndarray, "rows"] | None = None) -> Embedding:
+        whole = self._reader("embed_tokens")
+        if rows is None:
+            return build_part(Embedding, self.config, read=whole)
+
+        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
+            return self._read_rows(f"embed_tokens.{path}", rows) if path == "weight" else whole(path, shape)
+
+        return build_part(Embedding, replace(self.config, vocab_size=len(rows)), read=read)
+
+    def block(self, index: int) -> Block:
+        return build_part(Block, self.config, self._kind(index), read=self._reader(f"layers.{index}"))
+
+    def block_of(self, index: int, tensors: Mapping[str, np.ndarray]) -> Block:
+        """Block `index` with these parameters, by path in the block, linears as `[out, in]`, experts one by one."""
+
+        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
+            alone = unstacked_names(path, shape[0]) if shape else None
+            value = tensors[path] if alone is None else np.stack([tensors[name] for name in alone])
+            return jnp.asarray(value, jnp.float32)
+
+        return build_part(Block, self.config, self._kind(index), read=read)
+
+    def head(self) -> Head:
+        """Read the final norm and the projection to logits; a tied head reads the embedding's matrix."""
+        self._check_tied_head()
+        return build_part(Head, self.config, read=self._reader("head"))
+
+    def block_keys(self, index: int) -> dict[str, str]:
+        shapes = part_shapes(Block, self.config, self._kind(index))
+        return {path: self.family.keys.to_key(f"layers.{index}.{path}") for path in shapes}
+
+    def block_linears(self, index: int) -> dict[str, str]:
+        return block_linears(self.config, self._kind(index))
+
+    def weight_key(self, index: int, name: str) -> str:
+        return self.family.keys.to_key(f"layers.{index}.{name}.weight")
+
+    def exported_keys(self) -> list[str]:
+        """All checkpoint names but those of a second copy of a tied head and of buffers, which hold no weight."""
+        keys = self.family.keys
+        spare = keys.to_key("head.lm_head.weight") if self.config.tied else None
+        return [key for key in self.source.tensors if key != spare and not keys.ignores(key)]
+
+    def is_transposed(self, key: str) -> bool:
+        keys = self.family.keys
+        return bool(keys.transposed) and key in self._expected and keys.transposes(keys.to_path(key))
+
+    def decoder_bytes(self) -> int:
+        """Of the parameters of `decoder`, float32."""
+        return 4 * sum(map(math.prod, self._expected.values()))
+
+    def decoder(self) -> Decoder:
+        self._check_tied_head()
+        embedding, stored = self.embedding(), self._reader("head")
+
+        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
+            # A tied head's matrix is in memory already.
+            tied = self.config.tied and path == "lm_head.weight"
+            return embedding.weight[...] if tied else stored(path, shape)
+
+        decoder = nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
+        decoder.embed_tokens = embedding
+        decoder.layers = nnx.List([self.block(index) for index in range(self.num_blocks)])
+        decoder.head = build_part(Head, self.config, read=read)
+        if self.config.tied:
+            decoder.head.lm_head.weight = embedding.weight
+        return decoder
+
+    def read(self, path: str) -> jax.Array:
+        """The parameter at a module path, float32 on the device, checked to be finite."""
+        if self.config.tied and path == "head.lm_head.weight":
+            path = "embed_tokens.weight"
+        key, transposed = self.family.keys.to_key(path), self.family.keys.transposes(path)
+        shape, first = self.source.tensors[key].shape, 0
+        value = unfilled(shape[::-1] if transposed else shape)
+        stored = value.T if transposed else value
+        for piece in self.source.pieces(key):
+            part = stored[first : first + len(piece)]
+            part[...] = piece
+            self._check_values(key, part)
+            first += len(piece)
+        return on_device(value)
+
+    def _reader(self, part: str) -> Callable[[str, tuple[int, ...]], jax.Array]:
+        def read(path: str, shape: tuple[int, ...]) -> jax.Array:
+            alone = unstacked_names(path, shape[0]) if shape else None
+            if alone is None:
+                return self.read(f"{part}.{path}")
+            return jnp.stack([self.read(f"{part}.{name}") for name in alone])
+
+        return read
+
+    def _read_rows(self, path: str, rows: Int[np.ndarray, "rows"]) -> jax.Array:
+        key, start = self.family.keys.to_key(path), 0
+        value = unfilled((len(rows), *self.source.tensors[key].shape[1:]))
+        for piece in self._checked_pieces(key):
+            low, high = np.searchsorted(rows, [start, start + len(piece)])
+            value[low:high] = piece[rows[low:high] - start]
+            start += len(piece)
+        return on_device(value)
+
+    def check_finite(self) -> str:
+        self._check_tied_head()
+        return super().check_finite()
+
+    def _check_tied_head(self) -> None:
+        """Refuse a head that is stored, and tied, but not equal to the embedding: transformers would not tie it."""
+        head, embedding = map(self.family.keys.to_key, ("head.lm_head.weight", "embed_tokens.weight"))
+        if not self.config.tied or head not in self.source.tensors:
+            return
+        kinds = {(info.shape, info.dtype) for info in map(self.source.tensors.__getitem__, (head, embedding))}
+        pairs = zip(self.source.pieces(head), self.source.pieces(embedding), strict=False)
+        if len(kinds) > 1 or not all(one.tobytes() == other.tobytes() for one, other in pairs):
+            raise ModelError(
+                f"{self.source.path} stores {head} and {embedding}, which differ, but its configuration ties them: set "
+                "tie_word_embeddings to false in config.json if the head was trained by itself, else remove the head"
+            )
+
+    def _keys_to_check(self) -> Collection[str]:
+        return dict.fromkeys((*self._expected, *self.exported_keys()))
+
+    @cached_property
+    def _expected(self) -> Shapes:
+        return self.family.expected_shapes(self.config)
+
+    def _kind(self, index: int) -> BlockKind:
+        self._check_index(index)
+        return self.config.kinds[index]
+
+
+def open_model(source: str | Path | Source) -> PrunableModel:
+    """Open a model and check it; no tensor is read.
+
+    A model whose family is not known here is opened through torch (extra `torch`), see `torch_model`.
+
+    Args:
+        source: a Hugging Face folder, a GGUF file or a name on the hub, as in `open_source`, or what that returned.
+
+    Raises:
+        ModelError: if the files are unusable, the model type unknown, its configuration not supported, or its
+            tensors not those of the configuration.
+    """
+    opened = open_source(source) if isinstance(source, str | Path) else source
+    model_type = opened.config.get("model_type")
+    return StreamedModel(opened) if model_type is None or model_type in FAMILIES else TorchModel(opened)
+
+
+def load_decoder(source: str | Path | Source) -> Decoder:
+    """Read a whole model into memory, as float32; a `ModelError` also where its family is not known here."""
+    return open_model(source).decoder()

@@ -1,0 +1,150 @@
+"""The files of a model folder: allowed and refused links, and valid JSON."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparseopt.models import ModelError, ShardedWriter, load_tokenizer, open_model, open_source
+from sparseopt.models.files.folder import file_in, is_plain_name, parse_json, read_json
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.pruning.test_pipeline import TOKENIZER
+
+
+@pytest.fixture
+def cached(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """A snapshot in a cache of the Hugging Face hub: every file is a link to a blob."""
+    repository = tmp_path / "hub" / "models--lab--tiny"
+    snapshot = write_folder(repository / "snapshots" / "abc", tiny_config(), random_tensors(tiny_config(), rng), 2)
+    (snapshot / "tokenizer.json").write_text("{}")
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(repository / "blobs" / f"{number}")
+        file.symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+def test_the_hub_s_cache_is_all_links_and_opens(cached: Path, tmp_path: Path) -> None:
+    model = open_model(cached)
+    assert model.num_blocks == 3
+    assert model.source.sidecars() == {"tokenizer.json": b"{}"}
+    # The cache itself may lie behind a link.
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "hub")
+    assert open_model(tmp_path / "elsewhere" / "models--lab--tiny" / "snapshots" / "abc").num_blocks == 3
+
+
+def test_a_snapshot_reads_no_other_repository_and_nothing_else_of_the_cache(cached: Path, tmp_path: Path) -> None:
+    repository = cached.parent.parent
+    for number, place in enumerate(
+        (
+            tmp_path / "hub" / "models--lab--other" / "blobs" / "0",
+            repository / "refs" / "main",
+            repository / "blobs-of-others" / "0",
+        )
+    ):
+        place.parent.mkdir(parents=True)
+        place.write_text(json.dumps(tiny_config()))
+        (cached / f"{number}.json").symlink_to(place)
+        with pytest.raises(ModelError, match="outside its folder, and is not followed"):
+            file_in(cached, f"{number}.json")
+
+
+def test_blobs_that_are_a_link_are_no_way_out(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "0").write_text("{}")
+    snapshot = tmp_path / "models--lab--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--lab--tiny" / "blobs").symlink_to(secret)
+    (snapshot / "config.json").symlink_to("../../blobs/0")
+    with pytest.raises(ModelError, match="is not followed"):
+        open_source(snapshot)
+
+
+def test_links_to_elsewhere_are_followed_if_asked_for(tmp_path: Path, rng: np.random.Generator, command: Any) -> None:
+    elsewhere = write_folder(tmp_path / "disk", tiny_config(), random_tensors(tiny_config(), rng), 2)
+    (elsewhere / "tokenizer.json").write_text(TOKENIZER)
+    (linked := tmp_path / "linked").mkdir()
+    for file in elsewhere.iterdir():
+        (linked / file.name).symlink_to(file)
+    with pytest.raises(ModelError, match=r"is not followed.*--follow-links"):
+        open_source(linked)
+    source = open_source(linked, follow_links=True)
+    assert source.sidecars().keys() == {"tokenizer.json"}
+    assert load_tokenizer(source).get_vocab_size() > 0
+    (tmp_path / "text.txt").write_text("hello there,\n" * 300)
+    text = f"file:{tmp_path / 'text.txt'}"
+    options = ("--calibration", text, "--samples", 4, "--seqlen", 24, "--method", "magnitude")
+    status, _, err = command("prune", linked, "--output", tmp_path / "out", *options)
+    assert status == 2
+    assert "is not followed" in err
+    status, _, err = command("prune", linked, "--output", tmp_path / "out", *options, "--follow-links")
+    assert status == 0, err
+    judged = ("--text", text, "--seqlen", 24, "--windows", 1)
+    status, _, err = command("eval", linked, *judged, "--follow-links")
+    assert status == 0, err
+    assert command("inspect", linked, "--gflops", 100, "--follow-links")[0] == 0
+
+
+def test_links_within_a_folder_are_followed_and_chains_out_of_it_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a").write_text("{}")
+    (folder / "b").symlink_to("a")
+    assert read_json(file_in(folder, "b")) == {}
+    (tmp_path / "out").write_text("{}")
+    (folder / "c").symlink_to("../out")
+    (folder / "d").symlink_to("c")
+    for name in ("c", "d"):
+        with pytest.raises(ModelError, match="is not followed"):
+            file_in(folder, name)
+    (folder / "e").symlink_to("e")
+    with contextlib.suppress(ModelError):  # newer Pythons resolve a link to itself to itself
+        assert not file_in(folder, "e").is_file()
+
+
+def test_a_tokenizer_that_transformers_would_convert_is_not_read_through_a_link(tmp_path: Path, rng) -> None:
+    folder = write_folder(tmp_path / "model", tiny_config(), random_tensors(tiny_config(), rng))
+    (tmp_path / "secret").write_text("{}")
+    (folder / "vocab.json").symlink_to("../secret")
+    with pytest.raises(ModelError, match=r"vocab.json is a link to"):
+        load_tokenizer(open_source(folder))
+
+
+def test_an_export_writes_through_no_link(tmp_path: Path, rng: np.random.Generator) -> None:
+    tensors = random_tensors(tiny_config(), rng)
+    source = open_source(write_folder(tmp_path / "in", tiny_config(), tensors))
+    secret, output = tmp_path / "secret", tmp_path / "out"
+    secret.write_text("kept")
+    output.mkdir()
+    for name in ("model-all.safetensors", "config.json"):
+        (output / name).symlink_to(secret)
+        (output / f".{name}.tmp").symlink_to(secret)
+    writer = ShardedWriter(output, source, keep=())
+    writer.write("all", tensors)
+    writer.finish()
+    assert secret.read_text() == "kept"
+    assert not any(file.is_symlink() for file in output.iterdir())
+    assert set(open_source(output).tensors) == set(tensors)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "a b[1].json", "été.json", "x" * 255])
+def test_names_that_files_have(name: str) -> None:
+    assert is_plain_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b", "a\x00", "a\n", "\ud800", "x" * 256, "é" * 128])
+def test_names_that_lead_elsewhere_or_nowhere(name: str, tmp_path: Path) -> None:
+    assert not is_plain_name(name)
+    with pytest.raises(ModelError, match="is no file in the folder"):
+        file_in(tmp_path, name)
+
+
+def test_plain_json_reads_as_the_standard_library_reads_it() -> None:
+    for value in (None, 1, -2.5, "é\U0001f600", [1, [2]], {"a": {"b": [True, None]}}, float("inf")):
+        assert parse_json(json.dumps(value).encode()) == value
+    # A pair of halves is one character.
+    assert parse_json(b'"\\ud83d\\ude00"') == "\U0001f600"

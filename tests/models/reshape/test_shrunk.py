@@ -1,0 +1,358 @@
+"""Smaller models without torch: their folders and configurations, slices that change no output, and what is refused."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseopt.models import (
+    OUTER_TAG,
+    Block,
+    BlockKind,
+    DecoderConfig,
+    Kept,
+    ModelError,
+    ShardedWriter,
+    Sizes,
+    StreamedModel,
+    TorchModel,
+    block_tag,
+    open_model,
+    possible_kv_heads,
+    sizes_of,
+    sliced_block,
+    smaller_model,
+    unread,
+)
+from sparseopt.models.decoder.experts import unstacked_names
+from sparseopt.models.families.family import build_part, part_shapes
+from tests.models.decoder.test_decoder import GOLDEN, write_golden
+from tests.models.tiny import random_tensors, tiny_config, write_folder
+from tests.oracle.make_golden import CASES
+from tests.tiers import often
+
+FOLDER = GOLDEN[0].parent
+ONE_EACH = list({case["model_type"]: name for name, case in CASES.items()}.values())
+# Their configurations cannot say fewer heads of the same size.
+WHOLE_HEADS = ("opt", "gpt2", "gpt_neox", "gpt_neox_serial", "olmo2", "phi3_longrope")
+
+
+def opened(name: str, folder: Path) -> StreamedModel:
+    write_golden(FOLDER / f"{name}.npz", folder)
+    model = open_model(folder)
+    assert isinstance(model, StreamedModel)
+    return model
+
+
+def reduced(model: StreamedModel, blocks: tuple[int, ...] = (0, 2)) -> Sizes:
+    """Fewer of everything, as far as the family allows."""
+    whole = sizes_of(model)
+    experts = None if whole.experts is None else whole.experts - 1
+    channels = 8 * ((whole.channels - 1) // 8)
+    return Sizes(channels, possible_kv_heads(model)[0], blocks, experts)
+
+
+def chosen(rng: np.random.Generator, count: int, kept: int) -> np.ndarray:
+    return np.sort(rng.permutation(count)[:kept])
+
+
+def kept_of(config: DecoderConfig, kind: BlockKind, sizes: Sizes, rng: np.random.Generator) -> Kept:
+    """Random indices for a block."""
+    groups = chosen(rng, config.num_kv_heads, sizes.kv_heads)
+    if not kind.experts:
+        width = config.intermediate_size
+        return Kept(chosen(rng, width, width if sizes.experts else sizes.channels), groups)
+    assert config.experts is not None
+    assert sizes.experts is not None
+    width = config.experts.intermediate_size
+    channels = np.stack([chosen(rng, width, sizes.channels) for _ in range(sizes.experts)])
+    return Kept(channels, groups, chosen(rng, config.experts.count, sizes.experts))
+
+
+def block_tensors(model: StreamedModel, index: int) -> dict[str, np.ndarray]:
+    return {path: model.stored(key) for path, key in model.block_keys(index).items()}
+
+
+def write_smaller(model: StreamedModel, sizes: Sizes, folder: Path, seed: int = 0) -> Path:
+    """A smaller model with random choices of what is kept, as a folder."""
+    rng, small = np.random.default_rng(seed), smaller_model(model, sizes)
+    writer = ShardedWriter(folder, small.source)
+    writer.write(OUTER_TAG, unread(small.source, small.outer_keys()))
+    for new, old in enumerate(sizes.blocks):
+        kind = model.config.kinds[old]
+        sliced = sliced_block(model.config, kind, block_tensors(model, old), kept_of(model.config, kind, sizes, rng))
+        keys = small.block_keys(new)
+        writer.write(block_tag(new), {keys[path]: small.as_stored(keys[path], v) for path, v in sliced.items()})
+    writer.finish()
+    return folder
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_smaller_folder_opens_with_the_sizes_asked_for_and_the_other_files(name: str, tmp_path: Path) -> None:
+    model = opened(name, tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    sizes = reduced(model)
+    small = open_model(write_smaller(model, sizes, tmp_path / "out"))
+    dense, got = model.config, small.config
+    assert sizes_of(small) == replace(sizes, blocks=(0, 1))
+    assert got.kinds == (dense.kinds[0], dense.kinds[2])
+    assert (got.num_heads, got.head_dim) == (dense.num_heads // dense.num_kv_heads * sizes.kv_heads, dense.head_dim)
+    same = replace(
+        dense,
+        kinds=got.kinds,
+        num_heads=got.num_heads,
+        num_kv_heads=got.num_kv_heads,
+        intermediate_size=got.intermediate_size,
+        experts=got.experts,
+    )
+    assert got == same
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    for key in small.outer_keys():
+        np.testing.assert_array_equal(small.stored(key), model.stored(key), err_msg=key)
+
+
+def changed_fields(model: StreamedModel, sizes: Sizes) -> dict[str, Any]:
+    """What differs in the smaller configuration, a table field by field."""
+    old, new = model.source.config, smaller_model(model, sizes).source.config
+    table = model.family.sizes.table
+    if table is not None:
+        assert {k: v for k, v in new.items() if k != table} == {k: v for k, v in old.items() if k != table}
+        old, new = old[table], new[table]
+    assert set(old) <= set(new)
+    return {name: value for name, value in new.items() if name not in old or old[name] != value}
+
+
+# Two blocks of three, and fewer of everything.
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+LAYERS = {"num_hidden_layers": 2}
+LLAMA = HEADS | LAYERS | {"intermediate_size": 16}
+FIELDS: dict[str, dict[str, Any]] = {
+    "tied_grouped": LLAMA,
+    "qwen2": LLAMA | {"head_dim": 4, "layer_types": ["full_attention"] * 2, "max_window_layers": 2},
+    "qwen2_window": LLAMA | {"head_dim": 4, "layer_types": ["full_attention", "sliding_attention"]},
+    "smollm3": LLAMA | {"head_dim": 4, "layer_types": ["full_attention"] * 2, "no_rope_layers": [1, 1]},
+    "gemma3_images": LLAMA | {"layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": LLAMA | {"head_dim": 4},
+    "olmo2": LAYERS | {"intermediate_size": 16},
+    "opt": LAYERS | {"ffn_dim": 16},
+    "gpt2": {"n_layer": 2, "n_inner": 56},
+    "mixtral": LLAMA | {"head_dim": 4, "num_local_experts": 3},
+    "qwen3_moe": HEADS | LAYERS | {"moe_intermediate_size": 8, "num_local_experts": 5, "mlp_only_layers": []},
+}
+
+
+@pytest.mark.parametrize("name", list(FIELDS))
+def test_the_configuration_changes_in_the_fields_of_its_family_alone(name: str, tmp_path: Path) -> None:
+    model = opened(name, tmp_path)
+    assert changed_fields(model, reduced(model)) == FIELDS[name]
+    assert smaller_model(model, sizes_of(model)).source.config == model.source.config
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("qwen2_window", ("layer_types",)),
+        ("smollm3", ("layer_types", "no_rope_layers")),
+        ("gemma2", ("layer_types",)),
+        ("gemma3_text", ("layer_types",)),
+        ("qwen3_moe", ("mlp_only_layers",)),
+    ],
+)
+@pytest.mark.parametrize("blocks", [(1,), (0, 2), (1, 2)])
+def test_block_kinds_follow_the_blocks_where_a_pattern_made_them(
+    name: str, without: tuple[str, ...], blocks: tuple[int, ...], tmp_path: Path
+) -> None:
+    write_golden(FOLDER / f"{name}.npz", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in without} | {"no_rope_layer_interval": 2}
+    if name == "qwen3_moe":
+        config["decoder_sparse_step"] = 2
+    else:
+        config |= {"use_sliding_window": True, "sliding_window": 5}
+    tensors = random_tensors(config, np.random.default_rng(0))
+    model = open_model(write_folder(tmp_path / "pattern", config, tensors))
+    small = smaller_model(model, replace(sizes_of(model), blocks=blocks))
+    assert len(set(model.config.kinds)) > 1
+    assert small.config.kinds == tuple(model.config.kinds[index] for index in blocks)
+
+
+def built(config: DecoderConfig, kind: BlockKind, values: Mapping[str, np.ndarray]) -> Block:
+    def read(path: str, shape: tuple[int, ...]) -> jax.Array:
+        alone = unstacked_names(path, shape[0]) if shape else None
+        return jnp.asarray(values[path] if alone is None else np.stack([values[name] for name in alone]))
+
+    return build_part(Block, config, kind, read=read)
+
+
+def silenced(config: DecoderConfig, tensors: Mapping[str, np.ndarray], kept: Kept) -> dict[str, np.ndarray]:
+    """Tensors with which nothing that is not kept has an effect: no output reads it, and no token reaches it."""
+    size = config.num_heads // config.num_kv_heads * config.head_dim
+    experts = {} if kept.experts is None else dict(zip(kept.experts.tolist(), kept.channels, strict=True))
+    found = {path: np.array(value) for path, value in tensors.items()}
+    for path, value in found.items():
+        if path == "self_attn.o_proj.weight":
+            value[:, ~np.isin(np.arange(value.shape[1]) // size, kept.groups)] = 0
+        elif path == "mlp.down_proj.weight":
+            value[:, ~np.isin(np.arange(value.shape[1]), kept.channels)] = 0
+        elif path.endswith("down_proj.weight"):
+            # Those of experts that are not kept stay: the router must not choose them.
+            channels = experts.get(int(path.split(".")[2]), np.arange(value.shape[1]))
+            value[:, ~np.isin(np.arange(value.shape[1]), channels)] = 0
+        elif path == "mlp.router.weight":
+            value[~np.isin(np.arange(len(value)), kept.experts)] = -50 * np.eye(value.shape[1])[0]
+        elif path == "mlp_norm.weight":
+            value[0] = 1
+    return found
+
+
+@jax.jit
+def outputs(dense: Block, small: Block, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return dense(x), small(x)
+
+
+@pytest.mark.parametrize("name", often(list(CASES), "untied_biases", "gemma2", "phi3", "gpt2", "gpt_neox", "qwen3_moe"))
+def test_slicing_out_what_has_no_effect_does_not_change_a_block(
+    name: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = opened(name, tmp_path)
+    config, whole = model.config, sizes_of(model)
+    # Also where the configuration of a whole model could not say it; a norm over all heads sees every group.
+    groups = whole.kv_heads if config.qk_norm == "width" else max(1, whole.kv_heads // 2)
+    experts = None if whole.experts is None else whole.experts - 1
+    sizes = Sizes(whole.channels - 5, groups, (0,), experts)
+    small = replace(config, num_heads=config.num_heads // whole.kv_heads * groups, num_kv_heads=groups)
+    if config.experts is None:
+        small = replace(small, intermediate_size=sizes.channels)
+    else:
+        assert experts is not None
+        small = replace(small, experts=replace(config.experts, count=experts, intermediate_size=sizes.channels))
+    x = rng.normal(size=(2, 12, config.hidden_size)).astype(np.float32)
+    x[..., 0] = 10  # what the router's silenced rows read
+    for index in range(2 if config.experts else 1):
+        kind = config.kinds[index]
+        kept = kept_of(config, kind, sizes, rng)
+        dense = silenced(config, block_tensors(model, index), kept)
+        sliced = sliced_block(config, kind, dense, kept)
+        assert {path: value.shape for path, value in sliced.items()} == part_shapes(Block, small, kind)
+        before, after = outputs(built(config, kind, dense), built(small, kind, sliced), jnp.asarray(x))
+        np.testing.assert_allclose(after, before, atol=2e-5)
+
+
+def test_keeping_everything_returns_the_tensors_themselves(tmp_path: Path) -> None:
+    model = opened("mixtral", tmp_path)
+    tensors = block_tensors(model, 1)
+    whole = Kept(np.tile(np.arange(24), (4, 1)), np.arange(2))
+    sliced = sliced_block(model.config, model.config.kinds[1], tensors, whole)
+    assert set(sliced) == set(tensors)
+    assert all(sliced[path] is value for path, value in tensors.items())
+
+
+def test_an_outline_reads_what_lies_outside_the_blocks_alone(tmp_path: Path) -> None:
+    model = opened("gemma3_images", tmp_path)
+    small = smaller_model(model, reduced(model))
+    images = [key for key in model.source.tensors if "vision" in key]
+    assert images
+    for key in (*images, "language_model.model.embed_tokens.weight"):
+        np.testing.assert_array_equal(small.source.read(key), model.source.read(key))
+    with pytest.raises(ModelError, match=r"belongs to a block of a smaller model .* not written yet"):
+        small.block(0)
+    assert (small.source.path, small.source.name) == (model.source.path, model.source.name)
+
+
+def test_buffers_that_hold_no_weights_and_a_second_copy_of_a_tied_head_are_left_out(tmp_path: Path) -> None:
+    config = tiny_config()
+    tensors = random_tensors(config, np.random.default_rng(0), np.float16)
+    spare = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].copy(),
+        "model.layers.2.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+    }
+    model = open_model(write_folder(tmp_path / "source", config, tensors | spare))
+    small = smaller_model(model, Sizes(64, 2, (0, 1)))
+    assert not set(spare) & set(small.source.tensors)
+    assert {info.dtype.name for info in small.source.tensors.values()} == {"float16"}
+    assert isinstance(open_model(write_smaller(model, Sizes(40, 1, (0, 2)), tmp_path / "out")), StreamedModel)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("tied_grouped", {"channels": 0}, "channels=0, expected a whole number from 1 to 24"),
+        ("tied_grouped", {"channels": 0.5}, "channels=0.5, expected a whole number from 1 to 24"),
+        ("tied_grouped", {"channels": 25, "kv_heads": 3}, "channels=25, .*; kv_heads=3, .* from 1 to 2"),
+        ("tied_grouped", {"blocks": ()}, r"blocks=\(\), expected at least one, ascending, of 0 to 2"),
+        ("tied_grouped", {"blocks": (1, 0)}, "ascending"),
+        ("tied_grouped", {"blocks": (0, 3)}, "of 0 to 2"),
+        ("tied_grouped", {"experts": 2}, "experts=2, expected None: the model has no mixture of experts"),
+        ("mixtral", {"experts": 1}, "experts=1, expected a whole number from 2 to 4"),
+        ("mixtral", {"experts": None}, "experts=None, expected a whole number from 2 to 4"),
+        ("mixtral", {"channels": 12}, "channels=12, expected a multiple of 8 in experts"),
+        ("gpt2", {"kv_heads": 2}, "head_dim=8 for 4.*; possible for kv_heads: 4"),
+        ("gpt2", {"kv_heads": 3}, "num_attention_heads=3 must divide hidden_size=16"),
+        ("opt", {"kv_heads": 2}, "head_dim=8 for 4"),
+        ("gpt_neox", {"kv_heads": 2}, "head_dim=8 for 4"),
+        ("olmo2", {"kv_heads": 1}, "norms of queries and keys run over all heads together"),
+        ("phi3_longrope", {"kv_heads": 1}, "transformers expects rope factors for heads of 8 features"),
+        (
+            "legacy_rope",
+            {"kv_heads": 3},
+            "num_attention_heads=3 divides hidden_size=16; possible for kv_heads: 1, 2, 4",
+        ),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(name: str, changes: dict, named: str, tmp_path: Path) -> None:
+    model = opened(name, tmp_path)
+    with pytest.raises(ModelError, match=named):
+        smaller_model(model, replace(sizes_of(model), **changes))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_possible_numbers_of_groups_are_those_that_are_not_refused(name: str, tmp_path: Path) -> None:
+    model = opened(name, tmp_path)
+    whole = sizes_of(model)
+    possible = possible_kv_heads(model)
+    assert (possible == (whole.kv_heads,)) == (name in WHOLE_HEADS or whole.kv_heads == 1)
+    for count in range(1, whole.kv_heads + 1):
+        sizes = replace(whole, kv_heads=count)
+        if count in possible:
+            assert smaller_model(model, sizes).config.num_kv_heads == count
+        else:
+            with pytest.raises(ModelError, match=f"with kv_heads={count}: "):
+                smaller_model(model, sizes)
+
+
+ALL = np.arange(24)
+NOT_KEPT = {
+    "descending": ("tied_grouped", Kept(np.array([1, 0]), np.arange(2)), "kept channels must be ascending .* 0 to 23"),
+    "negative": ("tied_grouped", Kept(np.array([-1, 3]), np.arange(2)), "kept channels"),
+    "a mask": ("tied_grouped", Kept(np.ones(24, bool), np.arange(2)), "kept channels"),
+    "too large": ("tied_grouped", Kept(ALL, np.array([2])), "kept groups must be ascending numbers from 0 to 1"),
+    "none": ("tied_grouped", Kept(ALL, np.array([], int)), "kept groups"),
+    "no such expert": ("mixtral", Kept(ALL[None], np.arange(2), np.array([4])), "kept experts .* from 0 to 3"),
+    "of an expert": ("mixtral", Kept(ALL[None] + 1, np.arange(2), np.array([3])), "kept channels of expert 3 .* to 23"),
+    "for other experts": ("mixtral", Kept(ALL[None], np.arange(2)), "channels of 1 experts were given for 4"),
+}
+
+
+@pytest.mark.parametrize(("name", "kept", "named"), NOT_KEPT.values(), ids=NOT_KEPT)
+def test_indices_that_are_not_ascending_or_outside_are_refused(
+    name: str, kept: Kept, named: str, tmp_path: Path
+) -> None:
+    model = opened(name, tmp_path)
+    with pytest.raises(ModelError, match=named):
+        sliced_block(model.config, model.config.kinds[0], {}, kept)
+
+
+def test_a_model_that_runs_in_torch_is_refused(tmp_path: Path) -> None:
+    class Foreign(TorchModel):
+        def __init__(self) -> None:
+            self.source = opened("tied_grouped", tmp_path).source
+
+    for call in (sizes_of, possible_kv_heads, lambda model: smaller_model(model, Sizes(1, 1, (0,)))):
+        with pytest.raises(ModelError, match="'llama', which runs in torch"):
+            call(Foreign())
