@@ -1,4 +1,7 @@
-"""Decoder-only language models in Flax NNX: read from Hugging Face folders or GGUF files, run, exported."""
+"""Decoder-only language models in Flax NNX: read from Hugging Face folders or GGUF, run, exported.
+
+From the lowest: `base`, `files`, `decoder`, `families`, `streaming`, `reshape`, and `export`.
+"""
 
 from sparseopt.models.base.errors import ModelError
 from sparseopt.models.base.rope import Rope

@@ -1,1 +1,4 @@
-"""What the room stands on: the error of models, fields of a configuration, and rotary frequencies in plain NumPy."""
+"""What the room stands on: its error, checked fields of a configuration, rotary frequencies.
+
+All of it is plain Python and NumPy.
+"""

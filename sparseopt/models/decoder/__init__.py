@@ -1,4 +1,4 @@
-"""A decoder-only language model in Flax NNX: its settings, layers, attention and experts, its tokenizer, and writing.
+"""A decoder-only language model in Flax NNX: its layers, attention, experts and tokenizer.
 
-`decoder` has the modules (`Embedding`, `Block`, `Head`, `Decoder`), `settings` the `DecoderConfig` that shapes them.
+`decoder` has its modules, `settings` the `DecoderConfig` that shapes them, `generate` writes text.
 """

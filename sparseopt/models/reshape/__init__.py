@@ -1,1 +1,4 @@
-"""Blocks and models in another shape: `reordered` moves inner channels, `shrunk` makes smaller dense models."""
+"""Blocks and models of another shape.
+
+`reordered` moves the inner channels of a block, `shrunk` makes smaller dense models.
+"""

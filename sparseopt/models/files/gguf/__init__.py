@@ -1,4 +1,4 @@
-"""GGUF files, read as Hugging Face models: header, tensor names and layouts of each architecture, tokenizer.
+"""GGUF files read as Hugging Face models: header, names and layouts by architecture, tokenizer.
 
 `source` has the `GGUFSource` that puts them together.
 """
