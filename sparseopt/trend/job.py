@@ -175,7 +175,7 @@ class Job:
                 f"{wanted}, given {getattr(dual, 'shape', None)}"
             )
         x = layout.put(layout.rows(value.reshape(signal.values.shape), 0))
-        return Start(x, dual, getattr(state, "rho", None))
+        return Start(x, dual, getattr(state, "rho", None), sigma=getattr(state, "sigma", None))
 
     def _has_other_rows(self, solution: Any) -> bool:
         """Whether a solution is of the same graph, by edges where this job has a grid or the reverse: `graph_for`."""

@@ -26,7 +26,8 @@ from sparseopt.core.penalties.protocols import Norm, has_conjugate
 from sparseopt.core.problem.certify import Anchor, judge, promoted, stationary
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Status
-from sparseopt.core.solvers.loss_admm import LossAdmm, LossStart
+from sparseopt.core.solvers.admm import Start
+from sparseopt.core.solvers.loss_admm import LossAdmm
 from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Ground, leaves_as, mean_weight, null_space_dual
 from sparseopt.trend.job import Job, vanishes
 from sparseopt.trend.methods import chosen
@@ -131,19 +132,18 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     sigma = float(np.mean(curvatures))
     solver = LossAdmm(
         plan.node_solve,
-        Anchor(inside, _pull_of(job.ground.operator, inside)) if has_conjugate(penalty) else None,
         jnp.asarray(settings.rho or _first_rho(job.ground, penalty, laid_out(best.pull), sigma), kind),
-        jnp.asarray(sigma, kind),
-        None if even else laid_out(curvatures / sigma),
-        relaxation=kind.type(settings.relaxation),
-        cadence=min(settings.cadence or plan.cadence, job.max_steps),
+        kind.type(settings.relaxation),
+        min(settings.cadence or plan.cadence, job.max_steps),
+        sigma=jnp.asarray(sigma, kind),
+        anchor=Anchor(inside, _pull_of(job.ground.operator, inside)) if has_conjugate(penalty) else None,
+        metric=None if even else laid_out(curvatures / sigma),
     )
     x = laid_out(null)
-    start, warm = LossStart(x, dual), job.first()
+    start, warm = Start(x, dual), job.first()
     if warm is not None:
-        last = getattr(getattr(job.start, "state", None), "sigma", None)
         # The rho of the square loss's solver does not apply here.
-        start = LossStart(warm.x, warm.dual, None if last is None else warm.rho, last)
+        start = warm if warm.sigma is not None else dataclasses.replace(warm, rho=None)
     if settings.rho is not None:
         start = dataclasses.replace(start, rho=None)
     problem = Problem(node_loss, penalty, plan.split)
@@ -153,18 +153,18 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     known = known and float(_gap_at(problem, x, dual, solver.anchor, True)) <= enough
     if known:
         # The polynomial is the fit; for a large weight rounding of its rows would spoil an iteration.
-        start, limit = LossStart(x, dual), 0
+        start, limit = Start(x, dual), 0
     elif job.graph.free and job.method is None and isinstance(job.penalty, L1) and isinstance(loss, LossOfTwoSlopes):
         # Of a long series the iteration would take many thousands of steps.
         fit, rows = linear_fits(loss, job.graph, job.order, job.penalty.weight, data.columns, data.weights, null)
-        start = LossStart(laid_out(fit), jnp.asarray(rows.reshape(dual.shape), kind))
+        start = Start(laid_out(fit), jnp.asarray(rows.reshape(dual.shape), kind))
         known = float(_gap_at(problem, start.x, start.dual, solver.anchor, False)) <= enough
         limit = 0 if known else limit
     found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=job.history)
     if settled.any():
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
     if not has_conjugate(penalty):
-        nonzero = nonzero_at(job.ground, penalty, found.value, None, found.state.copies[1], 1.0)
+        nonzero = nonzero_at(job.ground, penalty, found.value, None, found.state.rows.prox, 1.0)
         return TrendSolution.of(dataclasses.replace(found, status=stationary(found.status)), nonzero)
     value, objective, gap, nonzero, outside = _finish(job.ground, problem, found, solver.anchor, x)
     if outside:
@@ -351,6 +351,5 @@ def _finish(
     place = (objectives[1] <= rounding * jnp.where(beyond, found.objective, objectives[0])).astype(int)
     # rho is about this multiple of the weight over the noise of the fit.
     noise = FIRST_RHO * mean_weight(problem.penalty, ground.padding[1]) / found.state.rho
-    prox = None if found.state.copies is None else found.state.copies[1]
-    nonzero = nonzero_at(ground, problem.penalty, points[place], dual, prox, noise, null)
+    nonzero = nonzero_at(ground, problem.penalty, points[place], dual, found.state.rows.prox, noise, null)
     return points[place], objectives[place], gaps[place], nonzero, beyond & (place == 0)

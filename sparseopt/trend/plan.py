@@ -229,7 +229,7 @@ def fit(
     if ground.anchored and certified:
         ended = _with_zeros(ground, data, penalty, ended, dual, tol)
     dual = ended.dual
-    nonzero = nonzero_at(ground, penalty, ended.value, dual, found.state.prox, data.noise, data.means)
+    nonzero = nonzero_at(ground, penalty, ended.value, dual, found.state.rows.prox, data.noise, data.means)
     y, penalty, weights = given
     caller = dataclasses.replace(data.loss, target=_known(y, data, ground, weights), weights=weights)
     step = plan.split.row_scale / found.state.rho
@@ -256,14 +256,14 @@ def resumed(
 
     After a `settled` rho the next one moves towards the rho that the last step asks for.
     """
-    kind, inner = state.x.dtype, plan.taken(penalty)
+    kind, inner = state.now.x.dtype, plan.taken(penalty)
     solver, tol = plan.solver(state.rho, jnp.asarray(relaxation, kind)), jnp.asarray(tol, kind)
     limit = to_next_check(max_steps, plan.cadence)
     found = iterate(Problem(data.centred, inner, plan.split), solver, state, tol=tol, max_steps=limit)
     state = found.state
     dual = plan.row_dual(inner, state.candidate)
     ended = finished(plan.ground, data, penalty, found, dual, tol)
-    nonzero = nonzero_at(plan.ground, penalty, ended.value, ended.dual, state.prox, data.noise, data.means)
+    nonzero = nonzero_at(plan.ground, penalty, ended.value, ended.dual, state.rows.prox, data.noise, data.means)
     wish = jnp.where(settled, jnp.sqrt(state.check.motion / state.rho), 1)
     following = Start(found.value, state.candidate, state.rho * jnp.clip(wish, 1 / LARGEST_WISH, LARGEST_WISH))
     return TrendSolution.of(ended, nonzero), following

@@ -24,7 +24,7 @@ from sparseopt.core.operators.normal_solves import ConjugateGradient, cosine_sol
 from sparseopt.core.problem.certify import Anchor
 from sparseopt.core.solvers.admm import Admm, Start
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation
-from sparseopt.core.solvers.loss_admm import LossAdmm, LossStart
+from sparseopt.core.solvers.loss_admm import LossAdmm
 from tests.tiers import often
 
 ROWS, COLUMNS, CHANNELS = 24, 10, 4
@@ -235,9 +235,13 @@ KINDS = {
         so.Problem(so.QuantileLoss(None, TARGET, 0.3), so.L1(0.25), split(CHAIN, 1)),
         of_rows,
         LossAdmm(
-            cosine_solve((ROWS,), (1,), np.float64), Anchor(np.zeros((1, ROWS)), np.zeros(ROWS)), 1.0, 1.0, cadence=10
+            cosine_solve((ROWS,), (1,), np.float64),
+            1.0,
+            cadence=10,
+            sigma=1.0,
+            anchor=Anchor(np.zeros((1, ROWS)), np.zeros(ROWS)),
         ),
-        LossStart(np.zeros(ROWS), np.zeros((1, ROWS))),
+        Start(np.zeros(ROWS), np.zeros((1, ROWS))),
     ),
     "distance by Admm, kinks of a chain": Kind(
         so.Problem(

@@ -108,9 +108,9 @@ def test_the_solver_with_copies_is_the_iteration_of_the_paper(rng):
             b = (y + rho * (theta + relaxed).sum(axis=0)) / (1 + rho * len(parts))
             theta = theta + relaxed - b
             state = step(problem, state)
-            np.testing.assert_allclose(state.x, b, atol=1e-9)
-            np.testing.assert_allclose(state.memory.alpha, alpha, atol=1e-9)
-            np.testing.assert_allclose(state.memory.theta, theta, atol=1e-9)
+            np.testing.assert_allclose(state.now.x, b, atol=1e-9)
+            np.testing.assert_allclose(state.rows.memory.alpha, alpha, atol=1e-9)
+            np.testing.assert_allclose(state.rows.memory.theta, theta, atol=1e-9)
 
 
 WHOLE = [

@@ -193,7 +193,11 @@ REFUSED = {
     "refit without a support": (so.Refit(), {}, "needs a Support as its penalty, given L0"),
     "splicing without a pattern": (Splice(), {"penalty": so.Support(True)}, r"needs a penalty with mask\(score\)"),
     "split ADMM without an operator": (Admm(None, 1.0), {}, "Admm needs a Split as the problem's operator, given none"),
-    "split ADMM of another map": (LossAdmm(None, None, 1.0, 1.0), {"operator": CHAIN}, "LossAdmm .* given Difference"),
+    "split ADMM of another map": (
+        LossAdmm(None, 1.0, sigma=1.0, anchor=None),
+        {"operator": CHAIN},
+        "LossAdmm .* given Difference",
+    ),
     "split ADMM of another loss": (
         Admm(None, 1.0),
         {"operator": TAKEN_APART},

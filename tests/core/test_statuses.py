@@ -13,7 +13,7 @@ import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.problem.certify import Anchor
 from sparseopt.core.solvers.admm import Admm, Start
-from sparseopt.core.solvers.loss_admm import LossAdmm, LossStart
+from sparseopt.core.solvers.loss_admm import LossAdmm
 from sparseopt.core.solvers.quadratic_admm import QuadraticAdmm, solve_rising
 from sparseopt.core.solvers.splice import Splice
 from sparseopt.trend.job import Job
@@ -84,8 +84,8 @@ def outliers(kind):
     anchor = Anchor(start.dual, squares.operator.rmv(start.dual))
     return (
         dataclasses.replace(squares, loss=loss),
-        LossAdmm(solver.node_solve, anchor, kind(1), kind(1)),
-        LossStart(start.x, start.dual),
+        LossAdmm(solver.node_solve, kind(1), sigma=kind(1), anchor=anchor),
+        start,
     )
 
 

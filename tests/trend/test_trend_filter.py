@@ -252,7 +252,7 @@ def test_nonconvex_penalties_end_at_a_stationary_point_without_a_certificate(rng
     assert np.isnan(found.gap)
     assert "no certificate" in status(found).advice
     found.check()
-    b, rows = np.asarray(found.value), np.asarray(found.state.prox)
+    b, rows = np.asarray(found.value), np.asarray(found.state.rows.prox)
     direct = 0.5 * np.sum((image - b) ** 2) + float(penalty.value(jnp.asarray(rows)))
     assert float(found.objective) == pytest.approx(direct, rel=1e-5)
     # The fold between the halves is found, and not shrunk as L1 shrinks it.

@@ -1,9 +1,10 @@
-"""The split ADMM of a fidelity and a penalty of a product of two linear maps.
+"""The split ADMM of terms `h(Ψ Δ x)`, each a product of two linear maps, beside a square that stays in the x-step.
 
-    minimise over x    loss(x) + penalty(Ψ Δ x),        loss(x) = 1/2 sum_j w_j (x_j - y_j)²
+    minimise over x    1/2 sum_j w_j (x_j - y_j)²  +  penalty(Ψ Δ x)
 
-With Ψ = I it is the standard ADMM of trend filtering, with Δ = I Doge-ADMM (see `doge.py`). One iteration, with
-z = Δ x, dual g, memory m = rho d (d of the scaled form), r for the relaxation and the metrics C and S of `Split`:
+With Ψ = I it is the standard ADMM of trend filtering, with Δ = I Doge-ADMM (see `doge.py`); `loss_admm.py` has another
+loss in place of the square, as one more term. One iteration, with z = Δ x, dual g, memory m = rho d (d of the scaled
+form), r for the relaxation and the metrics C and S of `Split`:
 
     v  = Ψ (rho z - m) / S + g
     g' = v - (rho / S) prox(S v / rho, S / rho)
@@ -32,7 +33,7 @@ from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.penalties.protocols import Norm, dual_step, has_conjugate
 from sparseopt.core.problem.certify import judge
-from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, needs
+from sparseopt.core.problem.problem import Measure, Problem, Progress, needs
 from sparseopt.core.solvers.anderson import empty_memory, extrapolate, forget
 
 # The best rho lies near this multiple of rms(dual) / rms(y - x): measured on grids, chains and road graphs.
@@ -52,12 +53,50 @@ ROUNDING_MARGIN = 30.0
 
 @pytree
 class Start:
-    """Where a split ADMM starts."""
+    """Where a split ADMM starts; None for the solver's own rho, and for sigma, the rho of a loss."""
 
     x: Any
     dual: Any  # in row shape
-    rho: Any = None  # None for the solver's own
+    rho: Any = None
     settled: Any = None  # whether rho stays unchanged; None for False
+    sigma: Any = None
+
+
+class Term(NamedTuple):
+    """A term `function(Ψ Δ x)` with its metrics; None for a map that is the identity."""
+
+    function: Any
+    outer: Any  # Ψ
+    inner: Any  # Δ
+    row_scale: Any  # S
+    column_scale: Any  # C
+
+    def rows(self, z: Array) -> Array:
+        return z if self.outer is None else self.outer.mv(z)
+
+    def pulled(self, dual: Array) -> Array:
+        return dual if self.outer is None else self.outer.rmv(dual)
+
+
+class Block(NamedTuple):
+    """What an iteration keeps of a term."""
+
+    inner: Any  # z = Δ x, or None where Δ is the identity
+    memory: Any  # m = rho d, which a change of rho leaves unchanged; in `DogeGroups` its copies
+    dual: Any  # g, relaxed
+    candidate: Any  # g'
+    prox: Any  # the last prox, Ψ Δ x at the answer; None for a norm, which does not need it
+    rho: Any
+
+
+class Moving(NamedTuple):
+    """What an iteration changes."""
+
+    x: Any
+    blocks: tuple[Block, ...]  # of the terms; the last one is the penalty's
+
+    def inner(self, block: Block) -> Array:
+        return self.x if block.inner is None else block.inner
 
 
 class Check(NamedTuple):
@@ -68,40 +107,47 @@ class Check(NamedTuple):
     gap: Any
     progress: Any  # counts iterations
     floor: Any  # the estimated rounding error of the residual
-    motion: Any = None  # the rho that the last step asks for, computed where rho may change or is settled
+    motion: Any  # the rho that the last step asks for, computed where rho may change or is settled
+
+
+class Mean(NamedTuple):
+    """The mean of the iterates since the last restart."""
+
+    sums: Moving
+    length: Any  # their number
+    restart_gap: Any  # the gap at the last restart
 
 
 @pytree
 class AdmmState:
     """One state of the iteration."""
 
-    x: Any
-    inner: Any  # z = Δ x, or None where Δ is the identity
-    memory: Any  # m = rho d, which a change of rho leaves unchanged; in `DogeGroups` its copies
-    dual: Any  # g, relaxed
-    candidate: Any  # g'
-    prox: Any  # the last prox, Ψ Δ x at the answer; None for a norm, which does not need it
-    rho: Any
+    now: Moving
     count: Any
     next_change: Any
     check: Any
     unit_noise: Any  # what the rows of a signal that is rounding noise of 1 cost; 0 without a conjugate
     past: Any  # the `Memory` of the acceleration, or None
+    mean: Any  # the `Mean` of a loss's iteration, or None
 
+    @property
+    def rows(self) -> Block:
+        """Of the penalty."""
+        return self.now.blocks[-1]
 
-class Moving(NamedTuple):
-    """What an iteration changes, as in `AdmmState`."""
+    @property
+    def candidate(self) -> Any:
+        """The dual point of the certificate."""
+        return self.rows.candidate
 
-    x: Any
-    inner: Any
-    memory: Any
-    dual: Any
-    candidate: Any
-    prox: Any
+    @property
+    def rho(self) -> Any:
+        return self.rows.rho
 
-
-def _moving(state: AdmmState) -> Moving:
-    return Moving(*(getattr(state, name) for name in Moving._fields))
+    @property
+    def sigma(self) -> Any:
+        """The rho of a loss; None for the square, which stays in the x-step."""
+        return self.now.blocks[0].rho if len(self.now.blocks) > 1 else None
 
 
 def rms(scale: Any, values: Array) -> Array:
@@ -130,28 +176,13 @@ def limited(factor: Array, later: Array, penalty: Any) -> Array:
     return jnp.clip(factor, least, jnp.where(gentle, GENTLE_FACTOR, LARGEST_FACTOR))
 
 
-def scheduled(count: Array, next_change: Array, changes: int) -> tuple[Array, Array]:
-    """Whether rho changes now, and the next change after a check; -1 for none."""
-    due = (next_change >= 0) & (count >= next_change)
-    last = FIRST_CHANGE * 2 ** max(changes - 1, 0)
-    return due, jnp.where(due, jnp.where(next_change < last, 2 * next_change, -1), next_change)
-
-
-def refuses_unsplit(solver: Any, problem: Problem, loss: str) -> str | None:
-    """Why a split ADMM refuses a problem: its operator is not a `Split`, or its loss lacks one of these methods."""
-    if isinstance(problem.operator, Split):
-        if getattr(problem.loss, "matrix", None) is not None:
-            return f"{type(solver).__name__} needs a loss of x itself, given one with a matrix: take PrimalDual"
-        return needs(solver, problem, operator=True, loss=loss)
-    given = "none" if problem.operator is None else type(problem.operator).__name__
-    return (
-        f"{type(solver).__name__} needs a Split as the problem's operator, given {given}; sparseopt.trend_filter makes "
-        "it for a graph, and Maiht and ProximalGradient solve problems without an operator"
-    )
+def lengths(scale: Any, values: Array) -> Array:
+    """The squared length, at least the least normal number."""
+    return jnp.maximum(total(scale * values**2), jnp.finfo(values.dtype).tiny)
 
 
 @pytree
-class Admm(PlainSolver):
+class Admm:
     """The split ADMM as a solver for `solve`; `problem.operator` is a `Split`, `problem.loss` a `DataLoss`.
 
     With a conjugate the residual is the relative duality gap `(P(x) - D(g')) / D(g')`, never below the relative
@@ -190,46 +221,72 @@ class Admm(PlainSolver):
     def refuses(self, problem: Problem) -> str | None:
         if not getattr(problem.loss, "is_square", True):
             return f"{type(self).__name__} solves the square loss, given {problem.loss.name}"
-        return refuses_unsplit(self, problem, "target weigh observed slack gradient value")
+        return self._refuses_split(problem, "target weigh observed slack gradient value")
+
+    def _refuses_split(self, problem: Problem, loss: str) -> str | None:
+        """Why it refuses a problem: its operator is not a `Split`, or its loss lacks one of these methods."""
+        if isinstance(problem.operator, Split):
+            if getattr(problem.loss, "matrix", None) is not None:
+                return f"{type(self).__name__} needs a loss of x itself, given one with a matrix: take PrimalDual"
+            return needs(self, problem, operator=True, loss=loss)
+        given = "none" if problem.operator is None else type(problem.operator).__name__
+        return (
+            f"{type(self).__name__} needs a Split as the problem's operator, given {given}; sparseopt.trend_filter "
+            "makes it for a graph, and Maiht and ProximalGradient solve problems without an operator"
+        )
+
+    def _terms(self, problem: Problem) -> tuple[Term, ...]:
+        """What the iteration dualises, as of `Moving.blocks`."""
+        split = problem.operator
+        inner = None if split.inner.order == 0 else split.inner
+        return (Term(problem.penalty, split.outer, inner, split.row_scale, split.column_scale),)
+
+    def _first_duals(self, problem: Problem, start: Start) -> tuple[tuple[Array, Any], ...]:
+        """The dual and the rho of every term."""
+        return ((start.dual, self.rho if start.rho is None else start.rho),)
+
+    def _x_step(self, problem: Problem, now: Moving, pulled: Array) -> Array:
+        """The next x from what pulls at it."""
+        loss, rho = problem.loss, now.blocks[-1].rho
+        right = loss.weigh(loss.target) + pulled
+        return self.node_solve.solve(loss.weights, problem.operator, right, rho, now.x)
 
     def init(self, problem: Problem, start: Start | AdmmState) -> AdmmState:
         """Start with d = 0 and g the start's dual, or continue from a state of another precision, cast to this one."""
         if isinstance(start, AdmmState):
             return self._first(problem, start)
-        dtype = start.x.dtype
-        split = problem.operator
+        x, blocks = start.x, []
+        dtype, norm = x.dtype, isinstance(problem.penalty, Norm)
         far = jnp.full((), jnp.inf, dtype)
-        z = start.x if split.inner.order == 0 else split.inner.mv(start.x)
-        rho = jnp.asarray(self.rho if start.rho is None else start.rho, dtype)
-        next_change = jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32)
+        for term, (dual, rho) in zip(self._terms(problem), self._first_duals(problem, start), strict=True):
+            z = x if term.inner is None else term.inner.mv(x)
+            prox = None if norm else term.rows(z)
+            inner = None if term.inner is None else z
+            blocks.append(Block(inner, jnp.zeros_like(z), dual, dual, prox, jnp.asarray(rho, dtype)))
         noise = jnp.zeros((), dtype)
         if has_conjugate(problem.penalty):
             # Of alternating sign, which differences along a chain amplify.
             signs = 1 - 2 * (sum(jnp.indices(start.dual.shape, sparse=True)) % 2)
-            noise = problem.penalty.value((split.row_scale * signs).astype(dtype))
+            noise = problem.penalty.value((problem.operator.row_scale * signs).astype(dtype))
             noise = jnp.where(jnp.isfinite(noise), noise, 0)  # that of a set may be +inf
+        next_change = jnp.full((), FIRST_CHANGE if self.changes else -1, jnp.int32)
         state = AdmmState(
-            x=start.x,
-            inner=None if split.inner.order == 0 else z,
-            memory=jnp.zeros_like(z),
-            dual=start.dual,
-            candidate=start.dual,
-            prox=None if isinstance(problem.penalty, Norm) else split.outer.mv(z),
-            rho=rho,
+            now=Moving(x, tuple(blocks)),
             count=jnp.zeros((), jnp.int32),
             next_change=next_change if start.settled is None else jnp.where(start.settled, -1, next_change),
-            check=Check(far, 0 * far, far, Progress(far, jnp.zeros((), jnp.int32)), 0 * far, rho),
+            check=Check(far, far, far, Progress(far, jnp.zeros((), jnp.int32)), 0 * far, blocks[-1].rho),
             unit_noise=noise,
-            past=empty_memory(z, start.x, self.acceleration) if self._accelerates(problem) else None,
+            past=empty_memory(z, x, self.acceleration) if self._accelerates(problem) else None,
+            mean=None,
         )
         return self._first(problem, state)
 
     def _first(self, problem: Problem, state: AdmmState) -> AdmmState:
         """The state with a check, as if it were the first; of a norm without a certificate, which every step brings."""
-        far = jnp.full((), jnp.inf, state.x.dtype)
+        far = jnp.full((), jnp.inf, state.now.x.dtype)
         residual, objective, gap, floor = far, far, far, jnp.zeros_like(far)
         if not has_conjugate(problem.penalty):
-            residual, objective, gap, floor = self._certify(problem, state)
+            state, (residual, objective, gap, floor) = self._certify(problem, state)
         progress = Progress(jnp.full_like(residual, jnp.inf), jnp.zeros((), jnp.int32))
         check = Check(residual, objective, gap, progress, floor, state.check.motion)
         return dataclasses.replace(state, check=check)
@@ -243,80 +300,98 @@ class Admm(PlainSolver):
             # While rho finds its scale the memory would be dropped. A loop of at most one turn, since `cond` copies.
             due = (state.count > 0) & ((state.next_change < 0) | (state.next_change > MOVING))
             state = jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, now: _extrapolated(problem, now), state)
-        rho, now = state.rho, _moving(state)
-        now = jax.lax.fori_loop(0, self.cadence - 1, lambda _, last: self._advanced(problem, rho, last), now)
-        after = self._advanced(problem, rho, now)
-        state = dataclasses.replace(state, **after._asdict(), count=state.count + self.cadence)
-        return self._checked(problem, state, now)
 
-    def _advanced(self, problem: Problem, rho: Array, now: Moving) -> Moving:
+        def advanced(_: Any, last: tuple[Moving, Mean | None]) -> tuple[Moving, Mean | None]:
+            now, mean = self._advanced(problem, last[0]), last[1]
+            if mean is not None:
+                mean = mean._replace(sums=jax.tree.map(jnp.add, mean.sums, now), length=mean.length + 1)
+            return now, mean
+
+        before = jax.lax.fori_loop(0, self.cadence - 1, advanced, (state.now, state.mean))
+        now, mean = advanced(None, before)
+        state = dataclasses.replace(state, now=now, mean=mean, count=state.count + self.cadence)
+        return self._checked(problem, state, before[0])
+
+    def _advanced(self, problem: Problem, now: Moving) -> Moving:
         """One iteration."""
-        split, loss, penalty = problem.operator, problem.loss, problem.penalty
         keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
-        z, m = (now.x if now.inner is None else now.inner), now.memory
-        pushed = split.outer.mv(rho * z - m) / split.row_scale + now.dual
-        candidate, found = dual_step(penalty, pushed, rho / split.row_scale)
-        prox = None if now.prox is None else found
-        dual = keep * now.dual + (1 - keep) * candidate
-        pulled = split.column_scale * (rho * z + keep * m) - split.outer.rmv(dual)
-        x = self.node_solve.solve(loss.weights, split, loss.weigh(loss.target) + split.inner.rmv(pulled), rho, now.x)
-        inner = None if now.inner is None else split.inner.mv(x)
-        moved = z - (x if inner is None else inner)
-        return Moving(x, inner, keep * m + rho * moved, dual, candidate, prox)
+        terms, blocks, pulled = self._terms(problem), list[Block](), jnp.zeros((), now.x.dtype)
+        for term, block in zip(terms, now.blocks, strict=True):
+            z, m, rho = now.inner(block), block.memory, block.rho
+            pushed = term.rows(rho * z - m) / term.row_scale + block.dual
+            candidate, found = dual_step(term.function, pushed, rho / term.row_scale)
+            dual = keep * block.dual + (1 - keep) * candidate
+            back = term.column_scale * (rho * z + keep * m) - term.pulled(dual)
+            pulled = pulled + (back if term.inner is None else term.inner.rmv(back))
+            blocks.append(block._replace(dual=dual, candidate=candidate, prox=None if block.prox is None else found))
+        x = self._x_step(problem, now, pulled)
+        for index, (term, block) in enumerate(zip(terms, blocks, strict=True)):
+            z = x if term.inner is None else term.inner.mv(x)
+            memory = keep * block.memory + block.rho * (now.inner(block) - z)
+            blocks[index] = block._replace(inner=None if term.inner is None else z, memory=memory)
+        return Moving(x, tuple(blocks))
 
     def _checked(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:
         """The state with a fresh check, and another rho where it is due; `before` is the iteration before the last."""
-        residual, objective, gap, floor = self._certify(problem, state)
-        progress = state.check.progress.after(residual, self.cadence)
-        due, next_change = scheduled(state.count, state.next_change, self.changes)
-        unchanged = jnp.ones_like(state.rho), state.check.motion
+        due, next_change = _scheduled(state.count, state.next_change, self.changes)
+        ones = tuple(jnp.ones_like(block.rho) for block in state.now.blocks)
         asked = due | (state.next_change < 0)
-        wanted, motion = jax.lax.cond(asked, lambda: self._wanted(problem, state, before), lambda: unchanged)
-        factor = jnp.where(due, wanted, 1)
+        wanted, motion = jax.lax.cond(
+            asked, lambda: self._wanted(problem, state, before), lambda: (ones, state.check.motion)
+        )
+        state, (residual, objective, gap, floor) = self._certify(problem, state)
+        progress = state.check.progress.after(residual, self.cadence)
+        factors = [jnp.where(due, factor, 1) for factor in wanted]
+        blocks = [
+            block._replace(rho=block.rho * factor) for block, factor in zip(state.now.blocks, factors, strict=True)
+        ]
         return dataclasses.replace(
             state,
-            rho=state.rho * factor,
+            now=state.now._replace(blocks=tuple(blocks)),
             next_change=next_change,
             check=Check(residual, objective, gap, progress, floor, motion),
-            past=None if state.past is None else forget(state.past, factor != 1),
+            past=None if state.past is None else forget(state.past, factors[-1] != 1),
+            mean=None if state.mean is None else restarted(state.mean, due, jnp.inf),
         )
 
-    def _certify(self, problem: Problem, state: AdmmState) -> tuple[Array, Array, Array, Array]:
-        """Residual, objective, gap, and the rounding error to expect in the residual."""
+    def _certify(self, problem: Problem, state: AdmmState) -> tuple[AdmmState, tuple[Array, Array, Array, Array]]:
+        """The state, and its residual, objective, gap, and the rounding error to expect in the residual."""
         loss, penalty = problem.loss, problem.penalty
-        x, g = state.x, state.candidate
-        limits, unknown = jnp.finfo(x.dtype), jnp.full((), jnp.nan, x.dtype)
+        x, g, unknown = state.now.x, state.candidate, jnp.full((), jnp.nan, state.now.x.dtype)
         objective, gap = judge(problem, x, g) if has_conjugate(penalty) else (unknown, unknown)
         residual = gap
         if not isinstance(penalty, Norm):
             rows, pulled = jax.lax.optimization_barrier((problem.operator.mv(x), problem.operator.rmv(g)))
             balance = relative(loss.gradient(x) + pulled, loss.weigh(loss.target))
             of_signal = problem.operator.mv(loss.observed(loss.target))
-            stationarity = jnp.maximum(balance, relative(rows - state.prox, rows, of_signal))
+            stationarity = jnp.maximum(balance, relative(rows - state.rows.prox, rows, of_signal))
             # The rows of x may lie outside a set, by little.
             inside = jnp.isfinite(objective)
             residual, gap = jnp.where(inside, gap, stationarity), jnp.where(inside, gap, unknown)
-            objective = jnp.where(inside, objective, loss.value(x) + penalty.value(state.prox))
-        # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
-        noise = state.unit_noise * jnp.sqrt(total(x * x) / x.size)
-        return residual, objective, gap, limits.eps * (1 + noise / jnp.maximum(objective, limits.tiny))
+            objective = jnp.where(inside, objective, loss.value(x) + penalty.value(state.rows.prox))
+        return state, (residual, objective, gap, self._floor(state, objective))
 
-    def _wanted(self, problem: Problem, state: AdmmState, before: Moving) -> tuple[Array, Array]:
-        """What to multiply rho with, and the rho that the last iteration asks for."""
-        split = problem.operator
+    def _floor(self, state: AdmmState, objective: Array) -> Array:
+        # A row of x known to eps |x| costs its penalty that much: no answer in this precision is better.
+        x, limits = state.now.x, jnp.finfo(objective.dtype)
+        noise = state.unit_noise * jnp.sqrt(total(x * x) / x.size)
+        return limits.eps * (1 + noise / jnp.maximum(objective, limits.tiny))
+
+    def _wanted(self, problem: Problem, state: AdmmState, before: Moving) -> tuple[tuple[Array, ...], Array]:
+        """What to multiply every rho with, and the rho that the last iteration asks for."""
+        (term,), rows, (old,) = self._terms(problem), state.rows, before.blocks
         # The candidate, unlike the relaxed dual, forgets an extrapolation at once. Without convexity there is none, and
         # the relaxed dual moves less, so that rho grows more gently.
         convex = has_conjugate(problem.penalty)
-        turned = state.candidate - before.candidate if convex else state.dual - before.dual
-        shifted = state.x - before.x if state.inner is None else state.inner - before.inner
-        tiny = jnp.finfo(state.x.dtype).tiny
-        distance = balanced_rho(split, problem.loss, state.x, state.candidate)
-        dual_length = total(split.row_scale * turned**2)
-        primal_length = total(split.column_scale * shifted**2)
-        motion = jnp.sqrt(jnp.maximum(dual_length, tiny) / jnp.maximum(primal_length, tiny))
+        turned = rows.candidate - old.candidate if convex else rows.dual - old.dual
+        dual_length = lengths(term.row_scale, turned)
+        primal_length = lengths(term.column_scale, state.now.inner(rows) - before.inner(old))
+        motion = jnp.sqrt(dual_length / primal_length)
+        distance = balanced_rho(problem.operator, problem.loss, state.now.x, rows.candidate)
         wanted = jnp.where(state.count < MOVING, distance, motion) / state.rho
+        tiny = jnp.finfo(motion.dtype).tiny
         still = (dual_length <= tiny) | (primal_length <= tiny)
-        return limited(wanted, state.count >= MOVING, problem.penalty), jnp.where(still, state.rho, motion)
+        return (limited(wanted, state.count >= MOVING, problem.penalty),), jnp.where(still, state.rho, motion)
 
     def measure(self, problem: Problem, state: AdmmState) -> Measure:
         check = state.check
@@ -324,21 +399,38 @@ class Admm(PlainSolver):
         stalled = (best <= ROUNDING_MARGIN * check.floor) & (waited >= PATIENCE)
         return Measure(check.residual, check.objective, check.gap, {"rho": state.rho}, stalled)
 
-    def duals(self, problem: Problem, state: AdmmState) -> tuple[None, Array]:
+    def duals(self, problem: Problem, state: AdmmState) -> tuple[Array | None, Array]:
         return None, state.candidate
 
     def prox_step(self, problem: Problem, state: AdmmState) -> Array:
         return problem.operator.row_scale / state.rho
 
+    def extract(self, problem: Problem, state: AdmmState) -> Array:
+        return state.now.x
+
+
+def _scheduled(count: Array, next_change: Array, changes: int) -> tuple[Array, Array]:
+    """Whether rho changes now, and the next change after a check; -1 for none."""
+    due = (next_change >= 0) & (count >= next_change)
+    last = FIRST_CHANGE * 2 ** max(changes - 1, 0)
+    return due, jnp.where(due, jnp.where(next_change < last, 2 * next_change, -1), next_change)
+
+
+def restarted(mean: Mean, due: Array, gap: Any) -> Mean:
+    """The mean, begun anew at this gap where it is due."""
+    sums = jax.tree.map(lambda s: jnp.where(due, 0, s), mean.sums)
+    return Mean(sums, jnp.where(due, 0, mean.length), jnp.where(due, gap, mean.restart_gap))
+
 
 def _extrapolated(problem: Problem, state: AdmmState) -> AdmmState:
     """The state from which the next step continues; any dual serves if the memory fits: `w = (rho z + m) / S - g`."""
-    inner, scale, rho = problem.operator.inner, problem.operator.row_scale, state.rho
-    z = state.x if state.inner is None else state.inner
-    past, w, x = extrapolate(state.past, (rho * z + state.memory) / scale - state.dual, state.x)
-    z = x if state.inner is None else inner.mv(x)
-    memory = scale * (w + state.dual) - rho * z
-    return dataclasses.replace(state, x=x, inner=None if state.inner is None else z, memory=memory, past=past)
+    inner, scale, rows, now = problem.operator.inner, problem.operator.row_scale, state.rows, state.now
+    z = now.inner(rows)
+    past, w, x = extrapolate(state.past, (rows.rho * z + rows.memory) / scale - rows.dual, now.x)
+    z = x if rows.inner is None else inner.mv(x)
+    memory = scale * (w + rows.dual) - rows.rho * z
+    rows = rows._replace(inner=None if rows.inner is None else z, memory=memory)
+    return dataclasses.replace(state, now=Moving(x, (rows,)), past=past)
 
 
 def standard_split(inner: Any, outer: Any, dtype: Any) -> Split:

@@ -40,7 +40,7 @@ from sparseopt.core.operators.row_tables import RowTable, Sums, edge_places, row
 from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.penalties.sums import by_group, lift
 from sparseopt.core.problem.problem import Problem
-from sparseopt.core.solvers.admm import Admm, AdmmState, Moving, Start
+from sparseopt.core.solvers.admm import Admm, AdmmState, Block, Moving, Start
 
 
 def doge_split(outer: Difference, inner: Difference, sums: Sums, dtype: Any, groups: int | None = None) -> Split:
@@ -126,18 +126,20 @@ class DogeGroups(Admm):
         state = super().init(problem, start)
         if isinstance(start, AdmmState):
             return state
-        z = state.x if state.inner is None else state.inner
+        now, rows = state.now, state.rows
+        z = now.inner(rows)
         split, table = problem.operator, self.table
         channels = z.shape[len(split.outer.in_shape) :]
-        of_rows = table.gathered(state.dual.reshape(-1, *channels))
+        of_rows = table.gathered(rows.dual.reshape(-1, *channels))
         pulled = jax.vmap(lambda group, e: group.rmv(e))(table, of_rows)
-        theta = -pulled.reshape(-1, *z.shape) / state.rho
-        return dataclasses.replace(state, memory=Copies(jnp.broadcast_to(z, theta.shape), theta))
+        theta = -pulled.reshape(-1, *z.shape) / rows.rho
+        rows = rows._replace(memory=Copies(jnp.broadcast_to(z, theta.shape), theta))
+        return dataclasses.replace(state, now=Moving(now.x, (rows,)))
 
-    def _advanced(self, problem: Problem, rho: Array, now: Moving) -> Moving:
-        split, loss, penalty, table = problem.operator, problem.loss, problem.penalty, self.table
+    def _advanced(self, problem: Problem, now: Moving) -> Moving:
+        split, penalty, table, (rows,) = problem.operator, problem.penalty, self.table, now.blocks
         keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
-        z, theta = (now.x if now.inner is None else now.inner), now.memory.theta
+        z, theta, rho = now.inner(rows), rows.memory.theta, rows.rho
         channels = z.shape[len(split.outer.in_shape) :]
         points = (z - theta).reshape(-1, table.num_columns, *channels)
         of_groups = by_group(penalty, table, split.outer.out_shape, len(channels))
@@ -148,23 +150,24 @@ class DogeGroups(Admm):
         alpha, found, move = jax.vmap(moved)(of_groups, table, points)
         alpha = alpha.reshape(theta.shape)
         # The dual and Ψ z row by row, for the checks; the iteration does not read them.
-        candidate = -rho * table.scattered(move).reshape(now.dual.shape)
-        prox = now.prox
+        candidate = -rho * table.scattered(move).reshape(rows.dual.shape)
+        prox = rows.prox
         if isinstance(penalty, Norm):
             candidate = penalty.project_dual(candidate)
         else:
-            prox = table.scattered(found).reshape(now.dual.shape)
-        dual = keep * now.dual + (1 - keep) * candidate
+            prox = table.scattered(found).reshape(rows.dual.shape)
+        dual = keep * rows.dual + (1 - keep) * candidate
 
         relaxed = theta + (1 - keep) * alpha + keep * z
         pulled = rho * jnp.sum(relaxed, axis=0)
-        x = self.node_solve.solve(loss.weights, split, loss.weigh(loss.target) + split.inner.rmv(pulled), rho, now.x)
-        inner = None if now.inner is None else split.inner.mv(x)
+        x = self._x_step(problem, now, split.inner.rmv(pulled))
+        inner = None if rows.inner is None else split.inner.mv(x)
         theta = relaxed - (x if inner is None else inner)
-        return Moving(x, inner, Copies(alpha, theta), dual, candidate, prox)
+        return Moving(x, (Block(inner, Copies(alpha, theta), dual, candidate, prox, rho),))
 
     def _checked(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:
         """As `Admm`, with theta scaled for a new rho, so that `rho theta` stays."""
         after = super()._checked(problem, state, before)
-        theta = after.memory.theta * (state.rho / after.rho)
-        return dataclasses.replace(after, memory=after.memory._replace(theta=theta))
+        theta = after.rows.memory.theta * (state.rho / after.rho)
+        rows = after.rows._replace(memory=after.rows.memory._replace(theta=theta))
+        return dataclasses.replace(after, now=after.now._replace(blocks=(rows,)))

@@ -137,11 +137,13 @@ class NestedAdmm(Admm):
         z = problem.operator.inner.mv(start.x)
         nested = Nested(jnp.zeros_like(z), z, jnp.zeros_like(self.split.mv(z)), None, jnp.zeros((), jnp.int32))
         state = super().init(_with_potential(problem, nested), start)
-        return dataclasses.replace(state, memory=nested._replace(rho=state.rho))
+        rows = state.rows._replace(memory=nested._replace(rho=state.rho))
+        return dataclasses.replace(state, now=state.now._replace(blocks=(rows,)))
 
-    def _advanced(self, problem: Problem, rho: Array, now: Moving) -> Moving:
-        nested, level = now.memory, problem.penalty.weight / rho
-        v = (now.x if now.inner is None else now.inner) + (now.dual - nested.memory) / rho
+    def _advanced(self, problem: Problem, now: Moving) -> Moving:
+        (rows,) = now.blocks
+        nested, rho, level = rows.memory, rows.rho, problem.penalty.weight / rows.rho
+        v = now.inner(rows) + (rows.dual - nested.memory) / rho
         found = solve(
             Problem(LeastSquares(None, v), L1(level), self.split),
             Admm(Diagonal(), nested.rho, self.relaxation, CADENCE),
@@ -151,12 +153,14 @@ class NestedAdmm(Admm):
         )
         potential = rho * jnp.clip(found.state.candidate, -level, level)
         nested = Nested(nested.memory, found.value, potential, found.state.rho, nested.steps + found.steps)
-        after = super()._advanced(_with_potential(problem, nested), rho, now._replace(memory=nested.memory))
-        return after._replace(memory=nested._replace(memory=after.memory))
+        now = now._replace(blocks=(rows._replace(memory=nested.memory),))
+        after = super()._advanced(_with_potential(problem, nested), now)
+        (rows,) = after.blocks
+        return after._replace(blocks=(rows._replace(memory=nested._replace(memory=rows.memory)),))
 
-    def _certify(self, problem: Problem, state: AdmmState) -> tuple[Array, Array, Array, Array]:
+    def _certify(self, problem: Problem, state: AdmmState) -> tuple[AdmmState, tuple[Array, Array, Array, Array]]:
         # At the start the problem has its potential, and the state no inner solve yet.
-        return super()._certify(_with_potential(problem, state.memory), state)
+        return super()._certify(_with_potential(problem, state.rows.memory), state)
 
 
 def _with_potential(problem: Problem, nested: Any) -> Problem:

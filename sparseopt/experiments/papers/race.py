@@ -59,7 +59,7 @@ class Race(NoisyPicture):
 
     def details(self, solution: Solution) -> Record:
         state = getattr(solution.state, "state", solution.state)
-        inner_steps = int(getattr(state.memory, "steps", 0))
+        inner_steps = int(getattr(state.rows.memory, "steps", 0))
         return {"algorithm": algorithm_of(self.method, self.order), "inner_steps": inner_steps}
 
     @classmethod
