@@ -23,16 +23,16 @@ from sparseopt.core.losses.residuals import LossOfTwoSlopes
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.penalties.protocols import Norm, has_conjugate
-from sparseopt.core.problem.certify import Anchor, judge, promoted, stationary
+from sparseopt.core.problem.certify import Anchor, judge
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Status
 from sparseopt.core.solvers.admm import Start
 from sparseopt.core.solvers.loss_admm import LossAdmm
-from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Ground, leaves_as, mean_weight, null_space_dual
+from sparseopt.trend.ground import BOX_RANGES, OF_MEAN_SIZE, Data, Ground, leaves_as, mean_weight, null_space_dual
 from sparseopt.trend.job import Job, vanishes
 from sparseopt.trend.methods import chosen
-from sparseopt.trend.pieces import TrendSolution, nonzero_at
-from sparseopt.trend.plan import FIRST_RHO, known_fit, to_next_check
+from sparseopt.trend.pieces import TrendSolution
+from sparseopt.trend.plan import FIRST_RHO, finished, known_fit, to_next_check
 from sparseopt.trend.polynomials import best_polynomials, linear_fits
 from sparseopt.trend.signal import NULL_EPS, Signal
 
@@ -163,16 +163,9 @@ def fit_loss(job: Job, best: BestConstants | None = None) -> TrendSolution:
     found = iterate(problem, solver, start, tol=jnp.asarray(tol, kind), max_steps=limit, history=job.history)
     if settled.any():
         found = dataclasses.replace(found, value=jnp.where(laid_out(settled) > 0, x, found.value))
-    if not has_conjugate(penalty):
-        nonzero = nonzero_at(job.ground, penalty, found.value, None, found.state.rows.prox, 1.0)
-        return TrendSolution.of(dataclasses.replace(found, status=stationary(found.status)), nonzero)
-    value, objective, gap, nonzero, outside = _finish(job.ground, problem, found, solver.anchor, x)
-    if outside:
-        return TrendSolution.of(dataclasses.replace(found, status=stationary(found.status)), nonzero)
-    ended = jnp.asarray(Status.PRECISION, jnp.int32) if known else found.status
-    status = promoted(ended, gap, objective, tol)
-    found = dataclasses.replace(found, value=value, status=status, residual=gap, objective=objective, gap=gap)
-    return TrendSolution.of(found, nonzero)
+    if known:
+        found = dataclasses.replace(found, status=jnp.asarray(Status.PRECISION, jnp.int32))
+    return _finished(job.ground, node_loss, penalty, found, x, solver.anchor, jnp.asarray(tol, kind))
 
 
 def _require_connected(penalty: Any) -> None:
@@ -335,21 +328,11 @@ def _first_rho(ground: Ground, penalty: Any, pull: jax.Array, sigma: float) -> j
 
 
 @Jitted
-def _finish(
-    ground: Ground, problem: Problem, found: Solution, anchor: Anchor, null: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The fit, its objective, its gap, its nonzero rows, and whether it lies outside a set, by little.
-
-    The fit is the best constants if they are no worse than the iterate, up to rounding.
-    """
-    points, dual = jnp.stack([found.value, null]), found.state.candidate
-    of_null = jnp.array([False, True])
-    objectives, gaps = jax.lax.map(lambda at: judge(problem, at[0], dual, anchor, at[1]), (points, of_null))
-    rounding = 1 + 8 * jnp.finfo(objectives.dtype).eps
-    beyond = ~jnp.isfinite(objectives[0]) & (not isinstance(problem.penalty, Norm))
-    # The rows of the iterate may lie outside a set: then its copies tell the objective.
-    place = (objectives[1] <= rounding * jnp.where(beyond, found.objective, objectives[0])).astype(int)
+def _finished(
+    ground: Ground, loss: DataLoss, penalty: Any, found: Solution, null: jax.Array, anchor: Anchor | None, tol: Any
+) -> TrendSolution:
+    """`finished`, with the best constants for the means."""
     # rho is about this multiple of the weight over the noise of the fit.
-    noise = FIRST_RHO * mean_weight(problem.penalty, ground.padding[1]) / found.state.rho
-    nonzero = nonzero_at(ground, problem.penalty, points[place], dual, found.state.rows.prox, noise, null)
-    return points[place], objectives[place], gaps[place], nonzero, beyond & (place == 0)
+    noise = FIRST_RHO * mean_weight(penalty, ground.padding[1]) / found.state.rho
+    data = Data(loss, loss, jnp.zeros((), null.dtype), null, noise)
+    return finished(ground, data, penalty, found, found.state.candidate, tol, anchor)

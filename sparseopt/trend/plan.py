@@ -19,7 +19,7 @@ from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Split, Stack
 from sparseopt.core.operators.normal_solves import AxisTransform
 from sparseopt.core.penalties.protocols import Norm, feasible, has_conjugate
-from sparseopt.core.problem.certify import judge, promoted, stationary
+from sparseopt.core.problem.certify import Anchor, judge, promoted, stationary
 from sparseopt.core.problem.differentiate import Found, attached
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.problem import Problem, Solution, Status
@@ -226,19 +226,14 @@ def fit(
         # Without a step it is that of the start, which may be one of a larger weight.
         dual = jnp.where(found.steps > 0, dual, feasible(penalty, dual))
     ended = finished(ground, data, penalty, found, dual, tol)
-    if ground.anchored and certified:
-        ended = _with_zeros(ground, data, penalty, ended, dual, tol)
-    dual = ended.dual
-    nonzero = nonzero_at(ground, penalty, ended.value, dual, found.state.rows.prox, data.noise, data.means)
     y, penalty, weights = given
     caller = dataclasses.replace(data.loss, target=_known(y, data, ground, weights), weights=weights)
     step = plan.split.row_scale / found.state.rho
     problem = Problem(caller, penalty, ground.operator)
-    value, objective, _ = attached(problem, ended.value, ended.objective, Found(None, dual, step))
+    value, objective, _ = attached(problem, ended.value, ended.objective, Found(None, ended.dual, step))
     # The memory of the acceleration is many times the signal, and no later solve can use it.
     state = dataclasses.replace(found.state, past=None)
-    ended = dataclasses.replace(ended, value=value, objective=objective, state=state)
-    return TrendSolution.of(ended, nonzero)
+    return dataclasses.replace(ended, value=value, objective=objective, state=state)
 
 
 @Jitted
@@ -261,12 +256,10 @@ def resumed(
     limit = to_next_check(max_steps, plan.cadence)
     found = iterate(Problem(data.centred, inner, plan.split), solver, state, tol=tol, max_steps=limit)
     state = found.state
-    dual = plan.row_dual(inner, state.candidate)
-    ended = finished(plan.ground, data, penalty, found, dual, tol)
-    nonzero = nonzero_at(plan.ground, penalty, ended.value, ended.dual, state.rows.prox, data.noise, data.means)
+    ended = finished(plan.ground, data, penalty, found, plan.row_dual(inner, state.candidate), tol)
     wish = jnp.where(settled, jnp.sqrt(state.check.motion / state.rho), 1)
     following = Start(found.value, state.candidate, state.rho * jnp.clip(wish, 1 / LARGEST_WISH, LARGEST_WISH))
-    return TrendSolution.of(ended, nonzero), following
+    return ended, following
 
 
 def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
@@ -276,35 +269,45 @@ def _known(y: Array, data: Data, ground: Ground, weights: Any) -> Array:
     return y if ground.present is None else jnp.where(ground.present, y, data.shift)
 
 
-def finished(ground: Ground, data: Data, penalty: Any, found: Solution, dual: Array, tol: Any) -> Solution:
+def finished(
+    ground: Ground, data: Data, penalty: Any, found: Solution, dual: Array, tol: Any, anchor: Anchor | None = None
+) -> TrendSolution:
     """The solution `found` of the centred problem with the dual of its rows, in the caller's units, judged there.
 
     The component means are the limit for large weights; where they are no worse than the iterate, they are the answer,
-    and its differences are exactly zero. L0 may be stuck far above them.
+    and its differences are exactly zero. L0 may be stuck far above them. The anchor is as in `judge`.
     """
-    x, status = found.value + data.shift, found.status
+    x, problem = found.value + data.shift, Problem(data.loss, penalty, ground.operator)
     if not has_conjugate(penalty):
-        of_means = data.loss.value(data.means) + penalty.value(jnp.zeros_like(dual))
-        take = of_means < found.objective
+        of_means, of_x = data.loss.value(data.means) + penalty.value(jnp.zeros_like(dual)), found.objective
+        take, certified = of_means < of_x, jnp.zeros((), bool)
         # With a dual of 0 the derivatives are those of the means.
-        value, dual = jnp.where(take, data.means, x), jnp.where(take, 0, dual)
-        objective = jnp.where(take, of_means, found.objective)
-        return dataclasses.replace(found, value=value, dual=dual, status=stationary(status), objective=objective)
-    problem, null = Problem(data.loss, penalty, ground.operator), ground.basis is not None
-    of_x, of_means = judge(problem, x, dual), judge(problem, data.means, dual, null=null)
-    # The rows of x may lie outside a set, by little: then the solver's copies tell the objective, and there is no gap.
-    outside = ~jnp.isfinite(of_x[0]) & (not isinstance(penalty, Norm))
-    take = of_means[0] <= jnp.where(outside, found.objective, of_x[0])
-    objective, gap = (jnp.where(take, there, here) for there, here in zip(of_means, of_x, strict=True))
+        dual, objective, gap = jnp.where(take, 0, dual), jnp.where(take, of_means, of_x), found.gap
+    else:
+        (of_x, x_gap), (of_means, means_gap) = (
+            judge(problem, point, dual, anchor, null)
+            for point, null in ((x, False), (data.means, ground.basis is not None))
+        )
+        # The rows of x may lie outside a set, by little: then the solver's copies tell the objective, there is no gap.
+        outside = ~jnp.isfinite(of_x) & (not isinstance(penalty, Norm))
+        of_x = jnp.where(outside, found.objective, of_x)
+        take = of_means <= of_x
+        certified = take | ~outside
+        objective, gap = jnp.where(take, of_means, of_x), jnp.where(take, means_gap, x_gap)
     # Adding the mean rounds, and it may overflow where the centred problem did not: the gap accounts for both.
-    value, ended = jnp.where(take, data.means, x), promoted(status, gap, objective, tol)
-    told: tuple[Any, ...] = ended, objective, gap, gap
-    if not isinstance(penalty, Norm):
-        of_copies = stationary(status), found.objective, found.residual, jnp.full_like(gap, jnp.nan)
-        told = tuple(jnp.where(outside & ~take, *pair) for pair in zip(of_copies, told, strict=True))
-    ended, objective, residual, gap = told
-    changed = {"value": value, "dual": dual, "status": ended, "objective": objective}
-    return dataclasses.replace(found, **changed, residual=residual, gap=gap)
+    ended = dataclasses.replace(
+        found,
+        value=jnp.where(take, data.means, x),
+        dual=dual,
+        status=jnp.where(certified, promoted(found.status, gap, objective, tol), stationary(found.status)),
+        objective=objective,
+        residual=jnp.where(certified, gap, found.residual),
+        gap=jnp.where(certified, gap, jnp.nan),
+    )
+    if ground.anchored and has_conjugate(penalty):
+        ended = _with_zeros(ground, data, penalty, ended, dual, tol)
+    prox = None if found.state is None else found.state.rows.prox
+    return TrendSolution.of(ended, nonzero_at(ground, penalty, ended.value, dual, prox, data.noise, data.means))
 
 
 def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Solution, dual: Array, tol: Array) -> Solution:

@@ -25,7 +25,7 @@ from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Data, Ground, data_of, on_rows
 from sparseopt.trend.job import Job
 from sparseopt.trend.methods.admm import refusal
-from sparseopt.trend.pieces import TrendSolution, nonzero_at
+from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import finished
 
 # Up to this many edges per node the Hessian is D Dᵀ at order 0.
@@ -115,8 +115,7 @@ def _judged(
     unknown = jnp.full((), jnp.nan, kind)
     value = (fit - data.shift).astype(kind)
     found = Solution(value, status, steps, unknown, unknown, unknown, None, None, dual)
-    found = finished(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
-    return TrendSolution.of(found, nonzero_at(ground, penalty, found.value, dual, None, data.noise, data.means))
+    return finished(ground, data, penalty, found, dual, jnp.asarray(tol, kind))
 
 
 def _factors(graph: Graph, order: int) -> list[sparse.csr_array]:
