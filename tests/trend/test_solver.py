@@ -13,6 +13,7 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
+from sparseopt.core.problem import iterate as iterate_module
 from sparseopt.core.problem.problem import Status
 from sparseopt.core.solvers.admm import Admm
 from sparseopt.trend import plan as plan_module
@@ -109,6 +110,7 @@ def test_channels_and_pictures_keep_their_shape(rng):
 
 def test_traced_once_for_all_signals_weights_and_gradients(rng, traces_of):
     traces = traces_of(Admm)
+    forget(iterate_module._iterate)
     forget(plan_module.fit)
     solver = so.trend_solver(so.Graph.grid((3, 5)), 0)
     loss = jax.jit(jax.grad(lambda y, weight: jnp.sum(solver(y, so.L1(weight)).value ** 2)))
