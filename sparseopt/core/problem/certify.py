@@ -39,9 +39,9 @@ PENALTY_MOVE = 1e-3
 CLOSE, ALONG, SURFACE = 1e-5, 3, 1e-4
 # The moves; what the equation may lack in the end, in eps of the lengths of its columns times that of the dual.
 ROUNDS, ROUNDING = 6, 8
-# The later moves are made where the slack is at most this share of the objective. They take some steps more than the
-# first one, whose use is limited.
-PROMISING, MORE_STEPS = 0.1, 50
+# The later moves are made where the slack is at most the first share of the objective, and the second of the slack of
+# the best bound so far. They take some steps more than the first one, whose use is limited.
+PROMISING, BETTER, MORE_STEPS = 0.1, 0.1, 50
 # More than what a one-sided domain asks for, so that a rounded move meets it.
 MARGIN = 1.1
 
@@ -143,6 +143,7 @@ def certificate(
     scales: tuple[Any, Any] | None = None,
     precondition: Any = None,
     due: Any = True,
+    known: Any = jnp.inf,
     most_steps: Any = CG_STEPS,
 ) -> Certificate:
     """The relative duality gap at x by the dual pair, moved and scaled until it is feasible.
@@ -157,6 +158,7 @@ def certificate(
         scales: one over the squared norms of A and of K in these units: how easily s and u move.
         precondition: an approximate inverse of the scaled sum of `Aᵀ A` and `Kᵀ K` in these units, or None.
         due: False leaves the pair unchanged, for a gap that is not used.
+        known: the slack of a bound that is known; work ends where no much better one is in sight.
         most_steps: of each linear solve.
     """
     loss, penalty, plain = problem.loss, problem.penalty, problem.operator is None
@@ -212,7 +214,7 @@ def certificate(
     def going(carry: tuple[Array, FloatArray, FloatArray, Array, FloatArray]) -> Array:
         index, s, u, _, apart = carry
         lacks = jnp.sqrt(total(apart**2)) > allowed(s, u)
-        promising = distance(s, u) <= jnp.maximum(PROMISING * objective, rounded(s))
+        promising = distance(s, u) <= jnp.maximum(jnp.minimum(PROMISING * objective, BETTER * known), rounded(s))
         return due & lacks & (index < ROUNDS) & ((index == 0) | promising)
 
     def moved(carry: tuple[Array, FloatArray, FloatArray, Array, FloatArray]) -> tuple:

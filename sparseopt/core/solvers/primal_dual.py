@@ -266,6 +266,8 @@ class PrimalDual:
         objective = loss.rows.value(image) + penalty.value(x if plain else at.images[1])
         gap, bound = jnp.full_like(state.residual, jnp.inf), state.bound
         if has_conjugate(penalty):
+            # Rounding alone does not take an objective below a bound.
+            refuted = bound - objective > 8 * ROUNDING * limits.eps * jnp.abs(objective)
             found = certificate(
                 problem,
                 x,
@@ -275,10 +277,9 @@ class PrimalDual:
                 scales=state.scales,
                 precondition=partial(self._inverse, state) if jnp.ndim(state.metric) else None,
                 due=due,
+                known=jnp.where(refuted, jnp.inf, objective - bound),
                 most_steps=LEAST_SOLVE + state.steps // SOLVE_SHARE,
             )
-            # Rounding alone does not take an objective below a bound.
-            refuted = bound - objective > 8 * ROUNDING * limits.eps * jnp.abs(objective)
             bound = jnp.where(due & (refuted | (found.bound > bound)), found.bound, bound)
             # The difference of two numbers is known less accurately than a slack.
             slack = jnp.maximum(objective - bound, 4 * limits.eps * objective)
