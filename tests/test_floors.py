@@ -37,7 +37,6 @@ HOUSE = {
         "losses solver",
         "levelling",
         "filter total_variation",
-        "samples",
         "estimator largest_weight reweighting",
         "levels",
         "path",
