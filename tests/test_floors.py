@@ -28,7 +28,7 @@ HOUSE = {
     "trend": [
         "graph",
         "layout signal",
-        "freedom ground",
+        "ground",
         "pieces",
         "job",
         "plan",
