@@ -24,6 +24,7 @@ import numpy as np
 from sparseopt.core.base.arguments import real_array
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.operators.maps import Stack
+from sparseopt.core.operators.row_tables import edge_rows
 from sparseopt.core.penalties.protocols import Norm
 from sparseopt.core.problem.problem import Solution
 from sparseopt.trend.graph import Graph
@@ -314,7 +315,8 @@ def _dimension(nonzero: np.ndarray, graph: Graph, order: int, observed: np.ndarr
         counts = np.bincount(graph.components, nonzero.reshape(-1), graph.num_components)
         return int(np.maximum(counts, 1).sum())
     seen = observed if order == 0 else None
-    if seen is None and graph.shape is None and graph.num_edges == graph.num_nodes - graph.num_components:
-        return graph.num_components + int(nonzero.sum())  # a forest: each edge joins two pieces
+    if seen is None and graph.num_edges == graph.num_nodes - graph.num_components:
+        jumps = nonzero if graph.shape is None else edge_rows(nonzero, graph.shape)
+        return graph.num_components + int(jumps.sum())  # a forest: each edge joins two pieces
     labels = labels_of(graph, ~nonzero)
     return int(labels.max()) + 1 if seen is None else np.unique(labels[seen]).size
