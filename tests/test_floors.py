@@ -28,7 +28,7 @@ HOUSE = {
     "trend": [
         "graph",
         "layout signal",
-        "freedom ground",
+        "ground",
         "pieces",
         "job",
         "plan",
@@ -37,7 +37,6 @@ HOUSE = {
         "losses solver",
         "levelling",
         "filter total_variation",
-        "samples",
         "estimator largest_weight reweighting",
         "levels",
         "path",

@@ -94,19 +94,26 @@ def denoise(
         )
     if not (weight is None or np.ndim(weight) == 0):
         raise ValueError(f"weight is one number, given an array of shape {np.shape(weight)}")
-    has_channels = given.ndim > axes
+    shape, has_channels = given.shape[:axes], given.ndim > axes
     has_alpha = has_channels and not volume and given.shape[-1] in (2, 4)
     colours = given[..., :-1] if has_alpha else given
-    grid = Graph.grid(given.shape[:axes], spacing, ends)
+    grid = Graph.grid(shape, spacing, ends)
     if grid.spacing is not None:  # with 1 for the shortest, a weight keeps its meaning
-        grid = Graph.grid(given.shape[:axes], [h / min(grid.spacing) for h in grid.spacing], ends)
-    template = _template(isotropic, couple and has_channels)
-    node_weights = None if known is None else _checked_known(known, given.shape[:axes])
+        grid = Graph.grid(shape, [h / min(grid.spacing) for h in grid.spacing], ends)
+    coupled = couple and has_channels
+    axis = (0, -1) if coupled else 0
+    template: Any = GroupL2(1.0, axis) if isotropic else GroupL2(1.0) if coupled else L1(1.0)
+    mask = None if known is None else np.asarray(known)
+    if mask is not None and (mask.shape != shape or mask.dtype.kind != "b"):
+        raise ValueError(
+            f"known says for each of {shape} pixels whether it is known, as booleans; given {mask.dtype} of shape "
+            f"{mask.shape}"
+        )
     if dtype is None:
-        whole = node_weights is None and not (missing == "nan" and np.isnan(colours).any())
+        whole = mask is None and not (missing == "nan" and np.isnan(colours).any())
         narrow = not whole_numbers or given.dtype.itemsize <= 2
         dtype = np.float32 if whole and narrow and not grid.free else np.float64
-    options: dict[str, Any] = {"node_weights": node_weights, "missing": missing, "tol": tol, "max_steps": max_steps}
+    options: dict[str, Any] = {"node_weights": mask, "missing": missing, "tol": tol, "max_steps": max_steps}
     options |= {"method": method, "dtype": dtype}
     if weight is None:
         if devices is not None:
@@ -126,27 +133,10 @@ def denoise(
     return Denoised(fitted, solution, float(weight))
 
 
-def _template(isotropic: bool, couple: bool) -> Any:
-    if isotropic:
-        return GroupL2(1.0, axis=(0, -1) if couple else 0)
-    return GroupL2(1.0) if couple else L1(1.0)
-
-
-def _checked_known(known: Any, shape: tuple[int, ...]) -> np.ndarray:
-    mask = np.asarray(known)
-    if mask.shape != shape or mask.dtype.kind != "b":
-        raise ValueError(
-            f"known says for each of {shape} pixels whether it is known, as booleans; given {mask.dtype} of shape "
-            f"{mask.shape}"
-        )
-    return mask.reshape(-1).astype(np.float64)
-
-
 def _of_least_risk(y: np.ndarray, grid: Graph, template: Any, order: int, options: dict[str, Any]) -> Selection:
     """The fit of the least unbiased estimate of risk among weights about the noise level."""
-    taken = {name: options[name] for name in ("node_weights", "missing")}
     # Differences of neighbours hold much of what is in a picture, those of order 1 little.
-    noise = noise_level(y, grid, max(order, 1), **taken)
+    noise = noise_level(y, grid, max(order, 1), options["node_weights"], missing=options["missing"])
     if not noise > 0:
         raise ValueError(f"no weight can be chosen: the noise level of the picture is {noise:g}; give weight")
     top = HIGHEST * noise

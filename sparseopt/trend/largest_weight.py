@@ -22,7 +22,7 @@ from sparseopt.core.losses.scalar import checked_scalar
 from sparseopt.core.operators.row_tables import difference_matrix, edge_rows
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.dual_program import is_available
-from sparseopt.trend.filter import trend_filter
+from sparseopt.trend.filter import checked_job, trend_filter
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import ground_of, inverse_laplacian
 from sparseopt.trend.job import Job
@@ -31,7 +31,7 @@ from sparseopt.trend.losses import null_pull
 from sparseopt.trend.methods.admm import Admm
 from sparseopt.trend.methods.doge import Doge
 from sparseopt.trend.methods.interior import Interior, is_narrow
-from sparseopt.trend.signal import Signal, checked_order, checked_signal, component_means, graph_at, null_fit_values
+from sparseopt.trend.signal import Signal, component_means, null_fit_values
 
 FIRST_STEPS = 100
 MOST_STEPS = 12_800
@@ -83,11 +83,8 @@ def largest_weight(
         >>> so.trend_filter(y, so.Graph.chain(4), so.L1(3.001)).value.tolist()
         [1.5, 1.5, 1.5, 1.5]
     """
-    k = checked_order(order)
-    tol = positive_number("tol", tol)
-    signal = checked_signal(y, graph, node_weights, missing, np.float64)
-    layout, family = layout_of(graph_at(graph, k, signal)), checked_scalar(loss)
-    job = Job(layout, {k: L1(1.0)}, signal.values.dtype, signal.values.shape[1:], signal=signal, loss=family)
+    tol, family = positive_number("tol", tol), checked_scalar(loss)
+    job = checked_job(y, graph, L1(1.0), order, node_weights, missing, np.float64, loss=family)
     found = null_fit(job, tol)
     # The intervals of other channels may be wider, below the largest.
     upper, lower = float(found.weight.max()), float(found.lower.max())
@@ -101,37 +98,31 @@ def largest_weight(
 
 def null_fit(job: Job, tol: float) -> NullFit:
     """The bounds and the certificate; the interval may remain wider than `tol` at the step limit."""
-    graph, order, signal = job.graph, job.order, job.signal
+    graph, order, layout, signal = job.graph, job.order, job.layout, job.signal
     assert signal is not None
     pull = _pull(signal, graph, order) if job.square else null_pull(job)
-    channels = pull.shape[1]
-    halves = (order + 1) // 2
-    rows, lay = layout_of(graph).count(order + 1), layout_of(graph).grid_rows
     if not pull.any():
-        nothing = np.zeros(channels)
-        return NullFit(nothing, nothing, lay(np.zeros((rows, channels)), order + 1))
-    if graph.free and graph.is_chain:
+        u = np.zeros((layout.count(order + 1), pull.shape[1]))
+    elif graph.free and graph.is_chain:
         with precision(np.dtype(np.float64)):
             u = np.asarray(_potential(graph.divided(order + 1, np.float64), pull))
-        weight = np.abs(u).max(axis=0)
-        return NullFit(weight, weight, u)
-    z = _inverse_times(graph, pull, halves) if halves and not graph.free else pull
-    if order % 2 and not graph.free:
+    else:
+        z = pull if graph.free or order == 0 else _inverse_times(graph, pull, (order + 1) // 2)
+        if graph.free or order % 2 == 0:
+            found = [_least_congested(graph, order, column, tol) for column in z.T]
+            weight, lower, flow = (np.stack(part, axis=-1) for part in zip(*found, strict=True))
+            return NullFit(weight, lower, layout.grid_rows(flow, order + 1))
         u = z - _midrange(z, graph)
-        weight = np.abs(u).max(axis=0)
-        return NullFit(weight, weight, lay(u, order + 1))
-    found = [_least_congested(graph, order, column, tol) for column in z.T]
-    weight, lower, flow = (np.stack(part, axis=-1) for part in zip(*found, strict=True))
-    return NullFit(weight, lower, lay(flow, order + 1))
+    weight = np.abs(u).max(axis=0, initial=0)
+    return NullFit(weight, weight, layout.grid_rows(u, order + 1))
 
 
 def _pull(signal: Signal, graph: Graph, order: int) -> np.ndarray:
     """`W (y - null fit)`, `[n, channels]` in float64, exactly 0 if it is at the rounding level."""
-    values, weights = signal.columns, signal.mass
-    apart = values - null_fit_values(signal, graph, order)
-    seen = weights[:, None] > 0
-    size = np.abs(np.where(seen, values, 0)).max(axis=0)
-    return np.where(np.abs(np.where(seen, apart, 0)).max(axis=0) <= ROUNDING * size, 0, weights[:, None] * apart)
+    values, weights = signal.columns, signal.mass[:, None]
+    apart = np.where(weights > 0, values - null_fit_values(signal, graph, order), 0)
+    size = np.abs(np.where(weights > 0, values, 0)).max(axis=0)
+    return np.where(np.abs(apart).max(axis=0) <= ROUNDING * size, 0, weights * apart)
 
 
 _potential = jax.jit(lambda difference, pull: difference.potential(pull))
@@ -157,16 +148,20 @@ def _inverse_times(graph: Graph, right: np.ndarray, times: int, order: int = 0) 
         symmetric = {"SymmetricMode": True}
         return splu(inner, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=symmetric)
 
-    solver, found = graph.cached(("laplacian factor",), factor), right
+    solver = graph.cached(("laplacian factor",), factor)
     for _ in range(times):
-        full = np.zeros_like(found)
-        full[kept] = solver.solve(found[kept])
-        found = full - _component_means(full, graph)
-    return found
+        full = np.zeros_like(right)
+        full[kept] = solver.solve(right[kept])
+        right = _penalised(full, graph, order)
+    return right
 
 
-def _component_means(values: np.ndarray, graph: Graph) -> np.ndarray:
-    return component_means(values, graph, np.ones(graph.num_nodes))
+def _penalised(values: np.ndarray, graph: Graph, order: int) -> np.ndarray:
+    """Columns less their means over the components, or with free ends less their polynomials."""
+    if graph.free:
+        basis = graph.polynomials(order)
+        return values - basis @ (basis.T @ values)
+    return values - component_means(values, graph, np.ones(graph.num_nodes))
 
 
 def _midrange(values: np.ndarray, graph: Graph) -> np.ndarray:
@@ -197,17 +192,14 @@ def _least_congested(graph: Graph, order: int, demand: np.ndarray, tol: float) -
     Δ is D, and u follows `graph.row_edges`; on a grid with free ends Δ is that of the order.
     """
     if graph.free:
-        difference, basis = graph.matrix(order + 1), graph.polynomials(order)
-        unseen = basis.shape[1]
+        difference, unseen = graph.matrix(order + 1), graph.polynomials(order).shape[1]
     else:
         difference, order = difference_matrix(graph.row_edges, graph.num_nodes, graph.weights, 1), 0
         unseen = graph.num_components
 
     def potential(demand: np.ndarray) -> np.ndarray:
         """`(ΔᵀΔ)^+ demand`."""
-        column = demand[:, None]
-        null = basis @ (basis.T @ column) if graph.free else _component_means(column, graph)
-        return _inverse_times(graph, column - null, 1, order)[:, 0]
+        return _inverse_times(graph, _penalised(demand[:, None], graph, order), 1, order)[:, 0]
 
     def ratio(b: np.ndarray) -> float:
         """A lower bound by b."""
@@ -227,10 +219,9 @@ def _least_congested(graph: Graph, order: int, demand: np.ndarray, tol: float) -
     if upper == 0 or difference.shape[0] == graph.num_nodes - unseen:
         return upper, upper, flow
     lower = max(map(ratio, (height, demand)))
-    fit, steps = None, FIRST_STEPS
     method: Any = Admm() if graph.shape is not None else Doge()
     kind: Any = np.float64
-    accuracy = 1e-14
+    accuracy, fit, steps = 1e-14, None, FIRST_STEPS
     if tol >= COARSE and not graph.free:
         method, kind = Doge(), np.float32
         if graph.shape is None and is_available() and is_narrow(graph):

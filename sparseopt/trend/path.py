@@ -16,28 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from sparseopt.core.base.arguments import is_positive, positive_number, real_array, require_memory, whole_number
+from sparseopt.core.base.arguments import is_positive, real_array, require_memory, whole_number
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.scalar import ScalarLoss, Squared, checked_scalar
+from sparseopt.core.losses.scalar import ScalarLoss, checked_scalar
 from sparseopt.core.penalties.entries import L1, MCP, SCAD
 from sparseopt.core.penalties.groups import GroupL2
 from sparseopt.core.problem.problem import Solution, Status
-from sparseopt.trend.freedom import MOST_RANKED, freedom_of_rows, is_countable
+from sparseopt.trend.filter import checked_job
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import (
-    MOST_STEPS,
-    Job,
-    checked_penalty,
-    graph_for,
-    require_representable,
-)
+from sparseopt.trend.job import Job, require_representable
 from sparseopt.trend.largest_weight import NullFit, null_fit
-from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levels import descend
 from sparseopt.trend.losses import node_deviances
 from sparseopt.trend.methods import checked_method
-from sparseopt.trend.pieces import TrendSolution
-from sparseopt.trend.signal import checked_order, checked_signal, graph_at, signal_noise
+from sparseopt.trend.pieces import MOST_RANKED, TrendSolution, freedom_of_levels, is_countable
+from sparseopt.trend.signal import signal_noise
 
 # The relative accuracy of the first weight of a path: enough there, and ten times cheaper than the default.
 FIRST_WEIGHT_TOL = 1e-2
@@ -126,7 +119,7 @@ class TrendPath:
         """One level as a `TrendSolution` without a state and a dual."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"the path has the levels 0..{len(self) - 1}, given {index}")
-        fields = (self.values, self.statuses, self.steps, self.residuals, self.objectives, self.gaps)
+        fields: Any = (self.values, self.statuses, self.steps, self.residuals, self.objectives, self.gaps)
         value, status, steps, residual, objective, gap = (field[index] for field in fields)
         found = Solution(value, status, steps, residual, objective, gap, None, None)
         return dataclasses.replace(TrendSolution.of(found, self._nonzero[index]), graph=self.graph, order=self.order)
@@ -142,7 +135,7 @@ def trend_path(
     num: int = 50,
     ratio: float = 1e-3,
     tol: float = 1e-4,
-    method: str = "auto",
+    method: Any = "auto",
     max_steps: int = 20_000,
     node_weights: Any = None,
     missing: str = "error",
@@ -183,17 +176,14 @@ def trend_path(
         >>> path.at(2).value.round(2).tolist()
         [0.18, 0.18, 0.18, 4.82, 4.82, 4.82]
     """
-    k = checked_order(order)
-    name = checked_method(method)
-    signal = checked_signal(y, graph, node_weights, missing, dtype)
-    template, family = _template(penalty), checked_scalar(loss)
-    square = isinstance(family, Squared)
-    graph = graph_at(graph_for(graph, template), k, signal)
-    checked_penalty(template, graph, k, signal.values.shape[1:], signal.values.dtype)
-    tol, max_steps = positive_number("tol", tol), whole_number("max_steps", max_steps, 1, MOST_STEPS)
+    template = _template(penalty)
+    options: Any = {"loss": checked_scalar(loss), "method": checked_method(method), "tol": tol, "max_steps": max_steps}
+    job = checked_job(y, graph, template, order, node_weights, missing, dtype, **options)
+    graph, k, signal, square = job.graph, job.order, job.signal, job.square
+    assert signal is not None
     if not (is_positive(ratio) and ratio < 1):
         raise ValueError(f"ratio, the last weight over the first, lies in (0, 1), given {ratio!r}")
-    given = None if weights is None else _checked_levels(weights, signal.values.dtype)
+    given = None if weights is None else _checked_levels(weights, job.dtype)
     num = whole_number("num", num, 1) if given is None else len(given)
     # The fits from the device, and as one array.
     needed, what = 2 * num * signal.values.nbytes, f"a path of {num:,} fits of {signal.values.size:,} values"
@@ -205,18 +195,6 @@ def trend_path(
         )
     if graph.num_edges == 0:
         raise ValueError("the graph has no edges, so every weight gives the same fit, the signal itself")
-    job = Job(
-        layout_of(graph),
-        {k: template},
-        signal.values.dtype,
-        signal.values.shape[1:],
-        signal.weights is not None,
-        signal,
-        family,
-        method=name,
-        tol=tol,
-        max_steps=max_steps,
-    )
     first = None
     if given is None:
         first = _first_fit(job)
@@ -225,39 +203,25 @@ def trend_path(
     noise = signal_noise(signal, graph, k) if square else math.nan
     with precision(job.dtype):
         fits, rows = descend(job, given, first)
-    seen = None if signal.weights is None else signal.weights > 0
-    columns, mass = signal.columns, signal.mass[:, None]
-    channels = columns.shape[1]
-
-    values = fits.value.reshape(len(given), *signal.shape)
+    columns, mass, seen = signal.columns, signal.mass[:, None], None if signal.weights is None else signal.weights > 0
+    values, flat = fits.value.reshape(num, *signal.shape), fits.value.reshape(num, *columns.shape)
+    freedom = partial(freedom_of_levels, rows, graph, k, seen, columns.shape[1])
     if square and (isinstance(template, GroupL2) or not is_countable(graph)):
         freedom = partial(_divergences, job, given, values, noise)
-    else:
-        freedom = partial(_dimensions, rows, graph, k, seen, channels)
     return TrendPath(
-        weights=given,
-        values=values,
-        objectives=fits.objective,
-        gaps=fits.gap,
-        residuals=fits.residual,
-        steps=fits.steps,
-        statuses=fits.status,
-        deviances=np.array([np.sum(mass * node_deviances(family, x.reshape(columns.shape), columns)) for x in values]),
-        observations=channels * (graph.num_nodes if seen is None else int(seen.sum())),
-        channels=channels,
+        *(given, values, fits.objective, fits.gap, fits.residual, fits.steps, fits.status),
+        deviances=np.array([np.sum(mass * node_deviances(job.loss, x, columns)) for x in flat]),
+        observations=columns.shape[1] * int(np.count_nonzero(mass)),
+        channels=columns.shape[1],
         noise=noise,
         largest_weight=None if first is None else float(given[0]),
         penalty=template,
-        loss=family,
+        loss=job.loss,
         graph=graph,
         order=k,
         _nonzero=rows,
         _freedom=freedom,
     )
-
-
-def _dimensions(rows: np.ndarray, graph: Graph, order: int, seen: np.ndarray | None, channels: int) -> np.ndarray:
-    return np.array([freedom_of_rows(nonzero, graph, order, seen, channels) for nonzero in rows])
 
 
 def _divergences(job: Job, weights: np.ndarray, values: np.ndarray, noise: float) -> np.ndarray:

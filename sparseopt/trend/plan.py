@@ -313,7 +313,7 @@ def finished(
 def _with_zeros(ground: Ground, data: Data, penalty: Any, fit: Solution, dual: Array, tol: Array) -> Solution:
     """The fit with 0 where the first term's prox with a long step is 0, if its gap is no worse or within tol.
 
-    See `nonzero_rows` in `freedom.py` for why the dual decides, and not the size of an entry.
+    See `nonzero_at` in `pieces.py` for why the dual decides, and not the size of an entry.
     """
     first, x = penalty.penalties[0], fit.value
     weight = jnp.asarray(getattr(first, "weight", 1.0))

@@ -99,31 +99,30 @@ def reweighted(
     rounds, tol = whole_number("rounds", rounds, 1), positive_number("tol", tol)
     kind = compute_dtype(y, options.get("dtype"))
     check_parameters(penalty, kind)
-    matrix = graph.matrix(k + 1)
+    matrix, objectives = graph.matrix(k + 1), list[float]()
 
-    def slope_of(rows: np.ndarray) -> np.ndarray:
+    def at(rows: np.ndarray) -> tuple[float, np.ndarray]:
+        """The penalty of the rows of a fit, and its slopes there."""
         with precision(kind):
-            return np.asarray(penalty.slope(jnp.asarray(rows, kind)), np.float64)
+            given = jnp.asarray(rows, kind)
+            return float(penalty.value(given)), np.asarray(penalty.slope(given), np.float64)
 
-    first = slope_of(np.zeros(matrix.shape[0]))
+    weights = at(np.zeros(matrix.shape[0]))[1]
     # With a loss, or without an observation, a part that no penalty ties to the rest may have no fit.
     weighed = options.get("node_weights")
     gaps = np.isnan(y).any() or (weighed is not None and not np.all(weighed))
-    least = LEAST * first if not isinstance(checked_scalar(options.get("loss", "square")), Squared) or gaps else 0.0
-    weights = first
-    solution: Solution | None = None
-    objectives: list[float] = []
+    least = LEAST * weights if gaps or not isinstance(checked_scalar(options.get("loss", "square")), Squared) else 0.0
     takes_start = not isinstance(checked_method(options.get("method", "auto")), Interior)
-    settled = False
-    while len(objectives) < rounds and not settled:
-        warm = {"start": solution} if solution and takes_start else {}
-        solution = trend_filter(y, graph, L1(weights), k, tol=tol, **options | warm).check()
-        used, rows = weights, matrix @ np.asarray(solution.value, np.float64).reshape(-1)
+    while True:
+        solution = trend_filter(y, graph, L1(weights), k, tol=tol, **options).check()
+        rows = matrix @ np.asarray(solution.value, np.float64).reshape(-1)
         # Subtracting the weighted L1 penalty gives the loss, whichever it is.
-        loss = float(solution.objective) - float(np.sum(used * np.abs(rows)))
-        with precision(kind):
-            objectives.append(loss + float(penalty.value(jnp.asarray(rows, kind))))
+        loss = float(solution.objective) - float(np.sum(weights * np.abs(rows)))
+        price, slopes = at(rows)
+        objectives.append(loss + price)
         settled = len(objectives) > 1 and objectives[-2] - objectives[-1] <= tol * abs(objectives[-1])
-        weights = np.maximum(slope_of(rows), least)
-    assert solution is not None
-    return Reweighted(solution, used, np.array(objectives), settled)
+        if settled or len(objectives) == rounds:
+            return Reweighted(solution, weights, np.array(objectives), settled)
+        weights = np.maximum(slopes, least)
+        if takes_start:
+            options["start"] = solution

@@ -29,7 +29,7 @@ from sparseopt.core.problem.problem import Status
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.losses import node_deviances
 from sparseopt.trend.path import TrendPath, trend_path
-from sparseopt.trend.signal import Signal, checked_signal
+from sparseopt.trend.signal import checked_signal
 
 CRITERIA = ("gcv", "sure", "aic", "bic")
 # How many standard errors above the least error a rule allows.
@@ -215,8 +215,6 @@ def cross_validate(
     rule: str | None = None,
     node_weights: Any = None,
     missing: str = "error",
-    dtype: Any = None,
-    loss: Any = "square",
     **options: Any,
 ) -> CrossValidation:
     """Choose a weight by K-fold cross-validation over the nodes.
@@ -246,29 +244,22 @@ def cross_validate(
     """
     if rule not in (None, *RULES):
         raise ValueError(unknown("rule", rule, tuple(RULES)))
-    signal = checked_signal(y, graph, node_weights, missing, dtype)
-    level = signal.mass
+    signal = checked_signal(y, graph, node_weights, missing, options.get("dtype"))
+    level, columns = signal.mass, signal.columns
     held = random_folds(graph, level > 0, folds, seed)
     folds = int(folds)
-    options |= {"dtype": dtype, "loss": loss}
     path = trend_path(y, graph, penalty, order, node_weights=node_weights, missing=missing, **options)
     options["weights"] = path.weights
     errors, statuses = np.empty((folds, len(path))), np.empty((folds, len(path)), np.int32)
     for fold in range(folds):
-        kept = np.where(held == fold, 0, level)
-        fit = trend_path(signal.values, graph, penalty, order, node_weights=kept, **options)
-        errors[fold] = _held_out_errors(fit, signal, level, held == fold)
-        statuses[fold] = fit.statuses
+        out = held == fold
+        fit = trend_path(signal.values, graph, penalty, order, node_weights=np.where(out, 0, level), **options)
+        found = node_deviances(fit.loss, fit.values.reshape(len(fit), *columns.shape)[:, out], columns[out])
+        errors[fold], statuses[fold] = np.average(found.mean(axis=-1), axis=1, weights=level[out]), fit.statuses
     _require_finite(statuses, "the folds (fold, level)")
     mean, spread = errors.mean(axis=0), errors.std(axis=0, ddof=1) / math.sqrt(folds)
     rule = rule or ("half_se" if isinstance(path.loss, Logistic) else "min")
     return CrossValidation(path, errors, mean, spread, held, rule, statuses)
-
-
-def _held_out_errors(fit: TrendPath, signal: Signal, weights: np.ndarray, held: np.ndarray) -> np.ndarray:
-    columns = signal.columns
-    found = node_deviances(fit.loss, fit.values.reshape(len(fit), *columns.shape)[:, held], columns[held])
-    return np.average(found.mean(axis=-1), axis=1, weights=weights[held])
 
 
 def random_folds(graph: Graph, observed: np.ndarray, folds: int, seed: int) -> np.ndarray:
