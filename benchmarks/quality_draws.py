@@ -29,12 +29,12 @@ from common import (
     write_dense,
 )
 
-from sparseopt.core.base.speed import measure_gflops
 from sparseopt.models import open_model, open_source
 from sparseopt.pruning import Recipe, perplexity
 from sparseopt.pruning.cost import EFFICIENCY
 from sparseopt.pruning.inspection import inspect_model
 from sparseopt.pruning.texts import begin_windows, text_windows
+from sparseopt.system.speed import measure_gflops
 
 TEXTS = ("wikitext2", "pydoc", "self")
 ELSEWHERE = TEXTS[1]

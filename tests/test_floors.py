@@ -14,14 +14,14 @@ PACKAGE = Path(__file__).parent.parent / "sparseopt"
 # before its own, and in its own from entries of earlier lines; files that one entry names may import each other.
 HOUSE = {
     "system": ["*"],
-    "core/base": ["types mesh compile", "arguments thresholds dense sums", "speed"],
+    "core/base": ["types", "mesh compile", "arguments thresholds dense sums"],
     "core/operators": [
         "maps differences components",
         "divided_differences matrices row_tables slabs",
         "edge_lists parts normal_solves",
     ],
     "core/penalties": ["protocols", "entries groups sets patterns", "sums names"],
-    "core/losses": ["quadratic residuals", "counts_and_labels", "scalar", "data"],
+    "core/losses": ["quadratic residuals", "scalar", "data"],
     "core/problem": ["problem units", "certify padding", "differentiate", "iterate"],
     "core/solvers": ["*"],
     "core": ["solve", "proximal"],

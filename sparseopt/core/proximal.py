@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.types import FloatArray, Scalar
+from sparseopt.core.base.arguments import fits
+from sparseopt.core.base.types import FloatArray, Scalar, is_traced
 from sparseopt.core.penalties.patterns import Pattern
-from sparseopt.core.penalties.protocols import IterativeProx, Penalty, prox_from
+from sparseopt.core.penalties.protocols import Penalty, cold_memory, prox_from
 
 if TYPE_CHECKING:
     import optax
@@ -26,9 +27,8 @@ class ProximalState(NamedTuple):
     """The state of `proximal`."""
 
     count: Any  # the number of updates so far, for the schedule of the step
-    # For an `IterativeProx` the memory of every leaf, in a tree like the parameters (None for a leaf without one);
-    # None for another penalty.
-    memories: Any = None
+    # A tree like the parameters with the memory of every leaf for an `IterativeProx`, and None for others.
+    memories: Any
 
 
 def proximal(penalty: Penalty, step: Scalar | Schedule, *, mask: Mask = None) -> "optax.GradientTransformation":
@@ -83,18 +83,13 @@ def proximal(penalty: Penalty, step: Scalar | Schedule, *, mask: Mask = None) ->
     schedule = _schedule(penalty, step, "proximal", "step")
 
     def init(params: Any) -> ProximalState:
-        count = jnp.zeros((), jnp.int32)
-        if not isinstance(penalty, IterativeProx):
-            return ProximalState(count)
-
         def memory(p: Array, chosen: bool) -> Any:
-            return penalty.memory(_wide(p)) if chosen else None
+            return cold_memory(penalty, _wide(p)) if chosen else None
 
-        return ProximalState(count, jax.tree.map(memory, params, _chosen(mask, params)))
+        return ProximalState(jnp.zeros((), jnp.int32), jax.tree.map(memory, params, _chosen(mask, params, "proximal")))
 
     def update(updates: Any, state: ProximalState, params: Any = None) -> tuple[Any, ProximalState]:
-        _check_params(params, "proximal")
-        now = schedule(state.count)
+        chosen, now = _chosen(mask, params, "proximal"), schedule(state.count)
 
         def land(u: Array, p: Array, chosen: bool, memory: Any) -> tuple[Array, Any]:
             if not chosen:
@@ -103,10 +98,9 @@ def proximal(penalty: Penalty, step: Scalar | Schedule, *, mask: Mask = None) ->
             landing, memory = prox_from(penalty, x, jnp.asarray(now, x.dtype), memory)
             return _difference(landing, p, u), memory
 
-        memories = jax.tree.map(lambda _: None, updates) if state.memories is None else state.memories
-        landed = jax.tree.map(land, updates, params, _chosen(mask, params), memories)
+        landed = jax.tree.map(land, updates, params, chosen, state.memories)
         updates, memories = (jax.tree.map(lambda _, pair, i=i: pair[i], updates, landed) for i in range(2))
-        return updates, ProximalState(optax.safe_increment(state.count), None if state.memories is None else memories)
+        return updates, ProximalState(optax.safe_increment(state.count), memories)
 
     return optax.GradientTransformation(init, update)
 
@@ -192,8 +186,7 @@ def proximal_adam(
         return adam.init(jax.tree.map(_wide, params))
 
     def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        _check_params(params, "proximal_adam")
-        rate = schedule(state.count)
+        chosen, rate = _chosen(mask, params, "proximal_adam"), schedule(state.count)
         direction, state = adam.update(jax.tree.map(_wide, updates), state)
         correction = 1 - b2**state.count
 
@@ -204,7 +197,7 @@ def proximal_adam(
             x = _wide(p) - here * move
             return _difference(_scaled_prox(penalty, x, here, jnp.sqrt(nu / correction) + eps), p, g)
 
-        return jax.tree.map(land, updates, direction, state.nu, params, _chosen(mask, params)), state
+        return jax.tree.map(land, updates, direction, state.nu, params, chosen), state
 
     return optax.GradientTransformation(init, update)
 
@@ -227,8 +220,10 @@ def _difference(landing: Array, p: Array, u: Array) -> Array:
     return (landing - _wide(p)).astype(jnp.result_type(p, u))
 
 
-def _chosen(mask: Mask, params: Any) -> Any:
+def _chosen(mask: Mask, params: Any, name: str) -> Any:
     """The mask as one Python bool per leaf of `params`."""
+    if params is None:
+        raise ValueError(f"{name} needs the parameters: call update(updates, state, params)")
     if mask is None:
         mask = True
     elif callable(mask) and jax.tree_util.all_leaves([mask]):  # some modules are trees and callable
@@ -244,7 +239,7 @@ def _chosen(mask: Mask, params: Any) -> Any:
 
 def _schedule(penalty: Any, step: Scalar | Schedule, name: str, step_name: str) -> Schedule:
     """The step as a schedule, once penalty and step are checked."""
-    if isinstance(penalty, type) or not isinstance(penalty, Penalty):
+    if not fits(penalty, Penalty):
         raise ValueError(
             f"{name} needs a penalty with the methods value(x) and prox(x, step) as its first argument, such as "
             f"sparseopt.L1(0.01), given {type(penalty).__name__}"
@@ -252,11 +247,6 @@ def _schedule(penalty: Any, step: Scalar | Schedule, name: str, step_name: str) 
     if callable(step):
         return step
     number = isinstance(step, int | float | np.number | np.ndarray | jax.Array) and np.ndim(step) == 0
-    if not isinstance(step, jax.core.Tracer) and not (number and np.asarray(step) >= 0):
+    if not is_traced(step) and not (number and np.asarray(step) >= 0):
         raise ValueError(f"{name}(penalty, {step_name}) needs a step size of 0 or more, or a schedule, given {step}")
     return lambda count: step
-
-
-def _check_params(params: Any, name: str) -> None:
-    if params is None:
-        raise ValueError(f"{name} needs the parameters: call update(updates, state, params)")

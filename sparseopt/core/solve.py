@@ -15,11 +15,10 @@ from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import Quadratic
 from sparseopt.core.losses.scalar import ScalarLoss
 from sparseopt.core.operators.matrices import refuses_map, refuses_transpose
-from sparseopt.core.penalties.entries import L0
 from sparseopt.core.problem.certify import is_convex
 from sparseopt.core.problem.iterate import iterate
 from sparseopt.core.problem.padding import cut, padded_problem
-from sparseopt.core.problem.problem import Problem, Solution, Solver, refusal
+from sparseopt.core.problem.problem import Problem, Solution, Solver
 from sparseopt.core.solvers.accelerated import AcceleratedProximalGradient, GraduatedProximalGradient
 from sparseopt.core.solvers.aiht import Maiht
 from sparseopt.core.solvers.primal_dual import PrimalDual, SplitAdmm
@@ -147,7 +146,7 @@ def solve(
         raise ValueError(reason)
     if solver is None:
         solver = chosen_solver(problem).solver
-    elif reason := _refuses_solver(solver) or refusal(solver, problem):
+    elif reason := _refuses_solver(solver) or own_refusal(solver, problem):
         raise ValueError(reason)
     for name in ("loss", "penalty", "operator"):
         if reason := refuses_leaves(name, getattr(problem, name)):
@@ -199,8 +198,6 @@ def _refuses_data(problem: Problem) -> str | None:
         return f"a penalty is an object such as sparseopt.L1(10.0), given the class {problem.penalty.__name__}"
     if reason := own_refusal(problem.penalty):
         return reason
-    if isinstance(problem.penalty, L0) and jnp.ndim(problem.penalty.weight):
-        return f"the weight of L0 is one number, given the shape {jnp.shape(problem.penalty.weight)}"
     return problem.loss.refuses() if isinstance(problem.loss, DataLoss) else None
 
 

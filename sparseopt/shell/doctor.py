@@ -12,11 +12,11 @@ import jax
 import typer
 
 from sparseopt.core.base.dense import activation_precision
-from sparseopt.core.base.speed import measure_gflops, measure_gigabytes
 from sparseopt.shell import console
 from sparseopt.shell.options import AsJson
 from sparseopt.system.machine import available_memory_bytes, format_bytes, processor, versions
 from sparseopt.system.programs import SIZE_LIMIT, SWITCH, kept_files
+from sparseopt.system.speed import measure_gflops, measure_gigabytes
 
 # The extras that commands and functions need, with their modules; the others are for benchmarks and tests.
 EXTRAS = {

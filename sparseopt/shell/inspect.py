@@ -35,10 +35,10 @@ def inspect(
     **options: Any,
 ) -> None:
     """What a model is, what pruning it would zero, and how much memory and time that takes. Reads headers only."""
-    from sparseopt.core.base.speed import measure_gflops
     from sparseopt.models import open_source
     from sparseopt.pruning import Recipe
     from sparseopt.pruning.inspection import inspect_model
+    from sparseopt.system.speed import measure_gflops
 
     device = None if device_memory is None else parse_bytes(device_memory)
     limit = (device or working_memory_bytes()) if memory is None else parse_bytes(memory)

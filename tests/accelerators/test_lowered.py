@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 
-from sparseopt.core.base.types import ENABLE_X64
 from tests.accelerators.programs import PATTERNS, programs
 from tests.accelerators.targets import TARGETS, Place, missing
 
@@ -50,7 +49,7 @@ def named(key):
 @pytest.mark.parametrize("key", LAYERS + OTHERS, ids=named)
 def test_no_program_calls_python_or_has_an_array_in_float64_and_all_sum_products_in_float32(target, key):
     # With 64-bit types enabled an array that is silently promoted shows; settings are numbers in float64 then.
-    with ENABLE_X64(True):
+    with jax.enable_x64(True):
         text = text_of(target, key)
     assert "callback" not in text
     assert not re.findall(r"tensor<(?:\d+x)+f64>", text)

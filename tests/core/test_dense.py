@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from sparseopt.core.base.dense import WHOLE, spd_inverse, spd_inverse_factor
-from sparseopt.core.base.types import ENABLE_X64
 from tests.tiers import often
 
 SIZES = [1, 17, 100, 129, WHOLE, WHOLE + 1, 576]
@@ -26,7 +25,7 @@ def make_matrix(rng, size, condition):
 @pytest.mark.parametrize("size", often(SIZES, *SIZES[:5]))
 def test_it_is_numpys_inverse_in_float64(rng, size):
     matrix = make_matrix(rng, size, 1e4)
-    with ENABLE_X64(True):
+    with jax.enable_x64(True):
         inverse = np.asarray(inverse_of(jnp.asarray(matrix)))
     assert inverse.dtype == np.float64
     exact = np.linalg.inv(matrix)

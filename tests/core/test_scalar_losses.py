@@ -9,10 +9,9 @@ from scipy.special import wrightomega
 
 import sparseopt as so
 from sparseopt.core.base.types import precision
-from sparseopt.core.losses.counts_and_labels import wright_omega
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.residuals import weighted_quantiles
-from sparseopt.core.losses.scalar import ScalarLoss
+from sparseopt.core.losses.scalar import ScalarLoss, wright_omega
 from tests.jitted import Jitted
 
 DOUBLE = np.dtype(np.float64)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import sparseopt as so
-from sparseopt.core.base.types import ENABLE_X64
 from sparseopt.pruning import (
     METHODS,
     AdmmPruning,
@@ -273,6 +272,6 @@ def test_in_a_model_the_layer_is_named(tmp_path, rng):
 def test_a_layer_stays_in_float32_where_64_bit_types_are_enabled(method, pattern):
     shapes = ((64, 64), (64, 48), (64, 48), (64,), (48,))
     layer = ScaledLayer(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-    with ENABLE_X64(True):
+    with jax.enable_x64(True):
         answer = jax.eval_shape(find_method(method), layer, parse_pattern(pattern, 0.5, (48, 64)))
     assert answer.values.dtype == jnp.float32

@@ -11,7 +11,6 @@ import pytest
 
 import sparseopt as so
 from sparseopt.core.base.dense import activations_in, precision_on
-from sparseopt.core.base.types import ENABLE_X64
 from sparseopt.models import Block, TorchModel, open_model, open_source
 from sparseopt.pruning import Recipe, pipeline, prune_model, prune_models
 from sparseopt.pruning.calibration import BlockRunner, gather_grams
@@ -62,7 +61,7 @@ def test_no_array_of_a_block_grows_to_float64_where_jax_has_64_bit_types(tmp_pat
     block = open_model(folder_of(tmp_path, rng, **changes)).block(0)
     x = jnp.ones((1, 16, block.config.hidden_size))
     for tokens in ("routed", "all"):
-        with ENABLE_X64(True):
+        with jax.enable_x64(True):
             text = jax.jit(partial(gather_grams, expert_tokens=tokens)).lower(block, x, dense_x=x).as_text()
         assert not re.findall(r"tensor<(?:\d+x)+f64>", text)
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from sparseopt.core.base.types import T
+from sparseopt.core.base.types import T, is_traced
 from sparseopt.system.machine import available_memory_bytes, device_memory_left, format_bytes
 
 # A need below this does not ask the machine.
@@ -33,32 +33,31 @@ def renames(**names: str) -> Callable[[T], T]:
     return wrap
 
 
-def whole_number(name: str, given: Any, least: int, most: int | None = None, meaning: str = "") -> int:
+def whole_number(name: str, given: Any, least: int, most: float = math.inf, meaning: str = "") -> int:
     """`given`, also a float, as an int if it is a whole number in `[least, most]`; else a ValueError with `meaning`."""
-    value = _plain(given)
-    whole = isinstance(value, numbers.Real) and math.isfinite(value) and value == math.floor(value)
-    if not (whole and least <= value and (most is None or value <= most)):
-        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+    value = _number(given)
+    if not (value % 1 == 0 and least <= value <= most):
+        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
         raise ValueError(f"{name} is a whole number {limits}{meaning and f' ({meaning})'}, given {given!r}")
     return int(value)
 
 
 def is_positive(given: Any) -> bool:
     """Whether `given` is a finite real number above 0."""
-    value = _plain(given)
-    return isinstance(value, numbers.Real) and math.isfinite(value) and float(value) > 0
+    return float(_number(given)) > 0
 
 
 def positive_number(name: str, given: Any) -> float:
     """`given` as a float if it is positive and finite; else a ValueError."""
     if not is_positive(given):
         raise ValueError(f"{name} must be positive and finite, given {given!r}")
-    return float(_plain(given))
+    return float(_number(given))
 
 
-def _plain(given: Any) -> Any:
-    """A zero-dimensional array as its number; anything else unchanged."""
-    return given.item() if getattr(given, "shape", None) == () else given
+def _number(given: Any) -> Any:
+    """A finite real number, also of a zero-dimensional array; NaN for anything else."""
+    value = given.item() if getattr(given, "shape", None) == () else given
+    return value if isinstance(value, numbers.Real) and math.isfinite(value) else math.nan
 
 
 def real_array(name: str, given: Any) -> np.ndarray:
@@ -92,9 +91,14 @@ def refuses_leaves(name: str, given: Any) -> str | None:
     return None
 
 
-def own_refusal(given: Any) -> str | None:
-    """What the method `refuses` of a penalty or a loss says on the host; None for one without it."""
-    return given.refuses() if hasattr(given, "refuses") else None
+def fits(given: Any, protocol: type) -> bool:
+    """Whether it is an object, not a class, that has what the protocol asks for."""
+    return isinstance(given, protocol) and not isinstance(given, type)
+
+
+def own_refusal(given: Any, *asked: Any) -> str | None:
+    """What the method `refuses` of a penalty, a loss, or a solver asked for a problem, says; None without it."""
+    return given.refuses(*asked) if hasattr(given, "refuses") else None
 
 
 def require_memory(needed: int, what: str, advice: str, on_device: int = 0) -> None:
@@ -121,8 +125,7 @@ def unknown(kind: str, given: Any, known: Iterable[str]) -> str:
 def known_numbers(given: Any, name: str) -> np.ndarray:
     """An attribute in float64; NaN for one that is traced or holds no numbers."""
     value = getattr(given, name)
-    known = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
-    if known and not isinstance(value, jax.core.Tracer):
+    if isinstance(value, int | float | np.number | np.ndarray | jax.Array) and not is_traced(value):
         # By NumPy: under jit, JAX would trace even what is known.
         number = np.asarray(value)
         if jax.numpy.issubdtype(number.dtype, jax.numpy.number):

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from sparseopt.core.base.types import is_traced
+
 # Up to so many entries of all arrays together, these options. CPU seconds of a first call, then milliseconds of the
 # next ones: a lasso of 100 x 20 takes 0.60 and 1.5 with the first, 1.20 and 1.2 with the second, 2.11 and 1.3 with
 # neither; a grid of 20 x 20 0.66 and 5.2, 1.35 and 3.1, 2.57 and 3.7. On a grid of 256 x 256 the second would take 1.4
@@ -44,14 +46,14 @@ class Jitted:
 def _known_size(arguments: Any) -> float:
     """The entries of all arrays; infinite if some are traced, or elsewhere than on one CPU."""
     leaves = jax.tree.leaves(arguments)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if is_traced(leaves):
         return np.inf
     size = sum(np.size(leaf) for leaf in leaves if hasattr(leaf, "dtype"))
     if size > QUICK[-1][0]:
         return np.inf
     # Inside a traced function even what is known is part of the program around it, whose options count.
     here = jax.device_put(np.float32(0))
-    if isinstance(here, jax.core.Tracer):
+    if is_traced(here):
         return np.inf
     places = [leaf.devices() for leaf in (here, *leaves) if isinstance(leaf, jax.Array)]
     return size if all([device.platform for device in place] == ["cpu"] for place in places) else np.inf

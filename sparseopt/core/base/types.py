@@ -3,10 +3,9 @@
 import contextlib
 import dataclasses
 import functools
-import importlib
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform, overload
 
 import jax
@@ -22,23 +21,20 @@ Count = Int[Array, ""] | int
 # Called during long work: what is being done (a text, or an event such as a layer's record), steps done, steps in all.
 Observer = Callable[[Any, int, int], None]
 
-# The context manager left jax.experimental in JAX 0.8.
-ENABLE_X64: Any = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
-
 
 def wide_types() -> bool:
     """Whether 64-bit types are enabled, by the global flag or by a context."""
     return jnp.result_type(float) == jnp.float64
 
 
-@contextlib.contextmanager
-def precision(dtype: np.dtype) -> Iterator[None]:
-    """Enable 64-bit types for the block if `dtype` needs them."""
-    if dtype == np.float64 and not wide_types():
-        with ENABLE_X64(True):
-            yield
-    else:
-        yield
+def is_traced(tree: Any) -> bool:
+    """Whether the values of a tree, or some of them, are not known, as inside a function that is being compiled."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def precision(dtype: np.dtype) -> contextlib.AbstractContextManager[Any]:
+    """A context with 64-bit types if `dtype` needs them."""
+    return jax.enable_x64(True) if dtype == np.float64 and not wide_types() else contextlib.nullcontext()
 
 
 def static(**kwargs: Any) -> Any:

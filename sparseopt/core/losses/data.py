@@ -16,21 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.arguments import own_refusal, refuses_leaves
+from sparseopt.core.base.arguments import fits, own_refusal, refuses_leaves
 from sparseopt.core.base.dense import product
 from sparseopt.core.base.sums import total
-from sparseopt.core.base.types import FloatArray, pytree
+from sparseopt.core.base.types import FloatArray, is_traced, pytree
+from sparseopt.core.losses import scalar
 from sparseopt.core.losses.quadratic import Quadratic
-from sparseopt.core.losses.scalar import (
-    Absolute,
-    Huber,
-    Logistic,
-    Poisson,
-    Quantile,
-    ScalarLoss,
-    Squared,
-    SquaredHinge,
-)
 from sparseopt.core.operators.maps import or_identity
 from sparseopt.core.operators.matrices import Dense, SparseMatrix, linear_map, refuses_map
 
@@ -76,7 +67,7 @@ class DataLoss:
 
     @property
     def is_square(self) -> bool:
-        return isinstance(self.scalar, Squared)
+        return isinstance(self.scalar, scalar.Squared)
 
     @property
     def rows(self) -> "DataLoss":
@@ -197,15 +188,14 @@ class DataLoss:
         if not plain:
             kind = jnp.result_type(self.matrix.matrix, jnp.float32)
             weights = np.append(np.ones(len(target), kind) if weights is None else weights, np.zeros(rows, kind))
-        matrix = np.zeros((len(target) + rows, self.matrix.in_shape[0] + columns), self.matrix.matrix.dtype)
-        matrix[: len(target), : self.matrix.in_shape[0]] = self.matrix.matrix
+        matrix = np.pad(np.asarray(self.matrix.matrix), ((0, rows), (0, columns)))
         # The last target is one that the loss accepts.
         target = np.append(target, np.repeat(0 * target[-1:] if plain else target[-1:], rows))
         return dataclasses.replace(self, matrix=Dense(matrix), target=target, weights=weights)
 
     def refuses(self) -> str | None:
         """Why the data cannot be used (shapes, or values outside the domain), or None; tracers are not checked."""
-        if isinstance(self.scalar, type) or not isinstance(self.scalar, ScalarLoss):
+        if not fits(self.scalar, scalar.ScalarLoss):
             kind = self.scalar.__name__ if isinstance(self.scalar, type) else None
             said = f"{self.scalar!r:.100}" if kind is None else f"the class {kind}: write {kind}()"
             return f"a loss of data takes the loss of one observation, such as so.scalar.Logistic(), given {said}"
@@ -215,31 +205,31 @@ class DataLoss:
                 return reason
         if reason := refuses_map(f"matrix of {name}", self.matrix):
             return reason
-        given, weights = jnp.shape(self.target), self.weights
-        shape = getattr(self.matrix, "out_shape", None)
-        if shape is not None and given[: len(shape)] != shape:
+        given, weights = np.shape(self.target), self.weights
+        shape: tuple[int, ...] = getattr(self.matrix, "out_shape", ())
+        if given[: len(shape)] != shape:
             return (
                 f"{name} needs one target for every row of its matrix, given a matrix of {shape[0]} rows and a target "
                 f"of shape {given}"
             )
-        if weights is not None and jnp.shape(weights) != given[: jnp.ndim(weights)]:
-            return f"{name} needs one weight for every target, given {jnp.shape(weights)} for {given}"
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+        if np.shape(weights) != given[: np.ndim(weights)]:
+            return f"{name} needs one weight for every target, given {np.shape(weights)} for {given}"
+        if is_traced(self):
             return None
         if weights is not None and not np.all(np.isfinite(weights) & (np.asarray(weights) >= 0)):
             return f"the weights of {name} must be finite and not negative"
-        scalar, target = self.scalar, np.asarray(self.target)
-        if reason := own_refusal(scalar):
+        if reason := own_refusal(self.scalar):
             return reason
+        target = np.asarray(self.target)
         seen: Any = True
         if weights is not None:
             seen = np.reshape(weights, np.shape(weights) + (1,) * (target.ndim - np.ndim(weights))) > 0
-        wrong = scalar.wrong(target) & seen
+        wrong = self.scalar.wrong(target) & seen
         if not wrong.any():
             return None
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
         return (
-            f"{name} takes {scalar.expected}, given {target[place]:g} at target "
+            f"{name} takes {self.scalar.expected}, given {target[place]:g} at target "
             f"{place[0] if len(place) == 1 else place} ({int(wrong.sum())} such)"
         )
 
@@ -259,7 +249,7 @@ def LeastSquares(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
         >>> np.asarray(so.solve(so.Problem(loss, so.L1(0.5)), tol=1e-5).check().value).round(2)
         array([1.5, 1. ], dtype=float32)
     """
-    return DataLoss(Squared(), matrix, target, weights)
+    return DataLoss(scalar.Squared(), matrix, target, weights)
 
 
 def LogisticLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
@@ -270,32 +260,32 @@ def LogisticLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
         >>> so.solve(so.Problem(loss, so.L1(1.0))).check().value.round(2)
         Array([0.76], dtype=float32)
     """
-    return DataLoss(Logistic(), matrix, target, weights)
+    return DataLoss(scalar.Logistic(), matrix, target, weights)
 
 
 def PoissonLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
     """Poisson regression of counts: `so.scalar.Poisson` of the log-rates `A x`."""
-    return DataLoss(Poisson(), matrix, target, weights)
+    return DataLoss(scalar.Poisson(), matrix, target, weights)
 
 
 def SquaredHingeLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
     """A support vector machine on labels -1 and 1: `so.scalar.SquaredHinge` of the scores `A x`."""
-    return DataLoss(SquaredHinge(), matrix, target, weights)
+    return DataLoss(scalar.SquaredHinge(), matrix, target, weights)
 
 
 def HuberLoss(matrix: Any, target: Any, delta: Any = 1.0, weights: Any = None) -> DataLoss:
     """Regression with outliers: `so.scalar.Huber(delta)` of the residuals `A x - b`."""
-    return DataLoss(Huber(delta), matrix, target, weights)
+    return DataLoss(scalar.Huber(delta), matrix, target, weights)
 
 
 def AbsoluteLoss(matrix: Any, target: Any, weights: Any = None) -> DataLoss:
     """Median regression: the sum of the absolute residuals `|A x - b|`, `so.scalar.Absolute`."""
-    return DataLoss(Absolute(), matrix, target, weights)
+    return DataLoss(scalar.Absolute(), matrix, target, weights)
 
 
 def QuantileLoss(matrix: Any, target: Any, level: Any, weights: Any = None) -> DataLoss:
     """Quantile regression at a level between 0 and 1: `so.scalar.Quantile(level)` of the residuals `A x - b`."""
-    return DataLoss(Quantile(level), matrix, target, weights)
+    return DataLoss(scalar.Quantile(level), matrix, target, weights)
 
 
 def as_least_squares(loss: Quadratic) -> DataLoss:

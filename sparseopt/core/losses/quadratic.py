@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.dense import HIGHEST
+from sparseopt.core.base.dense import HIGHEST, product
 from sparseopt.core.base.types import pytree
 
 LANCZOS_STEPS = 24
@@ -35,7 +35,7 @@ class Quadratic:
 
     def gradient(self, x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         """`hessian @ (x - center)`; the loss's only product with the Hessian."""
-        return jnp.matmul(self.hessian, x - self.center, precision=HIGHEST)
+        return product(self.hessian, x - self.center)
 
     # The methods of `DataLoss`: the image of x is the gradient, affine in x.
     def image(self, x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
@@ -144,14 +144,14 @@ def _largest_ritz(matrix: Float[Array, "n n"], key: jax.Array) -> tuple[Float[Ar
     def step(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple]:
         basis, vector = carry
         basis = basis.at[index].set(vector)
-        product = jnp.matmul(matrix, vector, precision=HIGHEST)
-        alpha = jnp.vdot(vector, product, precision=HIGHEST)
+        image = product(matrix, vector)
+        alpha = jnp.vdot(vector, image, precision=HIGHEST)
         for _ in range(2):  # once is not enough in float32 when a Ritz value converges
-            product = product - jnp.matmul(basis.T, jnp.matmul(basis, product, precision=HIGHEST), precision=HIGHEST)
-        beta = jnp.linalg.norm(product)
+            image = image - product(basis.T, product(basis, image))
+        beta = jnp.linalg.norm(image)
         # An invariant subspace ends the recurrence: the following vectors are zero and add zero rows.
         alive = beta > 10 * jnp.finfo(matrix.dtype).eps * jnp.abs(alpha)
-        following = jnp.where(alive, product / jnp.maximum(beta, tiny), 0.0)
+        following = jnp.where(alive, image / jnp.maximum(beta, tiny), 0.0)
         return (basis, following), (alpha, jnp.where(alive, beta, 0.0))
 
     basis = jnp.zeros((steps, size), matrix.dtype)

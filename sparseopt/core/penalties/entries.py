@@ -4,6 +4,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.arguments import Limited
@@ -11,8 +12,16 @@ from sparseopt.core.base.thresholds import count_nonzero, hard_threshold, larges
 from sparseopt.core.base.types import FloatArray, Scalar, pytree
 
 
+class _OnEntries(Limited):
+    """A sum over entries of a function of `|x|` that is 0 at 0."""
+
+    separable = True
+    keeps_zeros = True
+    even = True
+
+
 @pytree
-class L0(Limited):
+class L0(_OnEntries):
     """`weight * ||x||_0`, the number of non-zeros; prox: hard threshold at `sqrt(2 * step * weight)`.
 
     Example:
@@ -21,9 +30,10 @@ class L0(Limited):
     """
 
     weight: Any
-    separable = True
-    keeps_zeros = True
-    even = True
+
+    def refuses(self) -> str | None:
+        shape = np.shape(self.weight)
+        return super().refuses() or (f"the weight of L0 is one number, given the shape {shape}" if shape else None)
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return self.weight * count_nonzero(x).astype(x.dtype)
@@ -33,7 +43,7 @@ class L0(Limited):
 
 
 @pytree
-class L1(Limited):
+class L1(_OnEntries):
     """`weight * ||x||_1`; prox: soft threshold at `step * weight`. The weight may be an array that broadcasts to x.
 
     Example:
@@ -42,9 +52,6 @@ class L1(Limited):
     """
 
     weight: Any
-    separable = True
-    keeps_zeros = True
-    even = True
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
         return jnp.sum(self.weight * jnp.abs(x))
@@ -64,7 +71,7 @@ class L1(Limited):
 
 
 @pytree
-class ElasticNet(Limited):
+class ElasticNet(_OnEntries):
     """`weight * ||x||_1 + ridge / 2 * ||x||²`; prox: soft threshold at `step * weight`, over `1 + step * ridge`.
 
     Weight and ridge may be arrays that broadcast to x. The conjugate is `||soft(u, weight)||² / (2 ridge)`, finite
@@ -78,9 +85,6 @@ class ElasticNet(Limited):
 
     weight: Any
     ridge: Any
-    separable = True
-    keeps_zeros = True
-    even = True
     least = ("weight", "ridge")
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
@@ -102,7 +106,7 @@ class ElasticNet(Limited):
 
 
 @pytree
-class MCP(Limited):
+class MCP(_OnEntries):
     """Minimax concave penalty: `weight |x| - x² / (2 gamma)` up to `|x| = gamma weight`, constant beyond.
 
     The prox is a global minimiser for every step, and continuous for `step < gamma`; as gamma grows it becomes that of
@@ -115,9 +119,6 @@ class MCP(Limited):
 
     weight: Any
     gamma: Any = 3.0
-    separable = True
-    keeps_zeros = True
-    even = True
     above = MappingProxyType({"gamma": 0})
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
@@ -146,7 +147,7 @@ class MCP(Limited):
 
 
 @pytree
-class SCAD(Limited):
+class SCAD(_OnEntries):
     """Smoothly clipped absolute deviation: slope `weight` to `|x| = weight`, falling to 0 at `a weight`.
 
     Needs `a > 2`. The prox is a global minimiser for every step, and continuous for `step < a - 1`. Source: Fan and Li,
@@ -159,9 +160,6 @@ class SCAD(Limited):
 
     weight: Any
     a: Any = 3.7
-    separable = True
-    keeps_zeros = True
-    even = True
     above = MappingProxyType({"a": 2})
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
@@ -203,7 +201,7 @@ def _scad_terms(x: FloatArray, weight: Any, a: Any) -> FloatArray:
 
 
 @pytree
-class LogSum(Limited):
+class LogSum(_OnEntries):
     """`weight * sum of log(1 + |x| / eps)`, between L1 of weight `weight / eps` near zero and L0 far out.
 
     The prox is a global minimiser for every step, and continuous for `step * weight <= eps²`. Source: Candès, Wakin and
@@ -216,9 +214,6 @@ class LogSum(Limited):
 
     weight: Any
     eps: Any
-    separable = True
-    keeps_zeros = True
-    even = True
     above = MappingProxyType({"eps": 0})
 
     def value(self, x: FloatArray) -> Float[Array, ""]:

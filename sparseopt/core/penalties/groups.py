@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.arguments import Limited
 from sparseopt.core.base.dense import product
 from sparseopt.core.base.thresholds import largest_ratio, soft_threshold
-from sparseopt.core.base.types import FloatArray, Scalar, pytree, static
+from sparseopt.core.base.types import FloatArray, Scalar, is_traced, pytree, static
 
 # An axis as short as those of a grid is summed slice by slice.
 FEW = 3
@@ -37,7 +37,7 @@ class _Grouped(Limited):
         if given is None or not (self.num_groups is None or isinstance(given, list | tuple) or whole):
             return
         name = type(self).__name__
-        if isinstance(self.groups, jax.core.Tracer):
+        if is_traced(self.groups):
             raise ValueError(f"traced labels do not say how many groups there are: give {name} num_groups")
         labels = np.asarray(self.groups)
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
@@ -52,8 +52,14 @@ class _Grouped(Limited):
         object.__setattr__(self, "num_groups", count if self.num_groups is None else self.num_groups)
 
     def _sums(self, x: FloatArray) -> FloatArray:
+        """The sum over each slice, whose axes are kept with length 1, or over each label."""
         if self.groups is None:
-            return _slice_sums(x, self.axis)
+            axes = (self.axis,) if isinstance(self.axis, int) else self.axis
+            if 0 in axes and 0 < x.shape[0] <= FEW:
+                # XLA for CPUs sums over a short first axis slowly: isotropic total variation took twice the time.
+                parts = [x[i : i + 1] for i in range(x.shape[0])]
+                x, axes = sum(parts[1:], parts[0]), tuple(i for i in axes if i != 0)
+            return jnp.sum(x, axis=axes, keepdims=True)
         if x.ndim == 0 or x.shape[0] != np.shape(self.groups)[0]:
             raise ValueError(
                 f"{np.shape(self.groups)[0]} labels need an array of as many rows, given the shape {x.shape}"
@@ -83,16 +89,6 @@ class _Grouped(Limited):
         kept = (length > threshold) | (threshold <= 0)
         scale = 1 - threshold / jnp.where(length > 0, length, 1)
         return jnp.where(self._spread(kept, x), x * self._spread(scale, x), 0)
-
-
-def _slice_sums(x: FloatArray, axis: int | tuple[int, ...]) -> FloatArray:
-    """Sums over axes, which are kept with length 1."""
-    axes = (axis,) if isinstance(axis, int) else axis
-    if 0 in axes and 0 < x.shape[0] <= FEW:
-        # XLA for CPUs sums over a short first axis slowly: isotropic total variation took twice the time.
-        parts = [x[i : i + 1] for i in range(x.shape[0])]
-        x, axes = sum(parts[1:], parts[0]), tuple(i for i in axes if i != 0)
-    return jnp.sum(x, axis=axes, keepdims=True)
 
 
 @pytree

@@ -17,7 +17,7 @@ from sparseopt.core.base.types import BoolArray, FloatArray, Scalar, pytree, sta
 
 
 class _SparseSet:
-    """The penalty of a pattern with `mask(score)` and `_holds(x)`, whether x lies in the set."""
+    """The indicator of a set with `mask(score)` and `_holds(x)`, whether x lies in the set."""
 
     mask: Any
     _holds: Any
@@ -28,6 +28,26 @@ class _SparseSet:
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
         """The projection, whatever the step: `x` on `mask(|x|)`, exactly zero elsewhere."""
         return jnp.where(self.mask(jnp.abs(x)), x, jnp.zeros((), x.dtype)) if x.size else x
+
+
+class _UnitsTopK(_SparseSet):
+    """The arrays that vanish outside `k` units: `_sums(x)` over every unit, and `_spread(kept, shape)` over entries."""
+
+    k: Any
+    _sums: Any
+    _spread: Any
+
+    def mask(self, score: FloatArray) -> BoolArray:
+        """True in exactly the k units whose scores have the largest sums of squares; on a tie the first win.
+
+        Raises:
+            ValueError: if the units do not fit the array.
+        """
+        wide = jnp.promote_types(score.dtype, jnp.float32)
+        return self._spread(top_k_mask(self._sums(score.astype(wide) ** 2), self.k), score.shape)
+
+    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
+        return count_nonzero(self._sums((x != 0).astype(jnp.float32))) <= self.k
 
 
 @pytree
@@ -102,7 +122,7 @@ class NM(_SparseSet):
 
 
 @pytree
-class BlockTopK(_SparseSet):
+class BlockTopK(_UnitsTopK):
     """Indicator of matrices that vanish outside `k` of the blocks of `shape` (rows, columns) that tile them.
 
     Prox: keep the k blocks of largest energy, the sum of squares. `k` is a leaf, the shape is static.
@@ -129,24 +149,14 @@ class BlockTopK(_SparseSet):
         of_rows = jnp.sum(x.reshape(-1, rows, x.shape[1]), axis=1)
         return sum((of_rows[:, column::columns] for column in range(1, columns)), of_rows[:, ::columns])
 
-    def mask(self, score: Float[Array, "rows columns"]) -> Bool[Array, "rows columns"]:
-        """True in exactly the k blocks whose scores have the largest sums of squares; on a tie the first win.
-
-        Raises:
-            ValueError: if the blocks do not tile the array.
-        """
+    def _spread(self, kept: Array, shape: tuple[int, ...]) -> Bool[Array, "rows columns"]:
         rows, columns = self.shape
-        wide = jnp.promote_types(score.dtype, jnp.float32)
-        kept = top_k_mask(self._sums(score.astype(wide) ** 2), self.k)
-        kept = kept[:, jnp.arange(score.shape[1]) // columns]
-        return jnp.broadcast_to(kept[:, None], (len(kept), rows, score.shape[1])).reshape(score.shape)
-
-    def _holds(self, x: Float[Array, "rows columns"]) -> Bool[Array, ""]:
-        return count_nonzero(self._sums((x != 0).astype(jnp.float32))) <= self.k
+        kept = kept[:, jnp.arange(shape[1]) // columns]
+        return jnp.broadcast_to(kept[:, None], (len(kept), rows, shape[1])).reshape(shape)
 
 
 @pytree
-class GroupTopK(_SparseSet):
+class GroupTopK(_UnitsTopK):
     """Indicator of matrices (or vectors) that vanish outside `k` of the groups of their rows, all columns together.
 
     Prox: keep the k groups of largest energy, the sum of squares. For a weight in solver layout `[in, out]` a group of
@@ -174,46 +184,26 @@ class GroupTopK(_SparseSet):
             as_given = np.asarray(self.groups).tolist()
             object.__setattr__(self, "groups", as_given if isinstance(as_given, int) else tuple(as_given))
 
-    def mask(self, score: FloatArray) -> BoolArray:
-        """True in exactly the k groups whose scores have the largest sums of squares; on a tie the first win.
-
-        Raises:
-            ValueError: if the groups do not fit the rows.
-        """
-        wide = jnp.promote_types(score.dtype, jnp.float32)
-        kept = self._of_rows(top_k_mask(self._sums(score.astype(wide) ** 2), self.k))
-        return jnp.broadcast_to(kept.reshape(-1, *[1] * (score.ndim - 1)), score.shape)
-
-    def _holds(self, x: FloatArray) -> Bool[Array, ""]:
-        return count_nonzero(self._sums((x != 0).astype(jnp.float32))) <= self.k
-
     def _sums(self, x: Float[Array, "rows ..."]) -> Float[Array, " groups"]:
         """The sum of each group's entries."""
-        self._check(x)
         of_rows = jnp.sum(x, axis=tuple(range(1, x.ndim)))
         if isinstance(self.groups, int):
+            if not (x.ndim and self.groups >= 1 and x.shape[0] % self.groups == 0):
+                raise ValueError(
+                    f"groups of {self.groups} rows need a number of rows that is a multiple, given an array of shape "
+                    f"{x.shape}; choose a size that divides the rows, or label every row"
+                )
             return jnp.sum(of_rows.reshape(-1, self.groups), axis=1)
-        return jax.ops.segment_sum(of_rows, np.asarray(self.groups), max(self.groups) + 1)
-
-    def _of_rows(self, of_groups: Array) -> Array:
-        """For each row the entry of its group."""
-        if isinstance(self.groups, int):
-            return jnp.repeat(of_groups, self.groups)
-        return of_groups[np.asarray(self.groups)]
-
-    def _check(self, x: Array) -> None:
-        if isinstance(self.groups, int):
-            if x.ndim and self.groups >= 1 and x.shape[0] % self.groups == 0:
-                return
-            raise ValueError(
-                f"groups of {self.groups} rows need a number of rows that is a multiple, given an array of shape "
-                f"{x.shape}; choose a size that divides the rows, or label every row"
-            )
         if x.shape[:1] != (len(self.groups),) or set(self.groups) != set(range(len(set(self.groups)))):
             raise ValueError(
                 f"groups takes one label for every row, the integers 0 to G - 1, each at least once; given "
                 f"{len(self.groups)} labels, {len(set(self.groups))} of them distinct, for an array of shape {x.shape}"
             )
+        return jax.ops.segment_sum(of_rows, np.asarray(self.groups), max(self.groups) + 1)
+
+    def _spread(self, kept: Array, shape: tuple[int, ...]) -> BoolArray:
+        of_rows = jnp.repeat(kept, self.groups) if isinstance(self.groups, int) else kept[np.asarray(self.groups)]
+        return jnp.broadcast_to(of_rows.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
 
 @pytree

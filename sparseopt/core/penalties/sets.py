@@ -33,51 +33,12 @@ class Support:
         return jnp.where(self.mask, x, jnp.zeros((), x.dtype))
 
 
-@pytree
-class Nonnegative(Limited):
-    """Indicator of `x >= 0`, plus `weight * sum x`; prox: `max(x - step * weight, 0)`.
-
-    The weight, not negative, may be an array that broadcasts to x. The conjugate is 0 for `u <= weight`, +inf
-    elsewhere.
-
-    Example:
-        >>> so.Nonnegative().prox(jnp.array([-3.0, 0.5, 2.0]), step=1.0)
-        Array([0. , 0.5, 2. ], dtype=float32)
-    """
-
-    weight: Any = 0.0
-    separable = True
-    keeps_zeros = True
-
-    def value(self, x: FloatArray) -> Float[Array, ""]:
-        return jnp.sum(self.weight * x) + infinite_unless(jnp.all(x >= 0), x)
-
-    def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        return jnp.maximum(x - jnp.asarray(step * self.weight, x.dtype), 0)
-
-    def slack(self, x: FloatArray, dual: FloatArray) -> FloatArray:
-        return (jnp.asarray(self.weight, x.dtype) - dual) * x + infinite_unless(x >= 0, x)
-
-    def dual_norm(self, dual: FloatArray) -> Float[Array, ""]:
-        return largest_ratio(jnp.maximum(dual, 0), self.weight)
-
-
-@pytree
-class Box(Limited):
-    """Indicator of `low <= x <= high`, plus `weight * ||x||_1`; prox: soft threshold, then clip.
-
-    All three may be arrays that broadcast to x. Needs `low <= high`; a bound may be infinite. The conjugate is the
-    largest `u c - weight |c|` over the two bounds and the point between them nearest to 0, summed over entries. It is
-    finite everywhere if the bounds are.
-
-    Example:
-        >>> so.Box(-1.0, 2.0, weight=0.5).prox(jnp.array([-3.0, 0.25, 1.5, 9.0]), step=1.0)
-        Array([-1.,  0.,  1.,  2.], dtype=float32)
-    """
+class _Interval(Limited):
+    """Indicator of `low <= x <= high`, plus `weight * ||x||_1`."""
 
     low: Any
     high: Any
-    weight: Any = 0.0
+    weight: Any
     separable = True
     bounds = ("low", "high")
 
@@ -119,6 +80,42 @@ class Box(Limited):
         low, high = self._bounds(dual)
         unbounded = jnp.where(dual > 0, high == jnp.inf, low == -jnp.inf)
         return largest_ratio(jnp.where(unbounded, jnp.abs(dual), 0), self.weight)
+
+
+@pytree
+class Nonnegative(_Interval):
+    """Indicator of `x >= 0`, plus `weight * sum x`; prox: `max(x - step * weight, 0)`.
+
+    The weight, not negative, may be an array that broadcasts to x. The conjugate is 0 for `u <= weight`, +inf
+    elsewhere.
+
+    Example:
+        >>> so.Nonnegative().prox(jnp.array([-3.0, 0.5, 2.0]), step=1.0)
+        Array([0. , 0.5, 2. ], dtype=float32)
+    """
+
+    weight: Any = 0.0
+    low = 0.0
+    high = np.inf
+    keeps_zeros = True
+
+
+@pytree
+class Box(_Interval):
+    """Indicator of `low <= x <= high`, plus `weight * ||x||_1`; prox: soft threshold, then clip.
+
+    All three may be arrays that broadcast to x. Needs `low <= high`; a bound may be infinite. The conjugate is the
+    largest `u c - weight |c|` over the two bounds and the point between them nearest to 0, summed over entries. It is
+    finite everywhere if the bounds are.
+
+    Example:
+        >>> so.Box(-1.0, 2.0, weight=0.5).prox(jnp.array([-3.0, 0.25, 1.5, 9.0]), step=1.0)
+        Array([-1.,  0.,  1.,  2.], dtype=float32)
+    """
+
+    low: Any
+    high: Any
+    weight: Any = 0.0
 
 
 @pytree

@@ -81,21 +81,11 @@ def attached(problem: Any, value: FloatArray, objective: Array, found: Found) ->
 @attached.defjvp
 def _attached_jvp(primals: tuple, tangents: tuple) -> tuple:
     problem, *answer = primals
-    moved = tangents[0]
     # A derivative of this derivative sees the answer as the function of the problem that it is.
     x, objective, found = attached(problem, *answer)
-    smooth = is_smooth(problem.loss)
+    tangent, change, turned = _tangent(problem, tangents[0], x, found)
     still = jax.tree.map(jnp.zeros_like, found)
-    if problem.operator is None and smooth:
-        tangent, change = _fixed_point_tangent(problem, moved, x, found.step_size)
-    else:
-        if found.dual is None or not (smooth or found.loss_dual is not None):
-            raise TypeError(
-                "this solver returns no dual point, which derivatives of a solution with an operator or with a loss "
-                "that is not smooth need; solve with PrimalDual or SplitAdmm"
-            )
-        tangent, change, turned = _dual_tangent(problem, moved, x, found)
-        still = still._replace(**{name: turn.astype(getattr(found, name).dtype) for name, turn in turned.items()})
+    still = still._replace(**{name: turn.astype(getattr(found, name).dtype) for name, turn in turned.items()})
     return (x, objective, found), (tangent.astype(x.dtype), change.astype(objective.dtype), still)
 
 
@@ -104,40 +94,9 @@ def _along(function: Callable[[Any], Any], tree: Any, moved: Any) -> Any:
     return jax.jvp(function, (tree,), (moved,))[1]
 
 
-def _fixed_point_tangent(problem: Any, moved: Any, x: FloatArray, step: Any) -> tuple[FloatArray, Array]:
-    loss, penalty = problem.loss, problem.penalty
-    gradient, hessian = jax.linearize(loss.gradient, x)
-    turned = _along(lambda loss: loss.gradient(x), loss, moved.loss)
-    if step is None:
-        # Any step will do for a convex penalty; for others it must be short enough.
-        step = 0.9 / jnp.maximum(norm_estimate(hessian, lambda e: e, x) ** 2, jnp.finfo(x.dtype).tiny)
-        step = jax.lax.stop_gradient(step)
-    point = x - step * gradient
-    _, jacobian = jax.linearize(lambda point: penalty.prox(point, step), point)
-    pushed = _along(lambda penalty: penalty.prox(point, step), penalty, moved.penalty)
-
-    def system(dx: FloatArray) -> FloatArray:
-        return dx - jacobian(dx - step * hessian(dx))
-
-    def symmetric(z: FloatArray) -> FloatArray:
-        on_support = jacobian(z)
-        return on_support - jacobian(on_support) + step * jacobian(hessian(on_support))
-
-    def solve(_: Any, right: FloatArray) -> FloatArray:
-        free = right - jacobian(right)
-        return free + jacobian(_minres(symmetric, jacobian(right + free - step * hessian(free))))
-
-    def solve_transposed(_: Any, right: FloatArray) -> FloatArray:
-        on_support = jacobian(_minres(symmetric, jacobian(right)))
-        return right + on_support - step * hessian(on_support)
-
-    dx = jax.lax.custom_linear_solve(system, pushed - step * jacobian(turned), solve, solve_transposed)
-    return dx, _value_along(loss, moved.loss, x, dx) + _value_along(penalty, moved.penalty, x, dx)
-
-
 def _value_along(term: Any, term_moved: Any, x: FloatArray, dx: FloatArray) -> Array:
     """The derivative of `term.value(x)` where both move."""
-    return jax.jvp(lambda term, x: term.value(x), (term, x), (term_moved, dx.astype(x.dtype)))[1]
+    return _along(lambda both: both[0].value(both[1]), (term, x), (term_moved, dx.astype(x.dtype)))
 
 
 class _Term(NamedTuple):
@@ -187,39 +146,77 @@ def _linearised(given: Any, given_moved: Any, term: Any, term_moved: Any, x: Flo
     )
 
 
-def _dual_tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tuple[FloatArray, Array, dict[str, Any]]:
-    """The derivatives of x, of the objective, and of the duals by their names."""
+def _tangent(problem: Any, moved: Any, x: FloatArray, found: Found) -> tuple[FloatArray, Array, dict[str, Any]]:
+    """The derivatives of x, of the objective, and of the duals that were needed, by their names."""
     loss, penalty = problem.loss, problem.penalty
-    convex = has_conjugate(penalty)
-    # Any step will do for a convex penalty.
-    step = None if convex else found.step_size
-    penalised = _linearised(problem.operator, moved.operator, penalty, moved.penalty, x, found.dual, step)
-    if is_smooth(loss):
-        _, hessian = jax.linearize(loss.gradient, x)
-        right = -_along(lambda loss: loss.gradient(x), loss, moved.loss) - penalised.pulled_moved
-        if _has_pieces(problem):
-            dx = _constant_on_pieces(problem.operator, hessian, right + _pull(penalised), penalised)
-            # The dual moves by the shortest way that balances this.
-            _, dual = _solution(None, right - hessian(dx), (penalised,))
-        else:
-            # Half the squared distance to a point has the identity as its Hessian.
-            square = _is_diagonal(loss) and loss.is_square and loss.weights is None
-            dx, dual = _solution(None if convex and square else hessian, right, (penalised,))
-        turned = {"dual": dual}
-        changed = _value_along(loss, moved.loss, x, dx)
-    else:
+    linearised = partial(_linearised, problem.operator, moved.operator, penalty, moved.penalty, x)
+    # Any step will do for a convex penalty; for others it must be short enough.
+    step = None if has_conjugate(penalty) else found.step_size
+    if not is_smooth(loss):
+        term = linearised(_needed(found.dual), step)
         rows, along_rows = jax.jvp(lambda loss: loss.rows, (loss,), (moved.loss,))
-        data = _linearised(loss.matrix, moved.loss.matrix, rows, along_rows, x, found.loss_dual, None)
-        right = -penalised.pulled_moved - data.pulled_moved
-        dx, dual, loss_dual = _solution(jnp.zeros_like, right, (penalised, data))
-        turned = {"dual": dual, "loss_dual": loss_dual}
+        data = _linearised(loss.matrix, moved.loss.matrix, rows, along_rows, x, _needed(found.loss_dual), None)
+        dx, *turns = _solution(jnp.zeros_like, -term.pulled_moved - data.pulled_moved, (term, data))
         changed = _value_along(rows, along_rows, data.copy, data.mv(dx) + data.rows_moved)
-    changed += _value_along(penalty, moved.penalty, penalised.copy, penalised.mv(dx) + penalised.rows_moved)
-    return dx, changed, turned
+    else:
+        gradient, hessian = jax.linearize(loss.gradient, x)
+        right, turns = -_along(lambda loss: loss.gradient(x), loss, moved.loss), []
+        if problem.operator is None:
+            term = linearised(-gradient, _short_step(hessian, x) if found.step_size is None else found.step_size)
+            dx = _fixed_point(hessian, right, term)
+        else:
+            term = linearised(_needed(found.dual), step)
+            dx, *turns = _saddle_point(problem, hessian, right - term.pulled_moved, term)
+        changed = _value_along(loss, moved.loss, x, dx)
+    changed += _value_along(penalty, moved.penalty, term.copy, term.mv(dx) + term.rows_moved)
+    return dx, changed, dict(zip(("dual", "loss_dual"), turns, strict=False))
 
 
-def _pull(term: _Term) -> FloatArray:
-    return term.rmv(term.wanted / term.step)
+def _needed(dual: Any) -> FloatArray:
+    if dual is None:
+        raise TypeError(
+            "this solver returns no dual point, which derivatives of a solution with an operator or with a loss "
+            "that is not smooth need; solve with PrimalDual or SplitAdmm"
+        )
+    return dual
+
+
+def _short_step(hessian: Any, x: FloatArray) -> Array:
+    curvature = norm_estimate(hessian, lambda e: e, x) ** 2
+    return jax.lax.stop_gradient(0.9 / jnp.maximum(curvature, jnp.finfo(x.dtype).tiny))
+
+
+def _saddle_point(problem: Any, hessian: Any, right: FloatArray, term: _Term) -> tuple[FloatArray, ...]:
+    """The changes dx and du with an operator, for a smooth loss."""
+    if _has_pieces(problem):
+        pulled = term.rmv(term.wanted / term.step)
+        dx = _constant_on_pieces(problem.operator, hessian, right + pulled, term)
+        # The dual moves by the shortest way that balances this.
+        return dx, _solution(None, right - hessian(dx), (term,))[1]
+    # Half the squared distance to a point has the identity as its Hessian.
+    square = _is_diagonal(problem.loss) and problem.loss.is_square and problem.loss.weights is None
+    return _solution(None if has_conjugate(problem.penalty) and square else hessian, right, (term,))
+
+
+def _fixed_point(hessian: Any, right: FloatArray, term: _Term) -> FloatArray:
+    """The change dx without an operator, for a smooth loss."""
+
+    def system(dx: FloatArray) -> FloatArray:
+        return term.free(dx) + term.step * term.jacobian(hessian(dx))
+
+    def on_support(right: FloatArray) -> FloatArray:
+        return term.jacobian(_minres(lambda z: system(term.jacobian(z)), term.jacobian(right)))
+
+    def solve(_: Any, right: FloatArray) -> FloatArray:
+        free = term.free(right)
+        return free + on_support(right + free - term.step * hessian(free))
+
+    def solve_transposed(_: Any, right: FloatArray) -> FloatArray:
+        held = on_support(right)
+        return right + held - term.step * hessian(held)
+
+    wanted = term.wanted + term.step * term.jacobian(right)
+    return jax.lax.custom_linear_solve(system, wanted, solve, solve_transposed)
 
 
 def _is_diagonal(loss: Any) -> bool:
@@ -286,7 +283,9 @@ def _eliminated(term: _Term, top: FloatArray, wanted: list[FloatArray]) -> tuple
     def system(s: FloatArray) -> FloatArray:
         return term.free(term.mv(term.rmv(term.free(s))) + term.step * term.jacobian(s))
 
-    s = term.free(_conjugate_gradients(system, term.free(term.mv(top) - wanted[0])))
+    b = term.free(term.mv(top) - wanted[0])
+    enough = max(ENOUGH, ROUNDING * float(jnp.finfo(b.dtype).eps))
+    s = term.free(jax.scipy.sparse.linalg.cg(system, b, tol=enough, maxiter=_most_steps(b.size))[0])
     return top - term.rmv(s), term.step * s
 
 
@@ -318,11 +317,6 @@ def _saddle_solution(
 
 def _most_steps(size: int) -> int:
     return min(PER_UNKNOWN * size + 20, MOST_STEPS)
-
-
-def _conjugate_gradients(system: Callable[[Array], Array], b: FloatArray) -> FloatArray:
-    enough = max(ENOUGH, ROUNDING * float(jnp.finfo(b.dtype).eps))
-    return jax.scipy.sparse.linalg.cg(system, b, tol=enough, maxiter=_most_steps(b.size))[0]
 
 
 def _minres(system: Callable[[Any], Any], right: Any) -> Any:

@@ -1,6 +1,5 @@
 """`iterate`, the package's only outer loop: the stopping rule, the history and the status."""
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -8,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparseopt.core.base.arguments import own_refusal
 from sparseopt.core.base.compile import Jitted
-from sparseopt.core.penalties.protocols import Composite
+from sparseopt.core.base.types import is_traced
 from sparseopt.core.problem.certify import is_convex
 from sparseopt.core.problem.differentiate import Found, attached
-from sparseopt.core.problem.problem import Measure, Problem, Solution, Solver, Status, refusal, unfolded
+from sparseopt.core.problem.problem import Measure, Problem, Solution, Solver, Status
 
 
 def iterate(
@@ -29,9 +29,9 @@ def iterate(
     `start` is one as the solver takes it.
     """
     # By Python: under jit, JAX would trace even what is known.
-    if not isinstance(max_steps, jax.core.Tracer) and float(max_steps) < 0:
+    if not is_traced(max_steps) and float(max_steps) < 0:
         raise ValueError(f"max_steps must be 0 or more, given {max_steps}")
-    if reason := refusal(solver, problem):
+    if reason := own_refusal(solver, problem):
         raise ValueError(reason)
     # A step makes `stride` iterations, so the last one may end beyond the limit.
     length = int(max_steps) + -int(max_steps) % getattr(solver, "stride", 1) if history else 0
@@ -97,17 +97,8 @@ def _iterate(
     status = jnp.where(last.residual <= tol, reached, status)
     status = jnp.where(sound(last, steps) & finite, status, Status.NONFINITE).astype(jnp.int32)
     step = solver.prox_step(problem, state) if hasattr(solver, "prox_step") else getattr(state, "step_size", None)
-    found = Found(loss_dual, dual, step)
-    if getattr(solver, "target_sparsity", None) is not None:
-        # The answer is a fixed point at the level that the solver chose: the problem's times a factor that stays.
-        weight = jnp.asarray(problem.penalty.weight)
-        factor = jnp.where(weight == 0, 1, state.penalty.weight / jnp.where(weight == 0, 1, weight))
-        level = dataclasses.replace(given.penalty, weight=given.penalty.weight * jax.lax.stop_gradient(factor))
-        given = dataclasses.replace(given, penalty=level)
-    if (memory := getattr(state, "prox_memory", None)) is not None and isinstance(problem.penalty, Composite):
-        dual = problem.penalty.dual(memory)
-        given, found = unfolded(given, value), found._replace(dual=dual, step_size=None)
-    value, objective, _ = attached(given, value, last.objective, found)
+    given = solver.solved(given, state) if hasattr(solver, "solved") else given
+    value, objective, _ = attached(given, value, last.objective, Found(loss_dual, dual, step))
     return Solution(
         value=value,
         status=status,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sparseopt.core.base.types import is_traced
 from sparseopt.core.problem.problem import Problem, Solution
 
 # Sizes are rounded up to a geometric sequence: of the first ratio for matrices of up to FEW entries, whose products
@@ -29,21 +30,16 @@ def rounded_up(size: int, ratio: float) -> int:
     return member
 
 
-def extended(array: Any, *more: int) -> np.ndarray:
-    """An array with so many zeros appended to each axis."""
-    given = np.asarray(array)
-    made = np.zeros([size + extra for size, extra in zip(given.shape, more, strict=True)], given.dtype)
-    made[tuple(map(slice, given.shape))] = given
-    return made
-
-
 def padded_problem(problem: Problem, solver: Any, start: Any) -> tuple[Problem, Any] | None:
     """The problem and its start with zeros appended, or None where nothing is or may be appended."""
     loss, penalty = problem.loss, problem.penalty
-    told = hasattr(loss, "padded") and getattr(penalty, "keeps_zeros", False)
-    if not (told and getattr(solver, "ignores_zeros", False)) or problem.operator is not None:
+    say = ((loss, "padded"), (penalty, "keeps_zeros"), (solver, "ignores_zeros"))
+    if problem.operator is not None or not all(getattr(part, name, False) for part, name in say):
         return None
-    if np.ndim(start) != 1 or np.ndim(loss.target) != 1 or not _are_known(jax.tree.leaves((problem, solver, start))):
+    if np.ndim(start) != 1 or np.ndim(loss.target) != 1:
+        return None
+    leaves = jax.tree.leaves((problem, solver, start))
+    if is_traced(leaves) or not _are_here(leaves):
         return None
     rows, columns = np.size(loss.target), np.size(start)
     if rows * columns > MANY:
@@ -59,16 +55,14 @@ def padded_problem(problem: Problem, solver: Any, start: Any) -> tuple[Problem, 
         """A parameter, one number or one per entry."""
         return np.append(leaf, np.repeat(leaf[-1:], more_columns)) if np.shape(leaf) == (columns,) else leaf
 
-    return Problem(loss, jax.tree.map(longer, penalty)), extended(start, more_columns)
+    return Problem(loss, jax.tree.map(longer, penalty)), np.pad(np.asarray(start), (0, more_columns))
 
 
-def _are_known(leaves: list[Any]) -> bool:
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
-        return False
-    default = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
+def _are_here(leaves: list[Any]) -> bool:
+    """Whether all are numbers, arrays of NumPy, or arrays on the default device."""
+    here = {getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]}
     rest = (leaf for leaf in leaves if not isinstance(leaf, np.ndarray | np.generic | int | float))
-    return all(isinstance(leaf, jax.Array) and leaf.devices() == {default} for leaf in rest)
+    return all(isinstance(leaf, jax.Array) and leaf.devices() == here for leaf in rest)
 
 
 def cut(found: Solution, problem: Problem, padded: Problem, start: Any) -> Solution:

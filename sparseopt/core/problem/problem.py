@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.types import FloatArray, pytree
 from sparseopt.core.operators.matrices import linear_map
 from sparseopt.core.penalties.entries import L1
+from sparseopt.core.penalties.protocols import Composite
 
 # A residual within this multiple of eps may be as low as the precision allows.
 NEAR_ROUNDING = 1e3
@@ -136,6 +137,8 @@ class Solver(Protocol):
       then counted in iterations.
     * `duals(problem, state)`: the subgradients that the solver found, of a loss `f(A x)` at `A x` and of the penalty at
       `operator x`; None for one that it does not find. Derivatives of a solution with an operator need them.
+    * `solved(problem, state)`: the problem that the answer solves, where that is not the one given, such as one at
+      another level; derivatives are taken of it.
     * `prox_step(problem, state)`, or an attribute `step_size` of the state: the step of the penalty's prox, one number
       or one per entry. Derivatives for a penalty that is not convex need it.
     """
@@ -163,10 +166,20 @@ class PlainSolver:
         return state.x
 
 
-def refusal(solver: Any, problem: Problem) -> str | None:
-    """The answer of the solver's `refuses`; None for a solver without it."""
-    refuses = getattr(solver, "refuses", None)
-    return None if refuses is None else refuses(problem)
+class ProxSolver(PlainSolver):
+    """For those that take the prox of the penalty, from a `prox_memory` in the state where it is iterative."""
+
+    def solved(self, problem: Problem, state: Any) -> Problem:
+        """With the inner penalty of a `Composite` and its operator."""
+        return unfolded(problem, state.x) if isinstance(problem.penalty, Composite) else problem
+
+    def duals(self, problem: Problem, state: Any) -> tuple[None, Any]:
+        return None, problem.penalty.dual(state.prox_memory) if isinstance(problem.penalty, Composite) else None
+
+
+def relative_change(x: FloatArray, previous: FloatArray) -> Float[Array, ""]:
+    """The length of a step over that of the point before it."""
+    return jnp.linalg.norm(x - previous) / jnp.maximum(jnp.linalg.norm(previous), jnp.finfo(x.dtype).tiny)
 
 
 def needs(

@@ -23,11 +23,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparseopt.core.base.types import pytree, static
-from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.quadratic import PlainLoss, is_indefinite, is_smooth, with_image
 from sparseopt.core.penalties.protocols import Composite, cold_memory, has_conjugate, prox_from
 from sparseopt.core.problem.certify import certificate, composite_gap, proximal_gap
-from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, Progress, needs
+from sparseopt.core.problem.problem import Measure, Problem, Progress, ProxSolver, needs
 from sparseopt.core.problem.units import Units, units_of
 
 # The factors of L where its quadratic model fails, and after every iteration.
@@ -65,7 +64,7 @@ class AcceleratedState:
 
 
 @pytree
-class AcceleratedProximalGradient(PlainSolver):
+class AcceleratedProximalGradient(ProxSolver):
     """Accelerated proximal gradient descent for `solve`: any smooth loss, any penalty with a prox, no operator.
 
     F never increases by more than its rounding error. The residual is the relative duality gap if the penalty has a
@@ -95,11 +94,15 @@ class AcceleratedProximalGradient(PlainSolver):
         return self.cadence
 
     def init(self, problem: Problem, start: Float[Array, "..."]) -> AcceleratedState:
-        loss = with_image(problem.loss)
-        start = jnp.asarray(start)
-        image = loss.image(start)
-        columns, zero = self._columns(problem, start), jnp.zeros_like(start)
-        units = self._units(problem, columns)
+        loss, start = with_image(problem.loss), jnp.asarray(start)
+        image, zero, one = loss.image(start), jnp.zeros_like(start), jnp.ones((), start.dtype)
+        units = columns = Units(jnp.ones_like(start), one)
+        if hasattr(loss, "rows") and has_conjugate(problem.penalty):
+            # Steps of each entry's own length need a penalty that takes them, and find another answer if it has many.
+            units = columns = units_of(problem, start)
+        if self.step_size is not None or not getattr(problem.penalty, "separable", False):
+            # The columns as they are, of which the longest counts.
+            units = Units(jnp.ones_like(start), columns.size / jnp.min(columns.of))
         at_zero = units.of * loss.gradient_at(zero, loss.image_of_zero(zero, image))
         if self.step_size is None:
             here = units.of * loss.gradient_at(start, image)
@@ -112,7 +115,6 @@ class AcceleratedProximalGradient(PlainSolver):
         else:
             curvature = 1 / jnp.asarray(self.step_size, start.dtype)
         far = jnp.full((), jnp.inf, start.dtype)
-        one = jnp.ones((), start.dtype)
         return AcceleratedState(
             x=start,
             image=image,
@@ -131,19 +133,6 @@ class AcceleratedProximalGradient(PlainSolver):
             progress=Progress(far, jnp.zeros((), jnp.int32)),
             prox_memory=cold_memory(problem.penalty, start),
         )
-
-    def _columns(self, problem: Problem, x: Array) -> Units:
-        """The units of a problem that has a certificate."""
-        if isinstance(problem.loss, DataLoss) and has_conjugate(problem.penalty):
-            return units_of(problem, x)
-        return Units(jnp.ones_like(x), jnp.ones((), x.dtype))
-
-    def _units(self, problem: Problem, columns: Units) -> Units:
-        """Steps of each entry's own length need a penalty that takes them, and find another answer if it has many."""
-        if self.step_size is None and getattr(problem.penalty, "separable", False):
-            return columns
-        # The columns as they are, of which the longest counts.
-        return Units(jnp.ones_like(columns.of), columns.size / jnp.min(columns.of))
 
     def _has_quadratic_gap(self, problem: Problem) -> bool:
         return has_conjugate(problem.penalty) and hasattr(problem.loss, "scaled_slack")
@@ -221,9 +210,9 @@ class AcceleratedProximalGradient(PlainSolver):
         tiny = jnp.finfo(x.dtype).tiny
         residual = curvature * jnp.linalg.norm(apart.reshape(-1)) / jnp.maximum(state.scale, tiny)
         gap = jnp.full_like(residual, jnp.nan)
-        if has_conjugate(penalty) and isinstance(loss, DataLoss):
+        if has_conjugate(penalty) and hasattr(loss, "rows"):
             gap = certificate(problem, x, state.image, loss.rows.gradient(state.image), units=state.columns).gap
-        elif isinstance(penalty, Composite) and isinstance(loss, DataLoss):
+        elif isinstance(penalty, Composite) and hasattr(loss, "rows"):
             gap = composite_gap(problem, x, state.image, penalty.dual(memory), curvature)
         elif self._has_quadratic_gap(problem):
             gap = proximal_gap(loss, penalty, x, state.image, gradient, state.objective)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.thresholds import count_nonzero, support_change
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.quadratic import safe_step
-from sparseopt.core.problem.problem import PlainSolver, Problem, needs
+from sparseopt.core.problem.problem import PlainSolver, Problem, needs, relative_change
 
 
 @pytree
@@ -146,11 +146,14 @@ class Maiht(PlainSolver):
             momentum_previous=state.momentum,
             momentum=(1 + jnp.sqrt(1 + 4 * state.momentum**2)) / 2,
             objective=objective,
-            residual=self._residual(x, state.x),
+            residual=(support_change if self.stop == "support" else relative_change)(x, state.x),
         )
 
-    def _residual(self, x: Array, previous: Array) -> Array:
-        if self.stop == "support":
-            return support_change(x, previous)
-        tiny = jnp.finfo(x.dtype).tiny
-        return jnp.linalg.norm(x - previous) / jnp.maximum(jnp.linalg.norm(previous), tiny)
+    def solved(self, problem: Problem, state: MaihtState) -> Problem:
+        """At the level that the solver chose: the problem's times a factor that stays."""
+        if self.target_sparsity is None:
+            return problem
+        weight = jnp.asarray(problem.penalty.weight)
+        ratio = jax.lax.stop_gradient(state.penalty.weight / jnp.where(weight == 0, 1, weight))
+        factor = jnp.where(weight == 0, 1, ratio)
+        return dataclasses.replace(problem, penalty=dataclasses.replace(problem.penalty, weight=weight * factor))

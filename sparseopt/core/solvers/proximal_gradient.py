@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from sparseopt.core.base.types import pytree, static
 from sparseopt.core.losses.quadratic import safe_step
 from sparseopt.core.penalties.protocols import cold_memory, prox_from
-from sparseopt.core.problem.problem import PlainSolver, Problem, needs
+from sparseopt.core.problem.problem import Problem, ProxSolver, needs, relative_change
 
 
 @pytree
@@ -28,7 +28,7 @@ class ProximalGradientState:
 
 
 @pytree
-class ProximalGradient(PlainSolver):
+class ProximalGradient(ProxSolver):
     """Proximal gradient descent as a solver for `solve`; one product with H per step.
 
     F decreases by at least `(1/(2 step) - L/2) ||x_new - x||²` a step when `step < 1/L`.
@@ -52,10 +52,7 @@ class ProximalGradient(PlainSolver):
 
     def step(self, problem: Problem, state: ProximalGradientState) -> ProximalGradientState:
         x, memory = prox_from(problem.penalty, state.u, state.step_size, state.prox_memory)
-        length = jnp.linalg.norm(x - state.x)
-        tiny = jnp.finfo(x.dtype).tiny
-        residual = length / jnp.maximum(jnp.linalg.norm(state.x), tiny)
-        return self._at(problem, x, state.step_size, residual, memory)
+        return self._at(problem, x, state.step_size, relative_change(x, state.x), memory)
 
     def _at(self, problem: Problem, x: Array, step: Array, residual: Array, memory: Any) -> ProximalGradientState:
         gradient = problem.loss.gradient(x)

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparseopt.core.base.dense import HIGHEST
+from sparseopt.core.base.dense import product
 from sparseopt.core.base.types import pytree
 from sparseopt.core.penalties.sets import Support
 from sparseopt.core.problem.problem import Measure, PlainSolver, Problem, needs
@@ -56,11 +56,11 @@ class Refit(PlainSolver):
         return RefitState(x, residual, residual, squares, jnp.sum(squares), objective)
 
     def step(self, problem: Problem, state: RefitState) -> RefitState:
-        product = jnp.matmul(problem.loss.hessian, state.direction, precision=HIGHEST)
-        curvature = jnp.sum(state.direction * product, axis=0)
+        image = product(problem.loss.hessian, state.direction)
+        curvature = jnp.sum(state.direction * image, axis=0)
         # A solved column, or a direction in the null space of H, does not move.
         length = jnp.where(curvature > 0, state.squares / jnp.where(curvature > 0, curvature, 1), 0)
-        residual = problem.penalty.prox(state.residual - length * product, 1.0)
+        residual = problem.penalty.prox(state.residual - length * image, 1.0)
         squares = jnp.sum(residual**2, axis=0)
         ratio = jnp.where(state.squares > 0, squares / jnp.where(state.squares > 0, state.squares, 1), 0)
         return RefitState(

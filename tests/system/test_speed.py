@@ -5,7 +5,7 @@ import time
 import jax
 import pytest
 
-from sparseopt.core.base import speed
+from sparseopt.system import speed
 
 
 def test_rates_are_those_of_the_calls(monkeypatch):
