@@ -10,7 +10,6 @@ Tibshirani, "Adaptive piecewise polynomial estimation via trend filtering", Anna
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,17 +21,11 @@ from sparseopt.core.base.types import precision, wide_types
 from sparseopt.core.losses.scalar import checked_scalar
 from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.trend.graph import Graph
-from sparseopt.trend.job import (
-    Job,
-    by_order,
-    checked_terms,
-    graph_for,
-    vanishes,
-)
+from sparseopt.trend.job import Job, checked_terms, graph_for, terms_of, vanishes
 from sparseopt.trend.layout import layout_of
 from sparseopt.trend.levelling import levelled_fit, short_fit
 from sparseopt.trend.losses import fit_loss
-from sparseopt.trend.methods import PURE, Interior, checked_method, chosen, is_short
+from sparseopt.trend.methods import Interior, checked_method, chosen, is_short
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import known_fit
 from sparseopt.trend.signal import as_null_fit, checked_order, checked_signal, graph_at
@@ -181,14 +174,11 @@ def checked_job(
     order = checked_order(order)
     mesh = None if devices is None else device_line(devices)
     signal = checked_signal(y, graph, node_weights, missing, dtype, devices=1 if mesh is None else mesh.size)
-    graph = graph_for(graph, penalty)
-    if isinstance(penalty, Mapping):
-        penalty = by_order(penalty)
-    if graph.free:
-        graph = graph_at(graph, max(order, *(penalty if isinstance(penalty, Mapping) else ()), 0), signal)
-    layout = layout_of(graph, mesh)
+    terms = terms_of(penalty, order)
+    graph = graph_for(graph, *terms.values())
+    layout = layout_of(graph_at(graph, max(0, *terms), signal) if graph.free else graph, mesh)
     channels, kind = signal.values.shape[1:], signal.values.dtype
-    terms = checked_terms(penalty, layout, order, channels, kind)
+    terms = checked_terms(terms, layout, channels, kind)
     job = Job(layout, terms, kind, channels, signal.weights is not None, signal, **options)
     layout.require_penalty(job.penalty, channels)
     return job
@@ -219,12 +209,12 @@ def _fitted(job: Job) -> TrendSolution:
         if job.rows.value(flat) == 0:
             return known_fit(job, null, flat=True)
     if not job.several and (graph.num_edges == 0 or vanishes(job.penalty)):
-        if signal.weights is not None and not signal.weights.all():
+        if not signal.complete:
             raise ValueError("without a penalty the fit is not defined at missing nodes: raise the penalty's weight")
         return known_fit(job, signal.values)
     method = chosen(job)
     found = method.plan(job).fitted(job)
     if job.method is None and isinstance(method, Interior) and int(found.status) != Status.CONVERGED:
         # Rounding ended it: for very large weights the other methods get closer.
-        found = chosen(job, PURE).plan(job).fitted(job)
+        found = chosen(job, pure=True).plan(job).fitted(job)
     return found

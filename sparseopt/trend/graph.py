@@ -44,6 +44,12 @@ T = TypeVar("T")
 ENDS = ("graph", "free")
 
 
+def _are_free(ends: Any) -> bool:
+    if ends not in ENDS:
+        raise ValueError(unknown("ends", ends, ENDS))
+    return ends == "free"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
     """An undirected graph; make one with `grid`, `chain`, `from_edges`, `from_scipy` or `from_networkx`.
@@ -127,16 +133,15 @@ class Graph:
             >>> so.Graph.grid((3, 2), ends="free").matrix(2).toarray().tolist()  # down the two columns
             [[1.0, 0.0, -2.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, -2.0, 0.0, 1.0]]
         """
-        if ends not in ENDS:
-            raise ValueError(unknown("ends", ends, ENDS))
+        free = _are_free(ends)
         given = tuple(shape) if np.iterable(shape) else ()
         if not 1 <= len(given) <= 3:
             raise ValueError(f"a grid has 1 to 3 axes of at least one node, as in (480, 640); given {shape!r}")
         sizes = tuple(whole_number(f"axis {i} of a grid of 1 to 3 axes", n, 1) for i, n in enumerate(given))
         step = checked_spacing(spacing, len(sizes))
-        if ends == "free" and len(sizes) == 1:
+        if free and len(sizes) == 1:
             return cls.chain(*sizes, ends=ends)
-        return cls(math.prod(sizes), None, shape=sizes, spacing=step, free=ends == "free")
+        return cls(math.prod(sizes), None, shape=sizes, spacing=step, free=free)
 
     @classmethod
     def chain(cls, n: int, times: Any = None, ends: str = "graph") -> "Graph":
@@ -172,14 +177,13 @@ class Graph:
             >>> so.Graph.chain(4, times=[0.0, 1.0, 2.0, 4.0], ends="free").matrix(2).toarray().tolist()
             [[1.0, -2.0, 1.0, 0.0], [0.0, 1.0, -1.5, 0.5]]
         """
-        if ends not in ENDS:
-            raise ValueError(unknown("ends", ends, ENDS))
-        if ends == "graph":
-            if times is not None:
-                raise ValueError(
-                    'times need ends="free", whose divided differences take them; with the ends of the graph an edge '
-                    "has a weight, which Graph.from_edges takes"
-                )
+        free = _are_free(ends)
+        if times is not None and not free:
+            raise ValueError(
+                'times need ends="free", whose divided differences take them; with the ends of the graph an edge has a '
+                "weight, which Graph.from_edges takes"
+            )
+        if not free:
             return cls.grid((n,))
         size = whole_number("the number of nodes of a chain", n, 1)
         at = None if times is None else checked_times(times, size)
@@ -305,15 +309,16 @@ class Graph:
 
     def polynomials(self, order: int) -> np.ndarray:
         """Orthonormal columns `[n, count]` that span the signals that a trend filter of free ends does not penalise."""
-        return self.cached(("polynomials", order), lambda: self._polynomials(order))
 
-    def _polynomials(self, order: int) -> np.ndarray:
-        if self.shape is None:
-            return polynomial_basis(self.times, self.num_nodes, order + 1)
-        count = math.prod(min(n, order + 1) for n in self.shape)
-        what = f"the {count:,} products of polynomials that order {order} with free ends does not penalise"
-        require_memory(8 * count * self.num_nodes, what, 'lower the order, or take ends="graph"')
-        return functools.reduce(np.kron, [polynomial_basis(None, n, min(n, order + 1)) for n in self.shape])
+        def build() -> np.ndarray:
+            counts = [min(n, order + 1) for n in self.node_shape]
+            count = math.prod(counts)
+            what = f"the {count:,} products of polynomials that order {order} with free ends does not penalise"
+            require_memory(8 * count * self.num_nodes, what, 'lower the order, or take ends="graph"')
+            along = [polynomial_basis(self.times, *sizes) for sizes in zip(self.node_shape, counts, strict=True)]
+            return functools.reduce(np.kron, along)
+
+        return self.cached(("polynomials", order), build)
 
     @functools.cached_property
     def node_shape(self) -> tuple[int, ...]:
@@ -321,19 +326,20 @@ class Graph:
         return self.shape or (self.num_nodes,)
 
     @functools.cached_property
+    def array_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of an array on the nodes that a caller may give: that of a grid, and `[n]`."""
+        return tuple(dict.fromkeys([self.node_shape, (self.num_nodes,)]))
+
+    @functools.cached_property
     def num_edges(self) -> int:
         if self.given_edges is not None:
-            return self.given_edges.shape[0]
-        assert self.shape is not None
-        return sum(self.num_nodes // n * (n - 1) for n in self.shape)
+            return len(self.given_edges)
+        return sum(self.num_nodes // n * (n - 1) for n in self.node_shape)
 
     @functools.cached_property
     def edges(self) -> np.ndarray:
         """The edges `[m, 2]` in the given order; those of a grid axis by axis in row-major order."""
-        if self.given_edges is not None:
-            return self.given_edges
-        assert self.shape is not None
-        return grid_edges(self.shape)
+        return grid_edges(self.node_shape) if self.given_edges is None else self.given_edges
 
     @functools.cached_property
     def weights(self) -> np.ndarray | None:
@@ -341,9 +347,7 @@ class Graph:
 
         An edge of weight w has the row `sqrt(w) (x_i - x_j)` in D, so that `DᵀD` is the weighted Laplacian.
         """
-        if self.shape is None or self.spacing is None:
-            return self.given_weights
-        return grid_weights(self.shape, self.spacing)
+        return grid_weights(self.node_shape, self.spacing) if self.spacing else self.given_weights
 
     @functools.cached_property
     def turned(self) -> bool:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,29 @@ MOST_STEPS = 10**9
 FAR = 1e18
 # Residual, objective, gap and rho per step of a history.
 STEP_BYTES = 4 * 8
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A method with its settings."""
+
+    name: str  # for callers
+    single: bool = False  # whether it takes only one penalty, and the square loss
+    one_metric: bool = False  # whether its x-step may need one metric for all nodes
+    over_devices: bool = False  # whether it works over several devices
+    balances_rho: bool = False  # whether it computes rho again at every level of a path, from the start
+    keeps_rho_from: int = 0  # from this order on it keeps the rho of the previous level of a path, for a norm
+
+    def refuses(self, job: "Job") -> str | None:
+        """Why it cannot do a job, and what to do; None if it can. It does not look at the values of the signal."""
+        if self.single and not job.square:
+            return f"method={self.name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
+        if self.single and job.several:
+            return f"method={self.name!r} solves single orders; with several penalties use auto, doge, admm"
+        return job.layout.refuses(job, self)
+
+    def plan(self, job: "Job") -> Any:
+        """The host work for a job: a pytree, cached for similar jobs; a plain object for a method on the host."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +103,7 @@ class Job:
     weighted: bool = False  # whether nodes have weights or miss values
     signal: Signal | None = None  # checked; None if it is not known yet
     loss: ScalarLoss = dataclasses.field(default_factory=Squared)
-    method: Any = None  # one of `methods`; None for the one that is expected to be the fastest
+    method: Any = None  # a `Method`; None for the one that is expected to be the fastest
     tol: float = 1e-6
     max_steps: int = 20_000
     start: Solution | None = None
@@ -156,25 +179,17 @@ class Job:
         solution, signal, layout = self.start, self.signal, self.layout
         if solution is None or signal is None:
             return None
-        value = np.asarray(solution.value)
-        if value.size != signal.values.size:
-            raise ValueError(
-                f"start needs a solution for a signal of the shape {signal.shape}, given one for {value.shape}"
-            )
-        dual, state = solution.dual, solution.state
-        wanted = tuple(jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape)
+        value, dual = np.asarray(solution.value), solution.dual
+        rows = tuple(jax.eval_shape(self.ground.operator.mv, self.arrays[0]).shape)
         # Fits that are known without an iteration and those of a path have no dual, and others none of these rows.
         if dual is None or self._has_other_rows(solution):
-            dual = layout.put(np.zeros(wanted, self.dtype))
+            dual = layout.put(np.zeros(rows, self.dtype))
         else:
             with contextlib.suppress(IndexError):  # of another order
                 dual = layout.dual(dual, self.order + 1)
-        if getattr(dual, "shape", None) != wanted:
-            raise ValueError(
-                "start needs a solution of the same graph and order whose dual has the shape "
-                f"{wanted}, given {getattr(dual, 'shape', None)}"
-            )
+        require_start(value, dual, signal.values.size, rows)
         x = layout.put(layout.rows(value.reshape(signal.values.shape), 0))
+        state = solution.state
         return Start(x, dual, getattr(state, "rho", None), sigma=getattr(state, "sigma", None))
 
     def _has_other_rows(self, solution: Any) -> bool:
@@ -185,78 +200,81 @@ class Job:
         return (graph.num_nodes, graph.num_edges) == (own.num_nodes, own.num_edges)
 
 
-def graph_for(graph: Graph, penalty: Any) -> Graph:
-    """The graph for a penalty, by its edges where the rows of a grid would not do.
+def require_start(value: Any, dual: Any, size: int, rows: tuple[int, ...]) -> None:
+    """Raise a ValueError unless a start has so many values, and a dual of this shape."""
+    if np.size(value) != size or np.shape(dual) != rows:
+        raise ValueError(
+            f"start needs a solution of the same graph and order, with {size} values and whose dual has the shape "
+            f"{rows}, given {np.size(value)} and {np.shape(dual)}"
+        )
+
+
+def graph_for(graph: Graph, *penalties: Any) -> Graph:
+    """The graph for penalties, by its edges where the rows of a grid would not do.
 
     A grid that was found in edges has its rows in the order and direction of a grid, padded with zeros. A penalty that
     is not even needs the directions given, and one that zeros cost something cannot take the padding.
     """
     if graph.shape is None or graph.free:
         return graph
-    terms = list(penalty.values()) if isinstance(penalty, Mapping) else [penalty]
-    padded = not any(map(_excludes_zero, terms))
-    turned = graph.turned and not all(getattr(term, "even", False) for term in terms)
-    return graph if padded and not turned else graph.as_edges()
+    turned = graph.turned and not all(getattr(penalty, "even", False) for penalty in penalties)
+    return graph.as_edges() if turned or any(map(_excludes_zero, penalties)) else graph
 
 
-def by_order(penalties: Mapping[Any, Any]) -> dict[int, Any]:
-    """Several penalties by their orders as whole numbers, also where these were floats or integers of NumPy."""
-    what = "the order of each of several penalties"
-    return {whole_number(what, key, -1, MOST_ORDER, "-1: b itself"): term for key, term in penalties.items()}
-
-
-def checked_terms(penalty: Any, layout: Layout, order: int, channels: tuple[int, ...], kind: np.dtype) -> Terms:
-    """Checked penalties by order, ascending, without those of weight 0 unless all are; several as of `by_order`."""
-
-    def checked(term: Any, k: int) -> Any:
-        rows = layout.count(k + 1) if np.ndim(getattr(term, "weight", 0)) else None
-        return checked_penalty(term, layout.graph, k, channels, kind, rows)
-
+def terms_of(penalty: Any, order: int) -> Terms:
+    """One penalty, or several by their orders, which may be floats or integers of NumPy, ascending."""
     if not isinstance(penalty, Mapping):
-        return {order: checked(penalty, order)}
-    if any(couples_axes(term) for term in penalty.values()):
+        return {order: penalty}
+    what = "the order of each of several penalties"
+    terms = {whole_number(what, key, -1, MOST_ORDER, "-1: b itself"): term for key, term in penalty.items()}
+    if any(map(couples_axes, terms.values())):
         raise ValueError(
             "isotropic total variation, a penalty with axis 0, is taken alone here, given several penalties by orders"
         )
-    if not penalty:
+    if not terms:
         raise ValueError("several penalties are keyed by their orders, as in {-1: L1(0.5), 0: L1(2.0)}; given none")
     if order:
         raise ValueError(
-            f"where penalties are keyed by their orders {list(penalty)}, leave order out; given order={order}"
+            f"where penalties are keyed by their orders {list(terms)}, leave order out; given order={order}"
         )
-    terms = {k: checked(term, k) for k, term in sorted(penalty.items())}
+    return dict(sorted(terms.items()))
+
+
+def checked_terms(terms: Terms, layout: Layout, channels: tuple[int, ...], kind: np.dtype) -> Terms:
+    """Checked penalties by order, without those that cost nothing unless all do."""
+    for k, term in terms.items():
+        rows = layout.count(k + 1) if np.ndim(getattr(term, "weight", 0)) else None
+        checked_penalty(term, layout.graph, k, channels, kind, rows)
     # Without edges there are no differences.
     edges = layout.graph.num_edges
-    strong = {k: term for k, term in terms.items() if not vanishes(term) and (edges or k == -1)}
+    strong = {k: term for k, term in terms.items() if (edges or k == -1) and not vanishes(term)}
     return strong or {max(0, *terms): next(iter(terms.values()))}
+
+
+def _cost(penalty: Any, x: Any) -> float | None:
+    """What x costs; None for a penalty that is traced, or of arrays of another shape."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(penalty)):
+        return None
+    with jax.ensure_compile_time_eval(), contextlib.suppress(AttributeError, TypeError, ValueError):
+        return float(penalty.value(jnp.asarray(x, jnp.float32)))
+    return None
 
 
 def vanishes(penalty: Any) -> bool:
     """Whether the penalty is 0 everywhere: its weight is 0, and numbers of any size cost nothing."""
     if np.any(np.asarray(getattr(penalty, "weight", 1.0))):
         return False
-    plain = isinstance(penalty, type) or not dataclasses.is_dataclass(penalty)
-    probe: Any = penalty if plain else dataclasses.replace(penalty, weight=0.0)
-    return _costs_nothing(probe, jnp.asarray([[-FAR, 1.0], [-1.0, FAR]], jnp.float32))
-
-
-def _costs_nothing(penalty: Any, x: jax.Array) -> bool:
-    """Whether x costs nothing; False for a penalty of arrays of another shape."""
-    with contextlib.suppress(TypeError, ValueError):
-        return bool(penalty.value(x) == 0)
-    return False
+    is_own = not dataclasses.is_dataclass(penalty)
+    probe = penalty if is_own else dataclasses.replace(penalty, weight=0.0)
+    return _cost(probe, [[-FAR, 1.0], [-1.0, FAR]]) == 0
 
 
 def _excludes_zero(penalty: Any) -> bool:
     """Whether 0 costs something; a penalty that does not say so is asked for its value, if its numbers are known."""
     said = getattr(penalty, "excludes_zero", None)
-    if said is not None or isinstance(penalty, Limited | type) or not hasattr(penalty, "value"):
+    if said is not None or isinstance(penalty, Limited):
         return bool(said() if callable(said) else said)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(penalty)):
-        return False
-    with jax.ensure_compile_time_eval(), contextlib.suppress(TypeError, ValueError):
-        return bool(penalty.value(jnp.zeros((3, 1), jnp.float32)) != 0)
-    return False
+    return _cost(penalty, np.zeros((3, 1))) not in (0, None)
 
 
 def checked_penalty(
@@ -268,7 +286,7 @@ def checked_penalty(
     if isinstance(penalty, Limited) and graph.shape is not None:  # whose rows are no list
         for name in (*penalty.least, *penalty.above, *penalty.bounds):
             shape = np.shape(getattr(penalty, name))
-            if shape not in ((), channels) and not (name == "weight" and isinstance(penalty, L1)):
+            if name != "weight" and shape not in ((), channels):
                 raise ValueError(
                     f"the {name} of {type(penalty).__name__} is one number on a grid, given the shape {shape}; L1 in "
                     "`trend_filter` takes a weight for every difference"
@@ -311,37 +329,43 @@ def require_penalty(penalty: Any, graph: Graph, order: int, channels: bool) -> N
 
 
 def check_parameters(penalty: Any, kind: np.dtype, rows: int | None = None) -> None:
-    """Raise a ValueError unless a penalty's numbers are finite and its weight is a valid one in the dtype `kind`.
-
-    The weight of L1 may be one for each of `rows` rows; None allows only a number.
-    """
+    """Raise a ValueError unless a penalty's numbers are finite and its weight is a valid one in the dtype `kind`."""
+    weight = checked_weight(penalty, rows)
     for leaf in jax.tree.leaves(penalty):
         if isinstance(leaf, jax.core.Tracer):
             raise TypeError(f"trend_filter checks a penalty's numbers, {UNKNOWN}")
         value = np.asarray(leaf)
-        if value.dtype.kind in "biuf":
-            # The bounds of a box may be infinite.
-            wrong = np.isnan(value) if isinstance(penalty, Box) else ~np.isfinite(value)
-            if np.any(wrong):
-                raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
+        if value.dtype.kind not in "biuf":
+            continue
+        # The bounds of a box may be infinite.
+        if np.any(np.isnan(value) if isinstance(penalty, Box) else ~np.isfinite(value)):
+            raise ValueError(f"the penalty's parameters must be finite, given {penalty}")
+    require_representable(np.asarray(weight, np.float64), kind)
+
+
+def checked_weight(penalty: Any, rows: int | None = None) -> Any:
+    """The weight of a penalty, 0 without one, that of L1 one number or one for each of `rows` rows; else a ValueError.
+
+    No number of the penalty may be one that `refuses` rejects. Those that are traced are not checked.
+    """
     if reason := own_refusal(penalty):
         raise ValueError(reason)
-    if not hasattr(penalty, "weight"):
-        return
-    weight = np.asarray(real_array("the penalty's weight", penalty.weight), np.float64)
-    if weight.ndim != 0 and not (rows is not None and isinstance(penalty, L1)):
+    weight: Any = getattr(penalty, "weight", 0.0)
+    known = not isinstance(weight, jax.core.Tracer)
+    weight = real_array("the penalty's weight", weight) if known else weight
+    if weight.ndim and not (rows is not None and isinstance(penalty, L1)):
         raise ValueError(
-            f"the penalty's weight is one number here, given the shape {weight.shape}; L1 in `trend_filter` "
-            "takes a weight for every difference, and a graph takes weights of edges"
+            f"the penalty's weight is one number here, given the shape {weight.shape}; L1 in `trend_filter` takes a "
+            "weight for every difference, and a graph takes weights of edges"
         )
-    if weight.ndim != 0 and weight.shape != (rows,):
+    if weight.shape not in ((), (rows,)):
         raise ValueError(
             f"the weight of L1 is one number, or one for each of the {rows} rows of graph.matrix(order + 1), "
             f"given the shape {weight.shape}"
         )
-    if weight.min(initial=0) < 0:  # of a penalty of the user's
+    if known and weight.min(initial=0) < 0:  # of a penalty of the user's
         raise ValueError(f"the penalty's weight must not be negative, given {weight.min()}")
-    require_representable(weight, kind)
+    return weight
 
 
 def require_representable(weight: np.ndarray, kind: np.dtype) -> None:

@@ -1,5 +1,6 @@
 """The caller's signal on a graph, checked on the host before any work, and its noise level."""
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -56,6 +57,11 @@ class Signal:
         """The node weights, `[n]` in float64."""
         return np.ones(len(self.values)) if self.weights is None else self.weights.astype(np.float64)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every node is observed."""
+        return self.weights is None or bool(self.weights.all())
+
 
 def checked_graph(graph: Any) -> Graph:
     """The graph; a TypeError if it is not a `Graph`."""
@@ -71,13 +77,10 @@ def compute_dtype(y: np.ndarray, dtype: Any) -> np.dtype:
     """float64 for float64 and integer signals, float32 for shorter floats, or the caller's `dtype`, one of the two."""
     if dtype is None:
         return np.dtype(np.float64 if y.dtype.kind in "iub" or y.dtype.itemsize >= 8 else np.float32)
-    try:
-        wanted = np.dtype(dtype)
-    except TypeError as error:
-        raise ValueError(f"dtype must be float32 or float64, given {dtype!r}") from error
-    if wanted not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise ValueError(f"dtype must be float32 or float64, given {wanted}")
-    return wanted
+    with contextlib.suppress(TypeError):  # of what is no dtype
+        if (wanted := np.dtype(dtype)) in (np.float32, np.float64):
+            return wanted
+    raise ValueError(f"dtype must be float32 or float64, given {dtype!r}")
 
 
 def checked_signal(
@@ -93,12 +96,9 @@ def checked_signal(
     y = real_array("a signal", y)
     # In float32 differences of order 3 lose all digits over some hundred nodes.
     kind = compute_dtype(y, np.float64 if dtype is None and graph.free else dtype)
-    shape = y.shape
-    if graph.shape is not None and y.shape[: len(graph.shape)] == graph.shape and y.ndim <= len(graph.shape) + 1:
-        flat = y.reshape(graph.num_nodes, *y.shape[len(graph.shape) :])
-    else:
-        flat = y
-    if flat.ndim not in (1, 2) or flat.shape[0] != graph.num_nodes or flat.size == 0:
+    nodes = next((shape for shape in graph.array_shapes if y.shape[: len(shape)] == shape), ())
+    flat = y.reshape(graph.num_nodes, *y.shape[len(nodes) :]) if nodes else y
+    if not nodes or flat.ndim > 2 or flat.size == 0:
         grid = "" if graph.shape is None else f" or {graph.shape}, with or without a channel axis"
         raise ValueError(
             f"the graph has {graph.num_nodes} nodes, so the signal has the shape [{graph.num_nodes}] or "
@@ -110,7 +110,7 @@ def checked_signal(
     advice = "solve channels one by one, split the graph, or take dtype=np.float32"
     nbytes = math.prod(flat.shape) * kind.itemsize
     require_memory(copies * nbytes, what, advice, on_device=min(copies, DEVICE_COPIES) * nbytes // devices)
-    weights = _checked_weights(node_weights, graph)
+    weights = np.ones(graph.num_nodes) if node_weights is None else _checked_weights(node_weights, graph)
     if np.isinf(flat).any():
         raise ValueError(
             f'the signal has {int(np.isinf(flat).sum())} infinite values; mark missing ones by NaN and missing="nan"'
@@ -118,42 +118,41 @@ def checked_signal(
     with np.errstate(over="ignore"):
         values = flat.astype(kind)
     absent = np.isnan(values).reshape(graph.num_nodes, -1)
-    if absent.any() and missing == "error":
-        raise ValueError(
-            f'the signal has {int(absent.sum())} NaN of {values.size} values; missing="nan", in the shell --missing, '
-            "fills them in from their neighbours"
-        )
     if absent.any():
+        if missing == "error":
+            raise ValueError(
+                f'the signal has {int(absent.sum())} NaN of {values.size} values; missing="nan", in the shell '
+                "--missing, fills them in from their neighbours"
+            )
         partly = absent.any(axis=1) & ~absent.all(axis=1)
         if partly.any():
             raise ValueError(
                 f"{int(partly.sum())} nodes miss some channels but not all; solve such channels one by one"
             )
-        weights = (np.ones(graph.num_nodes) if weights is None else weights) * ~absent.any(axis=1)
-        values = np.where(np.isnan(values), 0, values)
-    if weights is not None:
-        if np.all(weights == 1):
-            weights = None
-        else:
-            _require_observations(weights, graph)
-            seen = (weights > 0).reshape((-1,) + (1,) * (values.ndim - 1))
-            values = np.where(seen, values, 0)
-    _require_squares(values, weights, kind)
-    return Signal(values, None if weights is None else weights.astype(kind), shape)
+        weights = weights * ~absent.any(axis=1)
+    equal = bool(np.all(weights == 1))
+    if not equal:
+        _require_observations(weights, graph)
+        values = np.where((weights > 0).reshape(-1, *(1 for _ in values.shape[1:])), values, 0)
+    _require_squares(values, float(weights.max()), kind)
+    return Signal(values, None if equal else weights.astype(kind), y.shape)
 
 
-def _checked_weights(node_weights: Any, graph: Graph) -> np.ndarray | None:
-    if node_weights is None:
-        return None
+def _checked_weights(node_weights: Any, graph: Graph) -> np.ndarray:
     weights = real_array("node weights", node_weights).astype(np.float64)
-    if weights.shape not in ((graph.num_nodes,), graph.shape):
+    require_node_weights(weights.shape, graph)
+    require_not_negative(weights.reshape(-1), "node weights", "at node")
+    return weights.reshape(-1)
+
+
+def require_node_weights(shape: tuple[int, ...], graph: Graph) -> None:
+    """Raise a ValueError unless there is one for each node."""
+    if shape not in graph.array_shapes:
         grid = "" if graph.shape is None else f" or {graph.shape}"
         raise ValueError(
             f"{graph.num_nodes} nodes need as many node weights, [{graph.num_nodes}]{grid}, given "
-            f"{weights.size if weights.ndim == 1 else f'the shape {weights.shape}'}"
+            f"{shape[0] if len(shape) == 1 else f'the shape {shape}'}"
         )
-    require_not_negative(weights.reshape(-1), "node weights", "at node")
-    return weights.reshape(-1)
 
 
 def require_not_negative(weights: np.ndarray, what: str, where: str) -> None:
@@ -167,10 +166,9 @@ def require_not_negative(weights: np.ndarray, what: str, where: str) -> None:
         )
 
 
-def _require_squares(values: np.ndarray, weights: np.ndarray | None, kind: np.dtype) -> None:
+def _require_squares(values: np.ndarray, heaviest: float, kind: np.dtype) -> None:
     limits = np.finfo(kind)
     largest = float(np.abs(values).max())
-    heaviest = 1.0 if weights is None else float(weights.max())
     # The factor 100 leaves room for a solver's intermediate values. All in float64, as roots.
     root = largest * np.sqrt(heaviest)
     high = float(np.sqrt(float(limits.max) / (100.0 * values.size)))
@@ -228,7 +226,7 @@ def graph_at(graph: Graph, order: int, signal: Signal | None = None) -> Graph:
             f"order {order} with free ends takes a grid of at most {LONGEST_FREE_AXIS:,} nodes along an axis, given "
             f'{longest:,}: divide the grid, or take ends="graph"'
         )
-    if signal is None or signal.weights is None or signal.weights.all():
+    if signal is None or signal.complete:
         return graph
     seen = signal.mass > 0
     count, determined = order + 1, np.count_nonzero(seen)

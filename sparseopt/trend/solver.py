@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparseopt.core.base.arguments import own_refusal, renames, whole_number
+from sparseopt.core.base.arguments import renames, whole_number
 from sparseopt.core.base.types import precision, pytree, static, wide_types
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Solution
 from sparseopt.core.solvers.admm import Start
 from sparseopt.trend.ground import on_rows
-from sparseopt.trend.job import Job, graph_for, require_penalty
+from sparseopt.trend.job import Job, checked_weight, graph_for, require_penalty, require_start
 from sparseopt.trend.layout import Layout, layout_of
-from sparseopt.trend.methods import PURE, checked_method, chosen
+from sparseopt.trend.methods import checked_method, chosen
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import Plan, fit
-from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype, graph_at
+from sparseopt.trend.signal import checked_graph, checked_order, compute_dtype, graph_at, require_node_weights
 
 
 @pytree(eq=False)
@@ -63,63 +63,52 @@ class TrendSolver:
         graph, kind = self.layout.graph, np.dtype(self.dtype)
         channels = () if self.channels is None else (self.channels,)
         y = jnp.asarray(y, kind)
-        shapes = list(dict.fromkeys([(graph.num_nodes,), graph.node_shape]))
-        if y.shape not in (wanted := [shape + channels for shape in shapes]):
-            raise ValueError(f"the solver's signals have the shape {' or '.join(map(str, wanted))}, given {y.shape}")
+        if y.shape not in self.shapes:
+            raise ValueError(
+                f"the solver's signals have the shape {' or '.join(map(str, self.shapes))}, given {y.shape}"
+            )
         require_penalty(penalty, graph, self.order, bool(channels))
-        if reason := own_refusal(penalty):
-            raise ValueError(reason)
+        weight = checked_weight(penalty, self.layout.count(self.order + 1))
         if graph_for(graph, penalty) is not graph:
             raise ValueError(
                 f"a solver on {graph!r} has the rows of the grid that its edges are, in which {type(penalty).__name__} "
                 "does not act: plan one on graph.as_edges(), for signals of the shape [n]"
             )
-        weight, rows = getattr(penalty, "weight", 0.0), self.layout.count(self.order + 1)
         if isinstance(weight, jax.core.Tracer):
             y = jnp.where(jnp.any(weight < 0), jnp.nan, y)
-        elif np.any(np.asarray(weight) < 0):
-            raise ValueError(f"the penalty's weight must not be negative, given {np.min(weight)}")
-        if np.ndim(weight) and (np.shape(weight) != (rows,) or not isinstance(penalty, L1)):
-            raise ValueError(
-                f"a penalty's weight is one number, or for L1 one for each of {rows} rows of graph.matrix(order + 1); "
-                f"given the shape {np.shape(weight)} in {type(penalty).__name__}"
-            )
         if node_weights is not None:
             node_weights = jnp.asarray(node_weights, kind)
-            if node_weights.shape not in shapes:
-                raise ValueError(
-                    f"{graph.num_nodes} nodes need as many node weights, given the shape {node_weights.shape}"
-                )
+            require_node_weights(node_weights.shape, graph)
             node_weights = node_weights.reshape(graph.node_shape + (1,) * len(channels))
-        plan, nodes = self._plan(penalty, node_weights is not None), graph.node_shape + channels
-        if not isinstance(start, Solution | Start | None):
-            raise TypeError(
-                f"start is a solution on this graph, or a Start of a point and a dual, given {start!r:.100}"
-            )
-        if isinstance(start, Solution):
-            # Fits that are known without an iteration, and those of a path, have neither dual nor state.
-            dual = jnp.zeros(self._rows_of(plan, y.reshape(nodes)), kind) if start.dual is None else start.dual
-            start = Start(start.value, dual, getattr(start.state, "rho", None))
-        if start is not None:
-            shape = self._rows_of(plan, y.reshape(nodes))
-            if np.size(start.x) != y.size or np.shape(start.dual) != shape:
-                raise ValueError(
-                    f"start needs a fit of the same graph and order, of {y.size} values and a dual of shape {shape}, "
-                    f"given {np.size(start.x)} and {np.shape(start.dual)}"
-                )
-            start = dataclasses.replace(start, x=jnp.asarray(start.x, kind).reshape(nodes))
+        plan, nodes = self._plan(penalty, node_weights is not None), y.reshape(graph.node_shape + channels)
+        start = None if start is None else _start_of(start, plan, nodes)
         terms = on_rows({self.order: penalty}, self.layout, kind, bool(channels))
-        found = fit(plan, y.reshape(nodes), terms, node_weights, tol, max_steps, start=start)
+        found = fit(plan, nodes, terms, node_weights, tol, max_steps, start=start)
         return dataclasses.replace(found, value=found.value.reshape(y.shape), graph=graph, order=self.order)
 
-    def _rows_of(self, plan: Plan, y: Array) -> tuple[int, ...]:
-        return tuple(jax.eval_shape(plan.ground.operator.mv, y).shape)
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of its signals."""
+        channels = () if self.channels is None else (self.channels,)
+        return [shape + channels for shape in self.layout.graph.array_shapes]
 
     def _plan(self, penalty: Any, weighted: bool) -> Plan:
         for plan in self.plans:
             if (reason := plan.refuses(penalty, weighted)) is None:
                 return plan
         raise ValueError(reason)
+
+
+def _start_of(given: Any, plan: Plan, y: Array) -> Start:
+    if not isinstance(given, Solution | Start):
+        raise TypeError(f"start is a solution on this graph, or a Start of a point and a dual, given {given!r:.100}")
+    rows = tuple(jax.eval_shape(plan.ground.operator.mv, y).shape)
+    if isinstance(given, Solution):
+        # Fits that are known without an iteration, and those of a path, have neither dual nor state.
+        dual = jnp.zeros(rows, y.dtype) if given.dual is None else given.dual
+        given = Start(given.value, dual, getattr(given.state, "rho", None))
+    require_start(given.x, given.dual, y.size, rows)
+    return dataclasses.replace(given, x=jnp.asarray(given.x, y.dtype).reshape(y.shape))
 
 
 @renames(B="method=sparseopt.trend.Doge(B=...)")
@@ -167,7 +156,7 @@ def trend_solver(
         plans: list[Plan] = []
         for penalty, weighted in ((L1(1.0), False), (None, False), (None, True)):
             job = Job(layout, {order: penalty}, kind, axes, weighted, method=given)
-            plan = chosen(job, PURE).plan(job)
+            plan = chosen(job, pure=True).plan(job)
             if all(plan is not other for other in plans):
                 plans.append(plan)
     return TrendSolver(tuple(plans), layout, order, channels, kind.name)

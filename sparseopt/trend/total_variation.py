@@ -196,14 +196,13 @@ class TotalVariation:
 
     def parts(self, x: FloatArray) -> tuple[L1 | GroupL2, Rows]:
         """The penalty on the rows, and `Δ^(k+1)` for arrays like x."""
-        solver, graph = self.solver, self.solver.layout.graph
-        channels = () if solver.channels is None else (solver.channels,)
-        fitting = {nodes + channels for nodes in (graph.node_shape, (graph.num_nodes,))}
-        if x.shape not in fitting:
+        solver = self.solver
+        if x.shape not in solver.shapes:
             raise ValueError(
-                f"this TotalVariation takes an x of shape {' or '.join(map(str, sorted(fitting)))}, given {x.shape}; "
+                f"this TotalVariation takes an x of shape {' or '.join(map(str, solver.shapes))}, given {x.shape}; "
                 "give the number of channels of x when it is made"
             )
+        channels = () if solver.channels is None else (solver.channels,)
         inner = on_rows({solver.order: _penalty(self.weight, self.axis)}, solver.layout, _wide(x), bool(channels))
         return inner, Rows(solver.plans[0].ground.highest, x.shape, channels)
 

@@ -54,9 +54,9 @@ def bad(kind, fragment, entries, cases, argument):
             BAD_INPUTS.append((kind, f"{entry}: {argument} {name}", call, fragment))
 
 
-bad("signal value", "NaN of 6 values", OURS, {"NaN": np.where(Y > 4, NAN, Y)}, "y")
-bad("signal value", "NaN of 6 values", OURS, {"masked": np.ma.array(Y, mask=Y > 4)}, "y")
-bad("signal value", "infinite values", OURS, {"inf": np.where(Y > 4, INF, Y), "-inf": np.where(Y > 4, -INF, Y)}, "y")
+MISSING = '2 NaN of 6 values; missing="nan"'
+bad("signal value", MISSING, OURS, {"NaN": np.where(Y > 4, NAN, Y), "masked": np.ma.array(Y, mask=Y > 4)}, "y")
+bad("signal value", "2 infinite values", OURS, {"inf": np.where(Y > 4, INF, Y), "-inf": np.where(Y > 4, -INF, Y)}, "y")
 bad("signal value", "squares of this signal", ["trend_filter", "trend_path"], {"1e300": 1e300 * Y}, "y")
 bad("signal value", "squares of this signal", ["trend_filter", "trend_path"], {"1e-200": 1e-200 * Y}, "y")
 bad("signal value", "squares of this signal", ["trend_filter"], {"1e30": np.float32(1e30 * Y)}, "y")
@@ -106,7 +106,7 @@ bad(
 )
 bad("graph", "sparseopt.Graph", ["estimator"], {"a shape": (6,), "networkx": nx.path_graph(6)}, "graph")
 ORDERS = {"-1": -1, "0.5": 0.5, "NaN": NAN, "inf": INF, "text": "1", "None": None, "a list": [1]}
-bad("order", "order is", list(ENTRIES), ORDERS, "order")
+bad("order", "order is a whole number from 0 to 55", list(ENTRIES), ORDERS, "order")
 bad("order", "order is", list(ENTRIES), {"56": 56, "10**9": 10**9}, "order")
 WEIGHTS = {
     "negative": (-np.ones(6), "not negative"),
@@ -124,7 +124,7 @@ for name, (value, fragment) in WEIGHTS.items():
 SHAPES = {"[6, 1]": np.ones((6, 1)), "[2, 3]": np.ones((2, 3)), "1": 1.0}
 bad("node weights", "given the shape", OURS, SHAPES, "node_weights")
 PENALTY_WEIGHTS = {
-    "negative": (-1.0, "must not be negative"),
+    "negative": (-1.0, "must not be negative, given -1.0"),
     "NaN": (NAN, "must be finite"),
     "infinite": (INF, "must be finite"),
     "text": ("1", "real numbers"),
@@ -269,7 +269,7 @@ BAD_GRAPHS = [
     ("scipy", "empty", np.zeros((0, 0)), "num_nodes is"),
     ("scipy", "not symmetric", [[0, 1], [0, 0]], "symmetric"),
     ("scipy", "not symmetric, unsigned", np.array([[0, 1], [2, 0]], np.uint8), "symmetric"),
-    ("scipy", "a self-loop", [[0, 1], [1, 2]], "diagonal entries"),
+    ("scipy", "a self-loop", [[0, 1], [1, 2]], "1 diagonal entries (self-loops), the first at node 1"),
     ("scipy", "NaN", [[0, NAN], [NAN, 0]], r"finite, given nan at \(0, 1\)"),
     ("scipy", "inf", [[0, INF], [INF, 0]], r"finite, given inf at \(0, 1\)"),
     ("scipy", "negative", [[0, -1], [-1, 0]], "positive and finite"),
@@ -294,6 +294,8 @@ HOLES = np.where(Y > 4, NAN, Y)
 OTHERS = {
     "graph constructor": [
         ("merge", lambda: so.Graph.from_edges([(0, 1)] * 2, weights=[1e308] * 2, merge=True), "given inf"),
+        ("beyond", lambda: so.Graph.from_edges([(0, 1), (1, 6)], 6), "edge 1, (1, 6), leaves the node numbers 0..5"),
+        ("names", lambda: so.Graph.from_edges([(0, 1)], nodes="abc"), "2 nodes need as many names, given 3"),
     ],
     "size": [
         ("10**12 nodes", lambda: so.Graph.grid((10**6, 10**6)), "1,000,000,000,000 nodes takes at least 7450"),

@@ -42,7 +42,7 @@ def test_without_edges_the_fit_is_the_signal(rng, graph, order):
     assert so.trend.degrees_of_freedom(np.zeros(rows, bool), graph, order) == graph.num_nodes
 
 
-@pytest.mark.parametrize(("order", "method"), [(0, "doge"), (2, "interior")])
+@pytest.mark.parametrize(("order", "method"), [(0, "doge"), (1, "auto"), (2, "interior")])
 def test_an_isolated_node_keeps_its_value_to_the_last_bit(rng, order, method):
     graph, y = two_parts(rng), 100 + rng.standard_normal(11)
     assert so.trend_filter(y, graph, so.L1(0.4), order, method).value[10] == y[10]
@@ -84,6 +84,7 @@ def test_weight_0_returns_the_signal_to_the_last_bit(rng, order, name):
     found = so.trend_filter(y, graph, penalty, order)
     np.testing.assert_array_equal(found.value, y)
     assert status(found) is so.Status.CONVERGED
+    assert float(found.gap) == 0
 
 
 LARGE = {
@@ -115,7 +116,9 @@ GIVEN = {
     "a list": list,
     "bool": lambda y: y > 4,
     "int8": lambda y: y.astype(np.int8),
+    "uint8": lambda y: y.astype(np.uint8),
     "uint16": lambda y: y.astype(np.uint16),
+    "int32": lambda y: y.astype(np.int32),
     "int64": lambda y: y.astype(np.int64),
     "float16": lambda y: y.astype(np.float16),
     "float32": lambda y: y.astype(np.float32),

@@ -138,7 +138,7 @@ def test_traced_once_for_all_signals_weights_and_gradients(rng, traces_of):
         (lambda: so.trend_solver((3, 4)), "sparseopt.Graph"),
         (lambda: jax.jit(lambda y: so.trend_filter(y, GRAPHS["chain"], so.L1(1.0)))(np.zeros(N)), "make a solver by"),
         (lambda: so.trend_solver(GRAPHS["chain"])(np.zeros(5), so.L1(1.0)), "have the shape (24,)"),
-        (lambda: so.trend_solver(GRAPHS["chain"])(np.zeros(N), so.L1(np.ones(5))), "each of 23 rows"),
+        (lambda: so.trend_solver(GRAPHS["chain"])(np.zeros(N), so.L1(np.ones(5))), "each of the 23 rows"),
         (lambda: so.trend_solver(GRAPHS["chain"])(np.zeros(N), so.L1(1.0), np.ones(3)), "24 nodes need as many"),
         (lambda: so.trend_solver(GRAPHS["chain"], 0, "fast_admm")(np.zeros(N), so.MCP(1.0)), "solves the L1 penalty"),
         (lambda: so.trend_solver(GRAPHS["grid"], 1, "admm")(np.zeros(N), 5.0), "`value` and `prox`"),

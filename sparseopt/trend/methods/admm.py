@@ -14,7 +14,7 @@ from sparseopt.core.base.mesh import on_device
 from sparseopt.core.operators.maps import Identity, Split, Stack
 from sparseopt.core.operators.normal_solves import ConjugateGradient, banded_solve, free_solve
 from sparseopt.core.solvers.admm import standard_split
-from sparseopt.trend.job import Job, Settings
+from sparseopt.trend.job import Job, Method, Settings
 from sparseopt.trend.plan import Plan
 
 # With an exact x-step a check is cheap.
@@ -22,16 +22,11 @@ CADENCE = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Admm(Settings):
+class Admm(Settings, Method):
     """The standard ADMM, with the split `z = Δ^(k+1) b`; it solves over the whole graph in every step."""
 
     name = "admm"
     one_metric = True
-    balances_rho = over_devices = False
-    keeps_rho_from = 0
-
-    def refuses(self, job: Job) -> str | None:
-        return refusal(job, self)
 
     def plan(self, job: Job) -> Plan:
         even = job.graph.shape is not None and not job.weighted
@@ -83,12 +78,3 @@ def node_solve(job: Job, orders: tuple[int, ...], columns: np.ndarray, even: boo
         diagonal = columns * np.sum([graph.sums(order).column_squares.reshape(shape) for order in orders], axis=0)
     diagonal = diagonal[..., None] if job.channels else diagonal
     return ConjugateGradient(diagonal.astype(kind), jnp.asarray(1e-2, kind))
-
-
-def refusal(job: Job, method: Any, *, single: bool = False) -> str | None:
-    """Why a method refuses a job, or None; a `single` one takes one penalty and the square loss."""
-    if single and not job.square:
-        return f"method={method.name!r} solves the square loss only; with loss={job.loss} use auto, doge, admm"
-    if single and job.several:
-        return f"method={method.name!r} solves single orders; with several penalties use auto, doge, admm"
-    return job.layout.refuses(job, method)

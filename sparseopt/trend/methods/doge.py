@@ -16,7 +16,7 @@ from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.maps import Split
 from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.solvers.doge import doge_split
-from sparseopt.trend.job import Job, Settings
+from sparseopt.trend.job import Job, Method, Settings
 from sparseopt.trend.methods.admm import node_solve
 from sparseopt.trend.plan import Plan
 from sparseopt.trend.signal import MOST_ORDER
@@ -26,7 +26,7 @@ CADENCE = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Doge(Settings):
+class Doge(Settings, Method):
     """Doge-ADMM, which treats rows of differences separately.
 
     Args:
@@ -36,7 +36,6 @@ class Doge(Settings):
 
     B: int | None = None
     name = "doge"
-    one_metric = False
     balances_rho = over_devices = True
     keeps_rho_from = MOST_ORDER + 1
 

@@ -18,8 +18,8 @@ from sparseopt.core.operators.row_tables import table_shape
 from sparseopt.core.solvers import doge
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import couples_axes
-from sparseopt.trend.job import Job, Settings
-from sparseopt.trend.methods.admm import node_solve, refusal
+from sparseopt.trend.job import Job, Method, Settings
+from sparseopt.trend.methods.admm import node_solve
 from sparseopt.trend.methods.doge import CADENCE, placed, refuses_block, split_of
 from sparseopt.trend.plan import Plan
 
@@ -38,18 +38,17 @@ class GroupsPlan(Plan):
 
 
 @dataclasses.dataclass(frozen=True)
-class DogeGroups(Settings):
+class DogeGroups(Settings, Method):
     """Doge-ADMM with its copies; B as of `Doge`."""
 
     B: int | None = None
     name = "doge_groups"
-    one_metric = balances_rho = over_devices = False
-    keeps_rho_from = 0
+    single = True
 
     def refuses(self, job: Job) -> str | None:
         if job.graph.free:
             return f'method="{self.name}" needs the ends of the graph; with free ends use "doge", "admm" or "interior"'
-        return _refuses(job.penalty) or refusal(job, self, single=True) or refuses_block(self.B, job)
+        return _refuses(job.penalty) or super().refuses(job) or refuses_block(self.B, job)
 
     def plan(self, job: Job) -> GroupsPlan:
         """The groups of rows as padded tables, if these and the copies fit in memory: a hub makes them wide."""

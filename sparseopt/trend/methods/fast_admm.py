@@ -20,8 +20,8 @@ from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.admm import Start, standard_split
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation
 from sparseopt.trend.ground import Data
-from sparseopt.trend.job import Job, Settings
-from sparseopt.trend.methods.admm import CADENCE, in_unit, node_solve, refusal
+from sparseopt.trend.job import Job, Method, Settings
+from sparseopt.trend.methods.admm import CADENCE, in_unit, node_solve
 from sparseopt.trend.plan import Plan
 
 
@@ -57,17 +57,16 @@ class ChainPlan(Plan):
 
 
 @dataclasses.dataclass(frozen=True)
-class FastAdmm(Settings):
+class FastAdmm(Settings, Method):
     """ADMM with the exact fused lasso, for L1 on chains."""
 
     name = "fast_admm"
-    one_metric = True
-    balances_rho = over_devices = False
+    single = one_metric = True
     # Below this order it was faster to adapt rho at every level of a path.
     keeps_rho_from = 2
 
     def refuses(self, job: Job) -> str | None:
-        if reason := refusal(job, self, single=True):
+        if reason := super().refuses(job):
             return reason
         if not job.graph.is_chain:
             return (

@@ -23,8 +23,7 @@ from sparseopt.core.problem.problem import Solution, Status
 from sparseopt.core.solvers.dual_program import MOST_STEPS, DualProgram, is_available
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import Data, Ground, data_of, on_rows
-from sparseopt.trend.job import Job
-from sparseopt.trend.methods.admm import refusal
+from sparseopt.trend.job import Job, Method
 from sparseopt.trend.pieces import TrendSolution
 from sparseopt.trend.plan import finished
 
@@ -141,15 +140,14 @@ def _factors(graph: Graph, order: int) -> list[sparse.csr_array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Interior:
+class Interior(Method):
     """The interior point method for L1, on the host; needs the extra `interior`."""
 
     name = "interior"
-    one_metric = balances_rho = over_devices = False
-    keeps_rho_from = 0
+    single = True
 
     def refuses(self, job: Job) -> str | None:
-        if reason := refusal(job, self, single=True):
+        if reason := super().refuses(job):
             return reason
         if job.start is not None or job.history:
             return f'method="{self.name}" takes no start and keeps no history; use "doge" or "admm"'
