@@ -110,7 +110,12 @@ def checked_signal(
     advice = "solve channels one by one, split the graph, or take dtype=np.float32"
     nbytes = math.prod(flat.shape) * kind.itemsize
     require_memory(copies * nbytes, what, advice, on_device=min(copies, DEVICE_COPIES) * nbytes // devices)
-    weights = np.ones(graph.num_nodes) if node_weights is None else _checked_weights(node_weights, graph)
+    weights = np.ones(graph.num_nodes)
+    if node_weights is not None:
+        weights = real_array("node weights", node_weights).astype(np.float64)
+        require_node_weights(weights.shape, graph)
+        weights = weights.reshape(-1)
+        require_not_negative(weights, "node weights", "at node")
     if np.isinf(flat).any():
         raise ValueError(
             f'the signal has {int(np.isinf(flat).sum())} infinite values; mark missing ones by NaN and missing="nan"'
@@ -136,13 +141,6 @@ def checked_signal(
         values = np.where((weights > 0).reshape(-1, *(1 for _ in values.shape[1:])), values, 0)
     _require_squares(values, float(weights.max()), kind)
     return Signal(values, None if equal else weights.astype(kind), y.shape)
-
-
-def _checked_weights(node_weights: Any, graph: Graph) -> np.ndarray:
-    weights = real_array("node weights", node_weights).astype(np.float64)
-    require_node_weights(weights.shape, graph)
-    require_not_negative(weights.reshape(-1), "node weights", "at node")
-    return weights.reshape(-1)
 
 
 def require_node_weights(shape: tuple[int, ...], graph: Graph) -> None:

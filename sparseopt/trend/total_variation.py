@@ -128,10 +128,10 @@ class TotalVariation:
     ) -> None:
         if solver is None:
             graph, order = checked_graph(graph), checked_order(order)
-            require_penalty(_penalty(weight, axis), graph, order, channels is not None)
+            penalty = _penalty(weight, axis)
+            require_penalty(penalty, graph, order, channels is not None)
             if not isinstance(weight, jax.core.Tracer):
-                rows = layout_of(graph).count(order + 1)
-                check_parameters(_penalty(weight, axis), np.dtype(np.float64), rows)
+                check_parameters(penalty, np.dtype(np.float64), layout_of(graph).count(order + 1))
             if not isinstance(tol, jax.core.Tracer):
                 positive_number("tol", tol)
             max_steps = whole_number("max_steps", max_steps, 1, MOST_STEPS)

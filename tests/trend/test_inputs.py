@@ -23,6 +23,7 @@ CHAIN = so.Graph.chain(6)
         ({"penalty": so.SparseGroup(1.0, 1.0)}, "couples the channels"),
         ({"penalty": so.GroupL2(1.0, groups=[0, 0, 1, 1, 1])}, "labelled groups of differences are not supported"),
         ({"order": -1}, "order is a whole number from 0 .*given -1"),
+        ({"order": 0.5}, "given 0.5"),
         ({"method": "newton"}, "unknown method 'newton'; known are auto, doge, admm, fast_admm, interior"),
         ({"method": {"name": "doge", "B": 0}}, r"B is a whole number from 1 to 2 .*given 0"),
         ({"method": so.trend.Doge(B=3)}, "1 to 2 .*given 3"),
