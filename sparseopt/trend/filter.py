@@ -126,8 +126,8 @@ def trend_filter(
         start=start,
         history=history,
     )
-    native = wide_types() or job.dtype == np.float32
-    with precision(job.dtype), job.layout.working():
+    working, native = job.layout.working(), wide_types() or job.dtype == np.float32
+    with precision(job.dtype), working:
         assert job.signal is not None
         found = _solved(job)
         value = job.layout.shaped(found.value, job.signal.shape)
@@ -171,10 +171,9 @@ def checked_job(
     **options: Any,
 ) -> Job:
     """The checked arguments of `trend_filter`."""
-    order = checked_order(order)
     mesh = None if devices is None else device_line(devices)
     signal = checked_signal(y, graph, node_weights, missing, dtype, devices=1 if mesh is None else mesh.size)
-    terms = terms_of(penalty, order)
+    terms = terms_of(penalty, checked_order(order))
     graph = graph_for(graph, *terms.values())
     layout = layout_of(graph_at(graph, max(0, *terms), signal) if graph.free else graph, mesh)
     channels, kind = signal.values.shape[1:], signal.values.dtype

@@ -348,11 +348,11 @@ def checked_weight(penalty: Any, rows: int | None = None) -> Any:
 
     No number of the penalty may be one that `refuses` rejects. Those that are traced are not checked.
     """
-    if reason := own_refusal(penalty):
-        raise ValueError(reason)
     weight: Any = getattr(penalty, "weight", 0.0)
     known = not isinstance(weight, jax.core.Tracer)
     weight = real_array("the penalty's weight", weight) if known else weight
+    if reason := own_refusal(penalty):
+        raise ValueError(reason)
     if weight.ndim and not (rows is not None and isinstance(penalty, L1)):
         raise ValueError(
             f"the penalty's weight is one number here, given the shape {weight.shape}; L1 in `trend_filter` takes a "
