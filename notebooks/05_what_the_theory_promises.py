@@ -252,8 +252,8 @@ for order, axis in enumerate(axes):
 small = y[:32, :32] - y[:32, :32].mean()
 small_grid = so.Graph.grid(small.shape)
 literal = so.trend_solver(small_grid, order=1, method="doge_groups").plans[0]
-shape = literal.table.columns.shape
-print(f"{shape[0]} groups, padded to a table of the shape [groups, rows, width] = {list(shape)}")
+shape = literal.groups.shape
+print(f"{shape[-1]} groups, as booleans of the shape [*rows, groups] = {list(shape)}")
 problem = so.Problem(so.LeastSquares(None, jnp.asarray(small)), so.L1(jnp.asarray(12.0)), literal.split)
 start = Start(problem.loss.target, jnp.zeros(literal.split.row_shape(problem.loss.target)))
 forms = {"literal": literal.solver(1.0), "fused": Admm(literal.node_solve, 1.0, cadence=literal.cadence)}

@@ -14,6 +14,7 @@ from sparseopt.core.operators.differences import EdgeBase, GridBase, edge_base
 from sparseopt.core.operators.divided_differences import (
     AxisDifferences,
     DividedDifference,
+    axis_differences,
     checked_times,
     divided_difference,
     polynomial_basis,
@@ -34,7 +35,6 @@ from sparseopt.core.operators.row_tables import (
     grid_edges,
     grid_groups,
     grid_sums,
-    grid_sums_side,
     grid_weights,
     matrix_sums,
     require_matrix_memory,
@@ -304,7 +304,7 @@ class Graph:
     def divided(self, order: int, dtype: Any) -> DividedDifference | AxisDifferences:
         """`Δ^(order)` with free ends as a linear map, of an order of at least 1."""
         if self.shape is not None:
-            return AxisDifferences(self.shape, order, self.spacing)
+            return axis_differences(self.shape, order, self.spacing)
         return divided_difference(self.times, self.num_nodes, order, dtype)
 
     def polynomials(self, order: int) -> np.ndarray:
@@ -428,14 +428,10 @@ class Graph:
 
         def build() -> Sums:
             if self.shape is not None and not self.free:
-                side = grid_sums_side(order)
-                small = tuple(min(n, side) for n in self.shape)
-                if order > 2:
-                    require_matrix_memory(grid_edges(small), math.prod(small), order)
                 return grid_sums(self.shape, order, from_edges, self.spacing)
             if order in (1, 2) and not (from_edges or self.free):
                 return edge_sums(self.edges, self.num_nodes, self.weights, order)
-            return matrix_sums(self.matrix(order, from_edges))
+            return matrix_sums(self.matrix(order, from_edges), self.node_shape if self.free else (-1,))
 
         return self.cached(("sums", order, from_edges), build)
 

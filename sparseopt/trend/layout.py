@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparseopt.core.base.mesh import at_work, over, put, whole
-from sparseopt.core.operators.differences import Difference, GridBase
+from sparseopt.core.operators.differences import Difference
+from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.normal_solves import cosine_solve, free_solve
 from sparseopt.core.operators.parts import Cut, cut_graph, part_base
 from sparseopt.core.operators.row_tables import Sums, edge_grid, grid_edges
@@ -57,10 +58,7 @@ class Layout:
     def transform(self, order: int, dtype: Any) -> Any:
         """The transform that makes a grid's Laplacian diagonal, with free ends `ΔᵀΔ`; None for other graphs."""
         graph = self.graph
-        if graph.shape is None:
-            return None
-        solve, power = (free_solve, order) if graph.free else (cosine_solve, 1)
-        return solve(graph.shape, (power,), dtype, graph.spacing)
+        return None if graph.shape is None else cosine_solve(graph.shape, (1,), dtype, graph.spacing)
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         if key not in self.tables:
@@ -72,11 +70,8 @@ class Layout:
 
     def difference(self, order: int, dtype: Any) -> Any:
         """`Δ^(order)` as a linear map."""
-        return Difference(self.base(dtype), order)
-
-    def identity(self, order: int, dtype: Any) -> Any:
-        """The identity on the rows of `Δ^(order)`."""
-        return Difference(self.base(dtype), 0, order % 2 == 1)
+        base = self.base(dtype)
+        return Difference(base, order) if order else Identity(base.node_shape)
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
         return self.graph.sums(order, from_edges)
@@ -146,18 +141,14 @@ class FreeLayout(Layout):
     """Arrays of a chain or a grid with free ends on one device: nodes `[*node_shape]`, differences `[rows]`."""
 
     def difference(self, order: int, dtype: Any) -> Any:
-        return self.graph.divided(order, dtype) if order else self.identity(order, dtype)
+        return self.graph.divided(order, dtype) if order else super().difference(order, dtype)
 
-    def identity(self, order: int, dtype: Any) -> Any:
-        return Difference(GridBase((self.count(order),) if order else self.graph.node_shape), 0)
-
-    def sums(self, order: int, from_edges: bool = False) -> Sums:
-        found = super().sums(order)
-        columns = (x.reshape(self.graph.node_shape) for x in (found.column_absolute, found.column_squares))
-        return Sums(found.row_absolute, found.row_squares, *columns)
+    def transform(self, order: int, dtype: Any) -> Any:
+        graph = self.graph
+        return None if graph.shape is None else free_solve(graph.shape, (order,), dtype, graph.spacing)
 
     def count(self, order: int) -> int:
-        return math.prod(self.graph.divided(order, np.float64).out_shape) if order else self.graph.num_nodes
+        return math.prod(self.difference(order, np.float64).out_shape)
 
     def grid_rows(self, values: Any, order: int) -> Any:
         return values if order else super().grid_rows(values, order)
@@ -180,7 +171,6 @@ class LayoutOver(Layout):
             )
         super().__init__(graph)
         self.mesh = mesh
-        self.axis = 0 if graph.shape is None else int(np.argmax(graph.shape))
 
     def working(self) -> contextlib.AbstractContextManager[Any]:
         return at_work(self.mesh)
@@ -222,13 +212,16 @@ class LayoutOver(Layout):
         return None
 
     @functools.cached_property
-    def cut(self) -> Cut:
-        return cut_graph(self.graph.edges, self.graph.near_order, self.mesh.size)
+    def parts(self) -> SlabBase | Cut:
+        graph = self.graph
+        if graph.shape is None:
+            return cut_graph(graph.edges, graph.near_order, self.mesh.size)
+        return SlabBase(graph.shape, int(np.argmax(graph.shape)), self.mesh, graph.spacing)
 
     def base(self, dtype: Any) -> Any:
-        if self.graph.shape is not None:
-            return SlabBase(self.graph.shape, self.axis, self.mesh, self.graph.spacing)
-        build = functools.partial(part_base, self.cut, self.graph.weights, dtype, self.mesh)
+        if isinstance(self.parts, SlabBase):
+            return self.parts
+        build = functools.partial(part_base, self.parts, self.graph.weights, dtype, self.mesh)
         return self.cached(("base", np.dtype(dtype).name), build)
 
     def rows(self, values: np.ndarray, order: int) -> np.ndarray:
@@ -236,47 +229,26 @@ class LayoutOver(Layout):
 
     def padded(self, values: np.ndarray, order: int, fill: Any = 0.0) -> np.ndarray:
         """Values in the layout of one device, in that over all devices, with `fill` in padded places."""
-        on_edges = order % 2
-        if self.graph.shape is None:
-            place, most = (self.cut.edges, self.cut.part_edges) if on_edges else (self.cut.nodes, self.cut.part_nodes)
-            padded = np.empty((self.mesh.size * most, *values.shape[1:]), values.dtype)
-            padded[:] = fill
-            padded[place] = values
-            return padded
-        axis = self.axis + on_edges
-        rows = -values.shape[axis] % self.mesh.size
-        if rows == 0:
-            return values
-        more = np.empty([rows if i == axis else n for i, n in enumerate(values.shape)], values.dtype)
-        more[...] = fill
-        return np.concatenate([values, more], axis=axis)
+        return self.parts.padded(values, order % 2, fill)
 
     def sums(self, order: int, from_edges: bool = False) -> Sums:
         def build() -> Sums:
-            plain = self.graph.sums(order, from_edges)
-            columns = int(from_edges)
-            along = {name: columns if "column" in name else order - columns for name in SUMS}
-            return Sums(**{name: self.padded(getattr(plain, name), of, PADDING) for name, of in along.items()})
+            plain, columns = self.graph.sums(order, from_edges), int(from_edges)
+            along = {"row": order - columns, "column": columns}
+            names = [field.name for field in dataclasses.fields(Sums)]
+            return Sums(*(self.padded(getattr(plain, name), along[name.split("_")[0]], PADDING) for name in names))
 
         return self.cached(("sums", order, from_edges), build)
 
     def put(self, values: Any, order: int = 0) -> jax.Array:
         values = np.asarray(values)
-        cut = None if values.ndim == 0 else self.axis + (order % 2 if self.graph.shape is not None else 0)
-        return put(values, over(self.mesh, cut))
+        return put(values, over(self.mesh, self.parts.cut_axis(order % 2) if values.ndim else None))
 
     def padding(self, order: int) -> float:
-        if self.graph.shape is not None:
-            rows = self.graph.shape[self.axis]
-            return (rows + -rows % self.mesh.size) / rows
-        most = self.cut.part_edges if order % 2 else self.cut.part_nodes
-        return self.mesh.size * most / self.count(order)
+        return self.parts.padding(order % 2)
 
     def gathered(self, values: Any, order: int) -> np.ndarray:
-        found, on_edges = whole(values), order % 2
-        if self.graph.shape is None:
-            return found[self.cut.edges if on_edges else self.cut.nodes]
-        return np.take(found, range(self.graph.shape[self.axis]), axis=self.axis + on_edges)
+        return self.parts.gathered(whole(values), order % 2)
 
     def fetched(self, solution: Any, native: bool) -> Any:
         kept = dataclasses.replace(solution, state=None, dual=None)
@@ -294,18 +266,12 @@ class LayoutOver(Layout):
         return self.put(self.padded(np.asarray(dual), order), order)
 
 
-SUMS = [field.name for field in dataclasses.fields(Sums)]
-
-
 def layout_of(graph: Graph, mesh: Mesh | None = None) -> Layout:
     """The layout of a graph's arrays on one device, or over a mesh; made once per graph."""
     if graph.free and mesh is not None:
         raise ValueError("several devices take the ends of the graph: leave out devices, or ends")
-    found = graph.tables.get(("layout", mesh))
-    if found is None:
-        alone = FreeLayout if graph.free else Layout
-        found = graph.tables["layout", mesh] = alone(graph) if mesh is None else LayoutOver(graph, mesh)
-    return found
+    alone = FreeLayout if graph.free else Layout
+    return graph.cached(("layout", mesh), lambda: alone(graph) if mesh is None else LayoutOver(graph, mesh))
 
 
 def _elsewhere(found: set[jax.Device]) -> ValueError:

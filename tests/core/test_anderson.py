@@ -8,6 +8,7 @@ import pytest
 import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.operators.differences import Difference
+from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.normal_solves import cosine_solve
 from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solve import solve
@@ -134,7 +135,8 @@ def strong_problem(rng, side, weight, order=1, penalty=so.L1):
     y = 20 * ((i - side / 2) ** 2 + (j - side / 3) ** 2 < side**2 / 9) + 5 * rng.standard_normal((side, side))
     y = y - y.mean()
     base = graph.base(np.float64)
-    split = standard_split(Difference(base, order + 1), Difference(base, 0, order % 2 == 0), np.float64)
+    inner = Difference(base, order + 1)
+    split = standard_split(inner, Identity(inner.out_shape), np.float64)
     node_solve = jax.tree.map(jnp.asarray, cosine_solve((side, side), (order + 1,), np.float64))
     start = Start(jnp.asarray(y), jnp.zeros(split.row_shape(jnp.asarray(y))))
     return graph, y, Problem(so.LeastSquares(None, jnp.asarray(y)), penalty(weight), split), node_solve, start

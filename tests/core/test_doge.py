@@ -11,12 +11,13 @@ from sparseopt.core.base.types import precision
 from sparseopt.core.losses.data import DataLoss
 from sparseopt.core.losses.scalar import Squared
 from sparseopt.core.operators.differences import Difference, GridBase
+from sparseopt.core.operators.maps import Identity
+from sparseopt.core.operators.matrices import linear_map
 from sparseopt.core.operators.normal_solves import ConjugateGradient, Diagonal, cosine_solve
-from sparseopt.core.operators.row_tables import row_table
 from sparseopt.core.penalties.sums import lift
 from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.admm import Admm, Start
-from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table, doge_split
+from sparseopt.core.solvers.doge import DogeGroups, doge_split
 from sparseopt.core.solvers.fast_admm import ChainTotalVariation, fused_lasso
 from sparseopt.trend.layout import layout_of
 from tests.jitted import Jitted
@@ -53,13 +54,16 @@ def test_no_perturbation_beats_the_lifted_prox(rng, penalty):
         channels = (3,) if isinstance(penalty, so.GroupL2) else ()
         for block in (1, 2):
             matrix, labels = graph.matrix(block), graph.groups(block)
-            table = jax.tree.map(lambda leaf: leaf[0], row_table(matrix, labels, np.float64))
-            lifted = lift(penalty, table)
-            x = 2 * rng.standard_normal((20, *channels))
+            squares = np.asarray(matrix.multiply(matrix).sum(axis=1))
+            # The first group and the third, each with a copy of its own.
+            groups = (labels[:, None] == [0, 2]).reshape(-1, *[1 for _ in channels], 2)
+            lifted = lift(penalty, linear_map(matrix), squares, groups)
+            x = 2 * rng.standard_normal((20, *channels, 2))
             best = Jitted(lifted).prox(x, 0.6)
             # A value of exactly zero is judged as such: rounding in the product turns it into noise.
-            rows = Jitted(table).mv(best)
-            rows = np.where(np.abs(rows) < 1e-12, 0, rows)
+            rows = np.where(groups, np.tensordot(matrix.toarray(), best, 1), 0)
+            rows = np.where(np.abs(rows) < 1e-12, 0, rows).swapaxes(0, -1)
+            rows = np.concatenate(rows.swapaxes(1, -1))
             reached = 0.5 * np.sum((best - x) ** 2) + 0.6 * Jitted(penalty).value(rows)
             sizes = np.repeat([1e-4, 1e-2, 1.0], 50).reshape(-1, *[1] * x.ndim)
             others = best + sizes * rng.standard_normal((150, *x.shape))
@@ -68,21 +72,24 @@ def test_no_perturbation_beats_the_lifted_prox(rng, penalty):
 
 
 def doge_problem(graph, order, block, loss, penalty):
-    """A problem of Doge-ADMM with the metric of the paper in float64, its x-step, and the table of the groups."""
+    """A problem of Doge-ADMM with the metric of the paper in float64, its x-step, and the groups of its rows."""
     base, on_edges = graph.base(np.float64), (order + 1 - block) % 2 == 1
-    outer, inner = Difference(base, block, on_edges), Difference(base, order + 1 - block)
-    matrix, labels = graph.matrix(block, on_edges), graph.groups(block, on_edges)
+    left, labels = order + 1 - block, graph.groups(block, on_edges)
+    outer = Difference(base, block, on_edges)
+    inner = Difference(base, left) if left else Identity(base.node_shape)
     split = doge_split(outer, inner, graph.sums(block, on_edges), np.float64, int(labels.max()) + 1)
-    table = doge_groups_table(outer, matrix, labels, np.float64)
+    # Labels from 1 on: a place without a row has 0.
+    groups = layout_of(graph).grid_rows(labels + 1, order + 1)[..., None] == np.arange(1, labels.max() + 2)
     if loss.target.ndim > len(inner.in_shape):
         split = dataclasses.replace(split, row_scale=split.row_scale[..., None])
+        groups = groups[..., None, :]
     node_solve = Diagonal()
     if inner.order and graph.shape is not None:
         node_solve = cosine_solve(graph.shape, (inner.order,), np.float64)
     elif inner.order:
         node_solve = ConjugateGradient(jnp.ones(inner.in_shape), 1e-12)
     problem = Problem(loss, penalty, jax.tree.map(jnp.asarray, split))
-    return problem, node_solve, jax.tree.map(jnp.asarray, table)
+    return problem, node_solve, jnp.asarray(groups)
 
 
 def test_the_solver_with_copies_is_the_iteration_of_the_paper(rng):
@@ -90,8 +97,8 @@ def test_the_solver_with_copies_is_the_iteration_of_the_paper(rng):
     with precision(DOUBLE):
         graph = random_graph(rng, n=16, extra=8)
         y, rho, relaxation, level = rng.standard_normal(16), 0.8, 1.6, 0.7
-        problem, node_solve, table = doge_problem(graph, 1, 2, so.LeastSquares(None, jnp.asarray(y)), so.L1(level))
-        solver = DogeGroups(node_solve, rho, relaxation=relaxation, cadence=1, changes=0, table=table)
+        problem, node_solve, groups = doge_problem(graph, 1, 2, so.LeastSquares(None, jnp.asarray(y)), so.L1(level))
+        solver = DogeGroups(node_solve, rho, relaxation=relaxation, cadence=1, changes=0, groups=groups)
         state = solver.init(problem, Start(problem.loss.target, jnp.zeros(16)))
         step = jax.jit(solver.step)
 
@@ -109,8 +116,8 @@ def test_the_solver_with_copies_is_the_iteration_of_the_paper(rng):
             theta = theta + relaxed - b
             state = step(problem, state)
             np.testing.assert_allclose(state.now.x, b, atol=1e-9)
-            np.testing.assert_allclose(state.rows.memory.alpha, alpha, atol=1e-9)
-            np.testing.assert_allclose(state.rows.memory.theta, theta, atol=1e-9)
+            np.testing.assert_allclose(state.rows.memory.alpha.T, alpha, atol=1e-9)
+            np.testing.assert_allclose(state.rows.memory.theta.T, theta, atol=1e-9)
 
 
 WHOLE = [
@@ -138,8 +145,8 @@ def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, blo
             if block == order + 1:  # with missing nodes, where the x-step needs no cosines
                 weights = rng.uniform(0.5, 2, nodes) * (rng.uniform(size=nodes) > 0.2)
         loss = DataLoss(Squared(), None, y, weights, -20.0, 20.0)
-        problem, node_solve, table = doge_problem(graph, order, block, loss, penalty)
-        fused, literal = Admm(node_solve, 0.8), DogeGroups(node_solve, 0.8, table=table)
+        problem, node_solve, groups = doge_problem(graph, order, block, loss, penalty)
+        fused, literal = Admm(node_solve, 0.8), DogeGroups(node_solve, 0.8, groups=groups)
         some = problem.operator.outer.mv(jnp.asarray(rng.standard_normal(problem.operator.inner.mv(y).shape)))
         for dual, rho in ((0 * some, 0.8), (0.2 * some, 3.0)):
             start = Start(y, dual, jnp.asarray(rho))
@@ -155,18 +162,19 @@ def test_the_solver_without_copies_makes_the_same_iterates(rng, name, order, blo
             np.testing.assert_allclose(ours.state.candidate, theirs.state.candidate, atol=1e-9)
 
 
-def test_the_solver_with_copies_refuses_tables_of_another_operator():
+def test_the_solver_with_copies_refuses_groups_of_another_operator():
     chain, loss = so.Graph.chain(5), so.LeastSquares(None, jnp.zeros(5))
-    problem, node_solve, table = doge_problem(chain, 0, 1, loss, so.L1(1.0))
+    problem, node_solve, groups = doge_problem(chain, 0, 1, loss, so.L1(1.0))
     other = doge_problem(so.Graph.chain(6), 0, 1, loss, so.L1(1.0))[2]
     weighted = doge_split(problem.operator.outer, problem.operator.inner, chain.sums(1), np.float64)
-    assert DogeGroups(node_solve, 1.0, table=table).refuses(problem) is None
+    assert DogeGroups(node_solve, 1.0, groups=groups).refuses(problem) is None
     for given, wrong, text in (
-        (problem, other, "of 5 rows and 5 columns, given one of 6 and 6"),
-        (dataclasses.replace(problem, operator=weighted), table, r"number of groups, .* of shape \(5,\)"),
+        (problem, other, r"rows of the shape \(1, 5\), given the shape \(1, 6, 2\)"),
+        (problem, groups[..., 0], r"rows of the shape \(1, 5\), given the shape \(1, 5\)"),
+        (dataclasses.replace(problem, operator=weighted), groups, r"number of groups, .* of shape \(5,\)"),
     ):
         with pytest.raises(ValueError, match=text):
-            so.solve(given, DogeGroups(node_solve, 1.0, table=wrong), Start(loss.target, jnp.zeros((1, 5))))
+            so.solve(given, DogeGroups(node_solve, 1.0, groups=wrong), Start(loss.target, jnp.zeros((1, 5))))
 
 
 @pytest.mark.parametrize("ends", [0.0, 0.3, 2.0])
@@ -239,7 +247,7 @@ def test_cosines_and_conjugate_gradients_solve_the_x_step(rng, shape, power):
     with precision(DOUBLE):
         graph = so.Graph.grid(shape)
         inner = Difference(graph.base(np.float64), power)
-        split = doge_split(Difference(graph.base(np.float64), 0), inner, graph.sums(power), np.float64)
+        split = doge_split(Identity(inner.out_shape), inner, graph.sums(power), np.float64)
         split = dataclasses.replace(split, row_scale=jnp.asarray(1.0), column_scale=jnp.asarray(2.0))
         right = rng.standard_normal((*shape, 2))
         matrix = graph.matrix(power).toarray()

@@ -1,12 +1,10 @@
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from scipy import sparse
 
 import sparseopt as so
-from sparseopt.core.operators.differences import Difference
 from sparseopt.core.operators.row_tables import (
     check_groups,
     colour_rows,
@@ -17,10 +15,7 @@ from sparseopt.core.operators.row_tables import (
     grid_groups,
     grid_sums,
     matrix_sums,
-    table_shape,
 )
-from sparseopt.core.solvers.doge import doge_groups_table
-from sparseopt.trend.layout import layout_of
 from tests.trend.problems import GRAPHS, random_graph
 
 SHAPES = [(2,), (9,), (16, 9), (1, 7), (5, 12), (4, 5, 6), (9, 8, 7)]
@@ -102,31 +97,3 @@ def test_grid_sums_are_those_of_the_whole_matrix(shape, order, from_edges):
         edges = on_edges if name.startswith("row") else from_edges
         expected = edge_grid(values, shape, 1.0) if edges else values.reshape(shape)
         np.testing.assert_allclose(getattr(quick, name), expected, err_msg=name)
-
-
-@pytest.mark.parametrize(("name", "order", "from_edges"), [("random", 2, False), ("grid", 1, False), ("grid", 2, True)])
-def test_a_row_table_holds_every_row_of_the_matrix_once(rng, name, order, from_edges):
-    # On the grid, rows of odd order and columns from edges have places in the stencil's layout.
-    graph = GRAPHS[name](rng)
-    outer = Difference(graph.base(np.float32), order, from_edges)
-    matrix, labels = graph.matrix(order, from_edges), graph.groups(order, from_edges)
-    table = doge_groups_table(outer, matrix, labels, np.float32)
-    assert table.columns.shape == table_shape(matrix, labels)
-    on_edges = (order - from_edges) % 2 == 1
-    x, e = (rng.standard_normal(size).astype(np.float32) for size in (matrix.shape[1], matrix.shape[0]))
-
-    @jax.jit
-    def products(table, x, e):
-        image = table.scattered(jax.vmap(lambda group: group.mv(x.reshape(-1)))(table))
-        back = jax.vmap(lambda group, rows: group.rmv(rows))(table, table.gathered(e.reshape(-1)))
-        return image, back
-
-    image, back = products(table, layout_of(graph).rows(x, from_edges), layout_of(graph).rows(e, on_edges))
-    np.testing.assert_allclose(image, layout_of(graph).rows(matrix @ x, on_edges).reshape(-1), atol=1e-5)
-    for i in range(len(back)):
-        of_group = layout_of(graph).rows(matrix[labels == i].T @ e[labels == i], from_edges)
-        np.testing.assert_allclose(back[i], of_group.reshape(-1), atol=1e-5)
-    squares = table.row_squares()
-    norms = layout_of(graph).rows((matrix.toarray() ** 2).sum(axis=1), on_edges).reshape(-1)
-    np.testing.assert_allclose(table.scattered(squares), norms, rtol=1e-5)
-    assert np.all(squares[table.row_numbers == table.num_rows] == 1)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import sparseopt as so
-from sparseopt.core.operators.row_tables import RowTable
+from sparseopt.core.operators.differences import Difference, GridBase
 from sparseopt.core.penalties.sums import lift
 from tests.jitted import Jitted
 
@@ -383,9 +383,9 @@ def test_adam_refuses_a_penalty_not_known_to_be_separable(penalty):
 
 
 def test_adam_refuses_a_lifted_penalty():
-    rows = RowTable(np.array([[0, 1], [2, 3]]), np.array([[1.0, -1.0], [1.0, -1.0]]), np.array([0, 1]), 2, 4)
+    chain = Difference(GridBase((4,)), 1)
     with pytest.raises(ValueError, match="given Lifted"):
-        so.proximal_adam(lift(so.L1(1.0), rows), 0.1)
+        so.proximal_adam(lift(so.L1(1.0), chain, 2.0, np.ones((1, 4, 1), bool)), 0.1)
 
 
 @pytest.mark.parametrize("make", [so.proximal, so.proximal_adam], ids=["proximal", "proximal_adam"])

@@ -168,7 +168,7 @@ class Difference:
     """
 
     base: Any  # D, Dᵀ and L of a graph
-    order: int = static()  # how many factors D or Dᵀ; 0 is the identity
+    order: int = static()  # how many factors D or Dᵀ, at least 1
     from_edges: bool = static(default=False)  # the input is an edge array (j odd) instead of a node array (j even)
 
     @property
@@ -190,8 +190,6 @@ class Difference:
         return self._product(e, self._to_edges, self.from_edges)
 
     def _product(self, x: FloatArray, from_edges: bool, to_edges: bool) -> FloatArray:
-        if self.order == 0:
-            return x
         if from_edges:
             x = self.base.divergence(x)
         for _ in range((self.order - self.from_edges) // 2):

@@ -12,7 +12,7 @@ Tibshirani, "Fast and flexible ADMM algorithms for trend filtering", 2016, for a
 Tibshirani, "Multivariate trend filtering for lattice data", 2021, for grids.
 """
 
-import itertools
+import functools
 import math
 from typing import Any
 
@@ -24,6 +24,7 @@ from scipy import sparse
 from sparseopt.core.base.arguments import real_array
 from sparseopt.core.base.types import FloatArray, pytree, static
 from sparseopt.core.operators.differences import padded, spread
+from sparseopt.core.operators.maps import Stacked
 
 # Nearly equal times make nearly parallel rows that are so many times their neighbours; a solve loses the square in
 # digits. On chains of 24 nodes with two or three near times, at orders 1 to 3 and weights of 0.5, 5 and 50 % of the
@@ -32,14 +33,9 @@ from sparseopt.core.operators.differences import padded, spread
 LARGEST_RATIO = {"float32": 5e4, "float64": 5e5}
 
 
-def _ahead(x: FloatArray, axis: int) -> FloatArray:
-    """`x[i] - x[i + 1]` along an axis, one entry less than x."""
-    return jax.lax.slice_in_dim(x, 0, -1, axis=axis) - jax.lax.slice_in_dim(x, 1, None, axis=axis)
-
-
 @pytree
 class DividedDifference:
-    """`D^(order)` of a chain; it maps `[n]` to `[n - order]`, or `[n, channels]` to `[n - order, channels]`.
+    """`D^(order)` along an axis of arrays of a shape, which it shortens by `order`: `[n]` to `[n - order]` on a chain.
 
     Example:
         >>> from sparseopt.core.operators.divided_differences import divided_difference
@@ -54,16 +50,14 @@ class DividedDifference:
     # `m / (t_(i+m) - t_i)`, `[n - m]`, for m = 1, 2, ..., each applied after that many differences; none for the times
     # 0, 1, 2, ... One after the last difference makes it the factor `diag(.) D^(order)` of the next order.
     scales: tuple[Any, ...]
-    size: int = static()  # n
-    order: int = static()  # 0 is the identity
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        return (self.size,)
+    in_shape: tuple[int, ...] = static()
+    order: int = static()  # at least 1
+    axis: int = static(default=0)  # 0 where there are scales
+    unit: float = static(default=1.0)  # what divides the rows
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        return (self.size - self.order,)
+        return tuple(n - self.order * (i == self.axis) for i, n in enumerate(self.in_shape))
 
     def _scale(self, x: FloatArray, taken: int) -> Any:
         """What x, the result of so many differences, is multiplied with."""
@@ -71,28 +65,28 @@ class DividedDifference:
 
     def mv(self, x: FloatArray) -> FloatArray:
         for taken in range(1, self.order + 1):
-            x = _ahead(x, 0)
+            x = jax.lax.slice_in_dim(x, 0, -1, axis=self.axis) - jax.lax.slice_in_dim(x, 1, None, axis=self.axis)
             x = x * self._scale(x, taken)
-        return x
+        return x / self.unit
 
     def rmv(self, e: FloatArray) -> FloatArray:
         for taken in range(self.order, 0, -1):
             e = e * self._scale(e, taken)
-            e = padded(e, 0, 0, 1) - padded(e, 0, 1, 0)
-        return e
+            e = padded(e, self.axis, 0, 1) - padded(e, self.axis, 1, 0)
+        return e / self.unit
 
     def potential(self, pull: FloatArray) -> FloatArray:
-        """The only e with `rmv(e) = pull`, for a pull that is orthogonal to the polynomials of degree below `order`."""
+        """The only e of a chain with `rmv(e) = pull`, for a pull orthogonal to polynomials of degree below `order`."""
         for taken in range(1, self.order + 1):
             pull = jnp.cumsum(pull, axis=0)[:-1]
             pull = pull / self._scale(pull, taken)
         return pull
 
     def steps(self) -> list[sparse.csr_array]:
-        """A matrix for each difference and the scale after it, the first one applied first, on the host in float64."""
+        """A matrix for each difference of a line and the scale after it, in their order, on the host in float64."""
         found = []
         for taken in range(1, self.order + 1):
-            rows = self.size - taken
+            rows = self.in_shape[self.axis] - taken
             step = sparse.diags_array([1.0, -1.0], offsets=[0, 1], shape=(rows, rows + 1))
             if taken <= len(self.scales):
                 step = sparse.diags_array(np.asarray(self.scales[taken - 1], np.float64)) @ step
@@ -101,15 +95,15 @@ class DividedDifference:
 
     def matrix(self) -> sparse.csr_array:
         """The map on the host, in float64."""
-        found = sparse.csr_array(sparse.eye_array(self.size))
-        for step in self.steps():
-            found = sparse.csr_array(step @ found)
+        line = functools.reduce(lambda found, step: step @ found, self.steps()) / self.unit
+        before, after = (math.prod(part) for part in (self.in_shape[: self.axis], self.in_shape[self.axis + 1 :]))
+        found = sparse.csr_array(sparse.kron(sparse.kron(sparse.eye_array(before), line), sparse.eye_array(after)))
         found.sort_indices()
         return found
 
 
 @pytree
-class AxisDifferences:
+class AxisDifferences(Stacked):
     """The plain differences of an order along every axis of a grid, over that power of the axis's spacing.
 
     It maps `[*shape]` to `[rows]`: axis by axis the differences of all its lines, in row-major order. An axis of at
@@ -117,61 +111,24 @@ class AxisDifferences:
     axis, and on nothing else.
 
     Example:
-        >>> from sparseopt.core.operators.divided_differences import AxisDifferences
-        >>> bends = AxisDifferences((3, 3), order=2)
+        >>> from sparseopt.core.operators.divided_differences import axis_differences
+        >>> bends = axis_differences((3, 3), order=2)
         >>> bends.mv(jnp.outer(jnp.arange(3.0), jnp.array([0.0, 1.0, 4.0])))  # lines down, parabolas across
         Array([0., 0., 0., 0., 2., 4.], dtype=float32)
     """
 
-    shape: tuple[int, ...] = static()
     order: int = static()  # at least 1
-    spacing: tuple[float, ...] | None = static(default=None)  # of the axes; None for ones
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        return self.shape
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        return (sum(math.prod(sizes) for _, _, sizes in self._axes()),)
-
-    def _axes(self) -> list[tuple[int, float, tuple[int, ...]]]:
-        """Every axis with differences, what divides them, and the shape of their array."""
-        kept = [axis for axis, n in enumerate(self.shape) if n > self.order]
-        units = [1.0 if self.spacing is None else self.spacing[axis] ** self.order for axis in kept]
-        sizes = [tuple(n - self.order * (i == axis) for i, n in enumerate(self.shape)) for axis in kept]
-        return list(zip(kept, units, sizes, strict=True))
-
-    def mv(self, x: FloatArray) -> FloatArray:
-        parts, channels = [], x.shape[len(self.shape) :]
-        for axis, unit, _ in self._axes():
-            rows = x
-            for _ in range(self.order):
-                rows = _ahead(rows, axis)
-            parts.append((rows / unit).reshape(-1, *channels))
-        return jnp.concatenate(parts)
-
-    def rmv(self, e: FloatArray) -> FloatArray:
-        images, axes = [], self._axes()
-        places = list(itertools.accumulate(math.prod(sizes) for _, _, sizes in axes))[:-1]
-        for (axis, unit, sizes), rows in zip(axes, jnp.split(e, places), strict=True):
-            # The transpose of a difference is minus the difference of the array between two zeros.
-            image = padded(rows.reshape(*sizes, *e.shape[1:]), axis, self.order, self.order)
-            for _ in range(self.order):
-                image = _ahead(image, axis)
-            images.append(image / ((-1) ** self.order * unit))
-        return sum(images[1:], images[0])
 
     def matrix(self) -> sparse.csr_array:
         """The map on the host, in float64."""
-        blocks = []
-        for axis, unit, _ in self._axes():
-            line = divided_difference(None, self.shape[axis], self.order, np.float64).matrix() / unit
-            before, after = (math.prod(part) for part in (self.shape[:axis], self.shape[axis + 1 :]))
-            blocks.append(sparse.kron(sparse.kron(sparse.eye_array(before), line), sparse.eye_array(after)))
-        found = sparse.csr_array(sparse.vstack(blocks))
-        found.sort_indices()
-        return found
+        return sparse.csr_array(sparse.vstack([part.matrix() for part in self.maps]))
+
+
+def axis_differences(shape: tuple[int, ...], order: int, spacing: tuple[float, ...] | None = None) -> AxisDifferences:
+    """The differences of a grid; `spacing` of its axes, None for ones."""
+    units = [1.0] * len(shape) if spacing is None else [h**order for h in spacing]
+    kept = [axis for axis, n in enumerate(shape) if n > order]
+    return AxisDifferences(tuple(DividedDifference((), shape, order, axis, units[axis]) for axis in kept), order)
 
 
 def divided_difference(
@@ -183,7 +140,7 @@ def divided_difference(
     """
     count = order if factor else order - 1
     if times is None or count < 1:
-        return DividedDifference((), n, order)
+        return DividedDifference((), (n,), order)
     limits, scales = np.finfo(dtype), [m / (times[m:] - times[:-m]) for m in range(1, count + 1)]
     # In logarithms, since the product of the scales may overflow.
     high = sum(np.log10(2 * scale.max()) for scale in scales)
@@ -194,7 +151,7 @@ def divided_difference(
             f"squares are beyond {limits.dtype}: divide the times by a typical step"
         )
     _require_apart(times, scales, order, limits)
-    return DividedDifference(tuple(scale.astype(dtype) for scale in scales), n, order)
+    return DividedDifference(tuple(scale.astype(dtype) for scale in scales), (n,), order)
 
 
 def _require_apart(times: np.ndarray, scales: list[np.ndarray], order: int, limits: Any) -> None:

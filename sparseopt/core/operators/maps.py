@@ -24,28 +24,14 @@ class LinearMap(Protocol):
 
 
 @pytree
-class Stack:
-    """Several differences of one signal, stacked: `[rows]`, the rows of each flattened.
-
-    Example:
-        >>> from sparseopt.core.operators.differences import Difference, GridBase
-        >>> from sparseopt.core.operators.maps import Stack
-        >>> chain = GridBase((3,))
-        >>> both = Stack((Difference(chain, 0), Difference(chain, 2)))
-        >>> both.mv(jnp.array([0.0, 1.0, 4.0]))  # the signal, then its Laplacian
-        Array([ 0.,  1.,  4., -1., -2.,  3.], dtype=float32)
-    """
+class Stacked:
+    """Maps of one array, stacked: `[rows]`, the rows of each flattened."""
 
     maps: tuple[Any, ...]
 
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(math.prod(part.out_shape) for part in self.maps)
-
-    @property
-    def order(self) -> int:
-        """The highest, but at least 1: 0 would mean that rows are laid out like nodes."""
-        return max(1, *(part.order for part in self.maps))
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -67,15 +53,34 @@ class Stack:
 
 
 @pytree
-class Identity:
-    """The identity on `[size]`."""
+class Stack(Stacked):
+    """Differences of one signal of several orders, stacked.
 
-    size: int = static()
+    Example:
+        >>> from sparseopt.core.operators.differences import Difference, GridBase
+        >>> from sparseopt.core.operators.maps import Identity, Stack
+        >>> both = Stack((Identity((3,)), Difference(GridBase((3,)), 2)))
+        >>> both.mv(jnp.array([0.0, 1.0, 4.0]))  # the signal, then its Laplacian
+        Array([ 0.,  1.,  4., -1., -2.,  3.], dtype=float32)
+    """
+
+    order = None  # no single one
+
+
+@pytree
+class Identity:
+    """The identity on arrays of a shape, which a problem may write as None; the only map of order 0."""
+
+    shape: tuple[int, ...] = static()
     order = 0
 
     @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    @property
     def out_shape(self) -> tuple[int, ...]:
-        return (self.size,)
+        return self.shape
 
     def mv(self, x: FloatArray) -> FloatArray:
         return x
@@ -86,7 +91,7 @@ class Identity:
 
 def or_identity(given: Any, x: FloatArray) -> Any:
     """A linear map of arrays like x, for which None is the identity."""
-    return Identity(x.shape[0]) if given is None else given
+    return Identity(x.shape) if given is None else given
 
 
 @pytree

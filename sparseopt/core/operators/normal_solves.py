@@ -168,7 +168,8 @@ class ConjugateGradient:
 
     An `AxisTransform` solves exactly for the mean weight at every node.
 
-    It stops at `tolerance` times the residual of the guess, so that the inner error shrinks with the outer one.
+    It stops at `tolerance` times the residual of the guess, so that the inner error shrinks with the outer one. That of
+    `jax.scipy` multiplies once more in every solve, and few steps are enough here.
     """
 
     diagonal: Any  # of Δᵀ C Δ, at the nodes; unused with a transform

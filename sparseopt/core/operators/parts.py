@@ -17,7 +17,6 @@ from jax.sharding import Mesh, PartitionSpec
 from sparseopt.core.base.mesh import AXIS, over, put
 from sparseopt.core.base.types import FloatArray, pytree, static
 from sparseopt.core.operators.differences import EdgeBase
-from sparseopt.core.operators.row_tables import places_within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +34,29 @@ class Cut:
     pairs: tuple[tuple[tuple[int, int], ...], ...]  # for every message, which parts send to which
     # For every message, int32 `[parts * width]`, the nodes that a part sends, padded with its first node.
     sent: tuple[np.ndarray, ...]
+
+    def cut_axis(self, on_edges: int) -> int:
+        """The axis along which an array on the nodes (0) or the edges (1) is cut."""
+        return 0
+
+    def padding(self, on_edges: int) -> float:
+        """The number of entries of an array over the number without padding."""
+        place, most = self._places(on_edges)
+        return self.parts * most / place.size
+
+    def padded(self, values: np.ndarray, on_edges: int, fill: Any) -> np.ndarray:
+        """Values in the layout of `EdgeBase` in that of all parts, with `fill` in padded places."""
+        place, most = self._places(on_edges)
+        found = np.full((self.parts * most, *values.shape[1:]), fill, values.dtype)
+        found[place] = values
+        return found
+
+    def gathered(self, values: np.ndarray, on_edges: int) -> np.ndarray:
+        """The inverse of `padded`."""
+        return values[self._places(on_edges)[0]]
+
+    def _places(self, on_edges: int) -> tuple[np.ndarray, int]:
+        return (self.edges, self.part_edges) if on_edges else (self.nodes, self.part_nodes)
 
 
 def cut_graph(edges: np.ndarray, order: np.ndarray, parts: int) -> Cut:
@@ -91,6 +113,15 @@ def cut_graph(edges: np.ndarray, order: np.ndarray, parts: int) -> Cut:
     )
 
 
+def places_within(owner: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+    """The place of every item among those of its owner, in the given order, and the largest number that one owns."""
+    counts = np.bincount(owner, minlength=count)
+    order = np.argsort(owner, kind="stable")
+    place = np.empty(owner.size, np.int64)
+    place[order] = np.arange(owner.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    return place, int(np.max(counts, initial=0))
+
+
 @pytree
 class PartBase:
     """D of a graph over several devices; nodes `[parts * part_nodes]`, edges `[parts * part_edges]`, see `Cut`.
@@ -144,11 +175,7 @@ class PartBase:
 
 def part_base(cut: Cut, weights: np.ndarray | None, dtype: Any, mesh: Mesh) -> PartBase:
     """The `PartBase` of a cut graph and its weights `[m]` or None, over a mesh with one device per part."""
-    root = None
-    if weights is not None:
-        padded = np.zeros(cut.parts * cut.part_edges, dtype)
-        padded[cut.edges] = np.sqrt(weights)
-        root = put(padded, over(mesh))
+    root = None if weights is None else put(cut.padded(np.sqrt(weights).astype(dtype), 1, 0), over(mesh))
     tails, heads, *sent = (put(table, over(mesh)) for table in (cut.tails, cut.heads, *cut.sent))
     local_nodes = cut.part_nodes + sum(table.size for table in cut.sent) // cut.parts
     return PartBase(EdgeBase(tails, heads, root, local_nodes), tuple(sent), cut.pairs, cut.part_nodes, mesh)

@@ -1,6 +1,6 @@
-"""The rows of a graph difference as tables, their sums, and groups of rows that share no column.
+"""The matrices of graph differences, sums over their rows and columns, and groups of rows that share no column.
 
-Everything but `RowTable` runs on the host, once per graph, without loops over nodes, rows or edges.
+All of it runs on the host, once per graph, without loops over nodes, rows or edges.
 """
 
 import dataclasses
@@ -13,8 +13,6 @@ import numpy as np
 from scipy import sparse
 
 from sparseopt.core.base.arguments import require_memory
-from sparseopt.core.base.types import pytree, static
-from sparseopt.core.operators.differences import spread
 
 # Bytes for each entry of a sparse matrix, its square and its size, with indices.
 ENTRY_BYTES = 36
@@ -23,13 +21,10 @@ SAMPLED_NODES = 64
 
 def grid_edges(shape: tuple[int, ...]) -> np.ndarray:
     """The edges `[m, 2]` of a grid, axis by axis, tail before head, nodes numbered in row-major order."""
-    nodes = np.arange(int(np.prod(shape))).reshape(shape)
-    pairs = []
-    for axis in range(len(shape)):
-        tails = np.delete(nodes, shape[axis] - 1, axis=axis)
-        heads = np.delete(nodes, 0, axis=axis)
-        pairs.append(np.stack([tails.reshape(-1), heads.reshape(-1)], axis=1))
-    return np.concatenate(pairs)
+    nodes = np.arange(math.prod(shape)).reshape(shape)
+    tails = [np.delete(nodes, n - 1, axis).reshape(-1) for axis, n in enumerate(shape)]
+    heads = [np.delete(nodes, 0, axis).reshape(-1) for axis in range(len(shape))]
+    return np.stack([np.concatenate(tails), np.concatenate(heads)], axis=1)
 
 
 def difference_matrix(
@@ -40,12 +35,8 @@ def difference_matrix(
     root = np.ones(count) if weights is None else np.sqrt(weights)
     rows = np.concatenate([np.arange(count)] * 2)
     incidence = sparse.csr_array((np.concatenate([root, -root]), (rows, edges.T.reshape(-1))), shape=(count, num_nodes))
-    if from_edges:
-        matrix, left = incidence.T.tocsr(), order - 1
-    else:
-        matrix, left = (incidence, order - 1) if order else (sparse.csr_array(sparse.eye_array(num_nodes)), 0)
-    on_edges = not from_edges
-    for _ in range(left):
+    matrix, on_edges = sparse.csr_array(sparse.eye_array(count if from_edges else num_nodes)), from_edges
+    for _ in range(order):
         matrix = sparse.csr_array((incidence.T if on_edges else incidence) @ matrix)
         on_edges = not on_edges
     matrix.eliminate_zeros()
@@ -85,12 +76,11 @@ class Sums:
     column_squares: np.ndarray  # `sum_r Ψ_rj²`
 
 
-def matrix_sums(matrix: sparse.csr_array) -> Sums:
-    """The sums of a sparse matrix."""
+def matrix_sums(matrix: sparse.csr_array, columns: tuple[int, ...] = (-1,)) -> Sums:
+    """The sums of a sparse matrix, those of its columns in a shape."""
     size = abs(matrix)
-    squares = size.multiply(size)
-    along = [(size, 1), (squares, 1), (size, 0), (squares, 0)]
-    return Sums(*(np.asarray(m.sum(axis=axis)).reshape(-1) for m, axis in along))
+    both = [size, size.multiply(size)]
+    return Sums(*(np.asarray(m.sum(axis=1)) for m in both), *(np.asarray(m.sum(axis=0)).reshape(columns) for m in both))
 
 
 def edge_sums(edges: np.ndarray, num_nodes: int, weights: np.ndarray | None, order: int) -> Sums:
@@ -111,35 +101,27 @@ def edge_sums(edges: np.ndarray, num_nodes: int, weights: np.ndarray | None, ord
 def edge_grid(values: Any, shape: tuple[int, ...], fill: float) -> Any:
     """Edge values `[m, ...]` in the order of `grid_edges` as `[dimensions, *shape, ...]`, `fill` where no edge is."""
     xp = np if isinstance(values, np.ndarray) else jnp
-    parts, start = [], 0
-    for axis in range(len(shape)):
-        sizes = [n - (i == axis) for i, n in enumerate(shape)]
-        stop = start + math.prod(sizes)
-        part = values[start:stop].reshape(*sizes, *values.shape[1:])
-        widths = [(0, int(i == axis)) for i in range(part.ndim)]
-        parts.append(xp.pad(part, widths, constant_values=fill))
-        start = stop
-    return xp.stack(parts)
+    parts, found = xp.split(values, np.cumsum(_edge_counts(shape))[:-1]), []
+    for axis, part in enumerate(parts):
+        part = part.reshape(*(n - (i == axis) for i, n in enumerate(shape)), *values.shape[1:])
+        found.append(xp.pad(part, [(0, int(i == axis)) for i in range(part.ndim)], constant_values=fill))
+    return xp.stack(found)
 
 
 def edge_rows(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of `edge_grid`: values `[dimensions, *shape, ...]` as `[m, ...]`, in the order of `grid_edges`."""
-    parts = []
-    for axis in range(len(shape)):
-        along = values[axis][*(slice(None),) * axis, : shape[axis] - 1]
-        parts.append(along.reshape(-1, *values.shape[len(shape) + 1 :]))
-    return np.concatenate(parts)
+    along = [values[axis][*(slice(None),) * axis, : n - 1] for axis, n in enumerate(shape)]
+    return np.concatenate([part.reshape(-1, *values.shape[len(shape) + 1 :]) for part in along])
 
 
-def grid_sums_side(order: int) -> int:
-    """The longest side of the grid on which `grid_sums` forms Ψ as a matrix."""
-    return 2 * order + 3
+def _edge_counts(shape: tuple[int, ...]) -> list[int]:
+    """The number of edges along each axis."""
+    return [math.prod(shape) // n * (n - 1) for n in shape]
 
 
 def grid_weights(shape: tuple[int, ...], spacing: tuple[float, ...]) -> np.ndarray:
     """The weights `[m]` of the edges of a grid whose axes have a spacing: `1 / h²`."""
-    counts = [math.prod(shape) // n * (n - 1) for n in shape]
-    return np.repeat(np.asarray(spacing, np.float64) ** -2, counts)
+    return np.repeat(np.asarray(spacing, np.float64) ** -2, _edge_counts(shape))
 
 
 def grid_sums(
@@ -147,10 +129,10 @@ def grid_sums(
 ) -> Sums:
     """The sums for a grid's Ψ in the layout of `GridBase`, rows without an edge counted with sums of 1.
 
-    They depend only on the distance to the borders, so they are computed on a grid of at most `grid_sums_side` nodes a
-    side, whose middle is repeated.
+    They depend only on the distance to the borders, so they are computed on a grid of at most `2 order + 3` nodes a
+    side, whose middle is repeated. A ValueError if memory is too small for its matrix.
     """
-    small = tuple(min(n, grid_sums_side(order)) for n in shape)
+    small = tuple(min(n, 2 * order + 3) for n in shape)
     sums = _small_grid_sums(small, order, from_edges, spacing)
     on_edges = (order - from_edges) % 2 == 1
     half = order + 1
@@ -172,8 +154,13 @@ def grid_sums(
 @functools.lru_cache(maxsize=64)
 def _small_grid_sums(shape: tuple[int, ...], order: int, from_edges: bool, spacing: tuple[float, ...] | None) -> Sums:
     """The sums of the matrix itself; kept, since most of the set-up for a short chain would be theirs."""
-    weights = None if spacing is None else grid_weights(shape, spacing)
-    return matrix_sums(difference_matrix(grid_edges(shape), math.prod(shape), weights, order, from_edges))
+    weights, edges, nodes = (
+        None if spacing is None else grid_weights(shape, spacing),
+        grid_edges(shape),
+        math.prod(shape),
+    )
+    require_matrix_memory(edges, nodes, order)
+    return matrix_sums(difference_matrix(edges, nodes, weights, order, from_edges))
 
 
 def _positions(shape: tuple[int, ...], axis: int | None) -> np.ndarray:
@@ -265,109 +252,3 @@ def check_groups(matrix: sparse.csr_array, labels: np.ndarray) -> int:
         group, column = divmod(int(keys[np.argmax(counts > 1)]), matrix.shape[1])
         raise ValueError(f"group {group} has {int(np.max(counts))} rows that share column {column}")
     return int(labels.max(initial=-1)) + 1
-
-
-def places_within(owner: np.ndarray, count: int) -> tuple[np.ndarray, int]:
-    """The place of every item among those of its owner, in the given order, and the largest number that one owns."""
-    counts = np.bincount(owner, minlength=count)
-    order = np.argsort(owner, kind="stable")
-    place = np.empty(owner.size, np.int64)
-    place[order] = np.arange(owner.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    return place, int(np.max(counts, initial=0))
-
-
-def table_shape(matrix: sparse.csr_array, labels: np.ndarray) -> tuple[int, int, int]:
-    """Groups, rows of the largest group, entries of the longest row: the shape of the arrays of a `RowTable`."""
-    sizes, lengths = np.bincount(labels), np.diff(matrix.indptr)
-    return sizes.size, int(sizes.max(initial=0)), max(int(lengths.max(initial=1)), 1)
-
-
-def edge_places(shape: tuple[int, ...]) -> np.ndarray:
-    """The places `[m]` of the edges of `grid_edges` in the flattened edge array of `GridBase`."""
-    count = sum(int(np.prod(shape)) // n * (n - 1) for n in shape)
-    return np.flatnonzero(edge_grid(np.ones(count), shape, 0.0))
-
-
-@pytree
-class RowTable:
-    """The rows of all groups as padded tables; one group, a slice along the first axis, is a `LinearMap`.
-
-    Under `jax.vmap` over the table each call sees one group, in which each column is in at most one row. A padded entry
-    points past the last column, where it reads 0 and writes nothing; a padded row has only padded entries. Every group
-    is padded to the size of the largest: on a graph with hubs most of the table is padding (see `table_shape`).
-
-    Example:
-        >>> from sparseopt.core.operators.row_tables import row_table
-        >>> chain = so.Graph.chain(4)
-        >>> table = row_table(chain.matrix(1), chain.groups(1), jnp.float32)
-        >>> table.row_numbers.tolist()  # the edges 0-1 and 2-3; the edge 1-2 and a padded row
-        [[0, 2], [1, 3]]
-        >>> jax.vmap(lambda group: group.mv(jnp.array([0.0, 1.0, 5.0, 9.0])))(table)
-        Array([[-1., -4.],
-               [-4.,  0.]], dtype=float32)
-    """
-
-    columns: Any  # int32 `[groups, rows, width]`, places in the array that Ψ acts on, flattened
-    coefficients: Any  # `[groups, rows, width]`, 0 where padded
-    row_numbers: Any  # int32 `[groups, rows]`, places in the array that Ψ gives, flattened; past the last where padded
-    num_rows: int = static()  # places in that array
-    num_columns: int = static()  # places in the array that Ψ acts on
-
-    def mv(self, x: Any) -> Any:
-        """`Ψ_i x` of one group, `[rows]` or `[rows, channels]`."""
-        found = jnp.asarray(x).at[self.columns].get(mode="fill", fill_value=0)
-        return jnp.sum(spread(self.coefficients, found) * found, axis=1)
-
-    def rmv(self, e: Any) -> Any:
-        """`Ψ_iᵀ e` of one group: every column is written once."""
-        image = jnp.zeros((self.num_columns, *e.shape[1:]), e.dtype)
-        rows = e[:, None]
-        return image.at[self.columns].set(spread(self.coefficients, rows) * rows, mode="drop")
-
-    def row_squares(self) -> Any:
-        """The squared norm of every row; 1 for a row without entries, which is then harmless."""
-        squares = jnp.sum(self.coefficients * self.coefficients, axis=-1)
-        return jnp.where(squares > 0, squares, 1)
-
-    def gathered(self, values: Any) -> Any:
-        """Values `[num_rows, ...]` as `[groups, rows, ...]`; a padded row gets those of the last row."""
-        return values.at[self.row_numbers].get(mode="clip")
-
-    def scattered(self, values: Any) -> Any:
-        """Values `[groups, rows, ...]` as `[num_rows, ...]`; 0 where there is no row."""
-        image = jnp.zeros((self.num_rows, *values.shape[2:]), values.dtype)
-        return image.at[self.row_numbers].set(values, mode="drop")
-
-
-def row_table(
-    matrix: sparse.csr_array,
-    labels: np.ndarray,
-    dtype: Any,
-    *,
-    rows: tuple[np.ndarray, int] | None = None,
-    columns: tuple[np.ndarray, int] | None = None,
-) -> RowTable:
-    """The table of a matrix Ψ whose rows have the group labels `[rows]`, checked by `check_groups`.
-
-    `rows` has the place of every row in the flattened array that Ψ returns, and its size; None is for their own order.
-    `columns` is the same for the array that Ψ acts on.
-    """
-    places, num_rows = (np.arange(matrix.shape[0]), matrix.shape[0]) if rows is None else rows
-    columns_at, num_columns = (np.arange(matrix.shape[1]), matrix.shape[1]) if columns is None else columns
-    groups, most, width = table_shape(matrix, labels)
-    within, _ = places_within(labels, groups)
-    owner = np.repeat(np.arange(labels.size), np.diff(matrix.indptr))
-    at = labels[owner], within[owner], np.arange(owner.size) - matrix.indptr[owner]
-
-    def filled(shape: tuple[int, ...], nothing: Any, kind: Any, where: Any, values: np.ndarray) -> np.ndarray:
-        table = np.full(shape, nothing, kind)
-        table[where] = values
-        return table
-
-    return RowTable(
-        filled((groups, most, width), num_columns, np.int32, at, columns_at[matrix.indices]),
-        filled((groups, most, width), 0, dtype, at, matrix.data),
-        filled((groups, most), num_rows, np.int32, (labels, within), places),
-        num_rows,
-        num_columns,
-    )

@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool
 
 from sparseopt.core.base.mesh import AXIS
 from sparseopt.core.base.types import FloatArray, pytree, static
-from sparseopt.core.operators.differences import ahead, ahead_transpose, by_spacing, padded, summed
+from sparseopt.core.operators.differences import GridBase
 
 
 @pytree
@@ -45,82 +46,74 @@ class SlabBase:
         return (len(self.shape), *self.node_shape)
 
     def difference(self, x: FloatArray) -> FloatArray:
-        def local(x: FloatArray) -> FloatArray:
-            last, after = self._part(x, -1, None), self._from_next(self._part(x, 0, 1))
-            border = last - jnp.where(self._joined(last, self.rows - 1), after, last)
-            inner = [self._along(x, 0) if i == self.axis else ahead(x, i) for i in range(len(self.shape))]
-            inner = by_spacing(inner, self.spacing, 1)
-            if self.spacing is not None:
-                border = border * self.spacing[self.axis] ** -1
-            start = [self.axis, *(self.rows - 1 if i == self.axis else 0 for i in range(x.ndim))]
-            return jax.lax.dynamic_update_slice(jnp.stack(inner), border[None], start)
-
-        return self._apart(local, 0, 1)(x)
+        return self._apart(GridBase.difference, 0, 1)(x)
 
     def divergence(self, e: FloatArray) -> FloatArray:
-        def local(e: FloatArray) -> FloatArray:
-            along = e[self.axis]
-            first, before = self._part(along, 0, 1), self._from_previous(self._part(along, -1, None))
-
-            def of(along: FloatArray, stop: int | None) -> FloatArray:
-                return self._summed(along, lambda i: ahead_transpose(self._part(e[i], 0, stop), i), 1)
-
-            inner = along - padded(self._part(along, 0, -1), self.axis, 1, 0)
-            return self._with_row(of(inner, None), of(first - before, 1), 0)
-
-        return self._apart(local, 1, 0)(e)
+        return self._apart(GridBase.divergence, 1, 0)(e)
 
     def laplacian(self, x: FloatArray) -> FloatArray:
-        def stencil(x: FloatArray, place: int) -> FloatArray:
-            along = ahead_transpose(self._along(x, place), self.axis)
-            return self._summed(along, lambda i: ahead_transpose(ahead(x, i), i), 2)
+        return self._apart(GridBase.laplacian, 0, 0)(x)
+
+    def cut_axis(self, on_edges: int) -> int:
+        """The axis along which an array on the nodes (0) or the edges (1) is cut."""
+        return self.axis + on_edges
+
+    def padding(self, on_edges: int) -> float:
+        """The number of entries of an array over the number without padding."""
+        return self.node_shape[self.axis] / self.shape[self.axis]
+
+    def padded(self, values: np.ndarray, on_edges: int, fill: Any) -> np.ndarray:
+        """Values in the layout of `GridBase` in that of all slabs, with `fill` in padded places."""
+        axis = self.cut_axis(on_edges)
+        rows = self.node_shape[self.axis] - values.shape[axis]
+        if rows == 0:
+            return values
+        more = np.full([rows if i == axis else n for i, n in enumerate(values.shape)], fill, values.dtype)
+        return np.concatenate([values, more], axis=axis)
+
+    def gathered(self, values: np.ndarray, on_edges: int) -> np.ndarray:
+        """The inverse of `padded`."""
+        return np.take(values, range(self.shape[self.axis]), axis=self.cut_axis(on_edges))
+
+    def _apart(self, product: Callable[..., Any], given: int, found: int) -> Callable[..., Any]:
+        """A product of `GridBase` over all slabs, of arrays on the nodes (0) or the edges (1) to such arrays."""
+        grid, size, pads = GridBase(self.shape, self.spacing), self.shape[self.axis], self.padding(0) > 1
+        along, across = self.cut_axis(given), self.cut_axis(found)
 
         def local(x: FloatArray) -> FloatArray:
-            first, last = self._part(x, 0, 1), self._part(x, -1, None)
-            before, after = self._from_previous(last), self._from_next(first)
-            before = jnp.where(self._joined(first, -1), before, first)
-            after = jnp.where(self._joined(last, self.rows - 1), after, last)
-            if self.rows == 1:
-                return self._part(stencil(jnp.concatenate([before, x, after], self.axis), -1), 1, 2)
-            top = stencil(jnp.concatenate([before, self._part(x, 0, 2)], self.axis), -1)
-            bottom = stencil(jnp.concatenate([self._part(x, -2, None), after], self.axis), self.rows - 2)
-            image = self._with_row(stencil(x, 0), self._part(top, 1, 2), 0)
-            return self._with_row(image, self._part(bottom, 1, 2), self.rows - 1)
+            first_row = jax.lax.axis_index(AXIS) * self.rows
 
-        return self._apart(local, 0, 0)(x)
+            def exists(x: FloatArray, axis: int) -> Bool[Array, "..."]:
+                return first_row + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < size
 
-    def _apart(self, local: Callable[..., Any], before: int, after: int) -> Callable[..., Any]:
-        """A function of one slab as a function of all; `before` and `after` count the axes that precede the grid's."""
-        specs = [PartitionSpec(*[None] * (extra + self.axis), AXIS) for extra in (before, after)]
+            if pads and not given:
+                end = jnp.clip(size - 1 - first_row, 0, self.rows - 1)
+                x = jnp.where(exists(x, along), x, jax.lax.dynamic_slice_in_dim(x, end, 1, along))
+            first, last = _part(x, 0, 1, along), _part(x, -1, None, along)
+            # Only what the product reads is exchanged. Beyond the ends a node repeats the last one and an edge is 0.
+            before, after = first, last
+            if given:
+                before = jnp.zeros_like(first).at[self.axis].set(self._sent(last[self.axis], 1))
+            elif not found:
+                before = jnp.where(first_row > 0, self._sent(last, 1), first)
+            if not given:
+                after = jnp.where(first_row + self.rows < size, self._sent(first, -1), last)
+            two = min(2, self.rows)
+            top = product(grid, jnp.concatenate([before, _part(x, 0, two, along), after], along))
+            bottom = product(grid, jnp.concatenate([before, _part(x, -two, None, along), after], along))
+            image, update = product(grid, x), jax.lax.dynamic_update_slice_in_dim
+            image = update(image, _part(top, 1, 2, across), 0, across)
+            image = update(image, _part(bottom, -2, -1, across), self.rows - 1, across)
+            return jnp.where(exists(image, across), image, 0) if pads and not given else image
+
+        specs = [PartitionSpec(*[None] * axis, AXIS) for axis in (along, across)]
         return jax.shard_map(local, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1])
 
-    def _from_next(self, row: FloatArray) -> FloatArray:
-        """The row of the next slab; zeros for the last slab."""
-        return jax.lax.ppermute(row, AXIS, [(i + 1, i) for i in range(self.mesh.size - 1)])
+    def _sent(self, row: FloatArray, step: int) -> FloatArray:
+        """The row that the slab `step` places before sends; zeros where there is none."""
+        slabs = range(self.mesh.size)
+        return jax.lax.ppermute(row, AXIS, [(i, i + step) for i in slabs if i + step in slabs])
 
-    def _from_previous(self, row: FloatArray) -> FloatArray:
-        return jax.lax.ppermute(row, AXIS, [(i, i + 1) for i in range(self.mesh.size - 1)])
 
-    def _joined(self, x: FloatArray, place: int) -> Bool[Array, "..."]:
-        """Which rows of x, the rows of the slab from `place` on, have an edge to the next row."""
-        first = jax.lax.axis_index(AXIS) * self.rows + place
-        index = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, self.axis)
-        return (index >= 0) & (index < self.shape[self.axis] - 1)
-
-    def _along(self, x: FloatArray, place: int) -> FloatArray:
-        """`x[i] - x[i + 1]` within the rows from `place` on, 0 in the last row and where there is no edge."""
-        own, after = self._part(x, 0, -1), self._part(x, 1, None)
-        if self.rows * self.mesh.size > self.shape[self.axis]:
-            after = jnp.where(self._joined(own, place), after, own)
-        return padded(own - after, self.axis, 0, 1)
-
-    def _summed(self, along: FloatArray, across: Callable[[int], FloatArray], power: int) -> FloatArray:
-        """The sum over all axes."""
-        terms = [along if i == self.axis else across(i) for i in range(len(self.shape))]
-        return summed(by_spacing(terms, self.spacing, power))
-
-    def _part(self, x: FloatArray, start: int, stop: int | None) -> FloatArray:
-        return jax.lax.slice_in_dim(x, start, stop, axis=self.axis)
-
-    def _with_row(self, x: FloatArray, row: FloatArray, place: int) -> FloatArray:
-        return jax.lax.dynamic_update_slice_in_dim(x, row, place, self.axis)
+def _part(x: FloatArray, start: int, stop: int | None, axis: int) -> FloatArray:
+    return jax.lax.slice_in_dim(x, start, stop, axis=axis)

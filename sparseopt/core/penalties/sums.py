@@ -10,36 +10,39 @@ from jaxtyping import Array, Float
 
 from sparseopt.core.base.types import FloatArray, Scalar, pytree, static
 from sparseopt.core.operators.differences import spread
-from sparseopt.core.operators.row_tables import RowTable
 from sparseopt.core.penalties.protocols import Conjugate, Norm, Penalty, gauge
 
 
 @pytree
 class Lifted:
-    """`penalty(Ψ_i x)` for a group of rows that share no column; see `lift`."""
+    """`sum_i penalty(Ψ_i x_i)` of groups of rows that share no column; see `lift`."""
 
     penalty: Any
     rows: Any
-    row_squares: Any
+    squares: Any
+    groups: Any
 
     def value(self, x: FloatArray) -> Float[Array, ""]:
-        return self.penalty.value(self.rows.mv(x))
+        return jnp.sum(jax.vmap(self.penalty.value, -1)(self._of_groups(self.rows.mv(x))))
 
     def prox(self, x: FloatArray, step: Scalar) -> FloatArray:
-        """`x + Ψ_iᵀ ((u - s) / |a|²)` with `s = Ψ_i x` and u the prox of s at `step |a|²`, row by row."""
+        """`x_i + Ψ_iᵀ ((u - s) / |a|²)` with `s = Ψ_i x_i` and u the prox of s at `step |a|²`, row by row."""
         return self.moved(x, step)[0]
 
     def moved(self, x: FloatArray, step: Scalar) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """The prox, the values u of its rows with their exact zeros, and the move `(u - s) / |a|²` along every row."""
+        """The prox, and for every row of Ψ its value u with exact zeros and its move `(u - s) / |a|²`."""
         s = self.rows.mv(x)
-        squares = spread(self.row_squares, s)
-        u = self.penalty.prox(s, step * squares)
-        move = (u - s) / squares
-        return x + self.rows.rmv(move), u, move
+        squares = spread(self.squares, s[..., 0])
+        u = jax.vmap(lambda s: self.penalty.prox(s, step * squares), -1, -1)(s)
+        move = self._of_groups((u - s) / squares[..., None])
+        return x + self.rows.rmv(move), jnp.sum(self._of_groups(u), axis=-1), jnp.sum(move, axis=-1)
+
+    def _of_groups(self, values: FloatArray) -> FloatArray:
+        return jnp.where(self.groups, values, 0)
 
 
-def lift(penalty: Penalty, group: Any) -> Lifted:
-    """The penalty on the values of a group's rows, as a penalty on the array that they act on.
+def lift(penalty: Penalty, rows: Any, squares: Any, groups: Any) -> Lifted:
+    """The penalty on groups of rows, each with a copy of its own, as a penalty on the copies `[*columns, groups]`.
 
     For one row a and any scalar penalty p, `argmin_v 1/2 ||v - x||² + step p(aᵀv)` is
     `x + a (u - s) / |a|²` with `s = aᵀx` and `u = argmin_u 1/2 (u - s)² + step |a|² p(u)`: v moves along a only.
@@ -47,47 +50,26 @@ def lift(penalty: Penalty, group: Any) -> Lifted:
 
     Args:
         penalty: any penalty that acts on every entry (or every slice of channels) separately; its prox is called with
-            one step per row. One with a weight per row needs `by_group` first.
-        group: one group of a `RowTable`, or any linear map with `row_squares()` whose rows share no column.
+            one step per row.
+        rows: a linear map, Ψ, that takes trailing axes.
+        squares: the squared norm of each of its rows; for a row without entries any positive number.
+        groups: booleans `[*rows, groups]`, with channels `[*rows, 1, groups]`: the rows of each group, of which no two
+            share a column. A row is in one group, or in none, and then left out.
 
     Source: Bu, Wu, Zuo, "Doge-ADMM", section 3; for orthogonal rows, Combettes and Pesquet, 2007, prop. 11.
 
     Example:
-        >>> from sparseopt.core.operators.row_tables import row_table
+        >>> from sparseopt.core.operators.matrices import linear_map
         >>> from sparseopt.core.penalties.sums import lift
         >>> chain = so.Graph.chain(4)
-        >>> table = row_table(chain.matrix(1), chain.groups(1), jnp.float32)  # the edges 0-1 and 2-3; the edge 1-2
-        >>> jax.vmap(lambda group: lift(so.L1(1.0), group).prox(jnp.array([0.0, 1.0, 5.0, 9.0]), step=1.0))(table)
+        >>> groups = chain.groups(1)[:, None] == np.arange(2)  # the edges 0-1 and 2-3; the edge 1-2
+        >>> lifted = lift(so.L1(1.0), linear_map(chain.matrix(1)), 2 * jnp.ones(3), groups)
+        >>> x = jnp.array([0.0, 1.0, 5.0, 9.0])
+        >>> lifted.prox(jnp.stack([x, x], axis=-1), step=1.0).T
         Array([[0.5, 0.5, 6. , 8. ],
                [0. , 2. , 4. , 9. ]], dtype=float32)
     """
-    return Lifted(penalty, group, jnp.asarray(group.row_squares()))
-
-
-def by_group(penalty: Any, table: RowTable, shape: tuple[int, ...], channels: int = 0) -> Any:
-    """A penalty on all rows with a leading axis of groups on every leaf, for `jax.vmap` along with the table.
-
-    A leaf with one number per row is gathered in the order of the table; any other leaf is the same for all rows. The
-    penalty acts on arrays `[*shape]`, which `table.row_numbers` index flattened, with a number of trailing `channels`.
-
-    Example:
-        >>> from sparseopt.core.penalties.sums import by_group
-        >>> from sparseopt.core.operators.row_tables import row_table
-        >>> chain = so.Graph.chain(4)
-        >>> table = row_table(chain.matrix(1), chain.groups(1), jnp.float32)
-        >>> by_group(so.L1(jnp.array([1.0, 2.0, 3.0])), table, (3,)).weight  # a padded row has the last weight
-        Array([[1., 3.],
-               [2., 3.]], dtype=float32)
-    """
-
-    def spread_out(leaf: Any) -> Array:
-        leaf = jnp.asarray(leaf)
-        if leaf.ndim <= channels:
-            return jnp.broadcast_to(leaf, (table.row_numbers.shape[0], *leaf.shape))
-        trailing = leaf.shape[leaf.ndim - channels :]
-        return table.gathered(jnp.broadcast_to(leaf, (*shape, *trailing)).reshape(-1, *trailing))
-
-    return jax.tree.map(spread_out, penalty)
+    return Lifted(penalty, rows, jnp.asarray(squares), jnp.asarray(groups))
 
 
 @pytree

@@ -5,7 +5,7 @@
 The rows of Ψ are put into groups that share no column (`row_tables.py`), so every row is a separate problem. Group i
 gets a copy `alpha_i` of the columns and a scaled dual `theta_i`. With z = Δ x, C the number of groups, relaxation r:
 
-    alpha_i <- argmin 1/2 ||alpha_i - (z - theta_i)||² + penalty(Ψ_i alpha_i) / rho        # lift(penalty, groups)
+    alpha_i <- argmin 1/2 ||alpha_i - (z - theta_i)||² + penalty(Ψ_i alpha_i) / rho        # lift
     x       <- (W + rho C ΔᵀΔ)^-1 ( W y + rho Δᵀ sum_i (theta_i + r alpha_i + (1 - r) z) )
     theta_i <- theta_i + r alpha_i + (1 - r) z - Δ x
 
@@ -24,26 +24,21 @@ from Boyd, Parikh, Chu, Peleato, Eckstein, 2011, section 3.4.3.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
-from scipy import sparse
 
 from sparseopt.core.base.types import pytree
-from sparseopt.core.operators.differences import Difference, GridBase
 from sparseopt.core.operators.maps import Split
-from sparseopt.core.operators.row_tables import RowTable, Sums, edge_places, row_table
+from sparseopt.core.operators.row_tables import Sums
 from sparseopt.core.penalties.protocols import Norm
-from sparseopt.core.penalties.sums import by_group, lift
+from sparseopt.core.penalties.sums import lift
 from sparseopt.core.problem.problem import Problem
 from sparseopt.core.solvers.admm import Admm, AdmmState, Block, Moving, Start
 
 
-def doge_split(outer: Difference, inner: Difference, sums: Sums, dtype: Any, groups: int | None = None) -> Split:
+def doge_split(outer: Any, inner: Any, sums: Sums, dtype: Any, groups: int | None = None) -> Split:
     """The `Split` of Doge-ADMM; `groups` is None for weighted copies, or their number for the metric of the paper.
 
     `sums` are those of Ψ, the outer map, in the layout of its rows and columns.
@@ -57,25 +52,10 @@ def doge_split(outer: Difference, inner: Difference, sums: Sums, dtype: Any, gro
 
 
 class Copies(NamedTuple):
-    """What the groups keep, each `[groups, *columns]` or `[groups, *columns, channels]`."""
+    """What the groups keep, each `[*columns, groups]` or `[*columns, channels, groups]`."""
 
     alpha: Any
     theta: Any  # scaled: rho theta_i is a dual
-
-
-def doge_groups_table(outer: Difference, matrix: sparse.csr_array, labels: np.ndarray, dtype: Any) -> RowTable:
-    """The `table` of `DogeGroups`, for the group labels of the rows of Ψ.
-
-    `outer` gives the layout; its base holds nodes and edges of one device. On a `GridBase` the edges of `matrix` are in
-    the order of `grid_edges`.
-    """
-
-    def layout(shape: tuple[int, ...]) -> tuple[np.ndarray, int] | None:
-        if isinstance(outer.base, GridBase) and shape == outer.base.edge_shape:
-            return edge_places(outer.base.shape), math.prod(shape)
-        return None
-
-    return row_table(matrix, labels, dtype, rows=layout(outer.out_shape), columns=layout(outer.in_shape))
 
 
 @pytree
@@ -83,24 +63,28 @@ class DogeGroups(Admm):
     """Doge-ADMM with its copies, as a solver for `solve`; `problem.operator` is a `doge_split` with the groups' number.
 
     All iterates, checks and changes of rho are those of `Admm` on the same problem, up to rounding; there is no
-    acceleration. `table` has the rows of Ψ by groups. A start with a dual g has `theta_i = -Ψ_iᵀ g_i / rho`.
+    acceleration. A start with a dual g has `theta_i = -Ψ_iᵀ g_i / rho`.
+
+    Attributes:
+        groups: booleans `[*rows, groups]`, with channels `[*rows, 1, groups]`, in the layout of the outer map: the rows
+            of each group, which share no column. A place without a row is in no group.
 
     Example:
         >>> from sparseopt.core.operators.differences import Difference, GridBase
+        >>> from sparseopt.core.operators.maps import Identity
         >>> from sparseopt.core.solvers.admm import Start
-        >>> from sparseopt.core.solvers.doge import DogeGroups, doge_groups_table, doge_split
+        >>> from sparseopt.core.solvers.doge import DogeGroups, doge_split
         >>> from sparseopt.core.operators.normal_solves import Diagonal
-        >>> chain, base = so.Graph.chain(4), GridBase((4,))
-        >>> split = doge_split(Difference(base, 1), Difference(base, 0), chain.sums(1), np.float32, groups=2)
-        >>> table = doge_groups_table(split.outer, chain.matrix(1), chain.groups(1), np.float32)
+        >>> split = doge_split(Difference(GridBase((4,)), 1), Identity((4,)), so.Graph.chain(4).sums(1), np.float32, 2)
+        >>> groups = np.array([[[1, 0], [0, 1], [1, 0], [0, 0]]], bool)  # the last place is empty
         >>> y = jnp.array([0.0, 0.2, 3.0, 3.1])
         >>> problem = so.Problem(so.LeastSquares(None, y), so.L1(0.5), jax.tree.map(jnp.asarray, split))
-        >>> start = Start(y, jnp.zeros((1, 4)))  # a dual for every edge, and an empty place at the end
-        >>> so.solve(problem, DogeGroups(Diagonal(), 1.0, table=table), start).check().value.round(2)
+        >>> start = Start(y, jnp.zeros((1, 4)))
+        >>> so.solve(problem, DogeGroups(Diagonal(), 1.0, groups=groups), start).check().value.round(2)
         Array([0.35, 0.35, 2.8 , 2.8 ], dtype=float32)
     """
 
-    table: Any = dataclasses.field(kw_only=True)
+    groups: Any = dataclasses.field(kw_only=True)
 
     def _accelerates(self, problem: Problem) -> bool:
         return False
@@ -108,12 +92,12 @@ class DogeGroups(Admm):
     def refuses(self, problem: Problem) -> str | None:
         if reason := super().refuses(problem):
             return reason
-        split, table = problem.operator, self.table
-        wanted = tuple(math.prod(shape) for shape in (split.outer.out_shape, split.outer.in_shape))
-        if (table.num_rows, table.num_columns) != wanted:
+        split, given = problem.operator, jnp.shape(self.groups)
+        rows = split.outer.out_shape
+        if given[: len(rows)] != rows or len(given) == len(rows):
             return (
-                f"DogeGroups needs the table of the operator's outer map, of {wanted[0]} rows and {wanted[1]} columns, "
-                f"given one of {table.num_rows} and {table.num_columns}; doge_groups_table makes it"
+                "DogeGroups needs the groups of the rows of the operator's outer map, [*rows, groups] with rows of the "
+                f"shape {rows}, given the shape {given}"
             )
         if jnp.ndim(split.column_scale) != 0:
             return (
@@ -127,42 +111,29 @@ class DogeGroups(Admm):
         if isinstance(start, AdmmState):
             return state
         now, rows = state.now, state.rows
-        z = now.inner(rows)
-        split, table = problem.operator, self.table
-        channels = z.shape[len(split.outer.in_shape) :]
-        of_rows = table.gathered(rows.dual.reshape(-1, *channels))
-        pulled = jax.vmap(lambda group, e: group.rmv(e))(table, of_rows)
-        theta = -pulled.reshape(-1, *z.shape) / rows.rho
+        z = now.inner(rows)[..., None]
+        theta = -problem.operator.outer.rmv(jnp.where(self.groups, rows.dual[..., None], 0)) / rows.rho
         rows = rows._replace(memory=Copies(jnp.broadcast_to(z, theta.shape), theta))
         return dataclasses.replace(state, now=Moving(now.x, (rows,)))
 
     def _advanced(self, problem: Problem, now: Moving) -> Moving:
-        split, penalty, table, (rows,) = problem.operator, problem.penalty, self.table, now.blocks
+        split, penalty, (rows,) = problem.operator, problem.penalty, now.blocks
         keep = 1 - jnp.asarray(self.relaxation, now.x.dtype)
-        z, theta, rho = now.inner(rows), rows.memory.theta, rows.rho
-        channels = z.shape[len(split.outer.in_shape) :]
-        points = (z - theta).reshape(-1, table.num_columns, *channels)
-        of_groups = by_group(penalty, table, split.outer.out_shape, len(channels))
-
-        def moved(penalty: Any, group: Any, point: Array) -> Any:
-            return lift(penalty, group).moved(point, 1 / rho)
-
-        alpha, found, move = jax.vmap(moved)(of_groups, table, points)
-        alpha = alpha.reshape(theta.shape)
+        z, theta, rho = now.inner(rows)[..., None], rows.memory.theta, rows.rho
+        alpha, found, move = lift(penalty, split.outer, split.row_scale, self.groups).moved(z - theta, 1 / rho)
         # The dual and Ψ z row by row, for the checks; the iteration does not read them.
-        candidate = -rho * table.scattered(move).reshape(rows.dual.shape)
-        prox = rows.prox
+        candidate, prox = -rho * move, rows.prox
         if isinstance(penalty, Norm):
             candidate = penalty.project_dual(candidate)
         else:
-            prox = table.scattered(found).reshape(rows.dual.shape)
+            prox = found
         dual = keep * rows.dual + (1 - keep) * candidate
 
         relaxed = theta + (1 - keep) * alpha + keep * z
-        pulled = rho * jnp.sum(relaxed, axis=0)
+        pulled = rho * jnp.sum(relaxed, axis=-1)
         x = self._x_step(problem, now, split.inner.rmv(pulled))
         inner = None if rows.inner is None else split.inner.mv(x)
-        theta = relaxed - (x if inner is None else inner)
+        theta = relaxed - (x if inner is None else inner)[..., None]
         return Moving(x, (Block(inner, Copies(alpha, theta), dual, candidate, prox, rho),))
 
     def _checked(self, problem: Problem, state: AdmmState, before: Moving) -> AdmmState:

@@ -33,7 +33,7 @@ from sparseopt.core.base.sums import total
 from sparseopt.core.base.types import precision, pytree, static
 from sparseopt.core.losses.data import LeastSquares
 from sparseopt.core.operators.differences import Difference
-from sparseopt.core.operators.maps import Split
+from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.problem.problem import Measure, Problem, Solution
@@ -274,8 +274,9 @@ def _prepare_nested(job: Job) -> tuple[Split, Split, Any]:
     """The outer split of `fast_admm`, the inner one, and the x-step of the outer one."""
     order, graph = job.order, job.graph
     base, on_edges = graph.base(DOUBLE), order % 2 == 1
-    last = doge_split(Difference(base, 1, on_edges), Difference(base, 0, on_edges), graph.sums(1, on_edges), DOUBLE)
-    split = standard_split(Difference(base, order), Difference(base, 0, on_edges), DOUBLE)
+    inner, outer = job.layout.difference(order, DOUBLE), Difference(base, 1, on_edges)
+    last = doge_split(outer, Identity(outer.in_shape), graph.sums(1, on_edges), DOUBLE)
+    split = standard_split(inner, Identity(inner.out_shape), DOUBLE)
     solve = node_solve(job, (order,), np.ones(()), graph.shape is not None) if order else Diagonal()
     return jax.tree.map(jnp.asarray, (split, last, solve))
 

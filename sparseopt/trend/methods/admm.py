@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparseopt.core.base.mesh import on_device
-from sparseopt.core.operators.maps import Identity, Split, Stack
+from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import ConjugateGradient, banded_solve, free_solve
 from sparseopt.core.solvers.admm import standard_split
 from sparseopt.trend.job import Job, Method, Settings
@@ -34,10 +34,7 @@ class Admm(Settings, Method):
 
         def build() -> Plan:
             operator, kind = job.ground.operator, job.dtype
-            rows: Any = job.layout.identity(job.order + 1, kind)
-            if isinstance(operator, Stack):
-                rows = Identity(sum(operator.sizes))
-            split = standard_split(operator, rows, kind)
+            split = standard_split(operator, Identity(operator.out_shape), kind)
             split = split if job.several else in_unit(split, job)
             columns = np.asarray(split.column_scale)
             solve = node_solve(job, tuple(k + 1 for k in job.terms), columns, even)

@@ -13,7 +13,7 @@ import numpy as np
 from sparseopt.core.base.arguments import whole_number
 from sparseopt.core.base.mesh import on_device
 from sparseopt.core.operators.differences import Difference
-from sparseopt.core.operators.maps import Split
+from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import Diagonal
 from sparseopt.core.solvers.doge import doge_split
 from sparseopt.trend.job import Job, Method, Settings
@@ -55,7 +55,7 @@ class Doge(Settings, Method):
                 rows = np.concatenate([part.row_absolute.reshape(-1) for part in sums])
                 columns = np.sum([part.column_absolute.reshape(job.graph.node_shape) for part in sums], axis=0)
                 rows = np.where(rows > 0, rows, 1).astype(kind)
-                split = Split(operator, layout.identity(0, kind), rows, columns.astype(kind))
+                split = Split(operator, Identity(operator.in_shape), rows, columns.astype(kind))
             else:
                 split = split_of(job, block)
             solve: Any = Diagonal()
@@ -85,14 +85,14 @@ def split_of(job: Job, block: int, groups: int | None = None) -> Split:
     """The split with `block` differences treated row by row, as host tables; `groups` as in `doge_split`."""
     layout, order = job.layout, job.order + 1
     if block == order:
-        outer, inner, sums = layout.difference(order, job.dtype), layout.identity(0, job.dtype), layout.sums(order)
+        outer, sums = layout.difference(order, job.dtype), layout.sums(order)
         if order == 1 and job.graph.spacing is not None:
             # The lemma with exponent 2: one S for all axes, since isotropic total variation needs one at a node. For
             # L1 the steps were 0.7 to 1.9 times those of exponent 1.
             sums = dataclasses.replace(
                 sums, row_absolute=np.full_like(sums.row_absolute, 2), column_absolute=sums.column_squares
             )
-        return doge_split(outer, inner, sums, job.dtype, groups)
+        return doge_split(outer, Identity(outer.in_shape), sums, job.dtype, groups)
     base, on_edges = layout.base(job.dtype), (order - block) % 2 == 1
     outer, inner = Difference(base, block, on_edges), Difference(base, order - block)
     return doge_split(outer, inner, layout.sums(block, on_edges), job.dtype, groups)

@@ -1,7 +1,7 @@
 """Doge-ADMM as the paper stores it: a copy of the signal and a dual for every group of rows.
 
-It has the iterates of `doge.py` with the paper's metric, at the cost of its copies: for studying the method, for
-comparisons, for trying another prox of a group. For fits use "doge".
+It has the iterates of `doge.py` with the paper's metric, at the cost of its copies, each moved along the rows of its
+group alone: for studying the method, for comparisons, for trying another prox of a group. For fits use "doge".
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from sparseopt.core.base.arguments import require_memory
 from sparseopt.core.base.mesh import on_device
 from sparseopt.core.base.types import pytree
 from sparseopt.core.operators.normal_solves import Diagonal
-from sparseopt.core.operators.row_tables import table_shape
 from sparseopt.core.solvers import doge
 from sparseopt.trend.graph import Graph
 from sparseopt.trend.ground import couples_axes
@@ -26,15 +25,15 @@ from sparseopt.trend.plan import Plan
 
 @pytree
 class GroupsPlan(Plan):
-    """A plan with the groups' tables."""
+    """A plan with the groups of rows, as of the solver."""
 
-    table: Any = None
+    groups: Any = None
 
     def refuses(self, penalty: Any, weighted: bool) -> str | None:
         return _refuses(penalty) or super().refuses(penalty, weighted)
 
     def solver(self, rho: Any, relaxation: Any = 1.7) -> doge.DogeGroups:
-        return doge.DogeGroups(self.node_solve, rho, relaxation, self.cadence, table=self.table)
+        return doge.DogeGroups(self.node_solve, rho, relaxation, self.cadence, groups=self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class DogeGroups(Settings, Method):
         return _refuses(job.penalty) or super().refuses(job) or refuses_block(self.B, job)
 
     def plan(self, job: Job) -> GroupsPlan:
-        """The groups of rows as padded tables, if these and the copies fit in memory: a hub makes them wide."""
+        """The plan, if the copies fit in memory: a hub makes them many."""
         # Given edges that are those of a grid have the layout of the grid.
         graph = job.graph if job.graph.shape is None else Graph.grid(job.graph.shape, job.graph.spacing)
         kind, block = job.dtype, job.order + 1 if self.B is None else int(self.B)
@@ -61,18 +60,18 @@ class DogeGroups(Settings, Method):
         def build() -> GroupsPlan:
             on_edges = (job.order + 1 - block) % 2 == 1
             matrix, labels = graph.matrix(block, on_edges), graph.groups(block, on_edges)
-            shape = table_shape(matrix, labels)
-            copies = 2 * shape[0] * matrix.shape[1] * math.prod(job.channels) * kind.itemsize
-            needed = math.prod(shape) * (kind.itemsize + 4) + copies
-            what = f"Doge-ADMM with its {shape[0]:,} groups of up to {shape[1]:,} rows of up to {shape[2]:,} entries"
-            require_memory(needed, what, 'method="doge" stores neither tables nor copies')
-            split = split_of(job, block, shape[0])
+            count = int(labels.max(initial=0)) + 1
+            # Every group has alpha and theta, and while it moves, a value and a move of each row.
+            needed = 2 * count * sum(matrix.shape) * math.prod(job.channels) * kind.itemsize
+            require_memory(needed, f"Doge-ADMM with its {count:,} groups", 'method="doge" stores no copies')
+            split = split_of(job, block, count)
             solve: Any = Diagonal()
             if split.inner.order:
                 solve = node_solve(job, (split.inner.order,), np.asarray(split.column_scale), cosines)
-            table = doge.doge_groups_table(split.outer, matrix, labels, kind)
-            plan = GroupsPlan(job.ground, placed(job, split), solve, CADENCE, table=table)
-            return on_device(plan)
+            # 0 where there is no row.
+            rows = job.layout.grid_rows(labels + 1, job.order + 1)[..., None]
+            groups = (rows[..., None] if job.channels else rows) == np.arange(1, count + 1)
+            return on_device(GroupsPlan(job.ground, placed(job, split), solve, CADENCE, groups=groups))
 
         return job.layout.cached(key, build)
 

@@ -15,6 +15,7 @@ from sparseopt.core.base.mesh import on_device
 from sparseopt.core.base.types import pytree
 from sparseopt.core.operators.differences import Difference, GridBase, padded
 from sparseopt.core.operators.divided_differences import divided_difference
+from sparseopt.core.operators.maps import Identity
 from sparseopt.core.operators.normal_solves import Diagonal, banded_solve
 from sparseopt.core.penalties.entries import L1
 from sparseopt.core.solvers.admm import Start, standard_split
@@ -34,8 +35,8 @@ class ChainPlan(Plan):
 
     def taken(self, penalty: Any) -> ChainTotalVariation:
         """The penalty with the last difference inside."""
-        rows = self.split.outer
-        return ChainTotalVariation(penalty.weight, Difference(rows.base, 1, rows.from_edges))
+        shape = self.split.outer.shape
+        return ChainTotalVariation(penalty.weight, Difference(GridBase(shape[-1:]), 1, from_edges=len(shape) > 1))
 
     def row_dual(self, penalty: Any, dual: Array) -> Array:
         """The u for which `Eᵀu` is the solver's dual."""
@@ -79,19 +80,18 @@ class FastAdmm(Settings, Method):
         kind, key = job.dtype, (self.name, job.order, job.weighted, job.dtype.name, bool(job.channels))
 
         def build() -> ChainPlan:
-            if job.graph.free:
-                inner = divided_difference(job.graph.times, job.graph.num_nodes, job.order, kind, factor=True)
+            graph, order = job.graph, job.order
+            inner: Any = job.layout.difference(order, kind)
+            solve: Any = Diagonal()
+            if order and graph.free:
+                inner = divided_difference(graph.times, graph.num_nodes, order, kind, factor=True)
                 matrix = inner.matrix()
-                outer, bands = Difference(GridBase(inner.out_shape), 0), banded_solve(matrix.T @ matrix, kind)
-                split = in_unit(standard_split(inner, outer, kind), job)
-                return on_device(ChainPlan(job.ground, split, bands, CADENCE))
-            base = job.layout.base(kind)
-            split = standard_split(Difference(base, job.order), Difference(base, 0, job.order % 2 == 1), kind)
-            exact = job.order == 0 and not job.weighted
-            solve = node_solve(job, (job.order,), np.ones(()), not job.weighted) if job.order else Diagonal()
-            cadence = 1 if exact else CADENCE
-            plan = ChainPlan(job.ground, split, solve, cadence, exact)
-            return on_device(plan)
+                solve = banded_solve(matrix.T @ matrix, kind)
+            elif order:
+                solve = node_solve(job, (order,), np.ones(()), not job.weighted)
+            split = in_unit(standard_split(inner, Identity(inner.out_shape), kind), job)
+            exact = order == 0 and not job.weighted and not graph.free
+            return on_device(ChainPlan(job.ground, split, solve, 1 if exact else CADENCE, exact))
 
         return job.layout.cached(key, build)
 
