@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 import sparseopt as so
 from sparseopt.core.base.types import precision
 from sparseopt.core.operators.differences import Difference, GridBase, edge_base
-from sparseopt.core.operators.maps import Split
+from sparseopt.core.operators.maps import Identity, Split
 from sparseopt.core.operators.normal_solves import ConjugateGradient, cosine_solve
 from sparseopt.core.problem.certify import Anchor
 from sparseopt.core.solvers.admm import Admm, Start
@@ -145,9 +145,10 @@ def graph(seed=9):
     return edge_base(edges, COLUMNS, np.random.default_rng(seed).uniform(0.5, 2, len(edges)), np.float64)
 
 
-def split(base, order, rows_order=0):
+def split(base, order):
     """`Δ^order` as a `Split` whose metrics are integers, in which nothing is differentiated."""
-    return Split(Difference(base, rows_order, order % 2 == 1), Difference(base, order), 1, 1)
+    inner = Difference(base, order)
+    return Split(Identity(inner.out_shape), inner, 1, 1)
 
 
 def missing(weights):
